@@ -1,0 +1,304 @@
+"""Hub id, directory or GGUF -> a local safetensors checkpoint, its tokenizer and its decoder spec.
+
+"org/name"            -> huggingface_hub snapshot (safetensors, config, tokenizer; never .bin)
+DIR with safetensors  -> used where it is
+FILE.gguf or its DIR  -> dequantised by transformers into RUN/checkpoint, once
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nbl_export.errors import MissingPackageError, NblError
+from nbl_export.records import DecoderSpec
+
+__all__ = [
+    "SUPPORTED",
+    "Source",
+    "load_model",
+    "load_tokenizer",
+    "materialise",
+    "quiet_transformers",
+    "read_spec",
+    "resolve",
+]
+
+log = logging.getLogger(__name__)
+
+SUPPORTED = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+_HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
+              "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*")  # fmt: skip
+_SAMPLED_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from. `fingerprint` changes when its files do."""
+
+    name: str
+    directory: Path
+    gguf: Path | None
+    revision: str | None
+    fingerprint: str
+
+
+def quiet_transformers() -> None:
+    """No progress bars and no advice from transformers: our stages report progress themselves."""
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingPackageError("transformers", "export", "reading a checkpoint") from error
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def resolve(model: str) -> Source:
+    """Find a model and check what can be checked without loading it.
+
+    Raises:
+        NblError: missing, truncated, pickled, or of an unsupported architecture.
+    """
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return _gguf_source(model, path)
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if not (path / "config.json").exists() and ggufs:
+            if len(ggufs) > 1:
+                raise NblError(f"{path} holds {len(ggufs)} GGUF files; name one of them: {ggufs[0].name}, ...")
+            return _gguf_source(model, ggufs[0])
+        return _directory_source(model, path, None)
+    if path.exists():
+        raise NblError(f"{path} is not a model: expected a directory with safetensors, or a .gguf file")
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise NblError(f"no model at {path}: give a local directory, a .gguf file or a hub id (org/name)")
+    return _hub_source(model)
+
+
+def _hub_source(repo: str) -> Source:
+    try:
+        import huggingface_hub
+        from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise MissingPackageError("huggingface_hub", "export", f"fetching {repo}") from error
+    try:
+        directory = Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(_HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404):
+            reason = "the hub does not have it, or it is gated (huggingface-cli login)"
+        else:
+            reason = "it is not in the local cache and the hub cannot be reached"
+        raise NblError(
+            f"no model {repo}: no such local directory, and {reason}; check the name, the network or HF_HUB_OFFLINE"
+        ) from error
+    return _directory_source(repo, directory, directory.name)
+
+
+def _directory_source(name: str, directory: Path, revision: str | None) -> Source:
+    config = _read_config(directory)
+    _check_architecture(config.get("model_type"), directory)
+    weights = _weight_files(directory)
+    _check_safetensors(weights)
+    fingerprint = _fingerprint([directory / "config.json", *weights, *sorted(directory.glob("tokenizer*"))])
+    return Source(name, directory, None, revision, fingerprint)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise NblError(f"{directory} is not a model directory: it has no config.json") from error
+    except (ValueError, OSError) as error:
+        raise NblError(f"{path} cannot be read ({error}); fetch the model again") from error
+    if not isinstance(config, dict):
+        raise NblError(f"{path} is not a model configuration; fetch the model again")
+    return config
+
+
+def _check_architecture(model_type: Any, where: Path) -> None:
+    if model_type not in SUPPORTED:
+        raise NblError(
+            f"{where} has architecture {model_type!r}, which is not supported; supported are {', '.join(SUPPORTED)}"
+        )
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise NblError(f"{index} cannot be read ({error}); fetch the model again") from error
+        if any(Path(n).name != n for n in names):
+            raise NblError(f"{index} names a file outside {directory}; this checkpoint is not to be trusted")
+        files = [directory / n for n in names]
+        missing = [f.name for f in files if not f.exists()]
+        if missing:
+            raise NblError(f"{directory} lacks {missing[0]}, which its index names; fetch the model again")
+        return files
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt*"))
+        hint = f"; {pickled[0].name} is a pickle, which is not read: convert it to safetensors" if pickled else ""
+        raise NblError(f"{directory} has no safetensors weights{hint}")
+    return files
+
+
+def _check_safetensors(files: list[Path]) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    for file in files:
+        try:
+            with safe_open(str(file), framework="np"):
+                pass
+        except (SafetensorError, OSError, ValueError) as error:
+            raise NblError(f"{file} is truncated or not a safetensors file ({error}); fetch it again") from error
+
+
+def _gguf_source(name: str, file: Path) -> Source:
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingPackageError("gguf", "export", f"reading {file}") from error
+    try:
+        reader = gguf.GGUFReader(str(file))
+        field = reader.get_field("general.architecture")
+        architecture = field.contents() if field is not None else None
+    except Exception as error:  # the reader raises whatever numpy raises on a short or foreign file
+        raise NblError(f"{file} is truncated or not a GGUF file ({error}); fetch it again") from error
+    _check_architecture(architecture, file)
+    return Source(name, file.parent, file, None, _fingerprint([file]))
+
+
+def _fingerprint(files: list[Path]) -> str:
+    """Name, size, first and last MiB of each file: changes with the model, cheap for a large one."""
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}:".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_SAMPLED_BYTES))
+            stream.seek(max(0, size - _SAMPLED_BYTES))
+            digest.update(stream.read(_SAMPLED_BYTES))
+    return digest.hexdigest()[:32]
+
+
+def read_spec(source: Source) -> DecoderSpec:
+    """The decoder's numbers, through optimum's normalized configs.
+
+    Raises:
+        NblError: not a decoder of a supported architecture, or a configuration that contradicts itself.
+    """
+    quiet_transformers()
+    from optimum.utils import NormalizedConfigManager
+    from transformers import AutoConfig
+
+    gguf = {"gguf_file": source.gguf.name} if source.gguf else {}
+    try:
+        config = AutoConfig.from_pretrained(str(source.directory), **gguf)
+        _check_architecture(config.model_type, source.directory)
+        normal = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
+        head_dim = getattr(config, "head_dim", None) or normal.hidden_size // normal.num_attention_heads
+        return DecoderSpec(
+            architecture=config.model_type,
+            num_layers=normal.num_layers,
+            hidden_size=normal.hidden_size,
+            num_heads=normal.num_attention_heads,
+            num_kv_heads=normal.num_key_value_heads,
+            head_dim=head_dim,
+            vocab_size=normal.vocab_size,
+            max_positions=config.max_position_embeddings,
+            sliding_window=getattr(config, "sliding_window", None),
+        )
+    except NblError:
+        raise
+    except Exception as error:  # transformers raises many kinds on a damaged configuration
+        raise NblError(f"{source.name} has no usable decoder configuration: {error}") from error
+
+
+def materialise(source: Source, target: Path) -> Path:
+    """A directory with safetensors, config and tokenizer; dequantises a GGUF into `target`.
+
+    Complete or absent: `target` is renamed into place, and kept for later runs on the same model.
+    """
+    if source.gguf is None:
+        return source.directory
+    marker = target / "source.json"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        if json.loads(marker.read_text())["fingerprint"] == source.fingerprint:
+            return target
+    quiet_transformers()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    scratch = target.with_name(f".tmp-checkpoint-{os.getpid()}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    log.info("dequantising %s", source.gguf.name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(source.directory), gguf_file=source.gguf.name, dtype=torch.float32
+        )
+        # transformers refuses to save what came quantised; these weights no longer are.
+        model.config.__dict__.pop("quantization_config", None)
+        model.hf_quantizer = None
+        model.save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(str(source.directory), gguf_file=source.gguf.name).save_pretrained(scratch)
+    except (OSError, MemoryError):
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    except Exception as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise NblError(f"{source.gguf} cannot be loaded by transformers: {error}") from error
+    (scratch / "source.json").write_text(json.dumps({"fingerprint": source.fingerprint, "file": source.gguf.name}))
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(scratch, target)
+    return target
+
+
+def load_model(directory: Path) -> Any:
+    """The torch model in float32, in evaluation mode, on the CPU.
+
+    Raises:
+        NblError: transformers cannot load it.
+    """
+    quiet_transformers()
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(directory), dtype=torch.float32, output_loading_info=True
+        )
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise NblError(f"{directory} cannot be loaded by transformers: {error}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise NblError(f"{directory} lacks the weights {missing[0]} and {len(missing) - 1} more; fetch the model again")
+    return model.eval()
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The fast tokenizer of a checkpoint directory.
+
+    Raises:
+        NblError: there is none that transformers can load.
+    """
+    quiet_transformers()
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory))
+    except Exception as error:
+        raise NblError(f"{directory} has no usable tokenizer: {error}") from error

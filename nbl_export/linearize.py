@@ -1,0 +1,52 @@
+"""The NBL torch model: attention modules replaced by affine maps. The truth that the graph is held to.
+
+    before   x --- input_layernorm --- self_attn ---(+ x)---      after   x --- Identity --- Linear ---(+ x)---
+
+No modelling file is forked: the layer's own forward still adds the residual. The norm becomes the identity,
+since the map acts on the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbl_export.records import AffineMap
+
+__all__ = ["AffineAttention", "linearize"]
+
+
+class AffineAttention(nn.Module):
+    """Stands in for a self-attention module of transformers: (hidden_states, ...) -> (output, None)."""
+
+    def __init__(self, affine: AffineMap) -> None:
+        super().__init__()
+        out_features, in_features = affine.weight.shape
+        self.linear = nn.Linear(in_features, out_features)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.from_numpy(affine.weight))
+            self.linear.bias.copy_(torch.from_numpy(affine.bias))
+
+    def forward(self, hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> tuple[torch.Tensor, None]:
+        return self.linear(hidden_states), None
+
+
+def linearize(model: Any, maps: Mapping[int, AffineMap]) -> Any:
+    """Replace the attention of the mapped layers, in place, and return the model.
+
+    The cache indices of the kept layers become dense: transformers reads the past length from cache 0, which
+    would stay empty if layer 0 were replaced.
+    """
+    kept = 0
+    for index, layer in enumerate(model.get_decoder().layers):
+        if index in maps:
+            reference = next(layer.self_attn.parameters())
+            layer.self_attn = AffineAttention(maps[index]).to(dtype=reference.dtype, device=reference.device)
+            layer.input_layernorm = nn.Identity()
+        else:
+            layer.self_attn.layer_idx = kept
+            kept += 1
+    return model.eval()

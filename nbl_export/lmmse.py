@@ -1,0 +1,104 @@
+"""Moments -> CCA bound, calibration error and affine map, all in float64 and in closed form.
+
+X are rows of a layer's input, Y of its attention output, Y+ = X + Y. With centred second moments
+    W = Cyx (Cxx + lambda I)^-1,   b = E[Y] - W E[X]                       (LMMSE estimator)
+    bound = d - || L+^-1 C+x Lx^-T ||_F^2,  Cxx = Lx Lx', C++ = L+ L+'     (CCA, without an SVD)
+Source: Erdogan, Tonin, Cevher, "Efficient Large Language Model Inference with Neural Block
+Linearization", NeurIPS 2025; the Cholesky form of the bound is ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from nbl_export.errors import NblError
+from nbl_export.records import AffineMap, LayerScore
+
+__all__ = ["RIDGE", "Moments", "fit", "score"]
+
+# Relative to mean(diag Cxx). Large enough for a rank-deficient Cxx in float64, too small to bias a fit.
+RIDGE = 1e-6
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sufficient statistics of one layer: raw, uncentred, float64. They add: see `merge`."""
+
+    count: int
+    x_sum: torch.Tensor  # [D]
+    y_sum: torch.Tensor  # [D]
+    xx: torch.Tensor  # [D, D] X'X
+    yx: torch.Tensor  # [D, D] Y'X
+    yy: torch.Tensor  # [D, D] Y'Y
+
+    def merge(self, other: Moments) -> Moments:
+        """Statistics of the concatenated rows."""
+        if self.x_sum.shape != other.x_sum.shape:
+            raise NblError("moments of models of different hidden size cannot be merged")
+        return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
+
+    def centred(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Means of X and Y, and Cxx, Cyx, Cyy."""
+        mean_x, mean_y = self.x_sum / self.count, self.y_sum / self.count
+        return (
+            mean_x,
+            mean_y,
+            self.xx / self.count - torch.outer(mean_x, mean_x),
+            self.yx / self.count - torch.outer(mean_y, mean_x),
+            self.yy / self.count - torch.outer(mean_y, mean_y),
+        )
+
+
+def fit(moments: Moments, layer: int, ridge: float = RIDGE) -> AffineMap:
+    """The LMMSE affine map of a layer.
+
+    Raises:
+        NblError: the statistics hold NaN or infinity, or X does not vary.
+    """
+    mean_x, mean_y, cxx, cyx, _ = moments.centred()
+    weight = _solve(cxx, cyx, layer, ridge)
+    return AffineMap(weight.float().numpy(), (mean_y - weight @ mean_x).float().numpy())
+
+
+def score(moments: Moments, layer: int, ridge: float = RIDGE) -> LayerScore:
+    """Bound and calibration errors of a layer's map."""
+    _, _, cxx, cyx, cyy = moments.centred()
+    weight = _solve(cxx, cyx, layer, ridge)
+    c_plus = cxx + cyx + cyx.T + cyy
+    # tr(Cyy - W Cxy - Cyx W' + W Cxx W'), which is tr(Cyy - W Cxy) at the exact minimum and right off it.
+    error = (cyy.trace() - 2 * (weight * cyx).sum() + ((weight @ cxx) * weight).sum()).clamp_min(0)
+    size = cxx.shape[0]
+    lower_x = _cholesky(cxx, layer, ridge)
+    lower_plus = _cholesky(c_plus, layer, ridge)
+    half = torch.linalg.solve_triangular(lower_plus, cyx + cxx, upper=False)
+    coherence = torch.linalg.solve_triangular(lower_x, half.T, upper=False)
+    bound = max(0.0, size - coherence.square().sum().item())
+    return LayerScore(layer, bound, _ratio(error, cyy.trace()), _ratio(error, c_plus.trace()))
+
+
+def _ratio(part: torch.Tensor, whole: torch.Tensor) -> float:
+    return (part / whole).item() if whole > 0 else 0.0
+
+
+def _solve(cxx: torch.Tensor, cyx: torch.Tensor, layer: int, ridge: float) -> torch.Tensor:
+    return torch.cholesky_solve(cyx.T, _cholesky(cxx, layer, ridge)).T
+
+
+def _cholesky(matrix: torch.Tensor, layer: int, ridge: float) -> torch.Tensor:
+    if not torch.isfinite(matrix).all():
+        raise NblError(
+            f"layer {layer}: the calibration statistics hold NaN or infinity; check the checkpoint's weights"
+        )
+    scale = matrix.diagonal().mean()
+    if scale <= 0:
+        raise NblError(f"layer {layer}: its input does not vary over the calibration text; give more varied text")
+    shifted = matrix + (ridge * scale) * torch.eye(matrix.shape[0], dtype=matrix.dtype)
+    factor, info = torch.linalg.cholesky_ex(shifted)
+    if info.item():
+        raise NblError(
+            f"layer {layer}: the calibration statistics are not positive definite; give more tokens (--calibration-tokens)"
+        )
+    return factor

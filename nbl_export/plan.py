@@ -1,0 +1,96 @@
+"""Scores and a goal -> which layers are replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nbl_export.errors import CorruptError, NblError
+from nbl_export.records import AffineMap, LayerScore, Plan
+
+__all__ = ["choose", "load_maps", "parse_layers", "save_maps"]
+
+
+def parse_layers(text: str | None, num_layers: int) -> int | tuple[int, ...]:
+    """Read `--layers`: "8" is a count, "0,7,24-29" (or "8,") names layers from 0; None is a quarter.
+
+    Raises:
+        NblError: not a number, out of range, repeated, or every layer.
+    """
+    if text is None:
+        return max(0, min(round(num_layers / 4), num_layers - 1))
+    text = text.strip()
+    if text.isdigit():
+        count = int(text)
+        if count >= num_layers:
+            raise NblError(_all_refused(f"--layers {count}", num_layers))
+        return count
+    chosen: list[int] = []
+    for part in (p.strip() for p in text.rstrip(",").split(",")):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise NblError(
+                f"--layers {text!r}: {part!r} is not a layer or a range; write a count (8) or layers from 0 (0,7,24-29)"
+            )
+        low, high = int(first), int(last) if dash else int(first)
+        if high < low:
+            raise NblError(f"--layers {text!r}: the range {part} runs backwards")
+        if high >= num_layers:
+            raise NblError(
+                f"--layers {text!r}: layer {high} does not exist; this model has layers 0 to {num_layers - 1}"
+            )
+        chosen.extend(range(low, high + 1))
+    repeated = sorted({i for i in chosen if chosen.count(i) > 1})
+    if repeated:
+        raise NblError(f"--layers {text!r}: layer {repeated[0]} is named twice")
+    if len(chosen) >= num_layers:
+        raise NblError(_all_refused(f"--layers {text!r}", num_layers))
+    return tuple(sorted(chosen))
+
+
+def _all_refused(what: str, num_layers: int) -> str:
+    return (
+        f"{what} would replace all {num_layers} attention layers; at least one stays, because without any "
+        "no token could see another: ask for at most " + str(num_layers - 1)
+    )
+
+
+def choose(scores: Sequence[LayerScore], request: int | tuple[int, ...]) -> Plan:
+    """The plan for a count (smallest CCA bound first, lower layer on a tie) or for named layers."""
+    if isinstance(request, int):
+        ranked = sorted(scores, key=lambda s: (s.bound, s.layer))
+        replaced, select = tuple(sorted(s.layer for s in ranked[:request])), "cca"
+    else:
+        replaced, select = request, "given"
+    return Plan(len(scores), replaced, "residual", select, tuple(scores))
+
+
+def save_maps(maps: dict[int, AffineMap], path: Path) -> None:
+    """Write `layers.{i}.weight` [D, D] (y = x W' + b) and `layers.{i}.bias` [D], float32."""
+    from safetensors.numpy import save_file
+
+    tensors = {f"layers.{i}.{n}": np.ascontiguousarray(v) for i, m in maps.items() for n, v in vars(m).items()}
+    save_file(tensors, path, metadata={"format": "nbl-maps-1"})
+
+
+def load_maps(path: Path, layers: Sequence[int]) -> dict[int, AffineMap]:
+    """Read the maps of `layers`.
+
+    Raises:
+        CorruptError: a map is missing, has a wrong shape, or holds NaN or infinity.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="np") as file:
+            maps = {
+                i: AffineMap(file.get_tensor(f"layers.{i}.weight"), file.get_tensor(f"layers.{i}.bias")) for i in layers
+            }
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CorruptError(f"{path} is not a maps file for layers {list(layers)} ({error}); run plan again") from error
+    for i, found in maps.items():
+        if not (np.isfinite(found.weight).all() and np.isfinite(found.bias).all()):
+            raise CorruptError(f"{path}: the map of layer {i} holds NaN or infinity; run plan again")
+    return maps

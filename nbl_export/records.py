@@ -1,0 +1,244 @@
+"""The nouns that pass between stages: frozen, without I/O, contradictions refused on construction.
+
+Dimension legend (also used in names elsewhere): B batch, T tokens, D hidden size, N rows (tokens) of a
+calibration batch, V vocabulary, H query heads, Hkv key/value heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = [
+    "AffineMap",
+    "DecoderSpec",
+    "GraphContract",
+    "JobOptions",
+    "LayerScore",
+    "PassReport",
+    "Plan",
+    "RungResult",
+    "Scenario",
+    "TensorInfo",
+    "Timing",
+]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """The numbers of a decoder that the rest of the tool needs, in one vocabulary for all architectures."""
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    sliding_window: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.num_layers >= 1, "a decoder has at least one layer")
+        _require(self.num_heads % self.num_kv_heads == 0, "query heads are a multiple of key/value heads")
+
+    def cache_bytes_per_token(self, kept_layers: int, itemsize: int) -> int:
+        """Key and value bytes that one token of one sequence adds: kept layers x 2 x Hkv x head x itemsize."""
+        return kept_layers * 2 * self.num_kv_heads * self.head_dim * itemsize
+
+
+@dataclass(frozen=True)
+class LayerScore:
+    """How well one affine map can stand in for a layer's attention (method: Erdogan et al. 2025).
+
+    bound: CCA bound on the NMSE of the residual output, sum_i (1 - rho_i^2); smaller is better.
+    nmse: exact calibration error of the attention output, tr(Cyy - W Cxy) / tr(Cyy).
+    relative_error: the same error relative to the residual output, tr(Cyy - W Cxy) / tr(C++).
+    """
+
+    layer: int
+    bound: float
+    nmse: float
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    """attention(norm(x)) ~ x W' + b for rows x of the residual stream; weight [D, D] and bias [D], float32."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+
+    def __post_init__(self) -> None:
+        _require(self.weight.ndim == 2 and self.bias.ndim == 1, "weight is a matrix, bias a vector")
+        _require(self.weight.shape[0] == self.bias.shape[0], "weight and bias disagree on the output size")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which layers lose their attention. The empty plan is legal and means the original model."""
+
+    num_layers: int
+    replaced: tuple[int, ...]
+    tap: str = "residual"
+    select: str = "cca"
+    scores: tuple[LayerScore, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require(self.replaced == tuple(sorted(set(self.replaced))), "replaced layers are sorted and distinct")
+        _require(all(0 <= i < self.num_layers for i in self.replaced), "a replaced layer does not exist")
+        _require(len(self.replaced) < self.num_layers, "at least one attention layer stays")
+        _require(self.tap == "residual", f"unknown tap {self.tap!r}")
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Layers that keep attention and cache, ascending."""
+        gone = set(self.replaced)
+        return tuple(i for i in range(self.num_layers) if i not in gone)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Name, element type (ONNX spelling, lower case) and dimensions (int, or the name of a symbol)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphContract:
+    """What a decoder graph takes and gives, and which layers keep a cache."""
+
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    cache_layers: tuple[int, ...]
+
+    def cache_bytes_per_token(self, head_dim: int) -> int:
+        """Cache bytes that one token of one sequence takes, from the cache inputs.
+
+        head_dim fills the last dimension where the exporter names it instead of stating it (the GenAI
+        builder does); a stated one that disagrees is an error.
+        """
+        total = 0
+        for info in self.inputs:
+            if not info.name.startswith("past_key_values."):
+                continue
+            heads, stated = info.shape[1], info.shape[3]
+            _require(isinstance(heads, int), f"{info.name} has no fixed number of heads")
+            _require(not isinstance(stated, int) or stated == head_dim, f"{info.name} has head size {stated}")
+            total += int(heads) * head_dim * ITEMSIZE[info.dtype]
+        return total
+
+
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one graph pass did. `modified` is true exactly when something changed."""
+
+    name: str
+    modified: bool
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RungResult:
+    """One rung of the verification ladder: the figure seen and the tolerance it is held against.
+
+    tolerance None means reported and not gated.
+    """
+
+    rung: str
+    subject: str
+    metric: str
+    value: float
+    tolerance: float | None
+    passed: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One benchmark row in llama-bench's terms: pp<T> is prefill of T tokens, tg<T> decode of T tokens."""
+
+    kind: str
+    tokens: int
+    depth: int
+
+    def __post_init__(self) -> None:
+        _require(self.kind in ("pp", "tg"), f"unknown test kind {self.kind!r}")
+        _require(self.tokens >= 1 and self.depth >= 0, "tokens are positive, depth is not negative")
+
+    @property
+    def test(self) -> str:
+        return f"{self.kind}{self.tokens}"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """All repetitions of one scenario on one variant, in nanoseconds, in the order they ran."""
+
+    scenario: Scenario
+    variant: str
+    samples_ns: tuple[int, ...]
+
+    @property
+    def tokens_per_second(self) -> tuple[float, ...]:
+        return tuple(self.scenario.tokens * 1e9 / ns for ns in self.samples_ns)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.tokens_per_second)
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.tokens_per_second)
+
+    @property
+    def stdev(self) -> float:
+        return statistics.stdev(self.tokens_per_second) if len(self.samples_ns) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """Everything a user can ask of the main job, resolved. Recorded in nbl.json and read back on resume."""
+
+    model: str
+    engine: str = "ort"
+    layers: str | None = None
+    precision: str = "fp32"
+    decoder_source: str = "genai"
+    calibration: str | None = None
+    calibration_tokens: int = 65_536
+    context: int = 512
+    seed: int = 0
+    depths: tuple[int, ...] = (0, 2048)
+    repetitions: int = 5
+    prompt_tokens: int = 512
+    generate_tokens: int = 128
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("calibration_tokens", "context", "repetitions", "prompt_tokens", "generate_tokens"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1")
+        _require(all(d >= 0 for d in self.depths), "depths are not negative")
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> JobOptions:
+        known = {f.name for f in dataclasses.fields(cls)}
+        kept = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+        return cls(**kept)
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
