@@ -1,0 +1,58 @@
+"""What an engine is: its capabilities as data, a probe that answers by a known-answer run, and a runner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ["Availability", "Capabilities", "TextRunner"]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What differs between engines. No `if engine ==` anywhere else.
+
+    precisions: what `--precision` may say. sources: decoder sources whose graphs it takes, default first.
+    extra: the optional extra that installs it.
+    """
+
+    name: str
+    title: str
+    precisions: tuple[str, ...]
+    sources: tuple[str, ...]
+    extra: str
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Answer of a probe. `reason` says what is missing and how to get it, or what was found."""
+
+    available: bool
+    reason: str
+
+
+class TextRunner(Protocol):
+    """A loaded decoder that generates: what bench and generate need, whichever the engine. A context manager."""
+
+    def __enter__(self) -> TextRunner: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def begin(self, max_tokens: int) -> None:
+        """Forget the sequence; make room for max_tokens of the next one."""
+
+    def append(self, ids: Sequence[int]) -> None:
+        """Run the decoder over ids as one chunk (prefill, or one decode step for a single id)."""
+
+    def rewind(self, length: int) -> None:
+        """Drop everything after the first `length` tokens."""
+
+    def encode(self, prompt: str, *, chat: bool) -> list[int]:
+        """Token ids of a prompt, through the chat template if there is one and `chat` asks for it."""
+
+    def stream(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[str]:
+        """Greedy continuation as text pieces, until the end of text or the limit."""
+
+    def greedy(self, ids: Sequence[int], new_tokens: int) -> list[int]:
+        """Greedy continuation as token ids, end of text ignored."""
