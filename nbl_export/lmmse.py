@@ -99,6 +99,6 @@ def _cholesky(matrix: torch.Tensor, layer: int, ridge: float) -> torch.Tensor:
     factor, info = torch.linalg.cholesky_ex(shifted)
     if info.item():
         raise NblError(
-            f"layer {layer}: the calibration statistics are not positive definite; give more tokens (--calibration-tokens)"
+            f"layer {layer}: the calibration statistics are not positive definite; give more --calibration-tokens"
         )
     return factor

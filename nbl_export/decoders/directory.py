@@ -1,0 +1,55 @@
+"""Completes an exported directory so that plain runtimes of every age load it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from nbl_export.errors import NblError
+
+__all__ = ["TEXT_FILES", "finish_directory"]
+
+# Everything beside the graph that a deployable directory carries over from its checkpoint.
+TEXT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+# transformers 5 writes TokenizersBackend, which 4.x does not know, and mobius turns that into LlamaTokenizer,
+# which 4.x would convert from a sentencepiece model that is not there. PreTrainedTokenizerFast serves all.
+_PORTABLE_TOKENIZER_CLASS = "PreTrainedTokenizerFast"
+
+
+def finish_directory(checkpoint: Path, out: Path) -> None:
+    """Add config.json and missing tokenizer files; make the tokenizer loadable by transformers 4 and 5.
+
+    Raises:
+        NblError: the exporter left no graph or no runtime configuration.
+    """
+    for name in ("model.onnx", "genai_config.json"):
+        if not (out / name).is_file():
+            raise NblError(f"the exporter wrote no {name}; try the other --decoder-source")
+    for name in TEXT_FILES:
+        if (checkpoint / name).is_file() and not (out / name).exists():
+            shutil.copyfile(checkpoint / name, out / name)
+    _make_tokenizer_portable(checkpoint, out)
+
+
+def _make_tokenizer_portable(checkpoint: Path, out: Path) -> None:
+    theirs, ours = checkpoint / "tokenizer_config.json", out / "tokenizer_config.json"
+    if not (theirs.exists() and ours.exists() and (out / "tokenizer.json").exists()):
+        return
+    if json.loads(theirs.read_text(encoding="utf-8")).get("tokenizer_class") != "TokenizersBackend":
+        return
+    settings = json.loads(ours.read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = _PORTABLE_TOKENIZER_CLASS
+    settings.setdefault("model_input_names", ["input_ids", "attention_mask"])  # no token_type_ids
+    ours.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,25 @@
+"""mobius, by the ONNX Runtime team: opset 24, fused to GroupQueryAttention and skip norms for the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nbl_export.decoders.quiet import captured
+from nbl_export.errors import MissingPackageError, NblError
+
+__all__ = ["build"]
+
+_DTYPES = {"fp32": "f32", "fp16": "f16"}
+
+
+def build(checkpoint: Path, out: Path, precision: str) -> None:
+    """Write model.onnx, its data, genai_config.json and the tokenizer to `out`."""
+    if precision not in _DTYPES:
+        raise NblError(f"mobius makes no {precision} graph; use --precision {', '.join(_DTYPES)}, or the genai source")
+    try:
+        from mobius.__main__ import main as mobius_cli
+    except ImportError as error:
+        raise MissingPackageError("mobius-onnx", "export", "building the decoder graph") from error
+    arguments = ["build", "--config", str(checkpoint), "--ep", "cpu", "--dtype", _DTYPES[precision]]
+    with captured("mobius", checkpoint):
+        mobius_cli([*arguments, "--runtime", "ort-genai", str(out)])

@@ -1,0 +1,95 @@
+"""A decoder graph on plain ONNX Runtime: prefill and cached steps of a right-padded batch, logits as numpy.
+
+For proof, not for speed: caches travel through numpy. Knows the graph only by its inputs and outputs.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from nbl_export.errors import CorruptError, MissingPackageError
+from nbl_export.records import GraphContract, TensorInfo
+
+__all__ = ["OnnxDecoder"]
+
+_PAST = re.compile(r"^past_key_values\.(\d+)\.(key|value)$")
+_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64",
+           "tensor(int32)": "int32", "tensor(bfloat16)": "bfloat16"}  # fmt: skip
+
+
+class OnnxDecoder:
+    """One decoder graph and the caches of the batch it is running.
+
+    Args:
+        directory: holds model.onnx.
+        head_dim: size of a head, where the graph only names that dimension.
+        threads: intra-op threads; None is ONNX Runtime's choice.
+
+    Raises:
+        CorruptError: ONNX Runtime cannot load the graph.
+    """
+
+    def __init__(self, directory: Path, head_dim: int, threads: int | None = None) -> None:
+        try:
+            import onnxruntime as ort
+        except ImportError as error:
+            raise MissingPackageError("onnxruntime", "cpu", "running the graph") from error
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads:
+            options.intra_op_num_threads = threads
+        try:
+            path = str(directory / "model.onnx")
+            self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ORT's own exception types, one for each kind of damage
+            raise CorruptError(f"ONNX Runtime cannot load {directory / 'model.onnx'}: {error}") from error
+        self.head_dim = head_dim
+        self.contract = self._contract()
+        self._past: dict[str, np.ndarray] = {}
+        self._mask_BT = np.zeros((0, 0), np.int64)
+
+    def _contract(self) -> GraphContract:
+        def info(arg: object) -> TensorInfo:
+            shape = tuple(d if isinstance(d, int) else str(d) for d in arg.shape)  # type: ignore[attr-defined]
+            return TensorInfo(arg.name, _DTYPES.get(arg.type, arg.type), shape)  # type: ignore[attr-defined]
+
+        inputs = tuple(info(a) for a in self.session.get_inputs())
+        layers = sorted({int(m[1]) for a in inputs if (m := _PAST.match(a.name))})
+        return GraphContract(inputs, tuple(info(a) for a in self.session.get_outputs()), tuple(layers))
+
+    def begin(self, batch: int) -> None:
+        """Empty caches for a batch."""
+        self._mask_BT = np.zeros((batch, 0), np.int64)
+        self._past = {
+            a.name: np.zeros((batch, int(a.shape[1]), 0, self.head_dim), a.dtype)
+            for a in self.contract.inputs
+            if _PAST.match(a.name)
+        }
+
+    def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
+        """Append tokens and return their logits [B, T, V] (or [B, 1, V] from a pruned head), float32.
+
+        Args:
+            ids_BT: token ids.
+            valid_BT: 1 for tokens, 0 for padding on the right; only a first chunk may be padded.
+        """
+        valid = np.ones_like(ids_BT) if valid_BT is None else valid_BT
+        past_lengths = self._mask_BT.sum(1)
+        self._mask_BT = np.concatenate([self._mask_BT, valid.astype(np.int64)], 1)
+        positions = past_lengths[:, None] + np.arange(ids_BT.shape[1])[None, :]
+        feeds = {"input_ids": ids_BT.astype(np.int64), "attention_mask": self._mask_BT,
+                 "position_ids": positions.astype(np.int64)}  # fmt: skip
+        names = {a.name for a in self.contract.inputs}
+        outputs = [a.name for a in self.contract.outputs]
+        values = self.session.run(outputs, {**{k: v for k, v in feeds.items() if k in names}, **self._past})
+        found = dict(zip(outputs, values, strict=True))
+        self._past = {name: found[name.replace("past_key_values", "present")] for name in self._past}
+        return found["logits"].astype(np.float32)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the caches of the running batch hold now."""
+        return sum(array.nbytes for array in self._past.values())

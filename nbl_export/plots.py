@@ -1,0 +1,159 @@
+"""Numbers -> inline SVG for the report.
+
+Figures are drawn about 440 points wide and scaled by the page, so one drawing serves a desk and a phone. Text
+stays text. Colours are CSS variables of the page (with the light theme as fallback), so one drawing serves light
+and dark. Rows and ratios are those of report.json.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+__all__ = ["depths", "layers", "throughput"]
+
+_NBL, _ORIGINAL, _TEXT, _GRID = "#1b6ec2", "#c9a66b", "#4a5560", "#d5dade"
+_VARIABLES = {_NBL: "--nbl", _ORIGINAL: "--original", _TEXT: "--ink-2", _GRID: "--line"}
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "nbl-export",
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same layout on every machine
+    "font.size": 10.5,
+    "text.parse_math": False,
+    "text.color": _TEXT,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _TEXT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "xtick.color": _TEXT,
+    "ytick.color": _TEXT,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.8,
+}
+_WIDTH = 6.1  # inches of 72 points
+
+
+def throughput(rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]]) -> str:
+    """Draw tokens/s as bars (medians) with whiskers (lowest to highest round), a panel a kind, as SVG.
+
+    Prefill and decode differ by an order of magnitude, so each has its own axis. The text of a ratio stands
+    beside its two bars.
+    """
+    panels = [(title, [r for r in rows if r["kind"] == kind]) for kind, title in (("pp", "Prefill"), ("tg", "Decode"))]
+    panels = [(title, chosen) for title, chosen in panels if chosen]
+    heights = [0.4 + len({(r["test"], r["depth"]) for r in chosen}) for _, chosen in panels]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 0.7 + 0.66 * sum(heights)), layout="constrained")
+        axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for axis, (title, chosen) in zip(axes, panels, strict=True):
+            _bars(axis, chosen, {(r["test"], r["depth"]): r["text"] for r in ratios})
+            axis.set_title(title, loc="left", fontsize=11.5, weight="bold")
+        axes[-1].set_xlabel("tokens per second")
+        return _svg(figure, axes[0], "throughput")
+
+
+def _bars(axis: Axes, rows: Sequence[dict[str, Any]], texts: dict[tuple[str, int], str]) -> None:
+    groups = list(dict.fromkeys((r["test"], r["depth"]) for r in rows))
+    highest = max(max(r["samples"]) for r in rows)
+    named: set[str] = set()
+    for row in rows:
+        variant, median, samples = row["variant"], row["tokens_per_second_median"], row["samples"]
+        at = groups.index((row["test"], row["depth"])) + (-0.19 if variant == "original" else 0.19)
+        label = None if variant in named else _NAMES[variant]
+        named.add(variant)
+        axis.barh(at, median, 0.34, color=_NBL if variant == "nbl" else _ORIGINAL, label=label)
+        spread = [[median - min(samples)], [max(samples) - median]]
+        axis.errorbar(median, at, xerr=spread, fmt="none", ecolor=_TEXT, elinewidth=1.3, capsize=3)
+        axis.text(max(samples) + highest * 0.02, at, _short(median), va="center", fontsize=9.5)
+    for at, group in enumerate(groups):
+        text = texts.get(group, "").replace("clear ", "clear\n").replace("few ", "few\n")
+        axis.text(1.02, at, text, transform=axis.get_yaxis_transform(), va="center", weight="bold")
+    axis.set_xlim(0, highest * 1.17)
+    axis.set_yticks(range(len(groups)), [f"{test}\ndepth {depth}" for test, depth in groups])
+    axis.set_ylim(len(groups) - 0.45, -0.55)
+    axis.tick_params(length=0)
+    axis.grid(axis="x")
+    axis.spines["bottom"].set_visible(False)
+
+
+_NAMES = {"original": "original", "nbl": "NBL"}
+
+
+def depths(ratios: Sequence[dict[str, Any]]) -> str:
+    """Draw the paired ratio (median, whiskers from lowest to highest pair) against depth, a line a test, as SVG."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 3.5), layout="constrained")
+        axis = figure.subplots()
+        axis.axhline(1.0, color=_ORIGINAL, linewidth=2, label="original")
+        for index, test in enumerate(dict.fromkeys(r["test"] for r in ratios)):
+            chosen = sorted((r for r in ratios if r["test"] == test), key=lambda r: r["depth"])
+            spread = [[r["ratio"] - r["low"] for r in chosen], [r["high"] - r["ratio"] for r in chosen]]
+            line, marker = ("-", "o") if index % 2 == 0 else ("--", "s")
+            style = {"color": _NBL, "linestyle": line, "marker": marker, "markersize": 6, "capsize": 4}
+            axis.errorbar([r["depth"] for r in chosen], [r["ratio"] for r in chosen], spread, label=test, **style)
+        axis.set_xticks(sorted({r["depth"] for r in ratios}))
+        axis.margins(0.08, 0.12)
+        axis.set_xlabel("tokens already in the cache (depth)")
+        axis.set_ylabel("NBL tokens/s over original")
+        return _svg(figure, axis, "depths")
+
+
+def layers(name: str, values: Sequence[tuple[int, float]], replaced: Sequence[int], label: str) -> str:
+    """Draw one score of every layer, replaced layers filled, as SVG; logarithmic where the scores span decades.
+
+    Args:
+        name: what makes the ids of this drawing unique in the page.
+        values: (layer, score) pairs.
+        replaced: layers without attention.
+        label: the vertical axis.
+    """
+    gone, scores = set(replaced), [score for _, score in values]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 3.2), layout="constrained")
+        axis = figure.subplots()
+        for is_gone, colour, fill, text in (
+            (False, _ORIGINAL, "none", "attention kept"),
+            (True, _NBL, _NBL, "replaced"),
+        ):
+            chosen = [value for value in values if (value[0] in gone) == is_gone]
+            style = {"color": colour, "markerfacecolor": fill, "markeredgewidth": 2}
+            size = 7.0 if len(values) <= 40 else 4.5
+            axis.plot([i for i, _ in chosen], [v for _, v in chosen], "o", label=text, markersize=size, **style)
+        if min(scores) > 0 and max(scores) / min(scores) > 30:
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(min(0.0, *scores), max(*scores, 0.0) * 1.1 or 1.0)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.yaxis.set_major_formatter(lambda value, _: _short(value))
+        axis.yaxis.set_minor_formatter("")
+        axis.set_xlabel("layer")
+        axis.set_ylabel(label)
+        return _svg(figure, axis, name)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _svg(figure: Figure, axis: Axes, name: str) -> str:
+    """Add what all figures share; an <svg> element without metadata, whose ids start with `name`."""
+    if name != "throughput":
+        axis.grid(axis="y")
+        axis.tick_params(which="both", length=0)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False)
+    stream = io.StringIO()
+    silent = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(stream, format="svg", transparent=True, metadata=silent)
+    found = re.search(r'<svg[^>]*viewBox="([^"]*)"[^>]*>\s*<defs>.*?</defs>(.*)</svg>', stream.getvalue(), re.DOTALL)
+    assert found is not None, "matplotlib writes an <svg> with a viewBox"
+    body = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", found[2].replace("xlink:href", "href"))
+    for colour, variable in _VARIABLES.items():
+        body = body.replace(colour, f"var({variable}, {colour})")
+    return f'<svg viewBox="{found[1]}" aria-hidden="true">{body}</svg>'

@@ -1,0 +1,93 @@
+"""A decoder graph and a plan in, the NBL graph out: an ordered list of passes, one subject each.
+
+Passes change the graph in place and say whether they did. They refuse, with layer and reason, what they do
+not understand; a plan that asks for m layers and would rewrite fewer is an error.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from nbl_export.errors import RefusalError
+from nbl_export.records import AffineMap, GraphContract, PassReport, Plan, TensorInfo
+from nbl_export.rewrite.anatomy import cache_layers
+from nbl_export.rewrite.bypass import BypassAttention
+from nbl_export.rewrite.caches import DropCaches, DropUnreadCaches
+from nbl_export.rewrite.quantize import QuantizeMaps
+from nbl_export.rewrite.sweep import SkipNormToAdd, Sweep
+
+__all__ = ["contract_of", "passes_for", "rewrite", "rewrite_model"]
+
+_GRAPH_FILES = ("model.onnx", "model.onnx.data")
+
+
+def passes_for(plan: Plan, maps: Mapping[int, AffineMap]) -> Sequence[ir.passes.PassBase]:
+    """The rewrite, in order."""
+    chosen = {layer: maps[layer] for layer in plan.replaced}
+    return (
+        BypassAttention(chosen),
+        DropCaches(plan.replaced),
+        Sweep(),
+        DropUnreadCaches(plan.replaced),
+        SkipNormToAdd(),
+        QuantizeMaps(),
+        Sweep(),
+    )
+
+
+def rewrite_model(model: ir.Model, plan: Plan, maps: Mapping[int, AffineMap]) -> tuple[PassReport, ...]:
+    """Rewrite in place. With the empty plan nothing is touched.
+
+    Raises:
+        RefusalError: the graph is not understood, or does not have the plan's layers.
+    """
+    if not plan.replaced:
+        return ()
+    before = cache_layers(model.graph)
+    missing = set(plan.replaced) - set(before)
+    if missing:
+        raise RefusalError(min(missing), f"the graph has attention caches for layers {list(before)} only")
+    reports = [PassReport(type(step).__name__, step(model).modified) for step in passes_for(plan, maps)]
+    after = cache_layers(model.graph)
+    if after != tuple(i for i in before if i not in plan.replaced):
+        raise RefusalError(None, f"caches remain for layers {list(after)} after replacing {list(plan.replaced)}")
+    return tuple(reports)
+
+
+def rewrite(source: Path, out: Path, plan: Plan, maps: Mapping[int, AffineMap]) -> tuple[PassReport, ...]:
+    """Write the NBL version of a deployable directory to `out` (which must not exist).
+
+    Weights that stay are copied from file to file; an empty plan copies the graph byte for byte.
+
+    Raises:
+        RefusalError: the graph is not understood.
+    """
+    out.mkdir()
+    for file in sorted(source.iterdir()):
+        if file.is_file() and (file.name not in _GRAPH_FILES or not plan.replaced):
+            shutil.copyfile(file, out / file.name)
+    if not plan.replaced:
+        return ()
+    model = ir.load(source / "model.onnx")
+    reports = rewrite_model(model, plan, maps)
+    ir.save(model, out / "model.onnx", external_data="model.onnx.data")
+    return reports
+
+
+def contract_of(model: ir.Model) -> GraphContract:
+    """Names, element types and dimensions of a decoder graph, and which layers keep a cache."""
+    return GraphContract(
+        tuple(_info(v) for v in model.graph.inputs),
+        tuple(_info(v) for v in model.graph.outputs),
+        cache_layers(model.graph),
+    )
+
+
+def _info(value: ir.Value) -> TensorInfo:
+    dtype = value.dtype.numpy().name if value.dtype is not None else "?"
+    dims = () if value.shape is None else tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+    return TensorInfo(str(value.name), dtype, dims)

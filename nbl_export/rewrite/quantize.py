@@ -1,0 +1,114 @@
+"""Quantise the maps of an int8 or int4 graph like their neighbours.
+
+    before   MatMul(x, W' float32)      after   MatMulNBits(x, packed, scales[, zero points])
+
+Bits, block size and accuracy level are read off the graph's own MatMulNBits nodes; the packing is ONNX
+Runtime's, run on a graph that holds one map and nothing else, so that memory stays that of one map.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from nbl_export.errors import MissingPackageError
+
+__all__ = ["QuantizeMaps"]
+
+_PREFIX = "/nbl/layers."
+
+
+@dataclass(frozen=True)
+class _Scheme:
+    bits: int
+    block_size: int
+    accuracy_level: int
+    symmetric: bool
+
+
+class QuantizeMaps(ir.passes.InPlacePass):
+    """Turn the MatMul of each bypass into MatMulNBits where the graph's other matrices are; else do nothing."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        scheme = _scheme_of(model.graph)
+        maps = [n for n in model.graph if n.op_type == "MatMul" and (n.name or "").startswith(_PREFIX)]
+        if scheme is None or not maps:
+            return ir.passes.PassResult(model, modified=False)
+        for node in maps:
+            _quantize(model.graph, node, scheme)
+        return ir.passes.PassResult(model, modified=True)
+
+
+def _scheme_of(graph: ir.Graph) -> _Scheme | None:
+    """The most common scheme of the decoder's matrices (an lm_head may have one of its own)."""
+    seen = Counter(
+        _Scheme(
+            node.attributes["bits"].as_int(),
+            node.attributes["block_size"].as_int(),
+            node.attributes["accuracy_level"].as_int() if "accuracy_level" in node.attributes else 0,
+            len(node.inputs) < 4 or node.inputs[3] is None,
+        )
+        for node in graph
+        if node.op_type == "MatMulNBits"
+    )
+    return seen.most_common(1)[0][0] if seen else None
+
+
+def _quantize(graph: ir.Graph, node: ir.Node, scheme: _Scheme) -> None:
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    packed, constants = _pack(weight.const_value, scheme)
+    inputs = [node.inputs[0]]
+    for constant in constants:
+        value = ir.Value(
+            name=constant.name, const_value=constant, shape=constant.shape, type=ir.TensorType(constant.dtype)
+        )
+        graph.register_initializer(value)
+        inputs.append(value)
+    replacement = ir.node(
+        "MatMulNBits",
+        inputs,
+        attributes=packed.attributes.copy(),
+        domain="com.microsoft",
+        name=f"{node.name}_Q{scheme.bits}",
+    )
+    output, old = replacement.outputs[0], node.outputs[0]
+    output.shape, output.type = old.shape, old.type
+    graph.insert_before(node, [replacement])
+    old.replace_all_uses_with(output)
+    graph.remove(node, safe=True)
+    output.name = old.name
+    del graph.initializers[str(weight.name)]
+
+
+def _pack(weight: ir.TensorProtocol, scheme: _Scheme) -> tuple[ir.Node, list[ir.TensorProtocol]]:
+    """Run ONNX Runtime's quantiser over a graph of this one matrix; the node it makes and its constants."""
+    try:
+        from onnxruntime.quantization import matmul_nbits_quantizer as nbits
+    except ImportError as error:
+        raise MissingPackageError("onnxruntime", "cpu", "quantising the maps") from error
+
+    constant = ir.Value(name=weight.name, const_value=weight, shape=weight.shape, type=ir.TensorType(weight.dtype))
+    x = ir.Value(name="x", shape=ir.Shape(["N", weight.shape[0]]), type=ir.TensorType(weight.dtype))
+    product = ir.node("MatMul", [x, constant], name="map")
+    product.outputs[0].name = "y"
+    product.outputs[0].type = ir.TensorType(weight.dtype)
+    graph = ir.Graph([x], product.outputs, nodes=[product], initializers=[constant], opset_imports={"": 21})
+    config = nbits.DefaultWeightOnlyQuantConfig(
+        block_size=scheme.block_size,
+        is_symmetric=scheme.symmetric,
+        accuracy_level=scheme.accuracy_level,
+        bits=scheme.bits,
+    )
+    logging.disable(logging.INFO)  # it logs a line a node
+    try:
+        quantizer = nbits.MatMulNBitsQuantizer(ir.to_proto(ir.Model(graph, ir_version=10)), algo_config=config)
+        quantizer.process()
+    finally:
+        logging.disable(logging.NOTSET)
+    result = ir.from_proto(quantizer.model.model).graph
+    (node,) = [n for n in result if n.op_type == "MatMulNBits"]
+    return node, [v.const_value for v in node.inputs[1:] if v is not None and v.const_value is not None]

@@ -1,0 +1,230 @@
+"""The ladder from file to text: does the exported graph compute what the torch model computes?
+
+    a  the file: ONNX checker, shape inference, contract as predicted, in file and session; cache bytes as predicted
+    b  original graph against the original torch model: the yardstick
+    c  NBL graph against the NBL torch model: prefill and cached steps, a batch of two different lengths
+    d  greedy text through the runtime that ships, against torch
+    e  the price: NBL against original on held-back text; reported, not gated
+
+One table of tolerances by precision; nothing else decides.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nbl_export.errors import NblError
+from nbl_export.records import DecoderSpec, GraphContract, Plan, RungResult
+
+__all__ = ["DECODE_STEPS", "TOLERANCES", "Probe", "Tolerance", "check_file", "check_greedy", "check_logits", "price"]
+
+DECODE_STEPS = 16
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a precision is held to.
+
+    metric: "max_abs" (largest logit difference) or "relative_rms" (rms of the difference over rms of the logits).
+    limit: for rungs b and c. ratio: rung c may be at most this many times rung b's figure (None: no such rule);
+    greedy_margin: a greedy choice may differ where torch's two best logits are closer than this.
+    """
+
+    metric: str
+    limit: float
+    ratio: float | None
+    greedy_margin: float
+
+
+# fp32: agreement of two float32 implementations of the same graph. The quantised rows judge structure, not
+# quality: their yardstick is the original graph's own error at that precision (rung b), with a limit that
+# catches a graph that is wrong altogether. Measured figures behind each row: bench/README.md.
+TOLERANCES = {
+    "fp32": Tolerance("max_abs", 1e-3, None, 1e-2),
+    "fp16": Tolerance("relative_rms", 0.02, 2.0, 0.5),
+    "int8": Tolerance("relative_rms", 0.05, 1.5, 1.0),
+    "int4": Tolerance("relative_rms", 0.35, 1.5, 4.0),
+}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Held-back token ids to compare on: two rows of different length, each followed by forced decode steps."""
+
+    rows: tuple[tuple[int, ...], ...]
+    prompts: tuple[tuple[int, ...], ...]
+    new_tokens: int
+
+
+def check_file(
+    subject: str, directory: Path, spec: DecoderSpec, kept: Sequence[int], session: GraphContract, itemsize: int
+) -> list[RungResult]:
+    """Rung a: the file is valid ONNX and takes and gives exactly what the plan says."""
+    import onnx
+
+    path = str(directory / "model.onnx")
+    problem = ""
+    try:
+        onnx.checker.check_model(path)
+        with tempfile.TemporaryDirectory() as scratch:
+            onnx.shape_inference.infer_shapes_path(path, str(Path(scratch) / "inferred.onnx"), data_prop=True)
+    except Exception as error:  # checker and inference raise several kinds
+        problem = str(error).splitlines()[0]
+    results = [_verdict("a", subject, "onnx checker and shape inference", not problem, problem)]
+    proto = onnx.load(path, load_external_data=False)
+    in_file = ([v.name for v in proto.graph.input], [v.name for v in proto.graph.output])
+    in_session = ([v.name for v in session.inputs], [v.name for v in session.outputs])
+    wanted = {f"past_key_values.{i}.{p}" for i in kept for p in ("key", "value")}
+    has = {n for n in in_file[0] if n.startswith("past_key_values.")}
+    gives = {n.replace("present", "past_key_values") for n in in_file[1] if n.startswith("present.")}
+    detail = f"caches {len(has) // 2} of {spec.num_layers} layers"
+    results.append(_verdict("a", subject, "contract", has == wanted == gives and in_file == in_session, detail))
+    predicted = spec.cache_bytes_per_token(len(kept), itemsize)
+    stated = session.cache_bytes_per_token(spec.head_dim)
+    detail = f"{stated} bytes a token, {predicted} predicted"
+    results.append(_verdict("a", subject, "cache bytes per token", stated == predicted, detail))
+    return results
+
+
+def _verdict(rung: str, subject: str, metric: str, passed: bool, detail: str = "") -> RungResult:
+    return RungResult(rung, subject, metric, 0.0 if passed else 1.0, 0.5, passed, detail)
+
+
+def run_rows(decoder: Any, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Logits [length, V] of each row from one right-padded batch: prefill, then cached steps one token at a time."""
+    lengths = [len(row) - DECODE_STEPS for row in rows]
+    ids = np.zeros((len(rows), max(lengths)), np.int64)
+    valid = np.zeros_like(ids)
+    for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        ids[b, :length], valid[b, :length] = row[:length], 1
+    decoder.begin(len(rows))
+    prefill = decoder.step(ids, valid)
+    steps = [
+        decoder.step(np.array([[row[length + k]] for row, length in zip(rows, lengths, strict=True)]))
+        for k in range(DECODE_STEPS)
+    ]
+    return [np.concatenate([prefill[b, :length], *(step[b] for step in steps)]) for b, length in enumerate(lengths)]
+
+
+def check_logits(
+    rung: str,
+    subject: str,
+    decoder: Any,
+    rows: Sequence[Sequence[int]],
+    expected: Sequence[np.ndarray],
+    precision: str,
+    yardstick: float | None = None,
+) -> list[RungResult]:
+    """Rungs b and c: logits of prefill and of cached steps against torch, each row by itself and as a batch.
+
+    Args:
+        yardstick: rung b's largest figure, where the precision's rule compares with it.
+    """
+    tolerance = TOLERANCES[precision]
+    limit = tolerance.limit
+    if yardstick is not None and tolerance.ratio is not None:
+        limit = min(limit, max(yardstick * tolerance.ratio, 1e-4))
+    results = []
+    for name, got in (
+        ("one sequence", [run_rows(decoder, [row])[0] for row in rows]),
+        ("batch of 2, different lengths", run_rows(decoder, rows)),
+    ):
+        pairs = list(zip(got, expected, strict=True))
+        for part, cut in (("prefill", slice(None, -DECODE_STEPS)), ("decode", slice(-DECODE_STEPS, None))):
+            value = max(_distance(tolerance.metric, g[cut], e[cut]) for g, e in pairs)
+            passed = bool(np.isfinite(value) and value <= limit)
+            metric = f"{tolerance.metric.replace('_', ' ')} logit difference, {part}"
+            results.append(RungResult(rung, subject, metric, value, limit, passed, name))
+    return results
+
+
+def _distance(metric: str, got: np.ndarray, expected: np.ndarray) -> float:
+    difference = got.astype(np.float64) - expected
+    if metric == "max_abs":
+        return float(np.abs(difference).max())
+    return float(np.sqrt(np.square(difference).mean() / np.square(expected.astype(np.float64)).mean()))
+
+
+def check_greedy(
+    subject: str,
+    said: Sequence[Sequence[int]],
+    expected: Sequence[Sequence[int]],
+    margins: Sequence[Sequence[float]],
+    precision: str,
+) -> RungResult:
+    """Rung d: greedy tokens agree with torch's, or first differ where torch itself was undecided."""
+    limit = TOLERANCES[precision].greedy_margin
+    worst, same, total = 0.0, 0, 0
+    for ours, theirs, gaps in zip(said, expected, margins, strict=True):
+        total += len(theirs)
+        split = next((k for k, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
+        same += len(theirs) if split is None else split
+        if split is not None:
+            worst = max(worst, gaps[split])
+    detail = f"{same} of {total} tokens the same up to the first difference"
+    return RungResult(
+        "d", subject, "torch's margin where greedy text first differs", worst, limit, worst <= limit, detail
+    )
+
+
+def price(
+    original: Any, nbl: Any, texts: Sequence[tuple[str, np.ndarray]], progress: Callable[[int, int], None]
+) -> list[dict[str, Any]]:
+    """Rung e: perplexity of both graphs, KL(original || NBL) in nats and top-1 agreement, token by token.
+
+    Args:
+        texts: name and token ids [windows, context].
+    """
+    rows = []
+    total = sum(len(windows) for _, windows in texts)
+    done = 0
+    for name, windows in texts:
+        sums = np.zeros(4)
+        for window in windows:
+            base, ours = (_log_probabilities(decoder, window) for decoder in (original, nbl))
+            target = window[1:]
+            place = np.arange(len(target))
+            kl = (np.exp(base) * (base - ours)).sum(1).mean()
+            agree = (base.argmax(1) == ours.argmax(1)).mean()
+            sums += [-base[place, target].mean(), -ours[place, target].mean(), kl, agree]
+            done += 1
+            progress(done, total)
+        loss_original, loss_nbl, kl, agree = (float(v) for v in sums / len(windows))
+        rows.append(
+            {
+                "text": name,
+                "tokens": int(windows.size),
+                "perplexity_original": float(np.exp(loss_original)),
+                "perplexity_nbl": float(np.exp(loss_nbl)),
+                "kl_mean": kl,
+                "top1_agreement": agree,
+            }
+        )
+    return rows
+
+
+def _log_probabilities(decoder: Any, window: np.ndarray) -> np.ndarray:
+    """[T - 1, V]: what each position says of the next token."""
+    decoder.begin(1)
+    logits = decoder.step(window[None, :])[0, :-1]
+    if logits.shape[0] != len(window) - 1:
+        raise NblError("this graph gives logits of the last position only; the price needs all of them")
+    logits -= logits.max(1, keepdims=True)
+    return np.asarray(logits - np.log(np.exp(logits).sum(1, keepdims=True)))
+
+
+def summary(results: Sequence[RungResult], precision: str, prices: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
+    """The value of verify.json, without the cache figures."""
+    return {
+        "passed": all(r.passed for r in results),
+        "precision": precision,
+        "replaced_layers": list(plan.replaced),
+        "rungs": [asdict(r) for r in results],
+        "price": prices,
+    }
