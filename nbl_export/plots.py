@@ -1,6 +1,6 @@
 """Numbers -> inline SVG for the report.
 
-Figures are drawn about 440 points wide and scaled by the page, so one drawing serves a desk and a phone. Text
+Figures are drawn about 390 points wide and scaled by the page, so one drawing serves a desk and a phone. Text
 stays text. Colours are CSS variables of the page (with the light theme as fallback), so one drawing serves light
 and dark. Rows and ratios are those of report.json.
 """
@@ -10,23 +10,24 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-import matplotlib
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 __all__ = ["depths", "layers", "throughput"]
 
-_NBL, _ORIGINAL, _TEXT, _GRID = "#1b6ec2", "#c9a66b", "#4a5560", "#d5dade"
-_VARIABLES = {_NBL: "--nbl", _ORIGINAL: "--original", _TEXT: "--ink-2", _GRID: "--line"}
-_STYLE = {
+_NBL, _ORIGINAL, _INK, _TEXT, _GRID = "#1b6ec2", "#c9a66b", "#17212b", "#53606c", "#dce1e6"
+_VARIABLES = {_NBL: "--nbl", _ORIGINAL: "--original", _INK: "--ink", _TEXT: "--ink-2", _GRID: "--line"}
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "nbl-export",
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same layout on every machine
     "font.size": 10.5,
     "text.parse_math": False,
-    "text.color": _TEXT,
+    "text.color": _INK,
     "axes.edgecolor": _GRID,
     "axes.labelcolor": _TEXT,
     "axes.spines.top": False,
@@ -37,7 +38,8 @@ _STYLE = {
     "grid.color": _GRID,
     "grid.linewidth": 0.8,
 }
-_WIDTH = 6.1  # inches of 72 points
+_NAMES = {"original": "original", "nbl": "NBL"}
+_WIDTH = 5.4  # inches of 72 points
 
 
 def throughput(rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]]) -> str:
@@ -49,7 +51,7 @@ def throughput(rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]])
     panels = [(title, [r for r in rows if r["kind"] == kind]) for kind, title in (("pp", "Prefill"), ("tg", "Decode"))]
     panels = [(title, chosen) for title, chosen in panels if chosen]
     heights = [0.4 + len({(r["test"], r["depth"]) for r in chosen}) for _, chosen in panels]
-    with matplotlib.rc_context(_STYLE):
+    with style.context(["default", _STYLE]):
         figure = Figure(figsize=(_WIDTH, 0.7 + 0.66 * sum(heights)), layout="constrained")
         axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
         for axis, (title, chosen) in zip(axes, panels, strict=True):
@@ -70,25 +72,21 @@ def _bars(axis: Axes, rows: Sequence[dict[str, Any]], texts: dict[tuple[str, int
         named.add(variant)
         axis.barh(at, median, 0.34, color=_NBL if variant == "nbl" else _ORIGINAL, label=label)
         spread = [[median - min(samples)], [max(samples) - median]]
-        axis.errorbar(median, at, xerr=spread, fmt="none", ecolor=_TEXT, elinewidth=1.3, capsize=3)
-        axis.text(max(samples) + highest * 0.02, at, _short(median), va="center", fontsize=9.5)
+        axis.errorbar(median, at, xerr=spread, fmt="none", ecolor=_INK, elinewidth=1.3, capsize=3)
+        axis.text(max(samples) + highest * 0.02, at, _short(median), va="center", color=_TEXT, fontsize=9.5)
     for at, group in enumerate(groups):
         text = texts.get(group, "").replace("clear ", "clear\n").replace("few ", "few\n")
         axis.text(1.02, at, text, transform=axis.get_yaxis_transform(), va="center", weight="bold")
-    axis.set_xlim(0, highest * 1.17)
+    axis.set_xlim(0, highest * 1.22)
     axis.set_yticks(range(len(groups)), [f"{test}\ndepth {depth}" for test, depth in groups])
     axis.set_ylim(len(groups) - 0.45, -0.55)
-    axis.tick_params(length=0)
-    axis.grid(axis="x")
     axis.spines["bottom"].set_visible(False)
-
-
-_NAMES = {"original": "original", "nbl": "NBL"}
+    _quiet(axis, "x")
 
 
 def depths(ratios: Sequence[dict[str, Any]]) -> str:
     """Draw the paired ratio (median, whiskers from lowest to highest pair) against depth, a line a test, as SVG."""
-    with matplotlib.rc_context(_STYLE):
+    with style.context(["default", _STYLE]):
         figure = Figure(figsize=(_WIDTH, 3.5), layout="constrained")
         axis = figure.subplots()
         axis.axhline(1.0, color=_ORIGINAL, linewidth=2, label="original")
@@ -96,12 +94,13 @@ def depths(ratios: Sequence[dict[str, Any]]) -> str:
             chosen = sorted((r for r in ratios if r["test"] == test), key=lambda r: r["depth"])
             spread = [[r["ratio"] - r["low"] for r in chosen], [r["high"] - r["ratio"] for r in chosen]]
             line, marker = ("-", "o") if index % 2 == 0 else ("--", "s")
-            style = {"color": _NBL, "linestyle": line, "marker": marker, "markersize": 6, "capsize": 4}
-            axis.errorbar([r["depth"] for r in chosen], [r["ratio"] for r in chosen], spread, label=test, **style)
+            look: dict[str, Any] = {"color": _NBL, "linestyle": line, "marker": marker, "markersize": 6, "capsize": 4}
+            axis.errorbar([r["depth"] for r in chosen], [r["ratio"] for r in chosen], spread, label=test, **look)
         axis.set_xticks(sorted({r["depth"] for r in ratios}))
         axis.margins(0.08, 0.12)
         axis.set_xlabel("tokens already in the cache (depth)")
         axis.set_ylabel("NBL tokens/s over original")
+        _quiet(axis, "y")
         return _svg(figure, axis, "depths")
 
 
@@ -115,7 +114,7 @@ def layers(name: str, values: Sequence[tuple[int, float]], replaced: Sequence[in
         label: the vertical axis.
     """
     gone, scores = set(replaced), [score for _, score in values]
-    with matplotlib.rc_context(_STYLE):
+    with style.context(["default", _STYLE]):
         figure = Figure(figsize=(_WIDTH, 3.2), layout="constrained")
         axis = figure.subplots()
         for is_gone, colour, fill, text in (
@@ -123,30 +122,33 @@ def layers(name: str, values: Sequence[tuple[int, float]], replaced: Sequence[in
             (True, _NBL, _NBL, "replaced"),
         ):
             chosen = [value for value in values if (value[0] in gone) == is_gone]
-            style = {"color": colour, "markerfacecolor": fill, "markeredgewidth": 2}
+            look: dict[str, Any] = {"color": colour, "markerfacecolor": fill, "markeredgewidth": 2}
             size = 7.0 if len(values) <= 40 else 4.5
-            axis.plot([i for i, _ in chosen], [v for _, v in chosen], "o", label=text, markersize=size, **style)
+            axis.plot([i for i, _ in chosen], [v for _, v in chosen], "o", label=text, markersize=size, **look)
         if min(scores) > 0 and max(scores) / min(scores) > 30:
             axis.set_yscale("log")
         else:
             axis.set_ylim(min(0.0, *scores), max(*scores, 0.0) * 1.1 or 1.0)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.yaxis.set_major_formatter(lambda value, _: _short(value))
         axis.yaxis.set_minor_formatter("")
         axis.set_xlabel("layer")
         axis.set_ylabel(label)
+        _quiet(axis, "y")
         return _svg(figure, axis, name)
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+
+
+def _quiet(axis: Axes, across: Literal["x", "y"]) -> None:
+    axis.grid(axis=across)
+    axis.tick_params(which="both", length=0)
 
 
 def _svg(figure: Figure, axis: Axes, name: str) -> str:
-    """Add what all figures share; an <svg> element without metadata, whose ids start with `name`."""
-    if name != "throughput":
-        axis.grid(axis="y")
-        axis.tick_params(which="both", length=0)
+    """Add the legend of `axis`; an <svg> element without metadata, whose ids start with `name`."""
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False)
     stream = io.StringIO()
     silent = dict.fromkeys(("Date", "Creator", "Format", "Type"))

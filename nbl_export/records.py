@@ -7,6 +7,7 @@ calibration batch, V vocabulary, H query heads, Hkv key/value heads.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from dataclasses import dataclass
 from typing import Any
@@ -156,16 +157,21 @@ class PassReport:
 class RungResult:
     """One rung of the verification ladder: the figure seen and the tolerance it is held against.
 
-    tolerance None means reported and not gated.
+    value None means not finite; tolerance None means reported and not gated.
     """
 
     rung: str
     subject: str
     metric: str
-    value: float
+    value: float | None
     tolerance: float | None
     passed: bool
     detail: str = ""
+
+    def __post_init__(self) -> None:
+        if self.value is not None and not math.isfinite(self.value):
+            _require(not self.passed, "a figure that is not finite does not pass")
+            object.__setattr__(self, "value", None)  # JSON has no NaN
 
 
 @dataclass(frozen=True)
@@ -237,7 +243,7 @@ class JobOptions:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> JobOptions:
         known = {f.name for f in dataclasses.fields(cls)}
-        kept = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+        kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
         return cls(**kept)
 
     def to_json(self) -> dict[str, Any]:

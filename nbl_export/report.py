@@ -1,9 +1,8 @@
 """What the other stages found -> one page for people, the same as Markdown, the same as JSON.
 
-    nbl.json, verify.json, bench.json -> summarize -> report.json
-                                             └─► present -> Page -> report.html, report.md
+    nbl.json, verify.json, bench.json ─► summarize ─► report.json ─► report.html (report.html.jinja) ─► report.md
 
-Everything both readers see is text by the time it is in a `Page`; the template and `markdown` only lay it out.
+The template says what stands on the page; the Markdown is that page without its drawings, so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import importlib.resources
 import math
 import re
 import statistics
-from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ __all__ = ["render", "summarize"]
 
 _FEWEST_PAIRS = 3  # below this a range of pairs says nothing
 _COPIED = ("model", "options", "command", "versions", "calibration", "num_layers", "replaced_layers", "tap", "select")
-_VARIANTS = ("original", "nbl")
+_PER_VARIANT = ("peak_memory_bytes", "kv_cache_bytes", "kv_cache_bytes_per_token", "model_bytes", "load_seconds")
 
 
 def render(manifest: dict[str, Any], verify: dict[str, Any], bench: dict[str, Any] | None, out: Path) -> dict[str, Any]:
@@ -47,11 +46,9 @@ def render(manifest: dict[str, Any], verify: dict[str, Any], bench: dict[str, An
         CorruptError: the two variants of a test have different numbers of rounds.
     """
     report = summarize(manifest, verify, bench)
-    page = present(report)
-    source = importlib.resources.files("nbl_export").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
-    (out / "report.html").write_text(template.render(page=page), encoding="utf-8")
-    (out / "report.md").write_text(markdown(page), encoding="utf-8")
+    page = _html(report)
+    (out / "report.html").write_text(page, encoding="utf-8")
+    (out / "report.md").write_text(_markdown(page), encoding="utf-8")
     write_json(out / "report.json", report)
     return report
 
@@ -60,35 +57,37 @@ def render(manifest: dict[str, Any], verify: dict[str, Any], bench: dict[str, An
 
 
 def summarize(manifest: dict[str, Any], verify: dict[str, Any], bench: dict[str, Any] | None) -> dict[str, Any]:
-    """The value of report.json: rows, paired ratios and everything the page states, figures that are not finite as None."""
-    measured = bench or {}
+    """The value of report.json, a function of the three inputs; figures that are not finite become None."""
+    manifest, verify, measured = _finite(manifest), _finite(verify), bench or {}
     timings = [
         Timing(Scenario(t["kind"], t["tokens"], t["depth"]), t["variant"], tuple(t["samples_ns"]))
         for t in measured.get("timings", [])
     ]
-    variants = measured.get("variants", {})
-    rungs = verify["rungs"]
-    verified = verify["passed"] and all(r["passed"] for r in rungs) and manifest.get("status") != "failed"
-    names = ("peak_memory_bytes", "kv_cache_bytes", "kv_cache_bytes_per_token", "model_bytes", "load_seconds")
-    report = {
+    rungs, variants = verify["rungs"], measured.get("variants", {})
+    return {
         "schema": 1,
-        "verified": verified,
+        "verified": bool(verify["passed"] and all(r["passed"] for r in rungs) and manifest["status"] != "failed"),
         **{name: manifest.get(name) for name in _COPIED},
         "scores": manifest.get("scores", []),
         "stage_seconds": {name: stage["seconds"] for name, stage in manifest.get("stages", {}).items()},
-        "precision": verify.get("precision"),
+        "precision": verify["precision"],
         "rungs": rungs,
+        "largest_logit_difference": _largest_logit_difference(rungs),
         "price": verify.get("price", []),
         "cache_bytes_per_token": verify["cache_bytes_per_token"],
         "rows": [_row(t) for t in timings],
         "ratios": _ratios(timings),
         "variants": variants,
-        **{name: {v: facts.get(name) for v, facts in variants.items()} for name in names},
+        **{name: {v: facts.get(name) for v, facts in variants.items()} for name in _PER_VARIANT},
         "machine": measured.get("machine"),
         "bench": {k: v for k, v in measured.items() if k not in ("machine", "timings", "variants")} if bench else None,
     }
-    finite: dict[str, Any] = _finite(report)
-    return finite
+
+
+def _largest_logit_difference(rungs: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The rung on logits with the largest value; one that is not finite (None) is larger than any."""
+    logits = [r for r in rungs if "logit" in r["metric"].lower()]
+    return max(logits, key=lambda r: math.inf if r["value"] is None else r["value"]) if logits else None
 
 
 def _row(timing: Timing) -> dict[str, Any]:
@@ -106,36 +105,34 @@ def _row(timing: Timing) -> dict[str, Any]:
 
 
 def _ratios(timings: list[Timing]) -> list[dict[str, Any]]:
-    """NBL tokens/s over the original's, round by round: sample k of both ran one after the other."""
-    found = {(t.scenario, t.variant): t for t in timings}
-    ratios = []
-    for scenario in dict.fromkeys(t.scenario for t in timings):
-        original, nbl = (found.get((scenario, variant)) for variant in _VARIANTS)
-        if original is None or nbl is None:
-            continue
-        if len(original.samples_ns) != len(nbl.samples_ns):
-            raise CorruptError(
-                f"bench.json has {len(original.samples_ns)} rounds of the original and {len(nbl.samples_ns)} of NBL for "
-                f"{scenario.test} at depth {scenario.depth}; run the bench stage again"
-            )
-        pairs = [a / b for a, b in zip(original.samples_ns, nbl.samples_ns, strict=True)]
-        ratio, verdict = statistics.median(pairs), _verdict(pairs)
-        ratios.append(
-            {
-                "test": scenario.test,
-                "kind": scenario.kind,
-                "depth": scenario.depth,
-                "ratio": ratio,
-                "low": min(pairs),
-                "high": max(pairs),
-                "spread": "lowest and highest pair",
-                "wins": sum(p > 1 for p in pairs) / len(pairs),
-                "pairs": len(pairs),
-                "verdict": verdict,
-                "text": f"{_ratio(ratio)}×" if verdict in ("faster", "slower") else verdict,
-            }
+    """One entry a (test, depth) that both variants ran, in the order they ran."""
+    found = {(t.scenario, t.variant): t.samples_ns for t in timings}
+    both = [s for s in dict.fromkeys(t.scenario for t in timings) if {(s, "original"), (s, "nbl")} <= found.keys()]
+    return [_ratio(s, found[s, "original"], found[s, "nbl"]) for s in both]
+
+
+def _ratio(scenario: Scenario, original_ns: tuple[int, ...], nbl_ns: tuple[int, ...]) -> dict[str, Any]:
+    """NBL tokens/s over the original's, round by round: round k of both ran one after the other."""
+    if len(original_ns) != len(nbl_ns):
+        raise CorruptError(
+            f"bench.json has {len(original_ns)} rounds of the original and {len(nbl_ns)} of NBL for {scenario.test} "
+            f"at depth {scenario.depth}; run the bench stage again"
         )
-    return ratios
+    pairs = [original / nbl for original, nbl in zip(original_ns, nbl_ns, strict=True)]
+    middle, verdict = statistics.median(pairs), _verdict(pairs)
+    return {
+        "test": scenario.test,
+        "kind": scenario.kind,
+        "depth": scenario.depth,
+        "ratio": middle,
+        "low": min(pairs),
+        "high": max(pairs),
+        "spread": "lowest to highest pair",
+        "wins": sum(p > 1 for p in pairs) / len(pairs),
+        "pairs": len(pairs),
+        "verdict": verdict,
+        "text": f"{_times(middle)}×" if verdict in ("faster", "slower") else verdict,
+    }
 
 
 def _verdict(pairs: list[float]) -> str:
@@ -154,11 +151,42 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# -- words ---------------------------------------------------------------------------------------------------
+# -- page ----------------------------------------------------------------------------------------------------
+
+
+def _html(report: dict[str, Any]) -> str:
+    source = importlib.resources.files("nbl_export").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {
+        "number": _number,
+        "times": _times,
+        "size": _size,
+        "duration": _duration,
+        "change": _change,
+        "runs": _runs,
+        "percent": lambda share: "–" if share is None else f"{_number(100 * share)}%",
+    }
+    return environment.from_string(source).render(report=report, figures=_figures(report), fewest=_FEWEST_PAIRS)
+
+
+def _figures(report: dict[str, Any]) -> dict[str, Markup]:
+    """The drawings by name; one that has nothing to show is absent."""
+    drawn = {}
+    if report["rows"]:
+        drawn["throughput"] = plots.throughput(report["rows"], report["ratios"])
+    if len({r["depth"] for r in report["ratios"]}) > 1:
+        drawn["depths"] = plots.depths(report["ratios"])
+    for key, label in (("bound", "CCA bound"), ("relative_error", "relative error")):
+        values = [(s["layer"], s[key]) for s in report["scores"] if s[key] is not None]
+        if values:
+            drawn[key] = plots.layers(key, values, report["replaced_layers"], label)
+    return {name: Markup(svg) for name, svg in drawn.items()}
 
 
 def _number(value: float | None, missing: str = "–") -> str:
-    """Three significant digits, whole above a thousand."""
+    """Three significant digits; whole from a thousand on."""
     if value is None:
         return missing
     if value and abs(value) < 1e-3:
@@ -166,72 +194,86 @@ def _number(value: float | None, missing: str = "–") -> str:
     return f"{value:,.0f}" if abs(value) >= 999.5 or value == 0 else f"{value:#.3g}".rstrip(".")
 
 
-def _ratio(value: float) -> str:
-    return f"{value:.2f}" if abs(value - 1) >= 0.005 else f"{value:.3f}"
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}" if abs(ratio - 1) >= 0.005 else f"{ratio:.3f}"
 
 
-def _bytes(value: float | None) -> str:
-    if value is None:
+def _size(count: float | None) -> str:
+    """Bytes in the largest binary unit that leaves at least one."""
+    if count is None:
         return "–"
-    for unit in ("B", "KiB", "MiB"):
-        if abs(value) < 1024:
-            return f"{_number(value)} {unit}"
-        value /= 1024
-    return f"{_number(value)} GiB"
+    power = min(3, int(math.log2(max(count, 1))) // 10)
+    return f"{_number(count / 1024**power)} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
-def _seconds(value: float | None) -> str:
-    if value is None or value < 60:
-        return "–" if value is None else f"{_number(value)} s"
-    return f"{int(value // 60)} min {int(value % 60)} s"
+def _duration(seconds: float | None) -> str:
+    if seconds is None or seconds < 60:
+        return "–" if seconds is None else f"{_number(seconds)} s"
+    return f"{int(seconds // 60)} min {int(seconds % 60)} s"
 
 
 def _change(before: float | None, after: float | None) -> str:
+    """Percent from one to the other, with its sign."""
     return "–" if not before or after is None else f"{100 * (after / before - 1):+.1f}%".replace("-", "−")
 
 
-def _layers(layers: list[int]) -> str:
+def _runs(layers: list[int]) -> str:
     """Layers as the command line takes them: 0, 7, 24-29."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "none"
+    starts = [i for i in layers if i - 1 not in layers]
+    ends = [i for i in layers if i + 1 not in layers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
-# -- the page ------------------------------------------------------------------------------------------------
+# -- Markdown ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Card:
-    title: str
-    value: str
-    note: str
-    tone: str = "plain"
+def _markdown(page: str) -> str:
+    """The page as GitHub-flavoured Markdown."""
+    reader = _Reader()
+    reader.feed(page)
+    return "\n".join(reader.lines).strip() + "\n"
 
 
-@dataclass(frozen=True)
-class Table:
-    """Cells as text; `words` is how many columns from the left are text, the others are right-aligned numbers."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    words: int = 1
-    folded: bool = False
+_BLOCKS = {"h1": "# ", "h2": "## ", "h3": "### ", "summary": "### ", "p": "", "li": "- "}
+_MARKS = {"strong": "**", "small": " · "}
 
 
-@dataclass(frozen=True)
-class Figure:
-    caption: str
-    svg: Markup
+class _Reader(HTMLParser):
+    """Collects headings, paragraphs, items, tables and code; text anywhere else belongs to drawings and decoration."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self._text: list[str] = []
+        self._cells: list[str] = []
+        self._rule: list[str] = []
+        self._is_code = False
 
-@dataclass(frozen=True)
-class Section:
-    title: str
-    text: str
-    tables: tuple[Table, ...] = ()
-    figures: tuple[Figure, ...] = ()
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in _MARKS:
+            self._text.append(_MARKS[tag])
+        elif tag in _BLOCKS or tag in ("th", "td", "pre"):
+            self._text, self._is_code = [], tag == "pre"
+            self._rule += ["---:" if ("class", "n") in attrs else "---"] if tag == "th" else []
+        elif tag == "table":
+            self.lines.append("")
+            self._rule = []
+
+    def handle_data(self, data: str) -> None:
+        self._text.append(data if self._is_code else re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", data))
+
+    def handle_endtag(self, tag: str) -> None:
+        text = " ".join("".join(self._text).split())
+        if tag == "strong":
+            self._text.append("**")
+        elif tag == "pre":
+            self.lines += ["", *("    " + line for line in "".join(self._text).splitlines())]
+        elif tag in _BLOCKS:
+            self.lines += ["", _BLOCKS[tag] + text]
+        elif tag in ("th", "td"):
+            self._cells.append(text)
+        elif tag == "tr":
+            self.lines.append(f"| {' | '.join(self._cells)} |")
+            self._cells = []
+        elif tag == "thead":
+            self.lines.append(f"| {' | '.join(self._rule)} |")

@@ -11,7 +11,6 @@ One table of tolerances by precision; nothing else decides.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,8 @@ from nbl_export.records import DecoderSpec, GraphContract, Plan, RungResult
 __all__ = ["DECODE_STEPS", "TOLERANCES", "Probe", "Tolerance", "check_file", "check_greedy", "check_logits", "price"]
 
 DECODE_STEPS = 16
+# Two float32 engines round at hundreds of places, the noise probe at one: measured ratios are 1 to 13.
+NOISE_FACTOR = 16.0
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,15 @@ def check_file(
     """Rung a: the file is valid ONNX and takes and gives exactly what the plan says."""
     import onnx
 
-    path = str(directory / "model.onnx")
+    proto = onnx.load(str(directory / "model.onnx"), load_external_data=False)
     problem = ""
     try:
-        onnx.checker.check_model(path)
-        with tempfile.TemporaryDirectory() as scratch:
-            onnx.shape_inference.infer_shapes_path(path, str(Path(scratch) / "inferred.onnx"), data_prop=True)
+        skeleton = _skeleton(proto)
+        onnx.checker.check_model(skeleton)
+        onnx.shape_inference.infer_shapes(skeleton, check_type=True, data_prop=True)
     except Exception as error:  # checker and inference raise several kinds
         problem = str(error).splitlines()[0]
     results = [_verdict("a", subject, "onnx checker and shape inference", not problem, problem)]
-    proto = onnx.load(path, load_external_data=False)
     in_file = ([v.name for v in proto.graph.input], [v.name for v in proto.graph.output])
     in_session = ([v.name for v in session.inputs], [v.name for v in session.outputs])
     wanted = {f"past_key_values.{i}.{p}" for i in kept for p in ("key", "value")}
@@ -90,6 +90,31 @@ def check_file(
     detail = f"{stated} bytes a token, {predicted} predicted"
     results.append(_verdict("a", subject, "cache bytes per token", stated == predicted, detail))
     return results
+
+
+def _skeleton(proto: Any) -> Any:
+    """The graph without its external data (declared as inputs), as the checker can take it.
+
+    SimplifiedLayerNormalization is registered by ONNX Runtime in the default domain, where the ONNX checker does
+    not know it (the GenAI builder emits it); it is moved to the contrib domain, which the checker leaves alone.
+    """
+    import onnx
+
+    skeleton = onnx.ModelProto()
+    skeleton.CopyFrom(proto)
+    inside = []
+    for tensor in skeleton.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            skeleton.graph.input.append(info)
+        else:
+            inside.append(tensor)
+    del skeleton.graph.initializer[:]
+    skeleton.graph.initializer.extend(inside)
+    for node in skeleton.graph.node:
+        if node.op_type == "SimplifiedLayerNormalization" and not node.domain:
+            node.domain = "com.microsoft"
+    return skeleton
 
 
 def _verdict(rung: str, subject: str, metric: str, passed: bool, detail: str = "") -> RungResult:
@@ -118,37 +143,48 @@ def check_logits(
     decoder: Any,
     rows: Sequence[Sequence[int]],
     expected: Sequence[np.ndarray],
+    noise: Sequence[np.ndarray],
     precision: str,
     yardstick: float | None = None,
 ) -> list[RungResult]:
     """Rungs b and c: logits of prefill and of cached steps against torch, each row by itself and as a batch.
 
     Args:
+        noise: what a few float32 roundings are worth at each position of each row (`reference.Reference`). With
+            the max_abs metric a position may differ by the limit, or by NOISE_FACTOR times that, if it is more.
         yardstick: rung b's largest figure, where the precision's rule compares with it.
     """
     tolerance = TOLERANCES[precision]
     limit = tolerance.limit
     if yardstick is not None and tolerance.ratio is not None:
         limit = min(limit, max(yardstick * tolerance.ratio, 1e-4))
-    results = []
+    results: list[RungResult] = []
     for name, got in (
         ("one sequence", [run_rows(decoder, [row])[0] for row in rows]),
         ("batch of 2, different lengths", run_rows(decoder, rows)),
     ):
-        pairs = list(zip(got, expected, strict=True))
         for part, cut in (("prefill", slice(None, -DECODE_STEPS)), ("decode", slice(-DECODE_STEPS, None))):
-            value = max(_distance(tolerance.metric, g[cut], e[cut]) for g, e in pairs)
-            passed = bool(np.isfinite(value) and value <= limit)
+            distance = _max_abs if tolerance.metric == "max_abs" else _relative_rms
+            judged = [distance(g[cut], e[cut], n[cut], limit) for g, e, n in zip(got, expected, noise, strict=True)]
+            value, allowed, loose = max(judged, key=lambda j: j[0] / j[1] if np.isfinite(j[0]) else np.inf)
+            passed = bool(np.isfinite(value) and value <= allowed)
             metric = f"{tolerance.metric.replace('_', ' ')} logit difference, {part}"
-            results.append(RungResult(rung, subject, metric, value, limit, passed, name))
+            detail = f"{name}; {loose} positions where float32 is worth more than {limit:g}" if loose else name
+            results.append(RungResult(rung, subject, metric, value, allowed, passed, detail))
     return results
 
 
-def _distance(metric: str, got: np.ndarray, expected: np.ndarray) -> float:
-    difference = got.astype(np.float64) - expected
-    if metric == "max_abs":
-        return float(np.abs(difference).max())
-    return float(np.sqrt(np.square(difference).mean() / np.square(expected.astype(np.float64)).mean()))
+def _max_abs(got: np.ndarray, expected: np.ndarray, noise: np.ndarray, limit: float) -> tuple[float, float, int]:
+    """The worst position's difference and what it is allowed, and how many positions are allowed more than limit."""
+    seen = np.abs(got.astype(np.float64) - expected).max(1)
+    allowed = np.maximum(limit, NOISE_FACTOR * noise)
+    worst = int(np.argmax(np.where(np.isfinite(seen), seen, np.inf) / allowed))
+    return float(seen[worst]), float(allowed[worst]), int((allowed > limit).sum())
+
+
+def _relative_rms(got: np.ndarray, expected: np.ndarray, _noise: np.ndarray, limit: float) -> tuple[float, float, int]:
+    wide = expected.astype(np.float64)
+    return float(np.sqrt(np.square(got - wide).mean() / np.square(wide).mean())), limit, 0
 
 
 def check_greedy(

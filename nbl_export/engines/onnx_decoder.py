@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,9 +53,10 @@ class OnnxDecoder:
         self._mask_BT = np.zeros((0, 0), np.int64)
 
     def _contract(self) -> GraphContract:
-        def info(arg: object) -> TensorInfo:
-            shape = tuple(d if isinstance(d, int) else str(d) for d in arg.shape)  # type: ignore[attr-defined]
-            return TensorInfo(arg.name, _DTYPES.get(arg.type, arg.type), shape)  # type: ignore[attr-defined]
+        def info(arg: Any) -> TensorInfo:
+            return TensorInfo(
+                arg.name, _DTYPES.get(arg.type, arg.type), tuple(d if isinstance(d, int) else str(d) for d in arg.shape)
+            )
 
         inputs = tuple(info(a) for a in self.session.get_inputs())
         layers = sorted({int(m[1]) for a in inputs if (m := _PAST.match(a.name))})

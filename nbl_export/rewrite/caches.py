@@ -9,7 +9,7 @@ are pointed at a kept cache first, which has the same dimensions. Refuses a cach
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 
 import onnx_ir as ir
 
@@ -64,6 +64,6 @@ def _repoint_shape_readers(past: ir.Value, replacement: ir.Value) -> None:
             user.replace_input_with(index, replacement)
 
 
-def _remove(values: list[ir.Value], gone: Sequence[ir.Value]) -> None:
+def _remove(values: MutableSequence[ir.Value], gone: Sequence[ir.Value]) -> None:
     for value in gone:
         values.remove(value)

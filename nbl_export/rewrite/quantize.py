@@ -63,9 +63,8 @@ def _quantize(graph: ir.Graph, node: ir.Node, scheme: _Scheme) -> None:
     packed, constants = _pack(weight.const_value, scheme)
     inputs = [node.inputs[0]]
     for constant in constants:
-        value = ir.Value(
-            name=constant.name, const_value=constant, shape=constant.shape, type=ir.TensorType(constant.dtype)
-        )
+        shape, dtype = ir.Shape(constant.shape.numpy()), ir.TensorType(constant.dtype)
+        value = ir.Value(name=constant.name, const_value=constant, shape=shape, type=dtype)
         graph.register_initializer(value)
         inputs.append(value)
     replacement = ir.node(
@@ -91,11 +90,12 @@ def _pack(weight: ir.TensorProtocol, scheme: _Scheme) -> tuple[ir.Node, list[ir.
     except ImportError as error:
         raise MissingPackageError("onnxruntime", "cpu", "quantising the maps") from error
 
-    constant = ir.Value(name=weight.name, const_value=weight, shape=weight.shape, type=ir.TensorType(weight.dtype))
-    x = ir.Value(name="x", shape=ir.Shape(["N", weight.shape[0]]), type=ir.TensorType(weight.dtype))
+    shape, dtype = weight.shape.numpy(), ir.TensorType(weight.dtype)
+    constant = ir.Value(name=weight.name, const_value=weight, shape=ir.Shape(shape), type=dtype)
+    x = ir.Value(name="x", shape=ir.Shape(["N", shape[0]]), type=dtype)
     product = ir.node("MatMul", [x, constant], name="map")
     product.outputs[0].name = "y"
-    product.outputs[0].type = ir.TensorType(weight.dtype)
+    product.outputs[0].type = dtype
     graph = ir.Graph([x], product.outputs, nodes=[product], initializers=[constant], opset_imports={"": 21})
     config = nbits.DefaultWeightOnlyQuantConfig(
         block_size=scheme.block_size,

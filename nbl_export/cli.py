@@ -1,0 +1,286 @@
+"""The command line: flags -> options -> pipeline. No logic of its own.
+
+Results go to stdout, everything else to stderr. Exit status: 0 done, 1 something the user can put right,
+2 usage, 3 verification failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nbl_export import __version__
+from nbl_export.errors import NblError
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    name="nbl-export",
+    help="Replace self-attention layers of a decoder LLM by closed-form linear layers; export, verify, measure.",
+    no_args_is_help=False,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Run = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory made by nbl-export --output.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
+Layers = Annotated[
+    str | None,
+    typer.Option(help='How many ("8": smallest CCA bound) or which ("0,7,24-29"); default a quarter of them.'),
+]
+Precision = Annotated[str | None, typer.Option(help="fp32, fp16, int8 or int4 (default fp32).")]
+Source = Annotated[str | None, typer.Option(help="genai (default) or mobius.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(help="UTF-8 text, .jsonl or .json with a text field, or a hub dataset id."),
+]
+CalibrationTokens = Annotated[int | None, typer.Option(min=1, help="Tokens to calibrate on (default 65536).")]
+Context = Annotated[int | None, typer.Option(min=2, help="Window length in tokens (default 512).")]
+Depth = Annotated[str | None, typer.Option(help="Tokens already in the cache, comma separated (default 0,2048).")]
+Repetitions = Annotated[int | None, typer.Option(min=1, help="Measured rounds (default 5).")]
+PromptTokens = Annotated[int | None, typer.Option(min=1, help="pp test length (default 512).")]
+GenerateTokens = Annotated[int | None, typer.Option(min=1, help="tg test length (default 128).")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Engine threads (default: the engine's choice).")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the benchmark's token ids (default 0).")]
+Force = Annotated[bool, typer.Option("--force", help="Start over, or go on despite a failed verification.")]
+
+
+def _options(**given: Any) -> dict[str, Any]:
+    """Drop what was not given; read the depth list."""
+    chosen = {k: v for k, v in given.items() if v is not None}
+    if "depth" in chosen:
+        parts = str(chosen.pop("depth")).split(",")
+        if not all(p.strip().isdigit() for p in parts):
+            raise typer.BadParameter("write numbers of tokens, comma separated (0,2048)", param_hint="--depth")
+        chosen["depths"] = tuple(int(p) for p in parts)
+    return chosen
+
+
+def _ui(quiet: bool = False) -> Any:
+    from nbl_export.progress import Ui
+
+    return Ui(quiet=quiet)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context_: typer.Context,
+    model: Annotated[str | None, typer.Option(help="Hub id, directory with safetensors, or GGUF.")] = None,
+    engine: Annotated[str, typer.Option(help="ort (ONNX Runtime).")] = "ort",
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="The run directory.")] = None,
+    layers: Layers = None,
+    precision: Precision = None,
+    decoder_source: Source = None,
+    calibration: Calibration = None,
+    calibration_tokens: CalibrationTokens = None,
+    context: Context = None,
+    depth: Depth = None,
+    repetitions: Repetitions = None,
+    prompt_tokens: PromptTokens = None,
+    generate_tokens: GenerateTokens = None,
+    threads: Threads = None,
+    seed: Seed = None,
+    force: Force = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what the libraries say.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """The main job: a checkpoint in, a verified and measured NBL decoder out. Subcommands run single stages."""
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.DEBUG if verbose else logging.WARNING, format="%(levelname)s: %(message)s"
+    )
+    if version:
+        print(__version__)
+        return
+    if context_.invoked_subcommand is not None:
+        return
+    if model is None or output is None:
+        missing = "--model" if model is None else "--output"
+        raise typer.BadParameter("is needed for the main job (see --help)", param_hint=missing)
+    from nbl_export.pipeline import run_job
+    from nbl_export.records import JobOptions
+
+    chosen = _options(
+        layers=layers, precision=precision, decoder_source=decoder_source, calibration=calibration,
+        calibration_tokens=calibration_tokens, context=context, depth=depth, repetitions=repetitions,
+        prompt_tokens=prompt_tokens, generate_tokens=generate_tokens, threads=threads, seed=seed,
+    )  # fmt: skip
+    run_job(JobOptions(model=model, engine=engine, **chosen), output, _ui(), force=force)
+    print(output / "report.html")
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Option(help="Hub id, directory with safetensors, or GGUF.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The run directory.")],
+    calibration: Calibration = None,
+    calibration_tokens: CalibrationTokens = None,
+    context: Context = None,
+    force: Annotated[bool, typer.Option("--force", help="Start over.")] = False,
+) -> None:
+    """Collect the moments of every layer into a run directory."""
+    from nbl_export.pipeline import run_job
+    from nbl_export.records import JobOptions
+
+    chosen = _options(calibration=calibration, calibration_tokens=calibration_tokens, context=context)
+    run_job(JobOptions(model=model, **chosen), output, _ui(), force=force, until="calibrate")
+    print(output / "moments.safetensors")
+
+
+@app.command()
+def plan(directory: Run, layers: Layers = None, as_json: Json = False) -> None:
+    """Score every layer, choose which to replace, fit their maps."""
+    from nbl_export.inspection import scores_table
+    from nbl_export.pipeline import run_stages
+
+    run = run_stages(directory, "plan", _ui(as_json), changes=_options(layers=layers))
+    facts = {k: run.manifest[k] for k in ("num_layers", "replaced_layers", "tap", "select", "scores")}
+    _show(facts, scores_table(run.manifest), as_json)
+
+
+@app.command()
+def rewrite(directory: Run, layers: Layers = None, precision: Precision = None, decoder_source: Source = None) -> None:
+    """Build the decoder graph and write its NBL version."""
+    from nbl_export.pipeline import run_stages
+
+    changes = _options(layers=layers, precision=precision, decoder_source=decoder_source)
+    run_stages(directory, "rewrite", _ui(), changes=changes)
+    print(directory / "model")
+
+
+@app.command()
+def verify(directory: Run, as_json: Json = False) -> None:
+    """Hold the exported graphs to the torch models."""
+    from nbl_export.inspection import rungs_table
+    from nbl_export.pipeline import run_stages
+
+    run = run_stages(directory, "verify", _ui(as_json))
+    result = run.read_json("verify.json")
+    _show(result, rungs_table(result), as_json)
+
+
+@app.command()
+def bench(
+    directory: Run,
+    depth: Depth = None,
+    repetitions: Repetitions = None,
+    prompt_tokens: PromptTokens = None,
+    generate_tokens: GenerateTokens = None,
+    threads: Threads = None,
+    seed: Seed = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Measure both decoders beside each other."""
+    from nbl_export.inspection import speed_table
+    from nbl_export.pipeline import run_stages
+
+    changes = _options(
+        depth=depth, repetitions=repetitions, prompt_tokens=prompt_tokens, generate_tokens=generate_tokens,
+        threads=threads, seed=seed,
+    )  # fmt: skip
+    run = run_stages(directory, "report", _ui(as_json), changes=changes, force=force)
+    result = run.read_json("report.json")
+    _show(result, speed_table(result), as_json)
+
+
+@app.command()
+def report(directory: Run, force: Force = False) -> None:
+    """Write report.html, report.md and report.json."""
+    from nbl_export.pipeline import run_stages
+
+    run_stages(directory, "report", _ui(), force=force)
+    print(directory / "report.html")
+
+
+@app.command()
+def generate(
+    directory: Run,
+    prompt: Annotated[str, typer.Argument(help="What to continue or answer.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
+    original: Annotated[bool, typer.Option("--original", help="Use the original decoder instead.")] = False,
+    force: Force = False,
+) -> None:
+    """Stream an answer from the exported decoder (a run directory, or a model directory by itself)."""
+    from nbl_export.serving import open_for_text
+
+    with open_for_text(directory, original=original, force=force) as runner:
+        for piece in runner.stream(runner.encode(prompt, chat=not raw), max_new_tokens):
+            print(piece, end="", flush=True)
+    print()
+
+
+@app.command()
+def inspect(directory: Run, as_json: Json = False) -> None:
+    """Show plan, graphs, caches and sizes of a run directory."""
+    from nbl_export.inspection import describe, describe_table
+
+    facts = describe(directory)
+    _show(facts, describe_table(facts), as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say which engines work on this machine, and why the others do not."""
+    from nbl_export.inspection import doctor_table, examine_engines
+
+    found = examine_engines()
+    _show(found, doctor_table(found), as_json)
+
+
+def _show(value: Any, table: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(value, indent=1))
+    else:
+        from rich.console import Console
+
+        Console(width=None if sys.stdout.isatty() else 110).print(table)
+
+
+def _terminate(_signal: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # our own progress, not the libraries'
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        status = app(standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except NblError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; finished stages are kept, the same command goes on from there", 130)
+    except BrokenPipeError:
+        sys.exit(0)
+    except MemoryError:
+        _fail("out of memory; use a smaller --context, or a machine with more memory", 1)
+    except ValueError as error:
+        _fail(str(error), 1)
+    except typer.Abort:
+        _fail("interrupted", 130)
+    except Exception as error:
+        _usage_or_raise(error)
+
+
+def _usage_or_raise(error: Exception) -> None:
+    """Usage errors of the command-line parser end with status 2; anything else is a defect and shows."""
+    show = getattr(error, "show", None)
+    if show is None:
+        raise error
+    show(file=sys.stderr)
+    sys.exit(int(getattr(error, "exit_code", 2)))
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"nbl-export: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,328 @@
+"""ONNX Runtime: its capabilities, a known-answer probe, and a runner over ONNX Runtime GenAI.
+
+    directory (model.onnx, model.onnx.data, genai_config.json, tokenizer)
+        └─ GenaiRunner ── begin ─ append ─ append ─ rewind ─ append ...        what bench times
+                      └── encode ─ stream | greedy                            what generate and verify read
+
+What was found out about onnxruntime_genai 0.18 on the CPU provider, and is relied on here:
+
+- `append_tokens` runs the decoder at once and synchronously; the logits of the last token are then there.
+  `generate_next_token` runs it only where no unread logits are left: right after an append it takes
+  tens of microseconds and merely picks a token. So the token loop here is append and argmax, one mechanism.
+- `rewind_to` works with `past_present_share_buffer`, down to length 0, also with sparse cache ids. Appending the same
+  chunks again gives bit-equal logits; other chunk sizes differ by rounding (4e-5 at fp32, SmolLM2).
+- `get_logits` before the first append, or after a rewind, answers with stale memory instead of an error.
+- A generator allocates and clears its whole cache on construction: max_length tokens are resident at once.
+- Unset, `intra_op_num_threads` is half of the logical CPUs, 16 at most (src/models/model.cpp), which leaves
+  half of a machine without hyper-threading idle. It is therefore always set here.
+- `encode` adds no begin-of-text by itself; after `Tokenizer.update_options(add_special_tokens="true")` it does as
+  transformers, if the post-processor of tokenizer.json has the bos_token of tokenizer_config.json.
+- An int4 graph (MatMulNBits, accuracy level 4) computes single tokens and chunks with different kernels: logits of the
+  same 40 tokens differ by up to 0.6 between one prefill and 25 + 15 single steps (SmolLM2). Compare like chunks.
+- Token ids beyond the vocabulary are refused by an fp32 embedding, and go through unseen in an int4 one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import psutil
+
+from nbl_export.engines.base import Availability, Capabilities
+from nbl_export.engines.onnx_decoder import OnnxDecoder
+from nbl_export.errors import MissingPackageError, NblError
+from nbl_export.records import DecoderSpec
+
+__all__ = [
+    "CAPABILITIES",
+    "GenaiRunner",
+    "GenaiSettings",
+    "default_threads",
+    "open_graph",
+    "open_runner",
+    "probe",
+]
+
+CAPABILITIES = Capabilities(
+    name="ort",
+    title="ONNX Runtime",
+    precisions=("fp32", "fp16", "int8", "int4"),
+    sources=("genai", "mobius"),
+    extra="cpu",
+)
+
+_SILENT = 4  # ORT severity "fatal": an error reaches the user once, as the exception raised here
+
+
+def probe() -> Availability:
+    """Answer whether ONNX Runtime computes here, by a tiny product with a known result. Never raises."""
+    try:
+        clash = _clashing_packages()
+        if clash:
+            return Availability(False, f"{clash}; they overwrite each other's files: uninstall both, then install one")
+        genai, onnxruntime = _import("onnxruntime_genai"), _import("onnxruntime")
+        answer = _known_answer(onnxruntime)
+        if answer != [17.0, 30.0]:
+            return Availability(False, f"onnxruntime {onnxruntime.__version__} computes {answer}, not [17, 30]")
+        return Availability(
+            True, f"onnxruntime {onnxruntime.__version__}, onnxruntime-genai {genai.__version__}, CPU provider"
+        )
+    except Exception as error:  # whatever a broken installation raises is the answer
+        return Availability(False, _short(error))
+
+
+def default_threads() -> int:
+    """Number of physical cores this process may use, at least 1."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+@dataclass(frozen=True)
+class GenaiSettings:
+    """What genai_config.json says of a decoder: positions, vocabulary, the ids that end a text."""
+
+    context_length: int
+    vocab_size: int
+    end_ids: tuple[int, ...]
+
+    @classmethod
+    def read(cls, directory: Path) -> GenaiSettings:
+        """Read the settings without loading the model.
+
+        Raises:
+            NblError: the file is missing, not JSON or lacks one of the three.
+        """
+        path = directory / "genai_config.json"
+        try:
+            model = json.loads(path.read_text(encoding="utf-8"))["model"]
+            end = model["eos_token_id"]
+            ends = tuple(int(i) for i in (end if isinstance(end, list) else [end]))
+            return cls(int(model["context_length"]), int(model["vocab_size"]), ends)
+        except FileNotFoundError as error:
+            raise NblError(
+                f"{directory} is not an ONNX Runtime GenAI model: genai_config.json is missing; export it again"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise NblError(f"{path} cannot be read ({_short(error)}); export the model again") from error
+
+
+class GenaiRunner:
+    """A GenAI model directory, loaded: the TextRunner of ONNX Runtime. The directory is only read.
+
+    Args:
+        directory: model.onnx, its data, genai_config.json and, for text, the tokenizer.
+        threads: intra-op threads; None takes `default_threads()`. The number in force is `self.threads`.
+
+    Raises:
+        MissingPackageError: onnxruntime-genai is not installed.
+        NblError: the directory is not a model that loads; the message has the path.
+    """
+
+    def __init__(self, directory: Path, threads: int | None = None) -> None:
+        self.directory = directory
+        self.threads = threads or default_threads()
+        self.settings = GenaiSettings.read(directory)
+        self._og = _import("onnxruntime_genai")
+        self._model = _load(self._og, directory, self.threads)
+        self._generator: Any = None
+        self._capacity = self._length = 0
+
+    def __enter__(self) -> GenaiRunner:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Free the cache and the model; the runner cannot be used afterwards."""
+        self.__dict__.pop("_tokenizer", None)
+        self._generator = self._model = None
+
+    # -- tokens ----------------------------------------------------------------------------------------
+
+    def begin(self, max_tokens: int) -> None:
+        """Forget the sequence; reserve the cache for min(max_tokens, context length) tokens, resident at once."""
+        self._generator = None  # free the old cache before the new one is allocated
+        self._length, self._capacity = 0, min(max_tokens, self.settings.context_length)
+        try:
+            params = self._og.GeneratorParams(self._model)
+            params.set_search_options(max_length=self._capacity, do_sample=False, num_beams=1, batch_size=1)
+            self._generator = self._og.Generator(self._model, params)
+        except Exception as error:
+            raise NblError(
+                f"cannot start a sequence of {max_tokens} tokens on {self.directory}: {_short(error)}"
+            ) from (error)
+
+    def append(self, ids: Sequence[int]) -> None:
+        """Run the decoder over ids as one chunk; returns when it is computed.
+
+        Raises:
+            NblError: the sequence would outgrow what `begin` reserved, or the engine fails.
+        """
+        if self._length + len(ids) > self._capacity:
+            raise NblError(
+                f"{self._length + len(ids)} tokens do not fit into {self.directory}: room for {self._capacity} "
+                f"(its context is {self.settings.context_length}); use a shorter prompt"
+            )
+        try:
+            self._generator.append_tokens(np.asarray(ids, dtype=np.int32))
+        except Exception as error:
+            raise NblError(f"{self.directory} failed on a chunk of {len(ids)} tokens: {_short(error)}") from error
+        self._length += len(ids)
+
+    def rewind(self, length: int) -> None:
+        """Drop everything after the first `length` tokens; costs microseconds, the cache stays."""
+        if not 0 <= length <= self._length:
+            raise ValueError(f"cannot rewind {self._length} tokens to {length}")
+        self._generator.rewind_to(length)
+        self._length = length
+
+    def last_logits(self) -> np.ndarray:
+        """Logits [V] float32 after the last token; only valid right after `append`."""
+        return np.asarray(self._generator.get_logits()[0, -1], dtype=np.float32)
+
+    # -- text ------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        try:
+            return self._og.Tokenizer(self._model)
+        except Exception as error:
+            raise NblError(f"the tokenizer of {self.directory} does not load: {_short(error)}; export again") from error
+
+    def encode(self, prompt: str, *, chat: bool) -> list[int]:
+        """Token ids of a prompt. With `chat` and a template in the directory: as the user's turn, through it.
+
+        A template writes its own begin-of-text, so special tokens are added to a plain prompt only.
+        """
+        tokenizer = self._tokenizer
+        templated = chat and _has_chat_template(self.directory)
+        text = self._apply_template(prompt) if templated else prompt
+        tokenizer.update_options(add_special_tokens="false" if templated else "true")
+        return [int(i) for i in tokenizer.encode(text)]
+
+    def _apply_template(self, prompt: str) -> str:
+        messages = json.dumps([{"role": "user", "content": prompt}])
+        try:
+            return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        except Exception as error:
+            raise NblError(
+                f"the chat template of {self.directory} cannot be applied ({_short(error)}); try without it (--raw)"
+            ) from error
+
+    def stream(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[str]:
+        """Greedy continuation as text pieces, until an end-of-text id, the limit or the end of the context.
+
+        A character that spans tokens comes out whole, with its last token.
+        """
+        pieces = self._tokenizer.create_stream()
+        for token in self._continuation(ids, max_new_tokens):
+            if token in self.settings.end_ids:
+                return
+            if piece := pieces.decode(token):
+                yield piece
+
+    def greedy(self, ids: Sequence[int], new_tokens: int) -> list[int]:
+        """Greedy continuation as token ids, end of text ignored; shorter where the context ends first."""
+        return list(self._continuation(ids, new_tokens))
+
+    def _continuation(self, ids: Sequence[int], new_tokens: int) -> Iterator[int]:
+        if not len(ids):
+            raise NblError("the prompt is empty: give at least one word")
+        if len(ids) >= self.settings.context_length:
+            raise NblError(
+                f"the prompt has {len(ids)} tokens and {self.directory} takes {self.settings.context_length}, "
+                f"the answer included: shorten the prompt"
+            )
+        self.begin(len(ids) + new_tokens)
+        chunk: Sequence[int] = ids
+        for _ in range(self._capacity - len(ids)):
+            self.append(chunk)
+            chunk = [int(self.last_logits().argmax())]
+            yield chunk[0]
+
+
+def _load(og: ModuleType, directory: Path, threads: int) -> Any:
+    options = {"intra_op_num_threads": threads, "log_severity_level": _SILENT}
+    try:
+        config = og.Config(str(directory))
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+        return og.Model(config)
+    except Exception as error:
+        raise NblError(f"{directory} does not load in ONNX Runtime GenAI: {_short(error)}") from error
+
+
+def _has_chat_template(directory: Path) -> bool:
+    if (directory / "chat_template.jinja").is_file():
+        return True
+    config = directory / "tokenizer_config.json"
+    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingPackageError(name.replace("_", "-"), CAPABILITIES.extra, "running a decoder") from error
+
+
+def _clashing_packages() -> str:
+    """Names of two builds of one package that are both installed, or nothing."""
+    for pair in (("onnxruntime", "onnxruntime-gpu"), ("onnxruntime-genai", "onnxruntime-genai-cuda")):
+        if all(_installed(name) for name in pair):
+            return f"{pair[0]} and {pair[1]} are both installed"
+    return ""
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _known_answer(onnxruntime: ModuleType) -> list[float]:
+    """Run [1, 2] @ [[1, 2], [3, 4]] + [10, 20] on the CPU provider; right is [17, 30]."""
+    from onnx import TensorProto, helper
+
+    weights = [
+        helper.make_tensor("w", TensorProto.FLOAT, [2, 2], [1.0, 2.0, 3.0, 4.0]),
+        helper.make_tensor("b", TensorProto.FLOAT, [2], [10.0, 20.0]),
+    ]
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["xw"]), helper.make_node("Add", ["xw", "b"], ["y"])]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 2]) for name in ("x", "y"))
+    graph = helper.make_graph(nodes, "known_answer", [x], [y], weights)
+    # opset 17 and IR 8: old enough for every ONNX Runtime the extra admits
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _SILENT
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    (answer,) = session.run(None, {"x": np.array([[1.0, 2.0]], dtype=np.float32)})
+    return [float(value) for value in answer[0]]
+
+
+def _short(error: Exception) -> str:
+    """An exception as one line; of a long one the end, where ONNX Runtime puts the cause."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"...{text[-300:]}"
+
+
+# -- what every engine module offers ---------------------------------------------------------------------
+
+
+def open_runner(directory: Path, threads: int | None = None) -> GenaiRunner:
+    """A text runner on a deployable directory."""
+    return GenaiRunner(directory, threads)
+
+
+def open_graph(directory: Path, spec: DecoderSpec) -> OnnxDecoder:
+    """The directory's graph on plain ONNX Runtime, for verification."""
+    return OnnxDecoder(directory, spec.head_dim)

@@ -1,0 +1,179 @@
+"""What is in a run directory and on this machine, as facts and as tables for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from nbl_export.artifacts import RunDirectory
+from nbl_export.engines import ENGINES, load_engine
+from nbl_export.records import ITEMSIZE, DecoderSpec
+
+__all__ = [
+    "describe",
+    "describe_table",
+    "doctor_table",
+    "examine_engines",
+    "rungs_table",
+    "scores_table",
+    "speed_table",
+]
+
+
+def describe(directory: Path) -> dict[str, Any]:
+    """Plan, stages, sizes and caches of a run directory.
+
+    Raises:
+        NblError: it is none.
+    """
+    with RunDirectory.open_run(directory, create=False) as run:
+        facts = run.manifest
+        spec = DecoderSpec(**facts["decoder"])
+        itemsize = ITEMSIZE["float16" if facts["options"]["precision"] == "fp16" else "float32"]
+        kept = spec.num_layers - len(facts.get("replaced_layers", ()))
+        return {
+            "model": facts["model"],
+            "decoder": facts["decoder"],
+            "status": facts["status"],
+            "precision": facts["options"]["precision"],
+            "replaced_layers": facts.get("replaced_layers"),
+            "tap": facts.get("tap"),
+            "stages": {name: record["seconds"] for name, record in facts["stages"].items()},
+            "variants": {
+                "original": _variant(directory / "original", spec, spec.num_layers, itemsize),
+                "nbl": _variant(directory / "model", spec, kept, itemsize),
+            },
+            "files": {n: _size(directory / n) for n in ("moments.safetensors", "maps.safetensors", "checkpoint")},
+            "scores": facts.get("scores", []),
+            "command": facts["command"],
+        }
+
+
+def _variant(directory: Path, spec: DecoderSpec, kept: int, itemsize: int) -> dict[str, Any] | None:
+    if not directory.is_dir():
+        return None
+    return {
+        "path": str(directory),
+        "cache_layers": kept,
+        "kv_cache_bytes_per_token": spec.cache_bytes_per_token(kept, itemsize),
+        "model_bytes": _size(directory),
+    }
+
+
+def _size(path: Path) -> int | None:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else None
+
+
+def describe_table(facts: dict[str, Any]) -> Group:
+    """`describe` for people."""
+    decoder = facts["decoder"]
+    head = Table(show_header=False, box=None)
+    for name, value in (
+        ("model", facts["model"]["name"]),
+        ("decoder", f"{decoder['architecture']}, {decoder['num_layers']} layers, hidden size {decoder['hidden_size']}, "
+         f"{decoder['num_heads']} query and {decoder['num_kv_heads']} key/value heads of {decoder['head_dim']}"),
+        ("precision", facts["precision"]),
+        ("replaced layers", _layers(facts["replaced_layers"])),
+        ("status", facts["status"]),
+        ("stages", ", ".join(f"{n} {s:.1f} s" for n, s in facts["stages"].items()) or "none finished"),
+        ("command", facts["command"]),
+    ):  # fmt: skip
+        head.add_row(name, str(value))
+    table = Table("decoder", "layers with cache", "cache bytes a token", "size on disk", title="Graphs")
+    for name, variant in facts["variants"].items():
+        if variant is None:
+            table.add_row(name, "not built yet", "", "")
+        else:
+            table.add_row(
+                name,
+                str(variant["cache_layers"]),
+                f"{variant['kv_cache_bytes_per_token']:,}",
+                f"{variant['model_bytes'] / 2**20:,.1f} MiB",
+            )
+    return Group(head, table)
+
+
+def _layers(replaced: list[int] | None) -> str:
+    if replaced is None:
+        return "not planned yet"
+    return ", ".join(map(str, replaced)) or "none"
+
+
+def scores_table(manifest: dict[str, Any]) -> Table:
+    """Per-layer scores, replaced layers marked."""
+    table = Table("layer", "CCA bound", "NMSE", "relative error", "", title="Layers, smallest bound first")
+    replaced = set(manifest["replaced_layers"])
+    for score in sorted(manifest["scores"], key=lambda s: (s["bound"], s["layer"])):
+        mark = "replaced" if score["layer"] in replaced else ""
+        table.add_row(
+            str(score["layer"]),
+            f"{score['bound']:.3f}",
+            f"{score['nmse']:.4f}",
+            f"{score['relative_error']:.5f}",
+            mark,
+        )
+    return table
+
+
+def rungs_table(result: dict[str, Any]) -> Group:
+    """The verification ladder and the price."""
+    ladder = Table("rung", "subject", "metric", "seen", "allowed", "", title="Verification")
+    for r in result["rungs"]:
+        gated = isinstance(r["tolerance"], float) and r["metric"].find("difference") >= 0
+        seen = (
+            "not finite"
+            if r["value"] is None
+            else f"{r['value']:.3g}"
+            if gated or "margin" in r["metric"]
+            else r["detail"]
+        )
+        allowed = f"{r['tolerance']:.3g}" if gated or "margin" in r["metric"] else ""
+        ladder.add_row(r["rung"], r["subject"], r["metric"], seen, allowed, "ok" if r["passed"] else "FAILED")
+    cost = Table("text", "tokens", "perplexity", "with NBL", "KL", "top-1 agreement", title="Price (not gated)")
+    for p in result["price"]:
+        cost.add_row(
+            p["text"],
+            f"{p['tokens']:,}",
+            f"{p['perplexity_original']:.2f}",
+            f"{p['perplexity_nbl']:.2f}",
+            f"{p['kl_mean']:.3f}",
+            f"{100 * p['top1_agreement']:.1f}%",
+        )
+    return Group(ladder, cost)
+
+
+def speed_table(result: dict[str, Any]) -> Table:
+    """Benchmark rows in llama-bench's columns."""
+    table = Table("test", "depth", "variant", "tokens/s", "± stdev", title="Speed")
+    for row in result["rows"]:
+        table.add_row(
+            row["test"],
+            str(row["depth"]),
+            row["variant"],
+            f"{row['tokens_per_second_median']:.2f}",
+            f"{row['tokens_per_second_stdev']:.2f}",
+        )
+    return table
+
+
+def examine_engines() -> dict[str, Any]:
+    """Availability of every engine, with the reason."""
+    found = {}
+    for name in ENGINES:
+        engine = load_engine(name)
+        answer = engine.probe()
+        found[name] = {"title": engine.CAPABILITIES.title, "available": answer.available, "reason": answer.reason}
+    return found
+
+
+def doctor_table(found: dict[str, Any]) -> Table:
+    """`examine_engines` for people."""
+    table = Table("engine", "", "", title="Engines on this machine")
+    for name, answer in found.items():
+        table.add_row(f"{name} ({answer['title']})", "works" if answer["available"] else "no", answer["reason"])
+    return table
