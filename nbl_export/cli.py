@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -252,6 +253,8 @@ def _terminate(_signal: int, _frame: Any) -> None:
 def main() -> None:
     """Run the command line and exit."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # our own progress, not the libraries'
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # deprecations inside libraries are not the user's to act on
     signal.signal(signal.SIGTERM, _terminate)
     try:
         status = app(standalone_mode=False)

@@ -21,9 +21,8 @@ from nbl_export.records import AffineMap, Plan
 from nbl_export.rewrite import contract_of, rewrite, rewrite_model
 from nbl_export.verify import DECODE_STEPS, run_rows
 
-from .conftest import ARCHITECTURES, HIDDEN, LAYERS, VOCAB
+from .tiny import ARCHITECTURES, HEAD_DIM, HIDDEN, LAYERS, VOCAB
 
-HEAD_DIM = 16
 # Largest logit difference allowed by (precision, what is compared). No other tolerance in this file.
 TOLERANCE = {"fp32": 2e-4, "fp16": 0.05}
 GRAPHS = [(a, s) for a in ARCHITECTURES for s in ("genai", "mobius")]

@@ -34,6 +34,7 @@ class SkipNormToAdd(ir.passes.InPlacePass):
             model.graph.insert_before(node, adds)
             total.replace_all_uses_with(last)
             model.graph.remove(node, safe=True)
+            last.name = total.name
         return ir.passes.PassResult(model, modified=bool(found))
 
 
