@@ -194,7 +194,8 @@ def pack(
     """
     import torch
 
-    needed = (max(1, -(-tokens // context)) + -(-held_back // context)) * context
+    wanted = max(1, -(-tokens // context))
+    needed = (wanted + -(-held_back // context)) * context
     ids: list[int] = []
     for document in text.documents:
         ids.extend(tokenizer(document, verbose=False)["input_ids"])
@@ -210,4 +211,4 @@ def pack(
     rows = torch.tensor(ids[: windows * context], dtype=torch.long).view(windows, context)
     if windows < needed // context:
         log.warning("calibration text %s is shorter than asked: %d tokens used", text.name, (windows - held) * context)
-    return rows[: windows - held], rows[windows - held :]
+    return rows[: min(wanted, windows - held)], rows[windows - held :]

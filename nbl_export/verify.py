@@ -177,7 +177,7 @@ def check_logits(
 def _max_abs(got: np.ndarray, expected: np.ndarray, noise: np.ndarray, limit: float) -> tuple[float, float, int]:
     """The worst position's difference and what it is allowed, and how many positions are allowed more than limit."""
     seen = np.abs(got.astype(np.float64) - expected).max(1)
-    allowed = np.maximum(limit, NOISE_FACTOR * noise)
+    allowed = np.maximum(limit, NOISE_FACTOR * noise.astype(np.float64))
     worst = int(np.argmax(np.where(np.isfinite(seen), seen, np.inf) / allowed))
     return float(seen[worst]), float(allowed[worst]), int((allowed > limit).sum())
 

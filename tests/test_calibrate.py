@@ -72,7 +72,7 @@ def test_maps_agree_with_a_float64_fit_despite_massive_activations() -> None:
     exact = Moments(len(x64), x64.sum(0), y64.sum(0), x64.T @ x64, y64.T @ x64, y64.T @ y64)
     ours, theirs = lmmse.fit(accumulator.moments(), 0), lmmse.fit(exact, 0)
     error = np.linalg.norm(ours.weight - theirs.weight) / np.linalg.norm(theirs.weight)
-    assert error < 1e-4
+    assert error < 1e-5  # 9e-5 without the float64 rows, 1.2e-5 without the shift, 4e-3 without both
 
 
 def test_logits_are_never_computed(checkpoint: Checkpoint) -> None:

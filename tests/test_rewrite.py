@@ -183,6 +183,12 @@ def test_refuses_a_cache_that_is_read_elsewhere(exported: Exported, random_maps:
         rewrite_model(model, Plan(LAYERS, (1,)), random_maps(1))
 
 
+def test_a_read_cache_is_not_dropped(exported: Exported) -> None:
+    model = ir.load(exported("llama") / "model.onnx")
+    with pytest.raises(RefusalError, match=r"layer 1: its cache past_key_values\.1\.key is still read by"):
+        rewriting.DropUnreadCaches((1,))(model)
+
+
 def test_past_length_reader_moves_to_a_kept_cache(exported: Exported, random_maps: Maps) -> None:
     """A graph that reads the past length off the cache of layer 0, as exporters do, after layer 0 is replaced."""
     model = ir.load(exported("llama") / "model.onnx")

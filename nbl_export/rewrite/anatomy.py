@@ -124,13 +124,17 @@ def _is_constant(value: ir.Value) -> bool:
 
 
 def _is_only_door(door: ir.Node, reached: set[ir.Value], presents: tuple[ir.Value, ...]) -> bool:
-    """No value reached so far, but the layer's own present caches, is read beside or beyond this node."""
+    """No value reached so far is read beside or beyond this node; present caches may leave as graph outputs."""
     for value in reached:
         for user in value.consumers():
             if user is door or user.op_type in _READS_ONLY_SHAPE:
                 continue
-            if any(output not in reached for output in user.outputs if output.name and output not in presents):
+            if any(_is_open(output, presents) for output in user.outputs if output not in reached):
                 return False
         if value.is_graph_output() and value not in presents:
             return False
     return True
+
+
+def _is_open(value: ir.Value, presents: tuple[ir.Value, ...]) -> bool:
+    return bool(value.consumers()) or (value.is_graph_output() and value not in presents)

@@ -1,0 +1,102 @@
+"""What calibration costs: time beside the plain forward pass (interleaved), and peak memory of two stages.
+
+    python bench/overhead.py MODEL [--rounds 5] > bench/results/overhead-<model>-<machine>.json
+
+Each round runs the decoder over the same 8,192 tokens plainly and with moments, alternating which goes first.
+Peak memory is VmHWM of a fresh child process that does nothing but the stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TOKENS, CONTEXT = 8192, 512
+CHILD = """
+import sys, os
+os.environ["TQDM_DISABLE"] = "1"
+from pathlib import Path
+from nbl_export.pipeline import run_job, run_stages
+from nbl_export.progress import Ui
+from nbl_export.records import JobOptions
+stage, model, out = sys.argv[1:]
+if stage == "calibrate":
+    run_job(JobOptions(model=model, calibration_tokens=16384), Path(out), Ui(quiet=True), until="calibrate")
+else:
+    run_stages(Path(out), stage, Ui(quiet=True))
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+def time_rounds(model_name: str, rounds: int) -> list[dict[str, float]]:
+    import torch
+
+    from nbl_export import calibrate, checkpoint, corpus
+
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = checkpoint.materialise(checkpoint.resolve(model_name), Path(scratch) / "checkpoint")
+        model, tokenizer = checkpoint.load_model(directory), checkpoint.load_tokenizer(directory)
+    windows, _ = corpus.pack(corpus.default_text(), tokenizer, TOKENS, CONTEXT)
+
+    def plain() -> None:
+        with torch.inference_mode():
+            for batch in windows.split(calibrate._BATCH_TOKENS // CONTEXT):
+                model.get_decoder()(input_ids=batch, use_cache=False)
+
+    def with_moments() -> None:
+        calibrate.collect(model, windows, lambda _d, _t: None)
+
+    found = []
+    for k in range(rounds + 1):
+        row = {}
+        for name, run in (("plain", plain), ("moments", with_moments))[:: 1 if k % 2 else -1]:
+            started = time.perf_counter()
+            run()
+            row[name] = time.perf_counter() - started
+        if k:  # the first round warms up
+            found.append(row)
+    return found
+
+
+def peak_bytes(stage: str, model: str, out: str) -> int:
+    done = subprocess.run([sys.executable, "-c", CHILD, stage, model, out], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1]) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    from nbl_export.bench import machine
+
+    rounds = time_rounds(options.model, options.rounds)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = str(Path(scratch) / "run")
+        stages = ("calibrate", "plan", "decoder", "rewrite")
+        peaks = {stage: peak_bytes(stage, options.model, out) for stage in stages}
+    ratios = [r["moments"] / r["plain"] for r in rounds]
+    print(
+        json.dumps(
+            {
+                "machine": machine(),
+                "tokens": TOKENS,
+                "context": CONTEXT,
+                "rounds_seconds": rounds,
+                "overhead_median": statistics.median(ratios) - 1,
+                "overhead_range": [min(ratios) - 1, max(ratios) - 1],
+                "peak_memory_bytes": peaks,
+            },
+            indent=1,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

