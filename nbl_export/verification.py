@@ -19,7 +19,7 @@ _LONGEST_PROBED_WINDOW = 1024
 
 def run(job: Job) -> dict[str, Any]:
     """The value of verify.json."""
-    from nbl_export import verify
+    from nbl_export import verify, verify_file
     from nbl_export.linearize import linearize
     from nbl_export.plan import load_maps
     from nbl_export.reference import make_reference
@@ -43,7 +43,8 @@ def run(job: Job) -> dict[str, Any]:
     for subject, (directory, kept, reference) in graphs.items():
         decoder = decoders[subject] = job.engine.open_graph(directory, job.spec)
         cache = next(a for a in decoder.contract.inputs if a.name.startswith("past_key_values."))
-        results += verify.check_file(subject, directory, job.spec, kept, decoder.contract, ITEMSIZE[cache.dtype])
+        results += verify_file.check_file(subject, directory, job.spec, kept, decoder.contract, ITEMSIZE[cache.dtype])
+        results += verify_file.check_maps(subject, directory, {} if subject == "original" else maps)
         rung = "b" if subject == "original" else "c"
         found = verify.check_logits(
             rung, subject, decoder, probe.rows, reference.logits, reference.noise, job.options.precision, yardstick
@@ -52,6 +53,7 @@ def run(job: Job) -> dict[str, Any]:
         per_token[subject] = decoder.cache_bytes // (len(probe.rows) * max(map(len, probe.rows)))
         results += [*found, _measured_cache(subject, decoder, per_token[subject], job)]
         results.append(_greedy(job, subject, directory, probe, reference))
+    results += verify_file.check_untouched(job.run.path / "model", job.run.path / "original")
     with job.ui.task("price on held-back text") as progress:
         prices = verify.price(decoders["original"], decoders["nbl"], _price_texts(job), progress)
     return {**verify.summary(results, job.options.precision, prices, plan), "cache_bytes_per_token": per_token}

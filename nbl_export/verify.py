@@ -1,6 +1,6 @@
 """The ladder from file to text: does the exported graph compute what the torch model computes?
 
-    a  the file: ONNX checker, shape inference, contract as predicted, in file and session; cache bytes as predicted
+    a  the file (`verify_file`): valid, contract and cache bytes as predicted, maps as fitted, the rest untouched
     b  original graph against the original torch model: the yardstick
     c  NBL graph against the NBL torch model: prefill and cached steps, a batch of two different lengths
     d  greedy text through the runtime that ships, against torch
@@ -13,15 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nbl_export.errors import NblError
-from nbl_export.records import DecoderSpec, GraphContract, Plan, RungResult
+from nbl_export.records import Plan, RungResult
 
-__all__ = ["DECODE_STEPS", "TOLERANCES", "Probe", "Tolerance", "check_file", "check_greedy", "check_logits", "price"]
+__all__ = ["DECODE_STEPS", "TOLERANCES", "Probe", "Tolerance", "check_greedy", "check_logits", "price"]
 
 DECODE_STEPS = 16
 # Two float32 engines round at hundreds of places, the noise probe at one: measured ratios are 1 to 13.
@@ -43,14 +42,15 @@ class Tolerance:
     greedy_margin: float
 
 
-# fp32: agreement of two float32 implementations of the same graph. The quantised rows judge structure, not
-# quality: their yardstick is the original graph's own error at that precision (rung b), with a limit that
-# catches a graph that is wrong altogether. Measured figures behind each row: bench/README.md.
+# fp32: agreement of two float32 implementations of the same graph. The other rows judge the graph, not its
+# quality: the yardstick is the original graph's own error at that precision (rung b), and the limit catches a
+# graph that is wrong altogether (one transposed map: 0.4 to 1.4). What drowns in quantisation noise (a lost bias,
+# two maps exchanged) is rung a's to find. Measured figures behind each row: bench/README.md.
 TOLERANCES = {
     "fp32": Tolerance("max_abs", 1e-3, None, 1e-2),
     "fp16": Tolerance("relative_rms", 0.02, 2.0, 0.5),
-    "int8": Tolerance("relative_rms", 0.05, 1.5, 1.0),
-    "int4": Tolerance("relative_rms", 0.35, 1.5, 4.0),
+    "int8": Tolerance("relative_rms", 0.1, 1.5, 1.0),
+    "int4": Tolerance("relative_rms", 0.75, 1.5, 4.0),
 }
 
 
@@ -61,64 +61,6 @@ class Probe:
     rows: tuple[tuple[int, ...], ...]
     prompts: tuple[tuple[int, ...], ...]
     new_tokens: int
-
-
-def check_file(
-    subject: str, directory: Path, spec: DecoderSpec, kept: Sequence[int], session: GraphContract, itemsize: int
-) -> list[RungResult]:
-    """Rung a: the file is valid ONNX and takes and gives exactly what the plan says."""
-    import onnx
-
-    proto = onnx.load(str(directory / "model.onnx"), load_external_data=False)
-    problem = ""
-    try:
-        skeleton = _skeleton(proto)
-        onnx.checker.check_model(skeleton)
-        onnx.shape_inference.infer_shapes(skeleton, check_type=True, data_prop=True)
-    except Exception as error:  # checker and inference raise several kinds
-        problem = str(error).splitlines()[0]
-    results = [_verdict("a", subject, "onnx checker and shape inference", not problem, problem)]
-    in_file = ([v.name for v in proto.graph.input], [v.name for v in proto.graph.output])
-    in_session = ([v.name for v in session.inputs], [v.name for v in session.outputs])
-    wanted = {f"past_key_values.{i}.{p}" for i in kept for p in ("key", "value")}
-    has = {n for n in in_file[0] if n.startswith("past_key_values.")}
-    gives = {n.replace("present", "past_key_values") for n in in_file[1] if n.startswith("present.")}
-    detail = f"caches {len(has) // 2} of {spec.num_layers} layers"
-    results.append(_verdict("a", subject, "contract", has == wanted == gives and in_file == in_session, detail))
-    predicted = spec.cache_bytes_per_token(len(kept), itemsize)
-    stated = session.cache_bytes_per_token(spec.head_dim)
-    detail = f"{stated} bytes a token, {predicted} predicted"
-    results.append(_verdict("a", subject, "cache bytes per token", stated == predicted, detail))
-    return results
-
-
-def _skeleton(proto: Any) -> Any:
-    """The graph without its external data (declared as inputs), as the checker can take it.
-
-    SimplifiedLayerNormalization is registered by ONNX Runtime in the default domain, where the ONNX checker does
-    not know it (the GenAI builder emits it); it is moved to the contrib domain, which the checker leaves alone.
-    """
-    import onnx
-
-    skeleton = onnx.ModelProto()
-    skeleton.CopyFrom(proto)
-    inside = []
-    for tensor in skeleton.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-            skeleton.graph.input.append(info)
-        else:
-            inside.append(tensor)
-    del skeleton.graph.initializer[:]
-    skeleton.graph.initializer.extend(inside)
-    for node in skeleton.graph.node:
-        if node.op_type == "SimplifiedLayerNormalization" and not node.domain:
-            node.domain = "com.microsoft"
-    return skeleton
-
-
-def _verdict(rung: str, subject: str, metric: str, passed: bool, detail: str = "") -> RungResult:
-    return RungResult(rung, subject, metric, 0.0 if passed else 1.0, 0.5, passed, detail)
 
 
 def run_rows(decoder: Any, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:

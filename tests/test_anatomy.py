@@ -59,7 +59,8 @@ def test_join_is_the_residual_addition_not_the_mask_or_rotary_one() -> None:
     found = find_block(graph(), 0)
     assert found.join.outputs[0].name == "residual"
     assert found.residual.name == "hidden"
-    assert found.join.inputs[found.branch_index].name == "out"
+    branch = found.join.inputs[found.branch_index]
+    assert branch is not None and branch.name == "out"
 
 
 def test_attention_output_that_leaves_by_a_side_door_is_refused() -> None:

@@ -16,12 +16,12 @@ from nbl_export.verify import (
     DECODE_STEPS,
     NOISE_FACTOR,
     TOLERANCES,
-    check_file,
     check_greedy,
     check_logits,
     price,
     run_rows,
 )
+from nbl_export.verify_file import check_file, check_maps, check_untouched
 
 from .tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB
 
@@ -176,3 +176,49 @@ def test_pruned_head_cannot_be_priced() -> None:
     pruned = Pruned(np.array([0.5, 0.5]))
     with pytest.raises(NblError, match="last position only"):
         price(pruned, pruned, [("t", np.array([[0, 1, 0]]))], lambda _d, _t: None)
+
+
+@pytest.mark.parametrize(
+    ("source", "precision"), [("genai", p) for p in ("fp32", "int8", "int4")] + [("mobius", "fp16")]
+)
+def test_maps_are_read_back_out_of_the_graph(
+    source: str, precision: str, exported: Callable[..., Path], random_maps: Callable[..., dict[int, AffineMap]],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """Faults that quantised logits would not show: two maps exchanged, a lost bias, a transposed map."""
+    original, maps = exported("llama", source, precision), random_maps(0, 1)
+    rewrite(original, tmp_path / "nbl", Plan(LAYERS, (0, 1)), maps)
+    assert all(r.passed for r in check_maps("nbl", tmp_path / "nbl", maps))
+    assert all(r.passed for r in check_untouched(tmp_path / "nbl", original))
+    exchanged = {0: AffineMap(maps[1].weight, maps[0].bias), 1: maps[1]}
+    unbiased = {0: maps[0], 1: AffineMap(maps[1].weight, np.zeros_like(maps[1].bias))}
+    transposed = {0: maps[0], 1: AffineMap(np.ascontiguousarray(maps[1].weight.T), maps[1].bias)}
+    for wrong, detail in (
+        (exchanged, "layer 0's weight is not the fitted one"),
+        (unbiased, "layer 1's bias is not the fitted one"),
+        (transposed, "layer 1's weight is not the fitted one"),
+        (random_maps(2), "layer 2 has no map"),
+    ):
+        (result,) = check_maps("nbl", tmp_path / "nbl", wrong)
+        assert not result.passed
+        assert result.detail == detail
+    (result,) = check_maps("original", tmp_path / "nbl", {})
+    assert not result.passed
+
+
+def test_a_weight_changed_in_passing_is_seen(
+    exported: Callable[..., Path], random_maps: Callable[..., dict[int, AffineMap]], tmp_path: Path
+) -> None:
+    import onnx
+
+    original = exported("llama")
+    rewrite(original, tmp_path / "nbl", Plan(LAYERS, (1,)), random_maps(1))
+    model = onnx.load(str(tmp_path / "nbl" / "model.onnx"))
+    (tensor,) = [t for t in model.graph.initializer if t.name == "model.layers.2.mlp.up_proj.MatMul.weight"]
+    changed = onnx.numpy_helper.to_array(tensor).copy()
+    changed[0, 0] += 1e-6
+    tensor.CopyFrom(onnx.numpy_helper.from_array(changed, tensor.name))
+    (tmp_path / "changed").mkdir()
+    onnx.save(model, str(tmp_path / "changed" / "model.onnx"))
+    (result,) = check_untouched(tmp_path / "changed", original)
+    assert (result.passed, result.detail) == (False, "model.layers.2.mlp.up_proj.MatMul.weight differs")

@@ -1,0 +1,143 @@
+"""Rung a of the ladder: the files. Valid ONNX, contract as predicted, maps as fitted, everything else untouched.
+
+The maps are read back out of the graph, unpacked where they are quantised, and compared with maps.safetensors; all
+other weights must be, byte for byte, weights of the original graph. Together with the logits of rungs b and c this
+leaves no room for what quantisation noise would hide from logits alone: a lost bias, two maps exchanged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from nbl_export.records import AffineMap, DecoderSpec, GraphContract, RungResult
+
+__all__ = ["check_file", "check_maps", "check_untouched"]
+
+_OURS = re.compile(r"nbl\.layers\.(\d+)\.")
+# ONNX Runtime's symmetric quantiser spans [-8, 8) steps of a block's largest value: its mirror image is one step off.
+_STEPS = 1.01
+
+
+def check_file(
+    subject: str, directory: Path, spec: DecoderSpec, kept: Sequence[int], session: GraphContract, itemsize: int
+) -> list[RungResult]:
+    """Rung a: the file is valid ONNX and takes and gives exactly what the plan says."""
+    proto = onnx.load(str(directory / "model.onnx"), load_external_data=False)
+    problem = ""
+    try:
+        skeleton = _skeleton(proto)
+        onnx.checker.check_model(skeleton)
+        onnx.shape_inference.infer_shapes(skeleton, check_type=True, data_prop=True)
+    except Exception as error:  # checker and inference raise several kinds
+        problem = str(error).splitlines()[0]
+    results = [_verdict("a", subject, "onnx checker and shape inference", not problem, problem)]
+    in_file = ([v.name for v in proto.graph.input], [v.name for v in proto.graph.output])
+    in_session = ([v.name for v in session.inputs], [v.name for v in session.outputs])
+    wanted = {f"past_key_values.{i}.{p}" for i in kept for p in ("key", "value")}
+    has = {n for n in in_file[0] if n.startswith("past_key_values.")}
+    gives = {n.replace("present", "past_key_values") for n in in_file[1] if n.startswith("present.")}
+    detail = f"caches {len(has) // 2} of {spec.num_layers} layers"
+    results.append(_verdict("a", subject, "contract", has == wanted == gives and in_file == in_session, detail))
+    predicted = spec.cache_bytes_per_token(len(kept), itemsize)
+    stated = session.cache_bytes_per_token(spec.head_dim)
+    detail = f"{stated} bytes a token, {predicted} predicted"
+    results.append(_verdict("a", subject, "cache bytes per token", stated == predicted, detail))
+    return results
+
+
+def _skeleton(proto: Any) -> Any:
+    """The graph without its external data (declared as inputs), as the checker can take it.
+
+    SimplifiedLayerNormalization is registered by ONNX Runtime in the default domain, where the ONNX checker does
+    not know it (the GenAI builder emits it); it is moved to the contrib domain, which the checker leaves alone.
+    """
+    skeleton = onnx.ModelProto()
+    skeleton.CopyFrom(proto)
+    inside = []
+    for tensor in skeleton.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            skeleton.graph.input.append(info)
+        else:
+            inside.append(tensor)
+    del skeleton.graph.initializer[:]
+    skeleton.graph.initializer.extend(inside)
+    for node in skeleton.graph.node:
+        if node.op_type == "SimplifiedLayerNormalization" and not node.domain:
+            node.domain = "com.microsoft"
+    return skeleton
+
+
+def check_maps(subject: str, directory: Path, maps: Mapping[int, AffineMap]) -> list[RungResult]:
+    """The graph's maps are the fitted ones: exact where floating point, within a step where quantised."""
+    proto = onnx.load(str(directory / "model.onnx"), load_external_data=False)
+    tensors = {t.name: t for t in proto.graph.initializer if _OURS.match(t.name)}
+    if not maps:
+        return [_verdict("a", subject, "maps in the graph", not tensors, "none planned")]
+    worst = ""
+    for layer, affine in sorted(maps.items()):
+        nodes = [n for n in proto.graph.node if n.name.startswith(f"/nbl/layers.{layer}/MatMul")]
+        bias = tensors.get(f"nbl.layers.{layer}.bias")
+        if len(nodes) != 1 or bias is None:
+            worst = f"layer {layer} has no map"
+            break
+        found_bias = _array(bias, directory)
+        weight, allowed = _weight_of(nodes[0], tensors, directory)
+        same_bias = np.array_equal(found_bias, affine.bias.astype(found_bias.dtype))
+        if not same_bias or weight.shape != affine.weight.shape or (np.abs(weight - affine.weight) > allowed).any():
+            worst = f"layer {layer}'s {'weight' if same_bias else 'bias'} is not the fitted one"
+            break
+    return [_verdict("a", subject, "maps in the graph", not worst, worst or f"{len(maps)} maps as fitted")]
+
+
+def _weight_of(node: Any, tensors: Mapping[str, Any], directory: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A map's weight [D, D] as y = x W' + b has it, and how far each element may be off."""
+    arrays = [_array(tensors[name], directory) for name in node.input[1:] if name]
+    if node.op_type == "MatMul":
+        weight = arrays[0].astype(np.float32).T
+        rounding = np.abs(weight) * (2.0**-10 if arrays[0].dtype == np.float16 else 0.0) + 1e-30
+        return weight, rounding if arrays[0].dtype != np.float32 else np.zeros_like(weight)
+    attributes = {a.name: a.i for a in node.attribute}
+    bits, block, size = attributes["bits"], attributes["block_size"], attributes["K"]
+    packed, scales = arrays[0].reshape(attributes["N"], -1), arrays[1].reshape(attributes["N"], -1).astype(np.float32)
+    codes = packed if bits == 8 else np.stack([packed & 15, packed >> 4], -1).reshape(attributes["N"], -1)
+    zero = 2 ** (bits - 1)
+    if len(arrays) > 2:
+        points = arrays[2].reshape(attributes["N"], -1)
+        points = points if bits == 8 else np.stack([points & 15, points >> 4], -1).reshape(attributes["N"], -1)
+        zero = np.repeat(points.astype(np.float32)[:, : scales.shape[1]], block, 1)[:, :size]
+    steps = np.repeat(scales, block, 1)[:, :size]
+    return (codes[:, :size].astype(np.float32) - zero) * steps, np.abs(steps) * _STEPS + 1e-30
+
+
+def check_untouched(directory: Path, original: Path) -> list[RungResult]:
+    """Every weight of the NBL graph that is not a map is, byte for byte, a weight of the original graph."""
+    ours, theirs = (onnx.load(str(d / "model.onnx"), load_external_data=False).graph for d in (directory, original))
+    known = {t.name: t for t in theirs.initializer}
+    carried = [t for t in ours.initializer if not _OURS.match(t.name)]
+    changed = [t.name for t in carried if t.name not in known or not _same(t, directory, known[t.name], original)]
+    detail = f"{changed[0]} differs" if changed else f"{len(carried)} of {len(known)} weights carried over"
+    return [_verdict("a", "nbl", "weights untouched", not changed, detail)]
+
+
+def _same(tensor: Any, directory: Path, other: Any, original: Path) -> bool:
+    return (
+        tensor.data_type == other.data_type
+        and list(tensor.dims) == list(other.dims)
+        and _array(tensor, directory).tobytes() == _array(other, original).tobytes()
+    )
+
+
+def _array(tensor: Any, directory: Path) -> np.ndarray:
+    found: np.ndarray = onnx.numpy_helper.to_array(tensor, base_dir=str(directory))
+    return found
+
+
+def _verdict(rung: str, subject: str, metric: str, passed: bool, detail: str = "") -> RungResult:
+    return RungResult(rung, subject, metric, 0.0 if passed else 1.0, 0.5, passed, detail)
