@@ -3,7 +3,7 @@
     before   x --- input_layernorm --- self_attn ---(+ x)---      after   x --- Identity --- Linear ---(+ x)---
 
 No modelling file is forked: the layer's own forward still adds the residual. The norm becomes the identity,
-since the map acts on the residual stream.
+since the map acts on the residual stream (tap "residual").
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ class AffineAttention(nn.Module):
         return self.linear(hidden_states), None
 
 
-def linearize(model: Any, maps: Mapping[int, AffineMap]) -> Any:
+def linearize(model: Any, maps: Mapping[int, AffineMap], tap: str = "residual") -> Any:
     """Replace the attention of the mapped layers, in place, and return the model.
+
+    With the tap "normed" the layer's norm stays in front of the map.
 
     The cache indices of the kept layers become dense: transformers reads the past length from cache 0, which
     would stay empty if layer 0 were replaced.
@@ -45,7 +47,8 @@ def linearize(model: Any, maps: Mapping[int, AffineMap]) -> Any:
         if index in maps:
             reference = next(layer.self_attn.parameters())
             layer.self_attn = AffineAttention(maps[index]).to(dtype=reference.dtype, device=reference.device)
-            layer.input_layernorm = nn.Identity()
+            if tap == "residual":
+                layer.input_layernorm = nn.Identity()
         else:
             layer.self_attn.layer_idx = kept
             kept += 1

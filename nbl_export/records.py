@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 __all__ = [
+    "TAPS",
     "AffineMap",
     "DecoderSpec",
     "GraphContract",
@@ -74,7 +75,7 @@ class LayerScore:
 
 @dataclass(frozen=True)
 class AffineMap:
-    """attention(norm(x)) ~ x W' + b for rows x of the residual stream; weight [D, D] and bias [D], float32."""
+    """attention(norm(x)) ~ t W' + b for rows t of the tap (see `TAPS`); weight [D, D] and bias [D], float32."""
 
     weight: np.ndarray
     bias: np.ndarray
@@ -82,6 +83,11 @@ class AffineMap:
     def __post_init__(self) -> None:
         _require(self.weight.ndim == 2 and self.bias.ndim == 1, "weight is a matrix, bias a vector")
         _require(self.weight.shape[0] == self.bias.shape[0], "weight and bias disagree on the output size")
+
+
+# What a map is applied to: the residual stream before the layer's norm (the paper's reference code), or the
+# layer's normed input (what engines that know linear-replaced attention expect; well conditioned).
+TAPS = ("residual", "normed")
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class Plan:
         _require(self.replaced == tuple(sorted(set(self.replaced))), "replaced layers are sorted and distinct")
         _require(all(0 <= i < self.num_layers for i in self.replaced), "a replaced layer does not exist")
         _require(len(self.replaced) < self.num_layers, "at least one attention layer stays")
-        _require(self.tap == "residual", f"unknown tap {self.tap!r}")
+        _require(self.tap in TAPS, f"unknown tap {self.tap!r}; taps are {', '.join(TAPS)}")
 
     @property
     def kept(self) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from nbl_export.checkpoint import load_model
 from nbl_export.engines.onnx_decoder import OnnxDecoder
 from nbl_export.errors import RefusalError
 from nbl_export.linearize import linearize
-from nbl_export.records import AffineMap, Plan
+from nbl_export.records import TAPS, AffineMap, Plan
 from nbl_export.rewrite import contract_of, rewrite, rewrite_model
 from nbl_export.verify import DECODE_STEPS, run_rows
 
@@ -38,8 +38,8 @@ def rows(seed: int = 0) -> list[list[int]]:
     return [rng.integers(2, VOCAB, n + DECODE_STEPS).tolist() for n in (29, 11)]
 
 
-def torch_logits(checkpoint: Path, maps: dict[int, AffineMap]) -> list[np.ndarray]:
-    model = linearize(load_model(checkpoint), maps)
+def torch_logits(checkpoint: Path, maps: dict[int, AffineMap], tap: str = "residual") -> list[np.ndarray]:
+    model = linearize(load_model(checkpoint), maps, tap)
     with torch.inference_mode():
         return [model(torch.tensor([row]), use_cache=False).logits[0].numpy() for row in rows()]
 
@@ -75,14 +75,29 @@ def test_every_subset_keeps_parity(
     assert decoder.cache_bytes == decoder.contract.cache_bytes_per_token(HEAD_DIM) * tokens
 
 
+@pytest.mark.parametrize("replaced", [(0,), (1,), (0, 2), (1, 2)], ids=str)
+@pytest.mark.parametrize(("architecture", "source"), GRAPHS)
+def test_normed_tap_keeps_parity(
+    architecture: str, source: str, replaced: tuple[int, ...], checkpoint: Any, exported: Exported, random_maps: Maps,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    maps = random_maps(*replaced)
+    rewrite(exported(architecture, source), tmp_path / "nbl", Plan(LAYERS, replaced, "normed"), maps)
+    got = run_rows(OnnxDecoder(tmp_path / "nbl", HEAD_DIM), rows())
+    assert worst(got, torch_logits(checkpoint(architecture), maps, "normed")) < TOLERANCE["fp32"]
+    residual_tap = torch_logits(checkpoint(architecture), maps)
+    assert worst(got, residual_tap) > 100 * TOLERANCE["fp32"]
+
+
+@pytest.mark.parametrize("tap", TAPS)
 def test_half_precision_graph_with_plain_attention(
-    checkpoint: Any, exported: Exported, random_maps: Maps, tmp_path: Path
+    tap: str, checkpoint: Any, exported: Exported, random_maps: Maps, tmp_path: Path
 ) -> None:
     """mobius fp16 is not fused to GroupQueryAttention: masks and rotary tables are shared across layers."""
     maps = random_maps(0, 2)
-    rewrite(exported("llama", "mobius", "fp16"), tmp_path / "nbl", Plan(LAYERS, (0, 2)), maps)
+    rewrite(exported("llama", "mobius", "fp16"), tmp_path / "nbl", Plan(LAYERS, (0, 2), tap), maps)
     decoder = OnnxDecoder(tmp_path / "nbl", HEAD_DIM)
-    expected = torch_logits(checkpoint("llama"), maps)
+    expected = torch_logits(checkpoint("llama"), maps, tap)
     scale = max(float(np.abs(e).max()) for e in expected)
     assert worst(run_rows(decoder, rows()), expected) / scale < TOLERANCE["fp16"]
 

@@ -29,7 +29,7 @@ def passes_for(plan: Plan, maps: Mapping[int, AffineMap]) -> Sequence[ir.passes.
     """The rewrite, in order."""
     chosen = {layer: maps[layer] for layer in plan.replaced}
     return (
-        BypassAttention(chosen),
+        BypassAttention(chosen, plan.tap),
         DropCaches(plan.replaced),
         Sweep(),
         DropUnreadCaches(plan.replaced),

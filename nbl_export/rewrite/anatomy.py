@@ -25,6 +25,7 @@ __all__ = ["AttentionBlock", "cache_layers", "find_block", "graph_caches"]
 _PAST = re.compile(r"^past_key_values\.(\d+)\.(key|value)$")
 _PRESENT = re.compile(r"^present\.(\d+)\.(key|value)$")
 _SKIP_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
+_NORMS = ("RMSNormalization", "SimplifiedLayerNormalization", "LayerNormalization")
 _READS_ONLY_SHAPE = ("Shape", "Size")
 
 
@@ -38,6 +39,7 @@ class AttentionBlock:
     join: ir.Node
     branch_index: int  # which input of `join` is the attention output
     residual: ir.Value
+    normed: ir.Value | None  # what the block's norm makes of the residual; None where no norm operator is found
 
 
 def graph_caches(graph: ir.Graph) -> dict[int, tuple[tuple[ir.Value, ...], tuple[ir.Value, ...]]]:
@@ -83,7 +85,16 @@ def find_block(graph: ir.Graph, layer: int) -> AttentionBlock:
     branches = [i for i, v in enumerate(join.inputs[:2]) if v in reached]
     residual = join.inputs[1 - branches[0]]
     assert residual is not None
-    return AttentionBlock(layer, pasts, presents, join, branches[0], residual)
+    return AttentionBlock(layer, pasts, presents, join, branches[0], residual, _find_normed(residual, join))
+
+
+def _find_normed(residual: ir.Value, join: ir.Node) -> ir.Value | None:
+    """The output of the one norm that reads the residual before the join, or makes it on the side."""
+    beside = residual.producer()
+    norms = [n for n in residual.consumers() if n is not join and n.op_type in (*_NORMS, *_SKIP_NORMS)]
+    if beside is not None and beside.op_type in _SKIP_NORMS:
+        norms.append(beside)
+    return norms[0].outputs[0] if len(norms) == 1 else None
 
 
 def _descendants(graph: ir.Graph, sources: Iterable[ir.Value], stop: ir.Node | None = None) -> set[ir.Value]:

@@ -1,4 +1,4 @@
-"""Feed a replaced layer's residual join with x W' + b in place of its attention.
+"""Feed a replaced layer's residual join with x W' + b in place of its attention (x: what the tap names).
 
     before   x -- norm -- qkv -- GroupQueryAttention -- o_proj -+      after   x -- MatMul(W') -- Add(b) -+
              x -------------------------------------------- join                x -------------------- join
@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.records import AffineMap
-from nbl_export.rewrite.anatomy import find_block
+from nbl_export.rewrite.anatomy import AttentionBlock, find_block
 
 __all__ = ["BypassAttention", "map_names"]
 
@@ -29,9 +29,10 @@ def map_names(layer: int) -> tuple[str, str]:
 class BypassAttention(ir.passes.InPlacePass):
     """Put affine maps in place of the attention of the mapped layers."""
 
-    def __init__(self, maps: Mapping[int, AffineMap]) -> None:
+    def __init__(self, maps: Mapping[int, AffineMap], tap: str = "residual") -> None:
         super().__init__()
         self.maps = maps
+        self.tap = tap
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         blocks = [find_block(model.graph, layer) for layer in sorted(self.maps)]
@@ -42,13 +43,21 @@ class BypassAttention(ir.passes.InPlacePass):
             weight = _initializer(model.graph, weight_name, np.ascontiguousarray(affine.weight.T), dtype)
             bias = _initializer(model.graph, bias_name, affine.bias, dtype)
             prefix = f"/nbl/layers.{block.layer}"
-            product = ir.node("MatMul", [block.residual, weight], name=f"{prefix}/MatMul")
+            product = ir.node("MatMul", [_tapped(block, self.tap), weight], name=f"{prefix}/MatMul")
             total = ir.node("Add", [product.outputs[0], bias], name=f"{prefix}/Add")
             _name_outputs(block.residual, dtype, product, total)
             model.graph.insert_before(block.join, [product, total])
             _check_same_size(block.layer, block.join.inputs[block.branch_index], affine)
             block.join.replace_input_with(block.branch_index, total.outputs[0])
         return ir.passes.PassResult(model, modified=bool(blocks))
+
+
+def _tapped(block: AttentionBlock, tap: str) -> ir.Value:
+    if tap == "residual":
+        return block.residual
+    if block.normed is None:
+        raise RefusalError(block.layer, "its norm is not one operator, so the map cannot be put behind it (tap normed)")
+    return block.normed
 
 
 def _initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType) -> ir.Value:
