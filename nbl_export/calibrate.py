@@ -10,7 +10,8 @@ The logits are never computed: the base decoder is run, not the language-model h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,13 @@ class _Accumulator:
         )
 
 
-def collect(model: Any, ids_WT: torch.Tensor, progress: Callable[[int, int], None]) -> list[Moments]:
-    """Moments of every decoder layer over windows of token ids.
+def collect(
+    model: Any,
+    ids_WT: torch.Tensor,
+    progress: Callable[[int, int], None],
+    taps: Sequence[str] = ("residual",),
+) -> dict[str, list[Moments]]:
+    """Moments of every decoder layer over windows of token ids, for each tap (`records.TAPS`).
 
     Args:
         model: a causal LM of transformers, float32.
@@ -83,11 +89,12 @@ def collect(model: Any, ids_WT: torch.Tensor, progress: Callable[[int, int], Non
         NblError: a layer's activations are not finite.
     """
     decoder = model.get_decoder()
-    accumulators = [_Accumulator(model.config.hidden_size) for _ in decoder.layers]
+    accumulators = {tap: [_Accumulator(model.config.hidden_size) for _ in decoder.layers] for tap in taps}
     handles = [
         handle
-        for layer, accumulator in zip(decoder.layers, accumulators, strict=True)
-        for handle in _attach(layer, accumulator)
+        for tap, found in accumulators.items()
+        for layer, accumulator in zip(decoder.layers, found, strict=True)
+        for handle in _attach(layer, accumulator, tap)
     ]
     try:
         with torch.inference_mode():
@@ -99,15 +106,16 @@ def collect(model: Any, ids_WT: torch.Tensor, progress: Callable[[int, int], Non
     finally:
         for handle in handles:
             handle.remove()
-    moments = [a.moments() for a in accumulators]
-    for layer, found in enumerate(moments):
-        if not (torch.isfinite(found.xx).all() and torch.isfinite(found.yy).all()):
-            raise NblError(f"layer {layer}: its activations hold NaN or infinity; check the checkpoint's weights")
+    moments = {tap: [a.moments() for a in found] for tap, found in accumulators.items()}
+    for layers in moments.values():
+        for layer, m in enumerate(layers):
+            if not (torch.isfinite(m.xx).all() and torch.isfinite(m.yy).all()):
+                raise NblError(f"layer {layer}: its activations hold NaN or infinity; check the checkpoint's weights")
     return moments
 
 
-def _attach(layer: torch.nn.Module, accumulator: _Accumulator) -> list[Any]:
-    """Hooks that see a layer's residual input and its attention output."""
+def _attach(layer: torch.nn.Module, accumulator: _Accumulator, tap: str) -> list[Any]:
+    """Hooks that see a layer's input at the tap and its attention output."""
     seen: dict[str, torch.Tensor] = {}
 
     def on_input(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -119,21 +127,29 @@ def _attach(layer: torch.nn.Module, accumulator: _Accumulator) -> list[Any]:
         accumulator.update(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
 
     attention: Any = layer.self_attn
+    tapped = layer if tap == "residual" else attention
     return [
-        layer.register_forward_pre_hook(on_input, with_kwargs=True),
+        tapped.register_forward_pre_hook(on_input, with_kwargs=True),
         attention.register_forward_hook(on_attention),
     ]
 
 
-def save_moments(moments: Sequence[Moments], path: Path) -> None:
-    """Write moments of all layers as one safetensors file, float64."""
+def save_moments(moments: Mapping[str, Sequence[Moments]], path: Path) -> None:
+    """Write moments of all layers and taps as one safetensors file, float64: `layers.{i}.{tap}.{xx,yx,...}`."""
     from safetensors.torch import save_file
 
-    tensors = {f"layers.{i}.{name}": getattr(m, name) for i, m in enumerate(moments) for name in _FIELDS}
-    save_file(tensors, path, metadata={"count": str(moments[0].count), "num_layers": str(len(moments))})
+    tensors = {
+        f"layers.{i}.{tap}.{name}": getattr(m, name)
+        for tap, layers in moments.items()
+        for i, m in enumerate(layers)
+        for name in _FIELDS
+    }
+    first = next(iter(moments.values()))
+    facts = {"count": first[0].count, "num_layers": len(first), "taps": list(moments)}
+    save_file(tensors, path, metadata={"moments": json.dumps(facts)})  # one entry: safetensors shuffles several
 
 
-def load_moments(path: Path) -> list[Moments]:
+def load_moments(path: Path) -> dict[str, list[Moments]]:
     """Read what `save_moments` wrote.
 
     Raises:
@@ -143,10 +159,13 @@ def load_moments(path: Path) -> list[Moments]:
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            facts = file.metadata()
-            return [
-                Moments(int(facts["count"]), *(file.get_tensor(f"layers.{i}.{name}") for name in _FIELDS))
-                for i in range(int(facts["num_layers"]))
-            ]
+            facts = json.loads(file.metadata()["moments"])
+            return {
+                tap: [
+                    Moments(int(facts["count"]), *(file.get_tensor(f"layers.{i}.{tap}.{name}") for name in _FIELDS))
+                    for i in range(int(facts["num_layers"]))
+                ]
+                for tap in facts["taps"]
+            }
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise CorruptError(f"{path} is not a moments file ({error}); run calibrate again") from error

@@ -163,7 +163,7 @@ def distill(
         with twin.student():
             loss = twin.kl(last.flatten(0, 1), twin.run(entering).flatten(0, 1))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(twin.affine.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -47,12 +47,23 @@ def float64_moments(model: Any, ids: torch.Tensor) -> list[Moments]:
 
 def test_moments_are_those_of_all_activations(checkpoint: Checkpoint) -> None:
     model = load_model(checkpoint("llama"))
-    found, expected = calibrate.collect(model, windows(), nothing), float64_moments(model, windows())
+    found, expected = calibrate.collect(model, windows(), nothing)["residual"], float64_moments(model, windows())
     assert [m.count for m in found] == [windows().numel()] * LAYERS
     for a, b in zip(found, expected, strict=True):
         for name in ("x_sum", "y_sum", "xx", "yx", "yy"):
             difference = getattr(a, name) - getattr(b, name)
             assert difference.abs().max() <= 1e-5 * getattr(b, name).abs().max()
+
+
+def test_normed_tap_sees_what_attention_sees(checkpoint: Checkpoint) -> None:
+    model = load_model(checkpoint("llama"))
+    found = calibrate.collect(model, windows(), nothing, ("residual", "normed"))
+    seen: list[torch.Tensor] = []
+    model.model.layers[1].input_layernorm.register_forward_hook(lambda _m, _a, out: seen.append(out.double()))
+    with torch.inference_mode():
+        model.model(windows())
+    torch.testing.assert_close(found["normed"][1].x_sum, seen[0].flatten(0, 1).sum(0), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found["normed"][1].x_sum, found["residual"][1].x_sum)
 
 
 def test_maps_agree_with_a_float64_fit_despite_massive_activations() -> None:
@@ -103,11 +114,11 @@ def test_nan_weights_are_named_by_layer(checkpoint: Checkpoint) -> None:
 
 
 def test_file_round_trip_is_exact(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    found = calibrate.collect(load_model(checkpoint("llama")), windows(), nothing)
+    found = calibrate.collect(load_model(checkpoint("llama")), windows(), nothing, ("residual", "normed"))
     calibrate.save_moments(found, tmp_path / "m.safetensors")
     back = calibrate.load_moments(tmp_path / "m.safetensors")
-    assert len(back) == LAYERS
-    for a, b in zip(found, back, strict=True):
+    assert list(back) == list(found) == ["residual", "normed"]
+    for a, b in zip(found["normed"] + found["residual"], back["normed"] + back["residual"], strict=True):
         assert a.count == b.count
         assert all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("x_sum", "y_sum", "xx", "yx", "yy"))
 

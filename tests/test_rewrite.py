@@ -127,7 +127,7 @@ def test_planted_affine_attention_is_recovered(checkpoint: Any, text: Path, tmp_
     planted = {1: AffineMap(*_small_map())}
     model = linearize(load_model(checkpoint("llama")), planted)
     windows, _ = corpus.pack(corpus.read_text(str(text)), load_tokenizer(checkpoint("llama")), 4096, 64)
-    found = lmmse.fit(calibrate.collect(model, windows, lambda _d, _t: None)[1], 1)
+    found = lmmse.fit(calibrate.collect(model, windows, lambda _d, _t: None)["residual"][1], 1)
     np.testing.assert_allclose(found.weight, planted[1].weight, atol=2e-4)
     np.testing.assert_allclose(found.bias, planted[1].bias, atol=2e-4)
 

@@ -1,0 +1,99 @@
+"""Distilled maps: better on held-back text or as they were, the same for a seed, the model left alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nbl_export import calibrate, corpus, lmmse
+from nbl_export.checkpoint import load_model, load_tokenizer
+from nbl_export.distill import DistillSettings, _batches, distill
+from nbl_export.errors import NblError
+from nbl_export.linearize import linearize
+from nbl_export.records import AffineMap
+
+Checkpoint = Callable[[str], Path]
+QUICK = DistillSettings(steps=30, batch_tokens=256, check_every=10, learning_rate=3e-3)
+
+
+@pytest.fixture(scope="module")
+def prepared(checkpoint: Checkpoint, text: Path) -> dict[str, Any]:
+    """A tiny model, text, and closed-form maps of layers 1 and 2 on both taps."""
+    model = load_model(checkpoint("llama"))
+    windows, held = corpus.pack(corpus.read_text(str(text)), load_tokenizer(checkpoint("llama")), 8192, 64, 512)
+    moments = calibrate.collect(model, windows, lambda _d, _t: None, ("residual", "normed"))
+    maps = {tap: {i: lmmse.fit(found[i], i) for i in (1, 2)} for tap, found in moments.items()}
+    return {"model": model, "windows": windows, "held": held, "maps": maps}
+
+
+def run(prepared: dict[str, Any], tap: str, settings: DistillSettings = QUICK) -> Any:
+    return distill(prepared["model"], prepared["maps"][tap], prepared["windows"], prepared["held"], settings,
+                   lambda _d, _t: None, tap)  # fmt: skip
+
+
+def held_kl(checkpoint: Path, maps: dict[int, AffineMap], held: torch.Tensor, tap: str) -> float:
+    """The same figure, from two whole models."""
+    with torch.inference_mode():
+        target = load_model(checkpoint)(held).logits.log_softmax(-1)
+        ours = linearize(load_model(checkpoint), maps, tap)(held, use_cache=False).logits.log_softmax(-1)
+    return float((target.exp() * (target - ours)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("tap", ["residual", "normed"])
+def test_held_back_kl_falls_and_is_what_whole_models_give(
+    tap: str, prepared: dict[str, Any], checkpoint: Checkpoint
+) -> None:
+    result = run(prepared, tap)
+    start, best = result.held_kl[0][1], min(v for _, v in result.held_kl)
+    assert best < 0.95 * start
+    assert held_kl(checkpoint("llama"), prepared["maps"][tap], prepared["held"], tap) == pytest.approx(start, rel=1e-3)
+    assert held_kl(checkpoint("llama"), result.maps, prepared["held"], tap) == pytest.approx(best, rel=1e-3)
+
+
+def test_never_worse_than_the_start(prepared: dict[str, Any]) -> None:
+    """A learning rate that destroys the maps gives back the maps it was given."""
+    result = run(prepared, "normed", DistillSettings(steps=10, batch_tokens=256, check_every=5, learning_rate=5.0))
+    assert all(v > result.held_kl[0][1] for _, v in result.held_kl[1:])
+    for i, affine in prepared["maps"]["normed"].items():
+        np.testing.assert_array_equal(result.maps[i].weight, affine.weight)
+        np.testing.assert_array_equal(result.maps[i].bias, affine.bias)
+
+
+def test_same_seed_same_maps(prepared: dict[str, Any]) -> None:
+    one, two = run(prepared, "normed"), run(prepared, "normed")
+    assert all(np.array_equal(one.maps[i].weight, two.maps[i].weight) for i in one.maps)
+    assert one.train_kl == two.train_kl
+
+
+def test_stops_when_held_back_text_no_longer_improves(prepared: dict[str, Any]) -> None:
+    settings = DistillSettings(steps=100, batch_tokens=128, check_every=1, patience=2, learning_rate=5.0)
+    assert len(run(prepared, "normed", settings).train_kl) == 2
+
+
+def test_model_comes_back_as_it_was(prepared: dict[str, Any]) -> None:
+    model = prepared["model"]
+    layers, before = list(model.model.layers), {n: p.clone() for n, p in model.named_parameters()}
+    run(prepared, "residual", DistillSettings(steps=2, batch_tokens=128, check_every=1))
+    assert list(model.model.layers) == layers
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_epochs_are_permutations() -> None:
+    settings = DistillSettings(steps=6, batch_tokens=128)
+    batches = list(_batches(6, settings, 64))
+    assert all(len(b) == 2 for b in batches)
+    assert sorted(itertools.chain(*batches[:3])) == sorted(itertools.chain(*batches[3:])) == list(range(6))
+    assert batches[:3] != batches[3:]
+
+
+def test_nothing_to_train_is_refused(prepared: dict[str, Any]) -> None:
+    with pytest.raises(NblError, match="at least one replaced layer"):
+        distill(prepared["model"], {}, prepared["windows"], prepared["held"], QUICK, lambda _d, _t: None)
