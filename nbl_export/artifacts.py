@@ -11,8 +11,9 @@
     DIR/checkpoint/            a GGUF brought to safetensors, where the model was one
 
 A stage writes into a scratch directory and its results are renamed into place. Before that its record, and
-those of all stages after it, leave the manifest, so that a kill at any moment leaves either the old state,
-or a stage that is simply not there yet.
+those of all stages that read it, leave the manifest, so that a kill at any moment leaves either the old state,
+or a stage that is simply not there yet. Changed options reach the manifest with the first stage that finishes
+under them, so that a command that is refused changes nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,8 +33,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nbl_export.errors import BusyError, CorruptError, NblError
+from nbl_export.records import DecoderSpec, JobOptions, LayerScore, Plan
 
-__all__ = ["SCHEMA", "RunDirectory", "file_sha256", "friendly_os_errors", "key_of", "write_json"]
+__all__ = ["SCHEMA", "RunDirectory", "file_sha256", "friendly_os_errors", "key_of", "refuse_foreign", "write_json"]
 
 SCHEMA = 1
 _SCRATCH = ".tmp-"
@@ -73,22 +76,48 @@ def write_json(path: Path, value: Any) -> None:
         scratch.unlink(missing_ok=True)
 
 
+_WRITE_ONLY = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
 @contextlib.contextmanager
 def friendly_os_errors(where: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission into a sentence."""
+    """Turn a full disk or a missing permission into a sentence, whichever library met it."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        number, filename = _disk_trouble(error)
         reasons = {
             errno.ENOSPC: f"no space left on the disk of {where}; free some or choose another --output",
             errno.EDQUOT: f"the disk quota of {where} is used up; free some space or choose another --output",
-            errno.EACCES: f"no permission to write {error.filename or where}; choose another --output",
+            errno.EACCES: f"no permission to write {filename or where}; choose another --output",
             errno.EROFS: f"{where} is on a read-only file system; choose another --output",
-            errno.EFBIG: f"a file in {where} is larger than the file system or the file-size limit allows",
+            errno.EFBIG: f"a file in {where} grew beyond the file-size limit; raise it or choose another --output",
         }
-        if error.errno not in reasons:
+        explained = isinstance(error, NblError) and number not in _WRITE_ONLY  # e.g. a text that cannot be read
+        if number not in reasons or explained:
             raise
-        raise NblError(reasons[error.errno]) from error
+        raise NblError(reasons[number]) from error
+
+
+def _disk_trouble(error: BaseException | None) -> tuple[int | None, str | None]:
+    """Error number and file of the OSError that an exception is, comes from or quotes."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno, error.filename
+        if quoted := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, in Rust
+            return int(quoted[1]), None
+        if re.search(r"\d+ requested and \d+ written", str(error)):  # numpy's tofile keeps no number
+            return errno.ENOSPC, None
+        error = error.__cause__
+    return None, None
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a directory or a link, whichever is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class RunDirectory:
@@ -111,14 +140,8 @@ class RunDirectory:
             CorruptError: its manifest cannot be read.
         """
         if create:
-            _refuse_foreign(path)
-            with friendly_os_errors(path):
-                try:
-                    path.mkdir(parents=True, exist_ok=True)
-                except (FileExistsError, NotADirectoryError) as error:
-                    raise NblError(
-                        f"{path} cannot be a directory: a file is in the way; choose another --output"
-                    ) from error
+            refuse_foreign(path)
+            _make(path)
         elif not (path / "nbl.json").is_file():
             raise NblError(f"{path} is not a run directory: it has no nbl.json; nbl-export --output makes one")
         with friendly_os_errors(path):
@@ -138,29 +161,47 @@ class RunDirectory:
                 run._read()
                 yield run
         finally:
+            with contextlib.suppress(OSError):
+                cls(path)._sweep()  # an interrupt may come between making a scratch directory and using it
             lock.release()
+
+    @classmethod
+    def peek(cls, path: Path) -> RunDirectory:
+        """Read the manifest, empty if there is none, without the lock: for looking on while a run works.
+
+        Raises:
+            CorruptError: its manifest cannot be read.
+        """
+        run = cls(path)
+        run._read()
+        return run
 
     def _sweep(self) -> None:
         """Remove what a killed process left unfinished."""
         for leftover in self.path.glob(f"{_SCRATCH}*"):
-            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
+            _remove(leftover)
 
     def _read(self) -> None:
         path = self.path / "nbl.json"
+        if (self.path / "genai_config.json").exists():
+            raise NblError(f"{self.path} is a model directory, not a run directory; name the directory it is in")
         if not path.exists():
             return
         advice = "restore it, or start over with --force"
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise CorruptError(f"{path} cannot be read ({error}); {advice}") from error
-        if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), dict):
-            raise CorruptError(f"{path} is not a manifest of nbl-export; {advice}")
-        if manifest.get("schema") != SCHEMA:
+        schema = manifest.get("schema") if isinstance(manifest, dict) else None
+        if isinstance(schema, int) and schema != SCHEMA:
             raise CorruptError(
-                f"{path} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}; "
+                f"{path} has schema {schema}, this version reads {SCHEMA}; "
                 "use the version that wrote it, or start over with --force"
             )
+        try:
+            _check_manifest(manifest)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CorruptError(f"{path} is not a manifest of nbl-export ({error}); {advice}") from error
         self.manifest = manifest
 
     # -- the manifest ----------------------------------------------------------------------------------
@@ -171,16 +212,19 @@ class RunDirectory:
         stages: dict[str, Any] = self.manifest.setdefault("stages", {})
         return stages
 
+    def note(self, **facts: Any) -> None:
+        """Merge facts into the manifest, to be written with the next `save`."""
+        self.manifest = {"schema": SCHEMA, "status": "incomplete", "stages": {}, **self.manifest, **facts}
+
     def save(self, **facts: Any) -> None:
         """Merge facts into the manifest and write it."""
-        self.manifest = {"schema": SCHEMA, **self.manifest, **facts}
+        self.note(**facts)
         write_json(self.path / "nbl.json", self.manifest)
 
     def _reset(self) -> None:
         """Forget everything. Only names that this tool writes are removed, the manifest last."""
         for name in _OURS:
-            target = self.path / name
-            shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+            _remove(self.path / name)
 
     # -- stages ----------------------------------------------------------------------------------------
 
@@ -219,18 +263,22 @@ class RunDirectory:
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
-    def finish(self, stage: str, key: str, scratch: Path, seconds: float, later: Sequence[str], **facts: Any) -> None:
-        """Move everything in `scratch` into place and record the stage; `later` stages are forgotten."""
+    def finish(self, stage: str, key: str, scratch: Path, seconds: float, readers: Sequence[str], **facts: Any) -> None:
+        """Move everything in `scratch` into place and record the stage; stages that read it are forgotten.
+
+        A failed verification stays on record until it, or what it read, is done again.
+        """
         hashes = {
             str(path.relative_to(scratch)): file_sha256(path) for path in sorted(scratch.rglob("*")) if path.is_file()
         }
-        for name in (stage, *later):
+        for name in (stage, *readers):
             self.stages.pop(name, None)
-        self.save(status="incomplete")
+        failed = self.manifest["status"] == "failed" and "verify" in self.stages
+        self.save(status="failed" if failed else "incomplete")
         for entry in sorted(scratch.iterdir()):
             target = self.path / entry.name
             if target.is_dir():
-                shutil.rmtree(target)
+                _remove(target)
             os.replace(entry, target)
         self.stages[stage] = {"key": key, "seconds": round(seconds, 3), "files": hashes}
         self.save(**facts)
@@ -258,14 +306,57 @@ _OURS = (
 )
 
 
-def _refuse_foreign(path: Path) -> None:
-    """An existing directory must be empty or a run directory: nothing of the user's is ever touched."""
-    if not path.exists() or (path / "nbl.json").exists():
-        return
-    if not path.is_dir():
+def _check_manifest(manifest: Any) -> None:
+    """Raise what comes up where a value that the stages rely on is missing or of the wrong kind."""
+    _require(manifest, schema=int, status=str, command=str, stages=dict)
+    _require(manifest["model"], name=str, fingerprint=str)
+    _require(manifest["calibration"], name=str, sha256=str)
+    for record in manifest["stages"].values():
+        _require(record, key=str, seconds=(int, float), files=dict)
+    JobOptions.from_json(manifest["options"])
+    spec = DecoderSpec(**manifest["decoder"])
+    if "plan" in manifest["stages"]:
+        scores = tuple(LayerScore(**score) for score in manifest["scores"])
+        Plan(spec.num_layers, tuple(manifest["replaced_layers"]), manifest["tap"], manifest["select"], scores)
+
+
+def _require(values: dict[str, Any], **kinds: Any) -> None:
+    for name, kind in kinds.items():
+        if not isinstance(values[name], kind):
+            raise TypeError(f"{name!r} is of the wrong kind")
+
+
+def _make(path: Path) -> None:
+    """Create the directory where it is not there."""
+    try:
+        str(path).encode("utf-8")  # the manifest will hold it
+        with friendly_os_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NblError(f"{path} cannot be a directory: a file is in the way; choose another --output") from error
+    except UnicodeEncodeError as error:
+        raise NblError(f"{str(path)!r} is not a name in UTF-8; choose another --output") from error
+    except OSError as error:
+        raise NblError(f"{path} cannot be made: {error.strerror}; choose another --output") from error
+
+
+def refuse_foreign(path: Path) -> None:
+    """An existing directory must be empty or a run directory: nothing of the user's is ever touched.
+
+    Raises:
+        NblError: it is neither.
+    """
+    try:
+        entries = [p.name for p in path.iterdir()] if path.is_dir() else []
+        is_file = path.is_file()
+    except OSError as error:
+        raise NblError(f"{path} cannot be looked into: {error.strerror}; choose another --output") from error
+    if is_file:
         raise NblError(f"{path} is a file; choose another --output")
-    strangers = [p.name for p in path.iterdir() if p.name not in (*_OURS, ".lock") and not p.name.startswith(_SCRATCH)]
-    if strangers:
+    if "genai_config.json" in entries:
+        raise NblError(f"{path} is a model directory, not a run directory; choose another --output")
+    strangers = [name for name in entries if name != ".lock" and not name.startswith(_SCRATCH)]
+    if strangers and "nbl.json" not in entries:
         raise NblError(
             f"{path} is not empty and not a run directory (it holds {sorted(strangers)[0]}); choose another --output"
         )

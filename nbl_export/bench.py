@@ -24,6 +24,7 @@ import itertools
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -304,7 +305,8 @@ def measure_footprint(open_runner: OpenRunner, directory: Path, prompt: Sequence
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(there, open_runner, directory, prompt, capacity), daemon=True)
-    child.start()
+    with _interrupts_held():
+        child.start()
     there.close()  # the child's copy is the only one left, so its death ends the wait
     try:
         answer = here.recv()
@@ -323,10 +325,20 @@ def measure_footprint(open_runner: OpenRunner, directory: Path, prompt: Sequence
     return answer
 
 
-def _child(out: Connection, open_runner: OpenRunner, directory: Path, prompt: Sequence[int], capacity: int) -> None:
-    import signal
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back. A process started meanwhile never gets it: this one does too, and ends it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
+
+def _child(out: Connection, open_runner: OpenRunner, directory: Path, prompt: Sequence[int], capacity: int) -> None:
     try:
         out.send(_footprint(open_runner, directory, prompt, capacity))
     except NblError as error:

@@ -37,6 +37,7 @@ SUPPORTED = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
               "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*")  # fmt: skip
 _SAMPLED_BYTES = 1 << 20
+_MARKER = "source.json"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Source:
     gguf: Path | None
     revision: str | None
     fingerprint: str
+
+    @property
+    def place(self) -> str | None:
+        """Absolute path of a local model; None for one of the hub."""
+        return None if self.revision else str((self.gguf or self.directory).absolute())
 
 
 def quiet_transformers() -> None:
@@ -108,7 +114,8 @@ def _directory_source(name: str, directory: Path, revision: str | None) -> Sourc
     _check_architecture(config.get("model_type"), directory)
     weights = _weight_files(directory)
     _check_safetensors(weights)
-    fingerprint = _fingerprint([directory / "config.json", *weights, *sorted(directory.glob("tokenizer*"))])
+    tokenizer = [file for file in sorted(directory.glob("tokenizer*")) if file.is_file()]
+    fingerprint = _fingerprint([directory / "config.json", *weights, *tokenizer])
     return Source(name, directory, None, revision, fingerprint)
 
 
@@ -118,7 +125,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise NblError(f"{directory} is not a model directory: it has no config.json") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise NblError(f"{path} cannot be read ({error}); fetch the model again") from error
     if not isinstance(config, dict):
         raise NblError(f"{path} is not a model configuration; fetch the model again")
@@ -137,9 +144,12 @@ def _weight_files(directory: Path) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            outside = [n for n in names if Path(n).name != n or n == ".."]
+        except (ValueError, KeyError, AttributeError, TypeError, OSError, RecursionError) as error:
             raise NblError(f"{index} cannot be read ({error}); fetch the model again") from error
-        if any(Path(n).name != n for n in names):
+        if not names:
+            raise NblError(f"{index} names no file; fetch the model again")
+        if outside:
             raise NblError(f"{index} names a file outside {directory}; this checkpoint is not to be trusted")
         files = [directory / n for n in names]
         missing = [f.name for f in files if not f.exists()]
@@ -229,14 +239,13 @@ def read_spec(source: Source) -> DecoderSpec:
 def materialise(source: Source, target: Path) -> Path:
     """A directory with safetensors, config and tokenizer; dequantises a GGUF into `target`.
 
-    Complete or absent: `target` is renamed into place, and kept for later runs on the same model.
+    Complete or absent: `target` is renamed into place, and kept for later runs on the same model; made again
+    where one of its files is missing or cut.
     """
     if source.gguf is None:
         return source.directory
-    marker = target / "source.json"
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        if json.loads(marker.read_text())["fingerprint"] == source.fingerprint:
-            return target
+    if _is_whole(target, source):
+        return target
     quiet_transformers()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -259,10 +268,20 @@ def materialise(source: Source, target: Path) -> Path:
     except Exception as error:
         shutil.rmtree(scratch, ignore_errors=True)
         raise NblError(f"{source.gguf} cannot be loaded by transformers: {error}") from error
-    (scratch / "source.json").write_text(json.dumps({"fingerprint": source.fingerprint, "file": source.gguf.name}))
+    sizes = {f.name: f.stat().st_size for f in sorted(scratch.iterdir())}
+    facts = {"fingerprint": source.fingerprint, "file": source.gguf.name, "sizes": sizes}
+    (scratch / _MARKER).write_text(json.dumps(facts), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(scratch, target)
     return target
+
+
+def _is_whole(target: Path, source: Source) -> bool:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        facts = json.loads((target / _MARKER).read_text(encoding="utf-8"))
+        same = facts["fingerprint"] == source.fingerprint
+        return same and all((target / n).stat().st_size == size for n, size in facts["sizes"].items())
+    return False
 
 
 def load_model(directory: Path) -> Any:

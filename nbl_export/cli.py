@@ -50,7 +50,7 @@ Repetitions = Annotated[int | None, typer.Option(min=1, help="Measured rounds (d
 PromptTokens = Annotated[int | None, typer.Option(min=1, help="pp test length (default 512).")]
 GenerateTokens = Annotated[int | None, typer.Option(min=1, help="tg test length (default 128).")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Engine threads (default: the engine's choice).")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the benchmark's token ids (default 0).")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the benchmark's token ids (default 0).")]
 Force = Annotated[bool, typer.Option("--force", help="Start over, or go on despite a failed verification.")]
 
 
@@ -59,7 +59,7 @@ def _options(**given: Any) -> dict[str, Any]:
     chosen = {k: v for k, v in given.items() if v is not None}
     if "depth" in chosen:
         parts = str(chosen.pop("depth")).split(",")
-        if not all(p.strip().isdigit() for p in parts):
+        if not all(p.strip().isascii() and p.strip().isdigit() for p in parts):
             raise typer.BadParameter("write numbers of tokens, comma separated (0,2048)", param_hint="--depth")
         chosen["depths"] = tuple(int(p) for p in parts)
     return chosen
@@ -101,10 +101,11 @@ def root(
         print(__version__)
         return
     if context_.invoked_subcommand is not None:
+        _refuse_options_before(context_)
         return
     if model is None or output is None:
         missing = "--model" if model is None else "--output"
-        raise typer.BadParameter("is needed for the main job (see --help)", param_hint=missing)
+        raise typer.BadParameter("is needed for the main job", param_hint=missing)
     from nbl_export.pipeline import run_job
     from nbl_export.records import JobOptions
 
@@ -117,6 +118,15 @@ def root(
     print(output / "report.html")
 
 
+def _refuse_options_before(context: typer.Context) -> None:
+    """Options of the main job in front of a subcommand would be without effect."""
+    for name in set(context.params) - {"verbose", "version"}:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            flag = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"goes after {context.invoked_subcommand}, if it takes it", param_hint=flag)
+
+
 @app.command()
 def calibrate(
     model: Annotated[str, typer.Option(help="Hub id, directory with safetensors, or GGUF.")],
@@ -127,11 +137,10 @@ def calibrate(
     force: Annotated[bool, typer.Option("--force", help="Start over.")] = False,
 ) -> None:
     """Collect the moments of every layer into a run directory."""
-    from nbl_export.pipeline import run_job
-    from nbl_export.records import JobOptions
+    from nbl_export.pipeline import run_calibration
 
     chosen = _options(calibration=calibration, calibration_tokens=calibration_tokens, context=context)
-    run_job(JobOptions(model=model, **chosen), output, _ui(), force=force, until="calibrate")
+    run_calibration(model, chosen, output, _ui(), force=force)
     print(output / "moments.safetensors")
 
 
@@ -246,6 +255,9 @@ def _show(value: Any, table: Any, as_json: bool) -> None:
         Console(width=None if sys.stdout.isatty() else 110).print(table)
 
 
+_INTERRUPTED = 130
+
+
 def _terminate(_signal: int, _frame: Any) -> None:
     raise KeyboardInterrupt
 
@@ -257,33 +269,35 @@ def main() -> None:
         warnings.simplefilter("ignore")  # deprecations inside libraries are not the user's to act on
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name="nbl-export", standalone_mode=False)
+        if status == _INTERRUPTED:  # typer has caught it
+            raise KeyboardInterrupt
         sys.exit(status if isinstance(status, int) else 0)
-    except NblError as error:
-        _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; finished stages are kept, the same command goes on from there", 130)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; finished stages are kept, the same command goes on from there", _INTERRUPTED)
     except BrokenPipeError:
         sys.exit(0)
-    except MemoryError:
-        _fail("out of memory; use a smaller --context, or a machine with more memory", 1)
-    except ValueError as error:
-        _fail(str(error), 1)
-    except typer.Abort:
-        _fail("interrupted", 130)
     except Exception as error:
-        _usage_or_raise(error)
+        _explain(error)
 
 
-def _usage_or_raise(error: Exception) -> None:
-    """Usage errors of the command-line parser end with status 2; anything else is a defect and shows."""
-    show = getattr(error, "show", None)
-    if show is None:
-        raise error
-    show(file=sys.stderr)
-    sys.exit(int(getattr(error, "exit_code", 2)))
+def _explain(error: Exception) -> None:
+    """What the user can act on ends as one line; anything else is a defect and shows."""
+    logging.getLogger(__name__).debug("where it happened", exc_info=error)
+    usage = getattr(error, "format_message", None)
+    if isinstance(error, NblError):
+        _fail(str(error), error.exit_code)
+    if usage is not None:
+        _fail(f"{usage().rstrip('.')}; see nbl-export --help", int(getattr(error, "exit_code", 2)))
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # the latter is torch's
+        _fail("out of memory; use a smaller --context, or a machine with more memory", 1)
+    if isinstance(error, OSError) and error.strerror:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1)
+    if isinstance(error, ValueError):
+        _fail(str(error), 1)
+    raise error
 
 
 def _fail(message: str, status: int) -> None:
-    print(f"nbl-export: {message}", file=sys.stderr)
+    print(f"nbl-export: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)

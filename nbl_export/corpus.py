@@ -126,7 +126,7 @@ def _read_file(path: Path, name: str | None = None) -> Text:
     if b"\0" in raw[:65536]:
         raise NblError(f"calibration text {path} is a binary file; give UTF-8 text, .jsonl or .json")
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise NblError(f"calibration text {path} is not UTF-8 (byte {error.start}); convert it with iconv") from error
     documents = [d for d in _documents(path, text) if len(d.strip()) >= _MIN_DOCUMENT_CHARS]
@@ -137,11 +137,11 @@ def _read_file(path: Path, name: str | None = None) -> Text:
 
 def _documents(path: Path, text: str) -> list[str]:
     if path.suffix == ".jsonl":
-        return [_field(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        return [_field(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if path.suffix == ".json":
         try:
             rows = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise NblError(f"calibration text {path} is not JSON: {error}") from error
         if not isinstance(rows, list):
             raise NblError(f"calibration text {path} must be a JSON list of objects with a text field")
@@ -152,7 +152,7 @@ def _documents(path: Path, text: str) -> list[str]:
 def _field(path: Path, number: int, line: str) -> str:
     try:
         return _text_of(path, number, json.loads(line))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise NblError(f"calibration text {path}, line {number} is not JSON: {error}") from error
 
 

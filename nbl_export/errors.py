@@ -1,12 +1,26 @@
 """Errors that a user can act on: the message says what is wrong, where, and what to do."""
 
-__all__ = ["BusyError", "CorruptError", "MissingPackageError", "NblError", "ParityError", "RefusalError"]
+__all__ = [
+    "BusyError",
+    "CorruptError",
+    "MissingPackageError",
+    "NblError",
+    "ParityError",
+    "RefusalError",
+    "UsageError",
+]
 
 
 class NblError(Exception):
     """Anything the user can put right. Printed as one line, without a traceback; exit status 1."""
 
     exit_code = 1
+
+
+class UsageError(NblError):
+    """An option that is wrong by itself, whatever the model and the files; exit status 2."""
+
+    exit_code = 2
 
 
 class BusyError(NblError):

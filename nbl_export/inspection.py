@@ -10,6 +10,7 @@ from rich.table import Table
 
 from nbl_export.artifacts import RunDirectory
 from nbl_export.engines import ENGINES, load_engine
+from nbl_export.errors import NblError
 from nbl_export.records import ITEMSIZE, DecoderSpec
 
 __all__ = [
@@ -29,27 +30,28 @@ def describe(directory: Path) -> dict[str, Any]:
     Raises:
         NblError: it is none.
     """
-    with RunDirectory.open_run(directory, create=False) as run:
-        facts = run.manifest
-        spec = DecoderSpec(**facts["decoder"])
-        itemsize = ITEMSIZE["float16" if facts["options"]["precision"] == "fp16" else "float32"]
-        kept = spec.num_layers - len(facts.get("replaced_layers", ()))
-        return {
-            "model": facts["model"],
-            "decoder": facts["decoder"],
-            "status": facts["status"],
-            "precision": facts["options"]["precision"],
-            "replaced_layers": facts.get("replaced_layers"),
-            "tap": facts.get("tap"),
-            "stages": {name: record["seconds"] for name, record in facts["stages"].items()},
-            "variants": {
-                "original": _variant(directory / "original", spec, spec.num_layers, itemsize),
-                "nbl": _variant(directory / "model", spec, kept, itemsize),
-            },
-            "files": {n: _size(directory / n) for n in ("moments.safetensors", "maps.safetensors", "checkpoint")},
-            "scores": facts.get("scores", []),
-            "command": facts["command"],
-        }
+    facts = RunDirectory.peek(directory).manifest
+    if not facts:
+        raise NblError(f"{directory} is not a run directory: it has no nbl.json; nbl-export --output makes one")
+    spec = DecoderSpec(**facts["decoder"])
+    itemsize = ITEMSIZE["float16" if facts["options"]["precision"] == "fp16" else "float32"]
+    kept = spec.num_layers - len(facts.get("replaced_layers", ()))
+    return {
+        "model": facts["model"],
+        "decoder": facts["decoder"],
+        "status": facts["status"],
+        "precision": facts["options"]["precision"],
+        "replaced_layers": facts.get("replaced_layers"),
+        "tap": facts.get("tap"),
+        "stages": {name: record["seconds"] for name, record in facts["stages"].items()},
+        "variants": {
+            "original": _variant(directory / "original", spec, spec.num_layers, itemsize),
+            "nbl": _variant(directory / "model", spec, kept, itemsize),
+        },
+        "files": {n: _size(directory / n) for n in ("moments.safetensors", "maps.safetensors", "checkpoint")},
+        "scores": facts.get("scores", []),
+        "command": facts["command"],
+    }
 
 
 def _variant(directory: Path, spec: DecoderSpec, kept: int, itemsize: int) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from nbl_export.plan import parse_layers
 from nbl_export.progress import Ui
 from nbl_export.records import DecoderSpec, JobOptions, Plan
 
-__all__ = ["HELD_BACK_TOKENS", "Job", "describe_command"]
+__all__ = ["HELD_BACK_TOKENS", "Job", "check_options", "describe_command", "located"]
 
 HELD_BACK_TOKENS = 4096
 
@@ -51,37 +51,53 @@ class Job:
     def spec(self) -> DecoderSpec:
         return DecoderSpec(**self.run.manifest["decoder"])
 
+    def check_inputs(self) -> None:
+        """Read what can be read of model and text without loading them, and hold the options against it.
+
+        Raises:
+            NblError: missing, damaged or unsupported, or options that do not fit.
+        """
+        self.source, self.text  # noqa: B018  reading them is the check
+        check_options(self.options, self.read_spec)
+
     def identify(self) -> None:
-        """Write who we are to the manifest.
+        """Note who we are in the manifest; a new directory gets one at once.
 
         Raises:
             NblError: the directory belongs to another model.
         """
         known = self.run.manifest.get("model")
-        if known and known["fingerprint"] != self.source.fingerprint:
+        if known and known["fingerprint"] != self.source.fingerprint and self.run.stages:
             raise NblError(
                 f"{self.run.path} holds a run of {known['name']}, not of this {self.source.name}; "
                 "use another --output, or start over with --force"
             )
-        spec = (known and self.run.manifest.get("decoder")) or dataclasses.asdict(self.read_spec)
-        self.run.save(
+        spec, source, options = self.read_spec, self.source, self.options
+        measured = {"tokens": options.calibration_tokens, "context": options.context}
+        self.run.note(
             model={
-                "name": self.options.model,
-                "revision": self.source.revision,
-                "architecture": spec["architecture"],
-                "fingerprint": self.source.fingerprint,
+                "name": options.model,
+                "revision": source.revision,
+                "architecture": spec.architecture,
+                "fingerprint": source.fingerprint,
             },
-            decoder=spec,
+            decoder=dataclasses.asdict(spec),
             calibration={
+                **measured,
+                **self.run.manifest.get("calibration", {}),
                 "name": self.text.name,
                 "sha256": self.text.sha256,
-                "tokens": self.options.calibration_tokens,
-                "context": self.options.context,
             },
-            options=self.options.to_json(),
-            command=describe_command(self.options, self.run.path),
-            num_layers=spec["num_layers"],
+            places={"model": source.place, "calibration": _absolute(options.calibration)},
+            num_layers=spec.num_layers,
         )
+        self.note_options(options)
+        if not known:
+            self.run.save()
+
+    def note_options(self, options: JobOptions) -> None:
+        """Note options and the command line that asks for them."""
+        self.run.note(options=options.to_json(), command=describe_command(options, self.run.path))
 
     # -- parts ----------------------------------------------------------------------------------------------
 
@@ -93,8 +109,11 @@ class Job:
 
     @functools.cached_property
     def read_spec(self) -> DecoderSpec:
+        """The decoder's numbers, from the manifest where it is of the same model (transformers takes seconds)."""
         from nbl_export import checkpoint
 
+        if self.run.manifest and self.fingerprint == self.source.fingerprint:
+            return self.spec
         return checkpoint.read_spec(self.source)
 
     @functools.cached_property
@@ -143,6 +162,39 @@ class Job:
         facts = self.run.manifest
         scores = tuple(LayerScore(**score) for score in facts["scores"])
         return Plan(facts["num_layers"], tuple(facts["replaced_layers"]), facts["tap"], facts["select"], scores)
+
+
+def check_options(options: JobOptions, spec: DecoderSpec) -> None:
+    """Hold options against the decoder that they are for.
+
+    Raises:
+        NblError: layers it does not have, or more tokens than it has positions for.
+    """
+    parse_layers(options.layers, spec.num_layers)
+    if options.context > spec.max_positions:
+        raise NblError(f"--context {options.context} is beyond the model's {spec.max_positions} positions")
+    shortest = min(options.depths) + min(options.prompt_tokens, options.generate_tokens)
+    if shortest > spec.max_positions:
+        raise NblError(
+            f"nothing to measure: the shortest test ends at {shortest} tokens, the model has {spec.max_positions} "
+            "positions; use a smaller --depth, --prompt-tokens or --generate-tokens"
+        )
+
+
+def located(options: JobOptions, run: RunDirectory) -> JobOptions:
+    """Options with model and text where they were, whatever the working directory is now."""
+    places = run.manifest.get("places", {})
+    return dataclasses.replace(
+        options,
+        model=places.get("model") or options.model,
+        calibration=places.get("calibration") or options.calibration,
+    )
+
+
+def _absolute(path: str | None) -> str | None:
+    """A local path from the root; None for anything else."""
+    local = Path(path).expanduser() if path else None
+    return str(local.absolute()) if local and local.exists() else None
 
 
 def describe_command(options: JobOptions, output: Path) -> str:

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export import __version__
-from nbl_export.artifacts import RunDirectory, key_of, versions, write_json
+from nbl_export.artifacts import RunDirectory, key_of, refuse_foreign, versions, write_json
 from nbl_export.engines import load_engine
-from nbl_export.errors import NblError, ParityError
-from nbl_export.job import Job
-from nbl_export.plan import parse_layers
+from nbl_export.errors import NblError, ParityError, UsageError
+from nbl_export.job import Job, check_options, located
 from nbl_export.progress import Ui
 from nbl_export.records import ITEMSIZE, JobOptions
 
-__all__ = ["STAGES", "run_job", "run_stages"]
+__all__ = ["STAGES", "run_calibration", "run_job", "run_stages"]
 
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai",
              "mobius-onnx", "optimum", "safetensors", "numpy")  # fmt: skip
@@ -36,7 +35,7 @@ class Stage:
     run: Callable[[Job, Path], dict[str, Any]]
 
 
-def run_job(options: JobOptions, output: Path, ui: Ui, *, force: bool = False, until: str = "report") -> Path:
+def run_job(options: JobOptions, output: Path, ui: Ui, *, force: bool = False) -> Path:
     """Checkpoint in, verified and measured NBL decoder out. Resumes what is there; `force` starts over.
 
     Raises:
@@ -44,15 +43,28 @@ def run_job(options: JobOptions, output: Path, ui: Ui, *, force: bool = False, u
         ParityError: the graph does not compute what the torch model computes.
     """
     preflight(options)
-    with RunDirectory.open_run(output, create=True, force=force) as run:
-        job = Job(options, run, ui)
-        job.source, job.text  # noqa: B018  reading them is the check
-        parse_layers(options.layers, job.read_spec.num_layers)
-        if options.context > job.read_spec.max_positions:
-            raise NblError(f"--context {options.context} is beyond the model's {job.read_spec.max_positions} positions")
+    _require_engine(options.engine)
+    _work(options, output, ui, force, "report")
+    return output
+
+
+def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, force: bool = False) -> Path:
+    """The first stage by itself, of a new run or of one whose other options stay as they are recorded."""
+    refuse_foreign(output)
+    recorded = {} if force else RunDirectory.peek(output).manifest.get("options", {})
+    options = dataclasses.replace(JobOptions.from_json({**recorded, "model": model}), **given)
+    preflight(options)
+    _work(options, output, ui, force, "calibrate")
+    return output
+
+
+def _work(options: JobOptions, output: Path, ui: Ui, force: bool, until: str) -> None:
+    refuse_foreign(output)
+    job = Job(options, RunDirectory(output) if force else RunDirectory.peek(output), ui)
+    job.check_inputs()  # before anything is written, or, with force, removed
+    with RunDirectory.open_run(output, create=True, force=force) as job.run:
         job.identify()
         _advance(job, until)
-    return output
 
 
 def run_stages(
@@ -67,9 +79,10 @@ def run_stages(
         recorded = JobOptions.from_json(run.manifest["options"])
         options = dataclasses.replace(recorded, **{k: v for k, v in (changes or {}).items() if v is not None})
         preflight(options)
-        job = Job(options, run, ui)
+        job = Job(located(options, run), run, ui)
+        check_options(options, job.spec)
         if options != recorded:
-            job.identify()
+            job.note_options(options)
         _advance(job, until, ignore_failure=force)
         return run
 
@@ -78,27 +91,39 @@ def preflight(options: JobOptions) -> None:
     """Check engine, precision and decoder source before any work.
 
     Raises:
-        NblError: unknown, or not available on this machine, with the probe's reason.
+        UsageError: unknown.
+        NblError: a source that does not make this precision.
     """
-    engine = load_engine(options.engine)
-    capabilities = engine.CAPABILITIES
+    from nbl_export.decoders import PRECISIONS
+
+    capabilities = load_engine(options.engine).CAPABILITIES
     for value, allowed, flag in (
         (options.precision, capabilities.precisions, "--precision"),
         (options.decoder_source, capabilities.sources, "--decoder-source"),
     ):
         if value not in allowed:
-            raise NblError(f"{flag} {value} is not for engine {options.engine}; it takes {', '.join(allowed)}")
-    found = engine.probe()
+            raise UsageError(f"{flag} {value} is not for engine {options.engine}; it takes {', '.join(allowed)}")
+    makes = PRECISIONS.get(options.decoder_source, capabilities.precisions)
+    if options.precision not in makes:
+        others = [f"--decoder-source {name}" for name, made in PRECISIONS.items() if options.precision in made]
+        raise NblError(
+            f"the decoder source {options.decoder_source} makes no {options.precision} graph; "
+            f"use {' or '.join([*others, '--precision ' + ', '.join(makes)])}"
+        )
+
+
+def _require_engine(name: str) -> None:
+    found = load_engine(name).probe()
     if not found.available:
-        raise NblError(f"engine {options.engine} is not available here: {found.reason}")
+        raise NblError(f"engine {name} is not available here: {found.reason}")
 
 
 def _advance(job: Job, until: str, *, ignore_failure: bool = False) -> None:
     names = [stage.name for stage in STAGES]
     keys: dict[str, str] = {}
-    for position, stage in enumerate(STAGES[: names.index(until) + 1]):
+    for stage in STAGES[: names.index(until) + 1]:
         keys[stage.name] = _key(job, stage, keys)
-        if _reusable(job, stage, keys[stage.name]):
+        if _reusable(job, stage, keys[stage.name], ignore_failure):
             job.ui.say(f"{stage.title}: reused")
         else:
             job.ui.say(f"{stage.title} ...")
@@ -107,17 +132,31 @@ def _advance(job: Job, until: str, *, ignore_failure: bool = False) -> None:
                 facts = stage.run(job, scratch)
                 seconds = time.monotonic() - started
                 facts.setdefault("status", "incomplete")
-                job.run.finish(stage.name, keys[stage.name], scratch, seconds, names[position + 1 :], **facts)
+                job.run.finish(stage.name, keys[stage.name], scratch, seconds, _readers(stage.name), **facts)
             job.ui.say(f"{stage.title}: done in {seconds:.1f} s")
         if stage.name == "verify" and not ignore_failure:
             _refuse_failed(job)
+    job.run.save()
 
 
-def _reusable(job: Job, stage: Stage, key: str) -> bool:
-    """Finished from the same inputs; a failed verification is done again rather than believed."""
+def _readers(name: str) -> list[str]:
+    """Stages that read a stage, directly or through others."""
+    found = [name]
+    for stage in STAGES:  # in order, so one walk finds them all
+        if set(stage.reads) & set(found):
+            found.append(stage.name)
+    return found[1:]
+
+
+def _reusable(job: Job, stage: Stage, key: str, ignore_failure: bool) -> bool:
+    """Finished from the same inputs; a failed verification is done again, rather than believed, unless ignored."""
     if not job.run.is_done(stage.name, key):
         return False
-    return stage.name != "verify" or bool(job.run.read_json("verify.json")["passed"])
+    return stage.name != "verify" or ignore_failure or _passed(job)
+
+
+def _passed(job: Job) -> bool:
+    return bool(job.run.read_json("verify.json")["passed"])
 
 
 def _key(job: Job, stage: Stage, keys: dict[str, str]) -> str:
@@ -165,14 +204,15 @@ def _calibrate(job: Job, out: Path) -> dict[str, Any]:
     with job.ui.task(f"{windows.numel()} tokens") as progress:
         moments = calibrate.collect(job.model, windows, progress)
     calibrate.save_moments(moments, out / "moments.safetensors")
-    return {"calibration": {**job.run.manifest["calibration"], "tokens": int(windows.numel())}}
+    used = {"tokens": int(windows.numel()), "context": job.options.context}
+    return {"calibration": {**job.run.manifest["calibration"], **used}}
 
 
 def _plan(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export import calibrate, lmmse
     from nbl_export.plan import choose, save_maps
 
-    moments = calibrate.load_moments(job.run.path / "moments.safetensors")
+    moments = calibrate.load_moments(job.run.path / "moments.safetensors")["residual"]
     plan = choose([lmmse.score(m, i) for i, m in enumerate(moments)], job.request)
     save_maps({i: lmmse.fit(moments[i], i) for i in plan.replaced}, out / "maps.safetensors")
     return {
@@ -210,6 +250,7 @@ _DEPLOYED_FACTS = ("schema", "model", "decoder", "options", "calibration", "num_
 def _verify(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export import verification
 
+    _require_engine(job.options.engine)
     result = verification.run(job)
     write_json(out / "verify.json", result)
     return {"status": "verified" if result["passed"] else "failed"}
@@ -218,6 +259,7 @@ def _verify(job: Job, out: Path) -> dict[str, Any]:
 def _bench(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export import bench
 
+    _require_engine(job.options.engine)
     options, spec, plan = job.options, job.spec, job.plan
     itemsize = ITEMSIZE[_cache_dtype(options.precision)]
     threads = options.threads or job.engine.default_threads()
@@ -243,7 +285,7 @@ def _bench(job: Job, out: Path) -> dict[str, Any]:
             setting=setting,
         )
     write_json(out / "bench.json", result)
-    return {"status": job.run.manifest["status"]}
+    return {"status": _verdict(job)}
 
 
 def _report(job: Job, out: Path) -> dict[str, Any]:
@@ -251,8 +293,12 @@ def _report(job: Job, out: Path) -> dict[str, Any]:
 
     verify = job.run.read_json("verify.json")
     bench = job.run.read_json("bench.json") if "bench" in job.run.stages else None
-    report.render(job.run.manifest, verify, bench, out)
-    return {"status": job.run.manifest["status"]}
+    report.render({**job.run.manifest, "status": _verdict(job)}, verify, bench, out)
+    return {"status": _verdict(job)}
+
+
+def _verdict(job: Job) -> str:
+    return "verified" if _passed(job) else "failed"
 
 
 def _cache_dtype(precision: str) -> str:

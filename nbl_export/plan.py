@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nbl_export.errors import CorruptError, NblError
+from nbl_export.errors import CorruptError, NblError, UsageError
 from nbl_export.records import AffineMap, LayerScore, Plan
 
 __all__ = ["choose", "load_maps", "parse_layers", "save_maps"]
@@ -17,12 +17,13 @@ def parse_layers(text: str | None, num_layers: int) -> int | tuple[int, ...]:
     """Read `--layers`: "8" is a count, "0,7,24-29" (or "8,") names layers from 0; None is a quarter.
 
     Raises:
-        NblError: not a number, out of range, repeated, or every layer.
+        UsageError: not a number, repeated, or a range that runs backwards.
+        NblError: a layer that this model does not have, or every layer.
     """
     if text is None:
         return max(0, min(round(num_layers / 4), num_layers - 1))
     text = text.strip()
-    if text.isdigit():
+    if _is_number(text):
         count = int(text)
         if count >= num_layers:
             raise NblError(_all_refused(f"--layers {count}", num_layers))
@@ -30,13 +31,13 @@ def parse_layers(text: str | None, num_layers: int) -> int | tuple[int, ...]:
     chosen: list[int] = []
     for part in (p.strip() for p in text.rstrip(",").split(",")):
         first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise NblError(
+        if not _is_number(first) or (dash and not _is_number(last)):
+            raise UsageError(
                 f"--layers {text!r}: {part!r} is not a layer or a range; write a count (8) or layers from 0 (0,7,24-29)"
             )
         low, high = int(first), int(last) if dash else int(first)
         if high < low:
-            raise NblError(f"--layers {text!r}: the range {part} runs backwards")
+            raise UsageError(f"--layers {text!r}: the range {part} runs backwards")
         if high >= num_layers:
             raise NblError(
                 f"--layers {text!r}: layer {high} does not exist; this model has layers 0 to {num_layers - 1}"
@@ -44,10 +45,14 @@ def parse_layers(text: str | None, num_layers: int) -> int | tuple[int, ...]:
         chosen.extend(range(low, high + 1))
     repeated = sorted({i for i in chosen if chosen.count(i) > 1})
     if repeated:
-        raise NblError(f"--layers {text!r}: layer {repeated[0]} is named twice")
+        raise UsageError(f"--layers {text!r}: layer {repeated[0]} is named twice")
     if len(chosen) >= num_layers:
         raise NblError(_all_refused(f"--layers {text!r}", num_layers))
     return tuple(sorted(chosen))
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def _all_refused(what: str, num_layers: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,9 +66,11 @@ def _greedy(model: Any, prompt: Sequence[int], new_tokens: int) -> tuple[tuple[i
     ids: list[int] = []
     gaps: list[float] = []
     step, cache = torch.tensor([list(prompt)]), None
+    # transformers 5.24 renames the argument and warns of the old name
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     for _ in range(new_tokens):
-        out = model(input_ids=step, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(input_ids=step, use_cache=True, **{name: cache})
+        cache = getattr(out, name)
         top = out.logits[0, -1].float().topk(2)
         ids.append(int(top.indices[0]))
         gaps.append(float(top.values[0] - top.values[1]))

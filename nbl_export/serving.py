@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from nbl_export.artifacts import RunDirectory
 from nbl_export.engines import load_engine
-from nbl_export.errors import CorruptError, NblError
+from nbl_export.errors import NblError
 
 __all__ = ["open_for_text"]
 
@@ -17,21 +17,20 @@ def open_for_text(directory: Path, *, original: bool, force: bool) -> Any:
 
     Raises:
         NblError: nothing to run there, verification failed (unless `force`), or the engine is not available.
+        CorruptError: a file is missing or not what was written there.
     """
     if (directory / "genai_config.json").is_file():
         return _open("ort", directory)
     if not (directory / "nbl.json").is_file():
         raise NblError(f"{directory} is neither a run directory nor a model directory; nbl-export --output makes one")
-    try:
-        manifest = json.loads((directory / "nbl.json").read_text(encoding="utf-8"))
-        engine, status, stages = manifest["options"]["engine"], manifest["status"], manifest["stages"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptError(f"{directory / 'nbl.json'} cannot be read ({error}); restore it") from error
-    if "rewrite" not in stages:
-        raise NblError(f"{directory} is not finished: run its command again ({manifest.get('command', 'nbl-export')})")
-    if status == "failed" and not (force or original):
+    run = RunDirectory.peek(directory)
+    stage, name = ("decoder", "original") if original else ("rewrite", "model")
+    if stage not in run.stages:
+        raise NblError(f"{directory} is not finished: run its command again ({run.manifest['command']})")
+    if run.manifest["status"] == "failed" and not (force or original):
         raise NblError(f"{directory} failed verification; see its verify.json, or use --force to run it all the same")
-    return _open(engine, directory / ("original" if original else "model"))
+    run.check(stage)
+    return _open(run.manifest["options"]["engine"], directory / name)
 
 
 def _open(engine_name: str, directory: Path) -> Any:

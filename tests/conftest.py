@@ -11,8 +11,10 @@ import os
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny products: threads that wait for each other cost tenfold
 
 import functools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import pytest
 
 from nbl_export.records import AffineMap
 
+from .command import TINY, in_new_process
 from .tiny import LAYERS, random_map, save_checkpoint, stdlib_text
 
 
@@ -78,3 +81,26 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(stdlib_text(60_000), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def same(checkpoint: Callable[[str], Path], text: Path) -> tuple[object, ...]:
+    """Arguments of a tiny run of the main job on the tiny Llama, but for --output."""
+    return ("--model", checkpoint("llama"), "--calibration", text, *TINY)
+
+
+@pytest.fixture(scope="session")
+def finished(same: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory that `same` leaves. Never write to it: `run` is a copy. What was said lies beside it."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    done = in_new_process(*same, "--output", output)
+    assert done.status == 0, done.err
+    output.with_name("stdout").write_text(done.out, encoding="utf-8")
+    output.with_name("stderr").write_text(done.err, encoding="utf-8")
+    return output
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run directory, in another place."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))

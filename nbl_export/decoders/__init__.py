@@ -8,9 +8,10 @@ from pathlib import Path
 from nbl_export.decoders import genai, mobius
 from nbl_export.decoders.directory import finish_directory
 
-__all__ = ["SOURCES", "build_decoder"]
+__all__ = ["PRECISIONS", "SOURCES", "build_decoder"]
 
 SOURCES: dict[str, Callable[[Path, Path, str], None]] = {"genai": genai.build, "mobius": mobius.build}
+PRECISIONS = {"genai": genai.PRECISIONS, "mobius": mobius.PRECISIONS}
 
 
 def build_decoder(source: str, checkpoint: Path, out: Path, precision: str) -> None:

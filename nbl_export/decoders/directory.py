@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nbl_export.errors import NblError
 
-__all__ = ["TEXT_FILES", "finish_directory"]
+__all__ = ["TEXT_FILES", "add_text_files", "finish_directory"]
 
 # Everything beside the graph that a deployable directory carries over from its checkpoint.
 TEXT_FILES = (
@@ -37,6 +37,11 @@ def finish_directory(checkpoint: Path, out: Path) -> None:
     for name in ("model.onnx", "genai_config.json"):
         if not (out / name).is_file():
             raise NblError(f"the exporter wrote no {name}; try the other --decoder-source")
+    add_text_files(checkpoint, out)
+
+
+def add_text_files(checkpoint: Path, out: Path) -> None:
+    """Add configuration and tokenizer files that are not there yet, loadable by transformers 4 and 5."""
     for name in TEXT_FILES:
         if (checkpoint / name).is_file() and not (out / name).exists():
             shutil.copyfile(checkpoint / name, out / name)

@@ -9,20 +9,21 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from nbl_export.decoders.quiet import captured
 from nbl_export.errors import MissingPackageError, NblError
 
-__all__ = ["build"]
+__all__ = ["PRECISIONS", "build"]
 
-_PRECISIONS = ("fp32", "int8", "int4")
+PRECISIONS = ("fp32", "int8", "int4")
 
 
 def build(checkpoint: Path, out: Path, precision: str) -> None:
     """Write model.onnx, its data, genai_config.json and the tokenizer to `out`."""
-    if precision not in _PRECISIONS:
+    if precision not in PRECISIONS:
         raise NblError(
-            f"the GenAI builder makes no {precision} graph for the CPU; use --precision {', '.join(_PRECISIONS)}, "
+            f"the GenAI builder makes no {precision} graph for the CPU; use --precision {', '.join(PRECISIONS)}, "
             "or --decoder-source mobius for fp16"
         )
     try:
@@ -32,25 +33,38 @@ def build(checkpoint: Path, out: Path, precision: str) -> None:
     with tempfile.TemporaryDirectory() as cache, captured("the GenAI builder", checkpoint):
         where = ("", str(checkpoint), str(out), precision, "cpu", cache)
         create_model(*where, **parse_extra_options(*where, []))
-    _restore_window(checkpoint, out / "model.onnx")
+    _mend(checkpoint, out)
 
 
-def _restore_window(checkpoint: Path, path: Path) -> None:
-    """Give Mistral's attention its sliding window, which the builder (0.18) leaves out: local_window_size -1.
+def _mend(checkpoint: Path, out: Path) -> None:
+    """Put right what the builder (0.18) gets wrong."""
+    import onnx
+
+    model = onnx.load(str(out / "model.onnx"), load_external_data=False)
+    # It appends the commit of whatever git repository it is called in: equal options, unequal bytes.
+    model.producer_version = model.producer_version.partition("+")[0]
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    if config["model_type"] == "mistral" and config.get("sliding_window"):
+        _restore_window(model, int(config["sliding_window"]))
+        _forget_window(out / "genai_config.json")
+    (out / "model.onnx").write_bytes(model.SerializeToString())
+
+
+def _restore_window(model: Any, window: int) -> None:
+    """Give Mistral's attention its sliding window, which the builder leaves out: local_window_size -1.
 
     The same number of keys as in transformers: a query sees itself and the window - 1 keys before it. Without
     this the graph agrees with torch only up to the window's length.
     """
-    import onnx
-
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    window = config.get("sliding_window")
-    if config["model_type"] != "mistral" or not window:
-        return
-    model = onnx.load(str(path), load_external_data=False)
     for node in model.graph.node:
         if node.op_type == "GroupQueryAttention":
             for attribute in node.attribute:
                 if attribute.name == "local_window_size" and attribute.i < 0:
-                    attribute.i = int(window)
-    path.write_bytes(model.SerializeToString())
+                    attribute.i = window
+
+
+def _forget_window(path: Path) -> None:
+    """Tell the runtime nothing of a window: it would keep caches of two windows, and no decoding gets beyond them."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["model"]["decoder"].pop("sliding_window", None)
+    path.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")

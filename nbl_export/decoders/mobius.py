@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from nbl_export.decoders.quiet import captured
 from nbl_export.errors import MissingPackageError, NblError
 
-__all__ = ["build"]
+__all__ = ["PRECISIONS", "build"]
 
 _DTYPES = {"fp32": "f32", "fp16": "f16"}
+PRECISIONS = tuple(_DTYPES)
 
 
 def build(checkpoint: Path, out: Path, precision: str) -> None:
@@ -23,3 +25,12 @@ def build(checkpoint: Path, out: Path, precision: str) -> None:
     arguments = ["build", "--config", str(checkpoint), "--ep", "cpu", "--dtype", _DTYPES[precision]]
     with captured("mobius", checkpoint):
         mobius_cli([*arguments, "--runtime", "ort-genai", str(out)])
+    _state_context(checkpoint, out / "genai_config.json")
+
+
+def _state_context(checkpoint: Path, path: Path) -> None:
+    """Put the model's context length where mobius (0.1) writes 4096 for every model."""
+    positions = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["model"]["context_length"] = settings["search"]["max_length"] = positions
+    path.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")

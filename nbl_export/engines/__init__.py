@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from nbl_export.errors import NblError
+from nbl_export.errors import UsageError
 
 __all__ = ["ENGINES", "load_engine"]
 
@@ -19,8 +19,8 @@ def load_engine(name: str) -> ModuleType:
     """The module of an engine; loads none of its libraries.
 
     Raises:
-        NblError: there is no such engine.
+        UsageError: there is no such engine.
     """
     if name not in ENGINES:
-        raise NblError(f"unknown engine {name!r}; engines are {', '.join(ENGINES)}")
+        raise UsageError(f"unknown engine {name!r}; engines are {', '.join(ENGINES)}")
     return importlib.import_module(ENGINES[name])

@@ -1,0 +1,100 @@
+"""The command line, called in this process or in a fresh one, and what it must leave alone."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+__all__ = ["TINY", "Outcome", "assert_refused", "in_new_process", "nbl", "snapshot", "stage_lines"]
+
+# A run that is as small as the options allow: a few seconds.
+TINY = (
+    "--calibration-tokens", "1024", "--context", "64", "--depth", "0", "--repetitions", "1",
+    "--prompt-tokens", "16", "--generate-tokens", "4",
+)  # fmt: skip
+_STAGE = re.compile(
+    r"^(calibrate|plan|decoder graph|rewrite|verify|bench|report)( \.\.\.|: reused|: done in [\d.]+ s)$"
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Exit status and what was said. A defect that would show as a traceback has one in `err`."""
+
+    status: int
+    out: str
+    err: str
+
+
+def nbl(*arguments: object) -> Outcome:
+    """`nbl-export ARGUMENTS` in this process."""
+    from nbl_export import cli
+
+    out, err = io.StringIO(), io.StringIO()
+    handler = signal.getsignal(signal.SIGTERM)
+    status: object = 0
+    with (
+        mock.patch.object(sys, "argv", ["nbl-export", *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code
+        except Exception:
+            status = 1
+            err.write(traceback.format_exc())
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+    assert isinstance(status, int), status
+    return Outcome(status, out.getvalue(), err.getvalue())
+
+
+def in_new_process(*arguments: object, code: str = "", **environment: str) -> Outcome:
+    """`nbl-export ARGUMENTS` in a fresh interpreter, after running `code` there."""
+    script = f"import sys\n{code}\nfrom nbl_export.cli import main\nmain()\n"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True, text=True, timeout=300, env={**os.environ, **environment},
+    )  # fmt: skip
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def stage_lines(outcome: Outcome) -> dict[str, str]:
+    """Stage title -> "reused" or "done", in the order they came."""
+    found = (_STAGE.match(line) for line in outcome.err.splitlines())
+    return {m[1]: m[2].strip(" :").split()[0] for m in found if m and m[2] != " ..."}
+
+
+def assert_refused(outcome: Outcome, status: int, *parts: object) -> None:
+    """One sentence on stderr that holds all `parts`, beside the lines of stages; nothing on stdout."""
+    said = [line for line in outcome.err.splitlines() if not _STAGE.match(line)]
+    assert outcome.status == status, outcome
+    assert outcome.out == "", outcome
+    assert len(said) == 1, outcome
+    assert said[0].startswith("nbl-export: "), outcome
+    for part in parts:
+        assert str(part) in said[0], (str(part), said[0])
+
+
+def snapshot(directory: Path) -> dict[str, str]:
+    """Relative name -> SHA-256 of every file, the lock left out."""
+    return dict(_hashes(directory))
+
+
+def _hashes(directory: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.name != ".lock":
+            yield str(path.relative_to(directory)), hashlib.sha256(path.read_bytes()).hexdigest()

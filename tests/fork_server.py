@@ -1,0 +1,131 @@
+"""`nbl-export` in forks of one process that has loaded the libraries: for tests that kill it many times.
+
+with ForkServer(tmp_path) as server:
+    run = server.start("--model", ...)       # a process of its own
+    run.wait_for("bench ...")                # a line on its stderr
+    run.kill()
+    run.status                               # minus the signal, as in subprocess
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+__all__ = ["ForkServer", "ForkedRun"]
+
+_PATIENCE_SECONDS = 120.0
+
+
+class ForkedRun:
+    """One run, in a process group of its own."""
+
+    def __init__(self, server: subprocess.Popen[str], arguments: list[str], code: str, log: Path) -> None:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        self._server, self._log = server, log
+        log.write_text("")
+        print(json.dumps([arguments, code, str(log)]), file=server.stdin, flush=True)
+        self.pid = int(server.stdout.readline())
+
+    @property
+    def err(self) -> str:
+        """What it said on stderr so far."""
+        return self._log.read_text(encoding="utf-8")
+
+    def wait_for(self, line: str) -> bool:
+        """Wait for the start of a line on stderr; False if the process ends without it."""
+        end = time.monotonic() + _PATIENCE_SECONDS
+        while time.monotonic() < end:
+            gone = not _is_running(self.pid)
+            if any(said.startswith(line) for said in self.err.splitlines()):
+                return True
+            if gone:
+                return False
+            time.sleep(0.001)
+        raise TimeoutError(f"{line!r} never came: {self.err}")
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal to the whole group, as a terminal does."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    @property
+    def status(self) -> int:
+        """Wait for the end. Exit status, or minus the signal that ended it."""
+        assert self._server.stdout is not None
+        return int(self._server.stdout.readline())
+
+
+def _is_running(pid: int) -> bool:
+    """False for a process that has ended, waited for or not."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+class ForkServer:
+    """A context manager; one run at a time."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs, self._count = logs, 0
+
+    def __enter__(self) -> ForkServer:
+        command = [sys.executable, "-m", "tests.fork_server"]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def start(self, *arguments: object, code: str = "") -> ForkedRun:
+        """Start `nbl-export ARGUMENTS`, after running `code`, in a fork."""
+        self._count += 1
+        log = self._logs / f"stderr-{self._count}"
+        return ForkedRun(self._process, [str(a) for a in arguments], code, log)
+
+
+def _serve() -> None:
+    """For each line on stdin: fork, say the process id, wait, say the status."""
+    for line in sys.stdin:
+        arguments, code, log = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            _become(arguments, code, log)
+        sys.stdout.write(f"{pid}\n")
+        sys.stdout.flush()
+        sys.stdout.write(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n")
+        sys.stdout.flush()
+
+
+def _become(arguments: list[str], code: str, log: str) -> None:
+    from nbl_export.cli import main
+
+    os.setsid()
+    for number, target in ((0, os.devnull), (1, os.devnull), (2, log)):
+        os.dup2(os.open(target, os.O_RDWR), number)
+    sys.argv = ["nbl-export", *arguments]
+    exec(code, {})
+    try:
+        main()
+    except SystemExit as end:  # without the libraries' own end, which waits for threads that no fork has
+        sys.stderr.flush()
+        os._exit(int(end.code or 0))
+
+
+if __name__ == "__main__":
+    import transformers.models.llama  # noqa: F401  whatever takes long to load
+
+    import nbl_export.pipeline
+    import nbl_export.report
+    import nbl_export.rewrite  # noqa: F401
+
+    _serve()
