@@ -6,6 +6,7 @@
     DIR/original/              decoder: the exported graph, untouched
     DIR/model/                 rewrite: the NBL graph, deployable by itself
     DIR/verify.json            verify
+    DIR/engine/{original,model}/ build: compiled, deployable by itself
     DIR/bench.json             bench
     DIR/report.{html,md,json}  report
     DIR/checkpoint/            a GGUF brought to safetensors, where the model was one
@@ -297,6 +298,7 @@ _OURS = (
     "original",
     "model",
     "verify.json",
+    "engine",
     "bench.json",
     "report.html",
     "report.md",

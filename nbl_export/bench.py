@@ -29,6 +29,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -268,7 +269,7 @@ def _variant(directory: Path, footprint: Footprint, cache_bytes_per_token: int, 
         **asdict(footprint),
         "kv_cache_bytes": cache_bytes_per_token * tokens,
         "kv_cache_bytes_per_token": cache_bytes_per_token,
-        "model_bytes": sum(path.stat().st_size for path in directory.glob("model.onnx*")),
+        "model_bytes": sum(p.stat().st_size for kind in ("model.onnx*", "*.engine") for p in directory.glob(kind)),
     }
 
 
@@ -305,6 +306,7 @@ def measure_footprint(open_runner: OpenRunner, directory: Path, prompt: Sequence
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(there, open_runner, directory, prompt, capacity), daemon=True)
+    resource_tracker.ensure_running()  # its start would let interrupts through again, in the middle of ours
     with _interrupts_held():
         child.start()
     there.close()  # the child's copy is the only one left, so its death ends the wait

@@ -37,8 +37,17 @@ Layers = Annotated[
     str | None,
     typer.Option(help='How many ("8": smallest CCA bound) or which ("0,7,24-29"); default a quarter of them.'),
 ]
-Precision = Annotated[str | None, typer.Option(help="fp32, fp16, int8 or int4 (default fp32).")]
-Source = Annotated[str | None, typer.Option(help="genai (default) or mobius.")]
+Engine = Annotated[str, typer.Option(help="ort (ONNX Runtime), trt (TensorRT) or trt-rtx (TensorRT for RTX).")]
+Precision = Annotated[
+    str | None, typer.Option(help="ort: fp32 (default), fp16, int8, int4; trt, trt-rtx: fp16 (default), bf16, int4.")
+]
+Source = Annotated[str | None, typer.Option(help="ort: genai (default) or mobius; trt, trt-rtx: static.")]
+MaxSeqLen = Annotated[
+    int | None, typer.Option(min=1, help="trt, trt-rtx: slots of a cache, answer included (default 2048).")
+]
+MaxBatch = Annotated[int | None, typer.Option(min=1, help="trt, trt-rtx: most sequences at once (default 1).")]
+PrefillChunk = Annotated[int | None, typer.Option(min=1, help="trt, trt-rtx: tokens of a prefill step (default 512).")]
+Logits = Annotated[str | None, typer.Option(help="trt, trt-rtx: of the last token (default) or all, for evaluation.")]
 Calibration = Annotated[
     str | None,
     typer.Option(help="UTF-8 text, .jsonl or .json with a text field, or a hub dataset id."),
@@ -75,11 +84,15 @@ def _ui(quiet: bool = False) -> Any:
 def root(
     context_: typer.Context,
     model: Annotated[str | None, typer.Option(help="Hub id, directory with safetensors, or GGUF.")] = None,
-    engine: Annotated[str, typer.Option(help="ort (ONNX Runtime).")] = "ort",
+    engine: Engine = "ort",
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="The run directory.")] = None,
     layers: Layers = None,
     precision: Precision = None,
     decoder_source: Source = None,
+    max_seq_len: MaxSeqLen = None,
+    max_batch: MaxBatch = None,
+    prefill_chunk: PrefillChunk = None,
+    logits: Logits = None,
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = None,
     context: Context = None,
@@ -106,15 +119,17 @@ def root(
     if model is None or output is None:
         missing = "--model" if model is None else "--output"
         raise typer.BadParameter("is needed for the main job", param_hint=missing)
-    from nbl_export.pipeline import run_job
+    from nbl_export.pipeline import engine_defaults, run_job
     from nbl_export.records import JobOptions
 
     chosen = _options(
-        layers=layers, precision=precision, decoder_source=decoder_source, calibration=calibration,
+        layers=layers, precision=precision, decoder_source=decoder_source, max_seq_len=max_seq_len,
+        max_batch=max_batch, prefill_chunk=prefill_chunk, logits=logits, calibration=calibration,
         calibration_tokens=calibration_tokens, context=context, depth=depth, repetitions=repetitions,
         prompt_tokens=prompt_tokens, generate_tokens=generate_tokens, threads=threads, seed=seed,
     )  # fmt: skip
-    run_job(JobOptions(model=model, engine=engine, **chosen), output, _ui(), force=force)
+    options = JobOptions(**{**engine_defaults(engine), "model": model, "engine": engine, **chosen})
+    run_job(options, output, _ui(), force=force)
     print(output / "report.html")
 
 
@@ -177,6 +192,22 @@ def verify(directory: Run, as_json: Json = False) -> None:
 
 
 @app.command()
+def build(
+    directory: Run,
+    engine: Annotated[str | None, typer.Option(help="trt or trt-rtx (default: the engine of the run).")] = None,
+    max_batch: MaxBatch = None,
+    prefill_chunk: PrefillChunk = None,
+    force: Force = False,
+) -> None:
+    """Compile both decoders, or compile them again on the machine that will run them."""
+    from nbl_export.pipeline import run_stages
+
+    changes = _options(engine=engine, max_batch=max_batch, prefill_chunk=prefill_chunk)
+    run_stages(directory, "build", _ui(), changes=changes, force=force, needs="build")
+    print(directory / "engine" / "model")
+
+
+@app.command()
 def bench(
     directory: Run,
     depth: Depth = None,
@@ -196,7 +227,7 @@ def bench(
         depth=depth, repetitions=repetitions, prompt_tokens=prompt_tokens, generate_tokens=generate_tokens,
         threads=threads, seed=seed,
     )  # fmt: skip
-    run = run_stages(directory, "report", _ui(as_json), changes=changes, force=force)
+    run = run_stages(directory, "report", _ui(as_json), changes=changes, force=force, needs="bench")
     result = run.read_json("report.json")
     _show(result, speed_table(result), as_json)
 

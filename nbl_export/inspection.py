@@ -11,12 +11,13 @@ from rich.table import Table
 from nbl_export.artifacts import RunDirectory
 from nbl_export.engines import ENGINES, load_engine
 from nbl_export.errors import NblError
-from nbl_export.records import ITEMSIZE, DecoderSpec
+from nbl_export.records import DecoderSpec
 
 __all__ = [
     "describe",
     "describe_table",
     "doctor_table",
+    "engines_table",
     "examine_engines",
     "rungs_table",
     "scores_table",
@@ -34,7 +35,7 @@ def describe(directory: Path) -> dict[str, Any]:
     if not facts:
         raise NblError(f"{directory} is not a run directory: it has no nbl.json; nbl-export --output makes one")
     spec = DecoderSpec(**facts["decoder"])
-    itemsize = ITEMSIZE["float16" if facts["options"]["precision"] == "fp16" else "float32"]
+    itemsize = load_engine(facts["options"]["engine"]).CAPABILITIES.cache_itemsize(facts["options"]["precision"])
     kept = spec.num_layers - len(facts.get("replaced_layers", ()))
     return {
         "model": facts["model"],
@@ -48,6 +49,7 @@ def describe(directory: Path) -> dict[str, Any]:
             "original": _variant(directory / "original", spec, spec.num_layers, itemsize),
             "nbl": _variant(directory / "model", spec, kept, itemsize),
         },
+        "engines": facts.get("engines", {}),
         "files": {n: _size(directory / n) for n in ("moments.safetensors", "maps.safetensors", "checkpoint")},
         "scores": facts.get("scores", []),
         "command": facts["command"],
@@ -97,7 +99,22 @@ def describe_table(facts: dict[str, Any]) -> Group:
                 f"{variant['kv_cache_bytes_per_token']:,}",
                 f"{variant['model_bytes'] / 2**20:,.1f} MiB",
             )
-    return Group(head, table)
+    return Group(head, table, engines_table(facts["engines"])) if facts["engines"] else Group(head, table)
+
+
+def engines_table(engines: dict[str, Any]) -> Table:
+    """What the build stage made."""
+    table = Table("engine", "made by", "precision", "size", "built in", "caches of all slots", title="Engines")
+    for name, record in engines.items():
+        table.add_row(
+            name,
+            f"{record['engine']} {record['version']}",
+            record["precision"],
+            f"{record['plan_bytes'] / 2**20:,.1f} MiB",
+            f"{record['build_seconds']:.1f} s",
+            f"{record['cache_bytes'] / 2**20:,.1f} MiB",
+        )
+    return table
 
 
 def _layers(replaced: list[int] | None) -> str:

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import shlex
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from nbl_export.artifacts import RunDirectory
@@ -20,9 +19,11 @@ from nbl_export.plan import parse_layers
 from nbl_export.progress import Ui
 from nbl_export.records import DecoderSpec, JobOptions, Plan
 
-__all__ = ["HELD_BACK_TOKENS", "Job", "check_options", "describe_command", "located"]
+__all__ = ["HELD_BACK_TOKENS", "Job", "check_options", "chunk_of", "describe_command", "located", "slots_of"]
 
 HELD_BACK_TOKENS = 4096
+DEFAULT_SLOTS, DEFAULT_CHUNK = 2048, 512
+_LEAST_SLOTS = 32
 
 
 class Job:
@@ -34,8 +35,13 @@ class Job:
         self.ui = ui
 
     @property
-    def engine(self) -> ModuleType:
+    def engine(self) -> Any:
         return load_engine(self.options.engine)
+
+    @property
+    def slots(self) -> int:
+        """Tokens that a sequence can have: the model's positions, or the length of fixed caches."""
+        return slots_of(self.options, self.spec)
 
     # -- identity: from the manifest where it knows, else from the files -----------------------------------
 
@@ -171,14 +177,40 @@ def check_options(options: JobOptions, spec: DecoderSpec) -> None:
         NblError: layers it does not have, or more tokens than it has positions for.
     """
     parse_layers(options.layers, spec.num_layers)
+    engine = load_engine(options.engine)
+    if engine.CAPABILITIES.static:
+        engine.check_model(spec, options.precision)
+        _check_lengths(options, spec)
     if options.context > spec.max_positions:
         raise NblError(f"--context {options.context} is beyond the model's {spec.max_positions} positions")
     shortest = min(options.depths) + min(options.prompt_tokens, options.generate_tokens)
-    if shortest > spec.max_positions:
+    if shortest > slots_of(options, spec):
         raise NblError(
-            f"nothing to measure: the shortest test ends at {shortest} tokens, the model has {spec.max_positions} "
+            f"nothing to measure: the shortest test ends at {shortest} tokens, the model has {slots_of(options, spec)} "
             "positions; use a smaller --depth, --prompt-tokens or --generate-tokens"
         )
+
+
+def slots_of(options: JobOptions, spec: DecoderSpec) -> int:
+    """See `Job.slots`."""
+    if not load_engine(options.engine).CAPABILITIES.static:
+        return spec.max_positions
+    return options.max_seq_len or min(DEFAULT_SLOTS, spec.max_positions)
+
+
+def chunk_of(options: JobOptions, spec: DecoderSpec) -> int:
+    """Most prefill tokens of one step of a compiled engine."""
+    return options.prefill_chunk or min(DEFAULT_CHUNK, slots_of(options, spec))
+
+
+def _check_lengths(options: JobOptions, spec: DecoderSpec) -> None:
+    slots = slots_of(options, spec)
+    if slots > spec.max_positions:
+        raise NblError(f"--max-seq-len {slots} is beyond the model's {spec.max_positions} positions")
+    if slots < _LEAST_SLOTS:
+        raise NblError(f"--max-seq-len {slots} leaves no room for verification; use {_LEAST_SLOTS} at least")
+    if chunk_of(options, spec) > slots:
+        raise NblError(f"--prefill-chunk {options.prefill_chunk} is beyond --max-seq-len {slots}")
 
 
 def located(options: JobOptions, run: RunDirectory) -> JobOptions:

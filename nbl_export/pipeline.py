@@ -14,25 +14,29 @@ from nbl_export import __version__
 from nbl_export.artifacts import RunDirectory, key_of, refuse_foreign, versions, write_json
 from nbl_export.engines import load_engine
 from nbl_export.errors import NblError, ParityError, UsageError
-from nbl_export.job import Job, check_options, located
+from nbl_export.job import Job, check_options, chunk_of, located
 from nbl_export.progress import Ui
-from nbl_export.records import ITEMSIZE, JobOptions
+from nbl_export.records import JobOptions
 
-__all__ = ["STAGES", "run_calibration", "run_job", "run_stages"]
+__all__ = ["STAGES", "engine_defaults", "run_calibration", "run_job", "run_stages"]
 
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai",
-             "mobius-onnx", "optimum", "safetensors", "numpy")  # fmt: skip
+             "mobius-onnx", "optimum", "safetensors", "numpy", "tensorrt", "tensorrt-rtx")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage runs when its key changes. The key covers the options and the earlier stages it reads."""
+    """A stage runs when its key changes. The key covers the options and the earlier stages it reads.
+
+    skip: why the stage has nothing to do in a job, "" where nobody needs to be told, None where it has.
+    """
 
     name: str
     title: str
     reads: tuple[str, ...]
     options: tuple[str, ...]
     run: Callable[[Job, Path], dict[str, Any]]
+    skip: Callable[[Job], str | None] = lambda _: None
 
 
 def run_job(options: JobOptions, output: Path, ui: Ui, *, force: bool = False) -> Path:
@@ -68,23 +72,32 @@ def _work(options: JobOptions, output: Path, ui: Ui, force: bool, until: str) ->
 
 
 def run_stages(
-    output: Path, until: str, ui: Ui, *, changes: dict[str, Any] | None = None, force: bool = False
+    output: Path, until: str, ui: Ui, *, changes: dict[str, Any] | None = None, force: bool = False, needs: str = ""
 ) -> RunDirectory:
     """Bring an existing run directory up to a stage, with changed options if any.
 
     Args:
         force: go on although verification failed.
+        needs: a stage that must not be left out.
     """
     with RunDirectory.open_run(output, create=False) as run:
         recorded = JobOptions.from_json(run.manifest["options"])
         options = dataclasses.replace(recorded, **{k: v for k, v in (changes or {}).items() if v is not None})
         preflight(options)
+        if changes and "engine" in changes:
+            _require_engine(options.engine)
         job = Job(located(options, run), run, ui)
         check_options(options, job.spec)
         if options != recorded:
             job.note_options(options)
-        _advance(job, until, ignore_failure=force)
+        _advance(job, until, ignore_failure=force, needs=needs)
         return run
+
+
+def engine_defaults(engine: str) -> dict[str, Any]:
+    """Options that an engine chooses where nobody else does."""
+    capabilities = load_engine(engine).CAPABILITIES
+    return {"precision": capabilities.precisions[0], "decoder_source": capabilities.sources[0]}
 
 
 def preflight(options: JobOptions) -> None:
@@ -103,9 +116,13 @@ def preflight(options: JobOptions) -> None:
     ):
         if value not in allowed:
             raise UsageError(f"{flag} {value} is not for engine {options.engine}; it takes {', '.join(allowed)}")
+    for name in ("max_seq_len", "max_batch", "prefill_chunk", "logits"):
+        if getattr(options, name) is not None and not capabilities.static:
+            raise UsageError(f"--{name.replace('_', '-')} is not for engine {options.engine}, which compiles nothing")
     makes = PRECISIONS.get(options.decoder_source, capabilities.precisions)
     if options.precision not in makes:
-        others = [f"--decoder-source {name}" for name, made in PRECISIONS.items() if options.precision in made]
+        sources = {name: made for name, made in PRECISIONS.items() if name in capabilities.sources}
+        others = [f"--decoder-source {name}" for name, made in sources.items() if options.precision in made]
         raise NblError(
             f"the decoder source {options.decoder_source} makes no {options.precision} graph; "
             f"use {' or '.join([*others, '--precision ' + ', '.join(makes)])}"
@@ -118,10 +135,17 @@ def _require_engine(name: str) -> None:
         raise NblError(f"engine {name} is not available here: {found.reason}")
 
 
-def _advance(job: Job, until: str, *, ignore_failure: bool = False) -> None:
+def _advance(job: Job, until: str, *, ignore_failure: bool = False, needs: str = "") -> None:
     names = [stage.name for stage in STAGES]
     keys: dict[str, str] = {}
     for stage in STAGES[: names.index(until) + 1]:
+        reason = stage.skip(job)
+        if reason is not None:
+            if stage.name == needs:
+                raise NblError(f"nothing to {stage.title} here: {reason or 'the engine compiles nothing'}")
+            if reason:
+                job.ui.say(f"{stage.title}: left out, {reason}")
+            continue
         keys[stage.name] = _key(job, stage, keys)
         if _reusable(job, stage, keys[stage.name], ignore_failure):
             job.ui.say(f"{stage.title}: reused")
@@ -167,8 +191,10 @@ def _key(job: Job, stage: Stage, keys: dict[str, str]) -> str:
         identity = [job.fingerprint]
     elif stage.name == "plan":
         identity = [job.request]
+    elif stage.name == "build":
+        identity = [job.engine.library_version()]
     chosen = {name: getattr(job.options, name) for name in stage.options}
-    return key_of(stage.name, identity, chosen, [keys[name] for name in stage.reads])
+    return key_of(stage.name, identity, chosen, [keys[name] for name in stage.reads if name in keys])
 
 
 def _refuse_failed(job: Job) -> None:
@@ -227,7 +253,11 @@ def _decoder(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export.decoders import build_decoder
 
     job.__dict__.pop("model", None)  # the exporter loads its own copy
-    build_decoder(job.options.decoder_source, job.checkpoint, out / "original", job.options.precision)
+    options = job.options
+    build_decoder(
+        options.decoder_source, job.checkpoint, out / "original", options.precision,
+        slots=job.slots, logits=options.logits or "last",
+    )  # fmt: skip
     return {}
 
 
@@ -239,6 +269,8 @@ def _rewrite(job: Job, out: Path) -> dict[str, Any]:
     maps = load_maps(job.run.path / "maps.safetensors", plan.replaced)
     rewrite(job.run.path / "original", out / "model", plan, maps)
     facts = {k: job.run.manifest[k] for k in _DEPLOYED_FACTS}
+    if job.engine.CAPABILITIES.static:
+        facts["cache_layers"] = list(plan.kept)  # of cache ids 0..K-1
     write_json(out / "model" / "nbl.json", {**facts, "versions": versions(_PACKAGES), "nbl_export": __version__})
     return {"versions": {"nbl-export": __version__, **versions(_PACKAGES)}}
 
@@ -250,22 +282,49 @@ _DEPLOYED_FACTS = ("schema", "model", "decoder", "options", "calibration", "num_
 def _verify(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export import verification
 
-    _require_engine(job.options.engine)
+    _require_engine("ort" if job.engine.CAPABILITIES.static else job.options.engine)
     result = verification.run(job)
     write_json(out / "verify.json", result)
     return {"status": "verified" if result["passed"] else "failed"}
 
 
+def _build(job: Job, out: Path) -> dict[str, Any]:
+    from nbl_export.engines.trt_build import BuildSettings
+
+    _require_engine(job.options.engine)
+    settings = BuildSettings(job.options.max_batch or 1, chunk_of(job.options, job.spec))
+    engines = {}
+    for subject, name in VARIANTS.items():
+        with job.ui.task(f"compiling {name}"):
+            record = job.engine.build(job.run.path / name, out / "engine" / name, settings)
+        job.ui.say(f"  {name}: {record.plan_bytes / 2**20:,.0f} MiB in {record.build_seconds:.1f} s")
+        engines[subject] = {k: v for k, v in record.to_json().items() if k not in ("inputs", "outputs", "schema")}
+    return {"engines": engines, "status": _verdict(job)}
+
+
+def _no_build(job: Job) -> str | None:
+    return None if job.engine.CAPABILITIES.static else ""
+
+
+def _no_bench(job: Job) -> str | None:
+    """Compiled engines may be for another machine than this."""
+    if not job.engine.CAPABILITIES.static:
+        return None
+    found = job.engine.probe_run()
+    return None if found.available else f"engines do not run here: {found.reason}"
+
+
 def _bench(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export import bench
 
+    capabilities = job.engine.CAPABILITIES
     _require_engine(job.options.engine)
     options, spec, plan = job.options, job.spec, job.plan
-    itemsize = ITEMSIZE[_cache_dtype(options.precision)]
+    itemsize = capabilities.cache_itemsize(options.precision)
     threads = options.threads or job.engine.default_threads()
     setting = bench.BenchSetting(
         vocab_size=spec.vocab_size,
-        context_length=spec.max_positions,
+        context_length=job.slots,
         threads=threads,
         cache_bytes_per_token={
             "original": spec.cache_bytes_per_token(spec.num_layers, itemsize),
@@ -277,7 +336,7 @@ def _bench(job: Job, out: Path) -> dict[str, Any]:
     )
     with job.ui.task("rounds") as progress:
         result = bench.run(
-            {"original": job.run.path / "original", "nbl": job.run.path / "model"},
+            {subject: job.run.path / ("engine" if capabilities.static else "") / n for subject, n in VARIANTS.items()},
             bench.plan_scenarios(options.prompt_tokens, options.generate_tokens, options.depths),
             options.repetitions,
             functools.partial(job.engine.open_runner, threads=threads),
@@ -301,22 +360,22 @@ def _verdict(job: Job) -> str:
     return "verified" if _passed(job) else "failed"
 
 
-def _cache_dtype(precision: str) -> str:
-    return "float16" if precision == "fp16" else "float32"
-
+VARIANTS = {"original": "original", "nbl": "model"}  # what is compared -> its directory
 
 STAGES = (
     Stage("calibrate", "calibrate", (), ("calibration_tokens", "context"), _calibrate),
     Stage("plan", "plan", ("calibrate",), (), _plan),
-    Stage("decoder", "decoder graph", (), ("precision", "decoder_source"), _decoder),
+    Stage("decoder", "decoder graph", (), ("precision", "decoder_source", "max_seq_len", "logits"), _decoder),
     Stage("rewrite", "rewrite", ("plan", "decoder"), (), _rewrite),
     Stage("verify", "verify", ("rewrite",), ("calibration_tokens", "context"), _verify),
+    Stage("build", "build", ("rewrite",), ("engine", "max_batch", "prefill_chunk"), _build, _no_build),
     Stage(
         "bench",
         "bench",
-        ("rewrite",),
+        ("rewrite", "build"),
         ("depths", "repetitions", "prompt_tokens", "generate_tokens", "threads", "seed"),
         _bench,
+        _no_bench,
     ),
-    Stage("report", "report", ("plan", "verify", "bench"), (), _report),
+    Stage("report", "report", ("plan", "verify", "build", "bench"), (), _report),
 )

@@ -224,13 +224,20 @@ class Timing:
 
 @dataclass(frozen=True)
 class JobOptions:
-    """Everything a user can ask of the main job, resolved. Recorded in nbl.json and read back on resume."""
+    """Everything a user can ask of the main job, resolved. Recorded in nbl.json and read back on resume.
+
+    max_seq_len, max_batch, prefill_chunk and logits are for engines that compile; None takes `job`'s defaults.
+    """
 
     model: str
     engine: str = "ort"
     layers: str | None = None
     precision: str = "fp32"
     decoder_source: str = "genai"
+    max_seq_len: int | None = None
+    max_batch: int | None = None
+    prefill_chunk: int | None = None
+    logits: str | None = None
     calibration: str | None = None
     calibration_tokens: int = 65_536
     context: int = 512
@@ -245,6 +252,9 @@ class JobOptions:
         for name in ("calibration_tokens", "context", "repetitions", "prompt_tokens", "generate_tokens"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1")
         _require(all(d >= 0 for d in self.depths), "depths are not negative")
+        for name in ("max_seq_len", "max_batch", "prefill_chunk"):
+            _require((getattr(self, name) or 1) >= 1, f"{name} must be at least 1")
+        _require(self.logits in (None, "last", "all"), f"logits are of the last token or all, not {self.logits!r}")
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> JobOptions:

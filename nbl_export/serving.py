@@ -7,6 +7,7 @@ from typing import Any
 
 from nbl_export.artifacts import RunDirectory
 from nbl_export.engines import load_engine
+from nbl_export.engines.engine_record import RECORD_FILE, read_record
 from nbl_export.errors import NblError
 
 __all__ = ["open_for_text"]
@@ -21,21 +22,26 @@ def open_for_text(directory: Path, *, original: bool, force: bool) -> Any:
     """
     if (directory / "genai_config.json").is_file():
         return _open("ort", directory)
+    if (directory / RECORD_FILE).is_file():
+        return _open(read_record(directory).engine, directory)
     if not (directory / "nbl.json").is_file():
         raise NblError(f"{directory} is neither a run directory nor a model directory; nbl-export --output makes one")
     run = RunDirectory.peek(directory)
+    engine = run.manifest["options"]["engine"]
     stage, name = ("decoder", "original") if original else ("rewrite", "model")
+    if load_engine(engine).CAPABILITIES.static:
+        stage, name = "build", f"engine/{name}"
     if stage not in run.stages:
         raise NblError(f"{directory} is not finished: run its command again ({run.manifest['command']})")
     if run.manifest["status"] == "failed" and not (force or original):
         raise NblError(f"{directory} failed verification; see its verify.json, or use --force to run it all the same")
     run.check(stage)
-    return _open(run.manifest["options"]["engine"], directory / name)
+    return _open(engine, directory / name)
 
 
 def _open(engine_name: str, directory: Path) -> Any:
     engine = load_engine(engine_name)
-    found = engine.probe()
+    found = engine.probe_run()
     if not found.available:
         raise NblError(f"engine {engine_name} is not available here: {found.reason}")
     return engine.open_runner(directory, None)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nbl_export.job import Job
-from nbl_export.records import ITEMSIZE, RungResult
+from nbl_export.records import ITEMSIZE, AffineMap, RungResult
 
 __all__ = ["run"]
 
@@ -23,6 +25,7 @@ def run(job: Job) -> dict[str, Any]:
     from nbl_export.linearize import linearize
     from nbl_export.plan import load_maps
     from nbl_export.reference import make_reference
+    from nbl_export.twins import INT4
 
     plan = job.plan
     probe = _probe(job)
@@ -32,31 +35,66 @@ def run(job: Job) -> dict[str, Any]:
         progress(1, 2)
         nbl = make_reference(linearize(job.model, maps), probe.rows, probe.prompts, probe.new_tokens)
     del job.model  # it has been linearized, and memory is wanted
-    graphs = {
-        "original": (job.run.path / "original", tuple(range(plan.num_layers)), original),
-        "nbl": (job.run.path / "model", plan.kept, nbl),
-    }
+    capabilities = job.engine.CAPABILITIES
+    precision = "fp32" if capabilities.static else job.options.precision  # of what is compared
     results: list[RungResult] = []
-    yardstick = None
+    yardsticks: dict[str, float] = {}
     decoders = {}
-    per_token = {}
-    for subject, (directory, kept, reference) in graphs.items():
-        decoder = decoders[subject] = job.engine.open_graph(directory, job.spec)
-        cache = next(a for a in decoder.contract.inputs if a.name.startswith("past_key_values."))
-        results += verify_file.check_file(subject, directory, job.spec, kept, decoder.contract, ITEMSIZE[cache.dtype])
-        results += verify_file.check_maps(subject, directory, {} if subject == "original" else maps)
-        rung = "b" if subject == "original" else "c"
-        found = verify.check_logits(
-            rung, subject, decoder, probe.rows, reference.logits, reference.noise, job.options.precision, yardstick
-        )
-        yardstick = max(r.value or 0.0 for r in found) if yardstick is None else yardstick
-        per_token[subject] = decoder.cache_bytes // (len(probe.rows) * max(map(len, probe.rows)))
-        results += [*found, _measured_cache(subject, decoder, per_token[subject], job)]
-        results.append(_greedy(job, subject, directory, probe, reference))
-    results += verify_file.check_untouched(job.run.path / "model", job.run.path / "original")
-    with job.ui.task("price on held-back text") as progress:
-        prices = verify.price(decoders["original"], decoders["nbl"], _price_texts(job), progress)
+    with _graphs(job, maps, results) as directories:
+        for subject, reference in (("original", original), ("nbl", nbl)):
+            directory = directories[subject]
+            decoder = decoders[subject] = job.engine.open_graph(directory, job.spec)
+            cache = next(a for a in decoder.contract.inputs if a.name.startswith("past_key_values."))
+            ids, size = _cache_ids(job, subject), ITEMSIZE[cache.dtype]
+            results += verify_file.check_file(subject, directory, job.spec, ids, decoder.contract, size)
+            results += verify_file.check_maps(subject, directory, {} if subject == "original" else maps)
+            rung = "b" if subject == "original" else "c"
+            results += _logits(rung, subject, decoder, probe, reference, precision, yardsticks)
+            results.append(_measured_cache(subject, decoder, len(probe.rows), job))
+            if (directory / INT4).is_dir():
+                decoder = decoders[subject] = job.engine.open_graph(directory / INT4, job.spec)
+                results += _logits(rung, subject, decoder, probe, reference, "int4", yardsticks)
+            results.append(_greedy(job, subject, directory, probe, reference, precision))
+        results += verify_file.check_untouched(directories["nbl"], directories["original"])
+        with job.ui.task("price on held-back text") as progress:
+            prices = verify.price(decoders["original"], decoders["nbl"], _price_texts(job), progress)
+    size = capabilities.cache_itemsize(job.options.precision)
+    layers = {"original": plan.num_layers, "nbl": len(plan.kept)}
+    per_token = {subject: job.spec.cache_bytes_per_token(kept, size) for subject, kept in layers.items()}
     return {**verify.summary(results, job.options.precision, prices, plan), "cache_bytes_per_token": per_token}
+
+
+def _logits(
+    rung: str, subject: str, decoder: Any, probe: Any, reference: Any, precision: str, yardsticks: dict[str, float]
+) -> list[RungResult]:
+    """Rung b or c; the first graph of a precision is the yardstick of the second."""
+    from nbl_export import verify
+
+    found = verify.check_logits(
+        rung, subject, decoder, probe.rows, reference.logits, reference.noise, precision, yardsticks.get(precision)
+    )
+    yardsticks.setdefault(precision, max(r.value or 0.0 for r in found))
+    return found
+
+
+@contextlib.contextmanager
+def _graphs(job: Job, maps: Mapping[int, AffineMap], results: list[RungResult]) -> Iterator[dict[str, Path]]:
+    """Directories of the graphs to compare: what ships, or its float32 twins after the two were found equal."""
+    if not job.engine.CAPABILITIES.static:
+        yield {"original": job.run.path / "original", "nbl": job.run.path / "model"}
+        return
+    from nbl_export.twins import build_twins, check_shipped
+
+    with job.run.scratch() as scratch, job.ui.task("fp32 twins"):
+        twins = build_twins(job, maps, scratch)
+        results += check_shipped(job, twins)
+        yield twins
+
+
+def _cache_ids(job: Job, subject: str) -> tuple[int, ...]:
+    """Layers that keep a cache, or ids 0..K-1 where the graph counts so."""
+    kept = job.plan.kept if subject == "nbl" else tuple(range(job.plan.num_layers))
+    return tuple(range(len(kept))) if job.engine.CAPABILITIES.static else kept
 
 
 def _probe(job: Job) -> Any:
@@ -69,27 +107,28 @@ def _probe(job: Job) -> Any:
     first, second = _PREFILL_TOKENS
     if 0 < window <= _LONGEST_PROBED_WINDOW:
         first = window + 24
-    first, second = (min(n, job.spec.max_positions - verify.DECODE_STEPS, len(ids) // 2) for n in (first, second))
+    first, second = (min(n, job.slots - verify.DECODE_STEPS, len(ids) // 2) for n in (first, second))
     rows = (ids[: first + verify.DECODE_STEPS], ids[-(second + verify.DECODE_STEPS) :])
     starts = [k * len(ids) // 4 for k in (0, 1, 2)]
-    new_tokens = min(_NEW_TOKENS, job.spec.max_positions - _PROMPT_TOKENS)
+    new_tokens = min(_NEW_TOKENS, job.slots - _PROMPT_TOKENS)
     prompts = tuple(tuple(ids[s : s + _PROMPT_TOKENS]) for s in starts)
     return verify.Probe(tuple(map(tuple, rows)), prompts, new_tokens)
 
 
-def _measured_cache(subject: str, decoder: Any, per_token: int, job: Job) -> RungResult:
+def _measured_cache(subject: str, decoder: Any, rows: int, job: Job) -> RungResult:
+    per_token = decoder.cache_bytes // (rows * decoder.slots)
     stated = decoder.contract.cache_bytes_per_token(job.spec.head_dim)
     passed = per_token == stated
     detail = f"{per_token} bytes a token held after the last step, {stated} by contract"
     return RungResult("a", subject, "cache bytes in the running session", float(not passed), 0.5, passed, detail)
 
 
-def _greedy(job: Job, subject: str, directory: Path, probe: Any, reference: Any) -> RungResult:
+def _greedy(job: Job, subject: str, directory: Path, probe: Any, reference: Any, precision: str) -> RungResult:
     from nbl_export import verify
 
-    with job.engine.open_runner(directory, job.options.threads) as runner:
+    with job.engine.open_checked(directory, job.options.threads) as runner:
         said = [runner.greedy(prompt, probe.new_tokens) for prompt in probe.prompts]
-    return verify.check_greedy(subject, said, reference.greedy, reference.margins, job.options.precision)
+    return verify.check_greedy(subject, said, reference.greedy, reference.margins, precision)
 
 
 def _price_texts(job: Job) -> list[tuple[str, Any]]:
@@ -97,12 +136,12 @@ def _price_texts(job: Job) -> list[tuple[str, Any]]:
     from nbl_export import checkpoint, corpus
 
     _, held = job.windows
-    context = job.options.context
+    context = min(job.options.context, job.slots)
     count = max(1, _PRICE_TOKENS // context)
     other = corpus.stdlib_text()
     tokenizer = checkpoint.load_tokenizer(job.checkpoint)
     windows, _ = corpus.pack(other, tokenizer, count * context, context)
-    texts = [(f"held back from {job.text.name}", held[:count].numpy())]
+    texts = [(f"held back from {job.text.name}", held[:count, :context].numpy())]
     if other.sha256 != job.text.sha256:
         texts.append((f"{other.name} (not calibrated on)", windows[:count].numpy()))
     return texts

@@ -310,6 +310,19 @@ def test_tables_for_people(arguments: tuple[str, ...], words: tuple[str, ...], r
     assert all(word in done.out for word in words), done.out
 
 
+def test_tables_hold_the_figures(run: Path) -> None:
+    planned, measured = answer("plan", run), answer("bench", run)
+    table = nbl("plan", run).out
+    for score in planned["scores"]:
+        row = next(line for line in table.splitlines() if line.startswith(f"│ {score['layer']} "))
+        figures = (f"{score['bound']:.3f}", f"{score['nmse']:.4f}", f"{score['relative_error']:.5f}")
+        assert all(figure in row for figure in figures), row
+        assert ("replaced" in row) == (score["layer"] in planned["replaced_layers"])
+    table = nbl("bench", run).out
+    assert "Speed" in table
+    assert all(f"{row['tokens_per_second_median']:.2f}" in table for row in measured["rows"])
+
+
 def test_json_is_alone_on_stdout_and_stderr_is_quiet(run: Path) -> None:
     for command in ("plan", "verify", "bench", "inspect"):
         done = nbl(command, run, "--json")

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "nbl_export"
 FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 
 TORCH = {"checkpoint", "corpus", "calibrate", "lmmse", "linearize", "distill", "reference"}
-ONNX_IR = ("decoders/", "rewrite/", "int4_blocks.py", "engines/trt_build.py")
+ONNX_IR = ("decoders/", "rewrite/", "int4_blocks.py")
 ORT = ("engines/", "decoders/genai.py", "rewrite/quantize.py")  # quantize: ONNX Runtime's packing is a library call
 STAGES = {"calibrate", "plan", "linearize", "decoders", "rewrite", "verify", "bench", "report"}
 COMPOSERS = {"cli.py", "pipeline.py", "job.py", "verification.py"}

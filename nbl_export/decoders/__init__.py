@@ -1,4 +1,7 @@
-"""Sources of decoder graphs: a checkpoint in, a GenAI model directory out, one file a source."""
+"""Sources of decoder graphs: a checkpoint in, one file a source.
+
+genai and mobius leave a GenAI model directory (model.onnx), static a decoder.onnx for a compiler.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,28 @@ from nbl_export.decoders.directory import finish_directory
 __all__ = ["PRECISIONS", "SOURCES", "build_decoder"]
 
 SOURCES: dict[str, Callable[[Path, Path, str], None]] = {"genai": genai.build, "mobius": mobius.build}
-PRECISIONS = {"genai": genai.PRECISIONS, "mobius": mobius.PRECISIONS}
+PRECISIONS = {
+    "genai": genai.PRECISIONS,
+    "mobius": mobius.PRECISIONS,
+    "static": ("fp32", "fp16", "bf16", "int4"),  # stated here: the module needs onnx_ir, which a build machine has not
+}
 
 
-def build_decoder(source: str, checkpoint: Path, out: Path, precision: str) -> None:
+def build_decoder(
+    source: str, checkpoint: Path, out: Path, precision: str, *, slots: int = 0, logits: str = "last"
+) -> None:
     """Export a checkpoint directory to a deployable directory with the named source.
+
+    Args:
+        slots: of a cache, and logits: "last" or "all"; both for the static source alone.
 
     Raises:
         NblError: the source refuses the checkpoint or the precision, with its reason.
     """
+    if source == "static":
+        from nbl_export.decoders import static
+
+        static.build(checkpoint, out, precision, max_seq_len=slots, logits=logits)
+        return
     SOURCES[source](checkpoint, out, precision)
     finish_directory(checkpoint, out)

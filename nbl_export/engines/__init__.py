@@ -1,26 +1,35 @@
 """Engines: what runs a decoder graph. Differences between them are data (`engines.base.Capabilities`).
 
-An engine module has CAPABILITIES, probe(), open_runner(directory, threads) and open_graph(directory, spec).
+An engine is a module, or an object in one, with CAPABILITIES, probe() and probe_run() (does it build, does it run
+here), default_threads(), open_runner(directory, threads) for what ships, open_checked(directory, threads) and
+open_graph(directory, spec) for what is verified. A static one (see `Capabilities`) also has library_version(),
+check_model(spec, precision) and build(source, out, settings, progress).
 """
 
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 from nbl_export.errors import UsageError
 
 __all__ = ["ENGINES", "load_engine"]
 
-ENGINES = {"ort": "nbl_export.engines.ort"}
+ENGINES = {
+    "ort": "nbl_export.engines.ort",
+    "trt": "nbl_export.engines.tensorrt:TRT",
+    "trt-rtx": "nbl_export.engines.tensorrt:TRT_RTX",
+}
 
 
-def load_engine(name: str) -> ModuleType:
-    """The module of an engine; loads none of its libraries.
+def load_engine(name: str) -> Any:
+    """The engine of that name; loads none of its libraries.
 
     Raises:
         UsageError: there is no such engine.
     """
     if name not in ENGINES:
         raise UsageError(f"unknown engine {name!r}; engines are {', '.join(ENGINES)}")
-    return importlib.import_module(ENGINES[name])
+    module, _, attribute = ENGINES[name].partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found

@@ -13,8 +13,10 @@ __all__ = ["Availability", "Capabilities", "TextRunner"]
 class Capabilities:
     """What differs between engines. No `if engine ==` anywhere else.
 
-    precisions: what `--precision` may say. sources: decoder sources whose graphs it takes, default first.
-    extra: the optional extra that installs it.
+    precisions: what `--precision` may say, sources: decoder sources whose graphs it takes; defaults first.
+    extra: the optional extra that installs it. half_caches: precisions whose caches have two bytes an element.
+    static: it compiles graphs of the static form. Such a graph has caches of --max-seq-len slots, is proven through
+    its float32 twin on a CPU, and a build stage makes the engine, which is what runs.
     """
 
     name: str
@@ -22,6 +24,12 @@ class Capabilities:
     precisions: tuple[str, ...]
     sources: tuple[str, ...]
     extra: str
+    half_caches: tuple[str, ...] = ()
+    static: bool = False
+
+    def cache_itemsize(self, precision: str) -> int:
+        """Bytes of a cache element."""
+        return 2 if precision in self.half_caches else 4
 
 
 @dataclass(frozen=True)

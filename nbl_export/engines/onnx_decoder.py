@@ -92,6 +92,11 @@ class OnnxDecoder:
         return found["logits"].astype(np.float32)
 
     @property
+    def slots(self) -> int:
+        """Tokens that the caches of the running batch hold, padding included."""
+        return int(self._mask_BT.shape[1])
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes that the caches of the running batch hold now."""
         return sum(array.nbytes for array in self._past.values())

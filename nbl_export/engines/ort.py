@@ -48,9 +48,11 @@ __all__ = [
     "GenaiRunner",
     "GenaiSettings",
     "default_threads",
+    "open_checked",
     "open_graph",
     "open_runner",
     "probe",
+    "probe_run",
 ]
 
 CAPABILITIES = Capabilities(
@@ -59,6 +61,7 @@ CAPABILITIES = Capabilities(
     precisions=("fp32", "fp16", "int8", "int4"),
     sources=("genai", "mobius"),
     extra="cpu",
+    half_caches=("fp16",),
 )
 
 _SILENT = 4  # ORT severity "fatal": an error reaches the user once, as the exception raised here
@@ -79,6 +82,11 @@ def probe() -> Availability:
         )
     except Exception as error:  # whatever a broken installation raises is the answer
         return Availability(False, _short(error))
+
+
+def probe_run() -> Availability:
+    """The same: what can be exported can be run."""
+    return probe()
 
 
 def default_threads() -> int:
@@ -321,6 +329,11 @@ def _short(error: Exception) -> str:
 def open_runner(directory: Path, threads: int | None = None) -> GenaiRunner:
     """A text runner on a deployable directory."""
     return GenaiRunner(directory, threads)
+
+
+def open_checked(directory: Path, threads: int | None = None) -> GenaiRunner:
+    """The same runner, for verification."""
+    return open_runner(directory, threads)
 
 
 def open_graph(directory: Path, spec: DecoderSpec) -> OnnxDecoder:

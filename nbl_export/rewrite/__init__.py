@@ -18,11 +18,13 @@ from nbl_export.rewrite.anatomy import cache_layers
 from nbl_export.rewrite.bypass import BypassAttention
 from nbl_export.rewrite.caches import DropCaches, DropUnreadCaches
 from nbl_export.rewrite.quantize import QuantizeMaps
+from nbl_export.rewrite.quantize_blocks import QuantizeMapBlocks
+from nbl_export.rewrite.renumber import RenumberCaches
 from nbl_export.rewrite.sweep import SkipNormToAdd, Sweep
 
-__all__ = ["contract_of", "passes_for", "rewrite", "rewrite_model"]
+__all__ = ["contract_of", "make_dense", "passes_for", "rewrite", "rewrite_model"]
 
-_GRAPH_FILES = ("model.onnx", "model.onnx.data")
+_GRAPHS = ("model.onnx", "decoder.onnx")  # of a GenAI directory, of the static form
 
 
 def passes_for(plan: Plan, maps: Mapping[int, AffineMap]) -> Sequence[ir.passes.PassBase]:
@@ -35,6 +37,7 @@ def passes_for(plan: Plan, maps: Mapping[int, AffineMap]) -> Sequence[ir.passes.
         DropUnreadCaches(plan.replaced),
         SkipNormToAdd(),
         QuantizeMaps(),
+        QuantizeMapBlocks(),
         Sweep(),
     )
 
@@ -61,21 +64,31 @@ def rewrite_model(model: ir.Model, plan: Plan, maps: Mapping[int, AffineMap]) ->
 def rewrite(source: Path, out: Path, plan: Plan, maps: Mapping[int, AffineMap]) -> tuple[PassReport, ...]:
     """Write the NBL version of a deployable directory to `out` (which must not exist).
 
-    Weights that stay are copied from file to file; an empty plan copies the graph byte for byte.
+    Weights that stay are copied from file to file; an empty plan copies the graph byte for byte. A decoder.onnx gets
+    dense cache ids, a model.onnx keeps its layers' (what the runtimes of each expect).
 
     Raises:
         RefusalError: the graph is not understood.
     """
+    name = next((n for n in _GRAPHS if (source / n).is_file()), _GRAPHS[0])
     out.mkdir()
     for file in sorted(source.iterdir()):
-        if file.is_file() and (file.name not in _GRAPH_FILES or not plan.replaced):
+        if file.is_file() and (file.name not in (name, f"{name}.data") or not plan.replaced):
             shutil.copyfile(file, out / file.name)
     if not plan.replaced:
         return ()
-    model = ir.load(source / "model.onnx")
+    model = ir.load(source / name)
     reports = rewrite_model(model, plan, maps)
-    ir.save(model, out / "model.onnx", external_data="model.onnx.data")
-    return reports
+    ir.save(model, out / name, external_data=f"{name}.data")
+    return (*reports, make_dense(out / name)) if name == "decoder.onnx" else reports
+
+
+def make_dense(path: Path) -> PassReport:
+    """Give a saved graph cache ids 0..K-1; its data stays as it is."""
+    model = ir.load(path)
+    report = PassReport("RenumberCaches", RenumberCaches()(model).modified)
+    ir.save(model, path)
+    return report
 
 
 def contract_of(model: ir.Model) -> GraphContract:

@@ -1,0 +1,172 @@
+"""The static-cache decoder of mobius, in process, brought to the form that TensorRT takes (see `static_form`).
+
+mobius' command line would do the same and show a bar that cannot be turned off; the pieces it is made of are
+public: registry, configuration class, build_from_module, apply_weights. execution_provider="onnx-standard" is what
+keeps contrib operators out. `apply_weights` folds the Transpose in front of every MatMul; a tied lm_head keeps its
+own, because the embedding is read by Gather too (TensorRT folds that one without a copy).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from nbl_export.decoders.directory import add_text_files
+from nbl_export.decoders.quiet import captured
+from nbl_export.decoders.static_form import PRECISIONS, finish_passes, form_passes
+from nbl_export.decoders.static_form.int4 import BlockInt4
+from nbl_export.decoders.static_form.twin import first_difference
+from nbl_export.errors import MissingPackageError, NblError
+
+__all__ = [
+    "GRAPH_FILE",
+    "build",
+    "build_form",
+    "difference",
+    "finish",
+    "save_graph",
+    "save_int4_twin",
+    "save_last_twin",
+    "windows_of",
+]
+
+GRAPH_FILE = "decoder.onnx"
+
+
+def build(checkpoint: Path, out: Path, precision: str, *, max_seq_len: int, logits: str = "last") -> None:
+    """Write decoder.onnx, its data and the tokenizer to `out`.
+
+    Args:
+        precision: fp32, fp16, bf16, or int4 (blocks of int4 behind fp16 arithmetic).
+        max_seq_len: slots of a cache; the longest sequence, answer included.
+        logits: "last" for those of each row's last token, "all" for every position.
+
+    Raises:
+        NblError: an unknown precision, a model that mobius does not know, a length beyond the model's positions.
+    """
+    if precision not in PRECISIONS:
+        raise NblError(f"the static source makes no {precision} graph; use --precision {', '.join(PRECISIONS)}")
+    model = build_form(checkpoint, max_seq_len)
+    finish(model, precision, logits)
+    save_graph(model, out)
+    add_text_files(checkpoint, out)
+
+
+def build_form(checkpoint: Path, max_seq_len: int) -> ir.Model:
+    """The static form in float32 with the logits of all positions, in memory: the twin that is proven on a CPU.
+
+    Raises:
+        NblError: as `build`.
+    """
+    config = _read_config(checkpoint)
+    _refuse_length(max_seq_len, config)
+    with captured("mobius", checkpoint):
+        model = _mobius_decoder(checkpoint, config, max_seq_len)
+    for step in form_passes(max_seq_len, windows_of(config)):
+        step(model)
+    model.metadata_props["nbl.form"] = "static"
+    return model
+
+
+def finish(model: ir.Model, precision: str, logits: str) -> None:
+    """Bring the form to the precision and the logits that ship, in place."""
+    for step in finish_passes(precision, logits):
+        step(model)
+
+
+def save_graph(model: ir.Model, out: Path, name: str = GRAPH_FILE) -> None:
+    """Write graph and data to a directory, which is made if it is not there."""
+    out.mkdir(parents=True, exist_ok=True)
+    ir.save(model, out / name, external_data=f"{name}.data")
+
+
+def save_last_twin(twin: Path, path: Path) -> None:
+    """Write a saved form with the logits of the last token, in the same directory and on the same data."""
+    model = ir.load(twin)
+    finish(model, "fp32", "last")
+    ir.save(model, path)
+
+
+def save_int4_twin(twin: Path, out: Path) -> None:
+    """Write a saved form with int4 matrices and everything else in float32 to another directory."""
+    model = ir.load(twin)
+    BlockInt4()(model)
+    save_graph(model, out, twin.name)
+
+
+def difference(twin: Path, shipped: Path, precision: str, logits: str) -> str:
+    """What differs first between a directory's decoder.onnx and a saved form brought to its precision and ids."""
+    model = ir.load(twin)
+    finish(model, precision, logits)
+    shipped_model = ir.load(shipped / GRAPH_FILE)
+    return first_difference(shipped_model, model)
+
+
+def windows_of(config: Any) -> tuple[int | None, ...]:
+    """The sliding window of each layer from a transformers configuration, None where a layer sees everything."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return (None,) * config.num_hidden_layers
+    kinds: Sequence[str] = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _read_config(checkpoint: Path) -> Any:
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise MissingPackageError("transformers", "export", "reading a checkpoint") from error
+    try:
+        return AutoConfig.from_pretrained(str(checkpoint))
+    except Exception as error:  # transformers raises many kinds on a damaged configuration
+        raise NblError(f"{checkpoint} has no usable configuration: {error}") from error
+
+
+def _refuse_length(max_seq_len: int, config: Any) -> None:
+    if not 2 <= max_seq_len <= config.max_position_embeddings:
+        raise NblError(
+            f"--max-seq-len {max_seq_len} is not possible: this model has {config.max_position_embeddings} positions; "
+            f"use 2 to {config.max_position_embeddings}"
+        )
+
+
+def _mobius_decoder(checkpoint: Path, config: Any, max_seq_len: int) -> ir.Model:
+    """mobius' own static-cache graph with the checkpoint's weights."""
+    try:
+        import mobius
+    except ImportError as error:
+        raise MissingPackageError("mobius-onnx", "export", "building the decoder graph") from error
+    kind = config.model_type
+    if kind not in mobius.registry:
+        raise NblError(f"mobius has no builder for model type {kind!r}")
+    config_class = mobius.registry.get_config_class(kind) or mobius.ArchitectureConfig
+    settings = dataclasses.replace(config_class.from_transformers(config), dtype=ir.DataType.FLOAT)
+    module = mobius.registry.get(kind)(settings)
+    task = mobius.CausalLMTask(static_cache=True, max_seq_len=max_seq_len)
+    package = mobius.build_from_module(module, settings, task, execution_provider="onnx-standard")
+    package.apply_weights(module.preprocess_weights(_read_weights(checkpoint)))
+    model: ir.Model = package["model"]
+    missing = [name for name, value in model.graph.initializers.items() if value.const_value is None]
+    if missing:
+        raise NblError(f"{checkpoint} lacks {len(missing)} weights that the decoder needs, the first is {missing[0]}")
+    return model
+
+
+def _read_weights(checkpoint: Path) -> dict[str, Any]:
+    """All tensors of a safetensors checkpoint, mapped from the files."""
+    from safetensors.torch import load_file
+
+    index = checkpoint / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = sorted(path.name for path in checkpoint.glob("*.safetensors"))
+    state: dict[str, Any] = {}
+    for name in names:
+        state.update(load_file(str(checkpoint / name)))
+    return state

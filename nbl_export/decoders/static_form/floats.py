@@ -1,0 +1,57 @@
+"""The float type of a whole graph.
+
+    before   every float tensor, value and cache float32      after   float16 or bfloat16, the same nodes
+
+TensorRT 11 and TensorRT-RTX are strongly typed: precision is what the graph says. What accumulates in float32
+still does: RMSNormalization by its stash_type (the default, 1), matrix products and softmax in the kernels. The
+graph before this pass is the fp32 twin of the graph after it: same nodes, same names, weights rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from nbl_export.errors import RefusalError
+
+__all__ = ["CastFloats"]
+
+_WIDE = ir.DataType.FLOAT
+
+
+class CastFloats(ir.passes.InPlacePass):
+    """Bring a float32 graph to another float type. Refuses a graph that fixes a float type in an attribute."""
+
+    def __init__(self, dtype: ir.DataType) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        for node in graph:
+            if node.op_type in ("Cast", "CastLike", "Constant", "ConstantOfShape"):
+                raise RefusalError(None, f"{node.name} is a {node.op_type}, whose float type is not known to follow")
+        values = [v for v in _values(graph) if v.dtype == _WIDE] if self._dtype != _WIDE else []
+        for value in values:
+            if value.const_value is not None:
+                value.const_value = self._cast(value.const_value)
+            value.type = ir.TensorType(self._dtype)  # mobius' parameters have no setter for dtype
+        return ir.passes.PassResult(model, bool(values))
+
+    def _cast(self, wide: ir.TensorProtocol) -> ir.TensorProtocol:
+        """Evaluated when it is written, so that one matrix at a time is in memory."""
+
+        def narrow() -> ir.TensorProtocol:
+            array = np.asarray(wide.numpy()).astype(self._dtype.numpy())
+            return ir.tensor(array, dtype=self._dtype, name=wide.name)
+
+        return ir.LazyTensor(narrow, dtype=self._dtype, shape=ir.Shape(wide.shape.numpy()), name=wide.name)
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
