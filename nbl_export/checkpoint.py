@@ -51,6 +51,11 @@ class Source:
     fingerprint: str
 
     @property
+    def title(self) -> str:
+        """What to call the model in a report: hub id, GGUF file or directory name."""
+        return self.name if self.revision else (self.gguf.stem if self.gguf else self.directory.absolute().name)
+
+    @property
     def place(self) -> str | None:
         """Absolute path of a local model; None for one of the hub."""
         return None if self.revision else str((self.gguf or self.directory).absolute())

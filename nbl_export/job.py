@@ -83,6 +83,7 @@ class Job:
         self.run.note(
             model={
                 "name": options.model,
+                "title": source.title,
                 "revision": source.revision,
                 "architecture": spec.architecture,
                 "fingerprint": source.fingerprint,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nbl_export.errors import CorruptError, NblError, UsageError
+from nbl_export.errors import CorruptError, NblError
 from nbl_export.records import AffineMap, LayerScore, Plan
 
 __all__ = ["choose", "load_maps", "parse_layers", "save_maps"]
@@ -17,8 +17,7 @@ def parse_layers(text: str | None, num_layers: int) -> int | tuple[int, ...]:
     """Read `--layers`: "8" is a count, "0,7,24-29" (or "8,") names layers from 0; None is a quarter.
 
     Raises:
-        UsageError: not a number, repeated, or a range that runs backwards.
-        NblError: a layer that this model does not have, or every layer.
+        NblError: not a number, repeated, running backwards, a layer that this model does not have, or every layer.
     """
     if text is None:
         return max(0, min(round(num_layers / 4), num_layers - 1))
@@ -32,12 +31,12 @@ def parse_layers(text: str | None, num_layers: int) -> int | tuple[int, ...]:
     for part in (p.strip() for p in text.rstrip(",").split(",")):
         first, dash, last = part.partition("-")
         if not _is_number(first) or (dash and not _is_number(last)):
-            raise UsageError(
+            raise NblError(
                 f"--layers {text!r}: {part!r} is not a layer or a range; write a count (8) or layers from 0 (0,7,24-29)"
             )
         low, high = int(first), int(last) if dash else int(first)
         if high < low:
-            raise UsageError(f"--layers {text!r}: the range {part} runs backwards")
+            raise NblError(f"--layers {text!r}: the range {part} runs backwards")
         if high >= num_layers:
             raise NblError(
                 f"--layers {text!r}: layer {high} does not exist; this model has layers 0 to {num_layers - 1}"
@@ -45,7 +44,7 @@ def parse_layers(text: str | None, num_layers: int) -> int | tuple[int, ...]:
         chosen.extend(range(low, high + 1))
     repeated = sorted({i for i in chosen if chosen.count(i) > 1})
     if repeated:
-        raise UsageError(f"--layers {text!r}: layer {repeated[0]} is named twice")
+        raise NblError(f"--layers {text!r}: layer {repeated[0]} is named twice")
     if len(chosen) >= num_layers:
         raise NblError(_all_refused(f"--layers {text!r}", num_layers))
     return tuple(sorted(chosen))
