@@ -22,12 +22,11 @@ CHILD = """
 import sys, os
 os.environ["TQDM_DISABLE"] = "1"
 from pathlib import Path
-from nbl_export.pipeline import run_job, run_stages
+from nbl_export.pipeline import run_calibration, run_stages
 from nbl_export.progress import Ui
-from nbl_export.records import JobOptions
 stage, model, out = sys.argv[1:]
 if stage == "calibrate":
-    run_job(JobOptions(model=model, calibration_tokens=16384), Path(out), Ui(quiet=True), until="calibrate")
+    run_calibration(model, {"calibration_tokens": 16384}, Path(out), Ui(quiet=True))
 else:
     run_stages(Path(out), stage, Ui(quiet=True))
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))

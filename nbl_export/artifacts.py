@@ -2,7 +2,8 @@
 
     DIR/nbl.json               the manifest (this module's `RunDirectory` reads and writes it)
     DIR/moments.safetensors    calibrate
-    DIR/maps.safetensors       plan
+    DIR/maps.safetensors       plan; distill, where it was asked for (then plan leaves start.safetensors)
+    DIR/distill.json           distill
     DIR/original/              decoder: the exported graph, untouched
     DIR/model/                 rewrite: the NBL graph, deployable by itself
     DIR/verify.json            verify
@@ -294,7 +295,9 @@ class RunDirectory:
 
 _OURS = (
     "moments.safetensors",
+    "start.safetensors",
     "maps.safetensors",
+    "distill.json",
     "original",
     "model",
     "verify.json",

@@ -48,6 +48,10 @@ MaxSeqLen = Annotated[
 MaxBatch = Annotated[int | None, typer.Option(min=1, help="trt, trt-rtx: most sequences at once (default 1).")]
 PrefillChunk = Annotated[int | None, typer.Option(min=1, help="trt, trt-rtx: tokens of a prefill step (default 512).")]
 Logits = Annotated[str | None, typer.Option(help="trt, trt-rtx: of the last token (default) or all, for evaluation.")]
+Tap = Annotated[str | None, typer.Option(help="What a map is applied to: residual (default) or normed.")]
+Fit = Annotated[str | None, typer.Option(help="independent (closed form, default) or distilled (trained from there).")]
+DistillSteps = Annotated[int | None, typer.Option(min=1, help="Training steps of --fit distilled (default 200).")]
+DistillMinutes = Annotated[float | None, typer.Option(help="Stop --fit distilled after so many minutes.")]
 Calibration = Annotated[
     str | None,
     typer.Option(help="UTF-8 text, .jsonl or .json with a text field, or a hub dataset id."),
@@ -87,6 +91,10 @@ def root(
     engine: Engine = "ort",
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="The run directory.")] = None,
     layers: Layers = None,
+    tap: Tap = None,
+    fit: Fit = None,
+    distill_steps: DistillSteps = None,
+    distill_minutes: DistillMinutes = None,
     precision: Precision = None,
     decoder_source: Source = None,
     max_seq_len: MaxSeqLen = None,
@@ -123,7 +131,8 @@ def root(
     from nbl_export.records import JobOptions
 
     chosen = _options(
-        layers=layers, precision=precision, decoder_source=decoder_source, max_seq_len=max_seq_len,
+        layers=layers, tap=tap, fit=fit, distill_steps=distill_steps, distill_minutes=distill_minutes,
+        precision=precision, decoder_source=decoder_source, max_seq_len=max_seq_len,
         max_batch=max_batch, prefill_chunk=prefill_chunk, logits=logits, calibration=calibration,
         calibration_tokens=calibration_tokens, context=context, depth=depth, repetitions=repetitions,
         prompt_tokens=prompt_tokens, generate_tokens=generate_tokens, threads=threads, seed=seed,

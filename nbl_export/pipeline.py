@@ -185,7 +185,7 @@ def _passed(job: Job) -> bool:
 
 def _key(job: Job, stage: Stage, keys: dict[str, str]) -> str:
     identity: list[Any] = []
-    if stage.name in ("calibrate", "verify"):
+    if stage.name in ("calibrate", "distill", "verify"):
         identity = [job.fingerprint, job.text_sha256]
     elif stage.name == "decoder":
         identity = [job.fingerprint]
@@ -228,7 +228,7 @@ def _calibrate(job: Job, out: Path) -> dict[str, Any]:
 
     windows, _ = job.windows
     with job.ui.task(f"{windows.numel()} tokens") as progress:
-        moments = calibrate.collect(job.model, windows, progress)
+        moments = calibrate.collect(job.model, windows, progress, tuple(dict.fromkeys(("residual", job.options.tap))))
     calibrate.save_moments(moments, out / "moments.safetensors")
     used = {"tokens": int(windows.numel()), "context": job.options.context}
     return {"calibration": {**job.run.manifest["calibration"], **used}}
@@ -238,15 +238,53 @@ def _plan(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export import calibrate, lmmse
     from nbl_export.plan import choose, save_maps
 
-    moments = calibrate.load_moments(job.run.path / "moments.safetensors")["residual"]
-    plan = choose([lmmse.score(m, i) for i, m in enumerate(moments)], job.request)
-    save_maps({i: lmmse.fit(moments[i], i) for i in plan.replaced}, out / "maps.safetensors")
+    moments = calibrate.load_moments(job.run.path / "moments.safetensors")
+    tapped = moments[job.options.tap]
+    scores = [lmmse.score(m, i) for i, m in enumerate(moments["residual"])]  # the bound is one on the residual output
+    if job.options.tap != "residual":
+        scores = [dataclasses.replace(lmmse.score(m, i), bound=scores[i].bound) for i, m in enumerate(tapped)]
+    plan = choose(scores, job.request, job.options.tap)
+    distilled = job.options.fit == "distilled" and plan.replaced
+    name = "start.safetensors" if distilled else "maps.safetensors"
+    save_maps({i: lmmse.fit(tapped[i], i) for i in plan.replaced}, out / name)
     return {
+        "fit": {"kind": "independent"},
         "replaced_layers": list(plan.replaced),
         "tap": plan.tap,
         "select": plan.select,
         "scores": [dataclasses.asdict(s) for s in plan.scores],
     }
+
+
+def _distill(job: Job, out: Path) -> dict[str, Any]:
+    from nbl_export import distill
+    from nbl_export.plan import load_maps, save_maps
+
+    plan, options = job.plan, job.options
+    windows, held = job.windows
+    settings = distill.DistillSettings(options.distill_steps, options.distill_minutes, seed=options.seed)
+    start = load_maps(job.run.path / "start.safetensors", plan.replaced)
+    with job.ui.task("distilling") as progress:
+        # The price is taken on the first of the held-back windows, so training is judged by the last.
+        found = distill.distill(
+            job.model,
+            start,
+            windows,
+            held[len(held) // 2 :],
+            settings,
+            progress,
+            plan.tap,
+            lambda s: job.ui.say(f"  {s}"),
+        )
+    save_maps(found.maps, out / "maps.safetensors")
+    write_json(out / "distill.json", {"held_kl": found.held_kl, "train_kl": found.train_kl, "seconds": found.seconds})
+    best = min(found.held_kl, key=lambda row: row[1])
+    kl = {"held_kl_start": found.held_kl[0][1], "held_kl_best": best[1]}
+    return {"fit": {"kind": "distilled", "steps": len(found.train_kl), "best_step": best[0], **kl}}
+
+
+def _no_distill(job: Job) -> str | None:
+    return None if job.options.fit == "distilled" and job.plan.replaced else ""
 
 
 def _decoder(job: Job, out: Path) -> dict[str, Any]:
@@ -276,7 +314,7 @@ def _rewrite(job: Job, out: Path) -> dict[str, Any]:
 
 
 _DEPLOYED_FACTS = ("schema", "model", "decoder", "options", "calibration", "num_layers", "replaced_layers", "tap",
-                   "select", "scores")  # fmt: skip
+                   "select", "fit", "scores")  # fmt: skip
 
 
 def _verify(job: Job, out: Path) -> dict[str, Any]:
@@ -363,10 +401,18 @@ def _verdict(job: Job) -> str:
 VARIANTS = {"original": "original", "nbl": "model"}  # what is compared -> its directory
 
 STAGES = (
-    Stage("calibrate", "calibrate", (), ("calibration_tokens", "context"), _calibrate),
-    Stage("plan", "plan", ("calibrate",), (), _plan),
+    Stage("calibrate", "calibrate", (), ("calibration_tokens", "context", "tap"), _calibrate),
+    Stage("plan", "plan", ("calibrate",), ("tap", "fit"), _plan),
+    Stage(
+        "distill",
+        "distill",
+        ("plan",),
+        ("distill_steps", "distill_minutes", "seed", "calibration_tokens", "context"),
+        _distill,
+        _no_distill,
+    ),
     Stage("decoder", "decoder graph", (), ("precision", "decoder_source", "max_seq_len", "logits"), _decoder),
-    Stage("rewrite", "rewrite", ("plan", "decoder"), (), _rewrite),
+    Stage("rewrite", "rewrite", ("plan", "distill", "decoder"), (), _rewrite),
     Stage("verify", "verify", ("rewrite",), ("calibration_tokens", "context"), _verify),
     Stage("build", "build", ("rewrite",), ("engine", "max_batch", "prefill_chunk"), _build, _no_build),
     Stage(

@@ -61,14 +61,14 @@ def _all_refused(what: str, num_layers: int) -> str:
     )
 
 
-def choose(scores: Sequence[LayerScore], request: int | tuple[int, ...]) -> Plan:
+def choose(scores: Sequence[LayerScore], request: int | tuple[int, ...], tap: str = "residual") -> Plan:
     """The plan for a count (smallest CCA bound first, lower layer on a tie) or for named layers."""
     if isinstance(request, int):
         ranked = sorted(scores, key=lambda s: (s.bound, s.layer))
         replaced, select = tuple(sorted(s.layer for s in ranked[:request])), "cca"
     else:
         replaced, select = request, "given"
-    return Plan(len(scores), replaced, "residual", select, tuple(scores))
+    return Plan(len(scores), replaced, tap, select, tuple(scores))
 
 
 def save_maps(maps: dict[int, AffineMap], path: Path) -> None:

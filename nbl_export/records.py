@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 __all__ = [
+    "FITS",
     "TAPS",
     "AffineMap",
     "DecoderSpec",
@@ -88,6 +89,8 @@ class AffineMap:
 # What a map is applied to: the residual stream before the layer's norm (the paper's reference code), or the
 # layer's normed input (what engines that know linear-replaced attention expect; well conditioned).
 TAPS = ("residual", "normed")
+# How a plan's maps come about: each layer by itself in closed form, or trained together from there.
+FITS = ("independent", "distilled")
 
 
 @dataclass(frozen=True)
@@ -227,11 +230,16 @@ class JobOptions:
     """Everything a user can ask of the main job, resolved. Recorded in nbl.json and read back on resume.
 
     max_seq_len, max_batch, prefill_chunk and logits are for engines that compile; None takes `job`'s defaults.
+    distill_steps and distill_minutes are for the fit "distilled".
     """
 
     model: str
     engine: str = "ort"
     layers: str | None = None
+    tap: str = "residual"
+    fit: str = "independent"
+    distill_steps: int = 200
+    distill_minutes: float | None = None
     precision: str = "fp32"
     decoder_source: str = "genai"
     max_seq_len: int | None = None
@@ -254,6 +262,9 @@ class JobOptions:
         _require(all(d >= 0 for d in self.depths), "depths are not negative")
         for name in ("max_seq_len", "max_batch", "prefill_chunk"):
             _require((getattr(self, name) or 1) >= 1, f"{name} must be at least 1")
+        _require(self.tap in TAPS, f"--tap is {' or '.join(TAPS)}, not {self.tap!r}")
+        _require(self.fit in FITS, f"--fit is {' or '.join(FITS)}, not {self.fit!r}")
+        _require(self.distill_steps >= 1 and (self.distill_minutes or 1) > 0, "distillation takes at least one step")
         _require(self.logits in (None, "last", "all"), f"logits are of the last token or all, not {self.logits!r}")
 
     @classmethod

@@ -33,7 +33,7 @@ def run(job: Job) -> dict[str, Any]:
     with job.ui.task("torch reference") as progress:
         original = make_reference(job.model, probe.rows, probe.prompts, probe.new_tokens)
         progress(1, 2)
-        nbl = make_reference(linearize(job.model, maps), probe.rows, probe.prompts, probe.new_tokens)
+        nbl = make_reference(linearize(job.model, maps, plan.tap), probe.rows, probe.prompts, probe.new_tokens)
     del job.model  # it has been linearized, and memory is wanted
     capabilities = job.engine.CAPABILITIES
     precision = "fp32" if capabilities.static else job.options.precision  # of what is compared

@@ -239,6 +239,17 @@ def test_headline(written: Written) -> None:
     assert written.html.count('class="gone"') == 3
 
 
+def test_headline_price_is_that_of_the_worst_text(tmp_path: Path) -> None:
+    """Whichever text comes first: a gain seen on one text misleads."""
+    cheap = {"text": "cheap", "tokens": 10, "perplexity_original": 20.0, "perplexity_nbl": 21.0, "kl_mean": 0.1,
+             "top1_agreement": 0.9}  # fmt: skip
+    dear = {**cheap, "text": "dear", "perplexity_original": 10.0, "perplexity_nbl": 30.0}
+    for order in ([cheap, dear], [dear, cheap]):
+        shown = card(Written(tmp_path, MANIFEST, changed(VERIFY, price=order)).html, "Price")
+        assert "10.0 → 30.0" in shown and "20.0" not in shown
+        assert "cheap" in shown and "dear" in shown
+
+
 def test_rung_without_tolerance_is_not_gated(written: Written) -> None:
     assert [row[5] for row in written.table("Verification")[2:]] == ["passed", "passed", "not gated"]
 
