@@ -44,10 +44,10 @@ class _Accumulator:
         if self.shift_x is None or self.shift_y is None:
             self.shift_x, self.shift_y = x_ND[~massive].mean(0), y_ND[~massive].mean(0)
         self.count += x_ND.shape[0]
-        self._add((x_ND[massive] - self.shift_x).double(), (y_ND[massive] - self.shift_y).double())
-        if massive.any():
-            x_ND, y_ND = x_ND[~massive], y_ND[~massive]
         x_ND, y_ND = x_ND - self.shift_x, y_ND - self.shift_y
+        if massive.any():
+            self._add(x_ND[massive].double(), y_ND[massive].double())
+            x_ND[massive], y_ND[massive] = 0, 0  # zero rows add nothing, and leave the others where they are
         for x, y in zip(x_ND.split(_BLOCK), y_ND.split(_BLOCK), strict=True):
             self._add(x, y)
 

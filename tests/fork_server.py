@@ -10,6 +10,7 @@ with ForkServer(tmp_path) as server:
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -32,7 +33,9 @@ class ForkedRun:
         self._server, self._log = server, log
         log.write_text("")
         print(json.dumps([arguments, code, str(log)]), file=server.stdin, flush=True)
-        self.pid = int(server.stdout.readline())
+        said, number = server.stdout.readline().split()
+        assert said == "pid", said
+        self.pid = int(number)
 
     @property
     def err(self) -> str:
@@ -52,15 +55,22 @@ class ForkedRun:
         raise TimeoutError(f"{line!r} never came: {self.err}")
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send a signal to the whole group, as a terminal does."""
+        """Send a signal to the whole group, as a terminal does. Nothing once the end was waited for."""
+        if "status" in vars(self):
+            return
+        end = time.monotonic() + _PATIENCE_SECONDS
         with contextlib.suppress(ProcessLookupError):
+            while os.getpgid(self.pid) != self.pid and time.monotonic() < end:
+                time.sleep(0.001)  # it has not made its group yet
             os.killpg(self.pid, number)
 
-    @property
+    @functools.cached_property
     def status(self) -> int:
         """Wait for the end. Exit status, or minus the signal that ended it."""
         assert self._server.stdout is not None
-        return int(self._server.stdout.readline())
+        said, number = self._server.stdout.readline().split()
+        assert said == "status", said
+        return int(number)
 
 
 def _is_running(pid: int) -> bool:
@@ -71,10 +81,11 @@ def _is_running(pid: int) -> bool:
 
 
 class ForkServer:
-    """A context manager; one run at a time."""
+    """A context manager; one run at a time: a new one ends the one before."""
 
     def __init__(self, logs: Path) -> None:
-        self._logs, self._count = logs, 0
+        self._logs = logs
+        self._runs: list[ForkedRun] = []
 
     def __enter__(self) -> ForkServer:
         command = [sys.executable, "-m", "tests.fork_server"]
@@ -84,13 +95,20 @@ class ForkServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end_last()
         self._process.communicate()
 
     def start(self, *arguments: object, code: str = "") -> ForkedRun:
         """Start `nbl-export ARGUMENTS`, after running `code`, in a fork."""
-        self._count += 1
-        log = self._logs / f"stderr-{self._count}"
-        return ForkedRun(self._process, [str(a) for a in arguments], code, log)
+        self._end_last()
+        log = self._logs / f"stderr-{len(self._runs)}"
+        self._runs.append(ForkedRun(self._process, [str(a) for a in arguments], code, log))
+        return self._runs[-1]
+
+    def _end_last(self) -> None:
+        if self._runs and "status" not in vars(self._runs[-1]):
+            self._runs[-1].kill()
+            self._runs[-1].status  # noqa: B018  waits
 
 
 def _serve() -> None:
@@ -100,10 +118,13 @@ def _serve() -> None:
         pid = os.fork()
         if pid == 0:
             _become(arguments, code, log)
-        sys.stdout.write(f"{pid}\n")
-        sys.stdout.flush()
-        sys.stdout.write(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n")
-        sys.stdout.flush()
+        _tell("pid", pid)
+        _tell("status", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
+def _tell(what: str, number: int) -> None:
+    sys.stdout.write(f"{what} {number}\n")
+    sys.stdout.flush()
 
 
 def _become(arguments: list[str], code: str, log: str) -> None:

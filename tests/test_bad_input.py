@@ -18,7 +18,7 @@ import pytest
 
 from nbl_export.engines.base import Availability
 
-from .command import TINY, assert_refused, nbl, snapshot
+from .command import TINY, assert_refused, nbl, snapshot, stage_lines
 from .damage import cut, edit
 from .tiny import LAYERS
 
@@ -206,7 +206,9 @@ def test_option_that_does_not_fit(options: tuple[str, ...], parts: tuple[str, ..
     command = "bench" if "--depth" in mine else "plan" if "--layers" in mine else "rewrite"
     if mine:
         before = snapshot(run)
-        assert_refused(nbl(command, run, *mine), 1, *parts)
+        refused = nbl(command, run, *mine)
+        assert_refused(refused, 1, *parts)
+        assert stage_lines(refused) == {}  # known before any stage
         assert snapshot(run) == before
 
 
@@ -224,8 +226,10 @@ def test_engine_that_is_not_available(same: Same, run: Path, monkeypatch: pytest
 
     monkeypatch.setattr(ort, "probe", lambda: Availability(False, "the library is from the moon; install another"))
     assert_refused_everywhere(run, 1, same, "engine ort is not available here", "from the moon; install another")
+    before = snapshot(run)
     assert_refused(nbl("generate", run, "Hi"), 1, "not available here", "from the moon")
     assert_refused(nbl("bench", run, "--generate-tokens", 5), 1, "not available here", "from the moon")
+    assert snapshot(run) == before  # the option of a command that failed is not recorded
     (run / "verify.json").unlink()
     assert_refused(nbl("verify", run), 1, "not available here", "from the moon")
     assert "from the moon" in nbl("doctor").out
@@ -259,10 +263,19 @@ def test_calibration_text(case: str, checkpoint: Any, run: Path, tmp_path: Path)
     assert_refused_everywhere(run, 1, given, "calibration text", *parts)
 
 
-@pytest.mark.parametrize("name", ["/not/there.txt", "not-there.txt", "./not/there", "nobody/no-set", "."])
-def test_calibration_text_that_is_nowhere(name: str, checkpoint: Any, run: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("/not/there.txt", "no calibration text at /not/there.txt: give a UTF-8 file"),
+        ("not-there.txt", "no calibration text at not-there.txt: give a UTF-8 file"),
+        ("./not/there", "no calibration text at not/there: give a UTF-8 file"),
+        ("nobody/no-set", "nobody/no-set"),
+        (".", "calibration text . is a directory; name a file in it"),
+    ],
+)
+def test_calibration_text_that_is_nowhere(name: str, reason: str, checkpoint: Any, run: Path) -> None:
     given = ("--model", checkpoint("llama"), *TINY, "--calibration", name)
-    assert_refused_everywhere(run, 1, given, Path(name))
+    assert_refused_everywhere(run, 1, given, reason)
 
 
 def test_calibration_text_that_is_too_short(checkpoint: Any, run: Path, tmp_path: Path) -> None:

@@ -464,3 +464,11 @@ def test_map_blocks_leave_other_graphs_alone(form: Form) -> None:
     model = form("llama")
     rewrite_model(model, Plan(LAYERS, (0,)), maps_of([0]))
     assert not QuantizeMapBlocks()(model).modified
+
+
+def test_int4_uses_all_codes() -> None:
+    weight = np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32)
+    codes, scales = int4_blocks(weight, 32, np.dtype(np.float16))
+    assert (codes.shape, scales.shape, scales.dtype) == ((64, 3), (2, 3), np.float16)
+    assert codes.astype(int).min() == -8 and codes.astype(int).max() <= 7
+    assert np.all(int4_blocks(np.zeros((32, 1), np.float32), 32, np.dtype(np.float16))[1] == 1)

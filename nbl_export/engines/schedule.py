@@ -12,7 +12,8 @@ The rules, which the graph needs and cannot check:
 
 Two optimisation profiles: prefill of 1..chunk tokens, decode of one. Measured with TensorRT-RTX 1.7.1:
 - a profile without any dynamic dimension has its own copy of every matrix (SmolLM2 fp16: 499 MB instead of 288),
-  so decode always allows two rows at least;
+  so decode always allows two rows at least; with int4 matrices prefill has to as well (154 MB instead of 192), which
+  costs it the scratch memory of the second row;
 - attention of exactly one token has no kernel from 24576 slots on (24064 still builds; heads of 16 to 256, compute
   capability 7.5 to 12.0), while 1..2 tokens build at 65536; hence `_STATIC_DECODE_SLOTS`, with a margin.
 """
@@ -43,8 +44,11 @@ class Profile:
         return all(low <= n <= high for n, (low, _, high) in ((batch, self.batch), (tokens, self.tokens)))
 
 
-def engine_profiles(max_batch: int, chunk: int, slots: int) -> tuple[Profile, Profile]:
+def engine_profiles(max_batch: int, chunk: int, slots: int, *, int4: bool = False) -> tuple[Profile, Profile]:
     """Prefill and decode of an engine, in this order.
+
+    Args:
+        int4: whether there are int4 matrices.
 
     Raises:
         NblError: no rows, or a chunk that the cache cannot hold.
@@ -55,8 +59,9 @@ def engine_profiles(max_batch: int, chunk: int, slots: int) -> tuple[Profile, Pr
         raise NblError(f"--prefill-chunk {chunk} is not possible: use 1 to --max-seq-len, {slots}")
     widest = max(2, chunk)
     decode_tokens = (1, 1, 1) if slots <= _STATIC_DECODE_SLOTS else (1, 1, 2)
-    prefill = Profile("prefill", (1, max_batch, max_batch), (1, widest, widest))
-    return prefill, Profile("decode", (1, max_batch, max(2, max_batch)), decode_tokens)
+    rows, shared = (1, max_batch, max_batch), (1, max_batch, max(2, max_batch))
+    prefill = Profile("prefill", shared if int4 else rows, (1, widest, widest))
+    return prefill, Profile("decode", shared, decode_tokens)
 
 
 def profile_for(profiles: Sequence[Profile], batch: int, tokens: int) -> int:
