@@ -31,7 +31,7 @@ def test_without_the_library_the_error_says_how_to_get_it(monkeypatch: pytest.Mo
     )
     started = time.perf_counter()
     for engine_, package, more in (
-        (TRT, "tensorrt", "pypi.nvidia.com"),
+        (TRT, "tensorrt", "NVIDIA's own package index"),
         (TRT_RTX, "tensorrt-rtx", "pip install tensorrt-rtx"),
     ):
         for answer in (engine_.probe(), engine_.probe_run()):

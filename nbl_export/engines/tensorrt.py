@@ -77,7 +77,7 @@ LIBRARIES = {
         capabilities=Capabilities("trt", "TensorRT", _PRECISIONS, ("static",), "trt", _PRECISIONS, static=True),
         module="tensorrt",
         package="tensorrt",
-        get_it="pip install tensorrt (its libraries come from NVIDIA's index, https://pypi.nvidia.com)",
+        get_it="pip install tensorrt (its libraries come from NVIDIA's own package index)",
         builds_without_gpu=False,
         runtime_graphs=False,
         computes=(),
