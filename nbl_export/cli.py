@@ -296,10 +296,24 @@ def _show(value: Any, table: Any, as_json: bool) -> None:
 
 
 _INTERRUPTED = 130
+_GOES_ON = "interrupted; finished stages are kept, the same command goes on from there"
 
 
-def _terminate(_signal: int, _frame: Any) -> None:
-    raise KeyboardInterrupt
+class _Interrupts:
+    """Signals that end the run: KeyboardInterrupt, and a note of it for where a library makes another error of that.
+
+    An extension module whose import is interrupted says ImportError, and looks as if it were not installed.
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+        signal.signal(signal.SIGTERM, self._raise)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+            signal.signal(signal.SIGINT, self._raise)
+
+    def _raise(self, _signal: int, _frame: Any) -> None:
+        self.seen = True
+        raise KeyboardInterrupt
 
 
 def main() -> None:
@@ -307,17 +321,19 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # our own progress, not the libraries'
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # deprecations inside libraries are not the user's to act on
-    signal.signal(signal.SIGTERM, _terminate)
+    interrupts = _Interrupts()
     try:
         status = app(prog_name="nbl-export", standalone_mode=False)
         if status == _INTERRUPTED:  # typer has caught it
             raise KeyboardInterrupt
         sys.exit(status if isinstance(status, int) else 0)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; finished stages are kept, the same command goes on from there", _INTERRUPTED)
+        _fail(_GOES_ON, _INTERRUPTED)
     except BrokenPipeError:
         sys.exit(0)
     except Exception as error:
+        if interrupts.seen:
+            _fail(_GOES_ON, _INTERRUPTED)
         _explain(error)
 
 

@@ -155,7 +155,6 @@ def _advance(job: Job, until: str, *, ignore_failure: bool = False, needs: str =
             with job.run.scratch() as scratch:
                 facts = stage.run(job, scratch)
                 seconds = time.monotonic() - started
-                facts.setdefault("status", "incomplete")
                 job.run.finish(stage.name, keys[stage.name], scratch, seconds, _readers(stage.name), **facts)
             job.ui.say(f"{stage.title}: done in {seconds:.1f} s")
         if stage.name == "verify" and not ignore_failure:

@@ -42,7 +42,7 @@ def nbl(*arguments: object) -> Outcome:
     from nbl_export import cli
 
     out, err = io.StringIO(), io.StringIO()
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     status: object = 0
     with (
         mock.patch.object(sys, "argv", ["nbl-export", *map(str, arguments)]),
@@ -57,7 +57,8 @@ def nbl(*arguments: object) -> Outcome:
             status = 1
             err.write(traceback.format_exc())
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     assert isinstance(status, int), status
     return Outcome(status, out.getvalue(), err.getvalue())
 

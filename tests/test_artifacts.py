@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from nbl_export.artifacts import friendly_os_errors
+from nbl_export.errors import NblError
 
 # Each change that Python makes to the file system raises an audit event. The script does the same work again and
 # again, and dies at the first, the second, ... event, until it comes through; each time the work is then finished.
@@ -82,3 +88,37 @@ def test_kill_at_every_change(tmp_path: Path) -> None:
     moments = [int(line.rpartition(" ")[2]) for line in done.stdout.splitlines()]
     assert len(moments) == 3
     assert min(moments) > 20
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+WRITES = {
+    "no space": (OSError(errno.ENOSPC, "x"), "no space left on the disk of out"),
+    "quota": (OSError(errno.EDQUOT, "x"), "the disk quota of out"),
+    "limit": (OSError(errno.EFBIG, "x"), "a file in out grew beyond the file-size limit"),
+    "permission": (PermissionError(errno.EACCES, "x", "out/file"), "no permission to write out/file"),
+    "read-only": (OSError(errno.EROFS, "x", "out/file"), "out is on a read-only file system"),
+    "Rust": (RuntimeError("Error while serializing: I/O error: No space (os error 28)"), "no space left on the disk"),
+    "numpy": (OSError("4096 requested and 2560 written"), "no space left on the disk"),
+    "an exporter's": (caused(NblError("cannot export"), OSError(errno.ENOSPC, "x", "out/f")), "no space left"),
+}
+
+
+@pytest.mark.parametrize("case", WRITES)
+def test_trouble_with_the_disk_is_one_sentence(case: str) -> None:
+    error, sentence = WRITES[case]
+    with pytest.raises(NblError, match=sentence) as caught, friendly_os_errors(Path("out")):
+        raise error
+    assert "--output" in str(caught.value)
+
+
+def test_other_errors_pass() -> None:
+    """Among them a sentence about a file that cannot be read: that is not the output's trouble."""
+    explained = caused(NblError("text cannot be read"), PermissionError(errno.EACCES, "x", "text"))
+    for error in (explained, ValueError("5 of 6"), FileNotFoundError(errno.ENOENT, "x", "file"), OSError("odd")):
+        with pytest.raises(type(error)) as caught, friendly_os_errors(Path("out")):
+            raise error
+        assert caught.value is error

@@ -260,13 +260,16 @@ def test_failed_verification(same: Same, run: Path, monkeypatch: pytest.MonkeyPa
     assert nbl("generate", run, "Hi", "--max-new-tokens", 2, "--force").status == 0
     assert nbl("generate", run, "Hi", "--max-new-tokens", 2, "--original").status == 0
     assert_refused(nbl("bench", run), 3, "verification failed")
-    forced = nbl("bench", run, "--force", "--json")
+    forced = nbl("bench", run, "--force")
     assert forced.status == 0, forced.err
-    result = json.loads(forced.out)
+    assert stage_lines(forced)["verify"] == "reused"
+    result = json.loads((run / "report.json").read_text())
     assert (result["verified"], len(result["rows"])) == (False, 4)
     assert json.loads((run / "nbl.json").read_text())["status"] == "failed"
     assert_refused(nbl("generate", run, "Hi"), 1, "failed verification")
-    assert_refused(nbl("verify", run), 3, "verification failed")  # tried again, not believed
+    again = nbl("verify", run)
+    assert_refused(again, 3, "verification failed")
+    assert stage_lines(again)["verify"] == "done"  # tried again, not believed
 
     monkeypatch.undo()
     (run / "model" / "model.onnx").unlink()

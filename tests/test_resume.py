@@ -18,6 +18,7 @@ import pytest
 
 from nbl_export import pipeline
 from nbl_export.artifacts import RunDirectory
+from nbl_export.engines.base import Availability
 
 from .command import assert_refused, nbl, snapshot, stage_lines
 from .fork_server import ForkServer
@@ -245,6 +246,22 @@ def test_interrupt_a_process_of_its_own(line: str, more: Same, same: Same, run: 
         out, rest = process.communicate(timeout=60)
     assert (process.returncode, out, rest) == (130, "", f"{FAREWELL}\n")
     assert ran(nbl(*same, "--output", run)) == MEASURING
+
+
+def test_interrupt_that_a_library_makes_an_error_of(same: Same, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the import of an extension module does."""
+    from nbl_export.engines import ort
+
+    def probe() -> Availability:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            return Availability(False, "the package is not installed")
+        return Availability(True, "")
+
+    monkeypatch.setattr(ort, "probe", probe)
+    done = nbl(*same, "--output", run)
+    assert (done.status, done.err) == (130, f"{FAREWELL}\n")
 
 
 def test_interrupted_first_run_goes_on(same: Same, tmp_path: Path, server: ForkServer) -> None:
