@@ -42,6 +42,12 @@ Precision = Annotated[
     str | None, typer.Option(help="ort: fp32 (default), fp16, int8, int4; trt, trt-rtx: fp16 (default), bf16, int4.")
 ]
 Source = Annotated[str | None, typer.Option(help="ort: genai (default) or mobius; trt, trt-rtx: static.")]
+Provider = Annotated[
+    str | None,
+    typer.Option(
+        help="ort: provider to export for: cpu (default), cuda or nv-tensorrt-rtx; any machine exports, a GPU runs."
+    ),
+]
 MaxSeqLen = Annotated[
     int | None, typer.Option(min=1, help="trt, trt-rtx: slots of a cache, answer included (default 2048).")
 ]
@@ -97,6 +103,7 @@ def root(
     distill_minutes: DistillMinutes = None,
     precision: Precision = None,
     decoder_source: Source = None,
+    provider: Provider = None,
     max_seq_len: MaxSeqLen = None,
     max_batch: MaxBatch = None,
     prefill_chunk: PrefillChunk = None,
@@ -132,12 +139,12 @@ def root(
 
     chosen = _options(
         layers=layers, tap=tap, fit=fit, distill_steps=distill_steps, distill_minutes=distill_minutes,
-        precision=precision, decoder_source=decoder_source, max_seq_len=max_seq_len,
+        precision=precision, decoder_source=decoder_source, provider=provider, max_seq_len=max_seq_len,
         max_batch=max_batch, prefill_chunk=prefill_chunk, logits=logits, calibration=calibration,
         calibration_tokens=calibration_tokens, context=context, depth=depth, repetitions=repetitions,
         prompt_tokens=prompt_tokens, generate_tokens=generate_tokens, threads=threads, seed=seed,
     )  # fmt: skip
-    options = JobOptions(**{**engine_defaults(engine), "model": model, "engine": engine, **chosen})
+    options = JobOptions(**{**engine_defaults(engine, provider or "cpu"), "model": model, "engine": engine, **chosen})
     run_job(options, output, _ui(), force=force)
     print(output / "report.html")
 

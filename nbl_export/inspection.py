@@ -10,6 +10,7 @@ from rich.table import Table
 
 from nbl_export.artifacts import RunDirectory
 from nbl_export.engines import ENGINES, load_engine
+from nbl_export.engines.providers import PROVIDERS
 from nbl_export.errors import NblError
 from nbl_export.records import DecoderSpec
 
@@ -35,7 +36,9 @@ def describe(directory: Path) -> dict[str, Any]:
     if not facts:
         raise NblError(f"{directory} is not a run directory: it has no nbl.json; nbl-export --output makes one")
     spec = DecoderSpec(**facts["decoder"])
-    itemsize = load_engine(facts["options"]["engine"]).CAPABILITIES.cache_itemsize(facts["options"]["precision"])
+    options = facts["options"]
+    capabilities = load_engine(options["engine"], options.get("provider", "cpu")).CAPABILITIES
+    itemsize = capabilities.cache_itemsize(options["precision"])
     kept = spec.num_layers - len(facts.get("replaced_layers", ()))
     return {
         "model": facts["model"],
@@ -181,13 +184,15 @@ def speed_table(result: dict[str, Any]) -> Table:
 
 
 def examine_engines() -> dict[str, Any]:
-    """Availability of every engine, with the reason."""
-    found = {}
-    for name in ENGINES:
-        engine = load_engine(name)
-        answer = engine.probe()
-        found[name] = {"title": engine.CAPABILITIES.title, "available": answer.available, "reason": answer.reason}
-    return found
+    """Availability of every engine and provider, with the reason."""
+    engines = {name: (load_engine(name), load_engine(name).probe()) for name in ENGINES}
+    for flag in PROVIDERS:
+        engine = load_engine("ort", flag)
+        engines[f"ort --provider {flag}"] = engine, engine.probe_run()
+    return {
+        name: {"title": engine.CAPABILITIES.title, "available": answer.available, "reason": answer.reason}
+        for name, (engine, answer) in engines.items()
+    }
 
 
 def doctor_table(found: dict[str, Any]) -> Table:

@@ -19,7 +19,16 @@ from nbl_export.plan import parse_layers
 from nbl_export.progress import Ui
 from nbl_export.records import DecoderSpec, JobOptions, Plan
 
-__all__ = ["HELD_BACK_TOKENS", "Job", "check_options", "chunk_of", "describe_command", "located", "slots_of"]
+__all__ = [
+    "HELD_BACK_TOKENS",
+    "Job",
+    "check_options",
+    "chunk_of",
+    "describe_command",
+    "engine_of",
+    "located",
+    "slots_of",
+]
 
 HELD_BACK_TOKENS = 4096
 DEFAULT_SLOTS, DEFAULT_CHUNK = 2048, 512
@@ -36,7 +45,7 @@ class Job:
 
     @property
     def engine(self) -> Any:
-        return load_engine(self.options.engine)
+        return engine_of(self.options)
 
     @property
     def slots(self) -> int:
@@ -171,6 +180,11 @@ class Job:
         return Plan(facts["num_layers"], tuple(facts["replaced_layers"]), facts["tap"], facts["select"], scores)
 
 
+def engine_of(options: JobOptions) -> Any:
+    """The engine that options ask for."""
+    return load_engine(options.engine, options.provider)
+
+
 def check_options(options: JobOptions, spec: DecoderSpec) -> None:
     """Hold options against the decoder that they are for.
 
@@ -178,7 +192,7 @@ def check_options(options: JobOptions, spec: DecoderSpec) -> None:
         NblError: layers it does not have, or more tokens than it has positions for.
     """
     parse_layers(options.layers, spec.num_layers)
-    engine = load_engine(options.engine)
+    engine = engine_of(options)
     if engine.CAPABILITIES.static:
         engine.check_model(spec, options.precision)
         _check_lengths(options, spec)
@@ -194,7 +208,7 @@ def check_options(options: JobOptions, spec: DecoderSpec) -> None:
 
 def slots_of(options: JobOptions, spec: DecoderSpec) -> int:
     """See `Job.slots`."""
-    if not load_engine(options.engine).CAPABILITIES.static:
+    if not engine_of(options).CAPABILITIES.static:
         return spec.max_positions
     return options.max_seq_len or min(DEFAULT_SLOTS, spec.max_positions)
 

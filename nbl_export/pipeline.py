@@ -14,7 +14,7 @@ from nbl_export import __version__
 from nbl_export.artifacts import RunDirectory, key_of, refuse_foreign, versions, write_json
 from nbl_export.engines import load_engine
 from nbl_export.errors import NblError, ParityError, UsageError
-from nbl_export.job import Job, check_options, chunk_of, located
+from nbl_export.job import Job, check_options, chunk_of, engine_of, located
 from nbl_export.progress import Ui
 from nbl_export.records import JobOptions
 
@@ -47,7 +47,7 @@ def run_job(options: JobOptions, output: Path, ui: Ui, *, force: bool = False) -
         ParityError: the graph does not compute what the torch model computes.
     """
     preflight(options)
-    _require_engine(options.engine)
+    _require_engine(options)
     _work(options, output, ui, force, "report")
     return output
 
@@ -85,7 +85,7 @@ def run_stages(
         options = dataclasses.replace(recorded, **{k: v for k, v in (changes or {}).items() if v is not None})
         preflight(options)
         if changes and "engine" in changes:
-            _require_engine(options.engine)
+            _require_engine(options)
         job = Job(located(options, run), run, ui)
         check_options(options, job.spec)
         if options != recorded:
@@ -94,9 +94,9 @@ def run_stages(
         return run
 
 
-def engine_defaults(engine: str) -> dict[str, Any]:
+def engine_defaults(engine: str, provider: str = "cpu") -> dict[str, Any]:
     """Options that an engine chooses where nobody else does."""
-    capabilities = load_engine(engine).CAPABILITIES
+    capabilities = load_engine(engine, provider).CAPABILITIES
     return {"precision": capabilities.precisions[0], "decoder_source": capabilities.sources[0]}
 
 
@@ -109,17 +109,18 @@ def preflight(options: JobOptions) -> None:
     """
     from nbl_export.decoders import PRECISIONS
 
-    capabilities = load_engine(options.engine).CAPABILITIES
+    engine = engine_of(options)
+    capabilities = engine.CAPABILITIES
     for value, allowed, flag in (
         (options.precision, capabilities.precisions, "--precision"),
         (options.decoder_source, capabilities.sources, "--decoder-source"),
     ):
         if value not in allowed:
-            raise UsageError(f"{flag} {value} is not for engine {options.engine}; it takes {', '.join(allowed)}")
+            raise UsageError(f"{flag} {value} is not for engine {_spoken(options)}; it takes {', '.join(allowed)}")
     for name in ("max_seq_len", "max_batch", "prefill_chunk", "logits"):
         if getattr(options, name) is not None and not capabilities.static:
             raise UsageError(f"--{name.replace('_', '-')} is not for engine {options.engine}, which compiles nothing")
-    makes = PRECISIONS.get(options.decoder_source, capabilities.precisions)
+    makes = PRECISIONS[options.decoder_source] if options.provider == "cpu" else capabilities.precisions
     if options.precision not in makes:
         sources = {name: made for name, made in PRECISIONS.items() if name in capabilities.sources}
         others = [f"--decoder-source {name}" for name, made in sources.items() if options.precision in made]
@@ -129,10 +130,17 @@ def preflight(options: JobOptions) -> None:
         )
 
 
-def _require_engine(name: str) -> None:
-    found = load_engine(name).probe()
+def _require_engine(options: JobOptions, *, to_prove: bool = False) -> None:
+    """to_prove: what verification needs, which for compiled engines is ONNX Runtime."""
+    engine = engine_of(options)
+    name = "ort" if to_prove and engine.CAPABILITIES.static else options.engine
+    found = (load_engine(name) if name != options.engine else engine).probe()
     if not found.available:
         raise NblError(f"engine {name} is not available here: {found.reason}")
+
+
+def _spoken(options: JobOptions) -> str:
+    return options.engine if options.provider == "cpu" else f"{options.engine} with --provider {options.provider}"
 
 
 def _advance(job: Job, until: str, *, ignore_failure: bool = False, needs: str = "") -> None:
@@ -293,7 +301,7 @@ def _decoder(job: Job, out: Path) -> dict[str, Any]:
     options = job.options
     build_decoder(
         options.decoder_source, job.checkpoint, out / "original", options.precision,
-        slots=job.slots, logits=options.logits or "last",
+        slots=job.slots, logits=options.logits or "last", provider=options.provider,
     )  # fmt: skip
     return {}
 
@@ -304,9 +312,9 @@ def _rewrite(job: Job, out: Path) -> dict[str, Any]:
 
     plan = job.plan
     maps = load_maps(job.run.path / "maps.safetensors", plan.replaced)
-    rewrite(job.run.path / "original", out / "model", plan, maps)
+    rewrite(job.run.path / "original", out / "model", plan, maps, dense=job.engine.CAPABILITIES.dense_caches)
     facts = {k: job.run.manifest[k] for k in _DEPLOYED_FACTS}
-    if job.engine.CAPABILITIES.static:
+    if job.engine.CAPABILITIES.dense_caches:
         facts["cache_layers"] = list(plan.kept)  # of cache ids 0..K-1
     write_json(out / "model" / "nbl.json", {**facts, "versions": versions(_PACKAGES), "nbl_export": __version__})
     return {"versions": {"nbl-export": __version__, **versions(_PACKAGES)}}
@@ -319,7 +327,7 @@ _DEPLOYED_FACTS = ("schema", "model", "decoder", "options", "calibration", "num_
 def _verify(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export import verification
 
-    _require_engine("ort" if job.engine.CAPABILITIES.static else job.options.engine)
+    _require_engine(job.options, to_prove=True)
     result = verification.run(job)
     write_json(out / "verify.json", result)
     return {"status": "verified" if result["passed"] else "failed"}
@@ -328,7 +336,7 @@ def _verify(job: Job, out: Path) -> dict[str, Any]:
 def _build(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export.engines.trt_build import BuildSettings
 
-    _require_engine(job.options.engine)
+    _require_engine(job.options)
     settings = BuildSettings(job.options.max_batch or 1, chunk_of(job.options, job.spec))
     engines = {}
     for subject, name in VARIANTS.items():
@@ -344,18 +352,18 @@ def _no_build(job: Job) -> str | None:
 
 
 def _no_bench(job: Job) -> str | None:
-    """Compiled engines may be for another machine than this."""
-    if not job.engine.CAPABILITIES.static:
+    """What is made may be for another machine than this."""
+    if not job.engine.CAPABILITIES.cross:
         return None
     found = job.engine.probe_run()
-    return None if found.available else f"engines do not run here: {found.reason}"
+    return None if found.available else f"what was made does not run here: {found.reason}"
 
 
 def _bench(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export import bench
 
     capabilities = job.engine.CAPABILITIES
-    _require_engine(job.options.engine)
+    _require_engine(job.options)
     options, spec, plan = job.options, job.spec, job.plan
     itemsize = capabilities.cache_itemsize(options.precision)
     threads = options.threads or job.engine.default_threads()
@@ -369,6 +377,7 @@ def _bench(job: Job, out: Path) -> dict[str, Any]:
         },
         versions=versions(_PACKAGES),
         engine=options.engine,
+        provider=options.provider,
         seed=options.seed,
     )
     with job.ui.task("rounds") as progress:
@@ -410,7 +419,9 @@ STAGES = (
         _distill,
         _no_distill,
     ),
-    Stage("decoder", "decoder graph", (), ("precision", "decoder_source", "max_seq_len", "logits"), _decoder),
+    Stage(
+        "decoder", "decoder graph", (), ("precision", "decoder_source", "provider", "max_seq_len", "logits"), _decoder
+    ),
     Stage("rewrite", "rewrite", ("plan", "distill", "decoder"), (), _rewrite),
     Stage("verify", "verify", ("rewrite",), ("calibration_tokens", "context"), _verify),
     Stage("build", "build", ("rewrite",), ("engine", "max_batch", "prefill_chunk"), _build, _no_build),

@@ -242,6 +242,7 @@ class JobOptions:
     distill_minutes: float | None = None
     precision: str = "fp32"
     decoder_source: str = "genai"
+    provider: str = "cpu"
     max_seq_len: int | None = None
     max_batch: int | None = None
     prefill_chunk: int | None = None

@@ -94,7 +94,7 @@ def _graphs(job: Job, maps: Mapping[int, AffineMap], results: list[RungResult]) 
 def _cache_ids(job: Job, subject: str) -> tuple[int, ...]:
     """Layers that keep a cache, or ids 0..K-1 where the graph counts so."""
     kept = job.plan.kept if subject == "nbl" else tuple(range(job.plan.num_layers))
-    return tuple(range(len(kept))) if job.engine.CAPABILITIES.static else kept
+    return tuple(range(len(kept))) if job.engine.CAPABILITIES.dense_caches else kept
 
 
 def _probe(job: Job) -> Any:

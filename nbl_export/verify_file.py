@@ -19,6 +19,7 @@ from nbl_export.records import AffineMap, DecoderSpec, GraphContract, RungResult
 
 __all__ = ["check_file", "check_maps", "check_untouched"]
 
+_PRODUCTS = ("MatMul", "MatMulNBits")
 _OURS = re.compile(r"nbl\.layers\.(\d+)\.")
 # ONNX Runtime's symmetric quantiser spans [-8, 8) steps of a block's largest value: its mirror image is one step off.
 _STEPS = 1.01
@@ -82,13 +83,18 @@ def check_maps(subject: str, directory: Path, maps: Mapping[int, AffineMap]) -> 
         return [_verdict("a", subject, "maps in the graph", not tensors, "none planned")]
     worst = ""
     for layer, affine in sorted(maps.items()):
-        nodes = [n for n in proto.graph.node if n.name.startswith(f"/nbl/layers.{layer}/MatMul")]
+        name = f"/nbl/layers.{layer}/MatMul"
+        nodes = [n for n in proto.graph.node if n.op_type in _PRODUCTS and n.name.startswith(name)]
         bias = tensors.get(f"nbl.layers.{layer}.bias")
         if len(nodes) != 1 or bias is None:
             worst = f"layer {layer} has no map"
             break
         found_bias = _array(bias, directory)
-        weight, allowed = _weight_of(nodes[0], tensors, directory)
+        blocks = [n for n in proto.graph.node if n.name == f"{name}/DequantizeLinear"]
+        if blocks:
+            weight, allowed = _blocks_of(blocks[0], tensors, directory)
+        else:
+            weight, allowed = _weight_of(nodes[0], tensors, directory)
         same_bias = np.array_equal(found_bias, affine.bias.astype(found_bias.dtype))
         if not same_bias or weight.shape != affine.weight.shape or (np.abs(weight - affine.weight) > allowed).any():
             worst = f"layer {layer}'s {'weight' if same_bias else 'bias'} is not the fitted one"
@@ -101,8 +107,9 @@ def _weight_of(node: Any, tensors: Mapping[str, Any], directory: Path) -> tuple[
     arrays = [_array(tensors[name], directory) for name in node.input[1:] if name]
     if node.op_type == "MatMul":
         weight = arrays[0].astype(np.float32).T
-        rounding = np.abs(weight) * (2.0**-10 if arrays[0].dtype == np.float16 else 0.0) + 1e-30
-        return weight, rounding if arrays[0].dtype != np.float32 else np.zeros_like(weight)
+        # half a unit of the last of 11 digits; numbers below 2^-14 have fewer
+        rounding = np.maximum(np.abs(weight) * 2.0**-11, 2.0**-25)
+        return weight, rounding if arrays[0].dtype == np.float16 else np.zeros_like(weight)
     attributes = {a.name: a.i for a in node.attribute}
     bits, block, size = attributes["bits"], attributes["block_size"], attributes["K"]
     packed, scales = arrays[0].reshape(attributes["N"], -1), arrays[1].reshape(attributes["N"], -1).astype(np.float32)
@@ -114,6 +121,14 @@ def _weight_of(node: Any, tensors: Mapping[str, Any], directory: Path) -> tuple[
         zero = np.repeat(points.astype(np.float32)[:, : scales.shape[1]], block, 1)[:, :size]
     steps = np.repeat(scales, block, 1)[:, :size]
     return (codes[:, :size].astype(np.float32) - zero) * steps, np.abs(steps) * _STEPS + 1e-30
+
+
+def _blocks_of(node: Any, tensors: Mapping[str, Any], directory: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The same of a weight [K, N] in blocks along K, from the DequantizeLinear that its MatMul reads."""
+    codes, scales = (_array(tensors[name], directory).astype(np.float32) for name in node.input)
+    block = next(a.i for a in node.attribute if a.name == "block_size")
+    steps = np.repeat(scales, block, 0)
+    return (codes * steps).T, np.abs(steps).T * _STEPS + 1e-30
 
 
 def check_untouched(directory: Path, original: Path) -> list[RungResult]:

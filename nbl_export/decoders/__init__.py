@@ -22,12 +22,20 @@ PRECISIONS = {
 
 
 def build_decoder(
-    source: str, checkpoint: Path, out: Path, precision: str, *, slots: int = 0, logits: str = "last"
+    source: str,
+    checkpoint: Path,
+    out: Path,
+    precision: str,
+    *,
+    slots: int = 0,
+    logits: str = "last",
+    provider: str = "cpu",
 ) -> None:
     """Export a checkpoint directory to a deployable directory with the named source.
 
     Args:
         slots: of a cache, and logits: "last" or "all"; both for the static source alone.
+        provider: ONNX Runtime's execution provider; other than "cpu" for the GenAI source alone.
 
     Raises:
         NblError: the source refuses the checkpoint or the precision, with its reason.
@@ -37,5 +45,8 @@ def build_decoder(
 
         static.build(checkpoint, out, precision, max_seq_len=slots, logits=logits)
         return
-    SOURCES[source](checkpoint, out, precision)
+    if source == "genai":
+        genai.build(checkpoint, out, precision, provider)
+    else:
+        SOURCES[source](checkpoint, out, precision)
     finish_directory(checkpoint, out)

@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.decoders.quiet import captured
+from nbl_export.engines.providers import PROVIDERS
 from nbl_export.errors import MissingPackageError, NblError
 
 __all__ = ["PRECISIONS", "build"]
 
-PRECISIONS = ("fp32", "int8", "int4")
+PRECISIONS = ("fp32", "int8", "int4")  # on the CPU; on a GPU those of its provider
+_BUILDER_NAMES = {flag: provider.genai for flag, provider in PROVIDERS.items()}
 
 
-def build(checkpoint: Path, out: Path, precision: str) -> None:
-    """Write model.onnx, its data, genai_config.json and the tokenizer to `out`."""
-    if precision not in PRECISIONS:
+def build(checkpoint: Path, out: Path, precision: str, provider: str = "cpu") -> None:
+    """Write model.onnx, its data, genai_config.json and the tokenizer to `out`, for an execution provider."""
+    gpu = None if provider == "cpu" else PROVIDERS[provider]
+    if precision not in (gpu.precisions if gpu else PRECISIONS):
         raise NblError(
             f"the GenAI builder makes no {precision} graph for the CPU; use --precision {', '.join(PRECISIONS)}, "
             "or --decoder-source mobius for fp16"
@@ -31,8 +34,8 @@ def build(checkpoint: Path, out: Path, precision: str) -> None:
     except ImportError as error:
         raise MissingPackageError("onnxruntime_genai", "cpu", "building the decoder graph") from error
     with tempfile.TemporaryDirectory() as cache, captured("the GenAI builder", checkpoint):
-        where = ("", str(checkpoint), str(out), precision, "cpu", cache)
-        create_model(*where, **parse_extra_options(*where, []))
+        where = ("", str(checkpoint), str(out), precision, _BUILDER_NAMES.get(provider, provider), cache)
+        create_model(*where, **parse_extra_options(*where, list(gpu.options_for(precision)) if gpu else []))
     _mend(checkpoint, out)
 
 

@@ -22,14 +22,20 @@ ENGINES = {
 }
 
 
-def load_engine(name: str) -> Any:
-    """The engine of that name; loads none of its libraries.
+def load_engine(name: str, provider: str = "cpu") -> Any:
+    """The engine of that name, for an execution provider of ONNX Runtime; loads none of its libraries.
 
     Raises:
-        UsageError: there is no such engine.
+        UsageError: there is no such engine or provider.
     """
     if name not in ENGINES:
         raise UsageError(f"unknown engine {name!r}; engines are {', '.join(ENGINES)}")
+    if provider != "cpu":
+        if name != "ort":
+            raise UsageError(f"--provider is for engine ort, not for {name}")
+        from nbl_export.engines.ort_gpu import GpuEngine
+
+        return GpuEngine(provider)
     module, _, attribute = ENGINES[name].partition(":")
     found = importlib.import_module(module)
     return getattr(found, attribute) if attribute else found

@@ -15,6 +15,8 @@ class Capabilities:
 
     precisions: what `--precision` may say, sources: decoder sources whose graphs it takes; defaults first.
     extra: the optional extra that installs it. half_caches: precisions whose caches have two bytes an element.
+    cross: what it exports may be for another machine; bench is left out where it does not run. dense_caches: caches
+    count 0..K-1. provider: ONNX Runtime's execution provider, which the exporter is told.
     static: it compiles graphs of the static form. Such a graph has caches of --max-seq-len slots, is proven through
     its float32 twin on a CPU, and a build stage makes the engine, which is what runs.
     """
@@ -26,6 +28,9 @@ class Capabilities:
     extra: str
     half_caches: tuple[str, ...] = ()
     static: bool = False
+    cross: bool = False
+    dense_caches: bool = False
+    provider: str = "cpu"
 
     def cache_itemsize(self, precision: str) -> int:
         """Bytes of a cache element."""

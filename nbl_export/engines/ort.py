@@ -45,6 +45,7 @@ from nbl_export.records import DecoderSpec
 
 __all__ = [
     "CAPABILITIES",
+    "CPU",
     "GenaiRunner",
     "GenaiSettings",
     "default_threads",
@@ -64,6 +65,7 @@ CAPABILITIES = Capabilities(
     half_caches=("fp16",),
 )
 
+CPU: tuple[str, dict[str, str]] = ("cpu", {})  # a provider by GenAI's name, and its options
 _SILENT = 4  # ORT severity "fatal": an error reaches the user once, as the exception raised here
 
 
@@ -130,18 +132,21 @@ class GenaiRunner:
     Args:
         directory: model.onnx, its data, genai_config.json and, for text, the tokenizer.
         threads: intra-op threads; None takes `default_threads()`. The number in force is `self.threads`.
+        provider: GenAI's name of the execution provider, and its options; None is what the directory says.
 
     Raises:
         MissingPackageError: onnxruntime-genai is not installed.
         NblError: the directory is not a model that loads; the message has the path.
     """
 
-    def __init__(self, directory: Path, threads: int | None = None) -> None:
+    def __init__(
+        self, directory: Path, threads: int | None = None, provider: tuple[str, dict[str, str]] | None = None
+    ) -> None:
         self.directory = directory
         self.threads = threads or default_threads()
         self.settings = GenaiSettings.read(directory)
         self._og = _import("onnxruntime_genai")
-        self._model = _load(self._og, directory, self.threads)
+        self._model = _load(self._og, directory, self.threads, provider)
         self._generator: Any = None
         self._capacity = self._length = 0
 
@@ -257,14 +262,24 @@ class GenaiRunner:
             yield chunk[0]
 
 
-def _load(og: ModuleType, directory: Path, threads: int) -> Any:
+def _load(og: ModuleType, directory: Path, threads: int, provider: tuple[str, dict[str, str]] | None) -> Any:
     options = {"intra_op_num_threads": threads, "log_severity_level": _SILENT}
     try:
         config = og.Config(str(directory))
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+        if provider is not None:
+            _choose_provider(config, *provider)
         return og.Model(config)
     except Exception as error:
         raise NblError(f"{directory} does not load in ONNX Runtime GenAI: {_short(error)}") from error
+
+
+def _choose_provider(config: Any, name: str, options: dict[str, str]) -> None:
+    """Leave the directory's provider its own options where it is the one asked for."""
+    if name == CPU[0]:
+        config.clear_providers()  # the CPU provider takes what is left, and is not to be named
+    for key, value in options.items():
+        config.set_provider_option(name, key, value)
 
 
 def _has_chat_template(directory: Path) -> bool:

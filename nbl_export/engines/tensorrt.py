@@ -71,10 +71,11 @@ class Library:
 
 
 _PRECISIONS = ("fp16", "bf16", "int4")
+_COMPILED: dict[str, Any] = {"static": True, "cross": True, "dense_caches": True}
 
 LIBRARIES = {
     "trt": Library(
-        capabilities=Capabilities("trt", "TensorRT", _PRECISIONS, ("static",), "trt", _PRECISIONS, static=True),
+        capabilities=Capabilities("trt", "TensorRT", _PRECISIONS, ("static",), "trt", _PRECISIONS, **_COMPILED),
         module="tensorrt",
         package="tensorrt",
         get_it="pip install tensorrt (its libraries come from NVIDIA's own package index)",
@@ -87,7 +88,7 @@ LIBRARIES = {
     ),
     "trt-rtx": Library(
         capabilities=Capabilities(
-            "trt-rtx", "TensorRT for RTX", _PRECISIONS, ("static",), "trt-rtx", _PRECISIONS, static=True
+            "trt-rtx", "TensorRT for RTX", _PRECISIONS, ("static",), "trt-rtx", _PRECISIONS, **_COMPILED
         ),
         module="tensorrt_rtx",
         package="tensorrt-rtx",

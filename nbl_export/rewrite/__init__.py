@@ -6,6 +6,7 @@ not understand; a plan that asks for m layers and would rewrite fewer is an erro
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,11 +62,13 @@ def rewrite_model(model: ir.Model, plan: Plan, maps: Mapping[int, AffineMap]) ->
     return tuple(reports)
 
 
-def rewrite(source: Path, out: Path, plan: Plan, maps: Mapping[int, AffineMap]) -> tuple[PassReport, ...]:
+def rewrite(
+    source: Path, out: Path, plan: Plan, maps: Mapping[int, AffineMap], *, dense: bool = False
+) -> tuple[PassReport, ...]:
     """Write the NBL version of a deployable directory to `out` (which must not exist).
 
     Weights that stay are copied from file to file; an empty plan copies the graph byte for byte. A decoder.onnx gets
-    dense cache ids, a model.onnx keeps its layers' (what the runtimes of each expect).
+    dense cache ids, a model.onnx keeps its layers' (what the runtimes of each expect) unless `dense`.
 
     Raises:
         RefusalError: the graph is not understood.
@@ -80,7 +83,18 @@ def rewrite(source: Path, out: Path, plan: Plan, maps: Mapping[int, AffineMap]) 
     model = ir.load(source / name)
     reports = rewrite_model(model, plan, maps)
     ir.save(model, out / name, external_data=f"{name}.data")
-    return (*reports, make_dense(out / name)) if name == "decoder.onnx" else reports
+    if dense or name == "decoder.onnx":
+        reports = (*reports, make_dense(out / name))
+        _count_caches(out / "genai_config.json", len(plan.kept))
+    return reports
+
+
+def _count_caches(path: Path, caches: int) -> None:
+    """GenAI names caches 0..num_hidden_layers-1 where it does not find their names in the graph."""
+    if path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings["model"]["decoder"]["num_hidden_layers"] = caches
+        path.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
 
 
 def make_dense(path: Path) -> PassReport:

@@ -1,0 +1,65 @@
+"""Execution providers of ONNX Runtime GenAI for NVIDIA GPUs, as data. What was found out about them: `ort_gpu`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["PROVIDERS", "Provider"]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An execution provider of ONNX Runtime GenAI.
+
+    genai: its name in genai_config.json. registered: name and package of a provider that is a library of its own.
+    computes: compute capabilities that it has kernels for; empty means `least_compute` and later.
+    builder_options: what the GenAI builder is told beside it, by precision.
+    """
+
+    flag: str
+    genai: str
+    title: str
+    precisions: tuple[str, ...]
+    packages: tuple[str, ...]
+    least_compute: str = "6.0"
+    computes: tuple[str, ...] = ()
+    registered: tuple[str, str] | None = None
+    dense_caches: bool = False
+    builder_options: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    @property
+    def extra(self) -> str:
+        """The optional extra that installs it."""
+        return "gpu" if self.registered is None else self.flag
+
+    def options_for(self, precision: str) -> tuple[str, ...]:
+        """Extra options of the GenAI builder, as key=value."""
+        return dict(self.builder_options).get(precision, ())
+
+    def runs_on(self, compute: str) -> bool:
+        """Whether it has kernels for a compute capability."""
+        if self.computes:
+            return compute in self.computes
+        return _version(compute) >= _version(self.least_compute)
+
+
+def _version(compute: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in compute.split("."))
+
+
+_PACKAGES = ("onnxruntime-gpu", "onnxruntime-genai-cuda")
+_RTX_PACKAGE = "onnxruntime-ep-nv-tensorrt-rtx"
+PROVIDERS = {
+    "cuda": Provider("cuda", "cuda", "CUDA", ("fp16", "int8", "int4"), _PACKAGES),
+    "nv-tensorrt-rtx": Provider(
+        "nv-tensorrt-rtx",
+        "NvTensorRtRtx",
+        "TensorRT for RTX",
+        ("fp16", "int4"),
+        (*_PACKAGES, _RTX_PACKAGE),
+        computes=("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
+        registered=("NvTensorRTRTXExecutionProvider", _RTX_PACKAGE),
+        dense_caches=True,
+        builder_options=(("int4", ("int4_op_types_to_quantize=MatMul", "shared_embeddings=0")),),
+    ),
+}
