@@ -89,7 +89,11 @@ def test_refusals(same: Same, tmp_path: Path) -> None:
     for arguments, status, sentence in (
         (("--provider", "tensorrt"), 2, "use --provider nv-tensorrt-rtx, or --engine trt"),
         (("--provider", "rocm"), 2, "unknown provider 'rocm'; --provider is one of cpu, cuda, nv-tensorrt-rtx"),
-        (("--provider", "cuda", "--precision", "fp32"), 2, "fp32 is not for engine ort with --provider cuda; it takes fp16"),
+        (
+            ("--provider", "cuda", "--precision", "fp32"),
+            2,
+            "fp32 is not for engine ort with --provider cuda; it takes fp16",
+        ),
         (("--provider", "cuda", "--decoder-source", "mobius"), 2, "mobius is not for engine ort with --provider cuda"),
         (("--provider", "cuda", "--engine", "trt"), 2, "--provider is for engine ort, not for trt"),
     ):
