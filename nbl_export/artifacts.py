@@ -3,7 +3,7 @@
     DIR/nbl.json               the manifest (this module's `RunDirectory` reads and writes it)
     DIR/moments.safetensors    calibrate
     DIR/maps.safetensors       plan; distill, where it was asked for (then plan leaves start.safetensors)
-    DIR/distill.json           distill
+    DIR/distill.json           distill; distill.partial.safetensors while it works
     DIR/original/              decoder: the exported graph, untouched
     DIR/model/                 rewrite: the NBL graph, deployable by itself
     DIR/verify.json            verify
@@ -285,6 +285,10 @@ class RunDirectory:
         self.stages[stage] = {"key": key, "seconds": round(seconds, 3), "files": hashes}
         self.save(**facts)
 
+    def partial(self, stage: str) -> Path:
+        """Where a long stage keeps what it has so far, to go on from after a kill; removed once it is finished."""
+        return self.path / f"{stage}.partial.safetensors"
+
     def read_json(self, name: str) -> Any:
         """A JSON result of a finished stage."""
         try:
@@ -298,6 +302,7 @@ _OURS = (
     "start.safetensors",
     "maps.safetensors",
     "distill.json",
+    "distill.partial.safetensors",
     "original",
     "model",
     "verify.json",

@@ -58,6 +58,10 @@ Tap = Annotated[str | None, typer.Option(help="What a map is applied to: residua
 Fit = Annotated[str | None, typer.Option(help="independent (closed form, default) or distilled (trained from there).")]
 DistillSteps = Annotated[int | None, typer.Option(min=1, help="Training steps of --fit distilled (default 200).")]
 DistillMinutes = Annotated[float | None, typer.Option(help="Stop --fit distilled after so many minutes.")]
+DistillDtype = Annotated[str | None, typer.Option(help="Products of --fit distilled: auto (default), fp32 or bf16.")]
+LoraRank = Annotated[
+    int | None, typer.Option(min=1, help="--fit distilled: train a delta of this rank on each map, and add it.")
+]
 Calibration = Annotated[
     str | None,
     typer.Option(help="UTF-8 text, .jsonl or .json with a text field, or a hub dataset id."),
@@ -101,6 +105,8 @@ def root(
     fit: Fit = None,
     distill_steps: DistillSteps = None,
     distill_minutes: DistillMinutes = None,
+    distill_dtype: DistillDtype = None,
+    lora_rank: LoraRank = None,
     precision: Precision = None,
     decoder_source: Source = None,
     provider: Provider = None,
@@ -139,6 +145,7 @@ def root(
 
     chosen = _options(
         layers=layers, tap=tap, fit=fit, distill_steps=distill_steps, distill_minutes=distill_minutes,
+        distill_dtype=distill_dtype, lora_rank=lora_rank,
         precision=precision, decoder_source=decoder_source, provider=provider, max_seq_len=max_seq_len,
         max_batch=max_batch, prefill_chunk=prefill_chunk, logits=logits, calibration=calibration,
         calibration_tokens=calibration_tokens, context=context, depth=depth, repetitions=repetitions,

@@ -7,7 +7,10 @@
 One copy of the weights serves both models: a replaced layer holds its attention and its map and is switched. The
 original is run once over the text; what the student needs of it is kept (the hidden states entering the first
 replaced layer, below which both models are the same, and the last ones, from which its logits follow). A student
-step then runs the layers from the first replaced one upward.
+step then runs the layers from the first replaced one upward; only the maps have gradients of their own.
+
+bfloat16 is for the student's products alone (autocast: the residual stream, norms, softmax and the maps themselves
+stay float32), and never for what is judged: held-back figures are float32.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -26,25 +29,32 @@ from nbl_export.errors import NblError
 from nbl_export.linearize import AffineAttention
 from nbl_export.records import AffineMap
 
-__all__ = ["DistillSettings", "Distilled", "distill"]
+__all__ = ["DEFAULT_STEPS", "DistillSettings", "Distilled", "State", "distill"]
 
+DEFAULT_STEPS = 200
 _LOGIT_ROWS = 512  # positions whose logits are held at once
 
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """How to train. steps: optimizer steps; minutes: stop earlier when this much time is used (None: no limit).
+    """How to train.
 
-    A step sees batch_tokens tokens. The rate falls from learning_rate to nothing along a cosine over the steps.
+    steps: optimizer steps. minutes: stop earlier when this much time is used (None: no limit; a run that a clock ends
+    is not repeatable). A step sees batch_tokens tokens. The rate falls from learning_rate to nothing along a cosine
+    over the steps or the minutes, whichever are nearer to their end.
+    dtype: "fp32", "bf16", or "auto": bf16 where the processor multiplies it natively. lora_rank: train a delta of that
+    rank on each map, which is added to it afterwards (Hu et al. 2022, LoRA), instead of the whole matrix.
     """
 
-    steps: int = 200
+    steps: int = DEFAULT_STEPS
     minutes: float | None = None
     learning_rate: float = 1e-3
     batch_tokens: int = 1024
     check_every: int = 20
     patience: int = 4
     seed: int = 0
+    dtype: str = "fp32"
+    lora_rank: int | None = None
 
 
 @dataclass
@@ -57,19 +67,54 @@ class Distilled:
     seconds: float = 0.0
 
 
+class State(Protocol):
+    """Where a training run is kept between its steps."""
+
+    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """Tensors and facts of an earlier, unfinished run of the same inputs; None where there is none."""
+
+    def save(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        """Keep them instead of what was there."""
+
+
+class _LowRank(nn.Module):
+    """weight -> weight + up down, of which only the two factors are trained; up starts at zero."""
+
+    def __init__(self, weight: torch.Tensor, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        down = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
+        self.up, self.down = nn.Parameter(torch.zeros(rows, rank)), nn.Parameter(down)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.up @ self.down
+
+
 class _Twin:
     """Original and student in one model: replaced layers are switched between attention and map."""
 
-    def __init__(self, model: Any, maps: Mapping[int, AffineMap], tap: str) -> None:
+    def __init__(self, model: Any, maps: Mapping[int, AffineMap], tap: str, settings: DistillSettings) -> None:
         self.model, self.decoder = model, model.get_decoder()
         self.layers = self.decoder.layers
         self.first = min(maps)
         self.tap = tap
+        self.narrow = settings.dtype == "bf16" or (settings.dtype == "auto" and fast_bfloat16(model.device))
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        self.affine = nn.ModuleDict({str(i): AffineAttention(m) for i, m in maps.items()})
-        for parameter in self.affine.parameters():
-            parameter.requires_grad_(True)
+        self.affine = nn.ModuleDict({str(i): AffineAttention(m) for i, m in maps.items()}).to(model.device)
+        if settings.lora_rank:
+            generator = torch.Generator().manual_seed(settings.seed)
+            for module in self.affine.values():
+                linear: nn.Linear = module.linear
+                linear.requires_grad_(False)
+                low = _LowRank(linear.weight, settings.lora_rank, generator).to(model.device)
+                nn.utils.parametrize.register_parametrization(linear, "weight", low)
+                linear.bias.requires_grad_(True)
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Parameters that have gradients, by name."""
+        return {name: p for name, p in self.affine.named_parameters() if p.requires_grad}
 
     @contextlib.contextmanager
     def student(self) -> Iterator[None]:
@@ -93,10 +138,15 @@ class _Twin:
         seen: list[torch.Tensor] = []
         hook = self.layers[self.first].register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
         try:
-            last = self.decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
+            last = self.decoder(input_ids=ids_BT.to(self.model.device), use_cache=False).last_hidden_state
         finally:
             hook.remove()
         return seen[0], last
+
+    def loss(self, entering_BTD: torch.Tensor, last_BTD: torch.Tensor) -> torch.Tensor:
+        """Mean KL over positions, for training."""
+        with self.student(), torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.narrow):
+            return self.kl(last_BTD.flatten(0, 1), self.run(entering_BTD).flatten(0, 1))
 
     def run(self, entering_BTD: torch.Tensor) -> torch.Tensor:
         """The student's last hidden states."""
@@ -105,7 +155,7 @@ class _Twin:
 
     def kl(self, teacher_ND: torch.Tensor, student_ND: torch.Tensor) -> torch.Tensor:
         """Mean KL over positions; logits of a few hundred positions at a time."""
-        total = student_ND.new_zeros(())
+        total = student_ND.new_zeros((), dtype=torch.float32)
         for t, s in zip(teacher_ND.split(_LOGIT_ROWS), student_ND.split(_LOGIT_ROWS), strict=True):
             with torch.no_grad():
                 target = self.model.lm_head(t).float().log_softmax(-1)
@@ -114,10 +164,119 @@ class _Twin:
         return total / teacher_ND.shape[0]
 
     def maps(self) -> dict[int, AffineMap]:
-        return {
-            int(i): AffineMap(m.linear.weight.detach().numpy().copy(), m.linear.bias.detach().numpy().copy())
-            for i, m in self.affine.items()
+        def read(tensor: torch.Tensor) -> Any:
+            return tensor.detach().cpu().numpy().copy()
+
+        return {int(i): AffineMap(read(m.linear.weight), read(m.linear.bias)) for i, m in self.affine.items()}
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether products of bfloat16 are native: on a CPU from AVX512_BF16 or AMX, on a GPU from compute capability 8."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cpu, from 2.5 on
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+class _Training:
+    """Optimizer, best maps so far, and everything that a run needs to go on from where it was killed."""
+
+    def __init__(self, twin: _Twin, settings: DistillSettings, held: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.twin, self.settings, self.held = twin, settings, held
+        self.step = self.since_best = 0
+        self._earlier, self._started = 0.0, time.monotonic()
+        self.optimizer = torch.optim.AdamW(
+            twin.trained.values(), lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.99)
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda _: 0.5 * (1 + math.cos(math.pi * min(1.0, self.fraction)))
+        )
+        self.result = Distilled(twin.maps())
+
+    @property
+    def seconds(self) -> float:
+        """Time used, that of killed runs included."""
+        return self._earlier + time.monotonic() - self._started
+
+    @property
+    def fraction(self) -> float:
+        """How much of the steps or minutes is used."""
+        limit = self.settings.minutes
+        return max(self.step / self.settings.steps, self.seconds / (limit * 60) if limit else 0.0)
+
+    def begin(self, state: State | None) -> None:
+        """Go on with what was saved, or judge the start."""
+        saved = state.load() if state else None
+        if saved is not None:
+            self._restore(*saved)
+            return
+        start = self._held_kl()
+        if not math.isfinite(start):
+            raise NblError("distillation cannot start: the closed-form maps give logits that are not finite")
+        self.result.held_kl.append((0, start))
+
+    def advance(self, entering_BTD: torch.Tensor, last_BTD: torch.Tensor) -> None:
+        """One optimizer step."""
+        loss = self.twin.loss(entering_BTD, last_BTD)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.twin.trained.values(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        self.schedule.step()
+        self.result.train_kl.append(loss.item())
+
+    def judge(self) -> float:
+        """Hold the maps against held-back text, and keep them if nothing before was better."""
+        found = self._held_kl()
+        best = min(kl for _, kl in self.result.held_kl)
+        self.result.held_kl.append((self.step, found))
+        self.since_best = 0 if found < best else self.since_best + 1
+        if found < best:
+            self.result.maps = self.twin.maps()
+        return found
+
+    @property
+    def over(self) -> bool:
+        """No steps, time or patience left."""
+        return self.fraction >= 1.0 or self.since_best >= self.settings.patience
+
+    def _held_kl(self) -> float:
+        with torch.no_grad(), self.twin.student():
+            values = [self.twin.kl(last[0], self.twin.run(entering)[0]).item() for entering, last in self.held]
+        return sum(values) / len(values)
+
+    def save(self, state: State) -> None:
+        tensors = {f"parameters.{name}": p.detach() for name, p in self.twin.trained.items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+        for i, best in self.result.maps.items():
+            tensors |= {
+                f"best.{i}.weight": torch.from_numpy(best.weight),
+                f"best.{i}.bias": torch.from_numpy(best.bias),
+            }
+        kept = {"held_kl": self.result.held_kl, "train_kl": self.result.train_kl, "since_best": self.since_best}
+        state.save(tensors, {**kept, "step": self.step, "seconds": self.seconds})
+
+    def _restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.twin.trained.items():
+                parameter.copy_(tensors[f"parameters.{name}"])
+        state = self.optimizer.state_dict()
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".")
+                state["state"].setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict(state)
+        self.result.maps = {
+            i: AffineMap(tensors[f"best.{i}.weight"].numpy(), tensors[f"best.{i}.bias"].numpy())
+            for i in self.result.maps
         }
+        self.result.held_kl = [(int(step), float(kl)) for step, kl in facts["held_kl"]]
+        self.result.train_kl = [float(kl) for kl in facts["train_kl"]]
+        self.step, self.since_best, self._earlier = facts["step"], facts["since_best"], facts["seconds"]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * self.schedule.lr_lambdas[0](self.step)
 
 
 def distill(
@@ -129,65 +288,45 @@ def distill(
     progress: Callable[[int, int], None],
     tap: str = "residual",
     say: Callable[[str], None] = lambda _line: None,
+    state: State | None = None,
 ) -> Distilled:
-    """Train the maps of `model`, which comes back as it was. Deterministic for a seed on one machine.
+    """Train the maps of `model`, which comes back as it was. With steps alone deterministic for a seed on one machine,
+    also when it was killed and went on.
 
     Args:
         windows_WT, held_WT: token ids [windows, context] to train on and to judge by.
+        state: keeps the run at every check.
 
     Raises:
         NblError: there is nothing to train, or the loss is not finite from the start.
     """
     if not maps or not len(held_WT):
         raise NblError("distillation needs at least one replaced layer and some held-back text")
-    started = time.monotonic()
-    twin = _Twin(model, maps, tap)
-    held = [twin.observe(row[None]) for row in held_WT]
+    twin = _Twin(model, maps, tap, settings)
+    training = _Training(twin, settings, [twin.observe(row[None]) for row in held_WT])
+    training.begin(state)
+    start = training.result.held_kl[0][1]
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    optimizer = torch.optim.AdamW(
-        twin.affine.parameters(), lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.99)
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda k: 0.5 * (1 + math.cos(math.pi * min(1.0, k / settings.steps)))
-    )
-    best = _held_kl(twin, held)
-    if not math.isfinite(best):
-        raise NblError("distillation cannot start: the closed-form maps give logits that are not finite")
-    result = Distilled(twin.maps(), [(0, best)])
-    since_best = 0
-    for step, batch in enumerate(_batches(len(windows_WT), settings, windows_WT.shape[1]), 1):
+    for number, batch in enumerate(_batches(len(windows_WT), settings, windows_WT.shape[1])):
+        if number < training.step:
+            continue
+        if training.over:
+            break
         for w in batch:
             if w not in seen:
                 seen[w] = twin.observe(windows_WT[w][None])
-        entering, last = (torch.cat([seen[w][k] for w in batch]) for k in (0, 1))
-        with twin.student():
-            loss = twin.kl(last.flatten(0, 1), twin.run(entering).flatten(0, 1))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(twin.affine.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        result.train_kl.append(loss.item())
-        progress(step, settings.steps)
-        out_of_time = settings.minutes is not None and time.monotonic() - started > settings.minutes * 60
-        if step % settings.check_every == 0 or step == settings.steps or out_of_time:
-            found = _held_kl(twin, held)
-            result.held_kl.append((step, found))
-            say(f"step {step}: KL {result.train_kl[-1]:.4f}, held back {found:.4f} (start {result.held_kl[0][1]:.4f})")
-            since_best = 0 if found < best else since_best + 1
-            if found < best:
-                best, result.maps = found, twin.maps()
-            if out_of_time or since_best >= settings.patience:
-                break
-    result.seconds = time.monotonic() - started
-    return result
-
-
-@torch.no_grad()
-def _held_kl(twin: _Twin, held: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    with twin.student():
-        values = [twin.kl(last[0], twin.run(entering)[0]).item() for entering, last in held]
-    return sum(values) / len(values)
+        training.advance(*(torch.cat([seen[w][k] for w in batch]) for k in (0, 1)))
+        progress(round(1000 * training.fraction), 1000)
+        if training.step % settings.check_every == 0 or training.over:
+            found = training.judge()
+            say(
+                f"step {training.step}, {training.seconds / 60:.1f} min: KL {training.result.train_kl[-1]:.4f}, "
+                f"held back {found:.4f} (start {start:.4f})"
+            )
+            if state:
+                training.save(state)
+    training.result.seconds = training.seconds
+    return training.result
 
 
 def _batches(windows: int, settings: DistillSettings, context: int) -> Iterator[list[int]]:

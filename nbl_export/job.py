@@ -162,8 +162,9 @@ class Job:
     @functools.cached_property
     def model(self) -> Any:
         """The torch model. `del job.model` frees it."""
-        from nbl_export import checkpoint
+        from nbl_export import allocator, checkpoint
 
+        allocator.keep_freed_memory()
         return checkpoint.load_model(self.checkpoint)
 
     @functools.cached_property

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export import __version__
-from nbl_export.artifacts import RunDirectory, key_of, refuse_foreign, versions, write_json
+from nbl_export.artifacts import RunDirectory, file_sha256, key_of, refuse_foreign, versions, write_json
 from nbl_export.engines import load_engine
 from nbl_export.errors import NblError, ParityError, UsageError
 from nbl_export.job import Job, check_options, chunk_of, engine_of, located
@@ -164,6 +164,7 @@ def _advance(job: Job, until: str, *, ignore_failure: bool = False, needs: str =
                 facts = stage.run(job, scratch)
                 seconds = time.monotonic() - started
                 job.run.finish(stage.name, keys[stage.name], scratch, seconds, _readers(stage.name), **facts)
+            job.run.partial(stage.name).unlink(missing_ok=True)
             job.ui.say(f"{stage.title}: done in {seconds:.1f} s")
         if stage.name == "verify" and not ignore_failure:
             _refuse_failed(job)
@@ -265,12 +266,18 @@ def _plan(job: Job, out: Path) -> dict[str, Any]:
 
 def _distill(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export import distill
+    from nbl_export.distill_state import FileState
     from nbl_export.plan import load_maps, save_maps
 
     plan, options = job.plan, job.options
     windows, held = job.windows
-    settings = distill.DistillSettings(options.distill_steps, options.distill_minutes, seed=options.seed)
-    start = load_maps(job.run.path / "start.safetensors", plan.replaced)
+    steps = options.distill_steps or (_UNLIMITED if options.distill_minutes else distill.DEFAULT_STEPS)
+    settings = distill.DistillSettings(
+        steps, options.distill_minutes, seed=options.seed, dtype=options.distill_dtype, lora_rank=options.lora_rank
+    )
+    path = job.run.path / "start.safetensors"
+    start = load_maps(path, plan.replaced)
+    key = key_of(job.fingerprint, job.text_sha256, file_sha256(path), windows.shape, dataclasses.asdict(settings))
     with job.ui.task("distilling") as progress:
         # The price is taken on the first of the held-back windows, so training is judged by the last.
         found = distill.distill(
@@ -282,6 +289,7 @@ def _distill(job: Job, out: Path) -> dict[str, Any]:
             progress,
             plan.tap,
             lambda s: job.ui.say(f"  {s}"),
+            FileState(job.run.partial("distill"), key),
         )
     save_maps(found.maps, out / "maps.safetensors")
     write_json(out / "distill.json", {"held_kl": found.held_kl, "train_kl": found.train_kl, "seconds": found.seconds})
@@ -406,6 +414,7 @@ def _verdict(job: Job) -> str:
     return "verified" if _passed(job) else "failed"
 
 
+_UNLIMITED = 1_000_000  # steps, where minutes are given
 VARIANTS = {"original": "original", "nbl": "model"}  # what is compared -> its directory
 
 STAGES = (
@@ -415,7 +424,7 @@ STAGES = (
         "distill",
         "distill",
         ("plan",),
-        ("distill_steps", "distill_minutes", "seed", "calibration_tokens", "context"),
+        ("distill_steps", "distill_minutes", "distill_dtype", "lora_rank", "seed", "calibration_tokens", "context"),
         _distill,
         _no_distill,
     ),

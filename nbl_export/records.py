@@ -89,6 +89,8 @@ class AffineMap:
 # What a map is applied to: the residual stream before the layer's norm (the paper's reference code), or the
 # layer's normed input (what engines that know linear-replaced attention expect; well conditioned).
 TAPS = ("residual", "normed")
+# What distillation multiplies in; auto: bf16 where it is native.
+DTYPES = ("auto", "fp32", "bf16")
 # How a plan's maps come about: each layer by itself in closed form, or trained together from there.
 FITS = ("independent", "distilled")
 
@@ -230,7 +232,7 @@ class JobOptions:
     """Everything a user can ask of the main job, resolved. Recorded in nbl.json and read back on resume.
 
     max_seq_len, max_batch, prefill_chunk and logits are for engines that compile; None takes `job`'s defaults.
-    distill_steps and distill_minutes are for the fit "distilled".
+    distill_*, lora_rank are for the fit "distilled"; without steps or minutes it takes `distill.DEFAULT_STEPS`.
     """
 
     model: str
@@ -238,8 +240,10 @@ class JobOptions:
     layers: str | None = None
     tap: str = "residual"
     fit: str = "independent"
-    distill_steps: int = 200
+    distill_steps: int | None = None
     distill_minutes: float | None = None
+    distill_dtype: str = "auto"
+    lora_rank: int | None = None
     precision: str = "fp32"
     decoder_source: str = "genai"
     provider: str = "cpu"
@@ -265,7 +269,10 @@ class JobOptions:
             _require((getattr(self, name) or 1) >= 1, f"{name} must be at least 1")
         _require(self.tap in TAPS, f"--tap is {' or '.join(TAPS)}, not {self.tap!r}")
         _require(self.fit in FITS, f"--fit is {' or '.join(FITS)}, not {self.fit!r}")
-        _require(self.distill_steps >= 1 and (self.distill_minutes or 1) > 0, "distillation takes at least one step")
+        _require((self.distill_steps or 1) >= 1, "distillation takes at least one step")
+        _require((self.distill_minutes or 1) > 0, "--distill-minutes is more than 0")
+        _require(self.distill_dtype in DTYPES, f"--distill-dtype is {', '.join(DTYPES)}, not {self.distill_dtype!r}")
+        _require((self.lora_rank or 1) >= 1, "--lora-rank is at least 1")
         _require(self.logits in (None, "last", "all"), f"logits are of the last token or all, not {self.logits!r}")
 
     @classmethod

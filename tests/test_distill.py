@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,8 @@ import torch
 
 from nbl_export import calibrate, corpus, lmmse
 from nbl_export.checkpoint import load_model, load_tokenizer
-from nbl_export.distill import DistillSettings, _batches, distill
+from nbl_export.distill import DistillSettings, State, _batches, distill
+from nbl_export.distill_state import FileState
 from nbl_export.errors import NblError
 from nbl_export.linearize import linearize
 from nbl_export.records import AffineMap
@@ -32,9 +35,9 @@ def prepared(checkpoint: Checkpoint, text: Path) -> dict[str, Any]:
     return {"model": model, "windows": windows, "held": held, "maps": maps}
 
 
-def run(prepared: dict[str, Any], tap: str, settings: DistillSettings = QUICK) -> Any:
+def run(prepared: dict[str, Any], tap: str, settings: DistillSettings = QUICK, state: State | None = None) -> Any:
     return distill(prepared["model"], prepared["maps"][tap], prepared["windows"], prepared["held"], settings,
-                   lambda _d, _t: None, tap)  # fmt: skip
+                   lambda _d, _t: None, tap, state=state)  # fmt: skip
 
 
 def held_kl(checkpoint: Path, maps: dict[int, AffineMap], held: torch.Tensor, tap: str) -> float:
@@ -97,3 +100,89 @@ def test_epochs_are_permutations() -> None:
 def test_nothing_to_train_is_refused(prepared: dict[str, Any]) -> None:
     with pytest.raises(NblError, match="at least one replaced layer"):
         distill(prepared["model"], {}, prepared["windows"], prepared["held"], QUICK, lambda _d, _t: None)
+
+
+class Killed(BaseException):
+    pass
+
+
+class Fragile(FileState):
+    """Dies at the n-th save, before or after it is done."""
+
+    def __init__(self, path: Path, at: int, after: bool) -> None:
+        super().__init__(path, "key")
+        self.left, self.after = at, after
+
+    def save(self, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
+        self.left -= 1
+        if self.left or self.after:
+            super().save(tensors, facts)
+        if not self.left:
+            raise Killed
+
+
+@pytest.mark.parametrize("settings", [QUICK, dataclasses.replace(QUICK, lora_rank=4)], ids=["whole", "lora"])
+def test_killed_runs_end_with_the_same_maps(
+    settings: DistillSettings, prepared: dict[str, Any], tmp_path: Path
+) -> None:
+    """At each check of the run, between and within; and killed again and again."""
+    whole = run(prepared, "normed", settings)
+    for at, after in itertools.product((1, 2, 3), (False, True)):
+        path = tmp_path / f"{at}-{after}"
+        with pytest.raises(Killed):
+            run(prepared, "normed", settings, Fragile(path, at, after))
+        again = run(prepared, "normed", settings, FileState(path, "key"))
+        assert (again.train_kl, again.held_kl) == (whole.train_kl, whole.held_kl)
+        for i, best in whole.maps.items():
+            np.testing.assert_array_equal(again.maps[i].weight, best.weight)
+            np.testing.assert_array_equal(again.maps[i].bias, best.bias)
+
+
+def test_only_the_state_of_the_same_run_is_gone_on_from(prepared: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    with pytest.raises(Killed):
+        run(prepared, "normed", QUICK, Fragile(path, 1, after=True))
+    assert FileState(path, "key").load() is not None
+    assert FileState(path, "another").load() is None
+    path.write_bytes(path.read_bytes()[:-100])
+    assert FileState(path, "key").load() is None
+    assert FileState(tmp_path / "nothing", "key").load() is None
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def test_lora_trains_a_delta_of_its_rank(prepared: dict[str, Any]) -> None:
+    result = run(prepared, "normed", dataclasses.replace(QUICK, lora_rank=4))
+    assert min(v for _, v in result.held_kl) < 0.98 * result.held_kl[0][1]
+    for i, affine in prepared["maps"]["normed"].items():
+        delta = np.linalg.svd(result.maps[i].weight - affine.weight, compute_uv=False)
+        assert delta[3] > 1e-4 > 1e-6 > delta[4]
+        assert not np.array_equal(result.maps[i].bias, affine.bias)
+
+
+def test_bfloat16_trains_as_well_and_is_judged_in_float32(prepared: dict[str, Any]) -> None:
+    wide, narrow = run(prepared, "normed"), run(prepared, "normed", dataclasses.replace(QUICK, dtype="bf16"))
+    assert narrow.held_kl[0] == wide.held_kl[0]
+    assert narrow.train_kl[0] == pytest.approx(wide.train_kl[0], rel=0.05)
+    assert narrow.train_kl[0] != wide.train_kl[0]
+    gain = [min(v for _, v in r.held_kl) - r.held_kl[0][1] for r in (narrow, wide)]
+    assert gain[0] == pytest.approx(gain[1], rel=0.1)
+
+
+def test_minutes_end_a_run_and_its_schedule(prepared: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that moves one second a look: the rate has fallen to nothing when the minutes are over."""
+    ticks = itertools.count()
+    monkeypatch.setattr("nbl_export.distill.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def noted(self: Any, *arguments: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    settings = DistillSettings(steps=10_000, minutes=2, batch_tokens=128, check_every=1000, learning_rate=1e-3)
+    result = run(prepared, "normed", settings)
+    assert 10 < len(result.train_kl) < 120
+    assert result.held_kl[-1][0] == len(result.train_kl)
+    assert rates[0] > 0.99e-3 > 1e-5 > rates[-1]
+    assert rates == sorted(rates, reverse=True)
