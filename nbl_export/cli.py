@@ -35,7 +35,11 @@ Run = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory made b
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 Layers = Annotated[
     str | None,
-    typer.Option(help='How many ("8": smallest CCA bound) or which ("0,7,24-29"); default a quarter of them.'),
+    typer.Option(help='How many ("8": chosen by --select) or which ("0,7,24-29"); default a quarter of them.'),
+]
+Select = Annotated[
+    str | None,
+    typer.Option(help="Which layers go first: cca (smallest bound, default), error, or greedy (least lost in output)."),
 ]
 Engine = Annotated[str, typer.Option(help="ort (ONNX Runtime), trt (TensorRT) or trt-rtx (TensorRT for RTX).")]
 Precision = Annotated[
@@ -97,6 +101,7 @@ def root(
     engine: Engine = "ort",
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="The run directory.")] = None,
     layers: Layers = None,
+    select: Select = None,
     tap: Tap = None,
     fit: Fit = None,
     distill_steps: DistillSteps = None,
@@ -138,7 +143,7 @@ def root(
     from nbl_export.records import JobOptions
 
     chosen = _options(
-        layers=layers, tap=tap, fit=fit, distill_steps=distill_steps, distill_minutes=distill_minutes,
+        layers=layers, select=select, tap=tap, fit=fit, distill_steps=distill_steps, distill_minutes=distill_minutes,
         precision=precision, decoder_source=decoder_source, provider=provider, max_seq_len=max_seq_len,
         max_batch=max_batch, prefill_chunk=prefill_chunk, logits=logits, calibration=calibration,
         calibration_tokens=calibration_tokens, context=context, depth=depth, repetitions=repetitions,
@@ -176,12 +181,12 @@ def calibrate(
 
 
 @app.command()
-def plan(directory: Run, layers: Layers = None, as_json: Json = False) -> None:
+def plan(directory: Run, layers: Layers = None, select: Select = None, as_json: Json = False) -> None:
     """Score every layer, choose which to replace, fit their maps."""
     from nbl_export.inspection import scores_table
     from nbl_export.pipeline import run_stages
 
-    run = run_stages(directory, "plan", _ui(as_json), changes=_options(layers=layers))
+    run = run_stages(directory, "plan", _ui(as_json), changes=_options(layers=layers, select=select))
     facts = {k: run.manifest[k] for k in ("num_layers", "replaced_layers", "tap", "select", "scores")}
     _show(facts, scores_table(run.manifest), as_json)
 

@@ -242,24 +242,19 @@ def _calibrate(job: Job, out: Path) -> dict[str, Any]:
 
 
 def _plan(job: Job, out: Path) -> dict[str, Any]:
-    from nbl_export import calibrate, lmmse
-    from nbl_export.plan import choose, save_maps
+    from nbl_export.plan import save_maps
+    from nbl_export.planning import make_plan
 
-    moments = calibrate.load_moments(job.run.path / "moments.safetensors")
-    tapped = moments[job.options.tap]
-    scores = [lmmse.score(m, i) for i, m in enumerate(moments["residual"])]  # the bound is one on the residual output
-    if job.options.tap != "residual":
-        scores = [dataclasses.replace(lmmse.score(m, i), bound=scores[i].bound) for i, m in enumerate(tapped)]
-    plan = choose(scores, job.request, job.options.tap)
+    plan, maps, facts = make_plan(job)
     distilled = job.options.fit == "distilled" and plan.replaced
-    name = "start.safetensors" if distilled else "maps.safetensors"
-    save_maps({i: lmmse.fit(tapped[i], i) for i in plan.replaced}, out / name)
+    save_maps(maps, out / ("start.safetensors" if distilled else "maps.safetensors"))
     return {
         "fit": {"kind": "independent"},
         "replaced_layers": list(plan.replaced),
         "tap": plan.tap,
         "select": plan.select,
         "scores": [dataclasses.asdict(s) for s in plan.scores],
+        **facts,
     }
 
 
@@ -410,7 +405,7 @@ VARIANTS = {"original": "original", "nbl": "model"}  # what is compared -> its d
 
 STAGES = (
     Stage("calibrate", "calibrate", (), ("calibration_tokens", "context", "tap"), _calibrate),
-    Stage("plan", "plan", ("calibrate",), ("tap", "fit"), _plan),
+    Stage("plan", "plan", ("calibrate",), ("select", "tap", "fit"), _plan),
     Stage(
         "distill",
         "distill",

@@ -10,7 +10,7 @@ import numpy as np
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.records import AffineMap, LayerScore, Plan
 
-__all__ = ["choose", "load_maps", "parse_layers", "save_maps"]
+__all__ = ["choose", "load_maps", "parse_layers", "ranked", "save_maps"]
 
 
 def parse_layers(text: str | None, num_layers: int) -> int | tuple[int, ...]:
@@ -61,11 +61,20 @@ def _all_refused(what: str, num_layers: int) -> str:
     )
 
 
-def choose(scores: Sequence[LayerScore], request: int | tuple[int, ...], tap: str = "residual") -> Plan:
-    """The plan for a count (smallest CCA bound first, lower layer on a tie) or for named layers."""
+def ranked(scores: Sequence[LayerScore], select: str) -> tuple[int, ...]:
+    """All layers, cheapest first by a score of their own: "cca" or "error"; the lower layer on a tie."""
+    key = {"cca": "bound", "error": "relative_error"}[select]
+    return tuple(s.layer for s in sorted(scores, key=lambda s: (getattr(s, key), s.layer)))
+
+
+def choose(
+    scores: Sequence[LayerScore], request: int | tuple[int, ...], tap: str = "residual", select: str = "cca",
+    order: Sequence[int] | None = None,
+) -> Plan:  # fmt: skip
+    """The plan for a count (the first of `order`, which is `ranked` if none is given) or for named layers."""
     if isinstance(request, int):
-        ranked = sorted(scores, key=lambda s: (s.bound, s.layer))
-        replaced, select = tuple(sorted(s.layer for s in ranked[:request])), "cca"
+        order = ranked(scores, select) if order is None else order
+        replaced = tuple(sorted(order[:request]))
     else:
         replaced, select = request, "given"
     return Plan(len(scores), replaced, tap, select, tuple(scores))

@@ -16,6 +16,7 @@ import numpy as np
 
 __all__ = [
     "FITS",
+    "SELECTS",
     "TAPS",
     "AffineMap",
     "DecoderSpec",
@@ -91,6 +92,8 @@ class AffineMap:
 TAPS = ("residual", "normed")
 # How a plan's maps come about: each layer by itself in closed form, or trained together from there.
 FITS = ("independent", "distilled")
+# How layers are ranked: smallest CCA bound, smallest relative error, or what the model's output loses (`greedy`).
+SELECTS = ("cca", "error", "greedy")
 
 
 @dataclass(frozen=True)
@@ -236,6 +239,7 @@ class JobOptions:
     model: str
     engine: str = "ort"
     layers: str | None = None
+    select: str = "cca"
     tap: str = "residual"
     fit: str = "independent"
     distill_steps: int = 200
@@ -264,6 +268,7 @@ class JobOptions:
         for name in ("max_seq_len", "max_batch", "prefill_chunk"):
             _require((getattr(self, name) or 1) >= 1, f"{name} must be at least 1")
         _require(self.tap in TAPS, f"--tap is {' or '.join(TAPS)}, not {self.tap!r}")
+        _require(self.select in SELECTS, f"--select is {', '.join(SELECTS)}, not {self.select!r}")
         _require(self.fit in FITS, f"--fit is {' or '.join(FITS)}, not {self.fit!r}")
         _require(self.distill_steps >= 1 and (self.distill_minutes or 1) > 0, "distillation takes at least one step")
         _require(self.logits in (None, "last", "all"), f"logits are of the last token or all, not {self.logits!r}")

@@ -1,0 +1,100 @@
+"""The plan stage of a job: scores of all layers, the order in which they go, the maps of those that do.
+
+    moments ─► scores ─► order (`--select`) ─► the first m of it, or the layers named ─► maps
+
+What orders the layers by the model's output reads text that no map was fitted on: the second half of what is held
+back, as the first half is what the price is taken on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from nbl_export import calibrate, lmmse
+from nbl_export.artifacts import key_of
+from nbl_export.greedy import GreedyOrder, extend
+from nbl_export.job import Job
+from nbl_export.plan import choose, ranked
+from nbl_export.records import AffineMap, LayerScore, Plan
+from nbl_export.switched import SwitchedModel
+
+__all__ = ["Selection", "judging_windows", "make_plan"]
+
+
+def make_plan(job: Job) -> tuple[Plan, dict[int, AffineMap], dict[str, Any]]:
+    """The plan, the maps of its layers, and further facts for the manifest."""
+    selection = Selection(job)
+    request, options = job.request, job.options
+    order = selection.order(request) if isinstance(request, int) else None
+    plan = choose(selection.scores, request, options.tap, options.select, order)
+    return plan, {i: selection.map_of(i) for i in plan.replaced}, selection.facts()
+
+
+def judging_windows(job: Job) -> Any:
+    """Held-back token ids [windows, context] by which layers are chosen: those that the price is not taken on.
+
+    2,048 tokens where the text is long enough: the losses of two layers are compared token by token on the same
+    text, so that few tokens order them, and each costs a pass of every candidate.
+    """
+    _, held = job.windows
+    return held[len(held) // 2 :]
+
+
+class Selection:
+    """Scores, order and maps of one job, computed when first asked for."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._greedy: GreedyOrder | None = None
+
+    @functools.cached_property
+    def _moments(self) -> dict[str, list[lmmse.Moments]]:
+        return calibrate.load_moments(self._job.run.path / "moments.safetensors")
+
+    @functools.cached_property
+    def scores(self) -> tuple[LayerScore, ...]:
+        """The bound is one on the residual output, whatever the tap; the errors are those of the tap's maps."""
+        bounds = [lmmse.score(m, i) for i, m in enumerate(self._moments["residual"])]
+        if self._job.options.tap == "residual":
+            return tuple(bounds)
+        errors = [lmmse.score(m, i) for i, m in enumerate(self._moments[self._job.options.tap])]
+        return tuple(dataclasses.replace(e, bound=b.bound) for e, b in zip(errors, bounds, strict=True))
+
+    @functools.cache  # noqa: B019  a selection lives as long as its stage
+    def map_of(self, layer: int) -> AffineMap:
+        """What stands in for the attention of a layer."""
+        return lmmse.fit(self._moments[self._job.options.tap][layer], layer)
+
+    @functools.cached_property
+    def switched(self) -> SwitchedModel:
+        """The model in which any layers may be replaced."""
+        job = self._job
+        return SwitchedModel(job.model, {i: self.map_of(i) for i in range(job.spec.num_layers)}, job.options.tap)
+
+    def order(self, count: int) -> tuple[int, ...]:
+        """The first `count` layers to go; those of a smaller count are the front of those of a larger one."""
+        if self._job.options.select != "greedy":
+            return ranked(self.scores, self._job.options.select)[:count]
+        self._greedy = self._greedy or self._recorded()
+        if len(self._greedy.layers) < count:
+            windows, layers = judging_windows(self._job), self._job.spec.num_layers
+            with self._job.ui.task(f"trying layers on {windows.numel()} tokens") as progress:
+                self._greedy = extend(self._greedy, count, self.switched, layers, windows, progress)
+        return self._greedy.layers[:count]
+
+    def _recorded(self) -> GreedyOrder:
+        """The order that the manifest knows, where it was made from the same inputs."""
+        found = self._job.run.manifest.get("greedy") or {}
+        return GreedyOrder.from_json(found) if found.get("key") == self._greedy_key else GreedyOrder()
+
+    @property
+    def _greedy_key(self) -> str:
+        return key_of("greedy", self._job.run.stages["calibrate"]["key"], self._job.options.tap)
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest keeps, so that no order is made twice."""
+        if self._greedy is None:
+            return {}
+        return {"greedy": {"key": self._greedy_key, **dataclasses.asdict(self._greedy)}}

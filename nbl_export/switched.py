@@ -1,0 +1,140 @@
+"""The original and every mix of attention and maps in one torch model, and what a mix loses against the original.
+
+    layers        0 .. a-1        a .. n-1                    a: the lowest layer in which two mixes differ
+    mixes    same hidden states | run from `entering` at a    so what is below a is computed once for all of them
+
+One copy of the weights serves all mixes: a layer of a mix computes its map instead of its attention for the time of
+a run. The model comes back as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbl_export.linearize import AffineAttention
+from nbl_export.records import AffineMap
+
+__all__ = ["Loss", "SwitchedModel"]
+
+_LOGIT_ROWS = 256  # positions whose logits are held at once
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Sums over positions, in nats: KL(original || mix), and the cross entropy of both; they add."""
+
+    positions: int = 0
+    kl_sum: float = 0.0
+    original_sum: float = 0.0
+    mix_sum: float = 0.0
+
+    def __add__(self, other: Loss) -> Loss:
+        return Loss(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    @property
+    def kl(self) -> float:
+        return self.kl_sum / self.positions
+
+    @property
+    def perplexities(self) -> tuple[float, float]:
+        """Of the original and of the mix."""
+        return _exp(self.original_sum / self.positions), _exp(self.mix_sum / self.positions)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+class SwitchedModel:
+    """A causal LM of transformers whose layers are switched between attention and map.
+
+    Args:
+        maps: of every layer that a mix may replace.
+        tap: what the maps act on (`records.TAPS`).
+    """
+
+    def __init__(self, model: Any, maps: Mapping[int, AffineMap], tap: str) -> None:
+        self._head = model.lm_head
+        self._decoder = model.get_decoder()
+        self._layers = self._decoder.layers
+        self._tap = tap
+        self._affine = {i: AffineAttention(m).eval() for i, m in maps.items()}
+
+    @contextlib.contextmanager
+    def _switched(self, mix: Collection[int], first: int) -> Iterator[None]:
+        """Within: the layers of the mix compute their maps, and layers below `first` are left out."""
+        kept = {i: (self._layers[i].self_attn, self._layers[i].input_layernorm) for i in mix}
+        try:
+            for i in kept:
+                self._layers[i].self_attn = self._affine[i]
+                if self._tap == "residual":
+                    self._layers[i].input_layernorm = nn.Identity()
+            self._decoder.layers = self._layers[first:]
+            yield
+        finally:
+            self._decoder.layers = self._layers
+            for i, (attention, norm) in kept.items():
+                self._layers[i].self_attn, self._layers[i].input_layernorm = attention, norm
+
+    @torch.no_grad()
+    def run(
+        self, mix: Collection[int], *, ids_T: torch.Tensor | None = None, entering_TD: torch.Tensor | None = None,
+        first: int = 0, watch: Collection[int] = (),
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:  # fmt: skip
+        """Run a mix on one window, from its tokens or from the hidden states that enter layer `first`.
+
+        Returns:
+            the last hidden states [T, D] (behind the final norm), and those that enter the watched layers.
+        """
+        seen: dict[int, torch.Tensor] = {}
+
+        def note(layer: int) -> Any:
+            return lambda _module, args: seen.__setitem__(layer, args[0][0])
+
+        handles = [self._layers[i].register_forward_pre_hook(note(i)) for i in watch]
+        given = {"input_ids": ids_T[None]} if ids_T is not None else {"inputs_embeds": entering_TD[None]}  # type: ignore[index]
+        try:
+            with self._switched(mix, first):
+                last = self._decoder(**given, use_cache=False).last_hidden_state[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+        return last, seen
+
+    @torch.no_grad()
+    def losses(
+        self, ids_T: torch.Tensor, original_TD: torch.Tensor, mixes: Mapping[Any, torch.Tensor]
+    ) -> dict[Any, Loss]:
+        """What each mix loses on one window, from last hidden states; the original's logits are made once for all."""
+        found = dict.fromkeys(mixes, Loss())
+        places = range(0, len(ids_T) - 1, _LOGIT_ROWS)
+        for rows in (slice(a, min(a + _LOGIT_ROWS, len(ids_T) - 1)) for a in places):
+            target_N1 = ids_T[rows.start + 1 : rows.stop + 1, None]
+            base_NV = self._log_probabilities(original_TD[rows])
+            base = -base_NV.gather(1, target_N1).sum().item()
+            for name, last_TD in mixes.items():
+                ours_NV = self._log_probabilities(last_TD[rows])
+                kl = nn.functional.kl_div(ours_NV, base_NV, reduction="sum", log_target=True).item()
+                found[name] += Loss(len(target_N1), kl, base, -ours_NV.gather(1, target_N1).sum().item())
+        return found
+
+    def _log_probabilities(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self._head(hidden_ND).float().log_softmax(-1)
+        return out
+
+    def price(self, windows_WT: torch.Tensor, mix: Collection[int]) -> Loss:
+        """What a mix loses on some text."""
+        total = Loss()
+        lowest = min(mix, default=None)
+        for ids_T in windows_WT:
+            original, seen = self.run((), ids_T=ids_T, watch=() if lowest is None else (lowest,))
+            last = original if lowest is None else self.run(mix, entering_TD=seen[lowest], first=lowest)[0]
+            total += self.losses(ids_T, original, {"mix": last})["mix"]
+        return total
