@@ -58,6 +58,10 @@ MaxSeqLen = Annotated[
 MaxBatch = Annotated[int | None, typer.Option(min=1, help="trt, trt-rtx: most sequences at once (default 1).")]
 PrefillChunk = Annotated[int | None, typer.Option(min=1, help="trt, trt-rtx: tokens of a prefill step (default 512).")]
 Logits = Annotated[str | None, typer.Option(help="trt, trt-rtx: of the last token (default) or all, for evaluation.")]
+Method = Annotated[
+    str | None,
+    typer.Option(help="What replaces attention: nbl (fitted map, default), drop (nothing), wo-wv (own token only)."),
+]
 Tap = Annotated[str | None, typer.Option(help="What a map is applied to: residual (default) or normed.")]
 Fit = Annotated[str | None, typer.Option(help="independent (closed form, default) or distilled (trained from there).")]
 DistillSteps = Annotated[int | None, typer.Option(min=1, help="Training steps of --fit distilled (default 200).")]
@@ -102,6 +106,7 @@ def root(
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="The run directory.")] = None,
     layers: Layers = None,
     select: Select = None,
+    method: Method = None,
     tap: Tap = None,
     fit: Fit = None,
     distill_steps: DistillSteps = None,
@@ -143,7 +148,8 @@ def root(
     from nbl_export.records import JobOptions
 
     chosen = _options(
-        layers=layers, select=select, tap=tap, fit=fit, distill_steps=distill_steps, distill_minutes=distill_minutes,
+        layers=layers, select=select, method=method, tap=tap, fit=fit,
+        distill_steps=distill_steps, distill_minutes=distill_minutes,
         precision=precision, decoder_source=decoder_source, provider=provider, max_seq_len=max_seq_len,
         max_batch=max_batch, prefill_chunk=prefill_chunk, logits=logits, calibration=calibration,
         calibration_tokens=calibration_tokens, context=context, depth=depth, repetitions=repetitions,
@@ -181,12 +187,20 @@ def calibrate(
 
 
 @app.command()
-def plan(directory: Run, layers: Layers = None, select: Select = None, as_json: Json = False) -> None:
+def plan(
+    directory: Run,
+    layers: Layers = None,
+    select: Select = None,
+    method: Method = None,
+    tap: Tap = None,
+    as_json: Json = False,
+) -> None:
     """Score every layer, choose which to replace, fit their maps."""
     from nbl_export.inspection import scores_table
     from nbl_export.pipeline import run_stages
 
-    run = run_stages(directory, "plan", _ui(as_json), changes=_options(layers=layers, select=select))
+    changes = _options(layers=layers, select=select, method=method, tap=tap)
+    run = run_stages(directory, "plan", _ui(as_json), changes=changes)
     facts = {k: run.manifest[k] for k in ("num_layers", "replaced_layers", "tap", "select", "scores")}
     _show(facts, scores_table(run.manifest), as_json)
 

@@ -14,6 +14,7 @@ from nbl_export import __version__
 from nbl_export.artifacts import RunDirectory, key_of, refuse_foreign, versions, write_json
 from nbl_export.engines import load_engine
 from nbl_export.errors import NblError, ParityError, UsageError
+from nbl_export.goals import check_request
 from nbl_export.job import Job, check_options, chunk_of, engine_of, located
 from nbl_export.progress import Ui
 from nbl_export.records import JobOptions
@@ -109,6 +110,7 @@ def preflight(options: JobOptions) -> None:
     """
     from nbl_export.decoders import PRECISIONS
 
+    check_request(options)
     engine = engine_of(options)
     capabilities = engine.CAPABILITIES
     for value, allowed, flag in (
@@ -250,6 +252,7 @@ def _plan(job: Job, out: Path) -> dict[str, Any]:
     save_maps(maps, out / ("start.safetensors" if distilled else "maps.safetensors"))
     return {
         "fit": {"kind": "independent"},
+        "method": job.options.method,
         "replaced_layers": list(plan.replaced),
         "tap": plan.tap,
         "select": plan.select,
@@ -316,7 +319,7 @@ def _rewrite(job: Job, out: Path) -> dict[str, Any]:
 
 
 _DEPLOYED_FACTS = ("schema", "model", "decoder", "options", "calibration", "num_layers", "replaced_layers", "tap",
-                   "select", "fit", "scores")  # fmt: skip
+                   "select", "method", "fit", "scores")  # fmt: skip
 
 
 def _verify(job: Job, out: Path) -> dict[str, Any]:
@@ -405,7 +408,7 @@ VARIANTS = {"original": "original", "nbl": "model"}  # what is compared -> its d
 
 STAGES = (
     Stage("calibrate", "calibrate", (), ("calibration_tokens", "context", "tap"), _calibrate),
-    Stage("plan", "plan", ("calibrate",), ("select", "tap", "fit"), _plan),
+    Stage("plan", "plan", ("calibrate",), ("select", "method", "tap", "fit"), _plan),
     Stage(
         "distill",
         "distill",

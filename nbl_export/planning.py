@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from nbl_export import calibrate, lmmse
+from nbl_export import calibrate, lmmse, methods
 from nbl_export.artifacts import key_of
 from nbl_export.greedy import GreedyOrder, extend
 from nbl_export.job import Job
@@ -65,7 +65,12 @@ class Selection:
     @functools.cache  # noqa: B019  a selection lives as long as its stage
     def map_of(self, layer: int) -> AffineMap:
         """What stands in for the attention of a layer."""
-        return lmmse.fit(self._moments[self._job.options.tap][layer], layer)
+        options, spec = self._job.options, self._job.spec
+        if options.method == "drop":
+            return methods.drop_map(spec.hidden_size)
+        if options.method == "wo-wv":
+            return methods.own_token_map(self._job.model.get_decoder().layers[layer].self_attn, spec)
+        return lmmse.fit(self._moments[options.tap][layer], layer)
 
     @functools.cached_property
     def switched(self) -> SwitchedModel:
@@ -91,7 +96,8 @@ class Selection:
 
     @property
     def _greedy_key(self) -> str:
-        return key_of("greedy", self._job.run.stages["calibrate"]["key"], self._job.options.tap)
+        options = self._job.options
+        return key_of("greedy", self._job.run.stages["calibrate"]["key"], options.tap, options.method)
 
     def facts(self) -> dict[str, Any]:
         """What the manifest keeps, so that no order is made twice."""

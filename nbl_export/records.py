@@ -16,6 +16,7 @@ import numpy as np
 
 __all__ = [
     "FITS",
+    "METHODS",
     "SELECTS",
     "TAPS",
     "AffineMap",
@@ -94,6 +95,8 @@ TAPS = ("residual", "normed")
 FITS = ("independent", "distilled")
 # How layers are ranked: smallest CCA bound, smallest relative error, or what the model's output loses (`greedy`).
 SELECTS = ("cca", "error", "greedy")
+# What stands in for attention: the fitted map, nothing, or attention that sees only its own token (`methods`).
+METHODS = ("nbl", "drop", "wo-wv")
 
 
 @dataclass(frozen=True)
@@ -240,6 +243,7 @@ class JobOptions:
     engine: str = "ort"
     layers: str | None = None
     select: str = "cca"
+    method: str = "nbl"
     tap: str = "residual"
     fit: str = "independent"
     distill_steps: int = 200
@@ -269,6 +273,7 @@ class JobOptions:
             _require((getattr(self, name) or 1) >= 1, f"{name} must be at least 1")
         _require(self.tap in TAPS, f"--tap is {' or '.join(TAPS)}, not {self.tap!r}")
         _require(self.select in SELECTS, f"--select is {', '.join(SELECTS)}, not {self.select!r}")
+        _require(self.method in METHODS, f"--method is {', '.join(METHODS)}, not {self.method!r}")
         _require(self.fit in FITS, f"--fit is {' or '.join(FITS)}, not {self.fit!r}")
         _require(self.distill_steps >= 1 and (self.distill_minutes or 1) > 0, "distillation takes at least one step")
         _require(self.logits in (None, "last", "all"), f"logits are of the last token or all, not {self.logits!r}")
