@@ -62,6 +62,7 @@ Method = Annotated[
     str | None,
     typer.Option(help="What replaces attention: nbl (fitted map, default), drop (nothing), wo-wv (own token only)."),
 ]
+Rank = Annotated[str | None, typer.Option(help="Rank of the maps: a number, or auto (default: full maps).")]
 Tap = Annotated[str | None, typer.Option(help="What a map is applied to: residual (default) or normed.")]
 Fit = Annotated[str | None, typer.Option(help="independent (closed form, default) or distilled (trained from there).")]
 DistillSteps = Annotated[int | None, typer.Option(min=1, help="Training steps of --fit distilled (default 200).")]
@@ -107,6 +108,7 @@ def root(
     layers: Layers = None,
     select: Select = None,
     method: Method = None,
+    rank: Rank = None,
     tap: Tap = None,
     fit: Fit = None,
     distill_steps: DistillSteps = None,
@@ -148,7 +150,7 @@ def root(
     from nbl_export.records import JobOptions
 
     chosen = _options(
-        layers=layers, select=select, method=method, tap=tap, fit=fit,
+        layers=layers, select=select, method=method, rank=rank, tap=tap, fit=fit,
         distill_steps=distill_steps, distill_minutes=distill_minutes,
         precision=precision, decoder_source=decoder_source, provider=provider, max_seq_len=max_seq_len,
         max_batch=max_batch, prefill_chunk=prefill_chunk, logits=logits, calibration=calibration,
@@ -192,6 +194,7 @@ def plan(
     layers: Layers = None,
     select: Select = None,
     method: Method = None,
+    rank: Rank = None,
     tap: Tap = None,
     as_json: Json = False,
 ) -> None:
@@ -199,7 +202,7 @@ def plan(
     from nbl_export.inspection import scores_table
     from nbl_export.pipeline import run_stages
 
-    changes = _options(layers=layers, select=select, method=method, tap=tap)
+    changes = _options(layers=layers, select=select, method=method, rank=rank, tap=tap)
     run = run_stages(directory, "plan", _ui(as_json), changes=changes)
     facts = {k: run.manifest[k] for k in ("num_layers", "replaced_layers", "tap", "select", "scores")}
     _show(facts, scores_table(run.manifest), as_json)

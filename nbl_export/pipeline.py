@@ -319,7 +319,7 @@ def _rewrite(job: Job, out: Path) -> dict[str, Any]:
 
 
 _DEPLOYED_FACTS = ("schema", "model", "decoder", "options", "calibration", "num_layers", "replaced_layers", "tap",
-                   "select", "method", "fit", "scores")  # fmt: skip
+                   "select", "method", "ranks", "fit", "scores")  # fmt: skip
 
 
 def _verify(job: Job, out: Path) -> dict[str, Any]:
@@ -408,7 +408,7 @@ VARIANTS = {"original": "original", "nbl": "model"}  # what is compared -> its d
 
 STAGES = (
     Stage("calibrate", "calibrate", (), ("calibration_tokens", "context", "tap"), _calibrate),
-    Stage("plan", "plan", ("calibrate",), ("select", "method", "tap", "fit"), _plan),
+    Stage("plan", "plan", ("calibrate",), ("select", "method", "rank", "tap", "fit"), _plan),
     Stage(
         "distill",
         "distill",

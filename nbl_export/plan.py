@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -81,10 +82,17 @@ def choose(
 
 
 def save_maps(maps: dict[int, AffineMap], path: Path) -> None:
-    """Write `layers.{i}.weight` [D, D] (y = x W' + b) and `layers.{i}.bias` [D], float32."""
+    """Write float32: `layers.{i}.bias` [D], and `layers.{i}.weight` [D, D] (y = x W' + b) or its factors.
+
+    The factors of a map of low rank are `layers.{i}.up` [D, k] and `layers.{i}.down` [k, D], W = up down.
+    """
     from safetensors.numpy import save_file
 
-    tensors = {f"layers.{i}.{n}": np.ascontiguousarray(v) for i, m in maps.items() for n, v in vars(m).items()}
+    tensors = {
+        f"layers.{i}.{name}": np.ascontiguousarray(array)
+        for i, affine in maps.items()
+        for name, array in {**affine.matrices, "bias": affine.bias}.items()
+    }
     save_file(tensors, path, metadata={"format": "nbl-maps-1"})
 
 
@@ -98,12 +106,17 @@ def load_maps(path: Path, layers: Sequence[int]) -> dict[int, AffineMap]:
 
     try:
         with safe_open(str(path), framework="np") as file:
-            maps = {
-                i: AffineMap(file.get_tensor(f"layers.{i}.weight"), file.get_tensor(f"layers.{i}.bias")) for i in layers
-            }
+            maps = {i: _load_map(file, i) for i in layers}
     except (SafetensorError, OSError, ValueError) as error:
         raise CorruptError(f"{path} is not a maps file for layers {list(layers)} ({error}); run plan again") from error
     for i, found in maps.items():
         if not (np.isfinite(found.weight).all() and np.isfinite(found.bias).all()):
             raise CorruptError(f"{path}: the map of layer {i} holds NaN or infinity; run plan again")
     return maps
+
+
+def _load_map(file: Any, layer: int) -> AffineMap:
+    factored = f"layers.{layer}.down" in file.keys()  # noqa: SIM118  not a dict
+    up_down = [file.get_tensor(f"layers.{layer}.{name}") for name in (("up", "down") if factored else ("weight",))]
+    bias = file.get_tensor(f"layers.{layer}.bias")
+    return AffineMap.factored(*up_down, bias) if factored else AffineMap(*up_down, bias)

@@ -14,6 +14,7 @@ from typing import Any
 
 from nbl_export import calibrate, lmmse, methods
 from nbl_export.artifacts import key_of
+from nbl_export.goals import read_rank
 from nbl_export.greedy import GreedyOrder, extend
 from nbl_export.job import Job
 from nbl_export.plan import choose, ranked
@@ -29,7 +30,9 @@ def make_plan(job: Job) -> tuple[Plan, dict[int, AffineMap], dict[str, Any]]:
     request, options = job.request, job.options
     order = selection.order(request) if isinstance(request, int) else None
     plan = choose(selection.scores, request, options.tap, options.select, order)
-    return plan, {i: selection.map_of(i) for i in plan.replaced}, selection.facts()
+    maps = {i: selection.map_of(i) for i in plan.replaced}
+    ranks = {str(i): m.up.shape[1] for i, m in maps.items() if m.up is not None}
+    return plan, maps, {**selection.facts(), "ranks": ranks}
 
 
 def judging_windows(job: Job) -> Any:
@@ -70,7 +73,7 @@ class Selection:
             return methods.drop_map(spec.hidden_size)
         if options.method == "wo-wv":
             return methods.own_token_map(self._job.model.get_decoder().layers[layer].self_attn, spec)
-        return lmmse.fit(self._moments[options.tap][layer], layer)
+        return lmmse.fit(self._moments[options.tap][layer], layer, rank=read_rank(options.rank))
 
     @functools.cached_property
     def switched(self) -> SwitchedModel:
@@ -97,7 +100,7 @@ class Selection:
     @property
     def _greedy_key(self) -> str:
         options = self._job.options
-        return key_of("greedy", self._job.run.stages["calibrate"]["key"], options.tap, options.method)
+        return key_of("greedy", self._job.run.stages["calibrate"]["key"], options.tap, options.method, options.rank)
 
     def facts(self) -> dict[str, Any]:
         """What the manifest keeps, so that no order is made twice."""
