@@ -37,6 +37,15 @@ Layers = Annotated[
     str | None,
     typer.Option(help='How many ("8": chosen by --select) or which ("0,7,24-29"); default a quarter of them.'),
 ]
+MaxIncrease = Annotated[
+    str | None, typer.Option("--max-perplexity-increase", help="As many layers as keep to it on held-back text: 5%.")
+]
+TargetSpeedup = Annotated[
+    str | None, typer.Option(help="As few layers as bring this modelled speed-up: 1.3 (of prefill) or 1.3@decode.")
+]
+KvBudget = Annotated[
+    str | None, typer.Option(help="As few layers as make the KV cache fit: 64MiB@4096, or 15KiB for each token.")
+]
 Select = Annotated[
     str | None,
     typer.Option(help="Which layers go first: cca (smallest bound, default), error, or greedy (least lost in output)."),
@@ -106,6 +115,9 @@ def root(
     engine: Engine = "ort",
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="The run directory.")] = None,
     layers: Layers = None,
+    max_perplexity_increase: MaxIncrease = None,
+    target_speedup: TargetSpeedup = None,
+    kv_budget: KvBudget = None,
     select: Select = None,
     method: Method = None,
     rank: Rank = None,
@@ -150,7 +162,8 @@ def root(
     from nbl_export.records import JobOptions
 
     chosen = _options(
-        layers=layers, select=select, method=method, rank=rank, tap=tap, fit=fit,
+        layers=layers, max_perplexity_increase=max_perplexity_increase, target_speedup=target_speedup,
+        kv_budget=kv_budget, select=select, method=method, rank=rank, tap=tap, fit=fit,
         distill_steps=distill_steps, distill_minutes=distill_minutes,
         precision=precision, decoder_source=decoder_source, provider=provider, max_seq_len=max_seq_len,
         max_batch=max_batch, prefill_chunk=prefill_chunk, logits=logits, calibration=calibration,
@@ -192,6 +205,9 @@ def calibrate(
 def plan(
     directory: Run,
     layers: Layers = None,
+    max_perplexity_increase: MaxIncrease = None,
+    target_speedup: TargetSpeedup = None,
+    kv_budget: KvBudget = None,
     select: Select = None,
     method: Method = None,
     rank: Rank = None,
@@ -202,7 +218,10 @@ def plan(
     from nbl_export.inspection import scores_table
     from nbl_export.pipeline import run_stages
 
-    changes = _options(layers=layers, select=select, method=method, rank=rank, tap=tap)
+    changes = _options(
+        layers=layers, max_perplexity_increase=max_perplexity_increase, target_speedup=target_speedup,
+        kv_budget=kv_budget, select=select, method=method, rank=rank, tap=tap,
+    )  # fmt: skip
     run = run_stages(directory, "plan", _ui(as_json), changes=changes)
     facts = {k: run.manifest[k] for k in ("num_layers", "replaced_layers", "tap", "select", "scores")}
     _show(facts, scores_table(run.manifest), as_json)

@@ -14,7 +14,7 @@ from nbl_export import __version__
 from nbl_export.artifacts import RunDirectory, key_of, refuse_foreign, versions, write_json
 from nbl_export.engines import load_engine
 from nbl_export.errors import NblError, ParityError, UsageError
-from nbl_export.goals import check_request
+from nbl_export.goals import GOALS, changed_options, check_request, goal_inputs
 from nbl_export.job import Job, check_options, chunk_of, engine_of, located
 from nbl_export.progress import Ui
 from nbl_export.records import JobOptions
@@ -83,7 +83,7 @@ def run_stages(
     """
     with RunDirectory.open_run(output, create=False) as run:
         recorded = JobOptions.from_json(run.manifest["options"])
-        options = dataclasses.replace(recorded, **{k: v for k, v in (changes or {}).items() if v is not None})
+        options = changed_options(recorded, changes or {})
         preflight(options)
         if changes and "engine" in changes:
             _require_engine(options)
@@ -199,7 +199,7 @@ def _key(job: Job, stage: Stage, keys: dict[str, str]) -> str:
     elif stage.name == "decoder":
         identity = [job.fingerprint]
     elif stage.name == "plan":
-        identity = [job.request]
+        identity = [job.request, goal_inputs(job.options)]
     elif stage.name == "build":
         identity = [job.engine.library_version()]
     chosen = {name: getattr(job.options, name) for name in stage.options}
@@ -408,7 +408,7 @@ VARIANTS = {"original": "original", "nbl": "model"}  # what is compared -> its d
 
 STAGES = (
     Stage("calibrate", "calibrate", (), ("calibration_tokens", "context", "tap"), _calibrate),
-    Stage("plan", "plan", ("calibrate",), ("select", "method", "rank", "tap", "fit"), _plan),
+    Stage("plan", "plan", ("calibrate",), (*GOALS, "select", "method", "rank", "tap", "fit"), _plan),
     Stage(
         "distill",
         "distill",

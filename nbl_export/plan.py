@@ -116,7 +116,6 @@ def load_maps(path: Path, layers: Sequence[int]) -> dict[int, AffineMap]:
 
 
 def _load_map(file: Any, layer: int) -> AffineMap:
-    factored = f"layers.{layer}.down" in file.keys()  # noqa: SIM118  not a dict
-    up_down = [file.get_tensor(f"layers.{layer}.{name}") for name in (("up", "down") if factored else ("weight",))]
-    bias = file.get_tensor(f"layers.{layer}.bias")
-    return AffineMap.factored(*up_down, bias) if factored else AffineMap(*up_down, bias)
+    if f"layers.{layer}.down" not in file.keys():  # noqa: SIM118  not a dict
+        return AffineMap(file.get_tensor(f"layers.{layer}.weight"), file.get_tensor(f"layers.{layer}.bias"))
+    return AffineMap.factored(*(file.get_tensor(f"layers.{layer}.{name}") for name in ("up", "down", "bias")))

@@ -14,35 +14,32 @@ from typing import Any
 
 from nbl_export import calibrate, lmmse, methods
 from nbl_export.artifacts import key_of
-from nbl_export.goals import read_rank
+from nbl_export.goals import goal_of, read_rank
 from nbl_export.greedy import GreedyOrder, extend
 from nbl_export.job import Job
 from nbl_export.plan import choose, ranked
+from nbl_export.reach import count_for_goal
 from nbl_export.records import AffineMap, LayerScore, Plan
 from nbl_export.switched import SwitchedModel
 
-__all__ = ["Selection", "judging_windows", "make_plan"]
+__all__ = ["Selection", "make_plan"]
 
 
 def make_plan(job: Job) -> tuple[Plan, dict[int, AffineMap], dict[str, Any]]:
-    """The plan, the maps of its layers, and further facts for the manifest."""
+    """The plan, the maps of its layers, and further facts for the manifest.
+
+    Raises:
+        NblError: the job's goal cannot be met.
+    """
     selection = Selection(job)
-    request, options = job.request, job.options
+    request, options, goal = job.request, job.options, None
+    if goal_of(options) is not None:
+        request, goal = count_for_goal(job, selection)
     order = selection.order(request) if isinstance(request, int) else None
     plan = choose(selection.scores, request, options.tap, options.select, order)
     maps = {i: selection.map_of(i) for i in plan.replaced}
     ranks = {str(i): m.up.shape[1] for i, m in maps.items() if m.up is not None}
-    return plan, maps, {**selection.facts(), "ranks": ranks}
-
-
-def judging_windows(job: Job) -> Any:
-    """Held-back token ids [windows, context] by which layers are chosen: those that the price is not taken on.
-
-    2,048 tokens where the text is long enough: the losses of two layers are compared token by token on the same
-    text, so that few tokens order them, and each costs a pass of every candidate.
-    """
-    _, held = job.windows
-    return held[len(held) // 2 :]
+    return plan, maps, {**selection.facts(), "ranks": ranks, "goal": goal}
 
 
 class Selection:
@@ -76,6 +73,16 @@ class Selection:
         return lmmse.fit(self._moments[options.tap][layer], layer, rank=read_rank(options.rank))
 
     @functools.cached_property
+    def judging_windows(self) -> Any:
+        """Held-back token ids [windows, context] by which layers are chosen: those that the price is not taken on.
+
+        2,048 tokens where the text is long enough: the losses of two layers are compared token by token on the same
+        text, so that few tokens order them, and each costs a pass of every candidate.
+        """
+        _, held = self._job.windows
+        return held[len(held) // 2 :]
+
+    @functools.cached_property
     def switched(self) -> SwitchedModel:
         """The model in which any layers may be replaced."""
         job = self._job
@@ -87,7 +94,7 @@ class Selection:
             return ranked(self.scores, self._job.options.select)[:count]
         self._greedy = self._greedy or self._recorded()
         if len(self._greedy.layers) < count:
-            windows, layers = judging_windows(self._job), self._job.spec.num_layers
+            windows, layers = self.judging_windows, self._job.spec.num_layers
             with self._job.ui.task(f"trying layers on {windows.numel()} tokens") as progress:
                 self._greedy = extend(self._greedy, count, self.switched, layers, windows, progress)
         return self._greedy.layers[:count]

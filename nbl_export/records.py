@@ -266,6 +266,9 @@ class JobOptions:
     model: str
     engine: str = "ort"
     layers: str | None = None
+    max_perplexity_increase: str | None = None
+    target_speedup: str | None = None
+    kv_budget: str | None = None
     select: str = "cca"
     method: str = "nbl"
     rank: str | None = None

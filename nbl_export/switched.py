@@ -129,11 +129,11 @@ class SwitchedModel:
         out: torch.Tensor = self._head(hidden_ND).float().log_softmax(-1)
         return out
 
-    def price(self, windows_WT: torch.Tensor, mix: Collection[int]) -> Loss:
-        """What a mix loses on some text."""
+    def price(self, windows_WT: Any, mix: Collection[int]) -> Loss:
+        """What a mix loses on some text: token ids [windows, context], a tensor or an array."""
         total = Loss()
         lowest = min(mix, default=None)
-        for ids_T in windows_WT:
+        for ids_T in torch.as_tensor(windows_WT):
             original, seen = self.run((), ids_T=ids_T, watch=() if lowest is None else (lowest,))
             last = original if lowest is None else self.run(mix, entering_TD=seen[lowest], first=lowest)[0]
             total += self.losses(ids_T, original, {"mix": last})["mix"]
