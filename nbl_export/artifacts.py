@@ -3,6 +3,7 @@
     DIR/nbl.json               the manifest (this module's `RunDirectory` reads and writes it)
     DIR/moments.safetensors    calibrate
     DIR/maps.safetensors       plan; distill, where it was asked for (then plan leaves start.safetensors)
+    DIR/sweep.json             sweep, where it was asked for
     DIR/distill.json           distill
     DIR/original/              decoder: the exported graph, untouched
     DIR/model/                 rewrite: the NBL graph, deployable by itself
@@ -298,6 +299,7 @@ _OURS = (
     "start.safetensors",
     "maps.safetensors",
     "distill.json",
+    "sweep.json",
     "original",
     "model",
     "verify.json",

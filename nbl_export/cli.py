@@ -212,19 +212,27 @@ def plan(
     method: Method = None,
     rank: Rank = None,
     tap: Tap = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Quality and modelled speed of 0, 1, ... layers.")] = False,
+    max_layers: Annotated[int | None, typer.Option(min=1, help="Where a sweep ends (default half of them).")] = None,
     as_json: Json = False,
 ) -> None:
-    """Score every layer, choose which to replace, fit their maps."""
+    """Score every layer, choose which to replace, fit their maps; --sweep shows quality against speed."""
     from nbl_export.inspection import scores_table
-    from nbl_export.pipeline import run_stages
+    from nbl_export.pipeline import run_stages, run_sweep
+    from nbl_export.tradeoff import sweep_table
 
     changes = _options(
         layers=layers, max_perplexity_increase=max_perplexity_increase, target_speedup=target_speedup,
         kv_budget=kv_budget, select=select, method=method, rank=rank, tap=tap,
     )  # fmt: skip
+    if sweep:
+        found = run_sweep(directory, _ui(as_json), changes, max_layers).read_json("sweep.json")
+        return _show(found, sweep_table(found), as_json)
+    if max_layers is not None:
+        raise typer.BadParameter("goes with --sweep", param_hint="--max-layers")
     run = run_stages(directory, "plan", _ui(as_json), changes=changes)
     facts = {k: run.manifest[k] for k in ("num_layers", "replaced_layers", "tap", "select", "scores")}
-    _show(facts, scores_table(run.manifest), as_json)
+    return _show(facts, scores_table(run.manifest), as_json)
 
 
 @app.command()

@@ -43,6 +43,7 @@ class Job:
         self.options = options
         self.run = run
         self.ui = ui
+        self.sweep_to: int | None = None  # the most layers of a sweep, where one is asked for
 
     @property
     def engine(self) -> Any:

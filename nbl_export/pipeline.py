@@ -19,7 +19,7 @@ from nbl_export.job import Job, check_options, chunk_of, engine_of, located
 from nbl_export.progress import Ui
 from nbl_export.records import JobOptions
 
-__all__ = ["STAGES", "engine_defaults", "run_calibration", "run_job", "run_stages"]
+__all__ = ["STAGES", "engine_defaults", "run_calibration", "run_job", "run_stages", "run_sweep"]
 
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai",
              "mobius-onnx", "optimum", "safetensors", "numpy", "tensorrt", "tensorrt-rtx")  # fmt: skip
@@ -73,13 +73,21 @@ def _work(options: JobOptions, output: Path, ui: Ui, force: bool, until: str) ->
 
 
 def run_stages(
-    output: Path, until: str, ui: Ui, *, changes: dict[str, Any] | None = None, force: bool = False, needs: str = ""
+    output: Path,
+    until: str,
+    ui: Ui,
+    *,
+    changes: dict[str, Any] | None = None,
+    force: bool = False,
+    needs: str = "",
+    sweep_to: int | None = None,
 ) -> RunDirectory:
     """Bring an existing run directory up to a stage, with changed options if any.
 
     Args:
         force: go on although verification failed.
         needs: a stage that must not be left out.
+        sweep_to: the most layers of a sweep.
     """
     with RunDirectory.open_run(output, create=False) as run:
         recorded = JobOptions.from_json(run.manifest["options"])
@@ -89,10 +97,28 @@ def run_stages(
             _require_engine(options)
         job = Job(located(options, run), run, ui)
         check_options(options, job.spec)
+        job.sweep_to = sweep_to
         if options != recorded:
             job.note_options(options)
         _advance(job, until, ignore_failure=force, needs=needs)
         return run
+
+
+def run_sweep(output: Path, ui: Ui, changes: dict[str, Any], max_layers: int | None) -> RunDirectory:
+    """Measure quality against speed for every number of layers; a report that is there already then shows it.
+
+    Raises:
+        NblError: as many layers as the model has, or more.
+    """
+    known = RunDirectory.peek(output)
+    layers = int(known.manifest.get("num_layers", 2))
+    if max_layers is not None and max_layers >= layers:
+        raise NblError(f"--max-layers {max_layers}: the model has {layers} attention layers and one stays")
+    reported = "report" in known.stages
+    run = run_stages(output, "sweep", ui, changes=changes, sweep_to=layers // 2 if max_layers is None else max_layers)
+    if reported and "verify" in run.stages and "report" not in run.stages:
+        run = run_stages(output, "report", ui)
+    return run
 
 
 def engine_defaults(engine: str, provider: str = "cpu") -> dict[str, Any]:
@@ -200,6 +226,10 @@ def _key(job: Job, stage: Stage, keys: dict[str, str]) -> str:
         identity = [job.fingerprint]
     elif stage.name == "plan":
         identity = [job.request, goal_inputs(job.options)]
+    elif stage.name == "sweep":
+        from nbl_export.tradeoff import sweep_inputs
+
+        identity = sweep_inputs(job)
     elif stage.name == "build":
         identity = [job.engine.library_version()]
     chosen = {name: getattr(job.options, name) for name in stage.options}
@@ -259,6 +289,18 @@ def _plan(job: Job, out: Path) -> dict[str, Any]:
         "scores": [dataclasses.asdict(s) for s in plan.scores],
         **facts,
     }
+
+
+def _sweep(job: Job, out: Path) -> dict[str, Any]:
+    from nbl_export import tradeoff
+
+    value, facts = tradeoff.measure(job)
+    write_json(out / "sweep.json", value)
+    return facts
+
+
+def _no_sweep(job: Job) -> str | None:
+    return "" if job.sweep_to is None else None
 
 
 def _distill(job: Job, out: Path) -> dict[str, Any]:
@@ -396,7 +438,8 @@ def _report(job: Job, out: Path) -> dict[str, Any]:
 
     verify = job.run.read_json("verify.json")
     bench = job.run.read_json("bench.json") if "bench" in job.run.stages else None
-    report.render({**job.run.manifest, "status": _verdict(job)}, verify, bench, out)
+    sweep = job.run.read_json("sweep.json") if "sweep" in job.run.stages else None
+    report.render({**job.run.manifest, "status": _verdict(job)}, verify, bench, out, sweep)
     return {"status": _verdict(job)}
 
 
@@ -409,6 +452,7 @@ VARIANTS = {"original": "original", "nbl": "model"}  # what is compared -> its d
 STAGES = (
     Stage("calibrate", "calibrate", (), ("calibration_tokens", "context", "tap"), _calibrate),
     Stage("plan", "plan", ("calibrate",), (*GOALS, "select", "method", "rank", "tap", "fit"), _plan),
+    Stage("sweep", "sweep", ("calibrate",), ("select", "rank", "tap"), _sweep, _no_sweep),
     Stage(
         "distill",
         "distill",
@@ -431,5 +475,5 @@ STAGES = (
         _bench,
         _no_bench,
     ),
-    Stage("report", "report", ("plan", "verify", "build", "bench"), (), _report),
+    Stage("report", "report", ("plan", "sweep", "verify", "build", "bench"), (), _report),
 )

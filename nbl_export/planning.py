@@ -43,11 +43,17 @@ def make_plan(job: Job) -> tuple[Plan, dict[int, AffineMap], dict[str, Any]]:
 
 
 class Selection:
-    """Scores, order and maps of one job, computed when first asked for."""
+    """Scores, order and maps of one job, computed when first asked for.
 
-    def __init__(self, job: Job) -> None:
+    Args:
+        instead: options that take the place of the job's.
+    """
+
+    def __init__(self, job: Job, **instead: Any) -> None:
         self._job = job
+        self._options = dataclasses.replace(job.options, **instead)
         self._greedy: GreedyOrder | None = None
+        self._maps: dict[int, AffineMap] = {}
 
     @functools.cached_property
     def _moments(self) -> dict[str, list[lmmse.Moments]]:
@@ -57,15 +63,19 @@ class Selection:
     def scores(self) -> tuple[LayerScore, ...]:
         """The bound is one on the residual output, whatever the tap; the errors are those of the tap's maps."""
         bounds = [lmmse.score(m, i) for i, m in enumerate(self._moments["residual"])]
-        if self._job.options.tap == "residual":
+        if self._options.tap == "residual":
             return tuple(bounds)
-        errors = [lmmse.score(m, i) for i, m in enumerate(self._moments[self._job.options.tap])]
+        errors = [lmmse.score(m, i) for i, m in enumerate(self._moments[self._options.tap])]
         return tuple(dataclasses.replace(e, bound=b.bound) for e, b in zip(errors, bounds, strict=True))
 
-    @functools.cache  # noqa: B019  a selection lives as long as its stage
     def map_of(self, layer: int) -> AffineMap:
         """What stands in for the attention of a layer."""
-        options, spec = self._job.options, self._job.spec
+        if layer not in self._maps:
+            self._maps[layer] = self._make_map(layer)
+        return self._maps[layer]
+
+    def _make_map(self, layer: int) -> AffineMap:
+        options, spec = self._options, self._job.spec
         if options.method == "drop":
             return methods.drop_map(spec.hidden_size)
         if options.method == "wo-wv":
@@ -85,13 +95,13 @@ class Selection:
     @functools.cached_property
     def switched(self) -> SwitchedModel:
         """The model in which any layers may be replaced."""
-        job = self._job
-        return SwitchedModel(job.model, {i: self.map_of(i) for i in range(job.spec.num_layers)}, job.options.tap)
+        maps = {i: self.map_of(i) for i in range(self._job.spec.num_layers)}
+        return SwitchedModel(self._job.model, maps, self._options.tap)
 
     def order(self, count: int) -> tuple[int, ...]:
         """The first `count` layers to go; those of a smaller count are the front of those of a larger one."""
-        if self._job.options.select != "greedy":
-            return ranked(self.scores, self._job.options.select)[:count]
+        if self._options.select != "greedy":
+            return ranked(self.scores, self._options.select)[:count]
         self._greedy = self._greedy or self._recorded()
         if len(self._greedy.layers) < count:
             windows, layers = self.judging_windows, self._job.spec.num_layers
@@ -106,7 +116,7 @@ class Selection:
 
     @property
     def _greedy_key(self) -> str:
-        options = self._job.options
+        options = self._options
         return key_of("greedy", self._job.run.stages["calibrate"]["key"], options.tap, options.method, options.rank)
 
     def facts(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,10 +131,21 @@ class SwitchedModel:
 
     def price(self, windows_WT: Any, mix: Collection[int]) -> Loss:
         """What a mix loses on some text: token ids [windows, context], a tensor or an array."""
-        total = Loss()
-        lowest = min(mix, default=None)
-        for ids_T in torch.as_tensor(windows_WT):
-            original, seen = self.run((), ids_T=ids_T, watch=() if lowest is None else (lowest,))
-            last = original if lowest is None else self.run(mix, entering_TD=seen[lowest], first=lowest)[0]
-            total += self.losses(ids_T, original, {"mix": last})["mix"]
+        return self.prices(windows_WT, {"mix": mix})["mix"]
+
+    def prices(
+        self, windows_WT: Any, mixes: Mapping[Any, Collection[int]], progress: Callable[[int, int], None] | None = None
+    ) -> dict[Any, Loss]:
+        """What each of several mixes loses on some text; the original is run once for all of them."""
+        total = dict.fromkeys(mixes, Loss())
+        lowest = {name: min(mix) for name, mix in mixes.items() if mix}
+        for done, ids_T in enumerate(torch.as_tensor(windows_WT), 1):
+            original, seen = self.run((), ids_T=ids_T, watch=set(lowest.values()))
+            last = dict.fromkeys(mixes, original)
+            for name, first in lowest.items():
+                last[name] = self.run(mixes[name], entering_TD=seen[first], first=first)[0]
+            for name, loss in self.losses(ids_T, original, last).items():
+                total[name] += loss
+            if progress is not None:
+                progress(done, len(windows_WT))
         return total
