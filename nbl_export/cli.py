@@ -231,7 +231,8 @@ def plan(
     if max_layers is not None:
         raise typer.BadParameter("goes with --sweep", param_hint="--max-layers")
     run = run_stages(directory, "plan", _ui(as_json), changes=changes)
-    facts = {k: run.manifest[k] for k in ("num_layers", "replaced_layers", "tap", "select", "scores")}
+    shown = ("num_layers", "replaced_layers", "tap", "select", "method", "ranks", "goal", "scores")
+    facts = {k: run.manifest[k] for k in shown}
     return _show(facts, scores_table(run.manifest), as_json)
 
 

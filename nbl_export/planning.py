@@ -111,8 +111,11 @@ class Selection:
 
     def _recorded(self) -> GreedyOrder:
         """The order that the manifest knows, where it was made from the same inputs."""
-        found = self._job.run.manifest.get("greedy") or {}
-        return GreedyOrder.from_json(found) if found.get("key") == self._greedy_key else GreedyOrder()
+        found = self._job.run.manifest.get("greedy")
+        try:
+            return GreedyOrder.from_json(found) if found and found["key"] == self._greedy_key else GreedyOrder()
+        except (KeyError, TypeError, ValueError):
+            return GreedyOrder()  # a damaged one is made again
 
     @property
     def _greedy_key(self) -> str:

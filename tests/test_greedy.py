@@ -155,6 +155,10 @@ def test_selections_through_the_job(run: Path) -> None:
     assert nbl("plan", run, "--layers", "1").status == 0
     assert facts_of(run)["replaced_layers"] == kept["layers"][:1]
     assert facts_of(run)["greedy"] == kept
+    damaged = {**facts_of(run), "greedy": {"key": kept["key"], "layers": "none"}}
+    (run / "nbl.json").write_text(json.dumps(damaged), encoding="utf-8")
+    assert nbl("plan", run, "--layers", "2").status == 0
+    assert facts_of(run)["greedy"] == kept
     assert nbl("plan", run, "--layers", "0,2", "--select", "greedy").status == 0
     assert (facts_of(run)["select"], facts_of(run)["replaced_layers"]) == ("given", [0, 2])
 

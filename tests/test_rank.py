@@ -181,10 +181,11 @@ def test_thin_products_are_read_back_out_of_the_graph(
     assert not result.passed and "layer 2 has no map" in result.detail
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_low_rank_ships_verified(precision: str, same: tuple[object, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "provider"), [("fp32", "cpu"), ("int4", "cpu"), ("int4", "nv-tensorrt-rtx")])
+def test_low_rank_ships_verified(precision: str, provider: str, same: tuple[object, ...], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = nbl(*same, "--layers", "1,2", "--rank", "20", "--precision", precision, "--output", run)
+    made = ("--precision", precision, "--provider", provider)
+    done = nbl(*same, "--layers", "1,2", "--rank", "20", *made, "--output", run)
     assert done.status == 0, done.err
     facts = json.loads((run / "nbl.json").read_text())
     assert (facts["status"], facts["ranks"]) == ("verified", {"1": 20, "2": 20})
