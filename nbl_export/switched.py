@@ -117,16 +117,20 @@ class SwitchedModel:
         places = range(0, len(ids_T) - 1, _LOGIT_ROWS)
         for rows in (slice(a, min(a + _LOGIT_ROWS, len(ids_T) - 1)) for a in places):
             target_N1 = ids_T[rows.start + 1 : rows.stop + 1, None]
-            base_NV = self._log_probabilities(original_TD[rows])
-            base = -base_NV.gather(1, target_N1).sum().item()
+            base_NV = self._logits(original_TD[rows])
+            norm_N, share_NV = base_NV.logsumexp(1), base_NV.softmax(1)
+            base = (norm_N - base_NV.gather(1, target_N1)[:, 0]).sum().item()
             for name, last_TD in mixes.items():
-                ours_NV = self._log_probabilities(last_TD[rows])
-                kl = nn.functional.kl_div(ours_NV, base_NV, reduction="sum", log_target=True).item()
-                found[name] += Loss(len(target_N1), kl, base, -ours_NV.gather(1, target_N1).sum().item())
+                ours_NV = self._logits(last_TD[rows])
+                ours_N = ours_NV.logsumexp(1)
+                loss = (ours_N - ours_NV.gather(1, target_N1)[:, 0]).sum().item()
+                # sum p (log p - log q) with log p - log q = (base - ours) + (log sum exp ours - log sum exp base)
+                apart_N = torch.linalg.vecdot(share_NV, torch.sub(base_NV, ours_NV, out=ours_NV)) + ours_N - norm_N
+                found[name] += Loss(len(target_N1), apart_N.sum().item(), base, loss)
         return found
 
-    def _log_probabilities(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self._head(hidden_ND).float().log_softmax(-1)
+    def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self._head(hidden_ND).float()
         return out
 
     def price(self, windows_WT: Any, mix: Collection[int]) -> Loss:
