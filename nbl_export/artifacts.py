@@ -3,6 +3,7 @@
     DIR/nbl.json               the manifest (this module's `RunDirectory` reads and writes it)
     DIR/moments.safetensors    calibrate
     DIR/maps.safetensors       plan; distill, where it was asked for (then plan leaves start.safetensors)
+    DIR/sweep.json             sweep, where it was asked for
     DIR/distill.json           distill; distill.partial.safetensors while it works
     DIR/original/              decoder: the exported graph, untouched
     DIR/model/                 rewrite: the NBL graph, deployable by itself
@@ -303,6 +304,7 @@ _OURS = (
     "maps.safetensors",
     "distill.json",
     "distill.partial.safetensors",
+    "sweep.json",
     "original",
     "model",
     "verify.json",

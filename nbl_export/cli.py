@@ -35,7 +35,20 @@ Run = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory made b
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 Layers = Annotated[
     str | None,
-    typer.Option(help='How many ("8": smallest CCA bound) or which ("0,7,24-29"); default a quarter of them.'),
+    typer.Option(help='How many ("8": chosen by --select) or which ("0,7,24-29"); default a quarter of them.'),
+]
+MaxIncrease = Annotated[
+    str | None, typer.Option("--max-perplexity-increase", help="As many layers as keep to it on held-back text: 5%.")
+]
+TargetSpeedup = Annotated[
+    str | None, typer.Option(help="As few layers as bring this modelled speed-up: 1.3 (of prefill) or 1.3@decode.")
+]
+KvBudget = Annotated[
+    str | None, typer.Option(help="As few layers as make the KV cache fit: 64MiB@4096, or 15KiB for each token.")
+]
+Select = Annotated[
+    str | None,
+    typer.Option(help="Which layers go first: cca (smallest bound, default), error, or greedy (least lost in output)."),
 ]
 Engine = Annotated[str, typer.Option(help="ort (ONNX Runtime), trt (TensorRT) or trt-rtx (TensorRT for RTX).")]
 Precision = Annotated[
@@ -54,6 +67,11 @@ MaxSeqLen = Annotated[
 MaxBatch = Annotated[int | None, typer.Option(min=1, help="trt, trt-rtx: most sequences at once (default 1).")]
 PrefillChunk = Annotated[int | None, typer.Option(min=1, help="trt, trt-rtx: tokens of a prefill step (default 512).")]
 Logits = Annotated[str | None, typer.Option(help="trt, trt-rtx: of the last token (default) or all, for evaluation.")]
+Method = Annotated[
+    str | None,
+    typer.Option(help="What replaces attention: nbl (fitted map, default), drop (nothing), wo-wv (own token only)."),
+]
+Rank = Annotated[str | None, typer.Option(help="Rank of the maps: a number, or auto (default: full maps).")]
 Tap = Annotated[str | None, typer.Option(help="What a map is applied to: residual (default) or normed.")]
 Fit = Annotated[str | None, typer.Option(help="independent (closed form, default) or distilled (trained from there).")]
 DistillSteps = Annotated[int | None, typer.Option(min=1, help="Training steps of --fit distilled (default 200).")]
@@ -101,6 +119,12 @@ def root(
     engine: Engine = "ort",
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="The run directory.")] = None,
     layers: Layers = None,
+    max_perplexity_increase: MaxIncrease = None,
+    target_speedup: TargetSpeedup = None,
+    kv_budget: KvBudget = None,
+    select: Select = None,
+    method: Method = None,
+    rank: Rank = None,
     tap: Tap = None,
     fit: Fit = None,
     distill_steps: DistillSteps = None,
@@ -144,7 +168,9 @@ def root(
     from nbl_export.records import JobOptions
 
     chosen = _options(
-        layers=layers, tap=tap, fit=fit, distill_steps=distill_steps, distill_minutes=distill_minutes,
+        layers=layers, max_perplexity_increase=max_perplexity_increase, target_speedup=target_speedup,
+        kv_budget=kv_budget, select=select, method=method, rank=rank, tap=tap, fit=fit,
+        distill_steps=distill_steps, distill_minutes=distill_minutes,
         distill_dtype=distill_dtype, lora_rank=lora_rank,
         precision=precision, decoder_source=decoder_source, provider=provider, max_seq_len=max_seq_len,
         max_batch=max_batch, prefill_chunk=prefill_chunk, logits=logits, calibration=calibration,
@@ -183,14 +209,38 @@ def calibrate(
 
 
 @app.command()
-def plan(directory: Run, layers: Layers = None, as_json: Json = False) -> None:
-    """Score every layer, choose which to replace, fit their maps."""
+def plan(
+    directory: Run,
+    layers: Layers = None,
+    max_perplexity_increase: MaxIncrease = None,
+    target_speedup: TargetSpeedup = None,
+    kv_budget: KvBudget = None,
+    select: Select = None,
+    method: Method = None,
+    rank: Rank = None,
+    tap: Tap = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Quality and modelled speed of 0, 1, ... layers.")] = False,
+    max_layers: Annotated[int | None, typer.Option(min=1, help="Where a sweep ends (default half of them).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score every layer, choose which to replace, fit their maps; --sweep shows quality against speed."""
     from nbl_export.inspection import scores_table
-    from nbl_export.pipeline import run_stages
+    from nbl_export.pipeline import run_stages, run_sweep
+    from nbl_export.tradeoff import sweep_table
 
-    run = run_stages(directory, "plan", _ui(as_json), changes=_options(layers=layers))
-    facts = {k: run.manifest[k] for k in ("num_layers", "replaced_layers", "tap", "select", "scores")}
-    _show(facts, scores_table(run.manifest), as_json)
+    changes = _options(
+        layers=layers, max_perplexity_increase=max_perplexity_increase, target_speedup=target_speedup,
+        kv_budget=kv_budget, select=select, method=method, rank=rank, tap=tap,
+    )  # fmt: skip
+    if sweep:
+        found = run_sweep(directory, _ui(as_json), changes, max_layers).read_json("sweep.json")
+        return _show(found, sweep_table(found), as_json)
+    if max_layers is not None:
+        raise typer.BadParameter("goes with --sweep", param_hint="--max-layers")
+    run = run_stages(directory, "plan", _ui(as_json), changes=changes)
+    shown = ("num_layers", "replaced_layers", "tap", "select", "method", "ranks", "goal", "scores")
+    facts = {k: run.manifest[k] for k in shown}
+    return _show(facts, scores_table(run.manifest), as_json)
 
 
 @app.command()

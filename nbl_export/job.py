@@ -15,6 +15,7 @@ from typing import Any
 from nbl_export.artifacts import RunDirectory
 from nbl_export.engines import load_engine
 from nbl_export.errors import NblError
+from nbl_export.goals import check_size
 from nbl_export.plan import parse_layers
 from nbl_export.progress import Ui
 from nbl_export.records import DecoderSpec, JobOptions, Plan
@@ -42,6 +43,7 @@ class Job:
         self.options = options
         self.run = run
         self.ui = ui
+        self.sweep_to: int | None = None  # the most layers of a sweep, where one is asked for
 
     @property
     def engine(self) -> Any:
@@ -193,6 +195,7 @@ def check_options(options: JobOptions, spec: DecoderSpec) -> None:
         NblError: layers it does not have, or more tokens than it has positions for.
     """
     parse_layers(options.layers, spec.num_layers)
+    check_size(options, spec)
     engine = engine_of(options)
     if engine.CAPABILITIES.static:
         engine.check_model(spec, options.precision)

@@ -2,6 +2,7 @@
 
 X are rows of a layer's input, Y of its attention output, Y+ = X + Y. With centred second moments
     W = Cyx (Cxx + lambda I)^-1,   b = E[Y] - W E[X]                       (LMMSE estimator)
+    W_k = V V' W,  V the top k eigenvectors of W Cxy                       (reduced-rank regression)
     bound = d - || L+^-1 C+x Lx^-T ||_F^2,  Cxx = Lx Lx', C++ = L+ L+'     (CCA, without an SVD)
 Source: Erdogan, Tonin, Cevher, "Efficient Large Language Model Inference with Neural Block
 Linearization", NeurIPS 2025; the Cholesky form of the bound is ours.
@@ -17,10 +18,13 @@ import torch
 from nbl_export.errors import NblError
 from nbl_export.records import AffineMap, LayerScore
 
-__all__ = ["RIDGE", "Moments", "fit", "score"]
+__all__ = ["EXPLAINED", "RIDGE", "Moments", "fit", "score"]
 
 # Relative to mean(diag Cxx). Large enough for a rank-deficient Cxx in float64, too small to bias a fit.
 RIDGE = 1e-6
+
+# Share of the fitted output's variance that a rank chosen by itself keeps.
+EXPLAINED = 0.999
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,42 @@ class Moments:
         )
 
 
-def fit(moments: Moments, layer: int, ridge: float = RIDGE) -> AffineMap:
-    """The LMMSE affine map of a layer.
+def fit(moments: Moments, layer: int, ridge: float = RIDGE, rank: int | str | None = None) -> AffineMap:
+    """The LMMSE affine map of a layer, or the best one of a rank.
+
+    Args:
+        rank: None for the full map; "auto" for the smallest rank that keeps `EXPLAINED` of the output's variance
+            where two thin products are then cheaper than a square one, else the full map.
 
     Raises:
         NblError: the statistics hold NaN or infinity, or X does not vary.
     """
     mean_x, mean_y, cxx, cyx, _ = moments.centred()
     weight = _solve(cxx, cyx, layer, ridge)
-    return AffineMap(weight.float().numpy(), (mean_y - weight @ mean_x).float().numpy())
+    up = None if rank is None else _leading(weight @ cyx.T, rank)
+    if up is None:
+        return AffineMap(weight.float().numpy(), (mean_y - weight @ mean_x).float().numpy())
+    down = up.T @ weight
+    bias = (mean_y - up @ (down @ mean_x)).float().numpy()
+    if 2 * up.shape[1] >= up.shape[0]:
+        return AffineMap((up @ down).float().numpy(), bias)
+    return AffineMap.factored(up.float().numpy(), down.float().numpy(), bias)
+
+
+def _leading(explained: torch.Tensor, rank: int | str) -> torch.Tensor | None:
+    """Directions [D, k] in which the fitted output varies most; None for all of them.
+
+    explained: covariance of the fitted output, W Cxy = W (Cxx + lambda I) W'. Projecting W onto its top k
+    eigenvectors is the minimum of the (ridge) regression over all maps of rank k (Izenman 1975; Eckart-Young).
+    """
+    size = explained.shape[0]
+    values, vectors = torch.linalg.eigh((explained + explained.T) / 2)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    if rank == "auto":
+        kept = values.cumsum(0) >= EXPLAINED * values.sum()
+        count = int(kept.int().argmax()) + 1
+        return vectors[:, :count] if 2 * count < size else None
+    return vectors[:, : int(rank)] if int(rank) < size else None
 
 
 def score(moments: Moments, layer: int, ridge: float = RIDGE) -> LayerScore:

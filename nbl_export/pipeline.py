@@ -14,11 +14,12 @@ from nbl_export import __version__
 from nbl_export.artifacts import RunDirectory, file_sha256, key_of, refuse_foreign, versions, write_json
 from nbl_export.engines import load_engine
 from nbl_export.errors import NblError, ParityError, UsageError
+from nbl_export.goals import GOALS, changed_options, check_request, goal_inputs
 from nbl_export.job import Job, check_options, chunk_of, engine_of, located
 from nbl_export.progress import Ui
 from nbl_export.records import JobOptions
 
-__all__ = ["STAGES", "engine_defaults", "run_calibration", "run_job", "run_stages"]
+__all__ = ["STAGES", "engine_defaults", "run_calibration", "run_job", "run_stages", "run_sweep"]
 
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai",
              "mobius-onnx", "optimum", "safetensors", "numpy", "tensorrt", "tensorrt-rtx")  # fmt: skip
@@ -72,26 +73,52 @@ def _work(options: JobOptions, output: Path, ui: Ui, force: bool, until: str) ->
 
 
 def run_stages(
-    output: Path, until: str, ui: Ui, *, changes: dict[str, Any] | None = None, force: bool = False, needs: str = ""
+    output: Path,
+    until: str,
+    ui: Ui,
+    *,
+    changes: dict[str, Any] | None = None,
+    force: bool = False,
+    needs: str = "",
+    sweep_to: int | None = None,
 ) -> RunDirectory:
     """Bring an existing run directory up to a stage, with changed options if any.
 
     Args:
         force: go on although verification failed.
         needs: a stage that must not be left out.
+        sweep_to: the most layers of a sweep.
     """
     with RunDirectory.open_run(output, create=False) as run:
         recorded = JobOptions.from_json(run.manifest["options"])
-        options = dataclasses.replace(recorded, **{k: v for k, v in (changes or {}).items() if v is not None})
+        options = changed_options(recorded, changes or {})
         preflight(options)
         if changes and "engine" in changes:
             _require_engine(options)
         job = Job(located(options, run), run, ui)
         check_options(options, job.spec)
+        job.sweep_to = sweep_to
         if options != recorded:
             job.note_options(options)
         _advance(job, until, ignore_failure=force, needs=needs)
         return run
+
+
+def run_sweep(output: Path, ui: Ui, changes: dict[str, Any], max_layers: int | None) -> RunDirectory:
+    """Measure quality against speed for every number of layers; a report that is there already then shows it.
+
+    Raises:
+        NblError: as many layers as the model has, or more.
+    """
+    known = RunDirectory.peek(output)
+    layers = int(known.manifest.get("num_layers", 2))
+    if max_layers is not None and max_layers >= layers:
+        raise NblError(f"--max-layers {max_layers}: the model has {layers} attention layers and one stays")
+    reported = "report" in known.stages
+    run = run_stages(output, "sweep", ui, changes=changes, sweep_to=layers // 2 if max_layers is None else max_layers)
+    if reported and "verify" in run.stages and "report" not in run.stages:
+        run = run_stages(output, "report", ui)
+    return run
 
 
 def engine_defaults(engine: str, provider: str = "cpu") -> dict[str, Any]:
@@ -109,6 +136,7 @@ def preflight(options: JobOptions) -> None:
     """
     from nbl_export.decoders import PRECISIONS
 
+    check_request(options)
     engine = engine_of(options)
     capabilities = engine.CAPABILITIES
     for value, allowed, flag in (
@@ -198,7 +226,11 @@ def _key(job: Job, stage: Stage, keys: dict[str, str]) -> str:
     elif stage.name == "decoder":
         identity = [job.fingerprint]
     elif stage.name == "plan":
-        identity = [job.request]
+        identity = [job.request, goal_inputs(job.options)]
+    elif stage.name == "sweep":
+        from nbl_export.tradeoff import sweep_inputs
+
+        identity = sweep_inputs(job)
     elif stage.name == "build":
         identity = [job.engine.library_version()]
     chosen = {name: getattr(job.options, name) for name in stage.options}
@@ -243,25 +275,33 @@ def _calibrate(job: Job, out: Path) -> dict[str, Any]:
 
 
 def _plan(job: Job, out: Path) -> dict[str, Any]:
-    from nbl_export import calibrate, lmmse
-    from nbl_export.plan import choose, save_maps
+    from nbl_export.plan import save_maps
+    from nbl_export.planning import make_plan
 
-    moments = calibrate.load_moments(job.run.path / "moments.safetensors")
-    tapped = moments[job.options.tap]
-    scores = [lmmse.score(m, i) for i, m in enumerate(moments["residual"])]  # the bound is one on the residual output
-    if job.options.tap != "residual":
-        scores = [dataclasses.replace(lmmse.score(m, i), bound=scores[i].bound) for i, m in enumerate(tapped)]
-    plan = choose(scores, job.request, job.options.tap)
+    plan, maps, facts = make_plan(job)
     distilled = job.options.fit == "distilled" and plan.replaced
-    name = "start.safetensors" if distilled else "maps.safetensors"
-    save_maps({i: lmmse.fit(tapped[i], i) for i in plan.replaced}, out / name)
+    save_maps(maps, out / ("start.safetensors" if distilled else "maps.safetensors"))
     return {
         "fit": {"kind": "independent"},
+        "method": job.options.method,
         "replaced_layers": list(plan.replaced),
         "tap": plan.tap,
         "select": plan.select,
         "scores": [dataclasses.asdict(s) for s in plan.scores],
+        **facts,
     }
+
+
+def _sweep(job: Job, out: Path) -> dict[str, Any]:
+    from nbl_export import tradeoff
+
+    value, facts = tradeoff.measure(job)
+    write_json(out / "sweep.json", value)
+    return facts
+
+
+def _no_sweep(job: Job) -> str | None:
+    return "" if job.sweep_to is None else None
 
 
 def _distill(job: Job, out: Path) -> dict[str, Any]:
@@ -329,7 +369,7 @@ def _rewrite(job: Job, out: Path) -> dict[str, Any]:
 
 
 _DEPLOYED_FACTS = ("schema", "model", "decoder", "options", "calibration", "num_layers", "replaced_layers", "tap",
-                   "select", "fit", "scores")  # fmt: skip
+                   "select", "method", "ranks", "fit", "scores")  # fmt: skip
 
 
 def _verify(job: Job, out: Path) -> dict[str, Any]:
@@ -406,7 +446,8 @@ def _report(job: Job, out: Path) -> dict[str, Any]:
 
     verify = job.run.read_json("verify.json")
     bench = job.run.read_json("bench.json") if "bench" in job.run.stages else None
-    report.render({**job.run.manifest, "status": _verdict(job)}, verify, bench, out)
+    sweep = job.run.read_json("sweep.json") if "sweep" in job.run.stages else None
+    report.render({**job.run.manifest, "status": _verdict(job)}, verify, bench, out, sweep)
     return {"status": _verdict(job)}
 
 
@@ -419,7 +460,8 @@ VARIANTS = {"original": "original", "nbl": "model"}  # what is compared -> its d
 
 STAGES = (
     Stage("calibrate", "calibrate", (), ("calibration_tokens", "context", "tap"), _calibrate),
-    Stage("plan", "plan", ("calibrate",), ("tap", "fit"), _plan),
+    Stage("plan", "plan", ("calibrate",), (*GOALS, "select", "method", "rank", "tap", "fit"), _plan),
+    Stage("sweep", "sweep", ("calibrate",), ("select", "rank", "tap"), _sweep, _no_sweep),
     Stage(
         "distill",
         "distill",
@@ -442,5 +484,5 @@ STAGES = (
         _bench,
         _no_bench,
     ),
-    Stage("report", "report", ("plan", "verify", "build", "bench"), (), _report),
+    Stage("report", "report", ("plan", "sweep", "verify", "build", "bench"), (), _report),
 )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.records import AffineMap, LayerScore, Plan
 
-__all__ = ["choose", "load_maps", "parse_layers", "save_maps"]
+__all__ = ["choose", "load_maps", "parse_layers", "ranked", "save_maps"]
 
 
 def parse_layers(text: str | None, num_layers: int) -> int | tuple[int, ...]:
@@ -61,21 +62,37 @@ def _all_refused(what: str, num_layers: int) -> str:
     )
 
 
-def choose(scores: Sequence[LayerScore], request: int | tuple[int, ...], tap: str = "residual") -> Plan:
-    """The plan for a count (smallest CCA bound first, lower layer on a tie) or for named layers."""
+def ranked(scores: Sequence[LayerScore], select: str) -> tuple[int, ...]:
+    """All layers, cheapest first by a score of their own: "cca" or "error"; the lower layer on a tie."""
+    key = {"cca": "bound", "error": "relative_error"}[select]
+    return tuple(s.layer for s in sorted(scores, key=lambda s: (getattr(s, key), s.layer)))
+
+
+def choose(
+    scores: Sequence[LayerScore], request: int | tuple[int, ...], tap: str = "residual", select: str = "cca",
+    order: Sequence[int] | None = None,
+) -> Plan:  # fmt: skip
+    """The plan for a count (the first of `order`, which is `ranked` if none is given) or for named layers."""
     if isinstance(request, int):
-        ranked = sorted(scores, key=lambda s: (s.bound, s.layer))
-        replaced, select = tuple(sorted(s.layer for s in ranked[:request])), "cca"
+        order = ranked(scores, select) if order is None else order
+        replaced = tuple(sorted(order[:request]))
     else:
         replaced, select = request, "given"
     return Plan(len(scores), replaced, tap, select, tuple(scores))
 
 
 def save_maps(maps: dict[int, AffineMap], path: Path) -> None:
-    """Write `layers.{i}.weight` [D, D] (y = x W' + b) and `layers.{i}.bias` [D], float32."""
+    """Write float32: `layers.{i}.bias` [D], and `layers.{i}.weight` [D, D] (y = x W' + b) or its factors.
+
+    The factors of a map of low rank are `layers.{i}.up` [D, k] and `layers.{i}.down` [k, D], W = up down.
+    """
     from safetensors.numpy import save_file
 
-    tensors = {f"layers.{i}.{n}": np.ascontiguousarray(v) for i, m in maps.items() for n, v in vars(m).items()}
+    tensors = {
+        f"layers.{i}.{name}": np.ascontiguousarray(array)
+        for i, affine in maps.items()
+        for name, array in {**affine.matrices, "bias": affine.bias}.items()
+    }
     save_file(tensors, path, metadata={"format": "nbl-maps-1"})
 
 
@@ -89,12 +106,16 @@ def load_maps(path: Path, layers: Sequence[int]) -> dict[int, AffineMap]:
 
     try:
         with safe_open(str(path), framework="np") as file:
-            maps = {
-                i: AffineMap(file.get_tensor(f"layers.{i}.weight"), file.get_tensor(f"layers.{i}.bias")) for i in layers
-            }
+            maps = {i: _load_map(file, i) for i in layers}
     except (SafetensorError, OSError, ValueError) as error:
         raise CorruptError(f"{path} is not a maps file for layers {list(layers)} ({error}); run plan again") from error
     for i, found in maps.items():
         if not (np.isfinite(found.weight).all() and np.isfinite(found.bias).all()):
             raise CorruptError(f"{path}: the map of layer {i} holds NaN or infinity; run plan again")
     return maps
+
+
+def _load_map(file: Any, layer: int) -> AffineMap:
+    if f"layers.{layer}.down" not in file.keys():  # noqa: SIM118  not a dict
+        return AffineMap(file.get_tensor(f"layers.{layer}.weight"), file.get_tensor(f"layers.{layer}.bias"))
+    return AffineMap.factored(*(file.get_tensor(f"layers.{layer}.{name}") for name in ("up", "down", "bias")))

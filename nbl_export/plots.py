@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-__all__ = ["depths", "layers", "throughput"]
+__all__ = ["depths", "layers", "throughput", "tradeoff"]
 
 _NBL, _ORIGINAL, _INK, _TEXT, _GRID = "#1b6ec2", "#c9a66b", "#17212b", "#53606c", "#dce1e6"
 _VARIABLES = {_NBL: "--nbl", _ORIGINAL: "--original", _INK: "--ink", _TEXT: "--ink-2", _GRID: "--line"}
@@ -38,7 +38,7 @@ _STYLE: dict[Any, Any] = {
     "grid.color": _GRID,
     "grid.linewidth": 0.8,
 }
-_NAMES = {"original": "original", "nbl": "NBL"}
+_NAMES = {"original": "original", "nbl": "NBL", "drop": "attention dropped", "distilled": "NBL, distilled"}
 _WIDTH = 5.4  # inches of 72 points
 
 
@@ -136,6 +136,38 @@ def layers(name: str, values: Sequence[tuple[int, float]], replaced: Sequence[in
         axis.set_ylabel(label)
         _quiet(axis, "y")
         return _svg(figure, axis, name)
+
+
+def tradeoff(points: Sequence[dict[str, Any]], recommended: dict[str, Any] | None) -> str:
+    """Draw the perplexity over the original's (logarithmic) against the modelled prefill speed-up, as SVG.
+
+    Args:
+        points: those of sweep.json; one that is not finite is left out.
+        recommended: method and layers of the point to ring, if any.
+    """
+    looks = {"nbl": (_NBL, "-", "o"), "drop": (_ORIGINAL, "--", "s"), "distilled": (_INK, ":", "D")}
+    with style.context(["default", _STYLE]):
+        figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
+        axis = figure.subplots()
+        for method, (colour, line, marker) in looks.items():
+            chosen = [p for p in points if p["method"] == method and p["worst_increase"] is not None]
+            xs, ys = [p["prefill"] for p in chosen], [1 + p["worst_increase"] for p in chosen]
+            name = _NAMES[method]
+            if chosen:
+                axis.plot(xs, ys, linestyle=line, marker=marker, color=colour, markersize=5, label=name)
+            for p, x, y in zip(chosen, xs, ys, strict=True):
+                if recommended and (p["method"], p["layers"]) == (recommended["method"], recommended["layers"]):
+                    axis.plot([x], [y], "o", markersize=14, markerfacecolor="none", color=_INK, markeredgewidth=1.6)
+                    text = f"{p['layers']} layer{'' if p['layers'] == 1 else 's'}"
+                    axis.annotate(text, (x, y), xytext=(0, -20), textcoords="offset points", ha="center", color=_TEXT)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(lambda value, _: _short(value))
+        axis.yaxis.set_minor_formatter(lambda value, _: _short(value) if axis.get_ylim()[1] < 10 else "")
+        axis.margins(0.06, 0.16)
+        axis.set_xlabel("prefill over original, modelled")
+        axis.set_ylabel("perplexity over original")
+        _quiet(axis, "y")
+        return _svg(figure, axis, "tradeoff")
 
 
 def _short(value: float) -> str:

@@ -16,6 +16,8 @@ import numpy as np
 
 __all__ = [
     "FITS",
+    "METHODS",
+    "SELECTS",
     "TAPS",
     "AffineMap",
     "DecoderSpec",
@@ -76,14 +78,38 @@ class LayerScore:
 
 @dataclass(frozen=True)
 class AffineMap:
-    """attention(norm(x)) ~ t W' + b for rows t of the tap (see `TAPS`); weight [D, D] and bias [D], float32."""
+    """attention(norm(x)) ~ t W' + b for rows t of the tap (see `TAPS`); weight [D, D] and bias [D], float32.
+
+    A map of rank k < D / 2 also has the factors of its weight, up [D, k] and down [k, D], W = up down: two thin
+    products are then cheaper than one square one, and are what a graph gets.
+    """
 
     weight: np.ndarray
     bias: np.ndarray
+    up: np.ndarray | None = None
+    down: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         _require(self.weight.ndim == 2 and self.bias.ndim == 1, "weight is a matrix, bias a vector")
         _require(self.weight.shape[0] == self.bias.shape[0], "weight and bias disagree on the output size")
+        _require((self.up is None) == (self.down is None), "a map has both factors or none")
+        if self.up is not None and self.down is not None:
+            same = (
+                self.up.shape[1] == self.down.shape[0] and (self.up.shape[0], self.down.shape[1]) == self.weight.shape
+            )
+            _require(same, "the factors are not of this weight")
+
+    @classmethod
+    def factored(cls, up: np.ndarray, down: np.ndarray, bias: np.ndarray) -> AffineMap:
+        """The map whose weight is up down."""
+        return cls(up @ down, bias, up, down)
+
+    @property
+    def matrices(self) -> dict[str, np.ndarray]:
+        """What is stored and multiplied with, in order, by name: the weight, or down and then up."""
+        if self.up is None or self.down is None:
+            return {"weight": self.weight}
+        return {"down": self.down, "up": self.up}
 
 
 # What a map is applied to: the residual stream before the layer's norm (the paper's reference code), or the
@@ -93,6 +119,10 @@ TAPS = ("residual", "normed")
 DTYPES = ("auto", "fp32", "bf16")
 # How a plan's maps come about: each layer by itself in closed form, or trained together from there.
 FITS = ("independent", "distilled")
+# How layers are ranked: smallest CCA bound, smallest relative error, or what the model's output loses (`greedy`).
+SELECTS = ("cca", "error", "greedy")
+# What stands in for attention: the fitted map, nothing, or attention that sees only its own token (`methods`).
+METHODS = ("nbl", "drop", "wo-wv")
 
 
 @dataclass(frozen=True)
@@ -238,6 +268,12 @@ class JobOptions:
     model: str
     engine: str = "ort"
     layers: str | None = None
+    max_perplexity_increase: str | None = None
+    target_speedup: str | None = None
+    kv_budget: str | None = None
+    select: str = "cca"
+    method: str = "nbl"
+    rank: str | None = None
     tap: str = "residual"
     fit: str = "independent"
     distill_steps: int | None = None
@@ -268,6 +304,8 @@ class JobOptions:
         for name in ("max_seq_len", "max_batch", "prefill_chunk"):
             _require((getattr(self, name) or 1) >= 1, f"{name} must be at least 1")
         _require(self.tap in TAPS, f"--tap is {' or '.join(TAPS)}, not {self.tap!r}")
+        _require(self.select in SELECTS, f"--select is {', '.join(SELECTS)}, not {self.select!r}")
+        _require(self.method in METHODS, f"--method is {', '.join(METHODS)}, not {self.method!r}")
         _require(self.fit in FITS, f"--fit is {' or '.join(FITS)}, not {self.fit!r}")
         _require((self.distill_steps or 1) >= 1, "distillation takes at least one step")
         _require((self.distill_minutes or 1) > 0, "--distill-minutes is more than 0")

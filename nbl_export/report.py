@@ -26,11 +26,15 @@ from nbl_export.records import Scenario, Timing
 __all__ = ["render", "summarize"]
 
 _FEWEST_PAIRS = 3  # below this a range of pairs says nothing
-_COPIED = ("model", "options", "command", "versions", "calibration", "num_layers", "replaced_layers", "tap", "select")
+_COPIED = ("model", "options", "command", "versions", "calibration", "num_layers", "replaced_layers", "tap", "select",
+           "method")  # fmt: skip
 _PER_VARIANT = ("peak_memory_bytes", "kv_cache_bytes", "kv_cache_bytes_per_token", "model_bytes", "load_seconds")
 
 
-def render(manifest: dict[str, Any], verify: dict[str, Any], bench: dict[str, Any] | None, out: Path) -> dict[str, Any]:
+def render(
+    manifest: dict[str, Any], verify: dict[str, Any], bench: dict[str, Any] | None, out: Path,
+    sweep: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Write report.html, report.md and report.json into `out`; the same input gives the same bytes.
 
     Args:
@@ -38,6 +42,7 @@ def render(manifest: dict[str, Any], verify: dict[str, Any], bench: dict[str, An
         verify: verify.json.
         bench: bench.json, or None where speed was not measured.
         out: an existing directory.
+        sweep: sweep.json, or None where none was made.
 
     Returns:
         The value of report.json.
@@ -45,7 +50,7 @@ def render(manifest: dict[str, Any], verify: dict[str, Any], bench: dict[str, An
     Raises:
         CorruptError: the two variants of a test have different numbers of rounds.
     """
-    report = summarize(manifest, verify, bench)
+    report = {**summarize(manifest, verify, bench), "sweep": sweep}
     page = _html(report)
     (out / "report.html").write_text(page, encoding="utf-8")
     (out / "report.md").write_text(_markdown(page), encoding="utf-8")
@@ -179,6 +184,8 @@ def _figures(report: dict[str, Any]) -> dict[str, Markup]:
         drawn["throughput"] = plots.throughput(report["rows"], report["ratios"])
     if len({r["depth"] for r in report["ratios"]}) > 1:
         drawn["depths"] = plots.depths(report["ratios"])
+    if report["sweep"]:
+        drawn["tradeoff"] = plots.tradeoff(report["sweep"]["points"], report["sweep"]["recommended"])
     for key, label in (("bound", "CCA bound"), ("relative_error", "relative error")):
         values = [(s["layer"], s[key]) for s in report["scores"] if s[key] is not None]
         if values:

@@ -10,7 +10,7 @@ from typing import Any
 from nbl_export.job import Job
 from nbl_export.records import ITEMSIZE, AffineMap, RungResult
 
-__all__ = ["run"]
+__all__ = ["price_texts", "run"]
 
 _PREFILL_TOKENS = (64, 37)
 _PROMPT_TOKENS = 24
@@ -57,7 +57,7 @@ def run(job: Job) -> dict[str, Any]:
             results.append(_greedy(job, subject, directory, probe, reference, precision))
         results += verify_file.check_untouched(directories["nbl"], directories["original"])
         with job.ui.task("price on held-back text") as progress:
-            prices = verify.price(decoders["original"], decoders["nbl"], _price_texts(job), progress)
+            prices = verify.price(decoders["original"], decoders["nbl"], price_texts(job), progress)
     size = capabilities.cache_itemsize(job.options.precision)
     layers = {"original": plan.num_layers, "nbl": len(plan.kept)}
     per_token = {subject: job.spec.cache_bytes_per_token(kept, size) for subject, kept in layers.items()}
@@ -131,7 +131,7 @@ def _greedy(job: Job, subject: str, directory: Path, probe: Any, reference: Any,
     return verify.check_greedy(subject, said, reference.greedy, reference.margins, precision)
 
 
-def _price_texts(job: Job) -> list[tuple[str, Any]]:
+def price_texts(job: Job) -> list[tuple[str, Any]]:
     """Held-back windows of the calibration text, and a text that nobody calibrates on."""
     from nbl_export import checkpoint, corpus
 

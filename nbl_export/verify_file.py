@@ -19,8 +19,9 @@ from nbl_export.records import AffineMap, DecoderSpec, GraphContract, RungResult
 
 __all__ = ["check_file", "check_maps", "check_untouched"]
 
-_PRODUCTS = ("MatMul", "MatMulNBits")
 _OURS = re.compile(r"nbl\.layers\.(\d+)\.")
+_OUR_PRODUCT = re.compile(r"/nbl/layers\.\d+/MatMul")
+_PRODUCTS = {"weight": "MatMul", "down": "MatMulDown", "up": "MatMulUp"}  # as `rewrite.bypass` names them
 # ONNX Runtime's symmetric quantiser spans [-8, 8) steps of a block's largest value: its mirror image is one step off.
 _STEPS = 1.01
 
@@ -81,29 +82,39 @@ def check_maps(subject: str, directory: Path, maps: Mapping[int, AffineMap]) -> 
     tensors = {t.name: t for t in proto.graph.initializer if _OURS.match(t.name)}
     if not maps:
         return [_verdict("a", subject, "maps in the graph", not tensors, "none planned")]
-    worst = ""
-    for layer, affine in sorted(maps.items()):
-        name = f"/nbl/layers.{layer}/MatMul"
-        nodes = [n for n in proto.graph.node if n.op_type in _PRODUCTS and n.name.startswith(name)]
-        bias = tensors.get(f"nbl.layers.{layer}.bias")
-        if len(nodes) != 1 or bias is None:
-            worst = f"layer {layer} has no map"
-            break
-        found_bias = _array(bias, directory)
-        blocks = [n for n in proto.graph.node if n.name == f"{name}/DequantizeLinear"]
-        if blocks:
-            weight, allowed = _blocks_of(blocks[0], tensors, directory)
-        else:
-            weight, allowed = _weight_of(nodes[0], tensors, directory)
-        same_bias = np.array_equal(found_bias, affine.bias.astype(found_bias.dtype))
-        if not same_bias or weight.shape != affine.weight.shape or (np.abs(weight - affine.weight) > allowed).any():
-            worst = f"layer {layer}'s {'weight' if same_bias else 'bias'} is not the fitted one"
-            break
+    found = [n for n in proto.graph.node if n.op_type in ("MatMul", "MatMulNBits") and _OUR_PRODUCT.match(n.name)]
+    nodes = {n.name.partition("_Q")[0]: n for n in found}
+    wide = {n.name: n for n in proto.graph.node if n.op_type == "DequantizeLinear"}
+    wanted = {f"/nbl/layers.{i}/{_PRODUCTS[name]}" for i, m in maps.items() for name in m.matrices}
+    problems = [_map_problem(directory, {**nodes, **wide}, tensors, *item) for item in sorted(maps.items())]
+    surplus = sorted(nodes.keys() - wanted)
+    worst = next(filter(None, problems), f"{surplus[0]} is not of the plan" if surplus else "")
     return [_verdict("a", subject, "maps in the graph", not worst, worst or f"{len(maps)} maps as fitted")]
 
 
+def _map_problem(
+    directory: Path, nodes: Mapping[str, Any], tensors: Mapping[str, Any], layer: int, affine: AffineMap
+) -> str:
+    """How the map of a layer in the graph differs from the fitted one, "" where it does not."""
+    bias = tensors.get(f"nbl.layers.{layer}.bias")
+    places = {name: f"/nbl/layers.{layer}/{_PRODUCTS[name]}" for name in affine.matrices}
+    if bias is None or any(place not in nodes for place in places.values()):
+        return f"layer {layer} has no map"
+    found_bias = _array(bias, directory)
+    if not np.array_equal(found_bias, affine.bias.astype(found_bias.dtype)):
+        return f"layer {layer}'s bias is not the fitted one"
+    for name, matrix in affine.matrices.items():
+        blocks = nodes.get(f"{places[name]}/DequantizeLinear")
+        found, allowed = (
+            _blocks_of(blocks, tensors, directory) if blocks else _weight_of(nodes[places[name]], tensors, directory)
+        )
+        if found.shape != matrix.shape or (np.abs(found - matrix) > allowed).any():
+            return f"layer {layer}'s {name} is not the fitted one"
+    return ""
+
+
 def _weight_of(node: Any, tensors: Mapping[str, Any], directory: Path) -> tuple[np.ndarray, np.ndarray]:
-    """A map's weight [D, D] as y = x W' + b has it, and how far each element may be off."""
+    """A matrix of a map as y = x W' + b has it, and how far each element may be off."""
     arrays = [_array(tensors[name], directory) for name in node.input[1:] if name]
     if node.op_type == "MatMul":
         weight = arrays[0].astype(np.float32).T

@@ -3,6 +3,7 @@
     before   x -- norm -- qkv -- GroupQueryAttention -- o_proj -+      after   x -- MatMul(W') -- Add(b) -+
              x -------------------------------------------- join                x -------------------- join
 
+A map of low rank is two products, MatMul(down') -- MatMul(up') -- Add(b).
 Nothing is cut out: exporters share rotary tables, masks and shape values across layers, so the old block is
 merely left without a reader (see `caches` and `sweep`). Refuses a join that `anatomy` cannot find.
 """
@@ -18,12 +19,9 @@ from nbl_export.errors import RefusalError
 from nbl_export.records import AffineMap
 from nbl_export.rewrite.anatomy import AttentionBlock, find_block
 
-__all__ = ["BypassAttention", "map_names"]
+__all__ = ["BypassAttention"]
 
-
-def map_names(layer: int) -> tuple[str, str]:
-    """Initializer names of a layer's map: the weight [D, D] as MatMul takes it (transposed), the bias [D]."""
-    return f"nbl.layers.{layer}.weight", f"nbl.layers.{layer}.bias"
+_PRODUCTS = {"weight": "MatMul", "down": "MatMulDown", "up": "MatMulUp"}  # matrix of a map -> its node
 
 
 class BypassAttention(ir.passes.InPlacePass):
@@ -39,17 +37,27 @@ class BypassAttention(ir.passes.InPlacePass):
         for block in blocks:
             affine = self.maps[block.layer]
             dtype = block.residual.dtype or _float_type(model.graph)
-            weight_name, bias_name = map_names(block.layer)
-            weight = _initializer(model.graph, weight_name, np.ascontiguousarray(affine.weight.T), dtype)
-            bias = _initializer(model.graph, bias_name, affine.bias, dtype)
-            prefix = f"/nbl/layers.{block.layer}"
-            product = ir.node("MatMul", [_tapped(block, self.tap), weight], name=f"{prefix}/MatMul")
-            total = ir.node("Add", [product.outputs[0], bias], name=f"{prefix}/Add")
-            _name_outputs(block.residual, dtype, product, total)
-            model.graph.insert_before(block.join, [product, total])
+            nodes = _map_nodes(model.graph, block, affine, _tapped(block, self.tap), dtype)
+            model.graph.insert_before(block.join, nodes)
             _check_same_size(block.layer, block.join.inputs[block.branch_index], affine)
-            block.join.replace_input_with(block.branch_index, total.outputs[0])
+            block.join.replace_input_with(block.branch_index, nodes[-1].outputs[0])
         return ir.passes.PassResult(model, modified=bool(blocks))
+
+
+def _map_nodes(
+    graph: ir.Graph, block: AttentionBlock, affine: AffineMap, tapped: ir.Value, dtype: ir.DataType
+) -> list[ir.Node]:
+    """The products of a map and the addition of its bias; matrices are stored transposed, as MatMul takes them."""
+    prefix, names = f"/nbl/layers.{block.layer}", f"nbl.layers.{block.layer}"
+    nodes, value = [], tapped
+    for name, matrix in affine.matrices.items():
+        weight = _initializer(graph, f"{names}.{name}", np.ascontiguousarray(matrix.T), dtype)
+        nodes.append(ir.node("MatMul", [value, weight], name=f"{prefix}/{_PRODUCTS[name]}"))
+        value = _describe_output(nodes[-1], block.residual, matrix.shape[0], dtype)
+    bias = _initializer(graph, f"{names}.bias", affine.bias, dtype)
+    nodes.append(ir.node("Add", [value, bias], name=f"{prefix}/Add"))
+    _describe_output(nodes[-1], block.residual, affine.bias.shape[0], dtype)
+    return nodes
 
 
 def _tapped(block: AttentionBlock, tap: str) -> ir.Value:
@@ -69,11 +77,12 @@ def _initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataTy
     return value
 
 
-def _name_outputs(residual: ir.Value, dtype: ir.DataType, *nodes: ir.Node) -> None:
-    for node in nodes:
-        node.outputs[0].name = f"{node.name}/output_0"
-        node.outputs[0].shape = residual.shape
-        node.outputs[0].type = ir.TensorType(dtype)
+def _describe_output(node: ir.Node, residual: ir.Value, width: int, dtype: ir.DataType) -> ir.Value:
+    """Name and type a node's output; its shape is that of the residual, with its own width."""
+    output = node.outputs[0]
+    output.name, output.type = f"{node.name}/output_0", ir.TensorType(dtype)
+    output.shape = None if residual.shape is None else ir.Shape([*residual.shape[:-1], width])
+    return output
 
 
 def _float_type(graph: ir.Graph) -> ir.DataType:

@@ -1,0 +1,101 @@
+"""The order in which attention layers are given up, each time the one whose loss the model's output feels least.
+
+    order   []  ->  [25]  ->  [25, 28]  ->  ...     KL(original || mix) on held-back text after each
+
+The order does not depend on how many layers are wanted: what is wanted fewer of is the front of what is wanted more
+of. After the first round, which tries every layer, a round tries only the WIDTH layers that added least when they
+were last tried. What a layer adds grows as others go, so a layer that is not tried is one that was dearer already.
+
+Cost, in passes of the decoder over the text (a trial runs the layers from its own upward, half of them on average,
+and the head): layers / 2 for the first round and WIDTH / 2 + 1 for every further one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nbl_export.errors import NblError
+from nbl_export.switched import Loss, SwitchedModel
+
+__all__ = ["WIDTH", "GreedyOrder", "extend"]
+
+WIDTH = 12
+_NEVER = 1e9  # nats: of a layer whose map gives logits that are not finite
+
+
+@dataclass(frozen=True)
+class GreedyOrder:
+    """Layers in the order they go, the KL after each, and what each layer not gone added when last tried (nats)."""
+
+    layers: tuple[int, ...] = ()
+    kl: tuple[float, ...] = ()
+    added: tuple[tuple[int, float], ...] = ()
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> GreedyOrder:
+        added = tuple((int(i), float(v)) for i, v in values["added"])
+        return cls(tuple(values["layers"]), tuple(values["kl"]), added)
+
+
+def extend(
+    order: GreedyOrder,
+    length: int,
+    switched: SwitchedModel,
+    num_layers: int,
+    held_WT: torch.Tensor,
+    progress: Callable[[int, int], None],
+) -> GreedyOrder:
+    """Bring an order to `length` layers; one that is as long already comes back as it is.
+
+    Args:
+        held_WT: token ids [windows, context] that no map was fitted on.
+
+    Raises:
+        NblError: a layer's map makes the logits not finite.
+    """
+    done, total = 0, _trials(len(order.layers), length, num_layers) * len(held_WT)
+    while len(order.layers) < length:
+        tried = _candidates(order, num_layers)
+        losses = dict.fromkeys(tried, Loss())
+        for ids_T in held_WT:
+            for layer, loss in _try(switched, ids_T, order.layers, tried).items():
+                losses[layer] += loss
+            done += len(tried)
+            progress(done, total)
+        order = _step(order, {layer: loss.kl for layer, loss in losses.items()})
+    return order
+
+
+def _trials(start: int, length: int, num_layers: int) -> int:
+    return sum(num_layers if k == 0 else min(WIDTH, num_layers - k) for k in range(start, length))
+
+
+def _candidates(order: GreedyOrder, num_layers: int) -> tuple[int, ...]:
+    if not order.layers:
+        return tuple(range(num_layers))
+    return tuple(sorted(layer for layer, _ in sorted(order.added, key=lambda a: (a[1], a[0]))[:WIDTH]))
+
+
+def _try(switched: SwitchedModel, ids_T: torch.Tensor, gone: Sequence[int], tried: Sequence[int]) -> dict[int, Loss]:
+    """The loss on one window of what is gone and one layer more, for each layer tried."""
+    original, entering = switched.run((), ids_T=ids_T, watch=() if gone else tried)
+    if gone:
+        _, entering = switched.run(gone, ids_T=ids_T, watch=tried)
+    last = {i: switched.run((*gone, i), entering_TD=entering[i], first=i)[0] for i in tried}
+    return switched.losses(ids_T, original, last)
+
+
+def _step(order: GreedyOrder, kl: dict[int, float]) -> GreedyOrder:
+    before = order.kl[-1] if order.kl else 0.0
+    finite = {layer: value for layer, value in kl.items() if math.isfinite(value)}
+    if not finite:
+        raise NblError(f"the map of layer {min(kl)} gives logits that are not finite; give more --calibration-tokens")
+    best = min(finite, key=lambda layer: (finite[layer], layer))
+    added = {**dict(order.added), **{layer: finite.get(layer, _NEVER) - before for layer in kl}}
+    del added[best]
+    return GreedyOrder((*order.layers, best), (*order.kl, finite[best]), tuple(sorted(added.items())))

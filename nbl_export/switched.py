@@ -1,0 +1,155 @@
+"""The original and every mix of attention and maps in one torch model, and what a mix loses against the original.
+
+    layers        0 .. a-1        a .. n-1                    a: the lowest layer in which two mixes differ
+    mixes    same hidden states | run from `entering` at a    so what is below a is computed once for all of them
+
+One copy of the weights serves all mixes: a layer of a mix computes its map instead of its attention for the time of
+a run. The model comes back as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbl_export.linearize import AffineAttention
+from nbl_export.records import AffineMap
+
+__all__ = ["Loss", "SwitchedModel"]
+
+_LOGIT_ROWS = 256  # positions whose logits are held at once
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Sums over positions, in nats: KL(original || mix), and the cross entropy of both; they add."""
+
+    positions: int = 0
+    kl_sum: float = 0.0
+    original_sum: float = 0.0
+    mix_sum: float = 0.0
+
+    def __add__(self, other: Loss) -> Loss:
+        return Loss(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    @property
+    def kl(self) -> float:
+        return self.kl_sum / self.positions
+
+    @property
+    def perplexities(self) -> tuple[float, float]:
+        """Of the original and of the mix."""
+        return _exp(self.original_sum / self.positions), _exp(self.mix_sum / self.positions)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+class SwitchedModel:
+    """A causal LM of transformers whose layers are switched between attention and map.
+
+    Args:
+        maps: of every layer that a mix may replace.
+        tap: what the maps act on (`records.TAPS`).
+    """
+
+    def __init__(self, model: Any, maps: Mapping[int, AffineMap], tap: str) -> None:
+        self._head = model.lm_head
+        self._decoder = model.get_decoder()
+        self._layers = self._decoder.layers
+        self._tap = tap
+        self._affine = {i: AffineAttention(m).eval() for i, m in maps.items()}
+
+    @contextlib.contextmanager
+    def _switched(self, mix: Collection[int], first: int) -> Iterator[None]:
+        """Within: the layers of the mix compute their maps, and layers below `first` are left out."""
+        kept = {i: (self._layers[i].self_attn, self._layers[i].input_layernorm) for i in mix}
+        try:
+            for i in kept:
+                self._layers[i].self_attn = self._affine[i]
+                if self._tap == "residual":
+                    self._layers[i].input_layernorm = nn.Identity()
+            self._decoder.layers = self._layers[first:]
+            yield
+        finally:
+            self._decoder.layers = self._layers
+            for i, (attention, norm) in kept.items():
+                self._layers[i].self_attn, self._layers[i].input_layernorm = attention, norm
+
+    @torch.no_grad()
+    def run(
+        self, mix: Collection[int], *, ids_T: torch.Tensor | None = None, entering_TD: torch.Tensor | None = None,
+        first: int = 0, watch: Collection[int] = (),
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:  # fmt: skip
+        """Run a mix on one window, from its tokens or from the hidden states that enter layer `first`.
+
+        Returns:
+            the last hidden states [T, D] (behind the final norm), and those that enter the watched layers.
+        """
+        seen: dict[int, torch.Tensor] = {}
+
+        def note(layer: int) -> Any:
+            return lambda _module, args: seen.__setitem__(layer, args[0][0])
+
+        handles = [self._layers[i].register_forward_pre_hook(note(i)) for i in watch]
+        given = {"input_ids": ids_T[None]} if ids_T is not None else {"inputs_embeds": entering_TD[None]}  # type: ignore[index]
+        try:
+            with self._switched(mix, first):
+                last = self._decoder(**given, use_cache=False).last_hidden_state[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+        return last, seen
+
+    @torch.no_grad()
+    def losses(
+        self, ids_T: torch.Tensor, original_TD: torch.Tensor, mixes: Mapping[Any, torch.Tensor]
+    ) -> dict[Any, Loss]:
+        """What each mix loses on one window, from last hidden states; the original's logits are made once for all."""
+        found = dict.fromkeys(mixes, Loss())
+        places = range(0, len(ids_T) - 1, _LOGIT_ROWS)
+        for rows in (slice(a, min(a + _LOGIT_ROWS, len(ids_T) - 1)) for a in places):
+            target_N1 = ids_T[rows.start + 1 : rows.stop + 1, None]
+            base_NV = self._logits(original_TD[rows])
+            norm_N, share_NV = base_NV.logsumexp(1), base_NV.softmax(1)
+            base = (norm_N - base_NV.gather(1, target_N1)[:, 0]).sum().item()
+            for name, last_TD in mixes.items():
+                ours_NV = self._logits(last_TD[rows])
+                ours_N = ours_NV.logsumexp(1)
+                loss = (ours_N - ours_NV.gather(1, target_N1)[:, 0]).sum().item()
+                # sum p (log p - log q) with log p - log q = (base - ours) + (log sum exp ours - log sum exp base)
+                apart_N = torch.linalg.vecdot(share_NV, torch.sub(base_NV, ours_NV, out=ours_NV)) + ours_N - norm_N
+                found[name] += Loss(len(target_N1), apart_N.sum().item(), base, loss)
+        return found
+
+    def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self._head(hidden_ND).float()
+        return out
+
+    def price(self, windows_WT: Any, mix: Collection[int]) -> Loss:
+        """What a mix loses on some text: token ids [windows, context], a tensor or an array."""
+        return self.prices(windows_WT, {"mix": mix})["mix"]
+
+    def prices(
+        self, windows_WT: Any, mixes: Mapping[Any, Collection[int]], progress: Callable[[int, int], None] | None = None
+    ) -> dict[Any, Loss]:
+        """What each of several mixes loses on some text; the original is run once for all of them."""
+        total = dict.fromkeys(mixes, Loss())
+        lowest = {name: min(mix) for name, mix in mixes.items() if mix}
+        for done, ids_T in enumerate(torch.as_tensor(windows_WT), 1):
+            original, seen = self.run((), ids_T=ids_T, watch=set(lowest.values()))
+            last = dict.fromkeys(mixes, original)
+            for name, first in lowest.items():
+                last[name] = self.run(mixes[name], entering_TD=seen[first], first=first)[0]
+            for name, loss in self.losses(ids_T, original, last).items():
+                total[name] += loss
+            if progress is not None:
+                progress(done, len(windows_WT))
+        return total

@@ -1,0 +1,155 @@
+"""Quality against speed for every number of layers: the `sweep` stage, its table and the point it recommends.
+
+    order of layers (`--select`) ─► first 0, 1, ... m of it ─► KL, perplexity on each text    (torch)
+                                                            └► speed-up                       (`cost`)
+
+for fitted maps, for attention left out in the same order, and for the distilled maps of the run where it has some.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from nbl_export.job import Job
+
+__all__ = ["RECOMMENDED_INCREASE", "measure", "recommend", "sweep_inputs", "sweep_table"]
+
+RECOMMENDED_INCREASE = 0.10  # of perplexity, on the text that suffers most
+_NAMES = {"nbl": "NBL", "drop": "dropped", "distilled": "distilled"}
+
+
+def sweep_inputs(job: Job) -> list[Any]:
+    """What a sweep depends on beside its own options and the moments."""
+    options = job.options
+    distilled = job.run.stages.get("distill", {}).get("key")
+    return [
+        job.sweep_to,
+        distilled,
+        options.engine,
+        options.provider,
+        options.precision,
+        options.prompt_tokens,
+        options.logits,
+    ]
+
+
+def measure(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The value of sweep.json, and facts for the manifest (an order of layers that took minutes)."""
+    from nbl_export.planning import Selection
+    from nbl_export.verification import price_texts
+
+    count = job.sweep_to or 0
+    fitted, dropped = Selection(job, method="nbl"), Selection(job, method="drop", rank=None)
+    order, texts = fitted.order(count), price_texts(job)
+    mixes = {m: order[:m] for m in range(count + 1)}
+    points: list[dict[str, Any]] = []
+    for method, selection in (("nbl", fitted), ("drop", dropped)):
+        points += _points(job, method, selection.switched, {i: selection.map_of(i) for i in order}, mixes, texts)
+    points += _distilled(job, texts)
+    value = {
+        "select": job.options.select,
+        "tap": job.options.tap,
+        "order": list(order),
+        "tokens": job.options.prompt_tokens,
+        "texts": [name for name, _ in texts],
+        "points": points,
+        "recommended": recommend(points),
+        "recommended_increase": RECOMMENDED_INCREASE,
+    }
+    return value, fitted.facts() if job.options.method == "nbl" else {}
+
+
+def _distilled(job: Job, texts: Sequence[tuple[str, Any]]) -> list[dict[str, Any]]:
+    """The one point that a distilled run has maps for."""
+    if job.options.fit != "distilled" or "distill" not in job.run.stages:
+        return []
+    from nbl_export.plan import load_maps
+    from nbl_export.switched import SwitchedModel
+
+    plan = job.plan
+    maps = load_maps(job.run.path / "maps.safetensors", plan.replaced)
+    switched = SwitchedModel(job.model, maps, plan.tap)
+    return _points(job, "distilled", switched, maps, {len(plan.replaced): plan.replaced}, texts)
+
+
+def _points(
+    job: Job, method: str, switched: Any, maps: Mapping[int, Any], mixes: Mapping[int, Collection[int]],
+    texts: Sequence[tuple[str, Any]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    import dataclasses
+
+    from nbl_export.reach import cost_model
+
+    losses = []
+    for name, windows in texts:
+        with job.ui.task(f"{_NAMES[method]} on {name}") as progress:
+            losses.append(switched.prices(windows, mixes, progress))
+    model = cost_model(job)
+    pruned = dataclasses.replace(model, tail_pruned=True, all_logits=False)
+    found = []
+    for count, mix in mixes.items():
+        speed = model.speedup({i: maps[i] for i in mix})
+        prices = [_price(name, loss[count]) for (name, _), loss in zip(texts, losses, strict=True)]
+        rises = [p["increase"] for p in prices]
+        found.append({
+            "method": method,
+            "layers": count,
+            "replaced_layers": sorted(mix),
+            "prefill": speed.prefill,
+            "prefill_tail_pruned": pruned.speedup({i: maps[i] for i in mix}).prefill,
+            "decode": speed.decode,
+            "prices": prices,
+            "worst_increase": None if None in rises else max(rises),
+        })  # fmt: skip
+    return found
+
+
+def _price(name: str, loss: Any) -> dict[str, Any]:
+    before, after = loss.perplexities
+    facts = {"kl": loss.kl, "perplexity_original": before, "perplexity": after, "increase": after / before - 1}
+    return {"text": name, **{k: v if math.isfinite(v) else None for k, v in facts.items()}}
+
+
+def recommend(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The most layers whose perplexity rises by at most `RECOMMENDED_INCREASE` on every text; None where one is more.
+
+    Dropped attention is there for comparison and not recommended. Of two with as many layers: the lower increase.
+    """
+    good = [
+        p
+        for p in points
+        if p["method"] != "drop" and p["layers"] and _within(p["worst_increase"])  # nothing replaced is no advice
+    ]
+    best = max(good, key=lambda p: (p["layers"], -p["worst_increase"]), default=None)
+    return None if best is None else {"method": best["method"], "layers": best["layers"]}
+
+
+def _within(increase: float | None) -> bool:
+    return increase is not None and increase <= RECOMMENDED_INCREASE
+
+
+def sweep_table(sweep: Mapping[str, Any]) -> Table:
+    """`measure` for people."""
+    title = f"Quality against modelled speed, layers in the order {', '.join(map(str, sweep['order']))}"
+    table = Table("", "layers", "prefill", "tail-pruned", "decode", title=title)
+    for text in sweep["texts"]:
+        table.add_column(f"perplexity {text}", justify="right")
+        table.add_column("KL", justify="right")
+    table.add_column("")
+    for p in sweep["points"]:
+        advice = sweep["recommended"]
+        chosen = advice is not None and (p["method"], p["layers"]) == (advice["method"], advice["layers"])
+        speeds = [f"x{p[name]:.2f}" for name in ("prefill", "prefill_tail_pruned", "decode")]
+        prices = [cell for price in p["prices"] for cell in _cells(price)]
+        table.add_row(_NAMES[p["method"]], str(p["layers"]), *speeds, *prices, "recommended" if chosen else "")
+    return table
+
+
+def _cells(price: Mapping[str, Any]) -> tuple[str, str]:
+    if price["perplexity"] is None or price["increase"] is None:
+        return "not finite", "–"
+    return f"{price['perplexity']:.2f} ({100 * price['increase']:+.1f}%)", f"{price['kl']:.3f}"

@@ -1,0 +1,169 @@
+"""Greedy order: the least loss first, whatever was computed before, and the shared prefixes change nothing."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nbl_export import greedy
+from nbl_export.checkpoint import load_model
+from nbl_export.errors import NblError
+from nbl_export.greedy import GreedyOrder, extend
+from nbl_export.linearize import linearize
+from nbl_export.records import AffineMap
+from nbl_export.switched import Loss, SwitchedModel
+
+from .command import nbl
+from .tiny import LAYERS, VOCAB, random_map
+
+Checkpoint = Callable[[str], Path]
+HELD = torch.randint(2, VOCAB, (2, 40), generator=torch.Generator().manual_seed(3))
+
+
+def small_map(layer: int) -> AffineMap:
+    found = random_map(layer)
+    return AffineMap(found.weight * 0.1 * (layer + 1), found.bias * 0.1)
+
+
+MAPS = {i: small_map(i) for i in range(LAYERS)}
+
+
+def quiet(_done: int, _total: int) -> None:
+    pass
+
+
+def whole_models(checkpoint: Path, mix: tuple[int, ...], tap: str) -> tuple[float, float, float]:
+    """KL and both perplexities from two separate models, all positions but the last of each window."""
+    with torch.no_grad():
+        base = load_model(checkpoint)(HELD).logits[:, :-1].log_softmax(-1)
+        model = linearize(load_model(checkpoint), {i: MAPS[i] for i in mix}, tap)
+        ours = model(HELD, use_cache=False).logits[:, :-1].log_softmax(-1)
+    kl = (base.exp() * (base - ours)).sum(-1).mean().item()
+    target = HELD[:, 1:, None]
+    return kl, *((-p.gather(2, target).mean()).exp().item() for p in (base, ours))
+
+
+@pytest.mark.parametrize("tap", ["residual", "normed"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral-window"])
+def test_price_of_every_mix_is_that_of_whole_models(architecture: str, tap: str, checkpoint: Checkpoint) -> None:
+    directory = checkpoint(architecture)
+    switched = SwitchedModel(load_model(directory), MAPS, tap)
+    for mix in (s for n in range(1, LAYERS) for s in itertools.combinations(range(LAYERS), n)):
+        loss = switched.price(HELD, mix)
+        kl, original, ours = whole_models(directory, mix, tap)
+        assert loss.positions == HELD.numel() - len(HELD)
+        assert loss.kl == pytest.approx(kl, rel=1e-3)
+        assert loss.perplexities == pytest.approx((original, ours), rel=1e-4)
+
+
+def test_nothing_replaced_loses_nothing(checkpoint: Checkpoint) -> None:
+    loss = SwitchedModel(load_model(checkpoint("llama")), MAPS, "residual").price(HELD, ())
+    assert loss.kl == 0.0
+    assert loss.perplexities[0] == loss.perplexities[1]
+
+
+@pytest.mark.parametrize("tap", ["residual", "normed"])
+def test_each_step_takes_the_layer_that_loses_least(tap: str, checkpoint: Checkpoint) -> None:
+    directory = checkpoint("llama")
+    order = extend(GreedyOrder(), 2, SwitchedModel(load_model(directory), MAPS, tap), LAYERS, HELD, quiet)
+    gone: tuple[int, ...] = ()
+    for layer, kl in zip(order.layers, order.kl, strict=True):
+        losses = {i: whole_models(directory, (*gone, i), tap)[0] for i in range(LAYERS) if i not in gone}
+        assert layer == min(losses, key=lambda i: losses[i])
+        assert kl == pytest.approx(losses[layer], rel=1e-3)
+        gone = (*gone, layer)
+
+
+def test_an_order_goes_on_as_if_made_at_once_and_a_shorter_one_is_its_front(checkpoint: Checkpoint) -> None:
+    switched = SwitchedModel(load_model(checkpoint("llama")), MAPS, "residual")
+    whole = extend(GreedyOrder(), 2, switched, LAYERS, HELD, quiet)
+    first = extend(GreedyOrder(), 1, switched, LAYERS, HELD, quiet)
+    kept = GreedyOrder.from_json(json.loads(json.dumps(vars(first))))
+    assert kept == first
+    assert first.layers == whole.layers[:1]
+    assert extend(kept, 2, switched, LAYERS, HELD, quiet) == whole
+    assert extend(whole, 1, switched, LAYERS, HELD, quiet) is whole
+
+
+class Planted:
+    """Losses by formula instead of a model: each layer its own price, and a second of a pair is dear."""
+
+    def __init__(self) -> None:
+        self.tried: list[tuple[int, ...]] = []
+
+    def run(self, mix: Any, **_given: Any) -> tuple[Any, dict[int, Any]]:
+        return tuple(mix), dict.fromkeys(range(30))
+
+    def losses(self, _ids: Any, _original: Any, mixes: Any) -> dict[int, Loss]:
+        self.tried.append(tuple(mixes))
+        price = {i: 0.01 * ((i * 7) % 30) + 0.001 for i in range(30)}
+        return {i: Loss(1, sum(price[k] + (k - 1 in mix) for k in mix)) for i, mix in mixes.items()}
+
+
+def test_rounds_after_the_first_try_only_the_cheapest(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted: Any = Planted()
+    seen: list[tuple[int, int]] = []
+    order = extend(GreedyOrder(), 6, planted, 30, HELD[:1], lambda a, b: seen.append((a, b)))
+    assert [len(t) for t in planted.tried] == [30] + [greedy.WIDTH] * 5
+    assert seen[-1] == (30 + 5 * greedy.WIDTH, 30 + 5 * greedy.WIDTH)
+    monkeypatch.setattr(greedy, "WIDTH", 30)
+    assert extend(GreedyOrder(), 6, planted, 30, HELD[:1], quiet).layers == order.layers
+
+
+def test_the_model_comes_back_as_it_was(checkpoint: Checkpoint) -> None:
+    model = load_model(checkpoint("llama"))
+    modules, layers = list(model.modules()), list(model.model.layers)
+    extend(GreedyOrder(), 2, SwitchedModel(model, MAPS, "residual"), LAYERS, HELD, quiet)
+    assert list(model.modules()) == modules
+    assert list(model.model.layers) == layers
+    assert not any(layer._forward_pre_hooks for layer in layers)
+
+
+def test_maps_that_are_not_finite_are_left_or_named(checkpoint: Checkpoint) -> None:
+    bad = {i: AffineMap(MAPS[i].weight * float("inf"), MAPS[i].bias) for i in range(LAYERS)}
+    model = load_model(checkpoint("llama"))
+    order = extend(GreedyOrder(), 1, SwitchedModel(model, {**bad, 1: MAPS[1]}, "residual"), LAYERS, HELD, quiet)
+    assert order.layers == (1,)
+    with pytest.raises(NblError, match="layer 0 gives logits that are not finite"):
+        extend(GreedyOrder(), 1, SwitchedModel(model, bad, "residual"), LAYERS, HELD, quiet)
+
+
+def facts_of(run: Path) -> Any:
+    return json.loads((run / "nbl.json").read_text(encoding="utf-8"))
+
+
+def test_selections_through_the_job(run: Path) -> None:
+    for select, key in (("error", "relative_error"), ("cca", "bound")):
+        done = nbl("plan", run, "--layers", "1", "--select", select)
+        assert done.status == 0, done.err
+        assert "calibrate: reused" in done.err
+        facts = facts_of(run)
+        assert facts["select"] == select
+        assert facts["replaced_layers"] == [min(facts["scores"], key=lambda s: (s[key], s["layer"]))["layer"]]
+    done = nbl("plan", run, "--layers", "2", "--select", "greedy", "--json")
+    assert done.status == 0, done.err
+    facts = facts_of(run)
+    assert json.loads(done.out)["select"] == facts["select"] == "greedy"
+    assert sorted(facts["greedy"]["layers"]) == facts["replaced_layers"]
+    kept = facts["greedy"]
+    assert nbl("plan", run, "--layers", "1").status == 0
+    assert facts_of(run)["replaced_layers"] == kept["layers"][:1]
+    assert facts_of(run)["greedy"] == kept
+    damaged = {**facts_of(run), "greedy": {"key": kept["key"], "layers": "none"}}
+    (run / "nbl.json").write_text(json.dumps(damaged), encoding="utf-8")
+    assert nbl("plan", run, "--layers", "2").status == 0
+    assert facts_of(run)["greedy"] == kept
+    assert nbl("plan", run, "--layers", "0,2", "--select", "greedy").status == 0
+    assert (facts_of(run)["select"], facts_of(run)["replaced_layers"]) == ("given", [0, 2])
+
+
+def test_unknown_selection_is_refused(run: Path) -> None:
+    done = nbl("plan", run, "--select", "luck")
+    assert done.status == 1
+    assert "--select is cca, error, greedy, not 'luck'" in done.err

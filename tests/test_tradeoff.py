@@ -1,0 +1,154 @@
+"""The sweep: every point is what a plan of that many layers costs; what is recommended; how it reaches the report."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nbl_export import plots, tradeoff
+from nbl_export.checkpoint import load_model
+from nbl_export.linearize import linearize
+from nbl_export.plan import load_maps
+from nbl_export.tradeoff import recommend
+
+from .command import assert_refused, nbl
+from .tiny import LAYERS
+
+
+def facts_of(run: Path) -> Any:
+    return json.loads((run / "nbl.json").read_text(encoding="utf-8"))
+
+
+def swept(run: Path, *given: object) -> Any:
+    done = nbl("plan", run, "--sweep", *given, "--json")
+    assert done.status == 0, done.err
+    written = json.loads((run / "sweep.json").read_text(encoding="utf-8"))
+    assert json.loads(done.out) == written
+    return written
+
+
+def point(method: str, layers: int, increase: float | None) -> dict[str, Any]:
+    return {"method": method, "layers": layers, "worst_increase": increase, "prefill": 1 + layers / 10}
+
+
+def test_recommended_is_the_most_layers_within_ten_percent() -> None:
+    points = [point("nbl", 0, 0.0), point("nbl", 1, 0.02), point("nbl", 2, 0.1), point("nbl", 3, 0.2),
+              point("drop", 3, 0.01), point("nbl", 4, None)]  # fmt: skip
+    assert recommend(points) == {"method": "nbl", "layers": 2}
+    assert recommend([*points, point("distilled", 2, 0.05)]) == {"method": "distilled", "layers": 2}
+    assert recommend([*points, point("distilled", 3, 0.09)]) == {"method": "distilled", "layers": 3}
+    assert recommend([point("nbl", 0, 0.0), point("nbl", 1, 0.11)]) is None
+
+
+def test_points_are_what_plans_of_that_many_layers_cost(run: Path, checkpoint: Any) -> None:
+    sweep = swept(run, "--max-layers", "2")
+    assert [(p["method"], p["layers"]) for p in sweep["points"]] == [(m, k) for m in ("nbl", "drop") for k in (0, 1, 2)]
+    assert len(sweep["texts"]) == len(sweep["points"][0]["prices"]) >= 1
+    for p in sweep["points"]:
+        assert p["replaced_layers"] == sorted(sweep["order"][: p["layers"]])
+        if p["layers"] == 0:
+            assert (p["prefill"], p["decode"], p["worst_increase"]) == (1.0, 1.0, 0.0)
+            assert all(price["kl"] == 0 for price in p["prices"])
+    held = torch.tensor(_held(run))
+    with torch.inference_mode():
+        base = load_model(checkpoint("llama"))(held).logits[:, :-1].log_softmax(-1)
+    for method, count in (("nbl", 2), ("drop", 1)):
+        assert nbl("plan", run, "--layers", count, "--method", method).status == 0
+        layers = facts_of(run)["replaced_layers"]
+        found = next(p for p in sweep["points"] if (p["method"], p["layers"]) == (method, count))
+        assert layers == found["replaced_layers"]
+        model = linearize(load_model(checkpoint("llama")), load_maps(run / "maps.safetensors", layers))
+        with torch.inference_mode():
+            ours = model(held, use_cache=False).logits[:, :-1].log_softmax(-1)
+        price = found["prices"][0]
+        assert price["kl"] == pytest.approx((base.exp() * (base - ours)).sum(-1).mean().item(), rel=1e-3)
+        for name, p in (("perplexity_original", base), ("perplexity", ours)):
+            loss = -p.gather(2, held[:, 1:, None]).mean()
+            assert price[name] == pytest.approx(loss.exp().item(), rel=1e-3)
+        assert price["increase"] == pytest.approx(price["perplexity"] / price["perplexity_original"] - 1)
+
+
+def _held(run: Path) -> Any:
+    """The held-back windows that the price is taken on."""
+    from nbl_export.artifacts import RunDirectory
+    from nbl_export.job import Job, located
+    from nbl_export.progress import Ui
+    from nbl_export.records import JobOptions
+    from nbl_export.verification import price_texts
+
+    with RunDirectory.open_run(run, create=False) as opened:
+        options = located(JobOptions.from_json(opened.manifest["options"]), opened)
+        return price_texts(Job(options, opened, Ui(quiet=True)))[0][1].tolist()
+
+
+def test_sweep_leaves_the_run_verified_and_shows_in_its_report(run: Path) -> None:
+    assert "Quality against speed" not in (run / "report.md").read_text()
+    done = nbl("plan", run, "--sweep")
+    assert done.status == 0, done.err
+    assert "plan: reused" in done.err and "sweep: done" in done.err and "report: done" in done.err
+    assert "rewrite" not in done.err.replace("rewrite: reused", "") and "verify: reused" in done.err
+    assert "modelled speed" in done.out
+    assert facts_of(run)["status"] == "verified"
+    report = (run / "report.md").read_text()
+    assert "Quality against speed" in report and "All points of the sweep" in report
+    assert "var(--nbl" in re.findall(r'id="tradeoff-.*?</figure>', (run / "report.html").read_text(), re.DOTALL)[0]
+    again = nbl("plan", run, "--sweep")
+    assert "sweep: reused" in again.err and again.out == done.out
+    assert "report: reused" in nbl("report", run).err
+    longer = nbl("plan", run, "--sweep", "--max-layers", "2")
+    assert "sweep: done" in longer.err
+    assert nbl("plan", run, "--layers", "1").status == 0
+    assert (
+        "sweep: reused" in nbl("plan", run, "--sweep", "--max-layers", "2").err
+    )  # a sweep does not depend on the count
+
+
+def test_main_job_does_not_sweep(same: tuple[object, ...], run: Path) -> None:
+    assert not (run / "sweep.json").exists()
+    assert "sweep" not in nbl(*same, "--output", run).err
+
+
+def test_greedy_sweep_makes_its_order_once(run: Path) -> None:
+    sweep = swept(run, "--select", "greedy", "--layers", "1", "--max-layers", "2")
+    kept = facts_of(run)["greedy"]
+    assert sweep["order"] == kept["layers"] and len(kept["layers"]) == 2
+    assert nbl("plan", run, "--layers", "2").status == 0
+    assert facts_of(run)["greedy"] == kept
+
+
+def test_a_distilled_run_has_its_point(same: tuple[object, ...], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = nbl(*same, "--layers", "2", "--fit", "distilled", "--distill-steps", "2", "--output", run)
+    assert done.status == 0, done.err
+    sweep = swept(run)
+    (found,) = [p for p in sweep["points"] if p["method"] == "distilled"]
+    assert found["replaced_layers"] == facts_of(run)["replaced_layers"]
+    assert facts_of(run)["status"] == "verified"
+
+
+def test_bad_lengths_are_refused(run: Path) -> None:
+    assert_refused(nbl("plan", run, "--sweep", "--max-layers", LAYERS), 1, f"--max-layers {LAYERS}", "one stays")
+    assert_refused(nbl("plan", run, "--max-layers", "1"), 2, "--max-layers", "goes with --sweep")
+
+
+def test_plot_rings_the_recommended_point_and_leaves_out_what_is_not_finite() -> None:
+    points = [point("nbl", k, 0.03 * k) for k in range(4)] + [point("drop", 0, 0.0), point("drop", 1, None)]
+    drawn = plots.tradeoff(points, {"method": "nbl", "layers": 3})
+    assert "3 layers" in drawn and "attention dropped" in drawn and "distilled" not in drawn
+    assert "3 layers" not in plots.tradeoff(points, None)
+    assert drawn == plots.tradeoff(points, {"method": "nbl", "layers": 3})
+
+
+def test_table_says_what_is_not_finite() -> None:
+    from rich.console import Console
+
+    price = {"text": "t", "kl": None, "perplexity_original": 5.0, "perplexity": None, "increase": None}
+    p = {**point("nbl", 1, None), "prefill_tail_pruned": 1.2, "decode": 1.1, "prices": [price]}
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(tradeoff.sweep_table({"order": [1], "texts": ["t"], "points": [p], "recommended": None}))
+    assert "not finite" in console.export_text()
