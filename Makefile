@@ -17,7 +17,7 @@ $(VENV)/.export: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.export
-	$(PIP) -e '.[export,cpu,trt-rtx,dev]'
+	$(PIP) -e '.[export,cpu,trt-rtx,eval,dev]'
 	touch $@
 
 demo: $(VENV)/.export

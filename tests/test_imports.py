@@ -16,8 +16,9 @@ TORCH = {"checkpoint", "corpus", "calibrate", "lmmse", "linearize", "distill", "
          "switched", "greedy", "methods"}  # fmt: skip
 ONNX_IR = ("decoders/", "rewrite/", "int4_blocks.py")
 ORT = ("engines/", "decoders/genai.py", "rewrite/quantize.py")  # quantize: ONNX Runtime's packing is a library call
-STAGES = {"calibrate", "plan", "linearize", "decoders", "rewrite", "verify", "bench", "report"}
-COMPOSERS = {"cli.py", "pipeline.py", "job.py", "verification.py"}
+HARNESS = ("evaluation/",)  # lm-evaluation-harness and its data sets; corpus reads calibration text from the hub too
+STAGES = {"calibrate", "plan", "linearize", "decoders", "rewrite", "verify", "evaluation", "bench", "report"}
+COMPOSERS = {"cli.py", "pipeline.py", "job.py", "verification.py", "evaluation_job.py"}
 
 
 def imports(name: str, *, everywhere: bool = True) -> set[str]:
@@ -47,6 +48,9 @@ def test_heavy_libraries_stay_in_their_place(name: str) -> None:
         assert "onnx_ir" not in found
     if not name.startswith(ORT):
         assert not found & {"onnxruntime", "onnxruntime_genai"}
+    if not name.startswith(HARNESS):
+        assert "lm_eval" not in found
+        assert "datasets" not in found or name == "corpus.py"
     if not name.startswith("engines/"):
         assert not found & {"tensorrt", "tensorrt_rtx"}
 
@@ -68,7 +72,17 @@ def test_composers_import_stages_where_they_run_them() -> None:
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
-    heavy = "torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "matplotlib", "tensorrt_rtx"
+    heavy = (
+        "torch",
+        "transformers",
+        "onnx",
+        "onnx_ir",
+        "onnxruntime",
+        "onnxruntime_genai",
+        "matplotlib",
+        "tensorrt_rtx",
+        "lm_eval",
+    )
     code = f"import sys, nbl_export, nbl_export.cli; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

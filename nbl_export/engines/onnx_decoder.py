@@ -89,7 +89,16 @@ class OnnxDecoder:
         values = self.session.run(outputs, {**{k: v for k, v in feeds.items() if k in names}, **self._past})
         found = dict(zip(outputs, values, strict=True))
         self._past = {name: found[name.replace("past_key_values", "present")] for name in self._past}
-        return found["logits"].astype(np.float32)
+        return np.asarray(found["logits"].astype(np.float32, copy=False))
+
+    def mark(self) -> Any:
+        """Where the running batch stands, for `rewind`. Costs nothing: a step makes new caches, it changes none."""
+        return dict(self._past), self._mask_BT
+
+    def rewind(self, mark: Any) -> None:
+        """Go back to where `mark` was taken, on the same batch."""
+        past, self._mask_BT = mark
+        self._past = dict(past)
 
     @property
     def slots(self) -> int:

@@ -1,0 +1,11 @@
+"""Quality of an exported graph, and of the torch models, on benchmarks and texts.
+
+    graphs.py      a directory -> its decoder graph and tokenizer
+    scorer.py      log-likelihoods and greedy text on a graph         lm.py   the same for lm-evaluation-harness
+    tasks.py       benchmark by name, from the hub or from local files
+    perplexity.py  texts in windows of a context and a stride
+    statistics.py  standard errors, alone and of differences on the same items
+    results.py     eval.json: what was found, and what of it still holds
+
+`python -m nbl_export.evaluation` is lm-evaluation-harness' own command line with the model `nbl-onnx` in it.
+"""

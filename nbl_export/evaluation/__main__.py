@@ -1,0 +1,30 @@
+"""lm-evaluation-harness' own command line, with the model nbl-onnx registered.
+
+Versions of the harness that look up models among installed packages (entry points, after 0.4.13) find it without this.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from nbl_export.errors import MissingPackageError, NblError
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run it; what a user can put right ends as one line."""
+    try:
+        try:
+            from lm_eval.__main__ import cli_evaluate
+
+            import nbl_export.evaluation.lm  # noqa: F401  registers
+        except ImportError as error:
+            raise MissingPackageError("lm_eval", "eval", "evaluation") from error
+        cli_evaluate()
+    except NblError as error:
+        sys.exit(f"nbl-export: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""An exported decoder graph as a model of lm-evaluation-harness: `--model nbl-onnx --model_args path=DIR`.
+
+Tokens are made as the harness' own class for transformers makes them (`lm_eval.models.huggingface.HFLM`): special
+tokens by the tokenizer's own rule, not twice where the text already begins with one; so scores are comparable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lm_eval import utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+
+from nbl_export.checkpoint import load_tokenizer
+from nbl_export.errors import NblError
+from nbl_export.evaluation.graphs import find_graph
+from nbl_export.evaluation.scorer import GraphScorer, Request
+
+__all__ = ["OnnxLM"]
+
+_NEW_TOKENS = 256
+_ROWS = 16
+
+
+@register_model("nbl-onnx")
+class OnnxLM(TemplateLM):
+    """Scores and greedy text of one graph on ONNX Runtime's CPU provider.
+
+    Args:
+        path: a run directory of nbl-export, or a model directory (genai_config.json).
+        variant: of a run directory: "nbl" or "original".
+        batch_size: most sequences of a batch; "auto" is 16. A batch is also bounded by the size of its logits.
+        max_length: most tokens read at once; the model's positions where it is not given.
+        threads: of ONNX Runtime; its own choice where it is not given.
+        progress: is called with (done, total) requests.
+
+    Raises:
+        NblError: no such graph, or one with logits of the last position only.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        variant: str = "nbl",
+        batch_size: int | str | None = "auto",
+        max_length: int | None = None,
+        threads: int | None = None,
+        progress: Callable[[int, int], None] = lambda _done, _total: None,
+        **_of_other_models: Any,  # the harness passes device and max_batch_size to every model
+    ) -> None:
+        super().__init__()
+        place = find_graph(Path(path), variant)
+        self.tokenizer = load_tokenizer(place.directory)
+        self.max_length = min(int(max_length or place.max_positions), place.max_positions)
+        rows = _ROWS if str(batch_size).startswith("auto") or batch_size is None else int(batch_size)
+        self.scorer = GraphScorer(place.open(int(threads) if threads else None), self.max_length, rows)
+        self.batch_size = rows
+        self.max_gen_toks = _NEW_TOKENS
+        self._place = place
+        self.progress = progress
+
+    # -- tokens ----------------------------------------------------------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id that ends a text."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context."""
+        begin = self.tokenizer.bos_token_id
+        return int(self.tokenizer.eos_token_id if begin is None else begin)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_kwargs: Any) -> list[int]:
+        """Token ids of a text."""
+        if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
+            add_special_tokens = False
+        asked = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return [int(i) for i in self.tokenizer.encode(string, **asked)]
+
+    def tok_decode(self, tokens: list[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness keys its cache of chat prompts by."""
+        return str(self._place.directory.absolute()).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as one text, through the model's own template."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    # -- requests --------------------------------------------------------------------------------------
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], **_kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """What TemplateLM.loglikelihood calls once it has made tokens: (log-likelihood, greedy?) of each."""
+        wanted = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        found = [(score.loglikelihood, score.greedy) for score in self.scorer.score(wanted, self.progress)]
+        for (texts, _, _), answer in zip(requests, found, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows of the full length of which each token is predicted once."""
+        windows: list[tuple[None, list[int], list[int]]] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            rolled = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for pair in rolled:
+                windows.append((None, *utils.make_disjoint_window(pair)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (loglikelihood, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += loglikelihood
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Greedy text until a stop sequence, the end of text or the limit.
+
+        Raises:
+            NblError: sampling is asked for.
+        """
+        eos = str(self.tokenizer.decode([self.eot_token_id]))
+        groups: dict[tuple[tuple[str, ...], int], list[int]] = {}
+        for index, request in enumerate(requests):
+            asked = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
+            if asked.get("do_sample"):
+                raise NblError("nbl-onnx decodes greedily and the task asks for sampling; give do_sample=False")
+            until = handle_stop_sequences(asked.get("until"), eos=eos)
+            groups.setdefault((tuple(until), asked["max_gen_toks"]), []).append(index)
+        texts = [""] * len(requests)
+        for (until_, limit), indices in groups.items():
+            stops = [stop for stop in until_ if stop]
+            prompts = [self.tok_encode(requests[i].args[0]) for i in indices]
+            for i, ids in zip(indices, self.scorer.generate(prompts, limit, self._ended(stops)), strict=True):
+                texts[i] = postprocess_generated_text(self.tok_decode(ids), stops, None)
+                self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
+        return texts
+
+    def _ended(self, stops: list[str]) -> Callable[[list[int]], bool]:
+        def ended(ids: list[int]) -> bool:
+            return ids[-1] == self.eot_token_id or any(stop in self.tok_decode(ids) for stop in stops)
+
+        return ended

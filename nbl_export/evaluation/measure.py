@@ -1,0 +1,128 @@
+"""One benchmark, or one text, on one model of the harness -> an `Outcome` with a score for every item."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nbl_export.evaluation.statistics import AGGREGATIONS, figure
+from nbl_export.evaluation.tasks import Benchmark
+
+__all__ = ["Metric", "Outcome", "run_benchmark", "run_windows"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of a task. `items` [n] or [n, 2] are empty where the aggregation is not one that we know errors of."""
+
+    value: float
+    stderr: float | None
+    aggregation: str
+    higher_is_better: bool
+    items: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one model said to one task.
+
+    loglikelihoods: of each item, one number a request; scored_tokens: how many tokens each is the sum of.
+    Both are empty where text was generated.
+    """
+
+    items: int
+    metrics: dict[str, Metric]
+    loglikelihoods: tuple[tuple[float, ...], ...]
+    scored_tokens: tuple[tuple[int, ...], ...]
+    requests: int
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """Scored tokens of all requests."""
+        return sum(map(sum, self.scored_tokens))
+
+
+def run_benchmark(benchmark: Benchmark, lm: Any, limit: int | None) -> Outcome:
+    """Ask a model all requests of a benchmark's first `limit` documents (None: of all)."""
+    from lm_eval.evaluator import evaluate
+
+    task = benchmark.task
+    started = time.monotonic()
+    found = evaluate(
+        lm=lm,
+        task_dict={"tasks": {benchmark.name: task}, "groups": {}, "group_map": {}},
+        limit=limit,
+        bootstrap_iters=0,  # errors by `statistics`
+        log_samples=True,
+    )
+    seconds = time.monotonic() - started
+    samples = sorted(found["samples"][benchmark.name], key=lambda sample: sample["doc_id"])
+    first = samples[0]["filter"]
+    samples = [sample for sample in samples if sample["filter"] == first]
+    metrics = {
+        name: _metric(task, name, value, [sample[name] for sample in samples])
+        for name in samples[0]["metrics"]
+        if isinstance(value := found["results"][benchmark.name].get(f"{name},{first}"), (int, float))
+    }
+    said = [_loglikelihoods(sample["filtered_resps"]) for sample in samples]
+    tokens = [tuple(_scored(lm, arguments) for arguments in sample["arguments"]) for sample in samples]
+    return Outcome(
+        len(samples),
+        metrics,
+        tuple(said) if all(said) else (),
+        tuple(tokens) if all(said) else (),
+        sum(len(sample["arguments"]) for sample in samples),
+        seconds,
+    )
+
+
+def _metric(task: Any, name: str, value: float, items: list[Any]) -> Metric:
+    aggregation = getattr(task.aggregation()[name], "__name__", "")
+    higher = bool(task.higher_is_better()[name])
+    if aggregation not in AGGREGATIONS:
+        return Metric(float(value), None, aggregation, higher, ())
+    return Metric(float(value), figure(aggregation, items).stderr, aggregation, higher, tuple(items))
+
+
+def _loglikelihoods(responses: Sequence[Any]) -> tuple[float, ...]:
+    """Of (log-likelihood, greedy?) pairs or of bare numbers; generated text has none."""
+    numbers = [response[0] if isinstance(response, (tuple, list)) else response for response in responses]
+    return tuple(float(n) for n in numbers) if not any(isinstance(n, str) for n in numbers) else ()
+
+
+def _scored(lm: Any, arguments: Sequence[Any]) -> int:
+    """Tokens that a request scores."""
+    if len(arguments) == 1:
+        return len(lm.tok_encode(arguments[0]))
+    context, continuation = arguments
+    if not isinstance(continuation, str):
+        return 0
+    if not context:
+        return len(lm.tok_encode(continuation, add_special_tokens=False))
+    return len(lm._encode_pair(context, continuation)[1])
+
+
+def run_windows(
+    windows: Sequence[tuple[list[int], list[int]]], lm: Any, progress: Callable[[int, int], None]
+) -> Outcome:
+    """Perplexity over windows of (read before, scored) token ids: exp of the loss of all scored tokens."""
+    started = time.monotonic()
+    scores: list[float] = []
+    for begin in range(0, len(windows), _WINDOWS_AT_ONCE):
+        asked = [(None, read, scored) for read, scored in windows[begin : begin + _WINDOWS_AT_ONCE]]
+        scores += [loglikelihood for loglikelihood, _ in lm._loglikelihood_tokens(asked, disable_tqdm=True)]
+        progress(len(scores), len(windows))
+    counts = [len(scored) for _, scored in windows]
+    items = tuple(zip(scores, counts, strict=True))
+    found = figure("weighted_perplexity", items)
+    metric = Metric(found.value, found.stderr, "weighted_perplexity", False, items)
+    said = tuple((score,) for score in scores)
+    seconds = time.monotonic() - started
+    tokens = tuple((n,) for n in counts)
+    return Outcome(len(windows), {"token_perplexity": metric}, said, tokens, len(windows), seconds)
+
+
+_WINDOWS_AT_ONCE = 16

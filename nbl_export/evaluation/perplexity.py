@@ -1,0 +1,74 @@
+"""Perplexity of a text with an explicit context and stride.
+
+    tokens    0 1 2 3 4 5 6 7 8 9 ...          context 6, stride 4
+    window 0  . p p p p p                      . is read, p is read and scored
+    window 1          . . p p p p              a token is scored once, with at least context - stride before it
+                                               (the first token of a window never: nothing stands before it)
+
+With the stride equal to the context, windows do not overlap (as in `verify`'s price). Documents are tokenised one by
+one and joined, as for calibration; what does not fill the last window is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nbl_export.corpus import Text
+from nbl_export.errors import NblError, UsageError
+
+__all__ = ["NamedText", "parse_named", "windows"]
+
+
+@dataclass(frozen=True)
+class NamedText:
+    """A text to measure on, and what the user calls it."""
+
+    name: str
+    text: Text
+
+
+def parse_named(words: str) -> list[tuple[str, str]]:
+    """NAME=FILE,NAME=FILE -> pairs.
+
+    Raises:
+        UsageError: a word is not of that form, or a name comes twice.
+    """
+    pairs = []
+    for word in words.split(","):
+        name, sign, file = word.partition("=")
+        if not (sign and name.strip() and file.strip()):
+            raise UsageError(f"--perplexity: write NAME=FILE, comma separated, not {word!r}")
+        pairs.append((name.strip(), file.strip()))
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise UsageError("--perplexity: a name comes twice; each text needs its own")
+    return pairs
+
+
+def windows(
+    named: NamedText, tokenizer: Any, context: int, stride: int, limit: int | None
+) -> list[tuple[list[int], list[int]]]:
+    """(read before, scored) of each window, token ids; at most `limit` windows.
+
+    Raises:
+        NblError: the text is shorter than one window.
+    """
+    ids: list[int] = []
+    enough = None if limit is None else context + (limit - 1) * stride
+    for document in named.text.documents:
+        ids.extend(tokenizer(document, verbose=False)["input_ids"])
+        if enough is not None and len(ids) >= enough:
+            break
+    starts = range(0, len(ids) - context + 1, stride)[:limit]
+    if not starts:
+        raise NblError(
+            f"the text {named.name} has {len(ids)} tokens, fewer than one window of {context}; "
+            "give more text or a smaller --ppl-context"
+        )
+    return [_cut(ids[start : start + context], 1 if start == 0 else max(1, context - stride)) for start in starts]
+
+
+def _cut(window: Sequence[int], read: int) -> tuple[list[int], list[int]]:
+    return list(window[:read]), list(window[read:])

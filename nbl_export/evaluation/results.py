@@ -1,0 +1,152 @@
+"""eval.json: what each model said to each task, how the models differ on the same items, and what of it still holds.
+
+    results      one entry a (task, limit, variant), with the key of everything it depends on
+    table        one row a task and metric: every variant's figure, and NBL minus original on the same items
+    agreement    graph against torch: largest difference of a request's log-likelihood, also for each scored token
+
+Scores of single items are kept as one string each, so that the file stays readable.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nbl_export.evaluation.measure import Outcome
+from nbl_export.evaluation.statistics import difference
+
+__all__ = ["SCHEMA", "entry", "read_entries", "summarize"]
+
+SCHEMA = 1
+Entry = dict[str, Any]
+_PAIRS = (("nbl", "original"), ("torch-nbl", "torch-original"))
+_TWINS = (("original", "torch-original"), ("nbl", "torch-nbl"))
+
+
+def entry(key: str, task: str, limit: int | None, variant: str, outcome: Outcome, **facts: Any) -> Entry:
+    """What eval.json says of one outcome."""
+    metrics = {
+        name: {
+            "value": metric.value,
+            "stderr": metric.stderr,
+            "aggregation": metric.aggregation,
+            "higher_is_better": metric.higher_is_better,
+        }
+        for name, metric in outcome.metrics.items()
+    }
+    scores = {name: _pack(metric.items) for name, metric in outcome.metrics.items() if metric.items}
+    return {
+        "key": key,
+        "task": task,
+        "limit": limit,
+        "variant": variant,
+        "items": outcome.items,
+        "requests": outcome.requests,
+        "scored_tokens": outcome.tokens,
+        "seconds": round(outcome.seconds, 3),
+        "metrics": metrics,
+        **facts,
+        "scores": {
+            **scores,
+            "loglikelihoods": _pack(outcome.loglikelihoods),
+            "tokens": _pack(outcome.scored_tokens),
+        },
+    }
+
+
+def _pack(rows: Iterable[Any]) -> str:
+    """Numbers of an item apart by a comma, items by a blank."""
+    return " ".join(",".join(f"{n:.9g}" for n in np.atleast_1d(np.asarray(row, np.float64))) for row in rows)
+
+
+def _unpack(text: str) -> list[Any]:
+    rows = [[float(n) for n in row.split(",")] for row in text.split()]
+    return [row[0] for row in rows] if all(len(row) == 1 for row in rows) else rows
+
+
+def read_entries(path: Path) -> dict[str, Entry]:
+    """Entries of an eval.json by key; none where there is no such file, or one that cannot be used."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return {str(e["key"]): e for e in value["results"]} if value["schema"] == SCHEMA else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def summarize(entries: Mapping[str, Entry], **facts: Any) -> dict[str, Any]:
+    """The value of eval.json."""
+    results = list(entries.values())
+    return {
+        "schema": SCHEMA,
+        **facts,
+        "results": results,
+        "table": _table(results),
+        "agreement": [_agreement(graph, torch) for graph, torch in _pairs(results, _TWINS)],
+    }
+
+
+def _place(found: Entry) -> tuple[Any, ...]:
+    """What entries have in common that can be compared item by item."""
+    config = json.dumps(found["config"], sort_keys=True)
+    return found["task"], found["limit"], found["data"].get("sha256"), found["items"], config
+
+
+def _pairs(results: list[Entry], wanted: tuple[tuple[str, str], ...]) -> list[tuple[Entry, Entry]]:
+    """Entries that differ in the variant alone, such as `wanted` names."""
+    found = {(_place(e), e["variant"]): e for e in results}
+    places = dict.fromkeys(place for place, _ in found)
+    return [(found[p, a], found[p, b]) for p in places for a, b in wanted if {(p, a), (p, b)} <= found.keys()]
+
+
+def _table(results: list[Entry]) -> list[dict[str, Any]]:
+    groups: dict[tuple[Any, ...], list[Entry]] = {}
+    for found in results:
+        groups.setdefault(_place(found), []).append(found)
+    rows = []
+    for group in groups.values():
+        for name, metric in group[0]["metrics"].items():
+            figures = {e["variant"]: {k: e["metrics"][name][k] for k in ("value", "stderr")} for e in group}
+            rows.append(
+                {
+                    **{k: group[0][k] for k in ("task", "limit", "items")},
+                    "metric": name,
+                    "higher_is_better": metric["higher_is_better"],
+                    "figures": figures,
+                    "differences": [d for new, old in _pairs(group, _PAIRS) for d in _difference(new, old, name)],
+                }
+            )
+    return rows
+
+
+def _difference(new: Entry, old: Entry, name: str) -> list[dict[str, Any]]:
+    """New minus old with its paired standard error; nothing where there are no scores of single items."""
+    if name not in new["scores"] or name not in old["scores"]:
+        return []
+    items = (_unpack(e["scores"][name]) for e in (new, old))
+    found = difference(new["metrics"][name]["aggregation"], *items)
+    return [{"new": new["variant"], "old": old["variant"], "value": found.value, "stderr": found.stderr}]
+
+
+def _agreement(graph: Entry, torch: Entry) -> dict[str, Any]:
+    """How far apart two computations of one model are; None where text was generated."""
+    seen = None
+    if graph["scores"]["tokens"] and graph["scores"]["loglikelihoods"]:
+        ours, theirs, tokens = (_flat(e["scores"][n]) for e, n in ((graph, _SAID), (torch, _SAID), (graph, "tokens")))
+        apart = np.abs(ours - theirs)
+        seen = {"largest": float(apart.max()), "largest_a_token": float((apart / np.maximum(tokens, 1)).max())}
+    same = None
+    if "acc" in graph["scores"] and "acc" in torch["scores"]:
+        same = sum(a == b for a, b in zip(*(e["scores"]["acc"].split() for e in (graph, torch)), strict=True))
+    return {"task": graph["task"], "limit": graph["limit"], "graph": graph["variant"], "torch": torch["variant"],
+            "loglikelihood": seen, "same_answers": same, "items": graph["items"]}  # fmt: skip
+
+
+_SAID = "loglikelihoods"
+
+
+def _flat(text: str) -> np.ndarray:
+    return np.array([float(n) for row in text.split() for n in row.split(",")])

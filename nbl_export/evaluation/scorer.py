@@ -1,0 +1,213 @@
+"""Log-likelihoods of continuations, and greedy text, on a decoder graph. Plain numpy on token ids.
+
+    one continuation of a context        rows of similar length, right-padded, one step a batch
+    several of the same context          context once -> mark -> continuation -> rewind -> continuation ...
+    longer than a batch may be           alone, in chunks
+
+The second way costs one context and k continuations instead of k contexts. Continuations go one at a time, since
+GroupQueryAttention takes chunks on top of a cache for a single sequence only (ONNX Runtime 1.32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nbl_export.errors import NblError
+
+__all__ = ["GraphScorer", "Request", "Score"]
+
+_LOGIT_BYTES = 1 << 28  # of one step, the largest array by far
+_FEWEST_TOKENS = 64
+_MOST_TOKENS = 1024  # larger steps gain nothing on a CPU
+_MOST_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Request:
+    """Token ids: score `continuation` after `context`; neither is empty."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.context or not self.continuation:
+            raise ValueError("context and continuation have at least one token")
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """What the graph reads: all but the last token, which is only predicted."""
+        return self.context + self.continuation[:-1]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sum of the log-probabilities (nats) of the continuation's tokens; would greedy decoding say the same?"""
+
+    loglikelihood: float
+    greedy: bool
+
+
+class GraphScorer:
+    """Scores on one decoder graph (`engines.onnx_decoder.OnnxDecoder`, or what behaves like it).
+
+    Args:
+        decoder: gives logits of all positions.
+        max_length: most tokens the graph reads; longer requests lose their beginning.
+        rows: most sequences of a batch.
+
+    Raises:
+        NblError: the graph gives logits of the last position only.
+    """
+
+    def __init__(self, decoder: Any, max_length: int, rows: int = _MOST_ROWS) -> None:
+        self._decoder = decoder
+        self.max_length = max_length
+        self._rows = rows
+        decoder.begin(1)
+        logits_BTV = decoder.step(np.zeros((1, 2), np.int64))
+        if logits_BTV.shape[1] != 2:
+            raise NblError(
+                "this graph gives logits of the last position only, and scores need all of them: export it with "
+                "logits of all positions, or evaluate the torch models (--variants torch-original,torch-nbl)"
+            )
+        width = int(logits_BTV.shape[2])
+        self._tokens = min(_MOST_TOKENS, max(_FEWEST_TOKENS, _LOGIT_BYTES // (4 * width)))
+
+    # -- scores ----------------------------------------------------------------------------------------
+
+    def score(
+        self, requests: Sequence[Request], progress: Callable[[int, int], None] = lambda _done, _total: None
+    ) -> list[Score]:
+        """One score a request, in their order; equal requests are computed once.
+
+        Raises:
+            NblError: a continuation is longer than the graph can read.
+        """
+        wanted = [self._fit(request) for request in requests]
+        by_context: dict[tuple[int, ...], list[Request]] = {}
+        for request in dict.fromkeys(wanted):
+            by_context.setdefault(request.context, []).append(request)
+        found: dict[Request, Score] = {}
+        shared = [group for group in by_context.values() if len(group) > 1]
+        single = [group[0] for group in by_context.values() if len(group) == 1]
+        for scores in (*map(self._shared, shared), *map(self._batch, self._batches(single))):
+            found.update(scores)
+            progress(len(found), len(set(wanted)))
+        return [found[request] for request in wanted]
+
+    def _fit(self, request: Request) -> Request:
+        """The end of a request that is too long: the continuation whole, of the context what is left room for."""
+        if len(request.continuation) > self.max_length:
+            raise NblError(
+                f"a continuation of {len(request.continuation)} tokens cannot be scored: the model reads "
+                f"{self.max_length}; use shorter texts"
+            )
+        room = self.max_length + 1 - len(request.continuation)
+        return Request(request.context[-room:], request.continuation)
+
+    def _shared(self, group: Sequence[Request]) -> dict[Request, Score]:
+        decoder = self._decoder
+        decoder.begin(1)
+        last_V = self._read(group[0].context)[-1]
+        mark = decoder.mark()
+        found = {}
+        for request in group:
+            decoder.rewind(mark)
+            rows = [last_V[None, :]]
+            if len(request.continuation) > 1:
+                rows.append(self._read(request.continuation[:-1]))
+            found[request] = _score(np.concatenate(rows), request.continuation)
+        return found
+
+    def _batches(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
+        """Longest first, so that a step that does not fit in memory fails at once; a batch is a rectangle."""
+        batch: list[Request] = []
+        for request in sorted(requests, key=lambda r: (-len(r.inputs), r.inputs)):
+            longest = len(batch[0].inputs) if batch else 0
+            if batch and (len(batch) == self._rows or longest * (len(batch) + 1) > self._tokens):
+                yield batch
+                batch = []
+            batch.append(request)
+        if batch:
+            yield batch
+
+    def _batch(self, batch: Sequence[Request]) -> dict[Request, Score]:
+        self._decoder.begin(len(batch))
+        if len(batch) == 1:
+            logits_BTV = self._read(batch[0].inputs, keep=len(batch[0].continuation))[None]
+            starts = [0]
+        else:
+            logits_BTV = self._decoder.step(*_right_padded([request.inputs for request in batch]))
+            starts = [len(request.context) - 1 for request in batch]
+        return {
+            request: _score(rows_TV[start : start + len(request.continuation)], request.continuation)
+            for request, rows_TV, start in zip(batch, logits_BTV, starts, strict=True)
+        }
+
+    def _read(self, ids: Sequence[int], keep: int | None = None) -> np.ndarray:
+        """Append one sequence in chunks; logits [keep, V] of the last positions (all of them without `keep`)."""
+        first = 0 if keep is None else len(ids) - keep
+        kept = []
+        for begin in range(0, len(ids), self._tokens):
+            chunk = ids[begin : begin + self._tokens]
+            logits_TV = self._decoder.step(np.array([chunk]))[0]
+            if begin + len(chunk) > first:
+                kept.append(logits_TV[max(0, first - begin) :])
+        return np.concatenate(kept) if len(kept) > 1 else np.asarray(kept[0])
+
+    # -- text ------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, ended: Callable[[list[int]], bool]
+    ) -> list[list[int]]:
+        """Greedy continuations, token ids, each until `ended` says so of it or it has `new_tokens`."""
+        room = max(1, self.max_length - new_tokens)
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        found: dict[int, list[int]] = {}
+        for begin in range(0, len(order), self._rows):
+            indices = order[begin : begin + self._rows]
+            texts = self._continue([list(prompts[i])[-room:] for i in indices], new_tokens, ended)
+            found.update(zip(indices, texts, strict=True))
+        return [found[i] for i in range(len(prompts))]
+
+    def _continue(
+        self, prompts: list[list[int]], new_tokens: int, ended: Callable[[list[int]], bool]
+    ) -> list[list[int]]:
+        self._decoder.begin(len(prompts))
+        if len(prompts) == 1:
+            next_B = np.array([self._read(prompts[0], keep=1)[-1].argmax()])
+        else:
+            logits_BTV = self._decoder.step(*_right_padded(prompts))
+            next_B = np.array([row[len(p) - 1].argmax() for row, p in zip(logits_BTV, prompts, strict=True)])
+        texts: list[list[int]] = [[] for _ in prompts]
+        done = [False] * len(prompts)
+        while True:
+            for b, token in enumerate(next_B):
+                if not done[b]:
+                    texts[b].append(int(token))
+                    done[b] = len(texts[b]) == new_tokens or ended(texts[b])
+            if all(done):
+                return texts
+            next_B = self._decoder.step(next_B[:, None])[:, -1].argmax(1)
+
+
+def _right_padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """ids [B, T] and 1 for tokens, 0 for padding [B, T]."""
+    ids_BT = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    valid_BT = np.zeros_like(ids_BT)
+    for b, row in enumerate(rows):
+        ids_BT[b, : len(row)], valid_BT[b, : len(row)] = row, 1
+    return ids_BT, valid_BT
+
+
+def _score(logits_TV: np.ndarray, targets: Sequence[int]) -> Score:
+    """log softmax at the targets, summed; sums in float64."""
+    place = np.arange(len(targets)), np.asarray(targets)
+    top_T = logits_TV.max(1)
+    log_sums_T = np.log(np.exp(logits_TV - top_T[:, None]).sum(1, dtype=np.float64))
+    per_token_T = logits_TV[place].astype(np.float64) - top_T - log_sums_T
+    return Score(float(per_token_T.sum()), bool((logits_TV.argmax(1) == place[1]).all()))

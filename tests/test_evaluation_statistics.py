@@ -1,0 +1,77 @@
+"""Standard errors against the harness' own, against repetition, and on pairs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nbl_export.evaluation.statistics import AGGREGATIONS, difference, figure
+
+N, ROUNDS = 400, 3000
+
+
+def draw(rng: np.random.Generator, aggregation: str, size: int = N) -> np.ndarray:
+    if aggregation == "mean":
+        return (rng.random(size) < 0.3).astype(float)
+    losses = rng.gamma(4.0, 0.5, size)
+    if aggregation == "perplexity":
+        return -losses
+    weights = rng.integers(20, 200, size).astype(float)
+    return np.stack([-losses * weights, weights], 1)
+
+
+def theirs(aggregation: str, items: np.ndarray) -> float:
+    metrics = pytest.importorskip("lm_eval.api.metrics", reason="lm-evaluation-harness is not installed")
+    return float(getattr(metrics, aggregation)([tuple(row) if row.ndim else float(row) for row in items]))
+
+
+@pytest.mark.parametrize("aggregation", list(AGGREGATIONS))
+def test_values_are_the_harness_own(aggregation: str) -> None:
+    items = draw(np.random.default_rng(0), aggregation)
+    assert figure(aggregation, items).value == pytest.approx(theirs(aggregation, items), rel=1e-12)
+
+
+def test_the_error_of_a_mean_is_the_harness_own() -> None:
+    metrics = pytest.importorskip("lm_eval.api.metrics", reason="lm-evaluation-harness is not installed")
+    items = draw(np.random.default_rng(0), "mean")
+    assert figure("mean", items).stderr == pytest.approx(metrics.mean_stderr(list(items)), rel=1e-12)
+
+
+@pytest.mark.parametrize("aggregation", list(AGGREGATIONS))
+def test_errors_are_what_repetition_gives(aggregation: str) -> None:
+    rng = np.random.default_rng(1)
+    found = [figure(aggregation, draw(rng, aggregation)) for _ in range(ROUNDS)]
+    seen = np.std([f.value for f in found])
+    assert np.mean([f.stderr for f in found if f.stderr is not None]) == pytest.approx(seen, rel=0.06)
+
+
+@pytest.mark.parametrize("aggregation", list(AGGREGATIONS))
+def test_errors_of_paired_differences_are_what_repetition_gives(aggregation: str) -> None:
+    rng = np.random.default_rng(2)
+    found = []
+    for _ in range(ROUNDS):
+        old = draw(rng, aggregation)
+        if aggregation == "mean":
+            new = np.where(rng.random(N) < 0.1, 1 - old, old)
+        else:
+            new = old.copy()
+            shift = 1 + 0.1 * rng.random(N)
+            if old.ndim == 2:
+                new[:, 0] *= shift
+            else:
+                new *= shift
+        found.append(difference(aggregation, new, old))
+    seen = np.std([f.value for f in found])
+    stated = np.mean([f.stderr for f in found if f.stderr is not None])
+    assert stated == pytest.approx(seen, rel=0.08)
+    alone = [figure(aggregation, draw(rng, aggregation)).stderr or 0.0 for _ in range(50)]
+    assert stated < np.mean(alone)  # pairs tell more than two errors do
+
+
+def test_one_item_has_no_error() -> None:
+    assert figure("mean", [1.0]).stderr is None
+
+
+def test_items_that_are_not_paired_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 items are not paired with 2"):
+        difference("mean", [1, 0, 1], [1, 0])
