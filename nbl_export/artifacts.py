@@ -8,6 +8,7 @@
     DIR/original/              decoder: the exported graph, untouched
     DIR/model/                 rewrite: the NBL graph, deployable by itself
     DIR/verify.json            verify
+    DIR/eval.json              eval, where it was asked for
     DIR/engine/{original,model}/ build: compiled, deployable by itself
     DIR/bench.json             bench
     DIR/report.{html,md,json}  report
@@ -308,6 +309,7 @@ _OURS = (
     "original",
     "model",
     "verify.json",
+    "eval.json",
     "engine",
     "bench.json",
     "report.html",

@@ -305,6 +305,49 @@ def bench(
     _show(result, speed_table(result), as_json)
 
 
+@app.command("eval")
+def evaluate(
+    directory: Run,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness: lambada_openai,arc_easy,piqa,wikitext.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="First documents, or windows, of each (default all).")
+    ] = None,
+    variants: Annotated[
+        str, typer.Option(help="original, nbl (the exported graphs), torch-original, torch-nbl.")
+    ] = "original,nbl",
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILES", help="Local documents: FILES/TASK/SPLIT.jsonl, see README.")
+    ] = None,
+    perplexity: Annotated[
+        str | None, typer.Option(help="Texts to measure perplexity on: NAME=FILE, comma separated.")
+    ] = None,
+    ppl_context: Annotated[int, typer.Option(min=2, help="Tokens of a --perplexity window.")] = 512,
+    stride: Annotated[int | None, typer.Option(help="Tokens between windows (default: the context).")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Benchmarks and perplexity on the exported graphs: eval.json."""
+    from nbl_export.evaluation.perplexity import parse_named
+    from nbl_export.evaluation_job import EvalRequest
+    from nbl_export.evaluation_job import evaluate as run_evaluation
+    from nbl_export.inspection import eval_table
+
+    request = EvalRequest(
+        tasks=_words(tasks), variants=_words(variants), limit=limit, data=data,
+        texts=tuple(parse_named(perplexity)) if perplexity else (),
+        context=ppl_context, stride=ppl_context if stride is None else stride,
+    )  # fmt: skip
+    run = run_evaluation(directory, request, _ui(as_json), force=force)
+    result = run.read_json("eval.json")
+    _show(result, eval_table(result), as_json)
+
+
+def _words(listed: str | None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in (listed or "").split(",") if word.strip())
+
+
 @app.command()
 def report(directory: Run, force: Force = False) -> None:
     """Write report.html, report.md and report.json."""

@@ -19,6 +19,7 @@ __all__ = [
     "describe_table",
     "doctor_table",
     "engines_table",
+    "eval_table",
     "examine_engines",
     "rungs_table",
     "scores_table",
@@ -180,6 +181,19 @@ def speed_table(result: dict[str, Any]) -> Table:
             f"{row['tokens_per_second_median']:.2f}",
             f"{row['tokens_per_second_stdev']:.2f}",
         )
+    return table
+
+
+def eval_table(result: dict[str, Any]) -> Table:
+    """Benchmark figures of every variant, and NBL minus original on the same items."""
+    table = Table("task", "metric", "items", "variant", "value", "± error", "difference", "± error", title="Quality")
+    for row in result["table"]:
+        against = {d["new"]: d for d in row["differences"]}
+        for variant, found in row["figures"].items():
+            paired = against.get(variant, {})
+            numbers = (found["value"], found["stderr"], paired.get("value"), paired.get("stderr"))
+            shown = ("" if n is None else f"{n:.4g}" for n in numbers)
+            table.add_row(row["task"], row["metric"], str(row["items"]), variant, *shown)
     return table
 
 

@@ -39,11 +39,12 @@ _LEAST_SLOTS = 32
 class Job:
     """Options, run directory and the lazily fetched parts."""
 
-    def __init__(self, options: JobOptions, run: RunDirectory, ui: Ui) -> None:
+    def __init__(self, options: JobOptions, run: RunDirectory, ui: Ui, evaluation: Any = None) -> None:
         self.options = options
         self.run = run
         self.ui = ui
         self.sweep_to: int | None = None  # the most layers of a sweep, where one is asked for
+        self.evaluation = evaluation
 
     @property
     def engine(self) -> Any:

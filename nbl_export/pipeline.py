@@ -81,6 +81,7 @@ def run_stages(
     force: bool = False,
     needs: str = "",
     sweep_to: int | None = None,
+    evaluation: Any = None,
 ) -> RunDirectory:
     """Bring an existing run directory up to a stage, with changed options if any.
 
@@ -88,6 +89,7 @@ def run_stages(
         force: go on although verification failed.
         needs: a stage that must not be left out.
         sweep_to: the most layers of a sweep.
+        evaluation: what the stage `eval` is to measure (`evaluation_job.Prepared`); it is left out without.
     """
     with RunDirectory.open_run(output, create=False) as run:
         recorded = JobOptions.from_json(run.manifest["options"])
@@ -95,7 +97,7 @@ def run_stages(
         preflight(options)
         if changes and "engine" in changes:
             _require_engine(options)
-        job = Job(located(options, run), run, ui)
+        job = Job(located(options, run), run, ui, evaluation)
         check_options(options, job.spec)
         job.sweep_to = sweep_to
         if options != recorded:
@@ -231,6 +233,8 @@ def _key(job: Job, stage: Stage, keys: dict[str, str]) -> str:
         from nbl_export.tradeoff import sweep_inputs
 
         identity = sweep_inputs(job)
+    elif stage.name == "eval":
+        identity = [job.evaluation.identity]
     elif stage.name == "build":
         identity = [job.engine.library_version()]
     chosen = {name: getattr(job.options, name) for name in stage.options}
@@ -381,6 +385,23 @@ def _verify(job: Job, out: Path) -> dict[str, Any]:
     return {"status": "verified" if result["passed"] else "failed"}
 
 
+def _evaluate(job: Job, out: Path) -> dict[str, Any]:
+    from nbl_export import evaluation_job
+
+    def keep(value: dict[str, Any]) -> None:
+        with job.run.scratch() as scratch:
+            write_json(scratch / "eval.json", value)
+            job.run.finish("eval", key_of("unfinished"), scratch, 0.0, _readers("eval"), status=_verdict(job))
+
+    write_json(out / "eval.json", evaluation_job.run(job, keep))
+    return {"status": _verdict(job)}
+
+
+def _no_eval(job: Job) -> str | None:
+    """Hours on a small machine: only where it was asked for."""
+    return "" if job.evaluation is None else None
+
+
 def _build(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export.engines.trt_build import BuildSettings
 
@@ -447,7 +468,8 @@ def _report(job: Job, out: Path) -> dict[str, Any]:
     verify = job.run.read_json("verify.json")
     bench = job.run.read_json("bench.json") if "bench" in job.run.stages else None
     sweep = job.run.read_json("sweep.json") if "sweep" in job.run.stages else None
-    report.render({**job.run.manifest, "status": _verdict(job)}, verify, bench, out, sweep)
+    quality = job.run.read_json("eval.json") if "eval" in job.run.stages else None
+    report.render({**job.run.manifest, "status": _verdict(job)}, verify, bench, out, sweep, quality)
     return {"status": _verdict(job)}
 
 
@@ -475,6 +497,7 @@ STAGES = (
     ),
     Stage("rewrite", "rewrite", ("plan", "distill", "decoder"), (), _rewrite),
     Stage("verify", "verify", ("rewrite",), ("calibration_tokens", "context"), _verify),
+    Stage("eval", "evaluate", ("rewrite",), (), _evaluate, _no_eval),
     Stage("build", "build", ("rewrite",), ("engine", "max_batch", "prefill_chunk"), _build, _no_build),
     Stage(
         "bench",
@@ -484,5 +507,5 @@ STAGES = (
         _bench,
         _no_bench,
     ),
-    Stage("report", "report", ("plan", "sweep", "verify", "build", "bench"), (), _report),
+    Stage("report", "report", ("plan", "sweep", "verify", "eval", "build", "bench"), (), _report),
 )

@@ -33,7 +33,7 @@ _PER_VARIANT = ("peak_memory_bytes", "kv_cache_bytes", "kv_cache_bytes_per_token
 
 def render(
     manifest: dict[str, Any], verify: dict[str, Any], bench: dict[str, Any] | None, out: Path,
-    sweep: dict[str, Any] | None = None,
+    sweep: dict[str, Any] | None = None, quality: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write report.html, report.md and report.json into `out`; the same input gives the same bytes.
 
@@ -43,6 +43,7 @@ def render(
         bench: bench.json, or None where speed was not measured.
         out: an existing directory.
         sweep: sweep.json, or None where none was made.
+        quality: eval.json, or None where no benchmark was run.
 
     Returns:
         The value of report.json.
@@ -50,7 +51,7 @@ def render(
     Raises:
         CorruptError: the two variants of a test have different numbers of rounds.
     """
-    report = {**summarize(manifest, verify, bench), "sweep": sweep}
+    report = {**summarize(manifest, verify, bench, quality), "sweep": sweep}
     page = _html(report)
     (out / "report.html").write_text(page, encoding="utf-8")
     (out / "report.md").write_text(_markdown(page), encoding="utf-8")
@@ -61,8 +62,13 @@ def render(
 # -- values --------------------------------------------------------------------------------------------------
 
 
-def summarize(manifest: dict[str, Any], verify: dict[str, Any], bench: dict[str, Any] | None) -> dict[str, Any]:
-    """The value of report.json, a function of the three inputs; figures that are not finite become None."""
+def summarize(
+    manifest: dict[str, Any],
+    verify: dict[str, Any],
+    bench: dict[str, Any] | None,
+    quality: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The value of report.json, a function of its inputs; figures that are not finite become None."""
     manifest, verify, measured = _finite(manifest), _finite(verify), bench or {}
     timings = [
         Timing(Scenario(t["kind"], t["tokens"], t["depth"]), t["variant"], tuple(t["samples_ns"]))
@@ -79,6 +85,7 @@ def summarize(manifest: dict[str, Any], verify: dict[str, Any], bench: dict[str,
         "rungs": rungs,
         "largest_logit_difference": _largest_logit_difference(rungs),
         "price": verify.get("price", []),
+        "quality": {k: quality[k] for k in ("lm_eval", "table", "agreement")} if quality else None,
         "cache_bytes_per_token": verify["cache_bytes_per_token"],
         "engines": manifest.get("engines"),
         "rows": [_row(t) for t in timings],
@@ -172,6 +179,8 @@ def _html(report: dict[str, Any]) -> str:
         "duration": _duration,
         "change": _change,
         "runs": _runs,
+        "figure": lambda f: f"{_number(f['value'])}{_plus_minus(f['stderr'])}" if f else "–",
+        "signed": lambda f: f"{_signed(f['value'])}{_plus_minus(f['stderr'])}" if f else "–",
         "percent": lambda share: "–" if share is None else f"{_number(100 * share)}%",
     }
     return environment.from_string(source).render(report=report, figures=_figures(report), fewest=_FEWEST_PAIRS)
@@ -200,6 +209,14 @@ def _number(value: float | None, missing: str = "–") -> str:
     if value and abs(value) < 1e-3:
         return f"{value:.2e}"
     return f"{value:,.0f}" if abs(value) >= 999.5 or value == 0 else f"{value:#.3g}".rstrip(".")
+
+
+def _plus_minus(stderr: float | None) -> str:
+    return "" if stderr is None else f" ± {_number(stderr)}"
+
+
+def _signed(value: float) -> str:
+    return f"{'+' if value > 0 else '−' if value < 0 else ''}{_number(abs(value))}"
 
 
 def _times(ratio: float) -> str:

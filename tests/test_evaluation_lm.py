@@ -97,8 +97,8 @@ def test_the_harness_own_command_line(genai_dirs: dict[str, Path], tmp_path: Pat
         'test_split: test\noutput_type: loglikelihood\ndoc_to_text: "{{ask}}"\ndoc_to_target: "{{say}}"\n'
         "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
     )
-    command = [sys.executable, "-m", "nbl_export.evaluation", "--model", "nbl-onnx", "--batch_size", "2",
-               "--model_args", f"path={genai_dirs['nbl']},threads=1", "--tasks", str(tmp_path / "tiny.yaml")]  # fmt: skip
+    command = [sys.executable, "-m", "nbl_export.evaluation", "--model", "nbl-onnx", "--batch_size", "2"]
+    command += ["--model_args", f"path={genai_dirs['nbl']},threads=1", "--tasks", str(tmp_path / "tiny.yaml")]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=offline)
     assert done.returncode == 0, done.stderr
