@@ -12,6 +12,7 @@
     DIR/engine/{original,model}/ build: compiled, deployable by itself
     DIR/bench.json             bench
     DIR/report.{html,md,json}  report
+    DIR/nbl-checkpoint/        save-checkpoint
     DIR/checkpoint/            a GGUF brought to safetensors, where the model was one
 
 A stage writes into a scratch directory and its results are renamed into place. Before that its record, and
@@ -39,7 +40,8 @@ from filelock import FileLock, Timeout
 from nbl_export.errors import BusyError, CorruptError, NblError
 from nbl_export.records import DecoderSpec, JobOptions, LayerScore, Plan
 
-__all__ = ["SCHEMA", "RunDirectory", "file_sha256", "friendly_os_errors", "key_of", "refuse_foreign", "write_json"]
+__all__ = ["SCHEMA", "RunDirectory", "file_sha256", "friendly_os_errors", "key_of", "move_into_place", "refuse_foreign",
+           "refuse_occupied", "write_json"]  # fmt: skip
 
 SCHEMA = 1
 _SCRATCH = ".tmp-"
@@ -315,6 +317,7 @@ _OURS = (
     "report.html",
     "report.md",
     "report.json",
+    "nbl-checkpoint",
     "checkpoint",
     "nbl.json",
 )
@@ -374,6 +377,39 @@ def refuse_foreign(path: Path) -> None:
         raise NblError(
             f"{path} is not empty and not a run directory (it holds {sorted(strangers)[0]}); choose another --output"
         )
+
+
+def refuse_occupied(target: Path) -> None:
+    """A directory that is to be written must be new or empty.
+
+    Raises:
+        NblError: it is a file, or holds something.
+    """
+    try:
+        occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    except OSError as error:
+        raise NblError(f"{target} cannot be looked into: {error.strerror}; choose another --output") from error
+    if occupied:
+        raise NblError(f"{target} is there already; choose another --output, or remove it")
+
+
+def move_into_place(made: Path, target: Path) -> Path:
+    """Rename a finished directory to `target` (by way of a name beside it, where that is another file system).
+
+    What was at `target` is replaced.
+    """
+    _make(target.parent)
+    with friendly_os_errors(target):
+        beside = target.with_name(f"{_SCRATCH}{target.name}-{os.getpid()}")
+        try:
+            shutil.move(made, beside)
+            if target.exists() or target.is_symlink():
+                _remove(target)
+            os.replace(beside, target)
+        finally:
+            if beside.exists():
+                _remove(beside)
+    return target
 
 
 def versions(packages: Sequence[str]) -> Mapping[str, str]:

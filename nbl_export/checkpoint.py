@@ -21,6 +21,7 @@ from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.records import DecoderSpec
 
 __all__ = [
+    "LINEARIZED",
     "SUPPORTED",
     "Source",
     "load_model",
@@ -34,6 +35,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 SUPPORTED = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+LINEARIZED = "nbl-"  # before the architecture, in the config.json of an NBL checkpoint
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
               "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*")  # fmt: skip
 _SAMPLED_BYTES = 1 << 20
@@ -138,6 +140,11 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _check_architecture(model_type: Any, where: Path) -> None:
+    if str(model_type).startswith(LINEARIZED):
+        raise NblError(
+            f"{where} is a checkpoint with layers already replaced (nbl-export save-checkpoint): maps are fitted to "
+            "attention, so give the original model; `import nbl_export.hf` makes transformers load this one"
+        )
     if model_type not in SUPPORTED:
         raise NblError(
             f"{where} has architecture {model_type!r}, which is not supported; supported are {', '.join(SUPPORTED)}"

@@ -348,6 +348,20 @@ def _words(listed: str | None) -> tuple[str, ...]:
     return tuple(word.strip() for word in (listed or "").split(",") if word.strip())
 
 
+@app.command("save-checkpoint")
+def save_checkpoint(
+    directory: Run,
+    output: Annotated[
+        Path | None, typer.Option(metavar="CHECKPOINT", help="A new directory (default DIR/nbl-checkpoint).")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Go on despite a failed verification.")] = False,
+) -> None:
+    """The NBL torch model as a Hugging Face directory: `import nbl_export.hf`, then AutoModelForCausalLM."""
+    from nbl_export.torch_checkpoint import save
+
+    print(save(directory, output, _ui(), force=force))
+
+
 @app.command()
 def report(directory: Run, force: Force = False) -> None:
     """Write report.html, report.md and report.json."""

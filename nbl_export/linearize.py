@@ -16,7 +16,7 @@ from torch import nn
 
 from nbl_export.records import AffineMap
 
-__all__ = ["AffineAttention", "linearize"]
+__all__ = ["AffineAttention", "linearize", "replace_attention"]
 
 
 class AffineAttention(nn.Module):
@@ -30,6 +30,14 @@ class AffineAttention(nn.Module):
             self.linear.weight.copy_(torch.from_numpy(affine.weight))
             self.linear.bias.copy_(torch.from_numpy(affine.bias))
 
+    @classmethod
+    def blank(cls, size: int) -> AffineAttention:
+        """One whose map [size, size] is still to be loaded."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.linear = nn.Linear(size, size)
+        return made
+
     def forward(self, hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> tuple[torch.Tensor, None]:
         return self.linear(hidden_states), None
 
@@ -38,18 +46,24 @@ def linearize(model: Any, maps: Mapping[int, AffineMap], tap: str = "residual") 
     """Replace the attention of the mapped layers, in place, and return the model.
 
     With the tap "normed" the layer's norm stays in front of the map.
+    """
+    replace_attention(model, {i: AffineAttention(affine) for i, affine in maps.items()}, tap)
+    return model.eval()
+
+
+def replace_attention(model: Any, modules: Mapping[int, nn.Module], tap: str) -> None:
+    """Put modules in the place of the attention of layers; they take on its dtype and device.
 
     The cache indices of the kept layers become dense: transformers reads the past length from cache 0, which
     would stay empty if layer 0 were replaced.
     """
     kept = 0
     for index, layer in enumerate(model.get_decoder().layers):
-        if index in maps:
+        if index in modules:
             reference = next(layer.self_attn.parameters())
-            layer.self_attn = AffineAttention(maps[index]).to(dtype=reference.dtype, device=reference.device)
+            layer.self_attn = modules[index].to(dtype=reference.dtype, device=reference.device)
             if tap == "residual":
                 layer.input_layernorm = nn.Identity()
         else:
             layer.self_attn.layer_idx = kept
             kept += 1
-    return model.eval()
