@@ -190,7 +190,7 @@ def _open(job: Job, variant: str) -> Any:
 def _measure(subject: Subject, lm: Any, progress: Callable[[int, int], None]) -> Any:
     from nbl_export.evaluation import measure, perplexity, tasks
 
-    lm.progress = progress  # the harness' own class draws no bar and takes no notice
+    lm.progress = progress
     if isinstance(subject.value, perplexity.NamedText):
         context, stride = subject.config["context"], subject.config["stride"]
         windows = perplexity.windows(subject.value, lm.tokenizer, context, stride, subject.limit)

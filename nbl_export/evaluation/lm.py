@@ -36,7 +36,7 @@ class OnnxLM(TemplateLM):
         batch_size: most sequences of a batch; "auto" is 16. A batch is also bounded by the size of its logits.
         max_length: most tokens read at once; the model's positions where it is not given.
         threads: of ONNX Runtime; its own choice where it is not given.
-        progress: is called with (done, total) requests.
+        progress: is called with (done, total) requests; the harness' own bars are drawn where it is not given.
 
     Raises:
         NblError: no such graph, or one with logits of the last position only.
@@ -49,7 +49,7 @@ class OnnxLM(TemplateLM):
         batch_size: int | str | None = "auto",
         max_length: int | None = None,
         threads: int | None = None,
-        progress: Callable[[int, int], None] = lambda _done, _total: None,
+        progress: Callable[[int, int], None] | None = None,
         **_of_other_models: Any,  # the harness passes device and max_batch_size to every model
     ) -> None:
         super().__init__()
@@ -105,12 +105,18 @@ class OnnxLM(TemplateLM):
 
     # -- requests --------------------------------------------------------------------------------------
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-likelihood, greedy?) of each continuation after its context."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=self.progress is not None)
+        return found
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **_kwargs: Any
     ) -> list[tuple[float, bool]]:
         """What TemplateLM.loglikelihood calls once it has made tokens: (log-likelihood, greedy?) of each."""
         wanted = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
-        found = [(score.loglikelihood, score.greedy) for score in self.scorer.score(wanted, self.progress)]
+        scores = self.scorer.score(wanted, self.progress or (lambda _done, _total: None))
+        found = [(score.loglikelihood, score.greedy) for score in scores]
         for (texts, _, _), answer in zip(requests, found, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
