@@ -1,7 +1,7 @@
 """The run directory: one manifest, hashed files, stages that are finished or absent, never in between.
 
     DIR/nbl.json               the manifest (this module's `RunDirectory` reads and writes it)
-    DIR/moments.safetensors    calibrate
+    DIR/moments.safetensors    calibrate; calibrate.partial.safetensors while it works
     DIR/maps.safetensors       plan; distill, where it was asked for (then plan leaves start.safetensors)
     DIR/distill.json           distill
     DIR/original/              decoder: the exported graph, untouched
@@ -285,6 +285,10 @@ class RunDirectory:
         self.stages[stage] = {"key": key, "seconds": round(seconds, 3), "files": hashes}
         self.save(**facts)
 
+    def partial(self, stage: str) -> Path:
+        """Where a long stage keeps what it has so far, to go on from after a kill; removed once it is finished."""
+        return self.path / f"{stage}.partial.safetensors"
+
     def read_json(self, name: str) -> Any:
         """A JSON result of a finished stage."""
         try:
@@ -295,6 +299,7 @@ class RunDirectory:
 
 _OURS = (
     "moments.safetensors",
+    "calibrate.partial.safetensors",
     "start.safetensors",
     "maps.safetensors",
     "distill.json",

@@ -165,13 +165,32 @@ def calibrate(
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = None,
     context: Context = None,
+    tap: Tap = None,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only part I of N; see merge.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Start over.")] = False,
 ) -> None:
     """Collect the moments of every layer into a run directory."""
     from nbl_export.pipeline import run_calibration
+    from nbl_export.shards import parse_shard
 
-    chosen = _options(calibration=calibration, calibration_tokens=calibration_tokens, context=context)
+    parse_shard(shard)
+    chosen = _options(
+        calibration=calibration, calibration_tokens=calibration_tokens, context=context, tap=tap, shard=shard
+    )
     run_calibration(model, chosen, output, _ui(), force=force)
+    print(output / "moments.safetensors")
+
+
+@app.command()
+def merge(
+    inputs: Annotated[list[Path], typer.Argument(metavar="A B ...", help="Run directories of calibrate --shard.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The run directory to make.")],
+    force: Annotated[bool, typer.Option("--force", help="Start over.")] = False,
+) -> None:
+    """Put the shards of a calibration together into a run directory that plan goes on from."""
+    from nbl_export.pipeline import run_merge
+
+    run_merge(inputs, output, _ui(), force=force)
     print(output / "moments.safetensors")
 
 

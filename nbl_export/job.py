@@ -21,6 +21,7 @@ from nbl_export.records import DecoderSpec, JobOptions, Plan
 
 __all__ = [
     "HELD_BACK_TOKENS",
+    "OF_CALIBRATE",
     "Job",
     "check_options",
     "chunk_of",
@@ -33,6 +34,7 @@ __all__ = [
 HELD_BACK_TOKENS = 4096
 DEFAULT_SLOTS, DEFAULT_CHUNK = 2048, 512
 _LEAST_SLOTS = 32
+OF_CALIBRATE = ("calibration", "calibration_tokens", "context", "tap", "shard")  # options
 
 
 class Job:
@@ -249,7 +251,11 @@ def describe_command(options: JobOptions, output: Path) -> str:
     defaults = {f.name: f.default for f in dataclasses.fields(JobOptions)}
     spelling = {"depths": "depth"}
     words = ["nbl-export", "--model", options.model, "--engine", options.engine]
+    if options.shard:
+        words[1:] = ["calibrate", "--model", options.model]
     for name, value in options.to_json().items():
+        if options.shard and name not in OF_CALIBRATE:
+            continue
         default = defaults[name]
         if (
             name in ("model", "engine")

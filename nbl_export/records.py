@@ -230,7 +230,7 @@ class JobOptions:
     """Everything a user can ask of the main job, resolved. Recorded in nbl.json and read back on resume.
 
     max_seq_len, max_batch, prefill_chunk and logits are for engines that compile; None takes `job`'s defaults.
-    distill_steps and distill_minutes are for the fit "distilled".
+    distill_steps and distill_minutes are for the fit "distilled". shard: "i/n", of a calibration that is to be merged.
     """
 
     model: str
@@ -250,6 +250,7 @@ class JobOptions:
     calibration: str | None = None
     calibration_tokens: int = 65_536
     context: int = 512
+    shard: str | None = None
     seed: int = 0
     depths: tuple[int, ...] = (0, 2048)
     repetitions: int = 5
