@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +116,9 @@ class _Partial:
     def _identity(facts: dict[str, Any]) -> tuple[Any, ...]:
         return facts["identity"], list(facts["shard"]), facts["batches"]
 
-    def save_if_due(self, found: Any, done: int, clock: Callable[[], float] = time.monotonic) -> None:
-        if clock() < self._due:
+    def save_if_due(self, found: Any, done: int) -> None:
+        if time.monotonic() < self._due:
             return
-        started = clock()
+        started = time.monotonic()
         _write(found, self._path, {**self._facts, "done": done})
-        self._due = clock() + max(_SECONDS, _SHARE * (clock() - started))
+        self._due = time.monotonic() + max(_SECONDS, _SHARE * (time.monotonic() - started))

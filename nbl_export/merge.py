@@ -109,10 +109,7 @@ def _check_file(file: MomentsFile) -> None:
         raise NblError(f"{file.path} does not say what it was collected from; make it again with nbl-export calibrate")
     if not file.is_complete:
         raise CorruptError(f"{file.path} is of a calibration that was not finished; run its calibrate again")
-    try:
-        file.check()
-    except ValueError as error:
-        raise CorruptError(f"{file.path} is corrupted: {error}; run its calibrate again") from error
+    file.check()
 
 
 def _check_one_calibration(files: Sequence[MomentsFile]) -> None:

@@ -130,7 +130,7 @@ class MomentsFile:
         """Compare the tensors with their hash.
 
         Raises:
-            ValueError: they are not what was written.
+            CorruptError: they are not what was written.
         """
         digest = hashlib.sha256()
         with self.path.open("rb") as stream:
@@ -138,7 +138,7 @@ class MomentsFile:
             while block := stream.read(1 << 20):
                 digest.update(block)
         if digest.hexdigest() != self.facts.get("sha256"):
-            raise ValueError("its content is not what was written")
+            raise CorruptError(f"{self.path} is corrupted: its content is not what was written; run calibrate again")
 
     def sums(self, layer: int, tap: str) -> Sums:
         """The sums of a layer; about zero where the file says no reference."""
