@@ -58,14 +58,17 @@ class Collection:
     def refer(self, ids_WT: torch.Tensor) -> None:
         """Take reference rows and units from the beginning of the whole text."""
         self.add(ids_WT[:1, :REFERENCE_ROWS])
-        for accumulators in self.found.values():
-            for accumulator in accumulators:
-                accumulator.clear()
+        for accumulator in self.accumulators():
+            accumulator.clear()
 
     def add(self, batch_BT: torch.Tensor) -> None:
         """Run one batch and add its rows."""
         with torch.inference_mode():
             self._decoder(input_ids=batch_BT.to(self._device), use_cache=False)
+
+    def accumulators(self) -> list[Accumulator]:
+        """All of them, in an order that is the same everywhere."""
+        return [accumulator for accumulators in self.found.values() for accumulator in accumulators]
 
     @property
     def num_layers(self) -> int:

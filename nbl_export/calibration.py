@@ -30,28 +30,33 @@ def taps_of(tap: str) -> tuple[str, ...]:
 
 def run(job: Job, out: Path) -> dict[str, Any]:
     """Write out/moments.safetensors; returns the facts for the manifest."""
-    from nbl_export import calibrate
+    from nbl_export import calibrate, distributed
 
     windows, _ = job.windows
     parts = calibrate.batches(windows)
-    mine = [parts[k] for k in parse_shard(job.options.shard).batches(len(parts))]
+    chosen = parse_shard(job.options.shard).batches(len(parts))
+    mine = [parts[k] for k in chosen]
     calibration = {**job.run.manifest["calibration"], "tokens": int(windows.numel()), "context": job.options.context}
     facts = _facts(job, windows, len(parts), len(mine), calibration)
     partial = _Partial(job.run.partial("calibrate"), facts)
     total = sum(part.numel() for part in mine)
-    with (
-        job.ui.task(f"{total} tokens") as progress,
-        calibrate.Collection(job.model, facts["identity"]["taps"]) as found,
-    ):
+    taps, peers = facts["identity"]["taps"], distributed.current()
+    with job.ui.task(f"{total} tokens") as progress, calibrate.Collection(peers.place(job.model), taps) as found:
         done = partial.restore(found)
         if done:
             job.ui.say(f"  going on after {done} of {len(mine)} batches")
         else:
             found.refer(windows)
-        for k in range(done, len(mine)):
-            found.add(mine[k])
-            progress(sum(part.numel() for part in mine[: k + 1]), total)
-            partial.save_if_due(found, k + 1)
+        order = {"checkpoint": str(job.checkpoint.absolute()), "windows": windows, "batches": chosen, "done": done}
+        peers.lead({**order, "taps": taps})
+        peers.agree(None)
+        peers.share_reference(found)
+
+        def is_due() -> bool:
+            progress(found.count * peers.size if peers.size > 1 else found.count, total)
+            return partial.is_due()
+
+        distributed.collect_batches(peers, found, mine, done, is_due, lambda end: partial.save(found, end))
         _write(found, out / "moments.safetensors", facts)
     return {"calibration": calibration}
 
@@ -116,9 +121,10 @@ class _Partial:
     def _identity(facts: dict[str, Any]) -> tuple[Any, ...]:
         return facts["identity"], list(facts["shard"]), facts["batches"]
 
-    def save_if_due(self, found: Any, done: int) -> None:
-        if time.monotonic() < self._due:
-            return
+    def is_due(self) -> bool:
+        return time.monotonic() >= self._due
+
+    def save(self, found: Any, done: int) -> None:
         started = time.monotonic()
         _write(found, self._path, {**self._facts, "done": done})
         self._due = time.monotonic() + max(_SECONDS, _SHARE * (time.monotonic() - started))

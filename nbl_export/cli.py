@@ -177,8 +177,8 @@ def calibrate(
     chosen = _options(
         calibration=calibration, calibration_tokens=calibration_tokens, context=context, tap=tap, shard=shard
     )
-    run_calibration(model, chosen, output, _ui(), force=force)
-    print(output / "moments.safetensors")
+    if run_calibration(model, chosen, output, _ui(), force=force) is not None:
+        print(output / "moments.safetensors")
 
 
 @app.command()

@@ -52,8 +52,24 @@ def run_job(options: JobOptions, output: Path, ui: Ui, *, force: bool = False) -
     return output
 
 
-def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, force: bool = False) -> Path:
-    """The first stage by itself, of a new run or of one whose other options stay as they are recorded."""
+def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, force: bool = False) -> Path | None:
+    """The first stage by itself, of a new run or of one whose other options stay as they are recorded.
+
+    None on processes of torchrun that only help.
+    """
+    from nbl_export import distributed
+
+    peers = distributed.current()
+    if peers.rank:
+        distributed.follow(peers)
+        return None
+    try:
+        return _calibration(model, given, output, ui, force)
+    finally:
+        peers.close()
+
+
+def _calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, force: bool) -> Path:
     refuse_foreign(output)
     recorded = {} if force else RunDirectory.peek(output).manifest.get("options", {})
     options = dataclasses.replace(JobOptions.from_json({**recorded, "model": model, "shard": None}), **given)

@@ -111,9 +111,10 @@ class Accumulator:
 
     def _refer(self, x_ND: torch.Tensor, y_ND: torch.Tensor, massive: torch.Tensor) -> None:
         x_ref, y_ref = x_ND[~massive].mean(0), y_ND[~massive].mean(0)
-        self._start(x_ref, y_ref, _unit(x_ND - x_ref), _unit(y_ND - y_ref))
+        self.start(x_ref, y_ref, _unit(x_ND - x_ref), _unit(y_ND - y_ref))
 
-    def _start(self, x_ref: torch.Tensor, y_ref: torch.Tensor, x_unit: torch.Tensor, y_unit: torch.Tensor) -> None:
+    def start(self, x_ref: torch.Tensor, y_ref: torch.Tensor, x_unit: torch.Tensor, y_unit: torch.Tensor) -> None:
+        """Begin at zero, with these reference rows and units."""
         self._x_ref, self._y_ref = x_ref.float(), y_ref.float()
         self._x_unit, self._y_unit = x_unit.double(), y_unit.double()
         self._x_scale, self._y_scale = (_STEPS / x_unit).float(), (_STEPS / y_unit).float()
@@ -127,6 +128,14 @@ class Accumulator:
         self._x_sum, self._y_sum = torch.zeros(2, size, dtype=torch.float64, device=device)
         self._xx, self._yx, self._yy = torch.zeros(3, size, size, dtype=torch.float64, device=device)
 
+    def reference(self) -> list[torch.Tensor]:
+        """Reference rows and units, as `start` takes them."""
+        return [self._x_ref.double(), self._y_ref.double(), self._x_unit, self._y_unit]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The sums in whole numbers, themselves: they add up exactly across processes of equal reference."""
+        return [self._x_sum, self._y_sum, self._xx, self._yx, self._yy]
+
     def sums(self) -> Sums:
         """What was added so far, on the CPU."""
         x, y = self._x_unit / _STEPS, self._y_unit / _STEPS
@@ -139,7 +148,7 @@ class Accumulator:
 
     def restore(self, sums: Sums, device: torch.device | str = "cpu") -> None:
         """Go on from sums: the state that gave them, bit for bit."""
-        self._start(*(getattr(sums, n).to(device) for n in ("x_ref", "y_ref", "x_unit", "y_unit")))
+        self.start(*(getattr(sums, n).to(device) for n in ("x_ref", "y_ref", "x_unit", "y_unit")))
         self.count = sums.count
         x, y = self._x_unit / _STEPS, self._y_unit / _STEPS
         self._x_sum, self._y_sum = sums.x_sum.to(device) / x, sums.y_sum.to(device) / y

@@ -12,7 +12,18 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "nbl_export"
 FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 
-TORCH = {"checkpoint", "corpus", "sums", "moments_file", "calibrate", "lmmse", "linearize", "distill", "reference"}
+TORCH = {
+    "checkpoint",
+    "corpus",
+    "sums",
+    "moments_file",
+    "distributed",
+    "calibrate",
+    "lmmse",
+    "linearize",
+    "distill",
+    "reference",
+}
 ONNX_IR = ("decoders/", "rewrite/", "int4_blocks.py")
 ORT = ("engines/", "decoders/genai.py", "rewrite/quantize.py")  # quantize: ONNX Runtime's packing is a library call
 STAGES = {"calibrate", "plan", "linearize", "decoders", "rewrite", "verify", "bench", "report"}
