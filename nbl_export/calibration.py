@@ -3,6 +3,7 @@
     windows ─► batches ─► those of this shard ─► sums of every layer ─► moments.safetensors
                                                   └─ every half minute ─► calibrate.partial.safetensors
 
+A model that does not fit memory is run one layer at a time instead (`layerwise`), and begins again after a kill.
 Since sums are exact (`sums`), a run that went on from a partial file ends with the same bytes as one that ran through.
 """
 
@@ -13,13 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nbl_export.errors import CorruptError
+from nbl_export.errors import CorruptError, NblError
 from nbl_export.job import OF_CALIBRATE, Job
 from nbl_export.shards import parse_shard
 
 __all__ = ["run", "taps_of"]
 
 _SECONDS = 30.0  # between two partial files
+_MEMORY_SHARE = 0.6  # of the available memory that the weights may take
 _SHARE = 50.0  # and this many times what writing one took
 
 
@@ -29,15 +31,31 @@ def taps_of(tap: str) -> tuple[str, ...]:
 
 
 def run(job: Job, out: Path) -> dict[str, Any]:
-    """Write out/moments.safetensors; returns the facts for the manifest."""
-    from nbl_export import calibrate, distributed
+    """Write out/moments.safetensors; returns the facts for the manifest.
+
+    Raises:
+        NblError: there is no such shard, or activations are not finite.
+    """
+    from nbl_export import calibrate
 
     windows, _ = job.windows
     parts = calibrate.batches(windows)
     chosen = parse_shard(job.options.shard).batches(len(parts))
-    mine = [parts[k] for k in chosen]
     calibration = {**job.run.manifest["calibration"], "tokens": int(windows.numel()), "context": job.options.context}
-    facts = _facts(job, windows, len(parts), len(mine), calibration)
+    facts = _facts(job, windows, len(parts), len(chosen), calibration)
+    if _by_layer(job):
+        _run_layers(job, windows, [parts[k] for k in chosen], facts, out)
+    else:
+        _run_whole(job, windows, chosen, facts, out)
+    return {"calibration": calibration}
+
+
+def _run_whole(job: Job, windows: Any, chosen: list[int], facts: dict[str, Any], out: Path) -> None:
+    """With the whole model in memory, on one process or several."""
+    from nbl_export import calibrate, distributed
+
+    parts = calibrate.batches(windows)
+    mine = [parts[k] for k in chosen]
     partial = _Partial(job.run.partial("calibrate"), facts)
     total = sum(part.numel() for part in mine)
     taps, peers = facts["identity"]["taps"], distributed.current()
@@ -53,12 +71,46 @@ def run(job: Job, out: Path) -> dict[str, Any]:
         peers.share_reference(found)
 
         def is_due() -> bool:
-            progress(found.count * peers.size if peers.size > 1 else found.count, total)
+            progress(min(total, found.count * peers.size), total)
             return partial.is_due()
 
         distributed.collect_batches(peers, found, mine, done, is_due, lambda end: partial.save(found, end))
         _write(found, out / "moments.safetensors", facts)
-    return {"calibration": calibration}
+
+
+def _by_layer(job: Job) -> bool:
+    """Whether one layer at a time is wanted, or needed; says so."""
+    import psutil
+
+    from nbl_export import distributed, layerwise
+
+    needed, available = layerwise.float32_bytes(job.checkpoint), psutil.virtual_memory().available
+    short = needed > _MEMORY_SHARE * available
+    if not (job.options.layer_wise or short):
+        return False
+    if distributed.current().size > 1:
+        if job.options.layer_wise:
+            raise NblError("--layer-wise is for one process; use --shard I/N on each instead of torchrun, then merge")
+        return False
+    if short:
+        sizes = f"{needed / 2**30:.1f} GiB in float32, {available / 2**30:.1f} GiB of memory available"
+        job.ui.say(f"  one layer at a time: the weights are {sizes}")
+    return True
+
+
+def _run_layers(job: Job, windows: Any, mine: list[Any], facts: dict[str, Any], out: Path) -> None:
+    from nbl_export import layerwise
+    from nbl_export.moments_file import MomentsWriter
+
+    count, taps = sum(part.numel() for part in mine), facts["identity"]["taps"]
+    target, spec = out / "moments.safetensors", job.spec
+    with (
+        job.run.scratch() as scratch,
+        job.ui.task(f"{count} tokens, layer by layer") as progress,
+        MomentsWriter(target, {**facts, "count": count}, spec.num_layers, taps, spec.hidden_size) as file,
+    ):
+        for sums in layerwise.collect_layers(job.checkpoint, windows, mine, taps, scratch, progress):
+            file.write(sums)
 
 
 def _facts(job: Job, windows: Any, batches: int, mine: int, calibration: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +128,7 @@ def _facts(job: Job, windows: Any, batches: int, mine: int, calibration: dict[st
     }
     about = {name: manifest[name] for name in ("model", "decoder", "places", "num_layers")}
     chosen = {name: value for name, value in job.options.to_json().items() if name in ("model", *OF_CALIBRATE)}
+    chosen.pop("layer_wise")  # which way the same moments came about
     return {
         "identity": identity,
         "shard": [shard.number, shard.of],

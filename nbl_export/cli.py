@@ -59,8 +59,18 @@ Fit = Annotated[str | None, typer.Option(help="independent (closed form, default
 DistillSteps = Annotated[int | None, typer.Option(min=1, help="Training steps of --fit distilled (default 200).")]
 DistillMinutes = Annotated[float | None, typer.Option(help="Stop --fit distilled after so many minutes.")]
 Calibration = Annotated[
-    str | None,
-    typer.Option(help="UTF-8 text, .jsonl or .json with a text field, or a hub dataset id."),
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT[:WEIGHT]",
+        help="UTF-8 text, .jsonl or .json with a text field (also .gz), or a hub dataset id (org/name@split); "
+        "again for more texts, mixed by weight.",
+    ),
+]
+LayerWise = Annotated[
+    bool | None,
+    typer.Option(
+        "--layer-wise", help="Calibrate one decoder layer at a time; by itself where the weights do not fit memory."
+    ),
 ]
 CalibrationTokens = Annotated[int | None, typer.Option(min=1, help="Tokens to calibrate on (default 65536).")]
 Context = Annotated[int | None, typer.Option(min=2, help="Window length in tokens (default 512).")]
@@ -75,7 +85,9 @@ Force = Annotated[bool, typer.Option("--force", help="Start over, or go on despi
 
 def _options(**given: Any) -> dict[str, Any]:
     """Drop what was not given; read the depth list."""
-    chosen = {k: v for k, v in given.items() if v is not None}
+    chosen = {k: v for k, v in given.items() if v not in (None, [])}
+    if "calibration" in chosen:
+        chosen["calibration"] = tuple(chosen["calibration"])
     if "depth" in chosen:
         parts = str(chosen.pop("depth")).split(",")
         if not all(p.strip().isascii() and p.strip().isdigit() for p in parts):
@@ -111,6 +123,7 @@ def root(
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = None,
     context: Context = None,
+    layer_wise: LayerWise = None,
     depth: Depth = None,
     repetitions: Repetitions = None,
     prompt_tokens: PromptTokens = None,
@@ -141,8 +154,9 @@ def root(
         layers=layers, tap=tap, fit=fit, distill_steps=distill_steps, distill_minutes=distill_minutes,
         precision=precision, decoder_source=decoder_source, provider=provider, max_seq_len=max_seq_len,
         max_batch=max_batch, prefill_chunk=prefill_chunk, logits=logits, calibration=calibration,
-        calibration_tokens=calibration_tokens, context=context, depth=depth, repetitions=repetitions,
-        prompt_tokens=prompt_tokens, generate_tokens=generate_tokens, threads=threads, seed=seed,
+        calibration_tokens=calibration_tokens, context=context, layer_wise=layer_wise, depth=depth,
+        repetitions=repetitions, prompt_tokens=prompt_tokens, generate_tokens=generate_tokens, threads=threads,
+        seed=seed,
     )  # fmt: skip
     options = JobOptions(**{**engine_defaults(engine, provider or "cpu"), "model": model, "engine": engine, **chosen})
     run_job(options, output, _ui(), force=force)
@@ -167,6 +181,7 @@ def calibrate(
     context: Context = None,
     tap: Tap = None,
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only part I of N; see merge.")] = None,
+    layer_wise: LayerWise = None,
     force: Annotated[bool, typer.Option("--force", help="Start over.")] = False,
 ) -> None:
     """Collect the moments of every layer into a run directory."""
@@ -175,8 +190,9 @@ def calibrate(
 
     parse_shard(shard)
     chosen = _options(
-        calibration=calibration, calibration_tokens=calibration_tokens, context=context, tap=tap, shard=shard
-    )
+        calibration=calibration, calibration_tokens=calibration_tokens, context=context, tap=tap, shard=shard,
+        layer_wise=layer_wise,
+    )  # fmt: skip
     if run_calibration(model, chosen, output, _ui(), force=force) is not None:
         print(output / "moments.safetensors")
 

@@ -15,6 +15,7 @@ from typing import Any
 from nbl_export.artifacts import RunDirectory
 from nbl_export.engines import load_engine
 from nbl_export.errors import NblError
+from nbl_export.mixture import absolute_sources
 from nbl_export.plan import parse_layers
 from nbl_export.progress import Ui
 from nbl_export.records import DecoderSpec, JobOptions, Plan
@@ -34,7 +35,7 @@ __all__ = [
 HELD_BACK_TOKENS = 4096
 DEFAULT_SLOTS, DEFAULT_CHUNK = 2048, 512
 _LEAST_SLOTS = 32
-OF_CALIBRATE = ("calibration", "calibration_tokens", "context", "tap", "shard")  # options
+OF_CALIBRATE = ("calibration", "calibration_tokens", "context", "tap", "shard", "layer_wise")  # options
 
 
 class Job:
@@ -105,8 +106,9 @@ class Job:
                 **self.run.manifest.get("calibration", {}),
                 "name": self.text.name,
                 "sha256": self.text.sha256,
+                "parts": [dataclasses.asdict(part) for part in self.text.parts],
             },
-            places={"model": source.place, "calibration": _absolute(options.calibration)},
+            places={"model": source.place, "calibration": absolute_sources(options.calibration)},
             num_layers=spec.num_layers,
         )
         self.note_options(options)
@@ -136,9 +138,9 @@ class Job:
 
     @functools.cached_property
     def text(self) -> Any:
-        from nbl_export import corpus
+        from nbl_export import mixture
 
-        return corpus.read_text(self.options.calibration)
+        return mixture.read_texts(self.options.calibration)
 
     @functools.cached_property
     def checkpoint(self) -> Path:
@@ -233,17 +235,12 @@ def _check_lengths(options: JobOptions, spec: DecoderSpec) -> None:
 def located(options: JobOptions, run: RunDirectory) -> JobOptions:
     """Options with model and text where they were, whatever the working directory is now."""
     places = run.manifest.get("places", {})
+    texts = places.get("calibration") or options.calibration
     return dataclasses.replace(
         options,
         model=places.get("model") or options.model,
-        calibration=places.get("calibration") or options.calibration,
+        calibration=(texts,) if isinstance(texts, str) else tuple(texts),
     )
-
-
-def _absolute(path: str | None) -> str | None:
-    """A local path from the root; None for anything else."""
-    local = Path(path).expanduser() if path else None
-    return str(local.absolute()) if local and local.exists() else None
 
 
 def describe_command(options: JobOptions, output: Path) -> str:
@@ -263,6 +260,13 @@ def describe_command(options: JobOptions, output: Path) -> str:
             or value == (list(default) if isinstance(default, tuple) else default)
         ):
             continue
+        flag = f"--{spelling.get(name, name).replace('_', '-')}"
+        if name == "calibration":
+            words += [word for text in value for word in (flag, text)]
+            continue
+        if value is True:
+            words.append(flag)
+            continue
         shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        words += [f"--{spelling.get(name, name).replace('_', '-')}", shown]
+        words += [flag, shown]
     return shlex.join([*words, "--output", str(output)])

@@ -230,6 +230,8 @@ class JobOptions:
     """Everything a user can ask of the main job, resolved. Recorded in nbl.json and read back on resume.
 
     max_seq_len, max_batch, prefill_chunk and logits are for engines that compile; None takes `job`'s defaults.
+    layer_wise: calibrate one decoder layer at a time, whatever the memory.
+    calibration: texts, see `mixture`; none of them is the default text.
     distill_steps and distill_minutes are for the fit "distilled". shard: "i/n", of a calibration that is to be merged.
     """
 
@@ -247,10 +249,11 @@ class JobOptions:
     max_batch: int | None = None
     prefill_chunk: int | None = None
     logits: str | None = None
-    calibration: str | None = None
+    calibration: tuple[str, ...] = ()
     calibration_tokens: int = 65_536
     context: int = 512
     shard: str | None = None
+    layer_wise: bool = False
     seed: int = 0
     depths: tuple[int, ...] = (0, 2048)
     repetitions: int = 5
@@ -272,6 +275,8 @@ class JobOptions:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> JobOptions:
         known = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(values.get("calibration"), (list, tuple)):  # as it was when there could be only one
+            values = {**values, "calibration": [values["calibration"]] if values.get("calibration") else []}
         kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
         return cls(**kept)
 

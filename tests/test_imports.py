@@ -13,17 +13,9 @@ PACKAGE = Path(__file__).parent.parent / "nbl_export"
 FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 
 TORCH = {
-    "checkpoint",
-    "corpus",
-    "sums",
-    "moments_file",
-    "distributed",
-    "calibrate",
-    "lmmse",
-    "linearize",
-    "distill",
-    "reference",
-}
+    "checkpoint", "corpus", "sums", "moments_file", "distributed", "layerwise", "calibrate", "lmmse", "linearize",
+    "distill", "reference",
+}  # fmt: skip
 ONNX_IR = ("decoders/", "rewrite/", "int4_blocks.py")
 ORT = ("engines/", "decoders/genai.py", "rewrite/quantize.py")  # quantize: ONNX Runtime's packing is a library call
 STAGES = {"calibrate", "plan", "linearize", "decoders", "rewrite", "verify", "bench", "report"}
