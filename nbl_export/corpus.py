@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 # exllamav3 carries calibration prose (MIT) beside its code; it is read as files and never imported.
 _PACKAGE = "exllamav3"
-_PACKAGE_FILES = ("c4", "wiki", "technical", "tiny")
+_PACKAGE_FILES = ("c4", "wiki", "technical", "tiny", "code")
 _FALLBACK = "pydoc_data/topics.py"
 _MIN_DOCUMENT_CHARS = 1
 _LONG_DOCUMENT_CHARS = 8000  # beyond, it is cut where texts are mixed
@@ -80,10 +80,10 @@ def read_text(source: str | None) -> Text:
 
 
 def default_text() -> Text:
-    """A mix of web, encyclopaedia, technical and story text from an installed package, in equal shares.
+    """A mix of web, encyclopaedia, technical, story and program text from an installed package, in equal shares.
 
-    Documents of the four files are interleaved, so that any prefix is a mix. Without the package: the
-    language reference of Python's standard library, which is a poor substitute, and said so.
+    The stories are half dialogue. Documents of the five files are interleaved, so that any prefix is a mix. Without
+    the package: the language reference of Python's standard library, which is a poor substitute, and said so.
     """
     found = _package_files()
     if not found:
