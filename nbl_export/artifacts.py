@@ -2,6 +2,7 @@
 
     DIR/nbl.json               the manifest (this module's `RunDirectory` reads and writes it)
     DIR/moments.safetensors    calibrate; calibrate.partial.safetensors while it works
+    DIR/sampled.safetensors    calibrate --data-free: the tokens
     DIR/maps.safetensors       plan; distill, where it was asked for (then plan leaves start.safetensors)
     DIR/distill.json           distill
     DIR/original/              decoder: the exported graph, untouched
@@ -300,6 +301,7 @@ class RunDirectory:
 _OURS = (
     "moments.safetensors",
     "calibrate.partial.safetensors",
+    "sampled.safetensors",
     "start.safetensors",
     "maps.safetensors",
     "distill.json",

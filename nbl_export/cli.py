@@ -66,6 +66,10 @@ Calibration = Annotated[
         "again for more texts, mixed by weight.",
     ),
 ]
+DataFree = Annotated[
+    bool | None,
+    typer.Option("--data-free", help="Calibrate on what the model itself says (sampled with --seed), on no text."),
+]
 LayerWise = Annotated[
     bool | None,
     typer.Option(
@@ -123,6 +127,7 @@ def root(
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = None,
     context: Context = None,
+    data_free: DataFree = None,
     layer_wise: LayerWise = None,
     depth: Depth = None,
     repetitions: Repetitions = None,
@@ -154,7 +159,7 @@ def root(
         layers=layers, tap=tap, fit=fit, distill_steps=distill_steps, distill_minutes=distill_minutes,
         precision=precision, decoder_source=decoder_source, provider=provider, max_seq_len=max_seq_len,
         max_batch=max_batch, prefill_chunk=prefill_chunk, logits=logits, calibration=calibration,
-        calibration_tokens=calibration_tokens, context=context, layer_wise=layer_wise, depth=depth,
+        calibration_tokens=calibration_tokens, context=context, data_free=data_free, layer_wise=layer_wise, depth=depth,
         repetitions=repetitions, prompt_tokens=prompt_tokens, generate_tokens=generate_tokens, threads=threads,
         seed=seed,
     )  # fmt: skip
@@ -180,7 +185,9 @@ def calibrate(
     calibration_tokens: CalibrationTokens = None,
     context: Context = None,
     tap: Tap = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of --data-free (default 0).")] = None,
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only part I of N; see merge.")] = None,
+    data_free: DataFree = None,
     layer_wise: LayerWise = None,
     force: Annotated[bool, typer.Option("--force", help="Start over.")] = False,
 ) -> None:
@@ -191,7 +198,7 @@ def calibrate(
     parse_shard(shard)
     chosen = _options(
         calibration=calibration, calibration_tokens=calibration_tokens, context=context, tap=tap, shard=shard,
-        layer_wise=layer_wise,
+        seed=seed, data_free=data_free, layer_wise=layer_wise,
     )  # fmt: skip
     if run_calibration(model, chosen, output, _ui(), force=force) is not None:
         print(output / "moments.safetensors")

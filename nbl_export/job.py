@@ -12,7 +12,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from nbl_export.artifacts import RunDirectory
+from nbl_export.artifacts import RunDirectory, key_of
 from nbl_export.engines import load_engine
 from nbl_export.errors import NblError
 from nbl_export.mixture import absolute_sources
@@ -35,7 +35,16 @@ __all__ = [
 HELD_BACK_TOKENS = 4096
 DEFAULT_SLOTS, DEFAULT_CHUNK = 2048, 512
 _LEAST_SLOTS = 32
-OF_CALIBRATE = ("calibration", "calibration_tokens", "context", "tap", "shard", "layer_wise")  # options
+OF_CALIBRATE = (
+    "calibration",
+    "data_free",
+    "seed",
+    "calibration_tokens",
+    "context",
+    "tap",
+    "shard",
+    "layer_wise",
+)  # options
 
 
 class Job:
@@ -138,8 +147,11 @@ class Job:
 
     @functools.cached_property
     def text(self) -> Any:
-        from nbl_export import mixture
+        from nbl_export import corpus, mixture
 
+        if self.options.data_free:
+            name = f"sampled from the model itself (seed {self.options.seed}, temperature 1)"
+            return corpus.Text(name, key_of("sampled", self.source.fingerprint, self.options.seed), ())
         return mixture.read_texts(self.options.calibration)
 
     @functools.cached_property
@@ -158,10 +170,27 @@ class Job:
 
         if self.text.sha256 != self.text_sha256:
             raise NblError(f"the calibration text {self.text.name} has changed since this run; restore it")
+        if self.options.data_free:
+            return self._sampled
         tokenizer = checkpoint.load_tokenizer(self.checkpoint)
         return corpus.pack(
             self.text, tokenizer, self.options.calibration_tokens, self.options.context, HELD_BACK_TOKENS
         )
+
+    @property
+    def _sampled(self) -> tuple[Any, Any]:
+        """Windows that the model says itself; sampled once and kept in the run directory."""
+        from nbl_export import sampling
+
+        context, path = self.options.context, self.run.path / "sampled.safetensors"
+        wanted, held = max(1, -(-self.options.calibration_tokens // context)), -(-HELD_BACK_TOKENS // context)
+        key = key_of(self.text_sha256, wanted, held, context)
+        ids = sampling.load_windows(path, key)
+        if ids is None:
+            with self.ui.task("sampling") as progress:
+                ids = sampling.sample_windows(self.model, wanted + held, context, self.options.seed, progress)
+            sampling.save_windows(ids, key, path)
+        return ids[:wanted], ids[wanted:]
 
     @functools.cached_property
     def model(self) -> Any:

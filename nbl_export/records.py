@@ -230,6 +230,7 @@ class JobOptions:
     """Everything a user can ask of the main job, resolved. Recorded in nbl.json and read back on resume.
 
     max_seq_len, max_batch, prefill_chunk and logits are for engines that compile; None takes `job`'s defaults.
+    data_free: calibrate on what the model itself says (with `seed`), on no text.
     layer_wise: calibrate one decoder layer at a time, whatever the memory.
     calibration: texts, see `mixture`; none of them is the default text.
     distill_steps and distill_minutes are for the fit "distilled". shard: "i/n", of a calibration that is to be merged.
@@ -252,6 +253,7 @@ class JobOptions:
     calibration: tuple[str, ...] = ()
     calibration_tokens: int = 65_536
     context: int = 512
+    data_free: bool = False
     shard: str | None = None
     layer_wise: bool = False
     seed: int = 0
@@ -269,6 +271,8 @@ class JobOptions:
             _require((getattr(self, name) or 1) >= 1, f"{name} must be at least 1")
         _require(self.tap in TAPS, f"--tap is {' or '.join(TAPS)}, not {self.tap!r}")
         _require(self.fit in FITS, f"--fit is {' or '.join(FITS)}, not {self.fit!r}")
+        _require(not (self.data_free and self.calibration), "--data-free reads no text; leave --calibration out")
+        _require(not (self.data_free and self.layer_wise), "--data-free needs the whole model, --layer-wise has none")
         _require(self.distill_steps >= 1 and (self.distill_minutes or 1) > 0, "distillation takes at least one step")
         _require(self.logits in (None, "last", "all"), f"logits are of the last token or all, not {self.logits!r}")
 
