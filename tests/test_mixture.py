@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nbl_export import corpus, mixture
@@ -59,6 +59,7 @@ def test_an_existing_file_is_that_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert [s.weight for s in parse_sources(spelled)] == [3, 2, 1]
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine everything is
 @given(
     st.lists(
         st.tuples(st.floats(0.1, 10), st.lists(st.integers(1, 5000), min_size=20, max_size=60)), min_size=2, max_size=4

@@ -43,6 +43,7 @@ def test_bad_shard_is_refused(text: str) -> None:
         parse_shard(text)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.data())
 def test_shards_are_disjoint_and_together_the_whole(total: int, data: st.DataObject) -> None:
     of = data.draw(st.integers(1, total))
