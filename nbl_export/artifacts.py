@@ -1,7 +1,8 @@
 """The run directory: one manifest, hashed files, stages that are finished or absent, never in between.
 
     DIR/nbl.json               the manifest (this module's `RunDirectory` reads and writes it)
-    DIR/moments.safetensors    calibrate
+    DIR/moments.safetensors    calibrate; calibrate.partial.safetensors while it works
+    DIR/sampled.safetensors    calibrate --data-free: the tokens
     DIR/maps.safetensors       plan; distill, where it was asked for (then plan leaves start.safetensors)
     DIR/sweep.json             sweep, where it was asked for
     DIR/distill.json           distill; distill.partial.safetensors while it works
@@ -303,6 +304,8 @@ class RunDirectory:
 
 _OURS = (
     "moments.safetensors",
+    "calibrate.partial.safetensors",
+    "sampled.safetensors",
     "start.safetensors",
     "maps.safetensors",
     "distill.json",

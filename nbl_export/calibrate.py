@@ -1,75 +1,99 @@
 """Hooks on the torch model -> moments of every layer. Activations are never kept.
 
-Per batch and layer the products X'X, Y'X, Y'Y are float32 matrix products over at most `_BLOCK` rows, added
-up in float64. Two facts keep them as good as float64 throughout (a test holds the fitted maps to 1e-4):
-  - a few tokens carry a residual norm a hundred times the median ("massive activations"); their rows are
-    multiplied in float64,
-  - rows are shifted by a fixed reference row, which is undone in float64 at the end.
+    reference pass   the first tokens of the text: reference row and units of every layer (`sums`)
+    batches          the text in batches of the same windows whatever part of it is collected: products of rows
+
 The logits are never computed: the base decoder is run, not the language-model head.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Any
 
 import torch
 
-from nbl_export.errors import CorruptError, NblError
+from nbl_export.errors import NblError
 from nbl_export.lmmse import Moments
+from nbl_export.moments_file import load_moments, save_moments
+from nbl_export.sums import REFERENCE_ROWS, Accumulator, Sums
 
-__all__ = ["collect", "load_moments", "save_moments"]
+__all__ = ["Collection", "attach", "batches", "collect", "load_moments", "refuse_not_finite", "save_moments"]
 
 _BATCH_TOKENS = 4096
-_BLOCK = 4096
-_MASSIVE = 4.0  # times the median row norm
-_FIELDS = ("x_sum", "y_sum", "xx", "yx", "yy")
 
 
-class _Accumulator:
-    """Moments of one layer, relative to a reference row (`shift`)."""
+def batches(ids_WT: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The text's windows in batches: what is run at once, and what shards are made of."""
+    return ids_WT.split(max(1, _BATCH_TOKENS // ids_WT.shape[1]))
 
-    def __init__(self, size: int) -> None:
-        self.count = 0
-        self.shift_x: torch.Tensor | None = None
-        self.shift_y: torch.Tensor | None = None
-        self.x_sum, self.y_sum = torch.zeros(2, size, dtype=torch.float64)
-        self.xx, self.yx, self.yy = torch.zeros(3, size, size, dtype=torch.float64)
 
-    def update(self, x_ND: torch.Tensor, y_ND: torch.Tensor) -> None:
-        norms = x_ND.norm(dim=1)
-        massive = norms > _MASSIVE * norms.median()
-        if self.shift_x is None or self.shift_y is None:
-            self.shift_x, self.shift_y = x_ND[~massive].mean(0), y_ND[~massive].mean(0)
-        self.count += x_ND.shape[0]
-        x_ND, y_ND = x_ND - self.shift_x, y_ND - self.shift_y
-        if massive.any():
-            self._add(x_ND[massive].double(), y_ND[massive].double())
-            x_ND[massive], y_ND[massive] = 0, 0  # zero rows add nothing, and leave the others where they are
-        for x, y in zip(x_ND.split(_BLOCK), y_ND.split(_BLOCK), strict=True):
-            self._add(x, y)
+class Collection:
+    """Accumulators of all layers and taps, hooked to a model while the context is open.
 
-    def _add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        self.x_sum += x.sum(0, dtype=torch.float64)
-        self.y_sum += y.sum(0, dtype=torch.float64)
-        self.xx += x.T @ x
-        self.yx += y.T @ x
-        self.yy += y.T @ y
+    Args:
+        model: a causal LM of transformers, float32.
+        taps: of `records.TAPS`.
+    """
 
-    def moments(self) -> Moments:
-        """Undo the shift: sum (x + s)(x + s)' = X'X + s Sx' + Sx s' + n s s', and likewise for the others."""
-        assert self.shift_x is not None and self.shift_y is not None
-        s, t, n = self.shift_x.double(), self.shift_y.double(), self.count
-        return Moments(
-            count=n,
-            x_sum=self.x_sum + n * s,
-            y_sum=self.y_sum + n * t,
-            xx=self.xx + torch.outer(s, self.x_sum) + torch.outer(self.x_sum, s) + n * torch.outer(s, s),
-            yx=self.yx + torch.outer(t, self.x_sum) + torch.outer(self.y_sum, s) + n * torch.outer(t, s),
-            yy=self.yy + torch.outer(t, self.y_sum) + torch.outer(self.y_sum, t) + n * torch.outer(t, t),
-        )
+    def __init__(self, model: Any, taps: Sequence[str]) -> None:
+        self._decoder = model.get_decoder()
+        self._device = next(model.parameters()).device
+        self.taps = tuple(taps)
+        self.size = int(model.config.hidden_size)
+        self.found = {tap: [Accumulator(self.size) for _ in self._decoder.layers] for tap in taps}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Collection:
+        for tap, accumulators in self.found.items():
+            for layer, accumulator in zip(self._decoder.layers, accumulators, strict=True):
+                self._handles += attach(layer, accumulator, tap)
+        return self
+
+    def __exit__(self, _k: type[BaseException] | None, _v: BaseException | None, _t: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def refer(self, ids_WT: torch.Tensor) -> None:
+        """Take reference rows and units from the beginning of the whole text."""
+        self.add(ids_WT[:1, :REFERENCE_ROWS])
+        for accumulator in self.accumulators():
+            accumulator.clear()
+
+    def add(self, batch_BT: torch.Tensor) -> None:
+        """Run one batch and add its rows."""
+        with torch.inference_mode():
+            self._decoder(input_ids=batch_BT.to(self._device), use_cache=False)
+
+    def accumulators(self) -> list[Accumulator]:
+        """All of them, in an order that is the same everywhere."""
+        return [accumulator for accumulators in self.found.values() for accumulator in accumulators]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._decoder.layers)
+
+    @property
+    def count(self) -> int:
+        """Rows so far."""
+        return self.found[self.taps[0]][0].count
+
+    def layer(self, index: int) -> dict[str, Sums]:
+        """The sums of a layer, by tap.
+
+        Raises:
+            NblError: its activations are not finite.
+        """
+        found = {tap: accumulators[index].sums() for tap, accumulators in self.found.items()}
+        for sums in found.values():
+            refuse_not_finite(sums, index)
+        return found
+
+    def restore(self, index: int, sums: dict[str, Sums]) -> None:
+        """Go on from what `layer` gave."""
+        for tap, found in sums.items():
+            self.found[tap][index].restore(found, self._device)
 
 
 def collect(
@@ -88,34 +112,25 @@ def collect(
     Raises:
         NblError: a layer's activations are not finite.
     """
-    decoder = model.get_decoder()
-    accumulators = {tap: [_Accumulator(model.config.hidden_size) for _ in decoder.layers] for tap in taps}
-    handles = [
-        handle
-        for tap, found in accumulators.items()
-        for layer, accumulator in zip(decoder.layers, found, strict=True)
-        for handle in _attach(layer, accumulator, tap)
-    ]
-    try:
-        with torch.inference_mode():
-            done = 0
-            for batch in ids_WT.split(max(1, _BATCH_TOKENS // ids_WT.shape[1])):
-                decoder(input_ids=batch, use_cache=False)
-                done += batch.numel()
-                progress(done, ids_WT.numel())
-    finally:
-        for handle in handles:
-            handle.remove()
-    moments = {tap: [a.moments() for a in found] for tap, found in accumulators.items()}
-    for layers in moments.values():
-        for layer, m in enumerate(layers):
-            if not (torch.isfinite(m.xx).all() and torch.isfinite(m.yy).all()):
-                raise NblError(f"layer {layer}: its activations hold NaN or infinity; check the checkpoint's weights")
-    return moments
+    with Collection(model, taps) as collection:
+        collection.refer(ids_WT)
+        done = 0
+        for batch in batches(ids_WT):
+            collection.add(batch)
+            done += batch.numel()
+            progress(done, ids_WT.numel())
+        layers = [collection.layer(i) for i in range(collection.num_layers)]
+    return {tap: [sums[tap].moments() for sums in layers] for tap in taps}
 
 
-def _attach(layer: torch.nn.Module, accumulator: _Accumulator, tap: str) -> list[Any]:
-    """Hooks that see a layer's input at the tap and its attention output."""
+def refuse_not_finite(sums: Sums, layer: int) -> None:
+    """Raise NblError where a layer's sums hold NaN or infinity."""
+    if not sums.is_finite:
+        raise NblError(f"layer {layer}: its activations hold NaN or infinity; check the checkpoint's weights")
+
+
+def attach(layer: torch.nn.Module, accumulator: Accumulator, tap: str) -> list[Any]:
+    """Hook an accumulator to a decoder layer: its input at the tap, and its attention output. Returns the handles."""
     seen: dict[str, torch.Tensor] = {}
 
     def on_input(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -132,40 +147,3 @@ def _attach(layer: torch.nn.Module, accumulator: _Accumulator, tap: str) -> list
         tapped.register_forward_pre_hook(on_input, with_kwargs=True),
         attention.register_forward_hook(on_attention),
     ]
-
-
-def save_moments(moments: Mapping[str, Sequence[Moments]], path: Path) -> None:
-    """Write moments of all layers and taps as one safetensors file, float64: `layers.{i}.{tap}.{xx,yx,...}`."""
-    from safetensors.torch import save_file
-
-    tensors = {
-        f"layers.{i}.{tap}.{name}": getattr(m, name)
-        for tap, layers in moments.items()
-        for i, m in enumerate(layers)
-        for name in _FIELDS
-    }
-    first = next(iter(moments.values()))
-    facts = {"count": first[0].count, "num_layers": len(first), "taps": list(moments)}
-    save_file(tensors, path, metadata={"moments": json.dumps(facts)})  # one entry: safetensors shuffles several
-
-
-def load_moments(path: Path) -> dict[str, list[Moments]]:
-    """Read what `save_moments` wrote.
-
-    Raises:
-        CorruptError: not such a file.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            facts = json.loads(file.metadata()["moments"])
-            return {
-                tap: [
-                    Moments(int(facts["count"]), *(file.get_tensor(f"layers.{i}.{tap}.{name}") for name in _FIELDS))
-                    for i in range(int(facts["num_layers"]))
-                ]
-                for tap in facts["taps"]
-            }
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise CorruptError(f"{path} is not a moments file ({error}); run calibrate again") from error

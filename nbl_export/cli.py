@@ -81,8 +81,22 @@ LoraRank = Annotated[
     int | None, typer.Option(min=1, help="--fit distilled: train a delta of this rank on each map, and add it.")
 ]
 Calibration = Annotated[
-    str | None,
-    typer.Option(help="UTF-8 text, .jsonl or .json with a text field, or a hub dataset id."),
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT[:WEIGHT]",
+        help="UTF-8 text, .jsonl or .json with a text field (also .gz), or a hub dataset id (org/name@split); "
+        "again for more texts, mixed by weight.",
+    ),
+]
+DataFree = Annotated[
+    bool | None,
+    typer.Option("--data-free", help="Calibrate on what the model itself says (sampled with --seed), on no text."),
+]
+LayerWise = Annotated[
+    bool | None,
+    typer.Option(
+        "--layer-wise", help="Calibrate one decoder layer at a time; by itself where the weights do not fit memory."
+    ),
 ]
 CalibrationTokens = Annotated[int | None, typer.Option(min=1, help="Tokens to calibrate on (default 65536).")]
 Context = Annotated[int | None, typer.Option(min=2, help="Window length in tokens (default 512).")]
@@ -97,7 +111,9 @@ Force = Annotated[bool, typer.Option("--force", help="Start over, or go on despi
 
 def _options(**given: Any) -> dict[str, Any]:
     """Drop what was not given; read the depth list."""
-    chosen = {k: v for k, v in given.items() if v is not None}
+    chosen = {k: v for k, v in given.items() if v not in (None, [])}
+    if "calibration" in chosen:
+        chosen["calibration"] = tuple(chosen["calibration"])
     if "depth" in chosen:
         parts = str(chosen.pop("depth")).split(",")
         if not all(p.strip().isascii() and p.strip().isdigit() for p in parts):
@@ -141,6 +157,8 @@ def root(
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = None,
     context: Context = None,
+    data_free: DataFree = None,
+    layer_wise: LayerWise = None,
     depth: Depth = None,
     repetitions: Repetitions = None,
     prompt_tokens: PromptTokens = None,
@@ -174,8 +192,9 @@ def root(
         distill_dtype=distill_dtype, lora_rank=lora_rank,
         precision=precision, decoder_source=decoder_source, provider=provider, max_seq_len=max_seq_len,
         max_batch=max_batch, prefill_chunk=prefill_chunk, logits=logits, calibration=calibration,
-        calibration_tokens=calibration_tokens, context=context, depth=depth, repetitions=repetitions,
-        prompt_tokens=prompt_tokens, generate_tokens=generate_tokens, threads=threads, seed=seed,
+        calibration_tokens=calibration_tokens, context=context, data_free=data_free, layer_wise=layer_wise, depth=depth,
+        repetitions=repetitions, prompt_tokens=prompt_tokens, generate_tokens=generate_tokens, threads=threads,
+        seed=seed,
     )  # fmt: skip
     options = JobOptions(**{**engine_defaults(engine, provider or "cpu"), "model": model, "engine": engine, **chosen})
     run_job(options, output, _ui(), force=force)
@@ -198,13 +217,36 @@ def calibrate(
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = None,
     context: Context = None,
+    tap: Tap = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of --data-free (default 0).")] = None,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only part I of N; see merge.")] = None,
+    data_free: DataFree = None,
+    layer_wise: LayerWise = None,
     force: Annotated[bool, typer.Option("--force", help="Start over.")] = False,
 ) -> None:
     """Collect the moments of every layer into a run directory."""
     from nbl_export.pipeline import run_calibration
+    from nbl_export.shards import parse_shard
 
-    chosen = _options(calibration=calibration, calibration_tokens=calibration_tokens, context=context)
-    run_calibration(model, chosen, output, _ui(), force=force)
+    parse_shard(shard)
+    chosen = _options(
+        calibration=calibration, calibration_tokens=calibration_tokens, context=context, tap=tap, shard=shard,
+        seed=seed, data_free=data_free, layer_wise=layer_wise,
+    )  # fmt: skip
+    if run_calibration(model, chosen, output, _ui(), force=force) is not None:
+        print(output / "moments.safetensors")
+
+
+@app.command()
+def merge(
+    inputs: Annotated[list[Path], typer.Argument(metavar="A B ...", help="Run directories of calibrate --shard.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The run directory to make.")],
+    force: Annotated[bool, typer.Option("--force", help="Start over.")] = False,
+) -> None:
+    """Put the shards of a calibration together into a run directory that plan goes on from."""
+    from nbl_export.pipeline import run_merge
+
+    run_merge(inputs, output, _ui(), force=force)
     print(output / "moments.safetensors")
 
 

@@ -1,16 +1,19 @@
 """Text -> batches of token ids, packed and never padded.
 
-A source is a UTF-8 file, .jsonl or .json with a `text` field, a hub dataset id, or, by default, prose that
-comes inside an installed package.
+A source is a UTF-8 file, .jsonl or .json with a `text` field (each also as .gz), a hub dataset id, or, by default,
+text that comes inside an installed package. Several with weights: `mixture`.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import importlib.metadata as metadata
 import json
 import logging
+import re
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,28 +24,45 @@ from nbl_export.errors import NblError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Text", "default_text", "pack", "read_text", "stdlib_text"]
+__all__ = ["Text", "TextPart", "cut_documents", "default_text", "pack", "read_text", "stdlib_text"]
 
 log = logging.getLogger(__name__)
 
 # exllamav3 carries calibration prose (MIT) beside its code; it is read as files and never imported.
 _PACKAGE = "exllamav3"
-_PACKAGE_FILES = ("c4", "wiki", "technical", "tiny")
+_PACKAGE_FILES = ("c4", "wiki", "technical", "tiny", "code")
 _FALLBACK = "pydoc_data/topics.py"
 _MIN_DOCUMENT_CHARS = 1
+_LONG_DOCUMENT_CHARS = 8000  # beyond, it is cut where texts are mixed
+# org/name, org/name@split, org/name/configuration@split; no ending, which would be a file's
+_HUB_ID = re.compile(r"[\w-]+/[\w-]+(\.[0-9]\w*)?((/[\w.-]+)?@[\w.\[\]%:+-]+)?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """Name, SHA-256 and weight of one text of a mix."""
+
+    name: str
+    sha256: str
+    weight: float
 
 
 @dataclass(frozen=True)
 class Text:
-    """Documents with the name and SHA-256 of what they were read from."""
+    """Documents with the name and SHA-256 of what they were read from.
+
+    Of a mix also its parts, and which of them ended first and the mix with it.
+    """
 
     name: str
     sha256: str
     documents: tuple[str, ...]
+    parts: tuple[TextPart, ...] = ()
+    ended_by: str = ""
 
 
 def read_text(source: str | None) -> Text:
-    """Read calibration text.
+    """Read one file or hub dataset; the default text for None.
 
     Raises:
         NblError: missing, empty, binary, not UTF-8, or without a text field.
@@ -54,16 +74,16 @@ def read_text(source: str | None) -> Text:
         return _read_file(path)
     if path.is_dir():
         raise NblError(f"calibration text {path} is a directory; name a file in it")
-    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1 or path.suffix:
+    if path.is_absolute() or source.startswith((".", "~")) or not _HUB_ID.fullmatch(source):
         raise NblError(f"no calibration text at {path}: give a UTF-8 file, .jsonl, .json or a hub dataset id")
     return _read_hub(source)
 
 
 def default_text() -> Text:
-    """A mix of web, encyclopaedia, technical and story text from an installed package, in equal shares.
+    """A mix of web, encyclopaedia, technical, story and program text from an installed package, in equal shares.
 
-    Documents of the four files are interleaved, so that any prefix is a mix. Without the package: the
-    language reference of Python's standard library, which is a poor substitute, and said so.
+    The stories are half dialogue. Documents of the five files are interleaved, so that any prefix is a mix. Without
+    the package: the language reference of Python's standard library, which is a poor substitute, and said so.
     """
     found = _package_files()
     if not found:
@@ -74,9 +94,10 @@ def default_text() -> Text:
         )  # fmt: skip
         return stdlib_text()
     texts = [_read_file(path) for path in found]
+    parts = tuple(TextPart(path.stem, text.sha256, 1.0) for path, text in zip(found, texts, strict=True))
     name = f"{_PACKAGE} {metadata.version(_PACKAGE)}: " + ", ".join(path.stem for path in found)
     digest = hashlib.sha256("".join(t.sha256 for t in texts).encode()).hexdigest()
-    return Text(name, digest, tuple(_interleave([_paragraphs(t.documents) for t in texts])))
+    return Text(name, digest, tuple(_interleave([_paragraphs(t.documents) for t in texts])), parts)
 
 
 def stdlib_text() -> Text:
@@ -111,6 +132,14 @@ def _paragraphs(documents: Iterable[str], target_chars: int = 2000) -> list[str]
     return pieces
 
 
+def cut_documents(documents: Iterable[str]) -> list[str]:
+    """Documents with the long ones cut at line ends."""
+    found: list[str] = []
+    for document in documents:
+        found += [document] if len(document) <= _LONG_DOCUMENT_CHARS else _paragraphs([document])
+    return found
+
+
 def _interleave(streams: list[list[str]]) -> Iterator[str]:
     for group in zip(*streams, strict=False):
         yield from group
@@ -121,6 +150,9 @@ def _read_file(path: Path, name: str | None = None) -> Text:
         raw = path.read_bytes()
     except OSError as error:
         raise NblError(f"calibration text {path} cannot be read: {error.strerror}") from error
+    digest = hashlib.sha256(raw).hexdigest()
+    if path.suffix == ".gz":
+        raw = _unpacked(path, raw)
     if not raw.strip():
         raise NblError(f"calibration text {path} is empty")
     if b"\0" in raw[:65536]:
@@ -132,13 +164,21 @@ def _read_file(path: Path, name: str | None = None) -> Text:
     documents = [d for d in _documents(path, text) if len(d.strip()) >= _MIN_DOCUMENT_CHARS]
     if not documents:
         raise NblError(f"calibration text {path} holds no text")
-    return Text(name or path.name, hashlib.sha256(raw).hexdigest(), tuple(documents))
+    return Text(name or path.name, digest, tuple(documents))
+
+
+def _unpacked(path: Path, raw: bytes) -> bytes:
+    try:
+        return gzip.decompress(raw) if raw else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise NblError(f"calibration text {path} is truncated or not a gzip file ({error}); fetch it again") from error
 
 
 def _documents(path: Path, text: str) -> list[str]:
-    if path.suffix == ".jsonl":
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if suffix == ".jsonl":
         return [_field(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if path.suffix == ".json":
+    if suffix == ".json":
         try:
             rows = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -163,21 +203,25 @@ def _text_of(path: Path, number: int, row: Any) -> str:
     return value
 
 
-def _read_hub(repo: str) -> Text:
+def _read_hub(source: str) -> Text:
+    """A hub dataset: org/name[/configuration][@split], its column `text`, the split train unless named."""
     try:
         import datasets
     except ImportError as error:
-        raise NblError(f"no calibration text at {repo}; if it is a hub dataset id, pip install datasets") from error
+        raise NblError(f"no calibration text at {source}; if it is a hub dataset id, pip install datasets") from error
+    name, _, split = source.partition("@")
+    split = split or "train"
+    repo, configuration = "/".join(name.split("/")[:2]), name.split("/")[2:]
     try:
-        rows = datasets.load_dataset(repo, split="train", streaming=True)
+        rows = datasets.load_dataset(repo, *configuration, split=split, streaming=True)
         documents = [row["text"] for row, _ in zip(rows, range(20_000), strict=False)]
     except Exception as error:  # the library raises many kinds
         raise NblError(
-            f"hub dataset {repo} cannot be read ({error}); it needs a split train and a column text"
+            f"hub dataset {source} cannot be read ({error}); it needs a split {split} and a column text"
         ) from error
-    if not documents:
-        raise NblError(f"hub dataset {repo} holds no text")
-    return Text(repo, hashlib.sha256("\0".join(documents).encode()).hexdigest(), tuple(documents))
+    if not any(documents):
+        raise NblError(f"hub dataset {source} holds no text")
+    return Text(source, hashlib.sha256("\0".join(documents).encode()).hexdigest(), tuple(documents))
 
 
 def pack(
@@ -210,5 +254,7 @@ def pack(
         )
     rows = torch.tensor(ids[: windows * context], dtype=torch.long).view(windows, context)
     if windows < needed // context:
-        log.warning("calibration text %s is shorter than asked: %d tokens used", text.name, (windows - held) * context)
+        ended = f", since {text.ended_by} ends there" if text.ended_by else ""
+        used = (windows - held) * context
+        log.warning("calibration text %s is shorter than asked: %d tokens used%s", text.name, used, ended)
     return rows[: min(wanted, windows - held)], rows[windows - held :]

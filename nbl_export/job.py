@@ -12,16 +12,18 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from nbl_export.artifacts import RunDirectory
+from nbl_export.artifacts import RunDirectory, key_of
 from nbl_export.engines import load_engine
 from nbl_export.errors import NblError
 from nbl_export.goals import check_size
+from nbl_export.mixture import absolute_sources
 from nbl_export.plan import parse_layers
 from nbl_export.progress import Ui
 from nbl_export.records import DecoderSpec, JobOptions, Plan
 
 __all__ = [
     "HELD_BACK_TOKENS",
+    "OF_CALIBRATE",
     "Job",
     "check_options",
     "chunk_of",
@@ -34,6 +36,16 @@ __all__ = [
 HELD_BACK_TOKENS = 4096
 DEFAULT_SLOTS, DEFAULT_CHUNK = 2048, 512
 _LEAST_SLOTS = 32
+OF_CALIBRATE = (
+    "calibration",
+    "data_free",
+    "seed",
+    "calibration_tokens",
+    "context",
+    "tap",
+    "shard",
+    "layer_wise",
+)  # options
 
 
 class Job:
@@ -106,8 +118,9 @@ class Job:
                 **self.run.manifest.get("calibration", {}),
                 "name": self.text.name,
                 "sha256": self.text.sha256,
+                "parts": [dataclasses.asdict(part) for part in self.text.parts],
             },
-            places={"model": source.place, "calibration": _absolute(options.calibration)},
+            places={"model": source.place, "calibration": absolute_sources(options.calibration)},
             num_layers=spec.num_layers,
         )
         self.note_options(options)
@@ -137,9 +150,12 @@ class Job:
 
     @functools.cached_property
     def text(self) -> Any:
-        from nbl_export import corpus
+        from nbl_export import corpus, mixture
 
-        return corpus.read_text(self.options.calibration)
+        if self.options.data_free:
+            name = f"sampled from the model itself (seed {self.options.seed}, temperature 1)"
+            return corpus.Text(name, key_of("sampled", self.source.fingerprint, self.options.seed), ())
+        return mixture.read_texts(self.options.calibration)
 
     @functools.cached_property
     def checkpoint(self) -> Path:
@@ -157,10 +173,27 @@ class Job:
 
         if self.text.sha256 != self.text_sha256:
             raise NblError(f"the calibration text {self.text.name} has changed since this run; restore it")
+        if self.options.data_free:
+            return self._sampled
         tokenizer = checkpoint.load_tokenizer(self.checkpoint)
         return corpus.pack(
             self.text, tokenizer, self.options.calibration_tokens, self.options.context, HELD_BACK_TOKENS
         )
+
+    @property
+    def _sampled(self) -> tuple[Any, Any]:
+        """Windows that the model says itself; sampled once and kept in the run directory."""
+        from nbl_export import sampling
+
+        context, path = self.options.context, self.run.path / "sampled.safetensors"
+        wanted, held = max(1, -(-self.options.calibration_tokens // context)), -(-HELD_BACK_TOKENS // context)
+        key = key_of(self.text_sha256, wanted, held, context)
+        ids = sampling.load_windows(path, key)
+        if ids is None:
+            with self.ui.task("sampling") as progress:
+                ids = sampling.sample_windows(self.model, wanted + held, context, self.options.seed, progress)
+            sampling.save_windows(ids, key, path)
+        return ids[:wanted], ids[wanted:]
 
     @functools.cached_property
     def model(self) -> Any:
@@ -236,17 +269,12 @@ def _check_lengths(options: JobOptions, spec: DecoderSpec) -> None:
 def located(options: JobOptions, run: RunDirectory) -> JobOptions:
     """Options with model and text where they were, whatever the working directory is now."""
     places = run.manifest.get("places", {})
+    texts = places.get("calibration") or options.calibration
     return dataclasses.replace(
         options,
         model=places.get("model") or options.model,
-        calibration=places.get("calibration") or options.calibration,
+        calibration=(texts,) if isinstance(texts, str) else tuple(texts),
     )
-
-
-def _absolute(path: str | None) -> str | None:
-    """A local path from the root; None for anything else."""
-    local = Path(path).expanduser() if path else None
-    return str(local.absolute()) if local and local.exists() else None
 
 
 def describe_command(options: JobOptions, output: Path) -> str:
@@ -254,7 +282,11 @@ def describe_command(options: JobOptions, output: Path) -> str:
     defaults = {f.name: f.default for f in dataclasses.fields(JobOptions)}
     spelling = {"depths": "depth"}
     words = ["nbl-export", "--model", options.model, "--engine", options.engine]
+    if options.shard:
+        words[1:] = ["calibrate", "--model", options.model]
     for name, value in options.to_json().items():
+        if options.shard and name not in OF_CALIBRATE:
+            continue
         default = defaults[name]
         if (
             name in ("model", "engine")
@@ -262,6 +294,13 @@ def describe_command(options: JobOptions, output: Path) -> str:
             or value == (list(default) if isinstance(default, tuple) else default)
         ):
             continue
+        flag = f"--{spelling.get(name, name).replace('_', '-')}"
+        if name == "calibration":
+            words += [word for text in value for word in (flag, text)]
+            continue
+        if value is True:
+            words.append(flag)
+            continue
         shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        words += [f"--{spelling.get(name, name).replace('_', '-')}", shown]
+        words += [flag, shown]
     return shlex.join([*words, "--output", str(output)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from nbl_export.job import Job, check_options, chunk_of, engine_of, located
 from nbl_export.progress import Ui
 from nbl_export.records import JobOptions
 
-__all__ = ["STAGES", "engine_defaults", "run_calibration", "run_job", "run_stages", "run_sweep"]
+__all__ = ["STAGES", "engine_defaults", "run_calibration", "run_job", "run_merge", "run_stages", "run_sweep"]
 
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai",
              "mobius-onnx", "optimum", "safetensors", "numpy", "tensorrt", "tensorrt-rtx")  # fmt: skip
@@ -53,13 +53,61 @@ def run_job(options: JobOptions, output: Path, ui: Ui, *, force: bool = False) -
     return output
 
 
-def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, force: bool = False) -> Path:
-    """The first stage by itself, of a new run or of one whose other options stay as they are recorded."""
+def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, force: bool = False) -> Path | None:
+    """The first stage by itself, of a new run or of one whose other options stay as they are recorded.
+
+    None on processes of torchrun that only help.
+    """
+    from nbl_export import distributed
+
+    peers = distributed.current()
+    if peers.rank:
+        distributed.follow(peers)
+        return None
+    try:
+        return _calibration(model, given, output, ui, force)
+    finally:
+        peers.close()
+
+
+def _calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, force: bool) -> Path:
     refuse_foreign(output)
     recorded = {} if force else RunDirectory.peek(output).manifest.get("options", {})
-    options = dataclasses.replace(JobOptions.from_json({**recorded, "model": model}), **given)
+    options = dataclasses.replace(JobOptions.from_json({**recorded, "model": model, "shard": None}), **given)
     preflight(options)
     _work(options, output, ui, force, "calibrate")
+    return output
+
+
+def run_merge(inputs: Sequence[Path], output: Path, ui: Ui, *, force: bool = False) -> Path:
+    """All shards of a calibration -> a run directory whose calibrate stage is finished.
+
+    Raises:
+        NblError: the inputs are not all the shards of one calibration, or `output` holds another run.
+    """
+    from nbl_export import merge
+
+    refuse_foreign(output)
+    if any(output.absolute() in (path.absolute(), path.absolute().parent) for path in inputs):
+        raise NblError(f"{output} is one of the shards; use another --output")
+    with merge.open_shards(inputs) as shards, RunDirectory.open_run(output, create=True, force=force) as run:
+        known = bool(run.manifest)
+        if not known:
+            run.note(**shards.manifest)
+        job = Job(JobOptions.from_json(shards.manifest["options"]), run, ui)
+        key = key_of("calibrate", *shards.key(STAGES[0].options))
+        if known and run.is_done("calibrate", key):
+            ui.say("merge: reused")
+            return output
+        if known:
+            raise NblError(f"{output} holds another run; use another --output, or start over with --force")
+        job.note_options(job.options)
+        run.save()
+        with ui.task("merging") as progress, run.scratch() as scratch:
+            started = time.monotonic()
+            shards.write(scratch / "moments.safetensors", progress)
+            run.finish("calibrate", key, scratch, time.monotonic() - started, _readers("calibrate"))
+        ui.say(f"merge: {len(inputs)} shards, {shards.count} tokens")
     return output
 
 
@@ -97,6 +145,11 @@ def run_stages(
         preflight(options)
         if changes and "engine" in changes:
             _require_engine(options)
+        if options.shard and until != "calibrate":
+            raise NblError(
+                f"{output} holds shard {options.shard} of a calibration; put all of them together first: "
+                "nbl-export merge A B ... --output C"
+            )
         job = Job(located(options, run), run, ui, evaluation)
         check_options(options, job.spec)
         job.sweep_to = sweep_to
@@ -194,8 +247,8 @@ def _advance(job: Job, until: str, *, ignore_failure: bool = False, needs: str =
                 facts = stage.run(job, scratch)
                 seconds = time.monotonic() - started
                 job.run.finish(stage.name, keys[stage.name], scratch, seconds, _readers(stage.name), **facts)
-            job.run.partial(stage.name).unlink(missing_ok=True)
             job.ui.say(f"{stage.title}: done in {seconds:.1f} s")
+        job.run.partial(stage.name).unlink(missing_ok=True)
         if stage.name == "verify" and not ignore_failure:
             _refuse_failed(job)
     job.run.save()
@@ -224,7 +277,7 @@ def _passed(job: Job) -> bool:
 def _key(job: Job, stage: Stage, keys: dict[str, str]) -> str:
     identity: list[Any] = []
     if stage.name in ("calibrate", "distill", "verify"):
-        identity = [job.fingerprint, job.text_sha256]
+        identity = [job.fingerprint, job.text_sha256, *([job.options.shard] if job.options.shard else [])]
     elif stage.name == "decoder":
         identity = [job.fingerprint]
     elif stage.name == "plan":
@@ -268,14 +321,9 @@ def _report_failure(job: Job, verify: dict[str, Any]) -> None:
 
 
 def _calibrate(job: Job, out: Path) -> dict[str, Any]:
-    from nbl_export import calibrate
+    from nbl_export import calibration
 
-    windows, _ = job.windows
-    with job.ui.task(f"{windows.numel()} tokens") as progress:
-        moments = calibrate.collect(job.model, windows, progress, tuple(dict.fromkeys(("residual", job.options.tap))))
-    calibrate.save_moments(moments, out / "moments.safetensors")
-    used = {"tokens": int(windows.numel()), "context": job.options.context}
-    return {"calibration": {**job.run.manifest["calibration"], **used}}
+    return calibration.run(job, out)
 
 
 def _plan(job: Job, out: Path) -> dict[str, Any]:

@@ -262,6 +262,10 @@ class JobOptions:
     """Everything a user can ask of the main job, resolved. Recorded in nbl.json and read back on resume.
 
     max_seq_len, max_batch, prefill_chunk and logits are for engines that compile; None takes `job`'s defaults.
+    data_free: calibrate on what the model itself says (with `seed`), on no text.
+    layer_wise: calibrate one decoder layer at a time, whatever the memory.
+    calibration: texts, see `mixture`; none of them is the default text.
+    shard: "i/n", of a calibration that is to be merged.
     distill_*, lora_rank are for the fit "distilled"; without steps or minutes it takes `distill.DEFAULT_STEPS`.
     """
 
@@ -287,9 +291,12 @@ class JobOptions:
     max_batch: int | None = None
     prefill_chunk: int | None = None
     logits: str | None = None
-    calibration: str | None = None
+    calibration: tuple[str, ...] = ()
     calibration_tokens: int = 65_536
     context: int = 512
+    data_free: bool = False
+    shard: str | None = None
+    layer_wise: bool = False
     seed: int = 0
     depths: tuple[int, ...] = (0, 2048)
     repetitions: int = 5
@@ -307,6 +314,8 @@ class JobOptions:
         _require(self.select in SELECTS, f"--select is {', '.join(SELECTS)}, not {self.select!r}")
         _require(self.method in METHODS, f"--method is {', '.join(METHODS)}, not {self.method!r}")
         _require(self.fit in FITS, f"--fit is {' or '.join(FITS)}, not {self.fit!r}")
+        _require(not (self.data_free and self.calibration), "--data-free reads no text; leave --calibration out")
+        _require(not (self.data_free and self.layer_wise), "--data-free needs the whole model, --layer-wise has none")
         _require((self.distill_steps or 1) >= 1, "distillation takes at least one step")
         _require((self.distill_minutes or 1) > 0, "--distill-minutes is more than 0")
         _require(self.distill_dtype in DTYPES, f"--distill-dtype is {', '.join(DTYPES)}, not {self.distill_dtype!r}")
@@ -316,6 +325,8 @@ class JobOptions:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> JobOptions:
         known = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(values.get("calibration"), (list, tuple)):  # as it was when there could be only one
+            values = {**values, "calibration": [values["calibration"]] if values.get("calibration") else []}
         kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
         return cls(**kept)
 

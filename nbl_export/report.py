@@ -86,6 +86,7 @@ def summarize(
         "largest_logit_difference": _largest_logit_difference(rungs),
         "price": verify.get("price", []),
         "quality": {k: quality[k] for k in ("lm_eval", "table", "agreement")} if quality else None,
+        "price_warning": verify.get("price_warning"),
         "cache_bytes_per_token": verify["cache_bytes_per_token"],
         "engines": manifest.get("engines"),
         "rows": [_row(t) for t in timings],

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.job import Job
+from nbl_export.price import warn_of_far_prices
 from nbl_export.records import ITEMSIZE, AffineMap, RungResult
 
 __all__ = ["price_texts", "run"]
@@ -61,7 +62,11 @@ def run(job: Job) -> dict[str, Any]:
     size = capabilities.cache_itemsize(job.options.precision)
     layers = {"original": plan.num_layers, "nbl": len(plan.kept)}
     per_token = {subject: job.spec.cache_bytes_per_token(kept, size) for subject, kept in layers.items()}
-    return {**verify.summary(results, job.options.precision, prices, plan), "cache_bytes_per_token": per_token}
+    warning = warn_of_far_prices(prices)
+    if warning:
+        job.ui.say(f"  {warning}")
+    found = verify.summary(results, job.options.precision, prices, plan)
+    return {**found, "price_warning": warning, "cache_bytes_per_token": per_token}
 
 
 def _logits(

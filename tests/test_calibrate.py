@@ -14,6 +14,7 @@ from nbl_export import calibrate, lmmse
 from nbl_export.checkpoint import load_model
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.lmmse import Moments
+from nbl_export.sums import Accumulator
 
 from .tiny import HIDDEN, LAYERS, VOCAB
 
@@ -70,7 +71,7 @@ def test_maps_agree_with_a_float64_fit_despite_massive_activations() -> None:
     """Residual rows like a real model's: a few tokens with a thousand times the norm, correlated directions."""
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(HIDDEN, HIDDEN, generator=generator) / 4
-    accumulator = calibrate._Accumulator(HIDDEN)
+    accumulator = Accumulator(HIDDEN)
     kept = []
     for _ in range(6):
         x = torch.randn(4096, HIDDEN, generator=generator) @ mix + torch.linspace(-3, 3, HIDDEN)
@@ -81,7 +82,7 @@ def test_maps_agree_with_a_float64_fit_despite_massive_activations() -> None:
         kept.append((x.double(), y.double()))
     x64, y64 = (torch.cat(part) for part in zip(*kept, strict=True))
     exact = Moments(len(x64), x64.sum(0), y64.sum(0), x64.T @ x64, y64.T @ x64, y64.T @ y64)
-    ours, theirs = lmmse.fit(accumulator.moments(), 0), lmmse.fit(exact, 0)
+    ours, theirs = lmmse.fit(accumulator.sums().moments(), 0), lmmse.fit(exact, 0)
     error = np.linalg.norm(ours.weight - theirs.weight) / np.linalg.norm(theirs.weight)
     assert error < 1e-5  # 9e-5 without the float64 rows, 1.2e-5 without the shift, 4e-3 without both
 

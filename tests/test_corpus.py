@@ -92,3 +92,18 @@ def test_default_text_mixes_its_files_from_the_start(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(corpus.metadata, "version", lambda _name: "1")
     firsts = [document[0] for document in corpus.default_text().documents[:6]]
     assert firsts == ["a", "b"] * 3
+
+
+def test_default_text_is_varied_and_leaves_the_judging_text_alone() -> None:
+    """Prose, web, stories with dialogue, technical text and code; not the documentation that the price is taken on."""
+    if not corpus._package_files():
+        pytest.skip("the package exllamav3, which carries the default text, is not installed")
+    found = corpus.default_text()
+    assert [part.name for part in found.parts] == ["c4", "wiki", "technical", "tiny", "code"]
+    assert len({part.sha256 for part in found.parts}) == 5
+    start = "\n".join(found.documents[:25])
+    assert "<doc id=" in start and "said" in start and "move.w" in start
+    judging = corpus.stdlib_text()
+    assert judging.sha256 not in {part.sha256 for part in found.parts}
+    lines = {line for line in judging.documents[0].splitlines() if len(line) > 60}
+    assert not lines & set("\n".join(found.documents).splitlines())

@@ -12,8 +12,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "nbl_export"
 FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 
-TORCH = {"hf", "checkpoint", "corpus", "calibrate", "lmmse", "linearize", "distill", "reference",
-         "switched", "greedy", "methods"}  # fmt: skip
+TORCH = {
+    "checkpoint", "corpus", "sums", "moments_file", "distributed", "layerwise", "calibrate", "lmmse", "linearize",
+    "distill", "reference", "sampling", "hf", "switched", "greedy", "methods",
+}  # fmt: skip
 ONNX_IR = ("decoders/", "rewrite/", "int4_blocks.py")
 ORT = ("engines/", "decoders/genai.py", "rewrite/quantize.py")  # quantize: ONNX Runtime's packing is a library call
 HARNESS = ("evaluation/",)  # lm-evaluation-harness and its data sets; corpus reads calibration text from the hub too

@@ -1,0 +1,183 @@
+"""The calibrate stage of a job: its part of the text -> moments.safetensors, going on where a kill left it.
+
+    windows ─► batches ─► those of this shard ─► sums of every layer ─► moments.safetensors
+                                                  └─ every half minute ─► calibrate.partial.safetensors
+
+A model that does not fit memory is run one layer at a time instead (`layerwise`), and begins again after a kill.
+Since sums are exact (`sums`), a run that went on from a partial file ends with the same bytes as one that ran through.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+from nbl_export.errors import CorruptError, NblError
+from nbl_export.job import OF_CALIBRATE, Job
+from nbl_export.shards import parse_shard
+
+__all__ = ["run", "taps_of"]
+
+_SECONDS = 30.0  # between two partial files
+_MEMORY_SHARE = 0.6  # of the available memory that the weights may take
+_SHARE = 50.0  # and this many times what writing one took
+
+
+def taps_of(tap: str) -> tuple[str, ...]:
+    """Taps to collect for a plan on `tap`: the bound needs the residual one in any case."""
+    return tuple(dict.fromkeys(("residual", tap)))
+
+
+def run(job: Job, out: Path) -> dict[str, Any]:
+    """Write out/moments.safetensors; returns the facts for the manifest.
+
+    Raises:
+        NblError: there is no such shard, or activations are not finite.
+    """
+    from nbl_export import calibrate
+
+    windows, _ = job.windows
+    parts = calibrate.batches(windows)
+    chosen = parse_shard(job.options.shard).batches(len(parts))
+    calibration = {**job.run.manifest["calibration"], "tokens": int(windows.numel()), "context": job.options.context}
+    facts = _facts(job, windows, len(parts), len(chosen), calibration)
+    if _by_layer(job):
+        _run_layers(job, windows, [parts[k] for k in chosen], facts, out)
+    else:
+        _run_whole(job, windows, chosen, facts, out)
+    return {"calibration": calibration}
+
+
+def _run_whole(job: Job, windows: Any, chosen: list[int], facts: dict[str, Any], out: Path) -> None:
+    """With the whole model in memory, on one process or several."""
+    from nbl_export import calibrate, distributed
+
+    parts = calibrate.batches(windows)
+    mine = [parts[k] for k in chosen]
+    partial = _Partial(job.run.partial("calibrate"), facts)
+    total = sum(part.numel() for part in mine)
+    taps, peers = facts["identity"]["taps"], distributed.current()
+    with job.ui.task(f"{total} tokens") as progress, calibrate.Collection(peers.place(job.model), taps) as found:
+        done = partial.restore(found)
+        if done:
+            job.ui.say(f"  going on after {done} of {len(mine)} batches")
+        else:
+            found.refer(windows)
+        order = {"checkpoint": str(job.checkpoint.absolute()), "windows": windows, "batches": chosen, "done": done}
+        peers.lead({**order, "taps": taps})
+        peers.agree(None)
+        peers.share_reference(found)
+
+        def is_due() -> bool:
+            progress(min(total, found.count * peers.size), total)
+            return partial.is_due()
+
+        distributed.collect_batches(peers, found, mine, done, is_due, lambda end: partial.save(found, end))
+        _write(found, out / "moments.safetensors", facts)
+
+
+def _by_layer(job: Job) -> bool:
+    """Whether one layer at a time is wanted, or needed; says so."""
+    import psutil
+
+    from nbl_export import distributed, layerwise
+
+    needed, available = layerwise.float32_bytes(job.checkpoint), psutil.virtual_memory().available
+    short = needed > _MEMORY_SHARE * available
+    if not (job.options.layer_wise or short):
+        return False
+    if distributed.current().size > 1:
+        if job.options.layer_wise:
+            raise NblError("--layer-wise is for one process; use --shard I/N on each instead of torchrun, then merge")
+        return False
+    if short:
+        sizes = f"{needed / 2**30:.1f} GiB in float32, {available / 2**30:.1f} GiB of memory available"
+        job.ui.say(f"  one layer at a time: the weights are {sizes}")
+    return True
+
+
+def _run_layers(job: Job, windows: Any, mine: list[Any], facts: dict[str, Any], out: Path) -> None:
+    from nbl_export import layerwise
+    from nbl_export.moments_file import MomentsWriter
+
+    count, taps = sum(part.numel() for part in mine), facts["identity"]["taps"]
+    target, spec = out / "moments.safetensors", job.spec
+    with (
+        job.run.scratch() as scratch,
+        job.ui.task(f"{count} tokens, layer by layer") as progress,
+        MomentsWriter(target, {**facts, "count": count}, spec.num_layers, taps, spec.hidden_size) as file,
+    ):
+        for sums in layerwise.collect_layers(job.checkpoint, windows, mine, taps, scratch, progress):
+            file.write(sums)
+
+
+def _facts(job: Job, windows: Any, batches: int, mine: int, calibration: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of a moments file, but for what is counted: see `moments_file`."""
+    shard = parse_shard(job.options.shard)
+    manifest = job.run.manifest
+    identity = {
+        "model": job.fingerprint,
+        "text": job.text_sha256,
+        "context": job.options.context,
+        "tokens": int(windows.numel()),
+        "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "batches": batches,
+        "taps": list(taps_of(job.options.tap)),
+    }
+    about = {name: manifest[name] for name in ("model", "decoder", "places", "num_layers")}
+    chosen = {name: value for name, value in job.options.to_json().items() if name in ("model", *OF_CALIBRATE)}
+    chosen.pop("layer_wise")  # which way the same moments came about
+    return {
+        "identity": identity,
+        "shard": [shard.number, shard.of],
+        "batches": mine,
+        "done": mine,
+        "run": {**about, "options": chosen, "calibration": calibration},
+    }
+
+
+def _write(found: Any, path: Path, facts: dict[str, Any]) -> None:
+    from nbl_export.moments_file import MomentsWriter
+
+    with MomentsWriter(path, {**facts, "count": found.count}, found.num_layers, found.taps, found.size) as file:
+        for i in range(found.num_layers):
+            file.write(found.layer(i))
+
+
+class _Partial:
+    """The unfinished sums of a run, on disk."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        self._path, self._facts = path, facts
+        self._due = time.monotonic() + _SECONDS
+
+    def restore(self, found: Any) -> int:
+        """Bring back what a run of the same inputs left. Returns the batches that are in it: 0 if there is nothing."""
+        from nbl_export.moments_file import open_moments
+
+        if not self._path.is_file():
+            return 0
+        try:
+            with open_moments(self._path) as file:
+                file.check()
+                if self._identity(file.facts) != self._identity(self._facts):
+                    return 0
+                for i in range(file.num_layers):
+                    found.restore(i, {tap: file.sums(i, tap) for tap in file.taps})
+                return int(file.facts["done"])
+        except CorruptError:
+            return 0  # half of what it was; begin again
+
+    @staticmethod
+    def _identity(facts: dict[str, Any]) -> tuple[Any, ...]:
+        return facts["identity"], list(facts["shard"]), facts["batches"]
+
+    def is_due(self) -> bool:
+        return time.monotonic() >= self._due
+
+    def save(self, found: Any, done: int) -> None:
+        started = time.monotonic()
+        _write(found, self._path, {**self._facts, "done": done})
+        self._due = time.monotonic() + max(_SECONDS, _SHARE * (time.monotonic() - started))

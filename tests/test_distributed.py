@@ -1,0 +1,61 @@
+"""Calibration under torchrun: the bytes of one process, whoever had which batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from nbl_export import calibrate
+
+from .command import nbl
+
+# torchrun with small batches, and a partial file after each round
+SCRIPT = """
+import nbl_export.calibrate, nbl_export.calibration
+nbl_export.calibrate._BATCH_TOKENS = 128
+nbl_export.calibration._SECONDS = nbl_export.calibration._SHARE = 0
+from nbl_export.cli import main
+main()
+"""
+
+
+def torchrun(script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*command, str(script), *map(str, arguments)], capture_output=True, text=True, timeout=300,
+        cwd=Path(__file__).parent.parent, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )  # fmt: skip
+
+
+def test_two_processes_collect_what_one_does(
+    checkpoint: Callable[[str], Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "_BATCH_TOKENS", 128)
+    (tmp_path / "small.py").write_text(SCRIPT)
+    given = ("calibrate", "--model", checkpoint("llama"), "--calibration", text, "--calibration-tokens", 1100,
+             "--context", 64, "--tap", "normed")  # fmt: skip
+    assert nbl(*given, "--output", tmp_path / "one").status == 0
+    done = torchrun(tmp_path / "small.py", *given, "--output", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "two" / "moments.safetensors")]  # said once
+    one, two = (calibrate.load_moments(tmp_path / name / "moments.safetensors") for name in ("one", "two"))
+    assert list(one) == list(two) == ["residual", "normed"]
+    for a, b in zip(one["residual"] + one["normed"], two["residual"] + two["normed"], strict=True):
+        assert a.count == b.count == 1152
+        for name in ("x_sum", "y_sum", "xx", "yx", "yy"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert {p.name for p in (tmp_path / "two").iterdir()} == {".lock", "moments.safetensors", "nbl.json"}
+
+
+def test_bad_input_ends_all_processes_with_one_line(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "small.py").write_text(SCRIPT)
+    given = ("calibrate", "--model", checkpoint("llama"), "--calibration", tmp_path / "missing.txt")
+    done = torchrun(tmp_path / "small.py", *given, "--output", tmp_path / "run")
+    assert done.returncode != 0
+    assert done.stderr.count("no calibration text at") == 1
