@@ -29,9 +29,10 @@ from nbl_export.errors import NblError
 from nbl_export.linearize import AffineAttention
 from nbl_export.records import AffineMap
 
-__all__ = ["DEFAULT_STEPS", "DistillSettings", "Distilled", "State", "distill"]
+__all__ = ["DEFAULT_STEPS", "UNLIMITED", "DistillSettings", "Distilled", "State", "distill"]
 
 DEFAULT_STEPS = 200
+UNLIMITED = 1_000_000  # steps, where minutes are given
 _LOGIT_ROWS = 512  # positions whose logits are held at once
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -363,13 +364,14 @@ def _distill(job: Job, out: Path) -> dict[str, Any]:
 
     plan, options = job.plan, job.options
     windows, held = job.windows
-    steps = options.distill_steps or (_UNLIMITED if options.distill_minutes else distill.DEFAULT_STEPS)
+    steps = options.distill_steps or (distill.UNLIMITED if options.distill_minutes else distill.DEFAULT_STEPS)
     settings = distill.DistillSettings(
         steps, options.distill_minutes, seed=options.seed, dtype=options.distill_dtype, lora_rank=options.lora_rank
     )
     path = job.run.path / "start.safetensors"
     start = load_maps(path, plan.replaced)
-    key = key_of(job.fingerprint, job.text_sha256, file_sha256(path), windows.shape, dataclasses.asdict(settings))
+    ids = hashlib.sha256(windows.numpy().tobytes() + held.numpy().tobytes()).hexdigest()
+    key = key_of(job.fingerprint, ids, file_sha256(path), dataclasses.asdict(settings))
     with job.ui.task("distilling") as progress:
         # The price is taken on the first of the held-back windows, so training is judged by the last.
         found = distill.distill(
@@ -525,7 +527,6 @@ def _verdict(job: Job) -> str:
     return "verified" if _passed(job) else "failed"
 
 
-_UNLIMITED = 1_000_000  # steps, where minutes are given
 VARIANTS = {"original": "original", "nbl": "model"}  # what is compared -> its directory
 
 STAGES = (

@@ -1,0 +1,187 @@
+"""What choice of layers and fit are worth: KL and perplexity on three texts, the same windows for every row.
+
+    python bench/quality.py MODEL DATA plans    [--text c4|default] > bench/results/quality-plans-<model>.json
+    python bench/quality.py MODEL DATA distill  [--text c4|default] --layers 0,7,24-29 --minutes 14.5 > ...
+
+DATA holds c4/c4_demo.json, c4/graphmark_c4_realnewslike_500.jsonl, wikitext-2-raw/wiki.valid.raw. Calibrated on 65,536
+tokens in windows of 512, of the first documents of c4_demo.json ("c4") or of the tool's default text. Judged on windows
+spread evenly over each text; of c4_demo.json only what lies behind the calibration and held-back tokens. The original
+is computed once for all rows.
+
+plans     every --select at 4, 8, 10, 12 and 15 layers, and the layers 0,7,24-29, independent fit; the paper's tap too
+distill   one set of layers, independent and distilled
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+TOKENS, CONTEXT, HELD = 65_536, 512, 4096
+COUNTS = (4, 8, 10, 12, 15)
+
+
+def log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class Bed:
+    """Model, calibration windows, moments and the texts to judge by."""
+
+    def __init__(self, model_name: str, data: Path, text: str, windows: int) -> None:
+        from nbl_export import allocator, calibrate, checkpoint, corpus
+
+        allocator.keep_freed_memory()
+        with tempfile.TemporaryDirectory() as scratch:
+            directory = checkpoint.materialise(checkpoint.resolve(model_name), Path(scratch) / "checkpoint")
+            self.model, self.tokenizer = checkpoint.load_model(directory), checkpoint.load_tokenizer(directory)
+        c4 = corpus.read_text(str(data / "c4" / "c4_demo.json"))
+        source = corpus.default_text() if text == "default" else c4
+        self.windows, self.held = corpus.pack(source, self.tokenizer, TOKENS, CONTEXT, HELD)
+        self.text = {"name": source.name, "sha256": source.sha256}
+        self.texts = {
+            "c4 rest": self._spread(self._ids(c4.documents)[TOKENS + HELD :], windows),
+            "wikitext-2 valid": self._spread(
+                self._ids([(data / "wikitext-2-raw" / "wiki.valid.raw").read_text(encoding="utf-8")]), windows
+            ),
+            "realnews": self._spread(self._ids(_news(data)), windows),
+        }
+        started = time.monotonic()
+        self.moments = calibrate.collect(self.model, self.windows, lambda _d, _t: None, ("residual", "normed"))
+        log(f"moments: {time.monotonic() - started:.0f} s")
+
+    def _ids(self, documents: Any) -> Any:
+        import torch
+
+        return torch.tensor([i for d in documents for i in self.tokenizer(d, verbose=False)["input_ids"]])
+
+    @staticmethod
+    def _spread(ids: Any, count: int) -> Any:
+        import torch
+
+        rows = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+        return rows[torch.linspace(0, len(rows) - 1, count).long()]
+
+    def maps(self, tap: str, layers: Any) -> dict[int, Any]:
+        from nbl_export import lmmse
+
+        return {i: lmmse.fit(self.moments[tap][i], i) for i in layers}
+
+    def prices(self, maps: Mapping[int, Any], tap: str, mixes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """name of a mix -> text -> KL and perplexity, with the original's."""
+        from nbl_export.switched import SwitchedModel
+
+        switched = SwitchedModel(self.model, maps, tap)
+        found: dict[str, dict[str, Any]] = {name: {} for name in mixes}
+        for text, rows in self.texts.items():
+            for name, loss in switched.prices(rows, mixes).items():
+                original, nbl = loss.perplexities
+                found[name][text] = {"kl": loss.kl, "original": original, "nbl": nbl, "increase": nbl - original}
+        for name, row in found.items():
+            log(f"{name}: " + ", ".join(f"{t} {v['original']:.1f} -> {v['nbl']:.1f}" for t, v in row.items()))
+        return found
+
+
+def _news(data: Path) -> list[str]:
+    lines = (data / "c4" / "graphmark_c4_realnewslike_500.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row["prompt"] + row["natural_text"] for row in map(json.loads, lines)]
+
+
+def plans(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
+    """Rows of the independent fit."""
+    from nbl_export import lmmse
+    from nbl_export.greedy import GreedyOrder, extend
+    from nbl_export.plan import ranked
+    from nbl_export.switched import SwitchedModel
+
+    layers = range(len(bed.moments["residual"]))
+    maps = bed.maps("normed", layers)
+    scores = [lmmse.score(m, i) for i, m in enumerate(bed.moments["residual"])]
+    started = time.monotonic()
+    switched = SwitchedModel(bed.model, maps, "normed")
+    judging = bed.held[len(bed.held) // 2 :]
+    greedy = extend(GreedyOrder(), max(COUNTS), switched, len(layers), judging, lambda _d, _t: None)
+    seconds = time.monotonic() - started
+    log(f"greedy: {list(greedy.layers)} in {seconds:.0f} s")
+    orders = {"cca": ranked(scores, "cca"), "error": ranked(scores, "error"), "greedy": greedy.layers}
+    mixes = {f"{name} {m}": tuple(sorted(order[:m])) for name, order in orders.items() for m in COUNTS}
+    rows = bed.prices(maps, "normed", mixes)
+    paper = {f"cca {m}": mixes[f"cca {m}"] for m in COUNTS}
+    residual = bed.prices(bed.maps("residual", layers), "residual", paper)
+    dropped = {f"drop {name}": mix for name, mix in mixes.items() if name in ("greedy 4", "greedy 8", "cca 8")}
+    return {
+        "orders": {name: list(map(int, order)) for name, order in orders.items()},
+        "greedy": {"kl": list(greedy.kl), "seconds": seconds},
+        "normed": rows,
+        "residual": residual,
+        "drop": bed.prices(_dropped(maps), "normed", dropped),
+    }
+
+
+def _dropped(maps: Mapping[int, Any]) -> dict[int, Any]:
+    from nbl_export import methods
+
+    return {i: methods.drop_map(m.bias.shape[0]) for i, m in maps.items()}
+
+
+def distilled(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
+    """Independent and distilled maps of one set of layers."""
+    from nbl_export.distill import UNLIMITED, DistillSettings, distill
+    from nbl_export.plan import parse_layers
+
+    layers = parse_layers(options.layers, len(bed.moments["residual"]))
+    assert isinstance(layers, tuple), "name the layers"
+    settings = DistillSettings(
+        options.steps or UNLIMITED, options.minutes, dtype="auto", lora_rank=options.lora_rank,
+        **({"learning_rate": options.rate} if options.rate else {}),
+    )  # fmt: skip
+    maps = bed.maps("normed", layers)
+    before = bed.prices(maps, "normed", {"independent": layers})["independent"]
+    held = bed.held[len(bed.held) // 2 :]
+    found = distill(bed.model, maps, bed.windows, held, settings, lambda _d, _t: None, "normed", log)
+    after = bed.prices(found.maps, "normed", {"distilled": layers})["distilled"]
+    removed = {t: 1 - after[t]["increase"] / before[t]["increase"] for t in before}
+    log(f"removed: { {t: round(v, 3) for t, v in removed.items()} }")
+    return {
+        "layers": list(layers),
+        "settings": vars(settings),
+        "seconds": found.seconds,
+        "steps": len(found.train_kl),
+        "held_kl": found.held_kl,
+        "independent": before,
+        "distilled": after,
+        "removed": removed,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("what", choices=("plans", "distill"))
+    parser.add_argument("--text", choices=("c4", "default"), default="c4")
+    parser.add_argument("--windows", type=int, default=16, help="of each text to judge by")
+    parser.add_argument("--layers", default="0,7,24-29")
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--lora-rank", type=int)
+    parser.add_argument("--rate", type=float)
+    options = parser.parse_args()
+    from nbl_export.artifacts import versions
+    from nbl_export.bench import machine
+
+    bed = Bed(options.model, options.data, options.text, options.windows)
+    result = (plans if options.what == "plans" else distilled)(bed, options)
+    asked = {k: v for k, v in vars(options).items() if k not in ("model", "data")}
+    about = {"asked": asked, "calibration": {**bed.text, "tokens": int(bed.windows.numel())}, "machine": machine()}
+    print(json.dumps({**about, "versions": versions(("torch", "transformers")), **result}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
