@@ -138,7 +138,7 @@ def distilled(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     layers = parse_layers(options.layers, len(bed.moments["residual"]))
     assert isinstance(layers, tuple), "name the layers"
     settings = DistillSettings(
-        options.steps or UNLIMITED, options.minutes, dtype="auto", lora_rank=options.lora_rank,
+        options.steps or UNLIMITED, options.minutes, dtype="auto", lora_rank=options.lora_rank or None,
         **({"learning_rate": options.rate} if options.rate else {}),
     )  # fmt: skip
     maps = bed.maps("normed", layers)
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--layers", default="0,7,24-29")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--lora-rank", type=int)
+    parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--rate", type=float)
     options = parser.parse_args()
     from nbl_export.artifacts import versions

@@ -78,7 +78,8 @@ DistillSteps = Annotated[int | None, typer.Option(min=1, help="Training steps of
 DistillMinutes = Annotated[float | None, typer.Option(help="Stop --fit distilled after so many minutes.")]
 DistillDtype = Annotated[str | None, typer.Option(help="Products of --fit distilled: auto (default), fp32 or bf16.")]
 LoraRank = Annotated[
-    int | None, typer.Option(min=1, help="--fit distilled: train a delta of this rank on each map, and add it.")
+    int | None,
+    typer.Option(min=0, help="--fit distilled: rank of the delta trained on each map (default 16; 0: whole matrices)."),
 ]
 Calibration = Annotated[
     list[str] | None,

@@ -5,9 +5,13 @@
     kept       the maps with the lowest loss on held-back text; those of the start if nothing was better
 
 One copy of the weights serves both models: a replaced layer holds its attention and its map and is switched. The
-original is run once over the text; what the student needs of it is kept (the hidden states entering the first
-replaced layer, below which both models are the same, and the last ones, from which its logits follow). A student
-step then runs the layers from the first replaced one upward; only the maps have gradients of their own.
+original's pass over a batch gives what the student needs of it: the hidden states entering the first replaced
+layer, below which both models are the same, and the last ones, from which its logits follow. A student step then runs
+the layers from the first replaced one upward; only the maps have gradients of their own.
+
+Two choices against learning the text by heart (bench/README.md): the maps are changed by deltas of low rank, and the
+text is cut anew in every epoch into short rows. The first token of a row is what attention rests on (a sink) and
+shapes the whole row; the same few hundred first tokens again and again would be all that the maps know of it.
 
 bfloat16 is for the student's products alone (autocast: the residual stream, norms, softmax and the maps themselves
 stay float32), and never for what is judged: held-back figures are float32.
@@ -42,20 +46,21 @@ class DistillSettings:
 
     steps: optimizer steps. minutes: stop earlier when this much time is used (None: no limit; a run that a clock ends
     is not repeatable). A step sees batch_tokens tokens. The rate falls from learning_rate to nothing along a cosine
-    over the steps or the minutes, whichever are nearer to their end.
+    over the steps or the minutes, whichever are nearer to their end. window: tokens of a training row, at most.
     dtype: "fp32", "bf16", or "auto": bf16 where the processor multiplies it natively. lora_rank: train a delta of that
-    rank on each map, which is added to it afterwards (Hu et al. 2022, LoRA), instead of the whole matrix.
+    rank on each map, which is added to it afterwards (Hu et al. 2022, LoRA), instead of the whole matrix (None).
     """
 
     steps: int = DEFAULT_STEPS
     minutes: float | None = None
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     batch_tokens: int = 1024
+    window: int = 256
     check_every: int = 20
     patience: int = 4
     seed: int = 0
     dtype: str = "fp32"
-    lora_rank: int | None = None
+    lora_rank: int | None = 16
 
 
 @dataclass
@@ -307,16 +312,12 @@ def distill(
     training = _Training(twin, settings, [twin.observe(row[None]) for row in held_WT])
     training.begin(state)
     start = training.result.held_kl[0][1]
-    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for number, batch in enumerate(_batches(len(windows_WT), settings, windows_WT.shape[1])):
+    for number, batch_BT in enumerate(_batches(windows_WT, settings)):
         if number < training.step:
             continue
         if training.over:
             break
-        for w in batch:
-            if w not in seen:
-                seen[w] = twin.observe(windows_WT[w][None])
-        training.advance(*(torch.cat([seen[w][k] for w in batch]) for k in (0, 1)))
+        training.advance(*twin.observe(batch_BT))
         progress(round(1000 * training.fraction), 1000)
         if training.step % settings.check_every == 0 or training.over:
             found = training.judge()
@@ -330,13 +331,16 @@ def distill(
     return training.result
 
 
-def _batches(windows: int, settings: DistillSettings, context: int) -> Iterator[list[int]]:
-    """Window numbers of each step: epochs of seeded permutations."""
+def _batches(windows_WT: torch.Tensor, settings: DistillSettings) -> Iterator[torch.Tensor]:
+    """Token ids [B, T] of each step: the text cut anew in each epoch, from a place of its own, in a random order."""
     generator = torch.Generator().manual_seed(settings.seed)
-    size = max(1, min(windows, settings.batch_tokens // context))
-    queue: list[int] = []
+    text, length = windows_WT.flatten(), min(settings.window, windows_WT.shape[1])
+    size = max(1, min(len(text) // length - 1, settings.batch_tokens // length))
+    queue: list[torch.Tensor] = []
     for _ in range(settings.steps):
         if len(queue) < size:
-            queue += torch.randperm(windows, generator=generator).tolist()
+            start = int(torch.randint(length, (1,), generator=generator)) if len(text) > length else 0
+            rows = text[start : start + (len(text) - start) // length * length].view(-1, length)
+            queue += list(rows[torch.randperm(len(rows), generator=generator)])
         batch, queue = queue[:size], queue[size:]
-        yield batch
+        yield torch.stack(batch)

@@ -366,7 +366,11 @@ def _distill(job: Job, out: Path) -> dict[str, Any]:
     windows, held = job.windows
     steps = options.distill_steps or (distill.UNLIMITED if options.distill_minutes else distill.DEFAULT_STEPS)
     settings = distill.DistillSettings(
-        steps, options.distill_minutes, seed=options.seed, dtype=options.distill_dtype, lora_rank=options.lora_rank
+        steps,
+        options.distill_minutes,
+        seed=options.seed,
+        dtype=options.distill_dtype,
+        lora_rank=options.lora_rank or None,
     )
     path = job.run.path / "start.safetensors"
     start = load_maps(path, plan.replaced)

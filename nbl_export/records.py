@@ -283,7 +283,7 @@ class JobOptions:
     distill_steps: int | None = None
     distill_minutes: float | None = None
     distill_dtype: str = "auto"
-    lora_rank: int | None = None
+    lora_rank: int = 16
     precision: str = "fp32"
     decoder_source: str = "genai"
     provider: str = "cpu"
@@ -319,7 +319,7 @@ class JobOptions:
         _require((self.distill_steps or 1) >= 1, "distillation takes at least one step")
         _require((self.distill_minutes or 1) > 0, "--distill-minutes is more than 0")
         _require(self.distill_dtype in DTYPES, f"--distill-dtype is {', '.join(DTYPES)}, not {self.distill_dtype!r}")
-        _require((self.lora_rank or 1) >= 1, "--lora-rank is at least 1")
+        _require(self.lora_rank >= 0, "--lora-rank is not negative")
         _require(self.logits in (None, "last", "all"), f"logits are of the last token or all, not {self.logits!r}")
 
     @classmethod

@@ -22,7 +22,7 @@ from nbl_export.linearize import linearize
 from nbl_export.records import AffineMap
 
 Checkpoint = Callable[[str], Path]
-QUICK = DistillSettings(steps=30, batch_tokens=256, check_every=10, learning_rate=3e-3)
+QUICK = DistillSettings(steps=60, batch_tokens=256, check_every=20, learning_rate=3e-3, lora_rank=None)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,11 @@ def test_held_back_kl_falls_and_is_what_whole_models_give(
 
 def test_never_worse_than_the_start(prepared: dict[str, Any]) -> None:
     """A learning rate that destroys the maps gives back the maps it was given."""
-    result = run(prepared, "normed", DistillSettings(steps=10, batch_tokens=256, check_every=5, learning_rate=5.0))
+    result = run(
+        prepared,
+        "normed",
+        DistillSettings(steps=10, batch_tokens=256, check_every=5, learning_rate=5.0, lora_rank=None),
+    )
     assert all(v > result.held_kl[0][1] for _, v in result.held_kl[1:])
     for i, affine in prepared["maps"]["normed"].items():
         np.testing.assert_array_equal(result.maps[i].weight, affine.weight)
@@ -89,12 +93,22 @@ def test_model_comes_back_as_it_was(prepared: dict[str, Any]) -> None:
     assert all(torch.equal(before[n], after[n]) for n in before)
 
 
-def test_epochs_are_permutations() -> None:
-    settings = DistillSettings(steps=6, batch_tokens=128)
-    batches = list(_batches(6, settings, 64))
-    assert all(len(b) == 2 for b in batches)
-    assert sorted(itertools.chain(*batches[:3])) == sorted(itertools.chain(*batches[3:])) == list(range(6))
-    assert batches[:3] != batches[3:]
+def test_epochs_cut_the_text_anew() -> None:
+    """Each takes nearly all of it, in rows that begin elsewhere, in another order."""
+    text = torch.arange(6 * 64).view(6, 64)
+    first, second = _batches(text, DistillSettings(steps=2, batch_tokens=352, window=32))
+    for rows in (first, second):
+        assert rows.shape == (11, 32)
+        assert (rows - rows[:, :1] == torch.arange(32)).all()
+        assert len(set(rows.flatten().tolist())) == rows.numel()
+        assert len({int(start) % 32 for start in rows[:, 0]}) == 1
+    assert first[0, 0] % 32 != second[0, 0] % 32
+    assert first[:, 0].tolist() != sorted(first[:, 0].tolist())
+
+
+def test_short_text_is_a_batch_by_itself() -> None:
+    (batch,) = _batches(torch.arange(16).view(1, 16), DistillSettings(steps=1, batch_tokens=1024))
+    assert batch.tolist() == [list(range(16))]
 
 
 def test_nothing_to_train_is_refused(prepared: dict[str, Any]) -> None:
