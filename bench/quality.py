@@ -2,6 +2,7 @@
 
     python bench/quality.py MODEL DATA plans    [--text c4|default] > bench/results/quality-plans-<model>.json
     python bench/quality.py MODEL DATA distill  [--text c4|default] --layers 0,7,24-29 --minutes 14.5 > ...
+    python bench/quality.py MODEL DATA both --text default --layers greedy:8 --minutes 10 > ...
 
 DATA holds c4/c4_demo.json, c4/graphmark_c4_realnewslike_500.jsonl, wikitext-2-raw/wiki.valid.raw. Calibrated on 65,536
 tokens in windows of 512, of the first documents of c4_demo.json ("c4") or of the tool's default text. Judged on windows
@@ -10,6 +11,7 @@ is computed once for all rows.
 
 plans     every --select at 4, 8, 10, 12 and 15 layers, and the layers 0,7,24-29, independent fit; the paper's tap too
 distill   one set of layers, independent and distilled
+both      one after the other; --layers cca:8, error:8 or greedy:8 takes the layers of that order
 """
 
 from __future__ import annotations
@@ -93,7 +95,7 @@ def _news(data: Path) -> list[str]:
     return [row["prompt"] + row["natural_text"] for row in map(json.loads, lines)]
 
 
-def plans(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
+def plans(bed: Bed) -> dict[str, Any]:
     """Rows of the independent fit."""
     from nbl_export import lmmse
     from nbl_export.greedy import GreedyOrder, extend
@@ -130,12 +132,16 @@ def _dropped(maps: Mapping[int, Any]) -> dict[int, Any]:
     return {i: methods.drop_map(m.bias.shape[0]) for i, m in maps.items()}
 
 
-def distilled(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
+def distilled(bed: Bed, options: argparse.Namespace, orders: Mapping[str, Any]) -> dict[str, Any]:
     """Independent and distilled maps of one set of layers."""
     from nbl_export.distill import UNLIMITED, DistillSettings, distill
     from nbl_export.plan import parse_layers
 
-    layers = parse_layers(options.layers, len(bed.moments["residual"]))
+    select, _, count = options.layers.partition(":")
+    if count:
+        layers = tuple(sorted(orders[select][: int(count)]))
+    else:
+        layers = parse_layers(options.layers, len(bed.moments["residual"]))
     assert isinstance(layers, tuple), "name the layers"
     settings = DistillSettings(
         options.steps or UNLIMITED, options.minutes, dtype="auto", lora_rank=options.lora_rank or None,
@@ -164,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
-    parser.add_argument("what", choices=("plans", "distill"))
+    parser.add_argument("what", choices=("plans", "distill", "both"))
     parser.add_argument("--text", choices=("c4", "default"), default="c4")
     parser.add_argument("--windows", type=int, default=16, help="of each text to judge by")
     parser.add_argument("--layers", default="0,7,24-29")
@@ -177,7 +183,9 @@ def main() -> None:
     from nbl_export.bench import machine
 
     bed = Bed(options.model, options.data, options.text, options.windows)
-    result = (plans if options.what == "plans" else distilled)(bed, options)
+    result = plans(bed) if options.what != "distill" else {}
+    if options.what != "plans":
+        result["distill"] = distilled(bed, options, result.get("orders", {}))
     asked = {k: v for k, v in vars(options).items() if k not in ("model", "data")}
     about = {"asked": asked, "calibration": {**bed.text, "tokens": int(bed.windows.numel())}, "machine": machine()}
     print(json.dumps({**about, "versions": versions(("torch", "transformers")), **result}, indent=1))
