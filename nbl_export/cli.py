@@ -72,7 +72,10 @@ Method = Annotated[
     typer.Option(help="What replaces attention: nbl (fitted map, default), drop (nothing), wo-wv (own token only)."),
 ]
 Rank = Annotated[str | None, typer.Option(help="Rank of the maps: a number, or auto (default: full maps).")]
-Tap = Annotated[str | None, typer.Option(help="What a map is applied to: residual (default) or normed.")]
+Tap = Annotated[
+    str | None,
+    typer.Option(help="What a map is applied to: residual (default) or normed (default of --fit distilled)."),
+]
 Fit = Annotated[str | None, typer.Option(help="independent (closed form, default) or distilled (trained from there).")]
 DistillSteps = Annotated[int | None, typer.Option(min=1, help="Training steps of --fit distilled (default 200).")]
 DistillMinutes = Annotated[float | None, typer.Option(help="Stop --fit distilled after so many minutes.")]
@@ -197,7 +200,8 @@ def root(
         repetitions=repetitions, prompt_tokens=prompt_tokens, generate_tokens=generate_tokens, threads=threads,
         seed=seed,
     )  # fmt: skip
-    options = JobOptions(**{**engine_defaults(engine, provider or "cpu"), "model": model, "engine": engine, **chosen})
+    defaults = {**engine_defaults(engine, provider or "cpu"), **({"tap": "normed"} if fit == "distilled" else {})}
+    options = JobOptions(**{**defaults, "model": model, "engine": engine, **chosen})
     run_job(options, output, _ui(), force=force)
     print(output / "report.html")
 

@@ -406,3 +406,15 @@ def test_a_finished_run_is_served_without_torch_and_without_its_model(run: Path)
         assert done.status == 0, done.err
     assert (run / "report.html").exists()
     assert nbl("inspect", run, "--json").status == 0
+
+
+@pytest.mark.parametrize(("tap", "found"), [((), "normed"), (("--tap", "residual"), "residual")])
+def test_distilled_maps_act_on_the_normed_input_unless_asked(
+    tap: tuple[str, ...], found: str, same: tuple[object, ...], tmp_path: Path
+) -> None:
+    done = nbl(*same, "--fit", "distilled", "--distill-steps", "2", *tap, "--output", tmp_path / "run")
+    assert done.status == 0, done.err
+    facts = json.loads((tmp_path / "run" / "nbl.json").read_text(encoding="utf-8"))
+    assert (facts["tap"], facts["fit"]["kind"]) == (found, "distilled")
+    assert f"--tap {found}" in facts["command"] or found == "residual"
+    assert not list((tmp_path / "run").glob("*.partial.safetensors"))
