@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-TOKENS, CONTEXT, HELD = 65_536, 512, 4096
+TOKENS, CONTEXT, HELD = 65_536, 512, 8192  # as the tool's defaults
 COUNTS = (4, 8, 10, 12, 15)
 
 
@@ -107,7 +107,7 @@ def plans(bed: Bed) -> dict[str, Any]:
     scores = [lmmse.score(m, i) for i, m in enumerate(bed.moments["residual"])]
     started = time.monotonic()
     switched = SwitchedModel(bed.model, maps, "normed")
-    judging = bed.held[len(bed.held) // 2 :]
+    judging = bed.held[len(bed.held) // 2 :][: 2048 // CONTEXT]
     greedy = extend(GreedyOrder(), max(COUNTS), switched, len(layers), judging, lambda _d, _t: None)
     seconds = time.monotonic() - started
     log(f"greedy: {list(greedy.layers)} in {seconds:.0f} s")

@@ -33,7 +33,7 @@ __all__ = [
     "slots_of",
 ]
 
-HELD_BACK_TOKENS = 4096
+HELD_BACK_TOKENS = 8192  # the price is taken on the first half, layers and distilled maps are judged by the second
 DEFAULT_SLOTS, DEFAULT_CHUNK = 2048, 512
 _LEAST_SLOTS = 32
 OF_CALIBRATE = (

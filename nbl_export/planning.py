@@ -42,6 +42,9 @@ def make_plan(job: Job) -> tuple[Plan, dict[int, AffineMap], dict[str, Any]]:
     return plan, maps, {**selection.facts(), "ranks": ranks, "goal": goal}
 
 
+_JUDGING_TOKENS = 2048
+
+
 class Selection:
     """Scores, order and maps of one job, computed when first asked for.
 
@@ -86,11 +89,11 @@ class Selection:
     def judging_windows(self) -> Any:
         """Held-back token ids [windows, context] by which layers are chosen: those that the price is not taken on.
 
-        2,048 tokens where the text is long enough: the losses of two layers are compared token by token on the same
+        `_JUDGING_TOKENS` where the text is long enough: the losses of two layers are compared token by token on the same
         text, so that few tokens order them, and each costs a pass of every candidate.
         """
         _, held = self._job.windows
-        return held[len(held) // 2 :]
+        return held[len(held) // 2 :][: max(1, _JUDGING_TOKENS // self._job.options.context)]
 
     @functools.cached_property
     def switched(self) -> SwitchedModel:
