@@ -89,8 +89,8 @@ class Selection:
     def judging_windows(self) -> Any:
         """Held-back token ids [windows, context] by which layers are chosen: those that the price is not taken on.
 
-        `_JUDGING_TOKENS` where the text is long enough: the losses of two layers are compared token by token on the same
-        text, so that few tokens order them, and each costs a pass of every candidate.
+        `_JUDGING_TOKENS` where the text is long enough: the losses of two layers are compared token by token on the
+        same text, so that few tokens order them, and each costs a pass of every candidate.
         """
         _, held = self._job.windows
         return held[len(held) // 2 :][: max(1, _JUDGING_TOKENS // self._job.options.context)]

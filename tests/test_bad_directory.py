@@ -298,7 +298,7 @@ def test_machine_that_gives_up(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(calibrate, "collect", fail)
+    monkeypatch.setattr(calibrate.Collection, "add", fail)
     before = snapshot(run)
     assert_refused(nbl(*same, "--calibration-tokens", 512, "--output", run), 1, words)
     assert snapshot(run) == before

@@ -43,6 +43,7 @@ def test_distilled_maps_ship_and_are_no_worse(tap: str, same: Same, tmp_path: Pa
 
 
 def test_changing_the_fit_runs_from_the_plan_and_back(same: Same, tmp_path: Path) -> None:
+    same = (*same, "--tap", "normed")
     first = run(same, tmp_path / "run")
     before = load_file(tmp_path / "run" / "maps.safetensors")
     assert "distill" not in first.err
