@@ -6,7 +6,8 @@
     DIR/maps.safetensors       plan; distill, where it was asked for (then plan leaves start.safetensors)
     DIR/sweep.json             sweep, where it was asked for
     DIR/distill.json           distill; distill.partial.safetensors while it works
-    DIR/original/              decoder: the exported graph, untouched
+    DIR/original/              decoder: the exported graph; as it came in all_logits.onnx where model.onnx gives the
+                               logits of the last token, as in model/
     DIR/model/                 rewrite: the NBL graph, deployable by itself
     DIR/verify.json            verify
     DIR/eval.json              eval, where it was asked for

@@ -66,7 +66,7 @@ MaxSeqLen = Annotated[
 ]
 MaxBatch = Annotated[int | None, typer.Option(min=1, help="trt, trt-rtx: most sequences at once (default 1).")]
 PrefillChunk = Annotated[int | None, typer.Option(min=1, help="trt, trt-rtx: tokens of a prefill step (default 512).")]
-Logits = Annotated[str | None, typer.Option(help="trt, trt-rtx: of the last token (default) or all, for evaluation.")]
+Logits = Annotated[str | None, typer.Option(help="Logits of the last token (default), as generation needs, or all.")]
 Method = Annotated[
     str | None,
     typer.Option(help="What replaces attention: nbl (fitted map, default), drop (nothing), wo-wv (own token only)."),

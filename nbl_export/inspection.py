@@ -46,6 +46,7 @@ def describe(directory: Path) -> dict[str, Any]:
         "decoder": facts["decoder"],
         "status": facts["status"],
         "precision": facts["options"]["precision"],
+        "logits": facts.get("logits"),
         "replaced_layers": facts.get("replaced_layers"),
         "tap": facts.get("tap"),
         "stages": {name: record["seconds"] for name, record in facts["stages"].items()},
@@ -58,6 +59,9 @@ def describe(directory: Path) -> dict[str, Any]:
         "scores": facts.get("scores", []),
         "command": facts["command"],
     }
+
+
+_LOGITS = {"last": "of the last token, in both decoders", "all": "of all tokens, in both decoders"}
 
 
 def _variant(directory: Path, spec: DecoderSpec, kept: int, itemsize: int) -> dict[str, Any] | None:
@@ -86,6 +90,7 @@ def describe_table(facts: dict[str, Any]) -> Group:
         ("decoder", f"{decoder['architecture']}, {decoder['num_layers']} layers, hidden size {decoder['hidden_size']}, "
          f"{decoder['num_heads']} query and {decoder['num_kv_heads']} key/value heads of {decoder['head_dim']}"),
         ("precision", facts["precision"]),
+        ("logits", _LOGITS.get(facts["logits"], "not built yet")),
         ("replaced layers", _layers(facts["replaced_layers"])),
         ("status", facts["status"]),
         ("stages", ", ".join(f"{n} {s:.1f} s" for n, s in facts["stages"].items()) or "none finished"),

@@ -201,7 +201,7 @@ def preflight(options: JobOptions) -> None:
     ):
         if value not in allowed:
             raise UsageError(f"{flag} {value} is not for engine {_spoken(options)}; it takes {', '.join(allowed)}")
-    for name in ("max_seq_len", "max_batch", "prefill_chunk", "logits"):
+    for name in ("max_seq_len", "max_batch", "prefill_chunk"):
         if getattr(options, name) is not None and not capabilities.static:
             raise UsageError(f"--{name.replace('_', '-')} is not for engine {options.engine}, which compiles nothing")
     makes = PRECISIONS[options.decoder_source] if options.provider == "cpu" else capabilities.precisions
@@ -280,7 +280,7 @@ def _key(job: Job, stage: Stage, keys: dict[str, str]) -> str:
     if stage.name in ("calibrate", "distill", "verify"):
         identity = [job.fingerprint, job.text_sha256, *([job.options.shard] if job.options.shard else [])]
     elif stage.name == "decoder":
-        identity = [job.fingerprint]
+        identity = [job.fingerprint, job.options.kept_logits]
     elif stage.name == "plan":
         identity = [job.request, goal_inputs(job.options)]
     elif stage.name == "sweep":
@@ -402,14 +402,17 @@ def _no_distill(job: Job) -> str | None:
 
 def _decoder(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export.decoders import build_decoder
+    from nbl_export.rewrite.last_token import keep_last_token
 
     job.__dict__.pop("model", None)  # the exporter loads its own copy
     options = job.options
     build_decoder(
         options.decoder_source, job.checkpoint, out / "original", options.precision,
-        slots=job.slots, logits=options.logits or "last", provider=options.provider,
+        slots=job.slots, logits=options.kept_logits, provider=options.provider,
     )  # fmt: skip
-    return {}
+    if options.kept_logits == "last" and not job.engine.CAPABILITIES.static:  # the static source has cut its own
+        keep_last_token(out / "original")
+    return {"logits": options.kept_logits}
 
 
 def _rewrite(job: Job, out: Path) -> dict[str, Any]:
@@ -427,7 +430,7 @@ def _rewrite(job: Job, out: Path) -> dict[str, Any]:
 
 
 _DEPLOYED_FACTS = ("schema", "model", "decoder", "options", "calibration", "num_layers", "replaced_layers", "tap",
-                   "select", "method", "ranks", "fit", "scores")  # fmt: skip
+                   "select", "method", "ranks", "fit", "scores", "logits")  # fmt: skip
 
 
 def _verify(job: Job, out: Path) -> dict[str, Any]:
@@ -545,9 +548,7 @@ STAGES = (
         _distill,
         _no_distill,
     ),
-    Stage(
-        "decoder", "decoder graph", (), ("precision", "decoder_source", "provider", "max_seq_len", "logits"), _decoder
-    ),
+    Stage("decoder", "decoder graph", (), ("precision", "decoder_source", "provider", "max_seq_len"), _decoder),
     Stage("rewrite", "rewrite", ("plan", "distill", "decoder"), (), _rewrite),
     Stage("verify", "verify", ("rewrite",), ("calibration_tokens", "context"), _verify),
     Stage("eval", "evaluate", ("rewrite",), (), _evaluate, _no_eval),

@@ -50,7 +50,8 @@ def cost_model(job: Job) -> cost.CostModel:
         2.0 if capabilities.static and options.precision == "int4" else size,  # the static form keeps its head in fp16
         capabilities.cache_itemsize(options.precision),
         options.prompt_tokens,
-        all_logits=not capabilities.static or options.logits == "all",
+        all_logits=options.kept_logits == "all",
+        tail_pruned=cost.TAIL_PRUNED and not capabilities.static and options.kept_logits == "last",
     )
 
 

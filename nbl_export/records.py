@@ -165,6 +165,12 @@ class GraphContract:
     outputs: tuple[TensorInfo, ...]
     cache_layers: tuple[int, ...]
 
+    @property
+    def logits(self) -> str:
+        """ "last" where logits are [B, 1, V], those of each row's last token; "all" where they are [B, T, V]."""
+        shape = next((o.shape for o in self.outputs if o.name == "logits"), ())
+        return "last" if len(shape) == 3 and shape[1] == 1 else "all"
+
     def cache_bytes_per_token(self, head_dim: int) -> int:
         """Cache bytes that one token of one sequence takes, from the cache inputs.
 
@@ -261,7 +267,8 @@ class Timing:
 class JobOptions:
     """Everything a user can ask of the main job, resolved. Recorded in nbl.json and read back on resume.
 
-    max_seq_len, max_batch, prefill_chunk and logits are for engines that compile; None takes `job`'s defaults.
+    max_seq_len, max_batch and prefill_chunk are for engines that compile; None takes `job`'s defaults.
+    logits: "last" (None) or "all", see `kept_logits`.
     data_free: calibrate on what the model itself says (with `seed`), on no text.
     layer_wise: calibrate one decoder layer at a time, whatever the memory.
     calibration: texts, see `mixture`; none of them is the default text.
@@ -321,6 +328,11 @@ class JobOptions:
         _require(self.distill_dtype in DTYPES, f"--distill-dtype is {', '.join(DTYPES)}, not {self.distill_dtype!r}")
         _require(self.lora_rank >= 0, "--lora-rank is not negative")
         _require(self.logits in (None, "last", "all"), f"logits are of the last token or all, not {self.logits!r}")
+
+    @property
+    def kept_logits(self) -> str:
+        """Positions whose logits the graphs give: "last" valid of each row (what generation reads), or "all"."""
+        return self.logits or "last"
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> JobOptions:

@@ -27,7 +27,7 @@ __all__ = ["render", "summarize"]
 
 _FEWEST_PAIRS = 3  # below this a range of pairs says nothing
 _COPIED = ("model", "options", "command", "versions", "calibration", "num_layers", "replaced_layers", "tap", "select",
-           "method")  # fmt: skip
+           "method", "logits")  # fmt: skip
 _PER_VARIANT = ("peak_memory_bytes", "kv_cache_bytes", "kv_cache_bytes_per_token", "model_bytes", "load_seconds")
 
 

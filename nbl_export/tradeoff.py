@@ -33,7 +33,7 @@ def sweep_inputs(job: Job) -> list[Any]:
         options.provider,
         options.precision,
         options.prompt_tokens,
-        options.logits,
+        options.kept_logits,
     ]
 
 

@@ -47,8 +47,7 @@ def check_shipped(job: Job, twins: Mapping[str, Path]) -> list[RungResult]:
     results = []
     for subject, directory in shipped.items():
         options = job.options
-        logits = options.logits or "last"
-        problem = static.difference(twins[subject] / TWIN_FILE, directory, options.precision, logits)
+        problem = static.difference(twins[subject] / TWIN_FILE, directory, options.precision, options.kept_logits)
         metric, detail = f"the {options.precision} graph is its fp32 twin, cast", problem or "every node and weight"
         results.append(RungResult("a", subject, metric, float(bool(problem)), 0.5, not problem, detail))
     return results

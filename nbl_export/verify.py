@@ -5,6 +5,9 @@
     c  NBL graph against the NBL torch model: prefill and cached steps, a batch of two different lengths
     d  greedy text through the runtime that ships, against torch
     e  the price: NBL against original on held-back text; reported, not gated
+    f  the graph that ships, where it gives the logits of the last token alone (`verify_last`), against the one with all
+
+Rungs b, c and e need the logits of all positions; d and f run what ships.
 
 One table of tolerances by precision; nothing else decides.
 """
@@ -192,7 +195,10 @@ def _log_probabilities(decoder: Any, window: np.ndarray) -> np.ndarray:
     decoder.begin(1)
     logits = decoder.step(window[None, :])[0, :-1]
     if logits.shape[0] != len(window) - 1:
-        raise NblError("this graph gives logits of the last position only; the price needs all of them")
+        raise NblError(
+            "this graph gives logits of the last position only; the price needs all of them: keep all_logits.onnx "
+            "beside it, or export it with --logits all"
+        )
     logits -= logits.max(1, keepdims=True)
     return np.asarray(logits - np.log(np.exp(logits).sum(1, keepdims=True)))
 

@@ -22,14 +22,21 @@ __all__ = ["check_file", "check_maps", "check_untouched"]
 _OURS = re.compile(r"nbl\.layers\.(\d+)\.")
 _OUR_PRODUCT = re.compile(r"/nbl/layers\.\d+/MatMul")
 _PRODUCTS = {"weight": "MatMul", "down": "MatMulDown", "up": "MatMulUp"}  # as `rewrite.bypass` names them
+_SPOKEN = {"last": "of the last token", "all": "of all tokens"}
 # ONNX Runtime's symmetric quantiser spans [-8, 8) steps of a block's largest value: its mirror image is one step off.
 _STEPS = 1.01
 
 
 def check_file(
-    subject: str, directory: Path, spec: DecoderSpec, kept: Sequence[int], session: GraphContract, itemsize: int
+    subject: str,
+    directory: Path,
+    spec: DecoderSpec,
+    kept: Sequence[int],
+    session: GraphContract,
+    itemsize: int,
+    logits: str = "all",
 ) -> list[RungResult]:
-    """Rung a: the file is valid ONNX and takes and gives exactly what the plan says."""
+    """Rung a: the file is valid ONNX and takes and gives exactly what the plan and `logits` (last or all) say."""
     proto = onnx.load(str(directory / "model.onnx"), load_external_data=False)
     problem = ""
     try:
@@ -44,8 +51,9 @@ def check_file(
     wanted = {f"past_key_values.{i}.{p}" for i in kept for p in ("key", "value")}
     has = {n for n in in_file[0] if n.startswith("past_key_values.")}
     gives = {n.replace("present", "past_key_values") for n in in_file[1] if n.startswith("present.")}
-    detail = f"caches {len(has) // 2} of {spec.num_layers} layers"
-    results.append(_verdict("a", subject, "contract", has == wanted == gives and in_file == in_session, detail))
+    detail = f"caches {len(has) // 2} of {spec.num_layers} layers, logits {_SPOKEN[session.logits]}"
+    kept_word = has == wanted == gives and in_file == in_session and session.logits == logits
+    results.append(_verdict("a", subject, "contract", kept_word, detail))
     predicted = spec.cache_bytes_per_token(len(kept), itemsize)
     stated = session.cache_bytes_per_token(spec.head_dim)
     detail = f"{stated} bytes a token, {predicted} predicted"

@@ -171,7 +171,7 @@ def test_a_shipped_graph_that_is_not_the_twin_is_caught(
     static.save_graph(twin, tmp_path / "twin", "model.onnx")
     for name in ("original", "model"):
         static.build(model, tmp_path / "run" / name, "fp16", max_seq_len=SLOTS)
-    options = SimpleNamespace(precision="fp16", logits=None)
+    options = SimpleNamespace(precision="fp16", kept_logits="last")
     job = SimpleNamespace(options=options, run=SimpleNamespace(path=tmp_path / "run"))
     twins = {"original": tmp_path / "twin", "nbl": tmp_path / "twin"}
     assert all(r.passed for r in check_shipped(job, twins))  # type: ignore[arg-type]
@@ -187,7 +187,7 @@ def test_a_shipped_graph_that_is_not_the_twin_is_caught(
 
 
 def test_options_of_compiled_engines_are_refused_by_others(same: tuple[object, ...], tmp_path: Path) -> None:
-    for flag, value in (("--max-seq-len", 64), ("--max-batch", 2), ("--prefill-chunk", 8), ("--logits", "all")):
+    for flag, value in (("--max-seq-len", 64), ("--max-batch", 2), ("--prefill-chunk", 8)):
         done = nbl(*same, "--output", tmp_path / "run", flag, value)
         assert_refused(done, 2, flag, "engine ort")
     assert not (tmp_path / "run").exists()

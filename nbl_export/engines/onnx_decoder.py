@@ -14,18 +14,28 @@ import numpy as np
 from nbl_export.errors import CorruptError, MissingPackageError
 from nbl_export.records import GraphContract, TensorInfo
 
-__all__ = ["OnnxDecoder"]
+__all__ = ["ALL_LOGITS_FILE", "GRAPH_FILE", "OnnxDecoder", "all_logits_file"]
+
+GRAPH_FILE = "model.onnx"
+# Beside a graph that gives the logits of the last token: the same with those of all (`rewrite.last_token`).
+ALL_LOGITS_FILE = "all_logits.onnx"
 
 _PAST = re.compile(r"^past_key_values\.(\d+)\.(key|value)$")
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64",
            "tensor(int32)": "int32", "tensor(bfloat16)": "bfloat16"}  # fmt: skip
 
 
+def all_logits_file(directory: Path) -> str:
+    """Name of the graph in a directory that gives the most logits."""
+    return ALL_LOGITS_FILE if (directory / ALL_LOGITS_FILE).is_file() else GRAPH_FILE
+
+
 class OnnxDecoder:
     """One decoder graph and the caches of the batch it is running.
 
     Args:
-        directory: holds model.onnx.
+        directory: holds the graph.
+        file: its name, see `all_logits_file`.
         head_dim: size of a head, where the graph only names that dimension.
         threads: intra-op threads; None is ONNX Runtime's choice.
 
@@ -33,7 +43,7 @@ class OnnxDecoder:
         CorruptError: ONNX Runtime cannot load the graph.
     """
 
-    def __init__(self, directory: Path, head_dim: int, threads: int | None = None) -> None:
+    def __init__(self, directory: Path, head_dim: int, threads: int | None = None, *, file: str = GRAPH_FILE) -> None:
         try:
             import onnxruntime as ort
         except ImportError as error:
@@ -43,10 +53,10 @@ class OnnxDecoder:
         if threads:
             options.intra_op_num_threads = threads
         try:
-            path = str(directory / "model.onnx")
+            path = str(directory / file)
             self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ORT's own exception types, one for each kind of damage
-            raise CorruptError(f"ONNX Runtime cannot load {directory / 'model.onnx'}: {error}") from error
+            raise CorruptError(f"ONNX Runtime cannot load {directory / file}: {error}") from error
         self.head_dim = head_dim
         self.contract = self._contract()
         self._past: dict[str, np.ndarray] = {}

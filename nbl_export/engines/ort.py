@@ -1,6 +1,6 @@
 """ONNX Runtime: its capabilities, a known-answer probe, and a runner over ONNX Runtime GenAI.
 
-    directory (model.onnx, model.onnx.data, genai_config.json, tokenizer)
+    directory (model.onnx, model.onnx.data, genai_config.json, tokenizer; all_logits.onnx is not looked at)
         └─ GenaiRunner ── begin ─ append ─ append ─ rewind ─ append ...        what bench times
                       └── encode ─ stream | greedy                            what generate and verify read
 
@@ -39,7 +39,7 @@ import numpy as np
 import psutil
 
 from nbl_export.engines.base import Availability, Capabilities
-from nbl_export.engines.onnx_decoder import OnnxDecoder
+from nbl_export.engines.onnx_decoder import OnnxDecoder, all_logits_file
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.records import DecoderSpec
 
@@ -352,5 +352,5 @@ def open_checked(directory: Path, threads: int | None = None) -> GenaiRunner:
 
 
 def open_graph(directory: Path, spec: DecoderSpec) -> OnnxDecoder:
-    """The directory's graph on plain ONNX Runtime, for verification."""
-    return OnnxDecoder(directory, spec.head_dim)
+    """The directory's graph with logits of all positions on plain ONNX Runtime, for verification."""
+    return OnnxDecoder(directory, spec.head_dim, file=all_logits_file(directory))

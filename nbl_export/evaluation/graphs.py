@@ -9,7 +9,7 @@ from typing import Any
 
 from nbl_export.artifacts import RunDirectory
 from nbl_export.engines import load_engine
-from nbl_export.engines.onnx_decoder import OnnxDecoder
+from nbl_export.engines.onnx_decoder import OnnxDecoder, all_logits_file
 from nbl_export.errors import NblError
 
 __all__ = ["GRAPH_VARIANTS", "GraphPlace", "find_graph"]
@@ -26,8 +26,8 @@ class GraphPlace:
     max_positions: int
 
     def open(self, threads: int | None = None) -> OnnxDecoder:
-        """The graph on ONNX Runtime."""
-        return OnnxDecoder(self.directory, self.head_dim, threads)
+        """The graph on ONNX Runtime, that with the logits of all positions where there are two."""
+        return OnnxDecoder(self.directory, self.head_dim, threads, file=all_logits_file(self.directory))
 
 
 def find_graph(path: Path, variant: str = "nbl") -> GraphPlace:

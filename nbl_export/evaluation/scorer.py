@@ -71,8 +71,9 @@ class GraphScorer:
         logits_BTV = decoder.step(np.zeros((1, 2), np.int64))
         if logits_BTV.shape[1] != 2:
             raise NblError(
-                "this graph gives logits of the last position only, and scores need all of them: export it with "
-                "logits of all positions, or evaluate the torch models (--variants torch-original,torch-nbl)"
+                "this graph gives logits of the last position only, and scores need all of them: keep all_logits.onnx "
+                "beside it, export it with --logits all, or evaluate the torch models (--variants "
+                "torch-original,torch-nbl)"
             )
         width = int(logits_BTV.shape[2])
         self._tokens = min(_MOST_TOKENS, max(_FEWEST_TOKENS, _LOGIT_BYTES // (4 * width)))

@@ -13,19 +13,22 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from nbl_export.engines.onnx_decoder import ALL_LOGITS_FILE, GRAPH_FILE
 from nbl_export.errors import RefusalError
 from nbl_export.records import AffineMap, GraphContract, PassReport, Plan, TensorInfo
 from nbl_export.rewrite.anatomy import cache_layers
 from nbl_export.rewrite.bypass import BypassAttention
 from nbl_export.rewrite.caches import DropCaches, DropUnreadCaches
+from nbl_export.rewrite.last_token import keep_last_token
 from nbl_export.rewrite.quantize import QuantizeMaps
 from nbl_export.rewrite.quantize_blocks import QuantizeMapBlocks
 from nbl_export.rewrite.renumber import RenumberCaches
 from nbl_export.rewrite.sweep import SkipNormToAdd, Sweep
+from nbl_export.rewrite.tail import PruneTail
 
 __all__ = ["contract_of", "make_dense", "passes_for", "rewrite", "rewrite_model"]
 
-_GRAPHS = ("model.onnx", "decoder.onnx")  # of a GenAI directory, of the static form
+_GRAPHS = (GRAPH_FILE, "decoder.onnx")  # of a GenAI directory, of the static form
 
 
 def passes_for(plan: Plan, maps: Mapping[int, AffineMap]) -> Sequence[ir.passes.PassBase]:
@@ -68,24 +71,30 @@ def rewrite(
     """Write the NBL version of a deployable directory to `out` (which must not exist).
 
     Weights that stay are copied from file to file; an empty plan copies the graph byte for byte. A decoder.onnx gets
-    dense cache ids, a model.onnx keeps its layers' (what the runtimes of each expect) unless `dense`.
+    dense cache ids, a model.onnx keeps its layers' (what the runtimes of each expect) unless `dense`. A source that
+    gives the logits of the last token has the graph with all of them beside it; so has what is written.
 
     Raises:
         RefusalError: the graph is not understood.
     """
     name = next((n for n in _GRAPHS if (source / n).is_file()), _GRAPHS[0])
+    last_only = (source / ALL_LOGITS_FILE).is_file()
+    rewritten = (name, f"{name}.data", ALL_LOGITS_FILE)
     out.mkdir()
     for file in sorted(source.iterdir()):
-        if file.is_file() and (file.name not in (name, f"{name}.data") or not plan.replaced):
+        if file.is_file() and (file.name not in rewritten or not plan.replaced):
             shutil.copyfile(file, out / file.name)
     if not plan.replaced:
         return ()
-    model = ir.load(source / name)
+    model = ir.load(source / (ALL_LOGITS_FILE if last_only else name))
     reports = rewrite_model(model, plan, maps)
     ir.save(model, out / name, external_data=f"{name}.data")
     if dense or name == "decoder.onnx":
         reports = (*reports, make_dense(out / name))
         _count_caches(out / "genai_config.json", len(plan.kept))
+    if last_only:
+        keep_last_token(out)
+        reports = (*reports, PassReport(PruneTail.__name__, True))
     return reports
 
 

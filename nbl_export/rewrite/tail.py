@@ -5,9 +5,11 @@
     after    x -- GatherND(last) -- join -- mlp -- ... -- lm_head -> logits [B, 1, V]
              attention output -- GatherND(last) -^
 
-The last valid position of a row is the last 1 in the mask's columns of this chunk, so that rows padded on the
-right, rows padded on the left and decode steps are all served by one index [B, 1]. Legal where only the logits of the
-last position are wanted. Refuses a tail in which anything but the join's own two inputs depends on the tokens.
+The last valid position of a row is that of the last 1 in the mask's columns of this chunk, max(mask x 0..T-1), so that
+rows padded on the right, rows padded on the left and decode steps are all served by one index [B, 1]. (ArgMax finds it
+too, but taking the last of equals is refused by TensorRT's parser and has no CUDA kernel.) Legal where only the logits
+of the last position are wanted. With the original graph the last kept layer is the last: its MLP, the final norm and
+the head run on one token. Refuses a tail in which anything but the join's own two inputs depends on the tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from nbl_export.rewrite.anatomy import cache_layers, find_block
 __all__ = ["PruneTail"]
 
 _PREFIX = "/nbl/tail"
+_LEAST_OPSET = 18  # from which ReduceMax takes its axes as an input
 
 
 class PruneTail(ir.passes.InPlacePass):
@@ -88,30 +91,41 @@ def _last_valid(graph: ir.Graph) -> tuple[list[ir.Node], ir.Value]:
     inputs = {v.name: v for v in graph.inputs}
     if "attention_mask" not in inputs or "input_ids" not in inputs:
         raise RefusalError(None, "it has no input_ids and attention_mask, from which the last valid token is known")
-    end = _constant(graph, "end", [np.iinfo(np.int64).max])
-    one = _constant(graph, "axis", [1])
-    last = _constant(graph, "last", [-1])
-    length = ir.node("Shape", [inputs["input_ids"]], attributes={"start": 1, "end": 2}, name=f"{_PREFIX}/length")
-    start = ir.node("Neg", [length.outputs[0]], name=f"{_PREFIX}/start")
-    mask = ir.node("Slice", [inputs["attention_mask"], start.outputs[0], end, one], name=f"{_PREFIX}/mask")
-    found = ir.node(
-        "ArgMax",
-        [mask.outputs[0]],
-        attributes={"axis": 1, "keepdims": 1, "select_last_index": 1},
-        name=f"{_PREFIX}/argmax",
-    )
-    index = ir.node("Unsqueeze", [found.outputs[0], last], name=f"{_PREFIX}/index")
-    nodes = [length, start, mask, found, index]
-    for node in nodes:
+    mask, ids = inputs["attention_mask"], inputs["input_ids"]
+    if graph.opset_imports.get("", 0) < _LEAST_OPSET:
+        raise RefusalError(
+            None, f"its operators are of opset {graph.opset_imports.get('')}, not {_LEAST_OPSET} or later"
+        )
+    if mask.dtype != ir.DataType.INT64:
+        raise RefusalError(None, f"its attention_mask is {mask.dtype}, not int64")
+    end, start, step, axis, last = (
+        _constant(graph, name, values)
+        for name, values in (
+            ("end", [np.iinfo(np.int64).max]), ("first", 0), ("step", 1), ("axis", [1]), ("last", [-1]),
+        )
+    )  # fmt: skip
+    nodes: list[ir.Node] = []
+
+    def emit(op: str, name: str, *operands: ir.Value, **attributes: int) -> ir.Value:
+        node = ir.node(op, operands, attributes=attributes, name=f"{_PREFIX}/{name}")
         node.outputs[0].name = f"{node.name}/output_0"
         node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
-    return nodes, index.outputs[0]
+        nodes.append(node)
+        return node.outputs[0]
+
+    length = emit("Shape", "length", ids, start=1, end=2)
+    chunk = emit("Slice", "mask", mask, emit("Neg", "start", length), end, axis)
+    positions = emit("Range", "positions", start, emit("Squeeze", "tokens", length), step)
+    found = emit("ReduceMax", "found", emit("Mul", "valid", chunk, positions), axis, keepdims=1)
+    return nodes, emit("Unsqueeze", "index", found, last)
 
 
-def _constant(graph: ir.Graph, name: str, values: list[int]) -> ir.Value:
+def _constant(graph: ir.Graph, name: str, values: int | list[int]) -> ir.Value:
     full = f"nbl.tail.{name}"
     tensor = ir.tensor(np.array(values, np.int64), name=full)
-    value = ir.Value(name=full, const_value=tensor, shape=ir.Shape([len(values)]), type=ir.TensorType(tensor.dtype))
+    value = ir.Value(
+        name=full, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
+    )
     graph.register_initializer(value)
     return value
 
