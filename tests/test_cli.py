@@ -97,6 +97,7 @@ def test_every_rung_is_recorded_with_its_tolerance(finished: Path) -> None:
     assert result["passed"] is True
     assert {(r["rung"], r["subject"]) for r in result["rungs"]} == {
         ("a", "original"), ("a", "nbl"), ("b", "original"), ("c", "nbl"), ("d", "original"), ("d", "nbl"),
+        ("f", "original"), ("f", "nbl"),
     }  # fmt: skip
     assert all(r["passed"] and r["value"] <= r["tolerance"] for r in result["rungs"])
     batched = [r for r in result["rungs"] if r["rung"] == "c" and "batch of 2" in r["detail"]]
