@@ -6,6 +6,7 @@ Results go to stdout, everything else to stderr. Exit status: 0 done, 1 somethin
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -174,6 +175,7 @@ def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     """The main job: a checkpoint in, a verified and measured NBL decoder out. Subcommands run single stages."""
+    given = dict(locals())  # the options by name: each is one of JobOptions
     logging.basicConfig(
         stream=sys.stderr, level=logging.DEBUG if verbose else logging.WARNING, format="%(levelname)s: %(message)s"
     )
@@ -189,17 +191,8 @@ def root(
     from nbl_export.pipeline import engine_defaults, run_job
     from nbl_export.records import JobOptions
 
-    chosen = _options(
-        layers=layers, max_perplexity_increase=max_perplexity_increase, target_speedup=target_speedup,
-        kv_budget=kv_budget, select=select, method=method, rank=rank, tap=tap, fit=fit,
-        distill_steps=distill_steps, distill_minutes=distill_minutes,
-        distill_dtype=distill_dtype, lora_rank=lora_rank,
-        precision=precision, decoder_source=decoder_source, provider=provider, max_seq_len=max_seq_len,
-        max_batch=max_batch, prefill_chunk=prefill_chunk, logits=logits, calibration=calibration,
-        calibration_tokens=calibration_tokens, context=context, data_free=data_free, layer_wise=layer_wise, depth=depth,
-        repetitions=repetitions, prompt_tokens=prompt_tokens, generate_tokens=generate_tokens, threads=threads,
-        seed=seed,
-    )  # fmt: skip
+    asked = {field.name for field in dataclasses.fields(JobOptions)} - {"model", "engine"} | {"depth"}
+    chosen = _options(**{name: value for name, value in given.items() if name in asked})
     defaults = {**engine_defaults(engine, provider or "cpu"), **({"tap": "normed"} if fit == "distilled" else {})}
     options = JobOptions(**{**defaults, "model": model, "engine": engine, **chosen})
     run_job(options, output, _ui(), force=force)

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from nbl_export.errors import NblError
-from nbl_export.linearize import AffineAttention
+from nbl_export.linearize import AffineAttention, switched
 from nbl_export.records import AffineMap
 
 __all__ = ["DEFAULT_STEPS", "UNLIMITED", "DistillSettings", "Distilled", "State", "distill"]
@@ -122,21 +122,9 @@ class _Twin:
         """Parameters that have gradients, by name."""
         return {name: p for name, p in self.affine.named_parameters() if p.requires_grad}
 
-    @contextlib.contextmanager
-    def student(self) -> Iterator[None]:
+    def student(self) -> contextlib.AbstractContextManager[None]:
         """Within: replaced layers compute their maps, and layers below the first one are left out."""
-        kept = {i: (self.layers[i].self_attn, self.layers[i].input_layernorm) for i in map(int, self.affine)}
-        for i in kept:
-            self.layers[i].self_attn = self.affine[str(i)]
-            if self.tap == "residual":
-                self.layers[i].input_layernorm = nn.Identity()
-        self.decoder.layers = self.layers[self.first :]
-        try:
-            yield
-        finally:
-            self.decoder.layers = self.layers
-            for i, (attention, norm) in kept.items():
-                self.layers[i].self_attn, self.layers[i].input_layernorm = attention, norm
+        return switched(self.decoder, {int(i): m for i, m in self.affine.items()}, self.tap, self.first)
 
     @torch.no_grad()
     def observe(self, ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,8 @@ since the map acts on the residual stream (tap "residual").
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 from nbl_export.records import AffineMap
 
-__all__ = ["AffineAttention", "linearize", "replace_attention"]
+__all__ = ["AffineAttention", "linearize", "replace_attention", "switched"]
 
 
 class AffineAttention(nn.Module):
@@ -67,3 +68,21 @@ def replace_attention(model: Any, modules: Mapping[int, nn.Module], tap: str) ->
         else:
             layer.self_attn.layer_idx = kept
             kept += 1
+
+
+@contextlib.contextmanager
+def switched(decoder: Any, modules: Mapping[int, nn.Module], tap: str, first: int = 0) -> Iterator[None]:
+    """Within: layers of a decoder compute these modules instead of attention; layers below `first` are left out."""
+    layers = decoder.layers
+    kept = {i: (layers[i].self_attn, layers[i].input_layernorm) for i in modules}
+    try:
+        for i, module in modules.items():
+            layers[i].self_attn = module
+            if tap == "residual":
+                layers[i].input_layernorm = nn.Identity()
+        decoder.layers = layers[first:]
+        yield
+    finally:
+        decoder.layers = layers
+        for i, (attention, norm) in kept.items():
+            layers[i].self_attn, layers[i].input_layernorm = attention, norm

@@ -10,7 +10,6 @@ Linearization", NeurIPS 2025; the Cholesky form of the bound is ours.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +28,7 @@ EXPLAINED = 0.999
 
 @dataclass(frozen=True)
 class Moments:
-    """Sufficient statistics of one layer: raw, uncentred, float64. They add: see `merge`."""
+    """Sufficient statistics of one layer: raw, uncentred, float64. What adds is `sums.Sums`."""
 
     count: int
     x_sum: torch.Tensor  # [D]
@@ -37,12 +36,6 @@ class Moments:
     xx: torch.Tensor  # [D, D] X'X
     yx: torch.Tensor  # [D, D] Y'X
     yy: torch.Tensor  # [D, D] Y'Y
-
-    def merge(self, other: Moments) -> Moments:
-        """Statistics of the concatenated rows."""
-        if self.x_sum.shape != other.x_sum.shape:
-            raise NblError("moments of models of different hidden size cannot be merged")
-        return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
 
     def centred(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Means of X and Y, and Cxx, Cyx, Cyy."""

@@ -9,16 +9,14 @@ a run. The model comes back as it was.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from nbl_export.linearize import AffineAttention
+from nbl_export.linearize import AffineAttention, switched
 from nbl_export.records import AffineMap
 
 __all__ = ["Loss", "SwitchedModel"]
@@ -67,22 +65,6 @@ class SwitchedModel:
         self._tap = tap
         self._affine = {i: AffineAttention(m).eval() for i, m in maps.items()}
 
-    @contextlib.contextmanager
-    def _switched(self, mix: Collection[int], first: int) -> Iterator[None]:
-        """Within: the layers of the mix compute their maps, and layers below `first` are left out."""
-        kept = {i: (self._layers[i].self_attn, self._layers[i].input_layernorm) for i in mix}
-        try:
-            for i in kept:
-                self._layers[i].self_attn = self._affine[i]
-                if self._tap == "residual":
-                    self._layers[i].input_layernorm = nn.Identity()
-            self._decoder.layers = self._layers[first:]
-            yield
-        finally:
-            self._decoder.layers = self._layers
-            for i, (attention, norm) in kept.items():
-                self._layers[i].self_attn, self._layers[i].input_layernorm = attention, norm
-
     @torch.no_grad()
     def run(
         self, mix: Collection[int], *, ids_T: torch.Tensor | None = None, entering_TD: torch.Tensor | None = None,
@@ -101,7 +83,7 @@ class SwitchedModel:
         handles = [self._layers[i].register_forward_pre_hook(note(i)) for i in watch]
         given = {"input_ids": ids_T[None]} if ids_T is not None else {"inputs_embeds": entering_TD[None]}  # type: ignore[index]
         try:
-            with self._switched(mix, first):
+            with switched(self._decoder, {i: self._affine[i] for i in mix}, self._tap, first):
                 last = self._decoder(**given, use_cache=False).last_hidden_state[0]
         finally:
             for handle in handles:

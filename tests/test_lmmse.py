@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -86,27 +84,6 @@ def test_bound_bounds_the_error_of_the_residual_output(seed: int, noise: float, 
     map_plus = torch.linalg.lstsq(x - x.mean(0), plus - plus.mean(0)).solution
     error = (plus - plus.mean(0) - (x - x.mean(0)) @ map_plus).square().sum() / (plus - plus.mean(0)).square().sum()
     assert error.item() <= found.bound + 1e-6
-
-
-@settings(max_examples=20, deadline=None)
-@given(cuts=st.lists(st.integers(1, 399), min_size=1, max_size=5, unique=True), seed=st.integers(0, 99))
-def test_merge_is_exact_in_any_order(cuts: list[int], seed: int) -> None:
-    x, y = sample(seed=seed)
-    bounds = [0, *sorted(cuts), len(x)]
-    shards = [moments(x[a:b], y[a:b]) for a, b in itertools.pairwise(bounds)]
-    order = np.random.default_rng(seed).permutation(len(shards))
-    merged = shards[order[0]]
-    for k in order[1:]:
-        merged = merged.merge(shards[k])
-    whole = moments(x, y)
-    assert merged.count == whole.count
-    for name in ("x_sum", "y_sum", "xx", "yx", "yy"):
-        torch.testing.assert_close(getattr(merged, name), getattr(whole, name), rtol=1e-12, atol=1e-9)
-
-
-def test_merge_refuses_another_size() -> None:
-    with pytest.raises(NblError, match="hidden size"):
-        moments(*sample(size=12)).merge(moments(*sample(size=8)))
 
 
 def test_rank_deficient_input_is_fitted_by_the_ridge() -> None:

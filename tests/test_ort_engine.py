@@ -53,7 +53,7 @@ def test_the_probe_names_the_versions() -> None:
 
 
 def test_the_probe_refuses_two_builds_of_one_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ort, "_installed", lambda name: name in ("onnxruntime", "onnxruntime-gpu"))
+    monkeypatch.setattr(ort, "is_installed", lambda name: name in ("onnxruntime", "onnxruntime-gpu"))
     answer = ort.probe()
     assert not answer.available
     assert "onnxruntime and onnxruntime-gpu" in answer.reason

@@ -114,7 +114,7 @@ def test_genai_does_not_know_tensorrt(genai_dirs: dict[str, Path]) -> None:
 
 def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     installed: set[str] = set()
-    monkeypatch.setattr(ort_gpu, "_installed", lambda name: name in installed)
+    monkeypatch.setattr(ort, "is_installed", lambda name: name in installed)
     monkeypatch.setattr(ort_gpu, "find_gpu", lambda: "no NVIDIA driver is installed")
     cuda, rtx = load_engine("ort", "cuda"), load_engine("ort", "nv-tensorrt-rtx")
 
@@ -166,7 +166,7 @@ def genai(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Genai:
     monkeypatch.setitem(sys.modules, package.__name__, package)
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", module)
     monkeypatch.setattr(ort_gpu, "_registered", set())
-    monkeypatch.setattr(ort_gpu, "_installed", lambda name: name in PROVIDERS["nv-tensorrt-rtx"].packages)
+    monkeypatch.setattr(ort, "is_installed", lambda name: name in PROVIDERS["nv-tensorrt-rtx"].packages)
     monkeypatch.setattr(ort_gpu, "find_gpu", lambda: ADA)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "cache"))

@@ -49,6 +49,7 @@ __all__ = [
     "GenaiRunner",
     "GenaiSettings",
     "default_threads",
+    "is_installed",
     "open_checked",
     "open_graph",
     "open_runner",
@@ -299,12 +300,13 @@ def _import(name: str) -> ModuleType:
 def _clashing_packages() -> str:
     """Names of two builds of one package that are both installed, or nothing."""
     for pair in (("onnxruntime", "onnxruntime-gpu"), ("onnxruntime-genai", "onnxruntime-genai-cuda")):
-        if all(_installed(name) for name in pair):
+        if all(is_installed(name) for name in pair):
             return f"{pair[0]} and {pair[1]} are both installed"
     return ""
 
 
-def _installed(distribution: str) -> bool:
+def is_installed(distribution: str) -> bool:
+    """Whether a distribution of that name is there, whatever state it is in."""
     try:
         importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.metadata
 import json
 import os
 import sys
@@ -90,10 +89,10 @@ class GpuEngine:
         return Availability(True, f"{self.provider.title} provider on the {gpu.name} ({gpu.compute})")
 
     def _missing_packages(self) -> str:
-        missing = [name for name in self.provider.packages if not _installed(name)]
+        missing = [name for name in self.provider.packages if not ort.is_installed(name)]
         if not missing:
             return ""
-        clash = [name for name in ("onnxruntime", "onnxruntime-genai") if _installed(name)]
+        clash = [name for name in ("onnxruntime", "onnxruntime-genai") if ort.is_installed(name)]
         first = f"pip uninstall {' '.join(clash)}, then " if clash else ""
         verb = "is" if len(missing) == 1 else "are"
         extra = f"nbl-export[{self.provider.extra}]"
@@ -165,11 +164,3 @@ def _kernel_cache() -> Path:
     path = root / "nbl-export" / "nv-tensorrt-rtx"
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def _installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
