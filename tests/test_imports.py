@@ -20,7 +20,7 @@ ONNX_IR = ("decoders/", "rewrite/", "int4_blocks.py")
 ORT = ("engines/", "decoders/genai.py", "rewrite/quantize.py")  # quantize: ONNX Runtime's packing is a library call
 HARNESS = ("evaluation/",)  # lm-evaluation-harness and its data sets; corpus reads calibration text from the hub too
 STAGES = {"calibrate", "plan", "linearize", "decoders", "rewrite", "verify", "evaluation", "bench", "report"}
-COMPOSERS = {"cli.py", "pipeline.py", "job.py", "verification.py", "evaluation_job.py"}
+COMPOSERS = {"cli.py", "pipeline.py", "stages.py", "job.py", "verification.py", "evaluation_job.py"}
 
 
 def imports(name: str, *, everywhere: bool = True) -> set[str]:

@@ -1,0 +1,54 @@
+"""How a command ends: exit status, and the one line that says why."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from typing import Any, NoReturn
+
+from nbl_export.errors import NblError
+
+__all__ = ["GOES_ON", "INTERRUPTED", "Interrupts", "explain", "fail"]
+
+INTERRUPTED = 130
+GOES_ON = "interrupted; finished stages are kept, the same command goes on from there"
+
+
+class Interrupts:
+    """Signals that end the run: KeyboardInterrupt, and a note of it for where a library makes another error of that.
+
+    An extension module whose import is interrupted says ImportError, and looks as if it were not installed.
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+        signal.signal(signal.SIGTERM, self._raise)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+            signal.signal(signal.SIGINT, self._raise)
+
+    def _raise(self, _signal: int, _frame: Any) -> None:
+        self.seen = True
+        raise KeyboardInterrupt
+
+
+def explain(error: Exception) -> NoReturn:
+    """What the user can act on ends as one line; anything else is a defect and shows."""
+    logging.getLogger(__name__).debug("where it happened", exc_info=error)
+    usage = getattr(error, "format_message", None)
+    if isinstance(error, NblError):
+        fail(str(error), error.exit_code)
+    if usage is not None:
+        fail(f"{usage().rstrip('.')}; see nbl-export --help", int(getattr(error, "exit_code", 2)))
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # the latter is torch's
+        fail("out of memory; use a smaller --context, or a machine with more memory", 1)
+    if isinstance(error, OSError) and error.strerror:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1)
+    if isinstance(error, ValueError):
+        fail(str(error), 1)
+    raise error
+
+
+def fail(message: str, status: int) -> NoReturn:
+    print(f"nbl-export: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,141 @@
+"""Options that several commands take, and how they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = [
+    "Calibration",
+    "CalibrationTokens",
+    "Context",
+    "DataFree",
+    "Depth",
+    "DistillDtype",
+    "DistillMinutes",
+    "DistillSteps",
+    "Engine",
+    "Fit",
+    "Force",
+    "GenerateTokens",
+    "Json",
+    "KvBudget",
+    "LayerWise",
+    "Layers",
+    "Logits",
+    "LoraRank",
+    "MaxBatch",
+    "MaxIncrease",
+    "MaxSeqLen",
+    "Method",
+    "Precision",
+    "PrefillChunk",
+    "PromptTokens",
+    "Provider",
+    "Rank",
+    "Repetitions",
+    "Run",
+    "Seed",
+    "Select",
+    "Source",
+    "Tap",
+    "TargetSpeedup",
+    "Threads",
+    "given_options",
+]
+
+Run = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory made by nbl-export --output.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
+Layers = Annotated[
+    str | None,
+    typer.Option(help='How many ("8": chosen by --select) or which ("0,7,24-29"); default a quarter of them.'),
+]
+MaxIncrease = Annotated[
+    str | None, typer.Option("--max-perplexity-increase", help="As many layers as keep to it on held-back text: 5%.")
+]
+TargetSpeedup = Annotated[
+    str | None, typer.Option(help="As few layers as bring this modelled speed-up: 1.3 (of prefill) or 1.3@decode.")
+]
+KvBudget = Annotated[
+    str | None, typer.Option(help="As few layers as make the KV cache fit: 64MiB@4096, or 15KiB for each token.")
+]
+Select = Annotated[
+    str | None,
+    typer.Option(help="Which layers go first: cca (smallest bound, default), error, or greedy (least lost in output)."),
+]
+Engine = Annotated[str, typer.Option(help="ort (ONNX Runtime), trt (TensorRT) or trt-rtx (TensorRT for RTX).")]
+Precision = Annotated[
+    str | None, typer.Option(help="ort: fp32 (default), fp16, int8, int4; trt, trt-rtx: fp16 (default), bf16, int4.")
+]
+Source = Annotated[str | None, typer.Option(help="ort: genai (default) or mobius; trt, trt-rtx: static.")]
+Provider = Annotated[
+    str | None,
+    typer.Option(
+        help="ort: provider to export for: cpu (default), cuda or nv-tensorrt-rtx; any machine exports, a GPU runs."
+    ),
+]
+MaxSeqLen = Annotated[
+    int | None, typer.Option(min=1, help="trt, trt-rtx: slots of a cache, answer included (default 2048).")
+]
+MaxBatch = Annotated[int | None, typer.Option(min=1, help="trt, trt-rtx: most sequences at once (default 1).")]
+PrefillChunk = Annotated[int | None, typer.Option(min=1, help="trt, trt-rtx: tokens of a prefill step (default 512).")]
+Logits = Annotated[str | None, typer.Option(help="Logits of the last token (default), as generation needs, or all.")]
+Method = Annotated[
+    str | None,
+    typer.Option(help="What replaces attention: nbl (fitted map, default), drop (nothing), wo-wv (own token only)."),
+]
+Rank = Annotated[str | None, typer.Option(help="Rank of the maps: a number, or auto (default: full maps).")]
+Tap = Annotated[
+    str | None,
+    typer.Option(help="What a map is applied to: residual (default) or normed (default of --fit distilled)."),
+]
+Fit = Annotated[str | None, typer.Option(help="independent (closed form, default) or distilled (trained from there).")]
+DistillSteps = Annotated[int | None, typer.Option(min=1, help="Training steps of --fit distilled (default 200).")]
+DistillMinutes = Annotated[float | None, typer.Option(help="Stop --fit distilled after so many minutes.")]
+DistillDtype = Annotated[str | None, typer.Option(help="Products of --fit distilled: auto (default), fp32 or bf16.")]
+LoraRank = Annotated[
+    int | None,
+    typer.Option(min=0, help="--fit distilled: rank of the delta trained on each map (default 16; 0: whole matrices)."),
+]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT[:WEIGHT]",
+        help="UTF-8 text, .jsonl or .json with a text field (also .gz), or a hub dataset id (org/name@split); "
+        "again for more texts, mixed by weight.",
+    ),
+]
+DataFree = Annotated[
+    bool | None,
+    typer.Option("--data-free", help="Calibrate on what the model itself says (sampled with --seed), on no text."),
+]
+LayerWise = Annotated[
+    bool | None,
+    typer.Option(
+        "--layer-wise", help="Calibrate one decoder layer at a time; by itself where the weights do not fit memory."
+    ),
+]
+CalibrationTokens = Annotated[int | None, typer.Option(min=1, help="Tokens to calibrate on (default 65536).")]
+Context = Annotated[int | None, typer.Option(min=2, help="Window length in tokens (default 512).")]
+Depth = Annotated[str | None, typer.Option(help="Tokens already in the cache, comma separated (default 0,2048).")]
+Repetitions = Annotated[int | None, typer.Option(min=1, help="Measured rounds (default 5).")]
+PromptTokens = Annotated[int | None, typer.Option(min=1, help="pp test length (default 512).")]
+GenerateTokens = Annotated[int | None, typer.Option(min=1, help="tg test length (default 128).")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Engine threads (default: the engine's choice).")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the benchmark's token ids (default 0).")]
+Force = Annotated[bool, typer.Option("--force", help="Start over, or go on despite a failed verification.")]
+
+
+def given_options(**given: Any) -> dict[str, Any]:
+    """Drop what was not given; read the depth list."""
+    chosen = {k: v for k, v in given.items() if v not in (None, [])}
+    if "calibration" in chosen:
+        chosen["calibration"] = tuple(chosen["calibration"])
+    if "depth" in chosen:
+        parts = str(chosen.pop("depth")).split(",")
+        if not all(p.strip().isascii() and p.strip().isdigit() for p in parts):
+            raise typer.BadParameter("write numbers of tokens, comma separated (0,2048)", param_hint="--depth")
+        chosen["depths"] = tuple(int(p) for p in parts)
+    return chosen

@@ -1,0 +1,308 @@
+"""The stages of a job: what each depends on, what it does, and what it leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nbl_export import __version__
+from nbl_export.artifacts import file_sha256, key_of, versions, write_json
+from nbl_export.goals import GOALS, goal_inputs
+from nbl_export.job import Job, chunk_of
+from nbl_export.preflight import require_engine
+
+__all__ = ["STAGES", "VARIANTS", "Stage", "passed", "readers"]
+
+_PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai",
+             "mobius-onnx", "optimum", "safetensors", "numpy", "tensorrt", "tensorrt-rtx")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage runs when its key changes. The key covers the options and the earlier stages it reads.
+
+    identity: what it reads beside options and stages, as JSON values.
+    skip: why the stage has nothing to do in a job, "" where nobody needs to be told, None where it has.
+    """
+
+    name: str
+    title: str
+    reads: tuple[str, ...]
+    options: tuple[str, ...]
+    run: Callable[[Job, Path], dict[str, Any]]
+    identity: Callable[[Job], list[Any]] = lambda _: []
+    skip: Callable[[Job], str | None] = lambda _: None
+
+
+def _calibrate(job: Job, out: Path) -> dict[str, Any]:
+    from nbl_export import calibration
+
+    return calibration.run(job, out)
+
+
+def _plan(job: Job, out: Path) -> dict[str, Any]:
+    from nbl_export.plan import save_maps
+    from nbl_export.planning import make_plan
+
+    plan, maps, facts = make_plan(job)
+    distilled = job.options.fit == "distilled" and plan.replaced
+    save_maps(maps, out / ("start.safetensors" if distilled else "maps.safetensors"))
+    return {
+        "fit": {"kind": "independent"},
+        "method": job.options.method,
+        "replaced_layers": list(plan.replaced),
+        "tap": plan.tap,
+        "select": plan.select,
+        "scores": [dataclasses.asdict(s) for s in plan.scores],
+        **facts,
+    }
+
+
+def _sweep(job: Job, out: Path) -> dict[str, Any]:
+    from nbl_export import tradeoff
+
+    value, facts = tradeoff.measure(job)
+    write_json(out / "sweep.json", value)
+    return facts
+
+
+def _no_sweep(job: Job) -> str | None:
+    return "" if job.sweep_to is None else None
+
+
+def _distill(job: Job, out: Path) -> dict[str, Any]:
+    from nbl_export import distill
+    from nbl_export.distill_state import FileState
+    from nbl_export.plan import load_maps, save_maps
+
+    plan, options = job.plan, job.options
+    windows, held = job.windows
+    steps = options.distill_steps or (distill.UNLIMITED if options.distill_minutes else distill.DEFAULT_STEPS)
+    settings = distill.DistillSettings(
+        steps,
+        options.distill_minutes,
+        seed=options.seed,
+        dtype=options.distill_dtype,
+        lora_rank=options.lora_rank or None,
+    )
+    path = job.run.path / "start.safetensors"
+    start = load_maps(path, plan.replaced)
+    ids = hashlib.sha256(windows.numpy().tobytes() + held.numpy().tobytes()).hexdigest()
+    key = key_of(job.fingerprint, ids, file_sha256(path), dataclasses.asdict(settings))
+    with job.ui.task("distilling") as progress:
+        # The price is taken on the first of the held-back windows, so training is judged by the last.
+        found = distill.distill(
+            job.model,
+            start,
+            windows,
+            held[len(held) // 2 :],
+            settings,
+            progress,
+            plan.tap,
+            lambda s: job.ui.say(f"  {s}"),
+            FileState(job.run.partial("distill"), key),
+        )
+    save_maps(found.maps, out / "maps.safetensors")
+    write_json(out / "distill.json", {"held_kl": found.held_kl, "train_kl": found.train_kl, "seconds": found.seconds})
+    best = min(found.held_kl, key=lambda row: row[1])
+    kl = {"held_kl_start": found.held_kl[0][1], "held_kl_best": best[1]}
+    return {"fit": {"kind": "distilled", "steps": len(found.train_kl), "best_step": best[0], **kl}}
+
+
+def _no_distill(job: Job) -> str | None:
+    return None if job.options.fit == "distilled" and job.plan.replaced else ""
+
+
+def _decoder(job: Job, out: Path) -> dict[str, Any]:
+    from nbl_export.decoders import build_decoder
+    from nbl_export.rewrite.last_token import keep_last_token
+
+    job.__dict__.pop("model", None)  # the exporter loads its own copy
+    options = job.options
+    build_decoder(
+        options.decoder_source, job.checkpoint, out / "original", options.precision,
+        slots=job.slots, logits=options.kept_logits, provider=options.provider,
+    )  # fmt: skip
+    if options.kept_logits == "last" and not job.engine.CAPABILITIES.static:  # the static source has cut its own
+        keep_last_token(out / "original")
+    return {"logits": options.kept_logits}
+
+
+def _rewrite(job: Job, out: Path) -> dict[str, Any]:
+    from nbl_export.plan import load_maps
+    from nbl_export.rewrite import rewrite
+
+    plan = job.plan
+    maps = load_maps(job.run.path / "maps.safetensors", plan.replaced)
+    rewrite(job.run.path / "original", out / "model", plan, maps, dense=job.engine.CAPABILITIES.dense_caches)
+    facts = {k: job.run.manifest[k] for k in _DEPLOYED_FACTS}
+    if job.engine.CAPABILITIES.dense_caches:
+        facts["cache_layers"] = list(plan.kept)  # of cache ids 0..K-1
+    write_json(out / "model" / "nbl.json", {**facts, "versions": versions(_PACKAGES), "nbl_export": __version__})
+    return {"versions": {"nbl-export": __version__, **versions(_PACKAGES)}}
+
+
+_DEPLOYED_FACTS = ("schema", "model", "decoder", "options", "calibration", "num_layers", "replaced_layers", "tap",
+                   "select", "method", "ranks", "fit", "scores", "logits")  # fmt: skip
+
+
+def _verify(job: Job, out: Path) -> dict[str, Any]:
+    from nbl_export import verification
+
+    require_engine(job.options, to_prove=True)
+    result = verification.run(job)
+    write_json(out / "verify.json", result)
+    return {"status": "verified" if result["passed"] else "failed"}
+
+
+def _evaluate(job: Job, out: Path) -> dict[str, Any]:
+    from nbl_export import evaluation_job
+
+    def keep(value: dict[str, Any]) -> None:
+        with job.run.scratch() as scratch:
+            write_json(scratch / "eval.json", value)
+            job.run.finish("eval", key_of("unfinished"), scratch, 0.0, readers("eval"), status=_verdict(job))
+
+    write_json(out / "eval.json", evaluation_job.run(job, keep))
+    return {"status": _verdict(job)}
+
+
+def _no_eval(job: Job) -> str | None:
+    """Hours on a small machine: only where it was asked for."""
+    return "" if job.evaluation is None else None
+
+
+def _build(job: Job, out: Path) -> dict[str, Any]:
+    from nbl_export.engines.trt_build import BuildSettings
+
+    require_engine(job.options)
+    settings = BuildSettings(job.options.max_batch or 1, chunk_of(job.options, job.spec))
+    engines = {}
+    for subject, name in VARIANTS.items():
+        with job.ui.task(f"compiling {name}"):
+            record = job.engine.build(job.run.path / name, out / "engine" / name, settings)
+        job.ui.say(f"  {name}: {record.plan_bytes / 2**20:,.0f} MiB in {record.build_seconds:.1f} s")
+        engines[subject] = {k: v for k, v in record.to_json().items() if k not in ("inputs", "outputs", "schema")}
+    return {"engines": engines, "status": _verdict(job)}
+
+
+def _no_build(job: Job) -> str | None:
+    return None if job.engine.CAPABILITIES.static else ""
+
+
+def _no_bench(job: Job) -> str | None:
+    """What is made may be for another machine than this."""
+    if not job.engine.CAPABILITIES.cross:
+        return None
+    found = job.engine.probe_run()
+    return None if found.available else f"what was made does not run here: {found.reason}"
+
+
+def _bench(job: Job, out: Path) -> dict[str, Any]:
+    from nbl_export import bench
+
+    capabilities = job.engine.CAPABILITIES
+    require_engine(job.options)
+    options, spec, plan = job.options, job.spec, job.plan
+    itemsize = capabilities.cache_itemsize(options.precision)
+    threads = options.threads or job.engine.default_threads()
+    setting = bench.BenchSetting(
+        vocab_size=spec.vocab_size,
+        context_length=job.slots,
+        threads=threads,
+        cache_bytes_per_token={
+            "original": spec.cache_bytes_per_token(spec.num_layers, itemsize),
+            "nbl": spec.cache_bytes_per_token(len(plan.kept), itemsize),
+        },
+        versions=versions(_PACKAGES),
+        engine=options.engine,
+        provider=options.provider,
+        seed=options.seed,
+    )
+    with job.ui.task("rounds") as progress:
+        result = bench.run(
+            {subject: job.run.path / ("engine" if capabilities.static else "") / n for subject, n in VARIANTS.items()},
+            bench.plan_scenarios(options.prompt_tokens, options.generate_tokens, options.depths),
+            options.repetitions,
+            functools.partial(job.engine.open_runner, threads=threads),
+            progress,
+            setting=setting,
+        )
+    write_json(out / "bench.json", result)
+    return {"status": _verdict(job)}
+
+
+def _report(job: Job, out: Path) -> dict[str, Any]:
+    from nbl_export import report
+
+    verify = job.run.read_json("verify.json")
+    bench = job.run.read_json("bench.json") if "bench" in job.run.stages else None
+    sweep = job.run.read_json("sweep.json") if "sweep" in job.run.stages else None
+    quality = job.run.read_json("eval.json") if "eval" in job.run.stages else None
+    report.render({**job.run.manifest, "status": _verdict(job)}, verify, bench, out, sweep, quality)
+    return {"status": _verdict(job)}
+
+
+def _verdict(job: Job) -> str:
+    return "verified" if passed(job) else "failed"
+
+
+def passed(job: Job) -> bool:
+    return bool(job.run.read_json("verify.json")["passed"])
+
+
+def _texts(job: Job) -> list[Any]:
+    return [job.fingerprint, job.text_sha256, *([job.options.shard] if job.options.shard else [])]
+
+
+def _sweep_inputs(job: Job) -> list[Any]:
+    from nbl_export.tradeoff import sweep_inputs
+
+    return sweep_inputs(job)
+
+
+VARIANTS = {"original": "original", "nbl": "model"}  # what is compared -> its directory
+
+STAGES = (
+    Stage("calibrate", "calibrate", (), ("calibration_tokens", "context", "tap"), _calibrate, _texts),
+    Stage(
+        "plan", "plan", ("calibrate",), (*GOALS, "select", "method", "rank", "tap", "fit"), _plan,
+        lambda job: [job.request, goal_inputs(job.options)],
+    ),
+    Stage("sweep", "sweep", ("calibrate",), ("select", "rank", "tap"), _sweep, _sweep_inputs, _no_sweep),
+    Stage(
+        "distill", "distill", ("plan",),
+        ("distill_steps", "distill_minutes", "distill_dtype", "lora_rank", "seed", "calibration_tokens", "context"),
+        _distill, _texts, _no_distill,
+    ),
+    Stage(
+        "decoder", "decoder graph", (), ("precision", "decoder_source", "provider", "max_seq_len"), _decoder,
+        lambda job: [job.fingerprint, job.options.kept_logits],
+    ),
+    Stage("rewrite", "rewrite", ("plan", "distill", "decoder"), (), _rewrite),
+    Stage("verify", "verify", ("rewrite",), ("calibration_tokens", "context"), _verify, _texts),
+    Stage("eval", "evaluate", ("rewrite",), (), _evaluate, lambda job: [job.evaluation.identity], _no_eval),
+    Stage(
+        "build", "build", ("rewrite",), ("engine", "max_batch", "prefill_chunk"), _build,
+        lambda job: [job.engine.library_version()], _no_build,
+    ),
+    Stage(
+        "bench", "bench", ("rewrite", "build"),
+        ("depths", "repetitions", "prompt_tokens", "generate_tokens", "threads", "seed"), _bench, skip=_no_bench,
+    ),
+    Stage("report", "report", ("plan", "sweep", "verify", "eval", "build", "bench"), (), _report),
+)  # fmt: skip
+
+
+def readers(name: str) -> list[str]:
+    """Stages that read a stage, directly or through others."""
+    found = [name]
+    for stage in STAGES:  # in order, so one walk finds them all
+        if set(stage.reads) & set(found):
+            found.append(stage.name)
+    return found[1:]
