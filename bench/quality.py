@@ -21,7 +21,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,15 @@ def log(line: str) -> None:
 class Bed:
     """Model, calibration windows, moments and the texts to judge by."""
 
-    def __init__(self, model_name: str, data: Path, text: str, windows: int) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        data: Path,
+        text: str,
+        windows: int,
+        train_tokens: int = TOKENS,
+        taps: Sequence[str] = ("residual", "normed"),
+    ) -> None:
         from nbl_export import allocator, calibrate, checkpoint, corpus
 
         allocator.keep_freed_memory()
@@ -46,16 +54,17 @@ class Bed:
         c4 = corpus.read_text(str(data / "c4" / "c4_demo.json"))
         source = corpus.default_text() if text == "default" else c4
         self.windows, self.held = corpus.pack(source, self.tokenizer, TOKENS, CONTEXT, HELD)
+        self.training = corpus.extend(self.windows, self.held, source, self.tokenizer, train_tokens)
         self.text = {"name": source.name, "sha256": source.sha256}
         self.texts = {
             "c4 rest": self._spread(self._ids(c4.documents)[TOKENS + HELD :], windows),
             "wikitext-2 valid": self._spread(
                 self._ids([(data / "wikitext-2-raw" / "wiki.valid.raw").read_text(encoding="utf-8")]), windows
             ),
-            "realnews": self._spread(self._ids(_news(data)), windows),
+            "realnews": self._spread(self._ids(news(data)), windows),
         }
         started = time.monotonic()
-        self.moments = calibrate.collect(self.model, self.windows, lambda _d, _t: None, ("residual", "normed"))
+        self.moments = calibrate.collect(self.model, self.windows, lambda _d, _t: None, taps) if taps else {}
         log(f"moments: {time.monotonic() - started:.0f} s")
 
     def _ids(self, documents: Any) -> Any:
@@ -90,7 +99,7 @@ class Bed:
         return found
 
 
-def _news(data: Path) -> list[str]:
+def news(data: Path) -> list[str]:
     lines = (data / "c4" / "graphmark_c4_realnewslike_500.jsonl").read_text(encoding="utf-8").splitlines()
     return [row["prompt"] + row["natural_text"] for row in map(json.loads, lines)]
 
@@ -150,7 +159,7 @@ def distilled(bed: Bed, options: argparse.Namespace, orders: Mapping[str, Any]) 
     maps = bed.maps("normed", layers)
     before = bed.prices(maps, "normed", {"independent": layers})["independent"]
     held = bed.held[len(bed.held) // 2 :]
-    found = distill(bed.model, maps, bed.windows, held, settings, lambda _d, _t: None, "normed", log)
+    found = distill(bed.model, maps, bed.training, held, settings, lambda _d, _t: None, "normed", log)
     after = bed.prices(found.maps, "normed", {"distilled": layers})["distilled"]
     removed = {t: 1 - after[t]["increase"] / before[t]["increase"] for t in before}
     log(f"removed: { {t: round(v, 3) for t, v in removed.items()} }")
@@ -175,6 +184,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16, help="of each text to judge by")
     parser.add_argument("--layers", default="0,7,24-29")
     parser.add_argument("--minutes", type=float)
+    parser.add_argument("--train-tokens", type=int, default=TOKENS, help="to distil on")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--rate", type=float)
@@ -182,7 +192,7 @@ def main() -> None:
     from nbl_export.artifacts import versions
     from nbl_export.bench import machine
 
-    bed = Bed(options.model, options.data, options.text, options.windows)
+    bed = Bed(options.model, options.data, options.text, options.windows, options.train_tokens)
     result = plans(bed) if options.what != "distill" else {}
     if options.what != "plans":
         result["distill"] = distilled(bed, options, result.get("orders", {}))

@@ -21,7 +21,6 @@ from nbl_export.shards import parse_shard
 __all__ = ["run", "taps_of"]
 
 _SECONDS = 30.0  # between two partial files
-_MEMORY_SHARE = 0.6  # of the available memory that the weights may take
 _SHARE = 50.0  # and this many times what writing one took
 
 
@@ -80,21 +79,16 @@ def _run_whole(job: Job, windows: Any, chosen: list[int], facts: dict[str, Any],
 
 def _by_layer(job: Job) -> bool:
     """Whether one layer at a time is wanted, or needed; says so."""
-    import psutil
+    from nbl_export import distributed
 
-    from nbl_export import distributed, layerwise
-
-    needed, available = layerwise.float32_bytes(job.checkpoint), psutil.virtual_memory().available
-    short = needed > _MEMORY_SHARE * available
-    if not (job.options.layer_wise or short):
+    if not (job.options.layer_wise or job.shortage):
         return False
     if distributed.current().size > 1:
         if job.options.layer_wise:
             raise NblError("--layer-wise is for one process; use --shard I/N on each instead of torchrun, then merge")
         return False
-    if short:
-        sizes = f"{needed / 2**30:.1f} GiB in float32, {available / 2**30:.1f} GiB of memory available"
-        job.ui.say(f"  one layer at a time: the weights are {sizes}")
+    if job.shortage:
+        job.ui.say(f"  one layer at a time: the weights are {job.shortage}")
     return True
 
 

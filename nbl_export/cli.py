@@ -56,11 +56,14 @@ def root(
     fit: opt.Fit = None,
     distill_steps: opt.DistillSteps = None,
     distill_minutes: opt.DistillMinutes = None,
+    distill_tokens: opt.DistillTokens = None,
     distill_dtype: opt.DistillDtype = None,
     lora_rank: opt.LoraRank = None,
     precision: opt.Precision = None,
     decoder_source: opt.Source = None,
     provider: opt.Provider = None,
+    builder_option: opt.BuilderOption = None,
+    map_bits: opt.MapBits = None,
     max_seq_len: opt.MaxSeqLen = None,
     max_batch: opt.MaxBatch = None,
     prefill_chunk: opt.PrefillChunk = None,
@@ -192,12 +195,20 @@ def plan(
 
 @app.command()
 def rewrite(
-    directory: opt.Run, layers: opt.Layers = None, precision: opt.Precision = None, decoder_source: opt.Source = None
+    directory: opt.Run,
+    layers: opt.Layers = None,
+    precision: opt.Precision = None,
+    decoder_source: opt.Source = None,
+    builder_option: opt.BuilderOption = None,
+    map_bits: opt.MapBits = None,
 ) -> None:
     """Build the decoder graph and write its NBL version."""
     from nbl_export.pipeline import run_stages
 
-    changes = opt.given_options(layers=layers, precision=precision, decoder_source=decoder_source)
+    changes = opt.given_options(
+        layers=layers, precision=precision, decoder_source=decoder_source,
+        builder_option=builder_option, map_bits=map_bits,
+    )  # fmt: skip
     run_stages(directory, "rewrite", _ui(), changes=changes)
     print(directory / "model")
 

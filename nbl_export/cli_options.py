@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 __all__ = [
+    "BuilderOption",
     "Calibration",
     "CalibrationTokens",
     "Context",
@@ -16,6 +17,7 @@ __all__ = [
     "DistillDtype",
     "DistillMinutes",
     "DistillSteps",
+    "DistillTokens",
     "Engine",
     "Fit",
     "Force",
@@ -26,6 +28,7 @@ __all__ = [
     "Layers",
     "Logits",
     "LoraRank",
+    "MapBits",
     "MaxBatch",
     "MaxIncrease",
     "MaxSeqLen",
@@ -63,7 +66,10 @@ KvBudget = Annotated[
 ]
 Select = Annotated[
     str | None,
-    typer.Option(help="Which layers go first: cca (smallest bound, default), error, or greedy (least lost in output)."),
+    typer.Option(
+        help="Which layers go first: greedy (least lost in the output, default), cca (smallest bound; default where "
+        "the model does not fit into memory) or error."
+    ),
 ]
 Engine = Annotated[str, typer.Option(help="ort (ONNX Runtime), trt (TensorRT) or trt-rtx (TensorRT for RTX).")]
 Precision = Annotated[
@@ -75,6 +81,17 @@ Provider = Annotated[
     typer.Option(
         help="ort: provider to export for: cpu (default), cuda or nv-tensorrt-rtx; any machine exports, a GPU runs."
     ),
+]
+BuilderOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE",
+        help="--decoder-source genai: how the GenAI builder quantises (algo_config, block_size, "
+        "accuracy_level, shared_embeddings, fuse_mlp_gate_up); again for more.",
+    ),
+]
+MapBits = Annotated[
+    int | None, typer.Option(help="int8, int4: bits of the maps (4, 8, or 32: float32; default as the other matrices).")
 ]
 MaxSeqLen = Annotated[
     int | None, typer.Option(min=1, help="trt, trt-rtx: slots of a cache, answer included (default 2048).")
@@ -94,6 +111,10 @@ Tap = Annotated[
 Fit = Annotated[str | None, typer.Option(help="independent (closed form, default) or distilled (trained from there).")]
 DistillSteps = Annotated[int | None, typer.Option(min=1, help="Training steps of --fit distilled (default 200).")]
 DistillMinutes = Annotated[float | None, typer.Option(help="Stop --fit distilled after so many minutes.")]
+DistillTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens of the text that --fit distilled trains on, its beginning (default 262144)."),
+]
 DistillDtype = Annotated[str | None, typer.Option(help="Products of --fit distilled: auto (default), fp32 or bf16.")]
 LoraRank = Annotated[
     int | None,
@@ -131,8 +152,9 @@ Force = Annotated[bool, typer.Option("--force", help="Start over, or go on despi
 def given_options(**given: Any) -> dict[str, Any]:
     """Drop what was not given; read the depth list."""
     chosen = {k: v for k, v in given.items() if v not in (None, [])}
-    if "calibration" in chosen:
-        chosen["calibration"] = tuple(chosen["calibration"])
+    for name in ("calibration", "builder_option"):
+        if name in chosen:
+            chosen[name] = tuple(chosen[name])
     if "depth" in chosen:
         parts = str(chosen.pop("depth")).split(",")
         if not all(p.strip().isascii() and p.strip().isdigit() for p in parts):

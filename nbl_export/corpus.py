@@ -24,7 +24,7 @@ from nbl_export.errors import NblError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Text", "TextPart", "cut_documents", "default_text", "pack", "read_text", "stdlib_text"]
+__all__ = ["Text", "TextPart", "cut_documents", "default_text", "extend", "pack", "read_text", "stdlib_text"]
 
 log = logging.getLogger(__name__)
 
@@ -258,3 +258,27 @@ def pack(
         used = (windows - held) * context
         log.warning("calibration text %s is shorter than asked: %d tokens used%s", text.name, used, ended)
     return rows[: min(wanted, windows - held)], rows[windows - held :]
+
+
+def extend(windows_WT: torch.Tensor, held_WT: torch.Tensor, text: Text, tokenizer: Any, tokens: int) -> torch.Tensor:
+    """Windows of so many tokens: those of a `pack`, fewer of them, or what follows in the text as well.
+
+    Args:
+        windows_WT, held_WT: what `pack` returned for this text; the held-back tokens are passed over.
+        tokens: in all; fewer where the text ends.
+    """
+    import torch
+
+    context = windows_WT.shape[1]
+    wanted = max(1, tokens // context)
+    if wanted <= len(windows_WT):
+        return windows_WT[:wanted]
+    passed = windows_WT.numel() + held_WT.numel()
+    needed = passed + (wanted - len(windows_WT)) * context
+    ids: list[int] = []
+    for document in text.documents:
+        ids.extend(tokenizer(document, verbose=False)["input_ids"])
+        if len(ids) >= needed:
+            break
+    following = torch.tensor(ids[passed:needed], dtype=torch.long)
+    return torch.cat([windows_WT, following[: len(following) // context * context].view(-1, context)])

@@ -22,9 +22,10 @@ import torch
 from nbl_export.errors import NblError
 from nbl_export.switched import Loss, SwitchedModel
 
-__all__ = ["WIDTH", "GreedyOrder", "extend"]
+__all__ = ["EVERY", "WIDTH", "GreedyOrder", "extend"]
 
-WIDTH = 12
+WIDTH = 8
+EVERY = 2  # positions; each is judged with all before it
 _NEVER = 1e9  # nats: of a layer whose map gives logits that are not finite
 
 
@@ -87,7 +88,7 @@ def _try(switched: SwitchedModel, ids_T: torch.Tensor, gone: Sequence[int], trie
     if gone:
         _, entering = switched.run(gone, ids_T=ids_T, watch=tried)
     last = {i: switched.run((*gone, i), entering_TD=entering[i], first=i)[0] for i in tried}
-    return switched.losses(ids_T, original, last)
+    return switched.losses(ids_T, original, last, EVERY)
 
 
 def _step(order: GreedyOrder, kl: dict[int, float]) -> GreedyOrder:

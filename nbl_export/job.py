@@ -36,6 +36,7 @@ __all__ = [
 HELD_BACK_TOKENS = 8192  # the price is taken on the first half, layers and distilled maps are judged by the second
 DEFAULT_SLOTS, DEFAULT_CHUNK = 2048, 512
 _LEAST_SLOTS = 32
+_MEMORY_SHARE = 0.6  # of the available memory that the weights may take
 OF_CALIBRATE = (
     "calibration",
     "data_free",
@@ -180,6 +181,17 @@ class Job:
             self.text, tokenizer, self.options.calibration_tokens, self.options.context, HELD_BACK_TOKENS
         )
 
+    @functools.cached_property
+    def training_windows(self) -> Any:
+        """Token windows to distil on: those of calibration, and more of the same text."""
+        from nbl_export import checkpoint, corpus
+
+        windows, held = self.windows
+        if self.options.data_free:
+            return windows
+        tokenizer = checkpoint.load_tokenizer(self.checkpoint)
+        return corpus.extend(windows, held, self.text, tokenizer, self.options.distill_tokens)
+
     @property
     def _sampled(self) -> tuple[Any, Any]:
         """Windows that the model says itself; sampled once and kept in the run directory."""
@@ -202,6 +214,18 @@ class Job:
 
         allocator.keep_freed_memory()
         return checkpoint.load_model(self.checkpoint)
+
+    @functools.cached_property
+    def shortage(self) -> str:
+        """Why the torch model is too large for this machine's memory, in words; "" where it is not."""
+        import psutil
+
+        from nbl_export import layerwise
+
+        needed, available = layerwise.float32_bytes(self.checkpoint), psutil.virtual_memory().available
+        if "model" in self.__dict__ or needed <= _MEMORY_SHARE * available:
+            return ""
+        return f"{needed / 2**30:.1f} GiB in float32, {available / 2**30:.1f} GiB of memory available"
 
     @functools.cached_property
     def request(self) -> int | tuple[int, ...]:
@@ -295,8 +319,8 @@ def describe_command(options: JobOptions, output: Path) -> str:
         ):
             continue
         flag = f"--{spelling.get(name, name).replace('_', '-')}"
-        if name == "calibration":
-            words += [word for text in value for word in (flag, text)]
+        if name in ("calibration", "builder_option"):
+            words += [word for item in value for word in (flag, item)]
             continue
         if value is True:
             words.append(flag)

@@ -36,7 +36,7 @@ def make_plan(job: Job) -> tuple[Plan, dict[int, AffineMap], dict[str, Any]]:
     if goal_of(options) is not None:
         request, goal = count_for_goal(job, selection)
     order = selection.order(request) if isinstance(request, int) else None
-    plan = choose(selection.scores, request, options.tap, options.select, order)
+    plan = choose(selection.scores, request, options.tap, selection.select if order is not None else "given", order)
     maps = {i: selection.map_of(i) for i in plan.replaced}
     ranks = {str(i): m.up.shape[1] for i, m in maps.items() if m.up is not None}
     return plan, maps, {**selection.facts(), "ranks": ranks, "goal": goal}
@@ -101,10 +101,20 @@ class Selection:
         maps = {i: self.map_of(i) for i in range(self._job.spec.num_layers)}
         return SwitchedModel(self._job.model, maps, self._options.tap)
 
+    @functools.cached_property
+    def select(self) -> str:
+        """How layers are chosen: as asked for, or the best way that memory allows."""
+        if self._options.select is not None:
+            return self._options.select
+        if self._options.layer_wise or self._job.shortage:
+            self._job.ui.say("  layers by their CCA bounds: --select greedy needs the whole model in memory")
+            return "cca"
+        return "greedy"
+
     def order(self, count: int) -> tuple[int, ...]:
         """The first `count` layers to go; those of a smaller count are the front of those of a larger one."""
-        if self._options.select != "greedy":
-            return ranked(self.scores, self._options.select)[:count]
+        if self.select != "greedy":
+            return ranked(self.scores, self.select)[:count]
         self._greedy = self._greedy or self._recorded()
         if len(self._greedy.layers) < count:
             windows, layers = self.judging_windows, self._job.spec.num_layers

@@ -26,7 +26,7 @@ def preflight(options: JobOptions) -> None:
         UsageError: unknown.
         NblError: a source that does not make this precision.
     """
-    from nbl_export.decoders import PRECISIONS
+    from nbl_export.decoders import PRECISIONS, genai
 
     check_request(options)
     engine = engine_of(options)
@@ -40,6 +40,13 @@ def preflight(options: JobOptions) -> None:
     for name in ("max_seq_len", "max_batch", "prefill_chunk"):
         if getattr(options, name) is not None and not capabilities.static:
             raise UsageError(f"--{name.replace('_', '-')} is not for engine {options.engine}, which compiles nothing")
+    genai.check_options(options.builder_option)
+    for given, flag, condition, fits in (
+        (options.builder_option, "--builder-option", "--decoder-source genai", options.decoder_source == "genai"),
+        (options.map_bits, "--map-bits", "--precision int8 or int4 on engine ort", _is_weight_only(options)),
+    ):
+        if given and not fits:
+            raise UsageError(f"{flag} is for {condition}; leave it out")
     makes = PRECISIONS[options.decoder_source] if options.provider == "cpu" else capabilities.precisions
     if options.precision not in makes:
         sources = {name: made for name, made in PRECISIONS.items() if name in capabilities.sources}
@@ -48,6 +55,11 @@ def preflight(options: JobOptions) -> None:
             f"the decoder source {options.decoder_source} makes no {options.precision} graph; "
             f"use {' or '.join([*others, '--precision ' + ', '.join(makes)])}"
         )
+
+
+def _is_weight_only(options: JobOptions) -> bool:
+    """Whether the graph's matrices are MatMulNBits, and the maps' may have bits of their own."""
+    return options.precision in ("int8", "int4") and options.engine == "ort"
 
 
 def require_engine(options: JobOptions, *, to_prove: bool = False) -> None:

@@ -267,12 +267,16 @@ class Timing:
 class JobOptions:
     """Everything a user can ask of the main job, resolved. Recorded in nbl.json and read back on resume.
 
+    builder_option: KEY=VALUE for the GenAI builder. map_bits: of the maps in an int8 or int4 graph, 32 for float32;
+    None takes those of the other matrices.
     max_seq_len, max_batch and prefill_chunk are for engines that compile; None takes `job`'s defaults.
     logits: "last" (None) or "all", see `kept_logits`.
+    select: None is "greedy", and "cca" where the torch model does not fit into memory.
     data_free: calibrate on what the model itself says (with `seed`), on no text.
     layer_wise: calibrate one decoder layer at a time, whatever the memory.
     calibration: texts, see `mixture`; none of them is the default text.
     shard: "i/n", of a calibration that is to be merged.
+    distill_tokens: of the text to distil on, from its beginning; what follows calibration is passed once.
     distill_*, lora_rank are for the fit "distilled"; without steps or minutes it takes `distill.DEFAULT_STEPS`.
     """
 
@@ -282,18 +286,21 @@ class JobOptions:
     max_perplexity_increase: str | None = None
     target_speedup: str | None = None
     kv_budget: str | None = None
-    select: str = "cca"
+    select: str | None = None
     method: str = "nbl"
     rank: str | None = None
     tap: str = "residual"
     fit: str = "independent"
     distill_steps: int | None = None
     distill_minutes: float | None = None
+    distill_tokens: int = 262_144
     distill_dtype: str = "auto"
     lora_rank: int = 16
     precision: str = "fp32"
     decoder_source: str = "genai"
     provider: str = "cpu"
+    builder_option: tuple[str, ...] = ()
+    map_bits: int | None = None
     max_seq_len: int | None = None
     max_batch: int | None = None
     prefill_chunk: int | None = None
@@ -312,13 +319,20 @@ class JobOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("calibration_tokens", "context", "repetitions", "prompt_tokens", "generate_tokens"):
+        for name in (
+            "calibration_tokens",
+            "distill_tokens",
+            "context",
+            "repetitions",
+            "prompt_tokens",
+            "generate_tokens",
+        ):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1")
         _require(all(d >= 0 for d in self.depths), "depths are not negative")
         for name in ("max_seq_len", "max_batch", "prefill_chunk"):
             _require((getattr(self, name) or 1) >= 1, f"{name} must be at least 1")
         _require(self.tap in TAPS, f"--tap is {' or '.join(TAPS)}, not {self.tap!r}")
-        _require(self.select in SELECTS, f"--select is {', '.join(SELECTS)}, not {self.select!r}")
+        _require(self.select in (None, *SELECTS), f"--select is {', '.join(SELECTS)}, not {self.select!r}")
         _require(self.method in METHODS, f"--method is {', '.join(METHODS)}, not {self.method!r}")
         _require(self.fit in FITS, f"--fit is {' or '.join(FITS)}, not {self.fit!r}")
         _require(not (self.data_free and self.calibration), "--data-free reads no text; leave --calibration out")
@@ -327,6 +341,7 @@ class JobOptions:
         _require((self.distill_minutes or 1) > 0, "--distill-minutes is more than 0")
         _require(self.distill_dtype in DTYPES, f"--distill-dtype is {', '.join(DTYPES)}, not {self.distill_dtype!r}")
         _require(self.lora_rank >= 0, "--lora-rank is not negative")
+        _require(self.map_bits in (None, 4, 8, 32), f"--map-bits is 4, 8 or 32 (float32), not {self.map_bits}")
         _require(self.logits in (None, "last", "all"), f"logits are of the last token or all, not {self.logits!r}")
 
     @property

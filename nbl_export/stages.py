@@ -81,7 +81,7 @@ def _distill(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export.plan import load_maps, save_maps
 
     plan, options = job.plan, job.options
-    windows, held = job.windows
+    windows, held = job.training_windows, job.windows[1]
     steps = options.distill_steps or (distill.UNLIMITED if options.distill_minutes else distill.DEFAULT_STEPS)
     settings = distill.DistillSettings(
         steps,
@@ -126,7 +126,7 @@ def _decoder(job: Job, out: Path) -> dict[str, Any]:
     options = job.options
     build_decoder(
         options.decoder_source, job.checkpoint, out / "original", options.precision,
-        slots=job.slots, logits=options.kept_logits, provider=options.provider,
+        slots=job.slots, logits=options.kept_logits, provider=options.provider, options=options.builder_option,
     )  # fmt: skip
     if options.kept_logits == "last" and not job.engine.CAPABILITIES.static:  # the static source has cut its own
         keep_last_token(out / "original")
@@ -139,7 +139,8 @@ def _rewrite(job: Job, out: Path) -> dict[str, Any]:
 
     plan = job.plan
     maps = load_maps(job.run.path / "maps.safetensors", plan.replaced)
-    rewrite(job.run.path / "original", out / "model", plan, maps, dense=job.engine.CAPABILITIES.dense_caches)
+    dense, bits = job.engine.CAPABILITIES.dense_caches, job.options.map_bits
+    rewrite(job.run.path / "original", out / "model", plan, maps, dense=dense, map_bits=bits)
     facts = {k: job.run.manifest[k] for k in _DEPLOYED_FACTS}
     if job.engine.CAPABILITIES.dense_caches:
         facts["cache_layers"] = list(plan.kept)  # of cache ids 0..K-1
@@ -277,14 +278,16 @@ STAGES = (
     Stage("sweep", "sweep", ("calibrate",), ("select", "rank", "tap"), _sweep, _sweep_inputs, _no_sweep),
     Stage(
         "distill", "distill", ("plan",),
-        ("distill_steps", "distill_minutes", "distill_dtype", "lora_rank", "seed", "calibration_tokens", "context"),
+        ("distill_steps", "distill_minutes", "distill_tokens", "distill_dtype", "lora_rank", "seed",
+         "calibration_tokens", "context"),
         _distill, _texts, _no_distill,
     ),
     Stage(
-        "decoder", "decoder graph", (), ("precision", "decoder_source", "provider", "max_seq_len"), _decoder,
+        "decoder", "decoder graph", (),
+        ("precision", "decoder_source", "provider", "builder_option", "max_seq_len"), _decoder,
         lambda job: [job.fingerprint, job.options.kept_logits],
     ),
-    Stage("rewrite", "rewrite", ("plan", "distill", "decoder"), (), _rewrite),
+    Stage("rewrite", "rewrite", ("plan", "distill", "decoder"), ("map_bits",), _rewrite),
     Stage("verify", "verify", ("rewrite",), ("calibration_tokens", "context"), _verify, _texts),
     Stage("eval", "evaluate", ("rewrite",), (), _evaluate, lambda job: [job.evaluation.identity], _no_eval),
     Stage(

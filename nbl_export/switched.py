@@ -92,13 +92,16 @@ class SwitchedModel:
 
     @torch.no_grad()
     def losses(
-        self, ids_T: torch.Tensor, original_TD: torch.Tensor, mixes: Mapping[Any, torch.Tensor]
+        self, ids_T: torch.Tensor, original_TD: torch.Tensor, mixes: Mapping[Any, torch.Tensor], every: int = 1
     ) -> dict[Any, Loss]:
-        """What each mix loses on one window, from last hidden states; the original's logits are made once for all."""
+        """What each mix loses on one window, from last hidden states; the original's logits are made once for all.
+
+        Args:
+            every: 2 judges at every second position, and so on: logits cost as much as half of a small decoder.
+        """
         found = dict.fromkeys(mixes, Loss())
-        places = range(0, len(ids_T) - 1, _LOGIT_ROWS)
-        for rows in (slice(a, min(a + _LOGIT_ROWS, len(ids_T) - 1)) for a in places):
-            target_N1 = ids_T[rows.start + 1 : rows.stop + 1, None]
+        for rows in torch.arange(0, len(ids_T) - 1, every).split(_LOGIT_ROWS):
+            target_N1 = ids_T[rows + 1, None]
             base_NV = self._logits(original_TD[rows])
             norm_N, share_NV = base_NV.logsumexp(1), base_NV.softmax(1)
             base = (norm_N - base_NV.gather(1, target_N1)[:, 0]).sum().item()

@@ -51,7 +51,7 @@ def measure(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         points += _points(job, method, selection.switched, {i: selection.map_of(i) for i in order}, mixes, texts)
     points += _distilled(job, texts)
     value = {
-        "select": job.options.select,
+        "select": fitted.select,
         "tap": job.options.tap,
         "order": list(order),
         "tokens": job.options.prompt_tokens,

@@ -14,7 +14,7 @@ import torch
 from nbl_export import greedy
 from nbl_export.checkpoint import load_model
 from nbl_export.errors import NblError
-from nbl_export.greedy import GreedyOrder, extend
+from nbl_export.greedy import EVERY, GreedyOrder, extend
 from nbl_export.linearize import linearize
 from nbl_export.records import AffineMap
 from nbl_export.switched import Loss, SwitchedModel
@@ -38,14 +38,14 @@ def quiet(_done: int, _total: int) -> None:
     pass
 
 
-def whole_models(checkpoint: Path, mix: tuple[int, ...], tap: str) -> tuple[float, float, float]:
-    """KL and both perplexities from two separate models, all positions but the last of each window."""
+def whole_models(checkpoint: Path, mix: tuple[int, ...], tap: str, every: int = 1) -> tuple[float, float, float]:
+    """KL and both perplexities from two separate models, of every n-th position but the last of each window."""
     with torch.no_grad():
         base = load_model(checkpoint)(HELD).logits[:, :-1].log_softmax(-1)
         model = linearize(load_model(checkpoint), {i: MAPS[i] for i in mix}, tap)
         ours = model(HELD, use_cache=False).logits[:, :-1].log_softmax(-1)
+    base, ours, target = base[:, ::every], ours[:, ::every], HELD[:, 1::every, None]
     kl = (base.exp() * (base - ours)).sum(-1).mean().item()
-    target = HELD[:, 1:, None]
     return kl, *((-p.gather(2, target).mean()).exp().item() for p in (base, ours))
 
 
@@ -74,7 +74,7 @@ def test_each_step_takes_the_layer_that_loses_least(tap: str, checkpoint: Checkp
     order = extend(GreedyOrder(), 2, SwitchedModel(load_model(directory), MAPS, tap), LAYERS, HELD, quiet)
     gone: tuple[int, ...] = ()
     for layer, kl in zip(order.layers, order.kl, strict=True):
-        losses = {i: whole_models(directory, (*gone, i), tap)[0] for i in range(LAYERS) if i not in gone}
+        losses = {i: whole_models(directory, (*gone, i), tap, EVERY)[0] for i in range(LAYERS) if i not in gone}
         assert layer == min(losses, key=lambda i: losses[i])
         assert kl == pytest.approx(losses[layer], rel=1e-3)
         gone = (*gone, layer)
@@ -100,7 +100,7 @@ class Planted:
     def run(self, mix: Any, **_given: Any) -> tuple[Any, dict[int, Any]]:
         return tuple(mix), dict.fromkeys(range(30))
 
-    def losses(self, _ids: Any, _original: Any, mixes: Any) -> dict[int, Loss]:
+    def losses(self, _ids: Any, _original: Any, mixes: Any, _every: int) -> dict[int, Loss]:
         self.tried.append(tuple(mixes))
         price = {i: 0.01 * ((i * 7) % 30) + 0.001 for i in range(30)}
         return {i: Loss(1, sum(price[k] + (k - 1 in mix) for k in mix)) for i, mix in mixes.items()}

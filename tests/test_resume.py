@@ -82,6 +82,8 @@ CHANGES: dict[str, set[str]] = {
     "--layers 1": set(),  # what a quarter of three layers is
     "--precision int8": {"decoder graph", *GRAPH},
     "--decoder-source mobius": {"decoder graph", *GRAPH},
+    "--precision int4 --builder-option block_size=64": {"decoder graph", *GRAPH},
+    "--precision int8 --map-bits 32": {"decoder graph", *GRAPH},
     "--calibration-tokens 512": ALL - {"decoder graph"},
     "--context 32": ALL - {"decoder graph"},
     "--depth 0,8": MEASURING,

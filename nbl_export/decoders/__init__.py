@@ -5,7 +5,7 @@ genai and mobius leave a GenAI model directory (model.onnx), static a decoder.on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nbl_export.decoders import genai, mobius
@@ -30,12 +30,14 @@ def build_decoder(
     slots: int = 0,
     logits: str = "last",
     provider: str = "cpu",
+    options: Sequence[str] = (),
 ) -> None:
     """Export a checkpoint directory to a deployable directory with the named source.
 
     Args:
         slots: of a cache, and logits: "last" or "all"; both for the static source alone.
         provider: ONNX Runtime's execution provider; other than "cpu" for the GenAI source alone.
+        options: KEY=VALUE of `genai.OPTIONS`, for the GenAI source alone.
 
     Raises:
         NblError: the source refuses the checkpoint or the precision, with its reason.
@@ -46,7 +48,7 @@ def build_decoder(
         static.build(checkpoint, out, precision, max_seq_len=slots, logits=logits)
         return
     if source == "genai":
-        genai.build(checkpoint, out, precision, provider)
+        genai.build(checkpoint, out, precision, provider, options)
     else:
         SOURCES[source](checkpoint, out, precision)
     finish_directory(checkpoint, out)

@@ -8,21 +8,53 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nbl_export.decoders.quiet import captured
 from nbl_export.engines.providers import PROVIDERS
-from nbl_export.errors import MissingPackageError, NblError
+from nbl_export.errors import MissingPackageError, NblError, UsageError
 
-__all__ = ["PRECISIONS", "build"]
+__all__ = ["OPTIONS", "PRECISIONS", "build", "check_options"]
 
 PRECISIONS = ("fp32", "int8", "int4")  # on the CPU; on a GPU those of its provider
+# The builder's own names for what quantisation may choose (`--extra_options` of onnxruntime_genai.models.builder), with
+# the values that leave a graph which can still be rewritten and proven. Not is_symmetric=false, with which the
+# builder (0.18) gives a tied embedding float32 where it declares uint8. k_quant has zero points too, and is right.
+_METHODS, _BOOLEANS = ("default", "rtn", "k_quant", "rtn_last", "k_quant_last", "k_quant_mixed"), ("true", "false")
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "accuracy_level": ("1", "2", "3", "4"),  # of activations: 1 float32, 4 int8
+    "algo_config": _METHODS,
+    "block_size": ("16", "32", "64", "128", "256"),
+    "fuse_mlp_gate_up": _BOOLEANS,  # one product for both
+    "shared_embeddings": _BOOLEANS,  # embedding and lm_head as one quantised matrix, where the model ties them
+}
 _BUILDER_NAMES = {flag: provider.genai for flag, provider in PROVIDERS.items()}
 
 
-def build(checkpoint: Path, out: Path, precision: str, provider: str = "cpu") -> None:
-    """Write model.onnx, its data, genai_config.json and the tokenizer to `out`, for an execution provider."""
+def check_options(options: Sequence[str]) -> None:
+    """Hold KEY=VALUE words against `OPTIONS`.
+
+    Raises:
+        UsageError: an unknown key or value, or a key twice.
+    """
+    keys = [word.partition("=")[0] for word in options]
+    for word, key in zip(options, keys, strict=True):
+        if key not in OPTIONS:
+            raise UsageError(f"--builder-option {word}: KEY=VALUE with one of the keys {', '.join(OPTIONS)}")
+        if word.partition("=")[2] not in OPTIONS[key]:
+            raise UsageError(f"--builder-option {word}: {key} is {', '.join(OPTIONS[key])}")
+        if keys.count(key) > 1:
+            raise UsageError(f"--builder-option {key} is given twice")
+
+
+def build(checkpoint: Path, out: Path, precision: str, provider: str = "cpu", options: Sequence[str] = ()) -> None:
+    """Write model.onnx, its data, genai_config.json and the tokenizer to `out`, for an execution provider.
+
+    Args:
+        options: KEY=VALUE of `OPTIONS`.
+    """
     gpu = None if provider == "cpu" else PROVIDERS[provider]
     if precision not in (gpu.precisions if gpu else PRECISIONS):
         raise NblError(
@@ -35,7 +67,8 @@ def build(checkpoint: Path, out: Path, precision: str, provider: str = "cpu") ->
         raise MissingPackageError("onnxruntime_genai", "cpu", "building the decoder graph") from error
     with tempfile.TemporaryDirectory() as cache, captured("the GenAI builder", checkpoint):
         where = ("", str(checkpoint), str(out), precision, _BUILDER_NAMES.get(provider, provider), cache)
-        create_model(*where, **parse_extra_options(*where, list(gpu.options_for(precision)) if gpu else []))
+        chosen = [*(gpu.options_for(precision) if gpu else ()), *options]
+        create_model(*where, **parse_extra_options(*where, chosen))
     _mend(checkpoint, out)
 
 

@@ -31,7 +31,7 @@ __all__ = ["contract_of", "make_dense", "passes_for", "rewrite", "rewrite_model"
 _GRAPHS = (GRAPH_FILE, "decoder.onnx")  # of a GenAI directory, of the static form
 
 
-def passes_for(plan: Plan, maps: Mapping[int, AffineMap]) -> Sequence[ir.passes.PassBase]:
+def passes_for(plan: Plan, maps: Mapping[int, AffineMap], map_bits: int | None = None) -> Sequence[ir.passes.PassBase]:
     """The rewrite, in order."""
     chosen = {layer: maps[layer] for layer in plan.replaced}
     return (
@@ -40,14 +40,19 @@ def passes_for(plan: Plan, maps: Mapping[int, AffineMap]) -> Sequence[ir.passes.
         Sweep(),
         DropUnreadCaches(plan.replaced),
         SkipNormToAdd(),
-        QuantizeMaps(),
+        QuantizeMaps(map_bits),
         QuantizeMapBlocks(),
         Sweep(),
     )
 
 
-def rewrite_model(model: ir.Model, plan: Plan, maps: Mapping[int, AffineMap]) -> tuple[PassReport, ...]:
+def rewrite_model(
+    model: ir.Model, plan: Plan, maps: Mapping[int, AffineMap], map_bits: int | None = None
+) -> tuple[PassReport, ...]:
     """Rewrite in place. With the empty plan nothing is touched.
+
+    Args:
+        map_bits: of the maps where the graph's matrices are quantised; 32 leaves them float32, None takes theirs.
 
     Raises:
         RefusalError: the graph is not understood, or does not have the plan's layers.
@@ -58,7 +63,7 @@ def rewrite_model(model: ir.Model, plan: Plan, maps: Mapping[int, AffineMap]) ->
     missing = set(plan.replaced) - set(before)
     if missing:
         raise RefusalError(min(missing), f"the graph has attention caches for layers {list(before)} only")
-    reports = [PassReport(type(step).__name__, step(model).modified) for step in passes_for(plan, maps)]
+    reports = [PassReport(type(step).__name__, step(model).modified) for step in passes_for(plan, maps, map_bits)]
     after = cache_layers(model.graph)
     if after != tuple(i for i in before if i not in plan.replaced):
         raise RefusalError(None, f"caches remain for layers {list(after)} after replacing {list(plan.replaced)}")
@@ -66,7 +71,13 @@ def rewrite_model(model: ir.Model, plan: Plan, maps: Mapping[int, AffineMap]) ->
 
 
 def rewrite(
-    source: Path, out: Path, plan: Plan, maps: Mapping[int, AffineMap], *, dense: bool = False
+    source: Path,
+    out: Path,
+    plan: Plan,
+    maps: Mapping[int, AffineMap],
+    *,
+    dense: bool = False,
+    map_bits: int | None = None,
 ) -> tuple[PassReport, ...]:
     """Write the NBL version of a deployable directory to `out` (which must not exist).
 
@@ -87,7 +98,7 @@ def rewrite(
     if not plan.replaced:
         return ()
     model = ir.load(source / (ALL_LOGITS_FILE if last_only else name))
-    reports = rewrite_model(model, plan, maps)
+    reports = rewrite_model(model, plan, maps, map_bits)
     ir.save(model, out / name, external_data=f"{name}.data")
     if dense or name == "decoder.onnx":
         reports = (*reports, make_dense(out / name))

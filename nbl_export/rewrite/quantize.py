@@ -8,6 +8,7 @@ Runtime's, run on a graph that holds one map and nothing else, so that memory st
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import Counter
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from nbl_export.errors import MissingPackageError
 
 __all__ = ["QuantizeMaps"]
 
+FLOAT_BITS = 32
 _PREFIX = "/nbl/layers."
 
 
@@ -30,13 +32,23 @@ class _Scheme:
 
 
 class QuantizeMaps(ir.passes.InPlacePass):
-    """Turn the MatMul of each bypass into MatMulNBits where the graph's other matrices are; else do nothing."""
+    """Turn the MatMul of each bypass into MatMulNBits where the graph's other matrices are; else do nothing.
+
+    Args:
+        bits: of the maps; None takes those of the other matrices, 32 leaves the maps as they are.
+    """
+
+    def __init__(self, bits: int | None = None) -> None:
+        super().__init__()
+        self.bits = bits
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         scheme = _scheme_of(model.graph)
         maps = [n for n in model.graph if n.op_type == "MatMul" and (n.name or "").startswith(_PREFIX)]
-        if scheme is None or not maps:
+        if scheme is None or not maps or self.bits == FLOAT_BITS:
             return ir.passes.PassResult(model, modified=False)
+        if self.bits is not None:
+            scheme = dataclasses.replace(scheme, bits=self.bits)
         for node in maps:
             _quantize(model.graph, node, scheme)
         return ir.passes.PassResult(model, modified=True)
