@@ -87,7 +87,7 @@ def test_rounds_interleave(peers: Any, run: Path, tmp_path: Path, monkeypatch: p
     assert order == [*there, *steps[0], *back, *steps[1], *there, *steps[0]]  # a warm-up and two rounds
     assert [len(t["tokens_per_second"]) for t in result["timings"]] == [2] * 4
     assert {t["tokens_per_second_median"] for t in result["timings"]} == {6e6, 3e6}
-    assert [a["verdict"] for a in result["against"]] == ["no difference"] * 2
+    assert [a["verdict"] for a in result["against"]] == ["too few rounds"] * 2
     assert result["absent"] == [] and result["contenders"][0]["resident_bytes"] > 1 << 20
 
 
@@ -129,7 +129,13 @@ def test_driver_refuses_what_is_no_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratios", "verdict"), [([1.1, 1.3], "ahead"), ([0.8, 0.9], "behind"), ([0.9, 1.2], "no difference")]
+    ("ratios", "verdict"),
+    [
+        ([1.1, 1.2, 1.3], "ahead"),
+        ([0.8, 0.7, 0.9], "behind"),
+        ([0.9, 1.2, 1.3], "no difference"),
+        ([1.1, 1.2], "too few rounds"),
+    ],
 )
 def test_verdicts_at_equal_bits(peers: Any, ratios: list[float], verdict: str) -> None:
     from table import against  # type: ignore[import-not-found]
@@ -137,7 +143,7 @@ def test_verdicts_at_equal_bits(peers: Any, ratios: list[float], verdict: str) -
     rows = [{"name": n, "peer": p, "weight_bits": b} for n, p, b in
             (("d/model", "nbl-export", 4), ("llama", "llama-cpp", 4), ("torch", "torch", 32))]  # fmt: skip
     timings = [{"name": n, "test": "pp8", "tokens_per_second": s} for n, s in
-               (("d/model", ratios), ("llama", [1.0, 1.0]), ("torch", [1.0, 1.0]))]  # fmt: skip
+               (("d/model", ratios), ("llama", [1.0] * len(ratios)), ("torch", [1.0] * len(ratios)))]  # fmt: skip
     (found,) = against(rows, timings)
     assert (found["other"], found["verdict"], found["ratio_range"]) == ("llama", verdict, [min(ratios), max(ratios)])
 

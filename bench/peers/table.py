@@ -9,11 +9,13 @@ from typing import Any
 
 __all__ = ["against", "print_table"]
 
+_FEWEST_PAIRS = 3  # as in the report: a range of fewer says nothing
+
 
 def against(rows: Sequence[Mapping[str, Any]], timings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """For each NBL graph, test and other decoder of equal nominal bits: the ratio of each round's pair.
 
-    verdict: "ahead" or "behind" where all pairs say so, "no difference" where they do not.
+    verdict: "ahead" or "behind" where all pairs say so, else "no difference"; "too few rounds" under three.
     """
     speeds = {(t["name"], t["test"]): t["tokens_per_second"] for t in timings}
     found = []
@@ -40,6 +42,8 @@ def _pairs(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any
 
 
 def _verdict(ratios: Sequence[float]) -> str:
+    if len(ratios) < _FEWEST_PAIRS:
+        return "too few rounds"
     if min(ratios) > 1:
         return "ahead"
     return "behind" if max(ratios) < 1 else "no difference"
@@ -50,10 +54,10 @@ def print_table(result: Mapping[str, Any]) -> None:
     out = sys.stderr
     tests = list(dict.fromkeys(t["test"] for t in result["timings"]))
     medians = {(t["name"], t["test"]): t["tokens_per_second_median"] for t in result["timings"]}
-    print(f"\n{'tokens/s':32}{'bits':>6}" + "".join(f"{t:>10}" for t in tests), file=out)
+    print(f"\n{'tokens/s':38}{'bits':>6}" + "".join(f"{t:>10}" for t in tests), file=out)
     for row in sorted(result["contenders"], key=lambda r: -r["weight_bits"]):
         cells = "".join(f"{medians.get((row['name'], t), float('nan')):10.1f}" for t in tests)
-        print(f"{row['name']:32}{row['bits_per_weight']:6.2f}{cells}", file=out)
+        print(f"{row['name']:38}{row['bits_per_weight']:6.2f}{cells}", file=out)
     print(f"\n{'at equal weight bits':60}{'ratio':>8}  range", file=out)
     for r in result["against"]:
         low, high = r["ratio_range"]
