@@ -1,7 +1,11 @@
-"""A model of what replaced layers save: arithmetic of prefill, bytes read at decode. No machine enters it.
+"""A model of what a decoder has to do: arithmetic and bytes, of prefill and of decode. No machine enters it.
 
-    prefill of T tokens   multiply-adds of every matrix and of causal attention   (bound by arithmetic)
-    one decode step       bytes of all weights and of the caches of T tokens      (bound by memory)
+    prefill of T tokens   multiply-adds of every matrix and of causal attention   (mostly bound by arithmetic)
+    one decode step       bytes of all weights and of the caches of T tokens      (mostly bound by memory)
+
+What is counted is what any implementation has to do: each weight read once a chunk, each cached key and value read once
+a chunk, new ones written once. Norms, rotary embedding, softmax, the embedded row and activations in flight are left
+out, some percent of the whole. Planning takes ratios of these costs; `roofline` holds them against a machine's rates.
 
 Tail pruning: above the last kept attention no token reads another, so where only the last token's logits are wanted
 everything behind that layer's attention runs on one token; in the original that is the MLP of its last layer.
@@ -22,7 +26,7 @@ from pathlib import Path
 from nbl_export.errors import CorruptError
 from nbl_export.records import AffineMap, DecoderSpec
 
-__all__ = ["TAIL_PRUNED", "CostModel", "Speedup", "read_intermediate_size", "weight_bytes"]
+__all__ = ["TAIL_PRUNED", "CostModel", "Speedup", "Work", "map_sizes", "read_intermediate_size", "weight_bytes"]
 
 # Whether graphs that give the logits of the last token have their tail pruned (`rewrite.last_token`).
 TAIL_PRUNED = True
@@ -34,6 +38,11 @@ _WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.125, "int4": 0
 def weight_bytes(precision: str) -> float:
     """Bytes that an element of a decoder matrix takes."""
     return _WEIGHT_BYTES[precision]
+
+
+def map_sizes(maps: Mapping[int, AffineMap]) -> dict[int, int]:
+    """Matrix elements of each layer's map."""
+    return {layer: sum(m.size for m in affine.matrices.values()) for layer, affine in maps.items()}
 
 
 def read_intermediate_size(checkpoint: Path) -> int:
@@ -58,6 +67,14 @@ class Speedup:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What has to be done: additions and multiplications, and bytes of weights and caches read or written."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
 class CostModel:
     """Costs of one decoder at one setting.
 
@@ -78,38 +95,48 @@ class CostModel:
 
     def speedup(self, maps: Mapping[int, AffineMap]) -> Speedup:
         """What replacing the attention of some layers is worth, 1 for nothing."""
-        sizes = {layer: sum(m.size for m in affine.matrices.values()) for layer, affine in maps.items()}
-        return self.speedup_of_sizes(sizes)
+        return self.speedup_of_sizes(map_sizes(maps))
 
     def speedup_of_sizes(self, sizes: Mapping[int, int]) -> Speedup:
         """As `speedup`, from the matrix elements of each map."""
         return Speedup(
             self.prefill_flops({}) / self.prefill_flops(sizes),
-            self._decode_bytes({}) / self._decode_bytes(sizes),
+            self.decode({}, self.tokens - 1).bytes / self.decode(sizes, self.tokens - 1).bytes,
         )
 
     def prefill_flops(self, sizes: Mapping[int, int]) -> float:
-        """Additions and multiplications of a prefill with maps of these sizes; none of them: of the original."""
+        """Additions and multiplications of the prefill that the model is set to."""
+        return self.prefill(sizes, self.tokens).flops
+
+    def prefill(self, sizes: Mapping[int, int], tokens: int, depth: int = 0) -> Work:
+        """A chunk of tokens after `depth` cached ones, with maps of these sizes; none of them: of the original."""
+        return Work(self._flops(sizes, tokens, depth), self._bytes(sizes, tokens, depth))
+
+    def decode(self, sizes: Mapping[int, int], depth: int) -> Work:
+        """One token after `depth` cached ones: a chunk of one."""
+        return self.prefill(sizes, 1, depth)
+
+    def _flops(self, sizes: Mapping[int, int], tokens: int, depth: int) -> float:
         pruned = self.tail_pruned
         last_kept = max(i for i in range(self.spec.num_layers) if i not in sizes)
-        total = 2.0 * (self.tokens if self.all_logits and not pruned else 1) * self._head
+        total = 2.0 * (tokens if self.all_logits and not pruned else 1) * self._head
         for layer in range(self.spec.num_layers):
-            entering = 1 if pruned and layer > last_kept else self.tokens
-            leaving = 1 if pruned and layer >= last_kept else self.tokens
+            entering = 1 if pruned and layer > last_kept else tokens
+            leaving = 1 if pruned and layer >= last_kept else tokens
             total += 2.0 * leaving * self._mlp
-            total += 2.0 * entering * sizes[layer] if layer in sizes else self._attention_flops
+            total += 2.0 * entering * sizes[layer] if layer in sizes else self._attention_flops(tokens, depth)
         return total
 
-    def _decode_bytes(self, sizes: Mapping[int, int]) -> float:
+    def _bytes(self, sizes: Mapping[int, int], tokens: int, depth: int) -> float:
         elements = sum(sizes.get(i, self._projections) + self._mlp for i in range(self.spec.num_layers))
         kept = self.spec.num_layers - len(sizes)
-        cache = self.spec.cache_bytes_per_token(kept, self.cache_itemsize) * self._visible(self.tokens)
+        positions = min(depth + tokens, (self.spec.sliding_window or depth + tokens) + tokens - 1)
+        cache = self.spec.cache_bytes_per_token(kept, self.cache_itemsize) * positions
         return elements * self.weight_bytes + self._head * self.head_bytes + cache
 
-    @property
-    def _attention_flops(self) -> float:
-        pairs = sum(self._visible(position) for position in range(1, self.tokens + 1))
-        return 2.0 * self.tokens * self._projections + 4.0 * self.spec.num_heads * self.spec.head_dim * pairs
+    def _attention_flops(self, tokens: int, depth: int) -> float:
+        pairs = sum(self._visible(depth + position) for position in range(1, tokens + 1))
+        return 2.0 * tokens * self._projections + 4.0 * self.spec.num_heads * self.spec.head_dim * pairs
 
     def _visible(self, position: int) -> int:
         """Tokens that the token at a position (from 1) attends to."""
