@@ -64,6 +64,21 @@ def test_the_parser_takes_it_and_reads_every_input(
 
 
 @needs_rtx
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+@pytest.mark.parametrize(("replaced", "behind"), [((), 0), ((1,), 0), ((2,), 1), ((0, 2), 1), ((1, 2), 2)], ids=str)
+def test_all_behind_the_last_kept_attention_is_on_one_token(
+    replaced: tuple[int, ...], behind: int, precision: str
+) -> None:
+    """By the shapes that the parser infers: an MLP, a map and an MLP for each layer `behind`, and the head."""
+    found = parsed(graph_of("llama", replaced, precision) / "decoder.onnx")
+    products = [layer.get_output(0).shape for layer in found.layers if layer.type.name == "MATRIX_MULTIPLY"]
+    assert len(products) == 7 * LAYERS - 3 * len(replaced) + 1
+    assert sum(shape[1] == 1 for shape in products) == 3 + 4 * behind + 1
+    assert [o.shape[1] for o in found.contract.outputs if o.name == "logits"] == [1]
+    assert "num_tokens" in {i.name for i in found.contract.inputs}
+
+
+@needs_rtx
 def test_a_plan_is_built_with_its_record() -> None:
     engine = engine_of()
     record = read_record(engine)
