@@ -106,9 +106,20 @@ def test_other_precisions_and_targets_build(precision: str, targets: tuple[str, 
     source = graph_of("mistral-window", (1,), precision)
     record = build_engine(RTX, source, tmp_path / "e", settings, lambda phase, _seconds: said.append(phase))
     assert record.precision == precision
-    assert record.profiles == engine_profiles(1, 16, SLOTS, int4=precision == "int4")
+    assert record.profiles == engine_profiles(1, 16, SLOTS, two_rows=True)
     assert record.compute_capabilities == (targets or RTX.default_targets)
     assert "Building engine" in said
+
+
+@needs_rtx
+def test_a_plan_has_each_matrix_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefill of one row alone would have copies of what runs on one token: behind the pruned tail, nearly all here."""
+    source, settings = graph_of("llama", (1, 2)), BuildSettings(1, 16)
+    data = (source / "decoder.onnx.data").stat().st_size
+    once = build_engine(RTX, source, tmp_path / "once", settings).plan_bytes
+    monkeypatch.setattr(trt_build, "engine_profiles", lambda *sizes, two_rows: engine_profiles(*sizes))
+    copied = build_engine(RTX, source, tmp_path / "copied", settings).plan_bytes
+    assert copied - once > data / 2, (copied, once, data)
 
 
 @needs_rtx

@@ -59,8 +59,8 @@ def build_engine(
     parsed = parse(trt, log, graph)
     refuse_without_kernel(parsed)
     contract = parsed.contract
-    int4 = parsed.precision == "int4"
-    profiles = engine_profiles(settings.max_batch, settings.prefill_chunk, _slots(contract), int4=int4)
+    two_rows = parsed.precision == "int4" or contract.logits == "last"
+    profiles = engine_profiles(settings.max_batch, settings.prefill_chunk, _slots(contract), two_rows=two_rows)
     computes = _targets(library, settings.targets, parsed.precision)
     started = time.perf_counter()
     plan = _build(parsed, log, profiles, settings.targets and computes, library, progress)
