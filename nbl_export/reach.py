@@ -51,7 +51,7 @@ def cost_model(job: Job) -> cost.CostModel:
         capabilities.cache_itemsize(options.precision),
         options.prompt_tokens,
         all_logits=options.kept_logits == "all",
-        tail_pruned=cost.TAIL_PRUNED and not capabilities.static and options.kept_logits == "last",
+        tail_pruned=options.kept_logits == "last",
     )
 
 

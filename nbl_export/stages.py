@@ -126,11 +126,16 @@ def _decoder(job: Job, out: Path) -> dict[str, Any]:
     options = job.options
     build_decoder(
         options.decoder_source, job.checkpoint, out / "original", options.precision,
-        slots=job.slots, logits=options.kept_logits, provider=options.provider, options=options.builder_option,
+        slots=job.slots, provider=options.provider, options=options.builder_option,
     )  # fmt: skip
-    if options.kept_logits == "last" and not job.engine.CAPABILITIES.static:  # the static source has cut its own
+    if options.kept_logits == "last":
         keep_last_token(out / "original")
     return {"logits": options.kept_logits}
+
+
+def _form(job: Job) -> list[str]:
+    """What a decoder of the static form depends on beside; runs made before it had a pruned tail export it again."""
+    return ["pruned tail"] if job.engine.CAPABILITIES.static else []
 
 
 def _rewrite(job: Job, out: Path) -> dict[str, Any]:
@@ -285,7 +290,7 @@ STAGES = (
     Stage(
         "decoder", "decoder graph", (),
         ("precision", "decoder_source", "provider", "builder_option", "max_seq_len"), _decoder,
-        lambda job: [job.fingerprint, job.options.kept_logits],
+        lambda job: [job.fingerprint, job.options.kept_logits, *_form(job)],
     ),
     Stage("rewrite", "rewrite", ("plan", "distill", "decoder"), ("map_bits",), _rewrite),
     Stage("verify", "verify", ("rewrite",), ("calibration_tokens", "context"), _verify, _texts),

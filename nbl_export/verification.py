@@ -9,7 +9,7 @@ from typing import Any
 
 from nbl_export.job import Job
 from nbl_export.price import warn_of_far_prices
-from nbl_export.records import ITEMSIZE, AffineMap, DecoderSpec, RungResult
+from nbl_export.records import ITEMSIZE, AffineMap, RungResult
 
 __all__ = ["price_texts", "run"]
 
@@ -38,7 +38,6 @@ def run(job: Job) -> dict[str, Any]:
     del job.model  # it has been linearized, and memory is wanted
     capabilities = job.engine.CAPABILITIES
     precision = "fp32" if capabilities.static else job.options.precision  # of what is compared
-    logits = "all" if capabilities.static else job.options.kept_logits  # of what is compared with torch or ships
     results: list[RungResult] = []
     yardsticks: dict[str, float] = {}
     decoders = {}
@@ -48,11 +47,12 @@ def run(job: Job) -> dict[str, Any]:
             decoder = decoders[subject] = job.engine.open_graph(directory, job.spec)
             cache = next(a for a in decoder.contract.inputs if a.name.startswith("past_key_values."))
             ids, size = _cache_ids(job, subject), ITEMSIZE[cache.dtype]
-            with _shipped(directory, decoder, job.spec) as shipped:
-                results += verify_file.check_file(subject, directory, job.spec, ids, shipped.contract, size, logits)
+            with _shipped(job, directory, decoder) as shipped:
+                contract, logits = shipped.contract, job.options.kept_logits
+                results += verify_file.check_file(subject, directory, job.spec, ids, contract, size, logits)
                 results += verify_file.check_maps(subject, directory, {} if subject == "original" else maps)
                 if shipped is not decoder:
-                    results.append(_same_graph(subject, directory))
+                    results.append(verify_last.check_pruned(subject, directory))
                     results += verify_last.check_last(subject, decoder, shipped, probe.rows[0], precision)
             rung = "b" if subject == "original" else "c"
             results += _logits(rung, subject, decoder, probe, reference, precision, yardsticks)
@@ -88,19 +88,12 @@ def _logits(
 
 
 @contextlib.contextmanager
-def _shipped(directory: Path, decoder: Any, spec: DecoderSpec) -> Iterator[Any]:
+def _shipped(job: Job, directory: Path, decoder: Any) -> Iterator[Any]:
     """The graph that ships: the one with the logits of the last token where there is one, else `decoder` itself."""
-    from nbl_export.engines.onnx_decoder import ALL_LOGITS_FILE, OnnxDecoder
+    from nbl_export.engines.onnx_decoder import ALL_LOGITS_FILE, GRAPH_FILE
 
-    yield OnnxDecoder(directory, spec.head_dim) if (directory / ALL_LOGITS_FILE).is_file() else decoder
-
-
-def _same_graph(subject: str, directory: Path) -> RungResult:
-    from nbl_export.rewrite.last_token import difference
-
-    problem = difference(directory)
-    metric, detail = "what ships is the graph with all logits, pruned", problem or "every node and weight"
-    return RungResult("a", subject, metric, float(bool(problem)), 0.5, not problem, detail)
+    pair = (directory / ALL_LOGITS_FILE).is_file()
+    yield job.engine.open_graph(directory, job.spec, GRAPH_FILE) if pair else decoder
 
 
 @contextlib.contextmanager

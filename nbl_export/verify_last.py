@@ -10,6 +10,7 @@ logits of the row's last valid token.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from nbl_export.records import RungResult
 from nbl_export.verify import TOLERANCES
 
-__all__ = ["BATCH_LENGTHS", "check_last"]
+__all__ = ["BATCH_LENGTHS", "check_last", "check_pruned"]
 
 BATCH_LENGTHS = (1, 5, 12)
 _CACHED, _CHUNK, _STEPS = 13, 7, 3
@@ -26,7 +27,7 @@ Chunk = tuple[np.ndarray, np.ndarray]  # token ids and what is valid of them, [B
 
 
 def check_last(subject: str, every: Any, last: Any, row: Sequence[int], precision: str) -> list[RungResult]:
-    """Hold the graph `last` to the graph `every` (`engines.onnx_decoder.OnnxDecoder`, both).
+    """Hold the graph `last` to the graph `every` (both an `OnnxDecoder` or `StaticDecoder` of engines).
 
     A precision judged by relative rms is also held to half the distance to the nearest other position of the chunk,
     so that the logits are those of the right token whatever quantisation does to them.
@@ -35,6 +36,15 @@ def check_last(subject: str, every: Any, last: Any, row: Sequence[int], precisio
         row: token ids of real text, 32 at least.
     """
     return [_judge(subject, name, every, last, chunks, precision) for name, chunks in _cases(row)]
+
+
+def check_pruned(subject: str, directory: Path) -> RungResult:
+    """Rung a: the graph in a directory that gives the logits of the last token is the other one, pruned."""
+    from nbl_export.rewrite.last_token import difference
+
+    problem = difference(directory)
+    metric, detail = "what ships is the graph with all logits, pruned", problem or "every node and weight"
+    return RungResult("a", subject, metric, float(bool(problem)), 0.5, not problem, detail)
 
 
 def _cases(row: Sequence[int]) -> Iterator[tuple[str, list[Chunk]]]:

@@ -83,8 +83,9 @@ def test_both_decoders_are_there_as_graphs_and_as_engines(compiled: Path) -> Non
             kept,
         )
         files = {p.name for p in (compiled / name).iterdir()}
-        assert files >= {"decoder.onnx", "decoder.onnx.data", "tokenizer.json", "config.json"}
-        assert {p.name for p in (compiled / "engine" / name).iterdir()} >= {"decoder.engine", "tokenizer.json"}
+        assert files >= {"decoder.onnx", "decoder.onnx.data", "all_logits.onnx", "tokenizer.json", "config.json"}
+        files = {p.name for p in (compiled / "engine" / name).iterdir()}
+        assert files >= {"decoder.engine", "tokenizer.json"} and not [n for n in files if n.endswith(".onnx")]
     facts = json.loads((compiled / "model" / "nbl.json").read_text(encoding="utf-8"))
     assert facts["cache_layers"] == [i for i in range(LAYERS) if i not in facts["replaced_layers"]]
 
@@ -124,6 +125,8 @@ def test_the_ladder_stands_on_the_fp32_twin(compiled: Path) -> None:
     assert {("b", "original"), ("c", "nbl"), ("d", "original"), ("d", "nbl")} <= set(rungs)
     assert all(r["value"] < 1e-4 for r in result["rungs"] if "logit difference" in r["metric"])
     assert sum("is its fp32 twin" in r["metric"] for r in result["rungs"]) == 2
+    assert sum("with all logits, pruned" in r["metric"] for r in result["rungs"]) == 4  # what ships, and the twins
+    assert [r["subject"] for r in result["rungs"] if r["rung"] == "f"] == ["original"] * 3 + ["nbl"] * 3
     assert result["price"]
 
 
@@ -166,24 +169,56 @@ def test_a_shipped_graph_that_is_not_the_twin_is_caught(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nbl_export.decoders import static
+    from nbl_export.rewrite.last_token import keep_last_token
 
-    twin = static.build_form(model, SLOTS)
-    static.save_graph(twin, tmp_path / "twin", "model.onnx")
+    twin, run = tmp_path / "twin", tmp_path / "run"
+    static.save_graph(static.build_form(model, SLOTS), twin, "model.onnx")
     for name in ("original", "model"):
-        static.build(model, tmp_path / "run" / name, "fp16", max_seq_len=SLOTS)
-    options = SimpleNamespace(precision="fp16", kept_logits="last")
-    job = SimpleNamespace(options=options, run=SimpleNamespace(path=tmp_path / "run"))
-    twins = {"original": tmp_path / "twin", "nbl": tmp_path / "twin"}
-    assert all(r.passed for r in check_shipped(job, twins))  # type: ignore[arg-type]
-    path = tmp_path / "run" / "model" / "decoder.onnx"
+        static.build(model, run / name, "fp16", max_seq_len=SLOTS)
+
+    def seen(logits: str = "last") -> dict[str, list[str]]:
+        """What is wrong with each, "every node and weight" where nothing is."""
+        options = SimpleNamespace(precision="fp16", kept_logits=logits)
+        job = SimpleNamespace(options=options, run=SimpleNamespace(path=run))
+        found: dict[str, list[str]] = {"original": [], "nbl": []}
+        for result in check_shipped(job, {"original": twin, "nbl": twin}):  # type: ignore[arg-type]
+            assert result.passed == (result.detail == good)
+            found[result.subject].append(result.detail)
+        return found
+
+    good = "every node and weight"
+    assert seen("all") == {"original": [good], "nbl": [good]}
+    for directory in (twin, run / "original"):
+        keep_last_token(directory)
+    lacking = "there is no all_logits.onnx"
+    assert seen() == {"original": [good, good], "nbl": [lacking, lacking]}
+    keep_last_token(run / "model")
+    assert seen() == {"original": [good, good], "nbl": [good, good]}
+    exchange_keys_and_values(run / "model" / "decoder.onnx")
+    assert seen() == {"original": [good, good], "nbl": [good, "output present.0.value differs"]}
+    exchange_keys_and_values(run / "model" / "all_logits.onnx")
+    (cast, pruned) = seen()["nbl"]
+    assert "present.0.value" in cast and pruned == good
+
+
+def exchange_keys_and_values(path: Path) -> None:
     broken = ir.load(path)
     key, value = (next(v for v in broken.graph.outputs if v.name == f"present.0.{p}") for p in ("key", "value"))
     key.name, value.name = value.name, key.name
     ir.save(broken, path)
-    original, ours = check_shipped(job, twins)  # type: ignore[arg-type]
-    assert original.passed
-    assert not ours.passed
-    assert "present.0.value" in ours.detail
+
+
+@needs_rtx
+def test_all_logits_on_request(run: Path, command: tuple[object, ...]) -> None:
+    done = nbl(*command, "--output", run, "--logits", "all")
+    assert done.status == 0, done.err
+    assert stage_lines(done)["calibrate"] == "reused"
+    assert not list(run.rglob("all_logits.onnx"))
+    record = read_record(run / "engine" / "model")
+    assert "num_tokens" not in {i.name for i in record.inputs}
+    assert [o.shape[1] for o in record.outputs if o.name == "logits"] == ["tokens"]
+    rungs = json.loads((run / "verify.json").read_text(encoding="utf-8"))["rungs"]
+    assert all(r["passed"] for r in rungs) and not [r for r in rungs if r["rung"] == "f"]
 
 
 def test_options_of_compiled_engines_are_refused_by_others(same: tuple[object, ...], tmp_path: Path) -> None:

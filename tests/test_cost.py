@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx_ir as ir
 import pytest
 
-from nbl_export.cost import TAIL_PRUNED, CostModel, read_intermediate_size, weight_bytes
+from nbl_export.cost import CostModel, read_intermediate_size, weight_bytes
+from nbl_export.engines import load_engine
 from nbl_export.errors import CorruptError
-from nbl_export.records import DecoderSpec
+from nbl_export.reach import cost_model
+from nbl_export.records import DecoderSpec, JobOptions
 
 SMOLLM2 = DecoderSpec("llama", 30, 576, 9, 3, 64, 49152, 8192)
 MODEL = CostModel(SMOLLM2, 1536, 4.0, 4.0, 4, tail_pruned=False)
@@ -71,7 +74,17 @@ def test_laws() -> None:
 @pytest.mark.parametrize("name", ["original", "model"])
 def test_model_says_what_the_job_ships(finished: Path, name: str) -> None:
     nodes = [node.name or "" for node in ir.load(finished / name / "model.onnx").graph]
-    assert any(node.startswith("/nbl/tail/") for node in nodes) == TAIL_PRUNED
+    assert any(node.startswith("/nbl/tail/") for node in nodes)
+
+
+@pytest.mark.parametrize("engine", ["ort", "trt-rtx"])
+def test_tails_are_pruned_for_every_engine_unless_all_logits_are_wanted(engine: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"intermediate_size": 1536}')
+    for logits in ("last", "all"):
+        options = JobOptions("m", engine=engine, precision="fp16", logits=logits)
+        job = SimpleNamespace(options=options, engine=load_engine(engine), spec=SMOLLM2, checkpoint=tmp_path)
+        model = cost_model(job)  # type: ignore[arg-type]
+        assert (model.tail_pruned, model.all_logits) == (logits == "last", logits == "all")
 
 
 def test_intermediate_size_is_read_or_missed(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_two_profiles_decode_with_one_dynamic_dimension_at_least() -> None:
     assert prefill == Profile("prefill", (1, 1, 1), (1, 512, 512))
     assert decode == Profile("decode", (1, 1, 2), (1, 1, 1))
     assert engine_profiles(4, 512, 2048)[1].batch == (1, 4, 4)
-    assert [p.batch for p in engine_profiles(1, 512, 2048, int4=True)] == [(1, 1, 2), (1, 1, 2)]
+    assert [p.batch for p in engine_profiles(1, 512, 2048, two_rows=True)] == [(1, 1, 2), (1, 1, 2)]
 
 
 def test_long_caches_decode_with_a_range_of_tokens() -> None:

@@ -16,14 +16,17 @@ import pytest
 from nbl_export.decoders import static
 from nbl_export.decoders.static_form.law import CheckForm
 from nbl_export.decoders.static_form.twin import first_difference
+from nbl_export.engines.onnx_decoder import ALL_LOGITS_FILE, GRAPH_FILE
 from nbl_export.engines.static_decoder import open_decoder
 from nbl_export.engines.static_host import StaticDecoder
 from nbl_export.errors import CorruptError, NblError, RefusalError
 from nbl_export.int4_blocks import int4_blocks
 from nbl_export.records import ITEMSIZE, AffineMap, Plan
-from nbl_export.rewrite import contract_of, rewrite_model
+from nbl_export.rewrite import contract_of, rewrite, rewrite_model
+from nbl_export.rewrite.last_token import difference, keep_last_token
 from nbl_export.rewrite.quantize_blocks import QuantizeMapBlocks
 from nbl_export.rewrite.renumber import LAYERS_KEY, RenumberCaches
+from nbl_export.verify_last import check_last
 
 from .static_tiny import (
     ARCHITECTURES,
@@ -74,8 +77,10 @@ def graph(form: Form, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
     def make(architecture: str, which: str = "all", precision: str = "fp32") -> Path:
         out = tmp_path_factory.mktemp(f"{architecture}-{which}-{precision}")
         model = form(architecture)
-        static.finish(model, precision, which)
+        static.finish(model, precision)
         static.save_graph(model, out)
+        if which == "last":
+            keep_last_token(out)
         return out / "decoder.onnx"
 
     return make
@@ -375,15 +380,19 @@ def test_the_law_refuses(misform: Callable[[ir.Model], None], reason: str, form:
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int4"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rewriting_and_finishing_commute(architecture: str, precision: str, form: Form, tmp_path: Path) -> None:
-    """What ships is the proven fp32 twin at another precision, bit for bit, also after a trip through files."""
-    plan, maps = Plan(LAYERS, (1,)), maps_of([1])
-    twin, ours = form(architecture), form(architecture)
-    rewrite_model(twin, plan, maps)
-    static.finish(twin, precision, "last")
-    static.finish(ours, precision, "last")
-    shipped = ir.load(saved(ours, tmp_path / "original"))
-    rewrite_model(shipped, plan, maps)
-    assert first_difference(ir.load(saved(shipped, tmp_path / "nbl")), twin) == ""
+    """What ships is the proven fp32 twin at another precision, bit for bit, pruned or not, also through files."""
+    twin, ours = tmp_path / "twin", tmp_path / "run"
+    static.save_graph(form(architecture), twin / "original", GRAPH_FILE)
+    model = form(architecture)
+    static.finish(model, precision)
+    static.save_graph(model, ours / "original")
+    for directory in (twin, ours):
+        keep_last_token(directory / "original")
+        rewrite(directory / "original", directory / "model", Plan(LAYERS, (0, 2)), maps_of([0, 2]), dense=True)
+        assert all(difference(directory / name) == "" for name in ("original", "model"))
+    for name in ("original", "model"):
+        for theirs, file in ((ALL_LOGITS_FILE, ALL_LOGITS_FILE), (GRAPH_FILE, "decoder.onnx")):
+            assert static.difference(twin / name / theirs, ours / name / file, precision) == ""
 
 
 def test_a_difference_is_named(form: Form) -> None:
@@ -472,3 +481,60 @@ def test_int4_uses_all_codes() -> None:
     assert (codes.shape, scales.shape, scales.dtype) == ((64, 3), (2, 3), np.float16)
     assert codes.astype(int).min() == -8 and codes.astype(int).max() <= 7
     assert np.all(int4_blocks(np.zeros((32, 1), np.float32), 32, np.dtype(np.float16))[1] == 1)
+
+
+# -- pruned tails ----------------------------------------------------------------------------------------
+
+
+def pruned(model: ir.Model, replaced: tuple[int, ...], directory: Path) -> Path:
+    """The directory of what ships for a plan."""
+    original = directory / "original"
+    static.save_graph(model, original)
+    keep_last_token(original)
+    rewrite(original, directory / "model", Plan(LAYERS, replaced), maps_of(replaced))
+    return directory / "model"
+
+
+@pytest.mark.parametrize("replaced", [(), *SUBSETS], ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_pruned_tails_give_the_logits_of_the_last_valid_token(
+    architecture: str, replaced: tuple[int, ...], form: Form, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A chunk of 7 after a cache of 13, a batch of lengths 1, 5 and 12, single tokens after both; 8 tokens a step."""
+    path = pruned(form(architecture), replaced, tmp_path) / "decoder.onnx"
+    expected = torch_logits(tiny(architecture), maps_of(replaced))
+    assert single_row_error(path, expected[0], [13, 7, 1, 1, 1], chunk=8) < TOLERANCE["fp32"]
+    decoder, taken, lengths = open_decoder(path, chunk=8), (0, 1, 0), [1, 5, 12]
+    decoder.begin(3)
+    ids, valid = np.zeros((3, 12), int), np.zeros((3, 12), int)
+    for b, (row, n) in enumerate(zip(taken, lengths, strict=True)):
+        ids[b, :n], valid[b, :n] = rows()[row][:n], 1
+    for _ in range(3):
+        got = decoder.step(ids, valid)
+        assert got.shape == (3, 1, VOCAB)
+        right = np.stack([expected[row][n - 1] for row, n in zip(taken, lengths, strict=True)])
+        assert worst(got[:, 0], right) < TOLERANCE["fp32"]
+        ids = np.array([[rows()[row][n]] for row, n in zip(taken, lengths, strict=True)])
+        valid, lengths = np.ones((3, 1), int), [n + 1 for n in lengths]
+
+
+def past_the_end(graph: dict[str, ir.Node]) -> None:
+    graph["/nbl/tail/found"].replace_input_with(0, graph["/nbl/tail/last"].inputs[0])
+
+
+def attention_alone(graph: dict[str, ir.Node]) -> None:
+    gather = graph["/nbl/tail/residual"]
+    assert gather.inputs[0] is not None
+    gather.outputs[0].replace_all_uses_with(gather.inputs[0])
+
+
+@pytest.mark.parametrize("fault", [past_the_end, attention_alone])
+def test_a_wrong_token_shows(fault: Callable[[dict[str, ir.Node]], None], form: Form, tmp_path: Path) -> None:
+    directory = pruned(form("mistral"), (2,), tmp_path)
+    path, every = directory / "decoder.onnx", open_decoder(directory / ALL_LOGITS_FILE, 8)
+    assert all(r.passed for r in check_last("nbl", every, open_decoder(path, 8), rows()[0], "fp32"))
+    model = ir.load(path)
+    fault({str(node.name): node for node in model.graph})
+    ir.save(model, path)
+    assert not any(r.passed for r in check_last("nbl", every, open_decoder(path, 8), rows()[0], "fp32"))
+    assert difference(directory)

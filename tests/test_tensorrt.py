@@ -64,6 +64,21 @@ def test_the_parser_takes_it_and_reads_every_input(
 
 
 @needs_rtx
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+@pytest.mark.parametrize(("replaced", "behind"), [((), 0), ((1,), 0), ((2,), 1), ((0, 2), 1), ((1, 2), 2)], ids=str)
+def test_all_behind_the_last_kept_attention_is_on_one_token(
+    replaced: tuple[int, ...], behind: int, precision: str
+) -> None:
+    """By the shapes that the parser infers: an MLP, a map and an MLP for each layer `behind`, and the head."""
+    found = parsed(graph_of("llama", replaced, precision) / "decoder.onnx")
+    products = [layer.get_output(0).shape for layer in found.layers if layer.type.name == "MATRIX_MULTIPLY"]
+    assert len(products) == 7 * LAYERS - 3 * len(replaced) + 1
+    assert sum(shape[1] == 1 for shape in products) == 3 + 4 * behind + 1
+    assert [o.shape[1] for o in found.contract.outputs if o.name == "logits"] == [1]
+    assert "num_tokens" in {i.name for i in found.contract.inputs}
+
+
+@needs_rtx
 def test_a_plan_is_built_with_its_record() -> None:
     engine = engine_of()
     record = read_record(engine)
@@ -91,9 +106,20 @@ def test_other_precisions_and_targets_build(precision: str, targets: tuple[str, 
     source = graph_of("mistral-window", (1,), precision)
     record = build_engine(RTX, source, tmp_path / "e", settings, lambda phase, _seconds: said.append(phase))
     assert record.precision == precision
-    assert record.profiles == engine_profiles(1, 16, SLOTS, int4=precision == "int4")
+    assert record.profiles == engine_profiles(1, 16, SLOTS, two_rows=True)
     assert record.compute_capabilities == (targets or RTX.default_targets)
     assert "Building engine" in said
+
+
+@needs_rtx
+def test_a_plan_has_each_matrix_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefill of one row alone would have copies of what runs on one token: behind the pruned tail, nearly all here."""
+    source, settings = graph_of("llama", (1, 2)), BuildSettings(1, 16)
+    data = (source / "decoder.onnx.data").stat().st_size
+    once = build_engine(RTX, source, tmp_path / "once", settings).plan_bytes
+    monkeypatch.setattr(trt_build, "engine_profiles", lambda *sizes, two_rows: engine_profiles(*sizes))
+    copied = build_engine(RTX, source, tmp_path / "copied", settings).plan_bytes
+    assert copied - once > data / 2, (copied, once, data)
 
 
 @needs_rtx

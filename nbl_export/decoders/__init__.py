@@ -28,14 +28,13 @@ def build_decoder(
     precision: str,
     *,
     slots: int = 0,
-    logits: str = "last",
     provider: str = "cpu",
     options: Sequence[str] = (),
 ) -> None:
     """Export a checkpoint directory to a deployable directory with the named source.
 
     Args:
-        slots: of a cache, and logits: "last" or "all"; both for the static source alone.
+        slots: of a cache, for the static source alone.
         provider: ONNX Runtime's execution provider; other than "cpu" for the GenAI source alone.
         options: KEY=VALUE of `genai.OPTIONS`, for the GenAI source alone.
 
@@ -45,7 +44,7 @@ def build_decoder(
     if source == "static":
         from nbl_export.decoders import static
 
-        static.build(checkpoint, out, precision, max_seq_len=slots, logits=logits)
+        static.build(checkpoint, out, precision, max_seq_len=slots)
         return
     if source == "genai":
         genai.build(checkpoint, out, precision, provider, options)

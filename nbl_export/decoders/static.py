@@ -21,30 +21,26 @@ from nbl_export.decoders.quiet import captured
 from nbl_export.decoders.static_form import PRECISIONS, finish_passes, form_passes
 from nbl_export.decoders.static_form.int4 import BlockInt4
 from nbl_export.decoders.static_form.twin import first_difference
+from nbl_export.engines.onnx_decoder import GRAPH_FILE, STATIC_GRAPH_FILE, all_logits_file
 from nbl_export.errors import MissingPackageError, NblError
 
 __all__ = [
-    "GRAPH_FILE",
     "build",
     "build_form",
     "difference",
     "finish",
     "save_graph",
     "save_int4_twin",
-    "save_last_twin",
     "windows_of",
 ]
 
-GRAPH_FILE = "decoder.onnx"
 
-
-def build(checkpoint: Path, out: Path, precision: str, *, max_seq_len: int, logits: str = "last") -> None:
-    """Write decoder.onnx, its data and the tokenizer to `out`.
+def build(checkpoint: Path, out: Path, precision: str, *, max_seq_len: int) -> None:
+    """Write decoder.onnx with the logits of all positions, its data and the tokenizer to `out`.
 
     Args:
         precision: fp32, fp16, bf16, or int4 (blocks of int4 behind fp16 arithmetic).
         max_seq_len: slots of a cache; the longest sequence, answer included.
-        logits: "last" for those of each row's last token, "all" for every position.
 
     Raises:
         NblError: an unknown precision, a model that mobius does not know, a length beyond the model's positions.
@@ -52,7 +48,7 @@ def build(checkpoint: Path, out: Path, precision: str, *, max_seq_len: int, logi
     if precision not in PRECISIONS:
         raise NblError(f"the static source makes no {precision} graph; use --precision {', '.join(PRECISIONS)}")
     model = build_form(checkpoint, max_seq_len)
-    finish(model, precision, logits)
+    finish(model, precision)
     save_graph(model, out)
     add_text_files(checkpoint, out)
 
@@ -73,38 +69,32 @@ def build_form(checkpoint: Path, max_seq_len: int) -> ir.Model:
     return model
 
 
-def finish(model: ir.Model, precision: str, logits: str) -> None:
-    """Bring the form to the precision and the logits that ship, in place."""
-    for step in finish_passes(precision, logits):
+def finish(model: ir.Model, precision: str) -> None:
+    """Bring the form to the precision that ships, in place."""
+    for step in finish_passes(precision):
         step(model)
 
 
-def save_graph(model: ir.Model, out: Path, name: str = GRAPH_FILE) -> None:
+def save_graph(model: ir.Model, out: Path, name: str = STATIC_GRAPH_FILE) -> None:
     """Write graph and data to a directory, which is made if it is not there."""
     out.mkdir(parents=True, exist_ok=True)
     ir.save(model, out / name, external_data=f"{name}.data")
 
 
-def save_last_twin(twin: Path, path: Path) -> None:
-    """Write a saved form with the logits of the last token, in the same directory and on the same data."""
-    model = ir.load(twin)
-    finish(model, "fp32", "last")
-    ir.save(model, path)
-
-
 def save_int4_twin(twin: Path, out: Path) -> None:
-    """Write a saved form with int4 matrices and everything else in float32 to another directory."""
-    model = ir.load(twin)
+    """Write a directory's form with int4 matrices and everything else in float32 to another directory."""
+    model = ir.load(twin / all_logits_file(twin))
     BlockInt4()(model)
-    save_graph(model, out, twin.name)
+    save_graph(model, out, GRAPH_FILE)
 
 
-def difference(twin: Path, shipped: Path, precision: str, logits: str) -> str:
-    """What differs first between a directory's decoder.onnx and a saved form brought to its precision and ids."""
+def difference(twin: Path, shipped: Path, precision: str) -> str:
+    """What differs first between a graph that ships and its twin, a saved form, brought to the precision."""
+    if not shipped.is_file():
+        return f"there is no {shipped.name}"
     model = ir.load(twin)
-    finish(model, precision, logits)
-    shipped_model = ir.load(shipped / GRAPH_FILE)
-    return first_difference(shipped_model, model)
+    finish(model, precision)
+    return first_difference(ir.load(shipped), model)
 
 
 def windows_of(config: Any) -> tuple[int | None, ...]:

@@ -2,7 +2,7 @@
 
 An engine is a module, or an object in one, with CAPABILITIES, probe() and probe_run() (does it build, does it run
 here), default_threads(), open_runner(directory, threads) for what ships, open_checked(directory, threads) and
-open_graph(directory, spec) for what is verified. A static one (see `Capabilities`) also has library_version(),
+open_graph(directory, spec, file) for what is verified. A static one (see `Capabilities`) also has library_version(),
 check_model(spec, precision) and build(source, out, settings, progress).
 """
 

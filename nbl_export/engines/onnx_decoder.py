@@ -14,9 +14,10 @@ import numpy as np
 from nbl_export.errors import CorruptError, MissingPackageError
 from nbl_export.records import GraphContract, TensorInfo
 
-__all__ = ["ALL_LOGITS_FILE", "GRAPH_FILE", "OnnxDecoder", "all_logits_file"]
+__all__ = ["ALL_LOGITS_FILE", "GRAPH_FILE", "STATIC_GRAPH_FILE", "OnnxDecoder", "all_logits_file", "graph_file"]
 
 GRAPH_FILE = "model.onnx"
+STATIC_GRAPH_FILE = "decoder.onnx"  # of the static form at the precision that ships, for a compiler
 # Beside a graph that gives the logits of the last token: the same with those of all (`rewrite.last_token`).
 ALL_LOGITS_FILE = "all_logits.onnx"
 
@@ -25,9 +26,14 @@ _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int
            "tensor(int32)": "int32", "tensor(bfloat16)": "bfloat16"}  # fmt: skip
 
 
+def graph_file(directory: Path) -> str:
+    """Name of the graph in a directory that ships."""
+    return STATIC_GRAPH_FILE if (directory / STATIC_GRAPH_FILE).is_file() else GRAPH_FILE
+
+
 def all_logits_file(directory: Path) -> str:
     """Name of the graph in a directory that gives the most logits."""
-    return ALL_LOGITS_FILE if (directory / ALL_LOGITS_FILE).is_file() else GRAPH_FILE
+    return ALL_LOGITS_FILE if (directory / ALL_LOGITS_FILE).is_file() else graph_file(directory)
 
 
 class OnnxDecoder:

@@ -353,6 +353,6 @@ def open_checked(directory: Path, threads: int | None = None) -> GenaiRunner:
     return open_runner(directory, threads)
 
 
-def open_graph(directory: Path, spec: DecoderSpec) -> OnnxDecoder:
-    """The directory's graph with logits of all positions on plain ONNX Runtime, for verification."""
-    return OnnxDecoder(directory, spec.head_dim, file=all_logits_file(directory))
+def open_graph(directory: Path, spec: DecoderSpec, file: str | None = None) -> OnnxDecoder:
+    """The directory's graph on plain ONNX Runtime, for verification: that with all logits unless another is named."""
+    return OnnxDecoder(directory, spec.head_dim, file=file or all_logits_file(directory))

@@ -122,9 +122,9 @@ class GpuEngine:
         """The same directory on the CPU provider, for verification."""
         return ort.GenaiRunner(directory, threads, provider=ort.CPU)
 
-    def open_graph(self, directory: Path, spec: DecoderSpec) -> OnnxDecoder:
+    def open_graph(self, directory: Path, spec: DecoderSpec, file: str | None = None) -> OnnxDecoder:
         """The directory's graph on the CPU provider of plain ONNX Runtime, for verification."""
-        return ort.open_graph(directory, spec)
+        return ort.open_graph(directory, spec, file)
 
 
 def provider_of(directory: Path) -> str:

@@ -11,9 +11,10 @@ The rules, which the graph needs and cannot check:
   it before anyone can look; a full row's padding goes over its own last slots, which nothing can follow.
 
 Two optimisation profiles: prefill of 1..chunk tokens, decode of one. Measured with TensorRT-RTX 1.7.1:
-- a profile without any dynamic dimension has its own copy of every matrix (SmolLM2 fp16: 499 MB instead of 288),
-  so decode always allows two rows at least; with int4 matrices prefill has to as well (154 MB instead of 192), which
-  costs it the scratch memory of the second row;
+- a product without any dynamic dimension in a profile has its own copy of its matrix there (SmolLM2 fp16, all of
+  decode: 499 MB instead of 288), so decode always allows two rows at least. So does prefill where products are on one
+  token of each row, those behind a pruned tail (8 layers replaced: 276 MB instead of 316), and with int4 matrices
+  (154 MB instead of 192), which costs it the scratch memory of the second row;
 - attention of exactly one token has no kernel from 24576 slots on (24064 still builds; heads of 16 to 256, compute
   capability 7.5 to 12.0), while 1..2 tokens build at 65536; hence `_STATIC_DECODE_SLOTS`, with a margin.
 """
@@ -44,11 +45,11 @@ class Profile:
         return all(low <= n <= high for n, (low, _, high) in ((batch, self.batch), (tokens, self.tokens)))
 
 
-def engine_profiles(max_batch: int, chunk: int, slots: int, *, int4: bool = False) -> tuple[Profile, Profile]:
+def engine_profiles(max_batch: int, chunk: int, slots: int, *, two_rows: bool = False) -> tuple[Profile, Profile]:
     """Prefill and decode of an engine, in this order.
 
     Args:
-        int4: whether there are int4 matrices.
+        two_rows: whether prefill needs room for a second row, with int4 matrices or logits of the last token.
 
     Raises:
         NblError: no rows, or a chunk that the cache cannot hold.
@@ -60,7 +61,7 @@ def engine_profiles(max_batch: int, chunk: int, slots: int, *, int4: bool = Fals
     widest = max(2, chunk)
     decode_tokens = (1, 1, 1) if slots <= _STATIC_DECODE_SLOTS else (1, 1, 2)
     rows, shared = (1, max_batch, max_batch), (1, max_batch, max(2, max_batch))
-    prefill = Profile("prefill", shared if int4 else rows, (1, widest, widest))
+    prefill = Profile("prefill", shared if two_rows else rows, (1, widest, widest))
     return prefill, Profile("decode", shared, decode_tokens)
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export.engines.base import Availability, Capabilities
 from nbl_export.engines.gpu import Gpu, find_gpu
+from nbl_export.engines.onnx_decoder import GRAPH_FILE, all_logits_file
 from nbl_export.engines.static_host import StaticDecoder, StaticRunner
 from nbl_export.errors import NblError
 from nbl_export.records import DecoderSpec
@@ -32,10 +33,8 @@ if TYPE_CHECKING:
     from nbl_export.engines.engine_record import EngineRecord
     from nbl_export.engines.trt_build import BuildSettings, Progress
 
-__all__ = ["LAST_TWIN_FILE", "LIBRARIES", "TRT", "TRT_RTX", "TWIN_FILE", "Engine", "Library", "load_library"]
+__all__ = ["LIBRARIES", "TRT", "TRT_RTX", "Engine", "Library", "load_library"]
 
-# Names of a twin's graphs: all logits, and the last token's on the same data.
-TWIN_FILE, LAST_TWIN_FILE = "model.onnx", "last.onnx"
 _CHECKED_CHUNK = 24  # tokens; so that verification crosses chunk borders
 _DRIVERS = {13: "R580", 12: "R535"}  # oldest driver of a CUDA major version
 
@@ -197,17 +196,17 @@ class Engine:
 
         return StaticRunner(open_session(self.library, directory), directory)
 
-    def open_graph(self, directory: Path, spec: DecoderSpec) -> StaticDecoder:
-        """A float32 twin with all logits on ONNX Runtime's CPU provider, for verification."""
+    def open_graph(self, directory: Path, spec: DecoderSpec, file: str | None = None) -> StaticDecoder:
+        """A float32 twin on ONNX Runtime's CPU provider, that with all logits unless another is named."""
         from nbl_export.engines.static_decoder import open_decoder
 
-        return open_decoder(directory / TWIN_FILE, _CHECKED_CHUNK)
+        return open_decoder(directory / (file or all_logits_file(directory)), _CHECKED_CHUNK)
 
     def open_checked(self, directory: Path, threads: int | None = None) -> StaticRunner:
-        """A text runner on the same twin with the logits of the last token."""
+        """A text runner on the same twin with the logits that ship."""
         from nbl_export.engines.static_decoder import open_runner
 
-        return open_runner(directory / LAST_TWIN_FILE, _CHECKED_CHUNK, threads)
+        return open_runner(directory / GRAPH_FILE, _CHECKED_CHUNK, threads)
 
 
 TRT = Engine(LIBRARIES["trt"])

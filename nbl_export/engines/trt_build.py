@@ -17,6 +17,7 @@ from typing import Any
 from nbl_export.artifacts import friendly_os_errors, write_json
 from nbl_export.engines.engine_record import ENGINE_FILE, RECORD_FILE, EngineRecord, digest_of
 from nbl_export.engines.gpu import Gpu, find_gpu
+from nbl_export.engines.onnx_decoder import ALL_LOGITS_FILE, STATIC_GRAPH_FILE
 from nbl_export.engines.schedule import Profile, engine_profiles
 from nbl_export.engines.tensorrt import Library, load_library
 from nbl_export.engines.trt_log import Messages, complaints, ignored_inputs, messages_of
@@ -27,7 +28,7 @@ from nbl_export.records import ITEMSIZE, GraphContract
 __all__ = ["BuildSettings", "Progress", "build_engine"]
 
 Progress = Callable[[str, float], None]  # phase, seconds since the build began
-_GRAPH = "decoder.onnx"
+_GRAPH = STATIC_GRAPH_FILE
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def build_engine(
     parsed = parse(trt, log, graph)
     refuse_without_kernel(parsed)
     contract = parsed.contract
-    int4 = parsed.precision == "int4"
-    profiles = engine_profiles(settings.max_batch, settings.prefill_chunk, _slots(contract), int4=int4)
+    two_rows = parsed.precision == "int4" or contract.logits == "last"
+    profiles = engine_profiles(settings.max_batch, settings.prefill_chunk, _slots(contract), two_rows=two_rows)
     computes = _targets(library, settings.targets, parsed.precision)
     started = time.perf_counter()
     plan = _build(parsed, log, profiles, settings.targets and computes, library, progress)
@@ -224,5 +225,5 @@ def _replacing(out: Path) -> Iterator[Path]:
 def _copy_text_files(source: Path, out: Path) -> None:
     """Configuration and tokenizer, so that the engine's directory can be deployed by itself."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.startswith(_GRAPH):
+        if path.is_file() and not path.name.startswith(_GRAPH) and path.name != ALL_LOGITS_FILE:
             shutil.copyfile(path, out / path.name)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from nbl_export.engines.onnx_decoder import ALL_LOGITS_FILE, GRAPH_FILE
+from nbl_export.engines.onnx_decoder import ALL_LOGITS_FILE, STATIC_GRAPH_FILE, all_logits_file, graph_file
 from nbl_export.errors import RefusalError
 from nbl_export.records import AffineMap, GraphContract, PassReport, Plan, TensorInfo
 from nbl_export.rewrite.anatomy import cache_layers
@@ -27,8 +27,6 @@ from nbl_export.rewrite.sweep import SkipNormToAdd, Sweep
 from nbl_export.rewrite.tail import PruneTail
 
 __all__ = ["contract_of", "make_dense", "passes_for", "rewrite", "rewrite_model"]
-
-_GRAPHS = (GRAPH_FILE, "decoder.onnx")  # of a GenAI directory, of the static form
 
 
 def passes_for(plan: Plan, maps: Mapping[int, AffineMap], map_bits: int | None = None) -> Sequence[ir.passes.PassBase]:
@@ -88,7 +86,7 @@ def rewrite(
     Raises:
         RefusalError: the graph is not understood.
     """
-    name = next((n for n in _GRAPHS if (source / n).is_file()), _GRAPHS[0])
+    name = graph_file(source)
     last_only = (source / ALL_LOGITS_FILE).is_file()
     rewritten = (name, f"{name}.data", ALL_LOGITS_FILE)
     out.mkdir()
@@ -97,10 +95,10 @@ def rewrite(
             shutil.copyfile(file, out / file.name)
     if not plan.replaced:
         return ()
-    model = ir.load(source / (ALL_LOGITS_FILE if last_only else name))
+    model = ir.load(source / all_logits_file(source))
     reports = rewrite_model(model, plan, maps, map_bits)
     ir.save(model, out / name, external_data=f"{name}.data")
-    if dense or name == "decoder.onnx":
+    if dense or name == STATIC_GRAPH_FILE:
         reports = (*reports, make_dense(out / name))
         _count_caches(out / "genai_config.json", len(plan.kept))
     if last_only:

@@ -3,9 +3,11 @@
     model.onnx       what ships and runs: everything behind the last kept attention on one token (`tail`)
     all_logits.onnx  the graph before that; for perplexity, verification and log-probabilities of a prompt
     model.onnx.data  weights of both
+    (decoder.onnx and its data in a directory of the static form, which is what its compiler reads)
 
 External data cannot lie outside a graph's directory, so the second graph lies beside the first. Runtimes do not look
-at it: GenAI opens the file that genai_config.json names, others model.onnx.
+at it: GenAI opens the file that genai_config.json names, others model.onnx. What a rewrite starts from is the second:
+the last kept layer of its result is another one, so that its tail is longer.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from nbl_export.engines.onnx_decoder import ALL_LOGITS_FILE, GRAPH_FILE
+from nbl_export.engines.onnx_decoder import ALL_LOGITS_FILE, graph_file
 from nbl_export.errors import RefusalError
 from nbl_export.rewrite.tail import PruneTail
 
@@ -23,20 +25,23 @@ __all__ = ["difference", "keep_last_token"]
 
 
 def keep_last_token(directory: Path) -> None:
-    """Turn model.onnx into all_logits.onnx, byte for byte, and write the pruned graph in its place.
+    """Turn the graph into all_logits.onnx, byte for byte, and write the pruned one in its place.
 
     Raises:
         RefusalError: the tail of this graph cannot be pruned; nothing has changed.
     """
-    model = _pruned(directory / GRAPH_FILE)
-    os.replace(directory / GRAPH_FILE, directory / ALL_LOGITS_FILE)
-    ir.save(model, directory / GRAPH_FILE)
+    path = directory / graph_file(directory)
+    model = _pruned(path)
+    os.replace(path, directory / ALL_LOGITS_FILE)
+    ir.save(model, path)
 
 
 def difference(directory: Path) -> str:
     """How the graph that ships differs from the one with all logits, pruned; "" where node and weight agree."""
+    if not (directory / ALL_LOGITS_FILE).is_file():
+        return f"there is no {ALL_LOGITS_FILE}"
     expected = ir.to_proto(_pruned(directory / ALL_LOGITS_FILE))
-    found = ir.to_proto(ir.load(directory / GRAPH_FILE))
+    found = ir.to_proto(ir.load(directory / graph_file(directory)))
     for kind in ("input", "output", "initializer", "node"):
         ours, theirs = getattr(found.graph, kind), getattr(expected.graph, kind)
         if len(ours) != len(theirs):

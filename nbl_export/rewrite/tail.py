@@ -5,25 +5,21 @@
     after    x -- GatherND(last) -- join -- mlp -- ... -- lm_head -> logits [B, 1, V]
              attention output -- GatherND(last) -^
 
-The last valid position of a row is that of the last 1 in the mask's columns of this chunk, max(mask x 0..T-1), so that
-rows padded on the right, rows padded on the left and decode steps are all served by one index [B, 1]. (ArgMax finds it
-too, but taking the last of equals is refused by TensorRT's parser and has no CUDA kernel.) Legal where only the logits
-of the last position are wanted. With the original graph the last kept layer is the last: its MLP, the final norm and
-the head run on one token. Refuses a tail in which anything but the join's own two inputs depends on the tokens.
+Which position is the last valid one of each row `last_valid` computes, from the mask or, in the static form, from an
+input that is added. Legal where only the logits of the last position are wanted. With the original graph the last kept
+layer is the last: its MLP, the final norm and the head run on one token. Refuses a tail in which anything but the
+join's own two inputs depends on the tokens.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.rewrite.anatomy import cache_layers, find_block
+from nbl_export.rewrite.last_valid import PREFIX, last_valid
 
 __all__ = ["PruneTail"]
-
-_PREFIX = "/nbl/tail"
-_LEAST_OPSET = 18  # from which ReduceMax takes its axes as an input
 
 
 class PruneTail(ir.passes.InPlacePass):
@@ -39,12 +35,12 @@ class PruneTail(ir.passes.InPlacePass):
         block = find_block(graph, cache_layers(graph)[-1])
         tail = _tail_of(graph, block.join)
         _check_tail(block.layer, block.join, tail)
-        nodes, index = _last_valid(graph)
+        nodes, index = last_valid(graph)
         for i, name in ((block.branch_index, "attention"), (1 - block.branch_index, "residual")):
             value = block.join.inputs[i]
             assert value is not None
-            gather = ir.node("GatherND", [value, index], attributes={"batch_dims": 1}, name=f"{_PREFIX}/{name}")
-            gather.outputs[0].name = f"{_PREFIX}/{name}/output_0"
+            gather = ir.node("GatherND", [value, index], attributes={"batch_dims": 1}, name=f"{PREFIX}/{name}")
+            gather.outputs[0].name = f"{PREFIX}/{name}/output_0"
             gather.outputs[0].type = value.type
             nodes.append(gather)
             block.join.replace_input_with(i, gather.outputs[0])
@@ -84,50 +80,6 @@ def _is_constant(value: ir.Value, depth: int = 8) -> bool:
     if producer is None or depth == 0:
         return False
     return all(v is None or _is_constant(v, depth - 1) for v in producer.inputs)
-
-
-def _last_valid(graph: ir.Graph) -> tuple[list[ir.Node], ir.Value]:
-    """Nodes that compute, and the value of, the index [B, 1, 1] of each row's last valid token in this chunk."""
-    inputs = {v.name: v for v in graph.inputs}
-    if "attention_mask" not in inputs or "input_ids" not in inputs:
-        raise RefusalError(None, "it has no input_ids and attention_mask, from which the last valid token is known")
-    mask, ids = inputs["attention_mask"], inputs["input_ids"]
-    if graph.opset_imports.get("", 0) < _LEAST_OPSET:
-        raise RefusalError(
-            None, f"its operators are of opset {graph.opset_imports.get('')}, not {_LEAST_OPSET} or later"
-        )
-    if mask.dtype != ir.DataType.INT64:
-        raise RefusalError(None, f"its attention_mask is {mask.dtype}, not int64")
-    end, start, step, axis, last = (
-        _constant(graph, name, values)
-        for name, values in (
-            ("end", [np.iinfo(np.int64).max]), ("first", 0), ("step", 1), ("axis", [1]), ("last", [-1]),
-        )
-    )  # fmt: skip
-    nodes: list[ir.Node] = []
-
-    def emit(op: str, name: str, *operands: ir.Value, **attributes: int) -> ir.Value:
-        node = ir.node(op, operands, attributes=attributes, name=f"{_PREFIX}/{name}")
-        node.outputs[0].name = f"{node.name}/output_0"
-        node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
-        nodes.append(node)
-        return node.outputs[0]
-
-    length = emit("Shape", "length", ids, start=1, end=2)
-    chunk = emit("Slice", "mask", mask, emit("Neg", "start", length), end, axis)
-    positions = emit("Range", "positions", start, emit("Squeeze", "tokens", length), step)
-    found = emit("ReduceMax", "found", emit("Mul", "valid", chunk, positions), axis, keepdims=1)
-    return nodes, emit("Unsqueeze", "index", found, last)
-
-
-def _constant(graph: ir.Graph, name: str, values: int | list[int]) -> ir.Value:
-    full = f"nbl.tail.{name}"
-    tensor = ir.tensor(np.array(values, np.int64), name=full)
-    value = ir.Value(
-        name=full, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
-    )
-    graph.register_initializer(value)
-    return value
 
 
 def _batch(graph: ir.Graph) -> str:

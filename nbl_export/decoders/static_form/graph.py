@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 
-__all__ = ["Emitter", "cache_slots", "drop_input", "graph_input", "is_weight", "need", "shape_of", "size", "type_of"]
+__all__ = ["Emitter", "cache_slots", "drop_input", "graph_input", "need", "shape_of", "size", "type_of"]
 
 Dim = int | str | ir.SymbolicDim | None
 
@@ -60,16 +60,6 @@ class Emitter:
         )
         self._graph.register_initializer(value)
         return value
-
-
-def is_weight(value: ir.Value | None) -> bool:
-    """True for an initializer and for whatever is computed from initializers alone."""
-    if value is None:
-        return False
-    if value.is_initializer():
-        return True
-    producer = value.producer()
-    return producer is not None and bool(producer.inputs) and all(v is None or is_weight(v) for v in producer.inputs)
 
 
 def need(value: ir.Value | None, what: str) -> ir.Value:

@@ -1,7 +1,7 @@
 """What a finished graph must be: the order of its inputs, and everything that TensorRT would refuse or misread.
 
-input_ids [B, T], write_indices [B], (num_tokens [B]), past_key_values.i.key [B, Hkv, S, head], ...value, ...
-logits [B, 1 or T, V], present.i.key, present.i.value, ...
+input_ids [B, T], write_indices [B], past_key_values.i.key [B, Hkv, S, head], ...value, ...
+logits [B, T, V], present.i.key, present.i.value, ...
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from nbl_export.errors import RefusalError
 
 __all__ = ["CheckForm", "OrderInputs"]
 
-_CONTROL = ("input_ids", "write_indices", "num_tokens")
+_CONTROL = ("input_ids", "write_indices")
 
 
 class OrderInputs(ir.passes.InPlacePass):
-    """input_ids, write_indices, num_tokens, then the caches as they are."""
+    """input_ids, write_indices, then the caches as they are."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         inputs = model.graph.inputs

@@ -1,0 +1,95 @@
+"""The index of each row's last valid token in a chunk, computed in the graph from what it takes.
+
+    attention_mask [B, past + T]   max(mask[:, -T:] x 0..T-1)     rows padded on either side, decode steps
+    num_tokens [B]                 max(num_tokens - 1, 0)         the static form, whose padding no mask shows
+
+The static form takes no mask: the input num_tokens, valid new tokens of each row, is added to it behind write_indices.
+A row that sits a step out says 0; it gets the index of its first pad, whose logits are to be ignored. (ArgMax finds the
+last 1 of a mask too, but taking the last of equals is refused by TensorRT's parser and has no CUDA kernel.)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from nbl_export.errors import RefusalError
+
+__all__ = ["PREFIX", "last_valid"]
+
+PREFIX = "/nbl/tail"  # of the names of all nodes that tail pruning adds
+_LEAST_OPSET = 18  # from which ReduceMax takes its axes as an input
+_WRITES = "write_indices"
+
+
+def last_valid(graph: ir.Graph) -> tuple[list[ir.Node], ir.Value]:
+    """Nodes that compute, and the value of, the index [B, 1, 1]; the nodes are not in the graph yet.
+
+    Raises:
+        RefusalError: nothing that it takes says which tokens are valid; the graph has not changed then.
+    """
+    inputs = {str(v.name): v for v in graph.inputs}
+    emit = _Emitter(graph)
+    if "input_ids" in inputs and _WRITES in inputs:
+        return emit.nodes, _from_counts(emit, _add_counts(graph, inputs["input_ids"], inputs[_WRITES]))
+    if "input_ids" not in inputs or "attention_mask" not in inputs:
+        raise RefusalError(None, "it has no input_ids and attention_mask, from which the last valid token is known")
+    mask = inputs["attention_mask"]
+    if graph.opset_imports.get("", 0) < _LEAST_OPSET:
+        raise RefusalError(
+            None, f"its operators are of opset {graph.opset_imports.get('')}, not {_LEAST_OPSET} or later"
+        )
+    if mask.dtype != ir.DataType.INT64:
+        raise RefusalError(None, f"its attention_mask is {mask.dtype}, not int64")
+    return emit.nodes, _from_mask(emit, inputs["input_ids"], mask)
+
+
+def _add_counts(graph: ir.Graph, ids: ir.Value, writes: ir.Value) -> ir.Value:
+    counts = ir.Value(name="num_tokens", type=ir.TensorType(ir.DataType.INT64))
+    counts.shape = None if ids.shape is None else ir.Shape(ids.shape[:1])
+    graph.inputs.insert(list(graph.inputs).index(writes) + 1, counts)
+    return counts
+
+
+def _from_counts(emit: _Emitter, counts: ir.Value) -> ir.Value:
+    last = emit("Sub", "last", counts, emit.constant("one", 1))
+    found = emit("Max", "found", last, emit.constant("zero", 0))
+    return emit("Unsqueeze", "index", found, emit.constant("axes", [1, 2]))
+
+
+def _from_mask(emit: _Emitter, ids: ir.Value, mask: ir.Value) -> ir.Value:
+    end, start, step, axis, last = (
+        emit.constant(name, values)
+        for name, values in (
+            ("end", [np.iinfo(np.int64).max]), ("first", 0), ("step", 1), ("axis", [1]), ("last", [-1]),
+        )
+    )  # fmt: skip
+    length = emit("Shape", "length", ids, start=1, end=2)
+    chunk = emit("Slice", "mask", mask, emit("Neg", "start", length), end, axis)
+    positions = emit("Range", "positions", start, emit("Squeeze", "tokens", length), step)
+    found = emit("ReduceMax", "found", emit("Mul", "valid", chunk, positions), axis, keepdims=1)
+    return emit("Unsqueeze", "index", found, last)
+
+
+class _Emitter:
+    """Makes int64 nodes and constants under our names."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.nodes: list[ir.Node] = []
+        self._graph = graph
+
+    def __call__(self, op: str, name: str, *operands: ir.Value, **attributes: int) -> ir.Value:
+        node = ir.node(op, operands, attributes=attributes, name=f"{PREFIX}/{name}")
+        node.outputs[0].name = f"{node.name}/output_0"
+        node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, name: str, values: int | list[int]) -> ir.Value:
+        full = f"nbl.tail.{name}"
+        tensor = ir.tensor(np.array(values, np.int64), name=full)
+        value = ir.Value(
+            name=full, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
+        )
+        self._graph.register_initializer(value)
+        return value
