@@ -75,6 +75,7 @@ def root(
     layer_wise: opt.LayerWise = None,
     depth: opt.Depth = None,
     repetitions: opt.Repetitions = None,
+    batch: opt.Batch = None,
     prompt_tokens: opt.PromptTokens = None,
     generate_tokens: opt.GenerateTokens = None,
     threads: opt.Threads = None,
@@ -101,7 +102,7 @@ def root(
     from nbl_export.preflight import engine_defaults
     from nbl_export.records import JobOptions
 
-    asked = {field.name for field in dataclasses.fields(JobOptions)} - {"model", "engine"} | {"depth"}
+    asked = {field.name for field in dataclasses.fields(JobOptions)} - {"model", "engine"} | {"depth", "batch"}
     chosen = opt.given_options(**{name: value for name, value in given.items() if name in asked})
     defaults = {**engine_defaults(engine, provider or "cpu"), **({"tap": "normed"} if fit == "distilled" else {})}
     options = JobOptions(**{**defaults, "model": model, "engine": engine, **chosen})
@@ -245,6 +246,7 @@ def bench(
     directory: opt.Run,
     depth: opt.Depth = None,
     repetitions: opt.Repetitions = None,
+    batch: opt.Batch = None,
     prompt_tokens: opt.PromptTokens = None,
     generate_tokens: opt.GenerateTokens = None,
     threads: opt.Threads = None,

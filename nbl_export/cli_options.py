@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 __all__ = [
+    "Batch",
     "BuilderOption",
     "Calibration",
     "CalibrationTokens",
@@ -140,24 +141,42 @@ LayerWise = Annotated[
 ]
 CalibrationTokens = Annotated[int | None, typer.Option(min=1, help="Tokens to calibrate on (default 65536).")]
 Context = Annotated[int | None, typer.Option(min=2, help="Window length in tokens (default 512).")]
+Batch = Annotated[str | None, typer.Option(help="ort: sequences side by side, comma separated (default 1).")]
 Depth = Annotated[str | None, typer.Option(help="Tokens already in the cache, comma separated (default 0,2048).")]
 Repetitions = Annotated[int | None, typer.Option(min=1, help="Measured rounds (default 5).")]
-PromptTokens = Annotated[int | None, typer.Option(min=1, help="pp test length (default 512).")]
+PromptTokens = Annotated[str | None, typer.Option(help="pp test lengths, comma separated (default 512).")]
 GenerateTokens = Annotated[int | None, typer.Option(min=1, help="tg test length (default 128).")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Engine threads (default: the engine's choice).")]
+Threads = Annotated[
+    str | None, typer.Option(help="Engine threads, comma separated for a sweep (default: the engine's choice).")
+]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the benchmark's token ids (default 0).")]
 Force = Annotated[bool, typer.Option("--force", help="Start over, or go on despite a failed verification.")]
 
 
 def given_options(**given: Any) -> dict[str, Any]:
-    """Drop what was not given; read the depth list."""
+    """Drop what was not given; read the lists of numbers."""
     chosen = {k: v for k, v in given.items() if v not in (None, [])}
     for name in ("calibration", "builder_option"):
         if name in chosen:
             chosen[name] = tuple(chosen[name])
-    if "depth" in chosen:
-        parts = str(chosen.pop("depth")).split(",")
-        if not all(p.strip().isascii() and p.strip().isdigit() for p in parts):
-            raise typer.BadParameter("write numbers of tokens, comma separated (0,2048)", param_hint="--depth")
-        chosen["depths"] = tuple(int(p) for p in parts)
+    for option, (name, least, example) in _LISTS.items():
+        if option in chosen:
+            chosen[name] = _numbers(str(chosen.pop(option)), f"--{option.replace('_', '-')}", least, example)
     return chosen
+
+
+# option -> its name in JobOptions, the least number, an example
+_LISTS = {
+    "depth": ("depths", 0, "0,2048"),
+    "prompt_tokens": ("prompt_tokens", 1, "128,512"),
+    "threads": ("threads", 1, "1,2"),
+    "batch": ("batches", 1, "1,4"),
+}
+
+
+def _numbers(text: str, flag: str, least: int, example: str) -> tuple[int, ...]:
+    """Distinct numbers, in the order given."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) >= least for part in parts):
+        raise typer.BadParameter(f"write numbers from {least} on, comma separated ({example})", param_hint=flag)
+    return tuple(dict.fromkeys(int(part) for part in parts))

@@ -173,7 +173,7 @@ def _open(job: Job, variant: str) -> Any:
         if not variant.startswith("torch-"):
             from nbl_export.evaluation.lm import OnnxLM
 
-            return OnnxLM(path=str(job.run.path), variant=variant, threads=job.options.threads)
+            return OnnxLM(path=str(job.run.path), variant=variant, threads=job.options.first_threads)
         from nbl_export.checkpoint import load_tokenizer
         from nbl_export.evaluation.torch_lm import torch_lm
         from nbl_export.linearize import linearize

@@ -77,7 +77,7 @@ def goal_inputs(options: JobOptions) -> list[Any]:
     """Options that decide what a goal amounts to, beside the goal itself."""
     if options.target_speedup is None and options.kv_budget is None:
         return []
-    return [options.engine, options.provider, options.precision, options.prompt_tokens, options.kept_logits]
+    return [options.engine, options.provider, options.precision, options.prompt_length, options.kept_logits]
 
 
 def changed_options(options: JobOptions, changes: dict[str, Any]) -> JobOptions:

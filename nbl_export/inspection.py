@@ -13,6 +13,7 @@ from nbl_export.engines import ENGINES, load_engine
 from nbl_export.engines.providers import PROVIDERS
 from nbl_export.errors import NblError
 from nbl_export.records import DecoderSpec
+from nbl_export.speed import spoken_ratio, spoken_test
 
 __all__ = [
     "describe",
@@ -175,18 +176,25 @@ def rungs_table(result: dict[str, Any]) -> Group:
     return Group(ladder, cost)
 
 
-def speed_table(result: dict[str, Any]) -> Table:
-    """Benchmark rows in llama-bench's columns."""
-    table = Table("test", "depth", "variant", "tokens/s", "± stdev", title="Speed")
+def speed_table(result: dict[str, Any]) -> Group:
+    """Benchmark rows in llama-bench's columns, with latency; ratios with their intervals."""
+    swept = len({row["threads"] for row in result["rows"]}) > 1
+    table = Table("test", "variant", "tokens/s", "± stdev", "TTFT ms", "TPOT p50 ms", "p95", "p99", title="Speed")
     for row in result["rows"]:
+        tpot = row["tpot_seconds"] or {}
+        seconds = (row["ttft_seconds"], *(tpot.get(q) for q in ("p50", "p95", "p99")))
         table.add_row(
-            row["test"],
-            str(row["depth"]),
+            spoken_test(row, swept=swept),
             row["variant"],
             f"{row['tokens_per_second_median']:.2f}",
             f"{row['tokens_per_second_stdev']:.2f}",
+            *("" if s is None else f"{1000 * s:.2f}" for s in seconds),
         )
-    return table
+    paired = Table("test", "variant", "over", "ratio", "from", "to", "interval", "", title="Paired ratios of tokens/s")
+    for r in result["ratios"]:
+        figures = (spoken_ratio(r[name]) for name in ("ratio", "low", "high"))
+        paired.add_row(spoken_test(r, swept=swept), r["variant"], r["base"], *figures, r["interval"], r["verdict"])
+    return Group(table, paired) if result["ratios"] else Group(table)
 
 
 def eval_table(result: dict[str, Any]) -> Table:

@@ -260,7 +260,7 @@ def check_options(options: JobOptions, spec: DecoderSpec) -> None:
         _check_lengths(options, spec)
     if options.context > spec.max_positions:
         raise NblError(f"--context {options.context} is beyond the model's {spec.max_positions} positions")
-    shortest = min(options.depths) + min(options.prompt_tokens, options.generate_tokens)
+    shortest = min(options.depths) + min(*options.prompt_tokens, options.generate_tokens)
     if shortest > slots_of(options, spec):
         raise NblError(
             f"nothing to measure: the shortest test ends at {shortest} tokens, the model has {slots_of(options, spec)} "
@@ -304,7 +304,7 @@ def located(options: JobOptions, run: RunDirectory) -> JobOptions:
 def describe_command(options: JobOptions, output: Path) -> str:
     """The command line that gives this run again; defaults are left out."""
     defaults = {f.name: f.default for f in dataclasses.fields(JobOptions)}
-    spelling = {"depths": "depth"}
+    spelling = {"depths": "depth", "batches": "batch"}
     words = ["nbl-export", "--model", options.model, "--engine", options.engine]
     if options.shard:
         words[1:] = ["calibrate", "--model", options.model]

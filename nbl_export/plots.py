@@ -39,6 +39,7 @@ _STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.8,
 }
 _NAMES = {"original": "original", "nbl": "NBL", "drop": "attention dropped", "distilled": "NBL, distilled"}
+_LINES = (("-", "o"), ("--", "s"), (":", "D"), ("-.", "^"))
 _WIDTH = 5.4  # inches of 72 points
 
 
@@ -85,7 +86,7 @@ def _bars(axis: Axes, rows: Sequence[dict[str, Any]], texts: dict[tuple[str, int
 
 
 def depths(ratios: Sequence[dict[str, Any]]) -> str:
-    """Draw the paired ratio (median, whiskers from lowest to highest pair) against depth, a line a test, as SVG."""
+    """Draw the paired ratio (median, whiskers of its interval) against depth, a line a test, as SVG."""
     with style.context(["default", _STYLE]):
         figure = Figure(figsize=(_WIDTH, 3.5), layout="constrained")
         axis = figure.subplots()
@@ -93,7 +94,7 @@ def depths(ratios: Sequence[dict[str, Any]]) -> str:
         for index, test in enumerate(dict.fromkeys(r["test"] for r in ratios)):
             chosen = sorted((r for r in ratios if r["test"] == test), key=lambda r: r["depth"])
             spread = [[r["ratio"] - r["low"] for r in chosen], [r["high"] - r["ratio"] for r in chosen]]
-            line, marker = ("-", "o") if index % 2 == 0 else ("--", "s")
+            line, marker = _LINES[index % len(_LINES)]
             look: dict[str, Any] = {"color": _NBL, "linestyle": line, "marker": marker, "markersize": 6, "capsize": 4}
             axis.errorbar([r["depth"] for r in chosen], [r["ratio"] for r in chosen], spread, label=test, **look)
         axis.set_xticks(sorted({r["depth"] for r in ratios}))

@@ -40,6 +40,8 @@ def preflight(options: JobOptions) -> None:
     for name in ("max_seq_len", "max_batch", "prefill_chunk"):
         if getattr(options, name) is not None and not capabilities.static:
             raise UsageError(f"--{name.replace('_', '-')} is not for engine {options.engine}, which compiles nothing")
+    if options.batches != (1,) and capabilities.static:
+        raise UsageError(f"--batch is not for engine {options.engine}, which is measured on one sequence")
     genai.check_options(options.builder_option)
     for given, flag, condition, fits in (
         (options.builder_option, "--builder-option", "--decoder-source genai", options.decoder_source == "genai"),

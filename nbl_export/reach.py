@@ -49,7 +49,7 @@ def cost_model(job: Job) -> cost.CostModel:
         size,
         2.0 if capabilities.static and options.precision == "int4" else size,  # the static form keeps its head in fp16
         capabilities.cache_itemsize(options.precision),
-        options.prompt_tokens,
+        options.prompt_length,
         all_logits=options.kept_logits == "all",
         tail_pruned=options.kept_logits == "last",
     )

@@ -223,15 +223,21 @@ class RungResult:
 
 @dataclass(frozen=True)
 class Scenario:
-    """One benchmark row in llama-bench's terms: pp<T> is prefill of T tokens, tg<T> decode of T tokens."""
+    """One benchmark row in llama-bench's terms: pp<T> is prefill of T tokens, tg<T> decode of T tokens.
+
+    batch: sequences that run side by side, each with these tokens at this depth. threads: None is the engine's choice.
+    """
 
     kind: str
     tokens: int
     depth: int
+    batch: int = 1
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.kind in ("pp", "tg"), f"unknown test kind {self.kind!r}")
         _require(self.tokens >= 1 and self.depth >= 0, "tokens are positive, depth is not negative")
+        _require(self.batch >= 1 and (self.threads or 1) >= 1, "there is at least one sequence and one thread")
 
     @property
     def test(self) -> str:
@@ -240,15 +246,45 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Timing:
-    """All repetitions of one scenario on one variant, in nanoseconds, in the order they ran."""
+    """All repetitions of one scenario on one variant, in nanoseconds, in the order they ran.
+
+    first_token_ns: of a prefill, what picking the first token took after it. token_ns: of a decode, each of its steps.
+    energy_uj: microjoules of each repetition, where the machine tells.
+    """
 
     scenario: Scenario
     variant: str
     samples_ns: tuple[int, ...]
+    first_token_ns: tuple[int, ...] = ()
+    token_ns: tuple[tuple[int, ...], ...] = ()
+    energy_uj: tuple[int, ...] = ()
 
     @property
     def tokens_per_second(self) -> tuple[float, ...]:
-        return tuple(self.scenario.tokens * 1e9 / ns for ns in self.samples_ns)
+        """Of all sequences of the batch together."""
+        return tuple(self.scenario.batch * self.scenario.tokens * 1e9 / ns for ns in self.samples_ns)
+
+    @property
+    def ttft_ns(self) -> float | None:
+        """Time to first token: median of prefill and the pick of the token that follows it."""
+        sums = [prefill + pick for prefill, pick in zip(self.samples_ns, self.first_token_ns, strict=False)]
+        return statistics.median(sums) if sums else None
+
+    @property
+    def tpot_ns(self) -> dict[str, float] | None:
+        """Time per output token: percentiles of the steps of all repetitions, linear between two of them."""
+        steps = [ns for run in self.token_ns for ns in run]
+        if not steps:
+            return None
+        return {
+            f"p{q}": float(value) for q, value in zip((50, 95, 99), np.percentile(steps, (50, 95, 99)), strict=True)
+        }
+
+    @property
+    def joules_per_token(self) -> float | None:
+        """Median of the repetitions."""
+        tokens = self.scenario.batch * self.scenario.tokens
+        return statistics.median(self.energy_uj) / tokens / 1e6 if self.energy_uj else None
 
     @property
     def median(self) -> float:
@@ -277,6 +313,7 @@ class JobOptions:
     calibration: texts, see `mixture`; none of them is the default text.
     shard: "i/n", of a calibration that is to be merged.
     distill_tokens: of the text to distil on, from its beginning; what follows calibration is passed once.
+    depths, prompt_tokens, threads, batches: each is a list that bench sweeps; None is the engine's number of threads.
     distill_*, lora_rank are for the fit "distilled"; without steps or minutes it takes `distill.DEFAULT_STEPS`.
     """
 
@@ -314,20 +351,17 @@ class JobOptions:
     seed: int = 0
     depths: tuple[int, ...] = (0, 2048)
     repetitions: int = 5
-    prompt_tokens: int = 512
+    prompt_tokens: tuple[int, ...] = (512,)
     generate_tokens: int = 128
-    threads: int | None = None
+    threads: tuple[int, ...] | None = None
+    batches: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
-        for name in (
-            "calibration_tokens",
-            "distill_tokens",
-            "context",
-            "repetitions",
-            "prompt_tokens",
-            "generate_tokens",
-        ):
+        for name in ("calibration_tokens", "distill_tokens", "context", "repetitions", "generate_tokens"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1")
+        for name in ("prompt_tokens", "batches", "threads"):
+            values = getattr(self, name)
+            _require(values is None or (values and min(values) >= 1), f"{name} must be at least 1")
         _require(all(d >= 0 for d in self.depths), "depths are not negative")
         for name in ("max_seq_len", "max_batch", "prefill_chunk"):
             _require((getattr(self, name) or 1) >= 1, f"{name} must be at least 1")
@@ -349,9 +383,21 @@ class JobOptions:
         """Positions whose logits the graphs give: "last" valid of each row (what generation reads), or "all"."""
         return self.logits or "last"
 
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prefill that costs are modelled for: the first of those measured."""
+        return self.prompt_tokens[0]
+
+    @property
+    def first_threads(self) -> int | None:
+        """Threads of what is not a measurement; None is the engine's choice."""
+        return self.threads[0] if self.threads else None
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> JobOptions:
         known = {f.name for f in dataclasses.fields(cls)}
+        lists = {k: [values[k]] for k in ("prompt_tokens", "threads") if isinstance(values.get(k), int)}
+        values = {**values, **lists}  # as they were when each was one number
         if not isinstance(values.get("calibration"), (list, tuple)):  # as it was when there could be only one
             values = {**values, "calibration": [values["calibration"]] if values.get("calibration") else []}
         kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}

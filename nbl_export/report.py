@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.resources
 import math
 import re
-import statistics
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,15 @@ from markupsafe import Markup
 
 from nbl_export import plots
 from nbl_export.artifacts import write_json
-from nbl_export.errors import CorruptError
-from nbl_export.records import Scenario, Timing
+from nbl_export.paired import FEWEST_PAIRS
+from nbl_export.speed import read_timings, speed_ratios, speed_rows, spoken_ratio, spoken_test
 
 __all__ = ["render", "summarize"]
 
-_FEWEST_PAIRS = 3  # below this a range of pairs says nothing
 _COPIED = ("model", "options", "command", "versions", "calibration", "num_layers", "replaced_layers", "tap", "select",
            "method", "logits")  # fmt: skip
-_PER_VARIANT = ("peak_memory_bytes", "kv_cache_bytes", "kv_cache_bytes_per_token", "model_bytes", "load_seconds")
+_PER_VARIANT = ("peak_memory_bytes", "steady_memory_bytes", "kv_cache_bytes", "kv_cache_bytes_per_token",
+                "model_bytes", "disk_bytes", "load_seconds")  # fmt: skip
 
 
 def render(
@@ -70,10 +69,7 @@ def summarize(
 ) -> dict[str, Any]:
     """The value of report.json, a function of its inputs; figures that are not finite become None."""
     manifest, verify, measured = _finite(manifest), _finite(verify), bench or {}
-    timings = [
-        Timing(Scenario(t["kind"], t["tokens"], t["depth"]), t["variant"], tuple(t["samples_ns"]))
-        for t in measured.get("timings", [])
-    ]
+    timings = read_timings(measured)
     rungs, variants = verify["rungs"], measured.get("variants", {})
     return {
         "schema": 1,
@@ -89,8 +85,8 @@ def summarize(
         "price_warning": verify.get("price_warning"),
         "cache_bytes_per_token": verify["cache_bytes_per_token"],
         "engines": manifest.get("engines"),
-        "rows": [_row(t) for t in timings],
-        "ratios": _ratios(timings),
+        "rows": speed_rows(timings),
+        "ratios": speed_ratios(timings),
         "variants": variants,
         **{name: {v: facts.get(name) for v, facts in variants.items()} for name in _PER_VARIANT},
         "machine": measured.get("machine"),
@@ -102,59 +98,6 @@ def _largest_logit_difference(rungs: list[dict[str, Any]]) -> dict[str, Any] | N
     """The rung on logits with the largest value; one that is not finite (None) is larger than any."""
     logits = [r for r in rungs if "logit" in r["metric"].lower()]
     return max(logits, key=lambda r: math.inf if r["value"] is None else r["value"]) if logits else None
-
-
-def _row(timing: Timing) -> dict[str, Any]:
-    return {
-        "test": timing.scenario.test,
-        "kind": timing.scenario.kind,
-        "tokens": timing.scenario.tokens,
-        "depth": timing.scenario.depth,
-        "variant": timing.variant,
-        "tokens_per_second_median": timing.median,
-        "tokens_per_second_mean": timing.mean,
-        "tokens_per_second_stdev": timing.stdev,
-        "samples": list(timing.tokens_per_second),
-    }
-
-
-def _ratios(timings: list[Timing]) -> list[dict[str, Any]]:
-    """One entry a (test, depth) that both variants ran, in the order they ran."""
-    found = {(t.scenario, t.variant): t.samples_ns for t in timings}
-    both = [s for s in dict.fromkeys(t.scenario for t in timings) if {(s, "original"), (s, "nbl")} <= found.keys()]
-    return [_ratio(s, found[s, "original"], found[s, "nbl"]) for s in both]
-
-
-def _ratio(scenario: Scenario, original_ns: tuple[int, ...], nbl_ns: tuple[int, ...]) -> dict[str, Any]:
-    """NBL tokens/s over the original's, round by round: round k of both ran one after the other."""
-    if len(original_ns) != len(nbl_ns):
-        raise CorruptError(
-            f"bench.json has {len(original_ns)} rounds of the original and {len(nbl_ns)} of NBL for {scenario.test} "
-            f"at depth {scenario.depth}; run the bench stage again"
-        )
-    pairs = [original / nbl for original, nbl in zip(original_ns, nbl_ns, strict=True)]
-    middle, verdict = statistics.median(pairs), _verdict(pairs)
-    return {
-        "test": scenario.test,
-        "kind": scenario.kind,
-        "depth": scenario.depth,
-        "ratio": middle,
-        "low": min(pairs),
-        "high": max(pairs),
-        "spread": "lowest to highest pair",
-        "wins": sum(p > 1 for p in pairs) / len(pairs),
-        "pairs": len(pairs),
-        "verdict": verdict,
-        "text": f"{_times(middle)}×" if verdict in ("faster", "slower") else verdict,
-    }
-
-
-def _verdict(pairs: list[float]) -> str:
-    if len(pairs) < _FEWEST_PAIRS:
-        return "too few rounds"
-    if min(pairs) > 1:
-        return "faster"
-    return "slower" if max(pairs) < 1 else "no clear difference"
 
 
 def _finite(value: Any) -> Any:
@@ -175,7 +118,9 @@ def _html(report: dict[str, Any]) -> str:
     )
     environment.filters |= {
         "number": _number,
-        "times": _times,
+        "times": spoken_ratio,
+        "test": spoken_test,
+        "milliseconds": lambda seconds: "–" if seconds is None else f"{_number(1000 * seconds)} ms",
         "size": _size,
         "duration": _duration,
         "change": _change,
@@ -184,16 +129,17 @@ def _html(report: dict[str, Any]) -> str:
         "signed": lambda f: f"{_signed(f['value'])}{_plus_minus(f['stderr'])}" if f else "–",
         "percent": lambda share: "–" if share is None else f"{_number(100 * share)}%",
     }
-    return environment.from_string(source).render(report=report, figures=_figures(report), fewest=_FEWEST_PAIRS)
+    return environment.from_string(source).render(report=report, figures=_figures(report), fewest=FEWEST_PAIRS)
 
 
 def _figures(report: dict[str, Any]) -> dict[str, Markup]:
     """The drawings by name; one that has nothing to show is absent."""
     drawn = {}
-    if report["rows"]:
-        drawn["throughput"] = plots.throughput(report["rows"], report["ratios"])
-    if len({r["depth"] for r in report["ratios"]}) > 1:
-        drawn["depths"] = plots.depths(report["ratios"])
+    rows, ratios = _main(report["rows"]), _main(report["ratios"])
+    if rows:
+        drawn["throughput"] = plots.throughput(rows, ratios)
+    if len({r["depth"] for r in ratios}) > 1:
+        drawn["depths"] = plots.depths(ratios)
     if report["sweep"]:
         drawn["tradeoff"] = plots.tradeoff(report["sweep"]["points"], report["sweep"]["recommended"])
     for key, label in (("bound", "CCA bound"), ("relative_error", "relative error")):
@@ -201,6 +147,11 @@ def _figures(report: dict[str, Any]) -> dict[str, Markup]:
         if values:
             drawn[key] = plots.layers(key, values, report["replaced_layers"], label)
     return {name: Markup(svg) for name, svg in drawn.items()}
+
+
+def _main(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a sweep the first number of threads and the first batch, which the drawings are of."""
+    return [r for r in rows if (r["threads"], r["batch"]) == (rows[0]["threads"], rows[0]["batch"])]
 
 
 def _number(value: float | None, missing: str = "–") -> str:
@@ -218,10 +169,6 @@ def _plus_minus(stderr: float | None) -> str:
 
 def _signed(value: float) -> str:
     return f"{'+' if value > 0 else '−' if value < 0 else ''}{_number(abs(value))}"
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.2f}" if abs(ratio - 1) >= 0.005 else f"{ratio:.3f}"
 
 
 def _size(count: float | None) -> str:

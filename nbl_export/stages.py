@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from nbl_export.goals import GOALS, goal_inputs
 from nbl_export.job import Job, chunk_of
 from nbl_export.preflight import require_engine
 
-__all__ = ["STAGES", "VARIANTS", "Stage", "passed", "readers"]
+__all__ = ["PACKAGES", "STAGES", "VARIANTS", "Stage", "passed", "readers"]
 
-_PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai",
+PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai",
              "mobius-onnx", "optimum", "safetensors", "numpy", "tensorrt", "tensorrt-rtx")  # fmt: skip
 
 
@@ -149,8 +148,8 @@ def _rewrite(job: Job, out: Path) -> dict[str, Any]:
     facts = {k: job.run.manifest[k] for k in _DEPLOYED_FACTS}
     if job.engine.CAPABILITIES.dense_caches:
         facts["cache_layers"] = list(plan.kept)  # of cache ids 0..K-1
-    write_json(out / "model" / "nbl.json", {**facts, "versions": versions(_PACKAGES), "nbl_export": __version__})
-    return {"versions": {"nbl-export": __version__, **versions(_PACKAGES)}}
+    write_json(out / "model" / "nbl.json", {**facts, "versions": versions(PACKAGES), "nbl_export": __version__})
+    return {"versions": {"nbl-export": __version__, **versions(PACKAGES)}}
 
 
 _DEPLOYED_FACTS = ("schema", "model", "decoder", "options", "calibration", "num_layers", "replaced_layers", "tap",
@@ -210,35 +209,32 @@ def _no_bench(job: Job) -> str | None:
 
 
 def _bench(job: Job, out: Path) -> dict[str, Any]:
-    from nbl_export import bench
+    from nbl_export import bench, energy
 
     capabilities = job.engine.CAPABILITIES
     require_engine(job.options)
     options, spec, plan = job.options, job.spec, job.plan
     itemsize = capabilities.cache_itemsize(options.precision)
-    threads = options.threads or job.engine.default_threads()
+    threads = options.threads or (job.engine.default_threads(),)
+    root = job.run.path / ("engine" if capabilities.static else "")
+    variants = {
+        subject: bench.Variant(root / name, job.engine.open_runner, spec.cache_bytes_per_token(kept, itemsize))
+        for (subject, name), kept in zip(VARIANTS.items(), (spec.num_layers, len(plan.kept)), strict=True)
+    }
     setting = bench.BenchSetting(
         vocab_size=spec.vocab_size,
         context_length=job.slots,
-        threads=threads,
-        cache_bytes_per_token={
-            "original": spec.cache_bytes_per_token(spec.num_layers, itemsize),
-            "nbl": spec.cache_bytes_per_token(len(plan.kept), itemsize),
-        },
-        versions=versions(_PACKAGES),
+        versions=versions(PACKAGES),
         engine=options.engine,
         provider=options.provider,
         seed=options.seed,
     )
+    scenarios = bench.plan_scenarios(
+        options.prompt_tokens, options.generate_tokens, options.depths, options.batches, threads
+    )
+    meter = energy.find_meter(gpu=capabilities.static or options.provider != "cpu")
     with job.ui.task("rounds") as progress:
-        result = bench.run(
-            {subject: job.run.path / ("engine" if capabilities.static else "") / n for subject, n in VARIANTS.items()},
-            bench.plan_scenarios(options.prompt_tokens, options.generate_tokens, options.depths),
-            options.repetitions,
-            functools.partial(job.engine.open_runner, threads=threads),
-            progress,
-            setting=setting,
-        )
+        result = bench.run(variants, scenarios, options.repetitions, progress, setting=setting, meter=meter)
     write_json(out / "bench.json", result)
     return {"status": _verdict(job)}
 
@@ -301,7 +297,8 @@ STAGES = (
     ),
     Stage(
         "bench", "bench", ("rewrite", "build"),
-        ("depths", "repetitions", "prompt_tokens", "generate_tokens", "threads", "seed"), _bench, skip=_no_bench,
+        ("depths", "repetitions", "prompt_tokens", "generate_tokens", "threads", "batches", "seed"),
+        _bench, skip=_no_bench,
     ),
     Stage("report", "report", ("plan", "sweep", "verify", "eval", "build", "bench"), (), _report),
 )  # fmt: skip

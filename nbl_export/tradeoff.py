@@ -32,7 +32,7 @@ def sweep_inputs(job: Job) -> list[Any]:
         options.engine,
         options.provider,
         options.precision,
-        options.prompt_tokens,
+        options.prompt_length,
         options.kept_logits,
     ]
 
@@ -54,7 +54,7 @@ def measure(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         "select": fitted.select,
         "tap": job.options.tap,
         "order": list(order),
-        "tokens": job.options.prompt_tokens,
+        "tokens": job.options.prompt_length,
         "texts": [name for name, _ in texts],
         "points": points,
         "recommended": recommend(points),

@@ -145,7 +145,7 @@ def _measured_cache(subject: str, decoder: Any, rows: int, job: Job) -> RungResu
 def _greedy(job: Job, subject: str, directory: Path, probe: Any, reference: Any, precision: str) -> RungResult:
     from nbl_export import verify
 
-    with job.engine.open_checked(directory, job.options.threads) as runner:
+    with job.engine.open_checked(directory, job.options.first_threads) as runner:
         said = [runner.greedy(prompt, probe.new_tokens) for prompt in probe.prompts]
     return verify.check_greedy(subject, said, reference.greedy, reference.margins, precision)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -51,33 +52,37 @@ VERIFY: dict[str, Any] = {
 }  # fmt: skip
 
 
-def timing(test: str, depth: int, variant: str, seconds: list[float]) -> dict[str, Any]:
+def timing(test: str, depth: int, variant: str, seconds: Sequence[float], **more: Any) -> dict[str, Any]:
     samples = [int(s * SECOND) for s in seconds]
     kind, tokens = test[:2], int(test[2:])
-    return {"test": test, "kind": kind, "tokens": tokens, "depth": depth, "variant": variant, "samples_ns": samples}
+    facts = {"test": test, "kind": kind, "tokens": tokens, "depth": depth, "batch": 1, "threads": 2}
+    return {**facts, "variant": variant, "samples_ns": samples, **more}
 
 
 BENCH: dict[str, Any] = {
     "machine": {"cpu": "A processor", "cores": 2, "memory_bytes": 8 << 30, "os": "Linux", "python": "3.12"},
-    "threads": 2,
+    "threads": [2],
+    "batches": [1],
     "engine": "ort",
     "provider": "cpu",
     "versions": {"onnxruntime": "1.24.0"},
-    "repetitions": 3,
+    "repetitions": 5,
     "timings": [
-        # Pairs 2, 3, 1.25: their median is 2, while the ratio of the medians is 1.6 and that of the means 1.98.
-        timing("pp512", 0, "original", [1, 6, 2]),
-        timing("pp512", 0, "nbl", [0.5, 2, 1.6]),
-        # Pairs 1.25, 0.8, 1.25: above 1 in the median, not in every pair.
-        timing("tg128", 0, "original", [5, 4, 5]),
-        timing("tg128", 0, "nbl", [4, 5, 4]),
-        # Pairs 0.5, 0.5, 0.25.
-        timing("tg128", 64, "original", [2, 2, 2]),
-        timing("tg128", 64, "nbl", [4, 4, 8]),
+        # Pairs 2, 3, 1.25, 2, 2: their median is 2, while the ratio of the medians is 1.67 and that of the means 2.12.
+        timing("pp512", 0, "original", [1, 6, 2, 3, 2.5], first_token_ns=[10_000_000] * 5),
+        timing("pp512", 0, "nbl", [0.5, 2, 1.6, 1.5, 1.25], first_token_ns=[20_000_000] * 5),
+        # Pairs 1.25, 0.8, 1.25, ...: above 1 in the median, not in every pair.
+        timing("tg128", 0, "original", [5, 4, 5, 5, 5], token_ns=[[20_000_000] * 49 + [80_000_000]] * 2),
+        timing("tg128", 0, "nbl", [4, 5, 4, 4, 4], token_ns=[[10_000_000] * 49 + [50_000_000]] * 2),
+        # Pairs 0.5, 0.5, 0.25, ...
+        timing("tg128", 64, "original", [2, 2, 2, 2, 2]),
+        timing("tg128", 64, "nbl", [4, 4, 8, 4, 4]),
     ],
     "variants": {
         "original": {
             "peak_memory_bytes": 3 << 29,
+            "steady_memory_bytes": 5 << 28,
+            "disk_bytes": {"weights": 4 << 20, "graph": 1 << 20},
             "kv_cache_bytes": 8192,
             "kv_cache_bytes_per_token": 4096,
             "model_bytes": 5 << 20,
@@ -85,6 +90,8 @@ BENCH: dict[str, Any] = {
         },
         "nbl": {
             "peak_memory_bytes": 1 << 30,
+            "steady_memory_bytes": 1 << 29,
+            "disk_bytes": {"weights": 3 << 20, "graph": 1 << 20},
             "kv_cache_bytes": 4096,
             "kv_cache_bytes_per_token": 2048,
             "model_bytes": 4 << 20,
@@ -148,19 +155,19 @@ def test_rows_are_tokens_per_second(written: Written) -> None:
     rows = {(r["test"], r["depth"], r["variant"]): r for r in written.json["rows"]}
     assert len(rows) == 6
     row = rows["pp512", 0, "original"]
-    assert row["samples"] == pytest.approx([512, 512 / 6, 256])
-    assert row["tokens_per_second_median"] == pytest.approx(256)
-    assert row["tokens_per_second_mean"] == pytest.approx(284.444, abs=1e-3)
-    assert row["tokens_per_second_stdev"] == pytest.approx(214.751, abs=1e-3)
+    assert row["samples"] == pytest.approx([512, 512 / 6, 256, 512 / 3, 204.8])
+    assert row["tokens_per_second_median"] == pytest.approx(204.8)
+    assert row["tokens_per_second_mean"] == pytest.approx(245.760, abs=1e-3)
+    assert row["tokens_per_second_stdev"] == pytest.approx(161.278, abs=1e-3)
 
 
 def test_ratios_are_medians_of_pairs(written: Written) -> None:
     ratios = {(r["test"], r["depth"]): r for r in written.json["ratios"]}
     prefill, decode, deep = ratios["pp512", 0], ratios["tg128", 0], ratios["tg128", 64]
-    assert [prefill[k] for k in ("ratio", "low", "high", "wins")] == pytest.approx([2, 1.25, 3, 1])
-    assert [decode[k] for k in ("ratio", "low", "high", "wins")] == pytest.approx([1.25, 0.8, 1.25, 2 / 3])
+    assert [prefill[k] for k in ("ratio", "low", "high", "wins")] == pytest.approx([2, 1.25, 3, 5])
+    assert [decode[k] for k in ("ratio", "low", "high", "wins")] == pytest.approx([1.25, 0.8, 1.25, 4])
     assert [r["verdict"] for r in (prefill, decode, deep)] == ["faster", "no clear difference", "slower"]
-    assert "pair" in prefill["spread"]
+    assert prefill["interval"] == "range of 5 pairs, 94%"
 
 
 def test_variants_machine_and_the_rest_are_in_the_json(written: Written) -> None:
@@ -168,6 +175,8 @@ def test_variants_machine_and_the_rest_are_in_the_json(written: Written) -> None
     assert value == written.value
     assert value["peak_memory_bytes"] == {"original": 3 << 29, "nbl": 1 << 30}
     assert value["variants"]["nbl"]["load_seconds"] == value["load_seconds"]["nbl"] == 1.0
+    assert value["steady_memory_bytes"] == {"original": 5 << 28, "nbl": 1 << 29}
+    assert value["disk_bytes"]["nbl"] == {"weights": 3 << 20, "graph": 1 << 20}
     assert value["kv_cache_bytes"]["nbl"] == 4096 and value["model_bytes"]["original"] == 5 << 20
     assert value["machine"] == BENCH["machine"] and value["rungs"] == VERIFY["rungs"]
     assert value["price"] == VERIFY["price"] and value["scores"] == MANIFEST["scores"]
@@ -175,7 +184,7 @@ def test_variants_machine_and_the_rest_are_in_the_json(written: Written) -> None
     assert value["replaced_layers"] == [0, 2, 3] and value["verified"] is True
 
 
-@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("rounds", [1, 2, 4])
 def test_too_few_rounds_give_no_verdict(rounds: int) -> None:
     timings = [timing("pp8", 0, "original", [2.0] * rounds), timing("pp8", 0, "nbl", [1.0] * rounds)]
     ratio = summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))["ratios"][0]
@@ -183,13 +192,13 @@ def test_too_few_rounds_give_no_verdict(rounds: int) -> None:
 
 
 def test_a_pair_of_exactly_one_is_no_win() -> None:
-    timings = [timing("pp8", 0, "original", [2, 2, 2]), timing("pp8", 0, "nbl", [1, 1, 2])]
+    timings = [timing("pp8", 0, "original", [2] * 5), timing("pp8", 0, "nbl", [1, 1, 2, 1, 1])]
     ratio = summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))["ratios"][0]
-    assert ratio["verdict"] == "no clear difference" and ratio["wins"] == pytest.approx(2 / 3)
+    assert ratio["verdict"] == "no clear difference" and ratio["wins"] == 4
 
 
 def test_a_ratio_close_to_one_is_not_rounded_to_one() -> None:
-    timings = [timing("pp8", 0, "original", [1.004] * 3), timing("pp8", 0, "nbl", [1] * 3)]
+    timings = [timing("pp8", 0, "original", [1.004] * 5), timing("pp8", 0, "nbl", [1] * 5)]
     ratio = summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))["ratios"][0]
     assert (ratio["verdict"], ratio["text"]) == ("faster", "1.004×")
 
@@ -198,6 +207,59 @@ def test_unequal_rounds_are_refused() -> None:
     timings = [timing("pp8", 32, "original", [2, 2, 2]), timing("pp8", 32, "nbl", [1, 1])]
     with pytest.raises(CorruptError, match=r"3 rounds.*2 of NBL for pp8 at depth 32.*bench stage"):
         summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))
+
+
+def test_latency_is_shown_where_it_was_measured(written: Written, tmp_path: Path) -> None:
+    assert written.table("Latency")[2:] == [
+        ["pp512", "original", "2,510 ms", "–", "–", "–"],
+        ["pp512", "NBL", "1,520 ms", "–", "–", "–"],
+        ["tg128", "original", "–", "20.0 ms", "20.0 ms", "80.0 ms"],
+        ["tg128", "NBL", "–", "10.0 ms", "10.0 ms", "50.0 ms"],
+    ]
+    row = next(r for r in written.json["rows"] if (r["test"], r["depth"], r["variant"]) == ("tg128", 0, "nbl"))
+    assert row["tpot_seconds"] == {"p50": 0.01, "p95": 0.01, "p99": 0.05} and row["ttft_seconds"] is None
+    bare = [{k: v for k, v in t.items() if not k.endswith("token_ns")} for t in BENCH["timings"]]
+    assert "TPOT" not in Written(tmp_path, bench=changed(BENCH, timings=bare)).html
+
+
+def test_energy_is_spoken_of_only_where_it_was_measured(written: Written, tmp_path: Path) -> None:
+    assert "nergy" not in written.html and "oule" not in written.html
+    timings = [
+        timing("tg8", 0, "original", [1] * 5, energy_uj=[16_000_000, 24_000_000, 16_000_000]),
+        timing("tg8", 0, "nbl", [1] * 5, energy_uj=[8_000_000] * 5),
+    ]
+    metered = Written(tmp_path, bench=changed(BENCH, timings=timings, energy_sources=["package 0", "GPU"]))
+    assert metered.table("Energy")[2:] == [["tg8", "original", "2.00"], ["tg8", "NBL", "1.00"]]
+    assert "(package 0, GPU)" in metered.html
+
+
+def test_a_sweep_is_told_apart_in_words(tmp_path: Path) -> None:
+    timings = [
+        {**timing("tg8", 0, variant, [1 / batch] * 5), "threads": threads, "batch": batch}
+        for threads in (2, 1) for batch in (1, 4) for variant in ("original", "nbl")
+    ]  # fmt: skip
+    written = Written(tmp_path, bench=changed(BENCH, timings=timings, threads=[2, 1], batches=[1, 4]))
+    tests = [row[0] for row in written.table("Paired ratios")[2:]]
+    assert tests == [
+        "tg8, 2 threads", "tg8, 4 sequences, 2 threads", "tg8, 1 thread", "tg8, 4 sequences, 1 thread",
+    ]  # fmt: skip
+    rates = {row[0]: row[2] for row in written.table("Tokens per second")[2:]}
+    assert rates["tg8, 2 threads"] == "8.00" and rates["tg8, 4 sequences, 2 threads"] == "128"
+    assert "ort on cpu, 2, 1 threads" in written.markdown
+    drawn = re.findall(r'<path [^>]*clip-path[^>]*style="fill: var\(--(nbl|original)', written.html)
+    assert drawn == ["original", "nbl"]  # the first of the sweep
+
+
+def test_results_of_an_older_bench_are_still_read(tmp_path: Path) -> None:
+    def old(t: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in t.items() if k not in ("batch", "threads", "token_ns", "first_token_ns")}
+
+    variants = {name: {k: v for k, v in facts.items() if k not in ("disk_bytes", "steady_memory_bytes")}
+                for name, facts in BENCH["variants"].items()}  # fmt: skip
+    bench = changed(BENCH, timings=[old(t) for t in BENCH["timings"]], threads=2, variants=variants)
+    written = Written(tmp_path, bench=bench)
+    assert {(r["batch"], r["threads"]) for r in written.json["rows"]} == {(1, 2)}
+    assert "ort on cpu, 2 threads" in written.markdown and "On disk" not in written.html
 
 
 def test_a_variant_alone_has_rows_and_no_ratio(tmp_path: Path) -> None:
@@ -214,13 +276,19 @@ def test_a_range_with_one_inside_is_never_called_a_win(written: Written) -> None
     assert "<strong>no clear difference</strong>" in decode
     assert '"card ok"' not in decode and "1.25×" not in decode
     assert "1.25×" not in written.html and "1.25×" not in written.markdown
+    row = next(row for row in written.table("Paired ratios") if row[0] == "tg128")
+    assert row[2:] == ["1.25", "0.80", "1.25", "4 of 5", "range of 5 pairs, 94%"]
     verdicts = {row[0]: row[1] for row in written.table("Paired ratios")[2:]}
     assert verdicts == {"pp512": "faster", "tg128": "no clear difference", "tg128 at depth 64": "slower"}
 
 
 def test_a_clear_win_is_called_one(written: Written) -> None:
     prefill = card(written.html, "Prefill")
-    assert '"card ok"' in prefill and "<strong>2.00×</strong>" in prefill and "1.25 to 3.00 in 3 pairs" in prefill
+    assert (
+        '"card ok"' in prefill
+        and "<strong>2.00×</strong>" in prefill
+        and "1.25 to 3.00, range of 5 pairs, 94%" in prefill
+    )
 
 
 def test_skipped_tests_are_named(tmp_path: Path) -> None:
@@ -360,8 +428,9 @@ def test_same_input_same_bytes(written: Written, tmp_path: Path) -> None:
 def test_markdown_has_the_tables_of_the_page(written: Written) -> None:
     rules = [line for line in written.markdown.splitlines() if line.startswith("| ---")]
     assert len(rules) == written.html.count("<table>") > 8
-    assert written.table("Tokens per second")[2] == ["pp512", "original", "256", "284", "215", "3"]
+    assert written.table("Tokens per second")[2] == ["pp512", "original", "205", "246", "161", "5"]
     assert written.table("Memory, size and load time")[2] == ["Peak memory", "1.50 GiB", "1.00 GiB", "−33.3%"]
+    assert ["On disk: weights", "4.00 MiB", "3.00 MiB", "−25.0%"] in written.table("Memory, size and load time")
     assert written.table("Stages")[2] == ["calibrate", "2 min 22 s"]
     assert written.table("Scores of all layers")[4] == ["2", "replaced", "12.0", "0.200", "0.0300"]
     assert ["sha256", "f00d" * 16] in written.table("Calibration text")
@@ -385,6 +454,6 @@ def test_layer_plot_fills_replaced_layers() -> None:
 def test_throughput_plot_writes_the_paired_ratio(written: Written) -> None:
     drawing = plots.throughput(written.json["rows"], written.json["ratios"])
     texts = [text.strip() for text in Outline(drawing).text if text.strip()]
-    assert {"2.00×", "0.50×", "no clear", "difference", "Prefill", "Decode", "256"} <= set(texts)
+    assert {"2.00×", "0.50×", "no clear", "difference", "Prefill", "Decode", "205"} <= set(texts)
     bars = re.findall(r'<path [^>]*clip-path[^>]*style="fill: var\(--(nbl|original)', drawing)
     assert bars == ["original", "nbl"] * 3

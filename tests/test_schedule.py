@@ -250,6 +250,14 @@ def test_prompts_that_cannot_be_run_are_refused(runner: StaticRunner, tmp_path: 
         runner.append([1] * 6)
 
 
+def test_one_sequence_at_a_time(runner: StaticRunner) -> None:
+    with pytest.raises(NblError, match=r"not on 4; use --batch 1"):
+        runner.begin(16, 4)
+    runner.begin(16)
+    runner.append([5, 6])
+    assert runner.pick() == int(said_of([5, 6]).argmax())
+
+
 def test_leaving_the_runner_closes_the_session(tmp_path: Path) -> None:
     session = Ledger(16, 4, last_only=True)
     with StaticRunner(session, tmp_path):

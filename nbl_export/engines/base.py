@@ -52,14 +52,21 @@ class TextRunner(Protocol):
 
     def __exit__(self, *exc: object) -> None: ...
 
-    def begin(self, max_tokens: int) -> None:
-        """Forget the sequence; make room for max_tokens of the next one."""
+    def begin(self, max_tokens: int, batch: int = 1) -> None:
+        """Forget the sequence; make room for max_tokens of the next one, or of each of a batch.
+
+        Raises:
+            NblError: it runs one sequence only, and `batch` is more.
+        """
 
     def append(self, ids: Sequence[int]) -> None:
-        """Run the decoder over ids as one chunk (prefill, or one decode step for a single id)."""
+        """Run the decoder over ids as one chunk (prefill, or one decode step for a single id); of a batch [B, T]."""
 
     def rewind(self, length: int) -> None:
         """Drop everything after the first `length` tokens."""
+
+    def pick(self) -> int:
+        """The most likely next token (of the first sequence); only valid right after `append`."""
 
     def encode(self, prompt: str, *, chat: bool) -> list[int]:
         """Token ids of a prompt, through the chat template if there is one and `chat` asks for it."""

@@ -11,6 +11,9 @@ What was found out about onnxruntime_genai 0.18 on the CPU provider, and is reli
   tens of microseconds and merely picks a token. So the token loop here is append and argmax, one mechanism.
 - `rewind_to` works with `past_present_share_buffer`, down to length 0, also with sparse cache ids. Appending the same
   chunks again gives bit-equal logits; other chunk sizes differ by rounding (4e-5 at fp32, SmolLM2).
+- A batch takes one `append_tokens`; another is refused ("can only be called once for batch_size > 1"), as is a
+  `rewind_to` other than to 0. So a batch goes on by `generate_next_token`, and is filled again to go back. In a
+  batch `pad_token_id` is masked wherever it stands; a row of nothing else ends in an error of GroupQueryAttention.
 - `get_logits` before the first append, or after a rewind, answers with stale memory instead of an error.
 - A generator allocates and clears its whole cache on construction: max_length tokens are resident at once.
 - Unset, `intra_op_num_threads` is half of the logical CPUs, 16 at most (src/models/model.cpp), which leaves
@@ -105,6 +108,7 @@ class GenaiSettings:
     context_length: int
     vocab_size: int
     end_ids: tuple[int, ...]
+    pad_id: int | None = None
 
     @classmethod
     def read(cls, directory: Path) -> GenaiSettings:
@@ -118,7 +122,8 @@ class GenaiSettings:
             model = json.loads(path.read_text(encoding="utf-8"))["model"]
             end = model["eos_token_id"]
             ends = tuple(int(i) for i in (end if isinstance(end, list) else [end]))
-            return cls(int(model["context_length"]), int(model["vocab_size"]), ends)
+            pad = model.get("pad_token_id")
+            return cls(int(model["context_length"]), int(model["vocab_size"]), ends, None if pad is None else int(pad))
         except FileNotFoundError as error:
             raise NblError(
                 f"{directory} is not an ONNX Runtime GenAI model: genai_config.json is missing; export it again"
@@ -150,6 +155,8 @@ class GenaiRunner:
         self._model = _load(self._og, directory, self.threads, provider)
         self._generator: Any = None
         self._capacity = self._length = 0
+        self._batch = 1
+        self._fill = np.zeros((1, 0), np.int32)
 
     def __enter__(self) -> GenaiRunner:
         return self
@@ -161,13 +168,21 @@ class GenaiRunner:
 
     # -- tokens ----------------------------------------------------------------------------------------
 
-    def begin(self, max_tokens: int) -> None:
-        """Forget the sequence; reserve the cache for min(max_tokens, context length) tokens, resident at once."""
+    def begin(self, max_tokens: int, batch: int = 1) -> None:
+        """Forget the sequence; reserve the cache for min(max_tokens, context length) tokens, resident at once.
+
+        A batch takes one token more, the one that it picks last.
+        """
         self._generator = None  # free the old cache before the new one is allocated
+        self._batch, self._fill = batch, np.zeros((batch, 0), np.int32)
         self._length, self._capacity = 0, min(max_tokens, self.settings.context_length)
+        longest = self._capacity if batch == 1 else min(max_tokens + 1, self.settings.context_length)
+        shortest = 0 if batch == 1 else longest  # a batch goes on behind an end of text
         try:
             params = self._og.GeneratorParams(self._model)
-            params.set_search_options(max_length=self._capacity, do_sample=False, num_beams=1, batch_size=1)
+            params.set_search_options(
+                max_length=longest, min_length=shortest, do_sample=False, num_beams=1, batch_size=batch
+            )
             self._generator = self._og.Generator(self._model, params)
         except Exception as error:
             raise NblError(
@@ -177,30 +192,60 @@ class GenaiRunner:
     def append(self, ids: Sequence[int]) -> None:
         """Run the decoder over ids as one chunk; returns when it is computed.
 
+        A batch takes ids [B, T] once, and picks a token; single steps [B, 1] then go on with the tokens picked. The
+        id of padding, which would be left out, becomes another one in it.
+
         Raises:
             NblError: the sequence would outgrow what `begin` reserved, or the engine fails.
         """
-        if self._length + len(ids) > self._capacity:
+        count = len(ids) if self._batch == 1 else np.shape(ids)[1]
+        if self._length + count > self._capacity:
             raise NblError(
-                f"{self._length + len(ids)} tokens do not fit into {self.directory}: room for {self._capacity} "
+                f"{self._length + count} tokens do not fit into {self.directory}: room for {self._capacity} "
                 f"(its context is {self.settings.context_length}); use a shorter prompt"
             )
         try:
-            self._generator.append_tokens(np.asarray(ids, dtype=np.int32))
+            if self._batch == 1:
+                self._generator.append_tokens(np.asarray(ids, dtype=np.int32))
+            else:
+                self._append_rows(np.asarray(ids, dtype=np.int32))
         except Exception as error:
-            raise NblError(f"{self.directory} failed on a chunk of {len(ids)} tokens: {_short(error)}") from error
-        self._length += len(ids)
+            raise NblError(f"{self.directory} failed on a chunk of {count} tokens: {_short(error)}") from error
+        self._length += count
+
+    def _append_rows(self, ids_BT: np.ndarray) -> None:
+        if self._length == 0:
+            pad = self.settings.pad_id
+            self._fill = (
+                ids_BT if pad is None else np.where(ids_BT == pad, (pad + 1) % self.settings.vocab_size, ids_BT)
+            )
+            self._generator.append_tokens(self._fill)
+        elif ids_BT.shape[1] != 1:
+            raise ValueError("a batch goes on token by token")
+        self._generator.generate_next_token()  # runs the decoder unless it just ran, and picks
 
     def rewind(self, length: int) -> None:
-        """Drop everything after the first `length` tokens; costs microseconds, the cache stays."""
+        """Drop everything after the first `length` tokens; costs microseconds, the cache stays.
+
+        A batch can go back to its start or to its first chunk alone, and runs that again.
+        """
         if not 0 <= length <= self._length:
             raise ValueError(f"cannot rewind {self._length} tokens to {length}")
-        self._generator.rewind_to(length)
+        if self._batch > 1 and length not in (0, self._fill.shape[1]):
+            raise ValueError(f"cannot rewind a batch to {length}: its first chunk has {self._fill.shape[1]} tokens")
+        self._generator.rewind_to(length if self._batch == 1 else 0)
         self._length = length
+        if self._batch > 1 and length:
+            self._length = 0
+            self.append(self._fill)  # type: ignore[arg-type]
 
     def last_logits(self) -> np.ndarray:
         """Logits [V] float32 after the last token; only valid right after `append`."""
         return np.asarray(self._generator.get_logits()[0, -1], dtype=np.float32)
+
+    def pick(self) -> int:
+        """The most likely next token, of the first sequence."""
+        return int(self.last_logits().argmax()) if self._batch == 1 else int(self._generator.get_next_tokens()[0])
 
     # -- text ------------------------------------------------------------------------------------------
 
@@ -259,7 +304,7 @@ class GenaiRunner:
         chunk: Sequence[int] = ids
         for _ in range(self._capacity - len(ids)):
             self.append(chunk)
-            chunk = [int(self.last_logits().argmax())]
+            chunk = [self.pick()]
             yield chunk[0]
 
 

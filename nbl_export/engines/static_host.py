@@ -151,8 +151,14 @@ class StaticRunner:
 
     # -- tokens ----------------------------------------------------------------------------------------
 
-    def begin(self, max_tokens: int) -> None:
-        """Forget the sequence. The cache has its full length at once, however few tokens are asked for."""
+    def begin(self, max_tokens: int, batch: int = 1) -> None:
+        """Forget the sequence. The cache has its full length at once, however few tokens are asked for.
+
+        Raises:
+            NblError: more than one sequence.
+        """
+        if batch != 1:
+            raise NblError(f"{self.directory} is run on one sequence at a time here, not on {batch}; use --batch 1")
         self._capacity = min(max_tokens, self._decoder.slots)
         self._decoder.begin(1)
 
@@ -177,6 +183,10 @@ class StaticRunner:
     def last_logits(self) -> np.ndarray:
         """Logits [V] float32 after the last token; only valid right after `append`."""
         return self._logits
+
+    def pick(self) -> int:
+        """The most likely next token."""
+        return int(self._logits.argmax())
 
     # -- text ------------------------------------------------------------------------------------------
 
@@ -209,5 +219,5 @@ class StaticRunner:
         chunk: Sequence[int] = ids
         for _ in range(self._capacity - len(ids)):
             self.append(chunk)
-            chunk = [int(self.last_logits().argmax())]
+            chunk = [self.pick()]
             yield chunk[0]
