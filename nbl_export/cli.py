@@ -243,7 +243,9 @@ def build(
 
 @app.command()
 def bench(
-    directory: opt.Run,
+    directories: opt.Decoders,
+    against: opt.Against = None,
+    profile: opt.Profile = False,
     depth: opt.Depth = None,
     repetitions: opt.Repetitions = None,
     batch: opt.Batch = None,
@@ -252,19 +254,36 @@ def bench(
     threads: opt.Threads = None,
     seed: opt.Seed = None,
     force: opt.Force = False,
+    form: opt.Format = None,
+    output: opt.ResultFile = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Measure both decoders beside each other."""
+    """Measure both decoders of a run beside each other, or decoders of any directories; --profile: their operators."""
+    from nbl_export import bench_formats, comparison, profiling
     from nbl_export.inspection import speed_table
     from nbl_export.pipeline import run_stages
+    from nbl_export.records import JobOptions
 
     changes = opt.given_options(
         depth=depth, repetitions=repetitions, prompt_tokens=prompt_tokens, generate_tokens=generate_tokens,
-        threads=threads, seed=seed,
+        threads=threads, batch=batch, seed=seed,
     )  # fmt: skip
-    run = run_stages(directory, "report", _ui(as_json), changes=changes, force=force, needs="bench")
-    result = run.read_json("report.json")
-    _show(result, speed_table(result), as_json)
+    chosen = bench_formats.format_of(form, output, as_json=as_json)
+    bench_formats.check_output(output)
+    if profile:
+        profiling.check_request(directories, against, form, output, depths=depth)
+        found = profiling.profile(directories[0], JobOptions("", **changes), _ui(as_json), force=force)
+        return _show(found, profiling.profile_table(found), as_json)
+    if comparison.is_stage(directories, against, form, output):
+        run = run_stages(directories[0], "report", _ui(as_json), changes=changes, force=force, needs="bench")
+        result = run.read_json("report.json")
+        return _show(result, speed_table(result), as_json)
+    value = comparison.compare(directories, against, JobOptions("", **changes), _ui(as_json), force=force)
+    text = bench_formats.render(value, chosen, None if sys.stdout.isatty() and not output else 140)
+    if output is None:
+        return print(text, end="")
+    bench_formats.write(text, output)
+    return print(output)
 
 
 @app.command("eval")

@@ -8,12 +8,14 @@ from typing import Annotated, Any
 import typer
 
 __all__ = [
+    "Against",
     "Batch",
     "BuilderOption",
     "Calibration",
     "CalibrationTokens",
     "Context",
     "DataFree",
+    "Decoders",
     "Depth",
     "DistillDtype",
     "DistillMinutes",
@@ -22,6 +24,7 @@ __all__ = [
     "Engine",
     "Fit",
     "Force",
+    "Format",
     "GenerateTokens",
     "Json",
     "KvBudget",
@@ -36,10 +39,12 @@ __all__ = [
     "Method",
     "Precision",
     "PrefillChunk",
+    "Profile",
     "PromptTokens",
     "Provider",
     "Rank",
     "Repetitions",
+    "ResultFile",
     "Run",
     "Seed",
     "Select",
@@ -142,6 +147,21 @@ LayerWise = Annotated[
 CalibrationTokens = Annotated[int | None, typer.Option(min=1, help="Tokens to calibrate on (default 65536).")]
 Context = Annotated[int | None, typer.Option(min=2, help="Window length in tokens (default 512).")]
 Batch = Annotated[str | None, typer.Option(help="ort: sequences side by side, comma separated (default 1).")]
+Decoders = Annotated[
+    list[Path],
+    typer.Argument(metavar="DIR ...", help="Run directories (their model/), or deployable GenAI model directories."),
+]
+Against = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="What they are held against (default: original/ of the first run directory)."),
+]
+Profile = Annotated[bool, typer.Option("--profile", help="Time of each operator, by ONNX Runtime's own profile.")]
+Format = Annotated[
+    str | None, typer.Option("--format", help="table (default), md, csv, json or llama-bench; no stage of a run.")
+]
+ResultFile = Annotated[
+    Path | None, typer.Option("--output", metavar="FILE", help="Write there; .md, .csv and .json say the format.")
+]
 Depth = Annotated[str | None, typer.Option(help="Tokens already in the cache, comma separated (default 0,2048).")]
 Repetitions = Annotated[int | None, typer.Option(min=1, help="Measured rounds (default 5).")]
 PromptTokens = Annotated[str | None, typer.Option(help="pp test lengths, comma separated (default 512).")]

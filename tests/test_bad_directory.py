@@ -68,7 +68,7 @@ def test_directory_inside_a_run(same: Same, run: Path) -> None:
     before = snapshot(run)
     for force in ((), ("--force",)):
         assert_refused(nbl(*same, "--output", run / "model", *force), 1, run / "model", "choose another --output")
-    for command in ("bench", "plan", "inspect"):
+    for command in ("report", "plan", "inspect"):
         assert_refused(nbl(command, run / "model"), 1, run / "model", "is a model directory")
     assert snapshot(run) == before
 
