@@ -103,22 +103,22 @@ def _decoders(
     directories: Sequence[Path], against: Path | None, force: bool
 ) -> tuple[Mapping[str, _Decoder], str | None]:
     """What is measured by name, the base first, and the base's name."""
-    found = {str(path): locate(path, force=force) for path in directories}
+    found = [(str(path), locate(path, force=force)) for path in directories]
     runs = [path for path in directories if not is_model_directory(path)]
     base: str | None = None
     if against is not None:
         base = str(against)
-        found = {base: locate(against, force=force), **found}
+        found.insert(0, (base, locate(against, force=force)))
     elif runs:
         base = f"{runs[0]} (original)"
-        found = {base: locate(runs[0], original=True), **found}
+        found.insert(0, (base, locate(runs[0], original=True)))
     elif len(found) > 1:
         base = str(directories[0])
-    paths = [located.path.resolve() for located in found.values()]
+    paths = [located.path.resolve() for _, located in found]
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         raise NblError(f"{twice} is named twice: a decoder is measured once")
-    return {name: _describe(located) for name, located in found.items()}, base
+    return {name: _describe(located) for name, located in found}, base
 
 
 def _describe(located: Located) -> _Decoder:

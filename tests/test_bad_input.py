@@ -171,6 +171,7 @@ def test_model_is_a_file(run: Path, text: Path) -> None:
         (("--calibration-tokens", "x"), ("--calibration-tokens",)),
         (("--context", "1"), ("--context",)),
         (("--seed", "-1"), ("--seed",)),
+        (("--engine", "trt-rtx", "--batch", "4"), ("--batch", "trt-rtx", "one sequence")),
         (("--no-such-option",), ("--no-such-option",)),
         (("stray",), ("stray",)),
     ],

@@ -80,7 +80,7 @@ def test_graphs_say_how_large_they_are(exported: Callable[..., Path], checkpoint
         (("RUN", "--format", "csv", "--json"), 2, ("--json",)),
         (("RUN", "--output", "RUN"), 1, ("is a directory",)),
         (("RUN", "--output", "NONE/x.md"), 1, ("there is no directory", "make it first")),
-        (("RUN/model", "RUN", "--depth", "600"), 1, ("nothing to measure", "512")),
+        (("RUN/model", "RUN/original", "--depth", "600"), 1, ("nothing to measure", "512")),
         (("RUN", "--batch", "0"), 2, ("--batch", "1,4")),
         (("RUN", "--threads", "two"), 2, ("--threads", "1,2")),
         (("RUN", "--prompt-tokens", "8,,9"), 2, ("--prompt-tokens",)),

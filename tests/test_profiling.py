@@ -57,7 +57,7 @@ def test_a_summary_is_of_one_run() -> None:
         {"operator": "MatMul", "calls": 1.5, "ms": 0.03, "share": 0.75},
         {"operator": "Add", "calls": 1.0, "ms": 0.01, "share": 0.25},
     ]
-    assert [(n["node"], n["ms"]) for n in found["nodes"]] == [("a", 0.02), ("c", 0.01), ("b", 0.01)]
+    assert [(n["node"], n["ms"]) for n in found["nodes"]] == [("a", 0.02), ("b", 0.01), ("c", 0.01)]
     assert found["nodes"][0]["operator"] == "MatMul"
 
 
