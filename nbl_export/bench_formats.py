@@ -110,7 +110,9 @@ def _ratio_cells(ratio: Mapping[str, Any] | None) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int | None) -> str:
-    table = Table(*head)
+    table = Table()
+    for name in head:
+        table.add_column(name, overflow="fold")  # a path cut short names nothing
     for row in rows:
         table.add_row(*row)
     stream = io.StringIO()

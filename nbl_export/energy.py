@@ -60,10 +60,10 @@ def find_meter(*, gpu: bool, powercap: Path = _POWERCAP, libraries: Sequence[str
 
 
 def _packages(powercap: Path) -> list[Path]:
-    """Zones of whole packages: intel-rapl:0, not its parts intel-rapl:0:1, nor the psys zone, which holds packages."""
+    """Zones of whole packages by their names: not core and dram, which are parts, nor psys, which holds packages."""
     try:
         zones = sorted(powercap.glob("intel-rapl:*"))
-        return [z for z in zones if z.name.count(":") == 1 and (z / "name").read_text().startswith("package")]
+        return [z for z in zones if (z / "name").read_text().startswith("package")]
     except OSError:
         return []
 

@@ -30,7 +30,11 @@ def is_model_directory(directory: Path) -> bool:
 
 
 def open_for_text(directory: Path, *, original: bool, force: bool) -> Any:
-    """A runner on DIR/model (or DIR/original), or on DIR where it holds a decoder itself; see `locate`."""
+    """A runner on DIR/model (or DIR/original), or on DIR where it holds a decoder itself.
+
+    Raises:
+        NblError: the engine is not available here; and as `locate`.
+    """
     found = locate(directory, original=original, force=force)
     return available_engine(found).open_runner(found.path, None)
 
@@ -39,7 +43,7 @@ def locate(directory: Path, *, original: bool = False, force: bool = False) -> L
     """The decoder of DIR/model (or DIR/original), or of DIR where it holds one itself; its files are checked.
 
     Raises:
-        NblError: nothing to run there, verification failed (unless `force`), or the engine is not available.
+        NblError: nothing to run there, or verification failed (unless `force`).
         CorruptError: a file is missing or not what was written there.
     """
     if (directory / "genai_config.json").is_file():

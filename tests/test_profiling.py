@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,14 @@ def test_the_table_has_a_row_for_every_operator_of_either_decoder() -> None:
     for operator in ("MatMul", "Add", "Gather"):
         assert operator in text
     assert "75.0%" in text and "100.0%" in text
+
+
+def test_a_directory_for_a_gpu_is_refused(finished: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(finished / "model", tmp_path / "gpu"))
+    config = json.loads((copy / "genai_config.json").read_text(encoding="utf-8"))
+    config["model"]["decoder"]["session_options"]["provider_options"] = [{"cuda": {}}]
+    (copy / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert_refused(nbl("bench", copy, "--profile"), 1, copy, "--provider cuda", "on the CPU")
 
 
 @pytest.mark.parametrize(
