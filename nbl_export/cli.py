@@ -271,7 +271,7 @@ def bench(
     chosen = bench_formats.format_of(form, output, as_json=as_json)
     bench_formats.check_output(output)
     if profile:
-        profiling.check_request(directories, against, form, output, depths=depth)
+        profiling.check_request(directories, against, changes, form, output)
         found = profiling.profile(directories[0], JobOptions("", **changes), _ui(as_json), force=force)
         return _show(found, profiling.profile_table(found), as_json)
     if comparison.is_stage(directories, against, form, output):

@@ -43,18 +43,28 @@ class Run:
     kernels: tuple[tuple[str, str, int], ...]
 
 
-def check_request(directories: Sequence[Path], against: Path | None, *others: object, depths: object = None) -> None:
+def check_request(
+    directories: Sequence[Path], against: Path | None, changes: Mapping[str, Any], *others: object
+) -> None:
     """Refuse options that a profile has no use for.
 
+    Args:
+        changes: options of the benchmark that were given, by their names in JobOptions.
+        others: formats and files.
+
     Raises:
-        UsageError: several directories, or options of a comparison.
+        UsageError: several directories, options of a comparison, or more than one setting.
     """
     if len(directories) > 1 or against is not None:
         raise UsageError("--profile is of one directory; name one, without --against")
     if any(others):
         raise UsageError("--profile has a table and --json; leave --format and --output out")
-    if depths is not None:
-        raise UsageError("--profile decodes behind its prompt; use --prompt-tokens instead of --depth")
+    for name, flag in (("depths", "--depth"), ("batches", "--batch"), ("generate_tokens", "--generate-tokens")):
+        if name in changes:
+            raise UsageError(f"{flag} is not for --profile, which runs --prompt-tokens and decode steps behind them")
+    for name, flag in (("prompt_tokens", "--prompt-tokens"), ("threads", "--threads")):
+        if len(changes.get(name, ())) > 1:
+            raise UsageError(f"--profile is of one setting; give {flag} one number")
 
 
 def profile(directory: Path, options: JobOptions, ui: Ui, *, force: bool = False) -> dict[str, Any]:

@@ -141,6 +141,8 @@ def test_a_directory_for_a_gpu_is_refused(finished: Path, tmp_path: Path) -> Non
         (("--against", "x"), 2, "--against"),
         (("--format", "csv"), 2, "--format"),
         (("--depth", "5"), 2, "--prompt-tokens"),
+        (("--batch", "2"), 2, "--batch"),
+        (("--threads", "1,2"), 2, "--threads"),
         (("--prompt-tokens", "600"), 1, "512"),
     ],
 )
