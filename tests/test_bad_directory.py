@@ -238,7 +238,7 @@ def transposed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     correct = rewrite.rewrite_model
 
-    def wrong(model: Any, plan: Any, maps: dict[int, AffineMap]) -> Any:
+    def wrong(model: Any, plan: Any, maps: dict[int, AffineMap], *more: Any) -> Any:
         turned = {i: AffineMap(np.ascontiguousarray(m.weight.T), m.bias) for i, m in maps.items()}
         return correct(model, plan, turned)
 
