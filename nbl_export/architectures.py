@@ -34,9 +34,12 @@ class Architecture:
     multiplier: configuration value that attention's output is multiplied with before the addition.
     entry_multiplier: attribute of the decoder by which it multiplies whatever enters its first layer.
     logits_divisor, logits_cap: configuration values; logits are head(x) / divisor, and cap * tanh(logits / cap).
+    score_scalar: configuration value; attention scores are multiplied with one over its root (None: of a head's size).
+    embedding_root: embeddings are multiplied with the root of the hidden size.
     per_layer: lists of the configuration that have a value for each layer.
     fused_qkv: the one projection that makes queries, keys and values, in this order; None where there are three.
     must_be: configuration values that are not understood unless they are one of these.
+    runtime_type: what ONNX Runtime GenAI is told in genai_config.json, where it does not know the name.
     not_from: decoder source -> why it makes no graph of this architecture.
     """
 
@@ -49,9 +52,12 @@ class Architecture:
     entry_multiplier: str | None = None
     logits_divisor: str | None = None
     logits_cap: str | None = None
+    score_scalar: str | None = None
+    embedding_root: bool = False
     per_layer: tuple[str, ...] = ()
     fused_qkv: str | None = None
     must_be: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    runtime_type: str | None = None
     not_from: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -69,9 +75,13 @@ _CAUSAL = {"use_bidirectional_attention": (None, False)}
 _SANDWICH: dict[str, Any] = {
     "norm_after": "post_attention_layernorm",
     "logits_cap": "final_logit_softcapping",
+    "score_scalar": "query_pre_attn_scalar",
+    "embedding_root": True,
     "per_layer": ("layer_types",),
     "must_be": _CAUSAL,
 }
+
+_NO_STATIC_CACHE = {"static": "mobius (0.1), which it comes from, has no caches of fixed length for it"}
 
 ARCHITECTURES = {
     record.name: record
@@ -81,16 +91,35 @@ ARCHITECTURES = {
         Architecture("qwen2", "Qwen2", per_layer=("layer_types",)),
         Architecture("qwen3", "Qwen3", per_layer=("layer_types",)),
         Architecture("phi3", "Phi3", fused_qkv="qkv_proj"),
-        Architecture("gemma2", "Gemma2", **_SANDWICH),
-        Architecture("gemma3_text", "Gemma3", aliases=("gemma3",), **_SANDWICH),
-        Architecture("olmo2", "Olmo2", norm_before=None, norm_after="post_attention_layernorm"),
-        Architecture("smollm3", "SmolLM3", per_layer=("layer_types", "no_rope_layers")),
+        Architecture(
+            "gemma2",
+            "Gemma2",
+            **_SANDWICH,
+            not_from={
+                "mobius": "mobius (0.1) does not read its configuration, and gives the window to the wrong layers",
+                "static": "TensorRT has no soft cap for attention scores",
+            },
+        ),
+        Architecture("gemma3_text", "Gemma3", aliases=("gemma3",), **_SANDWICH, not_from=_NO_STATIC_CACHE),
+        Architecture(
+            "olmo2",
+            "Olmo2",
+            norm_before=None,
+            norm_after="post_attention_layernorm",
+            runtime_type="olmo",
+            not_from={
+                "genai": "the GenAI builder (0.18) does not know it; use --decoder-source mobius",
+                **_NO_STATIC_CACHE,
+            },
+        ),
+        Architecture("smollm3", "SmolLM3", per_layer=("layer_types", "no_rope_layers"), not_from=_NO_STATIC_CACHE),
         Architecture(
             "granite",
             "Granite",
             multiplier="residual_multiplier",
             entry_multiplier="embedding_multiplier",
             logits_divisor="logits_scaling",
+            not_from=_NO_STATIC_CACHE,
         ),
     )
 }
@@ -112,6 +141,12 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
         NblError: which value.
     """
     record = ARCHITECTURES[str(config["model_type"])]
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if isinstance(rope, Mapping) and "dynamic" in (rope.get("rope_type"), rope.get("type")):
+        raise NblError(
+            f"{where} has rotary embeddings of type 'dynamic', which is not supported: they depend on the length of "
+            "the sequence, and a graph has one table"
+        )
     for name, understood in record.must_be.items():
         if config.get(name) not in understood:
             raise NblError(

@@ -234,6 +234,7 @@ def read_spec(source: Source) -> DecoderSpec:
         _check_architecture(config.model_type, source.directory)
         normal = NormalizedTextConfigWithGQA(config)
         head_dim = getattr(config, "head_dim", None) or normal.hidden_size // normal.num_attention_heads
+        windows = windows_of(config)
         return DecoderSpec(
             architecture=config.model_type,
             num_layers=normal.num_layers,
@@ -243,7 +244,8 @@ def read_spec(source: Source) -> DecoderSpec:
             head_dim=head_dim,
             vocab_size=normal.vocab_size,
             max_positions=config.max_position_embeddings,
-            sliding_window=next(filter(None, windows_of(config)), None),
+            sliding_window=next(filter(None, windows), None),
+            full_layers=tuple(i for i, window in enumerate(windows) if window is None) if any(windows) else (),
         )
     except NblError:
         raise

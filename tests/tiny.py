@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from nbl_export.architectures import ARCHITECTURES as RECORDS
 from nbl_export.records import AffineMap
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "LAYERS",
     "VARIANTS",
     "VOCAB",
+    "made_by",
     "random_map",
     "save_checkpoint",
     "stdlib_text",
@@ -31,6 +33,14 @@ ARCHITECTURES = ("llama", "mistral", "mistral-window")
 # All that the tool takes, each once, and variants of which an exporter could lose something.
 EVERY = ("llama", "mistral-window", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "olmo2", "smollm3", "granite")
 VARIANTS = ("mistral", "llama3", "llama-linear", "llama-yarn", "qwen2-window", "phi3-window", "phi4-mini", "phi3-long")
+
+
+_RECORD = {"mistral-window": "mistral", "gemma3": "gemma3_text"}  # where it is not the name
+
+
+def made_by(source: str) -> tuple[str, ...]:
+    """Those of `EVERY` that a source of decoder graphs makes, as their records say."""
+    return tuple(name for name in EVERY if source not in RECORDS[_RECORD.get(name, name)].not_from)
 
 
 def stdlib_text(characters: int) -> str:
@@ -73,9 +83,10 @@ _SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": HEAD_DIM, "tie_word_embeddings": True}),
     "phi3": ("Phi3", {"original_max_position_embeddings": 512}),
     "phi3-window": ("Phi3", {"original_max_position_embeddings": 512, "sliding_window": _WINDOW}),
-    "phi4-mini": ("Phi3", {"original_max_position_embeddings": 512, "partial_rotary_factor": 0.75,
+    "phi4-mini": ("Phi3", {"original_max_position_embeddings": 512, "partial_rotary_factor": 0.5,
+                           "num_attention_heads": 2, "num_key_value_heads": 1,
                            "tie_word_embeddings": True}),
-    "phi3-long": ("Phi3", {"original_max_position_embeddings": 64, "rope_scaling": {
+    "phi3-long": ("Phi3", {"original_max_position_embeddings": 128, "rope_scaling": {
         "type": "longrope", "short_factor": [1.0 + k / 8 for k in range(8)],
         "long_factor": [2.0 + k for k in range(8)]}}),
     "gemma2": ("Gemma2", {"head_dim": HEAD_DIM, "query_pre_attn_scalar": 24, "sliding_window": _WINDOW,
@@ -89,7 +100,7 @@ _SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def _config(architecture: str) -> Any:
+def _config(architecture: str, changes: dict[str, Any]) -> Any:
     import transformers
 
     shape = {
@@ -98,17 +109,21 @@ def _config(architecture: str) -> Any:
         "eos_token_id": 1, "pad_token_id": 1,
     }  # fmt: skip
     kind, special = _SPECIAL[architecture]
-    return getattr(transformers, f"{kind}Config")(**{**shape, **special})
+    return getattr(transformers, f"{kind}Config")(**{**shape, **special, **changes})
 
 
-def save_checkpoint(architecture: str, directory: Path) -> Path:
-    """Write a tiny random checkpoint; equal bytes for equal versions of torch and transformers."""
+def save_checkpoint(architecture: str, directory: Path, **changes: Any) -> Path:
+    """Write a tiny random checkpoint; equal bytes for equal versions of torch and transformers.
+
+    Args:
+        changes: go into its configuration.
+    """
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(7)
-    model = transformers.AutoModelForCausalLM.from_config(_config(architecture))
+    model = transformers.AutoModelForCausalLM.from_config(_config(architecture, changes))
     with torch.no_grad():  # larger than the usual initialisation, so that attention matters
         for parameter in model.parameters():
             if parameter.ndim == 2:
