@@ -16,7 +16,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,7 +129,6 @@ def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict
 
 def row(architecture: str, source: str, precision: str, checkpoint: Path, text: Path, run: Path) -> dict[str, Any]:
     """One row of the table."""
-    started = time.monotonic()
     try:
         with _quiet():
             if source == "static":
@@ -138,11 +136,12 @@ def row(architecture: str, source: str, precision: str, checkpoint: Path, text: 
             else:
                 found = through_the_pipeline(source, precision, checkpoint, text, run)
     except NblError as error:
-        found = {"status": "refused", "reason": str(error).replace(str(checkpoint), architecture)}
+        found = {"status": "refused", "reason": str(error)}
     except Exception:
         found = {"status": "crashed", "reason": traceback.format_exc()}
     head = {"architecture": architecture, "source": source, "precision": precision}
-    return {**head, **found, "seconds": round(time.monotonic() - started, 1)}
+    reason = str(found["reason"]).replace(str(run), "RUN").replace(str(checkpoint), architecture)
+    return {**head, **found, "reason": reason}
 
 
 @contextlib.contextmanager
