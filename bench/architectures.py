@@ -104,27 +104,28 @@ def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict
     from nbl_export.calibrate import collect
     from nbl_export.checkpoint import load_model, load_tokenizer, read_spec, resolve
     from nbl_export.decoders import static
+    from nbl_export.engines.onnx_decoder import GRAPH_FILE
     from nbl_export.engines.static_decoder import open_decoder
     from nbl_export.lmmse import fit
     from nbl_export.rewrite import rewrite
 
     spec = read_spec(resolve(str(checkpoint)))
     check_asked(JobOptions(str(checkpoint), decoder_source="static"), spec.architecture)
-    static.build(checkpoint, run / "original", "fp32", max_seq_len=SLOTS, logits="all")
+    static.save_graph(static.build_form(checkpoint, SLOTS), run / "original", GRAPH_FILE)
     import torch
 
     ids = load_tokenizer(checkpoint).encode(text.read_text())[: 16 * 64]
     moments = collect(load_model(checkpoint), torch.tensor(ids).view(16, 64), lambda *_: None)["residual"]
     plan = Plan(LAYERS, (0, 1))
     maps = {i: fit(moments[i], i) for i in plan.replaced}
-    rewrite(run / "original", run / "model", plan, maps)
+    rewrite(run / "original", run / "model", plan, maps, dense=True)
     found: dict[str, Any] = {"replaced_layers": list(plan.replaced)}
     for subject, name, chosen in (("original", "original", None), ("nbl", "model", maps)):
         directory = run / name
         if precision == "int4":
-            static.save_int4_twin(directory / static.GRAPH_FILE, directory / "int4")
+            static.save_int4_twin(directory, directory / "int4")
             directory = directory / "int4"
-        found[subject] = worst(open_decoder(directory / static.GRAPH_FILE), torch_logits(checkpoint, chosen))
+        found[subject] = worst(open_decoder(directory / GRAPH_FILE), torch_logits(checkpoint, chosen))
     return {"status": "verified", "reason": "", **found}
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from nbl_export.checkpoint import load_model, read_spec, resolve
-from nbl_export.decoders import build_decoder, static
-from nbl_export.engines.onnx_decoder import OnnxDecoder
+from nbl_export.decoders import build_decoder
+from nbl_export.engines.onnx_decoder import STATIC_GRAPH_FILE, OnnxDecoder
 from nbl_export.engines.static_decoder import open_decoder
 from nbl_export.errors import NblError
 from nbl_export.linearize import linearize
@@ -110,10 +110,10 @@ def test_the_pruned_tail(
 @pytest.mark.parametrize("architecture", [*made_by("static"), "qwen2-window", "phi3-window", "phi4-mini"])
 def test_the_static_form(architecture: str, checkpoint: Checkpoint, random_maps: Maps, tmp_path: Path) -> None:
     maps = random_maps(0, 2)
-    build_decoder("static", checkpoint(architecture), tmp_path / "original", "fp32", slots=96, logits="all")
+    build_decoder("static", checkpoint(architecture), tmp_path / "original", "fp32", slots=96)
     rewrite(tmp_path / "original", tmp_path / "nbl", Plan(LAYERS, (0, 2)), maps)
     for name, chosen in (("original", {}), ("nbl", maps)):
-        found = run_rows(open_decoder(tmp_path / name / static.GRAPH_FILE), rows())
+        found = run_rows(open_decoder(tmp_path / name / STATIC_GRAPH_FILE), rows())
         assert worst(found, torch_logits(checkpoint(architecture), chosen)) < TOLERANCE
 
 
