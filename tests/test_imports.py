@@ -17,7 +17,7 @@ TORCH = {
     "distill", "reference", "sampling", "hf", "switched", "greedy", "methods", "blocks",
 }  # fmt: skip
 ONNX_IR = ("decoders/", "rewrite/", "int4_blocks.py")
-ORT = ("engines/", "decoders/genai.py", "rewrite/quantize.py")  # quantize: ONNX Runtime's packing is a library call
+ORT = ("engines/", "decoders/genai", "rewrite/quantize.py")  # quantize: ONNX Runtime's packing is a library call
 HARNESS = ("evaluation/",)  # lm-evaluation-harness and its data sets; corpus reads calibration text from the hub too
 STAGES = {"calibrate", "plan", "linearize", "decoders", "rewrite", "verify", "evaluation", "bench", "report"}
 COMPOSERS = {"cli.py", "pipeline.py", "stages.py", "job.py", "verification.py", "evaluation_job.py"}
