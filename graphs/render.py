@@ -21,7 +21,7 @@ import onnx_ir as ir
 from nbl_export.decoders import build_decoder
 from nbl_export.records import Plan, TensorInfo
 from nbl_export.rewrite import contract_of, rewrite_model
-from tests.tiny import ARCHITECTURES, LAYERS, random_map, save_checkpoint
+from tests.tiny import ARCHITECTURES, LAYERS, made_by, random_map, save_checkpoint
 
 __all__ = ["CASES", "HERE", "header", "render_all", "render_graph"]
 
@@ -30,6 +30,7 @@ REPLACED = (1,)
 # (architecture, decoder source, precision)
 CASES = (
     *((a, s, "fp32") for a in ARCHITECTURES for s in ("genai", "mobius")),
+    *((a, s, "fp32") for s in ("genai", "mobius") for a in made_by(s) if a not in ARCHITECTURES),
     ("llama", "genai", "int4"),
     ("llama", "mobius", "fp16"),
 )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from nbl_export.blocks import block_output
 from nbl_export.errors import NblError
 from nbl_export.lmmse import Moments
 from nbl_export.moments_file import load_moments, save_moments
@@ -48,7 +49,7 @@ class Collection:
     def __enter__(self) -> Collection:
         for tap, accumulators in self.found.items():
             for layer, accumulator in zip(self._decoder.layers, accumulators, strict=True):
-                self._handles += attach(layer, accumulator, tap)
+                self._handles += attach(layer, accumulator, tap, self._decoder.config)
         return self
 
     def __exit__(self, _k: type[BaseException] | None, _v: BaseException | None, _t: TracebackType | None) -> None:
@@ -129,21 +130,30 @@ def refuse_not_finite(sums: Sums, layer: int) -> None:
         raise NblError(f"layer {layer}: its activations hold NaN or infinity; check the checkpoint's weights")
 
 
-def attach(layer: torch.nn.Module, accumulator: Accumulator, tap: str) -> list[Any]:
-    """Hook an accumulator to a decoder layer: its input at the tap, and its attention output. Returns the handles."""
+def attach(layer: torch.nn.Module, accumulator: Accumulator, tap: str, config: Any) -> list[Any]:
+    """Hook an accumulator to a decoder layer: its input at the tap, and what its attention block adds to the residual.
+
+    Args:
+        config: of the model.
+
+    Returns:
+        The handles.
+    """
     seen: dict[str, torch.Tensor] = {}
 
     def on_input(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen["x"] = args[0] if args else kwargs["hidden_states"]
 
-    def on_attention(_module: Any, _args: Any, output: Any) -> None:
+    def on_output(_module: Any, _args: Any, output: Any) -> None:
         y = output[0] if isinstance(output, tuple) else output
+        y = y if multiplier == 1.0 else y * multiplier
         x = seen.pop("x")
         accumulator.update(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
 
     attention: Any = layer.self_attn
+    last, multiplier = block_output(layer, config)
     tapped = layer if tap == "residual" else attention
     return [
         tapped.register_forward_pre_hook(on_input, with_kwargs=True),
-        attention.register_forward_hook(on_attention),
+        last.register_forward_hook(on_output),
     ]

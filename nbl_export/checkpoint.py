@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nbl_export.architectures import ARCHITECTURES, check_config, windows_of
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.records import DecoderSpec
 
 __all__ = [
     "LINEARIZED",
-    "SUPPORTED",
     "Source",
     "load_model",
     "load_tokenizer",
@@ -34,7 +34,6 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-SUPPORTED = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 LINEARIZED = "nbl-"  # before the architecture, in the config.json of an NBL checkpoint
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
               "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*")  # fmt: skip
@@ -118,7 +117,8 @@ def _hub_source(repo: str) -> Source:
 
 def _directory_source(name: str, directory: Path, revision: str | None) -> Source:
     config = _read_config(directory)
-    _check_architecture(config.get("model_type"), directory)
+    _check_architecture(config.get("model_type"), directory, multimodal="text_config" in config)
+    check_config(config, directory / "config.json")
     weights = _weight_files(directory)
     _check_safetensors(weights)
     tokenizer = [file for file in sorted(directory.glob("tokenizer*")) if file.is_file()]
@@ -139,15 +139,17 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _check_architecture(model_type: Any, where: Path) -> None:
+def _check_architecture(model_type: Any, where: Path, *, multimodal: bool = False) -> None:
     if str(model_type).startswith(LINEARIZED):
         raise NblError(
             f"{where} is a checkpoint with layers already replaced (nbl-export save-checkpoint): maps are fitted to "
             "attention, so give the original model; `import nbl_export.hf` makes transformers load this one"
         )
-    if model_type not in SUPPORTED:
+    if model_type not in ARCHITECTURES:
+        advice = "; its language model, saved by itself, may be one of these" if multimodal else ""
         raise NblError(
-            f"{where} has architecture {model_type!r}, which is not supported; supported are {', '.join(SUPPORTED)}"
+            f"{where} has architecture {model_type!r}, which is not supported; supported are "
+            f"{', '.join(ARCHITECTURES)}{advice}"
         )
 
 
@@ -198,7 +200,8 @@ def _gguf_source(name: str, file: Path) -> Source:
         architecture = field.contents() if field is not None else None
     except Exception as error:  # the reader raises whatever numpy raises on a short or foreign file
         raise NblError(f"{file} is truncated or not a GGUF file ({error}); fetch it again") from error
-    _check_architecture(architecture, file)
+    aliases = {alias: record.name for record in ARCHITECTURES.values() for alias in record.aliases}
+    _check_architecture(aliases.get(str(architecture), architecture), file)
     return Source(name, file.parent, file, None, _fingerprint([file]))
 
 
@@ -222,15 +225,16 @@ def read_spec(source: Source) -> DecoderSpec:
         NblError: not a decoder of a supported architecture, or a configuration that contradicts itself.
     """
     quiet_transformers()
-    from optimum.utils import NormalizedConfigManager
+    from optimum.utils import NormalizedTextConfigWithGQA
     from transformers import AutoConfig
 
     gguf = {"gguf_file": source.gguf.name} if source.gguf else {}
     try:
         config = AutoConfig.from_pretrained(str(source.directory), **gguf)
         _check_architecture(config.model_type, source.directory)
-        normal = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
+        normal = NormalizedTextConfigWithGQA(config)
         head_dim = getattr(config, "head_dim", None) or normal.hidden_size // normal.num_attention_heads
+        windows = windows_of(config)
         return DecoderSpec(
             architecture=config.model_type,
             num_layers=normal.num_layers,
@@ -240,7 +244,8 @@ def read_spec(source: Source) -> DecoderSpec:
             head_dim=head_dim,
             vocab_size=normal.vocab_size,
             max_positions=config.max_position_embeddings,
-            sliding_window=getattr(config, "sliding_window", None),
+            sliding_window=next(filter(None, windows), None),
+            full_layers=tuple(i for i, window in enumerate(windows) if window is None) if any(windows) else (),
         )
     except NblError:
         raise

@@ -122,23 +122,23 @@ class CostModel:
             entering = 1 if pruned and layer > last_kept else tokens
             leaving = 1 if pruned and layer >= last_kept else tokens
             total += 2.0 * leaving * self._mlp
-            total += 2.0 * entering * sizes[layer] if layer in sizes else self._attention_flops(tokens, depth)
+            total += 2.0 * entering * sizes[layer] if layer in sizes else self._attention_flops(layer, tokens, depth)
         return total
 
     def _bytes(self, sizes: Mapping[int, int], tokens: int, depth: int) -> float:
         elements = sum(sizes.get(i, self._projections) + self._mlp for i in range(self.spec.num_layers))
-        kept = self.spec.num_layers - len(sizes)
-        positions = min(depth + tokens, (self.spec.sliding_window or depth + tokens) + tokens - 1)
-        cache = self.spec.cache_bytes_per_token(kept, self.cache_itemsize) * positions
+        kept = (i for i in range(self.spec.num_layers) if i not in sizes)
+        positions = sum(min(depth + tokens, (self.spec.window_of(i) or depth + tokens) + tokens - 1) for i in kept)
+        cache = self.spec.cache_bytes_per_token(1, self.cache_itemsize) * positions
         return elements * self.weight_bytes + self._head * self.head_bytes + cache
 
-    def _attention_flops(self, tokens: int, depth: int) -> float:
-        pairs = sum(self._visible(depth + position) for position in range(1, tokens + 1))
+    def _attention_flops(self, layer: int, tokens: int, depth: int) -> float:
+        pairs = sum(self._visible(layer, depth + position) for position in range(1, tokens + 1))
         return 2.0 * tokens * self._projections + 4.0 * self.spec.num_heads * self.spec.head_dim * pairs
 
-    def _visible(self, position: int) -> int:
-        """Tokens that the token at a position (from 1) attends to."""
-        return min(position, self.spec.sliding_window or position)
+    def _visible(self, layer: int, position: int) -> int:
+        """Tokens that the token at a position (from 1) attends to in a layer."""
+        return min(position, self.spec.window_of(layer) or position)
 
     @property
     def _projections(self) -> int:

@@ -29,6 +29,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from nbl_export.blocks import logits_of, multiplier_of, run_from
 from nbl_export.errors import NblError
 from nbl_export.linearize import AffineAttention, switched
 from nbl_export.records import AffineMap
@@ -107,7 +108,9 @@ class _Twin:
         self.narrow = settings.dtype == "bf16" or (settings.dtype == "auto" and fast_bfloat16(model.device))
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        self.affine = nn.ModuleDict({str(i): AffineAttention(m) for i, m in maps.items()}).to(model.device)
+        self.affine = nn.ModuleDict(
+            {str(i): AffineAttention(m, multiplier_of(model.config)) for i, m in maps.items()}
+        ).to(model.device)
         if settings.lora_rank:
             generator = torch.Generator().manual_seed(settings.seed)
             for module in self.affine.values():
@@ -144,16 +147,15 @@ class _Twin:
 
     def run(self, entering_BTD: torch.Tensor) -> torch.Tensor:
         """The student's last hidden states."""
-        out: torch.Tensor = self.decoder(inputs_embeds=entering_BTD, use_cache=False).last_hidden_state
-        return out
+        return run_from(self.decoder, entering_BTD)
 
     def kl(self, teacher_ND: torch.Tensor, student_ND: torch.Tensor) -> torch.Tensor:
         """Mean KL over positions; logits of a few hundred positions at a time."""
         total = student_ND.new_zeros((), dtype=torch.float32)
         for t, s in zip(teacher_ND.split(_LOGIT_ROWS), student_ND.split(_LOGIT_ROWS), strict=True):
             with torch.no_grad():
-                target = self.model.lm_head(t).float().log_softmax(-1)
-            ours = self.model.lm_head(s).float().log_softmax(-1)
+                target = logits_of(self.model, t).log_softmax(-1)
+            ours = logits_of(self.model, s).log_softmax(-1)
             total = total + nn.functional.kl_div(ours, target, reduction="sum", log_target=True)
         return total / teacher_ND.shape[0]
 

@@ -6,8 +6,9 @@
     config.json   model_type "nbl-llama", everything of a Llama's, "nbl_replaced_layers": [0, 7], "nbl_tap": "residual"
     weights       model.layers.{i}.self_attn.linear.{weight,bias} of a replaced layer; a residual tap has no input norm
 
-A model class is the stock one with its attention exchanged after construction (`linearize`): no modelling code is
-copied. `import nbl_export` does not register, since it must not load torch and transformers.
+One pair of classes for each architecture (`architectures`), e.g. NblLlamaConfig and NblLlamaForCausalLM. A model class
+is the stock one with its attention exchanged after construction (`linearize`): no modelling code is copied. `import
+nbl_export` does not register, since it must not load torch and transformers.
 """
 
 from __future__ import annotations
@@ -17,48 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from nbl_export.architectures import ARCHITECTURES, Architecture
+from nbl_export.blocks import architecture_of, multiplier_of
 from nbl_export.checkpoint import LINEARIZED, quiet_transformers
 from nbl_export.errors import NblError
 from nbl_export.linearize import AffineAttention, linearize, replace_attention
-from nbl_export.records import TAPS, AffineMap
+from nbl_export.records import AffineMap
 
-__all__ = [
-    "NblLlamaConfig",
-    "NblLlamaForCausalLM",
-    "NblMistralConfig",
-    "NblMistralForCausalLM",
-    "save_linearized",
-]
-
-
-@strict
-class NblLlamaConfig(LlamaConfig):
-    """A Llama of which some layers have an affine map instead of attention."""
-
-    model_type = f"{LINEARIZED}llama"
-    nbl_replaced_layers: list[int] | None = None
-    nbl_tap: str = "residual"
-
-
-@strict
-class NblMistralConfig(MistralConfig):
-    """A Mistral of which some layers have an affine map instead of attention."""
-
-    model_type = f"{LINEARIZED}mistral"
-    nbl_replaced_layers: list[int] | None = None
-    nbl_tap: str = "residual"
+__all__ = ["CLASSES", "save_linearized"]
 
 
 def _exchange(model: Any) -> None:
@@ -69,37 +40,43 @@ def _exchange(model: Any) -> None:
     """
     config = model.config
     replaced, layers = config.nbl_replaced_layers or [], config.num_hidden_layers
-    if not set(replaced) < set(range(layers)) or config.nbl_tap not in TAPS:
+    if not set(replaced) < set(range(layers)) or config.nbl_tap not in architecture_of(config).taps:
         raise ValueError(f"config.json replaces layers {replaced} of {layers} at the tap {config.nbl_tap!r}")
-    replace_attention(model, {i: AffineAttention.blank(config.hidden_size) for i in replaced}, config.nbl_tap)
+    blanks = {i: AffineAttention.blank(config.hidden_size, multiplier_of(config)) for i in replaced}
+    replace_attention(model, blanks, config.nbl_tap)
 
 
-class NblLlamaForCausalLM(LlamaForCausalLM):
-    """`LlamaForCausalLM` with the attention of `config.nbl_replaced_layers` exchanged."""
+def _classes_of(record: Architecture) -> tuple[Any, Any]:
+    """Configuration and model class of an architecture: the stock ones with two values and one exchange more."""
+    model_base = getattr(transformers, f"{record.classes}ForCausalLM")
+    config_base, name = model_base.config_class, f"Nbl{record.classes}"
+    fields = {
+        "__annotations__": {"nbl_replaced_layers": list[int] | None, "nbl_tap": str},
+        "__module__": __name__,
+        "__doc__": f"A {record.classes} of which some layers have an affine map instead of attention.",
+        "model_type": f"{LINEARIZED}{record.name}",
+        "nbl_replaced_layers": None,
+        "nbl_tap": "residual",
+    }
+    config_class = strict(type(f"{name}Config", (config_base,), fields))
 
-    config_class = NblLlamaConfig
-
-    def __init__(self, config: NblLlamaConfig) -> None:
-        super().__init__(config)
+    def build(self: Any, config: Any) -> None:
+        model_base.__init__(self, config)
         _exchange(self)
 
-
-class NblMistralForCausalLM(MistralForCausalLM):
-    """`MistralForCausalLM` with the attention of `config.nbl_replaced_layers` exchanged."""
-
-    config_class = NblMistralConfig
-
-    def __init__(self, config: NblMistralConfig) -> None:
-        super().__init__(config)
-        _exchange(self)
+    members = {
+        "__module__": __name__,
+        "__doc__": f"`{model_base.__name__}` with the attention of `config.nbl_replaced_layers` exchanged.",
+        "__init__": build,
+        "config_class": config_class,
+    }
+    return config_class, type(f"{name}ForCausalLM", (model_base,), members)
 
 
-_CLASSES: dict[str, tuple[Any, Any]] = {
-    "llama": (NblLlamaConfig, NblLlamaForCausalLM),
-    "mistral": (NblMistralConfig, NblMistralForCausalLM),
-}
+# model_type of the original -> configuration and model class
+CLASSES: dict[str, tuple[Any, Any]] = {name: _classes_of(record) for name, record in ARCHITECTURES.items()}
 
-for _config_class, _model_class in _CLASSES.values():
+for _config_class, _model_class in CLASSES.values():
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     AutoModelForCausalLM.register(_config_class, _model_class, exist_ok=True)
 
@@ -112,9 +89,9 @@ def save_linearized(model: Any, checkpoint: Path, maps: Mapping[int, AffineMap],
     """
     quiet_transformers()
     config = model.config
-    if config.model_type not in _CLASSES:
-        raise NblError(f"no NBL checkpoint of architecture {config.model_type}; there are {', '.join(_CLASSES)}")
-    config_class, model_class = _CLASSES[config.model_type]
+    if config.model_type not in CLASSES:
+        raise NblError(f"no NBL checkpoint of architecture {config.model_type}; there are {', '.join(CLASSES)}")
+    config_class, model_class = CLASSES[config.model_type]
     values = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
     made_for = config_class(**values, nbl_replaced_layers=sorted(maps), nbl_tap=tap)
     with torch.device("meta"):

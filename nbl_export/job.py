@@ -12,6 +12,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from nbl_export.architectures import check_asked
 from nbl_export.artifacts import RunDirectory, key_of
 from nbl_export.engines import load_engine
 from nbl_export.errors import NblError
@@ -254,6 +255,7 @@ def check_options(options: JobOptions, spec: DecoderSpec) -> None:
     """
     parse_layers(options.layers, spec.num_layers)
     check_size(options, spec)
+    check_asked(options, spec.architecture)
     engine = engine_of(options)
     if engine.CAPABILITIES.static:
         engine.check_model(spec, options.precision)

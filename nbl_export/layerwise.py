@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbl_export.blocks import architecture_of, run_from
 from nbl_export.calibrate import attach, refuse_not_finite
 from nbl_export.errors import NblError
 from nbl_export.sums import REFERENCE_ROWS, Accumulator, Sums
@@ -122,12 +123,14 @@ def collect_layers(
     for index in range(config.num_hidden_layers):
         decoder = _one_layer(config, index, shelf)
         found = {tap: Accumulator(config.hidden_size) for tap in taps}
-        handles = [handle for tap, a in found.items() for handle in attach(decoder.layers[0], a, tap)]
+        handles = [handle for tap, a in found.items() for handle in attach(decoder.layers[0], a, tap, config)]
         done = 0
         with torch.inference_mode():
             for k, ids in enumerate(inputs):
-                given = {"inputs_embeds": states.read(k)} if index else {"input_ids": ids}
-                states.write(k, decoder(**given, use_cache=False).last_hidden_state)
+                if index:
+                    states.write(k, run_from(decoder, states.read(k)))
+                else:
+                    states.write(k, decoder(input_ids=ids, use_cache=False).last_hidden_state)
                 if k == 0:
                     for accumulator in found.values():
                         accumulator.clear()
@@ -174,8 +177,9 @@ def _one_layer(config: Any, index: int, shelf: Shelf) -> Any:
 
     single = copy.deepcopy(config)
     single.num_hidden_layers = 1
-    if getattr(config, "layer_types", None):
-        single.layer_types = [config.layer_types[index]]
+    for name in architecture_of(config).per_layer:
+        if getattr(config, name, None):
+            setattr(single, name, [getattr(config, name)[index]])
     with init_empty_weights(include_buffers=False):  # the rotary frequencies are buffers, and computed
         decoder = AutoModel.from_config(single, dtype=torch.float32)
     decoder.norm = nn.Identity()

@@ -1,9 +1,9 @@
 """The NBL torch model: attention modules replaced by affine maps. The truth that the graph is held to.
 
-    before   x --- input_layernorm --- self_attn ---(+ x)---      after   x --- Identity --- Linear ---(+ x)---
+    before   x --- norm --- self_attn --- (norm) ---(+ x)---      after   x --- Identity --- Linear ---(+ x)---
 
-No modelling file is forked: the layer's own forward still adds the residual. The norm becomes the identity,
-since the map acts on the residual stream (tap "residual").
+No modelling file is forked: the layer's own forward still adds the residual. The norm in front becomes the identity,
+since the map acts on the residual stream (tap "residual"), and so does a norm behind attention (`blocks`).
 """
 
 from __future__ import annotations
@@ -15,16 +15,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbl_export.blocks import PassThrough, block_modules, multiplier_of
 from nbl_export.records import AffineMap
 
 __all__ = ["AffineAttention", "linearize", "replace_attention", "switched"]
 
 
 class AffineAttention(nn.Module):
-    """Stands in for a self-attention module of transformers: (hidden_states, ...) -> (output, None)."""
+    """Stands in for a self-attention module of transformers: (hidden_states, ...) -> (output, None).
 
-    def __init__(self, affine: AffineMap) -> None:
+    Args:
+        multiplier: what the layer multiplies attention's output with; the map, which is of the product, is divided.
+    """
+
+    def __init__(self, affine: AffineMap, multiplier: float = 1.0) -> None:
         super().__init__()
+        self.multiplier = multiplier
+        self.layer_idx: int | None = None
         out_features, in_features = affine.weight.shape
         self.linear = nn.Linear(in_features, out_features)
         with torch.no_grad():
@@ -32,15 +39,29 @@ class AffineAttention(nn.Module):
             self.linear.bias.copy_(torch.from_numpy(affine.bias))
 
     @classmethod
-    def blank(cls, size: int) -> AffineAttention:
+    def blank(cls, size: int, multiplier: float = 1.0) -> AffineAttention:
         """One whose map [size, size] is still to be loaded."""
         made = cls.__new__(cls)
         nn.Module.__init__(made)
+        made.multiplier = multiplier
+        made.layer_idx = None
         made.linear = nn.Linear(size, size)
         return made
 
-    def forward(self, hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> tuple[torch.Tensor, None]:
-        return self.linear(hidden_states), None
+    def forward(self, hidden_states: torch.Tensor, *_args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        self._count(hidden_states, kwargs.get("cache", kwargs.get("past_key_values")))
+        out = self.linear(hidden_states)
+        return (out if self.multiplier == 1.0 else out / self.multiplier), None
+
+    def _count(self, hidden_BTD: torch.Tensor, cache: Any) -> None:
+        """Tell the cache that T tokens more have been seen: one number a token.
+
+        transformers reads the past length and the width of masks off the cache of the first layer of each kind, and
+        takes a cache without numbers for an empty one.
+        """
+        if cache is not None and self.layer_idx is not None:
+            seen = hidden_BTD.new_zeros(hidden_BTD.shape[0], 1, hidden_BTD.shape[1], 1)
+            cache.update(seen, seen, self.layer_idx)
 
 
 def linearize(model: Any, maps: Mapping[int, AffineMap], tap: str = "residual") -> Any:
@@ -48,41 +69,41 @@ def linearize(model: Any, maps: Mapping[int, AffineMap], tap: str = "residual") 
 
     With the tap "normed" the layer's norm stays in front of the map.
     """
-    replace_attention(model, {i: AffineAttention(affine) for i, affine in maps.items()}, tap)
+    multiplier = multiplier_of(model.config)
+    replace_attention(model, {i: AffineAttention(affine, multiplier) for i, affine in maps.items()}, tap)
     return model.eval()
 
 
-def replace_attention(model: Any, modules: Mapping[int, nn.Module], tap: str) -> None:
-    """Put modules in the place of the attention of layers; they take on its dtype and device.
-
-    The cache indices of the kept layers become dense: transformers reads the past length from cache 0, which
-    would stay empty if layer 0 were replaced.
-    """
-    kept = 0
-    for index, layer in enumerate(model.get_decoder().layers):
-        if index in modules:
-            reference = next(layer.self_attn.parameters())
-            layer.self_attn = modules[index].to(dtype=reference.dtype, device=reference.device)
-            if tap == "residual":
-                layer.input_layernorm = nn.Identity()
-        else:
-            layer.self_attn.layer_idx = kept
-            kept += 1
+def replace_attention(model: Any, modules: Mapping[int, AffineAttention], tap: str) -> None:
+    """Put modules in the place of the attention of layers; they take on its dtype, device and place in the cache."""
+    layers, norms = model.get_decoder().layers, block_modules(model.config, tap)
+    for index, module in modules.items():
+        layer = layers[index]
+        reference = next(layer.self_attn.parameters())
+        module.layer_idx = index
+        layer.self_attn = module.to(dtype=reference.dtype, device=reference.device)
+        for name in norms:
+            setattr(layer, name, nn.Identity())
 
 
 @contextlib.contextmanager
 def switched(decoder: Any, modules: Mapping[int, nn.Module], tap: str, first: int = 0) -> Iterator[None]:
-    """Within: layers of a decoder compute these modules instead of attention; layers below `first` are left out."""
+    """Within: layers of a decoder compute these modules instead of attention; layers below `first` are passed through.
+
+    Passed through and not left out: decoders look up a layer's mask and rotary embedding by its place.
+    """
     layers = decoder.layers
-    kept = {i: (layers[i].self_attn, layers[i].input_layernorm) for i in modules}
+    norms = block_modules(decoder.config, tap)
+    kept = {i: {name: getattr(layers[i], name) for name in ("self_attn", *norms)} for i in modules}
     try:
         for i, module in modules.items():
             layers[i].self_attn = module
-            if tap == "residual":
-                layers[i].input_layernorm = nn.Identity()
-        decoder.layers = layers[first:]
+            for name in norms:
+                setattr(layers[i], name, nn.Identity())
+        decoder.layers = nn.ModuleList([*(PassThrough() for _ in range(first)), *layers[first:]])
         yield
     finally:
         decoder.layers = layers
-        for i, (attention, norm) in kept.items():
-            layers[i].self_attn, layers[i].input_layernorm = attention, norm
+        for i, before in kept.items():
+            for name, was in before.items():
+                setattr(layers[i], name, was)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nbl_export.architectures import ARCHITECTURES
 from nbl_export.records import AffineMap, DecoderSpec
 
 __all__ = ["drop_map", "own_token_map"]
@@ -25,20 +26,24 @@ def drop_map(size: int) -> AffineMap:
     return AffineMap(np.zeros((size, size), np.float32), np.zeros(size, np.float32))
 
 
-def own_token_map(attention: Any, spec: DecoderSpec) -> AffineMap:
+def own_token_map(attention: Any, spec: DecoderSpec, multiplier: float = 1.0) -> AffineMap:
     """What a self-attention module of transformers gives a sequence of one token: values, repeated for their heads.
 
     Args:
-        attention: with v_proj [Hkv * head, D] and o_proj [D, H * head], each with or without a bias.
+        attention: with o_proj [D, H * head] and v_proj [Hkv * head, D], or a fused projection whose last rows are that;
+            each with or without a bias.
+        multiplier: what the layer multiplies attention's output with.
     """
-    value, output = attention.v_proj, attention.o_proj
-    out_DE = output.weight.detach().double()
-    weight_ED = _by_query_head(value.weight, spec)
+    fused = ARCHITECTURES[spec.architecture].fused_qkv
+    value, output = getattr(attention, fused or "v_proj"), attention.o_proj
+    rows = slice(-spec.num_kv_heads * spec.head_dim, None)
+    out_DE = output.weight.detach().double() * multiplier
+    weight_ED = _by_query_head(value.weight[rows], spec)
     bias_D = torch.zeros(out_DE.shape[0], dtype=torch.float64)
     if value.bias is not None:
-        bias_D = bias_D + out_DE @ _by_query_head(value.bias, spec)
+        bias_D = bias_D + out_DE @ _by_query_head(value.bias[rows], spec)
     if output.bias is not None:
-        bias_D = bias_D + output.bias.detach().double()
+        bias_D = bias_D + output.bias.detach().double() * multiplier
     return AffineMap((out_DE @ weight_ED).float().numpy(), bias_D.float().numpy())
 
 

@@ -206,8 +206,15 @@ def _refuse_failed(job: Job) -> None:
     raise ParityError(
         f"verification failed in {job.run.path}: rung {failed['rung']} ({failed['subject']}, {failed['metric']}"
         f"{', ' + failed['detail'] if failed['detail'] else ''}): {seen}, {failed['tolerance']:.3g} allowed; "
+        f"{_EXPORTERS_FAULT if failed['rung'] == 'b' else ''}"
         "the directory is kept for inspection (verify.json, report.html)"
     )
+
+
+_EXPORTERS_FAULT = (
+    "the graph is wrong as it came from the exporter, before any layer was replaced: try another --decoder-source or "
+    "--precision; "
+)
 
 
 def _report_failure(job: Job, verify: dict[str, Any]) -> None:

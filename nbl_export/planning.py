@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from nbl_export import calibrate, lmmse, methods
+from nbl_export import blocks, calibrate, lmmse, methods
 from nbl_export.artifacts import key_of
 from nbl_export.goals import goal_of, read_rank
 from nbl_export.greedy import GreedyOrder, extend
@@ -82,7 +82,9 @@ class Selection:
         if options.method == "drop":
             return methods.drop_map(spec.hidden_size)
         if options.method == "wo-wv":
-            return methods.own_token_map(self._job.model.get_decoder().layers[layer].self_attn, spec)
+            model = self._job.model
+            attention = model.get_decoder().layers[layer].self_attn
+            return methods.own_token_map(attention, spec, blocks.multiplier_of(model.config))
         return lmmse.fit(self._moments[options.tap][layer], layer, rank=read_rank(options.rank))
 
     @functools.cached_property

@@ -40,7 +40,10 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """The numbers of a decoder that the rest of the tool needs, in one vocabulary for all architectures."""
+    """The numbers of a decoder that the rest of the tool needs, in one vocabulary for all architectures.
+
+    sliding_window: of the layers that have one; full_layers: those that see everything all the same.
+    """
 
     architecture: str
     num_layers: int
@@ -51,10 +54,16 @@ class DecoderSpec:
     vocab_size: int
     max_positions: int
     sliding_window: int | None = None
+    full_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "full_layers", tuple(self.full_layers))  # JSON has no tuples
         _require(self.num_layers >= 1, "a decoder has at least one layer")
         _require(self.num_heads % self.num_kv_heads == 0, "query heads are a multiple of key/value heads")
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a layer sees, itself included; None for all."""
+        return None if layer in self.full_layers else self.sliding_window
 
     def cache_bytes_per_token(self, kept_layers: int, itemsize: int) -> int:
         """Key and value bytes that one token of one sequence adds: kept layers x 2 x Hkv x head x itemsize."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from nbl_export.blocks import logits_of, multiplier_of, run_from
 from nbl_export.linearize import AffineAttention, switched
 from nbl_export.records import AffineMap
 
@@ -59,11 +60,11 @@ class SwitchedModel:
     """
 
     def __init__(self, model: Any, maps: Mapping[int, AffineMap], tap: str) -> None:
-        self._head = model.lm_head
+        self._model = model
         self._decoder = model.get_decoder()
         self._layers = self._decoder.layers
         self._tap = tap
-        self._affine = {i: AffineAttention(m).eval() for i, m in maps.items()}
+        self._affine = {i: AffineAttention(m, multiplier_of(model.config)).eval() for i, m in maps.items()}
 
     @torch.no_grad()
     def run(
@@ -81,10 +82,13 @@ class SwitchedModel:
             return lambda _module, args: seen.__setitem__(layer, args[0][0])
 
         handles = [self._layers[i].register_forward_pre_hook(note(i)) for i in watch]
-        given = {"input_ids": ids_T[None]} if ids_T is not None else {"inputs_embeds": entering_TD[None]}  # type: ignore[index]
         try:
             with switched(self._decoder, {i: self._affine[i] for i in mix}, self._tap, first):
-                last = self._decoder(**given, use_cache=False).last_hidden_state[0]
+                if ids_T is not None:
+                    last = self._decoder(input_ids=ids_T[None], use_cache=False).last_hidden_state[0]
+                else:
+                    assert entering_TD is not None
+                    last = run_from(self._decoder, entering_TD[None])[0]
         finally:
             for handle in handles:
                 handle.remove()
@@ -115,8 +119,7 @@ class SwitchedModel:
         return found
 
     def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self._head(hidden_ND).float()
-        return out
+        return logits_of(self._model, hidden_ND)
 
     def price(self, windows_WT: Any, mix: Collection[int]) -> Loss:
         """What a mix loses on some text: token ids [windows, context], a tensor or an array."""

@@ -60,6 +60,17 @@ def test_a_window_bounds_attention_and_cache() -> None:
     assert windowed.speedup_of_sizes(EIGHT).decode < full.speedup_of_sizes(EIGHT).decode
 
 
+def test_layers_with_and_without_a_window() -> None:
+    """A layer that sees everything is worth more than one with a window, and one of each stands between."""
+    mixed = dataclasses.replace(SMOLLM2, sliding_window=64, full_layers=tuple(range(0, 30, 2)))
+    model = dataclasses.replace(MODEL, spec=mixed, tokens=4096)
+    full, windowed = (model.speedup_of_sizes({layer: 576 * 576}) for layer in (2, 3))
+    assert full.prefill > windowed.prefill and full.decode > windowed.decode
+    narrow = dataclasses.replace(model, spec=dataclasses.replace(mixed, full_layers=()))
+    wide = dataclasses.replace(model, spec=SMOLLM2)
+    assert narrow.prefill_flops({}) < model.prefill_flops({}) < wide.prefill_flops({})
+
+
 def test_laws() -> None:
     nothing = MODEL.speedup_of_sizes({})
     assert (nothing.prefill, nothing.decode) == (1.0, 1.0)

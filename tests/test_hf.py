@@ -92,13 +92,15 @@ def test_a_saved_checkpoint_is_no_input_of_the_main_job(run: Path, tmp_path: Pat
 
 
 def test_a_configuration_that_contradicts_itself() -> None:
-    from nbl_export.hf import NblLlamaConfig, NblLlamaForCausalLM
+    from nbl_export.hf import CLASSES
+
+    config_class, model_class = CLASSES["llama"]
 
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
              "vocab_size": 16}  # fmt: skip
     for wrong in ({"nbl_replaced_layers": [2]}, {"nbl_replaced_layers": [0, 1]}, {"nbl_tap": "elsewhere"}):
         with pytest.raises(ValueError, match=r"config\.json replaces layers"):
-            NblLlamaForCausalLM(NblLlamaConfig(**shape, **wrong))
+            model_class(config_class(**shape, **wrong))
 
 
 def test_an_architecture_without_a_class(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 
 TORCH = {
     "checkpoint", "corpus", "sums", "moments_file", "distributed", "layerwise", "calibrate", "lmmse", "linearize",
-    "distill", "reference", "sampling", "hf", "switched", "greedy", "methods",
+    "distill", "reference", "sampling", "hf", "switched", "greedy", "methods", "blocks",
 }  # fmt: skip
 ONNX_IR = ("decoders/", "rewrite/", "int4_blocks.py")
-ORT = ("engines/", "decoders/genai.py", "rewrite/quantize.py")  # quantize: ONNX Runtime's packing is a library call
+ORT = ("engines/", "decoders/genai", "rewrite/quantize.py")  # quantize: ONNX Runtime's packing is a library call
 HARNESS = ("evaluation/",)  # lm-evaluation-harness and its data sets; corpus reads calibration text from the hub too
 STAGES = {"calibrate", "plan", "linearize", "decoders", "rewrite", "verify", "evaluation", "bench", "report"}
 COMPOSERS = {"cli.py", "pipeline.py", "stages.py", "job.py", "verification.py", "evaluation_job.py"}

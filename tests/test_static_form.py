@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from nbl_export.architectures import windows_of
 from nbl_export.decoders import static
 from nbl_export.decoders.static_form.law import CheckForm
 from nbl_export.decoders.static_form.twin import first_difference
@@ -306,13 +307,13 @@ def test_one_mask_a_window_shared_by_its_layers(form: Form) -> None:
 
 def test_windows_come_from_the_configuration() -> None:
     config = SimpleNamespace(num_hidden_layers=3, sliding_window=8, layer_types=None)
-    assert static.windows_of(config) == (8, 8, 8)
+    assert windows_of(config) == (8, 8, 8)
     config.layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
-    assert static.windows_of(config) == (8, None, 8)
+    assert windows_of(config) == (8, None, 8)
     config.use_sliding_window = False
-    assert static.windows_of(config) == (None, None, None)
+    assert windows_of(config) == (None, None, None)
     config.sliding_window = None
-    assert static.windows_of(config) == (None, None, None)
+    assert windows_of(config) == (None, None, None)
 
 
 def test_a_longer_sequence_than_the_model_knows_is_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ accuracy level 4 on the CPU).
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from nbl_export.decoders.genai_repairs import repaired
+from nbl_export.decoders.mends import mend_attention
 from nbl_export.decoders.quiet import captured
 from nbl_export.engines.providers import PROVIDERS
 from nbl_export.errors import MissingPackageError, NblError, UsageError
@@ -65,42 +65,18 @@ def build(checkpoint: Path, out: Path, precision: str, provider: str = "cpu", op
         from onnxruntime_genai.models.builder import create_model, parse_extra_options
     except ImportError as error:
         raise MissingPackageError("onnxruntime_genai", "cpu", "building the decoder graph") from error
-    with tempfile.TemporaryDirectory() as cache, captured("the GenAI builder", checkpoint):
+    with tempfile.TemporaryDirectory() as cache, captured("the GenAI builder", checkpoint), repaired():
         where = ("", str(checkpoint), str(out), precision, _BUILDER_NAMES.get(provider, provider), cache)
         chosen = [*(gpu.options_for(precision) if gpu else ()), *options]
         create_model(*where, **parse_extra_options(*where, chosen))
-    _mend(checkpoint, out)
+    _forget_commit(out / "model.onnx")
+    mend_attention(checkpoint, out)
 
 
-def _mend(checkpoint: Path, out: Path) -> None:
-    """Put right what the builder (0.18) gets wrong."""
+def _forget_commit(path: Path) -> None:
+    """The builder appends the commit of whatever git repository it is called in: equal options, unequal bytes."""
     import onnx
 
-    model = onnx.load(str(out / "model.onnx"), load_external_data=False)
-    # It appends the commit of whatever git repository it is called in: equal options, unequal bytes.
+    model = onnx.load(str(path), load_external_data=False)
     model.producer_version = model.producer_version.partition("+")[0]
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    if config["model_type"] == "mistral" and config.get("sliding_window"):
-        _restore_window(model, int(config["sliding_window"]))
-        _forget_window(out / "genai_config.json")
-    (out / "model.onnx").write_bytes(model.SerializeToString())
-
-
-def _restore_window(model: Any, window: int) -> None:
-    """Give Mistral's attention its sliding window, which the builder leaves out: local_window_size -1.
-
-    The same number of keys as in transformers: a query sees itself and the window - 1 keys before it. Without
-    this the graph agrees with torch only up to the window's length.
-    """
-    for node in model.graph.node:
-        if node.op_type == "GroupQueryAttention":
-            for attribute in node.attribute:
-                if attribute.name == "local_window_size" and attribute.i < 0:
-                    attribute.i = window
-
-
-def _forget_window(path: Path) -> None:
-    """Tell the runtime nothing of a window: it would keep caches of two windows, and no decoding gets beyond them."""
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    settings["model"]["decoder"].pop("sliding_window", None)
-    path.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
+    path.write_bytes(model.SerializeToString())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from nbl_export.architectures import ARCHITECTURES
+from nbl_export.decoders.mends import mend_attention
 from nbl_export.decoders.quiet import captured
 from nbl_export.errors import MissingPackageError, NblError
 
@@ -25,12 +27,16 @@ def build(checkpoint: Path, out: Path, precision: str) -> None:
     arguments = ["build", "--config", str(checkpoint), "--ep", "cpu", "--dtype", _DTYPES[precision]]
     with captured("mobius", checkpoint):
         mobius_cli([*arguments, "--runtime", "ort-genai", str(out)])
-    _state_context(checkpoint, out / "genai_config.json")
+    _mend_config(checkpoint, out / "genai_config.json")
+    mend_attention(checkpoint, out)
 
 
-def _state_context(checkpoint: Path, path: Path) -> None:
-    """Put the model's context length where mobius (0.1) writes 4096 for every model."""
-    positions = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
+def _mend_config(checkpoint: Path, path: Path) -> None:
+    """Put the model's context length where mobius (0.1) writes 4096 for every model, and a type that GenAI knows."""
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    positions, record = config["max_position_embeddings"], ARCHITECTURES[config["model_type"]]
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["model"]["context_length"] = settings["search"]["max_length"] = positions
+    if record.runtime_type is not None:
+        settings["model"]["type"] = record.runtime_type
     path.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from nbl_export.architectures import windows_of
 from nbl_export.decoders.directory import add_text_files
 from nbl_export.decoders.quiet import captured
 from nbl_export.decoders.static_form import PRECISIONS, finish_passes, form_passes
@@ -31,7 +31,6 @@ __all__ = [
     "finish",
     "save_graph",
     "save_int4_twin",
-    "windows_of",
 ]
 
 
@@ -95,15 +94,6 @@ def difference(twin: Path, shipped: Path, precision: str) -> str:
     model = ir.load(twin)
     finish(model, precision)
     return first_difference(ir.load(shipped), model)
-
-
-def windows_of(config: Any) -> tuple[int | None, ...]:
-    """The sliding window of each layer from a transformers configuration, None where a layer sees everything."""
-    window = getattr(config, "sliding_window", None)
-    if window is None or getattr(config, "use_sliding_window", True) is False:
-        return (None,) * config.num_hidden_layers
-    kinds: Sequence[str] = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _read_config(checkpoint: Path) -> Any:

@@ -1,0 +1,195 @@
+"""Sources of decoder graphs x architectures x precision: does what is exported compute what torch computes?
+
+    python bench/architectures.py [--only qwen2,gemma3] [--output bench/results/architectures.json]
+
+Each row takes a tiny random checkpoint through the tool's own pipeline (calibrate, plan, decoder, rewrite, verify; the
+static source: its form and the rewrite), and then measures by itself: the largest difference of logits from torch, over
+two rows of random tokens, prefill and cached steps, of the original graph and of the one with layers replaced. A row
+that is refused says by whom and why. Prints a table; writes JSON, in which --only leaves the other architectures' rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+
+from nbl_export.artifacts import versions
+from nbl_export.errors import NblError, ParityError
+from nbl_export.records import JobOptions, Plan
+from tests.tiny import EVERY, LAYERS, VARIANTS, VOCAB, save_checkpoint, stdlib_text
+
+RUNS = (
+    ("genai", "fp32"),
+    ("genai", "int4"),
+    ("mobius", "fp32"),
+    ("mobius", "fp16"),
+    ("static", "fp32"),
+    ("static", "int4"),
+)
+OF_VARIANTS = (("genai", "fp32"), ("mobius", "fp32"), ("static", "fp32"))
+REPLACED = "2"  # layers, of three
+ROWS, SLOTS = (45, 27), 96  # tokens of the two rows: beyond the tiny windows
+PACKAGES = ("torch", "transformers", "onnx-ir", "onnxruntime", "onnxruntime-genai", "mobius-onnx")
+
+
+def rows() -> list[list[int]]:
+    """Random token ids."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(2, VOCAB, n).tolist() for n in ROWS]
+
+
+def torch_logits(checkpoint: Path, maps: Any = None) -> list[np.ndarray]:
+    """Each row by itself, without a cache."""
+    import torch
+
+    from nbl_export.checkpoint import load_model
+    from nbl_export.linearize import linearize
+
+    model = linearize(load_model(checkpoint), maps or {})
+    with torch.inference_mode():
+        return [model(torch.tensor([row]), use_cache=False).logits[0].numpy() for row in rows()]
+
+
+def worst(decoder: Any, expected: list[np.ndarray]) -> float:
+    """Largest difference of a batch of the two rows."""
+    from nbl_export.verify import run_rows
+
+    return max(float(np.abs(g - e).max()) for g, e in zip(run_rows(decoder, rows()), expected, strict=True))
+
+
+def through_the_pipeline(source: str, precision: str, checkpoint: Path, text: Path, run: Path) -> dict[str, Any]:
+    """The job as far as verification, and what is seen on its graphs."""
+    from nbl_export.checkpoint import read_spec, resolve
+    from nbl_export.engines.onnx_decoder import OnnxDecoder, all_logits_file
+    from nbl_export.pipeline import run_calibration, run_stages
+    from nbl_export.plan import load_maps
+    from nbl_export.progress import Ui
+
+    asked = {"precision": precision, "decoder_source": source, "layers": REPLACED, "context": 64}
+    asked |= {"calibration": (str(text),), "calibration_tokens": 1024, "prompt_tokens": 16, "generate_tokens": 4}
+    asked |= {"depths": (0,)}
+    run_calibration(str(checkpoint), asked, run, Ui(quiet=True))
+    failed = ""
+    try:
+        run_stages(run, "verify", Ui(quiet=True))
+    except ParityError as error:
+        failed = str(error)
+    facts = json.loads((run / "nbl.json").read_text())
+    maps = load_maps(run / "maps.safetensors", facts["replaced_layers"])
+    head_dim = read_spec(resolve(str(checkpoint))).head_dim
+    found: dict[str, Any] = {"replaced_layers": facts["replaced_layers"]}
+    for subject, name, chosen in (("original", "original", None), ("nbl", "model", maps)):
+        decoder = OnnxDecoder(run / name, head_dim, file=all_logits_file(run / name))
+        found[subject] = worst(decoder, torch_logits(checkpoint, chosen))
+    return {"status": "parity failed" if failed else "verified", "reason": failed, **found}
+
+
+def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict[str, Any]:
+    """The form that TensorRT takes, rewritten; float32 on ONNX Runtime, and with int4 blocks."""
+    from nbl_export.architectures import check_asked
+    from nbl_export.calibrate import collect
+    from nbl_export.checkpoint import load_model, load_tokenizer, read_spec, resolve
+    from nbl_export.decoders import static
+    from nbl_export.engines.onnx_decoder import GRAPH_FILE
+    from nbl_export.engines.static_decoder import open_decoder
+    from nbl_export.lmmse import fit
+    from nbl_export.rewrite import rewrite
+
+    spec = read_spec(resolve(str(checkpoint)))
+    check_asked(JobOptions(str(checkpoint), decoder_source="static"), spec.architecture)
+    static.save_graph(static.build_form(checkpoint, SLOTS), run / "original", GRAPH_FILE)
+    import torch
+
+    ids = load_tokenizer(checkpoint).encode(text.read_text())[: 16 * 64]
+    moments = collect(load_model(checkpoint), torch.tensor(ids).view(16, 64), lambda *_: None)["residual"]
+    plan = Plan(LAYERS, (0, 1))
+    maps = {i: fit(moments[i], i) for i in plan.replaced}
+    rewrite(run / "original", run / "model", plan, maps, dense=True)
+    found: dict[str, Any] = {"replaced_layers": list(plan.replaced)}
+    for subject, name, chosen in (("original", "original", None), ("nbl", "model", maps)):
+        directory = run / name
+        if precision == "int4":
+            static.save_int4_twin(directory, directory / "int4")
+            directory = directory / "int4"
+        found[subject] = worst(open_decoder(directory / GRAPH_FILE), torch_logits(checkpoint, chosen))
+    return {"status": "verified", "reason": "", **found}
+
+
+def row(architecture: str, source: str, precision: str, checkpoint: Path, text: Path, run: Path) -> dict[str, Any]:
+    """One row of the table."""
+    try:
+        with _quiet():
+            if source == "static":
+                found = static_form(precision, checkpoint, text, run)
+            else:
+                found = through_the_pipeline(source, precision, checkpoint, text, run)
+    except NblError as error:
+        found = {"status": "refused", "reason": str(error)}
+    except Exception:
+        found = {"status": "crashed", "reason": traceback.format_exc()}
+    head = {"architecture": architecture, "source": source, "precision": precision}
+    reason = str(found["reason"]).replace(str(run), "RUN").replace(str(checkpoint), architecture)
+    return {**head, **found, "reason": reason}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def line(found: dict[str, Any]) -> str:
+    """A row as text."""
+    head = f"{found['architecture']:15s} {found['source']:7s} {found['precision']:5s} {found['status']:14s}"
+    figures = "".join(f" {found[s]:9.2e}" for s in ("original", "nbl") if s in found)
+    return f"{head}{figures}  {' '.join(found['reason'].split())[-300:]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="architectures, with commas")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "architectures.json")
+    given = parser.parse_args()
+    names = given.only.split(",") if given.only else [*EVERY, *VARIANTS]
+    print(f"{'architecture':15s} {'source':7s} {'prec.':5s} {'status':14s}  original       nbl  max |logit difference|")
+    with tempfile.TemporaryDirectory() as scratch:
+        text = Path(scratch) / "text.txt"
+        text.write_text(stdlib_text(60_000), encoding="utf-8")
+        for name in names:
+            checkpoint = save_checkpoint(name, Path(scratch) / name)
+            found = []
+            for source, precision in OF_VARIANTS if name in VARIANTS else RUNS:
+                run = Path(scratch) / f"{name}-{source}-{precision}"
+                found.append(row(name, source, precision, checkpoint, text, run))
+                print(line(found[-1]), flush=True)
+            keep(given.output, name, found)
+    rows = json.loads(given.output.read_text(encoding="utf-8"))["rows"]
+    sys.exit(any(found["status"] == "crashed" for found in rows))
+
+
+def keep(path: Path, name: str, found: list[dict[str, Any]]) -> None:
+    """Put an architecture's rows in their place in the file."""
+    before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    order = [*EVERY, *VARIANTS]
+    rows = [*(r for r in before if r["architecture"] != name), *found]
+    rows.sort(key=lambda r: order.index(r["architecture"]))  # stable: rows of one stay in their order
+    value = {"versions": versions(PACKAGES), "rows_of_tokens": ROWS, "rows": rows}
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
