@@ -240,7 +240,7 @@ def transposed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wrong(model: Any, plan: Any, maps: dict[int, AffineMap], *more: Any) -> Any:
         turned = {i: AffineMap(np.ascontiguousarray(m.weight.T), m.bias) for i, m in maps.items()}
-        return correct(model, plan, turned)
+        return correct(model, plan, turned, *more)
 
     monkeypatch.setattr(rewrite, "rewrite_model", wrong)
 
