@@ -50,7 +50,7 @@ def _plan(job: Job, out: Path) -> dict[str, Any]:
 
     plan, maps, facts = make_plan(job)
     distilled = job.options.fit == "distilled" and plan.replaced
-    save_maps(maps, out / ("start.safetensors" if distilled else "maps.safetensors"))
+    save_maps(maps, out / ("start.safetensors" if distilled else "maps.safetensors"), plan.tap)
     return {
         "fit": {"kind": "independent"},
         "method": job.options.method,
@@ -106,7 +106,7 @@ def _distill(job: Job, out: Path) -> dict[str, Any]:
             lambda s: job.ui.say(f"  {s}"),
             FileState(job.run.partial("distill"), key),
         )
-    save_maps(found.maps, out / "maps.safetensors")
+    save_maps(found.maps, out / "maps.safetensors", plan.tap)
     write_json(out / "distill.json", {"held_kl": found.held_kl, "train_kl": found.train_kl, "seconds": found.seconds})
     best = min(found.held_kl, key=lambda row: row[1])
     kl = {"held_kl_start": found.held_kl[0][1], "held_kl_best": best[1]}
