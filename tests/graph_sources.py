@@ -45,6 +45,7 @@ def _mobius(checkpoint: Path, out: Path, flavour: str) -> None:
 
     ep, dtype = ("cpu", "f16") if flavour == "fp16" else (flavour, "f32")
     main(["build", "--config", str(checkpoint), "--ep", ep, "--dtype", dtype, "--runtime", "ort-genai", str(out)])
+    shutil.copyfile(checkpoint / "config.json", out / "config.json")  # mobius says 4096 positions of every model
 
 
 def _load(checkpoint: Path, **options: Any) -> Any:

@@ -18,7 +18,15 @@ from nbl_export.errors import RefusalError
 from nbl_export.rewrite.anatomy import PRODUCTS, AttentionBlock, find_block, graph_caches, is_constant
 from nbl_export.rewrite.tail import PruneTail
 
-__all__ = ["architecture_of", "decoder_facts", "graph_facts", "hidden_size", "logits_of", "replaced_layers"]
+__all__ = [
+    "architecture_of",
+    "decoder_facts",
+    "full_layers",
+    "graph_facts",
+    "hidden_size",
+    "logits_of",
+    "replaced_layers",
+]
 
 _QUANTISES = ("DynamicQuantizeLinear", "QuantizeLinear")
 _TRANSPARENT = ("Identity", "Cast", "DequantizeLinear")
@@ -84,8 +92,14 @@ def decoder_facts(graph: ir.Graph, blocks: list[AttentionBlock], directory: Path
         "head_dim": head,
         "vocab_size": _vocabulary(graph),
         "max_positions": stated.get("max_positions"),
-        "sliding_window": _window(blocks[0]) if blocks else None,
+        "sliding_window": max((w for w in map(_window, blocks) if w is not None), default=None),
     }
+
+
+def full_layers(blocks: list[AttentionBlock]) -> tuple[int, ...]:
+    """Layers without a sliding window, where others have one."""
+    full = tuple(block.layer for block in blocks if _window(block) is None)
+    return full if len(full) < len(blocks) else ()
 
 
 def architecture_of(directory: Path | None) -> dict[str, Any]:
