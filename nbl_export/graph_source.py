@@ -20,6 +20,7 @@ from nbl_export.records import DecoderSpec, JobOptions
 __all__ = ["GIVEN", "adapted", "check_given", "copy_graph", "files_of", "graph_of", "read_spec", "refuse_changes"]
 
 GIVEN = "given"
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
 _CONFIG = "genai_config.json"
 
 
@@ -109,6 +110,8 @@ def adapted(options: JobOptions) -> JobOptions:
 
     _check_engine(options)
     precision = describe_graph(graph)["precision"]
+    if precision not in PRECISIONS:
+        raise NblError(f"the matrices of {graph} are {precision}; those of a model are {', '.join(PRECISIONS)}")
     if options.precision not in (precision, "fp32"):
         raise UsageError(f"--precision {options.precision}: {graph} is {precision}, and stays so; leave it out")
     return dataclasses.replace(options, decoder_source=GIVEN, precision=precision)
@@ -129,6 +132,13 @@ def check_given(options: JobOptions) -> None:
     if asked:
         raise UsageError(f"{asked[0]} needs the torch model, and {options.model} is an ONNX graph; give the checkpoint")
     _check_engine(options)
+    others = ("max_seq_len", "max_batch", "prefill_chunk", "builder_option")
+    idle = [name for name in others if getattr(options, name)]
+    if options.map_bits is not None and options.precision not in ("int8", "int4"):
+        idle.append("map_bits")
+    if idle:
+        flag = f"--{idle[0].replace('_', '-')}"
+        raise UsageError(f"{flag} has nothing to do on {options.model}, which is an ONNX graph of {options.precision}")
 
 
 def _check_engine(options: JobOptions) -> None:

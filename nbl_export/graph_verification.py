@@ -73,7 +73,6 @@ def run(job: Job) -> dict[str, Any]:
     """The value of verify.json."""
     from nbl_export import verification, verify, verify_file, verify_last
     from nbl_export.plan import load_maps
-    from nbl_export.rewrite.last_token import difference
 
     plan, spec, precision = job.plan, job.spec, job.options.precision
     probe = verification.make_probe(job)
@@ -91,9 +90,7 @@ def run(job: Job) -> dict[str, Any]:
         )
         results += verify_file.check_maps(subject, directory, ours)
         if last_only:
-            problem = difference(directory)
-            metric, detail = "what ships is the graph with all logits, pruned", problem or "every node and weight"
-            results.append(RungResult("a", subject, metric, float(bool(problem)), 0.5, not problem, detail))
+            results.append(verify_last.check_pruned(subject, directory))
             results += verify_last.check_last(subject, decoder, shipped, probe.rows[0], precision)
         reference = MappedOriginal(_all_logits(graphs["original"]), spec, ours, plan.tap)
         with job.ui.task(f"reference of {subject}"):

@@ -165,6 +165,7 @@ def test_what_needs_torch_is_refused(alone: tuple[object, ...], given_graph: Giv
         refused = nbl(*arguments, *given, "--output", output)
         assert_refused(refused, 2, given[0], "needs the torch model")
     assert_refused(nbl(*alone, "--precision", "int4", "--output", output), 2, "--precision int4", "is fp32")
+    assert_refused(nbl(*alone, "--map-bits", "8", "--output", output), 2, "--map-bits has nothing to do")
     assert_refused(nbl(*alone, "--engine", "trt", "--output", output), 2, "--engine ort")
     assert not output.exists()
 
