@@ -58,7 +58,7 @@ def _run_whole(job: Job, windows: Any, chosen: list[int], facts: dict[str, Any],
     partial = _Partial(job.run.partial("calibrate"), facts)
     total = sum(part.numel() for part in mine)
     taps, peers = facts["identity"]["taps"], distributed.current()
-    with job.ui.task(f"{total} tokens") as progress, calibrate.Collection(peers.place(job.model), taps) as found:
+    with job.ui.task(f"{total} tokens") as progress, _collection(job, taps) as found:
         done = partial.restore(found)
         if done:
             job.ui.say(f"  going on after {done} of {len(mine)} batches")
@@ -75,6 +75,24 @@ def _run_whole(job: Job, windows: Any, chosen: list[int], facts: dict[str, Any],
 
         distributed.collect_batches(peers, found, mine, done, is_due, lambda end: partial.save(found, end))
         _write(found, out / "moments.safetensors", facts)
+
+
+def _collection(job: Job, taps: list[str]) -> Any:
+    """Accumulators on the torch model, or on the graph where that is all there is.
+
+    Raises:
+        NblError: a graph, and several processes.
+    """
+    from nbl_export import calibrate, distributed
+
+    peers = distributed.current()
+    if job.graph is None:
+        return calibrate.Collection(peers.place(job.model), taps)
+    from nbl_export.graph_moments import GraphCollection
+
+    if peers.size > 1:
+        raise NblError("torchrun is for torch models; use --shard I/N on each process instead, then merge")
+    return GraphCollection(job.graph, job.spec, taps)
 
 
 def _by_layer(job: Job) -> bool:
@@ -121,7 +139,8 @@ def _facts(job: Job, windows: Any, batches: int, mine: int, calibration: dict[st
         "taps": list(taps_of(job.options.tap)),
     }
     about = {name: manifest[name] for name in ("model", "decoder", "places", "num_layers")}
-    chosen = {name: value for name, value in job.options.to_json().items() if name in ("model", *OF_CALIBRATE)}
+    kept = ("model", *OF_CALIBRATE, *(("decoder_source", "precision") if job.graph is not None else ()))
+    chosen = {name: value for name, value in job.options.to_json().items() if name in kept}
     chosen.pop("layer_wise")  # which way the same moments came about
     return {
         "identity": identity,

@@ -2,6 +2,7 @@
 
 "org/name"            -> huggingface_hub snapshot (safetensors, config, tokenizer; never .bin)
 DIR with safetensors  -> used where it is
+DIR with model.onnx   -> where there are no weights for torch: a graph, see `graph_source`
 FILE.gguf or its DIR  -> dequantised by transformers into RUN/checkpoint, once
 """
 
@@ -17,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nbl_export import graph_source
 from nbl_export.architectures import ARCHITECTURES, check_config, windows_of
 from nbl_export.errors import MissingPackageError, NblError
+from nbl_export.given_graph import home_of
 from nbl_export.records import DecoderSpec
 
 __all__ = [
@@ -43,13 +46,17 @@ _MARKER = "source.json"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from. `fingerprint` changes when its files do."""
+    """Where a model comes from. `fingerprint` changes when its files do.
+
+    graph: the ONNX file, where that is all there is of the model.
+    """
 
     name: str
     directory: Path
     gguf: Path | None
     revision: str | None
     fingerprint: str
+    graph: Path | None = None
 
     @property
     def title(self) -> str:
@@ -59,7 +66,8 @@ class Source:
     @property
     def place(self) -> str | None:
         """Absolute path of a local model; None for one of the hub."""
-        return None if self.revision else str((self.gguf or self.directory).absolute())
+        file = self.gguf or (self.graph if self.name.endswith(".onnx") else None)
+        return None if self.revision else str((file or self.directory).absolute())
 
 
 def quiet_transformers() -> None:
@@ -80,6 +88,10 @@ def resolve(model: str) -> Source:
         NblError: missing, truncated, pickled, or of an unsupported architecture.
     """
     path = Path(model).expanduser()
+    graph = graph_source.graph_of(path)
+    if graph is not None:
+        files = graph_source.files_of(graph)
+        return Source(model, home_of(graph), None, None, _fingerprint(files), graph)
     if path.is_file() and path.suffix == ".gguf":
         return _gguf_source(model, path)
     if path.is_dir():
@@ -224,6 +236,8 @@ def read_spec(source: Source) -> DecoderSpec:
     Raises:
         NblError: not a decoder of a supported architecture, or a configuration that contradicts itself.
     """
+    if source.graph is not None:
+        return graph_source.read_spec(source.graph)
     quiet_transformers()
     from optimum.utils import NormalizedTextConfigWithGQA
     from transformers import AutoConfig

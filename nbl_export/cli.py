@@ -196,22 +196,40 @@ def plan(
 
 @app.command()
 def rewrite(
-    directory: opt.Run,
+    directory: opt.MaybeRun = None,
     layers: opt.Layers = None,
     precision: opt.Precision = None,
     decoder_source: opt.Source = None,
     builder_option: opt.BuilderOption = None,
     map_bits: opt.MapBits = None,
+    onnx: opt.Onnx = None,
+    maps: opt.Maps = None,
+    tap: opt.Tap = None,
+    output: Annotated[Path | None, typer.Option(metavar="OUT", help="--onnx: the directory to write, new.")] = None,
 ) -> None:
-    """Build the decoder graph and write its NBL version."""
-    from nbl_export.pipeline import run_stages
+    """Build the decoder graph of a run and write its NBL version, or that of a graph there is already (--onnx)."""
+    if onnx is None:
+        opt.refuse_with(None, "--onnx", maps=maps, tap=tap, output=output)
+        if directory is None:
+            raise typer.BadParameter("a run directory or --onnx is needed", param_hint="DIR")
+        from nbl_export.pipeline import run_stages
 
-    changes = opt.given_options(
-        layers=layers, precision=precision, decoder_source=decoder_source,
-        builder_option=builder_option, map_bits=map_bits,
+        changes = opt.given_options(
+            layers=layers, precision=precision, decoder_source=decoder_source,
+            builder_option=builder_option, map_bits=map_bits,
+        )  # fmt: skip
+        run_stages(directory, "rewrite", _ui(), changes=changes)
+        print(directory / "model")
+        return
+    opt.refuse_with(
+        "--onnx", None,
+        dir=directory, precision=precision, decoder_source=decoder_source, builder_option=builder_option,
     )  # fmt: skip
-    run_stages(directory, "rewrite", _ui(), changes=changes)
-    print(directory / "model")
+    if maps is None or output is None:
+        raise typer.BadParameter("goes with --maps and --output", param_hint="--onnx")
+    from nbl_export.given_graph import rewrite_given
+
+    print(rewrite_given(onnx, maps, layers, tap, output, map_bits=map_bits))
 
 
 @app.command()
@@ -371,12 +389,20 @@ def generate(
 
 
 @app.command()
-def inspect(directory: opt.Run, as_json: opt.Json = False) -> None:
-    """Show plan, graphs, caches and sizes of a run directory."""
+def inspect(
+    directory: Annotated[Path, typer.Argument(metavar="DIR|FILE.onnx", help="A run directory, or any decoder graph.")],
+    as_json: opt.Json = False,
+) -> None:
+    """Show plan, graphs, caches and sizes of a run directory, or what is recognised in an ONNX graph."""
+    from nbl_export.given_graph import describe_graph, has_graph
+    from nbl_export.graph_table import graph_table
     from nbl_export.inspection import describe, describe_table
 
+    if has_graph(directory):
+        found = describe_graph(directory)
+        return _show(found, graph_table(found), as_json)
     facts = describe(directory)
-    _show(facts, describe_table(facts), as_json)
+    return _show(facts, describe_table(facts), as_json)
 
 
 @app.command()

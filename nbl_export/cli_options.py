@@ -33,10 +33,13 @@ __all__ = [
     "Logits",
     "LoraRank",
     "MapBits",
+    "Maps",
     "MaxBatch",
     "MaxIncrease",
     "MaxSeqLen",
+    "MaybeRun",
     "Method",
+    "Onnx",
     "Precision",
     "PrefillChunk",
     "Profile",
@@ -53,9 +56,18 @@ __all__ = [
     "TargetSpeedup",
     "Threads",
     "given_options",
+    "refuse_with",
 ]
 
 Run = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory made by nbl-export --output.")]
+MaybeRun = Annotated[Path | None, typer.Argument(metavar="[DIR]", help="A run directory made by nbl-export --output.")]
+Onnx = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR|FILE", help="A decoder graph from any exporter, to be rewritten with --maps to --output."
+    ),
+]
+Maps = Annotated[Path | None, typer.Option(metavar="FILE", help="--onnx: the maps.safetensors of a run.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 Layers = Annotated[
     str | None,
@@ -200,3 +212,11 @@ def _numbers(text: str, flag: str, least: int, example: str) -> tuple[int, ...]:
     if not all(part.isascii() and part.isdigit() and int(part) >= least for part in parts):
         raise typer.BadParameter(f"write numbers from {least} on, comma separated ({example})", param_hint=flag)
     return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def refuse_with(present: str | None, absent: str | None, **given: Any) -> None:
+    """Options that are without effect beside `present`, or without `absent`."""
+    for name, value in given.items():
+        if value is not None:
+            why = f"does not go with {present}" if present else f"goes with {absent}"
+            raise typer.BadParameter(why, param_hint="DIR" if name == "dir" else f"--{name.replace('_', '-')}")

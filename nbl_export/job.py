@@ -17,6 +17,7 @@ from nbl_export.artifacts import RunDirectory, key_of
 from nbl_export.engines import load_engine
 from nbl_export.errors import NblError
 from nbl_export.goals import check_size
+from nbl_export.graph_source import GIVEN
 from nbl_export.mixture import absolute_sources
 from nbl_export.plan import parse_layers
 from nbl_export.progress import Ui
@@ -208,10 +209,22 @@ class Job:
             sampling.save_windows(ids, key, path)
         return ids[:wanted], ids[wanted:]
 
+    @property
+    def graph(self) -> Path | None:
+        """The decoder graph, where that is all there is of the model."""
+        return self.source.graph if self.options.decoder_source == GIVEN else None
+
     @functools.cached_property
     def model(self) -> Any:
-        """The torch model. `del job.model` frees it."""
+        """The torch model. `del job.model` frees it.
+
+        Raises:
+            NblError: there is only a graph.
+        """
         from nbl_export import allocator, checkpoint
+
+        if self.graph is not None:
+            raise NblError(f"this needs the torch model, and {self.options.model} is an ONNX graph")
 
         allocator.keep_freed_memory()
         return checkpoint.load_model(self.checkpoint)
@@ -223,6 +236,8 @@ class Job:
 
         from nbl_export import layerwise
 
+        if self.graph is not None:  # its weights stay in their file
+            return ""
         needed, available = layerwise.float32_bytes(self.checkpoint), psutil.virtual_memory().available
         if "model" in self.__dict__ or needed <= _MEMORY_SHARE * available:
             return ""

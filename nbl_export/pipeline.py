@@ -11,6 +11,7 @@ from typing import Any
 from nbl_export.artifacts import RunDirectory, key_of, refuse_foreign
 from nbl_export.errors import NblError, ParityError
 from nbl_export.goals import changed_options
+from nbl_export.graph_source import adapted, refuse_changes
 from nbl_export.job import Job, check_options, located
 from nbl_export.preflight import preflight, require_engine
 from nbl_export.progress import Ui
@@ -27,6 +28,7 @@ def run_job(options: JobOptions, output: Path, ui: Ui, *, force: bool = False) -
         NblError: anything the user can put right, before anything is computed where it can be known by then.
         ParityError: the graph does not compute what the torch model computes.
     """
+    options = adapted(options)
     preflight(options)
     require_engine(options)
     _work(options, output, ui, force, "report")
@@ -53,7 +55,7 @@ def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, 
 def _calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, force: bool) -> Path:
     refuse_foreign(output)
     recorded = {} if force else RunDirectory.peek(output).manifest.get("options", {})
-    options = dataclasses.replace(JobOptions.from_json({**recorded, "model": model, "shard": None}), **given)
+    options = adapted(dataclasses.replace(JobOptions.from_json({**recorded, "model": model, "shard": None}), **given))
     preflight(options)
     _work(options, output, ui, force, "calibrate")
     return output
@@ -122,6 +124,7 @@ def run_stages(
     with RunDirectory.open_run(output, create=False) as run:
         recorded = JobOptions.from_json(run.manifest["options"])
         options = changed_options(recorded, changes or {})
+        refuse_changes(recorded, options)
         preflight(options)
         if changes and "engine" in changes:
             require_engine(options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.records import AffineMap, LayerScore, Plan
 
-__all__ = ["choose", "load_maps", "parse_layers", "ranked", "save_maps"]
+__all__ = ["choose", "load_maps", "maps_in", "parse_layers", "ranked", "save_maps"]
 
 
 def parse_layers(text: str | None, num_layers: int) -> int | tuple[int, ...]:
@@ -81,10 +82,11 @@ def choose(
     return Plan(len(scores), replaced, tap, select, tuple(scores))
 
 
-def save_maps(maps: dict[int, AffineMap], path: Path) -> None:
+def save_maps(maps: dict[int, AffineMap], path: Path, tap: str = "residual") -> None:
     """Write float32: `layers.{i}.bias` [D], and `layers.{i}.weight` [D, D] (y = x W' + b) or its factors.
 
-    The factors of a map of low rank are `layers.{i}.up` [D, k] and `layers.{i}.down` [k, D], W = up down.
+    The factors of a map of low rank are `layers.{i}.up` [D, k] and `layers.{i}.down` [k, D], W = up down. The metadata
+    has the tap.
     """
     from safetensors.numpy import save_file
 
@@ -93,7 +95,26 @@ def save_maps(maps: dict[int, AffineMap], path: Path) -> None:
         for i, affine in maps.items()
         for name, array in {**affine.matrices, "bias": affine.bias}.items()
     }
-    save_file(tensors, path, metadata={"format": "nbl-maps-1"})
+    save_file(tensors, path, metadata={"format": "nbl-maps-1", "tap": tap})
+
+
+def maps_in(path: Path) -> tuple[tuple[int, ...], str | None]:
+    """Layers that a maps file has maps of, ascending, and their tap (None: an older file, that does not say).
+
+    Raises:
+        CorruptError: it is no maps file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="np") as file:
+            names, about = list(file.keys()), file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CorruptError(f"{path} is not a maps file ({error}); name the maps.safetensors of a run") from error
+    found = [re.fullmatch(r"layers\.(\d+)\.bias", name) for name in names]
+    if not any(found):
+        raise CorruptError(f"{path} is not a maps file: it has no layers.N.bias; name the maps.safetensors of a run")
+    return tuple(sorted(int(m[1]) for m in found if m)), about.get("tap")
 
 
 def load_maps(path: Path, layers: Sequence[int]) -> dict[int, AffineMap]:

@@ -108,6 +108,8 @@ class Selection:
         """How layers are chosen: as asked for, or the best way that memory allows."""
         if self._options.select is not None:
             return self._options.select
+        if self._job.graph is not None:  # greedy needs the torch model
+            return "cca"
         if self._options.layer_wise or self._job.shortage:
             self._job.ui.say("  layers by their CCA bounds: --select greedy needs the whole model in memory")
             return "cca"

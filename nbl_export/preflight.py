@@ -7,6 +7,7 @@ from typing import Any
 from nbl_export.engines import load_engine
 from nbl_export.errors import NblError, UsageError
 from nbl_export.goals import check_request
+from nbl_export.graph_source import GIVEN, check_given
 from nbl_export.job import engine_of
 from nbl_export.records import JobOptions
 
@@ -20,7 +21,7 @@ def engine_defaults(engine: str, provider: str = "cpu") -> dict[str, Any]:
 
 
 def preflight(options: JobOptions) -> None:
-    """Check engine, precision and decoder source before any work.
+    """Check engine, precision and decoder source before any work; for a graph, what it cannot do.
 
     Raises:
         UsageError: unknown.
@@ -29,6 +30,9 @@ def preflight(options: JobOptions) -> None:
     from nbl_export.decoders import PRECISIONS, genai
 
     check_request(options)
+    if options.decoder_source == GIVEN:
+        check_given(options)
+        return
     engine = engine_of(options)
     capabilities = engine.CAPABILITIES
     for value, allowed, flag in (

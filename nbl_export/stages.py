@@ -12,6 +12,7 @@ from typing import Any
 from nbl_export import __version__
 from nbl_export.artifacts import file_sha256, key_of, versions, write_json
 from nbl_export.goals import GOALS, goal_inputs
+from nbl_export.graph_source import GIVEN
 from nbl_export.job import Job, chunk_of
 from nbl_export.preflight import require_engine
 
@@ -50,7 +51,7 @@ def _plan(job: Job, out: Path) -> dict[str, Any]:
 
     plan, maps, facts = make_plan(job)
     distilled = job.options.fit == "distilled" and plan.replaced
-    save_maps(maps, out / ("start.safetensors" if distilled else "maps.safetensors"))
+    save_maps(maps, out / ("start.safetensors" if distilled else "maps.safetensors"), plan.tap)
     return {
         "fit": {"kind": "independent"},
         "method": job.options.method,
@@ -106,7 +107,7 @@ def _distill(job: Job, out: Path) -> dict[str, Any]:
             lambda s: job.ui.say(f"  {s}"),
             FileState(job.run.partial("distill"), key),
         )
-    save_maps(found.maps, out / "maps.safetensors")
+    save_maps(found.maps, out / "maps.safetensors", plan.tap)
     write_json(out / "distill.json", {"held_kl": found.held_kl, "train_kl": found.train_kl, "seconds": found.seconds})
     best = min(found.held_kl, key=lambda row: row[1])
     kl = {"held_kl_start": found.held_kl[0][1], "held_kl_best": best[1]}
@@ -119,14 +120,18 @@ def _no_distill(job: Job) -> str | None:
 
 def _decoder(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export.decoders import build_decoder
+    from nbl_export.graph_source import copy_graph
     from nbl_export.rewrite.last_token import keep_last_token
 
     job.__dict__.pop("model", None)  # the exporter loads its own copy
     options = job.options
-    build_decoder(
-        options.decoder_source, job.checkpoint, out / "original", options.precision,
-        slots=job.slots, provider=options.provider, options=options.builder_option,
-    )  # fmt: skip
+    if job.graph is not None:
+        copy_graph(job.graph, out / "original")
+    else:
+        build_decoder(
+            options.decoder_source, job.checkpoint, out / "original", options.precision,
+            slots=job.slots, provider=options.provider, options=options.builder_option,
+        )  # fmt: skip
     if options.kept_logits == "last":
         keep_last_token(out / "original")
     return {"logits": options.kept_logits}
@@ -157,10 +162,10 @@ _DEPLOYED_FACTS = ("schema", "model", "decoder", "options", "calibration", "num_
 
 
 def _verify(job: Job, out: Path) -> dict[str, Any]:
-    from nbl_export import verification
+    from nbl_export import graph_verification, verification
 
     require_engine(job.options, to_prove=True)
-    result = verification.run(job)
+    result = verification.run(job) if job.graph is None else graph_verification.run(job)
     write_json(out / "verify.json", result)
     return {"status": "verified" if result["passed"] else "failed"}
 
@@ -201,7 +206,9 @@ def _no_build(job: Job) -> str | None:
 
 
 def _no_bench(job: Job) -> str | None:
-    """What is made may be for another machine than this."""
+    """What is made may be for another machine than this, or not for the runtime that bench drives."""
+    if job.options.decoder_source == GIVEN and not (job.run.path / "original" / "genai_config.json").is_file():
+        return "the model has no genai_config.json, and ONNX Runtime GenAI is what is timed"
     if not job.engine.CAPABILITIES.cross:
         return None
     found = job.engine.probe_run()

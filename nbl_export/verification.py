@@ -11,7 +11,7 @@ from nbl_export.job import Job
 from nbl_export.price import warn_of_far_prices
 from nbl_export.records import ITEMSIZE, AffineMap, RungResult
 
-__all__ = ["price_texts", "run"]
+__all__ = ["conclude", "make_probe", "measured_cache", "price_texts", "run"]
 
 _PREFILL_TOKENS = (64, 37)
 _PROMPT_TOKENS = 24
@@ -29,7 +29,7 @@ def run(job: Job) -> dict[str, Any]:
     from nbl_export.twins import INT4
 
     plan = job.plan
-    probe = _probe(job)
+    probe = make_probe(job)
     maps = load_maps(job.run.path / "maps.safetensors", plan.replaced)
     with job.ui.task("torch reference") as progress:
         original = make_reference(job.model, probe.rows, probe.prompts, probe.new_tokens)
@@ -56,7 +56,7 @@ def run(job: Job) -> dict[str, Any]:
                     results += verify_last.check_last(subject, decoder, shipped, probe.rows[0], precision)
             rung = "b" if subject == "original" else "c"
             results += _logits(rung, subject, decoder, probe, reference, precision, yardsticks)
-            results.append(_measured_cache(subject, decoder, len(probe.rows), job))
+            results.append(measured_cache(subject, decoder, len(probe.rows), job))
             if (directory / INT4).is_dir():
                 decoder = decoders[subject] = job.engine.open_graph(directory / INT4, job.spec)
                 results += _logits(rung, subject, decoder, probe, reference, "int4", yardsticks)
@@ -64,7 +64,14 @@ def run(job: Job) -> dict[str, Any]:
         results += verify_file.check_untouched(directories["nbl"], directories["original"])
         with job.ui.task("price on held-back text") as progress:
             prices = verify.price(decoders["original"], decoders["nbl"], price_texts(job), progress)
-    size = capabilities.cache_itemsize(job.options.precision)
+    return conclude(job, results, prices)
+
+
+def conclude(job: Job, results: list[RungResult], prices: list[dict[str, Any]]) -> dict[str, Any]:
+    """The value of verify.json from rungs and prices; says so where the price is far off."""
+    from nbl_export import verify
+
+    plan, size = job.plan, job.engine.CAPABILITIES.cache_itemsize(job.options.precision)
     layers = {"original": plan.num_layers, "nbl": len(plan.kept)}
     per_token = {subject: job.spec.cache_bytes_per_token(kept, size) for subject, kept in layers.items()}
     warning = warn_of_far_prices(prices)
@@ -116,7 +123,7 @@ def _cache_ids(job: Job, subject: str) -> tuple[int, ...]:
     return tuple(range(len(kept))) if job.engine.CAPABILITIES.dense_caches else kept
 
 
-def _probe(job: Job) -> Any:
+def make_probe(job: Job) -> Any:
     """Rows and prompts from held-back text; a row longer than a small sliding window where there is one."""
     from nbl_export import verify
 
@@ -134,7 +141,7 @@ def _probe(job: Job) -> Any:
     return verify.Probe(tuple(map(tuple, rows)), prompts, new_tokens)
 
 
-def _measured_cache(subject: str, decoder: Any, rows: int, job: Job) -> RungResult:
+def measured_cache(subject: str, decoder: Any, rows: int, job: Job) -> RungResult:
     per_token = decoder.cache_bytes // (rows * decoder.slots)
     stated = decoder.contract.cache_bytes_per_token(job.spec.head_dim)
     passed = per_token == stated

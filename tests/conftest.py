@@ -23,6 +23,7 @@ import pytest
 from nbl_export.records import AffineMap
 
 from .command import TINY, in_new_process
+from .graph_sources import make_graph
 from .tiny import LAYERS, random_map, save_checkpoint, stdlib_text
 
 
@@ -48,6 +49,17 @@ def exported(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPat
         out = tmp_path_factory.mktemp(f"{architecture}-{source}-{precision}") / "original"
         build_decoder(source, checkpoint(architecture), out, precision)
         return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def given_graph(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """source -> directory of the tiny Llama's graph as that exporter makes it (`graph_sources`). Never write to it."""
+
+    @functools.cache
+    def make(source: str) -> Path:
+        return make_graph(source, checkpoint("llama"), tmp_path_factory.mktemp(source) / "graph")
 
     return make
 

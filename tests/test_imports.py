@@ -14,13 +14,14 @@ FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 
 TORCH = {
     "checkpoint", "corpus", "sums", "moments_file", "distributed", "layerwise", "calibrate", "lmmse", "linearize",
-    "distill", "reference", "sampling", "hf", "switched", "greedy", "methods", "blocks",
+    "distill", "reference", "sampling", "hf", "switched", "greedy", "methods", "blocks", "graph_moments",
 }  # fmt: skip
 ONNX_IR = ("decoders/", "rewrite/", "int4_blocks.py")
 ORT = ("engines/", "decoders/genai", "rewrite/quantize.py")  # quantize: ONNX Runtime's packing is a library call
 HARNESS = ("evaluation/",)  # lm-evaluation-harness and its data sets; corpus reads calibration text from the hub too
 STAGES = {"calibrate", "plan", "linearize", "decoders", "rewrite", "verify", "evaluation", "bench", "report"}
-COMPOSERS = {"cli.py", "pipeline.py", "stages.py", "job.py", "verification.py", "evaluation_job.py"}
+COMPOSERS = {"cli.py", "pipeline.py", "stages.py", "job.py", "verification.py", "evaluation_job.py",
+             "graph_verification.py"}  # fmt: skip
 
 
 def imports(name: str, *, everywhere: bool = True) -> set[str]:

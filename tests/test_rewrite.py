@@ -200,8 +200,10 @@ def test_refuses_a_cache_that_is_read_elsewhere(exported: Exported, random_maps:
 
 def test_a_read_cache_is_not_dropped(exported: Exported) -> None:
     model = ir.load(exported("llama") / "model.onnx")
+    drop = rewriting.DropCaches((1,))
+    drop(model)
     with pytest.raises(RefusalError, match=r"layer 1: its cache past_key_values\.1\.key is still read by"):
-        rewriting.DropUnreadCaches((1,))(model)
+        rewriting.DropUnreadCaches(drop)(model)
 
 
 def test_past_length_reader_moves_to_a_kept_cache(exported: Exported, random_maps: Maps) -> None:
@@ -263,9 +265,8 @@ def test_fault_wrong_cache_kept_is_refused(
     exported: Exported, random_maps: Maps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layer 1 is bypassed, but the caches of layer 2 are dropped: attention still reads them."""
-    drop, unread = rewriting.DropCaches, rewriting.DropUnreadCaches
+    drop = rewriting.DropCaches
     monkeypatch.setattr(rewriting, "DropCaches", lambda _layers: drop((2,)))
-    monkeypatch.setattr(rewriting, "DropUnreadCaches", lambda _layers: unread((2,)))
     with pytest.raises(RefusalError):
         rewrite(exported("llama"), tmp_path / "nbl", Plan(LAYERS, (1,)), random_maps(1))
 

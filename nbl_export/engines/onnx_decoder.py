@@ -6,6 +6,7 @@ For proof, not for speed: caches travel through numpy. Knows the graph only by i
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ STATIC_GRAPH_FILE = "decoder.onnx"  # of the static form at the precision that s
 ALL_LOGITS_FILE = "all_logits.onnx"
 
 _PAST = re.compile(r"^past_key_values\.(\d+)\.(key|value)$")
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64",
            "tensor(int32)": "int32", "tensor(bfloat16)": "bfloat16"}  # fmt: skip
 
@@ -44,12 +46,17 @@ class OnnxDecoder:
         file: its name, see `all_logits_file`.
         head_dim: size of a head, where the graph only names that dimension.
         threads: intra-op threads; None is ONNX Runtime's choice.
+        caches: name of each cache input -> of its output; None: past_key_values.N.key -> present.N.key.
+        proto: the graph itself, whose data lies in `directory`; `file` is not read then.
 
     Raises:
         CorruptError: ONNX Runtime cannot load the graph.
     """
 
-    def __init__(self, directory: Path, head_dim: int, threads: int | None = None, *, file: str = GRAPH_FILE) -> None:
+    def __init__(
+        self, directory: Path, head_dim: int, threads: int | None = None, *, file: str = GRAPH_FILE,
+        caches: Mapping[str, str] | None = None, proto: bytes | None = None,
+    ) -> None:  # fmt: skip
         try:
             import onnxruntime as ort
         except ImportError as error:
@@ -59,12 +66,16 @@ class OnnxDecoder:
         if threads:
             options.intra_op_num_threads = threads
         try:
-            path = str(directory / file)
-            self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            if proto is not None:
+                options.add_session_config_entry(_DATA_FOLDER, str(directory))
+            graph = str(directory / file) if proto is None else proto
+            self.session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ORT's own exception types, one for each kind of damage
             raise CorruptError(f"ONNX Runtime cannot load {directory / file}: {error}") from error
         self.head_dim = head_dim
         self.contract = self._contract()
+        names = [a.name for a in self.contract.inputs if _PAST.match(a.name)]
+        self._caches = {n: n.replace("past_key_values", "present") for n in names} if caches is None else dict(caches)
         self._past: dict[str, np.ndarray] = {}
         self._mask_BT = np.zeros((0, 0), np.int64)
 
@@ -84,28 +95,46 @@ class OnnxDecoder:
         self._past = {
             a.name: np.zeros((batch, int(a.shape[1]), 0, self.head_dim), a.dtype)
             for a in self.contract.inputs
-            if _PAST.match(a.name)
+            if a.name in self._caches
         }
 
-    def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
+    def step(
+        self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None, further: Mapping[str, np.ndarray] | None = None
+    ) -> np.ndarray:
         """Append tokens and return their logits [B, T, V] (or [B, 1, V] from a pruned head), float32.
 
         Args:
             ids_BT: token ids.
             valid_BT: 1 for tokens, 0 for padding on the right; only a first chunk may be padded.
+            further: values of inputs that only this graph has.
         """
+        outputs = [a.name for a in self.contract.outputs]
+        feeds, mask = self._feeds(ids_BT, valid_BT, further)
+        found = dict(zip(outputs, self.session.run(outputs, feeds), strict=True))
+        self._mask_BT = mask
+        self._past = {name: found[self._caches[name]] for name in self._past}
+        return np.asarray(found["logits"].astype(np.float32, copy=False))
+
+    def look(
+        self, outputs: Sequence[str], ids_BT: np.ndarray, valid_BT: np.ndarray | None = None,
+        further: Mapping[str, np.ndarray] | None = None,
+    ) -> list[np.ndarray]:  # fmt: skip
+        """Other outputs for tokens that would come next, without appending them."""
+        found: list[np.ndarray] = self.session.run(list(outputs), self._feeds(ids_BT, valid_BT, further)[0])
+        return found
+
+    def _feeds(
+        self, ids_BT: np.ndarray, valid_BT: np.ndarray | None, further: Mapping[str, np.ndarray] | None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """All inputs of a step, and the mask that it leaves."""
         valid = np.ones_like(ids_BT) if valid_BT is None else valid_BT
         past_lengths = self._mask_BT.sum(1)
-        self._mask_BT = np.concatenate([self._mask_BT, valid.astype(np.int64)], 1)
+        mask = np.concatenate([self._mask_BT, valid.astype(np.int64)], 1)
         positions = past_lengths[:, None] + np.arange(ids_BT.shape[1])[None, :]
-        feeds = {"input_ids": ids_BT.astype(np.int64), "attention_mask": self._mask_BT,
-                 "position_ids": positions.astype(np.int64)}  # fmt: skip
-        names = {a.name for a in self.contract.inputs}
-        outputs = [a.name for a in self.contract.outputs]
-        values = self.session.run(outputs, {**{k: v for k, v in feeds.items() if k in names}, **self._past})
-        found = dict(zip(outputs, values, strict=True))
-        self._past = {name: found[name.replace("past_key_values", "present")] for name in self._past}
-        return np.asarray(found["logits"].astype(np.float32, copy=False))
+        feeds = {"input_ids": ids_BT, "attention_mask": mask, "position_ids": positions}
+        types = {a.name: a.dtype for a in self.contract.inputs}
+        ours = {k: v.astype(types[k], copy=False) for k, v in {**feeds, **(further or {})}.items() if k in types}
+        return {**ours, **self._past}, mask
 
     def mark(self) -> Any:
         """Where the running batch stands, for `rewind`. Costs nothing: a step makes new caches, it changes none."""

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from nbl_export.engines.onnx_decoder import ALL_LOGITS_FILE, STATIC_GRAPH_FILE, all_logits_file, graph_file
 from nbl_export.errors import RefusalError
 from nbl_export.records import AffineMap, GraphContract, PassReport, Plan, TensorInfo
-from nbl_export.rewrite.anatomy import cache_layers
+from nbl_export.rewrite.anatomy import cache_layers, graph_caches
 from nbl_export.rewrite.bypass import BypassAttention
 from nbl_export.rewrite.caches import DropCaches, DropUnreadCaches
 from nbl_export.rewrite.last_token import keep_last_token
@@ -32,11 +32,12 @@ __all__ = ["contract_of", "make_dense", "passes_for", "rewrite", "rewrite_model"
 def passes_for(plan: Plan, maps: Mapping[int, AffineMap], map_bits: int | None = None) -> Sequence[ir.passes.PassBase]:
     """The rewrite, in order."""
     chosen = {layer: maps[layer] for layer in plan.replaced}
+    drop = DropCaches(plan.replaced)
     return (
         BypassAttention(chosen, plan.tap),
-        DropCaches(plan.replaced),
+        drop,
         Sweep(),
-        DropUnreadCaches(plan.replaced),
+        DropUnreadCaches(drop),
         SkipNormToAdd(),
         QuantizeMaps(map_bits),
         QuantizeMapBlocks(),
@@ -57,14 +58,15 @@ def rewrite_model(
     """
     if not plan.replaced:
         return ()
-    before = cache_layers(model.graph)
+    before = graph_caches(model.graph)
     missing = set(plan.replaced) - set(before)
     if missing:
         raise RefusalError(min(missing), f"the graph has attention caches for layers {list(before)} only")
     reports = [PassReport(type(step).__name__, step(model).modified) for step in passes_for(plan, maps, map_bits)]
-    after = cache_layers(model.graph)
-    if after != tuple(i for i in before if i not in plan.replaced):
-        raise RefusalError(None, f"caches remain for layers {list(after)} after replacing {list(plan.replaced)}")
+    after = [value for pasts, _ in graph_caches(model.graph).values() for value in pasts]
+    if after != [value for layer in before if layer not in plan.replaced for value in before[layer][0]]:
+        names = [value.name for value in after]
+        raise RefusalError(None, f"caches {names} remain after replacing {list(plan.replaced)}")
     return tuple(reports)
 
 

@@ -5,28 +5,31 @@
         +-- norm -- q,k,v -- attention -- [join] -- ...        join: Add or Skip(Simplified)LayerNormalization
                        past i ---^   `--- present i
 
-Anchors are the cache inputs of a layer (by their names, the one convention all exporters keep) and the residual
-join: the first addition behind which every path from the layer's caches has come together. Exporters' node names
-play no part. Reading a cache's shape is not dataflow: the past length and the masks made from it are shared.
+Anchors are the cache inputs of a layer (`cache_pairs`) and the residual join: the first addition behind which every
+path from the layer's caches has come together, of a value that the attention is computed from. Exporters' node names
+play no part, and it is all one whether norm, rotary embedding and attention are one operator each or dozens. Reading a
+cache's shape is not dataflow: the past length and the masks made from it are shared.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
+from nbl_export.rewrite.cache_pairs import graph_caches
 
-__all__ = ["AttentionBlock", "cache_layers", "find_block", "graph_caches"]
+__all__ = ["PRODUCTS", "AttentionBlock", "cache_layers", "find_block", "graph_caches", "is_constant"]
 
-_PAST = re.compile(r"^past_key_values\.(\d+)\.(key|value)$")
-_PRESENT = re.compile(r"^present\.(\d+)\.(key|value)$")
+# What multiplies activations by weights, or prepares them for a quantised product.
+PRODUCTS = ("MatMul", "Gemm", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "QLinearMatMul", "FusedMatMul",
+            "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "DynamicQuantizeLinear", "QuantizeLinear")  # fmt: skip
 _SKIP_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
-_NORMS = ("RMSNormalization", "SimplifiedLayerNormalization", "LayerNormalization")
+_TAKES_TOKENS = ("Gather", "GatherND", "Slice")
 _READS_ONLY_SHAPE = ("Shape", "Size")
+_DEPTH = 8
 
 
 @dataclass(frozen=True)
@@ -39,35 +42,20 @@ class AttentionBlock:
     join: ir.Node
     branch_index: int  # which input of `join` is the attention output
     residual: ir.Value
-    normed: ir.Value | None  # what the block's norm makes of the residual; None where no norm operator is found
+    projected: tuple[ir.Value, ...]  # what the block's first products (q, k, v) multiply
+    normed: ir.Value | None  # the one of them, where it is not the residual itself and has its tokens
 
-
-def graph_caches(graph: ir.Graph) -> dict[int, tuple[tuple[ir.Value, ...], tuple[ir.Value, ...]]]:
-    """Cache inputs and outputs by layer, ascending.
-
-    Raises:
-        RefusalError: a layer has only some of its four.
-    """
-    pasts, presents = _by_layer(graph.inputs, _PAST), _by_layer(graph.outputs, _PRESENT)
-    if not pasts:
-        raise RefusalError(None, "it has no past_key_values.N.key inputs; only decoders with a cache are rewritten")
-    for layer in sorted({*pasts, *presents}):
-        if len(pasts.get(layer, ())) != 2 or len(presents.get(layer, ())) != 2:
-            raise RefusalError(layer, "it does not have one key and one value cache, both as input and output")
-    return {layer: (tuple(pasts[layer]), tuple(presents[layer])) for layer in sorted(pasts)}
+    @property
+    def branch(self) -> ir.Value:
+        """The attention output, as it is added to the residual."""
+        value = self.join.inputs[self.branch_index]
+        assert value is not None
+        return value
 
 
 def cache_layers(graph: ir.Graph) -> tuple[int, ...]:
     """Layers that keep a cache, ascending."""
     return tuple(graph_caches(graph))
-
-
-def _by_layer(values: Iterable[ir.Value], pattern: re.Pattern[str]) -> dict[int, list[ir.Value]]:
-    found: dict[int, list[ir.Value]] = {}
-    for value in values:
-        if match := pattern.match(value.name or ""):
-            found.setdefault(int(match[1]), []).append(value)
-    return found
 
 
 def find_block(graph: ir.Graph, layer: int) -> AttentionBlock:
@@ -82,19 +70,80 @@ def find_block(graph: ir.Graph, layer: int) -> AttentionBlock:
     pasts, presents = caches[layer]
     join = _find_join(graph, layer, pasts, presents)
     reached = _descendants(graph, pasts, stop=join)
-    branches = [i for i, v in enumerate(join.inputs[:2]) if v in reached]
-    residual = join.inputs[1 - branches[0]]
-    assert residual is not None
-    return AttentionBlock(layer, pasts, presents, join, branches[0], residual, _find_normed(residual, join))
+    index = next(i for i, v in enumerate(join.inputs[:2]) if v in reached)
+    branch, residual = join.inputs[index], join.inputs[1 - index]
+    assert branch is not None and residual is not None
+    projected = _projected(residual, branch, join)
+    if not projected:
+        raise RefusalError(
+            layer,
+            f"{join.name or join.op_type} adds its attention output to {residual.name}, which the attention is not "
+            "computed from; a layer whose MLP runs beside its attention cannot be replaced",
+        )
+    usable = len(projected) == 1 and projected[0] is not residual and _whole(residual) is residual
+    normed = projected[0] if usable else None
+    return AttentionBlock(layer, pasts, presents, join, index, residual, projected, normed)
 
 
-def _find_normed(residual: ir.Value, join: ir.Node) -> ir.Value | None:
-    """The output of the one norm that reads the residual before the join, or makes it on the side."""
-    beside = residual.producer()
-    norms = [n for n in residual.consumers() if n is not join and n.op_type in (*_NORMS, *_SKIP_NORMS)]
+def is_constant(value: ir.Value, depth: int = _DEPTH) -> bool:
+    """An initializer, or computed from nothing but initializers (a transposed tied head, say)."""
+    producer = value.producer()
+    if value.is_initializer() or value.const_value is not None:
+        return True
+    if producer is None or depth == 0:
+        return False
+    return all(v is None or is_constant(v, depth - 1) for v in producer.inputs)
+
+
+def _projected(residual: ir.Value, branch: ir.Value, join: ir.Node) -> tuple[ir.Value, ...]:
+    """What the first products on the way to the branch multiply.
+
+    The way begins at the residual, beside it where a skip norm makes both, or at what it was taken out of.
+    """
+    whole = _whole(residual)
+    starts = [whole]
+    beside = whole.producer()
     if beside is not None and beside.op_type in _SKIP_NORMS:
-        norms.append(beside)
-    return norms[0].outputs[0] if len(norms) == 1 else None
+        starts.append(beside.outputs[0])
+    needed = _ancestors(branch, stop=set(starts))
+    found: dict[ir.Value, None] = {}
+    seen: set[ir.Value] = set()
+    while starts:
+        value = starts.pop()
+        if value in seen or value not in needed:
+            continue
+        seen.add(value)
+        for node in value.consumers():
+            if node is join or node.op_type in _READS_ONLY_SHAPE or not any(v in needed for v in node.outputs):
+                continue
+            if node.op_type in PRODUCTS:
+                found[value] = None
+            else:
+                starts.extend(node.outputs)
+    return tuple(found)
+
+
+def _whole(residual: ir.Value) -> ir.Value:
+    """The residual of all tokens, where the join is on the last one alone (`tail`)."""
+    node = residual.producer()
+    taken = node is not None and node.op_type in _TAKES_TOKENS
+    source = node.inputs[0] if taken and node is not None else None
+    return residual if source is None or is_constant(source) else source
+
+
+def _ancestors(value: ir.Value, stop: set[ir.Value]) -> set[ir.Value]:
+    """Values that a value is computed from, itself included, not going beyond `stop`."""
+    found: set[ir.Value] = set()
+    waiting = [value]
+    while waiting:
+        here = waiting.pop()
+        if here in found:
+            continue
+        found.add(here)
+        producer = here.producer()
+        if here not in stop and producer is not None and producer.op_type not in _READS_ONLY_SHAPE:
+            waiting.extend(v for v in producer.inputs if v is not None)
+    return found
 
 
 def _descendants(graph: ir.Graph, sources: Iterable[ir.Value], stop: ir.Node | None = None) -> set[ir.Value]:
@@ -111,13 +160,19 @@ def _descendants(graph: ir.Graph, sources: Iterable[ir.Value], stop: ir.Node | N
 def _find_join(graph: ir.Graph, layer: int, pasts: tuple[ir.Value, ...], presents: tuple[ir.Value, ...]) -> ir.Node:
     """The first residual addition through which everything that the layer's caches reach must pass."""
     reached = set(pasts)
+    last = None
     for node in graph:
         if node.op_type in _READS_ONLY_SHAPE or not any(v in reached for v in node.inputs):
             continue
-        if _is_residual_add(node, reached) and _is_only_door(node, reached, presents):
-            return node
+        if _is_residual_add(node, reached):
+            if _is_only_door(node, reached, presents):
+                return node
+            last = node
         reached.update(node.outputs)
-    raise RefusalError(layer, "no residual addition gathers the attention output; the block's end is not understood")
+    seen = "" if last is None else f" (the last addition looked at is {last.name or last.outputs[0].name})"
+    raise RefusalError(
+        layer, f"no residual addition gathers the attention output; the block's end is not understood{seen}"
+    )
 
 
 def _is_residual_add(node: ir.Node, reached: set[ir.Value]) -> bool:
@@ -126,12 +181,7 @@ def _is_residual_add(node: ir.Node, reached: set[ir.Value]) -> bool:
     pair = node.inputs[:2]
     inside = [v for v in pair if v in reached]
     outside = [v for v in pair if v is not None and v not in reached]
-    return len(inside) == 1 and len(outside) == 1 and outside[0].const_value is None and not _is_constant(outside[0])
-
-
-def _is_constant(value: ir.Value) -> bool:
-    producer = value.producer()
-    return value.is_initializer() or (producer is not None and producer.op_type == "Constant")
+    return len(inside) == 1 and len(outside) == 1 and not is_constant(outside[0])
 
 
 def _is_only_door(door: ir.Node, reached: set[ir.Value], presents: tuple[ir.Value, ...]) -> bool:

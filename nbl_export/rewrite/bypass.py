@@ -19,8 +19,9 @@ from nbl_export.errors import RefusalError
 from nbl_export.records import AffineMap
 from nbl_export.rewrite.anatomy import AttentionBlock, find_block
 
-__all__ = ["BypassAttention"]
+__all__ = ["BypassAttention", "element_type", "tapped"]
 
+_DEPTH = 12  # of operators between a value and one of a stated type
 _PRODUCTS = {"weight": "MatMul", "down": "MatMulDown", "up": "MatMulUp"}  # matrix of a map -> its node
 
 
@@ -36,8 +37,8 @@ class BypassAttention(ir.passes.InPlacePass):
         blocks = [find_block(model.graph, layer) for layer in sorted(self.maps)]
         for block in blocks:
             affine = self.maps[block.layer]
-            dtype = block.residual.dtype or _float_type(model.graph)
-            nodes = _map_nodes(model.graph, block, affine, _tapped(block, self.tap), dtype)
+            dtype = element_type(model.graph, block.residual)
+            nodes = _map_nodes(model.graph, block, affine, tapped(block, self.tap), dtype)
             model.graph.insert_before(block.join, nodes)
             _check_same_size(block.layer, block.join.inputs[block.branch_index], affine)
             block.join.replace_input_with(block.branch_index, nodes[-1].outputs[0])
@@ -60,11 +61,19 @@ def _map_nodes(
     return nodes
 
 
-def _tapped(block: AttentionBlock, tap: str) -> ir.Value:
+def tapped(block: AttentionBlock, tap: str) -> ir.Value:
+    """What a map acts on.
+
+    Raises:
+        RefusalError: the block has no normed input.
+    """
     if tap == "residual":
         return block.residual
     if block.normed is None:
-        raise RefusalError(block.layer, "its norm is not one operator, so the map cannot be put behind it (tap normed)")
+        raise RefusalError(
+            block.layer,
+            "no norm makes the one value that its attention multiplies first, for a map to act on (tap normed)",
+        )
     return block.normed
 
 
@@ -85,9 +94,21 @@ def _describe_output(node: ir.Node, residual: ir.Value, width: int, dtype: ir.Da
     return output
 
 
-def _float_type(graph: ir.Graph) -> ir.DataType:
-    """Element type of the logits, for graphs that do not state the type of their hidden values."""
-    return graph.outputs[0].dtype or ir.DataType.FLOAT
+def element_type(graph: ir.Graph, value: ir.Value) -> ir.DataType:
+    """Of a hidden value, from what it is computed from where the graph does not state it; else that of the logits."""
+    return _derived_type(value, _DEPTH) or graph.outputs[0].dtype or ir.DataType.FLOAT
+
+
+def _derived_type(value: ir.Value, depth: int) -> ir.DataType | None:
+    if value.dtype is not None:
+        return value.dtype if value.dtype.is_floating_point() else None
+    node = value.producer()
+    if node is None or depth == 0:
+        return None
+    if node.op_type == "Cast":
+        return ir.DataType(node.attributes["to"].as_int())
+    types = (_derived_type(v, depth - 1) for v in node.inputs if v is not None)
+    return next((t for t in types if t is not None), None)
 
 
 def _check_same_size(layer: int, branch: ir.Value | None, affine: AffineMap) -> None:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from nbl_export.errors import RefusalError
 from nbl_export.rewrite.anatomy import graph_caches
 
-__all__ = ["DropCaches"]
+__all__ = ["DropCaches", "DropUnreadCaches"]
 
 
 class DropCaches(ir.passes.InPlacePass):
@@ -25,6 +25,7 @@ class DropCaches(ir.passes.InPlacePass):
     def __init__(self, layers: Sequence[int]) -> None:
         super().__init__()
         self.layers = tuple(layers)
+        self.pasts: list[tuple[int, ir.Value]] = []  # layer and input of what is to go
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
@@ -36,26 +37,25 @@ class DropCaches(ir.passes.InPlacePass):
             pasts, presents = caches[layer]
             for past, replacement in zip(pasts, caches[kept[0]][0], strict=True):
                 _repoint_shape_readers(past, replacement)
+                self.pasts.append((layer, past))
             _remove(graph.outputs, presents)
         return ir.passes.PassResult(model, modified=bool(self.layers))
 
 
 class DropUnreadCaches(ir.passes.InPlacePass):
-    """Remove cache inputs of the given layers that nobody reads any more; run after `Sweep`."""
+    """Remove the cache inputs of what `DropCaches` has dropped, which nobody reads any more; run after `Sweep`."""
 
-    def __init__(self, layers: Sequence[int]) -> None:
+    def __init__(self, dropped: DropCaches) -> None:
         super().__init__()
-        self.layers = tuple(layers)
+        self.dropped = dropped
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        names = {f"past_key_values.{layer}.{part}": layer for layer in self.layers for part in ("key", "value")}
-        dropped = [value for value in model.graph.inputs if value.name in names]
-        for value in dropped:
+        for layer, value in self.dropped.pasts:
             readers = [user.name or user.op_type for user in value.consumers()]
             if readers:
-                raise RefusalError(names[str(value.name)], f"its cache {value.name} is still read by {readers[0]}")
-        _remove(model.graph.inputs, dropped)
-        return ir.passes.PassResult(model, modified=bool(dropped))
+                raise RefusalError(layer, f"its cache {value.name} is still read by {readers[0]}")
+        _remove(model.graph.inputs, [value for _, value in self.dropped.pasts])
+        return ir.passes.PassResult(model, modified=bool(self.dropped.pasts))
 
 
 def _repoint_shape_readers(past: ir.Value, replacement: ir.Value) -> None:

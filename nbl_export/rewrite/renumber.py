@@ -60,6 +60,8 @@ def _plan(
     """Value, new name, old id and new id of every cache tensor."""
     for index, (layer, (pasts, presents)) in enumerate(caches.items()):
         for value in (*pasts, *presents):
+            if str(value.name).count(".") != 2:
+                raise RefusalError(layer, f"its cache is called {value.name}, which cannot be renumbered")
             stem, _, part = str(value.name).split(".")
             yield value, f"{stem}.{index}.{part}", layer, index
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
-from nbl_export.rewrite.anatomy import cache_layers, find_block
+from nbl_export.rewrite.anatomy import cache_layers, find_block, is_constant
 from nbl_export.rewrite.last_valid import PREFIX, last_valid
 
 __all__ = ["PruneTail"]
@@ -67,19 +67,9 @@ def _check_tail(layer: int, join: ir.Node, tail: list[ir.Node]) -> None:
         if value.is_graph_output() and value.name != "logits":
             raise RefusalError(layer, f"{value.name} is an output behind the last attention, for all positions")
     for node in tail:
-        outside = [v for v in node.inputs if v is not None and v not in made and not _is_constant(v)]
+        outside = [v for v in node.inputs if v is not None and v not in made and not is_constant(v)]
         if outside and node is not join:
             raise RefusalError(layer, f"{node.name or node.op_type} behind the last attention reads {outside[0].name}")
-
-
-def _is_constant(value: ir.Value, depth: int = 8) -> bool:
-    """An initializer, or computed from nothing but initializers (a transposed tied head, say)."""
-    producer = value.producer()
-    if value.is_initializer():
-        return True
-    if producer is None or depth == 0:
-        return False
-    return all(v is None or _is_constant(v, depth - 1) for v in producer.inputs)
 
 
 def _batch(graph: ir.Graph) -> str:

@@ -1,0 +1,285 @@
+"""What a decoder graph says of itself: sizes, caches, precision, and what can be done to it, as JSON values.
+
+Sizes come from weights and caches, never from names: the hidden size is what a block's first products take, the
+query heads what its last product takes, in heads of the cache's size.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from nbl_export.errors import RefusalError
+from nbl_export.rewrite.anatomy import PRODUCTS, AttentionBlock, find_block, graph_caches, is_constant
+from nbl_export.rewrite.tail import PruneTail
+
+__all__ = [
+    "architecture_of",
+    "decoder_facts",
+    "full_layers",
+    "graph_facts",
+    "hidden_size",
+    "logits_of",
+    "replaced_layers",
+]
+
+_QUANTISES = ("DynamicQuantizeLinear", "QuantizeLinear")
+_TRANSPARENT = ("Identity", "Cast", "DequantizeLinear")
+_SPOKEN = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT8": "int8", "UINT8": "int8", "INT4": "int4",
+           "UINT4": "int4"}  # fmt: skip
+
+
+def graph_facts(model: ir.Model, directory: Path | None = None) -> dict[str, Any]:
+    """Everything there is to say; the model is no good afterwards (see `_prunable`).
+
+    directory: where config.json and genai_config.json may lie.
+
+    Raises:
+        RefusalError: it has no caches that are understood.
+    """
+    graph = model.graph
+    caches = graph_caches(graph)
+    blocks: dict[int, AttentionBlock | RefusalError] = {}
+    for layer in caches:
+        try:
+            blocks[layer] = find_block(graph, layer)
+        except RefusalError as error:
+            blocks[layer] = error
+    found = [block for block in blocks.values() if isinstance(block, AttentionBlock)]
+    kinds = dict(_kinds(graph).most_common())
+    facts = {
+        "producer": " ".join(p for p in (model.producer_name, model.producer_version) if p) or None,
+        "opsets": dict(sorted(model.graph.opset_imports.items())),
+        "nodes": len(graph),
+        "decoder": decoder_facts(graph, found, directory),
+        "inputs": [str(v.name) for v in graph.inputs if v not in {p for pasts, _ in caches.values() for p in pasts}],
+        "caches": [_cache_facts(layer, *pair) for layer, pair in caches.items()],
+        "precision": next(iter(kinds), None),  # as most of its matrices are
+        "weights": kinds,
+        "logits": logits_of(graph),
+        "replaced_layers": replaced_layers(graph),
+        "layers": [_block_facts(layer, block) for layer, block in blocks.items()],
+    }
+    return {**facts, "tail": _prunable(model, bool(found) and len(found) == len(blocks))}
+
+
+def decoder_facts(graph: ir.Graph, blocks: list[AttentionBlock], directory: Path | None) -> dict[str, Any]:
+    """The numbers of `records.DecoderSpec`, None where the graph does not say."""
+    caches = graph_caches(graph)
+    past = next(iter(caches.values()))[0][0]
+    stated = architecture_of(directory)
+    kv_heads, head = _dimension(past, 1), _dimension(past, 3)
+    heads, attended = None, None
+    if blocks:
+        heads = _attribute(blocks[0], "num_heads") or _attribute(blocks[0], "q_num_heads")
+        kv_heads = kv_heads or _attribute(blocks[0], "kv_num_heads")
+        attended = _dims(_last_product(blocks[0].branch))
+        if attended is not None and heads is None and head:
+            heads = attended[0] // head
+        if attended is not None and heads:
+            head = head or attended[0] // heads
+    return {
+        "architecture": stated.get("architecture"),
+        "num_layers": max([*caches, -1, (stated.get("num_layers") or 0) - 1]) + 1,
+        "hidden_size": hidden_size(blocks[0]) if blocks else None,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head,
+        "vocab_size": _vocabulary(graph),
+        "max_positions": stated.get("max_positions"),
+        "sliding_window": max((w for w in map(_window, blocks) if w is not None), default=None),
+    }
+
+
+def full_layers(blocks: list[AttentionBlock]) -> tuple[int, ...]:
+    """Layers without a sliding window, where others have one."""
+    full = tuple(block.layer for block in blocks if _window(block) is None)
+    return full if len(full) < len(blocks) else ()
+
+
+def architecture_of(directory: Path | None) -> dict[str, Any]:
+    """What config.json and genai_config.json beside a graph add: architecture, num_layers, max_positions."""
+    config, genai = ({} if directory is None else _json(directory / n) for n in ("config.json", "genai_config.json"))
+    model = _mapping(genai.get("model"))
+    decoder = _mapping(model.get("decoder"))
+    names = config.get("architectures")
+    return {
+        "architecture": names[0] if isinstance(names, list) and names else model.get("type"),
+        "num_layers": _whole(config.get("num_hidden_layers")) or _whole(decoder.get("num_hidden_layers")),
+        "max_positions": _whole(config.get("max_position_embeddings")) or _whole(model.get("context_length")),
+    }
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return _mapping(value)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def hidden_size(block: AttentionBlock) -> int | None:
+    """Width of the residual stream: what the first products take; None where no weight says."""
+    for value in block.projected:
+        for node in value.consumers():
+            dims = _dims(node)
+            if dims is not None:
+                return dims[0]
+    return _dimension(block.residual, 2)
+
+
+def _dims(node: ir.Node | None) -> tuple[int, int] | None:
+    """Size of what a product takes, and of what it gives, from its weight."""
+    if node is None or node.op_type not in PRODUCTS:
+        return None
+    if node.op_type in _QUANTISES:
+        return next((d for user in node.outputs[0].consumers() if (d := _dims(user)) is not None), None)
+    if "K" in node.attributes and "N" in node.attributes:
+        return node.attributes["K"].as_int(), node.attributes["N"].as_int()
+    weight = next((v for v in node.inputs[1:2] if v is not None and is_constant(v)), None)
+    shape = None if weight is None else _shape_of(weight)
+    if shape is None or len(shape) != 2:
+        return None
+    flipped = "transB" in node.attributes and node.attributes["transB"].as_int() == 1
+    return (shape[1], shape[0]) if flipped else (shape[0], shape[1])
+
+
+def _shape_of(value: ir.Value) -> list[int] | None:
+    """Of a constant, also behind casts and a transposition."""
+    if value.const_value is not None:
+        return [int(d) for d in value.const_value.shape.numpy()]
+    node = value.producer()
+    if node is None or not node.inputs or node.inputs[0] is None:
+        return None
+    inner = _shape_of(node.inputs[0])
+    if node.op_type == "Transpose":
+        return None if inner is None else inner[::-1]
+    return inner if node.op_type in _TRANSPARENT else None
+
+
+def _last_product(value: ir.Value, depth: int = 12) -> ir.Node | None:
+    """The product nearest before a value (o_proj, before a branch)."""
+    waiting = [value]
+    for _ in range(depth):
+        nodes = [node for v in waiting if (node := v.producer()) is not None]
+        for node in nodes:
+            if node.op_type in PRODUCTS and node.op_type not in _QUANTISES:
+                return node
+        waiting = [v for node in nodes for v in node.inputs if v is not None and not is_constant(v)]
+    return None
+
+
+def _attention(block: AttentionBlock) -> list[ir.Node]:
+    return [node for past in block.pasts for node in past.consumers() if node.op_type not in ("Shape", "Size")]
+
+
+def _attribute(block: AttentionBlock, name: str) -> int | None:
+    values = (node.attributes[name].as_int() for node in _attention(block) if name in node.attributes)
+    return next((value for value in values if value > 0), None)
+
+
+def _window(block: AttentionBlock) -> int | None:
+    return _attribute(block, "local_window_size")
+
+
+def _dimension(value: ir.Value, index: int) -> int | None:
+    shape = value.shape
+    dim = None if shape is None or len(shape) <= index else shape[index]
+    if isinstance(dim, ir.SymbolicDim) and (dim.value or "").isdecimal():
+        return int(str(dim.value))  # torch.export calls a dimension of 16 "16"
+    return dim if isinstance(dim, int) else None
+
+
+def _output(graph: ir.Graph) -> ir.Value | None:
+    return next((v for v in graph.outputs if v.name == "logits"), None)
+
+
+def logits_of(graph: ir.Graph) -> str | None:
+    """ "last" or "all"; None where no output is called so."""
+    value = _output(graph)
+    return None if value is None else "last" if _dimension(value, 1) == 1 else "all"
+
+
+def _vocabulary(graph: ir.Graph) -> int | None:
+    value = _output(graph)
+    if value is None:
+        return None
+    dims = _dims(_last_product(value, 6))
+    return _dimension(value, 2) or (dims[1] if dims is not None else None)
+
+
+def _kinds(graph: ir.Graph) -> Counter[str]:
+    """How many matrices there are of each kind."""
+    return Counter(kind for node in graph if (kind := _kind(node)) is not None)
+
+
+def _kind(node: ir.Node) -> str | None:
+    if node.op_type not in PRODUCTS or node.op_type in _QUANTISES:
+        return None
+    if "bits" in node.attributes:
+        return f"int{node.attributes['bits'].as_int()}"
+    weight = node.inputs[1] if len(node.inputs) > 1 else None
+    if weight is None or not is_constant(weight):
+        return None
+    while weight.const_value is None:
+        producer = weight.producer()
+        if producer is None or not producer.inputs or producer.inputs[0] is None:
+            return None
+        weight = producer.inputs[0]
+    name = weight.const_value.dtype.name
+    return _SPOKEN.get(name, name.lower())
+
+
+def _cache_facts(layer: int, pasts: tuple[ir.Value, ...], presents: tuple[ir.Value, ...]) -> dict[str, Any]:
+    dtypes = {_SPOKEN.get(v.dtype.name, v.dtype.name.lower()) for v in pasts if v.dtype is not None}
+    shape = [d if isinstance(d, int) else str(d.value) for d in pasts[0].shape] if pasts[0].shape is not None else None
+    return {
+        "layer": layer,
+        "inputs": [str(v.name) for v in pasts],
+        "outputs": [str(v.name) for v in presents],
+        "dtype": dtypes.pop() if len(dtypes) == 1 else None,
+        "shape": shape,
+    }
+
+
+def _block_facts(layer: int, block: AttentionBlock | RefusalError) -> dict[str, Any]:
+    if isinstance(block, RefusalError):
+        return {"layer": layer, "taps": [], "reason": block.reason}
+    return {
+        "layer": layer,
+        "join": str(block.join.name or block.join.outputs[0].name),
+        "residual": str(block.residual.name),
+        "attention": str(block.branch.name),
+        "taps": ["residual", *(["normed"] if block.normed is not None else [])],
+        "reason": None,
+    }
+
+
+def replaced_layers(graph: ir.Graph) -> list[int]:
+    """Layers that have a map in place of attention already."""
+    found = (re.match(r"nbl\.layers\.(\d+)\.", name) for name in graph.initializers)
+    return sorted({int(m[1]) for m in found if m})
+
+
+def _prunable(model: ir.Model, understood: bool) -> str | None:
+    """Why the tail cannot be pruned to the last token; None where it can. Tries it out, on this very graph."""
+    if not understood:
+        return "not every layer is understood"
+    try:
+        PruneTail()(model)
+    except RefusalError as error:
+        return error.reason
+    return None

@@ -1,0 +1,108 @@
+"""A decoder graph that somebody else has made: where it lies, whether it is whole, and how it is written again.
+
+    DIR/model.onnx (or onnx/model.onnx, or the only *.onnx; genai_config.json may name it)
+    DIR/model.onnx.data, or whatever its tensors name, inside DIR
+
+Weights stay in their files until they are copied, one tensor at a time, so that memory is not that of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path, PurePosixPath
+
+import onnx_ir as ir
+
+from nbl_export.engines.onnx_decoder import GRAPH_FILE
+from nbl_export.errors import CorruptError, NblError, RefusalError
+
+__all__ = ["data_files", "find_graph", "load_graph", "save_graph"]
+
+_INLINE_BYTES = 1 << 30  # a graph that holds its weights itself is written so below this; protobuf ends at 2 GiB
+
+
+def find_graph(path: Path) -> Path:
+    """The graph that a path means: itself, or the one in a directory.
+
+    Raises:
+        NblError: there is none, or more than one that could be meant.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise NblError(f"{path} does not exist; name an ONNX file or a directory that holds one")
+    named = _named_by_genai(path / "genai_config.json")
+    if named is not None and (path / named).is_file():
+        return path / named
+    found = _graphs_in(path)
+    first = [file for file in found if file.name == GRAPH_FILE]
+    if len(first) == 1 or len(found) == 1:
+        return (first or found)[0]
+    if not found:
+        raise NblError(f"{path} holds no *.onnx; name an ONNX file or a directory that holds one")
+    names = ", ".join(str(file.relative_to(path)) for file in found[:6])
+    raise NblError(f"{path} holds several graphs ({names}); name the one that is meant")
+
+
+def _graphs_in(directory: Path) -> list[Path]:
+    return [file for place in (directory, directory / "onnx") for file in sorted(place.glob("*.onnx"))]
+
+
+def _named_by_genai(path: Path) -> str | None:
+    try:
+        named = json.loads(path.read_text(encoding="utf-8"))["model"]["decoder"]["filename"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return named if isinstance(named, str) and PurePosixPath(named).name == named else None
+
+
+def load_graph(path: Path) -> ir.Model:
+    """Read a graph; its external tensors stay where they are, and are there.
+
+    Raises:
+        CorruptError: not an ONNX model, or its data is missing, cut short, or outside its directory.
+    """
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf's and onnx_ir's own types, one for each kind of damage
+        raise CorruptError(f"{path} is not an ONNX model that can be read ({error})") from error
+    if not len(model.graph):
+        raise CorruptError(f"{path} is not an ONNX model: it has no nodes")
+    for tensor in _external(model):
+        _check_data(path, tensor)
+    return model
+
+
+def data_files(path: Path, model: ir.Model) -> set[Path]:
+    """Files beside a graph that hold its tensors."""
+    return {path.parent / str(tensor.location) for tensor in _external(model)}
+
+
+def _external(model: ir.Model) -> list[ir.ExternalTensor]:
+    values = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
+    return [tensor for tensor in values if isinstance(tensor, ir.ExternalTensor)]
+
+
+def _check_data(path: Path, tensor: ir.ExternalTensor) -> None:
+    location = str(tensor.location)
+    file = path.parent / location
+    if os.path.isabs(location) or ".." in PurePosixPath(location).parts:
+        raise CorruptError(f"{path} keeps {tensor.name} in {location}, outside its directory; it is not read")
+    if file.is_symlink():
+        raise CorruptError(f"{file} is a link; copy the model with its links followed (cp -rL) and use the copy")
+    if not file.is_file():
+        raise CorruptError(f"{file} is missing, which holds weights of {path.name}; restore it")
+    end = (tensor.offset or 0) + (tensor.length or 0)
+    if end > file.stat().st_size:
+        raise CorruptError(f"{file} ends before the weights of {path.name} do ({tensor.name}); restore it")
+
+
+def save_graph(model: ir.Model, out: Path) -> None:
+    """Write a graph: with its weights beside it, where they were or they are too many, else as one file."""
+    inline = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    beside = bool(_external(model)) or inline > _INLINE_BYTES
+    try:
+        ir.save(model, out, external_data=f"{out.name}.data" if beside else None)
+    except ValueError as error:
+        raise RefusalError(None, f"it cannot be written ({error})") from error

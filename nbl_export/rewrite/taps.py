@@ -1,0 +1,91 @@
+"""A decoder graph that shows its insides: taps as outputs, and attention outputs that can be given from outside.
+
+    collect    x --norm-- attention -- y -- join         outputs x, norm(x), y of every layer, and nothing else
+    override   x --norm-- attention -- y    [given] -- join      outputs x (or norm(x)) beside those there are
+
+The recogniser is the rewrite's (`anatomy`). Weights stay in the graph's files, which ONNX Runtime reads itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from nbl_export.errors import RefusalError
+from nbl_export.rewrite.anatomy import AttentionBlock, find_block
+from nbl_export.rewrite.bypass import element_type, tapped
+from nbl_export.rewrite.cache_pairs import graph_caches, present_names
+from nbl_export.rewrite.source import load_graph
+
+__all__ = ["TappedGraph", "collecting_graph", "overriding_graph"]
+
+
+@dataclass(frozen=True)
+class TappedGraph:
+    """A graph in memory, whose external data is in `directory`.
+
+    taps: tap -> layer -> output. attention: layer -> output. given: layer -> input that takes the attention's place.
+    caches: as `engines.onnx_decoder.OnnxDecoder` takes them.
+    """
+
+    proto: bytes
+    directory: Path
+    caches: dict[str, str]
+    taps: dict[str, dict[int, str]]
+    attention: dict[int, str]
+    given: dict[int, str]
+
+
+def collecting_graph(file: Path, taps: Sequence[str]) -> TappedGraph:
+    """Tap every layer; logits and caches are no outputs any more, so that nothing behind the last tap is computed.
+
+    Raises:
+        RefusalError: a layer is not understood, or has no normed input where that is asked for.
+    """
+    model = load_graph(file)
+    graph, caches = model.graph, present_names(model.graph)
+    blocks = [find_block(graph, layer) for layer in graph_caches(graph)]
+    graph.outputs.clear()
+    named = {tap: {b.layer: _show(graph, tapped(b, tap)) for b in blocks} for tap in taps}
+    attention = {block.layer: _show(graph, block.branch) for block in blocks}
+    return TappedGraph(_bytes(model), file.parent, caches, named, attention, {})
+
+
+def overriding_graph(file: Path, layers: Sequence[int], tap: str) -> TappedGraph:
+    """Take the attention output of `layers` from new inputs, [B, T, D], and show what their maps act on.
+
+    Raises:
+        RefusalError: as above.
+    """
+    model = load_graph(file)
+    graph, caches = model.graph, present_names(model.graph)
+    blocks = [find_block(graph, layer) for layer in layers]
+    named = {tap: {block.layer: _show(graph, tapped(block, tap)) for block in blocks}}
+    given = {block.layer: _take(graph, block) for block in blocks}
+    return TappedGraph(_bytes(model), file.parent, caches, named, {}, given)
+
+
+def _show(graph: ir.Graph, value: ir.Value) -> str:
+    if not value.is_graph_output():
+        value.type = value.type or ir.TensorType(element_type(graph, value))
+        graph.outputs.append(value)
+    return str(value.name)
+
+
+def _take(graph: ir.Graph, block: AttentionBlock) -> str:
+    dtype = element_type(graph, block.branch)
+    name = f"nbl.given.{block.layer}"
+    value = ir.Value(name=name, shape=ir.Shape(["B", "T", "D"]), type=ir.TensorType(dtype))
+    graph.inputs.append(value)
+    block.join.replace_input_with(block.branch_index, value)
+    return name
+
+
+def _bytes(model: ir.Model) -> bytes:
+    try:
+        return bytes(ir.to_proto(model).SerializeToString())
+    except ValueError as error:  # protobuf's limit of 2 GiB, for weights inside the file
+        raise RefusalError(None, f"it is too large for one message; save it with external data ({error})") from error
