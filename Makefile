@@ -41,7 +41,7 @@ $(TOOLS)/.done:
 	touch $@
 
 licences: $(VENV)/.export $(TOOLS)/.done
-	$(TOOLS)/bin/pip-licenses --python $(BIN)/python --with-urls --order=license
+	$(TOOLS)/bin/pip-licenses --python $(BIN)/python --from=mixed --order=license
 
 audit: $(VENV)/.export $(TOOLS)/.done
 	$(TOOLS)/bin/pip-audit --skip-editable --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
