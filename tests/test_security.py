@@ -91,8 +91,8 @@ def test_code_in_a_model_directory_is_not_run(checkpoint: object, text: Path, tm
         (model / name).write_text(json.dumps({**said, "auto_map": asks}), encoding="utf-8")
     arguments = ("--calibration", text, *TINY, "--decoder-source", source, "--output", tmp_path / "run")
     done = nbl("--model", model, *arguments)
-    assert done.status == 0, done.err
     assert not marker.exists()
+    assert done.status == 0, done.err
     assert not list((tmp_path / "run").rglob("evil.py"))
 
 

@@ -68,11 +68,7 @@ def build(checkpoint: Path, out: Path, precision: str, provider: str = "cpu", op
         raise MissingPackageError("onnxruntime_genai", "cpu", "building the decoder graph") from error
     with tempfile.TemporaryDirectory() as cache, captured("the GenAI builder", checkpoint), repaired():
         where = ("", str(checkpoint), str(out), precision, _BUILDER_NAMES.get(provider, provider), cache)
-        chosen = [
-            "hf_remote=false",
-            *(gpu.options_for(precision) if gpu else ()),
-            *options,
-        ]  # older ones default to true
+        chosen = [*_NO_CODE, *(gpu.options_for(precision) if gpu else ()), *options]
         create_model(*where, **parse_extra_options(*where, chosen))
     _forget_commit(out / "model.onnx")
     mend_attention(checkpoint, out)
