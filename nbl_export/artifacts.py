@@ -9,6 +9,7 @@
     DIR/original/              decoder: the exported graph; as it came in all_logits.onnx where model.onnx gives the
                                logits of the last token, as in model/
     DIR/model/                 rewrite: the NBL graph, deployable by itself
+    DIR/model/README.md        card, where it was asked for
     DIR/verify.json            verify
     DIR/eval.json              eval, where it was asked for
     DIR/engine/{original,model}/ build: compiled, deployable by itself

@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 
 LINEARIZED = "nbl-"  # before the architecture, in the config.json of an NBL checkpoint
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
-              "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*")  # fmt: skip
+              "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*",
+              "README.md")  # the licence stands in it  # fmt: skip
 _SAMPLED_BYTES = 1 << 20
 _MARKER = "source.json"
 

@@ -371,6 +371,41 @@ def report(directory: opt.Run, force: opt.Force = False) -> None:
 
 
 @app.command()
+def card(
+    directory: opt.Run,
+    base_model: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Hub id of the base model, where the run was made from files."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also of a run that failed verification, and over an edited card.")
+    ] = False,
+) -> None:
+    """Write the model card, README.md of the model folder: base model, licence, layers, price, speed, use."""
+    from nbl_export.card import write_card
+
+    print(write_card(directory, base_model, force=force))
+
+
+@app.command()
+def push(
+    directory: opt.Run,
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the hub.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Upload; without it only say what would go.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository, where there is none.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also a run that failed verification, or with a card of an older report.")
+    ] = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Put the model folder on the Hugging Face hub; says what would go, and sends it with --yes."""
+    from nbl_export.push import push_run, push_table
+
+    found = push_run(directory, repo, _ui(as_json), send=yes, private=private, force=force)
+    _show(found, push_table(found), as_json)
+
+
+@app.command()
 def generate(
     directory: opt.Run,
     prompt: Annotated[str, typer.Argument(help="What to continue or answer.")],

@@ -89,11 +89,3 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     code = f"import sys, nbl_export, nbl_export.cli; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_no_pickle_and_no_remote_code() -> None:
-    for name in FILES:
-        text = (PACKAGE / name).read_text(encoding="utf-8")
-        assert not {"pickle", "dill", "joblib"} & roots(name)
-        assert "torch.load(" not in text
-        assert "trust_remote_code=True" not in text

@@ -30,6 +30,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "fuse_mlp_gate_up": _BOOLEANS,  # one product for both
     "shared_embeddings": _BOOLEANS,  # embedding and lm_head as one quantised matrix, where the model ties them
 }
+_NO_CODE = ("hf_remote=false",)  # the builder's default, stated: code in a checkpoint is not run
 _BUILDER_NAMES = {flag: provider.genai for flag, provider in PROVIDERS.items()}
 
 
@@ -67,7 +68,7 @@ def build(checkpoint: Path, out: Path, precision: str, provider: str = "cpu", op
         raise MissingPackageError("onnxruntime_genai", "cpu", "building the decoder graph") from error
     with tempfile.TemporaryDirectory() as cache, captured("the GenAI builder", checkpoint), repaired():
         where = ("", str(checkpoint), str(out), precision, _BUILDER_NAMES.get(provider, provider), cache)
-        chosen = [*(gpu.options_for(precision) if gpu else ()), *options]
+        chosen = [*_NO_CODE, *(gpu.options_for(precision) if gpu else ()), *options]
         create_model(*where, **parse_extra_options(*where, chosen))
     _forget_commit(out / "model.onnx")
     mend_attention(checkpoint, out)

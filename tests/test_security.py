@@ -1,0 +1,118 @@
+"""What is never done, whatever a model says: SECURITY.md as tests."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import pytest
+
+from .command import TINY, assert_refused, nbl
+
+PACKAGE = Path(__file__).parent.parent / "nbl_export"
+FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
+
+PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+MUST_BE = {"trust_remote_code": False, "hf_remote": False, "allow_pickle": False, "weights_only": True, "shell": False}
+BUILTINS = {"eval", "exec", "compile", "__import__"}
+CALLS = {"torch.load", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}
+
+
+def findings(source: str) -> list[str]:
+    """Where Python source reads pickles, runs code that it was given, or could be told to."""
+    return list(_findings(ast.parse(source)))
+
+
+def _findings(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {(node.module or "").split(".")[0]} | {f"{node.module}.{alias.name}" for alias in node.names}
+        else:
+            names = set()
+        yield from sorted(names & (PICKLES | CALLS))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in CALLS | BUILTINS:
+            yield ast.unparse(node.func)
+        if isinstance(node, ast.keyword) and node.arg in MUST_BE and ast.unparse(node.value) != str(MUST_BE[node.arg]):
+            yield ast.unparse(node)
+        if isinstance(node, ast.Constant) and node.value in ("trust_remote_code", "hf_remote"):
+            yield str(node.value)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_pickle_no_code_of_others(name: str) -> None:
+    assert findings((PACKAGE / name).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "def f():\n    from cloudpickle import loads",
+        "import torch\ntorch.load(path)",
+        "import torch\ntorch.load(path, weights_only=True)",
+        "from torch import load",
+        "AutoModel.from_pretrained(d, trust_remote_code=True)",
+        "AutoModel.from_pretrained(d, trust_remote_code=asked)",
+        "AutoModel.from_pretrained(d, **{'trust_remote_code': True})",
+        "np.load(path, allow_pickle=True)",
+        "subprocess.run(word, shell=True)",
+        "eval(text)",
+        "os.system(text)",
+    ],
+)
+def test_the_search_finds(source: str) -> None:
+    assert len(findings(source)) >= 1
+
+
+EVIL = """
+from pathlib import Path
+Path({marker!r}).write_text("ran")
+class Config: pass
+class Model: pass
+class Tokenizer: pass
+"""
+
+
+@pytest.mark.parametrize("source", ["genai", "mobius"])
+def test_code_in_a_model_directory_is_not_run(checkpoint: object, text: Path, tmp_path: Path, source: str) -> None:
+    """The main job on a checkpoint whose files ask for code that lies beside them."""
+    model, marker = tmp_path / "model", tmp_path / "marker"
+    shutil.copytree(checkpoint("llama"), model)  # type: ignore[operator]
+    (model / "evil.py").write_text(EVIL.format(marker=str(marker)), encoding="utf-8")
+    asks = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.Tokenizer"] * 2}
+    for name in ("config.json", "tokenizer_config.json"):
+        said = json.loads((model / name).read_text(encoding="utf-8"))
+        (model / name).write_text(json.dumps({**said, "auto_map": asks}), encoding="utf-8")
+    arguments = ("--calibration", text, *TINY, "--decoder-source", source, "--output", tmp_path / "run")
+    done = nbl("--model", model, *arguments)
+    assert not marker.exists()
+    assert done.status == 0, done.err
+    assert not list((tmp_path / "run").rglob("evil.py"))
+
+
+@pytest.mark.parametrize("kind", ["above", "absolute", "link"])
+def test_a_graph_reads_no_weights_outside_its_directory(genai_dirs: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    model, outside = Path(shutil.copytree(genai_dirs["nbl"], tmp_path / "model")), tmp_path / "secret.data"
+    assert nbl("generate", model, "x", "--max-new-tokens", "1").status == 0
+    (model / "model.onnx.data").rename(outside)
+    if kind == "link":
+        (model / "model.onnx.data").symlink_to(outside)
+    else:
+        _point_weights_to(model / "model.onnx", "../secret.data" if kind == "above" else str(outside))
+    done = nbl("generate", model, "x", "--max-new-tokens", "1")
+    assert_refused(done, 1, model, "does not load", "path")
+
+
+def _point_weights_to(graph: Path, place: str) -> None:
+    proto = onnx.load(str(graph), load_external_data=False)
+    entries = [e for t in proto.graph.initializer for e in t.external_data if e.key == "location"]
+    assert entries
+    for entry in entries:
+        entry.value = place
+    graph.write_bytes(proto.SerializeToString())
