@@ -441,6 +441,18 @@ def inspect(
 
 
 @app.command()
+def layout(
+    directory: opt.Run,
+    output: Annotated[Path, typer.Option(metavar="OUT", help="A new directory.")],
+    runtime: Annotated[str, typer.Option("--for", help="transformers-js: Node and browsers.")] = "transformers-js",
+) -> None:
+    """Copy a finished model folder to where a runtime with file names of its own finds everything."""
+    from nbl_export.layout import lay_out
+
+    print(lay_out(directory, runtime, output))
+
+
+@app.command()
 def doctor(as_json: opt.Json = False) -> None:
     """Say which engines work on this machine, and why the others do not."""
     from nbl_export.inspection import doctor_table, examine_engines
