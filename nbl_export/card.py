@@ -9,6 +9,7 @@ written and from which report: an edited card is never overwritten, and `push` s
 from __future__ import annotations
 
 import importlib.resources
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -51,7 +52,8 @@ def write_card(directory: Path, hub_id: str | None = None, *, force: bool = Fals
         if not force and _is_edited(run, target):
             raise NblError(f"{target} is not as nbl-export wrote it; move it away, or use --force to replace it")
         page = (run.path / "report.md").read_text(encoding="utf-8")
-        text = render(run.manifest, run.read_json("report.json"), page, base_model.find(run.manifest, hub_id))
+        base = base_model.find(run.manifest, hub_id)
+        text = render(run.manifest, run.read_json("report.json"), page, base, chat=_has_template(run.path / "model"))
         with friendly_os_errors(target), run.scratch() as scratch:
             (scratch / "README.md").write_text(text, encoding="utf-8")
             os.replace(scratch / "README.md", target)
@@ -80,6 +82,13 @@ def check_publishable(run: RunDirectory, *, force: bool) -> None:
         run.check(stage)
 
 
+def _has_template(model: Path) -> bool:
+    if (model / "chat_template.jinja").is_file():
+        return True
+    settings = model / "tokenizer_config.json"
+    return settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
+
+
 def _is_edited(run: RunDirectory, card: Path) -> bool:
     return card.exists() and file_sha256(card) != run.manifest.get("card", {}).get("sha256")
 
@@ -89,7 +98,9 @@ def is_stale(run: RunDirectory) -> bool:
     return run.manifest.get("card", {}).get("report") != file_sha256(run.path / "report.json")
 
 
-def render(manifest: Mapping[str, Any], report: Mapping[str, Any], page: str, base: BaseModel) -> str:
+def render(
+    manifest: Mapping[str, Any], report: Mapping[str, Any], page: str, base: BaseModel, *, chat: bool = False
+) -> str:
     """The text of the card; the same input gives the same bytes.
 
     Args:
@@ -97,6 +108,7 @@ def render(manifest: Mapping[str, Any], report: Mapping[str, Any], page: str, ba
         report: the value of report.json.
         page: report.md.
         base: what is known of the base model.
+        chat: the model folder has a chat template, which the programs then use.
 
     Raises:
         NblError: report.md has not the sections that it should have.
@@ -114,11 +126,11 @@ def render(manifest: Mapping[str, Any], report: Mapping[str, Any], page: str, ba
         pipeline_tag="text-generation",
         tags=_TAGS,
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(manifest, report, page, base)}")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(manifest, report, page, base, chat)}")
     return str(card)
 
 
-def _body(manifest: Mapping[str, Any], report: Mapping[str, Any], page: str, base: BaseModel) -> str:
+def _body(manifest: Mapping[str, Any], report: Mapping[str, Any], page: str, base: BaseModel, chat: bool) -> str:
     import jinja2
 
     source = importlib.resources.files("nbl_export").joinpath("card.md.jinja").read_text(encoding="utf-8")
@@ -130,6 +142,7 @@ def _body(manifest: Mapping[str, Any], report: Mapping[str, Any], page: str, bas
     memory = (report["machine"] or {}).get("memory_bytes")
     return environment.from_string(source).render(
         base=base,
+        chat=chat,
         report=report,
         decoder=manifest["decoder"],
         method=report["method"] or "nbl",

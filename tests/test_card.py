@@ -84,11 +84,16 @@ def test_no_place_of_this_machine(run: Path) -> None:
         assert str(Path(place).parent) not in text
 
 
-@pytest.mark.parametrize("source", ["genai", "mobius"])
-def test_programs_run_as_they_stand(run: Path, source: str) -> None:
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize(("source", "chat"), [("genai", False), ("mobius", False), ("genai", True)])
+def test_programs_run_as_they_stand(run: Path, source: str, chat: bool) -> None:
     if source != "genai":
         assert nbl("rewrite", run, "--decoder-source", source).status == 0
         assert nbl("report", run).status == 0
+    if chat:
+        (run / "model" / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     programs = re.findall(r"```python\n(.*?)```", written(run), re.DOTALL)
     started = []
     for program in programs:
@@ -96,10 +101,12 @@ def test_programs_run_as_they_stand(run: Path, source: str) -> None:
             [sys.executable, "-c", program], cwd=run / "model", capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
         started.append(done.stdout.partition("\N{REPLACEMENT CHARACTER}")[0])  # random bytes are seldom UTF-8
     assert len(started) == 2
     assert started[0] == started[1]  # both are greedy
-    assert re.match("The capital of France is.", started[0])
+    assert chat or started[0].strip()
+    assert all(("apply_chat_template" in program) is chat for program in programs)
 
 
 FRONT = "---\nlicense: apache-2.0\nlanguage: [en, fr]\n---\n# Base\n"
