@@ -270,7 +270,8 @@ def check_options(options: JobOptions, spec: DecoderSpec) -> None:
     """
     parse_layers(options.layers, spec.num_layers)
     check_size(options, spec)
-    check_asked(options, spec.architecture)
+    if options.decoder_source != GIVEN:  # a graph says itself what it has
+        check_asked(options, spec.architecture)
     engine = engine_of(options)
     if engine.CAPABILITIES.static:
         engine.check_model(spec, options.precision)

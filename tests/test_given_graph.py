@@ -152,7 +152,7 @@ def test_the_layout_of_the_hub(given_graph: Given, maps_file: Any, tmp_path: Pat
     done = nbl("rewrite", "--onnx", hub, "--maps", maps_file(1), "--output", out)
     assert done.status == 0, done.err
     assert sorted(snapshot(out)) == ["config.json", "nbl.json", "onnx/model.onnx"]
-    assert json.loads(nbl("inspect", hub, "--json").out)["decoder"]["architecture"] == "LlamaForCausalLM"
+    assert json.loads(nbl("inspect", hub, "--json").out)["decoder"]["architecture"] == "llama"
 
 
 def test_a_rewritten_graph_can_be_rewritten(given_graph: Given, maps_file: Any, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_inspect_recognises(source: str, given_graph: Given) -> None:
     assert done.status == 0, done.err
     facts = json.loads(done.out)
     assert facts["decoder"] == {
-        "architecture": "LlamaForCausalLM", "num_layers": LAYERS, "hidden_size": HIDDEN, "num_heads": 4,
+        "architecture": "llama", "num_layers": LAYERS, "hidden_size": HIDDEN, "num_heads": 4,
         "num_kv_heads": 2, "head_dim": HEAD_DIM, "vocab_size": VOCAB, "max_positions": 512, "sliding_window": None,
     }  # fmt: skip
     assert facts["precision"] == precision(source)

@@ -107,9 +107,9 @@ def architecture_of(directory: Path | None) -> dict[str, Any]:
     config, genai = ({} if directory is None else _json(directory / n) for n in ("config.json", "genai_config.json"))
     model = _mapping(genai.get("model"))
     decoder = _mapping(model.get("decoder"))
-    names = config.get("architectures")
+    kind = config.get("model_type")
     return {
-        "architecture": names[0] if isinstance(names, list) and names else model.get("type"),
+        "architecture": kind if isinstance(kind, str) else model.get("type"),
         "num_layers": _whole(config.get("num_hidden_layers")) or _whole(decoder.get("num_hidden_layers")),
         "max_positions": _whole(config.get("max_position_embeddings")) or _whole(model.get("context_length")),
     }
