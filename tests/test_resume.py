@@ -189,7 +189,9 @@ def test_model_is_gone_after_the_run(same: Same, run: Path, checkpoint: Any, tmp
     assert_refused(nbl(*same, "--model", copy, "--output", run), 1, "no model at", copy)
     assert_refused(nbl(*same, "--model", copy, "--output", run, "--force"), 1, "no model at", copy)
     assert snapshot(run) == before
-    for arguments in (("bench", run, "--seed", 2), ("report", run), ("plan", run, "--layers", 2), ("rewrite", run)):
+    for arguments in (
+        ("bench", run, "--seed", 2), ("report", run), ("plan", run, "--layers", 2, "--select", "cca"), ("rewrite", run)
+    ):  # fmt: skip
         done = nbl(*arguments)
         assert done.status == 0, done.err
     assert_refused(nbl("verify", run), 1, "no model at", copy)

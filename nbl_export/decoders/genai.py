@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nbl_export.decoders.genai_repairs import repaired
-from nbl_export.decoders.mends import mend_attention
 from nbl_export.decoders.quiet import captured
 from nbl_export.engines.providers import PROVIDERS
 from nbl_export.errors import MissingPackageError, NblError, UsageError
@@ -71,6 +70,8 @@ def build(checkpoint: Path, out: Path, precision: str, provider: str = "cpu", op
         chosen = [*_NO_CODE, *(gpu.options_for(precision) if gpu else ()), *options]
         create_model(*where, **parse_extra_options(*where, chosen))
     _forget_commit(out / "model.onnx")
+    from nbl_export.decoders.mends import mend_attention  # onnx_ir, which a machine that only builds has not
+
     mend_attention(checkpoint, out)
 
 

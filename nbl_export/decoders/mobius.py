@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 from nbl_export.architectures import ARCHITECTURES
-from nbl_export.decoders.mends import mend_attention
 from nbl_export.decoders.quiet import captured
 from nbl_export.errors import MissingPackageError, NblError
 
@@ -28,6 +27,8 @@ def build(checkpoint: Path, out: Path, precision: str) -> None:
     with captured("mobius", checkpoint):
         mobius_cli([*arguments, "--runtime", "ort-genai", str(out)])
     _mend_config(checkpoint, out / "genai_config.json")
+    from nbl_export.decoders.mends import mend_attention  # onnx_ir, which a machine that only builds has not
+
     mend_attention(checkpoint, out)
 
 
