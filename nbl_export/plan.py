@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.records import AffineMap, LayerScore, Plan
+from nbl_export.records import TAPS, AffineMap, LayerScore, Plan
 
 __all__ = ["choose", "load_maps", "maps_in", "parse_layers", "ranked", "save_maps"]
+
+_FORMAT = "nbl-maps-1"
 
 
 def parse_layers(text: str | None, num_layers: int) -> int | tuple[int, ...]:
@@ -86,7 +88,7 @@ def save_maps(maps: dict[int, AffineMap], path: Path, tap: str = "residual") -> 
     """Write float32: `layers.{i}.bias` [D], and `layers.{i}.weight` [D, D] (y = x W' + b) or its factors.
 
     The factors of a map of low rank are `layers.{i}.up` [D, k] and `layers.{i}.down` [k, D], W = up down. The metadata
-    has the tap.
+    has the tap, in one entry: several are written in any order, and equal maps are to be equal bytes.
     """
     from safetensors.numpy import save_file
 
@@ -95,7 +97,7 @@ def save_maps(maps: dict[int, AffineMap], path: Path, tap: str = "residual") -> 
         for i, affine in maps.items()
         for name, array in {**affine.matrices, "bias": affine.bias}.items()
     }
-    save_file(tensors, path, metadata={"format": "nbl-maps-1", "tap": tap})
+    save_file(tensors, path, metadata={"format": f"{_FORMAT} {tap}"})
 
 
 def maps_in(path: Path) -> tuple[tuple[int, ...], str | None]:
@@ -114,7 +116,8 @@ def maps_in(path: Path) -> tuple[tuple[int, ...], str | None]:
     found = [re.fullmatch(r"layers\.(\d+)\.bias", name) for name in names]
     if not any(found):
         raise CorruptError(f"{path} is not a maps file: it has no layers.N.bias; name the maps.safetensors of a run")
-    return tuple(sorted(int(m[1]) for m in found if m)), about.get("tap")
+    tap = about.get("format", "").removeprefix(_FORMAT).strip()
+    return tuple(sorted(int(m[1]) for m in found if m)), tap if tap in TAPS else None
 
 
 def load_maps(path: Path, layers: Sequence[int]) -> dict[int, AffineMap]:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.plan import choose, load_maps, parse_layers, save_maps
+from nbl_export.plan import choose, load_maps, maps_in, parse_layers, save_maps
 from nbl_export.records import AffineMap, LayerScore, Plan
 
 SCORES = tuple(LayerScore(i, bound, 0.5, 0.1) for i, bound in enumerate((5.0, 1.0, 3.0, 1.0, 9.0)))
@@ -96,3 +97,18 @@ def test_map_with_nan_is_named(tmp_path: Path) -> None:
     save_maps(bad, tmp_path / "maps.safetensors")
     with pytest.raises(CorruptError, match="layer 3"):
         load_maps(tmp_path / "maps.safetensors", (1, 3))
+
+
+def test_a_maps_file_says_its_tap_and_equal_maps_are_equal_bytes(tmp_path: Path) -> None:
+    contents = set()
+    for k in range(8):
+        save_maps(maps(), tmp_path / f"{k}.safetensors", "normed")
+        contents.add((tmp_path / f"{k}.safetensors").read_bytes())
+    assert len(contents) == 1
+    assert maps_in(tmp_path / "0.safetensors") == (tuple(maps()), "normed")
+
+
+def test_an_older_maps_file_does_not_say_its_tap(tmp_path: Path) -> None:
+    tensors = {"layers.3.weight": np.eye(2, dtype="f"), "layers.3.bias": np.ones(2, "f")}
+    save_file(tensors, tmp_path / "maps.safetensors", metadata={"format": "nbl-maps-1"})
+    assert maps_in(tmp_path / "maps.safetensors") == ((3,), None)
