@@ -27,7 +27,7 @@ demo: $(VENV)/.export
 	@echo "report: $(CURDIR)/runs/demo/report.html"
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

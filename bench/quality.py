@@ -9,6 +9,7 @@ tokens in windows of 512, of the first documents of c4_demo.json ("c4") or of th
 spread evenly over each text; of c4_demo.json only what lies behind the calibration and held-back tokens. The original
 is computed once for all rows.
 
+sets      the sets of layers in --layers, separated by semicolons, independent fit on the residual stream
 plans     every --select at 4, 8, 10, 12 and 15 layers, and the layers 0,7,24-29, independent fit; the paper's tap too
 distill   one set of layers, independent and distilled
 both      one after the other; --layers cca:8, error:8 or greedy:8 takes the layers of that order
@@ -175,11 +176,20 @@ def distilled(bed: Bed, options: argparse.Namespace, orders: Mapping[str, Any]) 
     }
 
 
+def sets(bed: Bed, named: Sequence[str]) -> dict[str, Any]:
+    """Rows of sets of layers, by their names."""
+    from nbl_export.plan import parse_layers
+
+    count = len(bed.moments["residual"])
+    mixes = {name: parse_layers(name, count) for name in named}
+    return {"residual": bed.prices(bed.maps("residual", range(count)), "residual", mixes)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
-    parser.add_argument("what", choices=("plans", "distill", "both"))
+    parser.add_argument("what", choices=("plans", "distill", "both", "sets"))
     parser.add_argument("--text", choices=("c4", "default"), default="c4")
     parser.add_argument("--windows", type=int, default=16, help="of each text to judge by")
     parser.add_argument("--layers", default="0,7,24-29")
@@ -193,8 +203,11 @@ def main() -> None:
     from nbl_export.bench import machine
 
     bed = Bed(options.model, options.data, options.text, options.windows, options.train_tokens)
-    result = plans(bed) if options.what != "distill" else {}
-    if options.what != "plans":
+    if options.what == "sets":
+        result = sets(bed, options.layers.split(";"))
+    else:
+        result = plans(bed) if options.what != "distill" else {}
+    if options.what in ("distill", "both"):
         result["distill"] = distilled(bed, options, result.get("orders", {}))
     asked = {k: v for k, v in vars(options).items() if k not in ("model", "data")}
     about = {"asked": asked, "calibration": {**bed.text, "tokens": int(bed.windows.numel())}, "machine": machine()}

@@ -85,8 +85,8 @@ KvBudget = Annotated[
 Select = Annotated[
     str | None,
     typer.Option(
-        help="Which layers go first: greedy (least lost in the output, default), cca (smallest bound; default where "
-        "the model does not fit into memory) or error."
+        help="Which layers go first: efficient (least lost in the output for the prefill work saved, default), greedy "
+        "(least lost for each), cca (smallest bound; default where the model does not fit into memory) or error."
     ),
 ]
 Engine = Annotated[str, typer.Option(help="ort (ONNX Runtime), trt (TensorRT) or trt-rtx (TensorRT for RTX).")]

@@ -6,6 +6,9 @@ The order does not depend on how many layers are wanted: what is wanted fewer of
 of. After the first round, which tries every layer, a round tries only the WIDTH layers that added least when they
 were last tried. What a layer adds grows as others go, so a layer that is not tried is one that was dearer already.
 
+With `saving` (select "efficient") the layer goes that loses least for the work it saves: the topmost attention saves
+most, since everything above the last kept one runs on one token (`cost`), so it is always tried.
+
 Cost, in passes of the decoder over the text (a trial runs the layers from its own upward, half of them on average,
 and the head): layers / 2 for the first round and WIDTH / 2 + 1 for every further one.
 """
@@ -27,6 +30,7 @@ __all__ = ["EVERY", "WIDTH", "GreedyOrder", "extend"]
 WIDTH = 8
 EVERY = 2  # positions; each is judged with all before it
 _NEVER = 1e9  # nats: of a layer whose map gives logits that are not finite
+_NOTHING = 1e-9  # of the work: what a layer saves at least
 
 
 @dataclass(frozen=True)
@@ -50,25 +54,27 @@ def extend(
     num_layers: int,
     held_WT: torch.Tensor,
     progress: Callable[[int, int], None],
+    saving: Callable[[Sequence[int]], float] | None = None,
 ) -> GreedyOrder:
     """Bring an order to `length` layers; one that is as long already comes back as it is.
 
     Args:
         held_WT: token ids [windows, context] that no map was fitted on.
+        saving: work that giving up these layers saves; None counts layers.
 
     Raises:
         NblError: a layer's map makes the logits not finite.
     """
     done, total = 0, _trials(len(order.layers), length, num_layers) * len(held_WT)
     while len(order.layers) < length:
-        tried = _candidates(order, num_layers)
+        tried = _candidates(order, num_layers, topmost=saving is not None)
         losses = dict.fromkeys(tried, Loss())
         for ids_T in held_WT:
             for layer, loss in _try(switched, ids_T, order.layers, tried).items():
                 losses[layer] += loss
             done += len(tried)
             progress(done, total)
-        order = _step(order, {layer: loss.kl for layer, loss in losses.items()})
+        order = _step(order, {layer: loss.kl for layer, loss in losses.items()}, saving or len)
     return order
 
 
@@ -76,10 +82,12 @@ def _trials(start: int, length: int, num_layers: int) -> int:
     return sum(num_layers if k == 0 else min(WIDTH, num_layers - k) for k in range(start, length))
 
 
-def _candidates(order: GreedyOrder, num_layers: int) -> tuple[int, ...]:
+def _candidates(order: GreedyOrder, num_layers: int, *, topmost: bool) -> tuple[int, ...]:
     if not order.layers:
         return tuple(range(num_layers))
-    return tuple(sorted(layer for layer, _ in sorted(order.added, key=lambda a: (a[1], a[0]))[:WIDTH]))
+    cheapest = [layer for layer, _ in sorted(order.added, key=lambda a: (a[1], a[0]))]
+    first = [max(cheapest)] if topmost else []
+    return tuple(sorted(list(dict.fromkeys([*first, *cheapest]))[:WIDTH]))
 
 
 def _try(switched: SwitchedModel, ids_T: torch.Tensor, gone: Sequence[int], tried: Sequence[int]) -> dict[int, Loss]:
@@ -91,12 +99,14 @@ def _try(switched: SwitchedModel, ids_T: torch.Tensor, gone: Sequence[int], trie
     return switched.losses(ids_T, original, last, EVERY)
 
 
-def _step(order: GreedyOrder, kl: dict[int, float]) -> GreedyOrder:
+def _step(order: GreedyOrder, kl: dict[int, float], saving: Callable[[Sequence[int]], float]) -> GreedyOrder:
     before = order.kl[-1] if order.kl else 0.0
     finite = {layer: value for layer, value in kl.items() if math.isfinite(value)}
     if not finite:
         raise NblError(f"the map of layer {min(kl)} gives logits that are not finite; give more --calibration-tokens")
-    best = min(finite, key=lambda layer: (finite[layer], layer))
+    saved = saving(order.layers)
+    price = {i: (value - before) / max(saving((*order.layers, i)) - saved, _NOTHING) for i, value in finite.items()}
+    best = min(price, key=lambda layer: (price[layer], layer))
     added = {**dict(order.added), **{layer: finite.get(layer, _NEVER) - before for layer in kl}}
     del added[best]
     return GreedyOrder((*order.layers, best), (*order.kl, finite[best]), tuple(sorted(added.items())))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nbl_export import blocks, calibrate, lmmse, methods
@@ -111,20 +112,31 @@ class Selection:
         if self._job.graph is not None:  # greedy needs the torch model
             return "cca"
         if self._options.layer_wise or self._job.shortage:
-            self._job.ui.say("  layers by their CCA bounds: --select greedy needs the whole model in memory")
+            self._job.ui.say("  layers by their CCA bounds: --select efficient needs the whole model in memory")
             return "cca"
-        return "greedy"
+        return "efficient"
 
     def order(self, count: int) -> tuple[int, ...]:
         """The first `count` layers to go; those of a smaller count are the front of those of a larger one."""
-        if self.select != "greedy":
+        if self.select not in ("greedy", "efficient"):
             return ranked(self.scores, self.select)[:count]
         self._greedy = self._greedy or self._recorded()
         if len(self._greedy.layers) < count:
             windows, layers = self.judging_windows, self._job.spec.num_layers
             with self._job.ui.task(f"trying layers on {windows.numel()} tokens") as progress:
-                self._greedy = extend(self._greedy, count, self.switched, layers, windows, progress)
+                self._greedy = extend(self._greedy, count, self.switched, layers, windows, progress, self._saving)
         return self._greedy.layers[:count]
+
+    @functools.cached_property
+    def _saving(self) -> Callable[[Sequence[int]], float] | None:
+        """Share of the prefill's arithmetic that giving up layers saves, for the select that weighs it."""
+        if self.select != "efficient":
+            return None
+        from nbl_export.reach import cost_model
+
+        model, size = cost_model(self._job), self._job.spec.hidden_size**2
+        whole = model.prefill_flops({})
+        return lambda gone: 1 - model.prefill_flops(dict.fromkeys(gone, size)) / whole
 
     def _recorded(self) -> GreedyOrder:
         """The order that the manifest knows, where it was made from the same inputs."""
@@ -137,7 +149,9 @@ class Selection:
     @property
     def _greedy_key(self) -> str:
         options = self._options
-        return key_of("greedy", self._job.run.stages["calibrate"]["key"], options.tap, options.method, options.rank)
+        weighed = [options.prompt_length, options.kept_logits] if self.select == "efficient" else []
+        calibrated = self._job.run.stages["calibrate"]["key"]
+        return key_of("greedy", calibrated, options.tap, options.method, options.rank, *weighed)
 
     def facts(self) -> dict[str, Any]:
         """What the manifest keeps, so that no order is made twice."""

@@ -129,7 +129,7 @@ DTYPES = ("auto", "fp32", "bf16")
 # How a plan's maps come about: each layer by itself in closed form, or trained together from there.
 FITS = ("independent", "distilled")
 # How layers are ranked: smallest CCA bound, smallest relative error, or what the model's output loses (`greedy`).
-SELECTS = ("cca", "error", "greedy")
+SELECTS = ("cca", "error", "greedy", "efficient")
 # What stands in for attention: the fitted map, nothing, or attention that sees only its own token (`methods`).
 METHODS = ("nbl", "drop", "wo-wv")
 
@@ -316,7 +316,7 @@ class JobOptions:
     None takes those of the other matrices.
     max_seq_len, max_batch and prefill_chunk are for engines that compile; None takes `job`'s defaults.
     logits: "last" (None) or "all", see `kept_logits`.
-    select: None is "greedy", and "cca" where the torch model does not fit into memory.
+    select: None is "efficient", and "cca" where the torch model does not fit into memory.
     data_free: calibrate on what the model itself says (with `seed`), on no text.
     layer_wise: calibrate one decoder layer at a time, whatever the memory.
     calibration: texts, see `mixture`; none of them is the default text.

@@ -116,6 +116,21 @@ def test_rounds_after_the_first_try_only_the_cheapest(monkeypatch: pytest.Monkey
     assert extend(GreedyOrder(), 6, planted, 30, HELD[:1], quiet).layers == order.layers
 
 
+def test_what_saves_more_may_lose_more() -> None:
+    """The topmost layers, dear by themselves, go first where each saves as much as ten others."""
+    planted: Any = Planted()
+
+    def saving(gone: Any) -> float:
+        tail = next(n for n in range(31) if 29 - n not in gone)
+        return len(gone) + 1000.0 * tail
+
+    order = extend(GreedyOrder(), 4, planted, 30, HELD[:1], quiet, saving)
+    assert order.layers == (29, 28, 27, 26)
+    assert all(29 - k in tried for k, tried in enumerate(planted.tried))
+    assert [len(t) for t in planted.tried] == [30] + [greedy.WIDTH] * 3
+    assert extend(GreedyOrder(), 4, planted, 30, HELD[:1], quiet).layers != order.layers
+
+
 def test_the_model_comes_back_as_it_was(checkpoint: Checkpoint) -> None:
     model = load_model(checkpoint("llama"))
     modules, layers = list(model.modules()), list(model.model.layers)
@@ -166,4 +181,4 @@ def test_selections_through_the_job(run: Path) -> None:
 def test_unknown_selection_is_refused(run: Path) -> None:
     done = nbl("plan", run, "--select", "luck")
     assert done.status == 1
-    assert "--select is cca, error, greedy, not 'luck'" in done.err
+    assert "--select is cca, error, greedy, efficient, not 'luck'" in done.err
