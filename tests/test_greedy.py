@@ -117,12 +117,12 @@ def test_rounds_after_the_first_try_only_the_cheapest(monkeypatch: pytest.Monkey
 
 
 def test_what_saves_more_may_lose_more() -> None:
-    """The topmost layers, dear by themselves, go first where each saves as much as ten others."""
+    """The topmost layers, dear by themselves, go first where each saves far more than another."""
     planted: Any = Planted()
 
     def saving(gone: Any) -> float:
         tail = next(n for n in range(31) if 29 - n not in gone)
-        return len(gone) + 1000.0 * tail
+        return len(gone) + 1e5 * tail
 
     order = extend(GreedyOrder(), 4, planted, 30, HELD[:1], quiet, saving)
     assert order.layers == (29, 28, 27, 26)
