@@ -55,7 +55,7 @@ class Bed:
         c4 = corpus.read_text(str(data / "c4" / "c4_demo.json"))
         source = corpus.default_text() if text == "default" else c4
         self.windows, self.held = corpus.pack(source, self.tokenizer, TOKENS, CONTEXT, HELD)
-        self.training = corpus.extend(self.windows, self.held, source, self.tokenizer, train_tokens)
+        self.training = corpus.extend(self.windows, source, self.tokenizer, train_tokens, HELD)
         self.text = {"name": source.name, "sha256": source.sha256}
         self.texts = {
             "c4 rest": self._spread(self._ids(c4.documents)[TOKENS + HELD :], windows),

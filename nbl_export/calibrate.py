@@ -20,7 +20,7 @@ from nbl_export.lmmse import Moments
 from nbl_export.moments_file import load_moments, save_moments
 from nbl_export.sums import REFERENCE_ROWS, Accumulator, Sums
 
-__all__ = ["Collection", "attach", "batches", "collect", "load_moments", "refuse_not_finite", "save_moments"]
+__all__ = ["Collection", "Rows", "attach", "batches", "collect", "load_moments", "refuse_not_finite", "save_moments"]
 
 _BATCH_TOKENS = 4096
 
@@ -30,31 +30,20 @@ def batches(ids_WT: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return ids_WT.split(max(1, _BATCH_TOKENS // ids_WT.shape[1]))
 
 
-class Collection:
-    """Accumulators of all layers and taps, hooked to a model while the context is open.
+class Rows:
+    """Accumulators of all layers and taps; who fills them is a subclass.
 
     Args:
-        model: a causal LM of transformers, float32.
-        taps: of `records.TAPS`.
+        taps: of `records.TAPS`. size: of the hidden state. device: of the sums.
     """
 
-    def __init__(self, model: Any, taps: Sequence[str]) -> None:
-        self._decoder = model.get_decoder()
-        self._device = next(model.parameters()).device
-        self.taps = tuple(taps)
-        self.size = int(model.config.hidden_size)
-        self.found = {tap: [Accumulator(self.size) for _ in self._decoder.layers] for tap in taps}
-        self._handles: list[Any] = []
+    def __init__(self, taps: Sequence[str], num_layers: int, size: int, device: Any = "cpu") -> None:
+        self.taps, self.num_layers, self.size, self._device = tuple(taps), num_layers, size, device
+        self.found = {tap: [Accumulator(size) for _ in range(num_layers)] for tap in self.taps}
 
-    def __enter__(self) -> Collection:
-        for tap, accumulators in self.found.items():
-            for layer, accumulator in zip(self._decoder.layers, accumulators, strict=True):
-                self._handles += attach(layer, accumulator, tap, self._decoder.config)
-        return self
-
-    def __exit__(self, _k: type[BaseException] | None, _v: BaseException | None, _t: TracebackType | None) -> None:
-        for handle in self._handles:
-            handle.remove()
+    def add(self, batch_BT: torch.Tensor) -> None:
+        """Run one batch and add its rows."""
+        raise NotImplementedError
 
     def refer(self, ids_WT: torch.Tensor) -> None:
         """Take reference rows and units from the beginning of the whole text."""
@@ -62,18 +51,9 @@ class Collection:
         for accumulator in self.accumulators():
             accumulator.clear()
 
-    def add(self, batch_BT: torch.Tensor) -> None:
-        """Run one batch and add its rows."""
-        with torch.inference_mode():
-            self._decoder(input_ids=batch_BT.to(self._device), use_cache=False)
-
     def accumulators(self) -> list[Accumulator]:
         """All of them, in an order that is the same everywhere."""
         return [accumulator for accumulators in self.found.values() for accumulator in accumulators]
-
-    @property
-    def num_layers(self) -> int:
-        return len(self._decoder.layers)
 
     @property
     def count(self) -> int:
@@ -95,6 +75,36 @@ class Collection:
         """Go on from what `layer` gave."""
         for tap, found in sums.items():
             self.found[tap][index].restore(found, self._device)
+
+
+class Collection(Rows):
+    """Accumulators hooked to a torch model while the context is open.
+
+    Args:
+        model: a causal LM of transformers, float32.
+        taps: of `records.TAPS`.
+    """
+
+    def __init__(self, model: Any, taps: Sequence[str]) -> None:
+        self._decoder = model.get_decoder()
+        device = next(model.parameters()).device
+        super().__init__(taps, len(self._decoder.layers), int(model.config.hidden_size), device)
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Collection:
+        for tap, accumulators in self.found.items():
+            for layer, accumulator in zip(self._decoder.layers, accumulators, strict=True):
+                self._handles += attach(layer, accumulator, tap, self._decoder.config)
+        return self
+
+    def __exit__(self, _k: type[BaseException] | None, _v: BaseException | None, _t: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def add(self, batch_BT: torch.Tensor) -> None:
+        """Run one batch and add its rows."""
+        with torch.inference_mode():
+            self._decoder(input_ids=batch_BT.to(self._device), use_cache=False)
 
 
 def collect(

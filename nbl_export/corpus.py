@@ -260,12 +260,13 @@ def pack(
     return rows[: min(wanted, windows - held)], rows[windows - held :]
 
 
-def extend(windows_WT: torch.Tensor, held_WT: torch.Tensor, text: Text, tokenizer: Any, tokens: int) -> torch.Tensor:
+def extend(windows_WT: torch.Tensor, text: Text, tokenizer: Any, tokens: int, held_back: int) -> torch.Tensor:
     """Windows of so many tokens: those of a `pack`, fewer of them, or what follows in the text as well.
 
     Args:
-        windows_WT, held_WT: what `pack` returned for this text; the held-back tokens are passed over.
+        windows_WT: for calibration, from `pack` of this text.
         tokens: in all; fewer where the text ends.
+        held_back: as `pack` was told: all that it read is passed over, of which it may have held back less.
     """
     import torch
 
@@ -273,7 +274,7 @@ def extend(windows_WT: torch.Tensor, held_WT: torch.Tensor, text: Text, tokenize
     wanted = max(1, tokens // context)
     if wanted <= len(windows_WT):
         return windows_WT[:wanted]
-    passed = windows_WT.numel() + held_WT.numel()
+    passed = windows_WT.numel() + -(-held_back // context) * context
     needed = passed + (wanted - len(windows_WT)) * context
     ids: list[int] = []
     for document in text.documents:

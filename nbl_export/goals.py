@@ -74,9 +74,9 @@ def goal_of(options: JobOptions) -> Goal | None:
 
 
 def goal_inputs(options: JobOptions) -> list[Any]:
-    """Options that decide what a goal amounts to, beside the goal itself."""
+    """Options that decide what a goal or a choice by the work saved amounts to, beside the request itself."""
     if options.target_speedup is None and options.kv_budget is None:
-        return []
+        return [options.kept_logits] if options.select in (None, "efficient") else []
     return [options.engine, options.provider, options.precision, options.prompt_length, options.kept_logits]
 
 

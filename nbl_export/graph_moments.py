@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 
-from nbl_export.calibrate import refuse_not_finite
+from nbl_export.calibrate import Rows
 from nbl_export.engines.onnx_decoder import OnnxDecoder
 from nbl_export.records import DecoderSpec
-from nbl_export.sums import REFERENCE_ROWS, Accumulator, Sums
 
 __all__ = ["GraphCollection"]
 
 
-class GraphCollection:
+class GraphCollection(Rows):
     """What `calibrate.Collection` is to a torch model.
 
     Args:
@@ -36,8 +35,7 @@ class GraphCollection:
     def __init__(self, graph: Path, spec: DecoderSpec, taps: Sequence[str], threads: int | None = None) -> None:
         from nbl_export.rewrite.taps import collecting_graph
 
-        self.taps, self.size, self.num_layers = tuple(taps), spec.hidden_size, spec.num_layers
-        self.found = {tap: [Accumulator(self.size) for _ in range(self.num_layers)] for tap in self.taps}
+        super().__init__(taps, spec.num_layers, spec.hidden_size)
         self._graph = collecting_graph(graph, self.taps)
         self._decoder = OnnxDecoder(
             self._graph.directory, spec.head_dim, threads, caches=self._graph.caches, proto=self._graph.proto
@@ -48,12 +46,6 @@ class GraphCollection:
 
     def __exit__(self, _k: type[BaseException] | None, _v: BaseException | None, _t: TracebackType | None) -> None:
         del self._decoder
-
-    def refer(self, ids_WT: torch.Tensor) -> None:
-        """Take reference rows and units from the beginning of the whole text."""
-        self.add(ids_WT[:1, :REFERENCE_ROWS])
-        for accumulator in self.accumulators():
-            accumulator.clear()
 
     def add(self, batch_BT: torch.Tensor) -> None:
         """Run the windows of a batch and add their rows."""
@@ -72,28 +64,3 @@ class GraphCollection:
         for tap, pairs in wanted.items():
             for accumulator, (x, y) in zip(self.found[tap], pairs, strict=True):
                 accumulator.update(rows[x], rows[y])
-
-    def accumulators(self) -> list[Accumulator]:
-        """All of them, in an order that is the same everywhere."""
-        return [accumulator for accumulators in self.found.values() for accumulator in accumulators]
-
-    @property
-    def count(self) -> int:
-        """Rows so far."""
-        return self.found[self.taps[0]][0].count
-
-    def layer(self, index: int) -> dict[str, Sums]:
-        """The sums of a layer, by tap.
-
-        Raises:
-            NblError: its activations are not finite.
-        """
-        found = {tap: accumulators[index].sums() for tap, accumulators in self.found.items()}
-        for sums in found.values():
-            refuse_not_finite(sums, index)
-        return found
-
-    def restore(self, index: int, sums: dict[str, Sums]) -> None:
-        """Go on from what `layer` gave."""
-        for tap, found in sums.items():
-            self.found[tap][index].restore(found)

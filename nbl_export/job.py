@@ -188,11 +188,11 @@ class Job:
         """Token windows to distil on: those of calibration, and more of the same text."""
         from nbl_export import checkpoint, corpus
 
-        windows, held = self.windows
+        windows, _ = self.windows
         if self.options.data_free:
             return windows
         tokenizer = checkpoint.load_tokenizer(self.checkpoint)
-        return corpus.extend(windows, held, self.text, tokenizer, self.options.distill_tokens)
+        return corpus.extend(windows, self.text, tokenizer, self.options.distill_tokens, HELD_BACK_TOKENS)
 
     @property
     def _sampled(self) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from nbl_export import blocks, calibrate, lmmse, methods
 from nbl_export.artifacts import key_of
+from nbl_export.cost import map_sizes
 from nbl_export.goals import goal_of, read_rank
 from nbl_export.greedy import GreedyOrder, extend
 from nbl_export.job import Job
@@ -44,6 +45,7 @@ def make_plan(job: Job) -> tuple[Plan, dict[int, AffineMap], dict[str, Any]]:
 
 
 _JUDGING_TOKENS = 2048
+_WEIGHED_TOKENS = 512  # of the prefill whose arithmetic a layer saves, whatever is measured later
 
 
 class Selection:
@@ -129,14 +131,15 @@ class Selection:
 
     @functools.cached_property
     def _saving(self) -> Callable[[Sequence[int]], float] | None:
-        """Share of the prefill's arithmetic that giving up layers saves, for the select that weighs it."""
+        """Share of the arithmetic of a prefill that giving up layers saves, for the select that weighs it."""
         if self.select != "efficient":
             return None
         from nbl_export.reach import cost_model
 
-        model, size = cost_model(self._job), self._job.spec.hidden_size**2
+        model = dataclasses.replace(cost_model(self._job), tokens=_WEIGHED_TOKENS)
+        sizes = map_sizes({i: self.map_of(i) for i in range(self._job.spec.num_layers)})
         whole = model.prefill_flops({})
-        return lambda gone: 1 - model.prefill_flops(dict.fromkeys(gone, size)) / whole
+        return lambda gone: 1 - model.prefill_flops({i: sizes[i] for i in gone}) / whole
 
     def _recorded(self) -> GreedyOrder:
         """The order that the manifest knows, where it was made from the same inputs."""
@@ -149,7 +152,7 @@ class Selection:
     @property
     def _greedy_key(self) -> str:
         options = self._options
-        weighed = [options.prompt_length, options.kept_logits] if self.select == "efficient" else []
+        weighed = [options.kept_logits] if self.select == "efficient" else []
         calibrated = self._job.run.stages["calibrate"]["key"]
         return key_of("greedy", calibrated, options.tap, options.method, options.rank, *weighed)
 

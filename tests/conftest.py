@@ -17,6 +17,7 @@ import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -116,3 +117,21 @@ def finished(same: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory)
 def run(finished: Path, tmp_path: Path) -> Path:
     """A copy of the finished run directory, in another place."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """architecture -> directory of a tiny checkpoint for the static form."""
+    from . import static_tiny
+
+    return functools.cache(lambda name: static_tiny.save_checkpoint(name, tmp_path_factory.mktemp(f"static-{name}")))
+
+
+@pytest.fixture(scope="session")
+def form(tiny: Callable[[str], Path]) -> Callable[[str], Any]:
+    """architecture -> a fresh static form in float32, all logits."""
+    from nbl_export.decoders import static
+
+    from .static_tiny import SLOTS
+
+    return lambda architecture: static.build_form(tiny(architecture), SLOTS)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nbl_export.engines.static_decoder import open_decoder
+from nbl_export.engines.static_host import StaticDecoder
 from nbl_export.records import AffineMap, DecoderSpec
 
-__all__ = ["ARCHITECTURES", "HEAD", "LAYERS", "SLOTS", "SPEC", "TOLERANCE", "VOCAB", "WINDOW", "maps_of", "rows",
-           "save_checkpoint", "torch_logits", "worst"]  # fmt: skip
+__all__ = ["ARCHITECTURES", "HEAD", "LAYERS", "SLOTS", "SPEC", "SUBSETS", "TOLERANCE", "VOCAB", "WINDOW", "appended",
+           "maps_of", "parts_of", "rows", "save_checkpoint", "single_row_error", "torch_logits", "worst"]  # fmt: skip
 
 HEAD, HIDDEN, LAYERS, VOCAB, WINDOW = 64, 128, 3, 384, 16
 SLOTS = 96
+SUBSETS = [s for n in range(1, LAYERS) for s in itertools.combinations(range(LAYERS), n)]
 ARCHITECTURES = ("llama", "mistral", "mistral-window")  # tied with biases, untied, untied with a window
 SPEC = DecoderSpec("llama", LAYERS, HIDDEN, 4, 2, HEAD, VOCAB, 32_768)
 # Largest logit difference from torch, logits reach 4: two float32 engines differ by 3e-6, float16 by 5e-3.
@@ -82,3 +86,24 @@ def worst(got: np.ndarray, expected: np.ndarray) -> float:
     """Largest difference; infinite where anything is not finite."""
     difference = np.abs(got.astype(np.float64) - expected)
     return float(difference.max()) if np.isfinite(difference).all() else float("inf")
+
+
+def appended(decoder: StaticDecoder, parts: Iterable[list[int]]) -> Iterator[np.ndarray]:
+    """Logits after each part of a single row."""
+    decoder.begin(1)
+    for part in parts:
+        yield decoder.step(np.array([part]))[0]
+
+
+def parts_of(row: list[int], lengths: list[int]) -> list[list[int]]:
+    ends = list(itertools.accumulate(lengths))
+    return [row[end - n : end] for end, n in zip(ends, lengths, strict=True)]
+
+
+def single_row_error(path: Path, expected: np.ndarray, lengths: list[int], chunk: int) -> float:
+    """Largest difference over all logits that parts of these lengths give, in chunks."""
+    found, end = 0.0, 0
+    for part, got in zip(lengths, appended(open_decoder(path, chunk), parts_of(rows()[0], lengths)), strict=True):
+        end += part
+        found = max(found, worst(got, expected[end - len(got) : end]))
+    return found

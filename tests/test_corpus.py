@@ -62,6 +62,18 @@ def test_windows_are_full_and_held_back_text_is_disjoint(checkpoint: Callable[[s
     assert held.flatten().tolist() == stream[11 * 64 : 12 * 64]
 
 
+def test_text_to_train_on_goes_on_behind_what_is_held_back(checkpoint: Callable[[str], Path], text: Path) -> None:
+    tokenizer, read = load_tokenizer(checkpoint("llama")), read_text(str(text))
+    windows, held = pack(read, tokenizer, 640, 64, 128)
+    whole, _ = pack(read, tokenizer, 64 * 15, 64)
+    ids = corpus.extend(windows, read, tokenizer, 64 * 13 + 5, 128)
+    assert ids.tolist() == [*whole[:10].tolist(), *whole[12:15].tolist()]
+    assert held.tolist() == whole[11:12].tolist()  # one of the two asked for: an eighth of what was read
+    assert corpus.extend(windows, read, tokenizer, 256, 128).tolist() == windows[:4].tolist()
+    every = corpus.extend(windows, read, tokenizer, 10**9, 128)  # as far as the text goes
+    assert 15 < len(every) < len(read.documents[0]) // 64
+
+
 def test_short_text_says_how_much_is_needed(checkpoint: Callable[[str], Path]) -> None:
     tokenizer = load_tokenizer(checkpoint("llama"))
     with pytest.raises(NblError, match=r"too short: .* 128 are needed for a context of 64"):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +18,6 @@ from nbl_export.decoders.static_form.law import CheckForm
 from nbl_export.decoders.static_form.twin import first_difference
 from nbl_export.engines.onnx_decoder import ALL_LOGITS_FILE, GRAPH_FILE
 from nbl_export.engines.static_decoder import open_decoder
-from nbl_export.engines.static_host import StaticDecoder
 from nbl_export.errors import CorruptError, NblError, RefusalError
 from nbl_export.int4_blocks import int4_blocks
 from nbl_export.records import ITEMSIZE, AffineMap, Plan
@@ -27,7 +25,6 @@ from nbl_export.rewrite import contract_of, rewrite, rewrite_model
 from nbl_export.rewrite.last_token import difference, keep_last_token
 from nbl_export.rewrite.quantize_blocks import QuantizeMapBlocks
 from nbl_export.rewrite.renumber import LAYERS_KEY, RenumberCaches
-from nbl_export.verify_last import check_last
 
 from .static_tiny import (
     ARCHITECTURES,
@@ -35,33 +32,22 @@ from .static_tiny import (
     LAYERS,
     SLOTS,
     SPEC,
+    SUBSETS,
     TOLERANCE,
     VOCAB,
     WINDOW,
+    appended,
     maps_of,
     rows,
-    save_checkpoint,
+    single_row_error,
     torch_logits,
     worst,
 )  # fmt: skip
 
-SUBSETS = [s for n in range(1, LAYERS) for s in itertools.combinations(range(LAYERS), n)]
 FAULT = 100 * TOLERANCE["fp32"]  # what a planted fault must exceed; they give 0.3 and more
 
 Form = Callable[[str], ir.Model]
 Logits = Callable[[str], list[np.ndarray]]
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """architecture -> checkpoint"""
-    return functools.cache(lambda name: save_checkpoint(name, tmp_path_factory.mktemp(f"static-{name}")))
-
-
-@pytest.fixture(scope="session")
-def form(tiny: Callable[[str], Path]) -> Form:
-    """architecture -> a fresh form in float32, all logits"""
-    return lambda architecture: static.build_form(tiny(architecture), SLOTS)
 
 
 @pytest.fixture(scope="session")
@@ -90,27 +76,6 @@ def graph(form: Form, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
 def saved(model: ir.Model, directory: Path) -> Path:
     static.save_graph(model, directory)
     return directory / "decoder.onnx"
-
-
-def appended(decoder: StaticDecoder, parts: Iterator[list[int]] | list[list[int]]) -> Iterator[np.ndarray]:
-    """Logits after each part of a single row."""
-    decoder.begin(1)
-    for part in parts:
-        yield decoder.step(np.array([part]))[0]
-
-
-def parts_of(row: list[int], lengths: list[int]) -> list[list[int]]:
-    ends = list(itertools.accumulate(lengths))
-    return [row[end - n : end] for end, n in zip(ends, lengths, strict=True)]
-
-
-def single_row_error(path: Path, expected: np.ndarray, lengths: list[int], chunk: int) -> float:
-    """Largest difference over all logits that parts of these lengths give, in chunks."""
-    found, end = 0.0, 0
-    for part, got in zip(lengths, appended(open_decoder(path, chunk), parts_of(rows()[0], lengths)), strict=True):
-        end += part
-        found = max(found, worst(got, expected[end - len(got) : end]))
-    return found
 
 
 # -- parity ----------------------------------------------------------------------------------------------
@@ -482,60 +447,3 @@ def test_int4_uses_all_codes() -> None:
     assert (codes.shape, scales.shape, scales.dtype) == ((64, 3), (2, 3), np.float16)
     assert codes.astype(int).min() == -8 and codes.astype(int).max() <= 7
     assert np.all(int4_blocks(np.zeros((32, 1), np.float32), 32, np.dtype(np.float16))[1] == 1)
-
-
-# -- pruned tails ----------------------------------------------------------------------------------------
-
-
-def pruned(model: ir.Model, replaced: tuple[int, ...], directory: Path) -> Path:
-    """The directory of what ships for a plan."""
-    original = directory / "original"
-    static.save_graph(model, original)
-    keep_last_token(original)
-    rewrite(original, directory / "model", Plan(LAYERS, replaced), maps_of(replaced))
-    return directory / "model"
-
-
-@pytest.mark.parametrize("replaced", [(), *SUBSETS], ids=str)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_pruned_tails_give_the_logits_of_the_last_valid_token(
-    architecture: str, replaced: tuple[int, ...], form: Form, tiny: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """A chunk of 7 after a cache of 13, a batch of lengths 1, 5 and 12, single tokens after both; 8 tokens a step."""
-    path = pruned(form(architecture), replaced, tmp_path) / "decoder.onnx"
-    expected = torch_logits(tiny(architecture), maps_of(replaced))
-    assert single_row_error(path, expected[0], [13, 7, 1, 1, 1], chunk=8) < TOLERANCE["fp32"]
-    decoder, taken, lengths = open_decoder(path, chunk=8), (0, 1, 0), [1, 5, 12]
-    decoder.begin(3)
-    ids, valid = np.zeros((3, 12), int), np.zeros((3, 12), int)
-    for b, (row, n) in enumerate(zip(taken, lengths, strict=True)):
-        ids[b, :n], valid[b, :n] = rows()[row][:n], 1
-    for _ in range(3):
-        got = decoder.step(ids, valid)
-        assert got.shape == (3, 1, VOCAB)
-        right = np.stack([expected[row][n - 1] for row, n in zip(taken, lengths, strict=True)])
-        assert worst(got[:, 0], right) < TOLERANCE["fp32"]
-        ids = np.array([[rows()[row][n]] for row, n in zip(taken, lengths, strict=True)])
-        valid, lengths = np.ones((3, 1), int), [n + 1 for n in lengths]
-
-
-def past_the_end(graph: dict[str, ir.Node]) -> None:
-    graph["/nbl/tail/found"].replace_input_with(0, graph["/nbl/tail/last"].inputs[0])
-
-
-def attention_alone(graph: dict[str, ir.Node]) -> None:
-    gather = graph["/nbl/tail/residual"]
-    assert gather.inputs[0] is not None
-    gather.outputs[0].replace_all_uses_with(gather.inputs[0])
-
-
-@pytest.mark.parametrize("fault", [past_the_end, attention_alone])
-def test_a_wrong_token_shows(fault: Callable[[dict[str, ir.Node]], None], form: Form, tmp_path: Path) -> None:
-    directory = pruned(form("mistral"), (2,), tmp_path)
-    path, every = directory / "decoder.onnx", open_decoder(directory / ALL_LOGITS_FILE, 8)
-    assert all(r.passed for r in check_last("nbl", every, open_decoder(path, 8), rows()[0], "fp32"))
-    model = ir.load(path)
-    fault({str(node.name): node for node in model.graph})
-    ir.save(model, path)
-    assert not any(r.passed for r in check_last("nbl", every, open_decoder(path, 8), rows()[0], "fp32"))
-    assert difference(directory)
