@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import types
 from collections.abc import Callable
@@ -78,6 +79,17 @@ def test_chosen_by_itself_where_memory_is_short(
         done = nbl(*given, "--force", "--output", tmp_path / "run")
         assert done.status == 0, done.err
         assert ("one layer at a time: the weights are" in done.err) is expected
+
+
+@pytest.mark.parametrize(("more", "expected"), [((), "efficient"), (("--layer-wise",), "cca")])
+def test_layers_are_chosen_without_the_whole_model(
+    more: tuple[str, ...], expected: str, given: Any, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    made = nbl("calibrate", "--model", checkpoint("llama"), *given, *more, "--output", tmp_path / "run")
+    assert made.status == 0, made.err
+    done = nbl("plan", tmp_path / "run", "--layers", "1", "--json")
+    assert done.status == 0, done.err
+    assert json.loads(done.out)["select"] == expected
 
 
 def test_one_layer_is_in_memory_at_a_time(
