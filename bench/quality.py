@@ -50,7 +50,9 @@ class Bed:
 
         allocator.keep_freed_memory()
         with tempfile.TemporaryDirectory() as scratch:
-            directory = checkpoint.materialise(checkpoint.resolve(model_name), Path(scratch) / "checkpoint")
+            found = checkpoint.resolve(model_name)
+            self.spec = checkpoint.read_spec(found)
+            directory = checkpoint.materialise(found, Path(scratch) / "checkpoint")
             self.model, self.tokenizer = checkpoint.load_model(directory), checkpoint.load_tokenizer(directory)
         c4 = corpus.read_text(str(data / "c4" / "c4_demo.json"))
         source = corpus.default_text() if text == "default" else c4
@@ -177,12 +179,16 @@ def distilled(bed: Bed, options: argparse.Namespace, orders: Mapping[str, Any]) 
 
 
 def sets(bed: Bed, named: Sequence[str]) -> dict[str, Any]:
-    """Rows of sets of layers, by their names."""
+    """Rows of sets of layers, by their names, and what the cost model says of a prefill of 512 tokens in float32."""
+    from nbl_export.cost import CostModel, map_sizes
     from nbl_export.plan import parse_layers
 
     count = len(bed.moments["residual"])
-    mixes = {name: parse_layers(name, count) for name in named}
-    return {"residual": bed.prices(bed.maps("residual", range(count)), "residual", mixes)}
+    maps = bed.maps("residual", range(count))
+    mixes = {name: tuple(parse_layers(name, count)) for name in named}  # type: ignore[arg-type]
+    costs = CostModel(bed.spec, bed.model.config.intermediate_size, 4.0, 4.0, 4)
+    speed = {n: costs.speedup_of_sizes(map_sizes({i: maps[i] for i in mix})).prefill for n, mix in mixes.items()}
+    return {"modelled_prefill": speed, "residual": bed.prices(maps, "residual", mixes)}
 
 
 def main() -> None:
