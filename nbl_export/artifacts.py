@@ -42,6 +42,7 @@ from filelock import FileLock, Timeout
 
 from nbl_export.errors import BusyError, CorruptError, NblError
 from nbl_export.records import DecoderSpec, JobOptions, LayerScore, Plan
+from nbl_export.typed_json import read_record
 
 __all__ = ["SCHEMA", "RunDirectory", "file_sha256", "friendly_os_errors", "key_of", "move_into_place", "refuse_foreign",
            "refuse_occupied", "write_json"]  # fmt: skip
@@ -209,7 +210,7 @@ class RunDirectory:
             )
         try:
             _check_manifest(manifest)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CorruptError(f"{path} is not a manifest of nbl-export ({error}); {advice}") from error
         self.manifest = manifest
 
@@ -335,11 +336,22 @@ def _check_manifest(manifest: Any) -> None:
     _require(manifest["calibration"], name=str, sha256=str)
     for record in manifest["stages"].values():
         _require(record, key=str, seconds=(int, float), files=dict)
+    _require(manifest["options"], model=str, engine=str, precision=str)
     JobOptions.from_json(manifest["options"])
-    spec = DecoderSpec(**manifest["decoder"])
+    spec = read_record(DecoderSpec, manifest["decoder"])
+    places = manifest.get("places", {})
+    _require({"model": None, **places}, model=(str, type(None)))
+    if not all(isinstance(text, str) for text in _listed(places.get("calibration", []))):
+        raise TypeError("'places' is of the wrong kind")
     if "plan" in manifest["stages"]:
-        scores = tuple(LayerScore(**score) for score in manifest["scores"])
-        Plan(spec.num_layers, tuple(manifest["replaced_layers"]), manifest["tap"], manifest["select"], scores)
+        for score in manifest["scores"]:
+            read_record(LayerScore, score)
+        plan = {"replaced": manifest["replaced_layers"], "tap": manifest["tap"], "select": manifest["select"]}
+        read_record(Plan, {"num_layers": spec.num_layers, **plan})
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _require(values: dict[str, Any], **kinds: Any) -> None:

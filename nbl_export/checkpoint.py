@@ -158,7 +158,7 @@ def _check_architecture(model_type: Any, where: Path, *, multimodal: bool = Fals
             f"{where} is a checkpoint with layers already replaced (nbl-export save-checkpoint): maps are fitted to "
             "attention, so give the original model; `import nbl_export.hf` makes transformers load this one"
         )
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         advice = "; its language model, saved by itself, may be one of these" if multimodal else ""
         raise NblError(
             f"{where} has architecture {model_type!r}, which is not supported; supported are "

@@ -13,8 +13,8 @@ Two choices against learning the text by heart (bench/README.md): the maps are c
 text is cut anew in every epoch into short rows. The first token of a row is what attention rests on (a sink) and
 shapes the whole row; the same few hundred first tokens again and again would be all that the maps know of it.
 
-bfloat16 is for the student's products alone (autocast: the residual stream, norms, softmax and the maps themselves
-stay float32), and never for what is judged: held-back figures are float32.
+bfloat16 is for the products of a training step alone, the original's and the student's (autocast: the residual stream,
+norms, softmax and the maps themselves stay float32), and never for what is judged: held-back figures are float32.
 """
 
 from __future__ import annotations
@@ -130,19 +130,24 @@ class _Twin:
         return switched(self.decoder, {int(i): m for i, m in self.affine.items()}, self.tap, self.first)
 
     @torch.no_grad()
-    def observe(self, ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def observe(self, ids_BT: torch.Tensor, narrow: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """The original's hidden states [B, T, D]: entering the first replaced layer, and the last ones."""
         seen: list[torch.Tensor] = []
         hook = self.layers[self.first].register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
         try:
-            last = self.decoder(input_ids=ids_BT.to(self.model.device), use_cache=False).last_hidden_state
+            with self._products(narrow):
+                last = self.decoder(input_ids=ids_BT.to(self.model.device), use_cache=False).last_hidden_state
         finally:
             hook.remove()
         return seen[0], last
 
+    def _products(self, narrow: bool) -> torch.autocast:
+        """Within: products in bfloat16, if `narrow`."""
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=narrow)
+
     def loss(self, entering_BTD: torch.Tensor, last_BTD: torch.Tensor) -> torch.Tensor:
         """Mean KL over positions, for training."""
-        with self.student(), torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.narrow):
+        with self.student(), self._products(self.narrow):
             return self.kl(last_BTD.flatten(0, 1), self.run(entering_BTD).flatten(0, 1))
 
     def run(self, entering_BTD: torch.Tensor) -> torch.Tensor:
@@ -307,7 +312,7 @@ def distill(
             continue
         if training.over:
             break
-        training.advance(*twin.observe(batch_BT))
+        training.advance(*twin.observe(batch_BT, twin.narrow))
         progress(round(1000 * training.fraction), 1000)
         if training.step % settings.check_every == 0 or training.over:
             found = training.judge()

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from nbl_export.typed_json import read_record
+
 __all__ = [
     "FITS",
     "METHODS",
@@ -59,6 +61,8 @@ class DecoderSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "full_layers", tuple(self.full_layers))  # JSON has no tuples
         _require(self.num_layers >= 1, "a decoder has at least one layer")
+        sizes = (self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, self.vocab_size)
+        _require(min(*sizes, self.max_positions) >= 1, "the sizes of a decoder are at least 1")
         _require(self.num_heads % self.num_kv_heads == 0, "query heads are a multiple of key/value heads")
 
     def window_of(self, layer: int) -> int | None:
@@ -409,8 +413,7 @@ class JobOptions:
         values = {**values, **lists}  # as they were when each was one number
         if not isinstance(values.get("calibration"), (list, tuple)):  # as it was when there could be only one
             values = {**values, "calibration": [values["calibration"]] if values.get("calibration") else []}
-        kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
-        return cls(**kept)
+        return read_record(cls, {k: v for k, v in values.items() if k in known})
 
     def to_json(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}

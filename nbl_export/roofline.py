@@ -96,7 +96,8 @@ def rows(
     """One row for each test and variant of bench.json, in its order.
 
     Args:
-        bench: the value of bench.json; variant "original" has no map, every other one those of `sizes`.
+        bench: timings of bench.json, of one sequence each and one number of threads; variant "original" has no map,
+            every other one those of `sizes`.
         costs: of what the run ships (`reach.cost_model`). sizes: of its maps (`cost.map_sizes`).
         machine: measured with the threads that bench used.
         precision: of the graphs.

@@ -217,6 +217,7 @@ def _no_bench(job: Job) -> str | None:
 
 def _bench(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export import bench, energy
+    from nbl_export.limits import limits_of
 
     capabilities = job.engine.CAPABILITIES
     require_engine(job.options)
@@ -242,7 +243,7 @@ def _bench(job: Job, out: Path) -> dict[str, Any]:
     meter = energy.find_meter(gpu=capabilities.static or options.provider != "cpu")
     with job.ui.task("rounds") as progress:
         result = bench.run(variants, scenarios, options.repetitions, progress, setting=setting, meter=meter)
-    write_json(out / "bench.json", result)
+    write_json(out / "bench.json", {**result, **limits_of(job, result)})
     return {"status": _verdict(job)}
 
 

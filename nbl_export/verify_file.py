@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from nbl_export.onnx_check import check_structure, skeleton
 from nbl_export.records import AffineMap, DecoderSpec, GraphContract, RungResult
 
 __all__ = ["check_file", "check_maps", "check_untouched"]
@@ -38,13 +39,12 @@ def check_file(
 ) -> list[RungResult]:
     """Rung a: the file is valid ONNX and takes and gives exactly what the plan and `logits` (last or all) say."""
     proto = onnx.load(str(directory / "model.onnx"), load_external_data=False)
-    problem = ""
-    try:
-        skeleton = _skeleton(proto)
-        onnx.checker.check_model(skeleton)
-        onnx.shape_inference.infer_shapes(skeleton, check_type=True, data_prop=True)
-    except Exception as error:  # checker and inference raise several kinds
-        problem = str(error).splitlines()[0]
+    problem = check_structure(proto)
+    if not problem:
+        try:
+            onnx.shape_inference.infer_shapes(skeleton(proto), check_type=True, data_prop=True)
+        except Exception as error:  # of several kinds
+            problem = str(error).splitlines()[0]
     results = [_verdict("a", subject, "onnx checker and shape inference", not problem, problem)]
     in_file = ([v.name for v in proto.graph.input], [v.name for v in proto.graph.output])
     in_session = ([v.name for v in session.inputs], [v.name for v in session.outputs])
@@ -59,29 +59,6 @@ def check_file(
     detail = f"{stated} bytes a token, {predicted} predicted"
     results.append(_verdict("a", subject, "cache bytes per token", stated == predicted, detail))
     return results
-
-
-def _skeleton(proto: Any) -> Any:
-    """The graph without its external data (declared as inputs), as the checker can take it.
-
-    SimplifiedLayerNormalization is registered by ONNX Runtime in the default domain, where the ONNX checker does
-    not know it (the GenAI builder emits it); it is moved to the contrib domain, which the checker leaves alone.
-    """
-    skeleton = onnx.ModelProto()
-    skeleton.CopyFrom(proto)
-    inside = []
-    for tensor in skeleton.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-            skeleton.graph.input.append(info)
-        else:
-            inside.append(tensor)
-    del skeleton.graph.initializer[:]
-    skeleton.graph.initializer.extend(inside)
-    for node in skeleton.graph.node:
-        if node.op_type == "SimplifiedLayerNormalization" and not node.domain:
-            node.domain = "com.microsoft"
-    return skeleton
 
 
 def check_maps(subject: str, directory: Path, maps: Mapping[int, AffineMap]) -> list[RungResult]:

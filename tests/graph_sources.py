@@ -54,6 +54,10 @@ def _load(checkpoint: Path, **options: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(checkpoint, **options).eval()
 
 
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 def _transformers(checkpoint: Path, out: Path, opset: int, fused: bool, positions: bool) -> None:
     import torch
     from transformers import DynamicCache
@@ -62,7 +66,9 @@ def _transformers(checkpoint: Path, out: Path, opset: int, fused: bool, position
     model = _load(checkpoint)
     cache = DynamicCache(config=model.config)
     for layer in range(model.config.num_hidden_layers):
-        key, value = (torch.randn(_BATCH, model.config.num_key_value_heads, _PAST, 16) for _ in range(2))
+        key, value = (
+            torch.randn(_BATCH, model.config.num_key_value_heads, _PAST, _head_dim(model.config)) for _ in range(2)
+        )
         cache.update(key, value, layer)
     mask = torch.ones(_BATCH, _PAST + _TOKENS, dtype=torch.long)
     mask[0, :2] = 0  # a mask of ones would be taken for no mask
@@ -102,7 +108,7 @@ def _torchscript(checkpoint: Path, out: Path) -> None:
     names = [f"past_key_values.{i}.{part}" for i in range(layers) for part in ("key", "value")]
     presents = [name.replace("past_key_values", "present") for name in names]
     ids, mask = torch.ones(_BATCH, _TOKENS, dtype=torch.long), torch.ones(_BATCH, _PAST + _TOKENS, dtype=torch.long)
-    past = [torch.randn(_BATCH, model.config.num_key_value_heads, _PAST, 16) for _ in names]
+    past = [torch.randn(_BATCH, model.config.num_key_value_heads, _PAST, _head_dim(model.config)) for _ in names]
     known, total = "past_sequence_length", "past_sequence_length + sequence_length"
     axes = {
         **{name: {0: "batch_size", 1: "sequence_length"} for name in ("input_ids", "position_ids", "logits")},
@@ -127,12 +133,15 @@ main_export(sys.argv[1], sys.argv[2], task="text-generation-with-past", do_valid
 
 
 def _optimum(checkpoint: Path, out: Path) -> None:
-    """In its own environment, whose transformers 4 does not know the tokenizer class that transformers 5 writes."""
+    """In its own environment, whose transformers 4 reads no tokenizer or rotation as transformers 5 writes it."""
     assert OPTIMUM_PYTHON is not None
     older = out.with_name("older")
     shutil.copytree(checkpoint, older)
     path = older / "tokenizer_config.json"
     settings = {**json.loads(path.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
     path.write_text(json.dumps(settings), encoding="utf-8")
+    config = json.loads((older / "config.json").read_text(encoding="utf-8"))
+    config |= {k: v for k, v in (config.get("rope_parameters") or {}).items() if k == "rope_theta"}
+    (older / "config.json").write_text(json.dumps(config), encoding="utf-8")
     command = [OPTIMUM_PYTHON, "-c", _OPTIMUM, str(older), str(out)]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})

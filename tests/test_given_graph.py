@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,6 +237,37 @@ def test_damaged_graphs(given_graph: Given, maps_file: Any, tmp_path: Path) -> N
     refused(tmp_path, *given, parts=("outside its directory",))
     (graph / "model.onnx").write_bytes(text[: len(text) // 2])
     refused(tmp_path, *given, parts=("not an ONNX model",))
+
+
+_PEAK = """
+import atexit, resource, sys
+def say(): print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+atexit.register(say)
+"""
+
+
+@pytest.mark.large
+def test_weights_of_two_gigabytes_pass_by(given_graph: Given, maps_file: Any, tmp_path: Path) -> None:
+    """They are copied from file to file: the process stays below 1 GiB."""
+    import onnx
+
+    graph = Path(shutil.copytree(given_graph("genai-fp32"), tmp_path / "graph"))
+    model = onnx.load(graph / "model.onnx", load_external_data=False)
+    head = next(t for t in model.graph.initializer if t.name == "lm_head.MatMul.weight")
+    tokens, begin = 9_000_000, 1 << 20
+    size = HIDDEN * tokens * 4
+    head.dims[1] = tokens
+    del head.external_data[:]
+    for key, value in (("location", "model.onnx.data"), ("offset", str(begin)), ("length", str(size))):
+        head.external_data.add(key=key, value=value)
+    os.truncate(graph / "model.onnx.data", begin + size)  # a hole in the file
+    model.graph.output[0].type.tensor_type.shape.dim[-1].dim_value = tokens
+    onnx.save(model, graph / "model.onnx")
+    given = ("rewrite", "--onnx", graph, "--maps", maps_file(1), "--output", tmp_path / "out")
+    done = in_new_process(*given, code=_PEAK)
+    assert done.status == 0, done.err
+    assert (tmp_path / "out" / "model.onnx.data").stat().st_size > size > 2 << 30
+    assert int(done.err.split()[-1]) * 1024 < 1 << 30, done.err
 
 
 def test_a_companion_that_leads_elsewhere(given_graph: Given, maps_file: Any, tmp_path: Path) -> None:

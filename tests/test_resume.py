@@ -331,6 +331,35 @@ def test_kill_again_and_again(same: Same, finished: Path, tmp_path: Path, server
     assert_equal_runs(run, finished)
 
 
+def _moments_of(run: Path) -> list[tuple[str, float]]:
+    """Fifty: seven spread over each stage, as long as it took, and one where a stage has just ended."""
+    seconds = {title: facts_of(run)["stages"][stage]["seconds"] for stage, title in TITLES.items()}
+    spread = [(f"{title} ...", s * k / 8) for title, s in seconds.items() for k in range(7)]
+    return [*spread, ("rewrite: done", 0.0)]
+
+
+@pytest.mark.fuzz
+def test_kill_at_fifty_moments(same: Same, finished: Path, tmp_path: Path, server: ForkServer) -> None:
+    """Each time a new run: killed once, what is on record is whole, and the same command ends at the same bytes."""
+    moments = _moments_of(finished)
+    assert len(moments) == 50
+    for number, (line, delay) in enumerate(moments):
+        run = tmp_path / f"run-{number}"
+        status = None
+        while status != -signal.SIGKILL:  # a stage that was quicker this time: again, earlier
+            shutil.rmtree(run, ignore_errors=True)
+            process = server.start(*same, "--output", run)
+            assert process.wait_for(line), process.err
+            time.sleep(delay)
+            process.kill()
+            status, delay = process.status, delay * 0.7
+        assert_whole(run)
+        done = nbl(*same, "--output", run)
+        assert done.status == 0, (line, delay, done.err)
+        assert_equal_runs(run, finished)
+        shutil.rmtree(run)
+
+
 # Kills itself when the given file is about to be renamed into its place, or has just been.
 _KILL_AT_RENAME = """
 import os, signal

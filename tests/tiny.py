@@ -23,6 +23,7 @@ __all__ = [
     "made_by",
     "random_map",
     "save_checkpoint",
+    "save_gguf",
     "stdlib_text",
 ]
 
@@ -140,3 +141,40 @@ def random_map(layer: int) -> AffineMap:
     rng = np.random.default_rng(layer)
     weight = (rng.standard_normal((HIDDEN, HIDDEN)) / 8).astype(np.float32)
     return AffineMap(weight, rng.standard_normal(HIDDEN).astype(np.float32))
+
+
+def save_gguf(path: Path) -> Path:
+    """Write a tiny random Llama of the usual shape as GGUF, with its tokenizer."""
+    import json
+
+    import gguf
+
+    rng = np.random.default_rng(7)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(512)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_vocab_size(VOCAB)
+    said = json.loads(_tokenizer().backend_tokenizer.to_str())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(said["model"]["vocab"], key=said["model"]["vocab"].get))
+    writer.add_token_merges([" ".join(pair) for pair in said["model"]["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    shapes = {"attn_q": (64, HIDDEN), "attn_k": (32, HIDDEN), "attn_v": (32, HIDDEN), "attn_output": (HIDDEN, 64),
+              "ffn_gate": (96, HIDDEN), "ffn_up": (96, HIDDEN), "ffn_down": (HIDDEN, 96),
+              "attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,)}  # fmt: skip
+    named = {f"blk.{i}.{name}.weight": shape for i in range(LAYERS) for name, shape in shapes.items()}
+    for name, shape in {"token_embd.weight": (VOCAB, HIDDEN), **named, "output_norm.weight": (HIDDEN,)}.items():
+        values = rng.standard_normal(shape) / 8 if len(shape) == 2 else np.ones(shape)
+        writer.add_tensor(name, values.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

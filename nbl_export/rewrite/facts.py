@@ -53,7 +53,7 @@ def graph_facts(model: ir.Model, directory: Path | None = None) -> dict[str, Any
     found = [block for block in blocks.values() if isinstance(block, AttentionBlock)]
     kinds = dict(_kinds(graph).most_common())
     facts = {
-        "producer": " ".join(p for p in (model.producer_name, model.producer_version) if p) or None,
+        "producer": " ".join(str(p) for p in (model.producer_name, model.producer_version) if p) or None,
         "opsets": dict(sorted(model.graph.opset_imports.items())),
         "nodes": len(graph),
         "decoder": decoder_facts(graph, found, directory),

@@ -12,10 +12,12 @@ import json
 import os
 from pathlib import Path, PurePosixPath
 
+import onnx
 import onnx_ir as ir
 
 from nbl_export.engines.onnx_decoder import GRAPH_FILE
 from nbl_export.errors import CorruptError, NblError, RefusalError
+from nbl_export.onnx_check import check_structure
 
 __all__ = ["data_files", "find_graph", "load_graph", "save_graph"]
 
@@ -61,7 +63,7 @@ def load_graph(path: Path) -> ir.Model:
     """Read a graph; its external tensors stay where they are, and are there.
 
     Raises:
-        CorruptError: not an ONNX model, or its data is missing, cut short, or outside its directory.
+        CorruptError: not a valid ONNX model, or its data is missing, cut short, or outside its directory.
     """
     try:
         model = ir.load(path)
@@ -71,6 +73,9 @@ def load_graph(path: Path) -> ir.Model:
         raise CorruptError(f"{path} is not an ONNX model: it has no nodes")
     for tensor in _external(model):
         _check_data(path, tensor)
+    problem = check_structure(onnx.load(path, load_external_data=False))
+    if problem:
+        raise CorruptError(f"{path} is not a valid ONNX model ({problem[:300]}); export it again")
     return model
 
 
@@ -93,14 +98,18 @@ def _check_data(path: Path, tensor: ir.ExternalTensor) -> None:
         raise CorruptError(f"{file} is a link; copy the model with its links followed (cp -rL) and use the copy")
     if not file.is_file():
         raise CorruptError(f"{file} is missing, which holds weights of {path.name}; restore it")
-    end = (tensor.offset or 0) + (tensor.length or 0)
-    if end > file.stat().st_size:
+    try:
+        end = (tensor.offset or 0) + max(tensor.length or 0, tensor.nbytes)
+    except TypeError as error:  # text, or no type at all
+        raise CorruptError(f"{path} keeps {tensor.name} in {location}, which is no kind of number") from error
+    if min(tensor.offset or 0, *tensor.shape.numpy(), 0) < 0 or end > file.stat().st_size:
         raise CorruptError(f"{file} ends before the weights of {path.name} do ({tensor.name}); restore it")
 
 
 def save_graph(model: ir.Model, out: Path) -> None:
     """Write a graph: with its weights beside it, where they were or they are too many, else as one file."""
-    inline = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    inline = sum(tensor.nbytes for tensor in tensors if tensor.dtype != ir.DataType.STRING)  # text has no size
     beside = bool(_external(model)) or inline > _INLINE_BYTES
     try:
         ir.save(model, out, external_data=f"{out.name}.data" if beside else None)

@@ -1,0 +1,211 @@
+"""LAMBADA, ARC-Easy and PIQA, complete: the original, and layers replaced in the paper's way, in ours, and dropped.
+
+    python bench/tasks.py MODEL DATA RESULT.json --rows "paper 8=cca:0,7,24-29" "ours 8=maps:DIR/maps.safetensors"
+
+DATA has the tasks' files (`nbl-export eval --data`). A row is NAME=HOW:WHAT, where HOW is
+
+    cca LAYERS     the closed form on the residual stream, on 65,536 tokens of the default text
+    drop LAYERS    nothing in the place of attention
+    maps FILE      maps of a run
+
+RESULT.json grows task by task and row by row; what it holds already is not computed again, so that a run may be killed.
+Torch, weights in float32, products in bfloat16 where the processor has them (--float32: not); all rows of one task are
+computed on the same batches, the original once. Prompts, splits and metrics are lm-evaluation-harness' own; errors are
+of the paired difference on the same items.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import quality
+
+TASKS = ("lambada_openai", "arc_easy", "piqa")
+FIGURES = {"lambada_openai": ("acc", "perplexity"), "arc_easy": ("acc", "acc_norm"), "piqa": ("acc", "acc_norm")}
+_TOKENS = 4096  # of a batch
+
+
+class Row:
+    """A model: which layers compute maps, and the maps."""
+
+    def __init__(self, name: str, maps: Mapping[int, Any], tap: str, about: dict[str, Any]) -> None:
+        self.name, self.maps, self.tap, self.about = name, maps, tap, {"layers": sorted(maps), "tap": tap, **about}
+
+
+class Everyone:
+    """Scores of all rows and of the original for the same requests, in one go."""
+
+    def __init__(self, model: Any, rows: Sequence[Row], narrow: bool) -> None:
+        from nbl_export.linearize import AffineAttention
+
+        self.model, self.decoder, self.rows, self.narrow = model, model.get_decoder(), rows, narrow
+        self.modules = {row.name: {i: AffineAttention(m).eval() for i, m in row.maps.items()} for row in rows}
+
+    def score(self, requests: Sequence[Any]) -> dict[str, dict[Any, Any]]:
+        """Row (and "original") -> request -> score."""
+        found: dict[str, dict[Any, Any]] = {"original": {}, **{row.name: {} for row in self.rows}}
+        waiting = sorted(set(requests), key=lambda r: (-len(r.inputs), r.inputs, r.continuation))
+        total, started = len(waiting), time.monotonic()
+        while waiting:
+            size = max(1, _TOKENS // len(waiting[0].inputs))
+            batch, waiting = waiting[:size], waiting[size:]
+            for name, scores in self._batch(batch).items():
+                found[name].update(zip(batch, scores, strict=True))
+            done = total - len(waiting)
+            if done * 10 // total > (done - size) * 10 // total:
+                quality.log(f"  {done} of {total} requests, {time.monotonic() - started:.0f} s")
+        return found
+
+    def _batch(self, batch: Sequence[Any]) -> dict[str, list[Any]]:
+        import torch
+
+        from nbl_export.blocks import run_from
+        from nbl_export.linearize import switched
+
+        ids = torch.zeros(len(batch), len(batch[0].inputs), dtype=torch.long)
+        for place, request in enumerate(batch):  # padded on the right, where no token before it looks
+            ids[place, : len(request.inputs)] = torch.tensor(request.inputs)
+        first = {row.name: min(row.maps) for row in self.rows}
+        seen: dict[int, Any] = {}
+        hooks = [
+            self.decoder.layers[i].register_forward_pre_hook(lambda _m, args, i=i: seen.__setitem__(i, args[0]))
+            for i in set(first.values())
+        ]
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self.narrow):
+            last = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+            for hook in hooks:
+                hook.remove()
+            found = {"original": self._scores(last, batch)}
+            for row in self.rows:
+                with switched(self.decoder, self.modules[row.name], row.tap, first[row.name]):
+                    found[row.name] = self._scores(run_from(self.decoder, seen[first[row.name]]), batch)
+        return found
+
+    def _scores(self, last_BTD: Any, batch: Sequence[Any]) -> list[Any]:
+        import torch
+
+        from nbl_export.blocks import logits_of
+        from nbl_export.evaluation.scorer import Score
+
+        places = [(b, len(r.context) - 1 + k) for b, r in enumerate(batch) for k in range(len(r.continuation))]
+        wanted = torch.tensor([token for r in batch for token in r.continuation])
+        rows, at = map(torch.tensor, zip(*places, strict=True))
+        logits = logits_of(self.model, last_BTD[rows, at])
+        said = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].double()
+        greedy = logits.argmax(-1) == wanted
+        scores, begin = [], 0
+        for request in batch:
+            end = begin + len(request.continuation)
+            scores.append(Score(said[begin:end].sum().item(), bool(greedy[begin:end].all())))
+            begin = end
+        return scores
+
+
+def answering(tokenizer: Any, max_length: int) -> Any:
+    """A model of the harness that answers from scores that are there; without them it notes what it is asked."""
+    from nbl_export.evaluation.lm import OnnxLM
+
+    class Answers(OnnxLM):  # its tokens, and nothing of its graph
+        def __init__(self) -> None:
+            super(OnnxLM, self).__init__()
+            self.tokenizer, self.max_length = tokenizer, max_length
+            self.progress = lambda _done, _total: None
+            self.asked: list[Any] = []
+            self.scores: dict[Any, Any] | None = None
+            self.scorer = self  # type: ignore[assignment]
+
+        def score(self, requests: Sequence[Any], _progress: Any) -> list[Any]:
+            from nbl_export.evaluation.scorer import Score
+
+            self.asked = list(requests)
+            return [Score(0.0, False) if self.scores is None else self.scores[r] for r in requests]
+
+    return Answers()
+
+
+def measured(outcome: Any, original: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Figures with their errors, and what they are apart from the original's on the same items."""
+    from nbl_export.evaluation.statistics import difference
+
+    found = {}
+    for name in names:
+        ours, theirs = outcome.metrics[name], original.metrics[name]
+        apart = difference(ours.aggregation, ours.items, theirs.items)
+        found[name] = {"value": ours.value, "stderr": ours.stderr, "change": apart.value, "change_stderr": apart.stderr}
+    return found
+
+
+def rows_of(named: Sequence[str], bed: Any) -> list[Row]:
+    from nbl_export import methods
+    from nbl_export.plan import load_maps, maps_in, parse_layers
+
+    rows = []
+    for text in named:
+        name, _, what = text.partition("=")
+        how, _, which = what.partition(":")
+        if how == "maps":
+            layers, tap = maps_in(Path(which))
+            rows.append(Row(name, load_maps(Path(which), layers), tap or "residual", {"how": how}))
+            continue
+        layers = tuple(parse_layers(which, bed.spec.num_layers))  # type: ignore[arg-type]
+        maps = bed.maps("residual", layers)
+        if how == "drop":
+            maps = {i: methods.drop_map(m.bias.shape[0]) for i, m in maps.items()}
+        rows.append(Row(name, maps, "residual", {"how": how}))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--rows", nargs="+", required=True)
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--limit", type=int, help="documents of each task (default all)")
+    parser.add_argument("--float32", action="store_true")
+    options = parser.parse_args()
+    import torch
+
+    from nbl_export.artifacts import versions, write_json
+    from nbl_export.bench import machine
+    from nbl_export.distill import fast_bfloat16
+    from nbl_export.evaluation import measure, tasks
+
+    result = json.loads(options.result.read_text(encoding="utf-8")) if options.result.exists() else {"tasks": {}}
+    bed = quality.Bed(options.model, options.data, "default", 1, taps=("residual",))
+    rows = rows_of(options.rows, bed)
+    narrow = not options.float32 and fast_bfloat16(torch.device("cpu"))
+    result |= {"machine": machine(), "versions": versions(("torch", "transformers", "lm_eval"))}
+    result |= {"products": "bfloat16" if narrow else "float32", "calibration": bed.text}
+    for name in options.tasks.split(","):
+        with tasks.quiet_harness():
+            benchmark = tasks.load_benchmark(name, options.data)
+        entry = result["tasks"].setdefault(name, {"documents": 0, "rows": {}})
+        documents = min(options.limit or len(benchmark.task.eval_docs), len(benchmark.task.eval_docs))
+        if entry["documents"] != documents:
+            entry.update(documents=documents, rows={})
+        missing = [row for row in rows if row.name not in entry["rows"]]
+        if not missing:
+            continue
+        lm = answering(bed.tokenizer, bed.spec.max_positions)
+        measure.run_benchmark(benchmark, lm, options.limit)
+        quality.log(f"{name}: {len(lm.asked)} requests, {sum(len(r.inputs) for r in lm.asked)} tokens")
+        scores = Everyone(bed.model, missing, narrow).score(lm.asked)
+        outcomes = {}
+        for row, lm.scores in scores.items():
+            outcomes[row] = measure.run_benchmark(benchmark, lm, options.limit)
+        about = {"original": {}, **{row.name: row.about for row in missing}}
+        for row, outcome in outcomes.items():
+            entry["rows"][row] = {**about[row], **measured(outcome, outcomes["original"], FIGURES[name])}
+            quality.log(f"{name}, {row}: {entry['rows'][row]}")
+        write_json(options.result, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Records from JSON that somebody may have edited: every value is of the type that its field states."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+__all__ = ["read_record"]
+
+T = TypeVar("T")
+
+
+def read_record(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A dataclass from the values of its fields; JSON's lists do for tuples, whole numbers for floats.
+
+    Raises:
+        TypeError: a value is of another type, is missing, or belongs to no field.
+        ValueError: the record itself refuses the values.
+    """
+    hints = typing.get_type_hints(kind)
+    for name, value in values.items():
+        if name in hints and not _fits(value, hints[name]):
+            raise TypeError(f"{name!r} is of the wrong kind")
+    assert dataclasses.is_dataclass(kind)
+    return typing.cast(T, kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    parts = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, (tuple, list)) and all(_fits(v, parts[0]) for v in value)
+    if hint in (int, float):
+        return not isinstance(value, bool) and isinstance(value, (int, hint)) and abs(value) < 1 << 63
+    return isinstance(value, hint)

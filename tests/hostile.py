@@ -1,0 +1,336 @@
+"""Files that a stranger may hand over: each function damages one in place, in a way that `random` chooses.
+
+    damage_bytes         any file: bits, cuts, slices and sizes
+    damage_json          config.json, nbl.json, tokenizer.json
+    damage_safetensors   the header, or numbers that are none
+    damage_onnx          nodes, shapes, names, types; external data that lies elsewhere
+    damage_text          calibration text, compressed or not
+
+What lies outside the given directories is named by `OUTSIDE`, relative to the damaged file, and as an absolute path.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import onnx
+
+__all__ = ["OUTSIDE", "damage_bytes", "damage_json", "damage_onnx", "damage_safetensors", "damage_text"]
+
+OUTSIDE = "../outside/secret"
+_SIZES = (0, 1, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1)
+
+
+def _outside(path: Path) -> str:
+    return str((path.parent / OUTSIDE).resolve())
+
+
+# -- bytes -----------------------------------------------------------------------------------------------------
+
+
+def damage_bytes(random: Random, path: Path) -> None:
+    """One to four changes; half of them near the beginning, where headers are."""
+    data = bytearray(path.read_bytes())
+    for _ in range(random.randint(1, 4)):
+        end = len(data) if random.random() < 0.5 else min(len(data), 512)
+        at = random.randrange(max(1, end))
+        kind = random.choice(("flip", "flip", "set", "cut", "insert", "double", "remove", "zero", "size"))
+        length = random.choice((1, 4, 8, 64, 1024))
+        if kind == "flip" and data:
+            data[at] ^= 1 << random.randrange(8)
+        elif kind == "set" and data:
+            data[at] = random.choice((0, 0x20, 0x7F, 0x80, 0xFF))
+        elif kind == "cut":
+            del data[at:]
+        elif kind == "insert":
+            data[at:at] = random.randbytes(length)
+        elif kind == "double":
+            data[at:at] = data[at : at + length]
+        elif kind == "remove":
+            del data[at : at + length]
+        elif kind == "zero":
+            data[at : at + length] = bytes(len(data[at : at + length]))
+        elif kind == "size":
+            data[at : at + 8] = struct.pack("<Q", random.choice(_SIZES))
+    path.write_bytes(data)
+
+
+# -- JSON ------------------------------------------------------------------------------------------------------
+
+
+def damage_json(random: Random, path: Path) -> None:
+    """One to three values exchanged, removed or put elsewhere; or the bytes."""
+    if random.random() < 0.1:
+        damage_bytes(random, path)
+        return
+    root = json.loads(path.read_text(encoding="utf-8"))
+    _damage_tree(random, root, path)
+    path.write_text(json.dumps(root), encoding="utf-8")
+
+
+def _damage_tree(random: Random, root: Any, path: Path) -> None:
+    for _ in range(random.randint(1, 3)):
+        places = list(_places(root))
+        if not places:
+            return
+        container, key = random.choice(places)
+        kind = random.random()
+        if kind < 0.15 and isinstance(container, dict):
+            del container[key]
+        elif kind < 0.25:
+            other, where = random.choice(places)
+            container[key] = json.loads(json.dumps(other[where]))
+        elif kind < 0.3 and isinstance(container, dict):
+            container[_hostile_name(random)] = container.pop(key)
+        else:
+            container[key] = _hostile_value(random, container[key], path)
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    keys = list(value) if isinstance(value, dict) else range(min(len(value), 8)) if isinstance(value, list) else ()
+    for key in keys:
+        yield value, key
+        yield from _places(value[key])
+
+
+def _hostile_name(random: Random) -> str:
+    return random.choice(("", ".", "..", OUTSIDE, "\0", "a\nb", "\ud83d\ude00", "x" * 5000, "__class__", "-1"))
+
+
+def _hostile_value(random: Random, was: Any, path: Path) -> Any:
+    if isinstance(was, bool) or random.random() < 0.5:
+        choices: list[Any] = [None, True, "", [], {}, [[]], {"": None}, "NaN", math.nan, math.inf, -1, 0, 1e308, 2**63]
+        choices += [2**31, -(2**63), 10**30, 0.5, OUTSIDE, _outside(path), _hostile_name(random), _nested(200)]
+        return random.choice(choices)
+    if isinstance(was, int | float):
+        return random.choice((-was, was + 1, was - 1, was * 2, was * 1000, was // 2 if was else 1, was + 0.5, str(was)))
+    if isinstance(was, str):
+        return random.choice((was[: len(was) // 2], was * 2, was.upper(), was + "\n", [was], {was: was}, OUTSIDE))
+    if isinstance(was, list):
+        return random.choice((was[:-1], was * 2, was[::-1], [was], dict(enumerate(map(str, was))), [*was, None]))
+    return random.choice(([was], list(was or ()), str(was)))
+
+
+def _nested(depth: int) -> Any:
+    value: Any = 0
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+# -- safetensors -----------------------------------------------------------------------------------------------
+
+
+def damage_safetensors(random: Random, path: Path) -> None:
+    """Bytes, header or numbers."""
+    kind = random.random()
+    if kind < 0.3:
+        damage_bytes(random, path)
+        return
+    data = path.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    header, body = json.loads(data[8 : 8 + size]), bytearray(data[8 + size :])
+    if kind < 0.75:
+        _damage_tree(random, header, path)
+    else:
+        _spoil_numbers(random, header, body)
+    said = json.dumps(header).encode("utf-8", "surrogatepass")
+    claimed = len(said) if random.random() < 0.95 else random.choice(_SIZES)
+    path.write_bytes(struct.pack("<Q", claimed) + said + body)
+
+
+def _spoil_numbers(random: Random, header: dict[str, Any], body: bytearray) -> None:
+    """NaN, infinity and what overflows, in one tensor or all over it."""
+    names = [name for name in header if name != "__metadata__"]
+    begin, end = header[random.choice(names)]["data_offsets"]
+    wide = header[names[0]]["dtype"] == "F64"
+    value = random.choice((math.nan, math.inf, -math.inf, 1e38, 0.0))
+    number = np.array(value, np.float64 if wide else np.float32).tobytes()
+    length = len(number)
+    places = range(begin, end - length + 1, length)
+    chosen = places if random.random() < 0.3 else random.choices(places, k=min(3, len(places))) if places else ()
+    for place in chosen:
+        body[place : place + length] = number
+
+
+# -- ONNX ------------------------------------------------------------------------------------------------------
+
+
+def damage_onnx(random: Random, path: Path) -> None:
+    """One to three changes of the graph."""
+    model = onnx.load(path, load_external_data=False)
+    for _ in range(random.randint(1, 3)):
+        random.choice(_GRAPH_DAMAGE)(random, model, path)
+    path.write_bytes(model.SerializeToString())
+
+
+def _node(random: Random, model: Any) -> Any:
+    nodes = model.graph.node
+    return nodes[random.randrange(len(nodes))] if nodes else onnx.NodeProto()
+
+
+def _tensor(random: Random, model: Any) -> Any:
+    tensors = model.graph.initializer
+    return tensors[random.randrange(len(tensors))] if tensors else onnx.TensorProto()
+
+
+def _name(random: Random, model: Any) -> str:
+    """A name of the graph."""
+    names = [name for node in model.graph.node for name in (*node.input, *node.output)]
+    return random.choice(names) if names else ""
+
+
+def _drop_node(random: Random, model: Any, _path: Path) -> None:
+    if model.graph.node:
+        del model.graph.node[random.randrange(len(model.graph.node))]
+
+
+def _double_node(random: Random, model: Any, _path: Path) -> None:
+    model.graph.node.append(_node(random, model))
+
+
+def _rewire(random: Random, model: Any, _path: Path) -> None:
+    """An input from anywhere: also from behind, which makes a cycle."""
+    node = _node(random, model)
+    if node.input:
+        node.input[random.randrange(len(node.input))] = random.choice((_name(random, model), "", "nowhere"))
+
+
+def _rename_output(random: Random, model: Any, _path: Path) -> None:
+    node = _node(random, model)
+    if node.output:
+        node.output[random.randrange(len(node.output))] = random.choice((_name(random, model), "", "x" * 1000))
+
+
+def _other_operator(random: Random, model: Any, _path: Path) -> None:
+    node = _node(random, model)
+    node.op_type = random.choice(("Add", "MatMul", "Identity", "If", "Loop", "GroupQueryAttention", "NoSuch", ""))
+    node.domain = random.choice((node.domain, "", "com.microsoft", "evil.example"))
+
+
+def _attribute(random: Random, model: Any, _path: Path) -> None:
+    node = _node(random, model)
+    if not node.attribute:
+        node.attribute.append(onnx.helper.make_attribute(random.choice(("axis", "perm", "num_heads")), 2**62))
+        return
+    attribute = node.attribute[random.randrange(len(node.attribute))]
+    attribute.i = random.choice((0, -1, 1, 2**31, 2**62, -(2**62)))
+    attribute.type = random.choice((attribute.type, 0, 1, 2, 3, 4, 7))
+
+
+def _shape(random: Random, model: Any, _path: Path) -> None:
+    tensor = _tensor(random, model)
+    dims = [random.choice((0, 1, -1, 3, 2**31, 2**40, 2**62)) for _ in range(random.randint(0, 4))]
+    del tensor.dims[:]
+    tensor.dims.extend(dims)
+
+
+def _type(random: Random, model: Any, _path: Path) -> None:
+    _tensor(random, model).data_type = random.choice((0, 1, 2, 6, 7, 8, 10, 16, 21, 22, 99))
+
+
+def _numbers(random: Random, model: Any, _path: Path) -> None:
+    tensor = _tensor(random, model)
+    if tensor.raw_data:
+        length = len(tensor.raw_data)
+        spoiled = np.full(length // 4, random.choice((np.nan, np.inf, 1e38)), np.float32).tobytes()
+        tensor.raw_data = random.choice((spoiled, tensor.raw_data[: length // 2], b"", tensor.raw_data * 2))
+
+
+def _tensor_name(random: Random, model: Any, _path: Path) -> None:
+    _tensor(random, model).name = random.choice((_name(random, model), _tensor(random, model).name, ""))
+
+
+def _external(random: Random, model: Any, path: Path) -> None:
+    """Data that lies elsewhere: outside, behind a link, beyond the end."""
+    tensor = _tensor(random, model)
+    link = path.with_name("link.data")
+    link.unlink(missing_ok=True)
+    link.symlink_to(_outside(path))
+    place = random.choice((OUTSIDE, _outside(path), link.name, "model.onnx.data", path.name, "", ".", "/dev/zero"))
+    del tensor.external_data[:]
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    offset, length = (random.choice(("0", "-1", "7", str(2**40), str(2**63), "x")) for _ in range(2))
+    for key, value in (("location", place), ("offset", offset), ("length", length))[: random.randint(1, 3)]:
+        tensor.external_data.add(key=key, value=value)
+
+
+def _boundary(random: Random, model: Any, _path: Path) -> None:
+    """Inputs and outputs: gone, doubled, renamed, of another type or shape."""
+    values = random.choice((model.graph.input, model.graph.output))
+    if not values:
+        return
+    index = random.randrange(len(values))
+    kind = random.randrange(5)
+    if kind == 0:
+        del values[index]
+    elif kind == 1:
+        values.append(values[index])
+    elif kind == 2:
+        values[index].name = _name(random, model)
+    elif kind == 3:
+        values[index].type.tensor_type.elem_type = random.choice((0, 1, 7, 8, 10))
+    elif values[index].type.tensor_type.shape.dim:
+        random.choice(values[index].type.tensor_type.shape.dim).dim_value = random.choice((0, -1, 3, 2**62))
+
+
+def _versions(random: Random, model: Any, _path: Path) -> None:
+    model.ir_version = random.choice((model.ir_version, 0, 3, 99))
+    if model.opset_import and random.random() < 0.5:
+        model.opset_import[0].version = random.choice((0, 1, 11, 99, -1))
+    else:
+        del model.opset_import[:]
+
+
+def _bytes(random: Random, model: Any, path: Path) -> None:
+    """Whatever protobuf still reads."""
+    path.write_bytes(model.SerializeToString())
+    damage_bytes(random, path)
+    try:
+        model.CopyFrom(onnx.load_model_from_string(path.read_bytes()))
+    except Exception:  # which type depends on protobuf's release
+        return
+
+
+_GRAPH_DAMAGE: tuple[Callable[[Random, Any, Path], None], ...] = (
+    _drop_node, _double_node, _rewire, _rewire, _rename_output, _other_operator, _attribute, _shape, _type, _numbers,
+    _tensor_name, _external, _external, _boundary, _versions, _bytes,
+)  # fmt: skip
+
+
+# -- text ------------------------------------------------------------------------------------------------------
+
+
+def damage_text(random: Random, path: Path) -> None:
+    """Other encodings, lines that are no JSON, archives that are none or far larger than they look."""
+    text = path.read_bytes()
+    kind = random.randrange(6)
+    if path.suffix == ".gz":
+        whole = gzip.decompress(text)
+        bomb = b'{"text": "' + b"a " * (4 << 20) + b'"}\n'
+        path.write_bytes(
+            random.choice((text[: len(text) // 2], whole, gzip.compress(bomb), gzip.compress(os.urandom(99))))
+        )
+        return
+    if kind == 0:
+        path.write_bytes(text.decode().encode(random.choice(("utf-16", "utf-32", "latin-1")), "replace"))
+    elif kind == 1:
+        lines = text.splitlines()
+        lines[random.randrange(len(lines))] = random.choice(
+            (b"", b"[]", b"{", b'{"text": 5}', b'{"tex', b"null", b"\xff")
+        )
+        path.write_bytes(b"\n".join(lines))
+    elif kind == 2:
+        path.write_bytes(random.choice((b"", b"\0" * 1000, b"\n" * 5000, b"a" * 100_000, b"\xef\xbb\xbf", b" ")))
+    else:
+        damage_bytes(random, path)

@@ -1,0 +1,123 @@
+"""`nbl-export` in a child that may die, with bounds on time and memory, and a watch on what it must not touch."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import multiprocessing
+import os
+import resource
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .command import Outcome, nbl
+
+__all__ = ["Sandbox", "watched"]
+
+_SECONDS = 60.0
+_MORE_BYTES = 4 << 30  # of address space, beside what the libraries take
+_CALLS = 250  # of one child: what it remembers of earlier ones must not decide
+
+
+class Sandbox:
+    """Runs commands one after the other in a forked child; a new one where it died. A context manager."""
+
+    def __init__(self) -> None:
+        self._child: Any = None
+        self._pipe: Any = None
+        self._calls = 0
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def run(self, *arguments: object) -> Outcome:
+        """Status as of subprocess: minus the signal where one ended it; -9 after `_SECONDS`."""
+        if self._child is None or self._calls == _CALLS:
+            self._end()
+            self._start()
+        self._calls += 1
+        self._pipe.send([str(a) for a in arguments])
+        if not self._pipe.poll(_SECONDS):
+            self._end()
+            return Outcome(-9, "", f"no end after {_SECONDS:.0f} s")
+        try:
+            return Outcome(*self._pipe.recv())
+        except EOFError:
+            self._child.join()
+            status = self._child.exitcode
+            self._end()
+            return Outcome(status, "", "the process died")
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("fork")
+        self._pipe, other = context.Pipe()
+        self._child = context.Process(target=_serve, args=(other, self._pipe))
+        self._child.start()
+        other.close()
+        self._calls = 0
+
+    def _end(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.join()
+            self._pipe.close()
+        self._child = None
+
+
+def _serve(pipe: Any, of_parent: Any) -> None:
+    of_parent.close()
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + _MORE_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with tempfile.TemporaryFile() as said:  # libraries in C++ write to the descriptor
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+        while True:
+            try:
+                arguments = pipe.recv()
+            except EOFError:
+                return
+            done = nbl(*arguments)
+            said.seek(0)
+            noise = said.read().decode(errors="replace")
+            said.seek(0)
+            said.truncate()
+            pipe.send((done.status, done.out, done.err + noise))
+            gc.collect()
+
+
+class watched:
+    """Within: `seen()` names what any process opened, made or removed in a directory since the last call (inotify)."""
+
+    _EVENTS = 0x20 | 0x100 | 0x200 | 0x2 | 0x40 | 0x80  # IN_OPEN, CREATE, DELETE, MODIFY, MOVED_FROM, MOVED_TO
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def __enter__(self) -> watched:
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._watch = libc.inotify_init1(os.O_NONBLOCK)
+        if self._watch < 0 or libc.inotify_add_watch(self._watch, os.fsencode(self._directory), self._EVENTS) < 0:
+            raise OSError(ctypes.get_errno(), "inotify is not to be had")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._watch)
+
+    def seen(self) -> list[str]:
+        names = []
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self._watch, 65536):
+                at = 0
+                while at < len(data):
+                    length = struct.unpack_from("iIII", data, at)[3]
+                    names.append(os.fsdecode(data[at + 16 : at + 16 + length].rstrip(b"\0")))
+                    at += 16 + length
+        return names
