@@ -40,7 +40,8 @@ def explain(error: Exception) -> NoReturn:
         fail(str(error), error.exit_code)
     if usage is not None:
         fail(f"{usage().rstrip('.')}; see nbl-export --help", int(getattr(error, "exit_code", 2)))
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # the latter is torch's
+    # torch's own words for it; and what CPython makes of one in the middle of a call into C
+    if isinstance(error, (MemoryError, SystemError)) or "can't allocate memory" in str(error):
         fail("out of memory; use a smaller --context, or a machine with more memory", 1)
     if isinstance(error, OSError) and error.strerror:
         fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1)

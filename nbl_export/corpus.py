@@ -33,6 +33,7 @@ _PACKAGE = "exllamav3"
 _PACKAGE_FILES = ("c4", "wiki", "technical", "tiny", "code")
 _FALLBACK = "pydoc_data/topics.py"
 _MIN_DOCUMENT_CHARS = 1
+_PIECE_CHARS = 1 << 20  # tokenizers take some 500 bytes of memory for each character of a call
 _LONG_DOCUMENT_CHARS = 8000  # beyond, it is cut where texts are mixed
 # org/name, org/name@split, org/name/configuration@split; no ending, which would be a file's
 _HUB_ID = re.compile(r"[\w-]+/[\w-]+(\.[0-9]\w*)?((/[\w.-]+)?@[\w.\[\]%:+-]+)?", re.ASCII)
@@ -225,26 +226,25 @@ def _read_hub(source: str) -> Text:
 
 
 def pack(
-    text: Text, tokenizer: Any, tokens: int, context: int, held_back: int = 0
+    text: Text, tokenizer: Any, tokens: int, context: int, held_back: int = 0, vocab_size: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokenize and cut into full windows.
+
+    Args:
+        vocab_size: of the model that will read them.
 
     Returns:
         ids [windows, context] for calibration and [held, context] that calibration does not see (the end of
         what was read; at least one window when `held_back` > 0).
 
     Raises:
-        NblError: the text is too short for one window of each.
+        NblError: the text is too short for one window of each, or has tokens that the model does not have.
     """
     import torch
 
     wanted = max(1, -(-tokens // context))
     needed = (wanted + -(-held_back // context)) * context
-    ids: list[int] = []
-    for document in text.documents:
-        ids.extend(tokenizer(document, verbose=False)["input_ids"])
-        if len(ids) >= needed:
-            break
+    ids = _ids(text, tokenizer, needed, vocab_size)
     windows = min(len(ids), needed) // context
     held = min(-(-held_back // context), max(1, windows // 8)) if held_back else 0
     if windows - held < 1:
@@ -258,6 +258,33 @@ def pack(
         used = (windows - held) * context
         log.warning("calibration text %s is shorter than asked: %d tokens used%s", text.name, used, ended)
     return rows[: min(wanted, windows - held)], rows[windows - held :]
+
+
+def _ids(text: Text, tokenizer: Any, needed: int, vocab_size: int | None = None) -> list[int]:
+    """Token ids of the beginning of a text: all that are needed and hardly more."""
+    ids: list[int] = []
+    for piece in _pieces(text.documents):
+        ids.extend(tokenizer(piece, verbose=False)["input_ids"])
+        if len(ids) >= needed:
+            break
+    if vocab_size is not None and ids and max(ids) >= vocab_size:
+        raise NblError(
+            f"the tokenizer makes token {max(ids)} of {text.name}, and the model has {vocab_size}: they do not belong "
+            "together; fetch the model's own tokenizer"
+        )
+    return ids
+
+
+def _pieces(documents: Iterable[str]) -> Iterator[str]:
+    """Documents; of a very long one pieces, cut at line ends where there are some."""
+    for document in documents:
+        begin = 0
+        while begin < len(document):
+            end = begin + _PIECE_CHARS
+            if end < len(document):
+                end = document.rfind("\n", begin, end) + 1 or end
+            yield document[begin:end]
+            begin = end
 
 
 def extend(windows_WT: torch.Tensor, text: Text, tokenizer: Any, tokens: int, held_back: int) -> torch.Tensor:
@@ -276,10 +303,6 @@ def extend(windows_WT: torch.Tensor, text: Text, tokenizer: Any, tokens: int, he
         return windows_WT[:wanted]
     passed = windows_WT.numel() + -(-held_back // context) * context
     needed = passed + (wanted - len(windows_WT)) * context
-    ids: list[int] = []
-    for document in text.documents:
-        ids.extend(tokenizer(document, verbose=False)["input_ids"])
-        if len(ids) >= needed:
-            break
+    ids = _ids(text, tokenizer, needed)
     following = torch.tensor(ids[passed:needed], dtype=torch.long)
     return torch.cat([windows_WT, following[: len(following) // context * context].view(-1, context)])

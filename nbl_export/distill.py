@@ -46,22 +46,28 @@ class DistillSettings:
     """How to train.
 
     steps: optimizer steps. minutes: stop earlier when this much time is used (None: no limit; a run that a clock ends
-    is not repeatable). A step sees batch_tokens tokens. The rate falls from learning_rate to nothing along a cosine
-    over the steps or the minutes, whichever are nearer to their end. window: tokens of a training row, at most.
+    is not repeatable). A step sees batch_tokens tokens. The rate falls from learning_rate (None: 1e-2 for deltas of low
+    rank, 1e-3 for whole matrices; bench/README.md) to nothing along a cosine over the steps or the minutes, whichever
+    are nearer to their end. window: tokens of a training row, at most.
     dtype: "fp32", "bf16", or "auto": bf16 where the processor multiplies it natively. lora_rank: train a delta of that
     rank on each map, which is added to it afterwards (Hu et al. 2022, LoRA), instead of the whole matrix (None).
     """
 
     steps: int = DEFAULT_STEPS
     minutes: float | None = None
-    learning_rate: float = 2e-3
+    learning_rate: float | None = None
     batch_tokens: int = 1024
     window: int = 256
-    check_every: int = 20
+    check_every: int = 40
     patience: int = 4
     seed: int = 0
     dtype: str = "fp32"
     lora_rank: int | None = 16
+
+    @property
+    def rate(self) -> float:
+        """Of learning, at the start."""
+        return self.learning_rate or (1e-2 if self.lora_rank else 1e-3)
 
 
 @dataclass
@@ -186,9 +192,7 @@ class _Training:
         self.twin, self.settings, self.held = twin, settings, held
         self.step = self.since_best = 0
         self._earlier, self._started = 0.0, time.monotonic()
-        self.optimizer = torch.optim.AdamW(
-            twin.trained.values(), lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.99)
-        )
+        self.optimizer = torch.optim.AdamW(twin.trained.values(), lr=settings.rate, weight_decay=0.0, betas=(0.9, 0.99))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda _: 0.5 * (1 + math.cos(math.pi * min(1.0, self.fraction)))
         )
@@ -277,7 +281,7 @@ class _Training:
         self.result.train_kl = [float(kl) for kl in facts["train_kl"]]
         self.step, self.since_best, self._earlier = facts["step"], facts["since_best"], facts["seconds"]
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * self.schedule.lr_lambdas[0](self.step)
+            group["lr"] = self.settings.rate * self.schedule.lr_lambdas[0](self.step)
 
 
 def distill(

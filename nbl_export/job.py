@@ -179,9 +179,8 @@ class Job:
         if self.options.data_free:
             return self._sampled
         tokenizer = checkpoint.load_tokenizer(self.checkpoint)
-        return corpus.pack(
-            self.text, tokenizer, self.options.calibration_tokens, self.options.context, HELD_BACK_TOKENS
-        )
+        options, size = self.options, self.spec.vocab_size
+        return corpus.pack(self.text, tokenizer, options.calibration_tokens, options.context, HELD_BACK_TOKENS, size)
 
     @functools.cached_property
     def training_windows(self) -> Any:

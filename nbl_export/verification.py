@@ -166,7 +166,7 @@ def price_texts(job: Job) -> list[tuple[str, Any]]:
     count = max(1, _PRICE_TOKENS // context)
     other = corpus.stdlib_text()
     tokenizer = checkpoint.load_tokenizer(job.checkpoint)
-    windows, _ = corpus.pack(other, tokenizer, count * context, context)
+    windows, _ = corpus.pack(other, tokenizer, count * context, context, vocab_size=job.spec.vocab_size)
     texts = [(f"held back from {job.text.name}", held[:count, :context].numpy())]
     if other.sha256 != job.text.sha256:
         texts.append((f"{other.name} (not calibrated on)", windows[:count].numpy()))

@@ -195,6 +195,14 @@ def test_missing_file_of_the_graph(run: Path) -> None:
     assert_refused(nbl("generate", run / "model", "Hi"), 1, run / "model")
 
 
+def edit_options(path: Path, **values: Any) -> None:
+    edit(path, options={**json.loads(path.read_text())["options"], **values})
+
+
+def edit_decoder(path: Path, **values: Any) -> None:
+    edit(path, decoder={**json.loads(path.read_text())["decoder"], **values})
+
+
 MANIFESTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "cut": (lambda p: cut(p, 500), ("cannot be read", "restore it", "--force")),
     "empty": (lambda p: cut(p, 0), ("cannot be read", "restore it", "--force")),
@@ -205,6 +213,13 @@ MANIFESTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no decoder": (lambda p: edit(p, decoder=None), ("not a manifest", "restore it", "--force")),
     "options of nothing": (lambda p: edit(p, options={}), ("not a manifest", "restore it", "--force")),
     "option of a wrong kind": (lambda p: edit(p, options={"model": "m", "context": "x"}), ("not a manifest",)),
+    "options of no engine": (lambda p: edit(p, options={"model": "m"}), ("not a manifest", "'engine'")),
+    "a list for a goal": (lambda p: edit_options(p, target_speedup=["1.3"]), ("not a manifest", "'target_speedup'")),
+    "half a token": (lambda p: edit_options(p, generate_tokens=4.5), ("not a manifest", "'generate_tokens'")),
+    "an engine that is an object": (lambda p: edit_options(p, engine={}), ("not a manifest", "'engine'")),
+    "places of text": (lambda p: edit(p, places="here"), ("not a manifest", "restore it")),
+    "a decoder without heads": (lambda p: edit_decoder(p, num_kv_heads=0), ("not a manifest", "at least 1")),
+    "a decoder of a name": (lambda p: edit_decoder(p, hidden_size="64"), ("not a manifest", "'hidden_size'")),
     "no such layer": (lambda p: edit(p, replaced_layers=[7]), ("not a manifest", "restore it", "--force")),
     "no scores": (lambda p: edit(p, scores=None), ("not a manifest", "restore it", "--force")),
     "future": (lambda p: edit(p, schema=99), ("has schema 99", "this version reads 1", "--force")),

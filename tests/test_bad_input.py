@@ -75,6 +75,7 @@ MODELS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "config contradicts": (lambda m: edit(m / "config.json", num_key_value_heads=3), ("no usable decoder", "multiple")),
     "config of 0 layers": (lambda m: edit(m / "config.json", num_hidden_layers=0), ("no usable decoder", "at least")),
     "bert": (lambda m: edit(m / "config.json", model_type="bert"), ("'bert'", "not supported", "llama, mistral")),
+    "a type that is a list": (lambda m: edit(m / "config.json", model_type=["llama"]), ("['llama']", "not supported")),
     "no type": (lambda m: edit(m / "config.json", model_type=None), ("not supported", "llama, mistral")),
     "gpt2": (lambda m: edit(m / "config.json", model_type="gpt2"), ("'gpt2'", "not supported", "llama, mistral")),
     "index names a missing file": (index("a.safetensors"), ("lacks a.safetensors", "index", "fetch the model again")),
@@ -99,9 +100,10 @@ def test_damaged_model(case: str, model: Path, text: Path, run: Path) -> None:
     [
         (lambda m: (m / "tokenizer.json").write_text("{"), ("no usable tokenizer",)),
         (lambda m: edit(m / "config.json", num_hidden_layers=LAYERS + 1), ("lacks the weights", "fetch the model")),
+        (lambda m: _move_token(m / "tokenizer.json"), ("token 5000", "do not belong together")),
         (lambda m: _poison(m / "model.safetensors"), ("layer 0", "NaN or infinity", "check the checkpoint")),
     ],
-    ids=["tokenizer", "a layer without weights", "weights are NaN"],
+    ids=["tokenizer", "a layer without weights", "a token that the model does not have", "weights are NaN"],
 )  # fmt: skip
 def test_model_that_is_found_out_when_it_is_loaded(
     damage: Damage, parts: tuple[str, ...], model: Path, text: Path, tmp_path: Path
@@ -111,6 +113,13 @@ def test_model_that_is_found_out_when_it_is_loaded(
     assert_refused(nbl(*given, "--output", tmp_path / "run"), 1, *parts)
     assert not list((tmp_path / "run").glob("*.safetensors"))
     assert not list((tmp_path / "run").glob(".tmp-*"))
+
+
+def _move_token(path: Path) -> None:
+    """A frequent token gets a number beyond the model's embeddings."""
+    said = json.loads(path.read_text(encoding="utf-8"))
+    said["model"]["vocab"]["e"] = 5000
+    path.write_text(json.dumps(said), encoding="utf-8")
 
 
 def _poison(path: Path) -> None:

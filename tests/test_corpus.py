@@ -119,3 +119,20 @@ def test_default_text_is_varied_and_leaves_the_judging_text_alone() -> None:
     assert judging.sha256 not in {part.sha256 for part in found.parts}
     lines = {line for line in judging.documents[0].splitlines() if len(line) > 60}
     assert not lines & set("\n".join(found.documents).splitlines())
+
+
+def test_a_very_long_document_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At line ends where there are some; nothing is lost, and what is not needed is not tokenized."""
+    monkeypatch.setattr(corpus, "_PIECE_CHARS", 10)
+    assert list(corpus._pieces(["abc", "line one\nline two\nthree", "x" * 25])) == [
+        "abc", "line one\n", "line two\n", "three", "x" * 10, "x" * 10, "x" * 5,
+    ]  # fmt: skip
+    asked: list[str] = []
+
+    def tokenizer(piece: str, **_: object) -> dict[str, list[int]]:
+        asked.append(piece)
+        return {"input_ids": list(range(len(piece)))}
+
+    text = corpus.Text("t", "0", ("y" * 100,))
+    assert len(corpus._ids(text, tokenizer, 15)) == 20
+    assert asked == ["y" * 10] * 2
