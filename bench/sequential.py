@@ -1,6 +1,6 @@
 """Sequential fits against independent ones: is a map better fitted on what the layers below it, replaced, make?
 
-    python bench/sequential.py MODEL DATA [--tokens 32768] > bench/results/sequential-<model>.json
+    python bench/sequential.py MODEL DATA [--tokens 32768] [--layers "0,7,24-29;12-19"] > bench/results/FILE.json
 
 Two streams walk the layers once: h of the original, g of the model linearized so far. A replaced layer's map is fitted
 on g (at the tap) towards one of
@@ -24,7 +24,7 @@ from typing import Any
 import quality
 
 TARGETS = ("independent", "own", "original", "correcting")
-SETS = {"0,7,24-29": (0, 7, 24, 25, 26, 27, 28, 29), "12-19": tuple(range(12, 20)), "22-29": tuple(range(22, 30))}
+SETS = "0,7,24-29;12-19;22-29"
 _BATCH = 8  # windows at once
 
 
@@ -94,13 +94,17 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--windows", type=int, default=16, help="of each text to judge by")
+    parser.add_argument("--layers", default=SETS, help="sets of them, separated by semicolons")
     options = parser.parse_args()
     from nbl_export.artifacts import versions
     from nbl_export.bench import machine
+    from nbl_export.plan import parse_layers
 
     bed = quality.Bed(options.model, options.data, "c4", options.windows, taps=())
     rows = []
-    for name, layers in SETS.items():
+    for name in options.layers.split(";"):
+        layers = parse_layers(name, bed.spec.num_layers)
+        assert isinstance(layers, tuple), "name the layers"
         for tap in ("residual", "normed"):
             for target in TARGETS:
                 maps = walk(bed.model, bed.windows[: options.tokens // quality.CONTEXT], layers, tap, target)

@@ -65,7 +65,7 @@ def _run_whole(job: Job, windows: Any, chosen: list[int], facts: dict[str, Any],
         else:
             found.refer(windows)
         order = {"checkpoint": str(job.checkpoint.absolute()), "windows": windows, "batches": chosen, "done": done}
-        peers.lead({**order, "taps": taps})
+        peers.lead({"work": "calibrate", **order, "taps": taps})
         peers.agree(None)
         peers.share_reference(found)
 
@@ -74,6 +74,7 @@ def _run_whole(job: Job, windows: Any, chosen: list[int], facts: dict[str, Any],
             return partial.is_due()
 
         distributed.collect_batches(peers, found, mine, done, is_due, lambda end: partial.save(found, end))
+        peers.done()
         _write(found, out / "moments.safetensors", facts)
 
 

@@ -106,8 +106,8 @@ def root(
     chosen = opt.given_options(**{name: value for name, value in given.items() if name in asked})
     defaults = {**engine_defaults(engine, provider or "cpu"), **({"tap": "normed"} if fit == "distilled" else {})}
     options = JobOptions(**{**defaults, "model": model, "engine": engine, **chosen})
-    run_job(options, output, _ui(), force=force)
-    print(output / "report.html")
+    if run_job(options, output, _ui(), force=force) is not None:
+        print(output / "report.html")
 
 
 def _refuse_options_before(context: typer.Context) -> None:

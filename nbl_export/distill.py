@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from nbl_export.blocks import logits_of, multiplier_of, run_from
+from nbl_export.distributed import ALONE, Peers
 from nbl_export.errors import NblError
 from nbl_export.linearize import AffineAttention, switched
 from nbl_export.records import AffineMap
@@ -185,11 +186,26 @@ def fast_bfloat16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
 
 
+class _Objective(nn.Module):
+    """The loss as a module whose parameters are the maps'."""
+
+    def __init__(self, twin: _Twin) -> None:
+        super().__init__()
+        self.affine, self._loss = twin.affine, twin.loss
+
+    def forward(self, entering_BTD: torch.Tensor, last_BTD: torch.Tensor) -> torch.Tensor:
+        return self._loss(entering_BTD, last_BTD)
+
+
 class _Training:
     """Optimizer, best maps so far, and everything that a run needs to go on from where it was killed."""
 
-    def __init__(self, twin: _Twin, settings: DistillSettings, held: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        self.twin, self.settings, self.held = twin, settings, held
+    def __init__(
+        self, twin: _Twin, settings: DistillSettings, held: list[tuple[torch.Tensor, torch.Tensor]], peers: Peers
+    ) -> None:
+        self.twin, self.settings, self.held, self.peers = twin, settings, held, peers
+        self.objective = peers.parallel(_Objective(twin))
+        self.fraction = 0.0
         self.step = self.since_best = 0
         self._earlier, self._started = 0.0, time.monotonic()
         self.optimizer = torch.optim.AdamW(twin.trained.values(), lr=settings.rate, weight_decay=0.0, betas=(0.9, 0.99))
@@ -203,15 +219,15 @@ class _Training:
         """Time used, that of killed runs included."""
         return self._earlier + time.monotonic() - self._started
 
-    @property
-    def fraction(self) -> float:
-        """How much of the steps or minutes is used."""
+    def _look_at_the_clock(self) -> None:
+        """How much of the steps or minutes is used, by the clock of process 0."""
         limit = self.settings.minutes
-        return max(self.step / self.settings.steps, self.seconds / (limit * 60) if limit else 0.0)
+        by_time = self.peers.share(self.seconds / (limit * 60)) if limit else 0.0
+        self.fraction = max(self.step / self.settings.steps, by_time)
 
     def begin(self, state: State | None) -> None:
         """Go on with what was saved, or judge the start."""
-        saved = state.load() if state else None
+        saved = self.peers.share(state.load() if state else None)
         if saved is not None:
             self._restore(*saved)
             return
@@ -222,12 +238,13 @@ class _Training:
 
     def advance(self, entering_BTD: torch.Tensor, last_BTD: torch.Tensor) -> None:
         """One optimizer step."""
-        loss = self.twin.loss(entering_BTD, last_BTD)
+        loss = self.objective(entering_BTD, last_BTD)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.twin.trained.values(), 1.0)
         self.optimizer.step()
         self.step += 1
+        self._look_at_the_clock()
         self.schedule.step()
         self.result.train_kl.append(loss.item())
 
@@ -249,7 +266,8 @@ class _Training:
     def _held_kl(self) -> float:
         with torch.no_grad(), self.twin.student():
             values = [self.twin.kl(last[0], self.twin.run(entering)[0]).item() for entering, last in self.held]
-        return sum(values) / len(values)
+        total, count = self.peers.add(sum(values), len(values))
+        return total / count
 
     def save(self, state: State) -> None:
         tensors = {f"parameters.{name}": p.detach() for name, p in self.twin.trained.items()}
@@ -280,6 +298,7 @@ class _Training:
         self.result.held_kl = [(int(step), float(kl)) for step, kl in facts["held_kl"]]
         self.result.train_kl = [float(kl) for kl in facts["train_kl"]]
         self.step, self.since_best, self._earlier = facts["step"], facts["since_best"], facts["seconds"]
+        self._look_at_the_clock()
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate * self.schedule.lr_lambdas[0](self.step)
 
@@ -294,6 +313,7 @@ def distill(
     tap: str = "residual",
     say: Callable[[str], None] = lambda _line: None,
     state: State | None = None,
+    peers: Peers = ALONE,
 ) -> Distilled:
     """Train the maps of `model`, which comes back as it was. With steps alone deterministic for a seed on one machine,
     also when it was killed and went on.
@@ -301,6 +321,8 @@ def distill(
     Args:
         windows_WT, held_WT: token ids [windows, context] to train on and to judge by.
         state: keeps the run at every check.
+        peers: processes that do this together, each with the same arguments but for progress, say and state, which
+            are of process 0; each reads its rows of every step, and its held-back windows.
 
     Raises:
         NblError: there is nothing to train, or the loss is not finite from the start.
@@ -308,15 +330,15 @@ def distill(
     if not maps or not len(held_WT):
         raise NblError("distillation needs at least one replaced layer and some held-back text")
     twin = _Twin(model, maps, tap, settings)
-    training = _Training(twin, settings, [twin.observe(row[None]) for row in held_WT])
+    training = _Training(twin, settings, [twin.observe(row[None]) for row in held_WT[peers.rank :: peers.size]], peers)
     training.begin(state)
     start = training.result.held_kl[0][1]
-    for number, batch_BT in enumerate(_batches(windows_WT, settings)):
+    for number, batch_BT in enumerate(_batches(windows_WT, settings, peers.size)):
         if number < training.step:
             continue
         if training.over:
             break
-        training.advance(*twin.observe(batch_BT, twin.narrow))
+        training.advance(*twin.observe(batch_BT[peers.rank :: peers.size], twin.narrow))
         progress(round(1000 * training.fraction), 1000)
         if training.step % settings.check_every == 0 or training.over:
             found = training.judge()
@@ -330,14 +352,18 @@ def distill(
     return training.result
 
 
-def _batches(windows_WT: torch.Tensor, settings: DistillSettings) -> Iterator[torch.Tensor]:
-    """Token ids [B, T] of each step: the text cut anew in each epoch, from a place of its own, in a random order."""
+def _batches(windows_WT: torch.Tensor, settings: DistillSettings, multiple: int = 1) -> Iterator[torch.Tensor]:
+    """Token ids [B, T] of each step: the text cut anew in each epoch, from a place of its own, in a random order.
+
+    B is a multiple of `multiple`, of which each process has as many rows.
+    """
     generator = torch.Generator().manual_seed(settings.seed)
     text, length = windows_WT.flatten(), min(settings.window, windows_WT.shape[1])
     size = max(1, min(len(text) // length - 1, settings.batch_tokens // length))
+    size = -(-size // multiple) * multiple
     queue: list[torch.Tensor] = []
     for _ in range(settings.steps):
-        if len(queue) < size:
+        while len(queue) < size:
             start = int(torch.randint(length, (1,), generator=generator)) if len(text) > length else 0
             rows = text[start : start + (len(text) - start) // length * length].view(-1, length)
             queue += list(rows[torch.randperm(len(rows), generator=generator)])

@@ -1,32 +1,36 @@
-"""Calibration on several processes: `torchrun --nproc-per-node N -m nbl_export calibrate ...`
+"""Calibration and distillation on several processes: `torchrun --nproc-per-node N -m nbl_export ...`
 
     process 0   does the job; its batches are dealt out round by round: process r takes every N-th from the r-th on
-    others      get the checkpoint's place, the windows and the reference rows from it, and give it their sums
+    others      get the checkpoint's place, the windows and the reference rows from it, and give it their sums;
+                in a distillation each has its rows of every step, and gradients are averaged
+                (torch's DistributedDataParallel)
 
-Sums are exact (`sums`), so the result is that of one process. gloo on CPUs; NCCL where there are GPUs.
+Sums are exact (`sums`), so the moments are those of one process. Gradients are not: distilled maps differ by rounding.
+gloo on CPUs; NCCL where there are GPUs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
 
-__all__ = ["Peers", "collect_batches", "current", "follow"]
+__all__ = ["ALONE", "Peers", "collect_batches", "current", "led"]
 
 _PATIENCE = datetime.timedelta(hours=12)  # process 0 may have to fetch and dequantise first; torchrun ends who is left
 
 
 class Peers:
-    """The processes of this calibration. Alone, nothing is communicated."""
+    """The processes of this job. Alone, nothing is communicated."""
 
     def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size, self._led = rank, size, False
+        self.rank, self.size, self._working = rank, size, False
 
     @functools.cached_property
     def _dist(self) -> Any:
@@ -45,17 +49,38 @@ class Peers:
         return model.to(torch.cuda.current_device()) if self.size > 1 and torch.cuda.is_available() else model
 
     def lead(self, order: dict[str, Any] | None) -> None:
-        """Process 0: say what there is to do, or None where nothing is; what is said first counts."""
-        if self.size > 1 and not self._led:
-            self._led = True
-            self._dist.broadcast_object_list([order], src=0)
+        """Process 0: say what there is to do ("work" is a key of `_WORK`), or None where nothing is any more."""
+        self._working = order is not None
+        self.share(order)
 
-    def receive(self) -> dict[str, Any] | None:
-        """What process 0 says."""
-        said: list[Any] = [None]
+    def done(self) -> None:
+        """Process 0: what was said last is finished, and the others wait for more."""
+        self._working = False
+
+    def share(self, value: Any) -> Any:
+        """What process 0 has."""
+        if self.size == 1:
+            return value
+        said = [value if self.rank == 0 else None]
         self._dist.broadcast_object_list(said, src=0)
-        order: dict[str, Any] | None = said[0]
-        return order
+        return said[0]
+
+    def add(self, *values: float) -> list[float]:
+        """Sums over the processes, on all of them."""
+        if self.size == 1:
+            return list(values)
+        said: list[Any] = [None] * self.size
+        self._dist.all_gather_object(said, values)
+        return [sum(column) for column in zip(*said, strict=True)]  # in the order of the processes, everywhere
+
+    def parallel(self, module: Any) -> Any:
+        """A module whose gradients are averaged over the processes."""
+        if self.size == 1:
+            return module
+        self._dist.barrier()
+        from torch.nn.parallel import DistributedDataParallel
+
+        return DistributedDataParallel(module)
 
     def agree(self, error: str | None, flag: bool = False) -> bool:
         """Wait for the others. Returns the flag of process 0.
@@ -97,17 +122,21 @@ class Peers:
                     accumulator.clear()
 
     def close(self) -> None:
-        """Release the others if they still wait for something to do."""
-        self.lead(None)
+        """Release the others where they wait for something to do; who is in the middle of it is ended by torchrun."""
+        if not self._working:
+            self.lead(None)
         if self.size > 1:
             self._dist.destroy_process_group()
+
+
+ALONE = Peers(0, 1)
 
 
 @functools.cache
 def current() -> Peers:
     """The processes that torchrun has started, or this one alone."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return Peers(0, 1)
+        return ALONE
     return Peers(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
 
@@ -149,19 +178,51 @@ def follow(peers: Peers) -> None:
     Raises:
         NblError: a process has failed.
     """
-    from nbl_export import calibrate, checkpoint
+    while (order := peers.share(None)) is not None:
+        model, error = None, None
+        try:
+            model = _model(order["checkpoint"])
+        except Exception as failed:
+            error = str(failed)
+        peers.agree(error)
+        _WORK[order["work"]](peers, peers.place(model), order)
 
-    order = peers.receive()
-    if order is None:
-        return
-    model, error = None, None
-    try:
-        model = peers.place(checkpoint.load_model(Path(order["checkpoint"])))
-    except Exception as failed:
-        error = str(failed)
-    peers.agree(error)
+
+@functools.cache
+def _model(directory: str) -> Any:
+    from nbl_export import checkpoint
+
+    return checkpoint.load_model(Path(directory))
+
+
+def _calibrate(peers: Peers, model: Any, order: dict[str, Any]) -> None:
+    from nbl_export import calibrate
+
     with calibrate.Collection(model, order["taps"]) as found:
         parts = [calibrate.batches(order["windows"])[k] for k in order["batches"]]
         found.refer(order["windows"])
         peers.share_reference(found)
         collect_batches(peers, found, parts, order["done"], lambda: False, lambda _: None)
+
+
+def _distill(peers: Peers, model: Any, order: dict[str, Any]) -> None:
+    from nbl_export.distill import distill
+
+    maps, windows, held, settings = (order[name] for name in ("maps", "windows", "held", "settings"))
+    distill(model, maps, windows, held, settings, lambda _done, _total: None, order["tap"], peers=peers)
+
+
+_WORK: dict[str, Callable[[Peers, Any, dict[str, Any]], None]] = {"calibrate": _calibrate, "distill": _distill}
+
+
+@contextlib.contextmanager
+def led(peers: Peers) -> Iterator[bool]:
+    """Within: True on the process that does the job; the others have worked for it, and have nothing left to do."""
+    if peers.rank:
+        follow(peers)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        peers.close()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nbl_export import distributed
 from nbl_export.artifacts import RunDirectory, key_of, refuse_foreign
 from nbl_export.errors import NblError, ParityError
 from nbl_export.goals import changed_options
@@ -21,18 +22,23 @@ from nbl_export.stages import STAGES, Stage, passed, readers
 __all__ = ["run_calibration", "run_job", "run_merge", "run_stages", "run_sweep"]
 
 
-def run_job(options: JobOptions, output: Path, ui: Ui, *, force: bool = False) -> Path:
+def run_job(options: JobOptions, output: Path, ui: Ui, *, force: bool = False) -> Path | None:
     """Checkpoint in, verified and measured NBL decoder out. Resumes what is there; `force` starts over.
+
+    None on processes of torchrun that only help.
 
     Raises:
         NblError: anything the user can put right, before anything is computed where it can be known by then.
         ParityError: the graph does not compute what the torch model computes.
     """
-    options = adapted(options)
-    preflight(options)
-    require_engine(options)
-    _work(options, output, ui, force, "report")
-    return output
+    with distributed.led(distributed.current()) as leads:
+        if not leads:
+            return None
+        options = adapted(options)
+        preflight(options)
+        require_engine(options)
+        _work(options, output, ui, force, "report")
+        return output
 
 
 def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, force: bool = False) -> Path | None:
@@ -40,16 +46,8 @@ def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, 
 
     None on processes of torchrun that only help.
     """
-    from nbl_export import distributed
-
-    peers = distributed.current()
-    if peers.rank:
-        distributed.follow(peers)
-        return None
-    try:
-        return _calibration(model, given, output, ui, force)
-    finally:
-        peers.close()
+    with distributed.led(distributed.current()) as leads:
+        return _calibration(model, given, output, ui, force) if leads else None
 
 
 def _calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, force: bool) -> Path:

@@ -76,7 +76,7 @@ def _no_sweep(job: Job) -> str | None:
 
 
 def _distill(job: Job, out: Path) -> dict[str, Any]:
-    from nbl_export import distill
+    from nbl_export import distill, distributed
     from nbl_export.distill_state import FileState
     from nbl_export.plan import load_maps, save_maps
 
@@ -94,19 +94,26 @@ def _distill(job: Job, out: Path) -> dict[str, Any]:
     start = load_maps(path, plan.replaced)
     ids = hashlib.sha256(windows.numpy().tobytes() + held.numpy().tobytes()).hexdigest()
     key = key_of(job.fingerprint, ids, file_sha256(path), dataclasses.asdict(settings))
+    peers = distributed.current()
+    # The price is taken on the first of the held-back windows, so training is judged by the last.
+    judging = held[len(held) // 2 :]
+    given = {"maps": start, "windows": windows, "held": judging, "settings": settings, "tap": plan.tap}
+    peers.lead({"work": "distill", "checkpoint": str(job.checkpoint.absolute()), **given})
+    peers.agree(None)
     with job.ui.task("distilling") as progress:
-        # The price is taken on the first of the held-back windows, so training is judged by the last.
         found = distill.distill(
-            job.model,
+            peers.place(job.model),
             start,
             windows,
-            held[len(held) // 2 :],
+            judging,
             settings,
             progress,
             plan.tap,
             lambda s: job.ui.say(f"  {s}"),
             FileState(job.run.partial("distill"), key),
+            peers,
         )
+    peers.done()
     save_maps(found.maps, out / "maps.safetensors", plan.tap)
     write_json(out / "distill.json", {"held_kl": found.held_kl, "train_kl": found.train_kl, "seconds": found.seconds})
     best = min(found.held_kl, key=lambda row: row[1])

@@ -196,7 +196,7 @@ def test_minutes_end_a_run_and_its_schedule(prepared: dict[str, Any], monkeypatc
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
     settings = DistillSettings(steps=10_000, minutes=2, batch_tokens=128, check_every=1000, learning_rate=1e-3)
     result = run(prepared, "normed", settings)
-    assert 10 < len(result.train_kl) < 120
+    assert 10 < len(result.train_kl) <= 120
     assert result.held_kl[-1][0] == len(result.train_kl)
     assert rates[0] > 0.99e-3 > 1e-5 > rates[-1]
     assert rates == sorted(rates, reverse=True)

@@ -1,19 +1,22 @@
-"""Calibration under torchrun: the bytes of one process, whoever had which batch."""
+"""Under torchrun: calibration gives the bytes of one process, distillation its maps but for rounding."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from nbl_export import calibrate
 
-from .command import nbl
+from .command import TINY, nbl
 
 # torchrun with small batches, and a partial file after each round
 SCRIPT = """
@@ -21,7 +24,8 @@ import nbl_export.calibrate, nbl_export.calibration
 nbl_export.calibrate._BATCH_TOKENS = 128
 nbl_export.calibration._SECONDS = nbl_export.calibration._SHARE = 0
 from nbl_export.cli import main
-main()
+if __name__ == "__main__":
+    main()
 """
 
 
@@ -59,3 +63,24 @@ def test_bad_input_ends_all_processes_with_one_line(checkpoint: Callable[[str], 
     done = torchrun(tmp_path / "small.py", *given, "--output", tmp_path / "run")
     assert done.returncode != 0
     assert done.stderr.count("no calibration text at") == 1
+
+
+def test_two_processes_distil_what_one_does(checkpoint: Callable[[str], Path], text: Path, tmp_path: Path) -> None:
+    """Each has half of the rows of a step and half of the held-back windows."""
+    (tmp_path / "small.py").write_text(SCRIPT)
+    given = ("--model", checkpoint("llama"), "--calibration", text, *TINY, "--layers", "1,2", "--fit", "distilled",
+             "--distill-steps", "6", "--distill-dtype", "fp32")  # fmt: skip
+    one = nbl(*given, "--output", tmp_path / "one")
+    assert one.status == 0, one.err
+    done = torchrun(tmp_path / "small.py", *given, "--output", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "two" / "report.html")]  # said once
+    kl = [json.loads((tmp_path / name / "distill.json").read_text())["held_kl"] for name in ("one", "two")]
+    assert kl[1] == [[step, pytest.approx(value, rel=1e-4)] for step, value in kl[0]]
+    assert kl[0][-1][1] < kl[0][0][1]
+    ours, theirs, start = (load_file(tmp_path / name) for name in (
+        "two/maps.safetensors", "one/maps.safetensors", "one/start.safetensors"))  # fmt: skip
+    for name, value in theirs.items():
+        moved = np.abs(value - start[name]).max()
+        assert moved > 0
+        assert np.abs(ours[name] - value).max() < 0.02 * moved, name
