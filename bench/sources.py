@@ -11,6 +11,7 @@ optimum-onnx; without it that row is left out.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -39,7 +40,8 @@ def graph_rows(source: str, checkpoint: Path, maps: Path, scratch: Path, head_di
     from nbl_export.given_graph import rewrite_given
     from nbl_export.verify import run_rows
 
-    original = make_graph(source, checkpoint, scratch / source)
+    with contextlib.redirect_stdout(sys.stderr):  # where the result goes, exporters talk
+        original = make_graph(source, checkpoint, scratch / source)
     out = rewrite_given(original, maps, None, None, scratch / f"{source}-nbl")
     caches = json.loads((out / "nbl.json").read_text(encoding="utf-8"))["caches"]
     decoder = OnnxDecoder(out, head_dim, caches=caches)

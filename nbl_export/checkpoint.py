@@ -299,7 +299,7 @@ def materialise(source: Source, target: Path) -> Path:
         raise
     except Exception as error:
         shutil.rmtree(scratch, ignore_errors=True)
-        raise NblError(f"{source.gguf} cannot be loaded by transformers: {error}") from error
+        raise NblError(f"{source.gguf} cannot be loaded by transformers: {_reason(error)}") from error
     sizes = {f.name: f.stat().st_size for f in sorted(scratch.iterdir())}
     facts = {"fingerprint": source.fingerprint, "file": source.gguf.name, "sizes": sizes}
     (scratch / _MARKER).write_text(json.dumps(facts), encoding="utf-8")
@@ -314,6 +314,13 @@ def _is_whole(target: Path, source: Source) -> bool:
         same = facts["fingerprint"] == source.fingerprint
         return same and all((target / n).stat().st_size == size for n, size in facts["sizes"].items())
     return False
+
+
+def _reason(error: Exception) -> str:
+    """What a library says, without torch's own stack and without what points at a report that is not shown."""
+    if "ignore_mismatched_sizes" in str(error):
+        return "weights do not have the shapes that config.json states; fetch the model again"
+    return f"{type(error).__name__}: {str(error).partition('Exception raised from ')[0]}"
 
 
 def load_model(directory: Path) -> Any:
@@ -333,7 +340,7 @@ def load_model(directory: Path) -> Any:
     except MemoryError:
         raise
     except Exception as error:
-        raise NblError(f"{directory} cannot be loaded by transformers: {error}") from error
+        raise NblError(f"{directory} cannot be loaded by transformers: {_reason(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise NblError(f"{directory} lacks the weights {missing[0]} and {len(missing) - 1} more; fetch the model again")

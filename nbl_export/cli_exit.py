@@ -46,7 +46,7 @@ def explain(error: Exception) -> NoReturn:
     if isinstance(error, OSError) and error.strerror:
         fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1)
     if isinstance(error, ValueError):
-        fail(str(error), 1)
+        fail(str(error).partition("Exception raised from ")[0], 1)  # torch's own stack follows
     raise error
 
 

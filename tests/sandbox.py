@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import logging
 import multiprocessing
 import os
 import resource
@@ -76,6 +77,7 @@ def _serve(pipe: Any, of_parent: Any) -> None:
     limit = pages * resource.getpagesize() + _MORE_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    gc.freeze()  # what the parent made is not looked through after every call
     with tempfile.TemporaryFile() as said:  # libraries in C++ write to the descriptor
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
@@ -84,6 +86,7 @@ def _serve(pipe: Any, of_parent: Any) -> None:
                 arguments = pipe.recv()
             except EOFError:
                 return
+            logging.getLogger().handlers.clear()  # or what the tool logs would go to pytest
             done = nbl(*arguments)
             said.seek(0)
             noise = said.read().decode(errors="replace")

@@ -100,10 +100,11 @@ def test_damaged_model(case: str, model: Path, text: Path, run: Path) -> None:
     [
         (lambda m: (m / "tokenizer.json").write_text("{"), ("no usable tokenizer",)),
         (lambda m: edit(m / "config.json", num_hidden_layers=LAYERS + 1), ("lacks the weights", "fetch the model")),
+        (lambda m: edit(m / "config.json", intermediate_size=48), ("shapes that config.json states",)),
         (lambda m: _move_token(m / "tokenizer.json"), ("token 5000", "do not belong together")),
         (lambda m: _poison(m / "model.safetensors"), ("layer 0", "NaN or infinity", "check the checkpoint")),
     ],
-    ids=["tokenizer", "a layer without weights", "a token that the model does not have", "weights are NaN"],
+    ids=["tokenizer", "a layer without weights", "another width", "an unknown token", "weights are NaN"],
 )  # fmt: skip
 def test_model_that_is_found_out_when_it_is_loaded(
     damage: Damage, parts: tuple[str, ...], model: Path, text: Path, tmp_path: Path

@@ -66,16 +66,21 @@ def load_graph(path: Path) -> ir.Model:
         CorruptError: not a valid ONNX model, or its data is missing, cut short, or outside its directory.
     """
     try:
-        model = ir.load(path)
-    except Exception as error:  # protobuf's and onnx_ir's own types, one for each kind of damage
+        proto = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's own types, one for each kind of damage
         raise CorruptError(f"{path} is not an ONNX model that can be read ({error})") from error
-    if not len(model.graph):
+    if not proto.graph.node:
         raise CorruptError(f"{path} is not an ONNX model: it has no nodes")
-    for tensor in _external(model):
-        _check_data(path, tensor)
-    problem = check_structure(onnx.load(path, load_external_data=False))
+    problem = check_structure(proto)
     if problem:
         raise CorruptError(f"{path} is not a valid ONNX model ({problem[:300]}); export it again")
+    del proto
+    try:
+        model = ir.load(path)
+    except Exception as error:  # onnx_ir's own types
+        raise CorruptError(f"{path} is not an ONNX model that can be read ({error})") from error
+    for tensor in _external(model):
+        _check_data(path, tensor)
     return model
 
 
