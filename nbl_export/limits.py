@@ -11,6 +11,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import psutil
+
 from nbl_export import cost, roofline
 from nbl_export.errors import CorruptError
 from nbl_export.job import Job
@@ -19,12 +21,19 @@ from nbl_export.reach import cost_model
 
 __all__ = ["limits_of"]
 
+_BYTES = 2 << 30  # free, where measuring takes 0.6 GB
+
 _rates = functools.cache(roofline.measure_machine)  # a machine is measured once by a process
 
 
 def limits_of(job: Job, bench: Mapping[str, Any]) -> dict[str, Any]:
-    """What is to be added to the value of bench.json; nothing where the machine or the decoder is not known."""
+    """What is to be added to the value of bench.json.
+
+    Nothing where machine or decoder are not known, or memory is short.
+    """
     if job.engine.CAPABILITIES.static or job.options.provider != "cpu":
+        return {}
+    if psutil.virtual_memory().available < _BYTES:  # a small machine, which measuring would push into its swap
         return {}
     try:
         costs = cost_model(job)

@@ -51,3 +51,13 @@ def test_nothing_of_a_machine_that_is_not_measured(options: JobOptions) -> None:
     job: Any = Job()
     job.options = options
     assert limits.limits_of(job, {"threads": [1], "timings": []}) == {}
+
+
+def test_nothing_where_memory_is_short(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        limits.psutil, "virtual_memory", lambda: type("M", (), {"available": 1 << 30, "total": 1 << 31})
+    )
+    done = nbl("bench", run, "--repetitions", "2")
+    assert done.status == 0, done.err
+    assert "limits" not in json.loads((run / "bench.json").read_text(encoding="utf-8"))
+    assert "Share of what the machine allows" not in (run / "report.md").read_text(encoding="utf-8")
