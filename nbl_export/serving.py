@@ -50,6 +50,10 @@ def locate(directory: Path, *, original: bool = False, force: bool = False) -> L
         return Located(directory, "ort", provider_of(directory))
     if (directory / RECORD_FILE).is_file():
         return Located(directory, read_record(directory).engine)
+    if directory.suffix == ".gguf":
+        raise NblError(
+            f"{directory} is for llama.cpp, which bench/peers of this project's repository runs beside our graphs"
+        )
     if not (directory / "nbl.json").is_file():
         raise NblError(f"{directory} is neither a run directory nor a model directory; nbl-export --output makes one")
     run = RunDirectory.peek(directory)
