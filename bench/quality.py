@@ -162,7 +162,9 @@ def distilled(bed: Bed, options: argparse.Namespace, orders: Mapping[str, Any]) 
     maps = bed.maps("normed", layers)
     before = bed.prices(maps, "normed", {"independent": layers})["independent"]
     held = bed.held[len(bed.held) // 2 :]
+    busy = time.process_time()
     found = distill(bed.model, maps, bed.training, held, settings, lambda _d, _t: None, "normed", log)
+    busy = time.process_time() - busy
     after = bed.prices(found.maps, "normed", {"distilled": layers})["distilled"]
     removed = {t: 1 - after[t]["increase"] / before[t]["increase"] for t in before}
     log(f"removed: { {t: round(v, 3) for t, v in removed.items()} }")
@@ -170,6 +172,7 @@ def distilled(bed: Bed, options: argparse.Namespace, orders: Mapping[str, Any]) 
         "layers": list(layers),
         "settings": vars(settings),
         "seconds": found.seconds,
+        "cpu_seconds": busy,  # of all threads: on a busy machine a clock says little
         "steps": len(found.train_kl),
         "held_kl": found.held_kl,
         "independent": before,
