@@ -68,7 +68,7 @@ class DistillSettings:
     @property
     def rate(self) -> float:
         """Of learning, at the start."""
-        return self.learning_rate or (1e-2 if self.lora_rank else 1e-3)
+        return (1e-2 if self.lora_rank else 1e-3) if self.learning_rate is None else self.learning_rate
 
 
 @dataclass

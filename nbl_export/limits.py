@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from nbl_export import cost, roofline
-from nbl_export.errors import CorruptError
+from nbl_export.errors import NblError
 from nbl_export.job import Job
 from nbl_export.plan import load_maps
 from nbl_export.reach import cost_model
@@ -37,7 +37,7 @@ def limits_of(job: Job, bench: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     try:
         costs = cost_model(job)
-    except CorruptError:  # a graph alone, whose configuration does not say how wide its MLP is
+    except NblError:  # the checkpoint is gone, or a graph alone, whose configuration does not say how wide its MLP is
         return {}
     sizes = cost.map_sizes(load_maps(job.run.path / "maps.safetensors", job.plan.replaced))
     found = []

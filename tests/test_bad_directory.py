@@ -161,7 +161,7 @@ def test_full_disk(kilobytes: int, same: Same, tmp_path: Path) -> None:
         done = nbl(*same, "--output", run)
         assert done.status == 0, done.err
     finally:
-        subprocess.run(["umount", disk], check=True)
+        subprocess.run(["umount", "--lazy", disk], check=True)  # a session that is not collected yet may hold a file
 
 
 # -- a run directory that was tampered with ----------------------------------------------------------------------
