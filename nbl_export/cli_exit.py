@@ -12,6 +12,7 @@ from nbl_export.errors import NblError
 __all__ = ["GOES_ON", "INTERRUPTED", "Interrupts", "explain", "fail"]
 
 INTERRUPTED = 130
+_LONGEST = 1000  # characters of an error
 GOES_ON = "interrupted; finished stages are kept, the same command goes on from there"
 
 
@@ -51,5 +52,8 @@ def explain(error: Exception) -> NoReturn:
 
 
 def fail(message: str, status: int) -> NoReturn:
-    print(f"nbl-export: {' '.join(message.split())}", file=sys.stderr)
+    said = " ".join(message.split())
+    if len(said) > _LONGEST:  # a name of thousands of characters, say: what happened, and what to do about it
+        said = f"{said[: _LONGEST // 2]} ... {said[-_LONGEST // 2 :]}"
+    print(f"nbl-export: {said}", file=sys.stderr)
     sys.exit(status)

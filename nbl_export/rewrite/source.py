@@ -118,5 +118,5 @@ def save_graph(model: ir.Model, out: Path) -> None:
     beside = bool(_external(model)) or inline > _INLINE_BYTES
     try:
         ir.save(model, out, external_data=f"{out.name}.data" if beside else None)
-    except ValueError as error:
-        raise RefusalError(None, f"it cannot be written ({error})") from error
+    except (ValueError, RuntimeError) as error:  # the latter is onnx_ir's
+        raise RefusalError(None, f"it cannot be written ({str(error)[:300]})") from error
