@@ -217,6 +217,7 @@ MANIFESTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "a list for a goal": (lambda p: edit_options(p, target_speedup=["1.3"]), ("not a manifest", "'target_speedup'")),
     "half a token": (lambda p: edit_options(p, generate_tokens=4.5), ("not a manifest", "'generate_tokens'")),
     "an engine that is an object": (lambda p: edit_options(p, engine={}), ("not a manifest", "'engine'")),
+    "logits of an object": (lambda p: edit(p, logits={"last": "last"}), ("not a manifest", "'logits'")),
     "places of text": (lambda p: edit(p, places="here"), ("not a manifest", "restore it")),
     "a decoder without heads": (lambda p: edit_decoder(p, num_kv_heads=0), ("not a manifest", "at least 1")),
     "a decoder of a name": (lambda p: edit_decoder(p, hidden_size="64"), ("not a manifest", "'hidden_size'")),

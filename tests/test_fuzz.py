@@ -200,7 +200,7 @@ FOUND = {
     "graph inspected": (100064, 100106),
     "graph rewritten": (5, 311, 100198),
     "maps": (328,),
-    "nbl.json inspected": (100004, 100071),
+    "nbl.json inspected": (575, 100004, 100071),
     "nbl.json reported": (100004, 100017, 100026, 100039, 100044, 200001),
     "config.json": (100010,),
     "tokenizer.json": (18, 31, 200009, 200010),
