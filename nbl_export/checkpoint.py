@@ -317,10 +317,10 @@ def _is_whole(target: Path, source: Source) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """What a library says, without torch's own stack and without what points at a report that is not shown."""
+    """What a library says, but for what points at a report that is not shown."""
     if "ignore_mismatched_sizes" in str(error):
         return "weights do not have the shapes that config.json states; fetch the model again"
-    return f"{type(error).__name__}: {str(error).partition('Exception raised from ')[0]}"
+    return f"{type(error).__name__}: {error}"
 
 
 def load_model(directory: Path) -> Any:

@@ -47,12 +47,12 @@ def explain(error: Exception) -> NoReturn:
     if isinstance(error, OSError) and error.strerror:
         fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1)
     if isinstance(error, ValueError):
-        fail(str(error).partition("Exception raised from ")[0], 1)  # torch's own stack follows
+        fail(str(error), 1)
     raise error
 
 
 def fail(message: str, status: int) -> NoReturn:
-    said = " ".join(message.split())
+    said = " ".join(message.partition("Exception raised from ")[0].split())  # behind that, torch's stack in C++
     if len(said) > _LONGEST:  # a name of thousands of characters, say: what happened, and what to do about it
         said = f"{said[: _LONGEST // 2]} ... {said[-_LONGEST // 2 :]}"
     print(f"nbl-export: {said}", file=sys.stderr)

@@ -9,14 +9,17 @@ import onnx
 __all__ = ["check_structure", "skeleton"]
 
 
-def check_structure(proto: Any) -> str:
+def check_structure(bare: Any) -> str:
     """What the checker finds: nodes out of order, attributes without a type, tensors that are not as long as stated.
+
+    Args:
+        bare: a `skeleton`.
 
     Returns:
         the first problem, "" where there is none.
     """
     try:
-        onnx.checker.check_model(skeleton(proto))
+        onnx.checker.check_model(bare)
     except Exception as error:  # checker and protobuf raise several kinds
         return next(iter(str(error).splitlines()), "") or type(error).__name__
     return ""

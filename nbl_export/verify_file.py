@@ -39,10 +39,11 @@ def check_file(
 ) -> list[RungResult]:
     """Rung a: the file is valid ONNX and takes and gives exactly what the plan and `logits` (last or all) say."""
     proto = onnx.load(str(directory / "model.onnx"), load_external_data=False)
-    problem = check_structure(proto)
+    bare = skeleton(proto)
+    problem = check_structure(bare)
     if not problem:
         try:
-            onnx.shape_inference.infer_shapes(skeleton(proto), check_type=True, data_prop=True)
+            onnx.shape_inference.infer_shapes(bare, check_type=True, data_prop=True)
         except Exception as error:  # of several kinds
             problem = str(error).splitlines()[0]
     results = [_verdict("a", subject, "onnx checker and shape inference", not problem, problem)]

@@ -1,6 +1,6 @@
 """Ten thousand hostile files: each ends in success or in one line that says why, and touches nothing of anybody else's.
 
-    pytest -m fuzz tests/test_fuzz.py                         all of them; about half an hour
+    pytest -m fuzz tests/test_fuzz.py                         all of them; ten minutes and more
     NBL_FUZZ_SHARE=0.01 pytest -m fuzz tests/test_fuzz.py     a hundred
 
 `make test` runs a few of each kind. NBL_FUZZ_SEED starts elsewhere.

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from nbl_export.engines.onnx_decoder import GRAPH_FILE
 from nbl_export.errors import CorruptError, NblError, RefusalError
-from nbl_export.onnx_check import check_structure
+from nbl_export.onnx_check import check_structure, skeleton
 
 __all__ = ["data_files", "find_graph", "load_graph", "save_graph"]
 
@@ -71,14 +71,14 @@ def load_graph(path: Path) -> ir.Model:
         raise CorruptError(f"{path} is not an ONNX model that can be read ({error})") from error
     if not proto.graph.node:
         raise CorruptError(f"{path} is not an ONNX model: it has no nodes")
-    problem = check_structure(proto)
+    problem = check_structure(skeleton(proto))
     if problem:
         raise CorruptError(f"{path} is not a valid ONNX model ({problem[:300]}); export it again")
-    del proto
     try:
-        model = ir.load(path)
+        model = ir.from_proto(proto)
     except Exception as error:  # onnx_ir's own types
         raise CorruptError(f"{path} is not an ONNX model that can be read ({error})") from error
+    ir.external_data.set_base_dir(model.graph, path.parent)
     for tensor in _external(model):
         _check_data(path, tensor)
     return model
