@@ -172,15 +172,15 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
+    from nbl_export import narrow as bfloat16
     from nbl_export.artifacts import versions, write_json
     from nbl_export.bench import machine
-    from nbl_export.distill import fast_bfloat16
     from nbl_export.evaluation import measure, tasks
 
     result = json.loads(options.result.read_text(encoding="utf-8")) if options.result.exists() else {"tasks": {}}
     bed = quality.Bed(options.model, options.data, "default", 1, taps=("residual",))
     rows = rows_of(options.rows, bed)
-    narrow = not options.float32 and fast_bfloat16(torch.device("cpu"))
+    narrow = not options.float32 and bfloat16.fast(torch.device("cpu"))
     result |= {"machine": machine(), "versions": versions(("torch", "transformers", "lm_eval"))}
     result |= {"products": "bfloat16" if narrow else "float32", "calibration": bed.text}
     for name in options.tasks.split(","):

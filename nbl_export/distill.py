@@ -29,6 +29,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from nbl_export import narrow
 from nbl_export.blocks import logits_of, multiplier_of, run_from
 from nbl_export.distributed import ALONE, Peers
 from nbl_export.errors import NblError
@@ -112,7 +113,7 @@ class _Twin:
         self.layers = self.decoder.layers
         self.first = min(maps)
         self.tap = tap
-        self.narrow = settings.dtype == "bf16" or (settings.dtype == "auto" and fast_bfloat16(model.device))
+        self.narrow = settings.dtype == "bf16" or (settings.dtype == "auto" and narrow.fast(model.device))
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.affine = nn.ModuleDict(
@@ -137,24 +138,20 @@ class _Twin:
         return switched(self.decoder, {int(i): m for i, m in self.affine.items()}, self.tap, self.first)
 
     @torch.no_grad()
-    def observe(self, ids_BT: torch.Tensor, narrow: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def observe(self, ids_BT: torch.Tensor, in_bfloat16: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """The original's hidden states [B, T, D]: entering the first replaced layer, and the last ones."""
         seen: list[torch.Tensor] = []
         hook = self.layers[self.first].register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
         try:
-            with self._products(narrow):
+            with narrow.products(self.model.device, in_bfloat16):
                 last = self.decoder(input_ids=ids_BT.to(self.model.device), use_cache=False).last_hidden_state
         finally:
             hook.remove()
         return seen[0], last
 
-    def _products(self, narrow: bool) -> torch.autocast:
-        """Within: products in bfloat16, if `narrow`."""
-        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=narrow)
-
     def loss(self, entering_BTD: torch.Tensor, last_BTD: torch.Tensor) -> torch.Tensor:
         """Mean KL over positions, for training."""
-        with self.student(), self._products(self.narrow):
+        with self.student(), narrow.products(self.model.device, self.narrow):
             return self.kl(last_BTD.flatten(0, 1), self.run(entering_BTD).flatten(0, 1))
 
     def run(self, entering_BTD: torch.Tensor) -> torch.Tensor:
@@ -176,14 +173,6 @@ class _Twin:
             return tensor.detach().cpu().numpy().copy()
 
         return {int(i): AffineMap(read(m.linear.weight), read(m.linear.bias)) for i, m in self.affine.items()}
-
-
-def fast_bfloat16(device: torch.device) -> bool:
-    """Whether products of bfloat16 are native: on a CPU from AVX512_BF16 or AMX, on a GPU from compute capability 8."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cpu, from 2.5 on
-    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
 
 
 class _Objective(nn.Module):

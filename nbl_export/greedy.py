@@ -25,7 +25,7 @@ import torch
 from nbl_export.errors import NblError
 from nbl_export.switched import Loss, SwitchedModel
 
-__all__ = ["EVERY", "WIDTH", "GreedyOrder", "extend"]
+__all__ = ["EVERY", "WIDTH", "GreedyOrder", "extend", "judging_windows"]
 
 WIDTH = 8
 EVERY = 2  # positions; each is judged with all before it
@@ -76,6 +76,14 @@ def extend(
             progress(done, total)
         order = _step(order, {layer: loss.kl for layer, loss in losses.items()}, saving or len)
     return order
+
+
+def judging_windows(near_WT: torch.Tensor, far_WT: torch.Tensor | None) -> torch.Tensor:
+    """Windows to judge layers by: all that are near what was calibrated on, and as many spread over what is far."""
+    if far_WT is None:
+        return near_WT
+    spread = torch.linspace(0, len(far_WT) - 1, min(len(near_WT), len(far_WT))).long()
+    return torch.cat([near_WT, far_WT[spread]])
 
 
 def _trials(start: int, length: int, num_layers: int) -> int:

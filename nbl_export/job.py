@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 HELD_BACK_TOKENS = 8192  # the price is taken on the first half, layers and distilled maps are judged by the second
+_FAR_TOKENS = 32_768  # of the text that nobody calibrates on
 DEFAULT_SLOTS, DEFAULT_CHUNK = 2048, 512
 _LEAST_SLOTS = 32
 _MEMORY_SHARE = 0.6  # of the available memory that the weights may take
@@ -192,6 +193,26 @@ class Job:
             return windows
         tokenizer = checkpoint.load_tokenizer(self.checkpoint)
         return corpus.extend(windows, self.text, tokenizer, self.options.distill_tokens, HELD_BACK_TOKENS)
+
+    @functools.cached_property
+    def far_text(self) -> Any:
+        """A text that nobody calibrates on, and that is on every machine."""
+        from nbl_export import corpus
+
+        return corpus.stdlib_text()
+
+    @functools.cached_property
+    def far_windows(self) -> tuple[Any, Any] | None:
+        """Token windows of that text, the first half for the price, the other to judge layers by; None where it is the
+        text of calibration."""
+        from nbl_export import checkpoint, corpus
+
+        if self.far_text.sha256 == self.text_sha256:
+            return None
+        tokenizer, context = checkpoint.load_tokenizer(self.checkpoint), self.options.context
+        half = max(1, _FAR_TOKENS // 2 // context)
+        rows, _ = corpus.pack(self.far_text, tokenizer, 2 * half * context, context, vocab_size=self.spec.vocab_size)
+        return rows[:half], rows[half:]
 
     @property
     def _sampled(self) -> tuple[Any, Any]:

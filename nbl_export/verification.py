@@ -159,15 +159,10 @@ def _greedy(job: Job, subject: str, directory: Path, probe: Any, reference: Any,
 
 def price_texts(job: Job) -> list[tuple[str, Any]]:
     """Held-back windows of the calibration text, and a text that nobody calibrates on."""
-    from nbl_export import checkpoint, corpus
-
     _, held = job.windows
     context = min(job.options.context, job.slots)
     count = max(1, _PRICE_TOKENS // context)
-    other = corpus.stdlib_text()
-    tokenizer = checkpoint.load_tokenizer(job.checkpoint)
-    windows, _ = corpus.pack(other, tokenizer, count * context, context, vocab_size=job.spec.vocab_size)
     texts = [(f"held back from {job.text.name}", held[:count, :context].numpy())]
-    if other.sha256 != job.text.sha256:
-        texts.append((f"{other.name} (not calibrated on)", windows[:count].numpy()))
+    if job.far_windows is not None:
+        texts.append((f"{job.far_text.name} (not calibrated on)", job.far_windows[0][:count, :context].numpy()))
     return texts
