@@ -3,6 +3,7 @@
     python bench/quality.py MODEL DATA plans    [--text c4|default] > bench/results/quality-plans-<model>.json
     python bench/quality.py MODEL DATA distill  [--text c4|default] --layers 0,7,24-29 --minutes 14.5 > ...
     python bench/quality.py MODEL DATA both --text default --layers greedy:8 --minutes 10 > ...
+    python bench/quality.py MODEL DATA ladder --text default --counts 4,8,12 --steps 200 --train-tokens 262144 > ...
 
 DATA holds c4/c4_demo.json, c4/graphmark_c4_realnewslike_500.jsonl, wikitext-2-raw/wiki.valid.raw. Calibrated on 65,536
 tokens in windows of 512, of the first documents of c4_demo.json ("c4") or of the tool's default text. Judged on windows
@@ -12,7 +13,8 @@ is computed once for all rows.
 sets      the sets of layers in --layers, separated by semicolons, independent fit on the residual stream
 plans     every --select at 4, 8, 10, 12 and 15 layers, and the layers 0,7,24-29, independent fit; the paper's tap too
 distill   one set of layers, independent and distilled
-both      one after the other; --layers cca:8, error:8 or greedy:8 takes the layers of that order
+ladder    the tool's own layers (efficient) at each of --counts: dropped, independent, distilled; --keep DIR: maps
+both      plans and distill; --layers cca:8, error:8 or greedy:8 takes the layers of that order
 """
 
 from __future__ import annotations
@@ -66,6 +68,10 @@ class Bed:
             ),
             "realnews": self._spread(self._ids(news(data)), windows),
         }
+        far = corpus.stdlib_text()
+        rows, _ = corpus.pack(far, self.tokenizer, 32_768, CONTEXT)
+        self.far = rows[len(rows) // 2 :]  # as the tool: the first half is priced, the second half judges layers
+        self.texts[far.name] = self._spread(rows[: len(rows) // 2].flatten(), windows)
         started = time.monotonic()
         self.moments = calibrate.collect(self.model, self.windows, lambda _d, _t: None, taps) if taps else {}
         log(f"moments: {time.monotonic() - started:.0f} s")
@@ -81,6 +87,13 @@ class Bed:
 
         rows = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
         return rows[torch.linspace(0, len(rows) - 1, count).long()]
+
+    @property
+    def judging(self) -> Any:
+        """What the tool judges layers by."""
+        from nbl_export.greedy import judging_windows
+
+        return judging_windows(self.held[len(self.held) // 2 :][: 2048 // CONTEXT], self.far)
 
     def maps(self, tap: str, layers: Any) -> dict[int, Any]:
         from nbl_export import lmmse
@@ -119,8 +132,7 @@ def plans(bed: Bed) -> dict[str, Any]:
     scores = [lmmse.score(m, i) for i, m in enumerate(bed.moments["residual"])]
     started = time.monotonic()
     switched = SwitchedModel(bed.model, maps, "normed")
-    judging = bed.held[len(bed.held) // 2 :][: 2048 // CONTEXT]
-    greedy = extend(GreedyOrder(), max(COUNTS), switched, len(layers), judging, lambda _d, _t: None)
+    greedy = extend(GreedyOrder(), max(COUNTS), switched, len(layers), bed.judging, lambda _d, _t: None)
     seconds = time.monotonic() - started
     log(f"greedy: {list(greedy.layers)} in {seconds:.0f} s")
     orders = {"cca": ranked(scores, "cca"), "error": ranked(scores, "error"), "greedy": greedy.layers}
@@ -146,7 +158,6 @@ def _dropped(maps: Mapping[int, Any]) -> dict[int, Any]:
 
 def distilled(bed: Bed, options: argparse.Namespace, orders: Mapping[str, Any]) -> dict[str, Any]:
     """Independent and distilled maps of one set of layers."""
-    from nbl_export.distill import UNLIMITED, DistillSettings, distill
     from nbl_export.plan import parse_layers
 
     select, _, count = options.layers.partition(":")
@@ -155,6 +166,13 @@ def distilled(bed: Bed, options: argparse.Namespace, orders: Mapping[str, Any]) 
     else:
         layers = parse_layers(options.layers, len(bed.moments["residual"]))
     assert isinstance(layers, tuple), "name the layers"
+    return trained(bed, options, layers)[0]
+
+
+def trained(bed: Bed, options: argparse.Namespace, layers: tuple[int, ...]) -> tuple[dict[str, Any], dict[int, Any]]:
+    """Facts about the independent and the distilled maps of layers, and the latter."""
+    from nbl_export.distill import UNLIMITED, DistillSettings, distill
+
     settings = DistillSettings(
         options.steps or UNLIMITED, options.minutes, dtype="auto", lora_rank=options.lora_rank or None,
         **({"learning_rate": options.rate} if options.rate else {}),
@@ -168,7 +186,7 @@ def distilled(bed: Bed, options: argparse.Namespace, orders: Mapping[str, Any]) 
     after = bed.prices(found.maps, "normed", {"distilled": layers})["distilled"]
     removed = {t: 1 - after[t]["increase"] / before[t]["increase"] for t in before}
     log(f"removed: { {t: round(v, 3) for t, v in removed.items()} }")
-    return {
+    facts = {
         "layers": list(layers),
         "settings": vars(settings),
         "seconds": found.seconds,
@@ -179,17 +197,61 @@ def distilled(bed: Bed, options: argparse.Namespace, orders: Mapping[str, Any]) 
         "distilled": after,
         "removed": removed,
     }
+    return facts, found.maps
+
+
+def ladder(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
+    """The tool's own layers at several counts."""
+    import torch
+
+    from nbl_export import narrow
+    from nbl_export.cost import map_sizes
+    from nbl_export.greedy import GreedyOrder, extend
+    from nbl_export.plan import save_maps
+    from nbl_export.switched import SwitchedModel
+
+    counts = [int(n) for n in options.counts.split(",")]
+    layers = range(len(bed.moments["residual"]))
+    maps = bed.maps("normed", layers)
+    costs, sizes, cpu = cost_model(bed), map_sizes(maps), torch.device("cpu")
+    whole = costs.prefill_flops({})
+    started = time.monotonic()
+    with narrow.products(cpu, narrow.fast(cpu)):
+        order = extend(
+            GreedyOrder(), max(counts), SwitchedModel(bed.model, maps, "normed"), len(layers), bed.judging,
+            lambda _d, _t: None, lambda gone: 1 - costs.prefill_flops({i: sizes[i] for i in gone}) / whole,
+        )  # fmt: skip
+    log(f"efficient: {list(order.layers)} in {time.monotonic() - started:.0f} s")
+    rows = {}
+    for count in counts:
+        mix = tuple(sorted(order.layers[:count]))
+        speed = costs.speedup_of_sizes({i: sizes[i] for i in mix}).prefill
+        dropped = bed.prices(_dropped(maps), "normed", {"drop": mix})["drop"]
+        facts, found = trained(bed, options, mix)
+        rows[count] = {"modelled_prefill": speed, "drop": dropped, **facts}
+        if options.keep:
+            options.keep.mkdir(parents=True, exist_ok=True)
+            save_maps(found, options.keep / f"{count}.safetensors", "normed")
+            (options.keep / f"{count}.json").write_text(json.dumps(rows[count], indent=1), encoding="utf-8")
+    return {"order": list(order.layers), "kl": list(order.kl), "rows": rows}
+
+
+def cost_model(bed: Bed) -> Any:
+    """Of a prefill of 512 tokens in float32."""
+    from nbl_export.cost import CostModel
+
+    return CostModel(bed.spec, bed.model.config.intermediate_size, 4.0, 4.0, 4)
 
 
 def sets(bed: Bed, named: Sequence[str]) -> dict[str, Any]:
     """Rows of sets of layers, by their names, and what the cost model says of a prefill of 512 tokens in float32."""
-    from nbl_export.cost import CostModel, map_sizes
+    from nbl_export.cost import map_sizes
     from nbl_export.plan import parse_layers
 
     count = len(bed.moments["residual"])
     maps = bed.maps("residual", range(count))
     mixes = {name: tuple(parse_layers(name, count)) for name in named}  # type: ignore[arg-type]
-    costs = CostModel(bed.spec, bed.model.config.intermediate_size, 4.0, 4.0, 4)
+    costs = cost_model(bed)
     speed = {n: costs.speedup_of_sizes(map_sizes({i: maps[i] for i in mix})).prefill for n, mix in mixes.items()}
     return {"modelled_prefill": speed, "residual": bed.prices(maps, "residual", mixes)}
 
@@ -198,10 +260,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
-    parser.add_argument("what", choices=("plans", "distill", "both", "sets"))
+    parser.add_argument("what", choices=("plans", "distill", "both", "sets", "ladder"))
     parser.add_argument("--text", choices=("c4", "default"), default="c4")
     parser.add_argument("--windows", type=int, default=16, help="of each text to judge by")
     parser.add_argument("--layers", default="0,7,24-29")
+    parser.add_argument("--counts", default=",".join(map(str, COUNTS)), help="of layers, for ladder")
+    parser.add_argument("--keep", type=Path, help="directory for the distilled maps of ladder")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--train-tokens", type=int, default=TOKENS, help="to distil on")
     parser.add_argument("--steps", type=int)
@@ -214,11 +278,13 @@ def main() -> None:
     bed = Bed(options.model, options.data, options.text, options.windows, options.train_tokens)
     if options.what == "sets":
         result = sets(bed, options.layers.split(";"))
+    elif options.what == "ladder":
+        result = ladder(bed, options)
     else:
         result = plans(bed) if options.what != "distill" else {}
     if options.what in ("distill", "both"):
         result["distill"] = distilled(bed, options, result.get("orders", {}))
-    asked = {k: v for k, v in vars(options).items() if k not in ("model", "data")}
+    asked = {k: v for k, v in vars(options).items() if k not in ("model", "data", "keep")}
     about = {"asked": asked, "calibration": {**bed.text, "tokens": int(bed.windows.numel())}, "machine": machine()}
     print(json.dumps({**about, "versions": versions(("torch", "transformers")), **result}, indent=1))
 

@@ -7,7 +7,9 @@ of. After the first round, which tries every layer, a round tries only the WIDTH
 were last tried. What a layer adds grows as others go, so a layer that is not tried is one that was dearer already.
 
 With `saving` (select "efficient") the layer goes that loses least for the work it saves: the topmost attention saves
-most, since everything above the last kept one runs on one token (`cost`), so it is always tried.
+most, since everything above the last kept one runs on one token (`cost`), so it is always tried. Work counts by its
+square root: by its full amount SmolLM2's layer 24 was worth four times the loss of a layer in the middle, and cost most
+on text unlike that of calibration (bench/README.md).
 
 Cost, in passes of the decoder over the text (a trial runs the layers from its own upward, half of them on average,
 and the head): layers / 2 for the first round and WIDTH / 2 + 1 for every further one.
@@ -113,7 +115,8 @@ def _step(order: GreedyOrder, kl: dict[int, float], saving: Callable[[Sequence[i
     if not finite:
         raise NblError(f"the map of layer {min(kl)} gives logits that are not finite; give more --calibration-tokens")
     saved = saving(order.layers)
-    price = {i: (value - before) / max(saving((*order.layers, i)) - saved, _NOTHING) for i, value in finite.items()}
+    work = {i: max(saving((*order.layers, i)) - saved, _NOTHING) for i in finite}
+    price = {i: (value - before) / math.sqrt(work[i]) for i, value in finite.items()}
     best = min(price, key=lambda layer: (price[layer], layer))
     added = {**dict(order.added), **{layer: finite.get(layer, _NEVER) - before for layer in kl}}
     del added[best]

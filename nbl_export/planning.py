@@ -160,7 +160,7 @@ class Selection:
     @property
     def _greedy_key(self) -> str:
         options = self._options
-        weighed = [options.kept_logits] if self.select == "efficient" else []
+        weighed = [options.kept_logits, "square root"] if self.select == "efficient" else []
         calibrated = self._job.run.stages["calibrate"]["key"]
         judged = self._job.far_text.sha256
         return key_of("greedy", calibrated, judged, options.tap, options.method, options.rank, *weighed)

@@ -122,13 +122,24 @@ def test_what_saves_more_may_lose_more() -> None:
 
     def saving(gone: Any) -> float:
         tail = next(n for n in range(31) if 29 - n not in gone)
-        return len(gone) + 1e5 * tail
+        return len(gone) + 1e10 * tail
 
     order = extend(GreedyOrder(), 4, planted, 30, HELD[:1], quiet, saving)
     assert order.layers == (29, 28, 27, 26)
     assert all(29 - k in tried for k, tried in enumerate(planted.tried))
     assert [len(t) for t in planted.tried] == [30] + [greedy.WIDTH] * 3
     assert extend(GreedyOrder(), 4, planted, 30, HELD[:1], quiet).layers != order.layers
+
+
+@pytest.mark.parametrize(("work", "first"), [(3.5, 1), (4.5, 0)])
+def test_twice_the_loss_is_for_four_times_the_work(work: float, first: int) -> None:
+    class Two(Planted):
+        def losses(self, _ids: Any, _original: Any, mixes: Any, _every: int) -> dict[int, Loss]:
+            return {i: Loss(1, 0.2 if i == 0 else 0.1) for i in mixes}
+
+    planted: Any = Two()
+    order = extend(GreedyOrder(), 1, planted, 2, HELD[:1], quiet, lambda gone: sum(work if i == 0 else 1 for i in gone))
+    assert order.layers == (first,)
 
 
 def test_the_model_comes_back_as_it_was(checkpoint: Checkpoint) -> None:
