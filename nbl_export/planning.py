@@ -126,7 +126,7 @@ class Selection:
             return ranked(self.scores, self.select)[:count]
         self._greedy = self._greedy or self._recorded()
         if len(self._greedy.layers) < count:
-            far = self._job.far_windows
+            far = None if self._options.data_free else self._job.far_windows  # data-free reads no text
             windows = judging_windows(self.judging_windows, far[1] if far else None)
             layers = self._job.spec.num_layers
             device = self._job.model.device
@@ -162,7 +162,7 @@ class Selection:
         options = self._options
         weighed = [options.kept_logits, "square root"] if self.select == "efficient" else []
         calibrated = self._job.run.stages["calibrate"]["key"]
-        judged = self._job.far_text.sha256
+        judged = None if options.data_free else self._job.far_text.sha256
         return key_of("greedy", calibrated, judged, options.tap, options.method, options.rank, *weighed)
 
     def facts(self) -> dict[str, Any]:
