@@ -1,4 +1,4 @@
-"""What choice of layers and fit are worth: KL and perplexity on three texts, the same windows for every row.
+"""What choice of layers and fit are worth: KL and perplexity on four texts, the same windows for every row.
 
     python bench/quality.py MODEL DATA plans    [--text c4|default] > bench/results/quality-plans-<model>.json
     python bench/quality.py MODEL DATA distill  [--text c4|default] --layers 0,7,24-29 --minutes 14.5 > ...
@@ -91,9 +91,9 @@ class Bed:
     @property
     def judging(self) -> Any:
         """What the tool judges layers by."""
-        from nbl_export.greedy import judging_windows
+        from nbl_export.greedy import near_and_far
 
-        return judging_windows(self.held[len(self.held) // 2 :][: 2048 // CONTEXT], self.far)
+        return near_and_far(self.held[len(self.held) // 2 :][: 2048 // CONTEXT], self.far)
 
     def maps(self, tap: str, layers: Any) -> dict[int, Any]:
         from nbl_export import lmmse
@@ -214,12 +214,11 @@ def ladder(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     layers = range(len(bed.moments["residual"]))
     maps = bed.maps("normed", layers)
     costs, sizes, cpu = cost_model(bed), map_sizes(maps), torch.device("cpu")
-    whole = costs.prefill_flops({})
     started = time.monotonic()
     with narrow.products(cpu, narrow.fast(cpu)):
         order = extend(
             GreedyOrder(), max(counts), SwitchedModel(bed.model, maps, "normed"), len(layers), bed.judging,
-            lambda _d, _t: None, lambda gone: 1 - costs.prefill_flops({i: sizes[i] for i in gone}) / whole,
+            lambda _d, _t: None, lambda gone: costs.prefill_saved({i: sizes[i] for i in gone}),
         )  # fmt: skip
     log(f"efficient: {list(order.layers)} in {time.monotonic() - started:.0f} s")
     rows = {}

@@ -10,7 +10,7 @@ on g (at the tap) towards one of
     original      y = attention(norm(h))
     correcting    y = (h + attention(norm(h))) - g       also puts right what the layers below lost
 
-Judged as `bench/quality.py` judges: three texts, of which only c4_demo.json's beginning is calibrated on.
+Judged as `bench/quality.py` judges: on texts of which only c4_demo.json's beginning is calibrated on.
 """
 
 from __future__ import annotations

@@ -153,9 +153,8 @@ def rows_of(named: Sequence[str], bed: Any) -> list[Row]:
             rows.append(Row(name, load_maps(Path(which), layers), tap or "residual", {"how": how}))
             continue
         layers = tuple(parse_layers(which, bed.spec.num_layers))  # type: ignore[arg-type]
-        maps = bed.maps("residual", layers)
-        if how == "drop":
-            maps = {i: methods.drop_map(m.bias.shape[0]) for i, m in maps.items()}
+        dropped = methods.drop_map(bed.spec.hidden_size)
+        maps = dict.fromkeys(layers, dropped) if how == "drop" else bed.maps("residual", layers)
         rows.append(Row(name, maps, "residual", {"how": how}))
     return rows
 
@@ -178,7 +177,9 @@ def main() -> None:
     from nbl_export.evaluation import measure, tasks
 
     result = json.loads(options.result.read_text(encoding="utf-8")) if options.result.exists() else {"tasks": {}}
-    bed = quality.Bed(options.model, options.data, "default", 1, taps=("residual",))
+    bed = quality.Bed(
+        options.model, options.data, "default", 1, taps=("residual",) if any("=cca:" in r for r in options.rows) else ()
+    )
     rows = rows_of(options.rows, bed)
     narrow = not options.float32 and bfloat16.fast(torch.device("cpu"))
     result |= {"machine": machine(), "versions": versions(("torch", "transformers", "lm_eval"))}

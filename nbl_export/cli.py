@@ -98,15 +98,24 @@ def root(
     if model is None or output is None:
         missing = "--model" if model is None else "--output"
         raise typer.BadParameter("is needed for the main job", param_hint=missing)
+    _main_job(given)
+
+
+def _main_job(given: dict[str, Any]) -> None:
+    """Run it with the options of `root`, by name."""
     from nbl_export.pipeline import run_job
     from nbl_export.preflight import engine_defaults
     from nbl_export.records import JobOptions
 
+    model, engine, output = given["model"], given["engine"], given["output"]
     asked = {field.name for field in dataclasses.fields(JobOptions)} - {"model", "engine"} | {"depth", "batch"}
     chosen = opt.given_options(**{name: value for name, value in given.items() if name in asked})
-    defaults = {**engine_defaults(engine, provider or "cpu"), **({"tap": "normed"} if fit == "distilled" else {})}
+    defaults = {
+        **engine_defaults(engine, given["provider"] or "cpu"),
+        **({"tap": "normed"} if given["fit"] == "distilled" else {}),
+    }
     options = JobOptions(**{**defaults, "model": model, "engine": engine, **chosen})
-    if run_job(options, output, _ui(), force=force) is not None:
+    if run_job(options, output, _ui(), force=given["force"]) is not None:
         print(output / "report.html")
 
 

@@ -106,6 +106,10 @@ class CostModel:
         """Additions and multiplications of the prefill that the model is set to."""
         return self.prefill(sizes, self.tokens).flops
 
+    def prefill_saved(self, sizes: Mapping[int, int]) -> float:
+        """Share of that which maps of these sizes save."""
+        return 1 - self.prefill_flops(sizes) / self.prefill_flops({})
+
     def prefill(self, sizes: Mapping[int, int], tokens: int, depth: int = 0) -> Work:
         """A chunk of tokens after `depth` cached ones, with maps of these sizes; none of them: of the original."""
         return Work(self._flops(sizes, tokens, depth), self._bytes(sizes, tokens, depth))

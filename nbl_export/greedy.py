@@ -27,7 +27,7 @@ import torch
 from nbl_export.errors import NblError
 from nbl_export.switched import Loss, SwitchedModel
 
-__all__ = ["EVERY", "WIDTH", "GreedyOrder", "extend", "judging_windows"]
+__all__ = ["EVERY", "WIDTH", "GreedyOrder", "extend", "near_and_far"]
 
 WIDTH = 8
 EVERY = 2  # positions; each is judged with all before it
@@ -80,7 +80,7 @@ def extend(
     return order
 
 
-def judging_windows(near_WT: torch.Tensor, far_WT: torch.Tensor | None) -> torch.Tensor:
+def near_and_far(near_WT: torch.Tensor, far_WT: torch.Tensor | None) -> torch.Tensor:
     """Windows to judge layers by: all that are near what was calibrated on, and as many spread over what is far."""
     if far_WT is None:
         return near_WT

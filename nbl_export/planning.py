@@ -19,7 +19,7 @@ from nbl_export import blocks, calibrate, lmmse, methods, narrow
 from nbl_export.artifacts import key_of
 from nbl_export.cost import map_sizes
 from nbl_export.goals import goal_of, read_rank
-from nbl_export.greedy import GreedyOrder, extend, judging_windows
+from nbl_export.greedy import GreedyOrder, extend, near_and_far
 from nbl_export.job import Job
 from nbl_export.plan import choose, ranked
 from nbl_export.reach import count_for_goal
@@ -127,7 +127,7 @@ class Selection:
         self._greedy = self._greedy or self._recorded()
         if len(self._greedy.layers) < count:
             far = None if self._options.data_free else self._job.far_windows  # data-free reads no text
-            windows = judging_windows(self.judging_windows, far[1] if far else None)
+            windows = near_and_far(self.judging_windows, far[1] if far else None)
             layers = self._job.spec.num_layers
             device = self._job.model.device
             with (
@@ -146,8 +146,7 @@ class Selection:
 
         model = dataclasses.replace(cost_model(self._job), tokens=_WEIGHED_TOKENS)
         sizes = map_sizes({i: self.map_of(i) for i in range(self._job.spec.num_layers)})
-        whole = model.prefill_flops({})
-        return lambda gone: 1 - model.prefill_flops({i: sizes[i] for i in gone}) / whole
+        return lambda gone: model.prefill_saved({i: sizes[i] for i in gone})
 
     def _recorded(self) -> GreedyOrder:
         """The order that the manifest knows, where it was made from the same inputs."""

@@ -4,8 +4,8 @@
     target-speedup            the first m whose modelled speed-up reaches it
     kv-budget                 the first m whose caches fit; needs no order
 
-Perplexity is taken with the maps of the plan, before any distillation, on the held-back text that the layers are
-chosen by; what the plan costs on the texts of the price is said beside it.
+Perplexity is taken with the maps of the plan, before any distillation, on the held-back part of the text
+that the layers are chosen by; what the plan costs on the texts of the price is said beside it.
 """
 
 from __future__ import annotations

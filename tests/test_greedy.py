@@ -203,14 +203,19 @@ def test_layers_are_judged_on_another_text_too_and_on_nothing_that_is_priced(
         options = located(JobOptions.from_json(opened.manifest["options"]), opened)
         job = Job(options, opened, Ui(quiet=True))
         seen: list[Any] = []
+        narrow: list[bool] = []
 
         def note(order: GreedyOrder, *given: Any) -> GreedyOrder:
             seen.append(given[3])
+            narrow.append(torch.is_autocast_enabled("cpu"))
             return order
 
         monkeypatch.setattr("nbl_export.planning.extend", note)
-        Selection(job, select="greedy").order(1)
-        (windows,) = seen
+        for native in (True, False):  # products of bfloat16, in which trials are computed where they are
+            monkeypatch.setattr("nbl_export.narrow.fast", lambda _device, native=native: native)
+            Selection(job, select="greedy").order(1)
+        assert narrow == [True, False]
+        windows = seen[0]
         held, (name, far) = job.windows[1], price_texts(job)[1]
     half = len(windows) // 2
     assert windows[:half].tolist() == held[len(held) // 2 :][:half].tolist()  # the price is taken on the first half
