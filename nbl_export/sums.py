@@ -27,6 +27,8 @@ __all__ = ["REFERENCE_ROWS", "Accumulator", "Sums"]
 
 REFERENCE_ROWS = 128
 _BLOCK = 4096
+_PARTS = 3  # of the columns, in X'X
+_FEW = 8  # rows that are summed in float32
 _MASSIVE = 4.0  # times the median row norm
 _STEPS = 2.0**12  # whole numbers to a typical entry: 2^53 / _STEPS^2 leaves 2^29 tokens of typical rows
 _FINE = 2.0**12  # of the plain sums, which hold one factor instead of two
@@ -96,18 +98,20 @@ class Accumulator:
             self._refer(x_ND[:REFERENCE_ROWS], y_ND[:REFERENCE_ROWS], massive[:REFERENCE_ROWS])
         self.count += x_ND.shape[0]
         x_ND, y_ND = (x_ND - self._x_ref).mul_(self._x_scale), (y_ND - self._y_ref).mul_(self._y_scale)
-        if massive.any():
-            self._add(x_ND[massive].double(), y_ND[massive].double())
-            x_ND[massive], y_ND[massive] = 0, 0  # zero rows add nothing, and leave the others where they are
+        apart = massive.nonzero().flatten()
+        if len(apart):
+            self._add(x_ND[apart].double(), y_ND[apart].double())
+            for rows in (x_ND, y_ND):
+                rows.index_fill_(0, apart, 0.0)  # zero rows add nothing, and leave the others where they are
         for x, y in zip(x_ND.split(_BLOCK), y_ND.split(_BLOCK), strict=True):
             self._add(x, y)
 
     def _add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        self._x_sum += (x.sum(0, dtype=torch.float64) * _FINE).round_() / _FINE
-        self._y_sum += (y.sum(0, dtype=torch.float64) * _FINE).round_() / _FINE
-        self._xx += (x.T @ x).round_()
+        self._x_sum += (_total(x) * _FINE).round_() / _FINE
+        self._y_sum += (_total(y) * _FINE).round_() / _FINE
+        self._xx += _gram(x).round_()
         self._yx += (y.T @ x).round_()
-        self._yy += (y.T @ y).round_()
+        self._yy += _gram(y).round_()
 
     def _refer(self, x_ND: torch.Tensor, y_ND: torch.Tensor, massive: torch.Tensor) -> None:
         x_ref, y_ref = x_ND[~massive].mean(0), y_ND[~massive].mean(0)
@@ -155,6 +159,25 @@ class Accumulator:
         self._xx = sums.xx.to(device) / torch.outer(x, x)
         self._yx = sums.yx.to(device) / torch.outer(y, x)
         self._yy = sums.yy.to(device) / torch.outer(y, y)
+
+
+def _gram(rows_ND: torch.Tensor) -> torch.Tensor:
+    """X'X [D, D]: a third of it is the mirror image of the rest, and is not multiplied."""
+    gram = rows_ND.new_empty(rows_ND.shape[1], rows_ND.shape[1])
+    begin = 0
+    for part in rows_ND.tensor_split(_PARTS, dim=1):
+        end = begin + part.shape[1]
+        gram[begin:end, begin:] = part.T @ rows_ND[:, begin:]
+        gram[end:, begin:end] = gram[begin:end, end:].T
+        begin = end
+    return gram
+
+
+def _total(rows_ND: torch.Tensor) -> torch.Tensor:
+    """Sum over rows [D], float64: of a few rows at a time in their own type first."""
+    whole = len(rows_ND) // _FEW * _FEW
+    few = rows_ND[:whole].unflatten(0, (-1, _FEW)).sum(1) if whole else rows_ND[:0]
+    return few.sum(0, dtype=torch.float64) + rows_ND[whole:].sum(0, dtype=torch.float64)
 
 
 def _unit(x_ND: torch.Tensor) -> torch.Tensor:
