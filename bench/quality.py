@@ -123,19 +123,19 @@ def news(data: Path) -> list[str]:
 def plans(bed: Bed) -> dict[str, Any]:
     """Rows of the independent fit."""
     from nbl_export import lmmse
-    from nbl_export.greedy import GreedyOrder, extend
     from nbl_export.plan import ranked
-    from nbl_export.switched import SwitchedModel
 
     layers = range(len(bed.moments["residual"]))
     maps = bed.maps("normed", layers)
     scores = [lmmse.score(m, i) for i, m in enumerate(bed.moments["residual"])]
-    started = time.monotonic()
-    switched = SwitchedModel(bed.model, maps, "normed")
-    greedy = extend(GreedyOrder(), max(COUNTS), switched, len(layers), bed.judging, lambda _d, _t: None)
-    seconds = time.monotonic() - started
-    log(f"greedy: {list(greedy.layers)} in {seconds:.0f} s")
-    orders = {"cca": ranked(scores, "cca"), "error": ranked(scores, "error"), "greedy": greedy.layers}
+    greedy, seconds = judged(bed, maps, max(COUNTS), "greedy")
+    efficient, _ = judged(bed, maps, max(COUNTS), "efficient")
+    orders = {
+        "cca": ranked(scores, "cca"),
+        "error": ranked(scores, "error"),
+        "greedy": greedy.layers,
+        "efficient": efficient.layers,
+    }
     mixes = {f"{name} {m}": tuple(sorted(order[:m])) for name, order in orders.items() for m in COUNTS}
     rows = bed.prices(maps, "normed", mixes)
     paper = {f"cca {m}": mixes[f"cca {m}"] for m in COUNTS}
@@ -200,27 +200,34 @@ def trained(bed: Bed, options: argparse.Namespace, layers: tuple[int, ...]) -> t
     return facts, found.maps
 
 
-def ladder(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
-    """The tool's own layers at several counts."""
+def judged(bed: Bed, maps: Mapping[int, Any], count: int, select: str) -> tuple[Any, float]:
+    """Layers as the tool chooses them by trials, on the normed tap, and the seconds that it took."""
     import torch
 
     from nbl_export import narrow
     from nbl_export.cost import map_sizes
     from nbl_export.greedy import GreedyOrder, extend
-    from nbl_export.plan import save_maps
     from nbl_export.switched import SwitchedModel
 
-    counts = [int(n) for n in options.counts.split(",")]
-    layers = range(len(bed.moments["residual"]))
-    maps = bed.maps("normed", layers)
     costs, sizes, cpu = cost_model(bed), map_sizes(maps), torch.device("cpu")
-    started = time.monotonic()
+    saved = {"efficient": (lambda gone: costs.prefill_saved({i: sizes[i] for i in gone}),), "greedy": ()}[select]
+    started, switched = time.monotonic(), SwitchedModel(bed.model, maps, "normed")
     with narrow.products(cpu, narrow.fast(cpu)):
-        order = extend(
-            GreedyOrder(), max(counts), SwitchedModel(bed.model, maps, "normed"), len(layers), bed.judging,
-            lambda _d, _t: None, lambda gone: costs.prefill_saved({i: sizes[i] for i in gone}),
-        )  # fmt: skip
-    log(f"efficient: {list(order.layers)} in {time.monotonic() - started:.0f} s")
+        order = extend(GreedyOrder(), count, switched, len(maps), bed.judging, lambda _d, _t: None, *saved)
+    seconds = time.monotonic() - started
+    log(f"{select}: {list(order.layers)} in {seconds:.0f} s")
+    return order, seconds
+
+
+def ladder(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
+    """The tool's own layers at several counts."""
+    from nbl_export.cost import map_sizes
+    from nbl_export.plan import save_maps
+
+    counts = [int(n) for n in options.counts.split(",")]
+    maps = bed.maps("normed", range(len(bed.moments["residual"])))
+    order, _ = judged(bed, maps, max(counts), "efficient")
+    costs, sizes = cost_model(bed), map_sizes(maps)
     rows = {}
     for count in counts:
         mix = tuple(sorted(order.layers[:count]))

@@ -127,7 +127,7 @@ Tap = Annotated[
     typer.Option(help="What a map is applied to: residual (default) or normed (default of --fit distilled)."),
 ]
 Fit = Annotated[str | None, typer.Option(help="independent (closed form, default) or distilled (trained from there).")]
-DistillSteps = Annotated[int | None, typer.Option(min=1, help="Training steps of --fit distilled (default 200).")]
+DistillSteps = Annotated[int | None, typer.Option(min=1, help="Training steps of --fit distilled (default 320).")]
 DistillMinutes = Annotated[float | None, typer.Option(help="Stop --fit distilled after so many minutes.")]
 DistillTokens = Annotated[
     int | None,

@@ -38,7 +38,7 @@ from nbl_export.records import AffineMap
 
 __all__ = ["DEFAULT_STEPS", "UNLIMITED", "DistillSettings", "Distilled", "State", "distill"]
 
-DEFAULT_STEPS = 200
+DEFAULT_STEPS = 320
 UNLIMITED = 1_000_000  # steps, where minutes are given
 _LOGIT_ROWS = 512  # positions whose logits are held at once
 

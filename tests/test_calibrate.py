@@ -67,6 +67,19 @@ def test_normed_tap_sees_what_attention_sees(checkpoint: Checkpoint) -> None:
     assert not torch.allclose(found["normed"][1].x_sum, found["residual"][1].x_sum)
 
 
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (7, 2), (8, 3), (9, 64), (130, 5)])
+def test_sums_of_any_shape(rows: int, size: int) -> None:
+    """Fewer columns than parts of X'X, fewer rows than are summed at once, and what is left over of both."""
+    generator = torch.Generator().manual_seed(rows)
+    x, y = (torch.randn(rows, size, generator=generator) for _ in range(2))
+    accumulator = Accumulator(size)
+    accumulator.start(*torch.zeros(2, size), *torch.ones(2, size))
+    accumulator.update(x, y)
+    found, (x, y) = accumulator.sums(), (x.double(), y.double())
+    for name, sums in {"x_sum": x.sum(0), "y_sum": y.sum(0), "xx": x.T @ x, "yx": y.T @ x, "yy": y.T @ y}.items():
+        torch.testing.assert_close(getattr(found, name), sums, rtol=1e-5, atol=1e-4)
+
+
 def test_maps_agree_with_a_float64_fit_despite_massive_activations() -> None:
     """Residual rows like a real model's: a few tokens with a thousand times the norm, correlated directions."""
     generator = torch.Generator().manual_seed(0)
