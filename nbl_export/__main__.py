@@ -1,11 +1,19 @@
 """`python -m nbl_export` is `nbl-export`."""
 
+import os
+import sys
+
 from nbl_export.cli import main
+from nbl_export.cli_exit import INTERRUPTED
 
 if __name__ == "__main__":
     try:
         main()
-    finally:
+    except SystemExit as end:
         # CPython (Modules/main.c, Python/pythonrun.c) ends `python -m` by SIGINT, whatever its status, where a
-        # KeyboardInterrupt has left an exec() of a string, as importing dataclasses does; the next one forgets it.
-        exec("")
+        # KeyboardInterrupt has left code made of a string, as importing dataclasses runs it: so end without it.
+        if end.code == INTERRUPTED:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
+        raise
