@@ -210,10 +210,11 @@ def judged(bed: Bed, maps: Mapping[int, Any], count: int, select: str) -> tuple[
     from nbl_export.switched import SwitchedModel
 
     costs, sizes, cpu = cost_model(bed), map_sizes(maps), torch.device("cpu")
-    saved = {"efficient": (lambda gone: costs.prefill_saved({i: sizes[i] for i in gone}),), "greedy": ()}[select]
+    saved: Any = lambda gone: costs.prefill_saved({i: sizes[i] for i in gone})  # noqa: E731
+    weighed = saved if select == "efficient" else None
     started, switched = time.monotonic(), SwitchedModel(bed.model, maps, "normed")
     with narrow.products(cpu, narrow.fast(cpu)):
-        order = extend(GreedyOrder(), count, switched, len(maps), bed.judging, lambda _d, _t: None, *saved)
+        order = extend(GreedyOrder(), count, switched, len(maps), bed.judging, lambda _d, _t: None, weighed)
     seconds = time.monotonic() - started
     log(f"{select}: {list(order.layers)} in {seconds:.0f} s")
     return order, seconds

@@ -1,5 +1,6 @@
 """`python -m nbl_export` is `nbl-export`."""
 
+import contextlib
 import os
 import sys
 
@@ -13,7 +14,8 @@ if __name__ == "__main__":
         # CPython (Modules/main.c, Python/pythonrun.c) ends `python -m` by SIGINT, whatever its status, where a
         # KeyboardInterrupt has left code made of a string, as importing dataclasses runs it: so end without it.
         if end.code == INTERRUPTED:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError):  # nobody reads it any more
+                    stream.flush()
             os._exit(INTERRUPTED)
         raise

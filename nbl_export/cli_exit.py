@@ -55,5 +55,5 @@ def fail(message: str, status: int) -> NoReturn:
     said = " ".join(message.partition("Exception raised from ")[0].split())  # behind that, torch's stack in C++
     if len(said) > _LONGEST:  # a name of thousands of characters, say: what happened, and what to do about it
         said = f"{said[: _LONGEST // 2]} ... {said[-_LONGEST // 2 :]}"
-    print(f"nbl-export: {said}", file=sys.stderr)
+    sys.stderr.write(f"nbl-export: {said}\n")
     sys.exit(status)

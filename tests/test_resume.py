@@ -259,17 +259,25 @@ def test_interrupt_a_process_of_its_own(line: str, more: Same, same: Same, run: 
     assert ran(nbl(*same, "--output", run)) == MEASURING
 
 
-def test_interrupt_inside_code_that_is_made_of_a_string(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", [True, False], ids=["", "nobody reads"])
+def test_interrupt_inside_code_that_is_made_of_a_string(read: bool, tmp_path: Path) -> None:
     """As dataclasses make their methods, at the import of a library; CPython forgets the exit status of -m then."""
     (tmp_path / "early.py").write_text(
         "import runpy, sys, nbl_export.cli\n"
-        "nbl_export.cli.app = lambda **_: exec('raise KeyboardInterrupt')\n"
+        "nbl_export.cli.app = lambda **_: exec('print(1); raise KeyboardInterrupt')\n"
         "sys.argv = ['nbl-export']\n"
         "runpy.run_module('nbl_export', run_name='__main__')\n"
     )
-    command = [sys.executable, "-m", "early"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{FAREWELL}\n")
+    command, held = (
+        [sys.executable, "-m", "early"],
+        {**os.environ, "PYTHONUNBUFFERED": ""},
+    )  # output waits for its flush
+    with subprocess.Popen(command, cwd=tmp_path, env=held, stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        if not read:
+            process.stdout.close()
+        said, out = process.stderr.read(), process.stdout.read() if read else ""
+    assert (process.returncode, out, said) == (130, "1\n" if read else "", f"{FAREWELL}\n")
 
 
 def test_interrupt_that_a_library_makes_an_error_of(same: Same, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
