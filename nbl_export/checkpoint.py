@@ -4,6 +4,7 @@
 DIR with safetensors  -> used where it is
 DIR with model.onnx   -> where there are no weights for torch: a graph, see `graph_source`
 FILE.gguf or its DIR  -> dequantised by transformers into RUN/checkpoint, once
+NBL checkpoint        -> made a stock one in RUN/checkpoint, once, see `hf.restored`
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from nbl_export import graph_source
 from nbl_export.architectures import ARCHITECTURES, check_config, windows_of
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.given_graph import home_of
-from nbl_export.records import DecoderSpec
+from nbl_export.records import TAPS, DecoderSpec
 
 __all__ = [
     "LINEARIZED",
+    "Linearized",
     "Source",
     "load_model",
     "load_tokenizer",
@@ -46,10 +48,19 @@ _MARKER = "source.json"
 
 
 @dataclass(frozen=True)
+class Linearized:
+    """What the config.json of an NBL checkpoint says of it: the layers that have maps, and what those act on."""
+
+    layers: tuple[int, ...]
+    tap: str
+
+
+@dataclass(frozen=True)
 class Source:
     """Where a model comes from. `fingerprint` changes when its files do.
 
     graph: the ONNX file, where that is all there is of the model.
+    weights: files of a safetensors checkpoint. linearized: None where it is not an NBL checkpoint.
     """
 
     name: str
@@ -58,6 +69,8 @@ class Source:
     revision: str | None
     fingerprint: str
     graph: Path | None = None
+    weights: tuple[Path, ...] = ()
+    linearized: Linearized | None = None
 
     @property
     def title(self) -> str:
@@ -130,13 +143,31 @@ def _hub_source(repo: str) -> Source:
 
 def _directory_source(name: str, directory: Path, revision: str | None) -> Source:
     config = _read_config(directory)
+    replaced = _linearized(config, directory / "config.json")
+    if replaced is not None:
+        config = {**config, "model_type": config["model_type"].removeprefix(LINEARIZED)}
     _check_architecture(config.get("model_type"), directory, multimodal="text_config" in config)
     check_config(config, directory / "config.json")
     weights = _weight_files(directory)
     _check_safetensors(weights)
     tokenizer = [file for file in sorted(directory.glob("tokenizer*")) if file.is_file()]
     fingerprint = _fingerprint([directory / "config.json", *weights, *tokenizer])
-    return Source(name, directory, None, revision, fingerprint)
+    return Source(name, directory, None, revision, fingerprint, weights=tuple(weights), linearized=replaced)
+
+
+def _linearized(config: dict[str, Any], where: Path) -> Linearized | None:
+    """What a configuration says of an NBL checkpoint; None where it is of another.
+
+    Raises:
+        NblError: its layers or its tap cannot be.
+    """
+    if not str(config.get("model_type")).startswith(LINEARIZED):
+        return None
+    layers, tap, count = (config.get(name) for name in ("nbl_replaced_layers", "nbl_tap", "num_hidden_layers"))
+    numbers = isinstance(layers, list) and all(type(i) is int for i in layers) and type(count) is int
+    if not numbers or not layers or not set(layers) < set(range(count)) or tap not in TAPS:  # type: ignore[arg-type]
+        raise NblError(f"{where} replaces layers {layers} of {count} at the tap {tap!r}; save the checkpoint again")
+    return Linearized(tuple(sorted(set(layers))), str(tap))
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -153,11 +184,6 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _check_architecture(model_type: Any, where: Path, *, multimodal: bool = False) -> None:
-    if str(model_type).startswith(LINEARIZED):
-        raise NblError(
-            f"{where} is a checkpoint with layers already replaced (nbl-export save-checkpoint): maps are fitted to "
-            "attention, so give the original model; `import nbl_export.hf` makes transformers load this one"
-        )
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         advice = "; its language model, saved by itself, may be one of these" if multimodal else ""
         raise NblError(
@@ -244,14 +270,16 @@ def read_spec(source: Source) -> DecoderSpec:
     from transformers import AutoConfig
 
     gguf = {"gguf_file": source.gguf.name} if source.gguf else {}
+    _register(source)
     try:
         config = AutoConfig.from_pretrained(str(source.directory), **gguf)
-        _check_architecture(config.model_type, source.directory)
+        architecture = config.model_type.removeprefix(LINEARIZED if source.linearized else "")
+        _check_architecture(architecture, source.directory)
         normal = NormalizedTextConfigWithGQA(config)
         head_dim = getattr(config, "head_dim", None) or normal.hidden_size // normal.num_attention_heads
         windows = windows_of(config)
         return DecoderSpec(
-            architecture=config.model_type,
+            architecture=architecture,
             num_layers=normal.num_layers,
             hidden_size=normal.hidden_size,
             num_heads=normal.num_attention_heads,
@@ -268,44 +296,65 @@ def read_spec(source: Source) -> DecoderSpec:
         raise NblError(f"{source.name} has no usable decoder configuration: {error}") from error
 
 
+def _register(source: Source) -> None:
+    """Let transformers know the classes of an NBL checkpoint."""
+    if source.linearized is not None:
+        import nbl_export.hf  # noqa: F401
+
+
 def materialise(source: Source, target: Path) -> Path:
-    """A directory with safetensors, config and tokenizer; dequantises a GGUF into `target`.
+    """A directory with safetensors, config and tokenizer of a stock model; a GGUF or NBL checkpoint is made one there.
 
     Complete or absent: `target` is renamed into place, and kept for later runs on the same model; made again
     where one of its files is missing or cut.
     """
-    if source.gguf is None:
+    if source.gguf is None and source.linearized is None:
         return source.directory
     if _is_whole(target, source):
         return target
     quiet_transformers()
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    _register(source)
     scratch = target.with_name(f".tmp-checkpoint-{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
-    log.info("dequantising %s", source.gguf.name)
+    origin = source.gguf or source.directory
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(source.directory), gguf_file=source.gguf.name, dtype=torch.float32
-        )
-        # transformers refuses to save what came quantised; these weights no longer are.
-        model.config.__dict__.pop("quantization_config", None)
-        model.hf_quantizer = None
-        model.save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(str(source.directory), gguf_file=source.gguf.name).save_pretrained(scratch)
-    except (OSError, MemoryError):
+        if source.gguf is not None:
+            _dequantise(source.gguf, scratch)
+        else:
+            _restore(source.directory, scratch)
+    except (OSError, MemoryError, NblError):
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     except Exception as error:
         shutil.rmtree(scratch, ignore_errors=True)
-        raise NblError(f"{source.gguf} cannot be loaded by transformers: {_reason(error)}") from error
+        raise NblError(f"{origin} cannot be loaded by transformers: {_reason(error)}") from error
     sizes = {f.name: f.stat().st_size for f in sorted(scratch.iterdir())}
-    facts = {"fingerprint": source.fingerprint, "file": source.gguf.name, "sizes": sizes}
+    facts = {"fingerprint": source.fingerprint, "file": origin.name, "sizes": sizes}
     (scratch / _MARKER).write_text(json.dumps(facts), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(scratch, target)
     return target
+
+
+def _restore(directory: Path, out: Path) -> None:
+    from nbl_export import hf
+
+    log.info("writing the stock checkpoint of %s", directory.name)
+    hf.restored(load_model(directory)).save_pretrained(out)
+    load_tokenizer(directory).save_pretrained(out)
+
+
+def _dequantise(gguf: Path, out: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    log.info("dequantising %s", gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    # transformers refuses to save what came quantised; these weights no longer are.
+    model.config.__dict__.pop("quantization_config", None)
+    model.hf_quantizer = None
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(out)
 
 
 def _is_whole(target: Path, source: Source) -> bool:

@@ -15,6 +15,7 @@ from nbl_export.artifacts import RunDirectory, key_of
 from nbl_export.engines import load_engine
 from nbl_export.errors import NblError, UsageError
 from nbl_export.job import Job
+from nbl_export.nbl_checkpoint import GIVEN_FIT, NO_ORIGINAL
 from nbl_export.progress import Ui
 
 __all__ = ["VARIANTS", "EvalRequest", "Prepared", "evaluate", "run"]
@@ -95,6 +96,8 @@ def _check_run(run: RunDirectory, request: EvalRequest) -> None:
     positions = int(run.manifest["decoder"]["max_positions"])
     if request.texts and request.context > positions:
         raise NblError(f"--ppl-context {request.context} is beyond the model's {positions} positions")
+    if run.manifest["options"].get("fit") == GIVEN_FIT and any(v.endswith("original") for v in request.variants):
+        raise NblError(f"{run.path} has no original to evaluate: {NO_ORIGINAL}; use --variants nbl or torch-nbl")
     engine = run.manifest["options"]["engine"]
     if load_engine(engine).CAPABILITIES.static and not all(v.startswith("torch-") for v in request.variants):
         raise NblError(

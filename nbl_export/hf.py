@@ -29,7 +29,7 @@ from nbl_export.errors import NblError
 from nbl_export.linearize import AffineAttention, linearize, replace_attention
 from nbl_export.records import AffineMap
 
-__all__ = ["CLASSES", "save_linearized"]
+__all__ = ["CLASSES", "restored", "save_linearized"]
 
 
 def _exchange(model: Any) -> None:
@@ -100,3 +100,27 @@ def save_linearized(model: Any, checkpoint: Path, maps: Mapping[int, AffineMap],
     saved.generation_config = model.generation_config or GenerationConfig.from_model_config(made_for)
     saved.save_pretrained(out)
     AutoTokenizer.from_pretrained(str(checkpoint)).save_pretrained(out)
+
+
+def restored(model: Any) -> Any:
+    """The stock model of a loaded NBL model: attention of replaced layers is zeros, and its norms are ones.
+
+    Raises:
+        NblError: weights that are not of attention are missing.
+    """
+    values = model.config.to_dict()
+    for name in ("nbl_replaced_layers", "nbl_tap", "architectures", "model_type"):
+        values.pop(name, None)
+    config = type(model.config).__mro__[1](**values)  # what the configuration's class was derived from
+    with torch.device("meta"):
+        stock = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    kept = {name: value for name, value in model.state_dict().items() if ".self_attn.linear." not in name}
+    missing = {name: value.shape for name, value in stock.state_dict().items() if name not in kept}
+    foreign = [name for name in missing if ".self_attn." not in name and "norm" not in name]
+    if foreign:
+        raise NblError(f"the checkpoint lacks the weights {foreign[0]}; fetch the model again")
+    blank = {n: torch.ones(shape) if n.endswith("norm.weight") else torch.zeros(shape) for n, shape in missing.items()}
+    stock.load_state_dict({**kept, **blank}, assign=True)
+    stock.tie_weights()
+    stock.generation_config = model.generation_config
+    return stock

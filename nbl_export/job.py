@@ -12,6 +12,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from nbl_export import nbl_checkpoint
 from nbl_export.architectures import check_asked
 from nbl_export.artifacts import RunDirectory, key_of
 from nbl_export.engines import load_engine
@@ -86,12 +87,14 @@ class Job:
         return DecoderSpec(**self.run.manifest["decoder"])
 
     def check_inputs(self) -> None:
-        """Read what can be read of model and text without loading them, and hold the options against it.
+        """Read what can be read of model and text without loading them, and hold the options against it. Those of an
+        NBL checkpoint say from here on that it is one.
 
         Raises:
             NblError: missing, damaged or unsupported, or options that do not fit.
         """
-        self.source, self.text  # noqa: B018  reading them is the check
+        self.options = nbl_checkpoint.adapted(self.options, self.source)
+        self.text  # noqa: B018  reading it is the check
         check_options(self.options, self.read_spec)
 
     def identify(self) -> None:

@@ -14,6 +14,7 @@ from nbl_export.errors import NblError, ParityError
 from nbl_export.goals import changed_options
 from nbl_export.graph_source import adapted, refuse_changes
 from nbl_export.job import Job, check_options, located
+from nbl_export.nbl_checkpoint import GIVEN_FIT, NO_ORIGINAL
 from nbl_export.preflight import preflight, require_engine
 from nbl_export.progress import Ui
 from nbl_export.records import JobOptions
@@ -95,6 +96,8 @@ def _work(options: JobOptions, output: Path, ui: Ui, force: bool, until: str) ->
     refuse_foreign(output)
     job = Job(options, RunDirectory(output) if force else RunDirectory.peek(output), ui)
     job.check_inputs()  # before anything is written, or, with force, removed
+    if until == "calibrate" and job.options.fit == GIVEN_FIT:
+        raise NblError(f"nothing to calibrate here: {NO_ORIGINAL}; give the original model")
     with RunDirectory.open_run(output, create=True, force=force) as job.run:
         job.identify()
         _advance(job, until)
@@ -151,7 +154,9 @@ def run_sweep(output: Path, ui: Ui, changes: dict[str, Any], max_layers: int | N
     if max_layers is not None and max_layers >= layers:
         raise NblError(f"--max-layers {max_layers}: the model has {layers} attention layers and one stays")
     reported = "report" in known.stages
-    run = run_stages(output, "sweep", ui, changes=changes, sweep_to=layers // 2 if max_layers is None else max_layers)
+    run = run_stages(
+        output, "sweep", ui, changes=changes, needs="sweep", sweep_to=layers // 2 if max_layers is None else max_layers
+    )
     if reported and "verify" in run.stages and "report" not in run.stages:
         run = run_stages(output, "report", ui)
     return run

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from nbl_export import nbl_checkpoint
 from nbl_export.engines import load_engine
 from nbl_export.errors import NblError, UsageError
 from nbl_export.goals import check_request
 from nbl_export.graph_source import GIVEN, check_given
 from nbl_export.job import engine_of
+from nbl_export.nbl_checkpoint import GIVEN_FIT
 from nbl_export.records import JobOptions
 
 __all__ = ["engine_defaults", "preflight", "require_engine"]
@@ -30,6 +32,8 @@ def preflight(options: JobOptions) -> None:
     from nbl_export.decoders import PRECISIONS, genai
 
     check_request(options)
+    if options.fit == GIVEN_FIT:
+        nbl_checkpoint.check_options(options)
     if options.decoder_source == GIVEN:
         check_given(options)
         return

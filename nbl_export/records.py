@@ -130,8 +130,8 @@ class AffineMap:
 TAPS = ("residual", "normed")
 # What distillation multiplies in; auto: bf16 where it is native.
 DTYPES = ("auto", "fp32", "bf16")
-# How a plan's maps come about: each layer by itself in closed form, or trained together from there.
-FITS = ("independent", "distilled")
+# How a plan's maps come about: each layer by itself in closed form, trained together from there, with the checkpoint.
+FITS = ("independent", "distilled", "given")
 # How layers are ranked: smallest CCA bound, smallest relative error, or what the model's output loses (`greedy`).
 SELECTS = ("cca", "error", "greedy", "efficient")
 # What stands in for attention: the fitted map, nothing, or attention that sees only its own token (`methods`).

@@ -81,6 +81,7 @@ def summarize(
         "rungs": rungs,
         "largest_logit_difference": _largest_logit_difference(rungs),
         "price": verify.get("price", []),
+        "without_original": manifest.get("fit", {}).get("kind") == "given",
         "quality": {k: quality[k] for k in ("lm_eval", "table", "agreement")} if quality else None,
         "price_warning": verify.get("price_warning"),
         "cache_bytes_per_token": verify["cache_bytes_per_token"],

@@ -14,6 +14,7 @@ from nbl_export.artifacts import file_sha256, key_of, versions, write_json
 from nbl_export.goals import GOALS, goal_inputs
 from nbl_export.graph_source import GIVEN
 from nbl_export.job import Job, chunk_of
+from nbl_export.nbl_checkpoint import GIVEN_FIT, NO_ORIGINAL
 from nbl_export.preflight import require_engine
 
 __all__ = ["PACKAGES", "STAGES", "VARIANTS", "Stage", "passed", "readers"]
@@ -45,15 +46,25 @@ def _calibrate(job: Job, out: Path) -> dict[str, Any]:
     return calibration.run(job, out)
 
 
+def _no_calibrate(job: Job) -> str | None:
+    return NO_ORIGINAL if job.options.fit == GIVEN_FIT else None
+
+
 def _plan(job: Job, out: Path) -> dict[str, Any]:
+    from nbl_export import nbl_checkpoint
     from nbl_export.plan import save_maps
     from nbl_export.planning import make_plan
 
-    plan, maps, facts = make_plan(job)
+    given = job.options.fit == GIVEN_FIT
+    facts: dict[str, Any] = {"ranks": {}, "goal": None}
+    if given:
+        plan, maps = nbl_checkpoint.load(job.source, job.spec.num_layers)
+    else:
+        plan, maps, facts = make_plan(job)
     distilled = job.options.fit == "distilled" and plan.replaced
     save_maps(maps, out / ("start.safetensors" if distilled else "maps.safetensors"), plan.tap)
     return {
-        "fit": {"kind": "independent"},
+        "fit": {"kind": GIVEN_FIT if given else "independent"},
         "method": job.options.method,
         "replaced_layers": list(plan.replaced),
         "tap": plan.tap,
@@ -72,7 +83,7 @@ def _sweep(job: Job, out: Path) -> dict[str, Any]:
 
 
 def _no_sweep(job: Job) -> str | None:
-    return "" if job.sweep_to is None else None
+    return _no_calibrate(job) if job.sweep_to is not None else ""
 
 
 def _distill(job: Job, out: Path) -> dict[str, Any]:
@@ -286,7 +297,7 @@ def _sweep_inputs(job: Job) -> list[Any]:
 VARIANTS = {"original": "original", "nbl": "model"}  # what is compared -> its directory
 
 STAGES = (
-    Stage("calibrate", "calibrate", (), ("calibration_tokens", "context", "tap"), _calibrate, _texts),
+    Stage("calibrate", "calibrate", (), ("calibration_tokens", "context", "tap"), _calibrate, _texts, _no_calibrate),
     Stage(
         "plan", "plan", ("calibrate",), (*GOALS, "select", "method", "rank", "tap", "fit"), _plan,
         lambda job: [job.request, goal_inputs(job.options)],

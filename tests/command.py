@@ -24,7 +24,7 @@ TINY = (
     "--prompt-tokens", "16", "--generate-tokens", "4",
 )  # fmt: skip
 _STAGE = re.compile(
-    r"^(calibrate|plan|decoder graph|rewrite|verify|bench|report)( \.\.\.|: reused|: done in [\d.]+ s)$"
+    r"^(calibrate|plan|decoder graph|rewrite|verify|bench|report)( \.\.\.|: reused|: done in [\d.]+ s|: left out, .*)$"
 )
 
 

@@ -85,12 +85,6 @@ def test_what_failed_verification_is_not_saved_unless_forced(run: Path) -> None:
     assert nbl("save-checkpoint", run, "--force").status == 0
 
 
-def test_a_saved_checkpoint_is_no_input_of_the_main_job(run: Path, tmp_path: Path) -> None:
-    assert nbl("save-checkpoint", run).status == 0
-    refused = nbl("--model", run / "nbl-checkpoint", "--output", tmp_path / "again")
-    assert_refused(refused, 1, run / "nbl-checkpoint", "already replaced", "give the original model")
-
-
 def test_a_configuration_that_contradicts_itself() -> None:
     from nbl_export.hf import CLASSES
 

@@ -1,0 +1,188 @@
+"""A checkpoint with its layers replaced already, as the model of a job: saved, exported again, and the same graph."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nbl_export import checkpoint as checkpoints
+from nbl_export import nbl_checkpoint
+from nbl_export.architectures import ARCHITECTURES
+from nbl_export.errors import CorruptError
+from nbl_export.linearize import linearize
+from nbl_export.plan import load_maps
+from nbl_export.records import AffineMap
+
+from .command import TINY, assert_refused, nbl
+from .tiny import EVERY
+
+IDS = torch.arange(2, 40)[None]
+LAYERS = (0, 2)
+RECORDS = {"mistral-window": "mistral", "gemma3": "gemma3_text"}  # where it is not the name
+
+
+@pytest.fixture(scope="module")
+def saved(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The NBL checkpoint of the finished run. Never write to it."""
+    run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("source") / "run"))
+    assert nbl("save-checkpoint", run).status == 0
+    return run / "nbl-checkpoint"
+
+
+@pytest.fixture(scope="module")
+def again(saved: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on it. Never write to it."""
+    output = tmp_path_factory.mktemp("again") / "run"
+    done = nbl("--model", saved, "--calibration", text, *TINY, "--output", output)
+    assert done.status == 0, done.err
+    assert "calibrate: left out, the checkpoint has its maps" in done.err
+    return output
+
+
+def _linearized(directory: Path, tap: str, make: Callable[..., dict[int, AffineMap]], out: Path) -> Path:
+    from nbl_export.hf import save_linearized
+
+    save_linearized(checkpoints.load_model(directory), directory, make(*LAYERS), tap, out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tap"),
+    [(name, tap) for name in EVERY for tap in ARCHITECTURES[RECORDS.get(name, name)].taps],
+)  # fmt: skip
+def test_the_stock_model_with_the_maps_is_what_was_saved(
+    architecture: str, tap: str, checkpoint: Callable[[str], Path],
+    random_maps: Callable[..., dict[int, AffineMap]], tmp_path: Path,
+) -> None:  # fmt: skip
+    directory = _linearized(checkpoint(architecture), tap, random_maps, tmp_path / "nbl")
+    source = checkpoints.resolve(str(directory))
+    spec = checkpoints.read_spec(source)
+    assert spec == checkpoints.read_spec(checkpoints.resolve(str(checkpoint(architecture))))
+    plan, maps = nbl_checkpoint.load(source, spec.num_layers)
+    assert (plan.replaced, plan.tap, plan.select) == (LAYERS, tap, "given")
+    assert all(np.array_equal(maps[i].weight, m.weight) for i, m in random_maps(*LAYERS).items())
+    assert all(np.array_equal(maps[i].bias, m.bias) for i, m in random_maps(*LAYERS).items())
+    stock = checkpoints.materialise(source, tmp_path / "stock")
+    kinds = [json.loads((d / "config.json").read_text()) for d in (stock, checkpoint(architecture))]
+    assert kinds[0]["architectures"] == kinds[1]["architectures"]
+    model, original = (checkpoints.load_model(d) for d in (stock, checkpoint(architecture)))
+    names = (original.state_dict(), model.state_dict())
+    assert {n: t.shape for n, t in names[0].items()} == {n: t.shape for n, t in names[1].items()}
+    with torch.inference_mode():
+        told = [linearize(m, maps, tap)(IDS, use_cache=False).logits for m in (model, original)]
+    assert torch.equal(*told)
+    assert checkpoints.load_tokenizer(stock).encode("import") == checkpoints.load_tokenizer(directory).encode("import")
+
+
+def test_the_job_makes_the_graph_that_the_checkpoint_came_from(saved: Path, again: Path) -> None:
+    first = saved.parent
+    for name in ("model.onnx", "model.onnx.data"):
+        digests = [hashlib.sha256((run / "model" / name).read_bytes()).hexdigest() for run in (first, again)]
+        assert digests[0] == digests[1], name
+    manifests = [json.loads((run / "nbl.json").read_text()) for run in (first, again)]
+    assert manifests[0]["replaced_layers"] == manifests[1]["replaced_layers"] != []
+    assert (manifests[1]["fit"], manifests[1]["select"], manifests[1]["status"]) == (
+        {"kind": "given"}, "given", "verified",
+    )  # fmt: skip
+    layers = manifests[0]["replaced_layers"]
+    maps = [load_maps(run / "maps.safetensors", layers) for run in (first, again)]
+    for layer in layers:
+        assert np.array_equal(maps[0][layer].weight, maps[1][layer].weight)
+
+
+def test_what_cannot_be_known_is_not_told(again: Path) -> None:
+    assert json.loads((again / "verify.json").read_text())["price"] == []
+    assert "bench.json" in {p.name for p in again.iterdir()}
+    assert "came with its maps" in (again / "report.html").read_text()
+
+
+def test_other_commands_know_such_a_run(again: Path, saved: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(again, tmp_path / "run"))
+    for command in (("card", run), ("inspect", run), ("report", run), ("generate", run, "import")):
+        done = nbl(*command)
+        assert done.status == 0, done.err
+    card = (run / "model" / "README.md").read_text()
+    assert "the maps came with the checkpoint" in card and "price was not measured" in card and "fitted in" not in card
+
+
+def test_a_run_on_it_saves_the_same_checkpoint_and_is_reused(
+    again: Path, saved: Path, text: Path, tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file
+
+    run = Path(shutil.copytree(again, tmp_path / "run"))
+    done = nbl("--model", saved, "--calibration", text, *TINY, "--output", run)
+    assert done.status == 0 and "verify: reused" in done.err, done.err
+    assert nbl("save-checkpoint", run).status == 0
+    tensors = [load_file(d / "model.safetensors") for d in (saved, run / "nbl-checkpoint")]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(np.array_equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [("--layers", "1"), ("--select", "cca"), ("--method", "drop"), ("--rank", "2"), ("--data-free",), ("--layer-wise",),
+     ("--max-perplexity-increase", "5%"), ("--target-speedup", "1.1"), ("--kv-budget", "1KiB"), ("--fit", "distilled"),
+     ("--tap", "normed")],
+    ids=lambda words: words[0].removeprefix("--"),
+)  # fmt: skip
+def test_what_needs_the_attention_is_refused(saved: Path, text: Path, asked: tuple[str, ...], tmp_path: Path) -> None:
+    given = () if asked[0] == "--data-free" else ("--calibration", text)
+    done = nbl("--model", saved, *given, *TINY, *asked, "--output", tmp_path / "run")
+    assert_refused(done, 2, asked[0], "leave it out" if asked[0] != "--fit" else "has its maps")
+    assert not (tmp_path / "run").exists()
+
+
+def test_commands_that_need_the_attention_are_refused(saved: Path, again: Path, text: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(again, tmp_path / "run"))
+    for command in (("plan", run, "--layers", "1"), ("plan", run, "--fit", "independent")):
+        assert_refused(nbl(*command), 2)
+    assert_refused(nbl("plan", run, "--sweep"), 1, "nothing to sweep here", "has its maps")
+    done = nbl("calibrate", "--model", saved, "--calibration", text, "--output", tmp_path / "new")
+    assert_refused(done, 1, "nothing to calibrate here", "has its maps")
+    assert not (tmp_path / "new").exists()
+    evaluated = nbl("eval", run, "--perplexity", f"here={text}", "--limit", "1")
+    assert_refused(evaluated, 1, run, "has no original to evaluate", "--variants nbl")
+    assert {p.name for p in run.iterdir()} == {p.name for p in again.iterdir()}
+
+
+def test_its_graph_can_be_evaluated(again: Path, text: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(again, tmp_path / "run"))
+    done = nbl("eval", run, "--perplexity", f"here={text}", "--ppl-context", "64", "--stride", "64", "--limit", "2",
+               "--variants", "nbl,torch-nbl")  # fmt: skip
+    assert done.status == 0, done.err
+
+
+def test_the_fit_given_is_for_such_a_checkpoint_alone(same: tuple[object, ...], tmp_path: Path) -> None:
+    assert_refused(nbl(*same, "--fit", "given", "--output", tmp_path / "run"), 2, "--fit given", "save-checkpoint")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"nbl_replaced_layers": [7]}, "replaces layers [7]"), ({"nbl_replaced_layers": None}, "replaces layers None"),
+     ({"nbl_replaced_layers": ["x"]}, "replaces layers ['x']"), ({"nbl_tap": "elsewhere"}, "elsewhere"),
+     ({"num_hidden_layers": "many"}, "of many"), ({"model_type": "nbl-bert"}, "'bert', which is not supported")],
+)  # fmt: skip
+def test_a_configuration_that_cannot_be(saved: Path, change: dict[str, object], said: str, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(saved, tmp_path / "nbl"))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **change}))
+    assert_refused(nbl("--model", directory, "--output", tmp_path / "run"), 1, directory, said)
+
+
+def test_maps_that_are_not_those_of_the_configuration(
+    checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, AffineMap]], tmp_path: Path
+) -> None:
+    directory = _linearized(checkpoint("llama"), "residual", random_maps, tmp_path / "nbl")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "nbl_replaced_layers": [0]}))
+    with pytest.raises(CorruptError, match=r"names maps of layers \[0\], its weights hold those of \[0, 2\]"):
+        nbl_checkpoint.load(checkpoints.resolve(str(directory)), 3)
