@@ -1,17 +1,17 @@
 """Trains the maps, and nothing else, against the original model's own logits.
 
     start      closed-form maps of the plan
-    loss       KL(original || NBL) over all positions and the whole vocabulary, in nats
-    kept       the maps with the lowest loss on held-back text; those of the start if nothing was better
+    loss       KL(original || NBL) over all positions and the whole vocabulary, in nats, and how far apart the hidden
+               states are on the way (`distill_model`)
+    kept       the maps with the lowest KL on held-back text; those of the start if nothing was better
 
-One copy of the weights serves both models: a replaced layer holds its attention and its map and is switched. The
-original's pass over a batch gives what the student needs of it: the hidden states entering the first replaced
-layer, below which both models are the same, and the last ones, from which its logits follow. A student step then runs
-the layers from the first replaced one upward; only the maps have gradients of their own.
+Three choices against learning the text by heart (bench/README.md): the hidden states on the way; maps that are changed
+by deltas of low rank; and text that is cut anew in every epoch into short rows. The first token of a row is what
+attention rests on (a sink) and shapes the whole row; the same few hundred first tokens again and again would be all
+that the maps know of it.
 
-Two choices against learning the text by heart (bench/README.md): the maps are changed by deltas of low rank, and the
-text is cut anew in every epoch into short rows. The first token of a row is what attention rests on (a sink) and
-shapes the whole row; the same few hundred first tokens again and again would be all that the maps know of it.
+Gradients are clipped row by row. A row whose sink is about to be lost or found has a gradient up to a hundred times
+that of the others, and clipped with them it would be all that a step heard of.
 
 bfloat16 is for the products of a training step alone, the original's and the student's (autocast: the residual stream,
 norms, softmax and the maps themselves stay float32), and never for what is judged: held-back figures are float32.
@@ -19,7 +19,6 @@ norms, softmax and the maps themselves stay float32), and never for what is judg
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,20 +26,17 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
-from nbl_export import narrow
-from nbl_export.blocks import logits_of, multiplier_of, run_from
+from nbl_export.distill_model import Lesson, Twin
 from nbl_export.distributed import ALONE, Peers
 from nbl_export.errors import NblError
-from nbl_export.linearize import AffineAttention, switched
 from nbl_export.records import AffineMap
 
 __all__ = ["DEFAULT_STEPS", "UNLIMITED", "DistillSettings", "Distilled", "State", "distill"]
 
 DEFAULT_STEPS = 320
 UNLIMITED = 1_000_000  # steps, where minutes are given
-_LOGIT_ROWS = 512  # positions whose logits are held at once
+_CLIP = 1.0  # norm of a row's gradient, at most
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,7 @@ class DistillSettings:
     is not repeatable). A step sees batch_tokens tokens. The rate falls from learning_rate (None: 1e-2 for deltas of low
     rank, 1e-3 for whole matrices; bench/README.md) to nothing along a cosine over the steps or the minutes, whichever
     are nearer to their end. window: tokens of a training row, at most.
+    hidden_weight: of the distance of the hidden states, beside the KL; 0 leaves it out.
     dtype: "fp32", "bf16", or "auto": bf16 where the processor multiplies it natively. lora_rank: train a delta of that
     rank on each map, which is added to it afterwards (Hu et al. 2022, LoRA), instead of the whole matrix (None).
     """
@@ -65,6 +62,7 @@ class DistillSettings:
     seed: int = 0
     dtype: str = "fp32"
     lora_rank: int | None = 16
+    hidden_weight: float = 0.3
 
     @property
     def rate(self) -> float:
@@ -92,108 +90,11 @@ class State(Protocol):
         """Keep them instead of what was there."""
 
 
-class _LowRank(nn.Module):
-    """weight -> weight + up down, of which only the two factors are trained; up starts at zero."""
-
-    def __init__(self, weight: torch.Tensor, rank: int, generator: torch.Generator) -> None:
-        super().__init__()
-        rows, columns = weight.shape
-        down = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
-        self.up, self.down = nn.Parameter(torch.zeros(rows, rank)), nn.Parameter(down)
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight + self.up @ self.down
-
-
-class _Twin:
-    """Original and student in one model: replaced layers are switched between attention and map."""
-
-    def __init__(self, model: Any, maps: Mapping[int, AffineMap], tap: str, settings: DistillSettings) -> None:
-        self.model, self.decoder = model, model.get_decoder()
-        self.layers = self.decoder.layers
-        self.first = min(maps)
-        self.tap = tap
-        self.narrow = settings.dtype == "bf16" or (settings.dtype == "auto" and narrow.fast(model.device))
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        self.affine = nn.ModuleDict(
-            {str(i): AffineAttention(m, multiplier_of(model.config)) for i, m in maps.items()}
-        ).to(model.device)
-        if settings.lora_rank:
-            generator = torch.Generator().manual_seed(settings.seed)
-            for module in self.affine.values():
-                linear: nn.Linear = module.linear
-                linear.requires_grad_(False)
-                low = _LowRank(linear.weight, settings.lora_rank, generator).to(model.device)
-                nn.utils.parametrize.register_parametrization(linear, "weight", low)
-                linear.bias.requires_grad_(True)
-
-    @property
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Parameters that have gradients, by name."""
-        return {name: p for name, p in self.affine.named_parameters() if p.requires_grad}
-
-    def student(self) -> contextlib.AbstractContextManager[None]:
-        """Within: replaced layers compute their maps, and layers below the first one are left out."""
-        return switched(self.decoder, {int(i): m for i, m in self.affine.items()}, self.tap, self.first)
-
-    @torch.no_grad()
-    def observe(self, ids_BT: torch.Tensor, in_bfloat16: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """The original's hidden states [B, T, D]: entering the first replaced layer, and the last ones."""
-        seen: list[torch.Tensor] = []
-        hook = self.layers[self.first].register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
-        try:
-            with narrow.products(self.model.device, in_bfloat16):
-                last = self.decoder(input_ids=ids_BT.to(self.model.device), use_cache=False).last_hidden_state
-        finally:
-            hook.remove()
-        return seen[0], last
-
-    def loss(self, entering_BTD: torch.Tensor, last_BTD: torch.Tensor) -> torch.Tensor:
-        """Mean KL over positions, for training."""
-        with self.student(), narrow.products(self.model.device, self.narrow):
-            return self.kl(last_BTD.flatten(0, 1), self.run(entering_BTD).flatten(0, 1))
-
-    def run(self, entering_BTD: torch.Tensor) -> torch.Tensor:
-        """The student's last hidden states."""
-        return run_from(self.decoder, entering_BTD)
-
-    def kl(self, teacher_ND: torch.Tensor, student_ND: torch.Tensor) -> torch.Tensor:
-        """Mean KL over positions; logits of a few hundred positions at a time."""
-        total = student_ND.new_zeros((), dtype=torch.float32)
-        for t, s in zip(teacher_ND.split(_LOGIT_ROWS), student_ND.split(_LOGIT_ROWS), strict=True):
-            with torch.no_grad():
-                target = logits_of(self.model, t).log_softmax(-1)
-            ours = logits_of(self.model, s).log_softmax(-1)
-            total = total + nn.functional.kl_div(ours, target, reduction="sum", log_target=True)
-        return total / teacher_ND.shape[0]
-
-    def maps(self) -> dict[int, AffineMap]:
-        def read(tensor: torch.Tensor) -> Any:
-            return tensor.detach().cpu().numpy().copy()
-
-        return {int(i): AffineMap(read(m.linear.weight), read(m.linear.bias)) for i, m in self.affine.items()}
-
-
-class _Objective(nn.Module):
-    """The loss as a module whose parameters are the maps'."""
-
-    def __init__(self, twin: _Twin) -> None:
-        super().__init__()
-        self.affine, self._loss = twin.affine, twin.loss
-
-    def forward(self, entering_BTD: torch.Tensor, last_BTD: torch.Tensor) -> torch.Tensor:
-        return self._loss(entering_BTD, last_BTD)
-
-
 class _Training:
     """Optimizer, best maps so far, and everything that a run needs to go on from where it was killed."""
 
-    def __init__(
-        self, twin: _Twin, settings: DistillSettings, held: list[tuple[torch.Tensor, torch.Tensor]], peers: Peers
-    ) -> None:
+    def __init__(self, twin: Twin, settings: DistillSettings, held: list[Lesson], peers: Peers) -> None:
         self.twin, self.settings, self.held, self.peers = twin, settings, held, peers
-        self.objective = peers.parallel(_Objective(twin))
         self.fraction = 0.0
         self.step = self.since_best = 0
         self._earlier, self._started = 0.0, time.monotonic()
@@ -225,17 +126,20 @@ class _Training:
             raise NblError("distillation cannot start: the closed-form maps give logits that are not finite")
         self.result.held_kl.append((0, start))
 
-    def advance(self, entering_BTD: torch.Tensor, last_BTD: torch.Tensor) -> None:
+    def advance(self, lesson: Lesson) -> None:
         """One optimizer step."""
-        loss = self.objective(entering_BTD, last_BTD)
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.twin.trained.values(), 1.0)
+        found, kl_B = self.twin.gradients(lesson, self.settings.hidden_weight)
+        norm_B = torch.stack([g.flatten(1).square().sum(1) for g in found.values()]).sum(0).sqrt()
+        share_B = (_CLIP / norm_B).clamp(max=1.0) / len(norm_B)
+        gradients = {name: torch.tensordot(share_B, g, 1) for name, g in found.items()}
+        self.peers.average(list(gradients.values()))
+        for name, parameter in self.twin.trained.items():
+            parameter.grad = gradients[name]
         self.optimizer.step()
         self.step += 1
         self._look_at_the_clock()
         self.schedule.step()
-        self.result.train_kl.append(loss.item())
+        self.result.train_kl.append(kl_B.mean().item())
 
     def judge(self) -> float:
         """Hold the maps against held-back text, and keep them if nothing before was better."""
@@ -253,8 +157,7 @@ class _Training:
         return self.fraction >= 1.0 or self.since_best >= self.settings.patience
 
     def _held_kl(self) -> float:
-        with torch.no_grad(), self.twin.student():
-            values = [self.twin.kl(last[0], self.twin.run(entering)[0]).item() for entering, last in self.held]
+        values = [self.twin.held_kl(lesson) for lesson in self.held]
         total, count = self.peers.add(sum(values), len(values))
         return total / count
 
@@ -318,8 +221,8 @@ def distill(
     """
     if not maps or not len(held_WT):
         raise NblError("distillation needs at least one replaced layer and some held-back text")
-    twin = _Twin(model, maps, tap, settings)
-    training = _Training(twin, settings, [twin.observe(row[None]) for row in held_WT[peers.rank :: peers.size]], peers)
+    twin = Twin(model, maps, tap, settings.dtype, settings.lora_rank, settings.seed)
+    training = _Training(twin, settings, [twin.lesson(row[None]) for row in held_WT[peers.rank :: peers.size]], peers)
     training.begin(state)
     start = training.result.held_kl[0][1]
     for number, batch_BT in enumerate(_batches(windows_WT, settings, peers.size)):
@@ -327,7 +230,7 @@ def distill(
             continue
         if training.over:
             break
-        training.advance(*twin.observe(batch_BT[peers.rank :: peers.size], twin.narrow))
+        training.advance(twin.lesson(batch_BT[peers.rank :: peers.size], training=True))
         progress(round(1000 * training.fraction), 1000)
         if training.step % settings.check_every == 0 or training.over:
             found = training.judge()

@@ -2,8 +2,8 @@
 
     process 0   does the job; its batches are dealt out round by round: process r takes every N-th from the r-th on
     others      get the checkpoint's place, the windows and the reference rows from it, and give it their sums;
-                in a distillation each has its rows of every step, and gradients are averaged
-                (torch's DistributedDataParallel)
+                in a distillation each has its rows of every step, and gradients, clipped row by row, are
+                averaged (which torch's DistributedDataParallel would do before they can be clipped)
 
 Sums are exact (`sums`), so the moments are those of one process. Gradients are not: distilled maps differ by rounding.
 gloo on CPUs; NCCL where there are GPUs.
@@ -73,14 +73,16 @@ class Peers:
         self._dist.all_gather_object(said, values)
         return [sum(column) for column in zip(*said, strict=True)]  # in the order of the processes, everywhere
 
-    def parallel(self, module: Any) -> Any:
-        """A module whose gradients are averaged over the processes."""
+    def average(self, tensors: Sequence[Any]) -> None:
+        """Their means over the processes, in place."""
         if self.size == 1:
-            return module
-        self._dist.barrier()
-        from torch.nn.parallel import DistributedDataParallel
+            return
+        import torch
 
-        return DistributedDataParallel(module)
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        self._dist.all_reduce(flat)
+        for tensor, mean in zip(tensors, (flat / self.size).split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
 
     def agree(self, error: str | None, flag: bool = False) -> bool:
         """Wait for the others. Returns the flag of process 0.

@@ -14,7 +14,8 @@ FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 
 TORCH = {
     "checkpoint", "corpus", "sums", "moments_file", "distributed", "layerwise", "calibrate", "lmmse", "linearize",
-    "distill", "reference", "sampling", "hf", "switched", "greedy", "methods", "blocks", "graph_moments", "narrow",
+    "distill", "distill_model", "reference", "sampling", "hf", "switched", "greedy", "methods", "blocks", "narrow",
+    "graph_moments",
 }  # fmt: skip
 ONNX_IR = ("decoders/", "rewrite/", "int4_blocks.py")
 ORT = ("engines/", "decoders/genai", "rewrite/quantize.py")  # quantize: ONNX Runtime's packing is a library call

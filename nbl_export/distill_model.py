@@ -1,0 +1,220 @@
+"""Original and student of a distillation in one model, what is trained of the maps, and what the student loses.
+
+    original   a batch ─► hidden states entering each layer from the first replaced one on, and the last ones
+    student               the first of them ─► its own, by the same layers with maps instead of attention
+    loss       of a row:  KL(original || student) + weight * distance of the hidden states on the way
+
+One copy of the weights serves both: a replaced layer holds its attention and its map and is switched. Below the first
+replaced layer both are the same, so the student begins there; only the maps have gradients of their own.
+
+The distance on the way (hidden-state alignment: Bick et al. 2024, MOHAWK; Romero et al. 2015, FitNets) is the mean
+square between the two states entering a layer, each divided by its root mean square. A few hundred thousand tokens
+teach a map more by it than by the logits alone, which a map in a low layer reaches through all others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbl_export import narrow
+from nbl_export.blocks import logits_of, multiplier_of, run_from
+from nbl_export.linearize import AffineAttention, switched
+from nbl_export.records import AffineMap
+
+__all__ = ["Lesson", "TrainedMap", "Twin"]
+
+_LOGIT_ROWS = 512  # positions whose logits are held at once
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the original makes of a batch: hidden states [B, T, D].
+
+    entering: of the first replaced layer. last: behind the final norm. middle: entering the layers after the first.
+    """
+
+    entering: torch.Tensor
+    last: torch.Tensor
+    middle: tuple[torch.Tensor, ...] = ()
+
+
+class TrainedMap(nn.Module):
+    """x -> x W' + b, of which b and a delta up down of low rank, or the whole of W, are trained; up begins at zero.
+
+    rows: parameters [B, ...] that a batch's rows have each for themselves; their gradients are those of the rows. None:
+    all rows share one set.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int | None, generator: torch.Generator) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        self.rows: Mapping[str, torch.Tensor] | None = None
+        self.bias = nn.Parameter(linear.bias.detach().clone())
+        if not rank:
+            self.weight = nn.Parameter(weight.clone())
+            return
+        outputs, inputs = weight.shape
+        down = torch.randn(rank, inputs, generator=generator) / math.sqrt(inputs)
+        self.register_buffer("start", weight)
+        self.up, self.down = nn.Parameter(torch.zeros(outputs, rank)), nn.Parameter(down)
+
+    @property
+    def merged(self) -> torch.Tensor:
+        """The weight [D, D]."""
+        return self.start + self.up @ self.down if "up" in self._parameters else self.weight
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        if self.rows is None:
+            return nn.functional.linear(x_BTD, self.merged, self.bias)
+        if "up" in self.rows:
+            thin = torch.bmm(x_BTD, self.rows["down"].mT)
+            out = nn.functional.linear(x_BTD, self.start) + torch.bmm(thin, self.rows["up"].mT)
+        else:
+            out = torch.bmm(x_BTD, self.rows["weight"].mT)
+        return out + self.rows["bias"][:, None]
+
+
+class Twin:
+    """A causal LM of transformers and its student.
+
+    Args:
+        dtype: of the products of a training step, the original's and the student's: "fp32", "bf16" or "auto".
+        rank: of the trained deltas; None trains whole matrices.
+    """
+
+    def __init__(
+        self, model: Any, maps: Mapping[int, AffineMap], tap: str, dtype: str, rank: int | None, seed: int
+    ) -> None:
+        self.model, self.decoder, self.tap = model, model.get_decoder(), tap
+        self.layers = self.decoder.layers
+        self.first = min(maps)
+        self.narrow = dtype == "bf16" or (dtype == "auto" and narrow.fast(model.device))
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self._weights = narrow.Weights(model) if self.narrow else None
+        generator, multiplier = torch.Generator().manual_seed(seed), multiplier_of(model.config)
+        self.affine = nn.ModuleDict({str(i): AffineAttention(m, multiplier) for i, m in maps.items()})
+        for module in self.affine.values():
+            module.linear = TrainedMap(module.linear, rank, generator)
+        self.affine.to(model.device)
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What has gradients, by name."""
+        return dict(self.affine.named_parameters())
+
+    def maps(self) -> dict[int, AffineMap]:
+        """The maps as they are now."""
+
+        def read(tensor: torch.Tensor) -> Any:
+            return tensor.detach().cpu().numpy().copy()
+
+        return {int(i): AffineMap(read(m.linear.merged), read(m.linear.bias)) for i, m in self.affine.items()}
+
+    def student(self) -> contextlib.AbstractContextManager[None]:
+        """Within: replaced layers compute their maps, and layers below the first one are left out."""
+        return switched(self.decoder, {int(i): m for i, m in self.affine.items()}, self.tap, self.first)
+
+    @torch.no_grad()
+    def lesson(self, ids_BT: torch.Tensor, *, training: bool = False) -> Lesson:
+        """What the original says; `middle` is filled for training."""
+        watched = range(self.first, len(self.layers) if training else self.first + 1)
+        with self._watch(watched) as seen, self._products(training):
+            last = self.decoder(input_ids=ids_BT.to(self.model.device), use_cache=False).last_hidden_state
+        return Lesson(seen[0], last, tuple(seen[1:]))
+
+    @contextlib.contextmanager
+    def _products(self, training: bool) -> Iterator[None]:
+        """Within: products in bfloat16 where a training step may take them."""
+        used = self._weights.used() if training and self._weights else contextlib.nullcontext()
+        with used, narrow.products(self.model.device, training and self.narrow):
+            yield
+
+    @contextlib.contextmanager
+    def _watch(self, layers: Sequence[int]) -> Iterator[list[torch.Tensor]]:
+        """Within: hidden states that enter layers are noted."""
+        seen: list[torch.Tensor] = []
+        hooks = [self.layers[i].register_forward_pre_hook(lambda _m, args: seen.append(args[0])) for i in layers]
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def held_kl(self, lesson: Lesson) -> float:
+        """Mean KL over the positions of a lesson, in float32."""
+        with torch.no_grad(), self.student():
+            return self._kl(lesson.last.flatten(0, 1), run_from(self.decoder, lesson.entering).flatten(0, 1)).item()
+
+    def gradients(self, lesson: Lesson, weight: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Of the loss of each row: name -> [B, ...], and the rows' KL [B].
+
+        Args:
+            weight: of the distance of the hidden states on the way.
+        """
+        size = len(lesson.entering)
+        rows = {name: p.detach().expand(size, *p.shape).requires_grad_() for name, p in self.trained.items()}
+        for index, module in self.affine.items():
+            prefix = f"{index}.linear."
+            module.linear.rows = {n.removeprefix(prefix): r for n, r in rows.items() if n.startswith(prefix)}
+        try:
+            loss_B, kl_B = self._losses(lesson, weight)
+            found = torch.autograd.grad(loss_B.sum(), list(rows.values()))
+        finally:
+            for module in self.affine.values():
+                module.linear.rows = None
+        return dict(zip(rows, found, strict=True)), kl_B.detach()
+
+    def _losses(self, lesson: Lesson, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+        watched = range(self.first + 1, len(self.layers)) if weight else range(0)
+        with self.student(), self._products(training=True), self._watch(watched) as seen:
+            last = run_from(self.decoder, lesson.entering)
+            kl_B = torch.stack([self._kl(t, s) for t, s in zip(lesson.last, last, strict=True)])
+        if not seen:
+            return kl_B, kl_B
+        apart = [_distance(ours, theirs) for ours, theirs in zip(seen, lesson.middle, strict=True)]
+        return kl_B + weight * torch.stack(apart).mean(0), kl_B
+
+    def _kl(self, teacher_ND: torch.Tensor, student_ND: torch.Tensor) -> torch.Tensor:
+        """Mean KL over positions; logits of a few hundred positions at a time."""
+        total = student_ND.new_zeros((), dtype=torch.float32)
+        for t, s in zip(teacher_ND.split(_LOGIT_ROWS), student_ND.split(_LOGIT_ROWS), strict=True):
+            with torch.no_grad():
+                target = logits_of(self.model, t)
+            kl: torch.Tensor = _Kl.apply(logits_of(self.model, s), target)
+            total = total + kl
+        return total / teacher_ND.shape[0]
+
+
+class _Kl(torch.autograd.Function):
+    """KL(target || ours) of logits [N, V], summed over N; its gradient is the difference of the two distributions.
+
+    Half of the passes over the logits that autograd makes for the same, which are a sixth of a small model's step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ours_NV: torch.Tensor, target_NV: torch.Tensor) -> torch.Tensor:
+        log_ours, log_target = ours_NV.log_softmax(-1), target_NV.log_softmax(-1)
+        share = log_target.exp()
+        value = torch.linalg.vecdot(share, log_target.sub_(log_ours)).sum()
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(log_ours.exp_().sub_(share))
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *above: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (apart,) = ctx.saved_tensors
+        return apart * above[0], None
+
+
+def _distance(ours_BTD: torch.Tensor, theirs_BTD: torch.Tensor) -> torch.Tensor:
+    """Mean square between hidden states of root mean square 1, by row: [B]."""
+    ours, theirs = (nn.functional.rms_norm(h.float(), h.shape[-1:], eps=1e-6) for h in (ours_BTD, theirs_BTD))
+    return (ours - theirs).square().mean((1, 2))
