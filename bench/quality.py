@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -184,6 +185,7 @@ def trained(bed: Bed, options: argparse.Namespace, layers: tuple[int, ...]) -> t
     found = distill(bed.model, maps, bed.training, held, settings, lambda _d, _t: None, "normed", log)
     busy = time.process_time() - busy
     after = bed.prices(found.maps, "normed", {"distilled": layers})["distilled"]
+    every = settings.check_every
     removed = {t: 1 - after[t]["increase"] / before[t]["increase"] for t in before}
     log(f"removed: { {t: round(v, 3) for t, v in removed.items()} }")
     facts = {
@@ -193,6 +195,7 @@ def trained(bed: Bed, options: argparse.Namespace, layers: tuple[int, ...]) -> t
         "cpu_seconds": busy,  # of all threads: on a busy machine a clock says little
         "steps": len(found.train_kl),
         "held_kl": found.held_kl,
+        "train_kl": [statistics.fmean(found.train_kl[k : k + every]) for k in range(0, len(found.train_kl), every)],
         "independent": before,
         "distilled": after,
         "removed": removed,
@@ -221,9 +224,10 @@ def judged(bed: Bed, maps: Mapping[int, Any], count: int, select: str) -> tuple[
 
 
 def ladder(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
-    """The tool's own layers at several counts."""
+    """The tool's own layers at several counts, and what the paper's are."""
+    from nbl_export import lmmse
     from nbl_export.cost import map_sizes
-    from nbl_export.plan import save_maps
+    from nbl_export.plan import ranked, save_maps
 
     counts = [int(n) for n in options.counts.split(",")]
     maps = bed.maps("normed", range(len(bed.moments["residual"])))
@@ -240,7 +244,13 @@ def ladder(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
             options.keep.mkdir(parents=True, exist_ok=True)
             save_maps(found, options.keep / f"{count}.safetensors", "normed")
             (options.keep / f"{count}.json").write_text(json.dumps(rows[count], indent=1), encoding="utf-8")
-    return {"order": list(order.layers), "kl": list(order.kl), "rows": rows}
+    scores = [lmmse.score(m, i) for i, m in enumerate(bed.moments["residual"])]
+    cca = {count: sorted(ranked(scores, "cca")[:count]) for count in counts}
+    paper = {
+        count: {"layers": mix, "modelled_prefill": costs.speedup_of_sizes({i: sizes[i] for i in mix}).prefill}
+        for count, mix in cca.items()
+    }
+    return {"order": list(order.layers), "kl": list(order.kl), "paper": paper, "rows": rows}
 
 
 def cost_model(bed: Bed) -> Any:

@@ -54,7 +54,7 @@ class TrainedMap(nn.Module):
 
     def __init__(self, linear: nn.Linear, rank: int | None, generator: torch.Generator) -> None:
         super().__init__()
-        weight = linear.weight.detach()
+        weight, self.rank = linear.weight.detach(), rank
         self.rows: Mapping[str, torch.Tensor] | None = None
         self.bias = nn.Parameter(linear.bias.detach().clone())
         if not rank:
@@ -68,12 +68,12 @@ class TrainedMap(nn.Module):
     @property
     def merged(self) -> torch.Tensor:
         """The weight [D, D]."""
-        return self.start + self.up @ self.down if "up" in self._parameters else self.weight
+        return self.start + self.up @ self.down if self.rank else self.weight
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         if self.rows is None:
             return nn.functional.linear(x_BTD, self.merged, self.bias)
-        if "up" in self.rows:
+        if self.rank:
             thin = torch.bmm(x_BTD, self.rows["down"].mT)
             out = nn.functional.linear(x_BTD, self.start) + torch.bmm(thin, self.rows["up"].mT)
         else:
@@ -160,10 +160,11 @@ class Twin:
             weight: of the distance of the hidden states on the way.
         """
         size = len(lesson.entering)
-        rows = {name: p.detach().expand(size, *p.shape).requires_grad_() for name, p in self.trained.items()}
+        rows: dict[str, torch.Tensor] = {}
         for index, module in self.affine.items():
-            prefix = f"{index}.linear."
-            module.linear.rows = {n.removeprefix(prefix): r for n, r in rows.items() if n.startswith(prefix)}
+            own = {n: p.detach().expand(size, *p.shape).requires_grad_() for n, p in module.linear.named_parameters()}
+            module.linear.rows = own
+            rows |= {f"{index}.linear.{name}": parameter for name, parameter in own.items()}
         try:
             loss_B, kl_B = self._losses(lesson, weight)
             found = torch.autograd.grad(loss_B.sum(), list(rows.values()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -119,8 +120,10 @@ def test_a_run_on_it_saves_the_same_checkpoint_and_is_reused(
     from safetensors.numpy import load_file
 
     run = Path(shutil.copytree(again, tmp_path / "run"))
-    done = nbl("--model", saved, "--calibration", text, *TINY, "--output", run)
-    assert done.status == 0 and "verify: reused" in done.err, done.err
+    recorded = shlex.split(json.loads((run / "nbl.json").read_text())["command"])[1:-1]  # it says --fit given
+    for arguments in (("--model", saved, "--calibration", text, *TINY, "--output"), recorded):
+        done = nbl(*arguments, run)
+        assert done.status == 0 and "verify: reused" in done.err, done.err
     assert nbl("save-checkpoint", run).status == 0
     tensors = [load_file(d / "model.safetensors") for d in (saved, run / "nbl-checkpoint")]
     assert tensors[0].keys() == tensors[1].keys()
@@ -143,8 +146,8 @@ def test_what_needs_the_attention_is_refused(saved: Path, text: Path, asked: tup
 
 def test_commands_that_need_the_attention_are_refused(saved: Path, again: Path, text: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(again, tmp_path / "run"))
-    for command in (("plan", run, "--layers", "1"), ("plan", run, "--fit", "independent")):
-        assert_refused(nbl(*command), 2)
+    for asked in (("--layers", "1"), ("--method", "drop")):
+        assert_refused(nbl("plan", run, *asked), 2, asked[0], "has its maps")
     assert_refused(nbl("plan", run, "--sweep"), 1, "nothing to sweep here", "has its maps")
     done = nbl("calibrate", "--model", saved, "--calibration", text, "--output", tmp_path / "new")
     assert_refused(done, 1, "nothing to calibrate here", "has its maps")
