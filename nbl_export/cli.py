@@ -64,6 +64,7 @@ def root(
     provider: opt.Provider = None,
     builder_option: opt.BuilderOption = None,
     map_bits: opt.MapBits = None,
+    token_table: opt.TokenTable = None,
     max_seq_len: opt.MaxSeqLen = None,
     max_batch: opt.MaxBatch = None,
     prefill_chunk: opt.PrefillChunk = None,
@@ -211,6 +212,7 @@ def rewrite(
     decoder_source: opt.Source = None,
     builder_option: opt.BuilderOption = None,
     map_bits: opt.MapBits = None,
+    token_table: opt.TokenTable = None,
     onnx: opt.Onnx = None,
     maps: opt.Maps = None,
     tap: opt.Tap = None,
@@ -225,7 +227,7 @@ def rewrite(
 
         changes = opt.given_options(
             layers=layers, precision=precision, decoder_source=decoder_source,
-            builder_option=builder_option, map_bits=map_bits,
+            builder_option=builder_option, map_bits=map_bits, token_table=token_table,
         )  # fmt: skip
         run_stages(directory, "rewrite", _ui(), changes=changes)
         print(directory / "model")
@@ -233,6 +235,7 @@ def rewrite(
     opt.refuse_with(
         "--onnx", None,
         dir=directory, precision=precision, decoder_source=decoder_source, builder_option=builder_option,
+        token_table=token_table,
     )  # fmt: skip
     if maps is None or output is None:
         raise typer.BadParameter("goes with --maps and --output", param_hint="--onnx")

@@ -55,6 +55,7 @@ __all__ = [
     "Tap",
     "TargetSpeedup",
     "Threads",
+    "TokenTable",
     "given_options",
     "refuse_with",
 ]
@@ -110,6 +111,13 @@ BuilderOption = Annotated[
 ]
 MapBits = Annotated[
     int | None, typer.Option(help="int8, int4: bits of the maps (4, 8, or 32: float32; default as the other matrices).")
+]
+TokenTable = Annotated[
+    bool | None,
+    typer.Option(
+        "--token-table/--no-token-table",
+        help="Look up what replaced layers below the first kept one make of a token (default), or compute it.",
+    ),
 ]
 MaxSeqLen = Annotated[
     int | None, typer.Option(min=1, help="trt, trt-rtx: slots of a cache, answer included (default 2048).")

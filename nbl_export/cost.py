@@ -11,6 +11,9 @@ Tail pruning: above the last kept attention no token reads another, so where onl
 everything behind that layer's attention runs on one token; in the original that is the MLP of its last layer. Graphs
 of every source that give those logits alone are pruned so (`rewrite.last_token`).
 
+Token table: below the first kept attention a hidden state is a function of the token. With layer 0 replaced its map and
+MLP are a row that is looked up (`rewrite.token_table`).
+
 Against SmolLM2 measured on two CPU cores (fp32, 8 layers replaced, prefill 512), over an original of which only the
 head was pruned: 1.06 without tail pruning and 1.30 with it, the model says 1.06 and 1.31. At decode it says too little
 for small models, in which an attention operator costs more than the bytes it reads (measured 1.12 to 1.15, modelled
@@ -80,6 +83,7 @@ class CostModel:
     tokens: length of the prefill, and the depth at which a token is decoded.
     all_logits: the graphs compute the logits of every prompt token.
     tail_pruned: the tails of both graphs are pruned, which leaves the logits of the last token alone.
+    token_table: replaced layers below the first kept one are looked up, not computed.
     """
 
     spec: DecoderSpec
@@ -90,6 +94,7 @@ class CostModel:
     tokens: int = 512
     all_logits: bool = False
     tail_pruned: bool = True
+    token_table: bool = False
 
     def speedup(self, maps: Mapping[int, AffineMap]) -> Speedup:
         """What replacing the attention of some layers is worth, 1 for nothing."""
@@ -122,7 +127,7 @@ class CostModel:
         pruned = self.tail_pruned
         last_kept = max(i for i in range(self.spec.num_layers) if i not in sizes)
         total = 2.0 * (tokens if self.all_logits and not pruned else 1) * self._head
-        for layer in range(self.spec.num_layers):
+        for layer in self._computed(sizes):
             entering = 1 if pruned and layer > last_kept else tokens
             leaving = 1 if pruned and layer >= last_kept else tokens
             total += 2.0 * leaving * self._mlp
@@ -130,11 +135,16 @@ class CostModel:
         return total
 
     def _bytes(self, sizes: Mapping[int, int], tokens: int, depth: int) -> float:
-        elements = sum(sizes.get(i, self._projections) + self._mlp for i in range(self.spec.num_layers))
+        elements = sum(sizes.get(i, self._projections) + self._mlp for i in self._computed(sizes))
         kept = (i for i in range(self.spec.num_layers) if i not in sizes)
         positions = sum(min(depth + tokens, (self.spec.window_of(i) or depth + tokens) + tokens - 1) for i in kept)
         cache = self.spec.cache_bytes_per_token(1, self.cache_itemsize) * positions
         return elements * self.weight_bytes + self._head * self.head_bytes + cache
+
+    def _computed(self, sizes: Mapping[int, int]) -> range:
+        """Layers that are not looked up."""
+        first_kept = min(i for i in range(self.spec.num_layers) if i not in sizes)
+        return range(first_kept if self.token_table else 0, self.spec.num_layers)
 
     def _attention_flops(self, layer: int, tokens: int, depth: int) -> float:
         pairs = sum(self._visible(layer, depth + position) for position in range(1, tokens + 1))

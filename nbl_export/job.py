@@ -72,6 +72,14 @@ class Job:
         """Tokens that a sequence can have: the model's positions, or the length of fixed caches."""
         return slots_of(self.options, self.spec)
 
+    @property
+    def has_token_table(self) -> bool:
+        """Whether graphs look up what replaced layers at the bottom of the stack make of a token.
+
+        A graph that was given has no torch model to say what that is.
+        """
+        return self.options.token_table and self.graph is None
+
     # -- identity: from the manifest where it knows, else from the files -----------------------------------
 
     @property

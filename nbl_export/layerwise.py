@@ -25,7 +25,7 @@ from nbl_export.calibrate import attach, refuse_not_finite
 from nbl_export.errors import NblError
 from nbl_export.sums import REFERENCE_ROWS, Accumulator, Sums
 
-__all__ = ["Shelf", "collect_layers", "float32_bytes"]
+__all__ = ["Shelf", "collect_layers", "float32_bytes", "one_layer"]
 
 _LAYER = "layers.{}."
 
@@ -121,7 +121,7 @@ def collect_layers(
     inputs = [ids_WT[:1, :REFERENCE_ROWS], *parts]
     tokens = sum(part.numel() for part in parts)
     for index in range(config.num_hidden_layers):
-        decoder = _one_layer(config, index, shelf)
+        decoder = one_layer(config, index, shelf)
         found = {tap: Accumulator(config.hidden_size) for tap in taps}
         handles = [handle for tap, a in found.items() for handle in attach(decoder.layers[0], a, tap, config)]
         done = 0
@@ -170,7 +170,7 @@ class _States:
             stream.write(memoryview(states.contiguous().numpy()).cast("B"))
 
 
-def _one_layer(config: Any, index: int, shelf: Shelf) -> Any:
+def one_layer(config: Any, index: int, shelf: Shelf) -> Any:
     """The decoder with layer `index` alone, ending behind it; with the embedding for the first one only."""
     from accelerate import init_empty_weights
     from transformers import AutoModel

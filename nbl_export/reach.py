@@ -52,6 +52,7 @@ def cost_model(job: Job) -> cost.CostModel:
         options.prompt_length,
         all_logits=options.kept_logits == "all",
         tail_pruned=options.kept_logits == "last",
+        token_table=job.has_token_table,
     )
 
 

@@ -316,6 +316,7 @@ class Timing:
 class JobOptions:
     """Everything a user can ask of the main job, resolved. Recorded in nbl.json and read back on resume.
 
+    token_table: replaced layers at the bottom of the stack become a table of tokens, where the engine's graphs can.
     builder_option: KEY=VALUE for the GenAI builder. map_bits: of the maps in an int8 or int4 graph, 32 for float32;
     None takes those of the other matrices.
     max_seq_len, max_batch and prefill_chunk are for engines that compile; None takes `job`'s defaults.
@@ -351,6 +352,7 @@ class JobOptions:
     provider: str = "cpu"
     builder_option: tuple[str, ...] = ()
     map_bits: int | None = None
+    token_table: bool = True
     max_seq_len: int | None = None
     max_batch: int | None = None
     prefill_chunk: int | None = None

@@ -163,11 +163,13 @@ def _form(job: Job) -> list[str]:
 def _rewrite(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export.plan import load_maps
     from nbl_export.rewrite import rewrite
+    from nbl_export.token_rows import rows_of
 
     plan = job.plan
     maps = load_maps(job.run.path / "maps.safetensors", plan.replaced)
     dense, bits = job.engine.CAPABILITIES.dense_caches, job.options.map_bits
-    rewrite(job.run.path / "original", out / "model", plan, maps, dense=dense, map_bits=bits)
+    rows = rows_of(job, maps)
+    rewrite(job.run.path / "original", out / "model", plan, maps, dense=dense, map_bits=bits, rows_VD=rows)
     facts = {k: job.run.manifest[k] for k in _DEPLOYED_FACTS}
     if job.engine.CAPABILITIES.dense_caches:
         facts["cache_layers"] = list(plan.kept)  # of cache ids 0..K-1
@@ -314,7 +316,7 @@ STAGES = (
         ("precision", "decoder_source", "provider", "builder_option", "max_seq_len"), _decoder,
         lambda job: [job.fingerprint, job.options.kept_logits, *_form(job)],
     ),
-    Stage("rewrite", "rewrite", ("plan", "distill", "decoder"), ("map_bits",), _rewrite),
+    Stage("rewrite", "rewrite", ("plan", "distill", "decoder"), ("map_bits", "token_table"), _rewrite),
     Stage("verify", "verify", ("rewrite",), ("calibration_tokens", "context"), _verify, _texts),
     Stage("eval", "evaluate", ("rewrite",), (), _evaluate, lambda job: [job.evaluation.identity], _no_eval),
     Stage(

@@ -28,12 +28,13 @@ def build_twins(job: Job, maps: Mapping[int, AffineMap], out: Path) -> dict[str,
     from nbl_export.engines.onnx_decoder import GRAPH_FILE
     from nbl_export.rewrite import rewrite
     from nbl_export.rewrite.last_token import keep_last_token
+    from nbl_export.token_rows import rows_of
 
     directories = {"original": out / "original", "nbl": out / "model"}
     static.save_graph(static.build_form(job.checkpoint, job.slots), directories["original"], GRAPH_FILE)
     if job.options.kept_logits == "last":
         keep_last_token(directories["original"])
-    rewrite(directories["original"], directories["nbl"], job.plan, maps, dense=True)
+    rewrite(directories["original"], directories["nbl"], job.plan, maps, dense=True, rows_VD=rows_of(job, maps))
     if job.options.precision == "int4":
         for directory in directories.values():
             static.save_int4_twin(directory, directory / INT4)

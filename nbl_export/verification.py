@@ -27,6 +27,7 @@ def run(job: Job) -> dict[str, Any]:
     from nbl_export.linearize import linearize
     from nbl_export.plan import load_maps
     from nbl_export.reference import make_reference
+    from nbl_export.token_rows import rows_of
     from nbl_export.twins import INT4
 
     plan = job.plan
@@ -51,7 +52,8 @@ def run(job: Job) -> dict[str, Any]:
             with _shipped(job, directory, decoder) as shipped:
                 contract, logits = shipped.contract, job.options.kept_logits
                 results += verify_file.check_file(subject, directory, job.spec, ids, contract, size, logits)
-                results += verify_file.check_maps(subject, directory, {} if subject == "original" else maps)
+                ours = ({}, None) if subject == "original" else (maps, rows_of(job, maps))
+                results += verify_file.check_maps(subject, directory, *ours)
                 if shipped is not decoder:
                     results.append(verify_last.check_pruned(subject, directory))
                     results += verify_last.check_last(subject, decoder, shipped, probe.rows[0], precision)

@@ -17,10 +17,11 @@ import onnx
 
 from nbl_export.onnx_check import check_structure, skeleton
 from nbl_export.records import AffineMap, DecoderSpec, GraphContract, RungResult
+from nbl_export.rewrite.token_table import table_name
 
 __all__ = ["check_file", "check_maps", "check_untouched"]
 
-_OURS = re.compile(r"nbl\.layers\.(\d+)\.")
+_OURS = re.compile(r"nbl\.layers\.[\d-]+\.")
 _OUR_PRODUCT = re.compile(r"/nbl/layers\.\d+/MatMul")
 _PRODUCTS = {"weight": "MatMul", "down": "MatMulDown", "up": "MatMulUp"}  # as `rewrite.bypass` names them
 _SPOKEN = {"last": "of the last token", "all": "of all tokens"}
@@ -62,8 +63,13 @@ def check_file(
     return results
 
 
-def check_maps(subject: str, directory: Path, maps: Mapping[int, AffineMap]) -> list[RungResult]:
-    """The graph's maps are the fitted ones: exact where floating point, within a step where quantised."""
+def check_maps(
+    subject: str, directory: Path, maps: Mapping[int, AffineMap], rows_VD: np.ndarray | None = None
+) -> list[RungResult]:
+    """The graph's maps are the fitted ones: exact where floating point, within a step where quantised.
+
+    rows_VD: what the layers below the first kept one make of each token, where the graph looks it up.
+    """
     proto = onnx.load(str(directory / "model.onnx"), load_external_data=False)
     tensors = {t.name: t for t in proto.graph.initializer if _OURS.match(t.name)}
     if not maps:
@@ -71,11 +77,36 @@ def check_maps(subject: str, directory: Path, maps: Mapping[int, AffineMap]) -> 
     found = [n for n in proto.graph.node if n.op_type in ("MatMul", "MatMulNBits") and _OUR_PRODUCT.match(n.name)]
     nodes = {n.name.partition("_Q")[0]: n for n in found}
     wide = {n.name: n for n in proto.graph.node if n.op_type == "DequantizeLinear"}
+    if rows_VD is not None:
+        first = next(i for i in range(len(maps) + 1) if i not in maps)
+        table = _table_problem(directory, tensors, first, rows_VD)
+        if table:
+            return [_verdict("a", subject, "maps in the graph", False, table)]
+        maps = {i: affine for i, affine in maps.items() if i > first}
     wanted = {f"/nbl/layers.{i}/{_PRODUCTS[name]}" for i, m in maps.items() for name in m.matrices}
     problems = [_map_problem(directory, {**nodes, **wide}, tensors, *item) for item in sorted(maps.items())]
     surplus = sorted(nodes.keys() - wanted)
+    detail = f"{len(maps)} maps as fitted" + ("" if rows_VD is None else f", a table for the first {first}")
     worst = next(filter(None, problems), f"{surplus[0]} is not of the plan" if surplus else "")
-    return [_verdict("a", subject, "maps in the graph", not worst, worst or f"{len(maps)} maps as fitted")]
+    return [_verdict("a", subject, "maps in the graph", not worst, worst or detail)]
+
+
+def _table_problem(directory: Path, tensors: Mapping[str, Any], first: int, rows_VD: np.ndarray) -> str:
+    """How the table of tokens differs from what the layers below `first` make of each; "" where it does not."""
+    name = table_name(first)
+    if name not in tensors:
+        return f"there is no table {name}"
+    found, scales = _array(tensors[name], directory), tensors.get(f"{name}_scales")
+    if scales is None:
+        # as much as processors differ by, and half a unit of the last of 11 digits
+        allowed = np.abs(rows_VD) * (2.0**-11 if found.dtype == np.float16 else 0) + 1e-5 * np.abs(rows_VD).max()
+    else:
+        steps = np.repeat(_array(scales, directory).astype(np.float32), rows_VD.shape[1] // scales.dims[1], 1)
+        found, allowed = (found.astype(np.float32) - 128) * steps, steps * _STEPS
+    if found.shape != rows_VD.shape:
+        return f"{name} is {list(found.shape)}, not {list(rows_VD.shape)}"
+    off = (np.abs(found - rows_VD) > allowed).any(1)
+    return f"token {int(off.argmax())} of {name} is not what its layers make of it" if off.any() else ""
 
 
 def _map_problem(

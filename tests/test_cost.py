@@ -82,6 +82,17 @@ def test_laws() -> None:
     assert high.prefill > 1.15 * low.prefill
 
 
+def test_layers_that_are_looked_up_cost_nothing() -> None:
+    """Layer 0 takes its MLP along, and layer 1 only together with it; nothing else changes."""
+    table = dataclasses.replace(PRUNED, token_table=True)
+    for layers, looked_up in (((0, 5), 1), ((0, 1, 5), 2), ((1, 5), 0), ((), 0)):
+        sizes = dict.fromkeys(layers, 576 * 576)
+        elements = looked_up * (576 * 576 + 3 * 576 * 1536)
+        computed, found = PRUNED.prefill(sizes, 512), table.prefill(sizes, 512)
+        assert found.flops == computed.flops - 2 * 512 * elements
+        assert found.bytes == computed.bytes - 4 * elements
+
+
 @pytest.mark.parametrize("name", ["original", "model"])
 def test_model_says_what_the_job_ships(finished: Path, name: str) -> None:
     nodes = [node.name or "" for node in ir.load(finished / name / "model.onnx").graph]
@@ -93,8 +104,11 @@ def test_tails_are_pruned_for_every_engine_unless_all_logits_are_wanted(engine: 
     (tmp_path / "config.json").write_text('{"intermediate_size": 1536}')
     for logits in ("last", "all"):
         options = JobOptions("m", engine=engine, precision="fp16", logits=logits)
-        job = SimpleNamespace(options=options, engine=load_engine(engine), spec=SMOLLM2, checkpoint=tmp_path)
+        job = SimpleNamespace(
+            options=options, engine=load_engine(engine), spec=SMOLLM2, checkpoint=tmp_path, has_token_table=True
+        )
         model = cost_model(job)  # type: ignore[arg-type]
+        assert model.token_table
         assert (model.tail_pruned, model.all_logits) == (logits == "last", logits == "all")
 
 

@@ -25,6 +25,7 @@ from nbl_export.rewrite import contract_of, rewrite, rewrite_model
 from nbl_export.rewrite.last_token import difference, keep_last_token
 from nbl_export.rewrite.quantize_blocks import QuantizeMapBlocks
 from nbl_export.rewrite.renumber import LAYERS_KEY, RenumberCaches
+from nbl_export.token_rows import token_rows
 
 from .static_tiny import (
     ARCHITECTURES,
@@ -343,9 +344,12 @@ def test_the_law_refuses(misform: Callable[[ir.Model], None], reason: str, form:
 # -- the twin --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("table", [False, True], ids=["computed", "table"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int4"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_rewriting_and_finishing_commute(architecture: str, precision: str, form: Form, tmp_path: Path) -> None:
+def test_rewriting_and_finishing_commute(
+    architecture: str, precision: str, table: bool, form: Form, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
     """What ships is the proven fp32 twin at another precision, bit for bit, pruned or not, also through files."""
     twin, ours = tmp_path / "twin", tmp_path / "run"
     static.save_graph(form(architecture), twin / "original", GRAPH_FILE)
@@ -354,7 +358,9 @@ def test_rewriting_and_finishing_commute(architecture: str, precision: str, form
     static.save_graph(model, ours / "original")
     for directory in (twin, ours):
         keep_last_token(directory / "original")
-        rewrite(directory / "original", directory / "model", Plan(LAYERS, (0, 2)), maps_of([0, 2]), dense=True)
+        maps = maps_of([0, 2])
+        rows = token_rows(tiny(architecture), maps, "residual") if table else None
+        rewrite(directory / "original", directory / "model", Plan(LAYERS, (0, 2)), maps, dense=True, rows_VD=rows)
         assert all(difference(directory / name) == "" for name in ("original", "model"))
     for name in ("original", "model"):
         for theirs, file in ((ALL_LOGITS_FILE, ALL_LOGITS_FILE), (GRAPH_FILE, "decoder.onnx")):

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from nbl_export.engines.onnx_decoder import ALL_LOGITS_FILE, STATIC_GRAPH_FILE, all_logits_file, graph_file
@@ -25,11 +26,14 @@ from nbl_export.rewrite.quantize_blocks import QuantizeMapBlocks
 from nbl_export.rewrite.renumber import RenumberCaches
 from nbl_export.rewrite.sweep import SkipNormToAdd, Sweep
 from nbl_export.rewrite.tail import PruneTail
+from nbl_export.rewrite.token_table import TabulateTokens
 
 __all__ = ["contract_of", "make_dense", "passes_for", "rewrite", "rewrite_model"]
 
 
-def passes_for(plan: Plan, maps: Mapping[int, AffineMap], map_bits: int | None = None) -> Sequence[ir.passes.PassBase]:
+def passes_for(
+    plan: Plan, maps: Mapping[int, AffineMap], map_bits: int | None = None, rows_VD: np.ndarray | None = None
+) -> Sequence[ir.passes.PassBase]:
     """The rewrite, in order."""
     chosen = {layer: maps[layer] for layer in plan.replaced}
     drop = DropCaches(plan.replaced)
@@ -39,6 +43,8 @@ def passes_for(plan: Plan, maps: Mapping[int, AffineMap], map_bits: int | None =
         Sweep(),
         DropUnreadCaches(drop),
         SkipNormToAdd(),
+        TabulateTokens(rows_VD),
+        Sweep(),
         QuantizeMaps(map_bits),
         QuantizeMapBlocks(),
         Sweep(),
@@ -46,12 +52,17 @@ def passes_for(plan: Plan, maps: Mapping[int, AffineMap], map_bits: int | None =
 
 
 def rewrite_model(
-    model: ir.Model, plan: Plan, maps: Mapping[int, AffineMap], map_bits: int | None = None
+    model: ir.Model,
+    plan: Plan,
+    maps: Mapping[int, AffineMap],
+    map_bits: int | None = None,
+    rows_VD: np.ndarray | None = None,
 ) -> tuple[PassReport, ...]:
     """Rewrite in place. With the empty plan nothing is touched.
 
     Args:
         map_bits: of the maps where the graph's matrices are quantised; 32 leaves them float32, None takes theirs.
+        rows_VD: what enters the first kept layer for each token (`token_rows`), to be looked up instead of computed.
 
     Raises:
         RefusalError: the graph is not understood, or does not have the plan's layers.
@@ -62,7 +73,9 @@ def rewrite_model(
     missing = set(plan.replaced) - set(before)
     if missing:
         raise RefusalError(min(missing), f"the graph has attention caches for layers {list(before)} only")
-    reports = [PassReport(type(step).__name__, step(model).modified) for step in passes_for(plan, maps, map_bits)]
+    reports = [
+        PassReport(type(step).__name__, step(model).modified) for step in passes_for(plan, maps, map_bits, rows_VD)
+    ]
     after = [value for pasts, _ in graph_caches(model.graph).values() for value in pasts]
     if after != [value for layer in before if layer not in plan.replaced for value in before[layer][0]]:
         names = [value.name for value in after]
@@ -78,6 +91,7 @@ def rewrite(
     *,
     dense: bool = False,
     map_bits: int | None = None,
+    rows_VD: np.ndarray | None = None,
 ) -> tuple[PassReport, ...]:
     """Write the NBL version of a deployable directory to `out` (which must not exist).
 
@@ -98,7 +112,7 @@ def rewrite(
     if not plan.replaced:
         return ()
     model = ir.load(source / all_logits_file(source))
-    reports = rewrite_model(model, plan, maps, map_bits)
+    reports = rewrite_model(model, plan, maps, map_bits, rows_VD)
     ir.save(model, out / name, external_data=f"{name}.data")
     if dense or name == STATIC_GRAPH_FILE:
         reports = (*reports, make_dense(out / name))

@@ -269,9 +269,9 @@ def _block_facts(layer: int, block: AttentionBlock | RefusalError) -> dict[str, 
 
 
 def replaced_layers(graph: ir.Graph) -> list[int]:
-    """Layers that have a map in place of attention already."""
-    found = (re.match(r"nbl\.layers\.(\d+)\.", name) for name in graph.initializers)
-    return sorted({int(m[1]) for m in found if m})
+    """Layers that have a map in place of attention already, or are part of a table of tokens (0-1)."""
+    found = (re.match(r"nbl\.layers\.(\d+)(?:-(\d+))?\.", name) for name in graph.initializers)
+    return sorted({layer for m in found if m for layer in range(int(m[1]), int(m[2] or m[1]) + 1)})
 
 
 def _prunable(model: ir.Model, understood: bool) -> str | None:

@@ -1,0 +1,105 @@
+"""Below the first kept attention layer a token sees no other: all that is computed there becomes a table of tokens.
+
+    before   input_ids -- Gather(E) -- x0 W' + b -- join -- mlp -- ... -- x      layers 0 .. k-1 replaced, k kept
+    after    input_ids -- Gather(T) ------------------------------------- x      T[v] = what the above makes of token v
+
+With layer 0 replaced its map goes and, what is more, its MLP: a lookup costs nothing. T has the size of E, [V, D], and
+takes its place where nothing else reads E; a head tied to E keeps it. The rows come from `token_rows`; in a graph with
+quantised matrices they are stored in 8 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from nbl_export.errors import RefusalError
+from nbl_export.rewrite.anatomy import cache_layers, find_block
+from nbl_export.rewrite.bypass import element_type
+
+__all__ = ["BLOCK", "TabulateTokens", "table_name"]
+
+BLOCK = 32  # elements with a scale of their own, of a table in 8 bits
+_NODE = "/nbl/token_table"
+_SKIP_NORMS = {"SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
+               "SkipLayerNormalization": "LayerNormalization"}  # fmt: skip
+
+
+def table_name(layers: int) -> str:
+    """Of the table that stands for the first layers, so many."""
+    return f"nbl.layers.{'-'.join(map(str, sorted({0, layers - 1})))}.table"
+
+
+class TabulateTokens(ir.passes.InPlacePass):
+    """Look up what enters the first kept layer, where the layers below it are replaced; else do nothing.
+
+    Args:
+        rows: what enters it for each token, [V, D]; None does nothing.
+    """
+
+    def __init__(self, rows: np.ndarray | None) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        first = cache_layers(graph)[0]
+        if self.rows is None or not first:
+            return ir.passes.PassResult(model, modified=False)
+        ids = next((v for v in graph.inputs if v.name == "input_ids"), None)
+        if ids is None:
+            raise RefusalError(first, "it has no input named input_ids, by which its tokens could be looked up")
+        stream = find_block(graph, first).residual
+        quantised = any(node.op_type == "MatMulNBits" for node in graph)
+        dtype = element_type(graph, stream)
+        lookup = _lookup(graph, table_name(first), self.rows.astype(dtype.numpy()), ids, quantised)
+        value = lookup.outputs[0]
+        value.type, value.shape = ir.TensorType(dtype), stream.shape
+        graph.insert_before(graph[0], [lookup, *_norm_apart(stream, value)])
+        stream.replace_all_uses_with(value)
+        return ir.passes.PassResult(model, modified=True)
+
+
+def _lookup(graph: ir.Graph, name: str, rows_VD: np.ndarray, ids: ir.Value, quantised: bool) -> ir.Node:
+    """The node that looks up the rows of tokens, and its constants."""
+    if quantised and rows_VD.shape[1] % BLOCK == 0:
+        codes, scales = _quantised(rows_VD)
+        constants = [_initializer(graph, name, codes), _initializer(graph, f"{name}_scales", scales)]
+        attributes = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
+        inputs: Sequence[ir.Value] = [constants[0], ids, constants[1]]
+        node = ir.node("GatherBlockQuantized", inputs, attributes=attributes, domain="com.microsoft", name=_NODE)
+    else:
+        node = ir.node("Gather", [_initializer(graph, name, rows_VD), ids], name=_NODE)
+    node.outputs[0].name = f"{_NODE}/output_0"
+    return node
+
+
+def _quantised(rows_VD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [V, D] of 8 bits around 128, and scales [V, D / BLOCK]: what GatherBlockQuantized reads."""
+    blocks = rows_VD.reshape(len(rows_VD), -1, BLOCK)
+    scales = np.abs(blocks).max(-1, keepdims=True) / 127
+    codes = np.rint(blocks / np.where(scales == 0, 1, scales)) + 128
+    return codes.astype(np.uint8).reshape(rows_VD.shape), scales[..., 0]
+
+
+def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+    graph.register_initializer(value)
+    return value
+
+
+def _norm_apart(stream: ir.Value, value: ir.Value) -> list[ir.Node]:
+    """The norm of a skip norm that made the stream, for its readers, as a node of its own."""
+    node = stream.producer()
+    if node is None or node.op_type not in _SKIP_NORMS or not node.outputs[0].consumers():
+        return []
+    weights = node.inputs[2 : 3 if node.op_type == "SkipSimplifiedLayerNormalization" else 4]
+    attributes = {"axis": -1, "stash_type": 1, "epsilon": node.attributes["epsilon"].as_float()}
+    norm = ir.node(_SKIP_NORMS[node.op_type], [value, *weights], attributes=attributes, name=f"{_NODE}/norm")
+    normed, old = norm.outputs[0], node.outputs[0]
+    normed.name, normed.type, normed.shape = f"{_NODE}/norm/output_0", value.type, old.shape
+    old.replace_all_uses_with(normed)
+    return [norm]
