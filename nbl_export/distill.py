@@ -46,7 +46,8 @@ class DistillSettings:
     steps: optimizer steps. minutes: stop earlier when this much time is used (None: no limit; a run that a clock ends
     is not repeatable). A step sees batch_tokens tokens. The rate falls from learning_rate (None: 1e-2 for deltas of low
     rank, 1e-3 for whole matrices; bench/README.md) to nothing along a cosine over the steps or the minutes, whichever
-    are nearer to their end. window: tokens of a training row, at most.
+    are nearer to their end. window: tokens of a training row, at most. patience: share of the run after which it is
+    over where nothing was better; while the rate is high held-back KL goes up and down, and most is gained as it falls.
     hidden_weight: of the distance of the hidden states, beside the KL; 0 leaves it out.
     dtype: "fp32", "bf16", or "auto": bf16 where the processor multiplies it natively. lora_rank: train a delta of that
     rank on each map, which is added to it afterwards (Hu et al. 2022, LoRA), instead of the whole matrix (None).
@@ -58,7 +59,7 @@ class DistillSettings:
     batch_tokens: int = 1024
     window: int = 256
     check_every: int = 40
-    patience: int = 4
+    patience: float = 0.5
     seed: int = 0
     dtype: str = "fp32"
     lora_rank: int | None = 16
@@ -96,7 +97,7 @@ class _Training:
     def __init__(self, twin: Twin, settings: DistillSettings, held: list[Lesson], peers: Peers) -> None:
         self.twin, self.settings, self.held, self.peers = twin, settings, held, peers
         self.fraction = 0.0
-        self.step = self.since_best = 0
+        self.step, self.best_at = 0, 0.0
         self._earlier, self._started = 0.0, time.monotonic()
         self.optimizer = torch.optim.AdamW(twin.trained.values(), lr=settings.rate, weight_decay=0.0, betas=(0.9, 0.99))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -146,15 +147,14 @@ class _Training:
         found = self._held_kl()
         best = min(kl for _, kl in self.result.held_kl)
         self.result.held_kl.append((self.step, found))
-        self.since_best = 0 if found < best else self.since_best + 1
         if found < best:
-            self.result.maps = self.twin.maps()
+            self.result.maps, self.best_at = self.twin.maps(), self.fraction
         return found
 
     @property
     def over(self) -> bool:
         """No steps, time or patience left."""
-        return self.fraction >= 1.0 or self.since_best >= self.settings.patience
+        return self.fraction >= 1.0 or self.fraction - self.best_at >= self.settings.patience
 
     def _held_kl(self) -> float:
         values = [self.twin.held_kl(lesson) for lesson in self.held]
@@ -170,7 +170,7 @@ class _Training:
                 f"best.{i}.weight": torch.from_numpy(best.weight),
                 f"best.{i}.bias": torch.from_numpy(best.bias),
             }
-        kept = {"held_kl": self.result.held_kl, "train_kl": self.result.train_kl, "since_best": self.since_best}
+        kept = {"held_kl": self.result.held_kl, "train_kl": self.result.train_kl, "best_at": self.best_at}
         state.save(tensors, {**kept, "step": self.step, "seconds": self.seconds})
 
     def _restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
@@ -189,7 +189,7 @@ class _Training:
         }
         self.result.held_kl = [(int(step), float(kl)) for step, kl in facts["held_kl"]]
         self.result.train_kl = [float(kl) for kl in facts["train_kl"]]
-        self.step, self.since_best, self._earlier = facts["step"], facts["since_best"], facts["seconds"]
+        self.step, self.best_at, self._earlier = facts["step"], facts["best_at"], facts["seconds"]
         self._look_at_the_clock()
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate * self.schedule.lr_lambdas[0](self.step)

@@ -78,9 +78,13 @@ def test_same_seed_same_maps(prepared: dict[str, Any]) -> None:
     assert one.train_kl == two.train_kl
 
 
-def test_stops_when_held_back_text_no_longer_improves(prepared: dict[str, Any]) -> None:
-    settings = DistillSettings(steps=100, batch_tokens=128, check_every=1, patience=2, learning_rate=5.0)
-    assert len(run(prepared, "normed", settings).train_kl) == 2
+@pytest.mark.parametrize(("steps", "patience", "taken"), [(100, 0.02, 2), (20, 0.5, 10)])
+def test_stops_when_held_back_text_no_longer_improves(
+    steps: int, patience: float, taken: int, prepared: dict[str, Any]
+) -> None:
+    """Its patience is a share of the run, however often it looks."""
+    settings = DistillSettings(steps=steps, batch_tokens=128, check_every=1, patience=patience, learning_rate=5.0)
+    assert len(run(prepared, "normed", settings).train_kl) == taken
 
 
 def test_model_comes_back_as_it_was(prepared: dict[str, Any]) -> None:
