@@ -50,6 +50,7 @@ def describe(directory: Path) -> dict[str, Any]:
         "logits": facts.get("logits"),
         "replaced_layers": facts.get("replaced_layers"),
         "tap": facts.get("tap"),
+        "token_table": facts.get("token_table"),
         "stages": {name: record["seconds"] for name, record in facts["stages"].items()},
         "variants": {
             "original": _variant(directory / "original", spec, spec.num_layers, itemsize),
@@ -93,6 +94,7 @@ def describe_table(facts: dict[str, Any]) -> Group:
         ("precision", facts["precision"]),
         ("logits", _LOGITS.get(facts["logits"], "not built yet")),
         ("replaced layers", _layers(facts["replaced_layers"])),
+        *_table_row(facts["token_table"]),
         ("status", facts["status"]),
         ("stages", ", ".join(f"{n} {s:.1f} s" for n, s in facts["stages"].items()) or "none finished"),
         ("command", facts["command"]),
@@ -125,6 +127,12 @@ def engines_table(engines: dict[str, Any]) -> Table:
             f"{record['cache_bytes'] / 2**20:,.1f} MiB",
         )
     return table
+
+
+def _table_row(table: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if not table:
+        return []
+    return [("looked up", f"{_layers(table['layers'])}: a table of tokens, {table['bytes'] / 2**20:,.1f} MiB")]
 
 
 def _layers(replaced: list[int] | None) -> str:

@@ -25,7 +25,7 @@ from nbl_export.speed import read_timings, speed_ratios, speed_rows, spoken_rati
 __all__ = ["render", "summarize"]
 
 _COPIED = ("model", "options", "command", "versions", "calibration", "num_layers", "replaced_layers", "tap", "select",
-           "method", "logits")  # fmt: skip
+           "method", "logits", "token_table")  # fmt: skip
 _PER_VARIANT = ("peak_memory_bytes", "steady_memory_bytes", "kv_cache_bytes", "kv_cache_bytes_per_token",
                 "model_bytes", "disk_bytes", "load_seconds")  # fmt: skip
 

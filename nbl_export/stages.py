@@ -163,7 +163,8 @@ def _form(job: Job) -> list[str]:
 def _rewrite(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export.plan import load_maps
     from nbl_export.rewrite import rewrite
-    from nbl_export.token_rows import rows_of
+    from nbl_export.rewrite.token_table import table_bytes
+    from nbl_export.token_rows import layers_below, rows_of
 
     plan = job.plan
     maps = load_maps(job.run.path / "maps.safetensors", plan.replaced)
@@ -174,7 +175,8 @@ def _rewrite(job: Job, out: Path) -> dict[str, Any]:
     if job.engine.CAPABILITIES.dense_caches:
         facts["cache_layers"] = list(plan.kept)  # of cache ids 0..K-1
     write_json(out / "model" / "nbl.json", {**facts, "versions": versions(PACKAGES), "nbl_export": __version__})
-    return {"versions": {"nbl-export": __version__, **versions(PACKAGES)}}
+    table = None if rows is None else {"layers": list(layers_below(maps)), "bytes": table_bytes(out / "model")}
+    return {"token_table": table, "versions": {"nbl-export": __version__, **versions(PACKAGES)}}
 
 
 _DEPLOYED_FACTS = ("schema", "model", "decoder", "options", "calibration", "num_layers", "replaced_layers", "tap",

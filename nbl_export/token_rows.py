@@ -22,9 +22,14 @@ from nbl_export.records import AffineMap
 if TYPE_CHECKING:
     from nbl_export.job import Job
 
-__all__ = ["rows_of", "token_rows"]
+__all__ = ["layers_below", "rows_of", "token_rows"]
 
 _TOKENS = 2048  # at once
+
+
+def layers_below(maps: Mapping[int, AffineMap]) -> range:
+    """Replaced layers below the first kept one."""
+    return range(next(i for i in range(len(maps) + 1) if i not in maps))
 
 
 def rows_of(job: Job, maps: Mapping[int, AffineMap]) -> np.ndarray | None:
@@ -45,9 +50,8 @@ def token_rows(checkpoint: Path, maps: Mapping[int, AffineMap], tap: str) -> np.
     from transformers import AutoConfig
 
     config, shelf = AutoConfig.from_pretrained(str(checkpoint)), Shelf(checkpoint)
-    first = next(i for i in range(config.num_hidden_layers) if i not in maps)
     rows: torch.Tensor | None = None
-    for index in range(first):
+    for index in layers_below(maps):
         decoder = one_layer(config, index, shelf)
         module = AffineAttention(maps[index], multiplier_of(config))
         replace_attention(decoder, {0: module}, tap)

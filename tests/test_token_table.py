@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from nbl_export.rewrite.facts import replaced_layers
 from nbl_export.token_rows import token_rows
 from nbl_export.verify import run_rows
 
+from .command import nbl
 from .test_rewrite import GRAPHS, TOLERANCE, rows, torch_logits, worst
-from .tiny import HEAD_DIM, LAYERS, VOCAB, made_by
+from .tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB, made_by
 
 Exported = Callable[..., Path]
 Maps = Callable[..., dict[int, AffineMap]]
@@ -144,3 +146,25 @@ def test_rows_are_what_enters_the_first_kept_layer(
 
 def test_no_rows_where_layer_0_is_kept(checkpoint: Any, random_maps: Maps) -> None:
     assert token_rows(checkpoint("llama"), random_maps(1, 2), "residual") is None
+
+
+def test_a_run_says_what_it_looks_up(run: Path) -> None:
+    """And computes the layers where that is asked for; both are proven."""
+    assert nbl("plan", run, "--layers", "0,2").status == 0
+    proven = json.loads(nbl("verify", run, "--json").out)
+    assert proven["passed"] and any("a table for the first 1" in r["detail"] for r in proven["rungs"])
+    manifest = json.loads((run / "nbl.json").read_text())
+    assert manifest["token_table"] == {"layers": [0], "bytes": 4 * VOCAB * HIDDEN}
+    told = nbl("inspect", run).out
+    assert "looked up" in told and "0: a table of tokens" in told
+    assert "looked up and not computed: layer 0 in a table of 96" in page(run)
+    computed = products(run / "model")
+    assert nbl("rewrite", run, "--no-token-table").status == 0
+    assert json.loads((run / "nbl.json").read_text())["token_table"] is None
+    assert products(run / "model") - computed == 4
+    assert nbl("verify", run).status == 0 and "looked up" not in nbl("inspect", run).out + page(run)
+
+
+def page(run: Path) -> str:
+    assert nbl("report", run).status == 0
+    return " ".join((run / "report.html").read_text(encoding="utf-8").split())

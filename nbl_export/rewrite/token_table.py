@@ -10,19 +10,23 @@ quantised matrices they are stored in 8 bits.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
+from nbl_export.engines.onnx_decoder import graph_file
 from nbl_export.errors import RefusalError
 from nbl_export.rewrite.anatomy import cache_layers, find_block
 from nbl_export.rewrite.bypass import element_type
 
-__all__ = ["BLOCK", "TabulateTokens", "table_name"]
+__all__ = ["TabulateTokens", "table_bytes", "table_name"]
 
-BLOCK = 32  # elements with a scale of their own, of a table in 8 bits
+_BLOCK = 32  # elements with a scale of their own, of a table in 8 bits
 _NODE = "/nbl/token_table"
+_TABLE = re.compile(r"nbl\.layers\.[\d-]+\.table")
 _SKIP_NORMS = {"SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
                "SkipLayerNormalization": "LayerNormalization"}  # fmt: skip
 
@@ -30,6 +34,13 @@ _SKIP_NORMS = {"SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization
 def table_name(layers: int) -> str:
     """Of the table that stands for the first layers, so many."""
     return f"nbl.layers.{'-'.join(map(str, sorted({0, layers - 1})))}.table"
+
+
+def table_bytes(directory: Path) -> int:
+    """What tables of tokens take of a deployable directory's weights."""
+    constants = ir.load(directory / graph_file(directory)).graph.initializers.values()
+    found = (v.const_value for v in constants if _TABLE.match(str(v.name)))
+    return sum(tensor.nbytes for tensor in found if tensor is not None)
 
 
 class TabulateTokens(ir.passes.InPlacePass):
@@ -64,10 +75,10 @@ class TabulateTokens(ir.passes.InPlacePass):
 
 def _lookup(graph: ir.Graph, name: str, rows_VD: np.ndarray, ids: ir.Value, quantised: bool) -> ir.Node:
     """The node that looks up the rows of tokens, and its constants."""
-    if quantised and rows_VD.shape[1] % BLOCK == 0:
+    if quantised and rows_VD.shape[1] % _BLOCK == 0:
         codes, scales = _quantised(rows_VD)
         constants = [_initializer(graph, name, codes), _initializer(graph, f"{name}_scales", scales)]
-        attributes = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
+        attributes = {"bits": 8, "block_size": _BLOCK, "gather_axis": 0, "quantize_axis": 1}
         inputs: Sequence[ir.Value] = [constants[0], ids, constants[1]]
         node = ir.node("GatherBlockQuantized", inputs, attributes=attributes, domain="com.microsoft", name=_NODE)
     else:
@@ -77,8 +88,8 @@ def _lookup(graph: ir.Graph, name: str, rows_VD: np.ndarray, ids: ir.Value, quan
 
 
 def _quantised(rows_VD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [V, D] of 8 bits around 128, and scales [V, D / BLOCK]: what GatherBlockQuantized reads."""
-    blocks = rows_VD.reshape(len(rows_VD), -1, BLOCK)
+    """Codes [V, D] of 8 bits around 128, and scales [V, D / _BLOCK]: what GatherBlockQuantized reads."""
+    blocks = rows_VD.reshape(len(rows_VD), -1, _BLOCK)
     scales = np.abs(blocks).max(-1, keepdims=True) / 127
     codes = np.rint(blocks / np.where(scales == 0, 1, scales)) + 128
     return codes.astype(np.uint8).reshape(rows_VD.shape), scales[..., 0]
