@@ -25,6 +25,7 @@ from nbl_export.rewrite.bypass import element_type
 __all__ = ["TabulateTokens", "table_bytes", "table_name"]
 
 _BLOCK = 32  # elements with a scale of their own, of a table in 8 bits
+_ROWS = 8192  # quantised at once, to save memory
 _NODE = "/nbl/token_table"
 _TABLE = re.compile(r"nbl\.layers\.[\d-]+\.table")
 _SKIP_NORMS = {"SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
@@ -65,7 +66,7 @@ class TabulateTokens(ir.passes.InPlacePass):
         stream = find_block(graph, first).residual
         quantised = any(node.op_type == "MatMulNBits" for node in graph)
         dtype = element_type(graph, stream)
-        lookup = _lookup(graph, table_name(first), self.rows.astype(dtype.numpy()), ids, quantised)
+        lookup = _lookup(graph, table_name(first), self.rows, dtype.numpy(), ids, quantised)
         value = lookup.outputs[0]
         value.type, value.shape = ir.TensorType(dtype), stream.shape
         graph.insert_before(graph[0], [lookup, *_norm_apart(stream, value)])
@@ -73,26 +74,34 @@ class TabulateTokens(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=True)
 
 
-def _lookup(graph: ir.Graph, name: str, rows_VD: np.ndarray, ids: ir.Value, quantised: bool) -> ir.Node:
-    """The node that looks up the rows of tokens, and its constants."""
+def _lookup(
+    graph: ir.Graph, name: str, rows_VD: np.ndarray, dtype: np.dtype, ids: ir.Value, quantised: bool
+) -> ir.Node:
+    """The node that looks up the rows of tokens as `dtype`, and its constants."""
     if quantised and rows_VD.shape[1] % _BLOCK == 0:
-        codes, scales = _quantised(rows_VD)
+        codes, scales = _quantised(rows_VD, dtype)
         constants = [_initializer(graph, name, codes), _initializer(graph, f"{name}_scales", scales)]
         attributes = {"bits": 8, "block_size": _BLOCK, "gather_axis": 0, "quantize_axis": 1}
         inputs: Sequence[ir.Value] = [constants[0], ids, constants[1]]
         node = ir.node("GatherBlockQuantized", inputs, attributes=attributes, domain="com.microsoft", name=_NODE)
     else:
-        node = ir.node("Gather", [_initializer(graph, name, rows_VD), ids], name=_NODE)
+        node = ir.node("Gather", [_initializer(graph, name, rows_VD.astype(dtype)), ids], name=_NODE)
     node.outputs[0].name = f"{_NODE}/output_0"
     return node
 
 
-def _quantised(rows_VD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _quantised(rows_VD: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """Codes [V, D] of 8 bits around 128, and scales [V, D / _BLOCK]: what GatherBlockQuantized reads."""
-    blocks = rows_VD.reshape(len(rows_VD), -1, _BLOCK)
-    scales = np.abs(blocks).max(-1, keepdims=True) / 127
-    codes = np.rint(blocks / np.where(scales == 0, 1, scales)) + 128
-    return codes.astype(np.uint8).reshape(rows_VD.shape), scales[..., 0]
+    codes = np.empty(rows_VD.shape, np.uint8)
+    scales = np.empty((len(rows_VD), rows_VD.shape[1] // _BLOCK), dtype)
+    for start in range(0, len(rows_VD), _ROWS):
+        here = slice(start, start + _ROWS)
+        blocks = rows_VD[here].reshape(-1, scales.shape[1], _BLOCK)
+        scales[here] = np.abs(blocks).max(-1) / 127
+        steps = scales[here].astype(np.float32)
+        found = np.rint(blocks / np.where(steps == 0, 1, steps)[..., None]) + 128
+        codes[here] = found.clip(0, 255).reshape(len(blocks), -1)
+    return codes, scales
 
 
 def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
