@@ -257,7 +257,7 @@ def cost_model(bed: Bed) -> Any:
     """Of a prefill of 512 tokens in float32."""
     from nbl_export.cost import CostModel
 
-    return CostModel(bed.spec, bed.model.config.intermediate_size, 4.0, 4.0, 4)
+    return CostModel(bed.spec, bed.model.config.intermediate_size, 4.0, 4.0, 4, token_table=True)
 
 
 def sets(bed: Bed, named: Sequence[str]) -> dict[str, Any]:
