@@ -157,7 +157,10 @@ def test_a_run_says_what_it_looks_up(run: Path) -> None:
     assert manifest["token_table"] == {"layers": [0], "bytes": 4 * VOCAB * HIDDEN}
     told = nbl("inspect", run).out
     assert "looked up" in told and "0: a table of tokens" in told
-    assert ". Below the first layer that is kept, a token's hidden state is looked up and not computed: layer 0" in page(run)
+    assert (
+        ". Below the first layer that is kept, a token's hidden state is looked up and not computed: layer 0"
+        in page(run)
+    )
     computed = products(run / "model")
     assert nbl("rewrite", run, "--no-token-table").status == 0
     assert json.loads((run / "nbl.json").read_text())["token_table"] is None
