@@ -10,6 +10,7 @@ GroupQueryAttention takes chunks on top of a cache for a single sequence only (O
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +96,7 @@ class GraphScorer:
         found: dict[Request, Score] = {}
         shared = [group for group in by_context.values() if len(group) > 1]
         single = [group[0] for group in by_context.values() if len(group) == 1]
-        for scores in (*map(self._shared, shared), *map(self._batch, self._batches(single))):
+        for scores in itertools.chain(map(self._shared, shared), map(self._batch, self._batches(single))):
             found.update(scores)
             progress(len(found), len(set(wanted)))
         return [found[request] for request in wanted]
