@@ -33,8 +33,8 @@ def layers_below(maps: Mapping[int, AffineMap]) -> range:
 
 
 def rows_of(job: Job, maps: Mapping[int, AffineMap]) -> np.ndarray | None:
-    """As `token_rows`; None too where the job has no table."""
-    return token_rows(job.checkpoint, maps, job.plan.tap) if job.has_token_table else None
+    """As `token_rows`; None too where the job has no table. The checkpoint is touched only where there are rows."""
+    return token_rows(job.checkpoint, maps, job.plan.tap) if job.has_token_table and layers_below(maps) else None
 
 
 def token_rows(checkpoint: Path, maps: Mapping[int, AffineMap], tap: str) -> np.ndarray | None:

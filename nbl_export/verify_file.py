@@ -88,7 +88,8 @@ def check_maps(
     wanted = {f"/nbl/layers.{i}/{_PRODUCTS[name]}" for i, m in maps.items() for name in m.matrices}
     problems = [_map_problem(directory, {**nodes, **wide}, tensors, *item) for item in sorted(maps.items())]
     surplus = sorted(nodes.keys() - wanted)
-    detail = f"{len(maps)} maps as fitted" + ("" if rows_VD is None else f", a table for the first {first}")
+    detail = f"{len(maps)} map{'' if len(maps) == 1 else 's'} as fitted"
+    detail += "" if rows_VD is None else f", a table for the first {first}"
     worst = next(filter(None, problems), f"{surplus[0]} is not of the plan" if surplus else "")
     return [_verdict("a", subject, "maps in the graph", not worst, worst or detail)]
 
