@@ -94,7 +94,7 @@ def root(
         print(__version__)
         return
     if context_.invoked_subcommand is not None:
-        _refuse_options_before(context_)
+        opt.refuse_options_before(context_)
         return
     if model is None or output is None:
         missing = "--model" if model is None else "--output"
@@ -118,15 +118,6 @@ def _main_job(given: dict[str, Any]) -> None:
     options = JobOptions(**{**defaults, "model": model, "engine": engine, **chosen})
     if run_job(options, output, _ui(), force=given["force"]) is not None:
         print(output / "report.html")
-
-
-def _refuse_options_before(context: typer.Context) -> None:
-    """Options of the main job in front of a subcommand would be without effect."""
-    for name in set(context.params) - {"verbose", "version"}:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            flag = f"--{name.replace('_', '-')}"
-            raise typer.BadParameter(f"goes after {context.invoked_subcommand}, if it takes it", param_hint=flag)
 
 
 @app.command()

@@ -57,6 +57,7 @@ __all__ = [
     "Threads",
     "TokenTable",
     "given_options",
+    "refuse_options_before",
     "refuse_with",
 ]
 
@@ -228,3 +229,12 @@ def refuse_with(present: str | None, absent: str | None, **given: Any) -> None:
         if value is not None:
             why = f"does not go with {present}" if present else f"goes with {absent}"
             raise typer.BadParameter(why, param_hint="DIR" if name == "dir" else f"--{name.replace('_', '-')}")
+
+
+def refuse_options_before(context: typer.Context) -> None:
+    """Options of the main job in front of a subcommand would be without effect."""
+    for name in set(context.params) - {"verbose", "version"}:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            flag = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"goes after {context.invoked_subcommand}, if it takes it", param_hint=flag)

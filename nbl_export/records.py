@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ __all__ = [
     "Scenario",
     "TensorInfo",
     "Timing",
+    "layers_below",
 ]
 
 
@@ -123,6 +125,11 @@ class AffineMap:
         if self.up is None or self.down is None:
             return {"weight": self.weight}
         return {"down": self.down, "up": self.up}
+
+
+def layers_below(replaced: Collection[int]) -> range:
+    """Replaced layers below the first kept one."""
+    return range(next(i for i in range(len(replaced) + 1) if i not in replaced))
 
 
 # What a map is applied to: the residual stream before the layer's norm (the paper's reference code), or the

@@ -16,6 +16,7 @@ from nbl_export.graph_source import GIVEN
 from nbl_export.job import Job, chunk_of
 from nbl_export.nbl_checkpoint import GIVEN_FIT, NO_ORIGINAL
 from nbl_export.preflight import require_engine
+from nbl_export.records import layers_below
 
 __all__ = ["PACKAGES", "STAGES", "VARIANTS", "Stage", "passed", "readers"]
 
@@ -164,7 +165,7 @@ def _rewrite(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export.plan import load_maps
     from nbl_export.rewrite import rewrite
     from nbl_export.rewrite.token_table import table_bytes
-    from nbl_export.token_rows import layers_below, rows_of
+    from nbl_export.token_rows import rows_of
 
     plan = job.plan
     maps = load_maps(job.run.path / "maps.safetensors", plan.replaced)

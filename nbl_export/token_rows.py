@@ -17,19 +17,14 @@ import torch
 from nbl_export.blocks import multiplier_of, run_from
 from nbl_export.layerwise import Shelf, one_layer
 from nbl_export.linearize import AffineAttention, replace_attention
-from nbl_export.records import AffineMap
+from nbl_export.records import AffineMap, layers_below
 
 if TYPE_CHECKING:
     from nbl_export.job import Job
 
-__all__ = ["layers_below", "rows_of", "token_rows"]
+__all__ = ["rows_of", "token_rows"]
 
 _TOKENS = 2048  # at once
-
-
-def layers_below(maps: Mapping[int, AffineMap]) -> range:
-    """Replaced layers below the first kept one."""
-    return range(next(i for i in range(len(maps) + 1) if i not in maps))
 
 
 def rows_of(job: Job, maps: Mapping[int, AffineMap]) -> np.ndarray | None:

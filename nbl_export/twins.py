@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from nbl_export.job import Job
 from nbl_export.records import AffineMap, RungResult
 
@@ -22,19 +24,18 @@ __all__ = ["INT4", "build_twins", "check_shipped"]
 INT4 = "int4"  # directory of a twin with int4 matrices around float32 arithmetic
 
 
-def build_twins(job: Job, maps: Mapping[int, AffineMap], out: Path) -> dict[str, Path]:
+def build_twins(job: Job, maps: Mapping[int, AffineMap], rows_VD: np.ndarray | None, out: Path) -> dict[str, Path]:
     """Write both twins with the logits that ship, as a job's own stages do, and `INT4` beside each for an int4 job."""
     from nbl_export.decoders import static
     from nbl_export.engines.onnx_decoder import GRAPH_FILE
     from nbl_export.rewrite import rewrite
     from nbl_export.rewrite.last_token import keep_last_token
-    from nbl_export.token_rows import rows_of
 
     directories = {"original": out / "original", "nbl": out / "model"}
     static.save_graph(static.build_form(job.checkpoint, job.slots), directories["original"], GRAPH_FILE)
     if job.options.kept_logits == "last":
         keep_last_token(directories["original"])
-    rewrite(directories["original"], directories["nbl"], job.plan, maps, dense=True, rows_VD=rows_of(job, maps))
+    rewrite(directories["original"], directories["nbl"], job.plan, maps, dense=True, rows_VD=rows_VD)
     if job.options.precision == "int4":
         for directory in directories.values():
             static.save_int4_twin(directory, directory / INT4)

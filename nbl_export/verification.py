@@ -43,7 +43,8 @@ def run(job: Job) -> dict[str, Any]:
     results: list[RungResult] = []
     yardsticks: dict[str, float] = {}
     decoders = {}
-    with _graphs(job, maps, results) as directories:
+    rows_VD = rows_of(job, maps)
+    with _graphs(job, maps, rows_VD, results) as directories:
         for subject, reference in (("original", original), ("nbl", nbl)):
             directory = directories[subject]
             decoder = decoders[subject] = job.engine.open_graph(directory, job.spec)
@@ -52,7 +53,7 @@ def run(job: Job) -> dict[str, Any]:
             with _shipped(job, directory, decoder) as shipped:
                 contract, logits = shipped.contract, job.options.kept_logits
                 results += verify_file.check_file(subject, directory, job.spec, ids, contract, size, logits)
-                ours = ({}, None) if subject == "original" else (maps, rows_of(job, maps))
+                ours = ({}, None) if subject == "original" else (maps, rows_VD)
                 results += verify_file.check_maps(subject, directory, *ours)
                 if shipped is not decoder:
                     results.append(verify_last.check_pruned(subject, directory))
@@ -109,7 +110,9 @@ def _shipped(job: Job, directory: Path, decoder: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _graphs(job: Job, maps: Mapping[int, AffineMap], results: list[RungResult]) -> Iterator[dict[str, Path]]:
+def _graphs(
+    job: Job, maps: Mapping[int, AffineMap], rows_VD: Any, results: list[RungResult]
+) -> Iterator[dict[str, Path]]:
     """Directories of the graphs to compare: what ships, or its float32 twins after the two were found equal."""
     if not job.engine.CAPABILITIES.static:
         yield {"original": job.run.path / "original", "nbl": job.run.path / "model"}
@@ -117,7 +120,7 @@ def _graphs(job: Job, maps: Mapping[int, AffineMap], results: list[RungResult]) 
     from nbl_export.twins import build_twins, check_shipped
 
     with job.run.scratch() as scratch, job.ui.task("fp32 twins"):
-        twins = build_twins(job, maps, scratch)
+        twins = build_twins(job, maps, rows_VD, scratch)
         results += check_shipped(job, twins)
         yield twins
 

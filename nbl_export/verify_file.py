@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 
 from nbl_export.onnx_check import check_structure, skeleton
-from nbl_export.records import AffineMap, DecoderSpec, GraphContract, RungResult
+from nbl_export.records import AffineMap, DecoderSpec, GraphContract, RungResult, layers_below
 from nbl_export.rewrite.token_table import table_name
 
 __all__ = ["check_file", "check_maps", "check_untouched"]
@@ -80,7 +80,7 @@ def check_maps(
     nodes = {n.name.partition("_Q")[0]: n for n in found}
     wide = {n.name: n for n in proto.graph.node if n.op_type == "DequantizeLinear"}
     if rows_VD is not None:
-        first = next(i for i in range(len(maps) + 1) if i not in maps)
+        first = len(layers_below(maps))
         table = _table_problem(directory, tensors, first, rows_VD)
         if table:
             return [_verdict("a", subject, "maps in the graph", False, table)]

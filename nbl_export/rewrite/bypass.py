@@ -19,7 +19,7 @@ from nbl_export.errors import RefusalError
 from nbl_export.records import AffineMap
 from nbl_export.rewrite.anatomy import AttentionBlock, find_block
 
-__all__ = ["BypassAttention", "element_type", "tapped"]
+__all__ = ["BypassAttention", "add_initializer", "element_type", "tapped"]
 
 _DEPTH = 12  # of operators between a value and one of a stated type
 _PRODUCTS = {"weight": "MatMul", "down": "MatMulDown", "up": "MatMulUp"}  # matrix of a map -> its node
@@ -52,10 +52,10 @@ def _map_nodes(
     prefix, names = f"/nbl/layers.{block.layer}", f"nbl.layers.{block.layer}"
     nodes, value = [], tapped
     for name, matrix in affine.matrices.items():
-        weight = _initializer(graph, f"{names}.{name}", np.ascontiguousarray(matrix.T), dtype)
+        weight = add_initializer(graph, f"{names}.{name}", np.ascontiguousarray(matrix.T), dtype)
         nodes.append(ir.node("MatMul", [value, weight], name=f"{prefix}/{_PRODUCTS[name]}"))
         value = _describe_output(nodes[-1], block.residual, matrix.shape[0], dtype)
-    bias = _initializer(graph, f"{names}.bias", affine.bias, dtype)
+    bias = add_initializer(graph, f"{names}.bias", affine.bias, dtype)
     nodes.append(ir.node("Add", [value, bias], name=f"{prefix}/Add"))
     _describe_output(nodes[-1], block.residual, affine.bias.shape[0], dtype)
     return nodes
@@ -77,7 +77,12 @@ def tapped(block: AttentionBlock, tap: str) -> ir.Value:
     return block.normed
 
 
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType) -> ir.Value:
+def add_initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType) -> ir.Value:
+    """A new constant.
+
+    Raises:
+        RefusalError: there is one of this name.
+    """
     if name in graph.initializers:
         raise RefusalError(None, f"it already has an initializer {name}; this graph has been rewritten before")
     tensor = ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from nbl_export.engines.onnx_decoder import graph_file
 from nbl_export.errors import RefusalError
 from nbl_export.rewrite.anatomy import cache_layers, find_block
-from nbl_export.rewrite.bypass import element_type
+from nbl_export.rewrite.bypass import add_initializer, element_type
 
 __all__ = ["TabulateTokens", "table_bytes", "table_name"]
 
@@ -66,7 +66,7 @@ class TabulateTokens(ir.passes.InPlacePass):
         stream = find_block(graph, first).residual
         quantised = any(node.op_type == "MatMulNBits" for node in graph)
         dtype = element_type(graph, stream)
-        lookup = _lookup(graph, table_name(first), self.rows, dtype.numpy(), ids, quantised)
+        lookup = _lookup(graph, table_name(first), self.rows, dtype, ids, quantised)
         value = lookup.outputs[0]
         value.type, value.shape = ir.TensorType(dtype), stream.shape
         graph.insert_before(graph[0], [lookup, *_norm_apart(stream, value)])
@@ -75,17 +75,18 @@ class TabulateTokens(ir.passes.InPlacePass):
 
 
 def _lookup(
-    graph: ir.Graph, name: str, rows_VD: np.ndarray, dtype: np.dtype, ids: ir.Value, quantised: bool
+    graph: ir.Graph, name: str, rows_VD: np.ndarray, dtype: ir.DataType, ids: ir.Value, quantised: bool
 ) -> ir.Node:
     """The node that looks up the rows of tokens as `dtype`, and its constants."""
     if quantised and rows_VD.shape[1] % _BLOCK == 0:
-        codes, scales = _quantised(rows_VD, dtype)
-        constants = [_initializer(graph, name, codes), _initializer(graph, f"{name}_scales", scales)]
+        codes, scales = _quantised(rows_VD, dtype.numpy())
+        table = add_initializer(graph, name, codes, ir.DataType.UINT8)
+        steps = add_initializer(graph, f"{name}_scales", scales, dtype)
         attributes = {"bits": 8, "block_size": _BLOCK, "gather_axis": 0, "quantize_axis": 1}
-        inputs: Sequence[ir.Value] = [constants[0], ids, constants[1]]
+        inputs: Sequence[ir.Value] = [table, ids, steps]
         node = ir.node("GatherBlockQuantized", inputs, attributes=attributes, domain="com.microsoft", name=_NODE)
     else:
-        node = ir.node("Gather", [_initializer(graph, name, rows_VD.astype(dtype)), ids], name=_NODE)
+        node = ir.node("Gather", [add_initializer(graph, name, rows_VD, dtype), ids], name=_NODE)
     node.outputs[0].name = f"{_NODE}/output_0"
     return node
 
@@ -102,13 +103,6 @@ def _quantised(rows_VD: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.nda
         found = np.rint(blocks / np.where(steps == 0, 1, steps)[..., None]) + 128
         codes[here] = found.clip(0, 255).reshape(len(blocks), -1)
     return codes, scales
-
-
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
-    graph.register_initializer(value)
-    return value
 
 
 def _norm_apart(stream: ir.Value, value: ir.Value) -> list[ir.Node]:
