@@ -341,6 +341,8 @@ def _check_manifest(manifest: Any) -> None:
     spec = read_record(DecoderSpec, manifest["decoder"])
     places = manifest.get("places", {})
     _require({"model": None, **places}, model=(str, type(None)))
+    if manifest["options"].get("quantized_model") is not None:
+        _require(manifest["quantized"], name=str, fingerprint=str, place=(str, type(None)))
     absent = {"logits": None, "method": None}
     _require({**absent, **manifest}, logits=(str, type(None)), method=(str, type(None)))
     if not all(isinstance(text, str) for text in _listed(places.get("calibration", []))):

@@ -63,6 +63,7 @@ def root(
     decoder_source: opt.Source = None,
     provider: opt.Provider = None,
     builder_option: opt.BuilderOption = None,
+    quantized_model: opt.QuantizedModel = None,
     map_bits: opt.MapBits = None,
     token_table: opt.TokenTable = None,
     max_seq_len: opt.MaxSeqLen = None,
@@ -202,6 +203,7 @@ def rewrite(
     precision: opt.Precision = None,
     decoder_source: opt.Source = None,
     builder_option: opt.BuilderOption = None,
+    quantized_model: opt.QuantizedModel = None,
     map_bits: opt.MapBits = None,
     token_table: opt.TokenTable = None,
     onnx: opt.Onnx = None,
@@ -218,7 +220,7 @@ def rewrite(
 
         changes = opt.given_options(
             layers=layers, precision=precision, decoder_source=decoder_source,
-            builder_option=builder_option, map_bits=map_bits, token_table=token_table,
+            builder_option=builder_option, quantized_model=quantized_model, map_bits=map_bits, token_table=token_table,
         )  # fmt: skip
         run_stages(directory, "rewrite", _ui(), changes=changes)
         print(directory / "model")
@@ -226,7 +228,7 @@ def rewrite(
     opt.refuse_with(
         "--onnx", None,
         dir=directory, precision=precision, decoder_source=decoder_source, builder_option=builder_option,
-        token_table=token_table,
+        token_table=token_table, quantized_model=quantized_model,
     )  # fmt: skip
     if maps is None or output is None:
         raise typer.BadParameter("goes with --maps and --output", param_hint="--onnx")

@@ -110,6 +110,13 @@ BuilderOption = Annotated[
         "accuracy_level, shared_embeddings, fuse_mlp_gate_up); again for more.",
     ),
 ]
+QuantizedModel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="int4: codes of this checkpoint of the same model, quantised by GPTQ, AWQ or Olive (hub id or directory).",
+    ),
+]
 MapBits = Annotated[
     int | None, typer.Option(help="int8, int4: bits of the maps (4, 8, or 32: float32; default as the other matrices).")
 ]

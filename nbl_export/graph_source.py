@@ -132,7 +132,7 @@ def check_given(options: JobOptions) -> None:
     if asked:
         raise UsageError(f"{asked[0]} needs the torch model, and {options.model} is an ONNX graph; give the checkpoint")
     _check_engine(options)
-    others = ("max_seq_len", "max_batch", "prefill_chunk", "builder_option")
+    others = ("max_seq_len", "max_batch", "prefill_chunk", "builder_option", "quantized_model")
     idle = [name for name in others if getattr(options, name)]
     if options.map_bits is not None and options.precision not in ("int8", "int4"):
         idle.append("map_bits")

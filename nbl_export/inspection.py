@@ -12,6 +12,7 @@ from nbl_export.artifacts import RunDirectory
 from nbl_export.engines import ENGINES, load_engine
 from nbl_export.engines.providers import PROVIDERS
 from nbl_export.errors import NblError
+from nbl_export.public_facts import codes_of
 from nbl_export.records import DecoderSpec
 from nbl_export.speed import spoken_ratio, spoken_test
 
@@ -47,6 +48,7 @@ def describe(directory: Path) -> dict[str, Any]:
         "decoder": facts["decoder"],
         "status": facts["status"],
         "precision": facts["options"]["precision"],
+        "codes": codes_of(facts),
         "logits": facts.get("logits"),
         "replaced_layers": facts.get("replaced_layers"),
         "tap": facts.get("tap"),
@@ -91,7 +93,7 @@ def describe_table(facts: dict[str, Any]) -> Group:
         ("model", facts["model"]["name"]),
         ("decoder", f"{decoder['architecture']}, {decoder['num_layers']} layers, hidden size {decoder['hidden_size']}, "
          f"{decoder['num_heads']} query and {decoder['num_kv_heads']} key/value heads of {decoder['head_dim']}"),
-        ("precision", facts["precision"]),
+        ("precision", ", ".join(filter(None, (facts["precision"], facts["codes"])))),
         ("logits", _LOGITS.get(facts["logits"], "not built yet")),
         ("replaced layers", _layers(facts["replaced_layers"])),
         *_table_row(facts["token_table"]),

@@ -102,7 +102,7 @@ class Job:
             NblError: missing, damaged or unsupported, or options that do not fit.
         """
         self.options = nbl_checkpoint.adapted(self.options, self.source)
-        self.text  # noqa: B018  reading it is the check
+        self.text, self.quantized  # noqa: B018  reading them is the check
         check_options(self.options, self.read_spec)
 
     def identify(self) -> None:
@@ -139,6 +139,7 @@ class Job:
             num_layers=spec.num_layers,
         )
         self.note_options(options)
+        self.note_quantized()
         if not known:
             self.run.save()
 
@@ -162,6 +163,26 @@ class Job:
         if self.run.manifest and self.fingerprint == self.source.fingerprint:
             return self.spec
         return checkpoint.read_spec(self.source)
+
+    @functools.cached_property
+    def quantized(self) -> Any:
+        """The checkpoint whose codes int4 graphs are made of; None where the builder quantises."""
+        from nbl_export import quantized
+
+        name = self.options.quantized_model
+        return None if name is None else quantized.find(name, self.read_spec)
+
+    @property
+    def codes(self) -> list[str]:
+        """What a decoder graph depends on beside the model's own weights."""
+        return [self.run.manifest["quantized"]["fingerprint"]] if self.options.quantized_model else []
+
+    def note_quantized(self) -> None:
+        """Note the quantised checkpoint as it is now: where `located` finds it, and what `codes` knows it by."""
+        from nbl_export import quantized
+
+        if self.quantized is not None:
+            self.run.note(quantized={"name": self.options.quantized_model, **quantized.describe(self.quantized)})
 
     @functools.cached_property
     def text(self) -> Any:
@@ -343,9 +364,11 @@ def located(options: JobOptions, run: RunDirectory) -> JobOptions:
     """Options with model and text where they were, whatever the working directory is now."""
     places = run.manifest.get("places", {})
     texts = places.get("calibration") or options.calibration
+    noted, quantized = run.manifest.get("quantized") or {}, options.quantized_model
     return dataclasses.replace(
         options,
         model=places.get("model") or options.model,
+        quantized_model=noted.get("place") or quantized if quantized == noted.get("name") else quantized,
         calibration=(texts,) if isinstance(texts, str) else tuple(texts),
     )
 

@@ -139,6 +139,8 @@ def run_stages(
         job.sweep_to = sweep_to
         if options != recorded:
             job.note_options(options)
+        if options.quantized_model != recorded.quantized_model:
+            job.note_quantized()
         _advance(job, until, ignore_failure=force, needs=needs)
         return run
 

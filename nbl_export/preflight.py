@@ -53,6 +53,7 @@ def preflight(options: JobOptions) -> None:
     genai.check_options(options.builder_option)
     for given, flag, condition, fits in (
         (options.builder_option, "--builder-option", "--decoder-source genai", options.decoder_source == "genai"),
+        (options.quantized_model, "--quantized-model", "--precision int4 of --decoder-source genai", _is_int4(options)),
         (options.map_bits, "--map-bits", "--precision int8 or int4 on engine ort", _is_weight_only(options)),
     ):
         if given and not fits:
@@ -65,6 +66,10 @@ def preflight(options: JobOptions) -> None:
             f"the decoder source {options.decoder_source} makes no {options.precision} graph; "
             f"use {' or '.join([*others, '--precision ' + ', '.join(makes)])}"
         )
+
+
+def _is_int4(options: JobOptions) -> bool:
+    return options.precision == "int4" and options.decoder_source == "genai"
 
 
 def _is_weight_only(options: JobOptions) -> bool:

@@ -324,7 +324,8 @@ class JobOptions:
     """Everything a user can ask of the main job, resolved. Recorded in nbl.json and read back on resume.
 
     token_table: replaced layers at the bottom of the stack become a table of tokens, where the engine's graphs can.
-    builder_option: KEY=VALUE for the GenAI builder. map_bits: of the maps in an int8 or int4 graph, 32 for float32;
+    builder_option: KEY=VALUE for the GenAI builder. quantized_model: whose codes int4 graphs are made of, see
+    `quantized`; None lets the builder quantise. map_bits: of the maps in an int8 or int4 graph, 32 for float32;
     None takes those of the other matrices.
     max_seq_len, max_batch and prefill_chunk are for engines that compile; None takes `job`'s defaults.
     logits: "last" (None) or "all", see `kept_logits`.
@@ -358,6 +359,7 @@ class JobOptions:
     decoder_source: str = "genai"
     provider: str = "cpu"
     builder_option: tuple[str, ...] = ()
+    quantized_model: str | None = None
     map_bits: int | None = None
     token_table: bool = True
     max_seq_len: int | None = None

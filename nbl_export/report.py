@@ -20,6 +20,7 @@ from markupsafe import Markup
 from nbl_export import plots
 from nbl_export.artifacts import write_json
 from nbl_export.paired import FEWEST_PAIRS
+from nbl_export.public_facts import codes_of
 from nbl_export.speed import read_timings, speed_ratios, speed_rows, spoken_ratio, spoken_test
 
 __all__ = ["render", "summarize"]
@@ -78,6 +79,7 @@ def summarize(
         "scores": manifest.get("scores", []),
         "stage_seconds": {name: stage["seconds"] for name, stage in manifest.get("stages", {}).items()},
         "precision": verify["precision"],
+        "codes": codes_of(manifest),
         "rungs": rungs,
         "largest_logit_difference": _largest_logit_difference(rungs),
         "price": verify.get("price", []),

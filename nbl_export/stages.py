@@ -149,11 +149,21 @@ def _decoder(job: Job, out: Path) -> dict[str, Any]:
     else:
         build_decoder(
             options.decoder_source, job.checkpoint, out / "original", options.precision,
-            slots=job.slots, provider=options.provider, options=options.builder_option,
+            slots=job.slots, provider=options.provider, options=options.builder_option, codes=_codes(job),
         )  # fmt: skip
     if options.kept_logits == "last":
         keep_last_token(out / "original")
     return {"logits": options.kept_logits}
+
+
+def _codes(job: Job) -> Path | None:
+    """The quantised checkpoint, which is of this model."""
+    from nbl_export import quantized
+
+    if job.quantized is None:
+        return None
+    quantized.check_same(job.quantized, job.checkpoint, job.options.tap)
+    return Path(job.quantized.directory)
 
 
 def _form(job: Job) -> list[str]:
@@ -317,7 +327,7 @@ STAGES = (
     Stage(
         "decoder", "decoder graph", (),
         ("precision", "decoder_source", "provider", "builder_option", "max_seq_len"), _decoder,
-        lambda job: [job.fingerprint, job.options.kept_logits, *_form(job)],
+        lambda job: [job.fingerprint, job.options.kept_logits, *_form(job), *job.codes],
     ),
     Stage("rewrite", "rewrite", ("plan", "distill", "decoder"), ("map_bits", "token_table"), _rewrite),
     Stage("verify", "verify", ("rewrite",), ("calibration_tokens", "context"), _verify, _texts),

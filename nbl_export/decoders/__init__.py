@@ -30,6 +30,7 @@ def build_decoder(
     slots: int = 0,
     provider: str = "cpu",
     options: Sequence[str] = (),
+    codes: Path | None = None,
 ) -> None:
     """Export a checkpoint directory to a deployable directory with the named source.
 
@@ -37,6 +38,7 @@ def build_decoder(
         slots: of a cache, for the static source alone.
         provider: ONNX Runtime's execution provider; other than "cpu" for the GenAI source alone.
         options: KEY=VALUE of `genai.OPTIONS`, for the GenAI source alone.
+        codes: a quantised checkpoint of the same model, for the GenAI source alone.
 
     Raises:
         NblError: the source refuses the checkpoint or the precision, with its reason.
@@ -47,7 +49,7 @@ def build_decoder(
         static.build(checkpoint, out, precision, max_seq_len=slots)
         return
     if source == "genai":
-        genai.build(checkpoint, out, precision, provider, options)
+        genai.build(checkpoint, out, precision, provider, options, codes)
     else:
         SOURCES[source](checkpoint, out, precision)
     finish_directory(checkpoint, out)

@@ -49,11 +49,19 @@ def check_options(options: Sequence[str]) -> None:
             raise UsageError(f"--builder-option {key} is given twice")
 
 
-def build(checkpoint: Path, out: Path, precision: str, provider: str = "cpu", options: Sequence[str] = ()) -> None:
+def build(
+    checkpoint: Path,
+    out: Path,
+    precision: str,
+    provider: str = "cpu",
+    options: Sequence[str] = (),
+    codes: Path | None = None,
+) -> None:
     """Write model.onnx, its data, genai_config.json and the tokenizer to `out`, for an execution provider.
 
     Args:
         options: KEY=VALUE of `OPTIONS`.
+        codes: a quantised checkpoint whose codes the graph gets; None quantises the weights.
     """
     gpu = None if provider == "cpu" else PROVIDERS[provider]
     if precision not in (gpu.precisions if gpu else PRECISIONS):
@@ -66,7 +74,7 @@ def build(checkpoint: Path, out: Path, precision: str, provider: str = "cpu", op
     except ImportError as error:
         raise MissingPackageError("onnxruntime_genai", "cpu", "building the decoder graph") from error
     with tempfile.TemporaryDirectory() as cache, captured("the GenAI builder", checkpoint), repaired():
-        where = ("", str(checkpoint), str(out), precision, _BUILDER_NAMES.get(provider, provider), cache)
+        where = ("", str(codes or checkpoint), str(out), precision, _BUILDER_NAMES.get(provider, provider), cache)
         chosen = [*_NO_CODE, *(gpu.options_for(precision) if gpu else ()), *options]
         create_model(*where, **parse_extra_options(*where, chosen))
     _forget_commit(out / "model.onnx")
