@@ -47,3 +47,24 @@ def test_files_that_it_names_are_there() -> None:
         r"\]\((bench/[^)]+)\)", README
     ):
         assert (ROOT / name).exists(), name
+
+
+TABLES = ROOT / "bench" / "tables.py"
+
+
+def test_tables_are_those_of_the_raw_results() -> None:
+    done = subprocess.run([sys.executable, TABLES, "--check"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_figure_that_no_result_has_is_found(tmp_path: Path) -> None:
+    for name in ("tables.py", "tables_speed.py", "tables_quality.py"):
+        (tmp_path / "bench").mkdir(exist_ok=True)
+        (tmp_path / "bench" / name).write_text((TABLES.parent / name).read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "bench" / "results").symlink_to(TABLES.parent / "results")
+    row = next(line for line in README.splitlines() if line.startswith("| prefill of 512 tokens |"))
+    (tmp_path / "README.md").write_text(README.replace(row, row.replace("×1", "×2")), encoding="utf-8")
+    again = [sys.executable, str(tmp_path / "bench" / "tables.py"), "--check"]
+    done = subprocess.run(again, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert f"+ {row}" in done.stderr

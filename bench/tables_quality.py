@@ -1,0 +1,110 @@
+"""The README's tables of quality, of raw results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+Rows = list[Sequence[str]]
+Read = Callable[[str], Any]
+TEXTS = ("c4 rest", "wikitext-2 valid", "realnews")
+
+
+def ranges(layers: Sequence[int]) -> str:
+    """7, 14, 15, 25-29, as people write them; the command line takes them so."""
+    cuts = [0, *(k for k, (a, b) in enumerate(pairwise(layers), 1) if b != a + 1), len(layers)]
+    runs = [layers[a:b] for a, b in pairwise(cuts)]
+    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs)
+
+
+def rise(price: Mapping[str, float]) -> str:
+    return f"{100 * (price['nbl'] / price['original'] - 1):+.0f}%"
+
+
+def rises(prices: Mapping[str, Mapping[str, float]]) -> list[str]:
+    return [rise(prices[text]) for text in TEXTS]
+
+
+def ladder(read: Read) -> Rows:
+    """Counts of layers: the paper's way, and what the tool chooses: closed form, distilled, left out."""
+    hidden, logits, paper = read("quality-ladder-hidden"), read("quality-ladder"), read("quality-default")["residual"]
+    rows: Rows = [("", "layers", "C4", "WikiText-2", "realnews", "prefill, modelled"), "llrrrr"]
+    for count in ("4", "8", "10", "12", "15"):
+        row, theirs = hidden["rows"].get(count) or logits["rows"][count], hidden["paper"][count]
+        first = count == "4"
+        title = f"**{count} layers**, the paper's way" + (": its bound (`cca`), closed form" if first else "")
+        speed = f"×{theirs['modelled_prefill']:.2f}"
+        rows.append((title, ranges(theirs["layers"]), *rises(paper[f"cca {count}"]), speed))
+        for title, fit in (
+            ("the default: `efficient`, closed form" if first else "the default, closed form", "independent"),
+            ("`--fit distilled`", "distilled"),
+            ("left out (`--method drop`)" if first else "left out", "drop"),
+        ):
+            rows.append((title, ranges(row["layers"]), *rises(row[fit]), f"×{row['modelled_prefill']:.2f}"))
+    return rows
+
+
+def choices(read: Read) -> Rows:
+    prices = read("quality-default")["normed"]
+    rows: Rows = [("layers replaced", "chosen by", "C4", "WikiText-2", "realnews"), "llrrr"]
+    for count in (4, 8, 10, 12, 15):
+        for select in ("error", "greedy") if count == 8 else ("cca", "greedy"):
+            rows.append((str(count), f"`{select}`", *rises(prices[f"{select} {count}"])))
+    return rows
+
+
+def tails(read: Read) -> Rows:
+    result = read("quality-tails")
+    rows: Rows = [("layers", "C4", "WikiText-2", "realnews", "prefill"), "lrrrr"]
+    for layers, prices in result["residual"].items():
+        title = layers.replace(",", ", ") + (" (`cca`)" if layers == "0,7,24-29" else "")
+        rows.append((title, *rises(prices), f"×{result['modelled_prefill'][layers]:.2f}"))
+    return rows
+
+
+def tasks(read: Read) -> Rows:
+    found = read("tasks-smollm2")["tasks"]
+    names = {"lambada_openai": "LAMBADA", "arc_easy": "ARC-Easy", "piqa": "PIQA"}
+    rows: Rows = [("", *(f"{shown} ({found[name]['documents']:,})" for name, shown in names.items())), "lrrr"]
+    titles = {"original": "original"}
+    for count in (4, 8, 12):
+        titles |= {
+            f"cca {count}": f"{count} layers, the paper's way",
+            f"distilled {count}": f"{count} layers of the tool, distilled",
+            f"dropped {count}": f"the same {count} left out",
+        }
+    for row, title in titles.items():
+        rows.append((title, *(_accuracy(found[name]["rows"][row]["acc"], row) for name in names)))
+    return rows
+
+
+def _accuracy(figure: Mapping[str, float], row: str) -> str:
+    value = f"{100 * figure['value']:.1f}%"
+    if row == "original":
+        return value
+    return f"{value} ({100 * figure['change']:+.1f} ± {100 * figure['change_stderr']:.1f})"
+
+
+def distilled(read: Read) -> Rows:
+    run = read("quality-distill-c4-hidden")["distill"]
+    minutes = f"{run['settings']['minutes']:g}"
+    rows: Rows = [
+        ("perplexity", "original", "closed form", f"distilled, {minutes} minutes of 2 cores", "increase removed"),
+        "lrrrr",
+    ]
+    names = ("C4, not seen", *(f"{name} (no such text in calibration)" for name in ("WikiText-2", "realnews")))
+    for name, text in zip(names, TEXTS, strict=True):
+        before, after = run["independent"][text], run["distilled"][text]
+        values = [f"{value:.1f}" for value in (before["original"], before["nbl"], after["nbl"])]
+        rows.append((name, *values, f"{100 * run['removed'][text]:.0f}%"))
+    return rows
+
+
+TABLES: Mapping[str, Callable[[Read], Rows]] = {
+    "ladder": ladder,
+    "choices": choices,
+    "tails": tails,
+    "tasks": tasks,
+    "distilled": distilled,
+}

@@ -1,0 +1,164 @@
+"""The README's tables of speed, size and the graphs' errors, of raw results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Rows = list[Sequence[str]]
+Read = Callable[[str], Any]
+
+
+def spoken(ratio: Mapping[str, Any]) -> str:
+    """A paired ratio with its interval; one that contains 1 is no difference."""
+    interval = f"({ratio['low']:.2f} to {ratio['high']:.2f})"
+    if ratio["low"] <= 1 <= ratio["high"]:
+        return f"no clear difference {interval}"
+    return f"×{ratio['ratio']:.2f} {interval}"
+
+
+def _of(rows: Sequence[Mapping[str, Any]], variant: str, test: str, depth: int) -> Mapping[str, Any]:
+    (found,) = [r for r in rows if (r["variant"], r["test"], r["depth"]) == (variant, test, depth)]
+    return found
+
+
+def _speed(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _percent(new: float, old: float) -> str:
+    return f"{100 * (new / old - 1):+.0f}%"
+
+
+def demo(read: Read) -> Rows:
+    run = read("demo-smollm2-fp32")
+    rows: Rows = [("", "original", "NBL", ""), "lrrl"]
+    for name, test, depth in (
+        ("prefill of 512 tokens", "pp512", 0),
+        ("prefill of 512 after 2048", "pp512", 2048),
+        ("decode of 128", "tg128", 0),
+        ("decode of 128 after 2048", "tg128", 2048),
+    ):
+        speeds = [_of(run["rows"], v, test, depth)["tokens_per_second_median"] for v in ("original", "nbl")]
+        rows.append((name, *(f"{_speed(s)} tok/s" for s in speeds), spoken(_of(run["ratios"], "nbl", test, depth))))
+    cache = run["cache_bytes_per_token"]
+    change = f"−{100 * (1 - cache['nbl'] / cache['original']):.1f}%"
+    rows.append(("cache bytes a token", f"{cache['original']:,}", f"{cache['nbl']:,}", change))
+    names = ("held back from the calibration text", "Python's documentation (not calibrated on)")
+    for name, price in zip(names, run["price"], strict=True):
+        old, new = price["perplexity_original"], price["perplexity_nbl"]
+        rows.append((f"perplexity, {name}", f"{old:.1f}", f"{new:.1f}", _percent(new, old)))
+    return rows
+
+
+def int4(read: Read) -> Rows:
+    ratios = read("int4-smollm2")["ratios"]
+    variants = {
+        "nbl-8-cca": "8 layers (0, 7, 24-29)",
+        "nbl-12-cca": "12 layers (0, 5-8, 22, 24-29)",
+        "nbl-12-computed": "the same, `--no-token-table`",
+        "nbl-12-greedy": "12 of `greedy` (6-9, 15, 17, 24-29)",
+    }
+    rows: Rows = [("over the stock graph", *variants.values()), "lllll"]
+    for name, test, depth in (
+        ("prefill of 512", "pp512", 0),
+        ("prefill of 2048", "pp2048", 0),
+        ("prefill of 2048 after 512", "pp2048", 512),
+        ("decode of 47", "tg47", 0),
+        ("decode of 47 after 512", "tg47", 512),
+    ):
+        rows.append((name, *(spoken(_of(ratios, v, test, depth)) for v in variants)))
+    return rows
+
+
+def precisions(read: Read) -> Rows:
+    names = {
+        "fp32": "float32",
+        "int8": "int8",
+        "int4": "int4",
+        "int4, maps at 8 bits": "int4, `--map-bits 8`",
+        "int4, maps in float32": "int4, `--map-bits 32`",
+        "int4, k_quant": "int4, `algo_config=k_quant`",
+        "int4, k_quant_mixed": "int4, `algo_config=k_quant_mixed`",
+    }
+    rows: Rows = [
+        ("", "on disk", "C4", "WikiText-2", "realnews", "prefill 512", "2048", "decode after 512"),
+        "lrrrrrrr",
+    ]
+    results = read("precision-rows-smollm2")["rows"]
+    for name, title in names.items():
+        row = results[name]
+        size = " → ".join(f"{row['model_bytes'][v] / 1e6:.0f}" for v in ("original", "nbl")) + " MB"
+        texts = [
+            " → ".join(f"{text['figures'][v]['value']:.1f}" for v in ("original", "nbl")) for text in row["quality"]
+        ]
+        tests = (("pp512", 0), ("pp2048", 0), ("tg47", 512))
+        rows.append((title, size, *texts, *(f"×{_of(row['ratios'], 'nbl', *t)['ratio']:.2f}" for t in tests)))
+    return rows
+
+
+# title, contenders in one row, bits a weight
+_PEERS = (
+    ("**NBL, fp32**", ("q12_fp32/model",), "32"),
+    ("`original/`, fp32", ("q12_fp32/original",), "32"),
+    ("torch 2.13 eager; `torch.compile`", ("torch fp32", "torch-compile fp32"), "32"),
+    ("optimum-onnx 0.1.0; with io-binding", ("optimum-onnx fp32", "optimum-onnx fp32 io-binding"), "32"),
+    ("OpenVINO GenAI 2026.4", ("openvino fp32",), "32"),
+    ("llama.cpp f32 (node-llama-cpp 3.22.1)", ("llama.cpp f32",), "32"),
+    ("torch bfloat16; `torch.compile`", ("torch bf16", "torch-compile bf16"), "16"),
+    ("OpenVINO GenAI, fp16 file, computes in bfloat16", ("openvino fp16",), "16"),
+    ("llama.cpp f16", ("llama.cpp f16",), "16"),
+    ("**NBL, int8**", ("q12_int8/model",), "9.0"),
+    ("`original/`, int8", ("q12_int8/original",), "9.0"),
+    ("OpenVINO GenAI, int8, computes in bfloat16", ("openvino int8",), "8.0"),
+    ("llama.cpp Q8_0", ("llama.cpp q8_0",), "8.5"),
+    ("**NBL, int4**", ("q12_int4/model",), "5.0"),
+    ("`original/`, int4", ("q12_int4/original",), "5.0"),
+    ("OpenVINO GenAI, int4, computes in bfloat16", ("openvino int4",), "5.0"),
+    ("llama.cpp Q4_0", ("llama.cpp q4_0",), "4.5"),
+)
+
+
+def peers(read: Read) -> Rows:
+    run = read("peers-smollm2")
+    speeds = {(t["name"], t["test"]): t["tokens_per_second_median"] for t in run["timings"]}
+    bits = {c["name"]: c["bits_per_weight"] for c in run["contenders"]}
+    tests = list(dict.fromkeys(t["test"] for t in run["timings"]))
+    rows: Rows = [("", "bits", "prefill 512", "prefill 2048", "decode"), "llrrr"]
+    for title, names, shown in _PEERS:
+        if any(round(bits[name], 1) != float(shown) for name in names):
+            raise ValueError(f"{names[0]} has {bits[names[0]]} bits a weight, not {shown}")
+        cells = ["; ".join(_three_digits(speeds[name, test]) for name in names) for test in tests]
+        rows.append((title, shown, *((f"**{c}**" for c in cells) if title.startswith("**") else cells)))
+    return rows
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def errors(read: Read) -> Rows:
+    results = read("precision-smollm2")
+    rows: Rows = [("", "metric", "original", "NBL"), "llrr"]
+    for key, title, metric, shown in (
+        ("fp32_genai", "fp32, GenAI builder", "largest logit difference", "{:.1e}"),
+        ("fp32_mobius", "fp32, mobius", "largest logit difference", "{:.1e}"),
+        ("fp16_mobius", "fp16, mobius", "relative rms", "{:.2g}"),
+        ("int8_genai", "int8, GenAI builder", "relative rms", "{:.2g}"),
+        ("int4_genai", "int4, GenAI builder", "relative rms", "{:.2g}"),
+    ):
+        values = [
+            max(r["value"] for r in results[key]["rungs"] if r["rung"] == rung and "logit" in r["metric"])
+            for rung in ("b", "c")
+        ]
+        rows.append((title, metric, *(shown.format(value) for value in values)))
+    return rows
+
+
+TABLES: Mapping[str, Callable[[Read], Rows]] = {
+    "demo": demo,
+    "int4": int4,
+    "precisions": precisions,
+    "peers": peers,
+    "errors": errors,
+}
