@@ -22,6 +22,9 @@ METHODS = ("gptq", "awq", "olive")
 _BITS, _BLOCKS = 4, (16, 32, 64, 128, 256)  # of MatMulNBits on the CPU
 _ROUNDING = 1e-2  # bfloat16 has 8 bits
 _ROWS = 256  # of a matrix that are compared
+# Eight zero points of 8 in an int32. GPTQ's own format stores one less, and the builder adds it; GPTQModel 5 writes
+# them as they are and does not always say so (vllm-project/vllm#38966).
+_EIGHTS = -0x77777778
 
 
 def find(name: str, spec: DecoderSpec) -> checkpoint.Source:
@@ -75,9 +78,15 @@ def check_same(found: checkpoint.Source, original: Path, tap: str) -> None:
     what another norm gives.
 
     Raises:
-        NblError: another model, or norms that are not those the maps stand behind.
+        NblError: another model, norms that are not those the maps stand behind, or zero points of GPTQModel's format.
     """
     theirs, ours = _open(found.weights), _open(checkpoint.resolve(str(original)).weights)
+    zeros = next((file.get_tensor(name) for name, file in theirs.items() if name.endswith(".qzeros")), None)
+    if (_settings(found) or {}).get("method") == "gptq" and zeros is not None and bool((zeros == _EIGHTS).all()):
+        raise NblError(
+            f"--quantized-model {found.name} stores zero points as they are (checkpoint_format gptq_v2), where the "
+            "GenAI builder expects one less; save it in the format gptq"
+        )
     for name in sorted(theirs.keys() & ours.keys()):
         inside = ".layers." in name
         if inside and not (tap == "normed" and name.endswith("norm.weight")):

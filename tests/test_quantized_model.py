@@ -172,3 +172,14 @@ def test_codes_of_other_weights_fail_the_proof(model: Path, even: Same, tmp_path
     save_file({**tensors, name: tensors[name].roll(1, 0)}, theirs / "model.safetensors", {"format": "pt"})
     failed = nbl(*even, *INT4, "--quantized-model", theirs, "--output", tmp_path / "run")
     assert failed.status == 3 and "verification failed" in failed.err, failed.err
+
+
+def test_zero_points_of_the_second_gptq_format_are_refused(model: Path, even: Same, tmp_path: Path) -> None:
+    """They say that they are of the first one, and every weight would be a step off."""
+    theirs = quantise(model, tmp_path / "codes", "gptq", symmetric=True)
+    assert nbl(*even, *INT4, "--quantized-model", theirs, "--output", tmp_path / "first").status == 0
+    tensors = load_file(theirs / "model.safetensors")
+    more = {n: t + 0x11111111 if n.endswith("qzeros") else t for n, t in tensors.items()}
+    save_file(more, theirs / "model.safetensors", {"format": "pt"})
+    refused = nbl(*even, *INT4, "--quantized-model", theirs, "--output", tmp_path / "second")
+    assert_refused(refused, 1, "zero points as they are", "gptq_v2")
