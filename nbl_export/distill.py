@@ -48,7 +48,7 @@ class DistillSettings:
     rank, 1e-3 for whole matrices; bench/README.md) to nothing along a cosine over the steps or the minutes, whichever
     are nearer to their end. window: tokens of a training row, at most. patience: share of the run after which it is
     over where nothing was better; while the rate is high held-back KL goes up and down, and most is gained as it falls.
-    hidden_weight: of the distance of the hidden states, beside the KL; 0 leaves it out.
+    hidden_weight: of the distance of the hidden states, beside the KL; 0 leaves it out. weight_decay: of the deltas.
     dtype: "fp32", "bf16", or "auto": bf16 where the processor multiplies it natively. lora_rank: train a delta of that
     rank on each map, which is added to it afterwards (Hu et al. 2022, LoRA), instead of the whole matrix (None).
     """
@@ -64,6 +64,7 @@ class DistillSettings:
     dtype: str = "fp32"
     lora_rank: int | None = 16
     hidden_weight: float = 0.3
+    weight_decay: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -99,7 +100,12 @@ class _Training:
         self.fraction = 0.0
         self.step, self.best_at = 0, 0.0
         self._earlier, self._started = 0.0, time.monotonic()
-        self.optimizer = torch.optim.AdamW(twin.trained.values(), lr=settings.rate, weight_decay=0.0, betas=(0.9, 0.99))
+        deltas = {name: p for name, p in twin.trained.items() if name.rpartition(".")[2] in ("up", "down")}
+        others = [p for name, p in twin.trained.items() if name not in deltas]  # zero is no place to go back to
+        groups: list[dict[str, Any]] = [{"params": others}]
+        if deltas:
+            groups.append({"params": list(deltas.values()), "weight_decay": settings.weight_decay})
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.rate, weight_decay=0.0, betas=(0.9, 0.99))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda _: 0.5 * (1 + math.cos(math.pi * min(1.0, self.fraction)))
         )

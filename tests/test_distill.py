@@ -177,6 +177,23 @@ def test_lora_trains_a_delta_of_its_rank(prepared: dict[str, Any]) -> None:
         assert not np.array_equal(result.maps[i].bias, affine.bias)
 
 
+@pytest.mark.parametrize("rank", [4, None])
+def test_weight_decay_draws_deltas_back_and_nothing_else(rank: int | None, prepared: dict[str, Any]) -> None:
+    """Whole matrices and biases are no deltas: zero is not where they began."""
+    settings = dataclasses.replace(QUICK, lora_rank=rank, patience=2.0)
+    free = run(prepared, "normed", settings)
+    drawn = run(prepared, "normed", dataclasses.replace(settings, weight_decay=100.0))
+    for i, start in prepared["maps"]["normed"].items():
+        far, near = (np.linalg.norm(result.maps[i].weight - start.weight) for result in (free, drawn))
+        if rank is None:
+            assert near == far
+        else:
+            assert 0 < near < 0.2 * far
+            assert np.linalg.norm(drawn.maps[i].bias - start.bias) > 0.5 * np.linalg.norm(
+                free.maps[i].bias - start.bias
+            )
+
+
 def test_bfloat16_trains_as_well_and_is_judged_in_float32(prepared: dict[str, Any]) -> None:
     wide, narrow = run(prepared, "normed"), run(prepared, "normed", dataclasses.replace(QUICK, dtype="bf16"))
     assert narrow.held_kl[0] == wide.held_kl[0]
