@@ -92,13 +92,14 @@ def precisions(read: Read) -> Rows:
         "int4, maps at 8 bits": "int4, `--map-bits 8`",
         "int4, maps in float32": "int4, `--map-bits 32`",
         "int4, k_quant": "int4, `algo_config=k_quant`",
+        "int4, k_quant_last": "int4, `algo_config=k_quant_last` (head and embedding in 8 bits)",
         "int4, k_quant_mixed": "int4, `algo_config=k_quant_mixed`",
     }
     rows: Rows = [
         ("", "on disk", "C4", "WikiText-2", "realnews", "prefill 512", "2048", "decode after 512"),
         "lrrrrrrr",
     ]
-    results = read("precision-rows-smollm2")["rows"]
+    results = {**read("precision-rows-smollm2")["rows"], **read("precision-row-k-quant-last")["rows"]}
     for name, title in names.items():
         row = results[name]
         size = " → ".join(f"{row['model_bytes'][v] / 1e6:.0f}" for v in ("original", "nbl")) + " MB"
