@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
+
+from nbl_export.records import spoken_layers
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
 TEXTS = ("c4 rest", "wikitext-2 valid", "realnews")
-
-
-def ranges(layers: Sequence[int]) -> str:
-    """7, 14, 15, 25-29, as people write them; the command line takes them so."""
-    cuts = [0, *(k for k, (a, b) in enumerate(pairwise(layers), 1) if b != a + 1), len(layers)]
-    runs = [layers[a:b] for a, b in pairwise(cuts)]
-    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs)
 
 
 def rise(price: Mapping[str, float]) -> str:
@@ -35,13 +29,13 @@ def ladder(read: Read) -> Rows:
         first = count == "4"
         title = f"**{count} layers**, the paper's way" + (": its bound (`cca`), closed form" if first else "")
         speed = f"×{theirs['modelled_prefill']:.2f}"
-        rows.append((title, ranges(theirs["layers"]), *rises(paper[f"cca {count}"]), speed))
+        rows.append((title, spoken_layers(theirs["layers"]), *rises(paper[f"cca {count}"]), speed))
         for title, fit in (
             ("the default: `efficient`, closed form" if first else "the default, closed form", "independent"),
             ("`--fit distilled`", "distilled"),
             ("left out (`--method drop`)" if first else "left out", "drop"),
         ):
-            rows.append((title, ranges(row["layers"]), *rises(row[fit]), f"×{row['modelled_prefill']:.2f}"))
+            rows.append((title, spoken_layers(row["layers"]), *rises(row[fit]), f"×{row['modelled_prefill']:.2f}"))
     return rows
 
 
@@ -99,12 +93,3 @@ def distilled(read: Read) -> Rows:
         values = [f"{value:.1f}" for value in (before["original"], before["nbl"], after["nbl"])]
         rows.append((name, *values, f"{100 * run['removed'][text]:.0f}%"))
     return rows
-
-
-TABLES: Mapping[str, Callable[[Read], Rows]] = {
-    "ladder": ladder,
-    "choices": choices,
-    "tails": tails,
-    "tasks": tasks,
-    "distilled": distilled,
-}

@@ -142,13 +142,9 @@ def peers(read: Read) -> Rows:
     for title, names, shown in _PEERS:
         if any(round(bits[name], 1) != float(shown) for name in names):
             raise ValueError(f"{names[0]} has {bits[names[0]]} bits a weight, not {shown}")
-        cells = ["; ".join(_three_digits(speeds[name, test]) for name in names) for test in tests]
+        cells = ["; ".join(_speed(speeds[name, test]) for name in names) for test in tests]
         rows.append((title, shown, *((f"**{c}**" for c in cells) if title.startswith("**") else cells)))
     return rows
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def errors(read: Read) -> Rows:
@@ -167,13 +163,3 @@ def errors(read: Read) -> Rows:
         ]
         rows.append((title, metric, *(shown.format(value) for value in values)))
     return rows
-
-
-TABLES: Mapping[str, Callable[[Read], Rows]] = {
-    "demo": demo,
-    "int4": int4,
-    "fused": fused,
-    "precisions": precisions,
-    "peers": peers,
-    "errors": errors,
-}

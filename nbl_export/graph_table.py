@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from nbl_export.records import spoken_layers
+
 __all__ = ["graph_table"]
 
 _LOGITS = {"last": "of the last token", "all": "of all tokens", None: "no output of that name"}
@@ -37,7 +39,7 @@ def graph_table(facts: dict[str, Any]) -> Group:
         cache = caches[layers[0]]
         shape = "?" if cache["shape"] is None else " x ".join(map(str, cache["shape"]))
         rewrite = f"no: {reason}" if reason else f"yes, of {' or '.join(taps)} input"
-        table.add_row(_span(layers), ", ".join(cache["inputs"]), f"{shape} {cache['dtype']}", rewrite)
+        table.add_row(spoken_layers(layers), ", ".join(cache["inputs"]), f"{shape} {cache['dtype']}", rewrite)
     return Group(head, table)
 
 
@@ -48,8 +50,3 @@ def _decoder(decoder: dict[str, Any]) -> str:
         f"{said['num_heads']} query and {said['num_kv_heads']} key/value heads of {said['head_dim']}, "
         f"vocabulary {said['vocab_size']}"
     )
-
-
-def _span(layers: list[int]) -> str:
-    whole = layers == list(range(layers[0], layers[-1] + 1))
-    return f"{layers[0]}-{layers[-1]}" if whole and len(layers) > 1 else ",".join(map(str, layers))

@@ -368,7 +368,7 @@ def located(options: JobOptions, run: RunDirectory) -> JobOptions:
     return dataclasses.replace(
         options,
         model=places.get("model") or options.model,
-        quantized_model=noted.get("place") or quantized if quantized == noted.get("name") else quantized,
+        quantized_model=(noted.get("place") if quantized == noted.get("name") else None) or quantized,
         calibration=(texts,) if isinstance(texts, str) else tuple(texts),
     )
 

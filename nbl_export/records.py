@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ __all__ = [
     "TensorInfo",
     "Timing",
     "layers_below",
+    "spoken_layers",
 ]
 
 
@@ -125,6 +126,13 @@ class AffineMap:
         if self.up is None or self.down is None:
             return {"weight": self.weight}
         return {"down": self.down, "up": self.up}
+
+
+def spoken_layers(layers: Sequence[int]) -> str:
+    """Sorted layers as the command line takes them: 0, 7, 24-29."""
+    starts = [i for i in layers if i - 1 not in layers]
+    ends = [i for i in layers if i + 1 not in layers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def layers_below(replaced: Collection[int]) -> range:

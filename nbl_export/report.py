@@ -21,6 +21,7 @@ from nbl_export import plots
 from nbl_export.artifacts import write_json
 from nbl_export.paired import FEWEST_PAIRS
 from nbl_export.public_facts import codes_of
+from nbl_export.records import spoken_layers
 from nbl_export.speed import read_timings, speed_ratios, speed_rows, spoken_ratio, spoken_test
 
 __all__ = ["render", "summarize"]
@@ -127,7 +128,7 @@ def _html(report: dict[str, Any]) -> str:
         "size": _size,
         "duration": _duration,
         "change": _change,
-        "runs": _runs,
+        "runs": spoken_layers,
         "figure": lambda f: f"{_number(f['value'])}{_plus_minus(f['stderr'])}" if f else "–",
         "signed": lambda f: f"{_signed(f['value'])}{_plus_minus(f['stderr'])}" if f else "–",
         "percent": lambda share: "–" if share is None else f"{_number(100 * share)}%",
@@ -191,13 +192,6 @@ def _duration(seconds: float | None) -> str:
 def _change(before: float | None, after: float | None) -> str:
     """Percent from one to the other, with its sign."""
     return "–" if not before or after is None else f"{100 * (after / before - 1):+.1f}%".replace("-", "−")
-
-
-def _runs(layers: list[int]) -> str:
-    """Layers as the command line takes them: 0, 7, 24-29."""
-    starts = [i for i in layers if i - 1 not in layers]
-    ends = [i for i in layers if i + 1 not in layers]
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 # -- Markdown ------------------------------------------------------------------------------------------------
