@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--windows", type=int, default=16, help="of each text to judge by")
     parser.add_argument("--layers", default=SETS, help="sets of them, separated by semicolons")
+    parser.add_argument("--taps", default="residual,normed")
     options = parser.parse_args()
     from nbl_export.artifacts import versions
     from nbl_export.bench import machine
@@ -105,7 +106,7 @@ def main() -> None:
     for name in options.layers.split(";"):
         layers = parse_layers(name, bed.spec.num_layers)
         assert isinstance(layers, tuple), "name the layers"
-        for tap in ("residual", "normed"):
+        for tap in options.taps.split(","):
             for target in TARGETS:
                 maps = walk(bed.model, bed.windows[: options.tokens // quality.CONTEXT], layers, tap, target)
                 label = f"{name} {tap} {target}"

@@ -33,6 +33,7 @@ TABLES: Mapping[str, Callable[[Callable[[str], Any]], list[Sequence[str]]]] = {
     "choices": quality.choices,
     "tails": quality.tails,
     "tasks": quality.tasks,
+    "graphs": quality.graphs,
     "distilled": quality.distilled,
 }
 

@@ -9,6 +9,7 @@ from nbl_export.records import spoken_layers
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
+TASKS = {"lambada_openai": "LAMBADA", "arc_easy": "ARC-Easy", "piqa": "PIQA"}
 TEXTS = ("c4 rest", "wikitext-2 valid", "realnews")
 
 
@@ -59,8 +60,7 @@ def tails(read: Read) -> Rows:
 
 def tasks(read: Read) -> Rows:
     found = read("tasks-smollm2")["tasks"]
-    names = {"lambada_openai": "LAMBADA", "arc_easy": "ARC-Easy", "piqa": "PIQA"}
-    rows: Rows = [("", *(f"{shown} ({found[name]['documents']:,})" for name, shown in names.items())), "lrrr"]
+    rows: Rows = [("", *(f"{shown} ({found[name]['documents']:,})" for name, shown in TASKS.items())), "lrrr"]
     titles = {"original": "original"}
     for count in (4, 8, 12):
         titles |= {
@@ -69,7 +69,25 @@ def tasks(read: Read) -> Rows:
             f"dropped {count}": f"the same {count} left out",
         }
     for row, title in titles.items():
-        rows.append((title, *(_accuracy(found[name]["rows"][row]["acc"], row) for name in names)))
+        rows.append((title, *(_accuracy(found[name]["rows"][row]["acc"], row) for name in TASKS)))
+    return rows
+
+
+def graphs(read: Read) -> Rows:
+    """Accuracies of the graphs that ship, and how far the NBL one is from the torch NBL model, item by item."""
+    run = read("graph-tasks-smollm2")
+    accuracy = {r["task"]: r for r in run["table"] if r["metric"] == "acc"}
+    agreed = {a["task"]: a for a in run["agreement"] if a["graph"] == "nbl"}
+    titles = ("", "`original/`", "`model/`", "same answers as torch", "largest difference of a log-likelihood")
+    rows: Rows = [titles, "lrrrr"]
+    for name, shown in TASKS.items():
+        figures, (change, *_) = accuracy[name]["figures"], accuracy[name]["differences"]
+        nbl = {"value": figures["nbl"]["value"], "change": change["value"], "change_stderr": change["stderr"]}
+        same, apart = "–", "–"
+        if name in agreed:
+            same = f"{agreed[name]['same_answers']:,} of {agreed[name]['items']:,}"
+            apart = f"{agreed[name]['loglikelihood']['largest']:.4f}"
+        rows.append((shown, _accuracy(figures["original"], "original"), _accuracy(nbl, "nbl"), same, apart))
     return rows
 
 

@@ -7,7 +7,6 @@ Results go to stdout, everything else to stderr. Exit status: 0 done, 1 somethin
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import sys
@@ -17,9 +16,9 @@ from typing import Annotated, Any
 
 import typer
 
-from nbl_export import __version__
+from nbl_export import __version__, cli_machine
 from nbl_export import cli_options as opt
-from nbl_export.cli_exit import GOES_ON, INTERRUPTED, Interrupts, explain, fail
+from nbl_export.cli_exit import GOES_ON, INTERRUPTED, Interrupts, explain, fail, show
 
 __all__ = ["main"]
 
@@ -187,13 +186,13 @@ def plan(
     )  # fmt: skip
     if sweep:
         found = run_sweep(directory, _ui(as_json), changes, max_layers).read_json("sweep.json")
-        return _show(found, sweep_table(found), as_json)
+        return show(found, sweep_table(found), as_json)
     if max_layers is not None:
         raise typer.BadParameter("goes with --sweep", param_hint="--max-layers")
     run = run_stages(directory, "plan", _ui(as_json), changes=changes)
     shown = ("num_layers", "replaced_layers", "tap", "select", "method", "ranks", "goal", "scores")
     facts = {k: run.manifest[k] for k in shown}
-    return _show(facts, scores_table(run.manifest), as_json)
+    return show(facts, scores_table(run.manifest), as_json)
 
 
 @app.command()
@@ -245,7 +244,7 @@ def verify(directory: opt.Run, as_json: opt.Json = False) -> None:
 
     run = run_stages(directory, "verify", _ui(as_json))
     result = run.read_json("verify.json")
-    _show(result, rungs_table(result), as_json)
+    show(result, rungs_table(result), as_json)
 
 
 @app.command()
@@ -296,11 +295,11 @@ def bench(
     if profile:
         profiling.check_request(directories, against, changes, form, output)
         found = profiling.profile(directories[0], JobOptions("", **changes), _ui(as_json), force=force)
-        return _show(found, profiling.profile_table(found), as_json)
+        return show(found, profiling.profile_table(found), as_json)
     if comparison.is_stage(directories, against, form, output):
         run = run_stages(directories[0], "report", _ui(as_json), changes=changes, force=force, needs="bench")
         result = run.read_json("report.json")
-        return _show(result, speed_table(result), as_json)
+        return show(result, speed_table(result), as_json)
     value = comparison.compare(directories, against, JobOptions("", **changes), _ui(as_json), force=force)
     text = bench_formats.render(value, chosen, None if sys.stdout.isatty() and not output else 140)
     if output is None:
@@ -345,7 +344,7 @@ def evaluate(
     )  # fmt: skip
     run = run_evaluation(directory, request, _ui(as_json), force=force)
     result = run.read_json("eval.json")
-    _show(result, eval_table(result), as_json)
+    show(result, eval_table(result), as_json)
 
 
 def _words(listed: str | None) -> tuple[str, ...]:
@@ -407,7 +406,7 @@ def push(
     from nbl_export.push import push_run, push_table
 
     found = push_run(directory, repo, _ui(as_json), send=yes, private=private, force=force)
-    _show(found, push_table(found), as_json)
+    show(found, push_table(found), as_json)
 
 
 @app.command()
@@ -440,9 +439,9 @@ def inspect(
 
     if has_graph(directory):
         found = describe_graph(directory)
-        return _show(found, graph_table(found), as_json)
+        return show(found, graph_table(found), as_json)
     facts = describe(directory)
-    return _show(facts, describe_table(facts), as_json)
+    return show(facts, describe_table(facts), as_json)
 
 
 @app.command()
@@ -457,22 +456,8 @@ def layout(
     print(lay_out(directory, runtime, output))
 
 
-@app.command()
-def doctor(as_json: opt.Json = False) -> None:
-    """Say which engines work on this machine, and why the others do not."""
-    from nbl_export.inspection import doctor_table, examine_engines
-
-    found = examine_engines()
-    _show(found, doctor_table(found), as_json)
-
-
-def _show(value: Any, table: Any, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(value, indent=1))
-    else:
-        from rich.console import Console
-
-        Console(width=None if sys.stdout.isatty() else 110).print(table)
+app.command()(cli_machine.project)
+app.command()(cli_machine.doctor)
 
 
 def main() -> None:

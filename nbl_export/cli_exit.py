@@ -1,7 +1,8 @@
-"""How a command ends: exit status, and the one line that says why."""
+"""How a command ends: its result, or the one line that says why there is none, and the exit status."""
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import sys
@@ -9,7 +10,7 @@ from typing import Any, NoReturn
 
 from nbl_export.errors import NblError
 
-__all__ = ["GOES_ON", "INTERRUPTED", "Interrupts", "explain", "fail"]
+__all__ = ["GOES_ON", "INTERRUPTED", "Interrupts", "explain", "fail", "show"]
 
 INTERRUPTED = 130
 _LONGEST = 1000  # characters of an error
@@ -31,6 +32,16 @@ class Interrupts:
     def _raise(self, _signal: int, _frame: Any) -> None:
         self.seen = True
         raise KeyboardInterrupt
+
+
+def show(value: Any, table: Any, as_json: bool) -> None:
+    """A result on stdout: the value as JSON, or its table."""
+    if as_json:
+        print(json.dumps(value, indent=1))
+    else:
+        from rich.console import Console
+
+        Console(width=None if sys.stdout.isatty() else 110).print(table)
 
 
 def explain(error: Exception) -> NoReturn:
