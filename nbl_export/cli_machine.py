@@ -22,11 +22,17 @@ def doctor(as_json: opt.Json = False) -> None:
 
 
 def project(
-    shape: Annotated[str, typer.Argument(metavar="SHAPE", help="Llama-3.1-8B or Mistral-7B-v0.3.")],
-    layers: Annotated[str, typer.Option(help='The layers that are replaced, from 0: "24-31".')],
+    shape: Annotated[
+        str, typer.Argument(metavar="DIR|SHAPE", help="A run directory, Llama-3.1-8B or Mistral-7B-v0.3.")
+    ],
     tflops: Annotated[float, typer.Option(help="10^12 operations a second of products at that precision.")],
     bandwidth: Annotated[float, typer.Option(help="Memory that is read, in 10^9 bytes a second.")],
-    precision: Annotated[str, typer.Option(help="Of the weights: fp32, fp16, bf16, int8, int4.")] = "fp16",
+    layers: Annotated[
+        str | None, typer.Option(help='The layers that are replaced, from 0: "24-31" (default: those of the run).')
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Of the weights: fp32, fp16, bf16, int8, int4 (default: the run's, or fp16).")
+    ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prefill.")] = 512,
     depth: Annotated[str, typer.Option(help="Tokens already in the cache, comma separated.")] = "0,2048",
     like: Annotated[
@@ -34,7 +40,7 @@ def project(
     ] = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Work out what another model could reach on another machine: a projection by the cost model, no measurement."""
+    """Work out what a run, or another model, could reach on another machine: by the cost model, no measurement."""
     from nbl_export import projection
 
     asked = projection.Request(shape, layers, tflops, bandwidth, precision, prompt_tokens, depth, like)

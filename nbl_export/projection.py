@@ -11,8 +11,10 @@ from rich.table import Table
 
 from nbl_export import roofline
 from nbl_export.artifacts import RunDirectory
+from nbl_export.cost import read_intermediate_size
 from nbl_export.errors import NblError, UsageError
 from nbl_export.plan import parse_layers
+from nbl_export.records import DecoderSpec
 from nbl_export.speed import spoken_ratio
 
 __all__ = ["Request", "rows", "table"]
@@ -22,55 +24,87 @@ _PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 
 @dataclass(frozen=True)
 class Request:
-    """shape: of `roofline.SHAPES`. tflops: 10^12 operations a second. bandwidth: 10^9 bytes a second. depth: tokens in
-    the cache, comma separated. like: a run whose benchmark says how near to its limits a decoder comes."""
+    """shape: of `roofline.SHAPES`, or a run directory. layers, precision: those of the run where they are not named.
+    tflops: 10^12 operations a second. bandwidth: 10^9 bytes a second. depth: tokens in the cache, comma separated.
+    like: a run whose benchmark says how near to its limits a decoder comes."""
 
     shape: str
-    layers: str
+    layers: str | None
     tflops: float
     bandwidth: float
-    precision: str = "fp16"
+    precision: str | None = None
     prompt_tokens: int = 512
     depth: str = "0,2048"
     like: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    name: str
+    spec: DecoderSpec
+    intermediate_size: int
+    replaced: tuple[int, ...] = ()
+    precision: str = "fp16"
 
 
 def rows(asked: Request) -> list[dict[str, Any]]:
     """The rows of `roofline.project`: each depth's prefill, then each depth's decode.
 
     Raises:
-        NblError: no such shape or layers; the run has no measured share of its limits. UsageError: an option.
+        NblError: no such shape, run or layers; a run has no measured share of its limits. UsageError: an option.
     """
-    if asked.shape not in roofline.SHAPES:
-        raise NblError(f"no shape is called {asked.shape!r}; there are {', '.join(roofline.SHAPES)}")
-    if asked.precision not in _PRECISIONS:
-        raise UsageError(f"--precision is one of {', '.join(_PRECISIONS)}, not {asked.precision!r}")
     for name in ("tflops", "bandwidth"):
         if not (math.isfinite(rate := getattr(asked, name)) and rate > 0):
             raise UsageError(f"--{name} {rate:g} is no rate; give a number above 0")
-    replaced = parse_layers(asked.layers, roofline.SHAPES[asked.shape][0].num_layers)
-    if isinstance(replaced, int):
-        raise UsageError(
-            f"--layers {asked.layers} is a count, and nothing is known to choose by; name the layers: 24-31"
-        )
+    decoder = _decoder(asked.shape)
+    precision = asked.precision or decoder.precision
+    if precision not in _PRECISIONS:
+        raise UsageError(f"--precision is one of {', '.join(_PRECISIONS)}, not {precision!r}")
     machine = roofline.MachineRates.given(1e12 * asked.tflops, 1e9 * asked.bandwidth)
     return roofline.project(
-        asked.shape, replaced, machine, asked.precision, tokens=asked.prompt_tokens, depths=_depths(asked),
+        decoder.name, _replaced(asked, decoder), machine, precision,
+        tokens=asked.prompt_tokens, depths=_depths(asked, decoder),
         shares=None if asked.like is None else _shares(asked.like),
+        decoder=(decoder.spec, decoder.intermediate_size),
     )  # fmt: skip
 
 
-def _depths(asked: Request) -> list[int]:
-    positions = roofline.SHAPES[asked.shape][0].max_positions
+def _decoder(shape: str) -> _Decoder:
+    if shape in roofline.SHAPES:
+        return _Decoder(shape, *roofline.SHAPES[shape])
+    run = RunDirectory.peek(Path(shape))
+    if not run.manifest:
+        raise NblError(f"{shape} is neither a run directory nor a shape; the shapes are {', '.join(roofline.SHAPES)}")
+    spec = DecoderSpec(**run.manifest["decoder"])
+    width = read_intermediate_size(run.path / "original")
+    replaced = tuple(run.manifest.get("replaced_layers") or ())
+    model = run.manifest["model"]
+    return _Decoder(model.get("title") or model["name"], spec, width, replaced, run.manifest["options"]["precision"])
+
+
+def _replaced(asked: Request, decoder: _Decoder) -> tuple[int, ...]:
+    if asked.layers is None and decoder.replaced:
+        return decoder.replaced
+    if asked.layers is None:
+        raise UsageError("which layers are replaced? --layers 24-31 says it")
+    replaced = parse_layers(asked.layers, decoder.spec.num_layers)
+    if isinstance(replaced, int):
+        raise UsageError(
+            f"--layers {asked.layers} is a count, and here is nothing to choose by; name the layers: 24-31"
+        )
+    return replaced
+
+
+def _depths(asked: Request, decoder: _Decoder) -> list[int]:
     try:
         depths = [int(part) for part in asked.depth.split(",")]
     except ValueError as error:
         raise UsageError(f"--depth {asked.depth!r} is not numbers of tokens, comma separated") from error
     for depth in depths:
-        if not 0 <= depth <= positions - asked.prompt_tokens:
+        if not 0 <= depth <= decoder.spec.max_positions - asked.prompt_tokens:
             raise UsageError(
-                f"--depth {depth} with --prompt-tokens {asked.prompt_tokens} is not within the {positions} positions "
-                f"of {asked.shape}"
+                f"--depth {depth} with --prompt-tokens {asked.prompt_tokens} is not within the "
+                f"{decoder.spec.max_positions} positions of {decoder.name}"
             )
     return depths
 

@@ -159,11 +159,13 @@ def project(
     depths: Sequence[int] = (0, 2048),
     cache_itemsize: int = 2,
     shares: Mapping[str, float] | None = None,
+    decoder: tuple[DecoderSpec, int] | None = None,
 ) -> list[dict[str, Any]]:
     """What the original and the NBL decoder of another shape can reach on a machine: a projection, not a measurement.
 
     Args:
-        shape: a name in `SHAPES`. replaced: layers with a full map of hidden size x hidden size.
+        shape: a name in `SHAPES`, or any name for `decoder`, a spec and the width of its MLP.
+        replaced: layers with a full map of hidden size x hidden size.
         machine: mostly `MachineRates.given`. precision: of the weights.
         tokens: of each prefill; decode is at the given depths.
         cache_itemsize: bytes of a cache element.
@@ -176,7 +178,7 @@ def project(
     Raises:
         NblError: the shape is not known, or the layers are not its.
     """
-    spec, intermediate = _shape(shape, replaced)
+    spec, intermediate = _shape(shape, decoder or SHAPES.get(shape), replaced)
     size = weight_bytes(precision)
     costs = CostModel(spec, intermediate, size, size, cache_itemsize)
     maps = dict.fromkeys(replaced, spec.hidden_size**2)
@@ -196,10 +198,10 @@ def project(
     return found
 
 
-def _shape(name: str, replaced: Sequence[int]) -> tuple[DecoderSpec, int]:
-    if name not in SHAPES:
+def _shape(name: str, known: tuple[DecoderSpec, int] | None, replaced: Sequence[int]) -> tuple[DecoderSpec, int]:
+    if known is None:
         raise NblError(f"no shape is called {name!r}; there are {', '.join(SHAPES)}")
-    spec, intermediate = SHAPES[name]
+    spec, intermediate = known
     if len(set(replaced)) >= spec.num_layers or any(not 0 <= i < spec.num_layers for i in replaced):
         raise NblError(
             f"{name} has {spec.num_layers} layers, of which one keeps its attention; replaced: {list(replaced)}"

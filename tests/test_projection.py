@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from nbl_export.cost import read_intermediate_size
+from nbl_export.records import DecoderSpec
 from nbl_export.roofline import MachineRates, efficiencies
 from nbl_export.roofline import project as projected
 
@@ -42,6 +44,24 @@ def test_like_a_run_that_was_measured(finished: Path) -> None:
     assert "expected" in nbl(*ASKED, "--like", finished).out
 
 
+def test_a_run_on_another_machine(finished: Path) -> None:
+    """Its own shape, layers and precision, which options overrule."""
+    manifest = json.loads((finished / "nbl.json").read_text(encoding="utf-8"))
+    spec, width = DecoderSpec(**manifest["decoder"]), read_intermediate_size(finished / "original")
+    rates = ("--tflops", "1", "--bandwidth", "50", "--prompt-tokens", "16", "--depth", "0")
+    machine = MachineRates.given(1e12, 50e9)
+    for options, layers, precision in (
+        ((), manifest["replaced_layers"], "fp32"),
+        (("--layers", "2,", "--precision", "int4"), (2,), "int4"),
+    ):
+        done = nbl("project", finished, *rates, *options, "--json")
+        assert done.status == 0, done.err
+        name = manifest["model"].get("title") or manifest["model"]["name"]
+        expected = projected(name, layers, machine, precision, tokens=16, depths=(0,), decoder=(spec, width))
+        assert json.loads(done.out) == json.loads(json.dumps(expected))
+    assert_refused(nbl(*ASKED[:2], *rates), 2, "which layers are replaced?")
+
+
 @pytest.mark.parametrize(
     ("changed", "said", "status"),
     [
@@ -60,7 +80,9 @@ def test_what_is_refused(changed: tuple[str, ...], said: tuple[str, ...], status
 
 
 def test_unknown_shapes_and_runs_that_tell_nothing(run: Path, tmp_path: Path) -> None:
-    assert_refused(nbl("project", "Llama-9", *ASKED[2:]), 1, "there are Llama-3.1-8B, Mistral-7B-v0.3")
+    assert_refused(
+        nbl("project", "Llama-9", *ASKED[2:]), 1, "neither a run directory nor a shape", "Llama-3.1-8B, Mistral-7B-v0.3"
+    )
     assert_refused(nbl(*ASKED, "--like", tmp_path), 1, "is not a run directory")
     bench = run / "bench.json"
     bench.write_text(bench.read_text(encoding="utf-8").replace('"limits"', '"limit"'), encoding="utf-8")
