@@ -75,6 +75,8 @@ def _decoder(shape: str) -> _Decoder:
     run = RunDirectory.peek(Path(shape))
     if not run.manifest:
         raise NblError(f"{shape} is neither a run directory nor a shape; the shapes are {', '.join(roofline.SHAPES)}")
+    if "decoder" not in run.stages:
+        raise NblError(f"{shape} is not finished: run its command again ({run.manifest['command']})")
     spec = DecoderSpec(**run.manifest["decoder"])
     width = read_intermediate_size(run.path / "original")
     replaced = tuple(run.manifest.get("replaced_layers") or ())

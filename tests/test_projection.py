@@ -84,6 +84,10 @@ def test_unknown_shapes_and_runs_that_tell_nothing(run: Path, tmp_path: Path) ->
         nbl("project", "Llama-9", *ASKED[2:]), 1, "neither a run directory nor a shape", "Llama-3.1-8B, Mistral-7B-v0.3"
     )
     assert_refused(nbl(*ASKED, "--like", tmp_path), 1, "is not a run directory")
+    manifest = (run / "nbl.json").read_text(encoding="utf-8")
+    (run / "nbl.json").write_text(manifest.replace('"decoder": {\n   "key"', '"other": {\n   "key"'), encoding="utf-8")
+    assert_refused(nbl("project", run, *ASKED[4:]), 1, "is not finished")
+    (run / "nbl.json").write_text(manifest, encoding="utf-8")
     bench = run / "bench.json"
     bench.write_text(bench.read_text(encoding="utf-8").replace('"limits"', '"limit"'), encoding="utf-8")
     assert_refused(nbl(*ASKED, "--like", run), 1, "bench.json")
