@@ -48,6 +48,7 @@ __all__ = ["SCHEMA", "RunDirectory", "file_sha256", "friendly_os_errors", "key_o
            "refuse_occupied", "write_json"]  # fmt: skip
 
 SCHEMA = 1
+_NO_RUN = "{} is not a run directory: it has no nbl.json; nbl-export --output makes one"
 _SCRATCH = ".tmp-"
 
 
@@ -153,7 +154,7 @@ class RunDirectory:
             refuse_foreign(path)
             _make(path)
         elif not (path / "nbl.json").is_file():
-            raise NblError(f"{path} is not a run directory: it has no nbl.json; nbl-export --output makes one")
+            raise NblError(_NO_RUN.format(path))
         with friendly_os_errors(path):
             lock = FileLock(str(path / ".lock"), timeout=0)
             try:
@@ -184,6 +185,18 @@ class RunDirectory:
         """
         run = cls(path)
         run._read()
+        return run
+
+    @classmethod
+    def existing(cls, path: Path) -> RunDirectory:
+        """As `peek`, of a directory that holds a run.
+
+        Raises:
+            NblError: it holds none. CorruptError: its manifest cannot be read.
+        """
+        run = cls.peek(path)
+        if not run.manifest:
+            raise NblError(_NO_RUN.format(path))
         return run
 
     def _sweep(self) -> None:

@@ -37,7 +37,7 @@ class Interrupts:
 def show(value: Any, table: Any, as_json: bool) -> None:
     """A result on stdout: the value as JSON, or its table."""
     if as_json:
-        print(json.dumps(value, indent=1))
+        sys.stdout.write(json.dumps(value, indent=1) + "\n")
     else:
         from rich.console import Console
 

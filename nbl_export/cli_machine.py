@@ -43,6 +43,6 @@ def project(
     """Work out what a run, or another model, could reach on another machine: by the cost model, no measurement."""
     from nbl_export import projection
 
-    asked = projection.Request(shape, layers, tflops, bandwidth, precision, prompt_tokens, depth, like)
-    rows = projection.rows(asked)
+    depths = opt.given_options(depth=depth)["depths"]
+    rows = projection.rows(projection.Request(shape, tflops, bandwidth, layers, precision, prompt_tokens, depths, like))
     show(rows, projection.table(rows), as_json)

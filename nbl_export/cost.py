@@ -33,12 +33,12 @@ from nbl_export.records import AffineMap, DecoderSpec
 __all__ = ["CostModel", "Speedup", "Work", "map_sizes", "read_intermediate_size", "weight_bytes"]
 
 # Bytes of a matrix element; quantised ones carry a float32 scale for each block of 32.
-_WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.125, "int4": 0.625}
+WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.125, "int4": 0.625}
 
 
 def weight_bytes(precision: str) -> float:
     """Bytes that an element of a decoder matrix takes."""
-    return _WEIGHT_BYTES[precision]
+    return WEIGHT_BYTES[precision]
 
 
 def map_sizes(maps: Mapping[int, AffineMap]) -> dict[int, int]:

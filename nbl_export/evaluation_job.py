@@ -83,9 +83,7 @@ def evaluate(output: Path, request: EvalRequest, ui: Ui, *, force: bool = False)
     """
     from nbl_export.pipeline import run_stages
 
-    run = RunDirectory.peek(output)
-    if not run.manifest:
-        raise NblError(f"{output} is not a run directory: it has no nbl.json; nbl-export --output makes one")
+    run = RunDirectory.existing(output)
     _check_run(run, request)
     prepared = _prepare(request, ui)
     has_report = "report" in run.stages

@@ -11,7 +11,6 @@ from rich.table import Table
 from nbl_export.artifacts import RunDirectory
 from nbl_export.engines import ENGINES, load_engine
 from nbl_export.engines.providers import PROVIDERS
-from nbl_export.errors import NblError
 from nbl_export.public_facts import codes_of
 from nbl_export.records import DecoderSpec
 from nbl_export.speed import spoken_ratio, spoken_test
@@ -35,9 +34,7 @@ def describe(directory: Path) -> dict[str, Any]:
     Raises:
         NblError: it is none.
     """
-    facts = RunDirectory.peek(directory).manifest
-    if not facts:
-        raise NblError(f"{directory} is not a run directory: it has no nbl.json; nbl-export --output makes one")
+    facts = RunDirectory.existing(directory).manifest
     spec = DecoderSpec(**facts["decoder"])
     options = facts["options"]
     capabilities = load_engine(options["engine"], options.get("provider", "cpu")).CAPABILITIES

@@ -1,7 +1,8 @@
-"""What another shape could reach on another machine (`roofline.project`), for the command line."""
+"""What a run, or another shape, could reach on another machine (`roofline.project`), for the command line."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,42 +10,40 @@ from typing import Any
 
 from rich.table import Table
 
-from nbl_export import roofline
+from nbl_export import cost, reach, roofline
 from nbl_export.artifacts import RunDirectory
-from nbl_export.cost import read_intermediate_size
 from nbl_export.errors import NblError, UsageError
-from nbl_export.plan import parse_layers
-from nbl_export.records import DecoderSpec
+from nbl_export.job import Job
+from nbl_export.plan import load_maps, parse_layers
+from nbl_export.progress import Ui
+from nbl_export.records import JobOptions
 from nbl_export.speed import spoken_ratio
 
 __all__ = ["Request", "rows", "table"]
-
-_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 
 
 @dataclass(frozen=True)
 class Request:
     """shape: of `roofline.SHAPES`, or a run directory. layers, precision: those of the run where they are not named.
-    tflops: 10^12 operations a second. bandwidth: 10^9 bytes a second. depth: tokens in the cache, comma separated.
-    like: a run whose benchmark says how near to its limits a decoder comes."""
+    tflops: 10^12 operations a second. bandwidth: 10^9 bytes a second. depths: tokens in the cache. like: a run whose
+    benchmark says how near to its limits a decoder comes."""
 
     shape: str
-    layers: str | None
     tflops: float
     bandwidth: float
+    layers: str | None = None
     precision: str | None = None
     prompt_tokens: int = 512
-    depth: str = "0,2048"
+    depths: tuple[int, ...] = (0, 2048)
     like: Path | None = None
 
 
 @dataclass(frozen=True)
 class _Decoder:
     name: str
-    spec: DecoderSpec
-    intermediate_size: int
-    replaced: tuple[int, ...] = ()
-    precision: str = "fp16"
+    precision: str
+    costs: cost.CostModel
+    sizes: dict[int, int]  # of the maps that it has
 
 
 def rows(asked: Request) -> list[dict[str, Any]]:
@@ -56,69 +55,65 @@ def rows(asked: Request) -> list[dict[str, Any]]:
     for name in ("tflops", "bandwidth"):
         if not (math.isfinite(rate := getattr(asked, name)) and rate > 0):
             raise UsageError(f"--{name} {rate:g} is no rate; give a number above 0")
-    decoder = _decoder(asked.shape)
-    precision = asked.precision or decoder.precision
-    if precision not in _PRECISIONS:
-        raise UsageError(f"--precision is one of {', '.join(_PRECISIONS)}, not {precision!r}")
+    if asked.precision not in (None, *cost.WEIGHT_BYTES):
+        raise UsageError(f"--precision is one of {', '.join(cost.WEIGHT_BYTES)}, not {asked.precision!r}")
+    decoder = _of_shape(asked) if asked.shape in roofline.SHAPES else _of_run(asked)
+    _check_depths(asked, decoder)
     machine = roofline.MachineRates.given(1e12 * asked.tflops, 1e9 * asked.bandwidth)
     return roofline.project(
-        decoder.name, _replaced(asked, decoder), machine, precision,
-        tokens=asked.prompt_tokens, depths=_depths(asked, decoder),
-        shares=None if asked.like is None else _shares(asked.like),
-        decoder=(decoder.spec, decoder.intermediate_size),
+        decoder.name, decoder.costs, _sizes(asked, decoder), machine, decoder.precision,
+        tokens=asked.prompt_tokens, depths=asked.depths, shares=None if asked.like is None else _shares(asked.like),
     )  # fmt: skip
 
 
-def _decoder(shape: str) -> _Decoder:
-    if shape in roofline.SHAPES:
-        return _Decoder(shape, *roofline.SHAPES[shape])
-    run = RunDirectory.peek(Path(shape))
+def _of_shape(asked: Request) -> _Decoder:
+    precision = asked.precision or "fp16"
+    return _Decoder(asked.shape, precision, roofline.shape_costs(asked.shape, precision), {})
+
+
+def _of_run(asked: Request) -> _Decoder:
+    run = RunDirectory.peek(Path(asked.shape))
     if not run.manifest:
-        raise NblError(f"{shape} is neither a run directory nor a shape; the shapes are {', '.join(roofline.SHAPES)}")
-    if "decoder" not in run.stages:
-        raise NblError(f"{shape} is not finished: run its command again ({run.manifest['command']})")
-    spec = DecoderSpec(**run.manifest["decoder"])
-    width = read_intermediate_size(run.path / "original")
-    replaced = tuple(run.manifest.get("replaced_layers") or ())
+        shapes = ", ".join(roofline.SHAPES)
+        raise NblError(f"{asked.shape} is neither a run directory nor a shape; the shapes are {shapes}")
+    if "rewrite" not in run.stages:
+        raise NblError(f"{asked.shape} is not finished: run its command again ({run.manifest['command']})")
+    options = JobOptions.from_json(run.manifest["options"])
+    options = dataclasses.replace(options, precision=asked.precision or options.precision)
+    job = Job(options, run, Ui(quiet=True))
+    maps = load_maps(run.path / "maps.safetensors", job.plan.replaced)
     model = run.manifest["model"]
-    return _Decoder(model.get("title") or model["name"], spec, width, replaced, run.manifest["options"]["precision"])
+    costs = reach.cost_model(job, run.path / "original")
+    return _Decoder(model.get("title") or model["name"], options.precision, costs, cost.map_sizes(maps))
 
 
-def _replaced(asked: Request, decoder: _Decoder) -> tuple[int, ...]:
-    if asked.layers is None and decoder.replaced:
-        return decoder.replaced
+def _sizes(asked: Request, decoder: _Decoder) -> dict[int, int]:
+    if asked.layers is None and decoder.sizes:
+        return decoder.sizes
     if asked.layers is None:
         raise UsageError("which layers are replaced? --layers 24-31 says it")
-    replaced = parse_layers(asked.layers, decoder.spec.num_layers)
+    spec = decoder.costs.spec
+    replaced = parse_layers(asked.layers, spec.num_layers)
     if isinstance(replaced, int):
+        raise UsageError(f"--layers {asked.layers} is a count, and here is nothing to choose by; name them: 24-31")
+    return dict.fromkeys(replaced, spec.hidden_size**2)
+
+
+def _check_depths(asked: Request, decoder: _Decoder) -> None:
+    positions = decoder.costs.spec.max_positions
+    if max(asked.depths) + asked.prompt_tokens > positions:
         raise UsageError(
-            f"--layers {asked.layers} is a count, and here is nothing to choose by; name the layers: 24-31"
+            f"--depth {max(asked.depths)} with --prompt-tokens {asked.prompt_tokens} is not within the {positions} "
+            f"positions of {decoder.name}"
         )
-    return replaced
-
-
-def _depths(asked: Request, decoder: _Decoder) -> list[int]:
-    try:
-        depths = [int(part) for part in asked.depth.split(",")]
-    except ValueError as error:
-        raise UsageError(f"--depth {asked.depth!r} is not numbers of tokens, comma separated") from error
-    for depth in depths:
-        if not 0 <= depth <= decoder.spec.max_positions - asked.prompt_tokens:
-            raise UsageError(
-                f"--depth {depth} with --prompt-tokens {asked.prompt_tokens} is not within the "
-                f"{decoder.spec.max_positions} positions of {decoder.name}"
-            )
-    return depths
 
 
 def _shares(directory: Path) -> dict[str, float]:
     """Efficiency of prefill and of decode in a run's benchmark."""
-    run = RunDirectory.peek(directory)
-    if not run.manifest:
-        raise NblError(f"{directory} is not a run directory: it has no nbl.json; nbl-export --output makes one")
+    run, limits = RunDirectory.existing(directory), None
     if "bench" in run.stages:
         run.check("bench")
-    limits = run.read_json("bench.json").get("limits") if "bench" in run.stages else None
+        limits = run.read_json("bench.json").get("limits")
     if not limits:
         raise NblError(
             f"{directory} has no measured share of what its machine allows; run nbl-export bench {directory}"

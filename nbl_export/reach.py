@@ -11,6 +11,7 @@ that the layers are chosen by; what the plan costs on the texts of the price is 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from nbl_export import cost
@@ -39,13 +40,13 @@ def count_for_goal(job: Job, selection: Any) -> tuple[int, dict[str, Any]]:
     return _small_enough(job, goal)
 
 
-def cost_model(job: Job) -> cost.CostModel:
-    """The cost model of what the job ships."""
+def cost_model(job: Job, checkpoint: Path | None = None) -> cost.CostModel:
+    """The cost model of what the job ships. checkpoint: a directory with its config.json; None is the job's own."""
     options, capabilities = job.options, job.engine.CAPABILITIES
     size = cost.weight_bytes(options.precision)
     return cost.CostModel(
         job.spec,
-        cost.read_intermediate_size(job.checkpoint),
+        cost.read_intermediate_size(checkpoint or job.checkpoint),
         size,
         2.0 if capabilities.static and options.precision == "int4" else size,  # the static form keeps its head in fp16
         capabilities.cache_itemsize(options.precision),

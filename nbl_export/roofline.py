@@ -21,7 +21,8 @@ from nbl_export.cost import CostModel, Work, weight_bytes
 from nbl_export.errors import NblError
 from nbl_export.records import DecoderSpec, Scenario, Timing
 
-__all__ = ["SHAPES", "MachineRates", "efficiencies", "expect", "limit_seconds", "measure_machine", "project", "rows"]
+__all__ = ["SHAPES", "MachineRates", "efficiencies", "expect", "limit_seconds", "measure_machine", "project", "rows",
+           "shape_costs"]  # fmt: skip
 
 # Kernels that a graph of a precision may use on the CPU; the fastest one is its limit.
 _KERNELS = {"int8": ("int8", "int4", "fp32"), "int4": ("int8", "int4", "fp32")}
@@ -149,46 +150,43 @@ def expect(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return expected
 
 
+def shape_costs(shape: str, precision: str) -> CostModel:
+    """The cost model of a name in `SHAPES`, with caches of two bytes an element."""
+    spec, intermediate = SHAPES[shape]
+    size = weight_bytes(precision)
+    return CostModel(spec, intermediate, size, size, 2)
+
+
 def project(
-    shape: str,
-    replaced: Sequence[int],
+    name: str,
+    costs: CostModel,
+    sizes: Mapping[int, int],
     machine: MachineRates,
     precision: str,
     *,
     tokens: int = 512,
     depths: Sequence[int] = (0, 2048),
-    cache_itemsize: int = 2,
     shares: Mapping[str, float] | None = None,
-    decoder: tuple[DecoderSpec, int] | None = None,
 ) -> list[dict[str, Any]]:
-    """What the original and the NBL decoder of another shape can reach on a machine: a projection, not a measurement.
+    """What the original and the NBL decoder can reach on another machine: a projection, not a measurement.
 
     Args:
-        shape: a name in `SHAPES`, or any name for `decoder`, a spec and the width of its MLP.
-        replaced: layers with a full map of hidden size x hidden size.
-        machine: mostly `MachineRates.given`. precision: of the weights.
+        name: of the decoder. costs: `shape_costs`, or `reach.cost_model` of a run. sizes: of its maps.
+        machine: mostly `MachineRates.given`. precision: of the weights, by which the machine's rate goes.
         tokens: of each prefill; decode is at the given depths.
-        cache_itemsize: bytes of a cache element.
         shares: efficiency of each phase, measured elsewhere (`efficiencies`); None gives the limits alone.
 
     Returns:
         rows marked "projection": true, with shape, phase, tokens, depth, bound, the limits in tokens per second of
         both, the ratio, and with `shares` what is expected of both.
-
-    Raises:
-        NblError: the shape is not known, or the layers are not its.
     """
-    spec, intermediate = _shape(shape, decoder or SHAPES.get(shape), replaced)
-    size = weight_bytes(precision)
-    costs = CostModel(spec, intermediate, size, size, cache_itemsize)
-    maps = dict.fromkeys(replaced, spec.hidden_size**2)
     found = []
     for kind, count, depth in (*(("pp", tokens, d) for d in depths), *(("tg", 1, d) for d in depths)):
-        work = {name: _work(costs, m, Scenario(kind, count, depth))[0] for name, m in (("original", {}), ("nbl", maps))}
-        limits = {name: limit_seconds(w, machine, precision) for name, w in work.items()}
-        speeds = {name: count / seconds for name, (seconds, _) in limits.items()}
+        work = {n: _work(costs, m, Scenario(kind, count, depth))[0] for n, m in (("original", {}), ("nbl", sizes))}
+        limits = {n: limit_seconds(w, machine, precision) for n, w in work.items()}
+        speeds = {n: count / seconds for n, (seconds, _) in limits.items()}
         row = {
-            "projection": True, "shape": shape, "precision": precision, "replaced_layers": list(replaced),
+            "projection": True, "shape": name, "precision": precision, "replaced_layers": sorted(sizes),
             "phase": _PHASES[kind], "tokens": count, "depth": depth, "bound": limits["nbl"][1],
             "limit_tokens_per_second": speeds, "ratio": speeds["nbl"] / speeds["original"],
         }  # fmt: skip
@@ -196,14 +194,3 @@ def project(
             row["expected_tokens_per_second"] = {n: s * shares[_PHASES[kind]] for n, s in speeds.items()}
         found.append(row)
     return found
-
-
-def _shape(name: str, known: tuple[DecoderSpec, int] | None, replaced: Sequence[int]) -> tuple[DecoderSpec, int]:
-    if known is None:
-        raise NblError(f"no shape is called {name!r}; there are {', '.join(SHAPES)}")
-    spec, intermediate = known
-    if len(set(replaced)) >= spec.num_layers or any(not 0 <= i < spec.num_layers for i in replaced):
-        raise NblError(
-            f"{name} has {spec.num_layers} layers, of which one keeps its attention; replaced: {list(replaced)}"
-        )
-    return spec, intermediate

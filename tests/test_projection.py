@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.cost import read_intermediate_size
+from nbl_export.cost import CostModel, read_intermediate_size, weight_bytes
 from nbl_export.records import DecoderSpec
-from nbl_export.roofline import MachineRates, efficiencies
+from nbl_export.roofline import MachineRates, efficiencies, shape_costs
 from nbl_export.roofline import project as projected
 
 from .command import assert_refused, nbl
@@ -21,7 +21,8 @@ def test_rows_are_those_of_the_model_in_the_units_that_are_given() -> None:
     done = nbl(*ASKED, "--precision", "int4", "--prompt-tokens", "128", "--depth", "0,4096", "--json")
     assert done.status == 0, done.err
     rates = MachineRates.given(10e12, 100e9)
-    expected = projected("Llama-3.1-8B", range(24, 32), rates, "int4", tokens=128, depths=(0, 4096))
+    costs, sizes = shape_costs("Llama-3.1-8B", "int4"), dict.fromkeys(range(24, 32), 4096**2)
+    expected = projected("Llama-3.1-8B", costs, sizes, rates, "int4", tokens=128, depths=(0, 4096))
     assert json.loads(done.out) == json.loads(json.dumps(expected))
     assert all(row["projection"] for row in expected)
 
@@ -44,34 +45,36 @@ def test_like_a_run_that_was_measured(finished: Path) -> None:
     assert "expected" in nbl(*ASKED, "--like", finished).out
 
 
-def test_a_run_on_another_machine(finished: Path) -> None:
-    """Its own shape, layers and precision, which options overrule."""
-    manifest = json.loads((finished / "nbl.json").read_text(encoding="utf-8"))
-    spec, width = DecoderSpec(**manifest["decoder"]), read_intermediate_size(finished / "original")
+@pytest.mark.parametrize(("options", "precision"), [((), "fp32"), (("--layers", "2,", "--precision", "int4"), "int4")])
+def test_a_run_on_another_machine(options: tuple[str, ...], precision: str, finished: Path) -> None:
+    """By the cost model of its own limits, which options overrule: caches of float32, the table of tokens."""
     rates = ("--tflops", "1", "--bandwidth", "50", "--prompt-tokens", "16", "--depth", "0")
-    machine = MachineRates.given(1e12, 50e9)
-    for options, layers, precision in (
-        ((), manifest["replaced_layers"], "fp32"),
-        (("--layers", "2,", "--precision", "int4"), (2,), "int4"),
-    ):
-        done = nbl("project", finished, *rates, *options, "--json")
-        assert done.status == 0, done.err
-        name = manifest["model"].get("title") or manifest["model"]["name"]
-        expected = projected(name, layers, machine, precision, tokens=16, depths=(0,), decoder=(spec, width))
-        assert json.loads(done.out) == json.loads(json.dumps(expected))
-    assert_refused(nbl(*ASKED[:2], *rates), 2, "which layers are replaced?")
+    done = nbl("project", finished, *rates, *options, "--json")
+    assert done.status == 0, done.err
+    manifest = json.loads((finished / "nbl.json").read_text(encoding="utf-8"))
+    replaced = [2] if options else manifest["replaced_layers"]
+    spec, size = DecoderSpec(**manifest["decoder"]), weight_bytes(precision)
+    costs = CostModel(spec, read_intermediate_size(finished / "original"), size, size, 4, token_table=True)
+    sizes = dict.fromkeys(replaced, spec.hidden_size**2)
+    name = manifest["model"].get("title") or manifest["model"]["name"]
+    expected = projected(name, costs, sizes, MachineRates.given(1e12, 50e9), precision, tokens=16, depths=(0,))
+    assert json.loads(done.out) == json.loads(json.dumps(expected))
+
+
+def test_a_shape_has_no_layers_of_its_own() -> None:
+    assert_refused(nbl(*ASKED[:2], *ASKED[4:]), 2, "which layers are replaced?")
 
 
 @pytest.mark.parametrize(
     ("changed", "said", "status"),
     [
-        (("--layers", "8"), ("is a count", "name the layers"), 2),
+        (("--layers", "8"), ("is a count", "name them: 24-31"), 2),
         (("--layers", "32,"), ("layer 32 does not exist",), 1),
         (("--layers", "0-31"), ("at least one stays",), 1),
         (("--tflops", "0"), ("--tflops 0 is no rate",), 2),
         (("--bandwidth", "nan"), ("--bandwidth nan is no rate",), 2),
         (("--precision", "int3"), ("--precision is one of", "int3"), 2),
-        (("--depth", "0,x"), ("is not numbers of tokens",), 2),
+        (("--depth", "0,x"), ("--depth", "comma separated"), 2),
         (("--depth", "131000"), ("not within the 131072 positions",), 2),
     ],
 )
@@ -85,7 +88,7 @@ def test_unknown_shapes_and_runs_that_tell_nothing(run: Path, tmp_path: Path) ->
     )
     assert_refused(nbl(*ASKED, "--like", tmp_path), 1, "is not a run directory")
     manifest = (run / "nbl.json").read_text(encoding="utf-8")
-    (run / "nbl.json").write_text(manifest.replace('"decoder": {\n   "key"', '"other": {\n   "key"'), encoding="utf-8")
+    (run / "nbl.json").write_text(manifest.replace('"rewrite": {\n   "key"', '"other": {\n   "key"'), encoding="utf-8")
     assert_refused(nbl("project", run, *ASKED[4:]), 1, "is not finished")
     (run / "nbl.json").write_text(manifest, encoding="utf-8")
     bench = run / "bench.json"
