@@ -10,6 +10,9 @@ by deltas of low rank; and text that is cut anew in every epoch into short rows.
 attention rests on (a sink) and shapes the whole row; the same few hundred first tokens again and again would be all
 that the maps know of it.
 
+A delta up down of low rank begins with up at zero and down at the first right singular vectors of the whole matrix's
+gradient (Wang et al. 2024, LoRA-GA, who set up by it too), since R random directions see R of D parts of it at first.
+
 Gradients are clipped row by row. A row whose sink is about to be lost or found has a gradient up to a hundred times
 that of the others, and clipped with them it would be all that a step heard of.
 
@@ -19,9 +22,10 @@ norms, softmax and the maps themselves stay float32), and never for what is judg
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -70,6 +74,11 @@ class DistillSettings:
     def rate(self) -> float:
         """Of learning, at the start."""
         return (1e-2 if self.lora_rank else 1e-3) if self.learning_rate is None else self.learning_rate
+
+    @property
+    def aimed(self) -> int:
+        """Batches whose gradients say where deltas of low rank begin: a twentieth of the steps, 16 at most."""
+        return max(1, min(16, self.steps // 20))
 
 
 @dataclass
@@ -133,13 +142,26 @@ class _Training:
             raise NblError("distillation cannot start: the closed-form maps give logits that are not finite")
         self.result.held_kl.append((0, start))
 
-    def advance(self, lesson: Lesson) -> None:
-        """One optimizer step."""
-        found, kl_B = self.twin.gradients(lesson, self.settings.hidden_weight)
+    def aim(self, lessons: Iterable[Lesson]) -> None:
+        """Before the first step: deltas read what the gradients of some batches read."""
+        total: dict[str, torch.Tensor] = {}
+        for lesson in lessons:
+            for name, gradient in self._gradients(lesson, whole=True)[0].items():
+                total[name] = total[name] + gradient if name in total else gradient
+        self.twin.aim(total)
+
+    def _gradients(self, lesson: Lesson, whole: bool = False) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Mean of the rows' gradients, each clipped, over all processes, and the KL [B] of the rows here."""
+        found, kl_B = self.twin.gradients(lesson, self.settings.hidden_weight, whole=whole)
         norm_B = torch.stack([g.flatten(1).square().sum(1) for g in found.values()]).sum(0).sqrt()
         share_B = (_CLIP / norm_B).clamp(max=1.0) / len(norm_B)
         gradients = {name: torch.tensordot(share_B, g, 1) for name, g in found.items()}
         self.peers.average(list(gradients.values()))
+        return gradients, kl_B
+
+    def advance(self, lesson: Lesson) -> None:
+        """One optimizer step."""
+        gradients, kl_B = self._gradients(lesson)
         for name, parameter in self.twin.trained.items():
             parameter.grad = gradients[name]
         self.optimizer.step()
@@ -231,6 +253,9 @@ def distill(
     training = _Training(twin, settings, [twin.lesson(row[None]) for row in held_WT[peers.rank :: peers.size]], peers)
     training.begin(state)
     start = training.result.held_kl[0][1]
+    if training.step == 0 and settings.lora_rank:
+        first = itertools.islice(_batches(windows_WT, settings, peers.size), settings.aimed)
+        training.aim(twin.lesson(batch_BT[peers.rank :: peers.size], training=True) for batch_BT in first)
     for number, batch_BT in enumerate(_batches(windows_WT, settings, peers.size)):
         if number < training.step:
             continue

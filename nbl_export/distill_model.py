@@ -31,6 +31,7 @@ from nbl_export.records import AffineMap
 __all__ = ["Lesson", "TrainedMap", "Twin"]
 
 _LOGIT_ROWS = 512  # positions whose logits are held at once
+_OVERSAMPLED = 16  # singular vectors looked for beside those wanted, so that these are exact
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Lesson:
 class TrainedMap(nn.Module):
     """x -> x W' + b, of which b and a delta up down of low rank, or the whole of W, are trained; up begins at zero.
 
-    rows: parameters [B, ...] that a batch's rows have each for themselves; their gradients are those of the rows. None:
+    rows: `values` [B, ...] that a batch's rows have each for themselves; their gradients are those of the rows. None:
     all rows share one set.
     """
 
@@ -70,10 +71,27 @@ class TrainedMap(nn.Module):
         """The weight [D, D]."""
         return self.start + self.up @ self.down if self.rank else self.weight
 
+    def values(self, whole: bool) -> dict[str, torch.Tensor]:
+        """What is trained; `whole`: the weight [D, D] that it makes, and the bias."""
+        return {"weight": self.merged, "bias": self.bias} if whole else dict(self.named_parameters())
+
+    @torch.no_grad()
+    def aim(self, gradient_DD: torch.Tensor) -> None:
+        """Delta of low rank: read what the weight's gradient reads most of, its first right singular vectors.
+
+        A vector of norm 1, as the random ones have it on average. Where the rank is above D the others stay random.
+        """
+        count = min(self.rank or 0, *gradient_DD.shape)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # svd_lowrank draws where it looks first
+            wide = min(count + _OVERSAMPLED, *gradient_DD.shape)
+            read_DR = torch.svd_lowrank(gradient_DD.cpu(), q=wide, niter=4)[2]
+        self.down[:count] = read_DR[:, :count].T.to(self.down)
+
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         if self.rows is None:
             return nn.functional.linear(x_BTD, self.merged, self.bias)
-        if self.rank:
+        if "weight" not in self.rows:
             thin = torch.bmm(x_BTD, self.rows["down"].mT)
             out = nn.functional.linear(x_BTD, self.start) + torch.bmm(thin, self.rows["up"].mT)
         else:
@@ -148,21 +166,30 @@ class Twin:
             for hook in hooks:
                 hook.remove()
 
+    def aim(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """Let the deltas begin where gradients by the `whole` weights point (`TrainedMap.aim`)."""
+        for index, module in self.affine.items():
+            module.linear.aim(gradients[f"{index}.linear.weight"])
+
     def held_kl(self, lesson: Lesson) -> float:
         """Mean KL over the positions of a lesson, in float32."""
         with torch.no_grad(), self.student():
             return self._kl(lesson.last.flatten(0, 1), run_from(self.decoder, lesson.entering).flatten(0, 1)).item()
 
-    def gradients(self, lesson: Lesson, weight: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def gradients(
+        self, lesson: Lesson, weight: float, *, whole: bool = False
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Of the loss of each row: name -> [B, ...], and the rows' KL [B].
 
         Args:
             weight: of the distance of the hidden states on the way.
+            whole: by the weights [D, D] instead of the deltas that are trained.
         """
         size = len(lesson.entering)
         rows: dict[str, torch.Tensor] = {}
         for index, module in self.affine.items():
-            own = {n: p.detach().expand(size, *p.shape).requires_grad_() for n, p in module.linear.named_parameters()}
+            values = module.linear.values(whole)
+            own = {n: p.detach().expand(size, *p.shape).requires_grad_() for n, p in values.items()}
             module.linear.rows = own
             rows |= {f"{index}.linear.{name}": parameter for name, parameter in own.items()}
         try:

@@ -178,6 +178,19 @@ def test_lora_trains_a_delta_of_its_rank(prepared: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("rank", [4, None])
+def test_deltas_are_aimed_once_and_a_run_that_goes_on_keeps_them(
+    rank: int | None, prepared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    monkeypatch.setattr("nbl_export.distill._Training.aim", lambda _self, lessons: lengths.append(len(list(lessons))))
+    settings = dataclasses.replace(QUICK, lora_rank=rank)
+    with pytest.raises(Killed):
+        run(prepared, "normed", settings, Fragile(tmp_path / "state", 1, after=True))
+    run(prepared, "normed", settings, FileState(tmp_path / "state", "key"))
+    assert lengths == ([] if rank is None else [3])  # a twentieth of 60 steps
+
+
+@pytest.mark.parametrize("rank", [4, None])
 def test_weight_decay_draws_deltas_back_and_nothing_else(rank: int | None, prepared: dict[str, Any]) -> None:
     """Whole matrices and biases are no deltas: zero is not where they began."""
     settings = dataclasses.replace(QUICK, lora_rank=rank, patience=2.0)

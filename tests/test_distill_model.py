@@ -12,7 +12,7 @@ import torch
 from nbl_export import narrow
 from nbl_export.checkpoint import load_model
 from nbl_export.distill import DistillSettings, _Training
-from nbl_export.distill_model import Lesson, Twin, _distance
+from nbl_export.distill_model import Lesson, TrainedMap, Twin, _distance
 from nbl_export.distributed import ALONE
 from nbl_export.linearize import linearize
 from nbl_export.records import AffineMap
@@ -99,13 +99,64 @@ def test_a_wild_row_does_not_drown_the_others(twin: Make, monkeypatch: pytest.Mo
     first, second = list(given)[:2]
     given[first][0].view(-1)[0] = 1e6
     given[second][1].view(-1)[0] = 0.5
-    monkeypatch.setattr(made, "gradients", lambda _lesson, _weight: (given, torch.tensor([1.0, 2.0])))
+    monkeypatch.setattr(made, "gradients", lambda _lesson, _weight, whole: (given, torch.tensor([1.0, 2.0])))
     training = _Training(made, DistillSettings(), [], ALONE)
     training.advance(Lesson(torch.empty(2, 1, 1), torch.empty(2, 1, 1)))
     assert made.trained[first].grad is not None and made.trained[second].grad is not None
     assert made.trained[first].grad.view(-1)[0].item() == pytest.approx(0.5)
     assert made.trained[second].grad.view(-1)[0].item() == pytest.approx(0.25)
     assert training.result.train_kl == [1.5]
+
+
+def test_gradients_of_whole_weights_are_those_of_an_autograd_that_trains_them(twin: Make) -> None:
+    """Whatever the deltas are, they are by the merged weight."""
+    made = twin(2)
+    found, kl_B = made.gradients(made.lesson(IDS, training=True), 0.3, whole=True)
+    expected = Twin(made.model, made.maps(), "normed", "fp32", None, seed=0)
+    wanted, kl = expected.gradients(expected.lesson(IDS, training=True), 0.3)
+    assert found.keys() == wanted.keys() == {f"{i}.linear.{name}" for i in (0, 2) for name in ("weight", "bias")}
+    torch.testing.assert_close(kl_B, kl)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=2e-3, atol=1e-6)
+
+
+def test_deltas_begin_where_the_gradient_is(twin: Make) -> None:
+    """The first gradient of up is as large as rank directions allow: the largest singular values of the whole one."""
+    made = twin(4)
+    with torch.no_grad():
+        for module in made.affine.values():
+            module.linear.up.zero_()
+    training = _Training(made, DistillSettings(lora_rank=4, hidden_weight=0.3), [], ALONE)
+    lessons = [made.lesson(ids, training=True) for ids in (IDS, IDS.flip(0) + 1)]
+    whole = [training._gradients(lesson, whole=True)[0] for lesson in lessons]
+    training.aim(lessons)
+    for index in ("0", "2"):
+        linear, total = made.affine[index].linear, sum(g[f"{index}.linear.weight"] for g in whole)
+        assert isinstance(total, torch.Tensor)
+        assert not linear.up.any()
+        torch.testing.assert_close(linear.down @ linear.down.T, torch.eye(4), atol=1e-4, rtol=0)
+        largest = torch.linalg.svdvals(total)[:4]
+        torch.testing.assert_close((total @ linear.down.T).norm(), largest.norm(), rtol=1e-3, atol=0)
+
+
+def test_a_rank_above_the_width_keeps_its_other_directions() -> None:
+    """Its gradient has no more of them; aimed twice they are the same."""
+    linear = torch.nn.Linear(6, 6)
+    made, again = (TrainedMap(linear, 9, torch.Generator().manual_seed(3)) for _ in range(2))
+    random = made.down.detach().clone()
+    gradient = torch.randn(6, 6, generator=torch.Generator().manual_seed(4))
+    state = torch.get_rng_state()
+    made.aim(gradient)
+    assert torch.equal(torch.get_rng_state(), state)
+    again.aim(gradient)
+    assert torch.equal(made.down, again.down)
+    assert torch.equal(made.down[6:], random[6:]) and not torch.equal(made.down[:6], random[:6])
+    torch.testing.assert_close(made.down[:6] @ made.down[:6].T, torch.eye(6), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("steps", "batches"), [(2, 1), (100, 5), (320, 16), (1_000_000, 16)])
+def test_aiming_takes_a_twentieth_of_the_steps(steps: int, batches: int) -> None:
+    assert DistillSettings(steps=steps).aimed == batches
 
 
 def test_narrow_weights_are_what_autocast_would_make(checkpoint: Callable[[str], Path]) -> None:
