@@ -41,6 +41,7 @@ __all__ = ["DEFAULT_STEPS", "UNLIMITED", "DistillSettings", "Distilled", "State"
 DEFAULT_STEPS = 320
 UNLIMITED = 1_000_000  # steps, where minutes are given
 _CLIP = 1.0  # norm of a row's gradient, at most
+_AIMING = 0.05  # of the steps, or of the minutes, before the first step
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class DistillSettings:
 
     @property
     def aimed(self) -> int:
-        """Batches whose gradients say where deltas of low rank begin: a twentieth of the steps, 16 at most."""
-        return max(1, min(16, self.steps // 20))
+        """Batches whose gradients say where deltas of low rank begin, at most: a twentieth of the steps, or 16."""
+        return max(1, min(16, int(_AIMING * self.steps)))
 
 
 @dataclass
@@ -143,11 +144,14 @@ class _Training:
         self.result.held_kl.append((0, start))
 
     def aim(self, lessons: Iterable[Lesson]) -> None:
-        """Before the first step: deltas read what the gradients of some batches read."""
+        """Before the first step: deltas read what the gradients of some batches read; of minutes a share is for it."""
         total: dict[str, torch.Tensor] = {}
         for lesson in lessons:
             for name, gradient in self._gradients(lesson, whole=True)[0].items():
                 total[name] = total[name] + gradient if name in total else gradient
+            self._look_at_the_clock()
+            if self.fraction >= _AIMING:
+                break
         self.twin.aim(total)
 
     def _gradients(self, lesson: Lesson, whole: bool = False) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from nbl_export import narrow
 from nbl_export.checkpoint import load_model
-from nbl_export.distill import DistillSettings, _Training
+from nbl_export.distill import UNLIMITED, DistillSettings, _Training
 from nbl_export.distill_model import Lesson, TrainedMap, Twin, _distance
 from nbl_export.distributed import ALONE
 from nbl_export.linearize import linearize
@@ -137,6 +139,16 @@ def test_deltas_begin_where_the_gradient_is(twin: Make) -> None:
         torch.testing.assert_close(linear.down @ linear.down.T, torch.eye(4), atol=1e-4, rtol=0)
         largest = torch.linalg.svdvals(total)[:4]
         torch.testing.assert_close((total @ linear.down.T).norm(), largest.norm(), rtol=1e-3, atol=0)
+
+
+def test_a_clock_that_is_nearly_over_stops_aiming(twin: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a minute three seconds, where each batch takes one: a slow model must not spend its minutes on it."""
+    made, ticks = twin(2), itertools.count()
+    monkeypatch.setattr("nbl_export.distill.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    training = _Training(made, DistillSettings(UNLIMITED, minutes=1.0, lora_rank=2), [], ALONE)
+    left = iter([made.lesson(IDS, training=True)] * 16)
+    training.aim(left)
+    assert len(list(left)) == 13
 
 
 def test_a_rank_above_the_width_keeps_its_other_directions() -> None:
