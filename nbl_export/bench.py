@@ -8,7 +8,7 @@
 
 pp<T> at depth d: d tokens are in the cache, T more are appended as one chunk; then the first token is picked from
 the logits, timed by itself. tg<T>: T tokens are appended one at a time, the clock is read after each. Round i of all
-variants is a pair (or more), run back to back; who goes first alternates, so that none
+variants is a pair (or more), run back to back; who goes first rotates, so that none
 profits from a machine that warms up or slows down. All token ids are random, fixed by a seed and equal for
 all variants. Decode appends given ids instead of sampling, so an end of text never stops it; on ONNX Runtime GenAI
 `generate_next_token` with `min_length` takes the same time (SmolLM2 int4, 8 interleaved blocks of 64 tokens: medians
@@ -158,7 +158,7 @@ def run(
         "versions": dict(setting.versions),
         "seed": setting.seed,
         "repetitions": repetitions,
-        "order": "rounds of all variants, who goes first alternates; one discarded warm-up each",
+        "order": "rounds of all variants, who goes first rotates; one discarded warm-up each",
         "base": setting.base,
         **energy,
         "timings": [_row(t) for t in timings],
@@ -243,9 +243,13 @@ def _sample(stand: _Stand, runner: TextRunner, scenario: Scenario) -> _Sample:
 
 
 def _order(names: Sequence[str], repetitions: int) -> Iterator[str]:
-    """A B, B A, A B, ...: one round after the other."""
+    """A B, B A, ...; A B C, B C A, C A B, ...: of three or more none ever follows itself.
+
+    One that does runs up to 9% faster (SmolLM2 int4, prefill of 512); in A B C, C B A, ... the one between never does.
+    """
     for i in range(repetitions):
-        yield from names if i % 2 == 0 else reversed(names)
+        first = i % max(1, len(names))
+        yield from [*names[first:], *names[:first]]
 
 
 def _warm_up(scenario: Scenario) -> Scenario:

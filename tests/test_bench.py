@@ -161,6 +161,13 @@ def test_rounds_alternate_and_the_warm_up_is_discarded(tmp_path: Path) -> None:
     assert [len(t["samples_ns"]) for t in result["timings"]] == [3, 3]
 
 
+def test_of_three_none_follows_itself_and_each_is_first_as_often() -> None:
+    order = list(bench._order("abc", 6))
+    assert order[:9] == [*"abc", *"bca", *"cab"]
+    assert all(one != two for one, two in itertools.pairwise(order))
+    assert sorted(order[::3]) == [*"aabbcc"]
+
+
 def test_a_prefill_is_one_chunk_and_a_decode_single_tokens(tmp_path: Path) -> None:
     _, tape, _ = run_fake(tmp_path, [Scenario("pp", 64, 0), Scenario("tg", 16, 0)], repetitions=1)
     sizes = [len(c[3]) for c in tape.calls if c[:2] == ("nbl", "append")]
