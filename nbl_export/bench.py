@@ -3,13 +3,14 @@
     each variant alone, in a child process         load seconds, peak and steady memory
     all loaded, for each number of threads, batch and depth:
         depth d      fill A to d, fill B to d      untimed, once; every run below starts by rewinding to d
-          pp<T>      warm A, warm B, then rounds   A B | B A | A B ...
-          tg<T>      warm A, warm B, then rounds   A B | B A | A B ...
+          pp<T>      warm A, warm B, then rounds   A B | A B | A B ...
+          tg<T>      warm A, warm B, then rounds   A B | A B | A B ...
 
 pp<T> at depth d: d tokens are in the cache, T more are appended as one chunk; then the first token is picked from
 the logits, timed by itself. tg<T>: T tokens are appended one at a time, the clock is read after each. Round i of all
-variants is a pair (or more), run back to back; who goes first rotates, so that none
-profits from a machine that warms up or slows down. All token ids are random, fixed by a seed and equal for
+variants is a pair (or more), run back to back, always in the same turn: every run then follows another variant's. One
+that followed itself, as in A B | B A, was a tenth faster (bench/results/order-of-rounds.json), and of three only the
+outer ones ever did. All token ids are random, fixed by a seed and equal for
 all variants. Decode appends given ids instead of sampling, so an end of text never stops it; on ONNX Runtime GenAI
 `generate_next_token` with `min_length` takes the same time (SmolLM2 int4, 8 interleaved blocks of 64 tokens: medians
 17.34 and 17.26 ms a token). Rewinding and appending again takes as long as a fresh fill and gives bit-equal logits.
@@ -158,7 +159,7 @@ def run(
         "versions": dict(setting.versions),
         "seed": setting.seed,
         "repetitions": repetitions,
-        "order": "rounds of all variants, who goes first rotates; one discarded warm-up each",
+        "order": "rounds of all variants in the same turn; one discarded warm-up each",
         "base": setting.base,
         **energy,
         "timings": [_row(t) for t in timings],
@@ -204,7 +205,7 @@ def _time_group(stand: _Stand, scenarios: Sequence[Scenario], repetitions: int) 
         for runner in stand.runners.values():
             _sample(stand, runner, _warm_up(scenario))
             stand.step()
-        for name in _order(tuple(stand.runners), repetitions):
+        for name in tuple(stand.runners) * repetitions:
             samples[name].append(_sample(stand, stand.runners[name], scenario))
             stand.step()
         yield from (_timing(scenario, name, found) for name, found in samples.items())
@@ -240,16 +241,6 @@ def _sample(stand: _Stand, runner: TextRunner, scenario: Scenario) -> _Sample:
     energy = None if stand.meter is None or before is None else stand.meter.read() - before
     steps = tuple(after - start for start, after in itertools.pairwise(stamps))
     return _Sample(stamps[-1] - stamps[0], steps, None if picked is None else picked - stamps[-1], energy)
-
-
-def _order(names: Sequence[str], repetitions: int) -> Iterator[str]:
-    """A B, B A, ...; A B C, B C A, C A B, ...: of three or more none ever follows itself.
-
-    One that does runs up to 9% faster (SmolLM2 int4, prefill of 512); in A B C, C B A, ... the one between never does.
-    """
-    for i in range(repetitions):
-        first = i % max(1, len(names))
-        yield from [*names[first:], *names[:first]]
 
 
 def _warm_up(scenario: Scenario) -> Scenario:

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def measure(options: argparse.Namespace, checkpoint: Path | None) -> dict[str, A
         "threads": options.threads,
         "rounds": options.rounds,
         "seed": options.seed,
-        "order": "every test on every decoder, every other round backwards; one discarded warm-up each",
+        "order": "every test on every decoder, always in the same turn; one discarded warm-up each",
         "contenders": rows,
         "absent": [asdict(a) for a in absent],
         "timings": timings,
@@ -89,7 +90,7 @@ def _rounds(
     samples: dict[tuple[str, Scenario], list[int]] = {(n, t): [] for n in children for t in tests}
     for number in range(options.rounds + 1):
         started = time.monotonic()
-        for test, name in _order(tests, tuple(children), number):
+        for test, name in itertools.product(tests, tuple(children)):
             if name not in children:
                 continue
             time.sleep(options.pause)  # threads of whoever ran last stop spinning
@@ -104,12 +105,6 @@ def _rounds(
                 samples[name, test].append(answer["ns"])
         _say(f"round {number} of {options.rounds}: {time.monotonic() - started:.0f} s")
     return samples
-
-
-def _order(tests: Sequence[Scenario], names: Sequence[str], number: int) -> Iterator[tuple[Scenario, str]]:
-    for test in tests:
-        for name in names if number % 2 == 0 else reversed(names):
-            yield test, name
 
 
 def _drop(children: dict[str, Child], name: str, reason: str, absent: list[Absent]) -> None:
