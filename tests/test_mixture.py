@@ -118,7 +118,11 @@ def test_compressed_text_is_the_text(ending: str, tmp_path: Path) -> None:
     assert packed.sha256 == hashlib.sha256((tmp_path / f"a{ending}.gz").read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b"x" * 5000)[:-20], gzip.compress(b"abc")[:12]])
+@pytest.mark.parametrize(
+    "content",
+    [b"not gzip", gzip.compress(b"x" * 5000)[:-20], gzip.compress(b"abc")[:12]],
+    ids=["no gzip", "cut in its data", "cut behind its header"],  # the bytes hold the time of day
+)
 def test_damaged_compressed_text_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(content)
     with pytest.raises(NblError, match=r"a\.jsonl\.gz is truncated or not a gzip file"):
