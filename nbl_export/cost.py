@@ -8,8 +8,8 @@ a chunk, new ones written once. Norms, rotary embedding, softmax, the embedded r
 out, some percent of the whole. Planning takes ratios of these costs; `roofline` holds them against a machine's rates.
 
 Tail pruning: above the last kept attention no token reads another, so where only the last token's logits are wanted
-everything behind that layer's attention runs on one token; in the original that is the MLP of its last layer. Graphs
-of every source that give those logits alone are pruned so (`rewrite.last_token`).
+everything behind that layer's attention runs on one token; in the original that is o_proj and MLP of its last layer.
+Graphs of every source that give those logits alone are pruned so (`rewrite.last_token`).
 
 Token table: below the first kept attention a hidden state is a function of the token. With layer 0 replaced its map and
 MLP are a row that is looked up (`rewrite.token_table`).
@@ -131,7 +131,10 @@ class CostModel:
             entering = 1 if pruned and layer > last_kept else tokens
             leaving = 1 if pruned and layer >= last_kept else tokens
             total += 2.0 * leaving * self._mlp
-            total += 2.0 * entering * sizes[layer] if layer in sizes else self._attention_flops(layer, tokens, depth)
+            if layer in sizes:
+                total += 2.0 * entering * sizes[layer]
+            else:
+                total += self._attention_flops(layer, tokens, depth) + 2.0 * leaving * self._o_proj
         return total
 
     def _bytes(self, sizes: Mapping[int, int], tokens: int, depth: int) -> float:
@@ -147,8 +150,10 @@ class CostModel:
         return range(first_kept if self.token_table else 0, self.spec.num_layers)
 
     def _attention_flops(self, layer: int, tokens: int, depth: int) -> float:
+        """Of q, k, v and what is made of them, without o_proj."""
         pairs = sum(self._visible(layer, depth + position) for position in range(1, tokens + 1))
-        return 2.0 * tokens * self._projections + 4.0 * self.spec.num_heads * self.spec.head_dim * pairs
+        projected = 2.0 * tokens * (self._projections - self._o_proj)
+        return projected + 4.0 * self.spec.num_heads * self.spec.head_dim * pairs
 
     def _visible(self, layer: int, position: int) -> int:
         """Tokens that the token at a position (from 1) attends to in a layer."""
@@ -158,6 +163,10 @@ class CostModel:
     def _projections(self) -> int:
         heads = 2 * self.spec.num_heads + 2 * self.spec.num_kv_heads  # of q and o, of k and v
         return self.spec.hidden_size * heads * self.spec.head_dim
+
+    @property
+    def _o_proj(self) -> int:
+        return self.spec.hidden_size * self.spec.num_heads * self.spec.head_dim
 
     @property
     def _mlp(self) -> int:

@@ -39,12 +39,13 @@ def test_a_decoder_small_enough_for_paper() -> None:
     projections, mlp, head, attention = 4 * 4 + 2 * 4 * 2 + 4 * 4, 3 * 4 * 8, 4 * 10, 4 * 4 * (1 + 2 + 3)
     original = 2 * head + 2 * (2 * 3 * (projections + mlp) + attention)
     one = 2 * head + 2 * 3 * (projections + mlp) + attention + 2 * 3 * (16 + mlp)
-    tail = 2 * head + 2 * 3 * projections + attention + 2 * mlp + 2 * (16 + mlp)  # layer 1 on one token
+    last = 2 * 3 * (projections - 4 * 4) + 2 * 4 * 4 + attention  # of the last kept layer: o_proj on one token
+    tail = 2 * head + last + 2 * mlp + 2 * (16 + mlp)  # layer 1 on one token
     assert model.speedup_of_sizes({1: 16}).prefill == pytest.approx(original / one)
     pruned = dataclasses.replace(model, tail_pruned=True)
-    whole = 2 * head + 2 * (2 * 3 * projections + attention) + 2 * 3 * mlp + 2 * mlp  # the last MLP on one token
+    whole = 2 * head + 2 * 3 * (projections + mlp) + attention + last + 2 * mlp  # the last MLP on one token
     assert pruned.speedup_of_sizes({1: 16}).prefill == whole / tail
-    front = 2 * head + 2 * 3 * (16 + mlp) + 2 * 3 * projections + attention + 2 * mlp
+    front = 2 * head + 2 * 3 * (16 + mlp) + last + 2 * mlp
     assert pruned.speedup_of_sizes({0: 16}).prefill == whole / front
     every = dataclasses.replace(model, all_logits=True)
     assert every.speedup_of_sizes({1: 16}).prefill == (original + 4 * head) / (one + 4 * head)

@@ -127,6 +127,61 @@ def test_quantised_graph_is_pruned_too(precision: str, exported: Exported, rando
     np.testing.assert_allclose(last.step(ids)[0, 0], expected, atol=0.02 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize(("architecture", "source"), GRAPHS)
+def test_o_proj_runs_on_one_token(architecture: str, source: str, exported: Exported) -> None:
+    """The gather stands in front of every node that works on each token by itself, o_proj's product first."""
+    model = ir.load(exported(architecture, source) / "model.onnx")
+    assert PruneTail()(model).modified
+    user = taken(model).outputs[0].consumers()[0]
+    assert user.op_type == "MatMul" and "o_proj" in str(user.inputs[1].name if user.inputs[1] else user.name)
+
+
+def _second_reader(model: ir.Model, product: ir.Node) -> None:
+    reader = ir.node("Identity", [product.outputs[0]], name="reader")
+    model.graph.insert_after(product, reader)
+
+
+def _scale_of_all_tokens(model: ir.Model, product: ir.Node) -> None:
+    entering = product.inputs[0]
+    assert entering is not None
+    largest = ir.node("ReduceMax", [entering], attributes={"keepdims": 1}, name="largest")
+    scaled = ir.node("Div", [entering, largest.outputs[0]], name="scaled")
+    model.graph.insert_before(product, [largest, scaled])
+    product.replace_input_with(0, scaled.outputs[0])
+
+
+def _constant_for_each_token(model: ir.Model, product: ir.Node) -> None:
+    offsets = ir.Value(name="offsets", const_value=ir.tensor(np.ones((1, 5, 64), np.float32), name="offsets"))
+    offsets.shape = ir.Shape((1, 5, 64))
+    model.graph.register_initializer(offsets)
+    added = ir.node("Add", [product.inputs[0], offsets], name="added")
+    model.graph.insert_before(product, added)
+    product.replace_input_with(0, added.outputs[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "behind"),
+    [(_second_reader, "o_proj"), (_scale_of_all_tokens, "scaled"), (_constant_for_each_token, "added")],
+)
+def test_the_gather_stays_behind_what_reads_more_than_one_token(
+    change: Callable[[ir.Model, ir.Node], None], behind: str, exported: Exported
+) -> None:
+    model = ir.load(exported("llama") / "model.onnx")
+    change(model, next(n for n in reversed(model.graph) if "o_proj" in str(n.name)))
+    assert PruneTail()(model).modified
+    source = taken(model).inputs[0]
+    assert source is not None and behind in producer_name(source)
+
+
+def producer_name(value: ir.Value) -> str:
+    producer = value.producer()
+    return "" if producer is None else str(producer.name)
+
+
+def taken(model: ir.Model) -> ir.Node:
+    return next(n for n in model.graph if n.name == "/nbl/tail/attention")
+
+
 def test_pruning_twice_changes_nothing(exported: Exported) -> None:
     model = ir.load(exported("llama") / "model.onnx")
     assert PruneTail()(model).modified

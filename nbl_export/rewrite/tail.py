@@ -1,14 +1,16 @@
 """Above the last kept attention layer no token reads another: compute only the last valid token there.
 
-    before   x ------------------- join -- mlp -- ... -- lm_head -> logits [B, T, V]
-             attention output ----^
-    after    x -- GatherND(last) -- join -- mlp -- ... -- lm_head -> logits [B, 1, V]
-             attention output -- GatherND(last) -^
+    before   x ------------------------------ join -- mlp -- ... -- lm_head -> logits [B, T, V]
+             attention -- o_proj -------------^
+    after    x -- GatherND(last) ------------ join -- mlp -- ... -- lm_head -> logits [B, 1, V]
+             attention -- GatherND(last) -- o_proj -^
 
 Which position is the last valid one of each row `last_valid` computes, from the mask or, in the static form, from an
 input that is added. Legal where only the logits of the last position are wanted. With the original graph the last kept
 layer is the last: its MLP, the final norm and the head run on one token. Refuses a tail in which anything but the
-join's own two inputs depends on the tokens.
+join's own two inputs depends on the tokens. On the attention's way to the join the gather goes as far back as each
+node works on every token by itself: in front of o_proj, or not there (a dynamic quantisation, whose scale all tokens
+share).
 """
 
 from __future__ import annotations
@@ -36,19 +38,51 @@ class PruneTail(ir.passes.InPlacePass):
         tail = _tail_of(graph, block.join)
         _check_tail(block.layer, block.join, tail)
         nodes, index = last_valid(graph)
-        for i, name in ((block.branch_index, "attention"), (1 - block.branch_index, "residual")):
-            value = block.join.inputs[i]
-            assert value is not None
-            gather = ir.node("GatherND", [value, index], attributes={"batch_dims": 1}, name=f"{PREFIX}/{name}")
-            gather.outputs[0].name = f"{PREFIX}/{name}/output_0"
-            gather.outputs[0].type = value.type
-            nodes.append(gather)
-            block.join.replace_input_with(i, gather.outputs[0])
-        graph.insert_before(block.join, nodes)
-        for value in (v for node in tail for v in node.outputs):
+        way = _way_of_single_tokens(block.join, block.branch_index)
+        graph.insert_before(way[0][0], nodes)
+        for (user, i), name in ((way[0], "attention"), ((block.join, 1 - block.branch_index), "residual")):
+            _take_last(graph, user, i, index, name)
+        for value in (v for node in (*tail, *(node for node, _ in way)) for v in node.outputs):
             value.shape = None
         logits.shape = ir.Shape([_batch(graph), 1, _width(graph, logits)])
         return ir.passes.PassResult(model, modified=True)
+
+
+def _take_last(graph: ir.Graph, user: ir.Node, i: int, index: ir.Value, name: str) -> None:
+    value = user.inputs[i]
+    assert value is not None
+    gather = ir.node("GatherND", [value, index], attributes={"batch_dims": 1}, name=f"{PREFIX}/{name}")
+    gather.outputs[0].name = f"{PREFIX}/{name}/output_0"
+    gather.outputs[0].type = value.type
+    graph.insert_before(user, gather)
+    user.replace_input_with(i, gather.outputs[0])
+
+
+def _way_of_single_tokens(join: ir.Node, index: int) -> list[tuple[ir.Node, int]]:
+    """Nodes, and the input of each, from the first that the last token can be taken in front of to the join."""
+    way = [(join, index)]
+    while True:
+        user, i = way[0]
+        value = user.inputs[i]
+        node = None if value is None else value.producer()
+        if value is None or node is None or len(value.uses()) != 1 or value.is_graph_output():
+            return way
+        entering = [k for k, v in enumerate(node.inputs) if v is not None and not is_constant(v)]
+        if len(node.outputs) != 1 or len(entering) != 1 or not _is_for_each_token(node, entering[0]):
+            return way
+        way.insert(0, (node, entering[0]))
+
+
+def _is_for_each_token(node: ir.Node, entering: int) -> bool:
+    """Whether a node takes tokens [B, T, ...] at an input and makes each of its own from it alone."""
+    others = [v for i, v in enumerate(node.inputs) if v is not None and i != entering]
+    if node.op_type in ("MatMul", "MatMulNBits"):
+        return entering == 0
+    if node.op_type in ("Add", "Mul"):
+        return all(v.shape is not None and all(n == 1 for n in v.shape[:-1]) for v in others)
+    if node.op_type in ("SimplifiedLayerNormalization", "RMSNormalization"):
+        return entering == 0 and ("axis" not in node.attributes or node.attributes["axis"].as_int() in (-1, 2))
+    return node.op_type == "Cast"
 
 
 def _tail_of(graph: ir.Graph, join: ir.Node) -> list[ir.Node]:
