@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLES: Mapping[str, Callable[[Callable[[str], Any]], list[Sequence[str]]]] = {
     "demo": speed.demo,
     "int4": speed.int4,
-    "fused": speed.fused,
     "precisions": speed.precisions,
     "peers": speed.peers,
     "errors": speed.errors,

@@ -56,23 +56,12 @@ def int4(read: Read) -> Rows:
         "nbl-8-cca": "8 layers (0, 7, 24-29)",
         "nbl-12-cca": "12 layers (0, 5-8, 22, 24-29)",
         "nbl-12-computed": "the same, `--no-token-table`",
+        "nbl-12-fused": "the same, gate and up fused",
         "nbl-12-greedy": "12 of `greedy` (6-9, 15, 17, 24-29)",
+        "original": "`original/`",
     }
-    return _over_stock(read("int4-smollm2")["ratios"], variants)
-
-
-def fused(read: Read) -> Rows:
-    variants = {
-        "nbl-8": "8 layers, as above",
-        "nbl-8-fused": "8 layers, fused",
-        "nbl-12-fused": "12 layers, fused",
-        "original-fused": "`original/`, fused",
-    }
-    return _over_stock(read("int4-fused-smollm2")["ratios"], variants)
-
-
-def _over_stock(ratios: Sequence[Mapping[str, Any]], variants: Mapping[str, str]) -> Rows:
-    rows: Rows = [("over the stock graph", *variants.values()), "lllll"]
+    ratios = read("int4-smollm2")["ratios"]
+    rows: Rows = [("over the stock graph", *variants.values()), "lllllll"]
     for name, test, depth in (
         ("prefill of 512", "pp512", 0),
         ("prefill of 2048", "pp2048", 0),

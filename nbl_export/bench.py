@@ -8,10 +8,9 @@
 
 pp<T> at depth d: d tokens are in the cache, T more are appended as one chunk; then the first token is picked from
 the logits, timed by itself. tg<T>: T tokens are appended one at a time, the clock is read after each. Round i of all
-variants is a pair (or more), run back to back, always in the same turn: every run then follows another variant's. One
-that followed itself, as in A B | B A, was a tenth faster (bench/results/order-of-rounds.json), and of three only the
-outer ones ever did. All token ids are random, fixed by a seed and equal for
-all variants. Decode appends given ids instead of sampling, so an end of text never stops it; on ONNX Runtime GenAI
+variants is a pair (or more), run one after the other, always in the same turn; each waits until the threads of the one
+before have stopped spinning, which took a core from it (`idle`). All token ids are random, fixed by a seed and equal
+for all variants. Decode appends given ids instead of sampling, so an end of text never stops it; on ONNX Runtime GenAI
 `generate_next_token` with `min_length` takes the same time (SmolLM2 int4, 8 interleaved blocks of 64 tokens: medians
 17.34 and 17.26 ms a token). Rewinding and appending again takes as long as a fresh fill and gives bit-equal logits.
 
@@ -42,6 +41,7 @@ from nbl_export.energy import Meter
 from nbl_export.engines.base import TextRunner
 from nbl_export.errors import NblError
 from nbl_export.footprint import Footprint, OpenRunner, disk_bytes, measure_footprint
+from nbl_export.idle import wait_until_idle
 from nbl_export.records import Scenario, Timing
 
 __all__ = ["BenchSetting", "Variant", "machine", "plan_scenarios", "run"]
@@ -115,6 +115,7 @@ def run(
     clock: Clock = time.perf_counter_ns,
     measure: Measure = measure_footprint,
     meter: Meter | None = None,
+    idle: Callable[[], None] = wait_until_idle,
 ) -> dict[str, Any]:
     """Measure every scenario on every variant and return the value of bench.json.
 
@@ -125,6 +126,7 @@ def run(
         progress: called with (steps done, steps in all), warm-ups and fills included.
         clock: nanoseconds, monotonic.
         meter: of energy, read before and after each timed run; without one nothing is recorded of energy.
+        idle: returns when the machine is free for the next run.
 
     Raises:
         NblError: no scenario fits the context, or a runner fails.
@@ -148,7 +150,7 @@ def run(
                 name: stack.enter_context(v.open(v.directory, of_threads[0].threads)) for name, v in variants.items()
             }
             for group in _groups(of_threads, lambda s: (s.batch, s.depth)):
-                timings += _time_group(_Stand(opened, ids, clock, meter, step), group, repetitions)
+                timings += _time_group(_Stand(opened, ids, clock, meter, step, idle), group, repetitions)
     energy = {"energy_sources": list(meter.sources)} if meter else {}
     return {
         "machine": machine(),
@@ -159,7 +161,7 @@ def run(
         "versions": dict(setting.versions),
         "seed": setting.seed,
         "repetitions": repetitions,
-        "order": "rounds of all variants in the same turn; one discarded warm-up each",
+        "order": "rounds of all variants in the same turn, each on an idle machine; one discarded warm-up each",
         "base": setting.base,
         **energy,
         "timings": [_row(t) for t in timings],
@@ -173,13 +175,14 @@ def run(
 
 @dataclass(frozen=True)
 class _Stand:
-    """What every timed run uses: loaded runners by name, token ids [B, T], clock, meter, and a step of progress."""
+    """What every timed run uses: loaded runners by name, token ids [B, T], clock, meter, a step of progress, idle."""
 
     runners: Mapping[str, TextRunner]
     ids: np.ndarray
     clock: Clock
     meter: Meter | None
     step: Callable[[], None]
+    idle: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -228,6 +231,7 @@ def _sample(stand: _Stand, runner: TextRunner, scenario: Scenario) -> _Sample:
     size = scenario.tokens if scenario.kind == "pp" else 1
     chunks = _chunks(stand.ids, scenario.batch, scenario.depth, end, size)
     runner.rewind(scenario.depth)
+    stand.idle()
     before = stand.meter.read() if stand.meter else None
     with _collector_paused():
         stamps = [clock()]

@@ -60,7 +60,7 @@ def paired_ratio(before: Sequence[float], after: Sequence[float], seed: int = 0)
     """before / after, pair by pair: above 1 where `after` took less time.
 
     Args:
-        before, after: as many durations; the k-th of both ran back to back.
+        before, after: as many durations; the k-th of both ran one after the other.
         seed: of the resampling; the same input gives the same interval.
     """
     pairs = np.array([b / a for b, a in zip(before, after, strict=True)])

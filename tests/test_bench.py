@@ -136,6 +136,7 @@ def run_fake(
         clock=tape.clock,
         measure=measure_nothing,
         meter=meter(tape),
+        idle=lambda: tape.calls.append(("idle",)),
     )
     return result, tape, reports
 
@@ -159,6 +160,14 @@ def test_no_variant_follows_itself_and_the_warm_up_is_discarded(tmp_path: Path) 
     # the warm-up of each, then three rounds
     assert names == ["original", "nbl"] * 4
     assert [len(t["samples_ns"]) for t in result["timings"]] == [3, 3]
+
+
+def test_every_run_waits_for_an_idle_machine_before_its_clock_starts(tmp_path: Path) -> None:
+    _, tape, _ = run_fake(tmp_path, [Scenario("pp", 64, 0), Scenario("tg", 4, 0)], repetitions=2)
+    started = [i for i, call in enumerate(tape.calls) if call[1:2] == ("rewind",)]
+    assert len(started) == 2 * 2 * 3
+    assert all([c[-1] for c in tape.calls[i + 1 : i + 3]] == ["idle", "clock"] for i in started)
+    assert sum(call == ("idle",) for call in tape.calls) == len(started)
 
 
 def test_a_prefill_is_one_chunk_and_a_decode_single_tokens(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@
 
 DIR is a run directory: its original/ and model/ take part, and its checkpoint/ is what torch reads and optimum-onnx and
 OpenVINO convert; llama.cpp reads FILE, and files of other weight types made from it. Each decoder is loaded once, in a
-process and environment of its own, and waits while others run. A round is every test on every decoder; every other
-round goes backwards. One untimed warm-up of each test comes before. Token counts and ids are the same for all.
+process and environment of its own, and waits while others run. A round is every test on every decoder, in the
+same turn each time. One untimed warm-up of each test comes before. Token counts and ids are the same for all.
 
 Whoever cannot take part is listed under "absent" with the reason, and so is one that fails on the way. The table that
 compares at equal weight bits goes to standard error.
