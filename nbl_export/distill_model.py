@@ -31,6 +31,7 @@ from nbl_export.records import AffineMap
 __all__ = ["Lesson", "TrainedMap", "Twin"]
 
 _LOGIT_ROWS = 512  # positions whose logits are held at once
+_KL_ROWS = 64  # positions whose distributions are, in float32
 _OVERSAMPLED = 16  # singular vectors looked for beside those wanted, so that these are exact
 
 
@@ -224,17 +225,24 @@ class Twin:
 class _Kl(torch.autograd.Function):
     """KL(target || ours) of logits [N, V], summed over N; its gradient is the difference of the two distributions.
 
-    Half of the passes over the logits that autograd makes for the same, which are a sixth of a small model's step.
+    In float32 whatever the logits are: autocast leaves log_softmax in bfloat16 on a CPU, and that turns the gradient by
+    an eighth of its length (bench/README.md). A few positions at a time, since V is large.
     """
 
     @staticmethod
     def forward(ctx: Any, ours_NV: torch.Tensor, target_NV: torch.Tensor) -> torch.Tensor:
-        log_ours, log_target = ours_NV.log_softmax(-1), target_NV.log_softmax(-1)
-        share = log_target.exp()
-        value = torch.linalg.vecdot(share, log_target.sub_(log_ours)).sum()
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(log_ours.exp_().sub_(share))
-        return value
+        apart = torch.empty_like(ours_NV) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=torch.float32, device=ours_NV.device)
+        for start in range(0, len(ours_NV), _KL_ROWS):
+            here = slice(start, start + _KL_ROWS)
+            log_ours, log_target = (logits[here].float().log_softmax(-1) for logits in (ours_NV, target_NV))
+            share = log_target.exp()
+            total += torch.dot(share.flatten(), log_target.sub_(log_ours).flatten())
+            if apart is not None:
+                apart[here] = log_ours.exp_().sub_(share)
+        if apart is not None:
+            ctx.save_for_backward(apart)
+        return total
 
     @staticmethod
     def backward(ctx: Any, *above: torch.Tensor) -> tuple[torch.Tensor, None]:

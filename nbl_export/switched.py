@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from nbl_export import narrow
 from nbl_export.blocks import logits_of, multiplier_of, run_from
 from nbl_export.linearize import AffineAttention, switched
 from nbl_export.records import AffineMap
@@ -114,12 +115,14 @@ class SwitchedModel:
                 ours_N = ours_NV.logsumexp(1)
                 loss = (ours_N - ours_NV.gather(1, target_N1)[:, 0]).sum().item()
                 # sum p (log p - log q) with log p - log q = (base - ours) + (log sum exp ours - log sum exp base)
-                apart_N = torch.linalg.vecdot(share_NV, torch.sub(base_NV, ours_NV, out=ours_NV)) + ours_N - norm_N
+                with narrow.products(ours_NV.device, False):
+                    apart_N = torch.linalg.vecdot(share_NV, torch.sub(base_NV, ours_NV, out=ours_NV)) + ours_N - norm_N
                 found[name] += Loss(len(target_N1), apart_N.sum().item(), base, loss)
         return found
 
     def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        return logits_of(self._model, hidden_ND)
+        """In float32: where products are in bfloat16 so are logits, and what autocast makes of those on a CPU."""
+        return logits_of(self._model, hidden_ND).float()
 
     def price(self, windows_WT: Any, mix: Collection[int]) -> Loss:
         """What a mix loses on some text: token ids [windows, context], a tensor or an array."""

@@ -14,7 +14,7 @@ import torch
 from nbl_export import narrow
 from nbl_export.checkpoint import load_model
 from nbl_export.distill import UNLIMITED, DistillSettings, _Training
-from nbl_export.distill_model import Lesson, TrainedMap, Twin, _distance
+from nbl_export.distill_model import Lesson, TrainedMap, Twin, _distance, _Kl
 from nbl_export.distributed import ALONE
 from nbl_export.linearize import linearize
 from nbl_export.records import AffineMap
@@ -92,6 +92,24 @@ def test_the_distance_is_of_directions() -> None:
     scaled = state * torch.tensor([3.0, 500.0])[:, None, None]
     torch.testing.assert_close(_distance(state, scaled), torch.zeros(2), atol=1e-4, rtol=0)
     torch.testing.assert_close(_distance(state, -state), torch.full((2,), 4.0), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_kl_is_that_of_the_logits_whatever_their_type(dtype: torch.dtype) -> None:
+    """Under autocast, as a training step is; two close distributions, more positions than are taken at once."""
+    torch.manual_seed(0)
+    target = (2 * torch.randn(130, 4096)).to(dtype)
+    ours = (target + 0.1 * torch.randn(130, 4096)).to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found: torch.Tensor = _Kl.apply(ours, target)
+    (gradient,) = torch.autograd.grad(found, ours)
+    wide = ours.detach().double().requires_grad_()
+    share = target.double().log_softmax(-1)
+    wanted = (share.exp() * (share - wide.log_softmax(-1))).sum()
+    (expected,) = torch.autograd.grad(wanted, wide)
+    assert gradient.dtype == dtype
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-3)
+    assert (gradient - expected).norm() < 0.005 * expected.norm()
 
 
 def test_a_wild_row_does_not_drown_the_others(twin: Make, monkeypatch: pytest.MonkeyPatch) -> None:

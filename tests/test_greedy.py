@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nbl_export import greedy
+from nbl_export import greedy, narrow
 from nbl_export.checkpoint import load_model
 from nbl_export.errors import NblError
 from nbl_export.greedy import EVERY, GreedyOrder, extend
@@ -66,6 +66,19 @@ def test_nothing_replaced_loses_nothing(checkpoint: Checkpoint) -> None:
     loss = SwitchedModel(load_model(checkpoint("llama")), MAPS, "residual").price(HELD, ())
     assert loss.kl == 0.0
     assert loss.perplexities[0] == loss.perplexities[1]
+
+
+def test_losses_of_narrow_products_are_those_of_their_logits(checkpoint: Checkpoint) -> None:
+    """In bfloat16 a logarithm of a sum of exponentials would have two or three digits, and losses to compare none."""
+    model = load_model(checkpoint("llama"))
+    torch.manual_seed(0)
+    original = torch.randn(len(HELD[0]), model.config.hidden_size)
+    mix = original + 0.05 * torch.randn(original.shape)
+    with narrow.products(original.device, True):
+        loss = SwitchedModel(model, MAPS, "residual").losses(HELD[0], original, {"mix": mix})["mix"]
+        log_p, log_q = (model.lm_head(h[:-1]).double().log_softmax(-1) for h in (original, mix))
+    assert loss.kl_sum == pytest.approx((log_p.exp() * (log_p - log_q)).sum().item(), rel=1e-3)
+    assert loss.mix_sum == pytest.approx(-log_q.gather(1, HELD[0][1:, None]).sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("tap", ["residual", "normed"])
