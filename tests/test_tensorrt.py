@@ -69,11 +69,11 @@ def test_the_parser_takes_it_and_reads_every_input(
 def test_all_behind_the_last_kept_attention_is_on_one_token(
     replaced: tuple[int, ...], behind: int, precision: str
 ) -> None:
-    """By the shapes that the parser infers: an MLP, a map and an MLP for each layer `behind`, and the head."""
+    """By the parser's shapes: o_proj and an MLP, a map and an MLP for each layer `behind`, and the head."""
     found = parsed(graph_of("llama", replaced, precision) / "decoder.onnx")
     products = [layer.get_output(0).shape for layer in found.layers if layer.type.name == "MATRIX_MULTIPLY"]
     assert len(products) == 7 * LAYERS - 3 * len(replaced) + 1
-    assert sum(shape[1] == 1 for shape in products) == 3 + 4 * behind + 1
+    assert sum(shape[1] == 1 for shape in products) == 1 + 3 + 4 * behind + 1
     assert [o.shape[1] for o in found.contract.outputs if o.name == "logits"] == [1]
     assert "num_tokens" in {i.name for i in found.contract.inputs}
 

@@ -25,7 +25,7 @@ __all__ = ["PruneTail"]
 
 
 class PruneTail(ir.passes.InPlacePass):
-    """Gather the last valid token in front of the last kept layer's residual join."""
+    """Gather the last valid token in front of the last kept layer's o_proj and residual join."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
@@ -39,23 +39,27 @@ class PruneTail(ir.passes.InPlacePass):
         _check_tail(block.layer, block.join, tail)
         nodes, index = last_valid(graph)
         way = _way_of_single_tokens(block.join, block.branch_index)
-        graph.insert_before(way[0][0], nodes)
-        for (user, i), name in ((way[0], "attention"), ((block.join, 1 - block.branch_index), "residual")):
-            _take_last(graph, user, i, index, name)
+        user, i = way[0]
+        attention = user.inputs[i]
+        assert attention is not None
+        producer = attention.producer()  # behind it, so that a product's dequantised weight stays beside the product
+        assert producer is not None
+        graph.insert_after(producer, [*nodes, _take_last(user, i, index, "attention")])
+        graph.insert_before(block.join, _take_last(block.join, 1 - block.branch_index, index, "residual"))
         for value in (v for node in (*tail, *(node for node, _ in way)) for v in node.outputs):
             value.shape = None
         logits.shape = ir.Shape([_batch(graph), 1, _width(graph, logits)])
         return ir.passes.PassResult(model, modified=True)
 
 
-def _take_last(graph: ir.Graph, user: ir.Node, i: int, index: ir.Value, name: str) -> None:
+def _take_last(user: ir.Node, i: int, index: ir.Value, name: str) -> ir.Node:
+    """The gather that `user` reads from now on at its input i; it is not in the graph yet."""
     value = user.inputs[i]
-    assert value is not None
     gather = ir.node("GatherND", [value, index], attributes={"batch_dims": 1}, name=f"{PREFIX}/{name}")
     gather.outputs[0].name = f"{PREFIX}/{name}/output_0"
-    gather.outputs[0].type = value.type
-    graph.insert_before(user, gather)
+    gather.outputs[0].type = None if value is None else value.type
     user.replace_input_with(i, gather.outputs[0])
+    return gather
 
 
 def _way_of_single_tokens(join: ir.Node, index: int) -> list[tuple[ir.Node, int]]:
