@@ -143,14 +143,9 @@ def run(
         footprint = measure(variant.open, variant.directory, fitting[0].threads, prompt, capacity)
         described[name] = _describe(variant, footprint, capacity)
         step()
-    timings: list[Timing] = []
-    for of_threads in _groups(fitting, lambda s: s.threads):
-        with contextlib.ExitStack() as stack:
-            opened = {
-                name: stack.enter_context(v.open(v.directory, of_threads[0].threads)) for name, v in variants.items()
-            }
-            for group in _groups(of_threads, lambda s: (s.batch, s.depth)):
-                timings += _time_group(_Stand(opened, ids, clock, meter, step, idle), group, repetitions)
+    stand = _Stand({}, ids, clock, meter, step, idle)
+    by_threads = _groups(fitting, lambda s: s.threads)
+    timings = [t for same in by_threads for t in _time(variants, stand, same, repetitions)]
     energy = {"energy_sources": list(meter.sources)} if meter else {}
     return {
         "machine": machine(),
@@ -193,6 +188,16 @@ class _Sample:
     chunk_ns: tuple[int, ...]
     pick_ns: int | None
     energy_uj: int | None
+
+
+def _time(
+    variants: Mapping[str, Variant], stand: _Stand, scenarios: Sequence[Scenario], repetitions: int
+) -> Iterator[Timing]:
+    """Load all variants with the number of threads that the scenarios share, and time these."""
+    with contextlib.ExitStack() as stack:
+        opened = {name: stack.enter_context(v.open(v.directory, scenarios[0].threads)) for name, v in variants.items()}
+        for group in _groups(scenarios, lambda s: (s.batch, s.depth)):
+            yield from _time_group(dataclasses.replace(stand, runners=opened), group, repetitions)
 
 
 def _time_group(stand: _Stand, scenarios: Sequence[Scenario], repetitions: int) -> Iterator[Timing]:
