@@ -1,15 +1,18 @@
 """Times decoders side by side, in llama-bench's terms, on any TextRunner.
 
     each variant alone, in a child process         load seconds, peak and steady memory
-    all loaded, for each number of threads, batch and depth:
-        depth d      fill A to d, fill B to d      untimed, once; every run below starts by rewinding to d
-          pp<T>      warm A, warm B, then rounds   A B | A B | A B ...
-          tg<T>      warm A, warm B, then rounds   A B | A B | A B ...
+    for each number of threads, all loaded again and again; with each load, for each batch and depth:
+        depth d      fill A to d, fill B to d      untimed; every run below starts by rewinding to d
+          pp<T>      warm A, warm B, two rounds    A B | A B     with the next load  B A | B A
+          tg<T>      warm A, warm B, two rounds    A B | A B                         B A | B A
 
 pp<T> at depth d: d tokens are in the cache, T more are appended as one chunk; then the first token is picked from
 the logits, timed by itself. tg<T>: T tokens are appended one at a time, the clock is read after each. Round i of all
-variants is a pair (or more), run one after the other, always in the same turn; each waits until the threads of the one
-before have stopped spinning, which took a core from it (`idle`). All token ids are random, fixed by a seed and equal
+variants is a pair (or more), run one after the other; each waits until the threads of the one before have stopped
+spinning, which took a core from it (`idle`). Where a load puts weights and cache in memory stays with a decoder until
+it is loaded again: of six copies of one decoder the fastest was 8% ahead of the slowest at decoding, with intervals
+that left no doubt (bench/README.md). So no load has more than two rounds, and the turn moves on with each, but within
+a load it stays, or a variant would follow itself. All token ids are random, fixed by a seed and equal
 for all variants. Decode appends given ids instead of sampling, so an end of text never stops it; on ONNX Runtime GenAI
 `generate_next_token` with `min_length` takes the same time (SmolLM2 int4, 8 interleaved blocks of 64 tokens: medians
 17.34 and 17.26 ms a token). Rewinding and appending again takes as long as a fresh fill and gives bit-equal logits.
@@ -51,6 +54,7 @@ Clock = Callable[[], int]
 Measure = Callable[[OpenRunner, Path, int | None, Sequence[int], int], Footprint]
 
 _FILL_CHUNK = 512  # tokens; 128 to 2048 fill equally fast, and attention scores of a chunk stay small
+_ROUNDS_A_LOAD = 2
 _WARM_UP_DECODE = 8  # tokens; llama-bench warms decode up with 1 (tools/llama-bench, test_gen(ctx, 1))
 
 
@@ -122,7 +126,7 @@ def run(
     Args:
         variants: by name ("original", "nbl").
         scenarios: see `plan_scenarios`; those that cannot be run are left out and listed in "skipped".
-        repetitions: timed rounds; one untimed warm-up comes before them.
+        repetitions: timed rounds; with every load an untimed warm-up comes before them.
         progress: called with (steps done, steps in all), warm-ups and fills included.
         clock: nanoseconds, monotonic.
         meter: of energy, read before and after each timed run; without one nothing is recorded of energy.
@@ -156,7 +160,8 @@ def run(
         "versions": dict(setting.versions),
         "seed": setting.seed,
         "repetitions": repetitions,
-        "order": "rounds of all variants in the same turn, each on an idle machine; one discarded warm-up each",
+        "order": "all loaded anew every two rounds, the turn moved on by one; one discarded warm-up with each load; "
+        "each run on an idle machine",
         "base": setting.base,
         **energy,
         "timings": [_row(t) for t in timings],
@@ -193,14 +198,31 @@ class _Sample:
 def _time(
     variants: Mapping[str, Variant], stand: _Stand, scenarios: Sequence[Scenario], repetitions: int
 ) -> Iterator[Timing]:
-    """Load all variants with the number of threads that the scenarios share, and time these."""
-    with contextlib.ExitStack() as stack:
-        opened = {name: stack.enter_context(v.open(v.directory, scenarios[0].threads)) for name, v in variants.items()}
-        for group in _groups(scenarios, lambda s: (s.batch, s.depth)):
-            yield from _time_group(dataclasses.replace(stand, runners=opened), group, repetitions)
+    """Time scenarios that share a number of threads, with all variants loaded for every two rounds."""
+    samples: dict[tuple[Scenario, str], list[_Sample]] = {(s, name): [] for s in scenarios for name in variants}
+    for number, rounds in enumerate(_loads(repetitions)):
+        turn = _rotated(list(variants), number)
+        with contextlib.ExitStack() as stack:
+            opened = {
+                n: stack.enter_context(variants[n].open(variants[n].directory, scenarios[0].threads)) for n in turn
+            }
+            for group in _groups(scenarios, lambda s: (s.batch, s.depth)):
+                for scenario, name, sample in _time_group(dataclasses.replace(stand, runners=opened), group, rounds):
+                    samples[scenario, name].append(sample)
+    return (_timing(scenario, name, found) for (scenario, name), found in samples.items())
 
 
-def _time_group(stand: _Stand, scenarios: Sequence[Scenario], repetitions: int) -> Iterator[Timing]:
+def _loads(repetitions: int) -> list[int]:
+    """Rounds of each load."""
+    return [min(_ROUNDS_A_LOAD, repetitions - done) for done in range(0, repetitions, _ROUNDS_A_LOAD)]
+
+
+def _rotated(names: list[str], by: int) -> list[str]:
+    start = by % len(names)
+    return names[start:] + names[:start]
+
+
+def _time_group(stand: _Stand, scenarios: Sequence[Scenario], rounds: int) -> Iterator[tuple[Scenario, str, _Sample]]:
     """Fill every runner to the common depth of the scenarios, then time these one after the other."""
     depth, batch = scenarios[0].depth, scenarios[0].batch
     for runner in stand.runners.values():
@@ -209,14 +231,12 @@ def _time_group(stand: _Stand, scenarios: Sequence[Scenario], repetitions: int) 
             runner.append(chunk)
         stand.step()
     for scenario in scenarios:
-        samples: dict[str, list[_Sample]] = {name: [] for name in stand.runners}
         for runner in stand.runners.values():
             _sample(stand, runner, _warm_up(scenario))
             stand.step()
-        for name in tuple(stand.runners) * repetitions:
-            samples[name].append(_sample(stand, stand.runners[name], scenario))
+        for name in tuple(stand.runners) * rounds:
+            yield scenario, name, _sample(stand, stand.runners[name], scenario)
             stand.step()
-        yield from (_timing(scenario, name, found) for name, found in samples.items())
 
 
 def _timing(scenario: Scenario, variant: str, samples: Sequence[_Sample]) -> Timing:
@@ -305,9 +325,9 @@ def _groups(scenarios: Sequence[Scenario], key: Callable[[Scenario], Any]) -> li
 
 
 def _counter(progress: Progress, variants: int, scenarios: Sequence[Scenario], repetitions: int) -> Callable[[], None]:
-    """A function that reports one more step of: footprints, fills, warm-ups, rounds."""
+    """A function that reports one more step of: footprints; fills and warm-ups of every load; rounds."""
     fills = len({(s.threads, s.batch, s.depth) for s in scenarios})
-    total = variants * (1 + fills + len(scenarios) * (1 + repetitions))
+    total = variants * (1 + len(_loads(repetitions)) * (fills + len(scenarios)) + len(scenarios) * repetitions)
     done = itertools.count(1)
     return lambda: progress(next(done), total)
 

@@ -157,9 +157,26 @@ def runs(tape: Tape) -> list[tuple[str, int, int]]:
 def test_no_variant_follows_itself_and_the_warm_up_is_discarded(tmp_path: Path) -> None:
     result, tape, _ = run_fake(tmp_path, [Scenario("pp", 64, 0)], repetitions=3)
     names = [name for name, _, _ in runs(tape)]
-    # the warm-up of each, then three rounds
-    assert names == ["original", "nbl"] * 4
+    # with each load the warm-up of each, then two rounds; the turn moves on with the next load
+    assert names == ["original", "nbl"] * 3 + ["nbl", "original"] * 2
     assert [len(t["samples_ns"]) for t in result["timings"]] == [3, 3]
+
+
+@pytest.mark.parametrize("repetitions", [1, 2, 5, 6])
+def test_no_load_has_more_than_two_rounds(tmp_path: Path, repetitions: int) -> None:
+    scenarios = plan_scenarios((64,), 4, (0, 600))
+    result, tape, reports = run_fake(tmp_path, scenarios, repetitions)
+    loads = (repetitions + 1) // 2
+    for name in ("original", "nbl"):
+        kinds = [c[1] for c in tape.calls if c[0] == name]
+        between = "".join({"open": "o", "close": "c", "rewind": "r"}.get(k, "") for k in kinds).strip("oc").split("co")
+        assert len(between) == kinds.count("open") == loads
+        assert [len(runs) for runs in between] == [4 * 3] * (repetitions // 2) + [4 * 2] * (repetitions % 2)
+    assert [len(t["samples_ns"]) for t in result["timings"]] == [repetitions] * 8
+    assert [(t["test"], t["depth"], t["variant"]) for t in result["timings"]] == [
+        (s.test, s.depth, name) for s in scenarios for name in ("original", "nbl")
+    ]
+    assert reports[-1] == (len(reports), len(reports))
 
 
 def test_every_run_waits_for_an_idle_machine_before_its_clock_starts(tmp_path: Path) -> None:
