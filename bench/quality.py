@@ -48,6 +48,8 @@ class Bed:
         windows: int,
         train_tokens: int = TOKENS,
         taps: Sequence[str] = ("residual", "normed"),
+        near_windows: int | None = None,
+        narrow_judge: bool = False,
     ) -> None:
         from nbl_export import allocator, calibrate, checkpoint, corpus
 
@@ -63,7 +65,7 @@ class Bed:
         self.training = corpus.extend(self.windows, source, self.tokenizer, train_tokens, HELD)
         self.text = {"name": source.name, "sha256": source.sha256}
         self.texts = {
-            "c4 rest": self._spread(self._ids(c4.documents)[TOKENS + HELD :], windows),
+            "c4 rest": self._spread(self._ids(c4.documents)[TOKENS + HELD :], near_windows or windows),
             "wikitext-2 valid": self._spread(
                 self._ids([(data / "wikitext-2-raw" / "wiki.valid.raw").read_text(encoding="utf-8")]), windows
             ),
@@ -73,6 +75,7 @@ class Bed:
         rows, _ = corpus.pack(far, self.tokenizer, 32_768, CONTEXT)
         self.far = rows[len(rows) // 2 :]  # as the tool: the first half is priced, the second half judges layers
         self.texts[far.name] = self._spread(rows[: len(rows) // 2].flatten(), windows)
+        self.narrow_judge = narrow_judge
         started = time.monotonic()
         self.moments = calibrate.collect(self.model, self.windows, lambda _d, _t: None, taps) if taps else {}
         log(f"moments: {time.monotonic() - started:.0f} s")
@@ -87,7 +90,7 @@ class Bed:
         import torch
 
         rows = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
-        return rows[torch.linspace(0, len(rows) - 1, count).long()]
+        return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
 
     @property
     def judging(self) -> Any:
@@ -103,12 +106,15 @@ class Bed:
 
     def prices(self, maps: Mapping[int, Any], tap: str, mixes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """name of a mix -> text -> KL and perplexity, with the original's."""
+        from nbl_export import narrow
         from nbl_export.switched import SwitchedModel
 
         switched = SwitchedModel(self.model, maps, tap)
         found: dict[str, dict[str, Any]] = {name: {} for name in mixes}
         for text, rows in self.texts.items():
-            for name, loss in switched.prices(rows, mixes).items():
+            with narrow.products(self.model.device, self.narrow_judge):
+                losses = switched.prices(rows, mixes)
+            for name, loss in losses.items():
                 original, nbl = loss.perplexities
                 found[name][text] = {"kl": loss.kl, "original": original, "nbl": nbl, "increase": nbl - original}
         for name, row in found.items():
@@ -165,7 +171,7 @@ def distilled(bed: Bed, options: argparse.Namespace, orders: Mapping[str, Any]) 
     if count:
         layers = tuple(sorted(orders[select][: int(count)]))
     else:
-        layers = parse_layers(options.layers, len(bed.moments["residual"]))
+        layers = parse_layers(options.layers, len(bed.moments["normed"]))
     assert isinstance(layers, tuple), "name the layers"
     return trained(bed, options, layers)[0]
 
@@ -280,6 +286,8 @@ def main() -> None:
     parser.add_argument("what", choices=("plans", "distill", "both", "sets", "ladder"))
     parser.add_argument("--text", choices=("c4", "default"), default="c4")
     parser.add_argument("--windows", type=int, default=16, help="of each text to judge by")
+    parser.add_argument("--c4-windows", type=int, help="of C4, where its whole rest (181) is to be judged")
+    parser.add_argument("--narrow-judge", action="store_true", help="judge with products in bfloat16, thrice as fast")
     parser.add_argument("--layers", default="0,7,24-29")
     parser.add_argument("--counts", default=",".join(map(str, COUNTS)), help="of layers, for ladder")
     parser.add_argument("--keep", type=Path, help="directory for the distilled maps of ladder")
@@ -293,7 +301,11 @@ def main() -> None:
     from nbl_export.artifacts import versions
     from nbl_export.bench import machine
 
-    bed = Bed(options.model, options.data, options.text, options.windows, options.train_tokens)
+    named = options.what == "distill" and ":" not in options.layers  # the residual stream's moments are for orders
+    bed = Bed(
+        options.model, options.data, options.text, options.windows, options.train_tokens,
+        ("normed",) if named else ("residual", "normed"), options.c4_windows, options.narrow_judge,
+    )  # fmt: skip
     if options.what == "sets":
         result = sets(bed, options.layers.split(";"))
     elif options.what == "ladder":
