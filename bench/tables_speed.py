@@ -88,7 +88,8 @@ def precisions(read: Read) -> Rows:
         ("", "on disk", "C4", "WikiText-2", "realnews", "prefill 512", "2048", "decode after 512"),
         "lrrrrrrr",
     ]
-    results = {**read("precision-rows-smollm2")["rows"], **read("precision-row-k-quant-last")["rows"]}
+    files = ("precision-rows-smollm2", "precision-row-k-quant-last", "precision-rows-anew")  # later ones replace rows
+    results = {name: row for file in files for name, row in read(file)["rows"].items()}
     for name, title in names.items():
         row = results[name]
         size = " → ".join(f"{row['model_bytes'][v] / 1e6:.0f}" for v in ("original", "nbl")) + " MB"
