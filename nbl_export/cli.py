@@ -58,6 +58,7 @@ def root(
     distill_tokens: opt.DistillTokens = None,
     distill_dtype: opt.DistillDtype = None,
     lora_rank: opt.LoraRank = None,
+    label_weight: opt.LabelWeight = None,
     precision: opt.Precision = None,
     decoder_source: opt.Source = None,
     provider: opt.Provider = None,

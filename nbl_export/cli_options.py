@@ -28,6 +28,7 @@ __all__ = [
     "GenerateTokens",
     "Json",
     "KvBudget",
+    "LabelWeight",
     "LayerWise",
     "Layers",
     "Logits",
@@ -153,6 +154,12 @@ DistillDtype = Annotated[str | None, typer.Option(help="Products of --fit distil
 LoraRank = Annotated[
     int | None,
     typer.Option(min=0, help="--fit distilled: rank of the delta trained on each map (default 16; 0: whole matrices)."),
+]
+LabelWeight = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, help="--fit distilled: share of the text's own next tokens in what is learned (default 0)."
+    ),
 ]
 Calibration = Annotated[
     list[str] | None,

@@ -53,7 +53,9 @@ class DistillSettings:
     rank, 1e-3 for whole matrices; bench/README.md) to nothing along a cosine over the steps or the minutes, whichever
     are nearer to their end. window: tokens of a training row, at most. patience: share of the run after which it is
     over where nothing was better; while the rate is high held-back KL goes up and down, and most is gained as it falls.
-    hidden_weight: of the distance of the hidden states, beside the KL; 0 leaves it out. weight_decay: of the deltas.
+    hidden_weight: of the distance of the hidden states, beside the KL; 0 leaves it out. label_weight: how much of the
+    KL gives way to the cross-entropy of the text's own next tokens (Hinton et al. 2015), 0 to 1: towards the text and
+    away from the original, so held-back KL may not fall as perplexity does. weight_decay: of the deltas.
     dtype: "fp32", "bf16", or "auto": bf16 where the processor multiplies it natively. lora_rank: train a delta of that
     rank on each map, which is added to it afterwards (Hu et al. 2022, LoRA), instead of the whole matrix (None).
     """
@@ -69,6 +71,7 @@ class DistillSettings:
     dtype: str = "fp32"
     lora_rank: int | None = 16
     hidden_weight: float = 0.3
+    label_weight: float = 0.0
     weight_decay: float = 0.0
 
     @property
@@ -156,7 +159,8 @@ class _Training:
 
     def _gradients(self, lesson: Lesson, whole: bool = False) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Mean of the rows' gradients, each clipped, over all processes, and the KL [B] of the rows here."""
-        found, kl_B = self.twin.gradients(lesson, self.settings.hidden_weight, whole=whole)
+        weights = self.settings.hidden_weight, self.settings.label_weight
+        found, kl_B = self.twin.gradients(lesson, *weights, whole=whole)
         norm_B = torch.stack([g.flatten(1).square().sum(1) for g in found.values()]).sum(0).sqrt()
         share_B = (_CLIP / norm_B).clamp(max=1.0) / len(norm_B)
         gradients = {name: torch.tensordot(share_B, g, 1) for name, g in found.items()}

@@ -2,7 +2,8 @@
 
     original   a batch ─► hidden states entering each layer from the first replaced one on, and the last ones
     student               the first of them ─► its own, by the same layers with maps instead of attention
-    loss       of a row:  KL(original || student) + weight * distance of the hidden states on the way
+    loss       of a row:  KL(original || student) + weight * distance of the hidden states on the way; where asked, of
+               the KL a share gives way to the cross-entropy of the text's own next token (Hinton et al. 2015)
 
 One copy of the weights serves both: a replaced layer holds its attention and its map and is switched. Below the first
 replaced layer both are the same, so the student begins there; only the maps have gradients of their own.
@@ -40,10 +41,12 @@ class Lesson:
     """What the original makes of a batch: hidden states [B, T, D].
 
     entering: of the first replaced layer. last: behind the final norm. middle: entering the layers after the first.
+    next_ids: token ids [B, T - 1] that follow in the text.
     """
 
     entering: torch.Tensor
     last: torch.Tensor
+    next_ids: torch.Tensor
     middle: tuple[torch.Tensor, ...] = ()
 
 
@@ -147,7 +150,7 @@ class Twin:
         watched = range(self.first, len(self.layers) if training else self.first + 1)
         with self._watch(watched) as seen, self._products(training):
             last = self.decoder(input_ids=ids_BT.to(self.model.device), use_cache=False).last_hidden_state
-        return Lesson(seen[0], last, tuple(seen[1:]))
+        return Lesson(seen[0], last, ids_BT[:, 1:].to(last.device), tuple(seen[1:]))
 
     @contextlib.contextmanager
     def _products(self, training: bool) -> Iterator[None]:
@@ -175,15 +178,17 @@ class Twin:
     def held_kl(self, lesson: Lesson) -> float:
         """Mean KL over the positions of a lesson, in float32."""
         with torch.no_grad(), self.student():
-            return self._kl(lesson.last.flatten(0, 1), run_from(self.decoder, lesson.entering).flatten(0, 1)).item()
+            last = run_from(self.decoder, lesson.entering)
+            return self._apart(lesson.last.flatten(0, 1), last.flatten(0, 1))[1].item()
 
     def gradients(
-        self, lesson: Lesson, weight: float, *, whole: bool = False
+        self, lesson: Lesson, weight: float, label_weight: float = 0.0, *, whole: bool = False
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Of the loss of each row: name -> [B, ...], and the rows' KL [B].
 
         Args:
             weight: of the distance of the hidden states on the way.
+            label_weight: of the text's next tokens, 0 to 1; the KL has the rest.
             whole: by the weights [D, D] instead of the deltas that are trained.
         """
         size = len(lesson.entering)
@@ -194,60 +199,87 @@ class Twin:
             module.linear.rows = own
             rows |= {f"{index}.linear.{name}": parameter for name, parameter in own.items()}
         try:
-            loss_B, kl_B = self._losses(lesson, weight)
+            loss_B, kl_B = self._losses(lesson, weight, label_weight)
             found = torch.autograd.grad(loss_B.sum(), list(rows.values()))
         finally:
             for module in self.affine.values():
                 module.linear.rows = None
         return dict(zip(rows, found, strict=True)), kl_B.detach()
 
-    def _losses(self, lesson: Lesson, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _losses(self, lesson: Lesson, weight: float, label_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
         watched = range(self.first + 1, len(self.layers)) if weight else range(0)
         with self.student(), self._products(training=True), self._watch(watched) as seen:
             last = run_from(self.decoder, lesson.entering)
-            kl_B = torch.stack([self._kl(t, s) for t, s in zip(lesson.last, last, strict=True)])
+            rows = zip(lesson.last, last, lesson.next_ids, strict=True)
+            pairs = [
+                self._apart(theirs, ours, ids if label_weight else None, label_weight) for theirs, ours, ids in rows
+            ]
+        loss_B, kl_B = (torch.stack(values) for values in zip(*pairs, strict=True))
         if not seen:
-            return kl_B, kl_B
+            return loss_B, kl_B
         apart = [_distance(ours, theirs) for ours, theirs in zip(seen, lesson.middle, strict=True)]
-        return kl_B + weight * torch.stack(apart).mean(0), kl_B
+        return loss_B + weight * torch.stack(apart).mean(0), kl_B
 
-    def _kl(self, teacher_ND: torch.Tensor, student_ND: torch.Tensor) -> torch.Tensor:
-        """Mean KL over positions; logits of a few hundred positions at a time."""
-        total = student_ND.new_zeros((), dtype=torch.float32)
-        for t, s in zip(teacher_ND.split(_LOGIT_ROWS), student_ND.split(_LOGIT_ROWS), strict=True):
+    def _apart(
+        self,
+        teacher_ND: torch.Tensor,
+        student_ND: torch.Tensor,
+        next_N: torch.Tensor | None = None,
+        label_weight: float = 0.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean loss and mean KL over positions, of which the first have labels; logits of a few hundred at a time."""
+        loss, kl = (student_ND.new_zeros((), dtype=torch.float32) for _ in range(2))
+        for start in range(0, len(teacher_ND), _LOGIT_ROWS):
+            here = slice(start, start + _LOGIT_ROWS)
             with torch.no_grad():
-                target = logits_of(self.model, t)
-            kl: torch.Tensor = _Kl.apply(logits_of(self.model, s), target)
-            total = total + kl
-        return total / teacher_ND.shape[0]
+                target = logits_of(self.model, teacher_ND[here])
+            labels = None if next_N is None else next_N[here]
+            found: tuple[torch.Tensor, torch.Tensor]
+            found = _Divergence.apply(logits_of(self.model, student_ND[here]), target, labels, label_weight)
+            loss, kl = loss + found[0], kl + found[1]
+        return loss / len(teacher_ND), kl / len(teacher_ND)
 
 
-class _Kl(torch.autograd.Function):
-    """KL(target || ours) of logits [N, V], summed over N; its gradient is the difference of the two distributions.
+class _Divergence(torch.autograd.Function):
+    """KL(target || ours) of logits [N, V], summed over N, as loss and as figure.
+
+    Where labels are given, for the first of the N positions, these positions' loss is their cross-entropy by
+    `label_weight` and their KL by the rest. The gradient is that of one KL, to a target that is mixed in this way: the
+    difference of two distributions.
 
     In float32 whatever the logits are: autocast leaves log_softmax in bfloat16 on a CPU, and that turns the gradient by
     an eighth of its length (bench/README.md). A few positions at a time, since V is large.
     """
 
     @staticmethod
-    def forward(ctx: Any, ours_NV: torch.Tensor, target_NV: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, ours_NV: torch.Tensor, target_NV: torch.Tensor, labels_L: torch.Tensor | None, label_weight: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         apart = torch.empty_like(ours_NV) if ctx.needs_input_grad[0] else None
-        total = torch.zeros((), dtype=torch.float32, device=ours_NV.device)
+        loss, kl = (torch.zeros((), dtype=torch.float32, device=ours_NV.device) for _ in range(2))
         for start in range(0, len(ours_NV), _KL_ROWS):
             here = slice(start, start + _KL_ROWS)
             log_ours, log_target = (logits[here].float().log_softmax(-1) for logits in (ours_NV, target_NV))
             share = log_target.exp()
-            total += torch.dot(share.flatten(), log_target.sub_(log_ours).flatten())
+            kl_N = log_target.sub_(log_ours).mul_(share).sum(-1)
+            kl += kl_N.sum()
+            labels = ours_NV.new_empty(0, dtype=torch.long) if labels_L is None else labels_L[here]
+            known = (torch.arange(len(labels), device=labels.device), labels)
+            kl_N[: len(labels)] *= 1 - label_weight
+            loss += kl_N.sum() - label_weight * log_ours[known].sum()
             if apart is not None:
+                share[: len(labels)] *= 1 - label_weight
+                share[known] += label_weight
                 apart[here] = log_ours.exp_().sub_(share)
         if apart is not None:
             ctx.save_for_backward(apart)
-        return total
+        ctx.mark_non_differentiable(kl)
+        return loss, kl
 
     @staticmethod
-    def backward(ctx: Any, *above: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *above: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (apart,) = ctx.saved_tensors
-        return apart * above[0], None
+        return apart * above[0], None, None, None
 
 
 def _distance(ours_BTD: torch.Tensor, theirs_BTD: torch.Tensor) -> torch.Tensor:

@@ -344,7 +344,8 @@ class JobOptions:
     shard: "i/n", of a calibration that is to be merged.
     distill_tokens: of the text to distil on, from its beginning; what follows calibration is passed once.
     depths, prompt_tokens, threads, batches: each is a list that bench sweeps; None is the engine's number of threads.
-    distill_*, lora_rank are for the fit "distilled"; without steps or minutes it takes `distill.DEFAULT_STEPS`.
+    distill_*, lora_rank and label_weight are for the fit "distilled", see `distill.DistillSettings`; without steps or
+    minutes it takes `distill.DEFAULT_STEPS`.
     """
 
     model: str
@@ -363,6 +364,7 @@ class JobOptions:
     distill_tokens: int = 262_144
     distill_dtype: str = "auto"
     lora_rank: int = 16
+    label_weight: float = 0.0
     precision: str = "fp32"
     decoder_source: str = "genai"
     provider: str = "cpu"
@@ -407,6 +409,7 @@ class JobOptions:
         _require((self.distill_minutes or 1) > 0, "--distill-minutes is more than 0")
         _require(self.distill_dtype in DTYPES, f"--distill-dtype is {', '.join(DTYPES)}, not {self.distill_dtype!r}")
         _require(self.lora_rank >= 0, "--lora-rank is not negative")
+        _require(0 <= self.label_weight <= 1, f"--label-weight is from 0 to 1, not {self.label_weight}")
         _require(self.map_bits in (None, 4, 8, 32), f"--map-bits is 4, 8 or 32 (float32), not {self.map_bits}")
         _require(self.logits in (None, "last", "all"), f"logits are of the last token or all, not {self.logits!r}")
 

@@ -101,6 +101,7 @@ def _distill(job: Job, out: Path) -> dict[str, Any]:
         seed=options.seed,
         dtype=options.distill_dtype,
         lora_rank=options.lora_rank or None,
+        label_weight=options.label_weight,
     )
     path = job.run.path / "start.safetensors"
     start = load_maps(path, plan.replaced)
@@ -130,7 +131,8 @@ def _distill(job: Job, out: Path) -> dict[str, Any]:
     write_json(out / "distill.json", {"held_kl": found.held_kl, "train_kl": found.train_kl, "seconds": found.seconds})
     best = min(found.held_kl, key=lambda row: row[1])
     kl = {"held_kl_start": found.held_kl[0][1], "held_kl_best": best[1]}
-    return {"fit": {"kind": "distilled", "steps": len(found.train_kl), "best_step": best[0], **kl}}
+    how = {"kind": "distilled", "label_weight": settings.label_weight}
+    return {"fit": {**how, "steps": len(found.train_kl), "best_step": best[0], **kl}}
 
 
 def _no_distill(job: Job) -> str | None:
@@ -320,8 +322,8 @@ STAGES = (
     Stage("sweep", "sweep", ("calibrate",), ("select", "rank", "tap"), _sweep, _sweep_inputs, _no_sweep),
     Stage(
         "distill", "distill", ("plan",),
-        ("distill_steps", "distill_minutes", "distill_tokens", "distill_dtype", "lora_rank", "seed",
-         "calibration_tokens", "context"),
+        ("distill_steps", "distill_minutes", "distill_tokens", "distill_dtype", "lora_rank", "label_weight",
+         "seed", "calibration_tokens", "context"),
         _distill, _texts, _no_distill,
     ),
     Stage(

@@ -14,7 +14,7 @@ import torch
 from nbl_export import narrow
 from nbl_export.checkpoint import load_model
 from nbl_export.distill import UNLIMITED, DistillSettings, _Training
-from nbl_export.distill_model import Lesson, TrainedMap, Twin, _distance, _Kl
+from nbl_export.distill_model import Lesson, TrainedMap, Twin, _distance, _Divergence
 from nbl_export.distributed import ALONE
 from nbl_export.linearize import linearize
 from nbl_export.records import AffineMap
@@ -38,27 +38,33 @@ def twin(checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int,
     return make
 
 
-def _by_itself(twin: Twin, ids_T: torch.Tensor, weight: float) -> tuple[dict[str, torch.Tensor], float]:
+def _by_itself(
+    twin: Twin, ids_T: torch.Tensor, weight: float, label_weight: float
+) -> tuple[dict[str, torch.Tensor], float]:
     """The gradients of one row, from the maps that all rows share, two whole models and autograd."""
     lesson = twin.lesson(ids_T[None], training=True)
     with twin.student(), twin._watch(range(1, len(twin.layers))) as seen:
         last = twin.decoder(inputs_embeds=lesson.entering, use_cache=False).last_hidden_state
     target, ours = (twin.model.lm_head(h).log_softmax(-1) for h in (lesson.last, last))
-    kl = (target.exp() * (target - ours)).sum(-1).mean()
+    kl_T = (target.exp() * (target - ours)).sum(-1)[0]
+    labelled_T = (1 - label_weight) * kl_T[:-1] - label_weight * ours[0, :-1].gather(1, ids_T[1:, None])[:, 0]
+    loss, kl = torch.cat([labelled_T, kl_T[-1:]]).mean(), kl_T.mean()
     apart = torch.stack([_distance(a, b)[0] for a, b in zip(seen, lesson.middle, strict=True)]).mean()
     parameters = twin.trained
-    found = torch.autograd.grad(kl + weight * apart, list(parameters.values()))
+    found = torch.autograd.grad(loss + weight * apart, list(parameters.values()))
     return dict(zip(parameters, found, strict=True)), kl.item()
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.7])
+@pytest.mark.parametrize(("weight", "label_weight"), [(0.0, 0.0), (0.7, 0.0), (0.7, 0.2), (0.0, 1.0)])
 @pytest.mark.parametrize("rank", [2, None])
-def test_each_row_has_the_gradients_that_it_has_alone(twin: Make, rank: int | None, weight: float) -> None:
+def test_each_row_has_the_gradients_that_it_has_alone(
+    twin: Make, rank: int | None, weight: float, label_weight: float
+) -> None:
     made = twin(rank)
-    found, kl_B = made.gradients(made.lesson(IDS, training=True), weight)
+    found, kl_B = made.gradients(made.lesson(IDS, training=True), weight, label_weight)
     assert found.keys() == made.trained.keys()
     for row, ids_T in enumerate(IDS):
-        expected, kl = _by_itself(made, ids_T, weight)
+        expected, kl = _by_itself(made, ids_T, weight, label_weight)
         assert kl_B[row].item() == pytest.approx(kl, rel=1e-4)
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name][row], gradient, rtol=2e-3, atol=1e-6)
@@ -94,21 +100,26 @@ def test_the_distance_is_of_directions() -> None:
     torch.testing.assert_close(_distance(state, -state), torch.full((2,), 4.0), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("label_weight", [0.0, 0.25])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_kl_is_that_of_the_logits_whatever_their_type(dtype: torch.dtype) -> None:
+def test_loss_and_kl_are_those_of_the_logits_whatever_their_type(dtype: torch.dtype, label_weight: float) -> None:
     """Under autocast, as a training step is; two close distributions, more positions than are taken at once."""
     torch.manual_seed(0)
     target = (2 * torch.randn(130, 4096)).to(dtype)
     ours = (target + 0.1 * torch.randn(130, 4096)).to(dtype).requires_grad_()
+    labels = torch.randint(4096, (129,))
     with torch.autocast("cpu", torch.bfloat16):
-        found: torch.Tensor = _Kl.apply(ours, target)
-    (gradient,) = torch.autograd.grad(found, ours)
+        loss, kl = _Divergence.apply(ours, target, labels if label_weight else None, label_weight)
+    (gradient,) = torch.autograd.grad(loss, ours)
     wide = ours.detach().double().requires_grad_()
     share = target.double().log_softmax(-1)
-    wanted = (share.exp() * (share - wide.log_softmax(-1))).sum()
+    apart = (share.exp() * (share - wide.log_softmax(-1))).sum(-1)
+    said = torch.nn.functional.cross_entropy(wide[:-1], labels, reduction="none")
+    wanted = ((1 - label_weight) * apart[:-1] + label_weight * said).sum() + apart[-1]
     (expected,) = torch.autograd.grad(wanted, wide)
     assert gradient.dtype == dtype
-    assert found.item() == pytest.approx(wanted.item(), rel=1e-3)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-3)
+    assert kl.item() == pytest.approx(apart.sum().item(), rel=1e-3)
     assert (gradient - expected).norm() < 0.005 * expected.norm()
 
 
@@ -119,9 +130,9 @@ def test_a_wild_row_does_not_drown_the_others(twin: Make, monkeypatch: pytest.Mo
     first, second = list(given)[:2]
     given[first][0].view(-1)[0] = 1e6
     given[second][1].view(-1)[0] = 0.5
-    monkeypatch.setattr(made, "gradients", lambda _lesson, _weight, whole: (given, torch.tensor([1.0, 2.0])))
+    monkeypatch.setattr(made, "gradients", lambda _lesson, *_weights, whole: (given, torch.tensor([1.0, 2.0])))
     training = _Training(made, DistillSettings(), [], ALONE)
-    training.advance(Lesson(torch.empty(2, 1, 1), torch.empty(2, 1, 1)))
+    training.advance(Lesson(torch.empty(2, 1, 1), torch.empty(2, 1, 1), torch.empty(2, 0)))
     assert made.trained[first].grad is not None and made.trained[second].grad is not None
     assert made.trained[first].grad.view(-1)[0].item() == pytest.approx(0.5)
     assert made.trained[second].grad.view(-1)[0].item() == pytest.approx(0.25)

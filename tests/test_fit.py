@@ -57,6 +57,19 @@ def test_changing_the_fit_runs_from_the_plan_and_back(same: Same, tmp_path: Path
     assert read(tmp_path / "run" / "nbl.json")["fit"] == {"kind": "independent"}
 
 
+def test_labels_train_otherwise_and_are_recorded(same: Same, tmp_path: Path) -> None:
+    distilled = ("--fit", "distilled", "--distill-steps", "4")
+    run(same, tmp_path / "run", *distilled)
+    before = read(tmp_path / "run" / "distill.json")["train_kl"]
+    changed = run(same, tmp_path / "run", *distilled, "--label-weight", "0.5")
+    assert "plan: reused" in changed.err and "distill: done" in changed.err
+    after = read(tmp_path / "run" / "distill.json")["train_kl"]
+    assert after[0] == before[0] and after[1:] != before[1:]  # of the same maps and text at first
+    assert read(tmp_path / "run" / "nbl.json")["fit"]["label_weight"] == 0.5
+    refused = nbl(*same, *distilled, "--label-weight", "1.5", "--output", tmp_path / "run")
+    assert refused.status == 2 and "--label-weight" in refused.err
+
+
 def test_nothing_replaced_needs_no_distillation(same: Same, tmp_path: Path) -> None:
     done = nbl(*same, "--layers", "0", "--fit", "distilled", "--output", tmp_path / "run")
     assert done.status == 0, done.err
