@@ -88,9 +88,7 @@ def root(
 ) -> None:
     """The main job: a checkpoint in, a verified and measured NBL decoder out. Subcommands run single stages."""
     given = dict(locals())  # the options by name: each is one of JobOptions
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.DEBUG if verbose else logging.WARNING, format="%(levelname)s: %(message)s"
-    )
+    _log(verbose)
     if version:
         print(__version__)
         return
@@ -101,6 +99,12 @@ def root(
         missing = "--model" if model is None else "--output"
         raise typer.BadParameter("is needed for the main job", param_hint=missing)
     _main_job(given)
+
+
+def _log(verbose: bool) -> None:
+    """What the libraries say, on standard error."""
+    level = logging.DEBUG if verbose else logging.WARNING
+    logging.basicConfig(stream=sys.stderr, level=level, format="%(levelname)s: %(message)s")
 
 
 def _main_job(given: dict[str, Any]) -> None:
