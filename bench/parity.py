@@ -1,9 +1,12 @@
-"""model/ on plain ONNX Runtime against transformers with maps.safetensors put in by hand, position by position.
+"""Both graphs of a run on plain ONNX Runtime against transformers, position by position, in float32 and in float64.
 
-    python bench/parity.py RUN_DIRECTORY > bench/results/parity-<model>.json
+    python bench/parity.py RUN_DIRECTORY [--data DATA --windows 8] > bench/results/parity-<model>.json
 
-Uses neither the tool's linearization nor its runner, so that it checks them too. Beside each difference stands how far
-torch in float32 is from torch in float64 at the same position: what float32 is worth there.
+`original/` is held to the checkpoint, `model/` to the checkpoint with maps.safetensors put in by hand. Uses neither the
+tool's linearization nor its runner, so that it checks them too. A graph in float32 cannot be closer to torch in float32
+than either is to the exact answer: so each position has three distances (largest logit difference), graph to torch,
+graph to torch in float64, and torch to torch in float64, which is what float32 is worth there. Besides a few prompts,
+windows of 256 tokens of the three texts of DATA (as for quality.py).
 """
 
 from __future__ import annotations
@@ -11,14 +14,18 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
+from quality import news
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+WINDOW = 256
 PROMPTS = (
     "The capital of France is",
     "Once upon a time there was a fisherman who lived with his wife in a small hut close to the sea.",
@@ -42,39 +49,102 @@ class ByHand(torch.nn.Module):
         return hidden_states @ self.weight.T + self.bias, None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
-    run = parser.parse_args().run
-    facts = json.loads((run / "nbl.json").read_text())
-    maps = load_file(run / "maps.safetensors")
-    model = AutoModelForCausalLM.from_pretrained(run / "checkpoint", dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(run / "checkpoint")
+class Graph:
+    """The logits of all positions of a graph, from an empty cache."""
+
+    def __init__(self, directory: Path, heads: int, size: int) -> None:
+        every = directory / "all_logits.onnx"  # beside a graph that has the last token's alone
+        file = every if every.is_file() else directory / "model.onnx"
+        self.session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        caches = [a.name for a in self.session.get_inputs() if a.name.startswith("past_key_values")]
+        self.empty = {name: np.zeros((1, heads, 0, size), np.float32) for name in caches}
+
+    def __call__(self, ids: np.ndarray) -> np.ndarray:
+        (got,) = self.session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids), **self.empty})
+        if got.shape[1] != ids.shape[1]:
+            raise SystemExit("the graph has the logits of the last token alone: export with --logits all")
+        return np.asarray(got[0])
+
+
+def linearized(model: Any, facts: dict[str, Any], maps: dict[str, torch.Tensor]) -> Any:
+    if facts["tap"] != "residual":
+        raise SystemExit("maps of the normed tap are not put in by hand here")
+    model = copy.deepcopy(model)
     for i in facts["replaced_layers"]:
         layer = model.model.layers[i]
         layer.input_layernorm = torch.nn.Identity()
         layer.self_attn = ByHand(maps[f"layers.{i}.weight"], maps[f"layers.{i}.bias"])
+    return model
+
+
+def texts(tokenizer: Any, data: Path, windows: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Windows [1, 256] of each text, spread over it."""
+    read = {
+        "c4": [d["text"] for d in json.loads((data / "c4/c4_demo.json").read_text(encoding="utf-8"))],
+        "wikitext": [(data / "wikitext-2-raw/wiki.valid.raw").read_text(encoding="utf-8")],
+        "news": news(data),
+    }
+    for name, documents in read.items():
+        ids = np.array([i for d in documents for i in tokenizer(d, verbose=False).input_ids])
+        rows = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, 1, WINDOW)
+        yield from ((name, row) for row in rows[np.linspace(0, len(rows) - 1, windows).astype(int)])
+
+
+def distances(graph: Graph, model: Any, exact: Any, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Three distances of each position, [T] each."""
+    with torch.inference_mode():
+        narrow, wide = (m(torch.from_numpy(ids), use_cache=False).logits[0].numpy() for m in (model, exact))
+    got = graph(ids)
+    return {
+        "graph to torch": np.abs(got - narrow).max(1),
+        "graph to float64": np.abs(got - wide).max(1),
+        "torch to float64": np.abs(narrow - wide).max(1),
+    }
+
+
+def spread(found: list[dict[str, np.ndarray]], over: float = 1e-3) -> dict[str, dict[str, float]]:
+    """What all positions together say of each distance."""
+    joined = {name: np.concatenate([f[name] for f in found]) for name in found[0]}
+    return {
+        name: {
+            "rms": float(np.sqrt(np.square(d, dtype=np.float64).mean())),
+            **{f"p{q}": float(np.percentile(d, q)) for q in (50, 99)},
+            "max": float(d.max()),
+            "positions_over_1e-3": int((d > over).sum()),
+        }
+        for name, d in joined.items()
+    }
+
+
+def subject(graph: Graph, model: Any, rows: list[tuple[str, np.ndarray]]) -> dict[str, Any]:
     exact = copy.deepcopy(model).double()
-    session = onnxruntime.InferenceSession(run / "model" / "model.onnx", providers=["CPUExecutionProvider"])
-    caches = [a.name for a in session.get_inputs() if a.name.startswith("past_key_values")]
-    heads, size = facts["decoder"]["num_kv_heads"], facts["decoder"]["head_dim"]
-    rows = []
-    for prompt in PROMPTS:
-        ids = np.array([tokenizer(prompt).input_ids])
-        empty = {name: np.zeros((1, heads, 0, size), np.float32) for name in caches}
-        (got,) = session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids), **empty})
-        with torch.inference_mode():
-            expected = model(torch.from_numpy(ids), use_cache=False).logits[0].numpy()
-            wide = exact(torch.from_numpy(ids), use_cache=False).logits[0].numpy()
-        seen, own = np.abs(got[0] - expected).max(1), np.abs(expected - wide).max(1)
-        at = int(seen.argmax())
-        row = {"prompt": prompt, "tokens": ids.shape[1], "max_logit_difference": float(seen.max())}
-        row |= {"at_position": at, "torch_float32_error_there": float(own[at]), "last_position": float(seen[-1])}
-        rows.append({**row, "positions_over_1e-3": int((seen > 1e-3).sum())})
-    total = sum(r["tokens"] for r in rows)
-    over = sum(r["positions_over_1e-3"] for r in rows)
-    summary = {"replaced_layers": facts["replaced_layers"], "positions": total, "positions_over_1e-3": over}
-    print(json.dumps({**summary, "worst": max(r["max_logit_difference"] for r in rows), "rows": rows}, indent=1))
+    found = [distances(graph, model, exact, ids) for _, ids in rows]
+    prompts = []
+    for (prompt, ids), d in list(zip(rows, found, strict=True))[: len(PROMPTS)]:
+        at = int(d["graph to torch"].argmax())
+        row = {"prompt": prompt, "tokens": ids.shape[1], "at_position": at}
+        prompts.append(row | {name: float(values[at]) for name, values in d.items()})
+    return {"positions": sum(ids.shape[1] for _, ids in rows), "distances": spread(found), "prompts": prompts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--windows", type=int, default=8, help="of 256 tokens of each text of --data")
+    options = parser.parse_args()
+    run = options.run
+    facts = json.loads((run / "nbl.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(run / "checkpoint", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(run / "checkpoint")
+    rows = [(prompt, np.array([tokenizer(prompt).input_ids])) for prompt in PROMPTS]
+    if options.data:
+        rows += texts(tokenizer, options.data, options.windows)
+    cache = facts["decoder"]["num_kv_heads"], facts["decoder"]["head_dim"]
+    found = {"original": subject(Graph(run / "original", *cache), model, rows)}
+    changed = linearized(model, facts, load_file(run / "maps.safetensors"))
+    found["nbl"] = subject(Graph(run / "model", *cache), changed, rows)
+    print(json.dumps({"replaced_layers": facts["replaced_layers"], "window": WINDOW, **found}, indent=1))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ is computed once for all rows.
 
 sets      the sets of layers in --layers, separated by semicolons, independent fit on the residual stream
 plans     every --select at 4, 8, 10, 12 and 15 layers, and the layers 0,7,24-29, independent fit; the paper's tap too
-distill   one set of layers, independent and distilled
+distill   one set of layers, independent and distilled; --keep DIR: both maps
 ladder    the tool's own layers (efficient) at each of --counts: dropped, independent, distilled; --keep DIR: maps
 both      plans and distill; --layers cca:8, error:8 or greedy:8 takes the layers of that order
 """
@@ -173,7 +173,18 @@ def distilled(bed: Bed, options: argparse.Namespace, orders: Mapping[str, Any]) 
     else:
         layers = parse_layers(options.layers, len(bed.moments["normed"]))
     assert isinstance(layers, tuple), "name the layers"
-    return trained(bed, options, layers)[0]
+    facts, maps = trained(bed, options, layers)
+    if options.keep:
+        keep(options.keep, "independent", bed.maps("normed", layers))
+        keep(options.keep, "distilled", maps)
+    return facts
+
+
+def keep(directory: Path, name: str, maps: dict[int, Any]) -> None:
+    from nbl_export.plan import save_maps
+
+    directory.mkdir(parents=True, exist_ok=True)
+    save_maps(maps, directory / f"{name}.safetensors", "normed")
 
 
 def trained(bed: Bed, options: argparse.Namespace, layers: tuple[int, ...]) -> tuple[dict[str, Any], dict[int, Any]]:
@@ -234,7 +245,7 @@ def ladder(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     """The tool's own layers at several counts, and what the paper's are."""
     from nbl_export import lmmse
     from nbl_export.cost import map_sizes
-    from nbl_export.plan import ranked, save_maps
+    from nbl_export.plan import ranked
 
     counts = [int(n) for n in options.counts.split(",")]
     maps = bed.maps("normed", range(len(bed.moments["residual"])))
@@ -248,8 +259,7 @@ def ladder(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
         facts, found = trained(bed, options, mix)
         rows[count] = {"modelled_prefill": speed, "drop": dropped, **facts}
         if options.keep:
-            options.keep.mkdir(parents=True, exist_ok=True)
-            save_maps(found, options.keep / f"{count}.safetensors", "normed")
+            keep(options.keep, str(count), found)
             (options.keep / f"{count}.json").write_text(json.dumps(rows[count], indent=1), encoding="utf-8")
     scores = [lmmse.score(m, i) for i, m in enumerate(bed.moments["residual"])]
     cca = {count: sorted(ranked(scores, "cca")[:count]) for count in counts}
@@ -291,7 +301,7 @@ def main() -> None:
     parser.add_argument("--narrow-judge", action="store_true", help="judge with products in bfloat16, thrice as fast")
     parser.add_argument("--layers", default="0,7,24-29")
     parser.add_argument("--counts", default=",".join(map(str, COUNTS)), help="of layers, for ladder")
-    parser.add_argument("--keep", type=Path, help="directory for the distilled maps of ladder")
+    parser.add_argument("--keep", type=Path, help="directory for the maps of ladder or distill")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--train-tokens", type=int, default=TOKENS, help="to distil on")
     parser.add_argument("--steps", type=int)

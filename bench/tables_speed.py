@@ -147,9 +147,31 @@ def errors(read: Read) -> Rows:
         ("int8_genai", "int8, GenAI builder", "relative rms", "{:.2g}"),
         ("int4_genai", "int4, GenAI builder", "relative rms", "{:.2g}"),
     ):
-        values = [
-            max(r["value"] for r in results[key]["rungs"] if r["rung"] == rung and "logit" in r["metric"])
-            for rung in ("b", "c")
-        ]
-        rows.append((title, metric, *(shown.format(value) for value in values)))
+        rows.append((title, metric, *(shown.format(value) for value in _worst(results[key]["rungs"]))))
+    twelve = read("precision-rows-anew")["rows"]
+    for key, metric, shown in (
+        ("fp32", "largest logit difference", "{:.1e}"),
+        ("int8", "relative rms", "{:.2g}"),
+        ("int4", "relative rms", "{:.2g}"),
+    ):
+        rows.append((f"{key}, 12 layers", metric, *(shown.format(value) for value in _worst(twelve[key]["rungs"]))))
+    return rows
+
+
+def _worst(rungs: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The largest figure of rung b (original) and of rung c (NBL)."""
+    return [max(r["value"] for r in rungs if r["rung"] == rung and "logit" in r["metric"]) for rung in ("b", "c")]
+
+
+def parity(read: Read) -> Rows:
+    run = read("parity-smollm2")
+    rows: Rows = [("largest logit difference of a position", "of", "original", "NBL", "NBL / original"), "llrrr"]
+    for name, title in (
+        ("graph to torch", "graph to torch"),
+        ("graph to float64", "graph to torch in float64"),
+        ("torch to float64", "torch to torch in float64"),
+    ):
+        for key, of in (("rms", "rms"), ("p99", "99th percentile"), ("max", "largest")):
+            old, new = (run[subject]["distances"][name][key] for subject in ("original", "nbl"))
+            rows.append((title if key == "rms" else "", of, f"{old:.1e}", f"{new:.1e}", f"{new / old:.2f}"))
     return rows
