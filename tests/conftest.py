@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny products: threads that wai
 
 import functools
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from nbl_export.records import AffineMap
 from .command import TINY, in_new_process
 from .graph_sources import make_graph
 from .tiny import LAYERS, random_map, save_checkpoint, stdlib_text
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: what is started would inherit it,
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # and tests of Ctrl-C would wait for ever
 
 
 @pytest.fixture(scope="session")
