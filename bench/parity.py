@@ -102,7 +102,7 @@ def distances(graph: Graph, model: Any, exact: Any, ids: np.ndarray) -> dict[str
     }
 
 
-def spread(found: list[dict[str, np.ndarray]], over: float = 1e-3) -> dict[str, dict[str, float]]:
+def spread(found: list[dict[str, np.ndarray]]) -> dict[str, dict[str, float]]:
     """What all positions together say of each distance."""
     joined = {name: np.concatenate([f[name] for f in found]) for name in found[0]}
     return {
@@ -110,7 +110,7 @@ def spread(found: list[dict[str, np.ndarray]], over: float = 1e-3) -> dict[str, 
             "rms": float(np.sqrt(np.square(d, dtype=np.float64).mean())),
             **{f"p{q}": float(np.percentile(d, q)) for q in (50, 99)},
             "max": float(d.max()),
-            "positions_over_1e-3": int((d > over).sum()),
+            "positions_over_1e-3": int((d > 1e-3).sum()),
         }
         for name, d in joined.items()
     }
