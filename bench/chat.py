@@ -6,7 +6,8 @@ The goals of DATA/piqa/valid.jsonl, evenly spread, are asked through the chat te
 sampling at temperature 1 (seeded), at most 160 tokens. Then every set of maps reads the same conversations. Judged are
 the tokens of the answers, not those of the template. What no web text shows is seen here: whether maps that were
 trained to expect web text have unlearned to answer. Files are what `quality.py ladder --keep` or a run directory
-leaves; their layers and their tap are in them. Standard errors are over conversations.
+leaves; their layers and their tap are in them. Standard errors are over conversations, those of the differences from
+the first set of the same conversations.
 """
 
 from __future__ import annotations
@@ -58,18 +59,23 @@ def log_probabilities(model: Any, prompt: list[int], answer: list[int]) -> torch
     return torch.log_softmax(logits.float(), -1)
 
 
-def judge(model: Any, changed: Any, chats: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
-    """Means over answer tokens, standard errors over conversations."""
-    sums = torch.zeros(len(chats), 4, dtype=torch.float64)  # KL, losses of both, agreement
-    lengths = torch.tensor([len(answer) for _, answer in chats], dtype=torch.float64)
+def judge(model: Any, changed: dict[str, Any], chats: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+    """Sums over the answer of every conversation, [chats, 4]: KL, loss of the original, loss, agreement."""
+    sums = {name: torch.zeros(len(chats), 4, dtype=torch.float64) for name in changed}
     for k, (prompt, answer) in enumerate(chats):
-        old, new = (log_probabilities(m, prompt, answer) for m in (model, changed))
         at = torch.arange(len(answer)), torch.tensor(answer)
-        kl = (old.exp() * (old - new)).sum(-1)
-        same = old.argmax(-1) == new.argmax(-1)
-        sums[k] = torch.tensor([float(x.double().sum()) for x in (kl, -old[at], -new[at], same)])
+        old = log_probabilities(model, prompt, answer)
+        for name, other in changed.items():
+            new = log_probabilities(other, prompt, answer)
+            kl = (old.exp() * (old - new)).sum(-1)
+            same = old.argmax(-1) == new.argmax(-1)
+            sums[name][k] = torch.tensor([float(x.double().sum()) for x in (kl, -old[at], -new[at], same)])
+    return sums
+
+
+def means(sums: torch.Tensor, lengths: torch.Tensor) -> dict[str, Any]:
+    """Over answer tokens, with standard errors over conversations: of a ratio of sums, by each one's residual."""
     mean = sums.sum(0) / lengths.sum()
-    # of a ratio of sums: residuals of each conversation around the common mean
     error = ((sums - mean * lengths[:, None]).square().sum(0)).sqrt() / lengths.sum()
     names = ("kl", "original_loss", "loss", "top1")
     return {name: {"value": float(v), "stderr": float(e)} for name, v, e in zip(names, mean, error, strict=True)}
@@ -91,16 +97,22 @@ def main() -> None:
         directory = checkpoint.materialise(checkpoint.resolve(options.model), Path(scratch) / "checkpoint")
         model, tokenizer = checkpoint.load_model(directory), checkpoint.load_tokenizer(directory)
     rows: dict[str, Any] = {}
+    models: dict[str, Any] = {}
+    for name, _, file in (m.partition("=") for m in options.maps):
+        layers, tap = maps_in(Path(file))
+        models[name] = linearize(copy.deepcopy(model), load_maps(Path(file), layers), tap or "residual")
+        rows[name] = {"layers": layers, "tap": tap}
     with torch.inference_mode():
         prompts = asked(options.data, tokenizer, options.chats)
         answers = answered(model, prompts, tokenizer.eos_token_id)
         chats = list(zip(prompts, answers, strict=True))
-        for name, _, file in (m.partition("=") for m in options.maps):
-            layers, tap = maps_in(Path(file))
-            changed = linearize(copy.deepcopy(model), load_maps(Path(file), layers), tap or "residual")
-            rows[name] = {"layers": layers, "tap": tap, **judge(model, changed, chats)}
-            shown = {k: f"{v['value']:.4f} ± {v['stderr']:.4f}" for k, v in rows[name].items() if isinstance(v, dict)}
-            print(f"{name}: {shown}", file=sys.stderr, flush=True)
+        sums = judge(model, models, chats)
+    lengths = torch.tensor([len(answer) for answer in answers], dtype=torch.float64)
+    first = next(iter(sums))
+    for name, found in sums.items():
+        rows[name] |= means(found, lengths)
+        if name != first:  # of the same conversations
+            rows[name][f"minus {first}"] = means(found - sums[first], lengths)
     about = {"chats": len(chats), "answer_tokens": sum(map(len, answers)), "sample": tokenizer.decode(answers[0])}
     print(json.dumps({**about, "versions": versions(("torch", "transformers")), "rows": rows}, indent=1))
 
