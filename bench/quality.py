@@ -308,7 +308,7 @@ def main() -> None:
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--rate", type=float)
     parser.add_argument("--weight-decay", type=float, default=0.0, help="of the deltas of low rank")
-    parser.add_argument("--label-weight", type=float, default=0.0, help="of the text's own next tokens in distillation")
+    parser.add_argument("--label-weight", type=float, default=0.1, help="of the text's own next tokens in distillation")
     options = parser.parse_args()
     from nbl_export.artifacts import versions
     from nbl_export.bench import machine

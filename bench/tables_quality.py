@@ -99,7 +99,7 @@ def _accuracy(figure: Mapping[str, float], row: str) -> str:
 
 
 def distilled(read: Read) -> Rows:
-    run = read("quality-distill-c4-hidden")["distill"]
+    run = read("quality-distill-c4-default")["distill"]
     minutes = f"{run['settings']['minutes']:g}"
     rows: Rows = [
         ("perplexity", "original", "closed form", f"distilled, {minutes} minutes of 2 cores", "increase removed"),

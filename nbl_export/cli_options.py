@@ -158,7 +158,7 @@ LoraRank = Annotated[
 LabelWeight = Annotated[
     float | None,
     typer.Option(
-        min=0, max=1, help="--fit distilled: share of the text's own next tokens in what is learned (default 0)."
+        min=0, max=1, help="--fit distilled: share of the text's own next tokens in what is learned (default 0.1)."
     ),
 ]
 Calibration = Annotated[

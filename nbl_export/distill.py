@@ -54,8 +54,9 @@ class DistillSettings:
     are nearer to their end. window: tokens of a training row, at most. patience: share of the run after which it is
     over where nothing was better; while the rate is high held-back KL goes up and down, and most is gained as it falls.
     hidden_weight: of the distance of the hidden states, beside the KL; 0 leaves it out. label_weight: how much of the
-    KL gives way to the cross-entropy of the text's own next tokens (Hinton et al. 2015), 0 to 1: towards the text and
-    away from the original, so held-back KL may not fall as perplexity does. weight_decay: of the deltas.
+    KL gives way to the cross-entropy of the text's own next tokens (Hinton et al. 2015), 0 to 1. Near the lowest KL a
+    little of it costs KL in second order and gains perplexity in first: 0.1 does not cost what could be measured, 0.2
+    does (bench/README.md). weight_decay: of the deltas.
     dtype: "fp32", "bf16", or "auto": bf16 where the processor multiplies it natively. lora_rank: train a delta of that
     rank on each map, which is added to it afterwards (Hu et al. 2022, LoRA), instead of the whole matrix (None).
     """
@@ -71,7 +72,7 @@ class DistillSettings:
     dtype: str = "fp32"
     lora_rank: int | None = 16
     hidden_weight: float = 0.3
-    label_weight: float = 0.0
+    label_weight: float = 0.1
     weight_decay: float = 0.0
 
     @property

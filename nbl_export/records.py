@@ -364,7 +364,7 @@ class JobOptions:
     distill_tokens: int = 262_144
     distill_dtype: str = "auto"
     lora_rank: int = 16
-    label_weight: float = 0.0
+    label_weight: float = 0.1
     precision: str = "fp32"
     decoder_source: str = "genai"
     provider: str = "cpu"

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from nbl_export.distill import DistillSettings
+from nbl_export.records import JobOptions
+
 from .command import Outcome, nbl
 
 Same = tuple[object, ...]
@@ -68,6 +71,11 @@ def test_labels_train_otherwise_and_are_recorded(same: Same, tmp_path: Path) -> 
     assert read(tmp_path / "run" / "nbl.json")["fit"]["label_weight"] == 0.5
     refused = nbl(*same, *distilled, "--label-weight", "1.5", "--output", tmp_path / "run")
     assert refused.status == 2 and "--label-weight" in refused.err
+
+
+def test_the_command_line_trains_as_the_library_does() -> None:
+    given, own = JobOptions(model="m"), DistillSettings()
+    assert (given.label_weight, given.lora_rank) == (own.label_weight, own.lora_rank)
 
 
 def test_nothing_replaced_needs_no_distillation(same: Same, tmp_path: Path) -> None:
