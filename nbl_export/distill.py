@@ -1,8 +1,8 @@
 """Trains the maps, and nothing else, against the original model's own logits.
 
     start      closed-form maps of the plan
-    loss       KL(original || NBL) over all positions and the whole vocabulary, in nats, and how far apart the hidden
-               states are on the way (`distill_model`)
+    loss       KL(original || NBL) over all positions and the whole vocabulary, in nats, a tenth of it in favour of the
+               text's own next tokens, and how far apart the hidden states are on the way (`distill_model`)
     kept       the maps with the lowest KL on held-back text; those of the start if nothing was better
 
 Three choices against learning the text by heart (bench/README.md): the hidden states on the way; maps that are changed
@@ -55,8 +55,8 @@ class DistillSettings:
     over where nothing was better; while the rate is high held-back KL goes up and down, and most is gained as it falls.
     hidden_weight: of the distance of the hidden states, beside the KL; 0 leaves it out. label_weight: how much of the
     KL gives way to the cross-entropy of the text's own next tokens (Hinton et al. 2015), 0 to 1. Near the lowest KL a
-    little of it costs KL in second order and gains perplexity in first: 0.1 does not cost what could be measured, 0.2
-    does (bench/README.md). weight_decay: of the deltas.
+    little of it costs KL in second order and gains perplexity in first: 0.1 costs 1% of the KL, 0.2 up to 7%
+    (bench/README.md). weight_decay: of the deltas.
     dtype: "fp32", "bf16", or "auto": bf16 where the processor multiplies it natively. lora_rank: train a delta of that
     rank on each map, which is added to it afterwards (Hu et al. 2022, LoRA), instead of the whole matrix (None).
     """
