@@ -194,7 +194,7 @@ def trained(bed: Bed, options: argparse.Namespace, layers: tuple[int, ...]) -> t
     settings = DistillSettings(
         options.steps or UNLIMITED, options.minutes, dtype="auto", lora_rank=options.lora_rank or None,
         **({"learning_rate": options.rate} if options.rate else {}), weight_decay=options.weight_decay,
-        label_weight=options.label_weight,
+        **({} if options.label_weight is None else {"label_weight": options.label_weight}),
     )  # fmt: skip
     maps = bed.maps("normed", layers)
     before = bed.prices(maps, "normed", {"independent": layers})["independent"]
@@ -308,7 +308,7 @@ def main() -> None:
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--rate", type=float)
     parser.add_argument("--weight-decay", type=float, default=0.0, help="of the deltas of low rank")
-    parser.add_argument("--label-weight", type=float, default=0.1, help="of the text's own next tokens in distillation")
+    parser.add_argument("--label-weight", type=float, help="of the text's own next tokens in distillation")
     options = parser.parse_args()
     from nbl_export.artifacts import versions
     from nbl_export.bench import machine

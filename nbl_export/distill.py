@@ -1,8 +1,8 @@
 """Trains the maps, and nothing else, against the original model's own logits.
 
     start      closed-form maps of the plan
-    loss       KL(original || NBL) over all positions and the whole vocabulary, in nats, a tenth of it in favour of the
-               text's own next tokens, and how far apart the hidden states are on the way (`distill_model`)
+    loss       KL(original || NBL) over all positions and the whole vocabulary, in nats, mixed with the text's own
+               next tokens (label_weight), and how far apart the hidden states are on the way (`distill_model`)
     kept       the maps with the lowest KL on held-back text; those of the start if nothing was better
 
 Three choices against learning the text by heart (bench/README.md): the hidden states on the way; maps that are changed
