@@ -13,7 +13,8 @@ is computed once for all rows.
 sets      the sets of layers in --layers, separated by semicolons, independent fit on the residual stream
 plans     every --select at 4, 8, 10, 12 and 15 layers, and the layers 0,7,24-29, independent fit; the paper's tap too
 distill   one set of layers, independent and distilled; --keep DIR: both maps
-ladder    the tool's own layers (efficient) at each of --counts: dropped, independent, distilled; --keep DIR: maps
+ladder    the tool's own layers (efficient) at each of --counts: dropped, independent, distilled; --keep DIR: maps;
+          those that DIR holds already are judged only
 both      plans and distill; --layers cca:8, error:8 or greedy:8 takes the layers of that order
 """
 
@@ -31,6 +32,7 @@ from typing import Any
 
 TOKENS, CONTEXT, HELD = 65_536, 512, 8192  # as the tool's defaults
 COUNTS = (4, 8, 10, 12, 15)
+TRAINING = ("layers", "settings", "text", "train_tokens", "seconds", "cpu_seconds", "steps", "held_kl", "train_kl")
 
 
 def log(line: str) -> None:
@@ -187,9 +189,17 @@ def keep(directory: Path, name: str, maps: dict[int, Any]) -> None:
     save_maps(maps, directory / f"{name}.safetensors", "normed")
 
 
+def kept(directory: Path, count: int) -> Path:
+    return directory / f"{count}.json"
+
+
 def trained(bed: Bed, options: argparse.Namespace, layers: tuple[int, ...]) -> tuple[dict[str, Any], dict[int, Any]]:
-    """Facts about the independent and the distilled maps of layers, and the latter."""
+    """Facts about the independent and the distilled maps of layers, and the latter.
+
+    With --keep DIR, maps of the same layers and settings that an earlier ladder left there are judged, not made again.
+    """
     from nbl_export.distill import UNLIMITED, DistillSettings, distill
+    from nbl_export.plan import load_maps
 
     settings = DistillSettings(
         options.steps or UNLIMITED, options.minutes, dtype="auto", lora_rank=options.lora_rank or None,
@@ -198,27 +208,38 @@ def trained(bed: Bed, options: argparse.Namespace, layers: tuple[int, ...]) -> t
     )  # fmt: skip
     maps = bed.maps("normed", layers)
     before = bed.prices(maps, "normed", {"independent": layers})["independent"]
-    held = bed.held[len(bed.held) // 2 :]
-    busy = time.process_time()
-    found = distill(bed.model, maps, bed.training, held, settings, lambda _d, _t: None, "normed", log)
-    busy = time.process_time() - busy
-    after = bed.prices(found.maps, "normed", {"distilled": layers})["distilled"]
-    every = settings.check_every
+    wanted = {"layers": list(layers), "settings": vars(settings), "text": bed.text["sha256"]}
+    wanted |= {"train_tokens": options.train_tokens}
+    earlier = found_earlier(options, wanted)
+    if earlier is None:
+        held = bed.held[len(bed.held) // 2 :]
+        busy = time.process_time()
+        found = distill(bed.model, maps, bed.training, held, settings, lambda _d, _t: None, "normed", log)
+        every = settings.check_every
+        facts = {
+            **wanted,
+            "seconds": found.seconds,
+            "cpu_seconds": time.process_time() - busy,  # of all threads: on a busy machine a clock says little
+            "steps": len(found.train_kl),
+            "held_kl": found.held_kl,
+            "train_kl": [statistics.fmean(found.train_kl[k : k + every]) for k in range(0, len(found.train_kl), every)],
+        }
+        maps = found.maps
+    else:
+        facts, maps = earlier, load_maps(options.keep / f"{len(layers)}.safetensors", layers)
+    after = bed.prices(maps, "normed", {"distilled": layers})["distilled"]
     removed = {t: 1 - after[t]["increase"] / before[t]["increase"] for t in before}
     log(f"removed: { {t: round(v, 3) for t, v in removed.items()} }")
-    facts = {
-        "layers": list(layers),
-        "settings": vars(settings),
-        "seconds": found.seconds,
-        "cpu_seconds": busy,  # of all threads: on a busy machine a clock says little
-        "steps": len(found.train_kl),
-        "held_kl": found.held_kl,
-        "train_kl": [statistics.fmean(found.train_kl[k : k + every]) for k in range(0, len(found.train_kl), every)],
-        "independent": before,
-        "distilled": after,
-        "removed": removed,
-    }
-    return facts, found.maps
+    return {**facts, "independent": before, "distilled": after, "removed": removed}, maps
+
+
+def found_earlier(options: argparse.Namespace, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Facts of the same distillation from an earlier ladder's directory."""
+    at = options.keep and kept(options.keep, len(wanted["layers"]))
+    if options.what != "ladder" or not at or not at.exists():
+        return None
+    facts = json.loads(at.read_text(encoding="utf-8"))
+    return {k: facts[k] for k in TRAINING} if all(facts.get(k) == v for k, v in wanted.items()) else None
 
 
 def judged(bed: Bed, maps: Mapping[int, Any], count: int, select: str) -> tuple[Any, float]:
@@ -260,7 +281,7 @@ def ladder(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
         rows[count] = {"modelled_prefill": speed, "drop": dropped, **facts}
         if options.keep:
             keep(options.keep, str(count), found)
-            (options.keep / f"{count}.json").write_text(json.dumps(rows[count], indent=1), encoding="utf-8")
+            kept(options.keep, count).write_text(json.dumps(rows[count], indent=1), encoding="utf-8")
     scores = [lmmse.score(m, i) for i, m in enumerate(bed.moments["residual"])]
     cca = {count: sorted(ranked(scores, "cca")[:count]) for count in counts}
     paper = {
