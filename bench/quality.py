@@ -11,6 +11,7 @@ spread evenly over each text; of c4_demo.json only what lies behind the calibrat
 is computed once for all rows.
 
 sets      the sets of layers in --layers, separated by semicolons, independent fit on the residual stream
+maps      the same with the maps of --maps FILE
 plans     every --select at 4, 8, 10, 12 and 15 layers, and the layers 0,7,24-29, independent fit; the paper's tap too
 distill   one set of layers, independent and distilled; --keep DIR: both maps
 ladder    the tool's own layers (efficient) at each of --counts: dropped, independent, distilled; --keep DIR: maps;
@@ -311,11 +312,20 @@ def sets(bed: Bed, named: Sequence[str]) -> dict[str, Any]:
     return {"modelled_prefill": speed, "residual": bed.prices(maps, "residual", mixes)}
 
 
+def given(bed: Bed, named: Sequence[str], file: Path) -> dict[str, Any]:
+    """Rows of sets of the layers that a file has maps of, by their names."""
+    from nbl_export.plan import load_maps, maps_in, parse_layers
+
+    layers, tap = maps_in(file)
+    mixes = {name: tuple(parse_layers(name, bed.spec.num_layers)) for name in named}  # type: ignore[arg-type]
+    return {"maps of": list(layers), "maps": bed.prices(load_maps(file, layers), tap or "residual", mixes)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
-    parser.add_argument("what", choices=("plans", "distill", "both", "sets", "ladder"))
+    parser.add_argument("what", choices=("plans", "distill", "both", "sets", "maps", "ladder"))
     parser.add_argument("--text", choices=("c4", "default"), default="c4")
     parser.add_argument("--windows", type=int, default=16, help="of each text to judge by")
     parser.add_argument("--c4-windows", type=int, help="of C4, where its whole rest (181) is to be judged")
@@ -323,6 +333,7 @@ def main() -> None:
     parser.add_argument("--layers", default="0,7,24-29")
     parser.add_argument("--counts", default=",".join(map(str, COUNTS)), help="of layers, for ladder")
     parser.add_argument("--keep", type=Path, help="directory for the maps of ladder or distill")
+    parser.add_argument("--maps", type=Path, help="what maps are to be judged")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--train-tokens", type=int, default=TOKENS, help="to distil on")
     parser.add_argument("--steps", type=int)
@@ -334,20 +345,24 @@ def main() -> None:
     from nbl_export.artifacts import versions
     from nbl_export.bench import machine
 
-    named = options.what == "distill" and ":" not in options.layers  # the residual stream's moments are for orders
+    taps = ("residual", "normed")
+    if options.what == "distill" and ":" not in options.layers:  # the residual stream's moments are for orders
+        taps = ("normed",)
     bed = Bed(
         options.model, options.data, options.text, options.windows, options.train_tokens,
-        ("normed",) if named else ("residual", "normed"), options.c4_windows, options.narrow_judge,
+        () if options.what == "maps" else taps, options.c4_windows, options.narrow_judge,
     )  # fmt: skip
     if options.what == "sets":
         result = sets(bed, options.layers.split(";"))
+    elif options.what == "maps":
+        result = given(bed, options.layers.split(";"), options.maps)
     elif options.what == "ladder":
         result = ladder(bed, options)
     else:
         result = plans(bed) if options.what != "distill" else {}
     if options.what in ("distill", "both"):
         result["distill"] = distilled(bed, options, result.get("orders", {}))
-    asked = {k: v for k, v in vars(options).items() if k not in ("model", "data", "keep")}
+    asked = {k: v for k, v in vars(options).items() if k not in ("model", "data", "keep", "maps")}
     about = {"asked": asked, "calibration": {**bed.text, "tokens": int(bed.windows.numel())}, "machine": machine()}
     print(json.dumps({**about, "versions": versions(("torch", "transformers")), **result}, indent=1))
 

@@ -4,6 +4,8 @@
                                                             └► speed-up                       (`cost`)
 
 for fitted maps, for attention left out in the same order, and for the distilled maps of the run where it has some.
+Maps distilled together for m layers serve the first 1, 2, ... of them nearly as well as maps distilled for these
+alone (bench/README.md), so one distillation gives the curve up to m.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ def measure(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     points: list[dict[str, Any]] = []
     for method, selection in (("nbl", fitted), ("drop", dropped)):
         points += _points(job, method, selection.switched, {i: selection.map_of(i) for i in order}, mixes, texts)
-    points += _distilled(job, texts)
+    points += _distilled(job, fitted, count, texts)
     value = {
         "select": fitted.select,
         "tap": job.options.tap,
@@ -63,17 +65,21 @@ def measure(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     return value, fitted.facts() if job.options.method == "nbl" else {}
 
 
-def _distilled(job: Job, texts: Sequence[tuple[str, Any]]) -> list[dict[str, Any]]:
-    """The one point that a distilled run has maps for."""
+def _distilled(job: Job, fitted: Any, count: int, texts: Sequence[tuple[str, Any]]) -> list[dict[str, Any]]:
+    """Of a distilled run: its maps, and where an order chose its layers, those of the first 1, 2, ... `count` of it."""
     if job.options.fit != "distilled" or "distill" not in job.run.stages:
         return []
     from nbl_export.plan import load_maps
     from nbl_export.switched import SwitchedModel
 
     plan = job.plan
+    trained = len(plan.replaced)
+    order = () if plan.select == "given" else fitted.order(trained)
+    mixes = {m: order[:m] for m in range(1, min(count + 1, trained))} if set(order) == set(plan.replaced) else {}
     maps = load_maps(job.run.path / "maps.safetensors", plan.replaced)
     switched = SwitchedModel(job.model, maps, plan.tap)
-    return _points(job, "distilled", switched, maps, {len(plan.replaced): plan.replaced}, texts)
+    found = _points(job, "distilled", switched, maps, {**mixes, trained: plan.replaced}, texts)
+    return [{**point, "distilled_for": trained} for point in found]
 
 
 def _points(
@@ -145,8 +151,13 @@ def sweep_table(sweep: Mapping[str, Any]) -> Table:
         chosen = advice is not None and (p["method"], p["layers"]) == (advice["method"], advice["layers"])
         speeds = [f"x{p[name]:.2f}" for name in ("prefill", "prefill_tail_pruned", "decode")]
         prices = [cell for price in p["prices"] for cell in _cells(price)]
-        table.add_row(_NAMES[p["method"]], str(p["layers"]), *speeds, *prices, "recommended" if chosen else "")
+        table.add_row(_name(p), str(p["layers"]), *speeds, *prices, "recommended" if chosen else "")
     return table
+
+
+def _name(point: Mapping[str, Any]) -> str:
+    together = point.get("distilled_for", point["layers"])
+    return _NAMES[point["method"]] + (f" for {together}" if together != point["layers"] else "")
 
 
 def _cells(price: Mapping[str, Any]) -> tuple[str, str]:

@@ -121,14 +121,36 @@ def test_greedy_sweep_makes_its_order_once(run: Path) -> None:
     assert facts_of(run)["greedy"] == kept
 
 
-def test_a_distilled_run_has_its_point(same: tuple[object, ...], tmp_path: Path) -> None:
+def test_a_distilled_run_has_a_curve_up_to_its_layers(
+    same: tuple[object, ...], tmp_path: Path, checkpoint: Any
+) -> None:
     run = tmp_path / "run"
-    done = nbl(*same, "--layers", "2", "--fit", "distilled", "--distill-steps", "2", "--output", run)
-    assert done.status == 0, done.err
+    training = ("--fit", "distilled", "--distill-steps", "2", "--label-weight", "0")
+    assert nbl(*same, "--layers", "2", *training, "--output", run).status == 0
     sweep = swept(run)
-    (found,) = [p for p in sweep["points"] if p["method"] == "distilled"]
-    assert found["replaced_layers"] == facts_of(run)["replaced_layers"]
-    assert facts_of(run)["status"] == "verified"
+    one, two = [p for p in sweep["points"] if p["method"] == "distilled"]
+    assert one["replaced_layers"] == sweep["order"][:1]
+    assert two["replaced_layers"] == facts_of(run)["replaced_layers"]
+    assert one["distilled_for"] == two["distilled_for"] == 2 and facts_of(run)["status"] == "verified"
+    maps = load_maps(run / "maps.safetensors", two["replaced_layers"])
+    held = torch.tensor(_held(run))
+    for found in (one, two):
+        chosen = {i: maps[i] for i in found["replaced_layers"]}
+        model = linearize(load_model(checkpoint("llama")), chosen, facts_of(run)["tap"])
+        with torch.inference_mode():
+            said = model(held, use_cache=False).logits[:, :-1].log_softmax(-1)
+        loss = -said.gather(2, held[:, 1:, None]).mean()
+        assert found["prices"][0]["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-4)
+    report = (run / "report.md").read_text()
+    assert "distilled for 2" in report and "trained together for 2 layers" in report
+
+
+def test_a_distilled_run_of_given_layers_has_its_point(same: tuple[object, ...], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    given = ("--layers", "1-2", "--fit", "distilled", "--distill-steps", "2", "--output", run)
+    assert nbl(*same, *given).status == 0
+    (found,) = [p for p in swept(run)["points"] if p["method"] == "distilled"]
+    assert found["replaced_layers"] == facts_of(run)["replaced_layers"] == [1, 2]
 
 
 def test_bad_lengths_are_refused(run: Path) -> None:
@@ -144,11 +166,13 @@ def test_plot_rings_the_recommended_point_and_leaves_out_what_is_not_finite() ->
     assert drawn == plots.tradeoff(points, {"method": "nbl", "layers": 3})
 
 
-def test_table_says_what_is_not_finite() -> None:
+def test_table_says_what_is_not_finite_and_what_was_distilled_for_more_layers() -> None:
     from rich.console import Console
 
     price = {"text": "t", "kl": None, "perplexity_original": 5.0, "perplexity": None, "increase": None}
-    p = {**point("nbl", 1, None), "prefill_tail_pruned": 1.2, "decode": 1.1, "prices": [price]}
+    p = {**point("distilled", 1, None), "prefill_tail_pruned": 1.2, "decode": 1.1, "prices": [price]}
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(tradeoff.sweep_table({"order": [1], "texts": ["t"], "points": [p], "recommended": None}))
-    assert "not finite" in console.export_text()
+    points = [{**p, "distilled_for": 1}, {**p, "distilled_for": 3}]
+    console.print(tradeoff.sweep_table({"order": [1], "texts": ["t"], "points": points, "recommended": None}))
+    told = console.export_text()
+    assert "not finite" in told and "distilled for 3" in told and "distilled for 1" not in told
