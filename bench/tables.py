@@ -1,10 +1,10 @@
 """Writes the README's tables of measurements from the raw results.
 
-    python bench/tables.py            every table between <!-- NAME --> and <!-- /NAME --> anew, and the plot
+    python bench/tables.py            every table between <!-- NAME --> and <!-- /NAME --> anew, and the plots
     python bench/tables.py --check    only say which rows would change, and end with 1
 
-A table says which figures of which file it shows; what stands around it in the README is prose. The plot is that of
-the report, which takes its colours from the page where there is one; its bytes depend on matplotlib's version.
+A table says which figures of which file it shows; what stands around it in the README is prose. Plots are drawn as
+the report's, which take their colours from the page where there is one; their bytes depend on matplotlib's version.
 """
 
 from __future__ import annotations
@@ -68,14 +68,18 @@ def written(text: str) -> str:
     )
 
 
-def plot() -> None:
-    """Write the plot of the sweep, a file of its own on white."""
-    from nbl_export import plots
+def plots() -> None:
+    """Write the plots of the sweep and of the ladder, files of their own on white."""
+    from nbl_export.plots import tradeoff
 
     sweep = result("sweep-smollm2")
-    drawn = plots.tradeoff(sweep["points"], sweep["recommended"])
-    alone = drawn.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background: #fff" ', 1)
-    (ROOT / "bench" / "results" / "sweep-smollm2.svg").write_text(alone + "\n", encoding="utf-8")
+    drawn = {
+        "sweep-smollm2": tradeoff(sweep["points"], sweep["recommended"]),
+        "ladder-smollm2": tradeoff(quality.ladder_points(result), None),
+    }
+    for name, svg in drawn.items():
+        alone = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background: #fff" ', 1)
+        (ROOT / "bench" / "results" / f"{name}.svg").write_text(alone + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -89,7 +93,7 @@ def main() -> None:
         changed = [f"- {a}\n+ {b}" for a, b in zip(old, new, strict=False) if a != b]
         sys.exit("\n".join(changed[:20]) if before != after else 0)
     readme.write_text(after, encoding="utf-8")
-    plot()
+    plots()
 
 
 if __name__ == "__main__":

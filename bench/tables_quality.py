@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from nbl_export.records import spoken_layers
@@ -21,23 +21,40 @@ def rises(prices: Mapping[str, Mapping[str, float]]) -> list[str]:
     return [rise(prices[text]) for text in TEXTS]
 
 
+def _counts(read: Read) -> Iterator[tuple[str, Mapping[str, Any], dict[str, Any], float, Mapping[str, Any]]]:
+    """Count, the tool's row, the layers of the paper's way, their modelled speed and their prices."""
+    today, before, prices = (read(f"quality-{name}") for name in ("ladder-labels", "ladder-hidden", "default"))
+    for count, theirs in sorted(before["paper"].items(), key=lambda item: int(item[0])):
+        row = today["rows"].get(count) or before["rows"][count]
+        yield count, row, theirs["layers"], theirs["modelled_prefill"], prices["residual"][f"cca {count}"]
+
+
 def ladder(read: Read) -> Rows:
     """Counts of layers: the paper's way, and what the tool chooses: closed form, distilled, left out."""
-    hidden, logits, paper = read("quality-ladder-hidden"), read("quality-ladder"), read("quality-default")["residual"]
     rows: Rows = [("", "layers", "C4", "WikiText-2", "realnews", "prefill, modelled"), "llrrrr"]
-    for count in ("4", "8", "10", "12", "15"):
-        row, theirs = hidden["rows"].get(count) or logits["rows"][count], hidden["paper"][count]
-        first = count == "4"
+    for count, row, layers, speed, prices in _counts(read):
+        first, today = len(rows) == 2, "label_weight" in row["settings"]
         title = f"**{count} layers**, the paper's way" + (": its bound (`cca`), closed form" if first else "")
-        speed = f"×{theirs['modelled_prefill']:.2f}"
-        rows.append((title, spoken_layers(theirs["layers"]), *rises(paper[f"cca {count}"]), speed))
+        rows.append((title, spoken_layers(layers), *rises(prices), f"×{speed:.2f}"))
         for title, fit in (
             ("the default: `efficient`, closed form" if first else "the default, closed form", "independent"),
-            ("`--fit distilled`", "distilled"),
+            ("`--fit distilled`" + ("" if today else ", as it was before"), "distilled"),
             ("left out (`--method drop`)" if first else "left out", "drop"),
         ):
             rows.append((title, spoken_layers(row["layers"]), *rises(row[fit]), f"×{row['modelled_prefill']:.2f}"))
     return rows
+
+
+def ladder_points(read: Read) -> list[dict[str, Any]]:
+    """The same for the plot: by how much perplexity rises on the text that suffers most."""
+    points = []
+    for count, row, _, speed, paper in _counts(read):
+        ours = row["modelled_prefill"]
+        shown = (("paper", speed, paper), ("nbl", ours, row["independent"]), ("distilled", ours, row["distilled"]))
+        for method, prefill, prices in shown:
+            worst = max(prices[text]["nbl"] / prices[text]["original"] - 1 for text in TEXTS)
+            points.append({"method": method, "layers": int(count), "prefill": prefill, "worst_increase": worst})
+    return points
 
 
 def choices(read: Read) -> Rows:
@@ -59,7 +76,8 @@ def tails(read: Read) -> Rows:
 
 
 def tasks(read: Read) -> Rows:
-    found = read("tasks-smollm2")["tasks"]
+    """Changes are from the original of the same run; the original that is shown is that of the distilled rows."""
+    found, today = read("tasks-smollm2")["tasks"], read("tasks-distilled-smollm2")["tasks"]
     rows: Rows = [("", *(f"{shown} ({found[name]['documents']:,})" for name, shown in TASKS.items())), "lrrr"]
     titles = {"original": "original"}
     for count in (4, 8, 12):
@@ -69,7 +87,8 @@ def tasks(read: Read) -> Rows:
             f"dropped {count}": f"the same {count} left out",
         }
     for row, title in titles.items():
-        rows.append((title, *(_accuracy(found[name]["rows"][row]["acc"], row) for name in TASKS)))
+        scores = [(today[name]["rows"].get(row) or found[name]["rows"][row])["acc"] for name in TASKS]
+        rows.append((title, *(_accuracy(score, row) for score in scores)))
     return rows
 
 

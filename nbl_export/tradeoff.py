@@ -4,8 +4,8 @@
                                                             └► speed-up                       (`cost`)
 
 for fitted maps, for attention left out in the same order, and for the distilled maps of the run where it has some.
-Maps distilled together for m layers serve the first 1, 2, ... of them nearly as well as maps distilled for these
-alone (bench/README.md), so one distillation gives the curve up to m.
+Maps distilled together for m layers serve a few less nearly as well as maps distilled for these alone (10 of 12), and
+far less half as well (4 of 12; bench/README.md): one distillation gives a curve up to m, low at its lower end.
 """
 
 from __future__ import annotations
