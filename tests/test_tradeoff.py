@@ -142,7 +142,8 @@ def test_a_distilled_run_has_a_curve_up_to_its_layers(
         loss = -said.gather(2, held[:, 1:, None]).mean()
         assert found["prices"][0]["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-4)
     report = (run / "report.md").read_text()
-    assert "distilled for 2" in report and "trained together for 2 layers" in report
+    assert "distilled for 2" in report
+    assert ". Distilled maps are this run's own, trained together for 2 layers" in report
 
 
 def test_a_distilled_run_of_given_layers_has_its_point(same: tuple[object, ...], tmp_path: Path) -> None:
