@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbl_export import narrow
+from nbl_export import narrow, short_attention
 from nbl_export.blocks import logits_of, multiplier_of, run_from
 from nbl_export.linearize import AffineAttention, switched
 from nbl_export.records import AffineMap
@@ -155,8 +155,10 @@ class Twin:
     @contextlib.contextmanager
     def _products(self, training: bool) -> Iterator[None]:
         """Within: products in bfloat16 where a training step may take them."""
-        used = self._weights.used() if training and self._weights else contextlib.nullcontext()
-        with used, narrow.products(self.model.device, training and self.narrow):
+        if not training or self._weights is None:
+            yield
+            return
+        with self._weights.used(), narrow.products(self.model.device, True), short_attention.Taken():
             yield
 
     @contextlib.contextmanager

@@ -146,9 +146,9 @@ class Fragile(FileState):
 def test_killed_runs_end_with_the_same_maps(
     settings: DistillSettings, prepared: dict[str, Any], tmp_path: Path
 ) -> None:
-    """At each check of the run, between and within; and killed again and again."""
+    """At each save of the run, with the checks and between them; and killed again and again."""
     whole = run(prepared, "normed", settings)
-    for at, after in itertools.product((1, 2, 3), (False, True)):
+    for at, after in itertools.product((1, 2, 3, 4, 5, 6), (False, True)):
         path = tmp_path / f"{at}-{after}"
         with pytest.raises(Killed):
             run(prepared, "normed", settings, Fragile(path, at, after))
