@@ -81,7 +81,7 @@ def test_killed_at_random_moments_ends_with_the_same_moments(
         assert going_on(process.err) >= before  # nothing that was in a partial file is done again
         before = going_on(process.err)
     assert kills >= 5 and before > 0
-    if not (run / "moments.safetensors").exists():
+    if process.status != 0:  # killed between the moments and the manifest too: the next run sweeps up
         done = server.start(*command, "--output", run, code=OFTEN)
         assert done.status == 0, done.err
     assert file_sha256(run / "moments.safetensors") == expected
