@@ -58,6 +58,7 @@ def test_output_and_gradients_are_those_of_the_fused_operator(options: dict[str,
     ("tokens", "autocast", "options"),
     [
         (32, True, {"attn_mask": torch.ones(32, 32, dtype=torch.bool).tril()}),  # a sliding window's may differ
+        (32, True, {"attn_mask": torch.ones(32, 32, dtype=torch.bool).tril().triu(-8), "is_causal": True}),
         (32, True, {"is_causal": False}),
         (32, True, {"is_causal": True, "dropout_p": 0.5}),
         (32, False, {"is_causal": True}),
