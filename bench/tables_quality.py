@@ -23,22 +23,22 @@ def rises(prices: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 def _counts(read: Read) -> Iterator[tuple[str, Mapping[str, Any], dict[str, Any], float, Mapping[str, Any]]]:
     """Count, the tool's row, the layers of the paper's way, their modelled speed and their prices."""
-    today, before, prices = (read(f"quality-{name}") for name in ("ladder-labels", "ladder-hidden", "default"))
-    for count, theirs in sorted(before["paper"].items(), key=lambda item: int(item[0])):
-        row = today["rows"].get(count) or before["rows"][count]
-        yield count, row, theirs["layers"], theirs["modelled_prefill"], prices["residual"][f"cca {count}"]
+    today, prices = read("quality-ladder-labels"), read("quality-default")
+    for count, theirs in sorted(today["paper"].items(), key=lambda item: int(item[0])):
+        paper = prices["residual"][f"cca {count}"]
+        yield count, today["rows"][count], theirs["layers"], theirs["modelled_prefill"], paper
 
 
 def ladder(read: Read) -> Rows:
     """Counts of layers: the paper's way, and what the tool chooses: closed form, distilled, left out."""
     rows: Rows = [("", "layers", "C4", "WikiText-2", "realnews", "prefill, modelled"), "llrrrr"]
     for count, row, layers, speed, prices in _counts(read):
-        first, today = len(rows) == 2, "label_weight" in row["settings"]
+        first = len(rows) == 2
         title = f"**{count} layers**, the paper's way" + (": its bound (`cca`), closed form" if first else "")
         rows.append((title, spoken_layers(layers), *rises(prices), f"×{speed:.2f}"))
         for title, fit in (
             ("the default: `efficient`, closed form" if first else "the default, closed form", "independent"),
-            ("`--fit distilled`" + ("" if today else ", as it was before"), "distilled"),
+            ("`--fit distilled`", "distilled"),
             ("left out (`--method drop`)" if first else "left out", "drop"),
         ):
             rows.append((title, spoken_layers(row["layers"]), *rises(row[fit]), f"×{row['modelled_prefill']:.2f}"))
