@@ -53,8 +53,8 @@ class DistillSettings:
     rank, 1e-3 for whole matrices; bench/README.md) to nothing along a cosine over the steps or the minutes, whichever
     are nearer to their end. window: tokens of a training row, at most. patience: share of the run after which it is
     over where nothing was better; while the rate is high held-back KL goes up and down, and most is gained as it falls.
-    check_every: steps between two judgements, each of which takes as long as three of them on a CPU; the run is kept
-    twice as often.
+    check_every: steps between two judgements, which take as long as three steps each on a CPU; the run is kept twice
+    as often.
     hidden_weight: of the distance of the hidden states, beside the KL; 0 leaves it out. label_weight: how much of the
     KL gives way to the cross-entropy of the text's own next tokens (Hinton et al. 2015), 0 to 1. Near the lowest KL a
     little of it costs KL in second order and gains perplexity in first: 0.1 costs 1% of the KL, 0.2 up to 7%

@@ -6,7 +6,7 @@ for 4 rows of 256 tokens and 9 heads of 64; its backward is most of it. Products
 distillation a tenth less (bench/README.md). From 512 tokens on both take the same, and this one more memory.
 
 Scores are rounded to bfloat16 before the softmax, where the fused one rounds its result: gradients of a training step
-are as far from float32's as with the fused one (bench/README.md).
+are as near to float32's as with the fused one, but for rows that bfloat16 turns in any case (bench/README.md).
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class Taken(TorchFunctionMode):
 
 
 def _suits(
-    query: torch.Tensor, key: torch.Tensor, _value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, **_others: Any,
 ) -> bool:  # fmt: skip
     tokens, device = query.shape[-2], query.device.type
-    short = tokens == key.shape[-2] and tokens <= _LONGEST
+    short = tokens == key.shape[-2] == value.shape[-2] and tokens <= _LONGEST
     narrow = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     return device == "cpu" and short and narrow and is_causal and attn_mask is None and not dropout_p
 
 
 def _attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, is_causal: bool, scale: float | None = None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_suited: Any, scale: float | None = None,
     enable_gqa: bool = False, **_others: Any,
 ) -> torch.Tensor:  # fmt: skip
     """query [B, H, T, S], key and value [B, H or its groups, T, S] -> [B, H, T, S] in bfloat16."""
