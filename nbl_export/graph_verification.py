@@ -5,22 +5,28 @@
     c  the NBL graph against the original graph in which numpy computes the maps: their input is read off a tap, their
        output given to the graph in place of its attention. No bypass, no dropped cache, no sweep is behind that.
     d  greedy text through ONNX Runtime GenAI, where there is a genai_config.json, against that same reference
-    e  the price, f the last token: as ever
+    e  the price, f the last token, g codes and kernels: as ever; a graph in codes climbs b and c as its float32 twin
 
 What is not proven without the torch model: that the graph as it came computes what its makers meant.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nbl_export.engines.onnx_decoder import ALL_LOGITS_FILE, GRAPH_FILE, OnnxDecoder
+from nbl_export.engines.onnx_decoder import OnnxDecoder, all_logits_file
 from nbl_export.job import Job
-from nbl_export.records import ITEMSIZE, AffineMap, DecoderSpec, RungResult
+from nbl_export.records import AffineMap, DecoderSpec, RungResult
+from nbl_export.verify import Probe, greedy, shown_positions
+
+if TYPE_CHECKING:
+    from nbl_export.climb import Climb, Coded
 
 __all__ = ["MappedOriginal", "run"]
 
@@ -55,70 +61,72 @@ class MappedOriginal:
             given[names[layer]] = x_BTD.astype(np.float32) @ affine.weight.T + affine.bias
         return self._inner.step(ids_BT, valid_BT, given)
 
-    def greedy(self, prompt: Sequence[int], new_tokens: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Continuation, and the gap between the two best logits at each of its tokens."""
-        ids: list[int] = []
-        gaps: list[float] = []
-        self.begin(1)
-        logits = self.step(np.asarray([prompt]))[0, -1]
-        for _ in range(new_tokens):
-            second, best = np.argsort(logits)[-2:]
-            ids.append(int(best))
-            gaps.append(float(logits[best] - logits[second]))
-            logits = self.step(np.asarray([[best]]))[0, -1]
-        return tuple(ids), tuple(gaps)
-
 
 def run(job: Job) -> dict[str, Any]:
     """The value of verify.json."""
-    from nbl_export import verification, verify, verify_file, verify_last
+    from nbl_export import verify
+    from nbl_export.climb import Climb, coded_graphs
     from nbl_export.plan import load_maps
+    from nbl_export.verification import conclude, make_probe, price_texts
 
-    plan, spec, precision = job.plan, job.spec, job.options.precision
-    probe = verification.make_probe(job)
-    maps = load_maps(job.run.path / "maps.safetensors", plan.replaced)
+    maps = load_maps(job.run.path / "maps.safetensors", job.plan.replaced)
     results: list[RungResult] = []
-    decoders, graphs = {}, {"original": job.run.path / "original", "nbl": job.run.path / "model"}
-    for subject, directory in graphs.items():
-        ours, kept = ({}, range(spec.num_layers)) if subject == "original" else (maps, plan.kept)
-        decoder = decoders[subject] = job.engine.open_graph(directory, spec)
-        size = ITEMSIZE[next(a for a in decoder.contract.inputs if a.name.startswith("past_key_values.")).dtype]
-        last_only = (directory / ALL_LOGITS_FILE).is_file()
-        shipped = OnnxDecoder(directory, spec.head_dim) if last_only else decoder
-        results += verify_file.check_file(
-            subject, directory, spec, tuple(kept), shipped.contract, size, job.options.kept_logits
-        )
-        results += verify_file.check_maps(subject, directory, ours)
-        if last_only:
-            results.append(verify_last.check_pruned(subject, directory))
-            results += verify_last.check_last(subject, decoder, shipped, probe.rows[0], precision)
-        reference = MappedOriginal(_all_logits(graphs["original"]), spec, ours, plan.tap)
+    directories = {"original": job.run.path / "original", "nbl": job.run.path / "model"}
+    with coded_graphs(job, directories, results) as coded:
+        climb = Climb(job, make_probe(job), maps, None, results)
+        _ask_graph(climb, directories["original"], coded)
+        decoders = climb.run(directories, coded)
+        with job.ui.task("price on held-back text") as progress:
+            prices = verify.price(decoders["original"], decoders["nbl"], price_texts(job), progress)
+    return conclude(job, results, prices)
+
+
+def _ask_graph(climb: Climb, directory: Path, coded: Mapping[str, Coded]) -> None:
+    """Let the graph as it came answer, and its float32 twin with the maps as they are stored."""
+    from nbl_export.torch_matrices import nearest_maps
+
+    graph = directory / all_logits_file(directory)
+    climb.truth = _references(climb, graph, climb.maps, climb.own_probe(coded))
+    if coded:
+        with climb.none_of_ours():
+            stored = nearest_maps(climb.maps, [m for m in coded["nbl"].stored if m.name.startswith("/nbl/")])
+            climb.truth_of_codes = _references(climb, coded["original"].twin, stored, climb.probe)
+
+
+def _references(climb: Climb, graph: Path, maps: Mapping[int, AffineMap], probe: Probe) -> dict[str, GraphReference]:
+    job, found = climb.job, {}
+    for subject, ours in (("original", {}), ("nbl", maps)):
+        mapped = MappedOriginal(graph, job.spec, ours, job.plan.tap)
         with job.ui.task(f"reference of {subject}"):
-            expected = [_one_pass(reference, row) for row in probe.rows]
-            greedy = (
-                [reference.greedy(prompt, probe.new_tokens) for prompt in probe.prompts] if _speaks(directory) else []
-            )
-        noise = [np.zeros(len(row), np.float32) for row in probe.rows]
-        rung = "b" if subject == "original" else "c"
-        results += verify.check_logits(rung, subject, decoder, probe.rows, expected, noise, precision)
-        results.append(verification.measured_cache(subject, decoder, len(probe.rows), job))
-        if greedy:
-            with job.engine.open_checked(directory, job.options.threads) as runner:
-                said = [runner.greedy(prompt, probe.new_tokens) for prompt in probe.prompts]
-            texts, gaps = [ids for ids, _ in greedy], [margins for _, margins in greedy]
-            results.append(verify.check_greedy(subject, said, texts, gaps, precision))
-    results += verify_file.check_untouched(graphs["nbl"], graphs["original"])
-    with job.ui.task("price on held-back text") as progress:
-        prices = verify.price(decoders["original"], decoders["nbl"], verification.price_texts(job), progress)
-    return verification.conclude(job, results, prices)
+            speaks = (job.run.path / "original" / "genai_config.json").is_file()
+            found[subject] = _reference(mapped, probe if speaks else dataclasses.replace(probe, prompts=()))
+    return found
 
 
-def _all_logits(directory: Path) -> Path:
-    return directory / (ALL_LOGITS_FILE if (directory / ALL_LOGITS_FILE).is_file() else GRAPH_FILE)
+@dataclass(frozen=True)
+class GraphReference:
+    """What a graph says in one pass over each row; as `reference.Reference`, without noise."""
+
+    logits: tuple[np.ndarray, ...]
+    noise: tuple[np.ndarray, ...]
+    greedy: tuple[tuple[int, ...], ...]
+    margins: tuple[tuple[float, ...], ...]
+    long: np.ndarray | None
+    long_noise: np.ndarray | None
 
 
-def _speaks(directory: Path) -> bool:
-    return (directory / "genai_config.json").is_file()
+def _reference(decoder: MappedOriginal, probe: Probe) -> GraphReference:
+    logits = tuple(_one_pass(decoder, row) for row in probe.rows)
+    texts = [greedy(decoder, prompt, probe.new_tokens) for prompt in probe.prompts]
+    long = _one_pass(decoder, probe.long)[shown_positions(len(probe.long))] if probe.long else None
+    return GraphReference(
+        logits,
+        tuple(np.zeros(len(row), np.float32) for row in probe.rows),
+        tuple(ids for ids, _ in texts),
+        tuple(gaps for _, gaps in texts),
+        long,
+        None if long is None else np.zeros(len(long), np.float32),
+    )
 
 
 def _one_pass(decoder: Any, row: Sequence[int]) -> np.ndarray:

@@ -49,11 +49,11 @@ class AffineAttention(nn.Module):
         return made
 
     def forward(self, hidden_states: torch.Tensor, *_args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        self._count(hidden_states, kwargs.get("cache", kwargs.get("past_key_values")))
+        self.count(hidden_states, kwargs.get("cache", kwargs.get("past_key_values")))
         out = self.linear(hidden_states)
         return (out if self.multiplier == 1.0 else out / self.multiplier), None
 
-    def _count(self, hidden_BTD: torch.Tensor, cache: Any) -> None:
+    def count(self, hidden_BTD: torch.Tensor, cache: Any) -> None:
         """Tell the cache that T tokens more have been seen: one number a token.
 
         transformers reads the past length and the width of masks off the cache of the first layer of each kind, and

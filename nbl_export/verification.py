@@ -1,4 +1,4 @@
-"""Runs the ladder of `verify` for a job: held-back probes, torch's answers, then both graphs, one at a time."""
+"""Runs the ladder of `verify` for a job with a torch model: probes, `climb`, the price."""
 
 from __future__ import annotations
 
@@ -7,65 +7,36 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nbl_export.climb import Climb, coded_graphs
 from nbl_export.job import Job
 from nbl_export.nbl_checkpoint import GIVEN_FIT
 from nbl_export.price import warn_of_far_prices
-from nbl_export.records import ITEMSIZE, AffineMap, RungResult
+from nbl_export.records import AffineMap, RungResult
 
-__all__ = ["conclude", "make_probe", "measured_cache", "price_texts", "run"]
+__all__ = ["conclude", "make_probe", "price_texts", "run"]
 
 _PREFILL_TOKENS = (64, 37)
 _PROMPT_TOKENS = 24
 _NEW_TOKENS = 32
+_LONG_TOKENS = 2048
+_BEYOND_WINDOW = 512
 _PRICE_TOKENS = 2048
-_LONGEST_PROBED_WINDOW = 1024
+_LONGEST_PROBED_WINDOW = 256  # by the short rows and as a batch; the long row is longer than any window
 
 
 def run(job: Job) -> dict[str, Any]:
     """The value of verify.json."""
-    from nbl_export import verify, verify_file, verify_last
-    from nbl_export.linearize import linearize
+    from nbl_export import verify
     from nbl_export.plan import load_maps
-    from nbl_export.reference import make_reference
     from nbl_export.token_rows import rows_of
-    from nbl_export.twins import INT4
 
-    plan = job.plan
-    probe = make_probe(job)
-    maps = load_maps(job.run.path / "maps.safetensors", plan.replaced)
-    with job.ui.task("torch reference") as progress:
-        original = make_reference(job.model, probe.rows, probe.prompts, probe.new_tokens)
-        progress(1, 2)
-        nbl = make_reference(linearize(job.model, maps, plan.tap), probe.rows, probe.prompts, probe.new_tokens)
-    del job.model  # it has been linearized, and memory is wanted
-    capabilities = job.engine.CAPABILITIES
-    precision = "fp32" if capabilities.static else job.options.precision  # of what is compared
+    maps = load_maps(job.run.path / "maps.safetensors", job.plan.replaced)
     results: list[RungResult] = []
-    yardsticks: dict[str, float] = {}
-    decoders = {}
     rows_VD = rows_of(job, maps)
-    with _graphs(job, maps, rows_VD, results) as directories:
-        for subject, reference in (("original", original), ("nbl", nbl)):
-            directory = directories[subject]
-            decoder = decoders[subject] = job.engine.open_graph(directory, job.spec)
-            cache = next(a for a in decoder.contract.inputs if a.name.startswith("past_key_values."))
-            ids, size = _cache_ids(job, subject), ITEMSIZE[cache.dtype]
-            with _shipped(job, directory, decoder) as shipped:
-                contract, logits = shipped.contract, job.options.kept_logits
-                results += verify_file.check_file(subject, directory, job.spec, ids, contract, size, logits)
-                ours = ({}, None) if subject == "original" else (maps, rows_VD)
-                results += verify_file.check_maps(subject, directory, *ours)
-                if shipped is not decoder:
-                    results.append(verify_last.check_pruned(subject, directory))
-                    results += verify_last.check_last(subject, decoder, shipped, probe.rows[0], precision)
-            rung = "b" if subject == "original" else "c"
-            results += _logits(rung, subject, decoder, probe, reference, precision, yardsticks)
-            results.append(measured_cache(subject, decoder, len(probe.rows), job))
-            if (directory / INT4).is_dir():
-                decoder = decoders[subject] = job.engine.open_graph(directory / INT4, job.spec)
-                results += _logits(rung, subject, decoder, probe, reference, "int4", yardsticks)
-            results.append(_greedy(job, subject, directory, probe, reference, precision))
-        results += verify_file.check_untouched(directories["nbl"], directories["original"])
+    with _graphs(job, maps, rows_VD, results) as directories, coded_graphs(job, directories, results) as coded:
+        climb = Climb(job, make_probe(job), maps, rows_VD, results)
+        climb.ask_torch(coded)
+        decoders = climb.run(directories, coded)
         prices = []
         if job.options.fit != GIVEN_FIT:  # whose original has no attention in the replaced layers
             with job.ui.task("price on held-back text") as progress:
@@ -87,28 +58,6 @@ def conclude(job: Job, results: list[RungResult], prices: list[dict[str, Any]]) 
     return {**found, "price_warning": warning, "cache_bytes_per_token": per_token}
 
 
-def _logits(
-    rung: str, subject: str, decoder: Any, probe: Any, reference: Any, precision: str, yardsticks: dict[str, float]
-) -> list[RungResult]:
-    """Rung b or c; the first graph of a precision is the yardstick of the second."""
-    from nbl_export import verify
-
-    found = verify.check_logits(
-        rung, subject, decoder, probe.rows, reference.logits, reference.noise, precision, yardsticks.get(precision)
-    )
-    yardsticks.setdefault(precision, max(r.value or 0.0 for r in found))
-    return found
-
-
-@contextlib.contextmanager
-def _shipped(job: Job, directory: Path, decoder: Any) -> Iterator[Any]:
-    """The graph that ships: the one with the logits of the last token where there is one, else `decoder` itself."""
-    from nbl_export.engines.onnx_decoder import ALL_LOGITS_FILE, GRAPH_FILE
-
-    pair = (directory / ALL_LOGITS_FILE).is_file()
-    yield job.engine.open_graph(directory, job.spec, GRAPH_FILE) if pair else decoder
-
-
 @contextlib.contextmanager
 def _graphs(
     job: Job, maps: Mapping[int, AffineMap], rows_VD: Any, results: list[RungResult]
@@ -125,17 +74,14 @@ def _graphs(
         yield twins
 
 
-def _cache_ids(job: Job, subject: str) -> tuple[int, ...]:
-    """Layers that keep a cache, or ids 0..K-1 where the graph counts so."""
-    kept = job.plan.kept if subject == "nbl" else tuple(range(job.plan.num_layers))
-    return tuple(range(len(kept))) if job.engine.CAPABILITIES.dense_caches else kept
-
-
 def make_probe(job: Job) -> Any:
-    """Rows and prompts from held-back text; a row longer than a small sliding window where there is one."""
+    """Rows and prompts from held-back text, and one long row that begins there and may go on with calibration text.
+
+    A short row is longer than a small sliding window where there is one, the long row than any.
+    """
     from nbl_export import verify
 
-    _, held = job.windows
+    windows, held = job.windows
     ids = held.flatten().tolist()
     window = job.spec.sliding_window or 0
     first, second = _PREFILL_TOKENS
@@ -146,23 +92,15 @@ def make_probe(job: Job) -> Any:
     starts = [k * len(ids) // 4 for k in (0, 1, 2)]
     new_tokens = min(_NEW_TOKENS, job.slots - _PROMPT_TOKENS)
     prompts = tuple(tuple(ids[s : s + _PROMPT_TOKENS]) for s in starts)
-    return verify.Probe(tuple(map(tuple, rows)), prompts, new_tokens)
+    long = [*ids, *windows.flatten().tolist()][: min(_long_tokens(job), job.slots)]
+    return verify.Probe(tuple(map(tuple, rows)), prompts, new_tokens, tuple(long) if len(long) > len(rows[0]) else ())
 
 
-def measured_cache(subject: str, decoder: Any, rows: int, job: Job) -> RungResult:
-    per_token = decoder.cache_bytes // (rows * decoder.slots)
-    stated = decoder.contract.cache_bytes_per_token(job.spec.head_dim)
-    passed = per_token == stated
-    detail = f"{per_token} bytes a token held after the last step, {stated} by contract"
-    return RungResult("a", subject, "cache bytes in the running session", float(not passed), 0.5, passed, detail)
-
-
-def _greedy(job: Job, subject: str, directory: Path, probe: Any, reference: Any, precision: str) -> RungResult:
+def _long_tokens(job: Job) -> int:
     from nbl_export import verify
 
-    with job.engine.open_checked(directory, job.options.first_threads) as runner:
-        said = [runner.greedy(prompt, probe.new_tokens) for prompt in probe.prompts]
-    return verify.check_greedy(subject, said, reference.greedy, reference.margins, precision)
+    window = job.spec.sliding_window
+    return max(_LONG_TOKENS, window + _BEYOND_WINDOW if window else 0) + verify.DECODE_STEPS
 
 
 def price_texts(job: Job) -> list[tuple[str, Any]]:

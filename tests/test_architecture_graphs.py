@@ -22,7 +22,7 @@ from nbl_export.records import AffineMap, Plan
 from nbl_export.reference import make_reference
 from nbl_export.rewrite import rewrite
 from nbl_export.rewrite.last_token import keep_last_token
-from nbl_export.verify import DECODE_STEPS, check_logits, run_rows
+from nbl_export.verify import DECODE_STEPS, TOLERANCES, Probe, check_logits, run_rows
 
 from .command import TINY, assert_refused, nbl
 from .tiny import HIDDEN, LAYERS, VARIANTS, VOCAB, made_by, save_checkpoint
@@ -127,10 +127,10 @@ def test_a_lost_window_fails_the_originals_own_rung(
     for node in attention:
         node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", -1)
     ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
-    truth = make_reference(load_model(checkpoint(architecture)), rows(), (), 0)
+    truth = make_reference(load_model(checkpoint(architecture)), Probe(tuple(map(tuple, rows())), (), 0))
     for directory, right in ((exported(architecture), True), (tmp_path, False)):
         decoder = open_graph(directory, checkpoint(architecture))
-        rungs = check_logits("b", "original", decoder, rows(), truth.logits, truth.noise, "fp32")
+        rungs = check_logits("b", "original", decoder, rows(), truth.logits, truth.noise, TOLERANCES["fp32"])
         assert all(r.passed for r in rungs) == right
 
 

@@ -12,6 +12,7 @@ from nbl_export.checkpoint import load_model
 from nbl_export.linearize import linearize
 from nbl_export.records import AffineMap
 from nbl_export.reference import make_reference
+from nbl_export.verify import Probe
 
 from .tiny import ARCHITECTURES
 
@@ -54,7 +55,7 @@ def test_cached_steps_equal_one_forward(
 def test_reference_is_the_model(checkpoint: Checkpoint) -> None:
     model = load_model(checkpoint("llama"))
     rows = [list(range(2, 30)), list(range(5, 20))]
-    found = make_reference(model, rows, [rows[0][:8]], 6)
+    found = make_reference(model, Probe(tuple(map(tuple, rows)), (tuple(rows[0][:8]),), 6))
     with torch.inference_mode():
         for row, logits in zip(rows, found.logits, strict=True):
             assert (model(torch.tensor([row])).logits[0] == torch.from_numpy(logits)).all()

@@ -1,0 +1,121 @@
+"""The float32 twin of a quantised graph: each product with codes becomes the product with what the codes stand for.
+
+    before   MatMulNBits(x, codes, scales[, zeros][, bias])         after   MatMul(x, W') [-- Add(bias)]
+             GatherBlockQuantized(codes, ids, scales[, zeros])              Gather(W, ids)
+             DequantizeLinear(codes, scales[, zeros])                       W
+             DynamicQuantizeLinear(x) -- MatMulInteger(., codes)            MatMul(x, W'), and the scale of x is 1
+
+All else is the same graph, value for value and name for name: what is wired wrongly in the one is wired wrongly in the
+other, where no noise of quantisation hides it. Refuses what `codes` refuses.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from nbl_export.errors import RefusalError
+from nbl_export.rewrite.codes import HOLDERS, QuantisedMatrix, quantised_matrices
+from nbl_export.rewrite.sweep import Sweep
+
+__all__ = ["Widen", "save_twin"]
+
+
+def save_twin(graph: Path, out: Path) -> None:
+    """Write the twin of a graph into a directory under the same name, its weights beside it.
+
+    Raises:
+        RefusalError: there is no float32 form of an operator.
+    """
+    model = ir.load(graph)
+    Widen()(model)
+    out.mkdir(parents=True, exist_ok=True)
+    ir.save(model, out / graph.name, external_data=f"{graph.name}.data")
+
+
+class Widen(ir.passes.InPlacePass):
+    """Turn every quantised product and lookup into a float32 one; a graph without any is left alone."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        matrices = {matrix.node: matrix for matrix in quantised_matrices(graph)}
+        rest = [node for node in graph if node.op_type in HOLDERS and node not in matrices]
+        for node, matrix in matrices.items():
+            _widen(graph, node, matrix)
+        for node in rest:
+            _fold(graph, node)
+        for node in [n for n in graph if n.op_type == "DynamicQuantizeLinear"]:
+            node.outputs[1].replace_all_uses_with(_constant(graph, f"{node.name}/one", np.float32(1)))
+        if matrices or rest:
+            Sweep()(model)
+        return ir.passes.PassResult(model, modified=bool(matrices or rest))
+
+
+def _widen(graph: ir.Graph, node: ir.Node, matrix: QuantisedMatrix) -> None:
+    weight = _unpacked(graph, f"{node.name}/wide", matrix)
+    if node.op_type == "DequantizeLinear":
+        node.outputs[0].replace_all_uses_with(weight)
+        graph.remove(node, safe=True)
+    elif node.op_type == "GatherBlockQuantized":
+        _replace(graph, node, [ir.node("Gather", [weight, node.inputs[1]], {"axis": 0}, name=node.name)])
+    else:
+        nodes = [ir.node("MatMul", [_activation(node), weight], name=node.name)]
+        bias = node.inputs[5] if node.op_type == "MatMulNBits" and len(node.inputs) > 5 else None
+        if bias is not None:
+            nodes[0].outputs[0].name = f"{node.name}/product"
+            nodes.append(ir.node("Add", [nodes[0].outputs[0], bias], name=f"{node.name}/Add"))
+        _replace(graph, node, nodes)
+
+
+def _activation(node: ir.Node) -> ir.Value | None:
+    """What a product multiplies, before it was quantised."""
+    given = node.inputs[0]
+    if node.op_type != "MatMulInteger":
+        return given
+    maker = None if given is None else given.producer()
+    if maker is None or maker.op_type != "DynamicQuantizeLinear":
+        raise RefusalError(None, f"what {node.name} multiplies is not quantised right before it")
+    return maker.inputs[0]
+
+
+def _replace(graph: ir.Graph, old: ir.Node, nodes: list[ir.Node]) -> None:
+    """Put nodes in the place of one; its output is then that of the last of them, name and all."""
+    output, made = old.outputs[0], nodes[-1].outputs[0]
+    made.type, made.shape, name = ir.TensorType(ir.DataType.FLOAT), output.shape, output.name
+    graph.insert_before(old, nodes)
+    output.replace_all_uses_with(made, replace_graph_outputs=True)
+    graph.remove(old, safe=True)
+    made.name = name
+
+
+def _unpacked(graph: ir.Graph, name: str, matrix: QuantisedMatrix) -> ir.Value:
+    """A constant whose numbers are made when they are written, so that memory is that of one matrix."""
+    shape = ir.Shape(reversed(matrix.shape) if matrix.transposed else matrix.shape)
+    tensor = ir.LazyTensor(lambda: ir.tensor(matrix.operand(), name=name), ir.DataType.FLOAT, shape, name=name)
+    return _register(graph, tensor)
+
+
+def _fold(graph: ir.Graph, node: ir.Node) -> None:
+    """Compute a DequantizeLinear that is no matrix: a vector, or numbers that share one scale."""
+    codes, scales, *rest = (None if v is None else v.const_value for v in node.inputs)
+    if codes is None or scales is None or scales.size != 1:
+        raise RefusalError(None, f"{node.name} dequantises something else than a matrix that is stored")
+    zero = rest[0].numpy().astype(np.float32) if rest and rest[0] is not None else np.float32(0)
+    array = (codes.numpy().astype(np.float32) - zero) * scales.numpy().astype(np.float32)
+    node.outputs[0].replace_all_uses_with(_constant(graph, f"{node.name}/wide", array.reshape(codes.shape.numpy())))
+    graph.remove(node, safe=True)
+
+
+def _constant(graph: ir.Graph, name: str, array: np.ndarray | np.float32) -> ir.Value:
+    return _register(graph, ir.tensor(np.asarray(array), name=name))
+
+
+def _register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    if tensor.name in graph.initializers:
+        raise RefusalError(None, f"it already has an initializer {tensor.name}")
+    shape, dtype = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
+    value = ir.Value(name=tensor.name, const_value=tensor, shape=shape, type=dtype)
+    graph.register_initializer(value)
+    return value
