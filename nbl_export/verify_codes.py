@@ -39,8 +39,8 @@ def check_nearness(subject: str, found: Sequence[Far], limit: float | None) -> R
     """The codes are those of the model's matrices.
 
     Args:
-        limit: `NEAREST` or `SEARCHED` where the graph was quantised here. Codes of another tool make up for each other's
-            errors and lie farther away: None reports the distance.
+        limit: `NEAREST` or `SEARCHED` where the graph was quantised here; None reports the distance of another tool's
+            codes, which make up for each other's errors and lie farther away.
     """
     worst = max(found, key=lambda f: f.steps)
     detail = f"{len(found)} matrices; the farthest is {worst.name}, row {worst.row}"
