@@ -16,9 +16,13 @@ PACKAGE = Path(__file__).parent.parent / "nbl_export"
 FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-MUST_BE = {"trust_remote_code": False, "hf_remote": False, "allow_pickle": False, "weights_only": True, "shell": False}
+MUST_BE = {"trust_remote_code": False, "hf_remote": False, "allow_pickle": False, "weights_only": True, "shell": False,
+           "use_safetensors": True, "local_files_only": True, "engine_host_code_allowed": False}  # fmt: skip
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 CALLS = {"torch.load", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}
+COLLECTIVES = {"broadcast_object_list", "scatter_object_list", "all_gather_object", "gather_object", "send_object_list",
+               "recv_object_list"}  # of torch.distributed: they unpickle what arrives  # fmt: skip
+MUST_SAY = {"from_pretrained": {"trust_remote_code"}, "from_config": {"trust_remote_code"}}
 
 
 def findings(source: str) -> list[str]:
@@ -37,6 +41,11 @@ def _findings(tree: ast.AST) -> Iterator[str]:
         yield from sorted(names & (PICKLES | CALLS))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in CALLS | BUILTINS:
             yield ast.unparse(node.func)
+        if isinstance(node, ast.Attribute) and node.attr in COLLECTIVES:
+            yield node.attr
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MUST_SAY:
+            weights = {"use_safetensors"} if ast.unparse(node.func).endswith("LM.from_pretrained") else set()
+            yield from (MUST_SAY[node.func.attr] | weights) - {keyword.arg for keyword in node.keywords}
         if isinstance(node, ast.keyword) and node.arg in MUST_BE and ast.unparse(node.value) != str(MUST_BE[node.arg]):
             yield ast.unparse(node)
         if isinstance(node, ast.Constant) and node.value in ("trust_remote_code", "hf_remote"):
@@ -56,6 +65,13 @@ def test_no_pickle_no_code_of_others(name: str) -> None:
         "import torch\ntorch.load(path)",
         "import torch\ntorch.load(path, weights_only=True)",
         "from torch import load",
+        "AutoConfig.from_pretrained(d)",
+        "AutoTokenizer.from_pretrained(d, local_files_only=True)",
+        "AutoModel.from_config(c)",
+        "AutoModelForCausalLM.from_pretrained(d, trust_remote_code=False)",
+        "AutoModelForCausalLM.from_pretrained(d, trust_remote_code=False, use_safetensors=None)",
+        "dist.broadcast_object_list(said, src=0)",
+        "dist.all_gather_object(said, value)",
         "AutoModel.from_pretrained(d, trust_remote_code=True)",
         "AutoModel.from_pretrained(d, trust_remote_code=asked)",
         "AutoModel.from_pretrained(d, **{'trust_remote_code': True})",

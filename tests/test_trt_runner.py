@@ -227,7 +227,8 @@ def test_a_plan_that_the_record_does_not_vouch_for_never_reaches_the_library(
     session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
     session.close()
     record, plan = read_record(tmp_path), tmp_path / "decoder.engine"
-    whole, loaded = plan.read_bytes(), []
+    whole = plan.read_bytes()
+    loaded: list[bytes] = []
     monkeypatch.setattr(trt, "deserialize_cuda_engine", loaded.append)
     plan.write_bytes(whole[::-1])
     with pytest.raises(CorruptError, match="its hash is not the one recorded"):
