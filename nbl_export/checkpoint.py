@@ -23,7 +23,10 @@ from nbl_export import graph_source
 from nbl_export.architectures import ARCHITECTURES, check_config, windows_of
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.given_graph import home_of
+from nbl_export.model_settings import CONFIG_BYTES, check_checkpoint, check_settings
+from nbl_export.pretrained import config_of, model_of, quiet_transformers, tokenizer_of
 from nbl_export.records import TAPS, DecoderSpec
+from nbl_export.strict_json import read_object
 
 __all__ = [
     "LINEARIZED",
@@ -32,7 +35,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "materialise",
-    "quiet_transformers",
     "read_spec",
     "resolve",
 ]
@@ -44,6 +46,7 @@ _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "gener
               "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*",
               "README.md")  # the licence stands in it  # fmt: skip
 _SAMPLED_BYTES = 1 << 20
+_WEIGHTS = "model.safetensors"
 _MARKER = "source.json"
 
 
@@ -84,17 +87,6 @@ class Source:
         return None if self.revision else str((file or self.directory).absolute())
 
 
-def quiet_transformers() -> None:
-    """No progress bars and no advice from transformers: our stages report progress themselves."""
-    os.environ["TQDM_DISABLE"] = "1"
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingPackageError("transformers", "export", "reading a checkpoint") from error
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
 def resolve(model: str) -> Source:
     """Find a model and check what can be checked without loading it.
 
@@ -104,6 +96,7 @@ def resolve(model: str) -> Source:
     path = Path(model).expanduser()
     graph = graph_source.graph_of(path)
     if graph is not None:
+        check_checkpoint(home_of(graph))
         files = graph_source.files_of(graph)
         return Source(model, home_of(graph), None, None, _fingerprint(files), graph)
     if path.is_file() and path.suffix == ".gguf":
@@ -142,6 +135,7 @@ def _hub_source(repo: str) -> Source:
 
 
 def _directory_source(name: str, directory: Path, revision: str | None) -> Source:
+    check_checkpoint(directory)
     config = _read_config(directory)
     replaced = _linearized(config, directory / "config.json")
     if replaced is not None:
@@ -172,15 +166,9 @@ def _linearized(config: dict[str, Any], where: Path) -> Linearized | None:
 
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise NblError(f"{directory} is not a model directory: it has no config.json") from error
-    except (ValueError, OSError, RecursionError) as error:
-        raise NblError(f"{path} cannot be read ({error}); fetch the model again") from error
-    if not isinstance(config, dict):
-        raise NblError(f"{path} is not a model configuration; fetch the model again")
-    return config
+    if not path.is_file():
+        raise NblError(f"{directory} is not a model directory: it has no config.json")
+    return read_object(path, CONFIG_BYTES)
 
 
 def _check_architecture(model_type: Any, where: Path, *, multimodal: bool = False) -> None:
@@ -209,12 +197,13 @@ def _weight_files(directory: Path) -> list[Path]:
         if missing:
             raise NblError(f"{directory} lacks {missing[0]}, which its index names; fetch the model again")
         return files
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
+    if not (directory / _WEIGHTS).is_file():  # transformers would look for a pickle, whatever else lies there
         pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt*"))
-        hint = f"; {pickled[0].name} is a pickle, which is not read: convert it to safetensors" if pickled else ""
+        other = [file.name for file in sorted(directory.glob("*.safetensors"))]
+        hint = f"; {other[0]} is not named {_WEIGHTS}, and no index names it" if other else ""
+        hint += f"; {pickled[0].name} is a pickle, which is not read: convert it to safetensors" if pickled else ""
         raise NblError(f"{directory} has no safetensors weights{hint}")
-    return files
+    return sorted(directory.glob("*.safetensors"))
 
 
 def _check_safetensors(files: list[Path]) -> None:
@@ -239,6 +228,7 @@ def _gguf_source(name: str, file: Path) -> Source:
         architecture = field.contents() if field is not None else None
     except Exception as error:  # the reader raises whatever numpy raises on a short or foreign file
         raise NblError(f"{file} is truncated or not a GGUF file ({error}); fetch it again") from error
+    check_settings(file.parent)
     aliases = {alias: record.name for record in ARCHITECTURES.values() for alias in record.aliases}
     _check_architecture(aliases.get(str(architecture), architecture), file)
     return Source(name, file.parent, file, None, _fingerprint([file]))
@@ -267,12 +257,10 @@ def read_spec(source: Source) -> DecoderSpec:
         return graph_source.read_spec(source.graph)
     quiet_transformers()
     from optimum.utils import NormalizedTextConfigWithGQA
-    from transformers import AutoConfig
 
-    gguf = {"gguf_file": source.gguf.name} if source.gguf else {}
     _register(source)
     try:
-        config = AutoConfig.from_pretrained(str(source.directory), **gguf)
+        config = config_of(source.directory, source.gguf.name if source.gguf else None)
         architecture = config.model_type.removeprefix(LINEARIZED if source.linearized else "")
         _check_architecture(architecture, source.directory)
         normal = NormalizedTextConfigWithGQA(config)
@@ -345,16 +333,13 @@ def _restore(directory: Path, out: Path) -> None:
 
 
 def _dequantise(gguf: Path, out: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     log.info("dequantising %s", gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    model, _ = model_of(gguf.parent, gguf.name)
     # transformers refuses to save what came quantised; these weights no longer are.
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(out)
+    tokenizer_of(gguf.parent, gguf.name).save_pretrained(out)
 
 
 def _is_whole(target: Path, source: Source) -> bool:
@@ -378,15 +363,9 @@ def load_model(directory: Path) -> Any:
     Raises:
         NblError: transformers cannot load it.
     """
-    quiet_transformers()
-    import torch
-    from transformers import AutoModelForCausalLM
-
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(directory), dtype=torch.float32, output_loading_info=True
-        )
-    except MemoryError:
+        model, report = model_of(directory)
+    except (MemoryError, NblError):
         raise
     except Exception as error:
         raise NblError(f"{directory} cannot be loaded by transformers: {_reason(error)}") from error
@@ -402,10 +381,9 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
         NblError: there is none that transformers can load.
     """
-    quiet_transformers()
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(str(directory))
+        return tokenizer_of(directory)
+    except NblError:
+        raise
     except Exception as error:
         raise NblError(f"{directory} has no usable tokenizer: {error}") from error
