@@ -95,8 +95,12 @@ def spoken(found: Mapping[str, Any]) -> str:
     else:
         where = "on a busy machine:" if is_busy(found) else "while"
         cores = f"{found['cores']} core{'' if found['cores'] == 1 else 's'}"
-        stolen = f", and its host took {found['stolen']:.2g} more" if found["stolen"] >= 0.01 else ""
-        words = f"measured {where} other processes used {found['others']:.2g} of {cores}{stolen}"
+        stolen = f", and its host took {_cores(found['stolen'])} more" if found["stolen"] >= 0.01 else ""
+        words = f"measured {where} other processes used {_cores(found['others'])} of {cores}{stolen}"
     if found["gave_up"]:
         words += f"; {found['gave_up']} of {found['waits']} runs began while threads of the run before still computed"
     return words
+
+
+def _cores(count: float) -> str:
+    return f"{count:.2g}" if count < 10 else f"{count:.0f}"

@@ -5,11 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nbl_export.background import Reading, described, read, spoken, used_between
+
+from .command import nbl
+
+SHORT = ("--depth", 0, "--repetitions", 1, "--prompt-tokens", 8, "--generate-tokens", 3)
 
 
 def test_others_are_all_processes_but_this_one() -> None:
@@ -64,3 +69,18 @@ def test_a_neighbour_is_seen() -> None:
     if found["others"] is None:
         pytest.skip("this system does not count the time of all processes")
     assert found["others"] > 0.2
+
+
+def test_a_busy_machine_is_said_wherever_speed_is(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the command line, in the report, in the model card, and in a comparison that keeps llama-bench's columns."""
+    used = {"seconds": 1.0, "others": 1e3, "stolen": 0.0}
+    monkeypatch.setattr("nbl_export.background.used_between", lambda before, after: used)
+    said = "on a busy machine: other processes used 1000 of"
+    done = nbl("bench", run, "--repetitions", 2)
+    assert done.status == 0, done.err
+    assert said in done.err and said in " ".join(done.out.split())
+    assert nbl("card", run, "--base-model", "org/name").status == 0
+    for name in ("report.md", "report.html", "model/README.md"):
+        assert said in (run / name).read_text(encoding="utf-8"), name
+    beside = nbl("bench", run / "model", *SHORT, "--format", "llama-bench")
+    assert said in beside.err and said not in beside.out
