@@ -88,11 +88,11 @@ def of_loads(old: np.ndarray, new: np.ndarray, loads: int) -> PairedRatio:
 def until_narrow(old: np.ndarray, new: np.ndarray) -> PairedRatio:
     """Rounds that go on as `nbl_export.rounds` would, without a limit of time."""
     rule, before, after = Rule(), old.sum(1).tolist(), new.sum(1).tolist()
-    for loads in itertools.count(LOOKS[0]):
-        found = paired_ratio(before[:loads], after[:loads], range(loads))
-        if rule.ends(loads, 0.0, [found]):
-            return found
-    raise AssertionError
+
+    def of(loads: int) -> PairedRatio:
+        return paired_ratio(before[:loads], after[:loads], range(loads))
+
+    return of(next(n for n in itertools.count(1) if rule.ends(n, 0.0, map(of, [n]))))
 
 
 def signed_rank(ratios: Sequence[float]) -> tuple[float, float]:

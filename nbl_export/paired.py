@@ -11,6 +11,7 @@ narrower where both decoders suffer alike, and misses the median too often where
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -77,6 +78,7 @@ def paired_ratio(before: Sequence[float], after: Sequence[float], loads: Sequenc
     )
 
 
+@functools.cache
 def _rank(count: int) -> int:
     """The largest k whose interval is held with `CONFIDENCE`, at least 1."""
     return max((k for k in range(1, count // 2 + 1) if _confidence(count, k) >= CONFIDENCE), default=1)

@@ -84,7 +84,7 @@ def test_rounds_that_do_not_match_are_refused() -> None:
 def simulated() -> list[dict[str, Any]]:
     """Rows of `bench/intervals.py`: four kinds of noise, three correlations within a load."""
     script = Path(__file__).parent.parent / "bench" / "intervals.py"
-    command = [sys.executable, str(script), "--trials", "2000"]
+    command = [sys.executable, str(script), "--trials", "1000"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: list[dict[str, Any]] = json.loads(done.stdout)["rows"]
     return found
