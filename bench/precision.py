@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--layers", default="0,5-8,22,24-29")
     parser.add_argument("--only", help="names of rows, separated by semicolons")
-    parser.add_argument("--repetitions", default="7")
+    parser.add_argument("--repetitions", default="6")
     parser.add_argument("--windows", type=int, default=16, help="of 512 tokens of each text; 0 leaves quality out")
     parser.add_argument("--calibrate", default="", help="more words for nbl-export, as one string")
     options = parser.parse_args()

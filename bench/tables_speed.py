@@ -5,16 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from nbl_export.paired import PairedRatio, paired_ratio
+from nbl_export.speed import spoken_ratio
+
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
 
 
-def spoken(ratio: Mapping[str, Any]) -> str:
-    """A paired ratio with its interval; one that contains 1 is no difference."""
-    interval = f"({ratio['low']:.2f} to {ratio['high']:.2f})"
-    if ratio["low"] <= 1 <= ratio["high"]:
-        return f"no clear difference {interval}"
-    return f"×{ratio['ratio']:.2f} {interval}"
+def spoken(found: PairedRatio) -> str:
+    """A ratio with its interval; one that contains 1 is no difference, and of too few loads there is none."""
+    if found.loads == 1:
+        return f"×{spoken_ratio(found.ratio)} (one load)"
+    interval = f"{spoken_ratio(found.low)} to {spoken_ratio(found.high)}"
+    if found.verdict == "too few loads":
+        return f"×{spoken_ratio(found.ratio)} ({interval} in {found.loads} loads)"
+    if found.verdict == "no clear difference":
+        return f"no clear difference ({interval})"
+    return f"×{spoken_ratio(found.ratio)} ({interval})"
+
+
+def paired(run: Mapping[str, Any], variant: str, test: str, depth: int) -> PairedRatio:
+    """Of a report.json, or of what `bench --format json` gives, by the load of each round."""
+    base = run.get("base", "original")
+    old, new = (_of(run["rows"], name, test, depth) for name in (base, variant))
+    loads = old.get("loads") or _loads_by(run.get("order") or run["bench"]["order"], len(old["samples"]))
+    return paired_ratio([1 / s for s in old["samples"]], [1 / s for s in new["samples"]], loads)
+
+
+def _loads_by(order: str, rounds: int) -> list[int]:
+    """The loads of raw results that do not name them: the order they record says which rounds share one."""
+    return [number // 2 if "loaded anew every two rounds" in order else 0 for number in range(rounds)]
 
 
 def _of(rows: Sequence[Mapping[str, Any]], variant: str, test: str, depth: int) -> Mapping[str, Any]:
@@ -40,7 +60,7 @@ def demo(read: Read) -> Rows:
         ("decode of 128 after 2048", "tg128", 2048),
     ):
         speeds = [_of(run["rows"], v, test, depth)["tokens_per_second_median"] for v in ("original", "nbl")]
-        rows.append((name, *(f"{_speed(s)} tok/s" for s in speeds), spoken(_of(run["ratios"], "nbl", test, depth))))
+        rows.append((name, *(f"{_speed(s)} tok/s" for s in speeds), spoken(paired(run, "nbl", test, depth))))
     cache = run["cache_bytes_per_token"]
     change = f"−{100 * (1 - cache['nbl'] / cache['original']):.1f}%"
     rows.append(("cache bytes a token", f"{cache['original']:,}", f"{cache['nbl']:,}", change))
@@ -60,7 +80,7 @@ def int4(read: Read) -> Rows:
         "nbl-12-greedy": "12 of `greedy` (6-9, 15, 17, 24-29)",
         "original": "`original/`",
     }
-    ratios = read("int4-smollm2")["ratios"]
+    run = read("int4-smollm2")
     rows: Rows = [("over the stock graph", *variants.values()), "lllllll"]
     for name, test, depth in (
         ("prefill of 512", "pp512", 0),
@@ -69,7 +89,7 @@ def int4(read: Read) -> Rows:
         ("decode of 47", "tg47", 0),
         ("decode of 47 after 512", "tg47", 512),
     ):
-        rows.append((name, *(spoken(_of(ratios, v, test, depth)) for v in variants)))
+        rows.append((name, *(spoken(paired(run, v, test, depth)) for v in variants)))
     return rows
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from nbl_export import background
 from nbl_export.errors import NblError, UsageError
 from nbl_export.speed import spoken_ratio, spoken_test
 
@@ -72,7 +73,8 @@ def render(value: Mapping[str, Any], form: str, width: int | None = None) -> str
         return _csv(value)
     if form == "llama-bench":
         return _llama_bench(value)
-    return _markdown(*_columns(value)) if form == "md" else _table(*_columns(value), width)
+    table = _markdown(*_columns(value)) if form == "md" else _table(*_columns(value), width)
+    return f"{table}\nSpeed was {background.spoken(value['background'])}.\n"
 
 
 def _columns(value: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -140,7 +142,7 @@ def _csv(value: Mapping[str, Any]) -> str:
             **{name: row[name] for name in ("test", "kind", "tokens", "depth", "batch", "threads")},
             **{name: row[f"tokens_per_second_{name}"] for name in ("median", "mean", "stdev")},
             "base": value["base"],
-            **{name: ratio.get(name) for name in ("ratio", "low", "high", "confidence", "pairs", "verdict")},
+            **{name: ratio.get(name) for name in ("ratio", "low", "high", "confidence", "loads", "verdict")},
             "ttft_seconds": row["ttft_seconds"],
             **{f"tpot_{name}_seconds": tpot.get(name) for name in ("p50", "p95", "p99")},
             "joules_per_token": row["joules_per_token"],
@@ -149,6 +151,8 @@ def _csv(value: Mapping[str, Any]) -> str:
             "disk_bytes": sum(facts["disk_bytes"].values()),
             **{name: facts[name] for name in ("kv_cache_bytes_per_token", "parameters", "engine", "provider")},
             "cpu": value["machine"]["cpu"],
+            "others_cores": value["background"]["others"],
+            "busy": value["background"]["busy"],
         }
         if writer is None:
             writer = csv.DictWriter(stream, list(line), lineterminator="\n")

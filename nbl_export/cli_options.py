@@ -198,7 +198,14 @@ ResultFile = Annotated[
     Path | None, typer.Option("--output", metavar="FILE", help="Write there; .md, .csv and .json say the format.")
 ]
 Depth = Annotated[str | None, typer.Option(help="Tokens already in the cache, comma separated (default 0,2048).")]
-Repetitions = Annotated[int | None, typer.Option(min=1, help="Measured rounds (default 5).")]
+Repetitions = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Measured rounds, each on decoders loaded anew "
+        "(default: 6, or up to 24 in 3 minutes while an interval is wider than 10%).",
+    ),
+]
 PromptTokens = Annotated[str | None, typer.Option(help="pp test lengths, comma separated (default 512).")]
 GenerateTokens = Annotated[int | None, typer.Option(min=1, help="tg test length (default 128).")]
 Threads = Annotated[

@@ -62,7 +62,7 @@ def compare(
     Raises:
         NblError: a directory is none of the two, or its engine is not available or cannot do what is asked.
     """
-    from nbl_export import bench, energy
+    from nbl_export import background, bench, energy
     from nbl_export.artifacts import versions
     from nbl_export.speed import read_timings, speed_ratios, speed_rows, spoken_test
     from nbl_export.stages import PACKAGES
@@ -83,9 +83,12 @@ def compare(
         base=base,
     )
     variants = {name: bench.Variant(d.located.path, d.open, d.cache_bytes_per_token) for name, d in decoders.items()}
-    meter = energy.find_meter(gpu=setting.provider != "cpu" or first.CAPABILITIES.static)
+    gpu = setting.provider != "cpu" or first.CAPABILITIES.static
+    instruments = bench.Instruments(meter=energy.find_meter(gpu=gpu))
     with ui.task("rounds") as progress:
-        value = bench.run(variants, scenarios, options.repetitions, progress, setting=setting, meter=meter)
+        value = bench.run(variants, scenarios, options.repetitions, progress, setting=setting, instruments=instruments)
+    if value["background"]["busy"]:
+        ui.say(f"  {background.spoken(value['background'])}")
     for left_out in value["skipped"]:
         ui.say(f"  not measured: {spoken_test(left_out)}: {left_out['reason']}")
     for name, decoder in decoders.items():

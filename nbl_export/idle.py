@@ -1,8 +1,8 @@
 """Waits until nothing of this process computes any more.
 
 Threads of an engine go on spinning when their work is done, in case there is more: those of ONNX Runtime for some 45 ms
-(two threads of an AMD EPYC). Whoever is timed meanwhile has to share its cores with them: a prefill of 512 tokens took
-a tenth longer (bench/README.md, "The order of rounds").
+(two threads of an AMD EPYC). A run timed meanwhile shares its cores with these threads: a prefill of 512 tokens took
+a tenth longer (bench/README.md, "The order of rounds"). Other processes are not waited for: `background` counts them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _LIMIT = 1.0  # seconds after which it is not waited for any longer
 
 def wait_until_idle(
     cpu: Callable[[], float] = time.process_time, sleep: Callable[[float], None] = time.sleep, limit: float = _LIMIT
-) -> None:
-    """Return when all threads together use less than a fifth of one core, or after `limit` seconds.
+) -> bool:
+    """Return true when all threads together use less than a fifth of one core, false after `limit` seconds of more.
 
     Args:
         cpu: seconds that the process has computed, all threads together.
@@ -29,4 +29,5 @@ def wait_until_idle(
         before = cpu()
         sleep(_LOOK)
         if cpu() - before < _SHARE * _LOOK:
-            return
+            return True
+    return False

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from nbl_export import background
 from nbl_export.artifacts import RunDirectory
 from nbl_export.engines import ENGINES, load_engine
 from nbl_export.engines.providers import PROVIDERS
@@ -202,7 +203,9 @@ def speed_table(result: dict[str, Any]) -> Group:
         interval = f"{spoken_ratio(r['low'])} to {spoken_ratio(r['high'])}, {r['interval']}"
         ratio = spoken_ratio(r["ratio"])
         paired.add_row(spoken_test(r, swept=swept), r["variant"], r["base"], ratio, interval, r["verdict"])
-    return Group(table, paired) if result["ratios"] else Group(table)
+    where = result["bench"]["background"]
+    said = [f"Speed was {background.spoken(where)}."] if where["busy"] or where["gave_up"] else []
+    return Group(table, *([paired] if result["ratios"] else []), *said)
 
 
 def eval_table(result: dict[str, Any]) -> Table:

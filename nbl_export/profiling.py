@@ -28,6 +28,7 @@ from nbl_export.serving import Located, available_engine, is_model_directory, lo
 
 __all__ = ["Run", "check_request", "profile", "profile_table", "read_trace", "summarise"]
 
+_PREFILLS = 5
 _DECODE_STEPS = 16
 _TOP_NODES = 10
 _RARE = 0.001  # share of time below which operators share one line of the table
@@ -71,7 +72,7 @@ def profile(directory: Path, options: JobOptions, ui: Ui, *, force: bool = False
     """Profile the original/ and the model/ of a run directory, or a deployable directory by itself.
 
     Args:
-        options: first of prompt_tokens, repetitions (runs of prefill), first of threads, seed.
+        options: first of prompt_tokens, repetitions (runs of prefill, default 5), first of threads, seed.
 
     Raises:
         NblError: nothing to run there, not for ONNX Runtime's CPU provider, or a prompt beyond the context.
@@ -96,7 +97,7 @@ def profile(directory: Path, options: JobOptions, ui: Ui, *, force: bool = False
         vocab = GenaiSettings.read(located.path).vocab_size
         ids = np.random.default_rng(options.seed).integers(0, vocab, prompt).tolist()
         with ui.task(f"profiling {name}") as progress:
-            runs = _run(located.path, ids, options.repetitions, int(threads or 1), progress)
+            runs = _run(located.path, ids, options.repetitions or _PREFILLS, int(threads or 1), progress)
         found[name] = {"path": str(located.path), **{phase: summarise(of) for phase, of in runs.items()}}
     return {"prompt_tokens": prompt, "threads": threads, "decoders": found}
 

@@ -276,6 +276,7 @@ class Scenario:
 class Timing:
     """All repetitions of one scenario on one variant, in nanoseconds, in the order they ran.
 
+    loads: which load of the decoders each ran on; those of one load are not independent of each other.
     first_token_ns: of a prefill, what picking the first token took after it. token_ns: of a decode, each of its steps.
     energy_uj: microjoules of each repetition, where the machine tells.
     """
@@ -283,6 +284,7 @@ class Timing:
     scenario: Scenario
     variant: str
     samples_ns: tuple[int, ...]
+    loads: tuple[int, ...] = ()
     first_token_ns: tuple[int, ...] = ()
     token_ns: tuple[tuple[int, ...], ...] = ()
     energy_uj: tuple[int, ...] = ()
@@ -384,18 +386,19 @@ class JobOptions:
     layer_wise: bool = False
     seed: int = 0
     depths: tuple[int, ...] = (0, 2048)
-    repetitions: int = 5
+    repetitions: int | None = None
     prompt_tokens: tuple[int, ...] = (512,)
     generate_tokens: int = 128
     threads: tuple[int, ...] | None = None
     batches: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
-        for name in ("calibration_tokens", "distill_tokens", "context", "repetitions", "generate_tokens"):
+        for name in ("calibration_tokens", "distill_tokens", "context", "generate_tokens"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1")
         for name in ("prompt_tokens", "batches", "threads"):
             values = getattr(self, name)
             _require(values is None or (values and min(values) >= 1), f"{name} must be at least 1")
+        _require(self.repetitions is None or self.repetitions >= 1, "repetitions must be at least 1")
         _require(all(d >= 0 for d in self.depths), "depths are not negative")
         for name in ("max_seq_len", "max_batch", "prefill_chunk"):
             _require((getattr(self, name) or 1) >= 1, f"{name} must be at least 1")

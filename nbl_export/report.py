@@ -17,9 +17,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from nbl_export import plots
+from nbl_export import background, plots
 from nbl_export.artifacts import write_json
-from nbl_export.paired import FEWEST_PAIRS
+from nbl_export.paired import FEWEST_LOADS
 from nbl_export.public_facts import codes_of
 from nbl_export.records import spoken_layers
 from nbl_export.speed import read_timings, speed_ratios, speed_rows, spoken_ratio, spoken_test
@@ -123,6 +123,7 @@ def _html(report: dict[str, Any]) -> str:
     environment.filters |= {
         "number": _number,
         "times": spoken_ratio,
+        "background": background.spoken,
         "test": spoken_test,
         "milliseconds": lambda seconds: "–" if seconds is None else f"{_number(1000 * seconds)} ms",
         "size": _size,
@@ -133,7 +134,7 @@ def _html(report: dict[str, Any]) -> str:
         "signed": lambda f: f"{_signed(f['value'])}{_plus_minus(f['stderr'])}" if f else "–",
         "percent": lambda share: "–" if share is None else f"{_number(100 * share)}%",
     }
-    return environment.from_string(source).render(report=report, figures=_figures(report), fewest=FEWEST_PAIRS)
+    return environment.from_string(source).render(report=report, figures=_figures(report), fewest=FEWEST_LOADS)
 
 
 def _figures(report: dict[str, Any]) -> dict[str, Markup]:

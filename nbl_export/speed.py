@@ -14,23 +14,25 @@ __all__ = ["read_timings", "speed_ratios", "speed_rows", "spoken_ratio", "spoken
 
 
 def read_timings(bench: Mapping[str, Any]) -> list[Timing]:
-    """The timings of bench.json, in the order they ran; also of one that knew neither batches nor lists of threads."""
-    of_all = bench.get("threads")
+    """The timings of bench.json, in the order they ran.
+
+    Raises:
+        CorruptError: it does not say which load each run was of, as one of an unreleased version.
+    """
+    if not all("loads" in t for t in bench.get("timings", ())):
+        raise CorruptError("bench.json does not say which load a round is of; delete it and run nbl-export bench DIR")
     return [
         Timing(
-            Scenario(t["kind"], t["tokens"], t["depth"], t.get("batch", 1), t.get("threads", _only(of_all))),
+            Scenario(t["kind"], t["tokens"], t["depth"], t["batch"], t["threads"]),
             t["variant"],
             tuple(t["samples_ns"]),
+            tuple(t["loads"]),
             tuple(t.get("first_token_ns", ())),
             tuple(tuple(run) for run in t.get("token_ns", ())),
             tuple(t.get("energy_uj", ())),
         )
         for t in bench.get("timings", ())
     ]
-
-
-def _only(threads: Any) -> int | None:
-    return threads if isinstance(threads, int) else None
 
 
 def speed_rows(timings: Sequence[Timing]) -> list[dict[str, Any]]:
@@ -50,6 +52,7 @@ def _row(timing: Timing) -> dict[str, Any]:
         "tokens_per_second_mean": timing.mean,
         "tokens_per_second_stdev": timing.stdev,
         "samples": list(timing.tokens_per_second),
+        "loads": list(timing.loads),
         "ttft_seconds": None if timing.ttft_ns is None else timing.ttft_ns / 1e9,
         "tpot_seconds": tpot and {name: ns / 1e9 for name, ns in tpot.items()},
         "joules_per_token": timing.joules_per_token,
@@ -64,33 +67,29 @@ def speed_ratios(timings: Sequence[Timing], base: str | None = "original") -> li
     """Tokens/s of every other variant over the base's, one entry a test that both ran, in the order they ran.
 
     Raises:
-        CorruptError: the two have different numbers of rounds.
+        CorruptError: the two have different rounds.
     """
     if base is None:
         return []
-    found = {(t.scenario, t.variant): t.samples_ns for t in timings}
-    return [
-        _ratio(t.scenario, base, t.variant, found[t.scenario, base], t.samples_ns)
-        for t in timings
-        if t.variant != base and (t.scenario, base) in found
-    ]
+    found = {(t.scenario, t.variant): t for t in timings}
+    return [_ratio(found[t.scenario, base], t) for t in timings if t.variant != base and (t.scenario, base) in found]
 
 
-def _ratio(
-    scenario: Scenario, base: str, variant: str, base_ns: tuple[int, ...], own_ns: tuple[int, ...]
-) -> dict[str, Any]:
-    """Round by round: round k of both ran one after the other."""
-    if len(base_ns) != len(own_ns):
-        name = "NBL" if variant == "nbl" else variant
+def _ratio(base: Timing, own: Timing) -> dict[str, Any]:
+    """Round by round: round k of both ran one after the other, on the same load."""
+    scenario, counts = own.scenario, (len(base.samples_ns), len(own.samples_ns))
+    if base.loads != own.loads or counts != (len(own.loads),) * 2:
+        names = {"original": "the original", "nbl": "NBL"}
         raise CorruptError(
-            f"bench.json has {len(base_ns)} rounds of {'the original' if base == 'original' else base} and "
-            f"{len(own_ns)} of {name} for {scenario.test} at depth {scenario.depth}; run the bench stage again"
+            f"bench.json has {counts[0]} rounds of {names.get(base.variant, base.variant)} and {counts[1]} of "
+            f"{names.get(own.variant, own.variant)} for {scenario.test} at depth {scenario.depth}, which are not those "
+            "of the same loads; run the bench stage again"
         )
-    found = paired_ratio(base_ns, own_ns)
+    found = paired_ratio(base.samples_ns, own.samples_ns, own.loads)
     return {
         **_facts(scenario),
-        "variant": variant,
-        "base": base,
+        "variant": own.variant,
+        "base": base.variant,
         **dataclasses.asdict(found),
         "interval": found.interval,
         "verdict": found.verdict,

@@ -251,7 +251,7 @@ def _no_bench(job: Job) -> str | None:
 
 
 def _bench(job: Job, out: Path) -> dict[str, Any]:
-    from nbl_export import bench, energy
+    from nbl_export import background, bench, energy
     from nbl_export.limits import limits_of
 
     capabilities = job.engine.CAPABILITIES
@@ -275,9 +275,11 @@ def _bench(job: Job, out: Path) -> dict[str, Any]:
     scenarios = bench.plan_scenarios(
         options.prompt_tokens, options.generate_tokens, options.depths, options.batches, threads
     )
-    meter = energy.find_meter(gpu=capabilities.static or options.provider != "cpu")
+    instruments = bench.Instruments(meter=energy.find_meter(gpu=capabilities.static or options.provider != "cpu"))
     with job.ui.task("rounds") as progress:
-        result = bench.run(variants, scenarios, options.repetitions, progress, setting=setting, meter=meter)
+        result = bench.run(variants, scenarios, options.repetitions, progress, setting=setting, instruments=instruments)
+    if result["background"]["busy"]:
+        job.ui.say(f"  {background.spoken(result['background'])}")
     write_json(out / "bench.json", {**result, **limits_of(job, result)})
     return {"status": _verdict(job)}
 

@@ -110,7 +110,7 @@ def value(batch: int = 1) -> dict[str, Any]:
     """What compare gives, of figures that are easy to check: b takes half the time of a."""
     timings = [
         {"kind": kind, "tokens": 100, "depth": depth, "batch": batch, "threads": 2, "variant": name,
-         "samples_ns": [int(factor * s * 1e9) for s in (1, 1, 2, 1, 1)],
+         "samples_ns": [int(factor * s * 1e9) for s in (1, 1, 2, 1, 1)], "loads": [0, 1, 2, 3, 4],
          **({"first_token_ns": [10**6] * 5} if kind == "pp" else {"token_ns": [[2 * 10**6, 4 * 10**6]]})}
         for kind, depth in (("pp", 0), ("tg", 64)) for name, factor in (("a|x", 1), ("b", 0.5))
     ]  # fmt: skip
@@ -119,6 +119,7 @@ def value(batch: int = 1) -> dict[str, Any]:
              "engine": "ort", "provider": "cpu"}  # fmt: skip
     read = read_timings({"timings": timings})
     return {
+        "background": {"cores": 2, "others": 0.8, "stolen": 0.0, "waits": 60, "gave_up": 0, "busy": True, "loads": []},
         "base": "a|x", "machine": {"cpu": "A processor"}, "rows": speed_rows(read),
         "ratios": speed_ratios(read, "a|x"), "variants": {"a|x": facts, "b": {**facts, "parameters": None}},
     }  # fmt: skip
@@ -144,15 +145,19 @@ def test_csv_has_raw_numbers_in_a_line_for_each_row() -> None:
     assert float(lines[1]["ttft_seconds"]) == pytest.approx(0.501) and lines[1]["tpot_p50_seconds"] == ""
     assert float(lines[3]["tpot_p50_seconds"]) == pytest.approx(0.003)
     assert lines[0]["disk_bytes"] == "12"
+    assert [line["loads"] for line in lines] == ["", "5", "", "5"]
+    assert {(line["others_cores"], line["busy"]) for line in lines} == {("0.8", "True")}
 
 
 def test_tables_for_people_say_ratio_and_interval_once_for_each_test() -> None:
     text = render(value(), "md")
     assert text.startswith(r"| decoder | test | tokens/s | ± sd | over a\|x | interval | TTFT ms |")
-    assert text.count("2.00×") == 2 and text.count("range of 5 pairs, 94%") == 2
+    assert text.count("2.00×") == 2 and text.count("94% range of 5 loads") == 2
     assert "tg100 at depth 64" in text and text.count("1.00 MiB") == 2
     table = render(value(), "table", 200)
     assert all(word in table for word in ("2.00×", "3.00 / 3.90 / 3.98", "501.0"))
+    said = "measured on a busy machine: other processes used 0.8 of 2 cores"
+    assert text.count(said) == table.count(said) == 1
 
 
 def test_json_is_everything() -> None:

@@ -56,7 +56,7 @@ def timing(test: str, depth: int, variant: str, seconds: Sequence[float], **more
     samples = [int(s * SECOND) for s in seconds]
     kind, tokens = test[:2], int(test[2:])
     facts = {"test": test, "kind": kind, "tokens": tokens, "depth": depth, "batch": 1, "threads": 2}
-    return {**facts, "variant": variant, "samples_ns": samples, **more}
+    return {**facts, "variant": variant, "samples_ns": samples, "loads": list(range(len(samples))), **more}
 
 
 BENCH: dict[str, Any] = {
@@ -66,15 +66,16 @@ BENCH: dict[str, Any] = {
     "engine": "ort",
     "provider": "cpu",
     "versions": {"onnxruntime": "1.24.0"},
+    "background": {"cores": 2, "others": 0.05, "stolen": 0.0, "waits": 60, "gave_up": 0, "busy": False, "loads": []},
     "repetitions": 5,
     "timings": [
-        # Pairs 2, 3, 1.25, 2, 2: their median is 2, while the ratio of the medians is 1.67 and that of the means 2.12.
+        # Loads 2, 3, 1.25, 2, 2: their median is 2, while the ratio of the medians is 1.67 and that of the means 2.12.
         timing("pp512", 0, "original", [1, 6, 2, 3, 2.5], first_token_ns=[10_000_000] * 5),
         timing("pp512", 0, "nbl", [0.5, 2, 1.6, 1.5, 1.25], first_token_ns=[20_000_000] * 5),
-        # Pairs 1.25, 0.8, 1.25, ...: above 1 in the median, not in every pair.
+        # Loads 1.25, 0.8, 1.25, ...: above 1 in the median, not in every load.
         timing("tg128", 0, "original", [5, 4, 5, 5, 5], token_ns=[[20_000_000] * 49 + [80_000_000]] * 2),
         timing("tg128", 0, "nbl", [4, 5, 4, 4, 4], token_ns=[[10_000_000] * 49 + [50_000_000]] * 2),
-        # Pairs 0.5, 0.5, 0.25, ...
+        # Loads 0.5, 0.5, 0.25, ...
         timing("tg128", 64, "original", [2, 2, 2, 2, 2]),
         timing("tg128", 64, "nbl", [4, 4, 8, 4, 4]),
     ],
@@ -161,13 +162,13 @@ def test_rows_are_tokens_per_second(written: Written) -> None:
     assert row["tokens_per_second_stdev"] == pytest.approx(161.278, abs=1e-3)
 
 
-def test_ratios_are_medians_of_pairs(written: Written) -> None:
+def test_ratios_are_medians_of_loads(written: Written) -> None:
     ratios = {(r["test"], r["depth"]): r for r in written.json["ratios"]}
     prefill, decode, deep = ratios["pp512", 0], ratios["tg128", 0], ratios["tg128", 64]
     assert [prefill[k] for k in ("ratio", "low", "high", "wins")] == pytest.approx([2, 1.25, 3, 5])
     assert [decode[k] for k in ("ratio", "low", "high", "wins")] == pytest.approx([1.25, 0.8, 1.25, 4])
     assert [r["verdict"] for r in (prefill, decode, deep)] == ["faster", "no clear difference", "slower"]
-    assert prefill["interval"] == "range of 5 pairs, 94%"
+    assert prefill["interval"] == "94% range of 5 loads"
 
 
 def test_variants_machine_and_the_rest_are_in_the_json(written: Written) -> None:
@@ -185,13 +186,13 @@ def test_variants_machine_and_the_rest_are_in_the_json(written: Written) -> None
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 4])
-def test_too_few_rounds_give_no_verdict(rounds: int) -> None:
+def test_too_few_loads_give_no_verdict(rounds: int) -> None:
     timings = [timing("pp8", 0, "original", [2.0] * rounds), timing("pp8", 0, "nbl", [1.0] * rounds)]
     ratio = summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))["ratios"][0]
-    assert ratio["verdict"] == ratio["text"] == "too few rounds"
+    assert ratio["verdict"] == ratio["text"] == "too few loads"
 
 
-def test_a_pair_of_exactly_one_is_no_win() -> None:
+def test_a_load_of_exactly_one_is_no_win() -> None:
     timings = [timing("pp8", 0, "original", [2] * 5), timing("pp8", 0, "nbl", [1, 1, 2, 1, 1])]
     ratio = summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))["ratios"][0]
     assert ratio["verdict"] == "no clear difference" and ratio["wins"] == 4
@@ -250,16 +251,34 @@ def test_a_sweep_is_told_apart_in_words(tmp_path: Path) -> None:
     assert drawn == ["original", "nbl"]  # the first of the sweep
 
 
-def test_results_of_an_older_bench_are_still_read(tmp_path: Path) -> None:
-    def old(t: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in t.items() if k not in ("batch", "threads", "token_ns", "first_token_ns")}
+def test_rounds_of_one_load_are_no_verdict() -> None:
+    timings = [timing("pp8", 0, v, [s] * 8, loads=[i // 2 for i in range(8)]) for v, s in (("original", 2), ("nbl", 1))]
+    ratio = summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))["ratios"][0]
+    assert (ratio["loads"], ratio["verdict"]) == (4, "too few loads")
 
-    variants = {name: {k: v for k, v in facts.items() if k not in ("disk_bytes", "steady_memory_bytes")}
-                for name, facts in BENCH["variants"].items()}  # fmt: skip
-    bench = changed(BENCH, timings=[old(t) for t in BENCH["timings"]], threads=2, variants=variants)
-    written = Written(tmp_path, bench=bench)
-    assert {(r["batch"], r["threads"]) for r in written.json["rows"]} == {(1, 2)}
-    assert "ort on cpu, 2 threads" in written.markdown and "On disk" not in written.html
+
+def test_results_that_do_not_say_their_loads_are_refused() -> None:
+    timings = [{k: v for k, v in t.items() if k != "loads"} for t in BENCH["timings"]]
+    with pytest.raises(CorruptError, match=r"which load .* delete it and run nbl-export bench"):
+        summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))
+
+
+def test_rounds_of_different_loads_are_no_pairs() -> None:
+    timings = [timing("pp8", 0, "original", [2, 2]), timing("pp8", 0, "nbl", [1, 1], loads=[0, 0])]
+    with pytest.raises(CorruptError, match="same loads"):
+        summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))
+
+
+def test_a_busy_machine_is_said_in_the_headline(written: Written, tmp_path: Path) -> None:
+    """And nothing is called idle."""
+    shared = {**BENCH["background"], "others": 0.83, "busy": True}
+    busy = Written(tmp_path, bench=changed(BENCH, background=shared))
+    said = "on a busy machine: other processes used 0.83 of 2 cores"
+    for text in (busy.html, busy.markdown):
+        headline, speed = re.split(r"<h2>Speed|\n## Speed", text)[:2]
+        assert said in headline and said in speed
+    assert "busy" not in written.html and "other processes used 0.05 of 2 cores" in written.markdown
+    assert "idle" not in busy.markdown and "idle" not in written.markdown
 
 
 def test_a_variant_alone_has_rows_and_no_ratio(tmp_path: Path) -> None:
@@ -277,7 +296,7 @@ def test_a_range_with_one_inside_is_never_called_a_win(written: Written) -> None
     assert '"card ok"' not in decode and "1.25×" not in decode
     assert "1.25×" not in written.html and "1.25×" not in written.markdown
     row = next(row for row in written.table("Paired ratios") if row[0] == "tg128")
-    assert row[2:] == ["1.25", "0.80", "1.25", "4 of 5", "range of 5 pairs, 94%"]
+    assert row[2:] == ["1.25", "0.80", "1.25", "4 of 5", "94% range of 5 loads"]
     verdicts = {row[0]: row[1] for row in written.table("Paired ratios")[2:]}
     assert verdicts == {"pp512": "faster", "tg128": "no clear difference", "tg128 at depth 64": "slower"}
 
@@ -287,7 +306,7 @@ def test_a_clear_win_is_called_one(written: Written) -> None:
     assert (
         '"card ok"' in prefill
         and "<strong>2.00×</strong>" in prefill
-        and "1.25 to 3.00, range of 5 pairs, 94%" in prefill
+        and "1.25 to 3.00, 94% range of 5 loads" in prefill
     )
 
 
