@@ -71,7 +71,7 @@ class MappedOriginal:
 
 def run(job: Job) -> dict[str, Any]:
     """The value of verify.json."""
-    from nbl_export import verification, verify, verify_file, verify_last
+    from nbl_export import price, verification, verify, verify_file, verify_last
     from nbl_export.plan import load_maps
 
     plan, spec, precision = job.plan, job.spec, job.options.precision
@@ -109,7 +109,7 @@ def run(job: Job) -> dict[str, Any]:
             results.append(verify.check_greedy(subject, said, texts, gaps, precision))
     results += verify_file.check_untouched(graphs["nbl"], graphs["original"])
     with job.ui.task("price on held-back text") as progress:
-        prices = verify.price(decoders["original"], decoders["nbl"], verification.price_texts(job), progress)
+        prices = price.price(decoders["original"], decoders["nbl"], verification.price_texts(job), progress)
     return verification.conclude(job, results, prices)
 
 

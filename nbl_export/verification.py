@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nbl_export.held_back import uses_of
 from nbl_export.job import Job
 from nbl_export.nbl_checkpoint import GIVEN_FIT
-from nbl_export.price import warn_of_far_prices
+from nbl_export.price import price, warn_of_far_prices
 from nbl_export.records import ITEMSIZE, AffineMap, RungResult
 
 __all__ = ["conclude", "make_probe", "measured_cache", "price_texts", "run"]
@@ -17,13 +18,12 @@ __all__ = ["conclude", "make_probe", "measured_cache", "price_texts", "run"]
 _PREFILL_TOKENS = (64, 37)
 _PROMPT_TOKENS = 24
 _NEW_TOKENS = 32
-_PRICE_TOKENS = 2048
 _LONGEST_PROBED_WINDOW = 1024
 
 
 def run(job: Job) -> dict[str, Any]:
     """The value of verify.json."""
-    from nbl_export import verify, verify_file, verify_last
+    from nbl_export import verify_file, verify_last
     from nbl_export.linearize import linearize
     from nbl_export.plan import load_maps
     from nbl_export.reference import make_reference
@@ -69,7 +69,7 @@ def run(job: Job) -> dict[str, Any]:
         prices = []
         if job.options.fit != GIVEN_FIT:  # whose original has no attention in the replaced layers
             with job.ui.task("price on held-back text") as progress:
-                prices = verify.price(decoders["original"], decoders["nbl"], price_texts(job), progress)
+                prices = price(decoders["original"], decoders["nbl"], price_texts(job), progress)
     return conclude(job, results, prices)
 
 
@@ -84,7 +84,8 @@ def conclude(job: Job, results: list[RungResult], prices: list[dict[str, Any]]) 
     if warning:
         job.ui.say(f"  {warning}")
     found = verify.summary(results, job.options.precision, prices, plan)
-    return {**found, "price_warning": warning, "cache_bytes_per_token": per_token}
+    texts = uses_of(job) if prices else []
+    return {**found, "price_warning": warning, "texts": texts, "cache_bytes_per_token": per_token}
 
 
 def _logits(
@@ -166,11 +167,12 @@ def _greedy(job: Job, subject: str, directory: Path, probe: Any, reference: Any,
 
 
 def price_texts(job: Job) -> list[tuple[str, Any]]:
-    """Held-back windows of the calibration text, and a text that nobody calibrates on."""
-    _, held = job.windows
+    """Windows that chose nothing, of the calibration text and of a text that nobody calibrates on, as arrays; cut to
+    what a sequence can hold."""
     context = min(job.options.context, job.slots)
-    count = max(1, _PRICE_TOKENS // context)
-    texts = [(f"held back from {job.text.name}", held[:count, :context].numpy())]
-    if job.far_windows is not None:
-        texts.append((f"{job.far_text.name} (not calibrated on)", job.far_windows[0][:count, :context].numpy()))
-    return texts
+    return [(name, _cut(windows.numpy(), context)) for name, windows in job.texts("final")]
+
+
+def _cut(windows_WT: Any, context: int) -> Any:
+    ids = windows_WT.reshape(-1)
+    return ids[: len(ids) // context * context].reshape(-1, context)
