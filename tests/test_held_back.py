@@ -122,6 +122,28 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
     assert [rows(w) for w in seen["deciding"]] == [rows(job.held_back.deciding), rows(job.far.deciding)]
 
 
+def test_distilled_maps_are_judged_by_the_choosing_part(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    from nbl_export import stages
+
+    job = opened(run)
+    shutil.copy(run / "maps.safetensors", run / "start.safetensors")
+
+    class SeenError(Exception):
+        pass
+
+    def distill(_model: Any, _start: Any, windows: Any, judging: Any, *_: Any) -> None:
+        raise SeenError(windows, judging)
+
+    monkeypatch.setattr("nbl_export.distill.distill", distill)
+    with pytest.raises(SeenError) as seen:
+        stages._distill(job, run)
+    windows, judging = seen.value.args
+    assert judging.tolist() == job.held_back.choosing.tolist()
+    assert windows.tolist() == job.training_windows.tolist()
+
+
 def test_a_run_says_what_it_read_for_what(run: Path) -> None:
     import json
 

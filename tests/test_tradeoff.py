@@ -20,7 +20,6 @@ from nbl_export.window_intervals import increase_interval
 from .command import assert_refused, nbl
 from .tiny import LAYERS
 
-
 pytestmark = pytest.mark.usefixtures("short_parts")
 
 
