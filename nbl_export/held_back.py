@@ -91,14 +91,14 @@ def uses_of(job: Any) -> list[dict[str, Any]]:
     options, near, far = job.options, job.held_back, job.far
     names = [job.text.name, job.far_text.name]
     both = [near] if far is None else [near, far]
-    used: list[tuple[str, str, Any]] = [("maps are fitted on", names[0], job.windows[0])]
+    used: list[tuple[str, str, Any]] = [("calibration: scores and maps", names[0], job.windows[0])]
     if options.fit == "distilled":
-        used.append(("maps are trained on", names[0], job.training_windows))
-        used.append(("training is judged by", names[0], near.choosing))
+        used.append(("distillation: training", names[0], job.training_windows))
+        used.append(("distillation: judging", names[0], near.choosing))
     if job.plan.select in ("greedy", "efficient"):
         judges = both[:1] if options.data_free else both
-        used += [("layers are chosen by", n, judging(part)) for n, part in zip(names, judges, strict=False)]
+        used += [("choice of layers", n, judging(part)) for n, part in zip(names, judges, strict=False)]
     if options.max_perplexity_increase is not None:
-        used += [("their number is decided by", n, part.deciding) for n, part in zip(names, both, strict=False)]
-    used += [("figures are taken on", n, part.final) for n, part in zip(names, both, strict=False)]
+        used += [("number of layers", n, part.deciding) for n, part in zip(names, both, strict=False)]
+    used += [("final figures", n, part.final) for n, part in zip(names, both, strict=False)]
     return [{"use": use, "text": name, "tokens": int(windows.numel())} for use, name, windows in used]

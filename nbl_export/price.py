@@ -21,7 +21,7 @@ __all__ = ["FAR", "mix_price", "price", "spoken_price", "warn_of_far_prices"]
 FAR = 2.0  # times the increase of perplexity on another text
 _NOTICED = 0.05  # below this increase nobody is warned
 _STEP_TOKENS = 512  # of a batch of windows: the logits of 512 tokens of a vocabulary of 49,152 are 100 MB
-_ROW_BYTES = 1 << 21  # of logits that are looked at at once, so that they stay in a cache
+_ROW_BYTES = 1 << 19  # of logits that are looked at at once, so that they stay in a cache
 
 
 def price(

@@ -10,7 +10,7 @@ from typing import Any
 from nbl_export.held_back import uses_of
 from nbl_export.job import Job
 from nbl_export.nbl_checkpoint import GIVEN_FIT
-from nbl_export.price import price, warn_of_far_prices
+from nbl_export.price import price, spoken_price, warn_of_far_prices
 from nbl_export.records import ITEMSIZE, AffineMap, RungResult
 
 __all__ = ["conclude", "make_probe", "measured_cache", "price_texts", "run"]
@@ -81,6 +81,9 @@ def conclude(job: Job, results: list[RungResult], prices: list[dict[str, Any]]) 
     layers = {"original": plan.num_layers, "nbl": len(plan.kept)}
     per_token = {subject: job.spec.cache_bytes_per_token(kept, size) for subject, kept in layers.items()}
     warning = warn_of_far_prices(prices)
+    for row in prices:
+        said = spoken_price(row)["increase"]
+        job.ui.say(f"  perplexity {said} on {row['tokens']:,} tokens of {row['text']}")
     if warning:
         job.ui.say(f"  {warning}")
     found = verify.summary(results, job.options.precision, prices, plan)

@@ -149,9 +149,9 @@ def test_a_run_says_what_it_read_for_what(run: Path) -> None:
 
     texts = json.loads((run / "verify.json").read_text())["texts"]
     uses = [(t["use"], t["tokens"]) for t in texts]
-    assert ("maps are fitted on", 1024) in uses
-    assert [tokens for use, tokens in uses if use == "layers are chosen by"] == [2048, 2048]
-    assert all(tokens >= 8192 for use, tokens in uses if use == "figures are taken on")
-    assert "training is judged by" not in dict(uses) and "their number is decided by" not in dict(uses)
+    assert ("calibration: scores and maps", 1024) in uses
+    assert [tokens for use, tokens in uses if use == "choice of layers"] == [2048, 2048]
+    assert all(tokens >= 8192 for use, tokens in uses if use == "final figures")
+    assert "distillation: judging" not in dict(uses) and "number of layers" not in dict(uses)
     done = nbl("verify", run, "--json")
     assert done.status == 0 and json.loads(done.out)["texts"] == texts

@@ -337,9 +337,9 @@ def test_a_price_that_is_not_finite_is_the_worst_and_has_no_interval(tmp_path: P
 
 def test_text_is_listed_by_use(written: Written, tmp_path: Path) -> None:
     assert "Text by use" not in written.markdown
-    texts = [{"use": "maps are fitted on", "text": "a text", "tokens": 65536}]
+    texts = [{"use": "calibration: scores and maps", "text": "a text", "tokens": 65536}]
     told = Written(tmp_path, MANIFEST, changed(VERIFY, texts=texts))
-    assert told.table("Text by use")[2] == ["maps are fitted on", "a text", "65,536"]
+    assert told.table("Text by use")[2] == ["calibration: scores and maps", "a text", "65,536"]
     assert told.json["texts"] == texts
 
 

@@ -179,6 +179,16 @@ def test_plot_rings_the_recommended_point_and_leaves_out_what_is_not_finite() ->
     assert drawn == plots.tradeoff(points, {"method": "nbl", "layers": 3})
 
 
+def test_plot_has_whiskers_of_the_text_that_suffers_most() -> None:
+    points = [point("nbl", k, 0.03 * k) for k in range(4)]
+    bare = plots.tradeoff(points, None)
+    points[2]["prices"] = [{"increase": 0.02, "increase_interval": [0.018, 0.021]},
+                           {"increase": 0.06, "increase_interval": [0.052, 0.068]}]  # fmt: skip
+    assert plots._worst_interval(points[2]) == [[0.052, 0.068]] and plots._worst_interval(points[1]) == []
+    drawn = plots.tradeoff(points, None)
+    assert drawn.count('id="tradeoff-line2d') == bare.count('id="tradeoff-line2d') + 1
+
+
 def test_table_says_what_is_not_finite_and_what_was_distilled_for_more_layers() -> None:
     from rich.console import Console
 
