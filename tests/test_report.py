@@ -321,7 +321,7 @@ def test_headline_price_is_that_of_the_worst_text(tmp_path: Path) -> None:
 
 def test_price_table_has_tokens_windows_and_intervals(written: Written) -> None:
     assert written.table("Price in quality")[2] == [
-        "held-back calibration", "8,192", "16", "20.0", "25.0", "+25% (18 to 32)", "0.123 (0.111 to 0.137)",
+        "held-back calibration", "8,192 (16)", "20.0", "25.0", "+25% (18 to 32)", "0.123 (0.111 to 0.137)",
         "80.0% (78.2 to 81.8)",
     ]  # fmt: skip
 
