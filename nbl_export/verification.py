@@ -83,7 +83,7 @@ def conclude(job: Job, results: list[RungResult], prices: list[dict[str, Any]]) 
     warning = warn_of_far_prices(prices)
     for row in prices:
         said = spoken_price(row)["increase"]
-        job.ui.say(f"  perplexity {said} on {row['tokens']:,} tokens of {row['text']}")
+        job.ui.say(f"  perplexity {said}, {row['text']}, {row['tokens']:,} tokens")
     if warning:
         job.ui.say(f"  {warning}")
     found = verify.summary(results, job.options.precision, prices, plan)
