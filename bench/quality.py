@@ -76,7 +76,7 @@ class Bed:
         }
         far = corpus.stdlib_text()
         rows, _ = corpus.pack(far, self.tokenizer, 32_768, CONTEXT)
-        self.far = rows[len(rows) // 2 :]  # as the tool: the first half is priced, the second half judges layers
+        self.far = rows[len(rows) // 2 :]  # the second half judges layers, as in the tool; prices are of the first
         self.texts[far.name] = self._spread(rows[: len(rows) // 2].flatten(), windows)
         self.narrow_judge = narrow_judge
         started = time.monotonic()

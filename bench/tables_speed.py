@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nbl_export.paired import PairedRatio, paired_ratio
+from nbl_export.price import spoken_price
 from nbl_export.speed import spoken_ratio
 
 Rows = list[Sequence[str]]
@@ -65,9 +66,11 @@ def demo(read: Read) -> Rows:
     change = f"−{100 * (1 - cache['nbl'] / cache['original']):.1f}%"
     rows.append(("cache bytes a token", f"{cache['original']:,}", f"{cache['nbl']:,}", change))
     names = ("held back from the calibration text", "Python's documentation (not calibrated on)")
-    for name, price in zip(names, run["price"], strict=True):
+    priced = read("price-smollm2")  # the same layers and maps
+    assert priced["replaced_layers"] == run["replaced_layers"]
+    for name, price in zip(names, priced["price"], strict=True):
         old, new = price["perplexity_original"], price["perplexity_nbl"]
-        rows.append((f"perplexity, {name}", f"{old:.1f}", f"{new:.1f}", _percent(new, old)))
+        rows.append((f"perplexity, {name}", f"{old:.1f}", f"{new:.1f}", spoken_price(price)["increase"]))
     return rows
 
 

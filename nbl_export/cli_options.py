@@ -74,10 +74,17 @@ Maps = Annotated[Path | None, typer.Option(metavar="FILE", help="--onnx: the map
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 Layers = Annotated[
     str | None,
-    typer.Option(help='How many ("8": chosen by --select) or which ("0,7,24-29"); default a quarter of them.'),
+    typer.Option(
+        help='How many ("8": chosen by --select) or which ("0,7,24-29"); default a quarter of them, which raises '
+        "SmolLM2-135M's perplexity by 38% on Python's documentation."
+    ),
 ]
 MaxIncrease = Annotated[
-    str | None, typer.Option("--max-perplexity-increase", help="As many layers as keep to it on held-back text: 5%.")
+    str | None,
+    typer.Option(
+        "--max-perplexity-increase",
+        help="As many layers as are shown to keep to it on text that did not choose them: 5%.",
+    ),
 ]
 TargetSpeedup = Annotated[
     str | None, typer.Option(help="As few layers as bring this modelled speed-up: 1.3 (of prefill) or 1.3@decode.")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import NblError
+from nbl_export.held_back import FEWEST_WINDOWS
 
 if TYPE_CHECKING:
     import torch
@@ -235,7 +236,8 @@ def pack(
 
     Returns:
         ids [windows, context] for calibration and [held, context] that calibration does not see (the end of
-        what was read; at least one window when `held_back` > 0).
+        what was read). Of a text that is too short for all of it, what calibration leaves is held back, and an eighth
+        at least, but `held_back.FEWEST_WINDOWS` when any are asked for.
 
     Raises:
         NblError: the text is too short for one window of each, or has tokens that the model does not have.
@@ -246,18 +248,21 @@ def pack(
     needed = (wanted + -(-held_back // context)) * context
     ids = _ids(text, tokenizer, needed, vocab_size)
     windows = min(len(ids), needed) // context
-    held = min(-(-held_back // context), max(1, windows // 8)) if held_back else 0
+    held = min(-(-held_back // context), max(FEWEST_WINDOWS, windows // 8, windows - wanted))
     if windows - held < 1:
         raise NblError(
             f"calibration text {text.name} is too short: {len(ids)} tokens, "
             f"{(1 + held) * context} are needed for a context of {context}; give more text or a smaller --context"
         )
     rows = torch.tensor(ids[: windows * context], dtype=torch.long).view(windows, context)
+    used = min(wanted, windows - held)
     if windows < needed // context:
         ended = f", since {text.ended_by} ends there" if text.ended_by else ""
-        used = (windows - held) * context
-        log.warning("calibration text %s is shorter than asked: %d tokens used%s", text.name, used, ended)
-    return rows[: min(wanted, windows - held)], rows[windows - held :]
+        kept = f", {held * context} held back" if held else ""
+        log.warning(
+            "calibration text %s is shorter than asked: %d tokens used%s%s", text.name, used * context, kept, ended
+        )
+    return rows[:used], rows[windows - held :]
 
 
 def _ids(text: Text, tokenizer: Any, needed: int, vocab_size: int | None = None) -> list[int]:

@@ -64,9 +64,9 @@ class MappedOriginal:
 
 def run(job: Job) -> dict[str, Any]:
     """The value of verify.json."""
-    from nbl_export import verify
     from nbl_export.climb import Climb, coded_graphs
     from nbl_export.plan import load_maps
+    from nbl_export.price import price
     from nbl_export.verification import conclude, make_probe, price_texts
 
     maps = load_maps(job.run.path / "maps.safetensors", job.plan.replaced)
@@ -77,7 +77,7 @@ def run(job: Job) -> dict[str, Any]:
         _ask_graph(climb, directories["original"], coded)
         decoders = climb.run(directories, coded)
         with job.ui.task("price on held-back text") as progress:
-            prices = verify.price(decoders["original"], decoders["nbl"], price_texts(job), progress)
+            prices = price(decoders["original"], decoders["nbl"], price_texts(job), progress)
     return conclude(job, results, prices)
 
 

@@ -12,6 +12,7 @@ from nbl_export import background
 from nbl_export.artifacts import RunDirectory
 from nbl_export.engines import ENGINES, load_engine
 from nbl_export.engines.providers import PROVIDERS
+from nbl_export.price import spoken_price
 from nbl_export.public_facts import codes_of
 from nbl_export.records import DecoderSpec
 from nbl_export.speed import spoken_ratio, spoken_test
@@ -171,16 +172,14 @@ def rungs_table(result: dict[str, Any]) -> Group:
         )
         allowed = f"{r['tolerance']:.3g}" if gated or "margin" in r["metric"] else ""
         ladder.add_row(r["rung"], r["subject"], r["metric"], seen, allowed, "ok" if r["passed"] else "FAILED")
-    cost = Table("text", "tokens", "perplexity", "with NBL", "KL", "top-1 agreement", title="Price (not gated)")
+    title = "Price (not gated; in brackets 95% intervals over windows)"
+    cost = Table(
+        "text", "tokens", "windows", "perplexity", "with NBL", "increase", "KL", "top-1 agreement", title=title
+    )
     for p in result["price"]:
-        cost.add_row(
-            p["text"],
-            f"{p['tokens']:,}",
-            f"{p['perplexity_original']:.2f}",
-            f"{p['perplexity_nbl']:.2f}",
-            f"{p['kl_mean']:.3f}",
-            f"{100 * p['top1_agreement']:.1f}%",
-        )
+        both = (p[name] for name in ("perplexity_original", "perplexity_nbl"))
+        perplexities = ("not finite" if value is None else f"{value:.3g}" for value in both)
+        cost.add_row(p["text"], f"{p['tokens']:,}", str(p["windows"]), *perplexities, *spoken_price(p).values())
     return Group(ladder, cost)
 
 

@@ -19,13 +19,13 @@ from nbl_export.engines import load_engine
 from nbl_export.errors import NblError
 from nbl_export.goals import check_size
 from nbl_export.graph_source import GIVEN
+from nbl_export.held_back import FAR_ROLES, NEAR_ROLES, Division, divide, far_tokens, held_back_tokens
 from nbl_export.mixture import absolute_sources
 from nbl_export.plan import parse_layers
 from nbl_export.progress import Ui
 from nbl_export.records import DecoderSpec, JobOptions, Plan
 
 __all__ = [
-    "HELD_BACK_TOKENS",
     "OF_CALIBRATE",
     "Job",
     "check_options",
@@ -36,8 +36,6 @@ __all__ = [
     "slots_of",
 ]
 
-HELD_BACK_TOKENS = 8192  # the price is taken on the first half, layers and distilled maps are judged by the second
-_FAR_TOKENS = 32_768  # of the text that nobody calibrates on
 DEFAULT_SLOTS, DEFAULT_CHUNK = 2048, 512
 _LEAST_SLOTS = 32
 _MEMORY_SHARE = 0.6  # of the available memory that the weights may take
@@ -213,7 +211,13 @@ class Job:
             return self._sampled
         tokenizer = checkpoint.load_tokenizer(self.checkpoint)
         options, size = self.options, self.spec.vocab_size
-        return corpus.pack(self.text, tokenizer, options.calibration_tokens, options.context, HELD_BACK_TOKENS, size)
+        held_back = held_back_tokens(options.context)
+        return corpus.pack(self.text, tokenizer, options.calibration_tokens, options.context, held_back, size)
+
+    @functools.cached_property
+    def held_back(self) -> Division:
+        """The held back windows by what they are for."""
+        return divide(self.windows[1], NEAR_ROLES)
 
     @functools.cached_property
     def training_windows(self) -> Any:
@@ -224,7 +228,8 @@ class Job:
         if self.options.data_free:
             return windows
         tokenizer = checkpoint.load_tokenizer(self.checkpoint)
-        return corpus.extend(windows, self.text, tokenizer, self.options.distill_tokens, HELD_BACK_TOKENS)
+        held_back = held_back_tokens(self.options.context)
+        return corpus.extend(windows, self.text, tokenizer, self.options.distill_tokens, held_back)
 
     @functools.cached_property
     def far_text(self) -> Any:
@@ -234,17 +239,27 @@ class Job:
         return corpus.stdlib_text()
 
     @functools.cached_property
-    def far_windows(self) -> tuple[Any, Any] | None:
-        """Token windows of that text, the first half for the price, the other to judge layers by; None where it is the
-        text of calibration."""
+    def far(self) -> Division | None:
+        """Windows of that text by what they are for; None where it is the text of calibration, or where its windows
+        are too few for that."""
         from nbl_export import checkpoint, corpus
 
         if self.far_text.sha256 == self.text_sha256:
             return None
         tokenizer, context = checkpoint.load_tokenizer(self.checkpoint), self.options.context
-        half = max(1, _FAR_TOKENS // 2 // context)
-        rows, _ = corpus.pack(self.far_text, tokenizer, 2 * half * context, context, vocab_size=self.spec.vocab_size)
-        return rows[:half], rows[half:]
+        rows, _ = corpus.pack(self.far_text, tokenizer, far_tokens(context), context, vocab_size=self.spec.vocab_size)
+        return divide(rows, FAR_ROLES) if len(rows) >= len(FAR_ROLES) else None
+
+    def texts(self, part: str) -> list[tuple[str, Any]]:
+        """Name and windows of one part of both texts.
+
+        Args:
+            part: "deciding", "choosing" or "final", as `held_back` has them.
+        """
+        found = [(f"held back from {self.text.name}", getattr(self.held_back, part))]
+        if self.far is not None:
+            found.append((f"{self.far_text.name} (not calibrated on)", getattr(self.far, part)))
+        return found
 
     @property
     def _sampled(self) -> tuple[Any, Any]:
@@ -252,7 +267,7 @@ class Job:
         from nbl_export import sampling
 
         context, path = self.options.context, self.run.path / "sampled.safetensors"
-        wanted, held = max(1, -(-self.options.calibration_tokens // context)), -(-HELD_BACK_TOKENS // context)
+        wanted, held = max(1, -(-self.options.calibration_tokens // context)), held_back_tokens(context) // context
         key = key_of(self.text_sha256, wanted, held, context)
         ids = sampling.load_windows(path, key)
         if ids is None:

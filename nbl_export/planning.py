@@ -2,10 +2,10 @@
 
     moments ─► scores ─► order (`--select`) ─► the first m of it, or the layers named ─► maps
 
-What orders the layers by the model's output reads text that no map was fitted on: the second half of what is held
-back, as the first half is what the price is taken on, and as much of a text that nobody calibrates on. Text like that
-of calibration alone does not see what the upper layers do on other text: by it SmolLM2's layer 24 went early, at
-twice the price on WikiText (bench/README.md).
+What orders the layers by the model's output reads text that no map was fitted on and no figure is taken on
+(`held_back`), and as much of a text that nobody calibrates on. Text like that of calibration alone does not see what
+the upper layers do on other text: by it SmolLM2's layer 24 went early, at twice the price on WikiText
+(bench/README.md).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from nbl_export.artifacts import key_of
 from nbl_export.cost import map_sizes
 from nbl_export.goals import goal_of, read_rank
 from nbl_export.greedy import GreedyOrder, extend, near_and_far
+from nbl_export.held_back import DIVISION, judging
 from nbl_export.job import Job
 from nbl_export.plan import choose, ranked
 from nbl_export.reach import count_for_goal
@@ -46,7 +47,6 @@ def make_plan(job: Job) -> tuple[Plan, dict[int, AffineMap], dict[str, Any]]:
     return plan, maps, {**selection.facts(), "ranks": ranks, "goal": goal}
 
 
-_JUDGING_TOKENS = 2048
 _WEIGHED_TOKENS = 512  # of the prefill whose arithmetic a layer saves, whatever is measured later
 
 
@@ -69,7 +69,7 @@ class Selection:
 
     @functools.cached_property
     def scores(self) -> tuple[LayerScore, ...]:
-        """The bound is one on the residual output, whatever the tap; the errors are those of the tap's maps."""
+        """The bound is of the residual output, whatever the tap; the errors are those of the tap's maps."""
         bounds = [lmmse.score(m, i) for i, m in enumerate(self._moments["residual"])]
         if self._options.tap == "residual":
             return tuple(bounds)
@@ -91,16 +91,6 @@ class Selection:
             attention = model.get_decoder().layers[layer].self_attn
             return methods.own_token_map(attention, spec, blocks.multiplier_of(model.config))
         return lmmse.fit(self._moments[options.tap][layer], layer, rank=read_rank(options.rank))
-
-    @functools.cached_property
-    def judging_windows(self) -> Any:
-        """Held-back token ids [windows, context] by which layers are chosen: those that the price is not taken on.
-
-        `_JUDGING_TOKENS` where the text is long enough: the losses of two layers are compared token by token on the
-        same text, so that few tokens order them, and each costs a pass of every candidate.
-        """
-        _, held = self._job.windows
-        return held[len(held) // 2 :][: max(1, _JUDGING_TOKENS // self._job.options.context)]
 
     @functools.cached_property
     def switched(self) -> SwitchedModel:
@@ -126,8 +116,8 @@ class Selection:
             return ranked(self.scores, self.select)[:count]
         self._greedy = self._greedy or self._recorded()
         if len(self._greedy.layers) < count:
-            far = None if self._options.data_free else self._job.far_windows  # data-free reads no text
-            windows = near_and_far(self.judging_windows, far[1] if far else None)
+            far = None if self._options.data_free else self._job.far  # data-free reads no text
+            windows = near_and_far(judging(self._job.held_back), far.choosing if far else None)
             layers = self._job.spec.num_layers
             device = self._job.model.device
             with (
@@ -162,7 +152,7 @@ class Selection:
         weighed = [options.kept_logits, "square root"] if self.select == "efficient" else []
         calibrated = self._job.run.stages["calibrate"]["key"]
         judged = None if options.data_free else self._job.far_text.sha256
-        return key_of("greedy", calibrated, judged, options.tap, options.method, options.rank, *weighed)
+        return key_of("greedy", DIVISION, calibrated, judged, options.tap, options.method, options.rank, *weighed)
 
     def facts(self) -> dict[str, Any]:
         """What the manifest keeps, so that no order is made twice."""

@@ -146,7 +146,8 @@ def layers(name: str, values: Sequence[tuple[int, float]], replaced: Sequence[in
 
 
 def tradeoff(points: Sequence[dict[str, Any]], recommended: dict[str, Any] | None) -> str:
-    """Draw the perplexity over the original's (logarithmic) against the modelled prefill speed-up, as SVG.
+    """Draw the perplexity over the original's (logarithmic) against the modelled prefill speed-up, as SVG; whiskers are
+    the intervals of points that have them.
 
     Args:
         points: those of sweep.json ("paper" is another method that bench/ draws); one that is not finite is left out.
@@ -168,6 +169,8 @@ def tradeoff(points: Sequence[dict[str, Any]], recommended: dict[str, Any] | Non
             if chosen:
                 axis.plot(xs, ys, linestyle=line, marker=marker, color=colour, markersize=5, label=name)
             for p, x, y in zip(chosen, xs, ys, strict=True):
+                for low, high in _worst_interval(p):
+                    axis.plot([x, x], [1 + low, 1 + high], color=colour, linewidth=1.1)
                 if recommended and (p["method"], p["layers"]) == (recommended["method"], recommended["layers"]):
                     axis.plot([x], [y], "o", markersize=14, markerfacecolor="none", color=_INK, markeredgewidth=1.6)
                     text = f"{p['layers']} layer{'' if p['layers'] == 1 else 's'}"
@@ -180,6 +183,12 @@ def tradeoff(points: Sequence[dict[str, Any]], recommended: dict[str, Any] | Non
         axis.set_ylabel("perplexity over original")
         _quiet(axis, "y")
         return _svg(figure, axis, "tradeoff")
+
+
+def _worst_interval(point: dict[str, Any]) -> list[list[float]]:
+    """[[low, high]] of the increase on the text that suffers most; empty where the point has none."""
+    prices = [p for p in point.get("prices", ()) if p["increase"] == point["worst_increase"]]
+    return [p["increase_interval"] for p in prices[:1] if p.get("increase_interval")]
 
 
 def _short(value: float) -> str:

@@ -1,29 +1,179 @@
-"""Whether the price of the replacement is much the same on all texts, or a fit is good on its own kind of text only."""
+"""Rung e, what the replacement costs: perplexity increase, KL and top-1 agreement, window by window.
+
+    windows ─► logits of both graphs ─► loss, KL and agreement of each window ─► figure and 95% interval
+
+Reported, not gated. A pass over the vocabulary is float32, a few rows at a time, and what it sums is float64.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["FAR", "warn_of_far_prices"]
+import numpy as np
+
+from nbl_export.errors import NblError
+from nbl_export.window_intervals import increase_interval, mean_interval, spoken_interval
+
+__all__ = ["FAR", "mix_price", "price", "spoken_price", "warn_of_far_prices"]
 
 FAR = 2.0  # times the increase of perplexity on another text
-_NOTICED = 0.05  # below this increase nobody is warned: a few thousand tokens say no more
+_NOTICED = 0.05  # below this increase nobody is warned
+_STEP_TOKENS = 512  # of a batch of windows: the logits of 512 tokens of a vocabulary of 49,152 are 100 MB
+_ROW_BYTES = 1 << 19  # of logits that are looked at at once, so that they stay in a cache
+
+
+def price(
+    original: Any, nbl: Any, texts: Sequence[tuple[str, np.ndarray]], progress: Callable[[int, int], None]
+) -> list[dict[str, Any]]:
+    """Perplexity of both graphs, its increase, KL(original || NBL) in nats and top-1 agreement on each text.
+
+    Args:
+        texts: name and token ids [windows, context].
+
+    Returns:
+        a row a text; intervals are [low, high], None for a single window, and made of "per_window".
+    """
+    total, done = sum(len(windows) for _, windows in texts), 0
+    rows = []
+    for name, windows in texts:
+        found = []
+        batch = max(1, _STEP_TOKENS // windows.shape[1])
+        for start in range(0, len(windows), batch):
+            ids_BT = windows[start : start + batch]
+            both = zip(_logits(original, ids_BT), _logits(nbl, ids_BT), ids_BT, strict=True)
+            found += [_compare(base_TV, ours_TV, ids_T[1:]) for base_TV, ours_TV, ids_T in both]
+            done += len(ids_BT)
+            progress(done, total)
+        rows.append(_row(name, windows, np.array(found)))
+    return rows
+
+
+def _logits(decoder: Any, ids_BT: np.ndarray) -> np.ndarray:
+    """[B, T - 1, V]: what each position says of the next token."""
+    decoder.begin(len(ids_BT))
+    logits_BTV: np.ndarray = decoder.step(ids_BT)[:, :-1]
+    if logits_BTV.shape[1] != ids_BT.shape[1] - 1:
+        raise NblError(
+            "this graph gives logits of the last position only; the price needs all of them: keep all_logits.onnx "
+            "beside it, or export it with --logits all"
+        )
+    return logits_BTV
+
+
+def _compare(base_TV: np.ndarray, ours_TV: np.ndarray, target_T: np.ndarray) -> np.ndarray:
+    """Of one window: loss of both, KL and share of positions with the same best token."""
+    sums = np.zeros(4)
+    rows = max(1, _ROW_BYTES // (4 * base_TV.shape[1]))
+    for start in range(0, len(target_T), rows):
+        here = slice(start, start + rows)
+        target = target_T[here]
+        place = np.arange(len(target))
+        (base_NV, base_best, base_norm, exp_NV), (ours_NV, ours_best, ours_norm, _) = (
+            _normalised(v[here]) for v in (base_TV, ours_TV)
+        )
+        # sum p (log p - log q), log p = base - norm, with p = exp(base) / exp(norm)
+        apart_N = np.einsum("nv,nv->n", exp_NV, base_NV - ours_NV) / np.exp(base_norm) + ours_norm - base_norm
+        sums += [
+            (base_norm - base_NV[place, target]).sum(dtype=np.float64),
+            (ours_norm - ours_NV[place, target]).sum(dtype=np.float64),
+            apart_N.sum(dtype=np.float64),
+            (base_best == ours_best).sum(),
+        ]
+    return sums / len(target_T)
+
+
+def _normalised(logits_NV: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Logits below the largest of their row, its place, log of the sum of their exponentials, and these."""
+    best_N = logits_NV.argmax(1)
+    shifted_NV = logits_NV - logits_NV[np.arange(len(best_N)), best_N, None]
+    exp_NV = np.exp(shifted_NV)
+    return shifted_NV, best_N, np.log(exp_NV.sum(1)), exp_NV
+
+
+def _row(name: str, windows: np.ndarray, found_W4: np.ndarray) -> dict[str, Any]:
+    before, after, kl, agree = found_W4.T
+    increase, apart, same = increase_interval(before, after), mean_interval(kl), mean_interval(agree, (0.0, 1.0))
+    return {
+        "text": name,
+        "tokens": int(windows.size),
+        "windows": len(windows),
+        "perplexity_original": _perplexity(before),
+        "perplexity_nbl": _perplexity(after),
+        "increase": increase.value,
+        "increase_interval": increase.ends,
+        "kl_mean": apart.value,
+        "kl_interval": apart.ends,
+        "top1_agreement": same.value,
+        "top1_interval": same.ends,
+        "per_window": {
+            "loss_original": before.tolist(),
+            "loss_nbl": after.tolist(),
+            "kl": kl.tolist(),
+            "top1_agreement": agree.tolist(),
+        },
+    }
+
+
+def _perplexity(losses: np.ndarray) -> float | None:
+    mean = float(losses.mean())
+    return math.exp(mean) if mean < 700 else None  # of what is not a number too
+
+
+def mix_price(name: str, losses: Sequence[Any]) -> dict[str, Any]:
+    """What a mix of attention and maps costs in torch on a text, as sweep.json has it; None where not finite.
+
+    Args:
+        losses: one `switched.Loss` a window.
+    """
+    before, after, kl = (
+        np.array([getattr(loss, total) / loss.positions for loss in losses])
+        for total in ("original_sum", "mix_sum", "kl_sum")
+    )
+    increase, apart = increase_interval(before, after), mean_interval(kl)
+    return {
+        "text": name,
+        "tokens": sum(loss.positions + 1 for loss in losses),
+        "windows": len(losses),
+        "kl": apart.value,
+        "kl_interval": apart.ends,
+        "perplexity_original": _perplexity(before),
+        "perplexity": _perplexity(after),
+        "increase": increase.value,
+        "increase_interval": increase.ends,
+    }
+
+
+def spoken_price(row: Mapping[str, Any]) -> dict[str, str]:
+    """Increase, KL and top-1 agreement of a row of `price` in words, with their intervals."""
+    return {
+        "increase": spoken_interval(row["increase"], row["increase_interval"], percent=True, sign=True),
+        "kl": spoken_interval(row["kl_mean"], row["kl_interval"]),
+        "top1": spoken_interval(row["top1_agreement"], row["top1_interval"], percent=True),
+    }
 
 
 def warn_of_far_prices(prices: Sequence[Mapping[str, Any]]) -> str | None:
     """One sentence where the largest increase of perplexity is more than `FAR` times the smallest; else None.
 
+    Where both have intervals, these must be apart too.
+
     Args:
-        prices: rows of `verify.price`: text, perplexity_original, perplexity_nbl.
+        prices: rows of `price`.
     """
-    increases = [(row["perplexity_nbl"] / row["perplexity_original"] - 1, row["text"]) for row in prices]
-    if len(increases) < 2:
+    rows = [row for row in prices if row["increase"] is not None]
+    if len(rows) < 2:
         return None
-    (low, cheap), (high, dear) = min(increases), max(increases)
+    cheap, dear = (pick(rows, key=lambda row: row["increase"]) for pick in (min, max))
+    low, high = cheap["increase"], dear["increase"]
     if high < _NOTICED or high <= FAR * low:
         return None
+    ends = cheap["increase_interval"], dear["increase_interval"]
+    if all(ends) and ends[0][1] >= ends[1][0]:
+        return None
+    near, far = (spoken_price(row)["increase"] for row in (cheap, dear))
     return (
-        f"the price differs by text: perplexity {low:+.0%} on {cheap}, but {high:+.0%} on {dear}; judge by the text "
-        "that you will run, and calibrate on more varied text (--calibration, several times) or more like it"
+        f"the price differs by text: perplexity {near} on {cheap['text']}, but {far} on {dear['text']}; judge by the "
+        "text that you will run, and calibrate on more varied text (--calibration, several times) or more like it"
     )

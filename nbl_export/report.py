@@ -20,9 +20,11 @@ from markupsafe import Markup
 from nbl_export import background, plots
 from nbl_export.artifacts import write_json
 from nbl_export.paired import FEWEST_LOADS
+from nbl_export.price import spoken_price
 from nbl_export.public_facts import codes_of
 from nbl_export.records import spoken_layers
 from nbl_export.speed import read_timings, speed_ratios, speed_rows, spoken_ratio, spoken_test
+from nbl_export.window_intervals import spoken_interval
 
 __all__ = ["render", "summarize"]
 
@@ -84,6 +86,8 @@ def summarize(
         "rungs": rungs,
         "largest_logit_difference": _largest_logit_difference(rungs),
         "price": verify.get("price", []),
+        "texts": verify.get("texts", []),
+        "fit": manifest.get("fit", {}).get("kind"),
         "without_original": manifest.get("fit", {}).get("kind") == "given",
         "quality": {k: quality[k] for k in ("lm_eval", "table", "agreement")} if quality else None,
         "price_warning": verify.get("price_warning"),
@@ -122,6 +126,9 @@ def _html(report: dict[str, Any]) -> str:
     )
     environment.filters |= {
         "number": _number,
+        "price": spoken_price,
+        "risen": lambda p: spoken_interval(p["increase"], p["increase_interval"], percent=True, sign=True),
+        "interval": spoken_interval,
         "times": spoken_ratio,
         "background": background.spoken,
         "test": spoken_test,

@@ -13,6 +13,7 @@ from nbl_export import __version__
 from nbl_export.artifacts import file_sha256, key_of, versions, write_json
 from nbl_export.goals import GOALS, goal_inputs
 from nbl_export.graph_source import GIVEN
+from nbl_export.held_back import DIVISION
 from nbl_export.job import Job, chunk_of
 from nbl_export.nbl_checkpoint import GIVEN_FIT, NO_ORIGINAL
 from nbl_export.preflight import require_engine
@@ -93,7 +94,7 @@ def _distill(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export.plan import load_maps, save_maps
 
     plan, options = job.plan, job.options
-    windows, held = job.training_windows, job.windows[1]
+    windows, judging = job.training_windows, job.held_back.choosing
     steps = options.distill_steps or (distill.UNLIMITED if options.distill_minutes else distill.DEFAULT_STEPS)
     settings = distill.DistillSettings(
         steps,
@@ -105,11 +106,9 @@ def _distill(job: Job, out: Path) -> dict[str, Any]:
     )
     path = job.run.path / "start.safetensors"
     start = load_maps(path, plan.replaced)
-    ids = hashlib.sha256(windows.numpy().tobytes() + held.numpy().tobytes()).hexdigest()
+    ids = hashlib.sha256(windows.numpy().tobytes() + judging.numpy().tobytes()).hexdigest()
     key = key_of(job.fingerprint, ids, file_sha256(path), dataclasses.asdict(settings))
     peers = distributed.current()
-    # The price is taken on the first of the held-back windows, so training is judged by the last.
-    judging = held[len(held) // 2 :]
     given = {"maps": start, "windows": windows, "held": judging, "settings": settings, "tap": plan.tap}
     peers.lead({"work": "distill", "checkpoint": str(job.checkpoint.absolute()), **given})
     peers.agree(None)
@@ -303,6 +302,10 @@ def passed(job: Job) -> bool:
     return bool(job.run.read_json("verify.json")["passed"])
 
 
+def _parts(job: Job) -> list[Any]:
+    return [*_texts(job), DIVISION]
+
+
 def _texts(job: Job) -> list[Any]:
     return [job.fingerprint, job.text_sha256, *([job.options.shard] if job.options.shard else [])]
 
@@ -319,14 +322,14 @@ STAGES = (
     Stage("calibrate", "calibrate", (), ("calibration_tokens", "context", "tap"), _calibrate, _texts, _no_calibrate),
     Stage(
         "plan", "plan", ("calibrate",), (*GOALS, "select", "method", "rank", "tap", "fit"), _plan,
-        lambda job: [job.request, goal_inputs(job.options)],
+        lambda job: [job.request, goal_inputs(job.options), DIVISION],
     ),
     Stage("sweep", "sweep", ("calibrate",), ("select", "rank", "tap"), _sweep, _sweep_inputs, _no_sweep),
     Stage(
         "distill", "distill", ("plan",),
         ("distill_steps", "distill_minutes", "distill_tokens", "distill_dtype", "lora_rank", "label_weight",
          "seed", "calibration_tokens", "context"),
-        _distill, _texts, _no_distill,
+        _distill, _parts, _no_distill,
     ),
     Stage(
         "decoder", "decoder graph", (),
@@ -334,7 +337,7 @@ STAGES = (
         lambda job: [job.fingerprint, job.options.kept_logits, *_form(job), *job.codes],
     ),
     Stage("rewrite", "rewrite", ("plan", "distill", "decoder"), ("map_bits", "token_table"), _rewrite),
-    Stage("verify", "verify", ("rewrite",), ("calibration_tokens", "context"), _verify, _texts),
+    Stage("verify", "verify", ("rewrite",), ("calibration_tokens", "context"), _verify, _parts),
     Stage("eval", "evaluate", ("rewrite",), (), _evaluate, lambda job: [job.evaluation.identity], _no_eval),
     Stage(
         "build", "build", ("rewrite",), ("engine", "max_batch", "prefill_chunk"), _build,

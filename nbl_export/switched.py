@@ -132,7 +132,14 @@ class SwitchedModel:
         self, windows_WT: Any, mixes: Mapping[Any, Collection[int]], progress: Callable[[int, int], None] | None = None
     ) -> dict[Any, Loss]:
         """What each of several mixes loses on some text; the original is run once for all of them."""
-        total = dict.fromkeys(mixes, Loss())
+        found = self.window_losses(windows_WT, mixes, progress)
+        return {name: sum(losses, Loss()) for name, losses in found.items()}
+
+    def window_losses(
+        self, windows_WT: Any, mixes: Mapping[Any, Collection[int]], progress: Callable[[int, int], None] | None = None
+    ) -> dict[Any, list[Loss]]:
+        """The same for each window by itself."""
+        found: dict[Any, list[Loss]] = {name: [] for name in mixes}
         lowest = {name: min(mix) for name, mix in mixes.items() if mix}
         for done, ids_T in enumerate(torch.as_tensor(windows_WT), 1):
             original, seen = self.run((), ids_T=ids_T, watch=set(lowest.values()))
@@ -140,7 +147,7 @@ class SwitchedModel:
             for name, first in lowest.items():
                 last[name] = self.run(mixes[name], entering_TD=seen[first], first=first)[0]
             for name, loss in self.losses(ids_T, original, last).items():
-                total[name] += loss
+                found[name].append(loss)
             if progress is not None:
                 progress(done, len(windows_WT))
-        return total
+        return found

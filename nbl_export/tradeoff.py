@@ -1,22 +1,26 @@
 """Quality against speed for every number of layers: the `sweep` stage, its table and the point it recommends.
 
-    order of layers (`--select`) ─► first 0, 1, ... m of it ─► KL, perplexity on each text    (torch)
+    order of layers (`--select`) ─► first 0, 1, ... m of it ─► KL, perplexity on each text    (torch, deciding windows)
                                                             └► speed-up                       (`cost`)
 
 for fitted maps, for attention left out in the same order, and for the distilled maps of the run where it has some.
 Maps distilled together for m layers serve a few less nearly as well as maps distilled for these alone (10 of 12), and
 far less half as well (4 of 12; bench/README.md): one distillation gives a curve up to m, low at its lower end.
+
+The windows (`held_back`) neither ordered the layers nor judged the training, and final figures are taken on others.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
+from nbl_export.held_back import DIVISION
 from nbl_export.job import Job
+from nbl_export.price import mix_price
+from nbl_export.window_intervals import spoken_interval
 
 __all__ = ["RECOMMENDED_INCREASE", "measure", "recommend", "sweep_inputs", "sweep_table"]
 
@@ -29,6 +33,7 @@ def sweep_inputs(job: Job) -> list[Any]:
     options = job.options
     distilled = job.run.stages.get("distill", {}).get("key")
     return [
+        DIVISION,
         job.sweep_to,
         distilled,
         options.engine,
@@ -42,11 +47,10 @@ def sweep_inputs(job: Job) -> list[Any]:
 def measure(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     """The value of sweep.json, and facts for the manifest (an order of layers that took minutes)."""
     from nbl_export.planning import Selection
-    from nbl_export.verification import price_texts
 
     count = job.sweep_to or 0
     fitted, dropped = Selection(job, method="nbl"), Selection(job, method="drop", rank=None)
-    order, texts = fitted.order(count), price_texts(job)
+    order, texts = fitted.order(count), job.texts("deciding")
     mixes = {m: order[:m] for m in range(count + 1)}
     points: list[dict[str, Any]] = []
     for method, selection in (("nbl", fitted), ("drop", dropped)):
@@ -93,14 +97,13 @@ def _points(
     losses = []
     for name, windows in texts:
         with job.ui.task(f"{_NAMES[method]} on {name}") as progress:
-            losses.append(switched.prices(windows, mixes, progress))
+            losses.append(switched.window_losses(windows, mixes, progress))
     model = cost_model(job)
     pruned = dataclasses.replace(model, tail_pruned=True, all_logits=False)
     found = []
     for count, mix in mixes.items():
         speed = model.speedup({i: maps[i] for i in mix})
-        prices = [_price(name, loss[count]) for (name, _), loss in zip(texts, losses, strict=True)]
-        rises = [p["increase"] for p in prices]
+        prices = [mix_price(name, loss[count]) for (name, _), loss in zip(texts, losses, strict=True)]
         found.append({
             "method": method,
             "layers": count,
@@ -109,33 +112,35 @@ def _points(
             "prefill_tail_pruned": pruned.speedup({i: maps[i] for i in mix}).prefill,
             "decode": speed.decode,
             "prices": prices,
-            "worst_increase": None if None in rises else max(rises),
+            "worst_increase": _worst(p["increase"] for p in prices),
+            "worst_upper": _worst((p["increase_interval"] or [None, None])[1] for p in prices),
         })  # fmt: skip
     return found
 
 
-def _price(name: str, loss: Any) -> dict[str, Any]:
-    before, after = loss.perplexities
-    facts = {"kl": loss.kl, "perplexity_original": before, "perplexity": after, "increase": after / before - 1}
-    return {"text": name, **{k: v if math.isfinite(v) else None for k, v in facts.items()}}
+def _worst(values: Iterable[float | None]) -> float | None:
+    """The largest; None where one is None."""
+    found = list(values)
+    known = [v for v in found if v is not None]
+    return max(known) if len(known) == len(found) else None
 
 
 def recommend(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The most layers whose perplexity rises by at most `RECOMMENDED_INCREASE` on every text; None where one is more.
+    """The most layers that are shown to raise perplexity by at most `RECOMMENDED_INCREASE` on every text, if any are.
 
-    Dropped attention is there for comparison and not recommended. Of two with as many layers: the lower increase.
+    Of each method 1, 2, ... layers are tested in this order, by the upper end of the 95% interval on the worse text,
+    and the first that fails ends it (as in `reach`); with a second method that is distilled, the chance to recommend
+    what is beyond it is at most twice that of one test. Dropped attention is there for comparison and not recommended.
+    Of two with as many layers: the lower increase.
     """
-    good = [
-        p
-        for p in points
-        if p["method"] != "drop" and p["layers"] and _within(p["worst_increase"])  # nothing replaced is no advice
-    ]
+    good: list[Mapping[str, Any]] = []
+    for method in ("nbl", "distilled"):
+        for p in sorted((p for p in points if p["method"] == method and p["layers"]), key=lambda p: p["layers"]):
+            if p["worst_upper"] is None or p["worst_upper"] > RECOMMENDED_INCREASE:
+                break
+            good.append(p)
     best = max(good, key=lambda p: (p["layers"], -p["worst_increase"]), default=None)
     return None if best is None else {"method": best["method"], "layers": best["layers"]}
-
-
-def _within(increase: float | None) -> bool:
-    return increase is not None and increase <= RECOMMENDED_INCREASE
 
 
 def sweep_table(sweep: Mapping[str, Any]) -> Table:
@@ -163,4 +168,5 @@ def _name(point: Mapping[str, Any]) -> str:
 def _cells(price: Mapping[str, Any]) -> tuple[str, str]:
     if price["perplexity"] is None or price["increase"] is None:
         return "not finite", "–"
-    return f"{price['perplexity']:.2f} ({100 * price['increase']:+.1f}%)", f"{price['kl']:.3f}"
+    rise = spoken_interval(price["increase"], price["increase_interval"], percent=True, sign=True)
+    return f"{price['perplexity']:.3g}, {rise}", spoken_interval(price["kl"], price["kl_interval"])

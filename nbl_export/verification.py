@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.climb import Climb, coded_graphs
+from nbl_export.held_back import uses_of
 from nbl_export.job import Job
 from nbl_export.nbl_checkpoint import GIVEN_FIT
-from nbl_export.price import warn_of_far_prices
+from nbl_export.price import price, spoken_price, warn_of_far_prices
 from nbl_export.records import AffineMap, RungResult
 
 __all__ = ["conclude", "make_probe", "price_texts", "run"]
@@ -20,13 +21,11 @@ _PROMPT_TOKENS = 24
 _NEW_TOKENS = 32
 _LONG_TOKENS = 2048
 _BEYOND_WINDOW = 512
-_PRICE_TOKENS = 2048
 _LONGEST_PROBED_WINDOW = 256  # by the short rows and as a batch; the long row is longer than any window
 
 
 def run(job: Job) -> dict[str, Any]:
     """The value of verify.json."""
-    from nbl_export import verify
     from nbl_export.plan import load_maps
     from nbl_export.token_rows import rows_of
 
@@ -40,7 +39,7 @@ def run(job: Job) -> dict[str, Any]:
         prices = []
         if job.options.fit != GIVEN_FIT:  # whose original has no attention in the replaced layers
             with job.ui.task("price on held-back text") as progress:
-                prices = verify.price(decoders["original"], decoders["nbl"], price_texts(job), progress)
+                prices = price(decoders["original"], decoders["nbl"], price_texts(job), progress)
     return conclude(job, results, prices)
 
 
@@ -52,10 +51,14 @@ def conclude(job: Job, results: list[RungResult], prices: list[dict[str, Any]]) 
     layers = {"original": plan.num_layers, "nbl": len(plan.kept)}
     per_token = {subject: job.spec.cache_bytes_per_token(kept, size) for subject, kept in layers.items()}
     warning = warn_of_far_prices(prices)
+    for row in prices:
+        said = spoken_price(row)["increase"]
+        job.ui.say(f"  perplexity {said}, {row['text']}, {row['tokens']:,} tokens")
     if warning:
         job.ui.say(f"  {warning}")
     found = verify.summary(results, job.options.precision, prices, plan)
-    return {**found, "price_warning": warning, "cache_bytes_per_token": per_token}
+    texts = uses_of(job) if prices else []
+    return {**found, "price_warning": warning, "texts": texts, "cache_bytes_per_token": per_token}
 
 
 @contextlib.contextmanager
@@ -104,11 +107,12 @@ def _long_tokens(job: Job) -> int:
 
 
 def price_texts(job: Job) -> list[tuple[str, Any]]:
-    """Held-back windows of the calibration text, and a text that nobody calibrates on."""
-    _, held = job.windows
+    """Windows that chose nothing, of the calibration text and of a text that nobody calibrates on, as arrays; cut to
+    what a sequence can hold."""
     context = min(job.options.context, job.slots)
-    count = max(1, _PRICE_TOKENS // context)
-    texts = [(f"held back from {job.text.name}", held[:count, :context].numpy())]
-    if job.far_windows is not None:
-        texts.append((f"{job.far_text.name} (not calibrated on)", job.far_windows[0][:count, :context].numpy()))
-    return texts
+    return [(name, _cut(windows.numpy(), context)) for name, windows in job.texts("final")]
+
+
+def _cut(windows_WT: Any, context: int) -> Any:
+    ids = windows_WT.reshape(-1)
+    return ids[: len(ids) // context * context].reshape(-1, context)

@@ -5,7 +5,7 @@
     b  original graph against the original torch model
     c  NBL graph against the NBL torch model: prefill and cached steps, a batch of two different lengths, one long row
     d  greedy text, through the runtime that ships, against torch
-    e  the price: NBL against original on held-back text; reported, not gated
+    e  the price (`price`): NBL against original on held-back text; reported, not gated
     f  the graph that ships, where it gives the logits of the last token alone (`verify_last`), against the one with all
     g  a quantised graph against its float32 twin's truth: what is left is the rounding of activations
 
@@ -18,13 +18,12 @@ One table of tolerances by precision; nothing else decides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from nbl_export.errors import NblError
 from nbl_export.records import Plan, RungResult
 
 __all__ = [
@@ -37,7 +36,6 @@ __all__ = [
     "check_logits",
     "check_long",
     "greedy",
-    "price",
     "run_rows",
     "shown_positions",
 ]
@@ -247,55 +245,6 @@ def check_greedy(
     return RungResult(
         "d", subject, metric, worst, limit, worst <= limit and enough, f"{what}; {detail}" if what else detail
     )
-
-
-def price(
-    original: Any, nbl: Any, texts: Sequence[tuple[str, np.ndarray]], progress: Callable[[int, int], None]
-) -> list[dict[str, Any]]:
-    """Rung e: perplexity of both graphs, KL(original || NBL) in nats and top-1 agreement, token by token.
-
-    Args:
-        texts: name and token ids [windows, context].
-    """
-    rows = []
-    total = sum(len(windows) for _, windows in texts)
-    done = 0
-    for name, windows in texts:
-        sums = np.zeros(4)
-        for window in windows:
-            base, ours = (_log_probabilities(decoder, window) for decoder in (original, nbl))
-            target = window[1:]
-            place = np.arange(len(target))
-            kl = (np.exp(base) * (base - ours)).sum(1).mean()
-            agree = (base.argmax(1) == ours.argmax(1)).mean()
-            sums += [-base[place, target].mean(), -ours[place, target].mean(), kl, agree]
-            done += 1
-            progress(done, total)
-        loss_original, loss_nbl, kl, agree = (float(v) for v in sums / len(windows))
-        rows.append(
-            {
-                "text": name,
-                "tokens": int(windows.size),
-                "perplexity_original": float(np.exp(loss_original)),
-                "perplexity_nbl": float(np.exp(loss_nbl)),
-                "kl_mean": kl,
-                "top1_agreement": agree,
-            }
-        )
-    return rows
-
-
-def _log_probabilities(decoder: Any, window: np.ndarray) -> np.ndarray:
-    """[T - 1, V]: what each position says of the next token."""
-    decoder.begin(1)
-    logits = decoder.step(window[None, :])[0, :-1]
-    if logits.shape[0] != len(window) - 1:
-        raise NblError(
-            "this graph gives logits of the last position only; the price needs all of them: keep all_logits.onnx "
-            "beside it, or export it with --logits all"
-        )
-    logits -= logits.max(1, keepdims=True)
-    return np.asarray(logits - np.log(np.exp(logits).sum(1, keepdims=True)))
 
 
 def summary(results: Sequence[RungResult], precision: str, prices: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:

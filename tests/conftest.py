@@ -123,6 +123,15 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
+@pytest.fixture
+def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the windows for each use of text, in this process: what tests of other subjects wait for."""
+    from nbl_export import held_back
+
+    shorter = {roles: tokens // 4 for roles, tokens in held_back._PART_TOKENS.items()}
+    monkeypatch.setattr(held_back, "_PART_TOKENS", shorter)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """architecture -> directory of a tiny checkpoint for the static form."""

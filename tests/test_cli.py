@@ -129,7 +129,9 @@ def test_stages_go_to_stderr_and_the_result_to_stdout(finished: Path) -> None:
     assert finished.with_name("stdout").read_text(encoding="utf-8") == f"{finished / 'report.html'}\n"
     said = finished.with_name("stderr").read_text(encoding="utf-8")
     assert stage_lines(Outcome(0, "", said)) == dict.fromkeys(STAGES, "done")
-    assert len(said.splitlines()) == 2 * len(STAGES), said
+    price = [line for line in said.splitlines() if line.startswith("  perplexity ")]
+    assert len(price) == 2 and all(" to " in line and "8,192 tokens" in line for line in price)
+    assert len(said.splitlines()) == 2 * len(STAGES) + len(price), said
 
 
 @pytest.mark.parametrize("which", ["original", "model"])

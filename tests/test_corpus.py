@@ -56,10 +56,10 @@ def test_windows_are_full_and_held_back_text_is_disjoint(checkpoint: Callable[[s
     tokenizer = load_tokenizer(checkpoint("llama"))
     source = read_text(str(text))
     used, held = pack(source, tokenizer, 640, 64, 128)
-    assert used.shape == (10, 64) and held.shape == (1, 64)  # held back: at most an eighth of what was read
+    assert used.shape == (10, 64) and held.shape == (2, 64)
     stream = tokenizer(source.documents[0])["input_ids"]
     assert used.flatten().tolist() == stream[: used.numel()]
-    assert held.flatten().tolist() == stream[11 * 64 : 12 * 64]
+    assert held.flatten().tolist() == stream[10 * 64 : 12 * 64]
 
 
 def test_text_to_train_on_goes_on_behind_what_is_held_back(checkpoint: Callable[[str], Path], text: Path) -> None:
@@ -68,10 +68,24 @@ def test_text_to_train_on_goes_on_behind_what_is_held_back(checkpoint: Callable[
     whole, _ = pack(read, tokenizer, 64 * 15, 64)
     ids = corpus.extend(windows, read, tokenizer, 64 * 13 + 5, 128)
     assert ids.tolist() == [*whole[:10].tolist(), *whole[12:15].tolist()]
-    assert held.tolist() == whole[11:12].tolist()  # one of the two asked for: an eighth of what was read
+    assert held.tolist() == whole[10:12].tolist()
     assert corpus.extend(windows, read, tokenizer, 256, 128).tolist() == windows[:4].tolist()
     every = corpus.extend(windows, read, tokenizer, 10**9, 128)  # as far as the text goes
     assert 15 < len(every) < len(read.documents[0]) // 64
+
+
+@pytest.mark.parametrize(
+    ("tokens", "windows"), [(4 * 64, (1, 3)), (32 * 64, (28, 4)), (200 * 64, (160, 40)), (230 * 64, (160, 64))]
+)
+def test_of_a_short_text_an_eighth_is_held_back_or_what_calibration_leaves(
+    tokens: int, windows: tuple[int, int]
+) -> None:
+    def tokenizer(piece: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": list(range(len(piece)))}
+
+    used, held = pack(Text("t", "0", ("x" * tokens,)), tokenizer, 160 * 64, 64, 64 * 64)
+    assert (len(used), len(held)) == windows
+    assert used.flatten().tolist() == list(range(used.numel())) and int(held[-1, -1]) < tokens
 
 
 def test_short_text_says_how_much_is_needed(checkpoint: Callable[[str], Path]) -> None:

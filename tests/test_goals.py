@@ -8,10 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from nbl_export import verification
-from nbl_export.errors import UsageError
+from nbl_export.errors import NblError, UsageError
 from nbl_export.goals import CacheBudget, PerplexityIncrease, TargetSpeedup, changed_options, check_request, goal_of
 from nbl_export.reach import count_for_goal
 from nbl_export.records import JobOptions
@@ -19,6 +19,7 @@ from nbl_export.records import JobOptions
 from .command import assert_refused, nbl
 from .tiny import HEAD_DIM, LAYERS
 
+pytestmark = pytest.mark.usefixtures("short_parts")
 LAYER_BYTES = 2 * 2 * HEAD_DIM * 4  # cache of one layer of the tiny Llama, one token, float32
 
 
@@ -83,20 +84,35 @@ def planned(run: Path, *given: object) -> Any:
 
 
 class Priced:
-    """A selection whose first m layers raise perplexity by planted shares; nan stands for logits not finite."""
+    """A selection whose first m layers raise perplexity by planted shares, on "another" text by twice as much; nan
+    stands for logits not finite.
 
-    judging_windows = "held back"
+    spread: of the rises of 16 windows around theirs.
+    """
 
-    def __init__(self, *rises: float) -> None:
-        self.rises = rises
+    def __init__(self, *rises: float, spread: float = 1e-6) -> None:
+        self.rises, self.spread = rises, spread
         self.switched = self
 
     def order(self, count: int) -> tuple[int, ...]:
         return tuple(range(10, 10 + count))
 
-    def price(self, windows: str, order: tuple[int, ...]) -> Any:
-        share = self.rises[len(order) - 1] * (2 if windows == "another" else 1)
-        return SimpleNamespace(perplexities=(20.0, 20.0 * (1 + share)))
+    def window_losses(self, windows: str, mixes: dict[str, tuple[int, ...]]) -> Any:
+        share = self.rises[len(mixes["mix"]) - 1] * (2 if windows == "another" else 1)
+        after = 3.0 + np.log1p(share) + np.tile([-1.0, 1.0], 8) * self.spread
+        return {"mix": [
+            SimpleNamespace(positions=511, original_sum=511 * 3.0, mix_sum=511 * loss, kl_sum=1.0) for loss in after
+        ]}  # fmt: skip
+
+
+def reached(selection: Priced, goal: str = "5%", texts: tuple[str, ...] = ("held back",)) -> tuple[int, Any, list[str]]:
+    said: list[str] = []
+    job: Any = SimpleNamespace(
+        options=options(max_perplexity_increase=goal), spec=SimpleNamespace(num_layers=5),
+        ui=SimpleNamespace(say=said.append), texts=lambda part: [(f"{t} ({part})", t) for t in texts],
+    )  # fmt: skip
+    count, facts = count_for_goal(job, selection)
+    return count, facts, said
 
 
 @pytest.mark.parametrize(
@@ -108,28 +124,39 @@ class Priced:
         ((0.01, float("nan"), 0.0, 0.0), 1),
     ],
 )
-def test_the_longest_plan_of_which_every_front_is_within_the_increase(
-    rises: tuple[float, ...], expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(verification, "price_texts", lambda _job: [("Another text", "another")])
-    spec = SimpleNamespace(num_layers=5)
-    said: list[str] = []
-    ui = SimpleNamespace(say=said.append)
-    job: Any = SimpleNamespace(options=options(max_perplexity_increase="5%"), spec=spec, ui=ui)
-    count, facts = count_for_goal(job, Priced(*rises))
+def test_the_longest_plan_of_which_every_front_is_within_the_increase(rises: tuple[float, ...], expected: int) -> None:
+    count, facts, said = reached(Priced(*rises))
     assert count == expected
     assert [step["layer"] for step in facts["path"]] == list(range(10, 10 + min(expected + 1, 4)))
-    assert facts["others"] == [{"text": "Another text", "increase": pytest.approx(2 * rises[expected - 1])}]
-    assert "5% is allowed" in said[0] and "on Another text" in said[1]
+    assert [step["within"] for step in facts["path"]] == [True] * expected + [False] * (expected < 4)
+    assert "5% is allowed" in said[0] and "held back (deciding)" in said[0]
 
 
-@pytest.fixture
-def dear(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Held-back text on which the tiny random model loses by every replaced layer; on some it gains."""
-    monkeypatch.setattr("nbl_export.job.HELD_BACK_TOKENS", 4096)
+def test_the_worse_text_decides() -> None:
+    rises = (0.02, 0.024, 0.03, 0.04)
+    assert reached(Priced(*rises))[0] == 4
+    count, _, said = reached(Priced(*rises), texts=("held back", "another"))
+    assert count == 2
+    assert "+6.0" in said[1] and "on another" in said[1]
 
 
-@pytest.mark.usefixtures("dear")
+def test_the_upper_end_of_the_interval_decides_and_what_is_undecided_says_how_many_tokens_would_tell() -> None:
+    rises = (0.01, 0.04, 0.045, 0.045)
+    assert reached(Priced(*rises))[0] == 4
+    count, facts, said = reached(Priced(*rises, spread=0.03))
+    assert count == 1
+    price = facts["path"][1]["prices"][0]
+    low, high = price["increase_interval"]
+    assert low < 0.05 < high
+    deviation, gap = 0.03 * np.sqrt(16 / 15), np.log(1.05 / 1.04)
+    assert price["tokens_needed"] == pytest.approx((1.96 * deviation / gap) ** 2 * 512, rel=0.03)
+    assert "8,192 tokens cannot tell from 5%, about 21,000 would be needed" in said[1]
+    with pytest.raises(NblError, match=r"cannot be met: one layer alone \(10\).*8,192 tokens cannot tell from 1\.5%"):
+        reached(Priced(*rises, spread=0.03), "1.5%")
+    with pytest.raises(NblError, match=r"cannot be met: one layer alone \(10\) raises perplexity .* \+1\.00000"):
+        reached(Priced(*rises), "0.9%")
+
+
 @pytest.mark.parametrize("select", ["cca", "greedy"])
 def test_perplexity_increase_through_the_job(select: str, run: Path) -> None:
     wide = planned(run, "--max-perplexity-increase", "100000%", "--select", select)
@@ -137,11 +164,12 @@ def test_perplexity_increase_through_the_job(select: str, run: Path) -> None:
     assert [s["layers"] for s in steps] == list(range(1, LAYERS))
     assert len(wide["replaced_layers"]) == LAYERS - 1
     assert {s["layer"] for s in steps} == set(wide["replaced_layers"])
-    assert len(wide["goal"]["others"]) >= 1 and all("increase" in row for row in wide["goal"]["others"])
-    first = steps[0]["increase"]
+    first = max(price["increase_interval"][1] for price in steps[0]["prices"])
     assert first > 0, "otherwise choose another tiny model"
     again = planned(run, "--max-perplexity-increase", f"{101 * first:.6f}%")
-    assert again["goal"]["path"][0] == steps[0]
+    priced = [{k: v for k, v in price.items() if k != "tokens_needed"} for price in steps[0]["prices"]]
+    found = again["goal"]["path"][0]["prices"]
+    assert [{k: v for k, v in price.items() if k != "tokens_needed"} for price in found] == priced
     assert again["options"]["layers"] is None and "--max-perplexity-increase" in again["command"]
     assert_refused(nbl("plan", run, "--max-perplexity-increase", f"{99 * first:.6f}%"), 1, "cannot be met")
     assert planned(run, "--layers", "1")["goal"] is None
@@ -175,7 +203,6 @@ def test_kv_budget_takes_as_few_layers_as_fit(run: Path) -> None:
         ("--kv-budget", "10B", ("with one attention layer left", f"{LAYER_BYTES:,} bytes", "10 are allowed")),
     ],
 )
-@pytest.mark.usefixtures("dear")
 def test_impossible_goals_say_how_far_it_got(flag: str, value: str, parts: Any, run: Path) -> None:
     before = (run / "nbl.json").read_bytes()
     assert_refused(nbl("plan", run, flag, value), 1, f"{flag} {value} cannot be met", *parts)

@@ -45,8 +45,9 @@ VERIFY: dict[str, Any] = {
         {"rung": "e", "subject": "nbl", "metric": "mean KL", "value": 0.12, "tolerance": None, "passed": True},
     ],
     "price": [
-        {"text": "held-back calibration", "tokens": 4096, "perplexity_original": 20.0, "perplexity_nbl": 25.0,
-         "kl_mean": 0.12, "top1_agreement": 0.8},
+        {"text": "held-back calibration", "tokens": 8192, "windows": 16, "perplexity_original": 20.0,
+         "perplexity_nbl": 25.0, "increase": 0.25, "increase_interval": [0.181, 0.3234], "kl_mean": 0.1234,
+         "kl_interval": [0.1113, 0.1371], "top1_agreement": 0.8, "top1_interval": [0.7821, 0.8179]},
     ],
     "cache_bytes_per_token": {"original": 4096, "nbl": 2048},
 }  # fmt: skip
@@ -320,7 +321,8 @@ def test_headline(written: Written) -> None:
     assert "3 of 6 attention layers are replaced by a linear layer: layers 0, 2-3" in written.markdown
     assert "−50.0%" in card(written.html, "KV cache") and "4.00 KiB → 2.00 KiB" in card(written.html, "KV cache")
     price = card(written.html, "Price")
-    for figure in ("20.0 → 25.0", "+25.0%", "KL 0.120", "agreement 80.0%", "not gated"):
+    for figure in ("20.0 → 25.0", "+25% (18 to 32)", "KL 0.123 (0.111 to 0.137)", "agreement 80.0% (78.2 to 81.8)",
+                   "not gated"):  # fmt: skip
         assert figure in price
     assert "largest logit difference 7.50e-05 (nbl, max abs logit difference), tolerance 0.001" in written.markdown
     assert written.html.count('class="gone"') == 3
@@ -328,13 +330,36 @@ def test_headline(written: Written) -> None:
 
 def test_headline_price_is_that_of_the_worst_text(tmp_path: Path) -> None:
     """Whichever text comes first: a gain seen on one text misleads."""
-    cheap = {"text": "cheap", "tokens": 10, "perplexity_original": 20.0, "perplexity_nbl": 21.0, "kl_mean": 0.1,
-             "top1_agreement": 0.9}  # fmt: skip
-    dear = {**cheap, "text": "dear", "perplexity_original": 10.0, "perplexity_nbl": 30.0}
+    cheap = {**VERIFY["price"][0], "text": "cheap", "perplexity_nbl": 21.0, "increase": 0.05}
+    dear = {**cheap, "text": "dear", "perplexity_original": 10.0, "perplexity_nbl": 30.0, "increase": 2.0}
     for order in ([cheap, dear], [dear, cheap]):
         shown = card(Written(tmp_path, MANIFEST, changed(VERIFY, price=order)).html, "Price")
         assert "10.0 → 30.0" in shown and "20.0" not in shown
         assert "cheap" in shown and "dear" in shown
+
+
+def test_price_table_has_tokens_windows_and_intervals(written: Written) -> None:
+    assert written.table("Price in quality")[2] == [
+        "held-back calibration", "8,192 (16)", "20.0", "25.0", "+25% (18 to 32)", "0.123 (0.111 to 0.137)",
+        "80.0% (78.2 to 81.8)",
+    ]  # fmt: skip
+
+
+def test_a_price_that_is_not_finite_is_the_worst_and_has_no_interval(tmp_path: Path) -> None:
+    broken = dict.fromkeys(("perplexity_nbl", "increase", "increase_interval", "kl_mean", "kl_interval"))
+    rows = [VERIFY["price"][0], {**VERIFY["price"][0], "text": "broken", **broken}]
+    for order in (rows, rows[::-1]):
+        written = Written(tmp_path, MANIFEST, changed(VERIFY, price=order))
+        assert "20.0 → not finite" in card(written.html, "Price")
+        assert "not finite on broken" in written.markdown
+
+
+def test_text_is_listed_by_use(written: Written, tmp_path: Path) -> None:
+    assert "Text by use" not in written.markdown
+    texts = [{"use": "calibration: scores and maps", "text": "a text", "tokens": 65536}]
+    told = Written(tmp_path, MANIFEST, changed(VERIFY, texts=texts))
+    assert told.table("Text by use")[2] == ["calibration: scores and maps", "a text", "65,536"]
+    assert told.json["texts"] == texts
 
 
 def test_rung_without_tolerance_is_not_gated(written: Written) -> None:

@@ -15,9 +15,12 @@ from nbl_export.checkpoint import load_model
 from nbl_export.linearize import linearize
 from nbl_export.plan import load_maps
 from nbl_export.tradeoff import recommend
+from nbl_export.window_intervals import increase_interval
 
 from .command import assert_refused, nbl
 from .tiny import LAYERS
+
+pytestmark = pytest.mark.usefixtures("short_parts")
 
 
 def facts_of(run: Path) -> Any:
@@ -33,16 +36,22 @@ def swept(run: Path, *given: object) -> Any:
 
 
 def point(method: str, layers: int, increase: float | None) -> dict[str, Any]:
-    return {"method": method, "layers": layers, "worst_increase": increase, "prefill": 1 + layers / 10}
+    upper = None if increase is None else increase
+    return {"method": method, "layers": layers, "worst_increase": increase, "worst_upper": upper,
+            "prefill": 1 + layers / 10}  # fmt: skip
 
 
-def test_recommended_is_the_most_layers_within_ten_percent() -> None:
+def test_recommended_is_the_most_layers_within_ten_percent_of_which_no_fewer_are_beyond() -> None:
     points = [point("nbl", 0, 0.0), point("nbl", 1, 0.02), point("nbl", 2, 0.1), point("nbl", 3, 0.2),
               point("drop", 3, 0.01), point("nbl", 4, None)]  # fmt: skip
     assert recommend(points) == {"method": "nbl", "layers": 2}
     assert recommend([*points, point("distilled", 2, 0.05)]) == {"method": "distilled", "layers": 2}
     assert recommend([*points, point("distilled", 3, 0.09)]) == {"method": "distilled", "layers": 3}
     assert recommend([point("nbl", 0, 0.0), point("nbl", 1, 0.11)]) is None
+    noisy = [{**point("nbl", 1, 0.02), "worst_upper": 0.03}, {**point("nbl", 2, 0.05), "worst_upper": 0.11}]
+    assert recommend([*noisy, point("nbl", 3, 0.09)]) == {"method": "nbl", "layers": 1}
+    assert recommend([point("nbl", 1, 0.11), point("nbl", 2, 0.05)]) is None
+    assert recommend([{**point("nbl", 1, 0.02), "worst_upper": None}]) is None
 
 
 def test_points_are_what_plans_of_that_many_layers_cost(run: Path, checkpoint: Any) -> None:
@@ -52,7 +61,7 @@ def test_points_are_what_plans_of_that_many_layers_cost(run: Path, checkpoint: A
     for p in sweep["points"]:
         assert p["replaced_layers"] == sorted(sweep["order"][: p["layers"]])
         if p["layers"] == 0:
-            assert (p["prefill"], p["decode"], p["worst_increase"]) == (1.0, 1.0, 0.0)
+            assert (p["prefill"], p["decode"], p["worst_increase"], p["worst_upper"]) == (1.0, 1.0, 0.0, 0.0)
             assert all(price["kl"] == 0 for price in p["prices"])
     held = torch.tensor(_held(run))
     with torch.inference_mode():
@@ -71,19 +80,22 @@ def test_points_are_what_plans_of_that_many_layers_cost(run: Path, checkpoint: A
             loss = -p.gather(2, held[:, 1:, None]).mean()
             assert price[name] == pytest.approx(loss.exp().item(), rel=1e-3)
         assert price["increase"] == pytest.approx(price["perplexity"] / price["perplexity_original"] - 1)
+        assert price["tokens"] == held.numel()
+        loss = [-v.gather(2, held[:, 1:, None]).mean((1, 2)).double().numpy() for v in (base, ours)]
+        assert price["increase_interval"] == pytest.approx(increase_interval(*loss).ends, rel=1e-3)
+        assert found["worst_upper"] == max(p["increase_interval"][1] for p in found["prices"])
 
 
 def _held(run: Path) -> Any:
-    """The held-back windows that the price is taken on."""
+    """The held-back windows that a sweep is taken on."""
     from nbl_export.artifacts import RunDirectory
     from nbl_export.job import Job, located
     from nbl_export.progress import Ui
     from nbl_export.records import JobOptions
-    from nbl_export.verification import price_texts
 
     with RunDirectory.open_run(run, create=False) as opened:
         options = located(JobOptions.from_json(opened.manifest["options"]), opened)
-        return price_texts(Job(options, opened, Ui(quiet=True)))[0][1].tolist()
+        return Job(options, opened, Ui(quiet=True)).texts("deciding")[0][1].tolist()
 
 
 def test_sweep_leaves_the_run_verified_and_shows_in_its_report(run: Path) -> None:
@@ -167,10 +179,21 @@ def test_plot_rings_the_recommended_point_and_leaves_out_what_is_not_finite() ->
     assert drawn == plots.tradeoff(points, {"method": "nbl", "layers": 3})
 
 
+def test_plot_has_whiskers_of_the_text_that_suffers_most() -> None:
+    points = [point("nbl", k, 0.03 * k) for k in range(4)]
+    bare = plots.tradeoff(points, None)
+    points[2]["prices"] = [{"increase": 0.02, "increase_interval": [0.018, 0.021]},
+                           {"increase": 0.06, "increase_interval": [0.052, 0.068]}]  # fmt: skip
+    assert plots._worst_interval(points[2]) == [[0.052, 0.068]] and plots._worst_interval(points[1]) == []
+    drawn = plots.tradeoff(points, None)
+    assert drawn.count('id="tradeoff-line2d') == bare.count('id="tradeoff-line2d') + 1
+
+
 def test_table_says_what_is_not_finite_and_what_was_distilled_for_more_layers() -> None:
     from rich.console import Console
 
-    price = {"text": "t", "kl": None, "perplexity_original": 5.0, "perplexity": None, "increase": None}
+    price = {"text": "t", "kl": None, "perplexity_original": 5.0, "perplexity": None, "increase": None,
+             "increase_interval": None, "kl_interval": None}  # fmt: skip
     p = {**point("distilled", 1, None), "prefill_tail_pruned": 1.2, "decode": 1.1, "prices": [price]}
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     points = [{**p, "distilled_for": 1}, {**p, "distilled_for": 3}]

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from nbl_export.engines.onnx_decoder import OnnxDecoder
-from nbl_export.errors import NblError
 from nbl_export.records import AffineMap, DecoderSpec, Plan
 from nbl_export.rewrite import rewrite
 from nbl_export.verify import (
@@ -21,7 +20,6 @@ from nbl_export.verify import (
     Tolerance,
     check_greedy,
     check_logits,
-    price,
     run_rows,
 )
 from nbl_export.verify_file import check_file, check_maps, check_untouched
@@ -130,31 +128,6 @@ def test_greedy_difference_counts_only_where_torch_was_decided() -> None:
     assert not check_greedy("nbl", [[1, 2, 9, 4]], theirs, margins, exact).passed
 
 
-class Unigram:
-    """Says the same of every next token."""
-
-    def __init__(self, probabilities: np.ndarray) -> None:
-        self.logits = np.log(probabilities)
-
-    def begin(self, batch: int) -> None:
-        pass
-
-    def step(self, ids_BT: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(self.logits, (*ids_BT.shape, len(self.logits))).astype(np.float32).copy()
-
-
-def test_price_is_perplexity_and_kl() -> None:
-    p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
-    windows = np.array([[0, 0, 0, 1], [2, 2, 0, 0]])
-    (row,) = price(Unigram(p), Unigram(q), [("t", windows)], lambda _d, _t: None)
-    targets = [0, 0, 1, 2, 0, 0]
-    assert row["perplexity_original"] == pytest.approx(np.exp(-np.log(p[targets]).mean()), rel=1e-5)
-    assert row["perplexity_nbl"] == pytest.approx(np.exp(-np.log(q[targets]).mean()), rel=1e-5)
-    assert row["kl_mean"] == pytest.approx((p * np.log(p / q)).sum(), rel=1e-5)
-    assert row["top1_agreement"] == 0.0
-    assert row["tokens"] == 8
-
-
 def test_file_rung_on_real_graphs(
     exported: Callable[..., Path], random_maps: Callable[..., dict[int, AffineMap]], tmp_path: Path
 ) -> None:
@@ -174,16 +147,6 @@ def test_batch_and_single_rows_agree_on_a_real_graph(exported: Callable[..., Pat
     together = run_rows(decoder, rows)
     for got, row in zip(together, rows, strict=True):
         np.testing.assert_allclose(got, run_rows(decoder, [row])[0], atol=1e-4)
-
-
-def test_pruned_head_cannot_be_priced() -> None:
-    class Pruned(Unigram):
-        def step(self, ids_BT: np.ndarray) -> np.ndarray:
-            return super().step(ids_BT)[:, -1:]
-
-    pruned = Pruned(np.array([0.5, 0.5]))
-    with pytest.raises(NblError, match="last position only"):
-        price(pruned, pruned, [("t", np.array([[0, 1, 0]]))], lambda _d, _t: None)
 
 
 @pytest.mark.parametrize(
