@@ -80,7 +80,7 @@ def coded_graphs(job: Job, directories: Mapping[str, Path], results: list[RungRe
         except RefusalError as error:
             found = {}
             detail = f"none can be made: {error.reason}; the graph is held to the model as it is"
-            results.append(RungResult("a", "nbl", "float32 twin", None, None, True, detail))
+            results.append(RungResult("a", "nbl", verify_codes.TWIN, None, None, True, detail))
         yield found
 
 

@@ -180,7 +180,7 @@ def rungs_table(result: dict[str, Any]) -> Group:
         both = (p[name] for name in ("perplexity_original", "perplexity_nbl"))
         perplexities = ("not finite" if value is None else f"{value:.3g}" for value in both)
         cost.add_row(p["text"], f"{p['tokens']:,}", str(p["windows"]), *perplexities, *spoken_price(p).values())
-    return Group(ladder, cost)
+    return Group(ladder, *result["proof"], cost)
 
 
 def speed_table(result: dict[str, Any]) -> Group:

@@ -84,6 +84,7 @@ def summarize(
         "precision": verify["precision"],
         "codes": codes_of(manifest),
         "rungs": rungs,
+        "proof": verify.get("proof", []),
         "largest_logit_difference": _largest_logit_difference(rungs),
         "price": verify.get("price", []),
         "texts": verify.get("texts", []),
@@ -103,8 +104,8 @@ def summarize(
 
 
 def _largest_logit_difference(rungs: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The rung on logits with the largest value; one that is not finite (None) is larger than any."""
-    logits = [r for r in rungs if "logit" in r["metric"].lower()]
+    """The comparison with the reference (rungs b and c) that is largest; one that is not finite is larger than any."""
+    logits = [r for r in rungs if r["rung"] in ("b", "c") and "logit" in r["metric"].lower()]
     return max(logits, key=lambda r: math.inf if r["value"] is None else r["value"]) if logits else None
 
 

@@ -45,7 +45,7 @@ def run(job: Job) -> dict[str, Any]:
 
 def conclude(job: Job, results: list[RungResult], prices: list[dict[str, Any]]) -> dict[str, Any]:
     """The value of verify.json from rungs and prices; says so where the price is far off."""
-    from nbl_export import verify
+    from nbl_export import verify, verify_words
 
     plan, size = job.plan, job.engine.CAPABILITIES.cache_itemsize(job.options.precision)
     layers = {"original": plan.num_layers, "nbl": len(plan.kept)}
@@ -58,7 +58,9 @@ def conclude(job: Job, results: list[RungResult], prices: list[dict[str, Any]]) 
         job.ui.say(f"  {warning}")
     found = verify.summary(results, job.options.precision, prices, plan)
     texts = uses_of(job) if prices else []
-    return {**found, "price_warning": warning, "texts": texts, "cache_bytes_per_token": per_token}
+    reference = "the linearized torch model" if job.graph is None else "the graph as it came, with the maps in numpy,"
+    proof = verify_words.proof(results, reference)
+    return {**found, "proof": proof, "price_warning": warning, "texts": texts, "cache_bytes_per_token": per_token}
 
 
 @contextlib.contextmanager

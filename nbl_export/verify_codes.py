@@ -13,8 +13,24 @@ import numpy as np
 from nbl_export.nbits import Blocks, StoredMatrix
 from nbl_export.records import RungResult
 
-__all__ = ["NEAREST", "SEARCHED", "Far", "check_nearness", "check_products", "distance"]
+__all__ = [
+    "DISTANCE",
+    "NEAREST",
+    "NEARNESS",
+    "PRODUCTS",
+    "SEARCHED",
+    "TWIN",
+    "Far",
+    "check_nearness",
+    "check_products",
+    "distance",
+]
 
+# Metrics of this file's results.
+NEARNESS = "steps between a matrix and its codes"
+PRODUCTS = "error of quantised products, of the sum of magnitudes"
+DISTANCE = "relative rms distance from the model before rounding"
+TWIN = "float32 twin"
 # Steps that rounding to nearest is off by: half of one, and a whole one for the mirror image of a block's largest
 # number, since ONNX Runtime's symmetric quantiser spans [-8, 8) of them.
 NEAREST = 1.01
@@ -44,8 +60,8 @@ def check_nearness(subject: str, found: Sequence[Far], limit: float | None) -> R
     """
     worst = max(found, key=lambda f: f.steps)
     detail = f"{len(found)} matrices; the farthest is {worst.name}, row {worst.row}"
-    metric, passed = "steps between a matrix and its codes", limit is None or worst.steps <= limit
-    return RungResult("a", subject, metric, worst.steps, limit, passed, detail)
+    passed = limit is None or worst.steps <= limit
+    return RungResult("a", subject, NEARNESS, worst.steps, limit, passed, detail)
 
 
 def check_products(
@@ -65,9 +81,7 @@ def check_products(
         if not error <= worst:  # not a number, too
             worst, name = error, node
     detail = f"{count} nodes, each by itself" + (f"; the largest is of {name}" if name else "")
-    return RungResult(
-        "a", subject, "error of quantised products, of the sum of magnitudes", worst, _SUMS, worst <= _SUMS, detail
-    )
+    return RungResult("a", subject, PRODUCTS, worst, _SUMS, worst <= _SUMS, detail)
 
 
 def _error(lookup: bool, blocks: Blocks, given: np.ndarray, output: np.ndarray) -> float:
@@ -84,7 +98,4 @@ def distance(subject: str, got: Sequence[np.ndarray], before: Sequence[np.ndarra
     """Reported: how far logits are from those of the model before its matrices were rounded."""
     away = sum(float(np.square(g.astype(np.float64) - b).sum()) for g, b in zip(got, before, strict=True))
     size = sum(float(np.square(b.astype(np.float64)).sum()) for b in before)
-    metric = "relative rms distance from the model before rounding"
-    return RungResult(
-        "g", subject, metric, float(np.sqrt(away / size)), None, True, "reported; the price tells its cost"
-    )
+    return RungResult("g", subject, DISTANCE, float(np.sqrt(away / size)), None, True, "reported, not gated")

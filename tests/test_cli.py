@@ -131,7 +131,8 @@ def test_stages_go_to_stderr_and_the_result_to_stdout(finished: Path) -> None:
     assert stage_lines(Outcome(0, "", said)) == dict.fromkeys(STAGES, "done")
     price = [line for line in said.splitlines() if line.startswith("  perplexity ")]
     assert len(price) == 2 and all(" to " in line and "8,192 tokens" in line for line in price)
-    assert len(said.splitlines()) == 2 * len(STAGES) + len(price), said
+    busy = [line for line in said.splitlines() if "measured on a busy machine" in line]  # as it may be
+    assert len(said.splitlines()) == 2 * len(STAGES) + len(price) + len(busy), said
 
 
 @pytest.mark.parametrize("which", ["original", "model"])

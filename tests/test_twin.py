@@ -76,6 +76,10 @@ def test_wiring_is_proven_to_float32_accuracy(architecture: str, precision: str,
         assert any("chunks of 512" in r["detail"] for r in seen)
         assert max(r["value"] for r in seen) < EXACT
     assert max(r["value"] for r in on_logits(rungs, "g")) < TOLERANCES[precision].limit
+    said = json.loads((run / "verify.json").read_text(encoding="utf-8"))["proof"]
+    largest = max(r["value"] for r in on_logits(rungs, "c"))
+    assert f"{largest:.1e} in any logit" in said[0] and len(said) == 4
+    assert all(sentence in (run / "report.md").read_text(encoding="utf-8") for sentence in said)
 
 
 # -- faults: each changes the graph that ships, and a rung of this name must see it --------------------------
