@@ -45,7 +45,7 @@ from nbl_export.records import DecoderSpec, JobOptions, LayerScore, Plan
 from nbl_export.typed_json import read_record
 
 __all__ = ["SCHEMA", "RunDirectory", "file_sha256", "friendly_os_errors", "key_of", "move_into_place", "refuse_foreign",
-           "refuse_occupied", "write_json"]  # fmt: skip
+           "refuse_occupied", "stream_sha256", "write_json"]  # fmt: skip
 
 SCHEMA = 1
 _NO_RUN = "{} is not a run directory: it has no nbl.json; nbl-export --output makes one"
@@ -55,7 +55,12 @@ _SCRATCH = ".tmp-"
 def file_sha256(path: Path) -> str:
     """Hex digest of a file, read in blocks."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if _HAS_FILE_DIGEST else _digest(stream)
+        return stream_sha256(stream)
+
+
+def stream_sha256(stream: Any) -> str:
+    """Hex digest of what is left of an open file, read in blocks."""
+    return hashlib.file_digest(stream, "sha256").hexdigest() if _HAS_FILE_DIGEST else _digest(stream)
 
 
 _HAS_FILE_DIGEST = hasattr(hashlib, "file_digest")  # Python 3.11
