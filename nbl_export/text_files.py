@@ -71,7 +71,7 @@ class _Reader:
         """Text of a block each."""
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
         passed = 0
-        while passed < READ_BYTES and (block := self._read(min(_BLOCK_BYTES, READ_BYTES - passed))):
+        while block := self._read(min(_BLOCK_BYTES, READ_BYTES - passed)):
             if passed == 0 and b"\0" in block[:_PROBED_BYTES]:
                 raise NblError(f"calibration text {self._path} is a binary file; give UTF-8 text, .jsonl or .json")
             self.blank = self.blank and not block.strip()
