@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from nbl_export.errors import NblError, UsageError
 from nbl_export.speed import spoken_ratio, spoken_test
+from nbl_export.terminal import Console, visible
 
 __all__ = ["FORMATS", "check_output", "format_of", "render", "write"]
 
@@ -67,12 +67,12 @@ def write(text: str, output: Path) -> None:
 def render(value: Mapping[str, Any], form: str, width: int | None = None) -> str:
     """The text in one of `FORMATS`, ending in a line break. width: columns of a table, None is the terminal's."""
     if form == "json":
-        return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(value, indent=1) + "\n"
+    if form == "table":
+        return _table(*_columns(value), width)
     if form == "csv":
-        return _csv(value)
-    if form == "llama-bench":
-        return _llama_bench(value)
-    return _markdown(*_columns(value)) if form == "md" else _table(*_columns(value), width)
+        return visible(_csv(value))
+    return visible(_llama_bench(value) if form == "llama-bench" else _markdown(*_columns(value)))
 
 
 def _columns(value: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
