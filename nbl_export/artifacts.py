@@ -33,6 +33,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -128,6 +129,18 @@ def _disk_trouble(error: BaseException | None) -> tuple[int | None, str | None]:
     return None, None
 
 
+def _refuse_odd_lock(path: Path) -> None:
+    """The lock is opened to write and emptied, so it must be a file of this directory alone.
+
+    Raises:
+        CorruptError: it is a link, has another name elsewhere, or is no plain file.
+    """
+    with contextlib.suppress(FileNotFoundError), friendly_os_errors(path):
+        seen = path.lstat()
+        if not stat.S_ISREG(seen.st_mode) or seen.st_nlink > 1:
+            raise CorruptError(f"{path} is a link or not a plain file; remove it")
+
+
 def _remove(path: Path) -> None:
     """Remove a file, a directory or a link, whichever is there."""
     if path.is_dir() and not path.is_symlink():
@@ -160,6 +173,7 @@ class RunDirectory:
             _make(path)
         elif not (path / "nbl.json").is_file():
             raise NblError(_NO_RUN.format(path))
+        _refuse_odd_lock(path / ".lock")
         with friendly_os_errors(path):
             lock = FileLock(str(path / ".lock"), timeout=0)
             try:
