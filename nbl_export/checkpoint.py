@@ -24,6 +24,7 @@ from nbl_export.artifacts import key_of
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.file_hashes import sha256_of
 from nbl_export.given_graph import home_of
+from nbl_export.plain_files import refuse_special
 from nbl_export.records import TAPS, DecoderSpec
 
 __all__ = [
@@ -102,6 +103,7 @@ def resolve(model: str) -> Source:
         NblError: missing, truncated, pickled, or of an unsupported architecture.
     """
     path = Path(model).expanduser()
+    refuse_special(path)
     graph = graph_source.graph_of(path)
     if graph is not None:
         files = graph_source.files_of(graph)

@@ -23,6 +23,7 @@ from nbl_export.artifacts import (
     write_json,
 )
 from nbl_export.errors import CorruptError, MissingPackageError, NblError, UsageError
+from nbl_export.plain_files import refuse_special
 from nbl_export.plan import load_maps, maps_in, parse_layers
 from nbl_export.records import TAPS, AffineMap, Plan
 
@@ -52,6 +53,7 @@ def describe_graph(path: Path) -> dict[str, Any]:
         NblError: no graph, not a whole one, or not a decoder with caches.
     """
     source = _need_onnx()
+    refuse_special(path if path.is_dir() else path.parent)
     file = source.find_graph(path)
     from nbl_export.rewrite.facts import graph_facts
 
@@ -80,6 +82,7 @@ def rewrite_given(
     from nbl_export.rewrite.facts import decoder_facts
 
     refuse_occupied(output)
+    refuse_special(path if path.is_dir() else path.parent)
     file = source.find_graph(path)
     _refuse_inside(output, file.parent)
     stored, stated = maps_in(maps_file)
