@@ -370,6 +370,8 @@ def _check_manifest(manifest: Any) -> None:
     _require(manifest["calibration"], name=str, sha256=str)
     for record in manifest["stages"].values():
         _require(record, key=str, seconds=(int, float), files=dict)
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in record["files"]):
+            raise ValueError("a stage names a file outside the run")
     _require(manifest["options"], model=str, engine=str, precision=str)
     JobOptions.from_json(manifest["options"])
     spec = read_record(DecoderSpec, manifest["decoder"])

@@ -24,7 +24,9 @@ from nbl_export.artifacts import key_of
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.file_hashes import sha256_of
 from nbl_export.given_graph import home_of
+from nbl_export.model_settings import check_checkpoint, check_settings
 from nbl_export.plain_files import refuse_special
+from nbl_export.pretrained import config_of, model_of, quiet_transformers, tokenizer_of
 from nbl_export.records import TAPS, DecoderSpec
 
 __all__ = [
@@ -34,7 +36,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "materialise",
-    "quiet_transformers",
     "read_spec",
     "resolve",
 ]
@@ -45,6 +46,7 @@ LINEARIZED = "nbl-"  # before the architecture, in the config.json of an NBL che
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
               "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*",
               "README.md")  # the licence stands in it  # fmt: skip
+_WEIGHTS = "model.safetensors"
 _MARKER = "source.json"
 
 
@@ -85,17 +87,6 @@ class Source:
         return None if self.revision else str((file or self.directory).absolute())
 
 
-def quiet_transformers() -> None:
-    """No progress bars and no advice from transformers: our stages report progress themselves."""
-    os.environ["TQDM_DISABLE"] = "1"
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingPackageError("transformers", "export", "reading a checkpoint") from error
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
 def resolve(model: str) -> Source:
     """Find a model and check what can be checked without loading it.
 
@@ -106,6 +97,7 @@ def resolve(model: str) -> Source:
     refuse_special(path)
     graph = graph_source.graph_of(path)
     if graph is not None:
+        check_checkpoint(home_of(graph))
         files = graph_source.files_of(graph)
         return Source(model, home_of(graph), None, None, _fingerprint(files), graph)
     if path.is_file() and path.suffix == ".gguf":
@@ -144,6 +136,7 @@ def _hub_source(repo: str) -> Source:
 
 
 def _directory_source(name: str, directory: Path, revision: str | None) -> Source:
+    check_checkpoint(directory)
     config = _read_config(directory)
     replaced = _linearized(config, directory / "config.json")
     if replaced is not None:
@@ -211,12 +204,13 @@ def _weight_files(directory: Path) -> list[Path]:
         if missing:
             raise NblError(f"{directory} lacks {missing[0]}, which its index names; fetch the model again")
         return files
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
+    if not (directory / _WEIGHTS).is_file():  # transformers would look for a pickle, whatever else lies there
         pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt*"))
-        hint = f"; {pickled[0].name} is a pickle, which is not read: convert it to safetensors" if pickled else ""
+        other = [file.name for file in sorted(directory.glob("*.safetensors"))]
+        hint = f"; {other[0]} is not named {_WEIGHTS}, and no index names it" if other else ""
+        hint += f"; {pickled[0].name} is a pickle, which is not read: convert it to safetensors" if pickled else ""
         raise NblError(f"{directory} has no safetensors weights{hint}")
-    return files
+    return sorted(directory.glob("*.safetensors"))
 
 
 def _check_safetensors(files: list[Path]) -> None:
@@ -241,6 +235,7 @@ def _gguf_source(name: str, file: Path) -> Source:
         architecture = field.contents() if field is not None else None
     except Exception as error:  # the reader raises whatever numpy raises on a short or foreign file
         raise NblError(f"{file} is truncated or not a GGUF file ({error}); fetch it again") from error
+    check_settings(file.parent)
     aliases = {alias: record.name for record in ARCHITECTURES.values() for alias in record.aliases}
     _check_architecture(aliases.get(str(architecture), architecture), file)
     return Source(name, file.parent, file, None, _fingerprint([file]))
@@ -265,12 +260,10 @@ def read_spec(source: Source) -> DecoderSpec:
         return graph_source.read_spec(source.graph)
     quiet_transformers()
     from optimum.utils import NormalizedTextConfigWithGQA
-    from transformers import AutoConfig
 
-    gguf = {"gguf_file": source.gguf.name} if source.gguf else {}
     _register(source)
     try:
-        config = AutoConfig.from_pretrained(str(source.directory), **gguf)
+        config = config_of(source.directory, source.gguf.name if source.gguf else None)
         architecture = config.model_type.removeprefix(LINEARIZED if source.linearized else "")
         _check_architecture(architecture, source.directory)
         normal = NormalizedTextConfigWithGQA(config)
@@ -343,16 +336,13 @@ def _restore(directory: Path, out: Path) -> None:
 
 
 def _dequantise(gguf: Path, out: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     log.info("dequantising %s", gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    model, _ = model_of(gguf.parent, gguf.name)
     # transformers refuses to save what came quantised; these weights no longer are.
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(out)
+    tokenizer_of(gguf.parent, gguf.name).save_pretrained(out)
 
 
 def _is_whole(target: Path, source: Source) -> bool:
@@ -376,15 +366,9 @@ def load_model(directory: Path) -> Any:
     Raises:
         NblError: transformers cannot load it.
     """
-    quiet_transformers()
-    import torch
-    from transformers import AutoModelForCausalLM
-
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(directory), dtype=torch.float32, output_loading_info=True
-        )
-    except MemoryError:
+        model, report = model_of(directory)
+    except (MemoryError, NblError):
         raise
     except Exception as error:
         raise NblError(f"{directory} cannot be loaded by transformers: {_reason(error)}") from error
@@ -400,10 +384,9 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
         NblError: there is none that transformers can load.
     """
-    quiet_transformers()
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(str(directory))
+        return tokenizer_of(directory)
+    except NblError:
+        raise
     except Exception as error:
         raise NblError(f"{directory} has no usable tokenizer: {error}") from error

@@ -5,6 +5,9 @@
                 in a distillation each has its rows of every step, and gradients, clipped row by row, are
                 averaged (which torch's DistributedDataParallel would do before they can be clipped)
 
+What processes tell each other is JSON and tensors, never pickle. The connections are torch's: nothing in them is
+authenticated or encrypted, so they belong on a network that is trusted.
+
 Sums are exact (`sums`), so the moments are those of one process. Gradients are not: distilled maps differ by rounding.
 gloo on CPUs; NCCL where there are GPUs.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -58,20 +62,69 @@ class Peers:
         self._working = False
 
     def share(self, value: Any) -> Any:
-        """What process 0 has."""
+        """What process 0 has, as JSON and tensors (`wire`)."""
         if self.size == 1:
             return value
-        said = [value if self.rank == 0 else None]
-        self._dist.broadcast_object_list(said, src=0)
-        return said[0]
+        from nbl_export.wire import pack, unpack
+
+        text, tensors = pack(value if self.rank == 0 else None)
+        shapes = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in tensors]
+        header = json.loads(self._broadcast(json.dumps([text, shapes]).encode()))
+        if self.rank == 0:
+            for tensor in tensors:
+                self._broadcast_tensor(tensor)
+            return value
+        return unpack(header[0], [self._receive_tensor(*shape) for shape in header[1]])
+
+    def _broadcast(self, data: bytes) -> bytes:
+        """The bytes of process 0."""
+        import torch
+
+        size = torch.tensor([len(data)], device=self._device)
+        self._dist.broadcast(size, src=0)
+        sent = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.rank == 0 else torch.empty(int(size)).byte()
+        sent = sent.to(self._device)
+        self._dist.broadcast(sent, src=0)
+        return bytes(sent.cpu().numpy())
+
+    def _broadcast_tensor(self, tensor: Any) -> None:
+        if tensor.numel():
+            self._dist.broadcast(tensor.contiguous().to(self._device), src=0)
+
+    def _receive_tensor(self, dtype: str, shape: list[int]) -> Any:
+        import torch
+
+        empty = torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
+        self._broadcast_tensor(empty)
+        return empty.cpu()
+
+    @property
+    def _device(self) -> Any:
+        """Where collectives take their tensors from."""
+        import torch
+
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+    def _gather(self, value: Any) -> list[Any]:
+        """A value of JSON of each process, on all of them."""
+        import torch
+
+        data = json.dumps(value).encode()
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(self.size)]
+        self._dist.all_gather(sizes, torch.tensor([len(data)], device=self._device))
+        longest = max(int(size) for size in sizes)
+        mine = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8).to(self._device)
+        all_data = [torch.empty_like(mine) for _ in range(self.size)]
+        self._dist.all_gather(all_data, mine)
+        return [json.loads(bytes(each.cpu().numpy())) for each in all_data]  # JSON takes spaces at its end
 
     def add(self, *values: float) -> list[float]:
         """Sums over the processes, on all of them."""
         if self.size == 1:
             return list(values)
-        said: list[Any] = [None] * self.size
-        self._dist.all_gather_object(said, values)
-        return [sum(column) for column in zip(*said, strict=True)]  # in the order of the processes, everywhere
+        return [
+            sum(column) for column in zip(*self._gather(values), strict=True)
+        ]  # in the order of the processes, everywhere
 
     def average(self, tensors: Sequence[Any]) -> None:
         """Their means over the processes, in place."""
@@ -90,10 +143,7 @@ class Peers:
         Raises:
             NblError: one of them has failed.
         """
-        said: list[Any] = [(error, flag)]
-        if self.size > 1:
-            said = [None] * self.size
-            self._dist.all_gather_object(said, (error, flag))
+        said = self._gather((error, flag)) if self.size > 1 else [(error, flag)]
         for rank, (failed, _) in enumerate(said):
             if failed is not None:
                 raise NblError(failed if self.size == 1 else f"process {rank} of {self.size}: {failed}")
@@ -208,9 +258,11 @@ def _calibrate(peers: Peers, model: Any, order: dict[str, Any]) -> None:
 
 
 def _distill(peers: Peers, model: Any, order: dict[str, Any]) -> None:
-    from nbl_export.distill import distill
+    from nbl_export.distill import DistillSettings, distill
+    from nbl_export.records import AffineMap
 
-    maps, windows, held, settings = (order[name] for name in ("maps", "windows", "held", "settings"))
+    maps = {layer: AffineMap(**values) for layer, values in order["maps"].items()}
+    windows, held, settings = order["windows"], order["held"], DistillSettings(**order["settings"])
     distill(model, maps, windows, held, settings, lambda _done, _total: None, order["tap"], peers=peers)
 
 

@@ -22,7 +22,9 @@ from nbl_export.artifacts import (
     versions,
     write_json,
 )
-from nbl_export.errors import CorruptError, MissingPackageError, NblError, UsageError
+from nbl_export.contained import check_inside
+from nbl_export.errors import MissingPackageError, NblError, UsageError
+from nbl_export.genai_config import check_genai_config
 from nbl_export.plain_files import refuse_special
 from nbl_export.plan import load_maps, maps_in, parse_layers
 from nbl_export.records import TAPS, AffineMap, Plan
@@ -160,7 +162,9 @@ def companions(path: Path, skipped: set[Path]) -> Iterator[tuple[Path, Path]]:
 
     Raises:
         CorruptError: one is a link that leads out of the directory.
+        NblError: the settings for ONNX Runtime GenAI are not to be handed on.
     """
+    check_genai_config(path.parent if path.is_file() else path)
     if path.is_file():
         files = [path.parent / name for name in _BESIDE_A_FILE if (path.parent / name).is_file()]
         directory = path.parent
@@ -170,12 +174,7 @@ def companions(path: Path, skipped: set[Path]) -> Iterator[tuple[Path, Path]]:
         name = file.relative_to(directory)
         if file in skipped or str(name) == "nbl.json" or any(part.startswith(".") for part in name.parts):
             continue
-        if not file.resolve().is_relative_to(directory.resolve()):
-            raise CorruptError(
-                f"{file} is a link out of its directory; copy the model with its links followed (cp -rL) "
-                "and use the copy"
-            )
-        yield file, name
+        yield check_inside(file, directory), name
 
 
 def _write(

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from nbl_export.architectures import ARCHITECTURES, Architecture
 from nbl_export.blocks import architecture_of, multiplier_of
-from nbl_export.checkpoint import LINEARIZED, quiet_transformers
+from nbl_export.checkpoint import LINEARIZED
 from nbl_export.errors import NblError
 from nbl_export.linearize import AffineAttention, linearize, replace_attention
+from nbl_export.pretrained import model_with, quiet_transformers, tokenizer_of
 from nbl_export.records import AffineMap
 
 __all__ = ["CLASSES", "restored", "save_linearized"]
@@ -99,7 +100,7 @@ def save_linearized(model: Any, checkpoint: Path, maps: Mapping[int, AffineMap],
     saved.load_state_dict(linearize(model, maps, tap).state_dict(), assign=True)
     saved.generation_config = model.generation_config or GenerationConfig.from_model_config(made_for)
     saved.save_pretrained(out)
-    AutoTokenizer.from_pretrained(str(checkpoint)).save_pretrained(out)
+    tokenizer_of(checkpoint).save_pretrained(out)
 
 
 def restored(model: Any) -> Any:
@@ -113,7 +114,7 @@ def restored(model: Any) -> Any:
         values.pop(name, None)
     config = type(model.config).__mro__[1](**values)  # what the configuration's class was derived from
     with torch.device("meta"):
-        stock = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        stock = model_with(config)
     kept = {name: value for name, value in model.state_dict().items() if ".self_attn.linear." not in name}
     missing = {name: value.shape for name, value in stock.state_dict().items() if name not in kept}
     foreign = [name for name in missing if ".self_attn." not in name and "norm" not in name]

@@ -23,6 +23,7 @@ from torch import nn
 from nbl_export.blocks import architecture_of, run_from
 from nbl_export.calibrate import attach, refuse_not_finite
 from nbl_export.errors import NblError
+from nbl_export.pretrained import config_of, model_with
 from nbl_export.sums import REFERENCE_ROWS, Accumulator, Sums
 
 __all__ = ["Shelf", "collect_layers", "float32_bytes", "one_layer"]
@@ -113,9 +114,7 @@ def collect_layers(
     Raises:
         NblError: a weight is missing or damaged, or a layer's activations are not finite.
     """
-    from transformers import AutoConfig
-
-    config, shelf = AutoConfig.from_pretrained(str(directory)), Shelf(directory)
+    config, shelf = config_of(directory), Shelf(directory)
     shapes = [tuple(ids_WT[:1, :REFERENCE_ROWS].shape), *(tuple(part.shape) for part in parts)]
     states = _States(scratch / "hidden", shapes, config.hidden_size)
     inputs = [ids_WT[:1, :REFERENCE_ROWS], *parts]
@@ -173,7 +172,6 @@ class _States:
 def one_layer(config: Any, index: int, shelf: Shelf) -> Any:
     """The decoder with layer `index` alone, ending behind it; with the embedding for the first one only."""
     from accelerate import init_empty_weights
-    from transformers import AutoModel
 
     single = copy.deepcopy(config)
     single.num_hidden_layers = 1
@@ -181,7 +179,7 @@ def one_layer(config: Any, index: int, shelf: Shelf) -> Any:
         if getattr(config, name, None):
             setattr(single, name, [getattr(config, name)[index]])
     with init_empty_weights(include_buffers=False):  # the rotary frequencies are buffers, and computed
-        decoder = AutoModel.from_config(single, dtype=torch.float32)
+        decoder = model_with(single, lm_head=False)
     decoder.norm = nn.Identity()
     if index:
         decoder.embed_tokens = nn.Identity()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.artifacts import friendly_os_errors, move_into_place, refuse_occupied, write_json
+from nbl_export.contained import refuse_links_out
 from nbl_export.errors import CorruptError, MissingPackageError, NblError, UsageError
 
 __all__ = ["RUNTIMES", "lay_out"]
@@ -43,12 +44,13 @@ def lay_out(directory: Path, runtime: str, target: Path) -> Path:
     Raises:
         UsageError: the runtime is not one of them.
         NblError: the folder has no model.onnx with its settings, or there is something at `target`.
-        CorruptError: a file of the folder cannot be read.
+        CorruptError: a file of the folder cannot be read, or is a link out of it.
     """
     if runtime not in RUNTIMES:
         raise UsageError(f"--for {runtime} is not known: one of {', '.join(RUNTIMES)}")
     refuse_occupied(target)
     source = _model_folder(directory)
+    refuse_links_out(source)
     settings = {name: _read(source / name) for name in ("config.json", "genai_config.json", "tokenizer_config.json")}
     graph = _read_graph(source / _GRAPH)
     with friendly_os_errors(target), tempfile.TemporaryDirectory(prefix="nbl-export-layout-") as scratch:

@@ -19,7 +19,7 @@ from rich.table import Table
 from nbl_export.artifacts import RunDirectory
 from nbl_export.base_model import check_hub_id
 from nbl_export.card import CARD, check_publishable, is_stale
-from nbl_export.errors import NblError
+from nbl_export.errors import CorruptError, NblError
 from nbl_export.progress import Ui
 from nbl_export.public_facts import public_facts
 
@@ -83,11 +83,22 @@ def _check_card(run: RunDirectory, force: bool) -> None:
 
 
 def uploads(run: RunDirectory) -> list[Upload]:
-    """The card and the recorded files of the model folder, by name."""
+    """The card and the recorded files of the model folder, by name.
+
+    Raises:
+        CorruptError: one of them is a link, or lies in a folder that is one.
+    """
     prefix = "model/"
     recorded = [name for name in run.stages["rewrite"]["files"] if name.startswith(prefix)]
-    files = [Upload(name.removeprefix(prefix), run.path / name) for name in {*recorded, CARD}]
+    files = [Upload(name.removeprefix(prefix), _no_link(run.path, name)) for name in {*recorded, CARD}]
     return sorted((_without_places(file, run) for file in files), key=lambda file: file.name)
+
+
+def _no_link(home: Path, name: str) -> Path:
+    file = home / name
+    if file.is_symlink() or file.parent.is_symlink() or ".." in Path(name).parts:
+        raise CorruptError(f"{file} is a link, and what lies elsewhere is not published; put the file itself there")
+    return file
 
 
 def _without_places(file: Upload, run: RunDirectory) -> Upload:

@@ -17,6 +17,7 @@ import torch
 from nbl_export.blocks import multiplier_of, run_from
 from nbl_export.layerwise import Shelf, one_layer
 from nbl_export.linearize import AffineAttention, replace_attention
+from nbl_export.pretrained import config_of
 from nbl_export.records import AffineMap, layers_below
 
 if TYPE_CHECKING:
@@ -42,9 +43,7 @@ def token_rows(checkpoint: Path, maps: Mapping[int, AffineMap], tap: str) -> np.
     Raises:
         NblError: a weight is missing or damaged.
     """
-    from transformers import AutoConfig
-
-    config, shelf = AutoConfig.from_pretrained(str(checkpoint)), Shelf(checkpoint)
+    config, shelf = config_of(checkpoint), Shelf(checkpoint)
     rows: torch.Tensor | None = None
     for index in layers_below(maps):
         decoder = one_layer(config, index, shelf)

@@ -132,7 +132,7 @@ def _put_elsewhere(random: Random, path: Path, secret: Path) -> None:
     elif kind == "directory":
         path.mkdir()
     else:
-        targets = {
+        targets: dict[str, str | Path] = {
             "outside": secret, "relative": os.path.relpath(secret, path.parent), "zero": "/dev/zero",
             "circle": path.name, "nothing": "nowhere", "beside": "kept",
         }  # fmt: skip
@@ -163,14 +163,14 @@ def damage_bomb(random: Random, path: Path) -> None:
         begin = gzip.compress(random.choice((b"", b'{"text": "some words"}\n')))
         member = gzip.compress(pattern * ((16 << 20) // len(pattern)), 1)
         end = random.choice((b"", b"junk", member[: len(member) // 2], gzip.compress(member)))
-        path.write_bytes(begin + member * random.choice((1, 16, 64)) + end)
+        path.write_bytes(begin + member * random.choice((1, 16)) + end)
         return
     begin = random.choice((b"", b'{"text": "some words"}\n'))
     path.write_bytes(
         begin + pattern * random.choice((1, 1 << 10, (1 << 20) // len(pattern), (20 << 20) // len(pattern)))
     )
     if random.random() < 0.5:
-        os.truncate(path, 2 << 30)
+        os.truncate(path, 200 << 20)
 
 
 # -- runs that were edited -----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 TORCH = {
     "checkpoint", "corpus", "sums", "moments_file", "distributed", "layerwise", "calibrate", "lmmse", "linearize",
     "distill", "distill_model", "reference", "sampling", "hf", "switched", "greedy", "methods", "blocks", "narrow",
-    "short_attention", "graph_moments", "token_rows",
+    "short_attention", "graph_moments", "token_rows", "pretrained", "wire",
 }  # fmt: skip
 ONNX_IR = ("decoders/", "rewrite/", "int4_blocks.py")
 ORT = ("engines/", "decoders/genai", "rewrite/quantize.py")  # quantize: ONNX Runtime's packing is a library call

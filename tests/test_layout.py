@@ -13,6 +13,8 @@ import onnx
 import onnxruntime
 import pytest
 
+from nbl_export.errors import NblError
+from nbl_export.layout import lay_out
 from nbl_export.records import AffineMap, Plan
 from nbl_export.rewrite import rewrite
 
@@ -91,6 +93,17 @@ def test_takes_a_run_directory(finished: Path, tmp_path: Path) -> None:
         logits(tmp_path / "out" / "onnx" / "model.onnx"), logits(finished / "model" / "model.onnx")
     )
     assert read(tmp_path / "out" / "nbl.json") == read(finished / "model" / "nbl.json")
+
+
+@pytest.mark.parametrize("name", ["README.md", "tokenizer.json", "model.onnx.data"])
+def test_a_link_out_of_the_folder_is_not_copied(genai_dirs: dict[str, Path], tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(genai_dirs["nbl"], tmp_path / "folder"))
+    (tmp_path / "id_rsa").write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(NblError, match="is a link out of its directory"):
+        lay_out(folder, "transformers-js", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_refuses_what_it_cannot_lay_out(genai_dirs: dict[str, Path], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nbl_export.artifacts import write_json
+from nbl_export.artifacts import file_sha256, write_json
 
 from .command import Outcome, assert_refused, in_new_process, nbl, snapshot
 from .fake_hub import FakeHub, fake_hub
@@ -144,6 +144,26 @@ def test_a_damaged_file_does_not_go(hub: FakeHub, carded: Path) -> None:
     with (carded / "model" / "model.onnx.data").open("r+b") as stream:
         stream.write(b"other")
     assert_refused(push(hub, carded, "--yes"), 1, "model.onnx.data is corrupted")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["model/README.md", "model/tokenizer.json", "model"])
+@pytest.mark.parametrize("words", [(), ("--yes",), ("--yes", "--force")])
+def test_what_a_link_leads_to_is_not_published(hub: FakeHub, carded: Path, name: str, words: tuple[str, ...]) -> None:
+    """The same bytes elsewhere: the recorded hash says nothing against them."""
+    elsewhere = carded.parent / "elsewhere"
+    (carded / name).rename(elsewhere)
+    (carded / name).symlink_to(elsewhere)
+    assert_refused(push(hub, carded, *words), 1, "is a link", "not published")
+    assert hub.requests == []
+
+
+def test_names_of_files_elsewhere_are_no_names_of_a_run(hub: FakeHub, carded: Path) -> None:
+    (carded.parent / "secret").write_text("secret", encoding="utf-8")
+    stages = json.loads((carded / "nbl.json").read_text(encoding="utf-8"))["stages"]
+    stages["rewrite"]["files"]["model/../../secret"] = file_sha256(carded.parent / "secret")
+    manifest(carded, stages=stages)
+    assert_refused(push(hub, carded, "--yes"), 1, "names a file outside the run")
     assert hub.requests == []
 
 

@@ -215,8 +215,32 @@ def test_what_the_library_refuses_is_an_error(tmp_path: Path, monkeypatch: pytes
         session.run(np.ones((1, 4), np.int64), [0], [4])
     record = read_record(tmp_path)
     (tmp_path / "decoder.engine").write_bytes(b"nowhere")
+    nowhere = dataclasses.replace(record, plan_sha256=engine_record.digest_of(tmp_path / "decoder.engine"))
     with pytest.raises(NblError, match=r"does not load .*decoder.engine.*nbl-export build"):
+        TrtSession(PLAIN, tmp_path, nowhere, trt, FakeDevice())
+
+
+def test_a_plan_that_the_record_does_not_vouch_for_never_reaches_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan is code: also one that is exchanged after the record was read, or is a link to one elsewhere."""
+    session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    session.close()
+    record, plan = read_record(tmp_path), tmp_path / "decoder.engine"
+    whole = plan.read_bytes()
+    loaded: list[bytes] = []
+    monkeypatch.setattr(trt, "deserialize_cuda_engine", loaded.append)
+    plan.write_bytes(whole[::-1])
+    with pytest.raises(CorruptError, match="its hash is not the one recorded"):
         TrtSession(PLAIN, tmp_path, record, trt, FakeDevice())
+    (tmp_path.parent / "elsewhere.engine").write_bytes(whole)
+    plan.unlink()
+    plan.symlink_to(tmp_path.parent / "elsewhere.engine")
+    with pytest.raises(CorruptError, match="is a link out of its directory"):
+        TrtSession(PLAIN, tmp_path, record, trt, FakeDevice())
+    with pytest.raises(CorruptError, match="is a link out of its directory"):
+        read_record(tmp_path)
+    assert loaded == []
 
 
 def test_bfloat16_logits_are_widened() -> None:

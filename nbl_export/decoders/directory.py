@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+from nbl_export.contained import check_inside
 from nbl_export.errors import NblError
 
 __all__ = ["TEXT_FILES", "add_text_files", "finish_directory"]
@@ -41,10 +42,14 @@ def finish_directory(checkpoint: Path, out: Path) -> None:
 
 
 def add_text_files(checkpoint: Path, out: Path) -> None:
-    """Add configuration and tokenizer files that are not there yet, loadable by transformers 4 and 5."""
+    """Add configuration and tokenizer files that are not there yet, loadable by transformers 4 and 5.
+
+    Raises:
+        CorruptError: one is a link out of the checkpoint's directory.
+    """
     for name in TEXT_FILES:
         if (checkpoint / name).is_file() and not (out / name).exists():
-            shutil.copyfile(checkpoint / name, out / name)
+            shutil.copyfile(check_inside(checkpoint / name, checkpoint), out / name)
     _make_tokenizer_portable(checkpoint, out)
 
 

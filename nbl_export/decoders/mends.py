@@ -27,6 +27,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.architectures import ARCHITECTURES, windows_of
+from nbl_export.pretrained import config_of
 
 __all__ = ["mend_attention"]
 
@@ -39,9 +40,7 @@ _BY_LENGTH = ("longrope", "dynamic")  # tables that depend on the length of the 
 
 def mend_attention(checkpoint: Path, out: Path) -> None:
     """Mend model.onnx and genai_config.json of a directory where they need it; else they keep their bytes."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(str(checkpoint))
+    config = config_of(checkpoint)
     model = ir.load(out / "model.onnx")
     nodes = _attention_by_layer(model.graph)
     windows, scale = windows_of(config), _scale(config)

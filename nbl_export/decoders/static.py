@@ -23,6 +23,7 @@ from nbl_export.decoders.static_form.int4 import BlockInt4
 from nbl_export.decoders.static_form.twin import first_difference
 from nbl_export.engines.onnx_decoder import GRAPH_FILE, STATIC_GRAPH_FILE, all_logits_file
 from nbl_export.errors import MissingPackageError, NblError
+from nbl_export.pretrained import config_of
 
 __all__ = [
     "build",
@@ -98,11 +99,9 @@ def difference(twin: Path, shipped: Path, precision: str) -> str:
 
 def _read_config(checkpoint: Path) -> Any:
     try:
-        from transformers import AutoConfig
-    except ImportError as error:
-        raise MissingPackageError("transformers", "export", "reading a checkpoint") from error
-    try:
-        return AutoConfig.from_pretrained(str(checkpoint))
+        return config_of(checkpoint)
+    except NblError:
+        raise
     except Exception as error:  # transformers raises many kinds on a damaged configuration
         raise NblError(f"{checkpoint} has no usable configuration: {error}") from error
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nbl_export.contained import check_inside, refuse_links_out
 from nbl_export.engines.schedule import Profile
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.records import GraphContract, TensorInfo
 
-__all__ = ["ENGINE_FILE", "RECORD_FILE", "EngineRecord", "digest_of", "read_record"]
+__all__ = ["ENGINE_FILE", "RECORD_FILE", "EngineRecord", "digest_of", "read_plan", "read_record"]
 
 ENGINE_FILE = "decoder.engine"
 RECORD_FILE = "engine.json"
@@ -77,11 +78,13 @@ def read_record(directory: Path) -> EngineRecord:
 
     Raises:
         NblError: there is no engine.
-        CorruptError: engine.json cannot be read, or the plan is not the one it speaks of (cut short, replaced).
+        CorruptError: engine.json cannot be read, or the plan is not the one it speaks of (cut short, replaced); or a
+            file is a link out of the directory.
     """
     path, plan = directory / RECORD_FILE, directory / ENGINE_FILE
     if not path.is_file():
         raise NblError(f"{directory} holds no engine: {RECORD_FILE} is missing; nbl-export build makes one")
+    refuse_links_out(directory)
     try:
         record = EngineRecord.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -93,9 +96,25 @@ def read_record(directory: Path) -> EngineRecord:
         raise CorruptError(
             f"{plan} is cut short or replaced: {size} bytes, {record.plan_bytes} recorded; {_again(record)}"
         )
-    if digest_of(plan) != record.plan_sha256:
-        raise CorruptError(f"{plan} is damaged: its hash is not the one recorded; {_again(record)}")
+    _check_digest(plan, digest_of(plan), record)
     return record
+
+
+def read_plan(directory: Path, record: EngineRecord) -> bytes:
+    """The plan, for TensorRT to run: a plan is code, so the bytes that are hashed are those that are returned.
+
+    Raises:
+        CorruptError: it is not the plan that the record speaks of, or a link out of the directory.
+    """
+    plan = check_inside(directory / ENGINE_FILE, directory)
+    data = plan.read_bytes()
+    _check_digest(plan, hashlib.sha256(data).hexdigest(), record)
+    return data
+
+
+def _check_digest(plan: Path, digest: str, record: EngineRecord) -> None:
+    if digest != record.plan_sha256:
+        raise CorruptError(f"{plan} is damaged: its hash is not the one recorded; {_again(record)}")
 
 
 def _again(record: EngineRecord | None) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import CorruptError, MissingPackageError
+from nbl_export.graph_trust import check_graph_file
 from nbl_export.records import GraphContract, TensorInfo
 
 __all__ = ["ALL_LOGITS_FILE", "GRAPH_FILE", "STATIC_GRAPH_FILE", "OnnxDecoder", "all_logits_file", "graph_file"]
@@ -65,6 +66,8 @@ class OnnxDecoder:
         options.log_severity_level = 3
         if threads:
             options.intra_op_num_threads = threads
+        if proto is None:
+            check_graph_file(directory / file)
         try:
             if proto is not None:
                 options.add_session_config_entry(_DATA_FOLDER, str(directory))

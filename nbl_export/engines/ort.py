@@ -42,8 +42,10 @@ import numpy as np
 import psutil
 
 from nbl_export.engines.base import Availability, Capabilities
+from nbl_export.engines.genai_folder import check_genai_folder
 from nbl_export.engines.onnx_decoder import OnnxDecoder, all_logits_file
 from nbl_export.errors import MissingPackageError, NblError
+from nbl_export.genai_config import GENAI_CONFIG, read_genai_config
 from nbl_export.records import DecoderSpec
 
 __all__ = [
@@ -115,20 +117,21 @@ class GenaiSettings:
         """Read the settings without loading the model.
 
         Raises:
-            NblError: the file is missing, not JSON or lacks one of the three.
+            NblError: the file is missing, not JSON, sets what is refused, or lacks one of the three.
         """
-        path = directory / "genai_config.json"
+        path = directory / GENAI_CONFIG
+        if not path.is_file():
+            raise NblError(
+                f"{directory} is not an ONNX Runtime GenAI model: {GENAI_CONFIG} is missing; export it again"
+            )
+        settings = read_genai_config(directory)
         try:
-            model = json.loads(path.read_text(encoding="utf-8"))["model"]
+            model = settings["model"]
             end = model["eos_token_id"]
             ends = tuple(int(i) for i in (end if isinstance(end, list) else [end]))
             pad = model.get("pad_token_id")
             return cls(int(model["context_length"]), int(model["vocab_size"]), ends, None if pad is None else int(pad))
-        except FileNotFoundError as error:
-            raise NblError(
-                f"{directory} is not an ONNX Runtime GenAI model: genai_config.json is missing; export it again"
-            ) from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise NblError(f"{path} cannot be read ({_short(error)}); export the model again") from error
 
 
@@ -309,9 +312,10 @@ class GenaiRunner:
 
 
 def _load(og: ModuleType, directory: Path, threads: int, provider: tuple[str, dict[str, str]] | None) -> Any:
+    check_genai_folder(directory)
     options = {"intra_op_num_threads": threads, "log_severity_level": _SILENT}
     try:
-        config = og.Config(str(directory))
+        config = og.Config(str(directory))  # `check_genai_folder` has read it
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         if provider is not None:
             _choose_provider(config, *provider)

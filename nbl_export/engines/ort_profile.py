@@ -17,6 +17,7 @@ import numpy as np
 
 from nbl_export.engines.onnx_decoder import GRAPH_FILE
 from nbl_export.errors import CorruptError, MissingPackageError, NblError
+from nbl_export.graph_trust import check_graph_file
 
 __all__ = ["ProfiledDecoder"]
 
@@ -45,6 +46,7 @@ class ProfiledDecoder:
             raise MissingPackageError("onnxruntime", "cpu", "running the graph") from error
         self._ort, self._directory = ort, directory
         self._head_dim, self._shared = _read_config(directory / "genai_config.json")
+        check_graph_file(directory / GRAPH_FILE)
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads

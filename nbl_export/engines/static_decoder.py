@@ -21,6 +21,7 @@ import numpy as np
 
 from nbl_export.engines.static_host import StaticDecoder, StaticRunner
 from nbl_export.errors import CorruptError, MissingPackageError, NblError
+from nbl_export.graph_trust import check_graph_file
 from nbl_export.records import GraphContract, TensorInfo
 
 __all__ = ["OrtSession", "open_decoder", "open_runner", "session_contract"]
@@ -98,6 +99,7 @@ def _load(path: Path, threads: int | None) -> tuple[Any, Any]:
         import onnxruntime as ort
     except ImportError as error:
         raise MissingPackageError("onnxruntime", "cpu", "running the graph") from error
+    check_graph_file(path)
     options = ort.SessionOptions()
     options.log_severity_level = 4  # an error reaches the user once, as the exception raised here
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", _FLOAT32_ACTIVATIONS)

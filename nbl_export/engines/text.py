@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from nbl_export.contained import refuse_links_out
 from nbl_export.errors import MissingPackageError, NblError
 
 __all__ = ["Text"]
@@ -24,7 +25,7 @@ class Text:
 
     Raises:
         MissingPackageError: tokenizers is not installed.
-        NblError: a tokenizer file is missing or damaged.
+        NblError: a tokenizer file is missing or damaged, or a link leads out of the directory.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -33,6 +34,7 @@ class Text:
             import tokenizers
         except ImportError as error:
             raise MissingPackageError("tokenizers", "trt-rtx", "reading and writing text") from error
+        refuse_links_out(directory)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
         except Exception as error:  # the package raises plain Exception

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.artifacts import friendly_os_errors, write_json
+from nbl_export.contained import check_inside
 from nbl_export.engines.engine_record import ENGINE_FILE, RECORD_FILE, EngineRecord, digest_of
 from nbl_export.engines.gpu import Gpu, find_gpu
 from nbl_export.engines.onnx_decoder import ALL_LOGITS_FILE, STATIC_GRAPH_FILE
@@ -226,4 +227,4 @@ def _copy_text_files(source: Path, out: Path) -> None:
     """Configuration and tokenizer, so that the engine's directory can be deployed by itself."""
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.startswith(_GRAPH) and path.name != ALL_LOGITS_FILE:
-            shutil.copyfile(path, out / path.name)
+            shutil.copyfile(check_inside(path, path.parent), out / path.name)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.engines.device import Device, open_device
-from nbl_export.engines.engine_record import ENGINE_FILE, EngineRecord, read_record
+from nbl_export.engines.engine_record import ENGINE_FILE, EngineRecord, read_plan, read_record
 from nbl_export.engines.gpu import Gpu, find_gpu
 from nbl_export.engines.schedule import profile_for
 from nbl_export.engines.tensorrt import Library, load_library
@@ -91,7 +91,7 @@ class TrtSession:
         self.slots = record.max_seq_len
         self.chunk = record.prefill_chunk
         self._library, self._record, self._trt, self._device = library, record, trt, device
-        self._runtime, self._engine = _deserialize(library, directory, trt)
+        self._runtime, self._engine = _deserialize(library, directory, record, trt)
         self._decode = len(record.profiles) - 1
         self._contexts = [self._context(index) for index in range(len(record.profiles))]
         self._batch = 0
@@ -232,12 +232,13 @@ class _CapturedStep:
 _HOST_DTYPES = {"float16": np.float16, "float32": np.float32, "bfloat16": np.uint16}
 
 
-def _deserialize(library: Library, directory: Path, trt: Any) -> tuple[Any, Any]:
-    """Runtime and engine; the first has to outlive the second."""
+def _deserialize(library: Library, directory: Path, record: EngineRecord, trt: Any) -> tuple[Any, Any]:
+    """Runtime and engine; the first has to outlive the second. What is loaded are the bytes that were hashed."""
     messages = messages_of(trt)
-    plan = (directory / ENGINE_FILE).read_bytes()
+    plan = read_plan(directory, record)
     with messages.collected() as said:
         runtime = trt.Runtime(messages.logger)
+        runtime.engine_host_code_allowed = False  # a plan may bring a library for the host; the default, stated
         engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         why = (complaints(said) or ["it gives no reason"])[0]

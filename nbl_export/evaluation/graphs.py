@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from nbl_export.artifacts import RunDirectory
 from nbl_export.engines import load_engine
 from nbl_export.engines.onnx_decoder import OnnxDecoder, all_logits_file
 from nbl_export.errors import NblError
+from nbl_export.genai_config import check_genai_config, read_genai_config
 
 __all__ = ["GRAPH_VARIANTS", "GraphPlace", "find_graph"]
 
@@ -54,6 +54,7 @@ def find_graph(path: Path, variant: str = "nbl") -> GraphPlace:
     if stage not in run.stages:
         raise NblError(f"{path} is not finished: run its command again ({run.manifest['command']})")
     run.check(stage)
+    check_genai_config(path / name)
     decoder = run.manifest["decoder"]
     return GraphPlace(path / name, int(decoder["head_dim"]), int(decoder["max_positions"]))
 
@@ -61,8 +62,9 @@ def find_graph(path: Path, variant: str = "nbl") -> GraphPlace:
 def _deployable(directory: Path) -> GraphPlace:
     """A model directory by itself, also one that another tool wrote."""
     path = directory / "genai_config.json"
+    settings = read_genai_config(directory)
     try:
-        model: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model"]
+        model: dict[str, Any] = settings["model"]
         return GraphPlace(directory, int(model["decoder"]["head_size"]), int(model["context_length"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise NblError(f"{path} cannot be read ({error!r}); export the model again") from error

@@ -15,8 +15,10 @@ from pathlib import Path, PurePosixPath
 import onnx
 import onnx_ir as ir
 
+from nbl_export.contained import check_inside
 from nbl_export.engines.onnx_decoder import GRAPH_FILE
 from nbl_export.errors import CorruptError, NblError, RefusalError
+from nbl_export.graph_trust import check_graph
 from nbl_export.onnx_check import check_structure, skeleton
 
 __all__ = ["data_files", "find_graph", "load_graph", "save_graph"]
@@ -29,6 +31,7 @@ def find_graph(path: Path) -> Path:
 
     Raises:
         NblError: there is none, or more than one that could be meant.
+        CorruptError: it is a link out of the directory.
     """
     if path.is_file():
         return path
@@ -36,11 +39,11 @@ def find_graph(path: Path) -> Path:
         raise NblError(f"{path} does not exist; name an ONNX file or a directory that holds one")
     named = _named_by_genai(path / "genai_config.json")
     if named is not None and (path / named).is_file():
-        return path / named
+        return check_inside(path / named, path)
     found = _graphs_in(path)
     first = [file for file in found if file.name == GRAPH_FILE]
     if len(first) == 1 or len(found) == 1:
-        return (first or found)[0]
+        return check_inside((first or found)[0], path)
     if not found:
         raise NblError(f"{path} holds no *.onnx; name an ONNX file or a directory that holds one")
     names = ", ".join(str(file.relative_to(path)) for file in found[:6])
@@ -71,6 +74,7 @@ def load_graph(path: Path) -> ir.Model:
         raise CorruptError(f"{path} is not an ONNX model that can be read ({error})") from error
     if not proto.graph.node:
         raise CorruptError(f"{path} is not an ONNX model: it has no nodes")
+    check_graph(proto, path)
     problem = check_structure(skeleton(proto))
     if problem:
         raise CorruptError(f"{path} is not a valid ONNX model ({problem[:300]}); export it again")
