@@ -233,7 +233,10 @@ def _ids(text: Text, tokenizer: Any, needed: int, vocab_size: int | None = None)
     """Token ids of the beginning of a text: all that are needed and hardly more."""
     ids: list[int] = []
     for piece in _pieces(text.documents):
-        ids.extend(tokenizer(piece, verbose=False)["input_ids"])
+        try:
+            ids.extend(tokenizer(piece, verbose=False)["input_ids"])
+        except (TypeError, ValueError, LookupError, OverflowError) as error:  # settings of a wrong kind
+            raise NblError(f"the model's tokenizer fails on {text.name} ({error!r}); fetch the model again") from error
         if len(ids) >= needed:
             break
     if vocab_size is not None and ids and max(ids) >= vocab_size:
