@@ -24,10 +24,11 @@ from nbl_export.artifacts import key_of
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.file_hashes import sha256_of
 from nbl_export.given_graph import home_of
-from nbl_export.model_settings import check_checkpoint, check_settings
+from nbl_export.model_settings import CONFIG_BYTES, check_checkpoint, check_settings
 from nbl_export.plain_files import refuse_special
 from nbl_export.pretrained import config_of, model_of, quiet_transformers, tokenizer_of
 from nbl_export.records import TAPS, DecoderSpec
+from nbl_export.strict_json import read_object
 
 __all__ = [
     "LINEARIZED",
@@ -167,15 +168,9 @@ def _linearized(config: dict[str, Any], where: Path) -> Linearized | None:
 
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise NblError(f"{directory} is not a model directory: it has no config.json") from error
-    except (ValueError, OSError, RecursionError) as error:
-        raise NblError(f"{path} cannot be read ({error}); fetch the model again") from error
-    if not isinstance(config, dict):
-        raise NblError(f"{path} is not a model configuration; fetch the model again")
-    return config
+    if not path.is_file():
+        raise NblError(f"{directory} is not a model directory: it has no config.json")
+    return read_object(path, CONFIG_BYTES)
 
 
 def _check_architecture(model_type: Any, where: Path, *, multimodal: bool = False) -> None:

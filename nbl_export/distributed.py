@@ -82,7 +82,11 @@ class Peers:
 
         size = torch.tensor([len(data)], device=self._device)
         self._dist.broadcast(size, src=0)
-        sent = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.rank == 0 else torch.empty(int(size)).byte()
+        sent = (
+            torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            if self.rank == 0
+            else torch.empty(int(size), dtype=torch.uint8)
+        )
         sent = sent.to(self._device)
         self._dist.broadcast(sent, src=0)
         return bytes(sent.cpu().numpy())
@@ -122,9 +126,8 @@ class Peers:
         """Sums over the processes, on all of them."""
         if self.size == 1:
             return list(values)
-        return [
-            sum(column) for column in zip(*self._gather(values), strict=True)
-        ]  # in the order of the processes, everywhere
+        everyone = self._gather(values)
+        return [sum(column) for column in zip(*everyone, strict=True)]  # in the order of the processes, everywhere
 
     def average(self, tensors: Sequence[Any]) -> None:
         """Their means over the processes, in place."""

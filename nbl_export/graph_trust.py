@@ -35,7 +35,8 @@ def check_graph_file(path: Path) -> None:
     try:
         proto = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's own exception types
-        raise CorruptError(f"{path} is not an ONNX model that can be read ({error}); export the model again") from error
+        said = " ".join(str(error).split())[:200]
+        raise CorruptError(f"{path} is not an ONNX model that can be read ({said}); export the model again") from error
     check_graph(proto, path)
 
 

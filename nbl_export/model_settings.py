@@ -17,9 +17,10 @@ from nbl_export.contained import is_inside, refuse_links_out
 from nbl_export.errors import NblError
 from nbl_export.strict_json import read_object
 
-__all__ = ["check_checkpoint", "check_settings", "check_tokenizer_settings"]
+__all__ = ["CONFIG_BYTES", "check_checkpoint", "check_settings", "check_tokenizer_settings"]
 
-_MOST_BYTES = {"config.json": 8 << 20, "generation_config.json": 1 << 20, "tokenizer_config.json": 64 << 20}
+CONFIG_BYTES = 8 << 20
+_MOST_BYTES = {"config.json": CONFIG_BYTES, "generation_config.json": 1 << 20, "tokenizer_config.json": 64 << 20}
 _ATTENTION = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 _ATTENTIONS = ("eager", "sdpa", None)  # others are packages, or kernels that transformers fetches from the hub
 _QUANTISED = ("gptq", "awq", "olive")  # what `quantized` reads; others have code of their own, some on the hub

@@ -14,6 +14,8 @@ from nbl_export.errors import NblError
 
 __all__ = ["read_object"]
 
+_ADVICE = "fetch the model again, or export it again"
+
 
 def read_object(path: Path, most_bytes: int) -> dict[str, Any]:
     """The object in a file.
@@ -28,9 +30,9 @@ def read_object(path: Path, most_bytes: int) -> dict[str, Any]:
             raise ValueError(f"it is larger than {most_bytes >> 10} KiB")
         found = json.loads(data.decode("utf-8"), object_pairs_hook=_distinct, parse_constant=_no_number)
     except (OSError, ValueError, RecursionError) as error:
-        raise NblError(f"{path} cannot be read ({_short(error)}); fetch or export the model again") from error
+        raise NblError(f"{path} cannot be read ({_short(error)}); {_ADVICE}") from error
     if not isinstance(found, dict):
-        raise NblError(f"{path} cannot be read (it is not an object of settings); fetch or export the model again")
+        raise NblError(f"{path} cannot be read (it is not a model configuration, which is an object); {_ADVICE}")
     return found
 
 

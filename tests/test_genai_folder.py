@@ -174,7 +174,7 @@ def test_what_settings_may_not_say(folder: Path, change: Change, key: str) -> No
         ('{"model": {}, "model": {"decoder": {}}}', "'model' stands in it twice"),
         ('{"model": {"vocab_size": NaN}}', "NaN is no number"),
         ('{"model": {}} // {', "cannot be read"),
-        ("[]", "not an object"),
+        ("[]", "not a model configuration"),
         ('{"model": {"type": "\\u0061"}}', "backslash"),
         ("[" * 100_000, "cannot be read"),
         ('{"model": {}}' + " " * (1 << 20), "larger than 1024 KiB"),

@@ -94,9 +94,9 @@ def _truncate(path: Path) -> None:
         (lambda d: (d / "genai_config.json").unlink(), "genai_config.json is missing"),
         (lambda d: (d / "genai_config.json").write_text('{"model": 3'), "genai_config.json cannot be read"),
         (lambda d: (d / "genai_config.json").write_text('{"model": {}}'), "genai_config.json cannot be read"),
-        (lambda d: (d / "model.onnx").unlink(), "does not load"),
-        (lambda d: _truncate(d / "model.onnx"), "does not load"),
-        (lambda d: (d / "model.onnx.data").unlink(), "does not load"),
+        (lambda d: (d / "model.onnx").unlink(), "model.onnx is missing"),
+        (lambda d: _truncate(d / "model.onnx"), "is not an ONNX model"),
+        (lambda d: (d / "model.onnx.data").unlink(), "model.onnx.data is missing"),
         (lambda d: _truncate(d / "model.onnx.data"), "does not load"),
     ],
 )

@@ -46,6 +46,7 @@ from nbl_export.engines.genai_folder import check_genai_folder
 from nbl_export.engines.onnx_decoder import OnnxDecoder, all_logits_file
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.genai_config import GENAI_CONFIG, read_genai_config
+from nbl_export.model_settings import check_tokenizer_settings
 from nbl_export.records import DecoderSpec
 
 __all__ = [
@@ -254,6 +255,7 @@ class GenaiRunner:
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
+        check_tokenizer_settings(self.directory)
         try:
             return self._og.Tokenizer(self._model)
         except Exception as error:
