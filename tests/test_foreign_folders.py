@@ -88,8 +88,7 @@ def test_results_that_were_edited_and_hashed_again(name: str, run: Path) -> None
     for row in value.get("price", ()):
         row.pop("top1_agreement")
     if name == "bench.json":
-        value["machine"] = None
-        value.pop("results", None)
+        value["timings"] = [{}]
     (run / name).write_text(json.dumps(value), encoding="utf-8")
     rehash(run, run / name)
     (run / "report.json").unlink()
