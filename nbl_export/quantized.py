@@ -36,7 +36,10 @@ def find(name: str, spec: DecoderSpec) -> checkpoint.Source:
     Raises:
         NblError: missing, not quantised, in a way that graphs do not have, or of another model.
     """
-    found = checkpoint.resolve(name)
+    try:
+        found = checkpoint.resolve(name)
+    except NblError as error:
+        raise NblError(f"--quantized-model {name}: {error}") from error
     about = None if found.graph or found.gguf else _settings(found)
     if about is None or about["method"] not in METHODS:
         what = about["method"] if about else "no quantization_config in a config.json"
