@@ -141,19 +141,8 @@ def _put_elsewhere(random: Random, path: Path, secret: Path) -> None:
 
 # -- archives ------------------------------------------------------------------------------------------------------
 
-_PATTERNS = (
-    b"\0",
-    b" ",
-    b"\n",
-    b"a",
-    b"a word ",
-    b"[",
-    b'{"text": "a"}\n',
-    b'{"text": "',
-    b"\xc3",
-    b"{}\n",
-    b"\\u0000",
-)
+_ROW = b'{"text": "a few words that make a row of some length, so that there are not too many"}\n'
+_PATTERNS = (b"\0", b" ", b"\n", b"a", b"a word ", b"[", _ROW, b'{"text": "', b"\xc3", b"{}\n")
 
 
 def damage_bomb(random: Random, path: Path) -> None:
