@@ -33,6 +33,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -41,11 +42,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nbl_export.errors import BusyError, CorruptError, NblError
+from nbl_export.plain_files import refuse_special
 from nbl_export.records import DecoderSpec, JobOptions, LayerScore, Plan
 from nbl_export.typed_json import read_record
 
 __all__ = ["SCHEMA", "RunDirectory", "file_sha256", "friendly_os_errors", "key_of", "move_into_place", "refuse_foreign",
-           "refuse_occupied", "write_json"]  # fmt: skip
+           "refuse_occupied", "stream_sha256", "write_json"]  # fmt: skip
 
 SCHEMA = 1
 _NO_RUN = "{} is not a run directory: it has no nbl.json; nbl-export --output makes one"
@@ -55,7 +57,12 @@ _SCRATCH = ".tmp-"
 def file_sha256(path: Path) -> str:
     """Hex digest of a file, read in blocks."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if _HAS_FILE_DIGEST else _digest(stream)
+        return stream_sha256(stream)
+
+
+def stream_sha256(stream: Any) -> str:
+    """Hex digest of what is left of an open file, read in blocks."""
+    return hashlib.file_digest(stream, "sha256").hexdigest() if _HAS_FILE_DIGEST else _digest(stream)
 
 
 _HAS_FILE_DIGEST = hasattr(hashlib, "file_digest")  # Python 3.11
@@ -123,6 +130,18 @@ def _disk_trouble(error: BaseException | None) -> tuple[int | None, str | None]:
     return None, None
 
 
+def _refuse_odd_lock(path: Path) -> None:
+    """The lock is opened to write and emptied, so it must be a file of this directory alone.
+
+    Raises:
+        CorruptError: it is a link, has another name elsewhere, or is no plain file.
+    """
+    with contextlib.suppress(FileNotFoundError), friendly_os_errors(path):
+        seen = path.lstat()
+        if not stat.S_ISREG(seen.st_mode) or seen.st_nlink > 1:
+            raise CorruptError(f"{path} is a link or not a plain file; remove it")
+
+
 def _remove(path: Path) -> None:
     """Remove a file, a directory or a link, whichever is there."""
     if path.is_dir() and not path.is_symlink():
@@ -155,6 +174,7 @@ class RunDirectory:
             _make(path)
         elif not (path / "nbl.json").is_file():
             raise NblError(_NO_RUN.format(path))
+        _refuse_odd_lock(path / ".lock")
         with friendly_os_errors(path):
             lock = FileLock(str(path / ".lock"), timeout=0)
             try:
@@ -206,6 +226,7 @@ class RunDirectory:
 
     def _read(self) -> None:
         path = self.path / "nbl.json"
+        refuse_special(self.path)
         if (self.path / "genai_config.json").exists():
             raise NblError(f"{self.path} is a model directory, not a run directory; name the directory it is in")
         if not path.exists():

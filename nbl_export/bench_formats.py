@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from nbl_export import background
 from nbl_export.errors import NblError, UsageError
 from nbl_export.speed import spoken_ratio, spoken_test
+from nbl_export.terminal import Console, visible
 
 __all__ = ["FORMATS", "check_output", "format_of", "render", "write"]
 
@@ -68,12 +68,12 @@ def write(text: str, output: Path) -> None:
 def render(value: Mapping[str, Any], form: str, width: int | None = None) -> str:
     """The text in one of `FORMATS`, ending in a line break. width: columns of a table, None is the terminal's."""
     if form == "json":
-        return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(value, indent=1) + "\n"
     if form == "csv":
-        return _csv(value)
+        return visible(_csv(value))
     if form == "llama-bench":
-        return _llama_bench(value)
-    table = _markdown(*_columns(value)) if form == "md" else _table(*_columns(value), width)
+        return visible(_llama_bench(value))
+    table = visible(_markdown(*_columns(value))) if form == "md" else _table(*_columns(value), width)
     return f"{table}\nSpeed was {background.spoken(value['background'])}.\n"
 
 

@@ -10,7 +10,6 @@ NBL checkpoint        -> made a stock one in RUN/checkpoint, once, see `hf.resto
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -21,9 +20,12 @@ from typing import Any
 
 from nbl_export import graph_source
 from nbl_export.architectures import ARCHITECTURES, check_config, windows_of
+from nbl_export.artifacts import key_of
 from nbl_export.errors import MissingPackageError, NblError
+from nbl_export.file_hashes import sha256_of
 from nbl_export.given_graph import home_of
 from nbl_export.model_settings import CONFIG_BYTES, check_checkpoint, check_settings
+from nbl_export.plain_files import refuse_special
 from nbl_export.pretrained import config_of, model_of, quiet_transformers, tokenizer_of
 from nbl_export.records import TAPS, DecoderSpec
 from nbl_export.strict_json import read_object
@@ -45,7 +47,6 @@ LINEARIZED = "nbl-"  # before the architecture, in the config.json of an NBL che
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
               "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*",
               "README.md")  # the licence stands in it  # fmt: skip
-_SAMPLED_BYTES = 1 << 20
 _WEIGHTS = "model.safetensors"
 _MARKER = "source.json"
 
@@ -94,6 +95,7 @@ def resolve(model: str) -> Source:
         NblError: missing, truncated, pickled, or of an unsupported architecture.
     """
     path = Path(model).expanduser()
+    refuse_special(path)
     graph = graph_source.graph_of(path)
     if graph is not None:
         check_checkpoint(home_of(graph))
@@ -235,16 +237,12 @@ def _gguf_source(name: str, file: Path) -> Source:
 
 
 def _fingerprint(files: list[Path]) -> str:
-    """Name, size, first and last MiB of each file: changes with the model, cheap for a large one."""
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}:".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(_SAMPLED_BYTES))
-            stream.seek(max(0, size - _SAMPLED_BYTES))
-            digest.update(stream.read(_SAMPLED_BYTES))
-    return digest.hexdigest()[:32]
+    """Changes with the name, the size or any byte of a file."""
+    try:
+        facts = [(file.name, file.stat().st_size, digest) for file, digest in zip(files, sha256_of(files), strict=True)]
+    except OSError as error:
+        raise NblError(f"{error.filename} cannot be read: {error.strerror}; fetch the model again") from error
+    return key_of(facts)
 
 
 def read_spec(source: Source) -> DecoderSpec:

@@ -19,6 +19,7 @@ import typer
 from nbl_export import __version__, cli_machine
 from nbl_export import cli_options as opt
 from nbl_export.cli_exit import GOES_ON, INTERRUPTED, Interrupts, explain, fail, show
+from nbl_export.terminal import Formatter, visible
 
 __all__ = ["main"]
 
@@ -104,7 +105,9 @@ def root(
 def _log(verbose: bool) -> None:
     """What the libraries say, on standard error."""
     level = logging.DEBUG if verbose else logging.WARNING
-    logging.basicConfig(stream=sys.stderr, level=level, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Formatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def _main_job(given: dict[str, Any]) -> None:
@@ -428,7 +431,7 @@ def generate(
 
     with open_for_text(directory, original=original, force=force) as runner:
         for piece in runner.stream(runner.encode(prompt, chat=not raw), max_new_tokens):
-            print(piece, end="", flush=True)
+            print(visible(piece), end="", flush=True)
     print()
 
 

@@ -9,6 +9,7 @@ import sys
 from typing import Any, NoReturn
 
 from nbl_export.errors import NblError
+from nbl_export.terminal import Console, visible
 
 __all__ = ["GOES_ON", "INTERRUPTED", "Interrupts", "explain", "fail", "show"]
 
@@ -39,8 +40,6 @@ def show(value: Any, table: Any, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(value, indent=1) + "\n")
     else:
-        from rich.console import Console
-
         Console(width=None if sys.stdout.isatty() else 110).print(table)
 
 
@@ -66,5 +65,5 @@ def fail(message: str, status: int) -> NoReturn:
     said = " ".join(message.partition("Exception raised from ")[0].split())  # behind that, torch's stack in C++
     if len(said) > _LONGEST:  # a name of thousands of characters, say: what happened, and what to do about it
         said = f"{said[: _LONGEST // 2]} ... {said[-_LONGEST // 2 :]}"
-    sys.stderr.write(f"nbl-export: {said}\n")
+    sys.stderr.write(f"nbl-export: {visible(said)}\n")
     sys.exit(status)

@@ -6,14 +6,12 @@ text that comes inside an installed package. Several with weights: `mixture`.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import importlib.metadata as metadata
-import json
+import itertools
 import logging
 import re
 import sysconfig
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import NblError
 from nbl_export.held_back import FEWEST_WINDOWS
+from nbl_export.text_files import READ_BYTES, read_file
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +32,7 @@ log = logging.getLogger(__name__)
 _PACKAGE = "exllamav3"
 _PACKAGE_FILES = ("c4", "wiki", "technical", "tiny", "code")
 _FALLBACK = "pydoc_data/topics.py"
-_MIN_DOCUMENT_CHARS = 1
+_HUB_ROWS = 20_000
 _PIECE_CHARS = 1 << 20  # tokenizers take some 500 bytes of memory for each character of a call
 _LONG_DOCUMENT_CHARS = 8000  # beyond, it is cut where texts are mixed
 # org/name, org/name@split, org/name/configuration@split; no ending, which would be a file's
@@ -53,7 +52,7 @@ class TextPart:
 class Text:
     """Documents with the name and SHA-256 of what they were read from.
 
-    Of a mix also its parts, and which of them ended first and the mix with it.
+    Of a mix also its parts, and which of them ended first and the mix with it. `cut`: there is more than was read.
     """
 
     name: str
@@ -61,6 +60,7 @@ class Text:
     documents: tuple[str, ...]
     parts: tuple[TextPart, ...] = ()
     ended_by: str = ""
+    cut: bool = False
 
 
 def read_text(source: str | None) -> Text:
@@ -99,7 +99,8 @@ def default_text() -> Text:
     parts = tuple(TextPart(path.stem, text.sha256, 1.0) for path, text in zip(found, texts, strict=True))
     name = f"{_PACKAGE} {metadata.version(_PACKAGE)}: " + ", ".join(path.stem for path in found)
     digest = hashlib.sha256("".join(t.sha256 for t in texts).encode()).hexdigest()
-    return Text(name, digest, tuple(_interleave([_paragraphs(t.documents) for t in texts])), parts)
+    documents = tuple(_interleave([_paragraphs(t.documents) for t in texts]))
+    return Text(name, digest, documents, parts, cut=any(t.cut for t in texts))
 
 
 def stdlib_text() -> Text:
@@ -148,61 +149,8 @@ def _interleave(streams: list[list[str]]) -> Iterator[str]:
 
 
 def _read_file(path: Path, name: str | None = None) -> Text:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise NblError(f"calibration text {path} cannot be read: {error.strerror}") from error
-    digest = hashlib.sha256(raw).hexdigest()
-    if path.suffix == ".gz":
-        raw = _unpacked(path, raw)
-    if not raw.strip():
-        raise NblError(f"calibration text {path} is empty")
-    if b"\0" in raw[:65536]:
-        raise NblError(f"calibration text {path} is a binary file; give UTF-8 text, .jsonl or .json")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise NblError(f"calibration text {path} is not UTF-8 (byte {error.start}); convert it with iconv") from error
-    documents = [d for d in _documents(path, text) if len(d.strip()) >= _MIN_DOCUMENT_CHARS]
-    if not documents:
-        raise NblError(f"calibration text {path} holds no text")
-    return Text(name or path.name, digest, tuple(documents))
-
-
-def _unpacked(path: Path, raw: bytes) -> bytes:
-    try:
-        return gzip.decompress(raw) if raw else raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise NblError(f"calibration text {path} is truncated or not a gzip file ({error}); fetch it again") from error
-
-
-def _documents(path: Path, text: str) -> list[str]:
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if suffix == ".jsonl":
-        return [_field(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise NblError(f"calibration text {path} is not JSON: {error}") from error
-        if not isinstance(rows, list):
-            raise NblError(f"calibration text {path} must be a JSON list of objects with a text field")
-        return [_text_of(path, number, row) for number, row in enumerate(rows, 1)]
-    return [text]
-
-
-def _field(path: Path, number: int, line: str) -> str:
-    try:
-        return _text_of(path, number, json.loads(line))
-    except (ValueError, RecursionError) as error:
-        raise NblError(f"calibration text {path}, line {number} is not JSON: {error}") from error
-
-
-def _text_of(path: Path, number: int, row: Any) -> str:
-    value = row.get("text") if isinstance(row, dict) else None
-    if not isinstance(value, str):
-        raise NblError(f"calibration text {path}, entry {number} has no text field")
-    return value
+    found = read_file(path)
+    return Text(name or path.name, found.sha256, found.documents, cut=found.cut)
 
 
 def _read_hub(source: str) -> Text:
@@ -216,14 +164,34 @@ def _read_hub(source: str) -> Text:
     repo, configuration = "/".join(name.split("/")[:2]), name.split("/")[2:]
     try:
         rows = datasets.load_dataset(repo, *configuration, split=split, streaming=True)
-        documents = [row["text"] for row, _ in zip(rows, range(20_000), strict=False)]
+        documents, cut = _first((row["text"] for row in rows), READ_BYTES)
     except Exception as error:  # the library raises many kinds
         raise NblError(
             f"hub dataset {source} cannot be read ({error}); it needs a split {split} and a column text"
         ) from error
     if not any(documents):
         raise NblError(f"hub dataset {source} holds no text")
-    return Text(source, hashlib.sha256("\0".join(documents).encode()).hexdigest(), tuple(documents))
+    digest = hashlib.sha256()
+    for number, document in enumerate(documents):
+        digest.update(("\0" * (number > 0) + document).encode("utf-8", "surrogatepass"))
+    return Text(source, digest.hexdigest(), documents, cut=cut)
+
+
+def _first(rows: Iterable[Any], most: int) -> tuple[tuple[str, ...], bool]:
+    """The first rows, of so many characters in all, and whether the limit came before the end.
+
+    Raises:
+        TypeError: a row is not text.
+    """
+    documents: list[str] = []
+    for row in itertools.islice(rows, _HUB_ROWS):
+        if not isinstance(row, str):
+            raise TypeError(f"row {len(documents) + 1} of the column text is {type(row).__name__}")
+        documents.append(row[:most])
+        most -= len(row)
+        if most <= 0:
+            return tuple(documents), True
+    return tuple(documents), False
 
 
 def pack(
@@ -258,6 +226,7 @@ def pack(
     used = min(wanted, windows - held)
     if windows < needed // context:
         ended = f", since {text.ended_by} ends there" if text.ended_by else ""
+        ended += f", and of a text the first {READ_BYTES >> 20} MiB are read" if text.cut else ""
         kept = f", {held * context} held back" if held else ""
         log.warning(
             "calibration text %s is shorter than asked: %d tokens used%s%s", text.name, used * context, kept, ended
@@ -269,7 +238,10 @@ def _ids(text: Text, tokenizer: Any, needed: int, vocab_size: int | None = None)
     """Token ids of the beginning of a text: all that are needed and hardly more."""
     ids: list[int] = []
     for piece in _pieces(text.documents):
-        ids.extend(tokenizer(piece, verbose=False)["input_ids"])
+        try:
+            ids.extend(tokenizer(piece, verbose=False)["input_ids"])
+        except (TypeError, ValueError, LookupError, OverflowError) as error:  # settings of a wrong kind
+            raise NblError(f"the model's tokenizer fails on {text.name} ({error!r}); fetch the model again") from error
         if len(ids) >= needed:
             break
     if vocab_size is not None and ids and max(ids) >= vocab_size:

@@ -22,9 +22,10 @@ from nbl_export.artifacts import (
     versions,
     write_json,
 )
-from nbl_export.contained import check_inside
+from nbl_export.contained import check_inside, refuse_links_out
 from nbl_export.errors import MissingPackageError, NblError, UsageError
 from nbl_export.genai_config import check_genai_config
+from nbl_export.plain_files import refuse_special
 from nbl_export.plan import load_maps, maps_in, parse_layers
 from nbl_export.records import TAPS, AffineMap, Plan
 
@@ -54,6 +55,7 @@ def describe_graph(path: Path) -> dict[str, Any]:
         NblError: no graph, not a whole one, or not a decoder with caches.
     """
     source = _need_onnx()
+    _check_folder(path)
     file = source.find_graph(path)
     from nbl_export.rewrite.facts import graph_facts
 
@@ -82,6 +84,7 @@ def rewrite_given(
     from nbl_export.rewrite.facts import decoder_facts
 
     refuse_occupied(output)
+    _check_folder(path)
     file = source.find_graph(path)
     _refuse_inside(output, file.parent)
     stored, stated = maps_in(maps_file)
@@ -100,6 +103,21 @@ def rewrite_given(
             return move_into_place(made, output)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_folder(path: Path) -> None:
+    """Nothing that is read of a folder, or beside a file, leads elsewhere or has no end.
+
+    Raises:
+        CorruptError: which entry.
+    """
+    beside = () if path.is_dir() else [path.parent / name for name in _BESIDE_A_FILE]
+    for place in (path, *beside):
+        refuse_special(place)
+    if path.is_dir():
+        refuse_links_out(path)
+    for file in beside:
+        check_inside(file, path.parent)
 
 
 def _need_onnx() -> Any:

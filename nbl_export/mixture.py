@@ -95,7 +95,7 @@ def mix(texts: Sequence[Text], weights: Sequence[float]) -> Text:
     digest = hashlib.sha256("".join(f"{part.sha256}:{part.weight!r};" for part in parts).encode()).hexdigest()
     documents, ended = _interleave([cut_documents(text.documents) for text in texts], weights)
     name = " + ".join(str(WeightedSource(part.name, part.weight)) for part in parts)
-    return Text(name, digest, tuple(documents), parts, texts[ended].name)
+    return Text(name, digest, tuple(documents), parts, texts[ended].name, texts[ended].cut)
 
 
 def _interleave(streams: Sequence[Sequence[str]], weights: Sequence[float]) -> tuple[list[str], int]:

@@ -6,8 +6,9 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nbl_export.terminal import Console, visible
 
 __all__ = ["Ui"]
 
@@ -24,7 +25,7 @@ class Ui:
     def say(self, line: str) -> None:
         """One line for the user."""
         if not self.quiet:
-            self.console.print(line, markup=False)
+            self.console.print(line)
 
     @contextlib.contextmanager
     def task(self, name: str) -> Iterator[Callable[[int, int], None]]:
@@ -33,14 +34,14 @@ class Ui:
             yield lambda _done, _total: None
         elif self.console.is_terminal:
             with Progress(
-                TextColumn("  {task.description}"),
+                TextColumn("  {task.description}", markup=False),
                 BarColumn(),
                 TextColumn("{task.percentage:>3.0f}%"),
                 TimeRemainingColumn(),
                 console=self.console,
                 transient=True,
             ) as bar:
-                task = bar.add_task(name, total=None)
+                task = bar.add_task(visible(name), total=None)
                 yield lambda done, total: bar.update(task, completed=done, total=total)
         else:
             yield self._plain(name)

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.artifacts import RunDirectory
+from nbl_export.contained import refuse_links_out
 from nbl_export.engines import load_engine
 from nbl_export.engines.engine_record import RECORD_FILE, read_record
 from nbl_export.engines.ort_gpu import provider_of
 from nbl_export.errors import NblError
+from nbl_export.plain_files import refuse_special
 
 __all__ = ["Located", "available_engine", "is_model_directory", "locate", "open_for_text"]
 
@@ -46,6 +48,9 @@ def locate(directory: Path, *, original: bool = False, force: bool = False) -> L
         NblError: nothing to run there, or verification failed (unless `force`).
         CorruptError: a file is missing or not what was written there.
     """
+    refuse_special(directory)
+    if is_model_directory(directory):
+        refuse_links_out(directory)
     if (directory / "genai_config.json").is_file():
         return Located(directory, "ort", provider_of(directory))
     if (directory / RECORD_FILE).is_file():

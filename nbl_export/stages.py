@@ -18,6 +18,7 @@ from nbl_export.job import Job, chunk_of
 from nbl_export.nbl_checkpoint import GIVEN_FIT, NO_ORIGINAL
 from nbl_export.preflight import require_engine
 from nbl_export.records import layers_below
+from nbl_export.typed_json import edited
 
 __all__ = ["PACKAGES", "STAGES", "VARIANTS", "Stage", "passed", "readers"]
 
@@ -290,7 +291,10 @@ def _report(job: Job, out: Path) -> dict[str, Any]:
     bench = job.run.read_json("bench.json") if "bench" in job.run.stages else None
     sweep = job.run.read_json("sweep.json") if "sweep" in job.run.stages else None
     quality = job.run.read_json("eval.json") if "eval" in job.run.stages else None
-    report.render({**job.run.manifest, "status": _verdict(job)}, verify, bench, out, sweep, quality)
+    with edited(
+        job.run.path, "remove its verify.json, bench.json, sweep.json and eval.json, or start over with --force"
+    ):
+        report.render({**job.run.manifest, "status": _verdict(job)}, verify, bench, out, sweep, quality)
     return {"status": _verdict(job)}
 
 

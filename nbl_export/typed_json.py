@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["read_record"]
+from nbl_export.errors import CorruptError
+
+__all__ = ["edited", "read_record"]
 
 T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def edited(place: Path, advice: str) -> Iterator[None]:
+    """Values of a file are used within, which somebody may have edited and given a new hash.
+
+    Raises:
+        CorruptError: one is missing, of the wrong kind, or no number.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        TemplateError,
+    ) as error:
+        raise CorruptError(f"{place} holds values that do not fit ({error!r}); {advice}") from error
 
 
 def read_record(kind: type[T], values: Mapping[str, Any]) -> T:

@@ -97,18 +97,19 @@ def _serve(pipe: Any, of_parent: Any) -> None:
 
 
 class watched:
-    """Within: `seen()` names what any process opened, made or removed in a directory since the last call (inotify)."""
+    """Within: `seen()` names what any process opened, made or removed in directories since the last call (inotify)."""
 
     _EVENTS = 0x20 | 0x100 | 0x200 | 0x2 | 0x40 | 0x80  # IN_OPEN, CREATE, DELETE, MODIFY, MOVED_FROM, MOVED_TO
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, *directories: Path) -> None:
+        self._directories = directories
 
     def __enter__(self) -> watched:
         libc = ctypes.CDLL(None, use_errno=True)
         self._watch = libc.inotify_init1(os.O_NONBLOCK)
-        if self._watch < 0 or libc.inotify_add_watch(self._watch, os.fsencode(self._directory), self._EVENTS) < 0:
-            raise OSError(ctypes.get_errno(), "inotify is not to be had")
+        for directory in self._directories:
+            if libc.inotify_add_watch(self._watch, os.fsencode(directory), self._EVENTS) < 0:
+                raise OSError(ctypes.get_errno(), "inotify is not to be had")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -12,6 +12,7 @@ import pytest
 from nbl_export.verify import TOLERANCES
 
 from .command import assert_refused, in_new_process, nbl, snapshot
+from .damage import cut, edit
 from .evaluation_tiny import write_rows, write_tasks
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nbl-export[eval]'")
@@ -202,3 +203,41 @@ def test_a_bad_task_file_is_refused_before_anything_is_computed(finished: Path, 
 
 def test_no_run_directory(tmp_path: Path) -> None:
     assert_refused(nbl("eval", tmp_path, "--tasks", "piqa"), 1, "not a run directory")
+
+
+def spoil(**changes: Any) -> Any:
+    """What changes a value of the first entry."""
+
+    def change(run: Path) -> None:
+        value = read(run)
+        value["results"][0].update(changes)
+        (run / "eval.json").write_text(json.dumps(value))
+
+    return change
+
+
+DAMAGED: dict[str, Any] = {
+    "cut": lambda run: cut(run / "eval.json", 500),
+    "empty": lambda run: cut(run / "eval.json", 0),
+    "binary": lambda run: (run / "eval.json").write_bytes(b"\xff\0"),
+    "a list": lambda run: (run / "eval.json").write_text("[]"),
+    "deep": lambda run: (run / "eval.json").write_text("[" * 100_000),
+    "another schema": lambda run: edit(run / "eval.json", schema=99),
+    "no results": lambda run: edit(run / "eval.json", results=None),
+    "no key": spoil(key=None, metrics=None),
+    "scores of numbers": spoil(scores=5),
+    "scores of words": spoil(scores={"loglikelihoods": "a b", "tokens": "c", "acc": "d"}),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_eval_json_is_not_written_over(case: str, run: Path, data: Path) -> None:
+    """Its figures may have taken hours."""
+    DAMAGED[case](run)
+    before = snapshot(run)
+    refused = nbl("eval", run, "--tasks", "piqa", "--data", data, "--limit", 1)
+    assert refused.status == 1
+    assert "eval.json" in refused.err and "move it away" in refused.err and "Traceback" not in refused.err
+    assert snapshot(run) == before
+    (run / "eval.json").unlink()
+    assert nbl("eval", run, "--tasks", "piqa", "--data", data, "--limit", 1).status == 0

@@ -1,6 +1,6 @@
 """Ten thousand hostile files: each ends in success or in one line that says why, and touches nothing of anybody else's.
 
-    pytest -m fuzz tests/test_fuzz.py                         all of them; ten minutes and more
+    pytest -m fuzz tests/test_fuzz.py                         all of them; half an hour and more
     NBL_FUZZ_SHARE=0.01 pytest -m fuzz tests/test_fuzz.py     a hundred
 
 `make test` runs a few of each kind. NBL_FUZZ_SEED starts elsewhere.
@@ -8,12 +8,10 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,102 +21,32 @@ import pytest
 from nbl_export.artifacts import RunDirectory
 from nbl_export.errors import NblError
 
-from .command import Outcome, nbl, snapshot
-from .hostile import damage_bytes, damage_json, damage_onnx, damage_safetensors, damage_text
+from .canaries import MARK, NO_COMPILER, Canaries
+from .command import Outcome, snapshot
+from .fuzz_kinds import KINDS, Kind, make_pristine, options, victim
 from .sandbox import Sandbox, watched
-from .tiny import save_gguf
 
-SMALL = ("--calibration-tokens", "64", "--context", "32")
-Damage = Callable[[Random, Path], None]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One kind of hostile input.
-
-    given: what is copied for each input, by name in the victim's directory; one of them is damaged (`file`).
-    command: with {here} for that directory; what it writes goes to {here}/out.
-    """
-
-    count: int
-    file: str
-    damage: Damage
-    command: str
-
-
-GRAPH = "graph/model.onnx"
-REWRITE = "rewrite --onnx {here}/graph --maps {here}/maps.safetensors --output {here}/out"
-CALIBRATE = "calibrate --model {here}/model --calibration {here}/text.txt --output {here}/out"
-KINDS: dict[str, Kind] = {
-    "graph, its bytes, inspected": Kind(1000, GRAPH, damage_bytes, "inspect {here}/graph/model.onnx"),
-    "graph inspected": Kind(1500, GRAPH, damage_onnx, "inspect {here}/graph/model.onnx --json"),
-    "graph rewritten": Kind(2000, GRAPH, damage_onnx, REWRITE),
-    "data of a graph": Kind(300, "graph/model.onnx.data", damage_bytes, REWRITE),
-    "maps": Kind(1500, "maps.safetensors", damage_safetensors, REWRITE),
-    "moments": Kind(600, "shard/moments.safetensors", damage_safetensors, "merge {here}/shard --output {here}/out"),
-    "nbl.json inspected": Kind(800, "run/nbl.json", damage_json, "inspect {here}/run"),
-    "nbl.json reported": Kind(500, "run/nbl.json", damage_json, "report {here}/run"),
-    "bench.json reported": Kind(300, "run/bench.json", damage_json, "report {here}/run"),
-    "verify.json reported": Kind(200, "run/verify.json", damage_json, "report {here}/run"),
-    "config.json": Kind(400, "model/config.json", damage_json, CALIBRATE),
-    "tokenizer.json": Kind(200, "model/tokenizer.json", damage_json, CALIBRATE),
-    "weights": Kind(250, "model/model.safetensors", damage_safetensors, CALIBRATE),
-    "GGUF": Kind(250, "tiny.gguf", damage_bytes, CALIBRATE.replace("/model ", "/tiny.gguf ")),
-    "text": Kind(100, "text.txt", damage_text, CALIBRATE),
-    "lines of JSON": Kind(50, "text.jsonl", damage_text, CALIBRATE.replace("text.txt", "text.jsonl")),
-    "archive": Kind(50, "text.jsonl.gz", damage_text, CALIBRATE.replace("text.txt", "text.jsonl.gz")),
-}
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nbl-export[eval]'")
 
 
 @pytest.fixture(scope="module")
 def pristine(
     checkpoint: Any, exported: Any, finished: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Everything that is damaged, whole."""
     here = tmp_path_factory.mktemp("pristine")
-    shutil.copytree(checkpoint("llama"), here / "model")
-    shutil.copytree(exported("llama"), here / "graph")
-    shutil.copytree(finished, here / "run")
-    shutil.copyfile(finished / "maps.safetensors", here / "maps.safetensors")
-    (here / "text.txt").write_text(text.read_text()[:3000])
-    lines = "".join(json.dumps({"text": part}) + "\n" for part in text.read_text()[:4000].split("\n\n"))
-    (here / "text.jsonl").write_text(lines)
-    (here / "text.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    save_gguf(here / "tiny.gguf")
-    shard = nbl("calibrate", "--model", here / "model", "--calibration", here / "text.txt", *SMALL,
-                "--shard", "1/1", "--output", here / "shard")  # fmt: skip
-    assert shard.status == 0, shard.err
+    make_pristine(here, checkpoint("llama"), exported("llama"), finished, text.read_text())
     return here
+
+
+@pytest.fixture(scope="module")
+def canaries(tmp_path_factory: pytest.TempPathFactory) -> Canaries:
+    return Canaries(tmp_path_factory.mktemp("canaries"))
 
 
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
     with Sandbox() as made:
         yield made
-
-
-def victim(pristine: Path, here: Path, kind: Kind) -> Path:
-    """A copy of what the command reads, and in it the file to damage."""
-    shutil.rmtree(here, ignore_errors=True)
-    here.mkdir()
-    for name in (
-        "model",
-        "graph",
-        "run",
-        "shard",
-        "maps.safetensors",
-        "text.txt",
-        "text.jsonl",
-        "text.jsonl.gz",
-        "tiny.gguf",
-    ):
-        if f"{{here}}/{name}" not in kind.command:
-            continue
-        if (pristine / name).is_dir():
-            shutil.copytree(pristine / name, here / name)
-        else:
-            shutil.copyfile(pristine / name, here / name)
-    return here / kind.file
 
 
 def complaint(done: Outcome) -> str:
@@ -148,35 +76,49 @@ def is_whole(run: Path) -> bool:
     return bool(found.stages)
 
 
-def attempt(kind: Kind, seed: int, pristine: Path, place: Path, sandbox: Sandbox) -> str:
+def attempt(kind: Kind, seed: int, pristine: Path, place: Path, sandbox: Sandbox, canaries: Canaries) -> str:
     """Damage, run, and say what is wrong."""
-    outside = place / "outside"
+    outside, here = place / "outside", place / "v"
     outside.mkdir(exist_ok=True)
-    (outside / "secret").write_bytes(bytes(4096))
-    damaged = victim(pristine, place / "v", kind)
+    (outside / "secret").write_bytes(MARK + bytes(4096))
+    damaged = victim(pristine, here, kind, canaries)
     kind.damage(Random(seed), damaged)
-    before = snapshot(place / "v")
-    command = kind.command.format(here=place / "v").split()
-    with watched(outside) as watch:
-        done = sandbox.run(*command, *(SMALL if command[0] == "calibrate" else ()))
-        touched = watch.seen()
-    after = {n: h for n, h in snapshot(place / "v").items() if not n.startswith("out/")}
+    before = snapshot(here)
+    command = kind.command.format(here=here).split()
+    with watched(outside, here / "outside") as watch:
+        done = sandbox.run(*command, *options(command))
+        touched = [] if kind.reads_outside else watch.seen()
+    after = {n: h for n, h in snapshot(here).items() if not n.startswith("out/")}
     wrong = complaint(done)
     if touched:
         wrong += f"; touched {set(touched)} outside"
-    if done.status != 0 and after != before and not is_whole(place / "v" / "run"):
+    if traces := canaries.touched():
+        wrong += f"; ran {traces}"
+    if leaks := leaked(done, before, here):
+        wrong += f"; shows the secret in {leaks}"
+    if sorted(outside.iterdir()) != [outside / "secret"] or (outside / "secret").read_bytes() != MARK + bytes(4096):
+        wrong += "; changed what is outside"
+    if done.status != 0 and after != before and not is_whole(here / "run"):
         wrong += f"; changed {sorted(n for n in {*before, *after} if before.get(n) != after.get(n))}"
-    if done.status != 0 and command[0] != "calibrate" and (place / "v" / "out").exists():
+    if done.status != 0 and command[0] != "calibrate" and (here / "out").exists():
         wrong += "; left an output"
     return f"{wrong.strip('; ')}: {done.err[-1500:]}" if wrong else ""
 
 
-def assert_survives(name: str, count: int, pristine: Path, place: Path, sandbox: Sandbox) -> None:
+def leaked(done: Outcome, before: dict[str, str], here: Path) -> list[str]:
+    """Where the bytes of the secret have come to: what was said, or files that were not there before."""
+    said = [name for name, text in (("stdout", done.out), ("stderr", done.err)) if MARK.decode() in text]
+    made = (p for p in here.rglob("*") if p.is_file() and not p.is_symlink())
+    fresh = {str(p.relative_to(here)): p for p in made if str(p.relative_to(here)) not in before}
+    return said + [name for name, path in fresh.items() if MARK in path.read_bytes()]
+
+
+def assert_survives(name: str, count: int, pristine: Path, place: Path, sandbox: Sandbox, canaries: Canaries) -> None:
     first = int(os.environ.get("NBL_FUZZ_SEED", "0"))
     kind = KINDS[name]
     found = {}
     for seed in range(first, first + count):
-        wrong = attempt(kind, seed, pristine, place, sandbox)
+        wrong = attempt(kind, seed, pristine, place, sandbox, canaries)
         if wrong:
             found[seed] = wrong
     assert not found, f"{len(found)} of {count}: " + "\n".join(f"seed {s}: {w}" for s, w in list(found.items())[:20])
@@ -184,15 +126,16 @@ def assert_survives(name: str, count: int, pristine: Path, place: Path, sandbox:
 
 @pytest.mark.fuzz
 @pytest.mark.parametrize("name", KINDS)
-def test_hostile(name: str, pristine: Path, tmp_path: Path, sandbox: Sandbox) -> None:
+def test_hostile(name: str, pristine: Path, tmp_path: Path, sandbox: Sandbox, canaries: Canaries) -> None:
     share = float(os.environ.get("NBL_FUZZ_SHARE", "1"))
     assert sum(kind.count for kind in KINDS.values()) == 10_000
-    assert_survives(name, max(1, round(KINDS[name].count * share)), pristine, tmp_path, sandbox)
+    assert_survives(name, max(1, round(KINDS[name].count * share)), pristine, tmp_path, sandbox, canaries)
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_hostile_few(name: str, pristine: Path, tmp_path: Path, sandbox: Sandbox) -> None:
-    assert_survives(name, 3, pristine, tmp_path, sandbox)
+def test_hostile_few(name: str, pristine: Path, tmp_path: Path, sandbox: Sandbox, canaries: Canaries) -> None:
+    count = 3 if KINDS[name].count > 100 else 1  # the others take a second each
+    assert_survives(name, count, pristine, tmp_path, sandbox, canaries)
 
 
 # Seeds that found a defect; what they damage changes with `hostile`, so each defect has a test of its own as well.
@@ -205,23 +148,45 @@ FOUND = {
     "config.json": (100010,),
     "tokenizer.json": (18, 31, 200009, 200010),
     "archive": (200007,),
+    "tokenizer_config.json": (4,),
+    "links in a graph": (1,),
+    "links in a deployed folder": (1,),
+    "foreign run reported": (5,),
 }
 
 
 @pytest.mark.parametrize(("name", "seed"), [(name, seed) for name, seeds in FOUND.items() for seed in seeds])
-def test_found_before(name: str, seed: int, pristine: Path, tmp_path: Path, sandbox: Sandbox) -> None:
-    wrong = attempt(KINDS[name], seed, pristine, tmp_path, sandbox)
+def test_found_before(
+    name: str, seed: int, pristine: Path, tmp_path: Path, sandbox: Sandbox, canaries: Canaries
+) -> None:
+    wrong = attempt(KINDS[name], seed, pristine, tmp_path, sandbox, canaries)
     assert not wrong, wrong
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_undamaged(name: str, pristine: Path, tmp_path: Path, sandbox: Sandbox) -> None:
+def test_undamaged(name: str, pristine: Path, tmp_path: Path, sandbox: Sandbox, canaries: Canaries) -> None:
     """Otherwise every refusal would be of something else."""
     kind = KINDS[name]
-    victim(pristine, tmp_path / "v", kind)
+    victim(pristine, tmp_path / "v", kind, canaries)
     command = kind.command.format(here=tmp_path / "v").split()
-    done = sandbox.run(*command, *(SMALL if command[0] == "calibrate" else ()))
+    done = sandbox.run(*command, *options(command))
     assert done.status == 0, done.err
+    assert canaries.touched() == []
+
+
+def test_canaries_leave_a_trace(canaries: Canaries, tmp_path: Path) -> None:
+    canaries.plant(tmp_path)
+    acts = {
+        "module": "import runpy; runpy.run_path('evil.py')",
+        "pickle": "import pickle; pickle.load(open('pytorch_model.bin', 'rb'))",
+        "library": "import ctypes; ctypes.CDLL('./canary.so')",
+    }
+    for trace, code in acts.items():
+        if trace == "library" and not canaries.has_library:
+            pytest.skip(NO_COMPILER)
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+        assert canaries.touched() == [trace]
+    assert canaries.touched() == []
 
 
 def test_what_is_touched_is_seen(tmp_path: Path) -> None:

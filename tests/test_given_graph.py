@@ -232,6 +232,8 @@ def test_damaged_graphs(given_graph: Given, maps_file: Any, tmp_path: Path) -> N
     (tmp_path / "data").write_bytes(whole)
     (graph / "model.onnx.data").symlink_to(tmp_path / "data")
     refused(tmp_path, *given, parts=("is a link",))
+    (graph / "model.onnx.data").unlink()
+    (graph / "model.onnx.data").write_bytes(whole)
     text = (graph / "model.onnx").read_bytes()
     (graph / "model.onnx").write_bytes(text.replace(b"model.onnx.data", b"../../etc/other"))
     refused(tmp_path, *given, parts=("outside its directory",))

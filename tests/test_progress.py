@@ -6,10 +6,10 @@ import io
 import re
 
 import pytest
-from rich.console import Console
 
 from nbl_export import progress
 from nbl_export.progress import Ui
+from nbl_export.terminal import Console
 
 
 def test_plain_lines_are_sparse_and_say_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 from nbl_export.errors import MissingPackageError, NblError
+from nbl_export.terminal import visible
 
 __all__ = ["main"]
 
@@ -23,7 +24,7 @@ def main() -> None:
             raise MissingPackageError("lm_eval", "eval", "evaluation") from error
         cli_evaluate()
     except NblError as error:
-        sys.exit(f"nbl-export: {error}")
+        sys.exit(visible(f"nbl-export: {error}"))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from nbl_export.errors import NblError
 __all__ = ["LocalData", "find_local", "wikitext_pages"]
 
 _NAMES = {"test": ("test",), "validation": ("validation", "valid", "val", "dev")}  # split -> file stems
+_MOST_BYTES = 64 << 20  # of one file, whose documents are all held
 Row = dict[str, Any]
 
 
@@ -196,7 +197,10 @@ def wikitext_pages(text: str) -> list[str]:
 
 def _read(path: Path) -> bytes:
     try:
-        raw = path.read_bytes()
+        if path.stat().st_size > _MOST_BYTES:
+            raise NblError(f"{path} is larger than {_MOST_BYTES >> 20} MiB; give its first documents only")
+        with path.open("rb") as stream:
+            raw = stream.read(_MOST_BYTES)
         raw.decode("utf-8")
     except OSError as error:
         raise NblError(f"{path} cannot be read: {error.strerror}") from error

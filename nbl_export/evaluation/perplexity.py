@@ -17,6 +17,7 @@ from typing import Any
 
 from nbl_export.corpus import Text
 from nbl_export.errors import NblError, UsageError
+from nbl_export.text_files import READ_BYTES
 
 __all__ = ["NamedText", "parse_named", "windows"]
 
@@ -53,7 +54,7 @@ def windows(
     """(read before, scored) of each window, token ids; at most `limit` windows.
 
     Raises:
-        NblError: the text is shorter than one window.
+        NblError: the text is shorter than one window, or so long that not all of it was read and is asked for.
     """
     ids: list[int] = []
     enough = None if limit is None else context + (limit - 1) * stride
@@ -61,6 +62,8 @@ def windows(
         ids.extend(tokenizer(document, verbose=False)["input_ids"])
         if enough is not None and len(ids) >= enough:
             break
+    if named.text.cut and (enough is None or len(ids) < enough):
+        raise NblError(f"of the text {named.name} only the first {READ_BYTES >> 20} MiB are read; give --limit")
     starts = range(0, len(ids) - context + 1, stride)[:limit]
     if not starts:
         raise NblError(

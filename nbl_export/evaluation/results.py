@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from nbl_export.errors import CorruptError
 from nbl_export.evaluation.measure import Outcome
 from nbl_export.evaluation.statistics import difference
 
@@ -69,12 +70,23 @@ def _unpack(text: str) -> list[Any]:
 
 
 def read_entries(path: Path) -> dict[str, Entry]:
-    """Entries of an eval.json by key; none where there is no such file, or one that cannot be used."""
+    """Entries of an eval.json by key; none where there is no such file.
+
+    Raises:
+        CorruptError: it cannot be used; its figures may have taken hours, so nothing is written over it.
+    """
+    advice = "restore it, or move it away to have everything measured again"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        return {str(e["key"]): e for e in value["results"]} if value["schema"] == SCHEMA else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        if value["schema"] != SCHEMA:
+            raise CorruptError(f"{path} has schema {value['schema']}, this version reads {SCHEMA}; {advice}")
+        entries = {str(e["key"]): e for e in value["results"]}
+        summarize(entries)
+    except FileNotFoundError:
         return {}
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise CorruptError(f"{path} cannot be used ({error!r}); {advice}") from error
+    return entries
 
 
 def summarize(entries: Mapping[str, Entry], **facts: Any) -> dict[str, Any]:

@@ -1,0 +1,76 @@
+"""Files that leave a trace when somebody runs them, and one that nobody may read.
+
+canary.so            loading it makes TRACES/library
+evil.py              importing it makes TRACES/module
+pytorch_model.bin    unpickling it makes TRACES/pickle
+outside/secret       holds MARK, which must appear nowhere
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+__all__ = ["MARK", "NO_COMPILER", "Canaries"]
+
+MARK = b"CANARY-5b1f0c9e7d"
+NO_COMPILER = "there is no C compiler (cc), so no library is planted"
+_LIBRARY = """
+#include <fcntl.h>
+#include <unistd.h>
+__attribute__((constructor)) static void leave_a_trace(void) {
+    int file = open(TRACE, O_CREAT | O_WRONLY, 0600);
+    if (file >= 0) close(file);
+}
+"""
+_MODULE = """
+from pathlib import Path
+Path({trace!r}).touch()
+class Config: pass
+class Model: pass
+class Tokenizer: pass
+"""
+
+
+class _Trace:
+    """What a pickle of it does when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self._path),)
+
+
+class Canaries:
+    """Made once in a directory; `plant` puts them into a folder, `touched` names those that left a trace since."""
+
+    def __init__(self, home: Path) -> None:
+        self._traces, self._files = home / "traces", home / "canaries"
+        self._traces.mkdir(parents=True)
+        self._files.mkdir()
+        (self._files / "evil.py").write_text(_MODULE.format(trace=str(self._traces / "module")), encoding="utf-8")
+        (self._files / "pytorch_model.bin").write_bytes(pickle.dumps(_Trace(self._traces / "pickle")))
+        self.has_library = shutil.which("cc") is not None
+        if self.has_library:
+            source = self._files / "canary.c"
+            source.write_text(_LIBRARY, encoding="utf-8")
+            trace = f'-DTRACE="{self._traces / "library"}"'
+            subprocess.run(["cc", "-shared", "-fPIC", trace, "-o", self._files / "canary.so", source], check=True)
+            source.unlink()
+
+    def plant(self, folder: Path) -> None:
+        """Into a folder of a stranger."""
+        for file in self._files.iterdir():
+            shutil.copyfile(file, folder / file.name)
+
+    def touched(self) -> list[str]:
+        """Names of the traces, which are removed."""
+        found = sorted(self._traces.iterdir())
+        for trace in found:
+            shutil.rmtree(trace) if trace.is_dir() else trace.unlink()
+        return [trace.name for trace in found]
