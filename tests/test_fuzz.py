@@ -154,6 +154,7 @@ FOUND = {
     "links in a graph": (1,),
     "links in a deployed folder": (1,),
     "foreign run reported": (5,),
+    "eval.json evaluated": (51,),
 }
 
 
