@@ -159,8 +159,11 @@ def check_asked(options: JobOptions, architecture: str) -> None:
     """Hold what is asked against the architecture, before anything is computed.
 
     Raises:
-        NblError: a tap that it does not have, a method that is not affine in it, a source that does not make it.
+        NblError: a tap that it does not have, a method that is not affine in it, a source that does not make it; or no
+            such architecture, where somebody has edited the manifest.
     """
+    if architecture not in ARCHITECTURES:
+        raise NblError(f"architecture {architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
     record = ARCHITECTURES[architecture]
     if options.tap not in record.taps:
         raise NblError(

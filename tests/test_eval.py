@@ -225,6 +225,7 @@ DAMAGED: dict[str, Any] = {
     "another schema": lambda run: edit(run / "eval.json", schema=99),
     "no results": lambda run: edit(run / "eval.json", results=None),
     "no key": spoil(key=None, metrics=None),
+    "no number": spoil(seconds=float("nan")),
     "scores of numbers": spoil(scores=5),
     "scores of words": spoil(scores={"loglikelihoods": "a b", "tokens": "c", "acc": "d"}),
 }

@@ -97,6 +97,13 @@ def test_results_that_were_edited_and_hashed_again(name: str, run: Path) -> None
     assert snapshot(run) == before
 
 
+def test_an_architecture_that_is_none(run: Path) -> None:
+    manifest = json.loads((run / "nbl.json").read_text(encoding="utf-8"))
+    manifest["decoder"]["architecture"] = "llama\n"
+    (run / "nbl.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert_refused(nbl("report", run), 1, "is not supported", "mistral")
+
+
 def test_a_tokenizer_with_settings_of_a_wrong_kind() -> None:
     def tokenizer(_piece: str, **_: object) -> None:
         raise TypeError("'>' not supported between instances of 'int' and 'str'")

@@ -65,12 +65,13 @@ def complaint(done: Outcome) -> str:
     return "" if not done.out else "something on stdout"
 
 
-def is_whole(run: Path) -> bool:
-    """Whether all stages on record have their files: a command that goes on with a run may end on the way."""
+def is_whole(run: Path, changed: set[str]) -> bool:
+    """Whether stages on record have their changed files: a command that goes on with a run may end on the way."""
     try:
         found = RunDirectory.peek(run)
-        for stage in found.stages:
-            found.check(stage)
+        for stage, record in found.stages.items():
+            if changed & record["files"].keys():
+                found.check(stage)
     except NblError:
         return False
     return bool(found.stages)
@@ -98,8 +99,9 @@ def attempt(kind: Kind, seed: int, pristine: Path, place: Path, sandbox: Sandbox
         wrong += f"; shows the secret in {leaks}"
     if sorted(outside.iterdir()) != [outside / "secret"] or (outside / "secret").read_bytes() != MARK + bytes(4096):
         wrong += "; changed what is outside"
-    if done.status != 0 and after != before and not is_whole(here / "run"):
-        wrong += f"; changed {sorted(n for n in {*before, *after} if before.get(n) != after.get(n))}"
+    changed = {n.removeprefix("run/") for n in {*before, *after} if before.get(n) != after.get(n)}
+    if done.status != 0 and changed and not is_whole(here / "run", changed):
+        wrong += f"; changed {sorted(changed)}"
     if done.status != 0 and command[0] != "calibrate" and (here / "out").exists():
         wrong += "; left an output"
     return f"{wrong.strip('; ')}: {done.err[-1500:]}" if wrong else ""
@@ -144,7 +146,7 @@ FOUND = {
     "graph rewritten": (5, 311, 100198),
     "maps": (328,),
     "nbl.json inspected": (575, 100004, 100071),
-    "nbl.json reported": (100004, 100017, 100026, 100039, 100044, 200001),
+    "nbl.json reported": (11, 68, 100004, 100017, 100026, 100039, 100044, 200001),
     "config.json": (100010,),
     "tokenizer.json": (18, 31, 200009, 200010),
     "archive": (200007,),
@@ -152,6 +154,7 @@ FOUND = {
     "links in a graph": (1,),
     "links in a deployed folder": (1,),
     "foreign run reported": (5,),
+    "eval.json evaluated": (51,),
 }
 
 

@@ -81,7 +81,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
         if value["schema"] != SCHEMA:
             raise CorruptError(f"{path} has schema {value['schema']}, this version reads {SCHEMA}; {advice}")
         entries = {str(e["key"]): e for e in value["results"]}
-        summarize(entries)
+        json.dumps(summarize(entries), allow_nan=False)  # it will be written again
     except FileNotFoundError:
         return {}
     except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
