@@ -28,6 +28,7 @@ TABLES: Mapping[str, Callable[[Callable[[str], Any]], list[Sequence[str]]]] = {
     "precisions": speed.precisions,
     "peers": speed.peers,
     "errors": speed.errors,
+    "twins": speed.twins,
     "parity": speed.parity,
     "ladder": quality.ladder,
     "choices": quality.choices,

@@ -181,6 +181,19 @@ def errors(read: Read) -> Rows:
     return rows
 
 
+def twins(read: Read) -> Rows:
+    head = ("", "twin from torch", "codes from matrices", "kernels from codes", "what ships", "rounding")
+    rows: Rows = [head, "lrrrrr"]
+    for row in read("twins")["rows"]:
+        twin = max(row["twin_original"], row["twin_nbl"])
+        coded = row["shipped"] is not None
+        rest = (
+            f"{row['steps']:.2f} steps", f"{row['products']:.0e}", f"{row['shipped']:.1%}", f"{row['rounding']:.0%}"
+        ) if coded else ("–",) * 4  # fmt: skip
+        rows.append((f"{row['model']}, {row['precision']}", f"{twin:.1e}", *rest))
+    return rows
+
+
 def _worst(rungs: Sequence[Mapping[str, Any]]) -> list[float]:
     """The largest figure of rung b (original) and of rung c (NBL)."""
     return [max(r["value"] for r in rungs if r["rung"] == rung and "logit" in r["metric"]) for rung in ("b", "c")]
