@@ -114,6 +114,16 @@ def test_a_wrong_rewrite_fails(graph_run: Path, tmp_path: Path) -> None:
     skip = next(node for node in model.graph if node.op_type == "Add" and node.name and "/nbl/" in node.name)
     skip.replace_input_with(0, product.inputs[0])
     ir.save(model, path)
+    assert any(r["rung"] == "c" and not r["passed"] for r in _climbed(run, facts["options"]))
+
+
+def test_more_threads_than_one_are_a_number_to_the_runtime(graph_run: Path) -> None:
+    facts = json.loads((graph_run / "nbl.json").read_text(encoding="utf-8"))
+    rungs = _climbed(graph_run, {**facts["options"], "threads": [2]})
+    assert {"a", "b", "c", "d"} <= {r["rung"] for r in rungs} and all(r["passed"] for r in rungs)
+
+
+def _climbed(run: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
     from nbl_export import graph_verification
     from nbl_export.artifacts import RunDirectory
     from nbl_export.job import Job
@@ -121,8 +131,10 @@ def test_a_wrong_rewrite_fails(graph_run: Path, tmp_path: Path) -> None:
     from nbl_export.records import JobOptions
 
     with RunDirectory.open_run(run, create=False) as opened:
-        result = graph_verification.run(Job(JobOptions.from_json(facts["options"]), opened, Ui(quiet=True)))
-    assert any(r["rung"] == "c" and not r["passed"] for r in result["rungs"])
+        found: list[dict[str, Any]] = graph_verification.run(
+            Job(JobOptions.from_json(options), opened, Ui(quiet=True))
+        )["rungs"]
+        return found
 
 
 def test_graph_of_another_exporter_is_calibrated_and_rewritten(
