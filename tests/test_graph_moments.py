@@ -123,6 +123,17 @@ def test_more_threads_than_one_are_a_number_to_the_runtime(graph_run: Path) -> N
     assert {"a", "b", "c", "d"} <= {r["rung"] for r in rungs} and all(r["passed"] for r in rungs)
 
 
+def test_a_quantised_graph_is_proven_through_its_twin(exported: Any, text: Path, tmp_path: Path) -> None:
+    """Without a torch model: the maps as they are stored, in the float32 twin of the graph as it came."""
+    model = exported("llama", "genai", "int4")
+    done = nbl("--model", model, "--calibration", text, *TINY, "--layers", "1,2", "--output", tmp_path / "run")
+    assert done.status == 0, done.err
+    found = json.loads((tmp_path / "run" / "verify.json").read_text(encoding="utf-8"))
+    compared = [r for r in found["rungs"] if r["rung"] == "c" and "logit" in r["metric"]]
+    assert {r["tolerance"] for r in compared} == {1e-3} and max(r["value"] for r in compared) < 2e-5
+    assert {"the graph as it came" in sentence for sentence in found["proof"][:1]} == {True}
+
+
 def _climbed(run: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
     from nbl_export import graph_verification
     from nbl_export.artifacts import RunDirectory
