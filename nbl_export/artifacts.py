@@ -41,8 +41,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from nbl_export.contained import check_inside
 from nbl_export.errors import BusyError, CorruptError, NblError
-from nbl_export.plain_files import refuse_special
+from nbl_export.plain_files import entries, refuse_special
 from nbl_export.records import DecoderSpec, JobOptions, LayerScore, Plan
 from nbl_export.typed_json import read_record
 
@@ -227,6 +228,8 @@ class RunDirectory:
     def _read(self) -> None:
         path = self.path / "nbl.json"
         refuse_special(self.path)
+        for entry in entries(self.path):
+            check_inside(entry, self.path)
         if (self.path / "genai_config.json").exists():
             raise NblError(f"{self.path} is a model directory, not a run directory; name the directory it is in")
         if not path.exists():

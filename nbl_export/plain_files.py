@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nbl_export.errors import CorruptError
 
-__all__ = ["refuse_special"]
+__all__ = ["entries", "refuse_special"]
 
 
 def refuse_special(place: Path) -> None:
@@ -18,7 +18,7 @@ def refuse_special(place: Path) -> None:
     Raises:
         CorruptError: which entry is a pipe, a socket or a device.
     """
-    for path in _walk(place):
+    for path in entries(place):
         try:
             mode = path.stat().st_mode
         except OSError:  # a link to nothing, or in a circle: as good as absent
@@ -27,10 +27,15 @@ def refuse_special(place: Path) -> None:
             raise CorruptError(f"{path} is no file but a pipe, a socket or a device; remove it")
 
 
-def _walk(place: Path) -> list[Path]:
+def entries(place: Path) -> list[Path]:
+    """What lies in a directory and in the directories in it, or the file itself; links are not followed.
+
+    Raises:
+        CorruptError: it cannot be looked into.
+    """
     try:
-        entries = sorted(place.iterdir()) if place.is_dir() else [place]
-        below = [e for entry in entries if entry.is_dir() and not entry.is_symlink() for e in sorted(entry.iterdir())]
+        found = sorted(place.iterdir()) if place.is_dir() else [place]
+        below = [e for entry in found if entry.is_dir() and not entry.is_symlink() for e in sorted(entry.iterdir())]
     except OSError as error:
         raise CorruptError(f"{error.filename} cannot be looked into: {error.strerror}") from error
-    return entries + below
+    return found + below

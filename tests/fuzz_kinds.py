@@ -36,14 +36,13 @@ class Kind:
     """One kind of hostile input.
 
     file: what is damaged, in the victim's directory. command: with {here} for that directory; what it writes goes to
-    {here}/out. reads_outside: links of the folder may be followed, though what lies there is shown nowhere.
+    {here}/out.
     """
 
     count: int
     file: str
     damage: Callable[[Random, Path], None]
     command: str
-    reads_outside: bool = False
 
 
 GRAPH = "graph/model.onnx"
@@ -79,7 +78,7 @@ KINDS: dict[str, Kind] = {
     "links in a checkpoint": Kind(200, "model", damage_links, CALIBRATE),
     "links in a graph": Kind(300, "graph", damage_links, REWRITE),
     "links in a deployed folder": Kind(250, "deploy", damage_links, GENERATE),
-    "links in a run": Kind(60, "run", damage_links, "report {here}/run", True),
+    "links in a run": Kind(60, "run", damage_links, "report {here}/run"),
     "a text that grows": Kind(30, "text.jsonl.gz", damage_bomb, CALIBRATE.replace("text.txt", "text.jsonl.gz")),
     "a text that is long": Kind(30, "text.jsonl", damage_bomb, CALIBRATE.replace("text.txt", "text.jsonl")),
     "foreign run inspected": Kind(300, "run", damage_run, "inspect {here}/run"),

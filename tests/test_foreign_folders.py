@@ -110,3 +110,14 @@ def test_a_tokenizer_with_settings_of_a_wrong_kind() -> None:
 
     with pytest.raises(NblError, match="the model's tokenizer fails on t"):
         pack(Text("t", "0", ("words",)), tokenizer, 64, 32)
+
+
+@pytest.mark.parametrize("name", ["bench.json", "maps.safetensors", "model/tokenizer.json", "nbl.json"])
+def test_a_link_out_of_a_run_directory_is_refused(name: str, run: Path, tmp_path: Path) -> None:
+    """Even to the very file that was there."""
+    kept = tmp_path / "elsewhere"
+    shutil.copyfile(run / name, kept)
+    (run / name).unlink()
+    (run / name).symlink_to(kept)
+    for command in (("report", run), ("inspect", run)):
+        assert_refused(nbl(*command), 1, run / name, "link out of its directory")

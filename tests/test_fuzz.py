@@ -88,7 +88,7 @@ def attempt(kind: Kind, seed: int, pristine: Path, place: Path, sandbox: Sandbox
     command = kind.command.format(here=here).split()
     with watched(outside, here / "outside") as watch:
         done = sandbox.run(*command, *options(command))
-        touched = [] if kind.reads_outside else watch.seen()
+        touched = watch.seen()
     after = {n: h for n, h in snapshot(here).items() if not n.startswith("out/")}
     wrong = complaint(done)
     if touched:
