@@ -165,7 +165,7 @@ def look_up(model: Any, table_VD: np.ndarray, first: int) -> None:
 
     decoder = model.get_decoder()
     _untie(model)
-    decoder.embed_tokens = nn.Embedding.from_pretrained(torch.from_numpy(table_VD))
+    decoder.embed_tokens = nn.Embedding(*table_VD.shape, _weight=torch.from_numpy(table_VD), _freeze=True)
     name = architecture_of(decoder.config).entry_multiplier
     if name is not None:
         setattr(decoder, name, 1.0)

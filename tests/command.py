@@ -80,8 +80,9 @@ def stage_lines(outcome: Outcome) -> dict[str, str]:
 
 
 def assert_refused(outcome: Outcome, status: int, *parts: object) -> None:
-    """One sentence on stderr that holds all `parts`, beside the lines of stages; nothing on stdout."""
-    said = [line for line in outcome.err.splitlines() if not _STAGE.match(line) and ": left out, " not in line]
+    """One sentence on stderr that holds all `parts`, beside what stages say; nothing on stdout."""
+    lines = (line for line in outcome.err.splitlines() if not line.startswith("  "))
+    said = [line for line in lines if not _STAGE.match(line) and ": left out, " not in line]
     assert outcome.status == status, outcome
     assert outcome.out == "", outcome
     assert len(said) == 1, outcome

@@ -21,6 +21,7 @@ _FILE = r"`((?:nbl_export|tests|graphs|bench)/[\w./-]*|[\w.-]+\.(?:md|toml))`"
 @pytest.mark.parametrize("guide", TEXTS)
 def test_files_are_there(guide: str) -> None:
     named = {name for name in re.findall(_FILE, TEXTS[guide]) if "NAME" not in name}
+    named |= {f"tests/{name}" for name in re.findall(r"`(test_\w+\.py)`", TEXTS[guide])}
     assert len(named) > 4
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 

@@ -69,6 +69,7 @@ def eval_facts() -> dict[str, Any]:
 
 def sweep_facts() -> dict[str, Any]:
     price = {"text": "t", "kl": 0.1, "perplexity_original": 5.0, "perplexity": 5.0, "increase": 0.1}
+    price |= {"increase_interval": [0.05, 0.15], "kl_interval": [0.05, 0.15]}
     speeds = {"prefill": 1.1, "prefill_tail_pruned": 1.2, "decode": 1.1}
     point = {"method": "nbl", "layers": 1, "prices": [price], **speeds}
     return {"order": [1], "texts": ["t" + EVIL], "points": [point], "recommended": None}
