@@ -229,7 +229,8 @@ class RunDirectory:
         path = self.path / "nbl.json"
         refuse_special(self.path)
         for entry in entries(self.path):
-            check_inside(entry, self.path)
+            if entry.name != ".lock":  # which has a check of its own
+                check_inside(entry, self.path)
         if (self.path / "genai_config.json").exists():
             raise NblError(f"{self.path} is a model directory, not a run directory; name the directory it is in")
         if not path.exists():

@@ -151,7 +151,7 @@ def test_a_damaged_file_does_not_go(hub: FakeHub, carded: Path) -> None:
 @pytest.mark.parametrize("words", [(), ("--yes",), ("--yes", "--force")])
 def test_what_a_link_leads_to_is_not_published(hub: FakeHub, carded: Path, name: str, words: tuple[str, ...]) -> None:
     """The same bytes elsewhere: the recorded hash says nothing against them."""
-    elsewhere = carded.parent / "elsewhere"
+    elsewhere = carded / "elsewhere"  # a link out of the run is refused before
     (carded / name).rename(elsewhere)
     (carded / name).symlink_to(elsewhere)
     assert_refused(push(hub, carded, *words), 1, "is a link", "not published")
