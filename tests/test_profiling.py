@@ -87,7 +87,7 @@ def _unshared(directory: Path, copy: Path) -> Path:
     """The same graph with caches that grow."""
     copy.mkdir()
     for path in directory.iterdir():
-        (copy / path.name).hardlink_to(path)
+        shutil.copyfile(path, copy / path.name)
     config = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))
     assert config["search"]["past_present_share_buffer"] is True
     config["search"]["past_present_share_buffer"] = False
