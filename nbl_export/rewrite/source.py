@@ -107,6 +107,8 @@ def _check_data(path: Path, tensor: ir.ExternalTensor) -> None:
         raise CorruptError(f"{file} is a link; copy the model with its links followed (cp -rL) and use the copy")
     if not file.is_file():
         raise CorruptError(f"{file} is missing, which holds weights of {path.name}; restore it")
+    if file.stat().st_nlink > 1:  # onnx_ir reads none, since a hard link may be to anyone's file
+        raise CorruptError(f"{file} has a second name (a hard link) and is not read; use a copy (cp -r) of the model")
     try:
         end = (tensor.offset or 0) + max(tensor.length or 0, tensor.nbytes)
     except TypeError as error:  # text, or no type at all
