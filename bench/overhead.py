@@ -1,10 +1,11 @@
-"""What calibration costs: time beside the plain forward pass (interleaved), and peak memory of two stages.
+"""Cost of calibration: time compared with the plain forward pass (interleaved), and peak memory of four stages.
 
     python bench/overhead.py MODEL [--rounds 5] > bench/results/overhead-<model>-<machine>.json
 
-Each round runs the decoder over the same 8,192 tokens plainly, with the moments of the default tap, and with those of
-both taps (what `--fit distilled` collects), beginning with another one in turn; freed memory stays in the process, as
-in the tool (`nbl_export/allocator.py`). Peak memory is VmHWM of a fresh child process that does nothing but the stage.
+Each round runs the decoder over the same 8,192 tokens in three ways: plainly, with the moments of the residual tap, and
+with the moments of both taps (as for `--fit distilled`). The order rotates with each round. Freed memory stays in the
+process, as in nbl-export (`nbl_export/model/allocator.py`). Peak memory is VmHWM of a fresh child process that runs
+only the stage.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ CHILD = """
 import sys, os
 os.environ["TQDM_DISABLE"] = "1"
 from pathlib import Path
-from nbl_export.pipeline import run_calibration, run_stages
-from nbl_export.progress import Ui
+from nbl_export.run.pipeline import run_calibration, run_stages
+from nbl_export.run.progress import Ui
 stage, model, out = sys.argv[1:]
 if stage == "calibrate":
     run_calibration(model, {"calibration_tokens": 16384}, Path(out), Ui(quiet=True))
@@ -37,21 +38,25 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 def time_rounds(model_name: str, rounds: int) -> list[dict[str, float]]:
     import torch
 
-    from nbl_export import allocator, calibrate, checkpoint, corpus
+    from nbl_export.calibrate import hooks
+    from nbl_export.model import allocator
+    from nbl_export.model.checkpoint import load, materialise, source
+    from nbl_export.text import corpus
+    from nbl_export.text import windows as text_windows
 
     allocator.keep_freed_memory()
     with tempfile.TemporaryDirectory() as scratch:
-        directory = checkpoint.materialise(checkpoint.resolve(model_name), Path(scratch) / "checkpoint")
-        model, tokenizer = checkpoint.load_model(directory), checkpoint.load_tokenizer(directory)
-    windows, _ = corpus.pack(corpus.default_text(), tokenizer, TOKENS, CONTEXT)
+        directory = materialise.materialise(source.resolve(model_name), Path(scratch) / "checkpoint")
+        model, tokenizer = load.load_model(directory), load.load_tokenizer(directory)
+    windows, _ = text_windows.pack(corpus.default_text(), tokenizer, TOKENS, CONTEXT)
 
     def plain() -> None:
         with torch.inference_mode():
-            for batch in windows.split(calibrate._BATCH_TOKENS // CONTEXT):
+            for batch in windows.split(hooks._BATCH_TOKENS // CONTEXT):
                 model.get_decoder()(input_ids=batch, use_cache=False)
 
     def with_moments(*taps: str) -> None:
-        calibrate.collect(model, windows, lambda _d, _t: None, taps)
+        hooks.collect(model, windows, lambda _d, _t: None, taps)
 
     ways = [
         ("plain", plain),
@@ -80,7 +85,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    from nbl_export.bench import machine
+    from nbl_export.measure.benchmark import machine
 
     rounds = time_rounds(options.model, options.rounds)
     with tempfile.TemporaryDirectory() as scratch:

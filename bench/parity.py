@@ -1,12 +1,13 @@
-"""Both graphs of a run on plain ONNX Runtime against transformers, position by position, in float32 and in float64.
+"""Compares both graphs of a run on plain ONNX Runtime with transformers, at each position, in float32 and float64.
 
     python bench/parity.py RUN_DIRECTORY [--data DATA --windows 8] > bench/results/parity-<model>.json
 
-`original/` is held to the checkpoint, `model/` to the checkpoint with maps.safetensors put in by hand. Uses neither the
-tool's linearization nor its runner, so that it checks them too. A graph in float32 cannot be closer to torch in float32
-than either is to the exact answer: so each position has three distances (largest logit difference), graph to torch,
-graph to torch in float64, and torch to torch in float64, which is what float32 is worth there. Besides a few prompts,
-windows of 256 tokens of the three texts of DATA (as for quality.py).
+`original/` is compared with the checkpoint, and `model/` with the checkpoint and the maps of maps.safetensors. The
+script uses neither the linearization nor the runner of nbl-export, so it checks both.
+
+Two float32 computations agree at best within their float32 errors. So each position has three distances (largest logit
+difference): graph to torch, graph to torch in float64, and torch to torch in float64. The last distance is the float32
+error of torch. Inputs are a few prompts, and windows of 256 tokens of the three texts of DATA (see quality.py).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ PROMPTS = (
 
 
 class ByHand(torch.nn.Module):
-    """Stands in for a self-attention whose layer norm has become the identity."""
+    """An affine map in place of a self-attention; the layer norm before it is the identity."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         super().__init__()
@@ -50,10 +51,10 @@ class ByHand(torch.nn.Module):
 
 
 class Graph:
-    """The logits of all positions of a graph, from an empty cache."""
+    """Computes a graph's logits of all positions, with an empty cache."""
 
     def __init__(self, directory: Path, heads: int, size: int) -> None:
-        every = directory / "all_logits.onnx"  # beside a graph that has the last token's alone
+        every = directory / "all_logits.onnx"  # if model.onnx gives only the logits of the last token
         file = every if every.is_file() else directory / "model.onnx"
         self.session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         caches = [a.name for a in self.session.get_inputs() if a.name.startswith("past_key_values")]
@@ -62,13 +63,13 @@ class Graph:
     def __call__(self, ids: np.ndarray) -> np.ndarray:
         (got,) = self.session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids), **self.empty})
         if got.shape[1] != ids.shape[1]:
-            raise SystemExit("the graph has the logits of the last token alone: export with --logits all")
+            raise SystemExit("the graph gives only the logits of the last token: export with --logits all")
         return np.asarray(got[0])
 
 
 def linearized(model: Any, facts: dict[str, Any], maps: dict[str, torch.Tensor]) -> Any:
     if facts["tap"] != "residual":
-        raise SystemExit("maps of the normed tap are not put in by hand here")
+        raise SystemExit("this script supports only maps of the residual tap")
     model = copy.deepcopy(model)
     for i in facts["replaced_layers"]:
         layer = model.model.layers[i]
@@ -78,7 +79,7 @@ def linearized(model: Any, facts: dict[str, Any], maps: dict[str, torch.Tensor])
 
 
 def texts(tokenizer: Any, data: Path, windows: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Windows [1, 256] of each text, spread over it."""
+    """Windows [1, 256] of each text, spread evenly over the text."""
     read = {
         "c4": [d["text"] for d in json.loads((data / "c4/c4_demo.json").read_text(encoding="utf-8"))],
         "wikitext": [(data / "wikitext-2-raw/wiki.valid.raw").read_text(encoding="utf-8")],
@@ -91,7 +92,7 @@ def texts(tokenizer: Any, data: Path, windows: int) -> Iterator[tuple[str, np.nd
 
 
 def distances(graph: Graph, model: Any, exact: Any, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """Three distances of each position, [T] each."""
+    """The three distances, [T] each."""
     with torch.inference_mode():
         narrow, wide = (m(torch.from_numpy(ids), use_cache=False).logits[0].numpy() for m in (model, exact))
     got = graph(ids)
@@ -103,7 +104,7 @@ def distances(graph: Graph, model: Any, exact: Any, ids: np.ndarray) -> dict[str
 
 
 def spread(found: list[dict[str, np.ndarray]]) -> dict[str, dict[str, float]]:
-    """What all positions together say of each distance."""
+    """Statistics of each distance over all positions."""
     joined = {name: np.concatenate([f[name] for f in found]) for name in found[0]}
     return {
         name: {
@@ -131,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--windows", type=int, default=8, help="of 256 tokens of each text of --data")
+    parser.add_argument("--windows", type=int, default=8, help="windows of 256 tokens from each text of --data")
     options = parser.parse_args()
     run = options.run
     facts = json.loads((run / "nbl.json").read_text())

@@ -1,10 +1,11 @@
-"""Speed, size, quality and proof of each way to quantise, original and NBL, of one model in one run directory.
+"""Speed, size, quality and verification of each quantisation of one model, original and NBL, in one run directory.
 
     python bench/precision.py MODEL DATA WORK --layers 0,5-8,22,24-29 [--only int4,...] > bench/results/FILE.json
 
-Every row is a run of the command line with other options in the same run directory (calibration is done once, in
-WORK, which may be a run directory of this model already): export, verification, perplexity on three texts through the
-exported graphs, paired rounds of prefill 512 and 2048 and of 47 tokens decoded behind 512. DATA as for `quality.py`.
+Every row runs the command line with other options in the run directory WORK, which may already hold a run of this
+model. Calibration runs once. Each row exports, verifies, and measures perplexity on three texts through the exported
+graphs. It then times paired rounds: prefill of 512 and 2048 tokens, and decode of 47 tokens after 512. DATA is as for
+`quality.py`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,6 @@ ROWS: dict[str, tuple[str, ...]] = {
     "fp32": ("--precision", "fp32"),
     "int8": ("--precision", "int8"),
     "int4": ("--precision", "int4"),
-    "int4, maps at 8 bits": ("--precision", "int4", "--map-bits", "8"),
-    "int4, maps in float32": ("--precision", "int4", "--map-bits", "32"),
     "int4, k_quant": ("--precision", "int4", "--builder-option", "algo_config=k_quant"),
     "int4, k_quant_last": ("--precision", "int4", "--builder-option", "algo_config=k_quant_last"),
     "int4, k_quant_mixed": ("--precision", "int4", "--builder-option", "algo_config=k_quant_mixed"),
@@ -32,20 +31,20 @@ ROWS: dict[str, tuple[str, ...]] = {
     "int4, float32 activations": ("--precision", "int4", "--builder-option", "accuracy_level=1"),
     "int4, gate and up in one": ("--precision", "int4", "--builder-option", "fuse_mlp_gate_up=true"),
 }
-DECODE = ("--prompt-tokens", "512", "--generate-tokens", "47", "--depth", "512")
+DECODE = 'prompt-tokens = "512"\ngenerate-tokens = 47\ndepth = "512"\n'  # the main job's benchmark, as TOML
 PREFILL = (("--prompt-tokens", "512", "--depth", "0"), ("--prompt-tokens", "2048", "--depth", "0"))
 
 
 def command(*words: object) -> None:
     done = subprocess.run([sys.executable, "-m", "nbl_export", *map(str, words)], stdout=subprocess.DEVNULL)
-    if done.returncode not in (0, 3):  # 3: a row that is not verified is a row all the same, and says so
+    if done.returncode not in (0, 3):  # 3: the row is kept and states that verification failed
         sys.exit(f"{' '.join(map(str, words))} ended with {done.returncode}")
 
 
 def measure(options: argparse.Namespace, given: tuple[str, ...]) -> dict[str, Any]:
     work: Path = options.work
-    job = ("--model", options.model, "--output", work, "--layers", options.layers, "--repetitions", options.repetitions)
-    command(*job, *options.calibrate, *given, *DECODE)
+    job = ("--model", options.model, "--output", work, "--layers", options.layers)
+    command(*job, *options.calibrate, *given, "--config", options.config)
     report = read(work / "report.json")
     row: dict[str, Any] = {
         "options": list(given),
@@ -71,7 +70,7 @@ def measure(options: argparse.Namespace, given: tuple[str, ...]) -> dict[str, An
 
 
 def texts(data: Path, scratch: Path) -> str:
-    """The three texts as the command line takes them."""
+    """The three texts in the form of --perplexity."""
     (scratch / "news.txt").write_text("\n\n".join(quality.news(data)), encoding="utf-8")
     found = {
         "c4": data / "c4/c4_demo.json",
@@ -93,17 +92,19 @@ def main() -> None:
     parser.add_argument("--layers", default="0,5-8,22,24-29")
     parser.add_argument("--only", help="names of rows, separated by semicolons")
     parser.add_argument("--repetitions", default="6")
-    parser.add_argument("--windows", type=int, default=16, help="of 512 tokens of each text; 0 leaves quality out")
-    parser.add_argument("--calibrate", default="", help="more words for nbl-export, as one string")
+    parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens from each text; 0 skips quality")
+    parser.add_argument("--calibrate", default="", help="more arguments for nbl-export, as one string")
     options = parser.parse_args()
     options.calibrate = options.calibrate.split()
-    from nbl_export.artifacts import versions
-    from nbl_export.bench import machine
+    from nbl_export.files import versions
+    from nbl_export.measure.benchmark import machine
 
     chosen = [name.strip() for name in options.only.split(";")] if options.only else list(ROWS)
     rows = {}
     with tempfile.TemporaryDirectory() as scratch:
         options.texts = texts(options.data, Path(scratch))
+        options.config = Path(scratch) / "decode.toml"
+        options.config.write_text(f"{DECODE}repetitions = {options.repetitions}\n", encoding="utf-8")
         for name in chosen:
             print(name, file=sys.stderr, flush=True)
             rows[name] = measure(options, ROWS[name])

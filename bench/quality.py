@@ -1,21 +1,21 @@
-"""What choice of layers and fit are worth: KL and perplexity on four texts, the same windows for every row.
+"""Compares choices of layers and fits: KL and perplexity on four texts, with the same windows for every row.
 
     python bench/quality.py MODEL DATA plans    [--text c4|default] > bench/results/quality-plans-<model>.json
     python bench/quality.py MODEL DATA distill  [--text c4|default] --layers 0,7,24-29 --minutes 14.5 > ...
     python bench/quality.py MODEL DATA both --text default --layers greedy:8 --minutes 10 > ...
     python bench/quality.py MODEL DATA ladder --text default --counts 4,8,12 --steps 200 --train-tokens 262144 > ...
 
-DATA holds c4/c4_demo.json, c4/graphmark_c4_realnewslike_500.jsonl, wikitext-2-raw/wiki.valid.raw. Calibrated on 65,536
-tokens in windows of 512, of the first documents of c4_demo.json ("c4") or of the tool's default text. Judged on windows
-spread evenly over each text; of c4_demo.json only what lies behind the calibration and held-back tokens. The original
-is computed once for all rows.
+DATA holds c4/c4_demo.json, c4/graphmark_c4_realnewslike_500.jsonl, wikitext-2-raw/wiki.valid.raw. Calibration uses
+65,536 tokens in windows of 512, from the first documents of c4_demo.json ("c4") or from nbl-export's default text.
+Figures use windows spread evenly over each text; c4_demo.json without its calibration and held-back tokens. The
+original is computed once for all rows.
 
 sets      the sets of layers in --layers, separated by semicolons, independent fit on the residual stream
 maps      the same with the maps of --maps FILE
-plans     every --select at 4, 8, 10, 12 and 15 layers, and the layers 0,7,24-29, independent fit; the paper's tap too
-distill   one set of layers, independent and distilled; --keep DIR: both maps
-ladder    the tool's own layers (efficient) at each of --counts: dropped, independent, distilled; --keep DIR: maps;
-          those that DIR holds already are judged only
+plans     every --select at 4, 8, 10, 12 and 15 layers, independent fit; for cca also on the paper's tap
+distill   one set of layers, independent and distilled; --keep DIR saves both maps
+ladder    nbl-export's own layers (efficient) at each of --counts: dropped, independent, distilled; --keep DIR saves
+          maps, and maps that DIR already holds are measured again but not trained again
 both      plans and distill; --layers cca:8, error:8 or greedy:8 takes the layers of that order
 """
 
@@ -31,7 +31,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-TOKENS, CONTEXT, HELD = 65_536, 512, 8192  # as the tool's defaults
+TOKENS, CONTEXT, HELD = 65_536, 512, 8192  # the defaults of nbl-export
 COUNTS = (4, 8, 10, 12, 15)
 TRAINING = ("layers", "settings", "text", "train_tokens", "seconds", "cpu_seconds", "steps", "held_kl", "train_kl")
 
@@ -41,7 +41,7 @@ def log(line: str) -> None:
 
 
 class Bed:
-    """Model, calibration windows, moments and the texts to judge by."""
+    """Model, calibration windows, moments and the texts of the figures."""
 
     def __init__(
         self,
@@ -54,18 +54,23 @@ class Bed:
         near_windows: int | None = None,
         narrow_judge: bool = False,
     ) -> None:
-        from nbl_export import allocator, calibrate, checkpoint, corpus
+        from nbl_export.calibrate import hooks
+        from nbl_export.model import allocator
+        from nbl_export.model.checkpoint import load, materialise
+        from nbl_export.model.checkpoint import source as checkpoint_source
+        from nbl_export.text import corpus
+        from nbl_export.text import windows as text_windows
 
         allocator.keep_freed_memory()
         with tempfile.TemporaryDirectory() as scratch:
-            found = checkpoint.resolve(model_name)
-            self.spec = checkpoint.read_spec(found)
-            directory = checkpoint.materialise(found, Path(scratch) / "checkpoint")
-            self.model, self.tokenizer = checkpoint.load_model(directory), checkpoint.load_tokenizer(directory)
+            found = checkpoint_source.resolve(model_name)
+            self.spec = load.read_spec(found)
+            directory = materialise.materialise(found, Path(scratch) / "checkpoint")
+            self.model, self.tokenizer = load.load_model(directory), load.load_tokenizer(directory)
         c4 = corpus.read_text(str(data / "c4" / "c4_demo.json"))
         source = corpus.default_text() if text == "default" else c4
-        self.windows, self.held = corpus.pack(source, self.tokenizer, TOKENS, CONTEXT, HELD)
-        self.training = corpus.extend(self.windows, source, self.tokenizer, train_tokens, HELD)
+        self.windows, self.held = text_windows.pack(source, self.tokenizer, TOKENS, CONTEXT, HELD)
+        self.training = text_windows.extend(self.windows, source, self.tokenizer, train_tokens, HELD)
         self.text = {"name": source.name, "sha256": source.sha256}
         self.texts = {
             "c4 rest": self._spread(self._ids(c4.documents)[TOKENS + HELD :], near_windows or windows),
@@ -75,12 +80,12 @@ class Bed:
             "realnews": self._spread(self._ids(news(data)), windows),
         }
         far = corpus.stdlib_text()
-        rows, _ = corpus.pack(far, self.tokenizer, 32_768, CONTEXT)
-        self.far = rows[len(rows) // 2 :]  # the second half judges layers, as in the tool; prices are of the first
+        rows, _ = text_windows.pack(far, self.tokenizer, 32_768, CONTEXT)
+        self.far = rows[len(rows) // 2 :]  # the second half judges layers, as in nbl-export; figures use the first
         self.texts[far.name] = self._spread(rows[: len(rows) // 2].flatten(), windows)
         self.narrow_judge = narrow_judge
         started = time.monotonic()
-        self.moments = calibrate.collect(self.model, self.windows, lambda _d, _t: None, taps) if taps else {}
+        self.moments = hooks.collect(self.model, self.windows, lambda _d, _t: None, taps) if taps else {}
         log(f"moments: {time.monotonic() - started:.0f} s")
 
     def _ids(self, documents: Any) -> Any:
@@ -97,25 +102,25 @@ class Bed:
 
     @property
     def judging(self) -> Any:
-        """What the tool judges layers by."""
-        from nbl_export.greedy import near_and_far
+        """The windows by which nbl-export judges layers."""
+        from nbl_export.plan.greedy import near_and_far
 
         return near_and_far(self.held[len(self.held) // 2 :][: 2048 // CONTEXT], self.far)
 
     def maps(self, tap: str, layers: Any) -> dict[int, Any]:
-        from nbl_export import lmmse
+        from nbl_export.plan import lmmse
 
         return {i: lmmse.fit(self.moments[tap][i], i) for i in layers}
 
     def prices(self, maps: Mapping[int, Any], tap: str, mixes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """name of a mix -> text -> KL and perplexity, with the original's."""
-        from nbl_export import narrow
-        from nbl_export.switched import SwitchedModel
+        """Name of a mix -> text -> KL, the mix's perplexity and the original's perplexity."""
+        from nbl_export.model import bfloat16
+        from nbl_export.model.mixes import SwitchedModel
 
         switched = SwitchedModel(self.model, maps, tap)
         found: dict[str, dict[str, Any]] = {name: {} for name in mixes}
         for text, rows in self.texts.items():
-            with narrow.products(self.model.device, self.narrow_judge):
+            with bfloat16.products(self.model.device, self.narrow_judge):
                 losses = switched.prices(rows, mixes)
             for name, loss in losses.items():
                 original, nbl = loss.perplexities
@@ -132,8 +137,8 @@ def news(data: Path) -> list[str]:
 
 def plans(bed: Bed) -> dict[str, Any]:
     """Rows of the independent fit."""
-    from nbl_export import lmmse
-    from nbl_export.plan import ranked
+    from nbl_export.plan import lmmse
+    from nbl_export.plan.choose import ranked
 
     layers = range(len(bed.moments["residual"]))
     maps = bed.maps("normed", layers)
@@ -161,14 +166,14 @@ def plans(bed: Bed) -> dict[str, Any]:
 
 
 def _dropped(maps: Mapping[int, Any]) -> dict[int, Any]:
-    from nbl_export import methods
+    from nbl_export.records.plan import zero_map
 
-    return {i: methods.drop_map(m.bias.shape[0]) for i, m in maps.items()}
+    return {i: zero_map(m.bias.shape[0]) for i, m in maps.items()}
 
 
 def distilled(bed: Bed, options: argparse.Namespace, orders: Mapping[str, Any]) -> dict[str, Any]:
-    """Independent and distilled maps of one set of layers."""
-    from nbl_export.plan import parse_layers
+    """Facts about the independent and distilled maps of one set of layers."""
+    from nbl_export.plan.choose import parse_layers
 
     select, _, count = options.layers.partition(":")
     if count:
@@ -184,7 +189,7 @@ def distilled(bed: Bed, options: argparse.Namespace, orders: Mapping[str, Any]) 
 
 
 def keep(directory: Path, name: str, maps: dict[int, Any]) -> None:
-    from nbl_export.plan import save_maps
+    from nbl_export.plan.maps_file import save_maps
 
     directory.mkdir(parents=True, exist_ok=True)
     save_maps(maps, directory / f"{name}.safetensors", "normed")
@@ -195,12 +200,13 @@ def kept(directory: Path, count: int) -> Path:
 
 
 def trained(bed: Bed, options: argparse.Namespace, layers: tuple[int, ...]) -> tuple[dict[str, Any], dict[int, Any]]:
-    """Facts about the independent and the distilled maps of layers, and the latter.
+    """Facts about the independent and the distilled maps of layers, and the distilled maps.
 
-    With --keep DIR, maps of the same layers and settings that an earlier ladder left there are judged, not made again.
+    With --keep DIR, maps of an earlier ladder with the same layers and settings are only measured, not trained again.
     """
-    from nbl_export.distill import UNLIMITED, DistillSettings, distill
-    from nbl_export.plan import load_maps
+    from nbl_export.distill.settings import UNLIMITED, DistillSettings, Surroundings, TrainingText
+    from nbl_export.distill.training import distill
+    from nbl_export.plan.maps_file import load_maps
 
     settings = DistillSettings(
         options.steps or UNLIMITED, options.minutes, dtype="auto", lora_rank=options.lora_rank or None,
@@ -215,12 +221,12 @@ def trained(bed: Bed, options: argparse.Namespace, layers: tuple[int, ...]) -> t
     if earlier is None:
         held = bed.held[len(bed.held) // 2 :]
         busy = time.process_time()
-        found = distill(bed.model, maps, bed.training, held, settings, lambda _d, _t: None, "normed", log)
+        found = distill(bed.model, maps, "normed", TrainingText(bed.training, held), settings, Surroundings(say=log))
         every = settings.check_every
         facts = {
             **wanted,
             "seconds": found.seconds,
-            "cpu_seconds": time.process_time() - busy,  # of all threads: on a busy machine a clock says little
+            "cpu_seconds": time.process_time() - busy,  # of all threads; wall time means little on a busy machine
             "steps": len(found.train_kl),
             "held_kl": found.held_kl,
             "train_kl": [statistics.fmean(found.train_kl[k : k + every]) for k in range(0, len(found.train_kl), every)],
@@ -235,7 +241,7 @@ def trained(bed: Bed, options: argparse.Namespace, layers: tuple[int, ...]) -> t
 
 
 def found_earlier(options: argparse.Namespace, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Facts of the same distillation from an earlier ladder's directory."""
+    """Facts of the same distillation in an earlier ladder's directory, or None."""
     at = options.keep and kept(options.keep, len(wanted["layers"]))
     if options.what != "ladder" or not at or not at.exists():
         return None
@@ -244,19 +250,19 @@ def found_earlier(options: argparse.Namespace, wanted: Mapping[str, Any]) -> dic
 
 
 def judged(bed: Bed, maps: Mapping[int, Any], count: int, select: str) -> tuple[Any, float]:
-    """Layers as the tool chooses them by trials, on the normed tap, and the seconds that it took."""
+    """The order of layers that nbl-export chooses by trials on the normed tap, and the seconds of the choice."""
     import torch
 
-    from nbl_export import narrow
-    from nbl_export.cost import map_sizes
-    from nbl_export.greedy import GreedyOrder, extend
-    from nbl_export.switched import SwitchedModel
+    from nbl_export.cost.model import map_sizes
+    from nbl_export.model import bfloat16
+    from nbl_export.model.mixes import SwitchedModel
+    from nbl_export.plan.greedy import GreedyOrder, extend
 
     costs, sizes, cpu = cost_model(bed), map_sizes(maps), torch.device("cpu")
     saved: Any = lambda gone: costs.prefill_saved({i: sizes[i] for i in gone})  # noqa: E731
     weighed = saved if select == "efficient" else None
     started, switched = time.monotonic(), SwitchedModel(bed.model, maps, "normed")
-    with narrow.products(cpu, narrow.fast(cpu)):
+    with bfloat16.products(cpu, bfloat16.fast(cpu)):
         order = extend(GreedyOrder(), count, switched, len(maps), bed.judging, lambda _d, _t: None, weighed)
     seconds = time.monotonic() - started
     log(f"{select}: {list(order.layers)} in {seconds:.0f} s")
@@ -264,10 +270,10 @@ def judged(bed: Bed, maps: Mapping[int, Any], count: int, select: str) -> tuple[
 
 
 def ladder(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
-    """The tool's own layers at several counts, and what the paper's are."""
-    from nbl_export import lmmse
-    from nbl_export.cost import map_sizes
-    from nbl_export.plan import ranked
+    """Results of nbl-export's own layers at several counts, and the paper's layers at these counts."""
+    from nbl_export.cost.model import map_sizes
+    from nbl_export.plan import lmmse
+    from nbl_export.plan.choose import ranked
 
     counts = [int(n) for n in options.counts.split(",")]
     maps = bed.maps("normed", range(len(bed.moments["residual"])))
@@ -293,16 +299,16 @@ def ladder(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def cost_model(bed: Bed) -> Any:
-    """Of a prefill of 512 tokens in float32."""
-    from nbl_export.cost import CostModel
+    """The cost model of a prefill of 512 tokens in float32."""
+    from nbl_export.cost.model import CostModel
 
     return CostModel(bed.spec, bed.model.config.intermediate_size, 4.0, 4.0, 4, token_table=True)
 
 
 def sets(bed: Bed, named: Sequence[str]) -> dict[str, Any]:
-    """Rows of sets of layers, by their names, and what the cost model says of a prefill of 512 tokens in float32."""
-    from nbl_export.cost import map_sizes
-    from nbl_export.plan import parse_layers
+    """Rows of sets of layers by name, and their modelled speed-up of a prefill of 512 tokens in float32."""
+    from nbl_export.cost.model import map_sizes
+    from nbl_export.plan.choose import parse_layers
 
     count = len(bed.moments["residual"])
     maps = bed.maps("residual", range(count))
@@ -313,8 +319,9 @@ def sets(bed: Bed, named: Sequence[str]) -> dict[str, Any]:
 
 
 def given(bed: Bed, named: Sequence[str], file: Path) -> dict[str, Any]:
-    """Rows of sets of the layers that a file has maps of, by their names."""
-    from nbl_export.plan import load_maps, maps_in, parse_layers
+    """Rows of sets of layers by name, with the maps of a file."""
+    from nbl_export.plan.choose import parse_layers
+    from nbl_export.plan.maps_file import load_maps, maps_in
 
     layers, tap = maps_in(file)
     mixes = {name: tuple(parse_layers(name, bed.spec.num_layers)) for name in named}  # type: ignore[arg-type]
@@ -327,26 +334,26 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("what", choices=("plans", "distill", "both", "sets", "maps", "ladder"))
     parser.add_argument("--text", choices=("c4", "default"), default="c4")
-    parser.add_argument("--windows", type=int, default=16, help="of each text to judge by")
-    parser.add_argument("--c4-windows", type=int, help="of C4, where its whole rest (181) is to be judged")
-    parser.add_argument("--narrow-judge", action="store_true", help="judge with products in bfloat16, thrice as fast")
+    parser.add_argument("--windows", type=int, default=16, help="windows from each text")
+    parser.add_argument("--c4-windows", type=int, help="windows from C4; 181 for all of its remaining text")
+    parser.add_argument("--narrow-judge", action="store_true", help="bfloat16 products, three times as fast")
     parser.add_argument("--layers", default="0,7,24-29")
-    parser.add_argument("--counts", default=",".join(map(str, COUNTS)), help="of layers, for ladder")
+    parser.add_argument("--counts", default=",".join(map(str, COUNTS)), help="numbers of layers, for ladder")
     parser.add_argument("--keep", type=Path, help="directory for the maps of ladder or distill")
-    parser.add_argument("--maps", type=Path, help="what maps are to be judged")
+    parser.add_argument("--maps", type=Path, help="file of maps, for maps")
     parser.add_argument("--minutes", type=float)
-    parser.add_argument("--train-tokens", type=int, default=TOKENS, help="to distil on")
+    parser.add_argument("--train-tokens", type=int, default=TOKENS, help="tokens for distillation")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--rate", type=float)
-    parser.add_argument("--weight-decay", type=float, default=0.0, help="of the deltas of low rank")
-    parser.add_argument("--label-weight", type=float, help="of the text's own next tokens in distillation")
+    parser.add_argument("--weight-decay", type=float, default=0.0, help="of the low-rank deltas")
+    parser.add_argument("--label-weight", type=float, help="weight of the text's own next tokens in distillation")
     options = parser.parse_args()
-    from nbl_export.artifacts import versions
-    from nbl_export.bench import machine
+    from nbl_export.files import versions
+    from nbl_export.measure.benchmark import machine
 
     taps = ("residual", "normed")
-    if options.what == "distill" and ":" not in options.layers:  # the residual stream's moments are for orders
+    if options.what == "distill" and ":" not in options.layers:  # only orders need the residual stream's moments
         taps = ("normed",)
     bed = Bed(
         options.model, options.data, options.text, options.windows, options.train_tokens,

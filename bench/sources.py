@@ -1,11 +1,11 @@
-"""One model and one set of maps through every source of decoder graphs: do the rewritten graphs say the same?
+"""One model and one set of maps through every source of decoder graphs: do the rewritten graphs agree?
 
     NBL_OPTIMUM_PYTHON=E/bin/python python bench/sources.py MODEL MAPS > bench/results/sources-<model>.json
 
-MAPS is the maps.safetensors of a run. Every source makes its graph of the original, `nbl-export rewrite --onnx` puts
-the maps in, and the logits of two rows of text (prefill and 16 cached steps, each row by itself) are held to the torch
-model with the same maps, and to each other. NBL_OPTIMUM_PYTHON names the interpreter of an environment with
-optimum-onnx; without it that row is left out.
+MAPS is the maps.safetensors of a run. Every source exports the original, and `nbl-export rewrite-graph` inserts the
+maps. The logits of two rows of text (prefill and 16 cached steps, each row alone) are compared with the torch model
+with the same maps, and between sources. NBL_OPTIMUM_PYTHON is the Python interpreter of an environment with
+optimum-onnx; without this variable, the optimum row is skipped.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from tests.graph_sources import OPTIMUM_PYTHON, make_graph
 from tests.tiny import stdlib_text
 
 SOURCES = ("genai-fp32", "mobius-default", "mobius-cpu", "transformers-20", "transformers-23", "optimum")
-LENGTHS = (112, 45)  # tokens of the rows, the cached steps behind them included
+LENGTHS = (112, 45)  # tokens of the rows, with the cached steps
 TOLERANCE = 1e-3
 PACKAGES = ("torch", "transformers", "onnx-ir", "onnxruntime", "onnxruntime-genai", "mobius-onnx")
 
 
 def graph_rows(source: str, checkpoint: Path, maps: Path, scratch: Path, head_dim: int, rows: Any) -> list[np.ndarray]:
-    """Logits [T, V] of each row, of the rewritten graph."""
-    from nbl_export.engines.onnx_decoder import OnnxDecoder
-    from nbl_export.given_graph import rewrite_given
-    from nbl_export.verify import run_rows
+    """Logits [T, V] of the rewritten graph for each row."""
+    from nbl_export.engines.ort.decoder import OnnxDecoder
+    from nbl_export.run.rewrite_given import rewrite_given
+    from nbl_export.verify.ladder import run_rows
 
-    with contextlib.redirect_stdout(sys.stderr):  # where the result goes, exporters talk
+    with contextlib.redirect_stdout(sys.stderr):  # exporters print to stdout, which is for the result
         original = make_graph(source, checkpoint, scratch / source)
     out = rewrite_given(original, maps, None, None, scratch / f"{source}-nbl")
     caches = json.loads((out / "nbl.json").read_text(encoding="utf-8"))["caches"]
@@ -49,7 +49,7 @@ def graph_rows(source: str, checkpoint: Path, maps: Path, scratch: Path, head_di
 
 
 def apart(ours: list[np.ndarray], theirs: list[np.ndarray]) -> dict[str, Any]:
-    """Largest difference of a logit, and at how many positions it is beyond the tolerance."""
+    """Largest logit difference, and the number of positions with a difference beyond the tolerance."""
     worst = np.concatenate([np.abs(a - b).max(1) for a, b in zip(ours, theirs, strict=True)])
     return {
         "largest": float(worst.max()),
@@ -66,24 +66,25 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
-    from nbl_export import checkpoint
-    from nbl_export.artifacts import versions
-    from nbl_export.bench import machine
-    from nbl_export.linearize import linearize
-    from nbl_export.plan import load_maps, maps_in
+    from nbl_export.files import versions
+    from nbl_export.measure.benchmark import machine
+    from nbl_export.model.checkpoint import load, materialise
+    from nbl_export.model.checkpoint import source as checkpoint_source
+    from nbl_export.model.linearize import linearize
+    from nbl_export.plan.maps_file import load_maps, maps_in
 
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        found = checkpoint.resolve(options.model)
-        directory = checkpoint.materialise(found, place / "checkpoint")
-        ids = checkpoint.load_tokenizer(directory)(stdlib_text(20_000))["input_ids"]
+        found = checkpoint_source.resolve(options.model)
+        directory = materialise.materialise(found, place / "checkpoint")
+        ids = load.load_tokenizer(directory)(stdlib_text(20_000))["input_ids"]
         rows = [ids[at : at + n] for at, n in ((0, LENGTHS[0]), (1000, LENGTHS[1]))]
         layers, tap = maps_in(options.maps)
-        model = linearize(checkpoint.load_model(directory), load_maps(options.maps, layers), tap or "residual")
+        model = linearize(load.load_model(directory), load_maps(options.maps, layers), tap or "residual")
         with torch.inference_mode():
             truth = [model(torch.tensor([row]), use_cache=False).logits[0].numpy() for row in rows]
         del model
-        head_dim = checkpoint.read_spec(found).head_dim
+        head_dim = load.read_spec(found).head_dim
         made: dict[str, list[np.ndarray]] = {}
         for source in SOURCES:
             if source == "optimum" and OPTIMUM_PYTHON is None:

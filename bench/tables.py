@@ -1,10 +1,9 @@
-"""Writes the README's tables of measurements from the raw results.
+"""Writes the tables of docs/results.md from the raw results in bench/results.
 
-    python bench/tables.py            every table between <!-- NAME --> and <!-- /NAME --> anew, and the plots
-    python bench/tables.py --check    only say which rows would change, and end with 1
+    python bench/tables.py            write every table between <!-- NAME --> and <!-- /NAME -->, and the plots
+    python bench/tables.py --check    only print the rows that would change; exit status 1 if there are any
 
-A table says which figures of which file it shows; what stands around it in the README is prose. Plots are drawn as
-the report's, which take their colours from the page where there is one; their bytes depend on matplotlib's version.
+The text around the tables is written by hand. The bytes of the plots depend on the version of matplotlib.
 """
 
 from __future__ import annotations
@@ -17,35 +16,42 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tables_proof as proof
 import tables_quality as quality
 import tables_speed as speed
 
 ROOT = Path(__file__).resolve().parent.parent
-# Marker in the README -> what makes its rows of the raw results.
+PAGE = ROOT / "docs" / "results.md"
+# Marker in the page -> the function that makes the table's rows from the raw results.
 TABLES: Mapping[str, Callable[[Callable[[str], Any]], list[Sequence[str]]]] = {
     "demo": speed.demo,
     "int4": speed.int4,
     "precisions": speed.precisions,
     "peers": speed.peers,
-    "errors": speed.errors,
-    "twins": speed.twins,
-    "parity": speed.parity,
+    "errors": proof.errors,
+    "twins": proof.twins,
+    "parity": proof.parity,
     "ladder": quality.ladder,
     "choices": quality.choices,
     "tails": quality.tails,
     "tasks": quality.tasks,
     "graphs": quality.graphs,
     "distilled": quality.distilled,
+    "sources": proof.sources,
+    "architectures": proof.architectures,
+    "runtimes": proof.runtimes,
+    "overhead": speed.overhead,
+    "intervals": speed.intervals,
 }
 
 
 def result(name: str) -> Any:
-    """The raw results of that name."""
+    """The raw results of this name."""
     return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def markdown(rows: list[Sequence[str]]) -> str:
-    """A table whose first row is its head and whose second says how columns are set: "l" or "r"."""
+    """A Markdown table. The first row is the head; the second gives the side of each column, "l" or "r"."""
     head, columns, *body = rows
     rule = ["---:" if column == "r" else "---" for column in columns]
     lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in (head, *body)]
@@ -53,14 +59,15 @@ def markdown(rows: list[Sequence[str]]) -> str:
 
 
 def written(text: str) -> str:
-    """The text with every table made anew.
+    """The text with every table made from the raw results.
 
     Raises:
-        KeyError: a marker names no table. ValueError: a table has no place, or more than one.
+        KeyError: a marker names no table.
+        ValueError: a table has no pair of markers, or more than one.
     """
     for name in TABLES:
         if text.count(f"<!-- {name} -->\n") != 1 or text.count(f"\n<!-- /{name} -->") != 1:
-            raise ValueError(f"README.md has no single place for {name}")
+            raise ValueError(f"{PAGE.name} needs one pair of markers for {name}")
     return re.sub(
         r"<!-- ([\w-]+) -->\n.*?\n<!-- /\1 -->",
         lambda found: f"<!-- {found[1]} -->\n{markdown(TABLES[found[1]](result))}\n<!-- /{found[1]} -->",
@@ -70,8 +77,8 @@ def written(text: str) -> str:
 
 
 def plots() -> None:
-    """Write the plots of the sweep and of the ladder, files of their own on white."""
-    from nbl_export.plots import tradeoff
+    """Write the plots of the sweep and of the ladder on a white background."""
+    from nbl_export.report.plots import tradeoff
 
     sweep = result("sweep-smollm2")
     drawn = {
@@ -86,14 +93,13 @@ def plots() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
+    before = PAGE.read_text(encoding="utf-8")
     after = written(before)
     if parser.parse_args().check:
         old, new = before.splitlines(), after.splitlines()
         changed = [f"- {a}\n+ {b}" for a, b in zip(old, new, strict=False) if a != b]
         sys.exit("\n".join(changed[:20]) if before != after else 0)
-    readme.write_text(after, encoding="utf-8")
+    PAGE.write_text(after, encoding="utf-8")
     plots()
 
 

@@ -1,11 +1,11 @@
-"""The README's tables of quality, of raw results."""
+"""Tables of quality, made from raw results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from nbl_export.records import spoken_layers
+from nbl_export.records.plan import spoken_layers
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
@@ -22,7 +22,7 @@ def rises(prices: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def _counts(read: Read) -> Iterator[tuple[str, Mapping[str, Any], dict[str, Any], float, Mapping[str, Any]]]:
-    """Count, the tool's row, the layers of the paper's way, their modelled speed and their prices."""
+    """For each count: the row of `efficient`; layers, modelled speed and perplexities of `cca`, the paper's choice."""
     today, prices = read("quality-ladder-labels"), read("quality-default")
     for count, theirs in sorted(today["paper"].items(), key=lambda item: int(item[0])):
         paper = prices["residual"][f"cca {count}"]
@@ -30,23 +30,22 @@ def _counts(read: Read) -> Iterator[tuple[str, Mapping[str, Any], dict[str, Any]
 
 
 def ladder(read: Read) -> Rows:
-    """Counts of layers: the paper's way, and what the tool chooses: closed form, distilled, left out."""
+    """For each count: `cca` in closed form, and `efficient` in closed form, distilled, and with attention dropped."""
     rows: Rows = [("", "layers", "C4", "WikiText-2", "realnews", "prefill, modelled"), "llrrrr"]
     for count, row, layers, speed, prices in _counts(read):
-        first = len(rows) == 2
-        title = f"**{count} layers**, the paper's way" + (": its bound (`cca`), closed form" if first else "")
+        title = f"**{count} layers**: `cca`, closed form (the paper)"
         rows.append((title, spoken_layers(layers), *rises(prices), f"×{speed:.2f}"))
         for title, fit in (
-            ("the default: `efficient`, closed form" if first else "the default, closed form", "independent"),
-            ("`--fit distilled`", "distilled"),
-            ("left out (`--method drop`)" if first else "left out", "drop"),
+            ("`efficient`, closed form (the default)", "independent"),
+            ("`efficient`, `--fit distilled`", "distilled"),
+            ("`efficient`, `--fit drop`", "drop"),
         ):
             rows.append((title, spoken_layers(row["layers"]), *rises(row[fit]), f"×{row['modelled_prefill']:.2f}"))
     return rows
 
 
 def ladder_points(read: Read) -> list[dict[str, Any]]:
-    """The same for the plot: by how much perplexity rises on the text that suffers most."""
+    """Points of the plot: the perplexity increase on the text with the largest one."""
     points = []
     for count, row, _, speed, paper in _counts(read):
         ours = row["modelled_prefill"]
@@ -76,15 +75,15 @@ def tails(read: Read) -> Rows:
 
 
 def tasks(read: Read) -> Rows:
-    """Changes are from the original of the same run; the original that is shown is that of the distilled rows."""
+    """Changes are from the original of the same run. The original's row comes from the run of the distilled rows."""
     found, today = read("tasks-smollm2")["tasks"], read("tasks-distilled-smollm2")["tasks"]
     rows: Rows = [("", *(f"{shown} ({found[name]['documents']:,})" for name, shown in TASKS.items())), "lrrr"]
     titles = {"original": "original"}
     for count in (4, 8, 12):
         titles |= {
-            f"cca {count}": f"{count} layers, the paper's way",
-            f"distilled {count}": f"{count} layers of the tool, distilled",
-            f"dropped {count}": f"the same {count} left out",
+            f"cca {count}": f"{count} layers, `cca`, closed form",
+            f"distilled {count}": f"{count} layers, `efficient`, `--fit distilled`",
+            f"dropped {count}": f"{count} layers, `efficient`, `--fit drop`",
         }
     for row, title in titles.items():
         scores = [(today[name]["rows"].get(row) or found[name]["rows"][row])["acc"] for name in TASKS]
@@ -93,7 +92,7 @@ def tasks(read: Read) -> Rows:
 
 
 def graphs(read: Read) -> Rows:
-    """Accuracies of the graphs that ship, and how far the NBL one is from the torch NBL model, item by item."""
+    """Accuracies of the shipped graphs, and the distance of `model/` from the torch NBL model, item by item."""
     run = read("graph-tasks-smollm2")
     accuracy = {r["task"]: r for r in run["table"] if r["metric"] == "acc"}
     agreed = {a["task"]: a for a in run["agreement"] if a["graph"] == "nbl"}

@@ -1,20 +1,20 @@
-"""The README's tables of speed, size and the graphs' errors, of raw results."""
+"""Tables of speed, size and cost, made from raw results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from nbl_export.paired import PairedRatio, paired_ratio
-from nbl_export.price import spoken_price
-from nbl_export.speed import spoken_ratio
+from nbl_export.measure.paired import PairedRatio, paired_ratio
+from nbl_export.measure.rows import spoken_ratio
+from nbl_export.text.window_intervals import spoken_price
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
 
 
 def spoken(found: PairedRatio) -> str:
-    """A ratio with its interval; one that contains 1 is no difference, and of too few loads there is none."""
+    """A ratio with its interval. An interval that contains 1 is no difference; too few loads give no verdict."""
     if found.loads == 1:
         return f"×{spoken_ratio(found.ratio)} (one load)"
     interval = f"{spoken_ratio(found.low)} to {spoken_ratio(found.high)}"
@@ -26,7 +26,7 @@ def spoken(found: PairedRatio) -> str:
 
 
 def paired(run: Mapping[str, Any], variant: str, test: str, depth: int) -> PairedRatio:
-    """Of a report.json, or of what `bench --format json` gives, by the load of each round."""
+    """Ratio of a test, by load, from a report.json or from the output of `bench --format json`."""
     base = run.get("base", "original")
     old, new = (_of(run["rows"], name, test, depth) for name in (base, variant))
     loads = old.get("loads") or _loads_by(run.get("order") or run["bench"]["order"], len(old["samples"]))
@@ -34,7 +34,7 @@ def paired(run: Mapping[str, Any], variant: str, test: str, depth: int) -> Paire
 
 
 def _loads_by(order: str, rounds: int) -> list[int]:
-    """The loads of raw results that do not name them: the order they record says which rounds share one."""
+    """The load of each round from the recorded order of rounds, for raw results without loads."""
     return [number // 2 if "loaded anew every two rounds" in order else 0 for number in range(rounds)]
 
 
@@ -66,7 +66,7 @@ def demo(read: Read) -> Rows:
     change = f"−{100 * (1 - cache['nbl'] / cache['original']):.1f}%"
     rows.append(("cache bytes a token", f"{cache['original']:,}", f"{cache['nbl']:,}", change))
     names = ("held back from the calibration text", "Python's documentation (not calibrated on)")
-    priced = read("price-smollm2")  # the same layers and maps
+    priced = read("price-smollm2")  # the same layers and maps as in the demo
     assert priced["replaced_layers"] == run["replaced_layers"]
     for name, price in zip(names, priced["price"], strict=True):
         old, new = price["perplexity_original"], price["perplexity_nbl"]
@@ -78,9 +78,9 @@ def int4(read: Read) -> Rows:
     variants = {
         "nbl-8-cca": "8 layers (0, 7, 24-29)",
         "nbl-12-cca": "12 layers (0, 5-8, 22, 24-29)",
-        "nbl-12-computed": "the same, `--no-token-table`",
-        "nbl-12-fused": "the same, gate and up fused",
-        "nbl-12-greedy": "12 of `greedy` (6-9, 15, 17, 24-29)",
+        "nbl-12-computed": "the same 12, layer 0 computed",
+        "nbl-12-fused": "the same 12, gate and up as one product",
+        "nbl-12-greedy": "12 layers of `greedy` (6-9, 15, 17, 24-29)",
         "original": "`original/`",
     }
     run = read("int4-smollm2")
@@ -101,8 +101,8 @@ def precisions(read: Read) -> Rows:
         "fp32": "float32",
         "int8": "int8",
         "int4": "int4",
-        "int4, maps at 8 bits": "int4, `--map-bits 8`",
-        "int4, maps in float32": "int4, `--map-bits 32`",
+        "int4, maps at 8 bits": "int4, maps in 8 bits",
+        "int4, maps in float32": "int4, maps in float32",
         "int4, k_quant": "int4, `algo_config=k_quant`",
         "int4, k_quant_last": "int4, `algo_config=k_quant_last` (head and embedding in 8 bits)",
         "int4, k_quant_mixed": "int4, `algo_config=k_quant_mixed`",
@@ -111,7 +111,8 @@ def precisions(read: Read) -> Rows:
         ("", "on disk", "C4", "WikiText-2", "realnews", "prefill 512", "2048", "decode after 512"),
         "lrrrrrrr",
     ]
-    files = ("precision-rows-smollm2", "precision-row-k-quant-last", "precision-rows-anew")  # later ones replace rows
+    # a later file replaces rows of an earlier one
+    files = ("precision-rows-smollm2", "precision-row-k-quant-last", "precision-rows-anew")
     results = {name: row for file in files for name, row in read(file)["rows"].items()}
     for name, title in names.items():
         row = results[name]
@@ -160,54 +161,38 @@ def peers(read: Read) -> Rows:
     return rows
 
 
-def errors(read: Read) -> Rows:
-    results = read("precision-smollm2")
-    rows: Rows = [("", "metric", "original", "NBL"), "llrr"]
-    for key, title, metric, shown in (
-        ("fp32_genai", "fp32, GenAI builder", "largest logit difference", "{:.1e}"),
-        ("fp32_mobius", "fp32, mobius", "largest logit difference", "{:.1e}"),
-        ("fp16_mobius", "fp16, mobius", "relative rms", "{:.2g}"),
-        ("int8_genai", "int8, GenAI builder", "relative rms", "{:.2g}"),
-        ("int4_genai", "int4, GenAI builder", "relative rms", "{:.2g}"),
-    ):
-        rows.append((title, metric, *(shown.format(value) for value in _worst(results[key]["rungs"]))))
-    twelve = read("precision-rows-anew")["rows"]
-    for key, metric, shown in (
-        ("fp32", "largest logit difference", "{:.1e}"),
-        ("int8", "relative rms", "{:.2g}"),
-        ("int4", "relative rms", "{:.2g}"),
-    ):
-        rows.append((f"{key}, 12 layers", metric, *(shown.format(value) for value in _worst(twelve[key]["rungs"]))))
+def overhead(read: Read) -> Rows:
+    """Extra time of calibration over the plain forward pass, median and range over rounds; peak memory of stages."""
+    rows: Rows = [
+        ("", "rounds", "one tap", "both taps", "peak of `calibrate`", "peak of `plan`", "peak of `rewrite`"),
+        "lrrrrrr",
+    ]
+    for name in ("overhead-smollm2", "overhead-smollm2-amx"):
+        run = read(name)
+        cells = []
+        for taps in ("moments", "both_taps"):
+            low, high = run["overhead_range"][taps]
+            cells.append(f"{100 * run['overhead_median'][taps]:+.0f}% ({100 * low:.0f} to {100 * high:.0f})")
+        peaks = [f"{run['peak_memory_bytes'][stage] / 1e9:.2f} GB" for stage in ("calibrate", "plan", "rewrite")]
+        cpu = run["machine"]["cpu"].replace("(R)", "").replace(" Processor", "")
+        rows.append((cpu, str(len(run["rounds_seconds"])), *cells, *peaks))
     return rows
 
 
-def twins(read: Read) -> Rows:
-    head = ("", "twin from torch", "codes from matrices", "kernels from codes", "what ships", "rounding")
-    rows: Rows = [head, "lrrrrr"]
-    for row in read("twins")["rows"]:
-        twin = max(row["twin_original"], row["twin_nbl"])
-        coded = row["shipped"] is not None
-        rest = (
-            f"{row['steps']:.2f} steps", f"{row['products']:.0e}", f"{row['shipped']:.1%}", f"{row['rounding']:.0%}"
-        ) if coded else ("–",) * 4  # fmt: skip
-        rows.append((f"{row['model']}, {row['precision']}", f"{twin:.1e}", *rest))
-    return rows
-
-
-def _worst(rungs: Sequence[Mapping[str, Any]]) -> list[float]:
-    """The largest figure of rung b (original) and of rung c (NBL)."""
-    return [max(r["value"] for r in rungs if r["rung"] == rung and "logit" in r["metric"]) for rung in ("b", "c")]
-
-
-def parity(read: Read) -> Rows:
-    run = read("parity-smollm2")
-    rows: Rows = [("largest logit difference of a position", "of", "original", "NBL", "NBL / original"), "llrrr"]
-    for name, title in (
-        ("graph to torch", "graph to torch"),
-        ("graph to float64", "graph to torch in float64"),
-        ("torch to float64", "torch to torch in float64"),
-    ):
-        for key, of in (("rms", "rms"), ("p99", "99th percentile"), ("max", "largest")):
-            old, new = (run[subject]["distances"][name][key] for subject in ("original", "nbl"))
-            rows.append((title if key == "rms" else "", of, f"{old:.1e}", f"{new:.1e}", f"{new / old:.2f}"))
+def intervals(read: Read) -> Rows:
+    """The share of trials whose interval contains the true ratio; the lowest over all kinds of noise."""
+    columns = {
+        "6 loads": "6 loads",
+        "12 loads": "12 loads",
+        "24 loads": "24 loads",
+        "until narrow": "rounds end when narrow",
+        "12 loads, rounds as if independent": "12 loads, rounds taken as independent",
+        "12 loads, signed rank": "12 loads, signed rank",
+        "24 loads, signed rank": "24 loads, signed rank",
+    }
+    rows: Rows = [("correlation of two rounds of a load", *columns.values()), "l" + "r" * len(columns)]
+    found = read("intervals")["rows"]
+    for correlation in sorted({row["correlation"] for row in found}):
+        held = [row["held"] for row in found if row["correlation"] == correlation]
+        rows.append((f"{correlation:g}", *(f"{100 * min(h[column] for h in held):.1f}%" for column in columns)))
     return rows

@@ -1,17 +1,17 @@
-"""LAMBADA, ARC-Easy and PIQA, complete: the original, and layers replaced in the paper's way, in ours, and dropped.
+"""Complete LAMBADA, ARC-Easy and PIQA on the original, and on models with closed-form maps, other maps or none.
 
     python bench/tasks.py MODEL DATA RESULT.json --rows "paper 8=cca:0,7,24-29" "ours 8=maps:DIR/maps.safetensors"
 
-DATA has the tasks' files (`nbl-export eval --data`). A row is NAME=HOW:WHAT, where HOW is
+DATA has the tasks' files (`nbl-export eval --data`). A row is NAME=HOW:WHAT with one of these values of HOW:WHAT:
 
-    cca LAYERS     the closed form on the residual stream, on 65,536 tokens of the default text
-    drop LAYERS    nothing in the place of attention
-    maps FILE      maps of a run
+    cca:LAYERS     the closed form on the residual stream, on 65,536 tokens of the default text
+    drop:LAYERS    attention dropped
+    maps:FILE      maps of a run
 
-RESULT.json grows task by task and row by row; what it holds already is not computed again, so that a run may be killed.
-Torch, weights in float32, products in bfloat16 where the processor has them (--float32: not); all rows of one task are
-computed on the same batches, the original once. Prompts, splits and metrics are lm-evaluation-harness' own; errors are
-of the paired difference on the same items.
+RESULT.json is written after each task, and finished rows of a task are not computed again. The models run in torch with
+float32 weights, and with bfloat16 products if the processor has them (not with --float32). All rows of one task use the
+same batches, and the original is computed once. Prompts, splits and metrics are those of lm-evaluation-harness. Errors
+are of the paired difference on the same items.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ import quality
 
 TASKS = ("lambada_openai", "arc_easy", "piqa")
 FIGURES = {"lambada_openai": ("acc", "perplexity"), "arc_easy": ("acc", "acc_norm"), "piqa": ("acc", "acc_norm")}
-_TOKENS = 4096  # of a batch
+_TOKENS = 4096  # in a batch
 
 
 class Row:
-    """A model: which layers compute maps, and the maps."""
+    """A model with maps in place of some layers' attention."""
 
     def __init__(self, name: str, maps: Mapping[int, Any], tap: str, about: dict[str, Any]) -> None:
         self.name, self.maps, self.tap, self.about = name, maps, tap, {"layers": sorted(maps), "tap": tap, **about}
 
 
 class Everyone:
-    """Scores of all rows and of the original for the same requests, in one go."""
+    """Scores of all rows and of the original for the same requests, computed together."""
 
     def __init__(self, model: Any, rows: Sequence[Row], narrow: bool) -> None:
-        from nbl_export.linearize import AffineAttention
+        from nbl_export.model.linearize import AffineAttention
 
         self.model, self.decoder, self.rows, self.narrow = model, model.get_decoder(), rows, narrow
         self.modules = {row.name: {i: AffineAttention(m).eval() for i, m in row.maps.items()} for row in rows}
@@ -64,11 +64,11 @@ class Everyone:
     def _batch(self, batch: Sequence[Any]) -> dict[str, list[Any]]:
         import torch
 
-        from nbl_export.blocks import run_from
-        from nbl_export.linearize import switched
+        from nbl_export.model.blocks import run_from
+        from nbl_export.model.linearize import switched
 
         ids = torch.zeros(len(batch), len(batch[0].inputs), dtype=torch.long)
-        for place, request in enumerate(batch):  # padded on the right, where no token before it looks
+        for place, request in enumerate(batch):  # right padding: no earlier token attends to it
             ids[place, : len(request.inputs)] = torch.tensor(request.inputs)
         first = {row.name: min(row.maps) for row in self.rows}
         seen: dict[int, Any] = {}
@@ -89,8 +89,8 @@ class Everyone:
     def _scores(self, last_BTD: Any, batch: Sequence[Any]) -> list[Any]:
         import torch
 
-        from nbl_export.blocks import logits_of
         from nbl_export.evaluation.scorer import Score
+        from nbl_export.model.blocks import logits_of
 
         places = [(b, len(r.context) - 1 + k) for b, r in enumerate(batch) for k in range(len(r.continuation))]
         wanted = torch.tensor([token for r in batch for token in r.continuation])
@@ -107,10 +107,10 @@ class Everyone:
 
 
 def answering(tokenizer: Any, max_length: int) -> Any:
-    """A model of the harness that answers from scores that are there; without them it notes what it is asked."""
+    """A model of the harness that answers from given scores; without scores it records the requests."""
     from nbl_export.evaluation.lm import OnnxLM
 
-    class Answers(OnnxLM):  # its tokens, and nothing of its graph
+    class Answers(OnnxLM):  # uses OnnxLM's tokenisation without a graph
         def __init__(self) -> None:
             super(OnnxLM, self).__init__()
             self.tokenizer, self.max_length = tokenizer, max_length
@@ -129,7 +129,7 @@ def answering(tokenizer: Any, max_length: int) -> Any:
 
 
 def measured(outcome: Any, original: Any, names: Sequence[str]) -> dict[str, Any]:
-    """Figures with their errors, and what they are apart from the original's on the same items."""
+    """Figures with their errors, and their differences from the original's on the same items."""
     from nbl_export.evaluation.statistics import difference
 
     found = {}
@@ -141,8 +141,9 @@ def measured(outcome: Any, original: Any, names: Sequence[str]) -> dict[str, Any
 
 
 def rows_of(named: Sequence[str], bed: Any) -> list[Row]:
-    from nbl_export import methods
-    from nbl_export.plan import load_maps, maps_in, parse_layers
+    from nbl_export.plan.choose import parse_layers
+    from nbl_export.plan.maps_file import load_maps, maps_in
+    from nbl_export.records.plan import zero_map
 
     rows = []
     for text in named:
@@ -153,7 +154,7 @@ def rows_of(named: Sequence[str], bed: Any) -> list[Row]:
             rows.append(Row(name, load_maps(Path(which), layers), tap or "residual", {"how": how}))
             continue
         layers = tuple(parse_layers(which, bed.spec.num_layers))  # type: ignore[arg-type]
-        dropped = methods.drop_map(bed.spec.hidden_size)
+        dropped = zero_map(bed.spec.hidden_size)
         maps = dict.fromkeys(layers, dropped) if how == "drop" else bed.maps("residual", layers)
         rows.append(Row(name, maps, "residual", {"how": how}))
     return rows
@@ -171,10 +172,10 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
-    from nbl_export import narrow as bfloat16
-    from nbl_export.artifacts import versions, write_json
-    from nbl_export.bench import machine
     from nbl_export.evaluation import measure, tasks
+    from nbl_export.files import versions, write_json
+    from nbl_export.measure.benchmark import machine
+    from nbl_export.model import bfloat16
 
     result = json.loads(options.result.read_text(encoding="utf-8")) if options.result.exists() else {"tasks": {}}
     bed = quality.Bed(

@@ -1,10 +1,10 @@
-"""What is proven of int8 and int4 graphs: their twins against torch, kernels against codes, what ships against both.
+"""Verifies int8 and int4 graphs: float32 twins against torch, kernels against codes, shipped graphs against both.
 
     python bench/twins.py MODEL NAME [--layers 7,9,15,25-29]      MODEL: a GGUF or directory, shown as NAME
     python bench/twins.py                                          tiny random Llama, Mistral (window), Qwen2, Gemma 3
 
-Each row is the verify.json of a run of the main job without its benchmark; float32 beside them, for the time that the
-twin takes. Rows go into bench/results/twins.json, in the place of those of the same model.
+A float32 twin is a float32 copy of the same graph. Each row comes from the verify.json of a run without benchmark. Rows
+of float32 graphs show the time without a twin. New rows replace the model's rows in bench/results/twins.json.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
 
-from nbl_export.artifacts import versions
-from nbl_export.bench import machine
-from nbl_export.verify_codes import DISTANCE, NEARNESS, PRODUCTS
+from nbl_export.files import versions
+from nbl_export.measure.benchmark import machine
+from nbl_export.verify.codes import DISTANCE, NEARNESS, PRODUCTS
 from tests.tiny import save_checkpoint, stdlib_text
 
 PRECISIONS = ("fp32", "int8", "int4")
@@ -35,12 +35,12 @@ OUTPUT = Path(__file__).parent / "results" / "twins.json"
 
 def command(*words: object) -> None:
     done = subprocess.run([sys.executable, "-m", "nbl_export", *map(str, words)], stdout=subprocess.DEVNULL)
-    if done.returncode not in (0, 3):  # 3: a row that is not verified is a row all the same, and says so
+    if done.returncode not in (0, 3):  # 3: the row is kept and states that verification failed
         sys.exit(f"{' '.join(map(str, words))} ended with {done.returncode}")
 
 
 def measure(name: str, model: Path, precision: str, layers: str, given: Sequence[object], run: Path) -> dict[str, Any]:
-    """One row: a run up to verification, and what its rungs say."""
+    """One row: a run up to verification, and the largest figures of its rungs."""
     command("calibrate", "--model", model, "--output", run, *given)
     command("plan", run, "--layers", layers)
     command("rewrite", run, "--precision", precision)
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def keep(rows: list[dict[str, Any]]) -> None:
-    """Put rows in the file, in the place of those of the same models."""
+    """Write rows to the file; they replace the rows of the same models."""
     before = json.loads(OUTPUT.read_text(encoding="utf-8"))["rows"] if OUTPUT.is_file() else []
     new = {row["model"] for row in rows}
     value = {

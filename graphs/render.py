@@ -1,10 +1,10 @@
 """Golden text of tiny decoders before and after the rewrite, with their contracts.
 
     python graphs/render.py        writes graphs/{architecture}-{source}-{original|nbl}.txt
-    tests/test_graphs.py           compares, and tells what changed
+    tests/test_graphs.py           compares, and shows what changed
 
-The text is for reading in a review: inputs, outputs, then one line a node. Initializers appear by name, element
-type and shape; their values are the business of the parity tests.
+The text is for review: inputs, outputs, then one line for each node. Initializers appear with name, element type and
+shape; the parity tests check their values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import onnx_ir as ir
 
 from nbl_export.decoders import build_decoder
-from nbl_export.records import Plan, TensorInfo
+from nbl_export.records.decoder import TensorInfo
+from nbl_export.records.plan import Plan
 from nbl_export.rewrite import contract_of, rewrite_model
 from tests.tiny import ARCHITECTURES, LAYERS, made_by, random_map, save_checkpoint
 
@@ -38,7 +39,7 @@ _EXPORTER = {"genai": "onnxruntime-genai", "mobius": "mobius-onnx"}
 
 
 def header(source: str) -> str:
-    """First line of a golden file: what made the graph."""
+    """First line of a golden file: the versions of exporter and onnx-ir."""
     return f"# {_EXPORTER[source]} {metadata.version(_EXPORTER[source])}, onnx-ir {metadata.version('onnx-ir')}"
 
 

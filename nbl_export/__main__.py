@@ -4,18 +4,18 @@ import contextlib
 import os
 import sys
 
-from nbl_export.cli import main
-from nbl_export.cli_exit import INTERRUPTED
+from nbl_export.cli.app import main
+from nbl_export.cli.exit import INTERRUPTED
 
 if __name__ == "__main__":
     try:
         main()
     except SystemExit as end:
-        # CPython (Modules/main.c, Python/pythonrun.c) ends `python -m` by SIGINT, whatever its status, where a
-        # KeyboardInterrupt has left code made of a string, as importing dataclasses runs it: so end without it.
+        # CPython (Modules/main.c, Python/pythonrun.c) ends `python -m` by SIGINT, whatever its status, if a
+        # KeyboardInterrupt has left code made of a string. Importing dataclasses runs such code, so exit directly.
         if end.code == INTERRUPTED:
             for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError):  # nobody reads it any more
+                with contextlib.suppress(OSError):  # the reader is gone
                     stream.flush()
             os._exit(INTERRUPTED)
         raise

@@ -12,13 +12,13 @@ __all__ = [
 
 
 class NblError(Exception):
-    """Anything the user can put right. Printed as one line, without a traceback; exit status 1."""
+    """Anything that the user can correct. Printed as one line, without a traceback; exit status 1."""
 
     exit_code = 1
 
 
 class UsageError(NblError):
-    """An option that is wrong by itself, whatever the model and the files; exit status 2."""
+    """An option that is wrong for any model and any files; exit status 2."""
 
     exit_code = 2
 
@@ -28,7 +28,7 @@ class BusyError(NblError):
 
 
 class CorruptError(NblError):
-    """A file of the run directory is not what was written there."""
+    """A file of a run directory differs from what was written."""
 
 
 class MissingPackageError(NblError):
@@ -41,9 +41,9 @@ class MissingPackageError(NblError):
 
 
 class RefusalError(NblError):
-    """A graph pass found something it does not understand and changed nothing.
+    """A graph pass found something unsupported and changed nothing.
 
-    Carries the decoder layer (or None for the whole graph) and the reason.
+    layer: the decoder layer, or None for the whole graph. reason: why.
     """
 
     def __init__(self, layer: int | None, reason: str) -> None:

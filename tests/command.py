@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
 import re
 import signal
@@ -16,13 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-__all__ = ["TINY", "Outcome", "assert_refused", "in_new_process", "nbl", "snapshot", "stage_lines"]
+__all__ = ["TINY", "Outcome", "assert_refused", "configured", "in_new_process", "nbl", "snapshot", "stage_lines"]
 
 # A run that is as small as the options allow: a few seconds.
-TINY = (
-    "--calibration-tokens", "1024", "--context", "64", "--depth", "0", "--repetitions", "1",
-    "--prompt-tokens", "16", "--generate-tokens", "4",
-)  # fmt: skip
+_BENCH = {"depth": "0", "repetitions": 1, "prompt-tokens": "16", "generate-tokens": 4}  # as tiny.toml has it
+TINY = ("--config", str(Path(__file__).parent / "tiny.toml"), "--calibration-tokens", "1024", "--context", "64")
 _STAGE = re.compile(
     r"^(calibrate|plan|decoder graph|rewrite|verify|bench|report)( \.\.\.|: reused|: done in [\d.]+ s)$"
 )
@@ -39,7 +38,7 @@ class Outcome:
 
 def nbl(*arguments: object) -> Outcome:
     """`nbl-export ARGUMENTS` in this process."""
-    from nbl_export import cli
+    from nbl_export.cli import app
 
     out, err = io.StringIO(), io.StringIO()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -50,7 +49,7 @@ def nbl(*arguments: object) -> Outcome:
         contextlib.redirect_stderr(err),
     ):
         try:
-            cli.main()
+            app.main()
         except SystemExit as end:
             status = end.code
         except Exception:
@@ -65,7 +64,7 @@ def nbl(*arguments: object) -> Outcome:
 
 def in_new_process(*arguments: object, code: str = "", **environment: str) -> Outcome:
     """`nbl-export ARGUMENTS` in a fresh interpreter, after running `code` there."""
-    script = f"import sys\n{code}\nfrom nbl_export.cli import main\nmain()\n"
+    script = f"import sys\n{code}\nfrom nbl_export.cli.app import main\nmain()\n"
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
         capture_output=True, text=True, timeout=300, env={**os.environ, **environment},
@@ -77,6 +76,14 @@ def stage_lines(outcome: Outcome) -> dict[str, str]:
     """Stage title -> "reused" or "done", in the order they came."""
     found = (_STAGE.match(line) for line in outcome.err.splitlines())
     return {m[1]: m[2].strip(" :").split()[0] for m in found if m and m[2] != " ..."}
+
+
+def configured(directory: Path, **values: object) -> tuple[str, ...]:
+    """Options that take the place of TINY's benchmark, by a configuration file."""
+    lines = [f"{name} = {json.dumps(value)}" for name, value in {**_BENCH, **values}.items()]
+    file = directory / f"config-{len(list(directory.glob('config-*')))}.toml"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return "--config", str(file)
 
 
 def assert_refused(outcome: Outcome, status: int, *parts: object) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from nbl_export.records import AffineMap
+from nbl_export.records.plan import AffineMap
 
 from .command import TINY, in_new_process
 from .graph_sources import make_graph
@@ -72,7 +72,7 @@ def given_graph(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.Temp
 @pytest.fixture(scope="session")
 def genai_dirs(exported: Callable[..., Path], random_maps: Callable[..., dict[int, AffineMap]]) -> dict[str, Path]:
     """A tiny GenAI model and its NBL version with the middle layer replaced (sparse cache ids)."""
-    from nbl_export.records import Plan
+    from nbl_export.records.plan import Plan
     from nbl_export.rewrite import rewrite
 
     original = exported("llama")
@@ -126,7 +126,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A quarter of the windows for each use of text, in this process: what tests of other subjects wait for."""
-    from nbl_export import held_back
+    from nbl_export.text import held_back
 
     shorter = {roles: tokens // 4 for roles, tokens in held_back._PART_TOKENS.items()}
     monkeypatch.setattr(held_back, "_PART_TOKENS", shorter)

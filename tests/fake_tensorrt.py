@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.engines.schedule import Profile
+from nbl_export.engines.static.schedule import Profile
 
 __all__ = ["FakeDevice", "FakeTensorRT"]
 

@@ -128,7 +128,7 @@ def _tell(what: str, number: int) -> None:
 
 
 def _become(arguments: list[str], code: str, log: str) -> None:
-    from nbl_export.cli import main
+    from nbl_export.cli.app import main
 
     os.setsid()
     for number, target in ((0, os.devnull), (1, os.devnull), (2, log)):
@@ -145,8 +145,7 @@ def _become(arguments: list[str], code: str, log: str) -> None:
 if __name__ == "__main__":
     import transformers.models.llama  # noqa: F401  whatever takes long to load
 
-    import nbl_export.pipeline
-    import nbl_export.report
+    import nbl_export.report.page
     import nbl_export.rewrite  # noqa: F401
 
     _serve()

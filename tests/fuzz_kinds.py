@@ -46,7 +46,7 @@ class Kind:
 
 
 GRAPH = "graph/model.onnx"
-REWRITE = "rewrite --onnx {here}/graph --maps {here}/maps.safetensors --output {here}/out"
+REWRITE = "rewrite-graph {here}/graph --maps {here}/maps.safetensors --output {here}/out"
 CALIBRATE = "calibrate --model {here}/model --calibration {here}/text.txt --output {here}/out"
 GENERATE = "generate {here}/deploy Hi --max-new-tokens 2"
 BENCH = "--depth 0 --repetitions 1 --prompt-tokens 8 --generate-tokens 2"

@@ -27,8 +27,11 @@ def make_graph(name: str, checkpoint: Path, out: Path) -> Path:
     source, *words = name.split("-")
     if source == "genai":
         from nbl_export.decoders import build_decoder
+        from nbl_export.decoders.genai import BuilderSettings
 
-        build_decoder("genai", checkpoint, out, words[0], provider="cuda" if words[0] == "fp16" else "cpu")
+        build_decoder(
+            "genai", checkpoint, out, words[0], settings=BuilderSettings("cuda" if words[0] == "fp16" else "cpu")
+        )
     elif source == "mobius":
         _mobius(checkpoint, out, words[0])
     elif source == "transformers":

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.engines.static_decoder import open_decoder
-from nbl_export.engines.static_host import StaticDecoder
-from nbl_export.records import AffineMap, DecoderSpec
+from nbl_export.engines.static.host import StaticDecoder
+from nbl_export.engines.static.on_ort import open_decoder
+from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.plan import AffineMap
 
 __all__ = ["ARCHITECTURES", "HEAD", "LAYERS", "SLOTS", "SPEC", "SUBSETS", "TOLERANCE", "VOCAB", "WINDOW", "appended",
            "maps_of", "parts_of", "rows", "save_checkpoint", "single_row_error", "torch_logits", "worst"]  # fmt: skip
@@ -74,8 +75,8 @@ def torch_logits(checkpoint: Path, maps: Mapping[int, AffineMap] | None = None) 
     """What torch says of `rows()`: [SLOTS, VOCAB] each, every row by itself."""
     import torch
 
-    from nbl_export.checkpoint import load_model
-    from nbl_export.linearize import linearize
+    from nbl_export.model.checkpoint.load import load_model
+    from nbl_export.model.linearize import linearize
 
     model = linearize(load_model(checkpoint), maps or {})
     with torch.inference_mode():

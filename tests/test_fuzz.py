@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from nbl_export.artifacts import RunDirectory
 from nbl_export.errors import NblError
+from nbl_export.run_directory import RunDirectory
 
 from .canaries import MARK, NO_COMPILER, Canaries
 from .command import Outcome, snapshot

@@ -1,92 +1,182 @@
-"""Who may import what: stages do not import each other, engines load without torch."""
+"""The structure that docs/architecture.md draws: levels, no cycles, stages apart, heavy libraries, names, shape."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "nbl_export"
-FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
-
-TORCH = {
-    "checkpoint", "corpus", "sums", "moments_file", "distributed", "layerwise", "calibrate", "lmmse", "linearize",
-    "distill", "distill_model", "reference", "sampling", "hf", "switched", "greedy", "methods", "blocks", "narrow",
-    "short_attention", "graph_moments", "token_rows", "torch_matrices", "pretrained", "wire",
+# A module of one place may import from places with a smaller number, and from its own.
+LEVELS = {
+    "errors": 0, "files": 1, "records": 1, "trust": 2,
+    "parallel": 3, "text": 3, "graph": 3,
+    "model": 4, "cost": 4, "rewrite": 4, "engines": 4, "run_directory": 4,
+    "decoders": 5, "calibrate": 5, "plan": 5, "distill": 5, "measure": 5,
+    "verify": 6, "evaluation": 6, "report": 6,
+    "run": 7, "publish": 8, "cli": 9, "hf": 9, "__main__": 10,
 }  # fmt: skip
-ONNX_IR = ("decoders/", "rewrite/", "int4_blocks.py")
-ORT = ("engines/", "decoders/genai", "rewrite/quantize.py")  # quantize: ONNX Runtime's packing is a library call
-HARNESS = ("evaluation/",)  # lm-evaluation-harness and its data sets; corpus reads calibration text from the hub too
-STAGES = {"calibrate", "plan", "linearize", "decoders", "rewrite", "verify", "evaluation", "bench", "report"}
-COMPOSERS = {"cli.py", "pipeline.py", "stages.py", "job.py", "verification.py", "evaluation_job.py",
-             "graph_verification.py"}  # fmt: skip
+STAGES = ("calibrate", "plan", "distill", "measure", "verify", "evaluation", "report")
+# A stage may read the data of these.
+BETWEEN_STAGES = {("report", "measure")}
+# Library -> where it may be imported: a place, or a module of one.
+HEAVY = {
+    "torch": ("model", "calibrate", "plan", "distill", "parallel", "decoders", "records.moments", "text.sampling",
+              "text.windows", "verify.torch_reference", "evaluation.torch_lm", "engines.tensorrt.device"),
+    "transformers": ("model", "decoders", "text.sampling"),
+    "onnx_ir": ("graph", "rewrite", "decoders"),
+    "onnxruntime": ("engines", "decoders.genai", "rewrite.quantize"),
+    "onnxruntime_genai": ("engines.ort", "decoders.genai", "decoders.genai_patches"),
+    "tensorrt": ("engines.tensorrt",),
+    "tensorrt_rtx": ("engines.tensorrt",),
+    "lm_eval": ("evaluation",),
+    "datasets": ("evaluation", "text.corpus"),
+    "typer": ("cli",),
+    "rich": ("report", "run.progress", "trust.terminal", "cli"),
+    "matplotlib": ("report.plots",),
+}  # fmt: skip
 
 
-def imports(name: str, *, everywhere: bool = True) -> set[str]:
-    """Modules that a file imports; without `everywhere` only at its top level and outside TYPE_CHECKING."""
-    tree = ast.parse((PACKAGE / name).read_text(encoding="utf-8"))
-    nodes = ast.walk(tree) if everywhere else iter(tree.body)
-    found = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+def _modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
-def roots(name: str) -> set[str]:
-    return {module.split(".")[0] for module in imports(name)}
+MODULES = _modules()
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_heavy_libraries_stay_in_their_place(name: str) -> None:
-    stem = name.removesuffix(".py")
-    found = roots(name)
-    if stem not in TORCH and not name.startswith("decoders/") and name != "engines/trt_runner.py":
-        assert not found & {"torch", "transformers"}
-    if not name.startswith(ONNX_IR):
-        assert "onnx_ir" not in found
-    if not name.startswith(ORT):
-        assert not found & {"onnxruntime", "onnxruntime_genai"}
-    if not name.startswith(HARNESS):
-        assert "lm_eval" not in found
-        assert "datasets" not in found or name == "corpus.py"
-    if not name.startswith("engines/"):
-        assert not found & {"tensorrt", "tensorrt_rtx"}
+def imported(name: str) -> Iterator[str]:
+    """Modules that a module imports anywhere in it: ours without "nbl_export.", others by their full name."""
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            yield from (_ours(alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: imports are absolute"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield _ours(full if _ours(full) in MODULES else str(node.module))
 
 
-@pytest.mark.parametrize("name", FILES)
+def _ours(module: str) -> str:
+    return module.removeprefix("nbl_export.") if module.startswith("nbl_export.") else module
+
+
+EDGES = {name: {m for m in imported(name) if m in MODULES and m != name} for name in MODULES}
+
+
+def place(name: str) -> str:
+    return name.split(".")[0]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_down(name: str) -> None:
+    for other in EDGES[name]:
+        if other and place(other) != place(name):
+            assert LEVELS[place(other)] < LEVELS[place(name)], f"{name} imports {other}"
+
+
+def test_no_cycles() -> None:
+    state: dict[str, int] = {}
+    found = []
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        state[name] = 1
+        for other in sorted(EDGES[name]):
+            if state.get(other) == 1:
+                found.append(" -> ".join((*path[path.index(other) :], other)))
+            elif other not in state:
+                visit(other, (*path, other))
+        state[name] = 2
+
+    for name in EDGES:
+        if name not in state:
+            visit(name, (name,))
+    assert not found, found
+
+
+@pytest.mark.parametrize("name", [m for m in MODULES if place(m) in STAGES])
 def test_stages_do_not_import_each_other(name: str) -> None:
-    own = name.split("/")[0].removesuffix(".py")
-    if name in COMPOSERS or own not in STAGES:
-        return
-    others = {m.split(".")[1] for m in imports(name) if m.startswith("nbl_export.") and m.count(".") >= 1}
-    allowed = {"calibrate": {"lmmse"}, "verify": set()}.get(own, set())
-    assert not (others & STAGES) - {own} - allowed
+    others = {place(m) for m in EDGES[name]} & set(STAGES) - {place(name)}
+    assert not {other for other in others if (place(name), other) not in BETWEEN_STAGES}
 
 
-def test_composers_import_stages_where_they_run_them() -> None:
-    for name in ("cli.py", "pipeline.py"):
-        top = {m.split(".")[1] for m in imports(name, everywhere=False) if m.startswith("nbl_export.")}
-        assert not top & (STAGES - {"plan"})
+def test_only_publish_and_cli_know_runs_and_only_run_knows_the_job() -> None:
+    for name, path in MODULES.items():
+        if any(place(other) == "run" for other in EDGES[name]):
+            assert place(name) in ("run", "publish", "cli"), name
+        if place(name) != "run":
+            named = {n.id for n in ast.walk(TREES[name]) if isinstance(n, ast.Name)}
+            assert "Job" not in named, path
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_heavy_libraries_stay_in_their_place(name: str) -> None:
+    for library in {module.split(".")[0] for module in imported(name)} & set(HEAVY):
+        allowed: tuple[str, ...] = HEAVY[library]
+        assert any(name == home or name.startswith(f"{home}.") for home in allowed), f"{name} imports {library}"
+
+
+FILE_NAMES = (
+    "nbl.json", "verify.json", "bench.json", "eval.json", "sweep.json", "report.json", "report.html", "report.md",
+    "distill.json", "maps.safetensors", "moments.safetensors", "model.onnx", "all_logits.onnx", "decoder.onnx",
+    "genai_config.json",
+)  # fmt: skip
+NAMING = ("run_directory", "graph.names")
+
+
+@pytest.mark.parametrize("name", [m for m in MODULES if m not in NAMING])
+def test_names_of_files_are_said_in_one_place(name: str) -> None:
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Constant):
+            assert node.value not in FILE_NAMES, f"{name}:{node.lineno} names {node.value}"
+
+
+def _sizes() -> dict[str, int]:
+    found: dict[str, int] = {}
+    for name, path in MODULES.items():
+        home = path.parent.relative_to(PACKAGE).as_posix()
+        found[home] = found.get(home, 0) + 1
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 300, f"{name} has more than 300 lines"
+    return found
+
+
+def test_shape() -> None:
+    sizes = _sizes()
+    assert sizes.pop(".") <= 8
+    assert {home: count for home, count in sizes.items() if count > 15} == {}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_functions_are_short_and_take_few_arguments(name: str) -> None:
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < 60, f"{name}.{node.name}"
+            given = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            count = len([a for a in given if a not in ("self", "cls")])
+            assert count <= 7 or place(name) == "cli", f"{name}.{node.name} takes {count}"
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
-    heavy = (
-        "torch",
-        "transformers",
-        "onnx",
-        "onnx_ir",
-        "onnxruntime",
-        "onnxruntime_genai",
-        "matplotlib",
-        "tensorrt_rtx",
-        "lm_eval",
-    )
-    code = f"import sys, nbl_export, nbl_export.cli; print([m for m in {heavy!r} if m in sys.modules])"
+    heavy = ("torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "matplotlib",
+             "tensorrt_rtx", "lm_eval")  # fmt: skip
+    code = f"import sys, nbl_export, nbl_export.cli.app; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_page_of_the_architecture_has_these_levels() -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    found: dict[str, int] = {}
+    for names, level in re.findall(r"^\| (`[^|]*`) \| (\d+) \|", page, re.MULTILINE):
+        found |= dict.fromkeys(re.findall(r"`(\w+)(?:\.py|/)`", names), int(level))
+    assert found == {name: level for name, level in LEVELS.items() if name != "__main__"}

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.architectures import ARCHITECTURES as RECORDS
-from nbl_export.records import AffineMap
+from nbl_export.model.architectures import ARCHITECTURES as RECORDS
+from nbl_export.records.plan import AffineMap
 
 __all__ = [
     "ARCHITECTURES",

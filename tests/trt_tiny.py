@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from nbl_export.engines.base import BuildSettings
 from nbl_export.engines.gpu import Gpu
-from nbl_export.engines.tensorrt import LIBRARIES, TRT_RTX
-from nbl_export.engines.trt_build import BuildSettings, build_engine
-from nbl_export.records import Plan
+from nbl_export.engines.tensorrt.build import build_engine
+from nbl_export.engines.tensorrt.engine import TRT_RTX
+from nbl_export.engines.tensorrt.library import LIBRARIES
+from nbl_export.records.plan import Plan
 
 from .static_tiny import LAYERS, SLOTS, maps_of, save_checkpoint
 

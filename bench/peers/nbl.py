@@ -10,7 +10,7 @@ from typing import Any
 from graph_bits import bits_of_graph
 from protocol import Decoder, serve
 
-from nbl_export.engines.ort import GenaiRunner
+from nbl_export.engines.ort.genai import GenaiRunner
 
 
 class Nbl(Decoder):

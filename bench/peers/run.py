@@ -33,9 +33,9 @@ from environments import CACHE
 from gguf_types import TYPES
 from table import against, print_table
 
-from nbl_export.bench import machine
-from nbl_export.engines.ort import default_threads
-from nbl_export.records import Scenario
+from nbl_export.engines.ort.genai import default_threads
+from nbl_export.measure.benchmark import machine
+from nbl_export.records.results import Scenario
 
 PROMPT = "The capital of France is"
 SAID_TOKENS = 12

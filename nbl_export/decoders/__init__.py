@@ -1,15 +1,15 @@
-"""Sources of decoder graphs: a checkpoint in, one file a source.
+"""Sources of decoder graphs, one file a source; each exports a checkpoint.
 
-genai and mobius leave a GenAI model directory (model.onnx), static a decoder.onnx for a compiler.
+genai and mobius write a GenAI model directory (model.onnx). static writes a decoder.onnx for a compiler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from nbl_export.decoders import genai, mobius
-from nbl_export.decoders.directory import finish_directory
+from nbl_export.decoders.finish import finish_directory
 
 __all__ = ["PRECISIONS", "SOURCES", "build_decoder"]
 
@@ -17,7 +17,7 @@ SOURCES: dict[str, Callable[[Path, Path, str], None]] = {"genai": genai.build, "
 PRECISIONS = {
     "genai": genai.PRECISIONS,
     "mobius": mobius.PRECISIONS,
-    "static": ("fp32", "fp16", "bf16", "int4"),  # stated here: the module needs onnx_ir, which a build machine has not
+    "static": ("fp32", "fp16", "bf16", "int4"),  # repeated: that module needs onnx_ir, which a build machine lacks
 }
 
 
@@ -28,20 +28,16 @@ def build_decoder(
     precision: str,
     *,
     slots: int = 0,
-    provider: str = "cpu",
-    options: Sequence[str] = (),
-    codes: Path | None = None,
+    settings: genai.BuilderSettings | None = None,
 ) -> None:
     """Export a checkpoint directory to a deployable directory with the named source.
 
     Args:
-        slots: of a cache, for the static source alone.
-        provider: ONNX Runtime's execution provider; other than "cpu" for the GenAI source alone.
-        options: KEY=VALUE of `genai.OPTIONS`, for the GenAI source alone.
-        codes: a quantised checkpoint of the same model, for the GenAI source alone.
+        slots: of a cache; for the static source alone.
+        settings: for the GenAI source alone.
 
     Raises:
-        NblError: the source refuses the checkpoint or the precision, with its reason.
+        NblError: the source refuses the checkpoint or the precision; the message has the reason.
     """
     if source == "static":
         from nbl_export.decoders import static
@@ -49,7 +45,7 @@ def build_decoder(
         static.build(checkpoint, out, precision, max_seq_len=slots)
         return
     if source == "genai":
-        genai.build(checkpoint, out, precision, provider, options, codes)
+        genai.build(checkpoint, out, precision, settings)
     else:
         SOURCES[source](checkpoint, out, precision)
     finish_directory(checkpoint, out)

@@ -1,6 +1,6 @@
 """The ONNX Runtime GenAI model builder: GroupQueryAttention with rotary inside, packed QKV, skip norms.
 
-The fastest graph on ONNX Runtime. Its int8 and int4 are weight-only (MatMulNBits, block 32, symmetric,
+Its graph is the fastest on ONNX Runtime. Its int8 and int4 are weight-only (MatMulNBits, block 32, symmetric,
 accuracy level 4 on the CPU).
 """
 
@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from nbl_export.decoders.genai_repairs import repaired
-from nbl_export.decoders.quiet import captured
+from nbl_export.decoders.captured import captured
+from nbl_export.decoders.genai_patches import repaired
 from nbl_export.engines.providers import PROVIDERS
 from nbl_export.errors import MissingPackageError, NblError, UsageError
+from nbl_export.graph.names import GRAPH_FILE
 
-__all__ = ["OPTIONS", "PRECISIONS", "build", "check_options"]
+__all__ = ["OPTIONS", "PRECISIONS", "BuilderSettings", "build", "check_options"]
 
-PRECISIONS = ("fp32", "int8", "int4")  # on the CPU; on a GPU those of its provider
-# The builder's own names for what quantisation may choose (`--extra_options` of onnxruntime_genai.models.builder), with
-# the values that leave a graph which can still be rewritten and proven. Not is_symmetric=false, with which the
-# builder (0.18) gives a tied embedding float32 where it declares uint8. k_quant has zero points too, and is right.
+PRECISIONS = ("fp32", "int8", "int4")  # on the CPU; a GPU provider has its own
+# Quantisation options, by the builder's own names (`--extra_options` of onnxruntime_genai.models.builder). The values
+# are limited to graphs that can be rewritten and verified. is_symmetric=false is left out: the builder (0.18) then
+# gives a tied embedding float32 where it declares uint8. k_quant has zero points too, and is correct.
 _METHODS, _BOOLEANS = ("default", "rtn", "k_quant", "rtn_last", "k_quant_last", "k_quant_mixed"), ("true", "false")
 OPTIONS: dict[str, tuple[str, ...]] = {
     "accuracy_level": ("1", "2", "3", "4"),  # of activations: 1 float32, 4 int8
@@ -29,40 +31,45 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "fuse_mlp_gate_up": _BOOLEANS,  # one product for both
     "shared_embeddings": _BOOLEANS,  # embedding and lm_head as one quantised matrix, where the model ties them
 }
-_NO_CODE = ("hf_remote=false",)  # the builder's default, stated: code in a checkpoint is not run
+_NO_CODE = ("hf_remote=false",)  # the builder's default, made explicit: code in a checkpoint is not run
 _BUILDER_NAMES = {flag: provider.genai for flag, provider in PROVIDERS.items()}
 
 
 def check_options(options: Sequence[str]) -> None:
-    """Hold KEY=VALUE words against `OPTIONS`.
+    """Check KEY=VALUE words against `OPTIONS`.
 
     Raises:
-        UsageError: an unknown key or value, or a key twice.
+        UsageError: a key or value is unknown, or a key is given twice.
     """
     keys = [word.partition("=")[0] for word in options]
     for word, key in zip(options, keys, strict=True):
         if key not in OPTIONS:
-            raise UsageError(f"--builder-option {word}: KEY=VALUE with one of the keys {', '.join(OPTIONS)}")
+            raise UsageError(f"--builder-option {word}: expected KEY=VALUE with one of the keys {', '.join(OPTIONS)}")
         if word.partition("=")[2] not in OPTIONS[key]:
-            raise UsageError(f"--builder-option {word}: {key} is {', '.join(OPTIONS[key])}")
+            raise UsageError(f"--builder-option {word}: the values of {key} are {', '.join(OPTIONS[key])}")
         if keys.count(key) > 1:
             raise UsageError(f"--builder-option {key} is given twice")
 
 
-def build(
-    checkpoint: Path,
-    out: Path,
-    precision: str,
-    provider: str = "cpu",
-    options: Sequence[str] = (),
-    codes: Path | None = None,
-) -> None:
-    """Write model.onnx, its data, genai_config.json and the tokenizer to `out`, for an execution provider.
+@dataclass(frozen=True)
+class BuilderSettings:
+    """Settings that only the GenAI builder takes.
 
-    Args:
-        options: KEY=VALUE of `OPTIONS`.
-        codes: a quantised checkpoint whose codes the graph gets; None quantises the weights.
+    Attributes:
+        provider: ONNX Runtime's execution provider.
+        options: KEY=VALUE words, see `OPTIONS`.
+        codes: a quantised checkpoint of the same model, whose codes the graph gets; None quantises the weights.
     """
+
+    provider: str = "cpu"
+    options: tuple[str, ...] = ()
+    codes: Path | None = None
+
+
+def build(checkpoint: Path, out: Path, precision: str, settings: BuilderSettings | None = None) -> None:
+    """Write model.onnx, its data, genai_config.json and the tokenizer to `out`."""
+    settings = settings or BuilderSettings()
+    provider = settings.provider
     gpu = None if provider == "cpu" else PROVIDERS[provider]
     if precision not in (gpu.precisions if gpu else PRECISIONS):
         raise NblError(
@@ -74,17 +81,26 @@ def build(
     except ImportError as error:
         raise MissingPackageError("onnxruntime_genai", "cpu", "building the decoder graph") from error
     with tempfile.TemporaryDirectory() as cache, captured("the GenAI builder", checkpoint), repaired():
-        where = ("", str(codes or checkpoint), str(out), precision, _BUILDER_NAMES.get(provider, provider), cache)
-        chosen = [*_NO_CODE, *(gpu.options_for(precision) if gpu else ()), *options]
+        where = (
+            "",
+            str(settings.codes or checkpoint),
+            str(out),
+            precision,
+            _BUILDER_NAMES.get(provider, provider),
+            cache,
+        )
+        chosen = [*_NO_CODE, *(gpu.options_for(precision) if gpu else ()), *settings.options]
         create_model(*where, **parse_extra_options(*where, chosen))
-    _forget_commit(out / "model.onnx")
-    from nbl_export.decoders.mends import mend_attention  # onnx_ir, which a machine that only builds has not
+    _forget_commit(out / GRAPH_FILE)
+    from nbl_export.decoders.restore_attention import (
+        mend_attention,  # needs onnx_ir, which a build machine lacks
+    )
 
     mend_attention(checkpoint, out)
 
 
 def _forget_commit(path: Path) -> None:
-    """The builder appends the commit of whatever git repository it is called in: equal options, unequal bytes."""
+    """Remove the commit of the current git repository, which the builder appends: equal options give equal bytes."""
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)

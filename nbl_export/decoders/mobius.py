@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from nbl_export.architectures import ARCHITECTURES
-from nbl_export.decoders.quiet import captured
+from nbl_export.decoders.captured import captured
 from nbl_export.errors import MissingPackageError, NblError
+from nbl_export.graph.names import GENAI_CONFIG
+from nbl_export.model.architectures import ARCHITECTURES
 
 __all__ = ["PRECISIONS", "build"]
 
@@ -26,14 +27,16 @@ def build(checkpoint: Path, out: Path, precision: str) -> None:
     arguments = ["build", "--config", str(checkpoint), "--ep", "cpu", "--dtype", _DTYPES[precision]]
     with captured("mobius", checkpoint):
         mobius_cli([*arguments, "--runtime", "ort-genai", str(out)])
-    _mend_config(checkpoint, out / "genai_config.json")
-    from nbl_export.decoders.mends import mend_attention  # onnx_ir, which a machine that only builds has not
+    _mend_config(checkpoint, out / GENAI_CONFIG)
+    from nbl_export.decoders.restore_attention import (
+        mend_attention,  # needs onnx_ir, which a build machine lacks
+    )
 
     mend_attention(checkpoint, out)
 
 
 def _mend_config(checkpoint: Path, path: Path) -> None:
-    """Put the model's context length where mobius (0.1) writes 4096 for every model, and a type that GenAI knows."""
+    """Set the model's context length (mobius 0.1 writes 4096 for every model), and a type that GenAI knows."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     positions, record = config["max_position_embeddings"], ARCHITECTURES[config["model_type"]]
     settings = json.loads(path.read_text(encoding="utf-8"))

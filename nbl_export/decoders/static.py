@@ -1,9 +1,9 @@
-"""The static-cache decoder of mobius, in process, brought to the form that TensorRT takes (see `static_form`).
+"""The static-cache decoder of mobius, built in process and brought to the form that TensorRT accepts (`static_form`).
 
-mobius' command line would do the same and show a bar that cannot be turned off; the pieces it is made of are
-public: registry, configuration class, build_from_module, apply_weights. execution_provider="onnx-standard" is what
-keeps contrib operators out. `apply_weights` folds the Transpose in front of every MatMul; a tied lm_head keeps its
-own, because the embedding is read by Gather too (TensorRT folds that one without a copy).
+mobius' command line would do the same, but its progress bar cannot be turned off. This module uses the public parts:
+registry, configuration class, build_from_module, apply_weights. execution_provider="onnx-standard" keeps contrib
+operators out. `apply_weights` folds the Transpose in front of every MatMul, except that of a tied lm_head, because
+Gather reads the embedding too. TensorRT folds that Transpose without a copy.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from typing import Any
 
 import onnx_ir as ir
 
-from nbl_export.architectures import windows_of
-from nbl_export.decoders.directory import add_text_files
-from nbl_export.decoders.quiet import captured
+from nbl_export.decoders.captured import captured
+from nbl_export.decoders.finish import add_text_files
 from nbl_export.decoders.static_form import PRECISIONS, finish_passes, form_passes
+from nbl_export.decoders.static_form.difference import first_difference
 from nbl_export.decoders.static_form.int4 import BlockInt4
-from nbl_export.decoders.static_form.twin import first_difference
-from nbl_export.engines.onnx_decoder import GRAPH_FILE, STATIC_GRAPH_FILE, all_logits_file
 from nbl_export.errors import MissingPackageError, NblError
-from nbl_export.pretrained import config_of
+from nbl_export.graph.names import GRAPH_FILE, STATIC_GRAPH_FILE, all_logits_file
+from nbl_export.graph.passes import run_passes
+from nbl_export.model.architectures import windows_of
+from nbl_export.model.checkpoint.pretrained import config_of
 
 __all__ = [
     "build",
@@ -39,11 +40,11 @@ def build(checkpoint: Path, out: Path, precision: str, *, max_seq_len: int) -> N
     """Write decoder.onnx with the logits of all positions, its data and the tokenizer to `out`.
 
     Args:
-        precision: fp32, fp16, bf16, or int4 (blocks of int4 behind fp16 arithmetic).
-        max_seq_len: slots of a cache; the longest sequence, answer included.
+        precision: fp32, fp16, bf16, or int4 (blocks of int4 with fp16 arithmetic).
+        max_seq_len: slots of a cache: the longest sequence, answer included.
 
     Raises:
-        NblError: an unknown precision, a model that mobius does not know, a length beyond the model's positions.
+        NblError: the precision or the model is unknown, or the length exceeds the model's positions.
     """
     if precision not in PRECISIONS:
         raise NblError(f"the static source makes no {precision} graph; use --precision {', '.join(PRECISIONS)}")
@@ -54,42 +55,40 @@ def build(checkpoint: Path, out: Path, precision: str, *, max_seq_len: int) -> N
 
 
 def build_form(checkpoint: Path, max_seq_len: int) -> ir.Model:
-    """The static form in float32 with the logits of all positions, in memory: the twin that is proven on a CPU.
+    """Build the static form in float32 with all logits, in memory: the twin (float32 copy) that a CPU verifies.
 
     Raises:
-        NblError: as `build`.
+        NblError: see `build`.
     """
     config = _read_config(checkpoint)
     _refuse_length(max_seq_len, config)
     with captured("mobius", checkpoint):
         model = _mobius_decoder(checkpoint, config, max_seq_len)
-    for step in form_passes(max_seq_len, windows_of(config)):
-        step(model)
+    run_passes(form_passes(max_seq_len, windows_of(config)), model)
     model.metadata_props["nbl.form"] = "static"
     return model
 
 
 def finish(model: ir.Model, precision: str) -> None:
-    """Bring the form to the precision that ships, in place."""
-    for step in finish_passes(precision):
-        step(model)
+    """Bring the form to the deployed precision, in place."""
+    run_passes(finish_passes(precision), model)
 
 
 def save_graph(model: ir.Model, out: Path, name: str = STATIC_GRAPH_FILE) -> None:
-    """Write graph and data to a directory, which is made if it is not there."""
+    """Write graph and data to a directory, which is created if needed."""
     out.mkdir(parents=True, exist_ok=True)
     ir.save(model, out / name, external_data=f"{name}.data")
 
 
 def save_int4_twin(twin: Path, out: Path) -> None:
-    """Write a directory's form with int4 matrices and everything else in float32 to another directory."""
+    """Write the form of a directory to another directory with int4 matrices; everything else stays float32."""
     model = ir.load(twin / all_logits_file(twin))
     BlockInt4()(model)
     save_graph(model, out, GRAPH_FILE)
 
 
 def difference(twin: Path, shipped: Path, precision: str) -> str:
-    """What differs first between a graph that ships and its twin, a saved form, brought to the precision."""
+    """The first difference between a deployed graph and its float32 twin at that precision; "" if there is none."""
     if not shipped.is_file():
         return f"there is no {shipped.name}"
     model = ir.load(twin)

@@ -1,24 +1,43 @@
-"""What an engine is: its capabilities as data, a probe that answers by a known-answer run, and a runner."""
+"""What an engine is: its capabilities as data, a probe with a known answer, and a runner."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
-__all__ = ["Availability", "Capabilities", "TextRunner"]
+import numpy as np
+
+from nbl_export.records.decoder import DecoderSpec, GraphContract
+
+__all__ = [
+    "Availability",
+    "BuildSettings",
+    "Built",
+    "Capabilities",
+    "Compiler",
+    "Engine",
+    "GraphDecoder",
+    "TextRunner",
+]
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What differs between engines. No `if engine ==` anywhere else.
+    """What differs between engines; no other code asks for an engine's name.
 
-    precisions: what `--precision` may say, sources: decoder sources whose graphs it takes; defaults first.
-    extra: the optional extra that installs it. half_caches: precisions whose caches have two bytes an element.
-    cross: what it exports may be for another machine; bench is left out where it does not run. dense_caches: caches
-    count 0..K-1. provider: ONNX Runtime's execution provider, which the exporter is told.
-    static: it compiles graphs of the static form. Such a graph has caches of --max-seq-len slots, is proven through
-    its float32 twin on a CPU, and a build stage makes the engine, which is what runs.
+    Attributes:
+        precisions: values of `--precision`, the default first.
+        sources: decoder sources whose graphs the engine takes, the default first.
+        extra: optional extra that installs the engine.
+        half_caches: precisions whose caches have two bytes an element.
+        static: whether the engine compiles graphs of the static form, with caches of --max-seq-len slots. A CPU
+            verifies such a graph through its float32 twin (a float32 copy). The build stage makes the engine that runs.
+        profiled: whether operators can be timed.
+        cross: whether exports may be for another machine; bench is left out if the engine does not run here.
+        dense_caches: whether caches count 0..K-1.
+        provider: ONNX Runtime's execution provider, which the exporter is told.
     """
 
     name: str
@@ -28,6 +47,7 @@ class Capabilities:
     extra: str
     half_caches: tuple[str, ...] = ()
     static: bool = False
+    profiled: bool = False
     cross: bool = False
     dense_caches: bool = False
     provider: str = "cpu"
@@ -39,34 +59,34 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class Availability:
-    """Answer of a probe. `reason` says what is missing and how to get it, or what was found."""
+    """Answer of a probe; `reason` says what was found, or what is missing and how to get it."""
 
     available: bool
     reason: str
 
 
 class TextRunner(Protocol):
-    """A loaded decoder that generates: what bench and generate need, whichever the engine. A context manager."""
+    """A loaded decoder that generates text, for bench and generate; a context manager."""
 
     def __enter__(self) -> TextRunner: ...
 
     def __exit__(self, *exc: object) -> None: ...
 
     def begin(self, max_tokens: int, batch: int = 1) -> None:
-        """Forget the sequence; make room for max_tokens of the next one, or of each of a batch.
+        """Forget the sequence; make room for max_tokens of the next sequence, or of each sequence of a batch.
 
         Raises:
-            NblError: it runs one sequence only, and `batch` is more.
+            NblError: the runner takes one sequence only, and `batch` is more.
         """
 
     def append(self, ids: Sequence[int]) -> None:
-        """Run the decoder over ids as one chunk (prefill, or one decode step for a single id); of a batch [B, T]."""
+        """Run the decoder over ids as one chunk: prefill, or one decode step for a single id. A batch takes [B, T]."""
 
     def rewind(self, length: int) -> None:
         """Drop everything after the first `length` tokens."""
 
     def pick(self) -> int:
-        """The most likely next token (of the first sequence); only valid right after `append`."""
+        """The most likely next token of the first sequence; valid only right after `append`."""
 
     def encode(self, prompt: str, *, chat: bool) -> list[int]:
         """Token ids of a prompt, through the chat template if there is one and `chat` asks for it."""
@@ -75,4 +95,98 @@ class TextRunner(Protocol):
         """Greedy continuation as text pieces, until the end of text or the limit."""
 
     def greedy(self, ids: Sequence[int], new_tokens: int) -> list[int]:
-        """Greedy continuation as token ids, end of text ignored."""
+        """Greedy continuation as token ids; ignores the end of text."""
+
+
+class GraphDecoder(Protocol):
+    """A graph with its caches, one step at a time, for verification.
+
+    Attributes:
+        contract: inputs and outputs of the graph.
+    """
+
+    contract: GraphContract
+
+    @property
+    def slots(self) -> int:
+        """Tokens that the caches have room for."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the caches of the running batch take."""
+
+    def begin(self, batch: int) -> None:
+        """Start a batch with empty caches."""
+
+    def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
+        """Append tokens; returns logits [B, T, V], or [B, 1, V] of the last token. valid_BT is 0 for padding."""
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What a plan is built for.
+
+    Attributes:
+        targets: compute capabilities; empty for the library's own choice.
+    """
+
+    max_batch: int = 1
+    prefill_chunk: int = 512
+    targets: tuple[str, ...] = ()
+
+
+class Built(Protocol):
+    """What a compiler reports of a plan that it has built."""
+
+    @property
+    def plan_bytes(self) -> int: ...
+
+    @property
+    def build_seconds(self) -> float: ...
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+class Compiler(Protocol):
+    """Makes an engine of a graph of the static form."""
+
+    def library_version(self) -> str:
+        """Version of the installed package, without loading it; "" if there is none."""
+
+    def check_model(self, spec: DecoderSpec, precision: str) -> None:
+        """Refuse a decoder that has no kernel; loads nothing.
+
+        Raises:
+            NblError: names the size that has no kernel.
+        """
+
+    def build(self, source: Path, out: Path, settings: BuildSettings) -> Built:
+        """Compile the graph in `source` into the directory `out`."""
+
+
+class Engine(Protocol):
+    """Runs a decoder graph. `compiler` is None for engines that run graphs as they are."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    @property
+    def compiler(self) -> Compiler | None: ...
+
+    def probe(self) -> Availability:
+        """Whether directories can be exported and verified here, by a known answer. Never raises."""
+
+    def probe_run(self) -> Availability:
+        """Whether exported directories run here. Never raises."""
+
+    def default_threads(self) -> int:
+        """Number of threads, at least 1."""
+
+    def open_runner(self, directory: Path, threads: int | None = None) -> TextRunner:
+        """A runner on the deployed model."""
+
+    def open_checked(self, directory: Path, threads: int | None = None) -> TextRunner:
+        """A runner on the deployed model or on its float32 twin, on a CPU, for verification."""
+
+    def open_graph(self, directory: Path, spec: DecoderSpec, file: str | None = None) -> GraphDecoder:
+        """The graph for verification: the graph with all logits, unless `file` names another."""

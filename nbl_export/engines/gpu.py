@@ -1,4 +1,4 @@
-"""The NVIDIA GPU and driver of this machine, asked through the driver's own library; needs no package.
+"""Finds the NVIDIA GPU and driver of this machine through the driver's own library; needs no package.
 
 libcuda.so.1 / nvcuda.dll   cuInit, cuDriverGetVersion, cuDeviceGetCount, ...        (CUDA driver API, C ABI)
 """
@@ -18,7 +18,12 @@ _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
 @dataclass(frozen=True)
 class Gpu:
-    """compute: its compute capability, "8.9". cuda: newest CUDA version that the driver supports, (13, 0)."""
+    """An NVIDIA GPU.
+
+    Attributes:
+        compute: compute capability, for example "8.9".
+        cuda: newest CUDA version that the driver supports, for example (13, 0).
+    """
 
     name: str
     compute: str
@@ -26,7 +31,7 @@ class Gpu:
 
 
 def find_gpu() -> Gpu | str:
-    """The first visible GPU, or why there is none, in a sentence without a full stop. Never raises."""
+    """The first visible GPU, or the reason why there is none, without a full stop. Never raises."""
     driver = _load()
     if driver is None:
         return "no NVIDIA driver is installed (libcuda is not found)"
@@ -63,7 +68,7 @@ def _describe(driver: ctypes.CDLL) -> Gpu:
 
 
 def _integer(driver: ctypes.CDLL, function: str, *arguments: int) -> int:
-    """What a function writes to the int that its first argument points to."""
+    """The int that a function writes to the address in its first argument."""
     value = ctypes.c_int()
     _call(driver, function, ctypes.byref(value), *arguments)
     return value.value

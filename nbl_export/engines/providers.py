@@ -1,4 +1,4 @@
-"""Execution providers of ONNX Runtime GenAI for NVIDIA GPUs, as data. What was found out about them: `ort_gpu`."""
+"""Execution providers of ONNX Runtime GenAI for NVIDIA GPUs, as data; `ort.gpu` has the observations behind them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ __all__ = ["PROVIDERS", "Provider"]
 class Provider:
     """An execution provider of ONNX Runtime GenAI.
 
-    genai: its name in genai_config.json. registered: name and package of a provider that is a library of its own.
-    computes: compute capabilities that it has kernels for; empty means `least_compute` and later.
-    builder_options: what the GenAI builder is told beside it, by precision.
+    Attributes:
+        genai: its name in genai_config.json.
+        computes: compute capabilities that have kernels; empty means `least_compute` and later.
+        registered: name and package of a provider that is a separate library.
+        builder_options: options that the GenAI builder gets for the provider, by precision.
     """
 
     flag: str
@@ -29,7 +31,7 @@ class Provider:
 
     @property
     def extra(self) -> str:
-        """The optional extra that installs it."""
+        """The optional extra that installs the provider."""
         return "gpu" if self.registered is None else self.flag
 
     def options_for(self, precision: str) -> tuple[str, ...]:
@@ -37,7 +39,7 @@ class Provider:
         return dict(self.builder_options).get(precision, ())
 
     def runs_on(self, compute: str) -> bool:
-        """Whether it has kernels for a compute capability."""
+        """Whether the provider has kernels for a compute capability."""
         if self.computes:
             return compute in self.computes
         return _version(compute) >= _version(self.least_compute)

@@ -1,11 +1,11 @@
-"""Quality of an exported graph, and of the torch models, on benchmarks and texts.
+"""Quality of the exported graphs and of the torch models on benchmarks and texts.
 
     graphs.py      a directory -> its decoder graph and tokenizer
     scorer.py      log-likelihoods and greedy text on a graph         lm.py   the same for lm-evaluation-harness
     tasks.py       benchmark by name, from the hub or from local files
     perplexity.py  texts in windows of a context and a stride
     statistics.py  standard errors, alone and of differences on the same items
-    results.py     eval.json: what was found, and what of it still holds
+    results.py     eval.json: the figures, and which of them are still valid
 
-`python -m nbl_export.evaluation` is lm-evaluation-harness' own command line with the model `nbl-onnx` in it.
+`python -m nbl_export.evaluation` is lm-evaluation-harness' own command line with the model `nbl-onnx`.
 """

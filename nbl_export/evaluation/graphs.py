@@ -1,4 +1,4 @@
-"""A run directory or a model directory -> the decoder graph in it, ready for scores."""
+"""Finds the decoder graph of a run directory or of a model directory, for scores."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbl_export.artifacts import RunDirectory
 from nbl_export.engines import load_engine
-from nbl_export.engines.onnx_decoder import OnnxDecoder, all_logits_file
+from nbl_export.engines.ort.decoder import OnnxDecoder
 from nbl_export.errors import NblError
-from nbl_export.genai_config import check_genai_config, read_genai_config
+from nbl_export.graph.genai_config import check_genai_config, read_genai_config
+from nbl_export.graph.names import GENAI_CONFIG, MANIFEST, all_logits_file
+from nbl_export.run_directory import RunDirectory
 
 __all__ = ["GRAPH_VARIANTS", "GraphPlace", "find_graph"]
 
@@ -19,35 +20,35 @@ GRAPH_VARIANTS = {"original": ("decoder", "original"), "nbl": ("rewrite", "model
 
 @dataclass(frozen=True)
 class GraphPlace:
-    """A directory with model.onnx and a tokenizer, and what cannot be read off the graph."""
+    """A directory with model.onnx and a tokenizer, and facts that the graph does not state."""
 
     directory: Path
     head_dim: int
     max_positions: int
 
     def open(self, threads: int | None = None) -> OnnxDecoder:
-        """The graph on ONNX Runtime, that with the logits of all positions where there are two."""
+        """Open the graph on ONNX Runtime; if there are two graphs, the graph with the logits of all positions."""
         return OnnxDecoder(self.directory, self.head_dim, threads, file=all_logits_file(self.directory))
 
 
 def find_graph(path: Path, variant: str = "nbl") -> GraphPlace:
-    """The graph of a variant in a run directory, or the one of a model directory.
+    """The graph of a variant in a run directory, or the graph of a model directory.
 
     Raises:
-        NblError: there is none, it is compiled, or its directory says too little.
-        CorruptError: a file is missing or not what was written there.
+        NblError: there is no graph, the graph is compiled, or its directory lacks facts.
+        CorruptError: a file is missing or has changed since it was written.
     """
     if variant not in GRAPH_VARIANTS:
         raise NblError(f"variant is {' or '.join(GRAPH_VARIANTS)}, not {variant!r}")
-    if (path / "genai_config.json").is_file():
+    if (path / GENAI_CONFIG).is_file():
         return _deployable(path)
-    if not (path / "nbl.json").is_file():
+    if not (path / MANIFEST).is_file():
         raise NblError(f"{path} is neither a run directory nor a model directory; nbl-export --output makes one")
     run = RunDirectory.peek(path)
     engine = run.manifest["options"]["engine"]
-    if load_engine(engine).CAPABILITIES.static:
+    if load_engine(engine).capabilities.static:
         raise NblError(
-            f"{path} is a run for engine {engine}, whose graphs are for its compiler; evaluate a run with "
+            f"{path} is a run for engine {engine}, and ONNX Runtime cannot evaluate its graphs; evaluate a run with "
             "--engine ort, or the torch models (--variants torch-original,torch-nbl)"
         )
     stage, name = GRAPH_VARIANTS[variant]
@@ -60,8 +61,8 @@ def find_graph(path: Path, variant: str = "nbl") -> GraphPlace:
 
 
 def _deployable(directory: Path) -> GraphPlace:
-    """A model directory by itself, also one that another tool wrote."""
-    path = directory / "genai_config.json"
+    """The graph of a model directory, which may come from another tool."""
+    path = directory / GENAI_CONFIG
     settings = read_genai_config(directory)
     try:
         model: dict[str, Any] = settings["model"]

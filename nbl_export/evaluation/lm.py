@@ -1,7 +1,7 @@
 """An exported decoder graph as a model of lm-evaluation-harness: `--model nbl-onnx --model_args path=DIR`.
 
-Tokens are made as the harness' own class for transformers makes them (`lm_eval.models.huggingface.HFLM`): special
-tokens by the tokenizer's own rule, not twice where the text already begins with one; so scores are comparable.
+Tokenisation is that of the harness' own class for transformers (`lm_eval.models.huggingface.HFLM`), so scores are
+comparable. The tokenizer adds special tokens, unless the text already begins with one.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
-from nbl_export.checkpoint import load_tokenizer
 from nbl_export.errors import NblError
 from nbl_export.evaluation.graphs import find_graph
 from nbl_export.evaluation.scorer import GraphScorer, Request
+from nbl_export.model.checkpoint.load import load_tokenizer
 
 __all__ = ["OnnxLM"]
 
@@ -34,12 +34,12 @@ class OnnxLM(TemplateLM):
         path: a run directory of nbl-export, or a model directory (genai_config.json).
         variant: of a run directory: "nbl" or "original".
         batch_size: most sequences of a batch; "auto" is 16. A batch is also bounded by the size of its logits.
-        max_length: most tokens read at once; the model's positions where it is not given.
-        threads: of ONNX Runtime; its own choice where it is not given.
-        progress: is called with (done, total) requests; the harness' own bars are drawn where it is not given.
+        max_length: most tokens read at once; None means the model's positions.
+        threads: of ONNX Runtime; None lets ONNX Runtime choose.
+        progress: called with (done, total) requests; None draws the harness' own progress bars.
 
     Raises:
-        NblError: no such graph, or one with logits of the last position only.
+        NblError: there is no such graph, or the graph gives logits of the last position only.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class OnnxLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context."""
+        """The id before a text without context."""
         begin = self.tokenizer.bos_token_id
         return int(self.tokenizer.eos_token_id if begin is None else begin)
 
@@ -84,16 +84,16 @@ class OnnxLM(TemplateLM):
         return [int(i) for i in self.tokenizer.encode(string, **asked)]
 
     def tok_decode(self, tokens: list[int]) -> str:
-        """Text of token ids, special tokens left out."""
+        """Text of token ids without special tokens."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness keys its cache of chat prompts by."""
+        """The key of the harness' cache of chat prompts."""
         return str(self._place.directory.absolute()).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as one text, through the model's own template."""
+        """A conversation as one text, by the model's own template."""
         return str(
             self.tokenizer.apply_chat_template(
                 chat_history,
@@ -113,7 +113,7 @@ class OnnxLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **_kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """What TemplateLM.loglikelihood calls once it has made tokens: (log-likelihood, greedy?) of each."""
+        """(log-likelihood, greedy?) of each request; TemplateLM.loglikelihood calls this after tokenisation."""
         wanted = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
         scores = self.scorer.score(wanted, self.progress or (lambda _done, _total: None))
         found = [(score.loglikelihood, score.greedy) for score in scores]
@@ -123,7 +123,7 @@ class OnnxLM(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows of the full length of which each token is predicted once."""
+        """Log-likelihood of whole texts, in windows of the full length; each token is predicted once."""
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
@@ -147,14 +147,14 @@ class OnnxLM(TemplateLM):
         """Greedy text until a stop sequence, the end of text or the limit.
 
         Raises:
-            NblError: sampling is asked for.
+            NblError: the task asks for sampling.
         """
         eos = str(self.tokenizer.decode([self.eot_token_id]))
         groups: dict[tuple[tuple[str, ...], int], list[int]] = {}
         for index, request in enumerate(requests):
             asked = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
             if asked.get("do_sample"):
-                raise NblError("nbl-onnx decodes greedily and the task asks for sampling; give do_sample=False")
+                raise NblError("nbl-onnx decodes greedily, but the task asks for sampling; give do_sample=False")
             until = handle_stop_sequences(asked.get("until"), eos=eos)
             groups.setdefault((tuple(until), asked["max_gen_toks"]), []).append(index)
         texts = [""] * len(requests)

@@ -1,6 +1,6 @@
-"""Local files -> documents of a stock task's data set.
+"""Reads documents of a stock task's data set from local files.
 
-DIR/TASK/SPLIT.jsonl               rows of the stock data set as they are, for any task
+DIR/TASK/SPLIT.jsonl               rows of the stock data set, unchanged, for any task
 lambada_openai  test.jsonl         {"context", "continuation"}            -> {"text"}
 arc_easy, arc_challenge test.jsonl {"question", "choices", "gold" from 0} -> {"question", "choices", "answerKey"}
 piqa            valid.jsonl + valid-labels.lst  {"goal", "sol1", "sol2"}  -> the same with "label"
@@ -21,13 +21,13 @@ from nbl_export.errors import NblError
 __all__ = ["LocalData", "find_local", "wikitext_pages"]
 
 _NAMES = {"test": ("test",), "validation": ("validation", "valid", "val", "dev")}  # split -> file stems
-_MOST_BYTES = 64 << 20  # of one file, whose documents are all held
+_MOST_BYTES = 64 << 20  # of one file; all of its documents are in memory
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class LocalData:
-    """Documents in the stock data set's form, the split they stand for, and the file they came from."""
+    """Documents in the stock data set's form, the split that they replace, and the name and hash of their file."""
 
     name: str
     split: str
@@ -36,13 +36,13 @@ class LocalData:
 
 
 def find_local(task: str, directory: Path, stock: dict[str, Any]) -> LocalData | None:
-    """Documents of a task below `directory`, of its test split before its validation split; None without a file.
+    """Documents of a task below `directory`: the test split, else the validation split; None without a file.
 
     Args:
         stock: the harness' configuration of the task.
 
     Raises:
-        NblError: the directory is none, or a file is empty, damaged or lacks a field.
+        NblError: `directory` is not a directory, or a file is empty or damaged or lacks a field.
     """
     if not directory.is_dir():
         raise NblError(f"--data {directory} is not a directory")
@@ -94,7 +94,7 @@ def _rows(task: str, path: Path, split: str) -> LocalData:
 
 
 def _require_known_form(task: str, path: Path, fields: Sequence[str]) -> None:
-    """A task that has forms wants one of them, or the stock data set's own fields."""
+    """Refuse documents that have neither the fields of a local form nor those of the stock data set."""
     forms = [needed for needed, _ in _FORMS.get(task, ())]
     stock = _STOCK_FIELDS.get(task)
     if stock is None or set(stock) <= set(fields):
@@ -105,7 +105,7 @@ def _require_known_form(task: str, path: Path, fields: Sequence[str]) -> None:
 
 
 def _converted(path: Path, number: int, row: Row, fields: Sequence[str], convert: Callable[[Row], Row]) -> Row:
-    # A stock row may hold null; one that is converted may not.
+    # A stock row may hold null; a converted row may not.
     missing = [name for name in fields if name not in row or (convert is not dict and row[name] is None)]
     if missing:
         raise NblError(f"{path}, document {number} has no field {missing[0]!r}")
@@ -116,7 +116,7 @@ def _converted(path: Path, number: int, row: Row, fields: Sequence[str], convert
 
 
 def _labels(path: Path, count: int) -> list[int] | None:
-    """PIQA's answers lie in a file of their own."""
+    """Answers from a separate file, as PIQA has them; None without this file."""
     beside = path.with_name(f"{path.stem}-labels.lst")
     if not beside.is_file():
         return None
@@ -154,7 +154,7 @@ def _piqa(row: Row) -> Row:
     return {name: row[name] for name in ("goal", "sol1", "sol2", "label")}
 
 
-# task -> forms other than the stock data set's own: fields and what they become
+# task -> local forms beside the stock data set's own: fields, and the conversion to stock fields
 _FORMS: dict[str, tuple[tuple[tuple[str, ...], Callable[[Row], Row]], ...]] = {
     "lambada_openai": ((("context", "continuation"), _lambada),),
     "arc_easy": ((("question", "choices", "gold"), _arc),),
@@ -178,10 +178,10 @@ def _wikitext(path: Path, split: str) -> LocalData:
 
 
 def wikitext_pages(text: str) -> list[str]:
-    """Articles of a WikiText file, each from its title line (` = Title = `) on.
+    """Articles of a WikiText file; each begins with its title line (` = Title = `).
 
-    The same cuts as in EleutherAI/wikitext_document_level, which the stock task reads: a heading of a section
-    (` = = Section = = `) is no title.
+    The articles are those of EleutherAI/wikitext_document_level, which the stock task reads. A section heading
+    (` = = Section = = `) is not a title.
     """
     pages: list[str] = []
     current: list[str] = []

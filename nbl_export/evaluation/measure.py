@@ -1,4 +1,4 @@
-"""One benchmark, or one text, on one model of the harness -> an `Outcome` with a score for every item."""
+"""Runs one benchmark or one text on one model of the harness: an `Outcome` with a score for every item."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Metric", "Outcome", "run_benchmark", "run_windows"]
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a task. `items` [n] or [n, 2] are empty where the aggregation is not one that we know errors of."""
+    """A figure of a task. `items` [n] or [n, 2] are empty if the aggregation has no error formula in `statistics`."""
 
     value: float
     stderr: float | None
@@ -26,10 +26,10 @@ class Metric:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one model said to one task.
+    """The result of one model on one task.
 
-    loglikelihoods: of each item, one number a request; scored_tokens: how many tokens each is the sum of.
-    Both are empty where text was generated.
+    loglikelihoods: of each item, one number for each request. scored_tokens: the number of tokens in each of these
+    sums. Both are empty if the task generates text.
     """
 
     items: int
@@ -46,7 +46,7 @@ class Outcome:
 
 
 def run_benchmark(benchmark: Benchmark, lm: Any, limit: int | None) -> Outcome:
-    """Ask a model all requests of a benchmark's first `limit` documents (None: of all)."""
+    """Run all requests of a benchmark's first `limit` documents on a model (None: all documents)."""
     from lm_eval.evaluator import evaluate
 
     task = benchmark.task
@@ -55,7 +55,7 @@ def run_benchmark(benchmark: Benchmark, lm: Any, limit: int | None) -> Outcome:
         lm=lm,
         task_dict={"tasks": {benchmark.name: task}, "groups": {}, "group_map": {}},
         limit=limit,
-        bootstrap_iters=0,  # errors by `statistics`
+        bootstrap_iters=0,  # `statistics` computes errors
         log_samples=True,
     )
     seconds = time.monotonic() - started
@@ -88,7 +88,7 @@ def _metric(task: Any, name: str, value: float, items: list[Any]) -> Metric:
 
 
 def _loglikelihoods(responses: Sequence[Any]) -> tuple[float, ...]:
-    """Of (log-likelihood, greedy?) pairs or of bare numbers; generated text has none."""
+    """Log-likelihoods of (log-likelihood, greedy?) pairs or of plain numbers; empty for generated text."""
     numbers = [response[0] if isinstance(response, (tuple, list)) else response for response in responses]
     return tuple(float(n) for n in numbers) if not any(isinstance(n, str) for n in numbers) else ()
 
@@ -108,7 +108,7 @@ def _scored(lm: Any, arguments: Sequence[Any]) -> int:
 def run_windows(
     windows: Sequence[tuple[list[int], list[int]]], lm: Any, progress: Callable[[int, int], None]
 ) -> Outcome:
-    """Perplexity over windows of (read before, scored) token ids: exp of the loss of all scored tokens."""
+    """Perplexity over windows of (context, scored) token ids: exp of the mean loss of all scored tokens."""
     started = time.monotonic()
     scores: list[float] = []
     for begin in range(0, len(windows), _WINDOWS_AT_ONCE):

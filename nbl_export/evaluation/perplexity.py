@@ -2,11 +2,11 @@
 
     tokens    0 1 2 3 4 5 6 7 8 9 ...          context 6, stride 4
     window 0  . p p p p p                      . is read, p is read and scored
-    window 1          . . p p p p              a token is scored once, with at least context - stride before it
-                                               (the first token of a window never: nothing stands before it)
+    window 1          . . p p p p              a token is scored once, after at least context - stride tokens
+                                               (the first token of a window is never scored: it has no context)
 
-With the stride equal to the context, windows do not overlap (as in `verify`'s price). Documents are tokenised one by
-one and joined, as for calibration; what does not fill the last window is left out.
+If the stride equals the context, windows do not overlap, as in the perplexity of `verify`. Documents are tokenised one
+by one and joined, as for calibration. Tokens that do not fill the last window are dropped.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nbl_export.corpus import Text
 from nbl_export.errors import NblError, UsageError
-from nbl_export.text_files import READ_BYTES
+from nbl_export.text.corpus import Text
+from nbl_export.text.files import READ_BYTES
 
 __all__ = ["NamedText", "parse_named", "windows"]
 
 
 @dataclass(frozen=True)
 class NamedText:
-    """A text to measure on, and what the user calls it."""
+    """A text for perplexity, and the user's name for the text."""
 
     name: str
     text: Text
 
 
 def parse_named(words: str) -> list[tuple[str, str]]:
-    """NAME=FILE,NAME=FILE -> pairs.
+    """The pairs (name, file) of NAME=FILE,NAME=FILE.
 
     Raises:
-        UsageError: a word is not of that form, or a name comes twice.
+        UsageError: a word does not have this form, or two texts have the same name.
     """
     pairs = []
     for word in words.split(","):
@@ -44,17 +44,17 @@ def parse_named(words: str) -> list[tuple[str, str]]:
         pairs.append((name.strip(), file.strip()))
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
-        raise UsageError("--perplexity: a name comes twice; each text needs its own")
+        raise UsageError("--perplexity: two texts have the same name; give each text its own name")
     return pairs
 
 
 def windows(
     named: NamedText, tokenizer: Any, context: int, stride: int, limit: int | None
 ) -> list[tuple[list[int], list[int]]]:
-    """(read before, scored) of each window, token ids; at most `limit` windows.
+    """Token ids (context, scored) of each window; at most `limit` windows.
 
     Raises:
-        NblError: the text is shorter than one window, or so long that not all of it was read and is asked for.
+        NblError: the text is shorter than one window, or the windows need more of the text than was read.
     """
     ids: list[int] = []
     enough = None if limit is None else context + (limit - 1) * stride

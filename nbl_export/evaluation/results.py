@@ -1,10 +1,10 @@
-"""eval.json: what each model said to each task, how the models differ on the same items, and what of it still holds.
+"""eval.json: the result of each model on each task, and differences between models on the same items.
 
-    results      one entry a (task, limit, variant), with the key of everything it depends on
-    table        one row a task and metric: every variant's figure, and NBL minus original on the same items
-    agreement    graph against torch: largest difference of a request's log-likelihood, also for each scored token
+    results      one entry for each (task, limit, variant), with a key of all its inputs
+    table        one row for each task and metric: every variant's figure, and NBL minus original on the same items
+    agreement    graph against torch: largest difference of a request's log-likelihood, and the same per scored token
 
-Scores of single items are kept as one string each, so that the file stays readable.
+The scores of all items are one string for each metric, so that the file stays readable.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TWINS = (("original", "torch-original"), ("nbl", "torch-nbl"))
 
 
 def entry(key: str, task: str, limit: int | None, variant: str, outcome: Outcome, **facts: Any) -> Entry:
-    """What eval.json says of one outcome."""
+    """The entry of one outcome in eval.json."""
     metrics = {
         name: {
             "value": metric.value,
@@ -60,7 +60,7 @@ def entry(key: str, task: str, limit: int | None, variant: str, outcome: Outcome
 
 
 def _pack(rows: Iterable[Any]) -> str:
-    """Numbers of an item apart by a comma, items by a blank."""
+    """Numbers of an item separated by commas, items separated by spaces."""
     return " ".join(",".join(f"{n:.9g}" for n in np.atleast_1d(np.asarray(row, np.float64))) for row in rows)
 
 
@@ -70,18 +70,18 @@ def _unpack(text: str) -> list[Any]:
 
 
 def read_entries(path: Path) -> dict[str, Entry]:
-    """Entries of an eval.json by key; none where there is no such file.
+    """Entries of an eval.json by key; empty if there is no such file.
 
     Raises:
-        CorruptError: it cannot be used; its figures may have taken hours, so nothing is written over it.
+        CorruptError: the file cannot be used. It is not overwritten, because its figures may have taken hours.
     """
-    advice = "restore it, or move it away to have everything measured again"
+    advice = "restore the file, or move it away to measure everything again"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         if value["schema"] != SCHEMA:
             raise CorruptError(f"{path} has schema {value['schema']}, this version reads {SCHEMA}; {advice}")
         entries = {str(e["key"]): e for e in value["results"]}
-        json.dumps(summarize(entries), allow_nan=False)  # it will be written again
+        json.dumps(summarize(entries), allow_nan=False)  # the entries will be written again
     except FileNotFoundError:
         return {}
     except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -90,7 +90,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
 
 
 def summarize(entries: Mapping[str, Entry], **facts: Any) -> dict[str, Any]:
-    """The value of eval.json."""
+    """The content of eval.json."""
     results = list(entries.values())
     return {
         "schema": SCHEMA,
@@ -102,13 +102,13 @@ def summarize(entries: Mapping[str, Entry], **facts: Any) -> dict[str, Any]:
 
 
 def _place(found: Entry) -> tuple[Any, ...]:
-    """What entries have in common that can be compared item by item."""
+    """A key that entries share if they can be compared item by item."""
     config = json.dumps(found["config"], sort_keys=True)
     return found["task"], found["limit"], found["data"].get("sha256"), found["items"], config
 
 
 def _pairs(results: list[Entry], wanted: tuple[tuple[str, str], ...]) -> list[tuple[Entry, Entry]]:
-    """Entries that differ in the variant alone, such as `wanted` names."""
+    """Pairs of entries that differ only in the variant, for each pair of variants in `wanted`."""
     found = {(_place(e), e["variant"]): e for e in results}
     places = dict.fromkeys(place for place, _ in found)
     return [(found[p, a], found[p, b]) for p in places for a, b in wanted if {(p, a), (p, b)} <= found.keys()]
@@ -135,7 +135,7 @@ def _table(results: list[Entry]) -> list[dict[str, Any]]:
 
 
 def _difference(new: Entry, old: Entry, name: str) -> list[dict[str, Any]]:
-    """New minus old with its paired standard error; nothing where there are no scores of single items."""
+    """New minus old with its paired standard error; empty if there are no scores of single items."""
     if name not in new["scores"] or name not in old["scores"]:
         return []
     items = (_unpack(e["scores"][name]) for e in (new, old))
@@ -144,7 +144,7 @@ def _difference(new: Entry, old: Entry, name: str) -> list[dict[str, Any]]:
 
 
 def _agreement(graph: Entry, torch: Entry) -> dict[str, Any]:
-    """How far apart two computations of one model are; None where text was generated."""
+    """Distance between two computations of one model; None for generated text."""
     seen = None
     if graph["scores"]["tokens"] and graph["scores"]["loglikelihoods"]:
         ours, theirs, tokens = (_flat(e["scores"][n]) for e, n in ((graph, _SAID), (torch, _SAID), (graph, "tokens")))

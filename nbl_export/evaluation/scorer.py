@@ -1,11 +1,11 @@
-"""Log-likelihoods of continuations, and greedy text, on a decoder graph. Plain numpy on token ids.
+"""Log-likelihoods of continuations, and greedy text, on a decoder graph. Token ids and numpy only.
 
-    one continuation of a context        rows of similar length, right-padded, one step a batch
+    one continuation of a context        rows of similar length, right-padded, one step for each batch
     several of the same context          context once -> mark -> continuation -> rewind -> continuation ...
-    longer than a batch may be           alone, in chunks
+    a row too long for a batch           alone, in chunks
 
-The second way costs one context and k continuations instead of k contexts. Continuations go one at a time, since
-GroupQueryAttention takes chunks on top of a cache for a single sequence only (ONNX Runtime 1.32).
+The second case computes one context and k continuations instead of k contexts. Continuations run one at a time,
+because GroupQueryAttention accepts chunks after a cache for a single sequence only (ONNX Runtime 1.32).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from nbl_export.errors import NblError
 
 __all__ = ["GraphScorer", "Request", "Score"]
 
-_LOGIT_BYTES = 1 << 28  # of one step, the largest array by far
+_LOGIT_BYTES = 1 << 28  # logits of one step, by far the largest array
 _FEWEST_TOKENS = 64
-_MOST_TOKENS = 1024  # larger steps gain nothing on a CPU
+_MOST_TOKENS = 1024  # larger steps are no faster on a CPU
 _MOST_ROWS = 16
 
 
@@ -40,24 +40,24 @@ class Request:
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """What the graph reads: all but the last token, which is only predicted."""
+        """Tokens that the graph reads: all except the last token, which is only predicted."""
         return self.context + self.continuation[:-1]
 
 
 @dataclass(frozen=True)
 class Score:
-    """Sum of the log-probabilities (nats) of the continuation's tokens; would greedy decoding say the same?"""
+    """loglikelihood: of the continuation's tokens, in nats. greedy: whether greedy decoding gives these tokens."""
 
     loglikelihood: float
     greedy: bool
 
 
 class GraphScorer:
-    """Scores on one decoder graph (`engines.onnx_decoder.OnnxDecoder`, or what behaves like it).
+    """Scores on one decoder graph (`engines.ort.decoder.OnnxDecoder`, or an object with the same methods).
 
     Args:
-        decoder: gives logits of all positions.
-        max_length: most tokens the graph reads; longer requests lose their beginning.
+        decoder: must give logits of all positions.
+        max_length: most tokens that the graph reads; longer requests lose their beginning.
         rows: most sequences of a batch.
 
     Raises:
@@ -72,8 +72,8 @@ class GraphScorer:
         logits_BTV = decoder.step(np.zeros((1, 2), np.int64))
         if logits_BTV.shape[1] != 2:
             raise NblError(
-                "this graph gives logits of the last position only, and scores need all of them: keep all_logits.onnx "
-                "beside it, export it with --logits all, or evaluate the torch models (--variants "
+                "this graph gives logits of the last position only, and scores need the logits of all positions: keep "
+                "all_logits.onnx beside the graph, export with --logits all, or evaluate the torch models (--variants "
                 "torch-original,torch-nbl)"
             )
         width = int(logits_BTV.shape[2])
@@ -84,10 +84,10 @@ class GraphScorer:
     def score(
         self, requests: Sequence[Request], progress: Callable[[int, int], None] = lambda _done, _total: None
     ) -> list[Score]:
-        """One score a request, in their order; equal requests are computed once.
+        """One score for each request, in order; equal requests are computed once.
 
         Raises:
-            NblError: a continuation is longer than the graph can read.
+            NblError: a continuation is longer than `max_length`.
         """
         wanted = [self._fit(request) for request in requests]
         by_context: dict[tuple[int, ...], list[Request]] = {}
@@ -102,7 +102,7 @@ class GraphScorer:
         return [found[request] for request in wanted]
 
     def _fit(self, request: Request) -> Request:
-        """The end of a request that is too long: the continuation whole, of the context what is left room for."""
+        """Shorten a long request: keep the whole continuation and the end of the context that still fits."""
         if len(request.continuation) > self.max_length:
             raise NblError(
                 f"a continuation of {len(request.continuation)} tokens cannot be scored: the model reads "
@@ -126,7 +126,7 @@ class GraphScorer:
         return found
 
     def _batches(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
-        """Longest first, so that a step that does not fit in memory fails at once; a batch is a rectangle."""
+        """Batches, longest rows first, so that a step too large for memory fails at once."""
         batch: list[Request] = []
         for request in sorted(requests, key=lambda r: (-len(r.inputs), r.inputs)):
             longest = len(batch[0].inputs) if batch else 0
@@ -151,7 +151,7 @@ class GraphScorer:
         }
 
     def _read(self, ids: Sequence[int], keep: int | None = None) -> np.ndarray:
-        """Append one sequence in chunks; logits [keep, V] of the last positions (all of them without `keep`)."""
+        """Append one sequence in chunks; return logits [keep, V] of the last positions (None: all positions)."""
         first = 0 if keep is None else len(ids) - keep
         kept = []
         for begin in range(0, len(ids), self._tokens):
@@ -166,7 +166,7 @@ class GraphScorer:
     def generate(
         self, prompts: Sequence[Sequence[int]], new_tokens: int, ended: Callable[[list[int]], bool]
     ) -> list[list[int]]:
-        """Greedy continuations, token ids, each until `ended` says so of it or it has `new_tokens`."""
+        """Greedy continuations as token ids; each ends if `ended` is true of its ids, or at `new_tokens` tokens."""
         room = max(1, self.max_length - new_tokens)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         found: dict[int, list[int]] = {}
@@ -198,7 +198,7 @@ class GraphScorer:
 
 
 def _right_padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """ids [B, T] and 1 for tokens, 0 for padding [B, T]."""
+    """Ids [B, T], and a mask [B, T] with 1 for tokens and 0 for padding."""
     ids_BT = np.zeros((len(rows), max(map(len, rows))), np.int64)
     valid_BT = np.zeros_like(ids_BT)
     for b, row in enumerate(rows):
@@ -207,7 +207,7 @@ def _right_padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray
 
 
 def _score(logits_TV: np.ndarray, targets: Sequence[int]) -> Score:
-    """log softmax at the targets, summed; sums in float64."""
+    """Log softmax at the targets, summed in float64."""
     place = np.arange(len(targets)), np.asarray(targets)
     top_T = logits_TV.max(1)
     log_sums_T = np.log(np.exp(logits_TV - top_T[:, None]).sum(1, dtype=np.float64))

@@ -1,12 +1,12 @@
-"""How sure a benchmark's figure is, and a difference of two figures on the same items.
+"""Standard errors of a benchmark's figure, and of the difference of two figures on the same items.
 
-Every figure here is a smooth function of means over items. To first order it moves with item i by u_i / n, its
-influence (delta method; for ratios Cochran, Sampling Techniques, chapter 6), so that
+Every figure is a smooth function of means over items. To first order, item i changes the figure by u_i / n, with the
+influence u_i (delta method; for ratios Cochran, Sampling Techniques, chapter 6):
 
     standard error            sd(u) / sqrt(n)
     of a paired difference    sd(u_a - u_b) / sqrt(n)
 
-The second is much smaller than what the two errors give where both models find the same items hard.
+If both models find the same items hard, the paired error is much smaller than the two single errors combined.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["AGGREGATIONS", "Difference", "Figure", "difference", "figure"]
 
 @dataclass(frozen=True)
 class Figure:
-    """A value and its standard error; None where the items do not give one."""
+    """A value and its standard error; None for a single item."""
 
     value: float
     stderr: float | None
@@ -63,7 +63,7 @@ def _bits(items: np.ndarray) -> tuple[float, np.ndarray]:
     return loss / math.log(2), influence / math.log(2)
 
 
-# The harness' names of aggregations. Items [n], or [n, 2] with a weight (words, bytes or tokens).
+# Aggregations by the harness' names. Items [n], or [n, 2] with a weight (words, bytes or tokens).
 AGGREGATIONS: dict[str, Callable[[np.ndarray], tuple[float, np.ndarray]]] = {
     "mean": _mean,
     "perplexity": _perplexity,
@@ -82,7 +82,7 @@ def difference(aggregation: str, new: Any, old: Any) -> Difference:
     """New minus old over the same items in the same order.
 
     Raises:
-        ValueError: they are not the same number.
+        ValueError: the numbers of items differ.
     """
     if len(new) != len(old):
         raise ValueError(f"{len(new)} items are not paired with {len(old)}")

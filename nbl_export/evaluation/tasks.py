@@ -1,10 +1,10 @@
-"""Benchmarks of lm-evaluation-harness by name, on the hub's data or on local files.
+"""Benchmarks of lm-evaluation-harness by name, with documents from the hub or from local files.
 
     arc_easy ─► the harness' own configuration (prompts, choices, metrics) ─┬─ data set from the hub
                                                                             └─ DIR/arc_easy/test.jsonl
 
-Only where the documents come from changes: no task is written a second time. A local file holds the stock data set's
-own rows (DIR/TASK/SPLIT.jsonl), or one of the forms in `local_data`.
+Only the source of the documents differs; the task's configuration is the harness' own. A local file holds rows of the
+stock data set (DIR/TASK/SPLIT.jsonl) or one of the forms in `local_data`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from nbl_export.evaluation.local_data import LocalData, find_local
 __all__ = ["Benchmark", "harness_version", "load_benchmark", "quiet_harness"]
 
 _SHOWN = ("output_type", "doc_to_text", "doc_to_target", "doc_to_choice", "num_fewshot", "dataset_path", "dataset_name")
-_SEED = 1234  # the harness' default for few-shot sampling; nothing is sampled at zero shots
+_SEED = 1234  # the harness' default for few-shot sampling; zero shots sample nothing
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A task of the harness, ready to ask: with data, prompts rendered once for a check.
+    """A task of the harness with its documents; every prompt was rendered once as a check.
 
-    data: what the documents are (name, split, SHA-256 where they are local), config: how they are asked.
+    data: name and split of the documents, and SHA-256 if they are local. config: the task's settings.
     """
 
     name: str
@@ -45,7 +45,7 @@ def harness_version() -> str:
     """Installed version of lm-evaluation-harness.
 
     Raises:
-        MissingPackageError: there is none.
+        MissingPackageError: the harness is not installed.
     """
     try:
         import lm_eval
@@ -56,7 +56,7 @@ def harness_version() -> str:
 
 @contextlib.contextmanager
 def quiet_harness() -> Iterator[None]:
-    """The harness logs each of its defaults, the hub each attempt to reach it: errors only."""
+    """Log only errors of the harness and the hub; both log much at lower levels."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     try:
@@ -78,11 +78,11 @@ def _catalogue() -> Any:
 
 
 def load_benchmark(name: str, data: Path | None = None) -> Benchmark:
-    """A benchmark by the harness' name, on local documents where `data` has some.
+    """A benchmark by the harness' name, with local documents if `data` has some.
 
     Raises:
         UsageError: the harness has no such task.
-        NblError: its documents cannot be had, are none, or lack what the prompts ask for.
+        NblError: documents cannot be fetched, there are none, or a document lacks fields of the prompts.
     """
     entry = _catalogue().task_index.get(name)
     if entry is None:
@@ -112,7 +112,7 @@ def _stock(entry: Any) -> dict[str, Any]:
 
 
 def _local_task(name: str, stock: dict[str, Any], local: LocalData) -> Any:
-    """The stock configuration with its documents exchanged."""
+    """The stock task with local documents."""
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
@@ -123,8 +123,8 @@ def _local_task(name: str, stock: dict[str, Any], local: LocalData) -> Any:
     config |= {"task": name, "training_split": None, "fewshot_split": None, **splits}
     try:
         return ConfigurableTask(config={**config, "custom_dataset": lambda **_: documents})
-    except Exception as error:  # what the prompt's template or the task's own code meets in a document
-        raise NblError(f"{local.name}: task {name} cannot be made of it: {_line(error)}") from error
+    except Exception as error:  # the prompt template or the task's code can fail on a document
+        raise NblError(f"{local.name} does not fit task {name}: {_line(error)}") from error
 
 
 _SPLITS = ("test_split", "validation_split")
@@ -136,7 +136,7 @@ def _hub_task(name: str, data: Path | None) -> Any:
     datasets.disable_progress_bars()
     try:
         return _catalogue().load([name])["tasks"][name]
-    except Exception as error:  # the library raises many kinds
+    except Exception as error:  # the library raises many types
         where = f"{data} has no file for it, and " if data else ""
         raise NblError(
             f"task {name}: {where}its data set cannot be fetched ({_line(error)}); "
@@ -145,7 +145,7 @@ def _hub_task(name: str, data: Path | None) -> Any:
 
 
 def _check_prompts(name: str, task: Any, local: LocalData | None) -> None:
-    """Render every document once: what is missing in one shows now, not after an hour."""
+    """Render every document once, so that a missing field is an error now and not after an hour."""
     where = local.name if local else f"task {name}"
     if not len(task.eval_docs):
         raise NblError(f"{where} has no documents")

@@ -1,4 +1,4 @@
-"""A torch model as a model of lm-evaluation-harness: the harness' own class, on a model that is already there."""
+"""A torch model as a model of lm-evaluation-harness: the harness' own class over a loaded model."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 __all__ = ["torch_lm"]
 
-_ROWS = 4  # the harness makes log-probabilities of every position of a batch
+_ROWS = 4  # small, because the harness computes log-probabilities of every position of a batch
 
 
 def torch_lm(model: Any, tokenizer: Any, max_length: int) -> Any:
-    """`lm_eval.models.huggingface.HFLM` over `model`, on the device it is on.
+    """`lm_eval.models.huggingface.HFLM` over `model`, on the model's device.
 
-    Without the class's own progress bars; its `progress` is called with (done, total) requests instead.
+    The class draws no progress bars; it calls its `progress` with (done, total) requests.
     """
     from lm_eval.models.huggingface import HFLM
 

@@ -1,7 +1,7 @@
-"""A decoder graph and a plan in, the NBL graph out: an ordered list of passes, one subject each.
+"""Turns a decoder graph and a plan into the NBL graph: an ordered list of passes, one subject each.
 
-Passes change the graph in place and say whether they did. They refuse, with layer and reason, what they do
-not understand; a plan that asks for m layers and would rewrite fewer is an error.
+Passes change the graph in place and report whether they did. A pass refuses what it does not understand, with layer and
+reason. A plan that asks for m layers and would rewrite fewer is an error.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from nbl_export.engines.onnx_decoder import ALL_LOGITS_FILE, STATIC_GRAPH_FILE, all_logits_file, graph_file
 from nbl_export.errors import RefusalError
-from nbl_export.records import AffineMap, GraphContract, PassReport, Plan, TensorInfo
-from nbl_export.rewrite.anatomy import cache_layers, graph_caches
+from nbl_export.graph.anatomy import cache_layers, graph_caches
+from nbl_export.graph.names import ALL_LOGITS_FILE, GENAI_CONFIG, STATIC_GRAPH_FILE, all_logits_file, graph_file
+from nbl_export.graph.passes import run_passes
+from nbl_export.records.decoder import GraphContract, TensorInfo
+from nbl_export.records.plan import AffineMap, Plan
 from nbl_export.rewrite.bypass import BypassAttention
-from nbl_export.rewrite.caches import DropCaches, DropUnreadCaches
+from nbl_export.rewrite.drop_caches import DropCaches, DropUnreadCaches
 from nbl_export.rewrite.last_token import keep_last_token
 from nbl_export.rewrite.quantize import QuantizeMaps
 from nbl_export.rewrite.quantize_blocks import QuantizeMapBlocks
 from nbl_export.rewrite.renumber import RenumberCaches
 from nbl_export.rewrite.sweep import SkipNormToAdd, Sweep
-from nbl_export.rewrite.tail import PruneTail
 from nbl_export.rewrite.token_table import TabulateTokens
 
 __all__ = ["contract_of", "make_dense", "passes_for", "rewrite", "rewrite_model"]
 
 
 def passes_for(
-    plan: Plan, maps: Mapping[int, AffineMap], map_bits: int | None = None, rows_VD: np.ndarray | None = None
+    plan: Plan, maps: Mapping[int, AffineMap], rows_VD: np.ndarray | None = None
 ) -> Sequence[ir.passes.PassBase]:
-    """The rewrite, in order."""
+    """The passes of the rewrite, in order."""
     chosen = {layer: maps[layer] for layer in plan.replaced}
-    drop = DropCaches(plan.replaced)
     return (
         BypassAttention(chosen, plan.tap),
-        drop,
+        DropCaches(plan.replaced),
         Sweep(),
-        DropUnreadCaches(drop),
+        DropUnreadCaches(),
         SkipNormToAdd(),
         TabulateTokens(rows_VD),
         Sweep(),
-        QuantizeMaps(map_bits),
+        QuantizeMaps(),
         QuantizeMapBlocks(),
         Sweep(),
     )
@@ -55,32 +55,27 @@ def rewrite_model(
     model: ir.Model,
     plan: Plan,
     maps: Mapping[int, AffineMap],
-    map_bits: int | None = None,
     rows_VD: np.ndarray | None = None,
-) -> tuple[PassReport, ...]:
-    """Rewrite in place. With the empty plan nothing is touched.
+) -> None:
+    """Rewrite a model in place; the empty plan changes nothing.
 
     Args:
-        map_bits: of the maps where the graph's matrices are quantised; 32 leaves them float32, None takes theirs.
-        rows_VD: what enters the first kept layer for each token (`token_rows`), to be looked up instead of computed.
+        rows_VD: input of the first kept layer for each token (`token_rows`), looked up instead of computed.
 
     Raises:
-        RefusalError: the graph is not understood, or does not have the plan's layers.
+        RefusalError: the graph is not understood, or lacks layers of the plan.
     """
     if not plan.replaced:
-        return ()
+        return
     before = graph_caches(model.graph)
     missing = set(plan.replaced) - set(before)
     if missing:
         raise RefusalError(min(missing), f"the graph has attention caches for layers {list(before)} only")
-    reports = [
-        PassReport(type(step).__name__, step(model).modified) for step in passes_for(plan, maps, map_bits, rows_VD)
-    ]
+    run_passes(passes_for(plan, maps, rows_VD), model)
     after = [value for pasts, _ in graph_caches(model.graph).values() for value in pasts]
     if after != [value for layer in before if layer not in plan.replaced for value in before[layer][0]]:
         names = [value.name for value in after]
         raise RefusalError(None, f"caches {names} remain after replacing {list(plan.replaced)}")
-    return tuple(reports)
 
 
 def rewrite(
@@ -90,14 +85,13 @@ def rewrite(
     maps: Mapping[int, AffineMap],
     *,
     dense: bool = False,
-    map_bits: int | None = None,
     rows_VD: np.ndarray | None = None,
-) -> tuple[PassReport, ...]:
-    """Write the NBL version of a deployable directory to `out` (which must not exist).
+) -> None:
+    """Write the NBL version of a deployable directory to `out`, which must not exist.
 
-    Weights that stay are copied from file to file; an empty plan copies the graph byte for byte. A decoder.onnx gets
-    dense cache ids, a model.onnx keeps its layers' (what the runtimes of each expect) unless `dense`. A source that
-    gives the logits of the last token has the graph with all of them beside it; so has what is written.
+    Kept weights are copied from file to file. An empty plan copies the graph byte for byte. A decoder.onnx gets dense
+    cache ids; a model.onnx keeps the ids of its layers unless `dense` is set. Their runtimes expect these ids. A
+    source with last-token logits has the graph with all logits beside it; so has the output.
 
     Raises:
         RefusalError: the graph is not understood.
@@ -110,37 +104,34 @@ def rewrite(
         if file.is_file() and (file.name not in rewritten or not plan.replaced):
             shutil.copyfile(file, out / file.name)
     if not plan.replaced:
-        return ()
+        return
     model = ir.load(source / all_logits_file(source))
-    reports = rewrite_model(model, plan, maps, map_bits, rows_VD)
+    rewrite_model(model, plan, maps, rows_VD)
     ir.save(model, out / name, external_data=f"{name}.data")
     if dense or name == STATIC_GRAPH_FILE:
-        reports = (*reports, make_dense(out / name))
-        _count_caches(out / "genai_config.json", len(plan.kept))
+        make_dense(out / name)
+        _count_caches(out / GENAI_CONFIG, len(plan.kept))
     if last_only:
         keep_last_token(out)
-        reports = (*reports, PassReport(PruneTail.__name__, True))
-    return reports
 
 
 def _count_caches(path: Path, caches: int) -> None:
-    """GenAI names caches 0..num_hidden_layers-1 where it does not find their names in the graph."""
+    """Set the number of caches, which GenAI counts from 0 if it does not find their names in the graph."""
     if path.is_file():
         settings = json.loads(path.read_text(encoding="utf-8"))
         settings["model"]["decoder"]["num_hidden_layers"] = caches
         path.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
 
 
-def make_dense(path: Path) -> PassReport:
-    """Give a saved graph cache ids 0..K-1; its data stays as it is."""
+def make_dense(path: Path) -> None:
+    """Give a saved graph cache ids 0..K-1; its data file does not change."""
     model = ir.load(path)
-    report = PassReport("RenumberCaches", RenumberCaches()(model).modified)
+    RenumberCaches()(model)
     ir.save(model, path)
-    return report
 
 
 def contract_of(model: ir.Model) -> GraphContract:
-    """Names, element types and dimensions of a decoder graph, and which layers keep a cache."""
+    """Names, element types and dimensions of a decoder graph, and the layers that keep a cache."""
     return GraphContract(
         tuple(_info(v) for v in model.graph.inputs),
         tuple(_info(v) for v in model.graph.outputs),

@@ -1,11 +1,11 @@
-"""Feed a replaced layer's residual join with x W' + b in place of its attention (x: what the tap names).
+"""Feeds a replaced layer's residual join with x W' + b instead of its attention; the tap names the value x.
 
     before   x -- norm -- qkv -- GroupQueryAttention -- o_proj -+      after   x -- MatMul(W') -- Add(b) -+
              x -------------------------------------------- join                x -------------------- join
 
-A map of low rank is two products, MatMul(down') -- MatMul(up') -- Add(b).
-Nothing is cut out: exporters share rotary tables, masks and shape values across layers, so the old block is
-merely left without a reader (see `caches` and `sweep`). Refuses a join that `anatomy` cannot find.
+A map of low rank is two products: MatMul(down') -- MatMul(up') -- Add(b).
+This pass removes no nodes, because exporters share rotary tables, masks and shape values across layers. The old block
+only loses its reader (see `drop_caches` and `sweep`). Refuses a join that `anatomy` cannot find.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
-from nbl_export.records import AffineMap
-from nbl_export.rewrite.anatomy import AttentionBlock, find_block
+from nbl_export.graph.anatomy import AttentionBlock, find_block
+from nbl_export.graph.emitter import add_initializer, element_type
+from nbl_export.records.plan import AffineMap
 
-__all__ = ["BypassAttention", "add_initializer", "element_type", "tapped"]
+__all__ = ["BypassAttention", "tapped"]
 
-_DEPTH = 12  # of operators between a value and one of a stated type
 _PRODUCTS = {"weight": "MatMul", "down": "MatMulDown", "up": "MatMulUp"}  # matrix of a map -> its node
 
 
 class BypassAttention(ir.passes.InPlacePass):
-    """Put affine maps in place of the attention of the mapped layers."""
+    """Replace the attention of the mapped layers by affine maps."""
 
     def __init__(self, maps: Mapping[int, AffineMap], tap: str = "residual") -> None:
         super().__init__()
@@ -62,58 +62,27 @@ def _map_nodes(
 
 
 def tapped(block: AttentionBlock, tap: str) -> ir.Value:
-    """What a map acts on.
+    """The value that a map acts on.
 
     Raises:
-        RefusalError: the block has no normed input.
+        RefusalError: the tap is "normed" and the block has no normed input.
     """
     if tap == "residual":
         return block.residual
     if block.normed is None:
         raise RefusalError(
             block.layer,
-            "no norm makes the one value that its attention multiplies first, for a map to act on (tap normed)",
+            "its attention does not multiply one normed value first, which tap normed needs; use tap residual",
         )
     return block.normed
 
 
-def add_initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType) -> ir.Value:
-    """A new constant.
-
-    Raises:
-        RefusalError: there is one of this name.
-    """
-    if name in graph.initializers:
-        raise RefusalError(None, f"it already has an initializer {name}; this graph has been rewritten before")
-    tensor = ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(dtype))
-    graph.register_initializer(value)
-    return value
-
-
 def _describe_output(node: ir.Node, residual: ir.Value, width: int, dtype: ir.DataType) -> ir.Value:
-    """Name and type a node's output; its shape is that of the residual, with its own width."""
+    """Name and type a node's output; its shape is the residual's, with `width` as the last dimension."""
     output = node.outputs[0]
     output.name, output.type = f"{node.name}/output_0", ir.TensorType(dtype)
     output.shape = None if residual.shape is None else ir.Shape([*residual.shape[:-1], width])
     return output
-
-
-def element_type(graph: ir.Graph, value: ir.Value) -> ir.DataType:
-    """Of a hidden value, from what it is computed from where the graph does not state it; else that of the logits."""
-    return _derived_type(value, _DEPTH) or graph.outputs[0].dtype or ir.DataType.FLOAT
-
-
-def _derived_type(value: ir.Value, depth: int) -> ir.DataType | None:
-    if value.dtype is not None:
-        return value.dtype if value.dtype.is_floating_point() else None
-    node = value.producer()
-    if node is None or depth == 0:
-        return None
-    if node.op_type == "Cast":
-        return ir.DataType(node.attributes["to"].as_int())
-    types = (_derived_type(v, depth - 1) for v in node.inputs if v is not None)
-    return next((t for t in types if t is not None), None)
 
 
 def _check_same_size(layer: int, branch: ir.Value | None, affine: AffineMap) -> None:

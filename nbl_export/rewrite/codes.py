@@ -1,11 +1,11 @@
-"""The matrices of a graph that are stored in codes, and what the codes stand for.
+"""Finds the matrices that a graph stores in codes (integers with scales), and unpacks them.
 
     MatMulNBits(x, codes, scales[, zeros])            y = x W'      W [N, K], blocks along K
     GatherBlockQuantized(codes, ids, scales[, zeros])  rows of W     W [V, D], blocks along D
     DequantizeLinear(codes, scales[, zeros])           either        for the whole tensor, an axis, or in blocks
-    MatMulInteger(x, codes[, ., zeros])                y = x W'      W without its scale, which stands behind
+    MatMulInteger(x, codes[, ., zeros])                y = x W'      W without its scale, which a later node applies
 
-Refuses codes that are computed, sorted by activation (g_idx), or dequantised to another type than float32.
+Refuses codes that are computed, codes sorted by activation (g_idx), and codes dequantised to a type other than float32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
-from nbl_export.nbits import Blocks, StoredMatrix
+from nbl_export.graph.nbits import Blocks, StoredMatrix
 
 __all__ = ["HOLDERS", "QuantisedMatrix", "quantised_matrices", "read_codes", "stored_matrices"]
 
@@ -32,8 +32,10 @@ Read = Callable[[], np.ndarray]
 class QuantisedMatrix:
     """A matrix that a node holds in codes.
 
-    lookup: W [V, D] is a table whose rows are looked up; else W [N, K] makes y = x W'. transposed: the graph multiplies
-    by, or looks up in, W' as it is stored. blocks: unpacks it, along K or D.
+    Attributes:
+        lookup: whether W [V, D] is a table whose rows are looked up; else W [N, K] makes y = x W'.
+        transposed: whether the graph multiplies by, or looks up in, W' as stored.
+        blocks: unpacks the matrix, along K or D.
     """
 
     node: ir.Node
@@ -47,21 +49,21 @@ class QuantisedMatrix:
         return str(self.node.name)
 
     def operand(self) -> np.ndarray:
-        """What a float32 graph has in its place."""
+        """The matrix that a float32 graph has in this place."""
         matrix = self.blocks().matrix
         return np.ascontiguousarray(matrix.T) if self.transposed else matrix
 
 
 def stored_matrices(path: Path) -> list[StoredMatrix]:
-    """The same of a graph on disk, for those who know nothing of nodes; empty where nothing is in codes."""
+    """The quantised matrices of a graph file, without nodes; empty if the graph stores nothing in codes."""
     return [StoredMatrix(m.name, m.lookup, m.blocks) for m in quantised_matrices(ir.load(path).graph)]
 
 
 def quantised_matrices(graph: ir.Graph) -> Iterator[QuantisedMatrix]:
-    """In the order of the graph's nodes; a DequantizeLinear of anything but a matrix is none.
+    """The quantised matrices in the order of the nodes; skips a DequantizeLinear of a tensor that is no matrix.
 
     Raises:
-        RefusalError: see above, or an operator that is not drawn there.
+        RefusalError: the codes are refused (see the module), or an operator with codes is not in the table there.
     """
     for node in graph:
         if node.op_type in _UNKNOWN:
@@ -73,10 +75,10 @@ def quantised_matrices(graph: ir.Graph) -> Iterator[QuantisedMatrix]:
 
 
 def read_codes(node: ir.Node) -> QuantisedMatrix | None:
-    """The matrix of a node of `HOLDERS`; nothing is unpacked yet. None for a tensor that is no matrix.
+    """The matrix of a node of `HOLDERS`, not yet unpacked; None for a tensor that is no matrix.
 
     Raises:
-        RefusalError: see above.
+        RefusalError: the codes are refused (see the module).
     """
     return {"MatMulNBits": _nbits, "GatherBlockQuantized": _table, "DequantizeLinear": _dequantised,
             "MatMulInteger": _integers}[node.op_type](node)  # fmt: skip
@@ -129,7 +131,7 @@ def _dequantised(node: ir.Node) -> QuantisedMatrix | None:
 
 
 def _size_of_blocks(columns: int, along: bool, block: int, scales: int) -> int:
-    """How many elements of a row share a step: a block, one, or all."""
+    """Number of elements of a row that share a step: a block, one, or all."""
     if scales == 1 or (not along and not block):
         return columns
     return block if along and block else 1
@@ -150,21 +152,21 @@ def _integers(node: ir.Node) -> QuantisedMatrix:
 
 
 def _operands(node: ir.Node, places: tuple[int, int, int]) -> tuple[Read, Read, Read | None]:
-    """Readers of codes, scales (float32; place -1: there are none) and zero points, which may not be there."""
+    """Readers of codes, scales (float32) and zero points (None if absent); place -1 means that there are no scales."""
     codes, zeros = _tensor(node, places[0]), node.inputs[places[2]] if len(node.inputs) > places[2] else None
     points = None if zeros is None else _tensor(node, places[2]).numpy
     if places[1] < 0:
         return codes.numpy, codes.numpy, points
     scales = _tensor(node, places[1])
     if scales.dtype != ir.DataType.FLOAT:
-        raise RefusalError(None, f"{node.name} computes in {scales.dtype}; the float32 twin is of float32 graphs")
+        raise RefusalError(None, f"{node.name} computes in {scales.dtype}; a float32 copy (twin) needs a float32 graph")
     return codes.numpy, scales.numpy, points
 
 
 def _tensor(node: ir.Node, index: int) -> ir.TensorProtocol:
     value = node.inputs[index] if len(node.inputs) > index else None
     producer = None if value is None else value.producer()
-    if producer is not None and producer.op_type == "Reshape":  # of the codes of a head that the embedding shares
+    if producer is not None and producer.op_type == "Reshape":  # codes that the head shares with the embedding
         value = producer.inputs[0]
     if value is None or value.const_value is None:
         raise RefusalError(None, f"input {index} of {node.name} is not stored in the graph")
@@ -176,14 +178,14 @@ def _number(node: ir.Node, name: str, default: int) -> int:
 
 
 def _width(node: ir.Node, most: int) -> int:
-    """Of a table's rows: as the graph states it, else whole blocks."""
+    """Width of a table's rows: as the graph states it, else whole blocks."""
     shape = node.outputs[0].shape
     last = None if shape is None or not len(shape) else shape[-1]
     return last if isinstance(last, int) and 0 < last <= most else most
 
 
 def _spread(values: np.ndarray, shape: tuple[int, ...], axis: int, block: int) -> np.ndarray:
-    """A number for each element: one for the whole tensor, for each index of an axis, or for each block along it."""
+    """A value for each element, from one for the tensor, for each index of an axis, or for each block along it."""
     if values.size == 1:
         return np.broadcast_to(values.reshape(1, 1), shape)
     if block:

@@ -1,13 +1,13 @@
-"""A directory whose graph gives the logits of the last token, beside the graph with all of them on the same data.
+"""A directory with two graphs on the same data: one gives the logits of the last token, the other all logits.
 
-    model.onnx       what ships and runs: everything behind the last kept attention on one token (`tail`)
-    all_logits.onnx  the graph before that; for perplexity, verification and log-probabilities of a prompt
+    model.onnx       the deployed graph: behind the last kept attention it computes one token (`tail`)
+    all_logits.onnx  the graph before pruning; for perplexity, verification and log-probabilities of a prompt
     model.onnx.data  weights of both
-    (decoder.onnx and its data in a directory of the static form, which is what its compiler reads)
+    (decoder.onnx and its data in a directory of the static form, which its compiler reads)
 
-External data cannot lie outside a graph's directory, so the second graph lies beside the first. Runtimes do not look
-at it: GenAI opens the file that genai_config.json names, others model.onnx. What a rewrite starts from is the second:
-the last kept layer of its result is another one, so that its tail is longer.
+External data cannot lie outside a graph's directory, so both graphs share a directory. Runtimes do not open the second
+graph: GenAI opens the file that genai_config.json names, others open model.onnx. A rewrite starts from the second
+graph, because the result has another last kept layer and so a longer tail.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from nbl_export.engines.onnx_decoder import ALL_LOGITS_FILE, graph_file
 from nbl_export.errors import RefusalError
+from nbl_export.graph.names import ALL_LOGITS_FILE, graph_file
 from nbl_export.rewrite.tail import PruneTail
 
 __all__ = ["difference", "keep_last_token"]
 
 
 def keep_last_token(directory: Path) -> None:
-    """Turn the graph into all_logits.onnx, byte for byte, and write the pruned one in its place.
+    """Rename the graph to all_logits.onnx, byte for byte, and write the pruned graph in its place.
 
     Raises:
-        RefusalError: the tail of this graph cannot be pruned; nothing has changed.
+        RefusalError: the tail of this graph cannot be pruned; no file has changed.
     """
     path = directory / graph_file(directory)
     model = _pruned(path)
@@ -37,7 +37,7 @@ def keep_last_token(directory: Path) -> None:
 
 
 def difference(directory: Path) -> str:
-    """How the graph that ships differs from the one with all logits, pruned; "" where node and weight agree."""
+    """How the deployed graph differs from the pruned all_logits.onnx; "" if all nodes and weights are equal."""
     if not (directory / ALL_LOGITS_FILE).is_file():
         return f"there is no {ALL_LOGITS_FILE}"
     expected = ir.to_proto(_pruned(directory / ALL_LOGITS_FILE))
@@ -58,6 +58,6 @@ def _pruned(path: Path) -> ir.Model:
         PruneTail()(model)
     except RefusalError as error:
         raise RefusalError(
-            error.layer, f"{error.reason} (what is behind the last attention cannot be cut down; use --logits all)"
+            error.layer, f"{error.reason} (nodes behind the last attention cannot be pruned; use --logits all)"
         ) from error
     return model

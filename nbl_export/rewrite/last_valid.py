@@ -1,11 +1,12 @@
-"""The index of each row's last valid token in a chunk, computed in the graph from what it takes.
+"""Computes the index of each row's last valid token in a chunk, inside the graph.
 
     attention_mask [B, past + T]   max(mask[:, -T:] x 0..T-1)     rows padded on either side, decode steps
-    num_tokens [B]                 max(num_tokens - 1, 0)         the static form, whose padding no mask shows
+    num_tokens [B]                 max(num_tokens - 1, 0)         the static form, which has no mask
 
-The static form takes no mask: the input num_tokens, valid new tokens of each row, is added to it behind write_indices.
-A row that sits a step out says 0; it gets the index of its first pad, whose logits are to be ignored. (ArgMax finds the
-last 1 of a mask too, but taking the last of equals is refused by TensorRT's parser and has no CUDA kernel.)
+In the static form the input num_tokens (valid new tokens of each row) is added behind write_indices.
+A row that rests in a step has num_tokens 0. It gets the index of its first padding token, whose logits must be ignored.
+ArgMax could also find the last 1 of a mask. But TensorRT's parser refuses to take the last of equal values, and CUDA
+has no kernel for it.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from nbl_export.errors import RefusalError
 
 __all__ = ["PREFIX", "last_valid"]
 
-PREFIX = "/nbl/tail"  # of the names of all nodes that tail pruning adds
-_LEAST_OPSET = 18  # from which ReduceMax takes its axes as an input
+PREFIX = "/nbl/tail"  # begins the names of all nodes that tail pruning adds
+_LEAST_OPSET = 18  # the first in which ReduceMax takes its axes as an input
 _WRITES = "write_indices"
 
 
 def last_valid(graph: ir.Graph) -> tuple[list[ir.Node], ir.Value]:
-    """Nodes that compute, and the value of, the index [B, 1, 1]; the nodes are not in the graph yet.
+    """Nodes that compute the index, and its value [B, 1, 1]; the nodes are not in the graph yet.
 
     Raises:
-        RefusalError: nothing that it takes says which tokens are valid; the graph has not changed then.
+        RefusalError: no input says which tokens are valid; the graph has not changed.
     """
     inputs = {str(v.name): v for v in graph.inputs}
     emit = _Emitter(graph)
@@ -72,7 +73,7 @@ def _from_mask(emit: _Emitter, ids: ir.Value, mask: ir.Value) -> ir.Value:
 
 
 class _Emitter:
-    """Makes int64 nodes and constants under our names."""
+    """Makes int64 nodes and constants with the names of tail pruning."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.nodes: list[ir.Node] = []

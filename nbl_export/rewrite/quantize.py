@@ -1,14 +1,13 @@
-"""Quantise the maps of an int8 or int4 graph like their neighbours.
+"""Quantises the maps of an int8 or int4 graph like the graph's other matrices.
 
     before   MatMul(x, W' float32)      after   MatMulNBits(x, packed, scales[, zero points])
 
-Bits, block size and accuracy level are read off the graph's own MatMulNBits nodes; the packing is ONNX
-Runtime's, run on a graph that holds one map and nothing else, so that memory stays that of one map.
+Bits, block size and accuracy level come from the graph's own MatMulNBits nodes. ONNX Runtime packs each map in a graph
+that holds nothing else, so memory holds one map at a time.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections import Counter
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from nbl_export.errors import MissingPackageError
 
 __all__ = ["QuantizeMaps"]
 
-FLOAT_BITS = 32
 _PREFIX = "/nbl/layers."
 
 
@@ -32,30 +30,20 @@ class _Scheme:
 
 
 class QuantizeMaps(ir.passes.InPlacePass):
-    """Turn the MatMul of each bypass into MatMulNBits where the graph's other matrices are; else do nothing.
-
-    Args:
-        bits: of the maps; None takes those of the other matrices, 32 leaves the maps as they are.
-    """
-
-    def __init__(self, bits: int | None = None) -> None:
-        super().__init__()
-        self.bits = bits
+    """Turn the MatMul of each bypass into MatMulNBits if the graph has MatMulNBits; else do nothing."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         scheme = _scheme_of(model.graph)
         maps = [n for n in model.graph if n.op_type == "MatMul" and (n.name or "").startswith(_PREFIX)]
-        if scheme is None or not maps or self.bits == FLOAT_BITS:
+        if scheme is None or not maps:
             return ir.passes.PassResult(model, modified=False)
-        if self.bits is not None:
-            scheme = dataclasses.replace(scheme, bits=self.bits)
         for node in maps:
             _quantize(model.graph, node, scheme)
         return ir.passes.PassResult(model, modified=True)
 
 
 def _scheme_of(graph: ir.Graph) -> _Scheme | None:
-    """The most common scheme of the decoder's matrices (an lm_head may have one of its own)."""
+    """The most common scheme of the decoder's matrices (an lm_head may have another scheme)."""
     seen = Counter(
         _Scheme(
             node.attributes["bits"].as_int(),
@@ -96,7 +84,7 @@ def _quantize(graph: ir.Graph, node: ir.Node, scheme: _Scheme) -> None:
 
 
 def _pack(weight: ir.TensorProtocol, scheme: _Scheme) -> tuple[ir.Node, list[ir.TensorProtocol]]:
-    """Run ONNX Runtime's quantiser over a graph of this one matrix; the node it makes and its constants."""
+    """Run ONNX Runtime's quantiser on a graph of this one matrix; returns its node and constants."""
     try:
         from onnxruntime.quantization import matmul_nbits_quantizer as nbits
     except ImportError as error:
@@ -115,7 +103,7 @@ def _pack(weight: ir.TensorProtocol, scheme: _Scheme) -> tuple[ir.Node, list[ir.
         accuracy_level=scheme.accuracy_level,
         bits=scheme.bits,
     )
-    logging.disable(logging.INFO)  # it logs a line a node
+    logging.disable(logging.INFO)  # the quantiser logs each node
     try:
         quantizer = nbits.MatMulNBitsQuantizer(ir.to_proto(ir.Model(graph, ir_version=10)), algo_config=config)
         quantizer.process()

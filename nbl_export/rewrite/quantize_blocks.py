@@ -1,9 +1,9 @@
-"""Give the maps of an NBL graph the int4 blocks of their neighbours.
+"""Quantises the maps of an NBL graph to int4 blocks like the graph's other matrices.
 
     before   MatMul(x, W')      after   MatMul(x, DequantizeLinear(W4', scale; axis 0, block_size))
 
-The block size is read off the graph's own int4 matrices (`int4_blocks` makes and draws them); graphs without any
-are left alone. `quantize.QuantizeMaps` is the counterpart for MatMulNBits.
+The block size comes from the graph's own int4 matrices; a graph without int4 matrices does not change.
+`graph.int4_blocks` makes the blocks. `quantize.QuantizeMaps` does the same for MatMulNBits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import Counter
 
 import onnx_ir as ir
 
-from nbl_export.int4_blocks import quantize_weight
+from nbl_export.graph.int4_blocks import quantize_weight
 
 __all__ = ["QuantizeMapBlocks"]
 
@@ -20,7 +20,7 @@ _PREFIX = "/nbl/layers."
 
 
 class QuantizeMapBlocks(ir.passes.InPlacePass):
-    """Quantise the MatMul of each bypass where the graph's other matrices are int4 blocks."""
+    """Quantise the MatMul of each bypass if the graph's other matrices are int4 blocks; else do nothing."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         block = _block_of(model.graph)

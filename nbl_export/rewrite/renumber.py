@@ -1,11 +1,11 @@
-"""Dense cache ids, for runtimes that count caches from 0 without a gap.
+"""Gives caches dense ids, for runtimes that count caches from 0 without a gap.
 
     before   past_key_values.0, .2, .5  -> present.0, .2, .5        (layers 1, 3, 4 replaced)
     after    past_key_values.0, .1, .2  -> present.0, .1, .2        nbl.cache_layers = "0,2,5"
 
-TensorRT binds caches by name and does not care; the code around it (ONNX Runtime's RTX provider, samples, our own
-contract) counts 0..K-1. The layer behind each id is kept in the model's metadata. Refuses a cache without its
-other three tensors, and a name that is taken by something else.
+TensorRT binds caches by name and accepts any ids. The code around TensorRT (ONNX Runtime's RTX provider, samples, this
+project's contract) counts 0..K-1. The model's metadata keeps the layer of each id. Refuses a cache without its other
+three tensors, and a name that another value has.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
-from nbl_export.rewrite.anatomy import graph_caches
+from nbl_export.graph.anatomy import graph_caches
 
 __all__ = ["LAYERS_KEY", "RenumberCaches"]
 
@@ -25,7 +25,7 @@ LAYERS_KEY = "nbl.cache_layers"
 class RenumberCaches(ir.passes.InPlacePass):
     """Rename caches to ids 0..K-1, in the order of their layers; run last.
 
-    After a call `new_ids` maps each kept layer to its id, and `renamed` lists (name, layer, id) of each tensor.
+    After a call, `new_ids` maps each kept layer to its id, and `renamed` lists (name, layer, id) of each tensor.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class RenumberCaches(ir.passes.InPlacePass):
 
 
 def _recorded(model: ir.Model, ids: list[int]) -> dict[int, int]:
-    """Layer behind each id that the graph has now; a graph that was renumbered before says so itself."""
+    """Layer of each id that the graph has now; the metadata of a renumbered graph states the layers."""
     stated = model.metadata_props.get(LAYERS_KEY)
     layers = [int(part) for part in stated.split(",")] if stated else []
     return {i: layers[i] if i < len(layers) else i for i in ids}
@@ -67,7 +67,7 @@ def _plan(
 
 
 def _refuse_taken(graph: ir.Graph, names: list[tuple[ir.Value, str]]) -> None:
-    """No value that is not a cache may have one of the names."""
+    """Refuse a new name that a value other than a cache already has."""
     ours = {id(value) for value, _ in names}
     wanted = {name for _, name in names}
     others = [*graph.inputs, *graph.initializers.values(), *(o for n in graph for o in n.outputs)]

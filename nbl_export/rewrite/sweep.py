@@ -1,9 +1,9 @@
-"""Tidy what a bypass leaves behind: unread nodes and initializers, and norms whose normalised output is unread.
+"""Removes what a bypass leaves behind: unread nodes and initializers, and norms whose normalised output is unread.
 
     before   SkipSimplifiedLayerNormalization(skip, x) -> (unread, , , sum)      after   Add(skip, x) -> sum
 
-A replaced layer's input norm has no reader, but the fused operator that computes it also computes the residual
-stream; only the addition is kept.
+No node reads the input norm of a replaced layer. But the fused operator of the norm also computes the residual stream,
+so its addition stays.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Sweep = RemoveUnusedNodesPass
 
 
 class SkipNormToAdd(ir.passes.InPlacePass):
-    """Turn a skip norm of which only the sum is read into an Add. A bias input makes it two."""
+    """Turn a skip norm whose sum alone is read into an Add, or into two if it has a bias input."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         found = [node for node in model.graph if _only_sum_is_read(node)]

@@ -1,16 +1,17 @@
-"""Above the last kept attention layer no token reads another: compute only the last valid token there.
+"""Above the last kept attention layer no token reads another, so only the last valid token is computed there.
 
     before   x ------------------------------ join -- mlp -- ... -- lm_head -> logits [B, T, V]
              attention -- o_proj -------------^
     after    x -- GatherND(last) ------------ join -- mlp -- ... -- lm_head -> logits [B, 1, V]
              attention -- GatherND(last) -- o_proj -^
 
-Which position is the last valid one of each row `last_valid` computes, from the mask or, in the static form, from an
-input that is added. Legal where only the logits of the last position are wanted. With the original graph the last kept
-layer is the last: its MLP, the final norm and the head run on one token. Refuses a tail in which anything but the
-join's own two inputs depends on the tokens. On the attention's way to the join the gather goes as far back as each
-node works on every token by itself: in front of o_proj, or not there (a dynamic quantisation, whose scale all tokens
-share).
+`last_valid` computes the index of each row's last valid token, from the mask or, in the static form, from an added
+input. The result is correct if only the logits of the last position are used. In the original graph the last kept layer
+is the last layer: its MLP, the final norm and the head run on one token.
+
+Refuses a tail in which anything but the two inputs of the join depends on the tokens. On the path from the attention to
+the join, the gather moves back past each node that computes every token by itself. So it stands in front of o_proj,
+unless a dynamic quantisation before o_proj shares one scale among all tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
-from nbl_export.rewrite.anatomy import cache_layers, find_block, is_constant
+from nbl_export.graph.anatomy import cache_layers, find_block, is_constant
 from nbl_export.rewrite.last_valid import PREFIX, last_valid
 
 __all__ = ["PruneTail"]
@@ -42,7 +43,7 @@ class PruneTail(ir.passes.InPlacePass):
         user, i = way[0]
         attention = user.inputs[i]
         assert attention is not None
-        producer = attention.producer()  # behind it, so that a product's dequantised weight stays beside the product
+        producer = attention.producer()  # insert behind it: a product's dequantised weight stays beside the product
         assert producer is not None
         graph.insert_after(producer, [*nodes, _take_last(user, i, index, "attention")])
         graph.insert_before(block.join, _take_last(block.join, 1 - block.branch_index, index, "residual"))
@@ -53,7 +54,7 @@ class PruneTail(ir.passes.InPlacePass):
 
 
 def _take_last(user: ir.Node, i: int, index: ir.Value, name: str) -> ir.Node:
-    """The gather that `user` reads from now on at its input i; it is not in the graph yet."""
+    """Make the gather that `user` now reads at its input i; the gather is not in the graph yet."""
     value = user.inputs[i]
     gather = ir.node("GatherND", [value, index], attributes={"batch_dims": 1}, name=f"{PREFIX}/{name}")
     gather.outputs[0].name = f"{PREFIX}/{name}/output_0"
@@ -63,7 +64,7 @@ def _take_last(user: ir.Node, i: int, index: ir.Value, name: str) -> ir.Node:
 
 
 def _way_of_single_tokens(join: ir.Node, index: int) -> list[tuple[ir.Node, int]]:
-    """Nodes, and the input of each, from the first that the last token can be taken in front of to the join."""
+    """Path of (node, input index) to the join; the last token can be taken in front of its first node."""
     way = [(join, index)]
     while True:
         user, i = way[0]
@@ -78,7 +79,7 @@ def _way_of_single_tokens(join: ir.Node, index: int) -> list[tuple[ir.Node, int]
 
 
 def _is_for_each_token(node: ir.Node, entering: int) -> bool:
-    """Whether a node takes tokens [B, T, ...] at an input and makes each of its own from it alone."""
+    """Whether a node computes each token [B, T, ...] of input `entering` from that token alone."""
     others = [v for i, v in enumerate(node.inputs) if v is not None and i != entering]
     if node.op_type in ("MatMul", "MatMulNBits"):
         return entering == 0

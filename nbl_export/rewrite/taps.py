@@ -1,9 +1,9 @@
-"""A decoder graph that shows its insides: taps as outputs, and attention outputs that can be given from outside.
+"""A decoder graph with taps as outputs, or with attention outputs that the caller gives as inputs.
 
     collect    x --norm-- attention -- y -- join         outputs x, norm(x), y of every layer, and nothing else
-    override   x --norm-- attention -- y    [given] -- join      outputs x (or norm(x)) beside those there are
+    override   x --norm-- attention -- y    [given] -- join      outputs x (or norm(x)) beside the existing outputs
 
-The recogniser is the rewrite's (`anatomy`). Weights stay in the graph's files, which ONNX Runtime reads itself.
+`anatomy` finds the layers, as for the rewrite. Weights stay in the graph's files, which ONNX Runtime reads itself.
 """
 
 from __future__ import annotations
@@ -15,20 +15,24 @@ from pathlib import Path
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
-from nbl_export.rewrite.anatomy import AttentionBlock, find_block
-from nbl_export.rewrite.bypass import element_type, tapped
-from nbl_export.rewrite.cache_pairs import graph_caches, present_names
-from nbl_export.rewrite.source import load_graph
+from nbl_export.graph.anatomy import AttentionBlock, find_block
+from nbl_export.graph.caches import graph_caches, present_names
+from nbl_export.graph.emitter import element_type
+from nbl_export.graph.files import load_graph
+from nbl_export.rewrite.bypass import tapped
 
 __all__ = ["TappedGraph", "collecting_graph", "overriding_graph"]
 
 
 @dataclass(frozen=True)
 class TappedGraph:
-    """A graph in memory, whose external data is in `directory`.
+    """A graph in memory, with its external data in `directory`.
 
-    taps: tap -> layer -> output. attention: layer -> output. given: layer -> input that takes the attention's place.
-    caches: as `engines.onnx_decoder.OnnxDecoder` takes them.
+    Attributes:
+        caches: name of each cache input -> of its output, as `engines.ort.decoder.OnnxDecoder` takes them.
+        taps: tap -> layer -> output.
+        attention: layer -> output.
+        given: layer -> input that replaces the attention output.
     """
 
     proto: bytes
@@ -40,10 +44,10 @@ class TappedGraph:
 
 
 def collecting_graph(file: Path, taps: Sequence[str]) -> TappedGraph:
-    """Tap every layer; logits and caches are no outputs any more, so that nothing behind the last tap is computed.
+    """Show the taps and the attention output of every layer, and nothing else: nodes behind the last tap do not run.
 
     Raises:
-        RefusalError: a layer is not understood, or has no normed input where that is asked for.
+        RefusalError: a layer is not understood, or has no normed input and the tap "normed" is asked for.
     """
     model = load_graph(file)
     graph, caches = model.graph, present_names(model.graph)
@@ -55,10 +59,10 @@ def collecting_graph(file: Path, taps: Sequence[str]) -> TappedGraph:
 
 
 def overriding_graph(file: Path, layers: Sequence[int], tap: str) -> TappedGraph:
-    """Take the attention output of `layers` from new inputs, [B, T, D], and show what their maps act on.
+    """Take the attention output of `layers` from new inputs [B, T, D], and show the input of their maps.
 
     Raises:
-        RefusalError: as above.
+        RefusalError: see `collecting_graph`.
     """
     model = load_graph(file)
     graph, caches = model.graph, present_names(model.graph)
@@ -87,5 +91,5 @@ def _take(graph: ir.Graph, block: AttentionBlock) -> str:
 def _bytes(model: ir.Model) -> bytes:
     try:
         return bytes(ir.to_proto(model).SerializeToString())
-    except ValueError as error:  # protobuf's limit of 2 GiB, for weights inside the file
+    except ValueError as error:  # weights inside the file exceed protobuf's 2 GiB
         raise RefusalError(None, f"it is too large for one message; save it with external data ({error})") from error

@@ -1,11 +1,11 @@
-"""Below the first kept attention layer a token sees no other: all that is computed there becomes a table of tokens.
+"""Replaces all nodes below the first kept attention layer by a table with one row a token.
 
     before   input_ids -- Gather(E) -- x0 W' + b -- join -- mlp -- ... -- x      layers 0 .. k-1 replaced, k kept
     after    input_ids -- Gather(T) ------------------------------------- x      T[v] = what the above makes of token v
 
-With layer 0 replaced its map goes and, what is more, its MLP: a lookup costs nothing. T has the size of E, [V, D], and
-takes its place where nothing else reads E; a head tied to E keeps it. The rows come from `token_rows`; in a graph with
-quantised matrices they are stored in 8 bits.
+Below that layer no token reads another. If layer 0 is replaced, the lookup saves its map and its MLP. T has the size of
+E, [V, D], and takes its place if nothing else reads E; a tied head keeps E. The rows come from `token_rows`. A graph
+with quantised matrices stores the rows in 8 bits.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from nbl_export.engines.onnx_decoder import graph_file
 from nbl_export.errors import RefusalError
-from nbl_export.rewrite.anatomy import cache_layers, find_block
-from nbl_export.rewrite.bypass import add_initializer, element_type
+from nbl_export.graph.anatomy import cache_layers, find_block
+from nbl_export.graph.emitter import add_initializer, element_type
+from nbl_export.graph.names import graph_file
 
 __all__ = ["TabulateTokens", "table_bytes", "table_name"]
 
-_BLOCK = 32  # elements with a scale of their own, of a table in 8 bits
-_ROWS = 8192  # quantised at once, to save memory
+_BLOCK = 32  # elements that share a scale in a table of 8 bits
+_ROWS = 8192  # rows quantised at once, to save memory
 _NODE = "/nbl/token_table"
 _TABLE = re.compile(r"nbl\.layers\.[\d-]+\.table")
 _SKIP_NORMS = {"SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
@@ -33,22 +33,22 @@ _SKIP_NORMS = {"SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization
 
 
 def table_name(layers: int) -> str:
-    """Of the table that stands for the first layers, so many."""
+    """Name of the table that replaces so many first layers."""
     return f"nbl.layers.{'-'.join(map(str, sorted({0, layers - 1})))}.table"
 
 
 def table_bytes(directory: Path) -> int:
-    """What tables of tokens take of a deployable directory's weights."""
+    """Bytes that tables of tokens take of a deployable directory's weights."""
     constants = ir.load(directory / graph_file(directory)).graph.initializers.values()
     found = (v.const_value for v in constants if _TABLE.match(str(v.name)))
     return sum(tensor.nbytes for tensor in found if tensor is not None)
 
 
 class TabulateTokens(ir.passes.InPlacePass):
-    """Look up what enters the first kept layer, where the layers below it are replaced; else do nothing.
+    """Look up the input of the first kept layer if the layers below it are replaced; else do nothing.
 
     Args:
-        rows: what enters it for each token, [V, D]; None does nothing.
+        rows: input of that layer for each token, [V, D]; None does nothing.
     """
 
     def __init__(self, rows: np.ndarray | None) -> None:
@@ -77,7 +77,7 @@ class TabulateTokens(ir.passes.InPlacePass):
 def _lookup(
     graph: ir.Graph, name: str, rows_VD: np.ndarray, dtype: ir.DataType, ids: ir.Value, quantised: bool
 ) -> ir.Node:
-    """The node that looks up the rows of tokens as `dtype`, and its constants."""
+    """The node that looks up token rows as `dtype`; registers its constants."""
     if quantised and rows_VD.shape[1] % _BLOCK == 0:
         codes, scales = _quantised(rows_VD, dtype.numpy())
         table = add_initializer(graph, name, codes, ir.DataType.UINT8)
@@ -92,7 +92,7 @@ def _lookup(
 
 
 def _quantised(rows_VD: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [V, D] of 8 bits around 128, and scales [V, D / _BLOCK]: what GatherBlockQuantized reads."""
+    """Codes [V, D] of 8 bits around 128, and scales [V, D / _BLOCK], in the layout of GatherBlockQuantized."""
     codes = np.empty(rows_VD.shape, np.uint8)
     scales = np.empty((len(rows_VD), rows_VD.shape[1] // _BLOCK), dtype)
     for start in range(0, len(rows_VD), _ROWS):
@@ -106,7 +106,7 @@ def _quantised(rows_VD: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.nda
 
 
 def _norm_apart(stream: ir.Value, value: ir.Value) -> list[ir.Node]:
-    """The norm of a skip norm that made the stream, for its readers, as a node of its own."""
+    """The norm of the skip norm that made the stream, as a separate node for its readers."""
     node = stream.producer()
     if node is None or node.op_type not in _SKIP_NORMS or not node.outputs[0].consumers():
         return []

@@ -1,12 +1,12 @@
-"""The float32 twin of a quantised graph: each product with codes becomes the product with what the codes stand for.
+"""The float32 twin of a quantised graph: a float32 copy of the same graph, with all codes unpacked.
 
     before   MatMulNBits(x, codes, scales[, zeros][, bias])         after   MatMul(x, W') [-- Add(bias)]
              GatherBlockQuantized(codes, ids, scales[, zeros])              Gather(W, ids)
              DequantizeLinear(codes, scales[, zeros])                       W
              DynamicQuantizeLinear(x) -- MatMulInteger(., codes)            MatMul(x, W'), and the scale of x is 1
 
-All else is the same graph, value for value and name for name: what is wired wrongly in the one is wired wrongly in the
-other, where no noise of quantisation hides it. Refuses what `codes` refuses.
+All else is equal, value for value and name for name. A wrong connection of the quantised graph is therefore in the
+float32 copy too, where no quantisation noise hides it. Refuses what `codes` refuses.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ __all__ = ["Widen", "save_twin"]
 
 
 def save_twin(graph: Path, out: Path) -> None:
-    """Write the twin of a graph into a directory under the same name, its weights beside it.
+    """Write the float32 twin of a graph into a directory, under the same name, with its weights beside it.
 
     Raises:
-        RefusalError: there is no float32 form of an operator.
+        RefusalError: an operator has no known float32 form.
     """
     model = ir.load(graph)
     Widen()(model)
@@ -36,7 +36,7 @@ def save_twin(graph: Path, out: Path) -> None:
 
 
 class Widen(ir.passes.InPlacePass):
-    """Turn every quantised product and lookup into a float32 one; a graph without any is left alone."""
+    """Turn every quantised product and lookup into its float32 form; a graph without any does not change."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
@@ -70,18 +70,18 @@ def _widen(graph: ir.Graph, node: ir.Node, matrix: QuantisedMatrix) -> None:
 
 
 def _activation(node: ir.Node) -> ir.Value | None:
-    """What a product multiplies, before it was quantised."""
+    """The input of a product before its quantisation."""
     given = node.inputs[0]
     if node.op_type != "MatMulInteger":
         return given
     maker = None if given is None else given.producer()
     if maker is None or maker.op_type != "DynamicQuantizeLinear":
-        raise RefusalError(None, f"what {node.name} multiplies is not quantised right before it")
+        raise RefusalError(None, f"the input of {node.name} does not come directly from DynamicQuantizeLinear")
     return maker.inputs[0]
 
 
 def _replace(graph: ir.Graph, old: ir.Node, nodes: list[ir.Node]) -> None:
-    """Put nodes in the place of one; its output is then that of the last of them, name and all."""
+    """Replace a node by several; the output of the last one takes over the old output's name."""
     output, made = old.outputs[0], nodes[-1].outputs[0]
     made.type, made.shape, name = ir.TensorType(ir.DataType.FLOAT), output.shape, output.name
     graph.insert_before(old, nodes)
@@ -91,14 +91,14 @@ def _replace(graph: ir.Graph, old: ir.Node, nodes: list[ir.Node]) -> None:
 
 
 def _unpacked(graph: ir.Graph, name: str, matrix: QuantisedMatrix) -> ir.Value:
-    """A constant whose numbers are made when they are written, so that memory is that of one matrix."""
+    """A constant whose values are computed when it is written, so memory holds one matrix at a time."""
     shape = ir.Shape(reversed(matrix.shape) if matrix.transposed else matrix.shape)
     tensor = ir.LazyTensor(lambda: ir.tensor(matrix.operand(), name=name), ir.DataType.FLOAT, shape, name=name)
     return _register(graph, tensor)
 
 
 def _fold(graph: ir.Graph, node: ir.Node) -> None:
-    """Compute a DequantizeLinear that is no matrix: a vector, or numbers that share one scale."""
+    """Compute a DequantizeLinear of a tensor that is no matrix: a vector, or values that share one scale."""
     codes, scales, *rest = (None if v is None else v.const_value for v in node.inputs)
     if codes is None or scales is None or scales.size != 1:
         raise RefusalError(None, f"{node.name} dequantises something else than a matrix that is stored")

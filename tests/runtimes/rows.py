@@ -18,7 +18,7 @@ from pathlib import Path
 __all__ = ["ROWS", "Missing", "Place", "Row"]
 
 HERE = Path(__file__).parent
-MODEL, LAYOUT = "model/ as it is", "nbl-export layout --for transformers-js"
+MODEL, LAYOUT = "model/ as it is", "nbl-export card --transformers-js"
 
 
 class Missing(Exception):

@@ -48,7 +48,7 @@ class Reference:
 
 def reference_of(model: Path, new_tokens: int, prompt: str = PROMPT) -> Reference:
     """Greedy continuation by nbl_export's runner, through the chat template where the folder has one."""
-    from nbl_export.engines.ort import GenaiRunner
+    from nbl_export.engines.ort.genai import GenaiRunner
 
     chat = (model / "chat_template.jinja").is_file()
     with GenaiRunner(model) as runner:
@@ -115,11 +115,11 @@ def _facts(model: Path) -> dict[str, Any]:
 
 
 def _measured(model: Path, rows: Sequence[Row], given: argparse.Namespace) -> tuple[Reference, list[dict[str, Any]]]:
-    from nbl_export.layout import lay_out
+    from nbl_export.publish.transformers_js import lay_out
 
     reference = reference_of(model, given.new_tokens)
     with tempfile.TemporaryDirectory(prefix="nbl-export-runtimes-") as scratch:
-        layout = lay_out(model, "transformers-js", Path(scratch) / "layout")
+        layout = lay_out(model, Path(scratch) / "layout")
         place = Place(model, layout, Path(scratch), given.optimum_python, given.screenshot)
         return reference, table(place, reference, rows)
 

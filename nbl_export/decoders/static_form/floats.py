@@ -1,10 +1,10 @@
-"""The float type of a whole graph.
+"""Casts all floats of a graph to another type.
 
     before   every float tensor, value and cache float32      after   float16 or bfloat16, the same nodes
 
-TensorRT 11 and TensorRT-RTX are strongly typed: precision is what the graph says. What accumulates in float32
-still does: RMSNormalization by its stash_type (the default, 1), matrix products and softmax in the kernels. The
-graph before this pass is the fp32 twin of the graph after it: same nodes, same names, weights rounded once.
+TensorRT 11 and TensorRT-RTX are strongly typed: the graph decides the precision. Accumulation stays in float32: in
+RMSNormalization by its stash_type (the default, 1), in matrix products and softmax by the kernels. The graph before
+this pass is the float32 twin (float32 copy) of the graph after it: same nodes, same names, weights rounded once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _WIDE = ir.DataType.FLOAT
 
 
 class CastFloats(ir.passes.InPlacePass):
-    """Bring a float32 graph to another float type. Refuses a graph that fixes a float type in an attribute."""
+    """Cast a float32 graph to another float type; refuses a graph that fixes a float type in an attribute."""
 
     def __init__(self, dtype: ir.DataType) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class CastFloats(ir.passes.InPlacePass):
         graph = model.graph
         for node in graph:
             if node.op_type in ("Cast", "CastLike", "Constant", "ConstantOfShape"):
-                raise RefusalError(None, f"{node.name} is a {node.op_type}, whose float type is not known to follow")
+                raise RefusalError(None, f"{node.name} is a {node.op_type}, which may fix a float type")
         values = [v for v in _values(graph) if v.dtype == _WIDE] if self._dtype != _WIDE else []
         for value in values:
             if value.const_value is not None:
@@ -41,7 +41,7 @@ class CastFloats(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, bool(values))
 
     def _cast(self, wide: ir.TensorProtocol) -> ir.TensorProtocol:
-        """Evaluated when it is written, so that one matrix at a time is in memory."""
+        """Cast when the tensor is written, so that memory holds one matrix at a time."""
 
         def narrow() -> ir.TensorProtocol:
             array = np.asarray(wide.numpy()).astype(self._dtype.numpy())

@@ -1,15 +1,15 @@
-"""Caches by head, four-dimensional attention with one output: what TensorRT's parser takes.
+"""Brings caches to head-major order and attention to four dimensions with one output, as TensorRT's parser requires.
 
     before   key_cache.i [B, S, Hkv*head] -- TensorScatter(axis 1) -- updated_key_cache.i
                                                    `-- Attention(3-D; K, V; nonpad) -> out, (present), (present)
     after    past_key_values.i.key [B, Hkv, S, head] -- TensorScatter(axis 2) -- present.i.key
                                                    `-- Attention(4-D; K, V; nonpad) -> out
-             with Reshape + Transpose round q, the new k and v, and out
+             with Reshape + Transpose around q, the new k and v, and out
 
 TensorRT-RTX 1.7 refuses a 3-D cache ("past_cache tensor is required to be 4D, got 3D") and an Attention with
-present outputs ("TensorRT only supports Attention nodes with one output"). Which memory an output is bound to
-is the runner's affair; the pair of names says which belong together. Refuses an Attention whose keys and values
-do not come straight from a TensorScatter on a graph input of mobius' naming.
+present outputs ("TensorRT only supports Attention nodes with one output"). The runner decides which memory an output
+is bound to; the names say which input and output belong together. Refuses an Attention whose keys and values do not
+come directly from a TensorScatter on a graph input that mobius has named.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import re
 import numpy as np
 import onnx_ir as ir
 
-from nbl_export.decoders.static_form.graph import Emitter, need, shape_of, size, type_of
 from nbl_export.errors import RefusalError
+from nbl_export.graph.emitter import Emitter, need, shape_of, size, type_of
 
 __all__ = ["HeadMajorCaches"]
 
@@ -29,7 +29,7 @@ _KEPT_ATTRIBUTES = ("scale", "softcap", "is_causal")
 
 
 class HeadMajorCaches(ir.passes.InPlacePass):
-    """Bring caches and attention to [B, heads, slots, head], and give the caches the names the rewrite knows."""
+    """Bring caches and attention to [B, heads, slots, head], and name the caches as the rewrite knows them."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         emit = Emitter(model.graph)
@@ -61,7 +61,7 @@ def _rebuild(emit: Emitter, node: ir.Node) -> None:
 
 
 def _rebuild_cache(emit: Emitter, updated: ir.Value, kv_heads: int) -> int:
-    """Turn one TensorScatter and its cache; answers the size of a head."""
+    """Bring one TensorScatter and its cache to head-major order; returns the head size."""
     scatter = updated.producer()
     if scatter is None or scatter.op_type != "TensorScatter":
         raise RefusalError(None, "an Attention does not read its keys and values from TensorScatter")

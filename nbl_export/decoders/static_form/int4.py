@@ -1,14 +1,14 @@
-"""Decoder matrices as int4 blocks behind a DequantizeLinear (drawn in `int4_blocks`).
+"""Turns decoder matrices into int4 blocks behind a DequantizeLinear (drawn in `graph.int4_blocks`).
 
-The embedding and the lm_head stay as they are: they are read by Gather too where they are tied, and a coarse head
-costs more quality than it saves. Blocks of 32 are what the ONNX Runtime engine's int4 has as well.
+The embedding and the lm_head stay as they are. Gather reads them too if they are tied, and a coarse head costs more
+quality than it saves. The int4 of the ONNX Runtime engine has blocks of 32 too.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from nbl_export.int4_blocks import quantize_weight
+from nbl_export.graph.int4_blocks import quantize_weight
 
 __all__ = ["INT4_BLOCK", "BlockInt4"]
 
@@ -17,7 +17,7 @@ _KEPT = "lm_head"
 
 
 class BlockInt4(ir.passes.InPlacePass):
-    """Quantise every MatMul weight that divides into blocks along K, but the lm_head's."""
+    """Quantise every MatMul weight that divides into blocks along K, except the lm_head's."""
 
     def __init__(self, block: int = INT4_BLOCK) -> None:
         super().__init__()

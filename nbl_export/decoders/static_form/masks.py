@@ -1,15 +1,15 @@
-"""One boolean mask per distinct window, built once and shared by its layers.
+"""Builds one boolean mask for each distinct window; layers with the same window share it.
 
     before   Attention(q, K, V, -, ..., nonpad_kv_seqlen; is_causal=1)
     after    Attention(q, K, V, mask [B, 1, T, S]);  mask = slot <= position  [and slot > position - window]
 
-TensorRT ignores nonpad_kv_seqlen in silence (only its builder mentions an "Unused Input") and counts is_causal from
-the upper left corner, where a decode token would see slot 0 alone; so both go. The mask alone is right for
-chunks, for padding and for rows of different lengths: what lies behind a row's own position is never looked at,
-whatever it is, as long as it is finite (0 x NaN is NaN, so caches start zeroed).
+TensorRT silently ignores nonpad_kv_seqlen; only its builder mentions an "Unused Input". TensorRT counts is_causal from
+the upper left corner, where a decode token would see slot 0 alone. So this pass removes both. The mask alone is correct
+for chunks, for padding and for rows of different lengths: everything behind a row's own position is masked. Masked
+values must be finite (0 x NaN is NaN), so caches start zeroed.
 
-mobius' static-cache graph drops a sliding window; it comes back here, from the checkpoint's configuration. The
-window counts the token itself, as transformers does: `masking_utils.sliding_window_overlay` keeps kv > q - window.
+mobius' static-cache graph drops a sliding window; this pass restores it from the checkpoint's configuration. The
+window counts the token itself, as in transformers: `masking_utils.sliding_window_overlay` keeps kv > q - window.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from nbl_export.decoders.static_form.graph import Emitter, cache_slots, drop_input, graph_input, need, shape_of
 from nbl_export.decoders.static_form.positions import POSITIONS
 from nbl_export.errors import RefusalError
+from nbl_export.graph.emitter import Emitter, cache_slots, drop_input, graph_input, need, shape_of
 
 __all__ = ["ExplicitMasks"]
 
@@ -29,7 +29,11 @@ _BOOL, _I64 = ir.DataType.BOOL, ir.DataType.INT64
 
 
 class ExplicitMasks(ir.passes.InPlacePass):
-    """Give every Attention its mask; run after `DerivedPositions`. `windows`: of each layer, None where it sees all."""
+    """Give every Attention its mask; run after `DerivedPositions`.
+
+    Args:
+        windows: window of each layer in tokens; None if the layer sees all tokens.
+    """
 
     def __init__(self, windows: Sequence[int | None]) -> None:
         super().__init__()
@@ -39,7 +43,7 @@ class ExplicitMasks(ir.passes.InPlacePass):
         graph, emit = model.graph, Emitter(model.graph)
         positions = next((o for n in graph for o in n.outputs if o.name == POSITIONS), None)
         if positions is None:
-            raise RefusalError(None, "masks are made after the positions")
+            raise RefusalError(None, "it has no positions, which the masks need; run DerivedPositions first")
         masks: dict[int | None, ir.Value] = {}
         for node in [n for n in graph if n.op_type == "Attention"]:
             key = need(node.inputs[1], f"keys of {node.name}")

@@ -1,11 +1,11 @@
-"""Positions are computed from where tokens are written.
+"""Computes positions from the slots that tokens are written to.
 
     before   inputs input_ids [B, T], position_ids [B, T], write_indices [B]
     after    inputs input_ids [B, T], write_indices [B];  positions[b, t] = min(write_indices[b] + t, S - 1)
 
-One source of truth: where a token is written is where it stands. The clamp matters only to padding behind the
-last slot, whose rows nobody reads; without it their rotary lookup would be out of bounds (ONNX Runtime stops, a
-GPU reads what lies there).
+The slot of a token is its position, so there is one source of truth. The clamp changes only padding behind the last
+slot, whose rows nobody reads. Without the clamp the rotary lookup of this padding would be out of bounds: ONNX Runtime
+stops, and a GPU reads whatever lies there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from nbl_export.decoders.static_form.graph import Emitter, cache_slots, drop_input, graph_input, shape_of
+from nbl_export.graph.emitter import Emitter, cache_slots, drop_input, graph_input, shape_of
 
 __all__ = ["POSITIONS", "DerivedPositions"]
 
@@ -22,7 +22,7 @@ _I64 = ir.DataType.INT64
 
 
 class DerivedPositions(ir.passes.InPlacePass):
-    """Drop the input position_ids; run after `HeadMajorCaches`."""
+    """Replace the input position_ids by computed positions; run after `HeadMajorCaches`."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph, emit = model.graph, Emitter(model.graph)

@@ -1,4 +1,4 @@
-"""Rotary tables keep the rows that a cache of S slots can reach.
+"""Trims rotary tables to the rows that a cache of S slots can reach.
 
     before   Gather(cos [max_positions, head/2], positions)      after   Gather(cos [S, head/2], positions)
 
@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from nbl_export.decoders.static_form.graph import need, shape_of, size
 from nbl_export.decoders.static_form.positions import POSITIONS
 from nbl_export.errors import RefusalError
+from nbl_export.graph.emitter import need, shape_of, size
 
 __all__ = ["TrimRotaryTables"]
 

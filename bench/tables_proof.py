@@ -1,0 +1,131 @@
+"""Tables of verification: differences from torch, sources of graphs, architectures and runtimes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Rows = list[Sequence[str]]
+Read = Callable[[str], Any]
+
+
+def errors(read: Read) -> Rows:
+    results = read("precision-smollm2")
+    rows: Rows = [("", "metric", "original", "NBL"), "llrr"]
+    for key, title, metric, shown in (
+        ("fp32_genai", "fp32, GenAI builder", "largest logit difference", "{:.1e}"),
+        ("fp32_mobius", "fp32, mobius", "largest logit difference", "{:.1e}"),
+        ("fp16_mobius", "fp16, mobius", "relative rms", "{:.2g}"),
+        ("int8_genai", "int8, GenAI builder", "relative rms", "{:.2g}"),
+        ("int4_genai", "int4, GenAI builder", "relative rms", "{:.2g}"),
+    ):
+        rows.append((title, metric, *(shown.format(value) for value in _worst(results[key]["rungs"]))))
+    twelve = read("precision-rows-anew")["rows"]
+    for key, metric, shown in (
+        ("fp32", "largest logit difference", "{:.1e}"),
+        ("int8", "relative rms", "{:.2g}"),
+        ("int4", "relative rms", "{:.2g}"),
+    ):
+        rows.append((f"{key}, 12 layers", metric, *(shown.format(value) for value in _worst(twelve[key]["rungs"]))))
+    return rows
+
+
+def twins(read: Read) -> Rows:
+    head = ("", "float32 form from torch", "codes from matrices", "kernels from codes", "shipped graph", "rounding")
+    rows: Rows = [head, "lrrrrr"]
+    for row in read("twins")["rows"]:
+        twin = max(row["twin_original"], row["twin_nbl"])
+        coded = row["shipped"] is not None
+        rest = (
+            f"{row['steps']:.2f} steps", f"{row['products']:.0e}", f"{row['shipped']:.1%}", f"{row['rounding']:.0%}"
+        ) if coded else ("–",) * 4  # fmt: skip
+        rows.append((f"{row['model']}, {row['precision']}", f"{twin:.1e}", *rest))
+    return rows
+
+
+def _worst(rungs: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The largest figure of rung b (original) and of rung c (NBL)."""
+    return [max(r["value"] for r in rungs if r["rung"] == rung and "logit" in r["metric"]) for rung in ("b", "c")]
+
+
+def parity(read: Read) -> Rows:
+    run = read("parity-smollm2")
+    rows: Rows = [("largest logit difference of a position", "of", "original", "NBL", "NBL / original"), "llrrr"]
+    for name, title in (
+        ("graph to torch", "graph to torch"),
+        ("graph to float64", "graph to torch in float64"),
+        ("torch to float64", "torch to torch in float64"),
+    ):
+        for key, of in (("rms", "rms"), ("p99", "99th percentile"), ("max", "largest")):
+            old, new = (run[subject]["distances"][name][key] for subject in ("original", "nbl"))
+            rows.append((title if key == "rms" else "", of, f"{old:.1e}", f"{new:.1e}", f"{new / old:.2f}"))
+    return rows
+
+
+_SOURCES = {
+    "genai-fp32": "GenAI builder",
+    "mobius-default": "mobius, default form",
+    "mobius-cpu": "mobius, CPU form",
+    "transformers-20": "transformers, opset 20",
+    "transformers-23": "transformers, opset 23",
+    "optimum": "optimum-onnx",
+}
+
+
+def sources(read: Read) -> Rows:
+    rows: Rows = [("graph from", "positions", "largest difference from torch", "median"), "lrrr"]
+    found = read("sources-smollm2")["from_torch"]
+    for name, title in _SOURCES.items():
+        apart = found[name]
+        rows.append((title, str(apart["positions"]), f"{apart['largest']:.1e}", f"{apart['median']:.1e}"))
+    return rows
+
+
+_ARCHITECTURES = {
+    "llama": "Llama 2",
+    "llama3": "Llama 3 (llama3 scaling)",
+    "llama-linear": "Llama (linear scaling)",
+    "llama-yarn": "Llama (yarn scaling)",
+    "mistral": "Mistral",
+    "mistral-window": "Mistral, sliding window",
+    "qwen2": "Qwen2",
+    "qwen2-window": "Qwen2, sliding window",
+    "qwen3": "Qwen3",
+    "phi3": "Phi-3",
+    "phi3-window": "Phi-3, sliding window",
+    "phi3-long": "Phi-3, long context",
+    "phi4-mini": "Phi-4-mini",
+    "gemma2": "Gemma 2",
+    "gemma3": "Gemma 3 (text)",
+    "olmo2": "OLMo 2",
+    "smollm3": "SmolLM3",
+    "granite": "Granite",
+}
+
+
+def architectures(read: Read) -> Rows:
+    """The largest logit difference of each source's NBL graph from torch, or the status if there is none."""
+    runs = read("architectures")["rows"]
+    found = {(row["architecture"], row["source"], row["precision"]): row for row in runs}
+    if {row["architecture"] for row in runs} != set(_ARCHITECTURES):
+        raise ValueError("architectures.json has other architectures than the table")
+    columns = (("genai", "fp32"), ("mobius", "fp32"), ("mobius", "fp16"), ("static", "fp32"))
+    rows: Rows = [("", "GenAI builder", "mobius", "mobius, fp16", "TensorRT form"), "lrrrr"]
+    for name, title in _ARCHITECTURES.items():
+        rows.append((title, *(_difference(found.get((name, *column))) for column in columns)))
+    return rows
+
+
+def _difference(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    status = str(row["status"])
+    return f"{row['nbl']:.1e}" if status == "verified" else status.replace("parity failed", "fails verification")
+
+
+def runtimes(read: Read) -> Rows:
+    rows: Rows = [("runtime", "version", "given", "result"), "llll"]
+    for row in read("runtimes-smollm2")["runtimes"]:
+        given = "`model/`" if row["given"].startswith("model/") else "`nbl-export card DIR --transformers-js OUT`"
+        rows.append((row["runtime"], row["version"] or "–", given, row["result"].split(":")[0]))
+    return rows

@@ -1,0 +1,20 @@
+"""Sphinx: Markdown pages by MyST, in the theme Furo. `make docs` builds them; a warning is an error."""
+
+import re
+from pathlib import Path
+
+_VERSION = re.compile(r'^__version__ = "(.+)"$', re.MULTILINE)
+_INIT = Path(__file__).parent.parent / "nbl_export" / "__init__.py"
+
+project = "nbl-export"
+release = _VERSION.findall(_INIT.read_text(encoding="utf-8"))[0]
+extensions = ["myst_parser", "sphinx.ext.mathjax"]
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3  # links such as page.md#heading
+highlight_language = "bash"
+
+html_theme = "furo"
+html_title = f"nbl-export {release}"
+html_copy_source = False
+html_show_copyright = False

@@ -1,0 +1,87 @@
+"""Writes docs/usage.md from the command line itself.
+
+python docs/usage.py            write it
+python docs/usage.py --check    only say whether it would change, and end with 1 if so
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+PAGE = Path(__file__).with_name("usage.md")
+HEAD = """# Usage
+
+```
+nbl-export --model MODEL --output DIR [options]     the main job
+nbl-export COMMAND ...                              one part of it
+```
+
+The main job calibrates, chooses layers, rewrites the decoder, verifies it, measures it and writes a report.
+The same command again resumes a run. Changed options repeat the stages that they affect.
+`python docs/usage.py` writes this page from the options of the command line.
+
+## Configuration file
+
+`--config FILE` takes options from TOML or from another run's `nbl.json`. Flags win over the file.
+The names are those of the options, with dashes or underscores.
+A file also takes the options of `bench`.
+It also takes `token_table = false`, which computes leading linearized layers instead of looking them up.
+
+```toml
+model = "HuggingFaceTB/SmolLM2-135M-Instruct"
+layers = "7,9,15,25-29"
+calibration = ["articles.jsonl:2", "code.txt"]
+depth = "0,2048"
+```
+
+## Exit status
+
+| status | meaning |
+|---|---|
+| 0 | done |
+| 1 | something that you can correct; the message says what |
+| 2 | wrong usage |
+| 3 | verification failed |
+| 130 | interrupted; finished stages are kept |
+"""
+
+
+def page() -> str:
+    """The text of usage.md."""
+    from nbl_export.cli.app import app
+
+    group: Any = typer.main.get_command(app)
+    for parameter in group.params:
+        parameter.hidden = False
+    lines = [HEAD, "## The main job", "", *_options(group, "nbl-export")]
+    for name, command in group.commands.items():
+        about = " ".join(str(command.help).split())
+        lines += ["", f"## {name}", "", about, "", *_options(command, f"nbl-export {name}")]
+    return "\n".join(lines) + "\n"
+
+
+def _options(command: Any, name: str) -> Iterator[str]:
+    context = command.make_context(name, [], resilient_parsing=True)
+    panels: dict[str, list[str]] = {}
+    for parameter in command.get_params(context):
+        record = parameter.get_help_record(context)
+        if record is None or parameter.name in ("install_completion", "show_completion", "help"):
+            continue
+        panel = getattr(parameter, "rich_help_panel", None) or ""
+        meaning = " ".join(record[1].split()).replace("|", "\\|")
+        panels.setdefault(panel, []).append(f"| `{record[0].strip()}` | {meaning} |")
+    for panel, rows in sorted(panels.items(), key=lambda item: item[0] != ""):
+        yield from (f"**{panel}**", "") if panel else ()
+        yield from ("| option | meaning |", "|---|---|", *rows, "")
+
+
+if __name__ == "__main__":
+    text = page()
+    if "--check" in sys.argv:
+        sys.exit(0 if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text else f"{PAGE} would change")
+    PAGE.write_text(text, encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Collects moments of every layer from a checkpoint and text."""

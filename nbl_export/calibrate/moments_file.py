@@ -1,0 +1,194 @@
+"""Moments on disk: one float64 safetensors file of a whole calibration, a shard, or an unfinished calibration.
+
+    layers.{i}.{tap}.{x_sum,y_sum,xx,yx,yy}              sums over the rows, about the reference row
+    layers.{i}.{tap}.{x_ref,y_ref,x_unit,y_unit}         see `sums`; if absent, the sums are about zero
+    metadata "moments", JSON: count, num_layers, taps;
+        identity   values that must be equal in merged files (model, text, windows, context, taps)
+        shard      [number, of]
+        done, batches   batches in the sums, and batches of the shard
+        run        what a run directory needs to continue from this file alone
+        sha256     of the tensors' bytes
+
+The file is written layer by layer, so only one layer's sums need to be in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from nbl_export.calibrate.sums import Sums
+from nbl_export.errors import CorruptError, NblError
+from nbl_export.records.moments import Moments
+
+__all__ = ["MomentsFile", "MomentsWriter", "load_moments", "open_moments", "save_moments"]
+
+_SUMS = ("x_sum", "y_sum", "xx", "yx", "yy")
+_ABOUT = ("x_ref", "y_ref", "x_unit", "y_unit")
+_ITEM = 8  # float64
+_NO_HASH = "0" * 64
+
+
+class MomentsWriter:
+    """Context manager that writes a moments file layer by layer. The file appears complete or not at all.
+
+    safetensors needs all tensors at once, so this class writes the header itself.
+    """
+
+    def __init__(
+        self, path: Path, facts: Mapping[str, Any], num_layers: int, taps: Sequence[str], size: int,
+        fields: Sequence[str] = (*_SUMS, *_ABOUT),
+    ) -> None:  # fmt: skip
+        self.path, self._scratch = path, path.with_name(f".tmp-{path.name}-{os.getpid()}")
+        self._fields, self._taps, self._layer, self._num_layers = tuple(fields), tuple(taps), 0, num_layers
+        stated = {**facts, "num_layers": num_layers, "taps": list(taps), "sha256": _NO_HASH}
+        header: dict[str, Any] = {"__metadata__": {"moments": json.dumps(stated)}}
+        offset = 0
+        for name, shape in self._shapes(num_layers, size):
+            end = offset + _ITEM * (size if len(shape) == 1 else size * size)
+            header[name] = {"dtype": "F64", "shape": shape, "data_offsets": [offset, end]}
+            offset = end
+        raw = json.dumps(header).encode()
+        self._header = raw + b" " * (-len(raw) % 8)
+
+    def _shapes(self, num_layers: int, size: int) -> Iterator[tuple[str, list[int]]]:
+        for i in range(num_layers):
+            for tap in self._taps:
+                for field in self._fields:
+                    yield f"layers.{i}.{tap}.{field}", [size, size] if field in ("xx", "yx", "yy") else [size]
+
+    def __enter__(self) -> MomentsWriter:
+        self._stream, self._digest = self._scratch.open("wb"), hashlib.sha256()
+        self._stream.write(len(self._header).to_bytes(8, "little") + self._header)
+        return self
+
+    def write(self, layer: Mapping[str, Sums | Moments]) -> None:
+        """Write the next layer's sums, by tap."""
+        for tap in self._taps:
+            for field in self._fields:
+                value = getattr(layer[tap], field).contiguous().numpy()
+                raw = memoryview(value.astype("<f8", copy=False)).cast("B")
+                self._digest.update(raw)
+                self._stream.write(raw)
+        self._layer += 1
+
+    def __exit__(self, kind: type[BaseException] | None, _v: BaseException | None, _t: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                assert self._layer == self._num_layers
+                self._stream.seek(8 + self._header.index(_NO_HASH.encode()))
+                self._stream.write(self._digest.hexdigest().encode())
+                self._stream.flush()
+                os.fsync(self._stream.fileno())
+        finally:
+            self._stream.close()
+            if kind is not None:
+                self._scratch.unlink(missing_ok=True)
+        if kind is None:
+            os.replace(self._scratch, self.path)
+
+
+class MomentsFile:
+    """An open moments file: its facts, and the sums of one layer at a time. Use `open_moments`."""
+
+    def __init__(self, path: Path, file: Any) -> None:
+        self.path, self._file = path, file
+        self.facts: dict[str, Any] = json.loads(file.metadata()["moments"])
+        self.num_layers, self.taps = int(self.facts["num_layers"]), tuple(self.facts["taps"])
+        names = set(file.keys())
+        self.has_reference = f"layers.0.{self.taps[0]}.x_ref" in names
+        for i in range(self.num_layers):
+            for tap in self.taps:
+                for field in _SUMS:
+                    if f"layers.{i}.{tap}.{field}" not in names:
+                        raise KeyError(f"layers.{i}.{tap}.{field} is missing")
+
+    @property
+    def size(self) -> int:
+        """Hidden size D."""
+        return int(self._file.get_slice(f"layers.0.{self.taps[0]}.x_sum").get_shape()[0])
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        number, of = self.facts.get("shard") or (1, 1)
+        return int(number), int(of)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the sums hold all batches of the shard."""
+        return bool(self.facts.get("done") == self.facts.get("batches"))
+
+    def check(self) -> None:
+        """Compare the tensors with their hash.
+
+        Raises:
+            CorruptError: the hash differs.
+        """
+        digest = hashlib.sha256()
+        with self.path.open("rb") as stream:
+            stream.seek(8 + int.from_bytes(stream.read(8), "little"))
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        if digest.hexdigest() != self.facts.get("sha256"):
+            raise CorruptError(f"{self.path} is corrupted: its content is not what was written; run calibrate again")
+
+    def sums(self, layer: int, tap: str) -> Sums:
+        """The sums of a layer; about zero if the file has no reference rows."""
+        fields = (*_SUMS, *_ABOUT) if self.has_reference else _SUMS
+        found = {field: self._file.get_tensor(f"layers.{layer}.{tap}.{field}") for field in fields}
+        if not self.has_reference:
+            zero, one = torch.zeros_like(found["x_sum"]), torch.ones_like(found["x_sum"])
+            found |= {"x_ref": zero, "y_ref": zero, "x_unit": one, "y_unit": one}
+        return Sums(int(self.facts["count"]), **found)
+
+
+@contextlib.contextmanager
+def open_moments(path: Path) -> Iterator[MomentsFile]:
+    """Open a moments file.
+
+    Raises:
+        CorruptError: the file is missing, truncated, or not a moments file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with contextlib.ExitStack() as stack:
+        try:
+            found = MomentsFile(path, stack.enter_context(safe_open(str(path), framework="pt")))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CorruptError(f"{path} is not a moments file ({error}); run calibrate again") from error
+        yield found
+
+
+def save_moments(moments: Mapping[str, Sequence[Moments]], path: Path) -> None:
+    """Write moments of all layers and taps of a whole calibration."""
+    first = next(iter(moments.values()))
+    fields = _SUMS
+    with MomentsWriter(path, {"count": first[0].count}, len(first), list(moments), len(first[0].x_sum), fields) as file:
+        for i in range(len(first)):
+            file.write({tap: layers[i] for tap, layers in moments.items()})
+
+
+def load_moments(path: Path) -> dict[str, list[Moments]]:
+    """Read the moments of a whole calibration, by tap and layer.
+
+    Raises:
+        CorruptError: the file is not a moments file, or its calibration is unfinished.
+        NblError: the file holds a shard.
+    """
+    with open_moments(path) as file:
+        if file.shard[1] > 1:
+            raise NblError(
+                f"{path} holds shard {file.shard[0]} of {file.shard[1]} of a calibration; "
+                "put all of them together first: nbl-export merge A B ... --output C"
+            )
+        if not file.is_complete:
+            raise CorruptError(f"{path} is of a calibration that was not finished; run calibrate again")
+        return {tap: [file.sums(i, tap).moments() for i in range(file.num_layers)] for tap in file.taps}

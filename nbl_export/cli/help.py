@@ -1,0 +1,58 @@
+"""Help under headings; --help shows the first page of the main command, and --help-all shows everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from nbl_export.cli.options import GENERAL
+
+__all__ = ["Command", "Group", "show_all"]
+
+_COMPLETION = ("install_completion", "show_completion")
+
+
+class Command(TyperCommand):
+    """A command with its options under headings."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options."""
+        _write(self, ctx, formatter)
+
+
+class Group(TyperGroup):
+    """The main command and its subcommands."""
+
+    everything = False
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options and the subcommands."""
+        _write(self, ctx, formatter, () if self.everything else _COMPLETION)
+        self.format_commands(ctx, formatter)
+
+
+def _write(command: Any, ctx: Any, formatter: Any, without: tuple[str, ...] = ()) -> None:
+    panels: dict[str, list[tuple[str, str]]] = {}
+    for parameter in command.get_params(ctx):
+        record = None if parameter.name in without else parameter.get_help_record(ctx)
+        if record is not None:
+            argument = parameter.param_type_name == "argument"
+            panel = getattr(parameter, "rich_help_panel", None) or ("Arguments" if argument else GENERAL)
+            panels.setdefault(panel, []).append(record)
+    for panel in sorted(panels, key=lambda name: (name != "Arguments", name != GENERAL)):
+        with formatter.section(panel):
+            formatter.write_dl(panels[panel])
+
+
+def show_all(ctx: typer.Context, asked: bool) -> None:
+    """Callback of --help-all: show every option and every subcommand."""
+    if not asked or ctx.resilient_parsing:
+        return
+    command: Any = ctx.command
+    command.everything = True
+    for hidden in (*command.params, *command.commands.values()):
+        hidden.hidden = False
+    typer.echo(ctx.get_help())
+    raise typer.Exit

@@ -1,0 +1,159 @@
+"""Commands that measure speed, operators and quality, or estimate speed on another machine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nbl_export.cli import options as opt
+from nbl_export.cli.show import show, ui
+from nbl_export.records.option import options_of
+from nbl_export.records.options import JobOptions
+
+__all__ = ["COMMANDS"]
+
+
+@opt.takes("bench")
+def bench(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR ...", help="Run directories (their model/), or GenAI model directories."),
+    ],
+    asked: dict[str, Any],
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Compare with this directory; default: original/ of the first run."),
+    ] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", metavar="FORMAT", help="table (default), md, csv, json or llama-bench.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write to FILE; .md, .csv or .json sets the format.")
+    ] = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Measure decoders side by side.
+
+    The decoders are those of one run, or of several directories.
+    """
+    from nbl_export.report import bench_formats
+    from nbl_export.report.tables import speed_table
+    from nbl_export.run import compare
+    from nbl_export.run.pipeline import run_stages
+    from nbl_export.run_directory import REPORT_JSON
+
+    chosen = bench_formats.format_of(form, output, as_json=as_json)
+    bench_formats.check_output(output)
+    if compare.is_stage(directories, against, form, output):
+        run = run_stages(directories[0], "report", ui(as_json), changes=asked, force=force, needs="bench")
+        result = run.read_json(REPORT_JSON)
+        return show(result, speed_table(result), as_json)
+    value = compare.compare(directories, against, JobOptions("", **asked), ui(as_json), force=force)
+    text = bench_formats.render(value, chosen, None if sys.stdout.isatty() and not output else 140)
+    if output is None:
+        return print(text, end="")
+    bench_formats.write(text, output)
+    return print(output)
+
+
+@opt.takes("profile")
+def profile(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, or a GenAI model directory.")],
+    asked: dict[str, Any],
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Time each operator with ONNX Runtime's profiler."""
+    from nbl_export.report.profile_table import profile_table
+    from nbl_export.run import profile as profiling
+
+    profiling.check_request(asked)
+    found = profiling.profile(directory, JobOptions("", **asked), ui(as_json), force=force)
+    show(found, profile_table(found), as_json)
+
+
+def evaluate(
+    directory: opt.Run,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="TASK,...", help="lm-evaluation-harness tasks: lambada_openai,arc_easy,piqa,wikitext."),
+    ] = None,
+    perplexity: Annotated[
+        str | None, typer.Option(metavar="NAME=FILE,...", help="Measure perplexity on these texts.")
+    ] = None,
+    variants: Annotated[
+        str, typer.Option(metavar="VARIANT,...", help="original, nbl (the exported graphs), torch-original, torch-nbl.")
+    ] = "original,nbl",
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Use the first N documents or windows; default: all.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(metavar="FILES", help="Local documents: FILES/TASK/SPLIT.jsonl.")] = None,
+    ppl_context: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens of a --perplexity window.")] = 512,
+    stride: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens between windows; default: the context.")
+    ] = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Run benchmarks and measure perplexity on the exported graphs."""
+    from nbl_export.evaluation.perplexity import parse_named
+    from nbl_export.records.requests import EvalRequest
+    from nbl_export.report.tables import eval_table
+    from nbl_export.run.evaluate import evaluate as run_evaluation
+    from nbl_export.run_directory import EVAL_FILE
+
+    request = EvalRequest(
+        tasks=_words(tasks), variants=_words(variants), limit=limit, data=data,
+        texts=tuple(parse_named(perplexity)) if perplexity else (),
+        context=ppl_context, stride=ppl_context if stride is None else stride,
+    )  # fmt: skip
+    run = run_evaluation(directory, request, ui(as_json), force=force)
+    result = run.read_json(EVAL_FILE)
+    show(result, eval_table(result), as_json)
+
+
+def _words(listed: str | None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in (listed or "").split(",") if word.strip())
+
+
+def project(
+    shape: Annotated[
+        str, typer.Argument(metavar="DIR|SHAPE", help="A run directory, Llama-3.1-8B or Mistral-7B-v0.3.")
+    ],
+    tflops: Annotated[float, typer.Option(help="Matrix product rate at the precision, in 10^12 operations a second.")],
+    bandwidth: Annotated[float, typer.Option(help="Memory bandwidth, in 10^9 bytes a second.")],
+    layers: Annotated[
+        str | None, typer.Option(metavar="LAYERS", help='Replaced layers: "24-31"; default: the run\'s layers.')
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRECISION", help="Of the weights: fp32, fp16, bf16, int8, int4; default: the run's, or fp16."
+        ),
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Length of the prefill.")] = 512,
+    depth: Annotated[str, typer.Option(metavar="N,...", help="Tokens already in the cache.")] = "0,2048",
+    like: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Assume the efficiency that this run's benchmark measured.")
+    ] = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Estimate the speed on another machine, without a measurement."""
+    from nbl_export.report import profile_table
+    from nbl_export.run import projection
+
+    depths = opt.numbers(depth, options_of(JobOptions)["depths"], "depth")
+    rows = projection.rows(projection.Request(shape, tflops, bandwidth, layers, precision, prompt_tokens, depths, like))
+    show(rows, profile_table.table(rows), as_json)
+
+
+COMMANDS = (
+    ("bench", bench, False),
+    ("profile", profile, False),
+    ("eval", evaluate, False),
+    ("project", project, True),
+)  # name, function, hidden from the first page of help

@@ -1,0 +1,107 @@
+"""Commands on finished runs: card, checkpoint, generated text and contents; and the check of engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nbl_export.cli import options as opt
+from nbl_export.cli.show import show
+from nbl_export.cli.show import ui as make_ui
+from nbl_export.trust.terminal import visible
+
+__all__ = ["COMMANDS"]
+
+
+def card(
+    directory: opt.Run,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Hub id of the base model, if the run was made from files.")
+    ] = None,
+    transformers_js: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="Also copy the model folder to OUT, laid out for transformers.js."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on despite a failed verification, and overwrite an edited card.")
+    ] = False,
+) -> None:
+    """Write the model card, README.md of the model folder."""
+    from nbl_export.publish.card import write_card
+    from nbl_export.publish.transformers_js import lay_out
+
+    print(write_card(directory, base_model, force=force))
+    if transformers_js is not None:
+        print(lay_out(directory, transformers_js))
+
+
+def save_checkpoint(
+    directory: opt.Run,
+    output: Annotated[
+        Path | None, typer.Option(metavar="CHECKPOINT", help="A new directory; default: DIR/nbl-checkpoint.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Go on despite a failed verification.")] = False,
+) -> None:
+    """Save the NBL torch model as a Hugging Face directory.
+
+    It loads with `import nbl_export.hf` and AutoModelForCausalLM.
+    """
+    from nbl_export.publish.checkpoint import save
+
+    print(save(directory, output, make_ui(), force=force))
+
+
+def generate(
+    directory: opt.Run,
+    prompt: Annotated[str, typer.Argument(help="What to continue or answer.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N")] = 256,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
+    original: Annotated[bool, typer.Option("--original", help="Use the original decoder instead.")] = False,
+    force: opt.Force = False,
+) -> None:
+    """Stream an answer from the exported decoder."""
+    from nbl_export.run.deployed import open_for_text
+
+    with open_for_text(directory, original=original, force=force) as runner:
+        for piece in runner.stream(runner.encode(prompt, chat=not raw), max_new_tokens):
+            print(visible(piece), end="", flush=True)
+    print()
+
+
+def inspect(
+    directory: Annotated[Path, typer.Argument(metavar="DIR|FILE.onnx", help="A run directory, or any decoder graph.")],
+    as_json: opt.Json = False,
+) -> None:
+    """Show the contents of a run directory or of an ONNX decoder."""
+    from nbl_export.graph.given import has_graph
+    from nbl_export.report.graph_table import graph_table
+    from nbl_export.report.tables import describe_table
+    from nbl_export.run.describe import describe
+
+    if has_graph(directory):
+        from nbl_export.rewrite.describe import describe_graph
+
+        found = describe_graph(directory)
+        return show(found, graph_table(found), as_json)
+    facts = describe(directory)
+    return show(facts, describe_table(facts), as_json)
+
+
+def doctor(as_json: opt.Json = False) -> None:
+    """List the engines that work on this machine, and why others do not."""
+    from nbl_export.report.tables import doctor_table
+    from nbl_export.run.describe import examine_engines
+
+    found = examine_engines()
+    show(found, doctor_table(found), as_json)
+
+
+COMMANDS = (
+    ("card", card, False),
+    ("save-checkpoint", save_checkpoint, False),
+    ("generate", generate, False),
+    ("inspect", inspect, False),
+    ("doctor", doctor, False),
+)  # name, function, hidden from the first page of help

@@ -1,0 +1,1 @@
+"""Cost model of a decoder, and its comparison with a machine (roofline)."""

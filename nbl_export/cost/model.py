@@ -1,0 +1,182 @@
+"""Cost model of a decoder: arithmetic and bytes of prefill and decode, for any machine.
+
+    prefill of T tokens   multiply-adds of every matrix and of causal attention   (mostly bound by arithmetic)
+    one decode step       bytes of all weights and of the caches of T tokens      (mostly bound by memory)
+
+The model counts what every implementation must do. Each weight and each cached key and value is read once a chunk; new
+keys and values are written once. Norms, rotary embedding, softmax, the embedded row and intermediate activations are
+left out; they are some percent of the whole. Planning uses ratios of costs; `roofline` compares costs with a machine.
+
+Tail pruning: above the last kept attention no token reads another token. If only the last token's logits are wanted,
+everything after that attention runs on one token. In the original this is o_proj and MLP of the last layer. Graphs that
+give only the last token's logits are pruned in this way, from every source (`rewrite.last_token`).
+
+Token table: below the first kept attention a hidden state is a function of the token. If layer 0 is replaced, its map
+and MLP become a row that is looked up (`rewrite.token_table`).
+
+Speedup of SmolLM2 on two CPU cores (fp32, 8 layers replaced) over an original with only the head pruned:
+
+    prefill 512, without tail pruning   measured 1.06            modelled 1.06
+    prefill 512, with tail pruning      measured 1.30            modelled 1.31
+    decode                              measured 1.12 to 1.15    modelled 1.04
+
+The model underestimates the decode speedup of small models: an attention operator takes longer than its bytes suggest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbl_export.errors import CorruptError
+from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.plan import AffineMap
+
+__all__ = ["CostModel", "Speedup", "Work", "map_sizes", "read_intermediate_size", "weight_bytes"]
+
+# Bytes of a matrix element; quantised elements include a float32 scale for each block of 32.
+WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.125, "int4": 0.625}
+
+
+def weight_bytes(precision: str) -> float:
+    """Bytes of an element of a decoder matrix."""
+    return WEIGHT_BYTES[precision]
+
+
+def map_sizes(maps: Mapping[int, AffineMap]) -> dict[int, int]:
+    """Matrix elements of each layer's map."""
+    return {layer: sum(m.size for m in affine.matrices.values()) for layer, affine in maps.items()}
+
+
+def read_intermediate_size(checkpoint: Path) -> int:
+    """Width of the MLP from a checkpoint's config.json.
+
+    Raises:
+        CorruptError: the file does not state the width.
+    """
+    path = checkpoint / "config.json"
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["intermediate_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptError(f"{path} gives no intermediate_size ({error}), which the cost model needs") from error
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """The original's cost over that of the NBL decoder."""
+
+    prefill: float
+    decode: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """Number of additions and multiplications, and bytes of weights and caches read or written."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Costs of one decoder at one setting.
+
+    Attributes:
+        weight_bytes, head_bytes: bytes of an element of a layer's matrix, and of the lm_head's.
+        tokens: length of the prefill, and the depth at which a token is decoded.
+        all_logits: the graphs compute the logits of every prompt token.
+        tail_pruned: both graphs have pruned tails, and give the logits of the last token only.
+        token_table: replaced layers below the first kept layer are looked up, not computed.
+    """
+
+    spec: DecoderSpec
+    intermediate_size: int
+    weight_bytes: float
+    head_bytes: float
+    cache_itemsize: int
+    tokens: int = 512
+    all_logits: bool = False
+    tail_pruned: bool = True
+    token_table: bool = False
+
+    def speedup(self, maps: Mapping[int, AffineMap]) -> Speedup:
+        """Modelled speedup of replacing the attention of some layers; 1 means none."""
+        return self.speedup_of_sizes(map_sizes(maps))
+
+    def speedup_of_sizes(self, sizes: Mapping[int, int]) -> Speedup:
+        """As `speedup`, from the matrix elements of each map."""
+        return Speedup(
+            self.prefill_flops({}) / self.prefill_flops(sizes),
+            self.decode({}, self.tokens - 1).bytes / self.decode(sizes, self.tokens - 1).bytes,
+        )
+
+    def prefill_flops(self, sizes: Mapping[int, int]) -> float:
+        """Additions and multiplications of a prefill of `self.tokens` tokens."""
+        return self.prefill(sizes, self.tokens).flops
+
+    def prefill_saved(self, sizes: Mapping[int, int]) -> float:
+        """Share of `prefill_flops` that maps of these sizes save."""
+        return 1 - self.prefill_flops(sizes) / self.prefill_flops({})
+
+    def prefill(self, sizes: Mapping[int, int], tokens: int, depth: int = 0) -> Work:
+        """Work of a chunk of tokens after `depth` cached tokens, with maps of these sizes; no sizes: the original."""
+        return Work(self._flops(sizes, tokens, depth), self._bytes(sizes, tokens, depth))
+
+    def decode(self, sizes: Mapping[int, int], depth: int) -> Work:
+        """Work of one token after `depth` cached tokens: a chunk of one token."""
+        return self.prefill(sizes, 1, depth)
+
+    def _flops(self, sizes: Mapping[int, int], tokens: int, depth: int) -> float:
+        pruned = self.tail_pruned
+        last_kept = max(i for i in range(self.spec.num_layers) if i not in sizes)
+        total = 2.0 * (tokens if self.all_logits and not pruned else 1) * self._head
+        for layer in self._computed(sizes):
+            entering = 1 if pruned and layer > last_kept else tokens
+            leaving = 1 if pruned and layer >= last_kept else tokens
+            total += 2.0 * leaving * self._mlp
+            if layer in sizes:
+                total += 2.0 * entering * sizes[layer]
+            else:
+                total += self._attention_flops(layer, tokens, depth) + 2.0 * leaving * self._o_proj
+        return total
+
+    def _bytes(self, sizes: Mapping[int, int], tokens: int, depth: int) -> float:
+        elements = sum(sizes.get(i, self._projections) + self._mlp for i in self._computed(sizes))
+        kept = (i for i in range(self.spec.num_layers) if i not in sizes)
+        positions = sum(min(depth + tokens, (self.spec.window_of(i) or depth + tokens) + tokens - 1) for i in kept)
+        cache = self.spec.cache_bytes_per_token(1, self.cache_itemsize) * positions
+        return elements * self.weight_bytes + self._head * self.head_bytes + cache
+
+    def _computed(self, sizes: Mapping[int, int]) -> range:
+        """Layers that are not looked up."""
+        first_kept = min(i for i in range(self.spec.num_layers) if i not in sizes)
+        return range(first_kept if self.token_table else 0, self.spec.num_layers)
+
+    def _attention_flops(self, layer: int, tokens: int, depth: int) -> float:
+        """Flops of q, k, v and the attention of them, without o_proj."""
+        pairs = sum(self._visible(layer, depth + position) for position in range(1, tokens + 1))
+        projected = 2.0 * tokens * (self._projections - self._o_proj)
+        return projected + 4.0 * self.spec.num_heads * self.spec.head_dim * pairs
+
+    def _visible(self, layer: int, position: int) -> int:
+        """Tokens that the token at a position (from 1) attends to in a layer."""
+        return min(position, self.spec.window_of(layer) or position)
+
+    @property
+    def _projections(self) -> int:
+        heads = 2 * self.spec.num_heads + 2 * self.spec.num_kv_heads  # of q and o, of k and v
+        return self.spec.hidden_size * heads * self.spec.head_dim
+
+    @property
+    def _o_proj(self) -> int:
+        return self.spec.hidden_size * self.spec.num_heads * self.spec.head_dim
+
+    @property
+    def _mlp(self) -> int:
+        return 3 * self.spec.hidden_size * self.intermediate_size
+
+    @property
+    def _head(self) -> int:
+        return self.spec.hidden_size * self.spec.vocab_size

@@ -1,0 +1,182 @@
+"""Restores attention settings that exporters lose, from the checkpoint's configuration.
+
+    windows   GroupQueryAttention(local_window_size=-1)        the window of that layer; none if it sees all tokens
+    scale     GroupQueryAttention(scale)                       query_pre_attn_scalar ** -0.5
+    tables    GroupQueryAttention(..., cos, sin)               the tables of transformers' own rotary embedding
+    root      Gather(embeddings) -- Mul(33.94)                 sqrt(hidden size), not rounded
+
+The GenAI builder 0.18 loses the windows of Mistral and Phi-3, and linear and yarn scaling. It rounds the root to two
+decimals. It turns the windows of Gemma and Qwen2 into ring caches (sliding_window_cache), which only GenAI can begin
+with an empty cache. mobius 0.1 loses Qwen2's window, Gemma 3's scale and one of Gemma 3's tables. It writes the root in
+half precision, and an attribute unknown to ONNX Runtime if the rotary size is not the head size.
+
+A window counts the token itself, as in transformers. Graphs of other operators do not change: the comparison of the
+original with torch (its own rung) shows their faults.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
+from nbl_export.model.architectures import ARCHITECTURES, windows_of
+from nbl_export.model.checkpoint.pretrained import config_of
+
+__all__ = ["mend_attention"]
+
+_LAYER = re.compile(r"^past_key_values\.(\d+)\.key$")
+_PAST_KEY, _COS, _SIN = 3, 7, 8  # inputs of GroupQueryAttention
+_ROUNDING = {4: 1e-3, 2: 1e-2}  # by bytes of an element: equal tables differ by less, other tables by more
+_NEAR = 1e-2  # relative distance of a rounded root
+_BY_LENGTH = ("longrope", "dynamic")  # tables that depend on the length of the sequence
+
+
+def mend_attention(checkpoint: Path, out: Path) -> None:
+    """Repair model.onnx and genai_config.json of a directory; files without faults keep their bytes."""
+    config = config_of(checkpoint)
+    model = ir.load(out / GRAPH_FILE)
+    nodes = _attention_by_layer(model.graph)
+    windows, scale = windows_of(config), _scale(config)
+    changed = [_set_window(node, windows[layer]) for layer, node in nodes.items()]
+    changed += [_set_scale(node, scale) for node in nodes.values() if scale is not None]
+    changed += [node.attributes.pop("rotary_embedding_dim", None) is not None for node in nodes.values()]
+    if ARCHITECTURES[config.model_type].embedding_root:
+        changed.append(_mend_root(model.graph, math.sqrt(config.hidden_size)))
+    changed += _mend_tables(model.graph, nodes, config)
+    if any(changed):
+        ir.save(model, out / GRAPH_FILE)
+    if any(windows):
+        _forget_window(out / GENAI_CONFIG)
+
+
+def _attention_by_layer(graph: ir.Graph) -> dict[int, ir.Node]:
+    found = {}
+    for node in graph:
+        if node.op_type == "GroupQueryAttention":
+            past = node.inputs[_PAST_KEY]
+            if past is not None and (match := _LAYER.match(past.name or "")):
+                found[int(match[1])] = node
+    return found
+
+
+def _set_window(node: ir.Node, window: int | None) -> bool:
+    ring = node.attributes.pop("sliding_window_cache", None) is not None
+    if node.attributes.get_int("local_window_size", -1) == (window or -1):
+        return ring
+    node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", window or -1)
+    return True
+
+
+def _scale(config: Any) -> float | None:
+    """The factor of attention scores; None if it is one over the root of the head size."""
+    name = ARCHITECTURES[config.model_type].score_scalar
+    return None if name is None else float(getattr(config, name)) ** -0.5
+
+
+def _set_scale(node: ir.Node, scale: float) -> bool:
+    if math.isclose(node.attributes.get_float("scale", 0.0), scale, rel_tol=1e-6):
+        return False
+    node.attributes["scale"] = ir.AttrFloat32("scale", scale)
+    return True
+
+
+def _mend_root(graph: ir.Graph, root: float) -> bool:
+    """Replace the factor behind the embeddings by that of transformers; returns whether the graph changed."""
+    ids = next(v for v in graph.inputs if v.name == "input_ids")
+    for gather in (n for n in ids.consumers() if n.op_type == "Gather"):
+        for node in (n for n in gather.outputs[0].consumers() if n.op_type == "Mul"):
+            for index, value in enumerate(node.inputs):
+                given = None if value is None else ir.convenience.get_const_tensor(value)
+                if given is None or given.size != 1 or value is None:
+                    continue
+                number = float(given.numpy().reshape(()))
+                if number != (exact := float(np.float32(root))) and math.isclose(number, exact, rel_tol=_NEAR):
+                    array = np.full(given.shape.numpy(), exact, given.numpy().dtype)
+                    node.replace_input_with(index, _new_table(graph, "nbl.embedding_root", array))
+                    return True
+    return False
+
+
+def _forget_window(path: Path) -> None:
+    """Remove the window from the runtime's settings: GenAI would keep caches of two windows and stop behind them."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings["model"]["decoder"].pop("sliding_window", None) is not None:
+        path.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
+
+
+def _mend_tables(graph: ir.Graph, nodes: dict[int, ir.Node], config: Any) -> list[bool]:
+    """Replace each table that a layer reads and that differs from transformers' table; one True for each change."""
+    right: dict[str | None, tuple[np.ndarray, np.ndarray] | None] = {}
+    done: dict[tuple[str, str | None], ir.Value] = {}
+    changed = []
+    for layer, node in nodes.items():
+        kind = config.layer_types[layer] if _differ_by_kind(config) else None
+        for index in (_COS, _SIN):
+            table = node.inputs[index] if len(node.inputs) > index else None
+            if table is None or table.const_value is None:
+                continue
+            if kind not in right:
+                right[kind] = _tables(config, kind)
+            wanted = right[kind]
+            if wanted is None:
+                continue
+            exact = wanted[index - _COS]
+            given = table.const_value.numpy()
+            if (
+                given.shape == exact.shape
+                and np.abs(given.astype(np.float32) - exact).max() < _ROUNDING[given.itemsize]
+            ):
+                continue
+            key = (str(table.name), kind)
+            if key not in done:
+                done[key] = _new_table(graph, f"{table.name}.{kind or 'all'}", exact.astype(given.dtype))
+            node.replace_input_with(index, done[key])
+            changed.append(True)
+    if changed:
+        _drop_unread(graph)
+    return changed
+
+
+def _differ_by_kind(config: Any) -> bool:
+    return set(config.rope_parameters or ()) >= {"full_attention", "sliding_attention"}
+
+
+def _tables(config: Any, kind: str | None) -> tuple[np.ndarray, np.ndarray] | None:
+    """cos and sin [positions, rotary size / 2] of transformers; None if they depend on the length of a sequence."""
+    import torch
+    import transformers
+
+    parameters = config.rope_parameters if kind is None else config.rope_parameters[kind]
+    if parameters.get("rope_type") in _BY_LENGTH:
+        return None
+    classes = ARCHITECTURES[config.model_type].classes
+    module = sys.modules[getattr(transformers, f"{classes}ForCausalLM").__module__]
+    rotary = getattr(module, f"{classes}RotaryEmbedding")(config)
+    positions = torch.arange(config.max_position_embeddings)[None]
+    chosen = {"layer_type": kind} if "layer_type" in inspect.signature(rotary.forward).parameters else {}
+    with torch.inference_mode():
+        cos, sin = rotary(torch.zeros(1, dtype=torch.float32), positions, **chosen)
+    half = cos.shape[-1] // 2
+    return cos[0, :, :half].numpy(), sin[0, :, :half].numpy()
+
+
+def _new_table(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+    graph.register_initializer(value)
+    return value
+
+
+def _drop_unread(graph: ir.Graph) -> None:
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]

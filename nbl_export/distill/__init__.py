@@ -1,0 +1,1 @@
+"""Trains the maps towards the original model's outputs."""

@@ -1,0 +1,233 @@
+"""Trains only the maps, against the original model's logits.
+
+    start      closed-form maps of the plan
+    loss       KL(original || NBL) in nats over all positions and the whole vocabulary, mixed with the cross-entropy of
+               the text's next tokens (label_weight), plus the distance of intermediate hidden states (`distill.twin`)
+    kept       the maps with the lowest held-back KL; the closed-form maps if training never improved on them
+
+Three choices reduce overfitting (docs/experiments.md): the loss on intermediate hidden states, low-rank deltas, and
+short rows that are cut anew in every epoch. Attention uses the first token of a row as a sink, which shapes the whole
+row. Without new cuts the maps would see the same few hundred first tokens in every epoch.
+
+A low-rank delta `up down` begins with `up` at zero. `down` begins at the first right singular vectors of the whole
+matrix's gradient (Wang et al. 2024, LoRA-GA, who also set `up` by the gradient). R random directions would see only R
+of the gradient's D parts at first.
+
+Gradients are clipped row by row. A row whose sink is about to be lost or found has a gradient up to a hundred times as
+large as other rows. Clipped together with other rows, such a row would dominate the step.
+
+bfloat16 serves only the products of a training step, of original and student (autocast). The residual stream, norms,
+softmax, maps and all held-back figures are float32.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from nbl_export.distill.settings import AIMING, Distilled, DistillSettings, State, Surroundings, TrainingText
+from nbl_export.distill.twin import Lesson, Twin
+from nbl_export.errors import NblError
+from nbl_export.parallel.peers import Peers
+from nbl_export.records.plan import AffineMap
+
+__all__ = ["distill"]
+
+_CLIP = 1.0  # largest norm of a row's gradient
+
+
+class _Training:
+    """Optimizer, best maps so far, and everything that a run needs to resume after a kill."""
+
+    def __init__(self, twin: Twin, settings: DistillSettings, held: list[Lesson], peers: Peers) -> None:
+        self.twin, self.settings, self.held, self.peers = twin, settings, held, peers
+        self.fraction = 0.0
+        self.step, self.best_at = 0, 0.0
+        self._earlier, self._started = 0.0, time.monotonic()
+        deltas = {name: p for name, p in twin.trained.items() if name.rpartition(".")[2] in ("up", "down")}
+        others = [p for name, p in twin.trained.items() if name not in deltas]  # no decay: they do not start at zero
+        groups: list[dict[str, Any]] = [{"params": others}]
+        if deltas:
+            groups.append({"params": list(deltas.values()), "weight_decay": settings.weight_decay})
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.rate, weight_decay=0.0, betas=(0.9, 0.99))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda _: 0.5 * (1 + math.cos(math.pi * min(1.0, self.fraction)))
+        )
+        self.result = Distilled(twin.maps())
+
+    @property
+    def seconds(self) -> float:
+        """Time used, including the time of killed runs."""
+        return self._earlier + time.monotonic() - self._started
+
+    def _look_at_the_clock(self) -> None:
+        """Update the share of steps or minutes used, by the clock of process 0."""
+        limit = self.settings.minutes
+        by_time = self.peers.share(self.seconds / (limit * 60)) if limit else 0.0
+        self.fraction = max(self.step / self.settings.steps, by_time)
+
+    def begin(self, state: State | None) -> None:
+        """Resume the saved run, or judge the start."""
+        saved = self.peers.share(state.load() if state else None)
+        if saved is not None:
+            self._restore(*saved)
+            return
+        start = self._held_kl()
+        if not math.isfinite(start):
+            raise NblError("distillation cannot start: the closed-form maps give logits that are not finite")
+        self.result.held_kl.append((0, start))
+
+    def aim(self, lessons: Iterable[Lesson]) -> None:
+        """Initialise the deltas from the gradients of some batches, within the share `AIMING` of the run."""
+        total: dict[str, torch.Tensor] = {}
+        for lesson in lessons:
+            for name, gradient in self._gradients(lesson, whole=True)[0].items():
+                total[name] = total[name] + gradient if name in total else gradient
+            self._look_at_the_clock()
+            if self.fraction >= AIMING:
+                break
+        self.twin.aim(total)
+
+    def _gradients(self, lesson: Lesson, whole: bool = False) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Mean over all processes of the rows' clipped gradients, and the KL [B] of this process's rows."""
+        weights = self.settings.hidden_weight, self.settings.label_weight
+        found, kl_B = self.twin.gradients(lesson, *weights, whole=whole)
+        norm_B = torch.stack([g.flatten(1).square().sum(1) for g in found.values()]).sum(0).sqrt()
+        share_B = (_CLIP / norm_B).clamp(max=1.0) / len(norm_B)
+        gradients = {name: torch.tensordot(share_B, g, 1) for name, g in found.items()}
+        self.peers.average(list(gradients.values()))
+        return gradients, kl_B
+
+    def advance(self, lesson: Lesson) -> None:
+        """One optimizer step."""
+        gradients, kl_B = self._gradients(lesson)
+        for name, parameter in self.twin.trained.items():
+            parameter.grad = gradients[name]
+        self.optimizer.step()
+        self.step += 1
+        self._look_at_the_clock()
+        self.schedule.step()
+        self.result.train_kl.append(kl_B.mean().item())
+
+    def judge(self) -> float:
+        """Measure held-back KL, and keep the maps if this KL is the lowest so far."""
+        found = self._held_kl()
+        best = min(kl for _, kl in self.result.held_kl)
+        self.result.held_kl.append((self.step, found))
+        if found < best:
+            self.result.maps, self.best_at = self.twin.maps(), self.fraction
+        return found
+
+    @property
+    def over(self) -> bool:
+        """Whether steps, time or patience are used up."""
+        return self.fraction >= 1.0 or self.fraction - self.best_at >= self.settings.patience
+
+    def _held_kl(self) -> float:
+        values = [self.twin.held_kl(lesson) for lesson in self.held]
+        total, count = self.peers.add(sum(values), len(values))
+        return total / count
+
+    def save(self, state: State) -> None:
+        tensors = {f"parameters.{name}": p.detach() for name, p in self.twin.trained.items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+        for i, best in self.result.maps.items():
+            tensors |= {
+                f"best.{i}.weight": torch.from_numpy(best.weight),
+                f"best.{i}.bias": torch.from_numpy(best.bias),
+            }
+        kept = {"held_kl": self.result.held_kl, "train_kl": self.result.train_kl, "best_at": self.best_at}
+        state.save(tensors, {**kept, "step": self.step, "seconds": self.seconds})
+
+    def _restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.twin.trained.items():
+                parameter.copy_(tensors[f"parameters.{name}"])
+        state = self.optimizer.state_dict()
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".")
+                state["state"].setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict(state)
+        self.result.maps = {
+            i: AffineMap(tensors[f"best.{i}.weight"].numpy(), tensors[f"best.{i}.bias"].numpy())
+            for i in self.result.maps
+        }
+        self.result.held_kl = [(int(step), float(kl)) for step, kl in facts["held_kl"]]
+        self.result.train_kl = [float(kl) for kl in facts["train_kl"]]
+        self.step, self.best_at, self._earlier = facts["step"], facts["best_at"], facts["seconds"]
+        self._look_at_the_clock()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.rate * self.schedule.lr_lambdas[0](self.step)
+
+
+def distill(
+    model: Any,
+    maps: Mapping[int, AffineMap],
+    tap: str,
+    text: TrainingText,
+    settings: DistillSettings,
+    around: Surroundings = Surroundings(),  # noqa: B008  frozen
+) -> Distilled:
+    """Train the maps of `model`; the model itself is unchanged afterwards.
+
+    Without a time limit the result is deterministic for a seed on one machine, also after a kill and a resume.
+
+    Raises:
+        NblError: no map or no held-back text is given, or the loss is not finite at the start.
+    """
+    if not maps or not len(text.held_WT):
+        raise NblError("distillation needs at least one replaced layer and some held-back text")
+    state, peers = around.state, around.peers
+    twin = Twin(model, maps, tap, settings.dtype, settings.lora_rank, settings.seed)
+    training = _Training(
+        twin, settings, [twin.lesson(row[None]) for row in text.held_WT[peers.rank :: peers.size]], peers
+    )
+    training.begin(state)
+    start = training.result.held_kl[0][1]
+    if training.step == 0 and settings.lora_rank:
+        first = itertools.islice(_batches(text.windows_WT, settings, peers.size), settings.aimed)
+        training.aim(twin.lesson(batch_BT[peers.rank :: peers.size], training=True) for batch_BT in first)
+    for number, batch_BT in enumerate(_batches(text.windows_WT, settings, peers.size)):
+        if number < training.step:
+            continue
+        if training.over:
+            break
+        training.advance(twin.lesson(batch_BT[peers.rank :: peers.size], training=True))
+        around.progress(round(1000 * training.fraction), 1000)
+        checked = training.step % settings.check_every == 0 or training.over
+        if checked:
+            found = training.judge()
+            around.say(
+                f"step {training.step}, {training.seconds / 60:.1f} min: KL {training.result.train_kl[-1]:.4f}, "
+                f"held back {found:.4f} (start {start:.4f})"
+            )
+        if state and (checked or training.step % settings.kept_every == 0):
+            training.save(state)
+    training.result.seconds = training.seconds
+    return training.result
+
+
+def _batches(windows_WT: torch.Tensor, settings: DistillSettings, multiple: int = 1) -> Iterator[torch.Tensor]:
+    """Token ids [B, T] of each step. Each epoch cuts the text anew from a random offset, and shuffles the rows.
+
+    B is a multiple of `multiple`, the number of processes, so that all have equally many rows.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    text, length = windows_WT.flatten(), min(settings.window, windows_WT.shape[1])
+    size = max(1, min(len(text) // length - 1, settings.batch_tokens // length))
+    size = -(-size // multiple) * multiple
+    queue: list[torch.Tensor] = []
+    for _ in range(settings.steps):
+        while len(queue) < size:
+            start = int(torch.randint(length, (1,), generator=generator)) if len(text) > length else 0
+            rows = text[start : start + (len(text) - start) // length * length].view(-1, length)
+            queue += list(rows[torch.randperm(len(rows), generator=generator)])
+        batch, queue = queue[:size], queue[size:]
+        yield torch.stack(batch)

@@ -1,0 +1,147 @@
+"""A decoder graph on plain ONNX Runtime: prefill and cached steps of a right-padded batch, logits as numpy.
+
+For verification, not for speed: caches are copied through numpy. Only the graph's inputs and outputs matter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nbl_export.errors import CorruptError, MissingPackageError
+from nbl_export.graph.names import GRAPH_FILE
+from nbl_export.graph.trust import check_graph_file
+from nbl_export.records.decoder import GraphContract, TensorInfo
+
+__all__ = ["OnnxDecoder"]
+
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+_PAST = re.compile(r"^past_key_values\.(\d+)\.(key|value)$")
+
+
+_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64",
+           "tensor(int32)": "int32", "tensor(bfloat16)": "bfloat16"}  # fmt: skip
+
+
+class OnnxDecoder:
+    """One decoder graph and the caches of the batch it is running.
+
+    Args:
+        directory: holds the graph.
+        file: name of the graph, see `all_logits_file`.
+        head_dim: size of a head, used if the graph only names that dimension.
+        threads: intra-op threads; None is ONNX Runtime's choice.
+        caches: name of each cache input -> of its output; None: past_key_values.N.key -> present.N.key.
+        proto: the graph itself, with its data in `directory`; `file` is then not read.
+
+    Raises:
+        CorruptError: ONNX Runtime cannot load the graph.
+    """
+
+    def __init__(
+        self, directory: Path, head_dim: int, threads: int | None = None, *, file: str = GRAPH_FILE,
+        caches: Mapping[str, str] | None = None, proto: bytes | None = None,
+    ) -> None:  # fmt: skip
+        try:
+            import onnxruntime as ort
+        except ImportError as error:
+            raise MissingPackageError("onnxruntime", "cpu", "running the graph") from error
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads:
+            options.intra_op_num_threads = threads
+        if proto is None:
+            check_graph_file(directory / file)
+        try:
+            if proto is not None:
+                options.add_session_config_entry(_DATA_FOLDER, str(directory))
+            graph = str(directory / file) if proto is None else proto
+            self.session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ORT's own exception types, one for each kind of damage
+            raise CorruptError(f"ONNX Runtime cannot load {directory / file}: {error}") from error
+        self.head_dim = head_dim
+        self.contract = self._contract()
+        names = [a.name for a in self.contract.inputs if _PAST.match(a.name)]
+        self._caches = {n: n.replace("past_key_values", "present") for n in names} if caches is None else dict(caches)
+        self._past: dict[str, np.ndarray] = {}
+        self._mask_BT = np.zeros((0, 0), np.int64)
+
+    def _contract(self) -> GraphContract:
+        def info(arg: Any) -> TensorInfo:
+            return TensorInfo(
+                arg.name, _DTYPES.get(arg.type, arg.type), tuple(d if isinstance(d, int) else str(d) for d in arg.shape)
+            )
+
+        inputs = tuple(info(a) for a in self.session.get_inputs())
+        layers = sorted({int(m[1]) for a in inputs if (m := _PAST.match(a.name))})
+        return GraphContract(inputs, tuple(info(a) for a in self.session.get_outputs()), tuple(layers))
+
+    def begin(self, batch: int) -> None:
+        """Start a batch with empty caches."""
+        self._mask_BT = np.zeros((batch, 0), np.int64)
+        self._past = {
+            a.name: np.zeros((batch, int(a.shape[1]), 0, self.head_dim), a.dtype)
+            for a in self.contract.inputs
+            if a.name in self._caches
+        }
+
+    def step(
+        self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None, further: Mapping[str, np.ndarray] | None = None
+    ) -> np.ndarray:
+        """Append tokens; returns float32 logits [B, T, V], or [B, 1, V] from a pruned graph.
+
+        Args:
+            ids_BT: token ids.
+            valid_BT: 1 for tokens, 0 for padding on the right; only a first chunk may be padded.
+            further: values of inputs that only this graph has.
+        """
+        outputs = [a.name for a in self.contract.outputs]
+        feeds, mask = self._feeds(ids_BT, valid_BT, further)
+        found = dict(zip(outputs, self.session.run(outputs, feeds), strict=True))
+        self._mask_BT = mask
+        self._past = {name: found[self._caches[name]] for name in self._past}
+        return np.asarray(found["logits"].astype(np.float32, copy=False))
+
+    def look(
+        self, outputs: Sequence[str], ids_BT: np.ndarray, valid_BT: np.ndarray | None = None,
+        further: Mapping[str, np.ndarray] | None = None,
+    ) -> list[np.ndarray]:  # fmt: skip
+        """Other outputs for the tokens that would come next, without appending these tokens."""
+        found: list[np.ndarray] = self.session.run(list(outputs), self._feeds(ids_BT, valid_BT, further)[0])
+        return found
+
+    def _feeds(
+        self, ids_BT: np.ndarray, valid_BT: np.ndarray | None, further: Mapping[str, np.ndarray] | None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """All inputs of a step, and the mask after the step."""
+        valid = np.ones_like(ids_BT) if valid_BT is None else valid_BT
+        past_lengths = self._mask_BT.sum(1)
+        mask = np.concatenate([self._mask_BT, valid.astype(np.int64)], 1)
+        positions = past_lengths[:, None] + np.arange(ids_BT.shape[1])[None, :]
+        feeds = {"input_ids": ids_BT, "attention_mask": mask, "position_ids": positions}
+        types = {a.name: a.dtype for a in self.contract.inputs}
+        ours = {k: v.astype(types[k], copy=False) for k, v in {**feeds, **(further or {})}.items() if k in types}
+        return {**ours, **self._past}, mask
+
+    def mark(self) -> Any:
+        """The state of the running batch, for `rewind`. Costs nothing: a step makes new caches and changes none."""
+        return dict(self._past), self._mask_BT
+
+    def rewind(self, mark: Any) -> None:
+        """Go back to the state `mark` of the same batch."""
+        past, self._mask_BT = mark
+        self._past = dict(past)
+
+    @property
+    def slots(self) -> int:
+        """Tokens that the caches of the running batch hold, padding included."""
+        return int(self._mask_BT.shape[1])
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the caches of the running batch hold now."""
+        return sum(array.nbytes for array in self._past.values())

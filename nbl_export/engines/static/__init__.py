@@ -1,0 +1,1 @@
+"""Decoders with caches of fixed size, for any engine."""

@@ -1,0 +1,172 @@
+"""Memory, a stream and captured graphs on the first GPU, through cuda-python or torch."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from nbl_export.errors import NblError
+
+__all__ = ["CudaPython", "Device", "Torch", "find_backend", "open_device"]
+
+
+class Device(Protocol):
+    """GPU memory and one stream. Addresses are integers; all work is ordered on `stream`."""
+
+    title: str
+    stream: int
+
+    def allocate(self, size: int) -> int:
+        """Allocate `size` bytes; returns their address."""
+
+    def zero(self, address: int, size: int) -> None: ...
+
+    def upload(self, address: int, array: np.ndarray) -> None: ...
+
+    def download(self, address: int, array: np.ndarray) -> None:
+        """Copy into a contiguous array; the data is there after `synchronize`."""
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Record what `work` puts on the stream, without running it; returns a function that runs the record."""
+
+    def close(self) -> None:
+        """Free all memory, the stream and the records."""
+
+
+def find_backend() -> type[CudaPython] | type[Torch] | str:
+    """The package to use, or what is missing, as a sentence without a full stop."""
+    if importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None:
+        return CudaPython
+    if importlib.util.find_spec("torch") is not None:
+        torch: Any = importlib.import_module("torch")
+        if torch.cuda.is_available():
+            return Torch
+    return "device memory needs the package cuda-python (pip install cuda-python), or torch with CUDA"
+
+
+def open_device() -> Device:
+    """Open a device through the package that is there.
+
+    Raises:
+        NblError: there is no usable package.
+    """
+    backend = find_backend()
+    if isinstance(backend, str):
+        raise NblError(backend)
+    return backend()
+
+
+class CudaPython:
+    """GPU memory through cuda-python's CUDA runtime; each call returns (status, values...)."""
+
+    title = "cuda-python"
+
+    def __init__(self) -> None:
+        self._rt: Any = importlib.import_module("cuda.bindings.runtime")
+        self._buffers: list[int] = []
+        self._graphs: list[tuple[Any, Any]] = []
+        self._stream = self._call(self._rt.cudaStreamCreate)
+        self.stream = int(self._stream)
+
+    def _call(self, function: Any, *arguments: Any) -> Any:
+        status, *values = function(*arguments)
+        if int(status):
+            raise NblError(f"the GPU refuses {function.__name__}: {status.name}")
+        return values[0] if values else None
+
+    def allocate(self, size: int) -> int:
+        address = int(self._call(self._rt.cudaMalloc, size))
+        self._buffers.append(address)
+        return address
+
+    def zero(self, address: int, size: int) -> None:
+        self._call(self._rt.cudaMemsetAsync, address, 0, size, self._stream)
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        kind = self._rt.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._call(self._rt.cudaMemcpyAsync, address, array.ctypes.data, array.nbytes, kind, self._stream)
+
+    def download(self, address: int, array: np.ndarray) -> None:
+        kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._call(self._rt.cudaMemcpyAsync, array.ctypes.data, address, array.nbytes, kind, self._stream)
+
+    def synchronize(self) -> None:
+        self._call(self._rt.cudaStreamSynchronize, self._stream)
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        mode = self._rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call(self._rt.cudaStreamBeginCapture, self._stream, mode)
+        try:
+            work()
+        finally:
+            graph = self._call(self._rt.cudaStreamEndCapture, self._stream)
+        ready = self._call(self._rt.cudaGraphInstantiate, graph, 0)
+        self._graphs.append((graph, ready))
+        return lambda: self._call(self._rt.cudaGraphLaunch, ready, self._stream)
+
+    def close(self) -> None:
+        for graph, ready in self._graphs:
+            self._call(self._rt.cudaGraphExecDestroy, ready)
+            self._call(self._rt.cudaGraphDestroy, graph)
+        for address in self._buffers:
+            self._call(self._rt.cudaFree, address)
+        self._graphs, self._buffers = [], []
+        if self._stream is not None:
+            self._call(self._rt.cudaStreamDestroy, self._stream)
+            self._stream = None
+
+
+class Torch:
+    """GPU memory through torch.cuda: byte tensors, a stream, CUDAGraph."""
+
+    title = "torch"
+
+    def __init__(self) -> None:
+        self._torch: Any = importlib.import_module("torch")
+        self._buffers: dict[int, Any] = {}
+        self._stream = self._torch.cuda.Stream()
+        self.stream = int(self._stream.cuda_stream)
+
+    def allocate(self, size: int) -> int:
+        buffer = self._torch.empty(size, dtype=self._torch.uint8, device="cuda")
+        self._buffers[int(buffer.data_ptr())] = buffer
+        return int(buffer.data_ptr())
+
+    def zero(self, address: int, size: int) -> None:
+        with self._torch.cuda.stream(self._stream):
+            self._buffers[address][:size].zero_()
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        flat = self._torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        with self._torch.cuda.stream(self._stream):
+            self._buffers[address][: flat.numel()].copy_(flat)
+
+    def download(self, address: int, array: np.ndarray) -> None:
+        flat = self._torch.from_numpy(array.reshape(-1).view(np.uint8))
+        with self._torch.cuda.stream(self._stream):
+            flat.copy_(self._buffers[address][: flat.numel()])
+
+    def synchronize(self) -> None:
+        self._stream.synchronize()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        graph = self._torch.cuda.CUDAGraph()
+        with self._torch.cuda.graph(graph, stream=self._stream):
+            work()
+
+        def replay() -> None:
+            with self._torch.cuda.stream(self._stream):
+                graph.replay()
+
+        return replay
+
+    def close(self) -> None:
+        self._stream.synchronize()
+        self._buffers = {}

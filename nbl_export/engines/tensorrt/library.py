@@ -1,0 +1,110 @@
+"""The two TensorRT libraries as data, loaded at first use."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from nbl_export.engines.base import Capabilities
+from nbl_export.errors import NblError
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["LIBRARIES", "Library", "load_library"]
+
+_DRIVERS = {13: "R580", 12: "R535"}  # oldest driver of a CUDA major version
+
+
+@dataclass(frozen=True)
+class Library:
+    """TensorRT or TensorRT for RTX.
+
+    Attributes:
+        module: name to import.
+        package: name for pip.
+        get_it: how to install the library.
+        runtime_graphs: whether the library captures CUDA graphs by itself.
+        computes: compute capabilities that the library runs on; empty means `least_compute` and later.
+        default_targets: compute capabilities of a plan by default; empty means the GPU at hand.
+        other: the engine to try instead.
+        target_prefix: begins the library's names of compute capabilities.
+        weak_computes: compute capabilities without bf16 and int4.
+    """
+
+    capabilities: Capabilities
+    module: str
+    package: str
+    get_it: str
+    builds_without_gpu: bool
+    runtime_graphs: bool
+    computes: tuple[str, ...]
+    least_compute: str
+    default_targets: tuple[str, ...]
+    other: str
+    target_prefix: str = "SM"
+    weak_computes: tuple[str, ...] = ("7.5",)
+
+    def runs_on(self, compute: str) -> bool:
+        """Whether the library has kernels for a compute capability."""
+        if self.computes:
+            return compute in self.computes
+        return _version(compute) >= _version(self.least_compute)
+
+
+_PRECISIONS = ("fp16", "bf16", "int4")
+
+
+_COMPILED: dict[str, Any] = {"static": True, "cross": True, "dense_caches": True}
+
+
+LIBRARIES = {
+    "trt": Library(
+        capabilities=Capabilities("trt", "TensorRT", _PRECISIONS, ("static",), "trt", _PRECISIONS, **_COMPILED),
+        module="tensorrt",
+        package="tensorrt",
+        get_it="pip install tensorrt (its libraries come from NVIDIA's own package index)",
+        builds_without_gpu=False,
+        runtime_graphs=False,
+        computes=(),
+        least_compute="7.5",
+        default_targets=(),
+        other="trt-rtx",
+    ),
+    "trt-rtx": Library(
+        capabilities=Capabilities(
+            "trt-rtx", "TensorRT for RTX", _PRECISIONS, ("static",), "trt-rtx", _PRECISIONS, **_COMPILED
+        ),
+        module="tensorrt_rtx",
+        package="tensorrt-rtx",
+        get_it="pip install tensorrt-rtx",
+        builds_without_gpu=True,
+        runtime_graphs=True,
+        computes=("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
+        least_compute="7.5",
+        default_targets=("8.0", "8.6", "8.9", "12.0", "12.1"),
+        other="trt",
+    ),
+}
+
+
+def load_library(library: Library) -> ModuleType:
+    """Import the library's module.
+
+    Raises:
+        NblError: the package is not installed, or does not load; the message says how to get it.
+    """
+    if importlib.util.find_spec(library.module) is None:
+        raise NblError(f"the package {library.package} is not installed: {library.get_it}")
+    try:
+        return importlib.import_module(library.module)
+    except Exception as error:  # a package without its libraries raises FileNotFoundError, OSError, ImportError
+        raise NblError(f"the package {library.package} does not load ({error}): {library.get_it}") from error
+
+
+def _version(compute: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in compute.split("."))

@@ -1,0 +1,170 @@
+"""Hashes, JSON and directories on disk. A file or directory is written completely or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nbl_export.errors import NblError
+
+__all__ = [
+    "file_sha256",
+    "friendly_os_errors",
+    "key_of",
+    "move_into_place",
+    "refuse_occupied",
+    "stream_sha256",
+    "write_json",
+]
+
+_SCRATCH = ".tmp-"
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file, read in blocks."""
+    with path.open("rb") as stream:
+        return stream_sha256(stream)
+
+
+def stream_sha256(stream: Any) -> str:
+    """Hex digest of the rest of an open file, read in blocks."""
+    return hashlib.file_digest(stream, "sha256").hexdigest() if _HAS_FILE_DIGEST else _digest(stream)
+
+
+_HAS_FILE_DIGEST = hasattr(hashlib, "file_digest")  # Python 3.11
+
+
+def _digest(stream: Any) -> str:
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def key_of(*parts: Any) -> str:
+    """Fingerprint of the inputs of a stage: equal inputs give equal keys."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is either the old or the new file, never half of one."""
+    scratch = path.with_name(f"{_SCRATCH}{path.name}-{os.getpid()}")
+    try:
+        with scratch.open("w", encoding="utf-8") as stream:
+            json.dump(value, stream, indent=1, ensure_ascii=False, allow_nan=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+_WRITE_ONLY = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextlib.contextmanager
+def friendly_os_errors(where: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into an NblError with advice, whichever library failed."""
+    try:
+        yield
+    except Exception as error:
+        number, filename = _disk_trouble(error)
+        reasons = {
+            errno.ENOSPC: f"no space left on the disk of {where}; free some or choose another --output",
+            errno.EDQUOT: f"the disk quota of {where} is used up; free some space or choose another --output",
+            errno.EACCES: f"no permission to write {filename or where}; choose another --output",
+            errno.EROFS: f"{where} is on a read-only file system; choose another --output",
+            errno.EFBIG: f"a file in {where} grew beyond the file-size limit; raise it or choose another --output",
+        }
+        explained = isinstance(error, NblError) and number not in _WRITE_ONLY  # e.g. a text that cannot be read
+        if number not in reasons or explained:
+            raise
+        raise NblError(reasons[number]) from error
+
+
+def _disk_trouble(error: BaseException | None) -> tuple[int | None, str | None]:
+    """Error number and file of the OSError that an exception is, is caused by, or quotes."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno, error.filename
+        if quoted := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, in Rust
+            return int(quoted[1]), None
+        if re.search(r"\d+ requested and \d+ written", str(error)):  # numpy's tofile keeps no number
+            return errno.ENOSPC, None
+        error = error.__cause__
+    return None, None
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a directory or a link; a missing path is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _make(path: Path) -> None:
+    """Create a directory if it is missing."""
+    try:
+        str(path).encode("utf-8")  # the manifest will hold the path
+        with friendly_os_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NblError(f"{path} cannot be a directory: a file is in the way; choose another --output") from error
+    except UnicodeEncodeError as error:
+        raise NblError(f"{str(path)!r} is not a name in UTF-8; choose another --output") from error
+    except OSError as error:
+        raise NblError(f"{path} cannot be made: {error.strerror}; choose another --output") from error
+
+
+def refuse_occupied(target: Path) -> None:
+    """Require that a directory to be written is new or empty.
+
+    Raises:
+        NblError: `target` is a file, or a directory with content.
+    """
+    try:
+        occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    except OSError as error:
+        raise NblError(f"{target} cannot be looked into: {error.strerror}; choose another --output") from error
+    if occupied:
+        raise NblError(f"{target} is there already; choose another --output, or remove it")
+
+
+def move_into_place(made: Path, target: Path) -> Path:
+    """Rename a finished directory to `target`, and replace what is there.
+
+    The directory first moves to a name beside `target`, since it may come from another file system.
+    """
+    _make(target.parent)
+    with friendly_os_errors(target):
+        beside = target.with_name(f"{_SCRATCH}{target.name}-{os.getpid()}")
+        try:
+            shutil.move(made, beside)
+            if target.exists() or target.is_symlink():
+                _remove(target)
+            os.replace(beside, target)
+        finally:
+            if beside.exists():
+                _remove(beside)
+    return target
+
+
+def versions(packages: Sequence[str]) -> Mapping[str, str]:
+    """Installed versions of packages, for the manifest; missing packages are left out."""
+    import importlib.metadata as metadata
+
+    found = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

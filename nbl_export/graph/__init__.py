@@ -1,0 +1,1 @@
+"""An ONNX decoder: names, files, checks, caches, anatomy, facts, sizes."""

@@ -1,0 +1,202 @@
+"""Finds the attention block of each decoder layer in a graph, from the dataflow alone.
+
+    residual x ----------------------------+
+        |                                  v
+        +-- norm -- q,k,v -- attention -- [join] -- ...        join: Add or Skip(Simplified)LayerNormalization
+                       past i ---^   `--- present i
+
+The search begins at the cache inputs of a layer (`caches`) and ends at the residual join. The join is the first
+addition at which all paths from the layer's caches have come together. Its other operand feeds the attention.
+Node names play no part. Norm, rotary embedding and attention may be one operator each or dozens. Reading the shape of
+a cache is not dataflow, because all layers share the past length and the masks made from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from nbl_export.errors import RefusalError
+from nbl_export.graph.caches import graph_caches
+
+__all__ = ["PRODUCTS", "AttentionBlock", "cache_layers", "find_block", "graph_caches", "is_constant"]
+
+# Operators that multiply activations by weights, or that quantise activations for such a product.
+PRODUCTS = ("MatMul", "Gemm", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "QLinearMatMul", "FusedMatMul",
+            "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "DynamicQuantizeLinear", "QuantizeLinear")  # fmt: skip
+_SKIP_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
+_TAKES_TOKENS = ("Gather", "GatherND", "Slice")
+_READS_ONLY_SHAPE = ("Shape", "Size")
+_DEPTH = 8
+
+
+@dataclass(frozen=True)
+class AttentionBlock:
+    """One layer's attention: its caches, and the join where its output meets the residual stream."""
+
+    layer: int
+    pasts: tuple[ir.Value, ...]
+    presents: tuple[ir.Value, ...]
+    join: ir.Node
+    branch_index: int  # which input of `join` is the attention output
+    residual: ir.Value
+    projected: tuple[ir.Value, ...]  # inputs of the block's first products (q, k, v)
+    normed: ir.Value | None  # the only projected value, if it is not the residual and the join takes all tokens
+
+    @property
+    def branch(self) -> ir.Value:
+        """The attention output, as the join adds it to the residual."""
+        value = self.join.inputs[self.branch_index]
+        assert value is not None
+        return value
+
+
+def cache_layers(graph: ir.Graph) -> tuple[int, ...]:
+    """Layers that keep a cache, ascending."""
+    return tuple(graph_caches(graph))
+
+
+def find_block(graph: ir.Graph, layer: int) -> AttentionBlock:
+    """Locate the attention block of a layer.
+
+    Raises:
+        RefusalError: the graph has no such layer, or the layer's dataflow is not an attention block.
+    """
+    caches = graph_caches(graph)
+    if layer not in caches:
+        raise RefusalError(layer, f"the graph has caches for layers {list(caches)} only")
+    pasts, presents = caches[layer]
+    join = _find_join(graph, layer, pasts, presents)
+    reached = _descendants(graph, pasts, stop=join)
+    index = next(i for i, v in enumerate(join.inputs[:2]) if v in reached)
+    branch, residual = join.inputs[index], join.inputs[1 - index]
+    assert branch is not None and residual is not None
+    projected = _projected(residual, branch, join)
+    if not projected:
+        raise RefusalError(
+            layer,
+            f"{join.name or join.op_type} adds its attention output to {residual.name}, which the attention is not "
+            "computed from; a layer whose MLP runs beside its attention cannot be replaced",
+        )
+    usable = len(projected) == 1 and projected[0] is not residual and _whole(residual) is residual
+    normed = projected[0] if usable else None
+    return AttentionBlock(layer, pasts, presents, join, index, residual, projected, normed)
+
+
+def is_constant(value: ir.Value, depth: int = _DEPTH) -> bool:
+    """Whether a value is an initializer, or computed from initializers alone (for example a transposed tied head)."""
+    producer = value.producer()
+    if value.is_initializer() or value.const_value is not None:
+        return True
+    if producer is None or depth == 0:
+        return False
+    return all(v is None or is_constant(v, depth - 1) for v in producer.inputs)
+
+
+def _projected(residual: ir.Value, branch: ir.Value, join: ir.Node) -> tuple[ir.Value, ...]:
+    """Inputs of the first products on the paths to the branch.
+
+    Paths begin at the residual, at the normed output of a skip norm that makes the residual, or at the value that the
+    residual was gathered from.
+    """
+    whole = _whole(residual)
+    starts = [whole]
+    beside = whole.producer()
+    if beside is not None and beside.op_type in _SKIP_NORMS:
+        starts.append(beside.outputs[0])
+    needed = _ancestors(branch, stop=set(starts))
+    found: dict[ir.Value, None] = {}
+    seen: set[ir.Value] = set()
+    while starts:
+        value = starts.pop()
+        if value in seen or value not in needed:
+            continue
+        seen.add(value)
+        for node in value.consumers():
+            if node is join or node.op_type in _READS_ONLY_SHAPE or not any(v in needed for v in node.outputs):
+                continue
+            if node.op_type in PRODUCTS:
+                found[value] = None
+            else:
+                starts.extend(node.outputs)
+    return tuple(found)
+
+
+def _whole(residual: ir.Value) -> ir.Value:
+    """The residual of all tokens; in a graph with a pruned tail (`rewrite.tail`) the join reads a gather of it."""
+    node = residual.producer()
+    taken = node is not None and node.op_type in _TAKES_TOKENS
+    source = node.inputs[0] if taken and node is not None else None
+    return residual if source is None or is_constant(source) else source
+
+
+def _ancestors(value: ir.Value, stop: set[ir.Value]) -> set[ir.Value]:
+    """The value and all values that it is computed from; the search ends at `stop`."""
+    found: set[ir.Value] = set()
+    waiting = [value]
+    while waiting:
+        here = waiting.pop()
+        if here in found:
+            continue
+        found.add(here)
+        producer = here.producer()
+        if here not in stop and producer is not None and producer.op_type not in _READS_ONLY_SHAPE:
+            waiting.extend(v for v in producer.inputs if v is not None)
+    return found
+
+
+def _descendants(graph: ir.Graph, sources: Iterable[ir.Value], stop: ir.Node | None = None) -> set[ir.Value]:
+    """Values computed from the sources by nodes before `stop`."""
+    reached = set(sources)
+    for node in graph:
+        if node is stop:
+            break
+        if node.op_type not in _READS_ONLY_SHAPE and any(v in reached for v in node.inputs):
+            reached.update(node.outputs)
+    return reached
+
+
+def _find_join(graph: ir.Graph, layer: int, pasts: tuple[ir.Value, ...], presents: tuple[ir.Value, ...]) -> ir.Node:
+    """The first residual addition through which every path from the layer's caches passes."""
+    reached = set(pasts)
+    last = None
+    for node in graph:
+        if node.op_type in _READS_ONLY_SHAPE or not any(v in reached for v in node.inputs):
+            continue
+        if _is_residual_add(node, reached):
+            if _is_only_door(node, reached, presents):
+                return node
+            last = node
+        reached.update(node.outputs)
+    seen = "" if last is None else f" (the last addition looked at is {last.name or last.outputs[0].name})"
+    raise RefusalError(
+        layer, f"no residual addition gathers the attention output; the block's end is not understood{seen}"
+    )
+
+
+def _is_residual_add(node: ir.Node, reached: set[ir.Value]) -> bool:
+    if node.op_type != "Add" and node.op_type not in _SKIP_NORMS:
+        return False
+    pair = node.inputs[:2]
+    inside = [v for v in pair if v in reached]
+    outside = [v for v in pair if v is not None and v not in reached]
+    return len(inside) == 1 and len(outside) == 1 and not is_constant(outside[0])
+
+
+def _is_only_door(door: ir.Node, reached: set[ir.Value], presents: tuple[ir.Value, ...]) -> bool:
+    """Whether reached values leave through `door` alone; present caches may also leave as graph outputs."""
+    for value in reached:
+        for user in value.consumers():
+            if user is door or user.op_type in _READS_ONLY_SHAPE:
+                continue
+            if any(_is_open(output, presents) for output in user.outputs if output not in reached):
+                return False
+        if value.is_graph_output() and value not in presents:
+            return False
+    return True
+
+
+def _is_open(value: ir.Value, presents: tuple[ir.Value, ...]) -> bool:
+    return bool(value.consumers()) or (value.is_graph_output() and value not in presents)

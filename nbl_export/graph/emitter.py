@@ -1,0 +1,159 @@
+"""Reads and extends a graph, for graph passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from nbl_export.errors import RefusalError
+
+__all__ = [
+    "Emitter",
+    "add_initializer",
+    "cache_slots",
+    "drop_input",
+    "element_type",
+    "graph_input",
+    "need",
+    "shape_of",
+    "size",
+    "type_of",
+]
+
+Dim = int | str | ir.SymbolicDim | None
+
+
+class Emitter:
+    """Appends nodes to a graph.
+
+    Nodes go to the end of the node list. One topological sort after the last pass orders all nodes, so no pass needs a
+    position in the list.
+    """
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+
+    def __call__(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        name: str,
+        dtype: ir.DataType | None = None,
+        shape: Sequence[Dim] | None = None,
+        **attributes: float | str | Sequence[int],
+    ) -> ir.Value:
+        """Append one node; the node and its output are named `name`."""
+        node = ir.node(op_type, list(inputs), attributes, name=name)
+        out = node.outputs[0]
+        out.name = name
+        if dtype is not None:
+            out.dtype = dtype
+        if shape is not None:
+            out.shape = ir.Shape(shape)
+        self._graph.append(node)
+        return out
+
+    def add(self, node: ir.Node) -> None:
+        """Append an existing node."""
+        self._graph.append(node)
+
+    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+        """An initializer; the same name returns the same value, so passes share constants."""
+        if name in self._graph.initializers:
+            return self._graph.initializers[name]
+        value = ir.Value(
+            name=name,
+            shape=ir.Shape(array.shape),
+            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+            const_value=ir.tensor(array, name=name),
+        )
+        self._graph.register_initializer(value)
+        return value
+
+
+def need(value: ir.Value | None, what: str) -> ir.Value:
+    """The value, or a refusal that names the expected `what`."""
+    if value is None:
+        raise RefusalError(None, f"expected {what}")
+    return value
+
+
+def shape_of(value: ir.Value) -> list[int | ir.SymbolicDim]:
+    """All dimensions, as numbers or symbols; refuses an unknown shape."""
+    if value.shape is None:
+        raise RefusalError(None, f"{value.name} has no known shape")
+    return list(value.shape)
+
+
+def size(value: ir.Value, axis: int) -> int:
+    """One dimension as a number; refuses a symbol."""
+    dim = shape_of(value)[axis]
+    if not isinstance(dim, int):
+        raise RefusalError(None, f"dimension {axis} of {value.name} is {dim}; a number is needed")
+    return dim
+
+
+def type_of(value: ir.Value) -> ir.DataType:
+    """The element type; refuses an unknown type."""
+    if value.dtype is None:
+        raise RefusalError(None, f"{value.name} has no known element type")
+    return value.dtype
+
+
+def cache_slots(graph: ir.Graph) -> int:
+    """Slots S of the first cache; run after `HeadMajorCaches`."""
+    for value in graph.inputs:
+        if (value.name or "").startswith("past_key_values."):
+            return size(value, 2)
+    raise RefusalError(None, "it has no cache inputs")
+
+
+def graph_input(graph: ir.Graph, name: str) -> ir.Value:
+    """The input of that name."""
+    for value in graph.inputs:
+        if value.name == name:
+            return value
+    raise RefusalError(None, f"it has no input {name}; it has {', '.join(str(v.name) for v in graph.inputs)}")
+
+
+def drop_input(graph: ir.Graph, value: ir.Value) -> None:
+    """Remove an input; refuses if a node still reads it."""
+    if readers := sorted({use.node.name or use.node.op_type for use in value.uses()}):
+        raise RefusalError(None, f"input {value.name} is still read by {readers[0]}")
+    graph.inputs.remove(value)
+
+
+_DEPTH = 12  # most operators between a value and a value of a stated type
+
+
+def add_initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType) -> ir.Value:
+    """Register a new constant.
+
+    Raises:
+        RefusalError: an initializer of this name exists.
+    """
+    if name in graph.initializers:
+        raise RefusalError(None, f"it already has an initializer {name}; this graph has been rewritten before")
+    tensor = ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(dtype))
+    graph.register_initializer(value)
+    return value
+
+
+def element_type(graph: ir.Graph, value: ir.Value) -> ir.DataType:
+    """Float type of a hidden value: as stated, else derived from its inputs, else the type of the logits."""
+    return _derived_type(value, _DEPTH) or graph.outputs[0].dtype or ir.DataType.FLOAT
+
+
+def _derived_type(value: ir.Value, depth: int) -> ir.DataType | None:
+    if value.dtype is not None:
+        return value.dtype if value.dtype.is_floating_point() else None
+    node = value.producer()
+    if node is None or depth == 0:
+        return None
+    if node.op_type == "Cast":
+        return ir.DataType(node.attributes["to"].as_int())
+    types = (_derived_type(v, depth - 1) for v in node.inputs if v is not None)
+    return next((t for t in types if t is not None), None)

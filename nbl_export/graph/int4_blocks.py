@@ -1,0 +1,66 @@
+"""Matrices as int4 blocks in standard operators, the form that TensorRT accepts.
+
+    before   MatMul(x, W [K, N])
+    after    MatMul(x, DequantizeLinear(W4 [K, N] int4, scale [K / block, N]; axis 0, block_size))
+
+Rounding is symmetric, to nearest, along K. Scales have the weight's float type. The element of largest magnitude in a
+block becomes -8 and its sign goes into the scale, so all sixteen codes are used. TensorRT accepts int4 without zero
+points and in blocks along K only (TensorRT documentation, "Working with Quantized Types").
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from nbl_export.errors import RefusalError
+
+__all__ = ["int4_blocks", "quantize_weight"]
+
+
+def quantize_weight(graph: ir.Graph, node: ir.Node, block: int) -> bool:
+    """Put a MatMul's weight behind a DequantizeLinear; returns whether the graph changed.
+
+    A weight stays if another node reads it (a tied embedding), or if it is no stored matrix of whole blocks along K.
+    """
+    weight = node.inputs[1]
+    if weight is None or not weight.is_initializer() or weight.const_value is None or len(weight.uses()) != 1:
+        return False
+    dims = weight.const_value.shape.numpy()
+    if len(dims) != 2 or dims[0] % block:
+        return False
+    dtype = weight.const_value.dtype
+    codes, scales = int4_blocks(weight.const_value.numpy().astype(np.float32), block, dtype.numpy())
+    packed = _initializer(graph, f"{weight.name}_int4", ir.tensor(codes))
+    scale = _initializer(graph, f"{weight.name}_scale", ir.tensor(scales, dtype=dtype))
+    wide = ir.node(
+        "DequantizeLinear", [packed, scale], {"axis": 0, "block_size": block}, name=f"{node.name}/DequantizeLinear"
+    )
+    wide.outputs[0].name = f"{weight.name}_wide"
+    wide.outputs[0].shape, wide.outputs[0].type = ir.Shape(dims), ir.TensorType(dtype)
+    graph.insert_before(node, [wide])
+    node.replace_input_with(1, wide.outputs[0])
+    del graph.initializers[str(weight.name)]
+    return True
+
+
+def int4_blocks(weight_KN: np.ndarray, block: int, scale_dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """int4 codes [K, N] and scales [K / block, N] of a float32 matrix; codes fit the rounded scales."""
+    rows, columns = weight_KN.shape
+    blocks = weight_KN.reshape(rows // block, block, columns)
+    peak = np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], axis=1)
+    scale = (peak / -8.0).astype(scale_dtype)
+    scale[scale == 0] = 1.0
+    codes = np.clip(np.rint(blocks / scale.astype(np.float32)), -8, 7).reshape(rows, columns)
+    return codes.astype(ml_dtypes.int4), np.ascontiguousarray(scale[:, 0])
+
+
+def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    if name in graph.initializers:
+        raise RefusalError(None, f"it already has an initializer {name}")
+    tensor.name = name
+    shape, dtype = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
+    value = ir.Value(name=name, const_value=tensor, shape=shape, type=dtype)
+    graph.register_initializer(value)
+    return value

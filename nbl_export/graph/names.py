@@ -1,0 +1,31 @@
+"""Names of the files of a decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = [
+    "ALL_LOGITS_FILE",
+    "GENAI_CONFIG",
+    "GRAPH_FILE",
+    "MANIFEST",
+    "STATIC_GRAPH_FILE",
+    "all_logits_file",
+    "graph_file",
+]
+
+GRAPH_FILE = "model.onnx"
+STATIC_GRAPH_FILE = "decoder.onnx"  # the static form at the deployed precision, for a compiler
+ALL_LOGITS_FILE = "all_logits.onnx"  # the same graph with all logits, beside a graph with last-token logits
+GENAI_CONFIG = "genai_config.json"
+MANIFEST = "nbl.json"  # in a run directory and in a deployable directory
+
+
+def graph_file(directory: Path) -> str:
+    """Name of the graph in a deployable directory."""
+    return STATIC_GRAPH_FILE if (directory / STATIC_GRAPH_FILE).is_file() else GRAPH_FILE
+
+
+def all_logits_file(directory: Path) -> str:
+    """Name of the graph with the most logits in a deployable directory."""
+    return ALL_LOGITS_FILE if (directory / ALL_LOGITS_FILE).is_file() else graph_file(directory)

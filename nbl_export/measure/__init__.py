@@ -1,0 +1,1 @@
+"""Speed, memory and energy of decoders, measured side by side."""

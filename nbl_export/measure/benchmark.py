@@ -1,0 +1,229 @@
+"""Times decoders side by side, in llama-bench's terms, on any TextRunner.
+
+    each variant alone, in a child process         load seconds, peak and steady memory
+    for each number of threads, repeated loads of all variants (`rounds`); with each load, for each batch and depth:
+        depth d      fill A to d, fill B to d      untimed; every run below starts by rewinding to d
+          pp<T>      warm A, warm B, a round A B   with the next load B A
+          tg<T>      warm A, warm B, a round A B
+
+pp<T> at depth d: d tokens are in the cache, and T more are appended as one chunk. Then the first token is picked from
+the logits and timed separately. tg<T>: T tokens are appended one at a time, and the clock is read after each token.
+Token ids are random, fixed by a seed, and equal for all variants.
+
+Round i of all variants runs one variant after the other. Each run waits until the threads of the previous run stop
+spinning, because a spinning thread occupies a core (`idle`). A load fixes the memory layout of weights and cache until
+the next load. Of six copies of one decoder, the fastest decoded 8% faster than the slowest, with clearly separate
+intervals (docs/experiments.md). So a load has one round, and the order of variants rotates with each load.
+
+Decode appends given ids instead of sampling, so an end-of-text token never stops a run. On ONNX Runtime GenAI,
+`generate_next_token` with `min_length` takes the same time (SmolLM2 int4, 8 interleaved blocks of 64 tokens: medians
+17.34 and 17.26 ms a token). Rewinding and appending again takes as long as a fresh fill and gives bit-equal logits.
+
+A batch is filled in one piece and continues with its own tokens, because GenAI can do only this (see `engines.ort`).
+So a batch has no prefill behind a cache. Memory is that of one sequence.
+
+All decoders are in memory at once during timing. This module itself loads neither an engine nor torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from nbl_export.errors import NblError
+from nbl_export.measure import background
+from nbl_export.measure.footprint import Footprint, OpenRunner, disk_bytes, measure_footprint
+from nbl_export.measure.rounds import Instruments, Progress, Rule, Stand, Steps, Variant, groups, time_rounds
+from nbl_export.records.results import Scenario, Timing
+
+__all__ = ["BenchSetting", "Instruments", "Variant", "machine", "plan_scenarios", "run"]
+
+Measure = Callable[[OpenRunner, Path, int | None, Sequence[int], int], Footprint]
+
+
+@dataclass(frozen=True)
+class BenchSetting:
+    """Facts about the decoders and the engine that the benchmark needs.
+
+    vocab_size, context_length: of the decoders. versions: of packages, recorded. base: the variant that the others are
+    compared with, recorded.
+    """
+
+    vocab_size: int
+    context_length: int
+    versions: Mapping[str, str]
+    engine: str = "ort"
+    provider: str = "cpu"
+    seed: int = 0
+    base: str | None = "original"
+
+
+def plan_scenarios(
+    prompt_tokens: Sequence[int],
+    generate_tokens: int,
+    depths: Sequence[int],
+    batches: Sequence[int] = (1,),
+    threads: Sequence[int | None] = (None,),
+) -> tuple[Scenario, ...]:
+    """Prefills and decode at each depth, depths ascending and distinct: pp512@0, tg128@0, pp512@2048, ...
+
+    The list repeats for each batch, and then for each number of threads.
+    """
+    kinds = (*(("pp", tokens) for tokens in prompt_tokens), ("tg", generate_tokens))
+    return tuple(
+        Scenario(kind, tokens, depth, batch, count)
+        for count in threads
+        for batch in batches
+        for depth in sorted(set(depths))
+        for kind, tokens in kinds
+    )
+
+
+_ORDER = (
+    "every round loads all variants again and rotates their order by one; one discarded warm-up with each load; "
+    "each run waits for the threads of the previous run"
+)
+
+
+def _random_ids(setting: BenchSetting, batch: int, length: int) -> np.ndarray:
+    return np.random.default_rng(setting.seed).integers(0, setting.vocab_size, (batch, length), dtype=np.int32)
+
+
+def run(
+    variants: Mapping[str, Variant],
+    scenarios: Sequence[Scenario],
+    repetitions: int | None,
+    progress: Progress,
+    *,
+    setting: BenchSetting,
+    instruments: Instruments | None = None,
+    measure: Measure = measure_footprint,
+) -> dict[str, Any]:
+    """Measure every scenario on every variant and return the value of bench.json.
+
+    Args:
+        variants: by name ("original", "nbl").
+        scenarios: see `plan_scenarios`; scenarios that cannot run are listed in "skipped".
+        repetitions: timed rounds, each with its own load and untimed warm-up; None lets `rounds.Rule` decide.
+        progress: called with (steps done, total steps), warm-ups and fills included.
+
+    Raises:
+        NblError: no scenario fits the context, or a runner fails.
+    """
+    instruments = instruments or Instruments()
+    fitting, skipped = _split(scenarios, setting.context_length)
+    capacity = max(s.depth + s.tokens for s in fitting)
+    ids = _random_ids(setting, max(s.batch for s in fitting), capacity)
+    by_threads = groups(fitting, lambda s: s.threads)
+    rule = Rule(repetitions) if repetitions else Rule(seconds=Rule().seconds / len(by_threads))
+    steps = Steps(progress)
+    steps.plan(len(variants))
+    for same in by_threads:
+        steps.plan_loads(rule.least, variants, same)
+
+    prompt = ids[0, : max((s.tokens for s in fitting if s.kind == "pp"), default=1)].tolist()
+    described = {}
+    for name, variant in variants.items():
+        footprint = measure(variant.open, variant.directory, fitting[0].threads, prompt, capacity)
+        described[name] = _describe(variant, footprint, capacity)
+        steps.done()
+    stand = Stand(ids, instruments, steps)
+    found = [time_rounds(variants, stand, same, rule, setting.base) for same in by_threads]
+    loads = [load for rounds in found for load in rounds.background]
+    meter = instruments.meter
+    return {
+        "machine": machine(),
+        "background": background.described(loads, len(stand.waits), stand.waits.count(False)),
+        "threads": list(dict.fromkeys(s.threads for s in fitting)),
+        "batches": list(dict.fromkeys(s.batch for s in fitting)),
+        "engine": setting.engine,
+        "provider": setting.provider,
+        "versions": dict(setting.versions),
+        "seed": setting.seed,
+        "repetitions": repetitions,
+        "order": _ORDER,
+        "base": setting.base,
+        **({"energy_sources": list(meter.sources)} if meter else {}),
+        "timings": [_row(t) for rounds in found for t in rounds.timings],
+        "skipped": skipped,
+        "variants": described,
+    }
+
+
+def _split(scenarios: Sequence[Scenario], context: int) -> tuple[list[Scenario], list[dict[str, Any]]]:
+    """Scenarios that can run, and a row with the reason for each other scenario."""
+    reasons = {s: _reason(s, context) for s in scenarios}
+    fitting = [s for s in scenarios if not reasons[s]]
+    skipped = [{**_facts(s), "reason": reason} for s, reason in reasons.items() if reason]
+    if not fitting:
+        raise NblError(f"nothing to measure: {skipped[0]['reason']}")
+    return fitting, skipped
+
+
+def _reason(scenario: Scenario, context: int) -> str:
+    if scenario.batch > 1 and scenario.kind == "pp" and scenario.depth:
+        return "a batch is filled in one piece, so a prefill behind a cache needs --batch 1"
+    picked = scenario.batch > 1  # the cache of a batch also holds the token that was picked last
+    if scenario.depth + scenario.tokens + picked > context:
+        own = " and one picked token" if picked else ""
+        return f"{scenario.depth} + {scenario.tokens} tokens{own} exceed the context length of the model, {context}"
+    return ""
+
+
+# -- other records -------------------------------------------------------------------------------------
+
+
+def _facts(scenario: Scenario) -> dict[str, Any]:
+    return {"test": scenario.test, **asdict(scenario)}
+
+
+def _row(timing: Timing) -> dict[str, Any]:
+    """Raw nanoseconds and microjoules, and the latencies derived from them."""
+    raw = {
+        "samples_ns": list(timing.samples_ns),
+        "loads": list(timing.loads),
+        "first_token_ns": list(timing.first_token_ns),
+        "token_ns": [list(run) for run in timing.token_ns],
+        "energy_uj": list(timing.energy_uj),
+        "ttft_ns": timing.ttft_ns,
+        "tpot_ns": timing.tpot_ns,
+    }
+    return {**_facts(timing.scenario), "variant": timing.variant, **{k: v for k, v in raw.items() if v}}
+
+
+def _describe(variant: Variant, footprint: Footprint, tokens: int) -> dict[str, Any]:
+    directory = variant.directory
+    return {
+        **asdict(footprint),
+        "kv_cache_bytes": variant.cache_bytes_per_token * tokens,
+        "kv_cache_bytes_per_token": variant.cache_bytes_per_token,
+        "model_bytes": sum(p.stat().st_size for kind in ("model.onnx*", "*.engine") for p in directory.glob(kind)),
+        "disk_bytes": disk_bytes(directory),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, physical cores, memory in bytes, operating system and Python version of this machine."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": psutil.cpu_count(logical=False) or os.cpu_count() or 1,
+        "memory_bytes": psutil.virtual_memory().total,
+        "os": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

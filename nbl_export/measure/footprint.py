@@ -1,0 +1,162 @@
+"""Memory, load time and size on disk of one decoder.
+
+fresh process: load ─► prompt and a few tokens ─► resident memory ─► load twice more for the time
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import platform
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import psutil
+
+from nbl_export.engines.base import TextRunner
+from nbl_export.errors import NblError
+
+__all__ = ["Footprint", "OpenRunner", "disk_bytes", "measure_footprint"]
+
+OpenRunner = Callable[[Path, int | None], TextRunner]  # directory, threads
+
+_DECODED = 8  # tokens decoded before memory is read
+_LOADS = 3  # load seconds are the median of this many loads,
+_CHEAP_LOAD_SECONDS = 10.0  # unless the first load takes longer than this
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of resident memory and load seconds of one decoder alone in a process.
+
+    peak: largest resident set of the process, with interpreter and engine library (about 35 MB before a model is
+    loaded). File pages that the engine maps count while they are resident. steady: resident set with the model loaded
+    and the sequence in its cache. load: opening the runner, with the files in the page cache.
+    """
+
+    peak_memory_bytes: int
+    steady_memory_bytes: int
+    load_seconds: float
+
+
+# kind of file -> its names; any other file is "other"
+_KINDS = {
+    "engine": ("*.engine",),
+    "weights": ("*.data", "*.safetensors", "*.bin"),
+    "graph": ("*.onnx",),
+    "tokenizer": ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja"),
+    "settings": ("*.json",),
+}
+
+
+def disk_bytes(directory: Path) -> dict[str, int]:
+    """Bytes of the files of a deployable directory, by kind of file; kinds without files are omitted."""
+    sizes = dict.fromkeys((*_KINDS, "other"), 0)
+    for path in directory.rglob("*"):
+        if path.is_file():
+            kind = next((k for k, names in _KINDS.items() if any(path.match(name) for name in names)), "other")
+            sizes[kind] += path.stat().st_size
+    return {kind: size for kind, size in sizes.items() if size}
+
+
+def measure_footprint(
+    open_runner: OpenRunner, directory: Path, threads: int | None, prompt: Sequence[int], capacity: int
+) -> Footprint:
+    """Load a decoder alone in a fresh process, run one sequence, and read the memory of that process.
+
+    The child process has ended on return, also after Ctrl-C.
+
+    Args:
+        capacity: tokens to reserve the cache for, as the timed runs do.
+
+    Raises:
+        NblError: the runner failed in the child, or the system ended the child (usually out of memory).
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(there, open_runner, directory, threads, prompt, capacity), daemon=True)
+    resource_tracker.ensure_running()  # starting it inside the block below would unblock interrupts
+    with _interrupts_held():
+        child.start()
+    there.close()  # only the child's copy stays open, so the child's end also ends the wait
+    try:
+        answer = here.recv()
+    except EOFError:
+        child.join()
+        raise NblError(
+            f"measuring {directory} failed: the process that loaded it ended with status {child.exitcode} "
+            f"(-9 usually means too little memory: close other programs, or use a smaller precision)"
+        ) from None
+    finally:
+        here.close()
+        child.terminate()
+        child.join()
+    if isinstance(answer, str):
+        raise NblError(answer)
+    return answer
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Block Ctrl-C. A process started in the block never receives Ctrl-C; this process does, and ends the child."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _child(
+    out: Connection,
+    open_runner: OpenRunner,
+    directory: Path,
+    threads: int | None,
+    prompt: Sequence[int],
+    capacity: int,
+) -> None:
+    try:
+        out.send(_footprint(functools.partial(open_runner, directory, threads), prompt, capacity))
+    except NblError as error:
+        out.send(str(error))
+
+
+def _footprint(load: Callable[[], TextRunner], prompt: Sequence[int], capacity: int) -> Footprint:
+    start = time.perf_counter()
+    with load() as runner:
+        seconds = [time.perf_counter() - start]
+        runner.begin(capacity)
+        runner.append(prompt)
+        for token in prompt[: min(_DECODED, capacity - len(prompt))]:
+            runner.append([token])
+        steady = psutil.Process().memory_info().rss
+        peak = max(_peak_memory_bytes(), steady)  # the kernel's two counters may differ by a page
+    while len(seconds) < _LOADS and seconds[0] < _CHEAP_LOAD_SECONDS:
+        start = time.perf_counter()
+        with load():
+            seconds.append(time.perf_counter() - start)
+    return Footprint(peak, steady, statistics.median(seconds))
+
+
+def _peak_memory_bytes() -> int:
+    """Largest resident set of this process so far, in bytes.
+
+    Linux reports the value as VmHWM. Linux's ru_maxrss starts from the memory of the parent process (getrusage(2)
+    after execve), which may be much larger.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)

@@ -1,0 +1,275 @@
+"""Times decoders in turns: one round with each load, until the intervals of their ratios are narrow.
+
+    load A B ─► for each batch and depth: fill, warm up, a run of A, a run of B, ... ─► close ─► load B A ─► ...
+    after 6, 12 and 18 loads: every interval within 10%, or the next check after 3 minutes? ─► end;  24 ─► end
+
+A load keeps its memory layout, so rounds of one load are not independent (docs/experiments.md, "The order of rounds").
+So a load has one round.
+
+The width of the intervals ends the rounds, never the verdict: waiting for a winner finds one even if there is none.
+A small sample's interval can be narrow by chance, so there are at most four checks. With this rule the interval
+contained the median in at least 94 of 100 trials for every noise (bench/intervals.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nbl_export.engines.base import TextRunner
+from nbl_export.measure import background
+from nbl_export.measure.energy import Meter
+from nbl_export.measure.footprint import OpenRunner
+from nbl_export.measure.idle import wait_until_idle
+from nbl_export.measure.paired import PairedRatio, paired_ratio
+from nbl_export.records.results import Scenario, Timing
+
+__all__ = ["LOOKS", "NARROW", "Instruments", "Progress", "Rounds", "Rule", "Stand", "Steps", "Variant",
+           "groups", "time_rounds"]  # fmt: skip
+
+LOOKS = (6, 12, 18, 24)  # loads after which rounds may end; fewer loads reach no 95% interval
+NARROW = 1.1  # upper end of an interval divided by its lower end
+_SECONDS = 180.0
+_FILL_CHUNK = 512  # tokens; 128 to 2048 fill equally fast, and attention scores of a chunk stay small
+_WARM_UP_DECODE = 8  # tokens; llama-bench warms decode up with 1 (tools/llama-bench, test_gen(ctx, 1))
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A decoder to measure.
+
+    open: loads the directory with a number of threads; picklable for the child process (a function of a module, or a
+    method of a picklable object). cache_bytes_per_token: of one sequence.
+    """
+
+    directory: Path
+    open: OpenRunner
+    cache_bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """The instruments of a timed run.
+
+    clock: monotonic nanoseconds. meter: energy, read before and after each timed run; None records no energy. idle:
+    waits until no thread of this process computes; False if a thread still computes. usage: processor time of the
+    machine, read before and after each load.
+    """
+
+    clock: Callable[[], int] = time.perf_counter_ns
+    meter: Meter | None = None
+    idle: Callable[[], bool] = wait_until_idle
+    usage: Callable[[], background.Reading] = background.read
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When rounds end: after `count` rounds, or, if `count` is None, with narrow intervals or at a limit.
+
+    seconds: rounds end if the next check would come later than this.
+    """
+
+    count: int | None = None
+    seconds: float = _SECONDS
+
+    @property
+    def least(self) -> int:
+        return self.count or LOOKS[0]
+
+    def ends(self, done: int, seconds: float, ratios: Iterable[PairedRatio]) -> bool:
+        """Whether `done` loads, which took `seconds` together, are enough."""
+        if self.count is not None or done >= LOOKS[-1]:
+            return done >= self.least
+        if done not in LOOKS:
+            return False
+        following = LOOKS[LOOKS.index(done) + 1]
+        return seconds * following / done > self.seconds or all(ratio.high <= NARROW * ratio.low for ratio in ratios)
+
+
+class Steps:
+    """Progress over the planned steps: the caller's own steps, and fills, warm-ups and runs of every load."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._done, self._total = progress, 0, 0
+
+    def plan(self, count: int) -> None:
+        self._total += count
+
+    def plan_loads(self, count: int, variants: Mapping[str, Variant], scenarios: Sequence[Scenario]) -> None:
+        fills = len({(s.batch, s.depth) for s in scenarios})
+        self.plan(count * len(variants) * (fills + 2 * len(scenarios)))
+
+    def done(self) -> None:
+        """Report one more finished step."""
+        self._done += 1
+        self._progress(self._done, self._total)
+
+
+@dataclass(frozen=True)
+class Stand:
+    """Shared by every timed run: token ids [B, T], instruments, progress, and the result of each wait."""
+
+    ids: np.ndarray
+    instruments: Instruments
+    steps: Steps
+    waits: list[bool] = dataclasses.field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Timings, and the load of other processes during each load (`background.used_between`)."""
+
+    timings: list[Timing]
+    background: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One run: total nanoseconds, nanoseconds of each chunk and of picking the first token; microjoules."""
+
+    total_ns: int
+    chunk_ns: tuple[int, ...]
+    pick_ns: int | None
+    energy_uj: int | None
+
+
+def time_rounds(
+    variants: Mapping[str, Variant], stand: Stand, scenarios: Sequence[Scenario], rule: Rule, base: str | None
+) -> Rounds:
+    """Time scenarios that share a number of threads.
+
+    Args:
+        stand: its progress already plans `rule.least` loads.
+        base: the variant whose ratios to the others must become narrow; None ends after `rule.least` loads.
+    """
+    samples: dict[tuple[Scenario, str], list[_Sample]] = {(s, name): [] for s in scenarios for name in variants}
+    used: list[dict[str, Any]] = []
+    for number in itertools.count():
+        if number >= rule.least:
+            stand.steps.plan_loads(1, variants, scenarios)
+        before = stand.instruments.usage()
+        for scenario, name, sample in _load(variants, stand, scenarios, _rotated(list(variants), number)):
+            samples[scenario, name].append(sample)
+        used.append(background.used_between(before, stand.instruments.usage()))
+        if rule.ends(len(used), sum(load["seconds"] for load in used), _ratios(samples, base)):
+            break
+    return Rounds([_timing(s, name, found) for (s, name), found in samples.items()], used)
+
+
+def _load(
+    variants: Mapping[str, Variant], stand: Stand, scenarios: Sequence[Scenario], turn: Sequence[str]
+) -> Iterator[tuple[Scenario, str, _Sample]]:
+    """Load all variants and run every scenario once on each variant."""
+    with contextlib.ExitStack() as stack:
+        runners = {n: stack.enter_context(variants[n].open(variants[n].directory, scenarios[0].threads)) for n in turn}
+        for group in groups(scenarios, lambda s: (s.batch, s.depth)):
+            yield from _time_group(stand, runners, group)
+
+
+def _rotated(names: list[str], by: int) -> list[str]:
+    start = by % len(names)
+    return names[start:] + names[:start]
+
+
+def _ratios(samples: Mapping[tuple[Scenario, str], Sequence[_Sample]], base: str | None) -> Iterator[PairedRatio]:
+    for (scenario, name), own in samples.items():
+        if name != base and (scenario, base) in samples:
+            old = [s.total_ns for s in samples[scenario, str(base)]]
+            yield paired_ratio(old, [s.total_ns for s in own], range(len(own)))
+
+
+def groups(scenarios: Sequence[Scenario], key: Callable[[Scenario], Any]) -> list[list[Scenario]]:
+    """Scenarios grouped by key, in the order of each key's first scenario; each group keeps its order."""
+    found: dict[Any, list[Scenario]] = {}
+    for scenario in scenarios:
+        found.setdefault(key(scenario), []).append(scenario)
+    return list(found.values())
+
+
+def _time_group(
+    stand: Stand, runners: Mapping[str, TextRunner], scenarios: Sequence[Scenario]
+) -> Iterator[tuple[Scenario, str, _Sample]]:
+    """Fill every runner to the common depth of the scenarios, then time the scenarios one after the other."""
+    depth, batch = scenarios[0].depth, scenarios[0].batch
+    for runner in runners.values():
+        runner.begin(depth + max(s.tokens for s in scenarios), batch)
+        for chunk in _chunks(stand.ids, batch, 0, depth, _FILL_CHUNK if batch == 1 else depth):
+            runner.append(chunk)
+        stand.steps.done()
+    for scenario in scenarios:
+        for runner in runners.values():
+            _sample(stand, runner, _warm_up(scenario))
+            stand.steps.done()
+        for name, runner in runners.items():
+            yield scenario, name, _sample(stand, runner, scenario)
+            stand.steps.done()
+
+
+def _timing(scenario: Scenario, variant: str, samples: Sequence[_Sample]) -> Timing:
+    return Timing(
+        scenario,
+        variant,
+        tuple(s.total_ns for s in samples),
+        loads=tuple(range(len(samples))),
+        first_token_ns=tuple(s.pick_ns for s in samples if s.pick_ns is not None),
+        token_ns=tuple(s.chunk_ns for s in samples) if scenario.kind == "tg" else (),
+        energy_uj=tuple(s.energy_uj for s in samples if s.energy_uj is not None),
+    )
+
+
+def _sample(stand: Stand, runner: TextRunner, scenario: Scenario) -> _Sample:
+    """One run of a scenario on a runner whose cache holds at least the scenario's depth."""
+    clock, meter = stand.instruments.clock, stand.instruments.meter
+    end = scenario.depth + scenario.tokens
+    size = scenario.tokens if scenario.kind == "pp" else 1
+    chunks = _chunks(stand.ids, scenario.batch, scenario.depth, end, size)
+    runner.rewind(scenario.depth)
+    stand.waits.append(stand.instruments.idle())
+    before = meter.read() if meter else None
+    with _collector_paused():
+        stamps = [clock()]
+        for chunk in chunks:
+            runner.append(chunk)
+            stamps.append(clock())
+        picked = None
+        if scenario.kind == "pp":
+            runner.pick()
+            picked = clock()
+    energy = None if meter is None or before is None else meter.read() - before
+    steps = tuple(after - start for start, after in itertools.pairwise(stamps))
+    return _Sample(stamps[-1] - stamps[0], steps, None if picked is None else picked - stamps[-1], energy)
+
+
+def _warm_up(scenario: Scenario) -> Scenario:
+    """The same run with a short decode, which allocates the same buffers from its first token on."""
+    if scenario.kind == "pp":
+        return scenario
+    return dataclasses.replace(scenario, tokens=min(scenario.tokens, _WARM_UP_DECODE))
+
+
+def _chunks(ids_BT: np.ndarray, batch: int, start: int, end: int, size: int) -> list[Any]:
+    """Columns start..end in chunks: ids [T] of the first row, or [B, T] of a batch."""
+    rows = ids_BT[0] if batch == 1 else ids_BT[:batch]
+    return [rows[..., i : min(i + size, end)] for i in range(start, end, size)] if end > start else []
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -1,0 +1,1 @@
+"""A torch decoder: architecture, blocks, linearized layers, mixes."""

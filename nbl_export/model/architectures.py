@@ -1,0 +1,159 @@
+"""The supported decoder architectures. One record holds everything special about an architecture.
+
+    residual x --- norm before --- self_attn --- norm after --- (* multiplier) ---(+ x)--- mlp ...
+                `- tap residual `- tap normed                                  `- y, what the map gives
+
+A map replaces everything between the residual stream and the addition that ends the attention block. This is the norm
+before attention (tap "residual"), attention, and, if present, the norm after attention and the multiplier. So y is
+taken, and the graph joined, at the same place in every architecture. Names come from transformers: attributes of a
+decoder layer, and keys of the configuration.
+
+To add an architecture, write a record here and a tiny configuration in tests/tiny.py. bench/architectures.py then says
+what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nbl_export.errors import NblError
+
+__all__ = ["ARCHITECTURES", "LINEARIZED", "Architecture", "check_config", "windows_of"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything special about an architecture.
+
+    Attributes:
+        name: model_type of the configuration.
+        classes: name of the transformers classes without Config and ForCausalLM.
+        aliases: names in GGUF files.
+        norm_before: the norm before attention; None if attention reads the residual stream directly.
+        norm_after: the norm between attention and the addition.
+        multiplier: configuration key of the factor of attention's output before the addition.
+        entry_multiplier: decoder attribute of the factor of the first layer's input.
+        logits_divisor, logits_cap: configuration keys; logits are head(x) / divisor, then cap * tanh(logits / cap).
+        score_scalar: configuration key; attention scores are divided by its square root (None: of the head size).
+        embedding_root: embeddings are multiplied by the square root of the hidden size.
+        per_layer: configuration keys of lists with one value a layer.
+        fused_qkv: the single projection for queries, keys and values, in this order; None for three projections.
+        must_be: supported values of configuration keys.
+        runtime_type: type in genai_config.json, if ONNX Runtime GenAI does not know the name.
+        not_from: decoder source -> why the source exports no graph of this architecture.
+    """
+
+    name: str
+    classes: str
+    aliases: tuple[str, ...] = ()
+    norm_before: str | None = "input_layernorm"
+    norm_after: str | None = None
+    multiplier: str | None = None
+    entry_multiplier: str | None = None
+    logits_divisor: str | None = None
+    logits_cap: str | None = None
+    score_scalar: str | None = None
+    embedding_root: bool = False
+    per_layer: tuple[str, ...] = ()
+    fused_qkv: str | None = None
+    must_be: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    runtime_type: str | None = None
+    not_from: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Taps at which a map can act (`records.plan.TAPS`)."""
+        return ("residual", "normed") if self.norm_before else ("residual",)
+
+
+_CAUSAL = {"use_bidirectional_attention": (None, False)}
+
+
+_SANDWICH: dict[str, Any] = {
+    "norm_after": "post_attention_layernorm",
+    "logits_cap": "final_logit_softcapping",
+    "score_scalar": "query_pre_attn_scalar",
+    "embedding_root": True,
+    "per_layer": ("layer_types",),
+    "must_be": _CAUSAL,
+}
+
+
+_NO_STATIC_CACHE = {"static": "mobius (0.1), which it comes from, has no caches of fixed length for it"}
+
+
+ARCHITECTURES = {
+    record.name: record
+    for record in (
+        Architecture("llama", "Llama"),
+        Architecture("mistral", "Mistral"),
+        Architecture("qwen2", "Qwen2", per_layer=("layer_types",)),
+        Architecture("qwen3", "Qwen3", per_layer=("layer_types",)),
+        Architecture("phi3", "Phi3", fused_qkv="qkv_proj"),
+        Architecture(
+            "gemma2",
+            "Gemma2",
+            **_SANDWICH,
+            not_from={
+                "mobius": "mobius (0.1) does not read its configuration, and gives the window to the wrong layers",
+                "static": "TensorRT has no soft cap for attention scores",
+            },
+        ),
+        Architecture("gemma3_text", "Gemma3", aliases=("gemma3",), **_SANDWICH, not_from=_NO_STATIC_CACHE),
+        Architecture(
+            "olmo2",
+            "Olmo2",
+            norm_before=None,
+            norm_after="post_attention_layernorm",
+            runtime_type="olmo",
+            not_from={
+                "genai": "the GenAI builder (0.18) does not know it; use --decoder-source mobius",
+                **_NO_STATIC_CACHE,
+            },
+        ),
+        Architecture("smollm3", "SmolLM3", per_layer=("layer_types", "no_rope_layers"), not_from=_NO_STATIC_CACHE),
+        Architecture(
+            "granite",
+            "Granite",
+            multiplier="residual_multiplier",
+            entry_multiplier="embedding_multiplier",
+            logits_divisor="logits_scaling",
+            not_from=_NO_STATIC_CACHE,
+        ),
+    )
+}
+
+
+def windows_of(config: Any) -> tuple[int | None, ...]:
+    """Each layer's sliding window from a transformers configuration; None for a layer that sees all tokens."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return (None,) * config.num_hidden_layers
+    kinds: Sequence[str] = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def check_config(config: Mapping[str, Any], where: object) -> None:
+    """Refuse a configuration (config.json) with values that its record does not support.
+
+    Raises:
+        NblError: names the value.
+    """
+    record = ARCHITECTURES[str(config["model_type"])]
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if isinstance(rope, Mapping) and "dynamic" in (rope.get("rope_type"), rope.get("type")):
+        raise NblError(
+            f"{where} has rotary embeddings of type 'dynamic', which is not supported: they depend on the length of "
+            "the sequence, and a graph has one table"
+        )
+    for name, understood in record.must_be.items():
+        if config.get(name) not in understood:
+            raise NblError(
+                f"{where} has {name} {config[name]!r}, which is not supported for {record.name}: "
+                f"an affine map stands in for causal attention with {name} {understood[-1]!r}"
+            )
+
+
+LINEARIZED = "nbl-"  # prefix of the architecture in an NBL checkpoint's config.json

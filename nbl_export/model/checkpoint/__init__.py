@@ -1,0 +1,1 @@
+"""Finds, describes and loads a checkpoint on disk."""

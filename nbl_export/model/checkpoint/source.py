@@ -1,0 +1,233 @@
+"""Resolves a hub id, directory or file to a local model, and checks the model without loading it.
+
+"org/name"            -> huggingface_hub snapshot (safetensors, config, tokenizer; never .bin)
+DIR with safetensors  -> used in place
+DIR with model.onnx   -> a graph, if there are no weights for torch (`graph.given`)
+FILE.gguf or its DIR  -> dequantised by transformers into RUN/checkpoint, once
+NBL checkpoint        -> converted to a stock checkpoint in RUN/checkpoint, once (`hf.restored`)
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nbl_export.errors import MissingPackageError, NblError
+from nbl_export.files import key_of
+from nbl_export.graph import given
+from nbl_export.graph.given import home_of
+from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config
+from nbl_export.records.plan import TAPS
+from nbl_export.trust.file_hashes import sha256_of
+from nbl_export.trust.model_settings import CONFIG_BYTES, check_checkpoint, check_settings
+from nbl_export.trust.plain_files import refuse_special
+from nbl_export.trust.strict_json import read_object
+
+__all__ = ["Linearized", "Source", "resolve"]
+
+log = logging.getLogger(__name__)
+
+
+_HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
+              "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*",
+              "README.md")  # holds the licence  # fmt: skip
+
+
+_WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Linearized:
+    """The layers that have maps, and the maps' tap, from an NBL checkpoint's config.json."""
+
+    layers: tuple[int, ...]
+    tap: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from. `fingerprint` changes when the model's files change.
+
+    graph: the ONNX file, if the model has no checkpoint.
+    weights: files of a safetensors checkpoint. linearized: None if the model is not an NBL checkpoint.
+    """
+
+    name: str
+    directory: Path
+    gguf: Path | None
+    revision: str | None
+    fingerprint: str
+    graph: Path | None = None
+    weights: tuple[Path, ...] = ()
+    linearized: Linearized | None = None
+
+    @property
+    def title(self) -> str:
+        """The model's name in a report: hub id, GGUF file or directory name."""
+        return self.name if self.revision else (self.gguf.stem if self.gguf else self.directory.absolute().name)
+
+    @property
+    def place(self) -> str | None:
+        """Absolute path of a local model; None for a model of the hub."""
+        file = self.gguf or (self.graph if self.name.endswith(".onnx") else None)
+        return None if self.revision else str((file or self.directory).absolute())
+
+
+def resolve(model: str) -> Source:
+    """Find a model and check it without loading it.
+
+    Raises:
+        NblError: the model is missing, truncated, pickled, or of an unsupported architecture.
+    """
+    path = Path(model).expanduser()
+    refuse_special(path)
+    graph = given.graph_of(path)
+    if graph is not None:
+        check_checkpoint(home_of(graph))
+        files = given.files_of(graph)
+        return Source(model, home_of(graph), None, None, _fingerprint(files), graph)
+    if path.is_file() and path.suffix == ".gguf":
+        return _gguf_source(model, path)
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if not (path / "config.json").exists() and ggufs:
+            if len(ggufs) > 1:
+                raise NblError(f"{path} holds {len(ggufs)} GGUF files; name one of them: {ggufs[0].name}, ...")
+            return _gguf_source(model, ggufs[0])
+        return _directory_source(model, path, None)
+    if path.exists():
+        raise NblError(f"{path} is not a model: expected a directory with safetensors, or a .gguf file")
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise NblError(f"no model at {path}: give a local directory, a .gguf file or a hub id (org/name)")
+    return _hub_source(model)
+
+
+def _hub_source(repo: str) -> Source:
+    try:
+        import huggingface_hub
+        from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise MissingPackageError("huggingface_hub", "export", f"fetching {repo}") from error
+    try:
+        directory = Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(_HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404):
+            reason = "the hub does not have it, or it is gated (huggingface-cli login)"
+        else:
+            reason = "it is not in the local cache and the hub cannot be reached"
+        raise NblError(
+            f"no model {repo}: no such local directory, and {reason}; check the name, the network or HF_HUB_OFFLINE"
+        ) from error
+    return _directory_source(repo, directory, directory.name)
+
+
+def _directory_source(name: str, directory: Path, revision: str | None) -> Source:
+    check_checkpoint(directory)
+    config = _read_config(directory)
+    replaced = _linearized(config, directory / "config.json")
+    if replaced is not None:
+        config = {**config, "model_type": config["model_type"].removeprefix(LINEARIZED)}
+    _check_architecture(config.get("model_type"), directory, multimodal="text_config" in config)
+    check_config(config, directory / "config.json")
+    weights = _weight_files(directory)
+    _check_safetensors(weights)
+    tokenizer = [file for file in sorted(directory.glob("tokenizer*")) if file.is_file()]
+    fingerprint = _fingerprint([directory / "config.json", *weights, *tokenizer])
+    return Source(name, directory, None, revision, fingerprint, weights=tuple(weights), linearized=replaced)
+
+
+def _linearized(config: dict[str, Any], where: Path) -> Linearized | None:
+    """Layers and tap of an NBL checkpoint's configuration; None for another checkpoint.
+
+    Raises:
+        NblError: the layers or the tap are impossible.
+    """
+    if not str(config.get("model_type")).startswith(LINEARIZED):
+        return None
+    layers, tap, count = (config.get(name) for name in ("nbl_replaced_layers", "nbl_tap", "num_hidden_layers"))
+    numbers = isinstance(layers, list) and all(type(i) is int for i in layers) and type(count) is int
+    if not numbers or not layers or not set(layers) < set(range(count)) or tap not in TAPS:  # type: ignore[arg-type]
+        raise NblError(f"{where} replaces layers {layers} of {count} at the tap {tap!r}; save the checkpoint again")
+    return Linearized(tuple(sorted(set(layers))), str(tap))
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise NblError(f"{directory} is not a model directory: it has no config.json")
+    return read_object(path, CONFIG_BYTES)
+
+
+def _check_architecture(model_type: Any, where: Path, *, multimodal: bool = False) -> None:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        advice = "; its language model, saved by itself, may be one of these" if multimodal else ""
+        raise NblError(
+            f"{where} has architecture {model_type!r}, which is not supported; supported are "
+            f"{', '.join(ARCHITECTURES)}{advice}"
+        )
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            outside = [n for n in names if Path(n).name != n or n == ".."]
+        except (ValueError, KeyError, AttributeError, TypeError, OSError, RecursionError) as error:
+            raise NblError(f"{index} cannot be read ({error}); fetch the model again") from error
+        if not names:
+            raise NblError(f"{index} names no file; fetch the model again")
+        if outside:
+            raise NblError(f"{index} names a file outside {directory}; this checkpoint is not to be trusted")
+        files = [directory / n for n in names]
+        missing = [f.name for f in files if not f.exists()]
+        if missing:
+            raise NblError(f"{directory} lacks {missing[0]}, which its index names; fetch the model again")
+        return files
+    if not (directory / _WEIGHTS).is_file():  # otherwise transformers looks for a pickle
+        pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt*"))
+        other = [file.name for file in sorted(directory.glob("*.safetensors"))]
+        hint = f"; {other[0]} is not named {_WEIGHTS}, and no index names it" if other else ""
+        hint += f"; {pickled[0].name} is a pickle, which is not read: convert it to safetensors" if pickled else ""
+        raise NblError(f"{directory} has no safetensors weights{hint}")
+    return sorted(directory.glob("*.safetensors"))
+
+
+def _check_safetensors(files: list[Path]) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    for file in files:
+        try:
+            with safe_open(str(file), framework="np"):
+                pass
+        except (SafetensorError, OSError, ValueError) as error:
+            raise NblError(f"{file} is truncated or not a safetensors file ({error}); fetch it again") from error
+
+
+def _gguf_source(name: str, file: Path) -> Source:
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingPackageError("gguf", "export", f"reading {file}") from error
+    try:
+        reader = gguf.GGUFReader(str(file))
+        field = reader.get_field("general.architecture")
+        architecture = field.contents() if field is not None else None
+    except Exception as error:  # the reader raises whatever numpy raises on a short or foreign file
+        raise NblError(f"{file} is truncated or not a GGUF file ({error}); fetch it again") from error
+    check_settings(file.parent)
+    aliases = {alias: record.name for record in ARCHITECTURES.values() for alias in record.aliases}
+    _check_architecture(aliases.get(str(architecture), architecture), file)
+    return Source(name, file.parent, file, None, _fingerprint([file]))
+
+
+def _fingerprint(files: list[Path]) -> str:
+    """Changes with the name, the size or any byte of a file."""
+    try:
+        facts = [(file.name, file.stat().st_size, digest) for file, digest in zip(files, sha256_of(files), strict=True)]
+    except OSError as error:
+        raise NblError(f"{error.filename} cannot be read: {error.strerror}; fetch the model again") from error
+    return key_of(facts)

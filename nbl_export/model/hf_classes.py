@@ -1,0 +1,103 @@
+"""NBL models for transformers: configuration and model classes, registered when this module is imported.
+
+    import nbl_export.hf                                   # no remote code: the classes are in this package
+    model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
+
+    config.json   model_type "nbl-llama", everything of a Llama's, "nbl_replaced_layers": [0, 7], "nbl_tap": "residual"
+    weights       model.layers.{i}.self_attn.linear.{weight,bias} of a replaced layer; a residual tap has no input norm
+
+Each architecture (`architectures`) has a pair of classes, e.g. NblLlamaConfig and NblLlamaForCausalLM. A model class is
+the stock class whose attention is replaced after construction (`linearize`), so no modelling code is copied. `import
+nbl_export` does not register the classes, since it must not load torch and transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from nbl_export.errors import NblError
+from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, Architecture
+from nbl_export.model.blocks import architecture_of, multiplier_of
+from nbl_export.model.checkpoint.pretrained import quiet_transformers, tokenizer_of
+from nbl_export.model.linearize import AffineAttention, linearize, replace_attention
+from nbl_export.records.plan import AffineMap
+
+__all__ = ["CLASSES", "save_linearized"]
+
+
+def _exchange(model: Any) -> None:
+    """Replace attention by blank maps, as the configuration says.
+
+    Raises:
+        ValueError: the configuration names missing layers, all layers, or an unknown tap.
+    """
+    config = model.config
+    replaced, layers = config.nbl_replaced_layers or [], config.num_hidden_layers
+    if not set(replaced) < set(range(layers)) or config.nbl_tap not in architecture_of(config).taps:
+        raise ValueError(f"config.json replaces layers {replaced} of {layers} at the tap {config.nbl_tap!r}")
+    blanks = {i: AffineAttention.blank(config.hidden_size, multiplier_of(config)) for i in replaced}
+    replace_attention(model, blanks, config.nbl_tap)
+
+
+def _classes_of(record: Architecture) -> tuple[Any, Any]:
+    """Configuration and model class of an architecture: stock classes with two more values and replaced attention."""
+    model_base = getattr(transformers, f"{record.classes}ForCausalLM")
+    config_base, name = model_base.config_class, f"Nbl{record.classes}"
+    fields = {
+        "__annotations__": {"nbl_replaced_layers": list[int] | None, "nbl_tap": str},
+        "__module__": __name__,
+        "__doc__": f"Configuration of a {record.classes} with affine maps instead of attention in some layers.",
+        "model_type": f"{LINEARIZED}{record.name}",
+        "nbl_replaced_layers": None,
+        "nbl_tap": "residual",
+    }
+    config_class = strict(type(f"{name}Config", (config_base,), fields))
+
+    def build(self: Any, config: Any) -> None:
+        model_base.__init__(self, config)
+        _exchange(self)
+
+    members = {
+        "__module__": __name__,
+        "__doc__": f"`{model_base.__name__}` with affine maps instead of attention in `config.nbl_replaced_layers`.",
+        "__init__": build,
+        "config_class": config_class,
+    }
+    return config_class, type(f"{name}ForCausalLM", (model_base,), members)
+
+
+# model_type of the original -> configuration and model class
+CLASSES: dict[str, tuple[Any, Any]] = {name: _classes_of(record) for name, record in ARCHITECTURES.items()}
+
+
+for _config_class, _model_class in CLASSES.values():
+    AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
+    AutoModelForCausalLM.register(_config_class, _model_class, exist_ok=True)
+
+
+def save_linearized(model: Any, checkpoint: Path, maps: Mapping[int, AffineMap], tap: str, out: Path) -> None:
+    """Linearize `model` in place and save it with the tokenizer of `checkpoint`.
+
+    Raises:
+        NblError: the model's architecture has no class here.
+    """
+    quiet_transformers()
+    config = model.config
+    if config.model_type not in CLASSES:
+        raise NblError(f"no NBL checkpoint of architecture {config.model_type}; there are {', '.join(CLASSES)}")
+    config_class, model_class = CLASSES[config.model_type]
+    values = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
+    made_for = config_class(**values, nbl_replaced_layers=sorted(maps), nbl_tap=tap)
+    with torch.device("meta"):
+        saved = model_class(made_for)
+    saved.load_state_dict(linearize(model, maps, tap).state_dict(), assign=True)
+    saved.generation_config = model.generation_config or GenerationConfig.from_model_config(made_for)
+    saved.save_pretrained(out)
+    tokenizer_of(checkpoint).save_pretrained(out)

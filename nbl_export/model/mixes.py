@@ -1,0 +1,153 @@
+"""The original and every mix of attention and maps in one torch model, and a mix's loss against the original.
+
+    layers        0 .. a-1        a .. n-1                    a: the lowest layer in which two mixes differ
+    mixes    same hidden states | run from `entering` at a    so layers below a are computed once for all mixes
+
+One copy of the weights serves all mixes: during a run, the layers of a mix compute their maps instead of attention. The
+model is unchanged afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nbl_export.model import bfloat16
+from nbl_export.model.blocks import logits_of, multiplier_of, run_from
+from nbl_export.model.linearize import AffineAttention, switched
+from nbl_export.records.plan import AffineMap
+
+__all__ = ["Loss", "SwitchedModel"]
+
+_LOGIT_ROWS = 256  # positions whose logits are held at once
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Sums over positions, in nats: KL(original || mix), and the cross entropy of both. Losses can be added."""
+
+    positions: int = 0
+    kl_sum: float = 0.0
+    original_sum: float = 0.0
+    mix_sum: float = 0.0
+
+    def __add__(self, other: Loss) -> Loss:
+        return Loss(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    @property
+    def kl(self) -> float:
+        return self.kl_sum / self.positions
+
+    @property
+    def perplexities(self) -> tuple[float, float]:
+        """Of the original and of the mix."""
+        return _exp(self.original_sum / self.positions), _exp(self.mix_sum / self.positions)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+class SwitchedModel:
+    """A causal LM of transformers whose layers are switched between attention and map.
+
+    Args:
+        maps: of every layer that a mix may replace.
+        tap: what the maps act on (`records.plan.TAPS`).
+    """
+
+    def __init__(self, model: Any, maps: Mapping[int, AffineMap], tap: str) -> None:
+        self._model = model
+        self._decoder = model.get_decoder()
+        self._layers = self._decoder.layers
+        self._tap = tap
+        self._affine = {i: AffineAttention(m, multiplier_of(model.config)).eval() for i, m in maps.items()}
+
+    @torch.no_grad()
+    def run(
+        self, mix: Collection[int], *, ids_T: torch.Tensor | None = None, entering_TD: torch.Tensor | None = None,
+        first: int = 0, watch: Collection[int] = (),
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:  # fmt: skip
+        """Run a mix on one window, from its tokens or from the hidden states that enter layer `first`.
+
+        Returns:
+            the last hidden states [T, D] (after the final norm), and the hidden states that enter the watched layers.
+        """
+        seen: dict[int, torch.Tensor] = {}
+
+        def note(layer: int) -> Any:
+            return lambda _module, args: seen.__setitem__(layer, args[0][0])
+
+        handles = [self._layers[i].register_forward_pre_hook(note(i)) for i in watch]
+        try:
+            with switched(self._decoder, {i: self._affine[i] for i in mix}, self._tap, first):
+                if ids_T is not None:
+                    last = self._decoder(input_ids=ids_T[None], use_cache=False).last_hidden_state[0]
+                else:
+                    assert entering_TD is not None
+                    last = run_from(self._decoder, entering_TD[None])[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+        return last, seen
+
+    @torch.no_grad()
+    def losses(
+        self, ids_T: torch.Tensor, original_TD: torch.Tensor, mixes: Mapping[Any, torch.Tensor], every: int = 1
+    ) -> dict[Any, Loss]:
+        """Each mix's loss on one window, from last hidden states; the original's logits are computed once.
+
+        Args:
+            every: 2 judges every second position, and so on: logits cost as much as half of a small decoder.
+        """
+        found = dict.fromkeys(mixes, Loss())
+        for rows in torch.arange(0, len(ids_T) - 1, every).split(_LOGIT_ROWS):
+            target_N1 = ids_T[rows + 1, None]
+            base_NV = self._logits(original_TD[rows])
+            norm_N, share_NV = base_NV.logsumexp(1), base_NV.softmax(1)
+            base = (norm_N - base_NV.gather(1, target_N1)[:, 0]).sum().item()
+            for name, last_TD in mixes.items():
+                ours_NV = self._logits(last_TD[rows])
+                ours_N = ours_NV.logsumexp(1)
+                loss = (ours_N - ours_NV.gather(1, target_N1)[:, 0]).sum().item()
+                # sum p (log p - log q) with log p - log q = (base - ours) + (log sum exp ours - log sum exp base)
+                with bfloat16.products(ours_NV.device, False):
+                    apart_N = torch.linalg.vecdot(share_NV, torch.sub(base_NV, ours_NV, out=ours_NV)) + ours_N - norm_N
+                found[name] += Loss(len(target_N1), apart_N.sum().item(), base, loss)
+        return found
+
+    def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Logits in float32. With bfloat16 products, autocast on a CPU would continue in bfloat16 from the logits."""
+        return logits_of(self._model, hidden_ND).float()
+
+    def price(self, windows_WT: Any, mix: Collection[int]) -> Loss:
+        """A mix's loss on token ids [windows, context], a tensor or an array."""
+        return self.prices(windows_WT, {"mix": mix})["mix"]
+
+    def prices(
+        self, windows_WT: Any, mixes: Mapping[Any, Collection[int]], progress: Callable[[int, int], None] | None = None
+    ) -> dict[Any, Loss]:
+        """The loss of each of several mixes on some text; the original runs once for all mixes."""
+        found = self.window_losses(windows_WT, mixes, progress)
+        return {name: sum(losses, Loss()) for name, losses in found.items()}
+
+    def window_losses(
+        self, windows_WT: Any, mixes: Mapping[Any, Collection[int]], progress: Callable[[int, int], None] | None = None
+    ) -> dict[Any, list[Loss]]:
+        """As `prices`, for each window separately."""
+        found: dict[Any, list[Loss]] = {name: [] for name in mixes}
+        lowest = {name: min(mix) for name, mix in mixes.items() if mix}
+        for done, ids_T in enumerate(torch.as_tensor(windows_WT), 1):
+            original, seen = self.run((), ids_T=ids_T, watch=set(lowest.values()))
+            last = dict.fromkeys(mixes, original)
+            for name, first in lowest.items():
+                last[name] = self.run(mixes[name], entering_TD=seen[first], first=first)[0]
+            for name, loss in self.losses(ids_T, original, last).items():
+                found[name].append(loss)
+            if progress is not None:
+                progress(done, len(windows_WT))
+        return found

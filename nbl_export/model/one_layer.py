@@ -1,0 +1,120 @@
+"""Calibration one decoder layer at a time, for a checkpoint larger than memory.
+
+    hidden states of all batches (scratch file) ─► layer i, loaded alone ─► hidden states ─► layer i + 1 ...
+                                                       └─ hooks ─► sums of layer i ─► moments.safetensors
+
+A layer runs inside the model's own decoder, built with this one layer and without the final norm. So the same code
+computes masks and rotary embeddings. Weights are read tensor by tensor from the safetensors shards. The moments equal
+the whole model's bit for bit: the same arithmetic runs on the same batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from nbl_export.errors import NblError
+from nbl_export.model.blocks import architecture_of
+from nbl_export.model.checkpoint.pretrained import model_with
+
+__all__ = ["Shelf", "float32_bytes", "one_layer", "shortage_of"]
+
+_MEMORY_SHARE = 0.6  # of the available memory that the weights may take
+
+_LAYER = "layers.{}."
+
+
+class Shelf:
+    """The tensors of a checkpoint directory, read one at a time."""
+
+    def __init__(self, directory: Path) -> None:
+        index = directory / "model.safetensors.index.json"
+        if index.exists():
+            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            self._files = {name: directory / file for name, file in where.items()}
+        else:
+            self._files = {n: file for file in sorted(directory.glob("*.safetensors")) for n in _names(file)}
+        self._prefix = "model." if any(name.startswith("model.") for name in self._files) else ""
+
+    def fill(self, module: nn.Module, renamed: Callable[[str], str]) -> None:
+        """Give a module's parameters on the meta device their values, in float32.
+
+        Args:
+            renamed: a parameter's name in the module -> its name in the checkpoint's decoder.
+
+        Raises:
+            NblError: the checkpoint lacks a parameter, or has it in another shape.
+        """
+        for name, parameter in list(module.named_parameters()):
+            value = self._get(renamed(name))
+            if value.shape != parameter.shape:
+                raise NblError(
+                    f"{renamed(name)} has shape {list(value.shape)}, not {list(parameter.shape)}; fetch the model again"
+                )
+            owner, _, field = name.rpartition(".")
+            module.get_submodule(owner)._parameters[field] = nn.Parameter(value, requires_grad=False)
+
+    def _get(self, name: str) -> torch.Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        full = self._prefix + name
+        if full not in self._files:
+            raise NblError(f"the checkpoint lacks the weight {full}; fetch the model again")
+        try:
+            with safe_open(str(self._files[full]), framework="pt") as file:
+                value: torch.Tensor = file.get_tensor(full).to(torch.float32, copy=True)  # not a view of the file
+        except (SafetensorError, OSError) as error:
+            raise NblError(f"{self._files[full]} lacks {full} or is damaged ({error}); fetch it again") from error
+        return value
+
+
+def _names(file: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(str(file), framework="np") as opened:
+        return list(opened.keys())
+
+
+def float32_bytes(directory: Path) -> int:
+    """Bytes of all weights of a checkpoint directory in float32, from the headers alone."""
+    total = 0
+    for file in directory.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        for name, facts in header.items():
+            if name != "__metadata__":
+                total += 4 * torch.Size(facts["shape"]).numel()
+    return total
+
+
+def one_layer(config: Any, index: int, shelf: Shelf) -> Any:
+    """The decoder with layer `index` alone, without final norm; only layer 0 has the embedding."""
+    from accelerate import init_empty_weights
+
+    single = copy.deepcopy(config)
+    single.num_hidden_layers = 1
+    for name in architecture_of(config).per_layer:
+        if getattr(config, name, None):
+            setattr(single, name, [getattr(config, name)[index]])
+    with init_empty_weights(include_buffers=False):  # the rotary frequencies are computed buffers
+        decoder = model_with(single, lm_head=False)
+    decoder.norm = nn.Identity()
+    if index:
+        decoder.embed_tokens = nn.Identity()
+    shelf.fill(decoder, lambda name: name.replace(_LAYER.format(0), _LAYER.format(index), 1))
+    return decoder.eval()
+
+
+def shortage_of(checkpoint: Path) -> str:
+    """Why a model is too large for this machine's memory, in words; "" if the model fits."""
+    needed, available = float32_bytes(checkpoint), psutil.virtual_memory().available
+    if needed <= _MEMORY_SHARE * available:
+        return ""
+    return f"{needed / 2**30:.1f} GiB in float32, {available / 2**30:.1f} GiB of memory available"

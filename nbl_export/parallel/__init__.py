@@ -1,0 +1,1 @@
+"""Processes of torchrun that work together."""

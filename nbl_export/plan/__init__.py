@@ -1,0 +1,1 @@
+"""Chooses the layers to replace, and fits their maps from moments."""

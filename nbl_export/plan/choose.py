@@ -1,0 +1,77 @@
+"""Chooses the replaced layers from scores and a request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nbl_export.errors import NblError
+from nbl_export.records.plan import LayerScore, Plan
+
+__all__ = ["choose", "parse_layers", "ranked"]
+
+
+def parse_layers(text: str | None, num_layers: int) -> int | tuple[int, ...]:
+    """Read `--layers`: "8" is a count, "0,7,24-29" (or "8,") names layers from 0; None means a quarter of them.
+
+    Raises:
+        NblError: a part is no number, a range runs backwards, a layer is repeated or missing, or every layer is named.
+    """
+    if text is None:
+        return max(0, min(round(num_layers / 4), num_layers - 1))
+    text = text.strip()
+    if _is_number(text):
+        count = int(text)
+        if count >= num_layers:
+            raise NblError(_all_refused(f"--layers {count}", num_layers))
+        return count
+    chosen: list[int] = []
+    for part in (p.strip() for p in text.rstrip(",").split(",")):
+        first, dash, last = part.partition("-")
+        if not _is_number(first) or (dash and not _is_number(last)):
+            raise NblError(
+                f"--layers {text!r}: {part!r} is not a layer or a range; write a count (8) or layers from 0 (0,7,24-29)"
+            )
+        low, high = int(first), int(last) if dash else int(first)
+        if high < low:
+            raise NblError(f"--layers {text!r}: the range {part} runs backwards")
+        if high >= num_layers:
+            raise NblError(
+                f"--layers {text!r}: layer {high} does not exist; this model has layers 0 to {num_layers - 1}"
+            )
+        chosen.extend(range(low, high + 1))
+    repeated = sorted({i for i in chosen if chosen.count(i) > 1})
+    if repeated:
+        raise NblError(f"--layers {text!r}: layer {repeated[0]} is named twice")
+    if len(chosen) >= num_layers:
+        raise NblError(_all_refused(f"--layers {text!r}", num_layers))
+    return tuple(sorted(chosen))
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def _all_refused(what: str, num_layers: int) -> str:
+    return (
+        f"{what} would replace all {num_layers} attention layers; at least one stays, because without attention "
+        "no token sees another: ask for at most " + str(num_layers - 1)
+    )
+
+
+def ranked(scores: Sequence[LayerScore], select: str) -> tuple[int, ...]:
+    """All layers, smallest score first ("cca": bound, "error": relative error); the lower layer first on a tie."""
+    key = {"cca": "bound", "error": "relative_error"}[select]
+    return tuple(s.layer for s in sorted(scores, key=lambda s: (getattr(s, key), s.layer)))
+
+
+def choose(
+    scores: Sequence[LayerScore], request: int | tuple[int, ...], tap: str = "residual", select: str = "cca",
+    order: Sequence[int] | None = None,
+) -> Plan:  # fmt: skip
+    """The plan for a count or for named layers. A count takes the first layers of `order` (default: `ranked`)."""
+    if isinstance(request, int):
+        order = ranked(scores, select) if order is None else order
+        replaced = tuple(sorted(order[:request]))
+    else:
+        replaced, select = request, "given"
+    return Plan(len(scores), replaced, tap, select, tuple(scores))

@@ -1,0 +1,154 @@
+"""Reads and checks the request for a plan before any work: a count or one goal, a method, a rank.
+
+--layers 8                        how many layers, or which layers
+--max-perplexity-increase 5%      as many layers as raise perplexity on held-back text by at most 5%
+--target-speedup 1.3[@decode]     as few layers as reach this modelled speedup (`cost`), of prefill or of decode
+--kv-budget 64MiB@4096            as few layers as make the caches of 4096 tokens fit; without @: of one token
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from nbl_export.errors import NblError, UsageError
+from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.options import JobOptions
+
+__all__ = [
+    "GOALS",
+    "CacheBudget",
+    "PerplexityIncrease",
+    "TargetSpeedup",
+    "changed_options",
+    "check_request",
+    "check_size",
+    "goal_inputs",
+    "goal_of",
+    "read_rank",
+]
+
+GOALS = ("max_perplexity_increase", "target_speedup", "kv_budget")
+_PHASES = ("prefill", "decode")
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class PerplexityIncrease:
+    """Largest relative increase of perplexity."""
+
+    share: float
+
+
+@dataclass(frozen=True)
+class TargetSpeedup:
+    """Factor by which the modelled cost of a phase ("prefill" or "decode") falls."""
+
+    factor: float
+    phase: str
+
+
+@dataclass(frozen=True)
+class CacheBudget:
+    """Most bytes of the caches of one sequence of `tokens` tokens."""
+
+    size_bytes: float
+    tokens: int
+
+
+Goal = PerplexityIncrease | TargetSpeedup | CacheBudget
+
+
+def goal_of(options: JobOptions) -> Goal | None:
+    """Read the goal, if one is given.
+
+    Raises:
+        UsageError: the goal cannot be read.
+    """
+    if options.max_perplexity_increase is not None:
+        return _read_increase(options.max_perplexity_increase)
+    if options.target_speedup is not None:
+        return _read_speedup(options.target_speedup)
+    return None if options.kv_budget is None else _read_budget(options.kv_budget)
+
+
+def goal_inputs(options: JobOptions) -> list[Any]:
+    """Options, beside the request itself, that change the result of a goal or of `--select efficient`."""
+    if options.target_speedup is None and options.kv_budget is None:
+        return [options.kept_logits] if options.select in (None, "efficient") else []
+    return [options.engine, options.provider, options.precision, options.prompt_length, options.kept_logits]
+
+
+def changed_options(options: JobOptions, changes: dict[str, Any]) -> JobOptions:
+    """Apply changes to options. A new count or goal replaces the previous count or goal."""
+    given = {name: value for name, value in changes.items() if value is not None}
+    asked = ("layers", *GOALS)
+    if any(name in given for name in asked):
+        given = {**dict.fromkeys(asked), **given}
+    return dataclasses.replace(options, **given)
+
+
+def check_request(options: JobOptions) -> None:
+    """Refuse options that contradict each other or cannot be read, for any model.
+
+    Raises:
+        UsageError: names the options and the remedy.
+    """
+    asked = [_flag(name) for name in ("layers", *GOALS) if getattr(options, name) is not None]
+    if len(asked) > 1:
+        raise UsageError(f"{' and '.join(asked)} both set how many layers are replaced; give one of them")
+    goal_of(options)
+    rank = read_rank(options.rank)
+    if rank is not None and options.fit in ("drop", "distilled"):
+        raise UsageError(f"--rank is for maps fitted in closed form; leave out --rank or --fit {options.fit}")
+
+
+def check_size(options: JobOptions, spec: DecoderSpec) -> None:
+    """Check the requested rank against the decoder.
+
+    Raises:
+        NblError: the rank is above the hidden size.
+    """
+    rank = read_rank(options.rank)
+    if isinstance(rank, int) and rank > spec.hidden_size:
+        raise NblError(f"--rank {rank} is beyond the model's hidden size of {spec.hidden_size}")
+
+
+def read_rank(text: str | None) -> int | str | None:
+    """Read `--rank`: a number, "auto", or None for full maps.
+
+    Raises:
+        UsageError: the text is neither.
+    """
+    if text is None or text == "auto":
+        return text
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise UsageError(f"--rank {text!r} is neither a number from 1 on nor auto")
+    return int(text)
+
+
+def _read_increase(text: str) -> PerplexityIncrease:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip(), re.ASCII)
+    if not found:
+        raise UsageError(f"--max-perplexity-increase {text!r} is not a percentage; write 5%")
+    return PerplexityIncrease(float(found[1]) / 100)
+
+
+def _read_speedup(text: str) -> TargetSpeedup:
+    number, _, phase = text.strip().partition("@")
+    if not re.fullmatch(r"\d+(\.\d+)?", number, re.ASCII) or float(number) <= 1 or (phase or "prefill") not in _PHASES:
+        raise UsageError(f"--target-speedup {text!r} is not a factor above 1; write 1.3 (of prefill) or 1.3@decode")
+    return TargetSpeedup(float(number), phase or "prefill")
+
+
+def _read_budget(text: str) -> CacheBudget:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B)?(?:@(\d+))?", text.strip().upper(), re.ASCII)
+    if not found or not float(found[1]) or found[3] == "0":
+        raise UsageError(f"--kv-budget {text!r} is not a size; write 64MiB@4096 (of 4096 tokens) or 15KiB (of one)")
+    return CacheBudget(float(found[1]) * _UNITS[found[2] or ""], int(found[3] or 1))
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,105 @@
+"""Moments -> CCA bound, calibration error and affine map, all in float64 and in closed form.
+
+X are rows of a layer's input, Y of its attention output, Y+ = X + Y. With centred second moments
+    W = Cyx (Cxx + lambda I)^-1,   b = E[Y] - W E[X]                       (LMMSE estimator)
+    W_k = V V' W,  V the top k eigenvectors of W Cxy                       (reduced-rank regression)
+    bound = d - || L+^-1 C+x Lx^-T ||_F^2,  Cxx = Lx Lx', C++ = L+ L+'     (CCA, without an SVD)
+Source: Erdogan, Tonin, Cevher, "Efficient Large Language Model Inference with Neural Block
+Linearization", NeurIPS 2025; the Cholesky form of the bound is ours.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nbl_export.errors import NblError
+from nbl_export.records.moments import Moments
+from nbl_export.records.plan import AffineMap, LayerScore
+
+__all__ = ["EXPLAINED", "RIDGE", "fit", "score"]
+
+# Relative to mean(diag Cxx). Large enough for a rank-deficient Cxx in float64, too small to bias a fit.
+RIDGE = 1e-6
+
+
+# Share of the fitted output's variance that the rank "auto" keeps.
+EXPLAINED = 0.999
+
+
+def fit(moments: Moments, layer: int, ridge: float = RIDGE, rank: int | str | None = None) -> AffineMap:
+    """The LMMSE affine map of a layer, or the best map of a given rank.
+
+    Args:
+        rank: None for the full map; "auto" for the smallest rank that keeps `EXPLAINED` of the output's variance, or
+            the full map if two thin products would not be cheaper than a square product.
+
+    Raises:
+        NblError: the statistics hold NaN or infinity, or X does not vary.
+    """
+    mean_x, mean_y, cxx, cyx, _ = moments.centred()
+    weight = _solve(cxx, cyx, layer, ridge)
+    up = None if rank is None else _leading(weight @ cyx.T, rank)
+    if up is None:
+        return AffineMap(weight.float().numpy(), (mean_y - weight @ mean_x).float().numpy())
+    down = up.T @ weight
+    bias = (mean_y - up @ (down @ mean_x)).float().numpy()
+    if 2 * up.shape[1] >= up.shape[0]:
+        return AffineMap((up @ down).float().numpy(), bias)
+    return AffineMap.factored(up.float().numpy(), down.float().numpy(), bias)
+
+
+def _leading(explained: torch.Tensor, rank: int | str) -> torch.Tensor | None:
+    """Directions [D, k] in which the fitted output varies most; None for all directions.
+
+    explained: covariance of the fitted output, W Cxy = W (Cxx + lambda I) W'. Projecting W onto its top k
+    eigenvectors minimises the (ridge) regression over all maps of rank k (Izenman 1975; Eckart-Young).
+    """
+    size = explained.shape[0]
+    values, vectors = torch.linalg.eigh((explained + explained.T) / 2)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    if rank == "auto":
+        kept = values.cumsum(0) >= EXPLAINED * values.sum()
+        count = int(kept.int().argmax()) + 1
+        return vectors[:, :count] if 2 * count < size else None
+    return vectors[:, : int(rank)] if int(rank) < size else None
+
+
+def score(moments: Moments, layer: int, ridge: float = RIDGE) -> LayerScore:
+    """Bound and calibration errors of a layer's map."""
+    _, _, cxx, cyx, cyy = moments.centred()
+    weight = _solve(cxx, cyx, layer, ridge)
+    c_plus = cxx + cyx + cyx.T + cyy
+    # tr(Cyy - W Cxy - Cyx W' + W Cxx W') holds for every W; at the exact minimum it is tr(Cyy - W Cxy).
+    error = (cyy.trace() - 2 * (weight * cyx).sum() + ((weight @ cxx) * weight).sum()).clamp_min(0)
+    size = cxx.shape[0]
+    lower_x = _cholesky(cxx, layer, ridge)
+    lower_plus = _cholesky(c_plus, layer, ridge)
+    half = torch.linalg.solve_triangular(lower_plus, cyx + cxx, upper=False)
+    coherence = torch.linalg.solve_triangular(lower_x, half.T, upper=False)
+    bound = max(0.0, size - coherence.square().sum().item())
+    return LayerScore(layer, bound, _ratio(error, cyy.trace()), _ratio(error, c_plus.trace()))
+
+
+def _ratio(part: torch.Tensor, whole: torch.Tensor) -> float:
+    return (part / whole).item() if whole > 0 else 0.0
+
+
+def _solve(cxx: torch.Tensor, cyx: torch.Tensor, layer: int, ridge: float) -> torch.Tensor:
+    return torch.cholesky_solve(cyx.T, _cholesky(cxx, layer, ridge)).T
+
+
+def _cholesky(matrix: torch.Tensor, layer: int, ridge: float) -> torch.Tensor:
+    if not torch.isfinite(matrix).all():
+        raise NblError(
+            f"layer {layer}: the calibration statistics hold NaN or infinity; check the checkpoint's weights"
+        )
+    scale = matrix.diagonal().mean()
+    if scale <= 0:
+        raise NblError(f"layer {layer}: its input does not vary over the calibration text; give more varied text")
+    shifted = matrix + (ridge * scale) * torch.eye(matrix.shape[0], dtype=matrix.dtype)
+    factor, info = torch.linalg.cholesky_ex(shifted)
+    if info.item():
+        raise NblError(
+            f"layer {layer}: the calibration statistics are not positive definite; give more --calibration-tokens"
+        )
+    return factor

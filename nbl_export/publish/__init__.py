@@ -1,0 +1,1 @@
+"""Publishes a run: model card, checkpoint, and layouts for other runtimes."""

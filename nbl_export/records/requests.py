@@ -1,0 +1,72 @@
+"""Requests for the optional stages: a sweep, an evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nbl_export.errors import UsageError
+
+__all__ = ["VARIANTS", "EvalRequest", "Prepared", "Subject", "SweepRequest"]
+
+VARIANTS = ("original", "nbl", "torch-original", "torch-nbl")  # in running order
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What to measure. texts: (name, file) pairs. context, stride: in tokens, for texts alone."""
+
+    tasks: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ("original", "nbl")
+    limit: int | None = None
+    data: Path | None = None
+    texts: tuple[tuple[str, str], ...] = ()
+    context: int = 512
+    stride: int = 512
+
+    def __post_init__(self) -> None:
+        if not self.tasks and not self.texts:
+            raise UsageError("nothing to evaluate: give --tasks, --perplexity or both")
+        unknown = [v for v in self.variants if v not in VARIANTS]
+        if unknown or not self.variants:
+            raise UsageError(f"--variants takes {', '.join(VARIANTS)}, not {unknown[0] if unknown else 'nothing'!r}")
+        if not 1 <= self.stride <= self.context:
+            raise UsageError(f"--stride {self.stride} is not between 1 and --ppl-context {self.context}")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A benchmark or a text, by its name in eval.json. `asked` holds everything that the figures depend on."""
+
+    name: str
+    value: Any
+    limit: int | None
+    data: dict[str, Any]
+    config: dict[str, Any]
+
+    @property
+    def asked(self) -> list[Any]:
+        data = self.data.get("sha256", self.data)  # a file counts by content, not by path
+        return [self.name, self.limit, data, self.config]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request with its benchmarks and texts loaded and checked."""
+
+    request: EvalRequest
+    subjects: tuple[Subject, ...]
+    harness: str
+
+    @property
+    def identity(self) -> list[Any]:
+        """Equal for equal requests."""
+        return [self.harness, [s.asked for s in self.subjects], list(self.request.variants)]
+
+
+@dataclass(frozen=True)
+class SweepRequest:
+    """Quality against modelled speed for 0, 1, ... `layers` replaced layers."""
+
+    layers: int

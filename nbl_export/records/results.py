@@ -1,0 +1,116 @@
+"""Results of verification and measurement."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+
+import numpy as np
+
+from nbl_export.records.from_json import require
+
+__all__ = ["RungResult", "Scenario", "Timing"]
+
+
+@dataclass(frozen=True)
+class RungResult:
+    """One rung of the verification ladder: the measured value and its tolerance.
+
+    value None means not finite. tolerance None means that the value is reported but not gated.
+    """
+
+    rung: str
+    subject: str
+    metric: str
+    value: float | None
+    tolerance: float | None
+    passed: bool
+    detail: str = ""
+
+    def __post_init__(self) -> None:
+        if self.value is not None and not math.isfinite(self.value):
+            require(not self.passed, "a figure that is not finite does not pass")
+            object.__setattr__(self, "value", None)  # JSON has no NaN
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One benchmark row in llama-bench's terms: pp<T> is prefill of T tokens, tg<T> is decode of T tokens.
+
+    batch: sequences side by side, each with `tokens` tokens at `depth`. threads: None is the engine's choice.
+    """
+
+    kind: str
+    tokens: int
+    depth: int
+    batch: int = 1
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.kind in ("pp", "tg"), f"unknown test kind {self.kind!r}")
+        require(self.tokens >= 1 and self.depth >= 0, "tokens are positive, depth is not negative")
+        require(self.batch >= 1 and (self.threads or 1) >= 1, "there is at least one sequence and one thread")
+
+    @property
+    def test(self) -> str:
+        return f"{self.kind}{self.tokens}"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """All repetitions of one scenario on one variant, in nanoseconds, in running order.
+
+    Attributes:
+        loads: the load of the decoders that each repetition ran on. Repetitions of one load are not independent.
+        first_token_ns: time to pick the first token after a prefill.
+        token_ns: time of each step of a decode.
+        energy_uj: microjoules of each repetition, if the machine reports energy.
+    """
+
+    scenario: Scenario
+    variant: str
+    samples_ns: tuple[int, ...]
+    loads: tuple[int, ...] = ()
+    first_token_ns: tuple[int, ...] = ()
+    token_ns: tuple[tuple[int, ...], ...] = ()
+    energy_uj: tuple[int, ...] = ()
+
+    @property
+    def tokens_per_second(self) -> tuple[float, ...]:
+        """Tokens per second of all sequences of the batch together."""
+        return tuple(self.scenario.batch * self.scenario.tokens * 1e9 / ns for ns in self.samples_ns)
+
+    @property
+    def ttft_ns(self) -> float | None:
+        """Time to first token: median of prefill plus the pick of the next token."""
+        sums = [prefill + pick for prefill, pick in zip(self.samples_ns, self.first_token_ns, strict=False)]
+        return statistics.median(sums) if sums else None
+
+    @property
+    def tpot_ns(self) -> dict[str, float] | None:
+        """Time per output token: percentiles of the steps of all repetitions, interpolated linearly."""
+        steps = [ns for run in self.token_ns for ns in run]
+        if not steps:
+            return None
+        return {
+            f"p{q}": float(value) for q, value in zip((50, 95, 99), np.percentile(steps, (50, 95, 99)), strict=True)
+        }
+
+    @property
+    def joules_per_token(self) -> float | None:
+        """Joules per token, median of the repetitions."""
+        tokens = self.scenario.batch * self.scenario.tokens
+        return statistics.median(self.energy_uj) / tokens / 1e6 if self.energy_uj else None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.tokens_per_second)
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.tokens_per_second)
+
+    @property
+    def stdev(self) -> float:
+        return statistics.stdev(self.tokens_per_second) if len(self.samples_ns) > 1 else 0.0

@@ -1,0 +1,205 @@
+"""The result of `run.compare.compare` as text: a table, Markdown, CSV, JSON, or llama-bench's columns.
+
+llama-bench (llama.cpp, tools/llama-bench, markdown printer): model, size, params, backend, threads, test, t/s; sizes in
+MiB or GiB and parameters in M or B with two digits, "pp512 @ d2048" behind a cache, t/s as mean ± standard deviation.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from nbl_export.errors import NblError, UsageError
+from nbl_export.measure import background
+from nbl_export.measure.rows import spoken_ratio, spoken_test
+from nbl_export.trust.terminal import Console, visible
+
+__all__ = ["FORMATS", "check_output", "format_of", "render", "write"]
+
+FORMATS = ("table", "md", "csv", "json", "llama-bench")
+_ENDINGS = {".md": "md", ".csv": "csv", ".json": "json"}
+
+
+def format_of(asked: str | None, output: Path | None, *, as_json: bool = False) -> str:
+    """The format that is asked for, by name or by the ending of the file; a table otherwise.
+
+    Raises:
+        UsageError: there is no such format, or two are asked for.
+    """
+    if asked is not None and asked not in FORMATS:
+        raise UsageError(f"--format is one of {', '.join(FORMATS)}, not {asked!r}")
+    if as_json and asked not in (None, "json"):
+        raise UsageError(f"--json and --format {asked} are two formats; leave one out")
+    if as_json:
+        return "json"
+    return asked or _ENDINGS.get(output.suffix.lower() if output else "", "table")
+
+
+def check_output(output: Path | None) -> None:
+    """Refuse a file that could not be written, before anything is measured.
+
+    Raises:
+        NblError: it is a directory, or is to lie in none.
+    """
+    if output is None:
+        return
+    if output.is_dir():
+        raise NblError(f"--output {output} is a directory; name a file")
+    if not output.absolute().parent.is_dir():
+        raise NblError(f"--output {output}: there is no directory {output.absolute().parent}; make it first")
+
+
+def write(text: str, output: Path) -> None:
+    """Write the text, all of it or nothing."""
+    scratch = output.with_name(f".tmp-{output.name}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(output)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def render(value: Mapping[str, Any], form: str, width: int | None = None) -> str:
+    """The text in one of `FORMATS`, ending in a line break. width: columns of a table, None is the terminal's."""
+    if form == "json":
+        return json.dumps(value, indent=1) + "\n"
+    if form == "csv":
+        return visible(_csv(value))
+    if form == "llama-bench":
+        return visible(_llama_bench(value))
+    table = visible(_markdown(*_columns(value))) if form == "md" else _table(*_columns(value), width)
+    return f"{table}\nSpeed was {background.spoken(value['background'])}.\n"
+
+
+def _columns(value: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows for people: speed, ratio over the base, latency; memory stands in a decoder's first row."""
+    swept = len({row["threads"] for row in value["rows"]}) > 1
+    ratios = {_key(r): r for r in value["ratios"]}
+    head = ["decoder", "test", "tokens/s", "± sd", "TTFT ms", "TPOT p50 / p95 / p99 ms", "peak memory", "on disk"]
+    if ratios:
+        head[4:4] = [f"over {value['base']}", "interval"]
+    rows, seen = [], set()
+    for row in value["rows"]:
+        facts = value["variants"][row["variant"]] if row["variant"] not in seen else None
+        seen.add(row["variant"])
+        tpot = row["tpot_seconds"]
+        cells = [row["variant"], spoken_test(row, swept=swept)]
+        cells += [f"{row['tokens_per_second_median']:.2f}", f"{row['tokens_per_second_stdev']:.2f}"]
+        if ratios:
+            cells += _ratio_cells(ratios.get(_key(row)))
+        cells.append("" if row["ttft_seconds"] is None else f"{1000 * row['ttft_seconds']:.1f}")
+        cells.append(" / ".join(f"{1000 * s:.2f}" for s in tpot.values()) if tpot else "")
+        sizes = (facts["peak_memory_bytes"], sum(facts["disk_bytes"].values())) if facts else ()
+        cells += [_size(size) for size in sizes] or ["", ""]
+        rows.append(cells)
+    return head, rows
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("kind", "tokens", "depth", "batch", "threads", "variant"))
+
+
+def _ratio_cells(ratio: Mapping[str, Any] | None) -> list[str]:
+    if ratio is None:
+        return ["", ""]
+    return [ratio["text"], f"{spoken_ratio(ratio['low'])} to {spoken_ratio(ratio['high'])}, {ratio['interval']}"]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int | None) -> str:
+    table = Table()
+    for name in head:
+        table.add_column(name, overflow="fold")  # a path cut short names nothing
+    for row in rows:
+        table.add_row(*row)
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(table)
+    return stream.getvalue()
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *rows]
+    return "".join(f"| {' | '.join(map(_escaped, line))} |\n" for line in lines)
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", r"\|")
+
+
+def _csv(value: Mapping[str, Any]) -> str:
+    ratios = {_key(r): r for r in value["ratios"]}
+    stream = io.StringIO()
+    writer: csv.DictWriter[str] | None = None
+    for row in value["rows"]:
+        facts, ratio, tpot = value["variants"][row["variant"]], ratios.get(_key(row), {}), row["tpot_seconds"] or {}
+        line = {
+            "decoder": row["variant"],
+            **{name: row[name] for name in ("test", "kind", "tokens", "depth", "batch", "threads")},
+            **{name: row[f"tokens_per_second_{name}"] for name in ("median", "mean", "stdev")},
+            "base": value["base"],
+            **{name: ratio.get(name) for name in ("ratio", "low", "high", "confidence", "loads", "verdict")},
+            "ttft_seconds": row["ttft_seconds"],
+            **{f"tpot_{name}_seconds": tpot.get(name) for name in ("p50", "p95", "p99")},
+            "joules_per_token": row["joules_per_token"],
+            **{name: facts[name] for name in ("peak_memory_bytes", "steady_memory_bytes", "load_seconds")},
+            "model_bytes": facts["model_bytes"],
+            "disk_bytes": sum(facts["disk_bytes"].values()),
+            **{name: facts[name] for name in ("kv_cache_bytes_per_token", "parameters", "engine", "provider")},
+            "cpu": value["machine"]["cpu"],
+            "others_cores": value["background"]["others"],
+            "busy": value["background"]["busy"],
+        }
+        if writer is None:
+            writer = csv.DictWriter(stream, list(line), lineterminator="\n")
+            writer.writeheader()
+        writer.writerow(line)
+    return stream.getvalue()
+
+
+def _llama_bench(value: Mapping[str, Any]) -> str:
+    batched = any(row["batch"] > 1 for row in value["rows"])
+    head = ["model", "size", "params", "backend", "threads", *(["batch"] if batched else []), "test", "t/s"]
+    rows = []
+    for row in value["rows"]:
+        facts = value["variants"][row["variant"]]
+        test = row["test"] + (f" @ d{row['depth']}" if row["depth"] else "")
+        rows.append([
+            row["variant"],
+            _size(facts["model_bytes"]),
+            _parameters(facts["parameters"]),
+            f"{facts['engine'].upper()} {facts['provider'].upper()}",
+            str(row["threads"] or ""),
+            *([str(row["batch"])] if batched else []),
+            test,
+            f"{row['tokens_per_second_mean']:.2f} ± {row['tokens_per_second_stdev']:.2f}",
+        ])  # fmt: skip
+    return _aligned(head, rows)
+
+
+def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns line up; words left, figures right, as llama-bench prints them."""
+    left = {"model", "backend"}
+    rows = [[_escaped(cell) for cell in row] for row in rows]
+    widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (c.ljust(w) if name in left else c.rjust(w) for c, w, name in zip(cells, widths, head, strict=True))
+        return f"| {' | '.join(padded)} |\n"
+
+    rule = [("-" * w if name in left else "-" * (w - 1) + ":") for w, name in zip(widths, head, strict=True)]
+    return line(head) + line(rule) + "".join(line(row) for row in rows)
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**20:.2f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+
+
+def _parameters(count: int | None) -> str:
+    if count is None:
+        return ""
+    return f"{count / 1e6:.2f} M" if count < 1e9 else f"{count / 1e9:.2f} B"

@@ -1,0 +1,160 @@
+"""What the other stages found -> one page for people, the same as Markdown, the same as JSON.
+
+    nbl.json, verify.json, bench.json ─► summarize ─► report.json ─► document ─► html.document     ─► report.html
+                                                                             └► markdown.document ─► report.md
+
+`document` says what stands on the page, as blocks. Both files are written from these blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nbl_export.files import write_json
+from nbl_export.measure.rows import read_timings, speed_ratios, speed_rows
+from nbl_export.report import html, markdown, plots
+from nbl_export.report.blocks import Document
+from nbl_export.report.sections import engines, head, layers, origin, quality, speed, sweep, verification
+from nbl_export.run_directory import REPORT_HTML, REPORT_JSON, REPORT_MD
+
+__all__ = ["codes_of", "document", "render", "summarize"]
+
+_COPIED = ("model", "options", "command", "versions", "calibration", "num_layers", "replaced_layers", "tap", "select",
+           "logits", "token_table")  # fmt: skip
+
+
+_PER_VARIANT = ("peak_memory_bytes", "steady_memory_bytes", "kv_cache_bytes", "kv_cache_bytes_per_token",
+                "model_bytes", "disk_bytes", "load_seconds")  # fmt: skip
+
+
+def render(
+    manifest: dict[str, Any], verify: dict[str, Any], bench: dict[str, Any] | None, out: Path,
+    sweep: dict[str, Any] | None = None, quality: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write report.html, report.md and report.json into `out`; the same input gives the same bytes.
+
+    Args:
+        manifest: nbl.json.
+        verify: verify.json.
+        bench: bench.json, or None if speed was not measured.
+        out: an existing directory.
+        sweep: sweep.json, or None if none was made.
+        quality: eval.json, or None if no benchmark was run.
+
+    Returns:
+        The value of report.json.
+
+    Raises:
+        CorruptError: the two variants of a test have different numbers of rounds.
+    """
+    report = {**summarize(manifest, verify, bench, quality), "sweep": sweep}
+    page = document(report)
+    (out / REPORT_HTML).write_text(html.document(page, _drawings(report)), encoding="utf-8")
+    (out / REPORT_MD).write_text(markdown.document(page), encoding="utf-8")
+    write_json(out / REPORT_JSON, report)
+    return report
+
+
+# -- values --------------------------------------------------------------------------------------------------
+
+
+def summarize(
+    manifest: dict[str, Any],
+    verify: dict[str, Any],
+    bench: dict[str, Any] | None,
+    quality: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The value of report.json, a function of its inputs; figures that are not finite become None."""
+    manifest, verify, measured = _finite(manifest), _finite(verify), bench or {}
+    timings = read_timings(measured)
+    rungs, variants = verify["rungs"], measured.get("variants", {})
+    return {
+        "schema": 1,
+        "verified": bool(verify["passed"] and all(r["passed"] for r in rungs) and manifest["status"] != "failed"),
+        **{name: manifest.get(name) for name in _COPIED},
+        "scores": manifest.get("scores", []),
+        "stage_seconds": {name: stage["seconds"] for name, stage in manifest.get("stages", {}).items()},
+        "precision": verify["precision"],
+        "codes": codes_of(manifest),
+        "rungs": rungs,
+        "proof": verify.get("proof", []),
+        "largest_logit_difference": _largest_logit_difference(rungs),
+        "price": verify.get("price", []),
+        "texts": verify.get("texts", []),
+        "fit": manifest.get("fit", {}).get("kind"),
+        "without_original": manifest.get("fit", {}).get("kind") == "given",
+        "quality": {k: quality[k] for k in ("lm_eval", "table", "agreement")} if quality else None,
+        "price_warning": verify.get("price_warning"),
+        "cache_bytes_per_token": verify["cache_bytes_per_token"],
+        "engines": manifest.get("engines"),
+        "rows": speed_rows(timings),
+        "ratios": speed_ratios(timings),
+        "variants": variants,
+        **{name: {v: facts.get(name) for v, facts in variants.items()} for name in _PER_VARIANT},
+        "machine": measured.get("machine"),
+        "bench": {k: v for k, v in measured.items() if k not in ("machine", "timings", "variants")} if bench else None,
+    }
+
+
+def _largest_logit_difference(rungs: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The comparison with the reference (rungs b and c) that is largest; one that is not finite is larger than any."""
+    logits = [r for r in rungs if r["rung"] in ("b", "c") and "logit" in r["metric"].lower()]
+    return max(logits, key=lambda r: math.inf if r["value"] is None else r["value"]) if logits else None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def codes_of(manifest: Mapping[str, Any]) -> str | None:
+    """Whose codes an int4 graph has: "gptq codes of NAME in groups of 128"; None if the builder quantised."""
+    if not manifest["options"].get("quantized_model"):
+        return None
+    noted = manifest["quantized"]
+    return f"{noted['method']} codes of {noted['title']} in groups of {noted['group_size']}"
+
+
+# -- page ----------------------------------------------------------------------------------------------------
+
+
+def document(report: Mapping[str, Any]) -> Document:
+    """What report.html and report.md say, of the value of report.json."""
+    sections = (
+        speed.section(report),
+        *engines.sections(report),
+        quality.section(report),
+        *sweep.sections(report),
+        layers.section(report),
+        verification.section(report),
+        origin.section(report),
+    )
+    return Document(head.title(report), head.head(report), sections)
+
+
+def _drawings(report: Mapping[str, Any]) -> dict[str, str]:
+    """<svg> elements by name; one that has nothing to show is absent."""
+    drawn = {}
+    rows, ratios = _main(report["rows"]), _main(report["ratios"])
+    if rows:
+        drawn["throughput"] = plots.throughput(rows, ratios)
+    if len({r["depth"] for r in ratios}) > 1:
+        drawn["depths"] = plots.depths(ratios)
+    if report["sweep"]:
+        drawn["tradeoff"] = plots.tradeoff(report["sweep"]["points"], report["sweep"]["recommended"])
+    for key, label in (("bound", "CCA bound"), ("relative_error", "relative error")):
+        values = [(s["layer"], s[key]) for s in report["scores"] if s[key] is not None]
+        if values:
+            drawn[key] = plots.layers(key, values, report["replaced_layers"], label)
+    return drawn
+
+
+def _main(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a sweep the first number of threads and the first batch, which the drawings are of."""
+    return [r for r in rows if (r["threads"], r["batch"]) == (rows[0]["threads"], rows[0]["batch"])]

@@ -1,0 +1,155 @@
+"""What stands before the first section: the verdict, what was replaced, and the four headline figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nbl_export.measure import background
+from nbl_export.measure.rows import spoken_ratio
+from nbl_export.records.plan import spoken_layers
+from nbl_export.report import words
+from nbl_export.report.blocks import Alarm, Badge, Block, Card, Cards, Paragraph, Strip, Tone
+from nbl_export.report.sections.speed import is_swept
+from nbl_export.text.window_intervals import spoken_price
+
+__all__ = ["head", "title"]
+
+_CHOSEN_BY = {
+    "cca": "the smallest CCA bounds",
+    "error": "the smallest relative errors",
+    "greedy": "the smallest quality loss",
+    "efficient": "the smallest quality loss for the work saved",
+}
+_TONES: Mapping[str, Tone] = {"faster": "ok", "slower": "bad"}
+_SHOWN_RATIOS = 4  # of one card; the table has all
+
+
+def title(report: Mapping[str, Any]) -> str:
+    """What the model is called."""
+    model = report["model"]
+    return str(model.get("title") or model["name"])
+
+
+def head(report: Mapping[str, Any]) -> tuple[Block, ...]:
+    """Verdict, replaced layers and headline figures."""
+    return (
+        _meta(report),
+        _badge(report),
+        *_failures(report),
+        Paragraph(_lead(report), "lead"),
+        Strip(report["num_layers"], tuple(report["replaced_layers"])),
+        *_busy(report),
+        Cards((_speed(report, "pp", "Prefill"), _speed(report, "tg", "Decode"), _cache(report), _loss(report))),
+    )
+
+
+def _meta(report: Mapping[str, Any]) -> Paragraph:
+    model, bench = report["model"], report["bench"]
+    parts = [f"{model['architecture']}", ", ".join(filter(None, (report["precision"], report["codes"])))]
+    parts += [f"{bench['engine']} on {bench['provider']}"] if bench else []
+    parts += [f"revision {model['revision']}"] if model.get("revision") else []
+    return Paragraph(" · ".join(parts), "meta")
+
+
+def _badge(report: Mapping[str, Any]) -> Badge:
+    worst = report["largest_logit_difference"]
+    detail = "no rung compared logits"
+    if worst:
+        allowed = "not gated" if worst["tolerance"] is None else f"tolerance {worst['tolerance']:g}"
+        seen = words.number(worst["value"], "not finite")
+        detail = f"largest logit difference {seen} ({worst['subject']}, {worst['metric']}), {allowed}"
+    if report["verified"]:
+        return Badge("Verified", detail, "ok")
+    return Badge("Verification failed", detail, "bad")
+
+
+def _failures(report: Mapping[str, Any]) -> tuple[Block, ...]:
+    if report["verified"]:
+        return ()
+    said = "Do not deploy this model. Speed and quality loss below belong to a graph that did not pass its checks."
+    reasons = tuple(_failure(rung) for rung in report["rungs"] if not rung["passed"])
+    return (Alarm(said, reasons or ("The run is marked as failed, but no rung is.",)),)
+
+
+def _failure(rung: Mapping[str, Any]) -> str:
+    allowed = "none" if rung["tolerance"] is None else f"{rung['tolerance']:g}"
+    seen = words.number(rung["value"], "not finite")
+    return f"Rung {rung['rung']}, {rung['subject']}, {rung['metric']}: {seen}, tolerance {allowed}. " + (
+        rung.get("detail") or ""
+    )
+
+
+def _lead(report: Mapping[str, Any]) -> str:
+    replaced, total = report["replaced_layers"], report["num_layers"]
+    if not replaced:
+        return f"None of the {total} attention layers is replaced: both variants are the original."
+    one, is_drop = len(replaced) == 1, report["fit"] == "drop"
+    done = "left out" if is_drop else "replaced by a linear layer"
+    chosen = "from the checkpoint" if report["without_original"] else _CHOSEN_BY.get(report["select"], "as requested")
+    said = (
+        f"{len(replaced)} of {total} attention layers {'is' if one else 'are'} {done}: "
+        f"{words.plural('layer', len(replaced))} {spoken_layers(replaced)} ({chosen}). "
+    )
+    text = f"{report['calibration']['tokens']:,} tokens of {report['calibration']['name']}"
+    if report["without_original"]:
+        said += "A linear layer needs no KV cache. Layers and maps came with the checkpoint."
+    elif is_drop:
+        said += f"Without attention a layer needs no KV cache. This is a baseline, chosen by scores on {text}."
+    else:
+        fitted = "The linear layer was" if one else "The linear layers were"
+        said += f"A linear layer needs no KV cache. {fitted} fitted on {text}."
+    return said + _lookup(report["token_table"])
+
+
+def _lookup(table: Mapping[str, Any] | None) -> str:
+    if not table:
+        return ""
+    layers = f"{words.plural('layer', len(table['layers']))} {spoken_layers(table['layers'])}"
+    return (
+        f" Leading linearized layers are replaced by a per-token lookup table: {layers}, {words.size(table['bytes'])}."
+    )
+
+
+def _busy(report: Mapping[str, Any]) -> tuple[Block, ...]:
+    where = report["bench"] and report["bench"]["background"]
+    if not where or not where["busy"]:
+        return ()
+    return (Alarm(f"Speed was {background.spoken(where)}. Other processes affect the speed figures below."),)
+
+
+def _speed(report: Mapping[str, Any], kind: str, name: str) -> Card:
+    ratios = sorted((r for r in report["ratios"] if r["kind"] == kind), key=lambda r: r["depth"])
+    over = f"{name}, NBL over original"
+    if not ratios:
+        return Card(over, "not measured", tone="words")
+    lines: list[str] = []
+    for ratio in ratios[:_SHOWN_RATIOS]:
+        test = words.test(ratio, swept=is_swept(report))
+        ends = f"{spoken_ratio(ratio['low'])} to {spoken_ratio(ratio['high'])}"
+        said = f"{ratio['text']} ({ends})" if lines else f"{ends}, {ratio['interval']}"
+        lines.append(f"{test}: {said}")
+    if len(ratios) > _SHOWN_RATIOS:
+        lines.append(f"and {len(ratios) - _SHOWN_RATIOS} more below")
+    return Card(over, ratios[0]["text"], tuple(lines), _TONES.get(ratios[0]["verdict"], "words"))
+
+
+def _cache(report: Mapping[str, Any]) -> Card:
+    cache = report["cache_bytes_per_token"]
+    ends = f"{words.size(cache['original'])} → {words.size(cache['nbl'])} for each token"
+    return Card("KV cache", words.change(cache["original"], cache["nbl"]), (ends,))
+
+
+def _loss(report: Mapping[str, Any]) -> Card:
+    """The text that suffers most: a smaller figure of another text misleads."""
+    rows = report["price"]
+    if not rows:
+        return Card("Quality loss", "not measured", tone="words")
+    worst = next((r for r in rows if r["increase"] is None), None) or max(rows, key=lambda r: r["increase"])
+    ends = [words.number(worst[name], "not finite") for name in ("perplexity_original", "perplexity_nbl")]
+    lines: list[str] = []
+    for row in rows:
+        said = spoken_price(row)
+        lines.append(f"{said['increase']} on {row['text']}, KL {said['kl']}, top-1 agreement {said['top1']}")
+    lines.append("above: the largest increase; in brackets: 95% intervals; reported, not gated")
+    return Card("Quality loss: perplexity", " → ".join(ends), tuple(lines))

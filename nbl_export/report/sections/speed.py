@@ -1,0 +1,178 @@
+"""Speed, latency, energy, memory and size: what bench.json measured, both variants side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nbl_export.measure import background
+from nbl_export.measure.paired import FEWEST_LOADS
+from nbl_export.measure.rows import spoken_ratio
+from nbl_export.report import words
+from nbl_export.report.blocks import Block, Cell, Column, Figure, Figures, Heading, Paragraph, Section, Table
+
+__all__ = ["compared", "is_swept", "section"]
+
+_VARIANTS = {"original": "original", "nbl": "NBL"}
+_FIGURES = Figures((
+    Figure("throughput", "Tokens per second, median of the rounds. Whiskers go from the slowest to the fastest round. "
+           "In bold the paired ratio."),
+    Figure("depths", "Paired ratio against depth; whiskers show its interval. Above the line NBL is faster. "
+           "If whiskers reach the line, there is no clear difference."),
+))  # fmt: skip
+
+
+def section(report: Mapping[str, Any]) -> Section:
+    """What the benchmark measured, or that it measured nothing."""
+    if not report["bench"]:
+        return Section("Speed", (Paragraph("Speed and memory were not measured."),))
+    blocks = (_setting(report), _FIGURES, *_ratios(report), *_rates(report), *_latency(report), *_limits(report),
+              *_energy(report), *_sizes(report))  # fmt: skip
+    return Section("Speed", blocks)
+
+
+def is_swept(report: Mapping[str, Any]) -> bool:
+    """Whether the benchmark had several numbers of threads."""
+    return len({row["threads"] for row in report["rows"]}) > 1
+
+
+def compared(rows: list[tuple[str, str, str, str]]) -> Table:
+    """name, original, NBL and change, a row each."""
+    return Table.of(("What", *Column.numbers("Original", "NBL", "Change")), rows)
+
+
+def _setting(report: Mapping[str, Any]) -> Paragraph:
+    bench = report["bench"]
+    given = {"last": "the last token alone"}.get(report["logits"], "all tokens")
+    logits = f" Both give the logits of {given}." if report["logits"] else ""
+    return Paragraph(
+        f"{bench['engine']} on {bench['provider']}, {words.listed(bench['threads'] or 'default')} threads. "
+        f"The two variants took turns, round by round. Speed was {background.spoken(bench['background'])}.{logits} "
+        "In the name of a test, pp is prefill, tg is decode, and the number counts tokens. "
+        "Depth is the number of tokens that the cache held before."
+    )
+
+
+def _ratios(report: Mapping[str, Any]) -> Iterator[Block]:
+    yield Heading("Paired ratios")
+    columns: tuple[Column | str, ...] = (
+        "Test",
+        "Verdict",
+        *Column.numbers("Ratio", "From", "To", "Loads above 1"),
+        "Interval",
+    )
+    swept = is_swept(report)
+    yield Table.of(columns, [
+        (words.test(r, swept=swept), Cell.verdict(r["verdict"], good="faster", bad="slower"),
+         *(spoken_ratio(r[name]) for name in ("ratio", "low", "high")), f"{r['wins']} of {r['loads']}", r["interval"])
+        for r in report["ratios"]
+    ])  # fmt: skip
+    yield Paragraph(
+        "Both decoders are loaded anew for every round, because timings depend on where a load lies in memory. "
+        "A ratio is the median over the loads of NBL tokens/s divided by original tokens/s. "
+        "Its interval is that of the sign test, which makes no assumption about the noise. "
+        "If the interval contains 1, there is no clear difference. "
+        "Up to eight loads the interval is the range of all ratios. "
+        "The range of six loads holds the true median in 97 of 100 cases, that of five loads in 94. "
+        f"Fewer than {FEWEST_LOADS} loads give no verdict."
+    )
+    for skipped in report["bench"].get("skipped") or ():
+        yield Paragraph(f"Not measured: {words.test(skipped, swept=swept)}. {skipped['reason']}.")
+
+
+def _rates(report: Mapping[str, Any]) -> Iterator[Block]:
+    yield Heading("Tokens per second")
+    yield Table.of(("Test", "Variant", *Column.numbers("Median", "Mean", "Std. dev.", "Rounds")), [
+        (*_of(report, r), words.number(r["tokens_per_second_median"]), words.number(r["tokens_per_second_mean"]),
+         words.number(r["tokens_per_second_stdev"] if len(r["samples"]) > 1 else None),
+         str(len(r["samples"])))
+        for r in report["rows"]
+    ])  # fmt: skip
+
+
+def _of(report: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, str]:
+    return words.test(row, swept=is_swept(report)), _VARIANTS[row["variant"]]
+
+
+def _latency(report: Mapping[str, Any]) -> Iterator[Block]:
+    rows = [r for r in report["rows"] if r["ttft_seconds"] or r["tpot_seconds"]]
+    if not rows:
+        return
+    yield Heading("Latency")
+    yield Table.of(("Test", "Variant", *Column.numbers("TTFT", "TPOT p50", "p95", "p99")), [
+        (*_of(report, r), words.milliseconds(r["ttft_seconds"]),
+         *(words.milliseconds((r["tpot_seconds"] or {}).get(name)) for name in ("p50", "p95", "p99")))
+        for r in rows
+    ])  # fmt: skip
+    yield Paragraph(
+        "TTFT is the time to the first token: prefill of the prompt and the choice of a token, median of the rounds. "
+        "TPOT is the time of each further token: percentiles over all tokens of all rounds."
+    )
+
+
+def _limits(report: Mapping[str, Any]) -> Iterator[Block]:
+    limits = report["bench"].get("limits")
+    if not limits:
+        return
+    yield Heading("Share of what the machine allows")
+    columns: tuple[Column | str, ...] = (
+        "Test",
+        "Variant",
+        "Bound by",
+        *Column.numbers("Tokens/s", "At most", "Share", "Model's error"),
+    )
+    yield Table.of(columns, [
+        (*_of(report, r), r["bound"], words.number(r["tokens_per_second"]), words.number(r["limit_tokens_per_second"]),
+         words.percent(r["percent"] / 100), f"{100 * r['error']:+.0f}%".replace("-", "−"))
+        for limit in limits for r in limit["rows"]
+    ])  # fmt: skip
+    for limit in limits:
+        yield Paragraph(_machine_limits(limit["rates"]))
+
+
+def _machine_limits(rates: Mapping[str, Any]) -> str:
+    products = rates["gemm_flops_per_second"].items()
+    flops = ", ".join(f"{words.number(rate / 1e9)} ({kernel})" for kernel, rate in products)
+    return (
+        f"With {rates['threads']} threads this machine multiplies matrices at {flops} GFLOP/s. "
+        f"It reads memory at {words.number(rates['read_bytes_per_second'] / 1e9)} GB/s. "
+        "Both rates were measured after the benchmark. "
+        "“At most” is the speed that these rates allow for the arithmetic or for the memory traffic of the test, "
+        "whichever is lower. "
+        "The rate of arithmetic is that of the fastest product that the precision may use. "
+        "“Model's error” is that of the cost model, which assumes one efficiency for prefill and one for decode."
+    )
+
+
+def _energy(report: Mapping[str, Any]) -> Iterator[Block]:
+    rows = [r for r in report["rows"] if r["joules_per_token"]]
+    if not rows:
+        return
+    yield Heading("Energy")
+    yield Table.of(
+        ("Test", "Variant", *Column.numbers("Joules for each token")),
+        [(*_of(report, r), words.number(r["joules_per_token"])) for r in rows],
+    )
+    counters = words.listed(report["bench"]["energy_sources"])
+    yield Paragraph(f"Read from the machine's counters ({counters}). They include what other processes used.")
+
+
+def _sizes(report: Mapping[str, Any]) -> Iterator[Block]:
+    rows = []
+    for name, key in (
+        ("Peak memory", "peak_memory_bytes"),
+        ("Memory while decoding", "steady_memory_bytes"),
+        ("KV cache in the benchmark", "kv_cache_bytes"),
+        ("KV cache per token", "kv_cache_bytes_per_token"),
+        ("Model on disk", "model_bytes"),
+    ):
+        before, after = report[key].get("original"), report[key].get("nbl")
+        rows.append((name, words.size(before), words.size(after), words.change(before, after)))
+    disk = {variant: report["disk_bytes"].get(variant) or {} for variant in _VARIANTS}
+    for kind, before in disk["original"].items():
+        after = disk["nbl"].get(kind, 0)
+        rows.append((f"On disk: {kind}", words.size(before), words.size(after), words.change(before, after)))
+    before, after = report["load_seconds"].get("original"), report["load_seconds"].get("nbl")
+    rows.append(("Load time", words.duration(before), words.duration(after), words.change(before, after)))
+    yield Heading("Memory, size and load time")
+    yield compared(rows)

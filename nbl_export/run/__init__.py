@@ -1,0 +1,1 @@
+"""Runs stages on a run directory: which stages run, on which inputs, and which results are reused."""

@@ -1,0 +1,163 @@
+"""Measures decoders of any directories side by side, outside of a run: `bench A B ... [--against C]`.
+
+    DIR ─► its model/, or DIR itself if it holds a decoder ┐
+    C, or the original/ of the first run directory ─► base ┴─► benchmark.run ─► rows, ratios to the base
+
+Nothing is written into the directories. The decoders may be of different models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nbl_export.engines.base import TextRunner
+from nbl_export.engines.ort.settings import GenaiSettings
+from nbl_export.engines.tensorrt.record import RECORD_FILE, read_record
+from nbl_export.errors import CorruptError, NblError
+from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
+from nbl_export.graph.sizes import read_graph_facts
+from nbl_export.records.options import JobOptions
+from nbl_export.run.deployed import Located, available_engine, is_model_directory, locate
+from nbl_export.run.progress import Ui
+
+__all__ = ["compare", "is_stage"]
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """A decoder to measure, with facts from its files."""
+
+    located: Located
+    vocab_size: int
+    context_length: int
+    cache_bytes_per_token: int
+    parameters: int | None
+
+    def open(self, directory: Path, threads: int | None) -> TextRunner:
+        """Load the decoder on its engine. A child process calls this too, so no engine object is stored here."""
+        runner: TextRunner = available_engine(self.located).open_runner(directory, threads)
+        return runner
+
+
+def is_stage(directories: Sequence[Path], *asked: object) -> bool:
+    """Whether to run the bench stage: one run directory, and no other request (`asked`)."""
+    return len(directories) == 1 and not any(asked) and not is_model_directory(directories[0])
+
+
+def compare(
+    directories: Sequence[Path], against: Path | None, options: JobOptions, ui: Ui, *, force: bool = False
+) -> dict[str, Any]:
+    """Measure every directory and return bench.json's value with `rows` and `ratios`.
+
+    Args:
+        directories: run directories, of which model/ is measured, or deployable directories.
+        against: the base of the ratios. None means the original/ of the first run directory, or else the first of
+            several directories. One deployable directory alone has no ratios.
+        options: depths, prompt lengths, threads, batches and repetitions; other options have no effect.
+        force: measure a run directory that failed verification.
+
+    Raises:
+        NblError: a directory is of neither kind, or its engine is not available or cannot run the tests.
+    """
+    from nbl_export.files import versions
+    from nbl_export.measure import background, benchmark, energy
+    from nbl_export.measure.rows import read_timings, speed_ratios, speed_rows, spoken_test
+    from nbl_export.run_directory import PACKAGES
+
+    decoders, base = _decoders(directories, against, force)
+    first = _check(decoders, options)
+    scenarios = benchmark.plan_scenarios(
+        options.prompt_tokens, options.generate_tokens, options.depths, options.batches,
+        options.threads or (first.default_threads(),),
+    )  # fmt: skip
+    setting = benchmark.BenchSetting(
+        vocab_size=min(d.vocab_size for d in decoders.values()),
+        context_length=min(d.context_length for d in decoders.values()),
+        versions=versions(PACKAGES),
+        engine=_joined(d.located.engine for d in decoders.values()),
+        provider=_joined(d.located.provider for d in decoders.values()),
+        base=base,
+    )
+    variants = {
+        name: benchmark.Variant(d.located.path, d.open, d.cache_bytes_per_token) for name, d in decoders.items()
+    }
+    gpu = setting.provider != "cpu" or first.capabilities.static
+    instruments = benchmark.Instruments(meter=energy.find_meter(gpu=gpu))
+    with ui.task("rounds") as progress:
+        value = benchmark.run(
+            variants, scenarios, options.repetitions, progress, setting=setting, instruments=instruments
+        )
+    if value["background"]["busy"]:
+        ui.say(f"  {background.spoken(value['background'])}")
+    for left_out in value["skipped"]:
+        ui.say(f"  not measured: {spoken_test(left_out)}: {left_out['reason']}")
+    for name, decoder in decoders.items():
+        value["variants"][name] |= {
+            "path": str(decoder.located.path),
+            "engine": decoder.located.engine,
+            "provider": decoder.located.provider,
+            "parameters": decoder.parameters,
+        }
+    timings = read_timings(value)
+    return {**value, "rows": speed_rows(timings), "ratios": speed_ratios(timings, base)}
+
+
+def _decoders(
+    directories: Sequence[Path], against: Path | None, force: bool
+) -> tuple[Mapping[str, _Decoder], str | None]:
+    """The decoders by name, the base first, and the base's name."""
+    found = [(str(path), locate(path, force=force)) for path in directories]
+    runs = [path for path in directories if not is_model_directory(path)]
+    base: str | None = None
+    if against is not None:
+        base = str(against)
+        found.insert(0, (base, locate(against, force=force)))
+    elif runs:
+        base = f"{runs[0]} (original)"
+        found.insert(0, (base, locate(runs[0], original=True)))
+    elif len(found) > 1:
+        base = str(directories[0])
+    paths = [located.path.resolve() for _, located in found]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise NblError(f"{twice} is named twice; name each decoder once")
+    return {name: _describe(located) for name, located in found}, base
+
+
+def _describe(located: Located) -> _Decoder:
+    path = located.path
+    if (path / RECORD_FILE).is_file():
+        record = read_record(path)
+        vocab = next(o.shape[-1] for o in record.outputs if o.name == "logits")
+        return _Decoder(located, int(vocab), record.max_seq_len, record.cache_bytes_per_token, None)
+    settings = GenaiSettings.read(path)
+    graph = read_graph_facts(path / GRAPH_FILE, _head_dim(path / GENAI_CONFIG))
+    return _Decoder(
+        located, settings.vocab_size, settings.context_length, graph.cache_bytes_per_token, graph.parameters
+    )
+
+
+def _head_dim(config: Path) -> int:
+    try:
+        return int(json.loads(config.read_text(encoding="utf-8"))["model"]["decoder"]["head_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptError(f"{config} gives no head_size ({error}); export the model again") from error
+
+
+def _check(decoders: Mapping[str, _Decoder], options: JobOptions) -> Any:
+    """Refuse options that an engine does not support; return the engine of the first decoder. Loads no decoder."""
+    engines = []
+    for name, decoder in decoders.items():
+        engine = available_engine(decoder.located)
+        if options.batches != (1,) and engine.capabilities.static:
+            raise NblError(f"--batch is not for {name}: engine {decoder.located.engine} is measured on one sequence")
+        engines.append(engine)
+    return engines[0]
+
+
+def _joined(names: Any) -> str:
+    return ", ".join(dict.fromkeys(names))

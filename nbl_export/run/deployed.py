@@ -1,0 +1,133 @@
+"""Finds the decoder of a run directory or of a deployable directory, and opens the decoder for text."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nbl_export.engines import load_engine
+from nbl_export.engines.ort.gpu import provider_of
+from nbl_export.engines.tensorrt.record import RECORD_FILE, read_record
+from nbl_export.errors import NblError
+from nbl_export.graph.names import GENAI_CONFIG, MANIFEST
+from nbl_export.plan.maps_file import load_maps
+from nbl_export.records.options import JobOptions
+from nbl_export.records.plan import AffineMap
+from nbl_export.run.job import Job
+from nbl_export.run.progress import Ui
+from nbl_export.run.resolved import located
+from nbl_export.run_directory import MAPS_FILE, RunDirectory
+from nbl_export.trust.contained import refuse_links_out
+from nbl_export.trust.plain_files import refuse_special
+
+__all__ = ["Located", "available_engine", "is_model_directory", "locate", "open_finished", "open_for_text"]
+
+
+@dataclass(frozen=True)
+class Located:
+    """A deployable directory, and the engine and provider that run it."""
+
+    path: Path
+    engine: str
+    provider: str = "cpu"
+
+
+def is_model_directory(directory: Path) -> bool:
+    """Whether a directory holds a decoder itself."""
+    return (directory / GENAI_CONFIG).is_file() or (directory / RECORD_FILE).is_file()
+
+
+def open_for_text(directory: Path, *, original: bool, force: bool) -> Any:
+    """A runner on DIR/model (or DIR/original), or on DIR if it holds a decoder itself.
+
+    Raises:
+        NblError: the engine is not available on this machine; also the errors of `locate`.
+    """
+    found = locate(directory, original=original, force=force)
+    return available_engine(found).open_runner(found.path, None)
+
+
+def locate(directory: Path, *, original: bool = False, force: bool = False) -> Located:
+    """The decoder of DIR/model (or DIR/original), or of DIR if it holds a decoder itself. Its files are checked.
+
+    Raises:
+        NblError: there is no decoder to run, or verification failed (unless `force`).
+        CorruptError: a file is missing or has changed since it was written.
+    """
+    refuse_special(directory)
+    if is_model_directory(directory):
+        refuse_links_out(directory)
+    if (directory / GENAI_CONFIG).is_file():
+        return Located(directory, "ort", provider_of(directory))
+    if (directory / RECORD_FILE).is_file():
+        return Located(directory, read_record(directory).engine)
+    if directory.suffix == ".gguf":
+        raise NblError(
+            f"{directory} is for llama.cpp; bench/peers in this project's repository compares llama.cpp with its graphs"
+        )
+    if not (directory / MANIFEST).is_file():
+        raise NblError(f"{directory} is neither a run directory nor a model directory; nbl-export --output makes one")
+    run = RunDirectory.peek(directory)
+    options = run.manifest["options"]
+    engine, provider = options["engine"], options.get("provider", "cpu")
+    stage, name = ("decoder", "original") if original else ("rewrite", "model")
+    if load_engine(engine, provider).capabilities.static:
+        stage, name = "build", f"engine/{name}"
+    if stage not in run.stages:
+        raise NblError(f"{directory} is not finished: run its command again ({run.manifest['command']})")
+    if run.manifest["status"] == "failed" and not (force or original):
+        raise NblError(f"{directory} failed verification; see its verify.json, or use --force to run it anyway")
+    run.check(stage)
+    return Located(directory / name, engine, provider)
+
+
+def available_engine(located: Located) -> Any:
+    """The engine that runs a directory.
+
+    Raises:
+        NblError: the engine does not run on this machine.
+    """
+    engine = load_engine(located.engine, located.provider)
+    found = engine.probe_run()
+    if not found.available:
+        asked = f"engine {located.engine}" if located.provider == "cpu" else f"provider {located.provider}"
+        raise NblError(f"{asked} is not available here: {found.reason}")
+    return engine
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A verified run: the original torch model, and the maps that replace its attention."""
+
+    run: RunDirectory
+    model: Any
+    checkpoint: Path
+    maps: Mapping[int, AffineMap]
+    tap: str
+
+
+@contextlib.contextmanager
+def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Finished]:
+    """The run in `output` with its torch model. The run is locked in the context.
+
+    Args:
+        force: go on although verification failed.
+
+    Raises:
+        NblError: the run is not finished or failed, or its model is not available.
+        CorruptError: the maps have changed since they were fitted.
+    """
+    with RunDirectory.open_run(output, create=False) as run:
+        if "verify" not in run.stages:
+            raise NblError(f"{output} is not finished: run its command again ({run.manifest['command']})")
+        if run.manifest["status"] == "failed" and not force:
+            raise NblError(f"{output} failed verification; see its verify.json, or use --force to save it anyway")
+        for stage in ("plan", "distill"):
+            if stage in run.stages:
+                run.check(stage)
+        job = Job(located(JobOptions.from_json(run.manifest["options"]), run), run, ui)
+        maps = load_maps(run.path / MAPS_FILE, job.plan.replaced)
+        yield Finished(run, job.model, job.checkpoint, maps, job.plan.tap)

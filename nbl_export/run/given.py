@@ -1,0 +1,122 @@
+"""Options of a run on an ONNX graph without a checkpoint, or on an NBL checkpoint without the removed attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from nbl_export.errors import NblError, UsageError
+from nbl_export.graph.given import GIVEN, graph_of
+from nbl_export.model.checkpoint.nbl import GIVEN_FIT, NO_ORIGINAL
+from nbl_export.records.options import JobOptions
+
+__all__ = ["adapt_to_graph", "adapt_to_maps", "check_graph_options", "check_maps_options", "refuse_changes"]
+
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+
+
+def adapt_to_graph(options: JobOptions) -> JobOptions:
+    """Set decoder source and precision if the model is a graph; other options are returned unchanged.
+
+    Raises:
+        UsageError: the options ask for another precision.
+        NblError: the graph is not supported.
+    """
+    graph = graph_of(Path(options.model).expanduser())
+    if graph is None:
+        if options.decoder_source == GIVEN:
+            raise UsageError(f"--decoder-source {GIVEN} is for a model that is an ONNX graph; leave it out")
+        return options
+    from nbl_export.rewrite.describe import describe_graph
+
+    _check_engine(options)
+    precision = describe_graph(graph)["precision"]
+    if precision not in PRECISIONS:
+        raise NblError(f"the matrices of {graph} are {precision}; supported are {', '.join(PRECISIONS)}")
+    if options.precision not in (precision, "fp32"):
+        raise UsageError(f"--precision {options.precision}: {graph} is {precision} and keeps it; leave --precision out")
+    return dataclasses.replace(options, decoder_source=GIVEN, precision=precision)
+
+
+def check_graph_options(options: JobOptions) -> None:
+    """Refuse options that need the torch model.
+
+    Raises:
+        UsageError: the message names the option.
+    """
+    wants = {
+        "--fit distilled": options.fit == "distilled",
+        f"--select {options.select}": options.select in ("greedy", "efficient"),
+        "--calibration self": options.says_itself,
+        "--max-perplexity-increase": options.max_perplexity_increase is not None,
+    }  # fmt: skip
+    asked = [name for name, wanted in wants.items() if wanted]
+    if asked:
+        raise UsageError(f"{asked[0]} needs the torch model, and {options.model} is an ONNX graph; give the checkpoint")
+    _check_engine(options)
+    others = ("max_seq_len", "max_batch", "prefill_chunk", "builder_option", "quantized_model")
+    idle = [name for name in others if getattr(options, name)]
+    if idle:
+        flag = f"--{idle[0].replace('_', '-')}"
+        raise UsageError(f"{flag} has no effect on {options.model}, which is an ONNX graph of {options.precision}")
+
+
+def _check_engine(options: JobOptions) -> None:
+    if options.engine != "ort" or options.provider != "cpu":
+        raise UsageError(f"{options.model} is an ONNX graph, which only --engine ort with --provider cpu takes")
+
+
+def refuse_changes(recorded: JobOptions, options: JobOptions) -> None:
+    """Refuse a change of decoder source or precision in a run on a graph, or a change to such a run.
+
+    Raises:
+        UsageError: the options change one of the two.
+    """
+    if GIVEN not in (recorded.decoder_source, options.decoder_source):
+        return
+    for name in ("decoder_source", "precision"):
+        if getattr(recorded, name) != getattr(options, name):
+            raise UsageError(
+                f"--{name.replace('_', '-')} {getattr(options, name)} cannot be chosen for this run's graph"
+            )
+
+
+def adapt_to_maps(options: JobOptions, source: Any) -> JobOptions:
+    """Set tap and fit if the `checkpoint.Source` is an NBL checkpoint; other options are returned unchanged.
+
+    Raises:
+        UsageError: an option needs the removed attention, or another kind of model.
+    """
+    if source.linearized is None:
+        if options.fit == GIVEN_FIT:
+            raise UsageError(f"--fit {GIVEN_FIT} is for a checkpoint with maps (nbl-export save-checkpoint)")
+        return options
+    tap = source.linearized.tap
+    if options.fit in ("distilled", "drop"):
+        raise UsageError(f"--fit {options.fit} needs the original model: {NO_ORIGINAL}")
+    if options.tap not in ("residual", tap):
+        raise UsageError(f"--tap {options.tap}: the maps of {options.model} have the tap {tap}; leave --tap out")
+    changed = dataclasses.replace(options, fit=GIVEN_FIT, tap=tap)
+    check_maps_options(changed)
+    return changed
+
+
+def check_maps_options(options: JobOptions) -> None:
+    """Refuse options that need the attention that an NBL checkpoint lacks.
+
+    Raises:
+        UsageError: the message names the option.
+    """
+    wants = {
+        "--layers": options.layers is not None, "--select": options.select is not None,
+        "--max-perplexity-increase": options.max_perplexity_increase is not None,
+        "--target-speedup": options.target_speedup is not None, "--kv-budget": options.kv_budget is not None,
+        "--rank": options.rank is not None, "--shard": options.shard is not None,
+        "--calibration self": options.says_itself,
+    }  # fmt: skip
+    asked = [flag for flag, wanted in wants.items() if wanted]
+    if asked:
+        raise UsageError(
+            f"{asked[0]} needs the original model: {NO_ORIGINAL}; give that model, or leave the option out"
+        )

@@ -1,0 +1,242 @@
+"""Runs stages in a run directory, reuses finished stages, and reports a failed verification."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nbl_export.errors import NblError, ParityError
+from nbl_export.files import key_of
+from nbl_export.model.checkpoint.nbl import GIVEN_FIT, NO_ORIGINAL
+from nbl_export.parallel import peers
+from nbl_export.plan.goals import changed_options
+from nbl_export.records.options import JobOptions
+from nbl_export.records.requests import Prepared, SweepRequest
+from nbl_export.run import torchrun
+from nbl_export.run.given import adapt_to_graph, refuse_changes
+from nbl_export.run.job import Job
+from nbl_export.run.preflight import check_options, preflight, require_engine
+from nbl_export.run.progress import Ui
+from nbl_export.run.resolved import located
+from nbl_export.run.stages import STAGES, readers
+from nbl_export.run.stages.common import Stage, passed
+from nbl_export.run_directory import MOMENTS_FILE, VERIFY_FILE, RunDirectory, refuse_foreign
+
+__all__ = ["run_calibration", "run_job", "run_merge", "run_stages", "run_sweep"]
+
+
+def run_job(options: JobOptions, output: Path, ui: Ui, *, force: bool = False) -> Path | None:
+    """Make a verified and measured NBL decoder in `output`. Resumes an existing run; `force` starts over.
+
+    Returns None on helper processes of torchrun.
+
+    Raises:
+        NblError: an error that the user can correct; raised before any computation if possible.
+        ParityError: the graph does not compute what the torch model computes.
+    """
+    with torchrun.led(peers.current()) as leads:
+        if not leads:
+            return None
+        options = adapt_to_graph(options)
+        preflight(options)
+        require_engine(options)
+        _work(options, output, ui, force, "report")
+        return output
+
+
+def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, force: bool = False) -> Path | None:
+    """Run only the calibrate stage. An existing run keeps its other recorded options.
+
+    Returns None on helper processes of torchrun.
+    """
+    with torchrun.led(peers.current()) as leads:
+        return _calibration(model, given, output, ui, force) if leads else None
+
+
+def _calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, force: bool) -> Path:
+    refuse_foreign(output)
+    recorded = {} if force else RunDirectory.peek(output).manifest.get("options", {})
+    options = adapt_to_graph(
+        dataclasses.replace(JobOptions.from_json({**recorded, "model": model, "shard": None}), **given)
+    )
+    preflight(options)
+    _work(options, output, ui, force, "calibrate")
+    return output
+
+
+def run_merge(inputs: Sequence[Path], output: Path, ui: Ui, *, force: bool = False) -> Path:
+    """Merge all shards of a calibration into a run directory with a finished calibrate stage.
+
+    Raises:
+        NblError: the inputs are not all the shards of one calibration, or `output` holds another run.
+    """
+    from nbl_export.calibrate import merge
+
+    refuse_foreign(output)
+    if any(output.absolute() in (path.absolute(), path.absolute().parent) for path in inputs):
+        raise NblError(f"{output} is one of the shards; use another --output")
+    with merge.open_shards(inputs) as shards, RunDirectory.open_run(output, create=True, force=force) as run:
+        known = bool(run.manifest)
+        if not known:
+            run.note(**shards.manifest)
+        job = Job(JobOptions.from_json(shards.manifest["options"]), run, ui)
+        key = key_of("calibrate", *shards.key(STAGES[0].options))
+        if known and run.is_done("calibrate", key):
+            ui.say("merge: reused")
+            return output
+        if known:
+            raise NblError(f"{output} holds another run; use another --output, or start over with --force")
+        job.note_options(job.options)
+        run.save()
+        with ui.task("merging") as progress, run.scratch() as scratch:
+            started = time.monotonic()
+            shards.write(scratch / MOMENTS_FILE, progress)
+            run.finish("calibrate", key, scratch, time.monotonic() - started, readers("calibrate"))
+        ui.say(f"merge: {len(inputs)} shards, {shards.count} tokens")
+    return output
+
+
+def _work(options: JobOptions, output: Path, ui: Ui, force: bool, until: str) -> None:
+    refuse_foreign(output)
+    job = Job(options, RunDirectory(output) if force else RunDirectory.peek(output), ui)
+    job.check_inputs()  # before anything is written or, with force, removed
+    if until == "calibrate" and job.options.fit == GIVEN_FIT:
+        raise NblError(f"nothing to calibrate here: {NO_ORIGINAL}; give the original model")
+    with RunDirectory.open_run(output, create=True, force=force) as job.run:
+        job.identify()
+        _advance(job, until)
+
+
+def run_stages(
+    output: Path,
+    until: str,
+    ui: Ui,
+    *,
+    changes: dict[str, Any] | None = None,
+    force: bool = False,
+    needs: str = "",
+    asked: SweepRequest | Prepared | None = None,
+) -> RunDirectory:
+    """Run the stages of an existing run directory up to a stage, with changed options if any.
+
+    Args:
+        force: go on although verification failed.
+        needs: a stage that must not be skipped.
+        asked: the request of the stage `sweep` or `eval`; without a request both stages are skipped.
+    """
+    with RunDirectory.open_run(output, create=False) as run:
+        recorded = JobOptions.from_json(run.manifest["options"])
+        options = changed_options(recorded, changes or {})
+        refuse_changes(recorded, options)
+        preflight(options)
+        if changes and "engine" in changes:
+            require_engine(options)
+        if options.shard and until != "calibrate":
+            raise NblError(
+                f"{output} holds shard {options.shard} of a calibration; merge all shards first: "
+                "nbl-export merge A B ... --output C"
+            )
+        job = Job(located(options, run), run, ui, asked)
+        check_options(options, job.spec)
+        if options != recorded:
+            job.note_options(options)
+        if options.quantized_model != recorded.quantized_model:
+            job.note_quantized()
+        _advance(job, until, ignore_failure=force, needs=needs)
+        return run
+
+
+def run_sweep(output: Path, ui: Ui, changes: dict[str, Any], max_layers: int | None) -> RunDirectory:
+    """Measure quality against speed for every number of layers, and update an existing report.
+
+    Raises:
+        NblError: `max_layers` is not smaller than the model's number of layers.
+    """
+    known = RunDirectory.peek(output)
+    layers = int(known.manifest.get("num_layers", 2))
+    if max_layers is not None and max_layers >= layers:
+        raise NblError(f"--max-layers {max_layers}: the model has {layers} attention layers and must keep one")
+    reported = "report" in known.stages
+    run = run_stages(
+        output,
+        "sweep",
+        ui,
+        changes=changes,
+        needs="sweep",
+        asked=SweepRequest(layers // 2 if max_layers is None else max_layers),
+    )
+    if reported and "verify" in run.stages and "report" not in run.stages:
+        run = run_stages(output, "report", ui)
+    return run
+
+
+def _advance(job: Job, until: str, *, ignore_failure: bool = False, needs: str = "") -> None:
+    names = [stage.name for stage in STAGES]
+    keys: dict[str, str] = {}
+    for stage in STAGES[: names.index(until) + 1]:
+        reason = stage.skip(job)
+        if reason is not None:
+            if stage.name == needs:
+                raise NblError(f"nothing to {stage.title} here: {reason or 'the engine compiles nothing'}")
+            if reason:
+                job.ui.say(f"{stage.title}: left out, {reason}")
+            continue
+        keys[stage.name] = _key(job, stage, keys)
+        if _reusable(job, stage, keys[stage.name], ignore_failure):
+            job.ui.say(f"{stage.title}: reused")
+        else:
+            job.ui.say(f"{stage.title} ...")
+            started = time.monotonic()
+            with job.run.scratch() as scratch:
+                facts = stage.run(job, scratch)
+                seconds = time.monotonic() - started
+                job.run.finish(stage.name, keys[stage.name], scratch, seconds, readers(stage.name), **facts)
+            job.ui.say(f"{stage.title}: done in {seconds:.1f} s")
+        job.run.partial(stage.name).unlink(missing_ok=True)
+        if stage.name == "verify" and not ignore_failure:
+            _refuse_failed(job)
+    job.run.save()
+
+
+def _reusable(job: Job, stage: Stage, key: str, ignore_failure: bool) -> bool:
+    """Whether a stage is finished with the same inputs. A failed verification runs again unless it is ignored."""
+    if not job.run.is_done(stage.name, key):
+        return False
+    return stage.name != "verify" or ignore_failure or passed(job)
+
+
+def _key(job: Job, stage: Stage, keys: dict[str, str]) -> str:
+    chosen = {name: getattr(job.options, name) for name in stage.options}
+    return key_of(stage.name, stage.identity(job), chosen, [keys[name] for name in stage.reads if name in keys])
+
+
+def _refuse_failed(job: Job) -> None:
+    result = job.run.read_json(VERIFY_FILE)
+    if result["passed"]:
+        return
+    _report_failure(job, result)
+    failed = next(r for r in result["rungs"] if not r["passed"])
+    seen = "not finite" if failed["value"] is None else f"{failed['value']:.3g} seen"
+    raise ParityError(
+        f"verification failed in {job.run.path}: rung {failed['rung']} ({failed['subject']}, {failed['metric']}"
+        f"{', ' + failed['detail'] if failed['detail'] else ''}): {seen}, {failed['tolerance']:.3g} allowed; "
+        f"{_EXPORTERS_FAULT if failed['rung'] == 'b' else ''}"
+        "the directory is kept for inspection (verify.json, report.html)"
+    )
+
+
+_EXPORTERS_FAULT = (
+    "the exporter's graph is already wrong, before any layer is replaced: try another --decoder-source or --precision; "
+)
+
+
+def _report_failure(job: Job, verify: dict[str, Any]) -> None:
+    """Write a report without speed figures that states the failure."""
+    from nbl_export.report import page
+
+    with job.run.scratch() as scratch:
+        page.render(job.run.manifest, verify, None, scratch)
+        job.run.finish("report", key_of("failed"), scratch, 0.0, (), status="failed")

@@ -1,0 +1,150 @@
+"""Makes the NBL version of an existing decoder graph from any exporter, without checkpoint and torch.
+
+DIR (or FILE.onnx) + maps.safetensors  ─►  recognise ─► rewrite ─►  OUT, renamed into place when it is complete
+                                                                    nbl.json records inputs and replaced layers
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from nbl_export import __version__
+from nbl_export.errors import NblError, UsageError
+from nbl_export.files import file_sha256, friendly_os_errors, move_into_place, refuse_occupied, versions, write_json
+from nbl_export.graph.given import _check_folder, _need_onnx, companions, home_of
+from nbl_export.graph.names import MANIFEST, STATIC_GRAPH_FILE
+from nbl_export.plan.choose import parse_layers
+from nbl_export.plan.maps_file import load_maps, maps_in
+from nbl_export.records.plan import TAPS, AffineMap, Plan
+from nbl_export.run_directory import SCHEMA
+
+__all__ = ["rewrite_given"]
+
+_PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "safetensors", "numpy")
+
+
+def rewrite_given(path: Path, maps_file: Path, layers: str | None, tap: str | None, output: Path) -> Path:
+    """Replace layers of the graph in `path` by their maps and write the directory `output`, which must be new.
+
+    Args:
+        path: an ONNX file, or a directory with one; never changed.
+        layers: the layers whose maps are used ("0,7,24-29"); None means all maps.
+        tap: the input of the maps; None means the tap that the maps file records.
+
+    Raises:
+        NblError: an input is missing or damaged, or `output` is occupied; nothing is written.
+        RefusalError: the graph is not recognised; the message has layer and node.
+    """
+    source = _need_onnx()
+    from nbl_export.graph.anatomy import cache_layers, find_block
+    from nbl_export.graph.facts import decoder_facts
+
+    refuse_occupied(output)
+    _check_folder(path)
+    file = source.find_graph(path)
+    _refuse_inside(output, file.parent)
+    stored, stated = maps_in(maps_file)
+    model = source.load_graph(file)
+    spec = decoder_facts(model.graph, [find_block(model.graph, cache_layers(model.graph)[0])], home_of(file))
+    plan, maps = _plan(maps_file, stored, layers, _tap(tap, stated, maps_file), spec["num_layers"])
+    _check_width(spec["hidden_size"], maps, maps_file)
+    facts = _facts(model, file, maps_file, maps, plan)
+    with friendly_os_errors(output):
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".tmp-", dir=output.absolute().parent))
+        try:
+            made = scratch / "made"
+            _write(model, path, file, made, plan, maps)
+            write_json(made / MANIFEST, facts)
+            return move_into_place(made, output)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _refuse_inside(output: Path, directory: Path) -> None:
+    here = directory.resolve()
+    if here in (output.resolve(), *output.resolve().parents):
+        raise NblError(f"{output} lies inside {directory}, which must not change; choose another --output")
+
+
+def _tap(asked: str | None, stated: str | None, maps_file: Path) -> str:
+    if asked is not None and asked not in TAPS:
+        raise UsageError(f"--tap is {' or '.join(TAPS)}, not {asked!r}")
+    if asked and stated and asked != stated:
+        raise NblError(f"{maps_file} holds maps of the {stated} tap, not of {asked}; leave --tap out")
+    return asked or stated or TAPS[0]
+
+
+def _plan(
+    maps_file: Path, stored: tuple[int, ...], layers: str | None, tap: str, num_layers: int
+) -> tuple[Plan, dict[int, AffineMap]]:
+    """The plan, and the maps of its layers.
+
+    Raises:
+        NblError: no map is chosen, the file lacks a chosen map, or the maps would replace all of the graph's layers.
+    """
+    chosen = stored if layers is None else parse_layers(layers, num_layers)
+    if isinstance(chosen, int):
+        raise NblError(f"--layers {layers} is a count, but maps have no order; name the layers (0,7,24-29, or 8,)")
+    missing = sorted(set(chosen) - set(stored))
+    if missing:
+        raise NblError(f"{maps_file} has no map of layer {missing[0]}; it has those of {', '.join(map(str, stored))}")
+    if not chosen:
+        raise NblError(f"{maps_file} holds no maps, so nothing would change")
+    if chosen[-1] >= num_layers:
+        raise NblError(f"{maps_file} has a map of layer {chosen[-1]}; this graph has layers 0 to {num_layers - 1}")
+    if len(chosen) >= num_layers:
+        raise NblError(f"{maps_file} has maps of all {num_layers} layers, but one must stay; choose with --layers")
+    return Plan(num_layers, tuple(chosen), tap, "given"), load_maps(maps_file, chosen)
+
+
+def _check_width(width: int | None, maps: dict[int, AffineMap], maps_file: Path) -> None:
+    for layer, affine in maps.items():
+        if width is not None and affine.weight.shape != (width, width):
+            size = " x ".join(map(str, affine.weight.shape))
+            raise NblError(f"{maps_file}: the map of layer {layer} is {size}, the graph is {width} wide")
+
+
+def _write(model: Any, path: Path, file: Path, made: Path, plan: Plan, maps: dict[int, AffineMap]) -> None:
+    """Write the new directory. A directory of nbl-export gets the full rewrite; another one gets a new graph file."""
+    from nbl_export.graph import files as source
+    from nbl_export.graph.names import ALL_LOGITS_FILE
+    from nbl_export.rewrite import rewrite, rewrite_model
+
+    if (file.parent / ALL_LOGITS_FILE).is_file() or file.name == STATIC_GRAPH_FILE:
+        rewrite(file.parent, made, plan, maps)
+        return
+    files = list(companions(path, {file, *source.data_files(file, model)}))
+    rewrite_model(model, plan, maps)
+    made.mkdir()
+    for old, name in files:
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(old, made / name)
+    target = made / (file.relative_to(path) if path.is_dir() else file.name)
+    target.parent.mkdir(exist_ok=True)
+    source.save_graph(model, target)
+
+
+def _facts(model: Any, file: Path, maps_file: Path, maps: dict[int, AffineMap], plan: Plan) -> dict[str, Any]:
+    """The content of the directory's nbl.json."""
+    from nbl_export.graph.caches import present_names
+    from nbl_export.graph.facts import replaced_layers
+
+    return {
+        "schema": SCHEMA,
+        "source": {"graph": file.name, "sha256": file_sha256(file), "producer": model.producer_name},
+        "maps": {"name": maps_file.name, "sha256": file_sha256(maps_file), "ranks": _ranks(maps)},
+        "num_layers": plan.num_layers,
+        "replaced_layers": sorted({*plan.replaced, *replaced_layers(model.graph)}),
+        "tap": plan.tap,
+        "caches": present_names(model.graph, without=plan.replaced),
+        "versions": versions(_PACKAGES),
+        "nbl_export": __version__,
+    }
+
+
+def _ranks(maps: dict[int, AffineMap]) -> dict[str, int]:
+    return {str(layer): m.up.shape[1] for layer, m in maps.items() if m.up is not None}

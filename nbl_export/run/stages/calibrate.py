@@ -1,0 +1,195 @@
+"""The calibrate stage: moments of the run's share of the text. A killed run resumes from its partial file.
+
+    windows ─► batches of this shard ─► sums of every layer ─► moments.safetensors
+                                         └─ every half minute ─► calibrate.partial.safetensors
+
+A model that does not fit into memory runs one layer at a time (`one_layer`), and starts again after a kill. Sums are
+exact (`sums`), so a resumed run and an uninterrupted run give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+from nbl_export.calibrate.shards import parse_shard
+from nbl_export.errors import CorruptError, NblError
+from nbl_export.records.options import OF_CALIBRATE
+from nbl_export.run.job import Job
+from nbl_export.run_directory import MOMENTS_FILE
+
+__all__ = ["run", "taps_of"]
+
+_SECONDS = 30.0  # least time between two partial files,
+_SHARE = 50.0  # and at least this many times the seconds of writing one
+
+
+def taps_of(tap: str) -> tuple[str, ...]:
+    """Taps to collect for a plan on `tap`; the bound always needs the residual tap."""
+    return tuple(dict.fromkeys(("residual", tap)))
+
+
+def run(job: Job, out: Path) -> dict[str, Any]:
+    """Write out/moments.safetensors; returns the facts for the manifest.
+
+    Raises:
+        NblError: there is no such shard, or activations are not finite.
+    """
+    from nbl_export.calibrate import hooks
+
+    windows, _ = job.windows
+    parts = hooks.batches(windows)
+    chosen = parse_shard(job.options.shard).batches(len(parts))
+    calibration = {**job.run.manifest["calibration"], "tokens": int(windows.numel()), "context": job.options.context}
+    facts = _facts(job, windows, len(parts), len(chosen), calibration)
+    if _by_layer(job):
+        _run_layers(job, windows, [parts[k] for k in chosen], facts, out)
+    else:
+        _run_whole(job, windows, chosen, facts, out)
+    return {"calibration": calibration}
+
+
+def _run_whole(job: Job, windows: Any, chosen: list[int], facts: dict[str, Any], out: Path) -> None:
+    """Collect with the whole model in memory, on one process or several."""
+    from nbl_export.calibrate import hooks
+    from nbl_export.parallel import peers as distributed
+
+    parts = hooks.batches(windows)
+    mine = [parts[k] for k in chosen]
+    partial = _Partial(job.run.partial("calibrate"), facts)
+    total = sum(part.numel() for part in mine)
+    taps, peers = facts["identity"]["taps"], distributed.current()
+    with job.ui.task(f"{total} tokens") as progress, _collection(job, taps) as found:
+        done = partial.restore(found)
+        if done:
+            job.ui.say(f"  resuming after {done} of {len(mine)} batches")
+        else:
+            found.refer(windows)
+        order = {"checkpoint": str(job.checkpoint.absolute()), "windows": windows, "batches": chosen, "done": done}
+        peers.lead({"work": "calibrate", **order, "taps": taps})
+        peers.agree(None)
+        peers.share_reference(found)
+
+        def is_due() -> bool:
+            progress(min(total, found.count * peers.size), total)
+            return partial.is_due()
+
+        distributed.collect_batches(peers, found, mine, done, is_due, lambda end: partial.save(found, end))
+        peers.done()
+        _write(found, out / MOMENTS_FILE, facts)
+
+
+def _collection(job: Job, taps: list[str]) -> Any:
+    """Accumulators on the torch model, or on the graph if the model is only a graph.
+
+    Raises:
+        NblError: the model is a graph, and torchrun started several processes.
+    """
+    from nbl_export.calibrate import hooks
+    from nbl_export.parallel import peers as distributed
+
+    peers = distributed.current()
+    if job.graph is None:
+        return hooks.Collection(peers.place(job.model), taps)
+    from nbl_export.calibrate.from_graph import GraphCollection
+
+    if peers.size > 1:
+        raise NblError("torchrun is for torch models; use --shard I/N on each process instead, then merge")
+    return GraphCollection(job.graph, job.spec, taps)
+
+
+def _by_layer(job: Job) -> bool:
+    """Whether memory holds only one layer at a time; tells the user if so."""
+    from nbl_export.parallel import peers as distributed
+
+    if not job.shortage or distributed.current().size > 1:
+        return False
+    job.ui.say(f"  one layer at a time: the weights are {job.shortage}")
+    return True
+
+
+def _run_layers(job: Job, windows: Any, mine: list[Any], facts: dict[str, Any], out: Path) -> None:
+    from nbl_export.calibrate import layer_by_layer
+    from nbl_export.calibrate.moments_file import MomentsWriter
+
+    count, taps = sum(part.numel() for part in mine), facts["identity"]["taps"]
+    target, spec = out / MOMENTS_FILE, job.spec
+    with (
+        job.run.scratch() as scratch,
+        job.ui.task(f"{count} tokens, layer by layer") as progress,
+        MomentsWriter(target, {**facts, "count": count}, spec.num_layers, taps, spec.hidden_size) as file,
+    ):
+        for sums in layer_by_layer.collect_layers(job.checkpoint, windows, mine, taps, scratch, progress):
+            file.write(sums)
+
+
+def _facts(job: Job, windows: Any, batches: int, mine: int, calibration: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of a moments file except the counts, see `moments_file`."""
+    shard = parse_shard(job.options.shard)
+    manifest = job.run.manifest
+    identity = {
+        "model": job.fingerprint,
+        "text": job.text_sha256,
+        "context": job.options.context,
+        "tokens": int(windows.numel()),
+        "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "batches": batches,
+        "taps": list(taps_of(job.options.tap)),
+    }
+    about = {name: manifest[name] for name in ("model", "decoder", "places", "num_layers")}
+    kept = ("model", *OF_CALIBRATE, *(("decoder_source", "precision") if job.graph is not None else ()))
+    chosen = {name: value for name, value in job.options.to_json().items() if name in kept}
+    return {
+        "identity": identity,
+        "shard": [shard.number, shard.of],
+        "batches": mine,
+        "done": mine,
+        "run": {**about, "options": chosen, "calibration": calibration},
+    }
+
+
+def _write(found: Any, path: Path, facts: dict[str, Any]) -> None:
+    from nbl_export.calibrate.moments_file import MomentsWriter
+
+    with MomentsWriter(path, {**facts, "count": found.count}, found.num_layers, found.taps, found.size) as file:
+        for i in range(found.num_layers):
+            file.write(found.layer(i))
+
+
+class _Partial:
+    """The unfinished sums of a run, on disk."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        self._path, self._facts = path, facts
+        self._due = time.monotonic() + _SECONDS
+
+    def restore(self, found: Any) -> int:
+        """Restore the sums of an unfinished run with the same inputs; return its number of batches, or 0."""
+        from nbl_export.calibrate.moments_file import open_moments
+
+        if not self._path.is_file():
+            return 0
+        try:
+            with open_moments(self._path) as file:
+                file.check()
+                if self._identity(file.facts) != self._identity(self._facts):
+                    return 0
+                for i in range(file.num_layers):
+                    found.restore(i, {tap: file.sums(i, tap) for tap in file.taps})
+                return int(file.facts["done"])
+        except CorruptError:
+            return 0  # damaged: start again
+
+    @staticmethod
+    def _identity(facts: dict[str, Any]) -> tuple[Any, ...]:
+        return facts["identity"], list(facts["shard"]), facts["batches"]
+
+    def is_due(self) -> bool:
+        return time.monotonic() >= self._due
+
+    def save(self, found: Any, done: int) -> None:
+        started = time.monotonic()
+        _write(found, self._path, {**self._facts, "done": done})
+        self._due = time.monotonic() + max(_SECONDS, _SHARE * (time.monotonic() - started))

@@ -1,0 +1,40 @@
+"""The decoder stage: the original decoder graph, exported or copied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nbl_export.run.job import Job
+
+__all__ = ["run"]
+
+
+def run(job: Job, out: Path) -> dict[str, Any]:
+    from nbl_export.decoders import build_decoder
+    from nbl_export.decoders.genai import BuilderSettings
+    from nbl_export.graph.given import copy_graph
+    from nbl_export.rewrite.last_token import keep_last_token
+
+    job.forget_model()  # the exporter loads its own copy
+    options = job.options
+    if job.graph is not None:
+        copy_graph(job.graph, out / "original")
+    else:
+        build_decoder(
+            options.decoder_source, job.checkpoint, out / "original", options.precision,
+            slots=job.slots, settings=BuilderSettings(options.provider, options.builder_option, _codes(job)),
+        )  # fmt: skip
+    if options.kept_logits == "last":
+        keep_last_token(out / "original")
+    return {"logits": options.kept_logits}
+
+
+def _codes(job: Job) -> Path | None:
+    """The quantised checkpoint, after a check that it is of this model; None without one."""
+    from nbl_export.model.checkpoint import quantized
+
+    if job.quantized is None:
+        return None
+    quantized.check_same(job.quantized, job.checkpoint, job.options.tap)
+    return Path(job.quantized.directory)

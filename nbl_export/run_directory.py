@@ -1,0 +1,296 @@
+"""The run directory: one manifest, hashed files, and stages that are finished or absent.
+
+    DIR/nbl.json               the manifest (this module's `RunDirectory` reads and writes it)
+    DIR/moments.safetensors    calibrate; calibrate.partial.safetensors while it works
+    DIR/sampled.safetensors    calibrate --calibration self: the sampled tokens
+    DIR/maps.safetensors       plan; distill, if requested (then plan writes start.safetensors)
+    DIR/sweep.json             sweep, if requested
+    DIR/distill.json           distill; distill.partial.safetensors while it works
+    DIR/original/              decoder: the exported graph; all_logits.onnx is the graph as exported, if model.onnx
+                               gives the logits of the last token, as in model/
+    DIR/model/                 rewrite: the NBL graph, deployable by itself
+    DIR/model/README.md        card, if requested
+    DIR/verify.json            verify
+    DIR/eval.json              eval, if requested
+    DIR/engine/{original,model}/ build: compiled, deployable by itself
+    DIR/bench.json             bench
+    DIR/report.{html,md,json}  report
+    DIR/nbl-checkpoint/        save-checkpoint
+    DIR/checkpoint/            the stock safetensors checkpoint of a GGUF or NBL model
+
+A stage writes into a scratch directory, and its results are renamed into place. Before the renaming, the manifest drops
+the records of this stage and of all stages that read its results. So a kill at any moment leaves the old state, or a
+stage that is absent. Changed options reach the manifest with the first stage that finishes under them, so a refused
+command changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from nbl_export.errors import CorruptError, NblError
+from nbl_export.files import _SCRATCH, _make, _remove, file_sha256, friendly_os_errors, write_json
+from nbl_export.graph.names import GENAI_CONFIG, MANIFEST
+from nbl_export.records.manifest import check_manifest
+from nbl_export.trust.contained import check_inside
+from nbl_export.trust.lock import locked
+from nbl_export.trust.plain_files import entries, refuse_special
+
+__all__ = [
+    "BENCH_FILE",
+    "DISTILL_FILE",
+    "EVAL_FILE",
+    "MAPS_FILE",
+    "MOMENTS_FILE",
+    "PACKAGES",
+    "REPORT_HTML",
+    "REPORT_JSON",
+    "REPORT_MD",
+    "SCHEMA",
+    "START_FILE",
+    "SWEEP_FILE",
+    "VERIFY_FILE",
+    "RunDirectory",
+    "refuse_foreign",
+]
+
+SCHEMA = 1
+VERIFY_FILE = "verify.json"
+BENCH_FILE = "bench.json"
+EVAL_FILE = "eval.json"
+SWEEP_FILE = "sweep.json"
+DISTILL_FILE = "distill.json"
+REPORT_JSON, REPORT_HTML, REPORT_MD = "report.json", "report.html", "report.md"
+MOMENTS_FILE = "moments.safetensors"
+START_FILE = "start.safetensors"  # maps before distillation
+MAPS_FILE = "maps.safetensors"
+
+
+_NO_RUN = "{} is not a run directory: it has no nbl.json; nbl-export --output makes one"
+
+
+class RunDirectory:
+    """A run directory that this process holds the lock of. Use `open_run`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest: dict[str, Any] = {}
+
+    # -- opening ---------------------------------------------------------------------------------------
+
+    @classmethod
+    @contextlib.contextmanager
+    def open_run(cls, path: Path, *, create: bool, force: bool = False) -> Iterator[RunDirectory]:
+        """Lock the directory and read its manifest; `force` with `create` removes the run's files first.
+
+        Raises:
+            BusyError: another process holds the lock.
+            NblError: the directory is not a run directory (or, with create, holds other files).
+            CorruptError: the manifest cannot be read.
+        """
+        if create:
+            refuse_foreign(path)
+            _make(path)
+        elif not (path / MANIFEST).is_file():
+            raise NblError(_NO_RUN.format(path))
+        with locked(path):
+            run = cls(path)
+            try:
+                with friendly_os_errors(path):
+                    run._sweep()
+                    if create and force:
+                        run._reset()
+                    run._read()
+                    yield run
+            finally:
+                with contextlib.suppress(OSError):
+                    cls(path)._sweep()  # an interrupt may come between making a scratch directory and using it
+
+    @classmethod
+    def peek(cls, path: Path) -> RunDirectory:
+        """Read the manifest without the lock, also during a run. The manifest is empty if there is none.
+
+        Raises:
+            CorruptError: the manifest cannot be read.
+        """
+        run = cls(path)
+        run._read()
+        return run
+
+    @classmethod
+    def existing(cls, path: Path) -> RunDirectory:
+        """As `peek`, for a directory that must hold a run.
+
+        Raises:
+            NblError: the directory holds no run. CorruptError: its manifest cannot be read.
+        """
+        run = cls.peek(path)
+        if not run.manifest:
+            raise NblError(_NO_RUN.format(path))
+        return run
+
+    def _sweep(self) -> None:
+        """Remove what a killed process left unfinished."""
+        for leftover in self.path.glob(f"{_SCRATCH}*"):
+            _remove(leftover)
+
+    def _read(self) -> None:
+        path = self.path / MANIFEST
+        refuse_special(self.path)
+        for entry in entries(self.path):
+            if entry.name != ".lock":  # `trust.lock` checks it
+                check_inside(entry, self.path)
+        if (self.path / GENAI_CONFIG).exists():
+            raise NblError(f"{self.path} is a model directory, not a run directory; name the directory it is in")
+        if not path.exists():
+            return
+        advice = "restore it, or start over with --force"
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError, RecursionError) as error:
+            raise CorruptError(f"{path} cannot be read ({error}); {advice}") from error
+        schema = manifest.get("schema") if isinstance(manifest, dict) else None
+        if isinstance(schema, int) and schema != SCHEMA:
+            raise CorruptError(
+                f"{path} has schema {schema}, this version reads {SCHEMA}; "
+                "use the version that wrote it, or start over with --force"
+            )
+        try:
+            check_manifest(manifest)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise CorruptError(f"{path} is not a manifest of nbl-export ({error}); {advice}") from error
+        self.manifest = manifest
+
+    # -- the manifest ----------------------------------------------------------------------------------
+
+    @property
+    def stages(self) -> dict[str, Any]:
+        """Records of finished stages by name: key, seconds, files."""
+        stages: dict[str, Any] = self.manifest.setdefault("stages", {})
+        return stages
+
+    def note(self, **facts: Any) -> None:
+        """Merge facts into the manifest, to be written with the next `save`."""
+        self.manifest = {"schema": SCHEMA, "status": "incomplete", "stages": {}, **self.manifest, **facts}
+
+    def save(self, **facts: Any) -> None:
+        """Merge facts into the manifest and write it."""
+        self.note(**facts)
+        write_json(self.path / MANIFEST, self.manifest)
+
+    def _reset(self) -> None:
+        """Remove the run. Only names that this tool writes are removed, the manifest last."""
+        for name in _OURS:
+            _remove(self.path / name)
+
+    # -- stages ----------------------------------------------------------------------------------------
+
+    def is_done(self, stage: str, key: str) -> bool:
+        """Whether the stage finished from the same inputs, and all its files are present and unchanged.
+
+        Raises:
+            CorruptError: a file differs from what the stage wrote.
+        """
+        record = self.stages.get(stage)
+        if not isinstance(record, dict) or record.get("key") != key:
+            return False
+        if any(not (self.path / name).is_file() for name in record["files"]):
+            return False
+        self.check(stage)
+        return True
+
+    def check(self, stage: str) -> None:
+        """Compare the files of a finished stage with their recorded hashes.
+
+        Raises:
+            CorruptError: a file is missing or has another hash.
+        """
+        for name, expected in self.stages[stage]["files"].items():
+            path = self.path / name
+            if not path.is_file():
+                raise CorruptError(f"{path} is missing; run the {stage} stage again (the same command does)")
+            if file_sha256(path) != expected:
+                raise CorruptError(
+                    f"{path} is corrupted: its hash is not the one recorded by the {stage} stage; "
+                    "delete it to have it made again, or start over with --force"
+                )
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A directory on the same file system, removed afterwards in any case."""
+        directory = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=self.path))
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def finish(self, stage: str, key: str, scratch: Path, seconds: float, readers: Sequence[str], **facts: Any) -> None:
+        """Move everything in `scratch` into place and record the stage. Records of its readers are dropped.
+
+        A failed verification stays on record until verification, or a stage that it reads, runs again.
+        """
+        hashes = {
+            str(path.relative_to(scratch)): file_sha256(path) for path in sorted(scratch.rglob("*")) if path.is_file()
+        }
+        for name in (stage, *readers):
+            self.stages.pop(name, None)
+        failed = self.manifest["status"] == "failed" and "verify" in self.stages
+        self.save(status="failed" if failed else "incomplete")
+        for entry in sorted(scratch.iterdir()):
+            target = self.path / entry.name
+            if target.is_dir():
+                _remove(target)
+            os.replace(entry, target)
+        self.stages[stage] = {"key": key, "seconds": round(seconds, 3), "files": hashes}
+        self.save(**facts)
+
+    def partial(self, stage: str) -> Path:
+        """File with the state of a long stage, to resume after a kill; removed when the stage is finished."""
+        return self.path / f"{stage}.partial.safetensors"
+
+    def read_json(self, name: str) -> Any:
+        """A JSON result of a finished stage."""
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CorruptError(f"{self.path / name} cannot be read ({error}); run its stage again") from error
+
+
+_OURS = (
+    MOMENTS_FILE, "calibrate.partial.safetensors", "sampled.safetensors", START_FILE, MAPS_FILE, DISTILL_FILE,
+    "distill.partial.safetensors", SWEEP_FILE, "original", "model", VERIFY_FILE, EVAL_FILE, "engine",
+    BENCH_FILE, REPORT_HTML, REPORT_MD, REPORT_JSON, "nbl-checkpoint", "checkpoint", MANIFEST,
+)  # fmt: skip
+
+
+def refuse_foreign(path: Path) -> None:
+    """Require that an existing directory is empty or a run directory, so that no user file is changed.
+
+    Raises:
+        NblError: the directory is neither.
+    """
+    try:
+        entries = [p.name for p in path.iterdir()] if path.is_dir() else []
+        is_file = path.is_file()
+    except OSError as error:
+        raise NblError(f"{path} cannot be looked into: {error.strerror}; choose another --output") from error
+    if is_file:
+        raise NblError(f"{path} is a file; choose another --output")
+    if GENAI_CONFIG in entries:
+        raise NblError(f"{path} is a model directory, not a run directory; choose another --output")
+    strangers = [name for name in entries if name != ".lock" and not name.startswith(_SCRATCH)]
+    if strangers and MANIFEST not in entries:
+        raise NblError(
+            f"{path} is not empty and not a run directory (it holds {sorted(strangers)[0]}); choose another --output"
+        )
+
+
+PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai",
+             "mobius-onnx", "optimum", "safetensors", "numpy", "tensorrt", "tensorrt-rtx")  # fmt: skip

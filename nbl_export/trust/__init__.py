@@ -1,0 +1,1 @@
+"""Checks of untrusted files before a library reads them, and of untrusted text before a terminal shows it."""

@@ -1,0 +1,100 @@
+"""SHA-256 of large files, several at once, remembered between runs.
+
+    ~/.cache/nbl-export/hashes.json     path -> size, times, inode, device and hash of the file when it was read
+
+The list only saves time and may be lost at any moment. A list that is damaged, writable by others, or a link is not
+used. A changed file has another change time (ctime), which only the operating system sets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import stat
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from nbl_export.files import file_sha256, write_json
+
+__all__ = ["cache_file", "sha256_of"]
+
+_KEPT_BYTES = 16 << 20  # smaller files are hashed again
+_MOST_ENTRIES = 1000
+_MOST_CACHE_BYTES = 8 << 20
+_SETTLED_SECONDS = 2.0  # a file that changed more recently may change again within one tick of its timestamp
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+Facts = list[Any]  # size, mtime_ns, ctime_ns, inode, device
+
+
+def sha256_of(files: Sequence[Path]) -> list[str]:
+    """Hex digest of each file.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    known = _load()
+    found = {file: _facts(file) for file in files}
+    names = {file: str(file.resolve()) for file in files}
+    fresh = {f: known[names[f]][1] for f in files if names[f] in known and known[names[f]][0] == found[f]}
+    missing = [file for file in found if file not in fresh]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
+        fresh |= dict(zip(missing, pool.map(file_sha256, missing), strict=True))
+    learnt = {names[f]: [found[f], fresh[f]] for f in missing if _is_settled(f, found[f])}
+    if learnt:
+        _save({**known, **learnt})
+    return [fresh[file] for file in files]
+
+
+def _facts(file: Path) -> Facts:
+    seen = file.stat()
+    return [seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino, seen.st_dev]
+
+
+def _is_settled(file: Path, before: Facts) -> bool:
+    """Whether a file is large enough to remember, and did not change while it was read or just before."""
+    size, modified, changed = before[:3]
+    latest = max(modified, changed) / 1e9
+    return size >= _KEPT_BYTES and latest < time.time() - _SETTLED_SECONDS and _facts(file) == before
+
+
+def cache_file() -> Path:
+    """The file that keeps the remembered hashes."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "nbl-export" / "hashes.json"
+
+
+def _load() -> dict[str, Any]:
+    """The remembered entries; none if the list cannot be trusted."""
+    path = cache_file()
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if not (_is_ours(path.parent.lstat(), stat.S_ISDIR) and _is_ours(path.lstat(), stat.S_ISREG)):
+            return {}
+        with path.open("rb") as stream:
+            text = stream.read(_MOST_CACHE_BYTES)
+        value = json.loads(text)
+        return {name: entry for name, entry in value.items() if _is_entry(entry)} if isinstance(value, dict) else {}
+    return {}
+
+
+def _is_ours(seen: os.stat_result, kind: Any) -> bool:
+    owned = not hasattr(os, "geteuid") or (seen.st_uid == os.geteuid() and not seen.st_mode & _OTHERS_WRITE)
+    return owned and bool(kind(seen.st_mode))
+
+
+def _is_entry(entry: Any) -> bool:
+    facts, digest = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+    numbers = isinstance(facts, list) and all(type(number) is int for number in facts)
+    return numbers and isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None
+
+
+def _save(entries: dict[str, Any]) -> None:
+    path = cache_file()
+    with contextlib.suppress(OSError, ValueError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _is_ours(path.parent.lstat(), stat.S_ISDIR):
+            write_json(path, dict(list(entries.items())[-_MOST_ENTRIES:]))

@@ -1,0 +1,118 @@
+"""Checks the settings of a checkpoint that transformers, tokenizers and ONNX Runtime GenAI act on.
+
+    config.json             no weights under another name, no code from the hub for attention or quantisation
+    tokenizer_config.json   no file of this machine outside the folder
+    adapter_config.json     refused: it makes libraries load another model from anywhere
+
+`auto_map` and the code beside it have no effect: every call passes trust_remote_code=False (`pretrained`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nbl_export.errors import NblError
+from nbl_export.trust.contained import is_inside, refuse_links_out
+from nbl_export.trust.strict_json import read_object
+
+__all__ = ["CONFIG_BYTES", "check_checkpoint", "check_settings", "check_tokenizer_settings"]
+
+CONFIG_BYTES = 8 << 20
+_MOST_BYTES = {"config.json": CONFIG_BYTES, "generation_config.json": 1 << 20, "tokenizer_config.json": 64 << 20}
+_ATTENTION = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+_ATTENTIONS = ("eager", "sdpa", None)  # others are packages, or kernels that transformers fetches from the hub
+_QUANTISED = ("gptq", "awq", "olive")  # `model.checkpoint.quantized` reads these; others bring code, some from the hub
+_FILE_KEYS = ("_file", "_path", "_dir")
+_UNREAD = ("special_tokens_map_file", "name_or_path")  # where the tokenizer was saved; no library opens it
+
+
+def check_checkpoint(directory: Path) -> None:
+    """Check a folder that transformers will open: its links, then its settings.
+
+    Raises:
+        CorruptError: an entry is a link out of the folder.
+        NblError: a setting is refused; the message names it.
+    """
+    refuse_links_out(directory)
+    check_settings(directory)
+
+
+def check_settings(directory: Path) -> None:
+    """Check the settings alone, for the folder of a GGUF file, whose other files do not belong to the model.
+
+    Raises:
+        NblError: a setting is refused; the message names it.
+    """
+    adapter = directory / "adapter_config.json"
+    if adapter.exists():
+        raise NblError(
+            f"{adapter} makes libraries load another model, which is refused; merge the adapter into the "
+            "model and use the result"
+        )
+    for name in ("config.json", "generation_config.json"):
+        if (directory / name).is_file():
+            _check_config(directory / name)
+    check_tokenizer_settings(directory)
+
+
+def _check_config(path: Path) -> None:
+    config = read_object(path, _MOST_BYTES[path.name])
+    for where in _mappings(config):
+        if where.get("transformers_weights") is not None:
+            raise _refused(path, "transformers_weights", "weights are read from model.safetensors or its index")
+        for key in _ATTENTION:
+            said = where.get(key)
+            if any(value not in _ATTENTIONS for value in (said.values() if isinstance(said, dict) else [said])):
+                raise _refused(path, key, f"{said!r} may be code from the hub")
+        if where.get("custom_generate") is not None:
+            raise _refused(path, "custom_generate", "it names code")
+        quantised = where.get("quantization_config")
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        if quantised is not None and method not in _QUANTISED:
+            raise _refused(path, "quantization_config", f"{method!r} is not {', '.join(_QUANTISED)}")
+
+
+def _mappings(value: Any) -> Iterator[dict[str, Any]]:
+    """A configuration and all mappings inside it."""
+    waiting = [value]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, dict):
+            yield found
+        if isinstance(found, dict | list):
+            waiting.extend(found.values() if isinstance(found, dict) else found)
+
+
+def _refused(path: Path, key: str, why: str) -> NblError:
+    return NblError(f"{path} sets {key}, which is refused ({why}); remove the key if you trust the model")
+
+
+def check_tokenizer_settings(directory: Path) -> None:
+    """Check that tokenizer_config.json, if it exists, names no file outside its folder.
+
+    Raises:
+        NblError: a setting names a file of this machine outside the folder, or options of a native parser.
+    """
+    path = directory / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    settings = read_object(path, _MOST_BYTES[path.name])
+    for key, value in settings.items():
+        if key.endswith(_FILE_KEYS) and key not in _UNREAD and _leads_out(value, directory):
+            raise _refused(path, key, "it names a file outside the folder")
+    options = settings.get("sp_model_kwargs")
+    if isinstance(options, dict) and any(isinstance(value, str) for value in options.values()):
+        raise _refused(path, "sp_model_kwargs", "it may name files")
+
+
+def _leads_out(value: Any, directory: Path) -> bool:
+    """Whether a path names an existing file outside the folder; a path left from another machine does not exist."""
+    if not isinstance(value, str) or Path(value).name == value:
+        return False
+    try:
+        places = (directory / value, Path(value).expanduser())
+        return any(place.exists() and not is_inside(place, directory) for place in places)
+    except (OSError, ValueError, RuntimeError):  # not a valid path
+        return False

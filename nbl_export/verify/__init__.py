@@ -1,0 +1,1 @@
+"""The verification ladder: a run's graphs are compared with their references."""

@@ -1,0 +1,64 @@
+"""Float32 twins (float32 copies) of shipped graphs: a CPU can verify fp16, bf16 and int4 graphs through them.
+
+    checkpoint ─ static form, float32 ─► original/model.onnx ─ rewrite ─► model/model.onnx      compared with torch
+                                                 └─ int4/                        └─ int4/       how coarse int4 is
+    finish(twin, precision)  ==  DIR/original/decoder.onnx, DIR/model/decoder.onnx              bit for bit
+
+The twin agrees with torch, and the shipped graph is the twin cast to its precision. Only the cast itself is unproven.
+If the logits of the last token ship, twins and shipped graphs are pairs (`rewrite.last_token`). The graphs with all
+logits are compared with torch and with each other. Each pruned graph is compared with its pair after pruning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from nbl_export.records.plan import AffineMap
+from nbl_export.records.results import RungResult
+from nbl_export.verify.setting import Setting
+
+__all__ = ["INT4", "build_twins", "check_shipped"]
+
+INT4 = "int4"  # directory of a twin with int4 matrices around float32 arithmetic
+
+
+def build_twins(
+    checkpoint: Path, setting: Setting, maps: Mapping[int, AffineMap], rows_VD: np.ndarray | None, out: Path
+) -> dict[str, Path]:
+    """Write both twins with the shipped logits, as the stages do; an int4 run gets `INT4` beside each twin."""
+    from nbl_export.decoders import static
+    from nbl_export.graph.names import GRAPH_FILE
+    from nbl_export.rewrite import rewrite
+    from nbl_export.rewrite.last_token import keep_last_token
+
+    directories = {"original": out / "original", "nbl": out / "model"}
+    static.save_graph(static.build_form(checkpoint, setting.slots), directories["original"], GRAPH_FILE)
+    if setting.logits == "last":
+        keep_last_token(directories["original"])
+    rewrite(directories["original"], directories["nbl"], setting.plan, maps, dense=True, rows_VD=rows_VD)
+    if setting.precision == "int4":
+        for directory in directories.values():
+            static.save_int4_twin(directory, directory / INT4)
+    return directories
+
+
+def check_shipped(setting: Setting, shipped: Mapping[str, Path], twins: Mapping[str, Path]) -> list[RungResult]:
+    """Rung a: each shipped graph is its verified twin cast to its precision, node for node and bit for bit."""
+    from nbl_export.decoders import static
+    from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE, STATIC_GRAPH_FILE
+    from nbl_export.verify.last_token import check_pruned
+
+    pruned = setting.logits == "last"
+    twin_file, file = (ALL_LOGITS_FILE, ALL_LOGITS_FILE) if pruned else (GRAPH_FILE, STATIC_GRAPH_FILE)
+    results = []
+    for subject, directory in shipped.items():
+        precision = setting.precision
+        problem = static.difference(twins[subject] / twin_file, directory / file, precision)
+        metric, detail = f"the {precision} graph is its fp32 twin, cast", problem or "every node and weight"
+        results.append(RungResult("a", subject, metric, float(bool(problem)), 0.5, not problem, detail))
+        if pruned:
+            results.append(check_pruned(subject, directory))
+    return results

@@ -1,0 +1,264 @@
+"""The verification ladder: does the exported graph compute what the torch model computes?
+
+    a  the file (`files`): valid, contract and cache bytes as predicted, maps as fitted, other weights unchanged;
+       codes match the checkpoint's matrices, kernels multiply by the codes (`codes`)
+    b  original graph against the original torch model
+    c  NBL graph against the NBL torch model: prefill and cached steps, a batch of two different lengths, one long row
+    d  greedy text of the shipped runtime against torch
+    e  quality loss (`perplexity`): NBL against original on held-back text; reported, not gated
+    f  a shipped graph with the logits of the last token alone (`last_token`) against the graph with all logits
+    g  a quantised graph against the reference of its float32 twin: the remaining difference is rounding of activations
+
+A graph with int4 or int8 matrices takes rungs b and c as its float32 twin, a float32 copy of the same graph. The torch
+model then has the graph's matrices, so the structure is proven to float32 accuracy at every precision. Rungs b, c, e
+and g need the logits of all positions; rungs d and f run the shipped graph.
+
+One table of tolerances by precision decides every rung.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from nbl_export.records.plan import Plan
+from nbl_export.records.results import RungResult
+from nbl_export.verify.reference import Reference
+
+__all__ = [
+    "DECODE_STEPS",
+    "LONG_CHUNK",
+    "TOLERANCES",
+    "Probe",
+    "Tolerance",
+    "check_greedy",
+    "check_logits",
+    "check_long",
+    "greedy",
+    "run_rows",
+    "shown_positions",
+]
+
+DECODE_STEPS = 16
+LONG_CHUNK = 512  # tokens of a long row that are appended at once
+_SHOWN_EVERY, _SHOWN_LAST = 8, 64  # compared positions of a long row's prefill: every 8th, and the last 64
+# The noise probe rounds at one place, two float32 engines at hundreds. Measured ratios are 1 to 13.
+NOISE_FACTOR = 16.0
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The limits of a precision.
+
+    metric: "max_abs" (largest logit difference) or "relative_rms" (rms of the difference over rms of the logits).
+    limit: for rungs b, c and g. ratio: rung c's figure may be at most this many times rung b's (None: no such rule).
+    greedy_margin: a greedy token may differ if torch's two best logits are closer than this.
+    greedy_equal: smallest share of equal greedy tokens, counted up to the first difference of each text.
+    """
+
+    metric: str
+    limit: float
+    ratio: float | None
+    greedy_margin: float
+    greedy_equal: float = 0.0
+
+
+# fp32: agreement of two float32 implementations of the same graph; the twins of quantised graphs have this limit too.
+# fp16: the yardstick is the original graph's own error (rung b). int8 and int4: rung g; both sides have the same
+# matrices, and kernels round activations to 8 bits. Measured: bench/results/twins.json, precision-smollm2.json.
+TOLERANCES = {
+    "fp32": Tolerance("max_abs", 1e-3, None, 1e-2, 0.5),
+    "fp16": Tolerance("relative_rms", 0.02, 2.0, 0.5),
+    "int8": Tolerance("relative_rms", 0.1, None, 1.0),
+    "int4": Tolerance("relative_rms", 0.1, None, 1.0),
+}
+# For a quantised graph without a twin, compared with torch directly. The quantisation noise hides small faults.
+WITHOUT_TWIN = {
+    "int8": Tolerance("relative_rms", 0.1, 1.5, 1.0),
+    "int4": Tolerance("relative_rms", 0.75, 1.5, 4.0),
+}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Held-back token ids for the comparison: two rows of different length, each followed by forced decode steps.
+
+    prompts, new_tokens: of greedy text. long: one row, prefilled in chunks and followed by decode steps.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    prompts: tuple[tuple[int, ...], ...]
+    new_tokens: int
+    long: tuple[int, ...] = ()
+
+
+def shown_positions(length: int) -> np.ndarray:
+    """Ascending positions of a long row whose logits are compared; the decode steps come last."""
+    prefill = length - DECODE_STEPS
+    every, last = range(0, prefill, _SHOWN_EVERY), range(max(0, prefill - _SHOWN_LAST), length)
+    return np.array(sorted({*every, *last}), np.int64)
+
+
+def run_rows(decoder: Any, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Logits [length, V] of each row from one right-padded batch: prefill, then cached steps one token at a time."""
+    lengths = [len(row) - DECODE_STEPS for row in rows]
+    ids = np.zeros((len(rows), max(lengths)), np.int64)
+    valid = np.zeros_like(ids)
+    for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        ids[b, :length], valid[b, :length] = row[:length], 1
+    decoder.begin(len(rows))
+    prefill = decoder.step(ids, valid)
+    steps = [
+        decoder.step(np.array([[row[length + k]] for row, length in zip(rows, lengths, strict=True)]))
+        for k in range(DECODE_STEPS)
+    ]
+    return [np.concatenate([prefill[b, :length], *(step[b] for step in steps)]) for b, length in enumerate(lengths)]
+
+
+def run_long(decoder: Any, row: Sequence[int]) -> np.ndarray:
+    """Logits [positions, V] of a row at `shown_positions`: prefill in chunks, then cached steps."""
+    shown, prefill = set(shown_positions(len(row)).tolist()), len(row) - DECODE_STEPS
+    starts = [*range(0, prefill, LONG_CHUNK), *range(prefill, len(row))]
+    decoder.begin(1)
+    found = []
+    for start in starts:
+        end = min(start + LONG_CHUNK, prefill) if start < prefill else start + 1
+        logits = decoder.step(np.asarray([row[start:end]], np.int64))[0]
+        found.append(logits[[k - start for k in range(start, end) if k in shown]])
+    return np.concatenate(found)
+
+
+def check_logits(
+    rung: str,
+    subject: str,
+    decoder: Any,
+    rows: Sequence[Sequence[int]],
+    truth: Reference,
+    tolerance: Tolerance,
+    yardstick: float | None = None,
+) -> list[RungResult]:
+    """Compare logits of prefill and of cached steps with a reference, each row alone and as a batch.
+
+    With the max_abs metric, a position may differ by the limit or by NOISE_FACTOR times the reference's noise at that
+    position. The larger of the two applies.
+
+    Args:
+        yardstick: rung b's largest figure, if the precision has a ratio rule.
+    """
+    results: list[RungResult] = []
+    for name, got in (
+        ("one sequence", [run_rows(decoder, [row])[0] for row in rows]),
+        ("batch of 2, different lengths", run_rows(decoder, rows)),
+    ):
+        judged = list(zip(got, truth.logits, truth.noise, strict=True))
+        results += _judge(rung, subject, name, judged, tolerance, yardstick)
+    return results
+
+
+def check_long(
+    rung: str,
+    subject: str,
+    decoder: Any,
+    row: Sequence[int],
+    truth: Reference,
+    tolerance: Tolerance,
+    yardstick: float | None = None,
+) -> list[RungResult]:
+    """Like `check_logits` for one long row in chunks, at `shown_positions`.
+
+    Only a long row has large rotary angles and full attention windows.
+    """
+    name = f"one sequence of {len(row)} tokens in chunks of {LONG_CHUNK}"
+    assert truth.long is not None and truth.long_noise is not None
+    return _judge(rung, subject, name, [(run_long(decoder, row), truth.long, truth.long_noise)], tolerance, yardstick)
+
+
+def _judge(
+    rung: str, subject: str, name: str, rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    tolerance: Tolerance, yardstick: float | None,
+) -> list[RungResult]:  # fmt: skip
+    """One result for prefill and one for decode, of the worst row; a row is (got, expected, noise)."""
+    limit = tolerance.limit
+    if yardstick is not None and tolerance.ratio is not None:
+        limit = min(limit, max(yardstick * tolerance.ratio, 1e-4))
+    distance = _max_abs if tolerance.metric == "max_abs" else _relative_rms
+    results = []
+    for part, cut in (("prefill", slice(None, -DECODE_STEPS)), ("decode", slice(-DECODE_STEPS, None))):
+        judged = [distance(g[cut], e[cut], n[cut], limit) for g, e, n in rows]
+        value, allowed, loose = max(judged, key=lambda j: j[0] / j[1] if np.isfinite(j[0]) else np.inf)
+        passed = bool(np.isfinite(value) and value <= allowed)
+        metric = f"{tolerance.metric.replace('_', ' ')} logit difference, {part}"
+        detail = f"{name}; {loose} positions whose float32 noise allows more than {limit:g}" if loose else name
+        results.append(RungResult(rung, subject, metric, value, allowed, passed, detail))
+    return results
+
+
+def _max_abs(got: np.ndarray, expected: np.ndarray, noise: np.ndarray, limit: float) -> tuple[float, float, int]:
+    """The worst position's difference and its limit, and the number of positions with a limit above `limit`."""
+    seen = np.abs(got.astype(np.float64) - expected).max(1)
+    allowed = np.maximum(limit, NOISE_FACTOR * noise.astype(np.float64))
+    worst = int(np.argmax(np.where(np.isfinite(seen), seen, np.inf) / allowed))
+    return float(seen[worst]), float(allowed[worst]), int((allowed > limit).sum())
+
+
+def _relative_rms(got: np.ndarray, expected: np.ndarray, _noise: np.ndarray, limit: float) -> tuple[float, float, int]:
+    wide = expected.astype(np.float64)
+    return float(np.sqrt(np.square(got - wide).mean() / np.square(wide).mean())), limit, 0
+
+
+def greedy(decoder: Any, prompt: Sequence[int], new_tokens: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Greedy continuation of a decoder, and the gap between the two best logits at each token."""
+    ids: list[int] = []
+    gaps: list[float] = []
+    decoder.begin(1)
+    logits = decoder.step(np.asarray([prompt]))[0, -1]
+    for _ in range(new_tokens):
+        second, best = np.argsort(logits)[-2:]
+        ids.append(int(best))
+        gaps.append(float(logits[best] - logits[second]))
+        logits = decoder.step(np.asarray([[best]]))[0, -1]
+    return tuple(ids), tuple(gaps)
+
+
+def check_greedy(
+    subject: str,
+    said: Sequence[Sequence[int]],
+    expected: Sequence[Sequence[int]],
+    margins: Sequence[Sequence[float]],
+    tolerance: Tolerance,
+    what: str = "",
+) -> RungResult:
+    """Rung d: greedy tokens agree with torch's, or first differ at a token whose margin in torch is small.
+
+    Args:
+        what: name of the graph that made the tokens; "" is the shipped graph.
+    """
+    limit = tolerance.greedy_margin
+    worst, same, total = 0.0, 0, 0
+    for ours, theirs, gaps in zip(said, expected, margins, strict=True):
+        total += len(theirs)
+        split = next((k for k, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
+        same += len(theirs) if split is None else split
+        if split is not None:
+            worst = max(worst, gaps[split])
+    enough = same >= tolerance.greedy_equal * total
+    least = f", {tolerance.greedy_equal:.0%} at least" if tolerance.greedy_equal else ""
+    detail = f"{same} of {total} tokens the same up to the first difference{least}"
+    metric = "torch's margin where greedy text first differs"
+    return RungResult(
+        "d", subject, metric, worst, limit, worst <= limit and enough, f"{what}; {detail}" if what else detail
+    )
+
+
+def summary(results: Sequence[RungResult], precision: str, prices: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
+    """The content of verify.json without the cache figures."""
+    return {
+        "passed": all(r.passed for r in results),
+        "precision": precision,
+        "replaced_layers": list(plan.replaced),
+        "rungs": [asdict(r) for r in results],
+        "price": prices,
+    }

@@ -1,0 +1,101 @@
+"""Rung f: the graph with the logits of the last token against the graph with all logits, on the same caches.
+
+    prefill of one sequence                 batch of lengths 1, 5 and 12, padded on the right, then two decode steps
+    chunk of 7 after a cache of 13          single decode steps after it
+
+Both graphs run the same chunks. The figure of a step is that of the worst row. The shipped logits [B, 1, V] are
+compared with the other graph's logits of the row's last valid token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nbl_export.records.results import RungResult
+from nbl_export.verify.ladder import TOLERANCES
+
+__all__ = ["BATCH_LENGTHS", "check_last", "check_pruned"]
+
+BATCH_LENGTHS = (1, 5, 12)
+_CACHED, _CHUNK, _STEPS = 13, 7, 3
+
+Chunk = tuple[np.ndarray, np.ndarray]  # token ids [B, T], and 1 at each valid token [B, T]
+
+
+def check_last(subject: str, every: Any, last: Any, row: Sequence[int], precision: str) -> list[RungResult]:
+    """Compare the graph `last` with the graph `every` (both an `OnnxDecoder` or `StaticDecoder` of engines).
+
+    With the relative rms metric, half the distance to the nearest other position of the chunk is a second limit. This
+    limit proves that the logits are those of the right token, even with quantisation noise.
+
+    Args:
+        row: at least 32 token ids of real text.
+    """
+    return [_judge(subject, name, every, last, chunks, precision) for name, chunks in _cases(row)]
+
+
+def check_pruned(subject: str, directory: Path) -> RungResult:
+    """Rung a: the graph with the logits of the last token is the directory's graph with all logits, pruned."""
+    from nbl_export.rewrite.last_token import difference
+
+    problem = difference(directory)
+    metric, detail = "what ships is the graph with all logits, pruned", problem or "every node and weight"
+    return RungResult("a", subject, metric, float(bool(problem)), 0.5, not problem, detail)
+
+
+def _cases(row: Sequence[int]) -> Iterator[tuple[str, list[Chunk]]]:
+    ids = np.asarray(row, np.int64)[None]
+    whole = np.ones_like(ids)
+    yield "prefill", [(ids, whole)]
+    ends = (_CACHED, _CACHED + _CHUNK, *(_CACHED + _CHUNK + 1 + k for k in range(_STEPS)))
+    yield (
+        "chunk of 7 after a cache of 13, then decode",
+        [(ids[:, start:end], whole[:, start:end]) for start, end in zip((0, *ends), ends, strict=False)],
+    )
+    lengths = np.array(BATCH_LENGTHS)
+    places = np.arange(lengths.max())
+    starts = np.arange(len(lengths))[:, None]  # rows of a batch begin at different tokens
+    valid = (places < lengths[:, None]).astype(np.int64)
+    batch = ids[0][starts + places] * valid
+    single = np.ones((len(lengths), 1), np.int64)
+    yield "batch of lengths 1, 5 and 12, then decode", [
+        (batch, valid), *((ids[0][starts + lengths[:, None] + k], single) for k in range(2))
+    ]  # fmt: skip
+
+
+def _judge(subject: str, name: str, every: Any, last: Any, chunks: list[Chunk], precision: str) -> RungResult:
+    tolerance = TOLERANCES[precision]
+    figures = []
+    for decoder in (every, last):
+        decoder.begin(len(chunks[0][0]))
+    for ids_BT, valid_BT in chunks:
+        all_BTV = every.step(ids_BT, valid_BT)
+        try:
+            last_BTV = last.step(ids_BT, valid_BT)
+        except Exception as error:  # ONNX Runtime has its own exceptions; a graph with mixed lengths does not run
+            return _broken(subject, f"{name}: {' '.join(str(error).split())[:200]}")
+        if last_BTV.shape[1] != 1:
+            return _broken(subject, f"{name}: gives logits {list(last_BTV.shape)}")
+        for all_TV, found_V, valid_T in zip(all_BTV, last_BTV[:, 0], valid_BT, strict=True):
+            figures.append(_figure(all_TV[: valid_T.sum()], found_V, tolerance.metric, tolerance.limit))
+    value, limit = max(figures, key=lambda f: f[0] / f[1] if np.isfinite(f[0]) else np.inf)
+    metric = f"{tolerance.metric.replace('_', ' ')} logit difference, last token"
+    return RungResult("f", subject, metric, value, limit, bool(np.isfinite(value) and value <= limit), name)
+
+
+def _broken(subject: str, detail: str) -> RungResult:
+    return RungResult("f", subject, "logits of the last token alone", 1.0, 0.5, False, detail)
+
+
+def _figure(all_TV: np.ndarray, found_V: np.ndarray, metric: str, limit: float) -> tuple[float, float]:
+    """Difference of `found_V` from the last row, and its limit."""
+    right_V = all_TV[-1].astype(np.float64)
+    if metric == "max_abs":
+        return float(np.abs(found_V - right_V).max()), limit
+    size = np.sqrt(np.square(right_V).mean())
+    others = np.sqrt(np.square(all_TV[:-1] - right_V).mean(1)) / size
+    return float(np.sqrt(np.square(found_V - right_V).mean()) / size), min([limit, *(others / 2)])

@@ -1,0 +1,176 @@
+"""Rung e, the quality loss of the replacement: perplexity increase, KL and top-1 agreement, window by window.
+
+    windows ─► logits of both graphs ─► loss, KL and agreement of each window ─► figure and 95% interval
+
+Reported, not gated. A pass over the vocabulary computes in float32, a few rows at a time; sums are float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nbl_export.errors import NblError
+from nbl_export.text.window_intervals import increase_interval, mean_interval, spoken_price
+
+__all__ = ["FAR", "mix_price", "price", "warn_of_far_prices"]
+
+FAR = 2.0  # a warning needs a perplexity increase this many times that on another text
+
+
+_NOTICED = 0.05  # no warning below this perplexity increase
+
+
+_STEP_TOKENS = 512  # in a batch of windows: the logits of 512 tokens with a vocabulary of 49,152 are 100 MB
+
+
+_ROW_BYTES = 1 << 19  # of logits processed at once, so that they fit in a processor cache
+
+
+def price(
+    original: Any, nbl: Any, texts: Sequence[tuple[str, np.ndarray]], progress: Callable[[int, int], None]
+) -> list[dict[str, Any]]:
+    """Perplexity of both graphs, its increase, KL(original || NBL) in nats and top-1 agreement on each text.
+
+    Args:
+        texts: name and token ids [windows, context].
+
+    Returns:
+        one row a text; intervals are [low, high], computed from "per_window", and None for a single window.
+    """
+    total, done = sum(len(windows) for _, windows in texts), 0
+    rows = []
+    for name, windows in texts:
+        found = []
+        batch = max(1, _STEP_TOKENS // windows.shape[1])
+        for start in range(0, len(windows), batch):
+            ids_BT = windows[start : start + batch]
+            both = zip(_logits(original, ids_BT), _logits(nbl, ids_BT), ids_BT, strict=True)
+            found += [_compare(base_TV, ours_TV, ids_T[1:]) for base_TV, ours_TV, ids_T in both]
+            done += len(ids_BT)
+            progress(done, total)
+        rows.append(_row(name, windows, np.array(found)))
+    return rows
+
+
+def _logits(decoder: Any, ids_BT: np.ndarray) -> np.ndarray:
+    """Logits [B, T - 1, V] of the next token at each position."""
+    decoder.begin(len(ids_BT))
+    logits_BTV: np.ndarray = decoder.step(ids_BT)[:, :-1]
+    if logits_BTV.shape[1] != ids_BT.shape[1] - 1:
+        raise NblError(
+            "this graph gives logits of the last position only, and the perplexity increase needs the logits of all "
+            "positions: keep all_logits.onnx beside the graph, or export with --logits all"
+        )
+    return logits_BTV
+
+
+def _compare(base_TV: np.ndarray, ours_TV: np.ndarray, target_T: np.ndarray) -> np.ndarray:
+    """One window: loss of both graphs, KL, and share of positions with the same best token."""
+    sums = np.zeros(4)
+    rows = max(1, _ROW_BYTES // (4 * base_TV.shape[1]))
+    for start in range(0, len(target_T), rows):
+        here = slice(start, start + rows)
+        target = target_T[here]
+        place = np.arange(len(target))
+        (base_NV, base_best, base_norm, exp_NV), (ours_NV, ours_best, ours_norm, _) = (
+            _normalised(v[here]) for v in (base_TV, ours_TV)
+        )
+        # sum p (log p - log q), log p = base - norm, with p = exp(base) / exp(norm)
+        apart_N = np.einsum("nv,nv->n", exp_NV, base_NV - ours_NV) / np.exp(base_norm) + ours_norm - base_norm
+        sums += [
+            (base_norm - base_NV[place, target]).sum(dtype=np.float64),
+            (ours_norm - ours_NV[place, target]).sum(dtype=np.float64),
+            apart_N.sum(dtype=np.float64),
+            (base_best == ours_best).sum(),
+        ]
+    return sums / len(target_T)
+
+
+def _normalised(logits_NV: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Logits minus the row's largest, its index, log of the sum of exponentials, and the exponentials."""
+    best_N = logits_NV.argmax(1)
+    shifted_NV = logits_NV - logits_NV[np.arange(len(best_N)), best_N, None]
+    exp_NV = np.exp(shifted_NV)
+    return shifted_NV, best_N, np.log(exp_NV.sum(1)), exp_NV
+
+
+def _row(name: str, windows: np.ndarray, found_W4: np.ndarray) -> dict[str, Any]:
+    before, after, kl, agree = found_W4.T
+    increase, apart, same = increase_interval(before, after), mean_interval(kl), mean_interval(agree, (0.0, 1.0))
+    return {
+        "text": name,
+        "tokens": int(windows.size),
+        "windows": len(windows),
+        "perplexity_original": _perplexity(before),
+        "perplexity_nbl": _perplexity(after),
+        "increase": increase.value,
+        "increase_interval": increase.ends,
+        "kl_mean": apart.value,
+        "kl_interval": apart.ends,
+        "top1_agreement": same.value,
+        "top1_interval": same.ends,
+        "per_window": {
+            "loss_original": before.tolist(),
+            "loss_nbl": after.tolist(),
+            "kl": kl.tolist(),
+            "top1_agreement": agree.tolist(),
+        },
+    }
+
+
+def _perplexity(losses: np.ndarray) -> float | None:
+    mean = float(losses.mean())
+    return math.exp(mean) if mean < 700 else None  # None for NaN too
+
+
+def mix_price(name: str, losses: Sequence[Any]) -> dict[str, Any]:
+    """Quality loss of a mix of attention and maps in torch on one text, a row of sweep.json; None if not finite.
+
+    Args:
+        losses: one `mixes.Loss` for each window.
+    """
+    before, after, kl = (
+        np.array([getattr(loss, total) / loss.positions for loss in losses])
+        for total in ("original_sum", "mix_sum", "kl_sum")
+    )
+    increase, apart = increase_interval(before, after), mean_interval(kl)
+    return {
+        "text": name,
+        "tokens": sum(loss.positions + 1 for loss in losses),
+        "windows": len(losses),
+        "kl": apart.value,
+        "kl_interval": apart.ends,
+        "perplexity_original": _perplexity(before),
+        "perplexity": _perplexity(after),
+        "increase": increase.value,
+        "increase_interval": increase.ends,
+    }
+
+
+def warn_of_far_prices(prices: Sequence[Mapping[str, Any]]) -> str | None:
+    """One sentence if the largest perplexity increase is more than `FAR` times the smallest; else None.
+
+    If both increases have intervals, the intervals must also be disjoint.
+
+    Args:
+        prices: rows of `verify.perplexity.price`.
+    """
+    rows = [row for row in prices if row["increase"] is not None]
+    if len(rows) < 2:
+        return None
+    cheap, dear = (pick(rows, key=lambda row: row["increase"]) for pick in (min, max))
+    low, high = cheap["increase"], dear["increase"]
+    if high < _NOTICED or high <= FAR * low:
+        return None
+    ends = cheap["increase_interval"], dear["increase_interval"]
+    if all(ends) and ends[0][1] >= ends[1][0]:
+        return None
+    near, far = (spoken_price(row)["increase"] for row in (cheap, dear))
+    return (
+        f"the perplexity increase depends on the text: {near} on {cheap['text']}, but {far} on {dear['text']}; judge "
+        "by the text that you will run, and calibrate on text like it or on more texts (repeat --calibration)"
+    )

@@ -1,0 +1,38 @@
+"""The verification settings that both graphs of a run share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from nbl_export.engines.base import Engine
+from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.plan import Plan
+
+__all__ = ["Setting"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Engine, decoder and plan, and how the graphs were made.
+
+    precision: of the shipped graphs. logits: "last" or "all", of the shipped graphs. slots: most tokens of a sequence.
+    threads: of the engine; None lets the engine choose. nearness: most steps between codes and their matrices; None
+    for another tool's codes. task: takes a title and returns a context; its value reports progress.
+    """
+
+    engine: Engine
+    spec: DecoderSpec
+    plan: Plan
+    precision: str
+    logits: str
+    slots: int
+    threads: int | None
+    nearness: float | None
+    task: Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+
+    @property
+    def static(self) -> bool:
+        """Whether graphs have the static form, see `engines.base.Capabilities`."""
+        return self.engine.capabilities.static

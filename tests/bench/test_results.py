@@ -1,0 +1,68 @@
+"""docs/results.md has the figures of the raw results, and every raw result is used."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "bench" / "results"
+PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def check(root: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(root / "bench" / "tables.py"), "--check"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The page, the scripts that write its tables and the raw results, in another place."""
+    for script in (ROOT / "bench").glob("tables*.py"):
+        (tmp_path / "bench").mkdir(exist_ok=True)
+        shutil.copy(script, tmp_path / "bench")
+    (tmp_path / "bench" / "results").symlink_to(RESULTS)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "results.md").write_text(PAGE, encoding="utf-8")
+    return tmp_path
+
+
+def test_tables_are_those_of_the_raw_results() -> None:
+    done = check(ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_changed_figure_is_found(copy: Path) -> None:
+    row = next(line for line in PAGE.splitlines() if line.startswith("| prefill of 512 tokens |"))
+    (copy / "docs" / "results.md").write_text(PAGE.replace(row, row.replace("×1", "×2")), encoding="utf-8")
+    done = check(copy)
+    assert done.returncode == 1
+    assert f"+ {row}" in done.stderr
+
+
+def test_a_table_without_markers_is_found(copy: Path) -> None:
+    (copy / "docs" / "results.md").write_text(PAGE.replace("<!-- demo -->\n", ""), encoding="utf-8")
+    done = check(copy)
+    assert done.returncode == 1
+    assert "one pair of markers for demo" in done.stderr
+
+
+def test_files_that_it_names_are_there() -> None:
+    names = re.findall(r"\]\(([^)#:]+)\)", PAGE)
+    assert len(names) >= 4
+    assert [name for name in names if not (ROOT / "docs" / name).exists()] == []
+    scripts = re.findall(r"python ((?:bench|tests)/[\w/]+\.py)", PAGE)
+    assert len(scripts) >= 10
+    assert [name for name in scripts if not (ROOT / name).exists()] == []
+
+
+def test_every_raw_result_is_used() -> None:
+    """By a script or a test that reads a file, or by a page that shows a picture."""
+    readers = [*(ROOT / "bench").glob("*.py"), *(ROOT / "tests").rglob("*.py"), ROOT / "docs" / "results.md"]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in readers)
+    assert [path.name for path in RESULTS.iterdir() if not re.search(rf"(?<![\w-]){path.stem}(?![\w-])", text)] == []

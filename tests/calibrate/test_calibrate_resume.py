@@ -1,0 +1,183 @@
+"""A calibration that is killed goes on from what it had, and ends with the same bytes."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nbl_export.files import file_sha256
+from nbl_export.run.stages import calibrate
+
+from ..command import nbl, snapshot
+from ..damage import cut, flip
+from ..fork_server import ForkServer
+
+PARTIAL = "calibrate.partial.safetensors"
+# Small batches, and a partial file after each of them; a killed process leaves its writes to the system all the same.
+OFTEN = """
+import os
+os.fsync = lambda *_: None
+import nbl_export.calibrate.hooks, nbl_export.run.stages.calibrate
+nbl_export.calibrate.hooks._BATCH_TOKENS = 128
+nbl_export.run.stages.calibrate._SECONDS = nbl_export.run.stages.calibrate._SHARE = 0
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    with ForkServer(tmp_path_factory.mktemp("logs")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def command(same: tuple[object, ...]) -> tuple[object, ...]:
+    return ("calibrate", *same[:4], "--calibration-tokens", 12_000, "--context", 64)
+
+
+@pytest.fixture(scope="module")
+def expected(command: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> str:
+    """Hash of the moments of a run that nobody disturbed and that wrote no partial file."""
+    code = "import nbl_export.calibrate.hooks; nbl_export.calibrate.hooks._BATCH_TOKENS = 128"
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert server.start(*command, "--output", run, code=code).status == 0
+    return file_sha256(run / "moments.safetensors")
+
+
+def going_on(said: str) -> int:
+    """Batches that a run went on after."""
+    found = re.search(r"resuming after (\d+) of \d+ batches", said)
+    return int(found[1]) if found else 0
+
+
+def wait_for_change(path: Path) -> None:
+    """Wait until a file is written anew, a few seconds at most."""
+    old, end = path.stat().st_mtime_ns if path.exists() else 0, time.monotonic() + 10
+    while time.monotonic() < end and (path.stat().st_mtime_ns if path.exists() else 0) == old:
+        time.sleep(0.005)
+
+
+def test_killed_at_random_moments_ends_with_the_same_moments(
+    command: tuple[object, ...], expected: str, tmp_path: Path, server: ForkServer
+) -> None:
+    run, moments = tmp_path / "run", random.Random(0)
+    kills, before = 0, 0
+    for kind in ("early", *["working"] * 5):
+        process = server.start(*command, "--output", run, code=OFTEN)
+        if process.wait_for("calibrate ..."):
+            if kind == "working":
+                wait_for_change(run / PARTIAL)
+            time.sleep(moments.uniform(0, 0.1))
+            process.kill()
+        if process.status == 0:
+            break
+        kills += 1
+        assert going_on(process.err) >= before  # nothing that was in a partial file is done again
+        before = going_on(process.err)
+    assert kills >= 3 and before > 0
+    if process.status != 0:  # killed between the moments and the manifest too: the next run sweeps up
+        done = server.start(*command, "--output", run, code=OFTEN)
+        assert done.status == 0, done.err
+    assert file_sha256(run / "moments.safetensors") == expected
+    assert set(snapshot(run)) == {"moments.safetensors", "nbl.json"}
+
+
+KILL_AT_RENAME = """
+import os, signal
+replace, seen = os.replace, []
+def replace_and_die(source, target):
+    seen.append(target)
+    dies = os.path.basename(target) == "calibrate.partial.safetensors" and len(seen) >= 5
+    if dies and {late}:
+        replace(source, target)
+    if dies:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = replace_and_die
+"""
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_killed_while_the_partial_file_is_written(
+    late: bool, command: tuple[object, ...], expected: str, tmp_path: Path, server: ForkServer
+) -> None:
+    run = tmp_path / "run"
+    process = server.start(*command, "--output", run, code=OFTEN + KILL_AT_RENAME.format(late=late))
+    assert process.status == -signal.SIGKILL, process.err
+    assert (run / PARTIAL).is_file()
+    done = server.start(*command, "--output", run, code=OFTEN)
+    assert done.status == 0, done.err
+    assert going_on(done.err) > 0
+    assert file_sha256(run / "moments.safetensors") == expected
+    assert set(snapshot(run)) == {"moments.safetensors", "nbl.json"}
+
+
+@pytest.fixture(scope="module")
+def killed(command: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> Path:
+    """A run that was killed with a partial file."""
+    run = tmp_path_factory.mktemp("killed") / "run"
+    code = OFTEN + KILL_AT_RENAME.format(late=True)
+    assert server.start(*command, "--output", run, code=code).status == -signal.SIGKILL
+    return run
+
+
+@pytest.fixture
+def interrupted(killed: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(killed, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "empty", "foreign"])
+def test_damaged_partial_file_is_not_used(
+    harm: str, command: tuple[object, ...], expected: str, interrupted: Path, server: ForkServer, text: Path
+) -> None:
+    partial = interrupted / PARTIAL
+    if harm == "flip":
+        flip(partial)
+    elif harm == "foreign":
+        shutil.copyfile(text, partial)
+    else:
+        cut(partial, 0 if harm == "empty" else 1000)
+    done = server.start(*command, "--output", interrupted, code=OFTEN)
+    assert done.status == 0, done.err
+    assert going_on(done.err) == 0
+    assert file_sha256(interrupted / "moments.safetensors") == expected
+
+
+@pytest.mark.parametrize("change", [("--tap", "normed"), ("--context", 32), ("--shard", "1/2"), ("--force",)])
+def test_partial_file_of_other_options_is_not_used(
+    change: tuple[object, ...], command: tuple[object, ...], interrupted: Path, server: ForkServer
+) -> None:
+    done = server.start(*command, *change, "--output", interrupted, code=OFTEN)
+    assert done.status == 0, done.err
+    assert going_on(done.err) == 0
+    assert not (interrupted / PARTIAL).exists()
+
+
+def test_partial_files_cost_little(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No sooner than half a minute after the last, and where writing is slow, than fifty times what that took."""
+    now, written = [0.0], []
+
+    def write(*_: object) -> None:
+        written.append(now[0])
+        now[0] += 4
+
+    monkeypatch.setattr(calibrate, "_write", write)
+    monkeypatch.setattr(calibrate.time, "monotonic", lambda: now[0])
+    partial = calibrate._Partial(tmp_path / PARTIAL, {})
+    for batch in range(60):
+        now[0] += 10
+        if partial.is_due():
+            partial.save(None, batch)
+    assert written == [30, 234, 438]
+
+
+def test_an_ordinary_run_says_nothing_of_it(command: tuple[object, ...], tmp_path: Path) -> None:
+    done = nbl(*command, "--output", tmp_path / "run")
+    assert done.status == 0 and "resuming" not in done.err

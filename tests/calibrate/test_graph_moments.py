@@ -1,0 +1,215 @@
+"""A job on a model that is nothing but a decoder graph: moments, plan, rewrite, verification without torch weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from nbl_export.calibrate import hooks
+from nbl_export.calibrate.from_graph import GraphCollection
+from nbl_export.graph.given import read_spec
+from nbl_export.model.checkpoint.load import load_model, load_tokenizer
+from nbl_export.plan import lmmse
+from nbl_export.records.plan import TAPS, AffineMap
+from nbl_export.text import corpus
+from nbl_export.text import windows as text_windows
+
+from ..command import TINY, assert_refused, nbl, snapshot, stage_lines
+from ..tiny import LAYERS
+
+RELATIVE = 1e-4  # of the largest entry of a map
+Given = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def windows(checkpoint: Any, text: Path) -> Any:
+    return text_windows.pack(corpus.read_text(str(text)), load_tokenizer(checkpoint("llama")), 4096, 64)[0]
+
+
+@pytest.fixture(scope="module")
+def torch_maps(checkpoint: Any, windows: Any) -> dict[str, list[AffineMap]]:
+    found = hooks.collect(load_model(checkpoint("llama")), windows, lambda _d, _t: None, TAPS)
+    return {tap: [lmmse.fit(m, i) for i, m in enumerate(moments)] for tap, moments in found.items()}
+
+
+def graph_maps(graph: Path, windows: Any) -> dict[str, list[AffineMap]]:
+    with GraphCollection(graph, read_spec(graph), TAPS) as found:
+        found.refer(windows)
+        for batch in hooks.batches(windows):
+            found.add(batch)
+        sums = [found.layer(i) for i in range(LAYERS)]
+    return {tap: [lmmse.fit(layer[tap].moments(), i) for i, layer in enumerate(sums)] for tap in TAPS}
+
+
+def distance(one: AffineMap, other: AffineMap) -> float:
+    parts = ((one.weight, other.weight), (one.bias, other.bias))
+    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in parts)
+
+
+@pytest.mark.parametrize("source", ["genai-fp32", "mobius-default", "mobius-cpu", "transformers-23", "torchscript"])
+def test_maps_are_those_of_torch(source: str, given_graph: Given, windows: Any, torch_maps: Any) -> None:
+    found = graph_maps(given_graph(source) / "model.onnx", windows)
+    for tap in TAPS:
+        assert max(map(distance, found[tap], torch_maps[tap])) < RELATIVE
+    assert distance(found["normed"][1], torch_maps["residual"][1]) > 100 * RELATIVE
+    assert distance(found["residual"][1], torch_maps["residual"][2]) > 100 * RELATIVE
+
+
+@pytest.fixture(scope="module")
+def alone(given_graph: Given, text: Path) -> tuple[object, ...]:
+    return ("--model", given_graph("genai-fp32"), "--calibration", text, *TINY)
+
+
+@pytest.fixture(scope="module")
+def graph_run(alone: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on a graph alone. Never write to it."""
+    output = tmp_path_factory.mktemp("graph") / "run"
+    done = nbl(*alone, "--layers", "1", "--output", output)
+    assert done.status == 0, done.err
+    return output
+
+
+def test_whole_job_on_a_graph_alone(graph_run: Path, given_graph: Given) -> None:
+    verify = json.loads((graph_run / "verify.json").read_text(encoding="utf-8"))
+    assert verify["passed"]
+    assert {r["rung"] for r in verify["rungs"]} == set("abcdf")
+    assert len(verify["price"]) == 2
+    facts = json.loads((graph_run / "nbl.json").read_text(encoding="utf-8"))
+    assert (facts["options"]["decoder_source"], facts["status"]) == ("given", "verified")
+    assert (graph_run / "original" / "all_logits.onnx").read_bytes() == (
+        given_graph("genai-fp32") / "model.onnx"
+    ).read_bytes()
+    assert (graph_run / "bench.json").is_file() and (graph_run / "report.html").is_file()
+
+
+def test_plan_is_that_of_the_torch_model(graph_run: Path, finished: Path) -> None:
+    """`finished` has the same checkpoint, text and options."""
+    one, other = (json.loads((d / "nbl.json").read_text(encoding="utf-8")) for d in (graph_run, finished))
+    assert one["replaced_layers"] == other["replaced_layers"]
+    ours, theirs = ([score["bound"] for score in facts["scores"]] for facts in (one, other))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3)
+    found, wanted = (load_file(d / "maps.safetensors") for d in (graph_run, finished))
+    assert all(np.abs(found[k] - wanted[k]).max() < RELATIVE * np.abs(wanted[k]).max() for k in wanted)
+
+
+def test_second_run_reuses(graph_run: Path, alone: Any, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(graph_run, tmp_path / "run"))
+    again = nbl(*alone, "--layers", "1", "--output", copy)
+    assert set(stage_lines(again).values()) == {"reused"}, again.err
+
+
+def test_a_wrong_rewrite_fails(graph_run: Path, tmp_path: Path) -> None:
+    """Rung c does not lean on the rewrite: a shipped map that is not the fitted one is seen in the logits."""
+    import onnx_ir as ir
+
+    run = Path(shutil.copytree(graph_run, tmp_path / "run"))
+    facts = json.loads((run / "nbl.json").read_text(encoding="utf-8"))
+    path = run / "model" / "all_logits.onnx"
+    model = ir.load(path)
+    product = next(node for node in model.graph if (node.name or "").startswith("/nbl/layers."))
+    skip = next(node for node in model.graph if node.op_type == "Add" and node.name and "/nbl/" in node.name)
+    skip.replace_input_with(0, product.inputs[0])
+    ir.save(model, path)
+    assert any(r["rung"] == "c" and not r["passed"] for r in _climbed(run, facts["options"]))
+
+
+def test_more_threads_than_one_are_a_number_to_the_runtime(graph_run: Path) -> None:
+    facts = json.loads((graph_run / "nbl.json").read_text(encoding="utf-8"))
+    rungs = _climbed(graph_run, {**facts["options"], "threads": [2]})
+    assert {"a", "b", "c", "d"} <= {r["rung"] for r in rungs} and all(r["passed"] for r in rungs)
+
+
+def test_a_quantised_graph_is_proven_through_its_twin(exported: Any, text: Path, tmp_path: Path) -> None:
+    """Without a torch model: the maps as they are stored, in the float32 twin of the graph as it came."""
+    model = exported("llama", "genai", "int4")
+    done = nbl("--model", model, "--calibration", text, *TINY, "--layers", "1,2", "--output", tmp_path / "run")
+    assert done.status == 0, done.err
+    found = json.loads((tmp_path / "run" / "verify.json").read_text(encoding="utf-8"))
+    compared = [r for r in found["rungs"] if r["rung"] == "c" and "logit" in r["metric"]]
+    assert {r["tolerance"] for r in compared} == {1e-3} and max(r["value"] for r in compared) < 2e-5
+    assert {"the input graph" in sentence for sentence in found["proof"][:1]} == {True}
+
+
+def _climbed(run: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
+    from nbl_export.records.options import JobOptions
+    from nbl_export.run.job import Job
+    from nbl_export.run.progress import Ui
+    from nbl_export.run.stages import verify
+    from nbl_export.run_directory import RunDirectory
+
+    with RunDirectory.open_run(run, create=False) as opened:
+        found: list[dict[str, Any]] = verify._against_graph(Job(JobOptions.from_json(options), opened, Ui(quiet=True)))[
+            "rungs"
+        ]
+        return found
+
+
+def test_graph_of_another_exporter_is_calibrated_and_rewritten(
+    given_graph: Given, checkpoint: Any, text: Path, tmp_path: Path
+) -> None:
+    """Caches of other names: the main job says how to go on, and that works."""
+    model = tmp_path / "model"
+    shutil.copytree(given_graph("transformers-23"), model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(checkpoint("llama") / name, model / name)
+    alone = ("--model", model, "--calibration", text, *TINY, "--layers", "1", "--output", tmp_path / "run")
+    assert_refused(nbl(*alone), 1, "past_key_values.layers.0.keys", "nbl-export plan RUN")
+    assert nbl("plan", tmp_path / "run").status == 0
+    maps, out = tmp_path / "run" / "maps.safetensors", tmp_path / "out"
+    done = nbl("rewrite-graph", model, "--maps", maps, "--output", out)
+    assert done.status == 0, done.err
+
+
+def test_shards_of_a_graph_merge_to_a_run_of_a_graph(alone: tuple[object, ...], tmp_path: Path) -> None:
+    calibration = ("calibrate", *alone[:4], "--calibration-tokens", "8192", "--context", "64")
+    for name, shard in (("whole", ()), ("1", ("--shard", "1/2")), ("2", ("--shard", "2/2"))):
+        done = nbl(*calibration, *shard, "--output", tmp_path / name)
+        assert done.status == 0, done.err
+    merged = nbl("merge", tmp_path / "1", tmp_path / "2", "--output", tmp_path / "merged")
+    assert merged.status == 0, merged.err
+    for name in ("whole", "merged"):
+        done = nbl("rewrite", tmp_path / name, "--layers", "1")
+        assert done.status == 0, done.err
+    for name in ("maps.safetensors", "model/model.onnx", "original/model.onnx"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
+
+
+def test_what_needs_torch_is_refused(alone: tuple[object, ...], given_graph: Given, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    for given in (
+        ("--fit", "distilled"), ("--select", "greedy"), ("--select", "efficient"), ("--calibration", "self"),
+        ("--max-perplexity-increase", "5%"),
+    ):  # fmt: skip
+        arguments = [a for a in alone if a != "--calibration" and not str(a).endswith("text.txt")]
+        refused = nbl(*arguments, *given, "--output", output)
+        assert_refused(refused, 2, given[0], "needs the torch model")
+    assert_refused(nbl(*alone, "--precision", "int4", "--output", output), 2, "--precision int4", "is fp32")
+    assert_refused(nbl(*alone, "--engine", "trt", "--output", output), 2, "--engine ort")
+    assert not output.exists()
+
+
+def test_options_of_a_finished_run_stay_possible(graph_run: Path, finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(graph_run, tmp_path / "run"))
+    before = snapshot(run)
+    assert_refused(nbl("rewrite", run, "--precision", "int4"), 2, "--precision int4")
+    assert_refused(nbl("plan", run, "--select", "greedy"), 2, "--select greedy")
+    assert_refused(nbl("save-checkpoint", run), 1, "is an ONNX graph")
+    assert snapshot(run) == before
+    other = Path(shutil.copytree(finished, tmp_path / "torch"))
+    assert_refused(nbl("rewrite", other, "--decoder-source", "given"), 2, "--decoder-source given")
+
+
+def test_a_graph_without_tokenizer_or_already_rewritten(given_graph: Given, graph_run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    assert_refused(nbl("--model", given_graph("torchscript"), "--output", output), 1, "no tokenizer")
+    assert_refused(nbl("--model", graph_run / "model", "--output", output), 1, "logits of all tokens")
+    rewritten = graph_run / "model" / "all_logits.onnx"
+    assert_refused(nbl("--model", rewritten, "--output", output), 1, "only 2 of its 3 layers")
+    assert not output.exists()

@@ -1,0 +1,152 @@
+"""One layer at a time: the same moments, out of one file or several, and never the whole model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from nbl_export.calibrate import hooks, layer_by_layer
+from nbl_export.errors import NblError
+from nbl_export.files import file_sha256
+from nbl_export.model import one_layer
+from nbl_export.model.checkpoint.load import load_model
+
+from ..command import assert_refused, nbl
+from ..tiny import LAYERS
+
+Checkpoint = Callable[[str], Path]
+
+
+@pytest.fixture
+def sharded(checkpoint: Checkpoint, tmp_path: Path) -> Callable[[str, torch.dtype], Path]:
+    """(architecture, dtype) -> the tiny checkpoint in many files with an index."""
+
+    def make(architecture: str, dtype: torch.dtype) -> Path:
+        out = Path(shutil.copytree(checkpoint(architecture), tmp_path / f"sharded-{architecture}"))
+        (out / "model.safetensors").unlink()
+        load_model(checkpoint(architecture)).to(dtype).save_pretrained(out, max_shard_size="40KB")
+        assert len(list(out.glob("*.safetensors"))) > 3
+        return out
+
+    return make
+
+
+@pytest.fixture
+def given(text: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
+    monkeypatch.setattr(hooks, "_BATCH_TOKENS", 128)
+    return ("--calibration", text, "--calibration-tokens", 1100, "--context", 64, "--tap", "normed")
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbl_export.model.one_layer.shortage_of", lambda _checkpoint: "too large")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "mistral-window"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_are_those_of_the_whole_model(
+    architecture: str, dtype: torch.dtype, given: Any, sharded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("calibrate", "--model", sharded(architecture, dtype), *given)
+    assert nbl(*given, "--output", tmp_path / "whole").status == 0
+    monkeypatch.setattr(
+        "nbl_export.model.checkpoint.load.load_model", lambda _d: pytest.fail("the whole model was loaded")
+    )
+    short_of_memory(monkeypatch)
+    done = nbl(*given, "--output", tmp_path / "layers")
+    assert done.status == 0, done.err
+    hashes = [file_sha256(tmp_path / name / "moments.safetensors") for name in ("whole", "layers")]
+    assert hashes[0] == hashes[1]
+    assert not list((tmp_path / "layers").glob(".tmp-*"))
+
+
+def test_shard_of_a_single_file(
+    given: Any, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("calibrate", "--model", checkpoint("llama"), *given, "--shard", "2/3")
+    assert nbl(*given, "--output", tmp_path / "whole").status == 0
+    short_of_memory(monkeypatch)
+    assert nbl(*given, "--output", tmp_path / "layers").status == 0
+    hashes = [file_sha256(tmp_path / name / "moments.safetensors") for name in ("whole", "layers")]
+    assert hashes[0] == hashes[1]
+
+
+def test_chosen_by_itself_where_memory_is_short(
+    given: Any, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = one_layer.float32_bytes(checkpoint("llama"))
+    assert needed == sum(4 * p.numel() for p in load_model(checkpoint("llama")).parameters())
+    given = ("calibrate", "--model", checkpoint("llama"), *given)
+    for share, expected in ((0.59, False), (0.61, True)):
+        memory = types.SimpleNamespace(available=int(needed / share))
+        monkeypatch.setattr(psutil, "virtual_memory", lambda memory=memory: memory)
+        done = nbl(*given, "--force", "--output", tmp_path / "run")
+        assert done.status == 0, done.err
+        assert ("one layer at a time: the weights are" in done.err) is expected
+
+
+@pytest.mark.parametrize(("short", "expected"), [(False, "efficient"), (True, "cca")])
+def test_layers_are_chosen_without_the_whole_model(
+    short: bool, expected: str, given: Any, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if short:
+        short_of_memory(monkeypatch)
+    made = nbl("calibrate", "--model", checkpoint("llama"), *given, "--output", tmp_path / "run")
+    assert made.status == 0, made.err
+    done = nbl("plan", tmp_path / "run", "--layers", "1", "--json")
+    assert done.status == 0, done.err
+    assert json.loads(done.out)["select"] == expected
+
+
+def test_one_layer_is_in_memory_at_a_time(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled: list[list[str]] = []
+    fill = one_layer.Shelf.fill
+
+    def watch(self: Any, module: torch.nn.Module, renamed: Callable[[str], str]) -> None:
+        filled.append([renamed(name) for name, _ in module.named_parameters()])
+        fill(self, module, renamed)
+
+    monkeypatch.setattr(one_layer.Shelf, "fill", watch)
+    ids = torch.arange(2, 66).view(2, 32)
+    list(layer_by_layer.collect_layers(checkpoint("llama"), ids, [ids], ("residual",), tmp_path, lambda _d, _t: None))
+    assert len(filled) == LAYERS
+    for index, names in enumerate(filled):
+        others = [n for n in names if not n.startswith(f"layers.{index}.")]
+        assert others == (["embed_tokens.weight"] if index == 0 else [])
+
+
+def test_missing_weight_is_named(sharded: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    directory = sharded("llama", torch.float32)
+    file = next(f for f in directory.glob("*.safetensors") if "model.layers.1.mlp.up_proj.weight" in load_file(f))
+    save_file({k: v for k, v in load_file(file).items() if "layers.1.mlp.up_proj" not in k}, file)
+    ids = torch.arange(2, 66).view(2, 32)
+    with pytest.raises(NblError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        list(layer_by_layer.collect_layers(directory, ids, [ids], ("residual",), tmp_path, lambda _d, _t: None))
+
+
+def test_nan_weights_are_named_by_layer(
+    given: Any, sharded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short_of_memory(monkeypatch)
+    from safetensors.torch import load_file, save_file
+
+    directory = sharded("llama", torch.float32)
+    for file in directory.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name, value in tensors.items():
+            if name == "model.layers.1.mlp.down_proj.weight":
+                value[0, 0] = float("nan")
+        save_file(tensors, file, metadata={"format": "pt"})
+    done = nbl("calibrate", "--model", directory, *given, "--output", tmp_path / "run")
+    assert_refused(done, 1, "layer 2", "NaN or infinity")

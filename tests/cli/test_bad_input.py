@@ -1,0 +1,316 @@
+"""Model, options, text and prompt that are wrong: one sentence, the right exit status, and nothing earlier lost.
+
+Status 1 is a file or a value that does not fit the model, 2 the command line by itself, 3 failed verification.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nbl_export.engines.base import Availability
+
+from ..command import TINY, assert_refused, nbl, snapshot, stage_lines
+from ..damage import cut, edit
+from ..tiny import LAYERS
+
+Same = tuple[object, ...]
+Damage = Callable[[Path], object]
+
+
+@pytest.fixture
+def model(checkpoint: Any, tmp_path: Path) -> Path:
+    """A copy of the tiny Llama, to be damaged."""
+    return Path(shutil.copytree(checkpoint("llama"), tmp_path / "damaged model"))
+
+
+def assert_refused_everywhere(run: Path, status: int, given: Same, *parts: object) -> None:
+    """Refused with a new output, which is not made, and with a finished one, which stays as it is, --force or not."""
+    fresh = run.parent / "fresh" / "run"
+    assert_refused(nbl(*given, "--output", fresh), status, *parts)
+    assert not fresh.parent.exists()
+    before = snapshot(run)
+    assert_refused(nbl(*given, "--output", run), status, *parts)
+    assert_refused(nbl(*given, "--output", run, "--force"), status, *parts)
+    assert snapshot(run) == before
+
+
+# -- the model -------------------------------------------------------------------------------------------------
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def index(*names: object) -> Damage:
+    def write(model: Path) -> None:
+        weights = {f"weight.{i}": name for i, name in enumerate(names)}
+        (model / INDEX).write_text(json.dumps({"weight_map": weights}))
+
+    return write
+
+
+def only_a_pickle(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+MODELS: dict[str, tuple[Damage, tuple[str, ...]]] = {
+    "gone": (shutil.rmtree, ("no model at", "damaged model", "hub id")),
+    "weights cut": (lambda m: cut(m / "model.safetensors", 1000), ("model.safetensors", "truncated", "fetch it again")),
+    "weights cut at the end": (lambda m: cut(m / "model.safetensors", 471_000), ("model.safetensors", "truncated")),
+    "weights empty": (lambda m: cut(m / "model.safetensors", 0), ("model.safetensors", "truncated")),
+    "no weights": (lambda m: (m / "model.safetensors").unlink(), ("has no safetensors weights",)),
+    "pickle": (only_a_pickle, ("pytorch_model.bin is a pickle", "convert it")),
+    "no config": (lambda m: (m / "config.json").unlink(), ("has no config.json",)),
+    "config cut": (lambda m: cut(m / "config.json", 100), ("config.json", "cannot be read", "fetch the model again")),
+    "config is text": (lambda m: (m / "config.json").write_bytes(b"\xff\xfe{"), ("config.json", "cannot be read")),
+    "config is a list": (lambda m: (m / "config.json").write_text("[]"), ("config.json", "not a model configuration")),
+    "config contradicts": (lambda m: edit(m / "config.json", num_key_value_heads=3), ("no usable decoder", "multiple")),
+    "config of 0 layers": (lambda m: edit(m / "config.json", num_hidden_layers=0), ("no usable decoder", "at least")),
+    "bert": (lambda m: edit(m / "config.json", model_type="bert"), ("'bert'", "not supported", "llama, mistral")),
+    "a type that is a list": (lambda m: edit(m / "config.json", model_type=["llama"]), ("['llama']", "not supported")),
+    "no type": (lambda m: edit(m / "config.json", model_type=None), ("not supported", "llama, mistral")),
+    "gpt2": (lambda m: edit(m / "config.json", model_type="gpt2"), ("'gpt2'", "not supported", "llama, mistral")),
+    "index names a missing file": (index("a.safetensors"), ("lacks a.safetensors", "index", "fetch the model again")),
+    "index names a file outside": (index("../x.safetensors"), ("index.json", "outside", "not to be trusted")),
+    "index names the directory above": (index(".."), ("index.json", "outside", "not to be trusted")),
+    "index of numbers": (index(5), ("index.json", "cannot be read")),
+    "index of nothing": (index(), ("index.json", "names no file")),
+    "index cut": (lambda m: (m / INDEX).write_text('{"weight'), ("index.json", "cannot be read")),
+    "index is a directory": (lambda m: (m / INDEX).mkdir(), ("index.json", "cannot be read")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_damaged_model(case: str, model: Path, text: Path, run: Path) -> None:
+    damage, parts = MODELS[case]
+    damage(model)
+    assert_refused_everywhere(run, 1, ("--model", model, "--calibration", text, *TINY), *parts)
+
+
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [
+        (lambda m: (m / "tokenizer.json").write_text("{"), ("no usable tokenizer",)),
+        (lambda m: edit(m / "config.json", num_hidden_layers=LAYERS + 1), ("lacks the weights", "fetch the model")),
+        (lambda m: edit(m / "config.json", intermediate_size=48), ("shapes that config.json states",)),
+        (lambda m: _move_token(m / "tokenizer.json"), ("token 5000", "do not belong together")),
+        (lambda m: _poison(m / "model.safetensors"), ("layer 0", "NaN or infinity", "check the checkpoint")),
+    ],
+    ids=["tokenizer", "a layer without weights", "another width", "an unknown token", "weights are NaN"],
+)  # fmt: skip
+def test_model_that_is_found_out_when_it_is_loaded(
+    damage: Damage, parts: tuple[str, ...], model: Path, text: Path, tmp_path: Path
+) -> None:
+    damage(model)
+    given = ("--model", model, "--calibration", text, *TINY)
+    assert_refused(nbl(*given, "--output", tmp_path / "run"), 1, *parts)
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+    assert not list((tmp_path / "run").glob(".tmp-*"))
+
+
+def _move_token(path: Path) -> None:
+    """A frequent token gets a number beyond the model's embeddings."""
+    said = json.loads(path.read_text(encoding="utf-8"))
+    said["model"]["vocab"]["e"] = 5000
+    path.write_text(json.dumps(said), encoding="utf-8")
+
+
+def _poison(path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(path)
+    tensors["model.layers.0.self_attn.q_proj.weight"][:] = np.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_gguf_that_is_none(text: Path, run: Path, tmp_path: Path) -> None:
+    for name, data in (("empty", b""), ("cut", b"GGUF\x03\0\0\0\1\0\0\0"), ("text", b"hello, this is not a model" * 9)):
+        (tmp_path / f"{name}.gguf").write_bytes(data)
+        given = ("--model", tmp_path / f"{name}.gguf", "--calibration", text)
+        assert_refused_everywhere(run, 1, given, f"{name}.gguf", "not a GGUF file", "fetch it again")
+
+
+def test_gguf_of_another_architecture(text: Path, run: Path, tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "m.gguf", "gptneox")
+    writer.add_block_count(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    given = ("--model", tmp_path / "m.gguf", "--calibration", text)
+    assert_refused_everywhere(run, 1, given, "m.gguf", "'gptneox'", "llama, mistral")
+    (tmp_path / "n.gguf").touch()
+    assert_refused_everywhere(run, 1, ("--model", tmp_path, "--calibration", text), "2 GGUF files", "name one")
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "nothing", "a/b/c", "~/nothing/here", "nobody/no thing"])
+def test_model_that_is_nowhere(name: str, run: Path) -> None:
+    assert_refused_everywhere(run, 1, ("--model", name), "no model", name.removeprefix("~"))
+
+
+def test_model_is_a_file(run: Path, text: Path) -> None:
+    assert_refused_everywhere(run, 1, ("--model", text), "is not a model", "a directory with safetensors")
+
+
+# -- options ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (("--engine", "steam"), ("unknown engine 'steam'", "ort")),
+        (("--precision", "fp7"), ("--precision fp7", "fp32", "int4")),
+        (("--decoder-source", "thin-air"), ("--decoder-source thin-air", "genai", "mobius")),
+        (("--calibration-tokens", "x"), ("--calibration-tokens",)),
+        (("--context", "1"), ("--context",)),
+        (("--seed", "-1"), ("--seed",)),
+        (("--depth", "0"), ("--depth",)),  # the main job takes it from a configuration file
+        (("--config", "/nowhere.toml"), ("--config", "/nowhere.toml", "cannot be read")),
+        (("--no-such-option",), ("--no-such-option",)),
+        (("stray",), ("stray",)),
+    ],
+    ids=lambda value: " ".join(value),
+)  # fmt: skip
+def test_option_that_is_none(options: tuple[str, ...], parts: tuple[str, ...], same: Same, run: Path) -> None:
+    assert_refused_everywhere(run, 2, (*same, *options), *parts)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (("--layers", "3"), ("--layers 3", "at least one stays", "at most 2")),
+        (("--layers", "some"), ("--layers", "'some' is not a layer", "0,7,24-29")),
+        (("--layers", "²"), ("--layers", "'²' is not a layer")),
+        (("--layers", ""), ("--layers", "is not a layer")),
+        (("--layers", "-1"), ("--layers", "'-1' is not a layer")),
+        (("--layers", "0,0"), ("--layers", "layer 0 is named twice")),
+        (("--layers", "0-1,1"), ("--layers", "layer 1 is named twice")),
+        (("--layers", "2-1"), ("--layers", "2-1 runs backwards")),
+        (("--layers", "1-"), ("--layers", "'1-' is not a layer")),
+        (("--layers", "0-2"), ("at least one stays", "at most 2")),
+        (("--layers", "0,3"), ("layer 3 does not exist", "0 to 2")),
+        (("--layers", "0-99999999999"), ("layer 99999999999 does not exist",)),
+        (("--layers", "99"), ("--layers 99", "at most 2")),
+        (("--context", "513"), ("--context 513", "512 positions")),
+        (("--precision", "int4", "--decoder-source", "mobius"), ("mobius", "int4", "--precision fp32, fp16")),
+        (("--precision", "fp16"), ("genai", "fp16", "fp32, int8, int4")),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_option_that_does_not_fit(options: tuple[str, ...], parts: tuple[str, ...], same: Same, run: Path) -> None:
+    assert_refused_everywhere(run, 1, (*same, *options), *parts)
+    mine = tuple(o for o in options if o != "--context" and o != "513")
+    command = "plan" if "--layers" in mine else "rewrite"
+    if mine:
+        before = snapshot(run)
+        refused = nbl(command, run, *mine)
+        assert_refused(refused, 1, *parts)
+        assert stage_lines(refused) == {}  # known before any stage
+        assert snapshot(run) == before
+
+
+def test_missing_options(same: Same, run: Path) -> None:
+    assert_refused(nbl(), 2, "--model")
+    assert_refused(nbl("--model", "x/y"), 2, "--output")
+    assert_refused(nbl("plan"), 2, "DIR")
+    assert_refused(nbl("no-such-command"), 2, "no-such-command")
+    assert_refused(nbl("--layers", "2", "plan", run), 2, "--layers", "plan")
+
+
+def test_engine_that_is_not_available(same: Same, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before any work; what needs no engine goes on."""
+    from nbl_export.engines.ort import engine
+
+    monkeypatch.setattr(engine, "probe", lambda: Availability(False, "the library is from the moon; install another"))
+    assert_refused_everywhere(run, 1, same, "engine ort is not available here", "from the moon; install another")
+    before = snapshot(run)
+    assert_refused(nbl("generate", run, "Hi"), 1, "not available here", "from the moon")
+    assert_refused(nbl("bench", run, "--generate-tokens", 5), 1, "not available here", "from the moon")
+    assert snapshot(run) == before  # the option of a command that failed is not recorded
+    (run / "verify.json").unlink()
+    assert_refused(nbl("verify", run), 1, "not available here", "from the moon")
+    assert "from the moon" in nbl("doctor").out
+    assert nbl("plan", run, "--layers", "2").status == 0
+
+
+# -- calibration text ------------------------------------------------------------------------------------------
+
+TEXTS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
+    "empty": ("t.txt", b"", ("t.txt", "is empty")),
+    "blank": ("t.txt", b" \n\t\n", ("t.txt", "is empty")),
+    "binary": ("t.txt", b"\x7fELF\0\0\1", ("t.txt", "is a binary file", "UTF-8")),
+    "latin-1": ("t.txt", "naïve".encode("latin-1"), ("t.txt", "not UTF-8 (byte 2)", "iconv")),
+    "utf-16": ("t.txt", "naïve text".encode("utf-16"), ("t.txt", "binary")),
+    "json without text": ("t.json", b'[{"txt": "a"}]', ("t.json", "entry 1 has no text field")),
+    "json object": ("t.json", b'{"text": "a"}', ("t.json", "must be a JSON list")),
+    "json cut": ("t.json", b'[{"text": "a', ("t.json", "is not JSON")),
+    "json of nothing": ("t.json", b"[]", ("t.json", "holds no text")),
+    "json too deep": ("t.json", b"[" * 100_000, ("t.json", "is not JSON")),
+    "jsonl without text": ("t.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', ("t.jsonl", "entry 2 has no text field")),
+    "jsonl cut": ("t.jsonl", b'{"text": "a"}\n{"text', ("t.jsonl, line 2", "is not JSON")),
+    "jsonl null": ("t.jsonl", b'{"text": null}\n', ("t.jsonl", "entry 1 has no text field")),
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_calibration_text(case: str, checkpoint: Any, run: Path, tmp_path: Path) -> None:
+    name, data, parts = TEXTS[case]
+    (tmp_path / name).write_bytes(data)
+    given = ("--model", checkpoint("llama"), *TINY, "--calibration", tmp_path / name)
+    assert_refused_everywhere(run, 1, given, "calibration text", *parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("/not/there.txt", "no calibration text at /not/there.txt: give a UTF-8 file"),
+        ("not-there.txt", "no calibration text at not-there.txt: give a UTF-8 file"),
+        ("./not/there", "no calibration text at not/there: give a UTF-8 file"),
+        ("nobody/no-set", "nobody/no-set"),
+        (".", "calibration text . is a directory; name a file in it"),
+    ],
+)
+def test_calibration_text_that_is_nowhere(name: str, reason: str, checkpoint: Any, run: Path) -> None:
+    given = ("--model", checkpoint("llama"), *TINY, "--calibration", name)
+    assert_refused_everywhere(run, 1, given, reason)
+
+
+def test_calibration_text_that_is_too_short(checkpoint: Any, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("Only a few words.")
+    given = ("--model", checkpoint("llama"), *TINY, "--calibration", tmp_path / "t.txt")
+    before = snapshot(run)
+    refused = nbl(*given, "--output", run)
+    assert_refused(refused, 1, "t.txt is too short", "tokens", "give more text or a smaller --context")
+    assert snapshot(run) == before
+    assert nbl("report", run).status == 0
+
+
+# -- generate --------------------------------------------------------------------------------------------------
+
+
+def test_prompt_that_cannot_be_answered(finished: Path) -> None:
+    assert_refused(nbl("generate", finished, ""), 1, "prompt is empty")
+    assert_refused(nbl("generate", finished, "word " * 600), 1, "512", "shorten the prompt")
+    assert_refused(nbl("generate", finished, "Hi", "--max-new-tokens", 0), 2, "--max-new-tokens")
+
+
+def test_reader_that_goes_away(finished: Path) -> None:
+    """`nbl-export generate ... | head -c 1` ends quietly."""
+    command = [sys.executable, "-m", "nbl_export", "generate", str(finished), "The", "--max-new-tokens", "300"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) in (0, 1)

@@ -1,0 +1,426 @@
+"""The command line end to end on tiny decoders: what the main job leaves behind, and every subcommand on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nbl_export import __version__
+from nbl_export.engines.ort.genai import GenaiRunner
+
+from ..command import TINY, Outcome, in_new_process, nbl, snapshot, stage_lines
+from ..tiny import HIDDEN, LAYERS, VOCAB
+
+Same = tuple[object, ...]
+
+STAGES = ["calibrate", "plan", "decoder graph", "rewrite", "verify", "bench", "report"]
+DEPLOYED = {"model.onnx", "all_logits.onnx", "model.onnx.data", "genai_config.json", "config.json",
+            "generation_config.json", "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+SUBCOMMANDS = ["calibrate", "plan", "rewrite", "verify", "bench", "report", "generate", "inspect", "doctor"]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def answer(*arguments: object) -> Any:
+    """What a command prints with --json."""
+    done = nbl(*arguments, "--json")
+    assert done.status == 0, done.err
+    return json.loads(done.out)
+
+
+# -- what the main job leaves ----------------------------------------------------------------------------------
+
+
+def test_leaves_the_files_of_the_run_directory_and_no_others(finished: Path) -> None:
+    names = {p.name for p in finished.iterdir()}
+    assert names - {".lock"} == {
+        "nbl.json", "moments.safetensors", "maps.safetensors", "original", "model", "verify.json", "bench.json",
+        "report.html", "report.md", "report.json",
+    }  # fmt: skip
+    assert {p.name for p in (finished / "original").iterdir()} == DEPLOYED
+    assert {p.name for p in (finished / "model").iterdir()} == DEPLOYED | {"nbl.json"}
+
+
+def test_manifest_says_what_was_done(finished: Path, same: Same, text: Path) -> None:
+    facts = read(finished / "nbl.json")
+    assert facts["schema"] == 1
+    assert facts["status"] == "verified"
+    assert facts["model"]["name"] == str(same[1])
+    assert facts["model"]["architecture"] == "llama"
+    assert facts["num_layers"] == LAYERS
+    assert facts["tap"] == "residual"
+    assert facts["calibration"]["name"] == text.name
+    assert facts["calibration"]["sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert facts["calibration"]["tokens"] == 1024
+    assert {"torch", "transformers", "onnxruntime", "onnxruntime-genai"} <= set(facts["versions"])
+    assert [s["layer"] for s in facts["scores"]] == list(range(LAYERS))
+    assert all({"bound", "nmse", "relative_error"} <= set(s) for s in facts["scores"])
+    smallest = min(facts["scores"], key=lambda s: s["bound"])
+    assert facts["replaced_layers"] == [smallest["layer"]]  # a quarter of three layers, rounded
+    options = facts["options"]
+    assert (options["precision"], options["engine"], options["decoder_source"]) == ("fp32", "ort", "genai")
+    assert (options["context"], options["depths"], options["repetitions"]) == (64, [0], 1)
+
+
+def test_manifest_has_the_hash_of_every_file_and_the_seconds_of_every_stage(finished: Path) -> None:
+    stages = read(finished / "nbl.json")["stages"]
+    assert list(stages) == ["calibrate", "plan", "decoder", "rewrite", "verify", "bench", "report"]
+    assert all(stage["seconds"] >= 0 for stage in stages.values())
+    recorded = {name: digest for stage in stages.values() for name, digest in stage["files"].items()}
+    found = snapshot(finished)
+    found.pop("nbl.json")
+    assert recorded == found
+
+
+def test_maps_are_named_shaped_and_typed_as_stated(finished: Path) -> None:
+    from safetensors.numpy import load_file
+
+    (layer,) = read(finished / "nbl.json")["replaced_layers"]
+    maps = load_file(finished / "maps.safetensors")
+    assert {name: (m.shape, m.dtype.name) for name, m in maps.items()} == {
+        f"layers.{layer}.weight": ((HIDDEN, HIDDEN), "float32"),
+        f"layers.{layer}.bias": ((HIDDEN,), "float32"),
+    }
+
+
+def test_every_rung_is_recorded_with_its_tolerance(finished: Path) -> None:
+    result = read(finished / "verify.json")
+    assert result["passed"] is True
+    assert {(r["rung"], r["subject"]) for r in result["rungs"]} == {
+        ("a", "original"), ("a", "nbl"), ("b", "original"), ("c", "nbl"), ("d", "original"), ("d", "nbl"),
+        ("f", "original"), ("f", "nbl"),
+    }  # fmt: skip
+    assert all(r["passed"] and r["value"] <= r["tolerance"] for r in result["rungs"])
+    batched = [r for r in result["rungs"] if r["rung"] == "c" and "batch of 2" in r["detail"]]
+    assert {r["metric"].rpartition(" ")[2] for r in batched} == {"prefill", "decode"}
+    assert len(result["price"]) == 1 + 1  # the text's own end, and one that is not calibrated on
+    assert all(p["kl_mean"] >= 0 and 0 <= p["top1_agreement"] <= 1 for p in result["price"])
+    head = HIDDEN // 4
+    assert result["cache_bytes_per_token"] == {"original": 3 * 2 * 2 * head * 4, "nbl": 2 * 2 * 2 * head * 4}
+
+
+def test_bench_keeps_raw_timings_and_report_has_a_row_of_each(finished: Path) -> None:
+    bench, report = read(finished / "bench.json"), read(finished / "report.json")
+    wanted = {(test, 0, variant) for test in ("pp16", "tg4") for variant in ("original", "nbl")}
+    assert {(t["test"], t["depth"], t["variant"]) for t in bench["timings"]} == wanted
+    assert all(len(t["samples_ns"]) == 1 for t in bench["timings"])
+    assert {(r["test"], r["depth"], r["variant"]) for r in report["rows"]} == wanted
+    for row in report["rows"]:
+        assert row["tokens_per_second_median"] == row["tokens_per_second_mean"] == row["samples"][0] > 0
+        assert row["tokens_per_second_stdev"] == 0
+    for figure in ("peak_memory_bytes", "kv_cache_bytes", "model_bytes", "load_seconds"):
+        assert all(report[figure][variant] > 0 for variant in ("original", "nbl")), figure
+    assert report["kv_cache_bytes"]["nbl"] * 3 == report["kv_cache_bytes"]["original"] * 2
+    assert {"cpu", "cores", "memory_bytes", "os"} <= set(report["machine"])
+    assert report["verified"] is True
+
+
+def test_stages_go_to_stderr_and_the_result_to_stdout(finished: Path) -> None:
+    """And nothing else: no warnings, bars or log lines of libraries."""
+    assert finished.with_name("stdout").read_text(encoding="utf-8") == f"{finished / 'report.html'}\n"
+    said = finished.with_name("stderr").read_text(encoding="utf-8")
+    assert stage_lines(Outcome(0, "", said)) == dict.fromkeys(STAGES, "done")
+    price = [line for line in said.splitlines() if line.startswith("  perplexity ")]
+    assert len(price) == 2 and all(" to " in line and "8,192 tokens" in line for line in price)
+    busy = [line for line in said.splitlines() if "measured on a busy machine" in line]  # as it may be
+    assert len(said.splitlines()) == 2 * len(STAGES) + len(price) + len(busy), said
+
+
+@pytest.mark.parametrize("which", ["original", "model"])
+def test_directory_runs_in_plain_onnxruntime(which: str, finished: Path) -> None:
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(finished / which / "model.onnx", providers=["CPUExecutionProvider"])
+    feeds: dict[str, Any] = {"input_ids": np.array([[5, 6, 7]]), "attention_mask": np.ones((1, 3), np.int64)}
+    for value in session.get_inputs():
+        if value.name.startswith("past_key_values."):
+            feeds[value.name] = np.zeros((1, value.shape[1], 0, HIDDEN // 4), np.float32)
+    names = {v.name for v in session.get_inputs()}
+    assert len([n for n in names if n.startswith("past")]) == 2 * (LAYERS if which == "original" else LAYERS - 1)
+    (logits,) = session.run(["logits"], {k: v for k, v in feeds.items() if k in names})
+    assert logits.shape == (1, 1, VOCAB)
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("which", ["original", "model"])
+def test_directory_answers_in_plain_onnxruntime_genai(which: str, finished: Path, tmp_path: Path) -> None:
+    """Alone in another place: a script of ten lines that knows nothing of this tool."""
+    import onnxruntime_genai as og
+
+    shutil.copytree(finished / which, tmp_path / "elsewhere")
+    model = og.Model(str(tmp_path / "elsewhere"))
+    tokenizer = og.Tokenizer(model)
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=24, do_sample=False)
+    generator = og.Generator(model, params)
+    generator.append_tokens(tokenizer.encode("The language"))
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert len(generator.get_sequence(0)) > len(tokenizer.encode("The language"))
+    assert tokenizer.decode(generator.get_sequence(0)).startswith("The language")
+
+
+def test_model_directory_explains_itself(finished: Path) -> None:
+    whole, deployed = read(finished / "nbl.json"), read(finished / "model" / "nbl.json")
+    assert deployed["model"] == {**whole["model"], "name": Path(whole["model"]["name"]).name}
+    for fact in ("schema", "decoder", "calibration", "num_layers", "replaced_layers", "tap", "scores"):
+        assert deployed[fact] == whole[fact], fact
+    assert deployed["nbl_export"] == __version__
+
+
+def test_recorded_command_gives_the_same_run(finished: Path) -> None:
+    job, bench = read(finished / "nbl.json")["command"].split(" && ")
+    done = nbl(*shlex.split(job)[1:], *TINY[:2])  # the benchmark's options are the second command's
+    assert set(stage_lines(done).values()) == {"reused"}, done.err
+    done = nbl(*shlex.split(bench)[1:])
+    assert set(stage_lines(done).values()) == {"reused"}, done.err
+
+
+# -- other decoders, sources and precisions ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("mistral", ("--layers", "0,2")),
+        ("mistral-window", ()),
+        ("llama", ("--decoder-source", "mobius", "--layers", "2")),
+        ("llama", ("--precision", "int4")),
+        ("llama", ("--precision", "int8", "--layers", "1,")),
+    ],
+    ids=["mistral", "mistral with a window", "mobius", "int4", "int8"],
+)
+def test_main_job(
+    architecture: str, options: Same, checkpoint: Any, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = snapshot(checkpoint(architecture))
+    given = ("--model", checkpoint(architecture), "--calibration", text, *TINY, *options)
+    done = nbl(*given, "--output", tmp_path / "run")
+    assert done.status == 0, done.err
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    assert snapshot(checkpoint(architecture)) == before  # the model is only read
+    facts = answer("inspect", tmp_path / "run")
+    assert facts["status"] == "verified"
+    assert facts["decoder"]["sliding_window"] == (16 if architecture == "mistral-window" else None)
+    kept = LAYERS - len(facts["replaced_layers"])
+    assert facts["variants"]["nbl"]["cache_layers"] == kept
+    per_token = {name: v["kv_cache_bytes_per_token"] for name, v in facts["variants"].items()}
+    assert read(tmp_path / "run" / "verify.json")["cache_bytes_per_token"] == per_token
+    assert nbl("generate", tmp_path / "run", "The", "--max-new-tokens", 4).status == 0
+    for which in ("original", "model"):
+        assert read(tmp_path / "run" / which / "genai_config.json")["model"]["context_length"] == 512
+
+
+def test_no_layers_is_the_original_again(same: Same, tmp_path: Path) -> None:
+    done = nbl(*same, "--layers", "0", "--output", tmp_path / "run")
+    assert done.status == 0, done.err
+    original, model = (snapshot(tmp_path / "run" / name) for name in ("original", "model"))
+    model.pop("nbl.json")
+    assert model == original
+    facts = read(tmp_path / "run" / "nbl.json")
+    assert (facts["status"], facts["replaced_layers"]) == ("verified", [])
+    assert all(p["kl_mean"] == 0 for p in read(tmp_path / "run" / "verify.json")["price"])
+
+
+def test_paths_with_spaces_and_other_scripts(
+    checkpoint: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative ones too; afterwards from another working directory, without model and text."""
+    place = tmp_path / "my models, ü 模型"
+    shutil.copytree(checkpoint("llama"), place / "tiny ‘llama’")
+    shutil.copyfile(text, place / "text é.txt")
+    monkeypatch.chdir(place)
+    given = ("--model", "./tiny ‘llama’", "--calibration", "./text é.txt", *TINY)
+    done = nbl(*given, "--output", "läufe/run 1")
+    assert done.status == 0, done.err
+    assert done.out == "läufe/run 1/report.html\n"
+    assert nbl("generate", "läufe/run 1", "Größe 模型", "--max-new-tokens", 2).status == 0
+    words = shlex.split(read(place / "läufe/run 1/nbl.json")["command"])
+    assert words[words.index("--model") + 1] == "./tiny ‘llama’"
+    monkeypatch.chdir(tmp_path)
+    (place / "läufe/run 1/verify.json").unlink()  # verification needs model and text again
+    done = nbl("verify", place / "läufe/run 1")
+    assert done.status == 0, done.err
+
+
+# -- subcommands -----------------------------------------------------------------------------------------------
+
+
+def test_stages_by_hand_make_the_same_run(
+    same: Same, checkpoint: Any, text: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    few = ("--calibration-tokens", 1024, "--context", 64)
+    done = nbl("calibrate", "--model", checkpoint("llama"), "--output", run, "--calibration", text, *few)
+    assert (done.status, done.out) == (0, f"{run / 'moments.safetensors'}\n"), done.err
+    assert answer("inspect", run)["status"] == "incomplete"
+    assert answer("plan", run)["replaced_layers"] == read(finished / "nbl.json")["replaced_layers"]
+    done = nbl("rewrite", run)
+    assert (done.status, done.out) == (0, f"{run / 'model'}\n"), done.err
+    assert answer("verify", run)["passed"] is True
+    short = ("--depth", 0, "--repetitions", 1, "--prompt-tokens", 16, "--generate-tokens", 4)
+    assert len(answer("bench", run, *short)["rows"]) == 4
+    done = nbl("report", run)
+    assert (done.status, done.out) == (0, f"{run / 'report.html'}\n"), done.err
+    assert set(stage_lines(nbl(*same, "--output", run)).values()) == {"reused"}
+    ours, theirs = snapshot(run), snapshot(finished)
+    timed = {"nbl.json", "bench.json", "report.html", "report.md", "report.json", "model/nbl.json"}
+    assert {n: h for n, h in ours.items() if n not in timed} == {n: h for n, h in theirs.items() if n not in timed}
+
+
+def test_calibrate_keeps_the_recorded_options(run: Path, checkpoint: Any, text: Path) -> None:
+    given = ("--model", checkpoint("llama"), "--output", run, "--calibration", text)
+    done = nbl("calibrate", *given, "--calibration-tokens", 512)
+    assert stage_lines(done) == {"calibrate": "done"}, done.err
+    options = read(run / "nbl.json")["options"]
+    assert (options["calibration_tokens"], options["context"], options["depths"]) == (512, 64, [0])
+
+
+@pytest.mark.parametrize(
+    ("layers", "replaced"),
+    [
+        ("2", 2), ("02", 2), ("0", 0), ("1,", [1]), ("0,2", [0, 2]), ("0-1", [0, 1]), (" 2 , 0 ", [0, 2]),
+        ("0-0,2", [0, 2]),
+    ],
+)  # fmt: skip
+def test_layers_is_a_count_or_a_list(layers: str, replaced: int | list[int], run: Path) -> None:
+    planned = answer("plan", run, "--layers", layers)
+    if isinstance(replaced, int):
+        ranked = sorted(planned["scores"], key=lambda s: s["bound"])
+        replaced = sorted(s["layer"] for s in ranked[:replaced])
+    assert planned["replaced_layers"] == replaced
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("plan",), ("CCA bound", "NMSE", "replaced")),
+        (("verify",), ("Verification", "logit difference, decode", "perplexity", "ok")),
+        (("bench",), ("pp16", "tg4", "original", "nbl", "tokens/s")),
+        (("inspect",), ("llama, 3 layers", "replaced layers", "verified", "cache bytes a token", "nbl-export --model")),
+    ],
+    ids=lambda value: value[0],
+)
+def test_tables_for_people(arguments: tuple[str, ...], words: tuple[str, ...], run: Path) -> None:
+    done = nbl(*arguments, run)
+    assert done.status == 0, done.err
+    assert all(word in done.out for word in words), done.out
+
+
+def test_tables_hold_the_figures(run: Path) -> None:
+    planned, measured = answer("plan", run), answer("bench", run)
+    table = nbl("plan", run).out
+    for score in planned["scores"]:
+        row = next(line for line in table.splitlines() if line.startswith(f"│ {score['layer']} "))
+        figures = (f"{score['bound']:.3f}", f"{score['nmse']:.4f}", f"{score['relative_error']:.5f}")
+        assert all(figure in row for figure in figures), row
+        assert ("replaced" in row) == (score["layer"] in planned["replaced_layers"])
+    table = nbl("bench", run).out
+    assert "Speed" in table
+    assert all(f"{row['tokens_per_second_median']:.2f}" in table for row in measured["rows"])
+
+
+def test_json_is_alone_on_stdout_and_stderr_is_quiet(run: Path) -> None:
+    for command in ("plan", "verify", "bench", "inspect"):
+        done = nbl(command, run, "--json")
+        assert json.loads(done.out)
+        assert done.err == "", command
+
+
+def test_doctor_names_every_engine_with_its_reason() -> None:
+    from nbl_export.engines import ENGINES
+    from nbl_export.engines.providers import PROVIDERS
+
+    found = answer("doctor")
+    assert set(found) == {*ENGINES, *(f"ort --provider {flag}" for flag in PROVIDERS)}
+    assert all(isinstance(engine["available"], bool) and engine["reason"] for engine in found.values())
+    assert found["ort"]["available"], found["ort"]["reason"]
+    table = nbl("doctor").out
+    assert all(word in table for name in found for word in name.split())
+
+
+def test_generate_streams_text_of_either_decoder(finished: Path) -> None:
+    """Three forms of the same answer; the original's is what the runner says for the original directory."""
+    limit = ("--max-new-tokens", 6)
+    said = nbl("generate", finished, "The language", *limit)
+    assert said.status == 0, said.err
+    assert said.out.endswith("\n")
+    assert nbl("generate", finished / "model", "The language", *limit).out == said.out
+    assert nbl("generate", finished, "The language", *limit, "--raw").out == said.out  # no template to leave out
+    with GenaiRunner(finished / "original") as runner:
+        expected = "".join(runner.stream(runner.encode("The language", chat=False), 6))
+    assert nbl("generate", finished, "The language", *limit, "--original").out == expected + "\n"
+
+
+def test_generate_applies_a_chat_template_but_not_with_raw(run: Path) -> None:
+    plain = nbl("generate", run, "Say yes", "--max-new-tokens", 6).out
+    template = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}Answer:"
+    (run / "model" / "chat_template.jinja").write_text(template, encoding="utf-8")
+    arguments = ("generate", run / "model", "Say yes", "--max-new-tokens", 6)
+    assert nbl(*arguments).out != plain
+    assert nbl(*arguments, "--raw").out == plain
+
+
+def test_version() -> None:
+    assert nbl("--version").out == f"{__version__}\n"
+
+
+# -- what is loaded, and what is not needed ----------------------------------------------------------------------
+
+_WATCH = """
+import atexit, sys
+heavy = ("torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "tensorrt", "mobius")
+atexit.register(lambda: print("LOADED", [m for m in heavy if sys.modules.get(m)], file=sys.stderr))
+"""
+_NO_TORCH = """
+sys.modules.update(torch=None, transformers=None, onnx_ir=None, mobius=None, optimum=None)
+"""
+
+
+def test_help_loads_neither_torch_nor_an_engine() -> None:
+    done = in_new_process("--help-all", code=_WATCH)
+    assert done.status == 0, done.err
+    assert done.err == "LOADED []\n"
+    assert all(name in done.out for name in (*SUBCOMMANDS, "--calibration-tokens", "--decoder-source"))
+    for name in SUBCOMMANDS:
+        assert nbl(name, "--help").status == 0
+
+
+def test_a_finished_run_is_served_without_torch_and_without_its_model(run: Path) -> None:
+    """Moved to a machine that only runs engines: bench, report, generate and inspect."""
+    manifest = read(run / "nbl.json")
+    manifest["options"] |= {"model": "/not/there", "calibration": ["/not/there.txt"]}
+    manifest["places"] = {"model": "/not/there", "calibration": ["/not/there.txt"]}
+    (run / "nbl.json").write_text(json.dumps(manifest))
+    code = _WATCH + _NO_TORCH
+    done = in_new_process("bench", run, "--generate-tokens", 3, code=code)
+    assert done.status == 0, done.err
+    assert "tg3" in done.out
+    assert "'onnxruntime_genai'" in done.err.splitlines()[-1]
+    (run / "report.html").unlink()
+    for arguments in (("report", run), ("inspect", run), ("generate", run, "The", "--max-new-tokens", "2")):
+        done = in_new_process(*arguments, code=code)
+        assert done.status == 0, done.err
+    assert (run / "report.html").exists()
+    assert nbl("inspect", run, "--json").status == 0
+
+
+@pytest.mark.parametrize(("tap", "found"), [((), "normed"), (("--tap", "residual"), "residual")])
+def test_distilled_maps_act_on_the_normed_input_unless_asked(
+    tap: tuple[str, ...], found: str, same: tuple[object, ...], tmp_path: Path
+) -> None:
+    done = nbl(*same, "--fit", "distilled", "--distill-steps", "2", *tap, "--output", tmp_path / "run")
+    assert done.status == 0, done.err
+    facts = json.loads((tmp_path / "run" / "nbl.json").read_text(encoding="utf-8"))
+    assert (facts["tap"], facts["fit"]["kind"]) == (found, "distilled")
+    assert f"--tap {found}" in facts["command"] or found == "residual"
+    assert not list((tmp_path / "run").glob("*.partial.safetensors"))

@@ -1,0 +1,175 @@
+"""Options in one place: the command line, a configuration file, help and the recorded command are made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_export.cli.config import read_config
+from nbl_export.errors import NblError
+from nbl_export.records.option import MAIN, options_of
+from nbl_export.records.options import JobOptions, describe_command
+
+from ..command import assert_refused, nbl, snapshot, stage_lines
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = options_of(JobOptions)
+
+
+def flag(name: str) -> str:
+    return f"--{(OPTIONS[name].flag or name).replace('_', '-')}"
+
+
+def written(directory: Path, text: str, name: str = "job.toml") -> Path:
+    (directory / name).write_text(text, encoding="utf-8")
+    return directory / name
+
+
+# -- help --------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_page_is_short_and_the_rest_is_behind_it() -> None:
+    first, everything = nbl("--help"), nbl("--help-all")
+    assert (first.status, everything.status) == (0, 0)
+    assert len(first.out.splitlines()) <= 60
+    for name, said in OPTIONS.items():
+        shown = re.search(rf"^  {flag(name)}\b", first.out, re.MULTILINE) is not None
+        assert shown == (said.first and MAIN in said.commands), name
+        assert (re.search(rf"^  {flag(name)}\b", everything.out, re.MULTILINE) is not None) == (MAIN in said.commands)
+    for command in ("merge", "project"):
+        assert f"  {command} " not in first.out and f"  {command} " in everything.out
+
+
+@pytest.mark.parametrize("command", sorted({c for said in OPTIONS.values() for c in said.commands} - {MAIN}))
+def test_every_command_takes_the_options_that_the_record_has_for_it(command: str) -> None:
+    shown = nbl(command, "--help").out
+    for name, said in OPTIONS.items():
+        assert (re.search(rf"^  {flag(name)}\b", shown, re.MULTILINE) is not None) == (command in said.commands), name
+
+
+@pytest.mark.parametrize(
+    "gone",
+    ["--distill-dtype", "--map-bits", "--layer-wise", "--data-free", "--token-table", "--no-token-table", "--method"],
+)
+def test_what_went_is_gone(gone: str) -> None:
+    assert_refused(nbl("--model", "m", "--output", "o", gone, "1"), 2, gone)
+    assert gone not in nbl("--help-all").out
+
+
+def test_the_page_of_options_is_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs" / "usage.py", "--check"], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+# -- a file ------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_says_what_flags_say(tmp_path: Path) -> None:
+    text = """
+    model = "m"
+    layers = 8
+    calibration = ["a.txt:2", "b.jsonl"]
+    max-seq-len = 64
+    label_weight = 0.2
+    depth = "0,2048"
+    threads = [1, 2]
+    batch = 4
+    token_table = false
+    """
+    assert read_config(written(tmp_path, text)) == {
+        "model": "m", "layers": "8", "calibration": ("a.txt:2", "b.jsonl"), "max_seq_len": 64, "label_weight": 0.2,
+        "depths": (0, 2048), "threads": (1, 2), "batches": (4,), "token_table": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("layer = 8", ("layer is no option", "is layers meant?")),
+        ("layers = 8 9", ("cannot be read",)),
+        ("seed = 'one'", ("'seed' is of the wrong kind",)),
+        ("token_table = 1", ("'token_table' is of the wrong kind",)),
+        ("repetitions = 0", ("repetitions must be at least 1",)),
+        ("depth = 'many'", ("--depth", "0,2048")),
+        ("depth = ['many']", ("'depths' is of the wrong kind",)),
+        ("threads = []", ("threads needs a number",)),
+        ("tap = 'side'", ("--tap is residual or normed",)),
+        ("layers = " + "[" * 5000, ("cannot be read",)),
+    ],
+)
+def test_a_file_that_is_wrong_is_refused_before_anything_is_written(
+    text: str, parts: tuple[str, ...], tmp_path: Path
+) -> None:
+    file, out = written(tmp_path, text), tmp_path / "out"
+    done = nbl("--model", "m", "--config", file, "--output", out)
+    assert_refused(done, 2, *parts)
+    assert not out.exists()
+
+
+def test_a_file_that_is_not_there_or_too_large(tmp_path: Path) -> None:
+    large = written(tmp_path, "# " + "x" * (1 << 20))
+    for file, part in ((tmp_path / "none.toml", "cannot be read"), (large, "too large")):
+        with pytest.raises(NblError, match=part):
+            read_config(file)
+
+
+def test_another_run_s_manifest_is_a_configuration_and_flags_win(finished: Path, tmp_path: Path) -> None:
+    recorded = json.loads((finished / "nbl.json").read_text(encoding="utf-8"))
+    found = read_config(finished / "nbl.json")
+    assert found["model"] == recorded["places"]["model"] and list(found["depths"]) == recorded["options"]["depths"]
+    run = tmp_path / "run"
+    done = nbl("--config", finished / "nbl.json", "--layers", "0,2", "--output", run)
+    assert done.status == 0, done.err
+    options = json.loads((run / "nbl.json").read_text(encoding="utf-8"))["options"]
+    expected = {
+        **recorded["options"],
+        "layers": "0,2",
+        "model": options["model"],
+        "calibration": options["calibration"],
+    }
+    assert options == expected
+    assert (
+        written(tmp_path, "{}", "empty.json") and nbl("--config", tmp_path / "empty.json", "--output", run).status == 2
+    )
+
+
+# -- the recorded command ------------------------------------------------------------------------------------------
+
+
+def test_the_recorded_command_has_every_option_that_is_not_the_default() -> None:
+    changed: dict[str, Any] = {"int": 3, "float": 0.5, "bool": False, "str": "x", "tuple": ("a:2", "b")}
+    for name, said in OPTIONS.items():
+        default = next(f.default for f in dataclasses.fields(JobOptions) if f.name == name)
+        kind = "tuple" if isinstance(default, tuple) else type(default).__name__
+        chosen = {"tap": "normed", "fit": "drop", "select": "cca", "logits": "all", "distill_minutes": 0.5}
+        value = (5, 6) if said.numbers else chosen.get(name, changed.get(kind, 7 if said.least is not None else "7"))
+        given: dict[str, Any] = {name: value}
+        options = dataclasses.replace(JobOptions("m"), **given)
+        words = shlex.split(describe_command(options, Path("out")))
+        if MAIN in said.commands or "bench" in said.commands or name == "shard":
+            assert flag(name) in words, (name, words)
+
+
+def test_the_recorded_command_gives_the_run_again(same: tuple[object, ...], run: Path, tmp_path: Path) -> None:
+    command = json.loads((run / "nbl.json").read_text(encoding="utf-8"))["command"]
+    first, bench = command.split(" && ")
+    words = shlex.split(first)
+    assert words[0] == "nbl-export" and "--depth" in shlex.split(bench)
+    before = snapshot(run)
+    done = nbl(*words[1 : words.index("--output")], "--output", run, "--config", tmp_path / "none.toml")
+    assert_refused(done, 2, "none.toml")
+    assert snapshot(run) == before
+    changed = nbl(*shlex.split(bench)[1:2], run, *shlex.split(bench)[3:])
+    assert set(stage_lines(changed).values()) == {"reused"}, changed.err

@@ -1,0 +1,245 @@
+"""Distilled maps: better on held-back text or as they were, the same for a seed, the model left alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nbl_export.calibrate import hooks
+from nbl_export.distill.saved import FileState
+from nbl_export.distill.settings import DistillSettings, State, Surroundings, TrainingText
+from nbl_export.distill.training import _batches, distill
+from nbl_export.errors import NblError
+from nbl_export.model.checkpoint.load import load_model, load_tokenizer
+from nbl_export.model.linearize import linearize
+from nbl_export.plan import lmmse
+from nbl_export.records.plan import AffineMap
+from nbl_export.text import corpus
+from nbl_export.text import windows as text_windows
+
+Checkpoint = Callable[[str], Path]
+# By the original alone: a model of random weights knows no text, whose tokens would only draw it away.
+QUICK = DistillSettings(
+    steps=60, batch_tokens=256, check_every=20, learning_rate=3e-3, lora_rank=None, label_weight=0.0
+)
+
+
+@pytest.fixture(scope="module")
+def prepared(checkpoint: Checkpoint, text: Path) -> dict[str, Any]:
+    """A tiny model, text, and closed-form maps of layers 1 and 2 on both taps."""
+    model = load_model(checkpoint("llama"))
+    windows, held = text_windows.pack(corpus.read_text(str(text)), load_tokenizer(checkpoint("llama")), 8192, 64, 512)
+    moments = hooks.collect(model, windows, lambda _d, _t: None, ("residual", "normed"))
+    maps = {tap: {i: lmmse.fit(found[i], i) for i in (1, 2)} for tap, found in moments.items()}
+    return {"model": model, "windows": windows, "held": held, "maps": maps}
+
+
+def run(prepared: dict[str, Any], tap: str, settings: DistillSettings = QUICK, state: State | None = None) -> Any:
+    text = TrainingText(prepared["windows"], prepared["held"])
+    return distill(prepared["model"], prepared["maps"][tap], tap, text, settings, Surroundings(state=state))
+
+
+def held_kl(checkpoint: Path, maps: dict[int, AffineMap], held: torch.Tensor, tap: str) -> float:
+    """The same figure, from two whole models."""
+    with torch.inference_mode():
+        target = load_model(checkpoint)(held).logits.log_softmax(-1)
+        ours = linearize(load_model(checkpoint), maps, tap)(held, use_cache=False).logits.log_softmax(-1)
+    return float((target.exp() * (target - ours)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("tap", ["residual", "normed"])
+def test_held_back_kl_falls_and_is_what_whole_models_give(
+    tap: str, prepared: dict[str, Any], checkpoint: Checkpoint
+) -> None:
+    result = run(prepared, tap)
+    start, best = result.held_kl[0][1], min(v for _, v in result.held_kl)
+    assert best < 0.95 * start
+    assert held_kl(checkpoint("llama"), prepared["maps"][tap], prepared["held"], tap) == pytest.approx(start, rel=1e-3)
+    assert held_kl(checkpoint("llama"), result.maps, prepared["held"], tap) == pytest.approx(best, rel=1e-3)
+
+
+def test_never_worse_than_the_start(prepared: dict[str, Any]) -> None:
+    """A learning rate that destroys the maps gives back the maps it was given."""
+    result = run(
+        prepared,
+        "normed",
+        DistillSettings(steps=10, batch_tokens=256, check_every=5, learning_rate=5.0, lora_rank=None),
+    )
+    assert all(v > result.held_kl[0][1] for _, v in result.held_kl[1:])
+    for i, affine in prepared["maps"]["normed"].items():
+        np.testing.assert_array_equal(result.maps[i].weight, affine.weight)
+        np.testing.assert_array_equal(result.maps[i].bias, affine.bias)
+
+
+def test_same_seed_same_maps(prepared: dict[str, Any]) -> None:
+    one, two = run(prepared, "normed"), run(prepared, "normed")
+    assert all(np.array_equal(one.maps[i].weight, two.maps[i].weight) for i in one.maps)
+    assert one.train_kl == two.train_kl
+
+
+@pytest.mark.parametrize(("steps", "patience", "taken"), [(100, 0.02, 2), (20, 0.5, 10)])
+def test_stops_when_held_back_text_no_longer_improves(
+    steps: int, patience: float, taken: int, prepared: dict[str, Any]
+) -> None:
+    """Its patience is a share of the run, however often it looks."""
+    settings = DistillSettings(steps=steps, batch_tokens=128, check_every=1, patience=patience, learning_rate=5.0)
+    assert len(run(prepared, "normed", settings).train_kl) == taken
+
+
+def test_model_comes_back_as_it_was(prepared: dict[str, Any]) -> None:
+    model = prepared["model"]
+    layers, before = list(model.model.layers), {n: p.clone() for n, p in model.named_parameters()}
+    run(prepared, "residual", DistillSettings(steps=2, batch_tokens=128, check_every=1))
+    assert list(model.model.layers) == layers
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_epochs_cut_the_text_anew() -> None:
+    """Each takes nearly all of it, in rows that begin elsewhere, in another order."""
+    text = torch.arange(6 * 64).view(6, 64)
+    first, second = _batches(text, DistillSettings(steps=2, batch_tokens=352, window=32))
+    for rows in (first, second):
+        assert rows.shape == (11, 32)
+        assert (rows - rows[:, :1] == torch.arange(32)).all()
+        assert len(set(rows.flatten().tolist())) == rows.numel()
+        assert len({int(start) % 32 for start in rows[:, 0]}) == 1
+    assert first[0, 0] % 32 != second[0, 0] % 32
+    assert first[:, 0].tolist() != sorted(first[:, 0].tolist())
+
+
+def test_short_text_is_a_batch_by_itself() -> None:
+    (batch,) = _batches(torch.arange(16).view(1, 16), DistillSettings(steps=1, batch_tokens=1024))
+    assert batch.tolist() == [list(range(16))]
+
+
+def test_nothing_to_train_is_refused(prepared: dict[str, Any]) -> None:
+    with pytest.raises(NblError, match="at least one replaced layer"):
+        distill(prepared["model"], {}, "residual", TrainingText(prepared["windows"], prepared["held"]), QUICK)
+
+
+class Killed(BaseException):
+    pass
+
+
+class Fragile(FileState):
+    """Dies at the n-th save, before or after it is done."""
+
+    def __init__(self, path: Path, at: int, after: bool) -> None:
+        super().__init__(path, "key")
+        self.left, self.after = at, after
+
+    def save(self, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
+        self.left -= 1
+        if self.left or self.after:
+            super().save(tensors, facts)
+        if not self.left:
+            raise Killed
+
+
+@pytest.mark.parametrize("settings", [QUICK, dataclasses.replace(QUICK, lora_rank=4)], ids=["whole", "lora"])
+def test_killed_runs_end_with_the_same_maps(
+    settings: DistillSettings, prepared: dict[str, Any], tmp_path: Path
+) -> None:
+    """At each save of the run, with the checks and between them; and killed again and again."""
+    whole = run(prepared, "normed", settings)
+    for at, after in itertools.product((1, 2, 3, 4, 5, 6), (False, True)):
+        path = tmp_path / f"{at}-{after}"
+        with pytest.raises(Killed):
+            run(prepared, "normed", settings, Fragile(path, at, after))
+        again = run(prepared, "normed", settings, FileState(path, "key"))
+        assert (again.train_kl, again.held_kl) == (whole.train_kl, whole.held_kl)
+        for i, best in whole.maps.items():
+            np.testing.assert_array_equal(again.maps[i].weight, best.weight)
+            np.testing.assert_array_equal(again.maps[i].bias, best.bias)
+
+
+def test_only_the_state_of_the_same_run_is_gone_on_from(prepared: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    with pytest.raises(Killed):
+        run(prepared, "normed", QUICK, Fragile(path, 1, after=True))
+    assert FileState(path, "key").load() is not None
+    assert FileState(path, "another").load() is None
+    path.write_bytes(path.read_bytes()[:-100])
+    assert FileState(path, "key").load() is None
+    assert FileState(tmp_path / "nothing", "key").load() is None
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def test_lora_trains_a_delta_of_its_rank(prepared: dict[str, Any]) -> None:
+    result = run(prepared, "normed", dataclasses.replace(QUICK, lora_rank=4))
+    assert min(v for _, v in result.held_kl) < 0.98 * result.held_kl[0][1]
+    for i, affine in prepared["maps"]["normed"].items():
+        delta = np.linalg.svd(result.maps[i].weight - affine.weight, compute_uv=False)
+        assert delta[3] > 1e-4 > 1e-6 > delta[4]
+        assert not np.array_equal(result.maps[i].bias, affine.bias)
+
+
+@pytest.mark.parametrize("rank", [4, None])
+def test_deltas_are_aimed_once_and_a_run_that_goes_on_keeps_them(
+    rank: int | None, prepared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    monkeypatch.setattr(
+        "nbl_export.distill.training._Training.aim", lambda _self, lessons: lengths.append(len(list(lessons)))
+    )
+    settings = dataclasses.replace(QUICK, lora_rank=rank)
+    with pytest.raises(Killed):
+        run(prepared, "normed", settings, Fragile(tmp_path / "state", 1, after=True))
+    run(prepared, "normed", settings, FileState(tmp_path / "state", "key"))
+    assert lengths == ([] if rank is None else [3])  # a twentieth of 60 steps
+
+
+@pytest.mark.parametrize("rank", [4, None])
+def test_weight_decay_draws_deltas_back_and_nothing_else(rank: int | None, prepared: dict[str, Any]) -> None:
+    """Whole matrices and biases are no deltas: zero is not where they began."""
+    settings = dataclasses.replace(QUICK, lora_rank=rank, patience=2.0)
+    free = run(prepared, "normed", settings)
+    drawn = run(prepared, "normed", dataclasses.replace(settings, weight_decay=100.0))
+    for i, start in prepared["maps"]["normed"].items():
+        far, near = (np.linalg.norm(result.maps[i].weight - start.weight) for result in (free, drawn))
+        if rank is None:
+            assert near == far
+        else:
+            assert 0 < near < 0.2 * far
+            assert np.linalg.norm(drawn.maps[i].bias - start.bias) > 0.5 * np.linalg.norm(
+                free.maps[i].bias - start.bias
+            )
+
+
+def test_bfloat16_trains_as_well_and_is_judged_in_float32(prepared: dict[str, Any]) -> None:
+    wide, narrow = run(prepared, "normed"), run(prepared, "normed", dataclasses.replace(QUICK, dtype="bf16"))
+    assert narrow.held_kl[0] == wide.held_kl[0]
+    assert narrow.train_kl[0] == pytest.approx(wide.train_kl[0], rel=0.05)
+    assert narrow.train_kl[0] != wide.train_kl[0]
+    gain = [min(v for _, v in r.held_kl) - r.held_kl[0][1] for r in (narrow, wide)]
+    assert gain[0] == pytest.approx(gain[1], rel=0.1)
+
+
+def test_minutes_end_a_run_and_its_schedule(prepared: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that moves one second a look: the rate has fallen to nothing when the minutes are over."""
+    ticks = itertools.count()
+    monkeypatch.setattr("nbl_export.distill.training.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def noted(self: Any, *arguments: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    settings = DistillSettings(steps=10_000, minutes=2, batch_tokens=128, check_every=1000, learning_rate=1e-3)
+    result = run(prepared, "normed", settings)
+    assert 10 < len(result.train_kl) <= 120
+    assert result.held_kl[-1][0] == len(result.train_kl)
+    assert rates[0] > 0.99e-3 > 1e-5 > rates[-1]
+    assert rates == sorted(rates, reverse=True)

@@ -1,0 +1,244 @@
+"""`nbl-export eval` on a tiny run: eval.json, the report, what is kept and what is measured again, bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_export.verify.ladder import TOLERANCES
+
+from ..command import assert_refused, in_new_process, nbl, snapshot
+from ..damage import cut, edit
+from ..evaluation_tiny import write_rows, write_tasks
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nbl-export[eval]'")
+
+LIMIT = 2 * TOLERANCES["fp32"].limit  # a log softmax moves by at most twice what its logits move by
+EVERYTHING = "original,nbl,torch-original,torch-nbl"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def words(data: Path, text: Path) -> tuple[object, ...]:
+    """Options of the evaluation below."""
+    return (
+        "--tasks", "lambada_openai,arc_easy,piqa,wikitext", "--data", data, "--variants", EVERYTHING,
+        "--perplexity", f"held={text}", "--ppl-context", 32, "--stride", 16, "--limit", 5,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evaluated(finished: Path, words: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with an eval.json of everything. Never write to it."""
+    run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("evaluated") / "run"))
+    done = nbl("eval", run, *words)
+    assert done.status == 0, done.err
+    assert "lambada_openai" in done.out and "held" in done.out
+    assert "it/s]" not in done.err  # the harness' own progress bars
+    return run
+
+
+@pytest.fixture
+def run(evaluated: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(evaluated, tmp_path / "run"))
+
+
+def read(run: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((run / "eval.json").read_text())
+    return value
+
+
+def test_eval_json_holds_every_task_and_variant(evaluated: Path) -> None:
+    value = read(evaluated)
+    asked = {(e["task"], e["variant"]) for e in value["results"]}
+    names = ("perplexity:held", "lambada_openai", "arc_easy", "piqa", "wikitext")
+    assert asked == {(task, variant) for task in names for variant in EVERYTHING.split(",")}
+    items = {e["task"]: e["items"] for e in value["results"]}
+    assert items == {"perplexity:held": 5, "lambada_openai": 3, "arc_easy": 3, "piqa": 2, "wikitext": 2}
+    arc = next(e for e in value["results"] if (e["task"], e["variant"]) == ("arc_easy", "nbl"))
+    assert [len(item.split(",")) for item in arc["scores"]["loglikelihoods"].split()] == [4, 3, 2]
+    assert arc["metrics"]["acc"]["value"] == sum(map(float, arc["scores"]["acc"].split())) / 3
+    assert arc["data"]["sha256"] and arc["config"]["doc_to_text"] == "Question: {{question}}\nAnswer:"
+    assert value["lm_eval"]
+
+
+def test_graph_and_torch_agree_item_by_item(evaluated: Path) -> None:
+    agreement = read(evaluated)["agreement"]
+    assert len(agreement) == 10  # five subjects, original and NBL
+    assert all(a["loglikelihood"]["largest_a_token"] <= LIMIT for a in agreement), agreement
+    assert all(a["same_answers"] == a["items"] for a in agreement if a["task"] in ("arc_easy", "piqa"))
+
+
+def test_perplexity_is_that_of_a_direct_computation(evaluated: Path, text: Path) -> None:
+    import torch
+
+    from nbl_export.model.checkpoint.load import load_model, load_tokenizer
+    from nbl_export.model.linearize import linearize
+    from nbl_export.plan.maps_file import load_maps
+
+    manifest = json.loads((evaluated / "nbl.json").read_text())
+    place = Path(manifest["places"]["model"])
+    ids = torch.tensor(load_tokenizer(place)(text.read_text(), verbose=False)["input_ids"])
+    maps = load_maps(evaluated / "maps.safetensors", manifest["replaced_layers"])
+    losses: list[float] = []
+    model = linearize(load_model(place), maps)
+    for window in range(5):
+        row = ids[16 * window : 16 * window + 32]
+        with torch.inference_mode():
+            said = model(row[None], use_cache=False).logits[0, :-1].double().log_softmax(-1)
+        loss = -said[torch.arange(31), row[1:]]
+        losses += (loss if window == 0 else loss[-16:]).tolist()
+    rows = [r for r in read(evaluated)["table"] if r["task"] == "perplexity:held"]
+    assert len(losses) == 31 + 4 * 16
+    expected = float(torch.tensor(losses).mean().exp())
+    assert rows[0]["figures"]["nbl"]["value"] == pytest.approx(expected, rel=LIMIT)
+
+
+def test_differences_are_paired(evaluated: Path) -> None:
+    import numpy as np
+
+    value = read(evaluated)
+    row = next(r for r in value["table"] if (r["task"], r["metric"]) == ("arc_easy", "acc_norm"))
+    scores = {e["variant"]: np.array([float(x) for x in e["scores"]["acc_norm"].split()])
+              for e in value["results"] if e["task"] == "arc_easy"}  # fmt: skip
+    (graphs,) = [d for d in row["differences"] if d["new"] == "nbl"]
+    apart = scores["nbl"] - scores["original"]
+    assert graphs["value"] == pytest.approx(apart.mean())
+    assert graphs["stderr"] == pytest.approx(apart.std(ddof=1) / 3**0.5)
+
+
+def test_the_report_shows_it(evaluated: Path) -> None:
+    page = (evaluated / "report.md").read_text()
+    assert "### Benchmarks" in page
+    assert "| arc\\_easy | acc ↑ | 3 |" in page and "| arc\\_easy, torch | acc ↑ | 3 |" in page
+    assert len(json.loads((evaluated / "report.json").read_text())["quality"]["table"]) >= 8
+
+
+def test_what_was_measured_is_kept(run: Path, data: Path, words: tuple[object, ...]) -> None:
+    before = read(run)
+    again = nbl("eval", run, *words)
+    assert again.status == 0 and "evaluate: reused" in again.err
+    assert read(run) == before
+    more = nbl("eval", run, "--tasks", "piqa,lambada_openai", "--data", data, "--limit", 1)
+    assert more.status == 0, more.err
+    measured = [line for line in more.err.splitlines() if line.startswith("  ")]
+    assert [line.split(": ")[:2] for line in measured] == [
+        [f"  {variant}", task] for variant in ("original", "nbl") for task in ("piqa", "lambada_openai")
+    ]
+    after = read(run)
+    assert after["results"][: len(before["results"])] == before["results"]
+    assert len(after["results"]) == len(before["results"]) + 4
+
+
+def test_another_model_invalidates(run: Path, data: Path) -> None:
+    (layer,) = json.loads((run / "nbl.json").read_text())["replaced_layers"]
+    assert nbl("rewrite", run, "--layers", f"{(layer + 1) % 3},").status == 0
+    assert "eval" not in json.loads((run / "nbl.json").read_text())["stages"]
+    done = nbl("eval", run, "--tasks", "piqa", "--data", data, "--limit", 5)
+    assert done.status == 0, done.err
+    value = read(run)
+    assert measured(done.err) == ["nbl"]  # the original's graph is the same
+    assert {e["variant"] for e in value["results"]} == {"original", "torch-original", "nbl"}
+
+
+def measured(err: str) -> list[str]:
+    """Variants of which a figure was told; a slow machine tells progress too."""
+    return [line.split(":")[0].strip() for line in err.splitlines() if line.startswith("  ") and " items, " in line]
+
+
+def test_a_killed_evaluation_goes_on(finished: Path, tmp_path: Path, data: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    code = (
+        "from nbl_export.evaluation import measure\nimport os\nreal, seen = measure.run_benchmark, []\n"
+        "def killed(*a):\n    seen.append(1)\n    if len(seen) == 3: os._exit(9)\n    return real(*a)\n"
+        "measure.run_benchmark = killed\n"
+    )
+    options = ("eval", run, "--tasks", "piqa,arc_easy", "--data", data)
+    assert in_new_process(*options, code=code).status == 9
+    assert [(e["task"], e["variant"]) for e in read(run)["results"]] == [("piqa", "original"), ("arc_easy", "original")]
+    done = in_new_process(*options)
+    assert done.status == 0, done.err
+    assert "it/s]" not in done.err
+    assert measured(done.err) == ["nbl", "nbl"]
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "parts"),
+    [
+        ((), 2, ("nothing to evaluate", "--tasks")),
+        (("--tasks", "arc_eazy"), 2, ("arc_eazy", "arc_easy")),
+        (("--tasks", "piqa", "--variants", "nbl,other"), 2, ("--variants", "'other'")),
+        (("--perplexity", "no-file-named"), 2, ("--perplexity", "NAME=FILE")),
+        (("--perplexity", "a=x.txt,a=y.txt"), 2, ("two texts have the same name",)),
+        (("--perplexity", "a=/nowhere.txt"), 1, ("/nowhere.txt",)),
+        (("--perplexity", "a={text}", "--ppl-context", 1024), 1, ("--ppl-context 1024", "512 positions")),
+        (("--perplexity", "a={text}", "--ppl-context", 32, "--stride", 33), 2, ("--stride 33",)),
+        (("--perplexity", "a={text}", "--ppl-context", 32, "--stride", 0), 2, ("--stride 0",)),
+    ],
+)
+def test_bad_options_change_nothing(
+    options: tuple[object, ...], status: int, parts: tuple[str, ...], finished: Path, text: Path
+) -> None:
+    before = snapshot(finished)
+    assert_refused(nbl("eval", finished, *(str(o).replace("{text}", str(text)) for o in options)), status, *parts)
+    assert snapshot(finished) == before
+
+
+def test_a_bad_task_file_is_refused_before_anything_is_computed(finished: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "arc_easy" / "test.jsonl", [{"question": "Where?", "choices": ["here", "there"]}])
+    before = snapshot(finished)
+    refused = nbl("eval", finished, "--tasks", "arc_easy", "--data", tmp_path)
+    assert refused.status == 1
+    assert "document 1 has no field 'gold'; task arc_easy needs question, choices, gold" in refused.err
+    assert snapshot(finished) == before
+
+
+def test_no_run_directory(tmp_path: Path) -> None:
+    assert_refused(nbl("eval", tmp_path, "--tasks", "piqa"), 1, "not a run directory")
+
+
+def spoil(**changes: Any) -> Any:
+    """What changes a value of the first entry."""
+
+    def change(run: Path) -> None:
+        value = read(run)
+        value["results"][0].update(changes)
+        (run / "eval.json").write_text(json.dumps(value))
+
+    return change
+
+
+DAMAGED: dict[str, Any] = {
+    "cut": lambda run: cut(run / "eval.json", 500),
+    "empty": lambda run: cut(run / "eval.json", 0),
+    "binary": lambda run: (run / "eval.json").write_bytes(b"\xff\0"),
+    "a list": lambda run: (run / "eval.json").write_text("[]"),
+    "deep": lambda run: (run / "eval.json").write_text("[" * 100_000),
+    "another schema": lambda run: edit(run / "eval.json", schema=99),
+    "no results": lambda run: edit(run / "eval.json", results=None),
+    "no key": spoil(key=None, metrics=None),
+    "no number": spoil(seconds=float("nan")),
+    "scores of numbers": spoil(scores=5),
+    "scores of words": spoil(scores={"loglikelihoods": "a b", "tokens": "c", "acc": "d"}),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_eval_json_is_not_written_over(case: str, run: Path, data: Path) -> None:
+    """Its figures may have taken hours."""
+    DAMAGED[case](run)
+    before = snapshot(run)
+    refused = nbl("eval", run, "--tasks", "piqa", "--data", data, "--limit", 1)
+    assert refused.status == 1
+    assert "eval.json" in refused.err and "move it away" in refused.err and "Traceback" not in refused.err
+    assert snapshot(run) == before
+    (run / "eval.json").unlink()
+    assert nbl("eval", run, "--tasks", "piqa", "--data", data, "--limit", 1).status == 0

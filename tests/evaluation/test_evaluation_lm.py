@@ -1,0 +1,128 @@
+"""The harness' view of a graph: the same answers as the harness' own class gives for the torch model."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_export.errors import NblError
+from nbl_export.records.plan import AffineMap
+from nbl_export.verify.ladder import TOLERANCES
+
+from ..evaluation_tiny import request, write_rows
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nbl-export[eval]'")
+
+LIMIT = 2 * TOLERANCES["fp32"].limit  # a log softmax moves by at most twice what its logits move by
+PAIRS = (
+    ("The import statement", " is"),
+    ("The import statement", " binds the names in the namespace"),
+    ("", "with no context at all"),
+    ("A trailing space ", "moves over"),
+    ("<s>Begins with the prefix", " already"),
+)
+TEXTS = ("A short text.", "The with statement is used to wrap the execution of a block. " * 30)
+
+
+@pytest.fixture(scope="module")
+def graph(genai_dirs: dict[str, Path]) -> Any:
+    from nbl_export.evaluation.lm import OnnxLM
+
+    return OnnxLM(path=str(genai_dirs["nbl"]), max_length=128)
+
+
+@pytest.fixture(scope="module")
+def torch_model(checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, AffineMap]]) -> Any:
+    from nbl_export.evaluation.torch_lm import torch_lm
+    from nbl_export.model.checkpoint.load import load_model, load_tokenizer
+    from nbl_export.model.linearize import linearize
+
+    directory = checkpoint("llama")
+    return torch_lm(linearize(load_model(directory), random_maps(1)), load_tokenizer(directory), 128)
+
+
+def test_loglikelihoods(graph: Any, torch_model: Any) -> None:
+    requests = [request(*pair) for pair in PAIRS]
+    ours, theirs = graph.loglikelihood(requests), torch_model.loglikelihood(requests)
+    for (_, continuation), (a, greedy), (b, expected) in zip(PAIRS, ours, theirs, strict=True):
+        assert abs(a - b) <= LIMIT * len(graph.tok_encode(continuation)), continuation
+        assert greedy == expected
+
+
+def test_rolling_loglikelihoods_also_of_texts_longer_than_the_model_reads(graph: Any, torch_model: Any) -> None:
+    requests = [request(text) for text in TEXTS]
+    tokens = [len(graph.tok_encode(text)) for text in TEXTS]
+    assert tokens[1] > 3 * 128
+    ours, theirs = graph.loglikelihood_rolling(requests), torch_model.loglikelihood_rolling(requests)
+    assert all(abs(a - b) <= LIMIT * n for a, b, n in zip(ours, theirs, tokens, strict=True)), (ours, theirs)
+
+
+def test_generated_text(graph: Any, torch_model: Any) -> None:
+    whole = {"until": [], "max_gen_toks": 12, "do_sample": False}
+    requests = [request(text, whole) for text in ("The import statement", "An expression", "If the name is bound")]
+    ours = graph.generate_until(requests)
+    assert ours == torch_model.generate_until(requests)
+    stop = ours[0][3:5]
+    cut = graph.generate_until([request("The import statement", {**whole, "until": [stop]})])
+    assert cut == [ours[0].partition(stop)[0]]
+    with pytest.raises(NblError, match="decodes greedily"):
+        graph.generate_until([request("A", {"do_sample": True, "temperature": 1.0, "until": []})])
+
+
+def test_a_run_directory_has_two_variants(finished: Path, tmp_path: Path) -> None:
+    from nbl_export.evaluation.lm import OnnxLM
+
+    (pair,) = [request(*PAIRS[1])]
+    nbl, original = (OnnxLM(path=str(finished), variant=v).loglikelihood([pair])[0][0] for v in ("nbl", "original"))
+    by_itself = OnnxLM(path=str(finished / "model")).loglikelihood([pair])[0][0]
+    assert nbl == pytest.approx(by_itself, abs=1e-5) != pytest.approx(original, abs=1e-2)
+    with pytest.raises(NblError, match="variant is original or nbl, not 'other'"):
+        OnnxLM(path=str(finished), variant="other")
+    with pytest.raises(NblError, match="neither a run directory nor a model directory"):
+        OnnxLM(path=str(tmp_path))
+
+
+def test_the_harness_own_command_line(genai_dirs: dict[str, Path], tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"ask": "The import", "say": s} for s in (" statement", " a module")])
+    (tmp_path / "tiny.yaml").write_text(
+        "task: tiny_task\ndataset_path: json\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {rows}\n  cache_dir: {tmp_path / 'cache'}\n"
+        'test_split: test\noutput_type: loglikelihood\ndoc_to_text: "{{ask}}"\ndoc_to_target: "{{say}}"\n'
+        "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    command = [sys.executable, "-m", "nbl_export.evaluation", "--model", "nbl-onnx", "--batch_size", "2"]
+    command += ["--model_args", f"path={genai_dirs['nbl']},threads=1", "--tasks", str(tmp_path / "tiny.yaml")]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=offline)
+    assert done.returncode == 0, done.stderr
+    assert "tiny_task" in done.stdout and "acc" in done.stdout
+
+
+def test_what_a_user_can_put_right_ends_as_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval import __main__ as theirs
+
+    from nbl_export.evaluation.__main__ import main
+
+    def refuse() -> None:
+        raise NblError("no graph here")
+
+    monkeypatch.setattr(theirs, "cli_evaluate", refuse)
+    with pytest.raises(SystemExit, match=r"^nbl-export: no graph here$"):
+        main()
+
+
+def test_installed_packages_are_where_a_newer_harness_looks() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    module, _, name = project["entry-points"]["lm_eval.models"]["nbl-onnx"].partition(":")
+    from lm_eval.api.registry import get_model
+
+    assert get_model("nbl-onnx") is getattr(importlib.import_module(module), name)

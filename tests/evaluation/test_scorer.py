@@ -1,0 +1,147 @@
+"""Scores on a graph: against torch by hand, in every way a request can be computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nbl_export.errors import NblError
+from nbl_export.evaluation.graphs import find_graph
+from nbl_export.evaluation.scorer import GraphScorer, Request
+from nbl_export.records.plan import AffineMap
+from nbl_export.verify.ladder import TOLERANCES
+
+from ..tiny import VOCAB
+
+LIMIT = 2 * TOLERANCES["fp32"].limit  # a log softmax moves by at most twice what its logits move by
+
+
+def ids(seed: int, length: int) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.random.default_rng(seed).integers(2, VOCAB, length))
+
+
+CONTEXT = ids(0, 30)
+REQUESTS = (
+    Request(ids(1, 17), ids(2, 1)),
+    Request(CONTEXT, ids(3, 5)),
+    Request(CONTEXT, ids(4, 1)),
+    Request(CONTEXT, ids(5, 9)),
+    Request(ids(6, 100), ids(7, 3)),  # longer than a batch of the small scorer below
+    Request(ids(8, 1), ids(9, 20)),
+    Request(ids(1, 17), ids(2, 1)),  # once more
+)
+
+
+@pytest.fixture(scope="module")
+def scorers(genai_dirs: dict[str, Path]) -> dict[str, GraphScorer]:
+    return {name: GraphScorer(find_graph(path).open(1), 512) for name, path in genai_dirs.items()}
+
+
+@pytest.fixture(scope="module")
+def models(
+    checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, AffineMap]]
+) -> dict[str, Callable[[tuple[int, ...]], np.ndarray]]:
+    """Variant -> log-probabilities [T, V] of the torch model."""
+    import torch
+
+    from nbl_export.model.checkpoint.load import load_model
+    from nbl_export.model.linearize import linearize
+
+    def ask(model: Any) -> Callable[[tuple[int, ...]], np.ndarray]:
+        def log_probabilities(tokens: tuple[int, ...]) -> np.ndarray:
+            with torch.inference_mode():
+                logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
+            return np.asarray(logits.double().log_softmax(-1).numpy())
+
+        return log_probabilities
+
+    directory = checkpoint("llama")
+    return {"original": ask(load_model(directory)), "nbl": ask(linearize(load_model(directory), random_maps(1)))}
+
+
+def by_hand(model: Callable[[tuple[int, ...]], np.ndarray], request: Request) -> float:
+    log_probabilities = model(request.context + request.continuation)
+    start = len(request.context) - 1
+    return float(sum(log_probabilities[start + k, token] for k, token in enumerate(request.continuation)))
+
+
+@pytest.mark.parametrize("variant", ["original", "nbl"])
+def test_scores_are_those_of_torch(
+    variant: str, scorers: dict[str, GraphScorer], models: dict[str, Callable[[tuple[int, ...]], np.ndarray]]
+) -> None:
+    scorer = scorers[variant]
+    for tokens in (scorer._tokens, 40):  # 40: small batches, and chunks of the long request
+        scorer._tokens = tokens
+        for request, score in zip(REQUESTS, scorer.score(REQUESTS), strict=True):
+            expected = by_hand(models[variant], request)
+            assert abs(score.loglikelihood - expected) <= LIMIT * len(request.continuation), request
+
+
+def test_the_variants_differ_by_far_more_than_the_limit(scorers: dict[str, GraphScorer]) -> None:
+    original, nbl = (scorers[name].score(REQUESTS) for name in ("original", "nbl"))
+    assert min(abs(a.loglikelihood - b.loglikelihood) for a, b in zip(original, nbl, strict=True)) > 10 * LIMIT
+
+
+def test_a_request_that_is_too_long_loses_its_beginning(
+    genai_dirs: dict[str, Path], scorers: dict[str, GraphScorer]
+) -> None:
+    short = GraphScorer(find_graph(genai_dirs["nbl"]).open(1), 16)
+    (cut,) = short.score([Request(CONTEXT, ids(3, 5))])
+    (same,) = scorers["nbl"].score([Request(CONTEXT[-12:], ids(3, 5))])
+    assert cut.loglikelihood == pytest.approx(same.loglikelihood, abs=1e-4)
+    with pytest.raises(NblError, match="17 tokens cannot be scored: the model reads 16"):
+        short.score([Request(CONTEXT, ids(3, 17))])
+
+
+def test_greedy_text_scores_as_greedy(scorers: dict[str, GraphScorer]) -> None:
+    scorer = scorers["nbl"]
+    prompts = [ids(1, 9), ids(2, 23), ids(3, 14)]
+    batch = scorer.generate(prompts, 6, lambda _: False)
+    assert [scorer.generate([p], 6, lambda _: False)[0] for p in prompts] == batch
+    assert [len(text) for text in batch] == [6, 6, 6]
+    said = [Request(p, tuple(text)) for p, text in zip(prompts, batch, strict=True)]
+    assert all(score.greedy for score in scorer.score(said))
+    wrong = Request(said[0].context, (*said[0].continuation[:-1], (said[0].continuation[-1] + 1) % VOCAB))
+    assert not scorer.score([wrong])[0].greedy
+    stopped = scorer.generate(prompts, 6, lambda text: len(text) == 2)
+    assert stopped == [text[:2] for text in batch]
+
+
+class LastOnly:
+    """A decoder that gives logits of the last position, as a tail-pruned graph does."""
+
+    def begin(self, batch: int) -> None:
+        self.batch = batch
+
+    def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
+        return np.zeros((len(ids_BT), 1, VOCAB), np.float32)
+
+
+def test_logits_of_the_last_position_are_refused() -> None:
+    with pytest.raises(NblError, match=r"logits of the last position only.*--variants torch-original,torch-nbl"):
+        GraphScorer(LastOnly(), 16)
+
+
+def test_an_empty_request_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        Request((1,), ())
+
+
+def test_progress_is_told_while_there_is_work_left(
+    scorers: dict[str, GraphScorer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer, steps, told = scorers["nbl"], [0], []
+    step = scorer._decoder.step
+
+    def counted(*arguments: Any) -> Any:
+        steps[0] += 1
+        return step(*arguments)
+
+    monkeypatch.setattr(scorer._decoder, "step", counted)
+    scorer.score(REQUESTS, lambda done, total: told.append((done, total, steps[0])))
+    assert [t[:2] for t in told][-1] == (6, 6) and told[0][0] < 6
+    assert told[0][2] < told[-1][2]

@@ -1,0 +1,449 @@
+"""bench against a decoder that computes nothing: the order of runs, the arithmetic, and the child process."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import gc
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nbl_export.errors import NblError
+from nbl_export.measure import background, benchmark
+from nbl_export.measure.benchmark import BenchSetting, Instruments, Variant, plan_scenarios
+from nbl_export.measure.energy import Meter
+from nbl_export.measure.footprint import Footprint, measure_footprint
+from nbl_export.measure.rows import read_timings, speed_rows
+from nbl_export.records.results import Scenario
+
+SETTING = BenchSetting(vocab_size=100, context_length=4096, versions={"onnxruntime": "1"})
+PICK_NS = 3  # what a fake takes to pick a token
+
+
+class Tape:
+    """A clock that only the runners move, and everything they were asked to do, in order."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.calls: list[tuple[Any, ...]] = []
+
+    def clock(self) -> int:
+        assert not gc.isenabled(), "the collector may run inside a timing"
+        self.calls.append(("clock",))
+        return self.now
+
+
+class FakeRunner:
+    """A TextRunner that takes ns_per_token x tokens of the tape's time and refuses what no engine can do.
+
+    A batch runs as GenAI lets it: filled once, one token at a time after that, back to the start or to its fill.
+    """
+
+    def __init__(self, tape: Tape, name: str, ns_per_token: int) -> None:
+        self.tape, self.name, self.ns_per_token = tape, name, ns_per_token
+        self.held: list[int] = []
+        self.capacity = -1
+        self.batch, self.fill = 1, 0
+
+    def __enter__(self) -> FakeRunner:
+        self.tape.calls.append((self.name, "open"))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.tape.calls.append((self.name, "close"))
+
+    def begin(self, max_tokens: int, batch: int = 1) -> None:
+        self.held, self.capacity, self.batch, self.fill = [], max_tokens, batch, 0
+        self.tape.calls.append((self.name, "begin", max_tokens, *([batch] if batch > 1 else [])))
+
+    def append(self, ids: Sequence[int]) -> None:
+        if self.batch > 1:
+            rows = np.asarray(ids)
+            assert rows.shape[0] == self.batch
+            assert not self.held or rows.shape[1] == 1, "a batch is filled once"
+            assert len({tuple(row) for row in rows.tolist()}) == self.batch or rows.shape[1] < 4, "rows are the same"
+            self.fill = self.fill or rows.shape[1]
+            ids = rows[0].tolist()
+        assert len(self.held) + len(ids) <= self.capacity, "the sequence outgrows what begin reserved"
+        self.tape.calls.append((self.name, "append", len(self.held), [int(i) for i in ids]))
+        self.held.extend(int(i) for i in ids)
+        self.tape.now += self.ns_per_token * len(ids)
+
+    def rewind(self, length: int) -> None:
+        assert length <= len(self.held), "cannot rewind forwards"
+        assert gc.isenabled(), "the collector was left off after a timing"
+        assert self.batch == 1 or length in (0, self.fill)
+        self.fill = self.fill if length else 0
+        del self.held[length:]
+        self.tape.now += 1_000_000  # must not be timed
+        self.tape.calls.append((self.name, "rewind", length))
+
+    def pick(self) -> int:
+        self.tape.now += PICK_NS
+        return 0
+
+    def encode(self, prompt: str, *, chat: bool) -> list[int]:
+        raise AssertionError("bench has no text")
+
+    def stream(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[str]:
+        raise AssertionError("bench does not sample")
+
+    def greedy(self, ids: Sequence[int], new_tokens: int) -> list[int]:
+        raise AssertionError("bench does not sample")
+
+
+def measure_nothing(
+    open_runner: object, directory: Path, threads: int | None, prompt: Sequence[int], capacity: int
+) -> Footprint:
+    return Footprint(peak_memory_bytes=len(prompt), steady_memory_bytes=capacity, load_seconds=0.5)
+
+
+def run_fake(
+    tmp_path: Path,
+    scenarios: Sequence[Scenario],
+    repetitions: int | None,
+    setting: BenchSetting = SETTING,
+    meter: Callable[[Tape], Meter | None] = lambda _: None,
+    usage: Callable[[], background.Reading] = background.read,
+    held_up: Callable[[str, int], int] = lambda name, load: 0,
+    idle: Callable[[int], bool] = lambda number: True,
+) -> tuple[dict[str, Any], Tape, list[tuple[int, int]]]:
+    """bench.run on two fakes (original 20 ns a token, nbl 10), with the tape and the progress reports.
+
+    With threads the fakes take a number of times less. held_up: nanoseconds that a token takes more, by name and load.
+    idle: what the wait of that number answers.
+    """
+    tape, reports, opened = Tape(), [], collections.Counter[str]()
+
+    def open_fake(path: Path, threads: int | None) -> FakeRunner:
+        opened[path.name] += 1
+        more = held_up(path.name, opened[path.name] - 1)
+        return FakeRunner(tape, path.name, {"original": 20, "nbl": 10}[path.name] // (threads or 1) + more)
+
+    def wait() -> bool:
+        tape.calls.append(("idle",))
+        return idle(sum(call == ("idle",) for call in tape.calls))
+
+    for name in ("original", "nbl"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.onnx").write_bytes(b"x" * 5)
+        (tmp_path / name / "model.onnx.data").write_bytes(b"x" * 7)
+        (tmp_path / name / "genai_config.json").write_bytes(b"not the model")
+    result = benchmark.run(
+        {name: Variant(tmp_path / name, open_fake, size) for name, size in (("original", 40), ("nbl", 30))},
+        scenarios,
+        repetitions,
+        lambda done, total: reports.append((done, total)),
+        setting=setting,
+        instruments=Instruments(tape.clock, meter(tape), wait, usage),
+        measure=measure_nothing,
+    )
+    return result, tape, reports
+
+
+_BETWEEN = (("rewind",), ("begin",), ("close",))  # what comes after a run
+
+
+def runs(tape: Tape) -> list[tuple[str, int, int]]:
+    """(runner, rewound to, tokens appended while the clock ran) of every run, warm-ups included."""
+    found = []
+    for i, call in enumerate(tape.calls):
+        if call[1:2] == ("rewind",):
+            later = itertools.takewhile(lambda c: c[1:2] not in _BETWEEN, tape.calls[i + 1 :])
+            found.append((call[0], call[2], sum(len(c[3]) for c in later if c[1:2] == ("append",))))
+    return found
+
+
+def test_no_variant_follows_itself_and_the_warm_up_is_discarded(tmp_path: Path) -> None:
+    result, tape, _ = run_fake(tmp_path, [Scenario("pp", 64, 0)], repetitions=3)
+    names = [name for name, _, _ in runs(tape)]
+    # with each load the warm-up of each, then a round; the turn moves on with the next load
+    assert names == ["original", "nbl"] * 2 + ["nbl", "original"] * 2 + ["original", "nbl"] * 2
+    assert [len(t["samples_ns"]) for t in result["timings"]] == [3, 3]
+
+
+@pytest.mark.parametrize("repetitions", [1, 2, 5])
+def test_every_round_has_a_load_of_its_own(tmp_path: Path, repetitions: int) -> None:
+    scenarios = plan_scenarios((64,), 4, (0, 600))
+    result, tape, reports = run_fake(tmp_path, scenarios, repetitions)
+    for name in ("original", "nbl"):
+        kinds = [c[1] for c in tape.calls if c[0] == name]
+        between = "".join({"open": "o", "close": "c", "rewind": "r"}.get(k, "") for k in kinds).strip("oc").split("co")
+        assert len(between) == kinds.count("open") == repetitions
+        assert [len(runs) for runs in between] == [4 * 2] * repetitions
+    assert [len(t["samples_ns"]) for t in result["timings"]] == [repetitions] * 8
+    assert [t["loads"] for t in result["timings"]] == [list(range(repetitions))] * 8
+    assert [(t["test"], t["depth"], t["variant"]) for t in result["timings"]] == [
+        (s.test, s.depth, name) for s in scenarios for name in ("original", "nbl")
+    ]
+    assert reports[-1] == (len(reports), len(reports))
+
+
+def test_rounds_go_on_while_one_interval_is_wide(tmp_path: Path) -> None:
+    """Load 2 is slow for one decoder: among six loads it is an end of the range, among twelve it is not."""
+    scenarios = [Scenario("pp", 64, 0), Scenario("tg", 4, 0)]
+    result, _, reports = run_fake(tmp_path, scenarios, None, held_up=lambda n, load: 9 * (n == "nbl" and load == 2))
+    assert [t["loads"] for t in result["timings"]] == [list(range(12))] * 4
+    assert result["repetitions"] is None
+    assert reports[-1] == (len(reports), len(reports))
+    (tmp_path / "steady").mkdir()
+    steady, _, _ = run_fake(tmp_path / "steady", scenarios, None)
+    assert [t["loads"] for t in steady["timings"]] == [list(range(6))] * 4
+
+
+def test_rounds_do_not_go_on_for_longer_than_the_limit(tmp_path: Path) -> None:
+    def usage() -> Callable[[], background.Reading]:
+        clock = itertools.count(0, 12)  # a load takes 12 seconds, as does what comes before the next
+        return lambda: background.Reading(next(clock), 0, 0, 0)
+
+    uneven = lambda name, load: 9 * (name == "nbl") * (load % 2)  # noqa: E731
+    result, _, _ = run_fake(tmp_path, [Scenario("pp", 64, 0)], None, usage=usage(), held_up=uneven)
+    assert [len(t["loads"]) for t in result["timings"]] == [12, 12]  # 144 of 180 seconds
+    (tmp_path / "sweep").mkdir()
+    scenarios = plan_scenarios((64,), 4, (0,), threads=(1, 2))
+    swept, _, _ = run_fake(tmp_path / "sweep", scenarios, None, usage=usage(), held_up=uneven)
+    assert [len(t["loads"]) for t in swept["timings"]] == [6] * 8  # each number of threads has half of them
+
+
+def test_what_others_used_is_recorded_by_load(tmp_path: Path) -> None:
+    """Two loads of ten seconds on one core more than this process' own; one wait of eight was in vain."""
+    readings = iter([
+        background.Reading(0, 100, 50, 0), background.Reading(10, 112, 60, 0),
+        background.Reading(11, 200, 61, 0), background.Reading(21, 218, 71, 1),
+    ])  # fmt: skip
+    result, _, _ = run_fake(
+        tmp_path, [Scenario("pp", 64, 0), Scenario("tg", 4, 0)], 2, usage=lambda: next(readings), idle=lambda n: n != 3
+    )
+    found = result["background"]
+    assert [(x["seconds"], x["others"], x["stolen"]) for x in found["loads"]] == [(10, 0.2, 0), (10, 0.8, 0.1)]
+    assert (found["others"], found["stolen"]) == pytest.approx((0.5, 0.05))
+    assert (found["waits"], found["gave_up"]) == (16, 1)
+
+
+def test_every_run_waits_for_an_idle_machine_before_its_clock_starts(tmp_path: Path) -> None:
+    _, tape, _ = run_fake(tmp_path, [Scenario("pp", 64, 0), Scenario("tg", 4, 0)], repetitions=2)
+    started = [i for i, call in enumerate(tape.calls) if call[1:2] == ("rewind",)]
+    assert len(started) == 2 * 2 * 4
+    assert all([c[-1] for c in tape.calls[i + 1 : i + 3]] == ["idle", "clock"] for i in started)
+    assert sum(call == ("idle",) for call in tape.calls) == len(started)
+
+
+def test_a_prefill_is_one_chunk_and_a_decode_single_tokens(tmp_path: Path) -> None:
+    _, tape, _ = run_fake(tmp_path, [Scenario("pp", 64, 0), Scenario("tg", 16, 0)], repetitions=1)
+    sizes = [len(c[3]) for c in tape.calls if c[:2] == ("nbl", "append")]
+    assert sizes == [64, 64] + [1] * 8 + [1] * 16  # warm-up, round; decode's warm-up is shorter
+
+
+def test_time_is_that_of_the_timed_tokens_alone(tmp_path: Path) -> None:
+    result, _, _ = run_fake(tmp_path, [Scenario("pp", 64, 1000), Scenario("tg", 16, 1000)], repetitions=2)
+    samples = {(t["test"], t["variant"]): t["samples_ns"] for t in result["timings"]}
+    assert samples == {
+        ("pp64", "original"): [64 * 20] * 2,
+        ("pp64", "nbl"): [64 * 10] * 2,
+        ("tg16", "original"): [16 * 20] * 2,
+        ("tg16", "nbl"): [16 * 10] * 2,
+    }
+
+
+def test_every_token_and_the_first_pick_have_their_own_time(tmp_path: Path) -> None:
+    result, _, _ = run_fake(tmp_path, [Scenario("pp", 64, 0), Scenario("tg", 16, 0)], repetitions=2)
+    prefill, decode = ({t["variant"]: t for t in result["timings"] if t["kind"] == kind} for kind in ("pp", "tg"))
+    assert prefill["original"]["first_token_ns"] == [PICK_NS] * 2
+    assert prefill["original"]["samples_ns"] == [64 * 20] * 2  # the pick is not in it
+    assert prefill["original"]["ttft_ns"] == 64 * 20 + PICK_NS
+    assert decode["nbl"]["token_ns"] == [[10] * 16] * 2
+    assert decode["nbl"]["tpot_ns"] == {"p50": 10, "p95": 10, "p99": 10}
+    assert "token_ns" not in prefill["nbl"] and "first_token_ns" not in decode["nbl"]
+
+
+def test_a_sweep_of_threads_loads_the_decoders_again(tmp_path: Path) -> None:
+    scenarios = plan_scenarios((8, 16), 4, (0,), threads=(2, 1))
+    result, tape, reports = run_fake(tmp_path, scenarios, repetitions=1)
+    assert [(s.test, s.threads) for s in scenarios] == [
+        (test, threads) for threads in (2, 1) for test in ("pp8", "pp16", "tg4")
+    ]
+    samples = {(t["test"], t["threads"], t["variant"]): t["samples_ns"][0] for t in result["timings"]}
+    assert samples["pp16", 2, "original"] == 16 * 10 and samples["pp16", 1, "original"] == 16 * 20
+    assert result["threads"] == [2, 1]
+    opened = [c[:2] for c in tape.calls if c[1:2] in (("open",), ("close",))]
+    once = [("original", "open"), ("nbl", "open"), ("nbl", "close"), ("original", "close")]
+    assert opened == once * 2  # never four at once
+    assert reports[-1] == (len(reports), len(reports))
+
+
+def test_a_batch_is_filled_in_one_piece_and_counts_all_its_tokens(tmp_path: Path) -> None:
+    scenarios = plan_scenarios((8,), 4, (0, 600), batches=(1, 3))
+    result, tape, reports = run_fake(tmp_path, scenarios, repetitions=2)
+    assert [c for c in tape.calls if c[:2] == ("nbl", "begin")] == [
+        ("nbl", "begin", 8), ("nbl", "begin", 608), ("nbl", "begin", 8, 3), ("nbl", "begin", 604, 3),
+    ] * 2  # fmt: skip
+    timed = {(t["test"], t["depth"], t["batch"]) for t in result["timings"]}
+    assert timed == {(t, d, b) for t in ("pp8", "tg4") for d in (0, 600) for b in (1, 3)} - {("pp8", 600, 3)}
+    (row,) = result["skipped"]
+    assert (row["test"], row["depth"], row["batch"]) == ("pp8", 600, 3) and "batch" in row["reason"]
+    rows = {(r["test"], r["depth"], r["batch"], r["variant"]): r for r in speed_rows(read_timings(result))}
+    one, three = (rows["tg4", 600, batch, "nbl"]["tokens_per_second_median"] for batch in (1, 3))
+    assert three == pytest.approx(3 * one)  # the fake takes as long for three rows as for one
+    assert rows["tg4", 600, 3, "nbl"]["tpot_seconds"] == rows["tg4", 600, 1, "nbl"]["tpot_seconds"]
+    assert reports[-1] == (len(reports), len(reports))
+
+
+def test_a_batch_needs_room_for_the_token_that_it_picks(tmp_path: Path) -> None:
+    result, _, _ = run_fake(
+        tmp_path, [Scenario("tg", 4, 60, 1), Scenario("tg", 4, 60, 2), Scenario("tg", 3, 60, 2)], 1,
+        BenchSetting(100, 64, {}),
+    )  # fmt: skip
+    assert {(t["test"], t["batch"]) for t in result["timings"]} == {("tg4", 1), ("tg3", 2)}
+    assert "picked" in result["skipped"][0]["reason"]
+
+
+def test_energy_is_that_of_each_run_and_absent_without_a_meter(tmp_path: Path) -> None:
+    def meter(tape: Tape) -> Meter:
+        return Meter({"package 0": (lambda: 5 * tape.now, 0)})  # 5 microjoules a nanosecond
+
+    result, _, _ = run_fake(tmp_path, [Scenario("pp", 64, 0), Scenario("tg", 16, 0)], 2, meter=meter)
+    energy = {(t["test"], t["variant"]): t["energy_uj"] for t in result["timings"]}
+    assert energy["pp64", "original"] == [5 * (64 * 20 + PICK_NS)] * 2
+    assert energy["tg16", "nbl"] == [5 * 16 * 10] * 2
+    assert result["energy_sources"] == ["package 0"]
+    rows = {(r["test"], r["variant"]): r["joules_per_token"] for r in speed_rows(read_timings(result))}
+    assert rows["tg16", "nbl"] == pytest.approx(5 * 10 / 1e6)
+
+
+def test_a_depth_is_filled_once_and_every_run_rewinds_to_it(tmp_path: Path) -> None:
+    scenarios = [Scenario("pp", 64, 1300), Scenario("tg", 16, 1300)]
+    _, tape, _ = run_fake(tmp_path, scenarios, repetitions=1)
+    first_run = next(i for i, c in enumerate(tape.calls) if c[1:2] == ("rewind",))
+    fills = [c for c in tape.calls if c[1:2] == ("append",) and c[2] < 1300]
+    assert [(c[0], c[2], len(c[3])) for c in fills] == [
+        (name, start, size) for name in ("original", "nbl") for start, size in ((0, 512), (512, 512), (1024, 276))
+    ]
+    assert all(tape.calls.index(c) < first_run for c in fills)
+    assert {depth for _, depth, _ in runs(tape)} == {1300}
+
+
+def test_both_variants_see_the_same_ids_below_the_vocabulary(tmp_path: Path) -> None:
+    _, tape, _ = run_fake(tmp_path, plan_scenarios((32,), 8, (0, 600)), repetitions=2)
+    seen: dict[str, dict[int, set[int]]] = {"original": {}, "nbl": {}}
+    for name, kind, *rest in (c for c in tape.calls if len(c) == 4):
+        assert kind == "append"
+        for position, token in enumerate(rest[1], start=rest[0]):
+            seen[name].setdefault(position, set()).add(token)
+    assert seen["original"] == seen["nbl"]
+    assert all(len(tokens) == 1 for tokens in seen["nbl"].values()), "an id depends on the round"
+    values = {token for tokens in seen["nbl"].values() for token in tokens}
+    assert min(values) >= 0 and max(values) < SETTING.vocab_size and len(values) > 50
+
+
+def test_the_plan_of_scenarios() -> None:
+    tests = [(s.test, s.depth) for s in plan_scenarios((512,), 128, (2048, 0, 0))]
+    assert tests == [("pp512", 0), ("tg128", 0), ("pp512", 2048), ("tg128", 2048)]
+
+
+def test_a_scenario_beyond_the_context_is_named_and_left_out(tmp_path: Path) -> None:
+    small = BenchSetting(100, 1024, {})
+    result, _, _ = run_fake(tmp_path, [Scenario("pp", 24, 1000), Scenario("tg", 25, 1000)], 1, small)
+    assert {t["test"] for t in result["timings"]} == {"pp24"}
+    (row,) = result["skipped"]
+    assert (row["test"], row["depth"]) == ("tg25", 1000)
+    assert "1024" in row["reason"]
+
+
+def test_nothing_that_fits_is_an_error_before_anything_is_loaded() -> None:
+    small = BenchSetting(100, 64, {})
+    variant = Variant(Path("nowhere"), lambda *_: pytest.fail("loaded"), 1)
+    with pytest.raises(NblError, match=r"65 tokens .* context length of the model, 64"):
+        benchmark.run({"nbl": variant}, [Scenario("pp", 65, 0)], 1, lambda *_: None, setting=small)
+
+
+def test_what_is_recorded(tmp_path: Path) -> None:
+    result, _, _ = run_fake(tmp_path, plan_scenarios((32,), 8, (0, 600)), repetitions=2)
+    assert result["variants"]["nbl"] == {
+        "peak_memory_bytes": 32,  # the largest prompt
+        "steady_memory_bytes": 632,
+        "load_seconds": 0.5,
+        "kv_cache_bytes": 30 * 632,
+        "kv_cache_bytes_per_token": 30,
+        "model_bytes": 12,
+        "disk_bytes": {"weights": 7, "graph": 5, "settings": 13},
+    }
+    assert set(result["machine"]) == {"cpu", "cores", "memory_bytes", "os", "python"}
+    facts = [result[name] for name in ("threads", "batches", "engine", "provider", "repetitions", "base")]
+    assert facts == [[None], [1], "ort", "cpu", 2, "original"]
+    common = {"test", "kind", "tokens", "depth", "batch", "threads", "variant", "samples_ns", "loads"}
+    assert result["timings"][0].keys() == common | {"first_token_ns", "ttft_ns"}
+    assert result["timings"][2].keys() == common | {"token_ns", "tpot_ns"}
+
+
+def test_progress_ends_at_its_total_and_runners_are_closed(tmp_path: Path) -> None:
+    _, tape, reports = run_fake(tmp_path, plan_scenarios((32,), 8, (0, 600)), repetitions=2)
+    assert [done for done, _ in reports] == list(range(1, len(reports) + 1))
+    assert {total for _, total in reports} == {len(reports)}
+    assert tape.calls[-2:] == [("original", "close"), ("nbl", "close")]  # the last opened first
+    assert gc.isenabled()
+
+
+# -- the child process ---------------------------------------------------------------------------------
+
+
+class HungryRunner(FakeRunner):
+    """Holds 200 MB from begin to rewind; sleeps, dies or fails instead when told to."""
+
+    def __init__(self, directory: Path, threads: int | None, behaviour: str = "") -> None:
+        assert threads == 2
+        super().__init__(Tape(), directory.name, 0)
+        time.sleep(30 if behaviour == "sleep" else 0.05)
+        if behaviour == "die":
+            os._exit(7)
+        if behaviour == "fail":
+            raise NblError(f"{directory} is broken")
+
+    def begin(self, max_tokens: int, batch: int = 1) -> None:
+        super().begin(max_tokens)
+        self.cache = bytearray(os.urandom(1) * 200_000_000)
+
+
+def footprint(behaviour: str = "") -> Footprint:
+    open_runner = functools.partial(HungryRunner, behaviour=behaviour)
+    return measure_footprint(open_runner, Path("decoder"), 2, [1, 2, 3], 16)
+
+
+def test_the_footprint_is_the_childs_own() -> None:
+    ballast = bytearray(os.urandom(1) * 700_000_000)  # the child must not inherit this figure
+    seen = footprint()
+    del ballast
+    assert 200_000_000 < seen.peak_memory_bytes < 650_000_000
+    assert 200_000_000 < seen.steady_memory_bytes <= seen.peak_memory_bytes
+    assert 0.05 <= seen.load_seconds < 5
+
+
+@pytest.mark.parametrize(("behaviour", "sentence"), [("fail", "decoder is broken"), ("die", "status 7")])
+def test_a_child_that_fails_is_one_sentence(behaviour: str, sentence: str) -> None:
+    with pytest.raises(NblError, match=sentence):
+        footprint(behaviour)
+
+
+def test_ctrl_c_leaves_no_child() -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    start = time.monotonic()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1.5)
+        with pytest.raises(KeyboardInterrupt):
+            footprint("sleep")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - start < 15
+    assert not multiprocessing.active_children()

@@ -1,0 +1,177 @@
+"""Each architecture on a tiny random checkpoint: what its record says is so in transformers, and what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nbl_export.calibrate.hooks import collect
+from nbl_export.calibrate.layer_by_layer import collect_layers
+from nbl_export.distill.settings import DistillSettings, TrainingText
+from nbl_export.distill.training import distill
+from nbl_export.errors import NblError
+from nbl_export.model.architectures import ARCHITECTURES
+from nbl_export.model.blocks import architecture_of, logits_of, run_from
+from nbl_export.model.checkpoint.load import load_model, read_spec
+from nbl_export.model.checkpoint.source import resolve
+from nbl_export.model.linearize import linearize
+from nbl_export.model.mixes import SwitchedModel
+from nbl_export.plan.lmmse import fit
+from nbl_export.records.plan import AffineMap
+
+from ..tiny import EVERY, HIDDEN, LAYERS, VARIANTS, VOCAB
+
+Checkpoint = Callable[[str], Path]
+Maps = Callable[..., dict[int, AffineMap]]
+IDS = torch.arange(2, 42)[None]  # longer than the tiny windows
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def test_every_record_has_a_tiny_model(checkpoint: Checkpoint) -> None:
+    assert {read_spec(resolve(str(checkpoint(a)))).architecture for a in EVERY} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("architecture", EVERY)
+def test_a_map_takes_the_place_of_the_whole_block(architecture: str, checkpoint: Checkpoint, random_maps: Maps) -> None:
+    """The MLP sees x + x W' + b: no norm, no multiplier of the original is left between map and addition."""
+    model = linearize(load_model(checkpoint(architecture)), random_maps(1))
+    seen: dict[str, torch.Tensor] = {}
+    layer = model.model.layers[1]
+    first = _first_of_mlp(layer)
+    layer.register_forward_pre_hook(lambda _m, args: seen.update(x=args[0]))
+    first.register_forward_pre_hook(lambda _m, args: seen.update(r=args[0]))
+    with torch.inference_mode():
+        model(IDS)
+    m = random_maps(1)[1]
+    expected = seen["x"] + seen["x"] @ torch.from_numpy(m.weight).T + torch.from_numpy(m.bias)
+    torch.testing.assert_close(seen["r"], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("tap", ["residual", "normed"])
+@pytest.mark.parametrize("architecture", EVERY)
+def test_moments_are_of_what_the_block_adds(architecture: str, tap: str, checkpoint: Checkpoint) -> None:
+    """y of the moments is the difference of the residual stream across the attention block, read off the layer."""
+    model = load_model(checkpoint(architecture))
+    if tap not in architecture_of(model.config).taps:
+        with pytest.raises(NblError, match="tap normed is not possible for olmo2"):
+            _check(model, tap=tap)
+        return
+    layer = model.model.layers[1]
+    seen: dict[str, list[torch.Tensor]] = {"x": [], "r": []}
+    layer.register_forward_pre_hook(lambda _m, args: seen["x"].append(args[0]))
+    _first_of_mlp(layer).register_forward_pre_hook(lambda _m, args: seen["r"].append(args[0]))
+    ids = torch.arange(2, 66).view(2, 32)
+    moments = collect(model, ids, lambda *_: None, (tap,))[tap][1]
+    y = (seen["r"][-1] - seen["x"][-1]).flatten(0, 1).double().mean(0)
+    np.testing.assert_allclose(moments.y_sum / moments.count, y.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", [*EVERY, "qwen2-window"])
+def test_layer_by_layer_moments_are_those_of_the_whole_model(
+    architecture: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    ids = torch.arange(2, 130).view(2, 64) % VOCAB
+    whole = collect(load_model(checkpoint(architecture)), ids, lambda *_: None)["residual"]
+    parts = list(collect_layers(checkpoint(architecture), ids, [ids], ["residual"], tmp_path, lambda *_: None))
+    for one, other in zip(whole, parts, strict=True):
+        mine = other["residual"].moments()
+        assert torch.equal(one.xx, mine.xx) and torch.equal(one.yx, mine.yx) and torch.equal(one.yy, mine.yy)
+
+
+@pytest.mark.parametrize("replaced", [(0,), (1,), (0, 2), (1, 2)], ids=str)
+@pytest.mark.parametrize("architecture", EVERY)
+def test_cached_steps_equal_one_forward(
+    architecture: str, replaced: tuple[int, ...], checkpoint: Checkpoint, random_maps: Maps
+) -> None:
+    model = linearize(load_model(checkpoint(architecture)), random_maps(*replaced))
+    with torch.inference_mode():
+        whole = model(IDS, use_cache=False).logits
+        out = model(IDS[:, :25], use_cache=True)
+        parts = [out.logits]
+        for k in range(25, 40):
+            out = model(IDS[:, k : k + 1], past_key_values=out.past_key_values, use_cache=True)
+            parts.append(out.logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, **CLOSE)
+
+
+@pytest.mark.parametrize("architecture", [*EVERY, *VARIANTS])
+def test_logits_and_entries_are_those_of_the_model(architecture: str, checkpoint: Checkpoint) -> None:
+    """What is made from hidden states by hand (head with caps and divisors, entry without its multiplier)."""
+    model = load_model(checkpoint(architecture))
+    seen: list[torch.Tensor] = []
+    model.model.layers[0].register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    with torch.inference_mode():
+        expected = model(IDS, use_cache=False).logits
+        torch.testing.assert_close(logits_of(model, run_from(model.model, seen[0])), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mix", [(0,), (1,), (1, 2), (2,)], ids=str)
+@pytest.mark.parametrize("architecture", [*EVERY, "qwen2-window"])
+def test_switched_layers_are_the_linearized_model(
+    architecture: str, mix: tuple[int, ...], checkpoint: Checkpoint, random_maps: Maps
+) -> None:
+    """Also where a mix is run from its lowest layer on: masks and rotary embeddings stay those of each layer."""
+    model, maps = load_model(checkpoint(architecture)), random_maps(*range(LAYERS))
+    found = SwitchedModel(model, maps, "residual").price(IDS, mix)
+    ours = linearize(load_model(checkpoint(architecture)), {i: maps[i] for i in mix})
+    with torch.inference_mode():
+        base, other = (m(IDS, use_cache=False).logits[0, :-1].log_softmax(-1) for m in (model, ours))
+    assert found.kl == pytest.approx((base.exp() * (base - other)).sum(1).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "granite", "olmo2", "phi3"])
+def test_distilled_maps_start_from_the_fitted_ones(
+    architecture: str, checkpoint: Checkpoint, random_maps: Maps
+) -> None:
+    model = load_model(checkpoint(architecture))
+    maps, ids = random_maps(1, 2), torch.arange(2, 130).view(2, 64) % VOCAB
+    got = distill(model, maps, "residual", TrainingText(ids, ids), DistillSettings(steps=1, learning_rate=0.0))
+    with torch.inference_mode():
+        base = model(ids, use_cache=False).logits.log_softmax(-1)
+        ours = linearize(model, maps)(ids, use_cache=False).logits.log_softmax(-1)
+    assert got.held_kl[0][1] == pytest.approx((base.exp() * (base - ours)).sum(-1).mean().item(), rel=1e-4)
+    np.testing.assert_allclose(got.maps[1].weight, maps[1].weight, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", EVERY)
+def test_a_saved_checkpoint_is_the_linearized_model(
+    architecture: str, checkpoint: Checkpoint, random_maps: Maps, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from nbl_export.model.hf_classes import save_linearized
+
+    directory, maps = checkpoint(architecture), random_maps(0, 2)
+    save_linearized(load_model(directory), directory, maps, "residual", tmp_path / "saved")
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    with torch.inference_mode():
+        expected = linearize(load_model(directory), maps)(IDS, use_cache=False).logits
+        assert torch.equal(loaded.eval()(IDS, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("architecture", EVERY)
+def test_a_fitted_map_is_better_than_none(architecture: str, checkpoint: Checkpoint) -> None:
+    """The fit is of what it replaces: put in, it explains the block's output on the text it was fitted on."""
+    moments = collect(load_model(checkpoint(architecture)), torch.arange(2, 258).view(4, 64) % VOCAB, lambda *_: None)
+    affine = fit(moments["residual"][1], 1)
+    assert affine.weight.shape == (HIDDEN, HIDDEN) and np.abs(affine.weight).max() > 0
+
+
+def _first_of_mlp(layer: Any) -> Any:
+    """The module that reads the residual stream behind the attention block."""
+    if not hasattr(layer, "post_feedforward_layernorm"):
+        return layer.post_attention_layernorm
+    return getattr(layer, "pre_feedforward_layernorm", layer.mlp)  # behind attention alone: OLMo 2
+
+
+def _check(model: Any, **asked: Any) -> None:
+    from nbl_export.records.options import JobOptions
+    from nbl_export.run.preflight import check_asked
+
+    check_asked(JobOptions(model="tiny", **asked), model.config.model_type)

@@ -1,0 +1,175 @@
+"""Models as they come: GGUF dequantised once, sharded weights, and what tells one model from another."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nbl_export.errors import NblError
+from nbl_export.model.checkpoint import load, materialise
+from nbl_export.model.checkpoint import source as checkpoint_source
+
+from ..command import TINY, assert_refused, nbl, snapshot
+from ..damage import cut, flip
+from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB
+
+NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
+def save_gguf(directory: Path, path: Path) -> Path:
+    """Write the tiny Llama of a checkpoint directory as an unquantised GGUF."""
+    from gguf import GGUFWriter
+    from safetensors.numpy import load_file
+
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(512)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(VOCAB)
+    model = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))  # the first two are control tokens
+    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    for name, tensor in load_file(directory / "model.safetensors").items():
+        writer.add_tensor(*_as_gguf(name.removesuffix(".weight"), tensor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _as_gguf(name: str, tensor: Any) -> tuple[str, Any]:
+    """llama.cpp's name; rows of query and key heads in its order: pairs that rotate together side by side."""
+    if not name.startswith("model.layers."):
+        return {"model.embed_tokens": "token_embd.weight", "model.norm": "output_norm.weight"}[name], tensor
+    layer, part = name.removeprefix("model.layers.").split(".", 1)
+    if part.endswith(("q_proj", "k_proj")):
+        tensor = tensor.reshape(-1, 2, HEAD_DIM // 2, HIDDEN).swapaxes(1, 2).reshape(tensor.shape)
+    return f"blk.{layer}.{NAMES[part]}.weight", tensor
+
+
+@pytest.fixture(scope="session")
+def gguf(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_gguf(checkpoint("llama"), tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+def test_gguf_is_the_same_model(gguf: Path, checkpoint: Any, tmp_path: Path) -> None:
+    source = checkpoint_source.resolve(str(gguf))
+    assert load.read_spec(source) == load.read_spec(checkpoint_source.resolve(str(checkpoint("llama"))))
+    directory = materialise.materialise(source, tmp_path / "checkpoint")
+    ids = torch.arange(2, 40)[None]
+    with torch.inference_mode():
+        ours, theirs = (load.load_model(d)(ids).logits for d in (directory, checkpoint("llama")))
+    torch.testing.assert_close(ours, theirs)
+    text = "The language, größer"
+    ours, theirs = (load.load_tokenizer(d)(text)["input_ids"] for d in (directory, checkpoint("llama")))
+    assert ours == theirs
+
+
+def test_main_job_on_a_gguf_directory(gguf: Path, text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = nbl("--model", gguf.parent, "--calibration", text, *TINY, "--output", run)
+    assert done.status == 0, done.err
+    facts = json.loads((run / "nbl.json").read_text(encoding="utf-8"))
+    assert facts["status"] == "verified"
+    assert facts["places"]["model"] == str(gguf)
+    assert (run / "checkpoint" / "model.safetensors").is_file()
+
+
+def test_gguf_is_dequantised_once_and_again_where_damaged(gguf: Path, tmp_path: Path) -> None:
+    source, target = checkpoint_source.resolve(str(gguf)), tmp_path / "checkpoint"
+    materialise.materialise(source, target)
+    before, made = snapshot(target), (target / "model.safetensors").stat().st_mtime_ns
+    materialise.materialise(source, target)
+    assert (target / "model.safetensors").stat().st_mtime_ns == made
+    cut(target / "model.safetensors", 1000)
+    assert snapshot(materialise.materialise(source, target)) == before
+    (target / "tokenizer.json").unlink()
+    assert snapshot(materialise.materialise(source, target)) == before
+    (target / "source.json").write_text("[]")
+    assert snapshot(materialise.materialise(source, target)) == before
+
+
+def test_gguf_that_ends_early(gguf: Path, text: Path, tmp_path: Path) -> None:
+    """Wherever it is cut: nothing but one sentence, and no half of a checkpoint."""
+    whole = gguf.read_bytes()
+    for share in (0.01, 0.1, 0.5, 0.999):
+        short = tmp_path / "short.gguf"
+        short.write_bytes(whole[: int(len(whole) * share)])
+        given = ("--model", short, "--calibration", text, *TINY, "--output", tmp_path / "run")
+        assert_refused(nbl(*given), 1, "short.gguf")
+        assert not (tmp_path / "run").exists()
+
+
+def test_failed_dequantisation_leaves_nothing(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    def fail(_model: object, directory: Path) -> None:
+        directory.mkdir()
+        (directory / "half").write_text("")
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fail)
+    with pytest.raises(NblError, match=r"tiny\.gguf cannot be loaded by transformers: \w+: no"):
+        materialise.materialise(checkpoint_source.resolve(str(gguf)), tmp_path / "checkpoint")
+    assert not list(tmp_path.iterdir())
+
+
+def test_sharded_weights(checkpoint: Any, tmp_path: Path) -> None:
+    """The index decides; a shard that is cut is found before it is loaded."""
+    load.load_model(checkpoint("llama")).save_pretrained(tmp_path, max_shard_size="200KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    source = checkpoint_source.resolve(str(tmp_path))
+    assert load.read_spec(source).num_layers == LAYERS
+    cut(shards[1], 5000)
+    with pytest.raises(NblError, match=f"{shards[1].name} is truncated"):
+        checkpoint_source.resolve(str(tmp_path))
+    shards[1].unlink()
+    with pytest.raises(NblError, match=f"lacks {shards[1].name}"):
+        checkpoint_source.resolve(str(tmp_path))
+
+
+def test_fingerprint_follows_the_files_and_not_their_place(checkpoint: Any, tmp_path: Path) -> None:
+    first = checkpoint_source.resolve(str(checkpoint("llama")))
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint("llama"), copy)
+    (copy / "README.md").write_text("not a part of the model")
+    (copy / "tokenizer_backup").mkdir()
+    os.utime(copy / "model.safetensors", (0, 0))
+    assert checkpoint_source.resolve(str(copy)).fingerprint == first.fingerprint
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        changed = tmp_path / name
+        shutil.copytree(copy, changed)
+        if name == "config.json":
+            (changed / name).write_text((changed / name).read_text() + " ")
+        else:
+            flip(changed / name)
+        assert checkpoint_source.resolve(str(changed)).fingerprint != first.fingerprint
+
+
+def test_home_directory_is_spelled_out(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(checkpoint("llama").parent))
+    source = checkpoint_source.resolve(f"~/{checkpoint('llama').name}")
+    assert source.place == str(checkpoint("llama"))

@@ -1,0 +1,106 @@
+"""NBL checkpoints: saved, loaded by AutoModelForCausalLM in a fresh process, and equal to the linearized model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from nbl_export.errors import NblError
+from nbl_export.model.checkpoint.load import load_model, load_tokenizer
+from nbl_export.model.linearize import linearize
+from nbl_export.plan.maps_file import load_maps
+from nbl_export.records.plan import AffineMap
+
+from ..command import assert_refused, nbl
+
+IDS = torch.arange(2, 40)[None]
+
+
+@pytest.mark.parametrize("tap", ["residual", "normed"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral-window"])
+def test_a_saved_checkpoint_is_the_linearized_model(
+    architecture: str,
+    tap: str,
+    checkpoint: Callable[[str], Path],
+    random_maps: Callable[..., dict[int, AffineMap]],
+    tmp_path: Path,
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from nbl_export.model.hf_classes import save_linearized
+
+    directory, maps = checkpoint(architecture), random_maps(0, 2)
+    save_linearized(load_model(directory), directory, maps, tap, tmp_path / "saved")
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    expected = linearize(load_model(directory), maps, tap)
+    with torch.inference_mode():
+        assert torch.equal(loaded.eval()(IDS, use_cache=False).logits, expected(IDS, use_cache=False).logits)
+        told = [m.generate(IDS[:, :12], max_new_tokens=8, do_sample=False) for m in (loaded, expected)]
+    assert torch.equal(*told)  # cached steps: cache indices are dense
+    assert load_tokenizer(tmp_path / "saved").encode("The import") == load_tokenizer(directory).encode("The import")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    kind = architecture.partition("-")[0]
+    assert (config["model_type"], config["nbl_replaced_layers"], config["nbl_tap"]) == (f"nbl-{kind}", [0, 2], tap)
+    assert config["architectures"] == [f"Nbl{kind.capitalize()}ForCausalLM"] and "auto_map" not in config
+
+
+def test_the_command_and_a_fresh_process(run: Path, tmp_path: Path) -> None:
+    done = nbl("save-checkpoint", run)
+    assert (done.status, done.out) == (0, f"{run / 'nbl-checkpoint'}\n"), done.err
+    code = (
+        "import sys, torch, nbl_export.model.hf_classes\nfrom transformers import AutoModelForCausalLM\n"
+        "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()\n"
+        "torch.save(m(torch.arange(2, 40)[None], use_cache=False).logits.detach(), sys.argv[2])\n"
+    )
+    command = [sys.executable, "-c", code, str(run / "nbl-checkpoint"), str(tmp_path / "logits.pt")]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    manifest = json.loads((run / "nbl.json").read_text())
+    model = load_model(Path(manifest["places"]["model"]))
+    expected = linearize(model, load_maps(run / "maps.safetensors", manifest["replaced_layers"]), manifest["tap"])
+    with torch.inference_mode():
+        assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected(IDS, use_cache=False).logits)
+    assert nbl("save-checkpoint", run, "--output", tmp_path / "new" / "place").status == 0
+    assert (tmp_path / "new" / "place" / "model.safetensors").is_file()
+    assert not [p.name for p in run.iterdir() if p.name.startswith(".tmp-")]
+
+
+def test_what_is_there_is_not_overwritten(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    assert_refused(nbl("save-checkpoint", run, "--output", tmp_path / "mine"), 1, tmp_path / "mine", "already")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["file"]
+
+
+def test_what_failed_verification_is_not_saved_unless_forced(run: Path) -> None:
+    manifest = json.loads((run / "nbl.json").read_text())
+    (run / "nbl.json").write_text(json.dumps({**manifest, "status": "failed"}))
+    assert_refused(nbl("save-checkpoint", run), 1, run, "failed verification", "--force")
+    assert nbl("save-checkpoint", run, "--force").status == 0
+
+
+def test_a_configuration_that_contradicts_itself() -> None:
+    from nbl_export.model.hf_classes import CLASSES
+
+    config_class, model_class = CLASSES["llama"]
+
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "vocab_size": 16}  # fmt: skip
+    for wrong in ({"nbl_replaced_layers": [2]}, {"nbl_replaced_layers": [0, 1]}, {"nbl_tap": "elsewhere"}):
+        with pytest.raises(ValueError, match=r"config\.json replaces layers"):
+            model_class(config_class(**shape, **wrong))
+
+
+def test_an_architecture_without_a_class(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from nbl_export.model.hf_classes import save_linearized
+
+    with pytest.raises(NblError, match="no NBL checkpoint of architecture other; there are llama, mistral"):
+        save_linearized(SimpleNamespace(config=SimpleNamespace(model_type="other")), tmp_path, {}, "residual", tmp_path)

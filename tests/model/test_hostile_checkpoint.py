@@ -1,0 +1,203 @@
+"""A checkpoint that asks transformers for code, pickles, other weights or files of this machine gets none of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_export.errors import NblError
+from nbl_export.model.checkpoint.load import load_model, load_tokenizer, read_spec
+from nbl_export.model.checkpoint.source import resolve
+
+from ..command import TINY, assert_refused, nbl
+from ..test_security import EVIL
+
+Checkpoint = Callable[[str], Path]
+
+
+@pytest.fixture
+def model(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    """A copy of a tiny checkpoint, to be made hostile."""
+    return Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+
+
+def changed(model: Path, name: str, **values: Any) -> None:
+    path = model / name
+    said = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({**said, **values}), encoding="utf-8")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "smollm3"])  # transformers has no tokenizer of their own
+def test_nobody_is_asked_whether_code_may_run(checkpoint: Checkpoint, tmp_path: Path, architecture: str) -> None:
+    """An unknown tokenizer class with code beside it: transformers would ask on the terminal, and "y" would run it."""
+    model, marker = Path(shutil.copytree(checkpoint(architecture), tmp_path / "model")), tmp_path / "marker"
+    (model / "evil.py").write_text(EVIL.format(marker=str(marker)), encoding="utf-8")
+    asks = {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}
+    changed(model, "tokenizer_config.json", tokenizer_class="EvilTokenizer", auto_map=asks)
+    (tmp_path / "text.txt").write_text("words " * 5000, encoding="utf-8")
+    given = ("--model", model, "--calibration", tmp_path / "text.txt", *TINY, "--output", tmp_path / "run")
+    done = subprocess.run(
+        [sys.executable, "-m", "nbl_export", *map(str, given)], input="y\n" * 20, capture_output=True, text=True,
+        timeout=300, cwd=Path(__file__).parents[2], env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert not marker.exists()
+    assert "[y/N]" not in done.stdout + done.stderr
+    assert done.returncode == 1
+    said = [line for line in done.stderr.splitlines() if line.startswith("nbl-export: ")]
+    assert len(said) == 1 and "has no usable tokenizer" in said[0], done.stderr
+
+
+def test_a_pickle_is_not_read_beside_safetensors(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    read: list[object] = []
+    monkeypatch.setattr(torch, "load", lambda *given, **_: read.append(given))
+    (model / "model.safetensors").rename(model / "decoy.safetensors")
+    (model / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    with pytest.raises(NblError, match=r"decoy.safetensors is not named model.safetensors.*pytorch_model.bin"):
+        resolve(str(model))
+    with pytest.raises(NblError, match=r"no file named model\.safetensors"):
+        load_model(model)
+    assert read == []
+
+
+_REFUSED: list[tuple[str, dict[str, Any]]] = [
+    ("config.json", {"transformers_weights": "pytorch_model.bin"}),
+    ("config.json", {"attn_implementation": "kernels-community/flash-attn"}),
+    ("config.json", {"_attn_implementation": {"": "someone/kernel"}}),
+    ("config.json", {"experts_implementation": "someone/kernel"}),
+    ("config.json", {"quantization_config": {"quant_method": "fp8"}}),
+    ("config.json", {"quantization_config": {"bits": 4}}),
+    ("generation_config.json", {"custom_generate": "someone/generate"}),
+    ("tokenizer_config.json", {"tokenizer_file": "{outside}"}),
+    ("tokenizer_config.json", {"vocab_file": "../secret"}),
+    ("tokenizer_config.json", {"sp_model_kwargs": {"model_file": "{outside}"}}),
+]
+
+
+@pytest.mark.parametrize(("name", "values"), _REFUSED, ids=str)
+def test_settings_that_are_refused(model: Path, name: str, values: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret", encoding="utf-8")
+    said = json.loads(json.dumps(values).replace("{outside}", str(tmp_path / "secret")))
+    changed(model, name, **said)
+    with pytest.raises(NblError, match=f"{name} sets {next(iter(values))}, which is refused"):
+        resolve(str(model))
+    with pytest.raises(NblError, match="which is refused"):
+        load_tokenizer(model)
+
+
+def test_settings_inside_others_are_refused(model: Path) -> None:
+    changed(model, "config.json", sub={"deep": [{"attn_implementation": "someone/kernel"}]})
+    with pytest.raises(NblError, match="sets attn_implementation"):
+        resolve(str(model))
+
+
+def test_settings_that_real_models_have_pass(model: Path) -> None:
+    changed(model, "config.json", attn_implementation="sdpa", auto_map={"AutoConfig": "a.B"}, quantization_config=None)
+    left_over = {
+        "special_tokens_map_file": "/home/somebody/map.json",
+        "tokenizer_file": "/home/somebody/tokenizer.json",
+    }
+    changed(model, "tokenizer_config.json", **left_over, name_or_path="org/model", sp_model_kwargs={})
+    read_spec(resolve(str(model)))
+    assert load_tokenizer(model)("The")["input_ids"]
+    assert load_model(model).config.num_hidden_layers == 3
+
+
+def test_an_adapter_does_not_load_another_model(model: Path) -> None:
+    changed(model, "adapter_config.json", base_model_name_or_path="/somewhere/else")
+    with pytest.raises(NblError, match="merge the adapter"):
+        resolve(str(model))
+
+
+def test_names_that_stand_twice_are_refused(model: Path) -> None:
+    path = model / "config.json"
+    path.write_text(path.read_text(encoding="utf-8").replace("{", '{"model_type": "gpt2",', 1), encoding="utf-8")
+    with pytest.raises(NblError, match="'model_type' occurs twice"):
+        resolve(str(model))
+
+
+def test_a_quantised_model_is_not_loaded_as_the_original(model: Path) -> None:
+    changed(model, "config.json", quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 32})
+    with pytest.raises(NblError, match="--quantized-model"):
+        load_model(model)
+
+
+# -- links -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["merges.txt", "config.json", "tokenizer.json", "model.safetensors", "anything"])
+def test_links_out_of_a_checkpoint_are_not_followed(model: Path, tmp_path: Path, text: Path, name: str) -> None:
+    outside = tmp_path / "id_rsa"
+    outside.write_bytes((model / name).read_bytes() if (model / name).exists() else b"secret")
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to(outside)
+    done = nbl("--model", model, "--calibration", text, *TINY, "--output", tmp_path / "run")
+    assert_refused(done, 1, model / name, "is a link out of its directory", "cp -rL")
+    assert not list((tmp_path / "run").rglob(name))
+
+
+def test_text_files_that_are_links_are_not_copied(model: Path, tmp_path: Path) -> None:
+    from nbl_export.decoders.finish import add_text_files
+
+    (tmp_path / "id_rsa").write_text("secret", encoding="utf-8")
+    (model / "merges.txt").symlink_to(tmp_path / "id_rsa")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(NblError, match=r"merges.txt is a link out of its directory"):
+        add_text_files(model, tmp_path / "out")
+    assert not (tmp_path / "out" / "merges.txt").exists()
+
+
+def cached(model: Path, cache: Path, *, shared: bool = False) -> Path:
+    """The checkpoint as the hub's cache keeps it: links from a snapshot to files named by their hash."""
+    repository = cache / "models--org--tiny"
+    snapshot = repository / "snapshots" / ("ab" * 20)
+    (repository / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(model.iterdir())):
+        blob = repository / "blobs" / f"{number:064x}"
+        if shared:
+            store = cache / "blobs" / blob.name[:2] / blob.name
+            store.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, store)
+            blob.symlink_to(store)
+        else:
+            shutil.copyfile(file, blob)
+        (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / blob.name)
+    return snapshot
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_cache_of_the_hub_is_read(model: Path, tmp_path: Path, shared: bool) -> None:
+    snapshot = cached(model, tmp_path / "hub", shared=shared)
+    assert resolve(str(snapshot)).fingerprint == resolve(str(model)).fingerprint
+    assert load_tokenizer(snapshot)("The")["input_ids"] == load_tokenizer(model)("The")["input_ids"]
+    assert load_model(snapshot).config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("trick", ["name", "folder", "chain"])
+def test_what_only_looks_like_the_cache_is_not(model: Path, tmp_path: Path, trick: str) -> None:
+    snapshot, secret = cached(model, tmp_path / "hub"), tmp_path / "home" / ("0" * 64)
+    secret.parent.mkdir()
+    secret.write_text("secret", encoding="utf-8")
+    blobs = tmp_path / "hub" / "models--org--tiny" / "blobs"
+    if trick == "name":  # in the folder of blobs, and not one
+        (blobs / "id_rsa").write_text("secret", encoding="utf-8")
+        (snapshot / "merges.txt").symlink_to(blobs / "id_rsa")
+    elif trick == "folder":  # the folder of blobs is a link itself
+        shutil.copytree(blobs, secret.parent, dirs_exist_ok=True)
+        shutil.rmtree(blobs)
+        blobs.symlink_to(secret.parent)
+    else:
+        (blobs / ("f" * 64)).symlink_to(secret)
+        (snapshot / "merges.txt").symlink_to(blobs / ("f" * 64))
+    with pytest.raises(NblError, match="is a link out of its directory"):
+        resolve(str(snapshot))

@@ -1,0 +1,196 @@
+"""A checkpoint with its layers replaced already, as the model of a job: saved, exported again, and the same graph."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nbl_export.errors import CorruptError
+from nbl_export.model.architectures import ARCHITECTURES
+from nbl_export.model.checkpoint import load, materialise
+from nbl_export.model.checkpoint import nbl as nbl_checkpoint
+from nbl_export.model.checkpoint import source as checkpoint_source
+from nbl_export.model.linearize import linearize
+from nbl_export.plan.maps_file import load_maps
+from nbl_export.records.plan import AffineMap
+
+from ..command import TINY, assert_refused, nbl
+from ..tiny import EVERY
+
+IDS = torch.arange(2, 40)[None]
+LAYERS = (0, 2)
+RECORDS = {"mistral-window": "mistral", "gemma3": "gemma3_text"}  # where it is not the name
+
+
+@pytest.fixture(scope="module")
+def saved(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The NBL checkpoint of the finished run. Never write to it."""
+    run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("source") / "run"))
+    assert nbl("save-checkpoint", run).status == 0
+    return run / "nbl-checkpoint"
+
+
+@pytest.fixture(scope="module")
+def again(saved: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on it. Never write to it."""
+    output = tmp_path_factory.mktemp("again") / "run"
+    done = nbl("--model", saved, "--calibration", text, *TINY, "--output", output)
+    assert done.status == 0, done.err
+    assert "calibrate: left out, the checkpoint no longer contains" in done.err
+    return output
+
+
+def _linearized(directory: Path, tap: str, make: Callable[..., dict[int, AffineMap]], out: Path) -> Path:
+    from nbl_export.model.hf_classes import save_linearized
+
+    save_linearized(load.load_model(directory), directory, make(*LAYERS), tap, out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tap"),
+    [(name, tap) for name in EVERY for tap in ARCHITECTURES[RECORDS.get(name, name)].taps],
+)  # fmt: skip
+def test_the_stock_model_with_the_maps_is_what_was_saved(
+    architecture: str, tap: str, checkpoint: Callable[[str], Path],
+    random_maps: Callable[..., dict[int, AffineMap]], tmp_path: Path,
+) -> None:  # fmt: skip
+    directory = _linearized(checkpoint(architecture), tap, random_maps, tmp_path / "nbl")
+    source = checkpoint_source.resolve(str(directory))
+    spec = load.read_spec(source)
+    assert spec == load.read_spec(checkpoint_source.resolve(str(checkpoint(architecture))))
+    plan, maps = nbl_checkpoint.load(source, spec.num_layers)
+    assert (plan.replaced, plan.tap, plan.select) == (LAYERS, tap, "given")
+    assert all(np.array_equal(maps[i].weight, m.weight) for i, m in random_maps(*LAYERS).items())
+    assert all(np.array_equal(maps[i].bias, m.bias) for i, m in random_maps(*LAYERS).items())
+    stock = materialise.materialise(source, tmp_path / "stock")
+    kinds = [json.loads((d / "config.json").read_text()) for d in (stock, checkpoint(architecture))]
+    assert kinds[0]["architectures"] == kinds[1]["architectures"]
+    model, original = (load.load_model(d) for d in (stock, checkpoint(architecture)))
+    names = (original.state_dict(), model.state_dict())
+    assert {n: t.shape for n, t in names[0].items()} == {n: t.shape for n, t in names[1].items()}
+    with torch.inference_mode():
+        told = [linearize(m, maps, tap)(IDS, use_cache=False).logits for m in (model, original)]
+    assert torch.equal(*told)
+    assert load.load_tokenizer(stock).encode("import") == load.load_tokenizer(directory).encode("import")
+
+
+def test_the_job_makes_the_graph_that_the_checkpoint_came_from(saved: Path, again: Path) -> None:
+    first = saved.parent
+    for name in ("model.onnx", "model.onnx.data"):
+        digests = [hashlib.sha256((run / "model" / name).read_bytes()).hexdigest() for run in (first, again)]
+        assert digests[0] == digests[1], name
+    manifests = [json.loads((run / "nbl.json").read_text()) for run in (first, again)]
+    assert manifests[0]["replaced_layers"] == manifests[1]["replaced_layers"] != []
+    assert (manifests[1]["fit"], manifests[1]["select"], manifests[1]["status"]) == (
+        {"kind": "given"}, "given", "verified",
+    )  # fmt: skip
+    layers = manifests[0]["replaced_layers"]
+    maps = [load_maps(run / "maps.safetensors", layers) for run in (first, again)]
+    for layer in layers:
+        assert np.array_equal(maps[0][layer].weight, maps[1][layer].weight)
+
+
+def test_what_cannot_be_known_is_not_told(again: Path) -> None:
+    assert json.loads((again / "verify.json").read_text())["price"] == []
+    assert "bench.json" in {p.name for p in again.iterdir()}
+    page = (again / "report.html").read_text()
+    assert "came with its maps" in page and "(from the checkpoint)" in page and "fitted on" not in page
+
+
+def test_other_commands_know_such_a_run(again: Path, saved: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(again, tmp_path / "run"))
+    for command in (("card", run), ("inspect", run), ("report", run), ("generate", run, "import")):
+        done = nbl(*command)
+        assert done.status == 0, done.err
+    card = (run / "model" / "README.md").read_text()
+    assert "the maps came with the checkpoint" in card and "quality loss was not measured" in card
+    assert "fitted in" not in card
+
+
+def test_a_run_on_it_saves_the_same_checkpoint_and_is_reused(
+    again: Path, saved: Path, text: Path, tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file
+
+    run = Path(shutil.copytree(again, tmp_path / "run"))
+    recorded = shlex.split(json.loads((run / "nbl.json").read_text())["command"].split(" && ")[0])[
+        1:-1
+    ]  # it says --fit given
+    for arguments in (("--model", saved, "--calibration", text, *TINY, "--output"), (*TINY[:2], *recorded)):
+        done = nbl(*arguments, run)
+        assert done.status == 0 and "verify: reused" in done.err, done.err
+    assert nbl("save-checkpoint", run).status == 0
+    tensors = [load_file(d / "model.safetensors") for d in (saved, run / "nbl-checkpoint")]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(np.array_equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [("--layers", "1"), ("--select", "cca"), ("--rank", "2"), ("--calibration", "self"),
+     ("--max-perplexity-increase", "5%"), ("--target-speedup", "1.1"), ("--kv-budget", "1KiB"), ("--fit", "distilled"),
+     ("--fit", "drop"), ("--tap", "normed")],
+    ids=lambda words: " ".join(words).removeprefix("--"),
+)  # fmt: skip
+def test_what_needs_the_attention_is_refused(saved: Path, text: Path, asked: tuple[str, ...], tmp_path: Path) -> None:
+    given = () if asked[0] == "--calibration" else ("--calibration", text)
+    done = nbl("--model", saved, *given, *TINY, *asked, "--output", tmp_path / "run")
+    assert_refused(done, 2, asked[0], "leave" if asked[0] != "--fit" else "no longer contains")
+    assert not (tmp_path / "run").exists()
+
+
+def test_commands_that_need_the_attention_are_refused(saved: Path, again: Path, text: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(again, tmp_path / "run"))
+    for asked in (("--layers", "1"), ("--rank", "2")):
+        assert_refused(nbl("plan", run, *asked), 2, asked[0], "no longer contains")
+    assert_refused(nbl("plan", run, "--sweep"), 1, "nothing to sweep here", "no longer contains")
+    done = nbl("calibrate", "--model", saved, "--calibration", text, "--output", tmp_path / "new")
+    assert_refused(done, 1, "nothing to calibrate here", "no longer contains")
+    assert not (tmp_path / "new").exists()
+    evaluated = nbl("eval", run, "--perplexity", f"here={text}", "--limit", "1")
+    assert_refused(evaluated, 1, run, "has no original to evaluate", "--variants nbl")
+    assert {p.name for p in run.iterdir()} == {p.name for p in again.iterdir()}
+
+
+def test_its_graph_can_be_evaluated(again: Path, text: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(again, tmp_path / "run"))
+    done = nbl("eval", run, "--perplexity", f"here={text}", "--ppl-context", "64", "--stride", "64", "--limit", "2",
+               "--variants", "nbl,torch-nbl")  # fmt: skip
+    assert done.status == 0, done.err
+
+
+def test_the_fit_given_is_for_such_a_checkpoint_alone(same: tuple[object, ...], tmp_path: Path) -> None:
+    assert_refused(nbl(*same, "--fit", "given", "--output", tmp_path / "run"), 2, "--fit given", "save-checkpoint")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"nbl_replaced_layers": [7]}, "replaces layers [7]"), ({"nbl_replaced_layers": None}, "replaces layers None"),
+     ({"nbl_replaced_layers": ["x"]}, "replaces layers ['x']"), ({"nbl_tap": "elsewhere"}, "elsewhere"),
+     ({"num_hidden_layers": "many"}, "of many"), ({"model_type": "nbl-bert"}, "'bert', which is not supported")],
+)  # fmt: skip
+def test_a_configuration_that_cannot_be(saved: Path, change: dict[str, object], said: str, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(saved, tmp_path / "nbl"))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **change}))
+    assert_refused(nbl("--model", directory, "--output", tmp_path / "run"), 1, directory, said)
+
+
+def test_maps_that_are_not_those_of_the_configuration(
+    checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, AffineMap]], tmp_path: Path
+) -> None:
+    directory = _linearized(checkpoint("llama"), "residual", random_maps, tmp_path / "nbl")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "nbl_replaced_layers": [0]}))
+    with pytest.raises(CorruptError, match=r"names maps of layers \[0\], the weights hold maps of \[0, 2\]"):
+        nbl_checkpoint.load(checkpoint_source.resolve(str(directory)), 3)

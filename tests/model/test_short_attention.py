@@ -1,0 +1,105 @@
+"""Attention as products of its own: what torch's fused operator says, and only where it may stand in for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from nbl_export.distill.twin import Twin
+from nbl_export.model import bfloat16, short_attention
+from nbl_export.model.checkpoint.load import load_model
+from nbl_export.records.plan import AffineMap
+
+CPU = torch.device("cpu")
+IDS = torch.arange(2, 98).view(3, 32)
+
+
+def _inputs(tokens: int, groups: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 6, tokens, 16), (2, groups, tokens, 16), (2, groups, tokens, 16))
+    return tuple((2 * torch.randn(s, generator=generator)).requires_grad_() for s in shapes)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one whenever attention is computed as products."""
+    calls: list[int] = []
+    real = short_attention._attention
+
+    def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(short_attention, "_attention", noted)
+    return calls
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.5}, {"enable_gqa": True}])
+def test_output_and_gradients_are_those_of_the_fused_operator(options: dict[str, Any], counted: list[int]) -> None:
+    options = {"is_causal": True, **options}
+    inputs = _inputs(32, 2 if options.get("enable_gqa") else 6)
+    said = torch.randn(2, 6, 32, 16, generator=torch.Generator().manual_seed(1))
+    expected = scaled_dot_product_attention(*inputs, **options)
+    wanted = torch.autograd.grad(expected, inputs, said)
+    with bfloat16.products(CPU, True), short_attention.Taken():
+        found = scaled_dot_product_attention(*inputs, **options)
+    assert counted == [1] and found.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(found, inputs, said.bfloat16())
+    for ours, theirs in zip((found, *gradients), (expected, *wanted), strict=True):
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "autocast", "options"),
+    [
+        (32, True, {"attn_mask": torch.ones(32, 32, dtype=torch.bool).tril()}),  # a sliding window's may differ
+        (32, True, {"attn_mask": torch.ones(32, 32, dtype=torch.bool).tril().triu(-8), "is_causal": True}),
+        (32, True, {"is_causal": False}),
+        (32, True, {"is_causal": True, "dropout_p": 0.5}),
+        (32, False, {"is_causal": True}),
+        (512, True, {"is_causal": True}),
+    ],
+)
+def test_other_attention_is_left_to_torch(
+    tokens: int, autocast: bool, options: dict[str, Any], counted: list[int]
+) -> None:
+    inputs = _inputs(tokens, 6)
+    with bfloat16.products(CPU, autocast):
+        torch.manual_seed(0)
+        expected = scaled_dot_product_attention(*inputs, **options)
+        torch.manual_seed(0)
+        with short_attention.Taken():
+            found = scaled_dot_product_attention(*inputs, **options)
+    assert not counted
+    assert torch.equal(found, expected)
+
+
+def test_arguments_may_go_by_their_place_or_by_their_names(counted: list[int]) -> None:
+    query, key, value = _inputs(32, 6)
+    with bfloat16.products(CPU, True), short_attention.Taken():
+        one = scaled_dot_product_attention(query, key, value, None, 0.0, True)
+        two = scaled_dot_product_attention(query=query, key=key, value=value, is_causal=True)
+    assert len(counted) == 2
+    assert torch.equal(one, two)
+
+
+def test_training_steps_in_bfloat16_take_it_and_nothing_else_does(
+    checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, AffineMap]], counted: list[int]
+) -> None:
+    """Once a layer with attention: all of the original's, those of the student that are left."""
+    model, maps = load_model(checkpoint("llama")), random_maps(0, 2)
+    wide, made = (Twin(model, maps, "normed", dtype, 2, seed=0) for dtype in ("fp32", "bf16"))
+    expected, _ = wide.gradients(wide.lesson(IDS, training=True), 0.3, 0.1)
+    made.held_kl(made.lesson(IDS))
+    assert not counted
+    lesson = made.lesson(IDS, training=True)
+    assert len(counted) == len(made.layers)
+    found, _ = made.gradients(lesson, 0.3, 0.1)
+    assert len(counted) == 2 * len(made.layers) - 2
+    for name, gradient in expected.items():
+        assert torch.cosine_similarity(found[name].flatten(), gradient.flatten(), 0) > 0.98 or not gradient.any()

@@ -1,0 +1,74 @@
+"""Attention left out: what that computes, and that it goes through the whole job as fitted maps do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nbl_export.model.linearize import linearize
+from nbl_export.records.plan import zero_map
+
+from ..command import assert_refused, nbl
+from ..tiny import HIDDEN, LAYERS, VOCAB
+
+IDS = torch.arange(2, 42)
+
+
+def biased_model() -> Any:
+    """A tiny Llama with grouped heads and biases everywhere that are not zero."""
+    import transformers
+
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=VOCAB, attention_bias=True,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def test_drop_leaves_the_residual_alone() -> None:
+    seen: dict[str, torch.Tensor] = {}
+    layer = linearize(model := biased_model(), {1: zero_map(HIDDEN)}).model.layers[1]
+    layer.register_forward_pre_hook(lambda _m, args: seen.update(x=args[0]))
+    layer.post_attention_layernorm.register_forward_pre_hook(lambda _m, args: seen.update(r=args[0]))
+    with torch.no_grad():
+        model(IDS[None], use_cache=False)
+    assert torch.equal(seen["x"], seen["r"])
+
+
+@pytest.mark.parametrize("tap", ["residual", "normed"])
+def test_dropped_attention_ships_verified(tap: str, same: tuple[object, ...], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = nbl(*same, "--layers", "1,2", "--fit", "drop", "--tap", tap, "--output", run)
+    assert done.status == 0, done.err
+    facts = json.loads((run / "nbl.json").read_text())
+    assert (facts["status"], facts["fit"], facts["tap"]) == ("verified", {"kind": "drop"}, tap)
+    assert all(0 < s["nmse"] < 1 and s["bound"] > 0 for s in facts["scores"])  # scored, though not by the map used
+    assert json.loads((run / "model" / "nbl.json").read_text())["fit"] == {"kind": "drop"}
+    said = (run / "report.md").read_text()
+    assert "left out" in said and "it was fitted" not in said
+
+
+def test_changed_fit_changes_the_maps_and_keeps_the_moments(run: Path) -> None:
+    before = (run / "maps.safetensors").read_bytes()
+    done = nbl("plan", run, "--fit", "drop")
+    assert done.status == 0, done.err
+    assert "calibrate: reused" in done.err and "plan: done" in done.err
+    assert (run / "maps.safetensors").read_bytes() != before
+    assert nbl("plan", run, "--fit", "independent").status == 0
+    assert (run / "maps.safetensors").read_bytes() == before
+
+
+def test_contradictions_are_refused(same: tuple[object, ...], tmp_path: Path) -> None:
+    run = ("--output", tmp_path / "run")
+    assert_refused(nbl(*same, "--fit", "drop", "--rank", "2", *run), 2, "--rank", "--fit drop")
+    assert_refused(nbl(*same, "--fit", "hope", *run), 1, "--fit is independent, distilled, drop", "not 'hope'")
+    assert not (tmp_path / "run" / "nbl.json").exists()

@@ -1,0 +1,93 @@
+"""--tap and --fit through the whole job: what is recorded, what ships, what runs again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from nbl_export.distill.settings import DistillSettings
+from nbl_export.records.options import JobOptions
+
+from ..command import Outcome, nbl
+
+Same = tuple[object, ...]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def run(same: Same, output: Path, *options: object) -> Outcome:
+    done = nbl(*same, "--layers", "1,2", *options, "--output", output)
+    assert done.status == 0, done.err
+    return done
+
+
+@pytest.mark.parametrize("tap", ["residual", "normed"])
+def test_distilled_maps_ship_and_are_no_worse(tap: str, same: Same, tmp_path: Path) -> None:
+    run(same, tmp_path / "run", "--tap", tap, "--fit", "distilled", "--distill-steps", "6")
+    facts = read(tmp_path / "run" / "nbl.json")
+    assert facts["status"] == "verified"  # the graph holds the distilled maps: verification compares with these
+    assert (facts["tap"], facts["fit"]["kind"]) == (tap, "distilled")
+    assert facts["fit"]["held_kl_best"] <= facts["fit"]["held_kl_start"]
+    curve = read(tmp_path / "run" / "distill.json")
+    assert len(curve["train_kl"]) == 6
+    assert curve["held_kl"][0] == [0, facts["fit"]["held_kl_start"]]
+    start, maps = (load_file(tmp_path / "run" / f"{n}.safetensors") for n in ("start", "maps"))
+    assert start.keys() == maps.keys()
+    moved = not np.array_equal(start["layers.1.weight"], maps["layers.1.weight"])
+    assert moved == (facts["fit"]["best_step"] > 0)
+    assert read(tmp_path / "run" / "model" / "nbl.json")["fit"] == facts["fit"]
+
+
+def test_changing_the_fit_runs_from_the_plan_and_back(same: Same, tmp_path: Path) -> None:
+    same = (*same, "--tap", "normed")
+    first = run(same, tmp_path / "run")
+    before = load_file(tmp_path / "run" / "maps.safetensors")
+    assert "distill" not in first.err
+    changed = run(same, tmp_path / "run", "--fit", "distilled", "--distill-steps", "4")
+    assert "calibrate: reused" in changed.err and "distill: done" in changed.err and "verify: done" in changed.err
+    again = run(same, tmp_path / "run", "--fit", "distilled", "--distill-steps", "4")
+    assert "distill: reused" in again.err and "bench: reused" in again.err
+    run(same, tmp_path / "run")
+    back = load_file(tmp_path / "run" / "maps.safetensors")
+    assert all(np.array_equal(before[n], back[n]) for n in before)
+    assert read(tmp_path / "run" / "nbl.json")["fit"] == {"kind": "independent"}
+
+
+def test_labels_train_otherwise_and_are_recorded(same: Same, tmp_path: Path) -> None:
+    distilled = ("--fit", "distilled", "--distill-steps", "4")
+    run(same, tmp_path / "run", *distilled)
+    before = read(tmp_path / "run" / "distill.json")["train_kl"]
+    changed = run(same, tmp_path / "run", *distilled, "--label-weight", "0.5")
+    assert "plan: reused" in changed.err and "distill: done" in changed.err
+    after = read(tmp_path / "run" / "distill.json")["train_kl"]
+    assert after[0] == before[0] and after[1:] != before[1:]  # of the same maps and text at first
+    assert read(tmp_path / "run" / "nbl.json")["fit"]["label_weight"] == 0.5
+    refused = nbl(*same, *distilled, "--label-weight", "1.5", "--output", tmp_path / "run")
+    assert refused.status == 2 and "--label-weight" in refused.err
+
+
+def test_the_command_line_trains_as_the_library_does() -> None:
+    given, own = JobOptions(model="m"), DistillSettings()
+    assert (given.label_weight, given.lora_rank) == (own.label_weight, own.lora_rank)
+
+
+def test_nothing_replaced_needs_no_distillation(same: Same, tmp_path: Path) -> None:
+    done = nbl(*same, "--layers", "0", "--fit", "distilled", "--output", tmp_path / "run")
+    assert done.status == 0, done.err
+    assert "distill" not in done.err
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--tap", "kitchen"), ("--fit", "magic"), ("--distill-minutes", "-1")])
+def test_unknown_values_are_refused(flag: str, value: str, same: Same, tmp_path: Path) -> None:
+    done = nbl(*same, flag, value, "--output", tmp_path / "run")
+    assert done.status in (1, 2)
+    assert len(done.err.strip().splitlines()) == 1
+    assert flag in done.err or "at least one step" in done.err
+    assert not (tmp_path / "run" / "nbl.json").exists()

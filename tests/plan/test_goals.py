@@ -1,0 +1,231 @@
+"""Goals instead of a count: how they are read, what they choose, and how far the impossible ones get."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nbl_export.errors import NblError, UsageError
+from nbl_export.plan.goals import (
+    CacheBudget,
+    PerplexityIncrease,
+    TargetSpeedup,
+    changed_options,
+    check_request,
+    goal_of,
+)
+from nbl_export.records.options import JobOptions
+from nbl_export.run.stages.goal import count_for_goal
+
+from ..command import assert_refused, nbl
+from ..tiny import HEAD_DIM, LAYERS
+
+pytestmark = pytest.mark.usefixtures("short_parts")
+LAYER_BYTES = 2 * 2 * HEAD_DIM * 4  # cache of one layer of the tiny Llama, one token, float32
+
+
+def options(**given: Any) -> JobOptions:
+    return JobOptions("m", **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("max_perplexity_increase", "5%", PerplexityIncrease(0.05)),
+        ("max_perplexity_increase", "0.5 %", PerplexityIncrease(0.005)),
+        ("max_perplexity_increase", "0%", PerplexityIncrease(0.0)),
+        ("target_speedup", "1.3", TargetSpeedup(1.3, "prefill")),
+        ("target_speedup", "1.3@prefill", TargetSpeedup(1.3, "prefill")),
+        ("target_speedup", "2@decode", TargetSpeedup(2.0, "decode")),
+        ("kv_budget", "64MiB@4096", CacheBudget(64 * 2**20, 4096)),
+        ("kv_budget", "1.5 kb", CacheBudget(1500.0, 1)),
+        ("kv_budget", "1GB@10", CacheBudget(1e9, 10)),
+        ("kv_budget", "15360", CacheBudget(15360.0, 1)),
+    ],
+)
+def test_goals_are_read(name: str, text: str, expected: Any) -> None:
+    assert goal_of(options(**{name: text})) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        ("max_perplexity_increase", ("5", "0.05", "-1%", "many", "%", "", "1e1%", "٣%")),
+        ("target_speedup", ("1", "0.5", "-2", "fast", "1.3@lunch", "1.3x", "", "nan", "inf")),
+        ("kv_budget", ("0", "-1KiB", "64XiB", "64MiB@", "64MiB@0", "64MiB@many", "", "MiB")),
+    ],
+)
+def test_goals_that_cannot_be_read_are_usage_errors(name: str, texts: tuple[str, ...]) -> None:
+    for text in texts:
+        with pytest.raises(UsageError, match=re.escape(f"--{name.replace('_', '-')} {text!r}")):
+            check_request(options(**{name: text}))
+
+
+def test_only_one_of_them() -> None:
+    with pytest.raises(UsageError, match="--layers and --kv-budget both set how many layers are replaced"):
+        check_request(options(layers="1", kv_budget="1KiB"))
+
+
+def test_a_change_takes_the_place_of_the_one_before() -> None:
+    start = options(target_speedup="1.3", seed=3)
+    changed = changed_options(start, {"layers": "2", "kv_budget": None})
+    assert (changed.layers, changed.target_speedup, changed.seed) == ("2", None, 3)
+    assert changed_options(changed, {"seed": 4, "layers": None}).layers == "2"
+
+
+def facts_of(run: Path) -> Any:
+    return json.loads((run / "nbl.json").read_text(encoding="utf-8"))
+
+
+def planned(run: Path, *given: object) -> Any:
+    done = nbl("plan", run, *given)
+    assert done.status == 0, done.err
+    assert "calibrate: reused" in done.err
+    return facts_of(run)
+
+
+class Priced:
+    """A selection whose first m layers raise perplexity by planted shares, on "another" text by twice as much; nan
+    stands for logits not finite.
+
+    spread: of the rises of 16 windows around theirs.
+    """
+
+    def __init__(self, *rises: float, spread: float = 1e-6) -> None:
+        self.rises, self.spread = rises, spread
+        self.switched = self
+
+    def order(self, count: int) -> tuple[int, ...]:
+        return tuple(range(10, 10 + count))
+
+    def window_losses(self, windows: str, mixes: dict[str, tuple[int, ...]]) -> Any:
+        share = self.rises[len(mixes["mix"]) - 1] * (2 if windows == "another" else 1)
+        after = 3.0 + np.log1p(share) + np.tile([-1.0, 1.0], 8) * self.spread
+        return {"mix": [
+            SimpleNamespace(positions=511, original_sum=511 * 3.0, mix_sum=511 * loss, kl_sum=1.0) for loss in after
+        ]}  # fmt: skip
+
+
+def reached(selection: Priced, goal: str = "5%", texts: tuple[str, ...] = ("held back",)) -> tuple[int, Any, list[str]]:
+    said: list[str] = []
+    job: Any = SimpleNamespace(
+        options=options(max_perplexity_increase=goal), spec=SimpleNamespace(num_layers=5),
+        ui=SimpleNamespace(say=said.append), texts=lambda part: [(f"{t} ({part})", t) for t in texts],
+    )  # fmt: skip
+    count, facts = count_for_goal(job, selection)
+    return count, facts, said
+
+
+@pytest.mark.parametrize(
+    ("rises", "expected"),
+    [
+        ((0.02, 0.049, 0.09, 0.03), 2),  # what is longer and within it again has a shorter plan beyond it
+        ((0.02, 0.03, 0.04, 0.0499), 4),
+        ((-0.01, 0.06, 0.0, 0.0), 1),
+        ((0.01, float("nan"), 0.0, 0.0), 1),
+    ],
+)
+def test_the_longest_plan_of_which_every_front_is_within_the_increase(rises: tuple[float, ...], expected: int) -> None:
+    count, facts, said = reached(Priced(*rises))
+    assert count == expected
+    assert [step["layer"] for step in facts["path"]] == list(range(10, 10 + min(expected + 1, 4)))
+    assert [step["within"] for step in facts["path"]] == [True] * expected + [False] * (expected < 4)
+    assert "5% is allowed" in said[0] and "held back (deciding)" in said[0]
+
+
+def test_the_worse_text_decides() -> None:
+    rises = (0.02, 0.024, 0.03, 0.04)
+    assert reached(Priced(*rises))[0] == 4
+    count, _, said = reached(Priced(*rises), texts=("held back", "another"))
+    assert count == 2
+    assert "+6.0" in said[1] and "on another" in said[1]
+
+
+def test_the_upper_end_of_the_interval_decides_and_what_is_undecided_says_how_many_tokens_would_tell() -> None:
+    rises = (0.01, 0.04, 0.045, 0.045)
+    assert reached(Priced(*rises))[0] == 4
+    count, facts, said = reached(Priced(*rises, spread=0.03))
+    assert count == 1
+    price = facts["path"][1]["prices"][0]
+    low, high = price["increase_interval"]
+    assert low < 0.05 < high
+    deviation, gap = 0.03 * np.sqrt(16 / 15), np.log(1.05 / 1.04)
+    assert price["tokens_needed"] == pytest.approx((1.96 * deviation / gap) ** 2 * 512, rel=0.03)
+    assert "8,192 tokens cannot tell from 5%, about 21,000 would be needed" in said[1]
+    with pytest.raises(NblError, match=r"cannot be met: one layer alone \(10\).*8,192 tokens cannot tell from 1\.5%"):
+        reached(Priced(*rises, spread=0.03), "1.5%")
+    with pytest.raises(NblError, match=r"cannot be met: one layer alone \(10\) raises perplexity .* \+1\.00000"):
+        reached(Priced(*rises), "0.9%")
+
+
+@pytest.mark.parametrize("select", ["cca", "greedy"])
+def test_perplexity_increase_through_the_job(select: str, run: Path) -> None:
+    wide = planned(run, "--max-perplexity-increase", "100000%", "--select", select)
+    steps = wide["goal"]["path"]
+    assert [s["layers"] for s in steps] == list(range(1, LAYERS))
+    assert len(wide["replaced_layers"]) == LAYERS - 1
+    assert {s["layer"] for s in steps} == set(wide["replaced_layers"])
+    first = max(price["increase_interval"][1] for price in steps[0]["prices"])
+    assert first > 0, "otherwise choose another tiny model"
+    again = planned(run, "--max-perplexity-increase", f"{101 * first:.6f}%")
+    priced = [{k: v for k, v in price.items() if k != "tokens_needed"} for price in steps[0]["prices"]]
+    found = again["goal"]["path"][0]["prices"]
+    assert [{k: v for k, v in price.items() if k != "tokens_needed"} for price in found] == priced
+    assert again["options"]["layers"] is None and "--max-perplexity-increase" in again["command"]
+    assert_refused(nbl("plan", run, "--max-perplexity-increase", f"{99 * first:.6f}%"), 1, "cannot be met")
+    assert planned(run, "--layers", "1")["goal"] is None
+
+
+def test_target_speedup_takes_as_few_layers_as_bring_it(run: Path) -> None:
+    for phase in ("prefill", "decode"):
+        asked = planned(run, "--target-speedup", f"1.0001@{phase}")
+        assert len(asked["replaced_layers"]) == 1
+        one = asked["goal"]["modelled"][phase]
+        more = planned(run, "--target-speedup", f"{one * 1.001:.6f}@{phase}")
+        assert len(more["replaced_layers"]) == 2
+        assert more["goal"]["modelled"][phase] >= one * 1.001
+
+
+def test_kv_budget_takes_as_few_layers_as_fit(run: Path) -> None:
+    for kept, text in ((3, f"{3 * LAYER_BYTES}"), (2, f"{3 * LAYER_BYTES - 1}B"), (1, f"{LAYER_BYTES * 100}@100")):
+        facts = planned(run, "--kv-budget", text)
+        assert len(facts["replaced_layers"]) == LAYERS - kept
+    assert facts["goal"] == {"kv_budget": f"{LAYER_BYTES * 100}@100", "cache_bytes": LAYER_BYTES * 100}
+    half = planned(run, "--kv-budget", f"{3 * LAYER_BYTES}")
+    assert half["replaced_layers"] == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "parts"),
+    [
+        ("--max-perplexity-increase", "0%", ("one layer alone", "raises perplexity on held-back text by")),
+        ("--target-speedup", "9", ("with 2 of 3 attention layers replaced prefill is modelled at x5.",)),
+        ("--target-speedup", "9@decode", ("with 2 of 3 attention layers replaced decode is modelled at x1.",)),
+        ("--kv-budget", "10B", ("with one attention layer left", f"{LAYER_BYTES:,} bytes", "10 are allowed")),
+    ],
+)
+def test_impossible_goals_say_how_far_it_got(flag: str, value: str, parts: Any, run: Path) -> None:
+    before = (run / "nbl.json").read_bytes()
+    assert_refused(nbl("plan", run, flag, value), 1, f"{flag} {value} cannot be met", *parts)
+    assert (run / "nbl.json").read_bytes() == before
+
+
+def test_an_impossible_goal_ends_the_job_before_the_rewrite(same: tuple[object, ...], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert_refused(nbl(*same, "--kv-budget", "1B", "--output", run), 1, "cannot be met")
+    assert not (run / "model").exists() and not (run / "original").exists()
+    done = nbl(*same, "--kv-budget", f"{2 * LAYER_BYTES}", "--output", run)
+    assert done.status == 0, done.err
+    assert facts_of(run)["status"] == "verified"
+    assert len(facts_of(run)["replaced_layers"]) == 1
+
+
+def test_contradictions_are_usage_errors(run: Path) -> None:
+    done = nbl("plan", run, "--layers", "1", "--target-speedup", "1.1")
+    assert_refused(done, 2, "--layers and --target-speedup", "give one of them")

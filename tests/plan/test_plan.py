@@ -1,0 +1,115 @@
+"""Which layers: the two spellings of --layers, the order of the scores, the maps file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from nbl_export.errors import CorruptError, NblError
+from nbl_export.plan.choose import choose, parse_layers
+from nbl_export.plan.maps_file import load_maps, maps_in, save_maps
+from nbl_export.records.plan import AffineMap, LayerScore, Plan
+
+SCORES = tuple(LayerScore(i, bound, 0.5, 0.1) for i, bound in enumerate((5.0, 1.0, 3.0, 1.0, 9.0)))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8", 8),
+        ("0", 0),
+        (None, 8),
+        ("0,7,24-29", (0, 7, 24, 25, 26, 27, 28, 29)),
+        ("8,", (8,)),
+        ("3-4", (3, 4)),
+        ("9,1", (1, 9)),
+    ],
+)
+def test_layers_are_read(text: str | None, expected: int | tuple[int, ...]) -> None:
+    assert parse_layers(text, 30) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("30", "at least one stays"),
+        ("0-29", "at least one stays"),
+        ("31", "at least one stays"),
+        ("1,30", "layer 30 does not exist"),
+        ("1,1", "layer 1 is named twice"),
+        ("3-5,4", "layer 4 is named twice"),
+        ("-1", "is not a layer"),
+        ("5-3", "runs backwards"),
+        ("a", "is not a layer"),
+        ("1,,2", "is not a layer"),
+        ("", "is not a layer"),
+        ("1.5", "is not a layer"),
+    ],
+)
+def test_bad_layers_are_refused(text: str, message: str) -> None:
+    with pytest.raises(NblError, match=message):
+        parse_layers(text, 30)
+
+
+def test_smallest_bound_goes_first_and_ties_go_to_the_lower_layer() -> None:
+    assert choose(SCORES, 1).replaced == (1,)
+    assert choose(SCORES, 2).replaced == (1, 3)
+    assert choose(SCORES, 3).replaced == (1, 2, 3)
+    assert choose(SCORES, 0) == Plan(5, (), "residual", "cca", SCORES)
+
+
+def test_named_layers_are_taken_as_they_are() -> None:
+    assert choose(SCORES, (0, 4)).replaced == (0, 4)
+    assert choose(SCORES, (0, 4)).kept == (1, 2, 3)
+
+
+def test_contradictory_plans_cannot_be_made() -> None:
+    for replaced in ((1, 0), (0, 0), (5,), (0, 1, 2, 3, 4)):
+        with pytest.raises(ValueError, match="layer"):
+            Plan(5, replaced)
+
+
+def maps() -> dict[int, AffineMap]:
+    rng = np.random.default_rng(0)
+    return {i: AffineMap(rng.standard_normal((4, 4)).astype("f"), rng.standard_normal(4).astype("f")) for i in (1, 3)}
+
+
+def test_maps_round_trip(tmp_path: Path) -> None:
+    save_maps(maps(), tmp_path / "maps.safetensors")
+    back = load_maps(tmp_path / "maps.safetensors", (1, 3))
+    assert sorted(back) == [1, 3]
+    assert all(
+        np.array_equal(back[i].weight, m.weight) and np.array_equal(back[i].bias, m.bias) for i, m in maps().items()
+    )
+
+
+def test_missing_map_is_named(tmp_path: Path) -> None:
+    save_maps(maps(), tmp_path / "maps.safetensors")
+    with pytest.raises(CorruptError, match=r"layers\.2\.weight"):
+        load_maps(tmp_path / "maps.safetensors", (1, 2))
+
+
+def test_map_with_nan_is_named(tmp_path: Path) -> None:
+    bad = maps()
+    bad[3].weight[0, 0] = np.nan
+    save_maps(bad, tmp_path / "maps.safetensors")
+    with pytest.raises(CorruptError, match="layer 3"):
+        load_maps(tmp_path / "maps.safetensors", (1, 3))
+
+
+def test_a_maps_file_says_its_tap_and_equal_maps_are_equal_bytes(tmp_path: Path) -> None:
+    contents = set()
+    for k in range(8):
+        save_maps(maps(), tmp_path / f"{k}.safetensors", "normed")
+        contents.add((tmp_path / f"{k}.safetensors").read_bytes())
+    assert len(contents) == 1
+    assert maps_in(tmp_path / "0.safetensors") == (tuple(maps()), "normed")
+
+
+def test_an_older_maps_file_does_not_say_its_tap(tmp_path: Path) -> None:
+    tensors = {"layers.3.weight": np.eye(2, dtype="f"), "layers.3.bias": np.ones(2, "f")}
+    save_file(tensors, tmp_path / "maps.safetensors", metadata={"format": "nbl-maps-1"})
+    assert maps_in(tmp_path / "maps.safetensors") == ((3,), None)

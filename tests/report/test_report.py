@@ -1,0 +1,513 @@
+"""The report: figures computed right, nothing claimed that was not seen, one inert page without a network."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+
+from nbl_export.errors import CorruptError
+from nbl_export.report import markdown, plots
+from nbl_export.report.blocks import Paragraph, Table
+from nbl_export.report.page import render, summarize
+
+SECOND = 1_000_000_000
+
+MANIFEST: dict[str, Any] = {
+    "schema": 1,
+    "model": {"name": "tiny/decoder", "revision": "abc123", "architecture": "LlamaForCausalLM"},
+    "options": {"model": "tiny/decoder", "engine": "ort", "depths": [0, 64], "layers": None},
+    "command": "nbl-export --model tiny/decoder --engine ort --layers 0,2-3 --output run",
+    "versions": {"onnxruntime": "1.24.0"},
+    "calibration": {"name": "a small text", "sha256": "f00d" * 16, "tokens": 65536, "context": 512},
+    "num_layers": 6,
+    "replaced_layers": [0, 2, 3],
+    "tap": "residual",
+    "select": "given",
+    "scores": [{"layer": i, "bound": 10.0 + i, "nmse": 0.2, "relative_error": 0.01 * (i + 1)} for i in range(6)],
+    "status": "verified",
+    "stages": {"calibrate": {"key": "k", "seconds": 142.4, "files": {}}},
+}
+VERIFY: dict[str, Any] = {
+    "passed": True,
+    "precision": "fp32",
+    "rungs": [
+        {"rung": "b", "subject": "original", "metric": "max abs logit difference", "value": 2e-5, "tolerance": 1e-3,
+         "passed": True, "detail": "prefill"},
+        {"rung": "c", "subject": "nbl", "metric": "max abs logit difference", "value": 7.5e-5, "tolerance": 1e-3,
+         "passed": True, "detail": "16 cached steps"},
+        {"rung": "e", "subject": "nbl", "metric": "mean KL", "value": 0.12, "tolerance": None, "passed": True},
+    ],
+    "price": [
+        {"text": "held-back calibration", "tokens": 8192, "windows": 16, "perplexity_original": 20.0,
+         "perplexity_nbl": 25.0, "increase": 0.25, "increase_interval": [0.181, 0.3234], "kl_mean": 0.1234,
+         "kl_interval": [0.1113, 0.1371], "top1_agreement": 0.8, "top1_interval": [0.7821, 0.8179]},
+    ],
+    "cache_bytes_per_token": {"original": 4096, "nbl": 2048},
+}  # fmt: skip
+
+
+def timing(test: str, depth: int, variant: str, seconds: Sequence[float], **more: Any) -> dict[str, Any]:
+    samples = [int(s * SECOND) for s in seconds]
+    kind, tokens = test[:2], int(test[2:])
+    facts = {"test": test, "kind": kind, "tokens": tokens, "depth": depth, "batch": 1, "threads": 2}
+    return {**facts, "variant": variant, "samples_ns": samples, "loads": list(range(len(samples))), **more}
+
+
+BENCH: dict[str, Any] = {
+    "machine": {"cpu": "A processor", "cores": 2, "memory_bytes": 8 << 30, "os": "Linux", "python": "3.12"},
+    "threads": [2],
+    "batches": [1],
+    "engine": "ort",
+    "provider": "cpu",
+    "versions": {"onnxruntime": "1.24.0"},
+    "background": {"cores": 2, "others": 0.05, "stolen": 0.0, "waits": 60, "gave_up": 0, "busy": False, "loads": []},
+    "repetitions": 5,
+    "timings": [
+        # Loads 2, 3, 1.25, 2, 2: their median is 2, while the ratio of the medians is 1.67 and that of the means 2.12.
+        timing("pp512", 0, "original", [1, 6, 2, 3, 2.5], first_token_ns=[10_000_000] * 5),
+        timing("pp512", 0, "nbl", [0.5, 2, 1.6, 1.5, 1.25], first_token_ns=[20_000_000] * 5),
+        # Loads 1.25, 0.8, 1.25, ...: above 1 in the median, not in every load.
+        timing("tg128", 0, "original", [5, 4, 5, 5, 5], token_ns=[[20_000_000] * 49 + [80_000_000]] * 2),
+        timing("tg128", 0, "nbl", [4, 5, 4, 4, 4], token_ns=[[10_000_000] * 49 + [50_000_000]] * 2),
+        # Loads 0.5, 0.5, 0.25, ...
+        timing("tg128", 64, "original", [2, 2, 2, 2, 2]),
+        timing("tg128", 64, "nbl", [4, 4, 8, 4, 4]),
+    ],
+    "variants": {
+        "original": {
+            "peak_memory_bytes": 3 << 29,
+            "steady_memory_bytes": 5 << 28,
+            "disk_bytes": {"weights": 4 << 20, "graph": 1 << 20},
+            "kv_cache_bytes": 8192,
+            "kv_cache_bytes_per_token": 4096,
+            "model_bytes": 5 << 20,
+            "load_seconds": 2.0,
+        },
+        "nbl": {
+            "peak_memory_bytes": 1 << 30,
+            "steady_memory_bytes": 1 << 29,
+            "disk_bytes": {"weights": 3 << 20, "graph": 1 << 20},
+            "kv_cache_bytes": 4096,
+            "kv_cache_bytes_per_token": 2048,
+            "model_bytes": 4 << 20,
+            "load_seconds": 1.0,
+        },
+    },
+}
+
+
+class Outline(HTMLParser):
+    """What a browser would see: tags with their attributes, text by the tags around it."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+class Written:
+    """The three files of one rendering."""
+
+    def __init__(self, out: Path, manifest: Any = MANIFEST, verify: Any = VERIFY, bench: Any = BENCH) -> None:
+        out.mkdir(exist_ok=True)
+        self.value = render(manifest, verify, bench, out)
+        self.html = (out / "report.html").read_text(encoding="utf-8")
+        self.markdown = (out / "report.md").read_text(encoding="utf-8")
+        self.json = json.loads((out / "report.json").read_text(encoding="utf-8"))
+
+    def table(self, title: str) -> list[list[str]]:
+        """Cells of the Markdown table under a heading."""
+        after = re.split(rf"^#+ {re.escape(title)}$", self.markdown, flags=re.MULTILINE)[1]
+        lines = re.split(r"^#", after, flags=re.MULTILINE)[0].splitlines()
+        return [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    return Written(tmp_path_factory.mktemp("report"))
+
+
+def changed(value: Any, **facts: Any) -> Any:
+    return {**copy.deepcopy(value), **facts}
+
+
+def card(page: str, title: str) -> str:
+    """The mark-up of one figure of the headline."""
+    return next(part for part in re.findall(r'<li class="card.*?</li>', page, re.DOTALL) if f"<span>{title}" in part)
+
+
+# -- values --------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_tokens_per_second(written: Written) -> None:
+    rows = {(r["test"], r["depth"], r["variant"]): r for r in written.json["rows"]}
+    assert len(rows) == 6
+    row = rows["pp512", 0, "original"]
+    assert row["samples"] == pytest.approx([512, 512 / 6, 256, 512 / 3, 204.8])
+    assert row["tokens_per_second_median"] == pytest.approx(204.8)
+    assert row["tokens_per_second_mean"] == pytest.approx(245.760, abs=1e-3)
+    assert row["tokens_per_second_stdev"] == pytest.approx(161.278, abs=1e-3)
+
+
+def test_ratios_are_medians_of_loads(written: Written) -> None:
+    ratios = {(r["test"], r["depth"]): r for r in written.json["ratios"]}
+    prefill, decode, deep = ratios["pp512", 0], ratios["tg128", 0], ratios["tg128", 64]
+    assert [prefill[k] for k in ("ratio", "low", "high", "wins")] == pytest.approx([2, 1.25, 3, 5])
+    assert [decode[k] for k in ("ratio", "low", "high", "wins")] == pytest.approx([1.25, 0.8, 1.25, 4])
+    assert [r["verdict"] for r in (prefill, decode, deep)] == ["faster", "no clear difference", "slower"]
+    assert prefill["interval"] == "94% range of 5 loads"
+
+
+def test_variants_machine_and_the_rest_are_in_the_json(written: Written) -> None:
+    value = written.json
+    assert value == written.value
+    assert value["peak_memory_bytes"] == {"original": 3 << 29, "nbl": 1 << 30}
+    assert value["variants"]["nbl"]["load_seconds"] == value["load_seconds"]["nbl"] == 1.0
+    assert value["steady_memory_bytes"] == {"original": 5 << 28, "nbl": 1 << 29}
+    assert value["disk_bytes"]["nbl"] == {"weights": 3 << 20, "graph": 1 << 20}
+    assert value["kv_cache_bytes"]["nbl"] == 4096 and value["model_bytes"]["original"] == 5 << 20
+    assert value["machine"] == BENCH["machine"] and value["rungs"] == VERIFY["rungs"]
+    assert value["price"] == VERIFY["price"] and value["scores"] == MANIFEST["scores"]
+    assert value["stage_seconds"] == {"calibrate": 142.4} and value["command"] == MANIFEST["command"]
+    assert value["replaced_layers"] == [0, 2, 3] and value["verified"] is True
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 4])
+def test_too_few_loads_give_no_verdict(rounds: int) -> None:
+    timings = [timing("pp8", 0, "original", [2.0] * rounds), timing("pp8", 0, "nbl", [1.0] * rounds)]
+    ratio = summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))["ratios"][0]
+    assert ratio["verdict"] == ratio["text"] == "too few loads"
+
+
+def test_a_load_of_exactly_one_is_no_win() -> None:
+    timings = [timing("pp8", 0, "original", [2] * 5), timing("pp8", 0, "nbl", [1, 1, 2, 1, 1])]
+    ratio = summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))["ratios"][0]
+    assert ratio["verdict"] == "no clear difference" and ratio["wins"] == 4
+
+
+def test_a_ratio_close_to_one_is_not_rounded_to_one() -> None:
+    timings = [timing("pp8", 0, "original", [1.004] * 5), timing("pp8", 0, "nbl", [1] * 5)]
+    ratio = summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))["ratios"][0]
+    assert (ratio["verdict"], ratio["text"]) == ("faster", "1.004×")
+
+
+def test_unequal_rounds_are_refused() -> None:
+    timings = [timing("pp8", 32, "original", [2, 2, 2]), timing("pp8", 32, "nbl", [1, 1])]
+    with pytest.raises(CorruptError, match=r"3 rounds.*2 of NBL for pp8 at depth 32.*bench stage"):
+        summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))
+
+
+def test_latency_is_shown_where_it_was_measured(written: Written, tmp_path: Path) -> None:
+    assert written.table("Latency")[2:] == [
+        ["pp512", "original", "2,510 ms", "–", "–", "–"],
+        ["pp512", "NBL", "1,520 ms", "–", "–", "–"],
+        ["tg128", "original", "–", "20.0 ms", "20.0 ms", "80.0 ms"],
+        ["tg128", "NBL", "–", "10.0 ms", "10.0 ms", "50.0 ms"],
+    ]
+    row = next(r for r in written.json["rows"] if (r["test"], r["depth"], r["variant"]) == ("tg128", 0, "nbl"))
+    assert row["tpot_seconds"] == {"p50": 0.01, "p95": 0.01, "p99": 0.05} and row["ttft_seconds"] is None
+    bare = [{k: v for k, v in t.items() if not k.endswith("token_ns")} for t in BENCH["timings"]]
+    assert "TPOT" not in Written(tmp_path, bench=changed(BENCH, timings=bare)).html
+
+
+def test_energy_is_spoken_of_only_where_it_was_measured(written: Written, tmp_path: Path) -> None:
+    assert "nergy" not in written.html and "oule" not in written.html
+    timings = [
+        timing("tg8", 0, "original", [1] * 5, energy_uj=[16_000_000, 24_000_000, 16_000_000]),
+        timing("tg8", 0, "nbl", [1] * 5, energy_uj=[8_000_000] * 5),
+    ]
+    metered = Written(tmp_path, bench=changed(BENCH, timings=timings, energy_sources=["package 0", "GPU"]))
+    assert metered.table("Energy")[2:] == [["tg8", "original", "2.00"], ["tg8", "NBL", "1.00"]]
+    assert "(package 0, GPU)" in metered.html
+
+
+def test_a_sweep_is_told_apart_in_words(tmp_path: Path) -> None:
+    timings = [
+        {**timing("tg8", 0, variant, [1 / batch] * 5), "threads": threads, "batch": batch}
+        for threads in (2, 1) for batch in (1, 4) for variant in ("original", "nbl")
+    ]  # fmt: skip
+    written = Written(tmp_path, bench=changed(BENCH, timings=timings, threads=[2, 1], batches=[1, 4]))
+    tests = [row[0] for row in written.table("Paired ratios")[2:]]
+    assert tests == [
+        "tg8, 2 threads", "tg8, 4 sequences, 2 threads", "tg8, 1 thread", "tg8, 4 sequences, 1 thread",
+    ]  # fmt: skip
+    rates = {row[0]: row[2] for row in written.table("Tokens per second")[2:]}
+    assert rates["tg8, 2 threads"] == "8.00" and rates["tg8, 4 sequences, 2 threads"] == "128"
+    assert "ort on cpu, 2, 1 threads" in written.markdown
+    drawn = re.findall(r'<path [^>]*clip-path[^>]*style="fill: var\(--(nbl|original)', written.html)
+    assert drawn == ["original", "nbl"]  # the first of the sweep
+
+
+def test_rounds_of_one_load_are_no_verdict() -> None:
+    timings = [timing("pp8", 0, v, [s] * 8, loads=[i // 2 for i in range(8)]) for v, s in (("original", 2), ("nbl", 1))]
+    ratio = summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))["ratios"][0]
+    assert (ratio["loads"], ratio["verdict"]) == (4, "too few loads")
+
+
+def test_results_that_do_not_say_their_loads_are_refused() -> None:
+    timings = [{k: v for k, v in t.items() if k != "loads"} for t in BENCH["timings"]]
+    with pytest.raises(CorruptError, match=r"load of each round; delete it and run nbl-export bench"):
+        summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))
+
+
+def test_rounds_of_different_loads_are_no_pairs() -> None:
+    timings = [timing("pp8", 0, "original", [2, 2]), timing("pp8", 0, "nbl", [1, 1], loads=[0, 0])]
+    with pytest.raises(CorruptError, match="same loads"):
+        summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))
+
+
+def test_a_busy_machine_is_said_in_the_headline(written: Written, tmp_path: Path) -> None:
+    """And nothing is called idle."""
+    shared = {**BENCH["background"], "others": 0.83, "busy": True}
+    busy = Written(tmp_path, bench=changed(BENCH, background=shared))
+    said = "on a busy machine: other processes used 0.83 of 2 cores"
+    for text in (busy.html, busy.markdown):
+        headline, speed = re.split(r"<h2>Speed|\n## Speed", text)[:2]
+        assert said in headline and said in speed
+    assert "busy" not in written.html and "other processes used 0.05 of 2 cores" in written.markdown
+    assert "idle" not in busy.markdown and "idle" not in written.markdown
+
+
+def test_a_variant_alone_has_rows_and_no_ratio(tmp_path: Path) -> None:
+    written = Written(tmp_path, bench=changed(BENCH, timings=[timing("pp8", 0, "nbl", [1, 1, 1])]))
+    assert len(written.json["rows"]) == 1 and written.json["ratios"] == []
+    assert "not measured" in card(written.html, "Decode")
+
+
+# -- honesty -------------------------------------------------------------------------------------------------
+
+
+def test_a_range_with_one_inside_is_never_called_a_win(written: Written) -> None:
+    decode = card(written.html, "Decode")
+    assert "<strong>no clear difference</strong>" in decode
+    assert '"card ok"' not in decode and "1.25×" not in decode
+    assert "1.25×" not in written.html and "1.25×" not in written.markdown
+    row = next(row for row in written.table("Paired ratios") if row[0] == "tg128")
+    assert row[2:] == ["1.25", "0.80", "1.25", "4 of 5", "94% range of 5 loads"]
+    verdicts = {row[0]: row[1] for row in written.table("Paired ratios")[2:]}
+    assert verdicts == {"pp512": "faster", "tg128": "no clear difference", "tg128 at depth 64": "slower"}
+
+
+def test_a_clear_win_is_called_one(written: Written) -> None:
+    prefill = card(written.html, "Prefill")
+    assert (
+        '"card ok"' in prefill
+        and "<strong>2.00×</strong>" in prefill
+        and "1.25 to 3.00, 94% range of 5 loads" in prefill
+    )
+
+
+def test_skipped_tests_are_named(tmp_path: Path) -> None:
+    skipped = [{"test": "tg128", "depth": 2048, "reason": "2048 + 128 tokens are more than the context, 2048"}]
+    written = Written(tmp_path, bench=changed(BENCH, skipped=skipped))
+    assert "Not measured: tg128 at depth 2048. 2048 + 128 tokens are more than the context, 2048." in written.markdown
+
+
+def test_headline(written: Written) -> None:
+    assert "3 of 6 attention layers are replaced by a linear layer: layers 0, 2-3" in written.markdown
+    assert "−50.0%" in card(written.html, "KV cache") and "4.00 KiB → 2.00 KiB" in card(written.html, "KV cache")
+    price = card(written.html, "Quality loss")
+    for figure in ("20.0 → 25.0", "+25% (18 to 32)", "KL 0.123 (0.111 to 0.137)", "agreement 80.0% (78.2 to 81.8)",
+                   "not gated"):  # fmt: skip
+        assert figure in price
+    assert "largest logit difference 7.50e-05 (nbl, max abs logit difference), tolerance 0.001" in written.markdown
+    assert written.html.count('class="gone"') == 3
+
+
+def test_headline_price_is_that_of_the_worst_text(tmp_path: Path) -> None:
+    """Whichever text comes first: a gain seen on one text misleads."""
+    cheap = {**VERIFY["price"][0], "text": "cheap", "perplexity_nbl": 21.0, "increase": 0.05}
+    dear = {**cheap, "text": "dear", "perplexity_original": 10.0, "perplexity_nbl": 30.0, "increase": 2.0}
+    for order in ([cheap, dear], [dear, cheap]):
+        shown = card(Written(tmp_path, MANIFEST, changed(VERIFY, price=order)).html, "Quality loss")
+        assert "10.0 → 30.0" in shown and "20.0" not in shown
+        assert "cheap" in shown and "dear" in shown
+
+
+def test_price_table_has_tokens_windows_and_intervals(written: Written) -> None:
+    assert written.table("Quality loss")[2] == [
+        "held-back calibration", "8,192 (16)", "20.0", "25.0", "+25% (18 to 32)", "0.123 (0.111 to 0.137)",
+        "80.0% (78.2 to 81.8)",
+    ]  # fmt: skip
+
+
+def test_a_price_that_is_not_finite_is_the_worst_and_has_no_interval(tmp_path: Path) -> None:
+    broken = dict.fromkeys(("perplexity_nbl", "increase", "increase_interval", "kl_mean", "kl_interval"))
+    rows = [VERIFY["price"][0], {**VERIFY["price"][0], "text": "broken", **broken}]
+    for order in (rows, rows[::-1]):
+        written = Written(tmp_path, MANIFEST, changed(VERIFY, price=order))
+        assert "20.0 → not finite" in card(written.html, "Quality loss")
+        assert "not finite on broken" in written.markdown
+
+
+def test_text_is_listed_by_use(written: Written, tmp_path: Path) -> None:
+    assert "Text by use" not in written.markdown
+    texts = [{"use": "calibration: scores and maps", "text": "a text", "tokens": 65536}]
+    told = Written(tmp_path, MANIFEST, changed(VERIFY, texts=texts))
+    assert told.table("Text by use")[2] == ["calibration: scores and maps", "a text", "65,536"]
+    assert told.json["texts"] == texts
+
+
+def test_rung_without_tolerance_is_not_gated(written: Written) -> None:
+    assert [row[5] for row in written.table("Verification")[2:]] == ["passed", "passed", "not gated"]
+
+
+def failed(value: float) -> dict[str, Any]:
+    verify = copy.deepcopy(VERIFY)
+    verify["rungs"][1] |= {"value": value, "passed": False, "detail": "layer 3 is off"}
+    return changed(verify, passed=False)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.5, "0.500"), (float("nan"), "not finite"), (float("inf"), "not finite")]
+)
+def test_failed_verification_is_shown(tmp_path: Path, value: float, text: str) -> None:
+    written = Written(tmp_path, changed(MANIFEST, status="failed"), failed(value))
+    sentence = f"Rung c, nbl, max abs logit difference: {text}, tolerance 0.001. layer 3 is off"
+    for page in (written.html, written.markdown):
+        assert "Verification failed" in page and sentence in page and "Do not deploy" in page
+        assert f"largest logit difference {text} (nbl, " in page
+    assert '<p class="badge bad">' in written.html and ">Verified<" not in written.html
+    assert written.json["verified"] is False
+
+
+@pytest.mark.parametrize("where", ["status", "passed", "rung"])
+def test_one_sign_of_failure_is_enough(where: str) -> None:
+    manifest = changed(MANIFEST, status="failed") if where == "status" else MANIFEST
+    verify = changed(VERIFY, passed=where != "passed")
+    verify["rungs"][0]["passed"] = where != "rung"
+    assert summarize(manifest, verify, None)["verified"] is False
+    assert summarize(MANIFEST, VERIFY, None)["verified"] is True
+
+
+def test_without_bench_speed_is_not_measured(tmp_path: Path) -> None:
+    written = Written(tmp_path, bench=None)
+    assert "Speed and memory were not measured." in written.html
+    assert "Speed and memory were not measured." in written.markdown
+    assert "not measured" in card(written.html, "Prefill") and "not measured" in card(written.html, "Decode")
+    assert written.json["rows"] == written.json["ratios"] == [] and written.json["machine"] is None
+    assert "tokens per second" not in written.html.lower()
+
+
+def test_without_price_and_without_replaced_layers(tmp_path: Path) -> None:
+    written = Written(tmp_path, changed(MANIFEST, replaced_layers=[]), changed(VERIFY, price=[]))
+    assert "None of the 6 attention layers is replaced" in written.markdown
+    assert "The quality loss was not measured." in written.markdown and 'class="gone"' not in written.html
+
+
+# -- the page ------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_self_contained(written: Written) -> None:
+    tags = Outline(written.html).tags
+    assert not {tag for tag, _ in tags} & {"script", "link", "iframe", "img", "object", "embed", "base", "image"}
+    for tag, attributes in tags:
+        for name, value in attributes.items():
+            assert name not in ("src", "srcset", "action", "data") and not name.startswith("on"), (tag, name)
+            assert "href" not in name or (value or "").startswith("#"), (tag, value)
+    assert "http:" not in written.html and "https:" not in written.html and "@import" not in written.html
+    assert not re.search(r"url\((?!#)", written.html)
+
+
+def test_ids_are_unique_and_references_resolve(written: Written) -> None:
+    ids = re.findall(r'\bid="([^"]*)"', written.html)
+    assert len(ids) == len(set(ids)) > 0
+    assert set(re.findall(r'(?:href="|url\()#([^")]*)', written.html)) <= set(ids)
+
+
+HOSTILE = "</pre></title><script>alert(1)</script>|<img src=x onerror=y>\n# `code` [a](b) 'single' \"double\""
+
+
+def test_what_others_wrote_is_inert(tmp_path: Path) -> None:
+    manifest = changed(MANIFEST, command=f"nbl-export --model {HOSTILE}", versions={HOSTILE: HOSTILE})
+    manifest["model"] = dict.fromkeys(("name", "revision", "architecture"), HOSTILE)
+    manifest["options"]["model"] = manifest["calibration"]["name"] = manifest["calibration"]["sha256"] = HOSTILE
+    verify, bench = copy.deepcopy(VERIFY), copy.deepcopy(BENCH)
+    verify["price"][0]["text"] = HOSTILE
+    verify["rungs"][0] |= {"detail": HOSTILE, "metric": f"logit {HOSTILE}", "passed": False}
+    bench["machine"]["cpu"] = bench["machine"]["os"] = bench["provider"] = HOSTILE
+    written = Written(tmp_path, manifest, verify, bench)
+    outline = Outline(written.html)
+    assert not {tag for tag, _ in outline.tags} & {"script", "img", "a"}
+    assert not any(name.startswith("on") for _, attributes in outline.tags for name in attributes)
+    assert "<script>alert(1)</script>" in "".join(outline.text)
+    prose = [line for line in written.markdown.splitlines() if not line.startswith("    ")]
+    assert not [line for line in prose if re.search(r"(?<!\\)[<`\[]", line)]
+    assert "\\<script\\>" in written.markdown and not any(line.startswith("# `") for line in prose)
+    widths = {title: {len(row) for row in written.table(title)} for title in ("Quality loss", "Versions", "Settings")}
+    assert all(len(width) == 1 for width in widths.values()), widths
+
+
+@pytest.mark.parametrize("begin", ["# a", "- a", "+ a", "1. a", "12) a", "===", "~~~"])
+def test_a_text_of_others_begins_no_block(begin: str) -> None:
+    (line,) = markdown.written([Paragraph(begin)]).splitlines()
+    assert line.replace("\\", "") == begin and re.match(r"\d*\\", line)
+
+
+def test_a_table_has_a_cell_for_every_column() -> None:
+    with pytest.raises(ValueError, match="2 cells"):
+        Table.of(("a", "b"), [("1", "2"), ("3",)])
+
+
+def test_the_command_is_exact(tmp_path: Path) -> None:
+    command = "nbl-export --model 'my model' --calibration a--b_c*d.txt  --output run"
+    written = Written(tmp_path, changed(MANIFEST, command=command), bench=None)
+    assert f"\n    {command}\n" in written.markdown
+    code = re.search(r"<pre>(.*?)</pre>", written.html, re.DOTALL)
+    assert code is not None and "".join(Outline(code[1]).text) == command
+
+
+def test_same_input_same_bytes(written: Written, tmp_path: Path) -> None:
+    with matplotlib.rc_context({"font.size": 25, "axes.linewidth": 9, "svg.hashsalt": None}):
+        again = Written(tmp_path, copy.deepcopy(MANIFEST), copy.deepcopy(VERIFY), copy.deepcopy(BENCH))
+    assert (again.html, again.markdown, again.json) == (written.html, written.markdown, written.json)
+    assert "<dc:date>" not in written.html and "Matplotlib" not in written.html
+
+
+def test_markdown_has_the_tables_of_the_page(written: Written) -> None:
+    rules = [line for line in written.markdown.splitlines() if line.startswith("| ---")]
+    assert len(rules) == written.html.count("<table>") > 8
+    assert written.table("Tokens per second")[2] == ["pp512", "original", "205", "246", "161", "5"]
+    assert written.table("Memory, size and load time")[2] == ["Peak memory", "1.50 GiB", "1.00 GiB", "−33.3%"]
+    assert ["On disk: weights", "4.00 MiB", "3.00 MiB", "−25.0%"] in written.table("Memory, size and load time")
+    assert written.table("Stages")[2] == ["calibrate", "2 min 22 s"]
+    assert written.table("Scores of all layers")[4] == ["2", "replaced", "12.0", "0.200", "0.0300"]
+    assert ["sha256", "f00d" * 16] in written.table("Calibration text")
+    assert ["memory", "8.00 GiB"] in written.table("Machine")
+    assert "<svg" not in written.markdown and "depth 0" not in written.markdown
+
+
+def test_depth_plot_only_for_more_than_one_depth(written: Written, tmp_path: Path) -> None:
+    shallow = changed(BENCH, timings=[t for t in BENCH["timings"] if t["depth"] == 0])
+    assert 'id="depths-' in written.html
+    assert 'id="depths-' not in Written(tmp_path, bench=shallow).html
+
+
+def test_layer_plot_fills_replaced_layers() -> None:
+    drawing = plots.layers("bound", [(i, 1.0 + i) for i in range(5)], [1, 4], "CCA bound")
+    filled = re.findall(r"<use [^>]*style=\"fill: var\(--nbl", drawing)
+    hollow = re.findall(r"<use [^>]*style=\"[^\"]*stroke: var\(--original", drawing)
+    assert (len(filled), len(hollow)) == (2 + 1, 3 + 1)  # and one of each in the legend
+
+
+def test_throughput_plot_writes_the_paired_ratio(written: Written) -> None:
+    drawing = plots.throughput(written.json["rows"], written.json["ratios"])
+    texts = [text.strip() for text in Outline(drawing).text if text.strip()]
+    assert {"2.00×", "0.50×", "no clear", "difference", "Prefill", "Decode", "205"} <= set(texts)
+    bars = re.findall(r'<path [^>]*clip-path[^>]*style="fill: var\(--(nbl|original)', drawing)
+    assert bars == ["original", "nbl"] * 3

@@ -1,0 +1,76 @@
+"""How the graph's matrices and the maps are quantised: what --builder-option does, and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from ..command import TINY, assert_refused, nbl
+from ..tiny import save_checkpoint
+
+Same = tuple[object, ...]
+
+
+@pytest.fixture(scope="module")
+def even(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Same:
+    """Arguments of a tiny run whose rows have an even number of blocks: ONNX Runtime's k_quant packs no others."""
+    model = save_checkpoint("llama", tmp_path_factory.mktemp("even"), intermediate_size=128)
+    return ("--model", model, "--calibration", text, *TINY)
+
+
+def nodes(run: Path, which: str) -> list[Any]:
+    graph = onnx.load(str(run / which / "model.onnx"), load_external_data=False).graph
+    return [n for n in graph.node if n.op_type in ("MatMulNBits", "MatMul")]
+
+
+def settings(node: Any) -> dict[str, int]:
+    return {a.name: a.i for a in node.attribute}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "zero_points"),
+    [
+        (("block_size=64", "accuracy_level=1"), {"block_size": 64, "accuracy_level": 1}, False),
+        (("algo_config=k_quant",), {"block_size": 32}, True),
+        (("algo_config=rtn",), {"block_size": 32}, False),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, tuple) else "",
+)
+def test_builder_options_reach_matrices_and_maps(
+    given: tuple[str, ...], expected: dict[str, int], zero_points: bool, even: Same, tmp_path: Path
+) -> None:
+    words = [word for option in given for word in ("--builder-option", option)]
+    done = nbl(*even, "--precision", "int4", *words, "--output", tmp_path / "run")
+    assert done.status == 0, done.err  # verified: the maps are read back out of what was packed
+    packed = [n for n in nodes(tmp_path / "run", "model") if n.op_type == "MatMulNBits"]
+    ours = [n for n in packed if n.name.startswith("/nbl/")]
+    assert ours
+    for node in (packed[0], *ours):
+        assert expected.items() <= settings(node).items()
+        assert (len(node.input) > 3 and node.input[3] != "") == zero_points
+    command = json.loads((tmp_path / "run" / "nbl.json").read_text(encoding="utf-8"))["command"]
+    assert all(f"--builder-option {option}" in command for option in given)
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        (("--builder-option", "speed=high"), ("--builder-option speed=high", "block_size", "algo_config")),
+        (("--builder-option", "hf_remote=true"), ("--builder-option hf_remote=true", "KEY=VALUE")),
+        (("--builder-option", "block_size"), ("--builder-option block_size", "16, 32")),
+        (("--builder-option", "block_size=33"), ("block_size=33", "16, 32")),
+        (("--builder-option", "block_size=32", "--builder-option", "block_size=64"), ("block_size", "twice")),
+        (("--builder-option", "block_size=32", "--decoder-source", "mobius"), ("--decoder-source genai",)),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_what_does_not_fit_is_refused(
+    given: tuple[str, ...], parts: tuple[str, ...], same: Same, tmp_path: Path
+) -> None:
+    refused = nbl(*same, *given, "--output", tmp_path / "run")
+    assert_refused(refused, 2, *parts)
+    assert not (tmp_path / "run").exists()

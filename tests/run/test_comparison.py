@@ -1,0 +1,186 @@
+"""bench on directories of any kind: what is measured, what it is held against, and the formats it comes in."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from nbl_export.errors import UsageError
+from nbl_export.graph.sizes import read_graph_facts
+from nbl_export.measure.rows import read_timings, speed_ratios, speed_rows
+from nbl_export.report.bench_formats import FORMATS, format_of, render
+
+from ..command import Outcome, assert_refused, nbl, snapshot
+from ..tiny import HIDDEN, LAYERS
+
+SHORT = ("--depth", 0, "--repetitions", 1, "--prompt-tokens", 8, "--generate-tokens", 3, "--threads", 1)
+
+
+def measured(*arguments: object) -> Any:
+    done = nbl("bench", *arguments, *SHORT, "--json")
+    assert done.status == 0, done.err
+    return json.loads(done.out)
+
+
+# -- what is measured ------------------------------------------------------------------------------------------
+
+
+def test_a_run_directory_stands_for_its_model_and_its_original_is_the_base(run: Path) -> None:
+    before = snapshot(run)
+    done = nbl("bench", run, *SHORT, "--format", "json")
+    found = json.loads(done.out)
+    base = f"{run} (original)"
+    assert found["base"] == base and list(found["variants"]) == [base, str(run)]
+    assert found["variants"][str(run)]["path"] == str(run / "model")
+    assert {(r["test"], r["variant"], r["base"]) for r in found["ratios"]} == {
+        ("pp8", str(run), base), ("tg3", str(run), base),
+    }  # fmt: skip
+    assert (
+        found["variants"][base]["kv_cache_bytes_per_token"] * 2
+        == found["variants"][str(run)]["kv_cache_bytes_per_token"] * 3
+    )  # of three layers one is replaced
+    assert snapshot(run) == before  # no stage of it
+
+
+def test_directories_are_held_against_the_one_named_and_else_the_first(finished: Path) -> None:
+    model, original = finished / "model", finished / "original"
+    alone = measured(model)
+    assert (alone["base"], list(alone["variants"]), alone["ratios"]) == (None, [str(model)], [])
+    two = measured(model, original)
+    assert two["base"] == str(model) and {r["variant"] for r in two["ratios"]} == {str(original)}
+    named = measured(model, "--against", original, "--batch", "1,2")
+    assert named["base"] == str(original) and {r["variant"] for r in named["ratios"]} == {str(model)}
+    assert {(r["test"], r["batch"]) for r in named["rows"]} == {("pp8", 1), ("tg3", 1), ("pp8", 2), ("tg3", 2)}
+
+
+def test_graphs_say_how_large_they_are(exported: Callable[..., Path], checkpoint: Callable[[str], Path]) -> None:
+    facts = {p: read_graph_facts(exported("llama", "genai", p) / "model.onnx", HIDDEN // 4) for p in ("fp32", "int4")}
+    assert facts["fp32"] == facts["int4"]  # packed or not
+    tensors = load_file(checkpoint("llama") / "model.safetensors")
+    elements = sum(tensor.size for name, tensor in tensors.items() if name != "lm_head.weight")  # tied
+    assert facts["fp32"].parameters == elements
+    assert facts["fp32"].cache_bytes_per_token == LAYERS * 2 * 2 * (HIDDEN // 4) * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "parts"),
+    [
+        (("NONE", "RUN"), 1, ("NONE", "neither a run directory nor a model directory")),
+        (("RUN", "--against", "NONE.gguf"), 1, ("NONE.gguf", "llama.cpp", "bench/peers")),
+        (("RUN", "RUN"), 1, ("named twice",)),
+        (("RUN", "--against", "RUN/model"), 1, ("named twice",)),
+        (("RUN", "--format", "xml"), 2, ("--format", "llama-bench")),
+        (("RUN", "--format", "csv", "--json"), 2, ("--json",)),
+        (("RUN", "--output", "RUN"), 1, ("is a directory",)),
+        (("RUN", "--output", "NONE/x.md"), 1, ("there is no directory", "make it first")),
+        (("RUN/model", "RUN/original", "--depth", "600"), 1, ("nothing to measure", "512")),
+        (("RUN", "--batch", "0"), 2, ("--batch", "1,4")),
+        (("RUN", "--depth", "0,-5"), 2, ("--depth", "0,2048")),
+        (("RUN", "--depth", "²"), 2, ("--depth", "0,2048")),
+        (("RUN", "--repetitions", "0"), 2, ("--repetitions",)),
+        (("RUN", "--depth", "512"), 1, ("nothing to measure", "512")),
+        (("RUN", "--threads", "two"), 2, ("--threads", "1,2")),
+        (("RUN", "--prompt-tokens", "8,,9"), 2, ("--prompt-tokens",)),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    arguments: tuple[str, ...], status: int, parts: tuple[str, ...], finished: Path, tmp_path: Path
+) -> None:
+    def placed(word: str) -> str:
+        return word.replace("RUN", str(finished)).replace("NONE", str(tmp_path / "none"))
+
+    assert_refused(nbl("bench", *map(placed, arguments)), status, *map(placed, parts))
+
+
+def test_a_run_that_failed_verification_is_not_measured_unless_forced(run: Path) -> None:
+    manifest = json.loads((run / "nbl.json").read_text(encoding="utf-8"))
+    (run / "nbl.json").write_text(json.dumps({**manifest, "status": "failed"}), encoding="utf-8")
+    assert_refused(nbl("bench", run, "--format", "md", *SHORT), 1, "failed verification", "--force")
+    assert nbl("bench", run, "--format", "md", *SHORT, "--force").status == 0
+
+
+# -- formats ---------------------------------------------------------------------------------------------------
+
+
+def value(batch: int = 1) -> dict[str, Any]:
+    """What compare gives, of figures that are easy to check: b takes half the time of a."""
+    timings = [
+        {"kind": kind, "tokens": 100, "depth": depth, "batch": batch, "threads": 2, "variant": name,
+         "samples_ns": [int(factor * s * 1e9) for s in (1, 1, 2, 1, 1)], "loads": [0, 1, 2, 3, 4],
+         **({"first_token_ns": [10**6] * 5} if kind == "pp" else {"token_ns": [[2 * 10**6, 4 * 10**6]]})}
+        for kind, depth in (("pp", 0), ("tg", 64)) for name, factor in (("a|x", 1), ("b", 0.5))
+    ]  # fmt: skip
+    facts = {"peak_memory_bytes": 2**20, "steady_memory_bytes": 2**19, "load_seconds": 0.5, "model_bytes": 3 * 2**29,
+             "disk_bytes": {"graph": 5, "weights": 7}, "kv_cache_bytes_per_token": 9, "parameters": 134_515_008,
+             "engine": "ort", "provider": "cpu"}  # fmt: skip
+    read = read_timings({"timings": timings})
+    return {
+        "background": {"cores": 2, "others": 0.8, "stolen": 0.0, "waits": 60, "gave_up": 0, "busy": True, "loads": []},
+        "base": "a|x", "machine": {"cpu": "A processor"}, "rows": speed_rows(read),
+        "ratios": speed_ratios(read, "a|x"), "variants": {"a|x": facts, "b": {**facts, "parameters": None}},
+    }  # fmt: skip
+
+
+def test_llama_bench_has_its_columns() -> None:
+    lines = render(value(), "llama-bench").splitlines()
+    cells = [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    assert cells[0] == ["model", "size", "params", "backend", "threads", "test", "t/s"]
+    assert cells[2] == [r"a\|x", "1.50 GiB", "134.52 M", "ORT CPU", "2", "pp100", "90.00 ± 22.36"]
+    assert cells[5] == ["b", "1.50 GiB", "", "ORT CPU", "2", "tg100 @ d64", "180.00 ± 44.72"]
+    assert len({len(line) for line in lines}) == 1  # they line up
+    assert "batch" not in lines[0] and "| batch |" in render(value(4), "llama-bench")
+
+
+def test_csv_has_raw_numbers_in_a_line_for_each_row() -> None:
+    lines = list(csv.DictReader(io.StringIO(render(value(), "csv"))))
+    assert [(line["decoder"], line["test"], line["depth"]) for line in lines] == [
+        ("a|x", "pp100", "0"), ("b", "pp100", "0"), ("a|x", "tg100", "64"), ("b", "tg100", "64"),
+    ]  # fmt: skip
+    assert [line["verdict"] for line in lines] == ["", "faster", "", "faster"]
+    assert [float(lines[1][k]) for k in ("median", "ratio", "low", "high")] == [200, 2, 2, 2]
+    assert float(lines[1]["ttft_seconds"]) == pytest.approx(0.501) and lines[1]["tpot_p50_seconds"] == ""
+    assert float(lines[3]["tpot_p50_seconds"]) == pytest.approx(0.003)
+    assert lines[0]["disk_bytes"] == "12"
+    assert [line["loads"] for line in lines] == ["", "5", "", "5"]
+    assert {(line["others_cores"], line["busy"]) for line in lines} == {("0.8", "True")}
+
+
+def test_tables_for_people_say_ratio_and_interval_once_for_each_test() -> None:
+    text = render(value(), "md")
+    assert text.startswith(r"| decoder | test | tokens/s | ± sd | over a\|x | interval | TTFT ms |")
+    assert text.count("2.00×") == 2 and text.count("94% range of 5 loads") == 2
+    assert "tg100 at depth 64" in text and text.count("1.00 MiB") == 2
+    table = render(value(), "table", 200)
+    assert all(word in table for word in ("2.00×", "3.00 / 3.90 / 3.98", "501.0"))
+    said = "measured on a busy machine: other processes used 0.8 of 2 cores"
+    assert text.count(said) == table.count(said) == 1
+
+
+def test_json_is_everything() -> None:
+    assert json.loads(render(value(), "json")) == json.loads(json.dumps(value()))
+
+
+def test_the_ending_of_the_file_says_the_format() -> None:
+    assert [format_of(None, Path(f"x{end}")) for end in (".md", ".CSV", ".json", ".txt", "")] == [
+        "md", "csv", "json", "table", "table",
+    ]  # fmt: skip
+    assert format_of("llama-bench", Path("x.md")) == "llama-bench" and format_of(None, None) == "table"
+    assert all(format_of(name, None) == name for name in FORMATS)
+    with pytest.raises(UsageError, match="llama-bench"):
+        format_of("yaml", None)
+
+
+def test_the_file_is_written_and_named(finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "speed.md"
+    done: Outcome = nbl("bench", finished / "model", *SHORT, "--output", output)
+    assert (done.status, done.out) == (0, f"{output}\n"), done.err
+    assert output.read_text(encoding="utf-8").startswith("| decoder | test |")
+    assert [p.name for p in tmp_path.iterdir()] == ["speed.md"]

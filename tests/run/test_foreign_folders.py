@@ -1,0 +1,125 @@
+"""Folders that a stranger made: pipes and devices in them, links out of them, and results that were edited."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nbl_export.errors import CorruptError, NblError
+from nbl_export.text.corpus import Text
+from nbl_export.text.windows import pack
+from nbl_export.trust.plain_files import refuse_special
+
+from ..command import assert_refused, nbl, snapshot
+from ..hostile_folders import rehash
+
+SPECIAL: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("case", SPECIAL)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "below/file"])
+def test_what_is_no_file_is_not_waited_for(case: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "nowhere").symlink_to("gone")
+    (tmp_path / "circle").symlink_to("circle")
+    refuse_special(tmp_path)
+    SPECIAL[case](tmp_path / name)
+    with pytest.raises(CorruptError, match="a pipe, a socket or a device; remove it") as caught:
+        refuse_special(tmp_path)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_no_command_waits_for_a_pipe(
+    checkpoint: Callable[[str], Path], exported: Callable[..., Path], run: Path, text: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    graph = shutil.copytree(exported("llama"), tmp_path / "graph")
+    file = shutil.copytree(exported("llama"), tmp_path / "file")
+    deployed = shutil.copytree(run / "model", tmp_path / "deployed")
+    pipes = {
+        model / "config.json": ("calibrate", "--model", model, "--calibration", text, "--output", tmp_path / "out"),
+        graph / "genai_config.json": ("inspect", graph),
+        file / "config.json": ("inspect", file / "model.onnx"),
+        deployed / "tokenizer.json": ("generate", deployed, "Hi"),
+        run / "model" / "tokenizer.json": ("generate", run, "Hi"),
+        run / "bench.json": ("report", run),
+    }
+    for pipe, command in pipes.items():
+        pipe.unlink(missing_ok=True)
+        os.mkfifo(pipe)
+        assert_refused(nbl(*command), 1, pipe, "a pipe")
+        pipe.unlink()
+
+
+def test_a_graph_beside_a_socket_of_somebody_else_is_read(exported: Callable[..., Path], tmp_path: Path) -> None:
+    """A file is looked at by itself: what else lies in its directory is no part of the model."""
+    copy = shutil.copytree(exported("llama"), tmp_path / "graph")
+    os.mkfifo(copy / "of-another-program")
+    assert nbl("inspect", copy / "model.onnx").status == 0
+
+
+@pytest.mark.parametrize("command", ["inspect", "rewrite"])
+def test_settings_that_are_a_link_out_are_not_opened(
+    command: str, exported: Callable[..., Path], finished: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(exported("llama"), tmp_path / "graph"))
+    (copy / "genai_config.json").rename(tmp_path / "secret")
+    (copy / "genai_config.json").symlink_to("../secret")
+    maps = ("--maps", finished / "maps.safetensors", "--output", tmp_path / "out")
+    for path in (copy, copy / "model.onnx"):
+        arguments = ("inspect", path) if command == "inspect" else ("rewrite-graph", path, *maps)
+        assert_refused(nbl(*arguments), 1, copy / "genai_config.json", "is a link out of its directory")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["verify.json", "bench.json"])
+def test_results_that_were_edited_and_hashed_again(name: str, run: Path) -> None:
+    """The hash does not tell; a report is refused in one sentence, and nothing is lost."""
+    value = json.loads((run / name).read_text(encoding="utf-8"))
+    for row in value.get("price", ()):
+        row.pop("top1_agreement")
+    if name == "bench.json":
+        value["timings"] = [{}]
+    (run / name).write_text(json.dumps(value), encoding="utf-8")
+    rehash(run, run / name)
+    (run / "report.json").unlink()
+    before = snapshot(run)
+    advice = ("bench.json", "delete it") if name == "bench.json" else (run, "values that do not fit", "--force")
+    assert_refused(nbl("report", run), 1, *advice)
+    assert snapshot(run) == before
+
+
+def test_an_architecture_that_is_none(run: Path) -> None:
+    manifest = json.loads((run / "nbl.json").read_text(encoding="utf-8"))
+    manifest["decoder"]["architecture"] = "llama\n"
+    (run / "nbl.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert_refused(nbl("report", run), 1, "is not supported", "mistral")
+
+
+def test_a_tokenizer_with_settings_of_a_wrong_kind() -> None:
+    def tokenizer(_piece: str, **_: object) -> None:
+        raise TypeError("'>' not supported between instances of 'int' and 'str'")
+
+    with pytest.raises(NblError, match="the model's tokenizer fails on t"):
+        pack(Text("t", "0", ("words",)), tokenizer, 64, 32)
+
+
+@pytest.mark.parametrize("name", ["bench.json", "maps.safetensors", "model/tokenizer.json", "nbl.json"])
+def test_a_link_out_of_a_run_directory_is_refused(name: str, run: Path, tmp_path: Path) -> None:
+    """Even to the very file that was there."""
+    kept = tmp_path / "elsewhere"
+    shutil.copyfile(run / name, kept)
+    (run / name).unlink()
+    (run / name).symlink_to(kept)
+    for command in (("report", run), ("inspect", run)):
+        assert_refused(nbl(*command), 1, run / name, "link out of its directory")

@@ -1,0 +1,154 @@
+"""Text in, packed windows out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nbl_export.errors import NblError
+from nbl_export.model.checkpoint.load import load_tokenizer
+from nbl_export.text import corpus
+from nbl_export.text import windows as text_windows
+from nbl_export.text.corpus import Text, read_text
+from nbl_export.text.windows import pack
+
+
+def test_plain_jsonl_and_json_give_the_same_documents(tmp_path: Path) -> None:
+    documents = ["One document.", "Another, with an é and a 漢."]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": d, "id": 3}) for d in documents), encoding="utf-8")
+    (tmp_path / "a.json").write_text(json.dumps([{"text": d} for d in documents]), encoding="utf-8")
+    (tmp_path / "a.txt").write_text(documents[1], encoding="utf-8")
+    assert read_text(str(tmp_path / "a.jsonl")).documents == tuple(documents)
+    assert read_text(str(tmp_path / "a.json")).documents == tuple(documents)
+    assert read_text(str(tmp_path / "a.txt")).documents == (documents[1],)
+
+
+def test_hash_is_that_of_the_file(tmp_path: Path) -> None:
+    import hashlib
+
+    (tmp_path / "a.txt").write_bytes(b"some text\n")
+    assert read_text(str(tmp_path / "a.txt")).sha256 == hashlib.sha256(b"some text\n").hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("a.txt", b"", "is empty"), ("a.txt", b" \n", "is empty"), ("a.txt", b"ab\0cd", "binary"),
+     ("a.txt", b"caf\xe9", "not UTF-8"), ("a.jsonl", b'{"text": "x"}\n{bad', "line 2 is not JSON"),
+     ("a.jsonl", b'{"txt": "x"}', "entry 1 has no text field"), ("a.json", b'{"text": "x"}', "must be a JSON list"),
+     ("a.json", b"[1]", "entry 1 has no text field"), ("a.json", b"[", "not JSON"), ("a.json", b"[]", "holds no text")],
+)  # fmt: skip
+def test_bad_text_is_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(NblError, match=message) as caught:
+        read_text(str(tmp_path / name))
+    assert name in str(caught.value)
+
+
+def test_missing_text_is_named(tmp_path: Path) -> None:
+    with pytest.raises(NblError, match=r"missing\.txt"):
+        read_text(str(tmp_path / "missing.txt"))
+    with pytest.raises(NblError, match="is a directory"):
+        read_text(str(tmp_path))
+
+
+def test_windows_are_full_and_held_back_text_is_disjoint(checkpoint: Callable[[str], Path], text: Path) -> None:
+    tokenizer = load_tokenizer(checkpoint("llama"))
+    source = read_text(str(text))
+    used, held = pack(source, tokenizer, 640, 64, 128)
+    assert used.shape == (10, 64) and held.shape == (2, 64)
+    stream = tokenizer(source.documents[0])["input_ids"]
+    assert used.flatten().tolist() == stream[: used.numel()]
+    assert held.flatten().tolist() == stream[10 * 64 : 12 * 64]
+
+
+def test_text_to_train_on_goes_on_behind_what_is_held_back(checkpoint: Callable[[str], Path], text: Path) -> None:
+    tokenizer, read = load_tokenizer(checkpoint("llama")), read_text(str(text))
+    windows, held = pack(read, tokenizer, 640, 64, 128)
+    whole, _ = pack(read, tokenizer, 64 * 15, 64)
+    ids = text_windows.extend(windows, read, tokenizer, 64 * 13 + 5, 128)
+    assert ids.tolist() == [*whole[:10].tolist(), *whole[12:15].tolist()]
+    assert held.tolist() == whole[10:12].tolist()
+    assert text_windows.extend(windows, read, tokenizer, 256, 128).tolist() == windows[:4].tolist()
+    every = text_windows.extend(windows, read, tokenizer, 10**9, 128)  # as far as the text goes
+    assert 15 < len(every) < len(read.documents[0]) // 64
+
+
+@pytest.mark.parametrize(
+    ("tokens", "windows"), [(4 * 64, (1, 3)), (32 * 64, (28, 4)), (200 * 64, (160, 40)), (230 * 64, (160, 64))]
+)
+def test_of_a_short_text_an_eighth_is_held_back_or_what_calibration_leaves(
+    tokens: int, windows: tuple[int, int]
+) -> None:
+    def tokenizer(piece: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": list(range(len(piece)))}
+
+    used, held = pack(Text("t", "0", ("x" * tokens,)), tokenizer, 160 * 64, 64, 64 * 64)
+    assert (len(used), len(held)) == windows
+    assert used.flatten().tolist() == list(range(used.numel())) and int(held[-1, -1]) < tokens
+
+
+def test_short_text_says_how_much_is_needed(checkpoint: Callable[[str], Path]) -> None:
+    tokenizer = load_tokenizer(checkpoint("llama"))
+    with pytest.raises(NblError, match=r"too short: .* 128 are needed for a context of 64"):
+        pack(Text("tiny", "0", ("just a few words",)), tokenizer, 640, 64, 64)
+
+
+def test_shorter_text_than_asked_is_used_and_said(
+    checkpoint: Callable[[str], Path], text: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = load_tokenizer(checkpoint("llama"))
+    used, _ = pack(read_text(str(text)), tokenizer, 10_000_000, 64, 64)
+    assert "shorter than asked" in caplog.text
+    assert used.numel() > 10_000
+
+
+def test_default_text_without_the_package_is_pythons_own(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(corpus, "_package_files", list)
+    assert "pydoc_data" in corpus.default_text().name
+    assert "pip install --no-deps" in caplog.text
+
+
+def test_default_text_mixes_its_files_from_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.utf8").write_text((f"{name} " * 60 + "\n") * 400)
+    monkeypatch.setattr(corpus, "_package_files", lambda: [tmp_path / "a.utf8", tmp_path / "b.utf8"])
+    monkeypatch.setattr(corpus.metadata, "version", lambda _name: "1")
+    firsts = [document[0] for document in corpus.default_text().documents[:6]]
+    assert firsts == ["a", "b"] * 3
+
+
+def test_default_text_is_varied_and_leaves_the_judging_text_alone() -> None:
+    """Prose, web, stories with dialogue, technical text and code; not the documentation that the price is taken on."""
+    if not corpus._package_files():
+        pytest.skip("the package exllamav3, which carries the default text, is not installed")
+    found = corpus.default_text()
+    assert [part.name for part in found.parts] == ["c4", "wiki", "technical", "tiny", "code"]
+    assert len({part.sha256 for part in found.parts}) == 5
+    start = "\n".join(found.documents[:25])
+    assert "<doc id=" in start and "said" in start and "move.w" in start
+    judging = corpus.stdlib_text()
+    assert judging.sha256 not in {part.sha256 for part in found.parts}
+    lines = {line for line in judging.documents[0].splitlines() if len(line) > 60}
+    assert not lines & set("\n".join(found.documents).splitlines())
+
+
+def test_a_very_long_document_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At line ends where there are some; nothing is lost, and what is not needed is not tokenized."""
+    monkeypatch.setattr(text_windows, "_PIECE_CHARS", 10)
+    assert list(text_windows._pieces(["abc", "line one\nline two\nthree", "x" * 25])) == [
+        "abc", "line one\n", "line two\n", "three", "x" * 10, "x" * 10, "x" * 5,
+    ]  # fmt: skip
+    asked: list[str] = []
+
+    def tokenizer(piece: str, **_: object) -> dict[str, list[int]]:
+        asked.append(piece)
+        return {"input_ids": list(range(len(piece)))}
+
+    text = corpus.Text("t", "0", ("y" * 100,))
+    assert len(text_windows._ids(text, tokenizer, 15)) == 20
+    assert asked == ["y" * 10] * 2

@@ -1,0 +1,158 @@
+"""A window of text has one use: by position, for default and short texts, and in what stages read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nbl_export.records.options import JobOptions
+from nbl_export.run.job import Job
+from nbl_export.run.progress import Ui
+from nbl_export.text import corpus
+from nbl_export.text import windows as text_windows
+from nbl_export.text.held_back import FAR_ROLES, NEAR_ROLES, Division, divide, far_tokens, held_back_tokens
+
+from ..command import nbl
+
+PARTS = ("deciding", "choosing", "final")
+
+
+def counting(tokens: int) -> tuple[Any, Any]:
+    """A text whose k-th token is k, and its tokenizer."""
+
+    def tokenizer(piece: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [int(word) for word in piece.split()]}
+
+    size = 1000
+    documents = [" ".join(map(str, range(k, min(tokens, k + size)))) for k in range(0, tokens, size)]
+    return corpus.Text("counted", "0", tuple(documents)), tokenizer
+
+
+def positions(windows: Any) -> set[int]:
+    return set(torch.as_tensor(windows).flatten().tolist())
+
+
+def parts_of(division: Division) -> dict[str, set[int]]:
+    return {part: positions(getattr(division, part)) for part in PARTS}
+
+
+@pytest.mark.parametrize("context", [64, 384, 512, 2048])
+@pytest.mark.parametrize("tokens", [9_000, 30_000, 70_000, 100_000, 400_000])
+def test_calibration_training_judging_deciding_and_figures_share_no_token(tokens: int, context: int) -> None:
+    text, tokenizer = counting(tokens)
+    held_back = held_back_tokens(context)
+    calibration, held = text_windows.pack(text, tokenizer, 65_536, context, held_back)
+    training = text_windows.extend(calibration, text, tokenizer, 262_144, held_back)
+    uses = {**parts_of(divide(held, NEAR_ROLES)), "training": positions(training)}
+    assert positions(calibration) <= uses["training"]
+    assert all(uses.values())
+    assert sum(map(len, uses.values())) == len(set().union(*uses.values()))
+    if tokens == 400_000:
+        assert len(uses["final"]) >= 8192 and len(uses["deciding"]) >= 8192 and len(uses["choosing"]) >= 4096
+
+
+def test_parts_of_the_other_text_share_no_token_either() -> None:
+    for context in (64, 512, 2048):
+        text, tokenizer = counting(160_000)
+        rows, _ = text_windows.pack(text, tokenizer, far_tokens(context), context)
+        uses = parts_of(divide(rows, FAR_ROLES))
+        assert all(len(found) >= 8192 for found in uses.values())
+        assert sum(map(len, uses.values())) == len(set().union(*uses.values()))
+        assert min(set().union(*uses.values())) >= 8192  # what the defaults were tried on
+
+
+def test_a_text_that_is_too_short_for_every_use_is_refused() -> None:
+    text, tokenizer = counting(4 * 64 - 1)
+    with pytest.raises(corpus.NblError, match="255 tokens, 256 are needed"):
+        text_windows.pack(text, tokenizer, 1000, 64, held_back_tokens(64))
+    text, tokenizer = counting(4 * 64)
+    calibration, held = text_windows.pack(text, tokenizer, 1000, 64, held_back_tokens(64))
+    division = divide(held, NEAR_ROLES)
+    assert (len(calibration), *(len(getattr(division, part)) for part in PARTS)) == (1, 1, 1, 1)
+
+
+def opened(run: Path, **changes: Any) -> Any:
+    """The job of a run, whose text is read from the package's own files."""
+    from nbl_export.run.resolved import located
+    from nbl_export.run_directory import RunDirectory
+
+    with RunDirectory.open_run(run, create=False) as found:
+        options = located(JobOptions.from_json({**found.manifest["options"], **changes}), found)
+        job = Job(options, found, Ui(quiet=True))
+        _ = job.windows, job.far, job.held_back
+        return job
+
+
+def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nbl_export.run.stages import verify
+    from nbl_export.run.stages.plan import Selection
+
+    job = opened(run)
+    assert job.far is not None
+    read: dict[str, Any] = {}
+
+    def extend(order: Any, *given: Any) -> Any:
+        read["choosing"] = given[3]
+        return order
+
+    monkeypatch.setattr("nbl_export.run.stages.plan.extend", extend)
+    Selection(job, select="greedy").order(1)
+
+    def rows(windows: Any) -> set[tuple[int, ...]]:
+        return {tuple(row) for row in windows.tolist()}
+
+    assert rows(read["choosing"]) <= rows(job.held_back.choosing) | rows(job.far.choosing)
+    final = [windows for _, windows in verify.price_texts(job)]
+    assert rows(final[0]) == rows(job.held_back.final) and rows(final[1]) == rows(job.far.final)
+    assert sum(windows.size for windows in final) >= 2 * 8192
+    seen: dict[str, Any] = {}
+
+    class Recorder:
+        def window_losses(self, windows: Any, mixes: Any) -> Any:
+            seen.setdefault("deciding", []).append(windows)
+            loss = SimpleNamespace(positions=1, original_sum=1.0, mix_sum=1.0, kl_sum=0.0)
+            return {name: [loss, loss] for name in mixes}
+
+    from nbl_export.run.stages.goal import _step
+
+    _step(SimpleNamespace(switched=Recorder()), job.texts("deciding"), (0,), 0.1)
+    assert [rows(w) for w in seen["deciding"]] == [rows(job.held_back.deciding), rows(job.far.deciding)]
+
+
+def test_distilled_maps_are_judged_by_the_choosing_part(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    from nbl_export.run.stages import distill as distill_stage
+
+    job = opened(run)
+    shutil.copy(run / "maps.safetensors", run / "start.safetensors")
+
+    class SeenError(Exception):
+        pass
+
+    def distill(_model: Any, _start: Any, _tap: str, text: Any, *_: Any) -> None:
+        raise SeenError(text.windows_WT, text.held_WT)
+
+    monkeypatch.setattr("nbl_export.distill.training.distill", distill)
+    with pytest.raises(SeenError) as seen:
+        distill_stage.run(job, run)
+    windows, judging = seen.value.args
+    assert judging.tolist() == job.held_back.choosing.tolist()
+    assert windows.tolist() == job.training_windows.tolist()
+
+
+def test_a_run_says_what_it_read_for_what(run: Path) -> None:
+    import json
+
+    texts = json.loads((run / "verify.json").read_text())["texts"]
+    uses = [(t["use"], t["tokens"]) for t in texts]
+    assert ("calibration: scores and maps", 1024) in uses
+    assert [tokens for use, tokens in uses if use == "choice of layers"] == [2048, 2048]
+    assert all(tokens >= 8192 for use, tokens in uses if use == "final figures")
+    assert "distillation: judging" not in dict(uses) and "number of layers" not in dict(uses)
+    done = nbl("verify", run, "--json")
+    assert done.status == 0 and json.loads(done.out)["texts"] == texts

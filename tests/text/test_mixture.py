@@ -1,0 +1,177 @@
+"""Several texts with weights: any prefix is the mix, and every part is on record."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nbl_export.errors import NblError, UsageError
+from nbl_export.model.checkpoint.load import load_tokenizer
+from nbl_export.text import corpus, mixture, windows
+from nbl_export.text.corpus import Text
+from nbl_export.text.mixture import WeightedSource, absolute_sources, mix, parse_sources, read_texts
+
+from ..command import assert_refused, nbl
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["a.txt"], [("a.txt", 1)]),
+        (["a.txt:2,b.jsonl.gz:1"], [("a.txt", 2), ("b.jsonl.gz", 1)]),
+        (["a.txt:0.5", "b.txt"], [("a.txt", 0.5), ("b.txt", 1)]),
+        (["org/name@train[:10%]:3"], [("org/name@train[:10%]", 3)]),
+        (["org/name/en@train"], [("org/name/en@train", 1)]),
+        (["notes: part one.txt"], [("notes: part one.txt", 1)]),
+        (["a:b:2"], [("a:b", 2)]),
+    ],
+)
+def test_values_are_read(values: list[str], expected: list[tuple[str, float]]) -> None:
+    assert [(s.source, s.weight) for s in parse_sources(values)] == expected
+
+
+@pytest.mark.parametrize("values", [["a:0"], ["a:-1"], ["a:nan"], ["a:inf"], ["a,,b"], ["a", "a:2"], [""]])
+def test_bad_values_are_refused(values: list[str]) -> None:
+    with pytest.raises(UsageError, match="--calibration"):
+        parse_sources(values)
+
+
+def test_an_existing_file_is_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a:2", "a,b.txt", "x"):
+        Path(name).write_text(f"text of {name}")
+    assert parse_sources(["a:2"]) == (WeightedSource("a:2"),)
+    assert parse_sources(["a:2:3", "x:2"]) == (WeightedSource("a:2", 3), WeightedSource("x", 2))
+    assert parse_sources(["a,b.txt"]) == (WeightedSource("a,b.txt"),)
+    spelled = absolute_sources(["a:2:3", "x:2", "org/name@train"])
+    assert spelled == [f"{tmp_path}/a:2:3", f"{tmp_path}/x:2", "org/name@train"]
+    monkeypatch.chdir("/")
+    assert [s.weight for s in parse_sources(spelled)] == [3, 2, 1]
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine everything is
+@given(
+    st.lists(
+        st.tuples(st.floats(0.1, 10), st.lists(st.integers(1, 5000), min_size=20, max_size=60)), min_size=2, max_size=4
+    )
+)
+def test_every_prefix_is_the_mix(drawn: list[tuple[float, list[int]]]) -> None:
+    """Shares are right up to one document of each text."""
+    weights = [weight for weight, _ in drawn]
+    texts = [Text(str(k), "0", tuple(str(k) * size for size in sizes)) for k, (_, sizes) in enumerate(drawn)]
+    used = [0] * len(texts)
+    for document in mix(texts, weights).documents:
+        used[int(document[0])] += len(document)
+        shares = [u / w for u, w in zip(used, weights, strict=True)]
+        assert max(shares) - min(shares) <= max(5000 / w for w in weights) * (1 + 1e-12)  # of the division
+
+
+def test_mix_ends_with_the_first_text_that_does(
+    checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    long = Text("long", "1", tuple("a b c d " * 50 for _ in range(100)))
+    short = Text("short", "2", tuple("e f g h " * 50 for _ in range(10)))
+    mixed = mix([long, short], [3, 1])
+    assert sum(d.startswith("a") for d in mixed.documents) == pytest.approx(30, abs=3)
+    assert mixed.ended_by == "short"
+    assert mixed.name == "long:3 + short"
+    windows.pack(mixed, load_tokenizer(checkpoint("llama")), 1_000_000, 64)
+    assert "shorter than asked" in caplog.text and "since short ends there" in caplog.text
+
+
+def test_long_documents_are_cut_and_nothing_is_lost() -> None:
+    document = "\n".join(f"line {k} of a long text" for k in range(2000))
+    pieces = corpus.cut_documents(["short", document])
+    assert pieces[0] == "short" and len(pieces) > 10
+    assert "\n".join(pieces[1:]) == document
+
+
+def test_hash_says_texts_and_weights(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).write_text(f"{name} " * 5000)
+    hashes = {
+        read_texts([str(tmp_path / v) for v in values]).sha256
+        for values in (["a", "b"], ["a:2", "b"], ["b", "a"], ["a"], ["b"])
+    }
+    assert len(hashes) == 5
+    assert read_texts([str(tmp_path / "a")]).sha256 == hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".json"])
+def test_compressed_text_is_the_text(ending: str, tmp_path: Path) -> None:
+    rows = [{"text": "One."}, {"text": "Two é."}]
+    content = {".txt": "One.", ".jsonl": "\n".join(map(json.dumps, rows)), ".json": json.dumps(rows)}[ending].encode()
+    (tmp_path / f"a{ending}").write_bytes(content)
+    (tmp_path / f"a{ending}.gz").write_bytes(gzip.compress(content))
+    packed, plain = (corpus.read_text(str(tmp_path / f"a{ending}{gz}")) for gz in (".gz", ""))
+    assert packed.documents == plain.documents
+    assert packed.sha256 == hashlib.sha256((tmp_path / f"a{ending}.gz").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"not gzip", gzip.compress(b"x" * 5000)[:-20], gzip.compress(b"abc")[:12]],
+    ids=["no gzip", "cut in its data", "cut behind its header"],  # the bytes hold the time of day
+)
+def test_damaged_compressed_text_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(content)
+    with pytest.raises(NblError, match=r"a\.jsonl\.gz is truncated or not a gzip file"):
+        corpus.read_text(str(tmp_path / "a.jsonl.gz"))
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("org/name", ("org/name", "train")),
+        ("org/name@validation", ("org/name", "validation")),
+        ("org/name/en@train", ("org/name", "en", "train")),
+    ],
+)
+def test_hub_dataset_is_asked_for_configuration_and_split(
+    source: str, asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, ...]] = []
+
+    def load_dataset(*names: str, split: str, streaming: bool) -> Any:
+        assert streaming
+        seen.append((*names, split))
+        return iter([{"text": "One."}, {"text": "Two."}])
+
+    library = types.ModuleType("datasets")
+    library.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    text = read_texts([source])
+    assert (text.name, text.documents, seen) == (source, ("One.", "Two."), [asked])
+
+
+def test_two_texts_through_the_command(checkpoint: Callable[[str], Path], text: Path, tmp_path: Path) -> None:
+    """Both are on record with their hashes; the recorded command gives the same run from anywhere."""
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": "Some other words. " * 900}).encode()))
+    given = ("calibrate", "--model", checkpoint("llama"), "--calibration-tokens", 1024, "--context", 64)
+    done = nbl(
+        *given, "--calibration", f"{text}:3", "--calibration", tmp_path / "b.jsonl.gz", "--output", tmp_path / "r"
+    )
+    assert done.status == 0, done.err
+    facts = json.loads((tmp_path / "r" / "nbl.json").read_text())
+    assert facts["calibration"]["name"] == f"{text.name}:3 + b.jsonl.gz"
+    assert [(p["name"], p["weight"]) for p in facts["calibration"]["parts"]] == [(text.name, 3), ("b.jsonl.gz", 1)]
+    assert facts["calibration"]["parts"][0]["sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert f"--calibration {text}:3 --calibration {tmp_path}/b.jsonl.gz" in facts["command"]
+    again = nbl(*given, "--calibration", f"{text}:3,{tmp_path}/b.jsonl.gz", "--output", tmp_path / "r")
+    assert "calibrate: reused" in again.err
+    assert nbl("plan", tmp_path / "r").status == 0
+    changed = nbl(*given, "--calibration", f"{text}:2,{tmp_path}/b.jsonl.gz", "--output", tmp_path / "r")
+    assert "calibrate: done" in changed.err
+    refused = nbl(*given, "--calibration", f"{text}:0", "--output", tmp_path / "r")
+    assert_refused(refused, 2, "a weight is a number above 0")
+    assert mixture.parse_sources(facts["options"]["calibration"])[0].weight == 3

@@ -1,0 +1,261 @@
+"""Names and words of a stranger on a terminal: shown as they are, and nothing in them acts."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from nbl_export.report import bench_formats, graph_table, profile_table, tables
+from nbl_export.report import profile_table as projection
+from nbl_export.report import tables as tradeoff
+from nbl_export.run import deployed, describe
+from nbl_export.run.progress import Ui
+from nbl_export.trust.terminal import Console, visible
+
+from ..command import Outcome, nbl
+
+PACKAGE = Path(__file__).parents[2] / "nbl_export"
+# Markup that closes what was never opened, a style, a link, an emoji code, colours by ESC and by C1, a title, BEL, CR,
+# and an override of direction.
+EVIL = "[/b][red]:smile:\x1b[31m\x9b31m\x1b]0;t\x07\r\u202e[gpu]"
+SHOWN = r"[/b][red]:smile:\x1b[31m\x9b31m\x1b]0;t\x07\x0d\u202e[gpu]"
+ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (EVIL, SHOWN),
+        ("two\nlines\tand é 漢 🙂 \\x1b", "two\nlines\tand é 漢 🙂 \\x1b"),
+        ("\u2066a\u2069\u200f\u061c", r"\u2066a\u2069\u200f\u061c"),
+        ("\udcff\x00\x7f\x85", r"\udcff\x00\x7f\x85"),
+    ],
+)
+def test_what_acts_is_written_out(text: str, shown: str) -> None:
+    assert visible(text) == shown
+    assert not ACTING.search(visible(text))
+
+
+def poisoned(value: Any) -> Any:
+    """The same with a hostile end to every name and value of text, but for the words that tables look up."""
+    if isinstance(value, dict):
+        return {poisoned_key(k): v if k in LOOKED_UP else poisoned(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [poisoned(v) for v in value]
+    return value + EVIL if isinstance(value, str) else value
+
+
+LOOKED_UP = {"logits", "phase", "method", "kind", "variants", "decoders", "num_layers"}
+MADE_UP = {"original", "nbl", "a task"}
+
+
+def poisoned_key(key: str) -> str:
+    return key + EVIL if key in MADE_UP else key
+
+
+def eval_facts() -> dict[str, Any]:
+    figure = {"value": 0.5, "stderr": 0.1}
+    differences = [{"new": "nbl" + EVIL, "old": "original", "value": 0.1, "stderr": 0.01}]
+    figures = {"original": figure, "nbl" + EVIL: figure}
+    row = {"task": "t" + EVIL, "metric": "acc" + EVIL, "items": 5, "figures": figures, "differences": differences}
+    return {"table": [row]}
+
+
+def sweep_facts() -> dict[str, Any]:
+    price = {"text": "t", "kl": 0.1, "perplexity_original": 5.0, "perplexity": 5.0, "increase": 0.1}
+    price |= {"increase_interval": [0.05, 0.15], "kl_interval": [0.05, 0.15]}
+    speeds = {"prefill": 1.1, "prefill_tail_pruned": 1.2, "decode": 1.1}
+    point = {"method": "nbl", "layers": 1, "prices": [price], **speeds}
+    return {"order": [1], "texts": ["t" + EVIL], "points": [point], "recommended": None}
+
+
+def profile_facts() -> dict[str, Any]:
+    operator = {"operator": "o" + EVIL, "calls": 1, "ms": 1.0, "share": 0.9}
+    node = {"node": "n" + EVIL, "operator": "o" + EVIL, "ms": 1.0, "share": 0.9}
+    phase = {"operators": [operator], "nodes": [node], "kernels_ms": 1.0, "runs": 1, "run_ms": 1.0}
+    return {"prompt_tokens": 8, "decoders": {"d" + EVIL: {"prefill": phase, "decode": phase}}}
+
+
+def projection_facts() -> list[dict[str, Any]]:
+    speeds = {"original": 1.0, "nbl": 2.0}
+    row = {"phase": "decode", "tokens": 1, "depth": 0, "bound": "b" + EVIL, "ratio": 2.0}
+    return [{**row, "shape": "s" + EVIL, "precision": "p" + EVIL, "replaced_layers": [1],
+             "limit_tokens_per_second": speeds, "expected_tokens_per_second": speeds}]  # fmt: skip
+
+
+def engine_facts() -> dict[str, Any]:
+    record = {"engine": "e" + EVIL, "version": "v" + EVIL, "precision": "p" + EVIL}
+    return {"n" + EVIL: {**record, "plan_bytes": 1, "build_seconds": 1.0, "cache_bytes": 1}}
+
+
+def of_run(name: str) -> Callable[[Path], Any]:
+    return lambda run: poisoned(json.loads((run / name).read_text(encoding="utf-8")))
+
+
+# Every function that makes a table, with the facts of a finished run or facts like them, poisoned.
+TABLES: dict[str, Callable[[Path], Any]] = {
+    "describe_table": lambda run: tables.describe_table(poisoned(describe.describe(run))),
+    "scores_table": lambda run: tables.scores_table(of_run("nbl.json")(run)),
+    "rungs_table": lambda run: tables.rungs_table(of_run("verify.json")(run)),
+    "speed_table": lambda run: tables.speed_table(of_run("report.json")(run)),
+    "eval_table": lambda _: tables.eval_table(eval_facts()),
+    "engines_table": lambda _: tables.engines_table(engine_facts()),
+    "doctor_table": lambda _: tables.doctor_table({"e": {"title": EVIL, "available": False, "reason": EVIL}}),
+    "graph_table": lambda run: graph_table.graph_table(graph_facts(run)),
+    "sweep_table": lambda _: tradeoff.sweep_table(sweep_facts()),
+    "profile_table": lambda _: profile_table.profile_table(profile_facts()),
+    "table": lambda _: projection.table(projection_facts()),
+}
+
+
+def graph_facts(run: Path) -> dict[str, Any]:
+    from nbl_export.rewrite.describe import describe_graph
+
+    found = describe_graph(run / "original")
+    return {**poisoned(found), "logits": found["logits"]}
+
+
+def drawn(table: Any, **options: Any) -> str:
+    out = io.StringIO()
+    Console(file=out, width=4000, **options).print(table)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_no_table_obeys_a_name(name: str, finished: Path) -> None:
+    table = TABLES[name](finished)
+    text = drawn(table)
+    assert not ACTING.search(text)
+    if name != "scores_table":  # it has numbers only
+        assert SHOWN in text
+    coloured = drawn(table, force_terminal=True, color_system="truecolor")
+    assert not ACTING.search(re.sub(r"\x1b\[[\d;]*m", "", coloured))  # rich's own styles
+
+
+def test_every_table_is_walked() -> None:
+    """A function that makes a table stands in `TABLES`; whoever calls another's part of it is walked with it."""
+    parts = {"_table", "_operators"}
+    made = set()
+    for path in PACKAGE.rglob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)) if "from rich.table import" in source else ():
+            if isinstance(node, ast.FunctionDef) and "Table(" in ast.unparse(node):
+                made |= {node.name}
+    assert made - parts == set(TABLES)
+
+
+def test_only_the_terminal_module_makes_consoles() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        if path.name != "terminal.py":
+            assert not re.search(
+                r"from rich\.console import .*Console|import rich|from rich import|Text\b.*rich", source
+            )
+        assert "from_markup" not in source and "render_markup" not in source
+
+
+@pytest.mark.parametrize("form", bench_formats.FORMATS)
+def test_no_format_of_a_comparison_obeys_a_name(form: str, tmp_path: Path, genai_dirs: dict[str, Path]) -> None:
+    import shutil
+
+    evil = tmp_path / EVIL.replace("/", "")
+    shutil.copytree(genai_dirs["nbl"], evil)
+    done = nbl("bench", evil, genai_dirs["original"], "--format", form, "--depth", 0, "--repetitions", 1,
+               "--prompt-tokens", 8, "--generate-tokens", 2)  # fmt: skip
+    assert done.status == 0, done.err
+    assert not ACTING.search(done.out + done.err)
+    if form == "json":
+        assert any("\x1b" in name for name in json.loads(done.out)["variants"])
+
+
+class Runner:
+    """A model that says `pieces`."""
+
+    def __init__(self, pieces: list[str]) -> None:
+        self._pieces = pieces
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def encode(self, _prompt: str, *, chat: bool) -> list[int]:
+        return [1]
+
+    def stream(self, _prompt: list[int], _count: int) -> list[str]:
+        return self._pieces
+
+
+def answer(pieces: list[str], monkeypatch: pytest.MonkeyPatch) -> Outcome:
+    monkeypatch.setattr(deployed, "open_for_text", lambda *_, **__: Runner(pieces))
+    return nbl("generate", "anywhere", "Hi")
+
+
+@pytest.mark.parametrize("pieces", [[EVIL], list(EVIL), ["\x1b", "]52;c;", "eA==", "\x07"], ["\r", "\x1b[2", "K"]])
+def test_a_model_does_not_command_the_terminal(pieces: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a sequence comes in several tokens."""
+    done = answer(pieces, monkeypatch)
+    assert done.status == 0, done.err
+    assert done.out == visible("".join(pieces)) + "\n"
+
+
+def test_text_of_a_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = ["def f():\n", "\treturn [red]é[/red]\n", "漢 🙂"]
+    assert answer(pieces, monkeypatch).out == "".join(pieces) + "\n"
+
+
+def test_an_error_does_not_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    from nbl_export.cli.exit import explain
+    from nbl_export.errors import NblError
+
+    with pytest.raises(SystemExit):
+        explain(NblError(f"layer {EVIL} is not understood"))
+    assert capsys.readouterr().err == f"nbl-export: layer {SHOWN.replace(chr(92) + 'x0d', ' ')} is not understood\n"
+
+
+def test_a_log_does_not_command_the_terminal() -> None:
+    from nbl_export.trust.terminal import Formatter
+
+    record = logging.LogRecord("x", logging.WARNING, "p", 1, "text %s", (EVIL,), None)
+    assert Formatter("%(levelname)s: %(message)s").format(record) == f"WARNING: text {SHOWN}"
+
+
+def test_progress_does_not_command_the_terminal() -> None:
+    out = io.StringIO()
+    ui = Ui(Console(file=out, force_terminal=True, width=400))
+    ui.say(f"reading {EVIL}")
+    with ui.task(EVIL) as update:
+        update(1, 2)
+    assert SHOWN in out.getvalue()
+    assert not ACTING.search(re.sub(r"\x1b\[[\d;?]*[A-Za-z]|\r", "", out.getvalue()))  # rich's own
+
+
+def test_names_in_a_graph(exported: Callable[..., Path], tmp_path: Path) -> None:
+    """The whole way: a graph with a hostile producer, inspected."""
+    import shutil
+
+    copy = Path(shutil.copytree(exported("llama"), tmp_path / "graph"))
+    model = onnx.load(copy / "model.onnx", load_external_data=False)
+    model.producer_name = EVIL
+    (copy / "model.onnx").write_bytes(model.SerializeToString())
+    done = nbl("inspect", copy)
+    assert done.status == 0, done.err
+    assert "[/b][red]:smile:" in done.out
+    assert not ACTING.search(done.out)
+
+
+def test_doctor_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    advice = "pip install 'nbl-export[gpu]'"
+    found = {"ort": {"title": "ONNX Runtime", "available": False, "reason": advice}}
+    monkeypatch.setattr(describe, "examine_engines", lambda: found)
+    assert advice in nbl("doctor").out

@@ -1,0 +1,142 @@
+"""The price: figures and intervals of windows, and when the user is told that it is not the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nbl_export.errors import NblError
+from nbl_export.report.page import render
+from nbl_export.verify.perplexity import price, warn_of_far_prices
+
+from ..report.test_report import BENCH, MANIFEST, VERIFY
+
+
+def rows(*increases: float) -> list[dict[str, object]]:
+    return [
+        {"text": f"text {k}", "increase": increase, "increase_interval": None, "kl_mean": 0.1, "kl_interval": None,
+         "top1_agreement": 0.9, "top1_interval": None}
+        for k, increase in enumerate(increases)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "increases", [(), (0.5,), (0.5, 0.5), (0.3, 0.59), (0.6, 0.31), (0.001, 0.04), (-0.01, 0.049), (-0.1, -0.2)]
+)
+def test_prices_that_are_near(increases: tuple[float, ...]) -> None:
+    assert warn_of_far_prices(rows(*increases)) is None
+
+
+@pytest.mark.parametrize(
+    ("increases", "parts"),
+    [
+        ((0.24, 1.34), ("+24% on text 0", "+134% on text 1")),
+        ((0.61, 0.3), ("+30% on text 1", "+61% on text 0")),
+        ((0.2, 0.5, 0.3), ("+20% on text 0", "+50% on text 1")),
+        ((-0.01, 0.06), ("−1.00% on text 0", "+6.0% on text 1")),
+    ],
+)
+def test_prices_that_are_far(increases: tuple[float, ...], parts: tuple[str, ...]) -> None:
+    said = warn_of_far_prices(rows(*increases))
+    assert said is not None and all(part in said for part in parts)
+
+
+def test_intervals_that_meet_are_not_far() -> None:
+    cheap, dear = rows(0.1, 0.3)
+    cheap["increase_interval"] = [0.05, 0.15]
+    for low, far in ((0.16, True), (0.14, False)):
+        dear["increase_interval"] = [low, 0.4]
+        assert (warn_of_far_prices([cheap, dear]) is not None) is far
+
+
+def test_report_says_so(tmp_path: Path) -> None:
+    for warning, expected in (("the price differs by text: so & so", True), (None, False)):
+        render(MANIFEST, {**VERIFY, "price_warning": warning}, BENCH, tmp_path)
+        page = (tmp_path / "report.html").read_text()
+        assert ("the price differs by text: so &amp; so" in page) is expected
+        assert ("the price differs by text" in (tmp_path / "report.md").read_text()) is expected
+    render(MANIFEST, VERIFY, BENCH, tmp_path)  # of a verification that did not say
+
+
+class Unigram:
+    """Says the same of every next token."""
+
+    def __init__(self, probabilities: np.ndarray) -> None:
+        self.logits = np.log(probabilities)
+
+    def begin(self, batch: int) -> None:
+        pass
+
+    def step(self, ids_BT: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(self.logits, (*ids_BT.shape, len(self.logits))).astype(np.float32).copy()
+
+
+def test_price_is_perplexity_and_kl() -> None:
+    p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
+    windows = np.array([[0, 0, 0, 1], [2, 2, 0, 0]])
+    (row,) = price(Unigram(p), Unigram(q), [("t", windows)], lambda _d, _t: None)
+    targets = [0, 0, 1, 2, 0, 0]
+    assert row["perplexity_original"] == pytest.approx(np.exp(-np.log(p[targets]).mean()), rel=1e-5)
+    assert row["perplexity_nbl"] == pytest.approx(np.exp(-np.log(q[targets]).mean()), rel=1e-5)
+    assert row["kl_mean"] == pytest.approx((p * np.log(p / q)).sum(), rel=1e-5)
+    assert row["top1_agreement"] == 0.0
+    assert (row["tokens"], row["windows"]) == (8, 2)
+
+
+def test_pruned_head_cannot_be_priced() -> None:
+    class Pruned(Unigram):
+        def step(self, ids_BT: np.ndarray) -> np.ndarray:
+            return super().step(ids_BT)[:, -1:]
+
+    pruned = Pruned(np.array([0.5, 0.5]))
+    with pytest.raises(NblError, match="last position only"):
+        price(pruned, pruned, [("t", np.array([[0, 1, 0]]))], lambda _d, _t: None)
+
+
+class Windowed:
+    """Logits that depend on token and place, of a vocabulary of 5,000, the same however windows are batched."""
+
+    def __init__(self, seed: int, vocabulary: int = 5000) -> None:
+        self.table = 3 * np.random.default_rng(seed).standard_normal((7, vocabulary)).astype(np.float32)
+
+    def begin(self, batch: int) -> None:
+        self.batch = batch
+
+    def step(self, ids_BT: np.ndarray) -> np.ndarray:
+        assert len(ids_BT) == self.batch
+        return self.table[(ids_BT + np.arange(ids_BT.shape[1])) % 7]
+
+
+def test_figures_and_intervals_are_those_of_float64_window_by_window() -> None:
+    from nbl_export.text.window_intervals import increase_interval, mean_interval
+
+    original, nbl = Windowed(0), Windowed(1)
+    windows = np.random.default_rng(2).integers(0, 5000, (9, 200))
+    (row,) = price(original, nbl, [("t", windows)], lambda _d, _t: None)
+    losses, kls, same = [], [], []
+    for window in windows:
+        pair = []
+        for decoder in (original, nbl):
+            decoder.begin(1)
+            logits = decoder.step(window[None])[0, :-1].astype(np.float64)
+            pair.append(logits - np.log(np.exp(logits).sum(1, keepdims=True)))
+        p, q = pair
+        place = np.arange(len(window) - 1)
+        losses.append([-v[place, window[1:]].mean() for v in pair])
+        kls.append((np.exp(p) * (p - q)).sum(1).mean())
+        same.append((p.argmax(1) == q.argmax(1)).mean())
+    before, after = np.array(losses).T
+    assert row["increase"] == pytest.approx(np.exp(after.mean() - before.mean()) - 1, rel=1e-5)
+    assert row["increase_interval"] == pytest.approx(increase_interval(before, after).ends, rel=1e-4)
+    assert row["kl_mean"] == pytest.approx(np.mean(kls), rel=1e-5)
+    assert row["kl_interval"] == pytest.approx(mean_interval(kls).ends, rel=1e-4)
+    assert row["top1_agreement"] == pytest.approx(np.mean(same))
+    assert row["per_window"]["loss_nbl"] == pytest.approx(after.tolist(), rel=1e-5)
+
+
+def test_a_single_window_has_no_interval() -> None:
+    (row,) = price(Windowed(0), Windowed(1), [("t", np.arange(30)[None])], lambda _d, _t: None)
+    assert row["windows"] == 1 and row["increase"] is not None
+    assert row["increase_interval"] is row["kl_interval"] is row["top1_interval"] is None
