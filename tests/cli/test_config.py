@@ -97,7 +97,7 @@ def test_a_file_says_what_flags_say(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("layer = 8", ("layer is no option", "is layers meant?")),
+        ("layer = 8", ("layer is no option", "did you mean layers?")),
         ("layers = 8 9", ("cannot be read",)),
         ("seed = 'one'", ("'seed' is of the wrong kind",)),
         ("token_table = 1", ("'token_table' is of the wrong kind",)),

@@ -234,7 +234,7 @@ def test_options_of_compiled_engines_are_refused_by_others(same: tuple[object, .
     ("more", "status", "parts"),
     [
         (("--max-seq-len", 40_000), 1, ("--max-seq-len 40000", "32768 positions")),
-        (("--max-seq-len", 8), 1, ("--max-seq-len 8", "32 at least")),
+        (("--max-seq-len", 8), 1, ("--max-seq-len 8", "at least 32")),
         (("--prefill-chunk", SLOTS + 1), 1, ("--prefill-chunk 129", "--max-seq-len 128")),
         (("--precision", "int8"), 2, ("--precision int8", "fp16, bf16, int4")),
         (("--logits", "some"), 1, ("'some'",)),

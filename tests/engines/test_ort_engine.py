@@ -97,7 +97,7 @@ def _truncate(path: Path) -> None:
         (lambda d: (d / "genai_config.json").write_text('{"model": {}}'), "genai_config.json cannot be read"),
         (lambda d: (d / "model.onnx").unlink(), "model.onnx is missing"),
         (lambda d: _truncate(d / "model.onnx"), "is not an ONNX model"),
-        (lambda d: (d / "model.onnx.data").unlink(), "model.onnx.data is missing"),
+        (lambda d: (d / "model.onnx.data").unlink(), "model.onnx.data, which holds weights of model.onnx, is missing"),
         (lambda d: _truncate(d / "model.onnx.data"), "does not load"),
     ],
 )

@@ -205,8 +205,8 @@ def test_kv_budget_takes_as_few_layers_as_fit(run: Path) -> None:
     ("flag", "value", "parts"),
     [
         ("--max-perplexity-increase", "0%", ("one layer alone", "raises perplexity on held-back text by")),
-        ("--target-speedup", "9", ("with 2 of 3 attention layers replaced prefill is modelled at x5.",)),
-        ("--target-speedup", "9@decode", ("with 2 of 3 attention layers replaced decode is modelled at x1.",)),
+        ("--target-speedup", "9", ("with 2 of 3 attention layers replaced, prefill is modelled at x5.",)),
+        ("--target-speedup", "9@decode", ("with 2 of 3 attention layers replaced, decode is modelled at x1.",)),
         ("--kv-budget", "10B", ("with one attention layer left", f"{LAYER_BYTES:,} bytes", "10 are allowed")),
     ],
 )

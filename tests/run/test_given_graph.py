@@ -226,7 +226,7 @@ def test_damaged_graphs(given_graph: Given, maps_file: Any, tmp_path: Path) -> N
     (graph / "model.onnx.data").write_bytes(whole[:-9])
     refused(tmp_path, *given, parts=("model.onnx.data ends before",))
     (graph / "model.onnx.data").unlink()
-    refused(tmp_path, *given, parts=("model.onnx.data is missing",))
+    refused(tmp_path, *given, parts=("model.onnx.data, which holds weights of model.onnx, is missing",))
     (tmp_path / "data").write_bytes(whole)
     (graph / "model.onnx.data").symlink_to(tmp_path / "data")
     refused(tmp_path, *given, parts=("is a link",))
