@@ -1,8 +1,7 @@
-"""A hub on this machine, as far as huggingface_hub talks to it: cards to fetch, repositories to push to. No network."""
+"""A hub on this machine, as far as huggingface_hub talks to it: cards to fetch. No network."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import threading
@@ -16,21 +15,16 @@ from typing import Any
 __all__ = ["FakeHub", "fake_hub"]
 
 _REVISION = "0123456789abcdef0123456789abcdef01234567"
-_LARGE = (".onnx", ".data")  # what the hub takes as LFS objects, whatever the size
 
 
 @dataclass
 class FakeHub:
-    """What was asked and sent. `cards` is served; `refuse_with` is the status of every answer, where it is set."""
+    """What was asked. `cards` is served; `refuse_with` is the status of every answer, where it is set."""
 
     url: str
     cards: dict[str, str] = field(default_factory=dict)
     refuse_with: int | None = None
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, authorization
-    repositories: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> as it was created
-    files: dict[str, bytes] = field(default_factory=dict)
-    large: dict[str, bytes] = field(default_factory=dict)  # LFS objects by SHA-256
-    messages: list[str] = field(default_factory=list)
 
     def environment(self, home: Path) -> dict[str, str]:
         """What a process needs to talk to this hub and to nothing else."""
@@ -103,57 +97,3 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(text, ETag=f'"{etag}"', X_Repo_Commit=_REVISION)
 
     do_HEAD = do_GET
-
-    def do_PUT(self) -> None:
-        body = self._begin()
-        if body is not None:
-            self.hub.large[self.path.rpartition("/")[2]] = body
-            self._answer()
-
-    def do_POST(self) -> None:
-        body = self._begin()
-        if body is None:
-            return
-        if self.path.endswith("/repos/create"):
-            self._create(json.loads(body))
-        elif self.path.endswith("/validate-yaml"):
-            self._answer({"errors": [], "warnings": []})
-        elif "/preupload/" in self.path:
-            self._answer({"files": [_mode(file["path"]) for file in json.loads(body)["files"]]})
-        elif self.path.endswith("/info/lfs/objects/batch"):
-            self._answer({"transfer": "basic", "objects": [self._place(o) for o in json.loads(body)["objects"]]})
-        elif "/commit/" in self.path:
-            self._commit(
-                self.path.removeprefix("/api/models/").partition("/commit/")[0],
-                [json.loads(line) for line in body.splitlines()],
-            )
-        else:
-            self._answer({"error": f"this hub does not know {self.path}"}, 404)
-
-    def _create(self, asked: dict[str, Any]) -> None:
-        name = f"{asked['organization']}/{asked['name']}"
-        status = 409 if name in self.hub.repositories else 200
-        self.hub.repositories.setdefault(name, asked)
-        self._answer({"url": f"{self.hub.url}/{name}"}, status)
-
-    def _place(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        if wanted["oid"] in self.hub.large:
-            return wanted
-        return {**wanted, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{wanted['oid']}", "header": {}}}}
-
-    def _commit(self, repo: str, lines: list[dict[str, Any]]) -> None:
-        for line in lines:
-            value = line["value"]
-            if line["key"] == "header":
-                self.hub.messages.append(value["summary"])
-            elif line["key"] == "file":
-                self.hub.files[value["path"]] = base64.b64decode(value["content"])
-            elif line["key"] == "lfsFile":
-                self.hub.files[value["path"]] = self.hub.large[value["oid"]]
-        self._answer(
-            {"commitUrl": f"{self.hub.url}/{repo}/commit/{_REVISION}", "commitOid": _REVISION, "success": True}
-        )
-
-
-def _mode(path: str) -> dict[str, Any]:
-    return {"path": path, "uploadMode": "lfs" if path.endswith(_LARGE) else "regular", "shouldIgnore": False}

@@ -93,10 +93,10 @@ def build(checkpoint: Path, out: Path, precision: str, settings: BuilderSettings
         create_model(*where, **parse_extra_options(*where, chosen))
     _forget_commit(out / GRAPH_FILE)
     from nbl_export.decoders.restore_attention import (
-        mend_attention,  # needs onnx_ir, which a build machine lacks
+        restore_attention,  # needs onnx_ir, which a build machine lacks
     )
 
-    mend_attention(checkpoint, out)
+    restore_attention(checkpoint, out)
 
 
 def _forget_commit(path: Path) -> None:

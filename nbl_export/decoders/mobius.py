@@ -27,15 +27,15 @@ def build(checkpoint: Path, out: Path, precision: str) -> None:
     arguments = ["build", "--config", str(checkpoint), "--ep", "cpu", "--dtype", _DTYPES[precision]]
     with captured("mobius", checkpoint):
         mobius_cli([*arguments, "--runtime", "ort-genai", str(out)])
-    _mend_config(checkpoint, out / GENAI_CONFIG)
+    _restore_config(checkpoint, out / GENAI_CONFIG)
     from nbl_export.decoders.restore_attention import (
-        mend_attention,  # needs onnx_ir, which a build machine lacks
+        restore_attention,  # needs onnx_ir, which a build machine lacks
     )
 
-    mend_attention(checkpoint, out)
+    restore_attention(checkpoint, out)
 
 
-def _mend_config(checkpoint: Path, path: Path) -> None:
+def _restore_config(checkpoint: Path, path: Path) -> None:
     """Set the model's context length (mobius 0.1 writes 4096 for every model), and a type that GenAI knows."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     positions, record = config["max_position_embeddings"], ARCHITECTURES[config["model_type"]]

@@ -31,7 +31,7 @@ from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
 from nbl_export.model.architectures import ARCHITECTURES, windows_of
 from nbl_export.model.checkpoint.pretrained import config_of
 
-__all__ = ["mend_attention"]
+__all__ = ["restore_attention"]
 
 _LAYER = re.compile(r"^past_key_values\.(\d+)\.key$")
 _PAST_KEY, _COS, _SIN = 3, 7, 8  # inputs of GroupQueryAttention
@@ -40,7 +40,7 @@ _NEAR = 1e-2  # relative distance of a rounded root
 _BY_LENGTH = ("longrope", "dynamic")  # tables that depend on the length of the sequence
 
 
-def mend_attention(checkpoint: Path, out: Path) -> None:
+def restore_attention(checkpoint: Path, out: Path) -> None:
     """Repair model.onnx and genai_config.json of a directory; files without faults keep their bytes."""
     config = config_of(checkpoint)
     model = ir.load(out / GRAPH_FILE)
@@ -50,8 +50,8 @@ def mend_attention(checkpoint: Path, out: Path) -> None:
     changed += [_set_scale(node, scale) for node in nodes.values() if scale is not None]
     changed += [node.attributes.pop("rotary_embedding_dim", None) is not None for node in nodes.values()]
     if ARCHITECTURES[config.model_type].embedding_root:
-        changed.append(_mend_root(model.graph, math.sqrt(config.hidden_size)))
-    changed += _mend_tables(model.graph, nodes, config)
+        changed.append(_restore_root(model.graph, math.sqrt(config.hidden_size)))
+    changed += _restore_tables(model.graph, nodes, config)
     if any(changed):
         ir.save(model, out / GRAPH_FILE)
     if any(windows):
@@ -89,7 +89,7 @@ def _set_scale(node: ir.Node, scale: float) -> bool:
     return True
 
 
-def _mend_root(graph: ir.Graph, root: float) -> bool:
+def _restore_root(graph: ir.Graph, root: float) -> bool:
     """Replace the factor behind the embeddings by that of transformers; returns whether the graph changed."""
     ids = next(v for v in graph.inputs if v.name == "input_ids")
     for gather in (n for n in ids.consumers() if n.op_type == "Gather"):
@@ -113,7 +113,7 @@ def _forget_window(path: Path) -> None:
         path.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
 
 
-def _mend_tables(graph: ir.Graph, nodes: dict[int, ir.Node], config: Any) -> list[bool]:
+def _restore_tables(graph: ir.Graph, nodes: dict[int, ir.Node], config: Any) -> list[bool]:
     """Replace each table that a layer reads and that differs from transformers' table; one True for each change."""
     right: dict[str | None, tuple[np.ndarray, np.ndarray] | None] = {}
     done: dict[tuple[str, str | None], ir.Value] = {}

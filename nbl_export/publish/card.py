@@ -59,7 +59,7 @@ def write_card(directory: Path, hub_id: str | None = None, *, force: bool = Fals
         with friendly_os_errors(target), run.scratch() as scratch:
             (scratch / "README.md").write_text(text, encoding="utf-8")
             os.replace(scratch / "README.md", target)
-        run.save(card={"sha256": file_sha256(target), "report": file_sha256(run.path / REPORT_JSON)})
+        run.save(card={"sha256": file_sha256(target)})
         return target
 
 
