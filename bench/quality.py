@@ -1,4 +1,4 @@
-"""Compares choices of layers and fits: KL and perplexity on four texts, with the same windows for every row.
+"""Compares choices of layers and fits: KL and perplexity on five texts, with the same windows for every row.
 
     python bench/quality.py MODEL DATA plans    [--text c4|default] > bench/results/quality-plans-<model>.json
     python bench/quality.py MODEL DATA distill  [--text c4|default] --layers 0,7,24-29 --minutes 14.5 > ...
@@ -12,6 +12,7 @@ original is computed once for all rows.
 
 sets      the sets of layers in --layers, separated by semicolons, independent fit on the residual stream
 maps      the same with the maps of --maps FILE
+orders    nbl-export's own order and the paper's at each of --counts, and the sets in --layers
 plans     every --select at 4, 8, 10, 12 and 15 layers, independent fit; for cca also on the paper's tap
 distill   one set of layers, independent and distilled; --keep DIR saves both maps
 ladder    nbl-export's own layers (efficient) at each of --counts: dropped, independent, distilled; --keep DIR saves
@@ -83,9 +84,11 @@ class Bed:
         rows, _ = text_windows.pack(far, self.tokenizer, 32_768, CONTEXT)
         self.far = rows[len(rows) // 2 :]  # the second half judges layers, as in nbl-export; figures use the first
         self.texts[far.name] = self._spread(rows[: len(rows) // 2].flatten(), windows)
+        self.texts["code"] = self._spread(self._ids(standard_library()), windows)
         self.narrow_judge = narrow_judge
         started = time.monotonic()
-        self.moments = hooks.collect(self.model, self.windows, lambda _d, _t: None, taps) if taps else {}
+        quiet: Any = lambda _d, _t: None  # noqa: E731
+        self.moments = hooks.collect(self.model, self.windows, quiet, taps, narrow=narrow_judge) if taps else {}
         log(f"moments: {time.monotonic() - started:.0f} s")
 
     def _ids(self, documents: Any) -> Any:
@@ -101,11 +104,12 @@ class Bed:
         return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
 
     @property
-    def judging(self) -> Any:
-        """The windows by which nbl-export judges layers."""
-        from nbl_export.plan.greedy import near_and_far
+    def judging(self) -> list[Any]:
+        """The windows by which nbl-export judges layers, of each text."""
+        from nbl_export.text.held_back import spread
 
-        return near_and_far(self.held[len(self.held) // 2 :][: 2048 // CONTEXT], self.far)
+        near = self.held[len(self.held) // 2 :][: 2048 // CONTEXT]
+        return [near, spread(self.far, len(near))]
 
     def maps(self, tap: str, layers: Any) -> dict[int, Any]:
         from nbl_export.plan import lmmse
@@ -133,6 +137,14 @@ class Bed:
 def news(data: Path) -> list[str]:
     lines = (data / "c4" / "graphmark_c4_realnewslike_500.jsonl").read_text(encoding="utf-8").splitlines()
     return [row["prompt"] + row["natural_text"] for row in map(json.loads, lines)]
+
+
+def standard_library() -> list[str]:
+    """Source code of Python's standard library, which no default text contains."""
+    import sysconfig
+
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    return [path.read_text(encoding="utf-8") for path in files]
 
 
 def plans(bed: Bed) -> dict[str, Any]:
@@ -249,21 +261,20 @@ def found_earlier(options: argparse.Namespace, wanted: Mapping[str, Any]) -> dic
     return {k: facts[k] for k in TRAINING} if all(facts.get(k) == v for k, v in wanted.items()) else None
 
 
-def judged(bed: Bed, maps: Mapping[int, Any], count: int, select: str) -> tuple[Any, float]:
-    """The order of layers that nbl-export chooses by trials on the normed tap, and the seconds of the choice."""
-    import torch
-
+def judged(bed: Bed, maps: Mapping[int, Any], count: int, select: str, tap: str = "normed") -> tuple[Any, float]:
+    """The order of layers that nbl-export chooses by trials, and the seconds of the choice."""
     from nbl_export.cost.model import map_sizes
     from nbl_export.model import bfloat16
     from nbl_export.model.mixes import SwitchedModel
-    from nbl_export.plan.greedy import GreedyOrder, extend
+    from nbl_export.plan.effects import Judge
+    from nbl_export.plan.greedy import GreedyOrder, Search
 
-    costs, sizes, cpu = cost_model(bed), map_sizes(maps), torch.device("cpu")
+    costs, sizes = cost_model(bed), map_sizes(maps)
     saved: Any = lambda gone: costs.prefill_saved({i: sizes[i] for i in gone})  # noqa: E731
     weighed = saved if select == "efficient" else None
-    started, switched = time.monotonic(), SwitchedModel(bed.model, maps, "normed")
-    with bfloat16.products(cpu, bfloat16.fast(cpu)):
-        order = extend(GreedyOrder(), count, switched, len(maps), bed.judging, lambda _d, _t: None, weighed)
+    started, narrow = time.monotonic(), bfloat16.fast(bed.model.device)
+    judge = Judge(SwitchedModel(bed.model, maps, tap), bed.judging, narrow=narrow)
+    order = Search(judge, GreedyOrder(), weighed, lambda _d, _t: None).extend(count)
     seconds = time.monotonic() - started
     log(f"{select}: {list(order.layers)} in {seconds:.0f} s")
     return order, seconds
@@ -318,6 +329,30 @@ def sets(bed: Bed, named: Sequence[str]) -> dict[str, Any]:
     return {"modelled_prefill": speed, "residual": bed.prices(maps, "residual", mixes)}
 
 
+def orders(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
+    """nbl-export's order, the paper's order, and the sets of --layers, at --counts: quality and modelled speed."""
+    from nbl_export.plan import lmmse
+    from nbl_export.plan.choose import ranked
+
+    counts = [int(n) for n in options.counts.split(",")]
+    maps = bed.maps("residual", range(bed.spec.num_layers))
+    scores = [lmmse.score(m, i) for i, m in enumerate(bed.moments["residual"])]
+    order, seconds = judged(bed, maps, max(counts), "efficient", "residual")
+    named = {
+        ",".join(map(str, sorted(steps[:n]))): (name, n)
+        for name, steps in (("efficient", order.layers), ("cca", ranked(scores, "cca")))
+        for n in counts
+    }
+    asked = [*named, *(text for text in options.layers.split(";") if text)]
+    return {
+        "order": list(order.layers),
+        "kl": list(order.kl),
+        "seconds": seconds,
+        "sets": {name: [f"{kind} {n}", name] for name, (kind, n) in named.items()},
+        **sets(bed, asked),
+    }
+
+
 def given(bed: Bed, named: Sequence[str], file: Path) -> dict[str, Any]:
     """Rows of sets of layers by name, with the maps of a file."""
     from nbl_export.plan.choose import parse_layers
@@ -332,11 +367,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
-    parser.add_argument("what", choices=("plans", "distill", "both", "sets", "maps", "ladder"))
+    parser.add_argument("what", choices=("plans", "distill", "both", "sets", "maps", "ladder", "orders"))
     parser.add_argument("--text", choices=("c4", "default"), default="c4")
     parser.add_argument("--windows", type=int, default=16, help="windows from each text")
     parser.add_argument("--c4-windows", type=int, help="windows from C4; 181 for all of its remaining text")
-    parser.add_argument("--narrow-judge", action="store_true", help="bfloat16 products, three times as fast")
+    parser.add_argument("--narrow-judge", action="store_true", help="bfloat16 products, where the processor has them")
     parser.add_argument("--layers", default="0,7,24-29")
     parser.add_argument("--counts", default=",".join(map(str, COUNTS)), help="numbers of layers, for ladder")
     parser.add_argument("--keep", type=Path, help="directory for the maps of ladder or distill")
@@ -363,6 +398,8 @@ def main() -> None:
         result = sets(bed, options.layers.split(";"))
     elif options.what == "maps":
         result = given(bed, options.layers.split(";"), options.maps)
+    elif options.what == "orders":
+        result = orders(bed, options)
     elif options.what == "ladder":
         result = ladder(bed, options)
     else:

@@ -90,7 +90,7 @@ class Everyone:
         import torch
 
         from nbl_export.evaluation.scorer import Score
-        from nbl_export.model.blocks import logits_of
+        from nbl_export.model.head import logits_of
 
         places = [(b, len(r.context) - 1 + k) for b, r in enumerate(batch) for k in range(len(r.continuation))]
         wanted = torch.tensor([token for r in batch for token in r.continuation])

@@ -17,6 +17,7 @@ import torch
 from nbl_export.calibrate.moments_file import load_moments, save_moments
 from nbl_export.calibrate.sums import REFERENCE_ROWS, Accumulator, Sums
 from nbl_export.errors import NblError
+from nbl_export.model import bfloat16
 from nbl_export.model.blocks import block_output
 from nbl_export.records.moments import Moments
 
@@ -85,10 +86,11 @@ class Collection(Rows):
     Args:
         model: a causal LM of transformers, float32.
         taps: some of `records.plan.TAPS`.
+        narrow: the model's products in bfloat16; products of the sums are float32.
     """
 
-    def __init__(self, model: Any, taps: Sequence[str]) -> None:
-        self._decoder = model.get_decoder()
+    def __init__(self, model: Any, taps: Sequence[str], *, narrow: bool = False) -> None:
+        self._decoder, self._narrow = model.get_decoder(), narrow
         device = next(model.parameters()).device
         super().__init__(taps, len(self._decoder.layers), int(model.config.hidden_size), device)
         self._handles: list[Any] = []
@@ -105,7 +107,7 @@ class Collection(Rows):
 
     def add(self, batch_BT: torch.Tensor) -> None:
         """Run one batch and add its rows."""
-        with torch.inference_mode():
+        with torch.inference_mode(), bfloat16.products(torch.device(self._device), self._narrow):
             self._decoder(input_ids=batch_BT.to(self._device), use_cache=False)
 
 
@@ -114,6 +116,8 @@ def collect(
     ids_WT: torch.Tensor,
     progress: Callable[[int, int], None],
     taps: Sequence[str] = ("residual",),
+    *,
+    narrow: bool = False,
 ) -> dict[str, list[Moments]]:
     """Moments of every decoder layer over windows of token ids, for each tap (`records.plan.TAPS`).
 
@@ -125,7 +129,7 @@ def collect(
     Raises:
         NblError: a layer's activations are not finite.
     """
-    with Collection(model, taps) as collection:
+    with Collection(model, taps, narrow=narrow) as collection:
         collection.refer(ids_WT)
         done = 0
         for batch in batches(ids_WT):
@@ -161,8 +165,9 @@ def attach(layer: torch.nn.Module, accumulator: Accumulator, tap: str, config: A
     def on_output(_module: Any, _args: Any, output: Any) -> None:
         y = output[0] if isinstance(output, tuple) else output
         y = y if multiplier == 1.0 else y * multiplier
-        x = seen.pop("x")
-        accumulator.update(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
+        x_BTD, y_BTD = seen.pop("x").float(), y.float()
+        with bfloat16.products(y.device, False):
+            accumulator.update(x_BTD.reshape(-1, x_BTD.shape[-1]), y_BTD.reshape(-1, y_BTD.shape[-1]))
 
     attention: Any = layer.self_attn
     last, multiplier = block_output(layer, config)

@@ -10,6 +10,7 @@ import torch
 
 from nbl_export.calibrate.hooks import attach, refuse_not_finite
 from nbl_export.calibrate.sums import REFERENCE_ROWS, Accumulator, Sums
+from nbl_export.model import bfloat16
 from nbl_export.model.blocks import run_from
 from nbl_export.model.checkpoint.pretrained import config_of
 from nbl_export.model.one_layer import Shelf, one_layer
@@ -24,6 +25,8 @@ def collect_layers(
     taps: Sequence[str],
     scratch: Path,
     progress: Callable[[int, int], None],
+    *,
+    narrow: bool = False,
 ) -> Iterator[dict[str, Sums]]:
     """Sums of each layer by tap, from the first layer to the last.
 
@@ -32,6 +35,7 @@ def collect_layers(
         ids_WT: token ids of the whole text; the first tokens give reference rows and units.
         parts: the batches of the text to collect, [windows, context] each.
         scratch: a directory for the hidden states: 4 x tokens x hidden size bytes.
+        narrow: the model's products in bfloat16; products of the sums are float32.
         progress: called with layers x tokens done and the total.
 
     Raises:
@@ -47,7 +51,7 @@ def collect_layers(
         found = {tap: Accumulator(config.hidden_size) for tap in taps}
         handles = [handle for tap, a in found.items() for handle in attach(decoder.layers[0], a, tap, config)]
         done = 0
-        with torch.inference_mode():
+        with torch.inference_mode(), bfloat16.products(torch.device("cpu"), narrow):
             for k, ids in enumerate(inputs):
                 if index:
                     states.write(k, run_from(decoder, states.read(k)))

@@ -26,6 +26,7 @@ _MEANING = {
     "context": "have different --context",
     "tokens": "have different numbers of tokens", "windows": "cut the text into different tokens (another tokenizer?)",
     "batches": "cut the text into different batches", "taps": "have different taps (--tap)",
+    "products": "were multiplied in different types (--compute-dtype)",
 }  # fmt: skip
 
 

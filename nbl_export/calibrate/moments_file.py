@@ -29,7 +29,7 @@ from nbl_export.calibrate.sums import Sums
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.records.moments import Moments
 
-__all__ = ["MomentsFile", "MomentsWriter", "load_moments", "open_moments", "save_moments"]
+__all__ = ["MomentsFile", "MomentsWriter", "load_moments", "open_moments", "save_moments", "whole_moments"]
 
 _SUMS = ("x_sum", "y_sum", "xx", "yx", "yy")
 _ABOUT = ("x_ref", "y_ref", "x_unit", "y_unit")
@@ -176,8 +176,9 @@ def save_moments(moments: Mapping[str, Sequence[Moments]], path: Path) -> None:
             file.write({tap: layers[i] for tap, layers in moments.items()})
 
 
-def load_moments(path: Path) -> dict[str, list[Moments]]:
-    """Read the moments of a whole calibration, by tap and layer.
+@contextlib.contextmanager
+def whole_moments(path: Path) -> Iterator[MomentsFile]:
+    """Open the moments file of a whole, finished calibration.
 
     Raises:
         CorruptError: the file is not a moments file, or its calibration is unfinished.
@@ -191,4 +192,10 @@ def load_moments(path: Path) -> dict[str, list[Moments]]:
             )
         if not file.is_complete:
             raise CorruptError(f"{path} is of a calibration that was not finished; run calibrate again")
+        yield file
+
+
+def load_moments(path: Path) -> dict[str, list[Moments]]:
+    """Read all moments of a whole calibration, by tap and layer; see `whole_moments`."""
+    with whole_moments(path) as file:
         return {tap: [file.sums(i, tap).moments() for i in range(file.num_layers)] for tap in file.taps}

@@ -25,7 +25,8 @@ import torch
 from torch import nn
 
 from nbl_export.model import bfloat16, short_attention
-from nbl_export.model.blocks import logits_of, multiplier_of, run_from
+from nbl_export.model.blocks import multiplier_of, run_from
+from nbl_export.model.head import logits_of
 from nbl_export.model.linearize import AffineAttention, switched
 from nbl_export.records.plan import AffineMap
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-__all__ = ["Weights", "fast", "products"]
+from nbl_export.errors import NblError
+
+__all__ = ["Weights", "chosen", "fast", "products"]
 
 
 def fast(device: torch.device) -> bool:
@@ -17,6 +19,20 @@ def fast(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # functions of torch.cpu from torch 2.5 on
     return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+def chosen(dtype: str, device: torch.device) -> bool:
+    """Whether products are in bfloat16, for a value of `--compute-dtype` (`records.options.DTYPES`).
+
+    Raises:
+        NblError: bfloat16 is asked for, and the processor has no such products.
+    """
+    if dtype == "bfloat16" and not fast(device):
+        raise NblError(
+            f"--compute-dtype bfloat16: this {'GPU' if device.type == 'cuda' else 'processor'} has no bfloat16 "
+            "products (a CPU needs AVX512_BF16 or AMX); use auto or float32"
+        )
+    return dtype != "float32" and fast(device)
 
 
 def products(device: torch.device, enabled: bool) -> torch.autocast:

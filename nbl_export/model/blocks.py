@@ -17,7 +17,7 @@ from torch import nn
 
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, Architecture
 
-__all__ = ["PassThrough", "architecture_of", "block_modules", "block_output", "logits_of", "multiplier_of", "run_from"]
+__all__ = ["PassThrough", "architecture_of", "block_modules", "block_output", "multiplier_of", "run_from"]
 
 
 class PassThrough(nn.Module):
@@ -71,15 +71,3 @@ def _entered(decoder: Any) -> Iterator[None]:
         yield
     finally:
         setattr(decoder, name, multiplier)
-
-
-def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits [..., V] in float32 from last hidden states [..., D], as the model's own forward computes them."""
-    record, config = architecture_of(model.config), model.config
-    logits: torch.Tensor = model.lm_head(hidden)
-    if record.logits_divisor is not None:
-        logits = logits / getattr(config, record.logits_divisor)
-    cap = None if record.logits_cap is None else getattr(config, record.logits_cap)
-    if cap is not None:
-        logits = cap * torch.tanh(logits / cap)
-    return logits.float()

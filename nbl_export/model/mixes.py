@@ -17,13 +17,15 @@ from typing import Any
 import torch
 
 from nbl_export.model import bfloat16
-from nbl_export.model.blocks import logits_of, multiplier_of, run_from
+from nbl_export.model.blocks import multiplier_of, run_from
+from nbl_export.model.head import logits_of
 from nbl_export.model.linearize import AffineAttention, switched
 from nbl_export.records.plan import AffineMap
 
 __all__ = ["Loss", "SwitchedModel"]
 
 _LOGIT_ROWS = 256  # positions whose logits are held at once
+_BATCH_TOKENS = 2048  # windows that run at once
 
 
 @dataclass(frozen=True)
@@ -61,35 +63,36 @@ class SwitchedModel:
     """
 
     def __init__(self, model: Any, maps: Mapping[int, AffineMap], tap: str) -> None:
-        self._model = model
+        self.model = model
         self._decoder = model.get_decoder()
         self._layers = self._decoder.layers
         self._tap = tap
+        self.num_layers = len(self._layers)
         self._affine = {i: AffineAttention(m, multiplier_of(model.config)).eval() for i, m in maps.items()}
 
     @torch.no_grad()
     def run(
-        self, mix: Collection[int], *, ids_T: torch.Tensor | None = None, entering_TD: torch.Tensor | None = None,
+        self, mix: Collection[int], *, ids_BT: torch.Tensor | None = None, entering_BTD: torch.Tensor | None = None,
         first: int = 0, watch: Collection[int] = (),
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:  # fmt: skip
-        """Run a mix on one window, from its tokens or from the hidden states that enter layer `first`.
+        """Run a mix on some windows, from their tokens or from the hidden states that enter layer `first`.
 
         Returns:
-            the last hidden states [T, D] (after the final norm), and the hidden states that enter the watched layers.
+            the last hidden states [B, T, D] (after the final norm), and the states that enter the watched layers.
         """
         seen: dict[int, torch.Tensor] = {}
 
         def note(layer: int) -> Any:
-            return lambda _module, args: seen.__setitem__(layer, args[0][0])
+            return lambda _module, args: seen.__setitem__(layer, args[0])
 
         handles = [self._layers[i].register_forward_pre_hook(note(i)) for i in watch]
         try:
             with switched(self._decoder, {i: self._affine[i] for i in mix}, self._tap, first):
-                if ids_T is not None:
-                    last = self._decoder(input_ids=ids_T[None], use_cache=False).last_hidden_state[0]
+                if ids_BT is not None:
+                    last = self._decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
                 else:
-                    assert entering_TD is not None
-                    last = run_from(self._decoder, entering_TD[None])[0]
+                    assert entering_BTD is not None
+                    last = run_from(self._decoder, entering_BTD)
         finally:
             for handle in handles:
                 handle.remove()
@@ -97,15 +100,11 @@ class SwitchedModel:
 
     @torch.no_grad()
     def losses(
-        self, ids_T: torch.Tensor, original_TD: torch.Tensor, mixes: Mapping[Any, torch.Tensor], every: int = 1
+        self, ids_T: torch.Tensor, original_TD: torch.Tensor, mixes: Mapping[Any, torch.Tensor]
     ) -> dict[Any, Loss]:
-        """Each mix's loss on one window, from last hidden states; the original's logits are computed once.
-
-        Args:
-            every: 2 judges every second position, and so on: logits cost as much as half of a small decoder.
-        """
+        """Each mix's loss on one window, from last hidden states; the original's logits are computed once."""
         found = dict.fromkeys(mixes, Loss())
-        for rows in torch.arange(0, len(ids_T) - 1, every).split(_LOGIT_ROWS):
+        for rows in torch.arange(0, len(ids_T) - 1).split(_LOGIT_ROWS):
             target_N1 = ids_T[rows + 1, None]
             base_NV = self._logits(original_TD[rows])
             norm_N, share_NV = base_NV.logsumexp(1), base_NV.softmax(1)
@@ -122,7 +121,7 @@ class SwitchedModel:
 
     def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Logits in float32. With bfloat16 products, autocast on a CPU would continue in bfloat16 from the logits."""
-        return logits_of(self._model, hidden_ND).float()
+        return logits_of(self.model, hidden_ND).float()
 
     def price(self, windows_WT: Any, mix: Collection[int]) -> Loss:
         """A mix's loss on token ids [windows, context], a tensor or an array."""
@@ -141,13 +140,15 @@ class SwitchedModel:
         """As `prices`, for each window separately."""
         found: dict[Any, list[Loss]] = {name: [] for name in mixes}
         lowest = {name: min(mix) for name, mix in mixes.items() if mix}
-        for done, ids_T in enumerate(torch.as_tensor(windows_WT), 1):
-            original, seen = self.run((), ids_T=ids_T, watch=set(lowest.values()))
+        windows_WT = torch.as_tensor(windows_WT)
+        for ids_BT in windows_WT.split(max(1, _BATCH_TOKENS // windows_WT.shape[1])):
+            original, seen = self.run((), ids_BT=ids_BT, watch=set(lowest.values()))
             last = dict.fromkeys(mixes, original)
             for name, first in lowest.items():
-                last[name] = self.run(mixes[name], entering_TD=seen[first], first=first)[0]
-            for name, loss in self.losses(ids_T, original, last).items():
-                found[name].append(loss)
+                last[name] = self.run(mixes[name], entering_BTD=seen[first], first=first)[0]
+            for k, ids_T in enumerate(ids_BT):
+                for name, loss in self.losses(ids_T, original[k], {n: v[k] for n, v in last.items()}).items():
+                    found[name].append(loss)
             if progress is not None:
-                progress(done, len(windows_WT))
+                progress(sum(map(len, found.values())) // max(1, len(mixes)), len(windows_WT))
         return found

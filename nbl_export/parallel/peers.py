@@ -50,6 +50,13 @@ class Peers:
 
         return model.to(torch.cuda.current_device()) if self.size > 1 and torch.cuda.is_available() else model
 
+    @property
+    def device(self) -> Any:
+        """Where `place` puts a model."""
+        import torch
+
+        return self._device if self.size > 1 else torch.device("cpu")
+
     def lead(self, order: dict[str, Any] | None) -> None:
         """Process 0: send an order to the others ("work" is a key of `run.torchrun._WORK`); None ends the work."""
         self._working = order is not None

@@ -7,17 +7,20 @@ from collections.abc import Sequence
 from nbl_export.errors import NblError
 from nbl_export.records.plan import LayerScore, Plan
 
-__all__ = ["choose", "parse_layers", "ranked"]
+__all__ = ["a_quarter", "choose", "parse_layers", "ranked"]
 
 
-def parse_layers(text: str | None, num_layers: int) -> int | tuple[int, ...]:
-    """Read `--layers`: "8" is a count, "0,7,24-29" (or "8,") names layers from 0; None means a quarter of them.
+def a_quarter(num_layers: int) -> int:
+    """How many layers are replaced by default if the model's own output cannot judge them."""
+    return max(0, min(round(num_layers / 4), num_layers - 1))
+
+
+def parse_layers(text: str, num_layers: int) -> int | tuple[int, ...]:
+    """Read `--layers`: "8" is a count, "0,7,24-29" (or "8,") names layers from 0.
 
     Raises:
         NblError: a part is no number, a range runs backwards, a layer is repeated or missing, or every layer is named.
     """
-    if text is None:
-        return max(0, min(round(num_layers / 4), num_layers - 1))
     text = text.strip()
     if _is_number(text):
         count = int(text)

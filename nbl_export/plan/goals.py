@@ -18,6 +18,7 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.options import JobOptions
 
 __all__ = [
+    "DEFAULT_INCREASE",
     "GOALS",
     "CacheBudget",
     "PerplexityIncrease",
@@ -30,6 +31,7 @@ __all__ = [
     "read_rank",
 ]
 
+DEFAULT_INCREASE = 0.10  # of perplexity, if neither a count nor a goal is given
 GOALS = ("max_perplexity_increase", "target_speedup", "kv_budget")
 _PHASES = ("prefill", "decode")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

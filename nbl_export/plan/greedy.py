@@ -1,18 +1,20 @@
-"""Greedy order in which attention layers are replaced: each round takes the layer that raises KL divergence least.
+"""Order in which attention layers are replaced, found by one round of trials and a few passes of whole sets.
 
-    order   []  ->  [25]  ->  [25, 28]  ->  ...     KL(original || mix) on held-back text after each round
+    each layer alone ─► effects ─► estimated KL of a set ─► the next layer ─► KL of the new set by a true pass ─► ...
 
-A shorter order is the front of a longer order. The first round tries every layer. A later round tries only the WIDTH
-layers that added least KL when last tried. A layer adds more as other layers are replaced, so a layer that is not
-tried already added more.
+The estimate for a set S with known effects, and one more layer t, is KL(S) + d_S' F d_t + KL(t) (`effects`), on the
+text where it is largest. It assumes
+that the two changes add up. Neighbours at the top of a decoder do more harm together than that. So the best layer by
+the estimate is tried with S in a true pass. If its KL turns out worse than the estimate of the next best layer, that
+layer is tried too, at most TRIES of them, and the best one tried is taken. What a layer lost more than estimated
+counts against it in later steps.
 
-With `saving` (select "efficient"), a round takes the layer with the least added KL per square root of the work saved.
-The topmost attention saves most work, since everything above the last kept attention runs on one token (`cost`). So
-the topmost layer is always tried. With the full work instead of its root, SmolLM2's layer 24 outweighs four times the
-loss of a middle layer. That layer loses most on text unlike the calibration text (docs/experiments.md).
+With `saving` (select "efficient"), the layer is taken that gives the set with the least KL for the square root of the
+prefill work that the whole set saves. Each layer saves the same part of a decode step, so for equally large sets this
+is the KL over the geometric mean of what is saved in prefill and in decode.
 
-A trial runs the layers from its own upward (half of them on average) and the head. Cost in decoder passes over the
-text: layers / 2 for the first round, and WIDTH / 2 + 1 for every later round.
+A shorter order is the front of a longer order. `outlook` goes on by the estimate alone, for a curve of quality against
+speed, with a true pass at the end of each stretch.
 """
 
 from __future__ import annotations
@@ -20,107 +22,244 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from nbl_export.errors import NblError
-from nbl_export.model.mixes import Loss, SwitchedModel
+from nbl_export.plan.effects import Effects
 
-__all__ = ["EVERY", "WIDTH", "GreedyOrder", "extend", "near_and_far"]
+__all__ = ["TRIES", "Front", "GreedyOrder", "Point", "Search"]
 
-WIDTH = 8
-EVERY = 2  # every second position is judged; each position sees all positions before
-_NEVER = 1e9  # nats of a layer whose map gives logits that are not finite
-_NOTHING = 1e-9  # least share of the work that a layer saves
+TRIES = 3
+_NOTHING = 1e-9  # least share of the work that a set saves, and least KL
+
+
+Progress = Callable[[int, int], None]  # steps done, all steps
+
+
+def _quiet(_done: int, _total: int) -> None: ...
+
+
+class Judging(Protocol):
+    """What a search needs of `effects.Judge`."""
+
+    parts: list[int]
+
+    @property
+    def num_layers(self) -> int: ...
+    def alone(self, progress: Progress) -> Effects: ...
+    def together(self, mix: Sequence[int]) -> Effects: ...
+
+
+@dataclass(frozen=True)
+class Point:
+    """A replaced set. For each text: KL in nats, and the rise of the next token's cross entropy in nats."""
+
+    layers: tuple[int, ...]
+    kl: tuple[float, ...]
+    rises: tuple[float, ...]
+
+    @property
+    def worst_kl(self) -> float:
+        """KL on the text with the largest; infinite if a KL is not finite."""
+        return max(self.kl) if all(map(math.isfinite, self.kl)) else math.inf
+
+    @property
+    def increases(self) -> tuple[float, ...]:
+        """Increase of perplexity on each text, as a share."""
+        return tuple(math.expm1(rise) if rise < 700 else math.inf for rise in self.rises)  # NaN too
+
+    @property
+    def worst_increase(self) -> float:
+        """Increase of perplexity on the worst text, as a share."""
+        return max(self.increases)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Point:
+        return cls(tuple(map(int, values["layers"])), *(tuple(map(float, values[name])) for name in ("kl", "rises")))
 
 
 @dataclass(frozen=True)
 class GreedyOrder:
-    """Layers in order of replacement, the KL after each, and the KL that each other layer added when last tried.
+    """Sets in order of replacement, each with one layer more than the one before; and sets beyond (`outlook`).
 
-    KL is in nats.
+    alone: KL of each layer alone on the worst text, in nats; None if its map gives logits that are not finite.
     """
 
-    layers: tuple[int, ...] = ()
-    kl: tuple[float, ...] = ()
-    added: tuple[tuple[int, float], ...] = ()
+    steps: tuple[Point, ...] = ()
+    beyond: tuple[Point, ...] = ()
+    alone: tuple[float | None, ...] = ()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers, first replaced first."""
+        return self.steps[-1].layers if self.steps else ()
+
+    @property
+    def kl(self) -> tuple[float, ...]:
+        """KL on the worst text after each step."""
+        return tuple(step.worst_kl for step in self.steps)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> GreedyOrder:
-        added = tuple((int(i), float(v)) for i, v in values["added"])
-        return cls(tuple(values["layers"]), tuple(values["kl"]), added)
+        steps, beyond = (tuple(Point.from_json(v) for v in values[name]) for name in ("steps", "beyond"))
+        return cls(steps, beyond, tuple(None if v is None else float(v) for v in values["alone"]))
 
 
-def extend(
-    order: GreedyOrder,
-    length: int,
-    switched: SwitchedModel,
-    num_layers: int,
-    held_WT: torch.Tensor,
-    progress: Callable[[int, int], None],
-    saving: Callable[[Sequence[int]], float] | None = None,
-) -> GreedyOrder:
-    """Extend an order to `length` layers; an order that is long enough is returned unchanged.
+class Front:
+    """A set with known effects, and layers added to it by the estimate. Everything is computed for each text P.
 
     Args:
-        held_WT: token ids [windows, context] that no map was fitted on.
-        saving: work that replacing these layers saves; None counts layers.
-
-    Raises:
-        NblError: a layer's map makes the logits not finite.
+        alone: effects of each layer alone.
+        parts: judged positions of each text.
+        base, known: effects of the set; None for the empty set.
     """
-    done, total = 0, _trials(len(order.layers), length, num_layers) * len(held_WT)
-    while len(order.layers) < length:
-        tried = _candidates(order, num_layers, topmost=saving is not None)
-        losses = dict.fromkeys(tried, Loss())
-        for ids_T in held_WT:
-            for layer, loss in _try(switched, ids_T, order.layers, tried).items():
-                losses[layer] += loss
-            done += len(tried)
-            progress(done, total)
-        order = _step(order, {layer: loss.kl for layer, loss in losses.items()}, saving or len)
-    return order
+
+    def __init__(self, alone: Sequence[Solo], base: Sequence[Effects] | None, known: Point | None) -> None:
+        self._gram_PKK = torch.stack([solo.gram for solo in alone])
+        self._rise_PK = torch.stack([solo.kl for solo in alone])
+        self._kl_P = torch.tensor(known.kl if known else [0.0] * len(alone), dtype=torch.float64)
+        self.layers = known.layers if known else ()
+        if base is not None:
+            cross = [_scaled(part, solo) for part, solo in zip(base, alone, strict=True)]
+            self._rise_PK = self._rise_PK + torch.stack(cross)
+
+    def estimate(self, layer: int) -> float:
+        """Estimated KL of the set with one more layer, on the worst text."""
+        value = float((self._kl_P + self._rise_PK[:, layer]).max())
+        return max(value, _NOTHING) if math.isfinite(value) else math.inf
+
+    def add(self, layer: int) -> None:
+        """Add a layer without a true pass."""
+        self._kl_P = self._kl_P + self._rise_PK[:, layer]
+        self.layers = (*self.layers, layer)
+        self._rise_PK = self._rise_PK + self._gram_PKK[:, layer]
 
 
-def near_and_far(near_WT: torch.Tensor, far_WT: torch.Tensor | None) -> torch.Tensor:
-    """Windows to judge layers by: all of the calibration text's, and as many spread over the second text's."""
-    if far_WT is None:
-        return near_WT
-    spread = torch.linspace(0, len(far_WT) - 1, min(len(near_WT), len(far_WT))).long()
-    return torch.cat([near_WT, far_WT[spread]])
+class Solo:
+    """Effects of each layer alone on one text, scaled so that half of the gram's diagonal is the true KL."""
+
+    def __init__(self, effects: Effects) -> None:
+        gram = effects.gram(effects)
+        self.effects, self.kl = effects, effects.kl_NK.mean(0, dtype=torch.float64)
+        self.scale = _scale(self.kl, gram.diagonal())
+        self.gram = (gram + gram.T) / 2 * self.scale[:, None] * self.scale
 
 
-def _trials(start: int, length: int, num_layers: int) -> int:
-    return sum(num_layers if k == 0 else min(WIDTH, num_layers - k) for k in range(start, length))
+def _scaled(base: Effects, solo: Solo) -> torch.Tensor:
+    """What a set and each layer cost together beyond the sum of both, on one text [K]."""
+    scale = _scale(base.kl_NK.mean(0, dtype=torch.float64), base.gram(base).diagonal())
+    return base.gram(solo.effects)[0] * scale * solo.scale
 
 
-def _candidates(order: GreedyOrder, num_layers: int, *, topmost: bool) -> tuple[int, ...]:
-    if not order.layers:
-        return tuple(range(num_layers))
-    cheapest = [layer for layer, _ in sorted(order.added, key=lambda a: (a[1], a[0]))]
-    first = [max(cheapest)] if topmost else []
-    return tuple(sorted(list(dict.fromkeys([*first, *cheapest]))[:WIDTH]))
+class Search:
+    """Extends an order step by step.
+
+    Args:
+        judge: measures effects.
+        order: steps found before with the same judge are kept.
+        saving: share of a prefill's work that replacing these layers saves; None counts no work.
+        progress: called with trials and passes done, and the total of the round of trials.
+    """
+
+    def __init__(
+        self, judge: Judging, order: GreedyOrder, saving: Callable[[Sequence[int]], float] | None,
+        progress: Progress,
+    ) -> None:  # fmt: skip
+        self._judge, self._saving = judge, saving
+        self._effects_alone = judge.alone(progress)
+        self._alone = [Solo(part) for part in self._effects_alone.split(judge.parts)]
+        kl = torch.stack([solo.kl for solo in self._alone]).amax(0).tolist()
+        alone = tuple(value if math.isfinite(value) else None for value in kl)
+        if not any(value is not None for value in alone):
+            raise NblError("the map of layer 0 gives logits that are not finite; give more --calibration-tokens")
+        self.order = GreedyOrder(order.steps, order.beyond, alone)
+        self._excess: dict[int, float] = {}
+        self._effects = judge.together(order.layers) if order.layers else None
+
+    def extend(self, length: int, progress: Progress = _quiet) -> GreedyOrder:
+        """Take true steps up to `length` layers.
+
+        Raises:
+            NblError: every further layer's map gives logits that are not finite.
+        """
+        while len(self.order.steps) < length:
+            point, self._effects = self._step()
+            self.order = GreedyOrder((*self.order.steps, point), (), self.order.alone)
+            progress(len(self.order.steps), length)
+        return self.order
+
+    def outlook(self, counts: Sequence[int], progress: Progress = _quiet) -> GreedyOrder:
+        """Estimate further sets, with a true pass at each of `counts`."""
+        front, points = self._front(self.order.steps[-1] if self.order.steps else None, self._effects), []
+        for count in sorted(counts):
+            while len(front.layers) < count:
+                best = self._ranked(front)[0]
+                if not math.isfinite(front.estimate(best)):
+                    break
+                front.add(best)
+            if len(front.layers) < count or count <= len(self.order.steps):
+                continue
+            effects = self._judge.together(front.layers)
+            point = self._point(front.layers, effects)
+            if not math.isfinite(point.worst_kl):
+                break
+            points.append(point)
+            progress(len(points), len(counts))
+            front = self._front(point, effects)
+        self.order = GreedyOrder(self.order.steps, tuple(points), self.order.alone)
+        return self.order
+
+    def _front(self, known: Point | None, effects: Effects | None) -> Front:
+        return Front(self._alone, None if effects is None else effects.split(self._judge.parts), known)
+
+    def _step(self) -> tuple[Point, Effects]:
+        known = self.order.steps[-1] if self.order.steps else None
+        front = self._front(known, self._effects)
+        ranked = self._ranked(front)
+        tried: list[tuple[float, Point, Effects]] = []
+        for layer, following in zip(ranked[:TRIES], [*ranked[1:], None], strict=False):
+            mix = (*front.layers, layer)
+            effects = self._judge.together(mix) if known else self._effects_alone[layer]
+            point = self._point(mix, effects)
+            self._excess[layer] = self._excess.get(layer, 0.0) + point.worst_kl - self._estimate(front, layer)
+            tried.append((self._value(point.worst_kl, mix), point, effects))
+            best = min(tried, key=lambda t: t[0])
+            if following is None or best[0] <= self._value(
+                self._estimate(front, following), (*front.layers, following)
+            ):
+                break
+        _, point, effects = min(tried, key=lambda t: t[0])
+        if not math.isfinite(point.worst_kl):
+            raise NblError(
+                f"the map of layer {point.layers[-1]} gives logits that are not finite; give more --calibration-tokens"
+            )
+        self._excess.pop(point.layers[-1], None)
+        return point, effects
+
+    def _ranked(self, front: Front) -> list[int]:
+        """Layers by the value of the set with them, best first; the lower layer first on a tie."""
+        rest = [i for i in range(self._judge.num_layers) if i not in front.layers]
+        return sorted(rest, key=lambda i: (self._value(self._estimate(front, i), (*front.layers, i)), i))
+
+    def _estimate(self, front: Front, layer: int) -> float:
+        return front.estimate(layer) + max(0.0, self._excess.get(layer, 0.0))
+
+    def _value(self, kl: float, mix: Sequence[int]) -> float:
+        if not math.isfinite(kl):
+            return math.inf
+        return kl if self._saving is None else kl / math.sqrt(max(self._saving(mix), _NOTHING))
+
+    def _point(self, layers: tuple[int, ...], effects: Effects) -> Point:
+        parts = effects.split(self._judge.parts)
+        kl, rises = (
+            [float(v.mean(dtype=torch.float64)) for v in values]
+            for values in ([part.kl_NK for part in parts], [part.loss_NK for part in parts])
+        )
+        return Point(layers, tuple(kl), tuple(rises))
 
 
-def _try(switched: SwitchedModel, ids_T: torch.Tensor, gone: Sequence[int], tried: Sequence[int]) -> dict[int, Loss]:
-    """For each layer tried, the loss on one window if that layer is replaced in addition to `gone`."""
-    original, entering = switched.run((), ids_T=ids_T, watch=() if gone else tried)
-    if gone:
-        _, entering = switched.run(gone, ids_T=ids_T, watch=tried)
-    last = {i: switched.run((*gone, i), entering_TD=entering[i], first=i)[0] for i in tried}
-    return switched.losses(ids_T, original, last, EVERY)
-
-
-def _step(order: GreedyOrder, kl: dict[int, float], saving: Callable[[Sequence[int]], float]) -> GreedyOrder:
-    before = order.kl[-1] if order.kl else 0.0
-    finite = {layer: value for layer, value in kl.items() if math.isfinite(value)}
-    if not finite:
-        raise NblError(f"the map of layer {min(kl)} gives logits that are not finite; give more --calibration-tokens")
-    saved = saving(order.layers)
-    work = {i: max(saving((*order.layers, i)) - saved, _NOTHING) for i in finite}
-    price = {i: (value - before) / math.sqrt(work[i]) for i, value in finite.items()}
-    best = min(price, key=lambda layer: (price[layer], layer))
-    added = {**dict(order.added), **{layer: finite.get(layer, _NEVER) - before for layer in kl}}
-    del added[best]
-    return GreedyOrder((*order.layers, best), (*order.kl, finite[best]), tuple(sorted(added.items())))
+def _scale(kl_K: torch.Tensor, square_K: torch.Tensor) -> torch.Tensor:
+    """Factors of changes that make half of d' F d the true KL."""
+    return (2 * kl_K / square_K.clamp_min(_NOTHING)).clamp_min(0).sqrt()

@@ -12,19 +12,20 @@ from nbl_export.records.from_json import read_record, require
 from nbl_export.records.option import MAIN, option, options_of
 from nbl_export.records.plan import TAPS
 
-__all__ = ["FITS", "OF_CALIBRATE", "SELECTS", "SELF", "JobOptions", "describe_command"]
+__all__ = ["DTYPES", "FITS", "OF_CALIBRATE", "SELECTS", "SELF", "JobOptions", "describe_command"]
 
 # Source of the maps: closed form for each layer; joint training from there; zero, which drops attention; or an NBL
 # checkpoint.
 FITS = ("independent", "distilled", "drop", "given")
 # How layers are ranked: smallest CCA bound, smallest relative error, least quality loss, least loss for the work saved.
 SELECTS = ("cca", "error", "greedy", "efficient")
+DTYPES = ("auto", "float32", "bfloat16")  # of products while calibrating and choosing layers
 SELF = "self"  # calibration text that the model generates
 
 _REPLACED, _DISTILL, _CALIBRATE, _ENGINE, _BENCH = (
     "What is replaced", "Distillation", "Calibration", "Engine", "Benchmark",
 )  # fmt: skip
-OF_CALIBRATE = ("calibration", "calibration_tokens", "context", "tap", "seed", "shard")
+OF_CALIBRATE = ("calibration", "calibration_tokens", "context", "tap", "compute_dtype", "seed", "shard")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class JobOptions:
         metavar="ENGINE",
     )  # fmt: skip
     layers: str | None = option(
-        None, 'How many layers ("8") or which ("0,7,24-29"); default: a quarter of them.', _REPLACED,
+        None, 'How many layers ("8") or which ("0,7,24-29"); default: as many as keep the increase within 10%.',
+        _REPLACED,
         "main plan rewrite", first=True, metavar="LAYERS",
     )  # fmt: skip
     max_perplexity_increase: str | None = option(
@@ -99,6 +101,10 @@ class JobOptions:
         65_536, "Tokens to calibrate on.", _CALIBRATE, "main calibrate", least=1, metavar="N"
     )
     context: int = option(512, "Length of a window in tokens.", _CALIBRATE, "main calibrate", least=2, metavar="N")
+    compute_dtype: str = option(
+        "auto", "Products while calibrating and choosing layers: float32, bfloat16, or auto (default; bfloat16 if the "
+        "processor has it).", _CALIBRATE, "main calibrate", metavar="DTYPE",
+    )  # fmt: skip
     seed: int = option(
         0, "Seed of distillation and of --calibration self.", _CALIBRATE, "main calibrate", least=0, metavar="N"
     )
@@ -170,6 +176,7 @@ class JobOptions:
             require(all(high is None or v <= high for v in numbers), f"--{name.replace('_', '-')} is {high} at most")
             require(not said.numbers or value is None or len(numbers) > 0, f"{name} needs a number")
         require(self.tap in TAPS, f"--tap is {' or '.join(TAPS)}, not {self.tap!r}")
+        require(self.compute_dtype in DTYPES, f"--compute-dtype is {', '.join(DTYPES)}, not {self.compute_dtype!r}")
         require(self.select in (None, *SELECTS), f"--select is {', '.join(SELECTS)}, not {self.select!r}")
         require(self.fit in FITS, f"--fit is {', '.join(FITS)}, not {self.fit!r}")
         alone = SELF not in self.calibration or self.calibration == (SELF,)

@@ -278,8 +278,14 @@ class Job:
         return shortage_of(self.checkpoint)
 
     @functools.cached_property
-    def request(self) -> int | tuple[int, ...]:
-        return parse_layers(self.options.layers, self.spec.num_layers)
+    def request(self) -> int | tuple[int, ...] | None:
+        """What `--layers` asks for; None if it is not given."""
+        return None if self.options.layers is None else parse_layers(self.options.layers, self.spec.num_layers)
+
+    @property
+    def can_judge(self) -> bool:
+        """Whether the torch model fits into memory, so that its output can judge layers."""
+        return self.graph is None and not self.shortage
 
     @property
     def plan(self) -> Plan:

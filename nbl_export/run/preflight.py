@@ -35,6 +35,8 @@ def preflight(options: JobOptions) -> None:
     from nbl_export.decoders import PRECISIONS, genai
 
     check_request(options)
+    if options.compute_dtype == "bfloat16":
+        _check_bfloat16(options)
     if options.fit == GIVEN_FIT:
         check_maps_options(options)
     if options.decoder_source == GIVEN:
@@ -68,6 +70,15 @@ def preflight(options: JobOptions) -> None:
             f"the decoder source {options.decoder_source} makes no {options.precision} graph; "
             f"use {' or '.join([*others, '--precision ' + ', '.join(makes)])}"
         )
+
+
+def _check_bfloat16(options: JobOptions) -> None:
+    from nbl_export.model import bfloat16
+    from nbl_export.parallel import peers
+
+    if options.decoder_source == GIVEN:
+        raise UsageError("--compute-dtype bfloat16 is for a torch model; a graph computes in its own types")
+    bfloat16.chosen(options.compute_dtype, peers.current().device)
 
 
 def _is_int4(options: JobOptions) -> bool:
@@ -125,7 +136,8 @@ def check_options(options: JobOptions, spec: DecoderSpec) -> None:
     Raises:
         NblError: the decoder lacks a layer, or a token count exceeds its positions.
     """
-    parse_layers(options.layers, spec.num_layers)
+    if options.layers is not None:
+        parse_layers(options.layers, spec.num_layers)
     check_size(options, spec)
     if options.decoder_source != GIVEN:  # a graph states its own structure
         check_asked(options, spec.architecture)

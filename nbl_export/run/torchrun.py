@@ -39,7 +39,7 @@ def _model(directory: str) -> Any:
 def _calibrate(peers: Peers, model: Any, order: dict[str, Any]) -> None:
     from nbl_export.calibrate import hooks
 
-    with hooks.Collection(model, order["taps"]) as found:
+    with hooks.Collection(model, order["taps"], narrow=order["narrow"]) as found:
         parts = [hooks.batches(order["windows"])[k] for k in order["batches"]]
         found.refer(order["windows"])
         peers.share_reference(found)

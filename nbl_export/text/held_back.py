@@ -29,6 +29,7 @@ __all__ = [
     "far_tokens",
     "held_back_tokens",
     "judging",
+    "spread",
 ]
 
 NEAR_ROLES = ("deciding", "choosing", "deciding", "final", "final")
@@ -83,3 +84,9 @@ def judging(part: Division) -> Any:
     """
     context = part.choosing.shape[1]
     return part.choosing[: max(1, _JUDGING_TOKENS // context)]
+
+
+def spread(windows_WT: Any, count: int) -> Any:
+    """At most `count` windows, spread evenly from the first to the last."""
+    count, last = min(count, len(windows_WT)), len(windows_WT) - 1
+    return windows_WT[[k * last // max(1, count - 1) for k in range(count)]]

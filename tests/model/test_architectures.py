@@ -16,9 +16,10 @@ from nbl_export.distill.settings import DistillSettings, TrainingText
 from nbl_export.distill.training import distill
 from nbl_export.errors import NblError
 from nbl_export.model.architectures import ARCHITECTURES
-from nbl_export.model.blocks import architecture_of, logits_of, run_from
+from nbl_export.model.blocks import architecture_of, run_from
 from nbl_export.model.checkpoint.load import load_model, read_spec
 from nbl_export.model.checkpoint.source import resolve
+from nbl_export.model.head import logits_of
 from nbl_export.model.linearize import linearize
 from nbl_export.model.mixes import SwitchedModel
 from nbl_export.plan.lmmse import fit

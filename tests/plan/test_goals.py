@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,26 +99,40 @@ class Priced:
     spread: of the rises of 16 windows around theirs.
     """
 
-    def __init__(self, *rises: float, spread: float = 1e-6) -> None:
-        self.rises, self.spread = rises, spread
-        self.switched = self
+    def __init__(self, *rises: float, spread: float = 1e-6, guess: int = 0) -> None:
+        self.rises, self.spread, self.guess = rises, spread, guess
+        self.tested: list[int] = []
 
     def order(self, count: int) -> tuple[int, ...]:
         return tuple(range(10, 10 + count))
 
-    def window_losses(self, windows: str, mixes: dict[str, tuple[int, ...]]) -> Any:
-        share = self.rises[len(mixes["mix"]) - 1] * (2 if windows == "another" else 1)
+    def foreseen(self, _increase: float) -> int:
+        return self.guess
+
+    def window_losses(self, windows: str, mixes: dict[int, tuple[int, ...]], _progress: Any) -> Any:
+        self.tested += list(mixes)
+        return {count: self._losses(windows, len(mix)) for count, mix in mixes.items()}
+
+    def _losses(self, windows: str, count: int) -> Any:
+        share = self.rises[count - 1] * (2 if windows == "another" else 1)
         after = 3.0 + np.log1p(share) + np.tile([-1.0, 1.0], 8) * self.spread
-        return {"mix": [
+        return [
             SimpleNamespace(positions=511, original_sum=511 * 3.0, mix_sum=511 * loss, kl_sum=1.0) for loss in after
-        ]}  # fmt: skip
+        ]
 
 
-def reached(selection: Priced, goal: str = "5%", texts: tuple[str, ...] = ("held back",)) -> tuple[int, Any, list[str]]:
+@contextlib.contextmanager
+def quiet_task(_name: str) -> Iterator[None]:
+    yield
+
+
+def reached(
+    selection: Priced, goal: str | None = "5%", texts: tuple[str, ...] = ("held back",)
+) -> tuple[int, Any, list[str]]:
     said: list[str] = []
     job: Any = SimpleNamespace(
         options=options(max_perplexity_increase=goal), spec=SimpleNamespace(num_layers=5),
-        ui=SimpleNamespace(say=said.append), texts=lambda part: [(f"{t} ({part})", t) for t in texts],
+        ui=SimpleNamespace(say=said.append, task=quiet_task), texts=lambda part: [(f"{t} ({part})", t) for t in texts],
     )  # fmt: skip
     count, facts = count_for_goal(job, selection)
     return count, facts, said
@@ -137,6 +153,32 @@ def test_the_longest_plan_of_which_every_front_is_within_the_increase(rises: tup
     assert [step["layer"] for step in facts["path"]] == list(range(10, 10 + min(expected + 1, 4)))
     assert [step["within"] for step in facts["path"]] == [True] * expected + [False] * (expected < 4)
     assert "5% is allowed" in said[0] and "held back (deciding)" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("guess", "expected", "tested"),
+    [
+        (4, 3, [3, 4]),  # begins below what was foreseen
+        (9, 3, [4, 3]),  # a failure at the start: downwards to the first success
+        (3, 3, [2, 3, 4]),
+        (1, 3, [1, 2, 3, 4]),
+    ],
+)
+def test_the_test_begins_where_the_choosing_windows_foresee_it(guess: int, expected: int, tested: list[int]) -> None:
+    selection = Priced(0.01, 0.02, 0.03, 0.09, guess=guess)
+    count, facts, _ = reached(selection)
+    assert count == expected
+    assert selection.tested == tested
+    assert [step["layers"] for step in facts["path"]] == sorted(tested)
+
+
+def test_without_a_goal_the_default_increase_decides_and_says_what_one_layer_costs() -> None:
+    count, facts, said = reached(Priced(0.05, 0.099, 0.11, 0.2), None)
+    assert (count, facts["default"], facts["max_perplexity_increase"]) == (2, True, "10%")
+    assert "10% is allowed" in said[0]
+    limit = r"within the default limit of 10%: one layer alone \(10\) .*\+12\..*--layers N"
+    with pytest.raises(NblError, match=limit):
+        reached(Priced(0.12, 0.2, 0.2, 0.2), None)
 
 
 def test_the_worse_text_decides() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from nbl_export.errors import NblError
 from nbl_export.model import bfloat16
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
-from nbl_export.model.mixes import Loss, SwitchedModel
+from nbl_export.model.mixes import SwitchedModel
 from nbl_export.plan import greedy
-from nbl_export.plan.greedy import EVERY, GreedyOrder, extend
+from nbl_export.plan.effects import EVERY, Effects, Judge
+from nbl_export.plan.greedy import GreedyOrder, Search
 from nbl_export.records.plan import AffineMap
 
 from ..command import nbl
@@ -82,84 +85,151 @@ def test_losses_of_narrow_products_are_those_of_their_logits(checkpoint: Checkpo
     assert loss.mix_sum == pytest.approx(-log_q.gather(1, HELD[0][1:, None]).sum().item(), rel=1e-5)
 
 
+def judged(switched: SwitchedModel) -> Judge:
+    return Judge(switched, [HELD])
+
+
 @pytest.mark.parametrize("tap", ["residual", "normed"])
-def test_each_step_takes_the_layer_that_loses_least(tap: str, checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("architecture", ["llama", "mistral-window", "gemma2", "granite"])
+def test_effects_are_those_of_whole_models(architecture: str, tap: str, checkpoint: Checkpoint) -> None:
+    """KL and rise of the loss; heads with a cap or a divisor too."""
+    directory = checkpoint(architecture)
+    judge = judged(SwitchedModel(load_model(directory), MAPS, tap))
+    alone = judge.alone(quiet)
+    for mix, found in [*(((i,), alone[i]) for i in range(LAYERS)), ((0, 2), judge.together((0, 2)))]:
+        kl, original, ours = whole_models(directory, mix, tap, EVERY)
+        assert found.kl_NK.mean().item() == pytest.approx(kl, rel=2e-3)
+        assert found.loss_NK.mean().item() == pytest.approx(math.log(ours / original), rel=2e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite"])
+def test_the_gram_of_small_changes_is_their_kl(architecture: str, checkpoint: Checkpoint) -> None:
+    """KL(S) = 1/2 sum of the gram over S x S for small changes: of one layer, and of two that add up."""
+    model = load_model(checkpoint(architecture))
+    judge = judged(SwitchedModel(model, MAPS, "residual"))
+    changes = 1e-2 * torch.randn(
+        judge.parts[0], 3, model.config.hidden_size, generator=torch.Generator().manual_seed(0)
+    )
+    changes[:, 2] = changes[:, 0] + changes[:, 1]
+    found = judge._effects(changes)
+    gram, kl = found.gram(found), found.kl_NK.double().mean(0)
+    assert (gram.diagonal() / 2).tolist() == pytest.approx(kl.tolist(), rel=0.05)
+    assert gram[2, 2].item() == pytest.approx(gram[:2, :2].sum().item(), rel=1e-3)
+    assert found[2].gram(found)[0].tolist() == pytest.approx(gram[2].tolist(), rel=1e-5)
+
+
+def test_one_map_that_is_not_finite_leaves_the_others(checkpoint: Checkpoint) -> None:
+    bad = {**MAPS, 0: AffineMap(MAPS[0].weight * float("inf"), MAPS[0].bias)}
+    model = load_model(checkpoint("llama"))
+    found, expected = (judged(SwitchedModel(model, maps, "residual")).alone(quiet) for maps in (bad, MAPS))
+    assert not found.kl_NK[:, 0].isfinite().any()
+    torch.testing.assert_close(found.kl_NK[:, 1:], expected.kl_NK[:, 1:])
+
+
+@pytest.mark.parametrize("tap", ["residual", "normed"])
+def test_each_step_takes_the_layer_that_loses_least(
+    tap: str, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(greedy, "TRIES", LAYERS)
     directory = checkpoint("llama")
-    order = extend(GreedyOrder(), 2, SwitchedModel(load_model(directory), MAPS, tap), LAYERS, HELD, quiet)
+    search = Search(judged(SwitchedModel(load_model(directory), MAPS, tap)), GreedyOrder(), None, quiet)
     gone: tuple[int, ...] = ()
-    for layer, kl in zip(order.layers, order.kl, strict=True):
+    for step in search.extend(2).steps:
         losses = {i: whole_models(directory, (*gone, i), tap, EVERY)[0] for i in range(LAYERS) if i not in gone}
-        assert layer == min(losses, key=lambda i: losses[i])
-        assert kl == pytest.approx(losses[layer], rel=1e-3)
-        gone = (*gone, layer)
+        assert step.layers[-1] == min(losses, key=lambda i: losses[i])
+        assert step.worst_kl == pytest.approx(losses[step.layers[-1]], rel=2e-3)
+        gone = step.layers
 
 
 def test_an_order_goes_on_as_if_made_at_once_and_a_shorter_one_is_its_front(checkpoint: Checkpoint) -> None:
     switched = SwitchedModel(load_model(checkpoint("llama")), MAPS, "residual")
-    whole = extend(GreedyOrder(), 2, switched, LAYERS, HELD, quiet)
-    first = extend(GreedyOrder(), 1, switched, LAYERS, HELD, quiet)
-    kept = GreedyOrder.from_json(json.loads(json.dumps(vars(first))))
+    whole = Search(judged(switched), GreedyOrder(), None, quiet).extend(2)
+    first = Search(judged(switched), GreedyOrder(), None, quiet).extend(1)
+    kept = GreedyOrder.from_json(json.loads(json.dumps(dataclasses.asdict(first))))
     assert kept == first
     assert first.layers == whole.layers[:1]
-    assert extend(kept, 2, switched, LAYERS, HELD, quiet) == whole
-    assert extend(whole, 1, switched, LAYERS, HELD, quiet) is whole
+    assert Search(judged(switched), kept, None, quiet).extend(2).steps == whole.steps
 
 
 class Planted:
-    """Losses by formula instead of a model: each layer its own price, and a second of a pair is dear."""
+    """A judge of layers whose changes add up in a space of one direction each, but for pairs that cost more together.
 
-    def __init__(self) -> None:
-        self.tried: list[tuple[int, ...]] = []
+    excess: what two layers of a set cost beyond the sum.
+    """
 
-    def run(self, mix: Any, **_given: Any) -> tuple[Any, dict[int, Any]]:
-        return tuple(mix), dict.fromkeys(range(30))
+    def __init__(self, prices: Sequence[float], excess: Mapping[frozenset[int], float] | None = None) -> None:
+        self.prices, self.excess = torch.tensor(prices), dict(excess or {})
+        self.num_layers, self.parts = len(prices), [1, 1]
+        self.passes: list[tuple[int, ...]] = []
 
-    def losses(self, _ids: Any, _original: Any, mixes: Any, _every: int) -> dict[int, Loss]:
-        self.tried.append(tuple(mixes))
-        price = {i: 0.01 * ((i * 7) % 30) + 0.001 for i in range(30)}
-        return {i: Loss(1, sum(price[k] + (k - 1 in mix) for k in mix)) for i, mix in mixes.items()}
+    def alone(self, progress: Any) -> Effects:
+        progress(self.num_layers, self.num_layers)
+        return self._effects([(i,) for i in range(self.num_layers)])
+
+    def together(self, mix: Sequence[int]) -> Effects:
+        self.passes.append(tuple(mix))
+        return self._effects([tuple(mix)])
+
+    def _effects(self, mixes: Sequence[tuple[int, ...]]) -> Effects:
+        change = torch.zeros(2, len(mixes), self.num_layers)
+        kl = torch.zeros(2, len(mixes))
+        for k, mix in enumerate(mixes):
+            change[:, k, list(mix)] = (2 * self.prices[list(mix)]).sqrt()
+            kl[:, k] = sum(self.prices[i] for i in mix) + sum(v for pair, v in self.excess.items() if pair <= set(mix))
+        return Effects(change, change, kl, 2 * kl * torch.tensor([[1.0], [2.0]]))
 
 
-def test_rounds_after_the_first_try_only_the_cheapest(monkeypatch: pytest.MonkeyPatch) -> None:
-    planted: Any = Planted()
-    seen: list[tuple[int, int]] = []
-    order = extend(GreedyOrder(), 6, planted, 30, HELD[:1], lambda a, b: seen.append((a, b)))
-    assert [len(t) for t in planted.tried] == [30] + [greedy.WIDTH] * 5
-    assert seen[-1] == (30 + 5 * greedy.WIDTH, 30 + 5 * greedy.WIDTH)
-    monkeypatch.setattr(greedy, "WIDTH", 30)
-    assert extend(GreedyOrder(), 6, planted, 30, HELD[:1], quiet).layers == order.layers
+def test_the_estimate_alone_orders_layers_whose_changes_add_up() -> None:
+    judge = Planted([0.05, 0.01, 0.04, 0.02, 0.03])
+    order = Search(judge, GreedyOrder(), None, quiet).extend(4)
+    assert order.layers == (1, 3, 4, 2)
+    assert judge.passes == [(1, 3), (1, 3, 4), (1, 3, 4, 2)]  # one pass a step, none for the first
+    assert order.kl == pytest.approx([0.01, 0.03, 0.06, 0.10])
+    assert order.steps[0].rises == pytest.approx((0.02, 0.04))
+    assert order.steps[0].worst_increase == pytest.approx(math.expm1(0.04))
+
+
+def test_neighbours_that_cost_more_together_are_found_out_by_a_true_pass() -> None:
+    judge = Planted([0.01, 0.012, 0.02, 0.03], {frozenset((0, 1)): 0.05})
+    order = Search(judge, GreedyOrder(), None, quiet).extend(3)
+    assert order.layers == (0, 2, 3)
+    assert judge.passes[:2] == [(0, 1), (0, 2)]
+    assert (0, 2, 1) not in judge.passes  # what was found out counts against layer 1 from then on
+
+
+def test_at_most_some_layers_are_tried_at_a_step() -> None:
+    excess = {frozenset((0, k)): 1.0 for k in range(1, 6)}
+    judge = Planted([0.01, 0.02, 0.021, 0.022, 0.023, 0.024], excess)
+    order = Search(judge, GreedyOrder(), None, quiet).extend(2)
+    assert len(judge.passes) == greedy.TRIES
+    assert order.layers == (0, 1)
 
 
 def test_what_saves_more_may_lose_more() -> None:
-    """The topmost layers, dear by themselves, go first where each saves far more than another."""
-    planted: Any = Planted()
+    """Twice the KL is for four times the work that the whole set saves."""
+    for work, first in ((3.9, 1), (4.1, 0)):
 
-    def saving(gone: Any) -> float:
-        tail = next(n for n in range(31) if 29 - n not in gone)
-        return len(gone) + 1e10 * tail
+        def saving(gone: Sequence[int], work: float = work) -> float:
+            return sum(work if i == 0 else 1.0 for i in gone)
 
-    order = extend(GreedyOrder(), 4, planted, 30, HELD[:1], quiet, saving)
-    assert order.layers == (29, 28, 27, 26)
-    assert all(29 - k in tried for k, tried in enumerate(planted.tried))
-    assert [len(t) for t in planted.tried] == [30] + [greedy.WIDTH] * 3
-    assert extend(GreedyOrder(), 4, planted, 30, HELD[:1], quiet).layers != order.layers
+        assert Search(Planted([0.2, 0.1]), GreedyOrder(), saving, quiet).extend(1).layers == (first,)
 
 
-@pytest.mark.parametrize(("work", "first"), [(3.5, 1), (4.5, 0)])
-def test_twice_the_loss_is_for_four_times_the_work(work: float, first: int) -> None:
-    class Two(Planted):
-        def losses(self, _ids: Any, _original: Any, mixes: Any, _every: int) -> dict[int, Loss]:
-            return {i: Loss(1, 0.2 if i == 0 else 0.1) for i in mixes}
-
-    planted: Any = Two()
-    order = extend(GreedyOrder(), 1, planted, 2, HELD[:1], quiet, lambda gone: sum(work if i == 0 else 1 for i in gone))
-    assert order.layers == (first,)
+def test_the_outlook_goes_on_by_the_estimate_with_a_true_pass_at_each_end() -> None:
+    judge = Planted([0.05, 0.01, 0.04, 0.02, 0.03, 0.9])
+    search = Search(judge, GreedyOrder(), None, quiet)
+    search.extend(1)
+    order = search.outlook([1, 3, 5])
+    assert [point.layers for point in order.beyond] == [(1, 3, 4), (1, 3, 4, 2, 0)]
+    assert judge.passes == [(1, 3, 4), (1, 3, 4, 2, 0)]
+    assert order.layers == (1,)
+    assert order.beyond[1].worst_kl == pytest.approx(0.15)
 
 
 def test_the_model_comes_back_as_it_was(checkpoint: Checkpoint) -> None:
     model = load_model(checkpoint("llama"))
     modules, layers = list(model.modules()), list(model.model.layers)
-    extend(GreedyOrder(), 2, SwitchedModel(model, MAPS, "residual"), LAYERS, HELD, quiet)
+    Search(judged(SwitchedModel(model, MAPS, "residual")), GreedyOrder(), None, quiet).extend(2)
     assert list(model.modules()) == modules
     assert list(model.model.layers) == layers
     assert not any(layer._forward_pre_hooks for layer in layers)
@@ -168,10 +238,11 @@ def test_the_model_comes_back_as_it_was(checkpoint: Checkpoint) -> None:
 def test_maps_that_are_not_finite_are_left_or_named(checkpoint: Checkpoint) -> None:
     bad = {i: AffineMap(MAPS[i].weight * float("inf"), MAPS[i].bias) for i in range(LAYERS)}
     model = load_model(checkpoint("llama"))
-    order = extend(GreedyOrder(), 1, SwitchedModel(model, {**bad, 1: MAPS[1]}, "residual"), LAYERS, HELD, quiet)
+    order = Search(judged(SwitchedModel(model, {**bad, 1: MAPS[1]}, "residual")), GreedyOrder(), None, quiet).extend(1)
     assert order.layers == (1,)
+    assert [value is None for value in order.alone] == [i != 1 for i in range(LAYERS)]
     with pytest.raises(NblError, match="layer 0 gives logits that are not finite"):
-        extend(GreedyOrder(), 1, SwitchedModel(model, bad, "residual"), LAYERS, HELD, quiet)
+        Search(judged(SwitchedModel(model, bad, "residual")), GreedyOrder(), None, quiet)
 
 
 def facts_of(run: Path) -> Any:
@@ -190,12 +261,12 @@ def test_selections_through_the_job(run: Path) -> None:
     assert done.status == 0, done.err
     facts = facts_of(run)
     assert json.loads(done.out)["select"] == facts["select"] == "greedy"
-    assert sorted(facts["greedy"]["layers"]) == facts["replaced_layers"]
+    assert sorted(facts["greedy"]["steps"][-1]["layers"]) == facts["replaced_layers"]
     kept = facts["greedy"]
     assert nbl("plan", run, "--layers", "1").status == 0
-    assert facts_of(run)["replaced_layers"] == kept["layers"][:1]
+    assert facts_of(run)["replaced_layers"] == kept["steps"][0]["layers"]
     assert facts_of(run)["greedy"] == kept
-    damaged = {**facts_of(run), "greedy": {"key": kept["key"], "layers": "none"}}
+    damaged = {**facts_of(run), "greedy": {"key": kept["key"], "steps": "none"}}
     (run / "nbl.json").write_text(json.dumps(damaged), encoding="utf-8")
     assert nbl("plan", run, "--layers", "2").status == 0
     assert facts_of(run)["greedy"] == kept
@@ -208,7 +279,7 @@ def test_layers_are_judged_on_another_text_too(run: Path, monkeypatch: pytest.Mo
     from nbl_export.run.job import Job
     from nbl_export.run.progress import Ui
     from nbl_export.run.resolved import located
-    from nbl_export.run.stages.plan import Selection
+    from nbl_export.run.stages.selection import Selection
     from nbl_export.run_directory import RunDirectory
 
     with RunDirectory.open_run(run, create=False) as opened:
@@ -217,15 +288,19 @@ def test_layers_are_judged_on_another_text_too(run: Path, monkeypatch: pytest.Mo
         seen: list[Any] = []
         bfloat16: list[bool] = []
 
-        def note(order: GreedyOrder, *given: Any) -> GreedyOrder:
-            seen.append(given[3])
-            bfloat16.append(torch.is_autocast_enabled("cpu"))
-            return order
+        class SeenError(Exception):
+            pass
 
-        monkeypatch.setattr("nbl_export.run.stages.plan.extend", note)
+        def note(_switched: Any, texts: Any, *, narrow: bool) -> None:
+            seen.append(torch.cat(texts))
+            bfloat16.append(narrow)
+            raise SeenError
+
+        monkeypatch.setattr("nbl_export.run.stages.selection.Judge", note)
         for native in (True, False):  # products of bfloat16, in which trials are computed where they are
             monkeypatch.setattr("nbl_export.model.bfloat16.fast", lambda _device, native=native: native)
-            Selection(job, select="greedy").order(1)
+            with pytest.raises(SeenError):
+                Selection(job, select="greedy", compute_dtype="auto").order(1)
         assert bfloat16 == [True, False]
         windows = seen[0]
         near, far = job.held_back, job.far

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.plan.choose import choose, parse_layers
+from nbl_export.plan.choose import a_quarter, choose, parse_layers
 from nbl_export.plan.maps_file import load_maps, maps_in, save_maps
 from nbl_export.records.plan import AffineMap, LayerScore, Plan
 
@@ -21,15 +21,19 @@ SCORES = tuple(LayerScore(i, bound, 0.5, 0.1) for i, bound in enumerate((5.0, 1.
     [
         ("8", 8),
         ("0", 0),
-        (None, 8),
         ("0,7,24-29", (0, 7, 24, 25, 26, 27, 28, 29)),
         ("8,", (8,)),
         ("3-4", (3, 4)),
         ("9,1", (1, 9)),
     ],
 )
-def test_layers_are_read(text: str | None, expected: int | tuple[int, ...]) -> None:
+def test_layers_are_read(text: str, expected: int | tuple[int, ...]) -> None:
     assert parse_layers(text, 30) == expected
+
+
+@pytest.mark.parametrize(("layers", "quarter"), [(30, 8), (24, 6), (2, 0), (1, 0), (3, 1)])
+def test_a_quarter_leaves_a_layer(layers: int, quarter: int) -> None:
+    assert a_quarter(layers) == quarter
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_main_job_does_not_sweep(same: tuple[object, ...], run: Path) -> None:
 def test_greedy_sweep_makes_its_order_once(run: Path) -> None:
     sweep = swept(run, "--select", "greedy", "--layers", "1", "--max-layers", "2")
     kept = facts_of(run)["greedy"]
-    assert sweep["order"] == kept["layers"] and len(kept["layers"]) == 2
+    assert sweep["order"] == kept["steps"][-1]["layers"] and len(kept["steps"]) == 2
     assert nbl("plan", run, "--layers", "2").status == 0
     assert facts_of(run)["greedy"] == kept
 

@@ -89,18 +89,22 @@ def opened(run: Path, **changes: Any) -> Any:
 
 def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nbl_export.run.stages import verify
-    from nbl_export.run.stages.plan import Selection
+    from nbl_export.run.stages.selection import Selection
 
     job = opened(run)
     assert job.far is not None
     read: dict[str, Any] = {}
 
-    def extend(order: Any, *given: Any) -> Any:
-        read["choosing"] = given[3]
-        return order
+    class SeenError(Exception):
+        pass
 
-    monkeypatch.setattr("nbl_export.run.stages.plan.extend", extend)
-    Selection(job, select="greedy").order(1)
+    def judge(_switched: Any, texts: Any, **_given: Any) -> Any:
+        read["choosing"] = torch.cat(texts)
+        raise SeenError
+
+    monkeypatch.setattr("nbl_export.run.stages.selection.Judge", judge)
+    with pytest.raises(SeenError):
+        Selection(job, select="greedy").order(1)
 
     def rows(windows: Any) -> set[tuple[int, ...]]:
         return {tuple(row) for row in windows.tolist()}
@@ -112,14 +116,17 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
     seen: dict[str, Any] = {}
 
     class Recorder:
-        def window_losses(self, windows: Any, mixes: Any) -> Any:
+        def order(self, count: int) -> tuple[int, ...]:
+            return (*range(count),)
+
+        def window_losses(self, windows: Any, mixes: Any, _progress: Any) -> Any:
             seen.setdefault("deciding", []).append(windows)
             loss = SimpleNamespace(positions=1, original_sum=1.0, mix_sum=1.0, kl_sum=0.0)
             return {name: [loss, loss] for name in mixes}
 
-    from nbl_export.run.stages.goal import _step
+    from nbl_export.run.stages.goal import _steps
 
-    _step(SimpleNamespace(switched=Recorder()), job.texts("deciding"), (0,), 0.1)
+    _steps(job, Recorder(), job.texts("deciding"), [1], 0.1)
     assert [rows(w) for w in seen["deciding"]] == [rows(job.held_back.deciding), rows(job.far.deciding)]
 
 

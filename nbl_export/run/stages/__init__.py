@@ -61,12 +61,14 @@ def _sweep_inputs(job: Job) -> list[Any]:
 
 
 STAGES = (
-    Stage("calibrate", "calibrate", (), ("calibration_tokens", "context", "tap"), _texts, _no_calibrate),
     Stage(
-        "plan", "plan", ("calibrate",), (*GOALS, "select", "rank", "tap", "fit"),
+        "calibrate", "calibrate", (), ("calibration_tokens", "context", "tap", "compute_dtype"), _texts, _no_calibrate
+    ),
+    Stage(
+        "plan", "plan", ("calibrate",), (*GOALS, "select", "rank", "tap", "fit", "compute_dtype"),
         lambda job: [job.request, goal_inputs(job.options), DIVISION],
     ),
-    Stage("sweep", "sweep", ("calibrate",), ("select", "rank", "tap"), _sweep_inputs, _no_sweep),
+    Stage("sweep", "sweep", ("calibrate",), ("select", "rank", "tap", "compute_dtype"), _sweep_inputs, _no_sweep),
     Stage(
         "distill", "distill", ("plan",),
         ("distill_steps", "distill_minutes", "distill_tokens", "lora_rank", "label_weight",

@@ -48,7 +48,7 @@ def run(job: Job, out: Path) -> dict[str, Any]:
         _run_layers(job, windows, [parts[k] for k in chosen], facts, out)
     else:
         _run_whole(job, windows, chosen, facts, out)
-    return {"calibration": calibration}
+    return {"calibration": {**calibration, "products": facts["identity"]["products"]}}
 
 
 def _run_whole(job: Job, windows: Any, chosen: list[int], facts: dict[str, Any], out: Path) -> None:
@@ -60,15 +60,15 @@ def _run_whole(job: Job, windows: Any, chosen: list[int], facts: dict[str, Any],
     mine = [parts[k] for k in chosen]
     partial = _Partial(job.run.partial("calibrate"), facts)
     total = sum(part.numel() for part in mine)
-    taps, peers = facts["identity"]["taps"], distributed.current()
-    with job.ui.task(f"{total} tokens") as progress, _collection(job, taps) as found:
+    taps, peers, narrow = facts["identity"]["taps"], distributed.current(), _is_narrow(job)
+    with job.ui.task(f"{total} tokens") as progress, _collection(job, taps, narrow) as found:
         done = partial.restore(found)
         if done:
             job.ui.say(f"  resuming after {done} of {len(mine)} batches")
         else:
             found.refer(windows)
         order = {"checkpoint": str(job.checkpoint.absolute()), "windows": windows, "batches": chosen, "done": done}
-        peers.lead({"work": "calibrate", **order, "taps": taps})
+        peers.lead({"work": "calibrate", **order, "taps": taps, "narrow": narrow})
         peers.agree(None)
         peers.share_reference(found)
 
@@ -81,7 +81,15 @@ def _run_whole(job: Job, windows: Any, chosen: list[int], facts: dict[str, Any],
         _write(found, out / MOMENTS_FILE, facts)
 
 
-def _collection(job: Job, taps: list[str]) -> Any:
+def _is_narrow(job: Job) -> bool:
+    """Whether products are in bfloat16. All processes of a job follow process 0."""
+    from nbl_export.model import bfloat16
+    from nbl_export.parallel import peers as distributed
+
+    return job.graph is None and bfloat16.chosen(job.options.compute_dtype, distributed.current().device)
+
+
+def _collection(job: Job, taps: list[str], narrow: bool) -> Any:
     """Accumulators on the torch model, or on the graph if the model is only a graph.
 
     Raises:
@@ -92,7 +100,7 @@ def _collection(job: Job, taps: list[str]) -> Any:
 
     peers = distributed.current()
     if job.graph is None:
-        return hooks.Collection(peers.place(job.model), taps)
+        return hooks.Collection(peers.place(job.model), taps, narrow=narrow)
     from nbl_export.calibrate.from_graph import GraphCollection
 
     if peers.size > 1:
@@ -121,7 +129,10 @@ def _run_layers(job: Job, windows: Any, mine: list[Any], facts: dict[str, Any], 
         job.ui.task(f"{count} tokens, layer by layer") as progress,
         MomentsWriter(target, {**facts, "count": count}, spec.num_layers, taps, spec.hidden_size) as file,
     ):
-        for sums in layer_by_layer.collect_layers(job.checkpoint, windows, mine, taps, scratch, progress):
+        layers = layer_by_layer.collect_layers(
+            job.checkpoint, windows, mine, taps, scratch, progress, narrow=_is_narrow(job)
+        )
+        for sums in layers:
             file.write(sums)
 
 
@@ -137,6 +148,7 @@ def _facts(job: Job, windows: Any, batches: int, mine: int, calibration: dict[st
         "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         "batches": batches,
         "taps": list(taps_of(job.options.tap)),
+        "products": "bfloat16" if _is_narrow(job) else "float32",
     }
     about = {name: manifest[name] for name in ("model", "decoder", "places", "num_layers")}
     kept = ("model", *OF_CALIBRATE, *(("decoder_source", "precision") if job.graph is not None else ()))

@@ -8,9 +8,11 @@ Perplexity uses the maps of the plan before distillation, on the deciding window
 windows neither order the layers nor give final figures. A count is within the goal if the upper end of its 95%
 interval is within the goal on every text.
 
-Counts are tested in ascending order, and the first failure ends the test. A count beyond the goal is taken only if the
-first count beyond the goal passed. So the error rate is at most that of one test (Maurer, Hothorn and Lehmacher 1995).
-Both texts must pass, which needs no correction either (Berger 1982).
+The choosing windows foresee a count, and the test begins one layer below it. Counts are tested in ascending order, and
+the first failure ends the test. A count beyond the goal is taken only if the first count beyond the goal passed. So the
+error rate is at most that of one test (Maurer, Hothorn and Lehmacher 1995). Both texts must pass, which needs no
+correction either (Berger 1982). If the first count fails, smaller counts are tested downwards until one passes. Each of
+them adds the error rate of one more test at most.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.plan.goals import CacheBudget, PerplexityIncrease, TargetSpeedup, goal_of
+from nbl_export.plan.goals import DEFAULT_INCREASE, CacheBudget, PerplexityIncrease, TargetSpeedup, goal_of
 from nbl_export.run.job import Job
 from nbl_export.run.stages.common import cost_of
 from nbl_export.text.window_intervals import spoken_interval, windows_needed
@@ -30,15 +32,15 @@ __all__ = ["count_for_goal"]
 
 
 def count_for_goal(job: Job, selection: Any) -> tuple[int, dict[str, Any]]:
-    """The number of layers that the job's goal replaces, and facts for the manifest.
+    """The number of layers that the job's goal replaces, and facts for the manifest; `DEFAULT_INCREASE` without a goal.
 
     Args:
-        selection: the job's `plan.Selection`.
+        selection: the job's `selection.Selection`.
 
     Raises:
         NblError: the goal cannot be met; the message has the nearest result.
     """
-    goal = goal_of(job.options)
+    goal = goal_of(job.options) or PerplexityIncrease(DEFAULT_INCREASE)
     if isinstance(goal, PerplexityIncrease):
         return _within_increase(job, selection, goal)
     if isinstance(goal, TargetSpeedup):
@@ -48,34 +50,67 @@ def count_for_goal(job: Job, selection: Any) -> tuple[int, dict[str, Any]]:
 
 
 def _within_increase(job: Job, selection: Any, goal: PerplexityIncrease) -> tuple[int, dict[str, Any]]:
-    texts, path = job.texts("deciding"), []
-    for count in range(1, job.spec.num_layers):
-        path.append(_step(selection, texts, selection.order(count), goal.share))
-        if not path[-1]["within"]:
-            break
-    asked = job.options.max_perplexity_increase
+    asked = job.options.max_perplexity_increase or _percent(goal.share)
+    path = _test(job, selection, goal.share)
     reached = [step for step in path if step["within"]]
     if not reached:
-        raise NblError(
-            f"--max-perplexity-increase {asked} cannot be met: one layer alone ({path[0]['layer']}) raises perplexity "
-            f"on held-back text by {_failure(path[0], goal.share)}; allow more, or try --select greedy"
+        raise NblError(_unreachable(job, path[0], goal.share))
+    best = reached[-1]
+    said = "; ".join(f"{_spoken(price)} on {price['text']}" for price in best["prices"])
+    job.ui.say(f"  {_layers(best['layers'])} perplexity by {said}; {asked} is allowed")
+    for step in path:
+        if step["layers"] == best["layers"] + 1:
+            job.ui.say(f"  {step['layers']} layers (with {step['layer']}): {_failure(step, goal.share)}")
+    by_default = job.options.max_perplexity_increase is None
+    return best["layers"], {"max_perplexity_increase": asked, "default": by_default, "path": path}
+
+
+def _layers(count: int) -> str:
+    return f"{count} layers raise" if count > 1 else "1 layer raises"
+
+
+def _unreachable(job: Job, step: Mapping[str, Any], share: float) -> str:
+    asked, failure = job.options.max_perplexity_increase, _failure(step, share)
+    alone = f"one layer alone ({step['layer']}) raises perplexity on held-back text by {failure}"
+    if asked is None:
+        return (
+            f"no layer can be replaced within the default limit of {_percent(share)}: {alone}; ask for a number with "
+            "--layers N, or allow more with --max-perplexity-increase"
         )
-    count = len(reached)
-    said = "; ".join(f"{_spoken(price)} on {price['text']}" for price in reached[-1]["prices"])
-    job.ui.say(f"  {count} layers raise perplexity by {said}; {asked} is allowed")
-    if not path[-1]["within"]:
-        job.ui.say(f"  {count + 1} layers (with {path[-1]['layer']}): {_failure(path[-1], goal.share)}")
-    return count, {"max_perplexity_increase": asked, "path": path}
+    return f"--max-perplexity-increase {asked} cannot be met: {alone}; allow more, or try --select greedy"
 
 
-def _step(selection: Any, texts: Sequence[tuple[str, Any]], order: Sequence[int], share: float) -> dict[str, Any]:
-    """Quality loss of replacing the layers of `order` on each text, and whether it is shown to be within `share`."""
-    prices = []
+def _test(job: Job, selection: Any, share: float) -> list[dict[str, Any]]:
+    """Tested counts in ascending order: up to the first failure, or down to the first success."""
+    texts, last = job.texts("deciding"), job.spec.num_layers - 1
+    start = min(last, max(1, selection.foreseen(share) - 1))
+    path = _steps(job, selection, texts, range(start, min(last, start + 2) + 1), share)
+    while all(step["within"] for step in path) and path[-1]["layers"] < last:
+        path += _steps(job, selection, texts, [path[-1]["layers"] + 1], share)
+    while not path[0]["within"] and path[0]["layers"] > 1:
+        path = _steps(job, selection, texts, [path[0]["layers"] - 1], share) + path[:1]
+    failed = next((k for k, step in enumerate(path) if not step["within"]), len(path))
+    return path[: failed + 1]
+
+
+def _steps(
+    job: Job, selection: Any, texts: Sequence[tuple[str, Any]], counts: Sequence[int], share: float
+) -> list[dict[str, Any]]:
+    """Quality loss of the first layers of the order on each text, and whether it is shown to be within `share`."""
+    orders = {count: selection.order(count) for count in counts}
+    losses = {}
     for name, windows in texts:
-        losses = selection.switched.window_losses(windows, {"mix": order})["mix"]
-        before, after = ([getattr(v, total) / v.positions for v in losses] for total in ("original_sum", "mix_sum"))
+        with job.ui.task(f"{min(counts)} to {max(counts)} layers on {name}") as progress:
+            losses[name] = selection.window_losses(windows, orders, progress)
+    return [_step(order, {n: found[count] for n, found in losses.items()}, share) for count, order in orders.items()]
+
+
+def _step(order: Sequence[int], losses: Mapping[str, Sequence[Any]], share: float) -> dict[str, Any]:
+    prices = []
+    for name, found in losses.items():
+        before, after = ([getattr(v, total) / v.positions for v in found] for total in ("original_sum", "mix_sum"))
         needed = windows_needed(before, after, share)
-        price = mix_price(name, losses)
+        price = mix_price(name, found)
         prices.append({**price, "tokens_needed": needed and needed * price["tokens"] // price["windows"]})
     within = all(_verdict(price, share) == "within" for price in prices)
     return {"layers": len(order), "layer": order[-1], "within": within, "prices": prices}

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.files import write_json
+from nbl_export.plan.goals import DEFAULT_INCREASE
 from nbl_export.report.tables import METHOD_NAMES
 from nbl_export.run.job import Job
 from nbl_export.run_directory import MAPS_FILE, SWEEP_FILE
@@ -27,7 +28,7 @@ from nbl_export.verify.perplexity import mix_price
 
 __all__ = ["RECOMMENDED_INCREASE", "recommend", "run", "sweep_inputs"]
 
-RECOMMENDED_INCREASE = 0.10  # largest perplexity increase, on the worse text
+RECOMMENDED_INCREASE = DEFAULT_INCREASE  # largest perplexity increase, on the worse text
 
 
 def sweep_inputs(job: Job) -> list[Any]:
@@ -55,7 +56,7 @@ def run(job: Job, out: Path) -> dict[str, Any]:
 
 def _measure(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     """The content of sweep.json, and facts for the manifest (the order of layers, which takes minutes)."""
-    from nbl_export.run.stages.plan import Selection
+    from nbl_export.run.stages.selection import Selection
 
     count = job.sweep.layers if job.sweep else 0
     fitted, dropped = Selection(job, fit="independent"), Selection(job, fit="drop", rank=None)

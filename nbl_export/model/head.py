@@ -1,0 +1,67 @@
+"""Logits of a model from its last hidden states, and small changes of logits.
+
+logits = cap * tanh(W h / divisor / cap)          most architectures have neither divisor nor cap
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nbl_export.model.blocks import architecture_of
+
+__all__ = ["Head", "logits_of"]
+
+
+def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [..., V] in float32 from last hidden states [..., D], as the model's own forward computes them."""
+    record, config = architecture_of(model.config), model.config
+    logits: torch.Tensor = model.lm_head(hidden)
+    if record.logits_divisor is not None:
+        logits = logits / getattr(config, record.logits_divisor)
+    cap = None if record.logits_cap is None else getattr(config, record.logits_cap)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits.float()
+
+
+class Head:
+    """The head of a model as a function of changes of the hidden states.
+
+    Args:
+        model: a causal LM of transformers.
+        narrow: products of changes in bfloat16, with a copy of the matrix. Logits themselves stay float32.
+    """
+
+    def __init__(self, model: Any, *, narrow: bool = False) -> None:
+        record, config = architecture_of(model.config), model.config
+        weight_VD = model.lm_head.weight.detach()
+        self._model, self.size = model, weight_VD.shape[0]
+        self._weight_VD = weight_VD.to(torch.bfloat16) if narrow else weight_VD
+        self._divisor = None if record.logits_divisor is None else float(getattr(config, record.logits_divisor))
+        self._cap = None if record.logits_cap is None else getattr(config, record.logits_cap)
+
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V] in float32."""
+        return logits_of(self._model, hidden_ND)
+
+    def changes(self, logits_NV: torch.Tensor, change_NKD: torch.Tensor) -> torch.Tensor:
+        """Changes of the logits [N, K, V], in the type of the products, if the hidden states change."""
+        found: torch.Tensor = change_NKD.to(self._weight_VD.dtype) @ self._weight_VD.T
+        if self._divisor is not None:
+            found = found / self._divisor
+        if self._cap is None:
+            return found
+        before = torch.atanh((logits_NV / self._cap).clamp(-_BELOW_ONE, _BELOW_ONE))[:, None]
+        return self._cap * (torch.tanh(found / self._cap + before) - torch.tanh(before))
+
+    def pull(self, logits_NV: torch.Tensor, slope_NKV: torch.Tensor) -> torch.Tensor:
+        """Gradient [N, K, D] by the hidden states, from the gradient [N, K, V] by the logits."""
+        if self._cap is not None:
+            slope_NKV = slope_NKV * (1 - (logits_NV / self._cap).square())[:, None]
+        found = (slope_NKV.to(self._weight_VD.dtype) @ self._weight_VD).float()
+        return found if self._divisor is None else found / self._divisor
+
+
+_BELOW_ONE = 1 - 2.0**-23
