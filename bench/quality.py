@@ -170,7 +170,7 @@ def plans(bed: Bed) -> dict[str, Any]:
     dropped = {f"drop {name}": mix for name, mix in mixes.items() if name in ("greedy 4", "greedy 8", "cca 8")}
     return {
         "orders": {name: list(map(int, order)) for name, order in orders.items()},
-        "greedy": {"kl": list(greedy.kl), "seconds": seconds},
+        "greedy": {"losses": [step.loss for step in greedy.steps], "seconds": seconds},
         "normed": rows,
         "residual": residual,
         "drop": bed.prices(_dropped(maps), "normed", dropped),
@@ -306,7 +306,7 @@ def ladder(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
         count: {"layers": mix, "modelled_prefill": costs.speedup_of_sizes({i: sizes[i] for i in mix}).prefill}
         for count, mix in cca.items()
     }
-    return {"order": list(order.layers), "kl": list(order.kl), "paper": paper, "rows": rows}
+    return {"order": list(order.layers), "losses": [step.loss for step in order.steps], "paper": paper, "rows": rows}
 
 
 def cost_model(bed: Bed) -> Any:
@@ -346,7 +346,7 @@ def orders(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     asked = [*named, *(text for text in options.layers.split(";") if text)]
     return {
         "order": list(order.layers),
-        "kl": list(order.kl),
+        "losses": [step.loss for step in order.steps],
         "seconds": seconds,
         "sets": {name: [f"{kind} {n}", name] for name, (kind, n) in named.items()},
         **sets(bed, asked),
