@@ -41,7 +41,7 @@ class JobOptions:
         metavar="ENGINE",
     )  # fmt: skip
     layers: str | None = option(
-        None, 'How many layers ("8") or which ("0,7,24-29"); default: as many as keep the increase within 10%.',
+        None, 'How many layers ("8") or which ("0,7,24-29"); default: as many as cost 10%.',
         _REPLACED,
         "main plan rewrite", first=True, metavar="LAYERS",
     )  # fmt: skip

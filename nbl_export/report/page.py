@@ -17,13 +17,13 @@ from nbl_export.files import write_json
 from nbl_export.measure.rows import read_timings, speed_ratios, speed_rows
 from nbl_export.report import html, markdown, plots
 from nbl_export.report.blocks import Document
-from nbl_export.report.sections import engines, head, layers, origin, quality, speed, sweep, verification
+from nbl_export.report.sections import curve, engines, head, layers, origin, quality, speed, sweep, verification
 from nbl_export.run_directory import REPORT_HTML, REPORT_JSON, REPORT_MD
 
 __all__ = ["codes_of", "document", "render", "summarize"]
 
 _COPIED = ("model", "options", "command", "versions", "calibration", "num_layers", "replaced_layers", "tap", "select",
-           "logits", "token_table")  # fmt: skip
+           "logits", "token_table", "goal", "curve")  # fmt: skip
 
 
 _PER_VARIANT = ("peak_memory_bytes", "steady_memory_bytes", "kv_cache_bytes", "kv_cache_bytes_per_token",
@@ -131,6 +131,7 @@ def document(report: Mapping[str, Any]) -> Document:
         *engines.sections(report),
         quality.section(report),
         *sweep.sections(report),
+        *curve.sections(report),
         layers.section(report),
         verification.section(report),
         origin.section(report),

@@ -153,7 +153,14 @@ def test_the_recorded_command_has_every_option_that_is_not_the_default() -> None
     for name, said in OPTIONS.items():
         default = next(f.default for f in dataclasses.fields(JobOptions) if f.name == name)
         kind = "tuple" if isinstance(default, tuple) else type(default).__name__
-        chosen = {"tap": "normed", "fit": "drop", "select": "cca", "logits": "all", "distill_minutes": 0.5}
+        chosen = {
+            "tap": "normed",
+            "fit": "drop",
+            "select": "cca",
+            "logits": "all",
+            "distill_minutes": 0.5,
+            "compute_dtype": "float32",
+        }
         value = (5, 6) if said.numbers else chosen.get(name, changed.get(kind, 7 if said.least is not None else "7"))
         given: dict[str, Any] = {name: value}
         options = dataclasses.replace(JobOptions("m"), **given)

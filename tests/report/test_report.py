@@ -17,6 +17,7 @@ from nbl_export.errors import CorruptError
 from nbl_export.report import markdown, plots
 from nbl_export.report.blocks import Paragraph, Table
 from nbl_export.report.page import render, summarize
+from nbl_export.report.sections.curve import spoken_curve
 
 SECOND = 1_000_000_000
 
@@ -234,6 +235,46 @@ def test_energy_is_spoken_of_only_where_it_was_measured(written: Written, tmp_pa
     metered = Written(tmp_path, bench=changed(BENCH, timings=timings, energy_sources=["package 0", "GPU"]))
     assert metered.table("Energy")[2:] == [["tg8", "original", "2.00"], ["tg8", "NBL", "1.00"]]
     assert "(package 0, GPU)" in metered.html
+
+
+CURVE: dict[str, Any] = {
+    "texts": ["held back", "documentation"],
+    "tokens": 512,
+    "points": [
+        {"layers": n, "replaced_layers": list(range(6 - n, 6)), "kl": [0.01 * n, 0.02 * n],
+         "increases": [0.02 * n, 0.04 * n], "prefill": 1 + 0.03 * n, "decode": 1 + 0.01 * n}
+        for n in (1, 3, 4, 5)
+    ],
+}  # fmt: skip
+
+
+def test_smaller_and_larger_sets_stand_with_the_commands_for_them(tmp_path: Path) -> None:
+    goal = {"max_perplexity_increase": "10%", "default": True, "path": []}
+    manifest = {**MANIFEST, "curve": CURVE, "goal": goal, "fit": {"kind": "independent"}}
+    render(manifest, VERIFY, None, tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "## More or fewer layers" in text
+    assert "within 10% on every text: 3 layers" in text
+    row = next(line for line in text.splitlines() if "+16.0%" in line)
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        "4",
+        "+8.00%",
+        "+16.0%",
+        "×1.12",
+        "×1.04",
+        "2, 3, 4, 5",
+    ]
+    for count in (4, 5):
+        assert f"nbl-export plan . --layers {count} && nbl-export report ." in text
+    assert "plan . --layers 1 " not in text
+    assert "nbl-export --model tiny/decoder --engine ort --layers 3 --fit distilled --tap normed" in text
+    assert spoken_curve(CURVE) == "1 layer: +4.00%, ×1.03 prefill; 3: +12.0%, ×1.09; 4: +16.0%, ×1.12; 5: +20.0%, ×1.15"
+
+
+def test_no_curve_where_none_was_made(tmp_path: Path) -> None:
+    for changed in ({}, {"curve": None}):
+        render({**MANIFEST, **changed}, VERIFY, None, tmp_path)
+        assert "More or fewer" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_a_sweep_is_told_apart_in_words(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from nbl_export.model.checkpoint.nbl import GIVEN_FIT
 from nbl_export.plan.choose import a_quarter, choose
 from nbl_export.plan.goals import goal_of
 from nbl_export.records.plan import AffineMap, Plan
+from nbl_export.report.sections.curve import spoken_curve
 from nbl_export.run.job import Job
 from nbl_export.run.stages.goal import count_for_goal
 from nbl_export.run.stages.selection import Selection
@@ -61,6 +62,9 @@ def _make_plan(job: Job) -> tuple[Plan, dict[int, AffineMap], dict[str, Any]]:
     if order and selection.judges:
         selection.outlook(len(order))
     plan = choose(selection.scores, request, job.options.tap, selection.select if order is not None else "given", order)
+    facts = selection.facts()
+    if facts["curve"]:
+        job.ui.say(f"  {spoken_curve(facts['curve'])}")
     maps = selection.maps_of(plan.replaced)
     ranks = {str(i): m.up.shape[1] for i, m in maps.items() if m.up is not None}
-    return plan, maps, {**selection.facts(), "ranks": ranks, "goal": goal}
+    return plan, maps, {**facts, "ranks": ranks, "goal": goal}
