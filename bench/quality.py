@@ -344,13 +344,23 @@ def orders(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
         for n in counts
     }
     asked = [*named, *(text for text in options.layers.split(";") if text)]
+    ours = {str(n): tuple(sorted(order.layers[:n])) for n in counts}
     return {
-        "order": list(order.layers),
-        "losses": [step.loss for step in order.steps],
-        "seconds": seconds,
-        "sets": {name: [f"{kind} {n}", name] for name, (kind, n) in named.items()},
-        **sets(bed, asked),
-    }
+        "order": list(order.layers), "losses": [step.loss for step in order.steps], "seconds": seconds,
+        "sets": {name: f"{kind} {n}" for name, (kind, n) in named.items()}, **sets(bed, asked),
+        "drop": bed.prices(_dropped(maps), "residual", ours),
+        "normed": bed.prices(bed.maps("normed", order.layers), "normed", ours),
+        "normed without bias": bed.prices(
+            {i: lmmse.fit(about_zero(bed.moments["normed"][i]), i) for i in order.layers}, "normed", ours
+        ),
+    }  # fmt: skip
+
+
+def about_zero(moments: Any) -> Any:
+    """The moments as if all means were zero: their fit has no bias."""
+    import dataclasses
+
+    return dataclasses.replace(moments, x_sum=0 * moments.x_sum, y_sum=0 * moments.y_sum)
 
 
 def given(bed: Bed, named: Sequence[str], file: Path) -> dict[str, Any]:

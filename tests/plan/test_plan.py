@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +15,9 @@ from nbl_export.errors import CorruptError, NblError
 from nbl_export.plan.choose import a_quarter, choose, parse_layers
 from nbl_export.plan.maps_file import load_maps, maps_in, save_maps
 from nbl_export.records.plan import AffineMap, LayerScore, Plan
+
+from ..command import nbl
+from ..tiny import LAYERS
 
 SCORES = tuple(LayerScore(i, bound, 0.5, 0.1) for i, bound in enumerate((5.0, 1.0, 3.0, 1.0, 9.0)))
 
@@ -117,3 +123,26 @@ def test_an_older_maps_file_does_not_say_its_tap(tmp_path: Path) -> None:
     tensors = {"layers.3.weight": np.eye(2, dtype="f"), "layers.3.bias": np.ones(2, "f")}
     save_file(tensors, tmp_path / "maps.safetensors", metadata={"format": "nbl-maps-1"})
     assert maps_in(tmp_path / "maps.safetensors") == ((3,), None)
+
+
+def test_a_plan_reads_the_moments_of_one_layer_at_a_time(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All moments of a large model do not fit into memory: 8 layers of 4,096 x 4,096 are 3 GiB."""
+    from nbl_export.calibrate import moments_file
+
+    alive: list[weakref.ref[Any]] = []
+    most = 0
+    whole = moments_file.MomentsFile.sums
+
+    def sums(self: Any, layer: int, tap: str) -> Any:
+        nonlocal most
+        gc.collect()
+        most = max(most, 1 + sum(ref() is not None for ref in alive))
+        found = whole(self, layer, tap)
+        alive.append(weakref.ref(found.xx))
+        return found
+
+    monkeypatch.setattr(moments_file.MomentsFile, "sums", sums)
+    for select in ("cca", "greedy"):
+        done = nbl("plan", run, "--layers", "1", "--select", select)
+        assert done.status == 0, done.err
+    assert len(alive) >= 2 * LAYERS and most <= 2  # the layer before may still be held
