@@ -118,14 +118,12 @@ class Bed:
 
     def prices(self, maps: Mapping[int, Any], tap: str, mixes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Name of a mix -> text -> KL, the mix's perplexity and the original's perplexity."""
-        from nbl_export.model import bfloat16
         from nbl_export.model.mixes import SwitchedModel
 
-        switched = SwitchedModel(self.model, maps, tap)
+        switched = SwitchedModel(self.model, maps, tap, narrow=self.narrow_judge)
         found: dict[str, dict[str, Any]] = {name: {} for name in mixes}
         for text, rows in self.texts.items():
-            with bfloat16.products(self.model.device, self.narrow_judge):
-                losses = switched.prices(rows, mixes)
+            losses = switched.prices(rows, mixes)
             for name, loss in losses.items():
                 original, nbl = loss.perplexities
                 found[name][text] = {"kl": loss.kl, "original": original, "nbl": nbl, "increase": nbl - original}
@@ -273,7 +271,7 @@ def judged(bed: Bed, maps: Mapping[int, Any], count: int, select: str, tap: str 
     saved: Any = lambda gone: costs.prefill_saved({i: sizes[i] for i in gone})  # noqa: E731
     weighed = saved if select == "efficient" else None
     started, narrow = time.monotonic(), bfloat16.fast(bed.model.device)
-    judge = Judge(SwitchedModel(bed.model, maps, tap), bed.judging, narrow=narrow)
+    judge = Judge(SwitchedModel(bed.model, maps, tap, narrow=narrow), bed.judging)
     order = Search(judge, GreedyOrder(), weighed, lambda _d, _t: None).extend(count)
     seconds = time.monotonic() - started
     log(f"{select}: {list(order.layers)} in {seconds:.0f} s")

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from nbl_export.model import bfloat16
 from nbl_export.model.blocks import architecture_of
 
-__all__ = ["Head", "logits_of"]
+__all__ = ["Head", "divergence", "logits_of"]
 
 
 def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -43,8 +44,9 @@ class Head:
         self._cap = None if record.logits_cap is None else getattr(config, record.logits_cap)
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Logits [N, V] in float32."""
-        return logits_of(self._model, hidden_ND)
+        """Logits [N, V] in float32, from float32 products."""
+        with bfloat16.products(hidden_ND.device, False):
+            return logits_of(self._model, hidden_ND)
 
     def changes(self, logits_NV: torch.Tensor, change_NKD: torch.Tensor) -> torch.Tensor:
         """Changes of the logits [N, K, V], in the type of the products, if the hidden states change."""
@@ -64,4 +66,27 @@ class Head:
         return found if self._divisor is None else found / self._divisor
 
 
+def divergence(
+    share_NV: torch.Tensor, apart_NKV: torch.Tensor, target_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """KL and rise of the cross entropy if logits change, and the mean change, [N, K] each, in nats.
+
+    Computed from the changes a of the logits, since the difference of two large losses has few digits:
+    KL = log E_p exp(a) - E_p a, and a target's loss rises by log E_p exp(a) - a_target.
+
+    Args:
+        share_NV: probabilities before.
+        apart_NKV: changes of the logits for each of K mixes; overwritten.
+    """
+    mean_NK = (apart_NKV @ share_NV[..., None])[..., 0]
+    hit_NK = apart_NKV.gather(2, target_N[:, None, None].expand(-1, apart_NKV.shape[1], 1))[..., 0]
+    top_NK = torch.zeros_like(mean_NK)
+    if not apart_NKV.max().item() <= _SAFE:  # NaN too
+        top_NK = apart_NKV.amax(2).clamp_min(0)
+        apart_NKV -= top_NK[..., None]
+    raised_NK = (apart_NKV.expm1_() @ share_NV[..., None])[..., 0].log1p() + top_NK
+    return raised_NK - mean_NK, raised_NK - hit_NK, mean_NK
+
+
 _BELOW_ONE = 1 - 2.0**-23
+_SAFE = 80.0  # exp of a larger float32 is near its range

@@ -18,7 +18,7 @@ import torch
 
 from nbl_export.model import bfloat16
 from nbl_export.model.blocks import multiplier_of, run_from
-from nbl_export.model.head import logits_of
+from nbl_export.model.head import Head, divergence
 from nbl_export.model.linearize import AffineAttention, switched
 from nbl_export.records.plan import AffineMap
 
@@ -60,10 +60,12 @@ class SwitchedModel:
     Args:
         maps: of every layer that a mix may replace.
         tap: what the maps act on (`records.plan.TAPS`).
+        narrow: products in bfloat16; logits of the original stay float32.
     """
 
-    def __init__(self, model: Any, maps: Mapping[int, AffineMap], tap: str) -> None:
-        self.model = model
+    def __init__(self, model: Any, maps: Mapping[int, AffineMap], tap: str, *, narrow: bool = False) -> None:
+        self.model, self._narrow = model, narrow
+        self.head = Head(model, narrow=narrow)
         self._decoder = model.get_decoder()
         self._layers = self._decoder.layers
         self._tap = tap
@@ -87,7 +89,10 @@ class SwitchedModel:
 
         handles = [self._layers[i].register_forward_pre_hook(note(i)) for i in watch]
         try:
-            with switched(self._decoder, {i: self._affine[i] for i in mix}, self._tap, first):
+            with (
+                bfloat16.products(self.model.device, self._narrow),
+                switched(self._decoder, {i: self._affine[i] for i in mix}, self._tap, first),
+            ):
                 if ids_BT is not None:
                     last = self._decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
                 else:
@@ -103,25 +108,18 @@ class SwitchedModel:
         self, ids_T: torch.Tensor, original_TD: torch.Tensor, mixes: Mapping[Any, torch.Tensor]
     ) -> dict[Any, Loss]:
         """Each mix's loss on one window, from last hidden states; the original's logits are computed once."""
+        changes = {name: last_TD - original_TD for name, last_TD in mixes.items()}
         found = dict.fromkeys(mixes, Loss())
         for rows in torch.arange(0, len(ids_T) - 1).split(_LOGIT_ROWS):
-            target_N1 = ids_T[rows + 1, None]
-            base_NV = self._logits(original_TD[rows])
-            norm_N, share_NV = base_NV.logsumexp(1), base_NV.softmax(1)
-            base = (norm_N - base_NV.gather(1, target_N1)[:, 0]).sum().item()
-            for name, last_TD in mixes.items():
-                ours_NV = self._logits(last_TD[rows])
-                ours_N = ours_NV.logsumexp(1)
-                loss = (ours_N - ours_NV.gather(1, target_N1)[:, 0]).sum().item()
-                # sum p (log p - log q) with log p - log q = (base - ours) + (log sum exp ours - log sum exp base)
-                with bfloat16.products(ours_NV.device, False):
-                    apart_N = torch.linalg.vecdot(share_NV, torch.sub(base_NV, ours_NV, out=ours_NV)) + ours_N - norm_N
-                found[name] += Loss(len(target_N1), apart_N.sum().item(), base, loss)
+            target_N = ids_T[rows + 1]
+            base_NV = self.head.logits(original_TD[rows])
+            base = torch.nn.functional.cross_entropy(base_NV, target_N, reduction="sum").item()
+            share_NV = base_NV.softmax(1)
+            for name, change_TD in changes.items():
+                apart_NKV = self.head.changes(base_NV, change_TD[rows][:, None]).float()
+                kl, rise = (v.sum(dtype=torch.float64).item() for v in divergence(share_NV, apart_NKV, target_N)[:2])
+                found[name] += Loss(len(rows), kl, base, base + rise)
         return found
-
-    def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Logits in float32. With bfloat16 products, autocast on a CPU would continue in bfloat16 from the logits."""
-        return logits_of(self.model, hidden_ND).float()
 
     def price(self, windows_WT: Any, mix: Collection[int]) -> Loss:
         """A mix's loss on token ids [windows, context], a tensor or an array."""

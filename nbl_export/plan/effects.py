@@ -17,15 +17,13 @@ from dataclasses import dataclass
 
 import torch
 
-from nbl_export.model import bfloat16
-from nbl_export.model.head import Head
+from nbl_export.model.head import divergence
 from nbl_export.model.mixes import SwitchedModel
 
 __all__ = ["EVERY", "Effects", "Judge"]
 
 EVERY = 4  # every fourth position is judged; each position sees all positions before
 _BLOCK_BYTES = 64 << 20  # of the changes of logits that are held at once
-_SAFE = 80.0  # exp of a larger float32 is near its range
 
 
 @dataclass(frozen=True)
@@ -60,18 +58,14 @@ class Judge:
     Args:
         switched: the model with the maps of all layers.
         texts: token ids [windows, context] of each text; no map was fitted on them.
-        narrow: products in bfloat16.
     """
 
-    def __init__(self, switched: SwitchedModel, texts: Sequence[torch.Tensor], *, narrow: bool = False) -> None:
+    def __init__(self, switched: SwitchedModel, texts: Sequence[torch.Tensor]) -> None:
         ids_WT = torch.cat(list(texts))
-        self._switched, self._narrow = switched, narrow
-        self._device = switched.model.device
+        self._switched, self._head = switched, switched.head
         self._rows = torch.arange(0, ids_WT.shape[1] - 1, EVERY)
         self._target_N = ids_WT[:, self._rows + 1].flatten()
-        self._head = Head(switched.model, narrow=narrow)
-        with bfloat16.products(self._device, narrow):
-            original, self._entering = switched.run((), ids_BT=ids_WT, watch=range(switched.num_layers))
+        original, self._entering = switched.run((), ids_BT=ids_WT, watch=range(switched.num_layers))
         self._original_ND = self._judged(original)
         self.parts = [len(text) * len(self._rows) for text in texts]  # judged positions of each text
 
@@ -93,8 +87,7 @@ class Judge:
 
     def _change(self, mix: Collection[int]) -> torch.Tensor:
         first = min(mix)
-        with bfloat16.products(self._device, self._narrow):
-            last, _ = self._switched.run(mix, entering_BTD=self._entering[first], first=first)
+        last, _ = self._switched.run(mix, entering_BTD=self._entering[first], first=first)
         return self._judged(last) - self._original_ND
 
     def _judged(self, last_BTD: torch.Tensor) -> torch.Tensor:
@@ -115,12 +108,5 @@ class Judge:
         typed_N1V = share_NV[:, None].to(apart_NKV.dtype)
         pull_NKD = self._head.pull(base_NV, apart_NKV * typed_N1V)
         common_N1D = self._head.pull(base_NV, typed_N1V)
-        wide_NKV = apart_NKV.float()
-        mean_NK1 = wide_NKV @ share_NV[..., None]
-        hit_NK = wide_NKV.gather(2, self._target_N[part_N, None, None].expand(-1, wide_NKV.shape[1], 1))[..., 0]
-        top_NK1 = torch.zeros_like(mean_NK1)
-        if not wide_NKV.max().item() <= _SAFE:  # NaN too
-            top_NK1 = wide_NKV.amax(2, keepdim=True).clamp_min(0)
-            wide_NKV = wide_NKV - top_NK1
-        raised_NK = ((wide_NKV.exp_() @ share_NV[..., None]).log() + top_NK1)[..., 0]
-        return pull_NKD - mean_NK1 * common_N1D, raised_NK - mean_NK1[..., 0], raised_NK - hit_NK
+        kl_NK, rise_NK, mean_NK = divergence(share_NV, apart_NKV.float(), self._target_N[part_N])
+        return pull_NKD - mean_NK[..., None] * common_N1D, kl_NK, rise_NK

@@ -71,7 +71,7 @@ class Point:
     @property
     def loss(self) -> float:
         """What the set loses on the worst text; infinite if that is not finite."""
-        return max(self.losses) if all(map(math.isfinite, self.losses)) else math.inf
+        return overall(torch.tensor(self.losses, dtype=torch.float64))
 
     @property
     def increases(self) -> tuple[float, ...]:
@@ -130,8 +130,7 @@ class Front:
 
     def estimate(self, layer: int) -> float:
         """Estimated loss of the set with one more layer, on the worst text."""
-        value = float((self._loss_P + self._rise_PK[:, layer]).max())
-        return max(value, _NOTHING) if math.isfinite(value) else math.inf
+        return overall(self._loss_P + self._rise_PK[:, layer])
 
     def add(self, layer: int) -> None:
         """Add a layer without a true pass."""
@@ -155,6 +154,12 @@ def _scaled(base: Effects, solo: Solo) -> torch.Tensor:
     """What a set and each layer cost together beyond the sum of both, on one text [K]."""
     scale = _scale(base.kl_NK.mean(0, dtype=torch.float64), base.gram(base).diagonal())
     return base.gram(solo.effects)[0] * scale * solo.scale
+
+
+def overall(loss_P: torch.Tensor) -> float:
+    """The loss on all texts, from the loss on each."""
+    value = float(loss_P.max())
+    return max(value, _NOTHING) if math.isfinite(value) else math.inf
 
 
 class Search:

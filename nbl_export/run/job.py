@@ -264,6 +264,13 @@ class Job:
         allocator.keep_freed_memory()
         return load.load_model(self.checkpoint)
 
+    @property
+    def narrow(self) -> bool:
+        """Whether the torch model's products are in bfloat16 (`--compute-dtype`)."""
+        from nbl_export.model import bfloat16
+
+        return bfloat16.chosen(self.options.compute_dtype, self.model.device)
+
     def forget_model(self) -> None:
         """Free the torch model's memory, or drop a changed model. The next use loads the model again."""
         self.__dict__.pop("model", None)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from nbl_export.errors import NblError
-from nbl_export.model import bfloat16
 from nbl_export.model.checkpoint.load import load_model
+from nbl_export.model.head import logits_of
 from nbl_export.model.linearize import linearize
 from nbl_export.model.mixes import SwitchedModel
 from nbl_export.plan import greedy
@@ -72,17 +72,18 @@ def test_nothing_replaced_loses_nothing(checkpoint: Checkpoint) -> None:
     assert loss.perplexities[0] == loss.perplexities[1]
 
 
-def test_losses_of_narrow_products_are_those_of_their_logits(checkpoint: Checkpoint) -> None:
-    """In bfloat16 a logarithm of a sum of exponentials would have two or three digits, and losses to compare none."""
-    model = load_model(checkpoint("llama"))
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite"])
+def test_losses_of_narrow_products_are_those_of_the_logits(architecture: str, checkpoint: Checkpoint) -> None:
+    """Only changes of logits are products in bfloat16, so losses and KL keep three digits."""
+    model = load_model(checkpoint(architecture))
     torch.manual_seed(0)
     original = torch.randn(len(HELD[0]), model.config.hidden_size)
     mix = original + 0.05 * torch.randn(original.shape)
-    with bfloat16.products(original.device, True):
-        loss = SwitchedModel(model, MAPS, "residual").losses(HELD[0], original, {"mix": mix})["mix"]
-        log_p, log_q = (model.lm_head(h[:-1]).double().log_softmax(-1) for h in (original, mix))
-    assert loss.kl_sum == pytest.approx((log_p.exp() * (log_p - log_q)).sum().item(), rel=1e-3)
-    assert loss.mix_sum == pytest.approx(-log_q.gather(1, HELD[0][1:, None]).sum().item(), rel=1e-5)
+    loss = SwitchedModel(model, MAPS, "residual", narrow=True).losses(HELD[0], original, {"mix": mix})["mix"]
+    log_p, log_q = (logits_of(model, h[:-1]).double().log_softmax(-1) for h in (original, mix))
+    assert loss.kl_sum == pytest.approx((log_p.exp() * (log_p - log_q)).sum().item(), rel=1e-2)
+    assert loss.original_sum == pytest.approx(-log_p.gather(1, HELD[0][1:, None]).sum().item(), rel=1e-5)
+    assert loss.mix_sum == pytest.approx(-log_q.gather(1, HELD[0][1:, None]).sum().item(), rel=1e-4)
 
 
 def judged(switched: SwitchedModel) -> Judge:
@@ -286,6 +287,7 @@ def test_layers_are_judged_on_another_text_too(run: Path, monkeypatch: pytest.Mo
 
     with RunDirectory.open_run(run, create=False) as opened:
         options = located(JobOptions.from_json(opened.manifest["options"]), opened)
+        options = dataclasses.replace(options, compute_dtype="auto")
         job = Job(options, opened, Ui(quiet=True))
         seen: list[Any] = []
         bfloat16: list[bool] = []
@@ -293,16 +295,16 @@ def test_layers_are_judged_on_another_text_too(run: Path, monkeypatch: pytest.Mo
         class SeenError(Exception):
             pass
 
-        def note(_switched: Any, texts: Any, *, narrow: bool) -> None:
+        def note(switched: Any, texts: Any) -> None:
             seen.append(torch.cat(texts))
-            bfloat16.append(narrow)
+            bfloat16.append(switched._narrow)
             raise SeenError
 
         monkeypatch.setattr("nbl_export.run.stages.selection.Judge", note)
         for native in (True, False):  # products of bfloat16, in which trials are computed where they are
             monkeypatch.setattr("nbl_export.model.bfloat16.fast", lambda _device, native=native: native)
             with pytest.raises(SeenError):
-                Selection(job, select="greedy", compute_dtype="auto").order(1)
+                Selection(job, select="greedy").order(1)
         assert bfloat16 == [True, False]
         windows = seen[0]
         near, far = job.held_back, job.far

@@ -116,6 +116,10 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
     seen: dict[str, Any] = {}
 
     class Recorder:
+        @property
+        def switched(self) -> Recorder:
+            return self
+
         def order(self, count: int) -> tuple[int, ...]:
             return (*range(count),)
 

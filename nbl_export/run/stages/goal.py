@@ -101,7 +101,7 @@ def _steps(
     losses = {}
     for name, windows in texts:
         with job.ui.task(f"{min(counts)} to {max(counts)} layers on {name}") as progress:
-            losses[name] = selection.window_losses(windows, orders, progress)
+            losses[name] = selection.switched.window_losses(windows, orders, progress)
     return [_step(order, {n: found[count] for n, found in losses.items()}, share) for count, order in orders.items()]
 
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from nbl_export.calibrate.moments_file import whole_moments
 from nbl_export.cost.model import map_sizes
 from nbl_export.files import key_of
-from nbl_export.model import bfloat16
 from nbl_export.model.mixes import SwitchedModel
 from nbl_export.plan import lmmse
 from nbl_export.plan.choose import ranked
@@ -82,18 +81,8 @@ class Selection:
     @functools.cached_property
     def switched(self) -> SwitchedModel:
         """The torch model, in which any set of layers can be replaced."""
-        return SwitchedModel(self._job.model, self.maps_of(range(self._job.spec.num_layers)), self._options.tap)
-
-    @property
-    def _narrow(self) -> bool:
-        return bfloat16.chosen(self._options.compute_dtype, self._job.model.device)
-
-    def window_losses(
-        self, windows_WT: Any, mixes: Mapping[Any, Collection[int]], progress: Callable[[int, int], None] | None = None
-    ) -> dict[Any, list[Any]]:
-        """`SwitchedModel.window_losses` with the products that the options ask for."""
-        with bfloat16.products(self._job.model.device, self._narrow):
-            return self.switched.window_losses(windows_WT, mixes, progress)
+        maps = self.maps_of(range(self._job.spec.num_layers))
+        return SwitchedModel(self._job.model, maps, self._options.tap, narrow=self._job.narrow)
 
     # -- order -------------------------------------------------------------------------------------------------
 
@@ -157,7 +146,7 @@ class Selection:
         tokens = sum(windows.numel() for windows in texts)
         order = self._order or GreedyOrder()
         with self._job.ui.task(f"trying each layer on {tokens} tokens") as progress:
-            return Search(Judge(self.switched, texts, narrow=self._narrow), order, self._saving, progress)
+            return Search(Judge(self.switched, texts), order, self._saving, progress)
 
     @property
     def _judging(self) -> list[tuple[str, Any]]:

@@ -91,7 +91,7 @@ def _distilled(job: Job, fitted: Any, count: int, texts: Sequence[tuple[str, Any
     order = () if plan.select == "given" else fitted.order(trained)
     mixes = {m: order[:m] for m in range(1, min(count + 1, trained))} if set(order) == set(plan.replaced) else {}
     maps = load_maps(job.run.path / MAPS_FILE, plan.replaced)
-    switched = SwitchedModel(job.model, maps, plan.tap)
+    switched = SwitchedModel(job.model, maps, plan.tap, narrow=job.narrow)
     found = _points(job, "distilled", switched, maps, {**mixes, trained: plan.replaced}, texts)
     return [{**point, "distilled_for": trained} for point in found]
 
