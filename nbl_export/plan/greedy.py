@@ -2,9 +2,9 @@
 
     each layer alone ─► effects ─► estimated loss of a set ─► next layer ─► loss of the new set by a true pass ─► ...
 
-The loss of a set is the mean of its KL and of the rise of cross entropy on the text's own next tokens, on the worst of
-the texts. KL has little noise. The rise shows layers that harm what the model knew best: Qwen2.5-Coder's layer 6 has
-the KL of its neighbours and several times their rise.
+The loss of a set on a text is the mean of its KL and of the rise of cross entropy on the text's own next tokens. KL has
+little noise. The rise shows layers that harm what the model knew best: Qwen2.5-Coder's layer 6 has the KL of its
+neighbours and several times their rise. The loss on all texts is the root mean square, so the worst text counts most.
 
 The estimate for a set S with known effects and one more layer t is loss(S) + d_S' F d_t + loss(t) (`effects`). It
 assumes that the two changes add up. Neighbours at the top of a decoder do more harm together than that. So the best
@@ -70,7 +70,7 @@ class Point:
 
     @property
     def loss(self) -> float:
-        """What the set loses on the worst text; infinite if that is not finite."""
+        """What the set loses on all texts (`overall`)."""
         return overall(torch.tensor(self.losses, dtype=torch.float64))
 
     @property
@@ -92,7 +92,7 @@ class Point:
 class GreedyOrder:
     """Sets in order of replacement, each with one layer more than the one before; and sets beyond (`outlook`).
 
-    alone: loss of each layer alone on the worst text, in nats; None if its map gives logits that are not finite.
+    alone: loss of each layer alone, in nats; None if its map gives logits that are not finite.
     """
 
     steps: tuple[Point, ...] = ()
@@ -129,7 +129,7 @@ class Front:
             self._rise_PK = self._rise_PK + torch.stack(cross)
 
     def estimate(self, layer: int) -> float:
-        """Estimated loss of the set with one more layer, on the worst text."""
+        """Estimated loss of the set with one more layer."""
         return overall(self._loss_P + self._rise_PK[:, layer])
 
     def add(self, layer: int) -> None:
@@ -157,8 +157,8 @@ def _scaled(base: Effects, solo: Solo) -> torch.Tensor:
 
 
 def overall(loss_P: torch.Tensor) -> float:
-    """The loss on all texts, from the loss on each."""
-    value = float(loss_P.max())
+    """The loss on all texts: the root mean square of the loss on each; infinite if one is not finite."""
+    value = float(loss_P.clamp_min(0).square().mean().sqrt())
     return max(value, _NOTHING) if math.isfinite(value) else math.inf
 
 
@@ -179,7 +179,7 @@ class Search:
         self._judge, self._saving = judge, saving
         self._effects_alone = judge.alone(progress)
         self._alone = [Solo(part) for part in self._effects_alone.split(judge.parts)]
-        losses = torch.stack([solo.loss for solo in self._alone]).amax(0).tolist()
+        losses = [overall(loss_P) for loss_P in torch.stack([solo.loss for solo in self._alone], 1)]
         alone = tuple(value if math.isfinite(value) else None for value in losses)
         if not any(value is not None for value in alone):
             raise NblError("the map of layer 0 gives logits that are not finite; give more --calibration-tokens")

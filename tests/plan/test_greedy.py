@@ -20,7 +20,7 @@ from nbl_export.model.linearize import linearize
 from nbl_export.model.mixes import SwitchedModel
 from nbl_export.plan import greedy
 from nbl_export.plan.effects import EVERY, Effects, Judge
-from nbl_export.plan.greedy import GreedyOrder, Search
+from nbl_export.plan.greedy import GreedyOrder, Point, Search
 from nbl_export.records.plan import AffineMap
 
 from ..command import nbl
@@ -178,7 +178,7 @@ class Planted:
         for k, mix in enumerate(mixes):
             change[:, k, list(mix)] = (2 * self.prices[list(mix)]).sqrt()
             kl[:, k] = sum(self.prices[i] for i in mix) + sum(v for pair, v in self.excess.items() if pair <= set(mix))
-        return Effects(change, change, kl, kl * torch.tensor([[0.5], [1.0]]))
+        return Effects(change, change, kl, kl * torch.tensor([[1.0], [1.0]]))
 
 
 def test_the_estimate_alone_orders_layers_whose_changes_add_up() -> None:
@@ -187,8 +187,7 @@ def test_the_estimate_alone_orders_layers_whose_changes_add_up() -> None:
     assert order.layers == (1, 3, 4, 2)
     assert judge.passes == [(1, 3), (1, 3, 4), (1, 3, 4, 2)]  # one pass a step, none for the first
     assert [step.loss for step in order.steps] == pytest.approx([0.01, 0.03, 0.06, 0.10])
-    assert order.steps[0].losses == pytest.approx((0.0075, 0.01))
-    assert order.steps[0].rises == pytest.approx((0.005, 0.01))
+    assert order.steps[0].losses == order.steps[0].rises == pytest.approx((0.01, 0.01))
     assert order.steps[0].worst_increase == pytest.approx(math.expm1(0.01))
 
 
@@ -206,6 +205,15 @@ def test_at_most_some_layers_are_tried_at_a_step() -> None:
     order = Search(judge, GreedyOrder(), None, quiet).extend(2)
     assert len(judge.passes) == greedy.TRIES
     assert order.layers == (0, 1)
+
+
+def test_the_worst_text_counts_most() -> None:
+    point = Point((0,), (0.06, 0.02), (0.02, 0.06))
+    assert point.losses == pytest.approx((0.04, 0.04)) and point.loss == pytest.approx(0.04)
+    assert point.worst_increase == pytest.approx(math.expm1(0.06))
+    even, uneven = (Point((0,), kl, kl) for kl in ((0.05, 0.05), (0.01, 0.09)))
+    assert even.loss < uneven.loss < 0.09
+    assert Point((0,), (0.1, math.nan), (0.1, 0.1)).loss == math.inf
 
 
 def test_what_saves_more_may_lose_more() -> None:
