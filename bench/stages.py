@@ -1,0 +1,78 @@
+"""Time of each stage of a whole job beside the plain forward pass over the calibration tokens, and the peak memory.
+
+    python bench/stages.py MODEL [OPTIONS of the main job] > bench/results/stages-<model>.json
+
+The job runs in a process of its own and in a new directory (--keep DIR keeps it). The plain pass runs behind it, on the
+same windows, in float32, without the head. Its seconds are the unit in which calibrate and plan are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+
+def plain_seconds(directory: Path) -> tuple[int, float]:
+    """Tokens and seconds of the plain pass over the windows of a finished run."""
+    import torch
+
+    from nbl_export.calibrate import hooks
+    from nbl_export.records.options import JobOptions
+    from nbl_export.run.job import Job
+    from nbl_export.run.progress import Ui
+    from nbl_export.run.resolved import located
+    from nbl_export.run_directory import RunDirectory
+
+    run = RunDirectory.peek(directory)
+    job = Job(located(JobOptions.from_json(run.manifest["options"]), run), run, Ui(quiet=True))
+    windows, decoder = job.windows[0], job.model.get_decoder()
+    with torch.inference_mode():
+        decoder(input_ids=hooks.batches(windows)[0], use_cache=False)  # warm-up
+        started = time.monotonic()
+        for batch in hooks.batches(windows):
+            decoder(input_ids=batch, use_cache=False)
+    return windows.numel(), time.monotonic() - started
+
+
+def measured(model: str, options: list[str], directory: Path) -> dict[str, Any]:
+    from nbl_export.measure.benchmark import machine
+
+    command = [sys.executable, "-m", "nbl_export", "--model", model, *options, "--output", str(directory)]
+    started = time.monotonic()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    total = time.monotonic() - started
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    manifest, report = (json.loads((directory / f"{n}.json").read_text(encoding="utf-8")) for n in ("nbl", "report"))
+    seconds = {name: stage["seconds"] for name, stage in manifest["stages"].items()}
+    tokens, plain = plain_seconds(directory)
+    return {
+        "options": options, "title": manifest["model"]["title"], "machine": machine(), "versions": manifest["versions"],
+        "products": manifest["calibration"]["products"], "tokens": tokens, "plain_seconds": plain, "seconds": seconds,
+        "total_seconds": total, "peak_bytes": peak,
+        "ratio": (seconds["calibrate"] + seconds["plan"]) / plain,
+        **{name: report[name] for name in ("num_layers", "replaced_layers", "goal", "curve", "price", "ratios")},
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("model")
+    parser.add_argument("--keep", type=Path, help="a new directory for the run")
+    options, rest = parser.parse_known_args()
+    if options.keep:
+        found = measured(options.model, rest, options.keep)
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            found = measured(options.model, rest, Path(scratch) / "run")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
