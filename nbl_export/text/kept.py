@@ -155,6 +155,8 @@ _ADVICE = "restore it, or start over with --force"
 
 
 def _lines(path: Path) -> Iterator[Any]:
+    if not path.is_file():  # a pipe would wait
+        raise FileNotFoundError(path)
     longest = _ESCAPE_BYTES * READ_BYTES + _LINE_BYTES
     with gzip.open(path, "rb") as stream:
         while line := stream.readline(longest):

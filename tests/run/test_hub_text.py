@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -155,6 +156,8 @@ def test_a_file_beside_a_dataset_is_read_as_it_is_now(
     own.write_text(own.read_text()[5000:])
     assert stage_lines(calibrate(*given)) == {"calibrate": "done"}
     assert list(library.asked) == ["org/other@train"]
+    assert calibrate("run", "--calibration", own, "--force").status == 0
+    assert not (tmp_path / "run" / KEPT).exists()
 
 
 def test_a_dataset_that_breaks_leaves_nothing(calibrate: Calibrate, library: FakeDatasets, tmp_path: Path) -> None:
@@ -189,6 +192,7 @@ def test_merged_shards_keep_their_text(
         done = calibrate(path.name, "--shard", f"{number}/2")
         assert done.status == 0, done.err
     loose = [Path(shutil.copy(s / "moments.safetensors", tmp_path / f"{s.name}.safetensors")) for s in shards]
+    os.mkfifo(tmp_path / KEPT)  # nobody writes into it
     assert_refused(nbl("merge", *loose, "--output", tmp_path / "m"), 1, KEPT, "whole run directory of a shard")
     library.serve({})
     assert nbl("merge", loose[0], shards[1], "--output", tmp_path / "m").status == 0
