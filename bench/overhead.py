@@ -48,7 +48,7 @@ def time_rounds(model_name: str, rounds: int) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as scratch:
         directory = materialise.materialise(source.resolve(model_name), Path(scratch) / "checkpoint")
         model, tokenizer = load.load_model(directory), load.load_tokenizer(directory)
-    windows, _ = text_windows.pack(corpus.default_text(), tokenizer, TOKENS, CONTEXT)
+    windows, _ = text_windows.pack(corpus.installed_text(), tokenizer, TOKENS, CONTEXT)
 
     def plain() -> None:
         with torch.inference_mode():

@@ -69,7 +69,7 @@ class Bed:
             directory = materialise.materialise(found, Path(scratch) / "checkpoint")
             self.model, self.tokenizer = load.load_model(directory), load.load_tokenizer(directory)
         c4 = corpus.read_text(str(data / "c4" / "c4_demo.json"))
-        source = corpus.default_text() if text == "default" else c4
+        source = corpus.installed_text() if text == "default" else c4
         self.windows, self.held = text_windows.pack(source, self.tokenizer, TOKENS, CONTEXT, HELD)
         self.training = text_windows.extend(self.windows, source, self.tokenizer, train_tokens, HELD)
         self.text = {"name": source.name, "sha256": source.sha256}

@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nbl_export.errors import NblError
 
@@ -21,6 +21,7 @@ __all__ = [
     "key_of",
     "move_into_place",
     "refuse_occupied",
+    "replacing",
     "stream_sha256",
     "write_json",
 ]
@@ -56,11 +57,18 @@ def key_of(*parts: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is either the old or the new file, never half of one."""
+    with replacing(path) as stream:
+        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+        stream.write(f"{text}\n".encode())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A stream whose bytes become the file `path` at the end, and not at all after an error."""
     scratch = path.with_name(f"{_SCRATCH}{path.name}-{os.getpid()}")
     try:
-        with scratch.open("w", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=1, ensure_ascii=False, allow_nan=False)
-            stream.write("\n")
+        with scratch.open("wb") as stream:
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(scratch, path)

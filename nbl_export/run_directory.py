@@ -1,6 +1,7 @@
 """The run directory: one manifest, hashed files, and stages that are finished or absent.
 
     DIR/nbl.json               the manifest (this module's `RunDirectory` reads and writes it)
+    DIR/calibration.jsonl.gz   documents of the hub datasets that are calibrated on
     DIR/moments.safetensors    calibrate; calibrate.partial.safetensors while it works
     DIR/sampled.safetensors    calibrate --calibration self: the sampled tokens
     DIR/maps.safetensors       plan; distill, if requested (then plan writes start.safetensors)
@@ -45,6 +46,7 @@ from nbl_export.trust.plain_files import entries, refuse_special
 
 __all__ = [
     "BENCH_FILE",
+    "CALIBRATION_FILE",
     "DISTILL_FILE",
     "EVAL_FILE",
     "MAPS_FILE",
@@ -68,6 +70,7 @@ EVAL_FILE = "eval.json"
 SWEEP_FILE = "sweep.json"
 DISTILL_FILE = "distill.json"
 REPORT_JSON, REPORT_HTML, REPORT_MD = "report.json", "report.html", "report.md"
+CALIBRATION_FILE = "calibration.jsonl.gz"
 MOMENTS_FILE = "moments.safetensors"
 START_FILE = "start.safetensors"  # maps before distillation
 MAPS_FILE = "maps.safetensors"
@@ -264,8 +267,8 @@ class RunDirectory:
 
 
 _OURS = (
-    MOMENTS_FILE, "calibrate.partial.safetensors", "sampled.safetensors", START_FILE, MAPS_FILE, DISTILL_FILE,
-    "distill.partial.safetensors", SWEEP_FILE, "original", "model", VERIFY_FILE, EVAL_FILE, "engine",
+    CALIBRATION_FILE, MOMENTS_FILE, "calibrate.partial.safetensors", "sampled.safetensors", START_FILE, MAPS_FILE,
+    DISTILL_FILE, "distill.partial.safetensors", SWEEP_FILE, "original", "model", VERIFY_FILE, EVAL_FILE, "engine",
     BENCH_FILE, REPORT_HTML, REPORT_MD, REPORT_JSON, "nbl-checkpoint", "checkpoint", MANIFEST,
 )  # fmt: skip
 

@@ -1,9 +1,10 @@
-"""A hub on this machine, as far as huggingface_hub talks to it: cards to fetch. No network."""
+"""A hub on this machine, as far as huggingface_hub and datasets talk to it: cards, and rows to stream. No network."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 __all__ = ["FakeHub", "fake_hub"]
 
@@ -19,10 +21,14 @@ _REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class FakeHub:
-    """What was asked. `cards` is served; `refuse_with` is the status of every answer, where it is set."""
+    """What was asked. `refuse_with` is the status of every answer, where it is set.
+
+    cards: repository -> README.md. datasets: repository -> path -> bytes.
+    """
 
     url: str
     cards: dict[str, str] = field(default_factory=dict)
+    datasets: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refuse_with: int | None = None
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, authorization
 
@@ -85,7 +91,16 @@ class _Handler(BaseHTTPRequestHandler):
         return body
 
     def do_GET(self) -> None:
-        if self._begin() is None:
+        asked = self._begin()
+        if asked is None:
+            return
+        path = unquote(self.path.partition("?")[0])
+        api, data = _API.fullmatch(path), _DATA.fullmatch(path)
+        if api and api["repo"] in self.hub.datasets:
+            self._answer(_listed(self.hub.datasets[api["repo"]], api["kind"], api["path"] or ""))
+            return
+        if data and data["path"] in self.hub.datasets.get(data["repo"], {}):
+            self._give(self.hub.datasets[data["repo"]][data["path"]])
             return
         repo = self.path.partition("/resolve/")[0].strip("/")
         card = self.hub.cards.get(repo) if self.path.endswith("/README.md") else None
@@ -97,3 +112,35 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(text, ETag=f'"{etag}"', X_Repo_Commit=_REVISION)
 
     do_HEAD = do_GET
+
+    def _give(self, content: bytes) -> None:
+        """A file, or the range of it that was asked for."""
+        facts = {"ETag": f'"{_digest(content)}"', "X_Repo_Commit": _REVISION, "Accept_Ranges": "bytes"}
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if wanted is None:
+            self._answer(content, 200, **facts)
+            return
+        first, last = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
+        facts["Content_Range"] = f"bytes {first}-{last}/{len(content)}"
+        self._answer(content[first : last + 1], 206, **facts)
+
+
+_API = re.compile(r"/api/datasets/(?P<repo>[^/]+/[^/]+)(/(?P<kind>revision|tree)/[^/]+(/(?P<path>.+))?)?")
+_DATA = re.compile(r"/datasets/(?P<repo>[^/]+/[^/]+)/resolve/[^/]+/(?P<path>.+)")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
+
+
+def _listed(files: dict[str, bytes], kind: str | None, folder: str) -> Any:
+    """Facts of a repository, or what is directly in a folder of it."""
+    if kind != "tree":
+        return {"id": "a", "sha": _REVISION, "private": False, "siblings": [{"rfilename": name} for name in files]}
+    found: dict[str, Any] = {}
+    prefix = f"{folder}/" if folder else ""
+    for name in (name for name in files if name.startswith(prefix)):
+        head, _, below = name.removeprefix(prefix).partition("/")
+        kind, size = ("directory", 0) if below else ("file", len(files[name]))
+        found[head] = {"type": kind, "path": prefix + head, "size": size, "oid": _digest(files[name])}
+    return list(found.values())

@@ -35,7 +35,7 @@ HEAVY = {
     "tensorrt": ("engines.tensorrt",),
     "tensorrt_rtx": ("engines.tensorrt",),
     "lm_eval": ("evaluation",),
-    "datasets": ("evaluation", "text.corpus"),
+    "datasets": ("evaluation", "text.hub_rows"),
     "typer": ("cli",),
     "rich": ("report", "run.progress", "trust.terminal", "cli"),
     "matplotlib": ("report.plots",),

@@ -22,6 +22,8 @@ def check_manifest(manifest: Any) -> None:
     _require(manifest, schema=int, status=str, command=str, stages=dict)
     _require(manifest["model"], name=str, fingerprint=str)
     _require(manifest["calibration"], name=str, sha256=str)
+    for facts in {"hub": {}, **manifest["calibration"]}["hub"].values():
+        _require(facts, sha256=str, characters=int, cut=bool)
     for record in manifest["stages"].values():
         _require(record, key=str, seconds=(int, float), files=dict)
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in record["files"]):

@@ -93,7 +93,7 @@ class JobOptions:
         metavar="SHARE",
     )  # fmt: skip
     calibration: tuple[str, ...] = option(
-        (), "Text file (.txt, .jsonl, .json, .gz) or hub dataset (org/name@split); repeat to mix. "
+        (), "File (.txt, .jsonl, .json, .gz) or hub dataset (org/name@split; default: three); repeat to mix. "
         '"self": what the model itself says.', _CALIBRATE, "main calibrate", first=True,
         metavar="TEXT[:WEIGHT]",
     )  # fmt: skip

@@ -23,7 +23,7 @@ from nbl_export.run.given import adapt_to_maps
 from nbl_export.run.preflight import check_options
 from nbl_export.run.progress import Ui
 from nbl_export.run.resolved import engine_of, identity_of, slots_of
-from nbl_export.run_directory import RunDirectory
+from nbl_export.run_directory import CALIBRATION_FILE, RunDirectory
 from nbl_export.text.held_back import FAR_ROLES, NEAR_ROLES, Division, divide, far_tokens, held_back_tokens
 
 __all__ = ["Job"]
@@ -94,14 +94,15 @@ class Job:
                 f"{self.run.path} holds a run of {known['name']}, not of this {self.source.name}; "
                 "use another --output, or start over with --force"
             )
-        found = identity_of(self.options, self.source, self.read_spec, self.text)
+        found = identity_of(self.options, self.source, self.read_spec, self.text, self.hub_texts.facts)
         measured = {**found["calibration"], **self.run.manifest.get("calibration", {})}  # keep the counted tokens
-        named = {key: found["calibration"][key] for key in ("name", "sha256", "parts")}
+        named = {key: found["calibration"][key] for key in ("name", "sha256", "parts", "hub")}
         self.run.note(**{**found, "calibration": {**measured, **named}})
         self.note_options(self.options)
         self.note_quantized()
         if not known:
             self.run.save()
+        self.hub_texts.save()
 
     def note_options(self, options: JobOptions) -> None:
         """Record the options and their command line in the manifest."""
@@ -151,7 +152,14 @@ class Job:
         if self.options.says_itself:
             name = f"sampled from the model itself (seed {self.options.seed}, temperature 1)"
             return corpus.Text(name, key_of("sampled", self.source.fingerprint, self.options.seed), ())
-        return mixture.read_texts(self.options.calibration)
+        return mixture.read_texts(self.options.calibration, self.hub_texts)
+
+    @functools.cached_property
+    def hub_texts(self) -> Any:
+        """Texts of hub datasets, which the run directory keeps."""
+        from nbl_export.text.kept import HubTexts
+
+        return HubTexts(self.run.path / CALIBRATION_FILE, self.run.manifest, self.ui.say)
 
     @functools.cached_property
     def checkpoint(self) -> Path:

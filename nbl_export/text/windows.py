@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import NblError
 from nbl_export.text.corpus import Text
-from nbl_export.text.files import READ_BYTES
 from nbl_export.text.held_back import FEWEST_WINDOWS
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def pack(
     used = min(wanted, windows - held)
     if windows < needed // context:
         ended = f", since {text.ended_by} ends there" if text.ended_by else ""
-        ended += f", and only the first {READ_BYTES >> 20} MiB of a text are read" if text.cut else ""
+        ended += ", and only the first part of a long text is read" if text.cut else ""
         kept = f", {held * context} held back" if held else ""
         log.warning(
             "calibration text %s is shorter than asked: %d tokens used%s%s", text.name, used * context, kept, ended

@@ -61,7 +61,7 @@ def test_sequences_end_with_the_end_of_text(row: list[int], kept: list[int]) -> 
 
 
 def test_no_text_is_read(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_read_file", "_read_hub", "default_text", "stdlib_text"):
+    for name in ("_read_file", "hub_texts", "installed_text", "stdlib_text"):
         monkeypatch.setattr(corpus, name, lambda *_a, **_k: pytest.fail("a text was read"))
     given = ("calibrate", "--model", checkpoint("llama"), *GIVEN)
     for name in ("one", "two"):

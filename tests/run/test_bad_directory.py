@@ -203,6 +203,10 @@ def edit_decoder(path: Path, **values: Any) -> None:
     edit(path, decoder={**json.loads(path.read_text())["decoder"], **values})
 
 
+def edit_hub(path: Path, facts: Any) -> None:
+    edit(path, calibration={**json.loads(path.read_text())["calibration"], "hub": {"org/name": facts}})
+
+
 MANIFESTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "cut": (lambda p: cut(p, 500), ("cannot be read", "restore it", "--force")),
     "empty": (lambda p: cut(p, 0), ("cannot be read", "restore it", "--force")),
@@ -218,6 +222,8 @@ MANIFESTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "half a token": (lambda p: edit_options(p, generate_tokens=4.5), ("not a manifest", "'generate_tokens'")),
     "an engine that is an object": (lambda p: edit_options(p, engine={}), ("not a manifest", "'engine'")),
     "logits of an object": (lambda p: edit(p, logits={"last": "last"}), ("not a manifest", "'logits'")),
+    "a hub text of a name": (lambda p: edit_hub(p, "name"), ("not a manifest", "restore it", "--force")),
+    "a hub text of no length": (lambda p: edit_hub(p, {"sha256": "0", "cut": True}), ("not a manifest", "--force")),
     "places of text": (lambda p: edit(p, places="here"), ("not a manifest", "restore it")),
     "a decoder without heads": (lambda p: edit_decoder(p, num_kv_heads=0), ("not a manifest", "at least 1")),
     "a decoder of a name": (lambda p: edit_decoder(p, hidden_size="64"), ("not a manifest", "'hidden_size'")),

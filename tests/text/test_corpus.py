@@ -109,7 +109,7 @@ def test_default_text_without_the_package_is_pythons_own(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(corpus, "_package_files", list)
-    assert "pydoc_data" in corpus.default_text().name
+    assert "pydoc_data" in corpus.installed_text().name
     assert "pip install --no-deps" in caplog.text
 
 
@@ -118,7 +118,7 @@ def test_default_text_mixes_its_files_from_the_start(monkeypatch: pytest.MonkeyP
         (tmp_path / f"{name}.utf8").write_text((f"{name} " * 60 + "\n") * 400)
     monkeypatch.setattr(corpus, "_package_files", lambda: [tmp_path / "a.utf8", tmp_path / "b.utf8"])
     monkeypatch.setattr(corpus.metadata, "version", lambda _name: "1")
-    firsts = [document[0] for document in corpus.default_text().documents[:6]]
+    firsts = [document[0] for document in corpus.installed_text().documents[:6]]
     assert firsts == ["a", "b"] * 3
 
 
@@ -126,7 +126,7 @@ def test_default_text_is_varied_and_leaves_the_judging_text_alone() -> None:
     """Prose, web, stories with dialogue, technical text and code; not the documentation that the price is taken on."""
     if not corpus._package_files():
         pytest.skip("the package exllamav3, which carries the default text, is not installed")
-    found = corpus.default_text()
+    found = corpus.installed_text()
     assert [part.name for part in found.parts] == ["c4", "wiki", "technical", "tiny", "code"]
     assert len({part.sha256 for part in found.parts}) == 5
     start = "\n".join(found.documents[:25])

@@ -5,11 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -22,6 +19,7 @@ from nbl_export.text.corpus import Text
 from nbl_export.text.mixture import WeightedSource, absolute_sources, mix, parse_sources, read_texts
 
 from ..command import assert_refused, nbl
+from ..fake_datasets import FakeDatasets
 
 
 @pytest.mark.parametrize(
@@ -132,26 +130,18 @@ def test_damaged_compressed_text_is_named(content: bytes, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("source", "asked"),
     [
-        ("org/name", ("org/name", "train")),
-        ("org/name@validation", ("org/name", "validation")),
-        ("org/name/en@train", ("org/name", "en", "train")),
+        ("org/name", "org/name@train"),
+        ("org/name@validation", "org/name@validation"),
+        ("org/name/en@train", "org/name/en@train"),
     ],
 )
 def test_hub_dataset_is_asked_for_configuration_and_split(
-    source: str, asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    source: str, asked: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    seen: list[tuple[str, ...]] = []
-
-    def load_dataset(*names: str, split: str, streaming: bool) -> Any:
-        assert streaming
-        seen.append((*names, split))
-        return iter([{"text": "One."}, {"text": "Two."}])
-
-    library = types.ModuleType("datasets")
-    library.load_dataset = load_dataset  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "datasets", library)
+    library = FakeDatasets(tmp_path / "library", monkeypatch)
+    library.serve({asked: [{"text": "One."}, {"text": "Two."}]})
     text = read_texts([source])
-    assert (text.name, text.documents, seen) == (source, ("One.", "Two."), [asked])
+    assert (text.name, text.documents, list(library.asked)) == (source, ("One.", "Two."), [asked])
 
 
 def test_two_texts_through_the_command(checkpoint: Callable[[str], Path], text: Path, tmp_path: Path) -> None:

@@ -6,9 +6,8 @@ import gzip
 import hashlib
 import json
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +19,8 @@ from nbl_export.model.checkpoint.load import load_tokenizer
 from nbl_export.text import corpus, files
 from nbl_export.text.corpus import Text, read_text
 from nbl_export.text.windows import pack
+
+from ..fake_datasets import FakeDatasets
 
 MIB = 1 << 20
 # Pieces and their join, of one byte a character; and what the interpreter needs.
@@ -136,33 +137,13 @@ def test_a_cut_text_is_not_taken_for_a_short_one(
     assert len(windows(NamedText("a", text), tokenizer, 32, 32, 2)) == 2
 
 
-def rows_of(monkeypatch: pytest.MonkeyPatch, rows: Any) -> None:
-    import sys
-
-    fake = SimpleNamespace(load_dataset=lambda *_, **__: rows)
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-
-
-def test_hub_rows_end_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_rows_end_at_the_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(corpus, "READ_BYTES", 100)
-    taken = []
-
-    def rows() -> Iterator[dict[str, str]]:
-        for number in range(1000):
-            taken.append(number)
-            yield {"text": f"{number} " * 20}
-
-    rows_of(monkeypatch, rows())
+    library = FakeDatasets(tmp_path / "library", monkeypatch)
+    library.serve({"org/name@train": [*({"text": f"{number} " * 20} for number in range(3)), "break"]})
     text = read_text("org/name")
     assert (sum(map(len, text.documents)), text.cut) == (100, True)
-    assert len(taken) == 3
     assert text.sha256 == hashlib.sha256("\0".join(text.documents).encode()).hexdigest()
-
-
-def test_hub_rows_that_are_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows_of(monkeypatch, [{"text": "one"}, {"text": 5}])
-    with pytest.raises(NblError, match="row 2 of the column text is int"):
-        read_text("org/name")
 
 
 def test_a_mix_is_cut_where_the_text_that_ends_it_is() -> None:

@@ -28,7 +28,8 @@ def _stages(report: Mapping[str, Any]) -> tuple[Block, ...]:
 
 def _text(report: Mapping[str, Any]) -> tuple[Block, ...]:
     text = report["calibration"]
-    facts = (("name", text["name"]), ("sha256", text["sha256"]), ("tokens", f"{text['tokens']:,}"),
+    parts = ((f"sha256 of {part['name']}", part["sha256"]) for part in text.get("parts", ()))
+    facts = (("name", text["name"]), ("sha256", text["sha256"]), *parts, ("tokens", f"{text['tokens']:,}"),
              ("context", text["context"]))  # fmt: skip
     return _facts("Text" if report["without_original"] else "Calibration text", facts)
 
