@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -98,6 +99,12 @@ class Plan:
         require(all(0 <= i < self.num_layers for i in self.replaced), "a replaced layer does not exist")
         require(len(self.replaced) < self.num_layers, "at least one attention layer stays")
         require(self.tap in TAPS, f"unknown tap {self.tap!r}; taps are {', '.join(TAPS)}")
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> Plan:
+        """The plan that the facts of a manifest record."""
+        scores = tuple(LayerScore(**score) for score in facts["scores"])
+        return cls(facts["num_layers"], tuple(facts["replaced_layers"]), facts["tap"], facts["select"], scores)
 
     @property
     def kept(self) -> tuple[int, ...]:

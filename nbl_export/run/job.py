@@ -58,8 +58,6 @@ class Job:
         """
         return self.options.token_table and self.graph is None
 
-    # -- identity: from the manifest if it is recorded there, else from the files ---------------------------
-
     @property
     def fingerprint(self) -> str:
         return str(self.run.manifest["model"]["fingerprint"])
@@ -107,8 +105,6 @@ class Job:
     def note_options(self, options: JobOptions) -> None:
         """Record the options and their command line in the manifest."""
         self.run.note(options=options.to_json(), command=describe_command(options, self.run.path))
-
-    # -- parts ----------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def source(self) -> Any:
@@ -240,14 +236,13 @@ class Job:
         """Windows sampled from the model itself; sampled once and kept in the run directory."""
         from nbl_export.text import sampling
 
-        options, path = self.options, self.run.path / "sampled.safetensors"
-        context = options.context
+        options, context = self.options, self.options.context
         wanted, held = max(1, -(-options.calibration_tokens // context)), held_back_tokens(context) // context
-        key = key_of(self.text_sha256, wanted, held, context)
+        path, key = self.run.path / "sampled.safetensors", key_of(self.text_sha256, wanted, held, context)
         ids = sampling.load_windows(path, key)
         if ids is None:
             with self.ui.task("sampling") as progress:
-                ids = sampling.sample_windows(self.model, wanted + held, context, self.options.seed, progress)
+                ids = sampling.sample_windows(self.model, wanted + held, context, options.seed, progress)
             sampling.save_windows(ids, key, path)
         return ids[:wanted], ids[wanted:]
 
@@ -298,15 +293,6 @@ class Job:
         return None if self.options.layers is None else parse_layers(self.options.layers, self.spec.num_layers)
 
     @property
-    def can_judge(self) -> bool:
-        """Whether the torch model fits into memory, so that its output can judge layers."""
-        return self.graph is None and not self.shortage
-
-    @property
     def plan(self) -> Plan:
         """The plan that the manifest records."""
-        from nbl_export.records.plan import LayerScore
-
-        facts = self.run.manifest
-        scores = tuple(LayerScore(**score) for score in facts["scores"])
-        return Plan(facts["num_layers"], tuple(facts["replaced_layers"]), facts["tap"], facts["select"], scores)
+        return Plan.from_facts(self.run.manifest)

@@ -89,13 +89,14 @@ def test_whole_job_on_a_graph_alone(graph_run: Path, given_graph: Given) -> None
     assert (graph_run / "bench.json").is_file() and (graph_run / "report.html").is_file()
 
 
-def test_plan_is_that_of_the_torch_model(graph_run: Path, finished: Path) -> None:
-    """`finished` has the same checkpoint, text and options."""
-    one, other = (json.loads((d / "nbl.json").read_text(encoding="utf-8")) for d in (graph_run, finished))
+def test_plan_is_that_of_the_torch_model(graph_run: Path, run: Path) -> None:
+    """`run` has the same checkpoint, text and options. A graph takes a quarter of the layers, by bounds."""
+    assert nbl("plan", run, "--layers", "1", "--select", "cca").status == 0
+    one, other = (json.loads((d / "nbl.json").read_text(encoding="utf-8")) for d in (graph_run, run))
     assert one["replaced_layers"] == other["replaced_layers"]
     ours, theirs = ([score["bound"] for score in facts["scores"]] for facts in (one, other))
     np.testing.assert_allclose(ours, theirs, rtol=1e-3)
-    found, wanted = (load_file(d / "maps.safetensors") for d in (graph_run, finished))
+    found, wanted = (load_file(d / "maps.safetensors") for d in (graph_run, run))
     assert all(np.abs(found[k] - wanted[k]).max() < RELATIVE * np.abs(wanted[k]).max() for k in wanted)
 
 

@@ -42,13 +42,16 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     windows, _ = job.windows
     parts = hooks.batches(windows)
     chosen = parse_shard(job.options.shard).batches(len(parts))
-    calibration = {**job.run.manifest["calibration"], "tokens": int(windows.numel()), "context": job.options.context}
+    calibration = {
+        **job.run.manifest["calibration"], "tokens": int(windows.numel()), "context": job.options.context,
+        "products": _products(job),
+    }  # fmt: skip
     facts = _facts(job, windows, len(parts), len(chosen), calibration)
     if _by_layer(job):
         _run_layers(job, windows, [parts[k] for k in chosen], facts, out)
     else:
         _run_whole(job, windows, chosen, facts, out)
-    return {"calibration": {**calibration, "products": facts["identity"]["products"]}}
+    return {"calibration": calibration}
 
 
 def _run_whole(job: Job, windows: Any, chosen: list[int], facts: dict[str, Any], out: Path) -> None:
@@ -60,7 +63,7 @@ def _run_whole(job: Job, windows: Any, chosen: list[int], facts: dict[str, Any],
     mine = [parts[k] for k in chosen]
     partial = _Partial(job.run.partial("calibrate"), facts)
     total = sum(part.numel() for part in mine)
-    taps, peers, narrow = facts["identity"]["taps"], distributed.current(), _is_narrow(job)
+    taps, peers, narrow = facts["identity"]["taps"], distributed.current(), facts["identity"]["products"] == "bfloat16"
     with job.ui.task(f"{total} tokens") as progress, _collection(job, taps, narrow) as found:
         done = partial.restore(found)
         if done:
@@ -81,12 +84,13 @@ def _run_whole(job: Job, windows: Any, chosen: list[int], facts: dict[str, Any],
         _write(found, out / MOMENTS_FILE, facts)
 
 
-def _is_narrow(job: Job) -> bool:
-    """Whether products are in bfloat16. All processes of a job follow process 0."""
+def _products(job: Job) -> str:
+    """Type of the model's products. All processes of a job follow process 0."""
     from nbl_export.model import bfloat16
     from nbl_export.parallel import peers as distributed
 
-    return job.graph is None and bfloat16.chosen(job.options.compute_dtype, distributed.current().device)
+    narrow = job.graph is None and bfloat16.chosen(job.options.compute_dtype, distributed.current().device)
+    return "bfloat16" if narrow else "float32"
 
 
 def _collection(job: Job, taps: list[str], narrow: bool) -> Any:
@@ -130,7 +134,13 @@ def _run_layers(job: Job, windows: Any, mine: list[Any], facts: dict[str, Any], 
         MomentsWriter(target, {**facts, "count": count}, spec.num_layers, taps, spec.hidden_size) as file,
     ):
         layers = layer_by_layer.collect_layers(
-            job.checkpoint, windows, mine, taps, scratch, progress, narrow=_is_narrow(job)
+            job.checkpoint,
+            windows,
+            mine,
+            taps,
+            scratch,
+            progress,
+            narrow=facts["identity"]["products"] == "bfloat16",
         )
         for sums in layers:
             file.write(sums)
@@ -148,7 +158,7 @@ def _facts(job: Job, windows: Any, batches: int, mine: int, calibration: dict[st
         "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         "batches": batches,
         "taps": list(taps_of(job.options.tap)),
-        "products": "bfloat16" if _is_narrow(job) else "float32",
+        "products": calibration["products"],
     }
     about = {name: manifest[name] for name in ("model", "decoder", "places", "num_layers")}
     kept = ("model", *OF_CALIBRATE, *(("decoder_source", "precision") if job.graph is not None else ()))

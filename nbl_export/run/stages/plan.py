@@ -54,7 +54,7 @@ def _make_plan(job: Job) -> tuple[Plan, dict[int, AffineMap], dict[str, Any]]:
     selection = Selection(job)
     request, goal = job.request, None
     if request is None:
-        if goal_of(job.options) is None and not job.can_judge:
+        if goal_of(job.options) is None and (job.graph is not None or job.shortage):
             request = a_quarter(job.spec.num_layers)
         else:
             request, goal = count_for_goal(job, selection)
