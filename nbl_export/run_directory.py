@@ -12,6 +12,7 @@
     DIR/model/                 rewrite: the NBL graph, deployable by itself
     DIR/model/README.md        card, if requested
     DIR/verify.json            verify
+    DIR/references.safetensors verify: what the original model said, for another plan of this model
     DIR/eval.json              eval, if requested
     DIR/engine/{original,model}/ build: compiled, deployable by itself
     DIR/bench.json             bench
@@ -52,6 +53,7 @@ __all__ = [
     "MAPS_FILE",
     "MOMENTS_FILE",
     "PACKAGES",
+    "REFERENCES_FILE",
     "REPORT_HTML",
     "REPORT_JSON",
     "REPORT_MD",
@@ -74,6 +76,7 @@ CALIBRATION_FILE = "calibration.jsonl.gz"
 MOMENTS_FILE = "moments.safetensors"
 START_FILE = "start.safetensors"  # maps before distillation
 MAPS_FILE = "maps.safetensors"
+REFERENCES_FILE = "references.safetensors"
 
 
 _NO_RUN = "{} is not a run directory: it has no nbl.json; nbl-export --output makes one"
@@ -268,7 +271,8 @@ class RunDirectory:
 
 _OURS = (
     CALIBRATION_FILE, MOMENTS_FILE, "calibrate.partial.safetensors", "sampled.safetensors", START_FILE, MAPS_FILE,
-    DISTILL_FILE, "distill.partial.safetensors", SWEEP_FILE, "original", "model", VERIFY_FILE, EVAL_FILE, "engine",
+    DISTILL_FILE, "distill.partial.safetensors", SWEEP_FILE, "original", "model", VERIFY_FILE, REFERENCES_FILE,
+    EVAL_FILE, "engine",
     BENCH_FILE, REPORT_HTML, REPORT_MD, REPORT_JSON, "nbl-checkpoint", "checkpoint", MANIFEST,
 )  # fmt: skip
 

@@ -3,7 +3,7 @@
     load A B ─► for each batch and depth: fill, warm up, a run of A, a run of B, ... ─► close ─► load B A ─► ...
     after 6, 12 and 18 loads: every interval within 10%, or the next check after 3 minutes? ─► end;  24 ─► end
 
-A load keeps its memory layout, so rounds of one load are not independent (docs/experiments.md, "The order of rounds").
+A load keeps its memory layout, so rounds of one load are not independent (docs/experiments.md, "Measurement").
 So a load has one round.
 
 The width of the intervals ends the rounds, never the verdict: waiting for a winner finds one even if there is none.
@@ -36,11 +36,14 @@ from nbl_export.records.results import Scenario, Timing
 __all__ = ["LOOKS", "NARROW", "Instruments", "Progress", "Rounds", "Rule", "Stand", "Steps", "Variant",
            "groups", "time_rounds"]  # fmt: skip
 
-LOOKS = (6, 12, 18, 24)  # loads after which rounds may end; fewer loads reach no 95% interval
+# Loads after which rounds may end. Five would be too few: their range contains the median with 1 - 2/32 = 94% only.
+LOOKS = (6, 12, 18, 24)
 NARROW = 1.1  # upper end of an interval divided by its lower end
 _SECONDS = 180.0
 _FILL_CHUNK = 512  # tokens; 128 to 2048 fill equally fast, and attention scores of a chunk stay small
-_WARM_UP_DECODE = 8  # tokens; llama-bench warms decode up with 1 (tools/llama-bench, test_gen(ctx, 1))
+# Tokens, as in llama-bench (tools/llama-bench, test_gen(ctx, 1)). The first token behind a prefill takes as long as the
+# twelfth, even without a warm-up (docs/experiments.md, "Measurement").
+_WARM_UP_DECODE = 1
 
 Progress = Callable[[int, int], None]
 
@@ -108,7 +111,8 @@ class Steps:
 
     def plan_loads(self, count: int, variants: Mapping[str, Variant], scenarios: Sequence[Scenario]) -> None:
         fills = len({(s.batch, s.depth) for s in scenarios})
-        self.plan(count * len(variants) * (fills + 2 * len(scenarios)))
+        warm_ups = sum(not _is_warm(s) for s in scenarios)
+        self.plan(count * len(variants) * (fills + warm_ups + len(scenarios)))
 
     def done(self) -> None:
         """Report one more finished step."""
@@ -206,10 +210,12 @@ def _time_group(
         runner.begin(depth + max(s.tokens for s in scenarios), batch)
         for chunk in _chunks(stand.ids, batch, 0, depth, _FILL_CHUNK if batch == 1 else depth):
             runner.append(chunk)
+        if depth:
+            runner.pick()
         stand.steps.done()
     for scenario in scenarios:
-        for runner in runners.values():
-            _sample(stand, runner, _warm_up(scenario))
+        for runner in () if _is_warm(scenario) else runners.values():
+            _warm_up(stand, runner, scenario)
             stand.steps.done()
         for name, runner in runners.items():
             yield scenario, name, _sample(stand, runner, scenario)
@@ -231,9 +237,7 @@ def _timing(scenario: Scenario, variant: str, samples: Sequence[_Sample]) -> Tim
 def _sample(stand: Stand, runner: TextRunner, scenario: Scenario) -> _Sample:
     """One run of a scenario on a runner whose cache holds at least the scenario's depth."""
     clock, meter = stand.instruments.clock, stand.instruments.meter
-    end = scenario.depth + scenario.tokens
-    size = scenario.tokens if scenario.kind == "pp" else 1
-    chunks = _chunks(stand.ids, scenario.batch, scenario.depth, end, size)
+    chunks = _run_chunks(stand, scenario, scenario.tokens)
     runner.rewind(scenario.depth)
     stand.waits.append(stand.instruments.idle())
     before = meter.read() if meter else None
@@ -251,11 +255,25 @@ def _sample(stand: Stand, runner: TextRunner, scenario: Scenario) -> _Sample:
     return _Sample(stamps[-1] - stamps[0], steps, None if picked is None else picked - stamps[-1], energy)
 
 
-def _warm_up(scenario: Scenario) -> Scenario:
-    """The same run with a short decode, which allocates the same buffers from its first token on."""
+def _is_warm(scenario: Scenario) -> bool:
+    """Whether the fill has run a chunk as long as this prefill, and so has allocated its buffers."""
+    return scenario.kind == "pp" and scenario.batch == 1 and min(scenario.depth, _FILL_CHUNK) >= scenario.tokens
+
+
+def _warm_up(stand: Stand, runner: TextRunner, scenario: Scenario) -> None:
+    """Run a scenario untimed, without a wait; decode runs one token, which allocates the buffers of all."""
+    tokens = scenario.tokens if scenario.kind == "pp" else min(scenario.tokens, _WARM_UP_DECODE)
+    runner.rewind(scenario.depth)
+    for chunk in _run_chunks(stand, scenario, tokens):
+        runner.append(chunk)
     if scenario.kind == "pp":
-        return scenario
-    return dataclasses.replace(scenario, tokens=min(scenario.tokens, _WARM_UP_DECODE))
+        runner.pick()
+
+
+def _run_chunks(stand: Stand, scenario: Scenario, tokens: int) -> list[Any]:
+    """The first tokens of a run: one chunk of a prefill, single tokens of a decode."""
+    end = scenario.depth + tokens
+    return _chunks(stand.ids, scenario.batch, scenario.depth, end, tokens if scenario.kind == "pp" else 1)
 
 
 def _chunks(ids_BT: np.ndarray, batch: int, start: int, end: int, size: int) -> list[Any]:

@@ -57,10 +57,18 @@ class MappedOriginal:
         return self._inner.step(ids_BT, valid_BT, given)
 
 
-def references(graph: Path, setting: Setting, maps: Mapping[int, AffineMap], probe: Probe) -> dict[str, Reference]:
-    """References of the input graph without maps and with maps."""
-    found = {}
+def references(
+    graph: Path, setting: Setting, maps: Mapping[int, AffineMap], probe: Probe, known: Reference | None = None
+) -> dict[str, Reference]:
+    """References of the input graph without maps and with maps.
+
+    Args:
+        known: the reference without maps, if it is known; it is then not computed.
+    """
+    found = {} if known is None else {"original": known}
     for subject, ours in (("original", {}), ("nbl", maps)):
+        if subject in found:
+            continue
         mapped = MappedOriginal(graph, setting.spec, ours, setting.plan.tap)
         with setting.task(f"reference of {subject}"):
             found[subject] = _reference(mapped, probe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.records.plan import AffineMap
 from nbl_export.verify.ladder import Probe
-from nbl_export.verify.torch_reference import make_reference
+from nbl_export.verify.torch_reference import make_reference, with_noise
 
 from ..tiny import ARCHITECTURES
 
@@ -55,7 +56,8 @@ def test_cached_steps_equal_one_forward(
 def test_reference_is_the_model(checkpoint: Checkpoint) -> None:
     model = load_model(checkpoint("llama"))
     rows = [list(range(2, 30)), list(range(5, 20))]
-    found = make_reference(model, Probe(tuple(map(tuple, rows)), (tuple(rows[0][:8]),), 6))
+    probe = Probe(tuple(map(tuple, rows)), (tuple(rows[0][:8]),), 6)
+    found = make_reference(model, probe)
     with torch.inference_mode():
         for row, logits in zip(rows, found.logits, strict=True):
             assert (model(torch.tensor([row])).logits[0] == torch.from_numpy(logits)).all()
@@ -63,4 +65,21 @@ def test_reference_is_the_model(checkpoint: Checkpoint) -> None:
             torch.tensor([rows[0][:8]]), max_new_tokens=6, min_new_tokens=6, do_sample=False, eos_token_id=None
         )
     assert list(found.greedy[0]) == out[0, 8:].tolist()
-    assert all(n.shape == (len(r),) and n.max() < 1e-3 for n, r in zip(found.noise, rows, strict=True))
+    assert not found.noisy and not any(n.any() for n in found.noise)
+    measured = with_noise(model, probe, found)
+    assert measured.noisy and all(0 < n.max() < 1e-3 for n in measured.noise)
+    assert [n.shape for n in measured.noise] == [(len(r),) for r in rows]
+
+
+def test_prompts_in_one_batch_say_what_each_says_alone(checkpoint: Checkpoint) -> None:
+    """Two prompts of one length, and a shorter one between them."""
+    model = load_model(checkpoint("llama"))
+    prompts = ((5, 9, 17, 33), (7, 8), (40, 3, 22, 11))
+    together = make_reference(model, Probe((), prompts, 6))
+    with mock.patch.object(type(model), "forward", autospec=True, side_effect=type(model).forward) as forward:
+        make_reference(model, Probe((), prompts, 6))
+    assert forward.call_count == 2 * 6  # a step for each length
+    for k, prompt in enumerate(prompts):
+        alone = make_reference(model, Probe((), (prompt,), 6))
+        assert together.greedy[k] == alone.greedy[0]
+        assert together.margins[k] == pytest.approx(alone.margins[0], abs=1e-4)

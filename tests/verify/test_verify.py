@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,13 +15,16 @@ import pytest
 from nbl_export.engines.ort.decoder import OnnxDecoder
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import AffineMap, Plan
+from nbl_export.records.results import RungResult
 from nbl_export.rewrite import rewrite
+from nbl_export.verify.climb import Climb
 from nbl_export.verify.files import check_file, check_maps, check_untouched
 from nbl_export.verify.ladder import (
     DECODE_STEPS,
     NOISE_FACTOR,
     TOLERANCES,
     WITHOUT_TWIN,
+    Probe,
     Tolerance,
     check_greedy,
     check_logits,
@@ -106,6 +112,49 @@ def test_noise_of_the_position_widens_its_own_limit_only() -> None:
     noisy = 0.001
     assert judge(bump(1, 5, NOISE_FACTOR * noisy * 0.9), noise=noisy) == [True] * 4
     assert judge(bump(1, 5, NOISE_FACTOR * noisy * 1.1), noise=noisy) == [False, True, False, True]
+
+
+def climb_with_noise(noise: float, by: float, metric: str = "max_abs") -> tuple[list[bool], int]:
+    """What the logits rung of a graph says that is off by `by` at one position, and how often noise was measured."""
+    expected, rows = table()
+    shown = [e.copy() for e in expected]
+    bump(1, 5, by)(shown)
+    truth = reference(expected, [np.zeros(len(e), np.float32) for e in expected])
+    spread = tuple(np.full(len(e), noise, np.float32) for e in expected)
+    measure = mock.Mock(side_effect=lambda _subject, of: dataclasses.replace(of, noise=spread, noisy=True))
+    results: list[RungResult] = []
+    setting: Any = SimpleNamespace(static=False, precision="fp32")
+    climb = Climb(setting, Probe(tuple(map(tuple, rows)), (), 0), {}, None, results, mock.Mock())
+    climb.truth["original"], climb._noise_of["own"] = truth, measure
+    tolerance = dataclasses.replace(TOLERANCES["fp32"], metric=metric)
+    for _ in range(2):  # the second graph that needs the noise finds it measured
+        climb._logits("b", "original", FakeDecoder(shown), tolerance)
+    assert climb.truth["original"].noisy == measure.called
+    assert [r.passed for r in results[:4]] == [r.passed for r in results[4:]]
+    return [r.passed for r in results[:4]], measure.call_count
+
+
+def test_noise_is_measured_only_if_a_position_differs_by_more_than_the_limit() -> None:
+    assert climb_with_noise(0.001, 0.0005) == ([True] * 4, 0)
+    assert climb_with_noise(0.001, 0.002) == ([True] * 4, 1)
+    assert climb_with_noise(0.0001, 0.002) == ([False, True, False, True], 1)
+    assert climb_with_noise(0.001, 0.2, "relative_rms") == ([False, True, False, True], 0)
+
+
+def test_known_noise_widens_nothing_that_passes_without_it() -> None:
+    """A reference that was kept with its noise gives the same results as one whose noise is not known."""
+    expected, rows = table()
+    quiet = reference(expected, [np.zeros(len(e), np.float32) for e in expected])
+    noisy = dataclasses.replace(quiet, noise=tuple(np.ones(len(e), np.float32) for e in expected), noisy=True)
+    found = []
+    for truth in (quiet, noisy):
+        results: list[RungResult] = []
+        setting: Any = SimpleNamespace(static=False, precision="fp32")
+        climb = Climb(setting, Probe(tuple(map(tuple, rows)), (), 0), {}, None, results, mock.Mock())
+        climb.truth["original"] = truth
+        climb._logits("b", "original", FakeDecoder(expected), TOLERANCES["fp32"])
+        found.append(results)
+    assert found[0] == found[1]
 
 
 def test_quantised_rows_are_held_to_the_original_graphs_own_error() -> None:

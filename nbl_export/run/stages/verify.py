@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nbl_export.files import write_json
+from nbl_export.files import versions, write_json
 from nbl_export.graph.names import GENAI_CONFIG, all_logits_file
 from nbl_export.model.checkpoint.nbl import GIVEN_FIT
 from nbl_export.records.plan import AffineMap
@@ -16,11 +16,13 @@ from nbl_export.records.results import RungResult
 from nbl_export.run.job import Job
 from nbl_export.run.preflight import require_engine
 from nbl_export.run.stages.common import rows_of
-from nbl_export.run_directory import MAPS_FILE, VERIFY_FILE
+from nbl_export.run_directory import MAPS_FILE, PACKAGES, REFERENCES_FILE, VERIFY_FILE
 from nbl_export.text.held_back import judging
 from nbl_export.text.window_intervals import spoken_price
-from nbl_export.verify.climb import Climb, coded_graphs
+from nbl_export.verify.climb import Climb
+from nbl_export.verify.coded import coded_graphs
 from nbl_export.verify.codes import NEAREST, SEARCHED
+from nbl_export.verify.kept import KeptReferences
 from nbl_export.verify.perplexity import price, warn_of_far_prices
 from nbl_export.verify.setting import Setting
 
@@ -52,10 +54,11 @@ def _against_torch(job: Job) -> dict[str, Any]:
     setting = setting_of(job)
     with _graphs(job, setting, maps, rows_VD, results) as directories, job.run.scratch() as scratch:
         coded = coded_graphs(setting, directories, results, scratch)
-        climb = Climb(setting, make_probe(job), maps, rows_VD, results)
-        climb.ask_torch(coded, job.model, () if job.quantized is None else job.quantized.weights)
-        job.forget_model()
+        kept = kept_references(job)
+        climb = Climb(setting, make_probe(job), maps, rows_VD, results, kept)
+        climb.ask_torch(coded, lambda: _lent(job), () if job.quantized is None else job.quantized.weights)
         decoders = climb.run(directories, coded)
+        kept.save()
         prices = []
         if job.options.fit != GIVEN_FIT:  # the original of an NBL checkpoint lacks the removed attention
             with job.ui.task("quality loss on held-back text") as progress:
@@ -76,12 +79,30 @@ def _against_graph(job: Job) -> dict[str, Any]:
         probe = dataclasses.replace(probe, prompts=())
     with job.run.scratch() as scratch:
         coded = coded_graphs(setting, directories, results, scratch)
-        climb = Climb(setting, probe, maps, None, results)
+        kept = kept_references(job)
+        climb = Climb(setting, probe, maps, None, results, kept)
         climb.ask_graph(coded, original / all_logits_file(original))
         decoders = climb.run(directories, coded)
+        kept.save()
         with job.ui.task("quality loss on held-back text") as progress:
             prices = price(decoders["original"], decoders["nbl"], price_texts(job), progress)
     return conclude(job, results, prices)
+
+
+@contextlib.contextmanager
+def _lent(job: Job) -> Iterator[Any]:
+    """The torch model; its memory is freed afterwards."""
+    try:
+        yield job.model
+    finally:
+        job.forget_model()
+
+
+def kept_references(job: Job) -> KeptReferences:
+    """The references of the original that an earlier verification of this run directory kept."""
+    options = job.options
+    how = [options.engine, options.provider, options.precision, options.decoder_source, job.slots]
+    return KeptReferences(job.run.path / REFERENCES_FILE, [job.fingerprint, job.codes, how, versions(PACKAGES)])
 
 
 def setting_of(job: Job) -> Setting:

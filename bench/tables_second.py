@@ -1,0 +1,79 @@
+"""Tables of the second model, and of the time of a whole job on both models, made from raw results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from nbl_export.records.plan import spoken_layers
+
+Rows = list[Sequence[str]]
+Read = Callable[[str], Any]
+_TEXTS = {"c4 rest": "C4", "wikitext-2 valid": "WikiText-2", "realnews": "realnews",
+          "python pydoc_data/topics.py": "Python's documentation", "code": "code"}  # fmt: skip
+
+
+def _rise(price: Mapping[str, float]) -> str:
+    return f"{100 * (price['nbl'] / price['original'] - 1):+.0f}%"
+
+
+def second(read: Read) -> Rows:
+    """For each count: the paper's choice; `efficient` in closed form, distilled where it was trained, and dropped."""
+    run, trained = read("orders-qwen"), read("distill-qwen")["distill"]
+    rows: Rows = [("", "layers", *_TEXTS.values(), "prefill, modelled"), "ll" + "r" * (len(_TEXTS) + 1)]
+    chosen = {kind: name for name, kind in run["sets"].items()}
+
+    def row(title: str, name: str, prices: Mapping[str, Any]) -> tuple[str, ...]:
+        layers = spoken_layers(tuple(int(i) for i in name.split(",")))
+        speed = f"×{run['modelled_prefill'][name]:.2f}"
+        return title, layers, *(_rise(prices[text]) for text in _TEXTS), speed
+
+    for count in run["asked"]["counts"].split(","):
+        paper, ours = chosen[f"cca {count}"], chosen[f"efficient {count}"]
+        rows.append(row(f"**{count} layers**: `cca` (the paper)", paper, run["residual"][paper]))
+        rows.append(row("`efficient` (the default)", ours, run["residual"][ours]))
+        if ours == ",".join(map(str, trained["layers"])):
+            rows.append(row("`efficient`, `--fit distilled`", ours, trained["distilled"]))
+        rows.append(row("`efficient`, `--fit drop`", ours, run["drop"][count]))
+    return rows
+
+
+def bias(read: Read) -> Rows:
+    """Perplexities of maps on the normed input with and without a bias."""
+    run = read("orders-qwen")
+    rows: Rows = [("layers", "bias", *_TEXTS.values()), "ll" + "r" * len(_TEXTS)]
+    for count in run["asked"]["counts"].split(","):
+        for title, name in (("yes", "normed"), ("no", "normed without bias")):
+            rows.append((count, title, *(f"{run[name][count][text]['nbl']:.2f}" for text in _TEXTS)))
+    return rows
+
+
+def stages(read: Read) -> Rows:
+    """Seconds of the stages of the default job, and calibrate and plan in units of the plain pass."""
+    titles = ("", "plain pass", "calibrate", "plan", "decoder graph", "verify", "bench", "whole job", "ratio", "peak")
+    rows: Rows = [titles, "l" + "r" * (len(titles) - 1)]
+    for name, title in (("stages-smollm2", "SmolLM2-135M"), ("stages-qwen", "Qwen2.5-Coder-0.5B")):
+        run = read(name)
+        seconds = [run["seconds"][stage] for stage in ("calibrate", "plan", "decoder", "verify", "bench")]
+        shown = [f"{value:.0f} s" for value in (run["plain_seconds"], *seconds, run["total_seconds"])]
+        rows.append((title, *shown, f"{run['ratio']:.2f}", f"{run['peak_bytes'] / 1e9:.1f} GB"))
+    return rows
+
+
+def taken(read: Read) -> Rows:
+    """What the default job took, what it costs and what it brings."""
+    rows: Rows = [("", "layers", "increase, calibration text", "increase, second text", "speed"), "llrrl"]
+    for name, title in (("stages-smollm2", "SmolLM2-135M"), ("stages-qwen", "Qwen2.5-Coder-0.5B")):
+        run = read(name)
+        rises = [_interval(price["increase"], price["increase_interval"]) for price in run["price"]]
+        speeds = "; ".join(
+            f"{r['test']} at {r['depth']}: ×{r['ratio']:.2f} ({r['interval'][0]:.2f} to {r['interval'][1]:.2f})"
+            for r in run["ratios"]
+        )
+        layers = spoken_layers(run["replaced_layers"])
+        rows.append((title, f"{layers} of {run['num_layers']}", *rises, speeds))
+    return rows
+
+
+def _interval(value: float, ends: Sequence[float]) -> str:
+    return f"{100 * value:+.1f}% ({100 * ends[0]:.1f} to {100 * ends[1]:.1f})"
