@@ -272,8 +272,7 @@ class RunDirectory:
 _OURS = (
     CALIBRATION_FILE, MOMENTS_FILE, "calibrate.partial.safetensors", "sampled.safetensors", START_FILE, MAPS_FILE,
     DISTILL_FILE, "distill.partial.safetensors", SWEEP_FILE, "original", "model", VERIFY_FILE, REFERENCES_FILE,
-    EVAL_FILE, "engine",
-    BENCH_FILE, REPORT_HTML, REPORT_MD, REPORT_JSON, "nbl-checkpoint", "checkpoint", MANIFEST,
+    EVAL_FILE, "engine", BENCH_FILE, REPORT_HTML, REPORT_MD, REPORT_JSON, "nbl-checkpoint", "checkpoint", MANIFEST,
 )  # fmt: skip
 
 
