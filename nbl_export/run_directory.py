@@ -45,25 +45,9 @@ from nbl_export.trust.contained import check_inside
 from nbl_export.trust.lock import locked
 from nbl_export.trust.plain_files import entries, refuse_special
 
-__all__ = [
-    "BENCH_FILE",
-    "CALIBRATION_FILE",
-    "DISTILL_FILE",
-    "EVAL_FILE",
-    "MAPS_FILE",
-    "MOMENTS_FILE",
-    "PACKAGES",
-    "REFERENCES_FILE",
-    "REPORT_HTML",
-    "REPORT_JSON",
-    "REPORT_MD",
-    "SCHEMA",
-    "START_FILE",
-    "SWEEP_FILE",
-    "VERIFY_FILE",
-    "RunDirectory",
-    "refuse_foreign",
-]
+__all__ = ["BENCH_FILE", "CALIBRATION_FILE", "DISTILL_FILE", "EVAL_FILE", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES",
+           "REFERENCES_FILE", "REPORT_HTML", "REPORT_JSON", "REPORT_MD", "SCHEMA", "START_FILE", "SWEEP_FILE",
+           "VERIFY_FILE", "RunDirectory", "refuse_foreign"]  # fmt: skip
 
 SCHEMA = 1
 VERIFY_FILE = "verify.json"
