@@ -41,12 +41,20 @@ class Head:
         self._model, self.size = model, weight_VD.shape[0]
         self._weight_VD = weight_VD.to(torch.bfloat16) if narrow else weight_VD
         self._divisor = None if record.logits_divisor is None else float(getattr(config, record.logits_divisor))
+        self._bias = 0.0 if model.lm_head.bias is None else model.lm_head.bias.detach()
         self._cap = None if record.logits_cap is None else getattr(config, record.logits_cap)
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] in float32, from float32 products."""
         with bfloat16.products(hidden_ND.device, False):
             return logits_of(self._model, hidden_ND)
+
+    def near_logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V] as exact as their products: two or three digits in bfloat16."""
+        if self._weight_VD.dtype == torch.float32:
+            return self.logits(hidden_ND)
+        zero_NV = hidden_ND.new_zeros(1, self.size)
+        return self.changes(zero_NV, hidden_ND[:, None])[:, 0].float() + self._bias
 
     def changes(self, logits_NV: torch.Tensor, change_NKD: torch.Tensor) -> torch.Tensor:
         """Changes of the logits [N, K, V], in the type of the products, if the hidden states change."""
@@ -68,8 +76,8 @@ class Head:
 
 def divergence(
     share_NV: torch.Tensor, apart_NKV: torch.Tensor, target_N: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """KL and rise of the cross entropy if logits change, and the mean change, [N, K] each, in nats.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL and rise of the cross entropy if logits change, [N, K] each, in nats.
 
     Computed from the changes a of the logits, since the difference of two large losses has few digits:
     KL = log E_p exp(a) - E_p a, and a target's loss rises by log E_p exp(a) - a_target.
@@ -85,7 +93,7 @@ def divergence(
         top_NK = apart_NKV.amax(2).clamp_min(0)
         apart_NKV -= top_NK[..., None]
     raised_NK = (apart_NKV.expm1_() @ share_NV[..., None])[..., 0].log1p() + top_NK
-    return raised_NK - mean_NK, raised_NK - hit_NK, mean_NK
+    return raised_NK - mean_NK, raised_NK - hit_NK
 
 
 _BELOW_ONE = 1 - 2.0**-23

@@ -117,7 +117,7 @@ class SwitchedModel:
             share_NV = base_NV.softmax(1)
             for name, change_TD in changes.items():
                 apart_NKV = self.head.changes(base_NV, change_TD[rows][:, None]).float()
-                kl, rise = (v.sum(dtype=torch.float64).item() for v in divergence(share_NV, apart_NKV, target_N)[:2])
+                kl, rise = (v.sum(dtype=torch.float64).item() for v in divergence(share_NV, apart_NKV, target_N))
                 found[name] += Loss(len(rows), kl, base, base + rise)
         return found
 

@@ -34,20 +34,24 @@ class Effects:
     """
 
     change_NKD: torch.Tensor
-    pull_NKD: torch.Tensor
     kl_NK: torch.Tensor
     loss_NK: torch.Tensor
+    square_NK: torch.Tensor  # Var_p(a), which d' F d is
+    pull_NKD: torch.Tensor | None = None
 
     def __getitem__(self, k: int) -> Effects:
         """The effects of one of the mixes (K = 1)."""
-        return Effects(*(value[:, k : k + 1] for value in vars(self).values()))
+        return Effects(*(value if value is None else value[:, k : k + 1] for value in vars(self).values()))
 
     def split(self, parts: Sequence[int]) -> list[Effects]:
         """The effects at consecutive groups of positions."""
-        return [Effects(*values) for values in zip(*(v.split(list(parts)) for v in vars(self).values()), strict=True)]
+        none = [None] * len(parts)
+        columns = (none if value is None else value.split(list(parts)) for value in vars(self).values())
+        return [Effects(*values) for values in zip(*columns, strict=True)]
 
     def gram(self, other: Effects) -> torch.Tensor:
-        """Mean of d_i' F d_j over positions, [K, K of other], in float64."""
+        """Mean of d_i' F d_j over positions, [K, K of other], in float64; `other` has its pull."""
+        assert other.pull_NKD is not None
         ours, theirs = (v.transpose(0, 1).flatten(1) for v in (self.change_NKD, other.pull_NKD))
         return (ours @ theirs.T).double() / len(self.kl_NK)
 
@@ -79,11 +83,11 @@ class Judge:
         for layer in range(self.num_layers):
             changes.append(self._change((layer,)))
             progress(layer + 1, self.num_layers)
-        return self._effects(torch.stack(changes, 1))
+        return self._effects(torch.stack(changes, 1), pulled=True)
 
     def together(self, mix: Collection[int]) -> Effects:
-        """The effects of a mix (K = 1)."""
-        return self._effects(self._change(mix)[:, None])
+        """The effects of a mix (K = 1), without its pull."""
+        return self._effects(self._change(mix)[:, None], pulled=False)
 
     def _change(self, mix: Collection[int]) -> torch.Tensor:
         first = min(mix)
@@ -94,19 +98,23 @@ class Judge:
         return last_BTD[:, self._rows].flatten(0, 1).float()
 
     @torch.no_grad()
-    def _effects(self, change_NKD: torch.Tensor) -> Effects:
+    def _effects(self, change_NKD: torch.Tensor, *, pulled: bool) -> Effects:
         positions, count, _ = change_NKD.shape
         rows = max(1, _BLOCK_BYTES // (4 * count * self._head.size))
-        found = [self._measure(part_N, change_NKD[part_N]) for part_N in torch.arange(positions).split(rows)]
+        found = [self._measure(part_N, change_NKD[part_N], pulled) for part_N in torch.arange(positions).split(rows)]
         return Effects(change_NKD, *(torch.cat(values) for values in zip(*found, strict=True)))
 
-    def _measure(self, part_N: torch.Tensor, change_NKD: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Pull, KL and rise of the loss at some positions."""
-        base_NV = self._head.logits(self._original_ND[part_N])
+    def _measure(self, part_N: torch.Tensor, change_NKD: torch.Tensor, pulled: bool) -> tuple[torch.Tensor, ...]:
+        """KL, rise of the loss, variance and, if wanted, pull at some positions."""
+        base_NV = self._head.near_logits(self._original_ND[part_N])
         share_NV = base_NV.softmax(1)
-        apart_NKV = self._head.changes(base_NV, change_NKD)
-        typed_N1V = share_NV[:, None].to(apart_NKV.dtype)
-        pull_NKD = self._head.pull(base_NV, apart_NKV * typed_N1V)
-        common_N1D = self._head.pull(base_NV, typed_N1V)
-        kl_NK, rise_NK, mean_NK = divergence(share_NV, apart_NKV.float(), self._target_N[part_N])
-        return pull_NKD - mean_NK[..., None] * common_N1D, kl_NK, rise_NK
+        narrow_NKV = self._head.changes(base_NV, change_NKD)
+        apart_NKV = narrow_NKV.float()
+        mean_NK1, square_NK1 = apart_NKV @ share_NV[..., None], apart_NKV.square() @ share_NV[..., None]
+        pull: tuple[torch.Tensor, ...] = ()
+        if pulled:
+            typed_N1V = share_NV[:, None].to(narrow_NKV.dtype)
+            common_N1D = self._head.pull(base_NV, typed_N1V)
+            pull = (self._head.pull(base_NV, narrow_NKV * typed_N1V) - mean_NK1 * common_N1D,)
+        variance_NK = (square_NK1 - mean_NK1.square())[..., 0]
+        return *divergence(share_NV, apart_NKV, self._target_N[part_N]), variance_NK, *pull

@@ -146,14 +146,13 @@ class Solo:
         gram = effects.gram(effects)
         kl_K, rise_K = (value.mean(0, dtype=torch.float64) for value in (effects.kl_NK, effects.loss_NK))
         self.effects, self.loss = effects, (kl_K + rise_K) / 2
-        self.scale = _scale(kl_K, gram.diagonal())
+        self.scale = _scale(effects)
         self.gram = (gram + gram.T) / 2 * self.scale[:, None] * self.scale
 
 
 def _scaled(base: Effects, solo: Solo) -> torch.Tensor:
     """What a set and each layer cost together beyond the sum of both, on one text [K]."""
-    scale = _scale(base.kl_NK.mean(0, dtype=torch.float64), base.gram(base).diagonal())
-    return base.gram(solo.effects)[0] * scale * solo.scale
+    return base.gram(solo.effects)[0] * _scale(base) * solo.scale
 
 
 def overall(loss_P: torch.Tensor) -> float:
@@ -269,6 +268,7 @@ class Search:
         return Point(layers, tuple(kl), tuple(rises))
 
 
-def _scale(kl_K: torch.Tensor, square_K: torch.Tensor) -> torch.Tensor:
-    """Factors of changes that make half of d' F d the true KL."""
+def _scale(effects: Effects) -> torch.Tensor:
+    """Factors of changes that make half of d' F d the true KL [K]."""
+    kl_K, square_K = (value.mean(0, dtype=torch.float64) for value in (effects.kl_NK, effects.square_NK))
     return (2 * kl_K / square_K.clamp_min(_NOTHING)).clamp_min(0).sqrt()

@@ -104,6 +104,16 @@ def test_effects_are_those_of_whole_models(architecture: str, tap: str, checkpoi
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite"])
+def test_effects_in_bfloat16_are_near(architecture: str, checkpoint: Checkpoint) -> None:
+    model = load_model(checkpoint(architecture))
+    wide, narrow = (
+        judged(SwitchedModel(model, MAPS, "residual", narrow=n)).alone(quiet).kl_NK.mean(0) for n in (False, True)
+    )
+    assert narrow.tolist() == pytest.approx(wide.tolist(), rel=0.05)
+    assert not torch.equal(narrow, wide), "products were not in bfloat16"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite"])
 def test_the_gram_of_small_changes_is_their_kl(architecture: str, checkpoint: Checkpoint) -> None:
     """KL(S) = 1/2 sum of the gram over S x S for small changes: of one layer, and of two that add up."""
     model = load_model(checkpoint(architecture))
@@ -112,9 +122,11 @@ def test_the_gram_of_small_changes_is_their_kl(architecture: str, checkpoint: Ch
         judge.parts[0], 3, model.config.hidden_size, generator=torch.Generator().manual_seed(0)
     )
     changes[:, 2] = changes[:, 0] + changes[:, 1]
-    found = judge._effects(changes)
+    found = judge._effects(changes, pulled=True)
     gram, kl = found.gram(found), found.kl_NK.double().mean(0)
     assert (gram.diagonal() / 2).tolist() == pytest.approx(kl.tolist(), rel=0.05)
+    assert found.square_NK.mean(0).tolist() == pytest.approx(gram.diagonal().tolist(), rel=1e-3)
+    assert judge._effects(changes, pulled=False).square_NK.equal(found.square_NK)
     assert gram[2, 2].item() == pytest.approx(gram[:2, :2].sum().item(), rel=1e-3)
     assert found[2].gram(found)[0].tolist() == pytest.approx(gram[2].tolist(), rel=1e-5)
 
@@ -178,7 +190,7 @@ class Planted:
         for k, mix in enumerate(mixes):
             change[:, k, list(mix)] = (2 * self.prices[list(mix)]).sqrt()
             kl[:, k] = sum(self.prices[i] for i in mix) + sum(v for pair, v in self.excess.items() if pair <= set(mix))
-        return Effects(change, change, kl, kl * torch.tensor([[1.0], [1.0]]))
+        return Effects(change, kl, kl, change.square().sum(2), change)
 
 
 def test_the_estimate_alone_orders_layers_whose_changes_add_up() -> None:
