@@ -18,6 +18,7 @@ from typing import Any
 
 import tables_proof as proof
 import tables_quality as quality
+import tables_second as second
 import tables_speed as speed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +41,10 @@ TABLES: Mapping[str, Callable[[Callable[[str], Any]], list[Sequence[str]]]] = {
     "sources": proof.sources,
     "architectures": proof.architectures,
     "runtimes": proof.runtimes,
+    "second": second.second,
+    "bias": second.bias,
+    "stages": second.stages,
+    "taken": second.taken,
     "overhead": speed.overhead,
     "intervals": speed.intervals,
 }
