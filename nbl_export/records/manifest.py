@@ -44,6 +44,25 @@ def check_manifest(manifest: Any) -> None:
             read_record(LayerScore, score)
         plan = {"replaced": manifest["replaced_layers"], "tap": manifest["tap"], "select": manifest["select"]}
         read_record(Plan, {"num_layers": spec.num_layers, **plan})
+    _check_curve(manifest.get("curve"))
+    if manifest.get("goal") is not None:
+        _require({"max_perplexity_increase": "", "default": False, **manifest["goal"]},
+                 max_perplexity_increase=str, default=bool)  # fmt: skip
+
+
+def _check_curve(curve: Any) -> None:
+    if curve is None:
+        return
+    _require(curve, texts=list, tokens=int, points=list)
+    number = (int, float)
+    for point in curve["points"]:
+        _require(point, layers=int, replaced_layers=list, increases=list, prefill=number, decode=number)
+        if len(point["increases"]) != len(curve["texts"]):
+            raise ValueError("'curve' has not one increase for each text")
+        for share in point["increases"]:
+            _require({"increases": share}, increases=number)
+    for text in curve["texts"]:
+        _require({"texts": text}, texts=str)
 
 
 def _require(values: dict[str, Any], **kinds: Any) -> None:

@@ -222,6 +222,12 @@ MANIFESTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "half a token": (lambda p: edit_options(p, generate_tokens=4.5), ("not a manifest", "'generate_tokens'")),
     "an engine that is an object": (lambda p: edit_options(p, engine={}), ("not a manifest", "'engine'")),
     "logits of an object": (lambda p: edit(p, logits={"last": "last"}), ("not a manifest", "'logits'")),
+    "a curve of a number": (lambda p: edit(p, curve=3), ("not a manifest", "restore it", "--force")),
+    "a curve with a point of words": (
+        lambda p: edit(p, curve={"texts": ["a"], "tokens": 512, "points": [{"layers": "three"}]}),
+        ("not a manifest", "--force"),
+    ),
+    "a goal of a number": (lambda p: edit(p, goal={"max_perplexity_increase": 3}), ("not a manifest", "--force")),
     "a hub text of a name": (lambda p: edit_hub(p, "name"), ("not a manifest", "restore it", "--force")),
     "a hub text of no length": (lambda p: edit_hub(p, {"sha256": "0", "cut": True}), ("not a manifest", "--force")),
     "places of text": (lambda p: edit(p, places="here"), ("not a manifest", "restore it")),
