@@ -20,7 +20,10 @@ from unittest import mock
 __all__ = ["TINY", "Outcome", "assert_refused", "configured", "in_new_process", "nbl", "snapshot", "stage_lines"]
 
 # A run that is as small as the options allow: a few seconds.
-_BENCH = {"depth": "0", "repetitions": 1, "prompt-tokens": "16", "generate-tokens": 4}  # as tiny.toml has it
+_BENCH = {
+    "layers": "1", "depth": "0", "repetitions": 1, "prompt-tokens": "16", "generate-tokens": 4,
+    "compute-dtype": "float32",
+}  # as tiny.toml has it  # fmt: skip
 TINY = ("--config", str(Path(__file__).parent / "tiny.toml"), "--calibration-tokens", "1024", "--context", "64")
 _STAGE = re.compile(
     r"^(calibrate|plan|decoder graph|rewrite|verify|bench|report)( \.\.\.|: reused|: done in [\d.]+ s)$"

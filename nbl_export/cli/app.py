@@ -64,11 +64,21 @@ def root(
     if context_.invoked_subcommand is not None:
         opt.refuse_options_before(context_)
         return
-    chosen = {**({} if config is None else read_config(config)), **asked, **({"model": model} if model else {})}
+    chosen = _over({} if config is None else read_config(config), {**asked, **({"model": model} if model else {})})
     if "model" not in chosen or output is None:
         missing = "--output" if "model" in chosen else "--model"
         raise typer.BadParameter("is needed for the main job", param_hint=missing)
     _main_job(chosen, output, force)
+
+
+def _over(configured: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Flags over the values of a file; a count or goal on the command line replaces the count or goal of the file."""
+    from nbl_export.plan.goals import GOALS
+
+    asked = ("layers", *GOALS)
+    if any(name in given for name in asked):
+        configured = {name: value for name, value in configured.items() if name not in asked}
+    return {**configured, **given}
 
 
 def _log(verbose: bool) -> None:

@@ -145,6 +145,14 @@ def test_another_run_s_manifest_is_a_configuration_and_flags_win(finished: Path,
     )
 
 
+def test_a_goal_on_the_command_line_replaces_the_count_of_the_file() -> None:
+    from nbl_export.cli.app import _over
+
+    assert _over({"layers": "1", "seed": 3}, {"kv_budget": "1KiB"}) == {"seed": 3, "kv_budget": "1KiB"}
+    assert _over({"kv_budget": "1KiB"}, {"layers": "2"}) == {"layers": "2"}
+    assert _over({"layers": "1", "seed": 3}, {"seed": 4}) == {"layers": "1", "seed": 4}
+
+
 # -- the recorded command ------------------------------------------------------------------------------------------
 
 
