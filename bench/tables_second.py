@@ -18,8 +18,8 @@ def _rise(price: Mapping[str, float]) -> str:
 
 
 def second(read: Read) -> Rows:
-    """For each count: the paper's choice; `efficient` in closed form, distilled where it was trained, and dropped."""
-    run, trained = read("orders-qwen"), read("distill-qwen")["distill"]
+    """For each count: the paper's choice, and `efficient` in closed form and dropped."""
+    run = read("orders-qwen")
     rows: Rows = [("", "layers", *_TEXTS.values(), "prefill, modelled"), "ll" + "r" * (len(_TEXTS) + 1)]
     chosen = {kind: name for name, kind in run["sets"].items()}
 
@@ -32,8 +32,6 @@ def second(read: Read) -> Rows:
         paper, ours = chosen[f"cca {count}"], chosen[f"efficient {count}"]
         rows.append(row(f"**{count} layers**: `cca` (the paper)", paper, run["residual"][paper]))
         rows.append(row("`efficient` (the default)", ours, run["residual"][ours]))
-        if ours == ",".join(map(str, trained["layers"])):
-            rows.append(row("`efficient`, `--fit distilled`", ours, trained["distilled"]))
         rows.append(row("`efficient`, `--fit drop`", ours, run["drop"][count]))
     return rows
 
