@@ -154,25 +154,44 @@ def test_another_plan_runs_the_original_no_more(
     """The original is one of two models that run at first, and none for other plans of the same model and text."""
     run = tmp_path / "run"
 
-    def verified(architecture: str, out: Path, *more: object) -> int:
+    def verified(*more: object) -> int:
         before = runs_of_torch.call_count
-        done = nbl("--model", checkpoint(architecture), "--calibration", text, *TINY, *more, "--output", out)
+        done = nbl("--model", checkpoint("llama"), "--calibration", text, *TINY, *more, "--output", run)
         assert done.status == 0, done.err
         return int(runs_of_torch.call_count - before)
 
-    assert verified("llama", run, "--layers", "1,2") == 2
+    assert verified("--layers", "1,2") == 2
     first, kept = rungs(run), (run / FILE).read_bytes()
-    assert verified("llama", run, "--layers", "1") == 1
-    assert verified("llama", run, "--layers", "1,2") == 1
+    assert verified("--layers", "1") == 1
+    assert verified("--layers", "1,2") == 1
     assert rungs(run) == first
     assert (run / FILE).read_bytes() == kept
-    assert verified("llama", run, "--layers", "1", "--precision", "int8") == 4  # own matrices, then the graph's
-    assert verified("llama", run, "--layers", "2", "--precision", "int8") == 2
-    assert verified("llama", run, "--layers", "2", "--precision", "int8", "--calibration-tokens", "2048") == 4
-    shutil.copyfile(run / FILE, tmp_path / FILE)
-    assert verified("qwen2", tmp_path / "other", "--layers", "1") == 2
-    shutil.copyfile(tmp_path / FILE, tmp_path / "other" / FILE)  # of another model
-    assert verified("qwen2", tmp_path / "other", "--layers", "2") == 2
+    assert verified("--layers", "1", "--precision", "int8") == 4  # own matrices, then the graph's
+    assert verified("--layers", "2", "--precision", "int8") == 2
+    assert verified("--layers", "2", "--precision", "int8", "--calibration-tokens", "2048") == 4
+
+
+def test_a_model_with_one_other_weight_runs(
+    checkpoint: Callable[[str], Path], text: Path, tmp_path: Path, runs_of_torch: mock.Mock
+) -> None:
+    """Its tokens and sizes are those of the model whose references lie in the run directory."""
+    from safetensors.torch import load_file, save_file
+
+    other = Path(shutil.copytree(checkpoint("llama"), tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"][0] += 0.5
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+
+    def run(model: Path, name: str, layers: str) -> int:
+        before = runs_of_torch.call_count
+        out = tmp_path / "runs" / name
+        done = nbl("--model", model, "--calibration", text, *TINY, "--layers", layers, "--output", out)
+        assert done.status == 0, done.err
+        return int(runs_of_torch.call_count - before)
+
+    assert run(checkpoint("llama"), "first", "1") == run(other, "second", "1") == 2
+    shutil.copyfile(tmp_path / "runs" / "first" / FILE, tmp_path / "runs" / "second" / FILE)
+    assert run(other, "second", "2") == 2
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
