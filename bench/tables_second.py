@@ -1,4 +1,4 @@
-"""Tables of the second model, and of the time of a whole job on both models, made from raw results."""
+"""Tables of the second model, and of the time of a whole job, made from raw results."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from nbl_export.records.plan import spoken_layers
 
+_JOBS = {"stages-smollm2": "SmolLM2-135M"}
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
 _TEXTS = {"c4 rest": "C4", "wikitext-2 valid": "WikiText-2", "realnews": "realnews",
@@ -50,7 +51,7 @@ def stages(read: Read) -> Rows:
     """Seconds of the stages of the default job, and calibrate and plan in units of the plain pass."""
     titles = ("", "plain pass", "calibrate", "plan", "decoder graph", "verify", "bench", "whole job", "ratio", "peak")
     rows: Rows = [titles, "l" + "r" * (len(titles) - 1)]
-    for name, title in (("stages-smollm2", "SmolLM2-135M"), ("stages-qwen", "Qwen2.5-Coder-0.5B")):
+    for name, title in _JOBS.items():
         run = read(name)
         seconds = [run["seconds"][stage] for stage in ("calibrate", "plan", "decoder", "verify", "bench")]
         shown = [f"{value:.0f} s" for value in (run["plain_seconds"], *seconds, run["total_seconds"])]
@@ -61,7 +62,7 @@ def stages(read: Read) -> Rows:
 def taken(read: Read) -> Rows:
     """What the default job took, what it costs and what it brings."""
     rows: Rows = [("", "layers", "increase, calibration text", "increase, second text", "speed"), "llrrl"]
-    for name, title in (("stages-smollm2", "SmolLM2-135M"), ("stages-qwen", "Qwen2.5-Coder-0.5B")):
+    for name, title in _JOBS.items():
         run = read(name)
         rises = [_interval(price["increase"], price["increase_interval"]) for price in run["price"]]
         speeds = "; ".join(
