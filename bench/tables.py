@@ -74,7 +74,7 @@ def written(text: str) -> str:
         if text.count(f"<!-- {name} -->\n") != 1 or text.count(f"\n<!-- /{name} -->") != 1:
             raise ValueError(f"{PAGE.name} needs one pair of markers for {name}")
     return re.sub(
-        r"<!-- ([\w-]+) -->\n.*?\n<!-- /\1 -->",
+        r"<!-- ([\w-]+) -->\n(?:.*?\n)?<!-- /\1 -->",
         lambda found: f"<!-- {found[1]} -->\n{markdown(TABLES[found[1]](result))}\n<!-- /{found[1]} -->",
         text,
         flags=re.DOTALL,

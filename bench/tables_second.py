@@ -61,16 +61,13 @@ def stages(read: Read) -> Rows:
 
 def taken(read: Read) -> Rows:
     """What the default job took, what it costs and what it brings."""
-    rows: Rows = [("", "layers", "increase, calibration text", "increase, second text", "speed"), "llrrl"]
+    rows: Rows = [("", "layers replaced", "increase, calibration text", "increase, second text", "speed"), "llrrl"]
     for name, title in _JOBS.items():
         run = read(name)
         rises = [_interval(price["increase"], price["increase_interval"]) for price in run["price"]]
-        speeds = "; ".join(
-            f"{r['test']} at {r['depth']}: ×{r['ratio']:.2f} ({r['interval'][0]:.2f} to {r['interval'][1]:.2f})"
-            for r in run["ratios"]
-        )
-        layers = spoken_layers(run["replaced_layers"])
-        rows.append((title, f"{layers} of {run['num_layers']}", *rises, speeds))
+        speeds = "; ".join(f"{r['test']} at {r['depth']}: ×{r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f})"
+                           for r in run["ratios"])  # fmt: skip
+        rows.append((title, spoken_layers(run["replaced_layers"]), *rises, speeds))
     return rows
 
 
