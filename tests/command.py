@@ -17,7 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-__all__ = ["TINY", "Outcome", "assert_refused", "configured", "in_new_process", "nbl", "snapshot", "stage_lines"]
+__all__ = [
+    "BARE",
+    "TINY",
+    "Outcome",
+    "assert_refused",
+    "configured",
+    "in_new_process",
+    "nbl",
+    "snapshot",
+    "stage_lines",
+]
 
 # A run that is as small as the options allow: a few seconds.
 _BENCH = {
@@ -25,6 +35,7 @@ _BENCH = {
     "compute-dtype": "float32",
 }  # as tiny.toml has it  # fmt: skip
 TINY = ("--config", str(Path(__file__).parent / "tiny.toml"), "--calibration-tokens", "1024", "--context", "64")
+BARE = ("--config", str(Path(__file__).parent / "bare.toml"), *TINY[2:])  # for an NBL checkpoint
 _STAGE = re.compile(
     r"^(calibrate|plan|decoder graph|rewrite|verify|bench|report)( \.\.\.|: reused|: done in [\d.]+ s)$"
 )

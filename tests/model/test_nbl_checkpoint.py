@@ -22,7 +22,7 @@ from nbl_export.model.linearize import linearize
 from nbl_export.plan.maps_file import load_maps
 from nbl_export.records.plan import AffineMap
 
-from ..command import TINY, assert_refused, nbl
+from ..command import BARE, assert_refused, nbl
 from ..tiny import EVERY
 
 IDS = torch.arange(2, 40)[None]
@@ -42,7 +42,7 @@ def saved(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def again(saved: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on it. Never write to it."""
     output = tmp_path_factory.mktemp("again") / "run"
-    done = nbl("--model", saved, "--calibration", text, *TINY, "--output", output)
+    done = nbl("--model", saved, "--calibration", text, *BARE, "--output", output)
     assert done.status == 0, done.err
     assert "calibrate: left out, the checkpoint no longer contains" in done.err
     return output
@@ -125,7 +125,7 @@ def test_a_run_on_it_saves_the_same_checkpoint_and_is_reused(
     recorded = shlex.split(json.loads((run / "nbl.json").read_text())["command"].split(" && ")[0])[
         1:-1
     ]  # it says --fit given
-    for arguments in (("--model", saved, "--calibration", text, *TINY, "--output"), (*TINY[:2], *recorded)):
+    for arguments in (("--model", saved, "--calibration", text, *BARE, "--output"), (*BARE[:2], *recorded)):
         done = nbl(*arguments, run)
         assert done.status == 0 and "verify: reused" in done.err, done.err
     assert nbl("save-checkpoint", run).status == 0
@@ -143,7 +143,7 @@ def test_a_run_on_it_saves_the_same_checkpoint_and_is_reused(
 )  # fmt: skip
 def test_what_needs_the_attention_is_refused(saved: Path, text: Path, asked: tuple[str, ...], tmp_path: Path) -> None:
     given = () if asked[0] == "--calibration" else ("--calibration", text)
-    done = nbl("--model", saved, *given, *TINY, *asked, "--output", tmp_path / "run")
+    done = nbl("--model", saved, *given, *BARE, *asked, "--output", tmp_path / "run")
     assert_refused(done, 2, asked[0], "leave" if asked[0] != "--fit" else "no longer contains")
     assert not (tmp_path / "run").exists()
 
@@ -169,7 +169,9 @@ def test_its_graph_can_be_evaluated(again: Path, text: Path, tmp_path: Path) -> 
 
 
 def test_the_fit_given_is_for_such_a_checkpoint_alone(same: tuple[object, ...], tmp_path: Path) -> None:
-    assert_refused(nbl(*same, "--fit", "given", "--output", tmp_path / "run"), 2, "--fit given", "save-checkpoint")
+    assert_refused(
+        nbl(*same[:4], *BARE, "--fit", "given", "--output", tmp_path / "run"), 2, "--fit given", "save-checkpoint"
+    )
     assert not (tmp_path / "run").exists()
 
 
