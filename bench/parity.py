@@ -7,7 +7,7 @@ script uses neither the linearization nor the runner of nbl-export, so it checks
 
 Two float32 computations agree at best within their float32 errors. So each position has three distances (largest logit
 difference): graph to torch, graph to torch in float64, and torch to torch in float64. The last distance is the float32
-error of torch. Inputs are a few prompts, and windows of 256 tokens of the three texts of DATA (see quality.py).
+error of torch. Inputs are a few prompts, and windows of 256 tokens of the three texts of DATA (see bed.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from quality import news
+from bed import news
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import quality
+import bed
 
 ROWS: dict[str, tuple[str, ...]] = {
     "fp32": ("--precision", "fp32"),
@@ -71,7 +71,7 @@ def measure(options: argparse.Namespace, given: tuple[str, ...]) -> dict[str, An
 
 def texts(data: Path, scratch: Path) -> str:
     """The three texts in the form of --perplexity."""
-    (scratch / "news.txt").write_text("\n\n".join(quality.news(data)), encoding="utf-8")
+    (scratch / "news.txt").write_text("\n\n".join(bed.news(data)), encoding="utf-8")
     found = {
         "c4": data / "c4/c4_demo.json",
         "wikitext": data / "wikitext-2-raw/wiki.valid.raw",

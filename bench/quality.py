@@ -25,124 +25,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-TOKENS, CONTEXT, HELD = 65_536, 512, 8192  # the defaults of nbl-export
+from bed import TOKENS, Bed, log
+
 COUNTS = (4, 8, 10, 12, 15)
 TRAINING = ("layers", "settings", "text", "train_tokens", "seconds", "cpu_seconds", "steps", "held_kl", "train_kl")
-
-
-def log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-class Bed:
-    """Model, calibration windows, moments and the texts of the figures."""
-
-    def __init__(
-        self,
-        model_name: str,
-        data: Path,
-        text: str,
-        windows: int,
-        train_tokens: int = TOKENS,
-        taps: Sequence[str] = ("residual", "normed"),
-        near_windows: int | None = None,
-        narrow_judge: bool = False,
-    ) -> None:
-        from nbl_export.calibrate import hooks
-        from nbl_export.model import allocator
-        from nbl_export.model.checkpoint import load, materialise
-        from nbl_export.model.checkpoint import source as checkpoint_source
-        from nbl_export.text import corpus
-        from nbl_export.text import windows as text_windows
-
-        allocator.keep_freed_memory()
-        with tempfile.TemporaryDirectory() as scratch:
-            found = checkpoint_source.resolve(model_name)
-            self.spec = load.read_spec(found)
-            directory = materialise.materialise(found, Path(scratch) / "checkpoint")
-            self.model, self.tokenizer = load.load_model(directory), load.load_tokenizer(directory)
-        c4 = corpus.read_text(str(data / "c4" / "c4_demo.json"))
-        source = corpus.installed_text() if text == "default" else c4
-        self.windows, self.held = text_windows.pack(source, self.tokenizer, TOKENS, CONTEXT, HELD)
-        self.training = text_windows.extend(self.windows, source, self.tokenizer, train_tokens, HELD)
-        self.text = {"name": source.name, "sha256": source.sha256}
-        self.texts = {
-            "c4 rest": self._spread(self._ids(c4.documents)[TOKENS + HELD :], near_windows or windows),
-            "wikitext-2 valid": self._spread(
-                self._ids([(data / "wikitext-2-raw" / "wiki.valid.raw").read_text(encoding="utf-8")]), windows
-            ),
-            "realnews": self._spread(self._ids(news(data)), windows),
-        }
-        far = corpus.stdlib_text()
-        rows, _ = text_windows.pack(far, self.tokenizer, 32_768, CONTEXT)
-        self.far = rows[len(rows) // 2 :]  # the second half judges layers, as in nbl-export; figures use the first
-        self.texts[far.name] = self._spread(rows[: len(rows) // 2].flatten(), windows)
-        self.texts["code"] = self._spread(self._ids(standard_library()), windows)
-        self.narrow_judge = narrow_judge
-        started = time.monotonic()
-        quiet: Any = lambda _d, _t: None  # noqa: E731
-        self.moments = hooks.collect(self.model, self.windows, quiet, taps, narrow=narrow_judge) if taps else {}
-        log(f"moments: {time.monotonic() - started:.0f} s")
-
-    def _ids(self, documents: Any) -> Any:
-        import torch
-
-        return torch.tensor([i for d in documents for i in self.tokenizer(d, verbose=False)["input_ids"]])
-
-    @staticmethod
-    def _spread(ids: Any, count: int) -> Any:
-        import torch
-
-        rows = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
-        return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
-
-    @property
-    def judging(self) -> list[Any]:
-        """The windows by which nbl-export judges layers, of each text."""
-        from nbl_export.text.held_back import spread
-
-        near = self.held[len(self.held) // 2 :][: 2048 // CONTEXT]
-        return [near, spread(self.far, len(near))]
-
-    def maps(self, tap: str, layers: Any) -> dict[int, Any]:
-        from nbl_export.plan import lmmse
-
-        return {i: lmmse.fit(self.moments[tap][i], i) for i in layers}
-
-    def prices(self, maps: Mapping[int, Any], tap: str, mixes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Name of a mix -> text -> KL, the mix's perplexity and the original's perplexity."""
-        from nbl_export.model.mixes import SwitchedModel
-
-        switched = SwitchedModel(self.model, maps, tap, narrow=self.narrow_judge)
-        found: dict[str, dict[str, Any]] = {name: {} for name in mixes}
-        for text, rows in self.texts.items():
-            losses = switched.prices(rows, mixes)
-            for name, loss in losses.items():
-                original, nbl = loss.perplexities
-                found[name][text] = {"kl": loss.kl, "original": original, "nbl": nbl, "increase": nbl - original}
-        for name, row in found.items():
-            log(f"{name}: " + ", ".join(f"{t} {v['original']:.1f} -> {v['nbl']:.1f}" for t, v in row.items()))
-        return found
-
-
-def news(data: Path) -> list[str]:
-    lines = (data / "c4" / "graphmark_c4_realnewslike_500.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row["prompt"] + row["natural_text"] for row in map(json.loads, lines)]
-
-
-def standard_library() -> list[str]:
-    """Source code of Python's standard library, which no default text contains."""
-    import sysconfig
-
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    return [path.read_text(encoding="utf-8") for path in files]
 
 
 def plans(bed: Bed) -> dict[str, Any]:

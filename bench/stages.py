@@ -2,7 +2,7 @@
 
     python bench/stages.py MODEL [OPTIONS of the main job] > bench/results/stages-<model>.json
 
-The job runs in a process of its own and in a new directory (--keep DIR keeps it). The plain pass runs behind it, on the
+The job runs in a process of its own and in a new directory (--keep DIR keeps it). The plain pass runs after it, on the
 same windows, in float32, without the head. Its seconds are the unit in which calibrate and plan are compared.
 """
 

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import quality
+from bed import Bed, log
 
 TASKS = ("lambada_openai", "arc_easy", "piqa")
 FIGURES = {"lambada_openai": ("acc", "perplexity"), "arc_easy": ("acc", "acc_norm"), "piqa": ("acc", "acc_norm")}
@@ -58,7 +58,7 @@ class Everyone:
                 found[name].update(zip(batch, scores, strict=True))
             done = total - len(waiting)
             if done * 10 // total > (done - size) * 10 // total:
-                quality.log(f"  {done} of {total} requests, {time.monotonic() - started:.0f} s")
+                log(f"  {done} of {total} requests, {time.monotonic() - started:.0f} s")
         return found
 
     def _batch(self, batch: Sequence[Any]) -> dict[str, list[Any]]:
@@ -178,7 +178,7 @@ def main() -> None:
     from nbl_export.model import bfloat16
 
     result = json.loads(options.result.read_text(encoding="utf-8")) if options.result.exists() else {"tasks": {}}
-    bed = quality.Bed(
+    bed = Bed(
         options.model, options.data, "default", 1, taps=("residual",) if any("=cca:" in r for r in options.rows) else ()
     )
     rows = rows_of(options.rows, bed)
@@ -197,7 +197,7 @@ def main() -> None:
             continue
         lm = answering(bed.tokenizer, bed.spec.max_positions)
         measure.run_benchmark(benchmark, lm, options.limit)
-        quality.log(f"{name}: {len(lm.asked)} requests, {sum(len(r.inputs) for r in lm.asked)} tokens")
+        log(f"{name}: {len(lm.asked)} requests, {sum(len(r.inputs) for r in lm.asked)} tokens")
         scores = Everyone(bed.model, missing, narrow).score(lm.asked)
         outcomes = {}
         for row, lm.scores in scores.items():
@@ -205,7 +205,7 @@ def main() -> None:
         about = {"original": {}, **{row.name: row.about for row in missing}}
         for row, outcome in outcomes.items():
             entry["rows"][row] = {**about[row], **measured(outcome, outcomes["original"], FIGURES[name])}
-            quality.log(f"{name}, {row}: {entry['rows'][row]}")
+            log(f"{name}, {row}: {entry['rows'][row]}")
         write_json(options.result, result)
 
 

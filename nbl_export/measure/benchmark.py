@@ -3,7 +3,7 @@
     each variant alone, in a child process         load seconds, peak and steady memory
     for each number of threads, repeated loads of all variants (`rounds`); with each load, for each batch and depth:
         depth d      fill A to d, fill B to d      untimed; every run below starts by rewinding to d
-          pp<T>      warm A, warm B, a round A B   with the next load B A; no warm-up if the fill had such a chunk
+          pp<T>      warm A, warm B, a round A B   with the next load B A
           tg<T>      warm A, warm B, a round A B
 
 pp<T> at depth d: d tokens are in the cache, and T more are appended as one chunk. Then the first token is picked from
@@ -88,8 +88,8 @@ def plan_scenarios(
 
 
 _ORDER = (
-    "every round loads all variants again and rotates their order by one; with each load a discarded warm-up, or for a "
-    "prefill behind a cache the fill of the cache; each run waits for the threads of the previous run"
+    "every round loads all variants again and rotates their order by one; one discarded warm-up with each load; "
+    "each timed run waits for the threads of the previous run"
 )
 
 

@@ -41,8 +41,8 @@ LOOKS = (6, 12, 18, 24)
 NARROW = 1.1  # upper end of an interval divided by its lower end
 _SECONDS = 180.0
 _FILL_CHUNK = 512  # tokens; 128 to 2048 fill equally fast, and attention scores of a chunk stay small
-# Tokens, as in llama-bench (tools/llama-bench, test_gen(ctx, 1)). The first token behind a prefill takes as long as the
-# twelfth, even without a warm-up (docs/experiments.md, "Measurement").
+# Tokens, as in llama-bench (tools/llama-bench, test_gen(ctx, 1)). The first token behind a prefill takes no longer than
+# later tokens (docs/experiments.md, "Measurement").
 _WARM_UP_DECODE = 1
 
 Progress = Callable[[int, int], None]
@@ -111,8 +111,7 @@ class Steps:
 
     def plan_loads(self, count: int, variants: Mapping[str, Variant], scenarios: Sequence[Scenario]) -> None:
         fills = len({(s.batch, s.depth) for s in scenarios})
-        warm_ups = sum(not _is_warm(s) for s in scenarios)
-        self.plan(count * len(variants) * (fills + warm_ups + len(scenarios)))
+        self.plan(count * len(variants) * (fills + 2 * len(scenarios)))
 
     def done(self) -> None:
         """Report one more finished step."""
@@ -210,11 +209,9 @@ def _time_group(
         runner.begin(depth + max(s.tokens for s in scenarios), batch)
         for chunk in _chunks(stand.ids, batch, 0, depth, _FILL_CHUNK if batch == 1 else depth):
             runner.append(chunk)
-        if depth:
-            runner.pick()
         stand.steps.done()
     for scenario in scenarios:
-        for runner in () if _is_warm(scenario) else runners.values():
+        for runner in runners.values():
             _warm_up(stand, runner, scenario)
             stand.steps.done()
         for name, runner in runners.items():
@@ -253,11 +250,6 @@ def _sample(stand: Stand, runner: TextRunner, scenario: Scenario) -> _Sample:
     energy = None if meter is None or before is None else meter.read() - before
     steps = tuple(after - start for start, after in itertools.pairwise(stamps))
     return _Sample(stamps[-1] - stamps[0], steps, None if picked is None else picked - stamps[-1], energy)
-
-
-def _is_warm(scenario: Scenario) -> bool:
-    """Whether the fill has run a chunk as long as this prefill, and so has allocated its buffers."""
-    return scenario.kind == "pp" and scenario.batch == 1 and min(scenario.depth, _FILL_CHUNK) >= scenario.tokens
 
 
 def _warm_up(stand: Stand, runner: TextRunner, scenario: Scenario) -> None:

@@ -28,7 +28,7 @@ def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 class Head:
-    """The head of a model as a function of changes of the hidden states.
+    """The head of a model as a function of changes of the hidden states. No supported architecture's head has a bias.
 
     Args:
         model: a causal LM of transformers.
@@ -41,7 +41,6 @@ class Head:
         self._model, self.size = model, weight_VD.shape[0]
         self._weight_VD = weight_VD.to(torch.bfloat16) if narrow else weight_VD
         self._divisor = None if record.logits_divisor is None else float(getattr(config, record.logits_divisor))
-        self._bias = 0.0 if model.lm_head.bias is None else model.lm_head.bias.detach()
         self._cap = None if record.logits_cap is None else getattr(config, record.logits_cap)
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
@@ -53,8 +52,7 @@ class Head:
         """Logits [N, V] as exact as their products: two or three digits in bfloat16."""
         if self._weight_VD.dtype == torch.float32:
             return self.logits(hidden_ND)
-        zero_NV = hidden_ND.new_zeros(1, self.size)
-        return self.changes(zero_NV, hidden_ND[:, None])[:, 0].float() + self._bias
+        return self.changes(hidden_ND.new_zeros(1, self.size), hidden_ND[:, None])[:, 0].float()
 
     def changes(self, logits_NV: torch.Tensor, change_NKD: torch.Tensor) -> torch.Tensor:
         """Changes of the logits [N, K, V], in the type of the products, if the hidden states change."""

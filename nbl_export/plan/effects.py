@@ -30,13 +30,13 @@ _BLOCK_BYTES = 64 << 20  # of the changes of logits that are held at once
 class Effects:
     """Effects of K mixes at N judged positions, in float32.
 
-    loss: rise of the cross entropy of the next token, in nats.
+    rise: of the cross entropy of the next token, in nats. square: Var_p(a), which d' F d is.
     """
 
     change_NKD: torch.Tensor
     kl_NK: torch.Tensor
-    loss_NK: torch.Tensor
-    square_NK: torch.Tensor  # Var_p(a), which d' F d is
+    rise_NK: torch.Tensor
+    square_NK: torch.Tensor
     pull_NKD: torch.Tensor | None = None
 
     def __getitem__(self, k: int) -> Effects:

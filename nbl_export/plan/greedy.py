@@ -3,8 +3,8 @@
     each layer alone ─► effects ─► estimated loss of a set ─► next layer ─► loss of the new set by a true pass ─► ...
 
 The loss of a set on a text is the mean of its KL and of the rise of cross entropy on the text's own next tokens. KL has
-little noise. The rise shows layers that harm what the model knew best: Qwen2.5-Coder's layer 6 has the KL of its
-neighbours and several times their rise. The loss on all texts is the root mean square, so the worst text counts most.
+little noise. The rise is what a perplexity goal limits. The loss on all texts is the root mean square, so the worst
+text counts most (docs/experiments.md compares rules).
 
 The estimate for a set S with known effects and one more layer t is loss(S) + d_S' F d_t + loss(t) (`effects`). It
 assumes that the two changes add up. Neighbours at the top of a decoder do more harm together than that. So the best
@@ -32,10 +32,10 @@ import torch
 from nbl_export.errors import NblError
 from nbl_export.plan.effects import Effects
 
-__all__ = ["TRIES", "Front", "GreedyOrder", "Point", "Search"]
+__all__ = ["TRIES", "GreedyOrder", "Point", "Search"]
 
 TRIES = 3
-_NOTHING = 1e-9  # least share of the work that a set saves, and least KL
+_NOTHING = 1e-9  # least share of the work that a set saves, and least loss
 
 
 Progress = Callable[[int, int], None]  # steps done, all steps
@@ -70,8 +70,8 @@ class Point:
 
     @property
     def loss(self) -> float:
-        """What the set loses on all texts (`overall`)."""
-        return overall(torch.tensor(self.losses, dtype=torch.float64))
+        """What the set loses on all texts (`_overall`)."""
+        return _overall(torch.tensor(self.losses, dtype=torch.float64))
 
     @property
     def increases(self) -> tuple[float, ...]:
@@ -90,14 +90,10 @@ class Point:
 
 @dataclass(frozen=True)
 class GreedyOrder:
-    """Sets in order of replacement, each with one layer more than the one before; and sets beyond (`outlook`).
-
-    alone: loss of each layer alone, in nats; None if its map gives logits that are not finite.
-    """
+    """Sets in order of replacement, each with one layer more than the one before; and sets beyond (`outlook`)."""
 
     steps: tuple[Point, ...] = ()
     beyond: tuple[Point, ...] = ()
-    alone: tuple[float | None, ...] = ()
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -106,56 +102,56 @@ class GreedyOrder:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> GreedyOrder:
-        steps, beyond = (tuple(Point.from_json(v) for v in values[name]) for name in ("steps", "beyond"))
-        return cls(steps, beyond, tuple(None if v is None else float(v) for v in values["alone"]))
+        return cls(*(tuple(Point.from_json(v) for v in values[name]) for name in ("steps", "beyond")))
 
 
-class Front:
-    """A set with known effects, and layers added to it by the estimate. Everything is computed for each text P.
+class _Front:
+    """A set with known effects, and layers added to it by the estimate. Everything is kept for each text P.
+
+    What a further layer K adds to the loss is `_more_PK`.
 
     Args:
-        alone: effects of each layer alone.
-        parts: judged positions of each text.
-        base, known: effects of the set; None for the empty set.
+        alone: effects of each layer alone, for each text.
+        base, known: effects of the set for each text, and the set; None for the empty set.
     """
 
-    def __init__(self, alone: Sequence[Solo], base: Sequence[Effects] | None, known: Point | None) -> None:
+    def __init__(self, alone: Sequence[_Solo], base: Sequence[Effects] | None, known: Point | None) -> None:
         self._gram_PKK = torch.stack([solo.gram for solo in alone])
-        self._rise_PK = torch.stack([solo.loss for solo in alone])
+        self._more_PK = torch.stack([solo.loss for solo in alone])
         self._loss_P = torch.tensor(known.losses if known else [0.0] * len(alone), dtype=torch.float64)
         self.layers = known.layers if known else ()
         if base is not None:
             cross = [_scaled(part, solo) for part, solo in zip(base, alone, strict=True)]
-            self._rise_PK = self._rise_PK + torch.stack(cross)
+            self._more_PK = self._more_PK + torch.stack(cross)
 
     def estimate(self, layer: int) -> float:
         """Estimated loss of the set with one more layer."""
-        return overall(self._loss_P + self._rise_PK[:, layer])
+        return _overall(self._loss_P + self._more_PK[:, layer])
 
     def add(self, layer: int) -> None:
         """Add a layer without a true pass."""
-        self._loss_P = self._loss_P + self._rise_PK[:, layer]
+        self._loss_P = self._loss_P + self._more_PK[:, layer]
         self.layers = (*self.layers, layer)
-        self._rise_PK = self._rise_PK + self._gram_PKK[:, layer]
+        self._more_PK = self._more_PK + self._gram_PKK[:, layer]
 
 
-class Solo:
+class _Solo:
     """Effects of each layer alone on one text, scaled so that half of the gram's diagonal is the true KL."""
 
     def __init__(self, effects: Effects) -> None:
         gram = effects.gram(effects)
-        kl_K, rise_K = (value.mean(0, dtype=torch.float64) for value in (effects.kl_NK, effects.loss_NK))
+        kl_K, rise_K = (value.mean(0, dtype=torch.float64) for value in (effects.kl_NK, effects.rise_NK))
         self.effects, self.loss = effects, (kl_K + rise_K) / 2
         self.scale = _scale(effects)
         self.gram = (gram + gram.T) / 2 * self.scale[:, None] * self.scale
 
 
-def _scaled(base: Effects, solo: Solo) -> torch.Tensor:
+def _scaled(base: Effects, solo: _Solo) -> torch.Tensor:
     """What a set and each layer cost together beyond the sum of both, on one text [K]."""
     return base.gram(solo.effects)[0] * _scale(base) * solo.scale
 
 
-def overall(loss_P: torch.Tensor) -> float:
+def _overall(loss_P: torch.Tensor) -> float:
     """The loss on all texts: the root mean square of the loss on each; infinite if one is not finite."""
     value = float(loss_P.clamp_min(0).square().mean().sqrt())
     return max(value, _NOTHING) if math.isfinite(value) else math.inf
@@ -177,12 +173,10 @@ class Search:
     ) -> None:  # fmt: skip
         self._judge, self._saving = judge, saving
         self._effects_alone = judge.alone(progress)
-        self._alone = [Solo(part) for part in self._effects_alone.split(judge.parts)]
-        losses = [overall(loss_P) for loss_P in torch.stack([solo.loss for solo in self._alone], 1)]
-        alone = tuple(value if math.isfinite(value) else None for value in losses)
-        if not any(value is not None for value in alone):
+        self._alone = [_Solo(part) for part in self._effects_alone.split(judge.parts)]
+        if not any(math.isfinite(_overall(loss_P)) for loss_P in torch.stack([solo.loss for solo in self._alone], 1)):
             raise NblError("the map of layer 0 gives logits that are not finite; give more --calibration-tokens")
-        self.order = GreedyOrder(order.steps, order.beyond, alone)
+        self.order = order
         self._excess: dict[int, float] = {}
         self._effects = judge.together(order.layers) if order.layers else None
 
@@ -194,7 +188,7 @@ class Search:
         """
         while len(self.order.steps) < length:
             point, self._effects = self._step()
-            self.order = GreedyOrder((*self.order.steps, point), (), self.order.alone)
+            self.order = GreedyOrder((*self.order.steps, point))
             progress(len(self.order.steps), length)
         return self.order
 
@@ -216,11 +210,11 @@ class Search:
             points.append(point)
             progress(len(points), len(counts))
             front = self._front(point, effects)
-        self.order = GreedyOrder(self.order.steps, tuple(points), self.order.alone)
+        self.order = GreedyOrder(self.order.steps, tuple(points))
         return self.order
 
-    def _front(self, known: Point | None, effects: Effects | None) -> Front:
-        return Front(self._alone, None if effects is None else effects.split(self._judge.parts), known)
+    def _front(self, known: Point | None, effects: Effects | None) -> _Front:
+        return _Front(self._alone, None if effects is None else effects.split(self._judge.parts), known)
 
     def _step(self) -> tuple[Point, Effects]:
         known = self.order.steps[-1] if self.order.steps else None
@@ -231,7 +225,7 @@ class Search:
             mix = (*front.layers, layer)
             effects = self._judge.together(mix) if known else self._effects_alone[layer]
             point = self._point(mix, effects)
-            self._excess[layer] = self._excess.get(layer, 0.0) + point.loss - self._estimate(front, layer)
+            self._excess[layer] = max(0.0, point.loss - front.estimate(layer))
             tried.append((self._value(point.loss, mix), point, effects))
             best = min(tried, key=lambda t: t[0])
             if following is None or best[0] <= self._value(
@@ -246,13 +240,13 @@ class Search:
         self._excess.pop(point.layers[-1], None)
         return point, effects
 
-    def _ranked(self, front: Front) -> list[int]:
+    def _ranked(self, front: _Front) -> list[int]:
         """Layers by the value of the set with them, best first; the lower layer first on a tie."""
         rest = [i for i in range(self._judge.num_layers) if i not in front.layers]
         return sorted(rest, key=lambda i: (self._value(self._estimate(front, i), (*front.layers, i)), i))
 
-    def _estimate(self, front: Front, layer: int) -> float:
-        return front.estimate(layer) + max(0.0, self._excess.get(layer, 0.0))
+    def _estimate(self, front: _Front, layer: int) -> float:
+        return front.estimate(layer) + self._excess.get(layer, 0.0)
 
     def _value(self, loss: float, mix: Sequence[int]) -> float:
         if not math.isfinite(loss):
@@ -261,11 +255,11 @@ class Search:
 
     def _point(self, layers: tuple[int, ...], effects: Effects) -> Point:
         parts = effects.split(self._judge.parts)
-        kl, rises = (
-            [float(v.mean(dtype=torch.float64)) for v in values]
-            for values in ([part.kl_NK for part in parts], [part.loss_NK for part in parts])
+        means = (
+            tuple(float(value.mean(dtype=torch.float64)) for value in values)
+            for values in ([part.kl_NK for part in parts], [part.rise_NK for part in parts])
         )
-        return Point(layers, tuple(kl), tuple(rises))
+        return Point(layers, *means)
 
 
 def _scale(effects: Effects) -> torch.Tensor:

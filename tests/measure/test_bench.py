@@ -89,7 +89,6 @@ class FakeRunner:
 
     def pick(self) -> int:
         self.tape.now += PICK_NS
-        self.tape.calls.append((self.name, "pick"))
         return 0
 
     def encode(self, prompt: str, *, chat: bool) -> list[int]:
@@ -180,7 +179,7 @@ def test_every_round_has_a_load_of_its_own(tmp_path: Path, repetitions: int) -> 
         kinds = [c[1] for c in tape.calls if c[0] == name]
         between = "".join({"open": "o", "close": "c", "rewind": "r"}.get(k, "") for k in kinds).strip("oc").split("co")
         assert len(between) == kinds.count("open") == repetitions
-        assert [len(runs) for runs in between] == [4 * 2 - 1] * repetitions  # the fill warms one prefill up
+        assert [len(runs) for runs in between] == [4 * 2] * repetitions
     assert [len(t["samples_ns"]) for t in result["timings"]] == [repetitions] * 8
     assert [t["loads"] for t in result["timings"]] == [list(range(repetitions))] * 8
     assert [(t["test"], t["depth"], t["variant"]) for t in result["timings"]] == [
@@ -248,20 +247,6 @@ def test_a_prefill_is_one_chunk_and_a_decode_single_tokens(tmp_path: Path) -> No
     _, tape, _ = run_fake(tmp_path, [Scenario("pp", 64, 0), Scenario("tg", 16, 0)], repetitions=1)
     sizes = [len(c[3]) for c in tape.calls if c[:2] == ("nbl", "append")]
     assert sizes == [64, 64] + [1] + [1] * 16  # warm-up, round; decode's warm-up is shorter
-
-
-def test_a_fill_warms_up_a_prefill_that_is_no_longer_than_its_chunks(tmp_path: Path) -> None:
-    scenarios = plan_scenarios((64, 512, 600), 4, (0, 64, 700))
-    result, tape, reports = run_fake(tmp_path, scenarios, repetitions=1)
-    found = collections.Counter((depth, tokens) for name, depth, tokens in runs(tape) if name == "nbl")
-    assert {key for key, count in found.items() if count == 1} == {
-        (64, 64), (700, 64), (700, 512), *((depth, tokens) for depth in (0, 64, 700) for tokens in (1, 4))
-    }  # fmt: skip
-    assert all(found[depth, 600] == 2 for depth in (0, 64, 700))
-    assert {len(t["samples_ns"]) for t in result["timings"]} == {1}
-    assert reports[-1] == (len(reports), len(reports))
-    filled = [k for k, call in enumerate(tape.calls) if call[0] == "nbl" and call[1:3] == ("append", 512)]
-    assert tape.calls[filled[0] + 1] == ("nbl", "pick")
 
 
 def test_time_is_that_of_the_timed_tokens_alone(tmp_path: Path) -> None:

@@ -254,7 +254,7 @@ def test_smaller_and_larger_sets_stand_with_the_commands_for_them(tmp_path: Path
     render(manifest, VERIFY, None, tmp_path)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "## More or fewer layers" in text
-    assert "within 10% on every text: 3 layers" in text
+    assert "limited to 10% on every text" in text and "shown to keep the limit: 3 layers." in text
     row = next(line for line in text.splitlines() if "+16.0%" in line)
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
         "4",

@@ -54,18 +54,17 @@ def _row(point: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _note(report: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator[str]:
-    yield "The choice of layers measured each of these sets of maps in closed form."
+    yield "The choice of layers measured each of these sets, before any training of the maps."
     yield "Increases of perplexity are of the text that chose the layers, so they are somewhat too low."
+    yield "The commands run in the directory of this report."
     yield f"Speed is modelled: a prefill of {curve['tokens']} tokens, then one decode step."
     goal = report.get("goal") or {}
     if goal.get("default"):
-        count = words.plural("layer", len(report["replaced_layers"]))
-        yield (
-            f"Neither a count nor a goal was given, so this run took as many layers as are shown to keep the increase "
-            f"within {goal['max_perplexity_increase']} on every text: {len(report['replaced_layers'])} {count}."
-        )
+        count, limit = len(report["replaced_layers"]), goal["max_perplexity_increase"]
+        yield f"Neither a count nor a goal was given, so the increase was limited to {limit} on every text."
+        yield f"This run took the most layers that are shown to keep the limit: {count} {words.plural('layer', count)}."
     if report["fit"] == "independent":
-        yield "Training the maps (--fit distilled) lowers the loss at no cost in speed; how much, only training shows."
+        yield "Training the maps (--fit distilled) can lower the loss at no cost in speed. How much is unknown before."
 
 
 def _commands(report: Mapping[str, Any]) -> Iterator[str]:

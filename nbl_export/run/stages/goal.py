@@ -98,9 +98,9 @@ def _steps(
 ) -> list[dict[str, Any]]:
     """Quality loss of the first layers of the order on each text, and whether it is shown to be within `share`."""
     orders = {count: selection.order(count) for count in counts}
-    losses = {}
+    losses, said = {}, " or ".join(map(str, counts))
     for name, windows in texts:
-        with job.ui.task(f"{min(counts)} to {max(counts)} layers on {name}") as progress:
+        with job.ui.task(f"replacing {said} layers, on {name}") as progress:
             losses[name] = selection.switched.window_losses(windows, orders, progress)
     return [_step(order, {n: found[count] for n, found in losses.items()}, share) for count, order in orders.items()]
 

@@ -46,6 +46,7 @@ class Selection:
         self._job = job
         self._options = dataclasses.replace(job.options, **instead)
         self._order: GreedyOrder | None = None
+        self._names: list[str] = []  # of the texts that gave the order
         self._maps: dict[int, AffineMap] = {}
 
     @functools.cached_property
@@ -142,7 +143,7 @@ class Selection:
 
     @functools.cached_property
     def _search(self) -> Search:
-        texts = [windows for _, windows in self._judging]
+        self._names, texts = map(list, zip(*self._judging, strict=True))
         tokens = sum(windows.numel() for windows in texts)
         order = self._order or GreedyOrder()
         with self._job.ui.task(f"trying each layer on {tokens} tokens") as progress:
@@ -173,7 +174,10 @@ class Selection:
         """The order in the manifest if it was made from the same inputs, else an empty order."""
         found = self._job.run.manifest.get("greedy")
         try:
-            return GreedyOrder.from_json(found) if found and found["key"] == self._key else GreedyOrder()
+            if not found or found["key"] != self._key:
+                return GreedyOrder()
+            self._names = [str(name) for name in found["texts"]]
+            return GreedyOrder.from_json(found)
         except (KeyError, TypeError, ValueError):
             return GreedyOrder()  # a damaged order is computed again
 
@@ -192,12 +196,12 @@ class Selection:
         """Facts for the manifest: the order, so that it is not computed twice, and the curve that it gives."""
         if self._order is None:
             return {"curve": None}
-        return {"greedy": {"key": self._key, **dataclasses.asdict(self._order)}, "curve": self._curve(self._order)}
+        greedy = {"key": self._key, "texts": self._names, **dataclasses.asdict(self._order)}
+        return {"greedy": greedy, "curve": self._curve(self._order)}
 
     def _curve(self, order: GreedyOrder) -> dict[str, Any]:
         model, points = cost_of(self._job), (*order.steps, *order.beyond)
-        names = [name for name, _ in self._judging]
-        return {"texts": names, "tokens": model.tokens, "points": list(self._points(model, points))}
+        return {"texts": self._names, "tokens": model.tokens, "points": list(self._points(model, points))}
 
     def _points(self, model: Any, points: Sequence[Point]) -> Iterator[dict[str, Any]]:
         for point in points:
