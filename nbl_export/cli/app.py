@@ -73,7 +73,7 @@ def root(
 
 def _over(configured: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Flags over the values of a file; a count or goal on the command line replaces the count or goal of the file."""
-    from nbl_export.plan.goals import GOALS
+    from nbl_export.records.goals import GOALS
 
     asked = ("layers", *GOALS)
     if any(name in given for name in asked):

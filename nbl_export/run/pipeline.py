@@ -12,7 +12,7 @@ from nbl_export.errors import NblError, ParityError
 from nbl_export.files import key_of
 from nbl_export.model.checkpoint.nbl import GIVEN_FIT, NO_ORIGINAL
 from nbl_export.parallel import peers
-from nbl_export.plan.goals import changed_options
+from nbl_export.records.goals import changed_options
 from nbl_export.records.options import JobOptions
 from nbl_export.records.requests import Prepared, SweepRequest
 from nbl_export.run import torchrun

@@ -10,8 +10,8 @@ from nbl_export.graph.given import GIVEN
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.model.checkpoint.nbl import GIVEN_FIT
 from nbl_export.plan.choose import parse_layers
-from nbl_export.plan.goals import check_request, check_size
 from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.goals import check_request, check_size
 from nbl_export.records.options import JobOptions
 from nbl_export.run.given import check_graph_options, check_maps_options
 from nbl_export.run.resolved import chunk_of, engine_of, slots_of

@@ -111,6 +111,32 @@ def test_gguf_is_dequantised_once_and_again_where_damaged(gguf: Path, tmp_path: 
     assert snapshot(materialise.materialise(source, target)) == before
 
 
+def test_gguf_is_read_once_for_all_questions(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gguf import gguf_reader, tensor_mapping
+
+    from nbl_export.model.checkpoint import gguf_file
+
+    gguf_file.forget()
+    readers, maps = [], []
+    made, mapped = gguf_reader.GGUFReader.__init__, tensor_mapping.TensorNameMap.__init__
+
+    def counted(self: Any, *given: Any) -> None:
+        readers.append(given)
+        made(self, *given)
+
+    def counted_map(self: Any, *given: Any) -> None:
+        maps.append(given)
+        mapped(self, *given)
+
+    monkeypatch.setattr(gguf_reader.GGUFReader, "__init__", counted)
+    monkeypatch.setattr(tensor_mapping.TensorNameMap, "__init__", counted_map)
+    source = checkpoint_source.resolve(str(gguf))
+    load.read_spec(source)
+    materialise.materialise(source, tmp_path / "checkpoint")
+    assert (len(readers), len(maps)) == (1, 1)
+    assert gguf_file.reader(gguf) is gguf_file.reader(gguf) and len(readers) == 2  # the first one was released
+
+
 def test_gguf_that_ends_early(gguf: Path, text: Path, tmp_path: Path) -> None:
     """Wherever it is cut: nothing but one sentence, and no half of a checkpoint."""
     whole = gguf.read_bytes()

@@ -20,9 +20,9 @@ from nbl_export.engines.ort.decoder import OnnxDecoder
 from nbl_export.errors import UsageError
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
-from nbl_export.plan.goals import read_rank
 from nbl_export.plan.lmmse import EXPLAINED, fit
 from nbl_export.plan.maps_file import load_maps, save_maps
+from nbl_export.records.goals import read_rank
 from nbl_export.records.plan import TAPS, AffineMap, Plan
 from nbl_export.rewrite import rewrite
 from nbl_export.verify.files import check_maps

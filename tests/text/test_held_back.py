@@ -167,3 +167,11 @@ def test_a_run_says_what_it_read_for_what(run: Path) -> None:
     assert "distillation: judging" not in dict(uses) and "number of layers" not in dict(uses)
     done = nbl("verify", run, "--json")
     assert done.status == 0 and json.loads(done.out)["texts"] == texts
+
+
+def test_a_tested_count_is_a_use_of_the_text_also_without_a_goal(run: Path) -> None:
+    from nbl_export.run.stages.verify import _uses_of
+
+    job = opened(run)
+    job.run.manifest["goal"] = {"max_perplexity_increase": "10%", "default": True, "path": [{"layers": 1}]}
+    assert [u["tokens"] for u in _uses_of(job) if u["use"] == "number of layers"] == [8192, 8192]

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from nbl_export.errors import NblError
+from nbl_export.model.checkpoint import gguf_file
 from nbl_export.model.checkpoint.load import _reason, _register, load_model, load_tokenizer
 from nbl_export.model.checkpoint.pretrained import model_of, quiet_transformers, tokenizer_of
 from nbl_export.model.checkpoint.source import Source, log
@@ -27,8 +28,15 @@ def materialise(source: Source, target: Path) -> Path:
     """
     if source.gguf is None and source.linearized is None:
         return source.directory
-    if _is_whole(target, source):
-        return target
+    try:
+        if not _is_whole(target, source):
+            _convert(source, target)
+    finally:
+        gguf_file.forget()
+    return target
+
+
+def _convert(source: Source, target: Path) -> None:
     quiet_transformers()
     _register(source)
     scratch = target.with_name(f".tmp-checkpoint-{os.getpid()}")
@@ -50,7 +58,6 @@ def materialise(source: Source, target: Path) -> Path:
     (scratch / _MARKER).write_text(json.dumps(facts), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(scratch, target)
-    return target
 
 
 def _restore(directory: Path, out: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError
+from nbl_export.model.checkpoint import gguf_file
 from nbl_export.trust.model_settings import check_checkpoint, check_settings
 
 __all__ = ["config_of", "model_of", "model_with", "quiet_transformers", "tokenizer_of"]
@@ -33,6 +35,10 @@ def _check(directory: Path, gguf: str | None) -> dict[str, Any]:
     return {"gguf_file": gguf}
 
 
+def _reading(gguf: str | None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if gguf is None else gguf_file.shared()
+
+
 def config_of(directory: Path, gguf: str | None = None) -> Any:
     """The configuration of a checkpoint, or of a GGUF in a folder.
 
@@ -42,7 +48,8 @@ def config_of(directory: Path, gguf: str | None = None) -> Any:
     given = _check(directory, gguf)
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True, **given)
+    with _reading(gguf):
+        return AutoConfig.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True, **given)
 
 
 def model_of(directory: Path, gguf: str | None = None) -> tuple[Any, dict[str, Any]]:
@@ -57,10 +64,11 @@ def model_of(directory: Path, gguf: str | None = None) -> tuple[Any, dict[str, A
 
     if gguf is None and getattr(config_of(directory), "quantization_config", None) is not None:
         raise NblError(f"{directory} is quantised; give the original as --model, this one as --quantized-model")
-    model, report = AutoModelForCausalLM.from_pretrained(
-        str(directory), dtype=torch.float32, output_loading_info=True, trust_remote_code=False, use_safetensors=True,
-        local_files_only=True, **given,
-    )  # fmt: skip
+    with _reading(gguf):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(directory), dtype=torch.float32, output_loading_info=True, trust_remote_code=False,
+            use_safetensors=True, local_files_only=True, **given,
+        )  # fmt: skip
     return model, report
 
 
@@ -82,4 +90,5 @@ def tokenizer_of(directory: Path, gguf: str | None = None) -> Any:
     given = _check(directory, gguf)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True, **given)
+    with _reading(gguf):
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True, **given)

@@ -20,6 +20,7 @@ from nbl_export.files import key_of
 from nbl_export.graph import given
 from nbl_export.graph.given import home_of
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config
+from nbl_export.model.checkpoint import gguf_file
 from nbl_export.records.plan import TAPS
 from nbl_export.trust.file_hashes import sha256_of
 from nbl_export.trust.model_settings import CONFIG_BYTES, check_checkpoint, check_settings
@@ -209,13 +210,10 @@ def _check_safetensors(files: list[Path]) -> None:
 
 def _gguf_source(name: str, file: Path) -> Source:
     try:
-        import gguf
+        field = gguf_file.reader(file).get_field("general.architecture")
+        architecture = field.contents() if field is not None else None
     except ImportError as error:
         raise MissingPackageError("gguf", "export", f"reading {file}") from error
-    try:
-        reader = gguf.GGUFReader(str(file))
-        field = reader.get_field("general.architecture")
-        architecture = field.contents() if field is not None else None
     except Exception as error:  # the reader raises whatever numpy raises on a short or foreign file
         raise NblError(f"{file} is truncated or not a GGUF file ({error}); fetch it again") from error
     check_settings(file.parent)

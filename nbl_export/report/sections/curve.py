@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.measure.rows import spoken_ratio
+from nbl_export.records.goals import changed_options, default_select
 from nbl_export.records.options import JobOptions, describe_command
 from nbl_export.report import words
 from nbl_export.report.blocks import Code, Column, Heading, Paragraph, Section, Table
@@ -70,10 +71,11 @@ def _note(report: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator[str]:
 def _commands(report: Mapping[str, Any]) -> Iterator[str]:
     """Commands for the next counts of the curve, run in the run directory, and for distillation in a new one."""
     taken, curve = len(report["replaced_layers"]), report["curve"]
+    options = changed_options(JobOptions.from_json(report["options"]), {"layers": str(taken)})
+    if options.select is None and default_select(options) != report["select"]:
+        options = dataclasses.replace(options, select=report["select"])  # the order of this curve
+    select = "" if options.select is None else f" --select {options.select}"
     for point in [p for p in curve["points"] if p["layers"] > taken][:2]:
-        yield f"nbl-export plan . --layers {point['layers']} && nbl-export report ."
+        yield f"nbl-export plan . --layers {point['layers']}{select} && nbl-export report ."
     if report["fit"] == "independent" and taken:
-        options = JobOptions.from_json(report["options"])
-        goals: dict[str, Any] = dict.fromkeys(("max_perplexity_increase", "target_speedup", "kv_budget"))
-        changed = dataclasses.replace(options, **goals, layers=str(taken), fit="distilled", tap="normed")
-        yield describe_command(changed, Path("distilled"))
+        yield describe_command(dataclasses.replace(options, fit="distilled", tap="normed"), Path("distilled"))

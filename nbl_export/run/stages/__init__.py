@@ -7,7 +7,7 @@ from typing import Any
 from nbl_export.graph.given import GIVEN
 from nbl_export.graph.names import GENAI_CONFIG
 from nbl_export.model.checkpoint.nbl import GIVEN_FIT, NO_ORIGINAL
-from nbl_export.plan.goals import GOALS, goal_inputs
+from nbl_export.records.goals import GOALS, goal_inputs
 from nbl_export.run.job import Job
 from nbl_export.run.stages.common import Stage
 from nbl_export.text.held_back import DIVISION

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.plan.goals import DEFAULT_INCREASE, CacheBudget, PerplexityIncrease, TargetSpeedup, goal_of
+from nbl_export.records.goals import DEFAULT_INCREASE, CacheBudget, PerplexityIncrease, TargetSpeedup, goal_of
 from nbl_export.run.job import Job
 from nbl_export.run.stages.common import cost_of
 from nbl_export.text.window_intervals import spoken_interval, windows_needed

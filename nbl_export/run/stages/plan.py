@@ -12,7 +12,7 @@ from typing import Any
 
 from nbl_export.model.checkpoint.nbl import GIVEN_FIT
 from nbl_export.plan.choose import a_quarter, choose
-from nbl_export.plan.goals import goal_of
+from nbl_export.records.goals import goal_of
 from nbl_export.records.plan import AffineMap, Plan
 from nbl_export.report.sections.curve import spoken_curve
 from nbl_export.run.job import Job

@@ -20,8 +20,8 @@ from nbl_export.model.mixes import SwitchedModel
 from nbl_export.plan import lmmse
 from nbl_export.plan.choose import ranked
 from nbl_export.plan.effects import EVERY, Judge
-from nbl_export.plan.goals import read_rank
 from nbl_export.plan.greedy import GreedyOrder, Point, Search
+from nbl_export.records.goals import default_select, read_rank
 from nbl_export.records.plan import AffineMap, LayerScore, zero_map
 from nbl_export.run.job import Job
 from nbl_export.run.stages.common import cost_of
@@ -89,15 +89,18 @@ class Selection:
 
     @functools.cached_property
     def select(self) -> str:
-        """The selection method: that of the options, or the best method that memory allows."""
+        """The selection method: that of the options, or the best method that memory allows.
+
+        A limit on quality asks for the layers that cost least, a count for the best quality at the speed that it gives.
+        """
         if self._options.select is not None:
             return self._options.select
         if self._job.graph is not None:  # greedy needs the torch model
             return "cca"
         if self._job.shortage:
-            self._job.ui.say("  choosing layers by CCA bounds: --select efficient needs the whole model in memory")
+            self._job.ui.say("  choosing layers by CCA bounds: --select greedy and efficient need the model in memory")
             return "cca"
-        return "efficient"
+        return default_select(self._options)
 
     @property
     def judges(self) -> bool:

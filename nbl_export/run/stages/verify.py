@@ -217,7 +217,7 @@ def _uses_of(job: Job) -> list[dict[str, Any]]:
     if job.plan.select in ("greedy", "efficient"):
         judges = both[:1] if options.says_itself else both
         used += [("choice of layers", n, judging(part)) for n, part in zip(names, judges, strict=False)]
-    if options.max_perplexity_increase is not None:
+    if (job.run.manifest.get("goal") or {}).get("path"):
         used += [("number of layers", n, part.deciding) for n, part in zip(names, both, strict=False)]
     used += [("final figures", n, part.final) for n, part in zip(names, both, strict=False)]
     return [{"use": use, "text": name, "tokens": int(windows.numel())} for use, name, windows in used]

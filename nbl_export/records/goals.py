@@ -26,6 +26,7 @@ __all__ = [
     "changed_options",
     "check_request",
     "check_size",
+    "default_select",
     "goal_inputs",
     "goal_of",
     "read_rank",
@@ -76,10 +77,20 @@ def goal_of(options: JobOptions) -> Goal | None:
     return None if options.kv_budget is None else _read_budget(options.kv_budget)
 
 
+def default_select(options: JobOptions) -> str:
+    """The order of layers if `--select` is not given and the model's output can judge.
+
+    A limit on quality, also the default one, takes the layers that cost least. Any other request sets how much is
+    replaced, and takes the best quality for the work saved.
+    """
+    limits_quality = not any(getattr(options, name) for name in ("layers", "target_speedup", "kv_budget"))
+    return "greedy" if limits_quality else "efficient"
+
+
 def goal_inputs(options: JobOptions) -> list[Any]:
     """Options, beside the request itself, that change the result of a goal or of `--select efficient`."""
     if options.target_speedup is None and options.kv_budget is None:
-        return [options.kept_logits] if options.select in (None, "efficient") else []
+        return [options.kept_logits] if (options.select or default_select(options)) == "efficient" else []
     return [options.engine, options.provider, options.precision, options.prompt_length, options.kept_logits]
 
 
