@@ -84,7 +84,7 @@ def _test(job: Job, selection: Any, share: float) -> list[dict[str, Any]]:
     """Tested counts in ascending order: up to the first failure, or down to the first success."""
     texts, last = job.texts("deciding"), job.spec.num_layers - 1
     start = min(last, max(1, selection.foreseen(share) - 1))
-    path = _steps(job, selection, texts, range(start, min(last, start + 2) + 1), share)
+    path = _steps(job, selection, texts, range(start, min(last, start + 1) + 1), share)
     while all(step["within"] for step in path) and path[-1]["layers"] < last:
         path += _steps(job, selection, texts, [path[-1]["layers"] + 1], share)
     while not path[0]["within"] and path[0]["layers"] > 1:
