@@ -22,7 +22,8 @@ Decode appends given ids instead of sampling, so an end-of-text token never stop
 A batch is filled in one piece and continues with its own tokens, because GenAI can do only this (see `engines.ort`).
 So a batch has no prefill behind a cache. Memory is that of one sequence.
 
-All decoders are in memory at once during timing. This module itself loads neither an engine nor torch.
+All decoders are in memory at once during timing, unless memory is too short for that (`rounds`). This module itself
+loads neither an engine nor torch.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from nbl_export.errors import NblError
 from nbl_export.measure import background
 from nbl_export.measure.footprint import Footprint, OpenRunner, disk_bytes, measure_footprint
 from nbl_export.measure.rounds import Instruments, Progress, Rule, Stand, Steps, Variant, groups, time_rounds
+from nbl_export.model.memory import available_bytes
 from nbl_export.records.results import Scenario, Timing
 
 __all__ = ["BenchSetting", "Instruments", "Variant", "machine", "plan_scenarios", "run"]
@@ -93,6 +95,13 @@ _ORDER = (
 )
 
 
+_APART = (
+    "memory is too short for all variants at once: every round loads them one after the other and rotates their order "
+    "by one; one discarded warm-up with each load; each timed run waits for the threads of the previous run"
+)
+_MEMORY_SHARE = 0.9  # of the available memory, for the peaks of all variants together
+
+
 def _random_ids(setting: BenchSetting, batch: int, length: int) -> np.ndarray:
     return np.random.default_rng(setting.seed).integers(0, setting.vocab_size, (batch, length), dtype=np.int32)
 
@@ -135,7 +144,7 @@ def run(
         footprint = measure(variant.open, variant.directory, fitting[0].threads, prompt, capacity)
         described[name] = _describe(variant, footprint, capacity)
         steps.done()
-    stand = Stand(ids, instruments, steps)
+    stand = Stand(ids, instruments, steps, _are_too_large(described))
     found = [time_rounds(variants, stand, same, rule, setting.base) for same in by_threads]
     loads = [load for rounds in found for load in rounds.background]
     meter = instruments.meter
@@ -149,13 +158,18 @@ def run(
         "versions": dict(setting.versions),
         "seed": setting.seed,
         "repetitions": repetitions,
-        "order": _ORDER,
+        **({"order": _APART, "apart": True} if stand.apart else {"order": _ORDER, "apart": False}),
         "base": setting.base,
         **({"energy_sources": list(meter.sources)} if meter else {}),
         "timings": [_row(t) for rounds in found for t in rounds.timings],
         "skipped": skipped,
         "variants": described,
     }
+
+
+def _are_too_large(described: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether memory is too short for all variants at once."""
+    return sum(facts["peak_memory_bytes"] for facts in described.values()) > _MEMORY_SHARE * available_bytes()
 
 
 def _split(scenarios: Sequence[Scenario], context: int) -> tuple[list[Scenario], list[dict[str, Any]]]:

@@ -3,6 +3,8 @@
     load A B ─► for each batch and depth: fill, warm up, a run of A, a run of B, ... ─► close ─► load B A ─► ...
     after 6, 12 and 18 loads: every interval within 10%, or the next check after 3 minutes? ─► end;  24 ─► end
 
+If memory is short, each variant is loaded and closed by itself: load A, every scenario, close, the same for B.
+
 A load keeps its memory layout, so rounds of one load are not independent (docs/experiments.md, "Measurement").
 So a load has one round.
 
@@ -121,11 +123,15 @@ class Steps:
 
 @dataclass(frozen=True)
 class Stand:
-    """Shared by every timed run: token ids [B, T], instruments, progress, and the result of each wait."""
+    """Shared by every timed run: token ids [B, T], instruments, progress, and the result of each wait.
+
+    apart: only one variant is in memory at a time.
+    """
 
     ids: np.ndarray
     instruments: Instruments
     steps: Steps
+    apart: bool = False
     waits: list[bool] = dataclasses.field(default_factory=list)
 
 
@@ -173,11 +179,13 @@ def time_rounds(
 def _load(
     variants: Mapping[str, Variant], stand: Stand, scenarios: Sequence[Scenario], turn: Sequence[str]
 ) -> Iterator[tuple[Scenario, str, _Sample]]:
-    """Load all variants and run every scenario once on each variant."""
-    with contextlib.ExitStack() as stack:
-        runners = {n: stack.enter_context(variants[n].open(variants[n].directory, scenarios[0].threads)) for n in turn}
-        for group in groups(scenarios, lambda s: (s.batch, s.depth)):
-            yield from _time_group(stand, runners, group)
+    """Load the variants and run every scenario once on each variant."""
+    for names in [[name] for name in turn] if stand.apart else [turn]:
+        with contextlib.ExitStack() as stack:
+            opened = (variants[name].open(variants[name].directory, scenarios[0].threads) for name in names)
+            runners = {name: stack.enter_context(runner) for name, runner in zip(names, opened, strict=True)}
+            for group in groups(scenarios, lambda s: (s.batch, s.depth)):
+                yield from _time_group(stand, runners, group)
 
 
 def _rotated(names: list[str], by: int) -> list[str]:

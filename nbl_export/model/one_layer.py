@@ -16,13 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
 from nbl_export.errors import NblError
 from nbl_export.model.blocks import architecture_of
 from nbl_export.model.checkpoint.pretrained import model_with
+from nbl_export.model.memory import available_bytes
 
 __all__ = ["Shelf", "float32_bytes", "one_layer", "shortage_of"]
 
@@ -114,7 +114,7 @@ def one_layer(config: Any, index: int, shelf: Shelf) -> Any:
 
 def shortage_of(checkpoint: Path) -> str:
     """Why a model is too large for this machine's memory, in words; "" if the model fits."""
-    needed, available = float32_bytes(checkpoint), psutil.virtual_memory().available
+    needed, available = float32_bytes(checkpoint), available_bytes()
     if needed <= _MEMORY_SHARE * available:
         return ""
     return f"{needed / 2**30:.1f} GiB in float32, {available / 2**30:.1f} GiB of memory available"

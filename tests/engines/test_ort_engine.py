@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 
 from nbl_export.engines.ort import engine, genai, settings
+from nbl_export.engines.ort.decoder import OnnxDecoder
 from nbl_export.engines.ort.genai import GenaiRunner
 from nbl_export.engines.ort.settings import GenaiSettings
 from nbl_export.errors import MissingPackageError, NblError
+
+from ..tiny import HEAD_DIM
 
 pytest.importorskip("onnxruntime_genai", reason="needs the extra cpu")
 
@@ -323,3 +326,15 @@ def test_the_directory_is_only_read(directory: Path) -> None:
     with GenaiRunner(directory, threads=1) as runner:
         runner.greedy([5, 6], 2)
     assert {p.name: (p.stat().st_mtime_ns, p.stat().st_size) for p in directory.iterdir()} == before
+
+
+def test_a_float32_graph_keeps_its_weights_in_the_file(exported: Callable[..., Path]) -> None:
+    def unpacked(directory: Path) -> bool:
+        options = OnnxDecoder(directory, HEAD_DIM).session.get_session_options()
+        try:
+            return bool(options.get_session_config_entry("session.disable_prepacking") == "1")
+        except RuntimeError:  # ONNX Runtime's answer for an entry that nobody set
+            return False
+
+    assert unpacked(exported("llama"))
+    assert not unpacked(exported("llama", precision="int4"))

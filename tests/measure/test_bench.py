@@ -8,6 +8,7 @@ import gc
 import itertools
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -396,6 +397,24 @@ def test_progress_ends_at_its_total_and_runners_are_closed(tmp_path: Path) -> No
     assert {total for _, total in reports} == {len(reports)}
     assert tape.calls[-2:] == [("original", "close"), ("nbl", "close")]  # the last opened first
     assert gc.isenabled()
+
+
+def test_variants_are_loaded_one_after_the_other_if_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = 2 * 32  # bytes: the fakes take one a token of the prompt
+    for available, apart in ((peaks * 10 // 9 + 1, False), (peaks, True)):
+        monkeypatch.setattr(benchmark, "available_bytes", lambda available=available: available)
+        result, tape, reports = run_fake(tmp_path, plan_scenarios((32,), 8, (0,)), repetitions=2)
+        loads = [call for call in tape.calls if call[1:] in (("open",), ("close",))]
+        together, alone = ["open", "open", "close", "close"], ["open", "close"] * 2
+        assert [call[1] for call in loads] == 2 * (alone if apart else together)
+        assert [name for name, what in loads if what == "open"] == ["original", "nbl", "nbl", "original"]
+        assert result["apart"] is apart and ("memory is too short" in result["order"]) is apart
+        assert {len(t["samples_ns"]) for t in result["timings"]} == {2}
+        assert reports[-1][0] == reports[-1][1]
+        for folder in ("original", "nbl"):
+            shutil.rmtree(tmp_path / folder)
 
 
 # -- the child process ---------------------------------------------------------------------------------

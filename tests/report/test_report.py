@@ -275,6 +275,12 @@ def test_smaller_and_larger_sets_stand_with_the_commands_for_them(tmp_path: Path
     assert spoken_curve(CURVE) == "1 layer: +4.00%, ×1.03 prefill; 3: +12.0%, ×1.09; 4: +16.0%, ×1.12; 5: +20.0%, ×1.15"
 
 
+def test_decoders_that_were_timed_one_after_the_other_are_told(tmp_path: Path) -> None:
+    for apart in (True, False):
+        text = Written(tmp_path, bench=changed(BENCH, apart=apart)).markdown
+        assert ("timed them one after the other" in text) is apart
+
+
 def test_no_curve_where_none_was_made(tmp_path: Path) -> None:
     for changed in ({}, {"curve": None}):
         render({**MANIFEST, **changed}, VERIFY, None, tmp_path)

@@ -40,6 +40,7 @@ def head(report: Mapping[str, Any]) -> tuple[Block, ...]:
         Paragraph(_lead(report), "lead"),
         Strip(report["num_layers"], tuple(report["replaced_layers"])),
         *_busy(report),
+        *_apart(report),
         Cards((_speed(report, "pp", "Prefill"), _speed(report, "tg", "Decode"), _cache(report), _loss(report))),
     )
 
@@ -116,6 +117,17 @@ def _busy(report: Mapping[str, Any]) -> tuple[Block, ...]:
     if not where or not where["busy"]:
         return ()
     return (Alarm(f"Speed was {background.spoken(where)}. Other processes affect the speed figures below."),)
+
+
+def _apart(report: Mapping[str, Any]) -> tuple[Block, ...]:
+    if not (report["bench"] or {}).get("apart"):
+        return ()
+    return (
+        Paragraph(
+            "Memory was too short for both decoders at once, so each round timed them one after the other. Changes of "
+            "the machine's speed during a round affect the ratios."
+        ),
+    )
 
 
 def _speed(report: Mapping[str, Any], kind: str, name: str) -> Card:

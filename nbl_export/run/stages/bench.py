@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from nbl_export.cost import model, roofline
 from nbl_export.cost.roofline import MachineRates
 from nbl_export.errors import NblError
 from nbl_export.files import versions, write_json
+from nbl_export.model.memory import available_bytes
 from nbl_export.plan.maps_file import load_maps
 from nbl_export.run.job import Job
 from nbl_export.run.preflight import require_engine
@@ -63,7 +62,7 @@ def limits_of(job: Job, bench: Mapping[str, Any]) -> dict[str, Any]:
     """Hardware limits to add to bench.json; empty if machine or decoder are unknown, or if memory is short."""
     if job.engine.capabilities.static or job.options.provider != "cpu":
         return {}
-    if psutil.virtual_memory().available < _BYTES:  # the measurement would make a small machine swap
+    if available_bytes() < _BYTES:  # the measurement would make a small machine swap
         return {}
     try:
         costs = cost_of(job)

@@ -1,0 +1,52 @@
+"""Memory that this process may still take. A container's limit counts: the kernel ends the process beyond it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+__all__ = ["available_bytes"]
+
+_ROOT, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# Files of a control group: limit, use, and the file pages in `memory.stat`, which the kernel can drop.
+# Linux: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
+_V2 = ("memory.max", "memory.current", ("active_file", "inactive_file"))
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
+
+
+def available_bytes() -> int:
+    """Bytes that this process can take now: what the machine has, or what a limit of its control groups leaves."""
+    return min([psutil.virtual_memory().available, *_left()])
+
+
+def _left() -> Iterator[int]:
+    """Bytes that each limited control group of this process leaves."""
+    for directory, (limit, use, pages) in _groups():
+        try:
+            allowed, used = (int((directory / name).read_text(encoding="ascii")) for name in (limit, use))
+            stat = dict(line.split() for line in (directory / "memory.stat").read_text(encoding="ascii").splitlines())
+            yield max(0, allowed - used + sum(int(stat.get(name, 0)) for name in pages))
+        except (OSError, ValueError):
+            continue  # no such group seen from here, or no limit: "max"
+
+
+def _groups() -> Iterator[tuple[Path, tuple[str, str, tuple[str, str]]]]:
+    """Directories of the groups of this process and of all groups around them. A container may see only the root."""
+    try:
+        lines = _OWN_GROUPS.read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        number, kinds, path = line.split(":", 2)
+        if number == "0":
+            root, files = _ROOT, _V2
+        elif "memory" in kinds.split(","):
+            root, files = _ROOT / "memory", _V1
+        else:
+            continue
+        inner = root / path.lstrip("/")
+        for directory in (inner, *inner.parents):
+            if directory.is_relative_to(root):
+                yield directory, files
