@@ -31,7 +31,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from nbl_export.measure.rounds import Instruments, Progress, Rule, Stand, Steps,
 from nbl_export.model.memory import available_bytes
 from nbl_export.records.results import Scenario, Timing
 
-__all__ = ["BenchSetting", "Instruments", "Variant", "machine", "plan_scenarios", "run"]
+__all__ = ["BenchSetting", "Instruments", "Variant", "decode_tokens", "machine", "plan_scenarios", "run"]
 
 Measure = Callable[[OpenRunner, Path, int | None, Sequence[int], int], Footprint]
 
@@ -89,6 +89,19 @@ def plan_scenarios(
     )
 
 
+def decode_tokens(asked: int | None, directories: Iterable[Path], *, gpu: bool) -> int:
+    """Length of the decode test: the length that is asked for, or 128 tokens as in llama-bench.
+
+    A step on a CPU reads all weights. So a large model gets half, a quarter or an eighth of the tokens, at least 16:
+    the most with which the largest model reads at most `_DECODE_BYTES` a run.
+    """
+    if asked is not None:
+        return asked
+    size = 0 if gpu else max(map(_model_bytes, directories))
+    return next((tokens for tokens in (128, 64, 32) if tokens * size <= _DECODE_BYTES), 16)
+
+
+_DECODE_BYTES = 80 << 30  # eight seconds at 10 GB/s
 _ORDER = (
     "every round loads all variants again and rotates their order by one; one discarded warm-up with each load; "
     "each timed run waits for the threads of the previous run"
@@ -219,9 +232,13 @@ def _describe(variant: Variant, footprint: Footprint, tokens: int) -> dict[str, 
         **asdict(footprint),
         "kv_cache_bytes": variant.cache_bytes_per_token * tokens,
         "kv_cache_bytes_per_token": variant.cache_bytes_per_token,
-        "model_bytes": sum(p.stat().st_size for kind in ("model.onnx*", "*.engine") for p in directory.glob(kind)),
+        "model_bytes": _model_bytes(directory),
         "disk_bytes": disk_bytes(directory),
     }
+
+
+def _model_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for kind in ("model.onnx*", "*.engine") for path in directory.glob(kind))
 
 
 def machine() -> dict[str, Any]:

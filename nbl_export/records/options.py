@@ -157,7 +157,10 @@ class JobOptions:
         (512,), "Lengths of the prefill test; default 512.", _BENCH, "bench profile", numbers="128,512", least=1,
         metavar="N,...",
     )  # fmt: skip
-    generate_tokens: int = option(128, "Length of the decode test.", _BENCH, "bench", least=1, metavar="N")
+    generate_tokens: int | None = option(
+        None, "Length of the decode test; default: 128, fewer for a large model on a CPU.", _BENCH, "bench", least=1,
+        metavar="N",
+    )  # fmt: skip
     threads: tuple[int, ...] | None = option(
         None, "Threads of the engine; several make a sweep. Default: the engine's choice.", _BENCH, "bench profile",
         numbers="1,2", least=1, metavar="N,...",

@@ -70,10 +70,6 @@ def compare(
 
     decoders, base = _decoders(directories, against, force)
     first = _check(decoders, options)
-    scenarios = benchmark.plan_scenarios(
-        options.prompt_tokens, options.generate_tokens, options.depths, options.batches,
-        options.threads or (first.default_threads(),),
-    )  # fmt: skip
     setting = benchmark.BenchSetting(
         vocab_size=min(d.vocab_size for d in decoders.values()),
         context_length=min(d.context_length for d in decoders.values()),
@@ -86,6 +82,11 @@ def compare(
         name: benchmark.Variant(d.located.path, d.open, d.cache_bytes_per_token) for name, d in decoders.items()
     }
     gpu = setting.provider != "cpu" or first.capabilities.static
+    new_tokens = benchmark.decode_tokens(options.generate_tokens, [v.directory for v in variants.values()], gpu=gpu)
+    scenarios = benchmark.plan_scenarios(
+        options.prompt_tokens, new_tokens, options.depths, options.batches,
+        options.threads or (first.default_threads(),),
+    )  # fmt: skip
     instruments = benchmark.Instruments(meter=energy.find_meter(gpu=gpu))
     with ui.task("rounds") as progress:
         value = benchmark.run(

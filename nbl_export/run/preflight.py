@@ -147,12 +147,15 @@ def check_options(options: JobOptions, spec: DecoderSpec) -> None:
         _check_lengths(options, spec)
     if options.context > spec.max_positions:
         raise NblError(f"--context {options.context} is beyond the model's {spec.max_positions} positions")
-    shortest = min(options.depths) + min(*options.prompt_tokens, options.generate_tokens)
+    shortest = min(options.depths) + min(*options.prompt_tokens, options.generate_tokens or _LEAST_DECODE)
     if shortest > slots_of(options, spec):
         raise NblError(
             f"nothing to measure: the shortest test ends at {shortest} tokens, the model has {slots_of(options, spec)} "
             "positions; use a smaller --depth, --prompt-tokens or --generate-tokens"
         )
+
+
+_LEAST_DECODE = 16  # tokens of the decode test of a large model (`measure.benchmark.decode_tokens`)
 
 
 def _check_lengths(options: JobOptions, spec: DecoderSpec) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from nbl_export.errors import NblError
 from nbl_export.measure import background, benchmark
-from nbl_export.measure.benchmark import BenchSetting, Instruments, Variant, plan_scenarios
+from nbl_export.measure.benchmark import BenchSetting, Instruments, Variant, decode_tokens, plan_scenarios
 from nbl_export.measure.energy import Meter
 from nbl_export.measure.footprint import Footprint, measure_footprint
 from nbl_export.measure.rows import read_timings, speed_rows
@@ -415,6 +415,19 @@ def test_variants_are_loaded_one_after_the_other_if_memory_is_short(
         assert reports[-1][0] == reports[-1][1]
         for folder in ("original", "nbl"):
             shutil.rmtree(tmp_path / folder)
+
+
+def test_a_large_model_decodes_fewer_tokens_on_a_cpu(tmp_path: Path) -> None:
+    def length(gigabytes: float, asked: int | None = None, *, gpu: bool = False) -> int:
+        for name, share in (("original", 1.0), ("nbl", 0.9)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            with (tmp_path / name / "model.onnx.data").open("wb") as file:
+                file.truncate(int(share * gigabytes * 2**30))  # sparse: takes no disk
+        return decode_tokens(asked, [tmp_path / "nbl", tmp_path / "original"], gpu=gpu)
+
+    assert [length(g) for g in (0.5, 0.625, 0.63, 1.25, 2, 2.5, 6, 30)] == [128, 128, 64, 64, 32, 32, 16, 16]
+    assert length(6, asked=100) == 100
+    assert length(6, gpu=True) == 128
 
 
 # -- the child process ---------------------------------------------------------------------------------

@@ -41,10 +41,10 @@ def run(job: Job, out: Path) -> dict[str, Any]:
         engine=options.engine,
         provider=options.provider,
     )
-    scenarios = benchmark.plan_scenarios(
-        options.prompt_tokens, options.generate_tokens, options.depths, options.batches, threads
-    )
-    instruments = benchmark.Instruments(meter=energy.find_meter(gpu=capabilities.static or options.provider != "cpu"))
+    gpu = capabilities.static or options.provider != "cpu"
+    new_tokens = benchmark.decode_tokens(options.generate_tokens, [v.directory for v in variants.values()], gpu=gpu)
+    scenarios = benchmark.plan_scenarios(options.prompt_tokens, new_tokens, options.depths, options.batches, threads)
+    instruments = benchmark.Instruments(meter=energy.find_meter(gpu=gpu))
     with job.ui.task("rounds") as progress:
         result = benchmark.run(
             variants, scenarios, options.repetitions, progress, setting=setting, instruments=instruments
