@@ -39,6 +39,8 @@ from nbl_export.records.plan import AffineMap
 __all__ = ["distill"]
 
 _CLIP = 1.0  # largest norm of a row's gradient
+# Training retreats if the mean KL of so many steps is this many times the KL at the start. The rate then falls.
+_RECENT, _AWAY, _SLOWER = 5, 1.5, 0.25
 
 
 class _Training:
@@ -46,8 +48,8 @@ class _Training:
 
     def __init__(self, twin: Twin, settings: DistillSettings, held: list[Lesson], peers: Peers) -> None:
         self.twin, self.settings, self.held, self.peers = twin, settings, held, peers
-        self.fraction = 0.0
-        self.step, self.best_at = 0, 0.0
+        self.fraction, self.slowed = 0.0, 1.0
+        self.step, self.best_at, self.retreated_at = 0, 0.0, 0
         self._earlier, self._started = 0.0, time.monotonic()
         deltas = {name: p for name, p in twin.trained.items() if name.rpartition(".")[2] in ("up", "down")}
         others = [p for name, p in twin.trained.items() if name not in deltas]  # no decay: they do not start at zero
@@ -56,9 +58,37 @@ class _Training:
             groups.append({"params": list(deltas.values()), "weight_decay": settings.weight_decay})
         self.optimizer = torch.optim.AdamW(groups, lr=settings.rate, weight_decay=0.0, betas=(0.9, 0.99))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda _: 0.5 * (1 + math.cos(math.pi * min(1.0, self.fraction)))
+            self.optimizer, lambda _: self.slowed * 0.5 * (1 + math.cos(math.pi * min(1.0, self.fraction)))
         )
         self.result = Distilled(twin.maps())
+        self.keep()
+
+    def keep(self) -> None:
+        """Keep the parameters as those to retreat to."""
+        self._kept = {name: p.detach().clone() for name, p in self.twin.trained.items()}
+
+    def retreat(self) -> bool:
+        """Go back to the kept parameters at a lower rate if the training KL has run away; returns whether it had.
+
+        A rate that suits one model can be far too high for another: 1e-2 lowers SmolLM2's KL by a third, and raises
+        Qwen2.5-Coder-0.5B's fivefold within 26 steps (docs/experiments.md).
+        """
+        recent = self.result.train_kl[-_RECENT:]
+        away = not sum(recent) / _RECENT <= _AWAY * self.result.held_kl[0][1]  # NaN too
+        if not self.peers.share(away and self.step - self.retreated_at >= _RECENT):
+            return False
+        with torch.no_grad():
+            for name, parameter in self.twin.trained.items():
+                parameter.copy_(self._kept[name])
+        self.optimizer.state.clear()
+        self.slowed *= _SLOWER
+        self.retreated_at, self.best_at = self.step, self.fraction
+        self._set_rate()
+        return True
+
+    def _set_rate(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.rate * self.schedule.lr_lambdas[0](self.step)
 
     @property
     def seconds(self) -> float:
@@ -92,6 +122,7 @@ class _Training:
             if self.fraction >= AIMING:
                 break
         self.twin.aim(total)
+        self.keep()
 
     def _gradients(self, lesson: Lesson, whole: bool = False) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Mean over all processes of the rows' clipped gradients, and the KL [B] of this process's rows."""
@@ -121,6 +152,7 @@ class _Training:
         self.result.held_kl.append((self.step, found))
         if found < best:
             self.result.maps, self.best_at = self.twin.maps(), self.fraction
+            self.keep()
         return found
 
     @property
@@ -142,13 +174,17 @@ class _Training:
                 f"best.{i}.weight": torch.from_numpy(best.weight),
                 f"best.{i}.bias": torch.from_numpy(best.bias),
             }
+        tensors |= {f"kept.{name}": value for name, value in self._kept.items()}
         kept = {"held_kl": self.result.held_kl, "train_kl": self.result.train_kl, "best_at": self.best_at}
+        kept |= {"slowed": self.slowed, "retreated_at": self.retreated_at}
         state.save(tensors, {**kept, "step": self.step, "seconds": self.seconds})
 
     def _restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         with torch.no_grad():
             for name, parameter in self.twin.trained.items():
                 parameter.copy_(tensors[f"parameters.{name}"])
+        self._kept = {name: tensors[f"kept.{name}"] for name in self.twin.trained}
+        self.slowed, self.retreated_at = facts["slowed"], facts["retreated_at"]
         state = self.optimizer.state_dict()
         for key, value in tensors.items():
             if key.startswith("optimizer."):
@@ -163,8 +199,7 @@ class _Training:
         self.result.train_kl = [float(kl) for kl in facts["train_kl"]]
         self.step, self.best_at, self._earlier = facts["step"], facts["best_at"], facts["seconds"]
         self._look_at_the_clock()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate * self.schedule.lr_lambdas[0](self.step)
+        self._set_rate()
 
 
 def distill(
@@ -201,6 +236,10 @@ def distill(
             break
         training.advance(twin.lesson(batch_BT[peers.rank :: peers.size], training=True))
         around.progress(round(1000 * training.fraction), 1000)
+        if training.retreat():
+            around.say(
+                f"step {training.step}: KL runs away; back to the best maps at {training.slowed:.2g} of the rate"
+            )
         checked = training.step % settings.check_every == 0 or training.over
         if checked:
             found = training.judge()
