@@ -13,6 +13,8 @@ from nbl_export.run_directory import DISTILL_FILE, MAPS_FILE, START_FILE
 
 __all__ = ["run"]
 
+_STATE = 2  # kind of the saved state; another kind begins anew
+
 
 def run(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export.distill import settings as settings_of
@@ -35,7 +37,7 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     path = job.run.path / START_FILE
     start = load_maps(path, plan.replaced)
     ids = hashlib.sha256(windows.numpy().tobytes() + judging.numpy().tobytes()).hexdigest()
-    key = key_of(job.fingerprint, ids, file_sha256(path), dataclasses.asdict(settings))
+    key = key_of(_STATE, job.fingerprint, ids, file_sha256(path), dataclasses.asdict(settings))
     peers = distributed.current()
     given = {"maps": start, "windows": windows, "held": judging, "settings": settings, "tap": plan.tap}
     peers.lead({"work": "distill", "checkpoint": str(job.checkpoint.absolute()), **given})
