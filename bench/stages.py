@@ -9,14 +9,17 @@ same windows, in float32, without the head. Its seconds are the unit in which ca
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 
 def plain_seconds(directory: Path) -> tuple[int, float]:
@@ -41,21 +44,48 @@ def plain_seconds(directory: Path) -> tuple[int, float]:
     return windows.numel(), time.monotonic() - started
 
 
+def watched(command: list[str]) -> dict[str, int]:
+    """Run the job; returns the largest resident set of each stage in bytes, sampled five times a second.
+
+    Mapped files count. The kernel can drop their pages, so a job may run with less memory than its peak.
+    """
+    peaks: dict[str, int] = {}
+    stage = ["start"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as job:
+
+        def follow() -> None:
+            for line in job.stderr or ():
+                sys.stderr.write(line)
+                if line.endswith(" ...\n"):
+                    stage[0] = line.removesuffix(" ...\n")
+
+        follower = threading.Thread(target=follow)
+        follower.start()
+        process = psutil.Process(job.pid)
+        while job.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                peaks[stage[0]] = max(peaks.get(stage[0], 0), process.memory_info().rss)
+            time.sleep(0.2)
+        follower.join()
+    if job.returncode:
+        raise SystemExit(f"the job ended with status {job.returncode}")
+    return peaks
+
+
 def measured(model: str, options: list[str], directory: Path) -> dict[str, Any]:
     from nbl_export.measure.benchmark import machine
 
     command = [sys.executable, "-m", "nbl_export", "--model", model, *options, "--output", str(directory)]
     started = time.monotonic()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    peaks = watched(command)
     total = time.monotonic() - started
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     manifest, report = (json.loads((directory / f"{n}.json").read_text(encoding="utf-8")) for n in ("nbl", "report"))
     seconds = {name: stage["seconds"] for name, stage in manifest["stages"].items()}
     tokens, plain = plain_seconds(directory)
     return {
         "options": options, "title": manifest["model"]["title"], "machine": machine(), "versions": manifest["versions"],
         "products": manifest["calibration"]["products"], "tokens": tokens, "plain_seconds": plain, "seconds": seconds,
-        "total_seconds": total, "peak_bytes": peak,
+        "total_seconds": total, "peak_bytes": max(peaks.values()), "stage_peak_bytes": peaks,
         "ratio": (seconds["calibrate"] + seconds["plan"]) / plain,
         **{name: report[name] for name in ("num_layers", "replaced_layers", "goal", "curve", "price", "ratios")},
     }  # fmt: skip

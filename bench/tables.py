@@ -45,6 +45,7 @@ TABLES: Mapping[str, Callable[[Callable[[str], Any]], list[Sequence[str]]]] = {
     "bias": second.bias,
     "stages": second.stages,
     "taken": second.taken,
+    "job-speeds": second.job_speeds,
     "overhead": speed.overhead,
     "intervals": speed.intervals,
 }
