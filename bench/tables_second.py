@@ -7,7 +7,11 @@ from typing import Any
 
 from nbl_export.records.plan import spoken_layers
 
-_JOBS = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B"}
+# Raw result of a job -> title, and raw result of its layers on other texts.
+_JOBS = {
+    "stages-smollm2": ("SmolLM2-135M", "default-smollm2"),
+    "stages-qwen": ("Qwen2.5-Coder-0.5B", "default-qwen"),
+}
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
 _TEXTS = {"c4 rest": "C4", "wikitext-2 valid": "WikiText-2", "realnews": "realnews",
@@ -51,8 +55,8 @@ def stages(read: Read) -> Rows:
     """Seconds of the stages of the default job, and calibrate and plan in units of the plain pass."""
     titles = ("", "plain pass", "calibrate", "plan", "decoder graph", "verify", "bench", "whole job", "ratio", "peak")
     rows: Rows = [titles, "l" + "r" * (len(titles) - 1)]
-    for name, title in _JOBS.items():
-        run = read(f"stages-{name}")
+    for name, (title, _) in _JOBS.items():
+        run = read(name)
         seconds = [run["seconds"][stage] for stage in ("calibrate", "plan", "decoder", "verify", "bench")]
         shown = [f"{value:.0f} s" for value in (run["plain_seconds"], *seconds, run["total_seconds"])]
         rows.append((title, *shown, f"{run['ratio']:.2f}", f"{run['peak_bytes'] / 1e9:.1f} GB"))
@@ -63,8 +67,8 @@ def taken(read: Read) -> Rows:
     """What the default job took and what it costs, by its report and on text that it never read."""
     titles = ("", "layers replaced", "calibration text", "second text", "WikiText-2", "C4", "realnews", "code")
     rows: Rows = [titles, "ll" + "r" * 6]
-    for name, title in _JOBS.items():
-        run, other = read(f"stages-{name}"), read(f"default-{name}")["residual"]
+    for name, (title, elsewhere) in _JOBS.items():
+        run, other = read(name), read(elsewhere)["residual"]
         (prices,) = other.values()
         assert list(other) == [",".join(map(str, run["replaced_layers"]))], "another set of layers"
         rises = [_interval(price["increase"], price["increase_interval"]) for price in run["price"]]
@@ -76,8 +80,8 @@ def taken(read: Read) -> Rows:
 def job_speeds(read: Read) -> Rows:
     """Measured speed ratios of the default job with their intervals."""
     rows: Rows = [("", "test", "behind", "NBL over original", "interval"), "llrrr"]
-    for name, title in _JOBS.items():
-        for r in read(f"stages-{name}")["ratios"]:
+    for name, (title, _) in _JOBS.items():
+        for r in read(name)["ratios"]:
             shown = f"{r['low']:.2f} to {r['high']:.2f}"
             rows.append((title, r["test"], f"{r['depth']:,} tokens", f"×{r['ratio']:.2f}", shown))
     return rows
