@@ -46,7 +46,8 @@ def fake_record(graph_: Path, directory: Path, **changes: Any) -> EngineRecord:
     plan.write_bytes(str(graph_).encode())
     layers = decoder.contract.cache_layers
     values: dict[str, Any] = {
-        "engine": "trt", "version": FakeTensorRT.__version__, "precision": "fp32", "compute_capabilities": ("8.9",),
+        "engine": "trt", "version": FakeTensorRT.__version__, "precision": "fp32", "attention": "fused",
+        "compute_capabilities": ("8.9",),
         "max_batch": 2, "prefill_chunk": 8, "max_seq_len": decoder.slots,
         "profiles": engine_profiles(2, 8, decoder.slots),
         "inputs": decoder.contract.inputs, "outputs": decoder.contract.outputs, "cache_layers": len(layers),
