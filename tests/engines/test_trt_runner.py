@@ -34,6 +34,8 @@ from ..static_tiny import (
     torch_logits,
     worst,
 )
+from ..tensorrt_api.held import held
+from ..tensorrt_api.names import RTX_ONLY, TRT_ONLY
 from ..trt_tiny import ADA, HOPPER, PLAIN, RTX, checkpoint_of, engine_of, graph_of, needs_rtx
 
 # -- plans that do not fit -----------------------------------------------------------------------------------
@@ -134,7 +136,8 @@ def fake_session(
     card = FakeDevice(captures=captures)
     record = fake_record(graph_, directory, **changes)
     trt = FakeTensorRT(card, record.profiles)
-    return TrtSession(library, directory, record, trt, card), trt
+    held_trt = held(trt, RTX_ONLY if library.runtime_graphs else TRT_ONLY)
+    return TrtSession(library, directory, record, held_trt, card), trt
 
 
 @pytest.mark.parametrize("library", [PLAIN, RTX], ids=["trt", "trt-rtx"])
