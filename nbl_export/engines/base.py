@@ -153,13 +153,6 @@ class Compiler(Protocol):
     def library_version(self) -> str:
         """Version of the installed package, without loading it; "" if there is none."""
 
-    def check_model(self, spec: DecoderSpec, precision: str) -> None:
-        """Refuse a decoder that has no kernel; loads nothing.
-
-        Raises:
-            NblError: names the size that has no kernel.
-        """
-
     def build(self, source: Path, out: Path, settings: BuildSettings) -> Built:
         """Compile the graph in `source` into the directory `out`."""
 

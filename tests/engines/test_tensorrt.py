@@ -24,7 +24,7 @@ from nbl_export.engines.tensorrt import record as engine_record
 from nbl_export.engines.tensorrt.build import build_engine
 from nbl_export.engines.tensorrt.library import load_library
 from nbl_export.engines.tensorrt.log import Message, messages_of
-from nbl_export.engines.tensorrt.network import ParsedNetwork, parse, refuse_without_kernel_for
+from nbl_export.engines.tensorrt.network import ParsedNetwork, parse
 from nbl_export.engines.tensorrt.record import read_record
 from nbl_export.errors import NblError
 
@@ -34,7 +34,6 @@ from ..static_tiny import (
     LAYERS,
     SLOTS,
     SPEC,
-    save_checkpoint,
 )
 from ..trt_tiny import RTX, SMALL, engine_of, graph_of, needs_rtx
 
@@ -88,6 +87,7 @@ def test_a_plan_is_built_with_its_record() -> None:
     assert (engine / "decoder.engine").stat().st_size == record.plan_bytes > 1_000_000
     assert (record.engine, record.version) == ("trt-rtx", load_library(RTX).__version__)
     assert (record.precision, record.max_batch, record.prefill_chunk, record.max_seq_len) == ("fp16", 2, 16, SLOTS)
+    assert record.attention == "fused"
     assert record.compute_capabilities == ("8.0", "8.6", "8.9", "12.0", "12.1")
     assert record.profiles == engine_profiles(2, 16, SLOTS)
     assert 0 < record.build_seconds < 60
@@ -205,41 +205,12 @@ def test_a_warning_of_the_parser_stops_the_build(tmp_path: Path, monkeypatch: py
 
 @needs_rtx
 @pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"head_dim": 8}, "heads of size 8: .* multiples of 8 from 16 to 256"),
-        ({"num_attention_heads": 2, "num_key_value_heads": 1}, "2 query heads .minimum 4"),
-    ],
-)
-def test_attention_without_a_kernel_is_named_before_the_build(
-    changes: dict[str, int], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    static.build(save_checkpoint("llama", tmp_path / "c", **changes), tmp_path / "g", "fp16", max_seq_len=32)
-    with pytest.raises(NblError, match=reason):
-        build_engine(RTX, tmp_path / "g", tmp_path / "e", BuildSettings(1, 16))
-    monkeypatch.setattr(build, "refuse_without_kernel", lambda _: None)
-    with pytest.raises(NblError, match="does not build"):  # the rule is the library's own
-        build_engine(RTX, tmp_path / "g", tmp_path / "e", BuildSettings(1, 16))
-
-
-def test_kernels_are_known_without_a_graph() -> None:
-    refuse_without_kernel_for(9, 64, "fp16")
-    for heads, size, precision, reason in (
-        (9, 64, "fp32", "fp32"), (9, 20, "fp16", "size 20"), (9, 264, "bf16", "size 264"), (3, 64, "fp16", "3 query"),
-    ):  # fmt: skip
-        with pytest.raises(NblError, match=reason):
-            refuse_without_kernel_for(heads, size, precision)
-
-
-@needs_rtx
-@pytest.mark.parametrize(
     ("settings", "precision", "reason"),
     [
         (BuildSettings(1, SLOTS + 1), "fp16", "--prefill-chunk 97"),
         (BuildSettings(0, 8), "fp16", "--max-batch 0"),
         (BuildSettings(1, 8, ("9.0",)), "fp16", "compute capability 9.0, .* --engine trt$"),
         (BuildSettings(1, 8, ("7.5",)), "int4", "7.5 has no int4"),
-        (BuildSettings(1, 8), "fp32", "no fused attention kernel for fp32"),
     ],
 )
 def test_settings_that_cannot_be_built_are_refused(

@@ -34,6 +34,8 @@ from ..static_tiny import (
     torch_logits,
     worst,
 )
+from ..tensorrt_api.held import held
+from ..tensorrt_api.names import RTX_ONLY, TRT_ONLY
 from ..trt_tiny import ADA, HOPPER, PLAIN, RTX, checkpoint_of, engine_of, graph_of, needs_rtx
 
 # -- plans that do not fit -----------------------------------------------------------------------------------
@@ -46,7 +48,8 @@ def fake_record(graph_: Path, directory: Path, **changes: Any) -> EngineRecord:
     plan.write_bytes(str(graph_).encode())
     layers = decoder.contract.cache_layers
     values: dict[str, Any] = {
-        "engine": "trt", "version": FakeTensorRT.__version__, "precision": "fp32", "compute_capabilities": ("8.9",),
+        "engine": "trt", "version": FakeTensorRT.__version__, "precision": "fp32", "attention": "fused",
+        "compute_capabilities": ("8.9",),
         "max_batch": 2, "prefill_chunk": 8, "max_seq_len": decoder.slots,
         "profiles": engine_profiles(2, 8, decoder.slots),
         "inputs": decoder.contract.inputs, "outputs": decoder.contract.outputs, "cache_layers": len(layers),
@@ -133,7 +136,8 @@ def fake_session(
     card = FakeDevice(captures=captures)
     record = fake_record(graph_, directory, **changes)
     trt = FakeTensorRT(card, record.profiles)
-    return TrtSession(library, directory, record, trt, card), trt
+    held_trt = held(trt, RTX_ONLY if library.runtime_graphs else TRT_ONLY)
+    return TrtSession(library, directory, record, held_trt, card), trt
 
 
 @pytest.mark.parametrize("library", [PLAIN, RTX], ids=["trt", "trt-rtx"])

@@ -188,8 +188,18 @@ class StaticRunner:
         return self._logits
 
     def pick(self) -> int:
-        """The most likely next token."""
-        return int(self._logits.argmax())
+        """The most likely next token.
+
+        Raises:
+            NblError: the logits are not finite.
+        """
+        token = int(self._logits.argmax())  # of the first NaN, if there is one
+        if not np.isfinite(self._logits[token]):
+            raise NblError(
+                f"{self.directory} gives logits that are not finite: its numbers overflow; export it with --precision "
+                "bf16 instead of fp16 or int4"
+            )
+        return token
 
     # -- text ------------------------------------------------------------------------------------------
 

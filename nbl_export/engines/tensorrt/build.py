@@ -1,24 +1,27 @@
 """Builds decoder.onnx into a plan (TensorRT's serialised engine) with engine.json beside it; complete or absent.
 
-DIR/model/decoder.onnx ─ parse ─ refuse what has no kernel ─ build ─► .tmp-… ─ rename ─► DIR/engine/model/
+DIR/model/decoder.onnx ─ parse ─ build, attention fused or decomposed ─► .tmp-… ─ rename ─► DIR/engine/model/
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nbl_export.engines.base import BuildSettings
 from nbl_export.engines.gpu import Gpu, find_gpu
 from nbl_export.engines.static.schedule import Profile, engine_profiles
+from nbl_export.engines.tensorrt.attention import DECOMPOSED, FUSED, bypass_unit_scale, decompose, lacks_kernel
 from nbl_export.engines.tensorrt.library import Library, load_library
 from nbl_export.engines.tensorrt.log import Messages, complaints, ignored_inputs, messages_of
-from nbl_export.engines.tensorrt.network import ParsedNetwork, parse, refuse_without_kernel
+from nbl_export.engines.tensorrt.network import ParsedNetwork, parse
 from nbl_export.engines.tensorrt.record import ENGINE_FILE, RECORD_FILE, EngineRecord, digest_of
 from nbl_export.errors import NblError
 from nbl_export.files import friendly_os_errors, write_json
@@ -28,8 +31,17 @@ from nbl_export.trust.contained import check_inside
 
 __all__ = ["Progress", "build_engine"]
 
+_logger = logging.getLogger(__name__)
+
 Progress = Callable[[str, float], None]  # phase, seconds since the build began
 _GRAPH = STATIC_GRAPH_FILE
+
+
+@dataclass(frozen=True)
+class _Built:
+    plan: Any
+    attention: str  # FUSED or DECOMPOSED
+    seconds: float
 
 
 def build_engine(
@@ -41,7 +53,7 @@ def build_engine(
         progress: called by the builder with its phase; the builder's step counts do not measure time.
 
     Raises:
-        NblError: the graph is refused, has no kernel, warns, or does not build; or the disk is full. `out` stays.
+        NblError: the graph is refused, warns, or does not build; or the disk is full. `out` stays.
     """
     trt = load_library(library)
     log = messages_of(trt)
@@ -49,17 +61,15 @@ def build_engine(
     if not graph.is_file():
         raise NblError(f"{source} holds no {_GRAPH}; export it with --engine {library.capabilities.name}")
     parsed = parse(trt, log, graph)
-    refuse_without_kernel(parsed)
+    bypass_unit_scale(parsed)
     contract = parsed.contract
     two_rows = parsed.precision == "int4" or contract.logits == "last"
     profiles = engine_profiles(settings.max_batch, settings.prefill_chunk, _slots(contract), two_rows=two_rows)
     computes = _targets(library, settings.targets, parsed.precision)
-    started = time.perf_counter()
-    plan = _build(parsed, log, profiles, settings.targets and computes, library, progress)
-    seconds = time.perf_counter() - started
+    built = _build(parsed, log, profiles, settings.targets and computes, library, progress)
     with friendly_os_errors(out), _replacing(out) as scratch:
-        (scratch / ENGINE_FILE).write_bytes(plan)
-        record = _record(library, parsed, profiles, settings, computes, seconds, scratch)
+        (scratch / ENGINE_FILE).write_bytes(built.plan)
+        record = _record(library, parsed, profiles, settings, computes, built, scratch)
         write_json(scratch / RECORD_FILE, record.to_json())
         _copy_text_files(source, scratch)
     return record
@@ -99,7 +109,9 @@ def _targets(library: Library, asked: Sequence[str], precision: str) -> tuple[st
 def _build(
     parsed: ParsedNetwork, log: Messages, profiles: Sequence[Profile], targets: Sequence[str], library: Library,
     progress: Progress | None,
-) -> Any:  # fmt: skip
+) -> _Built:  # fmt: skip
+    """Build with fused attention, or with decomposed attention if there is no kernel."""
+    started = time.perf_counter()
     trt, builder, network = parsed.trt, parsed.builder, parsed.network
     config = builder.create_builder_config()
     if targets:
@@ -112,16 +124,36 @@ def _build(
     monitor = _monitor(trt, progress) if progress else None
     if monitor is not None:
         config.progress_monitor = monitor
+    failed = f"{library.capabilities.title} does not build {network.name}"
+    unfused = lacks_kernel(library, parsed)
+    if not unfused:
+        plan, unfused = _attempt(parsed, log, config, monitor)
+        if plan is not None:
+            return _Built(plan, FUSED, time.perf_counter() - started)
+    if not decompose(parsed):
+        raise NblError(f"{failed}: {unfused}")
+    _logger.warning("%s: attention is decomposed into matrix products, which is slower: %s", network.name, unfused)
+    plan, why = _attempt(parsed, log, config, monitor)
+    if plan is None:
+        raise NblError(f"{failed}: {why}; with fused attention: {unfused}")
+    return _Built(plan, DECOMPOSED, time.perf_counter() - started)
+
+
+def _attempt(parsed: ParsedNetwork, log: Messages, builder_config: Any, monitor: Any) -> tuple[Any, str]:
+    """One build: the plan and "", or None and the library's reason.
+
+    Raises:
+        NblError: the engine would not read an input.
+    """
     with log.collected() as said:
-        plan = builder.build_serialized_network(network, config)
+        plan = parsed.builder.build_serialized_network(parsed.network, builder_config)
     if monitor is not None and monitor.interrupt is not None:
         raise monitor.interrupt
     if ignored := ignored_inputs(said):
-        raise NblError(f"the engine would not read an input of {network.name}: {ignored[0]}")
+        raise NblError(f"the engine would not read an input of {parsed.network.name}: {ignored[0]}")
     if plan is None:
-        why = (complaints(said) or ["it gives no reason"])[0]
-        raise NblError(f"{library.capabilities.title} does not build {network.name}: {why[:500]}")
-    return plan
+        return None, (complaints(said) or ["it gives no reason"])[0][:500]
+    return plan, ""
 
 
 def _shapes(builder: Any, network: Any, profile: Profile) -> Any:
@@ -168,7 +200,7 @@ def _monitor(trt: Any, progress: Progress) -> Any:
 
 def _record(
     library: Library, parsed: ParsedNetwork, profiles: Sequence[Profile], settings: BuildSettings,
-    computes: tuple[str, ...], seconds: float, scratch: Path,
+    computes: tuple[str, ...], built: _Built, scratch: Path,
 ) -> EngineRecord:  # fmt: skip
     contract = parsed.contract
     caches = [info for info in contract.inputs if info.name.startswith("past_key_values.")]
@@ -181,6 +213,7 @@ def _record(
         engine=library.capabilities.name,
         version=parsed.trt.__version__,
         precision=parsed.precision,
+        attention=built.attention,
         compute_capabilities=computes,
         max_batch=settings.max_batch,
         prefill_chunk=settings.prefill_chunk,
@@ -192,7 +225,7 @@ def _record(
         cache_bytes_per_token=per_token,
         cache_bytes=per_token * slots * settings.max_batch,
         parse_seconds=round(parsed.seconds, 3),
-        build_seconds=round(seconds, 3),
+        build_seconds=round(built.seconds, 3),
         plan_bytes=plan.stat().st_size,
         plan_sha256=digest_of(plan),
         graph_sha256={f.name: digest_of(f) for f in files},

@@ -93,16 +93,6 @@ class TensorRtEngine:
         """One thread, because the host only feeds the GPU."""
         return 1
 
-    def check_model(self, spec: DecoderSpec, precision: str) -> None:
-        """Refuse a decoder whose attention has no kernel; loads nothing.
-
-        Raises:
-            NblError: names the size that has no kernel.
-        """
-        from nbl_export.engines.tensorrt.network import refuse_without_kernel_for
-
-        refuse_without_kernel_for(spec.num_heads, spec.head_dim, precision)
-
     def build(self, source: Path, out: Path, settings: BuildSettings, progress: Progress | None = None) -> EngineRecord:
         """See `build.build_engine`."""
         from nbl_export.engines.tensorrt.build import build_engine

@@ -15,9 +15,33 @@ from nbl_export.errors import NblError
 if TYPE_CHECKING:
     pass
 
-__all__ = ["LIBRARIES", "Library", "load_library"]
+__all__ = ["LIBRARIES", "FusedAttention", "Library", "load_library"]
 
 _DRIVERS = {13: "R580", 12: "R535"}  # oldest driver of a CUDA major version
+
+
+@dataclass(frozen=True)
+class FusedAttention:
+    """The attention that a library is known to have fused kernels for.
+
+    Attributes:
+        least_query_heads: fewest query heads; grouped and shared keys make no difference.
+    """
+
+    head_sizes: range
+    least_query_heads: int
+    precisions: tuple[str, ...]
+
+    def lacks(self, query_heads: int, head_size: int, precision: str) -> str:
+        """What there is no kernel for, in words; "" if there is a kernel."""
+        if precision not in self.precisions:
+            return precision
+        if head_size not in self.head_sizes:
+            step, least, most = self.head_sizes.step, self.head_sizes[0], self.head_sizes[-1]
+            return f"heads of size {head_size} (it is for multiples of {step} from {least} to {most})"
+        if query_heads < self.least_query_heads:
+            return f"{query_heads} query heads (minimum {self.least_query_heads})"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -34,6 +58,7 @@ class Library:
         other: the engine to try instead.
         target_prefix: begins the library's names of compute capabilities.
         weak_computes: compute capabilities without bf16 and int4.
+        fused: what has fused attention kernels; None if only the library's builder can tell.
     """
 
     capabilities: Capabilities
@@ -48,6 +73,7 @@ class Library:
     other: str
     target_prefix: str = "SM"
     weak_computes: tuple[str, ...] = ("7.5",)
+    fused: FusedAttention | None = None
 
     def runs_on(self, compute: str) -> bool:
         """Whether the library has kernels for a compute capability."""
@@ -88,6 +114,8 @@ LIBRARIES = {
         least_compute="7.5",
         default_targets=("8.0", "8.6", "8.9", "12.0", "12.1"),
         other="trt",
+        # found by building with version 1.7.1
+        fused=FusedAttention(range(16, 257, 8), 4, _PRECISIONS),
     ),
 }
 

@@ -16,7 +16,7 @@ from nbl_export.engines.tensorrt.log import Messages, complaints
 from nbl_export.errors import NblError
 from nbl_export.records.decoder import GraphContract, TensorInfo
 
-__all__ = ["ParsedNetwork", "parse", "refuse_without_kernel", "refuse_without_kernel_for"]
+__all__ = ["ParsedNetwork", "parse"]
 
 _DTYPES = {
     "HALF": "float16",
@@ -27,10 +27,6 @@ _DTYPES = {
     "BOOL": "bool",
 }
 _PRECISIONS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
-# Fused attention of TensorRT-RTX 1.7.1, found by building: head sizes of 16, 24, ... 256 in fp16 and bf16, with at
-# least 4 query heads (1 to 3 have no kernel at any head size; MQA and GQA work). float32 has no kernel.
-_HEAD_SIZES = range(16, 257, 8)
-_LEAST_QUERY_HEADS = 4
 
 
 @dataclass(frozen=True)
@@ -109,34 +105,6 @@ def _unread_inputs(parsed: ParsedNetwork) -> list[str]:
     }
     net = parsed.network
     return [name for i in range(net.num_inputs) if (name := net.get_input(i).name) not in read]
-
-
-def refuse_without_kernel(parsed: ParsedNetwork) -> None:
-    """Apply `refuse_without_kernel_for` to the sizes of the network's attention layers."""
-    for layer in parsed.layers:
-        if layer.type == parsed.trt.LayerType.ATTENTION_INPUT:
-            _, heads, _, size = layer.get_input(0).shape
-            refuse_without_kernel_for(heads, size, parsed.precision)
-
-
-def refuse_without_kernel_for(query_heads: int, head_size: int, precision: str) -> None:
-    """Refuse attention without a fused kernel in TensorRT, in plain words instead of a failed build.
-
-    Raises:
-        NblError: names the head size, the number of heads or the precision.
-    """
-    if precision == "fp32":
-        raise NblError("TensorRT has no fused attention kernel for fp32: use --precision fp16 or bf16")
-    if head_size not in _HEAD_SIZES:
-        raise NblError(
-            f"TensorRT has no fused attention kernel for heads of size {head_size}: the kernels are for multiples of 8 "
-            f"from {_HEAD_SIZES[0]} to {_HEAD_SIZES[-1]}; use --engine ort for this model"
-        )
-    if query_heads < _LEAST_QUERY_HEADS:
-        raise NblError(
-            f"TensorRT has no fused attention kernel for {query_heads} query heads (minimum {_LEAST_QUERY_HEADS}); use "
-            "--engine ort for this model"
-        )
 
 
 def _info(tensor: Any) -> TensorInfo:

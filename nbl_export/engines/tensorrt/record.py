@@ -32,6 +32,7 @@ class EngineRecord:
     Attributes:
         engine: trt or trt-rtx.
         version: version of the library.
+        attention: "fused" or "decomposed", see `attention`.
         compute_capabilities: the GPUs that the plan runs on.
         cache_bytes_per_token: of one row.
         cache_bytes: of max_batch rows with all slots.
@@ -41,6 +42,7 @@ class EngineRecord:
     engine: str
     version: str
     precision: str
+    attention: str
     compute_capabilities: tuple[str, ...]
     max_batch: int
     prefill_chunk: int
