@@ -6,6 +6,7 @@ DIR/model/decoder.onnx ─ parse ─ refuse what has no kernel ─ build ─► 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import time
@@ -16,8 +17,9 @@ from typing import Any
 from nbl_export.engines.base import BuildSettings
 from nbl_export.engines.gpu import Gpu, find_gpu
 from nbl_export.engines.static.schedule import Profile, engine_profiles
+from nbl_export.engines.tensorrt.capture import ask_for_proof, capturable
 from nbl_export.engines.tensorrt.library import Library, load_library
-from nbl_export.engines.tensorrt.log import Messages, complaints, ignored_inputs, messages_of
+from nbl_export.engines.tensorrt.log import Messages, ignored_inputs, messages_of, require
 from nbl_export.engines.tensorrt.network import ParsedNetwork, parse, refuse_without_kernel
 from nbl_export.engines.tensorrt.record import ENGINE_FILE, RECORD_FILE, EngineRecord, digest_of
 from nbl_export.errors import NblError
@@ -41,7 +43,8 @@ def build_engine(
         progress: called by the builder with its phase; the builder's step counts do not measure time.
 
     Raises:
-        NblError: the graph is refused, has no kernel, warns, or does not build; or the disk is full. `out` stays.
+        NblError: the graph is refused, has no kernel, warns, does not build or cannot be captured; or the disk is
+            full. `out` stays.
     """
     trt = load_library(library)
     log = messages_of(trt)
@@ -55,11 +58,12 @@ def build_engine(
     profiles = engine_profiles(settings.max_batch, settings.prefill_chunk, _slots(contract), two_rows=two_rows)
     computes = _targets(library, settings.targets, parsed.precision)
     started = time.perf_counter()
-    plan = _build(parsed, log, profiles, settings.targets and computes, library, progress)
+    plan, proven = _build(parsed, log, profiles, computes if settings.targets else (), library, progress)
     seconds = time.perf_counter() - started
     with friendly_os_errors(out), _replacing(out) as scratch:
         (scratch / ENGINE_FILE).write_bytes(plan)
         record = _record(library, parsed, profiles, settings, computes, seconds, scratch)
+        record = dataclasses.replace(record, capturable=proven)
         write_json(scratch / RECORD_FILE, record.to_json())
         _copy_text_files(source, scratch)
     return record
@@ -99,29 +103,34 @@ def _targets(library: Library, asked: Sequence[str], precision: str) -> tuple[st
 def _build(
     parsed: ParsedNetwork, log: Messages, profiles: Sequence[Profile], targets: Sequence[str], library: Library,
     progress: Progress | None,
-) -> Any:  # fmt: skip
+) -> tuple[Any, bool | None]:  # fmt: skip
+    """The plan, and whether its steps can be captured (None: the builder does not say)."""
     trt, builder, network = parsed.trt, parsed.builder, parsed.network
-    config = builder.create_builder_config()
-    if targets:
-        config.num_compute_capabilities = len(targets)
-        for index, compute in enumerate(targets):
-            member = f"{library.target_prefix}{compute.replace('.', '')}"
-            config.set_compute_capability(trt.ComputeCapability.__members__[member], index)
-    for profile in profiles:
-        config.add_optimization_profile(_shapes(builder, network, profile))
     monitor = _monitor(trt, progress) if progress else None
-    if monitor is not None:
-        config.progress_monitor = monitor
-    with log.collected() as said:
+    with log.explaining(f"{library.capabilities.title} does not build {network.name}") as said:
+        config = require(builder.create_builder_config())
+        if library.jit:
+            ask_for_proof(trt, config)
+        if targets and library.default_targets:  # TensorRT builds for the GPU at hand and has no such names
+            config.num_compute_capabilities = len(targets)
+            for index, compute in enumerate(targets):
+                member = f"{library.target_prefix}{compute.replace('.', '')}"
+                require(config.set_compute_capability(trt.ComputeCapability.__members__[member], index))
+        for profile in profiles:
+            config.add_optimization_profile(_shapes(builder, network, profile))
+        if monitor is not None:
+            config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
-    if monitor is not None and monitor.interrupt is not None:
-        raise monitor.interrupt
-    if ignored := ignored_inputs(said):
-        raise NblError(f"the engine would not read an input of {network.name}: {ignored[0]}")
-    if plan is None:
-        why = (complaints(said) or ["it gives no reason"])[0]
-        raise NblError(f"{library.capabilities.title} does not build {network.name}: {why[:500]}")
-    return plan
+        interrupt = monitor.interrupt if monitor is not None else None
+        proven = None
+        if interrupt is None:
+            if ignored := ignored_inputs(said):
+                raise NblError(f"the engine would not read an input of {network.name}: {ignored[0]}")
+            proven = capturable(said, plan, network.name) if library.jit else None
+            require(plan)
+    if interrupt is not None:
+        raise interrupt
+    return plan, proven
 
 
 def _shapes(builder: Any, network: Any, profile: Profile) -> Any:
@@ -182,6 +191,7 @@ def _record(
         version=parsed.trt.__version__,
         precision=parsed.precision,
         compute_capabilities=computes,
+        capturable=None,
         max_batch=settings.max_batch,
         prefill_chunk=settings.prefill_chunk,
         max_seq_len=slots,
