@@ -444,6 +444,12 @@ class HungryRunner(FakeRunner):
             os._exit(7)
         if behaviour == "fail":
             raise NblError(f"{directory} is broken")
+        if behaviour == "defect":
+            raise RuntimeError("Error in set optimization profile async.")
+        if behaviour == "memory":
+            raise MemoryError
+        if behaviour in ("SIGSEGV", "SIGKILL"):
+            os.kill(os.getpid(), signal.Signals[behaviour])
 
     def begin(self, max_tokens: int, batch: int = 1) -> None:
         super().begin(max_tokens)
@@ -464,7 +470,17 @@ def test_the_footprint_is_the_childs_own() -> None:
     assert 0.05 <= seen.load_seconds < 5
 
 
-@pytest.mark.parametrize(("behaviour", "sentence"), [("fail", "decoder is broken"), ("die", "status 7")])
+@pytest.mark.parametrize(
+    ("behaviour", "sentence"),
+    [
+        ("fail", "^decoder is broken$"),
+        ("defect", "measuring decoder failed .* RuntimeError: Error in set optimization profile async.$"),
+        ("memory", "measuring decoder needs more memory: "),
+        ("die", "status 7$"),
+        ("SIGSEGV", r"status -11 \(SIGSEGV, a crash in a library"),
+        ("SIGKILL", r"status -9 \(SIGKILL, usually too little memory"),
+    ],
+)
 def test_a_child_that_fails_is_one_sentence(behaviour: str, sentence: str) -> None:
     with pytest.raises(NblError, match=sentence):
         footprint(behaviour)

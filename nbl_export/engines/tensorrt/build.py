@@ -6,6 +6,7 @@ DIR/model/decoder.onnx ─ parse ─ build, attention fused or decomposed ─►
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import shutil
@@ -19,8 +20,9 @@ from nbl_export.engines.base import BuildSettings
 from nbl_export.engines.gpu import Gpu, find_gpu
 from nbl_export.engines.static.schedule import Profile, engine_profiles
 from nbl_export.engines.tensorrt.attention import DECOMPOSED, FUSED, bypass_unit_scale, decompose, lacks_kernel
+from nbl_export.engines.tensorrt.capture import ask_for_proof, capturable
 from nbl_export.engines.tensorrt.library import Library, load_library
-from nbl_export.engines.tensorrt.log import Messages, complaints, ignored_inputs, messages_of
+from nbl_export.engines.tensorrt.log import Messages, complaints, ignored_inputs, messages_of, require
 from nbl_export.engines.tensorrt.network import ParsedNetwork, parse
 from nbl_export.engines.tensorrt.record import ENGINE_FILE, RECORD_FILE, EngineRecord, digest_of
 from nbl_export.errors import NblError
@@ -41,6 +43,7 @@ _GRAPH = STATIC_GRAPH_FILE
 class _Built:
     plan: Any
     attention: str  # FUSED or DECOMPOSED
+    capturable: bool | None  # None: the builder does not say
     seconds: float
 
 
@@ -53,7 +56,7 @@ def build_engine(
         progress: called by the builder with its phase; the builder's step counts do not measure time.
 
     Raises:
-        NblError: the graph is refused, warns, or does not build; or the disk is full. `out` stays.
+        NblError: the graph is refused, warns, does not build or cannot be captured; or the disk is full. `out` stays.
     """
     trt = load_library(library)
     log = messages_of(trt)
@@ -66,7 +69,7 @@ def build_engine(
     two_rows = parsed.precision == "int4" or contract.logits == "last"
     profiles = engine_profiles(settings.max_batch, settings.prefill_chunk, _slots(contract), two_rows=two_rows)
     computes = _targets(library, settings.targets, parsed.precision)
-    built = _build(parsed, log, profiles, settings.targets and computes, library, progress)
+    built = _build(parsed, log, profiles, computes if settings.targets else (), library, progress)
     with friendly_os_errors(out), _replacing(out) as scratch:
         (scratch / ENGINE_FILE).write_bytes(built.plan)
         record = _record(library, parsed, profiles, settings, computes, built, scratch)
@@ -112,48 +115,70 @@ def _build(
 ) -> _Built:  # fmt: skip
     """Build with fused attention, or with decomposed attention if there is no kernel."""
     started = time.perf_counter()
-    trt, builder, network = parsed.trt, parsed.builder, parsed.network
-    config = builder.create_builder_config()
-    if targets:
+    name = parsed.network.name
+    failed = f"{library.capabilities.title} does not build {name}"
+    monitor = _monitor(parsed.trt, progress) if progress else None
+    with log.explaining(failed):
+        config = _config(parsed, profiles, targets, library, monitor)
+    attempt = functools.partial(_attempt, parsed, log, config, monitor, library, failed)
+    unfused = lacks_kernel(library, parsed)
+    if not unfused:
+        plan, proven, unfused = attempt()
+        if plan is not None:
+            return _Built(plan, FUSED, proven, time.perf_counter() - started)
+    if not decompose(parsed):
+        raise NblError(f"{failed}: {unfused}")
+    _logger.warning("%s: attention is decomposed into matrix products, which is slower: %s", name, unfused)
+    plan, proven, why = attempt()
+    if plan is None:
+        raise NblError(f"{failed}: {why}; with fused attention: {unfused}")
+    return _Built(plan, DECOMPOSED, proven, time.perf_counter() - started)
+
+
+def _config(
+    parsed: ParsedNetwork, profiles: Sequence[Profile], targets: Sequence[str], library: Library, monitor: Any
+) -> Any:
+    """The builder's configuration, inside a block of `Messages.explaining`."""
+    trt, builder = parsed.trt, parsed.builder
+    config = require(builder.create_builder_config())
+    if library.jit:
+        ask_for_proof(trt, config)
+    if targets and library.default_targets:  # TensorRT builds for the GPU at hand and has no such names
         config.num_compute_capabilities = len(targets)
         for index, compute in enumerate(targets):
             member = f"{library.target_prefix}{compute.replace('.', '')}"
-            config.set_compute_capability(trt.ComputeCapability.__members__[member], index)
+            require(config.set_compute_capability(trt.ComputeCapability.__members__[member], index))
     for profile in profiles:
-        config.add_optimization_profile(_shapes(builder, network, profile))
-    monitor = _monitor(trt, progress) if progress else None
+        config.add_optimization_profile(_shapes(builder, parsed.network, profile))
     if monitor is not None:
         config.progress_monitor = monitor
-    failed = f"{library.capabilities.title} does not build {network.name}"
-    unfused = lacks_kernel(library, parsed)
-    if not unfused:
-        plan, unfused = _attempt(parsed, log, config, monitor)
-        if plan is not None:
-            return _Built(plan, FUSED, time.perf_counter() - started)
-    if not decompose(parsed):
-        raise NblError(f"{failed}: {unfused}")
-    _logger.warning("%s: attention is decomposed into matrix products, which is slower: %s", network.name, unfused)
-    plan, why = _attempt(parsed, log, config, monitor)
-    if plan is None:
-        raise NblError(f"{failed}: {why}; with fused attention: {unfused}")
-    return _Built(plan, DECOMPOSED, time.perf_counter() - started)
+    return config
 
 
-def _attempt(parsed: ParsedNetwork, log: Messages, builder_config: Any, monitor: Any) -> tuple[Any, str]:
-    """One build: the plan and "", or None and the library's reason.
+def _attempt(
+    parsed: ParsedNetwork, log: Messages, builder_config: Any, monitor: Any, library: Library, failed: str
+) -> tuple[Any, bool | None, str]:
+    """One build: the plan, whether its steps can be captured (None: the builder does not say), and "".
+
+    Without a plan: None, None and the library's reason.
 
     Raises:
-        NblError: the engine would not read an input.
+        NblError: the engine would not read an input, or its steps cannot be captured.
     """
-    with log.collected() as said:
-        plan = parsed.builder.build_serialized_network(parsed.network, builder_config)
-    if monitor is not None and monitor.interrupt is not None:
-        raise monitor.interrupt
-    if ignored := ignored_inputs(said):
-        raise NblError(f"the engine would not read an input of {parsed.network.name}: {ignored[0]}")
-    if plan is None:
-        return None, (complaints(said) or ["it gives no reason"])[0][:500]
-    return plan, ""
+    network, proven, why = parsed.network, None, ""
+    with log.explaining(failed) as said:
+        plan = parsed.builder.build_serialized_network(network, builder_config)
+        interrupt = monitor.interrupt if monitor is not None else None
+        if interrupt is None:
+            if ignored := ignored_inputs(said):
+                raise NblError(f"the engine would not read an input of {network.name}: {ignored[0]}")
+            proven = capturable(said, plan, network.name) if library.jit else None
+        if plan is None:
+            why = (complaints(said) or ["it gives no reason"])[0][:500]
+            said.clear()  # the caller tells the reason
+    if interrupt is not None:
+        raise interrupt
+    return plan, proven, why
 
 
 def _shapes(builder: Any, network: Any, profile: Profile) -> Any:
@@ -215,6 +240,7 @@ def _record(
         precision=parsed.precision,
         attention=built.attention,
         compute_capabilities=computes,
+        capturable=built.capturable,
         max_batch=settings.max_batch,
         prefill_chunk=settings.prefill_chunk,
         max_seq_len=slots,

@@ -53,6 +53,8 @@ class Library:
         package: name for pip.
         get_it: how to install the library.
         runtime_graphs: whether the library captures CUDA graphs by itself.
+        jit: whether the library compiles kernels when an engine loads. If so, a cache of kernels can be kept, and the
+            builder proves that a step can be captured.
         computes: compute capabilities that the library runs on; empty means `least_compute` and later.
         default_targets: compute capabilities of a plan by default; empty means the GPU at hand.
         other: the engine to try instead.
@@ -67,6 +69,7 @@ class Library:
     get_it: str
     builds_without_gpu: bool
     runtime_graphs: bool
+    jit: bool
     computes: tuple[str, ...]
     least_compute: str
     default_targets: tuple[str, ...]
@@ -96,6 +99,7 @@ LIBRARIES = {
         get_it="pip install tensorrt (its libraries come from NVIDIA's own package index)",
         builds_without_gpu=False,
         runtime_graphs=False,
+        jit=False,
         computes=(),
         least_compute="7.5",
         default_targets=(),
@@ -110,6 +114,7 @@ LIBRARIES = {
         get_it="pip install tensorrt-rtx",
         builds_without_gpu=True,
         runtime_graphs=True,
+        jit=True,
         computes=("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
         least_compute="7.5",
         default_targets=("8.0", "8.6", "8.9", "12.0", "12.1"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbl_export.engines.tensorrt.log import Messages, complaints
+from nbl_export.engines.tensorrt.log import Messages, complaints, require
 from nbl_export.errors import NblError
 from nbl_export.records.decoder import GraphContract, TensorInfo
 
@@ -72,20 +72,22 @@ def parse(trt: Any, log: Messages, path: Path) -> ParsedNetwork:
     Raises:
         NblError: the parser refuses the graph, warns about it, or would drop one of its inputs.
     """
-    with log.collected() as said:
-        start = time.perf_counter()
+    start = time.perf_counter()
+    # a warning about the machine is no reason against the graph, so the parser's block begins behind this one
+    with log.explaining("TensorRT makes no builder"):
         builder = trt.Builder(log.logger)
         # TensorRT 11 is always strongly typed and ignores the flag; TensorRT 10 and RTX need it
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        network = require(builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)))
+    with log.explaining(f"TensorRT's parser refuses {path}") as said:
         parser = trt.OnnxParser(network, log.logger)
         good = parser.parse_from_file(str(path))
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         seconds = time.perf_counter() - start
-    if not good or errors or network.num_outputs == 0:
-        why = [f"{e.node_name() or 'the graph'} ({e.node_operator() or 'model'}): {e.desc()}" for e in errors]
-        raise NblError(f"TensorRT's parser refuses {path}: {why[0] if why else 'it is not an ONNX model'}")
-    if said_wrong := complaints(said):
-        raise NblError(f"TensorRT's parser warns about {path}, so no engine is built: {said_wrong[0]}")
+        if not good or errors or network.num_outputs == 0:
+            why = [f"{e.node_name() or 'the graph'} ({e.node_operator() or 'model'}): {e.desc()}" for e in errors]
+            raise NblError(f"TensorRT's parser refuses {path}: {why[0] if why else 'it is not an ONNX model'}")
+        if said_wrong := complaints(said):
+            raise NblError(f"TensorRT's parser warns about {path}, so no engine is built: {said_wrong[0]}")
     network.name = path.parent.name
     parsed = ParsedNetwork(trt, builder, network, parser, seconds, path)
     if unread := _unread_inputs(parsed):
