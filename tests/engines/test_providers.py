@@ -119,6 +119,7 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     installed: set[str] = set()
     monkeypatch.setattr(ort, "is_installed", lambda name: name in installed)
     monkeypatch.setattr(gpu, "find_gpu", lambda: "no NVIDIA driver is installed")
+    monkeypatch.setattr(gpu, "check_cuda", lambda card: None)
     cuda, rtx = load_engine("ort", "cuda"), load_engine("ort", "nv-tensorrt-rtx")
 
     def reason(engine: Any) -> str:
@@ -153,7 +154,7 @@ class Genai(types.ModuleType):
             raise RuntimeError("libcuda.so.1: cannot open\nshared object file")
 
     def __getattr__(self, name: str) -> Any:
-        def noted(*arguments: object) -> Genai:
+        def noted(*arguments: object, **_options: object) -> Genai:
             self.calls.append((name, *arguments))
             return self
 
@@ -171,6 +172,8 @@ def genai(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Genai:
     monkeypatch.setattr(gpu, "_registered", set())
     monkeypatch.setattr(ort, "is_installed", lambda name: name in PROVIDERS["nv-tensorrt-rtx"].packages)
     monkeypatch.setattr(gpu, "find_gpu", lambda: ADA)
+    monkeypatch.setattr(gpu, "check_cuda", lambda card: None)
+    monkeypatch.setattr(gpu, "load_cuda", lambda: 13)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "cache"))
     return module

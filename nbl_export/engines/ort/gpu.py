@@ -33,6 +33,7 @@ from typing import Any
 from nbl_export.engines.base import Availability, Capabilities
 from nbl_export.engines.gpu import Gpu, find_gpu
 from nbl_export.engines.ort import engine as ort
+from nbl_export.engines.ort.cuda import check_cuda, load_cuda
 from nbl_export.engines.ort.decoder import OnnxDecoder
 from nbl_export.engines.ort.genai import CPU, GenaiRunner
 from nbl_export.engines.providers import PROVIDERS, Provider
@@ -81,16 +82,16 @@ class GpuEngine:
         return ort.probe()
 
     def probe_run(self) -> Availability:
-        """Whether directories for this provider run here. Never raises."""
+        """Whether directories for this provider run here: its libraries load, and a stream is made. Never raises."""
         gpu = find_gpu()
         reason = self._missing_packages() or (gpu if isinstance(gpu, str) else self._unfit(gpu))
-        if reason:
+        if isinstance(gpu, str) or reason:
             return Availability(False, reason)
         try:
+            check_cuda(gpu)
             _register(self.provider)
         except Exception as error:  # a broken installation may raise anything
-            return Availability(False, " ".join(str(error).split())[:300])
-        assert isinstance(gpu, Gpu)
+            return Availability(False, " ".join(str(error).split())[:500])
         return Availability(True, f"{self.provider.title} provider on the {gpu.name} ({gpu.compute})")
 
     def _missing_packages(self) -> str:
@@ -104,14 +105,14 @@ class GpuEngine:
         return f"{', '.join(missing)} {verb} not installed: {first}pip install '{extra}'"
 
     def _unfit(self, gpu: Gpu) -> str:
-        if self.provider.runs_on(gpu.compute):
-            return ""
-        known = ", ".join(self.provider.computes) or f"{self.provider.least_compute} and later"
-        other = "; use --provider cuda" if self.provider.computes else ""
-        return (
-            f"the {self.provider.title} provider does not run on the {gpu.name}: its compute capability is "
-            f"{gpu.compute}, the provider is for {known}{other}"
-        )
+        if not self.provider.runs_on(gpu.compute):
+            known = ", ".join(self.provider.computes) or f"{self.provider.least_compute} and later"
+            other = "; use --provider cuda" if self.provider.computes else ""
+            return (
+                f"the {self.provider.title} provider does not run on the {gpu.name}: its compute capability is "
+                f"{gpu.compute}, the provider is for {known}{other}"
+            )
+        return ""
 
     def default_threads(self) -> int:
         """One thread, because the host only feeds the GPU."""
@@ -119,6 +120,7 @@ class GpuEngine:
 
     def open_runner(self, directory: Path, threads: int | None = None) -> GenaiRunner:
         """A text runner on the directory's provider."""
+        load_cuda()
         _register(self.provider)
         options = {"nv_runtime_cache_path": str(_kernel_cache())} if self.provider.registered else {}
         return GenaiRunner(directory, threads or 1, provider=(self.provider.genai, options))
