@@ -80,7 +80,10 @@ class TextRunner(Protocol):
         """
 
     def append(self, ids: Sequence[int]) -> None:
-        """Run the decoder over ids as one chunk: prefill, or one decode step for a single id. A batch takes [B, T]."""
+        """Run the decoder over ids as one chunk: prefill, or one decode step for a single id. A batch takes [B, T].
+
+        Returns when the device has finished, so that a clock can be read.
+        """
 
     def rewind(self, length: int) -> None:
         """Drop everything after the first `length` tokens."""

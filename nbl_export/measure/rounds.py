@@ -3,6 +3,8 @@
     load A B ─► for each batch and depth: fill, warm up, a run of A, a run of B, ... ─► close ─► load B A ─► ...
     after 6, 12 and 18 loads: every interval within 10%, or the next check after 3 minutes? ─► end;  24 ─► end
 
+The clock is read when the device has finished: `append` of every engine waits for it (`engines.base.TextRunner`).
+
 A load keeps its memory layout, so rounds of one load are not independent (docs/experiments.md, "Measurement").
 So a load has one round.
 

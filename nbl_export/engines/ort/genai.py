@@ -4,7 +4,7 @@
         └─ GenaiRunner ── begin ─ append ─ append ─ rewind ─ append ...        for bench
                       └── encode ─ stream | greedy                            for generate and verify
 
-The code relies on these observations of onnxruntime_genai 0.18 on the CPU provider:
+The code relies on these observations of onnxruntime_genai 0.18 on the CPU provider, and, for a GPU, on its sources:
 
 - `append_tokens` runs the decoder synchronously; afterwards the logits of the last token are there.
   `generate_next_token` runs the decoder only if no unread logits are left. Right after an append it takes tens of
@@ -15,6 +15,10 @@ The code relies on these observations of onnxruntime_genai 0.18 on the CPU provi
   other than to 0 is refused too. So a batch continues with `generate_next_token`, and is filled again to go back.
 - In a batch `pad_token_id` is masked wherever it stands. A row of padding alone fails in GroupQueryAttention.
 - `get_logits` before the first append, or after a rewind, returns stale memory instead of an error.
+- On a GPU `append_tokens` may return before the step is computed: for NvTensorRtRtx GenAI sets
+  `disable_synchronize_execution_providers` (src/models/model.cpp), and its casts to float32 run behind the step for
+  every provider. `get_logits` and `get_next_tokens` copy to the host on GenAI's stream and wait for the stream
+  (src/cuda/interface.cpp, CopyDeviceToCpu). So an append on a device other than the CPU reads one of them.
 - A generator allocates and clears its whole cache on construction: max_length tokens are resident at once.
 - Unset, `intra_op_num_threads` is half of the logical CPUs, 16 at most (src/models/model.cpp). This leaves half of a
   machine without hyper-threading idle, so this module always sets the number.
@@ -48,6 +52,7 @@ from nbl_export.trust.model_settings import check_tokenizer_settings
 __all__ = ["CPU", "SILENT", "GenaiRunner", "default_threads", "load_package"]
 
 CPU: tuple[str, dict[str, str]] = ("cpu", {})  # GenAI's name of a provider, and its options
+_CPU_DEVICE = "CPU"  # og.Model.device_type
 SILENT = 4  # ORT severity "fatal": only the exception raised here reports an error
 
 
@@ -78,6 +83,7 @@ class GenaiRunner:
         self.settings = GenaiSettings.read(directory)
         self._og = load_package("onnxruntime_genai")
         self._model = _load(self._og, directory, self.threads, provider)
+        self._waits = self._model.device_type != _CPU_DEVICE
         self._generator: Any = None
         self._capacity = self._length = 0
         self._batch = 1
@@ -115,7 +121,7 @@ class GenaiRunner:
             )
 
     def append(self, ids: Sequence[int]) -> None:
-        """Run the decoder over ids as one chunk; returns after the computation.
+        """Run the decoder over ids as one chunk; returns when the device has finished.
 
         A batch takes ids [B, T] once, and picks a token. Single steps [B, 1] then continue with the picked tokens. In
         the first chunk another id replaces the id of padding, which would be masked.
@@ -134,6 +140,8 @@ class GenaiRunner:
                 self._generator.append_tokens(np.asarray(ids, dtype=np.int32))
             else:
                 self._append_rows(np.asarray(ids, dtype=np.int32))
+            if self._waits:
+                self._wait()
         except Exception as error:
             raise NblError(f"{self.directory} failed on a chunk of {count} tokens: {short(error)}") from error
         self._length += count
@@ -148,6 +156,13 @@ class GenaiRunner:
         elif ids_BT.shape[1] != 1:
             raise ValueError("a batch goes on token by token")
         self._generator.generate_next_token()  # runs the decoder unless it just ran, and picks
+
+    def _wait(self) -> None:
+        """Wait for the device, by reading a result."""
+        if self._batch == 1:
+            self._generator.get_logits()
+        else:
+            self._generator.get_next_tokens()
 
     def rewind(self, length: int) -> None:
         """Drop everything after the first `length` tokens; costs microseconds, because the cache stays.
