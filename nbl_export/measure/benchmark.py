@@ -38,13 +38,14 @@ from typing import Any
 import numpy as np
 import psutil
 
+from nbl_export.engines.base import Room
 from nbl_export.errors import NblError
 from nbl_export.measure import background
 from nbl_export.measure.footprint import Footprint, OpenRunner, disk_bytes, measure_footprint
 from nbl_export.measure.rounds import Instruments, Progress, Rule, Stand, Steps, Variant, groups, time_rounds
 from nbl_export.records.results import Scenario, Timing
 
-__all__ = ["BenchSetting", "Instruments", "Variant", "machine", "plan_scenarios", "run"]
+__all__ = ["BenchSetting", "Instruments", "Variant", "machine", "plan_scenarios", "room_for", "run"]
 
 Measure = Callable[[OpenRunner, Path, int | None, Sequence[int], int], Footprint]
 
@@ -85,6 +86,13 @@ def plan_scenarios(
         for depth in sorted(set(depths))
         for kind, tokens in kinds
     )
+
+
+def room_for(scenarios: Sequence[Scenario], context_length: int) -> Room:
+    """What the scenarios that fit the context ask of a runner; a batch also holds the token that it picks last."""
+    fitting = [s for s in scenarios if not _reason(s, context_length)]
+    tokens = max((s.depth + s.tokens + (s.batch > 1) for s in fitting), default=1)
+    return Room(tokens, max((s.batch for s in fitting), default=1))
 
 
 _ORDER = (

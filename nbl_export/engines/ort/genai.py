@@ -44,16 +44,15 @@ from typing import Any
 import numpy as np
 import psutil
 
-from nbl_export.engines.ort.folder import check_genai_folder
+from nbl_export.engines.base import Room
+from nbl_export.engines.ort.opening import open_model
 from nbl_export.engines.ort.settings import GenaiSettings, short
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.trust.model_settings import check_tokenizer_settings
 
-__all__ = ["CPU", "SILENT", "GenaiRunner", "default_threads", "load_package"]
+__all__ = ["GenaiRunner", "default_threads", "load_package"]
 
-CPU: tuple[str, dict[str, str]] = ("cpu", {})  # GenAI's name of a provider, and its options
 _CPU_DEVICE = "CPU"  # og.Model.device_type
-SILENT = 4  # ORT severity "fatal": only the exception raised here reports an error
 
 
 def default_threads() -> int:
@@ -69,6 +68,8 @@ class GenaiRunner:
         directory: model.onnx, its data, genai_config.json and, for text, the tokenizer.
         threads: intra-op threads; None uses `default_threads()`. `self.threads` is the number in use.
         provider: GenAI's name of the execution provider, and its options; None uses the directory's provider.
+        room: sequence and batch that the provider is sized for; `begin` opens the model again if they are exceeded.
+            None leaves the sizes of the directory.
 
     Raises:
         MissingPackageError: onnxruntime-genai is not installed.
@@ -76,13 +77,18 @@ class GenaiRunner:
     """
 
     def __init__(
-        self, directory: Path, threads: int | None = None, provider: tuple[str, dict[str, str]] | None = None
+        self,
+        directory: Path,
+        threads: int | None = None,
+        provider: tuple[str, dict[str, str]] | None = None,
+        room: Room | None = None,
     ) -> None:
         self.directory = directory
         self.threads = threads or default_threads()
         self.settings = GenaiSettings.read(directory)
         self._og = load_package("onnxruntime_genai")
-        self._model = _load(self._og, directory, self.threads, provider)
+        self._provider, self._room = provider, room and room.within(self.settings.context_length)
+        self._model = self._open()
         self._waits = self._model.device_type != _CPU_DEVICE
         self._generator: Any = None
         self._capacity = self._length = 0
@@ -97,6 +103,15 @@ class GenaiRunner:
         self.__dict__.pop("_tokenizer", None)
         self._generator = self._model = None
 
+    def _open(self) -> Any:
+        return open_model(self._og, self.directory, self.threads, self._provider, self._room)
+
+    def _make_room(self, asked: Room) -> None:
+        if self._room is not None and not self._room.holds(asked):
+            self._room = self._room.joined(asked)
+            self._model = None  # free the old model before the new one is loaded
+            self._model = self._open()
+
     # -- tokens ----------------------------------------------------------------------------------------
 
     def begin(self, max_tokens: int, batch: int = 1) -> None:
@@ -109,6 +124,7 @@ class GenaiRunner:
         self._length, self._capacity = 0, min(max_tokens, self.settings.context_length)
         longest = self._capacity if batch == 1 else min(max_tokens + 1, self.settings.context_length)
         shortest = 0 if batch == 1 else longest  # a batch continues behind an end of text
+        self._make_room(Room(longest, batch))
         try:
             params = self._og.GeneratorParams(self._model)
             params.set_search_options(
@@ -247,27 +263,6 @@ class GenaiRunner:
             self.append(chunk)
             chunk = [self.pick()]
             yield chunk[0]
-
-
-def _load(og: ModuleType, directory: Path, threads: int, provider: tuple[str, dict[str, str]] | None) -> Any:
-    check_genai_folder(directory)
-    options = {"intra_op_num_threads": threads, "log_severity_level": SILENT}
-    try:
-        config = og.Config(str(directory))  # checked by `check_genai_folder`
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-        if provider is not None:
-            _choose_provider(config, *provider)
-        return og.Model(config)
-    except Exception as error:
-        raise NblError(f"{directory} does not load in ONNX Runtime GenAI: {short(error)}") from error
-
-
-def _choose_provider(config: Any, name: str, options: dict[str, str]) -> None:
-    """Choose a provider; if it is the directory's own, the directory's options stay."""
-    if name == CPU[0]:
-        config.clear_providers()  # the CPU provider is the fallback and must not be named
-    for key, value in options.items():
-        config.set_provider_option(name, key, value)
 
 
 def _has_chat_template(directory: Path) -> bool:

@@ -20,7 +20,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.engines.base import Availability, BuildSettings
+from nbl_export.engines.base import Availability, BuildSettings, Room
 from nbl_export.engines.gpu import CUDA, Gpu, find_gpu, outdated, release_for
 from nbl_export.engines.static.host import StaticDecoder, StaticRunner
 from nbl_export.engines.tensorrt.library import LIBRARIES, Library, load_library
@@ -110,8 +110,8 @@ class TensorRtEngine:
     def _advice(self) -> str:
         return "" if self.library.builds_without_gpu else f"; --engine {self.library.other} builds without a GPU"
 
-    def open_runner(self, directory: Path, threads: int | None = None) -> StaticRunner:
-        """A text runner on a directory with a plan and engine.json; `threads` has no effect."""
+    def open_runner(self, directory: Path, threads: int | None = None, room: Room | None = None) -> StaticRunner:
+        """A text runner on a directory with a plan and engine.json; `threads` and `room` have no effect."""
         from nbl_export.engines.tensorrt.runner import open_session
 
         return StaticRunner(open_session(self.library, directory), directory)
