@@ -95,7 +95,7 @@ def outdated(gpu: Gpu, package: str, major: int, instead: str) -> str:
     newer = f"{CUDA[major].driver} or later" if major in CUDA else f"one for CUDA {major}"
     other = f", or {instead}" if gpu.cuda[0] in CUDA else ""
     return (
-        f"the NVIDIA driver supports CUDA {gpu.cuda[0]}.{gpu.cuda[1]}, the installed {package} needs CUDA {major}: "
+        f"the NVIDIA driver supports CUDA {gpu.cuda[0]}.{gpu.cuda[1]}, {package} needs CUDA {major}: "
         f"update the driver to {newer}{other}"
     )
 

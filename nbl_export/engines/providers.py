@@ -15,6 +15,7 @@ class Provider:
         genai: its name in genai_config.json.
         computes: compute capabilities that have kernels; empty means `least_compute` and later. CUDA 13 has none below
             7.5. The TensorRT for RTX provider needs 8.0 (TensorRT-RTX-EP-ABI, "Runtime prerequisites").
+        cuda: CUDA major version of the packages.
         registered: name and package of a provider that is a separate library.
         builder_options: options that the GenAI builder gets for the provider, by precision.
     """
@@ -26,6 +27,7 @@ class Provider:
     packages: tuple[str, ...]
     least_compute: str = "7.5"
     computes: tuple[str, ...] = ()
+    cuda: int = 13
     registered: tuple[str, str] | None = None
     dense_caches: bool = False
     builder_options: tuple[tuple[str, tuple[str, ...]], ...] = ()

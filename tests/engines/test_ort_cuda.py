@@ -103,6 +103,17 @@ def test_an_old_driver_is_named_with_what_it_needs(machine: Machine) -> None:
     check_cuda(Gpu("NVIDIA L4", "8.9", (14, 0)))  # a newer driver runs older packages
 
 
+def test_an_old_driver_is_named_before_packages_are_fetched_for_it(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort, "is_installed", lambda name: False)
+    assert "pip install 'nbl-export[gpu]'" in load_engine("ort", "cuda").probe_run().reason
+    monkeypatch.setattr(gpu, "find_gpu", lambda: OLD_DRIVER)
+    reason = load_engine("ort", "cuda").probe_run().reason
+    assert "onnxruntime-gpu needs CUDA 13: update the driver to R580" in reason
+    assert "pip install" not in reason
+
+
 def test_only_a_call_shows_that_the_gpu_does_not_answer(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine.status = 35
     answer = load_engine("ort", "cuda").probe_run()

@@ -29,9 +29,10 @@ from nbl_export.engines.gpu import Gpu, outdated
 from nbl_export.engines.ort.genai import load_package
 from nbl_export.errors import NblError
 
-__all__ = ["check_cuda", "load_cuda"]
+__all__ = ["OLDER_DRIVER", "check_cuda", "load_cuda"]
 
 _GENAI_CUDA = "onnxruntime-genai-cuda.dll" if sys.platform == "win32" else "libonnxruntime-genai-cuda.so"
+OLDER_DRIVER = "use --engine trt, which has packages for older drivers"
 _GET_IT = "pip install 'onnxruntime-gpu[cuda,cudnn]' onnxruntime-genai-cuda"
 
 
@@ -63,7 +64,7 @@ def check_cuda(gpu: Gpu) -> None:
         NblError: a library does not load, the driver is too old for them, or the GPU refuses the stream.
     """
     major = load_cuda()
-    if old := outdated(gpu, "onnxruntime-gpu", major, "use --engine trt, which has packages for older drivers"):
+    if old := outdated(gpu, "the installed onnxruntime-gpu", major, OLDER_DRIVER):
         raise NblError(old)
     name = f"cudart64_{major}.dll" if sys.platform == "win32" else f"libcudart.so.{major}"
     try:

@@ -37,9 +37,9 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.engines.base import Availability, Capabilities, Room
-from nbl_export.engines.gpu import Gpu, find_gpu
+from nbl_export.engines.gpu import Gpu, find_gpu, outdated
 from nbl_export.engines.ort import engine as ort
-from nbl_export.engines.ort.cuda import check_cuda, load_cuda
+from nbl_export.engines.ort.cuda import OLDER_DRIVER, check_cuda, load_cuda
 from nbl_export.engines.ort.decoder import OnnxDecoder
 from nbl_export.engines.ort.genai import GenaiRunner
 from nbl_export.engines.ort.opening import CPU
@@ -94,8 +94,9 @@ class GpuEngine:
     def probe_run(self) -> Availability:
         """Whether directories for this provider run here: its libraries load, and a stream is made. Never raises."""
         gpu = find_gpu()
-        reason = self._missing_packages() or (gpu if isinstance(gpu, str) else self._unfit(gpu))
-        if isinstance(gpu, str) or reason:
+        if isinstance(gpu, str):
+            return Availability(False, self._missing_packages() or gpu)
+        if reason := self._unfit(gpu) or self._missing_packages():
             return Availability(False, reason)
         try:
             check_cuda(gpu)
@@ -122,6 +123,8 @@ class GpuEngine:
                 f"the {self.provider.title} provider does not run on the {gpu.name}: its compute capability is "
                 f"{gpu.compute}, the provider is for {known}{other}"
             )
+        if old := outdated(gpu, self.provider.packages[0], self.provider.cuda, OLDER_DRIVER):
+            return old
         if gpu.count > 1 and self.provider.registered:
             return (
                 f"{gpu.count} GPUs are visible, and GenAI would pass all of them to the {self.provider.title} "

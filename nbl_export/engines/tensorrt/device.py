@@ -81,7 +81,7 @@ def _driver_advice(gpu: Gpu) -> str:
     except importlib.metadata.PackageNotFoundError:
         return ""
     instead = f"pip install {release_for(gpu).bindings}"
-    old = outdated(gpu, f"cuda-python {version}", int(version.split(".")[0]), instead)
+    old = outdated(gpu, f"the installed cuda-python {version}", int(version.split(".")[0]), instead)
     return f" ({old})" if old else ""
 
 

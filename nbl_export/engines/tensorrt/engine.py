@@ -153,7 +153,7 @@ def _usable_gpu(library: Library) -> Gpu:
         )
     needed = _cuda_major(library)
     other = f"in a new environment, {library.how_to_get(release_for(gpu))}"
-    if needed is not None and (old := outdated(gpu, library.package, needed, other)):
+    if needed is not None and (old := outdated(gpu, f"the installed {library.package}", needed, other)):
         raise NblError(old)
     return gpu
 
