@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nbl_export.engines.base import Room
 from nbl_export.errors import NblError
 from nbl_export.measure import background, benchmark
-from nbl_export.measure.benchmark import BenchSetting, Instruments, Variant, decode_tokens, plan_scenarios
+from nbl_export.measure.benchmark import BenchSetting, Instruments, Variant, decode_tokens, plan_scenarios, room_for
 from nbl_export.measure.energy import Meter
 from nbl_export.measure.footprint import Footprint, measure_footprint
 from nbl_export.measure.rows import read_timings, speed_rows
@@ -354,6 +355,13 @@ def test_both_variants_see_the_same_ids_below_the_vocabulary(tmp_path: Path) -> 
 def test_the_plan_of_scenarios() -> None:
     tests = [(s.test, s.depth) for s in plan_scenarios((512,), 128, (2048, 0, 0))]
     assert tests == [("pp512", 0), ("tg128", 0), ("pp512", 2048), ("tg128", 2048)]
+
+
+def test_room_is_what_the_scenarios_that_fit_ask_for() -> None:
+    scenarios = plan_scenarios((8, 2048), 4, (0, 600), batches=(1, 3))
+    assert room_for(scenarios, 4096) == Room(2648, 3)
+    assert room_for(scenarios, 1024) == Room(608, 3)
+    assert room_for([Scenario("tg", 4, 600, 3)], 4096) == Room(605, 3)  # and the token that is picked last
 
 
 def test_a_scenario_beyond_the_context_is_named_and_left_out(tmp_path: Path) -> None:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
 
+from nbl_export.engines.gpu import Gpu, find_gpu, outdated, release_for
 from nbl_export.errors import NblError
 
-__all__ = ["CudaPython", "Device", "Torch", "attempt_all", "find_backend", "open_device"]
+__all__ = ["CudaPython", "Device", "Torch", "attempt_all", "check_device", "find_backend", "open_device"]
 
 
 class Device(Protocol):
@@ -66,7 +68,39 @@ def find_backend() -> type[CudaPython] | type[Torch] | str:
         torch: Any = importlib.import_module("torch")
         if torch.cuda.is_available():
             return Torch
-    return "device memory needs the package cuda-python (pip install cuda-python), or torch with CUDA"
+    bindings = release_for(find_gpu()).bindings
+    return f"device memory needs the package cuda-python (pip install {bindings}), or torch with CUDA"
+
+
+def check_device(gpu: Gpu) -> str:
+    """Make a stream on the GPU and free it; returns the title of the package that made it.
+
+    Only a first call shows a driver that is too old for the package (cudaErrorInsufficientDriver).
+
+    Raises:
+        NblError: there is no usable package, or the GPU makes no stream; the message says what to change.
+    """
+    backend = find_backend()
+    if isinstance(backend, str):
+        raise NblError(backend)
+    try:
+        backend().close()
+    except Exception as error:  # torch and bindings that do not load have exceptions of their own
+        text = " ".join(str(error).split())[:200]
+        advice = _driver_advice(gpu) if backend is CudaPython else ""
+        raise NblError(f"{backend.title} makes no stream on the {gpu.name}: {text}{advice}") from error
+    return backend.title
+
+
+def _driver_advice(gpu: Gpu) -> str:
+    """What to change if the bindings are of a newer CUDA than the driver; "" if they are not."""
+    try:
+        version = importlib.metadata.version("cuda-bindings")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    instead = f"pip install {release_for(gpu).bindings}"
+    old = outdated(gpu, f"the installed cuda-python {version}", int(version.split(".")[0]), instead)
+    return f" ({old})" if old else ""
 
 
 def open_device() -> Device:

@@ -7,17 +7,13 @@ import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nbl_export.engines.base import Capabilities
+from nbl_export.engines.gpu import CudaRelease, find_gpu, release_for
 from nbl_export.errors import NblError
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["LIBRARIES", "FusedAttention", "Library", "load_library"]
-
-_DRIVERS = {13: "R580", 12: "R535"}  # oldest driver of a CUDA major version
 
 
 @dataclass(frozen=True)
@@ -50,8 +46,8 @@ class Library:
 
     Attributes:
         module: name to import.
-        package: name for pip.
-        get_it: how to install the library.
+        package: name for pip, of the newest CUDA.
+        origin: where the library comes from, if not from PyPI.
         runtime_graphs: whether the library captures CUDA graphs by itself.
         jit: whether the library compiles kernels when an engine loads. If so, a cache of kernels can be kept, and the
             builder proves that a step can be captured.
@@ -66,7 +62,7 @@ class Library:
     capabilities: Capabilities
     module: str
     package: str
-    get_it: str
+    origin: str
     builds_without_gpu: bool
     runtime_graphs: bool
     jit: bool
@@ -77,6 +73,10 @@ class Library:
     target_prefix: str = "SM"
     weak_computes: tuple[str, ...] = ("7.5",)
     fused: FusedAttention | None = None
+
+    def how_to_get(self, release: CudaRelease) -> str:
+        """The command that installs the library and the bindings of a CUDA release."""
+        return f"pip install {self.package}{release.suffix} {release.bindings}{self.origin}"
 
     def runs_on(self, compute: str) -> bool:
         """Whether the library has kernels for a compute capability."""
@@ -96,7 +96,7 @@ LIBRARIES = {
         capabilities=Capabilities("trt", "TensorRT", _PRECISIONS, ("static",), "trt", _PRECISIONS, **_COMPILED),
         module="tensorrt",
         package="tensorrt",
-        get_it="pip install tensorrt (its libraries come from NVIDIA's own package index)",
+        origin=" (its libraries come from NVIDIA's own package index)",
         builds_without_gpu=False,
         runtime_graphs=False,
         jit=False,
@@ -111,7 +111,7 @@ LIBRARIES = {
         ),
         module="tensorrt_rtx",
         package="tensorrt-rtx",
-        get_it="pip install tensorrt-rtx",
+        origin="",
         builds_without_gpu=True,
         runtime_graphs=True,
         jit=True,
@@ -132,11 +132,16 @@ def load_library(library: Library) -> ModuleType:
         NblError: the package is not installed, or does not load; the message says how to get it.
     """
     if importlib.util.find_spec(library.module) is None:
-        raise NblError(f"the package {library.package} is not installed: {library.get_it}")
+        raise NblError(f"the package {library.package} is not installed: {_advice(library)}")
     try:
         return importlib.import_module(library.module)
     except Exception as error:  # a package without its libraries raises FileNotFoundError, OSError, ImportError
-        raise NblError(f"the package {library.package} does not load ({error}): {library.get_it}") from error
+        raise NblError(f"the package {library.package} does not load ({error}): {_advice(library)}") from error
+
+
+def _advice(library: Library) -> str:
+    """How to install a library that fits the driver of this machine."""
+    return library.how_to_get(release_for(find_gpu()))
 
 
 def _version(compute: str) -> tuple[int, ...]:
