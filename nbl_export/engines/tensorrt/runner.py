@@ -23,6 +23,7 @@ import numpy as np
 
 from nbl_export.engines.gpu import Gpu, find_gpu
 from nbl_export.engines.static.schedule import profile_for
+from nbl_export.engines.tensorrt.contexts import DEFAULT, Strategy
 from nbl_export.engines.tensorrt.device import Device, open_device
 from nbl_export.engines.tensorrt.library import Library, load_library
 from nbl_export.engines.tensorrt.log import complaints, messages_of
@@ -38,7 +39,7 @@ _INDEX = np.dtype(np.int64)
 _PER_ROW = ("write_indices", "num_tokens")
 
 
-def open_session(library: Library, directory: Path) -> TrtSession:
+def open_session(library: Library, directory: Path, strategy: Strategy = DEFAULT) -> TrtSession:
     """A session on an engine directory.
 
     Raises:
@@ -48,7 +49,7 @@ def open_session(library: Library, directory: Path) -> TrtSession:
     record = read_record(directory)
     trt = load_library(library)
     refuse_misfit(library, record, trt.__version__, find_gpu(), directory)
-    return TrtSession(library, directory, record, trt, open_device())
+    return TrtSession(library, directory, record, trt, open_device(), strategy)
 
 
 def refuse_misfit(library: Library, record: EngineRecord, version: str, gpu: Gpu | str, directory: Path) -> None:
@@ -88,17 +89,21 @@ class TrtSession:
         device: owns all memory; closed with the session.
     """
 
-    def __init__(self, library: Library, directory: Path, record: EngineRecord, trt: Any, device: Device) -> None:
+    def __init__(
+        self, library: Library, directory: Path, record: EngineRecord, trt: Any, device: Device,
+        strategy: Strategy = DEFAULT,
+    ) -> None:  # fmt: skip
         self.contract = record.contract
         self.slots = record.max_seq_len
         self.chunk = record.prefill_chunk
         self._library, self._record, self._trt, self._device = library, record, trt, device
+        self._graphs, self._kernels = strategy.graphs, strategy.kernels
         self._runtime, self._engine = _deserialize(library, directory, record, trt)
         self._decode = len(record.profiles) - 1
         self._contexts = [self._context(index) for index in range(len(record.profiles))]
         self._batch = 0
         self._caches: dict[str, tuple[int, int]] = {}
-        self._step = _CapturedStep(device, library.runtime_graphs)
+        self._step = _CapturedStep(device, library.runtime_graphs or not self._graphs)
         self._shapes: dict[int, tuple[int, ...]] = {}
         self._logits = next(info for info in record.outputs if info.name == "logits")
         self._buffers = self._allocate_controls()
@@ -108,9 +113,12 @@ class TrtSession:
     def _context(self, profile: int) -> Any:
         """An execution context that stays on one profile."""
         engine = self._engine
-        if self._library.runtime_graphs and profile == self._decode:
+        if self._library.runtime_graphs:
             config = engine.create_runtime_config()
-            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            kinds = self._trt.DynamicShapesKernelSpecializationStrategy
+            config.dynamic_shapes_kernel_specialization_strategy = kinds.__members__[self._kernels]
+            if profile == self._decode and self._graphs:
+                config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             context = engine.create_execution_context(config)
         else:
             context = engine.create_execution_context()
@@ -150,7 +158,7 @@ class TrtSession:
             if self._caches.get(info.name, (0, 0))[1] < size:
                 self._caches[info.name] = (self._device.allocate(size), size)
         self._batch, self._shapes = batch, {}
-        self._step = _CapturedStep(self._device, self._library.runtime_graphs)
+        self._step = _CapturedStep(self._device, self._library.runtime_graphs or not self._graphs)
         for context in self._contexts:
             for name, address in self._buffers.items():
                 _check(context.set_tensor_address(name, address), f"the address of {name}")
