@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import enum
+import functools
 import json
 import os
 import shutil
@@ -174,7 +175,7 @@ class Engine:
 
     def create_execution_context(self, config: Any = None) -> Context:
         kernels = getattr(config, "dynamic_shapes_kernel_specialization_strategy", None)
-        return Context(self, "" if kernels is None else kernels.name)
+        return Context(self, self.parts.asked[-1] if kernels is None else kernels.name)
 
     def create_engine_inspector(self) -> Any:
         return types.SimpleNamespace(get_engine_information=lambda _format: json.dumps(self._layers()))
@@ -268,6 +269,7 @@ class FaultySession(TrtSession):
         if self.fault == "stale graph":
             self._step = step
             vars(step).update(kept)
+            vars(step)["run"] = functools.partial(_blind, step)
         if self.fault == "lost alias":
             for context in self._contexts:
                 for name, (_, size) in self._caches.items():
@@ -288,6 +290,10 @@ class FaultySession(TrtSession):
         if self.fault != "swallowed":
             super()._launch(index, tokens)
 
+    def _execute(self, *arguments: Any) -> None:
+        if self.fault != "swallowed":
+            getattr(super(), "_execute")(*arguments)  # noqa: B009  not every runner has it
+
     def close(self) -> None:
         super().close()
         if self.fault == "close":
@@ -304,6 +310,13 @@ class FaultySession(TrtSession):
         return found
 
 
+def _blind(step: Any, *arguments: Any) -> None:
+    """Run a decode step that does not see that the shape has changed."""
+    known = getattr(step, "_shape", None)
+    given = (known, *arguments[1:]) if known and len(arguments) > 1 else arguments
+    type(step).run(step, *given)
+
+
 @dataclasses.dataclass(frozen=True)
 class StandIn(Parts):
     """The parts for `accept`. `model` is an engine directory whose record is the pattern of new records."""
@@ -312,6 +325,7 @@ class StandIn(Parts):
     fault: str = ""
     last: list[CountingDevice] = dataclasses.field(default_factory=list)
     loaded: list[Path] = dataclasses.field(default_factory=list)
+    asked: list[str] = dataclasses.field(default_factory=lambda: ["EAGER"])
 
     @property
     def opened(self) -> CountingDevice:
@@ -360,11 +374,13 @@ class StandIn(Parts):
     def deployed(self, directory: Path) -> TrtSession:
         found = self.session(directory, graphs=True)
         used = self.fault != "lost kernels" and directory in self.loaded
-        found.kernels = types.SimpleNamespace(ignored="" if used else "there is none yet")  # type: ignore[attr-defined]
+        kept = types.SimpleNamespace(ignored="" if used else "there is none yet", save=lambda: None)
+        found.kernels = kept  # type: ignore[attr-defined]
         self.loaded.append(directory)
         return found
 
     def session(self, directory: Path, *, graphs: bool, kernels: str = "EAGER") -> TrtSession:
+        self.asked.append(kernels)
         kind = type("Session", (FaultySession,), {"fault": self.fault})
         record, strategy = read_record(directory), Strategy(graphs=graphs, kernels=kernels)
         found: TrtSession = kind(self.library, directory, record, self.load(), self.device(), strategy)

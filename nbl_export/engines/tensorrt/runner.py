@@ -97,7 +97,7 @@ class TrtSession:
         self.slots = record.max_seq_len
         self.chunk = record.prefill_chunk
         self._library, self._record, self._trt, self._device = library, record, trt, device
-        self._graphs, self._kernels = strategy.graphs, strategy.kernels
+        self._graphs = strategy.graphs
         self._runtime, self._engine = _deserialize(library, directory, record, trt)
         self._decode = len(record.profiles) - 1
         self._contexts = [self._context(index) for index in range(len(record.profiles))]
@@ -113,12 +113,9 @@ class TrtSession:
     def _context(self, profile: int) -> Any:
         """An execution context that stays on one profile."""
         engine = self._engine
-        if self._library.runtime_graphs:
+        if self._library.runtime_graphs and profile == self._decode and self._graphs:
             config = engine.create_runtime_config()
-            kinds = self._trt.DynamicShapesKernelSpecializationStrategy
-            config.dynamic_shapes_kernel_specialization_strategy = kinds.__members__[self._kernels]
-            if profile == self._decode and self._graphs:
-                config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             context = engine.create_execution_context(config)
         else:
             context = engine.create_execution_context()

@@ -78,8 +78,10 @@ class Examined:
         )
 
     def layers(self) -> Any:
-        """What the inspector says of the engine: JSON of the library, or its text if it is no JSON."""
+        """What the inspector says of the engine: JSON of the library, its text if it is no JSON, or None."""
         inspector = self._engine.create_engine_inspector()
+        if inspector is None:
+            return None
         text = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
         try:
             return json.loads(text)
