@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nbl_export.acceptance import child
@@ -106,6 +107,21 @@ def test_verification_leaves_values_that_come_back_as_they_were(
         load(tmp_path / "cut.safetensors")
     with pytest.raises(NblError, match="is missing, which verification leaves"):
         load(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    "stated",
+    ["no JSON", "[]", '{"schema": 9}', '{"schema": 1, "one": null}', '{"schema": 1, "one": null, "subjects": 3}'],
+)
+def test_a_file_of_other_values_is_refused(stated: str, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    one = np.ones((1, 1), np.int32)
+    save_file(
+        {"ids": one, "lengths": one[0], "marks": one}, tmp_path / "a.safetensors", metadata={"acceptance": stated}
+    )
+    with pytest.raises(CorruptError, match=r"a\.safetensors cannot be read"):
+        load(tmp_path / "a.safetensors")
 
 
 # -- end to end --------------------------------------------------------------------------------------------------
