@@ -15,6 +15,8 @@ from nbl_export.engines.tensorrt.record import EngineRecord, digest_of
 from nbl_export.engines.tensorrt.runner import TrtSession
 
 from .fake_tensorrt import FakeDevice, FakeTensorRT, FakeTensorRTX
+from .tensorrt_api.held import held
+from .tensorrt_api.names import RTX_ONLY, TRT_ONLY
 from .trt_tiny import PLAIN
 
 __all__ = ["fake_record", "fake_session"]
@@ -27,8 +29,8 @@ def fake_record(graph_: Path, directory: Path, **changes: Any) -> EngineRecord:
     plan.write_bytes(str(graph_).encode())
     layers = decoder.contract.cache_layers
     values: dict[str, Any] = {
-        "engine": "trt", "version": FakeTensorRT.__version__, "precision": "fp32", "compute_capabilities": ("8.9",),
-        "capturable": None,
+        "engine": "trt", "version": FakeTensorRT.__version__, "precision": "fp32", "attention": "fused",
+        "compute_capabilities": ("8.9",), "capturable": None,
         "max_batch": 2, "prefill_chunk": 8, "max_seq_len": decoder.slots,
         "profiles": engine_profiles(2, 8, decoder.slots),
         "inputs": decoder.contract.inputs, "outputs": decoder.contract.outputs, "cache_layers": len(layers),
@@ -44,8 +46,9 @@ def fake_session(
     graph_: Path, directory: Path, library: Library = PLAIN, *, captures: bool = True,
     strategy: Strategy = DEFAULT, kernels: KernelCache | None = None, **changes: Any,
 ) -> tuple[TrtSession, Any]:  # fmt: skip
-    """A session on the fake, and the fake."""
+    """A session on the fake, held to the names of the bindings, and the fake itself."""
     card = FakeDevice(captures=captures)
     record = fake_record(graph_, directory, **changes)
     trt = (FakeTensorRTX if library.jit else FakeTensorRT)(card, record.profiles)
-    return TrtSession(library, directory, record, trt, card, strategy, kernels), trt
+    seen = held(trt, RTX_ONLY if library.jit else TRT_ONLY)
+    return TrtSession(library, directory, record, seen, card, strategy, kernels), trt

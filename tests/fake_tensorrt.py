@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from nbl_export.engines.static.schedule import Profile
 
-__all__ = ["FakeDevice", "FakeTensorRT", "FakeTensorRTX"]
+__all__ = ["Config", "Context", "FakeDevice", "FakeTensorRT", "FakeTensorRTX", "RtxConfig", "dtypes_of", "open_graph"]
 
 _STREAM = 7
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
@@ -80,6 +80,20 @@ class FakeDevice:
         self.closed = True
 
 
+def open_graph(path: Path) -> Any:
+    """A session of ONNX Runtime."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # it warns of each cache that is copied
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def dtypes_of(session: Any) -> dict[str, type]:
+    """Types of inputs and outputs by name."""
+    return {a.name: _DTYPES[a.type] for a in [*session.get_inputs(), *session.get_outputs()]}
+
+
 class Severity(enum.Enum):
     INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
 
@@ -121,15 +135,21 @@ class FakeTensorRT:
         return self
 
     def deserialize_cuda_engine(self, plan: bytes) -> FakeTensorRT | None:
-        self._graph = Path(plan.decode())
-        return self if self._graph.is_file() else None
+        graph = Path(plan.decode())
+        if not graph.is_file():
+            return None
+        self.graph = open_graph(graph)
+        return self
 
     def create_runtime_config(self) -> Config:
         return Config()
 
-    def create_execution_context(self, config: Config) -> Context:
-        self.contexts.append(Context(self, self._graph, config))
+    def create_execution_context(self, config: Config) -> Context | None:
+        self.contexts.append(self.context(config))
         return self.contexts[-1]
+
+    def context(self, config: Config) -> Context:
+        return Context(self, config)
 
 
 class Config:
@@ -145,7 +165,10 @@ class Config:
 
 
 class FakeTensorRTX(FakeTensorRT):
-    """TensorRT for RTX: compiles kernels for profiles and shapes that its cache lacks. `compiled` lists them."""
+    """TensorRT for RTX: compiles kernels for profiles and shapes that its cache lacks. `compiled` lists them.
+
+    Its plans are built with REQUIRE_USER_ALLOCATION, so a context that would allocate is refused.
+    """
 
     CudaGraphStrategy = CudaGraphStrategy
     DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
@@ -156,6 +179,12 @@ class FakeTensorRTX(FakeTensorRT):
 
     def create_runtime_config(self) -> RtxConfig:
         return RtxConfig(self)
+
+    def create_execution_context(self, config: Config) -> Context | None:
+        if config.memory is not ExecutionContextAllocationStrategy.USER_MANAGED:
+            self.say("ERROR", "the engine requires memory of the user")
+            return None
+        return super().create_execution_context(config)
 
 
 class RtxConfig(Config):
@@ -200,14 +229,12 @@ class Kernels:
 class Context:
     """One execution context."""
 
-    def __init__(self, trt: FakeTensorRT, graph: Path, config: Config) -> None:
-        import onnxruntime as ort
-
+    def __init__(self, trt: FakeTensorRT, config: Config) -> None:
         self._trt, self._device, self.config = trt, trt.device, config
         graphs = getattr(config, "cuda_graph_strategy", None)
         self.graphs_by_itself = graphs is CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        self._session = ort.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
-        self._dtypes = {a.name: _DTYPES[a.type] for a in [*self._session.get_inputs(), *self._session.get_outputs()]}
+        self._session = trt.graph
+        self._dtypes = dtypes_of(trt.graph)
         self._addresses: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self.runs: list[tuple[int, ...]] = []
@@ -247,18 +274,22 @@ class Context:
             return False
         shapes = dict(self._shapes)
         if isinstance(self.config, RtxConfig):
-            self.config.cache.need(f"{self.profile} {shapes['input_ids']}")
+            self.config.cache.need(f"{self.profile} {shapes.get('input_ids', '')}")
         self._device.submit(lambda: self._run(shapes))
         return True
 
     def _run(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.runs.append(shapes["input_ids"])
+        self.runs.append(shapes.get("input_ids", ()))
         feeds = {a.name: self._array(a.name, shapes[a.name]) for a in self._session.get_inputs()}
         names = [a.name for a in self._session.get_outputs()]
         for name, value in zip(names, self._session.run(names, feeds), strict=True):
             if name.startswith("present."):
                 assert self._addresses[name] == self._addresses[name.replace("present", "past_key_values")]
-            self._array(name, value.shape)[...] = value
+            self._array(name, value.shape)[...] = self.computed(name, value, feeds)
+
+    def computed(self, _name: str, value: np.ndarray, _feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        """What is written for an output; a fault may change it."""
+        return value
 
     def _array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         dtype = np.dtype(self._dtypes[name])

@@ -1,24 +1,20 @@
 """A GPU stack for `accept` without a GPU: the run's own graphs on ONNX Runtime, and faults planted in it.
 
-    StandIn (acceptance.parts.Parts) ── Library ── Engine ── Context      runs the graph that a plan names
+    StandIn (acceptance.parts.Parts) ── Library ── Engine ── Context      see `stand_in_library`
         │                                                                 (a plan is JSON: graph and profiles)
         ├── CountingDevice    host memory behind addresses; a stream with a clock of its own
         └── fault             changes one thing in the runner, the library, the device or the graph
 
-A clock counts simulated seconds: work on the stream takes time, and only waiting for the stream lets the host see it.
+The runner and the steps see the library through `tensorrt_api.held`: only names and answers of the real bindings.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import enum
-import functools
 import json
-import os
 import shutil
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,223 +24,22 @@ import onnx_ir as ir
 from nbl_export.acceptance.parts import Parts
 from nbl_export.engines.base import BuildSettings
 from nbl_export.engines.gpu import Gpu
-from nbl_export.engines.static.schedule import Profile, engine_profiles
-from nbl_export.engines.tensorrt.contexts import Strategy
+from nbl_export.engines.static.schedule import engine_profiles
+from nbl_export.engines.tensorrt.contexts import DEFAULT, Strategy
+from nbl_export.engines.tensorrt.decode_step import DecodeStep
+from nbl_export.engines.tensorrt.kernels import KERNELS_FILE, KernelCache, made_for
 from nbl_export.engines.tensorrt.record import EngineRecord, digest_of, read_record
 from nbl_export.engines.tensorrt.runner import TrtSession
 from nbl_export.errors import NblError
 from nbl_export.files import file_sha256
 
-from .fake_tensorrt import FakeDevice
+from .stand_in_library import VERSION, CountingDevice, Library, SimulatedTimer
+from .tensorrt_api.held import held
+from .tensorrt_api.names import RTX_ONLY, TRT_ONLY
 
-__all__ = ["VERSION", "StandIn", "stand_in_run"]
+__all__ = ["StandIn", "change_attention", "stand_in_run"]
 
-VERSION = "1.2.3"
 _CARD = Gpu("stand-in", "8.9", (13, 0))
-_NUMPY = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
-_NVIDIA = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64"}
-_STEP_SECONDS, _COPY_SECONDS = 1e-3, 1e-5
-
-
-def named(name: str) -> Any:
-    """A member of an enum of the library."""
-    return types.SimpleNamespace(name=name)
-
-
-# -- the device ------------------------------------------------------------------------------------------------
-
-
-class CountingDevice(FakeDevice):
-    """The host's memory, and simulated seconds of host and stream."""
-
-    def __init__(self, fault: str) -> None:
-        super().__init__()
-        self.fault = fault
-        self.host = self.stream_done = 0.0
-
-    def work(self, seconds: float) -> None:
-        self.host += 1e-6
-        self.stream_done = max(self.stream_done, self.host) + seconds
-
-    def upload(self, address: int, array: np.ndarray) -> None:
-        self.work(_COPY_SECONDS)
-        if self.fault != "memory":
-            super().upload(address, array)
-
-    def download(self, address: int, array: np.ndarray) -> None:
-        self.work(_COPY_SECONDS)
-        super().download(address, array)
-
-    def synchronize(self) -> None:
-        self.host = max(self.host, self.stream_done)
-
-    def submit(self, work: Callable[[], None]) -> None:
-        self.work(_STEP_SECONDS)
-        super().submit(work)
-
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        replay = super().capture(work)
-
-        def timed() -> None:
-            self.work(_STEP_SECONDS)
-            replay()
-
-        return timed
-
-
-@dataclasses.dataclass
-class SimulatedTimer:
-    device: CountingDevice
-    begun: float = 0.0
-
-    def start(self) -> None:
-        self.begun = max(self.device.stream_done, self.device.host)
-
-    def stop(self) -> float:
-        end = max(self.device.stream_done, self.device.host)
-        self.device.synchronize()
-        return end - self.begun
-
-
-# -- the library -----------------------------------------------------------------------------------------------
-
-
-class Library:
-    """Stands in for the module `tensorrt`."""
-
-    __version__ = VERSION
-
-    class ILogger:
-        VERBOSE = "VERBOSE"
-
-    class CudaGraphStrategy:
-        WHOLE_GRAPH_CAPTURE, DISABLED = "whole graph", "disabled"
-
-    DynamicShapesKernelSpecializationStrategy = enum.Enum(
-        "DynamicShapesKernelSpecializationStrategy", "LAZY EAGER NONE"
-    )
-    ExecutionContextAllocationStrategy = enum.Enum("ExecutionContextAllocationStrategy", "STATIC USER_MANAGED")
-    TensorIOMode = types.SimpleNamespace(INPUT="input", OUTPUT="output")
-    TensorLocation = types.SimpleNamespace(DEVICE="device", HOST="host")
-    LayerInformationFormat = types.SimpleNamespace(JSON="json")
-
-    def __init__(self, parts: StandIn) -> None:
-        self.parts = parts
-
-    def Runtime(self, _logger: Any) -> Any:
-        return types.SimpleNamespace(deserialize_cuda_engine=lambda plan: Engine(self.parts, json.loads(plan)))
-
-
-class Engine:
-    """`ICudaEngine` of a plan."""
-
-    def __init__(self, parts: StandIn, plan: dict[str, Any]) -> None:
-        import onnxruntime as ort
-
-        self.parts, self.graph = parts, Path(plan["graph"])
-        self.profiles = [Profile(p["name"], tuple(p["batch"]), tuple(p["tokens"])) for p in plan["profiles"]]
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # it warns of each cache that is copied
-        self.session = ort.InferenceSession(str(self.graph), options, providers=["CPUExecutionProvider"])
-        self.inputs = {a.name: a for a in self.session.get_inputs()}
-        self.outputs = {a.name: a for a in self.session.get_outputs()}
-        self.dtypes = {name: _NUMPY[a.type] for name, a in {**self.inputs, **self.outputs}.items()}
-        self.num_io_tensors = len(self.dtypes)
-        self.num_optimization_profiles, self.device_memory_size_v2 = len(self.profiles), 0
-
-    def get_tensor_name(self, index: int) -> str:
-        return list(self.dtypes)[index]
-
-    def get_tensor_mode(self, name: str) -> str:
-        return "input" if name in self.inputs else "output"
-
-    def get_tensor_dtype(self, name: str) -> Any:
-        return named(_NVIDIA[self.dtypes[name]])
-
-    def get_tensor_location(self, name: str) -> str:
-        return "host" if self.parts.fault == "host input" and name == "write_indices" else "device"
-
-    def is_shape_inference_io(self, _name: str) -> bool:
-        return False
-
-    def get_aliased_input_tensor(self, name: str) -> str:
-        return name.replace("present.", "past_key_values.") if name.startswith("present.") else ""
-
-    def create_runtime_config(self) -> Any:
-        return types.SimpleNamespace(set_execution_context_allocation_strategy=lambda _strategy: None)
-
-    def create_execution_context(self, config: Any = None) -> Context:
-        kernels = getattr(config, "dynamic_shapes_kernel_specialization_strategy", None)
-        return Context(self, self.parts.asked[-1] if kernels is None else kernels.name)
-
-    def create_engine_inspector(self) -> Any:
-        return types.SimpleNamespace(get_engine_information=lambda _format: json.dumps(self._layers()))
-
-    def _layers(self) -> dict[str, Any]:
-        shape = [1, *self.inputs[next(n for n in self.inputs if n.startswith("past"))].shape[1:]]
-        cached = {"Name": "present.0.key", "LayerType": "KVCacheUpdate", "Outputs": [{"Dimensions": shape}]}
-        fused = {"Name": "attention", "TacticName": "_gemm_mha_v2", "Outputs": [{"Dimensions": [1, 4, 1, 64]}]}
-        scaled = {"Name": "scaled keys", "LayerType": "PWN(mul)", "Outputs": [{"Dimensions": shape}]}
-        faulty = {"scaled keys": [cached, fused, scaled], "decomposed": ["scores", "softmax"], "no names": []}
-        return {"Layers": faulty.get(self.parts.fault, [cached, fused])}
-
-
-class Context:
-    """`IExecutionContext`: what TensorRT refuses is answered with False."""
-
-    def __init__(self, engine: Engine, kernels: str) -> None:
-        self.engine, self.profile, self.kernels = engine, engine.profiles[0], kernels
-        self.addresses: dict[str, int] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-
-    def set_optimization_profile_async(self, index: int, _stream: int) -> bool:
-        self.profile = self.engine.profiles[index]
-        return True
-
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        self.addresses[name] = address
-        return name in self.engine.dtypes
-
-    def get_tensor_address(self, name: str) -> int:
-        return self.addresses.get(name, 0)
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        self.shapes[name] = tuple(shape)
-        tokens = shape[1] if name == "input_ids" else self.profile.tokens[0]
-        return name == "x" or self.profile.takes(shape[0], tokens)
-
-    def execute_async_v3(self, _stream: int) -> bool:
-        fault = self.engine.parts.fault
-        if fault == "crash":
-            os.abort()
-        if fault == "raises":
-            raise RuntimeError("CUDA error 700: an illegal memory access was encountered")
-        shapes = dict(self.shapes)
-        self.engine.parts.opened.submit(lambda: self._run(shapes))
-        return True
-
-    def _run(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        feeds = {name: self._array(name, shapes[name]) for name in self.engine.inputs}
-        found = self.engine.session.run(list(self.engine.outputs), feeds)
-        for name, value in zip(self.engine.outputs, found, strict=True):
-            self._array(name, value.shape)[...] = self._faulty(name, value, feeds)
-
-    def _faulty(self, name: str, value: np.ndarray, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-        fault = self.engine.parts.fault
-        if fault == "sum" and name == "y":
-            return value + 1
-        last = int(feeds["write_indices"].max()) if "write_indices" in feeds else 0
-        if fault == "lazy kernels" and name == "logits" and self.kernels == "LAZY":
-            return value[..., ::-1]
-        if fault == "late decode" and name == "logits" and self.profile.tokens[1] == 1 and last > 70:
-            return value[..., ::-1]
-        return value
-
-    def _array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        dtype = np.dtype(self.engine.dtypes[name])
-        size = int(np.prod(shape)) * dtype.itemsize
-        raw = (ctypes.c_ubyte * size).from_address(self.addresses[name])
-        return np.ndarray(shape, dtype, memoryview(raw))
 
 
 # -- the runner, with faults -----------------------------------------------------------------------------------
@@ -255,6 +50,11 @@ class FaultySession(TrtSession):
 
     fault = ""
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        if self.fault == "stale graph":
+            self._step.__class__ = StaleStep
+
     def begin(self, batch: int) -> None:
         if self.fault == "stale cache" and batch == self._batch:
             return
@@ -264,12 +64,7 @@ class FaultySession(TrtSession):
                 self._device.upload(address, np.full(size, 60, np.uint8))
 
     def _bind(self, batch: int) -> None:
-        step, kept = self._step, dict(vars(self._step))
         super()._bind(batch)
-        if self.fault == "stale graph":
-            self._step = step
-            vars(step).update(kept)
-            vars(step)["run"] = functools.partial(_blind, step)
         if self.fault == "lost alias":
             for context in self._contexts:
                 for name, (_, size) in self._caches.items():
@@ -286,15 +81,13 @@ class FaultySession(TrtSession):
             if self.fault == "profile" and ids_BT.shape[1] > 1:
                 self._contexts.reverse()
 
-    def _launch(self, index: int, tokens: int) -> None:
+    def _execute(self, context: Any, index: int, shape: tuple[int, int]) -> None:
         if self.fault != "swallowed":
-            super()._launch(index, tokens)
-
-    def _execute(self, *arguments: Any) -> None:
-        if self.fault != "swallowed":
-            getattr(super(), "_execute")(*arguments)  # noqa: B009  not every runner has it
+            super()._execute(context, index, shape)
 
     def close(self) -> None:
+        if self.fault == "lost kernels":
+            self.kernels = None
         super().close()
         if self.fault == "close":
             raise NblError("the GPU refuses cudaFree: cudaErrorInvalidValue")
@@ -310,11 +103,17 @@ class FaultySession(TrtSession):
         return found
 
 
-def _blind(step: Any, *arguments: Any) -> None:
-    """Run a decode step that does not see that the shape has changed."""
-    known = getattr(step, "_shape", None)
-    given = (known, *arguments[1:]) if known and len(arguments) > 1 else arguments
-    type(step).run(step, *given)
+class StaleStep(DecodeStep):
+    """Keeps its graph when addresses or shapes change."""
+
+    def reset(self) -> None:
+        pass
+
+    def run(self, shape: tuple[int, ...], execute: Callable[[], None]) -> None:
+        super().run(self._shape or shape, execute)
+
+
+# -- the parts ---------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,8 +123,6 @@ class StandIn(Parts):
     model: Path = Path()
     fault: str = ""
     last: list[CountingDevice] = dataclasses.field(default_factory=list)
-    loaded: list[Path] = dataclasses.field(default_factory=list)
-    asked: list[str] = dataclasses.field(default_factory=lambda: ["EAGER"])
 
     @property
     def opened(self) -> CountingDevice:
@@ -335,9 +132,9 @@ class StandIn(Parts):
         return "no NVIDIA driver is installed (libcuda is not found)" if self.fault == "no GPU" else _CARD
 
     def load(self) -> Any:
-        if not _LIBRARIES or _LIBRARIES[-1].parts is not self:
-            _LIBRARIES.append(Library(self))
-        return _LIBRARIES[-1]
+        if not _LOADED or _LOADED[-1][0] is not self:
+            _LOADED.append((self, held(Library(self), RTX_ONLY if self.library.jit else TRT_ONLY)))
+        return _LOADED[-1][1]
 
     def memory(self) -> dict[str, Any] | str:
         return {"host memory": self.device}
@@ -372,18 +169,16 @@ class StandIn(Parts):
         return record
 
     def deployed(self, directory: Path) -> TrtSession:
-        found = self.session(directory, graphs=True)
-        used = self.fault != "lost kernels" and directory in self.loaded
-        kept = types.SimpleNamespace(ignored="" if used else "there is none yet", save=lambda: None)
-        found.kernels = kept  # type: ignore[attr-defined]
-        self.loaded.append(directory)
-        return found
+        wanted = made_for(read_record(directory), _CARD)
+        return self._opened(directory, DEFAULT, KernelCache(directory / KERNELS_FILE, wanted))
 
     def session(self, directory: Path, *, graphs: bool, kernels: str = "EAGER") -> TrtSession:
-        self.asked.append(kernels)
-        kind = type("Session", (FaultySession,), {"fault": self.fault})
-        record, strategy = read_record(directory), Strategy(graphs=graphs, kernels=kernels)
-        found: TrtSession = kind(self.library, directory, record, self.load(), self.device(), strategy)
+        return self._opened(directory, Strategy(graphs=graphs, kernels=kernels), None)
+
+    def _opened(self, directory: Path, strategy: Strategy, kernels: KernelCache | None) -> TrtSession:
+        kind: Any = type("Session", (FaultySession,), {"fault": self.fault})
+        record, device = read_record(directory), self.device()
+        found: TrtSession = kind(self.library, directory, record, self.load(), device, strategy, kernels)
         return found
 
     def timer(self, device: Any) -> Any:
@@ -393,7 +188,7 @@ class StandIn(Parts):
         return self.opened.host
 
 
-_LIBRARIES: list[Library] = []
+_LOADED: list[tuple[StandIn, Any]] = []
 
 
 # -- directories -----------------------------------------------------------------------------------------------

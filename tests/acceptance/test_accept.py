@@ -169,7 +169,8 @@ FAULTS = {
     "stale cache": ("plain", "is not zero at the begin", "the runner"),
     "position": ("plain", "the row of token 0 is in slot 1", "the runner"),
     "swallowed": ("plain", "wrote no logits and reported no error", "the runner"),
-    "raises": ("sum", "RuntimeError: CUDA error 700", "device memory"),
+    "raises": ("sum", "the library refuses to run the plan: CUDA error 700", "device memory"),
+    "refused": ("sum", "TensorRT refuses a step: CUDA error 719", "device memory"),
     "late decode": ("prefill", "a chunk of 2 behind 80 tokens", "the kernels"),
     "stale graph": ("graphs", "turn 1, batch 2, a step at", "CUDA graphs"),
     "lazy kernels": ("strategies", "LAZY against NONE: the relative difference is", "the kernels"),
@@ -251,6 +252,14 @@ def test_a_crash_in_the_library_is_a_failed_step_and_leaves_what_was_seen(
         "the process was ended by SIGABRT while running first chunk of text 0 on original, 1 tokens"
     )
     assert of(found, "sum")["seen"][0]["value"] == [2.0, -5.0, 60000.0, 0.25]
+
+
+def test_an_exception_of_a_library_is_a_failed_step() -> None:
+    def work(_notes: Any) -> None:
+        raise RuntimeError("CUDA error 700:  an illegal memory access")
+
+    found = judged(Task(work, "a layer", "wait"), lambda *_: None)
+    assert found == Outcome("failed", "RuntimeError: CUDA error 700: an illegal memory access", "a layer", "wait")
 
 
 def test_a_step_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

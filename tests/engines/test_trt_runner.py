@@ -280,20 +280,19 @@ def raises(error: Exception) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "answer", "reason"),
+    ("name", "said", "reason"),
     [
-        ("execute_async_v3", lambda *_: False, "TensorRT refuses a step: it gives no reason"),
-        ("execute_async_v3", raises(RuntimeError("CUDA error 700")), "TensorRT refuses a step: CUDA error 700"),
-        ("set_input_shape", lambda *_: False, "TensorRT refuses the shape of input_ids"),
-        ("set_input_shape", raises(TypeError("no such overload")), "refuses a step: TypeError: no such overload"),
+        ("execute_async_v3", "", "TensorRT refuses a step: it gives no reason"),
+        ("execute_async_v3", "CUDA error 700", "TensorRT refuses a step: CUDA error 700"),
+        ("set_input_shape", "", "TensorRT refuses the shape of input_ids: it gives no reason"),
     ],
 )
 def test_a_refused_step_is_an_error(
-    name: str, answer: Callable[..., Any], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, said: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
     StaticDecoder(session).begin(1)
-    monkeypatch.setattr(trt.contexts[0], name, answer)
+    monkeypatch.setattr(trt.contexts[0], name, lambda *_: bool(said) and trt.say("ERROR", said))
     with pytest.raises(NblError, match=reason):
         session.run(np.ones((1, 4), np.int64), [0], [4])
 

@@ -7,9 +7,13 @@ from typing import Any
 from .names import Member, class_of, has_name, member, members_of
 from .uses import MODULE
 
-__all__ = ["Held", "held"]
+__all__ = ["Held", "Impossible", "held"]
 
 _BASES = ("ILogger", "IProgressMonitor")  # classes that the package derives from
+
+
+class Impossible(BaseException):
+    """What the library never does. Code that catches the library's errors lets it through: it is no Exception."""
 
 
 def held(module: Any, letters: str) -> Any:
@@ -22,7 +26,7 @@ class Held:
 
     Raises:
         AttributeError: the library has no such member, or does not let it be set; as the library itself.
-        AssertionError: the stand-in lacks a member or gives what the library does not give.
+        Impossible: the stand-in lacks a member or gives what the library does not give.
     """
 
     def __init__(self, thing: Any, cls: str, letters: str) -> None:
@@ -37,7 +41,7 @@ class Held:
         found = self._member(name)
         if not found.readable:
             raise AttributeError(f"{self._cls}.{name} can only be set")
-        assert hasattr(self._thing, name), f"the stand-in has no {self._cls}.{name}"
+        _demand(hasattr(self._thing, name), f"the stand-in has no {self._cls}.{name}")
         value = getattr(self._thing, name)
         return self._method(name, found, value) if found.counts else self._wrapped(value, found)
 
@@ -52,7 +56,7 @@ class Held:
         if found is None:
             raise TypeError(f"{self._cls}: No constructor defined!")
         made = self._called("__init__", found, self._thing, arguments)
-        assert made is not None, f"{self._cls}() never gives None"
+        _demand(made is not None, f"{self._cls}() never gives None")
         return Held(made, self._cls, self._letters)
 
     def _member(self, name: str) -> Member:
@@ -64,12 +68,12 @@ class Held:
     def _from_module(self, name: str) -> Any:
         if not has_name(name, self._letters):
             raise AttributeError(f"the library has no {name}")
-        assert hasattr(self._thing, name), f"the stand-in has no {name}"
+        _demand(hasattr(self._thing, name), f"the stand-in has no {name}")
         value = getattr(self._thing, name)
         if name not in _BASES:
             return Held(value, name, self._letters) if class_of(name) == name else value
         extra = {n for n in vars(value) if not n.startswith("_")} - members_of(name, self._letters)
-        assert not extra, f"the library has no {name}.{extra}"
+        _demand(not extra, f"the library has no {name}.{extra}")
         return value
 
     def _method(self, name: str, found: Member, function: Any) -> Any:
@@ -77,9 +81,9 @@ class Held:
             result = self._called(name, found, function, arguments)
             where = f"{self._cls}.{name}"
             if result is None:
-                assert "None" in (found.gives, found.failure), f"{where} never gives None, it {found.failure}"
+                _demand("None" in (found.gives, found.failure), f"{where} never gives None, it {found.failure}")
             if result is False:
-                assert found.gives == "bool" and found.failure in ("", "False"), f"{where} gives no False"
+                _demand(found.gives == "bool" and found.failure in ("", "False"), f"{where} gives no False")
             return self._wrapped(result, found)
 
         return call
@@ -89,18 +93,21 @@ class Held:
             raise TypeError(f"{self._cls}.{name} does not take {len(arguments)} arguments")
         try:
             return function(*map(_bare, arguments))
-        except AssertionError:
-            raise
         except Exception as error:
             kind = type(error).__name__
             if found.failure != f"raises {kind}":
-                raise AssertionError(f"{self._cls}.{name} never raises {kind}: {error}") from error
+                raise Impossible(f"{self._cls}.{name} never raises {kind}: {error}") from error
             raise
 
     def _wrapped(self, value: Any, found: Member) -> Any:
         cls = class_of(found.gives)
         plain = value is None or isinstance(value, bytes | int | str)
         return Held(value, cls, self._letters) if cls and not plain else value
+
+
+def _demand(fact: bool, otherwise: str) -> None:
+    if not fact:
+        raise Impossible(otherwise)
 
 
 def _bare(value: Any) -> Any:

@@ -22,6 +22,7 @@ KNOWN = {
     "contexts": "list of IExecutionContext", "layer": "ILayer", "layers": "list of ILayer",
     "constant": "ILayer", "product": "ILayer", "tensor": "ITensor",
     "inspector": "EngineInspector", "runtime_config": "IRuntimeConfig", "builder_config": "IBuilderConfig",
+    "cache": "IRuntimeCache",
 }  # fmt: skip
 _CLASS, _LIST = "class ", "list of "  # begin the types of a class itself, and of whatever is indexed or iterated over
 _SAME = ("list", "tuple", "sorted", "iter", "require")  # functions that give their first argument back, or its elements

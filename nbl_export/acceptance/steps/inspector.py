@@ -13,6 +13,7 @@ from typing import Any
 
 from nbl_export.acceptance.parts import Opened, Target
 from nbl_export.acceptance.verdict import Failed, LeftOut, Notes
+from nbl_export.engines.tensorrt.attention import FUSED
 
 __all__ = ["layers_of", "look_at_layers"]
 
@@ -72,8 +73,7 @@ def _judge(opened: Opened, layers: list[tuple[str, list[tuple[int, ...]]]], note
         over_cache = any(shape[-3:] in caches for shape in shapes)
         if over_cache and _MULTIPLIES.search(name) and not (_FUSED.search(name) or _UPDATES.search(name)):
             raise Failed(f"{opened.subject}: the layer {name[:200]} multiplies a whole cache at every step")
-    wanted = getattr(opened.record, "attention", "fused")
-    if single and not fused and wanted == "fused":
+    if single and not fused and opened.record.attention == FUSED:
         raise Failed(
             f"{opened.subject}: {single} of {len(layers)} layers are a softmax, and no name is of a fused attention"
         )

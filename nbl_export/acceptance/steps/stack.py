@@ -71,7 +71,8 @@ def sum_on_device(target: Target, notes: Notes) -> None:
             notes.doing(f"copying to the device and back, by {title}")
             _require_copy(device, x, title)
             notes.doing(f"adding four numbers, memory by {title}")
-            found = BarePlan(trt, device, plan).run({"x": (x, "float32")}, {"y": Output((1, 4), "float32")})["y"]
+            bare = BarePlan(target.parts.library, trt, device, plan)
+            found = bare.run({"x": (x, "float32")}, {"y": Output((1, 4), "float32")})["y"]
             notes.see(f"x + x, memory by {title}", found[0].tolist())
             if not np.array_equal(found, 2 * x):
                 raise Failed(f"x + x of {x[0].tolist()} gives {found[0].tolist()}, memory by {title}", LIBRARY)
@@ -142,7 +143,7 @@ def _run_layer(target: Target, notes: Notes, record: EngineRecord, engine: Path)
     now = {name: np.zeros((1, *map(int, info.shape[1:])), np.float32) for name, info in caches.items()}
     notes.doing(f"loading the {ENGINE_FILE} of one layer")
     with _closed(target.parts.device, notes, "the runner's package") as device:
-        plan = BarePlan(target.parts.load(), device, read_plan(engine, record))
+        plan = BarePlan(target.parts.library, target.parts.load(), device, read_plan(engine, record))
         rows = []
         for profile, start, end in ((0, 0, count - 1), (_DECODE, count - 1, count)):
             notes.doing(f"running {end - start} tokens through one layer, profile {profile}")

@@ -23,9 +23,9 @@ _FLAG = "REQUIRE_USER_ALLOCATION"
 _WAITING = ("DeviceToShapeHost", "TrainStation")  # kinds of layers that wait for the host; the first names a tensor
 
 
-def ask_for_proof(trt: Any, config: Any) -> None:
+def ask_for_proof(trt: Any, builder_config: Any) -> None:
     """Make the builder of TensorRT-RTX refuse what cannot be captured. Contexts then need memory of the user."""
-    config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    builder_config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
 
 def capturable(said: Sequence[Message], plan: Any, name: str) -> bool | None:

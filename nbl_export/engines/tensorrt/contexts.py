@@ -21,7 +21,7 @@ from nbl_export.engines.tensorrt.kernels import KernelCache
 from nbl_export.engines.tensorrt.library import Library
 from nbl_export.engines.tensorrt.log import Messages, require
 
-__all__ = ["DEFAULT", "Strategy", "open_contexts"]
+__all__ = ["DEFAULT", "Strategy", "make_config", "open_contexts"]
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,12 @@ def open_contexts(
         cache = None
         count = int(engine.num_optimization_profiles)
         for profile in range(count):
-            config = require(engine.create_runtime_config(), "a runtime configuration")
-            config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-            if library.jit:
-                _compile_kernels(trt, config, strategy, decode=profile == count - 1)
-                if kernels is not None and profile == 0:
-                    cache = kernels.open(config)
-                if cache is not None:
-                    require(config.set_runtime_cache(cache), "a cache of kernels")
-            context = require(engine.create_execution_context(config), "a context for the engine")
+            runtime_config = make_config(library, trt, engine, strategy, decode=profile == count - 1)
+            if library.jit and kernels is not None and profile == 0:
+                cache = kernels.open(runtime_config)
+            if cache is not None:
+                require(runtime_config.set_runtime_cache(cache), "a cache of kernels")
+            context = require(engine.create_execution_context(runtime_config), "a context for the engine")
             if size:
                 context.set_device_memory(block, size)
             require(context.set_optimization_profile_async(profile, device.stream), "an optimisation profile")
@@ -73,8 +70,15 @@ def open_contexts(
     return contexts
 
 
-def _compile_kernels(trt: Any, config: Any, strategy: Strategy, *, decode: bool) -> None:
-    """Choose when TensorRT-RTX compiles kernels, and whether it captures the step."""
-    graphs, kinds = trt.CudaGraphStrategy, trt.DynamicShapesKernelSpecializationStrategy
-    config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if decode and strategy.graphs else graphs.DISABLED
-    config.dynamic_shapes_kernel_specialization_strategy = kinds.__members__[strategy.kernels]
+def make_config(library: Library, trt: Any, engine: Any, strategy: Strategy, *, decode: bool) -> Any:
+    """How a context runs: with memory of the user, and kernels and graphs of a strategy.
+
+    Made inside a block of `Messages.explaining`.
+    """
+    config = require(engine.create_runtime_config(), "a runtime configuration")
+    config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    if library.jit:
+        graphs, kinds = trt.CudaGraphStrategy, trt.DynamicShapesKernelSpecializationStrategy
+        config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if decode and strategy.graphs else graphs.DISABLED
+        config.dynamic_shapes_kernel_specialization_strategy = kinds.__members__[strategy.kernels]
+    return config

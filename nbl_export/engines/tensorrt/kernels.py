@@ -53,13 +53,13 @@ class KernelCache:
         self._known = b""
         self.ignored = "no engine was opened"
 
-    def open(self, config: Any) -> Any:
+    def open(self, runtime_config: Any) -> Any:
         """The library's cache of kernels for all contexts, filled from the file if the file fits.
 
         Args:
-            config: an `IRuntimeConfig`, which makes the cache.
+            runtime_config: an `IRuntimeConfig`, which makes the cache.
         """
-        cache = config.create_runtime_cache()
+        cache = runtime_config.create_runtime_cache()
         if cache is None:
             self.ignored = "the library makes no cache of kernels"
             return None

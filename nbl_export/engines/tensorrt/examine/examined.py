@@ -29,7 +29,7 @@ class Tensor:
     """An input or output of an engine.
 
     Attributes:
-        aliased: the input that an output must share its memory with; "" if there is none or the library cannot tell.
+        aliased: the input that an output must share its memory with; "" if there is none.
         host: whether the library wants it in the memory of the processor, as a value or as a shape.
     """
 
@@ -68,12 +68,11 @@ class Examined:
         engine, trt = self._engine, self._trt
         kind = engine.get_tensor_dtype(name).name
         on_host = engine.get_tensor_location(name) == trt.TensorLocation.HOST or engine.is_shape_inference_io(name)
-        alias = getattr(engine, "get_aliased_input_tensor", None)  # not in every version
         return Tensor(
             name,
             engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
             _DTYPES.get(kind, kind.lower()),
-            str((alias(name) if alias else "") or ""),
+            str(engine.get_aliased_input_tensor(name) or ""),
             bool(on_host),
         )
 
