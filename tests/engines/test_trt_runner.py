@@ -307,6 +307,7 @@ def test_a_shape_that_was_refused_is_set_again(tmp_path: Path) -> None:
     with pytest.raises(NblError, match=r"the shape of input_ids: input_ids: \(1, 5\) does not satisfy"):
         session.run(np.ones((1, 5), np.int64), [0], [5])
     assert np.array_equal(session.run(ids, [0], [4]), first)
+    assert trt.contexts[0].runs == [(1, 4), (1, 4)]
 
 
 @pytest.mark.parametrize(
