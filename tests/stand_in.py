@@ -288,11 +288,11 @@ class FaultySession(TrtSession):
 
     def _launch(self, index: int, tokens: int) -> None:
         if self.fault != "swallowed":
-            super()._launch(index, tokens)
+            getattr(super(), "_launch")(index, tokens)  # noqa: B009  one of the two is the runner's
 
     def _execute(self, *arguments: Any) -> None:
         if self.fault != "swallowed":
-            getattr(super(), "_execute")(*arguments)  # noqa: B009  not every runner has it
+            getattr(super(), "_execute")(*arguments)  # noqa: B009
 
     def close(self) -> None:
         super().close()
@@ -375,7 +375,7 @@ class StandIn(Parts):
         found = self.session(directory, graphs=True)
         used = self.fault != "lost kernels" and directory in self.loaded
         kept = types.SimpleNamespace(ignored="" if used else "there is none yet", save=lambda: None)
-        found.kernels = kept  # type: ignore[attr-defined]
+        vars(found)["kernels"] = kept
         self.loaded.append(directory)
         return found
 
