@@ -169,8 +169,8 @@ class StandIn(Parts):
         return record
 
     def deployed(self, directory: Path) -> TrtSession:
-        wanted = made_for(read_record(directory), _CARD)
-        return self._opened(directory, DEFAULT, KernelCache(directory / KERNELS_FILE, wanted))
+        kernels = KernelCache(directory / KERNELS_FILE, made_for(read_record(directory), _CARD))
+        return self._opened(directory, DEFAULT, None if self.fault == "no kernels" else kernels)
 
     def session(self, directory: Path, *, graphs: bool, kernels: str = "EAGER") -> TrtSession:
         return self._opened(directory, Strategy(graphs=graphs, kernels=kernels), None)

@@ -179,6 +179,7 @@ FAULTS = {
         "the second load does not use the kernels of the first: there is none",
         "the runner",
     ),
+    "no kernels": ("strategies", "original: the runner keeps no kernels", "the runner"),
     "scaled keys": ("inspector", "the layer scaled keys .* multiplies a whole cache", "NVIDIA's library"),
     "decomposed": ("inspector", "1 of 2 layers are a softmax, and no name is of a fused", "NVIDIA's library"),
     "early clock": ("clock", "the clock sees .* events on the GPU", "the timing"),
