@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import onnx_ir as ir
 
 from nbl_export.decoders import build_decoder
+from nbl_export.graph.names import GRAPH_FILE, STATIC_GRAPH_FILE
 from nbl_export.records.decoder import TensorInfo
 from nbl_export.records.plan import Plan
 from nbl_export.rewrite import contract_of, rewrite_model
@@ -34,8 +35,12 @@ CASES = (
     *((a, s, "fp32") for s in ("genai", "mobius") for a in made_by(s) if a not in ARCHITECTURES),
     ("llama", "genai", "int4"),
     ("llama", "mobius", "fp16"),
+    ("mistral-window", "static", "fp32"),
+    ("llama", "static", "fp16"),
 )
-_EXPORTER = {"genai": "onnxruntime-genai", "mobius": "mobius-onnx"}
+_EXPORTER = {"genai": "onnxruntime-genai", "mobius": "mobius-onnx", "static": "mobius-onnx"}
+_FILE = {"genai": GRAPH_FILE, "mobius": GRAPH_FILE, "static": STATIC_GRAPH_FILE}
+_SLOTS = 96  # of a cache of the static form
 
 
 def header(source: str) -> str:
@@ -83,8 +88,8 @@ def render_all() -> dict[str, str]:
             if not checkpoint.exists():
                 save_checkpoint(architecture, checkpoint)
             out = Path(scratch) / f"{architecture}-{source}-{precision}"
-            build_decoder(source, checkpoint, out, precision)
-            model = ir.load(out / "model.onnx")
+            build_decoder(source, checkpoint, out, precision, slots=_SLOTS)
+            model = ir.load(out / _FILE[source])
             stem = f"{architecture}-{source}" + ("" if precision == "fp32" else f"-{precision}")
             files[f"{stem}-original.txt"] = f"{header(source)}\n{render_graph(model)}"
             rewrite_model(model, Plan(LAYERS, REPLACED), {i: random_map(i) for i in REPLACED})

@@ -1,6 +1,7 @@
 """Errors that a user can act on: the message says what is wrong, where, and what to do."""
 
 __all__ = [
+    "AcceptanceError",
     "BusyError",
     "CorruptError",
     "MissingPackageError",
@@ -55,5 +56,11 @@ class RefusalError(NblError):
 
 class ParityError(NblError):
     """The exported graph does not compute what the torch model computes; exit status 3."""
+
+    exit_code = 3
+
+
+class AcceptanceError(NblError):
+    """A step of the acceptance failed on this machine; exit status 3."""
 
     exit_code = 3

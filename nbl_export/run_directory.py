@@ -13,10 +13,12 @@
     DIR/model/README.md        card, if requested
     DIR/verify.json            verify
     DIR/references.safetensors verify: what the original model said, for another plan of this model
+    DIR/acceptance.safetensors verify, for engines of a GPU: what `accept` compares with on the target machine
     DIR/eval.json              eval, if requested
     DIR/engine/{original,model}/ build: compiled, deployable by itself
     DIR/bench.json             bench
     DIR/report.{html,md,json}  report
+    DIR/acceptance.{json,html,md} accept, on the target machine
     DIR/nbl-checkpoint/        save-checkpoint
     DIR/checkpoint/            the stock safetensors checkpoint of a GGUF or NBL model
 
@@ -45,9 +47,10 @@ from nbl_export.trust.contained import check_inside
 from nbl_export.trust.lock import locked
 from nbl_export.trust.plain_files import entries, refuse_special
 
-__all__ = ["BENCH_FILE", "CALIBRATION_FILE", "DISTILL_FILE", "EVAL_FILE", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES",
-           "REFERENCES_FILE", "REPORT_HTML", "REPORT_JSON", "REPORT_MD", "SCHEMA", "START_FILE", "SWEEP_FILE",
-           "VERIFY_FILE", "RunDirectory", "refuse_foreign"]  # fmt: skip
+__all__ = ["ACCEPTANCE_FILE", "ACCEPTANCE_HTML", "ACCEPTANCE_JSON", "ACCEPTANCE_MD", "BENCH_FILE", "CALIBRATION_FILE",
+           "DISTILL_FILE", "EVAL_FILE", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES", "REFERENCES_FILE", "REPORT_HTML",
+           "REPORT_JSON", "REPORT_MD", "SCHEMA", "START_FILE", "SWEEP_FILE", "VERIFY_FILE", "RunDirectory",
+           "refuse_foreign"]  # fmt: skip
 
 SCHEMA = 1
 VERIFY_FILE = "verify.json"
@@ -61,6 +64,8 @@ MOMENTS_FILE = "moments.safetensors"
 START_FILE = "start.safetensors"  # maps before distillation
 MAPS_FILE = "maps.safetensors"
 REFERENCES_FILE = "references.safetensors"
+ACCEPTANCE_FILE = "acceptance.safetensors"  # values to compare with
+ACCEPTANCE_JSON, ACCEPTANCE_HTML, ACCEPTANCE_MD = "acceptance.json", "acceptance.html", "acceptance.md"  # verdicts
 
 
 _NO_RUN = "{} is not a run directory: it has no nbl.json; nbl-export --output makes one"
@@ -256,7 +261,8 @@ class RunDirectory:
 _OURS = (
     CALIBRATION_FILE, MOMENTS_FILE, "calibrate.partial.safetensors", "sampled.safetensors", START_FILE, MAPS_FILE,
     DISTILL_FILE, "distill.partial.safetensors", SWEEP_FILE, "original", "model", VERIFY_FILE, REFERENCES_FILE,
-    EVAL_FILE, "engine", BENCH_FILE, REPORT_HTML, REPORT_MD, REPORT_JSON, "nbl-checkpoint", "checkpoint", MANIFEST,
+    ACCEPTANCE_FILE, EVAL_FILE, "engine", BENCH_FILE, REPORT_HTML, REPORT_MD, REPORT_JSON, ACCEPTANCE_HTML,
+    ACCEPTANCE_MD, ACCEPTANCE_JSON, "nbl-checkpoint", "checkpoint", MANIFEST,
 )  # fmt: skip
 
 

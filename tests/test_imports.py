@@ -18,7 +18,7 @@ LEVELS = {
     "parallel": 3, "text": 3, "graph": 3,
     "model": 4, "cost": 4, "rewrite": 4, "engines": 4, "run_directory": 4,
     "decoders": 5, "calibrate": 5, "plan": 5, "distill": 5, "measure": 5,
-    "verify": 6, "evaluation": 6, "report": 6,
+    "verify": 6, "evaluation": 6, "report": 6, "acceptance": 6,
     "run": 7, "publish": 8, "cli": 9, "hf": 9, "__main__": 10,
 }  # fmt: skip
 STAGES = ("calibrate", "plan", "distill", "measure", "verify", "evaluation", "report")
@@ -128,7 +128,7 @@ def test_heavy_libraries_stay_in_their_place(name: str) -> None:
 FILE_NAMES = (
     "nbl.json", "verify.json", "bench.json", "eval.json", "sweep.json", "report.json", "report.html", "report.md",
     "distill.json", "maps.safetensors", "moments.safetensors", "model.onnx", "all_logits.onnx", "decoder.onnx",
-    "genai_config.json",
+    "genai_config.json", "acceptance.safetensors", "acceptance.json", "acceptance.html", "acceptance.md",
 )  # fmt: skip
 NAMING = ("run_directory", "graph.names")
 

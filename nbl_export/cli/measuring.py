@@ -1,4 +1,4 @@
-"""Commands that measure speed, operators and quality, or estimate speed on another machine."""
+"""Commands that accept an engine, measure speed, operators and quality, or estimate speed on another machine."""
 
 from __future__ import annotations
 
@@ -151,7 +151,26 @@ def project(
     show(rows, profile_table.table(rows), as_json)
 
 
+def accept(
+    directory: opt.Run,
+    force: Annotated[bool, typer.Option("--force", help="Go on despite a failed verification.")] = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Accept the engines of a run on the GPU machine that will run them.
+
+    The steps go from the driver up to the benchmark. A failed step names the layer of the stack that is at fault.
+    """
+    from nbl_export.report.acceptance_page import verdict_table
+    from nbl_export.run.acceptance.accept import accept as run_acceptance
+    from nbl_export.run.acceptance.accept import refuse_failed
+
+    found = run_acceptance(directory, ui(as_json), force=force)
+    show(found, verdict_table(found), as_json)
+    refuse_failed(found, directory)
+
+
 COMMANDS = (
+    ("accept", accept, False),
     ("bench", bench, False),
     ("profile", profile, False),
     ("eval", evaluate, False),

@@ -19,6 +19,7 @@ __all__ = [
     "Compiler",
     "Engine",
     "GraphDecoder",
+    "Room",
     "TextRunner",
 ]
 
@@ -65,6 +66,26 @@ class Availability:
     reason: str
 
 
+@dataclass(frozen=True)
+class Room:
+    """The largest sequence, in tokens, and the largest batch that a runner is asked for."""
+
+    tokens: int
+    batch: int = 1
+
+    def holds(self, other: Room) -> bool:
+        """Whether the other fits."""
+        return other.tokens <= self.tokens and other.batch <= self.batch
+
+    def within(self, tokens: int) -> Room:
+        """The same room with at most so many tokens."""
+        return Room(min(self.tokens, tokens), self.batch)
+
+    def joined(self, other: Room) -> Room:
+        """The smallest room that holds both."""
+        return Room(max(self.tokens, other.tokens), max(self.batch, other.batch))
+
+
 class TextRunner(Protocol):
     """A loaded decoder that generates text, for bench and generate; a context manager."""
 
@@ -80,7 +101,10 @@ class TextRunner(Protocol):
         """
 
     def append(self, ids: Sequence[int]) -> None:
-        """Run the decoder over ids as one chunk: prefill, or one decode step for a single id. A batch takes [B, T]."""
+        """Run the decoder over ids as one chunk: prefill, or one decode step for a single id. A batch takes [B, T].
+
+        Returns when the device has finished, so that a clock can be read.
+        """
 
     def rewind(self, length: int) -> None:
         """Drop everything after the first `length` tokens."""
@@ -153,13 +177,6 @@ class Compiler(Protocol):
     def library_version(self) -> str:
         """Version of the installed package, without loading it; "" if there is none."""
 
-    def check_model(self, spec: DecoderSpec, precision: str) -> None:
-        """Refuse a decoder that has no kernel; loads nothing.
-
-        Raises:
-            NblError: names the size that has no kernel.
-        """
-
     def build(self, source: Path, out: Path, settings: BuildSettings) -> Built:
         """Compile the graph in `source` into the directory `out`."""
 
@@ -182,8 +199,12 @@ class Engine(Protocol):
     def default_threads(self) -> int:
         """Number of threads, at least 1."""
 
-    def open_runner(self, directory: Path, threads: int | None = None) -> TextRunner:
-        """A runner on the deployed model."""
+    def open_runner(self, directory: Path, threads: int | None = None, room: Room | None = None) -> TextRunner:
+        """A runner on the deployed model.
+
+        Args:
+            room: what the runner will be asked for, if known; engines that are sized on opening read it.
+        """
 
     def open_checked(self, directory: Path, threads: int | None = None) -> TextRunner:
         """A runner on the deployed model or on its float32 twin, on a CPU, for verification."""

@@ -13,7 +13,9 @@ class Provider:
 
     Attributes:
         genai: its name in genai_config.json.
-        computes: compute capabilities that have kernels; empty means `least_compute` and later.
+        computes: compute capabilities that have kernels; empty means `least_compute` and later. CUDA 13 has none below
+            7.5. The TensorRT for RTX provider needs 8.0 (TensorRT-RTX-EP-ABI, "Runtime prerequisites").
+        cuda: CUDA major version of the packages.
         registered: name and package of a provider that is a separate library.
         builder_options: options that the GenAI builder gets for the provider, by precision.
     """
@@ -23,8 +25,9 @@ class Provider:
     title: str
     precisions: tuple[str, ...]
     packages: tuple[str, ...]
-    least_compute: str = "6.0"
+    least_compute: str = "7.5"
     computes: tuple[str, ...] = ()
+    cuda: int = 13
     registered: tuple[str, str] | None = None
     dense_caches: bool = False
     builder_options: tuple[tuple[str, tuple[str, ...]], ...] = ()
@@ -59,7 +62,7 @@ PROVIDERS = {
         "TensorRT for RTX",
         ("fp16", "int4"),
         (*_PACKAGES, _RTX_PACKAGE),
-        computes=("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
+        computes=("8.0", "8.6", "8.9", "12.0", "12.1"),
         registered=("NvTensorRTRTXExecutionProvider", _RTX_PACKAGE),
         dense_caches=True,
         builder_options=(("int4", ("int4_op_types_to_quantize=MatMul", "shared_embeddings=0")),),

@@ -39,6 +39,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from nbl_export.engines.base import Room
 from nbl_export.errors import NblError
 from nbl_export.measure import background
 from nbl_export.measure.footprint import Footprint, OpenRunner, disk_bytes, measure_footprint
@@ -46,7 +47,7 @@ from nbl_export.measure.rounds import Instruments, Progress, Rule, Stand, Steps,
 from nbl_export.model.memory import available_bytes
 from nbl_export.records.results import Scenario, Timing
 
-__all__ = ["BenchSetting", "Instruments", "Variant", "decode_tokens", "machine", "plan_scenarios", "run"]
+__all__ = ["BenchSetting", "Instruments", "Variant", "decode_tokens", "machine", "plan_scenarios", "room_for", "run"]
 
 Measure = Callable[[OpenRunner, Path, int | None, Sequence[int], int], Footprint]
 
@@ -102,6 +103,15 @@ def decode_tokens(asked: int | None, directories: Iterable[Path], *, gpu: bool) 
 
 
 _DECODE_BYTES = 80 << 30  # eight seconds at 10 GB/s
+
+
+def room_for(scenarios: Sequence[Scenario], context_length: int) -> Room:
+    """What the scenarios that fit the context ask of a runner; a batch also holds the token that it picks last."""
+    fitting = [s for s in scenarios if not _reason(s, context_length)]
+    tokens = max((s.depth + s.tokens + (s.batch > 1) for s in fitting), default=1)
+    return Room(tokens, max((s.batch for s in fitting), default=1))
+
+
 _ORDER = (
     "every round loads all variants again and rotates their order by one; one discarded warm-up with each load; "
     "each timed run waits for the threads of the previous run"

@@ -27,6 +27,7 @@ __all__ = ["Footprint", "OpenRunner", "disk_bytes", "measure_footprint"]
 
 OpenRunner = Callable[[Path, int | None], TextRunner]  # directory, threads
 
+_LONGEST = 1000  # characters of an error from the child
 _DECODED = 8  # tokens decoded before memory is read
 _LOADS = 3  # load seconds are the median of this many loads,
 _CHEAP_LOAD_SECONDS = 10.0  # unless the first load takes longer than this
@@ -49,6 +50,7 @@ class Footprint:
 # kind of file -> its names; any other file is "other"
 _KINDS = {
     "engine": ("*.engine",),
+    "kernels": ("*.cache",),  # of TensorRT-RTX, compiled on the GPU
     "weights": ("*.data", "*.safetensors", "*.bin"),
     "graph": ("*.onnx",),
     "tokenizer": ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja"),
@@ -77,7 +79,7 @@ def measure_footprint(
         capacity: tokens to reserve the cache for, as the timed runs do.
 
     Raises:
-        NblError: the runner failed in the child, or the system ended the child (usually out of memory).
+        NblError: the runner failed in the child, or a signal ended the child; the message says which.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
@@ -90,10 +92,7 @@ def measure_footprint(
         answer = here.recv()
     except EOFError:
         child.join()
-        raise NblError(
-            f"measuring {directory} failed: the process that loaded it ended with status {child.exitcode} "
-            f"(-9 usually means too little memory: close other programs, or use a smaller precision)"
-        ) from None
+        raise NblError(f"measuring {directory} failed: {_ending(child.exitcode)}") from None
     finally:
         here.close()
         child.terminate()
@@ -101,6 +100,17 @@ def measure_footprint(
     if isinstance(answer, str):
         raise NblError(answer)
     return answer
+
+
+def _ending(status: int | None) -> str:
+    """How a child ended that sent no answer, and what the ending usually means."""
+    ended = f"the process that loaded it ended with status {status}"
+    if status is None or status >= 0:
+        return ended
+    name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+    if name == "SIGKILL":
+        return f"{ended} ({name}, usually too little memory: close other programs, or use a smaller precision)"
+    return f"{ended} ({name}, a crash in a library that the engine uses: nbl-export doctor names the libraries)"
 
 
 @contextlib.contextmanager
@@ -128,6 +138,11 @@ def _child(
         out.send(_footprint(functools.partial(open_runner, directory, threads), prompt, capacity))
     except NblError as error:
         out.send(str(error))
+    except MemoryError:
+        out.send(f"measuring {directory} needs more memory: close other programs, or use a smaller precision")
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        out.send(f"measuring {directory} failed in the process that loaded it: {text[:_LONGEST]}")
 
 
 def _footprint(load: Callable[[], TextRunner], prompt: Sequence[int], capacity: int) -> Footprint:

@@ -4,6 +4,7 @@
     after 6, 12 and 18 loads: every interval within 10%, or the next check after 3 minutes? ─► end;  24 ─► end
 
 If memory is short, each variant is loaded and closed by itself: load A, every scenario, close, the same for B.
+The clock is read when the device has finished: `append` of every engine waits for it (`engines.base.TextRunner`).
 
 A load keeps its memory layout, so rounds of one load are not independent (docs/experiments.md, "Measurement").
 So a load has one round.

@@ -113,7 +113,7 @@ class JobOptions:
         None, "Only part I of N; `nbl-export merge` puts them together.", _CALIBRATE, "calibrate", metavar="I/N"
     )
     precision: str = option(
-        "fp32", "ort: fp32 (default), fp16, int8, int4; trt: fp16 (default), bf16, int4.", _ENGINE,
+        "fp32", "ort: fp32 (default), fp16, int8, int4; trt: fp16 (default), bf16 (if fp16 overflows), int4.", _ENGINE,
         "main rewrite", first=True, metavar="PRECISION",
     )  # fmt: skip
     provider: str = option(

@@ -164,9 +164,9 @@ def eval_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def doctor_table(found: dict[str, Any]) -> Table:
-    """`examine_engines` for people."""
-    table = Table("engine", "", "", title="Engines on this machine")
+def doctor_table(found: dict[str, Any], gpu: str) -> Table:
+    """`examine_engines` for people, over a line about the GPU."""
+    table = Table("engine", "", "", title="Engines on this machine", caption=gpu)
     for name, answer in found.items():
         table.add_row(f"{name} ({answer['title']})", "works" if answer["available"] else "no", answer["reason"])
     return table

@@ -8,13 +8,14 @@ Nothing is written into the directories. The decoders may be of different models
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbl_export.engines.base import TextRunner
+from nbl_export.engines.base import Room, TextRunner
 from nbl_export.engines.ort.settings import GenaiSettings
 from nbl_export.engines.tensorrt.record import RECORD_FILE, read_record
 from nbl_export.errors import CorruptError, NblError
@@ -37,9 +38,9 @@ class _Decoder:
     cache_bytes_per_token: int
     parameters: int | None
 
-    def open(self, directory: Path, threads: int | None) -> TextRunner:
+    def open(self, directory: Path, threads: int | None, room: Room | None = None) -> TextRunner:
         """Load the decoder on its engine. A child process calls this too, so no engine object is stored here."""
-        runner: TextRunner = available_engine(self.located).open_runner(directory, threads)
+        runner: TextRunner = available_engine(self.located).open_runner(directory, threads, room)
         return runner
 
 
@@ -78,15 +79,17 @@ def compare(
         provider=_joined(d.located.provider for d in decoders.values()),
         base=base,
     )
-    variants = {
-        name: benchmark.Variant(d.located.path, d.open, d.cache_bytes_per_token) for name, d in decoders.items()
-    }
     gpu = setting.provider != "cpu" or first.capabilities.static
-    new_tokens = benchmark.decode_tokens(options.generate_tokens, [v.directory for v in variants.values()], gpu=gpu)
+    places = [decoder.located.path for decoder in decoders.values()]
     scenarios = benchmark.plan_scenarios(
-        options.prompt_tokens, new_tokens, options.depths, options.batches,
-        options.threads or (first.default_threads(),),
+        options.prompt_tokens, benchmark.decode_tokens(options.generate_tokens, places, gpu=gpu), options.depths,
+        options.batches, options.threads or (first.default_threads(),),
     )  # fmt: skip
+    room = benchmark.room_for(scenarios, setting.context_length)
+    variants = {
+        name: benchmark.Variant(d.located.path, functools.partial(d.open, room=room), d.cache_bytes_per_token)
+        for name, d in decoders.items()
+    }
     instruments = benchmark.Instruments(meter=energy.find_meter(gpu=gpu))
     with ui.task("rounds") as progress:
         value = benchmark.run(

@@ -143,7 +143,6 @@ def check_options(options: JobOptions, spec: DecoderSpec) -> None:
         check_asked(options, spec.architecture)
     engine = engine_of(options)
     if engine.compiler:
-        engine.compiler.check_model(spec, options.precision)
         _check_lengths(options, spec)
     if options.context > spec.max_positions:
         raise NblError(f"--context {options.context} is beyond the model's {spec.max_positions} positions")

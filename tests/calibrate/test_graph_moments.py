@@ -146,9 +146,9 @@ def _climbed(run: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
     from nbl_export.run_directory import RunDirectory
 
     with RunDirectory.open_run(run, create=False) as opened:
-        found: list[dict[str, Any]] = verify._against_graph(Job(JobOptions.from_json(options), opened, Ui(quiet=True)))[
-            "rungs"
-        ]
+        found: list[dict[str, Any]] = verify._against_graph(
+            Job(JobOptions.from_json(options), opened, Ui(quiet=True)), run
+        )["rungs"]
         return found
 
 

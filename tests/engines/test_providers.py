@@ -13,11 +13,13 @@ import onnx
 import pytest
 
 from nbl_export.engines import load_engine
+from nbl_export.engines.base import Room
 from nbl_export.engines.gpu import Gpu
 from nbl_export.engines.ort import engine as ort
 from nbl_export.engines.ort import gpu
-from nbl_export.engines.ort.genai import CPU, GenaiRunner
+from nbl_export.engines.ort.genai import GenaiRunner
 from nbl_export.engines.ort.gpu import provider_of
+from nbl_export.engines.ort.opening import CPU
 from nbl_export.engines.providers import PROVIDERS
 
 from ..command import assert_refused, configured, nbl
@@ -119,6 +121,7 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     installed: set[str] = set()
     monkeypatch.setattr(ort, "is_installed", lambda name: name in installed)
     monkeypatch.setattr(gpu, "find_gpu", lambda: "no NVIDIA driver is installed")
+    monkeypatch.setattr(gpu, "check_cuda", lambda card: None)
     cuda, rtx = load_engine("ort", "cuda"), load_engine("ort", "nv-tensorrt-rtx")
 
     def reason(engine: Any) -> str:
@@ -153,7 +156,7 @@ class Genai(types.ModuleType):
             raise RuntimeError("libcuda.so.1: cannot open\nshared object file")
 
     def __getattr__(self, name: str) -> Any:
-        def noted(*arguments: object) -> Genai:
+        def noted(*arguments: object, **_options: object) -> Genai:
             self.calls.append((name, *arguments))
             return self
 
@@ -171,6 +174,8 @@ def genai(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Genai:
     monkeypatch.setattr(gpu, "_registered", set())
     monkeypatch.setattr(ort, "is_installed", lambda name: name in PROVIDERS["nv-tensorrt-rtx"].packages)
     monkeypatch.setattr(gpu, "find_gpu", lambda: ADA)
+    monkeypatch.setattr(gpu, "check_cuda", lambda card: None)
+    monkeypatch.setattr(gpu, "load_cuda", lambda: 13)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "cache"))
     return module
@@ -195,6 +200,53 @@ def test_the_cuda_provider_is_left_as_the_directory_says(genai: Genai, genai_dir
     assert not any(call[0] in ("register", "clear_providers", "set_provider_option") for call in genai.calls)
     GenaiRunner(genai_dirs["nbl"], provider=CPU)
     assert ("clear_providers",) in genai.calls
+
+
+def sizes(genai: Genai) -> list[tuple[int, int]]:
+    """Context length and batch size that each model was opened with."""
+    found, asked = [], (0, 0)
+    for name, *arguments in genai.calls:
+        if name == "overlay":
+            settings = json.loads(str(arguments[0]))
+            asked = settings["model"].get("context_length", 0), settings.get("search", {}).get("batch_size", 0)
+        elif name == "Model":
+            found.append(asked)
+    return found
+
+
+def test_the_rtx_provider_is_sized_for_what_is_asked(genai: Genai, genai_dirs: dict[str, Path]) -> None:
+    """Before the model is opened, because GenAI makes the provider's only profile then."""
+    directory = genai_dirs["nbl"]
+    context = json.loads((directory / "genai_config.json").read_text())["model"]["context_length"]
+    rtx = load_engine("ort", "nv-tensorrt-rtx")
+    runner = rtx.open_runner(directory, room=Room(24, 2))
+    runner.begin(24)
+    runner.begin(23, 2)  # and a token that is picked last
+    assert sizes(genai) == [(24, 2)]
+    runner.begin(25)
+    runner.begin(24, 3)
+    assert sizes(genai) == [(24, 2), (25, 2), (25, 3)]
+    rtx.open_runner(directory)
+    rtx.open_runner(directory, room=Room(10 * context))
+    assert sizes(genai)[3:] == [(min(4096, context), 1), (context, 1)]
+    load_engine("ort", "cuda").open_runner(directory, room=Room(24, 2)).begin(25, 3)
+    assert sizes(genai)[5:] == [(0, 0)], "caches of the CUDA provider grow by themselves"
+
+
+def test_genai_takes_the_sizes(genai_dirs: dict[str, Path]) -> None:
+    """On the CPU: a larger sequence is refused by GenAI itself, and a runner opens the model again."""
+    import onnxruntime_genai as og
+
+    with GenaiRunner(genai_dirs["nbl"], 1, CPU, Room(8)) as runner, GenaiRunner(genai_dirs["nbl"], 1) as plain:
+        small = runner._model
+        params = og.GeneratorParams(small)
+        params.set_search_options(max_length=9)
+        with pytest.raises(Exception, match=r"context_length \(8\)"):
+            og.Generator(small, params)
+        assert runner.greedy([5, 6, 7], 5) == plain.greedy([5, 6, 7], 5)
+        assert runner._model is small
+        assert runner.greedy([5, 6, 7], 9) == plain.greedy([5, 6, 7], 9)
+        assert runner._model is not small
 
 
 def test_a_provider_that_does_not_load_is_named(genai: Genai, monkeypatch: pytest.MonkeyPatch) -> None:

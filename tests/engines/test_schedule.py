@@ -132,6 +132,8 @@ def test_impossible_profiles_are_refused(batch: int, chunk: int, flag: str) -> N
 def test_the_narrowest_profile_takes_a_step() -> None:
     profiles = engine_profiles(2, 16, 64)
     assert [profile_for(profiles, 2, n) for n in (1, 2, 16)] == [1, 0, 0]
+    long = engine_profiles(2, 16, 32_768)  # decode is built for 1 to 2 tokens
+    assert [profile_for(long, 2, n) for n in (1, 2, 16)] == [1, 0, 0]
     with pytest.raises(NblError, match=r"3 rows of 1 tokens .* 2 rows of 16 tokens or 2 rows of 1 tokens"):
         profile_for(profiles, 3, 1)
     with pytest.raises(NblError, match="--prefill-chunk"):
@@ -263,6 +265,23 @@ def test_leaving_the_runner_closes_the_session(tmp_path: Path) -> None:
     with StaticRunner(session, tmp_path):
         assert not session.closed
     assert session.closed
+
+
+def test_a_session_that_does_not_close_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def close(_: Ledger) -> None:
+        raise OSError("cannot close")
+
+    monkeypatch.setattr(Ledger, "close", close)
+    with (
+        pytest.raises(NblError, match="the prompt is empty"),
+        StaticRunner(Ledger(16, 4, last_only=True), tmp_path) as r,
+    ):
+        r.greedy([], 3)
+    assert "does not close after an error: cannot close" in caplog.text
+    with pytest.raises(OSError, match="cannot close"), StaticRunner(Ledger(16, 4, last_only=True), tmp_path):
+        pass
 
 
 # -- text ------------------------------------------------------------------------------------------------

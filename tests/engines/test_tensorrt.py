@@ -10,6 +10,7 @@ import re
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,25 +19,25 @@ import pytest
 from nbl_export.decoders import static
 from nbl_export.engines.base import BuildSettings
 from nbl_export.engines.static.schedule import engine_profiles
-from nbl_export.engines.tensorrt import build, log, network, runner
+from nbl_export.engines.tensorrt import build, capture, contexts, kernels, log, network, runner
 from nbl_export.engines.tensorrt import engine as tensorrt
 from nbl_export.engines.tensorrt import record as engine_record
 from nbl_export.engines.tensorrt.build import build_engine
 from nbl_export.engines.tensorrt.library import load_library
 from nbl_export.engines.tensorrt.log import Message, messages_of
-from nbl_export.engines.tensorrt.network import ParsedNetwork, parse, refuse_without_kernel_for
+from nbl_export.engines.tensorrt.network import ParsedNetwork, parse
 from nbl_export.engines.tensorrt.record import read_record
 from nbl_export.errors import NblError
 
+from ..fake_tensorrt import FakeDevice, FakeTensorRT
 from ..static_tiny import (
     ARCHITECTURES,
     HEAD,
     LAYERS,
     SLOTS,
     SPEC,
-    save_checkpoint,
 )
-from ..trt_tiny import RTX, SMALL, engine_of, graph_of, needs_rtx
+from ..trt_tiny import ADA, PLAIN, RTX, SMALL, engine_of, graph_of, needs_rtx
 
 
 def parsed(path: Path) -> ParsedNetwork:
@@ -88,7 +89,9 @@ def test_a_plan_is_built_with_its_record() -> None:
     assert (engine / "decoder.engine").stat().st_size == record.plan_bytes > 1_000_000
     assert (record.engine, record.version) == ("trt-rtx", load_library(RTX).__version__)
     assert (record.precision, record.max_batch, record.prefill_chunk, record.max_seq_len) == ("fp16", 2, 16, SLOTS)
+    assert record.attention == "fused"
     assert record.compute_capabilities == ("8.0", "8.6", "8.9", "12.0", "12.1")
+    assert record.capturable is True
     assert record.profiles == engine_profiles(2, 16, SLOTS)
     assert 0 < record.build_seconds < 60
     source = graph_of("llama", (1,))
@@ -111,6 +114,7 @@ def test_other_precisions_and_targets_build(precision: str, targets: tuple[str, 
     assert record.precision == precision
     assert record.profiles == engine_profiles(1, 16, SLOTS, two_rows=True)
     assert record.compute_capabilities == (targets or RTX.default_targets)
+    assert record.capturable is True
     assert "Building engine" in said
 
 
@@ -152,6 +156,7 @@ def test_a_long_cache_builds(tmp_path: Path) -> None:
     """Decode of exactly one token has no kernel at this length; the profile rule avoids it."""
     record = build_engine(RTX, graph_of("llama", (1,), "fp16", 32_768), tmp_path / "e", BuildSettings(1, 16))
     assert record.profiles[1].tokens == (1, 1, 2)
+    assert record.capturable is True
 
 
 # -- faults that TensorRT would pass over in silence ---------------------------------------------------------
@@ -194,6 +199,108 @@ def test_known_noise_and_everything_else() -> None:
 
 
 @needs_rtx
+def test_a_warning_about_the_machine_is_told_and_builds(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The library warns with CUDA_MODULE_LOADING=EAGER when a builder is made; that says nothing about the graph."""
+    trt = load_library(RTX)
+    real, warning = trt.Builder, "CUDA lazy loading is not enabled."
+
+    def builder(logger: Any) -> Any:
+        logger.log(trt.ILogger.WARNING, warning)
+        return real(logger)
+
+    monkeypatch.setattr(trt, "Builder", builder)
+    assert parsed(graph_of("llama") / "decoder.onnx").contract.cache_layers == tuple(range(LAYERS))
+    assert f"TensorRT: {warning}" in caplog.messages
+
+
+@needs_rtx
+def test_a_step_that_waits_for_the_host_is_not_built(tmp_path: Path) -> None:
+    """The flag of the builder alone takes this graph: the length of a range depends on the logits."""
+    model = ir.load(graph_of("llama") / "decoder.onnx")
+    add_range(model)
+    static.save_graph(model, tmp_path / "source")
+    with pytest.raises(NblError, match=r"a CUDA graph cannot hold the steps of source, .* wait for .*ShapeHost"):
+        build_engine(RTX, tmp_path / "source", tmp_path / "e", SMALL)
+    assert not (tmp_path / "e").exists()
+
+
+def add_range(model: ir.Model) -> None:
+    """Add the sum of 0, 1, ... up to the largest logit to the logits."""
+    logits = model.graph.outputs[0]
+    assert logits.name == "logits"
+    zero, one = (ir.node("Constant", [], {"value_int": n}) for n in (0, 1))
+    most = ir.node("ReduceMax", [logits], {"keepdims": 0})
+    limit = ir.node("Cast", [most.outputs[0]], {"to": ir.DataType.INT64})
+    numbers = ir.node("Range", [zero.outputs[0], limit.outputs[0], one.outputs[0]])
+    total = ir.node("ReduceSum", [numbers.outputs[0]], {"keepdims": 0})
+    kind = ir.node("CastLike", [total.outputs[0], logits])
+    both = ir.node("Add", [logits, kind.outputs[0]])
+    model.graph.extend([zero, one, most, limit, numbers, total, kind, both])
+    logits.name, both.outputs[0].name = "plain_logits", "logits"
+    both.outputs[0].shape, both.outputs[0].type = logits.shape, logits.type
+    model.graph.outputs[0] = both.outputs[0]
+
+
+def test_what_the_builder_says_about_capture() -> None:
+    flag = Message("ERROR", "BuilderFlag::kREQUIRE_USER_ALLOCATION is not compatible with data-dependent shapes.")
+    with pytest.raises(NblError, match=r"cannot hold the steps of model, .*not compatible with data-dependent shapes"):
+        capture.capturable([flag], None, "model")
+    assert capture.capturable([Message("ERROR", "no kernel")], None, "model") is None
+    assert capture.capturable([], b"plan", "model") is None
+    listed = f"{log.LAYERS_NOTE}:\nLayer(Myelin): {{a...b}}, Tactic: 0x0, x -> y\n"
+    assert capture.capturable([Message("VERBOSE", listed)], b"plan", "model") is True
+    waits = f"{listed}Layer(TrainStation): [trainStation1], Tactic: 0x0,  -> \n"
+    with pytest.raises(NblError, match=r"they wait for \[trainStation1\]$"):
+        capture.capturable([Message("VERBOSE", waits)], b"plan", "model")
+
+
+class PlainConfig:
+    """TensorRT 11.4's IBuilderConfig has no compute capabilities, and, like any pybind11 object, takes no others."""
+
+    __slots__ = ("profiles",)
+
+    def add_optimization_profile(self, _profile: object) -> int:
+        return 0
+
+
+def fake_network(config: Any, plan: bytes | None = b"plan") -> Any:
+    """A network whose builder makes `config` and answers `plan`."""
+    builder = types.SimpleNamespace(
+        create_builder_config=lambda: config, build_serialized_network=lambda _network, _config: plan
+    )
+    flags = types.SimpleNamespace(REQUIRE_USER_ALLOCATION="user allocation")
+    trt = types.SimpleNamespace(BuilderFlag=flags)
+    return types.SimpleNamespace(trt=trt, builder=builder, network=types.SimpleNamespace(name="model"))
+
+
+def test_only_a_library_that_can_prove_it_is_asked_whether_steps_can_be_captured() -> None:
+    log_ = messages_of(FakeTensorRT(FakeDevice(), ()))
+    asked: list[str] = []
+    config = types.SimpleNamespace(set_flag=asked.append)
+    build._build(fake_network(config), log_, (), (), RTX, None)
+    assert asked == ["user allocation"]
+    build._build(fake_network(PlainConfig()), log_, (), (), PLAIN, None)
+
+
+@pytest.mark.parametrize("plan", [b"plan", None])
+def test_a_target_that_is_the_own_gpu_is_no_target_for_tensorrt(
+    plan: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "find_gpu", lambda: ADA)
+    computes = build._targets(PLAIN, ("8.9",), "fp16")
+    assert computes == ("8.9",)
+    log_ = messages_of(FakeTensorRT(FakeDevice(), ()))
+    whole = fake_network(PlainConfig(), plan)
+    if plan:
+        assert build._build(whole, log_, (), computes, PLAIN, None) == (plan, None)
+    else:
+        with pytest.raises(NblError, match=r"^TensorRT does not build model: it gives no reason$"):
+            build._build(whole, log_, (), computes, PLAIN, None)
+
+
+@needs_rtx
 def test_a_warning_of_the_parser_stops_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log, "_NOISE", ())
     with pytest.raises(NblError, match=r"parser warns about .* Int64 binding"):
@@ -205,41 +312,12 @@ def test_a_warning_of_the_parser_stops_the_build(tmp_path: Path, monkeypatch: py
 
 @needs_rtx
 @pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"head_dim": 8}, "heads of size 8: .* multiples of 8 from 16 to 256"),
-        ({"num_attention_heads": 2, "num_key_value_heads": 1}, "2 query heads .minimum 4"),
-    ],
-)
-def test_attention_without_a_kernel_is_named_before_the_build(
-    changes: dict[str, int], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    static.build(save_checkpoint("llama", tmp_path / "c", **changes), tmp_path / "g", "fp16", max_seq_len=32)
-    with pytest.raises(NblError, match=reason):
-        build_engine(RTX, tmp_path / "g", tmp_path / "e", BuildSettings(1, 16))
-    monkeypatch.setattr(build, "refuse_without_kernel", lambda _: None)
-    with pytest.raises(NblError, match="does not build"):  # the rule is the library's own
-        build_engine(RTX, tmp_path / "g", tmp_path / "e", BuildSettings(1, 16))
-
-
-def test_kernels_are_known_without_a_graph() -> None:
-    refuse_without_kernel_for(9, 64, "fp16")
-    for heads, size, precision, reason in (
-        (9, 64, "fp32", "fp32"), (9, 20, "fp16", "size 20"), (9, 264, "bf16", "size 264"), (3, 64, "fp16", "3 query"),
-    ):  # fmt: skip
-        with pytest.raises(NblError, match=reason):
-            refuse_without_kernel_for(heads, size, precision)
-
-
-@needs_rtx
-@pytest.mark.parametrize(
     ("settings", "precision", "reason"),
     [
         (BuildSettings(1, SLOTS + 1), "fp16", "--prefill-chunk 97"),
         (BuildSettings(0, 8), "fp16", "--max-batch 0"),
         (BuildSettings(1, 8, ("9.0",)), "fp16", "compute capability 9.0, .* --engine trt$"),
         (BuildSettings(1, 8, ("7.5",)), "int4", "7.5 has no int4"),
-        (BuildSettings(1, 8), "fp32", "no fused attention kernel for fp32"),
     ],
 )
 def test_settings_that_cannot_be_built_are_refused(
@@ -328,8 +406,11 @@ CLASSES = {
                   "parser": "OnnxParser", "e": "ParserError", "layer": "ILayer", "tensor": "ITensor"},
     build: {"builder": "Builder", "network": "INetworkDefinition", "config": "IBuilderConfig", "tensor": "ITensor",
                 "result": "IOptimizationProfile"},
-    runner: {"runtime": "Runtime", "engine": "ICudaEngine", "context": "IExecutionContext",
-                 "config": "IRuntimeConfig"},
+    runner: {"runtime": "Runtime", "context": "IExecutionContext"},
+    contexts: {"engine": "ICudaEngine", "config": "IRuntimeConfig", "context": "IExecutionContext",
+               "graphs": "CudaGraphStrategy", "kinds": "DynamicShapesKernelSpecializationStrategy"},
+    capture: {"config": "IBuilderConfig"},
+    kernels: {"config": "IRuntimeConfig", "cache": "IRuntimeCache"},
     tensorrt: {"builder": "Builder", "network": "INetworkDefinition"},
     log: {},
 }  # fmt: skip

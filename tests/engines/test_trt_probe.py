@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import importlib
 import importlib.machinery
 import importlib.util
@@ -15,12 +16,13 @@ from typing import Any
 import pytest
 
 from nbl_export.engines import gpu
-from nbl_export.engines.gpu import Gpu, find_gpu
+from nbl_export.engines.gpu import Gpu, find_gpu, spoken
 from nbl_export.engines.tensorrt import device, engine
 from nbl_export.engines.tensorrt import library as tensorrt_library
 from nbl_export.engines.tensorrt.build import build_engine
 from nbl_export.engines.tensorrt.engine import TRT, TRT_RTX
 from nbl_export.engines.tensorrt.library import load_library
+from nbl_export.errors import NblError
 
 from ..trt_tiny import ADA, HOPPER, PLAIN, RTX, SMALL, graph_of, needs_rtx
 
@@ -79,17 +81,30 @@ def test_tensorrt_is_exercised_up_to_its_first_call(monkeypatch: pytest.MonkeyPa
     module.ILogger = type("ILogger", (), {"VERBOSE": 4})  # type: ignore[attr-defined]
     module.Builder = builder  # type: ignore[attr-defined]
     assert "factory function returned nullptr" in TRT.probe().reason
-    with pytest.raises(TypeError, match="nullptr"):
+    with pytest.raises(NblError, match=r"^TensorRT makes no builder: TypeError: .*nullptr$"):
         build_engine(PLAIN, graph_of("llama"), tmp_path / "e", SMALL)
     assert len(calls) == 2
     assert isinstance(calls[0], module.ILogger)
+
+
+class Backend:
+    """A package whose stream is made and freed."""
+
+    title = "cuda-python"
+    open = 0
+
+    def __init__(self) -> None:
+        Backend.open += 1
+
+    def close(self) -> None:
+        Backend.open -= 1
 
 
 def test_gpu_and_driver_have_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     stub(monkeypatch)
     monkeypatch.setattr(tensorrt_library, "load_library", lambda library: sys.modules["tensorrt"])
     monkeypatch.setattr(engine, "_cuda_major", lambda library: 13)
-    monkeypatch.setattr(device, "find_backend", lambda: device.CudaPython)
+    monkeypatch.setattr(device, "find_backend", lambda: Backend)
     cases = (
         (TRT_RTX, HOPPER, False, "compute capability is 9.0, .* 7.5, 8.0, 8.6, 8.9, 12.0, 12.1; use --engine trt$"),
         (TRT, HOPPER, True, r"runs on the NVIDIA H100 \(9.0\), memory by cuda-python"),
@@ -98,8 +113,9 @@ def test_gpu_and_driver_have_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
             TRT_RTX,
             Gpu("x", "8.6", (12, 4)),
             False,
-            "CUDA 12.4, .* needs CUDA 13: .* R580 .* tensorrt-rtx-cu12",
+            "CUDA 12.4, .* needs CUDA 13: .* R580 .* pip install tensorrt-rtx-cu12 'cuda-python<13'$",
         ),
+        (TRT, Gpu("x", "8.6", (11, 8)), False, "CUDA 11.8, .* needs CUDA 13: update the driver to R580 or later$"),
         (TRT_RTX, ADA, True, "runs on the NVIDIA RTX 4090"),
     )
     for engine_, card, available, pattern in cases:
@@ -107,8 +123,70 @@ def test_gpu_and_driver_have_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         answer = engine_.probe_run()
         assert answer.available is available, answer
         assert re.search(pattern, answer.reason), answer.reason
+    assert Backend.open == 0, "a stream was not freed"
     monkeypatch.setattr(device, "find_backend", lambda: "device memory needs the package cuda-python")
     assert "cuda-python" in TRT_RTX.probe_run().reason
+
+
+class Status(enum.IntEnum):
+    """cudaError_t, as far as it is needed."""
+
+    cudaSuccess = 0
+    cudaErrorInsufficientDriver = 35
+    cudaErrorMemoryAllocation = 2
+
+
+def bindings(monkeypatch: pytest.MonkeyPatch, version: str, status: Status) -> None:
+    """cuda-python of a version whose first call answers `status`."""
+
+    def cudaStreamCreate() -> tuple[Status, int]:
+        return status, 7
+
+    runtime = types.ModuleType("cuda.bindings.runtime")
+    vars(runtime).update(cudaStreamCreate=cudaStreamCreate, cudaStreamDestroy=lambda stream: (Status.cudaSuccess,))
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", runtime)
+    monkeypatch.setattr(device.importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr(device, "find_backend", lambda: device.CudaPython)
+
+
+def test_a_driver_too_old_for_the_bindings_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT's packages are for CUDA 12, as the driver is; pip gave the bindings of CUDA 13."""
+    stub(monkeypatch)
+    monkeypatch.setattr(engine, "_cuda_major", lambda library: 12)
+    monkeypatch.setattr(engine, "find_gpu", lambda: Gpu("NVIDIA L4", "8.9", (12, 8)))
+    bindings(monkeypatch, "13.5.0", Status.cudaErrorInsufficientDriver)
+    answer = TRT.probe_run()
+    assert not answer.available
+    assert re.search(
+        "cuda-python makes no stream on the NVIDIA L4: .* cudaErrorInsufficientDriver .*supports CUDA 12.8, .* "
+        "cuda-python 13.5.0 needs CUDA 13: update the driver to R580 or later, or pip install 'cuda-python<13'",
+        answer.reason,
+    )
+    bindings(monkeypatch, "12.9.9", Status.cudaErrorMemoryAllocation)
+    answer = TRT.probe_run()
+    assert not answer.available
+    assert answer.reason.endswith("cudaErrorMemoryAllocation")
+    bindings(monkeypatch, "12.9.9", Status.cudaSuccess)
+    assert TRT.probe_run().available, TRT.probe_run().reason
+
+
+def test_packages_fit_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is missing is named for the CUDA that the driver supports."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *a: None if n.startswith(("tensorrt", "cuda", "torch")) else real(n, *a)
+    )
+    for cuda, rtx, memory in (
+        ((13, 1), "pip install tensorrt-rtx cuda-python", "pip install cuda-python"),
+        ((12, 8), "pip install tensorrt-rtx-cu12 'cuda-python<13'", "pip install 'cuda-python<13'"),
+    ):
+        card = Gpu("NVIDIA L4", "8.9", cuda)
+        for module in (tensorrt_library, device):
+            monkeypatch.setattr(module, "find_gpu", lambda card=card: card)
+        assert TRT_RTX.probe_run().reason.endswith(rtx)
+        assert memory in str(device.find_backend())
+        assert all(part in spoken(card) for part in (f"CUDA {cuda[0]}.{cuda[1]}", rtx.split()[2], rtx.split()[3]))
+    assert "2 GPUs are visible" in spoken(Gpu("NVIDIA L4", "8.9", (13, 0), 2))
 
 
 def test_a_broken_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +261,7 @@ def test_the_driver_is_asked_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
         return find_gpu()
 
     assert answer(Driver()) == Gpu("NVIDIA L4", "8.9", (12, 8))
+    assert answer(Driver(count=2)) == Gpu("NVIDIA L4", "8.9", (12, 8), 2)
     assert "no NVIDIA driver" in str(answer(None))
     assert "finds no GPU" in str(answer(Driver(status=100)))
     assert "finds no GPU" in str(answer(Driver(count=0)))

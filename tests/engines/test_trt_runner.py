@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import json
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -16,19 +15,21 @@ import pytest
 from nbl_export.engines.gpu import find_gpu
 from nbl_export.engines.static.host import StaticDecoder, StaticRunner
 from nbl_export.engines.static.on_ort import open_decoder
-from nbl_export.engines.static.schedule import engine_profiles
+from nbl_export.engines.static.schedule import Profile, engine_profiles
 from nbl_export.engines.tensorrt import library as tensorrt
-from nbl_export.engines.tensorrt import record as engine_record
 from nbl_export.engines.tensorrt import runner as trt_runner
-from nbl_export.engines.tensorrt.record import EngineRecord, read_record
+from nbl_export.engines.tensorrt.decode_step import DecodeStep
+from nbl_export.engines.tensorrt.record import read_record
 from nbl_export.engines.tensorrt.runner import TrtSession, refuse_misfit
 from nbl_export.errors import CorruptError, NblError
 
-from ..fake_tensorrt import FakeDevice, FakeTensorRT
+from ..fake_engine import fake_record, fake_session
+from ..fake_tensorrt import Context, FakeDevice, FakeTensorRT
 from ..static_tiny import (
     SLOTS,
     SPEC,
     TOLERANCE,
+    VOCAB,
     maps_of,
     rows,
     torch_logits,
@@ -37,25 +38,6 @@ from ..static_tiny import (
 from ..trt_tiny import ADA, HOPPER, PLAIN, RTX, checkpoint_of, engine_of, graph_of, needs_rtx
 
 # -- plans that do not fit -----------------------------------------------------------------------------------
-
-
-def fake_record(graph_: Path, directory: Path, **changes: Any) -> EngineRecord:
-    """An engine directory for the fake: the plan is the path of a graph."""
-    decoder = open_decoder(graph_)
-    plan = directory / "decoder.engine"
-    plan.write_bytes(str(graph_).encode())
-    layers = decoder.contract.cache_layers
-    values: dict[str, Any] = {
-        "engine": "trt", "version": FakeTensorRT.__version__, "precision": "fp32", "compute_capabilities": ("8.9",),
-        "max_batch": 2, "prefill_chunk": 8, "max_seq_len": decoder.slots,
-        "profiles": engine_profiles(2, 8, decoder.slots),
-        "inputs": decoder.contract.inputs, "outputs": decoder.contract.outputs, "cache_layers": len(layers),
-        "cache_bytes_per_token": 0, "cache_bytes": 0, "parse_seconds": 0.0, "build_seconds": 0.0,
-        "plan_bytes": plan.stat().st_size, "plan_sha256": engine_record.digest_of(plan), "graph_sha256": {},
-    }  # fmt: skip
-    record = EngineRecord(**{**values, **changes})
-    (directory / "engine.json").write_text(json.dumps(record.to_json()), encoding="utf-8")
-    return record
 
 
 def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -127,15 +109,6 @@ def test_the_real_library_refuses_a_plan_without_a_gpu(monkeypatch: pytest.Monke
 # -- the runner on a fake that executes the same graph --------------------------------------------------------
 
 
-def fake_session(
-    graph_: Path, directory: Path, library: tensorrt.Library = PLAIN, *, captures: bool = True, **changes: Any
-) -> tuple[TrtSession, FakeTensorRT]:
-    card = FakeDevice(captures=captures)
-    record = fake_record(graph_, directory, **changes)
-    trt = FakeTensorRT(card, record.profiles)
-    return TrtSession(library, directory, record, trt, card), trt
-
-
 @pytest.mark.parametrize("library", [PLAIN, RTX], ids=["trt", "trt-rtx"])
 @pytest.mark.parametrize("architecture", ["llama", "mistral-window"])
 def test_the_runner_computes_what_torch_does(
@@ -197,6 +170,96 @@ def test_a_changed_batch_is_bound_and_captured_again(tmp_path: Path) -> None:
         decoder.begin(3)
 
 
+@pytest.mark.parametrize("library", [PLAIN, RTX], ids=["trt", "trt-rtx"])
+def test_with_many_slots_two_tokens_run_in_prefill(library: tensorrt.Library, tmp_path: Path) -> None:
+    """A prompt of 8 + 2 tokens between decode steps: decode keeps its shape, and its graph stays right."""
+    many = engine_profiles(2, 8, 32_768)
+    assert many[1].takes(1, 2)
+    graph = graph_of("llama", (1,), "fp32") / "decoder.onnx"
+    session, trt = fake_session(graph, tmp_path, library, profiles=many)
+    decoder, same = StaticDecoder(session), open_decoder(graph, 8)
+    for each in (decoder, same):
+        each.begin(1)
+    start = 0
+    for count in (1, 1, 10, 1, 2, 1, 1):
+        ids = np.array([rows()[0][start : start + count]])
+        start += count
+        assert worst(decoder.step(ids), same.step(ids)) < TOLERANCE["fp32"], start
+    prefill, decode = trt.contexts
+    assert prefill.runs == [(1, 8), (1, 2), (1, 2)]
+    assert set(decode.runs) == {(1, 1)}
+    assert trt.device.captured == (0 if library.runtime_graphs else 1)
+
+
+def test_long_caches_are_computed_to_their_last_slots(tmp_path: Path) -> None:
+    """20480 slots, over the limit from which decode has a range of tokens; the first 20465 hold zeros."""
+    graph = graph_of("llama", (0, 1), "fp32", 20_480) / "decoder.onnx"
+    session, trt = fake_session(graph, tmp_path)
+    assert trt.profiles[1].tokens == (1, 1, 2)
+    decoder, same = StaticDecoder(session), open_decoder(graph, 8)
+    for each in (decoder, same):
+        each.begin(1)
+        each._rows.lengths = [20_465]
+    ids = np.array([rows()[0][:15]])
+    for step in (ids[:, :1], ids[:, 1:11], *(ids[:, n : n + 1] for n in range(11, 15))):
+        assert worst(decoder.step(step), same.step(step)) < TOLERANCE["fp32"]
+    assert trt.contexts[0].runs == [(1, 8), (1, 2)]
+    assert trt.contexts[1].runs == [(1, 1)] * 5
+    with pytest.raises(NblError, match="do not fit"):
+        decoder.step(ids[:, :1])
+
+
+def test_a_batch_that_only_passes_by_invalidates_the_graph(tmp_path: Path) -> None:
+    """Batch 2 moves the caches; the graph of batch 1 before it would write to the old addresses."""
+    graph = graph_of("llama", (1,), "fp32") / "decoder.onnx"
+    session, trt = fake_session(graph, tmp_path)
+    decoder, same = StaticDecoder(session), open_decoder(graph, 8)
+    decoder.begin(1)
+    decoder.step(np.array([[5]]))
+    decoder.begin(2)
+    for each in (decoder, same):
+        each.begin(1)
+    for token in rows()[0][:4]:
+        ids = np.array([[token]])
+        assert worst(decoder.step(ids), same.step(ids)) < TOLERANCE["fp32"]
+    assert trt.device.captured == 2
+
+
+def test_a_graph_does_not_outlive_its_shape() -> None:
+    card, ran = FakeDevice(), []
+    step = DecodeStep(card, graphs=True, by_library=False)
+    for shape in ((1, 1), (1, 1), (1, 2), (1, 2), (1, 1)):
+        step.run(shape, lambda shape=shape: card.submit(lambda: ran.append(shape)))  # type: ignore[misc]
+    assert ran == [(1, 1), (1, 1), (1, 2), (1, 2), (1, 1)]
+    assert (card.captured, card.replayed) == (3, 2)
+
+
+def test_the_library_has_its_graph_behind_the_first_step() -> None:
+    """The step is repeated until the library replays; a benchmark's one token of warm-up is then enough."""
+    card, ran = FakeDevice(), []
+    for graphs in (True, False):
+        step = DecodeStep(card, graphs=graphs, by_library=True)
+        for _ in range(3):
+            step.run((1, 1), lambda: ran.append(graphs))  # noqa: B023
+    assert (ran.count(True), ran.count(False), card.captured) == (5, 3, 0)
+
+
+def test_both_contexts_work_in_one_block(tmp_path: Path) -> None:
+    session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    prefill, decode = trt.contexts
+    assert prefill.memory == decode.memory == (prefill.memory[0], trt.device_memory_size_v2)
+    assert [b.nbytes for b in trt.device.buffers.values()].count(trt.device_memory_size_v2) == 1
+    session.close()
+
+
+def test_an_engine_without_working_memory_gets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library refuses the address 0."""
+    monkeypatch.setattr(FakeTensorRT, "device_memory_size_v2", 0)
+    session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    assert [context.memory for context in trt.contexts] == [None, None]
+    session.close()
+
+
 def test_half_precision_logits_come_back_wide(tmp_path: Path) -> None:
     session, _ = fake_session(graph_of("llama", (1,), "fp16") / "decoder.onnx", tmp_path)
     wide = open_decoder(graph_of("llama", (1,), "fp32") / "decoder.onnx", 8)
@@ -209,17 +272,128 @@ def test_half_precision_logits_come_back_wide(tmp_path: Path) -> None:
     assert 0 < worst(got, wide.step(ids)) < TOLERANCE["fp16"]
 
 
-def test_what_the_library_refuses_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def raises(error: Exception) -> Callable[..., Any]:
+    def method(*_: object) -> None:
+        raise error
+
+    return method
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "reason"),
+    [
+        ("execute_async_v3", "", "TensorRT refuses a step: it gives no reason"),
+        ("execute_async_v3", "CUDA error 700", "TensorRT refuses a step: CUDA error 700"),
+        ("set_input_shape", "", "TensorRT refuses the shape of input_ids: it gives no reason"),
+    ],
+)
+def test_a_refused_step_is_an_error(
+    name: str, said: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
     StaticDecoder(session).begin(1)
-    monkeypatch.setattr(trt.contexts[0], "execute_async_v3", lambda _stream: False)
-    with pytest.raises(NblError, match="TensorRT refuses a step"):
+    monkeypatch.setattr(trt.contexts[0], name, lambda *_: bool(said) and trt.say("ERROR", said))
+    with pytest.raises(NblError, match=reason):
         session.run(np.ones((1, 4), np.int64), [0], [4])
-    record = read_record(tmp_path)
-    (tmp_path / "decoder.engine").write_bytes(b"nowhere")
-    nowhere = dataclasses.replace(record, plan_sha256=engine_record.digest_of(tmp_path / "decoder.engine"))
-    with pytest.raises(NblError, match=r"does not load .*decoder.engine.*nbl-export build"):
-        TrtSession(PLAIN, tmp_path, nowhere, trt, FakeDevice())
+
+
+def test_a_shape_that_was_refused_is_set_again(tmp_path: Path) -> None:
+    """The library may have taken it: what the context has is unknown."""
+    session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    session.begin(1)
+    ids = np.ones((1, 4), np.int64)
+    first = session.run(ids, [0], [4])
+    trt.profiles = (Profile("prefill", (1, 1, 1), (1, 4, 4)), trt.profiles[1])  # the plan is narrower than its record
+    with pytest.raises(NblError, match=r"the shape of input_ids: input_ids: \(1, 5\) does not satisfy"):
+        session.run(np.ones((1, 5), np.int64), [0], [5])
+    assert np.array_equal(session.run(ids, [0], [4]), first)
+    assert trt.contexts[0].runs == [(1, 4), (1, 4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("set_tensor_address", "TensorRT refuses the address of "),
+        ("set_input_shape", "TensorRT refuses the shape of "),
+    ],
+)
+def test_refused_buffers_are_an_error(name: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, _ = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(Context, name, lambda *_: False)
+        with pytest.raises(NblError, match=reason):
+            session.begin(1)
+    session.begin(1)  # binds again what was not bound to the end
+    assert session.run(np.ones((1, 4), np.int64), [0], [4]).shape == (1, 1, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "reason"),
+    [
+        ("Runtime", raises(TypeError("factory function returned nullptr")), "does not load .*: TypeError: factory fun"),
+        ("deserialize_cuda_engine", lambda *_: None, r"does not load .*decoder.engine.*nbl-export build DIR"),
+        ("create_runtime_config", lambda *_: None, "TensorRT refuses a runtime configuration: it gives no reason"),
+        ("create_execution_context", lambda *_: None, "TensorRT refuses a context for the engine"),
+        ("create_execution_context", raises(RuntimeError("no")), "TensorRT refuses to prepare the engine: no"),
+    ],
+)
+def test_a_session_that_does_not_open_is_an_error_and_leaves_no_memory(
+    name: str, answer: Callable[..., Any], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card, closed = FakeDevice(), []
+    monkeypatch.setattr(FakeDevice, "close", lambda self: closed.append(self))
+    record = fake_record(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    trt = FakeTensorRT(card, record.profiles)
+    monkeypatch.setattr(trt, name, answer)
+    with pytest.raises(NblError, match=reason):
+        TrtSession(PLAIN, tmp_path, record, trt, card)
+    assert closed == [card]
+
+
+def test_a_profile_that_the_plan_lacks_is_an_error_with_the_librarys_own_words(tmp_path: Path) -> None:
+    """The bindings raise RuntimeError ("Error in set optimization profile async."), the log has the reason."""
+    record = fake_record(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    card = FakeDevice()
+    trt = FakeTensorRT(card, record.profiles[:1])
+    trt.num_optimization_profiles = 2
+    with pytest.raises(NblError, match="TensorRT refuses to prepare the engine: profile index 1 is out of range"):
+        TrtSession(PLAIN, tmp_path, record, trt, card)
+    assert card.closed
+
+
+class Broken(FakeDevice):
+    """Fails to close, as a GPU does after an error."""
+
+    def close(self) -> None:
+        super().close()
+        raise NblError("the GPU refuses cudaFree: cudaErrorIllegalAddress")
+
+
+def test_closing_never_hides_the_first_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    record = fake_record(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    for fails in (True, False):
+        card = Broken()
+        session = TrtSession(PLAIN, tmp_path, record, FakeTensorRT(card, record.profiles), card)
+        expected = "a step went wrong" if fails else "cudaErrorIllegalAddress"
+        with pytest.raises(NblError, match=expected), StaticRunner(session, tmp_path):  # noqa: PT012
+            if fails:
+                raise NblError("a step went wrong")
+        assert card.closed
+        assert ("cudaErrorIllegalAddress" in caplog.text) is fails
+        caplog.clear()
+    broken = FakeTensorRT(Broken(), record.profiles[:1])
+    broken.num_optimization_profiles = 2
+    with pytest.raises(NblError, match="profile index 1"):
+        TrtSession(PLAIN, tmp_path, record, broken, broken.device)
+
+
+def test_the_device_is_closed_even_if_waiting_for_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    monkeypatch.setattr(trt.device, "synchronize", raises(NblError("the GPU refuses cudaStreamSynchronize")))
+    with pytest.raises(NblError, match="cudaStreamSynchronize"):
+        session.close()
+    assert trt.device.closed
+    assert not session._contexts
 
 
 def test_a_plan_that_the_record_does_not_vouch_for_never_reaches_the_library(

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nbl_export.engines.base import Room
 from nbl_export.errors import NblError
 from nbl_export.measure import background, benchmark
-from nbl_export.measure.benchmark import BenchSetting, Instruments, Variant, decode_tokens, plan_scenarios
+from nbl_export.measure.benchmark import BenchSetting, Instruments, Variant, decode_tokens, plan_scenarios, room_for
 from nbl_export.measure.energy import Meter
 from nbl_export.measure.footprint import Footprint, measure_footprint
 from nbl_export.measure.rows import read_timings, speed_rows
@@ -356,6 +357,13 @@ def test_the_plan_of_scenarios() -> None:
     assert tests == [("pp512", 0), ("tg128", 0), ("pp512", 2048), ("tg128", 2048)]
 
 
+def test_room_is_what_the_scenarios_that_fit_ask_for() -> None:
+    scenarios = plan_scenarios((8, 2048), 4, (0, 600), batches=(1, 3))
+    assert room_for(scenarios, 4096) == Room(2648, 3)
+    assert room_for(scenarios, 1024) == Room(608, 3)
+    assert room_for([Scenario("tg", 4, 600, 3)], 4096) == Room(605, 3)  # and the token that is picked last
+
+
 def test_a_scenario_beyond_the_context_is_named_and_left_out(tmp_path: Path) -> None:
     small = BenchSetting(100, 1024, {})
     result, _, _ = run_fake(tmp_path, [Scenario("pp", 24, 1000), Scenario("tg", 25, 1000)], 1, small)
@@ -444,6 +452,12 @@ class HungryRunner(FakeRunner):
             os._exit(7)
         if behaviour == "fail":
             raise NblError(f"{directory} is broken")
+        if behaviour == "defect":
+            raise RuntimeError("Error in set optimization profile async.")
+        if behaviour == "memory":
+            raise MemoryError
+        if behaviour in ("SIGSEGV", "SIGKILL"):
+            os.kill(os.getpid(), signal.Signals[behaviour])
 
     def begin(self, max_tokens: int, batch: int = 1) -> None:
         super().begin(max_tokens)
@@ -464,7 +478,17 @@ def test_the_footprint_is_the_childs_own() -> None:
     assert 0.05 <= seen.load_seconds < 5
 
 
-@pytest.mark.parametrize(("behaviour", "sentence"), [("fail", "decoder is broken"), ("die", "status 7")])
+@pytest.mark.parametrize(
+    ("behaviour", "sentence"),
+    [
+        ("fail", "^decoder is broken$"),
+        ("defect", "measuring decoder failed .* RuntimeError: Error in set optimization profile async.$"),
+        ("memory", "measuring decoder needs more memory: "),
+        ("die", "status 7$"),
+        ("SIGSEGV", r"status -11 \(SIGSEGV, a crash in a library"),
+        ("SIGKILL", r"status -9 \(SIGKILL, usually too little memory"),
+    ],
+)
 def test_a_child_that_fails_is_one_sentence(behaviour: str, sentence: str) -> None:
     with pytest.raises(NblError, match=sentence):
         footprint(behaviour)

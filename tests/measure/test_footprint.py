@@ -10,6 +10,7 @@ from nbl_export.measure.footprint import disk_bytes
 def test_every_file_has_one_kind_and_none_is_forgotten(tmp_path: Path) -> None:
     files = {
         "model.onnx": "graph", "all_logits.onnx": "graph", "model.onnx.data": "weights", "decoder.engine": "engine",
+        "kernels.cache": "kernels",
         "tokenizer.json": "tokenizer", "tokenizer_config.json": "tokenizer", "chat_template.jinja": "tokenizer",
         "vocab.json": "tokenizer", "merges.txt": "tokenizer", "genai_config.json": "settings", "nbl.json": "settings",
         "LICENSE": "other", "sub/notes.txt": "other",

@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
+from nbl_export.engines.base import Room
+from nbl_export.engines.ort.engine import OrtEngine
+from nbl_export.engines.ort.genai import GenaiRunner
 from nbl_export.errors import UsageError
 from nbl_export.graph.sizes import read_graph_facts
 from nbl_export.measure.rows import read_timings, speed_ratios, speed_rows
@@ -59,6 +62,22 @@ def test_directories_are_held_against_the_one_named_and_else_the_first(finished:
     named = measured(model, "--against", original, "--batch", "1,2")
     assert named["base"] == str(original) and {r["variant"] for r in named["ratios"]} == {str(model)}
     assert {(r["test"], r["batch"]) for r in named["rows"]} == {("pp8", 1), ("tg3", 1), ("pp8", 2), ("tg3", 2)}
+
+
+def test_runners_are_told_what_they_will_be_asked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the stage and by the comparison; batches hold the token that they pick last."""
+    told = []
+
+    def open_runner(self: OrtEngine, directory: Path, threads: int | None = None, room: Room | None = None) -> Any:
+        told.append((directory.name, room))
+        return GenaiRunner(directory, threads)
+
+    monkeypatch.setattr(OrtEngine, "open_runner", open_runner)
+    measured(run / "model", "--batch", "1,2")
+    assert set(told) == {("model", Room(8 + 1, 2))}
+    told.clear()
+    assert nbl("bench", run, *SHORT).status == 0
+    assert set(told) == {("original", Room(8)), ("model", Room(8))}
 
 
 def test_graphs_say_how_large_they_are(exported: Callable[..., Path], checkpoint: Callable[[str], Path]) -> None:

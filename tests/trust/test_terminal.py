@@ -109,7 +109,7 @@ TABLES: dict[str, Callable[[Path], Any]] = {
     "speed_table": lambda run: tables.speed_table(of_run("report.json")(run)),
     "eval_table": lambda _: tables.eval_table(eval_facts()),
     "engines_table": lambda _: tables.engines_table(engine_facts()),
-    "doctor_table": lambda _: tables.doctor_table({"e": {"title": EVIL, "available": False, "reason": EVIL}}),
+    "doctor_table": lambda _: tables.doctor_table({"e": {"title": EVIL, "available": False, "reason": EVIL}}, EVIL),
     "graph_table": lambda run: graph_table.graph_table(graph_facts(run)),
     "sweep_table": lambda _: tradeoff.sweep_table(sweep_facts()),
     "profile_table": lambda _: profile_table.profile_table(profile_facts()),

@@ -50,7 +50,7 @@ def climbed(run: Path) -> list[dict[str, Any]]:
     """The rungs of a run directory as it is now; the quality loss, which is not gated, is left out."""
     with RunDirectory.open_run(run, create=False) as opened, mock.patch.object(verify, "price", return_value=[]):
         options = JobOptions.from_json(opened.manifest["options"])
-        found: list[dict[str, Any]] = verify._against_torch(Job(options, opened, Ui(quiet=True)))["rungs"]
+        found: list[dict[str, Any]] = verify._against_torch(Job(options, opened, Ui(quiet=True)), run)["rungs"]
         return found
 
 

@@ -1,7 +1,7 @@
 """The static form of a decoder: standard operators on caches of fixed length, as TensorRT accepts it.
 
-    mobius' static-cache graph ─► caches by head ─► positions ─► masks ─► rotary tables ─► check    the form, float32
-                                                            the form ─► fp16 | bf16 ─► int4 ─► check    what ships
+    mobius' static-cache graph ─► caches by head ─► query scale ─► positions ─► masks ─► rotary tables ─► check
+                                                     the form, float32 ─► fp16 | bf16 ─► int4 ─► check    what ships
 
 Passes add nodes at the end of the graph; one topological sort orders the nodes. The order of the passes matters: the
 mask pass needs the new cache names and the positions. The form gives all logits; `rewrite.last_token` prunes them, for
@@ -22,6 +22,7 @@ from nbl_export.decoders.static_form.int4 import BlockInt4
 from nbl_export.decoders.static_form.masks import ExplicitMasks
 from nbl_export.decoders.static_form.positions import DerivedPositions
 from nbl_export.decoders.static_form.rotary import TrimRotaryTables
+from nbl_export.decoders.static_form.scale import ScaledQueries
 
 __all__ = ["PRECISIONS", "finish_passes", "form_passes"]
 
@@ -37,6 +38,7 @@ def form_passes(slots: int, windows: Sequence[int | None]) -> Sequence[ir.passes
     """Passes from mobius' static-cache graph to the static form, both in float32 with all logits."""
     return (
         HeadMajorCaches(),
+        ScaledQueries(),
         DerivedPositions(),
         ExplicitMasks(windows),
         TrimRotaryTables(slots),

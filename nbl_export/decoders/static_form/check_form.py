@@ -49,6 +49,8 @@ def _check_node(node: ir.Node) -> None:
     present = [i for i, v in enumerate(node.inputs) if v is not None]
     if len(node.outputs) != 1 or present != [0, 1, 2, 3] or "is_causal" in node.attributes:
         raise RefusalError(None, f"{node.name} is not an Attention of query, keys, values and mask with one output")
+    if node.attributes.get_float("scale", 0.0) != 1.0:
+        raise RefusalError(None, f"{node.name} scales its keys, the whole cache; the queries alone take the scale")
     if node.attributes.get_float("softcap", 0.0):
         raise RefusalError(None, f"{node.name} soft-caps its scores, which TensorRT does not support")
 

@@ -8,10 +8,11 @@ from types import ModuleType
 
 import numpy as np
 
-from nbl_export.engines.base import Availability, Capabilities
+from nbl_export.engines.base import Availability, Capabilities, Room
 from nbl_export.engines.ort import genai
 from nbl_export.engines.ort.decoder import OnnxDecoder
-from nbl_export.engines.ort.genai import SILENT, GenaiRunner, load_package
+from nbl_export.engines.ort.genai import GenaiRunner, load_package
+from nbl_export.engines.ort.opening import SILENT
 from nbl_export.engines.ort.settings import short
 from nbl_export.graph.names import all_logits_file
 from nbl_export.records.decoder import DecoderSpec
@@ -47,8 +48,8 @@ class OrtEngine:
         """Number of physical cores this process may use, at least 1."""
         return genai.default_threads()
 
-    def open_runner(self, directory: Path, threads: int | None = None) -> GenaiRunner:
-        """A text runner on a deployable directory."""
+    def open_runner(self, directory: Path, threads: int | None = None, room: Room | None = None) -> GenaiRunner:
+        """A text runner on a deployable directory; `room` has no effect."""
         return GenaiRunner(directory, threads)
 
     def open_checked(self, directory: Path, threads: int | None = None) -> GenaiRunner:

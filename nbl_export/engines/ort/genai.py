@@ -4,7 +4,7 @@
         └─ GenaiRunner ── begin ─ append ─ append ─ rewind ─ append ...        for bench
                       └── encode ─ stream | greedy                            for generate and verify
 
-The code relies on these observations of onnxruntime_genai 0.18 on the CPU provider:
+The code relies on these observations of onnxruntime_genai 0.18 on the CPU provider, and, for a GPU, on its sources:
 
 - `append_tokens` runs the decoder synchronously; afterwards the logits of the last token are there.
   `generate_next_token` runs the decoder only if no unread logits are left. Right after an append it takes tens of
@@ -15,6 +15,10 @@ The code relies on these observations of onnxruntime_genai 0.18 on the CPU provi
   other than to 0 is refused too. So a batch continues with `generate_next_token`, and is filled again to go back.
 - In a batch `pad_token_id` is masked wherever it stands. A row of padding alone fails in GroupQueryAttention.
 - `get_logits` before the first append, or after a rewind, returns stale memory instead of an error.
+- On a GPU `append_tokens` may return before the step is computed: for NvTensorRtRtx GenAI sets
+  `disable_synchronize_execution_providers` (src/models/model.cpp), and its casts to float32 run behind the step for
+  every provider. `get_logits` and `get_next_tokens` copy to the host on GenAI's stream and wait for the stream
+  (src/cuda/interface.cpp, CopyDeviceToCpu). So an append on a device other than the CPU reads one of them.
 - A generator allocates and clears its whole cache on construction: max_length tokens are resident at once.
 - Unset, `intra_op_num_threads` is half of the logical CPUs, 16 at most (src/models/model.cpp). This leaves half of a
   machine without hyper-threading idle, so this module always sets the number.
@@ -40,15 +44,15 @@ from typing import Any
 import numpy as np
 import psutil
 
-from nbl_export.engines.ort.folder import check_genai_folder
+from nbl_export.engines.base import Room
+from nbl_export.engines.ort.opening import open_model
 from nbl_export.engines.ort.settings import GenaiSettings, short
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.trust.model_settings import check_tokenizer_settings
 
-__all__ = ["CPU", "SILENT", "GenaiRunner", "default_threads", "load_package"]
+__all__ = ["GenaiRunner", "default_threads", "load_package"]
 
-CPU: tuple[str, dict[str, str]] = ("cpu", {})  # GenAI's name of a provider, and its options
-SILENT = 4  # ORT severity "fatal": only the exception raised here reports an error
+_CPU_DEVICE = "CPU"  # og.Model.device_type
 
 
 def default_threads() -> int:
@@ -64,6 +68,8 @@ class GenaiRunner:
         directory: model.onnx, its data, genai_config.json and, for text, the tokenizer.
         threads: intra-op threads; None uses `default_threads()`. `self.threads` is the number in use.
         provider: GenAI's name of the execution provider, and its options; None uses the directory's provider.
+        room: sequence and batch that the provider is sized for; `begin` opens the model again if they are exceeded.
+            None leaves the sizes of the directory.
 
     Raises:
         MissingPackageError: onnxruntime-genai is not installed.
@@ -71,13 +77,19 @@ class GenaiRunner:
     """
 
     def __init__(
-        self, directory: Path, threads: int | None = None, provider: tuple[str, dict[str, str]] | None = None
+        self,
+        directory: Path,
+        threads: int | None = None,
+        provider: tuple[str, dict[str, str]] | None = None,
+        room: Room | None = None,
     ) -> None:
         self.directory = directory
         self.threads = threads or default_threads()
         self.settings = GenaiSettings.read(directory)
         self._og = load_package("onnxruntime_genai")
-        self._model = _load(self._og, directory, self.threads, provider)
+        self._provider, self._room = provider, room and room.within(self.settings.context_length)
+        self._model = self._open()
+        self._waits = self._model.device_type != _CPU_DEVICE
         self._generator: Any = None
         self._capacity = self._length = 0
         self._batch = 1
@@ -91,6 +103,15 @@ class GenaiRunner:
         self.__dict__.pop("_tokenizer", None)
         self._generator = self._model = None
 
+    def _open(self) -> Any:
+        return open_model(self._og, self.directory, self.threads, self._provider, self._room)
+
+    def _make_room(self, asked: Room) -> None:
+        if self._room is not None and not self._room.holds(asked):
+            self._room = self._room.joined(asked)
+            self._model = None  # free the old model before the new one is loaded
+            self._model = self._open()
+
     # -- tokens ----------------------------------------------------------------------------------------
 
     def begin(self, max_tokens: int, batch: int = 1) -> None:
@@ -103,6 +124,7 @@ class GenaiRunner:
         self._length, self._capacity = 0, min(max_tokens, self.settings.context_length)
         longest = self._capacity if batch == 1 else min(max_tokens + 1, self.settings.context_length)
         shortest = 0 if batch == 1 else longest  # a batch continues behind an end of text
+        self._make_room(Room(longest, batch))
         try:
             params = self._og.GeneratorParams(self._model)
             params.set_search_options(
@@ -115,7 +137,7 @@ class GenaiRunner:
             )
 
     def append(self, ids: Sequence[int]) -> None:
-        """Run the decoder over ids as one chunk; returns after the computation.
+        """Run the decoder over ids as one chunk; returns when the device has finished.
 
         A batch takes ids [B, T] once, and picks a token. Single steps [B, 1] then continue with the picked tokens. In
         the first chunk another id replaces the id of padding, which would be masked.
@@ -134,6 +156,8 @@ class GenaiRunner:
                 self._generator.append_tokens(np.asarray(ids, dtype=np.int32))
             else:
                 self._append_rows(np.asarray(ids, dtype=np.int32))
+            if self._waits:
+                self._wait()
         except Exception as error:
             raise NblError(f"{self.directory} failed on a chunk of {count} tokens: {short(error)}") from error
         self._length += count
@@ -148,6 +172,13 @@ class GenaiRunner:
         elif ids_BT.shape[1] != 1:
             raise ValueError("a batch goes on token by token")
         self._generator.generate_next_token()  # runs the decoder unless it just ran, and picks
+
+    def _wait(self) -> None:
+        """Wait for the device, by reading a result."""
+        if self._batch == 1:
+            self._generator.get_logits()
+        else:
+            self._generator.get_next_tokens()
 
     def rewind(self, length: int) -> None:
         """Drop everything after the first `length` tokens; costs microseconds, because the cache stays.
@@ -232,27 +263,6 @@ class GenaiRunner:
             self.append(chunk)
             chunk = [self.pick()]
             yield chunk[0]
-
-
-def _load(og: ModuleType, directory: Path, threads: int, provider: tuple[str, dict[str, str]] | None) -> Any:
-    check_genai_folder(directory)
-    options = {"intra_op_num_threads": threads, "log_severity_level": SILENT}
-    try:
-        config = og.Config(str(directory))  # checked by `check_genai_folder`
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-        if provider is not None:
-            _choose_provider(config, *provider)
-        return og.Model(config)
-    except Exception as error:
-        raise NblError(f"{directory} does not load in ONNX Runtime GenAI: {short(error)}") from error
-
-
-def _choose_provider(config: Any, name: str, options: dict[str, str]) -> None:
-    """Choose a provider; if it is the directory's own, the directory's options stay."""
-    if name == CPU[0]:
-        config.clear_providers()  # the CPU provider is the fallback and must not be named
-    for key, value in options.items():
-        config.set_provider_option(name, key, value)
 
 
 def _has_chat_template(directory: Path) -> bool:

@@ -18,6 +18,12 @@ Observations of onnxruntime-genai 0.18 with onnxruntime 1.31, on machines withou
 - GenAI's code for NvTensorRtRtx profiles counts caches 0..num_hidden_layers-1, hence the dense ids.
 - The NvTensorRtRtx provider is a separate library (onnxruntime-ep-nv-tensorrt-rtx, with TensorRT-RTX inside). It is
   registered under NvTensorRTRTXExecutionProvider before a model is opened. It does not load without libcuda.
+
+Read in sources, not run:
+
+- GenAI passes every visible GPU to NvTensorRtRtx (src/models/session_options.cpp), and each sets the option device_id,
+  so the last one wins (onnxruntime, core/session/utils.cc). GenAI's own memory is on GPU 0 (src/cuda/interface.cpp).
+  So one GPU only may be visible. GenAI's filter knows models of GPUs, which does not tell two of one model apart.
 """
 
 from __future__ import annotations
@@ -30,11 +36,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nbl_export.engines.base import Availability, Capabilities
-from nbl_export.engines.gpu import Gpu, find_gpu
+from nbl_export.engines.base import Availability, Capabilities, Room
+from nbl_export.engines.gpu import Gpu, find_gpu, outdated
 from nbl_export.engines.ort import engine as ort
+from nbl_export.engines.ort.cuda import OLDER_DRIVER, check_cuda, load_cuda
 from nbl_export.engines.ort.decoder import OnnxDecoder
-from nbl_export.engines.ort.genai import CPU, GenaiRunner
+from nbl_export.engines.ort.genai import GenaiRunner
+from nbl_export.engines.ort.opening import CPU
 from nbl_export.engines.providers import PROVIDERS, Provider
 from nbl_export.errors import NblError, UsageError
 from nbl_export.graph.names import GENAI_CONFIG
@@ -47,6 +55,9 @@ _REFUSED = {
     "tensorrt": "ONNX Runtime GenAI has no TensorRT provider (it knows cuda and NvTensorRtRtx); use --provider "
     "nv-tensorrt-rtx, or --engine trt for TensorRT itself"
 }
+
+
+_ROOM = Room(4096)
 
 
 class GpuEngine:
@@ -81,16 +92,17 @@ class GpuEngine:
         return ort.probe()
 
     def probe_run(self) -> Availability:
-        """Whether directories for this provider run here. Never raises."""
+        """Whether directories for this provider run here: its libraries load, and a stream is made. Never raises."""
         gpu = find_gpu()
-        reason = self._missing_packages() or (gpu if isinstance(gpu, str) else self._unfit(gpu))
-        if reason:
+        if isinstance(gpu, str):
+            return Availability(False, self._missing_packages() or gpu)
+        if reason := self._unfit(gpu) or self._missing_packages():
             return Availability(False, reason)
         try:
+            check_cuda(gpu)
             _register(self.provider)
         except Exception as error:  # a broken installation may raise anything
-            return Availability(False, " ".join(str(error).split())[:300])
-        assert isinstance(gpu, Gpu)
+            return Availability(False, " ".join(str(error).split())[:500])
         return Availability(True, f"{self.provider.title} provider on the {gpu.name} ({gpu.compute})")
 
     def _missing_packages(self) -> str:
@@ -104,24 +116,39 @@ class GpuEngine:
         return f"{', '.join(missing)} {verb} not installed: {first}pip install '{extra}'"
 
     def _unfit(self, gpu: Gpu) -> str:
-        if self.provider.runs_on(gpu.compute):
-            return ""
-        known = ", ".join(self.provider.computes) or f"{self.provider.least_compute} and later"
-        other = "; use --provider cuda" if self.provider.computes else ""
-        return (
-            f"the {self.provider.title} provider does not run on the {gpu.name}: its compute capability is "
-            f"{gpu.compute}, the provider is for {known}{other}"
-        )
+        if not self.provider.runs_on(gpu.compute):
+            known = ", ".join(self.provider.computes) or f"{self.provider.least_compute} and later"
+            other = "; use --provider cuda" if self.provider.computes else ""
+            return (
+                f"the {self.provider.title} provider does not run on the {gpu.name}: its compute capability is "
+                f"{gpu.compute}, the provider is for {known}{other}"
+            )
+        if old := outdated(gpu, self.provider.packages[0], self.provider.cuda, OLDER_DRIVER):
+            return old
+        if gpu.count > 1 and self.provider.registered:
+            return (
+                f"{gpu.count} GPUs are visible, and GenAI would pass all of them to the {self.provider.title} "
+                "provider: set CUDA_VISIBLE_DEVICES=0 to choose one"
+            )
+        return ""
 
     def default_threads(self) -> int:
         """One thread, because the host only feeds the GPU."""
         return 1
 
-    def open_runner(self, directory: Path, threads: int | None = None) -> GenaiRunner:
-        """A text runner on the directory's provider."""
+    def open_runner(self, directory: Path, threads: int | None = None, room: Room | None = None) -> GenaiRunner:
+        """A text runner on the directory's provider.
+
+        Args:
+            room: the provider for TensorRT-RTX is sized for it, and for 4096 tokens if it is None; the runner opens the
+                model again if it is asked for more.
+        """
+        load_cuda()
+        if not self.provider.registered:
+            return GenaiRunner(directory, threads or 1, provider=(self.provider.genai, {}))
         _register(self.provider)
-        options = {"nv_runtime_cache_path": str(_kernel_cache())} if self.provider.registered else {}
-        return GenaiRunner(directory, threads or 1, provider=(self.provider.genai, options))
+        choice = (self.provider.genai, {"nv_runtime_cache_path": str(_kernel_cache())})
+        return GenaiRunner(directory, threads or 1, choice, room or _ROOM)
 
     def open_checked(self, directory: Path, threads: int | None = None) -> GenaiRunner:
         """The same directory on the CPU provider, for verification."""

@@ -11,6 +11,7 @@ before anything runs.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +24,8 @@ from nbl_export.errors import NblError
 from nbl_export.records.decoder import GraphContract
 
 __all__ = ["Session", "StaticDecoder", "StaticRunner"]
+
+log = logging.getLogger(__name__)
 
 
 class Session(Protocol):
@@ -149,8 +152,16 @@ class StaticRunner:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Free the caches and the model; the runner cannot be used afterwards."""
-        self._session.close()
+        """Free the caches and the model; the runner cannot be used afterwards.
+
+        If the block failed, its error goes on, and a failure to close is a warning.
+        """
+        try:
+            self._session.close()
+        except Exception as error:
+            if not exc or exc[0] is None:
+                raise
+            log.warning("%s does not close after an error: %s", self.directory, error)
 
     # -- tokens ----------------------------------------------------------------------------------------
 
@@ -188,8 +199,18 @@ class StaticRunner:
         return self._logits
 
     def pick(self) -> int:
-        """The most likely next token."""
-        return int(self._logits.argmax())
+        """The most likely next token.
+
+        Raises:
+            NblError: the logits are not finite.
+        """
+        token = int(self._logits.argmax())  # of the first NaN, if there is one
+        if not np.isfinite(self._logits[token]):
+            raise NblError(
+                f"{self.directory} gives logits that are not finite: its numbers overflow; export it with --precision "
+                "bf16 instead of fp16 or int4"
+            )
+        return token
 
     # -- text ------------------------------------------------------------------------------------------
 

@@ -86,6 +86,10 @@ class OrtSession:
         logits: np.ndarray = binding.get_outputs()[-1].numpy()
         return logits.astype(np.float32)
 
+    def read_cache(self, name: str) -> np.ndarray:
+        """A copy of one cache of the running batch, [B, Hkv, S, head], by the name of its input."""
+        return np.array(self._caches[name].numpy())
+
     @property
     def cache_bytes(self) -> int:
         """Bytes that the caches of the running batch take."""

@@ -17,6 +17,9 @@ Two optimisation profiles: prefill of 1..chunk tokens, decode of one. Measured w
   instead of 316), and with int4 matrices (154 MB instead of 192). This costs the scratch memory of the second row.
 - Attention of exactly one token has no kernel from 24576 slots on (24064 still builds; heads of 16 to 256, compute
   capability 7.5 to 12.0), while 1..2 tokens build at 65536; hence `_STATIC_DECODE_SLOTS`, with a margin.
+
+A step of two tokens runs in prefill even so: decode keeps one shape, for which its step is captured as a CUDA graph.
+A graph does not survive a change of shape (NVIDIA/TensorRT#3798).
 """
 
 from __future__ import annotations
@@ -44,6 +47,11 @@ class Profile:
         """Whether the profile allows a step of so many rows and tokens."""
         return all(low <= n <= high for n, (low, _, high) in ((batch, self.batch), (tokens, self.tokens)))
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the profile is for steps of one token, whatever range it was built with."""
+        return self.tokens[1] == 1
+
 
 def engine_profiles(max_batch: int, chunk: int, slots: int, *, two_rows: bool = False) -> tuple[Profile, Profile]:
     """The prefill and the decode profile of an engine, in this order.
@@ -66,12 +74,16 @@ def engine_profiles(max_batch: int, chunk: int, slots: int, *, two_rows: bool = 
 
 
 def profile_for(profiles: Sequence[Profile], batch: int, tokens: int) -> int:
-    """Index of the narrowest profile that allows the step.
+    """Index of the narrowest profile that allows the step; more than one token never runs in decode.
 
     Raises:
         NblError: no profile allows the step.
     """
-    fitting = [(profile.tokens[2], index) for index, profile in enumerate(profiles) if profile.takes(batch, tokens)]
+    fitting = [
+        (profile.tokens[2], index)
+        for index, profile in enumerate(profiles)
+        if profile.takes(batch, tokens) and (tokens == 1 or not profile.decodes)
+    ]
     if not fitting:
         limits = " or ".join(f"{p.batch[2]} rows of {p.tokens[2]} tokens" for p in profiles)
         raise NblError(

@@ -1,24 +1,29 @@
 """Builds decoder.onnx into a plan (TensorRT's serialised engine) with engine.json beside it; complete or absent.
 
-DIR/model/decoder.onnx ─ parse ─ refuse what has no kernel ─ build ─► .tmp-… ─ rename ─► DIR/engine/model/
+DIR/model/decoder.onnx ─ parse ─ build, attention fused or decomposed ─► .tmp-… ─ rename ─► DIR/engine/model/
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nbl_export.engines.base import BuildSettings
 from nbl_export.engines.gpu import Gpu, find_gpu
 from nbl_export.engines.static.schedule import Profile, engine_profiles
+from nbl_export.engines.tensorrt.attention import DECOMPOSED, FUSED, bypass_unit_scale, decompose, lacks_kernel
+from nbl_export.engines.tensorrt.capture import ask_for_proof, capturable
 from nbl_export.engines.tensorrt.library import Library, load_library
-from nbl_export.engines.tensorrt.log import Messages, complaints, ignored_inputs, messages_of
-from nbl_export.engines.tensorrt.network import ParsedNetwork, parse, refuse_without_kernel
+from nbl_export.engines.tensorrt.log import Messages, complaints, ignored_inputs, messages_of, require
+from nbl_export.engines.tensorrt.network import ParsedNetwork, parse
 from nbl_export.engines.tensorrt.record import ENGINE_FILE, RECORD_FILE, EngineRecord, digest_of
 from nbl_export.errors import NblError
 from nbl_export.files import friendly_os_errors, write_json
@@ -28,8 +33,18 @@ from nbl_export.trust.contained import check_inside
 
 __all__ = ["Progress", "build_engine"]
 
+_logger = logging.getLogger(__name__)
+
 Progress = Callable[[str, float], None]  # phase, seconds since the build began
 _GRAPH = STATIC_GRAPH_FILE
+
+
+@dataclass(frozen=True)
+class _Built:
+    plan: Any
+    attention: str  # FUSED or DECOMPOSED
+    capturable: bool | None  # None: the builder does not say
+    seconds: float
 
 
 def build_engine(
@@ -41,7 +56,7 @@ def build_engine(
         progress: called by the builder with its phase; the builder's step counts do not measure time.
 
     Raises:
-        NblError: the graph is refused, has no kernel, warns, or does not build; or the disk is full. `out` stays.
+        NblError: the graph is refused, warns, does not build or cannot be captured; or the disk is full. `out` stays.
     """
     trt = load_library(library)
     log = messages_of(trt)
@@ -49,17 +64,15 @@ def build_engine(
     if not graph.is_file():
         raise NblError(f"{source} holds no {_GRAPH}; export it with --engine {library.capabilities.name}")
     parsed = parse(trt, log, graph)
-    refuse_without_kernel(parsed)
+    bypass_unit_scale(parsed)
     contract = parsed.contract
     two_rows = parsed.precision == "int4" or contract.logits == "last"
     profiles = engine_profiles(settings.max_batch, settings.prefill_chunk, _slots(contract), two_rows=two_rows)
     computes = _targets(library, settings.targets, parsed.precision)
-    started = time.perf_counter()
-    plan = _build(parsed, log, profiles, settings.targets and computes, library, progress)
-    seconds = time.perf_counter() - started
+    built = _build(parsed, log, profiles, computes if settings.targets else (), library, progress)
     with friendly_os_errors(out), _replacing(out) as scratch:
-        (scratch / ENGINE_FILE).write_bytes(plan)
-        record = _record(library, parsed, profiles, settings, computes, seconds, scratch)
+        (scratch / ENGINE_FILE).write_bytes(built.plan)
+        record = _record(library, parsed, profiles, settings, computes, built, scratch)
         write_json(scratch / RECORD_FILE, record.to_json())
         _copy_text_files(source, scratch)
     return record
@@ -99,29 +112,73 @@ def _targets(library: Library, asked: Sequence[str], precision: str) -> tuple[st
 def _build(
     parsed: ParsedNetwork, log: Messages, profiles: Sequence[Profile], targets: Sequence[str], library: Library,
     progress: Progress | None,
-) -> Any:  # fmt: skip
-    trt, builder, network = parsed.trt, parsed.builder, parsed.network
-    config = builder.create_builder_config()
-    if targets:
+) -> _Built:  # fmt: skip
+    """Build with fused attention, or with decomposed attention if there is no kernel."""
+    started = time.perf_counter()
+    name = parsed.network.name
+    failed = f"{library.capabilities.title} does not build {name}"
+    monitor = _monitor(parsed.trt, progress) if progress else None
+    with log.explaining(failed):
+        config = _config(parsed, profiles, targets, library, monitor)
+    attempt = functools.partial(_attempt, parsed, log, config, monitor, library, failed)
+    unfused = lacks_kernel(library, parsed)
+    if not unfused:
+        plan, proven, unfused = attempt()
+        if plan is not None:
+            return _Built(plan, FUSED, proven, time.perf_counter() - started)
+    if not decompose(parsed):
+        raise NblError(f"{failed}: {unfused}")
+    _logger.warning("%s: attention is decomposed into matrix products, which is slower: %s", name, unfused)
+    plan, proven, why = attempt()
+    if plan is None:
+        raise NblError(f"{failed}: {why}; with fused attention: {unfused}")
+    return _Built(plan, DECOMPOSED, proven, time.perf_counter() - started)
+
+
+def _config(
+    parsed: ParsedNetwork, profiles: Sequence[Profile], targets: Sequence[str], library: Library, monitor: Any
+) -> Any:
+    """The builder's configuration, inside a block of `Messages.explaining`."""
+    trt, builder = parsed.trt, parsed.builder
+    config = require(builder.create_builder_config())
+    if library.jit:
+        ask_for_proof(trt, config)
+    if targets and library.default_targets:  # TensorRT builds for the GPU at hand and has no such names
         config.num_compute_capabilities = len(targets)
         for index, compute in enumerate(targets):
             member = f"{library.target_prefix}{compute.replace('.', '')}"
-            config.set_compute_capability(trt.ComputeCapability.__members__[member], index)
+            require(config.set_compute_capability(trt.ComputeCapability.__members__[member], index))
     for profile in profiles:
-        config.add_optimization_profile(_shapes(builder, network, profile))
-    monitor = _monitor(trt, progress) if progress else None
+        config.add_optimization_profile(_shapes(builder, parsed.network, profile))
     if monitor is not None:
         config.progress_monitor = monitor
-    with log.collected() as said:
-        plan = builder.build_serialized_network(network, config)
-    if monitor is not None and monitor.interrupt is not None:
-        raise monitor.interrupt
-    if ignored := ignored_inputs(said):
-        raise NblError(f"the engine would not read an input of {network.name}: {ignored[0]}")
-    if plan is None:
-        why = (complaints(said) or ["it gives no reason"])[0]
-        raise NblError(f"{library.capabilities.title} does not build {network.name}: {why[:500]}")
-    return plan
+    return config
+
+
+def _attempt(
+    parsed: ParsedNetwork, log: Messages, builder_config: Any, monitor: Any, library: Library, failed: str
+) -> tuple[Any, bool | None, str]:
+    """One build: the plan, whether its steps can be captured (None: the builder does not say), and "".
+
+    Without a plan: None, None and the library's reason.
+
+    Raises:
+        NblError: the engine would not read an input, or its steps cannot be captured.
+    """
+    network, proven, why = parsed.network, None, ""
+    with log.explaining(failed) as said:
+        plan = parsed.builder.build_serialized_network(network, builder_config)
+        interrupt = monitor.interrupt if monitor is not None else None
+        if interrupt is None:
+            if ignored := ignored_inputs(said):
+                raise NblError(f"the engine would not read an input of {network.name}: {ignored[0]}")
+            proven = capturable(said, plan, network.name) if library.jit else None
+        if plan is None:
+            why = (complaints(said) or ["it gives no reason"])[0][:500]
+            said.clear()  # the caller tells the reason
+    if interrupt is not None:
+        raise interrupt
+    return plan, proven, why
 
 
 def _shapes(builder: Any, network: Any, profile: Profile) -> Any:
@@ -168,7 +225,7 @@ def _monitor(trt: Any, progress: Progress) -> Any:
 
 def _record(
     library: Library, parsed: ParsedNetwork, profiles: Sequence[Profile], settings: BuildSettings,
-    computes: tuple[str, ...], seconds: float, scratch: Path,
+    computes: tuple[str, ...], built: _Built, scratch: Path,
 ) -> EngineRecord:  # fmt: skip
     contract = parsed.contract
     caches = [info for info in contract.inputs if info.name.startswith("past_key_values.")]
@@ -181,7 +238,9 @@ def _record(
         engine=library.capabilities.name,
         version=parsed.trt.__version__,
         precision=parsed.precision,
+        attention=built.attention,
         compute_capabilities=computes,
+        capturable=built.capturable,
         max_batch=settings.max_batch,
         prefill_chunk=settings.prefill_chunk,
         max_seq_len=slots,
@@ -192,7 +251,7 @@ def _record(
         cache_bytes_per_token=per_token,
         cache_bytes=per_token * slots * settings.max_batch,
         parse_seconds=round(parsed.seconds, 3),
-        build_seconds=round(seconds, 3),
+        build_seconds=round(built.seconds, 3),
         plan_bytes=plan.stat().st_size,
         plan_sha256=digest_of(plan),
         graph_sha256={f.name: digest_of(f) for f in files},

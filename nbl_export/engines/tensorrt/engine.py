@@ -7,7 +7,7 @@
 
 Both have the same API and run the same code (`build`, `runner`). Sources: NVIDIA's support matrices; "CPU-Only AOT and
 TensorRT-RTX Engines" (a plan runs on 8.0, 8.6, 8.9, 12.0 and later by default, 7.5 must be asked for); "Working with
-RTX CUDA Graphs"; TensorRT's prerequisites (CUDA 13 packages need driver R580, CUDA 12 packages R535).
+RTX CUDA Graphs".
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.engines.base import Availability, BuildSettings
-from nbl_export.engines.gpu import Gpu, find_gpu
+from nbl_export.engines.base import Availability, BuildSettings, Room
+from nbl_export.engines.gpu import CUDA, Gpu, find_gpu, outdated, release_for
 from nbl_export.engines.static.host import StaticDecoder, StaticRunner
-from nbl_export.engines.tensorrt.library import _DRIVERS, LIBRARIES, Library, load_library
+from nbl_export.engines.tensorrt.library import LIBRARIES, Library, load_library
 from nbl_export.errors import NblError
 from nbl_export.graph.names import GRAPH_FILE, all_logits_file
 from nbl_export.records.decoder import DecoderSpec
@@ -65,18 +65,16 @@ class TensorRtEngine:
             return Availability(False, f"{library.package} is installed and does not build: {text}{self._advice()}")
 
     def probe_run(self) -> Availability:
-        """Whether this machine can run an engine. Never raises."""
-        from nbl_export.engines.tensorrt.device import find_backend
+        """Whether this machine can run an engine: library, GPU and driver fit, and a stream is made. Never raises."""
+        from nbl_export.engines.tensorrt.device import check_device
 
         library = self.library
         try:
             trt = load_library(library)
             gpu = _usable_gpu(library)
-            backend = find_backend()
-            if isinstance(backend, str):
-                return Availability(False, backend)
+            memory = check_device(gpu)
             found = f"{library.package} {trt.__version__} runs on the {gpu.name} ({gpu.compute})"
-            return Availability(True, f"{found}, memory by {backend.title}")
+            return Availability(True, f"{found}, memory by {memory}")
         except NblError as error:
             return Availability(False, str(error))
         except Exception as error:
@@ -84,24 +82,14 @@ class TensorRtEngine:
 
     def library_version(self) -> str:
         """Version of the installed package, without loading it; "" if there is none."""
-        try:
-            return importlib.metadata.version(self.library.package)
-        except importlib.metadata.PackageNotFoundError:
-            return ""
+        for suffix in ("", *(f"-cu{major}" for major in CUDA)):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                return importlib.metadata.version(f"{self.library.package}{suffix}")
+        return ""
 
     def default_threads(self) -> int:
         """One thread, because the host only feeds the GPU."""
         return 1
-
-    def check_model(self, spec: DecoderSpec, precision: str) -> None:
-        """Refuse a decoder whose attention has no kernel; loads nothing.
-
-        Raises:
-            NblError: names the size that has no kernel.
-        """
-        from nbl_export.engines.tensorrt.network import refuse_without_kernel_for
-
-        refuse_without_kernel_for(spec.num_heads, spec.head_dim, precision)
 
     def build(self, source: Path, out: Path, settings: BuildSettings, progress: Progress | None = None) -> EngineRecord:
         """See `build.build_engine`."""
@@ -112,8 +100,8 @@ class TensorRtEngine:
     def _advice(self) -> str:
         return "" if self.library.builds_without_gpu else f"; --engine {self.library.other} builds without a GPU"
 
-    def open_runner(self, directory: Path, threads: int | None = None) -> StaticRunner:
-        """A text runner on a directory with a plan and engine.json; `threads` has no effect."""
+    def open_runner(self, directory: Path, threads: int | None = None, room: Room | None = None) -> StaticRunner:
+        """A text runner on a directory with a plan and engine.json; `threads` and `room` have no effect."""
         from nbl_export.engines.tensorrt.runner import open_session
 
         return StaticRunner(open_session(self.library, directory), directory)
@@ -154,17 +142,15 @@ def _usable_gpu(library: Library) -> Gpu:
             f"use --engine {library.other}"
         )
     needed = _cuda_major(library)
-    if needed is not None and gpu.cuda[0] < needed:
-        raise NblError(
-            f"the NVIDIA driver supports CUDA {gpu.cuda[0]}.{gpu.cuda[1]}, the installed {library.package} needs CUDA "
-            f"{needed}: update the driver to {_DRIVERS[needed]} or later, or install {library.package}-cu{gpu.cuda[0]}"
-        )
+    other = f"in a new environment, {library.how_to_get(release_for(gpu))}"
+    if needed is not None and (old := outdated(gpu, f"the installed {library.package}", needed, other)):
+        raise NblError(old)
     return gpu
 
 
 def _cuda_major(library: Library) -> int | None:
     """CUDA major version of the installed wheels: the distribution is called package-cuN."""
-    for major in sorted(_DRIVERS, reverse=True):
+    for major in sorted(CUDA, reverse=True):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             importlib.metadata.version(f"{library.package}-cu{major}")
             return major

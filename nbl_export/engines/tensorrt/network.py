@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbl_export.engines.tensorrt.log import Messages, complaints
+from nbl_export.engines.tensorrt.log import Messages, complaints, require
 from nbl_export.errors import NblError
 from nbl_export.records.decoder import GraphContract, TensorInfo
 
-__all__ = ["ParsedNetwork", "parse", "refuse_without_kernel", "refuse_without_kernel_for"]
+__all__ = ["ParsedNetwork", "parse"]
 
 _DTYPES = {
     "HALF": "float16",
@@ -27,10 +27,6 @@ _DTYPES = {
     "BOOL": "bool",
 }
 _PRECISIONS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
-# Fused attention of TensorRT-RTX 1.7.1, found by building: head sizes of 16, 24, ... 256 in fp16 and bf16, with at
-# least 4 query heads (1 to 3 have no kernel at any head size; MQA and GQA work). float32 has no kernel.
-_HEAD_SIZES = range(16, 257, 8)
-_LEAST_QUERY_HEADS = 4
 
 
 @dataclass(frozen=True)
@@ -76,20 +72,22 @@ def parse(trt: Any, log: Messages, path: Path) -> ParsedNetwork:
     Raises:
         NblError: the parser refuses the graph, warns about it, or would drop one of its inputs.
     """
-    with log.collected() as said:
-        start = time.perf_counter()
+    start = time.perf_counter()
+    # a warning about the machine is no reason against the graph, so the parser's block begins behind this one
+    with log.explaining("TensorRT makes no builder"):
         builder = trt.Builder(log.logger)
         # TensorRT 11 is always strongly typed and ignores the flag; TensorRT 10 and RTX need it
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        network = require(builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)))
+    with log.explaining(f"TensorRT's parser refuses {path}") as said:
         parser = trt.OnnxParser(network, log.logger)
         good = parser.parse_from_file(str(path))
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         seconds = time.perf_counter() - start
-    if not good or errors or network.num_outputs == 0:
-        why = [f"{e.node_name() or 'the graph'} ({e.node_operator() or 'model'}): {e.desc()}" for e in errors]
-        raise NblError(f"TensorRT's parser refuses {path}: {why[0] if why else 'it is not an ONNX model'}")
-    if said_wrong := complaints(said):
-        raise NblError(f"TensorRT's parser warns about {path}, so no engine is built: {said_wrong[0]}")
+        if not good or errors or network.num_outputs == 0:
+            why = [f"{e.node_name() or 'the graph'} ({e.node_operator() or 'model'}): {e.desc()}" for e in errors]
+            raise NblError(f"TensorRT's parser refuses {path}: {why[0] if why else 'it is not an ONNX model'}")
+        if said_wrong := complaints(said):
+            raise NblError(f"TensorRT's parser warns about {path}, so no engine is built: {said_wrong[0]}")
     network.name = path.parent.name
     parsed = ParsedNetwork(trt, builder, network, parser, seconds, path)
     if unread := _unread_inputs(parsed):
@@ -109,34 +107,6 @@ def _unread_inputs(parsed: ParsedNetwork) -> list[str]:
     }
     net = parsed.network
     return [name for i in range(net.num_inputs) if (name := net.get_input(i).name) not in read]
-
-
-def refuse_without_kernel(parsed: ParsedNetwork) -> None:
-    """Apply `refuse_without_kernel_for` to the sizes of the network's attention layers."""
-    for layer in parsed.layers:
-        if layer.type == parsed.trt.LayerType.ATTENTION_INPUT:
-            _, heads, _, size = layer.get_input(0).shape
-            refuse_without_kernel_for(heads, size, parsed.precision)
-
-
-def refuse_without_kernel_for(query_heads: int, head_size: int, precision: str) -> None:
-    """Refuse attention without a fused kernel in TensorRT, in plain words instead of a failed build.
-
-    Raises:
-        NblError: names the head size, the number of heads or the precision.
-    """
-    if precision == "fp32":
-        raise NblError("TensorRT has no fused attention kernel for fp32: use --precision fp16 or bf16")
-    if head_size not in _HEAD_SIZES:
-        raise NblError(
-            f"TensorRT has no fused attention kernel for heads of size {head_size}: the kernels are for multiples of 8 "
-            f"from {_HEAD_SIZES[0]} to {_HEAD_SIZES[-1]}; use --engine ort for this model"
-        )
-    if query_heads < _LEAST_QUERY_HEADS:
-        raise NblError(
-            f"TensorRT has no fused attention kernel for {query_heads} query heads (minimum {_LEAST_QUERY_HEADS}); use "
-            "--engine ort for this model"
-        )
 
 
 def _info(tensor: Any) -> TensorInfo:

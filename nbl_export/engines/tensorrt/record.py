@@ -21,7 +21,7 @@ __all__ = ["ENGINE_FILE", "RECORD_FILE", "EngineRecord", "digest_of", "read_plan
 
 ENGINE_FILE = "decoder.engine"
 RECORD_FILE = "engine.json"
-_SCHEMA = 1
+_SCHEMA = 2
 _BLOCK = 1 << 20
 
 
@@ -32,7 +32,9 @@ class EngineRecord:
     Attributes:
         engine: trt or trt-rtx.
         version: version of the library.
+        attention: "fused" or "decomposed", see `attention`.
         compute_capabilities: the GPUs that the plan runs on.
+        capturable: whether the builder has proven that steps can be captured as CUDA graphs; None if it cannot tell.
         cache_bytes_per_token: of one row.
         cache_bytes: of max_batch rows with all slots.
         graph_sha256: hash by file name.
@@ -41,7 +43,9 @@ class EngineRecord:
     engine: str
     version: str
     precision: str
+    attention: str
     compute_capabilities: tuple[str, ...]
+    capturable: bool | None
     max_batch: int
     prefill_chunk: int
     max_seq_len: int

@@ -3,19 +3,19 @@
     engine ─┬─ context 0, profile 0 (1..chunk tokens)  ─┐     input_ids, write_indices, num_tokens, logits: one buffer
             └─ context 1, profile 1 (1 token)          ─┴──   each; past.i and present.i: the same address in both
 
-A context keeps its profile and its shapes, so the captured decode step stays valid: only input values change.
-present.i must be bound to the address of past.i (TensorRT documentation, "KVCacheUpdate": the cache is updated in
-place). TensorRT for RTX captures CUDA graphs by itself, with one setting (`IRuntimeConfig.cuda_graph_strategy`),
-because it swaps kernels while it warms up. For TensorRT this module captures the step after one ordinary run, as
-TensorRT's documentation asks.
+A context keeps its profile. The decode context keeps its shapes, so the captured step stays valid: only input values
+change. Another batch is captured anew. present.i must be bound to the address of past.i (TensorRT documentation,
+"KVCacheUpdate": the cache is updated in place).
 
-Written against the documented API of TensorRT 10.15 to 11 and TensorRT-RTX 1.7. The README says what has run where.
+Written against the documented API of TensorRT 10.15 to 11 and TensorRT-RTX 1.7. docs/engines/tensorrt.md says what has
+run where.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,24 @@ import numpy as np
 
 from nbl_export.engines.gpu import Gpu, find_gpu
 from nbl_export.engines.static.schedule import profile_for
-from nbl_export.engines.tensorrt.device import Device, open_device
+from nbl_export.engines.tensorrt.contexts import DEFAULT, Strategy, open_contexts
+from nbl_export.engines.tensorrt.decode_step import DecodeStep
+from nbl_export.engines.tensorrt.device import Device, attempt_all, open_device
+from nbl_export.engines.tensorrt.kernels import KERNELS_FILE, KernelCache, made_for
 from nbl_export.engines.tensorrt.library import Library, load_library
-from nbl_export.engines.tensorrt.log import complaints, messages_of
+from nbl_export.engines.tensorrt.log import Messages, messages_of, require
 from nbl_export.engines.tensorrt.record import ENGINE_FILE, EngineRecord, read_plan, read_record
 from nbl_export.errors import NblError
 from nbl_export.records.decoder import ITEMSIZE, TensorInfo
 
 __all__ = ["TrtSession", "open_session", "refuse_misfit"]
 
-log = logging.getLogger(__name__)
-
 _INDEX = np.dtype(np.int64)
 _PER_ROW = ("write_indices", "num_tokens")
 
 
-def open_session(library: Library, directory: Path) -> TrtSession:
-    """A session on an engine directory.
+def open_session(library: Library, directory: Path, strategy: Strategy = DEFAULT) -> TrtSession:
+    """A session on an engine directory. TensorRT-RTX keeps its compiled kernels there.
 
     Raises:
         NblError: there is no engine, library, version or GPU do not fit, or device memory cannot be reached.
@@ -47,8 +48,12 @@ def open_session(library: Library, directory: Path) -> TrtSession:
     """
     record = read_record(directory)
     trt = load_library(library)
-    refuse_misfit(library, record, trt.__version__, find_gpu(), directory)
-    return TrtSession(library, directory, record, trt, open_device())
+    gpu = find_gpu()
+    refuse_misfit(library, record, trt.__version__, gpu, directory)
+    kernels = None
+    if library.jit and isinstance(gpu, Gpu):
+        kernels = KernelCache(directory / KERNELS_FILE, made_for(record, gpu))
+    return TrtSession(library, directory, record, trt, open_device(), strategy, kernels)
 
 
 def refuse_misfit(library: Library, record: EngineRecord, version: str, gpu: Gpu | str, directory: Path) -> None:
@@ -85,39 +90,31 @@ class TrtSession:
 
     Args:
         trt: the imported library.
-        device: owns all memory; closed with the session.
+        device: owns all memory; closed with the session, also if the session does not open.
+        kernels: the file of compiled kernels, or None to keep none.
     """
 
-    def __init__(self, library: Library, directory: Path, record: EngineRecord, trt: Any, device: Device) -> None:
+    def __init__(
+        self, library: Library, directory: Path, record: EngineRecord, trt: Any, device: Device,
+        strategy: Strategy = DEFAULT, kernels: KernelCache | None = None,
+    ) -> None:  # fmt: skip
         self.contract = record.contract
         self.slots = record.max_seq_len
         self.chunk = record.prefill_chunk
-        self._library, self._record, self._trt, self._device = library, record, trt, device
-        self._runtime, self._engine = _deserialize(library, directory, record, trt)
-        self._decode = len(record.profiles) - 1
-        self._contexts = [self._context(index) for index in range(len(record.profiles))]
+        self.kernels = kernels
+        self._record, self._device, self._messages = record, device, messages_of(trt)
         self._batch = 0
         self._caches: dict[str, tuple[int, int]] = {}
-        self._step = _CapturedStep(device, library.runtime_graphs)
         self._shapes: dict[int, tuple[int, ...]] = {}
         self._logits = next(info for info in record.outputs if info.name == "logits")
-        self._buffers = self._allocate_controls()
+        with _closed_on_error(device):
+            self._runtime, self._engine = _deserialize(library, directory, record, trt, self._messages)
+            self._contexts = open_contexts(library, trt, self._messages, self._engine, device, strategy, kernels)
+            self._buffers = self._allocate_controls()
+        self._decode = len(self._contexts) - 1
+        self._step = DecodeStep(device, graphs=strategy.graphs, by_library=library.runtime_graphs)
 
     # -- set up ----------------------------------------------------------------------------------------
-
-    def _context(self, profile: int) -> Any:
-        """An execution context that stays on one profile."""
-        engine = self._engine
-        if self._library.runtime_graphs and profile == self._decode:
-            config = engine.create_runtime_config()
-            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            context = engine.create_execution_context(config)
-        else:
-            context = engine.create_execution_context()
-        if context is None:
-            raise NblError("the GPU has no memory left for the engine; use a smaller --prefill-chunk or --max-seq-len")
-        _check(context.set_optimization_profile_async(profile, self._device.stream), "an optimisation profile")
-        return context
 
     def _allocate_controls(self) -> dict[str, int]:
         """Buffers of the small inputs and of the logits, for the largest step."""
@@ -145,49 +142,51 @@ class TrtSession:
 
     def _bind(self, batch: int) -> None:
         caches = [info for info in self.contract.inputs if info.name.startswith("past_key_values.")]
+        self._batch, self._shapes = 0, {}  # until all is bound
+        self._step.reset()
         for info in caches:
             size = _bytes(info, batch)
             if self._caches.get(info.name, (0, 0))[1] < size:
                 self._caches[info.name] = (self._device.allocate(size), size)
-        self._batch, self._shapes = batch, {}
-        self._step = _CapturedStep(self._device, self._library.runtime_graphs)
-        for context in self._contexts:
-            for name, address in self._buffers.items():
-                _check(context.set_tensor_address(name, address), f"the address of {name}")
-                if name in _PER_ROW:
-                    _check(context.set_input_shape(name, (batch,)), f"the shape of {name}")
-            for info in caches:
-                address, _ = self._caches[info.name]
-                for name in (info.name, info.name.replace("past_key_values", "present")):
-                    _check(context.set_tensor_address(name, address), f"the address of {name}")
-                _check(context.set_input_shape(info.name, (batch, *info.shape[1:])), f"the shape of {info.name}")
+        with self._messages.explaining(f"TensorRT refuses {batch} rows"):
+            for context in self._contexts:
+                self._bind_context(context, caches, batch)
+        self._batch = batch
+
+    def _bind_context(self, context: Any, caches: Sequence[TensorInfo], batch: int) -> None:
+        for name, address in self._buffers.items():
+            require(context.set_tensor_address(name, address), f"the address of {name}")
+            if name in _PER_ROW:
+                require(context.set_input_shape(name, (batch,)), f"the shape of {name}")
+        for info in caches:
+            address, _ = self._caches[info.name]
+            for name in (info.name, info.name.replace("past_key_values", "present")):
+                require(context.set_tensor_address(name, address), f"the address of {name}")
+            require(context.set_input_shape(info.name, (batch, *info.shape[1:])), f"the shape of {info.name}")
 
     def run(self, ids_BT: np.ndarray, writes: Sequence[int], counts: Sequence[int]) -> np.ndarray:
         """Run one step; returns float32 logits."""
         batch, tokens = ids_BT.shape
         index = profile_for(self._record.profiles, batch, tokens)
-        context = self._contexts[index]
         controls = {"input_ids": ids_BT, "write_indices": np.array(writes, _INDEX),
                     "num_tokens": np.array(counts, _INDEX)}  # fmt: skip
         kept = {name: np.ascontiguousarray(a, _INDEX) for name, a in controls.items() if name in self._buffers}
         for name, array in kept.items():
             self._device.upload(self._buffers[name], array)
-        if self._shapes.get(index) != (batch, tokens):
-            _check(context.set_input_shape("input_ids", (batch, tokens)), "the shape of input_ids")
-            self._shapes[index] = (batch, tokens)
-        self._launch(index, tokens)
-        return self._download(batch, tokens)
-
-    def _launch(self, index: int, tokens: int) -> None:
-        context = self._contexts[index]
-
-        def execute() -> None:
-            _check(context.execute_async_v3(self._device.stream), "a step")
-
-        if index == self._decode and tokens == 1:
-            self._step.run(execute)
+        execute = functools.partial(self._execute, self._contexts[index], index, (batch, tokens))
+        if index == self._decode:
+            self._step.run((batch, tokens), execute)
         else:
             execute()
+        return self._download(batch, tokens)
+
+    def _execute(self, context: Any, index: int, shape: tuple[int, int]) -> None:
+        with self._messages.explaining("TensorRT refuses a step"):
+            if self._shapes.get(index) != shape:
+                self._shapes.pop(index, None)  # unknown if the library refuses
+                require(context.set_input_shape("input_ids", shape), "the shape of input_ids")
+                self._shapes[index] = shape
+            require(context.execute_async_v3(self._device.stream), "a step")
 
     def _download(self, batch: int, tokens: int) -> np.ndarray:
         shape = (batch, 1 if self._last_only else tokens, int(self._logits.shape[-1]))
@@ -204,58 +203,48 @@ class TrtSession:
         return sum(_bytes(i, self._batch) for i in self.contract.inputs if i.name.startswith("past_key_values."))
 
     def close(self) -> None:
-        """Free contexts and engine, then all memory."""
+        """Keep the compiled kernels, free contexts and engine, then all memory.
+
+        Raises:
+            NblError: the first failure, after everything has been tried.
+        """
+        if self.kernels is not None:
+            self.kernels.save()
+        attempt_all(self._device.synchronize, self._drop, self._device.close)
+
+    def _drop(self) -> None:
+        """Destroy the library's objects, which are in use until the stream is done."""
+        self._step.reset()
         self._contexts = []
         self._engine = self._runtime = None
-        self._device.close()
-
-
-class _CapturedStep:
-    """The decode step: run once, then captured and replayed; without capture, always run as is."""
-
-    def __init__(self, device: Device, captured_elsewhere: bool) -> None:
-        self._device = device
-        self._plain = captured_elsewhere
-        self._warm = False
-        self._replay: Callable[[], None] | None = None
-
-    def run(self, execute: Callable[[], None]) -> None:
-        """Run `execute`, or its captured graph; the work of `execute` is the same every time."""
-        if self._warm and not self._plain and self._replay is None:
-            try:
-                self._replay = self._device.capture(execute)
-            except NblError as error:
-                log.warning("the decode step is not captured as a CUDA graph: %s", error)
-                self._plain = True
-        self._warm = True
-        (self._replay or execute)()
 
 
 _HOST_DTYPES = {"float16": np.float16, "float32": np.float32, "bfloat16": np.uint16}
 
 
-def _deserialize(library: Library, directory: Path, record: EngineRecord, trt: Any) -> tuple[Any, Any]:
+@contextlib.contextmanager
+def _closed_on_error(device: Device) -> Iterator[None]:
+    """Close the device if the block fails; the block's error goes on, whatever closing says."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(NblError):
+            device.close()
+        raise
+
+
+def _deserialize(
+    library: Library, directory: Path, record: EngineRecord, trt: Any, messages: Messages
+) -> tuple[Any, Any]:
     """Runtime and engine; the runtime must outlive the engine. The loaded bytes are the hashed bytes."""
-    messages = messages_of(trt)
     plan = read_plan(directory, record)
-    with messages.collected() as said:
+    again = f"build it again here: nbl-export build DIR --engine {library.capabilities.name}"
+    with messages.explaining(f"{library.capabilities.title} does not load {directory / ENGINE_FILE}", again):
         runtime = trt.Runtime(messages.logger)
-        runtime.engine_host_code_allowed = False  # a plan may hold a library for the host; the default, made explicit
-        engine = runtime.deserialize_cuda_engine(plan)
-    if engine is None:
-        why = (complaints(said) or ["it gives no reason"])[0]
-        raise NblError(
-            f"{library.capabilities.title} does not load {directory / ENGINE_FILE}: {why[:300]}; build it again here: "
-            f"nbl-export build DIR --engine {library.capabilities.name}"
-        )
-    return runtime, engine
+        # a plan may hold a library for the host; the default, made explicit
+        runtime.engine_host_code_allowed = False
+        return runtime, require(runtime.deserialize_cuda_engine(plan))
 
 
 def _bytes(info: TensorInfo, batch: int) -> int:
     return batch * int(np.prod([int(n) for n in info.shape[1:]])) * ITEMSIZE[info.dtype]
-
-
-def _check(good: bool, what: str) -> None:
-    """Refuse if TensorRT returned False; TensorRT logs the reason."""
-    if not good:
-        raise NblError(f"TensorRT refuses {what}; run with -v to see what it says")

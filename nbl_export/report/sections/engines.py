@@ -11,6 +11,11 @@ from nbl_export.report.sections.speed import compared
 
 __all__ = ["sections"]
 
+_ATTENTION = {
+    "fused": "Attention runs in fused kernels.",
+    "decomposed": "Attention is decomposed into matrix products, because the library has no fused kernel for it.",
+}
+
 
 def sections(report: Mapping[str, Any]) -> tuple[Section, ...]:
     """One section, or none if nothing was compiled."""
@@ -37,6 +42,6 @@ def _setting(engine: Mapping[str, Any]) -> str:
         f"Compiled by {engine['engine']} {engine['version']} in {engine['precision']} for compute capability "
         f"{words.listed(engine['compute_capabilities'])}. "
         f"An engine takes up to {batch} of {engine['max_seq_len']:,} tokens, and prefill in chunks of "
-        f"{engine['prefill_chunk']}. "
+        f"{engine['prefill_chunk']}. {_ATTENTION[engine['attention']]} "
         "The graphs were verified on a CPU, as float32 graphs of the same nodes."
     )

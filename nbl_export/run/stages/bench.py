@@ -30,10 +30,6 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     itemsize = capabilities.cache_itemsize(options.precision)
     threads = options.threads or (job.engine.default_threads(),)
     root = job.run.path / ("engine" if capabilities.static else "")
-    variants = {
-        subject: benchmark.Variant(root / name, job.engine.open_runner, spec.cache_bytes_per_token(kept, itemsize))
-        for (subject, name), kept in zip(VARIANTS.items(), (spec.num_layers, len(plan.kept)), strict=True)
-    }
     setting = benchmark.BenchSetting(
         vocab_size=spec.vocab_size,
         context_length=job.slots,
@@ -42,8 +38,14 @@ def run(job: Job, out: Path) -> dict[str, Any]:
         provider=options.provider,
     )
     gpu = capabilities.static or options.provider != "cpu"
-    new_tokens = benchmark.decode_tokens(options.generate_tokens, [v.directory for v in variants.values()], gpu=gpu)
+    directories = {subject: root / name for subject, name in VARIANTS.items()}
+    new_tokens = benchmark.decode_tokens(options.generate_tokens, directories.values(), gpu=gpu)
     scenarios = benchmark.plan_scenarios(options.prompt_tokens, new_tokens, options.depths, options.batches, threads)
+    open_runner = functools.partial(job.engine.open_runner, room=benchmark.room_for(scenarios, job.slots))
+    variants = {
+        subject: benchmark.Variant(directory, open_runner, spec.cache_bytes_per_token(kept, itemsize))
+        for (subject, directory), kept in zip(directories.items(), (spec.num_layers, len(plan.kept)), strict=True)
+    }
     instruments = benchmark.Instruments(meter=energy.find_meter(gpu=gpu))
     with job.ui.task("rounds") as progress:
         result = benchmark.run(

@@ -13,6 +13,7 @@ from nbl_export.graph.names import GENAI_CONFIG, all_logits_file
 from nbl_export.model.checkpoint.nbl import GIVEN_FIT
 from nbl_export.records.plan import AffineMap
 from nbl_export.records.results import RungResult
+from nbl_export.run.acceptance.leave import leave
 from nbl_export.run.job import Job
 from nbl_export.run.preflight import require_engine
 from nbl_export.run.stages.common import rows_of
@@ -20,7 +21,7 @@ from nbl_export.run_directory import MAPS_FILE, PACKAGES, REFERENCES_FILE, VERIF
 from nbl_export.text.held_back import judging
 from nbl_export.text.window_intervals import spoken_price
 from nbl_export.verify.climb import Climb
-from nbl_export.verify.coded import coded_graphs
+from nbl_export.verify.coded import Coded, coded_graphs
 from nbl_export.verify.codes import NEAREST, SEARCHED
 from nbl_export.verify.kept import KeptReferences
 from nbl_export.verify.perplexity import price, warn_of_far_prices
@@ -37,14 +38,14 @@ _LONGEST_PROBED_WINDOW = 256  # that short rows and the batch exceed; the long r
 
 
 def run(job: Job, out: Path) -> dict[str, Any]:
-    """Write verify.json."""
+    """Write verify.json, and acceptance.safetensors for an engine of another machine."""
     require_engine(job.options, to_prove=True)
-    result = _against_torch(job) if job.graph is None else _against_graph(job)
+    result = _against_torch(job, out) if job.graph is None else _against_graph(job, out)
     write_json(out / VERIFY_FILE, result)
     return {"status": "verified" if result["passed"] else "failed"}
 
 
-def _against_torch(job: Job) -> dict[str, Any]:
+def _against_torch(job: Job, out: Path) -> dict[str, Any]:
     """The content of verify.json for a model with a checkpoint."""
     from nbl_export.plan.maps_file import load_maps
 
@@ -63,10 +64,18 @@ def _against_torch(job: Job) -> dict[str, Any]:
         if job.options.fit != GIVEN_FIT:  # the original of an NBL checkpoint lacks the removed attention
             with job.ui.task("quality loss on held-back text") as progress:
                 prices = price(decoders["original"], decoders["nbl"], price_texts(job), progress)
+        leave(job, decoders, _float32_graphs(setting, directories, coded), out)
     return conclude(job, results, prices)
 
 
-def _against_graph(job: Job) -> dict[str, Any]:
+def _float32_graphs(setting: Setting, twins: Mapping[str, Path], coded: Mapping[str, Coded]) -> dict[str, Path]:
+    """The float32 graphs of static decoders, which accept an engine; with quantised matrices for int4."""
+    if not setting.static:
+        return {}
+    return {s: coded[s].twin if s in coded else d / all_logits_file(d) for s, d in twins.items()}
+
+
+def _against_graph(job: Job, out: Path) -> dict[str, Any]:
     """The content of verify.json for a model that is only a graph."""
     from nbl_export.plan.maps_file import load_maps
 
@@ -86,6 +95,7 @@ def _against_graph(job: Job) -> dict[str, Any]:
         kept.save()
         with job.ui.task("quality loss on held-back text") as progress:
             prices = price(decoders["original"], decoders["nbl"], price_texts(job), progress)
+        leave(job, decoders, {}, out)
     return conclude(job, results, prices)
 
 
