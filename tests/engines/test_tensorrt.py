@@ -271,8 +271,9 @@ def fake_network(config: Any, plan: bytes | None = b"plan") -> Any:
         create_builder_config=lambda: config, build_serialized_network=lambda _network, _config: plan
     )
     flags = types.SimpleNamespace(REQUIRE_USER_ALLOCATION="user allocation")
-    trt = types.SimpleNamespace(BuilderFlag=flags)
-    return types.SimpleNamespace(trt=trt, builder=builder, network=types.SimpleNamespace(name="model"))
+    trt = types.SimpleNamespace(BuilderFlag=flags, LayerType=types.SimpleNamespace(ATTENTION_INPUT="attention"))
+    network = types.SimpleNamespace(name="model")
+    return types.SimpleNamespace(trt=trt, builder=builder, network=network, layers=(), precision="fp16")
 
 
 def test_only_a_library_that_can_prove_it_is_asked_whether_steps_can_be_captured() -> None:
@@ -294,7 +295,8 @@ def test_a_target_that_is_the_own_gpu_is_no_target_for_tensorrt(
     log_ = messages_of(FakeTensorRT(FakeDevice(), ()))
     whole = fake_network(PlainConfig(), plan)
     if plan:
-        assert build._build(whole, log_, (), computes, PLAIN, None) == (plan, None)
+        built = build._build(whole, log_, (), computes, PLAIN, None)
+        assert (built.plan, built.capturable) == (plan, None)
     else:
         with pytest.raises(NblError, match=r"^TensorRT does not build model: it gives no reason$"):
             build._build(whole, log_, (), computes, PLAIN, None)
@@ -407,10 +409,11 @@ CLASSES = {
     build: {"builder": "Builder", "network": "INetworkDefinition", "config": "IBuilderConfig", "tensor": "ITensor",
                 "result": "IOptimizationProfile"},
     runner: {"runtime": "Runtime", "context": "IExecutionContext"},
-    contexts: {"engine": "ICudaEngine", "config": "IRuntimeConfig", "context": "IExecutionContext",
+    contexts: {"engine": "ICudaEngine", "config": "IRuntimeConfig", "runtime_config": "IRuntimeConfig",
+               "context": "IExecutionContext",
                "graphs": "CudaGraphStrategy", "kinds": "DynamicShapesKernelSpecializationStrategy"},
-    capture: {"config": "IBuilderConfig"},
-    kernels: {"config": "IRuntimeConfig", "cache": "IRuntimeCache"},
+    capture: {"builder_config": "IBuilderConfig"},
+    kernels: {"runtime_config": "IRuntimeConfig", "cache": "IRuntimeCache"},
     tensorrt: {"builder": "Builder", "network": "INetworkDefinition"},
     log: {},
 }  # fmt: skip
