@@ -50,7 +50,7 @@ class JobOptions:
         "main plan", first=True, metavar="5%",
     )  # fmt: skip
     target_speedup: str | None = option(
-        None, "As few layers as reach this modelled speedup: 1.3 (of prefill) or 1.3@decode.", _REPLACED, "main plan",
+        None, "Modelled speedup to reach: 1.3 or 1.3@decode.", _REPLACED, "main plan",
         first=True, metavar="FACTOR",
     )  # fmt: skip
     kv_budget: str | None = option(

@@ -14,7 +14,7 @@ from typing import Any
 import onnx
 import pytest
 
-from nbl_export.report import bench_formats, graph_table, profile_table, tables
+from nbl_export.report import acceptance_page, bench_formats, graph_table, profile_table, tables
 from nbl_export.report import profile_table as projection
 from nbl_export.report import tables as tradeoff
 from nbl_export.run import deployed, describe
@@ -113,8 +113,14 @@ TABLES: dict[str, Callable[[Path], Any]] = {
     "graph_table": lambda run: graph_table.graph_table(graph_facts(run)),
     "sweep_table": lambda _: tradeoff.sweep_table(sweep_facts()),
     "profile_table": lambda _: profile_table.profile_table(profile_facts()),
+    "verdict_table": lambda _: acceptance_page.verdict_table(acceptance_facts()),
     "table": lambda _: projection.table(projection_facts()),
 }
+
+
+def acceptance_facts() -> dict[str, Any]:
+    step = {"title": EVIL, "verdict": "failed", "seconds": 1.0, "said": EVIL, "layer": EVIL, "advice": EVIL}
+    return {"engine": EVIL, "steps": [step]}
 
 
 def graph_facts(run: Path) -> dict[str, Any]:
