@@ -70,8 +70,8 @@ class _Training:
     def retreat(self) -> bool:
         """Go back to the kept parameters at a lower rate if the training KL has run away; returns whether it had.
 
-        A rate that suits one model can be far too high for another: 1e-2 lowers SmolLM2's KL by a third, and raises
-        Qwen2.5-Coder-0.5B's fivefold within 26 steps (docs/experiments.md).
+        A rate that suits one model can be far too high for another. 1e-2 lowers SmolLM2's KL from 0.236 to 0.210 in 60
+        steps, and raises Qwen2.5-Coder-0.5B's from 0.178 to 0.865 in 26 (docs/experiments.md).
         """
         recent = self.result.train_kl[-_RECENT:]
         away = not sum(recent) / _RECENT <= _AWAY * self.result.held_kl[0][1]  # NaN too
