@@ -18,7 +18,7 @@ $(VENV)/.export: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.export
-	$(PIP) -e '.[export,cpu,trt-rtx,eval,dev]'
+	$(PIP) -e '.[export,cpu,openvino,trt-rtx,eval,dev]'
 	touch $@
 
 # Layers that the full job chose for SmolLM2: naming them, and a quarter of the calibration text, makes a first look fast.

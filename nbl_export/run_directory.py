@@ -41,7 +41,7 @@ from typing import Any
 
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.files import _SCRATCH, _make, _remove, file_sha256, friendly_os_errors, write_json
-from nbl_export.graph.names import GENAI_CONFIG, MANIFEST
+from nbl_export.graph.names import GENAI_CONFIG, IR_FILE, MANIFEST
 from nbl_export.records.manifest import check_manifest
 from nbl_export.trust.contained import check_inside
 from nbl_export.trust.lock import locked
@@ -142,7 +142,7 @@ class RunDirectory:
         for entry in entries(self.path):
             if entry.name != ".lock":  # `trust.lock` checks it
                 check_inside(entry, self.path)
-        if (self.path / GENAI_CONFIG).exists():
+        if any((self.path / name).exists() for name in (GENAI_CONFIG, IR_FILE)):
             raise NblError(f"{self.path} is a model directory, not a run directory; name the directory it is in")
         if not path.exists():
             return
@@ -279,7 +279,7 @@ def refuse_foreign(path: Path) -> None:
         raise NblError(f"{path} cannot be looked into: {error.strerror}; choose another --output") from error
     if is_file:
         raise NblError(f"{path} is a file; choose another --output")
-    if GENAI_CONFIG in entries:
+    if GENAI_CONFIG in entries or IR_FILE in entries:
         raise NblError(f"{path} is a model directory, not a run directory; choose another --output")
     strangers = [name for name in entries if name != ".lock" and not name.startswith(_SCRATCH)]
     if strangers and MANIFEST not in entries:
@@ -289,4 +289,5 @@ def refuse_foreign(path: Path) -> None:
 
 
 PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai",
-             "mobius-onnx", "optimum", "safetensors", "numpy", "tensorrt", "tensorrt-rtx")  # fmt: skip
+             "mobius-onnx", "optimum", "safetensors", "numpy", "openvino", "openvino-tokenizers", "nncf", "tensorrt",
+             "tensorrt-rtx")  # fmt: skip

@@ -35,6 +35,9 @@ HEAVY = {
     "tensorrt": ("engines.tensorrt",),
     "tensorrt_rtx": ("engines.tensorrt",),
     "lm_eval": ("evaluation",),
+    "openvino": ("graph.ir", "rewrite.openvino", "decoders.openvino", "engines.openvino"),
+    "openvino_tokenizers": ("decoders.openvino",),
+    "nncf": ("rewrite.openvino",),
     "datasets": ("evaluation", "text.hub_rows"),
     "typer": ("cli",),
     "rich": ("report", "run.progress", "trust.terminal", "cli"),
@@ -128,7 +131,8 @@ def test_heavy_libraries_stay_in_their_place(name: str) -> None:
 FILE_NAMES = (
     "nbl.json", "verify.json", "bench.json", "eval.json", "sweep.json", "report.json", "report.html", "report.md",
     "distill.json", "maps.safetensors", "moments.safetensors", "model.onnx", "all_logits.onnx", "decoder.onnx",
-    "genai_config.json", "acceptance.safetensors", "acceptance.json", "acceptance.html", "acceptance.md",
+    "genai_config.json", "openvino_model.xml", "openvino_model.bin", "acceptance.safetensors", "acceptance.json",
+    "acceptance.html", "acceptance.md",
 )  # fmt: skip
 NAMING = ("run_directory", "graph.names")
 
@@ -168,7 +172,7 @@ def test_functions_are_short_and_take_few_arguments(name: str) -> None:
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
     heavy = ("torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "matplotlib",
-             "tensorrt_rtx", "lm_eval")  # fmt: skip
+             "tensorrt_rtx", "lm_eval", "openvino", "nncf")  # fmt: skip
     code = f"import sys, nbl_export, nbl_export.cli.app; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,6 +1,7 @@
-"""Sources of decoder graphs, one file a source; each exports a checkpoint.
+"""Sources of decoder graphs, one file or package a source; each exports a checkpoint.
 
-genai and mobius write a GenAI model directory (model.onnx). static writes a decoder.onnx for a compiler.
+genai and mobius write a GenAI model directory (model.onnx). static writes a decoder.onnx for a compiler. openvino
+writes an IR directory.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ SOURCES: dict[str, Callable[[Path, Path, str], None]] = {"genai": genai.build, "
 PRECISIONS = {
     "genai": genai.PRECISIONS,
     "mobius": mobius.PRECISIONS,
+    "openvino": ("fp16", "fp32", "int8", "int4"),  # as `decoders.openvino` says, which needs torch
     "static": ("fp32", "fp16", "bf16", "int4"),  # repeated: that module needs onnx_ir, which a build machine lacks
 }
 
@@ -43,6 +45,11 @@ def build_decoder(
         from nbl_export.decoders import static
 
         static.build(checkpoint, out, precision, max_seq_len=slots)
+        return
+    if source == "openvino":
+        from nbl_export.decoders import openvino
+
+        openvino.build(checkpoint, out, precision)
         return
     if source == "genai":
         genai.build(checkpoint, out, precision, settings)

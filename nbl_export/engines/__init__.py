@@ -11,6 +11,7 @@ __all__ = ["ENGINES", "load_engine"]
 
 ENGINES = {
     "ort": "nbl_export.engines.ort.engine:ORT",
+    "openvino": "nbl_export.engines.openvino.engine:OPENVINO",
     "trt": "nbl_export.engines.tensorrt.engine:TRT",
     "trt-rtx": "nbl_export.engines.tensorrt.engine:TRT_RTX",
 }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +32,8 @@ class Capabilities:
         precisions: values of `--precision`, the default first.
         sources: decoder sources whose graphs the engine takes, the default first.
         extra: optional extra that installs the engine.
-        half_caches: precisions whose caches have two bytes an element.
+        cache_bytes: precision -> bytes of a cache element; 4 if it is not named.
+        graphs: format of the decoder graphs, "onnx" or "ir" (OpenVINO).
         static: whether the engine compiles graphs of the static form, with caches of --max-seq-len slots. A CPU
             verifies such a graph through its float32 twin (a float32 copy). The build stage makes the engine that runs.
         profiled: whether operators can be timed.
@@ -46,7 +47,8 @@ class Capabilities:
     precisions: tuple[str, ...]
     sources: tuple[str, ...]
     extra: str
-    half_caches: tuple[str, ...] = ()
+    cache_bytes: Mapping[str, int] = field(default_factory=dict)
+    graphs: str = "onnx"
     static: bool = False
     profiled: bool = False
     cross: bool = False
@@ -55,7 +57,7 @@ class Capabilities:
 
     def cache_itemsize(self, precision: str) -> int:
         """Bytes of a cache element."""
-        return 2 if precision in self.half_caches else 4
+        return self.cache_bytes.get(precision, 4)
 
 
 @dataclass(frozen=True)

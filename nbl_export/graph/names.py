@@ -6,10 +6,15 @@ from pathlib import Path
 
 __all__ = [
     "ALL_LOGITS_FILE",
+    "ALL_LOGITS_IR",
+    "DETOKENIZER_IR",
     "GENAI_CONFIG",
     "GRAPH_FILE",
+    "IR_FILE",
+    "IR_WEIGHTS",
     "MANIFEST",
     "STATIC_GRAPH_FILE",
+    "TOKENIZER_IR",
     "all_logits_file",
     "graph_file",
 ]
@@ -18,6 +23,11 @@ GRAPH_FILE = "model.onnx"
 STATIC_GRAPH_FILE = "decoder.onnx"  # the static form at the deployed precision, for a compiler
 ALL_LOGITS_FILE = "all_logits.onnx"  # the same graph with all logits, beside a graph with last-token logits
 GENAI_CONFIG = "genai_config.json"
+IR_FILE = "openvino_model.xml"
+IR_WEIGHTS = "openvino_model.bin"
+ALL_LOGITS_IR = "openvino_all_logits.xml"  # the same graph with all logits; it reads the same constants
+TOKENIZER_IR = "openvino_tokenizer.xml"
+DETOKENIZER_IR = "openvino_detokenizer.xml"
 MANIFEST = "nbl.json"  # in a run directory and in a deployable directory
 
 

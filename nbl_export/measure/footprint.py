@@ -22,6 +22,7 @@ import psutil
 
 from nbl_export.engines.base import TextRunner
 from nbl_export.errors import NblError
+from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE, IR_WEIGHTS
 
 __all__ = ["Footprint", "OpenRunner", "disk_bytes", "measure_footprint"]
 
@@ -51,9 +52,17 @@ class Footprint:
 _KINDS = {
     "engine": ("*.engine",),
     "kernels": ("*.cache",),  # of TensorRT-RTX, compiled on the GPU
-    "weights": ("*.data", "*.safetensors", "*.bin"),
-    "graph": ("*.onnx",),
-    "tokenizer": ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja"),
+    "weights": ("*.data", "*.safetensors", IR_WEIGHTS),
+    "graph": ("*.onnx", IR_FILE, ALL_LOGITS_IR),
+    "tokenizer": (
+        "tokenizer*",
+        "openvino_*tokenizer.*",
+        "vocab*",
+        "merges.txt",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "*.jinja",
+    ),
     "settings": ("*.json",),
 }
 

@@ -113,7 +113,8 @@ class JobOptions:
         None, "Only part I of N; `nbl-export merge` puts them together.", _CALIBRATE, "calibrate", metavar="I/N"
     )
     precision: str = option(
-        "fp32", "ort: fp32 (default), fp16, int8, int4; trt: fp16 (default), bf16 (if fp16 overflows), int4.", _ENGINE,
+        "fp32", "ort: fp32 (default), fp16, int8, int4; openvino: fp16 (default), fp32, int8, int4; "
+        "trt: fp16 (default), bf16 (if fp16 overflows), int4.", _ENGINE,
         "main rewrite", first=True, metavar="PRECISION",
     )  # fmt: skip
     provider: str = option(
@@ -134,7 +135,8 @@ class JobOptions:
         None, "Logits of the last token (default), as generation needs, or all.", _ENGINE, metavar="last|all"
     )
     decoder_source: str = option(
-        "genai", "What exports the decoder graph; ort: genai (default) or mobius; trt, trt-rtx: static.", _ENGINE,
+        "genai", "What exports the decoder graph; ort: genai (default) or mobius; openvino: openvino; "
+        "trt, trt-rtx: static.", _ENGINE,
         "main rewrite", metavar="SOURCE",
     )  # fmt: skip
     builder_option: tuple[str, ...] = option(

@@ -12,7 +12,7 @@ from nbl_export.engines import load_engine
 from nbl_export.engines.ort.gpu import provider_of
 from nbl_export.engines.tensorrt.record import RECORD_FILE, read_record
 from nbl_export.errors import NblError
-from nbl_export.graph.names import GENAI_CONFIG, MANIFEST
+from nbl_export.graph.names import GENAI_CONFIG, IR_FILE, MANIFEST
 from nbl_export.plan.maps_file import load_maps
 from nbl_export.records.options import JobOptions
 from nbl_export.records.plan import AffineMap
@@ -37,7 +37,7 @@ class Located:
 
 def is_model_directory(directory: Path) -> bool:
     """Whether a directory holds a decoder itself."""
-    return (directory / GENAI_CONFIG).is_file() or (directory / RECORD_FILE).is_file()
+    return any((directory / name).is_file() for name in (GENAI_CONFIG, RECORD_FILE, IR_FILE))
 
 
 def open_for_text(directory: Path, *, original: bool, force: bool) -> Any:
@@ -64,6 +64,8 @@ def locate(directory: Path, *, original: bool = False, force: bool = False) -> L
         return Located(directory, "ort", provider_of(directory))
     if (directory / RECORD_FILE).is_file():
         return Located(directory, read_record(directory).engine)
+    if (directory / IR_FILE).is_file():
+        return Located(directory, "openvino")
     if directory.suffix == ".gguf":
         raise NblError(
             f"{directory} is for llama.cpp; bench/peers in this project's repository compares llama.cpp with its graphs"

@@ -16,15 +16,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nbl_export.errors import CorruptError
-from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE
-from nbl_export.records.decoder import ITEMSIZE
 from nbl_export.records.plan import AffineMap
 from nbl_export.records.results import RungResult
-from nbl_export.verify import codes, files, ladder, last_token
+from nbl_export.verify import codes, ladder
 from nbl_export.verify.coded import Coded
+from nbl_export.verify.forms import Form, Material, form_of
 from nbl_export.verify.kept import KeptReferences
 from nbl_export.verify.reference import Reference
 from nbl_export.verify.setting import Setting
@@ -128,11 +125,18 @@ class Climb:
             metric = "quantised matrices are the model's"
             self.results.append(RungResult("a", "nbl", metric, 1.0, 0.5, False, str(error)))
 
+    @property
+    def form(self) -> Form:
+        """The checks of the graphs' format."""
+        return form_of(self.setting)
+
     # -- rungs -----------------------------------------------------------------------------------------------
 
     @property
     def tolerance(self) -> ladder.Tolerance:
         """The tolerance of the shipped graph."""
+        if self.setting.narrow:
+            return ladder.NARROW[self.precision]
         alone = not self.truth_of_codes and ladder.WITHOUT_TWIN.get(self.precision)
         return alone or ladder.TOLERANCES[self.precision]
 
@@ -144,12 +148,13 @@ class Climb:
             self._compare(subject, directory, decoders[subject], coded)
             if self.static and subject in coded:  # the closest graph to the shipped one that a CPU can run
                 decoders[subject] = coded[subject].open()
-        self.results += files.check_untouched(directories["nbl"], directories["original"])
+        self.results += self.form.check_untouched(directories)
         self._keep(coded)
         return decoders
 
     def _compare(self, subject: str, directory: Path, decoder: Any, coded: Mapping[str, Coded]) -> None:
-        self._files(subject, directory, decoder)
+        material = Material(self.setting, self.maps, self.rows_VD, self.probe.rows[0], self.precision)
+        self.results += self.form.check(subject, directory, decoder, material)
         rung = "b" if subject == "original" else "c"
         by_codes = self.truth_of_codes.get(subject)
         if by_codes is not None:
@@ -158,21 +163,6 @@ class Climb:
             by_codes = None
             self._logits(rung, subject, decoder, self.tolerance)
         self._text(subject, directory, by_codes or self.truth[subject])
-        self.results.append(_measured_cache(subject, decoder, self.setting.spec.head_dim))
-
-    def _files(self, subject: str, directory: Path, decoder: Any) -> None:
-        """Rungs a and f."""
-        setting, results = self.setting, self.results
-        cache = next(a for a in decoder.contract.inputs if a.name.startswith("past_key_values."))
-        ids, size = _cache_ids(setting, subject), ITEMSIZE[cache.dtype]
-        pair = (directory / ALL_LOGITS_FILE).is_file()
-        shipped = setting.engine.open_graph(directory, setting.spec, GRAPH_FILE) if pair else decoder
-        results += files.check_file(subject, directory, setting.spec, ids, shipped.contract, size, setting.logits)
-        ours = ({}, None) if subject == "original" else (self.maps, self.rows_VD)
-        results += files.check_maps(subject, directory, *ours)
-        if pair:
-            results.append(last_token.check_pruned(subject, directory))
-            results += last_token.check_last(subject, decoder, shipped, self.probe.rows[0], self.precision)
 
     def _logits(self, rung: str, subject: str, decoder: Any, tolerance: ladder.Tolerance, kind: str = OWN) -> None:
         """Compare short rows and the long row; the first graph of a precision is the yardstick of the second.
@@ -207,15 +197,16 @@ class Climb:
         truth, exact = self.truth_of_codes[subject], ladder.TOLERANCES["fp32"]
         twin = coded.open()
         self._logits(rung, subject, twin, exact, CODES)
-        if coded.graph is None:  # `float32_twins` compares the shipped graph with the twin bit for bit
+        if not coded.ships:  # `float32_twins` compares the shipped graph with the twin bit for bit
             return
         if truth.greedy:
             said = [ladder.greedy(twin, prompt, self.probe.new_tokens)[0] for prompt in self.probe.prompts]
             name = "its float32 twin"
             self.results.append(ladder.check_greedy(subject, said, truth.greedy, truth.margins, exact, name))
         del twin
-        ran = products(coded.graph, self.setting.threads)
-        self.results.append(codes.check_products(subject, coded.stored, ran))
+        if coded.graph is not None:
+            ran = products(coded.graph, self.setting.threads)
+            self.results.append(codes.check_products(subject, coded.stored, ran))
         self._logits("g", subject, decoder, self.tolerance, CODES)
         got = [ladder.run_rows(decoder, [row])[0] for row in self.probe.rows]
         self.results.append(codes.distance(subject, got, self.truth[subject].logits))
@@ -227,21 +218,3 @@ class Climb:
         with self.setting.engine.open_checked(directory, self.setting.threads) as runner:
             said = [runner.greedy(prompt, self.probe.new_tokens) for prompt in self.probe.prompts]
         self.results.append(ladder.check_greedy(subject, said, truth.greedy, truth.margins, self.tolerance))
-
-
-def _cache_ids(setting: Setting, subject: str) -> tuple[int, ...]:
-    """Ids of the caches: the layers that keep one, or 0..K-1 if the engine numbers caches without gaps."""
-    plan = setting.plan
-    kept = plan.kept if subject == "nbl" else tuple(range(plan.num_layers))
-    return tuple(range(len(kept))) if setting.engine.capabilities.dense_caches else kept
-
-
-def _measured_cache(subject: str, decoder: Any, head_dim: int) -> RungResult:
-    """Rung a: cache bytes that a running session holds for two sequences."""
-    decoder.begin(2)
-    decoder.step(np.zeros((2, 1), np.int64))
-    per_token = decoder.cache_bytes // (2 * decoder.slots)
-    stated = decoder.contract.cache_bytes_per_token(head_dim)
-    passed = per_token == stated
-    detail = f"{per_token} bytes a token held after a step, {stated} by contract"
-    return RungResult("a", subject, "cache bytes in the running session", float(not passed), 0.5, passed, detail)

@@ -29,13 +29,14 @@ class Coded:
 
     twin: path of the float32 copy of the graph; the copy gives the logits of all tokens. open: opens a decoder of the
     twin. stored: the quantised matrices. graph: the quantised graph, whose kernels are checked; None if no CPU has
-    these kernels.
+    these kernels, or if they are OpenVINO's. ships: whether the setting's decoder runs the quantised graph itself.
     """
 
     twin: Path
     open: Callable[[], Any]
     stored: Sequence[StoredMatrix]
     graph: Path | None
+    ships: bool = True
 
     @property
     def source(self) -> Path:
@@ -65,6 +66,7 @@ def coded_graphs(
                 functools.partial(setting.engine.open_graph, form, setting.spec),
                 stored_matrices(form / GRAPH_FILE),
                 None,
+                ships=False,
             )
             for s, form in forms.items()
         }

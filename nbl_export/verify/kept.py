@@ -89,7 +89,8 @@ class KeptReferences:
         self._changed = False
 
     def _key(self, probe: Probe, graph: Path | None) -> str:
-        files = [] if graph is None else sorted(graph.parent.glob("*.onnx*"))  # the graph and its data
+        names = ("*.onnx*", "openvino_model.*")  # the graph and its data
+        files = [] if graph is None else sorted(path for name in names for path in graph.parent.glob(name))
         hashes = [(path.name, file_sha256(path)) for path in files]
         return key_of("references", _FORMAT, self._identity, dataclasses.asdict(probe), hashes)
 

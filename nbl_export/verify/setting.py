@@ -36,3 +36,8 @@ class Setting:
     def static(self) -> bool:
         """Whether graphs have the static form, see `engines.base.Capabilities`."""
         return self.engine.capabilities.static
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the engine computes in bfloat16 with caches of few bits, so that only its own arithmetic differs."""
+        return self.engine.capabilities.graphs == "ir" and self.precision != "fp32"

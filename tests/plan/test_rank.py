@@ -25,7 +25,7 @@ from nbl_export.plan.maps_file import load_maps, save_maps
 from nbl_export.records.goals import read_rank
 from nbl_export.records.plan import TAPS, AffineMap, Plan
 from nbl_export.rewrite import rewrite
-from nbl_export.verify.files import check_maps
+from nbl_export.verify.forms.onnx_files import check_maps
 from nbl_export.verify.ladder import run_rows
 
 from ..command import assert_refused, nbl

@@ -20,7 +20,7 @@ from nbl_export.model.linearize import linearize
 from nbl_export.model.token_rows import token_rows
 from nbl_export.records.plan import TAPS, AffineMap, Plan
 from nbl_export.rewrite import rewrite
-from nbl_export.verify import files
+from nbl_export.verify.forms import onnx_files as files
 from nbl_export.verify.ladder import run_rows
 
 from ..command import configured, nbl

@@ -18,7 +18,7 @@ from nbl_export.records.plan import AffineMap, Plan
 from nbl_export.records.results import RungResult
 from nbl_export.rewrite import rewrite
 from nbl_export.verify.climb import Climb
-from nbl_export.verify.files import check_file, check_maps, check_untouched
+from nbl_export.verify.forms.onnx_files import check_file, check_maps, check_untouched
 from nbl_export.verify.ladder import (
     DECODE_STEPS,
     NOISE_FACTOR,

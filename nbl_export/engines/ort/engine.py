@@ -25,7 +25,7 @@ CAPABILITIES = Capabilities(
     precisions=("fp32", "fp16", "int8", "int4"),
     sources=("genai", "mobius"),
     extra="cpu",
-    half_caches=("fp16",),
+    cache_bytes={"fp16": 2},
     profiled=True,
 )
 

@@ -80,7 +80,7 @@ class GpuEngine:
             precisions=self.provider.precisions,
             sources=("genai",),
             extra=self.provider.extra,
-            half_caches=self.provider.precisions,
+            cache_bytes=dict.fromkeys(self.provider.precisions, 2),
             cross=True,
             dense_caches=self.provider.dense_caches,
             profiled=False,

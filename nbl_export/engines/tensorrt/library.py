@@ -88,12 +88,14 @@ class Library:
 _PRECISIONS = ("fp16", "bf16", "int4")
 
 
-_COMPILED: dict[str, Any] = {"static": True, "cross": True, "dense_caches": True}
+_COMPILED: dict[str, Any] = {
+    "static": True, "cross": True, "dense_caches": True, "cache_bytes": dict.fromkeys(_PRECISIONS, 2),
+}  # fmt: skip
 
 
 LIBRARIES = {
     "trt": Library(
-        capabilities=Capabilities("trt", "TensorRT", _PRECISIONS, ("static",), "trt", _PRECISIONS, **_COMPILED),
+        capabilities=Capabilities("trt", "TensorRT", _PRECISIONS, ("static",), "trt", **_COMPILED),
         module="tensorrt",
         package="tensorrt",
         origin=" (its libraries come from NVIDIA's own package index)",
@@ -106,9 +108,7 @@ LIBRARIES = {
         other="trt-rtx",
     ),
     "trt-rtx": Library(
-        capabilities=Capabilities(
-            "trt-rtx", "TensorRT for RTX", _PRECISIONS, ("static",), "trt-rtx", _PRECISIONS, **_COMPILED
-        ),
+        capabilities=Capabilities("trt-rtx", "TensorRT for RTX", _PRECISIONS, ("static",), "trt-rtx", **_COMPILED),
         module="tensorrt_rtx",
         package="tensorrt-rtx",
         origin="",

@@ -61,8 +61,12 @@ _BYTES = 2 << 30  # required free memory; the measurement takes 0.6 GB
 
 
 def limits_of(job: Job, bench: Mapping[str, Any]) -> dict[str, Any]:
-    """Hardware limits to add to bench.json; empty if machine or decoder are unknown, or if memory is short."""
-    if job.engine.capabilities.static or job.options.provider != "cpu":
+    """Hardware limits to add to bench.json; empty for another engine than ONNX Runtime on a CPU.
+
+    Also empty if machine or decoder are unknown, or if memory is short.
+    """
+    capabilities = job.engine.capabilities
+    if capabilities.static or capabilities.graphs != "onnx" or job.options.provider != "cpu":
         return {}
     if available_bytes() < _BYTES:  # the measurement would make a small machine swap
         return {}

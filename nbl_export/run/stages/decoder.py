@@ -14,7 +14,7 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export.decoders import build_decoder
     from nbl_export.decoders.genai import BuilderSettings
     from nbl_export.graph.given import copy_graph
-    from nbl_export.rewrite.last_token import keep_last_token
+    from nbl_export.rewrite import prune_directory
 
     job.forget_model()  # the exporter loads its own copy
     options = job.options
@@ -26,7 +26,7 @@ def run(job: Job, out: Path) -> dict[str, Any]:
             slots=job.slots, settings=BuilderSettings(options.provider, options.builder_option, _codes(job)),
         )  # fmt: skip
     if options.kept_logits == "last":
-        keep_last_token(out / "original")
+        prune_directory(out / "original")
     return {"logits": options.kept_logits}
 
 

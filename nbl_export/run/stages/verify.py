@@ -21,8 +21,9 @@ from nbl_export.run_directory import MAPS_FILE, PACKAGES, REFERENCES_FILE, VERIF
 from nbl_export.text.held_back import judging
 from nbl_export.text.window_intervals import spoken_price
 from nbl_export.verify.climb import Climb
-from nbl_export.verify.coded import Coded, coded_graphs
+from nbl_export.verify.coded import Coded
 from nbl_export.verify.codes import NEAREST, SEARCHED
+from nbl_export.verify.forms import form_of
 from nbl_export.verify.kept import KeptReferences
 from nbl_export.verify.perplexity import price, warn_of_far_prices
 from nbl_export.verify.setting import Setting
@@ -54,7 +55,7 @@ def _against_torch(job: Job, out: Path) -> dict[str, Any]:
     rows_VD = rows_of(job, maps)
     setting = setting_of(job)
     with _graphs(job, setting, maps, rows_VD, results) as directories, job.run.scratch() as scratch:
-        coded = coded_graphs(setting, directories, results, scratch)
+        coded = form_of(setting).coded(setting, directories, results, scratch)
         kept = kept_references(job)
         climb = Climb(setting, make_probe(job), maps, rows_VD, results, kept)
         climb.ask_torch(coded, lambda: _lent(job), () if job.quantized is None else job.quantized.weights)
@@ -87,7 +88,7 @@ def _against_graph(job: Job, out: Path) -> dict[str, Any]:
     if not (original / GENAI_CONFIG).is_file():  # ONNX Runtime GenAI cannot generate text
         probe = dataclasses.replace(probe, prompts=())
     with job.run.scratch() as scratch:
-        coded = coded_graphs(setting, directories, results, scratch)
+        coded = form_of(setting).coded(setting, directories, results, scratch)
         kept = kept_references(job)
         climb = Climb(setting, probe, maps, None, results, kept)
         climb.ask_graph(coded, original / all_logits_file(original))

@@ -1,0 +1,124 @@
+"""Reads and writes an IR: an XML file with the graph, and a file with its constants.
+
+Two graphs of one model share a file of constants: the shipped one, and the one with the logits of all tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nbl_export.errors import CorruptError, MissingPackageError
+from nbl_export.graph.names import IR_FILE, IR_WEIGHTS
+
+__all__ = ["check_ir", "group_of", "precision_of", "read_ir", "save_ir", "share_constants"]
+
+_CONSTANT = re.compile(r'offset="(\d+)"([^<>]*?)size="(\d+)"')
+_INFO = "nbl_export"  # section of the graph's runtime information
+
+
+def read_ir(directory: Path, file: str = IR_FILE) -> Any:
+    """The model of a graph file of a directory; its constants stay in their file, mapped into memory.
+
+    Raises:
+        CorruptError: a file is missing, cut, or no IR.
+        MissingPackageError: openvino is not installed.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingPackageError("openvino", "openvino", "reading an IR") from error
+    check_ir(directory, file)
+    try:
+        return openvino.Core().read_model(str(directory / file), str(directory / IR_WEIGHTS))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise CorruptError(f"OpenVINO cannot read {directory / file}: {reason}; export it again") from error
+
+
+def check_ir(directory: Path, file: str = IR_FILE) -> None:
+    """Check that a graph file and its constants are there and complete, without OpenVINO.
+
+    Raises:
+        CorruptError: a file is missing, empty or too short.
+    """
+    graph, weights = directory / file, directory / IR_WEIGHTS
+    for path in (graph, weights):
+        if not path.is_file():
+            raise CorruptError(f"{path} is missing; fetch or export the directory again")
+    try:
+        text = graph.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CorruptError(f"{graph} cannot be read ({error}); export it again") from error
+    if "<net" not in text[:1000]:
+        raise CorruptError(f"{graph} is not an OpenVINO graph; export it again")
+    needed = max((int(m[1]) + int(m[3]) for m in _CONSTANT.finditer(text)), default=0)
+    if weights.stat().st_size < needed:
+        raise CorruptError(
+            f"{weights} is cut: it has {weights.stat().st_size:,} bytes and the graph reads {needed:,}; fetch it again"
+        )
+
+
+def save_ir(model: Any, directory: Path, precision: str, group: int = 0) -> None:
+    """Write a model to a directory, with its precision and the size of its groups of int4 codes.
+
+    A model without codes keeps its keys and values in 16 bits in OpenVINO GenAI too, as
+    optimum-intel asks for.
+    """
+    import openvino
+
+    model.set_rt_info(precision, [_INFO, "precision"])
+    model.set_rt_info(str(group), [_INFO, "group_size"])
+    if precision == "fp16":
+        model.set_rt_info("f16", ["runtime_options", "KV_CACHE_PRECISION"])
+    openvino.save_model(model, str(directory / IR_FILE), compress_to_fp16=False)
+
+
+def precision_of(model: Any) -> str:
+    """The precision that `save_ir` has noted; "" for a model from elsewhere."""
+    path = [_INFO, "precision"]
+    return str(model.get_rt_info(path).value) if model.has_rt_info(path) else ""
+
+
+def group_of(model: Any) -> int:
+    """The size of the groups of int4 codes that `save_ir` has noted; 0 if there are none."""
+    path = [_INFO, "group_size"]
+    return int(str(model.get_rt_info(path).value)) if model.has_rt_info(path) else 0
+
+
+def share_constants(graph: Path, weights: Path, others: tuple[Path, Path]) -> str:
+    """The text of a graph whose constants are taken from another graph's file.
+
+    Args:
+        graph, weights: the graph, and the file that it reads now.
+        others: a graph that has the same constants and more, and its file.
+
+    Raises:
+        CorruptError: the other graph lacks a constant.
+    """
+    places = {digest: place for place, digest in _constants(*others)}
+    moved = dict(_constants(graph, weights))
+
+    def place_of(match: re.Match[str]) -> str:
+        old = int(match[1]), int(match[3])
+        if moved[old] not in places:
+            raise CorruptError(f"{others[1]} lacks the constant of {old[1]} bytes at {old[0]} of {weights}")
+        return f'offset="{places[moved[old]][0]}"{match[2]}size="{old[1]}"'
+
+    return _CONSTANT.sub(place_of, graph.read_text(encoding="utf-8"))
+
+
+def _constants(graph: Path, weights: Path) -> Iterator[tuple[tuple[int, int], bytes]]:
+    """Offset and size of each constant, and the hash of its bytes."""
+    places = {(int(m[1]), int(m[3])) for m in _CONSTANT.finditer(graph.read_text(encoding="utf-8"))}
+    with weights.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        view = memoryview(data)
+        try:
+            for offset, size in sorted(places):
+                yield (offset, size), hashlib.sha256(view[offset : offset + size]).digest() + size.to_bytes(8, "little")
+        finally:
+            view.release()
