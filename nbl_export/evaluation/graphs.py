@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.engines import load_engine
+from nbl_export.engines.openvino.decoder import IrDecoder
+from nbl_export.engines.openvino.facts import read_ir_facts
 from nbl_export.engines.ort.decoder import OnnxDecoder
 from nbl_export.errors import NblError
 from nbl_export.graph.genai_config import check_genai_config, read_genai_config
-from nbl_export.graph.names import GENAI_CONFIG, MANIFEST, all_logits_file
+from nbl_export.graph.names import ALL_LOGITS_IR, GENAI_CONFIG, IR_FILE, MANIFEST, all_logits_file
 from nbl_export.run_directory import RunDirectory
 
 __all__ = ["GRAPH_VARIANTS", "GraphPlace", "find_graph"]
@@ -20,14 +22,17 @@ GRAPH_VARIANTS = {"original": ("decoder", "original"), "nbl": ("rewrite", "model
 
 @dataclass(frozen=True)
 class GraphPlace:
-    """A directory with model.onnx and a tokenizer, and facts that the graph does not state."""
+    """A directory with a decoder graph and a tokenizer, and facts that the graph does not state."""
 
     directory: Path
     head_dim: int
     max_positions: int
 
-    def open(self, threads: int | None = None) -> OnnxDecoder:
-        """Open the graph on ONNX Runtime; if there are two graphs, the graph with the logits of all positions."""
+    def open(self, threads: int | None = None) -> OnnxDecoder | IrDecoder:
+        """Open the graph on its engine; if there are two graphs, the graph with the logits of all positions."""
+        if (self.directory / IR_FILE).is_file():
+            every = (self.directory / ALL_LOGITS_IR).is_file()
+            return IrDecoder(self.directory, ALL_LOGITS_IR if every else IR_FILE, threads=threads)
         return OnnxDecoder(self.directory, self.head_dim, threads, file=all_logits_file(self.directory))
 
 
@@ -42,6 +47,9 @@ def find_graph(path: Path, variant: str = "nbl") -> GraphPlace:
         raise NblError(f"variant is {' or '.join(GRAPH_VARIANTS)}, not {variant!r}")
     if (path / GENAI_CONFIG).is_file():
         return _deployable(path)
+    if (path / IR_FILE).is_file():
+        facts = read_ir_facts(path)
+        return GraphPlace(path, facts.head_dim, facts.context_length)
     if not (path / MANIFEST).is_file():
         raise NblError(f"{path} is neither a run directory nor a model directory; nbl-export --output makes one")
     run = RunDirectory.peek(path)
@@ -55,7 +63,8 @@ def find_graph(path: Path, variant: str = "nbl") -> GraphPlace:
     if stage not in run.stages:
         raise NblError(f"{path} is not finished: run its command again ({run.manifest['command']})")
     run.check(stage)
-    check_genai_config(path / name)
+    if (path / name / GENAI_CONFIG).is_file():
+        check_genai_config(path / name)
     decoder = run.manifest["decoder"]
     return GraphPlace(path / name, int(decoder["head_dim"]), int(decoder["max_positions"]))
 

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.engines.base import Room, TextRunner
+from nbl_export.engines.openvino.engine import OPENVINO
+from nbl_export.engines.openvino.facts import read_ir_facts
 from nbl_export.engines.ort.settings import GenaiSettings
 from nbl_export.engines.tensorrt.record import RECORD_FILE, read_record
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
+from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE, IR_FILE
 from nbl_export.graph.sizes import read_graph_facts
 from nbl_export.records.options import JobOptions
 from nbl_export.run.deployed import Located, available_engine, is_model_directory, locate
@@ -138,6 +140,11 @@ def _describe(located: Located) -> _Decoder:
         record = read_record(path)
         vocab = next(o.shape[-1] for o in record.outputs if o.name == "logits")
         return _Decoder(located, int(vocab), record.max_seq_len, record.cache_bytes_per_token, None)
+    if (path / IR_FILE).is_file():
+        facts = read_ir_facts(path)
+        itemsize = OPENVINO.capabilities.cache_itemsize(facts.precision)
+        cache = facts.cache_elements_per_token * itemsize
+        return _Decoder(located, facts.vocab_size, facts.context_length, cache, facts.parameters)
     settings = GenaiSettings.read(path)
     graph = read_graph_facts(path / GRAPH_FILE, _head_dim(path / GENAI_CONFIG))
     return _Decoder(

@@ -159,3 +159,15 @@ def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch, directories:
     assert "openvino" in openvino_engine.OPENVINO.probe().reason
     with pytest.raises(MissingPackageError, match=r"nbl-export\[openvino\]"):
         OpenVinoRunner(directories["nbl"], 1)
+
+
+def test_a_batch_behind_a_sequence_has_numbers(exported: Callable[..., Path]) -> None:
+    """With keys and values of 8 bits, one request that ran both gives NaN (OpenVINO 2026.4)."""
+    from nbl_export.engines.openvino.decoder import IrDecoder
+    from nbl_export.verify.ladder import run_rows
+
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(2, VOCAB, n).tolist() for n in (80, 53)]
+    decoder = IrDecoder(exported("llama", "openvino", "int8"))
+    run_rows(decoder, rows[:1])
+    assert all(np.isfinite(logits).all() for logits in run_rows(decoder, rows))

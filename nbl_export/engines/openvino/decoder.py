@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,6 +49,14 @@ class IrDecoder:
         shifts = ids_BT.shape[1] - valid.sum(1)
         logits = self.session.run(_rolled(ids_BT, shifts), _rolled(valid, shifts).astype(np.int64))
         return _rolled(logits, -shifts) if logits.shape[1] == ids_BT.shape[1] else logits
+
+    def mark(self) -> Any:
+        """The state of the running batch, for `rewind`; copies the caches."""
+        return self.session.states(), self.session.mask_BK
+
+    def rewind(self, mark: Any) -> None:
+        """Go back to the state `mark` of the same batch."""
+        self.session.put_states(*mark)
 
     @property
     def slots(self) -> int:

@@ -9,15 +9,15 @@ The tokens go through `openvino` itself, not through OpenVINO GenAI: bench and v
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from nbl_export.engines.openvino.facts import context_length
 from nbl_export.engines.openvino.session import Session
 from nbl_export.engines.static.tokenizer import Text
-from nbl_export.errors import CorruptError, NblError
+from nbl_export.errors import NblError
 
 __all__ = ["OpenVinoRunner"]
 
@@ -34,7 +34,7 @@ class OpenVinoRunner:
 
     def __init__(self, directory: Path, threads: int | None = None, *, exact: bool = False) -> None:
         self.directory = directory
-        self.context_length = _context_length(directory)
+        self.context_length = context_length(directory)
         self.session = Session(directory, threads=threads, exact=exact)
         self._logits = np.zeros((1, 1, 1), np.float32)
         self._capacity = 0
@@ -109,18 +109,3 @@ class OpenVinoRunner:
             self.append(chunk)
             chunk = [self.pick()]
             yield chunk[0]
-
-
-def _context_length(directory: Path) -> int:
-    """Positions of the model, from config.json.
-
-    Raises:
-        CorruptError: the file is missing or does not state them.
-    """
-    path = directory / "config.json"
-    try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["max_position_embeddings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptError(
-            f"{path} does not state max_position_embeddings ({error}); export the directory again"
-        ) from error

@@ -5,12 +5,15 @@ Facts of OpenVINO 2026.4 on x86 that the code relies on:
 - The plugin computes in bfloat16 where the processor has it, and keeps keys and values in 8 bits. `exact` asks for
   float32 in both. A model may name the type of its cache (runtime option KV_CACHE_PRECISION); `compile_model` reads it.
 - `VariableState.state` copies a state to float32 and back. Codes of 8 bits survive this up to rounding.
+- A request that ran one sequence and then, after `reset_state`, a padded batch of two gives NaN with a cache of 8 bits.
+  So another batch size gets another request.
 - Scheduling hints make a second stream for two threads, unless the number of streams is given.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -78,11 +81,11 @@ class Session:
         try:
             self._compiled = core.compile_model(model, "CPU", settings)
             self._request = self._compiled.create_infer_request()
+            self.mask_BK = np.zeros((1, 0), np.int64)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise CorruptError(f"OpenVINO cannot compile {directory / file}: {reason}") from error
         self._names = [n for n in _INPUTS if any(n in port.get_names() for port in self._compiled.inputs)]
-        self.begin(1)
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -93,6 +96,8 @@ class Session:
 
     def begin(self, batch: int) -> None:
         """Start a batch with empty states."""
+        if batch != len(self.mask_BK):
+            self._request = self._compiled.create_infer_request()
         self._request.reset_state()
         self.mask_BK = np.zeros((batch, 0), np.int64)
 
@@ -116,10 +121,19 @@ class Session:
         if length == 0:
             self.begin(len(self.mask_BK))
             return
+        cut = {name: np.ascontiguousarray(state[:, :, :length]) for name, state in self.states().items()}
+        self.put_states(cut, self.mask_BK[:, :length])
+
+    def states(self) -> dict[str, np.ndarray]:
+        """Copies of the states by name; codes of 8 bits come as floats."""
+        return {state.name: np.array(state.state.data) for state in self._request.query_state()}
+
+    def put_states(self, states: Mapping[str, np.ndarray], mask_BK: np.ndarray) -> None:
+        """Go back to states and mask of the same batch."""
         tensor = load_openvino().Tensor
         for state in self._request.query_state():
-            state.state = tensor(np.ascontiguousarray(state.state.data[:, :, :length]))
-        self.mask_BK = self.mask_BK[:, :length]
+            state.state = tensor(states[state.name])
+        self.mask_BK = mask_BK
 
     @property
     def cache_bytes(self) -> int:
