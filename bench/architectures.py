@@ -1,11 +1,12 @@
 """Sources of decoder graphs x architectures x precision: does the exported graph compute what torch computes?
 
-    python bench/architectures.py [--only qwen2,gemma3] [--output bench/results/architectures.json]
+    python bench/architectures.py [--only qwen2,gemma3] [--sources openvino] [--output bench/results/architectures.json]
 
 Each row takes a tiny random checkpoint through nbl-export (calibrate, plan, decoder, rewrite, verify; for the static
 source only its form and the rewrite). The script then measures the largest logit difference from torch itself, for
 the original graph and the NBL graph: two rows of random tokens, prefill and cached steps. A refused row states the
-reason. The script prints a table and writes JSON; --only keeps the rows of other architectures in the file.
+reason. The script prints a table and writes JSON; --only and --sources keep the other rows in the file. Graphs of
+OpenVINO compute in float32 here; int4 is compared with torch, so its figure is that of the rounded matrices.
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ RUNS = (
     ("mobius", "fp16"),
     ("static", "fp32"),
     ("static", "int4"),
+    ("openvino", "fp32"),
+    ("openvino", "int4"),
 )
-OF_VARIANTS = (("genai", "fp32"), ("mobius", "fp32"), ("static", "fp32"))
+OF_VARIANTS = (("genai", "fp32"), ("mobius", "fp32"), ("static", "fp32"), ("openvino", "fp32"))
 REPLACED = "2"  # of three layers
 ROWS, SLOTS = (45, 27), 96  # tokens of the two rows, longer than the tiny windows
-PACKAGES = ("torch", "transformers", "onnx-ir", "onnxruntime", "onnxruntime-genai", "mobius-onnx")
+PACKAGES = ("torch", "transformers", "onnx-ir", "onnxruntime", "onnxruntime-genai", "mobius-onnx", "openvino", "nncf")
 
 
 def rows() -> list[list[int]]:
@@ -74,8 +77,6 @@ def worst(decoder: Any, expected: list[np.ndarray]) -> float:
 
 def through_the_pipeline(source: str, precision: str, checkpoint: Path, text: Path, run: Path) -> dict[str, Any]:
     """Run the stages up to verification, and measure the graphs."""
-    from nbl_export.engines.ort.decoder import OnnxDecoder
-    from nbl_export.graph.names import all_logits_file
     from nbl_export.model.checkpoint.load import read_spec
     from nbl_export.model.checkpoint.source import resolve
     from nbl_export.plan.maps_file import load_maps
@@ -84,7 +85,7 @@ def through_the_pipeline(source: str, precision: str, checkpoint: Path, text: Pa
 
     asked = {"precision": precision, "decoder_source": source, "layers": REPLACED, "context": 64}
     asked |= {"calibration": (str(text),), "calibration_tokens": 1024, "prompt_tokens": (16,), "generate_tokens": 4}
-    asked |= {"depths": (0,)}
+    asked |= {"depths": (0,), "engine": "openvino" if source == "openvino" else "ort"}
     run_calibration(str(checkpoint), asked, run, Ui(quiet=True))
     failed = ""
     try:
@@ -96,9 +97,19 @@ def through_the_pipeline(source: str, precision: str, checkpoint: Path, text: Pa
     head_dim = read_spec(resolve(str(checkpoint))).head_dim
     found: dict[str, Any] = {"replaced_layers": facts["replaced_layers"]}
     for subject, name, chosen in (("original", "original", None), ("nbl", "model", maps)):
-        decoder = OnnxDecoder(run / name, head_dim, file=all_logits_file(run / name))
-        found[subject] = worst(decoder, torch_logits(checkpoint, chosen))
+        found[subject] = worst(_decoder(run / name, head_dim), torch_logits(checkpoint, chosen))
     return {"status": "parity failed" if failed else "verified", "reason": failed, **found}
+
+
+def _decoder(directory: Path, head_dim: int) -> Any:
+    """The graph with all logits, in its own types; an IR in float32."""
+    from nbl_export.engines.openvino.decoder import IrDecoder
+    from nbl_export.engines.ort.decoder import OnnxDecoder
+    from nbl_export.graph.names import ALL_LOGITS_IR, all_logits_file
+
+    if (directory / ALL_LOGITS_IR).is_file():
+        return IrDecoder(directory, ALL_LOGITS_IR, exact=True)
+    return OnnxDecoder(directory, head_dim, file=all_logits_file(directory))
 
 
 def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict[str, Any]:
@@ -166,6 +177,7 @@ def line(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="architectures, with commas")
+    parser.add_argument("--sources", help="sources of graphs, with commas")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "architectures.json")
     given = parser.parse_args()
     names = given.only.split(",") if given.only else [*EVERY, *VARIANTS]
@@ -177,6 +189,8 @@ def main() -> None:
             checkpoint = save_checkpoint(name, Path(scratch) / name)
             found = []
             for source, precision in OF_VARIANTS if name in VARIANTS else RUNS:
+                if given.sources and source not in given.sources.split(","):
+                    continue
                 run = Path(scratch) / f"{name}-{source}-{precision}"
                 found.append(row(name, source, precision, checkpoint, text, run))
                 print(line(found[-1]), flush=True)
@@ -186,10 +200,11 @@ def main() -> None:
 
 
 def keep(path: Path, name: str, found: list[dict[str, Any]]) -> None:
-    """Replace an architecture's rows in the file."""
+    """Replace an architecture's rows of the same sources in the file."""
     before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     order = [*EVERY, *VARIANTS]
-    rows = [*(r for r in before if r["architecture"] != name), *found]
+    sources = {r["source"] for r in found}
+    rows = [*(r for r in before if r["architecture"] != name or r["source"] not in sources), *found]
     rows.sort(key=lambda r: order.index(r["architecture"]))  # stable: the rows of an architecture keep their order
     value = {"versions": versions(PACKAGES), "rows_of_tokens": ROWS, "rows": rows}
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

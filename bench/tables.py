@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tables_openvino as ov
 import tables_proof as proof
 import tables_quality as quality
 import tables_second as second
@@ -29,6 +30,7 @@ TABLES: Mapping[str, Callable[[Callable[[str], Any]], list[Sequence[str]]]] = {
     "int4": speed.int4,
     "precisions": speed.precisions,
     "peers": speed.peers,
+    "openvino": ov.openvino,
     "errors": proof.errors,
     "twins": proof.twins,
     "parity": proof.parity,

@@ -109,8 +109,8 @@ def architectures(read: Read) -> Rows:
     found = {(row["architecture"], row["source"], row["precision"]): row for row in runs}
     if {row["architecture"] for row in runs} != set(_ARCHITECTURES):
         raise ValueError("architectures.json has other architectures than the table")
-    columns = (("genai", "fp32"), ("mobius", "fp32"), ("mobius", "fp16"), ("static", "fp32"))
-    rows: Rows = [("", "GenAI builder", "mobius", "mobius, fp16", "TensorRT form"), "lrrrr"]
+    columns = (("genai", "fp32"), ("mobius", "fp32"), ("mobius", "fp16"), ("static", "fp32"), ("openvino", "fp32"))
+    rows: Rows = [("", "GenAI builder", "mobius", "mobius, fp16", "TensorRT form", "OpenVINO"), "lrrrrr"]
     for name, title in _ARCHITECTURES.items():
         rows.append((title, *(_difference(found.get((name, *column))) for column in columns)))
     return rows

@@ -13,22 +13,28 @@ import importlib.metadata as metadata
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import numpy as np
 import onnx_ir as ir
 
 from nbl_export.decoders import build_decoder
+from nbl_export.graph.ir.difference import ordered
+from nbl_export.graph.ir.files import read_ir
+from nbl_export.graph.ir.states import states_of
 from nbl_export.graph.names import GRAPH_FILE, STATIC_GRAPH_FILE
 from nbl_export.records.decoder import TensorInfo
 from nbl_export.records.plan import Plan
-from nbl_export.rewrite import contract_of, rewrite_model
+from nbl_export.rewrite import contract_of, rewrite, rewrite_model
 from tests.tiny import ARCHITECTURES, LAYERS, made_by, random_map, save_checkpoint
 
 __all__ = ["CASES", "HERE", "header", "render_all", "render_graph"]
 
 HERE = Path(__file__).parent
 REPLACED = (1,)
+PLAN, MAPS = Plan(LAYERS, REPLACED), {i: random_map(i) for i in REPLACED}
 # (architecture, decoder source, precision)
 CASES = (
     *((a, s, "fp32") for a in ARCHITECTURES for s in ("genai", "mobius")),
@@ -37,14 +43,19 @@ CASES = (
     ("llama", "mobius", "fp16"),
     ("mistral-window", "static", "fp32"),
     ("llama", "static", "fp16"),
+    ("llama", "openvino", "fp32"),
+    ("llama", "openvino", "int4"),
+    ("gemma3", "openvino", "fp32"),
 )
-_EXPORTER = {"genai": "onnxruntime-genai", "mobius": "mobius-onnx", "static": "mobius-onnx"}
+_EXPORTER = {"genai": "onnxruntime-genai", "mobius": "mobius-onnx", "static": "mobius-onnx", "openvino": "openvino"}
 _FILE = {"genai": GRAPH_FILE, "mobius": GRAPH_FILE, "static": STATIC_GRAPH_FILE}
 _SLOTS = 96  # of a cache of the static form
 
 
 def header(source: str) -> str:
-    """First line of a golden file: the versions of exporter and onnx-ir."""
+    """First line of a golden file: the versions of exporter and graph library."""
+    if source == "openvino":
+        return f"# openvino {metadata.version('openvino')}, nncf {metadata.version('nncf')}"
     return f"# {_EXPORTER[source]} {metadata.version(_EXPORTER[source])}, onnx-ir {metadata.version('onnx-ir')}"
 
 
@@ -59,6 +70,37 @@ def render_graph(model: ir.Model) -> str:
         outputs = ", ".join(v.name or "-" for v in node.outputs)
         lines.append(f"{node.op_type}({inputs}) -> {outputs}" + (f"  [{attributes}]" if attributes else ""))
     return "\n".join(lines) + "\n"
+
+
+def render_ir(model: Any) -> str:
+    """An IR as text: states, inputs, outputs, then one line for each node, numbered in the order of the dataflow."""
+    states = [state for pair in states_of(model).values() for state in pair]
+    lines = [f"state  {s.variable}: {list(map(str, s.read.get_output_partial_shape(0)))}" for s in states]
+    for kind, ports in (("input ", model.inputs), ("output", model.outputs)):
+        lines += [f"{kind} {p.get_any_name()}: {_port(p)}" for p in ports]
+    nodes = [node for node in ordered(model) if node.get_type_name() not in ("Constant", "Parameter")]
+    names = {node.get_name(): f"n{k}" for k, node in enumerate(nodes)}
+    for node in nodes:
+        inputs = ", ".join(_source(value, names) for value in node.input_values())
+        attributes = ", ".join(f"{k}={v}" for k, v in sorted(node.get_attributes().items()))
+        outputs = ", ".join(_port(port) for port in node.outputs())
+        kind = node.get_type_name()
+        lines.append(f"{names[node.get_name()]} {kind}({inputs}) -> {outputs}" + f"  [{attributes}]" * bool(attributes))
+    return "\n".join(lines) + "\n"
+
+
+def _source(value: Any, names: dict[str, str]) -> str:
+    node = value.get_node()
+    if node.get_type_name() == "Parameter":
+        return str(value.get_any_name())
+    if node.get_type_name() != "Constant":
+        return names[node.get_name()] + (f".{value.get_index()}" if value.get_index() else "")
+    small = np.prod(node.get_output_shape(0)) <= 4 and value.get_element_type().to_string() not in ("u4", "i4")
+    return f"<{_port(value)}" + (f" = {np.round(node.get_data(), 6).tolist()}>" if small else ">")
+
+
+def _port(port: Any) -> str:
+    return f"{port.get_element_type().to_string()}{port.get_partial_shape()}"
 
 
 def _info(info: TensorInfo) -> str:
@@ -89,10 +131,15 @@ def render_all() -> dict[str, str]:
                 save_checkpoint(architecture, checkpoint)
             out = Path(scratch) / f"{architecture}-{source}-{precision}"
             build_decoder(source, checkpoint, out, precision, slots=_SLOTS)
-            model = ir.load(out / _FILE[source])
             stem = f"{architecture}-{source}" + ("" if precision == "fp32" else f"-{precision}")
+            if source == "openvino":
+                rewrite(out, out.with_name(f"{out.name}-nbl"), PLAN, MAPS)
+                for name, directory in (("original", out), ("nbl", out.with_name(f"{out.name}-nbl"))):
+                    files[f"{stem}-{name}.txt"] = f"{header(source)}\n{render_ir(read_ir(directory))}"
+                continue
+            model = ir.load(out / _FILE[source])
             files[f"{stem}-original.txt"] = f"{header(source)}\n{render_graph(model)}"
-            rewrite_model(model, Plan(LAYERS, REPLACED), {i: random_map(i) for i in REPLACED})
+            rewrite_model(model, PLAN, MAPS)
             files[f"{stem}-nbl.txt"] = f"{header(source)}\n{render_graph(model)}"
     return files
 

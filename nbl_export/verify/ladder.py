@@ -84,7 +84,7 @@ WITHOUT_TWIN = {
 }
 # An engine that computes in bfloat16 with keys and values in 8 or 16 bits, compared with the model that has the graph's
 # matrices. The original graph's own error is the yardstick.
-NARROW = {precision: Tolerance("relative_rms", 0.1, 1.5, 1.0) for precision in ("fp16", "int8", "int4")}
+NARROW = {precision: Tolerance("relative_rms", 0.1, 2.0, 1.0) for precision in ("fp16", "int8", "int4")}
 # `accept`: an engine on its GPU against the float32 twin, over eight texts. No GPU has been measured. fp16: as above.
 # bf16 has 3 bits less, so 8 times the limit of fp16. int4: the shipped scales are fp16 and those of the twin float32.
 # On ONNX Runtime's CPU provider the tiny Mistral of the tests is at 0.001 with fp16 and at 0.033 with int4.

@@ -171,3 +171,10 @@ def test_a_batch_behind_a_sequence_has_numbers(exported: Callable[..., Path]) ->
     decoder = IrDecoder(exported("llama", "openvino", "int8"))
     run_rows(decoder, rows[:1])
     assert all(np.isfinite(logits).all() for logits in run_rows(decoder, rows))
+
+
+def test_a_token_beyond_the_vocabulary_is_told(directories: dict[str, Path]) -> None:
+    with OpenVinoRunner(directories["nbl"], 1) as runner:
+        runner.begin(10)
+        with pytest.raises(NblError, match=f"token {VOCAB} is beyond the {VOCAB} of .*tokenizer is of another model"):
+            runner.append([3, VOCAB])

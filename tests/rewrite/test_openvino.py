@@ -142,14 +142,29 @@ def test_the_empty_plan_gives_back_the_files(pair: Callable[..., tuple[Path, Pat
     assert all((source / n).read_bytes() == (tmp_path / "model" / n).read_bytes() for n in files)
 
 
-def test_a_map_of_low_rank_is_two_products(pair: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
-    source, _ = pair("llama", (1,))
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_a_map_of_low_rank_is_two_products(
+    pair: Callable[..., tuple[Path, Path]], tmp_path: Path, precision: str
+) -> None:
+    """No group of int4 codes divides the 8 inputs of the second product, which gets int8 codes."""
+    source, _ = pair("llama", (1,), precision)
     rng = np.random.default_rng(0)
     up, down = (rng.standard_normal(s).astype(np.float32) for s in ((64, 8), (8, 64)))
     maps = {1: AffineMap.factored(up, down, rng.standard_normal(64).astype(np.float32))}
     rewrite(source, tmp_path / "model", Plan(LAYERS, (1,)), maps)
     assert ir_files.check_ir_maps("nbl", tmp_path / "model", maps).passed
     assert not ir_files.check_ir_maps("nbl", tmp_path / "model", {1: random_map(1)}).passed
+
+
+def test_maps_that_compression_leaves_in_float32_are_refused(
+    pair: Callable[..., tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nbl_export.rewrite import openvino as rewriting
+
+    source, _ = pair("llama", (1,), "int8")
+    monkeypatch.setattr(rewriting, "compress", lambda model, *_, **__: model)
+    with pytest.raises(RefusalError, match=r"/nbl/layers.1/MatMul was left in float32"):
+        rewrite(source, tmp_path / "model", Plan(LAYERS, (1,)), {1: random_map(1)})
 
 
 def test_leading_layers_become_a_table(

@@ -85,6 +85,7 @@ class Session:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise CorruptError(f"OpenVINO cannot compile {directory / file}: {reason}") from error
+        self._vocab_size = model.output("logits").get_partial_shape()[-1].get_max_length()
         self._names = [n for n in _INPUTS if any(n in port.get_names() for port in self._compiled.inputs)]
 
     @property
@@ -102,7 +103,16 @@ class Session:
         self.mask_BK = np.zeros((batch, 0), np.int64)
 
     def run(self, ids_BT: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
-        """Append tokens; returns float32 logits [B, T, V], or [B, 1, V] from a pruned graph. Padding is on the left."""
+        """Append tokens; returns float32 logits [B, T, V], or [B, 1, V] from a pruned graph. Padding is on the left.
+
+        Raises:
+            NblError: a token is not in the vocabulary, or OpenVINO fails.
+        """
+        if self._vocab_size > 0 and int(ids_BT.max()) >= self._vocab_size:
+            raise NblError(
+                f"token {int(ids_BT.max())} is beyond the {self._vocab_size} of {self.directory}: "
+                "its tokenizer is of another model"
+            )
         mask = np.concatenate([self.mask_BK, valid_BT], 1)
         positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids_BT.shape[1] :]
         feeds = dict(zip(_INPUTS, (ids_BT, mask, positions, np.arange(len(ids_BT), dtype=np.int32)), strict=True))

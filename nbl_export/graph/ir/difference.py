@@ -6,12 +6,12 @@ from typing import Any
 
 from nbl_export.graph.ir.matrices import raw_bytes
 
-__all__ = ["difference"]
+__all__ = ["difference", "ordered"]
 
 
 def difference(one: Any, other: Any) -> str:
     """How two models differ; "" if nodes, wiring, attributes and constants are equal. Names do not matter."""
-    ours, theirs = _ordered(one), _ordered(other)
+    ours, theirs = ordered(one), ordered(other)
     if len(ours) != len(theirs):
         return f"{len(ours)} nodes, not {len(theirs)}"
     places = [{node.get_name(): k for k, node in enumerate(nodes)} for nodes in (ours, theirs)]
@@ -23,7 +23,7 @@ def difference(one: Any, other: Any) -> str:
     return ""
 
 
-def _ordered(model: Any) -> list[Any]:
+def ordered(model: Any) -> list[Any]:
     """All nodes, each behind its inputs; the order follows from outputs and states alone."""
     sinks = sorted(model.get_sinks(), key=lambda node: str(node.get_attributes()["variable_id"]))
     found: dict[str, Any] = {}

@@ -19,6 +19,7 @@ import numpy as np
 from nbl_export.errors import RefusalError
 from nbl_export.graph.ir.anatomy import Dataflow
 from nbl_export.graph.ir.files import group_of, precision_of, read_ir, save_ir, share_constants
+from nbl_export.graph.ir.matrices import stored_matrices
 from nbl_export.graph.ir.states import states_of
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE, IR_WEIGHTS
 from nbl_export.records.plan import AffineMap, Plan, layers_below
@@ -78,9 +79,22 @@ def rewrite_ir(
     model = read_ir(source, ALL_LOGITS_IR if last_only else IR_FILE)
     precision, group = precision_of(model), group_of(model)
     rewrite_ir_model(model, plan, maps, rows_VD)
-    save_ir(compress(model, precision, group=group, only_new=True), out, precision, group)
+    model = compress(model, precision, group=group, only_new=True)
+    _refuse_float_maps(model, precision)
+    save_ir(model, out, precision, group)
     if last_only:
         keep_last_token_ir(out)
+
+
+def _refuse_float_maps(model: Any, precision: str) -> None:
+    """Refuse a model in codes whose maps are floats: they would read more memory than the attention they replace."""
+    if precision == "fp32":
+        return
+    coded = {matrix.name for matrix in stored_matrices(model)}
+    for node in model.get_ops():
+        name = node.get_friendly_name()
+        if node.get_type_name() == "MatMul" and name.startswith("/nbl/") and name not in coded:
+            raise RefusalError(None, f"the product {name} was left in float32 by the compression to {precision}")
 
 
 def keep_last_token_ir(directory: Path) -> None:

@@ -56,9 +56,12 @@ def compress(model: Any, precision: str, *, group: int = 0, only_new: bool = Fal
     with _quiet():
         if precision == "int8":
             return nncf.compress_weights(model, mode=modes.INT8_ASYM)
-        return nncf.compress_weights(
-            model, mode=modes.INT4_SYM, ratio=1.0, group_size=group, all_layers=only_new or None
-        )
+        leave = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.IGNORE)
+        found = nncf.compress_weights(
+            model, mode=modes.INT4_SYM, ratio=1.0, group_size=group, all_layers=only_new or None,
+            advanced_parameters=leave,
+        )  # fmt: skip
+        return nncf.compress_weights(found, mode=modes.INT8_ASYM)  # what no group divides, as a map of low rank
 
 
 def _halve(model: Any) -> None:

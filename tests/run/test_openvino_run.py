@@ -1,0 +1,142 @@
+"""Runs of the main job for OpenVINO, from the command line to the report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..command import TINY, assert_refused, nbl
+
+pytestmark = pytest.mark.usefixtures("short_parts")
+
+
+@pytest.fixture(scope="module")
+def asked(checkpoint: Callable[[str], Path], text: Path) -> tuple[object, ...]:
+    return ("--engine", "openvino", "--model", checkpoint("llama"), "--calibration", text, *TINY)
+
+
+@pytest.fixture(scope="module")
+def runs(asked: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """precision -> a finished run. Never write to it."""
+    found = {}
+    for precision in ("fp16", "int8"):
+        output = tmp_path_factory.mktemp("openvino") / precision
+        done = nbl(*asked, "--precision", precision, "--output", output)
+        assert done.status == 0, done.err
+        found[precision] = output
+    return found
+
+
+def rungs(run: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((run / "verify.json").read_text())["rungs"]
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_run_is_verified_to_float32_accuracy_and_at_its_own_error(runs: dict[str, Path], precision: str) -> None:
+    found = rungs(runs[precision])
+    exact = [r["value"] for r in found if r["rung"] in "bc" and r["metric"].startswith("max abs")]
+    shipped = [r for r in found if r["rung"] == "g" and r["metric"].startswith("relative rms logit")]
+    own = {s: max(r["value"] for r in shipped if r["subject"] == s) for s in ("original", "nbl")}
+    assert exact and max(exact) < 1e-4
+    assert 0 < own["nbl"] <= 2 * own["original"]
+    assert {r["metric"] for r in found if r["rung"] == "a"} >= {
+        "contract", "cache bytes per token", "maps in the graph", "weights untouched",
+        "what ships is the graph with all logits, pruned", "cache bytes in the running session",
+    }  # fmt: skip
+    facts = json.loads((runs[precision] / "nbl.json").read_text())
+    assert facts["status"] == "verified" and facts["options"]["engine"] == "openvino"
+
+
+def test_the_same_command_does_nothing(runs: dict[str, Path], asked: tuple[object, ...]) -> None:
+    done = nbl(*asked, "--precision", "fp16", "--output", runs["fp16"])
+    assert done.status == 0 and "bench: reused" in done.err
+
+
+def test_generate_bench_and_inspect(runs: dict[str, Path]) -> None:
+    run = runs["int8"]
+    for place in (run, run / "model"):
+        done = nbl("generate", place, "The with statement", "--max-new-tokens", 4, "--raw")
+        assert done.status == 0 and done.out.strip(), done.err
+    short = ("--depth", 0, "--repetitions", 1, "--prompt-tokens", 16, "--generate-tokens", 4, "--json")
+    done = nbl("bench", run / "model", "--against", run / "original", *short)
+    assert done.status == 0, done.err
+    variants = json.loads(done.out)["variants"]
+    caches = {Path(v["path"]).name: v["kv_cache_bytes_per_token"] for v in variants.values()}
+    assert caches == {"model": 2 * 2 * 2 * 16, "original": 3 * 2 * 2 * 16}  # layers x 2 x heads x size, one byte
+    assert all(v["engine"] == "openvino" and v["parameters"] for v in variants.values())
+    assert "openvino" in nbl("inspect", run).out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--precision", "bf16"), "--precision bf16 is not for engine openvino; it takes fp16, fp32, int8, int4"),
+        (("--decoder-source", "genai"), "--decoder-source genai is not for engine openvino"),
+        (("--provider", "cuda"), "--provider is for engine ort, not for openvino"),
+        (("--max-seq-len", "64"), "--max-seq-len is not for engine openvino"),
+        (("--builder-option", "block_size=32"), "--builder-option is for --decoder-source genai"),
+    ],
+)
+def test_options_of_other_engines_are_refused(
+    asked: tuple[object, ...], tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    done = nbl(*asked, *arguments, "--output", tmp_path / "run")
+    assert done.status in (1, 2) and said in done.err, done.err
+    assert not (tmp_path / "run").exists()
+
+
+def cut(model: Path) -> None:
+    path = model / "openvino_model.bin"
+    path.write_bytes(path.read_bytes()[:-64])
+
+
+def lose(model: Path) -> None:
+    (model / "openvino_model.bin").unlink()
+
+
+def other_tokenizer(model: Path) -> None:
+    (model / "tokenizer.json").write_text("{}", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"), [(cut, "is cut"), (lose, "is missing"), (other_tokenizer, "the tokenizer of")]
+)
+def test_a_damaged_directory_is_one_sentence(
+    runs: dict[str, Path], tmp_path: Path, damage: Callable[[Path], None], said: str
+) -> None:
+    model = Path(shutil.copytree(runs["fp16"] / "model", tmp_path / "model"))
+    damage(model)
+    done = nbl("generate", model, "The with", "--max-new-tokens", 2, "--raw")
+    assert_refused(done, 1, said)
+
+
+def test_long_rotary_tables_are_refused(checkpoint: Callable[[str], Path], text: Path, tmp_path: Path) -> None:
+    done = nbl("--engine", "openvino", "--model", checkpoint("phi3-long"), "--calibration", text, *TINY,
+               "--output", tmp_path / "run")  # fmt: skip
+    assert_refused(done, 1, "longrope", "--engine ort")
+
+
+def test_scores_are_those_of_the_graph(runs: dict[str, Path]) -> None:
+    """The graph of an IR directory, as `eval` opens it: contexts are shared, and going back changes little."""
+    import numpy as np
+
+    from nbl_export.evaluation.graphs import find_graph
+
+    place = find_graph(runs["int8"], "nbl")
+    assert place.max_positions == 512
+    decoder = place.open(1)
+    decoder.begin(1)
+    decoder.step(np.arange(2, 22)[None])
+    mark = decoder.mark()
+    first = decoder.step(np.arange(30, 34)[None])
+    decoder.step(np.arange(50, 55)[None])
+    decoder.rewind(mark)
+    again = decoder.step(np.arange(30, 34)[None])
+    assert first.shape[1] == 4
+    assert np.sqrt(np.square(first - again).mean() / np.square(first).mean()) < 0.02
