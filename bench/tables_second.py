@@ -51,6 +51,45 @@ def bias(read: Read) -> Rows:
     return rows
 
 
+def trained(read: Read) -> Rows:
+    """Maps on the normed input of six layers of the second model: in closed form, and distilled."""
+    run = read("distill-qwen")["distill"]
+    rows: Rows = [("maps", "KL, held back", *_TEXTS.values()), "lr" + "r" * len(_TEXTS)]
+    steps = f"distilled, {run['steps']} steps, {run['seconds'] / 60:.0f} min"
+    for title, name, kl in (
+        ("closed form", "independent", run["held_kl"][0]),
+        (steps, "distilled", min(run["held_kl"])),
+    ):
+        rows.append((title, f"{kl:.3f}", *(_rise(run[name][text]) for text in _TEXTS)))
+    return rows
+
+
+def shapes(read: Read) -> Rows:
+    """Calibrate and plan one layer at a time on random checkpoints of large shapes."""
+    titles = (
+        "shape",
+        "parameters",
+        "layers",
+        "tokens",
+        "calibrate",
+        "a layer",
+        "peak",
+        "moments",
+        "plan",
+        "peak of plan",
+    )
+    rows: Rows = [titles, "l" + "r" * (len(titles) - 1)]
+    for name, run in read("shapes")["shapes"].items():
+        calibrate, plan = run["calibrate"], run["plan"]
+        rows.append((
+            name, f"{run['parameters'] / 1e9:.2f} billion", str(run["layers"]), f"{run['tokens']:,}",
+            f"{calibrate['seconds']:.0f} s", f"{calibrate['seconds'] / run['layers']:.1f} s",
+            f"{calibrate['peak_bytes'] / 1e9:.1f} GB", f"{run['moments_bytes'] / 1e9:.1f} GB",
+            f"{plan['seconds']:.0f} s", f"{plan['peak_bytes'] / 1e9:.1f} GB",
+        ))  # fmt: skip
+    return rows
+
+
 def stages(read: Read) -> Rows:
     """Seconds of the stages of the default job, and calibrate and plan in units of the plain pass."""
     titles = ("", "plain pass", "calibrate", "plan", "decoder graph", "verify", "bench", "whole job", "ratio", "peak")

@@ -37,8 +37,8 @@ class JobOptions:
 
     model: str
     engine: str = option(
-        "ort", "ort (ONNX Runtime), trt (TensorRT) or trt-rtx (TensorRT for RTX).", _ENGINE, "main build", first=True,
-        metavar="ENGINE",
+        "ort", "ort (ONNX Runtime), openvino, trt (TensorRT) or trt-rtx (TensorRT for RTX).", _ENGINE,
+        "main build", first=True, metavar="ENGINE",
     )  # fmt: skip
     layers: str | None = option(
         None, 'How many layers ("8") or which ("0,7,24-29"); default: as many as cost 10%.',
@@ -113,12 +113,12 @@ class JobOptions:
         None, "Only part I of N; `nbl-export merge` puts them together.", _CALIBRATE, "calibrate", metavar="I/N"
     )
     precision: str = option(
-        "fp32", "ort: fp32 (default), fp16, int8, int4; openvino: fp16 (default), fp32, int8, int4; "
+        "fp32", "ort: fp32 (default), fp16, int8, int4; openvino: the same, default fp16; "
         "trt: fp16 (default), bf16 (if fp16 overflows), int4.", _ENGINE,
         "main rewrite", first=True, metavar="PRECISION",
     )  # fmt: skip
     provider: str = option(
-        "cpu", "ort: export for cpu (default), cuda or nv-tensorrt-rtx.", _ENGINE, first=True,
+        "cpu", "ort: for cpu (default), cuda or nv-tensorrt-rtx.", _ENGINE, first=True,
         metavar="PROVIDER",
     )  # fmt: skip
     max_seq_len: int | None = option(

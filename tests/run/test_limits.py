@@ -47,6 +47,7 @@ def test_nothing_of_a_machine_that_is_not_measured(options: JobOptions) -> None:
         class engine:
             class capabilities:
                 static = False
+                graphs = "onnx"
 
     job: Any = Job()
     job.options = options

@@ -1,0 +1,107 @@
+"""Peak memory and seconds of calibrate and plan on random checkpoints with the shapes of large models.
+
+    python bench/shapes.py TOKENIZER 1.5B 8B [--memory 8] > bench/results/shapes.json
+
+TOKENIZER is a model directory whose tokenizer has no more words than the shapes. Weights are random, so quality and the
+chosen layers mean nothing. A process may take --memory GiB for weights, so that each model runs one layer at a time.
+Peak memory is VmHWM of a process that runs only the stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "1.5B": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 1536,
+             "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
+             "vocab_size": 151936, "max_position_embeddings": 32768, "tie_word_embeddings": True},
+    "8B": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096,
+           "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+           "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": False},
+}  # fmt: skip
+TOKENS = {"1.5B": 8192, "8B": 4096}
+CHILD = """
+import sys, os
+os.environ["TQDM_DISABLE"] = "1"
+from pathlib import Path
+from nbl_export.model import one_layer
+from nbl_export.run.pipeline import run_calibration, run_stages
+from nbl_export.run.progress import Ui
+stage, model, out, tokens, memory = sys.argv[1:]
+one_layer.available_bytes = lambda: int(memory) << 30
+if stage == "calibrate":
+    run_calibration(model, {"calibration_tokens": int(tokens)}, Path(out), Ui(quiet=True))
+else:
+    run_stages(Path(out), stage, Ui(quiet=True))
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+def write_checkpoint(shape: str, tokenizer: Path, out: Path) -> int:
+    """Write a random checkpoint in bfloat16, a file for each layer; returns its number of parameters."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    out.mkdir()
+    config = {**SHAPES[shape], "torch_dtype": "bfloat16", "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for file in tokenizer.glob("tokenizer*"):
+        shutil.copy(file, out)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(out))
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in model.state_dict().items():
+        if name != "lm_head.weight" or not config["tie_word_embeddings"]:
+            part = name.split(".")[2] if ".layers." in name else name.split(".")[-2]
+            files.setdefault(f"model-{part}.safetensors", {})[name] = value
+    index: dict[str, str] = {}
+    for file, tensors in files.items():
+        made = {n: torch.randn(t.shape).mul_(0.02) if t.ndim > 1 else torch.ones(t.shape) for n, t in tensors.items()}
+        save_file({n: t.bfloat16() for n, t in made.items()}, out / file, {"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+    facts = {"metadata": {}, "weight_map": index}
+    (out / "model.safetensors.index.json").write_text(json.dumps(facts), encoding="utf-8")
+    return sum(t.numel() for tensors in files.values() for t in tensors.values())
+
+
+def measured(shape: str, tokenizer: Path, memory: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"tokens": TOKENS[shape], "layers": SHAPES[shape]["num_hidden_layers"]}
+    with tempfile.TemporaryDirectory() as scratch:
+        model, run = Path(scratch) / "model", Path(scratch) / "run"
+        found["parameters"] = write_checkpoint(shape, tokenizer, model)
+        for stage in ("calibrate", "plan"):
+            command = [sys.executable, "-c", CHILD, stage, str(model), str(run), str(TOKENS[shape]), str(memory)]
+            started = time.monotonic()
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            peak = int(done.stdout.split()[-1]) * 1024
+            found[stage] = {"seconds": time.monotonic() - started, "peak_bytes": peak}
+            print(shape, stage, found[stage], file=sys.stderr, flush=True)
+        found["moments_bytes"] = (run / "moments.safetensors").stat().st_size
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tokenizer", type=Path)
+    parser.add_argument("shapes", nargs="+", choices=tuple(SHAPES))
+    parser.add_argument("--memory", type=int, default=8, help="GiB that the weights may take")
+    options = parser.parse_args()
+    from nbl_export.files import versions
+    from nbl_export.measure.benchmark import machine
+
+    about = {"machine": machine(), "versions": versions(("torch", "transformers")), "memory_gib": options.memory}
+    rows = {shape: measured(shape, options.tokenizer, options.memory) for shape in options.shapes}
+    print(json.dumps({**about, "shapes": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
