@@ -201,6 +201,9 @@ class Engine(Protocol):
     def default_threads(self) -> int:
         """Number of threads, at least 1."""
 
+    def arithmetic(self, directory: Path) -> str:
+        """What the engine computes in, and keeps keys and values in, in words; "" if the graph's own types say it."""
+
     def open_runner(self, directory: Path, threads: int | None = None, room: Room | None = None) -> TextRunner:
         """A runner on the deployed model.
 

@@ -248,7 +248,9 @@ def _describe(variant: Variant, footprint: Footprint, tokens: int) -> dict[str, 
 
 
 def _model_bytes(directory: Path) -> int:
-    return sum(path.stat().st_size for kind in ("model.onnx*", "*.engine") for path in directory.glob(kind))
+    return sum(
+        path.stat().st_size for kind in ("model.onnx*", "*.engine", "openvino_model.*") for path in directory.glob(kind)
+    )
 
 
 def machine() -> dict[str, Any]:

@@ -107,6 +107,7 @@ def compare(
             "engine": decoder.located.engine,
             "provider": decoder.located.provider,
             "parameters": decoder.parameters,
+            "arithmetic": available_engine(decoder.located).arithmetic(decoder.located.path),
         }
     timings = read_timings(value)
     return {**value, "rows": speed_rows(timings), "ratios": speed_ratios(timings, base)}

@@ -53,6 +53,15 @@ def test_a_run_is_verified_to_float32_accuracy_and_at_its_own_error(runs: dict[s
     assert facts["status"] == "verified" and facts["options"]["engine"] == "openvino"
 
 
+def test_the_report_names_what_the_engine_computes_in(runs: dict[str, Path]) -> None:
+    for precision, cache in (("fp16", "float16"), ("int8", "8 bits")):
+        bench = json.loads((runs[precision] / "bench.json").read_text())
+        assert set(bench["arithmetic"]) == {"original", "nbl"}
+        assert all(said.endswith(f"with keys and values in {cache}") for said in bench["arithmetic"].values())
+        assert f"The engine {bench['arithmetic']['nbl']}." in (runs[precision] / "report.md").read_text()
+        assert bench["variants"]["nbl"]["model_bytes"] > 100_000
+
+
 def test_the_same_command_does_nothing(runs: dict[str, Path], asked: tuple[object, ...]) -> None:
     done = nbl(*asked, "--precision", "fp16", "--output", runs["fp16"])
     assert done.status == 0 and "bench: reused" in done.err
@@ -70,6 +79,7 @@ def test_generate_bench_and_inspect(runs: dict[str, Path]) -> None:
     caches = {Path(v["path"]).name: v["kv_cache_bytes_per_token"] for v in variants.values()}
     assert caches == {"model": 2 * 2 * 2 * 16, "original": 3 * 2 * 2 * 16}  # layers x 2 x heads x size, one byte
     assert all(v["engine"] == "openvino" and v["parameters"] for v in variants.values())
+    assert all("keys and values in 8 bits" in v["arithmetic"] for v in variants.values())
     assert "openvino" in nbl("inspect", run).out
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from nbl_export.engines.base import Availability, Capabilities, Room
 from nbl_export.engines.openvino.decoder import IrDecoder
 from nbl_export.engines.openvino.runner import OpenVinoRunner
-from nbl_export.engines.openvino.session import load_openvino
+from nbl_export.engines.openvino.session import Session, load_openvino
 from nbl_export.engines.ort.genai import default_threads
 from nbl_export.errors import NblError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
@@ -66,6 +66,13 @@ class OpenVinoEngine:
         """Number of physical cores this process may use, at least 1."""
         return default_threads()
 
+    def arithmetic(self, directory: Path) -> str:
+        """The types that the plugin chooses for a directory; loads the model."""
+        session = Session(directory)
+        said = session.arithmetic.spoken()
+        session.close()
+        return said
+
     def open_runner(self, directory: Path, threads: int | None = None, room: Room | None = None) -> OpenVinoRunner:
         """A text runner on an IR directory; `room` has no effect."""
         return OpenVinoRunner(directory, threads or default_threads())
@@ -77,10 +84,6 @@ class OpenVinoEngine:
     def open_graph(self, directory: Path, spec: DecoderSpec, file: str | None = None) -> IrDecoder:
         """The graph with all logits, unless `file` names another, in the arithmetic that ships."""
         return IrDecoder(directory, file or _most_logits(directory))
-
-    def open_exact(self, directory: Path, file: str | None = None) -> IrDecoder:
-        """The same graph with the same constants, in float32."""
-        return IrDecoder(directory, file or _most_logits(directory), exact=True)
 
 
 OPENVINO = OpenVinoEngine()

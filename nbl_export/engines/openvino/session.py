@@ -29,6 +29,7 @@ from nbl_export.records.decoder import GraphContract, TensorInfo
 
 __all__ = ["Arithmetic", "Session", "load_openvino"]
 
+_TYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "u8": "8 bits", "u4": "4 bits"}
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "beam_idx")
 
 
@@ -53,7 +54,7 @@ class Arithmetic:
 
     def spoken(self) -> str:
         """In words, for reports."""
-        return f"computes in {self.inference}, keys and values in {self.cache}"
+        return f"computes in {_spoken(self.inference)}, with keys and values in {_spoken(self.cache)}"
 
 
 class Session:
@@ -153,6 +154,10 @@ class Session:
     def close(self) -> None:
         """Free the model and its states."""
         del self._request, self._compiled
+
+
+def _spoken(kind: str) -> str:
+    return _TYPES.get(kind, kind)
 
 
 def _contract(model: Any, path: Path) -> GraphContract:

@@ -48,6 +48,10 @@ class OrtEngine:
         """Number of physical cores this process may use, at least 1."""
         return genai.default_threads()
 
+    def arithmetic(self, directory: Path) -> str:
+        """Nothing: the graph's types say it."""
+        return ""
+
     def open_runner(self, directory: Path, threads: int | None = None, room: Room | None = None) -> GenaiRunner:
         """A text runner on a deployable directory; `room` has no effect."""
         return GenaiRunner(directory, threads)

@@ -136,6 +136,10 @@ class GpuEngine:
         """One thread, because the host only feeds the GPU."""
         return 1
 
+    def arithmetic(self, directory: Path) -> str:
+        """Nothing: the graph's types say it."""
+        return ""
+
     def open_runner(self, directory: Path, threads: int | None = None, room: Room | None = None) -> GenaiRunner:
         """A text runner on the directory's provider.
 

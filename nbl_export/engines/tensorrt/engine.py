@@ -100,6 +100,10 @@ class TensorRtEngine:
     def _advice(self) -> str:
         return "" if self.library.builds_without_gpu else f"; --engine {self.library.other} builds without a GPU"
 
+    def arithmetic(self, directory: Path) -> str:
+        """Nothing: the graph's types say it."""
+        return ""
+
     def open_runner(self, directory: Path, threads: int | None = None, room: Room | None = None) -> StaticRunner:
         """A text runner on a directory with a plan and engine.json; `threads` and `room` have no effect."""
         from nbl_export.engines.tensorrt.runner import open_session

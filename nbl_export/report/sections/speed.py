@@ -45,8 +45,10 @@ def _setting(report: Mapping[str, Any]) -> Paragraph:
     bench = report["bench"]
     given = {"last": "the last token alone"}.get(report["logits"], "all tokens")
     logits = f" Both give the logits of {given}." if report["logits"] else ""
+    said = list(dict.fromkeys(bench.get("arithmetic", {}).values()))  # of the original, then of NBL
+    arithmetic = f" The engine {' in the original, and '.join(said)}." if said else ""
     return Paragraph(
-        f"{bench['engine']} on {bench['provider']}, {words.listed(bench['threads'] or 'default')} threads. "
+        f"{bench['engine']} on {bench['provider']}, {words.listed(bench['threads'] or 'default')} threads.{arithmetic} "
         f"The two variants took turns, round by round. Speed was {background.spoken(bench['background'])}.{logits} "
         "In the name of a test, pp is prefill, tg is decode, and the number counts tokens. "
         "Depth is the number of tokens that the cache held before."

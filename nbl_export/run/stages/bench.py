@@ -53,7 +53,9 @@ def run(job: Job, out: Path) -> dict[str, Any]:
         )
     if result["background"]["busy"]:
         job.ui.say(f"  {background.spoken(result['background'])}")
-    write_json(out / BENCH_FILE, {**result, **limits_of(job, result)})
+    said = {subject: job.engine.arithmetic(directory) for subject, directory in directories.items()}
+    arithmetic = {"arithmetic": said} if any(said.values()) else {}
+    write_json(out / BENCH_FILE, {**result, **limits_of(job, result), **arithmetic})
     return {"status": verdict(job)}
 
 
