@@ -31,6 +31,7 @@ TABLES: Mapping[str, Callable[[Callable[[str], Any]], list[Sequence[str]]]] = {
     "precisions": speed.precisions,
     "peers": speed.peers,
     "openvino": ov.openvino,
+    "engines": ov.engines,
     "errors": proof.errors,
     "twins": proof.twins,
     "parity": proof.parity,
@@ -48,6 +49,7 @@ TABLES: Mapping[str, Callable[[Callable[[str], Any]], list[Sequence[str]]]] = {
     "stages": second.stages,
     "taken": second.taken,
     "job-speeds": second.job_speeds,
+    "shapes": second.shapes,
     "overhead": speed.overhead,
     "intervals": speed.intervals,
 }

@@ -29,3 +29,27 @@ def openvino(read: Read) -> Rows:
             interval = f"{found['low']:.2f} to {found['high']:.2f}"
             rows.append((precision, title, *pair, f"×{found['ratio']:.2f}", interval))
     return rows
+
+
+_PEERS = {"int8": "openvino-peers-int8", "int4": "openvino-peers-int4"}
+_DECODERS = {
+    "OV/original": "OpenVINO, `original/`", "OV/model": "OpenVINO, NBL",
+    "ORT/original": "ONNX Runtime, `original/`", "ORT/model": "ONNX Runtime, NBL",
+}  # fmt: skip
+
+
+def engines(read: Read) -> Rows:
+    """Tokens per second of both engines, all decoders in turn; the fastest of each column and precision is bold."""
+    tests = ("pp512", "pp2048", "tg32")
+    rows: Rows = [("precision", "decoder", "prefill 512", "prefill 2048", "decode"), "llrrr"]
+    for precision, name in _PEERS.items():
+        speeds = {(r["variant"], r["test"]): r["tokens_per_second_median"] for r in read(name)["rows"]}
+        best = {test: max(speeds[decoder, test] for decoder in _DECODERS) for test in tests}
+        for decoder, title in _DECODERS.items():
+            cells = []
+            for test in tests:
+                value = speeds[decoder, test]
+                shown = f"{value:,.0f}" if test != "tg32" else f"{value:.1f}"
+                cells.append(f"**{shown}**" if value == best[test] else shown)
+            rows.append((precision, title, *cells))
+    return rows
