@@ -45,6 +45,7 @@ TABLES: Mapping[str, Callable[[Callable[[str], Any]], list[Sequence[str]]]] = {
     "architectures": proof.architectures,
     "runtimes": proof.runtimes,
     "second": second.second,
+    "trained": second.trained,
     "bias": second.bias,
     "stages": second.stages,
     "taken": second.taken,

@@ -51,6 +51,19 @@ def bias(read: Read) -> Rows:
     return rows
 
 
+def trained(read: Read) -> Rows:
+    """Maps on the normed input of six layers of the second model: in closed form, and distilled."""
+    run = read("distill-qwen")["distill"]
+    rows: Rows = [("maps", "KL, held back", *_TEXTS.values()), "lr" + "r" * len(_TEXTS)]
+    steps = f"distilled, {run['steps']} steps, {run['seconds'] / 60:.0f} min"
+    for title, name, kl in (
+        ("closed form", "independent", run["held_kl"][0]),
+        (steps, "distilled", min(run["held_kl"])),
+    ):
+        rows.append((title, f"{kl:.3f}", *(_rise(run[name][text]) for text in _TEXTS)))
+    return rows
+
+
 def shapes(read: Read) -> Rows:
     """Calibrate and plan one layer at a time on random checkpoints of large shapes."""
     titles = (
