@@ -56,9 +56,10 @@ def trained(read: Read) -> Rows:
     run = read("distill-qwen")["distill"]
     rows: Rows = [("maps", "KL, held back", *_TEXTS.values()), "lr" + "r" * len(_TEXTS)]
     steps = f"distilled, {run['steps']} steps, {run['seconds'] / 60:.0f} min"
+    divergences = [kl for _, kl in run["held_kl"]]  # step, divergence
     for title, name, kl in (
-        ("closed form", "independent", run["held_kl"][0]),
-        (steps, "distilled", min(run["held_kl"])),
+        ("closed form", "independent", divergences[0]),
+        (steps, "distilled", min(divergences)),
     ):
         rows.append((title, f"{kl:.3f}", *(_rise(run[name][text]) for text in _TEXTS)))
     return rows
