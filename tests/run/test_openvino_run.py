@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ..command import TINY, assert_refused, nbl
+from ..command import TINY, assert_refused, in_new_process, nbl
 
 pytestmark = pytest.mark.usefixtures("short_parts")
 
@@ -26,7 +26,7 @@ def runs(asked: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) ->
     found = {}
     for precision in ("fp16", "int8"):
         output = tmp_path_factory.mktemp("openvino") / precision
-        done = nbl(*asked, "--precision", precision, "--output", output)
+        done = in_new_process(*asked, "--precision", precision, "--output", output)
         assert done.status == 0, done.err
         found[precision] = output
     return found
