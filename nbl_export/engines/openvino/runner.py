@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nbl_export.engines.continuation import continued
 from nbl_export.engines.openvino.facts import context_length
 from nbl_export.engines.openvino.session import Session
 from nbl_export.engines.static.tokenizer import Text
@@ -96,16 +97,4 @@ class OpenVinoRunner:
         return list(self._continuation(ids, new_tokens))
 
     def _continuation(self, ids: Sequence[int], new_tokens: int) -> Iterator[int]:
-        if not len(ids):
-            raise NblError("the prompt is empty: give at least one word")
-        if len(ids) >= self.context_length:
-            raise NblError(
-                f"the prompt has {len(ids)} tokens and {self.directory} takes {self.context_length}, "
-                f"the answer included: shorten the prompt"
-            )
-        self.begin(len(ids) + new_tokens)
-        chunk: Sequence[int] = ids
-        for _ in range(self._capacity - len(ids)):
-            self.append(chunk)
-            chunk = [self.pick()]
-            yield chunk[0]
+        return continued(self, self.directory, ids, new_tokens, self.context_length)

@@ -45,6 +45,7 @@ import numpy as np
 import psutil
 
 from nbl_export.engines.base import Room
+from nbl_export.engines.continuation import continued
 from nbl_export.engines.ort.opening import open_model
 from nbl_export.engines.ort.settings import GenaiSettings, short
 from nbl_export.errors import MissingPackageError, NblError
@@ -250,19 +251,7 @@ class GenaiRunner:
         return list(self._continuation(ids, new_tokens))
 
     def _continuation(self, ids: Sequence[int], new_tokens: int) -> Iterator[int]:
-        if not len(ids):
-            raise NblError("the prompt is empty: give at least one word")
-        if len(ids) >= self.settings.context_length:
-            raise NblError(
-                f"the prompt has {len(ids)} tokens and {self.directory} takes {self.settings.context_length}, "
-                f"the answer included: shorten the prompt"
-            )
-        self.begin(len(ids) + new_tokens)
-        chunk: Sequence[int] = ids
-        for _ in range(self._capacity - len(ids)):
-            self.append(chunk)
-            chunk = [self.pick()]
-            yield chunk[0]
+        return continued(self, self.directory, ids, new_tokens, self.settings.context_length)
 
 
 def _has_chat_template(directory: Path) -> bool:

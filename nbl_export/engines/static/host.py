@@ -18,6 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
+from nbl_export.engines.continuation import continued
 from nbl_export.engines.static.schedule import Rows, Step
 from nbl_export.engines.static.tokenizer import Text
 from nbl_export.errors import NblError
@@ -232,16 +233,5 @@ class StaticRunner:
         return list(self._continuation(ids, new_tokens))
 
     def _continuation(self, ids: Sequence[int], new_tokens: int) -> Iterator[int]:
-        if not len(ids):
-            raise NblError("the prompt is empty: give at least one word")
-        if len(ids) >= self._decoder.slots:
-            raise NblError(
-                f"the prompt has {len(ids)} tokens and {self.directory} takes {self._decoder.slots}, the answer "
-                "included: shorten the prompt, or export with a larger --max-seq-len"
-            )
-        self.begin(len(ids) + new_tokens)
-        chunk: Sequence[int] = ids
-        for _ in range(self._capacity - len(ids)):
-            self.append(chunk)
-            chunk = [self.pick()]
-            yield chunk[0]
+        advice = ", or export with a larger --max-seq-len"
+        return continued(self, self.directory, ids, new_tokens, self._decoder.slots, advice)
