@@ -240,16 +240,9 @@ def orders(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
         "drop": bed.prices(_dropped(maps), "residual", ours),
         "normed": bed.prices(bed.maps("normed", order.layers), "normed", ours),
         "normed without bias": bed.prices(
-            {i: lmmse.fit(about_zero(bed.moments["normed"][i]), i) for i in order.layers}, "normed", ours
+            {i: lmmse.fit(bed.moments["normed"][i], i, bias=False) for i in order.layers}, "normed", ours
         ),
     }  # fmt: skip
-
-
-def about_zero(moments: Any) -> Any:
-    """The moments as if all means were zero: their fit has no bias."""
-    import dataclasses
-
-    return dataclasses.replace(moments, x_sum=0 * moments.x_sum, y_sum=0 * moments.y_sum)
 
 
 def given(bed: Bed, named: Sequence[str], file: Path) -> dict[str, Any]:

@@ -19,7 +19,6 @@
     DIR/bench.json             bench
     DIR/report.{html,md,json}  report
     DIR/acceptance.{json,html,md} accept, on the target machine
-    DIR/nbl-checkpoint/        save-checkpoint
     DIR/checkpoint/            the stock safetensors checkpoint of a GGUF or NBL model
 
 A stage writes into a scratch directory, and its results are renamed into place. Before the renaming, the manifest drops

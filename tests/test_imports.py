@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "nbl_export"
 # A module of one place may import from places with a smaller number, and from its own.
 LEVELS = {
     "errors": 0, "files": 1, "records": 1, "trust": 2,
-    "parallel": 3, "text": 3, "graph": 3,
+    "parallel": 3, "text": 3, "graph": 3, "formats": 3,
     "model": 4, "cost": 4, "rewrite": 4, "engines": 4, "run_directory": 4,
     "decoders": 5, "calibrate": 5, "plan": 5, "distill": 5, "measure": 5,
     "verify": 6, "evaluation": 6, "report": 6, "acceptance": 6,
@@ -37,6 +37,7 @@ HEAVY = {
     "lm_eval": ("evaluation",),
     "openvino": ("graph.ir", "rewrite.openvino", "decoders.openvino", "engines.openvino"),
     "openvino_tokenizers": ("decoders.openvino",),
+    "gguf": ("formats", "model", "publish.base_model"),
     "nncf": ("rewrite.openvino",),
     "datasets": ("evaluation", "text.hub_rows"),
     "typer": ("cli",),

@@ -8,23 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from graph_bits import bits_of_graph
+from ir_bits import bits_of_ir
 from protocol import Decoder, serve
 
-from nbl_export.engines.ort.genai import GenaiRunner
+from nbl_export.engines.base import Room
+from nbl_export.run.deployed import available_engine, locate
+
+PACKAGES = {"ort": ("onnxruntime", "onnxruntime-genai"), "openvino": ("openvino",)}
 
 
 class Nbl(Decoder):
     def __init__(self, config: dict[str, Any]) -> None:
         directory = Path(config["model"])
-        self._runner = GenaiRunner(directory, config["threads"])
-        self._runner.begin(config["capacity"])
-        nominal, real = bits_of_graph(directory / "model.onnx")
+        found = locate(directory)
+        self._capacity = config["capacity"]
+        self._runner = available_engine(found).open_runner(directory, config["threads"], Room(self._capacity))
+        self._runner.begin(self._capacity)
+        nominal, real, logits = _ir_facts(directory) if found.engine == "openvino" else _graph_facts(directory)
         self.facts = {
+            "engine": found.engine,
             "weight_bits": nominal,
             "bits_per_weight": real,
-            "logits": "last" if (directory / "all_logits.onnx").is_file() else "all",
+            "logits": logits,
             "decode": "given tokens",
-            "versions": {n: importlib.metadata.version(n) for n in ("onnxruntime", "onnxruntime-genai")},
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES[found.engine]},
         }
 
     def start(self, ids: Sequence[int], room: int) -> None:
@@ -36,7 +43,17 @@ class Nbl(Decoder):
         self._runner.append(ids)
 
     def best(self) -> int:
-        return int(self._runner.last_logits().argmax())
+        return int(self._runner.pick())
+
+
+def _graph_facts(directory: Path) -> tuple[int, float, str]:
+    return *bits_of_graph(directory / "model.onnx"), "last" if (directory / "all_logits.onnx").is_file() else "all"
+
+
+def _ir_facts(directory: Path) -> tuple[int, float, str]:
+    import openvino
+
+    return *bits_of_ir(openvino.Core().read_model(directory / "openvino_model.xml")), "last"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ir_bits import bits_of_ir
 from protocol import Decoder, serve
 
 
@@ -34,7 +35,7 @@ class OpenVino(Decoder):
         self._pipeline = openvino_genai.LLMPipeline(str(directory), "CPU", scheduler_config=scheduler, **settings)
         core = openvino.Core()
         model = core.read_model(directory / "openvino_model.xml")
-        nominal, real = _bits(model)
+        nominal, real = bits_of_ir(model)
         compiled = core.compile_model(model, "CPU", settings)
         self.facts = {
             "weight_bits": nominal,
@@ -70,43 +71,6 @@ class OpenVino(Decoder):
         tensor, mask = self._ov.Tensor(ids_BT), self._ov.Tensor(np.ones_like(ids_BT))
         options = {"max_new_tokens": tokens, "ignore_eos": True, "do_sample": False}
         return self._pipeline.generate(self._genai.TokenizedInputs(tensor, mask), **options)
-
-
-def _bits(model: Any) -> tuple[int, float]:
-    """Nominal bits of most weights that a MatMul reads, and bits for each with scales and zero points."""
-    total, elements, seen = 0, 0, {}
-    for node in model.get_ops():
-        if node.get_type_name() != "MatMul":
-            continue
-        constants = _constants(node.input_value(1).get_node())
-        if not constants:
-            continue
-        sizes = [c.get_element_type().size * 8 if c.get_element_type().bitwidth == 0 else c.get_element_type().bitwidth
-                 for c in constants]  # fmt: skip
-        counts = [_count(c.get_output_shape(0)) for c in constants]
-        count = max(counts)
-        bits = sizes[counts.index(count)]
-        total += sum(s * n for s, n in zip(sizes, counts, strict=True))
-        elements += count
-        seen[bits] = seen.get(bits, 0) + count
-    return max(seen, key=lambda bits: seen[bits]), total / elements
-
-
-def _constants(node: Any) -> list[Any]:
-    """The constants that a value is computed from; none where anything else is."""
-    if node.get_type_name() == "Constant":
-        return [node]
-    if node.get_type_name() not in ("Convert", "Multiply", "Subtract", "Reshape", "Transpose"):
-        return []
-    parts = [_constants(value.get_node()) for value in node.input_values()]
-    return [c for part in parts for c in part] if all(parts) else []
-
-
-def _count(shape: Any) -> int:
-    count = 1
-    for size in shape:
-        count *= int(size)
-    return count
 
 
 if __name__ == "__main__":

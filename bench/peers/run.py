@@ -36,6 +36,7 @@ from table import against, print_table
 from nbl_export.engines.ort.genai import default_threads
 from nbl_export.measure.benchmark import machine
 from nbl_export.records.results import Scenario
+from nbl_export.run.deployed import is_model_directory
 
 PROMPT = "The capital of France is"
 SAID_TOKENS = 12
@@ -165,10 +166,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     for directory in options.directories:
-        if not all((directory / part / "model.onnx").is_file() for part in ("original", "model")):
-            parser.error(
-                f"{directory} has no original/model.onnx and model/model.onnx: give a finished run of the engine ort"
-            )
+        if not all(is_model_directory(directory / part) for part in ("original", "model")):
+            parser.error(f"{directory} has no decoder in original/ and model/: give a finished run")
     for file in options.gguf:
         if not file.is_file():
             parser.error(f"{file} is not a file")

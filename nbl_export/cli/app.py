@@ -98,7 +98,7 @@ def _main_job(chosen: dict[str, Any], output: Path, force: bool) -> None:
 
     defaults = {
         **engine_defaults(chosen.get("engine", "ort"), chosen.get("provider", "cpu")),
-        **({"tap": "normed"} if chosen.get("fit") == "distilled" else {}),
+        **({"tap": "normed"} if chosen.get("fit") == "distilled" or chosen.get("maps") == "linear" else {}),
     }
     if run_job(JobOptions(**{**defaults, **chosen}), output, ui(), force=force) is not None:
         print(output / REPORT_HTML)

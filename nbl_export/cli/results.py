@@ -37,20 +37,28 @@ def card(
         print(lay_out(directory, transformers_js))
 
 
-def save_checkpoint(
+def convert(
     directory: opt.Run,
-    output: Annotated[
-        Path | None, typer.Option(metavar="CHECKPOINT", help="A new directory; default: DIR/nbl-checkpoint.")
+    to: Annotated[
+        str, typer.Option("--to", metavar="FORM", help="transformers (also for vLLM), gguf, nemotron-nas or mlx.")
+    ],
+    output: Annotated[Path, typer.Option(metavar="TARGET", help="The new file or directory.")],
+    kind: Annotated[
+        str | None,
+        typer.Option("--type", metavar="TYPE", help="gguf: keep (the original's codes, default), f16, q8_0 or q4_0."),
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="gguf: a GGUF of the original; default: the run's own model.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Go on despite a failed verification.")] = False,
 ) -> None:
-    """Save the NBL torch model as a Hugging Face directory.
+    """Write the NBL model for transformers, llama.cpp, TensorRT-LLM or mlx-lm."""
+    from nbl_export.publish.convert import convert as write
 
-    It loads with `import nbl_export.hf` and AutoModelForCausalLM.
-    """
-    from nbl_export.publish.checkpoint import save
-
-    print(save(directory, output, make_ui(), force=force))
+    progress = make_ui()
+    for result in write(directory, to, output, progress, kind=kind, base=base, force=force):
+        progress.say(f"  {result.subject}: {result.metric}: {result.detail}")
+    print(output)
 
 
 def generate(
@@ -101,7 +109,7 @@ def doctor(as_json: opt.Json = False) -> None:
 
 COMMANDS = (
     ("card", card, False),
-    ("save-checkpoint", save_checkpoint, False),
+    ("convert", convert, False),
     ("generate", generate, False),
     ("inspect", inspect, False),
     ("doctor", doctor, False),

@@ -54,6 +54,8 @@ class Lesson:
 class TrainedMap(nn.Module):
     """x -> x W' + b. Training changes b, and either the whole W or a low-rank delta `up down`; `up` begins at zero.
 
+    A bias of zeros stays zero, because a map without a bias is to have none (`--maps linear`).
+
     rows: own `values` [B, ...] for each row of a batch, which give gradients of each row. None: all rows share one set.
     """
 
@@ -61,7 +63,12 @@ class TrainedMap(nn.Module):
         super().__init__()
         weight, self.rank = linear.weight.detach(), rank
         self.rows: Mapping[str, torch.Tensor] | None = None
-        self.bias = nn.Parameter(linear.bias.detach().clone())
+        bias = linear.bias.detach().clone()
+        self.biased = bool(bias.any())
+        if self.biased:
+            self.bias = nn.Parameter(bias)
+        else:
+            self.register_buffer("bias", bias)
         if not rank:
             self.weight = nn.Parameter(weight.clone())
             return
@@ -77,7 +84,9 @@ class TrainedMap(nn.Module):
 
     def values(self, whole: bool) -> dict[str, torch.Tensor]:
         """The trained tensors; with `whole`, the weight [D, D] that they make, and the bias."""
-        return {"weight": self.merged, "bias": self.bias} if whole else dict(self.named_parameters())
+        if not whole:
+            return dict(self.named_parameters())
+        return {"weight": self.merged, **({"bias": self.bias} if self.biased else {})}
 
     @torch.no_grad()
     def aim(self, gradient_DD: torch.Tensor) -> None:
@@ -100,7 +109,7 @@ class TrainedMap(nn.Module):
             out = nn.functional.linear(x_BTD, self.start) + torch.bmm(thin, self.rows["up"].mT)
         else:
             out = torch.bmm(x_BTD, self.rows["weight"].mT)
-        return out + self.rows["bias"][:, None]
+        return out + self.rows["bias"][:, None] if self.biased else out
 
 
 class Twin:

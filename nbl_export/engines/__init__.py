@@ -7,7 +7,7 @@ import importlib
 from nbl_export.engines.base import Engine
 from nbl_export.errors import UsageError
 
-__all__ = ["ENGINES", "load_engine"]
+__all__ = ["ENGINES", "RUNNERS", "load_engine"]
 
 ENGINES = {
     "ort": "nbl_export.engines.ort.engine:ORT",
@@ -17,20 +17,25 @@ ENGINES = {
 }
 
 
+# Engines that run files of `convert`, and make no decoders of a job.
+RUNNERS = {"llama.cpp": "nbl_export.engines.llama_cpp.engine:LLAMA_CPP"}
+
+
 def load_engine(name: str, provider: str = "cpu") -> Engine:
     """The engine of that name, for an execution provider of ONNX Runtime; loads no engine's libraries.
 
     Raises:
         UsageError: there is no such engine or provider.
     """
-    if name not in ENGINES:
-        raise UsageError(f"unknown engine {name!r}; engines are {', '.join(ENGINES)}")
+    known = {**ENGINES, **RUNNERS}
+    if name not in known:
+        raise UsageError(f"unknown engine {name!r}; engines are {', '.join(known)}")
     if provider != "cpu":
         if name != "ort":
             raise UsageError(f"--provider is for engine ort, not for {name}")
         from nbl_export.engines.ort.gpu import GpuEngine
 
         return GpuEngine(provider)
-    module, _, attribute = ENGINES[name].partition(":")
+    module, _, attribute = known[name].partition(":")
     found: Engine = getattr(importlib.import_module(module), attribute)
     return found

@@ -18,7 +18,7 @@ from torch import nn
 from nbl_export.model.blocks import PassThrough, block_modules, multiplier_of
 from nbl_export.records.plan import AffineMap
 
-__all__ = ["AffineAttention", "linearize", "replace_attention", "switched"]
+__all__ = ["AffineAttention", "linearize", "replace_attention", "replaced", "switched"]
 
 
 class AffineAttention(nn.Module):
@@ -84,6 +84,16 @@ def replace_attention(model: Any, modules: Mapping[int, AffineAttention], tap: s
         layer.self_attn = module.to(dtype=reference.dtype, device=reference.device)
         for name in norms:
             setattr(layer, name, nn.Identity())
+
+
+@contextlib.contextmanager
+def replaced(model: Any, maps: Mapping[int, AffineMap], tap: str) -> Iterator[None]:
+    """Within: a causal LM has maps in place of attention; it is as before afterwards."""
+    modules = {i: AffineAttention(affine, multiplier_of(model.config)) for i, affine in maps.items()}
+    for index, module in modules.items():
+        module.layer_idx = index
+    with switched(model.get_decoder(), modules, tap):
+        yield
 
 
 @contextlib.contextmanager

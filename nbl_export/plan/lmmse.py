@@ -2,6 +2,7 @@
 
 X are rows of a layer's input, Y of its attention output, Y+ = X + Y. With centred second moments
     W = Cyx (Cxx + lambda I)^-1,   b = E[Y] - W E[X]                       (LMMSE estimator)
+    W = Ryx (Rxx + lambda I)^-1,   b = 0,   R = E[y x'] not centred        (a map without a bias)
     W_k = V V' W,  V the top k eigenvectors of W Cxy                       (reduced-rank regression)
     bound = d - || L+^-1 C+x Lx^-T ||_F^2,  Cxx = Lx Lx', C++ = L+ L+'     (CCA, without an SVD)
 Source: Erdogan, Tonin, Cevher, "Efficient Large Language Model Inference with Neural Block
@@ -16,7 +17,7 @@ from nbl_export.errors import NblError
 from nbl_export.records.moments import Moments
 from nbl_export.records.plan import AffineMap, LayerScore
 
-__all__ = ["EXPLAINED", "RIDGE", "fit", "score"]
+__all__ = ["EXPLAINED", "RIDGE", "fit", "fold_bias", "score"]
 
 # Relative to mean(diag Cxx). Large enough for a rank-deficient Cxx in float64, too small to bias a fit.
 RIDGE = 1e-6
@@ -26,26 +27,40 @@ RIDGE = 1e-6
 EXPLAINED = 0.999
 
 
-def fit(moments: Moments, layer: int, ridge: float = RIDGE, rank: int | str | None = None) -> AffineMap:
-    """The LMMSE affine map of a layer, or the best map of a given rank.
+def fit(
+    moments: Moments, layer: int, ridge: float = RIDGE, rank: int | str | None = None, *, bias: bool = True
+) -> AffineMap:
+    """The LMMSE map of a layer, or the best map of a given rank.
 
     Args:
+        bias: False for the best map whose bias is zero.
         rank: None for the full map; "auto" for the smallest rank that keeps `EXPLAINED` of the output's variance, or
             the full map if two thin products would not be cheaper than a square product.
 
     Raises:
         NblError: the statistics hold NaN or infinity, or X does not vary.
     """
-    mean_x, mean_y, cxx, cyx, _ = moments.centred()
+    mean_x, mean_y, cxx, cyx, _ = (moments if bias else moments.about_zero()).centred()
     weight = _solve(cxx, cyx, layer, ridge)
     up = None if rank is None else _leading(weight @ cyx.T, rank)
     if up is None:
         return AffineMap(weight.float().numpy(), (mean_y - weight @ mean_x).float().numpy())
     down = up.T @ weight
-    bias = (mean_y - up @ (down @ mean_x)).float().numpy()
+    offset = (mean_y - up @ (down @ mean_x)).float().numpy()
     if 2 * up.shape[1] >= up.shape[0]:
-        return AffineMap((up @ down).float().numpy(), bias)
-    return AffineMap.factored(up.float().numpy(), down.float().numpy(), bias)
+        return AffineMap((up @ down).float().numpy(), offset)
+    return AffineMap.factored(up.float().numpy(), down.float().numpy(), offset)
+
+
+def fold_bias(affine: AffineMap, moments: Moments, layer: int, ridge: float = RIDGE) -> AffineMap:
+    """The map without a bias that is nearest to an affine one in the mean square over the calibration rows.
+
+    W' = W + b E[x]' (Rxx + lambda I)^-1. For the closed-form map, this is the closed-form map without a bias.
+    """
+    mean_x, rxx = moments.x_sum / moments.count, moments.xx / moments.count
+    share = torch.cholesky_solve(mean_x[:, None], _cholesky(rxx, layer, ridge))[:, 0]
+    weight = torch.from_numpy(affine.weight).double() + torch.outer(torch.from_numpy(affine.bias).double(), share)
+    return AffineMap(weight.float().numpy(), torch.zeros(len(affine.bias)).numpy())
 
 
 def _leading(explained: torch.Tensor, rank: int | str) -> torch.Tensor | None:
@@ -64,13 +79,11 @@ def _leading(explained: torch.Tensor, rank: int | str) -> torch.Tensor | None:
     return vectors[:, : int(rank)] if int(rank) < size else None
 
 
-def score(moments: Moments, layer: int, ridge: float = RIDGE) -> LayerScore:
-    """Bound and calibration errors of a layer's map."""
+def score(moments: Moments, layer: int, ridge: float = RIDGE, *, bias: bool = True) -> LayerScore:
+    """Bound and calibration errors of a layer's map; `bias` as in `fit`. Errors are relative to centred moments."""
     _, _, cxx, cyx, cyy = moments.centred()
-    weight = _solve(cxx, cyx, layer, ridge)
+    error = _error((moments if bias else moments.about_zero()).centred()[2:], layer, ridge)
     c_plus = cxx + cyx + cyx.T + cyy
-    # tr(Cyy - W Cxy - Cyx W' + W Cxx W') holds for every W; at the exact minimum it is tr(Cyy - W Cxy).
-    error = (cyy.trace() - 2 * (weight * cyx).sum() + ((weight @ cxx) * weight).sum()).clamp_min(0)
     size = cxx.shape[0]
     lower_x = _cholesky(cxx, layer, ridge)
     lower_plus = _cholesky(c_plus, layer, ridge)
@@ -78,6 +91,14 @@ def score(moments: Moments, layer: int, ridge: float = RIDGE) -> LayerScore:
     coherence = torch.linalg.solve_triangular(lower_x, half.T, upper=False)
     bound = max(0.0, size - coherence.square().sum().item())
     return LayerScore(layer, bound, _ratio(error, cyy.trace()), _ratio(error, c_plus.trace()))
+
+
+def _error(second: tuple[torch.Tensor, torch.Tensor, torch.Tensor], layer: int, ridge: float) -> torch.Tensor:
+    """Mean squared error of the map that is fitted to these second moments."""
+    cxx, cyx, cyy = second
+    weight = _solve(cxx, cyx, layer, ridge)
+    # tr(Cyy - W Cxy - Cyx W' + W Cxx W') holds for every W; at the exact minimum it is tr(Cyy - W Cxy).
+    return (cyy.trace() - 2 * (weight * cyx).sum() + ((weight @ cxx) * weight).sum()).clamp_min(0)
 
 
 def _ratio(part: torch.Tensor, whole: torch.Tensor) -> float:

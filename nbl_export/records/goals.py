@@ -116,6 +116,10 @@ def check_request(options: JobOptions) -> None:
     rank = read_rank(options.rank)
     if rank is not None and options.fit in ("drop", "distilled"):
         raise UsageError(f"--rank is for maps fitted in closed form; leave out --rank or --fit {options.fit}")
+    if not options.has_bias and options.tap != "normed":
+        raise UsageError(f"--maps {options.maps} acts on the normed input; add --tap normed")
+    if not options.has_bias and options.fit == "drop":
+        raise UsageError(f"--fit drop has no maps; leave out --maps {options.maps} or --fit drop")
 
 
 def check_size(options: JobOptions, spec: DecoderSpec) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,10 @@ class Moments:
     xx: torch.Tensor  # [D, D] X'X
     yx: torch.Tensor  # [D, D] Y'X
     yy: torch.Tensor  # [D, D] Y'Y
+
+    def about_zero(self) -> Moments:
+        """The moments as if all means were zero. A map fitted to these has no bias."""
+        return dataclasses.replace(self, x_sum=torch.zeros_like(self.x_sum), y_sum=torch.zeros_like(self.y_sum))
 
     def centred(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Means of X and Y, and Cxx, Cyx, Cyy."""

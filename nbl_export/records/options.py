@@ -10,7 +10,7 @@ from typing import Any
 
 from nbl_export.records.from_json import read_record, require
 from nbl_export.records.option import MAIN, option, options_of
-from nbl_export.records.plan import TAPS
+from nbl_export.records.plan import MAPS, TAPS
 
 __all__ = ["DTYPES", "FITS", "OF_CALIBRATE", "SELECTS", "SELF", "JobOptions", "describe_command"]
 
@@ -73,6 +73,10 @@ class JobOptions:
     tap: str = option(
         "residual", "What a map is applied to: residual (default) or normed (default of --fit distilled).", _REPLACED,
         "main calibrate plan", metavar="TAP",
+    )  # fmt: skip
+    maps: str = option(
+        "affine", "affine (matrix and bias, default), or linear (matrix alone on the normed input, as llama.cpp and "
+        "Nemotron-NAS checkpoints need).", _REPLACED, "main plan", metavar="KIND",
     )  # fmt: skip
     token_table: bool = option(True, "Replace leading linearized layers by a per-token lookup table.", _REPLACED, "")
     distill_minutes: float | None = option(
@@ -182,6 +186,7 @@ class JobOptions:
             require(all(high is None or v <= high for v in numbers), f"--{name.replace('_', '-')} is {high} at most")
             require(not said.numbers or value is None or len(numbers) > 0, f"{name} needs a number")
         require(self.tap in TAPS, f"--tap is {' or '.join(TAPS)}, not {self.tap!r}")
+        require(self.maps in MAPS, f"--maps is {' or '.join(MAPS)}, not {self.maps!r}")
         require(self.compute_dtype in DTYPES, f"--compute-dtype is {', '.join(DTYPES)}, not {self.compute_dtype!r}")
         require(self.select in (None, *SELECTS), f"--select is {', '.join(SELECTS)}, not {self.select!r}")
         require(self.fit in FITS, f"--fit is {', '.join(FITS)}, not {self.fit!r}")
@@ -189,6 +194,11 @@ class JobOptions:
         require(alone, "--calibration self reads no text: give it alone (a file of that name is ./self)")
         require((self.distill_minutes or 1) > 0, "--distill-minutes is more than 0")
         require(self.logits in (None, "last", "all"), f"logits are of the last token or all, not {self.logits!r}")
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether maps are fitted with a bias."""
+        return self.maps == "affine"
 
     @property
     def kept_logits(self) -> str:

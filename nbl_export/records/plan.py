@@ -10,7 +10,7 @@ import numpy as np
 
 from nbl_export.records.from_json import require
 
-__all__ = ["TAPS", "AffineMap", "LayerScore", "Plan", "layers_below", "spoken_layers", "zero_map"]
+__all__ = ["MAPS", "TAPS", "AffineMap", "LayerScore", "Plan", "layers_below", "spoken_layers", "zero_map"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class AffineMap:
             )
             require(same, "the factors are not of this weight")
 
+    @property
+    def has_bias(self) -> bool:
+        """Whether b is not zero. Graphs add no bias of zeros."""
+        return bool(self.bias.any())
+
     @classmethod
     def factored(cls, up: np.ndarray, down: np.ndarray, bias: np.ndarray) -> AffineMap:
         """The map whose weight is up down."""
@@ -82,6 +87,10 @@ def layers_below(replaced: Collection[int]) -> range:
 # Input of a map. residual: the residual stream before the layer's norm, as in the paper's reference code. normed: the
 # layer's normed input, well conditioned, and expected by engines that know linear-replaced attention.
 TAPS = ("residual", "normed")
+
+
+# affine: x W' + b, the method as published. linear: x W' of the normed input, for formats that store no bias.
+MAPS = ("affine", "linear")
 
 
 @dataclass(frozen=True)

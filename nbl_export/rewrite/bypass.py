@@ -3,7 +3,7 @@
     before   x -- norm -- qkv -- GroupQueryAttention -- o_proj -+      after   x -- MatMul(W') -- Add(b) -+
              x -------------------------------------------- join                x -------------------- join
 
-A map of low rank is two products: MatMul(down') -- MatMul(up') -- Add(b).
+A map of low rank is two products: MatMul(down') -- MatMul(up') -- Add(b). A map without a bias has no Add.
 This pass removes no nodes, because exporters share rotary tables, masks and shape values across layers. The old block
 only loses its reader (see `drop_caches` and `sweep`). Refuses a join that `anatomy` cannot find.
 """
@@ -55,6 +55,8 @@ def _map_nodes(
         weight = add_initializer(graph, f"{names}.{name}", np.ascontiguousarray(matrix.T), dtype)
         nodes.append(ir.node("MatMul", [value, weight], name=f"{prefix}/{_PRODUCTS[name]}"))
         value = _describe_output(nodes[-1], block.residual, matrix.shape[0], dtype)
+    if not affine.has_bias:
+        return nodes
     bias = add_initializer(graph, f"{names}.bias", affine.bias, dtype)
     nodes.append(ir.node("Add", [value, bias], name=f"{prefix}/Add"))
     _describe_output(nodes[-1], block.residual, affine.bias.shape[0], dtype)

@@ -21,6 +21,7 @@ from nbl_export.engines.openvino.facts import read_ir_facts
 from nbl_export.engines.ort.settings import GenaiSettings
 from nbl_export.engines.tensorrt.record import RECORD_FILE, read_record
 from nbl_export.errors import CorruptError, NblError
+from nbl_export.formats.gguf.facts import read_gguf_facts
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE, IR_FILE
 from nbl_export.graph.sizes import read_graph_facts
 from nbl_export.records.options import JobOptions
@@ -146,6 +147,9 @@ def _describe(located: Located) -> _Decoder:
         itemsize = OPENVINO.capabilities.cache_itemsize(facts.precision)
         cache = facts.cache_elements_per_token * itemsize
         return _Decoder(located, facts.vocab_size, facts.context_length, cache, facts.parameters)
+    if path.suffix == ".gguf":
+        sizes = read_gguf_facts(path)
+        return _Decoder(located, sizes.vocab_size, sizes.context_length, sizes.cache_bytes_per_token, sizes.parameters)
     settings = GenaiSettings.read(path)
     graph = read_graph_facts(path / GRAPH_FILE, _head_dim(path / GENAI_CONFIG))
     return _Decoder(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ from nbl_export.engines.ort.gpu import provider_of
 from nbl_export.engines.tensorrt.record import RECORD_FILE, read_record
 from nbl_export.errors import NblError
 from nbl_export.graph.names import GENAI_CONFIG, IR_FILE, MANIFEST
+from nbl_export.model.checkpoint.nbl import GIVEN_FIT
 from nbl_export.plan.maps_file import load_maps
-from nbl_export.records.options import JobOptions
+from nbl_export.records.options import JobOptions, describe_command
 from nbl_export.records.plan import AffineMap
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
@@ -23,7 +25,7 @@ from nbl_export.run_directory import MAPS_FILE, RunDirectory
 from nbl_export.trust.contained import refuse_links_out
 from nbl_export.trust.plain_files import refuse_special
 
-__all__ = ["Located", "available_engine", "is_model_directory", "locate", "open_finished", "open_for_text"]
+__all__ = ["Finished", "Located", "available_engine", "is_model_directory", "locate", "open_finished", "open_for_text"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class Located:
 
 
 def is_model_directory(directory: Path) -> bool:
-    """Whether a directory holds a decoder itself."""
+    """Whether a directory holds a decoder itself, or a path is a GGUF file."""
+    if directory.suffix == ".gguf" and directory.is_file():
+        return True
     return any((directory / name).is_file() for name in (GENAI_CONFIG, RECORD_FILE, IR_FILE))
 
 
@@ -58,7 +62,7 @@ def locate(directory: Path, *, original: bool = False, force: bool = False) -> L
         CorruptError: a file is missing or has changed since it was written.
     """
     refuse_special(directory)
-    if is_model_directory(directory):
+    if directory.is_dir() and is_model_directory(directory):
         refuse_links_out(directory)
     if (directory / GENAI_CONFIG).is_file():
         return Located(directory, "ort", provider_of(directory))
@@ -66,10 +70,8 @@ def locate(directory: Path, *, original: bool = False, force: bool = False) -> L
         return Located(directory, read_record(directory).engine)
     if (directory / IR_FILE).is_file():
         return Located(directory, "openvino")
-    if directory.suffix == ".gguf":
-        raise NblError(
-            f"{directory} is for llama.cpp; bench/peers in this project's repository compares llama.cpp with its graphs"
-        )
+    if directory.suffix == ".gguf" and directory.is_file():
+        return Located(directory, "llama.cpp")
     if not (directory / MANIFEST).is_file():
         raise NblError(f"{directory} is neither a run directory nor a model directory; nbl-export --output makes one")
     run = RunDirectory.peek(directory)
@@ -100,20 +102,67 @@ def available_engine(located: Located) -> Any:
     return engine
 
 
-@dataclass(frozen=True)
 class Finished:
-    """A verified run: the original torch model, and the maps that replace its attention."""
+    """A verified run: the maps that replace attention, and the original model and its texts, loaded at first use."""
 
-    run: RunDirectory
-    model: Any
-    checkpoint: Path
-    maps: Mapping[int, AffineMap]
-    tap: str
+    def __init__(self, job: Job, maps: Mapping[int, AffineMap]) -> None:
+        self._job = job
+        self.run: RunDirectory = job.run
+        self.maps = maps
+        self.tap = job.plan.tap
+        self.fit = str(job.options.fit)
+
+    @property
+    def source(self) -> Any:
+        """The `checkpoint.Source` of the original."""
+        return self._job.source
+
+    @property
+    def checkpoint(self) -> Path:
+        """A directory with the original's safetensors and tokenizer."""
+        return self._job.checkpoint
+
+    @property
+    def model(self) -> Any:
+        """The original torch model.
+
+        Raises:
+            NblError: it is not available, or is only a graph.
+        """
+        return self._job.model
+
+    @property
+    def windows(self) -> Any:
+        """Token ids [windows, context] that the run calibrated on.
+
+        Raises:
+            NblError: the text is not available, or has changed.
+        """
+        return self._job.windows[0]
+
+    @property
+    def unseen(self) -> Any:
+        """Token ids [windows, context] that neither fitted nor chose anything."""
+        return self._job.held_back.final
+
+    @property
+    def original_is_gone(self) -> bool:
+        """Whether the run was made of an NBL checkpoint, which lacks the attention that maps replace."""
+        return self.fit == GIVEN_FIT
+
+    @property
+    def remake(self) -> str:
+        """The command that makes a run with maps without a bias."""
+        options = dataclasses.replace(
+            self._job.options, maps="linear", tap="normed", layers=",".join(map(str, self._job.plan.replaced)),
+            max_perplexity_increase=None, target_speedup=None, kv_budget=None,
+        )  # fmt: skip
+        return describe_command(options, Path("LINEAR"))
 
 
 @contextlib.contextmanager
 def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Finished]:
-    """The run in `output` with its torch model. The run is locked in the context.
+    """The run in `output`. The run is locked in the context.
 
     Args:
         force: go on although verification failed.
@@ -132,4 +181,4 @@ def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Fini
                 run.check(stage)
         job = Job(located(JobOptions.from_json(run.manifest["options"]), run), run, ui)
         maps = load_maps(run.path / MAPS_FILE, job.plan.replaced)
-        yield Finished(run, job.model, job.checkpoint, maps, job.plan.tap)
+        yield Finished(job, maps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nbl_export.engines import ENGINES, load_engine
+from nbl_export.engines import ENGINES, RUNNERS, load_engine
 from nbl_export.engines.providers import PROVIDERS
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.report.page import codes_of
@@ -67,7 +67,7 @@ def _size(path: Path) -> int | None:
 
 def examine_engines() -> dict[str, Any]:
     """Availability of every engine and provider, with the reason if one is not available."""
-    engines = {name: (load_engine(name), load_engine(name).probe()) for name in ENGINES}
+    engines = {name: (load_engine(name), load_engine(name).probe()) for name in (*ENGINES, *RUNNERS)}
     for flag in PROVIDERS:
         engine = load_engine("ort", flag)
         engines[f"ort --provider {flag}"] = engine, engine.probe_run()

@@ -90,7 +90,7 @@ def adapt_to_maps(options: JobOptions, source: Any) -> JobOptions:
     """
     if source.linearized is None:
         if options.fit == GIVEN_FIT:
-            raise UsageError(f"--fit {GIVEN_FIT} is for a checkpoint with maps (nbl-export save-checkpoint)")
+            raise UsageError(f"--fit {GIVEN_FIT} is for a checkpoint with maps (nbl-export convert)")
         return options
     tap = source.linearized.tap
     if options.fit in ("distilled", "drop"):

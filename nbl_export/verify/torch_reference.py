@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ import numpy as np
 import torch
 
 from nbl_export.graph.nbits import StoredMatrix
-from nbl_export.model.blocks import multiplier_of
-from nbl_export.model.linearize import AffineAttention, linearize, switched
+from nbl_export.model.linearize import linearize, replaced
 from nbl_export.model.torch_matrices import Fidelity, give, give_floats, look_up, nearest_maps
 from nbl_export.records.plan import AffineMap
 from nbl_export.verify.ladder import Probe, shown_positions
@@ -44,18 +42,8 @@ def references(
         known: the reference of the original model, if it is known; the original model then does not run.
     """
     original = make_reference(model, probe) if known is None else known
-    with _mapped(model, maps, tap):
+    with replaced(model, maps, tap):
         return {"original": original, "nbl": make_reference(model, probe)}
-
-
-@contextlib.contextmanager
-def _mapped(model: Any, maps: Mapping[int, AffineMap], tap: str) -> Iterator[None]:
-    """Within: the model has maps in place of attention."""
-    modules = {i: AffineAttention(affine, multiplier_of(model.config)) for i, affine in maps.items()}
-    for index, module in modules.items():
-        module.layer_idx = index
-    with switched(model.get_decoder(), modules, tap):
-        yield
 
 
 def references_with_codes(
@@ -121,7 +109,7 @@ def noise_with_maps(
     model: Any, maps: Mapping[int, AffineMap], tap: str, probe: Probe, subject: str, reference: Reference
 ) -> Reference:
     """A reference of `references` with its noise. The model is unchanged afterwards."""
-    with _mapped(model, maps if subject == "nbl" else {}, tap):
+    with replaced(model, maps if subject == "nbl" else {}, tap):
         return with_noise(model, probe, reference)
 
 

@@ -201,7 +201,8 @@ def test_options_of_a_finished_run_stay_possible(graph_run: Path, finished: Path
     before = snapshot(run)
     assert_refused(nbl("rewrite", run, "--precision", "int4"), 2, "--precision int4")
     assert_refused(nbl("plan", run, "--select", "greedy"), 2, "--select greedy")
-    assert_refused(nbl("save-checkpoint", run), 1, "is an ONNX graph")
+    asked = ("--to", "transformers", "--output", run.with_name("saved"))
+    assert_refused(nbl("convert", run, *asked), 1, "is an ONNX graph")
     assert snapshot(run) == before
     other = Path(shutil.copytree(finished, tmp_path / "torch"))
     assert_refused(nbl("rewrite", other, "--decoder-source", "given"), 2, "--decoder-source given")

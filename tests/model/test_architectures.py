@@ -145,7 +145,7 @@ def test_a_saved_checkpoint_is_the_linearized_model(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    from nbl_export.model.hf_classes import save_linearized
+    from nbl_export.model.saved.hf_classes import save_linearized
 
     directory, maps = checkpoint(architecture), random_maps(0, 2)
     save_linearized(load_model(directory), directory, maps, "residual", tmp_path / "saved")

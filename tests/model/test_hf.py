@@ -33,7 +33,7 @@ def test_a_saved_checkpoint_is_the_linearized_model(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    from nbl_export.model.hf_classes import save_linearized
+    from nbl_export.model.saved.hf_classes import save_linearized
 
     directory, maps = checkpoint(architecture), random_maps(0, 2)
     save_linearized(load_model(directory), directory, maps, tap, tmp_path / "saved")
@@ -51,42 +51,46 @@ def test_a_saved_checkpoint_is_the_linearized_model(
     assert config["architectures"] == [f"Nbl{kind.capitalize()}ForCausalLM"] and "auto_map" not in config
 
 
+SAVE = ("convert", "--to", "transformers", "--output")
+
+
 def test_the_command_and_a_fresh_process(run: Path, tmp_path: Path) -> None:
-    done = nbl("save-checkpoint", run)
-    assert (done.status, done.out) == (0, f"{run / 'nbl-checkpoint'}\n"), done.err
+    saved = tmp_path / "new" / "place"
+    done = nbl(*SAVE, saved, run)
+    assert (done.status, done.out) == (0, f"{saved}\n"), done.err
     code = (
-        "import sys, torch, nbl_export.model.hf_classes\nfrom transformers import AutoModelForCausalLM\n"
+        "import sys, torch, nbl_export.model.saved.hf_classes\nfrom transformers import AutoModelForCausalLM\n"
         "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()\n"
         "torch.save(m(torch.arange(2, 40)[None], use_cache=False).logits.detach(), sys.argv[2])\n"
     )
-    command = [sys.executable, "-c", code, str(run / "nbl-checkpoint"), str(tmp_path / "logits.pt")]
+    command = [sys.executable, "-c", code, str(saved), str(tmp_path / "logits.pt")]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     manifest = json.loads((run / "nbl.json").read_text())
     model = load_model(Path(manifest["places"]["model"]))
     expected = linearize(model, load_maps(run / "maps.safetensors", manifest["replaced_layers"]), manifest["tap"])
     with torch.inference_mode():
         assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected(IDS, use_cache=False).logits)
-    assert nbl("save-checkpoint", run, "--output", tmp_path / "new" / "place").status == 0
-    assert (tmp_path / "new" / "place" / "model.safetensors").is_file()
     assert not [p.name for p in run.iterdir() if p.name.startswith(".tmp-")]
 
 
 def test_what_is_there_is_not_overwritten(run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
-    assert_refused(nbl("save-checkpoint", run, "--output", tmp_path / "mine"), 1, tmp_path / "mine", "already")
+    assert_refused(nbl(*SAVE, tmp_path / "mine", run), 1, tmp_path / "mine", "already")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["file"]
 
 
 def test_what_failed_verification_is_not_saved_unless_forced(run: Path) -> None:
     manifest = json.loads((run / "nbl.json").read_text())
     (run / "nbl.json").write_text(json.dumps({**manifest, "status": "failed"}))
-    assert_refused(nbl("save-checkpoint", run), 1, run, "failed verification", "--force")
-    assert nbl("save-checkpoint", run, "--force").status == 0
+    saved = run.with_name("saved")
+    assert_refused(nbl(*SAVE, saved, run), 1, run, "failed verification", "--force")
+    assert not saved.exists()
+    assert nbl(*SAVE, saved, run, "--force").status == 0
 
 
 def test_a_configuration_that_contradicts_itself() -> None:
-    from nbl_export.model.hf_classes import CLASSES
+    from nbl_export.model.saved.hf_classes import CLASSES
 
     config_class, model_class = CLASSES["llama"]
 
@@ -100,7 +104,7 @@ def test_a_configuration_that_contradicts_itself() -> None:
 def test_an_architecture_without_a_class(tmp_path: Path) -> None:
     from types import SimpleNamespace
 
-    from nbl_export.model.hf_classes import save_linearized
+    from nbl_export.model.saved.hf_classes import save_linearized
 
     with pytest.raises(NblError, match="no NBL checkpoint of architecture other; there are llama, mistral"):
         save_linearized(SimpleNamespace(config=SimpleNamespace(model_type="other")), tmp_path, {}, "residual", tmp_path)

@@ -34,8 +34,8 @@ RECORDS = {"mistral-window": "mistral", "gemma3": "gemma3_text"}  # where it is 
 def saved(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The NBL checkpoint of the finished run. Never write to it."""
     run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("source") / "run"))
-    assert nbl("save-checkpoint", run).status == 0
-    return run / "nbl-checkpoint"
+    assert nbl("convert", run, "--to", "transformers", "--output", run.with_name("nbl-checkpoint")).status == 0
+    return run.with_name("nbl-checkpoint")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def again(saved: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def _linearized(directory: Path, tap: str, make: Callable[..., dict[int, AffineMap]], out: Path) -> Path:
-    from nbl_export.model.hf_classes import save_linearized
+    from nbl_export.model.saved.hf_classes import save_linearized
 
     save_linearized(load.load_model(directory), directory, make(*LAYERS), tap, out)
     return out
@@ -84,7 +84,7 @@ def test_the_stock_model_with_the_maps_is_what_was_saved(
 
 
 def test_the_job_makes_the_graph_that_the_checkpoint_came_from(saved: Path, again: Path) -> None:
-    first = saved.parent
+    first = saved.with_name("run")
     for name in ("model.onnx", "model.onnx.data"):
         digests = [hashlib.sha256((run / "model" / name).read_bytes()).hexdigest() for run in (first, again)]
         assert digests[0] == digests[1], name
@@ -128,8 +128,8 @@ def test_a_run_on_it_saves_the_same_checkpoint_and_is_reused(
     for arguments in (("--model", saved, "--calibration", text, *BARE, "--output"), (*BARE[:2], *recorded)):
         done = nbl(*arguments, run)
         assert done.status == 0 and "verify: reused" in done.err, done.err
-    assert nbl("save-checkpoint", run).status == 0
-    tensors = [load_file(d / "model.safetensors") for d in (saved, run / "nbl-checkpoint")]
+    assert nbl("convert", run, "--to", "transformers", "--output", run.with_name("nbl-checkpoint")).status == 0
+    tensors = [load_file(d / "model.safetensors") for d in (saved, run.with_name("nbl-checkpoint"))]
     assert tensors[0].keys() == tensors[1].keys()
     assert all(np.array_equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 
@@ -170,7 +170,7 @@ def test_its_graph_can_be_evaluated(again: Path, text: Path, tmp_path: Path) -> 
 
 def test_the_fit_given_is_for_such_a_checkpoint_alone(same: tuple[object, ...], tmp_path: Path) -> None:
     assert_refused(
-        nbl(*same[:4], *BARE, "--fit", "given", "--output", tmp_path / "run"), 2, "--fit given", "save-checkpoint"
+        nbl(*same[:4], *BARE, "--fit", "given", "--output", tmp_path / "run"), 2, "--fit given", "nbl-export convert"
     )
     assert not (tmp_path / "run").exists()
 

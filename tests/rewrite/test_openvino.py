@@ -22,7 +22,7 @@ from nbl_export.records.plan import AffineMap, Plan
 from nbl_export.rewrite import prune_directory, rewrite
 from nbl_export.verify.forms import ir_files
 
-from ..tiny import LAYERS, VOCAB, made_by, random_map
+from ..tiny import HIDDEN, LAYERS, VOCAB, made_by, random_map
 
 SUBSETS = [s for n in (1, 2) for s in itertools.combinations(range(LAYERS), n)]
 IDS = np.random.default_rng(3).integers(2, VOCAB, (2, 40))
@@ -154,6 +154,20 @@ def test_a_map_of_low_rank_is_two_products(
     rewrite(source, tmp_path / "model", Plan(LAYERS, (1,)), maps)
     assert ir_files.check_ir_maps("nbl", tmp_path / "model", maps).passed
     assert not ir_files.check_ir_maps("nbl", tmp_path / "model", {1: random_map(1)}).passed
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_a_map_without_a_bias_has_no_addition(
+    pair: Callable[..., tuple[Path, Path]], checkpoint: Callable[[str], Path], tmp_path: Path, precision: str
+) -> None:
+    source, _ = pair("llama", (1,), precision)
+    maps = {1: AffineMap(random_map(1).weight, np.zeros(HIDDEN, np.float32))}
+    rewrite(source, tmp_path / "model", Plan(LAYERS, (1,), "normed"), maps)
+    names = {n.get_friendly_name() for n in read_ir(tmp_path / "model").get_ops()}
+    assert "/nbl/layers.1/MatMul" in names and "/nbl/layers.1/Add" not in names
+    assert away(checkpoint("llama"), source, tmp_path / "model", maps, "normed") < 1e-4
+    assert ir_files.check_ir_maps("nbl", tmp_path / "model", maps).passed
+    assert "layer 1's bias" in ir_files.check_ir_maps("nbl", tmp_path / "model", {1: random_map(1)}).detail
 
 
 def test_maps_that_compression_leaves_in_float32_are_refused(

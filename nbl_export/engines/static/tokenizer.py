@@ -1,17 +1,16 @@
 """Converts text to token ids and back, with the tokenizer files of a directory; no torch, no transformers.
 
-The `tokenizers` package reads tokenizer.json. jinja2 renders the chat template with the values that transformers gives
-it (`apply_chat_template`): messages, add_generation_prompt, the special tokens, raise_exception.
+The `tokenizers` package reads tokenizer.json. `chat_template` renders the chat template.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from nbl_export.engines.chat_template import render
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.trust.contained import refuse_links_out
 
@@ -49,7 +48,7 @@ class Text:
         A template writes its own begin-of-text, so only a plain prompt gets special tokens.
         """
         template = self._template() if chat else None
-        text = prompt if template is None else self._render(template, prompt)
+        text = prompt if template is None else render(template, prompt, self._special_tokens(), self.directory)
         return [int(i) for i in self._tokenizer.encode(text, add_special_tokens=template is None).ids]
 
     def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
@@ -67,27 +66,6 @@ class Text:
             return path.read_text(encoding="utf-8")
         template = self._settings.get("chat_template")
         return template if isinstance(template, str) else None
-
-    def _render(self, template: str, prompt: str) -> str:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
-        messages = [{"role": "user", "content": prompt}]
-        try:
-            return environment.from_string(template).render(
-                messages=messages, add_generation_prompt=True, **self._special_tokens()
-            )
-        except Exception as error:  # a template can raise anything
-            raise NblError(
-                f"the chat template of {self.directory} cannot be applied ({error}); try without it (--raw)"
-            ) from error
 
     def _special_tokens(self) -> dict[str, str]:
         found = {name: self._settings.get(name) for name in _SPECIAL}

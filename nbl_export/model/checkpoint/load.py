@@ -55,7 +55,7 @@ def read_spec(source: Source) -> DecoderSpec:
 def _register(source: Source) -> None:
     """Register the classes of an NBL checkpoint with transformers."""
     if source.linearized is not None:
-        import nbl_export.model.hf_classes  # noqa: F401
+        import nbl_export.model.saved.hf_classes  # noqa: F401
 
 
 def _reason(error: Exception) -> str:

@@ -61,7 +61,7 @@ def _convert(source: Source, target: Path) -> None:
 
 
 def _restore(directory: Path, out: Path) -> None:
-    from nbl_export.model import restore
+    from nbl_export.model.saved import restore
 
     log.info("writing the stock checkpoint of %s", directory.name)
     restore.restored(load_model(directory)).save_pretrained(out)

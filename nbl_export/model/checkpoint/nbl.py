@@ -1,4 +1,4 @@
-"""An NBL checkpoint, which already has replaced layers (`nbl-export save-checkpoint`), as the model of a job.
+"""An NBL checkpoint, which already has replaced layers (`nbl-export convert`), as the model of a job.
 
     config.json, nbl_replaced_layers and nbl_tap  ─►  the plan
     self_attn.linear.{weight,bias}                ─►  the maps

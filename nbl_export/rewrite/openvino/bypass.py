@@ -3,7 +3,8 @@
     before   x -- norm -- qkv -- states -- attention -- o_proj -+      after   x -- MatMul(W') -- Add(b) -+
              x ------------------------------------------------ join           x -------------------- join
 
-A map of low rank is two products. The old block loses its reader and is not saved (see `drop_states`).
+A map of low rank is two products, and one without a bias has no Add. The old block loses its reader and is not saved
+(see `drop_states`).
 """
 
 from __future__ import annotations
@@ -66,5 +67,7 @@ def _mapped(layer: int, value: Any, affine: AffineMap) -> Any:
         name = product_name(layer, part)
         weight = ops.constant(np.ascontiguousarray(matrix, np.float32), name=f"nbl.layers.{layer}.{part}")
         value = ops.matmul(value, weight, False, True, name=name).output(0)
+    if not affine.has_bias:
+        return value
     bias = ops.constant(affine.bias.astype(np.float32).reshape(1, 1, -1), name=f"nbl.layers.{layer}.bias")
     return ops.add(value, bias, name=f"/nbl/layers.{layer}/Add").output(0)

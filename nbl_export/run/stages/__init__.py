@@ -50,6 +50,11 @@ def _parts(job: Job) -> list[Any]:
     return [*_texts(job), DIVISION]
 
 
+def _kind(job: Job) -> list[str]:
+    """The kind of the maps, unless it is the default one: runs that were made before there was another stay valid."""
+    return [] if job.options.has_bias else [job.options.maps]
+
+
 def _texts(job: Job) -> list[Any]:
     return [job.fingerprint, job.text_sha256, *([job.options.shard] if job.options.shard else [])]
 
@@ -66,7 +71,7 @@ STAGES = (
     ),
     Stage(
         "plan", "plan", ("calibrate",), (*GOALS, "select", "rank", "tap", "fit", "compute_dtype"),
-        lambda job: [job.request, goal_inputs(job.options), DIVISION],
+        lambda job: [job.request, goal_inputs(job.options), DIVISION, *_kind(job)],
     ),
     Stage("sweep", "sweep", ("calibrate",), ("select", "rank", "tap", "compute_dtype"), _sweep_inputs, _no_sweep),
     Stage(

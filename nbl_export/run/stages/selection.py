@@ -57,7 +57,9 @@ class Selection:
             for i in range(file.num_layers):
                 score = lmmse.score(file.sums(i, "residual").moments(), i)
                 if tap != "residual":
-                    score = dataclasses.replace(lmmse.score(file.sums(i, tap).moments(), i), bound=score.bound)
+                    score = dataclasses.replace(
+                        lmmse.score(file.sums(i, tap).moments(), i, bias=self._options.has_bias), bound=score.bound
+                    )
                 found.append(score)
         return tuple(found)
 
@@ -74,7 +76,7 @@ class Selection:
             with whole_moments(self._job.run.path / MOMENTS_FILE) as file:
                 for i in missing:
                     moments = file.sums(i, options.tap).moments()
-                    self._maps[i] = lmmse.fit(moments, i, rank=read_rank(options.rank))
+                    self._maps[i] = lmmse.fit(moments, i, rank=read_rank(options.rank), bias=options.has_bias)
         return {i: self._maps[i] for i in layers}
 
     # -- the model in which any set of layers can be replaced -------------------------------------------------
@@ -192,7 +194,7 @@ class Selection:
         judged = None if options.says_itself else self._job.far_text.sha256
         return key_of(
             _METHOD, EVERY, DIVISION, calibrated, judged, options.tap, options.fit == "drop", options.rank,
-            options.compute_dtype, *weighed,
+            options.compute_dtype, *([] if options.has_bias else [options.maps]), *weighed,
         )  # fmt: skip
 
     def facts(self) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def sweep_inputs(job: Job) -> list[Any]:
         options.precision,
         options.prompt_length,
         options.kept_logits,
+        *([] if options.has_bias else [options.maps]),
     ]
 
 

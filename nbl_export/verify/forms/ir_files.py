@@ -74,8 +74,8 @@ def _products(model: Any) -> list[str]:
 def _map_problem(model: Any, stored: Mapping[str, Any], layer: int, affine: AffineMap) -> str:
     """How a layer's map in the graph differs from the fitted map; "" if it does not differ."""
     bias = constant_of(model, f"nbl.layers.{layer}.bias")
-    if bias is None or not np.array_equal(bias.reshape(-1), affine.bias):
-        return f"layer {layer} has no bias as fitted"
+    if (bias is not None) != affine.has_bias or (bias is not None and not np.array_equal(bias.ravel(), affine.bias)):
+        return f"layer {layer}'s bias is not the fitted one"
     for part, matrix in affine.matrices.items():
         name = product_name(layer, part)
         if name not in _products(model):

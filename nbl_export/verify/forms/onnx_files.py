@@ -132,10 +132,12 @@ def _map_problem(
     """How a layer's map in the graph differs from the fitted map; "" if it does not differ."""
     bias = tensors.get(f"nbl.layers.{layer}.bias")
     places = {name: f"/nbl/layers.{layer}/{_PRODUCTS[name]}" for name in affine.matrices}
-    if bias is None or any(place not in nodes for place in places.values()):
+    if any(place not in nodes for place in places.values()):
         return f"layer {layer} has no map"
-    found_bias = _array(bias, directory)
-    if not np.array_equal(found_bias, affine.bias.astype(found_bias.dtype)):
+    if (bias is not None) != affine.has_bias:
+        return f"layer {layer} has {'no' if bias is None else 'a'} bias"
+    found_bias = np.zeros(0) if bias is None else _array(bias, directory)
+    if bias is not None and not np.array_equal(found_bias, affine.bias.astype(found_bias.dtype)):
         return f"layer {layer}'s bias is not the fitted one"
     for name, matrix in affine.matrices.items():
         blocks = nodes.get(f"{places[name]}/DequantizeLinear")

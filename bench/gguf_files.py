@@ -1,0 +1,112 @@
+"""GGUF files of several sets of layers: checks, what llama.cpp computes beside torch, and sizes.
+
+    python bench/gguf_files.py RUN FILES --layers ";7,25,28,29" --types keep,q8_0 > bench/results/gguf-<model>.json
+
+RUN is a finished run with moments of the normed input (`--maps linear`). FILES is a directory that gets the files,
+NAME-<type>-<number of layers>.gguf. An empty set is the original in the form of an NBL file; its logits are compared
+with the original file's. node-llama-cpp has to be installed (docs/serving.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nbl_export.calibrate.moments_file import whole_moments
+from nbl_export.engines.llama_cpp.engine import LLAMA_CPP
+from nbl_export.formats.gguf.check import check_file
+from nbl_export.formats.gguf.content import Content
+from nbl_export.formats.gguf.facts import read_gguf_facts
+from nbl_export.formats.gguf.files import read_content, write_content
+from nbl_export.formats.gguf.linearize import KEEP, linearized
+from nbl_export.measure.benchmark import machine
+from nbl_export.model.linearize import replaced
+from nbl_export.model.saved.gguf import content_of
+from nbl_export.model.speech import Spoken
+from nbl_export.plan import lmmse
+from nbl_export.plan.choose import parse_layers
+from nbl_export.records.plan import AffineMap
+from nbl_export.run.deployed import Finished, open_finished
+from nbl_export.run.progress import Ui
+from nbl_export.run_directory import MOMENTS_FILE
+from nbl_export.verify.running_gguf import PROMPTS, Heard, hear, judge
+
+
+def listen(path: Path, windows: Any) -> tuple[Heard, list[list[int]], np.ndarray]:
+    """What llama.cpp says of a file, the ids of the prompts, and the logits behind the first one."""
+    with LLAMA_CPP.open_runner(path) as runner:
+        prompts = [runner.encode(text, chat=False) for text in PROMPTS]
+        runner.begin(64)
+        logits = np.array(runner.server.ask("logits", ids=prompts[0])["logits"])
+        return hear(runner, prompts, windows), prompts, logits
+
+
+def maps_of(run: Path, layers: tuple[int, ...]) -> dict[int, AffineMap]:
+    """Maps without a bias in closed form, from the run's moments."""
+    with whole_moments(run / MOMENTS_FILE) as file:
+        return {i: lmmse.fit(file.sums(i, "normed").moments(), i, bias=False) for i in layers}
+
+
+def measure(found: Finished, run: Path, files: Path, sets: list[tuple[int, ...]], kinds: list[str]) -> dict[str, Any]:
+    """A row for each type and set of layers."""
+    given = found.source.gguf
+    content = read_content(given) if given else content_of(found.checkpoint)
+    windows, rows = found.unseen, []
+    torch_heard: dict[tuple[int, ...], Heard] = {}
+    for kind in kinds:
+        plain = (
+            given if given and kind == KEEP else _write(content, {}, kind, files / f"{found.source.title}-{kind}.gguf")
+        )
+        heard, prompts, logits = listen(plain, windows)
+        for layers in [(), *sets]:
+            if layers not in torch_heard:
+                with replaced(found.model, maps_of(run, layers), "normed"):
+                    torch_heard[layers] = hear(Spoken(found.model), prompts, windows)
+        for layers in sets:
+            maps = maps_of(run, layers)
+            path = _write(content, maps, kind, files / f"{found.source.title}-{kind}-{len(layers)}.gguf")
+            ours, _, its_logits = listen(path, windows)
+            checks = [*check_file(path, content, maps, kind), *judge(torch_heard[()], heard, torch_heard[layers], ours)]
+            facts = read_gguf_facts(path)
+            rows.append({
+                "type": kind, "layers": list(layers), "file_bytes": path.stat().st_size,
+                "original_bytes": plain.stat().st_size, "cache_layers": facts.cache_layers,
+                "cache_bytes_per_token": facts.cache_bytes_per_token,
+                "perplexity": {"llama.cpp": ours.perplexity, "torch": torch_heard[layers].perplexity},
+                "perplexity_of_original": {"llama.cpp": heard.perplexity, "torch": torch_heard[()].perplexity},
+                "checks": [dataclasses.asdict(check) for check in checks],
+                **({} if layers else {"logit_difference_from_original": float(np.abs(its_logits - logits).max())}),
+            })  # fmt: skip
+            print(f"{kind} {len(layers)} layers: {[c.metric for c in checks if not c.passed]}", file=sys.stderr)
+    return {"machine": machine(), "versions": LLAMA_CPP.probe().reason, "rows": rows}
+
+
+def _write(content: Content, maps: dict[int, AffineMap], kind: str, path: Path) -> Path:
+    write_content(linearized(content, maps, kind, {}), path)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("files", type=Path)
+    parser.add_argument("--layers", required=True)
+    parser.add_argument("--types", default="keep,q8_0")
+    options = parser.parse_args()
+    options.files.mkdir(parents=True, exist_ok=True)
+    with open_finished(options.run, Ui(quiet=True)) as found:
+        count = found.run.manifest["num_layers"]
+        sets = [tuple(parse_layers(text, count)) if text else () for text in options.layers.split(";")]  # type: ignore[arg-type]
+        result = measure(found, options.run, options.files, sets, options.types.split(","))
+    json.dump(result, sys.stdout, indent=1)
+    print()
+
+
+if __name__ == "__main__":
+    main()

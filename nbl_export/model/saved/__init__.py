@@ -1,0 +1,1 @@
+"""NBL models in the forms of other engines, made of torch models and checkpoints."""

@@ -1,0 +1,66 @@
+"""Converts a finished run to a form that other engines read: `nbl-export convert DIR --to FORM`.
+
+transformers   directory of `nbl_export.hf`'s classes, which vLLM's plugin reads too
+gguf           file for llama.cpp
+nemotron-nas   directory for TensorRT-LLM
+mlx            directory for mlx-lm
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nbl_export.errors import NblError, UsageError
+from nbl_export.files import refuse_occupied
+from nbl_export.formats.gguf.linearize import KEEP, TYPES
+from nbl_export.records.results import RungResult
+from nbl_export.run.deployed import open_finished
+from nbl_export.run.progress import Ui
+
+__all__ = ["FORMS", "convert"]
+
+FORMS = ("transformers", "gguf", "nemotron-nas", "mlx")
+
+
+def convert(
+    output: Path, form: str, target: Path, ui: Ui, *, kind: str | None = None, base: Path | None = None,
+    force: bool = False,
+) -> Sequence[RungResult]:  # fmt: skip
+    """Write a run's NBL model in a form at `target`, completely or not at all. Returns the checks that were made.
+
+    Args:
+        kind: types of a GGUF's matrices, see `formats.gguf.linearize.TYPES`.
+        base: a GGUF file of the original, for form gguf.
+        force: go on although verification failed.
+
+    Raises:
+        UsageError: no such form or type, or an option of another form.
+        NblError: `target` is there already, the run is not finished or failed, or its model has no such form.
+        ParityError: what was written is not the model.
+    """
+    _check_asked(form, kind, base)
+    refuse_occupied(target)
+    with open_finished(output, ui, force=force) as found:
+        if form == "transformers":
+            from nbl_export.publish import checkpoint
+
+            return checkpoint.save(found, target, ui)
+        if form == "gguf":
+            from nbl_export.publish import gguf
+
+            return gguf.convert(found, target, kind or KEEP, base, ui)
+        from nbl_export.publish import nemotron_nas
+
+        return nemotron_nas.convert(found, target, form, ui)
+
+
+def _check_asked(form: str, kind: str | None, base: Path | None) -> None:
+    if form not in FORMS:
+        raise UsageError(f"--to is {', '.join(FORMS)}, not {form!r}")
+    if form != "gguf" and (kind is not None or base is not None):
+        raise UsageError(f"{'--type' if kind is not None else '--base'} is for --to gguf; leave it out")
+    if kind is not None and kind not in TYPES:
+        raise UsageError(f"--type is {', '.join(TYPES)}, not {kind!r}")
+    if base is not None and not base.is_file():
+        raise NblError(f"--base {base} is not a file; give a GGUF of the original model")

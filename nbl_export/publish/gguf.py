@@ -1,0 +1,117 @@
+"""Converts a run to a GGUF file for llama.cpp, and checks the file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from nbl_export import __version__
+from nbl_export.errors import NblError, ParityError
+from nbl_export.files import move_into_place
+from nbl_export.formats.gguf.check import check_file
+from nbl_export.formats.gguf.content import Content, Key
+from nbl_export.formats.gguf.files import read_content, write_content
+from nbl_export.formats.gguf.linearize import KEEP, check_base, linearized
+from nbl_export.model.saved import gguf as from_checkpoint
+from nbl_export.publish.linear_maps import TAP, LinearMaps, linear_maps, price_of_change
+from nbl_export.records.plan import AffineMap
+from nbl_export.records.results import RungResult
+from nbl_export.run.deployed import Finished
+from nbl_export.run.progress import Ui
+
+__all__ = ["convert"]
+
+
+def convert(found: Finished, target: Path, kind: str, base: Path | None, ui: Ui) -> list[RungResult]:
+    """Write and check a file; it appears at `target` only if the checks pass.
+
+    Args:
+        kind: one of `linearize.TYPES`.
+        base: a GGUF file of the original; None for the run's own source.
+
+    Raises:
+        NblError: the model has no form in llama.cpp's architecture deci.
+        ParityError: the written file is not the model.
+    """
+    content = _base(found, base)
+    linear = linear_maps(found, ui)
+    with found.run.scratch() as scratch:
+        path = scratch / "model.gguf"
+        with ui.task("writing"):
+            write_content(linearized(content, linear.maps, kind, _about(linear.maps)), path)
+        results = check_file(path, content, linear.maps, kind)
+        results += _run(found, linear, path, _original_file(content, found, base, kind, scratch), ui)
+        for sentence in (linear.change, price_of_change(found, linear)):
+            if sentence:
+                ui.say(f"  {sentence}")
+        failed = next((r for r in results if not r.passed), None)
+        if failed is not None:
+            raise ParityError(f"the GGUF file of {found.run.path} is wrong: {failed.metric}: {failed.detail}")
+        move_into_place(path, target)
+    return results
+
+
+def _base(found: Finished, base: Path | None) -> Content:
+    """The original's content: from `base`, the run's GGUF file, or its checkpoint."""
+    given = base or found.source.gguf
+    if given is None:
+        if found.source.graph is not None:
+            raise NblError(f"{found.run.path} was made from an ONNX graph; GGUF is made from a checkpoint or a GGUF")
+        return from_checkpoint.content_of(found.checkpoint)
+    content = read_content(given)
+    check_base(content, given)
+    spec = found.run.manifest["decoder"]
+    sizes = {"block_count": spec["num_layers"], "embedding_length": spec["hidden_size"]}
+    for name, wanted in sizes.items():
+        if content.get(name) != wanted:
+            raise NblError(f"{given} is another model: its {name} is {content.get(name)}, the run's model has {wanted}")
+    return content
+
+
+def _about(maps: Mapping[int, AffineMap]) -> dict[str, Key]:
+    """Keys that say what was done."""
+    digest = hashlib.sha256()
+    for _, affine in sorted(maps.items()):
+        digest.update(np.ascontiguousarray(affine.weight).tobytes())
+    return {
+        "nbl.version": Key.text(__version__),
+        "nbl.replaced_layers": Key.numbers(sorted(maps)),
+        "nbl.maps_sha256": Key.text(digest.hexdigest()),
+    }
+
+
+def _original_file(content: Content, found: Finished, base: Path | None, kind: str, scratch: Path) -> Path:
+    """The original as a GGUF of the same types: the given file, or the content without any map."""
+    given = base or found.source.gguf
+    if given is not None and kind == KEEP:
+        return Path(given)
+    path = scratch / "original.gguf"
+    write_content(linearized(content, {}, kind, {}), path)
+    return path
+
+
+def _run(found: Finished, linear: LinearMaps, path: Path, original: Path, ui: Ui) -> list[RungResult]:
+    """What llama.cpp computes beside torch; nothing if it is not installed, which is said."""
+    from nbl_export.engines.llama_cpp.engine import LLAMA_CPP
+
+    answer = LLAMA_CPP.probe()
+    if not answer.available or found.original_is_gone:
+        ui.say(f"  not run in llama.cpp: {answer.reason if not answer.available else 'the original is gone'}")
+        return []
+    from nbl_export.model.linearize import replaced
+    from nbl_export.model.speech import Spoken
+    from nbl_export.verify.running_gguf import PROMPTS, hear, judge
+
+    windows, heard = found.unseen, []
+    with ui.task("running in llama.cpp and torch"):
+        for file in (original, path):
+            with LLAMA_CPP.open_runner(file) as runner:
+                prompts = [runner.encode(text, chat=False) for text in PROMPTS]
+                heard.append(hear(runner, prompts, windows))
+        before = hear(Spoken(found.model), prompts, windows)
+        with replaced(found.model, linear.maps, TAP):
+            after = hear(Spoken(found.model), prompts, windows)
+    return judge(before, heard[0], after, heard[1])

@@ -1,0 +1,94 @@
+"""Maps for formats that store neither a bias nor another input than the normed one, from a finished run.
+
+    maps of the run                     linear maps
+    without a bias, normed input        the same
+    with a bias, normed input           the bias folded into the matrix, from the moments of the normed input
+    on the residual stream              fitted anew on the normed input
+
+Moments of the normed input come from the run's moments.safetensors, or are collected again from the run's text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nbl_export.errors import NblError
+from nbl_export.records.plan import AffineMap
+from nbl_export.run.deployed import Finished
+from nbl_export.run.progress import Ui
+from nbl_export.run_directory import MOMENTS_FILE
+
+__all__ = ["TAP", "LinearMaps", "linear_maps", "price_of_change"]
+
+TAP = "normed"
+
+
+@dataclass(frozen=True)
+class LinearMaps:
+    """Maps without a bias on the normed input, and one sentence on how they differ from the run's maps."""
+
+    maps: Mapping[int, AffineMap]
+    change: str = ""
+
+
+def linear_maps(found: Finished, ui: Ui) -> LinearMaps:
+    """The run's maps without a bias, on the normed input.
+
+    Raises:
+        NblError: they need moments that the run has not, and its model or text is not available.
+    """
+    from nbl_export.plan import lmmse
+
+    biased = {i: m for i, m in found.maps.items() if m.has_bias}
+    if found.tap == TAP and not biased:
+        return LinearMaps(found.maps)
+    if not any(m.weight.any() for m in found.maps.values()) and not biased:  # dropped attention
+        return LinearMaps(found.maps)
+    layers = sorted(found.maps if found.tap != TAP else biased)
+    moments = dict(_moments(found, layers, ui))
+    if found.tap == TAP:
+        folded = {i: lmmse.fold_bias(m, moments[i], i) for i, m in biased.items()}
+        return LinearMaps({**found.maps, **folded}, "The bias of each map is folded into its matrix.")
+    fitted = {i: lmmse.fit(moments[i], i, bias=False) for i in layers}
+    change = "The maps act on the normed input instead of the residual stream, and are fitted anew in closed form."
+    if found.fit == "distilled":
+        change += " What distillation had gained is lost: --fit distilled --maps linear keeps it."
+    return LinearMaps(fitted, change)
+
+
+def _moments(found: Finished, layers: Sequence[int], ui: Ui) -> Iterator[tuple[int, Any]]:
+    """Moments of the normed input of some layers."""
+    from nbl_export.calibrate import hooks
+    from nbl_export.calibrate.moments_file import whole_moments
+
+    path = found.run.path / MOMENTS_FILE
+    if path.is_file():
+        with whole_moments(path) as file:
+            if TAP in file.taps:
+                for i in layers:
+                    yield i, file.sums(i, TAP).moments()
+                return
+    try:
+        model, windows = found.model, found.windows
+    except NblError as error:
+        raise NblError(f"{error}; or make a run for this form: {found.remake}") from error
+    ui.say(f"  the run has no moments of the normed input; collecting them from {windows.numel()} tokens")
+    with ui.task("collecting") as progress:
+        sums = hooks.collect(model, windows, progress, (TAP,))[TAP]
+    for i in layers:
+        yield i, sums[i]
+
+
+def price_of_change(found: Finished, linear: LinearMaps) -> str:
+    """Perplexity of the run's maps and of the linear maps on text that fitted neither; "" if nothing changed."""
+    if not linear.change or found.original_is_gone:
+        return ""
+    from nbl_export.model.mixes import SwitchedModel
+
+    found_on = found.unseen
+    asked = ((found.maps, found.tap), (linear.maps, TAP))
+    losses = [SwitchedModel(found.model, maps, tap).price(found_on, tuple(maps)) for maps, tap in asked]
+    (original, before), (_, after) = (loss.perplexities for loss in losses)
+    return f"Perplexity on held-back text: original {original:.4g}, maps of the run {before:.4g}, now {after:.4g}."

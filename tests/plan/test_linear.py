@@ -1,0 +1,114 @@
+"""Maps without a bias: least squares without an intercept, no addition in the graph, no bias after training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nbl_export.calibrate import hooks
+from nbl_export.distill.settings import DistillSettings, Surroundings, TrainingText
+from nbl_export.distill.training import distill
+from nbl_export.engines.ort.decoder import OnnxDecoder
+from nbl_export.model.checkpoint.load import load_model
+from nbl_export.model.linearize import linearize
+from nbl_export.plan.lmmse import fit, score
+from nbl_export.plan.maps_file import load_maps
+from nbl_export.records.plan import AffineMap, Plan
+from nbl_export.rewrite import rewrite
+from nbl_export.verify.forms.onnx_files import check_maps
+from nbl_export.verify.ladder import run_rows
+
+from ..command import assert_refused, nbl
+from ..rewrite.test_rewrite import rows, worst
+from ..tiny import HEAD_DIM, HIDDEN, LAYERS, random_map
+from .test_lmmse import moments, sample
+
+Exported = Callable[..., Path]
+TOLERANCE = 2e-4  # of fp32 logits, as in test_rewrite
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), noise=st.floats(0, 3))
+def test_fit_is_least_squares_without_an_intercept(seed: int, noise: float) -> None:
+    x, y = sample(noise=noise, seed=seed)
+    found = fit(moments(x, y), 0, ridge=0.0, bias=False)
+    np.testing.assert_allclose(found.weight, torch.linalg.lstsq(x, y).solution.T, rtol=1e-4, atol=1e-5)
+    assert not found.has_bias and found.bias.shape == (12,)
+    squared = (y - x @ torch.from_numpy(found.weight).double().T).square().sum().item()
+    scored, affine = (score(moments(x, y), 0, ridge=0.0, bias=bias) for bias in (False, True))
+    assert scored.nmse == pytest.approx(squared / (y - y.mean(0)).square().sum().item(), rel=1e-4)
+    assert scored.nmse >= affine.nmse * (1 - 1e-9) and scored.bound == affine.bound
+
+
+def linear(*layers: int) -> dict[int, AffineMap]:
+    return {i: AffineMap(random_map(i).weight, np.zeros(HIDDEN, np.float32)) for i in layers}
+
+
+@pytest.mark.parametrize("source", ["genai", "mobius"])
+def test_graph_has_a_product_and_no_addition(
+    source: str, exported: Exported, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    maps = linear(0, 2)
+    rewrite(exported("llama", source), tmp_path / "nbl", Plan(LAYERS, (0, 2), "normed"), maps)
+    model = linearize(load_model(checkpoint("llama")), maps, "normed")
+    with torch.inference_mode():
+        expected = [model(torch.tensor([row]), use_cache=False).logits[0].numpy() for row in rows()]
+    assert worst(run_rows(OnnxDecoder(tmp_path / "nbl", HEAD_DIM), rows()), expected) < TOLERANCE
+    graph = ir.load(tmp_path / "nbl" / "model.onnx").graph
+    assert [n.name for n in graph if (n.name or "").startswith("/nbl/")] == [f"/nbl/layers.{i}/MatMul" for i in (0, 2)]
+    assert not [name for name in graph.initializers if name.startswith("nbl.") and name.endswith(".bias")]
+    (result,) = check_maps("nbl", tmp_path / "nbl", maps)
+    assert result.passed, result.detail
+    (result,) = check_maps("nbl", tmp_path / "nbl", {**maps, 2: random_map(2)})
+    assert not result.passed and "layer 2 has no bias" in result.detail
+
+
+def test_a_bias_in_the_graph_of_a_map_without_one_is_found(exported: Exported, tmp_path: Path) -> None:
+    rewrite(exported("llama"), tmp_path / "nbl", Plan(LAYERS, (1,), "normed"), {1: random_map(1)})
+    (result,) = check_maps("nbl", tmp_path / "nbl", linear(1))
+    assert not result.passed and "layer 1 has a bias" in result.detail
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_training_leaves_the_bias_at_zero(rank: int | None, checkpoint: Callable[[str], Path]) -> None:
+    model = load_model(checkpoint("llama"))
+    windows = torch.randint(3, 200, (8, 64), generator=torch.Generator().manual_seed(0))
+    found = hooks.collect(model, windows, lambda _d, _t: None, ("normed",))["normed"]
+    maps = {i: fit(found[i], i, bias=False) for i in (1, 2)}
+    how = DistillSettings(steps=24, batch_tokens=256, check_every=8, lora_rank=rank, label_weight=0.0)
+    result: Any = distill(model, maps, "normed", TrainingText(windows, windows[:2]), how, Surroundings())
+    assert min(kl for _, kl in result.held_kl) < result.held_kl[0][1]
+    for i, affine in result.maps.items():
+        assert not affine.has_bias and (affine.weight != maps[i].weight).any()
+
+
+def test_a_run(same: tuple[object, ...], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = nbl(*same, "--layers", "1,2", "--maps", "linear", "--output", run)
+    assert done.status == 0, done.err
+    facts = json.loads((run / "nbl.json").read_text())
+    assert facts["tap"] == "normed" and facts["options"]["maps"] == "linear"
+    assert "--maps linear" in facts["command"]
+    assert not any(m.has_bias for m in load_maps(run / "maps.safetensors", (1, 2)).values())
+    changed = nbl("plan", run, "--maps", "affine")
+    assert changed.status == 0, changed.err
+    assert all(m.has_bias for m in load_maps(run / "maps.safetensors", (1, 2)).values())
+
+
+def test_refused(same: tuple[object, ...], tmp_path: Path) -> None:
+    for asked, status, part in (
+        (("--maps", "linear", "--tap", "residual"), 2, "add --tap normed"),
+        (("--maps", "linear", "--fit", "drop"), 2, "--fit drop has no maps"),
+        (("--maps", "quadratic"), 1, "--maps is affine or linear"),
+    ):
+        assert_refused(nbl(*same, *asked, "--output", tmp_path / "run"), status, part)
+        assert not (tmp_path / "run").exists()
