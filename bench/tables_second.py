@@ -51,6 +51,22 @@ def bias(read: Read) -> Rows:
     return rows
 
 
+_SPEED_RUNS = {"float32": "ladder-qwen-fp32", "int4": "ladder-qwen-int4"}
+
+
+def speeds(read: Read) -> Rows:
+    """Speed ratios of 3, 6 and 9 layers of the second model in float32 and int4."""
+    rows: Rows = [("", "test", "behind", "3 layers", "6 layers", "9 layers"), "llrrrr"]
+    for title, name in _SPEED_RUNS.items():
+        run = read(name)
+        tests = dict.fromkeys((r["test"], r["depth"]) for r in run["ratios"])
+        for test, depth in tests:
+            found = [r for r in run["ratios"] if (r["test"], r["depth"]) == (test, depth)]
+            cells = [f"×{r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f})" for r in found]
+            rows.append((title, test, f"{depth} tokens", *cells))
+    return rows
+
+
 def trained(read: Read) -> Rows:
     """Maps on the normed input of six layers of the second model: in closed form, and distilled."""
     run = read("distill-qwen")["distill"]

@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "nbl_export"
 # A module of one place may import from places with a smaller number, and from its own.
 LEVELS = {
-    "errors": 0, "files": 1, "records": 1, "trust": 2,
+    "errors": 0, "files": 1, "records": 1, "vllm": 1, "trust": 2,
     "parallel": 3, "text": 3, "graph": 3, "formats": 3,
     "model": 4, "cost": 4, "rewrite": 4, "engines": 4, "run_directory": 4,
     "decoders": 5, "calibrate": 5, "plan": 5, "distill": 5, "measure": 5,
@@ -27,8 +27,9 @@ BETWEEN_STAGES = {("report", "measure")}
 # Library -> where it may be imported: a place, or a module of one.
 HEAVY = {
     "torch": ("model", "calibrate", "plan", "distill", "parallel", "decoders", "records.moments", "text.sampling",
-              "text.windows", "verify.torch_reference", "evaluation.torch_lm", "engines.tensorrt.device"),
-    "transformers": ("model", "decoders", "text.sampling"),
+              "text.windows", "vllm", "verify.torch_reference", "evaluation.torch_lm", "engines.tensorrt.device"),
+    "transformers": ("model", "decoders", "text.sampling", "vllm"),
+    "vllm": ("vllm",),
     "onnx_ir": ("graph", "rewrite", "decoders"),
     "onnxruntime": ("engines", "decoders.genai", "rewrite.quantize"),
     "onnxruntime_genai": ("engines.ort", "decoders.genai", "decoders.genai_patches"),

@@ -16,7 +16,6 @@ from nbl_export.engines.llama_cpp.engine import LLAMA_CPP
 from nbl_export.engines.llama_cpp.node import PLACE
 from nbl_export.engines.llama_cpp.runner import LlamaCppRunner
 from nbl_export.errors import NblError
-from nbl_export.formats.gguf.content import Content
 from nbl_export.formats.gguf.files import write_content
 from nbl_export.formats.gguf.linearize import linearized
 from nbl_export.model.checkpoint.load import load_model
