@@ -221,7 +221,7 @@ def test_maps_are_read_back_out_of_the_graph(
     transposed = {0: maps[0], 1: AffineMap(np.ascontiguousarray(maps[1].weight.T), maps[1].bias)}
     for wrong, detail in (
         (exchanged, "layer 0's weight is not the fitted one"),
-        (unbiased, "layer 1's bias is not the fitted one"),
+        (unbiased, "layer 1 has a bias"),
         (transposed, "layer 1's weight is not the fitted one"),
         (random_maps(2), "layer 2 has no map"),
     ):
