@@ -36,25 +36,45 @@ def openvino(read: Read) -> Rows:
     return rows
 
 
-_PEERS = {"int8": "openvino-peers-int8", "int4": "openvino-peers-int4"}
+# bits of a weight -> title of a decoder -> its name in the run
 _DECODERS = {
-    "OV/original": "OpenVINO, `original/`", "OV/model": "OpenVINO, NBL",
-    "ORT/original": "ONNX Runtime, `original/`", "ORT/model": "ONNX Runtime, NBL",
+    "32": {
+        "NBL, ONNX Runtime": "ort_fp32/model", "`original/`, ONNX Runtime": "ort_fp32/original",
+        "OpenVINO GenAI, stock IR": "openvino fp32", "llama.cpp": "llama.cpp f32",
+    },
+    "16": {
+        "NBL, OpenVINO": "ov_fp16/model", "`original/`, OpenVINO": "ov_fp16/original",
+        "OpenVINO GenAI, stock IR": "openvino fp16", "NBL, llama.cpp": "llama.cpp NBL-F16",
+        "llama.cpp": "llama.cpp f16",
+    },
+    "8": {
+        "NBL, OpenVINO": "ov_int8/model", "`original/`, OpenVINO": "ov_int8/original",
+        "OpenVINO GenAI, stock IR": "openvino int8", "NBL, ONNX Runtime": "ort_int8/model",
+        "`original/`, ONNX Runtime": "ort_int8/original", "NBL, llama.cpp Q8_0": "llama.cpp NBL-Q8_0",
+        "llama.cpp Q8_0": "llama.cpp q8_0",
+    },
+    "4": {
+        "NBL, OpenVINO": "ov_int4/model", "`original/`, OpenVINO": "ov_int4/original",
+        "OpenVINO GenAI, stock IR": "openvino int4", "NBL, ONNX Runtime": "ort_int4/model",
+        "`original/`, ONNX Runtime": "ort_int4/original", "NBL, llama.cpp Q4_1": "llama.cpp NBL-Q4_1",
+        "llama.cpp Q4_1": "llama.cpp Q4_1", "llama.cpp Q4_0": "llama.cpp q4_0",
+    },
 }  # fmt: skip
 
 
 def engines(read: Read) -> Rows:
-    """Tokens per second of both engines, all decoders in turn; the fastest of each column and precision is bold."""
-    tests = ("pp512", "pp2048", "tg32")
-    rows: Rows = [("precision", "decoder", "prefill 512", "prefill 2048", "decode"), "llrrr"]
-    for precision, name in _PEERS.items():
-        speeds = {(r["variant"], r["test"]): r["tokens_per_second_median"] for r in read(name)["rows"]}
-        best = {test: max(speeds[decoder, test] for decoder in _DECODERS) for test in tests}
-        for decoder, title in _DECODERS.items():
+    """Tokens per second of all engines, all decoders in turn; the fastest of each column and size is bold."""
+    run = read("engines-smollm2")
+    speeds = {(t["name"], t["test"]): t["tokens_per_second_median"] for t in run["timings"]}
+    tests = list(dict.fromkeys(t["test"] for t in run["timings"]))
+    rows: Rows = [("bits", "decoder", "prefill 512", "prefill 2048", "decode behind 512"), "rlrrr"]
+    for bits, decoders in _DECODERS.items():
+        best = {test: max(speeds[name, test] for name in decoders.values()) for test in tests}
+        for title, name in decoders.items():
             cells = []
             for test in tests:
-                value = speeds[decoder, test]
-                shown = f"{value:,.0f}" if test != "tg32" else f"{value:.1f}"
+                value = speeds[name, test]
+                shown = f"{value:,.1f}" if test.startswith("tg") else f"{value:,.0f}"
                 cells.append(f"**{shown}**" if value == best[test] else shown)
-            rows.append((precision, title, *cells))
+            rows.append((bits, title, *cells))
     return rows

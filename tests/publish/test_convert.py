@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,21 @@ from nbl_export.plan import lmmse
 from nbl_export.plan.maps_file import load_maps
 from nbl_export.records.plan import AffineMap
 
-from ..command import TINY, assert_refused, in_new_process, nbl
+from ..command import TINY, assert_refused, nbl
 from ..tiny import HIDDEN, random_map, save_checkpoint, save_gguf
 
 IDS = torch.arange(3, 40)[None]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short() -> Iterator[None]:
+    """A quarter of the windows for each use of text, as `short_parts`, for the runs of this file too."""
+    from nbl_export.text import held_back
+
+    with pytest.MonkeyPatch.context() as patch:
+        shorter = {roles: tokens // 4 for roles, tokens in held_back._PART_TOKENS.items()}
+        patch.setattr(held_back, "_PART_TOKENS", shorter)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +47,8 @@ def runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     found = {}
     for name, options in kinds.items():
         found[name] = tmp_path_factory.mktemp("runs") / name
-        done = in_new_process("--model", model, "--calibration", text, *TINY, "--layers", "1,2", *options,
-                              "--output", found[name])  # fmt: skip
+        words = ("--model", model, "--calibration", text, *TINY, "--layers", "1,2", *options)
+        done = nbl(*words, "--output", found[name])
         assert done.status == 0, done.err
     return found
 
