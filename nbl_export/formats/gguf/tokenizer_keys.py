@@ -27,7 +27,7 @@ _RULES = {
               "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+", "ByteLevel"),
     "gpt-2": ("ByteLevel",),
 }  # fmt: skip
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 3, 4, 5, 6  # token types of GGUF
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # token types of GGUF
 _SPECIAL = ("bos", "eos", "unk", "pad")
 
 
@@ -45,7 +45,7 @@ def tokenizer_keys(directory: Path, vocab_size: int) -> dict[str, Key]:
     if model.get("type") != "BPE":
         raise NblError(f"{path} is a tokenizer of type {model.get('type')!r}; GGUF files are made of BPE ones")
     added = {int(t["id"]): t for t in said.get("added_tokens", ())}
-    tokens, types = _tokens(model["vocab"], added, vocab_size, bytes_too=bool(model.get("byte_fallback")))
+    tokens, types = _tokens(model["vocab"], added, vocab_size)
     keys = {
         **_rule(said, model, path),
         "tokenizer.ggml.tokens": Key.texts(tokens),
@@ -79,7 +79,7 @@ def _parts(splitter: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _tokens(
-    vocab: Mapping[str, int], added: Mapping[int, Mapping[str, Any]], vocab_size: int, *, bytes_too: bool
+    vocab: Mapping[str, int], added: Mapping[int, Mapping[str, Any]], vocab_size: int
 ) -> tuple[list[str], list[int]]:
     """Text and type of every row of the embedding; rows without a token are unused."""
     names = {index: token for token, index in vocab.items()}
@@ -90,7 +90,7 @@ def _tokens(
             types.append(_CONTROL if added[index].get("special") else _USER_DEFINED)
         elif index in names:
             tokens.append(names[index])
-            types.append(_BYTE if bytes_too and names[index].startswith("<0x") else _NORMAL)
+            types.append(_NORMAL)
         else:
             tokens.append(f"[PAD{index}]")
             types.append(_UNUSED)
