@@ -89,10 +89,10 @@ class Bed:
         near = self.held[len(self.held) // 2 :][: 2048 // CONTEXT]
         return [near, spread(self.far, len(near))]
 
-    def maps(self, tap: str, layers: Any) -> dict[int, Any]:
+    def maps(self, tap: str, layers: Any, *, bias: bool = True) -> dict[int, Any]:
         from nbl_export.plan import lmmse
 
-        return {i: lmmse.fit(self.moments[tap][i], i) for i in layers}
+        return {i: lmmse.fit(self.moments[tap][i], i, bias=bias) for i in layers}
 
     def prices(self, maps: Mapping[int, Any], tap: str, mixes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Name of a mix -> text -> KL, the mix's perplexity and the original's perplexity."""

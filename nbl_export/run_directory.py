@@ -17,6 +17,8 @@
     DIR/eval.json              eval, if requested
     DIR/engine/{original,model}/ build: compiled, deployable by itself
     DIR/bench.json             bench
+    DIR/lossless/              lossless, if requested: the original decoder with proposed tokens, deployable by itself
+    DIR/lossless.json          lossless: what was accepted, and the speed beside plain decoding
     DIR/report.{html,md,json}  report
     DIR/acceptance.{json,html,md} accept, on the target machine
     DIR/checkpoint/            the stock safetensors checkpoint of a GGUF or NBL model
@@ -47,9 +49,9 @@ from nbl_export.trust.lock import locked
 from nbl_export.trust.plain_files import entries, refuse_special
 
 __all__ = ["ACCEPTANCE_FILE", "ACCEPTANCE_HTML", "ACCEPTANCE_JSON", "ACCEPTANCE_MD", "BENCH_FILE", "CALIBRATION_FILE",
-           "DISTILL_FILE", "EVAL_FILE", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES", "REFERENCES_FILE", "REPORT_HTML",
-           "REPORT_JSON", "REPORT_MD", "SCHEMA", "START_FILE", "SWEEP_FILE", "VERIFY_FILE", "RunDirectory",
-           "refuse_foreign"]  # fmt: skip
+           "DISTILL_FILE", "EVAL_FILE", "LOSSLESS_FILE", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES", "REFERENCES_FILE",
+           "REPORT_HTML", "REPORT_JSON", "REPORT_MD", "SCHEMA", "START_FILE", "SWEEP_FILE", "VERIFY_FILE",
+           "RunDirectory", "refuse_foreign"]  # fmt: skip
 
 SCHEMA = 1
 VERIFY_FILE = "verify.json"
@@ -57,6 +59,7 @@ BENCH_FILE = "bench.json"
 EVAL_FILE = "eval.json"
 SWEEP_FILE = "sweep.json"
 DISTILL_FILE = "distill.json"
+LOSSLESS_FILE = "lossless.json"
 REPORT_JSON, REPORT_HTML, REPORT_MD = "report.json", "report.html", "report.md"
 CALIBRATION_FILE = "calibration.jsonl.gz"
 MOMENTS_FILE = "moments.safetensors"
@@ -260,8 +263,8 @@ class RunDirectory:
 _OURS = (
     CALIBRATION_FILE, MOMENTS_FILE, "calibrate.partial.safetensors", "sampled.safetensors", START_FILE, MAPS_FILE,
     DISTILL_FILE, "distill.partial.safetensors", SWEEP_FILE, "original", "model", VERIFY_FILE, REFERENCES_FILE,
-    ACCEPTANCE_FILE, EVAL_FILE, "engine", BENCH_FILE, REPORT_HTML, REPORT_MD, REPORT_JSON, ACCEPTANCE_HTML,
-    ACCEPTANCE_MD, ACCEPTANCE_JSON, "nbl-checkpoint", "checkpoint", MANIFEST,
+    ACCEPTANCE_FILE, EVAL_FILE, "engine", BENCH_FILE, "lossless", LOSSLESS_FILE, REPORT_HTML, REPORT_MD, REPORT_JSON,
+    ACCEPTANCE_HTML, ACCEPTANCE_MD, ACCEPTANCE_JSON, "nbl-checkpoint", "checkpoint", MANIFEST,
 )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def graph_of(architecture: str, replaced: tuple[int, ...] = (), precision: str =
     """A directory with decoder.onnx, rewritten as for a run. Never write to it."""
     from nbl_export.decoders import static
     from nbl_export.rewrite import rewrite
-    from nbl_export.rewrite.last_token import keep_last_token
+    from nbl_export.rewrite.tail.last_token import keep_last_token
 
     root = Path(tempfile.mkdtemp(dir=_ROOT.name))
     static.build(checkpoint_of(architecture), root / "original", precision, max_seq_len=slots)

@@ -33,6 +33,7 @@ def bench(
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write to FILE; .md, .csv or .json sets the format.")
     ] = None,
+    lossless: Annotated[bool, typer.Option("--lossless", help="Measure lossless/ of a run beside original/.")] = False,
     force: opt.Force = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -46,6 +47,8 @@ def bench(
     from nbl_export.run.pipeline import run_stages
     from nbl_export.run_directory import REPORT_JSON
 
+    if lossless:
+        return _bench_lossless(directories, JobOptions("", **asked), [against, form, output], as_json)
     chosen = bench_formats.format_of(form, output, as_json=as_json)
     bench_formats.check_output(output)
     if compare.is_stage(directories, against, form, output):
@@ -58,6 +61,18 @@ def bench(
         return print(text, end="")
     bench_formats.write(text, output)
     return print(output)
+
+
+def _bench_lossless(directories: list[Path], options: JobOptions, others: list[Any], as_json: bool) -> None:
+    from nbl_export.report.tables import lossless_table
+    from nbl_export.run.lossless.bench import bench_lossless
+
+    if len(directories) != 1 or any(others):
+        raise typer.BadParameter(
+            "takes one run directory, and neither --against, --format nor --output", param_hint="--lossless"
+        )
+    found = bench_lossless(directories[0], options, ui(as_json))
+    show(found, lossless_table(found), as_json)
 
 
 @opt.takes("profile")

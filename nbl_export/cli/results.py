@@ -67,12 +67,16 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N")] = 256,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
     original: Annotated[bool, typer.Option("--original", help="Use the original decoder instead.")] = False,
+    lossless: Annotated[bool, typer.Option("--lossless", help="Use the original with proposed tokens.")] = False,
     force: opt.Force = False,
 ) -> None:
     """Stream an answer from the exported decoder."""
     from nbl_export.run.deployed import open_for_text
 
-    with open_for_text(directory, original=original, force=force) as runner:
+    if original and lossless:
+        raise typer.BadParameter("give one of --original and --lossless", param_hint="--lossless")
+    name = "original" if original else "lossless" if lossless else "model"
+    with open_for_text(directory, name, force=force) as runner:
         for piece in runner.stream(runner.encode(prompt, chat=not raw), max_new_tokens):
             print(visible(piece), end="", flush=True)
     print()

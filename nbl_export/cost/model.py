@@ -9,7 +9,7 @@ left out; they are some percent of the whole. Planning uses ratios of costs; `ro
 
 Tail pruning: above the last kept attention no token reads another token. If only the last token's logits are wanted,
 everything after that attention runs on one token. In the original this is o_proj and MLP of the last layer. Graphs that
-give only the last token's logits are pruned in this way, from every source (`rewrite.last_token`).
+give only the last token's logits are pruned in this way, from every source (`rewrite.tail.last_token`).
 
 Token table: below the first kept attention a hidden state is a function of the token. If layer 0 is replaced, its map
 and MLP become a row that is looked up (`rewrite.token_table`).

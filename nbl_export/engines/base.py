@@ -40,6 +40,7 @@ class Capabilities:
         cross: whether exports may be for another machine; bench is left out if the engine does not run here.
         dense_caches: whether caches count 0..K-1.
         provider: ONNX Runtime's execution provider, which the exporter is told.
+        proposes: whether the engine verifies proposed tokens (`--draft`).
     """
 
     name: str
@@ -54,6 +55,7 @@ class Capabilities:
     cross: bool = False
     dense_caches: bool = False
     provider: str = "cpu"
+    proposes: bool = False
 
     def cache_itemsize(self, precision: str) -> int:
         """Bytes of a cache element."""

@@ -16,6 +16,7 @@ __all__ = [
     "STATIC_GRAPH_FILE",
     "TOKENIZER_IR",
     "all_logits_file",
+    "draft_file",
     "graph_file",
 ]
 
@@ -39,3 +40,8 @@ def graph_file(directory: Path) -> str:
 def all_logits_file(directory: Path) -> str:
     """Name of the graph with the most logits in a deployable directory."""
     return ALL_LOGITS_FILE if (directory / ALL_LOGITS_FILE).is_file() else graph_file(directory)
+
+
+def draft_file(draft: str) -> str:
+    """Name of a draft's graph, beside the graph of the decoder whose tokens it proposes."""
+    return f"{draft}_draft.onnx"

@@ -15,8 +15,8 @@ def a_quarter(num_layers: int) -> int:
     return max(0, min(round(num_layers / 4), num_layers - 1))
 
 
-def parse_layers(text: str, num_layers: int) -> int | tuple[int, ...]:
-    """Read `--layers`: "8" is a count, "0,7,24-29" (or "8,") names layers from 0.
+def parse_layers(text: str, num_layers: int, flag: str = "--layers") -> int | tuple[int, ...]:
+    """Read `--layers`, or another flag: "8" is a count, "0,7,24-29" (or "8,") names layers from 0.
 
     Raises:
         NblError: a part is no number, a range runs backwards, a layer is repeated or missing, or every layer is named.
@@ -25,28 +25,26 @@ def parse_layers(text: str, num_layers: int) -> int | tuple[int, ...]:
     if _is_number(text):
         count = int(text)
         if count >= num_layers:
-            raise NblError(_all_refused(f"--layers {count}", num_layers))
+            raise NblError(_all_refused(f"{flag} {count}", num_layers))
         return count
     chosen: list[int] = []
     for part in (p.strip() for p in text.rstrip(",").split(",")):
         first, dash, last = part.partition("-")
         if not _is_number(first) or (dash and not _is_number(last)):
             raise NblError(
-                f"--layers {text!r}: {part!r} is not a layer or a range; write a count (8) or layers from 0 (0,7,24-29)"
+                f"{flag} {text!r}: {part!r} is not a layer or a range; write a count (8) or layers from 0 (0,7,24-29)"
             )
         low, high = int(first), int(last) if dash else int(first)
         if high < low:
-            raise NblError(f"--layers {text!r}: the range {part} runs backwards")
+            raise NblError(f"{flag} {text!r}: the range {part} runs backwards")
         if high >= num_layers:
-            raise NblError(
-                f"--layers {text!r}: layer {high} does not exist; this model has layers 0 to {num_layers - 1}"
-            )
+            raise NblError(f"{flag} {text!r}: layer {high} does not exist; this model has layers 0 to {num_layers - 1}")
         chosen.extend(range(low, high + 1))
     repeated = sorted({i for i in chosen if chosen.count(i) > 1})
     if repeated:
-        raise NblError(f"--layers {text!r}: layer {repeated[0]} is named twice")
+        raise NblError(f"{flag} {text!r}: layer {repeated[0]} is named twice")
     if len(chosen) >= num_layers:
-        raise NblError(_all_refused(f"--layers {text!r}", num_layers))
+        raise NblError(_all_refused(f"{flag} {text!r}", num_layers))
     return tuple(sorted(chosen))
 
 

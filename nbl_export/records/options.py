@@ -11,6 +11,7 @@ from typing import Any
 from nbl_export.records.from_json import read_record, require
 from nbl_export.records.option import MAIN, option, options_of
 from nbl_export.records.plan import MAPS, TAPS
+from nbl_export.records.proposers import DRAFTS
 
 __all__ = ["DTYPES", "FITS", "OF_CALIBRATE", "SELECTS", "SELF", "JobOptions", "describe_command"]
 
@@ -151,6 +152,15 @@ class JobOptions:
         None, "int4: use the codes of this checkpoint of the same model (GPTQ, AWQ or Olive).", _ENGINE,
         "main rewrite", metavar="MODEL",
     )  # fmt: skip
+    draft: str | None = option(
+        None, "ort: also write lossless/, which gives the original's tokens faster; tokens are proposed by ngram (the "
+        "text so far), int4 (the original in int4), nbl (the NBL model in int4), or the fastest (auto).", _ENGINE,
+        metavar="DRAFT",
+    )  # fmt: skip
+    draft_layers: str | None = option(
+        None, "How many or which layers the nbl draft replaces; default: those of the NBL model.", _ENGINE,
+        metavar="LAYERS",
+    )  # fmt: skip
     depths: tuple[int, ...] = option(
         (0, 2048), "Tokens already in the cache; default 0,2048.", _BENCH, "bench", flag="depth", numbers="0,2048",
         least=0, metavar="N,...",
@@ -190,6 +200,7 @@ class JobOptions:
         require(self.compute_dtype in DTYPES, f"--compute-dtype is {', '.join(DTYPES)}, not {self.compute_dtype!r}")
         require(self.select in (None, *SELECTS), f"--select is {', '.join(SELECTS)}, not {self.select!r}")
         require(self.fit in FITS, f"--fit is {', '.join(FITS)}, not {self.fit!r}")
+        require(self.draft in (None, *DRAFTS), f"--draft is {', '.join(DRAFTS)}, not {self.draft!r}")
         alone = SELF not in self.calibration or self.calibration == (SELF,)
         require(alone, "--calibration self reads no text: give it alone (a file of that name is ./self)")
         require((self.distill_minutes or 1) > 0, "--distill-minutes is more than 0")

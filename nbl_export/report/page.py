@@ -17,7 +17,18 @@ from nbl_export.files import write_json
 from nbl_export.measure.rows import read_timings, speed_ratios, speed_rows
 from nbl_export.report import html, markdown, plots
 from nbl_export.report.blocks import Document
-from nbl_export.report.sections import curve, engines, head, layers, origin, quality, speed, sweep, verification
+from nbl_export.report.sections import (
+    curve,
+    engines,
+    head,
+    layers,
+    lossless,
+    origin,
+    quality,
+    speed,
+    sweep,
+    verification,
+)
 from nbl_export.run_directory import REPORT_HTML, REPORT_JSON, REPORT_MD
 
 __all__ = ["codes_of", "document", "render", "summarize"]
@@ -32,7 +43,7 @@ _PER_VARIANT = ("peak_memory_bytes", "steady_memory_bytes", "kv_cache_bytes", "k
 
 def render(
     manifest: dict[str, Any], verify: dict[str, Any], bench: dict[str, Any] | None, out: Path,
-    sweep: dict[str, Any] | None = None, quality: dict[str, Any] | None = None,
+    sweep: dict[str, Any] | None = None, quality: dict[str, Any] | None = None, lossless: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write report.html, report.md and report.json into `out`; the same input gives the same bytes.
 
@@ -43,6 +54,7 @@ def render(
         out: an existing directory.
         sweep: sweep.json, or None if none was made.
         quality: eval.json, or None if no benchmark was run.
+        lossless: lossless.json, or None if no proposer was asked for.
 
     Returns:
         The value of report.json.
@@ -50,7 +62,7 @@ def render(
     Raises:
         CorruptError: the two variants of a test have different numbers of rounds.
     """
-    report = {**summarize(manifest, verify, bench, quality), "sweep": sweep}
+    report = {**summarize(manifest, verify, bench, quality), "sweep": sweep, "lossless": lossless}
     page = document(report)
     (out / REPORT_HTML).write_text(html.document(page, _drawings(report)), encoding="utf-8")
     (out / REPORT_MD).write_text(markdown.document(page), encoding="utf-8")
@@ -129,6 +141,7 @@ def document(report: Mapping[str, Any]) -> Document:
     sections = (
         speed.section(report),
         *engines.sections(report),
+        *lossless.sections(report),
         quality.section(report),
         *sweep.sections(report),
         *curve.sections(report),

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from nbl_export.measure import background
 from nbl_export.measure.rows import spoken_ratio, spoken_test
+from nbl_export.report.sections import lossless
 from nbl_export.text.window_intervals import spoken_interval, spoken_price
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "doctor_table",
     "engines_table",
     "eval_table",
+    "lossless_table",
     "rungs_table",
     "scores_table",
     "speed_table",
@@ -161,6 +163,15 @@ def eval_table(result: dict[str, Any]) -> Table:
             numbers = (found["value"], found["stderr"], paired.get("value"), paired.get("stderr"))
             shown = ("" if n is None else f"{n:.4g}" for n in numbers)
             table.add_row(row["task"], row["metric"], str(row["items"]), variant, *shown)
+    return table
+
+
+def lossless_table(found: Mapping[str, Any]) -> Table:
+    """The figures of lossless.json for people."""
+    figures = lossless.table(found)
+    table = Table(*(column.title for column in figures.columns))
+    for row in figures.rows:
+        table.add_row(*(cell.text for cell in row))
     return table
 
 

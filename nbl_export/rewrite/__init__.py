@@ -29,11 +29,11 @@ from nbl_export.records.decoder import GraphContract, TensorInfo
 from nbl_export.records.plan import AffineMap, Plan
 from nbl_export.rewrite.bypass import BypassAttention
 from nbl_export.rewrite.drop_caches import DropCaches, DropUnreadCaches
-from nbl_export.rewrite.last_token import keep_last_token
 from nbl_export.rewrite.quantize import QuantizeMaps
 from nbl_export.rewrite.quantize_blocks import QuantizeMapBlocks
 from nbl_export.rewrite.renumber import RenumberCaches
 from nbl_export.rewrite.sweep import SkipNormToAdd, Sweep
+from nbl_export.rewrite.tail.last_token import keep_last_token
 from nbl_export.rewrite.token_table import TabulateTokens
 
 __all__ = ["contract_of", "make_dense", "passes_for", "prune_directory", "rewrite", "rewrite_model"]

@@ -126,7 +126,7 @@ def _decoders(
         found.insert(0, (base, locate(against, force=force)))
     elif runs:
         base = f"{runs[0]} (original)"
-        found.insert(0, (base, locate(runs[0], original=True)))
+        found.insert(0, (base, locate(runs[0], "original")))
     elif len(found) > 1:
         base = str(directories[0])
     paths = [located.path.resolve() for _, located in found]
@@ -151,6 +151,10 @@ def _describe(located: Located) -> _Decoder:
         sizes = read_gguf_facts(path)
         return _Decoder(located, sizes.vocab_size, sizes.context_length, sizes.cache_bytes_per_token, sizes.parameters)
     settings = GenaiSettings.read(path)
+    if settings.lossless:
+        raise NblError(
+            f"{path} proposes tokens, so single steps say nothing: measure with nbl-export bench RUN --lossless"
+        )
     graph = read_graph_facts(path / GRAPH_FILE, _head_dim(path / GENAI_CONFIG))
     return _Decoder(
         located, settings.vocab_size, settings.context_length, graph.cache_bytes_per_token, graph.parameters

@@ -44,18 +44,21 @@ def is_model_directory(directory: Path) -> bool:
     return any((directory / name).is_file() for name in (GENAI_CONFIG, RECORD_FILE, IR_FILE))
 
 
-def open_for_text(directory: Path, *, original: bool, force: bool) -> Any:
-    """A runner on DIR/model (or DIR/original), or on DIR if it holds a decoder itself.
+def open_for_text(directory: Path, name: str = "model", *, force: bool) -> Any:
+    """A runner on DIR/model (or `name`: original or lossless), or on DIR if it holds a decoder itself.
 
     Raises:
         NblError: the engine is not available on this machine; also the errors of `locate`.
     """
-    found = locate(directory, original=original, force=force)
+    found = locate(directory, name, force=force)
     return available_engine(found).open_runner(found.path, None)
 
 
-def locate(directory: Path, *, original: bool = False, force: bool = False) -> Located:
-    """The decoder of DIR/model (or DIR/original), or of DIR if it holds a decoder itself. Its files are checked.
+_STAGES = {"model": "rewrite", "original": "decoder", "lossless": "lossless"}  # directory -> stage that makes it
+
+
+def locate(directory: Path, name: str = "model", *, force: bool = False) -> Located:
+    """The decoder of DIR/model (or `name`), or of DIR if it holds a decoder itself. Its files are checked.
 
     Raises:
         NblError: there is no decoder to run, or verification failed (unless `force`).
@@ -77,12 +80,15 @@ def locate(directory: Path, *, original: bool = False, force: bool = False) -> L
     run = RunDirectory.peek(directory)
     options = run.manifest["options"]
     engine, provider = options["engine"], options.get("provider", "cpu")
-    stage, name = ("decoder", "original") if original else ("rewrite", "model")
+    stage = _STAGES[name]
+    if stage == "lossless" and stage not in run.stages:
+        raise NblError(f"{directory} has no lossless/: run its command again with --draft auto")
+    status = run.manifest["status"] if name == "model" else ""
     if load_engine(engine, provider).capabilities.static:
         stage, name = "build", f"engine/{name}"
     if stage not in run.stages:
         raise NblError(f"{directory} is not finished: run its command again ({run.manifest['command']})")
-    if run.manifest["status"] == "failed" and not (force or original):
+    if status == "failed" and not force:
         raise NblError(f"{directory} failed verification; see its verify.json, or use --force to run it anyway")
     run.check(stage)
     return Located(directory / name, engine, provider)

@@ -13,6 +13,7 @@ from nbl_export.plan.choose import parse_layers
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.goals import check_request, check_size
 from nbl_export.records.options import JobOptions
+from nbl_export.records.proposers import AUTO
 from nbl_export.run.given import check_graph_options, check_maps_options
 from nbl_export.run.resolved import chunk_of, engine_of, slots_of
 
@@ -39,6 +40,7 @@ def preflight(options: JobOptions) -> None:
         _check_bfloat16(options)
     if options.fit == GIVEN_FIT:
         check_maps_options(options)
+    _check_draft(options)
     if options.decoder_source == GIVEN:
         check_graph_options(options)
         return
@@ -70,6 +72,22 @@ def preflight(options: JobOptions) -> None:
             f"the decoder source {options.decoder_source} makes no {options.precision} graph; "
             f"use {' or '.join([*others, '--precision ' + ', '.join(makes)])}"
         )
+
+
+def _check_draft(options: JobOptions) -> None:
+    """Refuse `--draft` where nothing can propose tokens, or where no checkpoint makes the draft."""
+    if options.draft_layers is not None and options.draft not in ("nbl", AUTO):
+        raise UsageError("--draft-layers is for --draft nbl or auto; leave it out")
+    if options.draft is None:
+        return
+    if not engine_of(options).capabilities.proposes:
+        raise UsageError(f"--draft is for --engine ort with --provider cpu, not for {_spoken(options)}")
+    if options.fit == GIVEN_FIT:
+        raise UsageError(
+            "--draft needs the original's attention, which an NBL checkpoint lacks; give the original model"
+        )
+    if options.decoder_source == GIVEN and options.draft != "ngram":
+        raise UsageError(f"--draft {options.draft} needs a checkpoint, and {options.model} is an ONNX graph; use ngram")
 
 
 def _check_bfloat16(options: JobOptions) -> None:
@@ -138,6 +156,11 @@ def check_options(options: JobOptions, spec: DecoderSpec) -> None:
     """
     if options.layers is not None:
         parse_layers(options.layers, spec.num_layers)
+    if options.draft_layers is not None:
+        parse_layers(options.draft_layers, spec.num_layers, "--draft-layers")
+    if options.draft not in (None, "ngram") and "genai" in ARCHITECTURES[spec.architecture].not_from:
+        reason = ARCHITECTURES[spec.architecture].not_from["genai"]
+        raise NblError(f"--draft {options.draft} is not possible for {spec.architecture}: {reason}; use ngram")
     check_size(options, spec)
     if options.decoder_source != GIVEN:  # a graph states its own structure
         check_asked(options, spec.architecture)

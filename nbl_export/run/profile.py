@@ -99,7 +99,7 @@ def profile(directory: Path, options: JobOptions, ui: Ui, *, force: bool = False
 def _decoders(directory: Path, force: bool) -> Mapping[str, Located]:
     if is_model_directory(directory):
         return {directory.name or str(directory): locate(directory)}
-    return {"original": locate(directory, original=True), "nbl": locate(directory, force=force)}
+    return {"original": locate(directory, "original"), "nbl": locate(directory, force=force)}
 
 
 def _spoken(located: Located) -> str:

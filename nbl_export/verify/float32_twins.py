@@ -5,8 +5,8 @@
     finish(twin, precision)  ==  DIR/original/decoder.onnx, DIR/model/decoder.onnx              bit for bit
 
 The twin agrees with torch, and the shipped graph is the twin cast to its precision. Only the cast itself is unproven.
-If the logits of the last token ship, twins and shipped graphs are pairs (`rewrite.last_token`). The graphs with all
-logits are compared with torch and with each other. Each pruned graph is compared with its pair after pruning.
+If the logits of the last token ship, twins and shipped graphs are pairs (`rewrite.tail.last_token`). The graphs with
+all logits are compared with torch and with each other. Each pruned graph is compared with its pair after pruning.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def build_twins(
     from nbl_export.decoders import static
     from nbl_export.graph.names import GRAPH_FILE
     from nbl_export.rewrite import rewrite
-    from nbl_export.rewrite.last_token import keep_last_token
+    from nbl_export.rewrite.tail.last_token import keep_last_token
 
     directories = {"original": out / "original", "nbl": out / "model"}
     static.save_graph(static.build_form(checkpoint, setting.slots), directories["original"], GRAPH_FILE)

@@ -5,6 +5,9 @@
 
 Both graphs run the same chunks. The figure of a step is that of the worst row. The shipped logits [B, 1, V] are
 compared with the other graph's logits of the row's last valid token.
+
+The graph of lossless decoding gives the logits of the last positions of a chunk, and zeros for the others. It runs one
+sequence, in chunks that are longer, as long and shorter than the computed positions.
 """
 
 from __future__ import annotations
@@ -15,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from nbl_export.records.proposers import MOST_ROWS
 from nbl_export.records.results import RungResult
 from nbl_export.verify.ladder import TOLERANCES
 
-__all__ = ["BATCH_LENGTHS", "check_last", "check_pruned"]
+__all__ = ["BATCH_LENGTHS", "check_last", "check_last_rows", "check_pruned"]
 
 BATCH_LENGTHS = (1, 5, 12)
 _CACHED, _CHUNK, _STEPS = 13, 7, 3
@@ -40,7 +44,7 @@ def check_last(subject: str, every: Any, last: Any, row: Sequence[int], precisio
 
 def check_pruned(subject: str, directory: Path) -> RungResult:
     """Rung a: the graph with the logits of the last token is the directory's graph with all logits, pruned."""
-    from nbl_export.rewrite.last_token import difference
+    from nbl_export.rewrite.tail.last_token import difference
 
     problem = difference(directory)
     metric, detail = "what ships is the graph with all logits, pruned", problem or "every node and weight"
@@ -99,3 +103,42 @@ def _figure(all_TV: np.ndarray, found_V: np.ndarray, metric: str, limit: float) 
     size = np.sqrt(np.square(right_V).mean())
     others = np.sqrt(np.square(all_TV[:-1] - right_V).mean(1)) / size
     return float(np.sqrt(np.square(found_V - right_V).mean()) / size), min([limit, *(others / 2)])
+
+
+_LOSSLESS = "lossless"
+_ROW_CHUNKS = (40, 3, MOST_ROWS, MOST_ROWS + 1, 1)
+
+
+def check_last_rows(every: Any, last: Any, row: Sequence[int], precision: str) -> RungResult:
+    """Compare the graph `last` with the graph `every` (both an `OnnxDecoder`) on the same chunks.
+
+    Args:
+        row: at least 80 token ids of real text.
+    """
+    tolerance, ids, figures = TOLERANCES[precision], np.asarray(row, np.int64)[None], []
+    metric = f"{tolerance.metric.replace('_', ' ')} logit difference, last {MOST_ROWS} positions"
+    every.begin(1)
+    last.begin(1)
+    start = 0
+    for count in _ROW_CHUNKS:
+        chunk = ids[:, start : start + count]
+        start += count
+        right, found = every.step(chunk)[0], last.step(chunk)[0]
+        if found.shape != right.shape:
+            detail = f"logits {list(found.shape)} of a chunk of {count}, not {list(right.shape)}"
+            return RungResult("f", _LOSSLESS, metric, 1.0, 0.5, False, detail)
+        computed = min(count, MOST_ROWS)
+        figures.append(_apart(right[-computed:], found[-computed:], tolerance.metric))
+        if np.any(found[:-computed]):
+            return RungResult("f", _LOSSLESS, metric, 1.0, 0.5, False, f"a chunk of {count} has logits before the last")
+    value = max(figures)
+    return RungResult(
+        "f", _LOSSLESS, metric, value, tolerance.limit, bool(value <= tolerance.limit), f"chunks {_ROW_CHUNKS}"
+    )
+
+
+def _apart(right: np.ndarray, found: np.ndarray, metric: str) -> float:
+    apart = found.astype(np.float64) - right
+    if metric == "max_abs":
+        return float(np.abs(apart).max())
+    return float(np.sqrt(np.square(apart).mean() / np.square(right, dtype=np.float64).mean()))

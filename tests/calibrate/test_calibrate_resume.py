@@ -63,6 +63,7 @@ def wait_for_change(path: Path) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.fuzz
 def test_killed_at_random_moments_ends_with_the_same_moments(
     command: tuple[object, ...], expected: str, tmp_path: Path, server: ForkServer
 ) -> None:

@@ -53,7 +53,16 @@ def distance(one: AffineMap, other: AffineMap) -> float:
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in parts)
 
 
-@pytest.mark.parametrize("source", ["genai-fp32", "mobius-default", "mobius-cpu", "transformers-23", "torchscript"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "genai-fp32",
+        "mobius-default",
+        "mobius-cpu",
+        "torchscript",
+        pytest.param("transformers-23", marks=pytest.mark.fuzz),
+    ],
+)
 def test_maps_are_those_of_torch(source: str, given_graph: Given, windows: Any, torch_maps: Any) -> None:
     found = graph_maps(given_graph(source) / "model.onnx", windows)
     for tap in TAPS:

@@ -23,7 +23,7 @@ from nbl_export.model.checkpoint.source import resolve
 from nbl_export.model.linearize import linearize
 from nbl_export.records.plan import AffineMap, Plan
 from nbl_export.rewrite import rewrite
-from nbl_export.rewrite.last_token import keep_last_token
+from nbl_export.rewrite.tail.last_token import keep_last_token
 from nbl_export.verify.ladder import DECODE_STEPS, TOLERANCES, Probe, check_logits, run_rows
 from nbl_export.verify.torch_reference import make_reference
 

@@ -24,9 +24,9 @@ from nbl_export.model.token_rows import token_rows
 from nbl_export.records.decoder import ITEMSIZE
 from nbl_export.records.plan import AffineMap, Plan
 from nbl_export.rewrite import contract_of, rewrite, rewrite_model
-from nbl_export.rewrite.last_token import difference, keep_last_token
 from nbl_export.rewrite.quantize_blocks import QuantizeMapBlocks
 from nbl_export.rewrite.renumber import LAYERS_KEY, RenumberCaches
+from nbl_export.rewrite.tail.last_token import difference, keep_last_token
 
 from ..static_tiny import (
     ARCHITECTURES,

@@ -161,7 +161,11 @@ class Fragile(FileState):
 
 @pytest.mark.parametrize(
     "settings",
-    [QUICK, dataclasses.replace(QUICK, lora_rank=4), dataclasses.replace(QUICK, lora_rank=4, learning_rate=3.0)],
+    [
+        pytest.param(QUICK, marks=pytest.mark.fuzz),
+        pytest.param(dataclasses.replace(QUICK, lora_rank=4), marks=pytest.mark.fuzz),
+        dataclasses.replace(QUICK, lora_rank=4, learning_rate=3.0),
+    ],
     ids=["whole", "lora", "retreating"],
 )
 def test_killed_runs_end_with_the_same_maps(

@@ -172,7 +172,7 @@ def test_a_shipped_graph_that_is_not_the_twin_is_caught(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nbl_export.decoders import static
-    from nbl_export.rewrite.last_token import keep_last_token
+    from nbl_export.rewrite.tail.last_token import keep_last_token
 
     twin, run = tmp_path / "twin", tmp_path / "run"
     static.save_graph(static.build_form(model, SLOTS), twin, "model.onnx")

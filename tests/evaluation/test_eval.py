@@ -154,6 +154,7 @@ def measured(err: str) -> list[str]:
     return [line.split(":")[0].strip() for line in err.splitlines() if line.startswith("  ") and " items, " in line]
 
 
+@pytest.mark.fuzz
 def test_a_killed_evaluation_goes_on(finished: Path, tmp_path: Path, data: Path) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     code = (

@@ -66,6 +66,7 @@ def test_bad_input_ends_all_processes_with_one_line(checkpoint: Callable[[str], 
     assert done.stderr.count("no calibration text at") == 1
 
 
+@pytest.mark.fuzz
 def test_two_processes_distil_what_one_does(
     checkpoint: Callable[[str], Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

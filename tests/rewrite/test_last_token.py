@@ -22,7 +22,7 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import AffineMap, Plan
 from nbl_export.records.results import RungResult
 from nbl_export.rewrite import rewrite
-from nbl_export.rewrite.last_token import difference, keep_last_token
+from nbl_export.rewrite.tail.last_token import difference, keep_last_token
 from nbl_export.verify.forms.onnx_files import check_file, check_maps, check_untouched
 from nbl_export.verify.last_token import BATCH_LENGTHS, check_last
 

@@ -333,6 +333,7 @@ def assert_equal_runs(run: Path, undisturbed: Path) -> None:
     assert not list(run.glob(".tmp-*"))
 
 
+@pytest.mark.fuzz
 def test_kill_again_and_again(same: Same, finished: Path, tmp_path: Path, server: ForkServer) -> None:
     """One run that is killed in every stage, each time going on from what the last one left."""
     run = tmp_path / "run"
@@ -392,6 +393,7 @@ os.replace = replace_and_die
 """
 
 
+@pytest.mark.fuzz
 def test_kill_while_results_move_into_place(same: Same, run: Path, finished: Path, server: ForkServer) -> None:
     """With older results of other options in that place."""
     assert nbl("rewrite", run, "--layers", "0,2", "--precision", "int8").status == 0

@@ -128,6 +128,63 @@ def test_a_pipeline_stage_without_attention_is_refused(saved: Callable[..., Path
         run(job(saved("llama", (2,)), pipeline_parallel_size=2), **STAGES)
 
 
+SPECULATIVE: dict[str, Any] = {"max_num_seqs": 8, "disable_log_stats": False}
+
+
+@pytest.mark.parametrize("tap", ["residual", "normed"])
+def test_the_original_with_an_nbl_draft_says_what_the_original_says(tap: str, saved: Callable[..., Path]) -> None:
+    """Lossless: the draft proposes, the original decides."""
+    draft = {"model": str(saved("llama", (0, 2), tap)), "method": "draft_model", "num_speculative_tokens": 3}
+    found = run(job(saved("llama", ()), speculative_config=draft, **SPECULATIVE))
+    assert found["tokens"] == expected(saved("llama", ()))
+    assert 0 <= found["accepted"] < found["drafted"]
+
+
+def test_the_original_as_its_own_draft_is_accepted(saved: Callable[..., Path]) -> None:
+    draft = {"model": str(saved("llama", ())), "method": "draft_model", "num_speculative_tokens": 3}
+    found = run(job(saved("llama", ()), speculative_config=draft, **SPECULATIVE))
+    assert found["tokens"] == expected(saved("llama", ()))
+    assert found["accepted"] > 0.5 * found["drafted"] > 0  # tokens beyond the end of an answer are not accepted
+
+
+@pytest.mark.parametrize(("replaced", "tap"), [((0, 2), "residual"), ((1,), "normed"), ((0, 1), "residual")], ids=str)
+def test_an_nbl_target_with_an_eagle3_head_says_what_it_says_alone(
+    replaced: tuple[int, ...], tap: str, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A head of random weights in the standard format; it reads hidden states in front of replaced and kept layers."""
+    head = eagle3_head(saved("llama", ()), tmp_path / "head")
+    draft = {"model": str(head), "method": "eagle3", "num_speculative_tokens": 3}
+    found = run(job(saved("llama", replaced, tap), speculative_config=draft, **SPECULATIVE))
+    assert found["tokens"] == expected(saved("llama", replaced, tap))
+    assert found["drafted"] > 0
+
+
+def eagle3_head(original: Path, out: Path) -> Path:
+    """Write an EAGLE-3 head of random weights (arXiv:2503.01840) that reads hidden states of layers 0, 1 and 2."""
+    from safetensors.torch import save_file
+
+    config = json.loads((original / "config.json").read_text(encoding="utf-8"))
+    hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    heads, keys = (config[name] * config["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
+    shapes = {
+        "fc": (hidden, 3 * hidden), "lm_head": (vocab, hidden),
+        "midlayer.self_attn.q_proj": (heads, 2 * hidden), "midlayer.self_attn.k_proj": (keys, 2 * hidden),
+        "midlayer.self_attn.v_proj": (keys, 2 * hidden), "midlayer.self_attn.o_proj": (hidden, heads),
+        "midlayer.mlp.gate_proj": (inner, hidden), "midlayer.mlp.up_proj": (inner, hidden),
+        "midlayer.mlp.down_proj": (hidden, inner),
+    }  # fmt: skip
+    norms = ("norm", *(f"midlayer.{n}" for n in ("hidden_norm", "input_layernorm", "post_attention_layernorm")))
+    random = torch.Generator().manual_seed(0)
+    tensors = {f"{name}.weight": 0.1 * torch.randn(shape, generator=random) for name, shape in shapes.items()}
+    tensors |= {f"{name}.weight": torch.ones(hidden) for name in norms}
+    out.mkdir()
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    own = {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "draft_vocab_size": vocab,
+           "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}, "tie_word_embeddings": False}  # fmt: skip
+    (out / "config.json").write_text(json.dumps({**config, **own}), encoding="utf-8")
+    return out
+
+
 def test_a_server_answers_an_openai_client(saved: Callable[..., Path]) -> None:
     directory = saved("llama", (1,))
     with socket.socket() as free:

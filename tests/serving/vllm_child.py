@@ -1,6 +1,6 @@
 """Runs in vLLM's environment: a job as JSON in argv[1]; the answer is the line on stdout that begins with ANSWER.
 
-{"directory": ..., "ids": [[...]], "new_tokens": n, "options": {...}}   -> tokens, blocks, block_size
+{"directory": ..., "ids": [[...]], "new_tokens": n, "options": {...}}   -> tokens, blocks, block_size, drafted, accepted
 {"serve": [words of vllm serve], "port": n, "chat": text, "ids": [...]} -> what an OpenAI client gets
 """
 
@@ -18,6 +18,7 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     llm = LLM(job["directory"], **job["options"])
+    counted = "speculative_config" in job["options"]
     wanted = SamplingParams(temperature=0, max_tokens=job["new_tokens"], ignore_eos=True)
     prompts = [{"prompt_token_ids": ids} for ids in job["ids"]]
     found = [
@@ -26,7 +27,14 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     ]
     cache = llm.llm_engine.vllm_config.cache_config
     return {"tokens": found[-1], "same": all(f == found[0] for f in found), "blocks": cache.num_gpu_blocks,
-            "block_size": cache.block_size}  # fmt: skip
+            "block_size": cache.block_size, **(_proposed(llm) if counted else {})}  # fmt: skip
+
+
+def _proposed(llm: Any) -> dict[str, int]:
+    """Tokens that a draft proposed, and those that were accepted."""
+    values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+    names = {"drafted": "vllm:spec_decode_num_draft_tokens", "accepted": "vllm:spec_decode_num_accepted_tokens"}
+    return {ours: int(values[name]) for ours, name in names.items()}
 
 
 def serve(job: dict[str, Any]) -> dict[str, Any]:

@@ -171,6 +171,7 @@ def test_another_plan_runs_the_original_no_more(
     assert verified("--layers", "2", "--precision", "int8", "--calibration-tokens", "2048") == 4
 
 
+@pytest.mark.fuzz
 def test_a_model_with_one_other_weight_runs(
     checkpoint: Callable[[str], Path], text: Path, tmp_path: Path, runs_of_torch: mock.Mock
 ) -> None:

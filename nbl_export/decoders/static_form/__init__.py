@@ -4,8 +4,8 @@
                                                      the form, float32 ─► fp16 | bf16 ─► int4 ─► check    what ships
 
 Passes add nodes at the end of the graph; one topological sort orders the nodes. The order of the passes matters: the
-mask pass needs the new cache names and the positions. The form gives all logits; `rewrite.last_token` prunes them, for
-graphs of every source.
+mask pass needs the new cache names and the positions. The form gives all logits; `rewrite.tail.last_token` prunes them,
+for graphs of every source.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ from nbl_export.engines.base import Availability, Capabilities, Room
 from nbl_export.engines.ort import genai
 from nbl_export.engines.ort.decoder import OnnxDecoder
 from nbl_export.engines.ort.genai import GenaiRunner, load_package
+from nbl_export.engines.ort.lossless import LosslessRunner
 from nbl_export.engines.ort.opening import SILENT
-from nbl_export.engines.ort.settings import short
+from nbl_export.engines.ort.settings import GenaiSettings, short
 from nbl_export.graph.names import all_logits_file
 from nbl_export.records.decoder import DecoderSpec
 
@@ -27,6 +28,7 @@ CAPABILITIES = Capabilities(
     extra="cpu",
     cache_bytes={"fp16": 2},
     profiled=True,
+    proposes=True,
 )
 
 
@@ -54,7 +56,8 @@ class OrtEngine:
 
     def open_runner(self, directory: Path, threads: int | None = None, room: Room | None = None) -> GenaiRunner:
         """A text runner on a deployable directory; `room` has no effect."""
-        return GenaiRunner(directory, threads)
+        lossless = GenaiSettings.read(directory).lossless
+        return LosslessRunner(directory, threads) if lossless else GenaiRunner(directory, threads)
 
     def open_checked(self, directory: Path, threads: int | None = None) -> GenaiRunner:
         """The same runner, for verification."""

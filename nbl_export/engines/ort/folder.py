@@ -19,5 +19,6 @@ def check_genai_folder(directory: Path) -> None:
         NblError: something is refused; the message names the file.
     """
     refuse_links_out(directory)
-    decoder = read_genai_config(directory).get("model", {}).get("decoder", {})
-    check_graph_file(directory / decoder.get("filename", GRAPH_FILE))
+    model = read_genai_config(directory).get("model", {})
+    for decoder in (model.get("decoder", {}), *([model["draft"]] if "draft" in model else [])):
+        check_graph_file(directory / decoder.get("filename", GRAPH_FILE))

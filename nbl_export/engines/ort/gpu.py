@@ -85,6 +85,7 @@ class GpuEngine:
             dense_caches=self.provider.dense_caches,
             profiled=False,
             provider=flag,
+            proposes=False,
         )
 
     def probe(self) -> Availability:

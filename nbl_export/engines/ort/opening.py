@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ from nbl_export.engines.base import Room
 from nbl_export.engines.ort.folder import check_genai_folder
 from nbl_export.engines.ort.settings import short
 from nbl_export.errors import NblError
+from nbl_export.graph.genai_config import TAKING_TURNS, read_genai_config
 
 __all__ = ["CPU", "SILENT", "Choice", "open_model"]
 
@@ -28,13 +30,21 @@ CPU: Choice = ("cpu", {})
 SILENT = 4  # ORT severity "fatal": only the exception raised here reports an error
 
 
-def open_model(og: ModuleType, directory: Path, threads: int, provider: Choice | None, room: Room | None) -> Any:
+def open_model(
+    og: ModuleType,
+    directory: Path,
+    threads: int,
+    provider: Choice | None,
+    room: Room | None,
+    draft: Mapping[str, Any] | None = None,
+) -> Any:
     """The og.Model of a directory.
 
     Args:
         og: the imported GenAI.
         provider: None uses the directory's provider.
         room: None leaves the sizes of the directory.
+        draft: the block `model.draft` of genai_config.json; None leaves the directory's own.
 
     Raises:
         NblError: the directory is not a model that loads; the message has the path.
@@ -42,7 +52,8 @@ def open_model(og: ModuleType, directory: Path, threads: int, provider: Choice |
     check_genai_folder(directory)
     try:
         config = og.Config(str(directory))  # checked by `check_genai_folder`
-        config.overlay(json.dumps(_settings(threads, room)))
+        own = read_genai_config(directory)["model"].get("draft") is not None
+        config.overlay(json.dumps(_settings(threads, room, {} if own and draft is None else draft)))
         if provider is not None:
             _choose_provider(config, *provider)
         return og.Model(config)
@@ -50,10 +61,13 @@ def open_model(og: ModuleType, directory: Path, threads: int, provider: Choice |
         raise NblError(f"{directory} does not load in ONNX Runtime GenAI: {short(error)}") from error
 
 
-def _settings(threads: int, room: Room | None) -> dict[str, Any]:
-    """What replaces settings of genai_config.json."""
-    session = {"intra_op_num_threads": threads, "log_severity_level": SILENT}
+def _settings(threads: int, room: Room | None, draft: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What replaces settings of genai_config.json. draft: None if there is no draft, which GenAI would open else."""
+    session: dict[str, Any] = {"intra_op_num_threads": threads, "log_severity_level": SILENT}
     model: dict[str, Any] = {"decoder": {"session_options": session}}
+    if draft is not None:
+        session |= TAKING_TURNS
+        model["draft"] = {**draft, "session_options": session}
     if room is None:
         return {"model": model}
     return {"model": {**model, "context_length": room.tokens}, "search": {"batch_size": room.batch}}

@@ -14,12 +14,16 @@ __all__ = ["GenaiSettings", "short"]
 
 @dataclass(frozen=True)
 class GenaiSettings:
-    """Settings of a decoder in genai_config.json: positions, vocabulary, the ids that end a text."""
+    """Settings of a decoder in genai_config.json: positions, vocabulary, the ids that end a text.
+
+    lossless: whether tokens are proposed to the decoder (`rewrite.lossless`).
+    """
 
     context_length: int
     vocab_size: int
     end_ids: tuple[int, ...]
     pad_id: int | None = None
+    lossless: bool = False
 
     @classmethod
     def read(cls, directory: Path) -> GenaiSettings:
@@ -39,7 +43,9 @@ class GenaiSettings:
             end = model["eos_token_id"]
             ends = tuple(int(i) for i in (end if isinstance(end, list) else [end]))
             pad = model.get("pad_token_id")
-            return cls(int(model["context_length"]), int(model["vocab_size"]), ends, None if pad is None else int(pad))
+            pad = None if pad is None else int(pad)
+            lossless = "draft" in model or "speculative" in settings
+            return cls(int(model["context_length"]), int(model["vocab_size"]), ends, pad, lossless)
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise NblError(f"{path} cannot be read ({short(error)}); export the model again") from error
 

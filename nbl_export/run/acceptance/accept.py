@@ -39,7 +39,7 @@ from nbl_export.run_directory import (
 
 __all__ = ["accept", "refuse_failed"]
 
-_SUBJECTS = (("original", True), ("nbl", False))  # subject, and whether it is the original
+_SUBJECTS = (("original", "original"), ("nbl", "model"))  # subject, and its directory
 _PACKAGES = ("nbl-export", *PACKAGES, "cuda-python", "cuda-bindings", "tensorrt-cu13", "tensorrt-cu12",
              "tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "onnxruntime-genai-cuda",
              "onnxruntime-ep-nv-tensorrt-rtx")  # fmt: skip
@@ -87,7 +87,7 @@ def _target(run: RunDirectory, force: bool, parts: Any) -> tuple[Any, tuple[Step
             f"{run.path} is for ONNX Runtime's CPU provider, which verification has run; accept is for engines of a "
             f"GPU: {', '.join(LIBRARIES)}, and --provider cuda or nv-tensorrt-rtx"
         )
-    engines = tuple((s, locate(run.path, original=is_original, force=force).path) for s, is_original in _SUBJECTS)
+    engines = tuple((s, locate(run.path, name, force=force).path) for s, name in _SUBJECTS)
     values = run.path / ACCEPTANCE_FILE
     if engine in LIBRARIES:
         graphs = {subject: run.path / path.name for subject, path in engines}

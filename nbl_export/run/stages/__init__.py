@@ -46,6 +46,10 @@ def _no_bench(job: Job) -> str | None:
     return None if found.available else f"the graphs do not run on this machine: {found.reason}"
 
 
+def _no_lossless(job: Job) -> str | None:
+    return "" if job.options.draft is None else None
+
+
 def _parts(job: Job) -> list[Any]:
     return [*_texts(job), DIVISION]
 
@@ -100,7 +104,11 @@ STAGES = (
         ("depths", "repetitions", "prompt_tokens", "generate_tokens", "threads", "batches"),
         skip=_no_bench,
     ),
-    Stage("report", "report", ("plan", "sweep", "verify", "eval", "build", "bench"), ()),
+    Stage(
+        "lossless", "lossless decoding", ("decoder", "rewrite"), ("draft", "draft_layers", "threads"),
+        skip=_no_lossless, module=".lossless.stage",
+    ),
+    Stage("report", "report", ("plan", "sweep", "verify", "eval", "build", "bench", "lossless"), ()),
 )  # fmt: skip
 
 

@@ -25,8 +25,9 @@ class Stage:
 
     identity: other inputs of the stage, as JSON values.
     skip: why the job skips the stage; "" gives no reason to the user, None runs the stage.
-    module: in this package, with a function `run(job, out)` that writes files to the directory `out` and returns facts
-        for the manifest. The module is imported when the stage runs, because most modules need torch or an engine.
+    module: in this package, or with a dot in front in `run`, with a function `run(job, out)` that writes files to the
+        directory `out` and returns facts for the manifest. The module is imported when the stage runs, because most
+        modules need torch or an engine.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Stage:
 
     def run(self, job: Job, out: Path) -> dict[str, Any]:
         """Run the stage's module."""
-        module = importlib.import_module(f"{__package__}.{self.module or self.name}")
+        module = importlib.import_module(f".{self.module or self.name}", __package__)
         facts: dict[str, Any] = module.run(job, out)
         return facts
 

@@ -8,7 +8,7 @@ from typing import Any
 from nbl_export.records.from_json import edited
 from nbl_export.run.job import Job
 from nbl_export.run.stages.common import verdict
-from nbl_export.run_directory import BENCH_FILE, EVAL_FILE, SWEEP_FILE, VERIFY_FILE
+from nbl_export.run_directory import BENCH_FILE, EVAL_FILE, LOSSLESS_FILE, SWEEP_FILE, VERIFY_FILE
 
 __all__ = ["run"]
 
@@ -20,8 +20,9 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     benchmark = job.run.read_json(BENCH_FILE) if "bench" in job.run.stages else None
     sweep = job.run.read_json(SWEEP_FILE) if "sweep" in job.run.stages else None
     quality = job.run.read_json(EVAL_FILE) if "eval" in job.run.stages else None
+    lossless = job.run.read_json(LOSSLESS_FILE) if "lossless" in job.run.stages else None
     with edited(
         job.run.path, "remove its verify.json, bench.json, sweep.json and eval.json, or start over with --force"
     ):
-        page.render({**job.run.manifest, "status": verdict(job)}, verify, benchmark, out, sweep, quality)
+        page.render({**job.run.manifest, "status": verdict(job)}, verify, benchmark, out, sweep, quality, lossless)
     return {"status": verdict(job)}

@@ -16,19 +16,36 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 
-__all__ = ["PREFIX", "last_valid"]
+__all__ = ["LastValid"]
 
-PREFIX = "/nbl/tail"  # begins the names of all nodes that tail pruning adds
+_PREFIX = "/nbl/tail"  # begins the names of all nodes that tail pruning adds
 _LEAST_OPSET = 18  # the first in which ReduceMax takes its axes as an input
 _WRITES = "write_indices"
 
 
-def last_valid(graph: ir.Graph) -> tuple[list[ir.Node], ir.Value]:
-    """Nodes that compute the index, and its value [B, 1, 1]; the nodes are not in the graph yet.
+class LastValid:
+    """Takes each row's last valid token of values [B, T, ...] of a graph; for `tail.PruneTail`.
 
     Raises:
         RefusalError: no input says which tokens are valid; the graph has not changed.
     """
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.index, self._at = _index(graph)
+
+    def take(self, value: ir.Value, name: str) -> ir.Node:
+        """A node that takes the last valid token; it is not in the graph yet."""
+        node = ir.node("GatherND", [value, self._at], attributes={"batch_dims": 1}, name=f"{_PREFIX}/{name}")
+        node.outputs[0].name = f"{_PREFIX}/{name}/output_0"
+        node.outputs[0].type = value.type
+        return node
+
+    def finish(self, logits: ir.Value) -> None:
+        """Nothing: the graph gives the logits of one token."""
+
+
+def _index(graph: ir.Graph) -> tuple[list[ir.Node], ir.Value]:
+    """Nodes that compute the index, and its value [B, 1, 1]; the nodes are not in the graph yet."""
     inputs = {str(v.name): v for v in graph.inputs}
     emit = _Emitter(graph)
     if "input_ids" in inputs and _WRITES in inputs:
@@ -80,7 +97,7 @@ class _Emitter:
         self._graph = graph
 
     def __call__(self, op: str, name: str, *operands: ir.Value, **attributes: int) -> ir.Value:
-        node = ir.node(op, operands, attributes=attributes, name=f"{PREFIX}/{name}")
+        node = ir.node(op, operands, attributes=attributes, name=f"{_PREFIX}/{name}")
         node.outputs[0].name = f"{node.name}/output_0"
         node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
         self.nodes.append(node)

@@ -7,7 +7,8 @@
 
 `last_valid` computes the index of each row's last valid token, from the mask or, in the static form, from an added
 input. The result is correct if only the logits of the last position are used. In the original graph the last kept layer
-is the last layer: its MLP, the final norm and the head run on one token.
+is the last layer: its MLP, the final norm and the head run on one token. With more than one row, `last_rows` takes the
+last positions of the chunk instead, for speculative decoding.
 
 Refuses a tail in which anything but the two inputs of the join depends on the tokens. On the path from the attention to
 the join, the gather moves back past each node that computes every token by itself. So it stands in front of o_proj,
@@ -20,13 +21,22 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import cache_layers, find_block, is_constant
-from nbl_export.rewrite.last_valid import PREFIX, last_valid
+from nbl_export.rewrite.tail.last_rows import LastRows
+from nbl_export.rewrite.tail.last_valid import LastValid
 
 __all__ = ["PruneTail"]
 
 
 class PruneTail(ir.passes.InPlacePass):
-    """Gather the last valid token in front of the last kept layer's o_proj and residual join."""
+    """Gather the last valid token in front of the last kept layer's o_proj and residual join.
+
+    Args:
+        rows: positions to compute. More than one keeps the shape of the logits, with zeros in front.
+    """
+
+    def __init__(self, rows: int = 1) -> None:
+        super().__init__()
+        self.rows = rows
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
@@ -38,29 +48,30 @@ class PruneTail(ir.passes.InPlacePass):
         block = find_block(graph, cache_layers(graph)[-1])
         tail = _tail_of(graph, block.join)
         _check_tail(block.layer, block.join, tail)
-        nodes, index = last_valid(graph)
+        last = LastValid(graph) if self.rows == 1 else LastRows(graph, self.rows)
         way = _way_of_single_tokens(block.join, block.branch_index)
         user, i = way[0]
         attention = user.inputs[i]
         assert attention is not None
         producer = attention.producer()  # insert behind it: a product's dequantised weight stays beside the product
         assert producer is not None
-        graph.insert_after(producer, [*nodes, _take_last(user, i, index, "attention")])
-        graph.insert_before(block.join, _take_last(block.join, 1 - block.branch_index, index, "residual"))
+        graph.insert_after(producer, [*last.index, _take_last(last, user, i, "attention")])
+        graph.insert_before(block.join, _take_last(last, block.join, 1 - block.branch_index, "residual"))
+        shape = [_batch(graph), 1 if self.rows == 1 else _tokens(graph), _width(graph, logits)]
         for value in (v for node in (*tail, *(node for node, _ in way)) for v in node.outputs):
             value.shape = None
-        logits.shape = ir.Shape([_batch(graph), 1, _width(graph, logits)])
+        logits.shape = ir.Shape(shape)
+        last.finish(logits)
         return ir.passes.PassResult(model, modified=True)
 
 
-def _take_last(user: ir.Node, i: int, index: ir.Value, name: str) -> ir.Node:
-    """Make the gather that `user` now reads at its input i; the gather is not in the graph yet."""
+def _take_last(last: LastValid | LastRows, user: ir.Node, i: int, name: str) -> ir.Node:
+    """Make the node that `user` now reads at its input i; the node is not in the graph yet."""
     value = user.inputs[i]
-    gather = ir.node("GatherND", [value, index], attributes={"batch_dims": 1}, name=f"{PREFIX}/{name}")
-    gather.outputs[0].name = f"{PREFIX}/{name}/output_0"
-    gather.outputs[0].type = None if value is None else value.type
-    user.replace_input_with(i, gather.outputs[0])
-    return gather
+    assert value is not None
+    node = last.take(value, name)
+    user.replace_input_with(i, node.outputs[0])
+    return node
 
 
 def _way_of_single_tokens(join: ir.Node, index: int) -> list[tuple[ir.Node, int]]:
@@ -114,6 +125,11 @@ def _check_tail(layer: int, join: ir.Node, tail: list[ir.Node]) -> None:
 def _batch(graph: ir.Graph) -> str:
     shape = next(v for v in graph.inputs if v.name == "input_ids").shape
     return str(shape[0]) if shape is not None else "batch_size"
+
+
+def _tokens(graph: ir.Graph) -> str:
+    shape = next(v for v in graph.inputs if v.name == "input_ids").shape
+    return str(shape[1]) if shape is not None else "sequence_length"
 
 
 def _width(graph: ir.Graph, logits: ir.Value) -> int | str:

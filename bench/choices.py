@@ -1,0 +1,43 @@
+"""Orders of layers and the cost model that the modes of `quality.py` share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from bed import Bed, log
+
+__all__ = ["cost_model", "dropped", "judged"]
+
+
+def judged(bed: Bed, maps: Mapping[int, Any], count: int, select: str, tap: str = "normed") -> tuple[Any, float]:
+    """The order of layers that nbl-export chooses by trials, and the seconds of the choice."""
+    from nbl_export.cost.model import map_sizes
+    from nbl_export.model import bfloat16
+    from nbl_export.model.mixes import SwitchedModel
+    from nbl_export.plan.effects import Judge
+    from nbl_export.plan.greedy import GreedyOrder, Search
+
+    costs, sizes = cost_model(bed), map_sizes(maps)
+    saved: Any = lambda gone: costs.prefill_saved({i: sizes[i] for i in gone})  # noqa: E731
+    weighed = saved if select == "efficient" else None
+    started, narrow = time.monotonic(), bfloat16.fast(bed.model.device)
+    judge = Judge(SwitchedModel(bed.model, maps, tap, narrow=narrow), bed.judging)
+    order = Search(judge, GreedyOrder(), weighed, lambda _d, _t: None).extend(count)
+    seconds = time.monotonic() - started
+    log(f"{select}: {list(order.layers)} in {seconds:.0f} s")
+    return order, seconds
+
+
+def cost_model(bed: Bed) -> Any:
+    """The cost model of a prefill of 512 tokens in float32."""
+    from nbl_export.cost.model import CostModel
+
+    return CostModel(bed.spec, bed.model.config.intermediate_size, 4.0, 4.0, 4, token_table=True)
+
+
+def dropped(maps: Mapping[int, Any]) -> dict[int, Any]:
+    from nbl_export.records.plan import zero_map
+
+    return {i: zero_map(m.bias.shape[0]) for i, m in maps.items()}

@@ -1,0 +1,75 @@
+"""Lossless decoding: the original's tokens, proposed by something cheaper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nbl_export.measure.rows import spoken_ratio
+from nbl_export.report import words
+from nbl_export.report.blocks import Column, Details, Paragraph, Section, Table
+
+__all__ = ["sections", "table"]
+
+_KINDS = {
+    "prose": "prose, to go on with",
+    "code": "code, to go on with",
+    "chat": "a question",
+    "summary": "a text to summarise",
+    "all": "all",
+}
+
+
+def sections(report: Mapping[str, Any]) -> tuple[Section, ...]:
+    """One section, or none if no proposer was asked for."""
+    found = report.get("lossless")
+    if not found:
+        return ()
+    note = Paragraph(" ".join(_note(found)))
+    trial = Table.of(
+        (Column("Tokens proposed by", "wrap"), *Column.numbers("Tokens/s over plain decoding, one round")),
+        [(row["proposer"], spoken_ratio(row["ratio"])) for row in found["trial"]],
+    )
+    return (Section("Lossless decoding", (note, table(found), Details("The trial of all proposers", (trial,)))),)
+
+
+def table(found: Mapping[str, Any]) -> Table:
+    """The figures of lossless.json, by proposer and kind of prompt."""
+    numbers = ("Accepted", "Tokens per step", "Tokens/s", "Plain tokens/s", "Ratio", "Interval", "Equal answers")
+    columns: tuple[Column | str, ...] = (
+        Column("Tokens proposed by", "wrap"), Column("Prompt", "wrap"), *Column.numbers(*numbers)
+    )  # fmt: skip
+    return Table.of(columns, [_row(row) for row in (*found["rows"], *found["overall"])])
+
+
+def _row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    accepted = "–" if row["acceptance"] is None else words.percent(row["acceptance"])
+    return (
+        row["proposer"],
+        _KINDS[row["kind"]],
+        accepted,
+        "–" if row["tokens_per_round"] is None else f"{row['tokens_per_round']:.2f}",
+        f"{row['tokens_per_second']:.1f}",
+        f"{row['plain_tokens_per_second']:.1f}",
+        f"×{spoken_ratio(row['ratio'])}",
+        f"{row['low']:.2f} to {row['high']:.2f}",
+        f"{row['equal']} of {row['prompts']}",
+    )
+
+
+def _note(found: Mapping[str, Any]) -> Iterator[str]:
+    best = found["overall"][0]
+    yield "The folder lossless/ holds the original decoder, which decides every token, and proposes tokens to it."
+    if found["pays"]:
+        yield f"The fastest proposer is {best['proposer']}: ×{spoken_ratio(best['ratio'])} of plain decoding."
+    else:
+        yield f"Speculation does not pay here: the fastest proposer, {best['proposer']}, is not faster by its interval."
+        yield "Use original/ instead, or measure with prompts like your own."
+    yield f"Reading the prompt takes {best['prefill_ratio'] ** -1:.2f} times as long as in original/."
+    yield f"Answers have up to {found['new_tokens']} tokens. Sampling keeps the original's distribution."
+    if found["differences"]:
+        worst = max(d["margin"] for d in found["differences"])
+        yield (
+            f"{len(found['differences'])} answers leave the original's at a near-tie: there its two best logits are at "
+            f"most {worst:.2g} apart."
+        )

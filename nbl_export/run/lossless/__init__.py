@@ -1,0 +1,1 @@
+"""Lossless decoding of a run: the stage, its drafts and figures, and `bench --lossless`."""

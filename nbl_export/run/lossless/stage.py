@@ -1,0 +1,131 @@
+"""The lossless stage: the original decoder with a proposer of tokens, checked and timed.
+
+original/ ─► target ┐
+int4 decoder ───────┼─► lossless/ ─► tokens equal, times ─► the fastest proposer ─► lossless.json
+NBL int4 decoder ───┘
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nbl_export.errors import ParityError
+from nbl_export.files import versions, write_json
+from nbl_export.graph.names import MANIFEST
+from nbl_export.measure.lossless import Sample, Way, best_of_each, time_ways
+from nbl_export.records.proposers import AUTO, proposers_of
+from nbl_export.records.results import RungResult
+from nbl_export.run.job import Job
+from nbl_export.run.lossless.drafts import add_drafts
+from nbl_export.run.lossless.figures import LOADS, NEW_TOKENS, asked_of, measured, spoken
+from nbl_export.run_directory import LOSSLESS_FILE, PACKAGES
+from nbl_export.text.prompts import prompts
+
+__all__ = ["run"]
+
+_CHECKED_TOKENS = 80
+
+Blocks = Mapping[str, Mapping[str, Any]]  # name of a draft -> its block of genai_config.json
+
+
+def run(job: Job, out: Path) -> dict[str, Any]:
+    """Write lossless/ and lossless.json."""
+    from nbl_export.rewrite.lossless import settle, write_target
+
+    if job.options.draft == job.options.precision == "int4":
+        job.ui.say("  an int4 draft of an int4 decoder proposes at the decoder's own cost; it cannot make it faster")
+    target = out / "lossless"
+    write_target(job.run.path / "original", target)
+    blocks = add_drafts(job, target)
+    rungs = [_check_graph(job, target)]
+    trial, samples = _timed(job, target, blocks)
+    found = _judged(job, [*trial, *samples], rungs)
+    result = {**measured(job.options.draft or AUTO, trial, samples), **found}
+    chosen = next(p for p in proposers_of(AUTO) if p.name == result["chosen"]["name"])
+    settle(target, chosen, blocks)
+    write_json(target / MANIFEST, {**_facts(job), "lossless": result["chosen"]})
+    write_json(out / LOSSLESS_FILE, {**result, "versions": versions(PACKAGES)})
+    job.ui.say(f"  {spoken(result)}")
+    return {}
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    from nbl_export.records.public import public_facts
+
+    kept = ("schema", "model", "decoder", "options", "logits")
+    return public_facts({k: job.run.manifest[k] for k in kept if k in job.run.manifest}, job.run.manifest)
+
+
+# -- checks and times ----------------------------------------------------------------------------------------
+
+
+def _check_graph(job: Job, target: Path) -> RungResult:
+    """Rung f of the folder's graph."""
+    from nbl_export.graph.names import GRAPH_FILE
+    from nbl_export.verify.last_token import check_last_rows
+
+    every = job.engine.open_graph(job.run.path / "original", job.spec)
+    last = job.engine.open_graph(target, job.spec, GRAPH_FILE)
+    with _plain(job) as runner:
+        text = " ".join(p.text for p in prompts(2))
+        ids = runner.encode(text, chat=False)[:_CHECKED_TOKENS]
+    return check_last_rows(every, last, ids, job.options.precision)
+
+
+@contextlib.contextmanager
+def _plain(job: Job) -> Iterator[Any]:
+    from nbl_export.engines.ort.lossless import LosslessRunner
+
+    with LosslessRunner(job.run.path / "original", job.options.first_threads) as runner:
+        yield runner
+
+
+def _timed(job: Job, target: Path, blocks: Blocks) -> tuple[list[Sample], list[Sample]]:
+    """The trial of all proposers, and the rounds of the fastest of each draft."""
+    from nbl_export.engines.ort.lossless import LosslessRunner
+
+    threads = job.options.first_threads
+    openers: dict[str, Callable[[], Any]] = {"original": functools.partial(_plain, job)}
+    for draft in ("ngram", *blocks):
+        openers[draft] = functools.partial(LosslessRunner, target, threads, blocks.get(draft))
+    asked = proposers_of(str(job.options.draft))
+    ways = [Way(None, "original"), *(Way(p, p.draft) for p in asked if p.draft in openers)]
+    with _plain(job) as runner:
+        loads = asked_of(runner, job.slots - NEW_TOKENS)
+    with job.ui.task("proposers") as progress:
+        trial = time_ways(ways, openers, {0: loads[0]}, NEW_TOKENS, progress)
+    with job.ui.task("lossless rounds") as progress:
+        rest = {load: loads[load] for load in range(1, LOADS + 1)}
+        return trial, time_ways(best_of_each(trial), openers, rest, NEW_TOKENS, progress)
+
+
+def _judged(job: Job, samples: Sequence[Sample], rungs: list[RungResult]) -> dict[str, Any]:
+    """Where answers differ, and the verdict on graph and tokens.
+
+    Raises:
+        ParityError: the folder does not give the original's tokens.
+    """
+    from dataclasses import asdict
+
+    from nbl_export.run.lossless.tokens import check_tokens, first_differences
+
+    with _plain(job) as runner:
+        differences = first_differences(samples, functools.partial(_margin, runner))
+    found = [*rungs, check_tokens(samples, differences, job.options.precision)]
+    for rung in found:
+        if not rung.passed:
+            raise ParityError(f"lossless decoding is not the original's: {rung.metric}: {rung.value} ({rung.detail})")
+    return {"rungs": [asdict(rung) for rung in found], "differences": differences}
+
+
+def _margin(runner: Any, ids: Sequence[int]) -> float:
+    import numpy as np
+
+    runner.begin(len(ids))
+    runner.append(ids)
+    second, first = np.partition(runner.last_logits(), -2)[-2:]
+    return float(first - second)

@@ -1,0 +1,165 @@
+"""`--draft`: a folder that gives the original's tokens, its figures, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nbl_export.engines.ort.genai import GenaiRunner
+from nbl_export.engines.ort.lossless import LosslessRunner
+from nbl_export.graph.names import draft_file
+
+from ..command import Outcome, assert_refused, in_new_process, nbl, snapshot
+
+
+@pytest.fixture(scope="module")
+def lossless(
+    finished: Path, same: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Outcome]:
+    """A finished run, and the same command with --draft auto. Never write to the run."""
+    run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("lossless") / "run"))
+    done = in_new_process(*same, "--draft", "auto", "--draft-layers", "0,2", "--output", run)
+    assert done.status == 0, done.err
+    return run, done
+
+
+def test_earlier_stages_are_reused(lossless: tuple[Path, Outcome], finished: Path) -> None:
+    run, done = lossless
+    assert "bench: reused" in done.err
+    assert "lossless decoding: done" in done.err
+    before, after = snapshot(finished), snapshot(run)
+    kept = {name for name in before if name.partition("/")[0] in ("original", "model")}
+    assert all(after[name] == before[name] for name in kept)
+
+
+def test_the_folder_gives_the_originals_tokens(lossless: tuple[Path, Outcome]) -> None:
+    run, _ = lossless
+    with GenaiRunner(run / "original", 1) as plain, LosslessRunner(run / "lossless", 1) as runner:
+        for text in ("The assert statement", "import os", "a"):
+            ids = plain.encode(text, chat=False)
+            assert runner.greedy(ids, 24) == plain.greedy(ids, 24)
+
+
+def test_the_figures(lossless: tuple[Path, Outcome]) -> None:
+    """Every kind of prompt for the best of each draft; all answers equal; the chosen draft is what lies there."""
+    run, _ = lossless
+    found = json.loads((run / "lossless.json").read_text(encoding="utf-8"))
+    drafts = {row["proposer"].partition(",")[0] for row in found["rows"]}
+    assert drafts == {"ngram", "int4", "nbl"}
+    assert {row["kind"] for row in found["rows"]} == {"prose", "code", "chat", "summary"}
+    assert all(row["equal"] + _differing(found, row) == row["prompts"] == 5 for row in found["rows"])
+    assert all(rung["passed"] for rung in found["rungs"])
+    assert len(found["trial"]) == 9
+    best = found["overall"][0]
+    assert best["ratio"] == max(row["ratio"] for row in found["overall"])
+    assert found["chosen"]["name"] == best["proposer"]
+    assert found["pays"] == (best["low"] > 1)
+    drafts_there = [name for name in ("int4", "nbl") if (run / "lossless" / draft_file(name)).exists()]
+    assert drafts_there == [d for d in ("int4", "nbl") if d == found["chosen"]["draft"]]
+    facts = json.loads((run / "lossless" / "nbl.json").read_text(encoding="utf-8"))
+    assert facts["lossless"] == found["chosen"]
+
+
+def _differing(found: dict[str, object], row: dict[str, object]) -> int:
+    same = ("proposer", "kind")
+    return sum(all(d[k] == row[k] for k in same) for d in found["differences"])  # type: ignore[attr-defined]
+
+
+def test_the_report_has_the_table(lossless: tuple[Path, Outcome]) -> None:
+    run, _ = lossless
+    page = (run / "report.md").read_text(encoding="utf-8")
+    assert "## Lossless decoding" in page
+    assert "a text to summarise" in page
+
+
+def test_generate_and_bench(lossless: tuple[Path, Outcome]) -> None:
+    run, _ = lossless
+    before = snapshot(run)
+    said = nbl("generate", run, "The assert statement", "--lossless", "--max-new-tokens", 12)
+    assert said.out == nbl("generate", run, "The assert statement", "--original", "--max-new-tokens", 12).out
+    measured = nbl("bench", run, "--lossless", "--repetitions", 1, "--json")
+    assert measured.status == 0, measured.err
+    found = json.loads(measured.out)
+    assert {row["kind"] for row in found["rows"]} == {"prose", "code", "chat", "summary"}
+    assert all(row["prompts"] == 1 for row in found["rows"])
+    assert snapshot(run) == before
+    assert "×" in nbl("bench", run, "--lossless", "--repetitions", 1).out
+
+
+def test_a_named_draft_is_the_only_one(run: Path, same: tuple[object, ...]) -> None:
+    done = nbl(*same, "--draft", "ngram", "--output", run)
+    assert done.status == 0, done.err
+    found = json.loads((run / "lossless.json").read_text(encoding="utf-8"))
+    assert {row["proposer"].partition(",")[0] for row in found["rows"]} == {"ngram"}
+    assert not list((run / "lossless").glob("*draft*"))
+
+
+def test_a_changed_file_is_refused(lossless: tuple[Path, Outcome], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(lossless[0], tmp_path / "run"))
+    file = run / "lossless" / "model.onnx"
+    file.write_bytes(file.read_bytes() + b"\0")
+    assert_refused(nbl("generate", run, "a", "--lossless"), 1, file, "corrupted")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "parts"),
+    [
+        (("--draft", "eagle"), 1, ("--draft is ngram, int4, nbl, auto",)),
+        (("--draft-layers", "1"), 2, ("--draft-layers is for --draft nbl or auto",)),
+        (("--draft", "nbl", "--draft-layers", "3"), 1, ("--draft-layers 3",)),
+        (("--draft", "nbl", "--draft-layers", "7-8"), 1, ("layer 8 does not exist",)),
+        (("--draft", "ngram", "--engine", "openvino"), 2, ("--draft is for --engine ort",)),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(
+    arguments: tuple[str, ...], status: int, parts: tuple[str, ...], same: tuple[object, ...], tmp_path: Path
+) -> None:
+    assert_refused(nbl(*same, *arguments, "--output", tmp_path / "run"), status, *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_graph_alone_takes_ngram_only(given_graph: object, text: Path, tmp_path: Path) -> None:
+    graph = given_graph("genai-fp32")  # type: ignore[operator]
+    outcome = nbl("--model", graph, "--calibration", text, "--draft", "int4", "--output", tmp_path / "run")
+    assert_refused(outcome, 2, "--draft int4 needs a checkpoint", "use ngram")
+
+
+def test_requests_that_do_not_fit(run: Path, lossless: tuple[Path, Outcome]) -> None:
+    done, _ = lossless
+    assert_refused(nbl("generate", run, "a", "--lossless"), 1, "has no lossless/", "--draft auto")
+    assert_refused(nbl("bench", run, "--lossless"), 1, "has no lossless/")
+    assert_refused(nbl("bench", done, "--lossless", "--batch", "2"), 2, "one sequence")
+    assert_refused(nbl("bench", done / "lossless"), 1, "bench RUN --lossless")
+    assert nbl("generate", done, "a", "--lossless", "--original").status == 2
+    assert nbl("bench", done, run, "--lossless").status == 2
+
+
+def test_an_int4_draft_of_an_int4_decoder_is_warned_of(run: Path, same: tuple[object, ...]) -> None:
+    done = nbl(*same, "--draft", "int4", "--precision", "int4", "--output", run)
+    assert done.status == 0, done.err
+    assert "cannot make it faster" in done.err
+
+
+def test_other_tokens_are_a_failed_verification(
+    run: Path, same: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: a decoder that verifies against positions that are one off."""
+    from nbl_export.rewrite.tail import last_rows
+
+    right = last_rows.LastRows._constant
+
+    def wrong(self: last_rows.LastRows, name: str, values: list[int]) -> object:
+        return right(self, name, [-1] if name == "end" else values)
+
+    monkeypatch.setattr(last_rows.LastRows, "_constant", wrong)
+    before = snapshot(run)
+    outcome = nbl(*same, "--draft", "ngram", "--output", run)
+    assert outcome.status == 3
+    assert "lossless decoding is not the original's" in outcome.err
+    assert not (run / "lossless").exists()
+    assert {k: v for k, v in snapshot(run).items() if k != "nbl.json"} == {
+        k: v for k, v in before.items() if k != "nbl.json"
+    }
