@@ -4,8 +4,8 @@
     loads 1..n        these and plain decoding ─► ratios with intervals, and what was accepted
 
 A round loads one folder after the other and answers a prompt of each kind, so a ratio compares runs of one round. The
-prompts of a round are new. The trial of load 0 chooses, so its times are in no interval. A ratio over all kinds is that
-of the summed times for one token, so each kind counts as much as its plain decoding takes.
+prompts of a round are new. The trial of load 0 chooses, so its times are in no interval. The ratio is that of whole
+answers, from the prompt to the last token: a draft reads the prompt too. Over all kinds it is that of the summed times.
 """
 
 from __future__ import annotations
@@ -60,8 +60,13 @@ class Sample:
 
     @property
     def token_ns(self) -> float:
-        """Time for one token of the answer."""
+        """Time for one token of the answer, behind the prompt."""
         return float(self.found.decode_ns / max(1, len(self.found.tokens)))
+
+    @property
+    def answer_ns(self) -> float:
+        """Time for the prompt and the answer."""
+        return float(self.found.prefill_ns + self.found.decode_ns)
 
 
 def time_ways(
@@ -101,7 +106,7 @@ def best_of_each(samples: Sequence[Sample]) -> list[Way]:
     """The fastest way of each draft, and plain decoding."""
     spent: dict[Way, float] = {}
     for sample in samples:
-        spent[sample.way] = spent.get(sample.way, 0.0) + sample.token_ns
+        spent[sample.way] = spent.get(sample.way, 0.0) + sample.answer_ns
     best: dict[str, Way] = {}
     for way, ns in spent.items():
         draft = PLAIN if way.proposer is None else way.proposer.draft
@@ -141,8 +146,10 @@ def _of(samples: Sequence[Sample], way: Way, kind: str | None = None) -> list[Sa
 
 def _row(way: Way, kind: str, plain: Sequence[Sample], own: Sequence[Sample]) -> dict[str, Any]:
     loads = [s.load for s in own]
-    ratio = paired_ratio([s.token_ns for s in plain], [s.token_ns for s in own], loads)
-    prefill = paired_ratio([s.found.prefill_ns for s in plain], [s.found.prefill_ns for s in own], loads)
+    ratio, decode, prefill = (
+        paired_ratio([time(s) for s in plain], [time(s) for s in own], loads)
+        for time in (lambda s: s.answer_ns, lambda s: s.token_ns, lambda s: s.found.prefill_ns)
+    )
     proposed, accepted = (sum(getattr(s.found, name) for s in own) for name in ("proposed", "accepted"))
     steps = sum(s.found.rounds for s in own)
     return {
@@ -152,6 +159,7 @@ def _row(way: Way, kind: str, plain: Sequence[Sample], own: Sequence[Sample]) ->
         "plain_tokens_per_second": 1e9 / statistics.median(s.token_ns for s in plain),
         **dataclasses.asdict(ratio),
         "verdict": ratio.verdict,
+        "decode_ratio": decode.ratio,
         "prefill_ratio": prefill.ratio,
         "acceptance": accepted / proposed if proposed else None,
         "tokens_per_round": (accepted + steps) / steps if steps else None,

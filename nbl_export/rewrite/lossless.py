@@ -25,6 +25,8 @@ from nbl_export.rewrite.tail import PruneTail
 
 __all__ = ["add_draft", "settle", "write_target"]
 
+_CHUNK_TOKENS = 256  # of a prompt: GenAI's buffer of logits has a row for each token of a chunk, mostly zeros
+
 
 def write_target(original: Path, out: Path) -> None:
     """Write a deployable directory to `out` with the last positions' logits; `out` must not exist.
@@ -39,6 +41,9 @@ def write_target(original: Path, out: Path) -> None:
     model = ir.load(original / all_logits_file(original))
     PruneTail(MOST_ROWS)(model)
     ir.save(model, out / GRAPH_FILE)
+    settings = _settings(out)
+    settings["search"]["chunk_size"] = _CHUNK_TOKENS
+    _write(settings, out)
 
 
 def add_draft(source: Path, out: Path, draft: str) -> dict[str, Any]:
@@ -65,9 +70,13 @@ def settle(out: Path, proposer: Proposer, drafts: Mapping[str, Mapping[str, Any]
         for decoder in (model["decoder"], model["draft"]):
             decoder["session_options"] = {**decoder["session_options"], **TAKING_TURNS}
     settings["speculative"] = dict(proposer.options)
-    (out / GENAI_CONFIG).write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
+    _write(settings, out)
 
 
 def _settings(directory: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((directory / GENAI_CONFIG).read_text(encoding="utf-8"))
     return found
+
+
+def _write(settings: Mapping[str, Any], directory: Path) -> None:
+    (directory / GENAI_CONFIG).write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")

@@ -27,7 +27,7 @@ def sections(report: Mapping[str, Any]) -> tuple[Section, ...]:
         return ()
     note = Paragraph(" ".join(_note(found)))
     trial = Table.of(
-        (Column("Tokens proposed by", "wrap"), *Column.numbers("Tokens/s over plain decoding, one round")),
+        (Column("Tokens proposed by", "wrap"), *Column.numbers("Speed over plain decoding, one round")),
         [(row["proposer"], spoken_ratio(row["ratio"])) for row in found["trial"]],
     )
     return (Section("Lossless decoding", (note, table(found), Details("The trial of all proposers", (trial,)))),)
@@ -35,7 +35,7 @@ def sections(report: Mapping[str, Any]) -> tuple[Section, ...]:
 
 def table(found: Mapping[str, Any]) -> Table:
     """The figures of lossless.json, by proposer and kind of prompt."""
-    numbers = ("Accepted", "Tokens per step", "Tokens/s", "Plain tokens/s", "Ratio", "Interval", "Equal answers")
+    numbers = ("Accepted", "Tokens per step", "Prefill", "Decode", "Whole answer", "Interval", "Equal answers")
     columns: tuple[Column | str, ...] = (
         Column("Tokens proposed by", "wrap"), Column("Prompt", "wrap"), *Column.numbers(*numbers)
     )  # fmt: skip
@@ -49,8 +49,8 @@ def _row(row: Mapping[str, Any]) -> tuple[str, ...]:
         _KINDS[row["kind"]],
         accepted,
         "–" if row["tokens_per_round"] is None else f"{row['tokens_per_round']:.2f}",
-        f"{row['tokens_per_second']:.1f}",
-        f"{row['plain_tokens_per_second']:.1f}",
+        f"×{spoken_ratio(row['prefill_ratio'])}",
+        f"×{spoken_ratio(row['decode_ratio'])}",
         f"×{spoken_ratio(row['ratio'])}",
         f"{row['low']:.2f} to {row['high']:.2f}",
         f"{row['equal']} of {row['prompts']}",
@@ -65,7 +65,8 @@ def _note(found: Mapping[str, Any]) -> Iterator[str]:
     else:
         yield f"Speculation does not pay here: the fastest proposer, {best['proposer']}, is not faster by its interval."
         yield "Use original/ instead, or measure with prompts like your own."
-    yield f"Reading the prompt takes {best['prefill_ratio'] ** -1:.2f} times as long as in original/."
+    yield "Each factor is speed over plain decoding; that of a whole answer counts the prompt, which a draft reads too."
+    yield f"Plain decoding gives {best['plain_tokens_per_second']:.1f} tokens a second."
     yield f"Answers have up to {found['new_tokens']} tokens. Sampling keeps the original's distribution."
     if found["differences"]:
         worst = max(d["margin"] for d in found["differences"])

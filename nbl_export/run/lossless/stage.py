@@ -111,21 +111,12 @@ def _judged(job: Job, samples: Sequence[Sample], rungs: list[RungResult]) -> dic
     """
     from dataclasses import asdict
 
-    from nbl_export.run.lossless.tokens import check_tokens, first_differences
+    from nbl_export.run.lossless.tokens import check_tokens, first_differences, margin
 
     with _plain(job) as runner:
-        differences = first_differences(samples, functools.partial(_margin, runner))
+        differences = first_differences(samples, functools.partial(margin, runner))
     found = [*rungs, check_tokens(samples, differences, job.options.precision)]
     for rung in found:
         if not rung.passed:
             raise ParityError(f"lossless decoding is not the original's: {rung.metric}: {rung.value} ({rung.detail})")
     return {"rungs": [asdict(rung) for rung in found], "differences": differences}
-
-
-def _margin(runner: Any, ids: Sequence[int]) -> float:
-    import numpy as np
-
-    runner.begin(len(ids))
-    runner.append(ids)
-    second, first = np.partition(runner.last_logits(), -2)[-2:]
-    return float(first - second)

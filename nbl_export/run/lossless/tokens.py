@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from nbl_export.measure.lossless import PLAIN, Sample
 from nbl_export.records.results import RungResult
 from nbl_export.verify.ladder import TOLERANCES
 
-__all__ = ["check_tokens", "first_differences"]
+__all__ = ["check_tokens", "first_differences", "margin"]
 
 
 def first_differences(samples: Sequence[Sample], margin_of: Callable[[Sequence[int]], float]) -> list[dict[str, Any]]:
@@ -46,3 +48,11 @@ def check_tokens(samples: Sequence[Sample], differences: Sequence[dict[str, Any]
         detail += f"; the others differ first where two logits are at most {worst:.2g} apart"
     metric = "greedy tokens of the original: largest margin at a difference"
     return RungResult("d", "lossless", metric, worst, allowed, worst <= allowed, detail)
+
+
+def margin(runner: Any, ids: Sequence[int]) -> float:
+    """The difference of a decoder's two best logits behind some tokens."""
+    runner.begin(len(ids))
+    runner.append(ids)
+    second, first = np.partition(runner.last_logits(), -2)[-2:]
+    return float(first - second)
