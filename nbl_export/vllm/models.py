@@ -86,7 +86,10 @@ class Linearized:
                 f"the pipeline stage of layers {min(here)} to {max(here)} has no attention, and vLLM cannot plan its "
                 "caches; give it another layer by VLLM_PP_LAYER_PARTITION"
             )
-        self._maps = [name for i in replaced if i in here for name in _exchange(here[i], config, vllm_config)]
+        ours = [i for i in replaced if i in here]
+        for i in ours:
+            _exchange(here[i], config, vllm_config)
+        self._maps = [f"model.layers.{i}.self_attn.linear.bias" for i in ours]  # without the prefix that a draft has
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the weights of this rank."""
@@ -97,15 +100,14 @@ class Linearized:
         return loaded
 
 
-def _exchange(layer: Any, config: Any, vllm_config: VllmConfig) -> list[str]:
-    """Replace a layer's attention; returns the names of the weights that the checkpoint must have."""
+def _exchange(layer: Any, config: Any, vllm_config: VllmConfig) -> None:
+    """Replace a layer's attention."""
     name = layer.self_attn.attn.layer_name  # model.layers.3.self_attn.attn
     vllm_config.compilation_config.static_forward_context.pop(name)  # no cache is allocated for it
     prefix = name.removesuffix(".attn")
     layer.self_attn = LinearAttention(config.hidden_size, config.nbl_parallel, vllm_config.quant_config, prefix)
     if config.nbl_tap == "residual":
         layer.input_layernorm = Joined()
-    return [f"{prefix}.linear.bias"]
 
 
 class NblLlamaForCausalLM(Linearized, LlamaForCausalLM):
