@@ -46,12 +46,12 @@ def main() -> None:
     from nbl_export.files import versions
     from nbl_export.measure.benchmark import machine
     from nbl_export.measure.lossless import Asked, Way, overall, rows, time_ways
-    from nbl_export.records.proposers import PROPOSERS
+    from nbl_export.records.proposers import GENAI_PROPOSERS
     from nbl_export.run.lossless.tokens import first_differences, margin
     from nbl_export.text.prompts import prompts
 
     chosen = json.loads((options.run / "lossless.json").read_text(encoding="utf-8"))["chosen"]["name"]
-    proposer = next(p for p in PROPOSERS if p.name == chosen)
+    proposer = next(p for p in GENAI_PROPOSERS if p.name == chosen)
     openers = {name: functools.partial(LosslessRunner, options.run / name) for name in ("original", "lossless")}
     ways = [Way(None, "original"), Way(proposer, "lossless")]
     loads: dict[int, list[Asked]] = {}

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nbl_export.records.decoder import DecoderSpec, GraphContract
+from nbl_export.records.proposers import Proposer
 
 __all__ = [
     "Availability",
@@ -17,8 +18,11 @@ __all__ = [
     "Built",
     "Capabilities",
     "Compiler",
+    "Draft",
     "Engine",
+    "Generation",
     "GraphDecoder",
+    "ProposingRunner",
     "Room",
     "TextRunner",
 ]
@@ -40,7 +44,7 @@ class Capabilities:
         cross: whether exports may be for another machine; bench is left out if the engine does not run here.
         dense_caches: whether caches count 0..K-1.
         provider: ONNX Runtime's execution provider, which the exporter is told.
-        proposes: whether the engine verifies proposed tokens (`--draft`).
+        proposers: who can propose tokens that the engine verifies (`--draft`); empty if nobody can.
     """
 
     name: str
@@ -55,7 +59,7 @@ class Capabilities:
     cross: bool = False
     dense_caches: bool = False
     provider: str = "cpu"
-    proposes: bool = False
+    proposers: tuple[Proposer, ...] = ()
 
     def cache_itemsize(self, precision: str) -> int:
         """Bytes of a cache element."""
@@ -151,6 +155,59 @@ class GraphDecoder(Protocol):
 
 
 @dataclass(frozen=True)
+class Generation:
+    """A greedy continuation.
+
+    Attributes:
+        tokens: of the answer, with the end of text if it was reached.
+        prefill_ns: until the prompt is read.
+        decode_ns: of all tokens behind it.
+        proposed, accepted: proposed tokens that the decoder examined, and those that it accepted.
+        rounds: steps of the decoder that verified proposed tokens.
+    """
+
+    tokens: tuple[int, ...]
+    prefill_ns: int
+    decode_ns: int
+    proposed: int = 0
+    accepted: int = 0
+    rounds: int = 0
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A draft in a folder of lossless decoding that is not settled: its name, and the engine's settings for it."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class ProposingRunner(Protocol):
+    """A loaded decoder with proposed tokens, or without them for comparison; a context manager."""
+
+    def __enter__(self) -> ProposingRunner: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the longest sequence."""
+
+    def encode(self, prompt: str, *, chat: bool) -> list[int]:
+        """Token ids of a prompt, see `TextRunner`."""
+
+    def generation(self, ids: Sequence[int], new_tokens: int, options: Mapping[str, int | bool]) -> Generation:
+        """A timed greedy continuation, up to `new_tokens` or the end of text.
+
+        Args:
+            options: of the proposer; empty for the folder's own way.
+        """
+
+    def stream(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[str]:
+        """Greedy continuation as text pieces, see `TextRunner`."""
+
+
+@dataclass(frozen=True)
 class BuildSettings:
     """What a plan is built for.
 
@@ -215,6 +272,14 @@ class Engine(Protocol):
 
     def open_checked(self, directory: Path, threads: int | None = None) -> TextRunner:
         """A runner on the deployed model or on its float32 twin, on a CPU, for verification."""
+
+    def open_lossless(self, directory: Path, threads: int | None = None, draft: Draft | None = None) -> ProposingRunner:
+        """A runner with proposed tokens, for engines with `proposers`.
+
+        Args:
+            directory: a folder of lossless decoding, or a deployable directory for plain decoding.
+            draft: of a folder that is not settled; None for the folder's own way.
+        """
 
     def open_graph(self, directory: Path, spec: DecoderSpec, file: str | None = None) -> GraphDecoder:
         """The graph for verification: the graph with all logits, unless `file` names another."""

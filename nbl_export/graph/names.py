@@ -9,6 +9,7 @@ __all__ = [
     "ALL_LOGITS_IR",
     "DETOKENIZER_IR",
     "GENAI_CONFIG",
+    "GENERATION_CONFIG",
     "GRAPH_FILE",
     "IR_FILE",
     "IR_WEIGHTS",
@@ -17,6 +18,7 @@ __all__ = [
     "TOKENIZER_IR",
     "all_logits_file",
     "draft_file",
+    "draft_folder",
     "graph_file",
 ]
 
@@ -29,6 +31,7 @@ IR_WEIGHTS = "openvino_model.bin"
 ALL_LOGITS_IR = "openvino_all_logits.xml"  # the same graph with all logits; it reads the same constants
 TOKENIZER_IR = "openvino_tokenizer.xml"
 DETOKENIZER_IR = "openvino_detokenizer.xml"
+GENERATION_CONFIG = "generation_config.json"
 MANIFEST = "nbl.json"  # in a run directory and in a deployable directory
 
 
@@ -45,3 +48,8 @@ def all_logits_file(directory: Path) -> str:
 def draft_file(draft: str) -> str:
     """Name of a draft's graph, beside the graph of the decoder whose tokens it proposes."""
     return f"{draft}_draft.onnx"
+
+
+def draft_folder(draft: str) -> str:
+    """Name of an IR draft's folder, in the folder of the decoder whose tokens it proposes."""
+    return f"{draft}_draft"

@@ -153,8 +153,9 @@ class JobOptions:
         "main rewrite", metavar="MODEL",
     )  # fmt: skip
     draft: str | None = option(
-        None, "ort: also write lossless/, which gives the original's tokens faster; tokens are proposed by ngram (the "
-        "text so far), int4 (the original in int4), nbl (the NBL model in int4), or the fastest (auto).", _ENGINE,
+        None, "ort, openvino: also write lossless/, which gives the original's tokens faster; tokens are proposed by "
+        "ngram (the text so far), int4 (the original in int4), nbl (the NBL model in int4), or the fastest (auto).",
+        _ENGINE,
         metavar="DRAFT",
     )  # fmt: skip
     draft_layers: str | None = option(

@@ -4,7 +4,8 @@
     draft folder model.onnx ───── copied ──────► int4_draft.onnx or nbl_draft.onnx, each with its data
     genai_config.json ───────────────────────► model.draft and speculative, as ONNX Runtime GenAI reads them
 
-A graph's data lies in its own directory, and onnx refuses hard links, so weights are copied.
+A graph's data lies in its own directory, and onnx refuses hard links, so weights are copied. An IR has files of its own
+(`rewrite.openvino.lossless`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from typing import Any
 import onnx_ir as ir
 
 from nbl_export.graph.genai_config import TAKING_TURNS
-from nbl_export.graph.names import ALL_LOGITS_FILE, GENAI_CONFIG, GRAPH_FILE, MANIFEST, all_logits_file, draft_file
+from nbl_export.graph.names import (
+    ALL_LOGITS_FILE,
+    GENAI_CONFIG,
+    GRAPH_FILE,
+    IR_FILE,
+    MANIFEST,
+    all_logits_file,
+    draft_file,
+)
 from nbl_export.records.proposers import MOST_ROWS, Proposer
 from nbl_export.rewrite.tail import PruneTail
 
@@ -34,6 +43,11 @@ def write_target(original: Path, out: Path) -> None:
     Raises:
         RefusalError: the tail of this graph cannot be pruned.
     """
+    if (original / IR_FILE).is_file():
+        from nbl_export.rewrite.openvino.lossless import write_ir_target
+
+        write_ir_target(original, out)
+        return
     out.mkdir()
     for file in sorted(original.iterdir()):
         if file.is_file() and file.name not in (ALL_LOGITS_FILE, GRAPH_FILE, MANIFEST):
@@ -47,7 +61,12 @@ def write_target(original: Path, out: Path) -> None:
 
 
 def add_draft(source: Path, out: Path, draft: str) -> dict[str, Any]:
-    """Copy a deployable directory's graph into `out` as a draft; returns its block of genai_config.json."""
+    """Copy a deployable directory's graph into `out` as a draft; returns its block of genai_config.json, if any."""
+    if (source / IR_FILE).is_file():
+        from nbl_export.rewrite.openvino.lossless import add_ir_draft
+
+        add_ir_draft(source, out, draft)
+        return {}
     file = draft_file(draft)
     ir.save(ir.load(source / GRAPH_FILE), out / file, external_data=f"{file}.data")
     block: dict[str, Any] = _settings(source)["model"]["decoder"]
@@ -60,6 +79,11 @@ def settle(out: Path, proposer: Proposer, drafts: Mapping[str, Mapping[str, Any]
     Args:
         drafts: name of each draft in `out` -> its block of genai_config.json.
     """
+    if (out / IR_FILE).is_file():
+        from nbl_export.rewrite.openvino.lossless import settle_ir
+
+        settle_ir(out, proposer, drafts)
+        return
     for draft in drafts:
         if draft != proposer.draft:
             for name in (draft_file(draft), f"{draft_file(draft)}.data"):

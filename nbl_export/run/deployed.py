@@ -51,7 +51,8 @@ def open_for_text(directory: Path, name: str = "model", *, force: bool) -> Any:
         NblError: the engine is not available on this machine; also the errors of `locate`.
     """
     found = locate(directory, name, force=force)
-    return available_engine(found).open_runner(found.path, None)
+    engine = available_engine(found)
+    return engine.open_lossless(found.path) if name == "lossless" else engine.open_runner(found.path, None)
 
 
 _STAGES = {"model": "rewrite", "original": "decoder", "lossless": "lossless"}  # directory -> stage that makes it

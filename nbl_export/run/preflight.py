@@ -80,8 +80,8 @@ def _check_draft(options: JobOptions) -> None:
         raise UsageError("--draft-layers is for --draft nbl or auto; leave it out")
     if options.draft is None:
         return
-    if not engine_of(options).capabilities.proposes:
-        raise UsageError(f"--draft is for --engine ort with --provider cpu, not for {_spoken(options)}")
+    if not engine_of(options).capabilities.proposers:
+        raise UsageError(f"--draft is for engines ort and openvino on a CPU, not for {_spoken(options)}")
     if options.fit == GIVEN_FIT:
         raise UsageError(
             "--draft needs the original's attention, which an NBL checkpoint lacks; give the original model"
@@ -158,8 +158,9 @@ def check_options(options: JobOptions, spec: DecoderSpec) -> None:
         parse_layers(options.layers, spec.num_layers)
     if options.draft_layers is not None:
         parse_layers(options.draft_layers, spec.num_layers, "--draft-layers")
-    if options.draft not in (None, "ngram") and "genai" in ARCHITECTURES[spec.architecture].not_from:
-        reason = ARCHITECTURES[spec.architecture].not_from["genai"]
+    source = engine_of(options).capabilities.sources[0]
+    if options.draft not in (None, "ngram") and source in ARCHITECTURES[spec.architecture].not_from:
+        reason = ARCHITECTURES[spec.architecture].not_from[source]
         raise NblError(f"--draft {options.draft} is not possible for {spec.architecture}: {reason}; use ngram")
     check_size(options, spec)
     if options.decoder_source != GIVEN:  # a graph states its own structure

@@ -14,7 +14,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["KINDS", "Prompt", "prompts"]
+__all__ = ["KINDS", "MOST_EACH", "Prompt", "prompts"]
 
 KINDS = ("prose", "code", "chat", "summary")
 _PROSE_CHARS, _CODE_CHARS, _SUMMARY_CHARS = 400, 1200, 1500
@@ -44,6 +44,9 @@ _QUESTIONS = (
 )
 
 
+MOST_EACH = len(_QUESTIONS)
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt of one of `KINDS`; chat: whether the chat template is put around the text."""
@@ -54,7 +57,7 @@ class Prompt:
 
 
 def prompts(each: int) -> list[Prompt]:
-    """The first `each` prompts of every kind, at most 16 of each."""
+    """The first `each` prompts of every kind, at most `MOST_EACH` of each."""
     topics = _passages()
     found = [Prompt("prose", text[:_PROSE_CHARS], False) for text in topics[:each]]
     found += [Prompt("code", text[:_CODE_CHARS], False) for text in _modules()[:each]]

@@ -16,7 +16,7 @@ from nbl_export.engines.ort.lossless import LosslessRunner
 from nbl_export.engines.ort.opening import open_model
 from nbl_export.errors import NblError
 from nbl_export.graph.names import draft_file
-from nbl_export.records.proposers import PROPOSERS, Proposer, proposers_of
+from nbl_export.records.proposers import GENAI_PROPOSERS, Proposer, proposers_of
 from nbl_export.rewrite.lossless import add_draft, settle, write_target
 
 from ..tiny import VOCAB
@@ -42,7 +42,7 @@ def block(folder: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("proposer", [p for p in PROPOSERS if p.draft != "int4"], ids=lambda p: p.name)
+@pytest.mark.parametrize("proposer", [p for p in GENAI_PROPOSERS if p.draft != "int4"], ids=lambda p: p.name)
 def test_answers_are_those_of_plain_decoding(proposer: Proposer, folder: Path, genai_dirs: dict[str, Path]) -> None:
     place = _without_draft(folder) if proposer.draft == "ngram" else folder
     with GenaiRunner(genai_dirs["original"], 1) as plain, LosslessRunner(place, 1) as runner:
@@ -61,7 +61,7 @@ def _without_draft(folder: Path) -> Path:
     out = folder.parent / "ngram"
     if not out.exists():
         shutil.copytree(folder, out)
-        settle(out, proposers_of("ngram")[0], {})
+        settle(out, proposers_of("ngram", GENAI_PROPOSERS)[0], {})
         settings = json.loads((out / "genai_config.json").read_text(encoding="utf-8"))
         del settings["model"]["draft"]
         (out / "genai_config.json").write_text(json.dumps(settings), encoding="utf-8")

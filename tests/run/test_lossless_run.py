@@ -111,7 +111,7 @@ def test_a_changed_file_is_refused(lossless: tuple[Path, Outcome], tmp_path: Pat
         (("--draft-layers", "1"), 2, ("--draft-layers is for --draft nbl or auto",)),
         (("--draft", "nbl", "--draft-layers", "3"), 1, ("--draft-layers 3",)),
         (("--draft", "nbl", "--draft-layers", "7-8"), 1, ("layer 8 does not exist",)),
-        (("--draft", "ngram", "--engine", "openvino"), 2, ("--draft is for --engine ort",)),
+        (("--draft", "ngram", "--engine", "trt-rtx"), 2, ("--draft is for engines ort and openvino",)),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(

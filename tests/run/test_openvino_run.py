@@ -150,3 +150,41 @@ def test_scores_are_those_of_the_graph(runs: dict[str, Path]) -> None:
     again = decoder.step(np.arange(30, 34)[None])
     assert first.shape[1] == 4
     assert np.sqrt(np.square(first - again).mean() / np.square(first).mean()) < 0.02
+
+
+@pytest.fixture(scope="module")
+def lossless(runs: dict[str, Path], asked: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fp16 run with --draft auto. Never write to it."""
+    run = Path(shutil.copytree(runs["fp16"], tmp_path_factory.mktemp("lossless") / "run"))
+    done = in_new_process(*asked, "--precision", "fp16", "--draft", "auto", "--output", run)
+    assert done.status == 0, done.err
+    assert "bench: reused" in done.err
+    return run
+
+
+def test_proposed_tokens_change_no_answer(lossless: Path) -> None:
+    """Every proposer of OpenVINO GenAI; a draft lies in a folder of its own, and the settings beside the graph."""
+    found = json.loads((lossless / "lossless.json").read_text())
+    assert {row["proposer"].partition(",")[0] for row in found["rows"]} == {"ngram", "int4", "nbl"}
+    assert all(rung["passed"] for rung in found["rungs"])
+    drafts = [row for row in found["overall"] if not row["proposer"].startswith("ngram")]
+    assert all(0 <= row["acceptance"] <= 1 for row in drafts)
+    folder, options = lossless / "lossless", found["chosen"]["options"]
+    assert (folder / "openvino_model.xml").read_bytes() == (
+        lossless / "original" / "openvino_all_logits.xml"
+    ).read_bytes()
+    assert [p.name for p in folder.iterdir() if p.is_dir()] == [
+        f"{name}_draft" for name in ("int4", "nbl") if name == found["chosen"]["draft"]
+    ]
+    settings = json.loads((folder / "generation_config.json").read_text())
+    assert options.items() <= settings.items()
+
+
+def test_the_folder_runs(lossless: Path) -> None:
+    said = nbl("generate", lossless, "The with statement", "--lossless", "--max-new-tokens", 6, "--raw")
+    plain = nbl("generate", lossless, "The with statement", "--original", "--max-new-tokens", 6, "--raw")
+    assert said.status == plain.status == 0, said.err
+    assert said.out == plain.out
+    done = nbl("bench", lossless, "--lossless", "--repetitions", 1, "--json")
+    assert done.status == 0, done.err
+    assert all(row["prompts"] == 1 for row in json.loads(done.out)["rows"])

@@ -7,14 +7,16 @@ from types import ModuleType
 
 import numpy as np
 
-from nbl_export.engines.base import Availability, Capabilities, Room
+from nbl_export.engines.base import Availability, Capabilities, Draft, Room
 from nbl_export.engines.openvino.decoder import IrDecoder
+from nbl_export.engines.openvino.lossless import OpenVinoLosslessRunner
 from nbl_export.engines.openvino.runner import OpenVinoRunner
 from nbl_export.engines.openvino.session import Session, load_openvino
 from nbl_export.engines.ort.genai import default_threads
 from nbl_export.errors import NblError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
 from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.proposers import OPENVINO_PROPOSERS
 
 __all__ = ["CAPABILITIES", "OPENVINO", "OpenVinoEngine"]
 
@@ -26,6 +28,7 @@ CAPABILITIES = Capabilities(
     extra="openvino",
     cache_bytes={"fp16": 2, "int8": 1, "int4": 1},
     graphs="ir",
+    proposers=OPENVINO_PROPOSERS,
 )
 _OLDEST = (2026, 0)  # of openvino: the API and the CPU plugin's caches are as `session` describes them
 
@@ -80,6 +83,12 @@ class OpenVinoEngine:
     def open_checked(self, directory: Path, threads: int | None = None) -> OpenVinoRunner:
         """The same runner in float32."""
         return OpenVinoRunner(directory, threads or default_threads(), exact=True)
+
+    def open_lossless(
+        self, directory: Path, threads: int | None = None, draft: Draft | None = None
+    ) -> OpenVinoLosslessRunner:
+        """A runner with proposed tokens, on OpenVINO GenAI."""
+        return OpenVinoLosslessRunner(directory, threads or default_threads(), draft)
 
     def open_graph(self, directory: Path, spec: DecoderSpec, file: str | None = None) -> IrDecoder:
         """The graph with all logits, unless `file` names another, in the arithmetic that ships."""

@@ -74,6 +74,10 @@ class OpenVinoRunner:
             raise ValueError(f"cannot rewind {self.session.mask_BK.shape[1]} tokens to {length}")
         self.session.cut(length)
 
+    def last_logits(self) -> np.ndarray:
+        """Logits [V] float32 after the last token; valid only right after `append`."""
+        return np.asarray(self._logits[0, -1], np.float32)
+
     def pick(self) -> int:
         """The most likely next token of the first sequence."""
         return int(self._logits[0, -1].argmax())

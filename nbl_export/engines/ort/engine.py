@@ -8,15 +8,16 @@ from types import ModuleType
 
 import numpy as np
 
-from nbl_export.engines.base import Availability, Capabilities, Room
+from nbl_export.engines.base import Availability, Capabilities, Draft, Room
 from nbl_export.engines.ort import genai
 from nbl_export.engines.ort.decoder import OnnxDecoder
 from nbl_export.engines.ort.genai import GenaiRunner, load_package
 from nbl_export.engines.ort.lossless import LosslessRunner
 from nbl_export.engines.ort.opening import SILENT
-from nbl_export.engines.ort.settings import GenaiSettings, short
+from nbl_export.engines.ort.settings import short
 from nbl_export.graph.names import all_logits_file
 from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.proposers import GENAI_PROPOSERS
 
 __all__ = ["CAPABILITIES", "ORT", "OrtEngine", "is_installed", "probe"]
 
@@ -28,7 +29,7 @@ CAPABILITIES = Capabilities(
     extra="cpu",
     cache_bytes={"fp16": 2},
     profiled=True,
-    proposes=True,
+    proposers=GENAI_PROPOSERS,
 )
 
 
@@ -56,12 +57,15 @@ class OrtEngine:
 
     def open_runner(self, directory: Path, threads: int | None = None, room: Room | None = None) -> GenaiRunner:
         """A text runner on a deployable directory; `room` has no effect."""
-        lossless = GenaiSettings.read(directory).lossless
-        return LosslessRunner(directory, threads) if lossless else GenaiRunner(directory, threads)
+        return GenaiRunner(directory, threads)
 
     def open_checked(self, directory: Path, threads: int | None = None) -> GenaiRunner:
         """The same runner, for verification."""
         return GenaiRunner(directory, threads)
+
+    def open_lossless(self, directory: Path, threads: int | None = None, draft: Draft | None = None) -> LosslessRunner:
+        """A runner with proposed tokens."""
+        return LosslessRunner(directory, threads, draft.settings if draft and draft.settings else None)
 
     def open_graph(self, directory: Path, spec: DecoderSpec, file: str | None = None) -> OnnxDecoder:
         """The directory's graph on plain ONNX Runtime: the graph with all logits, unless `file` names another."""

@@ -36,7 +36,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nbl_export.engines.base import Availability, Capabilities, Room
+from nbl_export.engines.base import Availability, Capabilities, Draft, ProposingRunner, Room
 from nbl_export.engines.gpu import Gpu, find_gpu, outdated
 from nbl_export.engines.ort import engine as ort
 from nbl_export.engines.ort.cuda import OLDER_DRIVER, check_cuda, load_cuda
@@ -85,7 +85,7 @@ class GpuEngine:
             dense_caches=self.provider.dense_caches,
             profiled=False,
             provider=flag,
-            proposes=False,
+            proposers=(),
         )
 
     def probe(self) -> Availability:
@@ -158,6 +158,10 @@ class GpuEngine:
     def open_checked(self, directory: Path, threads: int | None = None) -> GenaiRunner:
         """The same directory on the CPU provider, for verification."""
         return GenaiRunner(directory, threads, provider=CPU)
+
+    def open_lossless(self, directory: Path, threads: int | None = None, draft: Draft | None = None) -> ProposingRunner:
+        """Refused: the engine has no proposers."""
+        raise NblError(f"engine {self.capabilities.name} verifies no proposed tokens; {directory} cannot run so")
 
     def open_graph(self, directory: Path, spec: DecoderSpec, file: str | None = None) -> OnnxDecoder:
         """The directory's graph on the CPU provider of plain ONNX Runtime, for verification."""

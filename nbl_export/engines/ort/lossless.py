@@ -11,38 +11,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nbl_export.engines.base import Generation
 from nbl_export.engines.ort.genai import GenaiRunner
 from nbl_export.engines.ort.opening import open_model
 from nbl_export.engines.ort.settings import short
 from nbl_export.errors import NblError
 
-__all__ = ["Generation", "LosslessRunner"]
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A greedy continuation.
-
-    Attributes:
-        tokens: of the answer, with the end of text if it was reached.
-        prefill_ns: until the prompt is read.
-        decode_ns: of all tokens behind it.
-        proposed, accepted: proposed tokens that the decoder examined, and those that it accepted.
-        rounds: steps of the decoder that verified proposed tokens.
-    """
-
-    tokens: tuple[int, ...]
-    prefill_ns: int
-    decode_ns: int
-    proposed: int = 0
-    accepted: int = 0
-    rounds: int = 0
+__all__ = ["LosslessRunner"]
 
 
 class LosslessRunner(GenaiRunner):
@@ -64,6 +44,11 @@ class LosslessRunner(GenaiRunner):
 
     def __enter__(self) -> LosslessRunner:
         return self
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.settings.context_length
 
     def begin(self, max_tokens: int, batch: int = 1) -> None:
         """As `GenaiRunner.begin`.

@@ -20,7 +20,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.engines.base import Availability, BuildSettings, Room
+from nbl_export.engines.base import Availability, BuildSettings, Draft, ProposingRunner, Room
 from nbl_export.engines.gpu import CUDA, Gpu, find_gpu, outdated, release_for
 from nbl_export.engines.static.host import StaticDecoder, StaticRunner
 from nbl_export.engines.tensorrt.library import LIBRARIES, Library, load_library
@@ -109,6 +109,10 @@ class TensorRtEngine:
         from nbl_export.engines.tensorrt.runner import open_session
 
         return StaticRunner(open_session(self.library, directory), directory)
+
+    def open_lossless(self, directory: Path, threads: int | None = None, draft: Draft | None = None) -> ProposingRunner:
+        """Refused: the engine has no proposers."""
+        raise NblError(f"engine {self.capabilities.name} verifies no proposed tokens; {directory} cannot run so")
 
     def open_graph(self, directory: Path, spec: DecoderSpec, file: str | None = None) -> StaticDecoder:
         """The float32 twin on ONNX Runtime's CPU provider: the graph with all logits, unless `file` names another."""

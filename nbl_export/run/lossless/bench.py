@@ -8,11 +8,11 @@ from typing import Any
 
 from nbl_export.errors import NblError, UsageError
 from nbl_export.records.options import JobOptions
-from nbl_export.records.proposers import PROPOSERS
 from nbl_export.run.deployed import available_engine, locate
 from nbl_export.run.lossless.figures import LOADS, NEW_TOKENS, asked_of, measured
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import LOSSLESS_FILE, RunDirectory
+from nbl_export.text.prompts import MOST_EACH
 
 __all__ = ["bench_lossless"]
 
@@ -32,25 +32,20 @@ def bench_lossless(directory: Path, options: JobOptions, ui: Ui) -> dict[str, An
     from nbl_export.run_directory import PACKAGES
 
     if options.batches != (1,):
-        raise UsageError("--lossless is for one sequence: ONNX Runtime GenAI proposes no tokens in a batch")
+        raise UsageError("--lossless is for one sequence: no runtime proposes tokens in a batch here")
+    if (options.repetitions or 0) > MOST_EACH:
+        raise UsageError(f"--repetitions is {MOST_EACH} at most with --lossless: every round has prompts of its own")
     folder, original = locate(directory, "lossless"), locate(directory, "original")
-    available_engine(folder)
+    engine = available_engine(folder)
     name = RunDirectory.peek(directory).read_json(LOSSLESS_FILE)["chosen"]["name"]
-    chosen = next((p for p in PROPOSERS if p.name == name), None)
+    chosen = next((p for p in engine.capabilities.proposers if p.name == name), None)
     if chosen is None:
         raise NblError(f"{directory / LOSSLESS_FILE} names no known proposer; run its stage again")
-    opener = functools.partial(_open, threads=options.first_threads)
-    openers = {place.path.name: functools.partial(opener, place.path) for place in (original, folder)}
+    threads = options.first_threads
+    openers = {p.path.name: functools.partial(engine.open_lossless, p.path, threads) for p in (original, folder)}
     ways = [Way(None, original.path.name), Way(chosen, folder.path.name)]
     with openers[original.path.name]() as runner:
-        most = runner.settings.context_length - NEW_TOKENS
-        loads = asked_of(runner, most)[: 1 + (options.repetitions or LOADS)]
+        loads = asked_of(runner, runner.most_tokens - NEW_TOKENS, options.repetitions or LOADS)
     with ui.task("lossless rounds") as progress:
-        samples = time_ways(ways, openers, dict(enumerate(loads[1:], 1)), NEW_TOKENS, progress)
+        samples = time_ways(ways, openers, dict(enumerate(loads)), NEW_TOKENS, progress)
     return {**measured(chosen.draft, [], samples), "machine": machine(), "versions": versions(PACKAGES)}
-
-
-def _open(directory: Path, threads: int | None) -> Any:
-    from nbl_export.engines.ort.lossless import LosslessRunner
-
-    return LosslessRunner(directory, threads)

@@ -15,7 +15,8 @@ def add_drafts(job: Job, target: Path) -> dict[str, dict[str, Any]]:
     """Add the drafts that the options ask for to the folder."""
     from nbl_export.rewrite.lossless import add_draft
 
-    wanted = {p.draft for p in proposers_of(str(job.options.draft))} - {"ngram"}
+    asked = proposers_of(str(job.options.draft), job.engine.capabilities.proposers)
+    wanted = {p.draft for p in asked} - {"ngram"}
     if not wanted:
         return {}
     with job.run.scratch() as scratch, job.ui.task("drafts"):
@@ -31,7 +32,7 @@ def _int4(job: Job, out: Path) -> Path:
     from nbl_export.rewrite import prune_directory
 
     job.forget_model()
-    build_decoder("genai", job.checkpoint, out, "int4")
+    build_decoder(job.engine.capabilities.sources[0], job.checkpoint, out, "int4")
     prune_directory(out)
     return out
 

@@ -16,11 +16,11 @@ LOADS = 5  # after the trial, which is load 0
 _MOST_PROMPT_TOKENS = 512
 
 
-def asked_of(runner: Any, most: int) -> list[list[Asked]]:
-    """The prompts of each load, as token ids of at most `most` tokens, and of 512."""
-    loads: list[list[Asked]] = [[] for _ in range(LOADS + 1)]
+def asked_of(runner: Any, most: int, loads_wanted: int) -> list[list[Asked]]:
+    """The prompts of each load, one of each kind, as token ids of at most `most` tokens, and of 512."""
+    loads: list[list[Asked]] = [[] for _ in range(loads_wanted)]
     counts: dict[str, int] = {}
-    for prompt in prompts(LOADS + 1):
+    for prompt in prompts(loads_wanted):
         number = counts[prompt.kind] = counts.get(prompt.kind, -1) + 1
         ids = runner.encode(prompt.text, chat=prompt.chat)
         loads[number].append(Asked(prompt.kind, number, tuple(ids[: min(most, _MOST_PROMPT_TOKENS)])))

@@ -7,17 +7,17 @@ NBL int4 decoder ───┘
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nbl_export.engines.base import Draft
 from nbl_export.errors import ParityError
 from nbl_export.files import versions, write_json
 from nbl_export.graph.names import MANIFEST
 from nbl_export.measure.lossless import Sample, Way, best_of_each, time_ways
-from nbl_export.records.proposers import AUTO, proposers_of
+from nbl_export.records.proposers import AUTO, Proposer, proposers_of
 from nbl_export.records.results import RungResult
 from nbl_export.run.job import Job
 from nbl_export.run.lossless.drafts import add_drafts
@@ -34,6 +34,7 @@ Blocks = Mapping[str, Mapping[str, Any]]  # name of a draft -> its block of gena
 
 def run(job: Job, out: Path) -> dict[str, Any]:
     """Write lossless/ and lossless.json."""
+    from nbl_export.measure.benchmark import machine
     from nbl_export.rewrite.lossless import settle, write_target
 
     if job.options.draft == job.options.precision == "int4":
@@ -41,14 +42,14 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     target = out / "lossless"
     write_target(job.run.path / "original", target)
     blocks = add_drafts(job, target)
-    rungs = [_check_graph(job, target)]
+    rungs = _check_graph(job, target)
     trial, samples = _timed(job, target, blocks)
     found = _judged(job, [*trial, *samples], rungs)
     result = {**measured(job.options.draft or AUTO, trial, samples), **found}
-    chosen = next(p for p in proposers_of(AUTO) if p.name == result["chosen"]["name"])
+    chosen = next(p for p in _asked(job) if p.name == result["chosen"]["name"])
     settle(target, chosen, blocks)
     write_json(target / MANIFEST, {**_facts(job), "lossless": result["chosen"]})
-    write_json(out / LOSSLESS_FILE, {**result, "versions": versions(PACKAGES)})
+    write_json(out / LOSSLESS_FILE, {**result, "machine": machine(), "versions": versions(PACKAGES)})
     job.ui.say(f"  {spoken(result)}")
     return {}
 
@@ -63,44 +64,43 @@ def _facts(job: Job) -> dict[str, Any]:
 # -- checks and times ----------------------------------------------------------------------------------------
 
 
-def _check_graph(job: Job, target: Path) -> RungResult:
-    """Rung f of the folder's graph."""
+def _check_graph(job: Job, target: Path) -> list[RungResult]:
+    """Rung f of an ONNX graph; the IR is the graph with all logits, byte for byte."""
     from nbl_export.graph.names import GRAPH_FILE
     from nbl_export.verify.last_token import check_last_rows
 
+    if job.engine.capabilities.graphs != "onnx":
+        return []
     every = job.engine.open_graph(job.run.path / "original", job.spec)
     last = job.engine.open_graph(target, job.spec, GRAPH_FILE)
     with _plain(job) as runner:
-        text = " ".join(p.text for p in prompts(2))
-        ids = runner.encode(text, chat=False)[:_CHECKED_TOKENS]
-    return check_last_rows(every, last, ids, job.options.precision)
+        ids = runner.encode(" ".join(p.text for p in prompts(2)), chat=False)[:_CHECKED_TOKENS]
+    return [check_last_rows(every, last, ids, job.options.precision)]
 
 
-@contextlib.contextmanager
-def _plain(job: Job) -> Iterator[Any]:
-    from nbl_export.engines.ort.lossless import LosslessRunner
-
-    with LosslessRunner(job.run.path / "original", job.options.first_threads) as runner:
-        yield runner
+def _plain(job: Job) -> Any:
+    """A runner of plain decoding."""
+    return job.engine.open_lossless(job.run.path / "original", job.options.first_threads)
 
 
 def _timed(job: Job, target: Path, blocks: Blocks) -> tuple[list[Sample], list[Sample]]:
     """The trial of all proposers, and the rounds of the fastest of each draft."""
-    from nbl_export.engines.ort.lossless import LosslessRunner
-
-    threads = job.options.first_threads
     openers: dict[str, Callable[[], Any]] = {"original": functools.partial(_plain, job)}
-    for draft in ("ngram", *blocks):
-        openers[draft] = functools.partial(LosslessRunner, target, threads, blocks.get(draft))
-    asked = proposers_of(str(job.options.draft))
-    ways = [Way(None, "original"), *(Way(p, p.draft) for p in asked if p.draft in openers)]
+    for name in ("ngram", *blocks):
+        draft = Draft(name, blocks.get(name, {}))
+        openers[name] = functools.partial(job.engine.open_lossless, target, job.options.first_threads, draft)
+    ways = [Way(None, "original"), *(Way(p, p.draft) for p in _asked(job) if p.draft in openers)]
     with _plain(job) as runner:
-        loads = asked_of(runner, job.slots - NEW_TOKENS)
+        loads = asked_of(runner, job.slots - NEW_TOKENS, LOADS + 1)
     with job.ui.task("proposers") as progress:
         trial = time_ways(ways, openers, {0: loads[0]}, NEW_TOKENS, progress)
     with job.ui.task("lossless rounds") as progress:
         rest = {load: loads[load] for load in range(1, LOADS + 1)}
         return trial, time_ways(best_of_each(trial), openers, rest, NEW_TOKENS, progress)
+
+
+def _asked(job: Job) -> tuple[Proposer, ...]:
+    return proposers_of(str(job.options.draft), job.engine.capabilities.proposers)
 
 
 def _judged(job: Job, samples: Sequence[Sample], rungs: list[RungResult]) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _judged(job: Job, samples: Sequence[Sample], rungs: list[RungResult]) -> dic
 
     from nbl_export.run.lossless.tokens import check_tokens, first_differences, margin
 
-    with _plain(job) as runner:
+    with job.engine.open_runner(job.run.path / "original", job.options.first_threads) as runner:
         differences = first_differences(samples, functools.partial(margin, runner))
     found = [*rungs, check_tokens(samples, differences, job.options.precision)]
     for rung in found:

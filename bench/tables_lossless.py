@@ -1,0 +1,82 @@
+"""Tables of lossless decoding, made from raw results."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Rows = list[Sequence[str]]
+Read = Callable[[str], Any]
+_RUNS = {
+    "SmolLM2, float32": "lossless-smollm2-fp32",
+    "SmolLM2, float16": "lossless-smollm2-fp16",
+    "SmolLM2, int8": "lossless-smollm2-int8",
+    "SmolLM2, int4": "lossless-smollm2-int4",
+    "Qwen2.5-Coder, float32": "lossless-qwen-fp32",
+}
+_KINDS = ("prose", "code", "chat", "summary")
+
+
+def lossless(read: Read) -> Rows:
+    """For each decoder, the fastest proposer of each draft: acceptance, and speed by kind of prompt."""
+    titles = (
+        "decoder",
+        "proposer",
+        "accepted",
+        "tokens a step",
+        "prefill",
+        *_KINDS,
+        "all",
+        "interval",
+        "equal answers",
+    )
+    rows: Rows = [titles, "ll" + "r" * (len(titles) - 2)]
+    for title, name in _RUNS.items():
+        run = read(name)
+        for best in run["overall"]:
+            kinds = {r["kind"]: r for r in run["rows"] if r["proposer"] == best["proposer"]}
+            rows.append((
+                title, best["proposer"], f"{100 * best['acceptance']:.0f}%", f"{best['tokens_per_round']:.2f}",
+                f"×{best['prefill_ratio']:.2f}", *(f"×{kinds[k]['ratio']:.2f}" for k in _KINDS),
+                f"×{best['ratio']:.2f}", f"{best['low']:.2f} to {best['high']:.2f}",
+                f"{best['equal']} of {best['prompts']}",
+            ))  # fmt: skip
+    return rows
+
+
+def tokens(read: Read) -> Rows:
+    """Answers of 128 tokens beside the original's, by kind of prompt."""
+    run = read("lossless-tokens-smollm2")
+    rows: Rows = [("prompts", "equal answers", "accepted", "decode", "whole answer", "interval"), "lrrrrr"]
+    for row in (*run["rows"], *run["overall"]):
+        rows.append((
+            row["kind"], f"{row['equal']} of {row['prompts']}", f"{100 * row['acceptance']:.0f}%",
+            f"×{row['decode_ratio']:.2f}", f"×{row['ratio']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}",
+        ))  # fmt: skip
+    return rows
+
+
+def prefill(read: Read) -> Rows:
+    """Prefill of 2,048 tokens in original/ and in lossless/."""
+    found = read("lossless-tokens-smollm2")["prefill_seconds"]
+    ratios = [a / b for a, b in zip(found["original"], found["lossless"], strict=True)]
+    low, high = min(ratios), max(ratios)
+    shown = (f"{statistics.median(found[name]):.2f} s" for name in ("original", "lossless"))
+    titles = ("original/", "lossless/", "original over lossless", f"range of {len(ratios)} loads")
+    return [titles, "rrrr", (*shown, f"×{statistics.median(ratios):.2f}", f"{low:.2f} to {high:.2f}")]
+
+
+def bridge(read: Read) -> Rows:
+    """The best modelled speed of a draft of the first layers and one map."""
+    titles = ("model", "first layers", "kind", "proposed tokens that the model says", "best width", "tokens a step",
+              "modelled speed")  # fmt: skip
+    rows: Rows = [titles, "lrlrrrr"]
+    for title, name in (("SmolLM2", "bridge-smollm2"), ("Qwen2.5-Coder", "bridge-qwen")):
+        for row in read(name)["rows"]:
+            width, best = max(row["widths"].items(), key=lambda item: item[1]["speed"])
+            rows.append((
+                title, str(row["layers"]), row["kind"], f"{100 * row['agreed']:.0f}%", width,
+                f"{best['tokens_per_round']:.2f}", f"×{best['speed']:.2f}",
+            ))  # fmt: skip
+    return rows
