@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tables_lossless as lossless
 import tables_openvino as ov
 import tables_proof as proof
 import tables_quality as quality
@@ -48,8 +49,12 @@ TABLES: Mapping[str, Callable[[Callable[[str], Any]], list[Sequence[str]]]] = {
     "second": second.second,
     "trained": second.trained,
     "bias": second.bias,
+    "second-tasks": second.tasks,
     "second-speeds": second.speeds,
     "gguf": serving.gguf,
+    "gguf-speeds": serving.gguf_speeds,
+    "vllm": serving.vllm,
+    "lossless": lossless.lossless,
     "stages": second.stages,
     "taken": second.taken,
     "job-speeds": second.job_speeds,

@@ -10,10 +10,8 @@ Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
 _RUNS = {
     "SmolLM2, float32": "lossless-smollm2-fp32",
-    "SmolLM2, float16": "lossless-smollm2-fp16",
     "SmolLM2, int8": "lossless-smollm2-int8",
     "SmolLM2, int4": "lossless-smollm2-int4",
-    "Qwen2.5-Coder, float32": "lossless-qwen-fp32",
 }
 _KINDS = ("prose", "code", "chat", "summary")
 
@@ -69,14 +67,13 @@ def prefill(read: Read) -> Rows:
 
 def bridge(read: Read) -> Rows:
     """The best modelled speed of a draft of the first layers and one map."""
-    titles = ("model", "first layers", "kind", "proposed tokens that the model says", "best width", "tokens a step",
+    titles = ("first layers", "kind", "proposed tokens that the model says", "best width", "tokens a step",
               "modelled speed")  # fmt: skip
-    rows: Rows = [titles, "lrlrrrr"]
-    for title, name in (("SmolLM2", "bridge-smollm2"), ("Qwen2.5-Coder", "bridge-qwen")):
-        for row in read(name)["rows"]:
-            width, best = max(row["widths"].items(), key=lambda item: item[1]["speed"])
-            rows.append((
-                title, str(row["layers"]), row["kind"], f"{100 * row['agreed']:.0f}%", width,
-                f"{best['tokens_per_round']:.2f}", f"×{best['speed']:.2f}",
-            ))  # fmt: skip
+    rows: Rows = [titles, "rlrrrr"]
+    for row in read("bridge-smollm2")["rows"]:
+        width, best = max(row["widths"].items(), key=lambda item: item[1]["speed"])
+        rows.append((
+            str(row["layers"]), row["kind"], f"{100 * row['agreed']:.0f}%", width,
+            f"{best['tokens_per_round']:.2f}", f"×{best['speed']:.2f}",
+        ))  # fmt: skip
     return rows

@@ -87,7 +87,7 @@ def tasks(read: Read) -> Rows:
         }
     for row, title in titles.items():
         scores = [(today[name]["rows"].get(row) or found[name]["rows"][row])["acc"] for name in TASKS]
-        rows.append((title, *(_accuracy(score, row) for score in scores)))
+        rows.append((title, *(accuracy_of(score, row) for score in scores)))
     return rows
 
 
@@ -105,11 +105,11 @@ def graphs(read: Read) -> Rows:
         if name in agreed:
             same = f"{agreed[name]['same_answers']:,} of {agreed[name]['items']:,}"
             apart = f"{agreed[name]['loglikelihood']['largest']:.4f}"
-        rows.append((shown, _accuracy(figures["original"], "original"), _accuracy(nbl, "nbl"), same, apart))
+        rows.append((shown, accuracy_of(figures["original"], "original"), accuracy_of(nbl, "nbl"), same, apart))
     return rows
 
 
-def _accuracy(figure: Mapping[str, float], row: str) -> str:
+def accuracy_of(figure: Mapping[str, float], row: str) -> str:
     value = f"{100 * figure['value']:.1f}%"
     if row == "original":
         return value

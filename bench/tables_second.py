@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tables_quality import TASKS, accuracy_of
+
 from nbl_export.records.plan import spoken_layers
 
 # Raw result of a job -> title, and raw result of its layers on other texts.
 _JOBS = {
     "stages-smollm2": ("SmolLM2-135M", "default-smollm2"),
     "stages-qwen": ("Qwen2.5-Coder-0.5B", "default-qwen"),
+}
+_TASK_ROWS = {
+    "original": "original",
+    "paper 3": "3 layers, `cca` (the paper)",
+    "ours 3": "3 layers, `efficient`, closed form",
+    "paper 6": "6 layers, `cca` (the paper)",
+    "ours 6": "6 layers, `efficient`, closed form",
+    "distilled 6": "6 layers, `efficient`, distilled",
 }
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
@@ -48,6 +58,15 @@ def bias(read: Read) -> Rows:
     for count in run["asked"]["counts"].split(","):
         for title, name in (("yes", "normed"), ("no", "normed without bias")):
             rows.append((count, title, *(f"{run[name][count][text]['nbl']:.2f}" for text in _TEXTS)))
+    return rows
+
+
+def tasks(read: Read) -> Rows:
+    """Accuracies of the second model on the first documents of three tasks."""
+    found = read("tasks-qwen")["tasks"]
+    rows: Rows = [("", *(f"{shown} ({found[name]['documents']:,})" for name, shown in TASKS.items())), "lrrr"]
+    for row, title in _TASK_ROWS.items():
+        rows.append((title, *(accuracy_of(found[name]["rows"][row]["acc"], row) for name in TASKS)))
     return rows
 
 

@@ -34,7 +34,7 @@ from nbl_export.rewrite.tail import PruneTail
 
 __all__ = ["add_draft", "settle", "write_target"]
 
-_CHUNK_TOKENS = 256  # of a prompt: GenAI's buffer of logits has a row for each token of a chunk, mostly zeros
+_CHUNK_TOKENS = 512  # of a prompt: GenAI's buffer of logits has a row for each token of a chunk, mostly zeros
 
 
 def write_target(original: Path, out: Path) -> None:
