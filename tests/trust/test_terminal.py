@@ -85,6 +85,12 @@ def profile_facts() -> dict[str, Any]:
     return {"prompt_tokens": 8, "decoders": {"d" + EVIL: {"prefill": phase, "decode": phase}}}
 
 
+def lossless_facts() -> dict[str, Any]:
+    row = {"proposer": "p" + EVIL, "kind": "chat", "acceptance": 0.5, "tokens_per_round": 2.0, "prefill_ratio": 1.1}
+    row |= {"decode_ratio": 1.2, "ratio": 1.2, "low": 1.1, "high": 1.3, "equal": 5, "prompts": 5}
+    return {"rows": [row], "overall": [{**row, "kind": "all"}]}
+
+
 def projection_facts() -> list[dict[str, Any]]:
     speeds = {"original": 1.0, "nbl": 2.0}
     row = {"phase": "decode", "tokens": 1, "depth": 0, "bound": "b" + EVIL, "ratio": 2.0}
@@ -112,6 +118,7 @@ TABLES: dict[str, Callable[[Path], Any]] = {
     "doctor_table": lambda _: tables.doctor_table({"e": {"title": EVIL, "available": False, "reason": EVIL}}, EVIL),
     "graph_table": lambda run: graph_table.graph_table(graph_facts(run)),
     "sweep_table": lambda _: tradeoff.sweep_table(sweep_facts()),
+    "lossless_table": lambda _: tables.lossless_table(lossless_facts()),
     "profile_table": lambda _: profile_table.profile_table(profile_facts()),
     "verdict_table": lambda _: acceptance_page.verdict_table(acceptance_facts()),
     "table": lambda _: projection.table(projection_facts()),
