@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,40 +39,4 @@ def lossless(read: Read) -> Rows:
                 f"×{best['ratio']:.2f}", f"{best['low']:.2f} to {best['high']:.2f}",
                 f"{best['equal']} of {best['prompts']}",
             ))  # fmt: skip
-    return rows
-
-
-def tokens(read: Read) -> Rows:
-    """Answers of 128 tokens beside the original's, by kind of prompt."""
-    run = read("lossless-tokens-smollm2")
-    rows: Rows = [("prompts", "equal answers", "accepted", "decode", "whole answer", "interval"), "lrrrrr"]
-    for row in (*run["rows"], *run["overall"]):
-        rows.append((
-            row["kind"], f"{row['equal']} of {row['prompts']}", f"{100 * row['acceptance']:.0f}%",
-            f"×{row['decode_ratio']:.2f}", f"×{row['ratio']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}",
-        ))  # fmt: skip
-    return rows
-
-
-def prefill(read: Read) -> Rows:
-    """Prefill of 2,048 tokens in original/ and in lossless/."""
-    found = read("lossless-tokens-smollm2")["prefill_seconds"]
-    ratios = [a / b for a, b in zip(found["original"], found["lossless"], strict=True)]
-    low, high = min(ratios), max(ratios)
-    shown = (f"{statistics.median(found[name]):.2f} s" for name in ("original", "lossless"))
-    titles = ("original/", "lossless/", "original over lossless", f"range of {len(ratios)} loads")
-    return [titles, "rrrr", (*shown, f"×{statistics.median(ratios):.2f}", f"{low:.2f} to {high:.2f}")]
-
-
-def bridge(read: Read) -> Rows:
-    """The best modelled speed of a draft of the first layers and one map."""
-    titles = ("first layers", "kind", "proposed tokens that the model says", "best width", "tokens a step",
-              "modelled speed")  # fmt: skip
-    rows: Rows = [titles, "rlrrrr"]
-    for row in read("bridge-smollm2")["rows"]:
-        width, best = max(row["widths"].items(), key=lambda item: item[1]["speed"])
-        rows.append((
-            str(row["layers"]), row["kind"], f"{100 * row['agreed']:.0f}%", width,
-            f"{best['tokens_per_round']:.2f}", f"×{best['speed']:.2f}",
-        ))  # fmt: skip
     return rows

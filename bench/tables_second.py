@@ -52,13 +52,18 @@ def second(read: Read) -> Rows:
 
 
 def bias(read: Read) -> Rows:
-    """Perplexities of maps on the normed input with and without a bias."""
-    run = read("orders-qwen")
-    rows: Rows = [("layers", "bias", *_TEXTS.values()), "ll" + "r" * len(_TEXTS)]
-    for count in run["asked"]["counts"].split(","):
-        for title, name in (("yes", "normed"), ("no", "normed without bias")):
-            rows.append((count, title, *(f"{run[name][count][text]['nbl']:.2f}" for text in _TEXTS)))
+    """Perplexities of maps on the normed input with and without a bias, of two models."""
+    rows: Rows = [("model", "layers", "bias", *_TEXTS.values()), "lll" + "r" * len(_TEXTS)]
+    for model, name in (("SmolLM2-135M", "orders-smollm2"), ("Qwen2.5-Coder-0.5B", "orders-qwen")):
+        run = read(name)
+        for count in run["asked"]["counts"].split(","):
+            for title, key in (("yes", "normed"), ("no", "normed without bias")):
+                rows.append((model, count, title, *_perplexities(run[key][count])))
     return rows
+
+
+def _perplexities(prices: Mapping[str, Any]) -> list[str]:
+    return [f"{prices[text]['nbl']:.2f}" for text in _TEXTS]
 
 
 def tasks(read: Read) -> Rows:
