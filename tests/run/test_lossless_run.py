@@ -149,12 +149,12 @@ def test_other_tokens_are_a_failed_verification(
     """Planted: a decoder that verifies against positions that are one off."""
     from nbl_export.rewrite.tail import last_rows
 
-    right = last_rows.LastRows._constant
+    right = last_rows.Emitter.constant
 
-    def wrong(self: last_rows.LastRows, name: str, values: list[int]) -> object:
+    def wrong(self: last_rows.Emitter, name: str, values: list[int]) -> object:
         return right(self, name, [-1] if name == "end" else values)
 
-    monkeypatch.setattr(last_rows.LastRows, "_constant", wrong)
+    monkeypatch.setattr(last_rows.Emitter, "constant", wrong)
     before = snapshot(run)
     outcome = nbl(*same, "--draft", "ngram", "--output", run)
     assert outcome.status == 3

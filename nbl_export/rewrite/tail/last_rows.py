@@ -13,6 +13,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from nbl_export.rewrite.tail.emitter import Emitter
+
 __all__ = ["LastRows"]
 
 _PREFIX = "/nbl/rows"  # begins the names of all nodes of this file
@@ -23,12 +25,11 @@ class LastRows:
 
     def __init__(self, graph: ir.Graph, rows: int) -> None:
         self.index: list[ir.Node] = []  # nodes that `take` needs: none
-        self._pad: list[ir.Node] = []
-        self._graph = graph
+        self._emit, self._graph = Emitter(graph, _PREFIX, "nbl.rows"), graph
         self._bounds = [
-            self._constant("start", [-rows]),  # a Slice starts at 0 if the chunk is shorter
-            self._constant("end", [np.iinfo(np.int64).max]),
-            self._constant("axis", [1]),
+            self._emit.constant("start", [-rows]),  # a Slice starts at 0 if the chunk is shorter
+            self._emit.constant("end", [np.iinfo(np.int64).max]),
+            self._emit.constant("axis", [1]),
         ]
 
     def take(self, value: ir.Value, name: str) -> ir.Node:
@@ -46,27 +47,11 @@ class LastRows:
         width = self._emit("Shape", "width", ids, start=1, end=2)
         computed = self._emit("Shape", "computed", logits, start=1, end=2)
         front = self._emit("Sub", "front", width, computed)
-        none, none_behind = self._constant("none", [0]), self._constant("none_behind", [0, 0, 0, 0])
+        none, none_behind = self._emit.constant("none", [0]), self._emit.constant("none_behind", [0, 0, 0, 0])
         pads = self._emit("Concat", "pads", none, front, none_behind, axis=0)
         padded = self._emit("Pad", "padded", logits, pads)
         padded.name, padded.type, padded.shape = name, logits.type, shape
         producer = logits.producer()
         assert producer is not None
-        graph.insert_after(producer, self._pad)
+        graph.insert_after(producer, self._emit.nodes)
         graph.outputs[list(graph.outputs).index(logits)] = padded
-
-    def _emit(self, op: str, name: str, *operands: ir.Value, **attributes: int) -> ir.Value:
-        node = ir.node(op, operands, attributes=attributes, name=f"{_PREFIX}/{name}")
-        node.outputs[0].name = f"{node.name}/output_0"
-        node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
-        self._pad.append(node)
-        return node.outputs[0]
-
-    def _constant(self, name: str, values: list[int]) -> ir.Value:
-        full = f"nbl.rows.{name}"
-        tensor = ir.tensor(np.array(values, np.int64), name=full)
-        value = ir.Value(
-            name=full, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
-        )
-        self._graph.register_initializer(value)
-        return value

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
+from nbl_export.rewrite.tail.emitter import Emitter
 
 __all__ = ["LastValid"]
 
@@ -47,7 +48,7 @@ class LastValid:
 def _index(graph: ir.Graph) -> tuple[list[ir.Node], ir.Value]:
     """Nodes that compute the index, and its value [B, 1, 1]; the nodes are not in the graph yet."""
     inputs = {str(v.name): v for v in graph.inputs}
-    emit = _Emitter(graph)
+    emit = Emitter(graph, _PREFIX, "nbl.tail")
     if "input_ids" in inputs and _WRITES in inputs:
         return emit.nodes, _from_counts(emit, _add_counts(graph, inputs["input_ids"], inputs[_WRITES]))
     if "input_ids" not in inputs or "attention_mask" not in inputs:
@@ -69,13 +70,13 @@ def _add_counts(graph: ir.Graph, ids: ir.Value, writes: ir.Value) -> ir.Value:
     return counts
 
 
-def _from_counts(emit: _Emitter, counts: ir.Value) -> ir.Value:
+def _from_counts(emit: Emitter, counts: ir.Value) -> ir.Value:
     last = emit("Sub", "last", counts, emit.constant("one", 1))
     found = emit("Max", "found", last, emit.constant("zero", 0))
     return emit("Unsqueeze", "index", found, emit.constant("axes", [1, 2]))
 
 
-def _from_mask(emit: _Emitter, ids: ir.Value, mask: ir.Value) -> ir.Value:
+def _from_mask(emit: Emitter, ids: ir.Value, mask: ir.Value) -> ir.Value:
     end, start, step, axis, last = (
         emit.constant(name, values)
         for name, values in (
@@ -87,27 +88,3 @@ def _from_mask(emit: _Emitter, ids: ir.Value, mask: ir.Value) -> ir.Value:
     positions = emit("Range", "positions", start, emit("Squeeze", "tokens", length), step)
     found = emit("ReduceMax", "found", emit("Mul", "valid", chunk, positions), axis, keepdims=1)
     return emit("Unsqueeze", "index", found, last)
-
-
-class _Emitter:
-    """Makes int64 nodes and constants with the names of tail pruning."""
-
-    def __init__(self, graph: ir.Graph) -> None:
-        self.nodes: list[ir.Node] = []
-        self._graph = graph
-
-    def __call__(self, op: str, name: str, *operands: ir.Value, **attributes: int) -> ir.Value:
-        node = ir.node(op, operands, attributes=attributes, name=f"{_PREFIX}/{name}")
-        node.outputs[0].name = f"{node.name}/output_0"
-        node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def constant(self, name: str, values: int | list[int]) -> ir.Value:
-        full = f"nbl.tail.{name}"
-        tensor = ir.tensor(np.array(values, np.int64), name=full)
-        value = ir.Value(
-            name=full, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
-        )
-        self._graph.register_initializer(value)
-        return value

@@ -1,0 +1,36 @@
+"""Small integer nodes that say which positions are computed."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+__all__ = ["Emitter"]
+
+
+class Emitter:
+    """Makes int64 nodes, which are not in the graph yet, and constants, which are.
+
+    Args:
+        prefix, constants: begin the names of nodes and of constants.
+    """
+
+    def __init__(self, graph: ir.Graph, prefix: str, constants: str) -> None:
+        self.nodes: list[ir.Node] = []
+        self._graph, self._prefix, self._constants = graph, prefix, constants
+
+    def __call__(self, op: str, name: str, *operands: ir.Value, **attributes: int) -> ir.Value:
+        node = ir.node(op, operands, attributes=attributes, name=f"{self._prefix}/{name}")
+        node.outputs[0].name = f"{node.name}/output_0"
+        node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, name: str, values: int | list[int]) -> ir.Value:
+        full = f"{self._constants}.{name}"
+        tensor = ir.tensor(np.array(values, np.int64), name=full)
+        value = ir.Value(
+            name=full, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
+        )
+        self._graph.register_initializer(value)
+        return value
