@@ -1,6 +1,6 @@
 """Throughput of vLLM on a checkpoint of the original and on NBL checkpoints, and what fits into the same cache.
 
-    python bench/vllm_throughput.py VLLM_PYTHON ORIGINAL NBL... > bench/results/vllm-<model>.json
+    python bench/vllm_throughput.py VLLM_PYTHON original=DIRECTORY NAME=DIRECTORY... > bench/results/vllm-<model>.json
 
 VLLM_PYTHON is the Python of an environment with vLLM and nbl-export (`make test-vllm` makes one). Each round loads each
 checkpoint in a process of its own, in turn, and generates for all prompts at once: continuous batching as in a server.
