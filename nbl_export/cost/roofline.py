@@ -24,7 +24,7 @@ from nbl_export.records.results import Scenario, Timing
 __all__ = ["SHAPES", "MachineRates", "efficiencies", "expect", "limit_seconds", "project", "rows", "shape_costs"]
 
 # Kernels that a graph of a precision may use on the CPU; the fastest kernel is the limit.
-_KERNELS = {"int8": ("int8", "int4", "fp32"), "int4": ("int8", "int4", "fp32")}
+_KERNELS = dict.fromkeys(("int8", "int4", "gguf"), ("int8", "int4", "fp32"))
 
 
 _FLOAT = ("fp32",)

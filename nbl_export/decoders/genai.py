@@ -6,6 +6,8 @@ accuracy level 4 on the CPU).
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +19,10 @@ from nbl_export.engines.providers import PROVIDERS
 from nbl_export.errors import MissingPackageError, NblError, UsageError
 from nbl_export.graph.names import GRAPH_FILE
 
-__all__ = ["OPTIONS", "PRECISIONS", "BuilderSettings", "build", "check_options"]
+__all__ = ["GGUF", "OPTIONS", "PRECISIONS", "BuilderSettings", "build", "check_options"]
 
-PRECISIONS = ("fp32", "int8", "int4")  # on the CPU; a GPU provider has its own
+GGUF = "gguf"  # codes of a GGUF file, see `rewrite.coded.take_codes`
+PRECISIONS = ("fp32", "int8", "int4", GGUF)  # on the CPU; a GPU provider has its own
 # Quantisation options, by the builder's own names (`--extra_options` of onnxruntime_genai.models.builder). The values
 # are limited to graphs that can be rewritten and verified. is_symmetric=false is left out: the builder (0.18) then
 # gives a tied embedding float32 where it declares uint8. k_quant has zero points too, and is correct.
@@ -59,16 +62,26 @@ class BuilderSettings:
         provider: ONNX Runtime's execution provider.
         options: KEY=VALUE words, see `OPTIONS`.
         codes: a quantised checkpoint of the same model, whose codes the graph gets; None quantises the weights.
+        gguf: the GGUF file of the model, for the precision `GGUF`.
     """
 
     provider: str = "cpu"
     options: tuple[str, ...] = ()
     codes: Path | None = None
+    gguf: Path | None = None
+
+    @property
+    def accuracy(self) -> int:
+        """The option accuracy_level; 4 without it."""
+        return int(dict(word.split("=") for word in self.options).get("accuracy_level", 4))
 
 
 def build(checkpoint: Path, out: Path, precision: str, settings: BuilderSettings | None = None) -> None:
     """Write model.onnx, its data, genai_config.json and the tokenizer to `out`."""
     settings = settings or BuilderSettings()
+    if precision == GGUF:
+        _build_with_codes(checkpoint, out, settings)
+        return
     provider = settings.provider
     gpu = None if provider == "cpu" else PROVIDERS[provider]
     if precision not in (gpu.precisions if gpu else PRECISIONS):
@@ -97,6 +110,23 @@ def build(checkpoint: Path, out: Path, precision: str, settings: BuilderSettings
     )
 
     restore_attention(checkpoint, out)
+
+
+def _build_with_codes(checkpoint: Path, out: Path, settings: BuilderSettings) -> None:
+    """Build the float32 graph, and put the codes of the GGUF file into it."""
+    from nbl_export.rewrite.coded.take_codes import take_codes  # needs onnx_ir, which a build machine lacks
+
+    if settings.gguf is None:
+        raise NblError(f"the precision {GGUF} needs a model that is a GGUF file")
+    plain = tuple(word for word in settings.options if not word.startswith("accuracy_level="))
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        wide = Path(scratch)
+        build(checkpoint, wide, "fp32", dataclasses.replace(settings, options=plain))
+        take_codes(wide / GRAPH_FILE, settings.gguf, out, settings.accuracy)
+        for file in sorted(wide.iterdir()):
+            if not (out / file.name).exists():
+                shutil.move(file, out / file.name)
 
 
 def _forget_commit(path: Path) -> None:

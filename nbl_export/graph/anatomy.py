@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.caches import graph_caches
+from nbl_export.graph.coded.block_sums import is_block_sum
 
 __all__ = ["PRODUCTS", "AttentionBlock", "cache_layers", "find_block", "graph_caches", "is_constant"]
 
@@ -117,7 +118,7 @@ def _projected(residual: ir.Value, branch: ir.Value, join: ir.Node) -> tuple[ir.
         for node in value.consumers():
             if node is join or node.op_type in _READS_ONLY_SHAPE or not any(v in needed for v in node.outputs):
                 continue
-            if node.op_type in PRODUCTS:
+            if node.op_type in PRODUCTS or is_block_sum(node):
                 found[value] = None
             else:
                 starts.extend(node.outputs)

@@ -12,7 +12,8 @@ from nbl_export.records.decoder import ITEMSIZE
 
 __all__ = ["GraphFacts", "read_graph_facts"]
 
-_ROTARY = ("cos_cache", "sin_cache")  # rotary tables, as both builders name them; llama.cpp computes these
+# Rotary tables, as both builders name them, which llama.cpp computes; and offsets of a GGUF's blocks.
+_APART = ("cos_cache", "sin_cache", "_offsets")
 _PACKED = {  # operator -> its inputs with codes, scales and zero points; their matrix is counted separately
     "MatMulNBits": slice(1, 4),
     "GatherBlockQuantized": slice(0, 1),
@@ -58,7 +59,7 @@ def read_graph_facts(path: Path, head_dim: int) -> GraphFacts:
 def _parameters(graph: Any, kinds: dict[int, str]) -> int:
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in graph.initializer}
     floats = {tensor.name for tensor in graph.initializer if "float" in kinds[tensor.data_type]}
-    counted = {name: sizes[name] for name in floats if not name.endswith(_ROTARY)}
+    counted = {name: sizes[name] for name in floats if not name.endswith(_APART)}
     for node in graph.node:
         own = {a.name: a.i for a in node.attribute}
         packed = list(node.input)[_PACKED.get(node.op_type, slice(0, 0))]

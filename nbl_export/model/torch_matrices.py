@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from nbl_export.errors import CorruptError
-from nbl_export.graph.nbits import StoredMatrix
+from nbl_export.graph.coded.nbits import StoredMatrix
 from nbl_export.model.linearize import AffineAttention
 from nbl_export.records.plan import AffineMap
 

@@ -118,9 +118,13 @@ class JobOptions:
         None, "Only part I of N; `nbl-export merge` puts them together.", _CALIBRATE, "calibrate", metavar="I/N"
     )
     precision: str = option(
-        "fp32", "ort: fp32 (default), fp16, int8, int4; openvino: the same, default fp16; "
+        "fp32", "ort: fp32 (default), fp16, int8, int4, gguf; openvino: fp16 (default), fp32, int8, int4; "
         "trt: fp16 (default), bf16 (if fp16 overflows), int4.", _ENGINE,
         "main rewrite", first=True, metavar="PRECISION",
+    )  # fmt: skip
+    requantize: bool = option(
+        False, "A GGUF in int8 or int4: round its matrices again; default: take over its own codes (precision gguf).",
+        _ENGINE, "main rewrite",
     )  # fmt: skip
     provider: str = option(
         "cpu", "ort: for cpu (default), cuda or nv-tensorrt-rtx.", _ENGINE, first=True,
@@ -265,6 +269,8 @@ def _flags(options: JobOptions, command: str, without: set[str]) -> list[str]:
         flag = f"--{(said.flag or name).replace('_', '-')}"
         if isinstance(value, tuple) and not said.numbers:
             words += [word for item in value for word in (flag, item)]
+        elif value is True:
+            words.append(flag)
         else:
             words += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     return words

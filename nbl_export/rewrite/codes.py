@@ -10,6 +10,7 @@ Refuses codes that are computed, codes sorted by activation (g_idx), and codes d
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.nbits import Blocks, StoredMatrix
+from nbl_export.graph.coded.block_sums import offsets_of
+from nbl_export.graph.coded.nbits import Blocks, StoredMatrix
 
 __all__ = ["HOLDERS", "QuantisedMatrix", "quantised_matrices", "read_codes", "stored_matrices"]
 
@@ -49,8 +51,8 @@ class QuantisedMatrix:
         return str(self.node.name)
 
     def operand(self) -> np.ndarray:
-        """The matrix that a float32 graph has in this place."""
-        matrix = self.blocks().matrix
+        """The matrix that a float32 graph has in this place; nodes behind it add the offsets."""
+        matrix = self.blocks().coded
         return np.ascontiguousarray(matrix.T) if self.transposed else matrix
 
 
@@ -103,7 +105,14 @@ def _table(node: ir.Node) -> QuantisedMatrix:
 def _packed(node: ir.Node, places: tuple[int, int, int], shape: tuple[int, int], block: int) -> Callable[[], Blocks]:
     codes, scales, zeros = _operands(node, places)
     bits, size = _number(node, "bits", 4), _number(node, "block_size", block)
-    return lambda: Blocks.packed(codes(), scales(), zeros and zeros(), bits, size, shape)
+    offsets, lookup = offsets_of(node), node.op_type == "GatherBlockQuantized"
+
+    def unpack() -> Blocks:
+        found = Blocks.packed(codes(), scales(), zeros and zeros(), bits, size, shape)
+        added = None if offsets is None else offsets.numpy()
+        return dataclasses.replace(found, offsets=added if added is None or lookup else np.ascontiguousarray(added.T))
+
+    return unpack
 
 
 def _dequantised(node: ir.Node) -> QuantisedMatrix | None:

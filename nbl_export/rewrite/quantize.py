@@ -1,9 +1,10 @@
 """Quantises the maps of an int8 or int4 graph like the graph's other matrices.
 
-    before   MatMul(x, W' float32)      after   MatMulNBits(x, packed, scales[, zero points])
+    before   MatMul(x, W' float32)      after   MatMulNBits(x, packed, scales[, zero points]) [-- Add(offsets)]
 
 Bits, block size and accuracy level come from the graph's own MatMulNBits nodes. ONNX Runtime packs each map in a graph
-that holds nothing else, so memory holds one map at a time.
+that holds nothing else, so memory holds one map at a time. If the graph's matrices have offsets (codes of a GGUF file),
+so have the maps: `coded.rounding` fits scales and offsets.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ import logging
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import MissingPackageError
+from nbl_export.graph.coded.block_sums import offsets_of
+from nbl_export.rewrite.coded.nodes import product_nodes, put
+from nbl_export.rewrite.coded.rounding import rounded
 
 __all__ = ["QuantizeMaps"]
 
@@ -27,6 +32,7 @@ class _Scheme:
     block_size: int
     accuracy_level: int
     symmetric: bool
+    offsets: bool
 
 
 class QuantizeMaps(ir.passes.InPlacePass):
@@ -50,6 +56,7 @@ def _scheme_of(graph: ir.Graph) -> _Scheme | None:
             node.attributes["block_size"].as_int(),
             node.attributes["accuracy_level"].as_int() if "accuracy_level" in node.attributes else 0,
             len(node.inputs) < 4 or node.inputs[3] is None,
+            offsets_of(node) is not None,
         )
         for node in graph
         if node.op_type == "MatMulNBits"
@@ -60,6 +67,9 @@ def _scheme_of(graph: ir.Graph) -> _Scheme | None:
 def _quantize(graph: ir.Graph, node: ir.Node, scheme: _Scheme) -> None:
     weight = node.inputs[1]
     assert weight is not None and weight.const_value is not None
+    if scheme.offsets and weight.const_value.shape.numpy()[0] % scheme.block_size == 0:
+        _quantize_with_offsets(graph, node, weight, scheme)
+        return
     packed, constants = _pack(weight.const_value, scheme)
     inputs = [node.inputs[0]]
     for constant in constants:
@@ -80,6 +90,14 @@ def _quantize(graph: ir.Graph, node: ir.Node, scheme: _Scheme) -> None:
     old.replace_all_uses_with(output)
     graph.remove(node, safe=True)
     output.name = old.name
+    del graph.initializers[str(weight.name)]
+
+
+def _quantize_with_offsets(graph: ir.Graph, node: ir.Node, weight: ir.Value, scheme: _Scheme) -> None:
+    assert weight.const_value is not None
+    part = rounded(np.ascontiguousarray(weight.const_value.numpy().T), scheme.bits, scheme.block_size)
+    title = f"{node.name}_Q{scheme.bits}"
+    put(graph, node, product_nodes(graph, node, str(weight.name), title, part, scheme.accuracy_level))
     del graph.initializers[str(weight.name)]
 
 

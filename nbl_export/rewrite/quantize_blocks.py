@@ -3,7 +3,7 @@
     before   MatMul(x, W')      after   MatMul(x, DequantizeLinear(W4', scale; axis 0, block_size))
 
 The block size comes from the graph's own int4 matrices; a graph without int4 matrices does not change.
-`graph.int4_blocks` makes the blocks. `quantize.QuantizeMaps` does the same for MatMulNBits.
+`graph.coded.int4_blocks` makes the blocks. `quantize.QuantizeMaps` does the same for MatMulNBits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import Counter
 
 import onnx_ir as ir
 
-from nbl_export.graph.int4_blocks import quantize_weight
+from nbl_export.graph.coded.int4_blocks import quantize_weight
 
 __all__ = ["QuantizeMapBlocks"]
 

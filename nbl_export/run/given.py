@@ -1,4 +1,4 @@
-"""Options of a run on an ONNX graph without a checkpoint, or on an NBL checkpoint without the removed attention."""
+"""Options of a run on an ONNX graph, on a GGUF file, or on an NBL checkpoint, which lacks the removed attention."""
 
 from __future__ import annotations
 
@@ -6,14 +6,28 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from nbl_export.decoders.genai import GGUF
 from nbl_export.errors import NblError, UsageError
+from nbl_export.formats.gguf.blocks import check_type
 from nbl_export.graph.given import GIVEN, graph_of
+from nbl_export.model.checkpoint import gguf_file
 from nbl_export.model.checkpoint.nbl import GIVEN_FIT, NO_ORIGINAL
+from nbl_export.model.checkpoint.source import gguf_of
 from nbl_export.records.options import JobOptions
 
-__all__ = ["adapt_to_graph", "adapt_to_maps", "check_graph_options", "check_maps_options", "refuse_changes"]
+__all__ = [
+    "adapt_to_gguf",
+    "adapt_to_graph",
+    "adapt_to_maps",
+    "check_graph_options",
+    "check_maps_options",
+    "check_types",
+    "refuse_changes",
+]
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
+_ROUNDED = ("int8", "int4")
+_USEFUL = ("accuracy_level", "fuse_mlp_gate_up")  # builder options that change no value of a matrix
 
 
 def adapt_to_graph(options: JobOptions) -> JobOptions:
@@ -120,3 +134,48 @@ def check_maps_options(options: JobOptions) -> None:
         raise UsageError(
             f"{asked[0]} needs the original model: {NO_ORIGINAL}; give that model, or leave the option out"
         )
+
+
+def adapt_to_gguf(options: JobOptions, place: str | None = None) -> JobOptions:
+    """Set the precision to `GGUF` if int8 or int4 is asked of a GGUF file; other options are returned unchanged.
+
+    Args:
+        place: path of the model, if a run has recorded one.
+
+    Raises:
+        UsageError: the precision `GGUF` or --requantize does not fit the model or another option.
+    """
+    applies = options.engine == "ort" and options.provider == "cpu" and options.decoder_source == "genai"
+    is_gguf = gguf_of(Path(place or options.model).expanduser()) is not None
+    if options.precision == GGUF and not (is_gguf and applies):
+        where = "of --decoder-source genai on a CPU" if is_gguf else "for a model that is a .gguf file"
+        raise UsageError(f"--precision {GGUF} is {where}; choose another precision")
+    if options.requantize and not (is_gguf and applies and options.precision in _ROUNDED):
+        raise UsageError(
+            "--requantize is for --precision int8 or int4 of a .gguf file, with --engine ort on a CPU; leave it out"
+        )
+    if not (is_gguf and applies and options.precision in (*_ROUNDED, GGUF)) or options.requantize:
+        return options
+    for given, flag in ((options.quantized_model, "--quantized-model"), (_rounding(options), "--builder-option")):
+        if given:
+            raise UsageError(
+                f"{flag} {given} quantises the model again, and {options.model} has codes of its own; add --requantize "
+                "with --precision int8 or int4, or leave it out"
+            )
+    return dataclasses.replace(options, precision=GGUF)
+
+
+def check_types(options: JobOptions, gguf: Path | None) -> None:
+    """Check that graphs can have the codes of a file, if the options ask for them.
+
+    Raises:
+        NblError: a matrix has an unknown type.
+    """
+    if gguf is not None and options.precision == GGUF:
+        for tensor in gguf_file.reader(gguf).tensors:
+            if len(tensor.shape) == 2:
+                check_type(tensor.name, tensor.tensor_type.name)
+
+
+def _rounding(options: JobOptions) -> str | None:
+    return next((word for word in options.builder_option if word.partition("=")[0] not in _USEFUL), None)

@@ -19,7 +19,7 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.options import JobOptions, describe_command
 from nbl_export.records.plan import Plan
 from nbl_export.records.requests import Prepared, SweepRequest
-from nbl_export.run.given import adapt_to_maps
+from nbl_export.run.given import adapt_to_maps, check_types
 from nbl_export.run.preflight import check_options
 from nbl_export.run.progress import Ui
 from nbl_export.run.resolved import engine_of, identity_of, slots_of
@@ -79,6 +79,7 @@ class Job:
         self.options = adapt_to_maps(self.options, self.source)
         self.text, self.quantized  # noqa: B018  reading them is the check
         check_options(self.options, self.read_spec)
+        check_types(self.options, self.source.gguf)
 
     def identify(self) -> None:
         """Record model, text and options in the manifest; a new directory gets its manifest immediately.

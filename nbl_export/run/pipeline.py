@@ -16,7 +16,7 @@ from nbl_export.records.goals import changed_options
 from nbl_export.records.options import JobOptions
 from nbl_export.records.requests import Prepared, SweepRequest
 from nbl_export.run import torchrun
-from nbl_export.run.given import adapt_to_graph, refuse_changes
+from nbl_export.run.given import adapt_to_gguf, adapt_to_graph, refuse_changes
 from nbl_export.run.job import Job
 from nbl_export.run.preflight import check_options, preflight, require_engine
 from nbl_export.run.progress import Ui
@@ -40,7 +40,7 @@ def run_job(options: JobOptions, output: Path, ui: Ui, *, force: bool = False) -
     with torchrun.led(peers.current()) as leads:
         if not leads:
             return None
-        options = adapt_to_graph(options)
+        options = adapt_to_gguf(adapt_to_graph(options))
         preflight(options)
         require_engine(options)
         _work(options, output, ui, force, "report")
@@ -135,6 +135,9 @@ def run_stages(
         recorded = JobOptions.from_json(run.manifest["options"])
         options = changed_options(recorded, changes or {})
         refuse_changes(recorded, options)
+        if changes and {"precision", "requantize", "builder_option"} & set(changes):
+            asked_again = bool(changes.get("requantize", "precision" not in changes and options.requantize))
+            options = adapt_to_gguf(dataclasses.replace(options, requantize=asked_again), located(options, run).model)
         preflight(options)
         if changes and "engine" in changes:
             require_engine(options)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nbl_export.graph.nbits import StoredMatrix
+from nbl_export.graph.coded.nbits import StoredMatrix
 from nbl_export.model.linearize import linearize, replaced
 from nbl_export.model.torch_matrices import Fidelity, give, give_floats, look_up, nearest_maps
 from nbl_export.records.plan import AffineMap

@@ -17,7 +17,7 @@ from nbl_export.decoders.static_form.check_form import CheckForm
 from nbl_export.decoders.static_form.difference import first_difference
 from nbl_export.engines.static.on_ort import open_decoder
 from nbl_export.errors import CorruptError, NblError, RefusalError
-from nbl_export.graph.int4_blocks import int4_blocks
+from nbl_export.graph.coded.int4_blocks import int4_blocks
 from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE
 from nbl_export.model.architectures import windows_of
 from nbl_export.model.token_rows import token_rows

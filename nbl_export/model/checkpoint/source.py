@@ -27,7 +27,7 @@ from nbl_export.trust.model_settings import CONFIG_BYTES, check_checkpoint, chec
 from nbl_export.trust.plain_files import refuse_special
 from nbl_export.trust.strict_json import read_object
 
-__all__ = ["Linearized", "Source", "resolve"]
+__all__ = ["Linearized", "Source", "gguf_of", "resolve"]
 
 log = logging.getLogger(__name__)
 
@@ -90,20 +90,32 @@ def resolve(model: str) -> Source:
         check_checkpoint(home_of(graph))
         files = given.files_of(graph)
         return Source(model, home_of(graph), None, None, _fingerprint(files), graph)
-    if path.is_file() and path.suffix == ".gguf":
-        return _gguf_source(model, path)
+    gguf = gguf_of(path)
+    if gguf is not None:
+        return _gguf_source(model, gguf)
     if path.is_dir():
-        ggufs = sorted(path.glob("*.gguf"))
-        if not (path / "config.json").exists() and ggufs:
-            if len(ggufs) > 1:
-                raise NblError(f"{path} holds {len(ggufs)} GGUF files; name one of them: {ggufs[0].name}, ...")
-            return _gguf_source(model, ggufs[0])
         return _directory_source(model, path, None)
     if path.exists():
         raise NblError(f"{path} is not a model: expected a directory with safetensors, or a .gguf file")
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise NblError(f"no model at {path}: give a local directory, a .gguf file or a hub id (org/name)")
     return _hub_source(model)
+
+
+def gguf_of(path: Path) -> Path | None:
+    """The GGUF file that a path means: the file itself, or the only one in a directory without config.json.
+
+    Raises:
+        NblError: the directory holds several.
+    """
+    if path.is_file():
+        return path if path.suffix == ".gguf" else None
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    found = sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        raise NblError(f"{path} holds {len(found)} GGUF files; name one of them: {found[0].name}, ...")
+    return found[0] if found else None
 
 
 def _hub_source(repo: str) -> Source:
@@ -210,12 +222,17 @@ def _check_safetensors(files: list[Path]) -> None:
 
 def _gguf_source(name: str, file: Path) -> Source:
     try:
-        field = gguf_file.reader(file).get_field("general.architecture")
-        architecture = field.contents() if field is not None else None
+        fields = gguf_file.reader(file).fields
+        architecture, parts = (
+            field.contents() if (field := fields.get(name)) is not None else None
+            for name in ("general.architecture", "split.count")
+        )
     except ImportError as error:
         raise MissingPackageError("gguf", "export", f"reading {file}") from error
     except Exception as error:  # the reader raises whatever numpy raises on a short or foreign file
         raise NblError(f"{file} is truncated or not a GGUF file ({error}); fetch it again") from error
+    if parts is not None and int(parts) > 1:
+        raise NblError(f"{file} is one of {parts} parts; put them together (llama-gguf-split --merge)")
     check_settings(file.parent)
     aliases = {alias: record.name for record in ARCHITECTURES.values() for alias in record.aliases}
     _check_architecture(aliases.get(str(architecture), architecture), file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nbl_export.decoders.genai import GGUF
 from nbl_export.run.job import Job
 
 __all__ = ["run"]
@@ -23,11 +24,17 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     else:
         build_decoder(
             options.decoder_source, job.checkpoint, out / "original", options.precision,
-            slots=job.slots, settings=BuilderSettings(options.provider, options.builder_option, _codes(job)),
+            slots=job.slots,
+            settings=BuilderSettings(options.provider, options.builder_option, _codes(job), _gguf(job)),
         )  # fmt: skip
     if options.kept_logits == "last":
         prune_directory(out / "original")
     return {"logits": options.kept_logits}
+
+
+def _gguf(job: Job) -> Path | None:
+    """The model's GGUF file, if the graph gets its codes."""
+    return job.source.gguf if job.options.precision == GGUF else None
 
 
 def _codes(job: Job) -> Path | None:

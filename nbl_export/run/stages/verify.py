@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nbl_export.decoders.genai import GGUF
 from nbl_export.files import versions, write_json
 from nbl_export.graph.names import GENAI_CONFIG, all_logits_file
 from nbl_export.model.checkpoint.nbl import GIVEN_FIT
@@ -22,7 +23,7 @@ from nbl_export.text.held_back import judging
 from nbl_export.text.window_intervals import spoken_price
 from nbl_export.verify.climb import Climb
 from nbl_export.verify.coded import Coded
-from nbl_export.verify.codes import NEAREST, SEARCHED
+from nbl_export.verify.codes import EXACT, NEAREST, SEARCHED
 from nbl_export.verify.forms import form_of
 from nbl_export.verify.kept import KeptReferences
 from nbl_export.verify.perplexity import price, warn_of_far_prices
@@ -135,6 +136,8 @@ def setting_of(job: Job) -> Setting:
 def _nearness(job: Job) -> float | None:
     if job.quantized is not None:
         return None
+    if job.options.precision == GGUF:
+        return EXACT
     searched = any(option.startswith("algo_config=k_quant") for option in job.options.builder_option)
     return SEARCHED if searched else NEAREST
 

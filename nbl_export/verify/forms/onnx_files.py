@@ -25,7 +25,8 @@ from nbl_export.rewrite.token_table import table_name
 __all__ = ["check_file", "check_maps", "check_untouched"]
 
 _OURS = re.compile(r"nbl\.layers\.[\d-]+\.")
-_OUR_PRODUCT = re.compile(r"/nbl/layers\.\d+/MatMul")
+_SHAPES = "nbl.block_sums."  # begins the names of shapes of block sums (`graph.coded.block_sums`)
+_OUR_PRODUCT = re.compile(r"/nbl/layers\.\d+/MatMul(?!.*/offsets$)")
 _PRODUCTS = {"weight": "MatMul", "down": "MatMulDown", "up": "MatMulUp"}  # as `rewrite.bypass` names them
 _SPOKEN = {"last": "of the last token", "all": "of all tokens"}
 # ONNX Runtime's symmetric quantiser spans [-8, 8) steps: the mirror image of a block's largest value is one step off.
@@ -167,7 +168,11 @@ def _weight_of(node: Any, tensors: Mapping[str, Any], directory: Path) -> tuple[
         points = points if bits == 8 else np.stack([points & 15, points >> 4], -1).reshape(attributes["N"], -1)
         zero = np.repeat(points.astype(np.float32)[:, : scales.shape[1]], block, 1)[:, :size]
     steps = np.repeat(scales, block, 1)[:, :size]
-    return (codes[:, :size].astype(np.float32) - zero) * steps, np.abs(steps) * _STEPS + 1e-30
+    found = (codes[:, :size].astype(np.float32) - zero) * steps
+    added = tensors.get(f"{node.input[2].removesuffix('_scales')}_offsets")
+    if added is not None:
+        found = found + np.repeat(_array(added, directory).T, block, 1)
+    return found, np.abs(steps) * _STEPS + 1e-30
 
 
 def _blocks_of(node: Any, tensors: Mapping[str, Any], directory: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -182,7 +187,7 @@ def check_untouched(directory: Path, original: Path) -> list[RungResult]:
     """Check that every weight of the NBL graph except the maps equals an original weight byte for byte."""
     ours, theirs = (onnx.load(str(d / GRAPH_FILE), load_external_data=False).graph for d in (directory, original))
     known = {t.name: t for t in theirs.initializer}
-    carried = [t for t in ours.initializer if not _OURS.match(t.name)]
+    carried = [t for t in ours.initializer if not (_OURS.match(t.name) or t.name.startswith(_SHAPES))]
     changed = [t.name for t in carried if t.name not in known or not _same(t, directory, known[t.name], original)]
     detail = f"{changed[0]} differs" if changed else f"{len(carried)} of {len(known)} weights carried over"
     return [_verdict("a", "nbl", "weights untouched", not changed, detail)]

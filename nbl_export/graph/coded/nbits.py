@@ -25,21 +25,31 @@ class Blocks:
         codes: [N, K] float32, zero points subtracted.
         scales: [N, blocks] float32.
         size: elements of a block.
+        offsets: [N, blocks] float32, which other nodes add (`block_sums`); None without.
     """
 
     codes: np.ndarray
     scales: np.ndarray
     size: int
+    offsets: np.ndarray | None = None
 
     @property
     def steps(self) -> np.ndarray:
         """Value of one code step, for each element [N, K]."""
-        return np.repeat(self.scales, self.size, 1)[:, : self.codes.shape[1]]
+        return self._spread(self.scales)
+
+    @property
+    def coded(self) -> np.ndarray:
+        """The values of the codes [N, K] in float32, which the node itself multiplies by or looks up."""
+        return self.codes * self.steps
 
     @property
     def matrix(self) -> np.ndarray:
-        """The matrix [N, K] in float32."""
-        return self.codes * self.steps
+        """The matrix [N, K] in float32: codes and offsets."""
+        return self.coded if self.offsets is None else self.coded + self._spread(self.offsets)
+
+    def _spread(self, values: np.ndarray) -> np.ndarray:
+        return np.repeat(values, self.size, 1)[:, : self.codes.shape[1]]
 
     @classmethod
     def packed(

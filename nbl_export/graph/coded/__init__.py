@@ -1,0 +1,1 @@
+"""Matrices that an ONNX graph stores in a few bits."""

@@ -1,0 +1,1 @@
+"""Puts matrices in codes of a few bits into a graph."""
