@@ -4,8 +4,8 @@
 
 Every row runs the command line with other options in the run directory WORK, which may already hold a run of this
 model. Calibration runs once. Each row exports, verifies, and measures perplexity on three texts through the exported
-graphs. It then times paired rounds: prefill of 512 and 2048 tokens, and decode of 47 tokens after 512. DATA is as for
-`quality.py`.
+graphs. It then times paired rounds: prefill of 512 and 2048 tokens, and decode of 47 tokens after 512. `--repetitions
+0` times nothing. Rows that round a GGUF file's matrices get `--requantize`. DATA is as for `quality.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ import bed
 ROWS: dict[str, tuple[str, ...]] = {
     "fp32": ("--precision", "fp32"),
     "int8": ("--precision", "int8"),
+    "gguf": ("--precision", "gguf"),
     "int4": ("--precision", "int4"),
+    "int4, awq": ("--precision", "int4", "--quantize", "awq"),
+    "int4, awq and k_quant": ("--precision", "int4", "--quantize", "awq", "--builder-option", "algo_config=k_quant"),
     "int4, k_quant": ("--precision", "int4", "--builder-option", "algo_config=k_quant"),
     "int4, k_quant_last": ("--precision", "int4", "--builder-option", "algo_config=k_quant_last"),
     "int4, k_quant_mixed": ("--precision", "int4", "--builder-option", "algo_config=k_quant_mixed"),
@@ -43,8 +46,43 @@ def command(*words: object) -> None:
 
 def measure(options: argparse.Namespace, given: tuple[str, ...]) -> dict[str, Any]:
     work: Path = options.work
-    job = ("--model", options.model, "--output", work, "--layers", options.layers)
-    command(*job, *options.calibrate, *given, "--config", options.config)
+    again = options.model.endswith(".gguf") and given[1] in ("int8", "int4")
+    given = (*given, "--requantize") if again else given
+    job = ("--model", options.model, "--output", work, "--layers", options.layers, *options.calibrate)
+    row = timed(job, work, given, options.config) if options.repetitions != "0" else exported(options, given)
+    if options.windows:
+        command("eval", work, "--perplexity", options.texts, "--limit", options.windows, "--force")
+        row["quality"] = [
+            {"task": r["task"], "metric": r["metric"], "figures": r["figures"], "differences": r["differences"]}
+            for r in read(work / "eval.json")["table"]
+        ]
+    return row
+
+
+def exported(options: argparse.Namespace, given: tuple[str, ...]) -> dict[str, Any]:
+    """Export and verify, in a run directory that is there."""
+    work: Path = options.work
+    words = list(given)  # defaults take the place of options of an earlier row
+    words += [] if "--builder-option" in given else ["--builder-option", "accuracy_level=4"]
+    words += [] if "--quantize" in given else ["--quantize", "rtn"]
+    command("rewrite", work, *words)
+    if options.unproven:
+        return {"options": list(given), "model_bytes": sizes(work)}
+    command("verify", work)
+    report = read(work / "verify.json")
+    rungs = [r for r in report["rungs"] if "logit" in r["metric"]]
+    return {"options": list(given), "verified": report["passed"], "rungs": rungs, "model_bytes": sizes(work)}
+
+
+def sizes(work: Path) -> dict[str, int]:
+    """Bytes of both deployable directories."""
+    found = {"original": "original", "nbl": "model"}
+    return {name: sum(f.stat().st_size for f in (work / d).iterdir()) for name, d in found.items()}
+
+
+def timed(job: tuple[Any, ...], work: Path, given: tuple[str, ...], config: Path) -> dict[str, Any]:
+    """Run the main job, then the other benchmarks."""
+    command(*job, *given, "--config", config)
     report = read(work / "report.json")
     row: dict[str, Any] = {
         "options": list(given),
@@ -60,12 +98,6 @@ def measure(options: argparse.Namespace, given: tuple[str, ...]) -> dict[str, An
         report = read(work / "report.json")
         row["ratios"] += [r for r in report["ratios"] if r["kind"] == "pp"]
         row["rows"] += [r for r in report["rows"] if r["kind"] == "pp"]
-    if options.windows:
-        command("eval", work, "--perplexity", options.texts, "--limit", options.windows, "--force")
-        row["quality"] = [
-            {"task": r["task"], "metric": r["metric"], "figures": r["figures"], "differences": r["differences"]}
-            for r in read(work / "eval.json")["table"]
-        ]
     return row
 
 
@@ -92,6 +124,7 @@ def main() -> None:
     parser.add_argument("--layers", default="0,5-8,22,24-29")
     parser.add_argument("--only", help="names of rows, separated by semicolons")
     parser.add_argument("--repetitions", default="6")
+    parser.add_argument("--unproven", action="store_true", help="with --repetitions 0: no verification either")
     parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens from each text; 0 skips quality")
     parser.add_argument("--calibrate", default="", help="more arguments for nbl-export, as one string")
     options = parser.parse_args()

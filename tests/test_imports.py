@@ -17,17 +17,18 @@ LEVELS = {
     "errors": 0, "files": 1, "records": 1, "vllm": 1, "trust": 2,
     "parallel": 3, "text": 3, "graph": 3, "formats": 3,
     "model": 4, "cost": 4, "rewrite": 4, "engines": 4, "run_directory": 4,
-    "decoders": 5, "calibrate": 5, "plan": 5, "distill": 5, "measure": 5,
+    "decoders": 5, "quantize": 5, "calibrate": 5, "plan": 5, "distill": 5, "measure": 5,
     "verify": 6, "evaluation": 6, "report": 6, "acceptance": 6,
     "run": 7, "publish": 8, "cli": 9, "hf": 9, "__main__": 10,
 }  # fmt: skip
-STAGES = ("calibrate", "plan", "distill", "measure", "verify", "evaluation", "report")
+STAGES = ("calibrate", "quantize", "plan", "distill", "measure", "verify", "evaluation", "report")
 # A stage may read the data of these.
 BETWEEN_STAGES = {("report", "measure")}
 # Library -> where it may be imported: a place, or a module of one.
 HEAVY = {
-    "torch": ("model", "calibrate", "plan", "distill", "parallel", "decoders", "records.moments", "text.sampling",
-              "text.windows", "vllm", "verify.torch_reference", "evaluation.torch_lm", "engines.tensorrt.device"),
+    "torch": ("model", "calibrate", "quantize", "plan", "distill", "parallel", "decoders", "records.moments",
+              "text.sampling", "text.windows", "vllm", "verify.torch_reference", "evaluation.torch_lm",
+              "engines.tensorrt.device"),
     "transformers": ("model", "decoders", "text.sampling", "vllm"),
     "vllm": ("vllm",),
     "onnx_ir": ("graph", "rewrite", "decoders"),

@@ -33,6 +33,8 @@ class Architecture:
         aliases: names in GGUF files.
         norm_before: the norm before attention; None if attention reads the residual stream directly.
         norm_after: the norm between attention and the addition.
+        norm_mlp: the norm before the MLP; None if the MLP reads the residual stream directly.
+        norm_offset: what norms add to their weight before they multiply by it.
         multiplier: configuration key of the factor of attention's output before the addition.
         entry_multiplier: decoder attribute of the factor of the first layer's input.
         logits_divisor, logits_cap: configuration keys; logits are head(x) / divisor, then cap * tanh(logits / cap).
@@ -50,6 +52,8 @@ class Architecture:
     aliases: tuple[str, ...] = ()
     norm_before: str | None = "input_layernorm"
     norm_after: str | None = None
+    norm_mlp: str | None = "post_attention_layernorm"
+    norm_offset: float = 0.0
     multiplier: str | None = None
     entry_multiplier: str | None = None
     logits_divisor: str | None = None
@@ -73,6 +77,8 @@ _CAUSAL = {"use_bidirectional_attention": (None, False)}
 
 _SANDWICH: dict[str, Any] = {
     "norm_after": "post_attention_layernorm",
+    "norm_mlp": "pre_feedforward_layernorm",
+    "norm_offset": 1.0,
     "logits_cap": "final_logit_softcapping",
     "score_scalar": "query_pre_attn_scalar",
     "embedding_root": True,
@@ -107,6 +113,7 @@ ARCHITECTURES = {
             "Olmo2",
             norm_before=None,
             norm_after="post_attention_layernorm",
+            norm_mlp=None,
             runtime_type="olmo",
             not_from={
                 "genai": "the GenAI builder (0.18) does not know it; use --decoder-source mobius",

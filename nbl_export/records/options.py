@@ -21,6 +21,7 @@ FITS = ("independent", "distilled", "drop", "given")
 # How layers are ranked: smallest CCA bound, smallest relative error, least quality loss, least loss for the work saved.
 SELECTS = ("cca", "error", "greedy", "efficient")
 DTYPES = ("auto", "float32", "bfloat16")  # of products while calibrating and choosing layers
+METHODS = ("rtn", "awq")  # of rounding to int4
 SELF = "self"  # calibration text that the model generates
 
 _REPLACED, _DISTILL, _CALIBRATE, _ENGINE, _BENCH = (
@@ -152,6 +153,10 @@ class JobOptions:
         (), "How the GenAI builder quantises: algo_config, block_size, accuracy_level, shared_embeddings, "
         "fuse_mlp_gate_up; repeat for more.", _ENGINE, "main rewrite", metavar="KEY=VALUE",
     )  # fmt: skip
+    quantize: str | None = option(
+        None, "ort, int4: awq moves scales from activations into matrices before they are rounded (default: rtn, "
+        "rounding alone).", _ENGINE, "main rewrite", metavar="METHOD",
+    )  # fmt: skip
     quantized_model: str | None = option(
         None, "int4: use the codes of this checkpoint of the same model (GPTQ, AWQ or Olive).", _ENGINE,
         "main rewrite", metavar="MODEL",
@@ -205,6 +210,7 @@ class JobOptions:
         require(self.compute_dtype in DTYPES, f"--compute-dtype is {', '.join(DTYPES)}, not {self.compute_dtype!r}")
         require(self.select in (None, *SELECTS), f"--select is {', '.join(SELECTS)}, not {self.select!r}")
         require(self.fit in FITS, f"--fit is {', '.join(FITS)}, not {self.fit!r}")
+        require(self.quantize in (None, *METHODS), f"--quantize is {', '.join(METHODS)}, not {self.quantize!r}")
         require(self.draft in (None, *DRAFTS), f"--draft is {', '.join(DRAFTS)}, not {self.draft!r}")
         alone = SELF not in self.calibration or self.calibration == (SELF,)
         require(alone, "--calibration self reads no text: give it alone (a file of that name is ./self)")

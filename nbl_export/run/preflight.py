@@ -61,6 +61,12 @@ def preflight(options: JobOptions) -> None:
     for given, flag, condition, fits in (
         (options.builder_option, "--builder-option", "--decoder-source genai", options.decoder_source == "genai"),
         (options.quantized_model, "--quantized-model", "--precision int4 of --decoder-source genai", _is_int4(options)),
+        (
+            options.quantize == "awq",
+            "--quantize awq",
+            "--precision int4 of --decoder-source genai on a CPU",
+            _is_rounded(options),
+        ),
     ):
         if given and not fits:
             raise UsageError(f"{flag} is for {condition}; leave it out")
@@ -101,6 +107,11 @@ def _check_bfloat16(options: JobOptions) -> None:
 
 def _is_int4(options: JobOptions) -> bool:
     return options.precision == "int4" and options.decoder_source == "genai"
+
+
+def _is_rounded(options: JobOptions) -> bool:
+    """Whether the GenAI builder rounds the model's matrices to int4."""
+    return _is_int4(options) and options.provider == "cpu" and options.quantized_model is None
 
 
 def require_engine(options: JobOptions, *, to_prove: bool = False) -> None:

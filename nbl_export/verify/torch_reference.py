@@ -26,6 +26,7 @@ __all__ = [
     "noise_with_maps",
     "references",
     "references_with_codes",
+    "row_logits",
     "with_noise",
 ]
 
@@ -136,6 +137,12 @@ def with_noise(model: Any, probe: Probe, reference: Reference) -> Reference:
 
 def _shown(probe: Probe) -> torch.Tensor:
     return torch.from_numpy(shown_positions(len(probe.long)))
+
+
+def row_logits(model: Any, row: Sequence[int]) -> np.ndarray:
+    """Logits [T, V] of a row of tokens, without a cache."""
+    with torch.inference_mode():
+        return _logits(model, row, 0)
 
 
 def _logits(model: Any, row: Sequence[int], kept: torch.Tensor | int = 0) -> np.ndarray:

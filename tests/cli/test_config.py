@@ -171,6 +171,7 @@ def test_the_recorded_command_has_every_option_that_is_not_the_default() -> None
             "maps": "linear",
             "draft": "ngram",
             "requantize": True,
+            "quantize": "awq",
         }
         value = (5, 6) if said.numbers else chosen.get(name, changed.get(kind, 7 if said.least is not None else "7"))
         given: dict[str, Any] = {name: value}

@@ -15,6 +15,9 @@ import torch
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
+from nbl_export.model.checkpoint import load
+from nbl_export.model.rescale import rescale
+
 from ..codes import GROUP, METHODS, dequantised, quantise
 from ..command import TINY, assert_refused, nbl
 from ..tiny import save_checkpoint
@@ -147,13 +150,35 @@ def test_another_model_of_this_shape_is_refused(model: Path, even: Same, tmp_pat
     assert_refused(refused, 1, "other numbers in model.norm.weight", "same")
 
 
+def _with_scales(model: Path, out: Path) -> Path:
+    """A checkpoint of the same function, with scales moved from norms into the matrices behind them."""
+    loaded = load.load_model(model)
+    generator = torch.Generator().manual_seed(1)
+    names = [f"layers.{i}.{part}" for i in range(3) for part in ("qkv", "mlp")]
+    rescale(loaded, {n: torch.exp(0.4 * torch.randn(64, generator=generator)) for n in names})
+    shutil.copytree(model, out)
+    tensors = {n: t.detach().contiguous() for n, t in loaded.state_dict().items() if n != "lm_head.weight"}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
 def test_scales_in_the_norms_are_for_maps_on_the_residual_stream(model: Path, even: Same, tmp_path: Path) -> None:
     """AWQ moves scales from matrices to the norm before them, where a map of the normed input was fitted without."""
-    theirs = quantise(model, tmp_path / "codes", "awq")
-    _another(model, theirs, "model.layers.1.input_layernorm.weight", 1.1)
+    theirs = quantise(_with_scales(model, tmp_path / "scaled"), tmp_path / "codes", "awq")
     words = (*even, *INT4, "--quantized-model", theirs)
-    refused = nbl(*words, "--tap", "normed", "--output", tmp_path / "run")
-    assert_refused(refused, 1, "model.layers.1.input_layernorm.weight", "--tap residual")
+    assert nbl(*words, "--output", tmp_path / "run").status == 0
+    refused = nbl(*words, "--tap", "normed", "--output", tmp_path / "other")
+    assert_refused(refused, 1, "model.layers.0.input_layernorm.weight", "--tap residual")
+
+
+@pytest.mark.parametrize("norm", ["input_layernorm", "post_attention_layernorm"])
+def test_scaled_matrices_with_the_old_norms_are_refused(norm: str, model: Path, even: Same, tmp_path: Path) -> None:
+    theirs = quantise(_with_scales(model, tmp_path / "scaled"), tmp_path / "codes", "awq")
+    tensors, old = load_file(theirs / "model.safetensors"), load_file(model / "model.safetensors")
+    name = f"model.layers.1.{norm}.weight"
+    save_file({**tensors, name: old[name]}, theirs / "model.safetensors", {"format": "pt"})
+    refused = nbl(*even, *INT4, "--quantized-model", theirs, "--output", tmp_path / "run")
+    assert_refused(refused, 1, name, "another function")
 
 
 @pytest.mark.parametrize(

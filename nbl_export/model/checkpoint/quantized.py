@@ -13,6 +13,7 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.model.checkpoint import load, source
+from nbl_export.model.checkpoint.awq_norms import check_norms
 from nbl_export.records.decoder import DecoderSpec
 
 __all__ = ["METHODS", "check_same", "describe", "find"]
@@ -81,7 +82,8 @@ def check_same(found: source.Source, original: Path, tap: str) -> None:
     map in this place was fitted to the output of the original norm.
 
     Raises:
-        NblError: another model, other norms before the maps, or zero points in GPTQModel's format.
+        NblError: another model, other norms before the maps, norms that do not belong to the matrices of AWQ, or zero
+            points in GPTQModel's format.
     """
     theirs, ours = _open(found.weights), _open(source.resolve(str(original)).weights)
     zeros = next((file.get_tensor(name) for name, file in theirs.items() if name.endswith(".qzeros")), None)
@@ -90,6 +92,8 @@ def check_same(found: source.Source, original: Path, tap: str) -> None:
             f"--quantized-model {found.name} stores zero points as they are (checkpoint_format gptq_v2), where the "
             "GenAI builder expects one less; save it in the format gptq"
         )
+    if (_settings(found) or {}).get("method") == "awq":
+        check_norms(theirs, ours, found.name)
     for name in sorted(theirs.keys() & ours.keys()):
         inside = ".layers." in name
         if inside and not (tap == "normed" and name.endswith("norm.weight")):

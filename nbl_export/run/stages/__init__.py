@@ -27,6 +27,10 @@ def _no_distill(job: Job) -> str | None:
     return None if job.options.fit == "distilled" and job.plan.replaced else ""
 
 
+def _no_quantize(job: Job) -> str | None:
+    return None if job.options.quantize == "awq" else ""
+
+
 def _no_eval(job: Job) -> str | None:
     """Skip unless evaluation was requested, because it can take hours on a small machine."""
     return "" if job.evaluation is None else None
@@ -85,7 +89,11 @@ STAGES = (
         _parts, _no_distill,
     ),
     Stage(
-        "decoder", "decoder graph", (),
+        "quantize", "activation-aware scales", (), ("quantize", "context", "builder_option"), _texts, _no_quantize,
+        ".quantize.stage",
+    ),
+    Stage(
+        "decoder", "decoder graph", ("quantize",),
         ("precision", "decoder_source", "provider", "builder_option", "max_seq_len"),
         lambda job: [job.fingerprint, job.options.kept_logits, *job.codes],
     ),

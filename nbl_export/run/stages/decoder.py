@@ -7,6 +7,7 @@ from typing import Any
 
 from nbl_export.decoders.genai import GGUF
 from nbl_export.run.job import Job
+from nbl_export.run.quantize.rescaled import exported_checkpoint
 
 __all__ = ["run"]
 
@@ -22,11 +23,12 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     if job.graph is not None:
         copy_graph(job.graph, out / "original")
     else:
-        build_decoder(
-            options.decoder_source, job.checkpoint, out / "original", options.precision,
-            slots=job.slots,
-            settings=BuilderSettings(options.provider, options.builder_option, _codes(job), _gguf(job)),
-        )  # fmt: skip
+        settings = BuilderSettings(options.provider, options.builder_option, _codes(job), _gguf(job))
+        with exported_checkpoint(job) as checkpoint:
+            build_decoder(
+                options.decoder_source, checkpoint, out / "original", options.precision,
+                slots=job.slots, settings=settings,
+            )  # fmt: skip
     if options.kept_logits == "last":
         prune_directory(out / "original")
     return {"logits": options.kept_logits}

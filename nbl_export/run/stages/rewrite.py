@@ -11,6 +11,7 @@ from nbl_export.graph.names import MANIFEST
 from nbl_export.records.plan import layers_below
 from nbl_export.records.public import public_facts
 from nbl_export.run.job import Job
+from nbl_export.run.quantize.rescaled import exported_maps
 from nbl_export.run_directory import MAPS_FILE, PACKAGES
 
 __all__ = ["run"]
@@ -30,7 +31,8 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     maps = load_maps(job.run.path / MAPS_FILE, plan.replaced)
     dense = job.engine.capabilities.dense_caches
     rows = rows_of(job, maps)
-    rewrite(job.run.path / "original", out / "model", plan, maps, dense=dense, rows_VD=rows)
+    given = exported_maps(job, maps)
+    rewrite(job.run.path / "original", out / "model", plan, given, dense=dense, rows_VD=rows)
     facts = {k: job.run.manifest[k] for k in _DEPLOYED_FACTS}
     if job.engine.capabilities.dense_caches:
         facts["cache_layers"] = list(plan.kept)  # layers of the cache ids 0..K-1

@@ -17,6 +17,7 @@ from nbl_export.records.results import RungResult
 from nbl_export.run.acceptance.leave import leave
 from nbl_export.run.job import Job
 from nbl_export.run.preflight import require_engine
+from nbl_export.run.quantize.rescaled import check_rescaled, exported_maps, exported_model
 from nbl_export.run.stages.common import rows_of
 from nbl_export.run_directory import MAPS_FILE, PACKAGES, REFERENCES_FILE, VERIFY_FILE
 from nbl_export.text.held_back import judging
@@ -54,11 +55,13 @@ def _against_torch(job: Job, out: Path) -> dict[str, Any]:
     maps = load_maps(job.run.path / MAPS_FILE, job.plan.replaced)
     results: list[RungResult] = []
     rows_VD = rows_of(job, maps)
-    setting = setting_of(job)
+    setting, probe = setting_of(job), make_probe(job)
+    results += check_rescaled(job, probe.rows[0])
+    maps = exported_maps(job, maps)
     with _graphs(job, setting, maps, rows_VD, results) as directories, job.run.scratch() as scratch:
         coded = form_of(setting).coded(setting, directories, results, scratch)
         kept = kept_references(job)
-        climb = Climb(setting, make_probe(job), maps, rows_VD, results, kept)
+        climb = Climb(setting, probe, maps, rows_VD, results, kept)
         climb.ask_torch(coded, lambda: _lent(job), () if job.quantized is None else job.quantized.weights)
         decoders = climb.run(directories, coded)
         kept.save()
@@ -103,9 +106,9 @@ def _against_graph(job: Job, out: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _lent(job: Job) -> Iterator[Any]:
-    """The torch model; its memory is freed afterwards."""
+    """The torch model that graphs are made from; its memory is freed afterwards."""
     try:
-        yield job.model
+        yield exported_model(job)
     finally:
         job.forget_model()
 
@@ -114,6 +117,7 @@ def kept_references(job: Job) -> KeptReferences:
     """The references of the original that an earlier verification of this run directory kept."""
     options = job.options
     how = [options.engine, options.provider, options.precision, options.decoder_source, job.slots]
+    how += [options.quantize] if options.quantize else []
     return KeptReferences(job.run.path / REFERENCES_FILE, [job.fingerprint, job.codes, how, versions(PACKAGES)])
 
 

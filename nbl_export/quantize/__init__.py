@@ -1,0 +1,1 @@
+"""Prepares a model's matrices for rounding to few bits."""

@@ -1,0 +1,1 @@
+"""Activation-aware scales: the stage that chooses them, and the rescaled model that graphs are made from."""
