@@ -104,7 +104,7 @@ os.replace = replace_and_die
 """
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", [False, pytest.param(True, marks=pytest.mark.fuzz)])
 def test_killed_while_the_partial_file_is_written(
     late: bool, command: tuple[object, ...], expected: str, tmp_path: Path, server: ForkServer
 ) -> None:
@@ -134,7 +134,10 @@ def interrupted(killed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(killed, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut", "empty", "foreign"])
+@pytest.mark.parametrize(
+    "harm",
+    [pytest.param("flip", marks=pytest.mark.fuzz), "cut", pytest.param("empty", marks=pytest.mark.fuzz), "foreign"],
+)
 def test_damaged_partial_file_is_not_used(
     harm: str, command: tuple[object, ...], expected: str, interrupted: Path, server: ForkServer, text: Path
 ) -> None:
@@ -151,7 +154,11 @@ def test_damaged_partial_file_is_not_used(
     assert file_sha256(interrupted / "moments.safetensors") == expected
 
 
-@pytest.mark.parametrize("change", [("--tap", "normed"), ("--context", 32), ("--shard", "1/2"), ("--force",)])
+@pytest.mark.parametrize(
+    "change",
+    [("--tap", "normed"), *(pytest.param(c, marks=pytest.mark.fuzz) for c in (("--context", 32), ("--shard", "1/2"))),
+     ("--force",)],
+)  # fmt: skip
 def test_partial_file_of_other_options_is_not_used(
     change: tuple[object, ...], command: tuple[object, ...], interrupted: Path, server: ForkServer
 ) -> None:

@@ -105,8 +105,9 @@ def test_the_job_proves_the_function_and_reuses_the_calibration(same: Same, tap:
     assert before.keys() == after.keys()
     moved = [name for name in before if not np.allclose(before[name], after[name])]
     assert len(moved) >= 3 and not any("final_norm" in name for name in moved)
-    back = nbl(*same, "--tap", tap, "--precision", "int4", "--output", run)
-    assert back.status == 0 and METRIC not in {r["metric"] for r in rungs(run)}
+    if tap == "normed":
+        back = nbl(*same, "--tap", tap, "--precision", "int4", "--output", run)
+        assert back.status == 0 and METRIC not in {r["metric"] for r in rungs(run)}
 
 
 def norms(run: Path) -> dict[str, np.ndarray]:

@@ -95,6 +95,20 @@ def test_the_rewrite_of_a_directory(checkpoint: Callable[[str], Path], home: Pat
     np.testing.assert_allclose(theirs, ours, atol=1e-4)
 
 
+def test_gptq_gives_an_int4_graph_its_codes(checkpoint: Callable[[str], Path], text: Path, home: Path) -> None:
+    model = checkpoint("llama")
+    value = recipe(2, model, home, home / "gptq")
+    data = value["data_configs"][0]
+    data["load_dataset_config"]["data_files"] = str(text)
+    data["pre_process_data_config"] |= {"max_seq_len": 64, "max_samples": 16}
+    olive(value, home)
+    codes = ("--precision", "int4", "--quantized-model", home / "gptq" / "model")
+    done = nbl("--model", model, "--calibration", text, *TINY, *codes, "--output", home / "coded")
+    assert done.status == 0, done.err
+    facts = json.loads((home / "coded" / "nbl.json").read_text(encoding="utf-8"))
+    assert facts["quantized"]["method"] == "olive" and facts["status"] == "verified"
+
+
 def test_the_whole_job(checkpoint: Callable[[str], Path], text: Path, home: Path) -> None:
     value = recipe(0, checkpoint("llama"), home, home / "whole")
     value["passes"]["nbl"]["options"] |= {**SMALL, "calibration": [str(text)]}
