@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import PRODUCTS, AttentionBlock, find_block, graph_caches, is_constant
+from nbl_export.graph.coded.block_sums import reads_block_sums
 from nbl_export.graph.facts import _QUANTISES, decoder_facts, logits_of, replaced_layers
 from nbl_export.graph.given import _check_folder, _need_onnx, home_of
 from nbl_export.rewrite.tail import PruneTail
@@ -77,7 +78,7 @@ def _kinds(graph: ir.Graph) -> Counter[str]:
 
 
 def _kind(node: ir.Node) -> str | None:
-    if node.op_type not in PRODUCTS or node.op_type in _QUANTISES:
+    if node.op_type not in PRODUCTS or node.op_type in _QUANTISES or reads_block_sums(node):
         return None
     if "bits" in node.attributes:
         return f"int{node.attributes['bits'].as_int()}"

@@ -25,6 +25,7 @@ from nbl_export.rewrite.coded import nodes as nodes_module
 from nbl_export.rewrite.coded.rounding import rounded
 from nbl_export.rewrite.coded.take_codes import TakeCodes, take_codes
 from nbl_export.rewrite.codes import quantised_matrices
+from nbl_export.rewrite.describe import describe_graph
 
 from ..command import TINY, assert_refused, nbl
 from ..gguf_kinds import HALVES, every_token, random_blocks, save_mixed
@@ -134,6 +135,11 @@ def test_int4_of_a_gguf_is_its_own_codes(runs: dict[str, Path], which: str) -> N
     assert len(nodes(run, "original", "GatherBlockQuantized")) == 1
     joined = nodes(run, "original", "Concat")
     assert len(joined) == (3 if which == "mixed" else 0 if not joined else 3)
+
+
+def test_offsets_are_no_matrices_of_their_own(runs: dict[str, Path]) -> None:
+    facts = describe_graph(runs["tied"] / "original" / "model.onnx")
+    assert facts["precision"] == "int4" and "fp32" not in facts["weights"]
 
 
 def test_one_sum_of_blocks_serves_all_products_of_a_value(runs: dict[str, Path]) -> None:

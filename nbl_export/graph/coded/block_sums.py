@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from nbl_export.graph.emitter import add_initializer
 
-__all__ = ["add_lookup_offsets", "add_product_offsets", "is_block_sum", "offsets_of"]
+__all__ = ["add_lookup_offsets", "add_product_offsets", "is_block_sum", "offsets_of", "reads_block_sums"]
 
 _KEPT = (0, 0)  # a Reshape keeps the dimensions of batch and tokens
 
@@ -27,6 +27,12 @@ def is_block_sum(node: ir.Node) -> bool:
     """Whether a node begins the sums of blocks, a part of a product."""
     users = list(node.outputs[0].consumers())
     return node.op_type == "Reshape" and len(users) == 1 and users[0].op_type == "ReduceSum"
+
+
+def reads_block_sums(node: ir.Node) -> bool:
+    """Whether a product has offsets as its matrix, which belong to the matrix of another product."""
+    maker = None if not node.inputs or node.inputs[0] is None else node.inputs[0].producer()
+    return maker is not None and maker.op_type == "ReduceSum"
 
 
 def add_product_offsets(graph: ir.Graph, product: ir.Node, offsets_NB: np.ndarray, name: str) -> list[ir.Node]:
@@ -100,10 +106,7 @@ def offsets_of(node: ir.Node) -> ir.TensorProtocol | None:
         other = _other(users, "Unsqueeze")
         return None if other is None else _stored(other.inputs[0], "Gather", 0)
     other = _other(users, "MatMul")
-    summed = None if other is None or other.inputs[0] is None else other.inputs[0].producer()
-    if other is None or summed is None or summed.op_type != "ReduceSum":
-        return None
-    return _const(other.inputs[1])
+    return None if other is None or not reads_block_sums(other) else _const(other.inputs[1])
 
 
 def _other(users: list[ir.Node], op_type: str) -> ir.Node | None:
