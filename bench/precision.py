@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "int4, gate and up in one": ("--precision", "int4", "--builder-option", "fuse_mlp_gate_up=true"),
 }
 DECODE = 'prompt-tokens = "512"\ngenerate-tokens = 47\ndepth = "512"\n'  # the main job's benchmark, as TOML
+CONTEXT = 512
 PREFILL = (("--prompt-tokens", "512", "--depth", "0"), ("--prompt-tokens", "2048", "--depth", "0"))
 
 
@@ -50,7 +52,9 @@ def measure(options: argparse.Namespace, given: tuple[str, ...]) -> dict[str, An
     given = (*given, "--requantize") if again else given
     job = ("--model", options.model, "--output", work, "--layers", options.layers, *options.calibrate)
     row = timed(job, work, given, options.config) if options.repetitions != "0" else exported(options, given)
-    if options.windows:
+    if options.windows and options.unproven:
+        row["quality"] = perplexities(work, options.texts, options.windows)
+    elif options.windows:
         command("eval", work, "--perplexity", options.texts, "--limit", options.windows, "--force")
         row["quality"] = [
             {"task": r["task"], "metric": r["metric"], "figures": r["figures"], "differences": r["differences"]}
@@ -72,6 +76,32 @@ def exported(options: argparse.Namespace, given: tuple[str, ...]) -> dict[str, A
     report = read(work / "verify.json")
     rungs = [r for r in report["rungs"] if "logit" in r["metric"]]
     return {"options": list(given), "verified": report["passed"], "rungs": rungs, "model_bytes": sizes(work)}
+
+
+def perplexities(work: Path, named: str, limit: int) -> list[dict[str, Any]]:
+    """What `nbl-export eval --perplexity` gives, for graphs that no verification has seen; without errors."""
+    from nbl_export.evaluation.graphs import find_graph
+    from nbl_export.evaluation.perplexity import NamedText, parse_named, windows
+    from nbl_export.evaluation.scorer import GraphScorer, Request
+    from nbl_export.model.checkpoint.load import load_tokenizer
+    from nbl_export.text.corpus import read_text
+
+    tokenizer, rows = load_tokenizer(work / "checkpoint"), []
+    texts = [NamedText(name, read_text(file)) for name, file in parse_named(named)]
+    cut = {t.name: windows(t, tokenizer, CONTEXT, CONTEXT, limit) for t in texts}
+    found: dict[str, dict[str, float]] = {name: {} for name in cut}
+    for which in ("original", "nbl"):
+        place = find_graph(work, which)
+        scorer = GraphScorer(place.open(), place.max_positions)
+        for name, parts in cut.items():
+            scores = scorer.score([Request(tuple(a), tuple(b)) for a, b in parts])
+            loss = -sum(s.loglikelihood for s in scores) / sum(len(b) for _, b in parts)
+            found[name][which] = math.exp(loss)
+            print(f"  {which} {name} {found[name][which]:.2f}", file=sys.stderr, flush=True)
+    for name, values in found.items():
+        figures = {which: {"value": value} for which, value in values.items()}
+        rows.append({"task": f"perplexity:{name}", "metric": "token_perplexity", "figures": figures})
+    return rows
 
 
 def sizes(work: Path) -> dict[str, int]:

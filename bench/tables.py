@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tables_codes as codes
 import tables_lossless as lossless
 import tables_openvino as ov
 import tables_proof as proof
@@ -31,6 +32,9 @@ TABLES: Mapping[str, Callable[[Callable[[str], Any]], list[Sequence[str]]]] = {
     "demo": speed.demo,
     "int4": speed.int4,
     "precisions": speed.precisions,
+    "codes": codes.codes,
+    "codes-speed": codes.speeds,
+    "codes-text": codes.texts,
     "peers": speed.peers,
     "openvino": ov.openvino,
     "engines": ov.engines,
