@@ -205,6 +205,22 @@ def test_offsets_that_need_the_code_zero_compute_the_same(text: Path, tmp_path: 
     assert len(matrix.node.inputs) == 4
 
 
+def test_rows_that_two_tensors_share_come_from_the_matrix_itself() -> None:
+    """Rows of zeros, as of unused tokens: in the embedding and in a head of another type."""
+    rng = np.random.default_rng(4)
+    held = []
+    for name, kind in (("output.weight", "Q6_K"), ("token_embd.weight", "Q4_K")):
+        stored = random_blocks(kind, 8, 256, rng)
+        stored[3:5] = 0
+        rows = tensor(kind, stored)
+        held.append(Tensor(name, rows.shape, rows.kind, rows.read))
+    index = row_index.RowIndex(Content("llama", {}, tuple(held)))
+    for one, bits in zip(held, (8, 4), strict=True):
+        parts = index.codes_of(one.values())
+        assert parts is not None and [part.bits for part in parts] == [bits]
+        np.testing.assert_array_equal(parts[0].values, one.values())
+
+
 def _product(matrix_NK: np.ndarray) -> ir.Model:
     """A graph of one MatMul."""
     f32 = ir.TensorType(ir.DataType.FLOAT)

@@ -9,6 +9,7 @@ recognised by their values, so none of this matters, and every matrix that is fo
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,22 +33,22 @@ class RowIndex:
 
     def __init__(self, content: Content) -> None:
         self._tensors = [t for t in content.tensors if len(t.shape) == 2]
-        self._rows: dict[int, tuple[int, int]] = {}
+        self._rows: dict[int, dict[int, int]] = {}  # digest -> tensor -> its first row with this digest
         self._codes = functools.lru_cache(maxsize=_KEPT)(lambda i: block_codes(self._tensors[i]))
         for number, tensor in enumerate(self._tensors):
             values = self._codes(number).values if is_coded(tensor) else tensor.values()
             for row, digest in enumerate(_digests(values)):
-                self._rows.setdefault(digest, (number, row))
+                self._rows.setdefault(digest, {}).setdefault(number, row)
 
     def codes_of(self, matrix_NK: np.ndarray) -> list[BlockCodes] | None:
         """Codes of a matrix, in parts of consecutive rows with one form; [] if the file stores the rows as floats.
 
         None if the file does not have these rows.
         """
-        places = [self._rows.get(digest) for digest in _digests(matrix_NK)]
-        if any(place is None for place in places):
+        places = [self._rows.get(digest, {}) for digest in _digests(matrix_NK)]
+        if not all(places):
             return None
-        found = np.array(places, np.int64)
+        found = _chosen(places)
         coded = {is_coded(self._tensors[n]) for n in np.unique(found[:, 0])}
         if coded != {True}:
             return [] if coded == {False} else None
@@ -78,6 +79,13 @@ class RowIndex:
             for name, array in made.items():
                 array[mine] = getattr(self._codes(int(number)), name)[found[mine, 1]]
         return BlockCodes(made["codes"], first.bits, first.size, first.zero, made["scales"], made.get("offsets"))
+
+
+def _chosen(places: list[dict[int, int]]) -> np.ndarray:
+    """Tensor and row of each row [N, 2]. Equal rows (of unused tokens) come from the tensor with most of the rows."""
+    counts = Counter(number for place in places for number in place)
+    numbers = [max(place, key=counts.__getitem__) for place in places]
+    return np.array([(n, place[n]) for n, place in zip(numbers, places, strict=True)], np.int64)
 
 
 def _digests(values_NK: np.ndarray) -> Iterator[int]:
