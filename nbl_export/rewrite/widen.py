@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
+from nbl_export.rewrite.coded.nodes import put
 from nbl_export.rewrite.codes import HOLDERS, QuantisedMatrix, quantised_matrices
 from nbl_export.rewrite.sweep import Sweep
 
@@ -59,14 +60,14 @@ def _widen(graph: ir.Graph, node: ir.Node, matrix: QuantisedMatrix) -> None:
         node.outputs[0].replace_all_uses_with(weight)
         graph.remove(node, safe=True)
     elif node.op_type == "GatherBlockQuantized":
-        _replace(graph, node, [ir.node("Gather", [weight, node.inputs[1]], {"axis": 0}, name=node.name)])
+        put(graph, node, [ir.node("Gather", [weight, node.inputs[1]], {"axis": 0}, name=node.name)])
     else:
         nodes = [ir.node("MatMul", [_activation(node), weight], name=node.name)]
         bias = node.inputs[5] if node.op_type == "MatMulNBits" and len(node.inputs) > 5 else None
         if bias is not None:
             nodes[0].outputs[0].name = f"{node.name}/product"
             nodes.append(ir.node("Add", [nodes[0].outputs[0], bias], name=f"{node.name}/Add"))
-        _replace(graph, node, nodes)
+        put(graph, node, nodes)
 
 
 def _activation(node: ir.Node) -> ir.Value | None:
@@ -78,16 +79,6 @@ def _activation(node: ir.Node) -> ir.Value | None:
     if maker is None or maker.op_type != "DynamicQuantizeLinear":
         raise RefusalError(None, f"the input of {node.name} does not come directly from DynamicQuantizeLinear")
     return maker.inputs[0]
-
-
-def _replace(graph: ir.Graph, old: ir.Node, nodes: list[ir.Node]) -> None:
-    """Replace a node by several; the output of the last one takes over the old output's name."""
-    output, made = old.outputs[0], nodes[-1].outputs[0]
-    made.type, made.shape, name = ir.TensorType(ir.DataType.FLOAT), output.shape, output.name
-    graph.insert_before(old, nodes)
-    output.replace_all_uses_with(made, replace_graph_outputs=True)
-    graph.remove(old, safe=True)
-    made.name = name
 
 
 def _unpacked(graph: ir.Graph, name: str, matrix: QuantisedMatrix) -> ir.Value:

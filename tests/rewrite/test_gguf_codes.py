@@ -51,7 +51,6 @@ def tensor(kind: str, stored: np.ndarray) -> Tensor:
 @settings(max_examples=25, deadline=None)
 def test_codes_are_the_tensor_bit_for_bit(kind: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    width = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]
     some = random_blocks(kind, 2, 512, rng)
     wild = rng.integers(0, 256, some.shape, dtype=np.uint8)  # any float16 in the fields, infinities too
     with np.errstate(all="ignore"):
@@ -59,7 +58,7 @@ def test_codes_are_the_tensor_bit_for_bit(kind: str, seed: int) -> None:
             codes, wanted = block_codes(tensor(kind, stored)), quants.dequantize(stored, GGMLQuantizationType[kind])
             usable = np.isfinite(wanted)
             np.testing.assert_array_equal(codes.values[usable], wanted[usable])
-            assert codes.codes.max() < 2**codes.bits and codes.codes.shape == wanted.shape and width
+            assert codes.codes.max() < 2**codes.bits and codes.codes.shape == wanted.shape
     assert HALVES.keys() == set(known_types())
 
 
@@ -133,8 +132,7 @@ def test_int4_of_a_gguf_is_its_own_codes(runs: dict[str, Path], which: str) -> N
     floats = [n.name for n in nodes(run, "original", "MatMul") if not n.name.endswith("/offsets")]
     assert floats == [] and not nodes(run, "original", "Gather")[2:]
     assert len(nodes(run, "original", "GatherBlockQuantized")) == 1
-    joined = nodes(run, "original", "Concat")
-    assert len(joined) == (3 if which == "mixed" else 0 if not joined else 3)
+    assert len(nodes(run, "original", "Concat")) == 3  # q, k and v of each layer have three forms
 
 
 def test_offsets_are_no_matrices_of_their_own(runs: dict[str, Path]) -> None:
