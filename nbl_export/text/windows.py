@@ -17,7 +17,8 @@ __all__ = ["extend", "pack"]
 
 log = logging.getLogger(__name__)
 
-_PIECE_CHARS = 1 << 20  # a call of a tokenizer takes some 500 bytes of memory for each character
+# A call of a tokenizer takes some 500 bytes of memory for each character, and reads all that it is given.
+_PIECE_CHARS = 1 << 16
 
 
 def pack(

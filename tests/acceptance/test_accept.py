@@ -127,8 +127,15 @@ def test_a_file_of_other_values_is_refused(stated: str, tmp_path: Path) -> None:
 # -- end to end --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ["trt", "trt-rtx"])
-@pytest.mark.parametrize("architecture", ["mistral", "mistral-window"])
+@pytest.mark.parametrize(
+    ("architecture", "engine"),
+    [
+        ("mistral", "trt-rtx"),
+        ("mistral-window", "trt"),
+        pytest.param("mistral", "trt", marks=pytest.mark.fuzz),
+        pytest.param("mistral-window", "trt-rtx", marks=pytest.mark.fuzz),
+    ],
+)
 def test_every_step_passes(architecture: str, engine: str, compiled: Callable[[str], Path], tmp_path: Path) -> None:
     require_passed(stand_in_run(compiled(architecture), tmp_path / "run", engine), engine)
 

@@ -62,7 +62,9 @@ def place_of(name: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize(
-    ("method", "symmetric"), [("gptq", False), ("awq", False), ("olive", False), ("olive", True)], ids=str
+    ("method", "symmetric"),
+    [("gptq", False), ("awq", False), pytest.param("olive", False, marks=pytest.mark.fuzz), ("olive", True)],
+    ids=str,
 )
 def test_codes_are_taken_as_they_are(method: str, symmetric: bool, model: Path, even: Same, tmp_path: Path) -> None:
     theirs = quantise(model, tmp_path / "codes", method, symmetric=symmetric)

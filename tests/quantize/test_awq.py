@@ -86,7 +86,7 @@ def test_a_damaged_file_of_scales_is_refused(tmp_path: Path) -> None:
 # -- the job ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tap", ["residual", "normed"])
+@pytest.mark.parametrize("tap", [pytest.param("residual", marks=pytest.mark.fuzz), "normed"])
 def test_the_job_proves_the_function_and_reuses_the_calibration(same: Same, tap: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     plain = nbl(*same, "--tap", tap, "--precision", "int4", "--output", run)

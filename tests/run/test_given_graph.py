@@ -30,7 +30,8 @@ TOLERANCE = {"fp32": 5e-5, "fp16": 0.01, "int8": 0.1, "int4": 0.6}
 needs_optimum = pytest.mark.skipif(OPTIMUM_PYTHON is None, reason="NBL_OPTIMUM_PYTHON names no environment")
 SOURCES = [
     "genai-fp32", "genai-fp16", "genai-int8", "genai-int4", "mobius-default", "mobius-cpu", "mobius-fp16",
-    pytest.param("transformers-20", marks=pytest.mark.fuzz), "transformers-20-fused-positions", "transformers-23",
+    pytest.param("transformers-20", marks=pytest.mark.fuzz),
+    pytest.param("transformers-20-fused-positions", marks=pytest.mark.fuzz), "transformers-23",
     "torchscript",
     pytest.param("optimum", marks=needs_optimum),
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -148,24 +149,35 @@ def rungs(run: Path) -> list[dict[str, Any]]:
     return found
 
 
+def models_run(counted: mock.Mock, run: Path, *arguments: object) -> int:
+    """How many models the main job runs for references."""
+    before = counted.call_count
+    done = nbl(*TINY, *arguments, "--output", run)
+    assert done.status == 0, done.err
+    return int(counted.call_count - before)
+
+
 def test_another_plan_runs_the_original_no_more(
     checkpoint: Callable[[str], Path], text: Path, tmp_path: Path, runs_of_torch: mock.Mock
 ) -> None:
     """The original is one of two models that run at first, and none for other plans of the same model and text."""
     run = tmp_path / "run"
-
-    def verified(*more: object) -> int:
-        before = runs_of_torch.call_count
-        done = nbl("--model", checkpoint("llama"), "--calibration", text, *TINY, *more, "--output", run)
-        assert done.status == 0, done.err
-        return int(runs_of_torch.call_count - before)
-
+    verified = functools.partial(models_run, runs_of_torch, run, "--model", checkpoint("llama"), "--calibration", text)
     assert verified("--layers", "1,2") == 2
     first, kept = rungs(run), (run / FILE).read_bytes()
     assert verified("--layers", "1") == 1
     assert verified("--layers", "1,2") == 1
     assert rungs(run) == first
     assert (run / FILE).read_bytes() == kept
+    assert verified("--layers", "1", "--calibration-tokens", "2048") == 2
+
+
+@pytest.mark.fuzz
+def test_another_plan_runs_the_matrices_of_an_int8_graph_no_more(
+    checkpoint: Callable[[str], Path], text: Path, tmp_path: Path, runs_of_torch: mock.Mock
+) -> None:
+    run = tmp_path / "run"
+    verified = functools.partial(models_run, runs_of_torch, run, "--model", checkpoint("llama"), "--calibration", text)
     assert verified("--layers", "1", "--precision", "int8") == 4  # own matrices, then the graph's
     assert verified("--layers", "2", "--precision", "int8") == 2
     assert verified("--layers", "2", "--precision", "int8", "--calibration-tokens", "2048") == 4

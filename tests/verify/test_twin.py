@@ -65,7 +65,8 @@ def on_logits(rungs: list[dict[str, Any]], rung: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("architecture", "layers", "precision"),
-    [("llama", "0,2", "int4"), ("llama", "0,2", "int8"), ("mistral-window", "1,2", "int4"), ("qwen2", "1,2", "int8"),
+    [("llama", "0,2", "int4"), pytest.param("llama", "0,2", "int8", marks=pytest.mark.fuzz),
+     pytest.param("mistral-window", "1,2", "int4", marks=pytest.mark.fuzz), ("qwen2", "1,2", "int8"),
      ("gemma3", "0,2", "int4")],  # 0: a table of tokens, too
 )  # fmt: skip
 def test_wiring_is_proven_to_float32_accuracy(architecture: str, precision: str, layers: str, runs: Runs) -> None:
@@ -149,7 +150,10 @@ FAULTS: dict[str, tuple[Fault, str, str, tuple[str, str, str]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("fault", "precision"), [*((fault, "int4") for fault in FAULTS), (next(iter(FAULTS)), "int8")])
+OTHER_PRECISION = pytest.param(next(iter(FAULTS)), "int8", marks=pytest.mark.fuzz)
+
+
+@pytest.mark.parametrize(("fault", "precision"), [*((fault, "int4") for fault in FAULTS), OTHER_PRECISION])
 def test_a_planted_fault_is_named(fault: str, precision: str, runs: Runs, tmp_path: Path) -> None:
     plant, architecture, tap, rung = FAULTS[fault]
     run = Path(shutil.copytree(runs(architecture, precision, "1,2", tap), tmp_path / "run"))
