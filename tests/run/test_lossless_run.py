@@ -5,14 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 import pytest
+from gguf import GGUFReader, quants
 
 from nbl_export.engines.ort.genai import GenaiRunner
 from nbl_export.engines.ort.lossless import LosslessRunner
 from nbl_export.graph.names import draft_file
+from nbl_export.rewrite.codes import quantised_matrices
+from nbl_export.run.lossless.drafts import codes_for_drafts
 
-from ..command import Outcome, assert_refused, in_new_process, nbl, snapshot
+from ..command import TINY, Outcome, assert_refused, in_new_process, nbl, snapshot
+from ..gguf_kinds import HALVES, every_token, save_mixed
+from ..tiny import LAYERS
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +150,45 @@ def test_an_int4_draft_of_an_int4_decoder_is_warned_of(run: Path, same: tuple[ob
     done = nbl(*same, "--draft", "int4", "--precision", "int4", "--output", run)
     assert done.status == 0, done.err
     assert "cannot make it faster" in done.err
+
+
+FOUR_BITS = dict.fromkeys(
+    ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "token_embd"), "Q4_0"
+)
+
+
+def test_a_draft_of_a_gguf_has_the_codes_of_the_file(tmp_path: Path) -> None:
+    """The draft of a float32 target has the target's own values; an NBL draft would have them too."""
+    model, text = save_mixed(tmp_path / "m.gguf", FOUR_BITS), every_token(tmp_path / "text.txt", 12_000)
+    done = nbl(
+        "--model", model, "--calibration", text, *TINY, "--calibration-tokens", "4096", "--draft", "int4",
+        "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    assert json.loads((tmp_path / "run" / "lossless.json").read_text(encoding="utf-8"))["overall"][0]["equal"] == 20
+    graph = ir.load(tmp_path / "run" / "lossless" / draft_file("int4")).graph
+    drafted = [matrix.blocks().coded for matrix in quantised_matrices(graph)]
+    downs = [t for t in GGUFReader(model).tensors if "ffn_down" in t.name]
+    assert len(downs) == LAYERS
+    for down in downs:
+        values = quants.dequantize(down.data, down.tensor_type)
+        assert any(np.array_equal(values, matrix) for matrix in drafted)
+
+
+@pytest.mark.parametrize(
+    ("changed", "requantize", "taken"),
+    [({}, False, True), ({}, True, False), (dict.fromkeys(FOUR_BITS, "Q8_0"), False, False),
+     ({"ffn_up": "IQ4_NL"}, False, False)],
+    ids=["codes", "requantize", "eight bits", "unknown"],
+)  # fmt: skip
+def test_codes_make_a_draft_where_they_are_few_and_known(
+    changed: dict[str, str], requantize: bool, taken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(HALVES, "IQ4_NL", {0: 1.5e-3})
+    model = save_mixed(tmp_path / "m.gguf", {**FOUR_BITS, **changed})
+    options = SimpleNamespace(requantize=requantize, engine="ort", provider="cpu")
+    job: Any = SimpleNamespace(source=SimpleNamespace(gguf=model), options=options)
+    assert codes_for_drafts(job) == (model if taken else None)
 
 
 def test_other_tokens_are_a_failed_verification(

@@ -19,7 +19,7 @@ from nbl_export.errors import NblError
 from nbl_export.formats.gguf.content import Tensor
 from nbl_export.records.block_codes import BlockCodes
 
-__all__ = ["block_codes", "check_type", "is_coded", "known_types"]
+__all__ = ["block_codes", "check_type", "is_coded", "is_known", "known_types"]
 
 _FLOATS = ("F32", "F16", "BF16")
 _SUPER = 256  # elements of a K-quant's super-block
@@ -48,13 +48,18 @@ def known_types() -> tuple[str, ...]:
     return tuple(_TYPES)
 
 
+def is_known(kind: str) -> bool:
+    """Whether blocks of this type can be read, or are float."""
+    return kind in (*_TYPES, *_FLOATS)
+
+
 def check_type(tensor: str, kind: str) -> None:
     """Check that the blocks of a matrix can be read.
 
     Raises:
         NblError: the type is not known.
     """
-    if kind not in (*_TYPES, *_FLOATS):
+    if not is_known(kind):
         raise NblError(
             f"{tensor} has the type {kind}, whose blocks cannot be taken over; known are {', '.join(_TYPES)}; "
             "quantise the model again with --requantize"

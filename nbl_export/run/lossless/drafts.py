@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nbl_export.decoders.genai import GGUF
+from nbl_export.formats.gguf.blocks import is_known
+from nbl_export.model.checkpoint import gguf_file
 from nbl_export.records.proposers import proposers_of
 from nbl_export.run.job import Job
 
-__all__ = ["add_drafts"]
+__all__ = ["add_drafts", "codes_for_drafts"]
+
+_MOST_BITS = 7  # a weight of a file whose codes make a cheap draft; int4 has 4.5 to 5
 
 
 def add_drafts(job: Job, target: Path) -> dict[str, dict[str, Any]]:
@@ -26,19 +31,37 @@ def add_drafts(job: Job, target: Path) -> dict[str, dict[str, Any]]:
         return {name: add_draft(directories[name], target, name) for name in sorted(wanted)}
 
 
+def codes_for_drafts(job: Job) -> Path | None:
+    """The GGUF file whose codes the draft gets instead of int4: they have the original's values, so more is accepted.
+
+    None if there is no such file, if it cannot be taken over, or if its codes have as many bits as int8.
+    """
+    file, options = job.source.gguf, job.options
+    if file is None or options.requantize or (options.engine, options.provider) != ("ort", "cpu"):
+        return None
+    matrices = [t for t in gguf_file.reader(file).tensors if len(t.shape) == 2]
+    bits = 8 * sum(int(t.n_bytes) for t in matrices) / sum(int(t.n_elements) for t in matrices)
+    known = all(is_known(t.tensor_type.name) for t in matrices)
+    return file if known and bits <= _MOST_BITS else None
+
+
 def _int4(job: Job, out: Path) -> Path:
-    """The original decoder with int4 matrices."""
+    """The original decoder with int4 matrices, or with the codes of its file."""
     from nbl_export.decoders import build_decoder
+    from nbl_export.decoders.genai import BuilderSettings
     from nbl_export.rewrite import prune_directory
 
     job.forget_model()
-    build_decoder(job.engine.capabilities.sources[0], job.checkpoint, out, "int4")
+    codes = codes_for_drafts(job)
+    precision = "int4" if codes is None else GGUF
+    settings = BuilderSettings(gguf=codes)
+    build_decoder(job.engine.capabilities.sources[0], job.checkpoint, out, precision, settings=settings)
     prune_directory(out)
     return out
 
 
 def _nbl(job: Job, int4: Path, out: Path) -> Path:
-    """The NBL decoder with int4 matrices."""
+    """The NBL decoder with the matrices of `int4`."""
     from nbl_export.plan.choose import parse_layers
     from nbl_export.plan.maps_file import load_maps
     from nbl_export.records.plan import Plan

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nbl_export.decoders.genai import GGUF
 from nbl_export.engines.base import Draft
 from nbl_export.errors import ParityError
 from nbl_export.files import versions, write_json
@@ -20,7 +21,7 @@ from nbl_export.measure.lossless import Sample, Way, best_of_each, time_ways
 from nbl_export.records.proposers import AUTO, Proposer, proposers_of
 from nbl_export.records.results import RungResult
 from nbl_export.run.job import Job
-from nbl_export.run.lossless.drafts import add_drafts
+from nbl_export.run.lossless.drafts import add_drafts, codes_for_drafts
 from nbl_export.run.lossless.figures import LOADS, NEW_TOKENS, asked_of, measured, spoken
 from nbl_export.run_directory import LOSSLESS_FILE, PACKAGES
 from nbl_export.text.prompts import prompts
@@ -37,7 +38,8 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export.measure.benchmark import machine
     from nbl_export.rewrite.lossless import settle, write_target
 
-    if job.options.draft == job.options.precision == "int4":
+    own = job.options.precision == "int4" or (job.options.precision == GGUF and codes_for_drafts(job) is not None)
+    if job.options.draft == "int4" and own:
         job.ui.say("  an int4 draft of an int4 decoder proposes at the decoder's own cost; it cannot make it faster")
     target = out / "lossless"
     write_target(job.run.path / "original", target)
