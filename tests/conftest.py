@@ -132,6 +132,24 @@ def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held_back, "_PART_TOKENS", shorter)
 
 
+@pytest.fixture(autouse=True)
+def light_jobs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs in this process start none for memory, and draw nothing: a quarter of a tiny job.
+
+    Tests of these two, and jobs in processes of their own, do both.
+    """
+    if {"measure", "report", "test_tradeoff.py"} & set(request.path.parts):
+        return
+    from nbl_export.measure import benchmark, footprint
+    from nbl_export.report import plots
+
+    def here(open_runner: Any, directory: Path, threads: int | None, *asked: Any) -> footprint.Footprint:
+        return footprint._footprint(functools.partial(open_runner, directory, threads), *asked)
+
+    monkeypatch.setattr(benchmark.run, "__kwdefaults__", {**(benchmark.run.__kwdefaults__ or {}), "measure": here})
+    monkeypatch.setattr(plots, "_svg", lambda *_: "<svg></svg>")
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """architecture -> directory of a tiny checkpoint for the static form."""
