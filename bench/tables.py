@@ -59,6 +59,8 @@ TABLES: Mapping[str, Callable[[Callable[[str], Any]], list[Sequence[str]]]] = {
     "gguf-speeds": serving.gguf_speeds,
     "vllm": serving.vllm,
     "lossless": lossless.lossless,
+    "lossless-tokens": lossless.tokens,
+    "lossless-prefill": lossless.prefill,
     "stages": second.stages,
     "taken": second.taken,
     "job-speeds": second.job_speeds,

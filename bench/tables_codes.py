@@ -9,6 +9,7 @@ Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
 _MODELS = {"SmolLM2": "codes-smollm2", "Qwen": "codes-qwen"}
 _SPEEDS = {"SmolLM2": "codes-smollm2-speed", "Qwen": "codes-qwen-speed"}
+_SAID = {"SmolLM2": "codes-smollm2-text", "Qwen": "codes-qwen-text"}
 _WEIGHTS = {
     "fp32": "float32", "gguf": "the file's codes", "int4": "int4, rounded again", "int4, awq": "int4, `awq`",
     "int4, k_quant": "int4, `k_quant`", "int4, awq and k_quant": "int4, `awq` and `k_quant`",
@@ -62,10 +63,11 @@ def _spoken(ratio: Any) -> str:
 
 def texts(read: Read) -> Rows:
     """How far greedy text of two programs on the same weights is the same."""
-    rows: Rows = [("pair", "prompts with the same 64 tokens", "largest margin at a difference"), "lrr"]
-    found = read("codes-smollm2-text")["rows"]
-    for pair in (key for key in found[0] if key != "prompt"):
-        margins = [row[pair]["margin"] for row in found if row[pair]["margin"] is not None]
-        equal = f"{len(found) - len(margins)} of {len(found)}"
-        rows.append((pair.replace(", ", " and "), equal, f"{max(margins):.2f}" if margins else "none"))
+    rows: Rows = [("model", "pair", "prompts with the same 64 tokens", "largest margin at a difference"), "llrr"]
+    for model, name in _SAID.items():
+        found = read(name)["rows"]
+        for pair in (key for key in found[0] if key != "prompt"):
+            margins = [row[pair]["margin"] for row in found if row[pair]["margin"] is not None]
+            equal = f"{len(found) - len(margins)} of {len(found)}"
+            rows.append((model, pair.replace(", ", " and "), equal, f"{max(margins):.2f}" if margins else "none"))
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ _RUNS = {
     "SmolLM2, float32": "lossless-smollm2-fp32",
     "SmolLM2, int8": "lossless-smollm2-int8",
     "SmolLM2, int4": "lossless-smollm2-int4",
+    "Qwen, float32": "lossless-qwen-fp32",
 }
 _KINDS = ("prose", "code", "chat", "summary")
 
@@ -40,3 +42,25 @@ def lossless(read: Read) -> Rows:
                 f"{best['equal']} of {best['prompts']}",
             ))  # fmt: skip
     return rows
+
+
+def tokens(read: Read) -> Rows:
+    """Answers of 128 tokens beside the original's, by kind of prompt."""
+    run = read("lossless-tokens-smollm2")
+    rows: Rows = [("prompts", "equal answers", "accepted", "decode", "whole answer", "interval"), "lrrrrr"]
+    for row in (*run["rows"], *run["overall"]):
+        rows.append((
+            row["kind"], f"{row['equal']} of {row['prompts']}", f"{100 * row['acceptance']:.0f}%",
+            f"×{row['decode_ratio']:.2f}", f"×{row['ratio']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}",
+        ))  # fmt: skip
+    return rows
+
+
+def prefill(read: Read) -> Rows:
+    """Prefill of 2,048 tokens in original/ and in lossless/."""
+    found = read("lossless-tokens-smollm2")["prefill_seconds"]
+    ratios = [a / b for a, b in zip(found["original"], found["lossless"], strict=True)]
+    low, high = min(ratios), max(ratios)
+    shown = (f"{statistics.median(found[name]):.2f} s" for name in ("original", "lossless"))
+    titles = ("original/", "lossless/", "original over lossless", f"range of {len(ratios)} loads")
+    return [titles, "rrrr", (*shown, f"×{statistics.median(ratios):.2f}", f"{low:.2f} to {high:.2f}")]
