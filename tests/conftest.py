@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny products: threads that wai
 import functools
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,13 +123,15 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-@pytest.fixture
-def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def short_parts() -> Iterator[None]:
     """A quarter of the windows for each use of text, in this process: what tests of other subjects wait for."""
     from nbl_export.text import held_back
 
     shorter = {roles: tokens // 4 for roles, tokens in held_back._PART_TOKENS.items()}
-    monkeypatch.setattr(held_back, "_PART_TOKENS", shorter)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(held_back, "_PART_TOKENS", shorter)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,19 +27,11 @@ from ..tiny import HIDDEN, random_map, save_checkpoint, save_gguf
 IDS = torch.arange(3, 40)[None]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short() -> Iterator[None]:
-    """A quarter of the windows for each use of text, as `short_parts`, for the runs of this file too."""
-    from nbl_export.text import held_back
-
-    with pytest.MonkeyPatch.context() as patch:
-        shorter = {roles: tokens // 4 for roles, tokens in held_back._PART_TOKENS.items()}
-        patch.setattr(held_back, "_PART_TOKENS", shorter)
-        yield
+pytestmark = pytest.mark.usefixtures("short_parts")
 
 
 @pytest.fixture(scope="module")
-def runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(text: Path, short_parts: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Finished runs on a GGUF: maps without a bias, with a bias on the normed input, and on the residual stream."""
     model = save_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
     kinds = {"linear": ("--maps", "linear"), "normed": ("--tap", "normed"), "residual": ()}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ..command import TINY, assert_refused, in_new_process, nbl
+from ..command import TINY, assert_refused, nbl
 
 pytestmark = pytest.mark.usefixtures("short_parts")
 
@@ -21,12 +21,12 @@ def asked(checkpoint: Callable[[str], Path], text: Path) -> tuple[object, ...]:
 
 
 @pytest.fixture(scope="module")
-def runs(asked: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(asked: tuple[object, ...], short_parts: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """precision -> a finished run. Never write to it."""
     found = {}
     for precision in ("fp16", "int8"):
         output = tmp_path_factory.mktemp("openvino") / precision
-        done = in_new_process(*asked, "--precision", precision, "--output", output)
+        done = nbl(*asked, "--precision", precision, "--output", output)
         assert done.status == 0, done.err
         found[precision] = output
     return found
@@ -156,7 +156,7 @@ def test_scores_are_those_of_the_graph(runs: dict[str, Path]) -> None:
 def lossless(runs: dict[str, Path], asked: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The fp16 run with --draft auto. Never write to it."""
     run = Path(shutil.copytree(runs["fp16"], tmp_path_factory.mktemp("lossless") / "run"))
-    done = in_new_process(*asked, "--precision", "fp16", "--draft", "auto", "--output", run)
+    done = nbl(*asked, "--precision", "fp16", "--draft", "auto", "--output", run)
     assert done.status == 0, done.err
     assert "bench: reused" in done.err
     return run
