@@ -61,6 +61,7 @@ TABLES: Mapping[str, Callable[[Callable[[str], Any]], list[Sequence[str]]]] = {
     "lossless": lossless.lossless,
     "lossless-tokens": lossless.tokens,
     "lossless-prefill": lossless.prefill,
+    "bridge": lossless.bridge,
     "stages": second.stages,
     "taken": second.taken,
     "job-speeds": second.job_speeds,

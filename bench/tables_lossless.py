@@ -14,6 +14,7 @@ _RUNS = {
     "SmolLM2, int4": "lossless-smollm2-int4",
     "Qwen, float32": "lossless-qwen-fp32",
 }
+_BRIDGES = {"SmolLM2": "bridge-smollm2", "Qwen": "bridge-qwen"}
 _KINDS = ("prose", "code", "chat", "summary")
 
 
@@ -64,3 +65,20 @@ def prefill(read: Read) -> Rows:
     shown = (f"{statistics.median(found[name]):.2f} s" for name in ("original", "lossless"))
     titles = ("original/", "lossless/", "original over lossless", f"range of {len(ratios)} loads")
     return [titles, "rrrr", (*shown, f"×{statistics.median(ratios):.2f}", f"{low:.2f} to {high:.2f}")]
+
+
+def bridge(read: Read) -> Rows:
+    """Drafts of the first layers and one map: proposed tokens that the model says, and the best modelled speed.
+
+    A cell of a kind of prompt has both.
+    """
+    rows: Rows = [("model", "first layers", *_KINDS), "lr" + "r" * len(_KINDS)]
+    for model, name in _BRIDGES.items():
+        found = {(row["layers"], row["kind"]): row for row in read(name)["rows"]}
+        for layers in dict.fromkeys(layers for layers, _ in found):
+            rows.append((model, str(layers), *(_drafted(found[layers, kind]) for kind in _KINDS)))
+    return rows
+
+
+def _drafted(row: Any) -> str:
+    return f"{100 * row['agreed']:.0f}%, ×{max(width['speed'] for width in row['widths'].values()):.2f}"

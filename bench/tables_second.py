@@ -14,6 +14,8 @@ _JOBS = {
     "stages-smollm2": ("SmolLM2-135M", "default-smollm2"),
     "stages-qwen": ("Qwen2.5-Coder-0.5B", "default-qwen"),
 }
+# Runs of the same layers, steps and rate, with and without a bias.
+_DISTILLED = {"smollm2": {"yes": "distill-affine-smollm2", "no": "distill-linear-smollm2"}, "qwen": {}}
 _TASK_ROWS = {
     "original": "original",
     "paper 3": "3 layers, `cca` (the paper)",
@@ -53,12 +55,15 @@ def second(read: Read) -> Rows:
 
 def bias(read: Read) -> Rows:
     """Perplexities of maps on the normed input with and without a bias, of two models."""
-    rows: Rows = [("model", "layers", "bias", *_TEXTS.values()), "lll" + "r" * len(_TEXTS)]
-    for model, name in (("SmolLM2-135M", "orders-smollm2"), ("Qwen2.5-Coder-0.5B", "orders-qwen")):
-        run = read(name)
+    rows: Rows = [("model", "layers", "fit", "bias", *_TEXTS.values()), "llll" + "r" * len(_TEXTS)]
+    for model, name in (("SmolLM2-135M", "smollm2"), ("Qwen2.5-Coder-0.5B", "qwen")):
+        run = read(f"orders-{name}")
         for count in run["asked"]["counts"].split(","):
             for title, key in (("yes", "normed"), ("no", "normed without bias")):
-                rows.append((model, count, title, *_perplexities(run[key][count])))
+                rows.append((model, count, "closed form", title, *_perplexities(run[key][count])))
+        for title, file in _DISTILLED[name].items():
+            run = read(file)["distill"]
+            rows.append((model, str(len(run["layers"])), "distilled", title, *_perplexities(run["distilled"])))
     return rows
 
 
