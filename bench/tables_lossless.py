@@ -10,6 +10,7 @@ Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
 _RUNS = {
     "SmolLM2, float32": "lossless-smollm2-fp32",
+    "SmolLM2, fp16": "lossless-smollm2-fp16",
     "SmolLM2, int8": "lossless-smollm2-int8",
     "SmolLM2, int4": "lossless-smollm2-int4",
     "Qwen, float32": "lossless-qwen-fp32",
