@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +16,9 @@ from gguf import GGUFReader, quants
 
 from nbl_export.engines.ort.genai import GenaiRunner
 from nbl_export.engines.ort.lossless import LosslessRunner
+from nbl_export.errors import RefusalError
 from nbl_export.graph.names import draft_file
+from nbl_export.rewrite.coded import take_codes
 from nbl_export.rewrite.codes import quantised_matrices
 from nbl_export.run.lossless.drafts import codes_for_drafts
 
@@ -157,14 +160,20 @@ FOUR_BITS = dict.fromkeys(
 )
 
 
-def test_a_draft_of_a_gguf_has_the_codes_of_the_file(tmp_path: Path) -> None:
-    """The draft of a float32 target has the target's own values; an NBL draft would have them too."""
+@pytest.mark.parametrize("fit", [True, False], ids=["fit", "refused"])
+def test_a_draft_of_a_gguf_has_the_codes_of_the_file(
+    fit: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The draft of a float32 target has the target's own values; codes that a graph cannot have leave an int4 draft."""
     model, text = save_mixed(tmp_path / "m.gguf", FOUR_BITS), every_token(tmp_path / "text.txt", 12_000)
+    if not fit:
+        monkeypatch.setattr(take_codes, "take_codes", mock.Mock(side_effect=RefusalError(None, "planted")))
     done = nbl(
         "--model", model, "--calibration", text, *TINY, "--calibration-tokens", "4096", "--draft", "int4",
         "--output", tmp_path / "run",
     )  # fmt: skip
     assert done.status == 0, done.err
+    assert ("do not fit: planted" in done.err) is not fit
     assert json.loads((tmp_path / "run" / "lossless.json").read_text(encoding="utf-8"))["overall"][0]["equal"] == 20
     graph = ir.load(tmp_path / "run" / "lossless" / draft_file("int4")).graph
     drafted = [matrix.blocks().coded for matrix in quantised_matrices(graph)]
@@ -172,7 +181,7 @@ def test_a_draft_of_a_gguf_has_the_codes_of_the_file(tmp_path: Path) -> None:
     assert len(downs) == LAYERS
     for down in downs:
         values = quants.dequantize(down.data, down.tensor_type)
-        assert any(np.array_equal(values, matrix) for matrix in drafted)
+        assert any(np.array_equal(values, matrix) for matrix in drafted) is fit
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
 from nbl_export.decoders.genai import GGUF
+from nbl_export.errors import RefusalError
 from nbl_export.formats.gguf.blocks import is_known
 from nbl_export.model.checkpoint import gguf_file
 from nbl_export.records.proposers import proposers_of
@@ -52,10 +55,15 @@ def _int4(job: Job, out: Path) -> Path:
     from nbl_export.rewrite import prune_directory
 
     job.forget_model()
-    codes = codes_for_drafts(job)
-    precision = "int4" if codes is None else GGUF
-    settings = BuilderSettings(gguf=codes)
-    build_decoder(job.engine.capabilities.sources[0], job.checkpoint, out, precision, settings=settings)
+    codes, build = codes_for_drafts(job), functools.partial(build_decoder, job.engine.capabilities.sources[0])
+    try:
+        build(job.checkpoint, out, "int4" if codes is None else GGUF, settings=BuilderSettings(gguf=codes))
+    except RefusalError as refused:
+        if codes is None:
+            raise
+        job.ui.say(f"  drafts have int4 matrices, since the codes of {codes} do not fit: {refused.reason}")
+        shutil.rmtree(out)
+        build(job.checkpoint, out, "int4")
     prune_directory(out)
     return out
 
