@@ -27,7 +27,7 @@ SHAPES: dict[str, dict[str, Any]] = {
            "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
            "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": False},
 }  # fmt: skip
-TOKENS = {"1.5B": 8192, "8B": 4096}
+TOKENS = {"1.5B": 8192, "8B": 8192}  # more than the hidden size: else the moments are singular, and plan refuses them
 CHILD = """
 import sys, os
 os.environ["TQDM_DISABLE"] = "1"
@@ -81,7 +81,7 @@ def measured(shape: str, tokenizer: Path, memory: int) -> dict[str, Any]:
         for stage in ("calibrate", "plan"):
             command = [sys.executable, "-c", CHILD, stage, str(model), str(run), str(TOKENS[shape]), str(memory)]
             started = time.monotonic()
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             peak = int(done.stdout.split()[-1]) * 1024
             found[stage] = {"seconds": time.monotonic() - started, "peak_bytes": peak}
             print(shape, stage, found[stage], file=sys.stderr, flush=True)
