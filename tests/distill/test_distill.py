@@ -164,7 +164,7 @@ class Fragile(FileState):
     [
         pytest.param(QUICK, marks=pytest.mark.fuzz),
         pytest.param(dataclasses.replace(QUICK, lora_rank=4), marks=pytest.mark.fuzz),
-        dataclasses.replace(QUICK, lora_rank=4, learning_rate=3.0),
+        pytest.param(dataclasses.replace(QUICK, lora_rank=4, learning_rate=3.0), marks=pytest.mark.fuzz),
     ],
     ids=["whole", "lora", "retreating"],
 )
