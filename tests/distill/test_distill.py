@@ -159,12 +159,13 @@ class Fragile(FileState):
             raise Killed
 
 
+@pytest.mark.fuzz
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param(QUICK, marks=pytest.mark.fuzz),
-        pytest.param(dataclasses.replace(QUICK, lora_rank=4), marks=pytest.mark.fuzz),
-        pytest.param(dataclasses.replace(QUICK, lora_rank=4, learning_rate=3.0), marks=pytest.mark.fuzz),
+        QUICK,
+        dataclasses.replace(QUICK, lora_rank=4),
+        dataclasses.replace(QUICK, lora_rank=4, learning_rate=3.0),
     ],
     ids=["whole", "lora", "retreating"],
 )
