@@ -136,9 +136,9 @@ def short_parts() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def light_jobs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs in this process start none for memory, and draw nothing: a quarter of a tiny job.
+    """Jobs of a test measure memory in the test's own process, and draw no plots: this saves a quarter of a tiny job.
 
-    Tests of these two, and jobs in processes of their own, do both.
+    Tests of memory and of plots, and jobs that run in a process of their own, do both as a user's job does.
     """
     if {"measure", "report", "test_tradeoff.py"} & set(request.path.parts):
         return
