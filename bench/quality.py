@@ -134,7 +134,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--rate", type=float)
-    parser.add_argument("--weight-decay", type=float, default=0.0, help="of the low-rank deltas")
     parser.add_argument("--label-weight", type=float, help="weight of the text's own next tokens in distillation")
     options = parser.parse_args()
     from nbl_export.files import versions

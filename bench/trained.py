@@ -56,8 +56,8 @@ def trained(bed: Bed, options: argparse.Namespace, layers: tuple[int, ...]) -> t
     from nbl_export.plan.maps_file import load_maps
 
     settings = DistillSettings(
-        options.steps or UNLIMITED, options.minutes, dtype="auto", lora_rank=options.lora_rank or None,
-        **({"learning_rate": options.rate} if options.rate else {}), weight_decay=options.weight_decay,
+        options.steps or UNLIMITED, options.minutes, dtype="auto", lora_rank=options.lora_rank,
+        **({"learning_rate": options.rate} if options.rate else {}),
         **({} if options.label_weight is None else {"label_weight": options.label_weight}),
     )  # fmt: skip
     maps = bed.maps("normed", layers, bias=not options.linear)

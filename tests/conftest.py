@@ -134,22 +134,28 @@ def short_parts() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def light_jobs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs of a test measure memory in the test's own process, and draw no plots: this saves a quarter of a tiny job.
+@pytest.fixture(autouse=True, scope="module")
+def light_jobs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Jobs of a test measure memory in the test's own process, draw no plots, and time lossless decoding twice.
 
-    Tests of memory and of plots, and jobs that run in a process of their own, do both as a user's job does.
+    This saves a quarter of a tiny job. Tests of memory and of plots, and jobs in a process of their own, are as a
+    user's.
     """
     if {"measure", "report", "test_tradeoff.py"} & set(request.path.parts):
+        yield
         return
     from nbl_export.measure import benchmark, footprint
     from nbl_export.report import plots
+    from nbl_export.run.lossless import stage
 
     def here(open_runner: Any, directory: Path, threads: int | None, *asked: Any) -> footprint.Footprint:
         return footprint._footprint(functools.partial(open_runner, directory, threads), *asked)
 
-    monkeypatch.setattr(benchmark.run, "__kwdefaults__", {**(benchmark.run.__kwdefaults__ or {}), "measure": here})
-    monkeypatch.setattr(plots, "_svg", lambda *_: "<svg></svg>")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark.run, "__kwdefaults__", {**(benchmark.run.__kwdefaults__ or {}), "measure": here})
+        patch.setattr(plots, "_svg", lambda *_: "<svg></svg>")
+        patch.setattr(stage, "LOADS", 2)
+        yield
 
 
 @pytest.fixture(scope="session")

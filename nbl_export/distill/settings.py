@@ -34,8 +34,8 @@ class DistillSettings:
     Attributes:
         steps: optimizer steps.
         minutes: time limit; None for no limit. A run that the clock ends is not repeatable.
-        learning_rate: at the start. None: 1e-2 for low-rank deltas, 1e-3 for whole matrices (docs/experiments.md). The
-            rate falls to zero along a cosine over the steps or the minutes, whichever are nearer to their end.
+        learning_rate: at the start, in units of each map (`distill.trained_map`). The rate falls to zero along a cosine
+            over the steps or the minutes, whichever are nearer to their end.
         batch_tokens: tokens of a step.
         window: most tokens of a training row.
         check_every: steps between two checks of held-back KL. A check takes as long as three steps on a CPU. The run
@@ -43,33 +43,25 @@ class DistillSettings:
         patience: share of the run without improvement after which training stops. Held-back KL goes up and down while
             the rate is high, and falls most as the rate falls.
         dtype: "fp32", "bf16", or "auto": bf16 if the processor multiplies bfloat16 natively.
-        lora_rank: rank of the trained delta, which is then added to the map (Hu et al. 2022, LoRA). None trains the
-            whole matrix.
+        lora_rank: rank of the trained delta, which is then added to the map (Hu et al. 2022, LoRA).
         hidden_weight: weight of the hidden states' distance, beside the KL; 0 leaves the distance out.
         label_weight: share of the KL, 0 to 1, that the cross-entropy of the text's next tokens replaces (Hinton et al.
             2015). Near the lowest KL a small share raises KL in second order and lowers perplexity in first order.
             0.1 costs 1% of the KL, 0.2 up to 7% (docs/experiments.md).
-        weight_decay: of the deltas.
     """
 
     steps: int = DEFAULT_STEPS
     minutes: float | None = None
-    learning_rate: float | None = None
+    learning_rate: float = 1e-2
     batch_tokens: int = 1024
     window: int = 256
     check_every: int = 80
     patience: float = 0.5
     seed: int = 0
     dtype: str = "fp32"
-    lora_rank: int | None = 16
+    lora_rank: int = 16
     hidden_weight: float = 0.3
     label_weight: float = 0.1
-    weight_decay: float = 0.0
-
-    @property
-    def rate(self) -> float:
-        """Learning rate at the start."""
-        return (1e-2 if self.lora_rank else 1e-3) if self.learning_rate is None else self.learning_rate
 
     @property
     def kept_every(self) -> int:

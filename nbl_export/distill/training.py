@@ -51,12 +51,7 @@ class _Training:
         self.fraction, self.slowed = 0.0, 1.0
         self.step, self.best_at, self.retreated_at = 0, 0.0, 0
         self._earlier, self._started = 0.0, time.monotonic()
-        deltas = {name: p for name, p in twin.trained.items() if name.rpartition(".")[2] in ("up", "down")}
-        others = [p for name, p in twin.trained.items() if name not in deltas]  # no decay: they do not start at zero
-        groups: list[dict[str, Any]] = [{"params": others}]
-        if deltas:
-            groups.append({"params": list(deltas.values()), "weight_decay": settings.weight_decay})
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.rate, weight_decay=0.0, betas=(0.9, 0.99))
+        self.optimizer = torch.optim.Adam(twin.trained.values(), lr=settings.learning_rate, betas=(0.9, 0.99))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda _: self.slowed * 0.5 * (1 + math.cos(math.pi * min(1.0, self.fraction)))
         )
@@ -70,8 +65,7 @@ class _Training:
     def retreat(self) -> bool:
         """Go back to the kept parameters at a lower rate if the training KL has run away; returns whether it had.
 
-        A rate that suits one model can be far too high for another. 1e-2 lowers SmolLM2's KL from 0.236 to 0.210 in 60
-        steps, and raises Qwen2.5-Coder-0.5B's from 0.178 to 0.865 in 26 (docs/experiments.md).
+        A rate that suits one model can be too high for another, although it is in units of each map.
         """
         recent = self.result.train_kl[-_RECENT:]
         away = not sum(recent) / _RECENT <= _AWAY * self.result.held_kl[0][1]  # NaN too
@@ -88,7 +82,7 @@ class _Training:
 
     def _set_rate(self) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate * self.schedule.lr_lambdas[0](self.step)
+            group["lr"] = self.settings.learning_rate * self.schedule.lr_lambdas[0](self.step)
 
     @property
     def seconds(self) -> float:
@@ -113,7 +107,10 @@ class _Training:
         self.result.held_kl.append((0, start))
 
     def aim(self, lessons: Iterable[Lesson]) -> None:
-        """Initialise the deltas from the gradients of some batches, within the share `AIMING` of the run."""
+        """Initialise the deltas from the gradients of some batches, within the share `AIMING` of the run.
+
+        Processes average gradients and units, so all of them begin alike.
+        """
         total: dict[str, torch.Tensor] = {}
         for lesson in lessons:
             for name, gradient in self._gradients(lesson, whole=True)[0].items():
@@ -122,6 +119,8 @@ class _Training:
             if self.fraction >= AIMING:
                 break
         self.twin.aim(total)
+        self.twin.measure(lesson)
+        self.peers.average(list(self.twin.units.values()))
         self.keep()
 
     def _gradients(self, lesson: Lesson, whole: bool = False) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -175,6 +174,7 @@ class _Training:
                 f"best.{i}.bias": torch.from_numpy(best.bias),
             }
         tensors |= {f"kept.{name}": value for name, value in self._kept.items()}
+        tensors |= {f"units.{name}": value for name, value in self.twin.units.items()}
         kept = {"held_kl": self.result.held_kl, "train_kl": self.result.train_kl, "best_at": self.best_at}
         kept |= {"slowed": self.slowed, "retreated_at": self.retreated_at}
         state.save(tensors, {**kept, "step": self.step, "seconds": self.seconds})
@@ -183,6 +183,8 @@ class _Training:
         with torch.no_grad():
             for name, parameter in self.twin.trained.items():
                 parameter.copy_(tensors[f"parameters.{name}"])
+            for name, units in self.twin.units.items():
+                units.copy_(tensors[f"units.{name}"])
         self._kept = {name: tensors[f"kept.{name}"] for name in self.twin.trained}
         self.slowed, self.retreated_at = facts["slowed"], facts["retreated_at"]
         state = self.optimizer.state_dict()
@@ -226,7 +228,7 @@ def distill(
     )
     training.begin(state)
     start = training.result.held_kl[0][1]
-    if training.step == 0 and settings.lora_rank:
+    if training.step == 0:
         first = itertools.islice(_batches(text.windows_WT, settings, peers.size), settings.aimed)
         training.aim(twin.lesson(batch_BT[peers.rank :: peers.size], training=True) for batch_BT in first)
     for number, batch_BT in enumerate(_batches(text.windows_WT, settings, peers.size)):

@@ -16,7 +16,6 @@ map learns more from this distance than from logits alone. The logits reach a lo
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,17 +23,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbl_export.distill.trained_map import TrainedMap
 from nbl_export.model import bfloat16, short_attention
 from nbl_export.model.blocks import multiplier_of, run_from
 from nbl_export.model.head import logits_of
 from nbl_export.model.linearize import AffineAttention, switched
 from nbl_export.records.plan import AffineMap
 
-__all__ = ["Lesson", "TrainedMap", "Twin"]
+__all__ = ["Lesson", "Twin"]
 
 _LOGIT_ROWS = 512  # positions whose logits are held at once
 _KL_ROWS = 64  # positions whose float32 distributions are held at once
-_OVERSAMPLED = 16  # extra singular vectors, so that the wanted singular vectors are exact
 
 
 @dataclass(frozen=True)
@@ -51,78 +50,15 @@ class Lesson:
     middle: tuple[torch.Tensor, ...] = ()
 
 
-class TrainedMap(nn.Module):
-    """x -> x W' + b. Training changes b, and either the whole W or a low-rank delta `up down`; `up` begins at zero.
-
-    A bias of zeros stays zero, because a map without a bias is to have none (`--maps linear`).
-
-    rows: own `values` [B, ...] for each row of a batch, which give gradients of each row. None: all rows share one set.
-    """
-
-    def __init__(self, linear: nn.Linear, rank: int | None, generator: torch.Generator) -> None:
-        super().__init__()
-        weight, self.rank = linear.weight.detach(), rank
-        self.rows: Mapping[str, torch.Tensor] | None = None
-        bias = linear.bias.detach().clone()
-        self.biased = bool(bias.any())
-        if self.biased:
-            self.bias = nn.Parameter(bias)
-        else:
-            self.register_buffer("bias", bias)
-        if not rank:
-            self.weight = nn.Parameter(weight.clone())
-            return
-        outputs, inputs = weight.shape
-        down = torch.randn(rank, inputs, generator=generator) / math.sqrt(inputs)
-        self.register_buffer("start", weight)
-        self.up, self.down = nn.Parameter(torch.zeros(outputs, rank)), nn.Parameter(down)
-
-    @property
-    def merged(self) -> torch.Tensor:
-        """The weight [D, D], delta included."""
-        return self.start + self.up @ self.down if self.rank else self.weight
-
-    def values(self, whole: bool) -> dict[str, torch.Tensor]:
-        """The trained tensors; with `whole`, the weight [D, D] that they make, and the bias."""
-        if not whole:
-            return dict(self.named_parameters())
-        return {"weight": self.merged, **({"bias": self.bias} if self.biased else {})}
-
-    @torch.no_grad()
-    def aim(self, gradient_DD: torch.Tensor) -> None:
-        """Set `down` of a low-rank delta to the first right singular vectors of the weight's gradient [D, D].
-
-        These vectors have norm 1, as random vectors have on average. If the rank is above D, the rest stays random.
-        """
-        count = min(self.rank or 0, *gradient_DD.shape)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # svd_lowrank starts at random vectors
-            wide = min(count + _OVERSAMPLED, *gradient_DD.shape)
-            read_DR = torch.svd_lowrank(gradient_DD.cpu(), q=wide, niter=4)[2]
-        self.down[:count] = read_DR[:, :count].T.to(self.down)
-
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        if self.rows is None:
-            return nn.functional.linear(x_BTD, self.merged, self.bias)
-        if "weight" not in self.rows:
-            thin = torch.bmm(x_BTD, self.rows["down"].mT)
-            out = nn.functional.linear(x_BTD, self.start) + torch.bmm(thin, self.rows["up"].mT)
-        else:
-            out = torch.bmm(x_BTD, self.rows["weight"].mT)
-        return out + self.rows["bias"][:, None] if self.biased else out
-
-
 class Twin:
     """A causal LM of transformers (the original) and its student in one model.
 
     Args:
         dtype: of the products of a training step, in original and student: "fp32", "bf16" or "auto".
-        rank: of the trained deltas; None trains whole matrices.
+        rank: of the trained deltas.
     """
 
-    def __init__(
-        self, model: Any, maps: Mapping[int, AffineMap], tap: str, dtype: str, rank: int | None, seed: int
-    ) -> None:
+    def __init__(self, model: Any, maps: Mapping[int, AffineMap], tap: str, dtype: str, rank: int, seed: int) -> None:
         self.model, self.decoder, self.tap = model, model.get_decoder(), tap
         self.layers = self.decoder.layers
         self.first = min(maps)
@@ -147,7 +83,7 @@ class Twin:
         def read(tensor: torch.Tensor) -> Any:
             return tensor.detach().cpu().numpy().copy()
 
-        return {int(i): AffineMap(read(m.linear.merged), read(m.linear.bias)) for i, m in self.affine.items()}
+        return {int(i): AffineMap(read(m.linear.weight), read(m.linear.bias)) for i, m in self.affine.items()}
 
     def student(self) -> contextlib.AbstractContextManager[None]:
         """Within: replaced layers compute their maps, and layers below the first replaced one are skipped."""
@@ -185,6 +121,28 @@ class Twin:
         """Initialise the deltas from gradients by the `whole` weights (`TrainedMap.aim`)."""
         for index, module in self.affine.items():
             module.linear.aim(gradients[f"{index}.linear.weight"])
+
+    @property
+    def units(self) -> dict[str, torch.Tensor]:
+        """The units of each map's delta, by name."""
+        return {name: buffer for name, buffer in self.affine.named_buffers() if name.endswith(".units")}
+
+    @torch.no_grad()
+    def measure(self, lesson: Lesson) -> None:
+        """Set the units of the deltas (`TrainedMap.measure`) by what the student's maps read in a lesson."""
+        read: dict[str, torch.Tensor] = {}
+        hooks = [
+            module.linear.register_forward_pre_hook(lambda _m, args, index=index: read.update({index: args[0]}))
+            for index, module in self.affine.items()
+        ]
+        try:
+            with self.student():
+                run_from(self.decoder, lesson.entering)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for index, module in self.affine.items():
+            module.linear.measure(read[index])
 
     def held_kl(self, lesson: Lesson) -> float:
         """Mean KL over the positions of a lesson, in nats and float32."""

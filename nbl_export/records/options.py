@@ -92,9 +92,8 @@ class JobOptions:
         metavar="N",
     )  # fmt: skip
     lora_rank: int = option(
-        16, "Rank of the delta that --fit distilled trains on each map; 0 trains whole matrices.", _DISTILL, least=0,
-        metavar="N",
-    )  # fmt: skip
+        16, "Rank of the delta that --fit distilled trains on each map.", _DISTILL, least=1, metavar="N"
+    )
     label_weight: float = option(
         0.1, "Share of the text's own next tokens in the loss of --fit distilled.", _DISTILL, least=0, most=1,
         metavar="SHARE",

@@ -27,9 +27,7 @@ from nbl_export.text import windows as text_windows
 
 Checkpoint = Callable[[str], Path]
 # By the original alone: a model of random weights knows no text, whose tokens would only draw it away.
-QUICK = DistillSettings(
-    steps=60, batch_tokens=256, check_every=20, learning_rate=3e-3, lora_rank=None, label_weight=0.0
-)
+QUICK = DistillSettings(steps=60, batch_tokens=256, check_every=20, learning_rate=3e-2, lora_rank=4, label_weight=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +69,7 @@ def test_never_worse_than_the_start(prepared: dict[str, Any]) -> None:
     result = run(
         prepared,
         "normed",
-        DistillSettings(steps=10, batch_tokens=256, check_every=5, learning_rate=5.0, lora_rank=None),
+        DistillSettings(steps=10, batch_tokens=256, check_every=5, learning_rate=5.0),
     )
     assert all(v >= result.held_kl[0][1] for _, v in result.held_kl[1:])
     for i, affine in prepared["maps"]["normed"].items():
@@ -94,12 +92,9 @@ def test_stops_when_held_back_text_no_longer_improves(
     assert len(run(prepared, "normed", settings).train_kl) == taken
 
 
-@pytest.mark.parametrize(("rank", "rate"), [(4, 0.6), (None, 0.1)])
-def test_a_rate_that_is_far_too_high_is_lowered_until_training_helps(
-    rank: int | None, rate: float, prepared: dict[str, Any]
-) -> None:
+def test_a_rate_that_is_far_too_high_is_lowered_until_training_helps(prepared: dict[str, Any]) -> None:
     said: list[str] = []
-    settings = dataclasses.replace(QUICK, steps=120, check_every=10, learning_rate=rate, lora_rank=rank)
+    settings = dataclasses.replace(QUICK, steps=120, check_every=10, learning_rate=0.6)
     text = TrainingText(prepared["windows"], prepared["held"])
     around = Surroundings(say=said.append)
     result = distill(prepared["model"], prepared["maps"]["normed"], "normed", text, settings, around)
@@ -162,12 +157,8 @@ class Fragile(FileState):
 @pytest.mark.fuzz
 @pytest.mark.parametrize(
     "settings",
-    [
-        QUICK,
-        dataclasses.replace(QUICK, lora_rank=4),
-        dataclasses.replace(QUICK, lora_rank=4, learning_rate=3.0),
-    ],
-    ids=["whole", "lora", "retreating"],
+    [QUICK, dataclasses.replace(QUICK, learning_rate=3.0)],
+    ids=["steady", "retreating"],
 )
 def test_killed_runs_end_with_the_same_maps(
     settings: DistillSettings, prepared: dict[str, Any], tmp_path: Path
@@ -198,7 +189,7 @@ def test_only_the_state_of_the_same_run_is_gone_on_from(prepared: dict[str, Any]
 
 
 def test_lora_trains_a_delta_of_its_rank(prepared: dict[str, Any]) -> None:
-    result = run(prepared, "normed", dataclasses.replace(QUICK, lora_rank=4))
+    result = run(prepared, "normed")
     assert min(v for _, v in result.held_kl) < 0.98 * result.held_kl[0][1]
     for i, affine in prepared["maps"]["normed"].items():
         delta = np.linalg.svd(result.maps[i].weight - affine.weight, compute_uv=False)
@@ -206,36 +197,17 @@ def test_lora_trains_a_delta_of_its_rank(prepared: dict[str, Any]) -> None:
         assert not np.array_equal(result.maps[i].bias, affine.bias)
 
 
-@pytest.mark.parametrize("rank", [4, None])
 def test_deltas_are_aimed_once_and_a_run_that_goes_on_keeps_them(
-    rank: int | None, prepared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths: list[int] = []
     monkeypatch.setattr(
         "nbl_export.distill.training._Training.aim", lambda _self, lessons: lengths.append(len(list(lessons)))
     )
-    settings = dataclasses.replace(QUICK, lora_rank=rank)
     with pytest.raises(Killed):
-        run(prepared, "normed", settings, Fragile(tmp_path / "state", 1, after=True))
-    run(prepared, "normed", settings, FileState(tmp_path / "state", "key"))
-    assert lengths == ([] if rank is None else [3])  # a twentieth of 60 steps
-
-
-@pytest.mark.parametrize("rank", [4, None])
-def test_weight_decay_draws_deltas_back_and_nothing_else(rank: int | None, prepared: dict[str, Any]) -> None:
-    """Whole matrices and biases are no deltas: zero is not where they began."""
-    settings = dataclasses.replace(QUICK, lora_rank=rank, patience=2.0)
-    free = run(prepared, "normed", settings)
-    drawn = run(prepared, "normed", dataclasses.replace(settings, weight_decay=100.0))
-    for i, start in prepared["maps"]["normed"].items():
-        far, near = (np.linalg.norm(result.maps[i].weight - start.weight) for result in (free, drawn))
-        if rank is None:
-            assert near == far
-        else:
-            assert 0 < near < 0.2 * far
-            assert np.linalg.norm(drawn.maps[i].bias - start.bias) > 0.5 * np.linalg.norm(
-                free.maps[i].bias - start.bias
-            )
+        run(prepared, "normed", QUICK, Fragile(tmp_path / "state", 1, after=True))
+    run(prepared, "normed", QUICK, FileState(tmp_path / "state", "key"))
+    assert lengths == [3]  # a twentieth of 60 steps
 
 
 def test_bfloat16_trains_as_well_and_is_judged_in_float32(prepared: dict[str, Any]) -> None:
@@ -252,13 +224,13 @@ def test_minutes_end_a_run_and_its_schedule(prepared: dict[str, Any], monkeypatc
     ticks = itertools.count()
     monkeypatch.setattr("nbl_export.distill.training.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     rates: list[float] = []
-    step = torch.optim.AdamW.step
+    step = torch.optim.Adam.step
 
     def noted(self: Any, *arguments: Any) -> Any:
         rates.append(self.param_groups[0]["lr"])
         return step(self, *arguments)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
     settings = DistillSettings(steps=10_000, minutes=2, batch_tokens=128, check_every=1000, learning_rate=1e-3)
     result = run(prepared, "normed", settings)
     assert 10 < len(result.train_kl) <= 120

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from nbl_export.distill.settings import UNLIMITED, DistillSettings
+from nbl_export.distill.trained_map import TrainedMap
 from nbl_export.distill.training import _Training
-from nbl_export.distill.twin import Lesson, TrainedMap, Twin, _distance, _Divergence
+from nbl_export.distill.twin import Lesson, Twin, _distance, _Divergence
 from nbl_export.model import bfloat16
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
@@ -26,14 +27,17 @@ Make = Callable[..., Twin]
 
 @pytest.fixture
 def twin(checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, AffineMap]]) -> Make:
-    """(rank, architecture) -> original and student with maps in layers 0 and 2, whose deltas are not nothing."""
+    """(rank, architecture) -> original and student with maps in layers 0 and 2, whose deltas are not nothing, and whose
+    units are not 1."""
 
-    def make(rank: int | None = 2, architecture: str = "llama") -> Twin:
+    def make(rank: int = 2, architecture: str = "llama") -> Twin:
         made = Twin(load_model(checkpoint(architecture)), random_maps(0, 2), "normed", "fp32", rank, seed=0)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in made.trained.values():
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+            for units in made.units.values():
+                units.copy_(torch.tensor([0.7, 1.6]))
         return made
 
     return make
@@ -57,11 +61,8 @@ def _by_itself(
 
 
 @pytest.mark.parametrize(("weight", "label_weight"), [(0.0, 0.0), (0.7, 0.0), (0.7, 0.2), (0.0, 1.0)])
-@pytest.mark.parametrize("rank", [2, None])
-def test_each_row_has_the_gradients_that_it_has_alone(
-    twin: Make, rank: int | None, weight: float, label_weight: float
-) -> None:
-    made = twin(rank)
+def test_each_row_has_the_gradients_that_it_has_alone(twin: Make, weight: float, label_weight: float) -> None:
+    made = twin()
     found, kl_B = made.gradients(made.lesson(IDS, training=True), weight, label_weight)
     assert found.keys() == made.trained.keys()
     for row, ids_T in enumerate(IDS):
@@ -140,16 +141,60 @@ def test_a_wild_row_does_not_drown_the_others(twin: Make, monkeypatch: pytest.Mo
     assert training.result.train_kl == [1.5]
 
 
-def test_gradients_of_whole_weights_are_those_of_an_autograd_that_trains_them(twin: Make) -> None:
-    """Whatever the deltas are, they are by the merged weight."""
-    made = twin(2)
-    found, kl_B = made.gradients(made.lesson(IDS, training=True), 0.3, whole=True)
-    expected = Twin(made.model, made.maps(), "normed", "fp32", None, seed=0)
-    wanted, kl = expected.gradients(expected.lesson(IDS, training=True), 0.3)
-    assert found.keys() == wanted.keys() == {f"{i}.linear.{name}" for i in (0, 2) for name in ("weight", "bias")}
+def test_gradients_of_whole_weights_are_those_that_the_deltas_have_theirs_from(twin: Make) -> None:
+    """Whatever the deltas are, they are by the merged weight: the chain rule gives those of `up` and `down`."""
+    made = twin()
+    lesson = made.lesson(IDS, training=True)
+    found, kl_B = made.gradients(lesson, 0.3, whole=True)
+    wanted, kl = made.gradients(lesson, 0.3)
+    assert found.keys() == {"0.linear.weight", "2.linear.weight"}
     torch.testing.assert_close(kl_B, kl)
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, rtol=2e-3, atol=1e-6)
+    for index, module in made.affine.items():
+        linear, whole = module.linear, 0.7 * found[f"{index}.linear.weight"]
+        torch.testing.assert_close(wanted[f"{index}.linear.up"], whole @ linear.down.T, rtol=2e-3, atol=1e-6)
+        torch.testing.assert_close(wanted[f"{index}.linear.down"], linear.up.T @ whole, rtol=2e-3, atol=1e-6)
+
+
+def test_the_same_rate_changes_the_output_by_the_same_share_in_every_model() -> None:
+    """A step with inputs of any size and outputs of any size: the change is that of the plain model, times the size."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 30, 12) * torch.linspace(0.1, 3, 12)
+    shares = []
+    for larger, smaller in ((1.0, 1.0), (40.0, 0.01)):
+        linear = torch.nn.Linear(12, 12)
+        with torch.no_grad():
+            linear.weight.copy_(torch.eye(12) * smaller / larger)
+            linear.bias.copy_(torch.full((12,), 0.5 * smaller))
+        made = TrainedMap(linear, 4, torch.Generator().manual_seed(3))
+        made.measure(larger * x)
+        before = made(larger * x).detach()
+        with torch.no_grad():
+            for parameter in (made.up, made.shift):
+                parameter.add_(0.01)  # what a first step of Adam does, but for signs
+        shares.append(((made(larger * x) - before).norm() / before.norm()).item())
+    assert shares[0] == pytest.approx(shares[1], rel=1e-4)
+    assert 0.005 < shares[0] < 0.05
+
+
+def test_units_are_measured_on_what_a_map_reads(twin: Make) -> None:
+    made = twin()
+    training = _Training(made, DistillSettings(), [], ALONE)
+    with torch.no_grad():
+        made.affine["0"].linear.up.zero_()  # where aiming begins
+        made.affine["0"].linear.shift.zero_()
+    lesson = made.lesson(IDS, training=True)
+    training.aim([lesson])
+    linear = made.affine["0"].linear
+    with torch.no_grad():
+        x = made.layers[0].input_layernorm(lesson.entering)
+        out, thin = linear(x).square().mean().sqrt(), (x @ linear.down.T).square().mean().sqrt()
+    torch.testing.assert_close(linear.units, torch.stack([out / thin, out]))
+
+
+def test_inputs_of_zeros_leave_a_map_its_units(twin: Make) -> None:
+    made = twin().affine["0"].linear
+    made.measure(torch.zeros(1, 3, 64))
+    assert made.units.isfinite().all() and made.units[0] == 1
 
 
 def test_deltas_begin_where_the_gradient_is(twin: Make) -> None:

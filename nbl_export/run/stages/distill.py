@@ -13,7 +13,7 @@ from nbl_export.run_directory import DISTILL_FILE, MAPS_FILE, START_FILE
 
 __all__ = ["run"]
 
-_STATE = 2  # kind of the saved state; another kind begins anew
+_STATE = 3  # kind of the saved state; another kind begins anew
 
 
 def run(job: Job, out: Path) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def run(job: Job, out: Path) -> dict[str, Any]:
         options.distill_minutes,
         seed=options.seed,
         dtype="auto",
-        lora_rank=options.lora_rank or None,
+        lora_rank=options.lora_rank,
         label_weight=options.label_weight,
     )
     path = job.run.path / START_FILE
