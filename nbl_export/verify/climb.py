@@ -141,18 +141,25 @@ class Climb:
         return alone or ladder.TOLERANCES[self.precision]
 
     def run(self, directories: Mapping[str, Path], coded: Mapping[str, Coded]) -> dict[str, Any]:
-        """Run the rungs of both graphs; return, by subject, decoders of the shipped graphs with all logits."""
-        decoders = {}
+        """Run the rungs of both graphs; return, by subject, decoders of the shipped graphs with all logits.
+
+        A graph is closed before the next graph or its own runtime is opened: each takes its weights in memory.
+        """
         for subject, directory in directories.items():
-            decoders[subject] = self.setting.engine.open_graph(directory, self.setting.spec)
-            self._compare(subject, directory, decoders[subject], coded)
-            if self.static and subject in coded:  # the closest graph to the shipped one that a CPU can run
-                decoders[subject] = coded[subject].open()
+            self._text(subject, directory, self._compare(subject, directory, coded))
         self.results += self.form.check_untouched(directories)
         self._keep(coded)
-        return decoders
+        return {subject: self._most_exact(subject, directory, coded) for subject, directory in directories.items()}
 
-    def _compare(self, subject: str, directory: Path, decoder: Any, coded: Mapping[str, Coded]) -> None:
+    def _most_exact(self, subject: str, directory: Path, coded: Mapping[str, Coded]) -> Any:
+        """A decoder of the closest graph to the shipped one that a CPU can run."""
+        if self.static and subject in coded:
+            return coded[subject].open()
+        return self.setting.engine.open_graph(directory, self.setting.spec)
+
+    def _compare(self, subject: str, directory: Path, coded: Mapping[str, Coded]) -> Reference:
+        """Compare the graph with its references; return the one that its text is compared with."""
+        decoder = self.setting.engine.open_graph(directory, self.setting.spec)
         material = Material(self.setting, self.maps, self.rows_VD, self.probe.rows[0], self.precision)
         self.results += self.form.check(subject, directory, decoder, material)
         rung = "b" if subject == "original" else "c"
@@ -162,7 +169,7 @@ class Climb:
         if by_codes is None or self.static:
             by_codes = None
             self._logits(rung, subject, decoder, self.tolerance)
-        self._text(subject, directory, by_codes or self.truth[subject])
+        return by_codes or self.truth[subject]
 
     def _logits(self, rung: str, subject: str, decoder: Any, tolerance: ladder.Tolerance, kind: str = OWN) -> None:
         """Compare short rows and the long row; the first graph of a precision is the yardstick of the second.

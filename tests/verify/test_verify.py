@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -132,6 +134,35 @@ def climb_with_noise(noise: float, by: float, metric: str = "max_abs") -> tuple[
     assert climb.truth["original"].noisy == measure.called
     assert [r.passed for r in results[:4]] == [r.passed for r in results[4:]]
     return [r.passed for r in results[:4]], measure.call_count
+
+
+def test_one_graph_is_open_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes its weights in memory. The decoders of the price are opened when all runtimes are closed."""
+    expected, rows = table()
+    alive: weakref.WeakSet[FakeDecoder] = weakref.WeakSet()
+    seen: list[int] = []
+
+    def open_graph(_directory: Path, _spec: object) -> FakeDecoder:
+        seen.append(len(alive))
+        alive.add(made := FakeDecoder(expected))
+        return made
+
+    @contextlib.contextmanager
+    def open_checked(_directory: Path, _threads: object) -> Iterator[mock.Mock]:
+        seen.append(len(alive))
+        yield mock.Mock(greedy=lambda _prompt, tokens: list(range(tokens)))
+
+    engine = SimpleNamespace(open_graph=open_graph, open_checked=open_checked)
+    setting: Any = SimpleNamespace(static=False, precision="fp32", narrow=False, engine=engine, spec=SPEC, threads=1)
+    monkeypatch.setattr(Climb, "form", mock.Mock(check=lambda *_: [], check_untouched=lambda *_: []))
+    results: list[RungResult] = []
+    climb = Climb(setting, Probe(tuple(map(tuple, rows)), ((1, 2),), 4), {}, None, results, mock.Mock())
+    quiet = [np.zeros(len(e), np.float32) for e in expected]
+    truth = dataclasses.replace(reference(expected, quiet), greedy=((0, 1, 2, 3),), margins=((1.0,) * 4,))
+    climb.truth = {"original": truth, "nbl": truth}
+    decoders = climb.run({"original": Path("a"), "nbl": Path("b")}, {})
+    assert all(r.passed for r in results) and list(decoders) == ["original", "nbl"]
+    assert seen == [0, 0, 0, 0, 0, 1]  # graph, runtime, graph, runtime, and both graphs for the price
 
 
 def test_noise_is_measured_only_if_a_position_differs_by_more_than_the_limit() -> None:
