@@ -5,7 +5,8 @@
 Every row runs the command line with other options in the run directory WORK, which may already hold a run of this
 model. Calibration runs once. Each row exports, verifies, and measures perplexity on three texts through the exported
 graphs. It then times paired rounds: prefill of 512 and 2048 tokens, and decode of 47 tokens after 512. `--repetitions
-0` times nothing. Rows that round a GGUF file's matrices get `--requantize`. DATA is as for `quality.py`.
+0` times nothing, and needs a run in WORK. Rows that round a GGUF file's matrices get `--requantize`. DATA is as for
+`quality.py`.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def measure(options: argparse.Namespace, given: tuple[str, ...]) -> dict[str, An
 def exported(options: argparse.Namespace, given: tuple[str, ...]) -> dict[str, Any]:
     """Export and verify, in a run directory that is there."""
     work: Path = options.work
+    command("plan", work, "--layers", options.layers)  # the run may have been made with others
     words = list(given)  # defaults take the place of options of an earlier row
     words += [] if "--builder-option" in given else ["--builder-option", "accuracy_level=4"]
     words += [] if "--quantize" in given else ["--quantize", "rtn"]

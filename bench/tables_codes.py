@@ -7,7 +7,7 @@ from typing import Any
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
-_MODELS = {"SmolLM2": "codes-smollm2", "Qwen": "codes-qwen"}
+_MODELS = {"SmolLM2": ("codes-smollm2",), "Qwen": ("codes-qwen", "codes-qwen-k-quant")}
 _SPEEDS = {"SmolLM2": "codes-smollm2-speed", "Qwen": "codes-qwen-speed"}
 _SAID = {"SmolLM2": "codes-smollm2-text", "Qwen": "codes-qwen-text"}
 _WEIGHTS = {
@@ -21,14 +21,17 @@ _TESTS = (("pp512", 0), ("pp2048", 0), ("tg48", 0), ("tg48", 512))
 
 
 def codes(read: Read) -> Rows:
-    """Perplexity of both decoders in float32, and how much of it every other form of the weights adds."""
+    """Perplexity of both decoders in float32, and how much of it every other form of the weights adds.
+
+    A further file of a model replaces other layers: its rows are relative to its own float32 graphs.
+    """
     heads = ("original: C4", "WikiText-2", "news", "NBL: C4", "WikiText-2", "news")
     rows: Rows = [("model", "weights", "MB", *heads), "llrrrrrrr"]
-    for model, name in _MODELS.items():
+    for model, name in ((model, name) for model, names in _MODELS.items() for name in names):
         found = read(name)["rows"]
         plain = found["fp32"]
         for key, title in _WEIGHTS.items():
-            if key not in found:
+            if key not in found or (key == "fp32" and name != _MODELS[model][0]):
                 continue
             cells = [_cell(found[key], plain, which, text) for which in ("original", "nbl") for text in _TEXTS]
             rows.append((model, title, f"{found[key]['model_bytes']['original'] / 1e6:.0f}", *cells))

@@ -15,7 +15,11 @@ _JOBS = {
     "stages-qwen": ("Qwen2.5-Coder-0.5B", "default-qwen"),
 }
 # Runs of the same layers, steps and rate, with and without a bias.
-_DISTILLED = {"smollm2": {"yes": "distill-affine-smollm2", "no": "distill-linear-smollm2"}, "qwen": {}}
+_DISTILLED = {
+    "smollm2": {"yes": "distill-affine-smollm2", "no": "distill-linear-smollm2"},
+    "qwen": {"yes": "distill-qwen", "no": "distill-linear-qwen"},
+}
+_TRAINED = ("distill-qwen",)
 _TASK_ROWS = {
     "original": "original",
     "paper 3": "3 layers, `cca` (the paper)",
@@ -97,16 +101,18 @@ def speeds(read: Read) -> Rows:
 
 
 def trained(read: Read) -> Rows:
-    """Maps on the normed input of six layers of the second model: in closed form, and distilled."""
-    run = read("distill-qwen")["distill"]
-    rows: Rows = [("maps", "KL, held back", *_TEXTS.values()), "lr" + "r" * len(_TEXTS)]
-    steps = f"distilled, {run['steps']} steps, {run['seconds'] / 60:.0f} min"
-    divergences = [kl for _, kl in run["held_kl"]]  # step, divergence
-    for title, name, kl in (
-        ("closed form", "independent", divergences[0]),
-        (steps, "distilled", min(divergences)),
-    ):
-        rows.append((title, f"{kl:.3f}", *(_rise(run[name][text]) for text in _TEXTS)))
+    """Maps on the normed input of some layers of the second model: in closed form, and distilled."""
+    rows: Rows = [("layers", "maps", "KL, held back", *_TEXTS.values()), "llr" + "r" * len(_TEXTS)]
+    for name in _TRAINED:
+        run = read(name)["distill"]
+        divergences = [kl for _, kl in run["held_kl"]]  # step, divergence
+        steps = f"distilled, {run['steps']} steps, {run['seconds'] / 60:.0f} min"
+        for title, key, kl in (
+            ("closed form", "independent", divergences[0]),
+            (steps, "distilled", min(divergences)),
+        ):
+            prices = (_rise(run[key][text]) for text in _TEXTS)
+            rows.append((spoken_layers(tuple(run["layers"])), title, f"{kl:.3f}", *prices))
     return rows
 
 
