@@ -19,7 +19,7 @@ _DISTILLED = {
     "smollm2": {"yes": "distill-affine-smollm2", "no": "distill-linear-smollm2"},
     "qwen": {"yes": "distill-qwen", "no": "distill-linear-qwen"},
 }
-_TRAINED = ("distill-qwen",)
+_TRAINED = ("distill-qwen-3", "distill-qwen")
 _TASK_ROWS = {
     "original": "original",
     "paper 3": "3 layers, `cca` (the paper)",
@@ -34,8 +34,8 @@ _TEXTS = {"c4 rest": "C4", "wikitext-2 valid": "WikiText-2", "realnews": "realne
           "python pydoc_data/topics.py": "Python's documentation", "code": "code"}  # fmt: skip
 
 
-def _rise(price: Mapping[str, float]) -> str:
-    return f"{100 * (price['nbl'] / price['original'] - 1):+.0f}%"
+def _rise(price: Mapping[str, float], digits: int = 0) -> str:
+    return f"{100 * (price['nbl'] / price['original'] - 1):+.{digits}f}%"
 
 
 def second(read: Read) -> Rows:
@@ -111,7 +111,7 @@ def trained(read: Read) -> Rows:
             ("closed form", "independent", divergences[0]),
             (steps, "distilled", min(divergences)),
         ):
-            prices = (_rise(run[key][text]) for text in _TEXTS)
+            prices = (_rise(run[key][text], 1) for text in _TEXTS)
             rows.append((spoken_layers(tuple(run["layers"])), title, f"{kl:.3f}", *prices))
     return rows
 
