@@ -1,9 +1,11 @@
 """Peak memory and seconds of calibrate and plan on random checkpoints with the shapes of large models.
 
-    python bench/shapes.py TOKENIZER 1.5B 8B [--memory 8] > bench/results/shapes.json
+    python bench/shapes.py TOKENIZER 1.5B --memory 4 > bench/results/shapes.json
+    python bench/shapes.py TOKENIZER 8B --memory 4 --layers 4 > bench/results/shapes-8b.json
 
 TOKENIZER is a model directory whose tokenizer has no more words than the shapes. Weights are random, so quality and the
 chosen layers mean nothing. A process may take --memory GiB for weights, so that each model runs one layer at a time.
+--layers cuts a model: time grows with the layers, and the peak does not, since one layer is in memory at a time.
 Peak memory is VmHWM of a process that runs only the stage.
 """
 
@@ -45,14 +47,20 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
-def write_checkpoint(shape: str, tokenizer: Path, out: Path) -> int:
+def write_checkpoint(shape: str, tokenizer: Path, layers: int, out: Path) -> int:
     """Write a random checkpoint in bfloat16, a file for each layer; returns its number of parameters."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
     out.mkdir()
-    config = {**SHAPES[shape], "torch_dtype": "bfloat16", "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+    config = {
+        **SHAPES[shape],
+        "num_hidden_layers": layers,
+        "torch_dtype": "bfloat16",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+    }
     (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for file in tokenizer.glob("tokenizer*"):
         shutil.copy(file, out)
@@ -73,11 +81,13 @@ def write_checkpoint(shape: str, tokenizer: Path, out: Path) -> int:
     return sum(t.numel() for tensors in files.values() for t in tensors.values())
 
 
-def measured(shape: str, tokenizer: Path, memory: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"tokens": TOKENS[shape], "layers": SHAPES[shape]["num_hidden_layers"]}
+def measured(shape: str, tokenizer: Path, memory: int, most_layers: int | None) -> dict[str, Any]:
+    layers = SHAPES[shape]["num_hidden_layers"]
+    count = min(layers, most_layers or layers)
+    found: dict[str, Any] = {"tokens": TOKENS[shape], "layers": count, "layers_of_the_shape": layers}
     with tempfile.TemporaryDirectory() as scratch:
         model, run = Path(scratch) / "model", Path(scratch) / "run"
-        found["parameters"] = write_checkpoint(shape, tokenizer, model)
+        found["parameters"] = write_checkpoint(shape, tokenizer, count, model)
         for stage in ("calibrate", "plan"):
             command = [sys.executable, "-c", CHILD, stage, str(model), str(run), str(TOKENS[shape]), str(memory)]
             started = time.monotonic()
@@ -94,12 +104,13 @@ def main() -> None:
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("shapes", nargs="+", choices=tuple(SHAPES))
     parser.add_argument("--memory", type=int, default=8, help="GiB that the weights may take")
+    parser.add_argument("--layers", type=int, help="most layers of a model; default: all")
     options = parser.parse_args()
     from nbl_export.files import versions
     from nbl_export.measure.benchmark import machine
 
     about = {"machine": machine(), "versions": versions(("torch", "transformers")), "memory_gib": options.memory}
-    rows = {shape: measured(shape, options.tokenizer, options.memory) for shape in options.shapes}
+    rows = {shape: measured(shape, options.tokenizer, options.memory, options.layers) for shape in options.shapes}
     print(json.dumps({**about, "shapes": rows}, indent=1))
 
 

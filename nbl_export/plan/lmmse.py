@@ -11,6 +11,9 @@ Linearization", NeurIPS 2025; the Cholesky form of the bound is ours.
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 
 from nbl_export.errors import NblError
@@ -19,8 +22,11 @@ from nbl_export.records.plan import AffineMap, LayerScore
 
 __all__ = ["EXPLAINED", "RIDGE", "fit", "fold_bias", "score"]
 
-# Relative to mean(diag Cxx). Large enough for a rank-deficient Cxx in float64, too small to bias a fit.
-RIDGE = 1e-6
+log = logging.getLogger(__name__)
+
+# Relative to mean(diag Cxx). Large enough for a rank-deficient Cxx of small models, too small to bias a fit. Ridges up
+# to the second number cost nothing measurable on whole texts (docs/experiments.md).
+RIDGE, _MOST_RIDGE = 1e-6, 1.5e-2
 
 
 # Share of the fitted output's variance that the rank "auto" keeps.
@@ -110,6 +116,11 @@ def _solve(cxx: torch.Tensor, cyx: torch.Tensor, layer: int, ridge: float) -> to
 
 
 def _cholesky(matrix: torch.Tensor, layer: int, ridge: float) -> torch.Tensor:
+    """The lower factor of a second moment [D, D] with a ridge, which is raised tenfold while there is none.
+
+    Sums of float32 products are off by some 1e-7 of an entry, which over D x D entries adds up to sqrt(D) as much. At
+    D = 4096 that exceeds the ridge where inputs span fewer than D directions: layer 0 with few different tokens.
+    """
     if not torch.isfinite(matrix).all():
         raise NblError(
             f"layer {layer}: the calibration statistics hold NaN or infinity; check the checkpoint's weights"
@@ -117,10 +128,24 @@ def _cholesky(matrix: torch.Tensor, layer: int, ridge: float) -> torch.Tensor:
     scale = matrix.diagonal().mean()
     if scale <= 0:
         raise NblError(f"layer {layer}: its input does not vary over the calibration text; give more varied text")
-    shifted = matrix + (ridge * scale) * torch.eye(matrix.shape[0], dtype=matrix.dtype)
-    factor, info = torch.linalg.cholesky_ex(shifted)
-    if info.item():
-        raise NblError(
-            f"layer {layer}: the calibration statistics are not positive definite; give more --calibration-tokens"
-        )
+    identity, raised = torch.eye(matrix.shape[0], dtype=matrix.dtype), ridge
+    while True:
+        factor, info = torch.linalg.cholesky_ex(matrix + (raised * scale) * identity)
+        if not info.item():
+            break
+        raised *= 10
+        if raised > max(ridge, _MOST_RIDGE):
+            raise NblError(
+                f"layer {layer}: the calibration statistics are not positive definite; give more --calibration-tokens"
+            )
+    if raised > ridge:
+        _warn_of_ridge(layer, raised)
     return factor
+
+
+@functools.cache  # a layer's moments are factored several times
+def _warn_of_ridge(layer: int, ridge: float) -> None:
+    log.warning(
+        "layer %d: the calibration text covers too few of its inputs, so its map is fitted with a ridge of %.0e; "
+        "more --calibration-tokens fit better", layer, ridge,
+    )  # fmt: skip

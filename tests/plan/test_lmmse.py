@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +94,34 @@ def test_rank_deficient_input_is_fitted_by_the_ridge() -> None:
     x[:, 3] = x[:, 5] * 2
     found = fit(moments(x, y), 4)
     assert np.isfinite(found.weight).all()
+
+
+def off_by(noise: float, directions: int = 6) -> tuple[Moments, torch.Tensor, torch.Tensor]:
+    """Moments of inputs that span some directions, off by that share of an entry as sums of float32 products are."""
+    x, y = sample(rows=400)
+    x = x[:, :directions] @ torch.randn(directions, 12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = moments(x, y)
+    error = torch.randn(12, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    xx = found.xx + noise * found.xx.diagonal().mean() * (error + error.T)
+    return dataclasses.replace(found, xx=xx), x, y
+
+
+def test_a_ridge_rises_above_the_error_of_the_sums(caplog: pytest.LogCaptureFixture) -> None:
+    """The map is nearly that of the exact sums, and the log names the layer once."""
+    rough, x, y = off_by(1e-5)
+    for _ in range(2):
+        found = fit(rough, 41)
+    said = [record.message for record in caplog.records]
+    assert len(said) == 1 and said[0].startswith("layer 41: the calibration text covers too few of its inputs")
+    exact = fit(moments(x, y), 42)
+    ours, theirs = (x.float().numpy() @ m.weight.T + m.bias for m in (found, exact))
+    assert np.abs(ours - theirs).max() < 0.05 * np.abs(theirs).max()
+    assert score(rough, 41).relative_error < 1
+
+
+def test_sums_that_are_far_off_are_refused() -> None:
+    with pytest.raises(NblError, match="layer 43: the calibration statistics are not positive definite"):
+        fit(off_by(0.3)[0], 43)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
