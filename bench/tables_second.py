@@ -19,7 +19,7 @@ _DISTILLED = {
     "smollm2": {"yes": "distill-affine-smollm2", "no": "distill-linear-smollm2"},
     "qwen": {"yes": "distill-qwen", "no": "distill-linear-qwen"},
 }
-_TRAINED = ("distill-qwen-3", "distill-qwen")
+_TRAINED = ("distill-qwen-3", "distill-qwen", "distill-qwen-9")
 _TASK_ROWS = {
     "original": "original",
     "paper 3": "3 layers, `cca` (the paper)",
@@ -131,10 +131,12 @@ def shapes(read: Read) -> Rows:
         "peak of plan",
     )
     rows: Rows = [titles, "l" + "r" * (len(titles) - 1)]
-    for name, run in read("shapes")["shapes"].items():
-        calibrate, plan = run["calibrate"], run["plan"]
+    found = read("shapes")["shapes"] | read("shapes-8b")["shapes"]
+    for name, run in found.items():
+        calibrate, plan, whole = run["calibrate"], run["plan"], run.get("layers_of_the_shape", run["layers"])
+        layers = str(whole) if run["layers"] == whole else f"{run['layers']} of {whole}"
         rows.append((
-            name, f"{run['parameters'] / 1e9:.2f} billion", str(run["layers"]), f"{run['tokens']:,}",
+            name, f"{run['parameters'] / 1e9:.2f} billion", layers, f"{run['tokens']:,}",
             f"{calibrate['seconds']:.0f} s", f"{calibrate['seconds'] / run['layers']:.1f} s",
             f"{calibrate['peak_bytes'] / 1e9:.1f} GB", f"{run['moments_bytes'] / 1e9:.1f} GB",
             f"{plan['seconds']:.0f} s", f"{plan['peak_bytes'] / 1e9:.1f} GB",
