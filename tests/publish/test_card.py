@@ -87,7 +87,9 @@ def test_no_place_of_this_machine(run: Path) -> None:
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
 
-@pytest.mark.parametrize(("source", "chat"), [("genai", False), ("mobius", False), ("genai", True)])
+@pytest.mark.parametrize(
+    ("source", "chat"), [pytest.param("genai", False, marks=pytest.mark.fuzz), ("mobius", False), ("genai", True)]
+)
 def test_programs_run_as_they_stand(run: Path, source: str, chat: bool) -> None:
     if source != "genai":
         assert nbl("rewrite", run, "--decoder-source", source).status == 0

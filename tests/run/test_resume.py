@@ -218,7 +218,7 @@ FAREWELL = "nbl-export: interrupted; finished stages are kept, and the same comm
         (signal.SIGTERM, "calibrate ...", 0.15, LONG),
         (signal.SIGINT, "calibrate ...", 0.0, LONG),
         (signal.SIGINT, "bench ...", 0.1, ENDLESS),  # while the child that measures memory starts
-        (signal.SIGINT, "bench ...", 0.3, ENDLESS),
+        pytest.param(signal.SIGINT, "bench ...", 0.3, ENDLESS, marks=pytest.mark.fuzz),
         (signal.SIGTERM, "bench ...", 1.5, ENDLESS),
     ],
 )
