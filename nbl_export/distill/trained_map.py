@@ -3,7 +3,7 @@
     W' = W + u up down       u = rms(W x + b) / rms(down x)
     b' = b + v shift         v = rms(W x + b)
 
-`up` and `shift` begin at zero. A step of AdamW changes a parameter by about the learning rate, whatever the gradient
+`up` and `shift` begin at zero. A step of Adam changes a parameter by about the learning rate, whatever the gradient
 is. In these units a step of 1e-2 changes the output by about 1% of its size for each direction, in every model. Without
 them the same rate was 50 times as large for Qwen2.5-Coder-0.5B as for SmolLM2-135M: the inputs of its maps are six
 times as large, and the outputs an eighth as large (docs/experiments.md).

@@ -24,9 +24,9 @@ __all__ = ["EXPLAINED", "RIDGE", "fit", "fold_bias", "score"]
 
 log = logging.getLogger(__name__)
 
-# Relative to mean(diag Cxx). Large enough for a rank-deficient Cxx of small models, too small to bias a fit. Ridges up
-# to the second number cost nothing measurable on whole texts (docs/experiments.md).
-RIDGE, _MOST_RIDGE = 1e-6, 1.5e-2
+# Relative to mean(diag Cxx). Large enough for a rank-deficient Cxx of small models, too small to bias a fit.
+RIDGE = 1e-6
+_RAISES = 4  # tenfold each: a ridge of 1e-2 costs nothing measurable on whole texts (docs/experiments.md)
 
 
 # Share of the fitted output's variance that the rank "auto" keeps.
@@ -118,8 +118,8 @@ def _solve(cxx: torch.Tensor, cyx: torch.Tensor, layer: int, ridge: float) -> to
 def _cholesky(matrix: torch.Tensor, layer: int, ridge: float) -> torch.Tensor:
     """The lower factor of a second moment [D, D] with a ridge, which is raised tenfold while there is none.
 
-    Sums of float32 products are off by some 1e-7 of an entry, which over D x D entries adds up to sqrt(D) as much. At
-    D = 4096 that exceeds the ridge where inputs span fewer than D directions: layer 0 with few different tokens.
+    Sums of float32 products make a moment of fewer than D directions indefinite. At D = 4096 the smallest eigenvalue of
+    random rows is -4e-7 of the mean diagonal, near the ridge. Layer 0 with few different tokens can be below it.
     """
     if not torch.isfinite(matrix).all():
         raise NblError(
@@ -128,19 +128,16 @@ def _cholesky(matrix: torch.Tensor, layer: int, ridge: float) -> torch.Tensor:
     scale = matrix.diagonal().mean()
     if scale <= 0:
         raise NblError(f"layer {layer}: its input does not vary over the calibration text; give more varied text")
-    identity, raised = torch.eye(matrix.shape[0], dtype=matrix.dtype), ridge
-    while True:
-        factor, info = torch.linalg.cholesky_ex(matrix + (raised * scale) * identity)
+    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype)
+    for raised in range(_RAISES + 1):
+        factor, info = torch.linalg.cholesky_ex(matrix + (ridge * 10**raised * scale) * identity)
         if not info.item():
-            break
-        raised *= 10
-        if raised > max(ridge, _MOST_RIDGE):
-            raise NblError(
-                f"layer {layer}: the calibration statistics are not positive definite; give more --calibration-tokens"
-            )
-    if raised > ridge:
-        _warn_of_ridge(layer, raised)
-    return factor
+            if raised:
+                _warn_of_ridge(layer, ridge * 10**raised)
+            return factor
+    raise NblError(
+        f"layer {layer}: the calibration statistics are not positive definite; give more --calibration-tokens"
+    )
 
 
 @functools.cache  # a layer's moments are factored several times
