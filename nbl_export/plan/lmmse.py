@@ -143,6 +143,6 @@ def _cholesky(matrix: torch.Tensor, layer: int, ridge: float) -> torch.Tensor:
 @functools.cache  # a layer's moments are factored several times
 def _warn_of_ridge(layer: int, ridge: float) -> None:
     log.warning(
-        "layer %d: the calibration text covers too few of its inputs, so its map is fitted with a ridge of %.0e; "
-        "more --calibration-tokens fit better", layer, ridge,
+        "layer %d: the calibration text has too few different inputs for it, so its map has a ridge of %.0e; "
+        "give more --calibration-tokens for a better map", layer, ridge,
     )  # fmt: skip

@@ -112,7 +112,7 @@ def test_a_ridge_rises_above_the_error_of_the_sums(caplog: pytest.LogCaptureFixt
     for _ in range(2):
         found = fit(rough, 41)
     said = [record.message for record in caplog.records]
-    assert len(said) == 1 and said[0].startswith("layer 41: the calibration text covers too few of its inputs")
+    assert len(said) == 1 and said[0].startswith("layer 41: the calibration text has too few different inputs")
     exact = fit(moments(x, y), 42)
     ours, theirs = (x.float().numpy() @ m.weight.T + m.bias for m in (found, exact))
     assert np.abs(ours - theirs).max() < 0.05 * np.abs(theirs).max()
