@@ -27,9 +27,11 @@ os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+from made import made
 
 from nbl_export.errors import NblError, ParityError
 from nbl_export.files import versions
+from nbl_export.measure.benchmark import machine
 from nbl_export.records.options import JobOptions
 from nbl_export.records.plan import Plan
 from tests.tiny import EVERY, LAYERS, VARIANTS, VOCAB, save_checkpoint, stdlib_text
@@ -45,7 +47,7 @@ RUNS = (
     ("openvino", "int4"),
 )
 OF_VARIANTS = (("genai", "fp32"), ("mobius", "fp32"), ("static", "fp32"), ("openvino", "fp32"))
-REPLACED = "2"  # of three layers
+REPLACED = "1,2"  # of three layers
 ROWS, SLOTS = (45, 27), 96  # tokens of the two rows, longer than the tiny windows
 PACKAGES = ("torch", "transformers", "onnx-ir", "onnxruntime", "onnxruntime-genai", "mobius-onnx", "openvino", "nncf")
 
@@ -206,7 +208,9 @@ def keep(path: Path, name: str, found: list[dict[str, Any]]) -> None:
     sources = {r["source"] for r in found}
     rows = [*(r for r in before if r["architecture"] != name or r["source"] not in sources), *found]
     rows.sort(key=lambda r: order.index(r["architecture"]))  # stable: the rows of an architecture keep their order
-    value = {"versions": versions(PACKAGES), "rows_of_tokens": ROWS, "rows": rows}
+    entry = made(["python bench/architectures.py"], ["1,2"], chosen=False)
+    about = {"made": entry, "machine": machine(), "versions": versions(PACKAGES), "rows_of_tokens": ROWS}
+    value = {**about, "rows": rows}
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 

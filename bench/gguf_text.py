@@ -20,10 +20,12 @@ import torch
 
 from nbl_export.engines.llama_cpp.engine import LLAMA_CPP
 from nbl_export.engines.ort.engine import ORT
+from nbl_export.files import versions
 from nbl_export.measure.benchmark import machine
 from nbl_export.model.speech import Spoken
 from nbl_export.run.deployed import open_finished
 from nbl_export.run.progress import Ui
+from nbl_export.run_directory import PACKAGES
 from nbl_export.verify.running_gguf import PROMPTS
 
 TOKENS = 64
@@ -68,7 +70,11 @@ def main() -> None:
             {"prompt": text, **{f"{a}, {b}": compare(model, ids, said[a][k], said[b][k]) for a, b in PAIRS}}
             for k, (text, ids) in enumerate(zip(PROMPTS, prompts, strict=True))
         ]
-    json.dump({"machine": machine(), "model": file.name, "tokens": TOKENS, "rows": rows}, sys.stdout, indent=1)
+    json.dump(
+        {"machine": machine(), "versions": versions(PACKAGES), "model": file.name, "tokens": TOKENS, "rows": rows},
+        sys.stdout,
+        indent=1,
+    )
     print()
 
 

@@ -1,23 +1,17 @@
 """Compares choices of layers and fits: KL and perplexity on five texts, with the same windows for every row.
 
-    python bench/quality.py MODEL DATA plans    [--text c4|default] > bench/results/quality-plans-<model>.json
-    python bench/quality.py MODEL DATA distill  [--text c4|default] --layers 0,7,24-29 --minutes 14.5 > ...
-    python bench/quality.py MODEL DATA both --text default --layers greedy:8 --minutes 10 > ...
-    python bench/quality.py MODEL DATA ladder --text default --counts 4,8,12 --steps 200 --train-tokens 262144 > ...
+    python bench/quality.py MODEL DATA orders  --text default --counts 4,8 > bench/results/orders-<model>.json
+    python bench/quality.py MODEL DATA sets    --text default --layers "0,7,24-29;7,9,15" > ...
+    python bench/quality.py MODEL DATA distill --text default --layers 0,7,24-29 --steps 60 > ...
 
 DATA holds c4/c4_demo.json, c4/graphmark_c4_realnewslike_500.jsonl, wikitext-2-raw/wiki.valid.raw. Calibration uses
 65,536 tokens in windows of 512, from the first documents of c4_demo.json ("c4") or from nbl-export's default text.
 Figures use windows spread evenly over each text; c4_demo.json without its calibration and held-back tokens. The
 original is computed once for all rows.
 
-sets      the sets of layers in --layers, separated by semicolons, independent fit on the residual stream
-maps      the same with the maps of --maps FILE
 orders    nbl-export's own order and the paper's at each of --counts, and the sets in --layers
-plans     every --select at 4, 8, 10, 12 and 15 layers, independent fit; for cca also on the paper's tap
-distill   one set of layers, independent and distilled; --keep DIR saves both maps
-ladder    nbl-export's own layers (efficient) at each of --counts: dropped, independent, distilled; --keep DIR saves
-          maps, and maps that DIR already holds are measured again but not trained again
-both      plans and distill; --layers cca:8, error:8 or greedy:8 takes the layers of that order
+sets      the sets of layers in --layers, separated by semicolons, closed form on the residual stream
+distill   one set of layers, in closed form and distilled; --keep DIR saves both maps
 """
 
 from __future__ import annotations
@@ -30,39 +24,7 @@ from typing import Any
 
 from bed import TOKENS, Bed
 from choices import cost_model, dropped, judged
-from trained import distilled, ladder
-
-COUNTS = (4, 8, 10, 12, 15)
-
-
-def plans(bed: Bed) -> dict[str, Any]:
-    """Rows of the independent fit."""
-    from nbl_export.plan import lmmse
-    from nbl_export.plan.choose import ranked
-
-    layers = range(len(bed.moments["residual"]))
-    maps = bed.maps("normed", layers)
-    scores = [lmmse.score(m, i) for i, m in enumerate(bed.moments["residual"])]
-    greedy, seconds = judged(bed, maps, max(COUNTS), "greedy")
-    efficient, _ = judged(bed, maps, max(COUNTS), "efficient")
-    orders = {
-        "cca": ranked(scores, "cca"),
-        "error": ranked(scores, "error"),
-        "greedy": greedy.layers,
-        "efficient": efficient.layers,
-    }
-    mixes = {f"{name} {m}": tuple(sorted(order[:m])) for name, order in orders.items() for m in COUNTS}
-    rows = bed.prices(maps, "normed", mixes)
-    paper = {f"cca {m}": mixes[f"cca {m}"] for m in COUNTS}
-    residual = bed.prices(bed.maps("residual", layers), "residual", paper)
-    gone = {f"drop {name}": mix for name, mix in mixes.items() if name in ("greedy 4", "greedy 8", "cca 8")}
-    return {
-        "orders": {name: list(map(int, order)) for name, order in orders.items()},
-        "greedy": {"losses": [step.loss for step in greedy.steps], "seconds": seconds},
-        "normed": rows,
-        "residual": residual,
-        "drop": bed.prices(dropped(maps), "normed", gone),
-    }
+from trained import distilled
 
 
 def sets(bed: Bed, named: Sequence[str]) -> dict[str, Any]:
@@ -105,29 +67,18 @@ def orders(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def given(bed: Bed, named: Sequence[str], file: Path) -> dict[str, Any]:
-    """Rows of sets of layers by name, with the maps of a file."""
-    from nbl_export.plan.choose import parse_layers
-    from nbl_export.plan.maps_file import load_maps, maps_in
-
-    layers, tap = maps_in(file)
-    mixes = {name: tuple(parse_layers(name, bed.spec.num_layers)) for name in named}  # type: ignore[arg-type]
-    return {"maps of": list(layers), "maps": bed.prices(load_maps(file, layers), tap or "residual", mixes)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
-    parser.add_argument("what", choices=("plans", "distill", "both", "sets", "maps", "ladder", "orders"))
+    parser.add_argument("what", choices=("orders", "sets", "distill"))
     parser.add_argument("--text", choices=("c4", "default"), default="c4")
     parser.add_argument("--windows", type=int, default=16, help="windows from each text")
     parser.add_argument("--c4-windows", type=int, help="windows from C4; 181 for all of its remaining text")
     parser.add_argument("--narrow-judge", action="store_true", help="bfloat16 products, where the processor has them")
-    parser.add_argument("--layers", default="0,7,24-29")
-    parser.add_argument("--counts", default=",".join(map(str, COUNTS)), help="numbers of layers, for ladder")
-    parser.add_argument("--keep", type=Path, help="directory for the maps of ladder or distill")
-    parser.add_argument("--maps", type=Path, help="file of maps, for maps")
+    parser.add_argument("--layers", default="")
+    parser.add_argument("--counts", default="4,8", help="numbers of layers, for orders")
+    parser.add_argument("--keep", type=Path, help="directory for the maps of distill")
     parser.add_argument("--linear", action="store_true", help="distill: maps without a bias")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--train-tokens", type=int, default=TOKENS, help="tokens for distillation")
@@ -139,26 +90,18 @@ def main() -> None:
     from nbl_export.files import versions
     from nbl_export.measure.benchmark import machine
 
-    taps = ("residual", "normed")
-    if options.what == "distill" and ":" not in options.layers:  # only orders need the residual stream's moments
-        taps = ("normed",)
+    taps = ("normed",) if options.what == "distill" else ("residual", "normed")
     bed = Bed(
-        options.model, options.data, options.text, options.windows, options.train_tokens,
-        () if options.what == "maps" else taps, options.c4_windows, options.narrow_judge,
+        options.model, options.data, options.text, options.windows, options.train_tokens, taps, options.c4_windows,
+        options.narrow_judge,
     )  # fmt: skip
     if options.what == "sets":
         result = sets(bed, options.layers.split(";"))
-    elif options.what == "maps":
-        result = given(bed, options.layers.split(";"), options.maps)
     elif options.what == "orders":
         result = orders(bed, options)
-    elif options.what == "ladder":
-        result = ladder(bed, options)
     else:
-        result = plans(bed) if options.what != "distill" else {}
-    if options.what in ("distill", "both"):
-        result["distill"] = distilled(bed, options, result.get("orders", {}))
-    asked = {k: v for k, v in vars(options).items() if k not in ("model", "data", "keep", "maps")}
+        result = {"distill": distilled(bed, options)}
+    asked = {k: v for k, v in vars(options).items() if k not in ("model", "data", "keep")}
     about = {"asked": asked, "calibration": {**bed.text, "tokens": int(bed.windows.numel())}, "machine": machine()}
     print(json.dumps({**about, "versions": versions(("torch", "transformers")), **result}, indent=1))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tables_speed import cell, level
+
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
 _MODELS = {"SmolLM2": ("codes-smollm2",), "Qwen": ("codes-qwen", "codes-qwen-k-quant")}
@@ -51,17 +53,15 @@ def _perplexity(row: Any, which: str, text: str) -> float:
 def speeds(read: Read) -> Rows:
     """Tokens per second over those of the original in int4, by interleaved rounds."""
     heads = ("prefill 512", "prefill 2048", "decode", "decode behind 512")
-    rows: Rows = [("model", "decoder", *heads), "ll" + "r" * len(heads)]
-    for model, name in _SPEEDS.items():
-        ratios = {(r["variant"], r["test"], r["depth"]): r for r in read(name)["ratios"]}
+    runs = {model: read(name)["ratios"] for model, name in _SPEEDS.items()}
+    kind = level(r for run in runs.values() for r in run)
+    rows: Rows = [("model", f"decoder ({kind})", *heads), "ll" + "r" * len(heads)]
+    for model, run in runs.items():
+        ratios = {(r["variant"], r["test"], r["depth"]): r for r in run}
         for decoder in _DECODERS:
             found = [ratios.get((decoder, *test)) for test in _TESTS]
-            rows.append((model, decoder, *("" if r is None else _spoken(r) for r in found)))
+            rows.append((model, decoder, *("" if r is None else cell(r) for r in found)))
     return rows
-
-
-def _spoken(ratio: Any) -> str:
-    return f"×{ratio['ratio']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
 
 
 def texts(read: Read) -> Rows:

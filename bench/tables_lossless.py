@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tables_speed import cell, level
+
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
 _RUNS = {
@@ -15,33 +17,23 @@ _RUNS = {
     "SmolLM2, int4": "lossless-smollm2-int4",
     "Qwen, float32": "lossless-qwen-fp32",
 }
-_BRIDGES = {"SmolLM2": "bridge-smollm2", "Qwen": "bridge-qwen"}
 _KINDS = ("prose", "code", "chat", "summary")
 
 
 def lossless(read: Read) -> Rows:
     """For each decoder, the fastest proposer of each draft: acceptance, and speed by kind of prompt."""
-    titles = (
-        "decoder",
-        "proposer",
-        "accepted",
-        "tokens a step",
-        "prefill",
-        *_KINDS,
-        "all",
-        "interval",
-        "equal answers",
-    )
+    runs = {title: read(name) for title, name in _RUNS.items()}
+    kind = level(best for run in runs.values() for best in run["overall"])
+    titles = ("decoder", "proposer", "equal answers", f"whole answers ({kind})", *_KINDS, "accepted", "tokens a step",
+              "prefill")  # fmt: skip
     rows: Rows = [titles, "ll" + "r" * (len(titles) - 2)]
-    for title, name in _RUNS.items():
-        run = read(name)
+    for title, run in runs.items():
         for best in run["overall"]:
             kinds = {r["kind"]: r for r in run["rows"] if r["proposer"] == best["proposer"]}
             rows.append((
-                title, best["proposer"], f"{100 * best['acceptance']:.0f}%", f"{best['tokens_per_round']:.2f}",
-                f"×{best['prefill_ratio']:.2f}", *(f"×{kinds[k]['ratio']:.2f}" for k in _KINDS),
-                f"×{best['ratio']:.2f}", f"{best['low']:.2f} to {best['high']:.2f}",
-                f"{best['equal']} of {best['prompts']}",
+                title, best["proposer"], f"{best['equal']} of {best['prompts']}", cell(best),
+                *(cell(kinds[k]) for k in _KINDS), f"{100 * best['acceptance']:.0f}%",
+                f"{best['tokens_per_round']:.2f}", f"×{best['prefill_ratio']:.2f}",
             ))  # fmt: skip
     return rows
 
@@ -49,11 +41,11 @@ def lossless(read: Read) -> Rows:
 def tokens(read: Read) -> Rows:
     """Answers of 128 tokens beside the original's, by kind of prompt."""
     run = read("lossless-tokens-smollm2")
-    rows: Rows = [("prompts", "equal answers", "accepted", "decode", "whole answer", "interval"), "lrrrrr"]
+    rows: Rows = [("prompts", "equal answers", "accepted", "decode", "whole answer", "interval"), "lrrrrl"]
     for row in (*run["rows"], *run["overall"]):
         rows.append((
             row["kind"], f"{row['equal']} of {row['prompts']}", f"{100 * row['acceptance']:.0f}%",
-            f"×{row['decode_ratio']:.2f}", f"×{row['ratio']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}",
+            f"×{row['decode_ratio']:.2f}", cell(row), level([row]).replace("loads", "answers"),
         ))  # fmt: skip
     return rows
 
@@ -66,20 +58,3 @@ def prefill(read: Read) -> Rows:
     shown = (f"{statistics.median(found[name]):.2f} s" for name in ("original", "lossless"))
     titles = ("original/", "lossless/", "original over lossless", f"range of {len(ratios)} loads")
     return [titles, "rrrr", (*shown, f"×{statistics.median(ratios):.2f}", f"{low:.2f} to {high:.2f}")]
-
-
-def bridge(read: Read) -> Rows:
-    """Drafts of the first layers and one map: proposed tokens that the model says, and the best modelled speed.
-
-    A cell of a kind of prompt has both.
-    """
-    rows: Rows = [("model", "first layers", *_KINDS), "lr" + "r" * len(_KINDS)]
-    for model, name in _BRIDGES.items():
-        found = {(row["layers"], row["kind"]): row for row in read(name)["rows"]}
-        for layers in dict.fromkeys(layers for layers, _ in found):
-            rows.append((model, str(layers), *(_drafted(found[layers, kind]) for kind in _KINDS)))
-    return rows
-
-
-def _drafted(row: Any) -> str:
-    return f"{100 * row['agreed']:.0f}%, ×{max(width['speed'] for width in row['widths'].values()):.2f}"

@@ -9,27 +9,6 @@ Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
 
 
-def errors(read: Read) -> Rows:
-    results = read("precision-smollm2")
-    rows: Rows = [("", "metric", "original", "NBL"), "llrr"]
-    for key, title, metric, shown in (
-        ("fp32_genai", "fp32, GenAI builder", "largest logit difference", "{:.1e}"),
-        ("fp32_mobius", "fp32, mobius", "largest logit difference", "{:.1e}"),
-        ("fp16_mobius", "fp16, mobius", "relative rms", "{:.2g}"),
-        ("int8_genai", "int8, GenAI builder", "relative rms", "{:.2g}"),
-        ("int4_genai", "int4, GenAI builder", "relative rms", "{:.2g}"),
-    ):
-        rows.append((title, metric, *(shown.format(value) for value in _worst(results[key]["rungs"]))))
-    twelve = read("precision-rows-anew")["rows"]
-    for key, metric, shown in (
-        ("fp32", "largest logit difference", "{:.1e}"),
-        ("int8", "relative rms", "{:.2g}"),
-        ("int4", "relative rms", "{:.2g}"),
-    ):
-        rows.append((f"{key}, 12 layers", metric, *(shown.format(value) for value in _worst(twelve[key]["rungs"]))))
-    return rows
-
-
 def twins(read: Read) -> Rows:
     head = ("", "float32 form from torch", "codes from matrices", "kernels from codes", "shipped graph", "rounding")
     rows: Rows = [head, "lrrrrr"]
@@ -41,11 +20,6 @@ def twins(read: Read) -> Rows:
         ) if coded else ("–",) * 4  # fmt: skip
         rows.append((f"{row['model']}, {row['precision']}", f"{twin:.1e}", *rest))
     return rows
-
-
-def _worst(rungs: Sequence[Mapping[str, Any]]) -> list[float]:
-    """The largest figure of rung b (original) and of rung c (NBL)."""
-    return [max(r["value"] for r in rungs if r["rung"] == rung and "logit" in r["metric"]) for rung in ("b", "c")]
 
 
 def parity(read: Read) -> Rows:

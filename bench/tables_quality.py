@@ -1,8 +1,8 @@
-"""Tables of quality, made from raw results."""
+"""Tables of quality, made from raw results. A row names its layers, since a rule may choose others tomorrow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nbl_export.records.plan import spoken_layers
@@ -10,84 +10,66 @@ from nbl_export.records.plan import spoken_layers
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
 TASKS = {"lambada_openai": "LAMBADA", "arc_easy": "ARC-Easy", "piqa": "PIQA"}
-TEXTS = ("c4 rest", "wikitext-2 valid", "realnews")
+TEXTS = {"c4 rest": "C4", "wikitext-2 valid": "WikiText-2", "realnews": "realnews",
+         "python pydoc_data/topics.py": "Python's documentation", "code": "code"}  # fmt: skip
 
 
-def rise(price: Mapping[str, float]) -> str:
-    return f"{100 * (price['nbl'] / price['original'] - 1):+.0f}%"
-
-
-def rises(prices: Mapping[str, Mapping[str, float]]) -> list[str]:
-    return [rise(prices[text]) for text in TEXTS]
-
-
-def _counts(read: Read) -> Iterator[tuple[str, Mapping[str, Any], dict[str, Any], float, Mapping[str, Any]]]:
-    """For each count: the row of `efficient`; layers, modelled speed and perplexities of `cca`, the paper's choice."""
-    today, prices = read("quality-ladder-labels"), read("quality-default")
-    for count, theirs in sorted(today["paper"].items(), key=lambda item: int(item[0])):
-        paper = prices["residual"][f"cca {count}"]
-        yield count, today["rows"][count], theirs["layers"], theirs["modelled_prefill"], paper
-
-
-def ladder(read: Read) -> Rows:
-    """For each count: `cca` in closed form, and `efficient` in closed form, distilled, and with attention dropped."""
-    rows: Rows = [("", "layers", "C4", "WikiText-2", "realnews", "prefill, modelled"), "llrrrr"]
-    for count, row, layers, speed, prices in _counts(read):
-        title = f"**{count} layers**: `cca`, closed form (the paper)"
-        rows.append((title, spoken_layers(layers), *rises(prices), f"×{speed:.2f}"))
-        for title, fit in (
-            ("`efficient`, closed form (the default)", "independent"),
-            ("`efficient`, `--fit distilled`", "distilled"),
-            ("`efficient`, `--fit drop`", "drop"),
-        ):
-            rows.append((title, spoken_layers(row["layers"]), *rises(row[fit]), f"×{row['modelled_prefill']:.2f}"))
-    return rows
-
-
-def ladder_points(read: Read) -> list[dict[str, Any]]:
-    """Points of the plot: the perplexity increase on the text with the largest one."""
-    points = []
-    for count, row, _, speed, paper in _counts(read):
-        ours = row["modelled_prefill"]
-        shown = (("paper", speed, paper), ("nbl", ours, row["independent"]), ("distilled", ours, row["distilled"]))
-        for method, prefill, prices in shown:
-            worst = max(prices[text]["nbl"] / prices[text]["original"] - 1 for text in TEXTS)
-            points.append({"method": method, "layers": int(count), "prefill": prefill, "worst_increase": worst})
-    return points
+def rise(price: Mapping[str, float], digits: int = 0) -> str:
+    """The increase of perplexity in percent."""
+    return f"{100 * (price['nbl'] / price['original'] - 1):+.{digits}f}%"
 
 
 def choices(read: Read) -> Rows:
-    prices = read("quality-default")["normed"]
-    rows: Rows = [("layers replaced", "chosen by", "C4", "WikiText-2", "realnews"), "llrrr"]
-    for count in (4, 8, 10, 12, 15):
-        for select in ("error", "greedy") if count == 8 else ("cca", "greedy"):
-            rows.append((str(count), f"`{select}`", *rises(prices[f"{select} {count}"])))
+    """SmolLM2: for each count, the paper's choice and today's rule, closed form and dropped."""
+    return _choices(read("orders-smollm2"))
+
+
+def second(read: Read) -> Rows:
+    """The same for Qwen."""
+    return _choices(read("orders-qwen"))
+
+
+def _choices(run: Mapping[str, Any]) -> Rows:
+    rows: Rows = [("", "layers", *TEXTS.values(), "prefill, modelled"), "ll" + "r" * (len(TEXTS) + 1)]
+    chosen = {kind: name for name, kind in run["sets"].items()}
+
+    def row(title: str, name: str, prices: Mapping[str, Any]) -> tuple[str, ...]:
+        layers = spoken_layers(tuple(int(i) for i in name.split(",")))
+        speed = f"×{run['modelled_prefill'][name]:.2f}"
+        return title, layers, *(rise(prices[text]) for text in TEXTS), speed
+
+    for count in run["asked"]["counts"].split(","):
+        paper, ours = chosen[f"cca {count}"], chosen[f"efficient {count}"]
+        rows.append(row(f"**{count} layers**: `cca` (the paper)", paper, run["residual"][paper]))
+        rows.append(row("`efficient` (the default)", ours, run["residual"][ours]))
+        rows.append(row("`efficient`, `--fit drop`", ours, run["drop"][count]))
     return rows
 
 
-def tails(read: Read) -> Rows:
-    result = read("quality-tails")
-    rows: Rows = [("layers", "C4", "WikiText-2", "realnews", "prefill"), "lrrrr"]
-    for layers, prices in result["residual"].items():
-        title = layers.replace(",", ", ") + (" (`cca`)" if layers == "0,7,24-29" else "")
-        rows.append((title, *rises(prices), f"×{result['modelled_prefill'][layers]:.2f}"))
-    return rows
+_FITS = {"cca": "closed form", "maps": "distilled", "drop": "dropped"}
 
 
 def tasks(read: Read) -> Rows:
-    """Changes are from the original of the same run. The original's row comes from the run of the distilled rows."""
-    found, today = read("tasks-smollm2")["tasks"], read("tasks-distilled-smollm2")["tasks"]
-    rows: Rows = [("", *(f"{shown} ({found[name]['documents']:,})" for name, shown in TASKS.items())), "lrrr"]
-    titles = {"original": "original"}
-    for count in (4, 8, 12):
-        titles |= {
-            f"cca {count}": f"{count} layers, `cca`, closed form",
-            f"distilled {count}": f"{count} layers, `efficient`, `--fit distilled`",
-            f"dropped {count}": f"{count} layers, `efficient`, `--fit drop`",
-        }
-    for row, title in titles.items():
-        scores = [(today[name]["rows"].get(row) or found[name]["rows"][row])["acc"] for name in TASKS]
-        rows.append((title, *(accuracy_of(score, row) for score in scores)))
+    """SmolLM2. Changes are from the original of the same run; its row comes from the run of the distilled rows."""
+    found, later = read("tasks-smollm2")["tasks"], read("tasks-distilled-smollm2")["tasks"]
+    both = {name: {**task, "rows": {**task["rows"], **later[name]["rows"]}} for name, task in found.items()}
+    wanted = [f"{kind} {count}" for count in (4, 8, 12) for kind in ("cca", "distilled", "dropped")]
+    return _tasks(both, {name: _FITS[found["piqa"]["rows"][name]["how"]] for name in wanted})
+
+
+def second_tasks(read: Read) -> Rows:
+    """The second model, on the first documents of the three tasks."""
+    closed = "closed form"
+    fits = {"paper 3": closed, "ours 3": closed, "paper 6": closed, "ours 6": closed, "distilled 6": "distilled"}
+    return _tasks(read("tasks-qwen")["tasks"], fits)
+
+
+def _tasks(found: Mapping[str, Any], fits: Mapping[str, str]) -> Rows:
+    rows: Rows = [("layers", "fit", *(f"{t} ({found[name]['documents']:,})" for name, t in TASKS.items())), "llrrr"]
+    rows.append(("none", "", *(accuracy_of(found[name]["rows"]["original"]["acc"], "original") for name in TASKS)))
+    for row, fit in fits.items():
+        layers = spoken_layers(found["piqa"]["rows"][row]["layers"])
+        rows.append((layers, fit, *(accuracy_of(found[name]["rows"][row]["acc"], row) for name in TASKS)))
     return rows
 
 
@@ -101,10 +83,8 @@ def graphs(read: Read) -> Rows:
     for name, shown in TASKS.items():
         figures, (change, *_) = accuracy[name]["figures"], accuracy[name]["differences"]
         nbl = {"value": figures["nbl"]["value"], "change": change["value"], "change_stderr": change["stderr"]}
-        same, apart = "–", "–"
-        if name in agreed:
-            same = f"{agreed[name]['same_answers']:,} of {agreed[name]['items']:,}"
-            apart = f"{agreed[name]['loglikelihood']['largest']:.4f}"
+        same = f"{agreed[name]['same_answers']:,} of {agreed[name]['items']:,}"
+        apart = f"{agreed[name]['loglikelihood']['largest']:.4f}"
         rows.append((shown, accuracy_of(figures["original"], "original"), accuracy_of(nbl, "nbl"), same, apart))
     return rows
 
@@ -114,18 +94,3 @@ def accuracy_of(figure: Mapping[str, float], row: str) -> str:
     if row == "original":
         return value
     return f"{value} ({100 * figure['change']:+.1f} ± {100 * figure['change_stderr']:.1f})"
-
-
-def distilled(read: Read) -> Rows:
-    run = read("quality-distill-c4-default")["distill"]
-    minutes = f"{run['settings']['minutes']:g}"
-    rows: Rows = [
-        ("perplexity", "original", "closed form", f"distilled, {minutes} minutes of 2 cores", "increase removed"),
-        "lrrrr",
-    ]
-    names = ("C4, not seen", *(f"{name} (no such text in calibration)" for name in ("WikiText-2", "realnews")))
-    for name, text in zip(names, TEXTS, strict=True):
-        before, after = run["independent"][text], run["distilled"][text]
-        values = [f"{value:.1f}" for value in (before["original"], before["nbl"], after["nbl"])]
-        rows.append((name, *values, f"{100 * run['removed'][text]:.0f}%"))
-    return rows

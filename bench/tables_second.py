@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tables_quality import TASKS, accuracy_of
+from tables_quality import TEXTS, rise
+from tables_speed import cell, level
 
 from nbl_export.records.plan import spoken_layers
 
@@ -20,46 +21,13 @@ _DISTILLED = {
     "qwen": {"yes": "distill-qwen", "no": "distill-linear-qwen"},
 }
 _TRAINED = ("distill-qwen-3", "distill-qwen", "distill-qwen-9")
-_TASK_ROWS = {
-    "original": "original",
-    "paper 3": "3 layers, `cca` (the paper)",
-    "ours 3": "3 layers, `efficient`, closed form",
-    "paper 6": "6 layers, `cca` (the paper)",
-    "ours 6": "6 layers, `efficient`, closed form",
-    "distilled 6": "6 layers, `efficient`, distilled",
-}
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
-_TEXTS = {"c4 rest": "C4", "wikitext-2 valid": "WikiText-2", "realnews": "realnews",
-          "python pydoc_data/topics.py": "Python's documentation", "code": "code"}  # fmt: skip
-
-
-def _rise(price: Mapping[str, float], digits: int = 0) -> str:
-    return f"{100 * (price['nbl'] / price['original'] - 1):+.{digits}f}%"
-
-
-def second(read: Read) -> Rows:
-    """For each count: the paper's choice, and `efficient` in closed form and dropped."""
-    run = read("orders-qwen")
-    rows: Rows = [("", "layers", *_TEXTS.values(), "prefill, modelled"), "ll" + "r" * (len(_TEXTS) + 1)]
-    chosen = {kind: name for name, kind in run["sets"].items()}
-
-    def row(title: str, name: str, prices: Mapping[str, Any]) -> tuple[str, ...]:
-        layers = spoken_layers(tuple(int(i) for i in name.split(",")))
-        speed = f"×{run['modelled_prefill'][name]:.2f}"
-        return title, layers, *(_rise(prices[text]) for text in _TEXTS), speed
-
-    for count in run["asked"]["counts"].split(","):
-        paper, ours = chosen[f"cca {count}"], chosen[f"efficient {count}"]
-        rows.append(row(f"**{count} layers**: `cca` (the paper)", paper, run["residual"][paper]))
-        rows.append(row("`efficient` (the default)", ours, run["residual"][ours]))
-        rows.append(row("`efficient`, `--fit drop`", ours, run["drop"][count]))
-    return rows
 
 
 def bias(read: Read) -> Rows:
     """Perplexities of maps on the normed input with and without a bias, of two models."""
-    rows: Rows = [("model", "layers", "fit", "bias", *_TEXTS.values()), "llll" + "r" * len(_TEXTS)]
+    rows: Rows = [("model", "layers", "fit", "bias", *TEXTS.values()), "llll" + "r" * len(TEXTS)]
     for model, name in (("SmolLM2-135M", "smollm2"), ("Qwen2.5-Coder-0.5B", "qwen")):
         run = read(f"orders-{name}")
         for count in run["asked"]["counts"].split(","):
@@ -72,16 +40,7 @@ def bias(read: Read) -> Rows:
 
 
 def _perplexities(prices: Mapping[str, Any]) -> list[str]:
-    return [f"{prices[text]['nbl']:.2f}" for text in _TEXTS]
-
-
-def tasks(read: Read) -> Rows:
-    """Accuracies of the second model on the first documents of three tasks."""
-    found = read("tasks-qwen")["tasks"]
-    rows: Rows = [("", *(f"{shown} ({found[name]['documents']:,})" for name, shown in TASKS.items())), "lrrr"]
-    for row, title in _TASK_ROWS.items():
-        rows.append((title, *(accuracy_of(found[name]["rows"][row]["acc"], row) for name in TASKS)))
-    return rows
+    return [f"{prices[text]['nbl']:.2f}" for text in TEXTS]
 
 
 _SPEED_RUNS = {"float32": "ladder-qwen-fp32", "int4": "ladder-qwen-int4"}
@@ -89,20 +48,19 @@ _SPEED_RUNS = {"float32": "ladder-qwen-fp32", "int4": "ladder-qwen-int4"}
 
 def speeds(read: Read) -> Rows:
     """Speed ratios of 3, 6 and 9 layers of the second model in float32 and int4."""
-    rows: Rows = [("", "test", "behind", "3 layers", "6 layers", "9 layers"), "llrrrr"]
-    for title, name in _SPEED_RUNS.items():
-        run = read(name)
-        tests = dict.fromkeys((r["test"], r["depth"]) for r in run["ratios"])
-        for test, depth in tests:
-            found = [r for r in run["ratios"] if (r["test"], r["depth"]) == (test, depth)]
-            cells = [f"×{r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f})" for r in found]
-            rows.append((title, test, f"{depth} tokens", *cells))
+    runs = {title: read(name)["ratios"] for title, name in _SPEED_RUNS.items()}
+    kind = level(r for run in runs.values() for r in run)
+    rows: Rows = [("", f"test ({kind})", "behind", "3 layers", "6 layers", "9 layers"), "llrrrr"]
+    for title, run in runs.items():
+        for test, depth in dict.fromkeys((r["test"], r["depth"]) for r in run):
+            found = [r for r in run if (r["test"], r["depth"]) == (test, depth)]
+            rows.append((title, test, f"{depth} tokens", *map(cell, found)))
     return rows
 
 
 def trained(read: Read) -> Rows:
     """Maps on the normed input of some layers of the second model: in closed form, and distilled."""
-    rows: Rows = [("layers", "maps", "KL, held back", *_TEXTS.values()), "llr" + "r" * len(_TEXTS)]
+    rows: Rows = [("layers", "maps", "KL, held back", *TEXTS.values()), "llr" + "r" * len(TEXTS)]
     for name in _TRAINED:
         run = read(name)["distill"]
         divergences = [kl for _, kl in run["held_kl"]]  # step, divergence
@@ -111,7 +69,7 @@ def trained(read: Read) -> Rows:
             ("closed form", "independent", divergences[0]),
             (steps, "distilled", min(divergences)),
         ):
-            prices = (_rise(run[key][text], 1) for text in _TEXTS)
+            prices = (rise(run[key][text], 1) for text in TEXTS)
             rows.append((spoken_layers(tuple(run["layers"])), title, f"{kl:.3f}", *prices))
     return rows
 
@@ -165,18 +123,18 @@ def taken(read: Read) -> Rows:
         (prices,) = other.values()
         assert list(other) == [",".join(map(str, run["replaced_layers"]))], "another set of layers"
         rises = [_interval(price["increase"], price["increase_interval"]) for price in run["price"]]
-        unread = [_rise(prices[text]) for text in ("wikitext-2 valid", "c4 rest", "realnews", "code")]
+        unread = [rise(prices[text]) for text in ("wikitext-2 valid", "c4 rest", "realnews", "code")]
         rows.append((title, spoken_layers(run["replaced_layers"]), *rises, *unread))
     return rows
 
 
 def job_speeds(read: Read) -> Rows:
     """Measured speed ratios of the default job with their intervals."""
-    rows: Rows = [("", "test", "behind", "NBL over original", "interval"), "llrrr"]
-    for name, (title, _) in _JOBS.items():
-        for r in read(name)["ratios"]:
-            shown = f"{r['low']:.2f} to {r['high']:.2f}"
-            rows.append((title, r["test"], f"{r['depth']:,} tokens", f"×{r['ratio']:.2f}", shown))
+    runs = {title: read(name)["ratios"] for name, (title, _) in _JOBS.items()}
+    kind = level(r for run in runs.values() for r in run)
+    rows: Rows = [("", "test", "behind", f"NBL over original ({kind})"), "lllr"]
+    for title, run in runs.items():
+        rows += [(title, r["test"], f"{r['depth']:,} tokens", cell(r)) for r in run]
     return rows
 
 

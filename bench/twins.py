@@ -22,6 +22,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
 
+from made import made
+
 from nbl_export.files import versions
 from nbl_export.measure.benchmark import machine
 from nbl_export.verify.codes import DISTANCE, NEARNESS, PRODUCTS
@@ -96,7 +98,9 @@ def keep(rows: list[dict[str, Any]]) -> None:
     """Write rows to the file; they replace the rows of the same models."""
     before = json.loads(OUTPUT.read_text(encoding="utf-8"))["rows"] if OUTPUT.is_file() else []
     new = {row["model"] for row in rows}
+    commands = ["python bench/twins.py", "python bench/twins.py MODEL SmolLM2-135M-Instruct --layers 7,9,15,25-29"]
     value = {
+        "made": made(commands, ["1,2", "7,9,15,25-29"], chosen=False),
         "machine": machine(),
         "versions": versions(PACKAGES),
         "rows": [*(row for row in before if row["model"] not in new), *rows],

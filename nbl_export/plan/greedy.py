@@ -32,8 +32,9 @@ import torch
 from nbl_export.errors import NblError
 from nbl_export.plan.effects import Effects
 
-__all__ = ["TRIES", "GreedyOrder", "Point", "Search"]
+__all__ = ["RULE", "TRIES", "GreedyOrder", "Point", "Search"]
 
+RULE = 1  # number of the rule in this module and in `effects`; another order for the same model needs another number
 TRIES = 3
 _NOTHING = 1e-9  # least share of the work that a set saves, and least loss
 

@@ -1,4 +1,4 @@
-"""docs/results.md has the figures of the raw results, and every raw result is used."""
+"""README.md and docs/results.md have the figures of the raw results, and every raw result is used."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def copy(tmp_path: Path) -> Path:
     (tmp_path / "bench" / "results").symlink_to(RESULTS)
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "results.md").write_text(PAGE, encoding="utf-8")
+    shutil.copy(ROOT / "README.md", tmp_path)
     return tmp_path
 
 
@@ -37,9 +38,11 @@ def test_tables_are_those_of_the_raw_results() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_changed_figure_is_found(copy: Path) -> None:
-    row = next(line for line in PAGE.splitlines() if line.startswith("| prefill of 512 tokens |"))
-    (copy / "docs" / "results.md").write_text(PAGE.replace(row, row.replace("×1", "×2")), encoding="utf-8")
+@pytest.mark.parametrize(("name", "figure"), [("README.md", "| cache bytes a token | −"), ("docs/results.md", "| ×1.")])
+def test_a_changed_figure_is_found(copy: Path, name: str, figure: str) -> None:
+    page = (copy / name).read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if figure in line)
+    (copy / name).write_text(page.replace(row, row.replace(figure, f"{figure}9")), encoding="utf-8")
     done = check(copy)
     assert done.returncode == 1
     assert f"+ {row}" in done.stderr

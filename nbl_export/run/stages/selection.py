@@ -20,7 +20,7 @@ from nbl_export.model.mixes import SwitchedModel
 from nbl_export.plan import lmmse
 from nbl_export.plan.choose import ranked
 from nbl_export.plan.effects import EVERY, Judge
-from nbl_export.plan.greedy import GreedyOrder, Point, Search
+from nbl_export.plan.greedy import RULE, GreedyOrder, Point, Search
 from nbl_export.records.goals import default_select, read_rank
 from nbl_export.records.plan import AffineMap, LayerScore, zero_map
 from nbl_export.run.job import Job
@@ -32,7 +32,6 @@ __all__ = ["Selection"]
 
 _WEIGHED_TOKENS = 512  # of the prefill whose saved arithmetic is weighed, independent of --prompt-tokens
 _STRETCHES = 8  # the curve has a point at each eighth of the layers, up to half of them
-_METHOD = "one round"  # of trials; in the key of a recorded order
 
 
 class Selection:
@@ -193,7 +192,7 @@ class Selection:
         calibrated = self._job.run.stages["calibrate"]["key"]
         judged = None if options.says_itself else self._job.far_text.sha256
         return key_of(
-            _METHOD, EVERY, DIVISION, calibrated, judged, options.tap, options.fit == "drop", options.rank,
+            RULE, EVERY, DIVISION, calibrated, judged, options.tap, options.fit == "drop", options.rank,
             options.compute_dtype, *([] if options.has_bias else [options.maps]), *weighed,
         )  # fmt: skip
 

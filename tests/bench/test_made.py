@@ -1,0 +1,87 @@
+"""Every raw result says what made it, and today's program could still make it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from nbl_export.cli.app import app
+from nbl_export.plan.greedy import RULE
+from nbl_export.records.options import JobOptions
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "bench" / "results").glob("*.json"))
+# Simulations, and equal tokens, are the same on every machine.
+ANY_MACHINE = {"intervals", "coverage-perplexity", "runtimes-smollm2"}
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def known_options(program: list[str]) -> set[str]:
+    """The options of a command: of nbl-export's command line, or of a script by its own words."""
+    root: Any = typer.main.get_command(app)
+    if program[0] == "nbl-export":
+        command = root.commands.get(program[1], root)
+        return {name for parameter in command.params for name in parameter.opts}
+    script = ROOT / program[1]
+    words = set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text(encoding="utf-8")))
+    if "OPTIONS of the main job" in script.read_text(encoding="utf-8"):
+        words |= known_options(["nbl-export", ""])
+    return words
+
+
+def unknown(command: str) -> list[str]:
+    """The options of a command that today's program does not have."""
+    words = shlex.split(command)
+    return sorted({w for w in words if w.startswith("--")} - known_options(words))
+
+
+def complaints(name: str, value: Any) -> list[str]:
+    """What a raw result lacks, or has of another program than today's."""
+    made = value.get("made") or {}
+    found = [] if made.get("commands") else [f"{name}: no command"]
+    for command in made.get("commands", ()):
+        found += [f"{name}: {option} is no option of today's program" for option in unknown(command)]
+    if made.get("rule", "none") not in (None, RULE):
+        found.append(f"{name}: its layers were chosen by rule {made.get('rule')}, and today's is {RULE}")
+    found += [f"{name}: no {key}" for key in ("machine", "versions") if not value.get(key) and name not in ANY_MACHINE]
+    if isinstance(value.get("options"), dict):
+        dead = set(value["options"]) - set(JobOptions.__dataclass_fields__)
+        found += [f"{name}: {option} is no option of a job today" for option in sorted(dead)]
+    if "replaced_layers" in value and [value["replaced_layers"]] != made.get("layers"):
+        found.append(f"{name}: layers {made.get('layers')}, but the result is of {value['replaced_layers']}")
+    return found
+
+
+def test_raw_results_are_of_today() -> None:
+    assert len(FILES) >= 40
+    assert [found for path in FILES for found in complaints(path.stem, read(path))] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"made": None}, "no command"),
+        ({"made": {"commands": ["nbl-export --model M --map-bits 8"]}}, "--map-bits is no option"),
+        ({"made": {"commands": ["nbl-export bench A B --layers 8"]}}, "--layers is no option"),
+        ({"made": {"commands": ["python bench/quality.py M D sets --ladder"]}}, "--ladder is no option"),
+        ({"made": {"commands": ["python bench/stages.py MODEL --layerz 8"]}}, "--layerz is no option"),
+        ({"made": {"commands": ["nbl-export --model M"], "rule": RULE - 1}}, f"and today's is {RULE}"),
+        ({"machine": None}, "no machine"),
+        ({"options": {"layers": "8", "map_bits": 8}}, "map_bits is no option of a job"),
+        ({"replaced_layers": [1, 2]}, "but the result is of"),
+    ],
+)
+def test_a_result_of_another_program_is_found(change: dict[str, Any], complaint: str) -> None:
+    value = {"made": {"commands": ["nbl-export --model M"], "layers": [[3]], "rule": RULE}, "machine": {"cpu": "any"},
+             "versions": {"torch": "2"}}  # fmt: skip
+    assert complaints("good", value) == []
+    assert any(complaint in found for found in complaints("bad", {**value, **change}))

@@ -1,0 +1,63 @@
+"""The rule that orders layers has a number, and its number changes with it.
+
+Raw results in bench/results name the number of the rule that chose their layers. If a test here fails, the rule of
+today is another: raise `greedy.RULE`, record what the rule gives here, and measure the results of the old rule again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+
+from nbl_export.plan.effects import EVERY, Effects
+from nbl_export.plan.greedy import RULE, GreedyOrder, Search
+from nbl_export.run.stages import selection
+from nbl_export.text.held_back import DIVISION
+
+LAYERS, POSITIONS, SIZE = 14, 24, 6
+# What each rule makes of the planted effects: the order of 9 layers by loss and work, by loss alone, and the outlook.
+ORDERS = {1: ((9, 13, 7, 1, 4, 11, 3, 5, 12), (9, 7, 1, 4, 13, 11, 3, 5, 10), (0, 1, 2, 3, 4, 5, 7, 9, 10, 11, 13))}
+JUDGED: dict[int, tuple[object, ...]] = {1: (4, 512, 8, [[["deciding", "choosing", "deciding", "final", "final"], 4096],
+                          [["unused", "deciding", "choosing", "choosing", "final"], 8192]])}  # fmt: skip
+
+
+class Planted:
+    """A judge of two texts whose layers change the output in random directions, more together than apart."""
+
+    def __init__(self) -> None:
+        random = torch.Generator().manual_seed(5)
+        self.num_layers, self.parts = LAYERS, [POSITIONS // 2, POSITIONS // 2]
+        self._changes = torch.randn(POSITIONS, LAYERS, SIZE, generator=random) * torch.rand(LAYERS, 1, generator=random)
+        self._rises = torch.rand(POSITIONS, LAYERS, generator=random)
+
+    def alone(self, progress: object) -> Effects:
+        return self._effects([(i,) for i in range(LAYERS)])
+
+    def together(self, mix: Sequence[int]) -> Effects:
+        return self._effects([tuple(mix)])
+
+    def _effects(self, mixes: Sequence[tuple[int, ...]]) -> Effects:
+        change = torch.stack([self._changes[:, list(mix)].sum(1) for mix in mixes], 1)
+        square = change.square().sum(2)
+        neighbours = torch.tensor([float(sum(i + 1 in mix for i in mix)) for mix in mixes])
+        rise = torch.stack([self._rises[:, list(mix)].sum(1) for mix in mixes], 1)
+        return Effects(change, square / 2 + neighbours, rise + neighbours, square, change)
+
+
+def saving(gone: Sequence[int]) -> float:
+    """More for each layer of an unbroken row at the top, as pruned tails give it."""
+    tail = next(n for n in range(LAYERS + 1) if LAYERS - 1 - n not in gone)
+    return 0.01 * len(gone) + 0.03 * tail
+
+
+def test_the_order_is_that_of_the_rule() -> None:
+    weighed, plain = (Search(Planted(), GreedyOrder(), work, lambda _d, _t: None) for work in (saving, None))
+    found = (weighed.extend(9).layers, plain.extend(9).layers, tuple(sorted(plain.outlook([11]).beyond[-1].layers)))
+    assert found == ORDERS[RULE]
+
+
+def test_layers_are_judged_by_what_the_rule_says() -> None:
+    judged = (EVERY, selection._WEIGHED_TOKENS, selection._STRETCHES, json.loads(json.dumps(DIVISION)))
+    assert judged == JUDGED[RULE]
