@@ -12,10 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
+from nbl_export.records.asked import numbers
 from nbl_export.records.option import MAIN, PANELS, Option, options_of
 from nbl_export.records.options import JobOptions
 
-__all__ = ["GENERAL", "Force", "Json", "Model", "Output", "Run", "numbers", "refuse_options_before", "takes"]
+__all__ = ["GENERAL", "Force", "Json", "Model", "Output", "Run", "refuse_options_before", "takes"]
 
 GENERAL = "General"
 
@@ -91,20 +92,6 @@ def _values(given: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, list):
             chosen[name] = tuple(value)
     return chosen
-
-
-def numbers(text: str, said: Option, name: str) -> tuple[int, ...]:
-    """The distinct numbers of a comma-separated text, in their order.
-
-    Raises:
-        BadParameter: a part is not a number, or a number is too small.
-    """
-    parts, least = [part.strip() for part in text.split(",")], int(said.least or 0)
-    if not all(part.isascii() and part.isdigit() and int(part) >= least for part in parts):
-        flag = f"--{(said.flag or name).replace('_', '-')}"
-        message = f"write numbers of at least {least}, comma separated ({said.numbers})"
-        raise typer.BadParameter(message, param_hint=flag)
-    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 def refuse_options_before(context: typer.Context) -> None:

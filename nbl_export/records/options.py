@@ -208,7 +208,7 @@ class JobOptions:
         require(self.maps in MAPS, f"--maps is {' or '.join(MAPS)}, not {self.maps!r}")
         require(self.compute_dtype in DTYPES, f"--compute-dtype is {', '.join(DTYPES)}, not {self.compute_dtype!r}")
         require(self.select in (None, *SELECTS), f"--select is {', '.join(SELECTS)}, not {self.select!r}")
-        require(self.fit in FITS, f"--fit is {', '.join(FITS)}, not {self.fit!r}")
+        require(self.fit in FITS, f"--fit is {', '.join(FITS[:3])}, not {self.fit!r}")
         require(self.quantize in (None, *METHODS), f"--quantize is {', '.join(METHODS)}, not {self.quantize!r}")
         require(self.draft in (None, *DRAFTS), f"--draft is {', '.join(DRAFTS)}, not {self.draft!r}")
         alone = SELF not in self.calibration or self.calibration == (SELF,)
