@@ -22,6 +22,7 @@ from nbl_export.cli.config import read_config
 from nbl_export.cli.exit import GOES_ON, INTERRUPTED, Interrupts, explain, fail
 from nbl_export.cli.help import Command, Group, show_all
 from nbl_export.cli.show import ui
+from nbl_export.errors import UsageError
 from nbl_export.records.asked import over
 from nbl_export.records.options import JobOptions
 from nbl_export.trust.terminal import Formatter
@@ -32,7 +33,7 @@ app = typer.Typer(
     cls=Group,
     name="nbl-export",
     help="Replace attention layers of a decoder LLM by linear layers; verify, measure.",
-    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -51,7 +52,7 @@ def root(
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Options from TOML or from a run's nbl.json; flags win.")
     ] = None,
-    force: opt.Force = False,
+    force: Annotated[bool, typer.Option("--force", help="Start over: remove the run in DIR first.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what the libraries say.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     help_all: Annotated[
@@ -67,11 +68,14 @@ def root(
         opt.refuse_options_before(context_)
         return
     given = {**asked, **({"model": model} if model else {})}
+    if not given and (output, config, force) == (None, None, False):
+        sys.stderr.write(f"{context_.get_help()}\n")
+        raise typer.Exit(2)
     written, recorded = ({}, None) if config is None else read_config(config)
     given = over(written, given)
     if output is None or ("model" not in given and recorded is None):
         missing = "--model" if "model" not in given and recorded is None else "--output"
-        raise typer.BadParameter("is needed for the main job", param_hint=missing)
+        raise UsageError(f"the main job needs {missing}; see nbl-export --help")
     _main_job(given, recorded, output, force)
 
 

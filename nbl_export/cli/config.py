@@ -29,10 +29,12 @@ def read_config(path: Path) -> tuple[dict[str, Any], JobOptions | None]:
     Raises:
         UsageError: the file cannot be read, or has an unknown option or a wrong value.
     """
+    is_run = path.suffix == ".json"
+    values = _of_run(path) if is_run else _of_toml(path)
     try:
-        if path.suffix == ".json":
-            return {}, read_record(JobOptions, _of_run(path))
-        found = read_asked(_of_toml(path))
+        if is_run:
+            return {}, read_record(JobOptions, values)
+        found = read_asked(values)
         read_record(JobOptions, {"model": "", **found})
     except (TypeError, ValueError, UsageError) as error:
         raise UsageError(f"{path}: {error}") from error
@@ -43,7 +45,7 @@ def _of_run(path: Path) -> dict[str, Any]:
     manifest = read_object(path, _MOST_BYTES)
     options, places = manifest.get("options"), manifest.get("places")
     if not isinstance(options, dict):
-        raise UsageError("it is not the nbl.json of a run, because it has no options")
+        raise UsageError(f"--config {path} is not the nbl.json of a run, because it has no options")
     places = places if isinstance(places, dict) else {}
     at = {"model": places.get("model"), "calibration": places.get("calibration")}
     known = {field.name for field in dataclasses.fields(JobOptions)}
@@ -58,9 +60,9 @@ def _of_toml(path: Path) -> dict[str, Any]:
         import tomli as tomllib
     try:
         if path.stat().st_size > _MOST_BYTES:
-            raise UsageError("it is too large for a configuration")
+            raise UsageError(f"--config {path} is too large for a configuration")
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"--config cannot be read: {error.strerror}") from error
+        raise UsageError(f"--config {path} cannot be read: {error.strerror or 'it is damaged'}") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"--config cannot be read as TOML ({error})") from error
+        raise UsageError(f"--config {path} cannot be read as TOML: {error}") from error

@@ -140,8 +140,10 @@ def project(
     shape: Annotated[
         str, typer.Argument(metavar="DIR|SHAPE", help="A run directory, Llama-3.1-8B or Mistral-7B-v0.3.")
     ],
-    tflops: Annotated[float, typer.Option(help="Matrix product rate at the precision, in 10^12 operations a second.")],
-    bandwidth: Annotated[float, typer.Option(help="Memory bandwidth, in 10^9 bytes a second.")],
+    tflops: Annotated[
+        float, typer.Option(metavar="RATE", help="Matrix product rate at the precision, in 10^12 operations a second.")
+    ],
+    bandwidth: Annotated[float, typer.Option(metavar="RATE", help="Memory bandwidth, in 10^9 bytes a second.")],
     layers: Annotated[
         str | None, typer.Option(metavar="LAYERS", help='Replaced layers: "24-31"; default: the run\'s layers.')
     ] = None,
@@ -169,7 +171,7 @@ def project(
 
 def accept(
     directory: opt.Run,
-    force: Annotated[bool, typer.Option("--force", help="Go on despite a failed verification.")] = False,
+    force: opt.Force = False,
     as_json: opt.Json = False,
 ) -> None:
     """Accept the engines of a run on the GPU machine that will run them.

@@ -24,7 +24,7 @@ Run = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory made b
 Model = Annotated[str, typer.Option(metavar="MODEL", help="Hub id, safetensors directory, GGUF or ONNX graph.")]
 Output = Annotated[Path, typer.Option(metavar="DIR", help="The run directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
-Force = Annotated[bool, typer.Option("--force", help="Start over, or go on despite a failed verification.")]
+Force = Annotated[bool, typer.Option("--force", help="Go on despite a failed verification.")]
 
 
 def takes(command: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

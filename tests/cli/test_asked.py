@@ -223,14 +223,15 @@ def test_olive_settles(
         olive.Nbl._run_for_config(object.__new__(olive.Nbl), model, config, str(tmp_path / "out"))
 
     assert_settled(reached(lambda: job(**asked)), expected)
-    with pytest.raises(UsageError, match="^--distill-steps is for --fit distilled"):
+    with pytest.raises(UsageError, match=r"^--distill-steps is for --fit distilled"):
         job(fit="independent", distill_steps=40)
     with pytest.raises(UsageError, match="precison is no option"):
         job(precison="int4")
 
 
 MANIFEST: dict[str, Any] = {
-    "schema": 1, "status": "incomplete", "stages": {}, "command": "", "num_layers": 3, "replaced_layers": [1], "tap": "residual",
+    "schema": 1, "status": "incomplete", "stages": {}, "command": "", "num_layers": 3,
+    "replaced_layers": [1], "tap": "residual",
     "model": {"name": "m", "title": "m", "revision": None, "architecture": "llama", "fingerprint": "f"},
     "decoder": {"architecture": "llama", "num_layers": 3, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2,
                 "head_dim": 16, "vocab_size": 512, "max_positions": 512},
@@ -277,7 +278,7 @@ def test_a_calibration_settles(recorded: Callable[..., Path], stopped: None) -> 
     found = calibrated(calibration_tokens=64)
     assert (found.tap, found.fit, found.distill_steps) == ("residual", "distilled", 4)
     assert calibrated(tap="normed").tap == "normed"
-    with pytest.raises(UsageError, match="^--seed is for --fit distilled or --calibration self"):
+    with pytest.raises(UsageError, match=r"^--seed is for --fit distilled or --calibration self"):
         pipeline.run_calibration("m", {"seed": 3}, directory / "new", Ui(quiet=True))
 
 
