@@ -29,6 +29,8 @@ def read_config(path: Path) -> tuple[dict[str, Any], JobOptions | None]:
     Raises:
         UsageError: the file cannot be read, or has an unknown option or a wrong value.
     """
+    if not path.exists():
+        raise UsageError(f"--config {path} cannot be read: there is no such file")
     is_run = path.suffix == ".json"
     values = _of_run(path) if is_run else _of_toml(path)
     try:
@@ -63,6 +65,6 @@ def _of_toml(path: Path) -> dict[str, Any]:
             raise UsageError(f"--config {path} is too large for a configuration")
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"--config {path} cannot be read: {error.strerror or 'it is damaged'}") from error
+        raise UsageError(f"--config {path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"--config {path} cannot be read as TOML: {error}") from error

@@ -40,7 +40,12 @@ def card(
 def convert(
     directory: opt.Run,
     to: Annotated[
-        str, typer.Option("--to", metavar="FORM", help="transformers (also for vLLM), gguf, nemotron-nas or mlx.")
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORM",
+            help="transformers, gguf, nemotron-nas or mlx; or the engine: vllm, llama.cpp, ollama, ...",
+        ),
     ],
     output: Annotated[Path, typer.Option(metavar="TARGET", help="The new file or directory.")],
     kind: Annotated[

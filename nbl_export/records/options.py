@@ -43,8 +43,7 @@ class JobOptions:
         "main build", first=True, metavar="ENGINE",
     )  # fmt: skip
     layers: str | None = option(
-        None, 'How many layers ("8") or which ("0,7,24-29"); default: as many as cost 10%.',
-        _REPLACED,
+        None, 'How many layers ("8") or which ("0,7,24-29"); default: perplexity +10% at most.', _REPLACED,
         "main plan rewrite", first=True, metavar="LAYERS",
     )  # fmt: skip
     max_perplexity_increase: str | None = option(
