@@ -86,6 +86,15 @@ _COMPILED = Rule("engines that compile graphs (trt, trt-rtx)", lambda c: c.compi
 _UNCOMPILED = Rule("engines that compile nothing (ort, openvino)", lambda c: not c.compiles)
 _PROVIDED = Rule("--engine ort", lambda c: c.options.engine == "ort")
 _GENAI = Rule("--decoder-source genai", lambda c: c.options.decoder_source == "genai")
+# The builder reads these for MatMulNBits alone (onnxruntime_genai 0.18, models/builder.py).
+_OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
+_QUANTISED = Rule(
+    f"--precision int8, int4 or gguf ({', '.join(_OF_ROUNDING)})",
+    lambda c: (
+        c.options.precision in ("int8", "int4", "gguf")
+        or not any(word.partition("=")[0] in _OF_ROUNDING for word in c.options.builder_option)
+    ),
+)
 _INT4 = Rule("--precision int4 of --decoder-source genai", lambda c: c.builds_int4)
 _ROUNDED = Rule(
     "--precision int4 of --decoder-source genai on a CPU, without --quantized-model",
@@ -122,7 +131,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "max_seq_len": (_COMPILED,),
     "max_batch": (_COMPILED,),
     "prefill_chunk": (_COMPILED,),
-    "builder_option": (_GENAI,),
+    "builder_option": (_GENAI, _QUANTISED),
     "quantize": (_ROUNDED,),
     "quantized_model": (_INT4,),
     "draft": (_PROPOSED, _ORIGINAL),

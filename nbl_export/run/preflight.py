@@ -52,6 +52,7 @@ def preflight(
     from nbl_export.decoders import genai
 
     check_request(options)
+    genai.check_options(options.builder_option)
     options = applying(case_of(options, sweeps=sweeps, place=place), given)
     if options.compute_dtype == "bfloat16":
         _check_bfloat16(options)
@@ -59,7 +60,6 @@ def preflight(
         check_graph_options(options)
         return options
     _check_exported(options)
-    genai.check_options(options.builder_option)
     return options
 
 

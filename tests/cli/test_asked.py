@@ -124,6 +124,17 @@ def test_a_job_without_idle_options_is_not_refused(tmp_path: Path) -> None:
         assert_refused(nbl("--model", "nowhere", *flags, "--output", tmp_path / "out"), 1, "no model at nowhere")
 
 
+@pytest.mark.parametrize("word", ["block_size=32", "algo_config=rtn", "accuracy_level=1"])
+def test_options_of_rounding_need_a_rounded_precision(word: str, tmp_path: Path) -> None:
+    for precision, status, part in (
+        ("fp32", 2, "--builder-option is for --precision int8, int4 or gguf"),
+        ("int8", 1, "no model at nowhere"),
+    ):
+        words = ("--precision", precision, "--builder-option", word, "--builder-option", "fuse_mlp_gate_up=true")
+        assert_refused(nbl("--model", "nowhere", *words, "--output", tmp_path / "out"), status, part)
+    assert_refused(nbl("--model", "nowhere", *words[4:], "--output", tmp_path / "out"), 1, "no model at nowhere")
+
+
 def test_an_nbl_checkpoint_refuses_what_needs_its_attention() -> None:
     for given in ({"rank": "2"}, {"maps": "linear"}, {"draft": "ngram"}, {"select": "cca"}):
         options: JobOptions = dataclasses.replace(JobOptions("m"), **given)  # type: ignore[arg-type]
