@@ -64,11 +64,12 @@ def check_graph_options(options: JobOptions) -> None:
         "--fit distilled": options.fit == "distilled",
         f"--select {options.select}": options.select in ("greedy", "efficient"),
         "--calibration self": options.says_itself,
-        f"--draft {options.draft}": options.draft not in (None, "ngram"),
     }
     asked = [name for name, wanted in wants.items() if wanted]
     if asked:
         raise UsageError(f"{asked[0]} needs the torch model, and {options.model} is an ONNX graph; give the checkpoint")
+    if options.draft not in (None, "ngram"):
+        raise UsageError(f"--draft {options.draft} needs a checkpoint, and {options.model} is an ONNX graph; use ngram")
     _check_engine(options)
 
 
