@@ -108,7 +108,9 @@ def adapt_to_maps(options: JobOptions, source: Any) -> JobOptions:
         raise UsageError(f"--fit {options.fit} needs the original model: {NO_ORIGINAL}")
     refuse_idle(case_of(dataclasses.replace(options, fit=GIVEN_FIT)))
     if options.says_itself:
-        raise UsageError(f"--calibration self needs the original model: {NO_ORIGINAL}; give that model or a text")
+        raise UsageError(
+            f"--calibration self needs the original model: {NO_ORIGINAL}; give that model, or leave it out"
+        )
     if options.tap not in ("residual", tap):
         raise UsageError(f"--tap {options.tap}: the maps of {options.model} have the tap {tap}; leave --tap out")
     return dataclasses.replace(options, fit=GIVEN_FIT, tap=tap)

@@ -165,12 +165,11 @@ def run_stages(
 
 def _refuse_other_graphs(run: RunDirectory, recorded: JobOptions, engine: str | None) -> None:
     """Refuse an engine that does not take the graphs of the run."""
-    if (
-        engine is None
-        or engine_defaults(engine)["decoder_source"] == engine_defaults(recorded.engine)["decoder_source"]
-    ):
+    if engine is None:
         return
     source = engine_defaults(engine)["decoder_source"]
+    if source == engine_defaults(recorded.engine)["decoder_source"]:
+        return
     same = [name for name in ENGINES if load_engine(name).capabilities.sources[0] == source]
     raise NblError(
         f"{run.path} is a run for --engine {recorded.engine}, whose graphs {engine} does not take; make another run "
