@@ -17,7 +17,7 @@ from nbl_export.errors import UsageError
 from nbl_export.records.from_json import read_record
 from nbl_export.records.goals import GOALS, names_layers
 from nbl_export.records.option import Option, options_of
-from nbl_export.records.options import JobOptions
+from nbl_export.records.options import JobOptions, usual_tap
 from nbl_export.records.proposers import AUTO
 
 __all__ = ["ALWAYS", "RULES", "Case", "applying", "flag_of", "numbers", "over", "read_asked", "refuse_idle", "settle"]
@@ -182,9 +182,8 @@ def over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _dependent(values: Mapping[str, Any], defaults: Defaults) -> dict[str, Any]:
     """Defaults that depend on other options."""
-    normed = values.get("fit") == "distilled" or values.get("maps") == "linear"
-    engine, provider = (str(values.get(name, _DEFAULT[name])) for name in ("engine", "provider"))
-    return {**defaults(engine, provider), "tap": "normed" if normed else _DEFAULT["tap"]}
+    fit, maps, engine, provider = (str(values.get(n, _DEFAULT[n])) for n in ("fit", "maps", "engine", "provider"))
+    return {**defaults(engine, provider), "tap": usual_tap(fit, maps)}
 
 
 def _asked_for(options: JobOptions, defaults: Defaults) -> dict[str, Any]:

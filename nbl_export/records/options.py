@@ -13,7 +13,7 @@ from nbl_export.records.option import MAIN, option, options_of
 from nbl_export.records.plan import MAPS, TAPS
 from nbl_export.records.proposers import DRAFTS
 
-__all__ = ["DTYPES", "FITS", "OF_CALIBRATE", "SELECTS", "SELF", "JobOptions", "describe_command"]
+__all__ = ["DTYPES", "FITS", "OF_CALIBRATE", "SELECTS", "SELF", "JobOptions", "describe_command", "usual_tap"]
 
 # Source of the maps: closed form for each layer; joint training from there; zero, which drops attention; or an NBL
 # checkpoint.
@@ -251,6 +251,11 @@ class JobOptions:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
 
+def usual_tap(fit: str, maps: str) -> str:
+    """The tap if none is asked for."""
+    return "normed" if fit == "distilled" or maps == "linear" else "residual"
+
+
 def describe_command(options: JobOptions, output: Path) -> str:
     """The command line that repeats this run; defaults are left out."""
     first, later = ("calibrate", ()) if options.shard else (MAIN, ("bench",))
@@ -266,9 +271,13 @@ def describe_command(options: JobOptions, output: Path) -> str:
 def _flags(options: JobOptions, command: str, without: set[str]) -> list[str]:
     words = []
     defaults = {f.name: f.default for f in dataclasses.fields(JobOptions)}
+    if options.tap != usual_tap(options.fit, options.maps):
+        del defaults["tap"]
+    if (options.engine, options.provider) != (defaults["engine"], defaults["provider"]):
+        del defaults["precision"]  # the default is the engine's own
     for name, said in options_of(JobOptions).items():
         value = getattr(options, name)
-        if command not in said.commands or name in without or value == defaults[name]:
+        if command not in said.commands or name in without or (name in defaults and value == defaults[name]):
             continue
         flag = f"--{(said.flag or name).replace('_', '-')}"
         if isinstance(value, tuple) and not said.numbers:

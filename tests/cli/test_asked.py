@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import shlex
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,8 @@ from nbl_export.errors import NblError, UsageError
 from nbl_export.records.asked import ALWAYS, RULES, Case, flag_of, read_asked, refuse_idle, settle
 from nbl_export.records.goals import CacheBudget, layers_for_budget
 from nbl_export.records.option import MAIN, options_of
-from nbl_export.records.options import JobOptions
+from nbl_export.records.options import JobOptions, describe_command
+from nbl_export.records.plan import Plan
 from nbl_export.run import pipeline
 from nbl_export.run.preflight import engine_defaults, preflight
 from nbl_export.run.progress import Ui
@@ -169,6 +171,16 @@ SETTLED: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+REPEATED: list[dict[str, Any]] = [
+    *(asked for asked, _ in SETTLED),
+    {"engine": "openvino", "precision": "fp32"},
+    {"maps": "linear", "layers": "2", "select": "cca", "rank": "4"},
+    {"fit": "distilled", "distill_steps": 4, "seed": 2, "label_weight": 0.5},
+    {"engine": "trt-rtx", "precision": "int4", "max_seq_len": 64},
+    {"precision": "int4", "quantize": "awq", "builder_option": ("block_size=64",), "draft": "nbl", "draft_layers": "1"},
+]
+
+
 class _Reached(Exception):
     """A job got as far as its options."""
 
@@ -223,6 +235,29 @@ def olive(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setitem(sys.modules, name, module)
     yield importlib.import_module("nbl_export.olive")
     sys.modules.pop("nbl_export.olive")
+
+
+@pytest.mark.parametrize("asked", REPEATED, ids=str)
+def test_the_recorded_command_settles_alike(asked: dict[str, Any], tmp_path: Path, stopped: None) -> None:
+    from nbl_export.cli import app
+
+    options = settle({"model": "m", **asked}, engine_defaults)
+    words = shlex.split(describe_command(options, tmp_path / "out"))
+    assert reached(lambda: app.app(words[1:], standalone_mode=False)) == options
+
+
+def test_the_command_for_maps_without_a_bias_is_accepted(tmp_path: Path, stopped: None) -> None:
+    from nbl_export.cli import app
+    from nbl_export.run.deployed import Finished
+
+    options = settle({"model": "m", "layers": "2", "select": "cca", "rank": "4"}, engine_defaults)
+    found: Any = types.SimpleNamespace(_job=types.SimpleNamespace(options=options, plan=Plan(3, (0, 2))))
+    remake: Any = Finished.remake
+    words = shlex.split(remake.fget(found))
+    assert_settled(
+        reached(lambda: app.app(words[1:], standalone_mode=False)),
+        {"layers": "0,2", "maps": "linear", "tap": "normed", "rank": "4", "select": None},
+    )
 
 
 @pytest.mark.parametrize(("asked", "expected"), SETTLED, ids=str)
