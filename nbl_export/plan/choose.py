@@ -12,8 +12,8 @@ __all__ = ["a_quarter", "choose", "parse_layers", "ranked"]
 
 
 def a_quarter(num_layers: int) -> int:
-    """How many layers are replaced by default if the model's own output cannot judge them."""
-    return max(0, min(round(num_layers / 4), num_layers - 1))
+    """How many layers are replaced by default if the model's own output cannot judge them: at least one of several."""
+    return min(max(1, round(num_layers / 4)), num_layers - 1)
 
 
 def parse_layers(text: str, num_layers: int, flag: str = "--layers") -> int | tuple[int, ...]:
