@@ -194,7 +194,7 @@ def _asked_for(options: JobOptions, defaults: Defaults) -> dict[str, Any]:
 
 
 def applying(case: Case, given: Collection[str]) -> JobOptions:
-    """The options, with recorded ones that no longer apply at their defaults.
+    """The options, with recorded ones that no longer apply at their defaults; unchanged if nothing is asked for.
 
     Args:
         given: names of the options that were asked for now.
@@ -202,6 +202,8 @@ def applying(case: Case, given: Collection[str]) -> JobOptions:
     Raises:
         UsageError: a given option does not apply; the message says what the option belongs to.
     """
+    if not given:
+        return case.options
     refuse_idle(case, given)
     recorded = {name: _DEFAULT[name] for name in RULES if _broken(case, name) is not None}
     return dataclasses.replace(case.options, **recorded)

@@ -48,7 +48,7 @@ def run_job(
         if not leads:
             return None
         settled = adapt_to_gguf(adapt_to_graph(settle(asked, engine_defaults, recorded)))
-        options = preflight(settled, read_asked(asked))
+        options = preflight(settled, [name for name, value in read_asked(asked).items() if value is not None])
         require_engine(options)
         _work(options, output, ui, force, "report")
         return output
@@ -145,7 +145,8 @@ def run_stages(
         if {"precision", "requantize", "builder_option"} & set(changes):
             asked_again = bool(changes.get("requantize", "precision" not in changes and options.requantize))
             options = adapt_to_gguf(dataclasses.replace(options, requantize=asked_again), place)
-        options = preflight(options, changes, sweeps=isinstance(asked, SweepRequest), place=place)
+        sweeps = isinstance(asked, SweepRequest) or "sweep" in run.stages
+        options = preflight(options, changes, sweeps=sweeps, place=place)
         if "engine" in changes:
             require_engine(options)
         if options.shard and until != "calibrate":

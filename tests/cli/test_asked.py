@@ -354,6 +354,23 @@ def test_recorded_options_that_no_longer_apply_return_to_their_defaults(
     assert (found.model, found.fit, found.distill_steps, found.tap) == ("m", "independent", None, "residual")
 
 
+def test_a_command_without_options_keeps_the_recorded_ones(recorded: Callable[..., Path], stopped: None) -> None:
+    """Else their stages would run again."""
+    directory = recorded(layers="0,2", select="cca", seed=3)  # as no command records them
+    assert changed(directory) == settle(
+        {"model": "/nowhere/m", "layers": "0,2", "select": "cca", "seed": 3}, engine_defaults
+    )
+    run = RunDirectory.peek(directory)
+    run.save(stages={"sweep": {"key": "k", "seconds": 0.0, "files": {}}})
+    found = changed(directory, context=64)
+    assert (found.select, found.seed) == ("cca", 0)
+
+
+def test_none_asks_for_nothing(tmp_path: Path, stopped: None) -> None:
+    asked = {"model": "m", "seed": None, "rank": None, "distill_steps": None}
+    assert reached(lambda: pipeline.run_job(asked, tmp_path, Ui(quiet=True))) == settle({"model": "m"}, engine_defaults)
+
+
 # -- engines ------------------------------------------------------------------------------------------------------
 
 
