@@ -69,8 +69,10 @@ def exported(options: argparse.Namespace, given: tuple[str, ...]) -> dict[str, A
     work: Path = options.work
     command("plan", work, "--layers", options.layers)  # the run may have been made with others
     words = list(given)  # defaults take the place of options of an earlier row
-    words += [] if "--builder-option" in given else ["--builder-option", "accuracy_level=4"]
-    words += [] if "--quantize" in given else ["--quantize", "rtn"]
+    if given[1] != "fp32" and "--builder-option" not in given:
+        words += ["--builder-option", "accuracy_level=4"]
+    if given[1] == "int4" and "--quantize" not in given:
+        words += ["--quantize", "rtn"]
     command("rewrite", work, *words)
     if options.unproven:
         return {"options": list(given), "model_bytes": sizes(work)}

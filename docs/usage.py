@@ -23,6 +23,11 @@ nbl-export COMMAND ...                              one part of it
 
 The main job calibrates, chooses layers, rewrites the decoder, verifies it, measures it and writes a report.
 The same command again resumes a run. Changed options repeat the stages that they affect.
+An option that has no effect in a job is refused.
+
+`--force` of the main job, `calibrate` and `merge` removes the run first and starts over.
+`--force` of every other command keeps the run, and goes on although verification failed.
+
 `python docs/usage.py` writes this page from the options of the command line.
 
 ## Configuration file
@@ -66,15 +71,17 @@ def page() -> str:
 
 
 def _options(command: Any, name: str) -> Iterator[str]:
+    from nbl_export.cli.help import record_of
+
     context = command.make_context(name, [], resilient_parsing=True)
     panels: dict[str, list[str]] = {}
     for parameter in command.get_params(context):
-        record = parameter.get_help_record(context)
+        record = record_of(parameter, context)
         if record is None or parameter.name in ("install_completion", "show_completion", "help"):
             continue
         panel = getattr(parameter, "rich_help_panel", None) or ""
-        meaning = " ".join(record[1].split()).replace("|", "\\|")
-        panels.setdefault(panel, []).append(f"| `{record[0].strip()}` | {meaning} |")
+        option, meaning = (" ".join(words.split()).replace("|", "\\|") for words in record)
+        panels.setdefault(panel, []).append(f"| `{option}` | {meaning} |")
     for panel, rows in sorted(panels.items(), key=lambda item: item[0] != ""):
         yield from (f"**{panel}**", "") if panel else ()
         yield from ("| option | meaning |", "|---|---|", *rows, "")

@@ -19,7 +19,6 @@ from olive.passes import Pass
 from olive.passes.pass_config import PassConfigParam
 
 from nbl_export.graph.names import GRAPH_FILE
-from nbl_export.records.options import JobOptions
 from nbl_export.run.pipeline import run_job
 from nbl_export.run.progress import Ui
 from nbl_export.run.rewrite_given import rewrite_given
@@ -87,7 +86,7 @@ class Nbl(Pass):
     def _run_for_config(self, model: HfModelHandler, config: Any, output_model_path: str) -> ONNXModelHandler:
         out = Path(output_model_path).with_suffix("")
         run = out.with_name(f"{out.name}-{_RUN}")
-        run_job(JobOptions.from_json({**config.options, "model": str(model.model_name_or_path)}), run, Ui())
+        run_job({**config.options, "model": str(model.model_name_or_path)}, run, Ui())
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(run / "model", out)
         return _handler(model, out, GRAPH_FILE)

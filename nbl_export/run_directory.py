@@ -72,7 +72,9 @@ ACCEPTANCE_FILE = "acceptance.safetensors"  # values to compare with
 ACCEPTANCE_JSON, ACCEPTANCE_HTML, ACCEPTANCE_MD = "acceptance.json", "acceptance.html", "acceptance.md"  # verdicts
 
 
-_NO_RUN = "{} is not a run directory: it has no nbl.json; nbl-export --output makes one"
+def _no_run(path: Path) -> NblError:
+    found = "is not a run directory: it has no nbl.json" if path.exists() else "does not exist"
+    return NblError(f"{path} {found}; nbl-export --output makes a run directory")
 
 
 class RunDirectory:
@@ -98,7 +100,7 @@ class RunDirectory:
             refuse_foreign(path)
             _make(path)
         elif not (path / MANIFEST).is_file():
-            raise NblError(_NO_RUN.format(path))
+            raise _no_run(path)
         with locked(path):
             run = cls(path)
             try:
@@ -132,7 +134,7 @@ class RunDirectory:
         """
         run = cls.peek(path)
         if not run.manifest:
-            raise NblError(_NO_RUN.format(path))
+            raise _no_run(path)
         return run
 
     def _sweep(self) -> None:

@@ -22,6 +22,9 @@ from nbl_export.cli.config import read_config
 from nbl_export.cli.exit import GOES_ON, INTERRUPTED, Interrupts, explain, fail
 from nbl_export.cli.help import Command, Group, show_all
 from nbl_export.cli.show import ui
+from nbl_export.errors import UsageError
+from nbl_export.records.asked import over
+from nbl_export.records.options import JobOptions
 from nbl_export.trust.terminal import Formatter
 
 __all__ = ["app", "main"]
@@ -30,7 +33,7 @@ app = typer.Typer(
     cls=Group,
     name="nbl-export",
     help="Replace attention layers of a decoder LLM by linear layers; verify, measure.",
-    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -49,7 +52,7 @@ def root(
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Options from TOML or from a run's nbl.json; flags win.")
     ] = None,
-    force: opt.Force = False,
+    force: Annotated[bool, typer.Option("--force", help="Start over: remove the run in DIR first.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what the libraries say.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     help_all: Annotated[
@@ -64,21 +67,16 @@ def root(
     if context_.invoked_subcommand is not None:
         opt.refuse_options_before(context_)
         return
-    chosen = _over({} if config is None else read_config(config), {**asked, **({"model": model} if model else {})})
-    if "model" not in chosen or output is None:
-        missing = "--output" if "model" in chosen else "--model"
-        raise typer.BadParameter("is needed for the main job", param_hint=missing)
-    _main_job(chosen, output, force)
-
-
-def _over(configured: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Flags over the values of a file; a count or goal on the command line replaces the count or goal of the file."""
-    from nbl_export.records.goals import GOALS
-
-    asked = ("layers", *GOALS)
-    if any(name in given for name in asked):
-        configured = {name: value for name, value in configured.items() if name not in asked}
-    return {**configured, **given}
+    given = {**asked, **({"model": model} if model else {})}
+    if not given and (output, config, force) == (None, None, False):
+        sys.stderr.write(f"{context_.get_help()}\n")
+        raise typer.Exit(2)
+    written, recorded = ({}, None) if config is None else read_config(config)
+    given = over(written, given)
+    if output is None or ("model" not in given and recorded is None):
+        missing = "--model" if "model" not in given and recorded is None else "--output"
+        raise UsageError(f"the main job needs {missing}; see nbl-export --help")
+    _main_job(given, recorded, output, force)
 
 
 def _log(verbose: bool) -> None:
@@ -89,18 +87,12 @@ def _log(verbose: bool) -> None:
     logging.basicConfig(level=level, handlers=[handler])
 
 
-def _main_job(chosen: dict[str, Any], output: Path, force: bool) -> None:
-    """Run all stages; `chosen` has the field names of JobOptions."""
-    from nbl_export.records.options import JobOptions
+def _main_job(asked: dict[str, Any], recorded: JobOptions | None, output: Path, force: bool) -> None:
+    """Run all stages; `asked` has the field names of JobOptions."""
     from nbl_export.run.pipeline import run_job
-    from nbl_export.run.preflight import engine_defaults
     from nbl_export.run_directory import REPORT_HTML
 
-    defaults = {
-        **engine_defaults(chosen.get("engine", "ort"), chosen.get("provider", "cpu")),
-        **({"tap": "normed"} if chosen.get("fit") == "distilled" or chosen.get("maps") == "linear" else {}),
-    }
-    if run_job(JobOptions(**{**defaults, **chosen}), output, ui(), force=force) is not None:
+    if run_job(asked, output, ui(), force=force, recorded=recorded) is not None:
         print(output / REPORT_HTML)
 
 

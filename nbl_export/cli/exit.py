@@ -42,7 +42,9 @@ def explain(error: Exception) -> NoReturn:
     if isinstance(error, NblError):
         fail(str(error), error.exit_code)
     if usage is not None:
-        fail(f"{usage().rstrip('.')}; see nbl-export --help", int(getattr(error, "exit_code", 2)))
+        context = getattr(error, "ctx", None)  # of the subcommand that was called wrongly
+        command = "nbl-export" if context is None else context.command_path
+        fail(f"{usage().rstrip('.')}; see {command} --help", int(getattr(error, "exit_code", 2)))
     # torch has its own text; CPython raises SystemError if memory runs out in a call into C
     if isinstance(error, (MemoryError, SystemError)) or "can't allocate memory" in str(error):
         fail("out of memory; use a smaller --context, or a machine with more memory", 1)

@@ -10,6 +10,8 @@ import typer
 
 from nbl_export.cli import options as opt
 from nbl_export.cli.show import show, ui
+from nbl_export.errors import UsageError
+from nbl_export.records.asked import numbers
 from nbl_export.records.option import options_of
 from nbl_export.records.options import JobOptions
 
@@ -48,7 +50,7 @@ def bench(
     from nbl_export.run_directory import REPORT_JSON
 
     if lossless:
-        return _bench_lossless(directories, JobOptions("", **asked), [against, form, output], as_json)
+        return _bench_lossless(directories, asked, [against, form, output], as_json)
     chosen = bench_formats.format_of(form, output, as_json=as_json)
     bench_formats.check_output(output)
     if compare.is_stage(directories, against, form, output):
@@ -63,7 +65,7 @@ def bench(
     return print(output)
 
 
-def _bench_lossless(directories: list[Path], options: JobOptions, others: list[Any], as_json: bool) -> None:
+def _bench_lossless(directories: list[Path], asked: dict[str, Any], others: list[Any], as_json: bool) -> None:
     from nbl_export.report.tables import lossless_table
     from nbl_export.run.lossless.bench import bench_lossless
 
@@ -71,7 +73,7 @@ def _bench_lossless(directories: list[Path], options: JobOptions, others: list[A
         raise typer.BadParameter(
             "takes one run directory, and neither --against, --format nor --output", param_hint="--lossless"
         )
-    found = bench_lossless(directories[0], options, ui(as_json))
+    found = bench_lossless(directories[0], asked, ui(as_json))
     show(found, lossless_table(found), as_json)
 
 
@@ -107,7 +109,9 @@ def evaluate(
         int | None, typer.Option(min=1, metavar="N", help="Use the first N documents or windows; default: all.")
     ] = None,
     data: Annotated[Path | None, typer.Option(metavar="FILES", help="Local documents: FILES/TASK/SPLIT.jsonl.")] = None,
-    ppl_context: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens of a --perplexity window.")] = 512,
+    ppl_context: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Tokens of a --perplexity window; default 512.")
+    ] = None,
     stride: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens between windows; default: the context.")
     ] = None,
@@ -121,10 +125,18 @@ def evaluate(
     from nbl_export.run.evaluate import evaluate as run_evaluation
     from nbl_export.run_directory import EVAL_FILE
 
+    for given, flag, needs, named in (
+        (ppl_context, "--ppl-context", "--perplexity", perplexity),
+        (stride, "--stride", "--perplexity", perplexity),
+        (data, "--data", "--tasks", tasks),
+    ):
+        if given is not None and not named:
+            raise UsageError(f"{flag} is for {needs}; leave {flag} out")
+    context = ppl_context or 512
     request = EvalRequest(
         tasks=_words(tasks), variants=_words(variants), limit=limit, data=data,
         texts=tuple(parse_named(perplexity)) if perplexity else (),
-        context=ppl_context, stride=ppl_context if stride is None else stride,
+        context=context, stride=context if stride is None else stride,
     )  # fmt: skip
     run = run_evaluation(directory, request, ui(as_json), force=force)
     result = run.read_json(EVAL_FILE)
@@ -139,8 +151,10 @@ def project(
     shape: Annotated[
         str, typer.Argument(metavar="DIR|SHAPE", help="A run directory, Llama-3.1-8B or Mistral-7B-v0.3.")
     ],
-    tflops: Annotated[float, typer.Option(help="Matrix product rate at the precision, in 10^12 operations a second.")],
-    bandwidth: Annotated[float, typer.Option(help="Memory bandwidth, in 10^9 bytes a second.")],
+    tflops: Annotated[
+        float, typer.Option(metavar="RATE", help="Matrix product rate at the precision, in 10^12 operations a second.")
+    ],
+    bandwidth: Annotated[float, typer.Option(metavar="RATE", help="Memory bandwidth, in 10^9 bytes a second.")],
     layers: Annotated[
         str | None, typer.Option(metavar="LAYERS", help='Replaced layers: "24-31"; default: the run\'s layers.')
     ] = None,
@@ -161,14 +175,14 @@ def project(
     from nbl_export.report import profile_table
     from nbl_export.run import projection
 
-    depths = opt.numbers(depth, options_of(JobOptions)["depths"], "depth")
+    depths = numbers(depth, options_of(JobOptions)["depths"], "depth")
     rows = projection.rows(projection.Request(shape, tflops, bandwidth, layers, precision, prompt_tokens, depths, like))
     show(rows, profile_table.table(rows), as_json)
 
 
 def accept(
     directory: opt.Run,
-    force: Annotated[bool, typer.Option("--force", help="Go on despite a failed verification.")] = False,
+    force: opt.Force = False,
     as_json: opt.Json = False,
 ) -> None:
     """Accept the engines of a run on the GPU machine that will run them.

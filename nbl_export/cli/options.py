@@ -12,10 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
+from nbl_export.records.asked import numbers
 from nbl_export.records.option import MAIN, PANELS, Option, options_of
 from nbl_export.records.options import JobOptions
 
-__all__ = ["GENERAL", "Force", "Json", "Model", "Output", "Run", "numbers", "refuse_options_before", "takes"]
+__all__ = ["GENERAL", "Force", "Json", "Model", "Output", "Run", "refuse_options_before", "takes"]
 
 GENERAL = "General"
 
@@ -23,7 +24,7 @@ Run = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory made b
 Model = Annotated[str, typer.Option(metavar="MODEL", help="Hub id, safetensors directory, GGUF or ONNX graph.")]
 Output = Annotated[Path, typer.Option(metavar="DIR", help="The run directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
-Force = Annotated[bool, typer.Option("--force", help="Start over, or go on despite a failed verification.")]
+Force = Annotated[bool, typer.Option("--force", help="Go on despite a failed verification.")]
 
 
 def takes(command: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -91,20 +92,6 @@ def _values(given: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, list):
             chosen[name] = tuple(value)
     return chosen
-
-
-def numbers(text: str, said: Option, name: str) -> tuple[int, ...]:
-    """The distinct numbers of a comma-separated text, in their order.
-
-    Raises:
-        BadParameter: a part is not a number, or a number is too small.
-    """
-    parts, least = [part.strip() for part in text.split(",")], int(said.least or 0)
-    if not all(part.isascii() and part.isdigit() and int(part) >= least for part in parts):
-        flag = f"--{(said.flag or name).replace('_', '-')}"
-        message = f"write numbers of at least {least}, comma separated ({said.numbers})"
-        raise typer.BadParameter(message, param_hint=flag)
-    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 def refuse_options_before(context: typer.Context) -> None:

@@ -40,7 +40,12 @@ def card(
 def convert(
     directory: opt.Run,
     to: Annotated[
-        str, typer.Option("--to", metavar="FORM", help="transformers (also for vLLM), gguf, nemotron-nas or mlx.")
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORM",
+            help="transformers, gguf, nemotron-nas or mlx; or the engine: vllm, llama.cpp, ollama, ...",
+        ),
     ],
     output: Annotated[Path, typer.Option(metavar="TARGET", help="The new file or directory.")],
     kind: Annotated[
@@ -50,7 +55,7 @@ def convert(
     base: Annotated[
         Path | None, typer.Option(metavar="FILE", help="gguf: a GGUF of the original; default: the run's own model.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Go on despite a failed verification.")] = False,
+    force: opt.Force = False,
 ) -> None:
     """Write the NBL model for transformers, llama.cpp, TensorRT-LLM or mlx-lm."""
     from nbl_export.publish.convert import convert as write
@@ -63,7 +68,7 @@ def convert(
 
 def generate(
     directory: opt.Run,
-    prompt: Annotated[str, typer.Argument(help="What to continue or answer.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to continue or answer.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N")] = 256,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
     original: Annotated[bool, typer.Option("--original", help="Use the original decoder instead.")] = False,

@@ -18,7 +18,7 @@ def calibrate(
     model: opt.Model,
     output: opt.Output,
     asked: dict[str, Any],
-    force: Annotated[bool, typer.Option("--force", help="Start over.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start over: remove the run in DIR first.")] = False,
 ) -> None:
     """Collect the moments of every layer from calibration text."""
     from nbl_export.calibrate.shards import parse_shard
@@ -33,7 +33,7 @@ def calibrate(
 def merge(
     inputs: Annotated[list[Path], typer.Argument(metavar="A B ...", help="Run directories of calibrate --shard.")],
     output: Annotated[Path, typer.Option(metavar="DIR", help="The run directory to make.")],
-    force: Annotated[bool, typer.Option("--force", help="Start over.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start over: remove the run in DIR first.")] = False,
 ) -> None:
     """Merge the shards of a calibration."""
     from nbl_export.run.pipeline import run_merge

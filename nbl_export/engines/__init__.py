@@ -29,7 +29,7 @@ def load_engine(name: str, provider: str = "cpu") -> Engine:
     """
     known = {**ENGINES, **RUNNERS}
     if name not in known:
-        raise UsageError(f"unknown engine {name!r}; engines are {', '.join(known)}")
+        raise UsageError(f"unknown engine {name!r}; engines are {', '.join(ENGINES)}")
     if provider != "cpu":
         if name != "ort":
             raise UsageError(f"--provider is for engine ort, not for {name}")

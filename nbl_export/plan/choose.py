@@ -5,38 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nbl_export.errors import NblError
+from nbl_export.records.goals import read_layers
 from nbl_export.records.plan import LayerScore, Plan
 
 __all__ = ["a_quarter", "choose", "parse_layers", "ranked"]
 
 
 def a_quarter(num_layers: int) -> int:
-    """How many layers are replaced by default if the model's own output cannot judge them."""
-    return max(0, min(round(num_layers / 4), num_layers - 1))
+    """How many layers are replaced by default if the model's own output cannot judge them: at least one of several."""
+    return min(max(1, round(num_layers / 4)), num_layers - 1)
 
 
 def parse_layers(text: str, num_layers: int, flag: str = "--layers") -> int | tuple[int, ...]:
     """Read `--layers`, or another flag: "8" is a count, "0,7,24-29" (or "8,") names layers from 0.
 
     Raises:
-        NblError: a part is no number, a range runs backwards, a layer is repeated or missing, or every layer is named.
+        UsageError: a part is no number, or a range runs backwards.
+        NblError: a layer is repeated or missing, or every layer is named.
     """
-    text = text.strip()
-    if _is_number(text):
-        count = int(text)
-        if count >= num_layers:
-            raise NblError(_all_refused(f"{flag} {count}", num_layers))
-        return count
+    asked = read_layers(text, flag)
+    if isinstance(asked, int):
+        if asked >= num_layers:
+            raise NblError(_all_refused(f"{flag} {asked}", num_layers))
+        return asked
     chosen: list[int] = []
-    for part in (p.strip() for p in text.rstrip(",").split(",")):
-        first, dash, last = part.partition("-")
-        if not _is_number(first) or (dash and not _is_number(last)):
-            raise NblError(
-                f"{flag} {text!r}: {part!r} is not a layer or a range; write a count (8) or layers from 0 (0,7,24-29)"
-            )
-        low, high = int(first), int(last) if dash else int(first)
-        if high < low:
-            raise NblError(f"{flag} {text!r}: the range {part} runs backwards")
+    for low, high in asked:
         if high >= num_layers:
             raise NblError(f"{flag} {text!r}: layer {high} does not exist; this model has layers 0 to {num_layers - 1}")
         chosen.extend(range(low, high + 1))
@@ -46,10 +39,6 @@ def parse_layers(text: str, num_layers: int, flag: str = "--layers") -> int | tu
     if len(chosen) >= num_layers:
         raise NblError(_all_refused(f"{flag} {text!r}", num_layers))
     return tuple(sorted(chosen))
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()
 
 
 def _all_refused(what: str, num_layers: int) -> str:

@@ -41,6 +41,8 @@ def maps_in(path: Path) -> tuple[tuple[int, ...], str | None]:
     """
     from safetensors import SafetensorError, safe_open
 
+    if not path.is_file():
+        raise CorruptError(f"{path} is not a file; name the maps.safetensors of a run")
     try:
         with safe_open(str(path), framework="np") as file:
             names, about = list(file.keys()), file.metadata() or {}

@@ -21,6 +21,10 @@ from nbl_export.run.progress import Ui
 __all__ = ["FORMS", "convert"]
 
 FORMS = ("transformers", "gguf", "nemotron-nas", "mlx")
+# engine -> the form that it reads
+_READ_BY = {
+    "vllm": "transformers", "llama.cpp": "gguf", "ollama": "gguf", "tensorrt-llm": "nemotron-nas", "mlx-lm": "mlx"
+}  # fmt: skip
 
 
 def convert(
@@ -30,6 +34,7 @@ def convert(
     """Write a run's NBL model in a form at `target`, completely or not at all. Returns the checks that were made.
 
     Args:
+        form: one of FORMS, or an engine that reads one.
         kind: types of a GGUF's matrices, see `formats.gguf.linearize.TYPES`.
         base: a GGUF file of the original, for form gguf.
         force: go on although verification failed.
@@ -39,6 +44,7 @@ def convert(
         NblError: `target` is there already, the run is not finished or failed, or its model has no such form.
         ParityError: what was written is not the model.
     """
+    form = _READ_BY.get(form.lower(), form)
     _check_asked(form, kind, base)
     refuse_occupied(target)
     with open_finished(output, ui, force=force) as found:
@@ -57,7 +63,7 @@ def convert(
 
 def _check_asked(form: str, kind: str | None, base: Path | None) -> None:
     if form not in FORMS:
-        raise UsageError(f"--to is {', '.join(FORMS)}, not {form!r}")
+        raise UsageError(f"--to is {', '.join(FORMS)}, or an engine ({', '.join(_READ_BY)}), not {form!r}")
     if form != "gguf" and (kind is not None or base is not None):
         raise UsageError(f"{'--type' if kind is not None else '--base'} is for --to gguf; leave it out")
     if kind is not None and kind not in TYPES:

@@ -29,6 +29,9 @@ __all__ = [
     "default_select",
     "goal_inputs",
     "goal_of",
+    "layers_for_budget",
+    "names_layers",
+    "read_layers",
     "read_rank",
 ]
 
@@ -112,22 +115,88 @@ def check_request(options: JobOptions) -> None:
     asked = [_flag(name) for name in ("layers", *GOALS) if getattr(options, name) is not None]
     if len(asked) > 1:
         raise UsageError(f"{' and '.join(asked)} both set how many layers are replaced; give one of them")
+    for name in ("layers", "draft_layers"):
+        if getattr(options, name) is not None:
+            read_layers(getattr(options, name), _flag(name))
     goal_of(options)
-    rank = read_rank(options.rank)
-    if rank is not None and options.fit in ("drop", "distilled"):
-        raise UsageError(f"--rank is for maps fitted in closed form; leave out --rank or --fit {options.fit}")
+    read_rank(options.rank)
     if not options.has_bias and options.tap != "normed":
         raise UsageError(f"--maps {options.maps} acts on the normed input; add --tap normed")
-    if not options.has_bias and options.fit == "drop":
-        raise UsageError(f"--fit drop has no maps; leave out --maps {options.maps} or --fit drop")
 
 
-def check_size(options: JobOptions, spec: DecoderSpec) -> None:
-    """Check the requested rank against the decoder.
+def read_layers(text: str, flag: str = "--layers") -> int | tuple[tuple[int, int], ...]:
+    """Read a count ("8"), or the first and last layer of each range of named layers ("0,7,24-29", or "8,").
 
     Raises:
-        NblError: the rank is above the hidden size.
+        UsageError: a part is neither a layer nor a range, or a range runs backwards.
     """
+    text = text.strip()
+    if _is_number(text):
+        return int(text)
+    ranges = []
+    for part in (p.strip() for p in text.rstrip(",").split(",")):
+        first, dash, last = part.partition("-")
+        if not _is_number(first) or (dash and not _is_number(last)):
+            raise UsageError(
+                f"{flag} {text!r}: {part!r} is not a layer or a range; write a count (8) or layers from 0 (0,7,24-29)"
+            )
+        low, high = int(first), int(last) if dash else int(first)
+        if high < low:
+            raise UsageError(f"{flag} {text!r}: the range {part} runs backwards; write {high}-{low}")
+        ranges.append((low, high))
+    return tuple(ranges)
+
+
+def names_layers(text: str | None, flag: str = "--layers") -> bool:
+    """Whether a request names layers; a count and no request do not.
+
+    Raises:
+        UsageError: the request cannot be read.
+    """
+    return text is not None and not isinstance(read_layers(text, flag), int)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def layers_for_budget(options: JobOptions, budget: CacheBudget, spec: DecoderSpec, itemsize: int) -> tuple[int, int]:
+    """The fewest replaced layers whose caches fit a budget, at least 1, and the bytes of the caches that stay.
+
+    Args:
+        itemsize: bytes of a cache element.
+
+    Raises:
+        NblError: the caches of the original fit already, or those of a single attention layer do not.
+    """
+    layer_bytes = spec.cache_bytes_per_token(1, itemsize) * budget.tokens
+    kept = min(spec.num_layers, int(budget.size_bytes // layer_bytes))
+    of, asked = f"{budget.tokens} tokens" if budget.tokens > 1 else "a token", f"--kv-budget {options.kv_budget}"
+    if kept < 1:
+        raise NblError(
+            f"{asked} cannot be met: with one attention layer left the caches of {of} take "
+            f"{layer_bytes:,} bytes, {budget.size_bytes:,.0f} are allowed; allow more or use a smaller --precision"
+        )
+    if kept == spec.num_layers:
+        raise NblError(
+            f"{asked}: the cache already fits, so nothing needs to be replaced (the caches of {of} take "
+            f"{kept * layer_bytes:,} bytes, {budget.size_bytes:,.0f} are allowed); ask for less, or leave it out"
+        )
+    return spec.num_layers - kept, kept * layer_bytes
+
+
+def check_size(options: JobOptions, spec: DecoderSpec, itemsize: int) -> None:
+    """Check the requested rank and cache budget against the decoder.
+
+    Args:
+        itemsize: bytes of a cache element.
+
+    Raises:
+        NblError: the rank is above the hidden size, or the budget cannot be met or is met already.
+    """
+    goal = goal_of(options)
+    if isinstance(goal, CacheBudget):
+        layers_for_budget(options, goal, spec, itemsize)
     rank = read_rank(options.rank)
     if isinstance(rank, int) and rank > spec.hidden_size:
         raise NblError(f"--rank {rank} is beyond the model's hidden size of {spec.hidden_size}")
@@ -147,8 +216,8 @@ def read_rank(text: str | None) -> int | str | None:
 
 
 def _read_increase(text: str) -> PerplexityIncrease:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip(), re.ASCII)
-    if not found:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", text.strip(), re.ASCII)
+    if not found or not (found[2] or float(found[1]) >= 1):  # 0.05 may mean 5% or 0.05%
         raise UsageError(f"--max-perplexity-increase {text!r} is not a percentage; write 5%")
     return PerplexityIncrease(float(found[1]) / 100)
 

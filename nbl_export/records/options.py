@@ -13,7 +13,7 @@ from nbl_export.records.option import MAIN, option, options_of
 from nbl_export.records.plan import MAPS, TAPS
 from nbl_export.records.proposers import DRAFTS
 
-__all__ = ["DTYPES", "FITS", "OF_CALIBRATE", "SELECTS", "SELF", "JobOptions", "describe_command"]
+__all__ = ["DTYPES", "FITS", "OF_CALIBRATE", "SELECTS", "SELF", "JobOptions", "describe_command", "usual_tap"]
 
 # Source of the maps: closed form for each layer; joint training from there; zero, which drops attention; or an NBL
 # checkpoint.
@@ -43,8 +43,7 @@ class JobOptions:
         "main build", first=True, metavar="ENGINE",
     )  # fmt: skip
     layers: str | None = option(
-        None, 'How many layers ("8") or which ("0,7,24-29"); default: as many as cost 10%.',
-        _REPLACED,
+        None, 'How many layers ("8") or which ("0,7,24-29"); default: perplexity +10% at most.', _REPLACED,
         "main plan rewrite", first=True, metavar="LAYERS",
     )  # fmt: skip
     max_perplexity_increase: str | None = option(
@@ -208,7 +207,7 @@ class JobOptions:
         require(self.maps in MAPS, f"--maps is {' or '.join(MAPS)}, not {self.maps!r}")
         require(self.compute_dtype in DTYPES, f"--compute-dtype is {', '.join(DTYPES)}, not {self.compute_dtype!r}")
         require(self.select in (None, *SELECTS), f"--select is {', '.join(SELECTS)}, not {self.select!r}")
-        require(self.fit in FITS, f"--fit is {', '.join(FITS)}, not {self.fit!r}")
+        require(self.fit in FITS, f"--fit is {', '.join(FITS[:3])}, not {self.fit!r}")
         require(self.quantize in (None, *METHODS), f"--quantize is {', '.join(METHODS)}, not {self.quantize!r}")
         require(self.draft in (None, *DRAFTS), f"--draft is {', '.join(DRAFTS)}, not {self.draft!r}")
         alone = SELF not in self.calibration or self.calibration == (SELF,)
@@ -252,6 +251,11 @@ class JobOptions:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
 
+def usual_tap(fit: str, maps: str) -> str:
+    """The tap if none is asked for."""
+    return "normed" if fit == "distilled" or maps == "linear" else "residual"
+
+
 def describe_command(options: JobOptions, output: Path) -> str:
     """The command line that repeats this run; defaults are left out."""
     first, later = ("calibrate", ()) if options.shard else (MAIN, ("bench",))
@@ -267,9 +271,13 @@ def describe_command(options: JobOptions, output: Path) -> str:
 def _flags(options: JobOptions, command: str, without: set[str]) -> list[str]:
     words = []
     defaults = {f.name: f.default for f in dataclasses.fields(JobOptions)}
+    if options.tap != usual_tap(options.fit, options.maps):
+        del defaults["tap"]
+    if (options.engine, options.provider) != (defaults["engine"], defaults["provider"]):
+        del defaults["precision"]  # the default is the engine's own
     for name, said in options_of(JobOptions).items():
         value = getattr(options, name)
-        if command not in said.commands or name in without or value == defaults[name]:
+        if command not in said.commands or name in without or (name in defaults and value == defaults[name]):
             continue
         flag = f"--{(said.flag or name).replace('_', '-')}"
         if isinstance(value, tuple) and not said.numbers:

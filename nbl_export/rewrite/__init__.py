@@ -26,7 +26,7 @@ from nbl_export.graph.names import (
 )
 from nbl_export.graph.passes import run_passes
 from nbl_export.records.decoder import GraphContract, TensorInfo
-from nbl_export.records.plan import AffineMap, Plan
+from nbl_export.records.plan import AffineMap, Plan, spoken_layers
 from nbl_export.rewrite.bypass import BypassAttention
 from nbl_export.rewrite.drop_caches import DropCaches, DropUnreadCaches
 from nbl_export.rewrite.quantize import QuantizeMaps
@@ -77,7 +77,8 @@ def rewrite_model(
     before = graph_caches(model.graph)
     missing = set(plan.replaced) - set(before)
     if missing:
-        raise RefusalError(min(missing), f"the graph has attention caches for layers {list(before)} only")
+        left = spoken_layers(list(before))
+        raise RefusalError(min(missing), f"it has no attention, so it is replaced already; layers {left} have some")
     run_passes(passes_for(plan, maps, rows_VD), model)
     after = [value for pasts, _ in graph_caches(model.graph).values() for value in pasts]
     if after != [value for layer in before if layer not in plan.replaced for value in before[layer][0]]:

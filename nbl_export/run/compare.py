@@ -175,6 +175,8 @@ def _check(decoders: Mapping[str, _Decoder], options: JobOptions) -> Any:
         engine = available_engine(decoder.located)
         if options.batches != (1,) and engine.capabilities.static:
             raise NblError(f"--batch is not for {name}: engine {decoder.located.engine} is measured on one sequence")
+        if options.threads is not None and engine.capabilities.static:
+            raise NblError(f"--threads is not for {name}: engine {decoder.located.engine} computes on a GPU")
         engines.append(engine)
     return engines[0]
 

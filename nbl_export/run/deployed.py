@@ -162,7 +162,7 @@ class Finished:
         """The command that makes a run with maps without a bias."""
         options = dataclasses.replace(
             self._job.options, maps="linear", tap="normed", layers=",".join(map(str, self._job.plan.replaced)),
-            max_perplexity_increase=None, target_speedup=None, kv_budget=None,
+            select=None, max_perplexity_increase=None, target_speedup=None, kv_budget=None,
         )  # fmt: skip
         return describe_command(options, Path("LINEAR"))
 

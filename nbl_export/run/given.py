@@ -13,14 +13,15 @@ from nbl_export.graph.given import GIVEN, graph_of
 from nbl_export.model.checkpoint import gguf_file
 from nbl_export.model.checkpoint.nbl import GIVEN_FIT, NO_ORIGINAL
 from nbl_export.model.checkpoint.source import gguf_of
+from nbl_export.records.asked import refuse_idle
 from nbl_export.records.options import JobOptions
+from nbl_export.run.resolved import case_of
 
 __all__ = [
     "adapt_to_gguf",
     "adapt_to_graph",
     "adapt_to_maps",
     "check_graph_options",
-    "check_maps_options",
     "check_types",
     "refuse_changes",
 ]
@@ -63,17 +64,13 @@ def check_graph_options(options: JobOptions) -> None:
         "--fit distilled": options.fit == "distilled",
         f"--select {options.select}": options.select in ("greedy", "efficient"),
         "--calibration self": options.says_itself,
-        "--max-perplexity-increase": options.max_perplexity_increase is not None,
-    }  # fmt: skip
+    }
     asked = [name for name, wanted in wants.items() if wanted]
     if asked:
         raise UsageError(f"{asked[0]} needs the torch model, and {options.model} is an ONNX graph; give the checkpoint")
+    if options.draft not in (None, "ngram"):
+        raise UsageError(f"--draft {options.draft} needs a checkpoint, and {options.model} is an ONNX graph; use ngram")
     _check_engine(options)
-    others = ("max_seq_len", "max_batch", "prefill_chunk", "builder_option", "quantized_model")
-    idle = [name for name in others if getattr(options, name)]
-    if idle:
-        flag = f"--{idle[0].replace('_', '-')}"
-        raise UsageError(f"{flag} has no effect on {options.model}, which is an ONNX graph of {options.precision}")
 
 
 def _check_engine(options: JobOptions) -> None:
@@ -109,31 +106,14 @@ def adapt_to_maps(options: JobOptions, source: Any) -> JobOptions:
     tap = source.linearized.tap
     if options.fit in ("distilled", "drop"):
         raise UsageError(f"--fit {options.fit} needs the original model: {NO_ORIGINAL}")
+    refuse_idle(case_of(dataclasses.replace(options, fit=GIVEN_FIT)))
+    if options.says_itself:
+        raise UsageError(
+            f"--calibration self needs the original model: {NO_ORIGINAL}; give that model, or leave it out"
+        )
     if options.tap not in ("residual", tap):
         raise UsageError(f"--tap {options.tap}: the maps of {options.model} have the tap {tap}; leave --tap out")
-    changed = dataclasses.replace(options, fit=GIVEN_FIT, tap=tap)
-    check_maps_options(changed)
-    return changed
-
-
-def check_maps_options(options: JobOptions) -> None:
-    """Refuse options that need the attention that an NBL checkpoint lacks.
-
-    Raises:
-        UsageError: the message names the option.
-    """
-    wants = {
-        "--layers": options.layers is not None, "--select": options.select is not None,
-        "--max-perplexity-increase": options.max_perplexity_increase is not None,
-        "--target-speedup": options.target_speedup is not None, "--kv-budget": options.kv_budget is not None,
-        "--rank": options.rank is not None, "--shard": options.shard is not None,
-        "--calibration self": options.says_itself,
-    }  # fmt: skip
-    asked = [flag for flag, wanted in wants.items() if wanted]
-    if asked:
-        raise UsageError(
-            f"{asked[0]} needs the original model: {NO_ORIGINAL}; give that model, or leave the option out"
-        )
+    return dataclasses.replace(options, fit=GIVEN_FIT, tap=tap)
 
 
 def adapt_to_gguf(options: JobOptions, place: str | None = None) -> JobOptions:
@@ -143,17 +123,13 @@ def adapt_to_gguf(options: JobOptions, place: str | None = None) -> JobOptions:
         place: path of the model, if a run has recorded one.
 
     Raises:
-        UsageError: the precision `GGUF` or --requantize does not fit the model or another option.
+        UsageError: the precision `GGUF` does not fit the model or another option.
     """
     applies = options.engine == "ort" and options.provider == "cpu" and options.decoder_source == "genai"
     is_gguf = gguf_of(Path(place or options.model).expanduser()) is not None
     if options.precision == GGUF and not (is_gguf and applies):
         where = "of --decoder-source genai on a CPU" if is_gguf else "for a model that is a .gguf file"
         raise UsageError(f"--precision {GGUF} is {where}; choose another precision")
-    if options.requantize and not (is_gguf and applies and options.precision in _ROUNDED):
-        raise UsageError(
-            "--requantize is for --precision int8 or int4 of a .gguf file, with --engine ort on a CPU; leave it out"
-        )
     if not (is_gguf and applies and options.precision in (*_ROUNDED, GGUF)) or options.requantize:
         return options
     for given, flag in ((options.quantized_model, "--quantized-model"), (_rounding(options), "--builder-option")):

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nbl_export.engines import ENGINES, load_engine
 from nbl_export.errors import NblError, ParityError
 from nbl_export.files import key_of
 from nbl_export.model.checkpoint.nbl import GIVEN_FIT, NO_ORIGINAL
 from nbl_export.parallel import peers
-from nbl_export.records.goals import changed_options
+from nbl_export.records.asked import read_asked, settle
 from nbl_export.records.options import JobOptions
 from nbl_export.records.requests import Prepared, SweepRequest
 from nbl_export.run import torchrun
 from nbl_export.run.given import adapt_to_gguf, adapt_to_graph, refuse_changes
 from nbl_export.run.job import Job
-from nbl_export.run.preflight import check_options, preflight, require_engine
+from nbl_export.run.preflight import check_options, engine_defaults, preflight, require_engine
 from nbl_export.run.progress import Ui
 from nbl_export.run.resolved import located
 from nbl_export.run.stages import STAGES, readers
@@ -28,10 +29,16 @@ from nbl_export.run_directory import CALIBRATION_FILE, MOMENTS_FILE, VERIFY_FILE
 __all__ = ["run_calibration", "run_job", "run_merge", "run_stages", "run_sweep"]
 
 
-def run_job(options: JobOptions, output: Path, ui: Ui, *, force: bool = False) -> Path | None:
+def run_job(
+    asked: Mapping[str, Any], output: Path, ui: Ui, *, force: bool = False, recorded: JobOptions | None = None
+) -> Path | None:
     """Make a verified and measured NBL decoder in `output`. Resumes an existing run; `force` starts over.
 
     Returns None on helper processes of torchrun.
+
+    Args:
+        asked: the options, by their names, with "model".
+        recorded: the options of another run, which those asked for change.
 
     Raises:
         NblError: an error that the user can correct; raised before any computation if possible.
@@ -40,8 +47,8 @@ def run_job(options: JobOptions, output: Path, ui: Ui, *, force: bool = False) -
     with torchrun.led(peers.current()) as leads:
         if not leads:
             return None
-        options = adapt_to_gguf(adapt_to_graph(options))
-        preflight(options)
+        settled = adapt_to_gguf(adapt_to_graph(settle(asked, engine_defaults, recorded)))
+        options = preflight(settled, [name for name, value in read_asked(asked).items() if value is not None])
         require_engine(options)
         _work(options, output, ui, force, "report")
         return output
@@ -59,10 +66,8 @@ def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, 
 def _calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, force: bool) -> Path:
     refuse_foreign(output)
     recorded = {} if force else RunDirectory.peek(output).manifest.get("options", {})
-    options = adapt_to_graph(
-        dataclasses.replace(JobOptions.from_json({**recorded, "model": model, "shard": None}), **given)
-    )
-    preflight(options)
+    known = JobOptions.from_json({**recorded, "model": model, "shard": None})
+    options = preflight(adapt_to_graph(settle({**given, "model": model}, engine_defaults, known)), given)
     _work(options, output, ui, force, "calibrate")
     return output
 
@@ -132,14 +137,17 @@ def run_stages(
         asked: the request of the stage `sweep` or `eval`; without a request both stages are skipped.
     """
     with RunDirectory.open_run(output, create=False) as run:
-        recorded = JobOptions.from_json(run.manifest["options"])
-        options = changed_options(recorded, changes or {})
+        recorded, changes = JobOptions.from_json(run.manifest["options"]), changes or {}
+        _refuse_other_graphs(run, recorded, changes.get("engine"))
+        options = settle(changes, engine_defaults, recorded)
         refuse_changes(recorded, options)
-        if changes and {"precision", "requantize", "builder_option"} & set(changes):
+        place = located(options, run).model
+        if {"precision", "requantize", "builder_option"} & set(changes):
             asked_again = bool(changes.get("requantize", "precision" not in changes and options.requantize))
-            options = adapt_to_gguf(dataclasses.replace(options, requantize=asked_again), located(options, run).model)
-        preflight(options)
-        if changes and "engine" in changes:
+            options = adapt_to_gguf(dataclasses.replace(options, requantize=asked_again), place)
+        sweeps = isinstance(asked, SweepRequest) or "sweep" in run.stages
+        options = preflight(options, changes, sweeps=sweeps, place=place)
+        if "engine" in changes:
             require_engine(options)
         if options.shard and until != "calibrate":
             raise NblError(
@@ -154,6 +162,20 @@ def run_stages(
             job.note_quantized()
         _advance(job, until, ignore_failure=force, needs=needs)
         return run
+
+
+def _refuse_other_graphs(run: RunDirectory, recorded: JobOptions, engine: str | None) -> None:
+    """Refuse an engine that does not take the graphs of the run."""
+    if engine is None:
+        return
+    source = engine_defaults(engine)["decoder_source"]
+    if source == engine_defaults(recorded.engine)["decoder_source"]:
+        return
+    same = [name for name in ENGINES if load_engine(name).capabilities.sources[0] == source]
+    raise NblError(
+        f"{run.path} is a run for --engine {recorded.engine}, whose graphs {engine} does not take; make another run "
+        f"with --engine {' or '.join(same)}"
+    )
 
 
 def run_sweep(output: Path, ui: Ui, changes: dict[str, Any], max_layers: int | None) -> RunDirectory:

@@ -2,74 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
-from nbl_export.engines import load_engine
+from nbl_export.engines import ENGINES, load_engine
 from nbl_export.errors import NblError, UsageError
 from nbl_export.graph.given import GIVEN
 from nbl_export.model.architectures import ARCHITECTURES
-from nbl_export.model.checkpoint.nbl import GIVEN_FIT
 from nbl_export.plan.choose import parse_layers
+from nbl_export.records.asked import applying
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.goals import check_request, check_size
 from nbl_export.records.options import JobOptions
-from nbl_export.records.proposers import AUTO
-from nbl_export.run.given import check_graph_options, check_maps_options
-from nbl_export.run.resolved import chunk_of, engine_of, slots_of
+from nbl_export.run.given import check_graph_options
+from nbl_export.run.resolved import case_of, chunk_of, engine_of, slots_of
 
 __all__ = ["check_asked", "check_options", "engine_defaults", "preflight", "require_engine"]
 
 
 def engine_defaults(engine: str, provider: str = "cpu") -> dict[str, Any]:
-    """An engine's default precision and decoder source."""
+    """An engine's default precision and decoder source.
+
+    Raises:
+        UsageError: there is no such engine, or it makes no decoders.
+    """
     capabilities = load_engine(engine, provider).capabilities
+    if not capabilities.sources:
+        raise UsageError(
+            f"--engine {engine} makes no decoders; engines that do are {', '.join(ENGINES)}. "
+            f"nbl-export convert DIR --to {capabilities.graphs} writes the model of a finished run for {engine}"
+        )
     return {"precision": capabilities.precisions[0], "decoder_source": capabilities.sources[0]}
 
 
-def preflight(options: JobOptions) -> None:
-    """Check engine, precision and decoder source before any work; for a graph, refuse options that need a checkpoint.
+def preflight(
+    options: JobOptions, given: Collection[str] = (), *, sweeps: bool = False, place: str | None = None
+) -> JobOptions:
+    """Check options before any work; recorded options that no longer apply return to their defaults.
+
+    Args:
+        given: names of the options that were asked for now.
+        sweeps: a sweep was asked for.
+        place: path of the model, if a run has recorded one.
 
     Raises:
-        UsageError: an option is unknown, or does not fit the engine or another option.
+        UsageError: an option is unknown, has no effect, or does not fit the engine or another option.
         NblError: the decoder source does not make this precision.
     """
-    from nbl_export.decoders import PRECISIONS, genai
+    from nbl_export.decoders import genai
 
     check_request(options)
+    genai.check_options(options.builder_option)
+    options = applying(case_of(options, sweeps=sweeps, place=place), given)
     if options.compute_dtype == "bfloat16":
         _check_bfloat16(options)
-    if options.fit == GIVEN_FIT:
-        check_maps_options(options)
-    _check_draft(options)
     if options.decoder_source == GIVEN:
         check_graph_options(options)
-        return
-    engine = engine_of(options)
-    capabilities = engine.capabilities
+        return options
+    _check_exported(options)
+    return options
+
+
+def _check_exported(options: JobOptions) -> None:
+    """Check precision and decoder source against the engine."""
+    from nbl_export.decoders import PRECISIONS
+
+    capabilities = engine_of(options).capabilities
     for value, allowed, flag in (
         (options.precision, capabilities.precisions, "--precision"),
         (options.decoder_source, capabilities.sources, "--decoder-source"),
     ):
         if value not in allowed:
             raise UsageError(f"{flag} {value} is not for engine {_spoken(options)}; it takes {', '.join(allowed)}")
-    for name in ("max_seq_len", "max_batch", "prefill_chunk"):
-        if getattr(options, name) is not None and not capabilities.static:
-            raise UsageError(f"--{name.replace('_', '-')} is not for engine {options.engine}, which compiles nothing")
-    if options.batches != (1,) and capabilities.static:
-        raise UsageError(f"--batch is not for engine {options.engine}, which is measured on one sequence")
-    genai.check_options(options.builder_option)
-    for given, flag, condition, fits in (
-        (options.builder_option, "--builder-option", "--decoder-source genai", options.decoder_source == "genai"),
-        (options.quantized_model, "--quantized-model", "--precision int4 of --decoder-source genai", _is_int4(options)),
-        (
-            options.quantize == "awq",
-            "--quantize awq",
-            "--precision int4 of --decoder-source genai on a CPU",
-            _is_rounded(options),
-        ),
-    ):
-        if given and not fits:
-            raise UsageError(f"{flag} is for {condition}; leave it out")
     makes = PRECISIONS[options.decoder_source] if options.provider == "cpu" else capabilities.precisions
     if options.precision not in makes:
         sources = {name: made for name, made in PRECISIONS.items() if name in capabilities.sources}
@@ -80,38 +84,11 @@ def preflight(options: JobOptions) -> None:
         )
 
 
-def _check_draft(options: JobOptions) -> None:
-    """Refuse `--draft` where nothing can propose tokens, or where no checkpoint makes the draft."""
-    if options.draft_layers is not None and options.draft not in ("nbl", AUTO):
-        raise UsageError("--draft-layers is for --draft nbl or auto; leave it out")
-    if options.draft is None:
-        return
-    if not engine_of(options).capabilities.proposers:
-        raise UsageError(f"--draft is for engines ort and openvino on a CPU, not for {_spoken(options)}")
-    if options.fit == GIVEN_FIT:
-        raise UsageError(
-            "--draft needs the original's attention, which an NBL checkpoint lacks; give the original model"
-        )
-    if options.decoder_source == GIVEN and options.draft != "ngram":
-        raise UsageError(f"--draft {options.draft} needs a checkpoint, and {options.model} is an ONNX graph; use ngram")
-
-
 def _check_bfloat16(options: JobOptions) -> None:
     from nbl_export.model import bfloat16
     from nbl_export.parallel import peers
 
-    if options.decoder_source == GIVEN:
-        raise UsageError("--compute-dtype bfloat16 is for a torch model; a graph computes in its own types")
     bfloat16.chosen(options.compute_dtype, peers.current().device)
-
-
-def _is_int4(options: JobOptions) -> bool:
-    return options.precision == "int4" and options.decoder_source == "genai"
-
-
-def _is_rounded(options: JobOptions) -> bool:
-    """Whether the GenAI builder rounds the model's matrices to int4."""
-    return _is_int4(options) and options.provider == "cpu" and options.quantized_model is None
 
 
 def require_engine(options: JobOptions, *, to_prove: bool = False) -> None:
@@ -173,7 +150,7 @@ def check_options(options: JobOptions, spec: DecoderSpec) -> None:
     if options.draft not in (None, "ngram") and source in ARCHITECTURES[spec.architecture].not_from:
         reason = ARCHITECTURES[spec.architecture].not_from[source]
         raise NblError(f"--draft {options.draft} is not possible for {spec.architecture}: {reason}; use ngram")
-    check_size(options, spec)
+    check_size(options, spec, engine_of(options).capabilities.cache_itemsize(options.precision))
     if options.decoder_source != GIVEN:  # a graph states its own structure
         check_asked(options, spec.architecture)
     engine = engine_of(options)

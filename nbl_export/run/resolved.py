@@ -9,14 +9,17 @@ from typing import Any
 from nbl_export.cost import model
 from nbl_export.engines import load_engine
 from nbl_export.engines.base import Engine
-from nbl_export.model.checkpoint.source import Source
+from nbl_export.graph.given import GIVEN
+from nbl_export.model.checkpoint.nbl import GIVEN_FIT
+from nbl_export.model.checkpoint.source import Source, gguf_of
+from nbl_export.records.asked import Case
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.options import JobOptions
 from nbl_export.run_directory import RunDirectory
 from nbl_export.text.corpus import Text
 from nbl_export.text.mixture import absolute_sources
 
-__all__ = ["chunk_of", "cost_model", "engine_of", "identity_of", "located", "slots_of"]
+__all__ = ["case_of", "chunk_of", "cost_model", "engine_of", "identity_of", "located", "slots_of"]
 
 DEFAULT_SLOTS, DEFAULT_CHUNK = 2048, 512
 
@@ -24,6 +27,24 @@ DEFAULT_SLOTS, DEFAULT_CHUNK = 2048, 512
 def engine_of(options: JobOptions) -> Engine:
     """The engine of the options."""
     return load_engine(options.engine, options.provider)
+
+
+def case_of(options: JobOptions, *, sweeps: bool = False, place: str | None = None) -> Case:
+    """What decides which options apply.
+
+    Args:
+        place: path of the model, if a run has recorded one.
+    """
+    capabilities = engine_of(options).capabilities
+    return Case(
+        options,
+        compiles=capabilities.static,
+        proposes=bool(capabilities.proposers),
+        is_graph=options.decoder_source == GIVEN,
+        is_gguf=gguf_of(Path(place or options.model).expanduser()) is not None,
+        is_nbl=options.fit == GIVEN_FIT,
+        sweeps=sweeps,
+    )
 
 
 def slots_of(options: JobOptions, spec: DecoderSpec) -> int:

@@ -176,6 +176,12 @@ def test_model_is_a_file(run: Path, text: Path) -> None:
         (("--seed", "-1"), ("--seed",)),
         (("--depth", "0"), ("--depth",)),  # the main job takes it from a configuration file
         (("--config", "/nowhere.toml"), ("--config", "/nowhere.toml", "cannot be read")),
+        (("--layers", "some"), ("--layers", "'some' is not a layer", "0,7,24-29")),
+        (("--layers", "²"), ("--layers", "'²' is not a layer")),
+        (("--layers", ""), ("--layers", "is not a layer")),
+        (("--layers", "-1"), ("--layers", "'-1' is not a layer")),
+        (("--layers", "2-1"), ("--layers", "2-1 runs backwards")),
+        (("--layers", "1-"), ("--layers", "'1-' is not a layer")),
         (("--no-such-option",), ("--no-such-option",)),
         (("stray",), ("stray",)),
     ],
@@ -183,20 +189,18 @@ def test_model_is_a_file(run: Path, text: Path) -> None:
 )  # fmt: skip
 def test_option_that_is_none(options: tuple[str, ...], parts: tuple[str, ...], same: Same, run: Path) -> None:
     assert_refused_everywhere(run, 2, (*same, *options), *parts)
+    if options[0] == "--layers":
+        before = snapshot(run)
+        assert_refused(nbl("plan", run, *options), 2, *parts)
+        assert snapshot(run) == before
 
 
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
         (("--layers", "3"), ("--layers 3", "at least one stays", "at most 2")),
-        (("--layers", "some"), ("--layers", "'some' is not a layer", "0,7,24-29")),
-        (("--layers", "²"), ("--layers", "'²' is not a layer")),
-        (("--layers", ""), ("--layers", "is not a layer")),
-        (("--layers", "-1"), ("--layers", "'-1' is not a layer")),
         (("--layers", "0,0"), ("--layers", "layer 0 is named twice")),
         (("--layers", "0-1,1"), ("--layers", "layer 1 is named twice")),
-        (("--layers", "2-1"), ("--layers", "2-1 runs backwards")),
-        (("--layers", "1-"), ("--layers", "'1-' is not a layer")),
         (("--layers", "0-2"), ("at least one stays", "at most 2")),
         (("--layers", "0,3"), ("layer 3 does not exist", "0 to 2")),
         (("--layers", "0-99999999999"), ("layer 99999999999 does not exist",)),
@@ -220,7 +224,6 @@ def test_option_that_does_not_fit(options: tuple[str, ...], parts: tuple[str, ..
 
 
 def test_missing_options(same: Same, run: Path) -> None:
-    assert_refused(nbl(), 2, "--model")
     assert_refused(nbl("--model", "x/y"), 2, "--output")
     assert_refused(nbl("plan"), 2, "DIR")
     assert_refused(nbl("no-such-command"), 2, "no-such-command")

@@ -88,10 +88,11 @@ def test_a_file_says_what_flags_say(tmp_path: Path) -> None:
     batch = 4
     token_table = false
     """
-    assert read_config(written(tmp_path, text)) == {
+    expected = {
         "model": "m", "layers": "8", "calibration": ("a.txt:2", "b.jsonl"), "max_seq_len": 64, "label_weight": 0.2,
         "depths": (0, 2048), "threads": (1, 2), "batches": (4,), "token_table": False,
     }  # fmt: skip
+    assert read_config(written(tmp_path, text)) == (expected, None)
 
 
 @pytest.mark.parametrize(
@@ -127,8 +128,9 @@ def test_a_file_that_is_not_there_or_too_large(tmp_path: Path) -> None:
 
 def test_another_run_s_manifest_is_a_configuration_and_flags_win(finished: Path, tmp_path: Path) -> None:
     recorded = json.loads((finished / "nbl.json").read_text(encoding="utf-8"))
-    found = read_config(finished / "nbl.json")
-    assert found["model"] == recorded["places"]["model"] and list(found["depths"]) == recorded["options"]["depths"]
+    asked, found = read_config(finished / "nbl.json")
+    assert found is not None and not asked
+    assert found.model == recorded["places"]["model"] and list(found.depths) == recorded["options"]["depths"]
     run = tmp_path / "run"
     done = nbl("--config", finished / "nbl.json", "--layers", "0,2", "--output", run)
     assert done.status == 0, done.err
@@ -146,11 +148,11 @@ def test_another_run_s_manifest_is_a_configuration_and_flags_win(finished: Path,
 
 
 def test_a_goal_on_the_command_line_replaces_the_count_of_the_file() -> None:
-    from nbl_export.cli.app import _over
+    from nbl_export.records.asked import over
 
-    assert _over({"layers": "1", "seed": 3}, {"kv_budget": "1KiB"}) == {"seed": 3, "kv_budget": "1KiB"}
-    assert _over({"kv_budget": "1KiB"}, {"layers": "2"}) == {"layers": "2"}
-    assert _over({"layers": "1", "seed": 3}, {"seed": 4}) == {"layers": "1", "seed": 4}
+    assert over({"layers": "1", "seed": 3}, {"kv_budget": "1KiB"}) == {"seed": 3, "kv_budget": "1KiB"}
+    assert over({"kv_budget": "1KiB"}, {"layers": "2"}) == {"layers": "2"}
+    assert over({"layers": "1", "seed": 3}, {"seed": 4}) == {"layers": "1", "seed": 4}
 
 
 # -- the recorded command ------------------------------------------------------------------------------------------

@@ -69,6 +69,6 @@ def test_changed_fit_changes_the_maps_and_keeps_the_moments(run: Path) -> None:
 
 def test_contradictions_are_refused(same: tuple[object, ...], tmp_path: Path) -> None:
     run = ("--output", tmp_path / "run")
-    assert_refused(nbl(*same, "--fit", "drop", "--rank", "2", *run), 2, "--rank", "--fit drop")
+    assert_refused(nbl(*same, "--fit", "drop", "--rank", "2", *run), 2, "--rank is for", "--fit independent")
     assert_refused(nbl(*same, "--fit", "hope", *run), 1, "--fit is independent, distilled, drop", "not 'hope'")
     assert not (tmp_path / "run" / "nbl.json").exists()

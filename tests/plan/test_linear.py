@@ -106,7 +106,7 @@ def test_a_run(same: tuple[object, ...], tmp_path: Path) -> None:
 def test_refused(same: tuple[object, ...], tmp_path: Path) -> None:
     for asked, status, part in (
         (("--maps", "linear", "--tap", "residual"), 2, "add --tap normed"),
-        (("--maps", "linear", "--fit", "drop"), 2, "--fit drop has no maps"),
+        (("--maps", "linear", "--fit", "drop"), 2, "--maps is for fitted maps"),
         (("--maps", "quadratic"), 1, "--maps is affine or linear"),
     ):
         assert_refused(nbl(*same, *asked, "--output", tmp_path / "run"), status, part)

@@ -37,8 +37,8 @@ def test_layers_are_read(text: str, expected: int | tuple[int, ...]) -> None:
     assert parse_layers(text, 30) == expected
 
 
-@pytest.mark.parametrize(("layers", "quarter"), [(30, 8), (24, 6), (2, 0), (1, 0), (3, 1)])
-def test_a_quarter_leaves_a_layer(layers: int, quarter: int) -> None:
+@pytest.mark.parametrize(("layers", "quarter"), [(30, 8), (24, 6), (2, 1), (1, 0), (3, 1)])
+def test_a_quarter_leaves_a_layer_and_takes_one(layers: int, quarter: int) -> None:
     assert a_quarter(layers) == quarter
 
 

@@ -89,7 +89,7 @@ def test_generate_bench_and_inspect(runs: dict[str, Path]) -> None:
         (("--precision", "bf16"), "--precision bf16 is not for engine openvino; it takes fp16, fp32, int8, int4"),
         (("--decoder-source", "genai"), "--decoder-source genai is not for engine openvino"),
         (("--provider", "cuda"), "--provider is for engine ort, not for openvino"),
-        (("--max-seq-len", "64"), "--max-seq-len is not for engine openvino"),
+        (("--max-seq-len", "64"), "--max-seq-len is for engines that compile graphs"),
         (("--builder-option", "block_size=32"), "--builder-option is for --decoder-source genai"),
     ],
 )

@@ -19,6 +19,7 @@ from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.files import key_of
 from nbl_export.graph import given
 from nbl_export.graph.given import home_of
+from nbl_export.graph.names import MANIFEST
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config
 from nbl_export.model.checkpoint import gguf_file
 from nbl_export.records.plan import TAPS
@@ -96,7 +97,8 @@ def resolve(model: str) -> Source:
     if path.is_dir():
         return _directory_source(model, path, None)
     if path.exists():
-        raise NblError(f"{path} is not a model: expected a directory with safetensors, or a .gguf file")
+        advice = f"; give its directory, {path.parent}" if path.suffix == ".safetensors" else ""
+        raise NblError(f"{path} is not a model: expected a directory with safetensors, or a .gguf file{advice}")
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise NblError(f"no model at {path}: give a local directory, a .gguf file or a hub id (org/name)")
     return _hub_source(model)
@@ -170,6 +172,8 @@ def _linearized(config: dict[str, Any], where: Path) -> Linearized | None:
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
+        if (directory / MANIFEST).is_file():
+            raise NblError(f"{directory} is a run directory, not a model; give the model that the run was made from")
         raise NblError(f"{directory} is not a model directory: it has no config.json")
     return read_object(path, CONFIG_BYTES)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError, UsageError
+from nbl_export.records.asked import flag_of
 from nbl_export.records.options import JobOptions
 from nbl_export.run.deployed import available_engine, locate
 from nbl_export.run.lossless.figures import LOADS, NEW_TOKENS, asked_of, measured
@@ -17,22 +19,27 @@ from nbl_export.text.prompts import MOST_EACH
 __all__ = ["bench_lossless"]
 
 
-def bench_lossless(directory: Path, options: JobOptions, ui: Ui) -> dict[str, Any]:
+def bench_lossless(directory: Path, asked: Mapping[str, Any], ui: Ui) -> dict[str, Any]:
     """The figures of lossless.json for the chosen proposer, measured again; nothing is written.
 
     Args:
-        options: threads and repetitions; others must be the defaults.
+        asked: threads and repetitions, by the field names of JobOptions.
 
     Raises:
-        UsageError: several sequences side by side. NblError: the run has no lossless/.
+        UsageError: another option, or more than one number of threads. NblError: the run has no lossless/.
     """
     from nbl_export.files import versions
     from nbl_export.measure.benchmark import machine
     from nbl_export.measure.lossless import Way, time_ways
     from nbl_export.run_directory import PACKAGES
 
+    options = JobOptions("", **asked)
     if options.batches != (1,):
         raise UsageError("--lossless is for one sequence: no runtime proposes tokens in a batch here")
+    for name in sorted(set(asked) - {"threads", "repetitions"}):
+        raise UsageError(f"{flag_of(name)} has no effect on --lossless, whose prompts are fixed; leave it out")
+    if len(options.threads or ()) > 1:
+        raise UsageError("--lossless measures one setting; give --threads one number")
     if (options.repetitions or 0) > MOST_EACH:
         raise UsageError(f"--repetitions is {MOST_EACH} at most with --lossless: every round has prompts of its own")
     folder, original = locate(directory, "lossless"), locate(directory, "original")

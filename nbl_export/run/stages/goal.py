@@ -22,7 +22,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.records.goals import DEFAULT_INCREASE, CacheBudget, PerplexityIncrease, TargetSpeedup, goal_of
+from nbl_export.records.goals import (
+    DEFAULT_INCREASE,
+    CacheBudget,
+    PerplexityIncrease,
+    TargetSpeedup,
+    goal_of,
+    layers_for_budget,
+)
 from nbl_export.run.job import Job
 from nbl_export.run.stages.common import cost_of
 from nbl_export.text.window_intervals import spoken_interval, windows_needed
@@ -166,18 +173,11 @@ def _fast_enough(job: Job, selection: Any, goal: TargetSpeedup) -> tuple[int, di
 
 
 def _small_enough(job: Job, goal: CacheBudget) -> tuple[int, dict[str, Any]]:
-    spec, itemsize = job.spec, job.engine.capabilities.cache_itemsize(job.options.precision)
-    layer_bytes = spec.cache_bytes_per_token(1, itemsize) * goal.tokens
-    kept = min(spec.num_layers, int(goal.size_bytes // layer_bytes))
+    itemsize = job.engine.capabilities.cache_itemsize(job.options.precision)
+    count, kept_bytes = layers_for_budget(job.options, goal, job.spec, itemsize)
     of = f"{goal.tokens} tokens" if goal.tokens > 1 else "a token"
-    if kept < 1:
-        raise NblError(
-            f"--kv-budget {job.options.kv_budget} cannot be met: with one attention layer left the caches of {of} take "
-            f"{layer_bytes:,} bytes, {goal.size_bytes:,.0f} are allowed; allow more or use a smaller --precision"
-        )
-    count = spec.num_layers - kept
-    job.ui.say(f"  {count} layers: the caches of {of} take {kept * layer_bytes:,} bytes")
-    return count, {"kv_budget": job.options.kv_budget, "cache_bytes": kept * layer_bytes}
+    job.ui.say(f"  {count} layers: the caches of {of} take {kept_bytes:,} bytes")
+    return count, {"kv_budget": job.options.kv_budget, "cache_bytes": kept_bytes}
 
 
 def _percent(share: float) -> str:

@@ -1,0 +1,73 @@
+"""Where help is found: -h, a bare call, the hint behind a wrong call, and the page of options."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ..command import assert_refused, nbl
+from .test_cli import SUBCOMMANDS
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in SUBCOMMANDS)], ids=str)
+def test_h_is_help(command: tuple[str, ...]) -> None:
+    short, long = nbl(*command, "-h"), nbl(*command, "--help")
+    assert (short.status, short.err) == (0, "")
+    assert short.out == long.out
+    assert "-h, --help" in short.out
+
+
+def test_a_bare_call_shows_the_help() -> None:
+    bare = nbl()
+    assert (bare.status, bare.out) == (2, "")
+    assert bare.err == nbl("--help").out
+
+
+@pytest.mark.parametrize(
+    ("words", "part", "page"),
+    [
+        (("plan",), "Missing argument 'DIR'", "nbl-export plan --help"),
+        (("generate", "runs/x"), "Missing argument 'PROMPT'", "nbl-export generate --help"),
+        (("project", "runs/x"), "Missing option '--tflops'", "nbl-export project --help"),
+        (("bench", "runs/x", "--dept", "1"), "No such option: --dept", "nbl-export bench --help"),
+        (("--layer", "1"), "No such option: --layer", "nbl-export --help"),
+        (("--model", "m"), "the main job needs --output", "nbl-export --help"),
+        (("--output", "o"), "the main job needs --model", "nbl-export --help"),
+        (("benhc",), "No such command 'benhc'", "nbl-export --help"),
+    ],
+)
+def test_a_wrong_call_names_the_page_that_helps(words: tuple[str, ...], part: str, page: str) -> None:
+    refused = nbl(*words)
+    assert_refused(refused, 2, part)
+    assert refused.err.endswith(f"; see {page}\n")
+
+
+def test_a_model_without_its_option(tmp_path: Path) -> None:
+    for place in ("org/name", tmp_path, "models/m.gguf"):
+        assert_refused(nbl(place, "--layers", "8"), 2, f"{place} is no command; give the model with --model {place}")
+
+
+def test_no_help_shows_types_of_python() -> None:
+    for name in SUBCOMMANDS:
+        assert not re.search(r"<(path|str|int|float|list\[.*\])>", nbl(name, "--help").out), name
+    assert not re.search(r"`[^`]*<[^`]*>`", (DOCS / "usage.md").read_text(encoding="utf-8"))
+
+
+def test_force_says_which_of_its_meanings_a_command_has() -> None:
+    for command in ((), ("calibrate",), ("merge",)):
+        assert re.search(r"--force +Start over", nbl(*command, "--help").out), command
+    for name in ("build", "report", "bench", "profile", "eval", "convert", "generate", "accept"):
+        assert re.search(r"--force +Go on despite a failed verification", nbl(name, "--help").out), name
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.stem)
+def test_all_rows_of_a_table_have_its_number_of_cells(page: Path) -> None:
+    wanted = None
+    for line in page.read_text(encoding="utf-8").splitlines():
+        cells = len(re.split(r"(?<!\\)\|", line)) if line.startswith("|") else None
+        assert None in (cells, wanted) or cells == wanted, line
+        wanted = cells

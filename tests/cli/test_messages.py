@@ -1,0 +1,107 @@
+"""Mistakes that people make often: one sentence that says what was meant, or the value is accepted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nbl_export.cli.config import read_config
+from nbl_export.errors import CorruptError, NblError, UsageError
+from nbl_export.model.checkpoint.source import resolve
+from nbl_export.plan.maps_file import maps_in
+from nbl_export.publish import convert
+from nbl_export.records.goals import PerplexityIncrease, goal_of
+from nbl_export.records.options import JobOptions
+
+from ..command import assert_refused, nbl
+
+
+def test_weights_are_named_instead_of_their_directory(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(NblError, match=f"give its directory, {tmp_path}$"):
+        resolve(str(tmp_path / "model.safetensors"))
+
+
+def test_a_run_is_named_instead_of_its_model(tmp_path: Path) -> None:
+    (tmp_path / "nbl.json").write_text("{}")
+    with pytest.raises(NblError, match="is a run directory, not a model; give the model that the run was made from"):
+        resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan", "verify", "report"])
+def test_a_run_that_is_not_there(command: str, tmp_path: Path) -> None:
+    assert_refused(nbl(command, tmp_path / "none"), 1, f"{tmp_path / 'none'} does not exist")
+    assert_refused(nbl(command, tmp_path), 1, "is not a run directory: it has no nbl.json")
+
+
+@pytest.mark.parametrize(
+    ("engine", "form"),
+    [("vllm", "transformers"), ("vLLM", "transformers"), ("llama.cpp", "gguf"), ("ollama", "gguf"), ("mlx-lm", "mlx"),
+     ("tensorrt-llm", "nemotron-nas"), ("gguf", "gguf")],
+)  # fmt: skip
+def test_an_engine_names_the_form_that_it_reads(
+    engine: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+    monkeypatch.setattr(convert, "_check_asked", lambda asked, *_: found.append(asked))
+    nbl("convert", tmp_path, "--to", engine, "--output", tmp_path / "out")
+    assert found == [form]
+
+
+@pytest.mark.parametrize("asked", ["5%", "5", "5 %", "5.0"])
+def test_a_percentage_needs_no_sign(asked: str) -> None:
+    assert goal_of(JobOptions("m", max_perplexity_increase=asked)) == PerplexityIncrease(0.05)
+
+
+@pytest.mark.parametrize("asked", ["0.05", "0.5"])
+def test_a_share_is_no_percentage(asked: str) -> None:
+    with pytest.raises(UsageError, match="write 5%"):
+        goal_of(JobOptions("m", max_perplexity_increase=asked))
+
+
+def test_no_message_shows_a_number_of_the_system(tmp_path: Path) -> None:
+    with pytest.raises(CorruptError) as maps:
+        maps_in(tmp_path)
+    assert str(maps.value) == f"{tmp_path} is not a file; name the maps.safetensors of a run"
+    for name in ("none.toml", "none.json"):
+        with pytest.raises(UsageError) as config:
+            read_config(tmp_path / name)
+        assert str(config.value) == f"--config {tmp_path / name} cannot be read: there is no such file"
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(UsageError, match="cannot be read: Is a directory"):
+        read_config(tmp_path / "folder.toml")
+
+
+def test_a_fit_that_nobody_can_ask_for_is_not_offered() -> None:
+    with pytest.raises(ValueError, match=r"^--fit is independent, distilled, drop, not 'lora'$"):
+        JobOptions("m", fit="lora")
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("--depth", "0"), "--depth has no effect on --lossless"),
+        (("--prompt-tokens", "16"), "--prompt-tokens has no effect on --lossless"),
+        (("--generate-tokens", "4"), "--generate-tokens has no effect on --lossless"),
+        (("--batch", "2"), "--lossless is for one sequence"),
+        (("--threads", "1,2"), "give --threads one number"),
+        (("--threads", "1", "--repetitions", "2"), "does not exist"),
+    ],
+    ids=lambda value: value[0],
+)
+def test_lossless_decoding_is_measured_at_one_setting(words: tuple[str, ...], part: str, tmp_path: Path) -> None:
+    refused = nbl("bench", tmp_path / "none", "--lossless", *words)
+    assert_refused(refused, 1 if part == "does not exist" else 2, part if part != "does not exist" else "none")
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("--tasks", "piqa", "--ppl-context", "64"), "--ppl-context is for --perplexity"),
+        (("--tasks", "piqa", "--stride", "64"), "--stride is for --perplexity"),
+        (("--perplexity", "a=b.txt", "--data", "files"), "--data is for --tasks"),
+    ],
+)
+def test_an_evaluation_refuses_an_option_without_effect(words: tuple[str, ...], part: str, tmp_path: Path) -> None:
+    assert_refused(nbl("eval", tmp_path / "none", *words), 2, part)
