@@ -103,7 +103,7 @@ def summarize(
         "cache_bytes_per_token": verify["cache_bytes_per_token"],
         "engines": manifest.get("engines"),
         "rows": speed_rows(timings),
-        "ratios": speed_ratios(timings),
+        "ratios": speed_ratios(timings, until_narrow=measured.get("repetitions") is None),
         "variants": variants,
         **{name: {v: facts.get(name) for v, facts in variants.items()} for name in _PER_VARIANT},
         "machine": measured.get("machine"),

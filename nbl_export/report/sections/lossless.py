@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nbl_export.measure.paired import exact_level, spoken_level
 from nbl_export.measure.rows import spoken_ratio
 from nbl_export.report import words
 from nbl_export.report.blocks import Column, Details, Paragraph, Section, Table
@@ -66,6 +67,8 @@ def _note(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"Speculation does not pay here: the fastest proposer, {best['proposer']}, is not faster by its interval."
         yield "Use original/ instead, or measure with prompts like your own."
     yield "Each factor is speed over plain decoding; that of a whole answer counts the prompt, which a draft reads too."
+    level = spoken_level(exact_level(best["loads"]))
+    yield f"Intervals of {best['loads']} loads contain the true median in {level} of all cases."
     yield f"Plain decoding gives {best['plain_tokens_per_second']:.1f} tokens a second."
     yield f"Answers have up to {found['new_tokens']} tokens. Sampling keeps the original's distribution."
     if found["differences"]:
