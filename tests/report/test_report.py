@@ -185,7 +185,7 @@ def test_variants_machine_and_the_rest_are_in_the_json(written: Written) -> None
     assert value["machine"] == BENCH["machine"] and value["rungs"] == VERIFY["rungs"]
     assert value["price"] == VERIFY["price"] and value["scores"] == MANIFEST["scores"]
     assert value["stage_seconds"] == {"calibrate": 142.4} and value["command"] == MANIFEST["command"]
-    assert value["replaced_layers"] == [0, 2, 3] and value["verified"] is True
+    assert value["replaced_layers"] == [0, 2, 3] and value["status"] == "verified"
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 4])
@@ -434,7 +434,7 @@ def test_failed_verification_is_shown(tmp_path: Path, value: float, text: str) -
         assert "Verification failed" in page and sentence in page and "Do not deploy" in page
         assert f"largest logit difference {text} (nbl, " in page
     assert '<p class="badge bad">' in written.html and ">Verified<" not in written.html
-    assert written.json["verified"] is False
+    assert written.json["status"] == "failed"
 
 
 @pytest.mark.parametrize("where", ["status", "passed", "rung"])
@@ -442,8 +442,8 @@ def test_one_sign_of_failure_is_enough(where: str) -> None:
     manifest = changed(MANIFEST, status="failed") if where == "status" else MANIFEST
     verify = changed(VERIFY, passed=where != "passed")
     verify["rungs"][0]["passed"] = where != "rung"
-    assert summarize(manifest, verify, None)["verified"] is False
-    assert summarize(MANIFEST, VERIFY, None)["verified"] is True
+    assert summarize(manifest, verify, None)["status"] == "failed"
+    assert summarize(MANIFEST, VERIFY, None)["status"] == "verified"
 
 
 def test_without_bench_speed_is_not_measured(tmp_path: Path) -> None:
