@@ -120,7 +120,7 @@ def timed(job: tuple[Any, ...], work: Path, given: tuple[str, ...], config: Path
     report = read(work / "report.json")
     row: dict[str, Any] = {
         "options": list(given),
-        "verified": report["verified"],
+        "status": report["status"],
         "rungs": [r for r in report["rungs"] if "logit" in r["metric"]],
         "model_bytes": report["model_bytes"],
         "peak_memory_bytes": report["peak_memory_bytes"],

@@ -5,7 +5,10 @@
 Rounds of one load are not independent, so a load counts once. The interval is that of the sign test (Conover,
 Practical Nonparametric Statistics, chapter 3.4). For any noise, the interval contains the true median with probability
 1 - 2 P(Binomial(n, 1/2) < k). k is the largest value whose probability is at least 95%. Up to eight loads, k is 1 and
-the interval is the range of all loads. Five loads reach 94%; fewer loads give no verdict.
+the interval is the range of all loads. Five loads reach 93.75%; fewer loads give no verdict.
+
+This level holds for a number of loads that was fixed beforehand. If the width of the interval ends the loads
+(`rounds.Rule`), the level is lower: `LEVEL_UNTIL_NARROW`, by simulation.
 
 The signed-rank interval is narrower if noise affects both decoders alike. It misses the median too often if noise
 delays only one of them (bench/intervals.py).
@@ -19,17 +22,27 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["CONFIDENCE", "FEWEST_LOADS", "PairedRatio", "paired_ratio"]
+__all__ = [
+    "CONFIDENCE",
+    "FEWEST_LOADS",
+    "LEVEL_UNTIL_NARROW",
+    "PairedRatio",
+    "exact_level",
+    "paired_ratio",
+    "spoken_level",
+]
 
 CONFIDENCE = 0.95
 FEWEST_LOADS = 5
+LEVEL_UNTIL_NARROW = 0.944  # bench/results/intervals.json, "until narrow", of the worst noise and correlation
 
 
 @dataclass(frozen=True)
 class PairedRatio:
     """The median of the loads' ratios and its closed interval.
 
-    confidence: of the exact test, 0 for one load. wins: number of loads with a ratio above 1.
+    confidence: level of the interval: of the exact test, 0 for one load; by simulation if `until_narrow`. wins: number
+    of loads with a ratio above 1. until_narrow: whether the width of the interval ended the loads.
     """
 
     ratio: float
@@ -38,6 +51,7 @@ class PairedRatio:
     confidence: float
     loads: int
     wins: int
+    until_narrow: bool = False
 
     @property
     def verdict(self) -> str:
@@ -53,16 +67,21 @@ class PairedRatio:
         """The kind of interval in words."""
         if self.loads == 1:
             return "one load"
-        kind = "interval" if self.confidence >= CONFIDENCE else "range"
-        return f"{100 * self.confidence:.0f}% {kind} of {self.loads} loads"
+        level = spoken_level(self.confidence)
+        if self.until_narrow:
+            return f"{level} interval of {self.loads} loads, ended by its width"
+        return f"{level} {'interval' if self.confidence >= CONFIDENCE else 'range'} of {self.loads} loads"
 
 
-def paired_ratio(before: Sequence[float], after: Sequence[float], loads: Sequence[int]) -> PairedRatio:
+def paired_ratio(
+    before: Sequence[float], after: Sequence[float], loads: Sequence[int], *, until_narrow: bool = False
+) -> PairedRatio:
     """The ratio before / after, above 1 if `after` took less time. A load's ratio is that of its summed durations.
 
     Args:
         before, after: durations, equally many; the k-th of both ran one after the other.
         loads: the load of each duration.
+        until_narrow: whether `rounds.Rule` ended the loads by the width of the interval.
     """
     sums: dict[int, tuple[float, float]] = {}
     for old, new, load in zip(before, after, loads, strict=True):
@@ -74,10 +93,21 @@ def paired_ratio(before: Sequence[float], after: Sequence[float], loads: Sequenc
         ratio=statistics.median(ratios),
         low=ratios[rank - 1],
         high=ratios[-rank],
-        confidence=_confidence(len(ratios), rank),
+        confidence=LEVEL_UNTIL_NARROW if until_narrow else exact_level(len(ratios)),
         loads=len(ratios),
         wins=sum(ratio > 1 for ratio in ratios),
+        until_narrow=until_narrow,
     )
+
+
+def exact_level(loads: int) -> float:
+    """Level of the sign test's interval for a number of loads that was fixed beforehand; 0 for one load."""
+    return _confidence(loads, _rank(loads))
+
+
+def spoken_level(level: float) -> str:
+    """A level with one decimal place: "96.9%"."""
+    return f"{100 * level:.1f}%"
 
 
 @functools.cache

@@ -11,7 +11,7 @@ So a load has one round.
 
 The width of the intervals ends the rounds, never the verdict: waiting for a winner finds one even if there is none.
 A small sample's interval can be narrow by chance, so there are at most four checks. With this rule the interval
-contained the median in at least 94 of 100 trials for every noise (bench/intervals.py).
+contained the median in at least 94.4% of the trials for every noise (`paired.LEVEL_UNTIL_NARROW`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from nbl_export.records.results import Scenario, Timing
 __all__ = ["LOOKS", "NARROW", "Instruments", "Progress", "Rounds", "Rule", "Stand", "Steps", "Variant",
            "groups", "time_rounds"]  # fmt: skip
 
-# Loads after which rounds may end. Five would be too few: their range contains the median with 1 - 2/32 = 94% only.
+# Loads after which rounds may end. Five would be too few: their range contains the median with 1 - 2/32 = 93.75% only.
 LOOKS = (6, 12, 18, 24)
 NARROW = 1.1  # upper end of an interval divided by its lower end
 _SECONDS = 180.0

@@ -63,8 +63,13 @@ def _facts(scenario: Scenario) -> dict[str, Any]:
     return {"test": scenario.test, **dataclasses.asdict(scenario)}
 
 
-def speed_ratios(timings: Sequence[Timing], base: str | None = "original") -> list[dict[str, Any]]:
+def speed_ratios(
+    timings: Sequence[Timing], base: str | None = "original", *, until_narrow: bool
+) -> list[dict[str, Any]]:
     """Tokens/s of every other variant divided by the base's, one entry for each test that both ran, in run order.
+
+    Args:
+        until_narrow: whether `rounds.Rule` ended the rounds, not a number that was fixed beforehand.
 
     Raises:
         CorruptError: the two variants have different rounds.
@@ -72,10 +77,11 @@ def speed_ratios(timings: Sequence[Timing], base: str | None = "original") -> li
     if base is None:
         return []
     found = {(t.scenario, t.variant): t for t in timings}
-    return [_ratio(found[t.scenario, base], t) for t in timings if t.variant != base and (t.scenario, base) in found]
+    own = [t for t in timings if t.variant != base and (t.scenario, base) in found]
+    return [_ratio(found[t.scenario, base], t, until_narrow=until_narrow) for t in own]
 
 
-def _ratio(base: Timing, own: Timing) -> dict[str, Any]:
+def _ratio(base: Timing, own: Timing, *, until_narrow: bool) -> dict[str, Any]:
     """Pair the rounds: round k of both variants ran one after the other, on the same load."""
     scenario, counts = own.scenario, (len(base.samples_ns), len(own.samples_ns))
     if base.loads != own.loads or counts != (len(own.loads),) * 2:
@@ -85,7 +91,7 @@ def _ratio(base: Timing, own: Timing) -> dict[str, Any]:
             f"{names.get(own.variant, own.variant)} for {scenario.test} at depth {scenario.depth}, not of the same "
             "loads; run the bench stage again"
         )
-    found = paired_ratio(base.samples_ns, own.samples_ns, own.loads)
+    found = paired_ratio(base.samples_ns, own.samples_ns, own.loads, until_narrow=until_narrow)
     return {
         **_facts(scenario),
         "variant": own.variant,

@@ -24,6 +24,7 @@ from nbl_export.publish.base_model import BaseModel
 from nbl_export.records.from_json import edited
 from nbl_export.records.options import describe_command
 from nbl_export.records.public import public_options
+from nbl_export.records.results import COMPARED, VERIFIED
 from nbl_export.report import markdown
 from nbl_export.report.sections import head, quality, speed
 from nbl_export.run_directory import REPORT_JSON, RunDirectory
@@ -78,7 +79,7 @@ def check_publishable(run: RunDirectory, *, force: bool) -> None:
     missing = [stage for stage in ("rewrite", "verify", "report") if stage not in run.stages]
     if missing:
         raise NblError(f"{run.path} is not finished: run its command again ({run.manifest['command']})")
-    if run.manifest["status"] != "verified" and not force:
+    if run.manifest["status"] not in (VERIFIED, COMPARED) and not force:
         raise NblError(f"{run.path} failed verification; see its verify.json, or use --force to go on all the same")
     for stage in ("rewrite", "verify", "report"):
         run.check(stage)

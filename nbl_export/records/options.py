@@ -160,7 +160,7 @@ class JobOptions:
         "main rewrite", metavar="MODEL",
     )  # fmt: skip
     draft: str | None = option(
-        None, "ort, openvino: also write lossless/, which gives the original's tokens faster; tokens are proposed by "
+        None, "ort, openvino: also write lossless/, the original that decides over proposed tokens; they come from "
         "ngram (the text so far), int4 (the original in int4), nbl (the NBL model in int4), or the fastest (auto).",
         _ENGINE,
         metavar="DRAFT",

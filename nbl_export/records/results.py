@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from nbl_export.records.from_json import require
 
-__all__ = ["RungResult", "Scenario", "Timing"]
+__all__ = ["COMPARED", "FAILED", "VERIFIED", "RungResult", "Scenario", "Timing", "status_of"]
+
+VERIFIED, COMPARED, FAILED = "verified", "compared", "failed"
+_UNQUANTISED = ("fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,18 @@ class RungResult:
         if self.value is not None and not math.isfinite(self.value):
             require(not self.passed, "a figure that is not finite does not pass")
             object.__setattr__(self, "value", None)  # JSON has no NaN
+
+
+def status_of(precision: str, rungs: Sequence[Mapping[str, Any]]) -> str:
+    """How far a verification goes: `VERIFIED`, `COMPARED` or `FAILED`.
+
+    A quantised graph is verified only if its float32 twin agrees with the reference in every logit. Otherwise the noise
+    of its codes can hide a wrong wire: the graph is compared, by the rms of its logits and by greedy text.
+    """
+    if not all(rung["passed"] for rung in rungs):
+        return FAILED
+    exact = any(rung["rung"] == "c" and rung["metric"].startswith("max abs") for rung in rungs)
+    return VERIFIED if exact or precision in _UNQUANTISED else COMPARED
 
 
 @dataclass(frozen=True)

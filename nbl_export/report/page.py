@@ -15,6 +15,7 @@ from typing import Any
 
 from nbl_export.files import write_json
 from nbl_export.measure.rows import read_timings, speed_ratios, speed_rows
+from nbl_export.records.results import FAILED, status_of
 from nbl_export.report import html, markdown, plots
 from nbl_export.report.blocks import Document
 from nbl_export.report.sections import (
@@ -85,7 +86,7 @@ def summarize(
     rungs, variants = verify["rungs"], measured.get("variants", {})
     return {
         "schema": 1,
-        "verified": bool(verify["passed"] and all(r["passed"] for r in rungs) and manifest["status"] != "failed"),
+        "status": _status(manifest, verify),
         **{name: manifest.get(name) for name in _COPIED},
         "scores": manifest.get("scores", []),
         "stage_seconds": {name: stage["seconds"] for name, stage in manifest.get("stages", {}).items()},
@@ -103,12 +104,18 @@ def summarize(
         "cache_bytes_per_token": verify["cache_bytes_per_token"],
         "engines": manifest.get("engines"),
         "rows": speed_rows(timings),
-        "ratios": speed_ratios(timings),
+        "ratios": speed_ratios(timings, until_narrow=measured.get("repetitions") is None),
         "variants": variants,
         **{name: {v: facts.get(name) for v, facts in variants.items()} for name in _PER_VARIANT},
         "machine": measured.get("machine"),
         "bench": {k: v for k, v in measured.items() if k not in ("machine", "timings", "variants")} if bench else None,
     }
+
+
+def _status(manifest: Mapping[str, Any], verify: Mapping[str, Any]) -> str:
+    if not verify["passed"] or manifest["status"] == FAILED:
+        return FAILED
+    return status_of(verify["precision"], verify["rungs"])
 
 
 def _largest_logit_difference(rungs: list[dict[str, Any]]) -> dict[str, Any] | None:

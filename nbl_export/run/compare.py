@@ -110,8 +110,8 @@ def compare(
             "parameters": decoder.parameters,
             "arithmetic": available_engine(decoder.located).arithmetic(decoder.located.path),
         }
-    timings = read_timings(value)
-    return {**value, "rows": speed_rows(timings), "ratios": speed_ratios(timings, base)}
+    timings, narrow = read_timings(value), options.repetitions is None
+    return {**value, "rows": speed_rows(timings), "ratios": speed_ratios(timings, base, until_narrow=narrow)}
 
 
 def _decoders(

@@ -3,23 +3,17 @@
     one value a window ─► mean ─► interval                       KL, top-1 agreement
     loss after - loss before, window by window ─► exp(.) - 1     perplexity increase
 
-Windows are few (16 of 512 tokens in 8,192), losses on them are skewed, and neighbours are alike. At each end, the
-interval takes the wider of Student's t and t corrected for skewness. The correction is Hall's (1992, The Removal of
-Skewness by Transformation, J. R. Statist. Soc. B 54). From 8 windows on, the interval is longer by
-sqrt((1 + r) / (1 - r)). Here r is the correlation of neighbours in a first-order autoregression, corrected for bias and
-limited to 0 to 0.7.
+Windows are few (16 of 512 tokens in 8,192), and neighbours can be alike by a correlation that so few windows hardly
+show. With a known correlation r of a first-order autoregression, (mean - truth) / error has Student's t distribution.
+The interval weighs every r from -0.3 to 0.92 by its likelihood, without the mean and the scale (Zellner and Tiao 1964,
+Bayesian Analysis of the Regression Model with Autocorrelated Errors, J. Am. Statist. Assoc. 59). The interval is
+symmetric about the mean and contains 95% of the weighed distributions.
 
-Share of intervals of 16 windows that held the mean, in percent (6,000 draws; nominal 95):
+Losses are also skewed. At each end, the interval takes the wider of this and the same corrected for skewness. The
+correction is Hall's (1992, The Removal of Skewness by Transformation, J. R. Statist. Soc. B 54).
 
-    windows                  t    this        neighbours correlate by    0.3   0.5   0.67
-    normal                   95    97          without r                   87    76     63
-    t, 3 degrees             96    97          this                        93    91     88
-    exponential              91    96
-    lognormal, sigma 0.5     92    96
-    lognormal, sigma 0.75    90    94
-
-For the distributions on the left, a BCa bootstrap gives 85 to 92. SmolLM2's windows of its calibration text correlate
-by 0.67, and its windows of Python's documentation do not correlate.
+`bench/coverage.py` simulates how often intervals contain the mean, beside other methods. Its raw result is
+`bench/results/coverage-perplexity.json`.
 
 `evaluation.statistics` has the standard error of benchmarks, which have hundreds of items.
 """
@@ -38,6 +32,7 @@ __all__ = [
     "CONFIDENCE",
     "Interval",
     "increase_interval",
+    "interval_ends",
     "mean_interval",
     "spoken_interval",
     "spoken_price",
@@ -47,10 +42,8 @@ __all__ = [
 CONFIDENCE = 0.95
 
 
-_FEWEST_OF_A_RUN = 8  # fewest windows that give a correlation of neighbours
-
-
-_MOST_ALIKE = 0.7  # few windows seldom support a larger correlation, which only lengthens the interval
+# Correlations of neighbouring windows that an interval allows for. A wider range lengthens intervals of few windows.
+_ALIKE = np.linspace(-0.3, 0.92, 25)
 
 
 _FLAT = 1e-9  # skewness below which there is nothing to correct
@@ -82,14 +75,21 @@ def mean_interval(values: Sequence[float] | np.ndarray, bounds: tuple[float, flo
     value, count = float(x.mean()), len(x)
     if count < 2:
         return Interval(value)
-    spread = float(x.std(ddof=1))
-    skewness = float(np.mean((x - value) ** 3)) / spread**3 if spread else 0.0
-    far = [(t, _corrected(t, skewness, count)) for t in (_student(count - 1), -_student(count - 1))]
-    error = _stretch(x) * spread / math.sqrt(count)
-    low, high = value - max(far[0]) * error, value - min(far[1]) * error
+    low, high = (float(end[0]) for end in interval_ends(x[None]))
     if bounds is not None:
         low, high = max(low, bounds[0]), min(high, bounds[1])
     return Interval(value, low, high)
+
+
+def interval_ends(rows_TW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ends [T] of the interval of the mean of each row of at least two windows, in the order of the text."""
+    count, mean_T = rows_TW.shape[1], rows_TW.mean(1)
+    apart_TW = rows_TW - mean_T[:, None]
+    spread_T = rows_TW.std(1, ddof=1)
+    skewness_T = np.divide((apart_TW**3).mean(1), spread_T**3, out=np.zeros(len(rows_TW)), where=spread_T > 0)
+    t, error_T = _student(count - 1), _half_widths(apart_TW) / _student(count - 1)
+    low_T = mean_T - error_T * np.maximum(t, _corrected(t, skewness_T, count))
+    return low_T, mean_T - error_T * np.minimum(-t, _corrected(-t, skewness_T, count))
 
 
 def increase_interval(before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarray) -> Interval:
@@ -104,13 +104,18 @@ def increase_interval(before: Sequence[float] | np.ndarray, after: Sequence[floa
 def windows_needed(before: Sequence[float], after: Sequence[float], share: float) -> int | None:
     """How many windows like these would tell whether the perplexity increase is below or above a share.
 
-    With this number, half the 95% interval equals the mean's distance from the share. None if the distance is zero.
+    With this number, half the 95% interval equals the mean's distance from the share. The number is above that of these
+    windows if their interval contains the share. None if the distance is zero.
     """
-    rise = np.asarray(after, np.float64) - np.asarray(before, np.float64)
-    gap = abs(float(rise.mean()) - math.log1p(share))
+    rise, limit = np.asarray(after, np.float64) - np.asarray(before, np.float64), math.log1p(share)
+    gap = abs(float(rise.mean()) - limit)
     if len(rise) < 2 or not math.isfinite(gap) or not gap:
         return None
-    return max(2, math.ceil((_student(10**4) * _stretch(rise) * float(rise.std(ddof=1)) / gap) ** 2))
+    weight_RT, _, scale_RT = _weighed((rise - rise.mean())[None])
+    error = float((weight_RT * scale_RT).sum())
+    (low,), (high,) = interval_ends(rise[None])
+    least = len(rise) + 1 if low <= limit <= high else 2
+    return max(least, math.ceil(len(rise) * (_student(10**4) * error / gap) ** 2))
 
 
 def spoken_interval(
@@ -150,26 +155,45 @@ def _raised(loss: float | None) -> float | None:
     return None if loss is None or loss > 700 else math.expm1(loss)
 
 
-def _corrected(t: float, skewness: float, count: int) -> float:
+def _corrected(t: float, skewness_T: np.ndarray, count: int) -> np.ndarray:
     """The quantile of (mean - truth) / error, with skewness corrected by Hall's cubic."""
-    if abs(skewness) < _FLAT:
-        return t
-    a = skewness / math.sqrt(count)
-    return 3 / a * (_cube_root(1 + a * (t - a / 6)) - 1)
+    flat_T = np.abs(skewness_T) < _FLAT
+    a_T = np.where(flat_T, 1.0, skewness_T) / math.sqrt(count)
+    return np.where(flat_T, t, 3 / a_T * (np.cbrt(1 + a_T * (t - a_T / 6)) - 1))
 
 
-def _stretch(x: np.ndarray) -> float:
-    """How much longer an interval is because neighbouring windows are alike."""
-    count, apart = len(x), x - x.mean()
-    if count < _FEWEST_OF_A_RUN or not apart.any():
-        return 1.0
-    seen = float((apart[1:] * apart[:-1]).sum() / np.square(apart).sum())
-    alike = min(_MOST_ALIKE, max(0.0, (count * seen + 1) / (count - 4)))  # the mean of `seen` is r - (1 + 4 r) / count
-    return math.sqrt((1 + alike) / (1 - alike))
+def _half_widths(apart_TW: np.ndarray) -> np.ndarray:
+    """Half the interval [T] around the mean of each row, from the distances of its windows to the mean."""
+    weight_RT, shift_RT, scale_RT = _weighed(apart_TW)
+    degrees = apart_TW.shape[1] - 1
+    low_T, high_T = np.zeros(len(apart_TW)), (np.abs(shift_RT) + _student(degrees) * scale_RT).max(0)
+    scale_RT = np.maximum(scale_RT, np.finfo(float).tiny)  # equal windows
+    for _ in range(40):
+        half_T = (low_T + high_T) / 2
+        ends = (np.arctan((side * half_T - shift_RT) / scale_RT / math.sqrt(degrees)) for side in (1, -1))
+        above_RT, below_RT = (_inside(angle_RT, degrees) for angle_RT in ends)
+        short_T = (weight_RT * (above_RT - below_RT)).sum(0) / 2 < CONFIDENCE
+        low_T, high_T = np.where(short_T, half_T, low_T), np.where(short_T, high_T, half_T)
+    return high_T
 
 
-def _cube_root(value: float) -> float:
-    return math.copysign(abs(value) ** (1 / 3), value)
+def _weighed(apart_TW: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each correlation: its weight, and shift and scale of truth - mean, which has Student's t distribution.
+
+    The inverse of r^|i - j| has three diagonals. So all follow from sums of squares and of neighbours' products.
+    """
+    count, r_R1 = apart_TW.shape[1], _ALIKE[:, None]
+    ends_T = apart_TW[:, 0] + apart_TW[:, -1]
+    squares_T = np.square(apart_TW).sum(1)
+    inner_T = squares_T - np.square(apart_TW[:, 0]) - np.square(apart_TW[:, -1])
+    products_T = (apart_TW[:, 1:] * apart_TW[:, :-1]).sum(1)
+    effective_R1 = (count - (count - 2) * r_R1) / (1 + r_R1)
+    shift_RT = r_R1 * ends_T / (count - (count - 2) * r_R1)
+    residual_RT = (squares_T + r_R1**2 * inner_T - 2 * r_R1 * products_T) / (1 - r_R1**2) - effective_R1 * shift_RT**2
+    residual_RT = np.maximum(residual_RT, np.finfo(float).tiny)
+    log_RT = -(count - 1) / 2 * np.log((1 - r_R1**2) * residual_RT) - np.log(effective_R1) / 2
+    weight_RT = np.exp(log_RT - log_RT.max(0))
+    return weight_RT / weight_RT.sum(0), shift_RT, np.sqrt(residual_RT / ((count - 1) * effective_R1))
 
 
 @functools.cache
@@ -182,14 +206,14 @@ def _student(degrees: int) -> float:
     return math.tan(low) * math.sqrt(degrees)
 
 
-def _inside(angle: float, degrees: int) -> float:
-    """P(|T| < tan(angle) sqrt(degrees)) (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
-    odd = degrees % 2
-    term, total = (math.cos(angle) if odd else 1.0), 0.0
+def _inside(angle: Any, degrees: int) -> Any:
+    """P(|T| < tan(angle) sqrt(degrees)), negative for a negative angle (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    odd, squared = degrees % 2, np.cos(angle) ** 2
+    term, total = (np.cos(angle) if odd else 1.0), 0.0
     for power in range(odd, degrees - 1, 2):
-        total += term
-        term *= (power + 1) / (power + 2) * math.cos(angle) ** 2
-    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+        total = total + term
+        term = term * ((power + 1) / (power + 2)) * squared
+    return 2 / math.pi * (angle + np.sin(angle) * total) if odd else np.sin(angle) * total
 
 
 def spoken_price(row: Mapping[str, Any]) -> dict[str, str]:

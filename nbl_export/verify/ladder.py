@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.records.plan import Plan
-from nbl_export.records.results import RungResult
+from nbl_export.records.results import RungResult, status_of
 from nbl_export.verify.reference import Reference
 
 __all__ = [
@@ -271,10 +271,12 @@ def check_greedy(
 
 def summary(results: Sequence[RungResult], precision: str, prices: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
     """The content of verify.json without the cache figures."""
+    rungs = [asdict(r) for r in results]
     return {
         "passed": all(r.passed for r in results),
+        "status": status_of(precision, rungs),
         "precision": precision,
         "replaced_layers": list(plan.replaced),
-        "rungs": [asdict(r) for r in results],
+        "rungs": rungs,
         "price": prices,
     }

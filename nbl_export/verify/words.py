@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from nbl_export.records.results import RungResult
+from nbl_export.records.results import COMPARED, FAILED, RungResult
 from nbl_export.verify.codes import DISTANCE, NEARNESS, PRODUCTS, TWIN
 
 __all__ = ["proof"]
 
 
-def proof(rungs: Sequence[RungResult], reference: str) -> list[str]:
+def proof(rungs: Sequence[RungResult], reference: str, status: str) -> list[str]:
     """One sentence for each proven fact; a single sentence if a rung failed.
 
     Args:
         rungs: of both graphs, in the order of the ladder.
         reference: what the graphs are compared with, in words.
+        status: see `records.results.status_of`.
     """
-    if not all(r.passed for r in rungs):
+    if status == FAILED:
         return ["Nothing is proven: a rung of the ladder failed."]
-    return [said for said in (_wiring(rungs, reference), *_codes(rungs), _shipped(rungs)) if said]
+    limits = [_NOT_PROVEN] if status == COMPARED else []
+    return [said for said in (*limits, _wiring(rungs, reference), *_codes(rungs), _shipped(rungs)) if said]
+
+
+_NOT_PROVEN = (
+    "This quantised graph was compared, but its wiring is not proven: no float32 twin was checked, and a fault smaller "
+    "than the allowed difference does not show."
+)
 
 
 def _worst(rungs: Iterable[RungResult]) -> RungResult | None:

@@ -122,7 +122,7 @@ def test_bench_keeps_raw_timings_and_report_has_a_row_of_each(finished: Path) ->
         assert all(report[figure][variant] > 0 for variant in ("original", "nbl")), figure
     assert report["kv_cache_bytes"]["nbl"] * 3 == report["kv_cache_bytes"]["original"] * 2
     assert {"cpu", "cores", "memory_bytes", "os"} <= set(report["machine"])
-    assert report["verified"] is True
+    assert report["status"] == "verified"
 
 
 def test_stages_go_to_stderr_and_the_result_to_stdout(finished: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nbl_export.measure.paired import PairedRatio, paired_ratio
+from nbl_export.measure.paired import LEVEL_UNTIL_NARROW, PairedRatio, exact_level, paired_ratio, spoken_level
 from nbl_export.measure.rounds import LOOKS, Rule
 
 
@@ -50,9 +50,23 @@ def test_the_interval_is_that_of_the_sign_test(count: int, rank: int, confidence
 
 def test_what_is_claimed_is_what_the_test_gives() -> None:
     assert [of_loads(*[1.2] * n).interval for n in (1, 4, 5, 6, 9)] == [
-        "one load", "88% range of 4 loads", "94% range of 5 loads", "97% interval of 6 loads",
-        "96% interval of 9 loads",
+        "one load", "87.5% range of 4 loads", "93.8% range of 5 loads", "96.9% interval of 6 loads",
+        "96.1% interval of 9 loads",
     ]  # fmt: skip
+
+
+def test_the_level_is_that_of_the_number_of_loads() -> None:
+    found = {n: spoken_level(exact_level(n)) for n in (5, 6, 7, 12, 16, 24)}
+    assert found == {5: "93.8%", 6: "96.9%", 7: "98.4%", 12: "96.1%", 16: "97.9%", 24: "97.7%"}
+
+
+def test_loads_that_a_width_ended_have_the_level_of_the_simulation() -> None:
+    """The raw result's worst row, not the exact level of a number of loads that was fixed beforehand."""
+    stored = Path(__file__).parents[2] / "bench" / "results" / "intervals.json"
+    rows = json.loads(stored.read_text(encoding="utf-8"))["rows"]
+    assert round(min(row["held"]["until narrow"] for row in rows), 3) == LEVEL_UNTIL_NARROW
+    found = paired_ratio([1.2] * 12, [1.0] * 12, range(12), until_narrow=True)
+    assert (found.confidence, found.interval) == (0.944, "94.4% interval of 12 loads, ended by its width")
 
 
 @pytest.mark.parametrize(

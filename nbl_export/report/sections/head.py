@@ -8,6 +8,7 @@ from typing import Any
 from nbl_export.measure import background
 from nbl_export.measure.rows import spoken_ratio
 from nbl_export.records.plan import spoken_layers
+from nbl_export.records.results import COMPARED, FAILED, VERIFIED
 from nbl_export.report import words
 from nbl_export.report.blocks import Alarm, Badge, Block, Card, Cards, Paragraph, Strip, Tone
 from nbl_export.report.sections.speed import is_swept
@@ -60,13 +61,15 @@ def _badge(report: Mapping[str, Any]) -> Badge:
         allowed = "not gated" if worst["tolerance"] is None else f"tolerance {worst['tolerance']:g}"
         seen = words.number(worst["value"], "not finite")
         detail = f"largest logit difference {seen} ({worst['subject']}, {worst['metric']}), {allowed}"
-    if report["verified"]:
+    if report["status"] == VERIFIED:
         return Badge("Verified", detail, "ok")
+    if report["status"] == COMPARED:
+        return Badge("Compared, not proven", f"quantised, without a float32 twin; {detail}", "words")
     return Badge("Verification failed", detail, "bad")
 
 
 def _failures(report: Mapping[str, Any]) -> tuple[Block, ...]:
-    if report["verified"]:
+    if report["status"] != FAILED:
         return ()
     said = "Do not deploy this model. Speed and quality loss below belong to a graph that did not pass its checks."
     reasons = tuple(_failure(rung) for rung in report["rungs"] if not rung["passed"])

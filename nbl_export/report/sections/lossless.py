@@ -1,10 +1,12 @@
-"""Lossless decoding: the original's tokens, proposed by something cheaper."""
+"""Decoding by the original, to which something cheaper proposes tokens; lossless in float32."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nbl_export.measure.lossless import decoding, equal_answers
+from nbl_export.measure.paired import exact_level, spoken_level
 from nbl_export.measure.rows import spoken_ratio
 from nbl_export.report import words
 from nbl_export.report.blocks import Column, Details, Paragraph, Section, Table
@@ -25,12 +27,13 @@ def sections(report: Mapping[str, Any]) -> tuple[Section, ...]:
     found = report.get("lossless")
     if not found:
         return ()
-    note = Paragraph(" ".join(_note(found)))
+    note = Paragraph(" ".join(_note(found, report["precision"])))
     trial = Table.of(
         (Column("Tokens proposed by", "wrap"), *Column.numbers("Speed over plain decoding, one round")),
         [(row["proposer"], spoken_ratio(row["ratio"])) for row in found["trial"]],
     )
-    return (Section("Lossless decoding", (note, table(found), Details("The trial of all proposers", (trial,)))),)
+    title = decoding(report["precision"]).capitalize()
+    return (Section(title, (note, table(found), Details("The trial of all proposers", (trial,)))),)
 
 
 def table(found: Mapping[str, Any]) -> Table:
@@ -57,7 +60,7 @@ def _row(row: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _note(found: Mapping[str, Any]) -> Iterator[str]:
+def _note(found: Mapping[str, Any], precision: str) -> Iterator[str]:
     best = found["overall"][0]
     yield "The folder lossless/ holds the original decoder, which decides every token, and proposes tokens to it."
     if found["pays"]:
@@ -66,8 +69,17 @@ def _note(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"Speculation does not pay here: the fastest proposer, {best['proposer']}, is not faster by its interval."
         yield "Use original/ instead, or measure with prompts like your own."
     yield "Each factor is speed over plain decoding; that of a whole answer counts the prompt, which a draft reads too."
+    level = spoken_level(exact_level(best["loads"]))
+    yield f"Intervals of {best['loads']} loads contain the true median in {level} of all cases."
     yield f"Plain decoding gives {best['plain_tokens_per_second']:.1f} tokens a second."
-    yield f"Answers have up to {found['new_tokens']} tokens. Sampling keeps the original's distribution."
+    yield f"Answers have up to {found['new_tokens']} tokens. In this run {equal_answers(best)} equal plain decoding's."
+    if precision == "fp32":
+        yield "Sampling keeps the original's distribution."
+    else:
+        yield (
+            f"Kernels of {precision} round steps of one and of several tokens differently, so these answers are not "
+            "lossless."
+        )
     if found["differences"]:
         worst = max(d["margin"] for d in found["differences"])
         yield (

@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nbl_export.records.results import COMPARED, VERIFIED
 from nbl_export.report import words
 from nbl_export.report.blocks import Block, Column, Heading, Paragraph, Section, Table
 from nbl_export.text.window_intervals import spoken_price
 
 __all__ = ["section"]
+
+_MEANS = {
+    VERIFIED: "“Verified” says that the graph computes what the linearized model computes. "
+    "It does not say that this quality loss is acceptable.",
+    COMPARED: "“Compared” says that logits and greedy text are near those of the linearized model. "
+    "It proves neither the wiring nor that this quality loss is acceptable.",
+}
 
 
 def section(report: Mapping[str, Any]) -> Section:
@@ -34,8 +42,7 @@ def _loss(report: Mapping[str, Any]) -> Iterator[Block]:
         "Measured on held-out text: no map was fitted on this text and no layer was chosen by it. "
         f"Brackets hold a 95% interval over windows of {first['tokens'] // first['windows']} tokens. "
         "Both decoders read the same windows. These figures are reported, not gated. "
-        "“Verified” says that the graph computes what the linearized model computes. "
-        "It does not say that this quality loss is acceptable."
+        f"{_MEANS.get(report['status'], '')}"
     )
     if report["price_warning"]:
         yield Paragraph(f"Note: {report['price_warning']}.")

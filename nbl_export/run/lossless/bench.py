@@ -44,7 +44,8 @@ def bench_lossless(directory: Path, asked: Mapping[str, Any], ui: Ui) -> dict[st
         raise UsageError(f"--repetitions is {MOST_EACH} at most with --lossless: every round has prompts of its own")
     folder, original = locate(directory, "lossless"), locate(directory, "original")
     engine = available_engine(folder)
-    name = RunDirectory.peek(directory).read_json(LOSSLESS_FILE)["chosen"]["name"]
+    run = RunDirectory.peek(directory)
+    name, precision = run.read_json(LOSSLESS_FILE)["chosen"]["name"], run.manifest["options"]["precision"]
     chosen = next((p for p in engine.capabilities.proposers if p.name == name), None)
     if chosen is None:
         raise NblError(f"{directory / LOSSLESS_FILE} names no known proposer; run its stage again")
@@ -55,4 +56,5 @@ def bench_lossless(directory: Path, asked: Mapping[str, Any], ui: Ui) -> dict[st
         loads = asked_of(runner, runner.most_tokens - NEW_TOKENS, options.repetitions or LOADS)
     with ui.task("lossless rounds") as progress:
         samples = time_ways(ways, openers, dict(enumerate(loads)), NEW_TOKENS, progress)
-    return {**measured(chosen.draft, [], samples), "machine": machine(), "versions": versions(PACKAGES)}
+    found = measured(chosen.draft, precision, [], samples)
+    return {**found, "machine": machine(), "versions": versions(PACKAGES)}

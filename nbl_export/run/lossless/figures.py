@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nbl_export.measure.lossless import Asked, Sample, overall, rows
+from nbl_export.measure.lossless import Asked, Sample, decoding, equal_answers, overall, rows
 from nbl_export.records.proposers import MOST_ROWS, Proposer
 from nbl_export.text.prompts import prompts
 
@@ -27,7 +27,7 @@ def asked_of(runner: Any, most: int, loads_wanted: int) -> list[list[Asked]]:
     return loads
 
 
-def measured(draft: str, trial: Sequence[Sample], samples: Sequence[Sample]) -> dict[str, Any]:
+def measured(draft: str, precision: str, trial: Sequence[Sample], samples: Sequence[Sample]) -> dict[str, Any]:
     """The figures of lossless.json: the trial, the rows, and the fastest proposer.
 
     `pays` says whether the fastest proposer is faster than plain decoding, by its whole interval.
@@ -36,6 +36,7 @@ def measured(draft: str, trial: Sequence[Sample], samples: Sequence[Sample]) -> 
     chosen = _named(samples, best[0]["proposer"])
     return {
         "asked": draft,
+        "precision": precision,
         "chosen": chosen.to_json(),
         "pays": best[0]["verdict"] == "faster",
         "new_tokens": NEW_TOKENS,
@@ -54,6 +55,7 @@ def spoken(result: Mapping[str, Any]) -> str:
     """The outcome in a sentence."""
     best = result["overall"][0]
     interval = f"×{best['ratio']:.2f} ({best['low']:.2f} to {best['high']:.2f})"
+    kind, equal = decoding(result["precision"]), f"{equal_answers(best)} equal"
     if result["pays"]:
-        return f"lossless decoding with {best['proposer']}: {interval} of plain decoding"
-    return f"lossless decoding does not pay here: the fastest, {best['proposer']}, is {interval} of plain decoding"
+        return f"{kind} with {best['proposer']}: {interval} of plain decoding, {equal}"
+    return f"{kind} does not pay here: the fastest, {best['proposer']}, is {interval} of plain decoding, {equal}"

@@ -47,7 +47,7 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     rungs = _check_graph(job, target)
     trial, samples = _timed(job, target, blocks)
     found = _judged(job, [*trial, *samples], rungs)
-    result = {**measured(job.options.draft or AUTO, trial, samples), **found}
+    result = {**measured(job.options.draft or AUTO, job.options.precision, trial, samples), **found}
     chosen = next(p for p in _asked(job) if p.name == result["chosen"]["name"])
     settle(target, chosen, blocks)
     write_json(target / MANIFEST, {**_facts(job), "lossless": result["chosen"]})

@@ -12,6 +12,7 @@ import numpy as np
 
 from nbl_export.cost.model import CostModel
 from nbl_export.records.plan import AffineMap, layers_below
+from nbl_export.records.results import status_of
 from nbl_export.run.job import Job
 from nbl_export.run.resolved import cost_model
 from nbl_export.run_directory import VERIFY_FILE
@@ -46,7 +47,9 @@ class Stage:
 
 
 def verdict(job: Job) -> str:
-    return "verified" if passed(job) else "failed"
+    """The status of the run: that of its verification (`records.results.status_of`)."""
+    found = job.run.read_json(VERIFY_FILE)
+    return status_of(found["precision"], found["rungs"])
 
 
 def passed(job: Job) -> bool:

@@ -45,7 +45,7 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     require_engine(job.options, to_prove=True)
     result = _against_torch(job, out) if job.graph is None else _against_graph(job, out)
     write_json(out / VERIFY_FILE, result)
-    return {"status": "verified" if result["passed"] else "failed"}
+    return {"status": result["status"]}
 
 
 def _against_torch(job: Job, out: Path) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def conclude(job: Job, results: list[RungResult], prices: list[dict[str, Any]]) 
     found = ladder.summary(results, job.options.precision, prices, plan)
     texts = _uses_of(job) if prices else []
     reference = "the linearized torch model" if job.graph is None else "the input graph with maps computed in numpy"
-    proof = words.proof(results, reference)
+    proof = words.proof(results, reference, found["status"])
     return {**found, "proof": proof, "price_warning": warning, "texts": texts, "cache_bytes_per_token": per_token}
 
 
