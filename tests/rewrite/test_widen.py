@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,7 +19,7 @@ SIZE, OUTPUTS, BLOCK = 64, 8, 32
 def product(path: Path, *, zeros: bool, bias: bool) -> Path:
     """A graph of one MatMulNBits of 4 bits; absent inputs before the bias have no name."""
     rng = np.random.default_rng(5)
-    arrays = {
+    arrays: dict[str, np.ndarray | None] = {
         "codes": rng.integers(0, 256, (OUTPUTS, SIZE // BLOCK, BLOCK // 2), dtype=np.uint8),
         "scales": (rng.random(OUTPUTS * SIZE // BLOCK) + 0.5).astype(np.float32),
         "zeros": rng.integers(0, 256, OUTPUTS * SIZE // BLOCK // 2, dtype=np.uint8) if zeros else None,
@@ -26,7 +27,7 @@ def product(path: Path, *, zeros: bool, bias: bool) -> Path:
         "bias": (50 * rng.standard_normal(OUTPUTS)).astype(np.float32) if bias else None,
     }
     names = [name if array is not None else "" for name, array in arrays.items()]
-    attributes = {"K": SIZE, "N": OUTPUTS, "bits": 4, "block_size": BLOCK}
+    attributes: dict[str, Any] = {"K": SIZE, "N": OUTPUTS, "bits": 4, "block_size": BLOCK}
     node = helper.make_node("MatMulNBits", ["x", *names], ["y"], "product", domain="com.microsoft", **attributes)
     ends = (
         helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["N", d]) for n, d in (("x", SIZE), ("y", OUTPUTS))
