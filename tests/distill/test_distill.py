@@ -26,6 +26,8 @@ from nbl_export.records.plan import AffineMap
 from nbl_export.text import corpus
 from nbl_export.text import windows as text_windows
 
+from ..disk import calls_of_os
+
 Checkpoint = Callable[[str], Path]
 # By the original alone: a model of random weights knows no text, whose tokens would only draw it away.
 QUICK = DistillSettings(steps=60, batch_tokens=256, check_every=20, learning_rate=3e-2, lora_rank=4, label_weight=0.0)
@@ -216,10 +218,28 @@ def test_only_the_state_of_the_same_run_is_gone_on_from(prepared: dict[str, Any]
         run(prepared, "normed", QUICK, Fragile(path, 1, after=True))
     assert FileState(path, "key").load() is not None
     assert FileState(path, "another").load() is None
-    path.write_bytes(path.read_bytes()[:-100])
-    assert FileState(path, "key").load() is None
+    whole = path.read_bytes()
+    facts = whole.index(b'\\"step\\": 10') + 10
+    damages = [
+        whole[:-100],
+        whole[:-100] + bytes(100),  # of the right length, as after a loss of power
+        whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2),
+        whole[:facts] + b"2" + whole[facts + 1 :],
+    ]
+    for damaged in damages:
+        assert damaged != whole
+        path.write_bytes(damaged)
+        assert FileState(path, "key").load() is None
+    path.write_bytes(whole)
+    assert FileState(path, "key").load() is not None
     assert FileState(tmp_path / "nothing", "key").load() is None
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_state_is_on_the_disk_before_it_replaces_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = calls_of_os(monkeypatch)
+    FileState(tmp_path / "state", "key").save({"a": torch.ones(100)}, {"step": 1})
+    assert done == [("fsync", (tmp_path / "state").stat().st_size), ("replace", str(tmp_path / "state"))]
 
 
 def test_lora_trains_a_delta_of_its_rank(prepared: dict[str, Any]) -> None:
