@@ -16,6 +16,7 @@ from typing import IO, Any
 from nbl_export.errors import NblError
 
 __all__ = [
+    "arrays_sha256",
     "file_sha256",
     "friendly_os_errors",
     "key_of",
@@ -53,6 +54,15 @@ def _digest(stream: Any) -> str:
 def key_of(*parts: Any) -> str:
     """Fingerprint of the inputs of a stage: equal inputs give equal keys."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def arrays_sha256(arrays: Mapping[str, Any]) -> str:
+    """Hex digest of names, types, shapes and bytes of NumPy arrays."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,14 +1,15 @@
 """An unfinished distillation on disk, to resume after a kill: one safetensors file, replaced as a whole.
 
-DIR/distill.partial.safetensors    parameters.*, optimizer.*, best.*; metadata: key, facts (JSON)
+DIR/distill.partial.safetensors    parameters.*, optimizer.*, best.*; metadata: key, facts (JSON), and sha256 of all
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from nbl_export.files import arrays_sha256, key_of, replacing
 
 __all__ = ["FileState"]
 
@@ -32,18 +33,21 @@ class FileState:
                 said = file.metadata() or {}
                 if said.get("key") != self.key:
                     return None
-                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(said["facts"])  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            whole = said["sha256"] == _hash({name: tensor.numpy() for name, tensor in tensors.items()}, said["facts"])
+            return (tensors, json.loads(said["facts"])) if whole else None
         except (SafetensorError, OSError, ValueError, KeyError):
             return None
 
     def save(self, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Write a temporary file, then rename it."""
-        from safetensors.torch import save_file
+        """Replace the file, complete or not at all."""
+        from safetensors.numpy import save as serialised
 
-        scratch = self.path.with_name(f".{self.path.name}-{os.getpid()}")
-        try:
-            said = {"key": self.key, "facts": json.dumps(facts)}
-            save_file({name: t.contiguous() for name, t in tensors.items()}, scratch, metadata=said)
-            os.replace(scratch, self.path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}
+        said = {"key": self.key, "facts": json.dumps(facts)}
+        with replacing(self.path) as stream:
+            stream.write(serialised(arrays, metadata={**said, "sha256": _hash(arrays, said["facts"])}))
+
+
+def _hash(arrays: dict[str, Any], facts: str) -> str:
+    return key_of(arrays_sha256(arrays), facts)

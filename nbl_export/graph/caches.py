@@ -11,6 +11,7 @@ layer. Names only number the layers, because a rewritten graph has gaps. Names t
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -131,9 +132,12 @@ def _can_hold_a_cache(value: ir.Value) -> bool:
 
 
 def _key_first(group: Sequence[_Pair]) -> list[_Pair]:
-    """The key first, by words in the names; in the order of the graph if the names do not say which is the key."""
-    words = [set(re.split(r"[^a-z]+", str(pair.past.name).lower())) for pair in group]
-    if len(group) == 2 and (words[1] - words[0]) & {"key", "keys", "k"}:
+    """The key first, by words in the names; in the order of the graph if the names do not say which is the key.
+
+    Words that both names have equally often do not count: `past_key_values.0.value` has "key" and "values" too.
+    """
+    words = [Counter(re.split(r"[^a-z]+", str(pair.past.name).lower())) for pair in group]
+    if len(group) == 2 and (words[1] - words[0]).keys() & {"key", "keys", "k"}:
         return [group[1], group[0]]
     return list(group)
 

@@ -33,6 +33,7 @@ __all__ = [
     "names_layers",
     "read_layers",
     "read_rank",
+    "saving_inputs",
 ]
 
 DEFAULT_INCREASE = 0.10  # of perplexity, if neither a count nor a goal is given
@@ -93,8 +94,13 @@ def default_select(options: JobOptions) -> str:
 def goal_inputs(options: JobOptions) -> list[Any]:
     """Options, beside the request itself, that change the result of a goal or of `--select efficient`."""
     if options.target_speedup is None and options.kv_budget is None:
-        return [options.kept_logits] if (options.select or default_select(options)) == "efficient" else []
-    return [options.engine, options.provider, options.precision, options.prompt_length, options.kept_logits]
+        return saving_inputs(options) if (options.select or default_select(options)) == "efficient" else []
+    return [options.engine, options.provider, options.precision, options.prompt_length, *saving_inputs(options)]
+
+
+def saving_inputs(options: JobOptions) -> list[Any]:
+    """Options that change the share of a prefill's arithmetic that replaced layers save."""
+    return [options.kept_logits, *([] if options.token_table else ["no token table"])]
 
 
 def changed_options(options: JobOptions, changes: dict[str, Any]) -> JobOptions:

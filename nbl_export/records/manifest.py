@@ -53,7 +53,7 @@ def check_manifest(manifest: Any) -> None:
 def _check_curve(curve: Any) -> None:
     if curve is None:
         return
-    _require(curve, texts=list, tokens=int, points=list)
+    _require({"engine": "", "precision": "", **curve}, texts=list, engine=str, precision=str, tokens=int, points=list)
     number = (int, float)
     for point in curve["points"]:
         _require(point, layers=int, replaced_layers=list, increases=list, prefill=number, decode=number)

@@ -237,7 +237,7 @@ class JobOptions:
 
     @property
     def first_threads(self) -> int | None:
-        """Threads of everything except measurements; None is the engine's choice."""
+        """Threads of lossless decoding and of a profile; None is the engine's choice."""
         return self.threads[0] if self.threads else None
 
     @classmethod

@@ -39,11 +39,11 @@ def pack(
     """
     import torch
 
-    wanted = max(1, -(-tokens // context))
-    needed = (wanted + -(-held_back // context)) * context
+    wanted, spare = max(1, -(-tokens // context)), -(-held_back // context)
+    needed = (wanted + spare) * context
     ids = _ids(text, tokenizer, needed, vocab_size)
     windows = min(len(ids), needed) // context
-    held = min(-(-held_back // context), max(FEWEST_WINDOWS, windows // 8, windows - wanted))
+    held = min(spare, max(FEWEST_WINDOWS, windows // 8, windows - wanted))
     if windows - held < 1:
         raise NblError(
             f"calibration text {text.name} is too short: {len(ids)} tokens, "
@@ -51,13 +51,12 @@ def pack(
         )
     rows = torch.tensor(ids[: windows * context], dtype=torch.long).view(windows, context)
     used = min(wanted, windows - held)
-    if windows < needed // context:
+    parts = (used, wanted, "tokens to calibrate on"), (held, spare, "held-back tokens")
+    short = [f"{have * context:,} of {asked * context:,} {name}" for have, asked, name in parts if have < asked]
+    if short:
         ended = f", since {text.ended_by} ends there" if text.ended_by else ""
         ended += ", and only the first part of a long text is read" if text.cut else ""
-        kept = f", {held * context} held back" if held else ""
-        log.warning(
-            "calibration text %s is shorter than asked: %d tokens used%s%s", text.name, used * context, kept, ended
-        )
+        log.warning("calibration text %s is shorter than asked: it gives %s%s", text.name, " and ".join(short), ended)
     return rows[:used], rows[windows - held :]
 
 

@@ -212,7 +212,7 @@ class Climb:
             self.results.append(ladder.check_greedy(subject, said, truth.greedy, truth.margins, exact, name))
         del twin
         if coded.graph is not None:
-            ran = products(coded.graph, self.setting.threads)
+            ran = products(coded.graph)
             self.results.append(codes.check_products(subject, coded.stored, ran))
         self._logits("g", subject, decoder, self.tolerance, CODES)
         got = [ladder.run_rows(decoder, [row])[0] for row in self.probe.rows]
@@ -222,6 +222,6 @@ class Climb:
         """Rung d: the shipped graph; skipped if the reference has no greedy text."""
         if not truth.greedy:
             return
-        with self.setting.engine.open_checked(directory, self.setting.threads) as runner:
+        with self.setting.engine.open_checked(directory) as runner:
             said = [runner.greedy(prompt, self.probe.new_tokens) for prompt in self.probe.prompts]
         self.results.append(ladder.check_greedy(subject, said, truth.greedy, truth.margins, self.tolerance))

@@ -14,16 +14,14 @@ One safetensors file. SmolLM2's takes 90 MB: 460 positions of 49,152 float32 log
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nbl_export.files import file_sha256, key_of
+from nbl_export.files import arrays_sha256, file_sha256, key_of, replacing
 from nbl_export.verify.ladder import Probe
 from nbl_export.verify.reference import Reference
 
@@ -70,7 +68,7 @@ class KeptReferences:
 
     def save(self) -> None:
         """Write the references of this verification, complete or not at all; nothing if the file has them."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save as serialised
 
         if not self._changed:
             return
@@ -79,13 +77,9 @@ class KeptReferences:
         for kind, (key, reference) in self._used.items():
             own = _arrays(reference)
             arrays |= {f"{kind}.{name}": np.ascontiguousarray(array) for name, array in own.items()}
-            stated[kind] = {"key": key, "sha256": _digest(own), "noisy": reference.noisy}
-        scratch = self._path.with_name(f".tmp-{self._path.name}-{os.getpid()}")
-        try:
-            save_file(arrays, scratch, metadata={_METADATA: json.dumps(stated)})
-            os.replace(scratch, self._path)
-        finally:
-            scratch.unlink(missing_ok=True)
+            stated[kind] = {"key": key, "sha256": arrays_sha256(own), "noisy": reference.noisy}
+        with replacing(self._path) as stream:
+            stream.write(serialised(arrays, metadata={_METADATA: json.dumps(stated)}))
         self._changed = False
 
     def _key(self, probe: Probe, graph: Path | None) -> str:
@@ -104,7 +98,7 @@ class KeptReferences:
                     return None
                 names = [name for name in file.keys() if name.startswith(f"{kind}.")]  # noqa: SIM118
                 arrays = {name.removeprefix(f"{kind}."): file.get_tensor(name) for name in names}
-                return _reference(arrays, stated["noisy"]) if _digest(arrays) == stated["sha256"] else None
+                return _reference(arrays, stated["noisy"]) if arrays_sha256(arrays) == stated["sha256"] else None
         except (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
 
@@ -132,12 +126,3 @@ def _reference(arrays: Mapping[str, np.ndarray], noisy: bool) -> Reference:
         arrays.get("long_noise"),
         noisy,
     )
-
-
-def _digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of names, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()

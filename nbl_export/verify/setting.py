@@ -18,8 +18,8 @@ class Setting:
     """Engine, decoder and plan, and how the graphs were made.
 
     precision: of the shipped graphs. logits: "last" or "all", of the shipped graphs. slots: most tokens of a sequence.
-    threads: of the engine; None lets the engine choose. nearness: most steps between codes and their matrices; None
-    for another tool's codes. task: takes a title and returns a context; its value reports progress.
+    nearness: most steps between codes and their matrices; None for another tool's codes. task: takes a title and
+    returns a context; its value reports progress.
     """
 
     engine: Engine
@@ -28,7 +28,6 @@ class Setting:
     precision: str
     logits: str
     slots: int
-    threads: int | None
     nearness: float | None
     task: Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 

@@ -16,14 +16,17 @@ import torch
 from nbl_export.calibrate import hooks
 from nbl_export.distill.saved import FileState
 from nbl_export.distill.settings import DistillSettings, State, Surroundings, TrainingText
-from nbl_export.distill.training import _batches, distill
+from nbl_export.distill.training import _batches, _Training, distill
 from nbl_export.errors import NblError
 from nbl_export.model.checkpoint.load import load_model, load_tokenizer
 from nbl_export.model.linearize import linearize
+from nbl_export.parallel.peers import ALONE
 from nbl_export.plan import lmmse
 from nbl_export.records.plan import AffineMap
 from nbl_export.text import corpus
 from nbl_export.text import windows as text_windows
+
+from ..disk import calls_of_os
 
 Checkpoint = Callable[[str], Path]
 # By the original alone: a model of random weights knows no text, whose tokens would only draw it away.
@@ -125,6 +128,18 @@ def test_epochs_cut_the_text_anew() -> None:
     assert first[:, 0].tolist() != sorted(first[:, 0].tolist())
 
 
+def test_the_seed_gives_the_cuts_and_the_order_of_the_text() -> None:
+    text = torch.arange(6 * 64).view(6, 64)
+
+    def cut(seed: int) -> list[list[int]]:
+        (batch,) = _batches(text, DistillSettings(steps=1, batch_tokens=352, window=32, seed=seed))
+        return batch.tolist()
+
+    assert cut(1) == cut(1)
+    assert len({cut(seed)[0][0] % 32 for seed in range(8)}) > 1  # cuts
+    assert len({tuple(row[0] // 32 for row in cut(seed)) for seed in range(8)}) == 8  # orders
+
+
 def test_short_text_is_a_batch_by_itself() -> None:
     (batch,) = _batches(torch.arange(16).view(1, 16), DistillSettings(steps=1, batch_tokens=1024))
     assert batch.tolist() == [list(range(16))]
@@ -157,7 +172,7 @@ class Fragile(FileState):
 @pytest.mark.fuzz
 @pytest.mark.parametrize(
     "settings",
-    [QUICK, dataclasses.replace(QUICK, learning_rate=3.0)],
+    [QUICK, dataclasses.replace(QUICK, learning_rate=3.0, check_every=6)],  # retreats are 5 steps apart: between saves
     ids=["steady", "retreating"],
 )
 def test_killed_runs_end_with_the_same_maps(
@@ -176,16 +191,55 @@ def test_killed_runs_end_with_the_same_maps(
             np.testing.assert_array_equal(again.maps[i].bias, best.bias)
 
 
+def test_a_resumed_run_retreats_to_the_best_parameters(tmp_path: Path) -> None:
+    """Not to the parameters at the kill."""
+
+    def training(value: float) -> _Training:
+        trained = {"0.linear.bias": torch.nn.Parameter(torch.full((2,), value))}
+        maps = {0: AffineMap(np.eye(2, dtype=np.float32), np.zeros(2, np.float32))}
+        twin: Any = SimpleNamespace(trained=trained, units={}, maps=lambda: maps)
+        return _Training(twin, DistillSettings(steps=100), [], ALONE)
+
+    first = training(1.0)  # kept at its best
+    first.result.held_kl, first.result.train_kl, first.step = [(0, 0.1)], [9.0] * 10, 10
+    with torch.no_grad():
+        first.twin.trained["0.linear.bias"].fill_(2.0)  # where steps led since
+    first.save(FileState(tmp_path / "state", "key"))
+    again = training(0.0)
+    again.begin(FileState(tmp_path / "state", "key"))
+    assert again.twin.trained["0.linear.bias"].tolist() == [2.0, 2.0]
+    assert again.retreat()
+    assert again.twin.trained["0.linear.bias"].tolist() == [1.0, 1.0]
+
+
 def test_only_the_state_of_the_same_run_is_gone_on_from(prepared: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "state"
     with pytest.raises(Killed):
         run(prepared, "normed", QUICK, Fragile(path, 1, after=True))
     assert FileState(path, "key").load() is not None
     assert FileState(path, "another").load() is None
-    path.write_bytes(path.read_bytes()[:-100])
-    assert FileState(path, "key").load() is None
+    whole = path.read_bytes()
+    facts = whole.index(b'\\"step\\": 10') + 10
+    damages = [
+        whole[:-100],
+        whole[:-100] + bytes(100),  # of the right length, as after a loss of power
+        whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2),
+        whole[:facts] + b"2" + whole[facts + 1 :],
+    ]
+    for damaged in damages:
+        assert damaged != whole
+        path.write_bytes(damaged)
+        assert FileState(path, "key").load() is None
+    path.write_bytes(whole)
+    assert FileState(path, "key").load() is not None
     assert FileState(tmp_path / "nothing", "key").load() is None
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_state_is_on_the_disk_before_it_replaces_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = calls_of_os(monkeypatch)
+    FileState(tmp_path / "state", "key").save({"a": torch.ones(100)}, {"step": 1})
+    assert done == [("fsync", (tmp_path / "state").stat().st_size), ("replace", str(tmp_path / "state"))]
 
 
 def test_lora_trains_a_delta_of_its_rank(prepared: dict[str, Any]) -> None:

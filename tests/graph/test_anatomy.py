@@ -90,8 +90,8 @@ def test_attention_on_the_residual_itself_has_no_normed_input() -> None:
     assert [v.name for v in found.projected] == ["hidden"]
 
 
-def renamed(**names: str) -> ir.Graph:
-    parsed = graph()
+def renamed(text: str = DECOMPOSED, **names: str) -> ir.Graph:
+    parsed = graph(text)
     for value in (*parsed.inputs, *(v for node in parsed for v in node.outputs)):
         value.name = names.get(str(value.name).replace(".", "_"), value.name)
     return parsed
@@ -115,12 +115,35 @@ def test_caches_of_all_conventions(key: str, value: str, layer: int) -> None:
     assert find_block(found, layer).join.outputs[0].name == "residual"
 
 
-def test_value_named_first_is_still_the_value() -> None:
-    text = DECOMPOSED.replace(
-        "float[B,1,Q,8] present_0_key, float[B,1,Q,8] present_0_value",
-        "float[B,1,Q,8] present_0_value, float[B,1,Q,8] present_0_key",
-    )
-    assert [v.name for v in graph_caches(graph(text))[0][0]] == ["past_key_values.0.key", "past_key_values.0.value"]
+MERGE_OF_VALUE = "  present_0_value = Concat<axis: int = 2>(past_key_values_0_value, v4)\n"
+VALUE_MERGED_FIRST = DECOMPOSED.replace(MERGE_OF_VALUE, "").replace(
+    "  present_0_key =", MERGE_OF_VALUE + "  present_0_key ="
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("past_key_values.0.key", "past_key_values.0.value"),
+        ("past_key_values.layers.7.keys", "past_key_values.layers.7.values"),
+        ("past_key_values.0.key", "past_key_values.0.values"),
+        ("past_key_4", "past_value_4"),
+        ("key_cache.2", "value_cache.2"),
+        ("cache.k.1", "cache.v.1"),
+        ("k", "v"),
+    ],
+)
+@pytest.mark.parametrize("text", [DECOMPOSED, VALUE_MERGED_FIRST], ids=["key first", "value first"])
+def test_the_key_comes_first_whichever_the_graph_merges_first(text: str, key: str, value: str) -> None:
+    found = renamed(text, past_key_values_0_key=key, past_key_values_0_value=value)
+    ((pasts, presents),) = graph_caches(found).values()
+    assert [v.name for v in (*pasts, *presents)] == [key, value, "present.0.key", "present.0.value"]
+
+
+def test_names_without_a_word_leave_the_order_of_the_graph() -> None:
+    names = {"past_key_values_0_key": "past.3.0", "past_key_values_0_value": "past.3.1"}
+    ((pasts, _),) = graph_caches(renamed(VALUE_MERGED_FIRST, **names)).values()
+    assert [v.name for v in pasts] == ["past.3.1", "past.3.0"]
 
 
 def test_names_that_contradict_the_graph_are_refused() -> None:

@@ -220,6 +220,20 @@ def test_the_estimate_knows_which_changes_go_together() -> None:
     assert search.outlook([3]).beyond[0].layers == (0, 2, 3)
 
 
+def test_layers_added_without_a_pass_cost_their_losses_and_each_pair_once() -> None:
+    """Three layers that change the output alike lose (0.1 + 0.2 + 0.3)^2, and a fourth of its own adds 0.05."""
+    judge = Planted([0.01, 0.04, 0.09, 0.05], directions=[0, 0, 0, 1])
+    search = Search(judge, GreedyOrder(), None, quiet)
+    for known, losses in (((), (0.01, 0.09, 0.36)), ((0,), (0.09, 0.36))):
+        search.extend(len(known))
+        front = search._front(Point(known, (0.01,) * 2, (0.01,) * 2) if known else None, search._effects)
+        for layer, loss in enumerate(losses, len(known)):
+            assert front.estimate(layer) == pytest.approx(loss)
+            front.add(layer)
+        assert front.estimate(3) == pytest.approx(0.36 + 0.05)
+        assert front.layers == (0, 1, 2)
+
+
 def test_neighbours_that_cost_more_together_are_found_out_by_a_true_pass() -> None:
     judge = Planted([0.01, 0.012, 0.02, 0.03], {frozenset((0, 1)): 0.05})
     order = Search(judge, GreedyOrder(), None, quiet).extend(3)

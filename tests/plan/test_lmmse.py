@@ -47,6 +47,16 @@ def test_planted_map_is_recovered_exactly() -> None:
     assert score(moments(x, x @ weight.T + 5), 0, ridge=0.0).nmse < 1e-12
 
 
+def test_the_ridge_is_a_millionth_of_the_mean_variance_whatever_the_size() -> None:
+    """Of uncorrelated inputs each weight is c / (variance + ridge); the least variance is as small as the ridge."""
+    variances = torch.logspace(-6, 0, 256, dtype=torch.float64)
+    zero, covariances = torch.zeros(256, dtype=torch.float64), torch.diag(variances)
+    planted = Moments(10, zero, zero, 10 * covariances, 10 * 3 * covariances, 10 * 9 * covariances)
+    expected = 3 * variances / (variances + 1e-6 * variances.mean())
+    np.testing.assert_allclose(fit(planted, 0).weight.diagonal(), expected, rtol=1e-5)
+    assert expected[0] < 2.9
+
+
 def test_errors_are_those_of_the_fitted_map() -> None:
     x, y = sample()
     found = fit(moments(x, y), 0)

@@ -239,7 +239,7 @@ def test_energy_is_spoken_of_only_where_it_was_measured(written: Written, tmp_pa
 
 CURVE: dict[str, Any] = {
     "texts": ["held back", "documentation"],
-    "tokens": 512,
+    "engine": "ort", "precision": "fp16", "tokens": 512,
     "points": [
         {"layers": n, "replaced_layers": list(range(6 - n, 6)), "kl": [0.01 * n, 0.02 * n],
          "increases": [0.02 * n, 0.04 * n], "prefill": 1 + 0.03 * n, "decode": 1 + 0.01 * n}
@@ -254,6 +254,7 @@ def test_smaller_and_larger_sets_stand_with_the_commands_for_them(tmp_path: Path
     render(manifest, VERIFY, None, tmp_path)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "## More or fewer layers" in text
+    assert "modelled for ort in fp16: a prefill of 512 tokens" in text  # which a run in int4 may have reused
     assert "limited to 10% on every text" in text and "shown to keep the limit: 3 layers." in text
     row = next(line for line in text.splitlines() if "+16.0%" in line)
     assert [cell.strip() for cell in row.strip("|").split("|")] == [

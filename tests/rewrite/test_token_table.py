@@ -24,7 +24,7 @@ from nbl_export.verify.forms import onnx_files as files
 from nbl_export.verify.ladder import run_rows
 
 from ..command import configured, nbl
-from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB, made_by
+from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB, made_by, save_checkpoint
 from .test_rewrite import GRAPHS, TOLERANCE, rows, torch_logits, worst
 
 Exported = Callable[..., Path]
@@ -70,6 +70,21 @@ def test_logits_are_those_of_the_layers(
     assert replaced_layers(graph_of(directory)) == list(replaced)
     (result,) = files.check_maps("nbl", directory, maps, rows_VD)
     assert result.passed, result.detail
+
+
+def test_the_norm_behind_a_table_keeps_its_epsilon(random_maps: Maps, tmp_path: Path) -> None:
+    """An epsilon of 1, which no default is near, on a stream that a skip norm made."""
+    from nbl_export.decoders import build_decoder
+
+    model = save_checkpoint("llama", tmp_path / "checkpoint", rms_norm_eps=1.0)
+    build_decoder("genai", model, tmp_path / "original", "fp32")
+    maps = random_maps(0)
+    rows_VD = token_rows(model, maps, "residual")
+    rewrite(tmp_path / "original", tmp_path / "nbl", Plan(LAYERS, tuple(maps)), maps, rows_VD=rows_VD)
+    (norm,) = (node for node in graph_of(tmp_path / "nbl") if node.name == "/nbl/token_table/norm")
+    assert norm.attributes["epsilon"].as_float() == 1.0
+    got = run_rows(OnnxDecoder(tmp_path / "nbl", HEAD_DIM), rows())
+    assert worst(got, torch_logits(model, maps)) < TOLERANCE["fp32"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])

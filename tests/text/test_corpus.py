@@ -105,6 +105,26 @@ def test_shorter_text_than_asked_is_used_and_said(
     assert used.numel() > 10_000
 
 
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        (240 * 64, ""),
+        (230 * 64, "it gives 4,480 of 5,120 held-back tokens"),
+        (200 * 64, "it gives 2,560 of 5,120 held-back tokens"),
+        (150 * 64, "it gives 8,448 of 10,240 tokens to calibrate on and 1,152 of 5,120 held-back tokens"),
+    ],
+)
+def test_the_warning_names_what_is_short(tokens: int, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    def tokenizer(piece: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": list(range(len(piece)))}
+
+    used, held = pack(Text("t", "0", ("x" * tokens,)), tokenizer, 160 * 64 - 30, 64, 80 * 64)
+    assert caplog.messages == ([f"calibration text t is shorter than asked: {said}"] if said else [])
+    if said:
+        assert f"{held.numel():,} of 5,120" in said
+        assert ("calibrate" in said) == (used.numel() < 160 * 64 - 30)
+
+
 def test_default_text_without_the_package_is_pythons_own(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

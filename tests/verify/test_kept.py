@@ -21,6 +21,7 @@ from nbl_export.verify.ladder import Probe
 from nbl_export.verify.reference import Reference
 
 from ..command import TINY, nbl
+from ..disk import calls_of_os
 
 PROBE = Probe(((1, 2, 3), (4, 5)), ((1, 2),), 3, (1, 2, 3, 4))
 FILE = "references.safetensors"
@@ -131,6 +132,14 @@ def test_a_file_that_has_everything_is_not_written_again(tmp_path: Path) -> None
     kept.save()
     again = KeptReferences(tmp_path / FILE, ["a model"]).get("own", PROBE)
     assert again is not None and again.noisy
+
+
+def test_references_are_on_the_disk_before_they_replace_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = calls_of_os(monkeypatch)
+    write(tmp_path / FILE, made())
+    assert done == [("fsync", (tmp_path / FILE).stat().st_size), ("replace", str(tmp_path / FILE))]
 
 
 @pytest.fixture

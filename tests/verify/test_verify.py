@@ -148,12 +148,12 @@ def test_one_graph_is_open_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         return made
 
     @contextlib.contextmanager
-    def open_checked(_directory: Path, _threads: object) -> Iterator[mock.Mock]:
+    def open_checked(_directory: Path) -> Iterator[mock.Mock]:
         seen.append(len(alive))
         yield mock.Mock(greedy=lambda _prompt, tokens: list(range(tokens)))
 
     engine = SimpleNamespace(open_graph=open_graph, open_checked=open_checked)
-    setting: Any = SimpleNamespace(static=False, precision="fp32", narrow=False, engine=engine, spec=SPEC, threads=1)
+    setting: Any = SimpleNamespace(static=False, precision="fp32", narrow=False, engine=engine, spec=SPEC)
     monkeypatch.setattr(Climb, "form", mock.Mock(check=lambda *_: [], check_untouched=lambda *_: []))
     results: list[RungResult] = []
     climb = Climb(setting, Probe(tuple(map(tuple, rows)), ((1, 2),), 4), {}, None, results, mock.Mock())

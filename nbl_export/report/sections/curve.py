@@ -58,7 +58,8 @@ def _note(report: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator[str]:
     yield "The choice of layers measured each of these sets, before any training of the maps."
     yield "Increases of perplexity are of the text that chose the layers, so they are somewhat too low."
     yield "The commands run in the directory of this report."
-    yield f"Speed is modelled: a prefill of {curve['tokens']} tokens, then one decode step."
+    of = f" for {curve['engine']} in {curve['precision']}" if "engine" in curve else ""
+    yield f"Speed is modelled{of}: a prefill of {curve['tokens']} tokens, then one decode step."
     goal = report.get("goal") or {}
     if goal.get("default"):
         count, limit = len(report["replaced_layers"]), goal["max_perplexity_increase"]

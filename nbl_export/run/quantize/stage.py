@@ -10,9 +10,9 @@ from typing import Any
 from nbl_export.run.job import Job
 from nbl_export.run_directory import SCALES_FILE
 
-__all__ = ["run"]
+__all__ = ["READ_TOKENS", "run"]
 
-_WINDOWS_TOKENS = 8192  # tokens whose magnitudes are averaged
+READ_TOKENS = 8192  # tokens whose magnitudes are averaged
 _ROWS = 256  # rows on which the rounding is judged
 _BLOCK = 32  # the GenAI builder's default
 
@@ -24,7 +24,7 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export.quantize.scales_file import save_scales
 
     model, (windows, _) = job.model, job.windows
-    ids = windows[: max(1, _WINDOWS_TOKENS // windows.shape[1])]
+    ids = windows[: max(1, READ_TOKENS // windows.shape[1])]
     groups = list(groups_of(model))
     with job.ui.task("activations") as progress:
         seen = observe(model, groups, ids, _ROWS, progress)

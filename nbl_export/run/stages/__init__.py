@@ -9,6 +9,7 @@ from nbl_export.graph.names import GENAI_CONFIG
 from nbl_export.model.checkpoint.nbl import GIVEN_FIT, NO_ORIGINAL
 from nbl_export.records.goals import GOALS, goal_inputs
 from nbl_export.run.job import Job
+from nbl_export.run.quantize.stage import READ_TOKENS
 from nbl_export.run.stages.common import Stage
 from nbl_export.text.held_back import DIVISION
 
@@ -67,6 +68,12 @@ def _texts(job: Job) -> list[Any]:
     return [job.fingerprint, job.text_sha256, *([job.options.shard] if job.options.shard else [])]
 
 
+def _awq_texts(job: Job) -> list[Any]:
+    """The texts, and the calibration tokens if they are fewer than the stage reads."""
+    tokens = job.options.calibration_tokens
+    return [*_texts(job), *([tokens] if tokens < READ_TOKENS else [])]
+
+
 def _sweep_inputs(job: Job) -> list[Any]:
     from nbl_export.run.stages.sweep import sweep_inputs
 
@@ -89,7 +96,8 @@ STAGES = (
         _parts, _no_distill,
     ),
     Stage(
-        "quantize", "activation-aware scales", (), ("quantize", "context", "builder_option"), _texts, _no_quantize,
+        "quantize", "activation-aware scales", (), ("quantize", "context", "builder_option"), _awq_texts,
+        _no_quantize,
         ".quantize.stage",
     ),
     Stage(
@@ -113,7 +121,7 @@ STAGES = (
         skip=_no_bench,
     ),
     Stage(
-        "lossless", "lossless decoding", ("decoder", "rewrite"), ("draft", "draft_layers", "threads"),
+        "lossless", "lossless decoding", ("decoder", "rewrite"), ("draft", "draft_layers", "threads", "requantize"),
         skip=_no_lossless, module=".lossless.stage",
     ),
     Stage("report", "report", ("plan", "sweep", "verify", "eval", "build", "bench", "lossless"), ()),

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
-from nbl_export.files import file_sha256, key_of, write_json
+from nbl_export.files import arrays_sha256, file_sha256, key_of, write_json
 from nbl_export.run.job import Job
 from nbl_export.run_directory import DISTILL_FILE, MAPS_FILE, START_FILE
 
 __all__ = ["run"]
 
-_STATE = 3  # kind of the saved state; another kind begins anew
+_STATE = 4  # kind of the saved state; another kind begins anew
 
 
 def run(job: Job, out: Path) -> dict[str, Any]:
@@ -36,13 +35,11 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     )
     path = job.run.path / START_FILE
     start = load_maps(path, plan.replaced)
-    ids = hashlib.sha256(windows.numpy().tobytes() + judging.numpy().tobytes()).hexdigest()
-    key = key_of(_STATE, job.fingerprint, ids, file_sha256(path), dataclasses.asdict(settings))
     peers = distributed.current()
     given = {"maps": start, "windows": windows, "held": judging, "settings": settings, "tap": plan.tap}
     peers.lead({"work": "distill", "checkpoint": str(job.checkpoint.absolute()), **given})
     peers.agree(None)
-    state = FileState(job.run.partial("distill"), key)
+    state = FileState(job.run.partial("distill"), _key(job.fingerprint, path, windows, judging, settings))
     with job.ui.task("distilling") as progress:
         found = training.distill(
             peers.place(job.model), start, plan.tap, settings_of.TrainingText(windows, judging), settings,
@@ -55,3 +52,9 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     kl = {"held_kl_start": found.held_kl[0][1], "held_kl_best": best[1]}
     how = {"kind": "distilled", "label_weight": settings.label_weight}
     return {"fit": {**how, "steps": len(found.train_kl), "best_step": best[0], **kl}}
+
+
+def _key(fingerprint: str, maps: Path, windows: Any, judging: Any, settings: Any) -> str:
+    """Fingerprint of an unfinished distillation: model, maps at the start, token ids and settings."""
+    ids = arrays_sha256({"windows": windows.numpy(), "judging": judging.numpy()})
+    return key_of(_STATE, fingerprint, ids, file_sha256(maps), dataclasses.asdict(settings))

@@ -82,7 +82,7 @@ def _open(job: Job, variant: str) -> Any:
         if not variant.startswith("torch-"):
             from nbl_export.evaluation.lm import OnnxLM
 
-            return OnnxLM(path=str(job.run.path), variant=variant, threads=job.options.first_threads)
+            return OnnxLM(path=str(job.run.path), variant=variant)
         from nbl_export.evaluation.torch_lm import torch_lm
         from nbl_export.model.checkpoint.load import load_tokenizer
         from nbl_export.model.linearize import linearize

@@ -21,7 +21,7 @@ from nbl_export.plan import lmmse
 from nbl_export.plan.choose import ranked
 from nbl_export.plan.effects import EVERY, Judge
 from nbl_export.plan.greedy import RULE, GreedyOrder, Point, Search
-from nbl_export.records.goals import default_select, read_rank
+from nbl_export.records.goals import default_select, read_rank, saving_inputs
 from nbl_export.records.plan import AffineMap, LayerScore, zero_map
 from nbl_export.run.job import Job
 from nbl_export.run.stages.common import cost_of
@@ -188,7 +188,7 @@ class Selection:
     @property
     def _key(self) -> str:
         options = self._options
-        weighed = [options.kept_logits, "square root"] if self.select == "efficient" else []
+        weighed = [*saving_inputs(options), "square root"] if self.select == "efficient" else []
         calibrated = self._job.run.stages["calibrate"]["key"]
         judged = None if options.says_itself else self._job.far_text.sha256
         return key_of(
@@ -205,7 +205,8 @@ class Selection:
 
     def _curve(self, order: GreedyOrder) -> dict[str, Any]:
         model, points = cost_of(self._job), (*order.steps, *order.beyond)
-        return {"texts": self._names, "tokens": model.tokens, "points": list(self._points(model, points))}
+        modelled = {"engine": self._options.engine, "precision": self._options.precision, "tokens": model.tokens}
+        return {"texts": self._names, **modelled, "points": list(self._points(model, points))}
 
     def _points(self, model: Any, points: Sequence[Point]) -> Iterator[dict[str, Any]]:
         for point in points:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.files import write_json
-from nbl_export.records.goals import DEFAULT_INCREASE
+from nbl_export.records.goals import DEFAULT_INCREASE, default_select, saving_inputs
 from nbl_export.report.tables import METHOD_NAMES
 from nbl_export.run.job import Job
 from nbl_export.run_directory import MAPS_FILE, SWEEP_FILE
@@ -37,13 +37,14 @@ def sweep_inputs(job: Job) -> list[Any]:
     distilled = job.run.stages.get("distill", {}).get("key")
     return [
         DIVISION,
+        options.select or default_select(options),
         job.sweep and job.sweep.layers,
         distilled,
         options.engine,
         options.provider,
         options.precision,
         options.prompt_length,
-        options.kept_logits,
+        *saving_inputs(options),
         *([] if options.has_bias else [options.maps]),
     ]
 

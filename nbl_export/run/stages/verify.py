@@ -131,7 +131,6 @@ def setting_of(job: Job) -> Setting:
         precision=options.precision,
         logits=options.kept_logits,
         slots=job.slots,
-        threads=options.first_threads,
         nearness=_nearness(job),
         task=job.ui.task,
     )

@@ -1,0 +1,38 @@
+"""A job whose run directory is a manifest alone: for what is computed from options and facts."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.options import JobOptions
+from nbl_export.run.job import Job
+from nbl_export.run.progress import Ui
+from nbl_export.run_directory import RunDirectory
+
+__all__ = ["job_of"]
+
+_SPEC = DecoderSpec("llama", 3, 64, 4, 2, 16, 384, 512)
+
+
+def job_of(directory: Path, options: dict[str, Any], manifest: dict[str, Any] | None = None, asked: Any = None) -> Job:
+    """A job of a torch model with three layers.
+
+    Args:
+        manifest: values that replace those of its facts.
+    """
+    run = RunDirectory(directory)
+    run.manifest = {
+        "model": {"fingerprint": "model"}, "calibration": {"sha256": "text"}, "quantized": {"fingerprint": "codes"},
+        "decoder": dataclasses.asdict(_SPEC), "num_layers": 3, "replaced_layers": [1], "tap": "residual",
+        "select": "cca", "scores": [], "stages": {"calibrate": {"key": "moments"}}, **(manifest or {}),
+    }  # fmt: skip
+    job = Job(JobOptions("m", **options), run, Ui(quiet=True), asked)
+    job.__dict__ |= {
+        "source": SimpleNamespace(graph=None, fingerprint="model"), "shortage": "",
+        "far_text": SimpleNamespace(sha256="another text", name="another text"),
+    }  # fmt: skip
+    return job
