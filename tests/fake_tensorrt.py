@@ -3,6 +3,9 @@
 The plan is the path of a graph. As on a GPU, tensors are addresses, work goes onto a stream, a captured step is
 replayed with the shapes it was captured with. What TensorRT refuses is answered as its bindings answer: tests see the
 stand-in through `tensorrt_api.held`, which holds every name and answer to those of the bindings.
+
+Logits are ONNX Runtime's. Tests on this stand-in compare them bit for bit with the same graph in ONNX Runtime: they
+test what this project moves and binds, never what TensorRT computes.
 """
 
 from __future__ import annotations

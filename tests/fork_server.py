@@ -54,6 +54,10 @@ class ForkedRun:
             time.sleep(0.001)
         raise TimeoutError(f"{line!r} never came: {self.err}")
 
+    def poll(self) -> int | None:
+        """None while it runs, as in subprocess; the status afterwards."""
+        return None if "status" not in vars(self) and _is_running(self.pid) else self.status
+
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal to the whole group, as a terminal does. Nothing once the end was waited for."""
         if "status" in vars(self):

@@ -11,6 +11,7 @@ import multiprocessing
 import platform
 import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -94,18 +95,19 @@ def measure_footprint(
     here, there = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(there, open_runner, directory, threads, prompt, capacity), daemon=True)
     resource_tracker.ensure_running()  # starting it inside the block below would unblock interrupts
-    with _interrupts_held():
-        child.start()
-    there.close()  # only the child's copy stays open, so the child's end also ends the wait
     try:
+        with _interrupts_held():
+            child.start()
+        there.close()  # only the child's copy stays open, so the child's end also ends the wait
         answer = here.recv()
     except EOFError:
         child.join()
         raise NblError(f"measuring {directory} failed: {_ending(child.exitcode)}") from None
     finally:
-        here.close()
-        child.terminate()
-        child.join()
+        if child.pid is not None:
+            child.terminate()
+            child.join()
+        here.close()  # not before: a child that has its answer would find nobody to give it to, and say so
     if isinstance(answer, str):
         raise NblError(answer)
     return answer
@@ -124,15 +126,25 @@ def _ending(status: int | None) -> str:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Block Ctrl-C. A process started in the block never receives Ctrl-C; this process does, and ends the child."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Hold signals that end a run back until the block ends. A process started in the block never receives Ctrl-C.
+
+    Ctrl-C is blocked in this thread alone. A thread of a library may take it, and Python's handler then runs here.
+    """
+    came: list[int] = []
+    main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if main and signal.getsignal(n) is not None]
+    handlers = {n: signal.signal(n, lambda number, _frame: came.append(number)) for n in numbers}
+    blocks = hasattr(signal, "pthread_sigmask")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if blocks else set()
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if blocks:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for held, handler in handlers.items():
+            signal.signal(held, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _child(

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nbl_export.calibrate import hooks
 from nbl_export.calibrate.shards import Shard, parse_shard
 from nbl_export.calibrate.sums import Accumulator, Sums
-from nbl_export.errors import UsageError
+from nbl_export.errors import NblError, UsageError
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.plan import lmmse
 
@@ -191,7 +191,7 @@ def test_a_shard_by_itself_goes_no_further(collect: Callable[..., Path]) -> None
     assert "calibrate --model" in json.loads((run / "nbl.json").read_text())["command"]
     assert "--shard 1/2" in json.loads((run / "nbl.json").read_text())["command"]
     assert_refused(nbl("plan", run), 1, run, "shard 1/2", "nbl-export merge")
-    with pytest.raises(Exception, match="shard 1 of 2"):
+    with pytest.raises(NblError, match="shard 1 of 2"):
         hooks.load_moments(run / "moments.safetensors")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -74,7 +75,9 @@ def test_manifest_says_what_was_done(finished: Path, same: Same, text: Path) -> 
 def test_manifest_has_the_hash_of_every_file_and_the_seconds_of_every_stage(finished: Path) -> None:
     stages = read(finished / "nbl.json")["stages"]
     assert list(stages) == ["calibrate", "plan", "decoder", "rewrite", "verify", "bench", "report"]
-    assert all(stage["seconds"] >= 0 for stage in stages.values())
+    said = re.findall(r": done in ([\d.]+) s$", finished.with_name("stderr").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [stage["seconds"] for stage in stages.values()] == pytest.approx([float(s) for s in said], abs=0.051)
+    assert sum(stage["seconds"] for stage in stages.values()) > 0.1
     recorded = {name: digest for stage in stages.values() for name, digest in stage["files"].items()}
     found = snapshot(finished)
     for name in ("nbl.json", "references.safetensors"):  # the second has its hashes inside
@@ -104,7 +107,7 @@ def test_every_rung_is_recorded_with_its_tolerance(finished: Path) -> None:
     batched = [r for r in result["rungs"] if r["rung"] == "c" and "batch of 2" in r["detail"]]
     assert {r["metric"].rpartition(" ")[2] for r in batched} == {"prefill", "decode"}
     assert len(result["price"]) == 1 + 1  # the text's own end, and one that is not calibrated on
-    assert all(p["kl_mean"] >= 0 and 0 <= p["top1_agreement"] <= 1 for p in result["price"])
+    assert all(p["kl_mean"] > 0 and 0 < p["top1_agreement"] < 1 for p in result["price"])
     head = HIDDEN // 4
     assert result["cache_bytes_per_token"] == {"original": 3 * 2 * 2 * head * 4, "nbl": 2 * 2 * 2 * head * 4}
 
@@ -425,5 +428,5 @@ def test_distilled_maps_act_on_the_normed_input_unless_asked(
     assert done.status == 0, done.err
     facts = json.loads((tmp_path / "run" / "nbl.json").read_text(encoding="utf-8"))
     assert (facts["tap"], facts["fit"]["kind"]) == (found, "distilled")
-    assert f"--tap {found}" in facts["command"] or found == "residual"
+    assert ("--tap" in facts["command"]) is (found != "residual")  # of independent maps, the default
     assert not list((tmp_path / "run").glob("*.partial.safetensors"))

@@ -60,6 +60,27 @@ def test_a_window_bounds_attention_and_cache() -> None:
     assert windowed.speedup_of_sizes(EIGHT).decode < full.speedup_of_sizes(EIGHT).decode
 
 
+@pytest.mark.parametrize(
+    ("tokens", "depth", "windowed"),
+    [
+        (3, 10, 6),  # tokens 11, 12 and 13 see 8 to 11, 9 to 12 and 10 to 13: 8 to 13 together
+        (1, 10, 4),
+        (3, 2, 5),  # all there are: 1 to 5
+        (3, 1, 4),
+        (9, 0, 9),
+    ],
+)
+def test_bytes_of_a_chunk_behind_a_cache_with_a_window(tokens: int, depth: int, windowed: int) -> None:
+    """The decoder for paper with a window of 4 in layer 1: keys and values of each position that a token sees, once."""
+    spec = DecoderSpec("llama", 2, 4, 2, 1, 2, 10, 64, sliding_window=4, full_layers=(0,))
+    model = CostModel(spec, 8, 2.0, 1.0, 2)
+    matrices = 2 * (2 * (4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 8)) + 4 * 10
+    position = 2 * 2 * 2  # a key and a value of one head of 2 elements of 2 bytes
+    assert model.prefill({}, tokens, depth).bytes == matrices + position * (depth + tokens + windowed)
+    only = matrices - 2 * (48 - 16)  # the layer without a window is a map of 16 elements
+    assert model.prefill({0: 16}, tokens, depth).bytes == only + position * windowed
+
+
 def test_layers_with_and_without_a_window() -> None:
     """A layer that sees everything is worth more than one with a window, and one of each stands between."""
     mixed = dataclasses.replace(SMOLLM2, sliding_window=64, full_layers=tuple(range(0, 30, 2)))

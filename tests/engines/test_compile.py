@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -249,14 +248,12 @@ def test_what_cannot_be_compiled_is_refused_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
-def test_tensorrt_without_its_library_is_refused_at_once(same: tuple[object, ...], tmp_path: Path) -> None:
+def test_tensorrt_without_its_library_is_refused_before_any_work(same: tuple[object, ...], tmp_path: Path) -> None:
     from nbl_export.engines.tensorrt.engine import TRT
 
     if TRT.probe().available:
         pytest.skip("TensorRT works here")
-    started = time.perf_counter()
     done = nbl(*same, "--engine", "trt", "--output", tmp_path / "run")
-    assert time.perf_counter() - started < 2
     assert_refused(done, 1, "engine trt is not available here", "--engine trt-rtx builds without a GPU")
     assert not (tmp_path / "run").exists()
 

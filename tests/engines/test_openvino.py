@@ -170,7 +170,9 @@ def test_a_batch_behind_a_sequence_has_numbers(exported: Callable[..., Path]) ->
     rows = [rng.integers(2, VOCAB, n).tolist() for n in (80, 53)]
     decoder = IrDecoder(exported("llama", "openvino", "int8"))
     run_rows(decoder, rows[:1])
-    assert all(np.isfinite(logits).all() for logits in run_rows(decoder, rows))
+    found = run_rows(decoder, rows)
+    assert [logits.shape for logits in found] == [(80, VOCAB), (53, VOCAB)]
+    assert all(np.isfinite(logits).all() for logits in found)
 
 
 def test_a_token_beyond_the_vocabulary_is_told(directories: dict[str, Path]) -> None:

@@ -18,7 +18,7 @@ from nbl_export.engines.ort.genai import GenaiRunner
 from nbl_export.engines.ort.settings import GenaiSettings
 from nbl_export.errors import MissingPackageError, NblError
 
-from ..tiny import HEAD_DIM
+from ..tiny import HEAD_DIM, VOCAB
 
 pytest.importorskip("onnxruntime_genai", reason="needs the extra cpu")
 
@@ -134,8 +134,22 @@ def test_the_settings_are_read_without_loading(directory: Path) -> None:
     settings = GenaiSettings.read(directory)
     assert settings.context_length == model["context_length"]
     assert settings.vocab_size == model["vocab_size"]
-    end = model["eos_token_id"]
-    assert settings.end_ids == tuple(end if isinstance(end, list) else [end])
+    assert settings.end_ids == (model["eos_token_id"],)
+
+
+def _ending_at(directory: Path, ids: int | list[int], copy: Path) -> Path:
+    shutil.copytree(directory, copy)
+    config = json.loads((copy / "genai_config.json").read_text(encoding="utf-8"))
+    config["model"]["eos_token_id"] = ids
+    (copy / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return copy
+
+
+@pytest.mark.parametrize(("ids", "read"), [(7, (7,)), ([7], (7,)), ([7, 300, 5], (7, 300, 5))])
+def test_every_id_that_ends_a_text_is_read(
+    ids: int | list[int], read: tuple[int, ...], directory: Path, tmp_path: Path
+) -> None:
+    assert GenaiSettings.read(_ending_at(directory, ids, tmp_path / "copy")).end_ids == read
 
 
 def test_greedy_is_append_and_argmax(runner: GenaiRunner) -> None:
@@ -262,6 +276,22 @@ def test_a_stream_ends_before_an_end_id(runner: GenaiRunner, monkeypatch: pytest
     script = [*ids, runner.settings.end_ids[-1], *ids]
     monkeypatch.setattr(runner, "_continuation", lambda *_: iter(script))
     assert "".join(runner.stream([5], len(script))).strip() == "Hello there"
+
+
+def test_a_stream_ends_at_any_of_several_end_ids(directory: Path, tmp_path: Path) -> None:
+    """As of chat models: one id ends a text, another a turn. Here the second is a token of the answer."""
+    prompt = [5, 6, 7]
+    with GenaiRunner(directory, threads=1) as runner:
+        tokens = runner.greedy(prompt, 24)
+        end = next(token for token in tokens[4:] if token not in tokens[:4])
+        pieces = runner._tokenizer.create_stream()
+        until = "".join(pieces.decode(token) for token in tokens[: tokens.index(end)])
+        whole = "".join(runner.stream(prompt, 24))
+    assert len(until) < len(whole)
+    never = next(token for token in range(3, VOCAB) if token not in tokens)
+    for ids, expected in (([never, end], until), ([end, never], until), ([never], whole)):
+        with GenaiRunner(_ending_at(directory, ids, tmp_path / f"{ids}"), threads=1) as runner:
+            assert "".join(runner.stream(prompt, 24)) == expected
 
 
 def test_a_character_over_two_tokens_is_not_torn(runner: GenaiRunner, monkeypatch: pytest.MonkeyPatch) -> None:

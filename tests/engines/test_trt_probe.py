@@ -8,7 +8,6 @@ import importlib.machinery
 import importlib.util
 import re
 import sys
-import time
 import types
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ def test_without_the_library_the_error_says_how_to_get_it(monkeypatch: pytest.Mo
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name.startswith("tensorrt") else real(name, *a)
     )
-    started = time.perf_counter()
     for engine_, package, more in (
         (TRT, "tensorrt", "NVIDIA's own package index"),
         (TRT_RTX, "tensorrt-rtx", "pip install tensorrt-rtx"),
@@ -44,7 +42,6 @@ def test_without_the_library_the_error_says_how_to_get_it(monkeypatch: pytest.Mo
             assert f"the package {package} is not installed" in answer.reason
             assert more in answer.reason
     assert "--engine trt-rtx builds without a GPU" in TRT.probe().reason
-    assert time.perf_counter() - started < 2
 
 
 def stub(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
@@ -205,12 +202,11 @@ def test_where_rtx_is_installed_it_builds() -> None:
 
 
 @needs_rtx
-def test_rtx_builds_here_in_under_two_seconds() -> None:
+def test_rtx_builds_here_once_for_all_probes() -> None:
     engine._build_known_answer.cache_clear()
-    started = time.perf_counter()
-    answer = TRT_RTX.probe()
-    assert time.perf_counter() - started < 2
-    assert f"tensorrt-rtx {load_library(RTX).__version__} builds without a GPU" in answer.reason
+    answers = [TRT_RTX.probe() for _ in range(3)]
+    assert engine._build_known_answer.cache_info().misses == 1
+    assert all(f"tensorrt-rtx {load_library(RTX).__version__} builds without a GPU" in a.reason for a in answers)
 
 
 @needs_rtx

@@ -1,4 +1,9 @@
-"""Plans that fit or not, and the runner on a fake that executes the same graph."""
+"""Plans that fit or not, and the runner on a stand-in that executes the graph in ONNX Runtime.
+
+The stand-in computes what ONNX Runtime computes, so no test here says anything of TensorRT's arithmetic: `nbl-export
+accept` does, on a GPU. What is tested is this project's part: addresses, shapes, profiles, positions, slots of the
+caches, captured steps. Wrong data of a step would change logits, which are equal bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -57,22 +62,24 @@ def swap_plan(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "reason"),
+    ("damage", "kind", "reason"),
     [
-        (cut_plan, "decoder.engine is cut short or replaced: .* nbl-export build DIR --engine trt"),
-        (swap_plan, "decoder.engine is damaged: .* nbl-export build DIR --engine trt"),
-        (lambda d: (d / "decoder.engine").unlink(), "decoder.engine is missing"),
-        (lambda d: (d / "engine.json").write_text("{"), "engine.json cannot be read"),
-        (lambda d: (d / "engine.json").write_text('{"schema": 9}'), "another schema"),
-        (lambda d: (d / "engine.json").unlink(), "holds no engine: .* nbl-export build"),
+        (cut_plan, CorruptError, "decoder.engine is cut short or replaced: .* nbl-export build DIR --engine trt"),
+        (swap_plan, CorruptError, "decoder.engine is damaged: .* nbl-export build DIR --engine trt"),
+        (lambda d: (d / "decoder.engine").unlink(), CorruptError, "decoder.engine is missing"),
+        (lambda d: (d / "engine.json").write_text("{"), CorruptError, "engine.json cannot be read"),
+        (lambda d: (d / "engine.json").write_text('{"schema": 9}'), CorruptError, "another schema"),
+        (lambda d: (d / "engine.json").unlink(), NblError, "holds no engine: .* nbl-export build"),
     ],
 )
-def test_a_damaged_engine_is_refused(damage: Callable[[Path], object], reason: str, tmp_path: Path) -> None:
+def test_a_damaged_engine_is_refused(
+    damage: Callable[[Path], object], kind: type[NblError], reason: str, tmp_path: Path
+) -> None:
     fake_record(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
     damage(tmp_path)
     with pytest.raises(NblError, match=reason) as caught:
         read_record(tmp_path)
-    assert isinstance(caught.value, CorruptError) or "holds no engine" in str(caught.value)
+    assert type(caught.value) is kind
 
 
 def test_a_plan_for_something_else_is_refused_with_both_named(tmp_path: Path) -> None:
@@ -106,17 +113,20 @@ def test_the_real_library_refuses_a_plan_without_a_gpu(monkeypatch: pytest.Monke
         trt_runner.open_session(RTX, engine)
 
 
-# -- the runner on a fake that executes the same graph --------------------------------------------------------
+# -- the runner on a stand-in that executes the same graph ---------------------------------------------------
 
 
 @pytest.mark.parametrize("library", [PLAIN, RTX], ids=["trt", "trt-rtx"])
 @pytest.mark.parametrize("architecture", ["llama", "mistral-window"])
-def test_the_runner_computes_what_torch_does(
+def test_steps_have_the_tokens_positions_and_caches_that_torch_has(
     architecture: str,
     library: tensorrt.Library,
     tmp_path: Path,
 ) -> None:
-    """Two rows of different length in chunks, then decode steps from the captured graph, to the last slot."""
+    """Two rows of different length in chunks, then decode steps from the captured graph, to the last slot.
+
+    The tolerance is what ONNX Runtime and torch differ by.
+    """
     session, trt = fake_session(graph_of(architecture, (1,), "fp32") / "decoder.onnx", tmp_path, library)
     decoder = StaticDecoder(session)
     expected = torch_logits(checkpoint_of(architecture), maps_of([1]))
@@ -155,15 +165,13 @@ def test_a_step_that_cannot_be_captured_runs_plainly(tmp_path: Path) -> None:
 def test_a_changed_batch_is_bound_and_captured_again(tmp_path: Path) -> None:
     session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
     decoder = StaticDecoder(session)
+    same = open_decoder(graph_of("llama", (1,), "fp32") / "decoder.onnx", 8)
     for batch in (1, 2, 1):
-        decoder.begin(batch)
-        one = [decoder.step(np.array([row[:3]] * batch)) for row in rows()[:1]]
-        steps = [decoder.step(np.array([[rows()[0][3 + k]]] * batch)) for k in range(3)]
-        same = open_decoder(graph_of("llama", (1,), "fp32") / "decoder.onnx", 8)
-        same.begin(1)
-        assert worst(one[0][0], same.step(np.array([rows()[0][:3]]))[0]) < TOLERANCE["fp32"]
-        for k, step in enumerate(steps):
-            assert worst(step[-1], same.step(np.array([[rows()[0][3 + k]]]))[0]) < TOLERANCE["fp32"]
+        for each in (decoder, same):
+            each.begin(batch)
+        for start, end in ((0, 3), (3, 4), (4, 5), (5, 6)):
+            ids = np.array([row[start:end] for row in rows()[:batch]])
+            assert np.array_equal(decoder.step(ids), same.step(ids)), (batch, start)
         assert session.cache_bytes == batch * SPEC.cache_bytes_per_token(2, 4) * SLOTS
     assert trt.device.captured == 3
     with pytest.raises(NblError, match=r"not built for 3 rows .* --max-batch"):
@@ -184,7 +192,7 @@ def test_with_many_slots_two_tokens_run_in_prefill(library: tensorrt.Library, tm
     for count in (1, 1, 10, 1, 2, 1, 1):
         ids = np.array([rows()[0][start : start + count]])
         start += count
-        assert worst(decoder.step(ids), same.step(ids)) < TOLERANCE["fp32"], start
+        assert np.array_equal(decoder.step(ids), same.step(ids)), start
     prefill, decode = trt.contexts
     assert prefill.runs == [(1, 8), (1, 2), (1, 2)]
     assert set(decode.runs) == {(1, 1)}
@@ -202,7 +210,7 @@ def test_long_caches_are_computed_to_their_last_slots(tmp_path: Path) -> None:
         each._rows.lengths = [20_465]
     ids = np.array([rows()[0][:15]])
     for step in (ids[:, :1], ids[:, 1:11], *(ids[:, n : n + 1] for n in range(11, 15))):
-        assert worst(decoder.step(step), same.step(step)) < TOLERANCE["fp32"]
+        assert np.array_equal(decoder.step(step), same.step(step))
     assert trt.contexts[0].runs == [(1, 8), (1, 2)]
     assert trt.contexts[1].runs == [(1, 1)] * 5
     with pytest.raises(NblError, match="do not fit"):
@@ -221,7 +229,7 @@ def test_a_batch_that_only_passes_by_invalidates_the_graph(tmp_path: Path) -> No
         each.begin(1)
     for token in rows()[0][:4]:
         ids = np.array([[token]])
-        assert worst(decoder.step(ids), same.step(ids)) < TOLERANCE["fp32"]
+        assert np.array_equal(decoder.step(ids), same.step(ids))
     assert trt.device.captured == 2
 
 
@@ -261,15 +269,16 @@ def test_an_engine_without_working_memory_gets_none(tmp_path: Path, monkeypatch:
 
 
 def test_half_precision_logits_come_back_wide(tmp_path: Path) -> None:
-    session, _ = fake_session(graph_of("llama", (1,), "fp16") / "decoder.onnx", tmp_path)
-    wide = open_decoder(graph_of("llama", (1,), "fp32") / "decoder.onnx", 8)
-    decoder = StaticDecoder(session)
-    for each in (decoder, wide):
+    graph = graph_of("llama", (1,), "fp16") / "decoder.onnx"
+    session, _ = fake_session(graph, tmp_path)
+    decoder, same = StaticDecoder(session), open_decoder(graph, 8)
+    for each in (decoder, same):
         each.begin(1)
     ids = np.array([rows()[0][:11]])
     got = decoder.step(ids)
     assert got.dtype == session.run(ids[:, :1], [11], [1]).dtype == np.float32
-    assert 0 < worst(got, wide.step(ids)) < TOLERANCE["fp16"]
+    assert np.array_equal(got, same.step(ids))
+    assert np.array_equal(got, got.astype(np.float16)) and got.any()
 
 
 def raises(error: Exception) -> Callable[..., Any]:

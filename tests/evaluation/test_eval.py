@@ -74,7 +74,8 @@ def test_graph_and_torch_agree_item_by_item(evaluated: Path) -> None:
     agreement = read(evaluated)["agreement"]
     assert len(agreement) == 10  # five subjects, original and NBL
     assert all(a["loglikelihood"]["largest_a_token"] <= LIMIT for a in agreement), agreement
-    assert all(a["same_answers"] == a["items"] for a in agreement if a["task"] in ("arc_easy", "piqa"))
+    answers = [(a["same_answers"], a["items"]) for a in agreement if a["task"] in ("arc_easy", "piqa")]
+    assert answers == [(3, 3), (3, 3), (2, 2), (2, 2)]
 
 
 def test_perplexity_is_that_of_a_direct_computation(evaluated: Path, text: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -44,9 +45,13 @@ def test_a_tenth_of_the_cores_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert spoken(machine(0.8, 0.3)).endswith("0.8 of 2 cores, and its host took 0.3 more")
 
 
-def test_waits_in_vain_are_said() -> None:
-    assert "3 of 10 runs began while" in spoken(machine(0.0, gave_up=3))
-    assert "runs began" not in spoken(machine(0.0))
+def test_waits_in_vain_are_counted() -> None:
+    """Of all waits, as the record and the sentence have them; without one there is no figure of them."""
+    load = {"seconds": 5.0, "others": 0.0, "stolen": 0.0}
+    found = described([load, load], 10, 3)
+    assert (found["waits"], found["gave_up"]) == (10, 3)
+    figures = [re.findall(r"(\d+) of (\d+) runs", spoken(described([load], 10, gave_up))) for gave_up in (3, 0)]
+    assert figures == [[("3", "10")], []]
 
 
 def test_a_long_load_counts_for_more_than_a_short_one() -> None:
@@ -56,16 +61,18 @@ def test_a_long_load_counts_for_more_than_a_short_one() -> None:
 
 def test_a_neighbour_is_seen() -> None:
     """By the counters of this machine: what a child computes is another's."""
-    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    works = "print(flush=True)\nwhile True: pass"
+    neighbour = subprocess.Popen([sys.executable, "-c", works], stdout=subprocess.PIPE)
+    assert neighbour.stdout is not None
     try:
-        time.sleep(0.3)
+        neighbour.stdout.readline()
         before, spent = read(), time.process_time()
         while time.process_time() - spent < 1.0:
             pass
         found = used_between(before, read())
     finally:
         neighbour.kill()
-        neighbour.wait()
+        neighbour.communicate()
     if found["others"] is None:
         pytest.skip("this system does not count the time of all processes")
     assert found["others"] > 0.2

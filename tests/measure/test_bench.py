@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import gc
 import itertools
@@ -10,12 +11,16 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from nbl_export.engines.base import Room
@@ -492,6 +497,57 @@ def test_the_footprint_is_the_childs_own() -> None:
 def test_a_child_that_fails_is_one_sentence(behaviour: str, sentence: str) -> None:
     with pytest.raises(NblError, match=sentence):
         footprint(behaviour)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows starts processes in another way")
+def test_ctrl_c_while_the_child_starts_leaves_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of a library takes the signal, in which it is not blocked; the child would outlive this process."""
+    from multiprocessing import popen_spawn_posix
+
+    launch, started = popen_spawn_posix.Popen._launch, []  # type: ignore[attr-defined]
+
+    def take() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    def interrupted(self: Any, process: Any) -> None:
+        launch(self, process)
+        started.append(psutil.Process(self.pid))
+        thread = threading.Thread(target=take)
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(popen_spawn_posix.Popen, "_launch", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            footprint("sleep")
+        assert not started[0].is_running()
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started[0].kill()
+    assert signal.getsignal(signal.SIGINT) is before
+    assert len(started) == 1
+
+
+def test_a_child_that_ends_during_ctrl_c_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It has its answer while this process, which no longer waits for answers, goes to end it."""
+    terminate = multiprocessing.process.BaseProcess.terminate
+
+    def interrupt(_self: Any) -> None:
+        raise KeyboardInterrupt
+
+    def late(self: multiprocessing.process.BaseProcess) -> None:
+        self.join(60)
+        terminate(self)
+
+    monkeypatch.setattr(Connection, "recv", interrupt)
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "terminate", late)
+    with pytest.raises(KeyboardInterrupt):
+        footprint()
+    assert capfd.readouterr().err == ""
 
 
 def test_ctrl_c_leaves_no_child() -> None:

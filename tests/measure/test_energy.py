@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nbl_export.measure import energy
 from nbl_export.measure.energy import Meter, find_meter
 
 
@@ -48,3 +51,47 @@ def test_counters_without_a_range_only_grow() -> None:
     values = iter([7, 9, 20])
     meter = Meter({"GPU": (lambda: next(values), 0)})
     assert [meter.read(), meter.read()] == [2, 13]
+
+
+class Nvml:
+    """Answers as libnvidia-ml does: values through pointers, 0 for success."""
+
+    def __init__(self, millijoules: int, gpus: int = 1, status: int = 0) -> None:
+        self.millijoules, self.gpus, self.status = millijoules, gpus, status
+
+    def nvmlInit_v2(self) -> int:
+        return 0
+
+    def nvmlDeviceGetCount_v2(self, count: Any) -> int:
+        count._obj.value = self.gpus
+        return 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, _index: int, device: Any) -> int:
+        device._obj.value = 4711
+        return 0
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, device: ctypes.c_void_p, millijoules: Any) -> int:
+        assert device.value == 4711
+        millijoules._obj.value = self.millijoules
+        return self.status
+
+
+def test_millijoules_of_a_gpu_are_read_as_microjoules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter, library = zone(tmp_path, "intel-rapl:0", "package-0", 100), Nvml(70)
+    monkeypatch.setattr(energy.ctypes, "CDLL", lambda _name: library)
+    meter = find_meter(gpu=True, powercap=tmp_path)
+    assert meter is not None and meter.sources == ("package 0", "GPU")
+    library.millijoules = 75
+    assert meter.read() == 5000
+    counter.write_text("130")
+    assert meter.read() == 5030
+    processor = find_meter(gpu=False, powercap=tmp_path)
+    assert processor is not None and processor.sources == ("package 0",)
+
+
+@pytest.mark.parametrize("library", [Nvml(70, gpus=0), Nvml(70, gpus=2), Nvml(70, status=3)], ids=["0", "2", "old"])
+def test_no_gpu_several_or_one_without_a_counter_is_no_meter(
+    library: Nvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(energy.ctypes, "CDLL", lambda _name: library)
+    assert find_meter(gpu=True, powercap=tmp_path) is None

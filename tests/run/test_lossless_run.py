@@ -80,11 +80,21 @@ def _differing(found: dict[str, object], row: dict[str, object]) -> int:
     return sum(all(d[k] == row[k] for k in same) for d in found["differences"])  # type: ignore[attr-defined]
 
 
-def test_the_report_has_the_table(lossless: tuple[Path, Outcome]) -> None:
+def test_the_report_has_the_figures(lossless: tuple[Path, Outcome]) -> None:
+    """A line for each proposer and kind of prompt, with the figures of lossless.json."""
     run, _ = lossless
+    found = json.loads((run / "lossless.json").read_text(encoding="utf-8"))
     page = (run / "report.md").read_text(encoding="utf-8")
-    assert "## Lossless decoding" in page
-    assert "a text to summarise" in page
+    section = page.partition("## Lossless decoding")[2].partition("#")[0]
+    _, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if "|" in line)
+    expected = [
+        (row["proposer"], row["ratio"], row["low"], row["high"], f"{row['equal']} of {row['prompts']}")
+        for row in (*found["rows"], *found["overall"])
+    ]
+    assert len(lines) == len(expected) == 3 * 5
+    for (proposer, *_, ratio, interval, equal), (name, value, low, high, answers) in zip(lines, expected, strict=True):
+        assert (proposer, interval, equal) == (name, f"{low:.2f} to {high:.2f}", answers)
+        assert float(ratio.removeprefix("×")) == pytest.approx(value, abs=0.0051)
 
 
 def test_generate_and_bench(lossless: tuple[Path, Outcome]) -> None:

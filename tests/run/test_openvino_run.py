@@ -97,7 +97,7 @@ def test_options_of_other_engines_are_refused(
     asked: tuple[object, ...], tmp_path: Path, arguments: tuple[str, ...], said: str
 ) -> None:
     done = nbl(*asked, *arguments, "--output", tmp_path / "run")
-    assert done.status in (1, 2) and said in done.err, done.err
+    assert_refused(done, 2, said)
     assert not (tmp_path / "run").exists()
 
 

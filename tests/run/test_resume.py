@@ -207,53 +207,89 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
         yield started
 
 
-LONG = ("--calibration-tokens", 15_000)
+MORE = ("--calibration-tokens", 2048)
 ENDLESS = ("--config", Path(__file__).parents[1] / "endless.toml")
 FAREWELL = "nbl-export: interrupted; finished stages are kept, and the same command continues after them"
+
+# A calibration that only a signal ends. The file is there as soon as a stage has finished a part of its work.
+ENDLESS_CALIBRATION = """
+import contextlib, pathlib
+from nbl_export.calibrate import hooks
+from nbl_export.run import progress
+batches, task = hooks.batches, progress.Ui.task
+hooks.batches = lambda windows: batches(windows) * 100_000
+@contextlib.contextmanager
+def noted(ui, name):
+    with task(ui, name) as tell:
+        def update(done, total):
+            tell(done, total)
+            if done:
+                pathlib.Path({file!r}).touch()
+        yield update
+progress.Ui.task = noted
+"""
+
+
+def wait_for_file(file: Path, process: Any) -> None:
+    """Wait until a file is there; a process that ends before, or two minutes, are a failure."""
+    end = time.monotonic() + 120
+    while not file.exists():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.001)
+
+
+def but_notes(said: str) -> list[str]:
+    """Lines on stderr; a slow machine says in others, which are indented, how far it is."""
+    return [line for line in said.splitlines() if not line.startswith("  ")]
 
 
 @pytest.mark.parametrize(
     ("number", "line", "delay", "more"),
     [
-        (signal.SIGTERM, "calibrate ...", 0.15, LONG),
-        (signal.SIGINT, "calibrate ...", 0.0, LONG),
+        (signal.SIGTERM, "calibrate ...", None, MORE),
+        (signal.SIGINT, "calibrate ...", 0.0, MORE),
         (signal.SIGINT, "bench ...", 0.1, ENDLESS),  # while the child that measures memory starts
         pytest.param(signal.SIGINT, "bench ...", 0.3, ENDLESS, marks=pytest.mark.fuzz),
-        (signal.SIGTERM, "bench ...", 1.5, ENDLESS),
+        (signal.SIGTERM, "bench ...", None, ENDLESS),
     ],
 )
 def test_interrupt(
-    number: signal.Signals, line: str, delay: float, more: Same, same: Same, run: Path, server: ForkServer
-) -> None:
-    """One line, status 130, and everything as it was."""
-    before = snapshot(run)
-    process = server.start(*same, *more, "--output", run)
+    number: signal.Signals, line: str, delay: float | None, more: Same, same: Same, run: Path,
+    server: ForkServer, tmp_path: Path,
+) -> None:  # fmt: skip
+    """One line, status 130, and everything as it was. No delay: as soon as the stage is in its work."""
+    before, file = snapshot(run), tmp_path / "in its work"
+    process = server.start(*same, *more, "--output", run, code=ENDLESS_CALIBRATION.format(file=str(file)))
     assert process.wait_for(line), process.err
-    time.sleep(delay)
+    if delay is None:
+        wait_for_file(file, process)
+    else:
+        time.sleep(delay)
     process.kill(number)
     assert process.status == 130, process.err
-    assert process.err.splitlines()[-2:] == [line, FAREWELL]
+    assert but_notes(process.err)[-2:] == [line, FAREWELL]
     assert snapshot(run) == before
     assert not list(run.glob(".tmp-*"))
 
 
 @pytest.mark.parametrize(
-    ("line", "more"), [("calibrate ...", LONG), ("bench ...", ENDLESS)], ids=["calibrate", "bench"]
+    ("line", "more"), [("calibrate ...", MORE), ("bench ...", ENDLESS)], ids=["calibrate", "bench"]
 )
-def test_interrupt_a_process_of_its_own(line: str, more: Same, same: Same, run: Path) -> None:
+def test_interrupt_a_process_of_its_own(line: str, more: Same, same: Same, run: Path, tmp_path: Path) -> None:
     """Ctrl-C as a terminal sends it, to the whole process group; the same command resumes."""
     (run / "bench.json").unlink()
-    command = [sys.executable, "-m", "nbl_export", *map(str, (*same, *more)), "--output", str(run)]
+    file = tmp_path / "in its work"
+    as_module = "import runpy\nrunpy.run_module('nbl_export', run_name='__main__')"
+    code = ENDLESS_CALIBRATION.format(file=str(file)) + as_module
+    command = [sys.executable, "-c", code, *map(str, (*same, *more)), "--output", str(run)]
     with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, start_new_session=True) as process:
-        assert process.stderr is not None
-        said: list[str] = []
-        while not said or said[-1] != line:
-            said.append(process.stderr.readline().rstrip())
-            assert said[-1], said
-        time.sleep(1.5)
-        os.killpg(process.pid, signal.SIGINT)
-        out, rest = process.communicate(timeout=60)
-    assert (process.returncode, out, rest) == (130, "", f"{FAREWELL}\n")
+        try:
+            wait_for_file(file, process)
+        finally:
+            os.killpg(process.pid, signal.SIGINT)
+        out, said = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert but_notes(said)[-2:] == [line, FAREWELL], said
     assert ran(nbl(*same, "--output", run)) == MEASURING
 
 
@@ -297,13 +333,13 @@ def test_interrupt_that_a_library_makes_an_error_of(same: Same, run: Path, monke
 def test_interrupted_first_run_goes_on(same: Same, tmp_path: Path, server: ForkServer) -> None:
     """Also where not even the first stage was finished."""
     run = tmp_path / "run"
-    process = server.start(*same, *LONG, "--output", run)
+    process = server.start(*same, *MORE, "--output", run)
     assert process.wait_for("calibrate ...")
     process.kill(signal.SIGINT)
     assert process.status == 130, process.err
     assert {p.name for p in run.iterdir()} == {".lock", "nbl.json"}
     assert json.loads(nbl("inspect", run, "--json").out)["status"] == "incomplete"
-    assert_refused(nbl("generate", run, "Hi"), 1, run, "not finished", "--calibration-tokens 15000")
+    assert_refused(nbl("generate", run, "Hi"), 1, run, "not finished", "--calibration-tokens 2048")
     done = nbl("calibrate", *same[:4], *same[6:], "--output", run)  # without --config
     assert stage_lines(done) == {"calibrate": "done"}, done.err
 

@@ -54,6 +54,5 @@ def test_tokens_are_counted() -> None:
 
 def test_what_is_not_finite_fails() -> None:
     results = judge(heard(LOGS), heard(LOGS), heard(LOGS), heard(np.full(1000, np.nan)))
-    assert [r.passed for r in results if r.tolerance is not None] in ([False], []) and not all(
-        r.passed for r in results
-    )
+    assert [(r.subject, r.passed) for r in results if not r.passed] == [("nbl", False)]
+    assert len(results) == 6

@@ -1,0 +1,158 @@
+"""The plugin's model classes on stand-ins for vLLM's layers: what a forward computes, and what is refused.
+
+`test_vllm.py` runs the plugin in vLLM itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from nbl_export.model.checkpoint.load import load_model
+from nbl_export.model.linearize import linearize
+from nbl_export.records.plan import AffineMap
+
+from ..tiny import HIDDEN, LAYERS
+from . import fake_vllm
+
+IDS = torch.arange(3, 40)
+NAME = "nbl_export.vllm.models"
+
+
+@pytest.fixture(scope="module")
+def models() -> Iterator[ModuleType]:
+    """`nbl_export.vllm.models`, imported from stand-ins and forgotten afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        fake_vllm.install(patch)
+        patch.delitem(sys.modules, NAME, raising=False)
+        yield importlib.import_module(NAME)
+        del sys.modules[NAME]
+
+
+@pytest.fixture
+def built(models: ModuleType, checkpoint: Callable[[str], Path]) -> Callable[..., Any]:
+    """(maps, settings) -> the plugin's Llama with these maps loaded, and its configuration."""
+
+    def make(maps: dict[int, AffineMap], prefix: str = "", **settings: Any) -> tuple[Any, Any]:
+        asked = {"nbl_replaced_layers": list(maps), **settings}
+        config = fake_vllm.vllm_config(load_model(checkpoint("llama")), **asked)
+        model = models.NblLlamaForCausalLM(vllm_config=config, prefix=prefix).eval()
+        model.load_weights(tensors(maps))
+        return model, config
+
+    return make
+
+
+def tensors(maps: dict[int, AffineMap]) -> list[tuple[str, torch.Tensor]]:
+    return [
+        (f"model.layers.{i}.self_attn.linear.{name}", torch.from_numpy(value))
+        for i, m in maps.items()
+        for name, value in (("weight", m.weight), ("bias", m.bias))
+    ]
+
+
+@pytest.mark.parametrize("tap", ["residual", "normed"])
+@pytest.mark.parametrize("layers", [(0,), (1,), (2,), (0, 1), (1, 2)])
+def test_logits_are_those_of_transformers(
+    layers: tuple[int, ...], tap: str, built: Callable[..., Any],
+    checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, AffineMap]],
+) -> None:  # fmt: skip
+    maps = random_maps(*layers)
+    model, config = built(maps, nbl_tap=tap)
+    with torch.inference_mode():
+        expected = linearize(load_model(checkpoint("llama")), maps, tap)(IDS[None]).logits
+        torch.testing.assert_close(model(IDS), expected, rtol=1e-4, atol=1e-4)
+    kept = [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS) if i not in layers]
+    assert list(config.compilation_config.static_forward_context) == kept  # vLLM allocates caches for these
+
+
+def test_the_stand_in_is_the_original_without_the_plugin(checkpoint: Callable[[str], Path]) -> None:
+    theirs = load_model(checkpoint("llama"))
+    with torch.inference_mode():
+        expected = theirs(IDS[None]).logits
+        found = fake_vllm.Llama(vllm_config=fake_vllm.vllm_config(theirs))(IDS)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_joined_adds_and_does_not_scale(models: ModuleType) -> None:
+    hidden, residual = torch.tensor([[1.0, -2.0]]), torch.tensor([[10.0, 20.0]])
+    assert models.Joined()(hidden) is hidden
+    scaled, stream = models.Joined()(hidden, residual)
+    assert scaled.tolist() == stream.tolist() == [[11.0, 18.0]]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "kind", "gathered"),
+    [("replicated", fake_vllm.ReplicatedLinear, {}),
+     ("column", fake_vllm.ColumnParallelLinear, {"gather_output": True})],
+)  # fmt: skip
+def test_a_map_is_one_linear_layer_of_vllm(
+    parallel: str, kind: Any, gathered: dict[str, bool], models: ModuleType, random_maps: Callable[..., Any]
+) -> None:
+    attention = models.LinearAttention(HIDDEN, parallel, "4 bits", "model.layers.1.self_attn")
+    assert type(attention.linear) is kind
+    assert attention.linear.settings == {
+        "quant_config": "4 bits", "prefix": "model.layers.1.self_attn.linear", **gathered
+    }  # fmt: skip
+    m = random_maps(1)[1]
+    attention.load_state_dict({"linear.weight": torch.from_numpy(m.weight), "linear.bias": torch.from_numpy(m.bias)})
+    hidden = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
+    expected = hidden @ torch.from_numpy(m.weight).T + torch.from_numpy(m.bias)
+    with torch.inference_mode():
+        found = attention(positions=torch.arange(5), hidden_states=hidden)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_draft_has_a_prefix_that_its_checkpoint_lacks(
+    built: Callable[..., Any], random_maps: Callable[..., dict[int, AffineMap]]
+) -> None:
+    model, config = built(random_maps(1), prefix="draft")
+    assert model.model.layers[1].self_attn.linear.settings["prefix"] == "draft.model.layers.1.self_attn.linear"
+    assert "draft.model.layers.1.self_attn.attn" not in config.compilation_config.static_forward_context
+
+
+@pytest.mark.parametrize("lost", ["model.layers.2.self_attn.linear.bias", "model.layers.0.self_attn.linear.bias"])
+def test_a_checkpoint_without_a_map_is_refused(
+    lost: str, built: Callable[..., Any], random_maps: Callable[..., dict[int, AffineMap]]
+) -> None:
+    maps = random_maps(0, 2)
+    model, _ = built(maps)
+    with pytest.raises(ValueError, match=f"the checkpoint has no {lost}"):
+        model.load_weights([(name, value) for name, value in tensors(maps) if name != lost])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"nbl_replaced_layers": []}, "replaces layers [] of 3"),
+        ({"nbl_replaced_layers": None}, "replaces layers [] of 3"),
+        ({"nbl_replaced_layers": [0, 1, 2]}, "replaces layers [0, 1, 2] of 3"),
+        ({"nbl_replaced_layers": [1, 3]}, "replaces layers [1, 3] of 3"),
+        ({"nbl_replaced_layers": [1], "nbl_tap": "other"}, "nbl_tap 'other'"),
+        ({"nbl_replaced_layers": [1], "nbl_parallel": "row"}, "nbl_parallel 'row'"),
+        ({"nbl_replaced_layers": [2], "elsewhere": (0, 1)}, "the pipeline stage of layers 2 to 2 has no attention"),
+    ],
+)
+def test_refused(settings: dict[str, Any], said: str, models: ModuleType, checkpoint: Callable[[str], Path]) -> None:
+    config = fake_vllm.vllm_config(load_model(checkpoint("llama")), **settings)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        models.NblLlamaForCausalLM(vllm_config=config)
+    assert said in str(caught.value)
+
+
+def test_a_pipeline_stage_replaces_its_own_layers(
+    models: ModuleType, checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, AffineMap]]
+) -> None:
+    config = fake_vllm.vllm_config(
+        load_model(checkpoint("llama")), nbl_replaced_layers=[0, 2], elsewhere=(0,)
+    )  # fmt: skip
+    model = models.NblLlamaForCausalLM(vllm_config=config)
+    assert isinstance(model.model.layers[2].self_attn, models.LinearAttention)
+    assert len(model.load_weights(tensors(random_maps(2)))) == 2
