@@ -15,6 +15,7 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.trust.contained import is_inside, refuse_links_out
+from nbl_export.trust.counts import check_model_counts, check_token_counts
 from nbl_export.trust.strict_json import read_object
 
 __all__ = ["CONFIG_BYTES", "check_checkpoint", "check_settings", "check_tokenizer_settings"]
@@ -60,6 +61,7 @@ def check_settings(directory: Path) -> None:
 def _check_config(path: Path) -> None:
     config = read_object(path, _MOST_BYTES[path.name])
     for where in _mappings(config):
+        check_model_counts(where, path)
         if where.get("transformers_weights") is not None:
             raise _refused(path, "transformers_weights", "weights are read from model.safetensors or its index")
         for key in _ATTENTION:
@@ -99,6 +101,7 @@ def check_tokenizer_settings(directory: Path) -> None:
     if not path.is_file():
         return
     settings = read_object(path, _MOST_BYTES[path.name])
+    check_token_counts(settings, path)
     for key, value in settings.items():
         if key.endswith(_FILE_KEYS) and key not in _UNREAD and _leads_out(value, directory):
             raise _refused(path, key, "it names a file outside the folder")
