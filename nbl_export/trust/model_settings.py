@@ -22,7 +22,7 @@ __all__ = ["CONFIG_BYTES", "check_checkpoint", "check_settings", "check_tokenize
 
 CONFIG_BYTES = 8 << 20
 _MOST_BYTES = {"config.json": CONFIG_BYTES, "generation_config.json": 1 << 20, "tokenizer_config.json": 64 << 20}
-_ATTENTION = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+_ATTENTION = ("attn_implementation", "experts_implementation")  # inside the name of a key
 _ATTENTIONS = ("eager", "sdpa", None)  # others are packages, or kernels that transformers fetches from the hub
 _QUANTISED = ("gptq", "awq", "olive")  # `model.checkpoint.quantized` reads these; others bring code, some from the hub
 _FILE_KEYS = ("_file", "_path", "_dir")
@@ -64,8 +64,8 @@ def _check_config(path: Path) -> None:
         check_model_counts(where, path)
         if where.get("transformers_weights") is not None:
             raise _refused(path, "transformers_weights", "weights are read from model.safetensors or its index")
-        for key in _ATTENTION:
-            said = where.get(key)
+        for key in (key for key in where if any(part in key for part in _ATTENTION)):
+            said = where[key]
             if any(value not in _ATTENTIONS for value in (said.values() if isinstance(said, dict) else [said])):
                 raise _refused(path, key, f"{said!r} may be code from the hub")
         if where.get("custom_generate") is not None:
