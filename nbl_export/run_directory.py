@@ -44,7 +44,7 @@ from typing import Any
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.files import _SCRATCH, _make, _remove, file_sha256, friendly_os_errors, write_json
 from nbl_export.graph.names import GENAI_CONFIG, IR_FILE, MANIFEST
-from nbl_export.records.manifest import check_manifest
+from nbl_export.records.manifest import check_manifest, command_of
 from nbl_export.trust.contained import check_inside
 from nbl_export.trust.lock import locked
 from nbl_export.trust.plain_files import entries, refuse_special
@@ -165,6 +165,7 @@ class RunDirectory:
             )
         try:
             check_manifest(manifest)
+            manifest["command"] = command_of(manifest, self.path)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CorruptError(f"{path} is not a manifest of nbl-export ({error}); {advice}") from error
         self.manifest = manifest

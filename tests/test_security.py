@@ -15,7 +15,9 @@ from .command import TINY, nbl
 PACKAGE = Path(__file__).parent.parent / "nbl_export"
 FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 
-PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "multiprocessing",
+           "torch.multiprocessing", "concurrent.futures.ProcessPoolExecutor"}  # fmt: skip
+POOLS = {"multiprocessing", "ProcessPoolExecutor"}  # attributes: they pickle what they send to a process
 MUST_BE = {"trust_remote_code": False, "hf_remote": False, "allow_pickle": False, "weights_only": True, "shell": False,
            "use_safetensors": True, "local_files_only": True, "engine_host_code_allowed": False}  # fmt: skip
 BUILTINS = {"eval", "exec", "compile", "__import__"}
@@ -41,7 +43,7 @@ def _findings(tree: ast.AST) -> Iterator[str]:
         yield from sorted(names & (PICKLES | CALLS))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in CALLS | BUILTINS:
             yield ast.unparse(node.func)
-        if isinstance(node, ast.Attribute) and node.attr in COLLECTIVES:
+        if isinstance(node, ast.Attribute) and node.attr in COLLECTIVES | POOLS:
             yield node.attr
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MUST_SAY:
             weights = {"use_safetensors"} if ast.unparse(node.func).endswith("LM.from_pretrained") else set()
@@ -61,6 +63,11 @@ def test_no_pickle_no_code_of_others(name: str) -> None:
     "source",
     [
         "import pickle",
+        "from multiprocessing.connection import Connection",
+        "from concurrent.futures import ProcessPoolExecutor",
+        "import concurrent.futures\nconcurrent.futures.ProcessPoolExecutor()",
+        "import torch\ntorch.multiprocessing.spawn(f)",
+        "from torch import multiprocessing",
         "def f():\n    from cloudpickle import loads",
         "import torch\ntorch.load(path)",
         "import torch\ntorch.load(path, weights_only=True)",

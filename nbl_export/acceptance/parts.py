@@ -36,7 +36,7 @@ __all__ = ["Opened", "Parts", "Target"]
 
 @dataclass(frozen=True)
 class Parts:
-    """The real parts for one of the two libraries; picklable, since each step runs in a process of its own."""
+    """The real parts for one of the two libraries; each step runs in a process of its own."""
 
     library: Library
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nbl_export.decoders import genai, mobius
+from nbl_export.decoders.bounds import check_bounds
 from nbl_export.decoders.finish import finish_directory
 
 __all__ = ["PRECISIONS", "SOURCES", "build_decoder"]
@@ -39,8 +40,10 @@ def build_decoder(
         settings: for the GenAI source alone.
 
     Raises:
-        NblError: the source refuses the checkpoint or the precision; the message has the reason.
+        NblError: the source refuses the checkpoint or the precision, or the checkpoint lacks a weight; the message has
+            the reason.
     """
+    check_bounds(checkpoint)
     if source == "static":
         from nbl_export.decoders import static
 

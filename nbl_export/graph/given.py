@@ -83,7 +83,7 @@ def read_spec(graph: Path) -> DecoderSpec:
     layers = cache_layers(model.graph)
     blocks = [find_block(model.graph, layer) for layer in layers]
     found = rewriting.facts.decoder_facts(model.graph, blocks, home_of(graph))
-    if layers != tuple(range(found["num_layers"])):
+    if found["num_layers"] != len(layers) or layers != tuple(range(len(layers))):
         raise RefusalError(
             None, f"only {len(layers)} of its {found['num_layers']} layers have attention; give the original graph"
         )

@@ -6,17 +6,14 @@ fresh process: load ─► prompt and a few tokens ─► resident memory ─►
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-import multiprocessing
 import platform
 import signal
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
@@ -24,6 +21,7 @@ import psutil
 from nbl_export.engines.base import TextRunner
 from nbl_export.errors import NblError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE, IR_WEIGHTS
+from nbl_export.parallel.child import Child, Write
 
 __all__ = ["Footprint", "OpenRunner", "disk_bytes", "measure_footprint"]
 
@@ -91,32 +89,20 @@ def measure_footprint(
     Raises:
         NblError: the runner failed in the child, or a signal ended the child; the message says which.
     """
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(there, open_runner, directory, threads, prompt, capacity), daemon=True)
-    resource_tracker.ensure_running()  # starting it inside the block below would unblock interrupts
-    try:
-        with _interrupts_held():
-            child.start()
-        there.close()  # only the child's copy stays open, so the child's end also ends the wait
-        answer = here.recv()
-    except EOFError:
-        child.join()
-        raise NblError(f"measuring {directory} failed: {_ending(child.exitcode)}") from None
-    finally:
-        if child.pid is not None:
-            child.terminate()
-            child.join()
-        here.close()  # not before: a child that has its answer would find nobody to give it to, and say so
+    with Child(_child, open_runner, directory, threads, list(prompt), capacity) as child:
+        answer = child.answer()
+        if answer is None:
+            raise NblError(f"measuring {directory} failed: {_ending(child.status())}")
     if isinstance(answer, str):
         raise NblError(answer)
-    return answer
+    peak, steady, seconds = answer
+    return Footprint(int(peak), int(steady), float(seconds))
 
 
-def _ending(status: int | None) -> str:
+def _ending(status: int) -> str:
     """How a child ended that sent no answer, and what the ending usually means."""
     ended = f"the process that loaded it ended with status {status}"
-    if status is None or status >= 0:
+    if status >= 0:
         return ended
     name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
     if name == "SIGKILL":
@@ -124,46 +110,19 @@ def _ending(status: int | None) -> str:
     return f"{ended} ({name}, a crash in a library that the engine uses: nbl-export doctor names the libraries)"
 
 
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Hold signals that end a run back until the block ends. A process started in the block never receives Ctrl-C.
-
-    Ctrl-C is blocked in this thread alone. A thread of a library may take it, and Python's handler then runs here.
-    """
-    came: list[int] = []
-    main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if main and signal.getsignal(n) is not None]
-    handlers = {n: signal.signal(n, lambda number, _frame: came.append(number)) for n in numbers}
-    blocks = hasattr(signal, "pthread_sigmask")
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if blocks else set()
-    try:
-        yield
-    finally:
-        if blocks:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for held, handler in handlers.items():
-            signal.signal(held, handler)
-        for number in came:
-            signal.raise_signal(number)
-
-
 def _child(
-    out: Connection,
-    open_runner: OpenRunner,
-    directory: Path,
-    threads: int | None,
-    prompt: Sequence[int],
-    capacity: int,
+    write: Write, open_runner: OpenRunner, directory: Path, threads: int | None, prompt: Sequence[int], capacity: int
 ) -> None:
     try:
-        out.send(_footprint(functools.partial(open_runner, directory, threads), prompt, capacity))
+        found = _footprint(functools.partial(open_runner, directory, threads), prompt, capacity)
+        write(dataclasses.astuple(found))
     except NblError as error:
-        out.send(str(error))
+        write(str(error))
     except MemoryError:
-        out.send(f"measuring {directory} needs more memory: close other programs, or use a smaller precision")
+        write(f"measuring {directory} needs more memory: close other programs, or use a smaller precision")
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        out.send(f"measuring {directory} failed in the process that loaded it: {text[:_LONGEST]}")
+        write(f"measuring {directory} failed in the process that loaded it: {text[:_LONGEST]}")
 
 
 def _footprint(load: Callable[[], TextRunner], prompt: Sequence[int], capacity: int) -> Footprint:

@@ -122,12 +122,17 @@ def render(manifest: Mapping[str, Any], report: Mapping[str, Any], base: BaseMod
     return str(card)
 
 
+def _line(text: str) -> str:
+    """Text that stays in an indented block."""
+    return " ".join(text.splitlines())
+
+
 def _body(manifest: Mapping[str, Any], report: Mapping[str, Any], base: BaseModel, chat: bool) -> str:
     import jinja2
 
     source = importlib.resources.files("nbl_export.publish").joinpath("card.md.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"text": markdown.escaped, "blocks": markdown.written}
+    environment.filters |= {"text": markdown.escaped, "blocks": markdown.written, "line": _line}
     options = public_options(manifest)
     provider = PROVIDERS.get(options.provider)  # None for the CPU
     packages = provider.packages if provider else _CPU_PACKAGES

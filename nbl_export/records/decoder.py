@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from nbl_export.records.from_json import require
 
-__all__ = ["DecoderSpec", "GraphContract", "TensorInfo"]
+__all__ = ["MOST_LAYERS", "DecoderSpec", "GraphContract", "TensorInfo"]
+
+
+MOST_LAYERS = 1024  # real decoders have at most a few hundred
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class DecoderSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "full_layers", tuple(self.full_layers))  # JSON has no tuples
-        require(self.num_layers >= 1, "a decoder has at least one layer")
+        require(1 <= self.num_layers <= MOST_LAYERS, f"a decoder has 1 to {MOST_LAYERS} layers")
         sizes = (self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, self.vocab_size)
         require(min(*sizes, self.max_positions) >= 1, "the sizes of a decoder are at least 1")
         require(self.num_heads % self.num_kv_heads == 0, "query heads are a multiple of key/value heads")

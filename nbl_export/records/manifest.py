@@ -7,10 +7,10 @@ from typing import Any
 
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import read_record
-from nbl_export.records.options import JobOptions
+from nbl_export.records.options import JobOptions, describe_command
 from nbl_export.records.plan import LayerScore, Plan
 
-__all__ = ["check_manifest"]
+__all__ = ["check_manifest", "command_of"]
 
 
 def check_manifest(manifest: Any) -> None:
@@ -48,6 +48,11 @@ def check_manifest(manifest: Any) -> None:
     if manifest.get("goal") is not None:
         _require({"max_perplexity_increase": "", "default": False, **manifest["goal"]},
                  max_perplexity_increase=str, default=bool)  # fmt: skip
+
+
+def command_of(manifest: dict[str, Any], output: Path) -> str:
+    """The command that goes on with a run, from checked options; `command` in a file may be a stranger's advice."""
+    return describe_command(JobOptions.from_json(manifest["options"]), output)
 
 
 def _check_curve(curve: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ FITS = ("independent", "distilled", "drop", "given")
 SELECTS = ("cca", "error", "greedy", "efficient")
 DTYPES = ("auto", "float32", "bfloat16")  # of products while calibrating and choosing layers
 METHODS = ("rtn", "awq")  # of rounding to int4
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # ends a line, or moves a terminal's cursor
 SELF = "self"  # calibration text that the model generates
 
 _REPLACED, _DISTILL, _CALIBRATE, _ENGINE, _BENCH = (
@@ -203,6 +205,9 @@ class JobOptions:
             require(all(low is None or v >= low for v in numbers), f"{name} must be at least {low}")
             require(all(high is None or v <= high for v in numbers), f"--{name.replace('_', '-')} is {high} at most")
             require(not said.numbers or value is None or len(numbers) > 0, f"{name} needs a number")
+        for name, value in dataclasses.asdict(self).items():
+            texts = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, str)]
+            require(not any(map(_CONTROL.search, texts)), f"{name} is not one line of text")
         require(self.tap in TAPS, f"--tap is {' or '.join(TAPS)}, not {self.tap!r}")
         require(self.maps in MAPS, f"--maps is {' or '.join(MAPS)}, not {self.maps!r}")
         require(self.compute_dtype in DTYPES, f"--compute-dtype is {', '.join(DTYPES)}, not {self.compute_dtype!r}")

@@ -15,13 +15,14 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.trust.contained import is_inside, refuse_links_out
+from nbl_export.trust.counts import check_model_counts, check_token_counts
 from nbl_export.trust.strict_json import read_object
 
 __all__ = ["CONFIG_BYTES", "check_checkpoint", "check_settings", "check_tokenizer_settings"]
 
 CONFIG_BYTES = 8 << 20
 _MOST_BYTES = {"config.json": CONFIG_BYTES, "generation_config.json": 1 << 20, "tokenizer_config.json": 64 << 20}
-_ATTENTION = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+_ATTENTION = ("attn_implementation", "experts_implementation")  # inside the name of a key
 _ATTENTIONS = ("eager", "sdpa", None)  # others are packages, or kernels that transformers fetches from the hub
 _QUANTISED = ("gptq", "awq", "olive")  # `model.checkpoint.quantized` reads these; others bring code, some from the hub
 _FILE_KEYS = ("_file", "_path", "_dir")
@@ -60,10 +61,11 @@ def check_settings(directory: Path) -> None:
 def _check_config(path: Path) -> None:
     config = read_object(path, _MOST_BYTES[path.name])
     for where in _mappings(config):
+        check_model_counts(where, path)
         if where.get("transformers_weights") is not None:
             raise _refused(path, "transformers_weights", "weights are read from model.safetensors or its index")
-        for key in _ATTENTION:
-            said = where.get(key)
+        for key in (key for key in where if any(part in key for part in _ATTENTION)):
+            said = where[key]
             if any(value not in _ATTENTIONS for value in (said.values() if isinstance(said, dict) else [said])):
                 raise _refused(path, key, f"{said!r} may be code from the hub")
         if where.get("custom_generate") is not None:
@@ -99,6 +101,7 @@ def check_tokenizer_settings(directory: Path) -> None:
     if not path.is_file():
         return
     settings = read_object(path, _MOST_BYTES[path.name])
+    check_token_counts(settings, path)
     for key, value in settings.items():
         if key.endswith(_FILE_KEYS) and key not in _UNREAD and _leads_out(value, directory):
             raise _refused(path, key, "it names a file outside the folder")

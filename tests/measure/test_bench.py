@@ -7,15 +7,14 @@ import contextlib
 import functools
 import gc
 import itertools
-import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from nbl_export.measure.benchmark import BenchSetting, Instruments, Variant, dec
 from nbl_export.measure.energy import Meter
 from nbl_export.measure.footprint import Footprint, measure_footprint
 from nbl_export.measure.rows import read_timings, speed_rows
+from nbl_export.parallel import child
 from nbl_export.records.results import Scenario
 
 SETTING = BenchSetting(vocab_size=100, context_length=4096, versions={"onnxruntime": "1"})
@@ -502,22 +502,21 @@ def test_a_child_that_fails_is_one_sentence(behaviour: str, sentence: str) -> No
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows starts processes in another way")
 def test_ctrl_c_while_the_child_starts_leaves_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread of a library takes the signal, in which it is not blocked; the child would outlive this process."""
-    from multiprocessing import popen_spawn_posix
-
-    launch, started = popen_spawn_posix.Popen._launch, []  # type: ignore[attr-defined]
+    started: list[psutil.Process] = []
 
     def take() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         signal.pthread_kill(threading.get_ident(), signal.SIGINT)
 
-    def interrupted(self: Any, process: Any) -> None:
-        launch(self, process)
-        started.append(psutil.Process(self.pid))
-        thread = threading.Thread(target=take)
-        thread.start()
-        thread.join()
+    class Interrupted(subprocess.Popen[bytes]):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            started.append(psutil.Process(self.pid))
+            thread = threading.Thread(target=take)
+            thread.start()
+            thread.join()
 
-    monkeypatch.setattr(popen_spawn_posix.Popen, "_launch", interrupted)
+    monkeypatch.setattr(child.subprocess, "Popen", Interrupted)
     before = signal.getsignal(signal.SIGINT)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -534,17 +533,17 @@ def test_a_child_that_ends_during_ctrl_c_says_nothing(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """It has its answer while this process, which no longer waits for answers, goes to end it."""
-    terminate = multiprocessing.process.BaseProcess.terminate
+    terminate = subprocess.Popen.terminate
 
-    def interrupt(_self: Any) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    def late(self: multiprocessing.process.BaseProcess) -> None:
-        self.join(60)
+    def late(self: subprocess.Popen[bytes]) -> None:
+        self.wait(60)
         terminate(self)
 
-    monkeypatch.setattr(Connection, "recv", interrupt)
-    monkeypatch.setattr(multiprocessing.process.BaseProcess, "terminate", late)
+    monkeypatch.setattr(child.Child, "answer", interrupt)
+    monkeypatch.setattr(subprocess.Popen, "terminate", late)
     with pytest.raises(KeyboardInterrupt):
         footprint()
     assert capfd.readouterr().err == ""
@@ -564,4 +563,4 @@ def test_ctrl_c_leaves_no_child() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert time.monotonic() - start < 15
-    assert not multiprocessing.active_children()
+    assert not [other for other in psutil.Process().children() if other.status() != psutil.STATUS_ZOMBIE]

@@ -74,6 +74,8 @@ _REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("config.json", {"attn_implementation": "kernels-community/flash-attn"}),
     ("config.json", {"_attn_implementation": {"": "someone/kernel"}}),
     ("config.json", {"experts_implementation": "someone/kernel"}),
+    ("config.json", {"_attn_implementation_internal": "someone/kernel"}),
+    ("config.json", {"_experts_implementation_internal": "someone/kernel"}),
     ("config.json", {"quantization_config": {"quant_method": "fp8"}}),
     ("config.json", {"quantization_config": {"bits": 4}}),
     ("generation_config.json", {"custom_generate": "someone/generate"}),

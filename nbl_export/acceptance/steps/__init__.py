@@ -48,7 +48,6 @@ class Step:
         run: the work on a target; a function of a module, so that it can be sent to another process.
         needed: later steps are not run if this step fails.
         last: the step runs only if no step has failed.
-        children: the step starts processes of its own.
     """
 
     name: str
@@ -58,7 +57,6 @@ class Step:
     run: Callable[[Any, Notes], None]
     needed: bool = False
     last: bool = False
-    children: bool = False
 
 
 STATIC_STEPS = (
@@ -91,7 +89,6 @@ GENAI_STEPS = (
     Step("machine", "GPU, driver, provider and versions", MACHINE, "See nbl-export doctor.", genai.machine, True),
     Step("plain", "Chunks and single tokens", GENAI, _OTHER_GENAI, genai.texts, True),
     Step("prefill", "Prefill against single steps", GENAI, _OTHER_GENAI, genai.prefill),
-    Step("launches", "Text with and without waiting for each kernel", GENAI, _OTHER_GENAI, genai.launches,
-         children=True),
+    Step("launches", "Text with and without waiting for each kernel", GENAI, _OTHER_GENAI, genai.launches),
     Step("clock", "Steps that have ended when they return", CLOCK, DEFECT, genai.clock),
 )  # fmt: skip

@@ -37,7 +37,7 @@ _MOST = 0.25  # of the seconds of a step, that reading its logits may take; copy
 
 @dataclass(frozen=True)
 class GenaiParts:
-    """How a directory is opened; picklable."""
+    """How a directory is opened."""
 
     provider: str
 

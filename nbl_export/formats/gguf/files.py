@@ -9,6 +9,7 @@ import numpy as np
 
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.formats.gguf.content import Content, Key, Tensor
+from nbl_export.trust.counts import check_layers
 
 __all__ = ["read_content", "write_content"]
 
@@ -17,7 +18,7 @@ def read_content(path: Path) -> Content:
     """Keys and tensors of a file. Tensors stay mapped from the file.
 
     Raises:
-        NblError: the file is one part of several.
+        NblError: the file is one part of several, or states more layers than its tensors have.
         CorruptError: the file is no GGUF or is cut short.
     """
     import gguf
@@ -32,7 +33,9 @@ def read_content(path: Path) -> Content:
         raise CorruptError(f"{path} cannot be read as GGUF ({error}); fetch it again") from error
     if (parts := keys.get("split.count")) is not None and int(parts.value) > 1:
         raise NblError(f"{path} is one of {parts.value} parts; put them together (llama-gguf-split --merge)")
-    return Content(architecture, keys, tensors)
+    content = Content(architecture, keys, tensors)
+    check_layers(content.get("block_count"), content.by_name, path)
+    return content
 
 
 def _key(field: Any) -> Key:

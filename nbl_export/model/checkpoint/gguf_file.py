@@ -22,8 +22,9 @@ def reader(path: str | os.PathLike[str], _mode: str = "r") -> Any:
 
 
 def forget() -> None:
-    """Release the reader: for a vocabulary of 150,000 words it takes hundreds of megabytes."""
+    """Release the reader and the map: for a vocabulary of 150,000 words it takes hundreds of megabytes."""
     _reader.cache_clear()
+    _name_map.cache_clear()
 
 
 @contextlib.contextmanager
@@ -32,7 +33,7 @@ def shared() -> Iterator[None]:
     import gguf
 
     kept = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = reader, functools.lru_cache(maxsize=1)(gguf.get_tensor_name_map)
+    gguf.GGUFReader, gguf.get_tensor_name_map = reader, _name_map
     try:
         yield
     finally:
@@ -44,3 +45,10 @@ def _reader(path: str, _size: int, _changed_ns: int) -> Any:
     from gguf.gguf_reader import GGUFReader
 
     return GGUFReader(path)
+
+
+@functools.lru_cache(maxsize=1)
+def _name_map(architecture: Any, layers: int) -> Any:
+    from gguf.tensor_mapping import get_tensor_name_map
+
+    return get_tensor_name_map(architecture, layers)

@@ -8,7 +8,14 @@ from typing import Any
 from nbl_export.errors import NblError
 from nbl_export.graph import given
 from nbl_export.model.architectures import LINEARIZED, windows_of
-from nbl_export.model.checkpoint.pretrained import config_of, model_of, quiet_transformers, tokenizer_of
+from nbl_export.model.checkpoint.pretrained import (
+    check_weights,
+    config_of,
+    model_of,
+    quiet_transformers,
+    reason_of,
+    tokenizer_of,
+)
 from nbl_export.model.checkpoint.source import Source, _check_architecture
 from nbl_export.records.decoder import DecoderSpec
 
@@ -31,6 +38,7 @@ def read_spec(source: Source) -> DecoderSpec:
         config = config_of(source.directory, source.gguf.name if source.gguf else None)
         architecture = config.model_type.removeprefix(LINEARIZED if source.linearized else "")
         _check_architecture(architecture, source.directory)
+        check_weights(source.directory, source.gguf.name if source.gguf else None)
         normal = NormalizedTextConfigWithGQA(config)
         head_dim = getattr(config, "head_dim", None) or normal.hidden_size // normal.num_attention_heads
         windows = windows_of(config)
@@ -49,20 +57,13 @@ def read_spec(source: Source) -> DecoderSpec:
     except NblError:
         raise
     except Exception as error:  # transformers raises many kinds on a damaged configuration
-        raise NblError(f"{source.name} has no usable decoder configuration: {error}") from error
+        raise NblError(f"{source.name} has no usable decoder configuration: {reason_of(error)}") from error
 
 
 def _register(source: Source) -> None:
     """Register the classes of an NBL checkpoint with transformers."""
     if source.linearized is not None:
         import nbl_export.model.saved.hf_classes  # noqa: F401
-
-
-def _reason(error: Exception) -> str:
-    """A library's message, unless the message refers to a report that is not shown."""
-    if "ignore_mismatched_sizes" in str(error):
-        return "weights do not have the shapes that config.json states; fetch the model again"
-    return f"{type(error).__name__}: {error}"
 
 
 def load_model(directory: Path) -> Any:
@@ -72,15 +73,11 @@ def load_model(directory: Path) -> Any:
         NblError: transformers cannot load the model.
     """
     try:
-        model, report = model_of(directory)
+        return model_of(directory).eval()
     except (MemoryError, NblError):
         raise
     except Exception as error:
-        raise NblError(f"{directory} cannot be loaded by transformers: {_reason(error)}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise NblError(f"{directory} lacks the weights {missing[0]} and {len(missing) - 1} more; fetch the model again")
-    return model.eval()
+        raise NblError(f"{directory} cannot be loaded by transformers: {reason_of(error)}") from error
 
 
 def load_tokenizer(directory: Path) -> Any:

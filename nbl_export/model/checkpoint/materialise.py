@@ -10,8 +10,8 @@ from pathlib import Path
 
 from nbl_export.errors import NblError
 from nbl_export.model.checkpoint import gguf_file
-from nbl_export.model.checkpoint.load import _reason, _register, load_model, load_tokenizer
-from nbl_export.model.checkpoint.pretrained import model_of, quiet_transformers, tokenizer_of
+from nbl_export.model.checkpoint.load import _register, load_model, load_tokenizer
+from nbl_export.model.checkpoint.pretrained import model_of, quiet_transformers, reason_of, tokenizer_of
 from nbl_export.model.checkpoint.source import Source, log
 
 __all__ = ["materialise"]
@@ -52,7 +52,7 @@ def _convert(source: Source, target: Path) -> None:
         raise
     except Exception as error:
         shutil.rmtree(scratch, ignore_errors=True)
-        raise NblError(f"{origin} cannot be loaded by transformers: {_reason(error)}") from error
+        raise NblError(f"{origin} cannot be loaded by transformers: {reason_of(error)}") from error
     sizes = {f.name: f.stat().st_size for f in sorted(scratch.iterdir())}
     facts = {"fingerprint": source.fingerprint, "file": origin.name, "sizes": sizes}
     (scratch / _MARKER).write_text(json.dumps(facts), encoding="utf-8")
@@ -70,7 +70,7 @@ def _restore(directory: Path, out: Path) -> None:
 
 def _dequantise(gguf: Path, out: Path) -> None:
     log.info("dequantising %s", gguf.name)
-    model, _ = model_of(gguf.parent, gguf.name)
+    model = model_of(gguf.parent, gguf.name)
     # transformers refuses to save a model that was loaded quantised; these weights are dequantised.
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None

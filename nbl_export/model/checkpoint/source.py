@@ -23,6 +23,7 @@ from nbl_export.graph.names import MANIFEST
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config
 from nbl_export.model.checkpoint import gguf_file
 from nbl_export.records.plan import TAPS
+from nbl_export.trust.counts import check_layers
 from nbl_export.trust.file_hashes import sha256_of
 from nbl_export.trust.model_settings import CONFIG_BYTES, check_checkpoint, check_settings
 from nbl_export.trust.plain_files import refuse_special
@@ -148,7 +149,7 @@ def _directory_source(name: str, directory: Path, revision: str | None) -> Sourc
     _check_architecture(config.get("model_type"), directory, multimodal="text_config" in config)
     check_config(config, directory / "config.json")
     weights = _weight_files(directory)
-    _check_safetensors(weights)
+    check_layers(config.get("num_hidden_layers"), _names(weights), directory / "config.json")
     tokenizer = [file for file in sorted(directory.glob("tokenizer*")) if file.is_file()]
     fingerprint = _fingerprint([directory / "config.json", *weights, *tokenizer])
     return Source(name, directory, None, revision, fingerprint, weights=tuple(weights), linearized=replaced)
@@ -164,9 +165,14 @@ def _linearized(config: dict[str, Any], where: Path) -> Linearized | None:
         return None
     layers, tap, count = (config.get(name) for name in ("nbl_replaced_layers", "nbl_tap", "num_hidden_layers"))
     numbers = isinstance(layers, list) and all(type(i) is int for i in layers) and type(count) is int
-    if not numbers or not layers or not set(layers) < set(range(count)) or tap not in TAPS:  # type: ignore[arg-type]
+    if not numbers or not layers or tap not in TAPS or not _is_part(layers, count):  # type: ignore[arg-type]
         raise NblError(f"{where} replaces layers {layers} of {count} at the tap {tap!r}; save the checkpoint again")
     return Linearized(tuple(sorted(set(layers))), str(tap))
+
+
+def _is_part(layers: list[int], count: int) -> bool:
+    """Whether these are some layers of `count`, and not all."""
+    return min(layers) >= 0 and max(layers) < count and len(set(layers)) < count
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -213,34 +219,48 @@ def _weight_files(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.safetensors"))
 
 
-def _check_safetensors(files: list[Path]) -> None:
+def _names(files: list[Path]) -> set[str]:
+    """Names of all tensors.
+
+    Raises:
+        NblError: a file is damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
+    found: set[str] = set()
     for file in files:
         try:
-            with safe_open(str(file), framework="np"):
-                pass
+            with safe_open(str(file), framework="np") as opened:
+                found.update(opened.keys())
         except (SafetensorError, OSError, ValueError) as error:
             raise NblError(f"{file} is truncated or not a safetensors file ({error}); fetch it again") from error
+    return found
 
 
 def _gguf_source(name: str, file: Path) -> Source:
     try:
-        fields = gguf_file.reader(file).fields
-        architecture, parts = (
-            field.contents() if (field := fields.get(name)) is not None else None
-            for name in ("general.architecture", "split.count")
-        )
+        reader = gguf_file.reader(file)
+        architecture, parts = (_value(reader, name) for name in ("general.architecture", "split.count"))
+        layers = [_value(reader, key) for key in reader.fields if key.endswith(".block_count")]
+        names = [tensor.name for tensor in reader.tensors]
     except ImportError as error:
         raise MissingPackageError("gguf", "export", f"reading {file}") from error
     except Exception as error:  # the reader raises whatever numpy raises on a short or foreign file
         raise NblError(f"{file} is truncated or not a GGUF file ({error}); fetch it again") from error
     if parts is not None and int(parts) > 1:
         raise NblError(f"{file} is one of {parts} parts; put them together (llama-gguf-split --merge)")
+    for stated in layers:  # transformers reads the key of any architecture
+        check_layers(stated, names, file)
     check_settings(file.parent)
     aliases = {alias: record.name for record in ARCHITECTURES.values() for alias in record.aliases}
     _check_architecture(aliases.get(str(architecture), architecture), file)
     return Source(name, file.parent, file, None, _fingerprint([file]))
+
+
+def _value(reader: Any, key: str) -> Any:
+    """Value of a GGUF key; None without the key."""
+    field = reader.fields.get(key)
+    return None if field is None else field.contents()
 
 
 def _fingerprint(files: list[Path]) -> str:

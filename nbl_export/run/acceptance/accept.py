@@ -114,7 +114,7 @@ def bench(target: Any, notes: Notes) -> None:
         notes.see(f"{spoken_test(row)}, {row['variant']}, tokens/s", row["tokens_per_second_median"])
 
 
-BENCH = Step("bench", "Benchmark", RUNNER, "See nbl-export bench DIR.", bench, last=True, children=True)
+BENCH = Step("bench", "Benchmark", RUNNER, "See nbl-export bench DIR.", bench, last=True)
 
 
 def _blank(run: RunDirectory, target: Any, steps: Sequence[Step]) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _run(step: Step, target: Any, record: dict[str, Any], run_step: Run, write: 
     record["verdict"] = "running"
     write()
     started = time.monotonic()
-    found = run_step(Task(functools.partial(step.run, target), step.layer, step.advice, step.children), heard)
+    found = run_step(Task(functools.partial(step.run, target), step.layer, step.advice), heard)
     record |= {"verdict": found.verdict, "said": found.said, "layer": found.layer, "advice": found.advice,
                "seconds": round(time.monotonic() - started, 3)}  # fmt: skip
     write()

@@ -1,0 +1,221 @@
+"""A model that states more than its files hold is refused before memory is taken for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_export.decoders.bounds import check_bounds
+from nbl_export.errors import NblError
+from nbl_export.model.checkpoint.load import load_model, load_tokenizer, read_spec
+from nbl_export.model.checkpoint.materialise import materialise
+from nbl_export.model.checkpoint.pretrained import check_weights
+from nbl_export.model.checkpoint.source import resolve
+
+from .test_checkpoint import save_gguf
+from .test_hostile_checkpoint import changed
+
+Checkpoint = Callable[[str], Path]
+MOST_BYTES = 1 << 30  # of one process; torch and transformers take about a third of it
+
+# The peak of a process that was started by a large one includes its parent's, so the figure is the kernel's own.
+REFUSED = """
+import sys
+from pathlib import Path
+from nbl_export.errors import NblError
+from nbl_export.model.checkpoint.load import load_model, read_spec
+from nbl_export.model.checkpoint.materialise import materialise
+from nbl_export.model.checkpoint.source import resolve
+model, kind = sys.argv[1:]
+try:
+    if kind == "load":
+        load_model(Path(model))
+    elif kind == "convert":
+        materialise(resolve(model), Path(model).parent / "made")
+    else:
+        read_spec(resolve(model))
+except NblError as error:
+    print("refused:", error)
+peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print("KiB:", peak.split()[1])
+"""
+
+
+def refused(model: Path, kind: str) -> str:
+    """The sentence that refuses a model, in a process whose memory stays small."""
+    command = [sys.executable, "-c", REFUSED, str(model), kind]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said, peak = done.stdout.splitlines()
+    assert int(peak.split()[1]) * 1024 < MOST_BYTES, peak
+    return said.removeprefix("refused: ")
+
+
+def empty_gguf(path: Path, **numbers: int) -> Path:
+    """A GGUF file without tensors: its architecture, and a few numbers."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    keys = [text("general.architecture") + struct.pack("<I", 8) + text("llama")]
+    keys += [text(name) + struct.pack("<II", 4, value) for name, value in numbers.items()]
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(keys)) + b"".join(keys))
+    return path
+
+
+@pytest.fixture
+def scalar(tmp_path: Path) -> Path:
+    """A checkpoint that states 64 layers of width 8192, and holds one number."""
+    import torch
+    from safetensors.torch import save_file
+
+    model = tmp_path / "model"
+    model.mkdir()
+    save_file({"x": torch.zeros(1)}, model / "model.safetensors", metadata={"format": "pt"})
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "vocab_size": 128000}
+    (model / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 64, **sizes}))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["spec", "convert"])
+def test_a_gguf_without_tensors_takes_no_memory(tmp_path: Path, kind: str) -> None:
+    file = empty_gguf(tmp_path / "model.gguf")
+    assert file.stat().st_size < 133
+    assert "lacks the weights model.embed_tokens.weight" in refused(file, kind)
+
+
+@pytest.mark.parametrize("kind", ["spec", "load"])
+def test_a_checkpoint_without_weights_takes_no_memory(scalar: Path, kind: str) -> None:
+    if kind == "load":
+        assert "lacks the weights lm_head.weight and 578 more" in refused(scalar, kind)
+        return
+    assert "states 64 layers, and its weights have 0" in refused(scalar, kind)
+    changed(scalar, "config.json", num_hidden_layers=0)
+    assert refused(scalar, kind)
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "intermediate_size", "head_dim", "num_attention_heads"])
+@pytest.mark.parametrize("number", [1 << 24, 1 << 40, 1 << 62])
+def test_a_size_beyond_the_files_takes_no_memory(
+    checkpoint: Checkpoint, tmp_path: Path, name: str, number: int
+) -> None:
+    model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+    changed(model, "config.json", **{name: number})
+    for asked in (lambda: read_spec(resolve(str(model))), lambda: load_model(model), lambda: check_bounds(model)):
+        with pytest.raises(NblError) as refusal:
+            asked()
+        assert "\n" not in str(refusal.value)
+    if number == 1 << 24 and name == "vocab_size":
+        assert refused(model, "load")
+
+
+@pytest.mark.parametrize("count", [1 << 40, 1025, 4])
+def test_more_layers_than_the_files_hold(checkpoint: Checkpoint, tmp_path: Path, count: int) -> None:
+    model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+    changed(model, "config.json", num_hidden_layers=count)
+    with pytest.raises(NblError, match=f"states {count} layers, and its weights have 3"):
+        resolve(str(model))
+
+
+def test_names_of_a_million_layers_are_not_enough(tmp_path: Path, scalar: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({f"model.layers.{i}.x": torch.zeros(0) for i in range(2000)}, scalar / "model.safetensors")
+    changed(scalar, "config.json", num_hidden_layers=2000)
+    with pytest.raises(NblError, match="states 2000 layers, and at most 1024 are read"):
+        resolve(str(scalar))
+
+
+@pytest.mark.parametrize("key", ["llama.block_count", "mistral.block_count"])  # transformers reads both
+def test_more_layers_than_a_gguf_holds(tmp_path: Path, key: str) -> None:
+    file = empty_gguf(tmp_path / "model.gguf", **{key: 1 << 30})
+    with pytest.raises(NblError, match=f"states {1 << 30} layers, and its weights have 0"):
+        resolve(str(file))
+
+
+def test_a_gguf_for_llama_cpp_states_no_more_layers_than_it_holds(tmp_path: Path) -> None:
+    from nbl_export.formats.gguf.facts import read_gguf_facts
+
+    with pytest.raises(NblError, match="states 1073741824 layers"):
+        read_gguf_facts(empty_gguf(tmp_path / "model.gguf", **{"llama.block_count": 1 << 30}))
+
+
+def gguf_of(checkpoint: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """The tiny Llama as a GGUF, its tensors changed."""
+    from safetensors.torch import load_file, save_file
+
+    model = Path(shutil.copytree(checkpoint, tmp_path / "changed"))
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return save_gguf(model, tmp_path / "tiny.gguf")
+
+
+def test_a_gguf_that_lacks_a_tensor_gets_no_random_one(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    source = resolve(str(gguf_of(checkpoint("llama"), tmp_path, lambda tensors: tensors.pop(name))))
+    for asked in (lambda: read_spec(source), lambda: materialise(source, tmp_path / "made")):
+        with pytest.raises(NblError, match=f"lacks the weights {name} and 0 more"):
+            asked()
+
+
+def test_a_gguf_with_a_tensor_of_another_shape(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def wider(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].repeat(2, 1)
+
+    with pytest.raises(NblError, match=r"up_proj.weight in shape \[192, 64\], and its keys state \[96, 64\]"):
+        read_spec(resolve(str(gguf_of(checkpoint("llama"), tmp_path, wider))))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("config.json", {"num_labels": 1 << 40}),
+        ("config.json", {"text_config": {"num_labels": 1 << 40}}),
+        ("config.json", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 1e12}}),
+        ("tokenizer_config.json", {"tokenizer_class": "T5TokenizerFast", "extra_ids": 1 << 40}),
+        ("tokenizer_config.json", {"offset": 1 << 40}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {str(1 << 40): {"content": "x"}}}),
+    ],
+    ids=str,
+)
+def test_numbers_that_libraries_count_up_to(
+    checkpoint: Checkpoint, tmp_path: Path, name: str, values: dict[str, Any]
+) -> None:
+    model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+    changed(model, name, **values)
+    with pytest.raises(NblError, match="no decoder has as many"):
+        resolve(str(model))
+
+
+def test_numbers_of_real_tokenizers_pass(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+    changed(model, "tokenizer_config.json", model_max_length=10**30, bos_token_id=128000, extra_ids=100)
+    assert load_tokenizer(model)("The")["input_ids"]
+
+
+def test_rotary_tables_must_fit(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+    for name in ("max_position_embeddings", "seq_length"):
+        changed(model, "config.json", **{name: 1 << 40})
+        with pytest.raises(NblError, match="states 1099511627776 positions"):
+            check_bounds(model)
+        changed(model, "config.json", **{name: 1 << 20})
+        check_bounds(model)
+
+
+def test_weights_of_quantised_checkpoints_are_left_to_their_reader(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+    changed(model, "config.json", quantization_config={"quant_method": "gptq", "bits": 4}, vocab_size=1 << 40)
+    check_weights(model)
