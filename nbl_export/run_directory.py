@@ -45,9 +45,8 @@ from nbl_export.errors import CorruptError, NblError
 from nbl_export.files import _SCRATCH, _make, _remove, file_sha256, friendly_os_errors, write_json
 from nbl_export.graph.names import GENAI_CONFIG, IR_FILE, MANIFEST
 from nbl_export.records.manifest import check_manifest
-from nbl_export.trust.contained import check_inside
+from nbl_export.trust.contained import check_folder
 from nbl_export.trust.lock import locked
-from nbl_export.trust.plain_files import entries, refuse_special
 
 __all__ = ["ACCEPTANCE_FILE", "ACCEPTANCE_HTML", "ACCEPTANCE_JSON", "ACCEPTANCE_MD", "BENCH_FILE", "CALIBRATION_FILE",
            "DISTILL_FILE", "EVAL_FILE", "LOSSLESS_FILE", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES", "REFERENCES_FILE",
@@ -142,14 +141,11 @@ class RunDirectory:
 
     def _read(self) -> None:
         path = self.path / MANIFEST
-        refuse_special(self.path)
-        for entry in entries(self.path):
-            if entry.name != ".lock":  # `trust.lock` checks it
-                check_inside(entry, self.path)
         if any((self.path / name).exists() for name in (GENAI_CONFIG, IR_FILE)):
             raise NblError(f"{self.path} is a model directory, not a run directory; name the directory it is in")
         if not path.exists():
             return
+        check_folder(self.path)
         advice = "restore it, or start over with --force"
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))

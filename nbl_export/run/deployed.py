@@ -22,7 +22,7 @@ from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
 from nbl_export.run.resolved import located
 from nbl_export.run_directory import MAPS_FILE, RunDirectory
-from nbl_export.trust.contained import refuse_links_out
+from nbl_export.trust.contained import check_folder, check_inside
 from nbl_export.trust.plain_files import refuse_special
 
 __all__ = ["Finished", "Located", "available_engine", "is_model_directory", "locate", "open_finished", "open_for_text"]
@@ -67,7 +67,9 @@ def locate(directory: Path, name: str = "model", *, force: bool = False) -> Loca
     """
     refuse_special(directory)
     if directory.is_dir() and is_model_directory(directory):
-        refuse_links_out(directory)
+        check_folder(directory)
+    if directory.is_file():
+        check_inside(directory, directory.parent)
     if (directory / GENAI_CONFIG).is_file():
         return Located(directory, "ort", provider_of(directory))
     if (directory / RECORD_FILE).is_file():

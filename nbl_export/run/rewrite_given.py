@@ -14,7 +14,7 @@ from typing import Any
 from nbl_export import __version__
 from nbl_export.errors import NblError, UsageError
 from nbl_export.files import file_sha256, friendly_os_errors, move_into_place, refuse_occupied, versions, write_json
-from nbl_export.graph.given import _check_folder, _need_onnx, companions, home_of
+from nbl_export.graph.given import _need_onnx, check_graph_place, companions, home_of
 from nbl_export.graph.names import MANIFEST, STATIC_GRAPH_FILE
 from nbl_export.plan.choose import parse_layers
 from nbl_export.plan.maps_file import load_maps, maps_in
@@ -43,7 +43,7 @@ def rewrite_given(path: Path, maps_file: Path, layers: str | None, tap: str | No
     from nbl_export.graph.facts import decoder_facts
 
     refuse_occupied(output)
-    _check_folder(path)
+    check_graph_place(path)
     file = source.find_graph(path)
     _refuse_inside(output, file.parent)
     stored, stated = maps_in(maps_file)

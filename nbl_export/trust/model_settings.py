@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.trust.contained import is_inside, refuse_links_out
+from nbl_export.trust.contained import check_folder, is_inside
 from nbl_export.trust.strict_json import read_object
 
-__all__ = ["CONFIG_BYTES", "check_checkpoint", "check_settings", "check_tokenizer_settings"]
+__all__ = ["CONFIG_BYTES", "check_checkpoint", "check_tokenizer_settings"]
 
 CONFIG_BYTES = 8 << 20
 _MOST_BYTES = {"config.json": CONFIG_BYTES, "generation_config.json": 1 << 20, "tokenizer_config.json": 64 << 20}
@@ -29,22 +29,13 @@ _UNREAD = ("special_tokens_map_file", "name_or_path")  # where the tokenizer was
 
 
 def check_checkpoint(directory: Path) -> None:
-    """Check a folder that transformers will open: its links, then its settings.
+    """Check a folder that transformers will open: its entries, then its settings.
 
     Raises:
-        CorruptError: an entry is a link out of the folder.
+        CorruptError: an entry is a link out of the folder, a pipe, a socket or a device.
         NblError: a setting is refused; the message names it.
     """
-    refuse_links_out(directory)
-    check_settings(directory)
-
-
-def check_settings(directory: Path) -> None:
-    """Check the settings alone, for the folder of a GGUF file, whose other files do not belong to the model.
-
-    Raises:
-        NblError: a setting is refused; the message names it.
-    """
+    check_folder(directory)
     adapter = directory / "adapter_config.json"
     if adapter.exists():
         raise NblError(

@@ -15,7 +15,7 @@ from typing import Any
 from nbl_export.engines.static.schedule import Profile
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.records.decoder import GraphContract, TensorInfo
-from nbl_export.trust.contained import check_inside, refuse_links_out
+from nbl_export.trust.contained import check_folder, check_inside
 
 __all__ = ["ENGINE_FILE", "RECORD_FILE", "EngineRecord", "digest_of", "read_plan", "read_record"]
 
@@ -87,13 +87,13 @@ def read_record(directory: Path) -> EngineRecord:
 
     Raises:
         NblError: the directory holds no engine.
-        CorruptError: engine.json cannot be read, the plan is not the recorded plan (cut short, replaced), or a file is
-            a link out of the directory.
+        CorruptError: engine.json cannot be read, the plan is not the recorded plan (cut short, replaced), or an entry
+            is a link out of the directory.
     """
     path, plan = directory / RECORD_FILE, directory / ENGINE_FILE
     if not path.is_file():
         raise NblError(f"{directory} holds no engine: {RECORD_FILE} is missing; nbl-export build makes one")
-    refuse_links_out(directory)
+    check_folder(directory)
     try:
         record = EngineRecord.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -28,7 +28,7 @@ def read_spec(source: Source) -> DecoderSpec:
 
     _register(source)
     try:
-        config = config_of(source.directory, source.gguf.name if source.gguf else None)
+        config = config_of(source.gguf or source.directory)
         architecture = config.model_type.removeprefix(LINEARIZED if source.linearized else "")
         _check_architecture(architecture, source.directory)
         normal = NormalizedTextConfigWithGQA(config)

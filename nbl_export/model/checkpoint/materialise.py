@@ -70,12 +70,12 @@ def _restore(directory: Path, out: Path) -> None:
 
 def _dequantise(gguf: Path, out: Path) -> None:
     log.info("dequantising %s", gguf.name)
-    model, _ = model_of(gguf.parent, gguf.name)
+    model, _ = model_of(gguf)
     # transformers refuses to save a model that was loaded quantised; these weights are dequantised.
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None
     model.save_pretrained(out)
-    tokenizer_of(gguf.parent, gguf.name).save_pretrained(out)
+    tokenizer_of(gguf).save_pretrained(out)
 
 
 def _is_whole(target: Path, source: Source) -> bool:
