@@ -81,13 +81,24 @@ _REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("generation_config.json", {"custom_generate": "someone/generate"}),
     ("tokenizer_config.json", {"tokenizer_file": "{outside}"}),
     ("tokenizer_config.json", {"vocab_file": "../secret"}),
+    ("tokenizer_config.json", {"vocab_file": "~/secret"}),
+    ("tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.json", "../private/tokenizer.1.json"]}),
+    ("tokenizer_config.json", {"fast_tokenizer_files": ["~nobody/../../private/tokenizer.1.json"]}),
+    ("tokenizer_config.json", {"anything": [{"deep": {"er": "sub/../../secret"}}]}),
     ("tokenizer_config.json", {"sp_model_kwargs": {"model_file": "{outside}"}}),
 ]
 
 
 @pytest.mark.parametrize(("name", "values"), _REFUSED, ids=str)
-def test_settings_that_are_refused(model: Path, name: str, values: dict[str, Any], tmp_path: Path) -> None:
+def test_settings_that_are_refused(
+    model: Path, name: str, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "secret").write_text("secret", encoding="utf-8")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "tokenizer.1.json").write_bytes((model / "tokenizer.json").read_bytes())
+    for place in ("sub", "~nobody"):
+        (model / place).mkdir()
     said = json.loads(json.dumps(values).replace("{outside}", str(tmp_path / "secret")))
     changed(model, name, **said)
     with pytest.raises(NblError, match=f"{name} sets {next(iter(values))}, which is refused"):
@@ -109,6 +120,9 @@ def test_settings_that_real_models_have_pass(model: Path) -> None:
         "tokenizer_file": "/home/somebody/tokenizer.json",
     }
     changed(model, "tokenizer_config.json", **left_over, name_or_path="org/model", sp_model_kwargs={})
+    token = {"383": {"content": "/", "special": False}}  # a path on every machine
+    changed(model, "tokenizer_config.json", sep_token="/", chat_template="/", extra_special_tokens=["/", "../"])
+    changed(model, "tokenizer_config.json", added_tokens_decoder=token, fast_tokenizer_files=["tokenizer.json"])
     read_spec(resolve(str(model)))
     assert load_tokenizer(model)("The")["input_ids"]
     assert load_model(model).config.num_hidden_layers == 3
