@@ -28,6 +28,7 @@ from nbl_export.engines.tensorrt.record import ENGINE_FILE, RECORD_FILE, EngineR
 from nbl_export.errors import NblError
 from nbl_export.files import friendly_os_errors, write_json
 from nbl_export.graph.names import ALL_LOGITS_FILE, STATIC_GRAPH_FILE
+from nbl_export.graph.trust import check_graph_file
 from nbl_export.records.decoder import ITEMSIZE, GraphContract
 from nbl_export.trust.contained import check_inside
 
@@ -57,12 +58,14 @@ def build_engine(
 
     Raises:
         NblError: the graph is refused, warns, does not build or cannot be captured; or the disk is full. `out` stays.
+        CorruptError: the graph keeps weights outside its folder.
     """
     trt = load_library(library)
     log = messages_of(trt)
     graph = source / _GRAPH
     if not graph.is_file():
         raise NblError(f"{source} holds no {_GRAPH}; export it with --engine {library.capabilities.name}")
+    check_graph_file(graph)
     parsed = parse(trt, log, graph)
     bypass_unit_scale(parsed)
     contract = parsed.contract
