@@ -15,7 +15,8 @@ import typer
 from nbl_export.records.option import MAIN, PANELS, Option, options_of
 from nbl_export.records.options import JobOptions
 
-__all__ = ["GENERAL", "Force", "Json", "Model", "Output", "Run", "numbers", "refuse_options_before", "takes"]
+__all__ = ["GENERAL", "Force", "Json", "Model", "Output", "Run", "TrustEngine", "numbers", "refuse_options_before",
+           "takes"]  # fmt: skip
 
 GENERAL = "General"
 
@@ -24,6 +25,10 @@ Model = Annotated[str, typer.Option(metavar="MODEL", help="Hub id, safetensors d
 Output = Annotated[Path, typer.Option(metavar="DIR", help="The run directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Start over, or go on despite a failed verification.")]
+TrustEngine = Annotated[
+    bool,
+    typer.Option("--trust-engine", help="Run engine files, which are code, that you did not build here. Remembered."),
+]
 
 
 def takes(command: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -31,6 +31,7 @@ from nbl_export.graph.names import ALL_LOGITS_FILE, STATIC_GRAPH_FILE
 from nbl_export.graph.trust import check_graph_file
 from nbl_export.records.decoder import ITEMSIZE, GraphContract
 from nbl_export.trust.contained import check_inside
+from nbl_export.trust.own_engines import remember
 
 __all__ = ["Progress", "build_engine"]
 
@@ -78,6 +79,10 @@ def build_engine(
         record = _record(library, parsed, profiles, settings, computes, built, scratch)
         write_json(scratch / RECORD_FILE, record.to_json())
         _copy_text_files(source, scratch)
+    try:
+        remember(record.plan_sha256)
+    except NblError as error:
+        _logger.warning("%s will run only with --trust-engine: %s", out / ENGINE_FILE, error)
     return record
 
 
