@@ -35,14 +35,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.files import _SCRATCH, _make, _remove, file_sha256, friendly_os_errors, write_json
+from nbl_export.files import _SCRATCH, _make, _remove, file_sha256, friendly_os_errors, scratch_in, write_json
 from nbl_export.graph.names import GENAI_CONFIG, IR_FILE, MANIFEST
 from nbl_export.records.manifest import check_manifest
 from nbl_export.trust.contained import check_folder
@@ -220,11 +218,8 @@ class RunDirectory:
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
         """A directory on the same file system, removed afterwards in any case."""
-        directory = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=self.path))
-        try:
+        with scratch_in(self.path) as directory:
             yield directory
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
 
     def finish(self, stage: str, key: str, scratch: Path, seconds: float, readers: Sequence[str], **facts: Any) -> None:
         """Move everything in `scratch` into place and record the stage. Records of its readers are dropped.

@@ -6,9 +6,10 @@ DIR/distill.partial.safetensors    parameters.*, optimizer.*, best.*; metadata: 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from nbl_export.files import replaced
 
 __all__ = ["FileState"]
 
@@ -40,10 +41,6 @@ class FileState:
         """Write a temporary file, then rename it."""
         from safetensors.torch import save_file
 
-        scratch = self.path.with_name(f".{self.path.name}-{os.getpid()}")
-        try:
-            said = {"key": self.key, "facts": json.dumps(facts)}
+        said = {"key": self.key, "facts": json.dumps(facts)}
+        with replaced(self.path) as scratch:
             save_file({name: t.contiguous() for name, t in tensors.items()}, scratch, metadata=said)
-            os.replace(scratch, self.path)
-        finally:
-            scratch.unlink(missing_ok=True)

@@ -16,14 +16,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nbl_export.files import file_sha256, key_of
+from nbl_export.files import file_sha256, key_of, replaced
 from nbl_export.verify.ladder import Probe
 from nbl_export.verify.reference import Reference
 
@@ -80,12 +79,8 @@ class KeptReferences:
             own = _arrays(reference)
             arrays |= {f"{kind}.{name}": np.ascontiguousarray(array) for name, array in own.items()}
             stated[kind] = {"key": key, "sha256": _digest(own), "noisy": reference.noisy}
-        scratch = self._path.with_name(f".tmp-{self._path.name}-{os.getpid()}")
-        try:
+        with replaced(self._path) as scratch:
             save_file(arrays, scratch, metadata={_METADATA: json.dumps(stated)})
-            os.replace(scratch, self._path)
-        finally:
-            scratch.unlink(missing_ok=True)
         self._changed = False
 
     def _key(self, probe: Probe, graph: Path | None) -> str:

@@ -26,7 +26,7 @@ from nbl_export.engines.tensorrt.log import Messages, complaints, ignored_inputs
 from nbl_export.engines.tensorrt.network import ParsedNetwork, parse
 from nbl_export.engines.tensorrt.record import ENGINE_FILE, RECORD_FILE, EngineRecord, digest_of
 from nbl_export.errors import NblError
-from nbl_export.files import friendly_os_errors, write_json
+from nbl_export.files import friendly_os_errors, scratch_in, write_json
 from nbl_export.graph.names import ALL_LOGITS_FILE, STATIC_GRAPH_FILE
 from nbl_export.graph.trust import check_graph_file
 from nbl_export.records.decoder import ITEMSIZE, GraphContract
@@ -270,16 +270,13 @@ def _record(
 def _replacing(out: Path) -> Iterator[Path]:
     """A scratch directory beside `out` that replaces `out` at the end; if anything fails, the scratch is deleted."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f".tmp-{out.name}-{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
-        yield scratch
+    with scratch_in(out.parent) as scratch:
+        made = scratch / out.name
+        made.mkdir()
+        yield made
         if out.exists():
             shutil.rmtree(out)
-        os.replace(scratch, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        os.replace(made, out)
 
 
 def _copy_text_files(source: Path, out: Path) -> None:
