@@ -4,7 +4,7 @@ canary.so            loading it makes TRACES/library
 evil.py              importing it makes TRACES/module
 pytorch_model.bin    unpickling it makes TRACES/pickle
 node_modules/        importing its node-llama-cpp makes TRACES/node
-outside/secret       holds MARK, which must appear nowhere
+outside/secret       holds MARK, which must appear nowhere; outside/tokenizer.1.json does too
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MARK", "NO_COMPILER", "Canaries"]
+__all__ = ["MARK", "Canaries", "put_outside"]
 
 MARK = b"CANARY-5b1f0c9e7d"
-NO_COMPILER = "there is no C compiler (cc), so no library is planted"
 _LIBRARY = """
 #include <fcntl.h>
 #include <unistd.h>
@@ -42,6 +41,13 @@ _PACKAGE = """
 import fs from "node:fs";
 fs.writeFileSync({trace}, "");
 """
+
+
+def put_outside(folder: Path) -> None:
+    """Files that nobody may open, beside what a command reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "secret").write_bytes(MARK + bytes(4096))
+    (folder / "tokenizer.1.json").write_bytes(b'{"model": "' + MARK + b'"}')
 
 
 class _Trace:
