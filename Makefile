@@ -44,7 +44,7 @@ $(ENGINES)/llama-cpp/.done:
 	touch $@
 
 test-llama-cpp: $(VENV)/.dev $(ENGINES)/llama-cpp/.done
-	NBL_NODE_LLAMA_CPP=$(ENGINES)/llama-cpp $(BIN)/python -m pytest -q -m llama_cpp
+	NBL_NODE_LLAMA_CPP=$(abspath $(ENGINES))/llama-cpp $(BIN)/python -m pytest -q -m llama_cpp
 
 $(ENGINES)/mlx/.done:
 	$(PYTHON) -m venv $(@D)

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +23,9 @@ __all__ = [
     "key_of",
     "move_into_place",
     "refuse_occupied",
+    "replaced",
     "replacing",
+    "scratch_in",
     "stream_sha256",
     "write_json",
 ]
@@ -73,17 +76,37 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A stream whose bytes become the file `path` at the end, and not at all after an error."""
-    scratch = path.with_name(f"{_SCRATCH}{path.name}-{os.getpid()}")
+def scratch_in(directory: Path) -> Iterator[Path]:
+    """A new directory below `directory`, removed afterwards in any case.
+
+    It has a random name, was not there before, and only this user may enter it. So nobody can have put a link into it.
+    """
+    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=directory))
     try:
-        with scratch.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(scratch, path)
+        yield scratch
     finally:
-        scratch.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A place for a file that becomes `path` at the end, when its bytes are on the disk, and not at all after an error.
+
+    For libraries that take a name; see `replacing` for a stream.
+    """
+    with scratch_in(path.parent) as scratch:
+        made = scratch / path.name
+        yield made
+        with made.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(made, path)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A stream whose bytes become the file `path`, as in `replaced`."""
+    with replaced(path) as made, made.open("wb") as stream:
+        yield stream
 
 
 _WRITE_ONLY = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -164,16 +187,12 @@ def move_into_place(made: Path, target: Path) -> Path:
     The directory first moves to a name beside `target`, since it may come from another file system.
     """
     _make(target.parent)
-    with friendly_os_errors(target):
-        beside = target.with_name(f"{_SCRATCH}{target.name}-{os.getpid()}")
-        try:
-            shutil.move(made, beside)
-            if target.exists() or target.is_symlink():
-                _remove(target)
-            os.replace(beside, target)
-        finally:
-            if beside.exists():
-                _remove(beside)
+    with friendly_os_errors(target), scratch_in(target.parent) as scratch:
+        beside = scratch / target.name
+        shutil.move(made, beside)
+        if target.exists() or target.is_symlink():
+            _remove(target)
+        os.replace(beside, target)
     return target
 
 

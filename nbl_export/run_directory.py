@@ -35,19 +35,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.files import _SCRATCH, _make, _remove, file_sha256, friendly_os_errors, write_json
+from nbl_export.files import _SCRATCH, _make, _remove, file_sha256, friendly_os_errors, scratch_in, write_json
 from nbl_export.graph.names import GENAI_CONFIG, IR_FILE, MANIFEST
 from nbl_export.records.manifest import check_manifest, command_of
-from nbl_export.trust.contained import check_inside
+from nbl_export.trust.contained import check_folder
 from nbl_export.trust.lock import locked
-from nbl_export.trust.plain_files import entries, refuse_special
 
 __all__ = ["ACCEPTANCE_FILE", "ACCEPTANCE_HTML", "ACCEPTANCE_JSON", "ACCEPTANCE_MD", "BENCH_FILE", "CALIBRATION_FILE",
            "DISTILL_FILE", "EVAL_FILE", "LOSSLESS_FILE", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES", "REFERENCES_FILE",
@@ -144,14 +141,11 @@ class RunDirectory:
 
     def _read(self) -> None:
         path = self.path / MANIFEST
-        refuse_special(self.path)
-        for entry in entries(self.path):
-            if entry.name != ".lock":  # `trust.lock` checks it
-                check_inside(entry, self.path)
         if any((self.path / name).exists() for name in (GENAI_CONFIG, IR_FILE)):
             raise NblError(f"{self.path} is a model directory, not a run directory; name the directory it is in")
         if not path.exists():
             return
+        check_folder(self.path)
         advice = "restore it, or start over with --force"
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -227,11 +221,8 @@ class RunDirectory:
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
         """A directory on the same file system, removed afterwards in any case."""
-        directory = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=self.path))
-        try:
+        with scratch_in(self.path) as directory:
             yield directory
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
 
     def finish(self, stage: str, key: str, scratch: Path, seconds: float, readers: Sequence[str], **facts: Any) -> None:
         """Move everything in `scratch` into place and record the stage. Records of its readers are dropped.

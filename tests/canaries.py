@@ -3,11 +3,13 @@
 canary.so            loading it makes TRACES/library
 evil.py              importing it makes TRACES/module
 pytorch_model.bin    unpickling it makes TRACES/pickle
-outside/secret       holds MARK, which must appear nowhere
+node_modules/        importing its node-llama-cpp makes TRACES/node
+outside/secret       holds MARK, which must appear nowhere; outside/tokenizer.1.json does too
 """
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -15,10 +17,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MARK", "NO_COMPILER", "Canaries"]
+__all__ = ["MARK", "Canaries", "put_outside"]
 
 MARK = b"CANARY-5b1f0c9e7d"
-NO_COMPILER = "there is no C compiler (cc), so no library is planted"
 _LIBRARY = """
 #include <fcntl.h>
 #include <unistd.h>
@@ -34,6 +35,19 @@ class Config: pass
 class Model: pass
 class Tokenizer: pass
 """
+
+
+_PACKAGE = """
+import fs from "node:fs";
+fs.writeFileSync({trace}, "");
+"""
+
+
+def put_outside(folder: Path) -> None:
+    """Files that nobody may open, beside what a command reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "secret").write_bytes(MARK + bytes(4096))
+    (folder / "tokenizer.1.json").write_bytes(b'{"model": "' + MARK + b'"}')
 
 
 class _Trace:
@@ -55,6 +69,11 @@ class Canaries:
         self._files.mkdir()
         (self._files / "evil.py").write_text(_MODULE.format(trace=str(self._traces / "module")), encoding="utf-8")
         (self._files / "pytorch_model.bin").write_bytes(pickle.dumps(_Trace(self._traces / "pickle")))
+        package = self._files / "node_modules" / "node-llama-cpp"
+        (package / "dist").mkdir(parents=True)
+        (package / "package.json").write_text('{"type": "module"}', encoding="utf-8")
+        code = _PACKAGE.format(trace=json.dumps(str(self._traces / "node")))
+        (package / "dist" / "index.js").write_text(code, encoding="utf-8")
         self.has_library = shutil.which("cc") is not None
         if self.has_library:
             source = self._files / "canary.c"
@@ -65,8 +84,7 @@ class Canaries:
 
     def plant(self, folder: Path) -> None:
         """Into a folder of a stranger."""
-        for file in self._files.iterdir():
-            shutil.copyfile(file, folder / file.name)
+        shutil.copytree(self._files, folder, dirs_exist_ok=True)
 
     def touched(self) -> list[str]:
         """Names of the traces, which are removed."""

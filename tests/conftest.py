@@ -32,6 +32,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jo
     signal.signal(signal.SIGINT, signal.default_int_handler)  # and tests of Ctrl-C would wait for ever
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_list(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Engines that tests build are not added to the list in the cache of whoever runs the tests."""
+    from nbl_export.trust import own_engines
+
+    home = tmp_path_factory.mktemp("cache") / "nbl-export" / "engines"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own_engines, "_list", lambda: home)
+        yield
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """architecture -> directory of a tiny random checkpoint."""

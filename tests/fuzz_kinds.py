@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import importlib.util
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from .canaries import MARK, Canaries
+from nbl_export.engines.tensorrt.record import EngineRecord
+from nbl_export.files import write_json
+
+from .canaries import Canaries, put_outside
 from .command import nbl
 from .hostile import damage_bytes, damage_json, damage_onnx, damage_safetensors, damage_text
 from .hostile_folders import (
     damage_bomb,
     damage_eval,
     damage_genai,
+    damage_gguf_header,
     damage_links,
     damage_lock,
+    damage_names,
+    damage_place,
     damage_run,
     damage_settings,
+    damage_sizes,
+    plant_links,
 )
 from .tiny import save_gguf
 
-__all__ = ["KINDS", "SMALL", "Kind", "make_pristine", "options", "victim"]
+__all__ = ["KINDS", "SMALL", "Kind", "has", "make_pristine", "options", "victim"]
 
 SMALL = ("--calibration-tokens", "64", "--context", "32")
-_FOLDERS = ("model", "graph", "run", "deploy")  # where canaries are planted
-_NAMES = (*_FOLDERS, "shard", "maps.safetensors", "text.txt", "text.jsonl", "text.jsonl.gz", "tiny.gguf")
+_FOLDERS = ("model", "graph", "run", "deploy", "gguf")  # where canaries are planted
+_NAMES = (*_FOLDERS, "ir", "engine", "shard", "maps.safetensors", "text.txt", "text.jsonl", "text.jsonl.gz",
+          "tiny.gguf")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,13 +47,15 @@ class Kind:
     """One kind of hostile input.
 
     file: what is damaged, in the victim's directory. command: with {here} for that directory; what it writes goes to
-    {here}/out.
+    {here}/out. status: how the command ends if nothing is damaged. needs: packages without which it does not run.
     """
 
     count: int
     file: str
     damage: Callable[[Random, Path], None]
     command: str
+    status: int = 0
+    needs: tuple[str, ...] = ()
 
 
 GRAPH = "graph/model.onnx"
@@ -50,6 +63,7 @@ REWRITE = "rewrite-graph {here}/graph --maps {here}/maps.safetensors --output {h
 CALIBRATE = "calibrate --model {here}/model --calibration {here}/text.txt --output {here}/out"
 GENERATE = "generate {here}/deploy Hi --max-new-tokens 2"
 BENCH = "--depth 0 --repetitions 1 --prompt-tokens 8 --generate-tokens 2"
+HARNESS = ("lm_eval",)
 EVAL = "eval {here}/run --perplexity other={here}/text.txt --ppl-context 32 --limit 1 --variants nbl"
 KINDS: dict[str, Kind] = {
     "graph, its bytes, inspected": Kind(600, GRAPH, damage_bytes, "inspect {here}/graph/model.onnx"),
@@ -85,10 +99,28 @@ KINDS: dict[str, Kind] = {
     "foreign run generates": Kind(450, "run", damage_run, "generate {here}/run Hi --max-new-tokens 2"),
     "foreign run benched": Kind(100, "run", damage_run, "bench {here}/run " + BENCH),
     "foreign run reported": Kind(100, "run", damage_run, "report {here}/run"),
-    "eval.json reported": Kind(150, "run/eval.json", damage_eval, "report {here}/run"),
-    "eval.json evaluated": Kind(90, "run/eval.json", damage_eval, EVAL),
+    "eval.json reported": Kind(150, "run/eval.json", damage_eval, "report {here}/run", needs=HARNESS),
+    "eval.json evaluated": Kind(90, "run/eval.json", damage_eval, EVAL, needs=HARNESS),
     "lock": Kind(100, "run", damage_lock, "report {here}/run"),
+    "planted links in a checkpoint": Kind(500, "model", plant_links, CALIBRATE),
+    "planted links in a graph": Kind(300, "graph", plant_links, REWRITE),
+    "planted links in a deployed folder": Kind(300, "deploy", plant_links, GENERATE),
+    "planted links in a run": Kind(300, "run", plant_links, "generate {here}/run Hi --max-new-tokens 2"),
+    "planted links beside a GGUF": Kind(300, "gguf", plant_links, CALIBRATE.replace("/model ", "/gguf ")),
+    "planted links in an IR": Kind(200, "ir", plant_links, GENERATE.replace("deploy", "ir"), needs=("openvino",)),
+    "planted links in an engine": Kind(200, "engine", plant_links, GENERATE.replace("deploy", "engine"), status=1),
+    "planted working directory, doctor": Kind(50, "strange", damage_place, "doctor"),
+    "planted working directory, GGUF": Kind(200, "strange", damage_place, "generate {here}/tiny.gguf Hi", status=1),
+    "planted working directory, calibrate": Kind(100, "strange", damage_place, CALIBRATE),
+    "planted names in tokenizer_config.json": Kind(300, "model/tokenizer_config.json", damage_names, CALIBRATE),
+    "planted sizes in config.json": Kind(150, "model/config.json", damage_sizes, CALIBRATE),
+    "planted header of a GGUF": Kind(100, "tiny.gguf", damage_gguf_header, CALIBRATE.replace("/model ", "/tiny.gguf ")),
 }
+
+
+def has(package: str) -> bool:
+    """Whether a package is installed."""
+    return importlib.util.find_spec(package) is not None
 
 
 def options(command: list[str]) -> tuple[str, ...]:
@@ -96,19 +128,34 @@ def options(command: list[str]) -> tuple[str, ...]:
     return SMALL if command[0] == "calibrate" else ()
 
 
-def make_pristine(here: Path, model: Path, graph: Path, run: Path, text: str) -> None:
-    """Everything that is damaged, whole."""
-    for name, source in (("model", model), ("graph", graph), ("run", run), ("deploy", run / "model")):
+def make_pristine(here: Path, folders: Mapping[str, Path], text: str) -> None:
+    """Everything that is damaged, whole; `folders` are those that other code makes."""
+    for name, source in folders.items():
         shutil.copytree(source, here / name)
-    shutil.copyfile(run / "maps.safetensors", here / "maps.safetensors")
+    if "ir" in folders:
+        shutil.copytree(folders["ir"], here / "ir" / "int4_draft")
+    shutil.copyfile(here / "run" / "maps.safetensors", here / "maps.safetensors")
     (here / "text.txt").write_text(text[:3000])
     lines = "".join(json.dumps({"text": part}) + "\n" for part in text[:4000].split("\n\n"))
     (here / "text.jsonl").write_text(lines)
     (here / "text.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     save_gguf(here / "tiny.gguf")
+    (here / "gguf").mkdir()
+    shutil.copyfile(here / "tiny.gguf", here / "gguf" / "tiny.gguf")
+    (here / "engine").mkdir()
+    shutil.copyfile(here / "model" / "tokenizer.json", here / "engine" / "tokenizer.json")
+    plan = b"an engine"
+    digest = hashlib.sha256(plan).hexdigest()
+    record = EngineRecord(
+        "trt", "10.15", "fp16", "fused", ("8.9",), None, 1, 8, 64, (), (), (), 0, 0, 0, 0.0, 0.0, len(plan), digest, {}
+    )  # fmt: skip
+    (here / "engine" / "decoder.engine").write_bytes(plan)
+    write_json(here / "engine" / "engine.json", record.to_json())
     made = nbl("calibrate", "--model", here / "model", "--calibration", here / "text.txt", *SMALL, "--shard", "1/1",
                "--output", here / "shard")  # fmt: skip
     assert made.status == 0, made.err
+    if not all(map(has, HARNESS)):
+        return
     held = f"held={here / 'text.txt'}"
     evaluated = nbl("eval", here / "run", "--perplexity", held, "--ppl-context", 32, "--limit", 2)
     assert evaluated.status == 0, evaluated.err
@@ -117,8 +164,9 @@ def make_pristine(here: Path, model: Path, graph: Path, run: Path, text: str) ->
 def victim(pristine: Path, here: Path, kind: Kind, canaries: Canaries) -> Path:
     """A copy of what the command reads, with canaries in it, and what of it is to be damaged."""
     shutil.rmtree(here, ignore_errors=True)
-    (here / "outside").mkdir(parents=True)
-    (here / "outside" / "secret").write_bytes(MARK + bytes(4096))
+    put_outside(here / "outside")
+    (here / "strange").mkdir()
+    canaries.plant(here / "strange")
     for name in _NAMES:
         if f"{{here}}/{name}" not in kind.command:
             continue
@@ -126,7 +174,7 @@ def victim(pristine: Path, here: Path, kind: Kind, canaries: Canaries) -> Path:
             shutil.copytree(pristine / name, here / name)
         else:
             shutil.copyfile(pristine / name, here / name)
-    if not here.joinpath(kind.file).is_dir() or kind.damage is damage_run:  # links are of the folder's own files
+    if not here.joinpath(kind.file).is_dir() or kind.damage is not damage_links:  # they are of the folder's own files
         for folder in _FOLDERS:
             if (here / folder).is_dir():
                 canaries.plant(here / folder)

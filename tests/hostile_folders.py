@@ -3,6 +3,11 @@
 damage_genai         genai_config.json: libraries, files elsewhere, profiles
 damage_settings      config.json, tokenizer_config.json, generation_config.json: code that lies beside them
 damage_links         a file of the folder becomes a link, a pipe or a device
+plant_links          more entries that are links, under names that libraries read, hidden or deep
+damage_names         tokenizer_config.json names files elsewhere
+damage_place         a working directory with modules and packages that nobody asked for
+damage_sizes         config.json: a model that its weights are too small for
+damage_gguf_header   a GGUF file without tensors
 damage_bomb          a text that is far larger than it looks
 damage_run           a file of a run directory, and its recorded hash with it
 damage_lock          the lock of a run directory
@@ -14,9 +19,14 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from random import Random
 from typing import Any
+
+import gguf
+import numpy as np
+from safetensors.numpy import save_file
 
 from .hostile import damage_bytes, damage_json, damage_onnx, damage_safetensors
 
@@ -24,10 +34,15 @@ __all__ = [
     "damage_bomb",
     "damage_eval",
     "damage_genai",
+    "damage_gguf_header",
     "damage_links",
     "damage_lock",
+    "damage_names",
+    "damage_place",
     "damage_run",
     "damage_settings",
+    "damage_sizes",
+    "plant_links",
     "rehash",
 ]
 
@@ -110,6 +125,112 @@ def damage_links(random: Random, folder: Path) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     path = random.choice(files)
     _put_elsewhere(random, path, folder.parent.parent / "outside" / "secret")
+
+
+_READ = ("merges.txt", "vocab.json", "chat_template.jinja", "added_tokens.json", "special_tokens_map.json",
+         "tokenizer.model", "generation_config.json", "preprocessor_config.json", "w.safetensors", "b.gguf",
+         "additional_chat_templates/k.jinja", "int4_draft/openvino_model.bin", "nbl_draft/openvino_model.xml",
+         "onnx/model.onnx", "kernels.cache", "original/extra", "anything", "deep/er/still")  # fmt: skip
+
+
+def plant_links(random: Random, folder: Path) -> None:
+    """One to three links under new names; sometimes a setting names one of them."""
+    outside = folder.parent.parent / "outside"
+    for _ in range(random.randint(1, 3)):
+        name = Path(random.choice(_READ))
+        kind = random.random()
+        if kind < 0.4:
+            name = name.with_name(f".{name.name}")
+        elif kind < 0.55:
+            name = Path(random.choice((".hidden", ".git", ".cache", ".cache/huggingface", ".tmp-1"))) / name
+        path = folder / name
+        if any(place.is_symlink() for place in (path, *path.parents)) or path.exists():
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _link(random, path, outside)
+    if random.random() < 0.3:
+        _name_hidden_weights(folder, outside)
+
+
+def _link(random: Random, path: Path, outside: Path) -> None:
+    """To a file or the directory outside, straight or through another link; inside, for bookkeeping."""
+    target = random.choice((outside / "secret", outside / "secret", outside, outside / "nothing"))
+    kind = random.randrange(4)
+    if kind == 0:
+        path.symlink_to(target)
+    elif kind == 1:
+        path.symlink_to(os.path.relpath(target, path.parent))
+    elif kind == 2:
+        path.with_name(f".{path.name}-on").symlink_to(target)
+        path.symlink_to(f".{path.name}-on")
+    else:
+        path.symlink_to(outside)
+        path.with_name(f"{path.name}-below").symlink_to(f"{path.name}/secret")
+
+
+def _name_hidden_weights(folder: Path, outside: Path) -> None:
+    if (folder / "model.safetensors").is_file() and not (folder / ".w.safetensors").is_symlink():
+        (folder / ".w.safetensors").symlink_to(outside / "secret")
+        index = {"weight_map": {"model.embed_tokens.weight": ".w.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def damage_names(random: Random, path: Path) -> None:
+    """A file outside, by a name, in a list or in a mapping."""
+    outside = path.parent.parent.parent / "outside"
+    place = random.choice((
+        "../outside/tokenizer.1.json", "../../outside/tokenizer.1.json", str(outside / "tokenizer.1.json"),
+        "./../../outside/secret", str(outside / "secret"), "~nobody/../../../outside/tokenizer.1.json", str(outside),
+    ))  # fmt: skip
+    if place.startswith("~"):
+        (path.parent / "~nobody").mkdir()
+    key = random.choice((
+        "fast_tokenizer_files", "fast_tokenizer_files", "vocab_file", "tokenizer_file", "merges_file", "spm_file",
+        "chat_template", "additional_files_names", "gguf_file", "name_or_path", "tokenizer_object", "image_processor",
+    ))  # fmt: skip
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings[key] = random.choice((place, [place], ["tokenizer.json", place], {"a": place}, {"a": [place]}))
+    path.write_text(json.dumps(settings), encoding="utf-8")
+
+
+def damage_place(random: Random, folder: Path) -> None:
+    """Canaries under names that programs look for in the directory where they start."""
+    for name in random.sample(("torch", "numpy", "json", "transformers", "sitecustomize", "nbl_export", "openvino"), 3):
+        shutil.copyfile(folder / "evil.py", folder / f"{name}.py")
+    for name in random.sample(("libcuda.so.1", "plugins.xml", ".env", "matplotlibrc", ".netrc", "node.config.json"), 3):
+        shutil.copyfile(folder / random.choice(("evil.py", "pytorch_model.bin")), folder / name)
+
+
+_SIZE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "head_dim",
+              "max_position_embeddings", "num_key_value_heads")  # fmt: skip
+
+
+def damage_sizes(random: Random, path: Path) -> None:
+    """Sizes of a model of many GiB over the weights of a small one; sometimes the weights are another tensor alone."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if random.random() < 0.5:
+        settings |= {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": random.choice((1, 8, 64))}
+        settings |= {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128}
+    else:
+        for key in random.sample(_SIZE_KEYS, random.randint(1, 3)):
+            settings[key] = random.choice((4096, 65_536, 1 << 20, 1 << 24, 1 << 31))
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    if random.random() < 0.5:
+        save_file({"x": np.zeros(1, np.float32)}, path.with_name("model.safetensors"))
+
+
+def damage_gguf_header(random: Random, path: Path) -> None:
+    """A few keys and no tensor."""
+    writer = gguf.GGUFWriter(path, random.choice(("llama", "qwen2", "qwen3", "gemma2", "phi3", "mistral3")))
+    for key in random.sample(_SIZE_KEYS, random.randint(0, 2)):
+        writer.add_uint32(f"llama.{key}", random.choice((1, 4096, 1 << 20, 1 << 31)))
+    if random.random() < 0.5:
+        writer.add_block_count(random.choice((1, 32, 4096)))
+    if random.random() < 0.5:
+        writer.add_embedding_length(random.choice((64, 4096, 1 << 20)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
 
 
 def damage_lock(random: Random, run: Path) -> None:

@@ -1,4 +1,8 @@
-"""`nbl-export` in a child that may die, with bounds on time and memory, and a watch on what it must not touch."""
+"""`nbl-export` in a child that may die, with bounds on time and memory, and a watch on what it must not touch.
+
+Memory is judged by what is resident. A limit of the address space would turn an allocation without bound into an error
+that the command tells in one sentence, where the system of a user would end the process.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +15,30 @@ import os
 import resource
 import struct
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from .command import Outcome, nbl
 
-__all__ = ["Sandbox", "watched"]
+__all__ = ["MOST_BYTES", "Sandbox", "watched"]
 
 _SECONDS = 60.0
-_MORE_BYTES = 4 << 30  # of address space, beside what the libraries take
+MOST_BYTES = 1500 << 20  # resident, beside what the process takes before a command
+_LOOK_SECONDS = 0.02
 _CALLS = 250  # of one child: what it remembers of earlier ones must not decide
 
 
 class Sandbox:
-    """Runs commands one after the other in a forked child; a new one where it died. A context manager."""
+    """Runs commands one after the other in a forked child; a new one where it died. A context manager.
+
+    count: commands that were run. largest: the most bytes that one of them took, beside what was there before it.
+    """
 
     def __init__(self) -> None:
         self._child: Any = None
         self._pipe: Any = None
-        self._calls = 0
+        self._calls = self.count = self.largest = 0
 
     def __enter__(self) -> Sandbox:
         return self
@@ -37,23 +46,40 @@ class Sandbox:
     def __exit__(self, *_: object) -> None:
         self._end()
 
-    def run(self, *arguments: object) -> Outcome:
-        """Status as of subprocess: minus the signal where one ended it; -9 after `_SECONDS`."""
+    def run(self, *arguments: object, place: Path) -> Outcome:
+        """Run a command in the directory `place`.
+
+        Status as of subprocess: minus the signal where one ended it; -9 after `_SECONDS`, or above `MOST_BYTES`.
+        """
         if self._child is None or self._calls == _CALLS:
             self._end()
             self._start()
-        self._calls += 1
-        self._pipe.send([str(a) for a in arguments])
-        if not self._pipe.poll(_SECONDS):
-            self._end()
-            return Outcome(-9, "", f"no end after {_SECONDS:.0f} s")
+        self._calls, self.count = self._calls + 1, self.count + 1
+        before = _forget_peak(self._child.pid)
+        self._pipe.send((str(place), [str(a) for a in arguments]))
+        until = time.monotonic() + _SECONDS
+        while not self._pipe.poll(_LOOK_SECONDS):
+            if time.monotonic() > until:
+                self._end()
+                return Outcome(-9, "", f"no end after {_SECONDS:.0f} s")
+            if self._took(before, 0) > MOST_BYTES:
+                self._end()
+                return Outcome(-9, "", f"more than {MOST_BYTES >> 20} MiB of memory")
         try:
-            return Outcome(*self._pipe.recv())
+            *said, children = self._pipe.recv()
+            if self._took(before, children) > MOST_BYTES:
+                return Outcome(-9, "", f"more than {MOST_BYTES >> 20} MiB of memory")
+            return Outcome(*said)
         except EOFError:
             self._child.join()
             status = self._child.exitcode
             self._end()
             return Outcome(status, "", "the process died")
+
+    def _took(self, before: int, children: int) -> int:
+        took = max(_memory(self._child.pid, "VmHWM") - before, children)
+        self.largest = max(self.largest, took)
+        return took
 
     def _start(self) -> None:
         context = multiprocessing.get_context("fork")
@@ -71,11 +97,24 @@ class Sandbox:
         self._child = None
 
 
+def _memory(process: int, name: str) -> int:
+    """Resident bytes: VmRSS now, VmHWM at most; 0 of a process that has ended."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) << 10
+    return 0
+
+
+def _forget_peak(process: int) -> int:
+    """Resident bytes now; the peak begins anew (proc(5), clear_refs)."""
+    Path(f"/proc/{process}/clear_refs").write_text("5")
+    return _memory(process, "VmRSS")
+
+
 def _serve(pipe: Any, of_parent: Any) -> None:
     of_parent.close()
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + _MORE_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    os.environ.pop("NBL_NODE_LLAMA_CPP", None)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     gc.freeze()  # what the parent made is not looked through after every call
     with tempfile.TemporaryFile() as said:  # libraries in C++ write to the descriptor
@@ -83,16 +122,20 @@ def _serve(pipe: Any, of_parent: Any) -> None:
         os.dup2(said.fileno(), 2)
         while True:
             try:
-                arguments = pipe.recv()
+                place, arguments = pipe.recv()
             except EOFError:
                 return
             logging.getLogger().handlers.clear()  # or what the tool logs would go to pytest
+            os.chdir(place)
+            children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
             done = nbl(*arguments)
+            os.chdir("/")
+            larger = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
             said.seek(0)
             noise = said.read().decode(errors="replace")
             said.seek(0)
             said.truncate()
-            pipe.send((done.status, done.out, done.err + noise))
+            pipe.send((done.status, done.out, done.err + noise, larger << 10 if larger > children else 0))
             gc.collect()
 
 

@@ -32,6 +32,7 @@ from nbl_export.engines.tensorrt.record import EngineRecord, digest_of, read_rec
 from nbl_export.engines.tensorrt.runner import TrtSession
 from nbl_export.errors import NblError
 from nbl_export.files import file_sha256
+from nbl_export.trust.own_engines import remember
 
 from .stand_in_library import VERSION, CountingDevice, Library, SimulatedTimer
 from .tensorrt_api.held import held
@@ -243,6 +244,7 @@ def stand_in_run(compiled: Path, out: Path, engine: str, **dtypes: str) -> Path:
         for output in values["outputs"]:
             output["dtype"] = dtypes.get(output["name"], output["dtype"])
         (home / "engine.json").write_text(json.dumps(values), encoding="utf-8")
+        remember(digest)
         for file in ("decoder.engine", "engine.json"):
             manifest["stages"]["build"]["files"][f"engine/{name}/{file}"] = file_sha256(home / file)
     (out / "nbl.json").write_text(json.dumps(manifest), encoding="utf-8")

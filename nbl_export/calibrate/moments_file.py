@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +26,7 @@ import torch
 
 from nbl_export.calibrate.sums import Sums
 from nbl_export.errors import CorruptError, NblError
+from nbl_export.files import replacing
 from nbl_export.records.moments import Moments
 
 __all__ = ["MomentsFile", "MomentsWriter", "load_moments", "open_moments", "save_moments", "whole_moments"]
@@ -47,7 +47,7 @@ class MomentsWriter:
         self, path: Path, facts: Mapping[str, Any], num_layers: int, taps: Sequence[str], size: int,
         fields: Sequence[str] = (*_SUMS, *_ABOUT),
     ) -> None:  # fmt: skip
-        self.path, self._scratch = path, path.with_name(f".tmp-{path.name}-{os.getpid()}")
+        self.path, self._open = path, contextlib.ExitStack()
         self._fields, self._taps, self._layer, self._num_layers = tuple(fields), tuple(taps), 0, num_layers
         stated = {**facts, "num_layers": num_layers, "taps": list(taps), "sha256": _NO_HASH}
         header: dict[str, Any] = {"__metadata__": {"moments": json.dumps(stated)}}
@@ -66,7 +66,7 @@ class MomentsWriter:
                     yield f"layers.{i}.{tap}.{field}", [size, size] if field in ("xx", "yx", "yy") else [size]
 
     def __enter__(self) -> MomentsWriter:
-        self._stream, self._digest = self._scratch.open("wb"), hashlib.sha256()
+        self._stream, self._digest = self._open.enter_context(replacing(self.path)), hashlib.sha256()
         self._stream.write(len(self._header).to_bytes(8, "little") + self._header)
         return self
 
@@ -80,20 +80,14 @@ class MomentsWriter:
                 self._stream.write(raw)
         self._layer += 1
 
-    def __exit__(self, kind: type[BaseException] | None, _v: BaseException | None, _t: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                assert self._layer == self._num_layers
-                self._stream.seek(8 + self._header.index(_NO_HASH.encode()))
-                self._stream.write(self._digest.hexdigest().encode())
-                self._stream.flush()
-                os.fsync(self._stream.fileno())
-        finally:
-            self._stream.close()
-            if kind is not None:
-                self._scratch.unlink(missing_ok=True)
-        if kind is None:
-            os.replace(self._scratch, self.path)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is not None:
+            self._open.__exit__(kind, error, at)
+            return
+        with self._open:
+            assert self._layer == self._num_layers
+            self._stream.seek(8 + self._header.index(_NO_HASH.encode()))
+            self._stream.write(self._digest.hexdigest().encode())
 
 
 class MomentsFile:

@@ -37,6 +37,7 @@ def bench(
     ] = None,
     lossless: Annotated[bool, typer.Option("--lossless", help="Measure lossless/ of a run beside original/.")] = False,
     force: opt.Force = False,
+    trust_engine: opt.TrustEngine = False,
     as_json: opt.Json = False,
 ) -> None:
     """Measure decoders side by side.
@@ -46,9 +47,12 @@ def bench(
     from nbl_export.report import bench_formats
     from nbl_export.report.tables import speed_table
     from nbl_export.run import compare
+    from nbl_export.run.deployed import trust_engines
     from nbl_export.run.pipeline import run_stages
     from nbl_export.run_directory import REPORT_JSON
 
+    if trust_engine:
+        trust_engines([*directories, *([against] if against else [])])
     if lossless:
         return _bench_lossless(directories, asked, [against, form, output], as_json)
     chosen = bench_formats.format_of(form, output, as_json=as_json)
@@ -183,6 +187,7 @@ def project(
 def accept(
     directory: opt.Run,
     force: opt.Force = False,
+    trust_engine: opt.TrustEngine = False,
     as_json: opt.Json = False,
 ) -> None:
     """Accept the engines of a run on the GPU machine that will run them.
@@ -192,7 +197,10 @@ def accept(
     from nbl_export.report.acceptance_page import verdict_table
     from nbl_export.run.acceptance.accept import accept as run_acceptance
     from nbl_export.run.acceptance.accept import refuse_failed
+    from nbl_export.run.deployed import trust_engines
 
+    if trust_engine:
+        trust_engines([directory])
     found = run_acceptance(directory, ui(as_json), force=force)
     show(found, verdict_table(found), as_json)
     refuse_failed(found, directory)

@@ -16,7 +16,7 @@ from nbl_export.records.asked import numbers
 from nbl_export.records.option import MAIN, PANELS, Option, options_of
 from nbl_export.records.options import JobOptions
 
-__all__ = ["GENERAL", "Force", "Json", "Model", "Output", "Run", "refuse_options_before", "takes"]
+__all__ = ["GENERAL", "Force", "Json", "Model", "Output", "Run", "TrustEngine", "refuse_options_before", "takes"]
 
 GENERAL = "General"
 
@@ -25,6 +25,10 @@ Model = Annotated[str, typer.Option(metavar="MODEL", help="Hub id, safetensors d
 Output = Annotated[Path, typer.Option(metavar="DIR", help="The run directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Go on despite a failed verification.")]
+TrustEngine = Annotated[
+    bool,
+    typer.Option("--trust-engine", help="Run engine files, which are code, that you did not build here. Remembered."),
+]
 
 
 def takes(command: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -74,10 +74,13 @@ def generate(
     original: Annotated[bool, typer.Option("--original", help="Use the original decoder instead.")] = False,
     lossless: Annotated[bool, typer.Option("--lossless", help="Use the original with proposed tokens.")] = False,
     force: opt.Force = False,
+    trust_engine: opt.TrustEngine = False,
 ) -> None:
     """Stream an answer from the exported decoder."""
-    from nbl_export.run.deployed import open_for_text
+    from nbl_export.run.deployed import open_for_text, trust_engines
 
+    if trust_engine:
+        trust_engines([directory])
     if original and lossless:
         raise typer.BadParameter("give one of --original and --lossless", param_hint="--lossless")
     name = "original" if original else "lossless" if lossless else "model"

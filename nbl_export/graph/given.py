@@ -18,10 +18,20 @@ from nbl_export.errors import MissingPackageError, NblError, RefusalError
 from nbl_export.graph.genai_config import check_genai_config
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE, MANIFEST
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.trust.contained import check_inside, refuse_links_out
+from nbl_export.trust.contained import check_folder, check_inside
 from nbl_export.trust.plain_files import refuse_special
 
-__all__ = ["GIVEN", "companions", "copy_graph", "files_of", "graph_of", "has_graph", "home_of", "read_spec"]
+__all__ = [
+    "GIVEN",
+    "check_graph_place",
+    "companions",
+    "copy_graph",
+    "files_of",
+    "graph_of",
+    "has_graph",
+    "home_of",
+    "read_spec",
+]
 
 GIVEN = "given"
 
@@ -149,18 +159,17 @@ def home_of(graph: Path) -> Path:
     return graph.parent.parent if inside else graph.parent
 
 
-def _check_folder(path: Path) -> None:
-    """Refuse links out of a folder, pipes and devices, among all that is read of the folder or beside a file.
+def check_graph_place(path: Path) -> None:
+    """Check a folder, or a file and what is read beside it.
 
     Raises:
-        CorruptError: names the refused entry.
+        CorruptError: names an entry that is a link out of the folder, a pipe, a socket or a device.
     """
-    beside = () if path.is_dir() else [path.parent / name for name in _BESIDE_A_FILE]
-    for place in (path, *beside):
-        refuse_special(place)
     if path.is_dir():
-        refuse_links_out(path)
-    for file in beside:
+        check_folder(path)
+        return
+    for file in (path, *(path.parent / name for name in _BESIDE_A_FILE)):
+        refuse_special(file)
         check_inside(file, path.parent)
 
 

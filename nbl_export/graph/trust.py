@@ -1,6 +1,7 @@
 """What an ONNX file may make ONNX Runtime open: weights in files of its own folder, and no compiled code.
 
-tensor.external_data location    a file of the folder, also inside subgraphs, functions and attributes
+tensor.external_data location    a file of the folder, also inside subgraphs, functions and attributes; no address of
+                                 memory, which ONNX Runtime keeps as a file name between asterisks
 EPContext                        refused: a provider's compiled program, in the node or in a file that the node names
 """
 
@@ -61,6 +62,8 @@ def check_graph(proto: Any, path: Path) -> None:
 
 def _check_place(path: Path, place: str) -> None:
     file = path.parent / place
+    if place.startswith("*"):  # onnxruntime, core/framework/tensorprotoutils.h: */_ORT_MEM_ADDR_/* and others
+        raise CorruptError(f"{path} keeps weights at an address of memory ({place!r}); it is not read")
     if not place or PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts or "\\" in place:
         raise CorruptError(f"{path} keeps weights in {place!r}, outside its directory; it is not read")
     check_inside(file, path.parent)

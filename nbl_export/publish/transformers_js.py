@@ -23,7 +23,7 @@ from typing import Any
 from nbl_export.errors import CorruptError, MissingPackageError, NblError
 from nbl_export.files import friendly_os_errors, move_into_place, refuse_occupied, write_json
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE, MANIFEST
-from nbl_export.trust.contained import refuse_links_out
+from nbl_export.trust.contained import check_folder
 
 __all__ = ["lay_out"]
 
@@ -47,7 +47,7 @@ def lay_out(directory: Path, target: Path) -> Path:
     """
     refuse_occupied(target)
     source = _model_folder(directory)
-    refuse_links_out(source)
+    check_folder(source)
     settings = {name: _read(source / name) for name in ("config.json", GENAI_CONFIG, "tokenizer_config.json")}
     graph = _read_graph(source / _GRAPH)
     with friendly_os_errors(target), tempfile.TemporaryDirectory(prefix="nbl-export-layout-") as scratch:

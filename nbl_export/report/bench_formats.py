@@ -16,6 +16,7 @@ from typing import Any
 from rich.table import Table
 
 from nbl_export.errors import NblError, UsageError
+from nbl_export.files import replacing
 from nbl_export.measure import background
 from nbl_export.measure.rows import spoken_ratio, spoken_test
 from nbl_export.trust.terminal import Console, visible
@@ -57,12 +58,8 @@ def check_output(output: Path | None) -> None:
 
 def write(text: str, output: Path) -> None:
     """Write the text, all of it or nothing."""
-    scratch = output.with_name(f".tmp-{output.name}")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(output)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with replacing(output) as stream:
+        stream.write(text.encode())
 
 
 def render(value: Mapping[str, Any], form: str, width: int | None = None) -> str:

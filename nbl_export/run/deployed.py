@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nbl_export.engines import load_engine
 from nbl_export.engines.ort.gpu import provider_of
+from nbl_export.engines.tensorrt.kernels import trust_folder
 from nbl_export.engines.tensorrt.record import RECORD_FILE, read_record
-from nbl_export.errors import NblError
+from nbl_export.errors import NblError, UsageError
 from nbl_export.graph.names import GENAI_CONFIG, IR_FILE, MANIFEST
 from nbl_export.model.checkpoint.nbl import GIVEN_FIT
 from nbl_export.plan.maps_file import load_maps
@@ -22,10 +23,11 @@ from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
 from nbl_export.run.resolved import located
 from nbl_export.run_directory import MAPS_FILE, RunDirectory
-from nbl_export.trust.contained import refuse_links_out
+from nbl_export.trust.contained import check_folder, check_inside
 from nbl_export.trust.plain_files import refuse_special
 
-__all__ = ["Finished", "Located", "available_engine", "is_model_directory", "locate", "open_finished", "open_for_text"]
+__all__ = ["Finished", "Located", "available_engine", "is_model_directory", "locate", "open_finished", "open_for_text",
+           "trust_engines"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ def locate(directory: Path, name: str = "model", *, force: bool = False) -> Loca
     """
     refuse_special(directory)
     if directory.is_dir() and is_model_directory(directory):
-        refuse_links_out(directory)
+        check_folder(directory)
+    if directory.is_file():
+        check_inside(directory, directory.parent)
     if (directory / GENAI_CONFIG).is_file():
         return Located(directory, "ort", provider_of(directory))
     if (directory / RECORD_FILE).is_file():
@@ -93,6 +97,21 @@ def locate(directory: Path, name: str = "model", *, force: bool = False) -> Loca
         raise NblError(f"{directory} failed verification; see its verify.json, or use --force to run it anyway")
     run.check(stage)
     return Located(directory / name, engine, provider)
+
+
+def trust_engines(directories: Sequence[Path]) -> None:
+    """Remember the engines in directories as the user's own: those of a run, or a deployable directory's.
+
+    Raises:
+        UsageError: no directory holds an engine.
+        CorruptError: an engine is damaged, or a link leads out of its directory.
+    """
+    places = [place for d in directories for place in (d, *(d / "engine" / name for name in ("original", "model")))]
+    found = [place for place in places if (place / RECORD_FILE).is_file()]
+    if not found:
+        raise UsageError(f"--trust-engine is for engine files, and {directories[0]} holds none; leave it out")
+    for place in found:
+        trust_folder(place)
 
 
 def available_engine(located: Located) -> Any:

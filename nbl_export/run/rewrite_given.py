@@ -7,14 +7,21 @@ DIR (or FILE.onnx) + maps.safetensors  ─►  recognise ─► rewrite ─►  
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from nbl_export import __version__
 from nbl_export.errors import NblError, UsageError
-from nbl_export.files import file_sha256, friendly_os_errors, move_into_place, refuse_occupied, versions, write_json
-from nbl_export.graph.given import _check_folder, _need_onnx, companions, home_of
+from nbl_export.files import (
+    file_sha256,
+    friendly_os_errors,
+    move_into_place,
+    refuse_occupied,
+    scratch_in,
+    versions,
+    write_json,
+)
+from nbl_export.graph.given import _need_onnx, check_graph_place, companions, home_of
 from nbl_export.graph.names import MANIFEST, STATIC_GRAPH_FILE
 from nbl_export.plan.choose import parse_layers
 from nbl_export.plan.maps_file import load_maps, maps_in
@@ -43,7 +50,7 @@ def rewrite_given(path: Path, maps_file: Path, layers: str | None, tap: str | No
     from nbl_export.graph.facts import decoder_facts
 
     refuse_occupied(output)
-    _check_folder(path)
+    check_graph_place(path)
     file = source.find_graph(path)
     _refuse_inside(output, file.parent)
     stored, stated = maps_in(maps_file)
@@ -54,14 +61,11 @@ def rewrite_given(path: Path, maps_file: Path, layers: str | None, tap: str | No
     facts = _facts(model, file, maps_file, maps, plan)
     with friendly_os_errors(output):
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".tmp-", dir=output.absolute().parent))
-        try:
+        with scratch_in(output.absolute().parent) as scratch:
             made = scratch / "made"
             _write(model, path, file, made, plan, maps)
             write_json(made / MANIFEST, facts)
             return move_into_place(made, output)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _refuse_inside(output: Path, directory: Path) -> None:

@@ -5,7 +5,6 @@ Sequences are sampled in batches with the cache, cut after an end-of-text token,
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from nbl_export.errors import NblError
+from nbl_export.files import replaced
 
 __all__ = ["load_windows", "sample_windows", "save_windows"]
 
@@ -68,9 +68,8 @@ def save_windows(ids_WT: torch.Tensor, key: str, path: Path) -> None:
     """Write sampled windows, complete or not at all; `key` identifies the inputs of the sampling."""
     from safetensors.torch import save_file
 
-    scratch = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    save_file({"ids": ids_WT}, scratch, metadata={"key": key})
-    os.replace(scratch, path)
+    with replaced(path) as scratch:
+        save_file({"ids": ids_WT}, scratch, metadata={"key": key})
 
 
 def load_windows(path: Path, key: str) -> torch.Tensor | None:

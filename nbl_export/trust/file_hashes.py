@@ -21,7 +21,7 @@ from typing import Any
 
 from nbl_export.files import file_sha256, write_json
 
-__all__ = ["cache_file", "sha256_of"]
+__all__ = ["cache_file", "is_ours", "sha256_of"]
 
 _KEPT_BYTES = 16 << 20  # smaller files are hashed again
 _MOST_ENTRIES = 1000
@@ -72,7 +72,7 @@ def _load() -> dict[str, Any]:
     """The remembered entries; none if the list cannot be trusted."""
     path = cache_file()
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        if not (_is_ours(path.parent.lstat(), stat.S_ISDIR) and _is_ours(path.lstat(), stat.S_ISREG)):
+        if not (is_ours(path.parent.lstat(), stat.S_ISDIR) and is_ours(path.lstat(), stat.S_ISREG)):
             return {}
         with path.open("rb") as stream:
             text = stream.read(_MOST_CACHE_BYTES)
@@ -81,7 +81,8 @@ def _load() -> dict[str, Any]:
     return {}
 
 
-def _is_ours(seen: os.stat_result, kind: Any) -> bool:
+def is_ours(seen: os.stat_result, kind: Any) -> bool:
+    """Whether an entry is of a kind (a function of `stat`) and only this user may write to it."""
     owned = not hasattr(os, "geteuid") or (seen.st_uid == os.geteuid() and not seen.st_mode & _OTHERS_WRITE)
     return owned and bool(kind(seen.st_mode))
 
@@ -96,5 +97,5 @@ def _save(entries: dict[str, Any]) -> None:
     path = cache_file()
     with contextlib.suppress(OSError, ValueError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if _is_ours(path.parent.lstat(), stat.S_ISDIR):
+        if is_ours(path.parent.lstat(), stat.S_ISDIR):
             write_json(path, dict(list(entries.items())[-_MOST_ENTRIES:]))

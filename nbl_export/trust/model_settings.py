@@ -9,43 +9,36 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.trust.contained import is_inside, refuse_links_out
+from nbl_export.trust.contained import check_folder, is_inside
 from nbl_export.trust.counts import check_model_counts, check_token_counts
 from nbl_export.trust.strict_json import read_object
 
-__all__ = ["CONFIG_BYTES", "check_checkpoint", "check_settings", "check_tokenizer_settings"]
+__all__ = ["CONFIG_BYTES", "check_checkpoint", "check_tokenizer_settings"]
 
 CONFIG_BYTES = 8 << 20
 _MOST_BYTES = {"config.json": CONFIG_BYTES, "generation_config.json": 1 << 20, "tokenizer_config.json": 64 << 20}
 _ATTENTION = ("attn_implementation", "experts_implementation")  # inside the name of a key
 _ATTENTIONS = ("eager", "sdpa", None)  # others are packages, or kernels that transformers fetches from the hub
 _QUANTISED = ("gptq", "awq", "olive")  # `model.checkpoint.quantized` reads these; others bring code, some from the hub
-_FILE_KEYS = ("_file", "_path", "_dir")
-_UNREAD = ("special_tokens_map_file", "name_or_path")  # where the tokenizer was saved; no library opens it
+_SAVED_FROM = ("special_tokens_map_file", "name_or_path")  # where the tokenizer was saved; no library opens it
+# Text of tokens may look like a path. No library opens it.
+_TEXTS, _TEXT_ENDS = ("chat_template", "added_tokens_decoder"), ("_token", "_tokens")
 
 
 def check_checkpoint(directory: Path) -> None:
-    """Check a folder that transformers will open: its links, then its settings.
+    """Check a folder that transformers will open: its entries, then its settings.
 
     Raises:
-        CorruptError: an entry is a link out of the folder.
+        CorruptError: an entry is a link out of the folder, a pipe, a socket or a device.
         NblError: a setting is refused; the message names it.
     """
-    refuse_links_out(directory)
-    check_settings(directory)
-
-
-def check_settings(directory: Path) -> None:
-    """Check the settings alone, for the folder of a GGUF file, whose other files do not belong to the model.
-
-    Raises:
-        NblError: a setting is refused; the message names it.
-    """
+    check_folder(directory)
     adapter = directory / "adapter_config.json"
     if adapter.exists():
         raise NblError(
@@ -60,7 +53,9 @@ def check_settings(directory: Path) -> None:
 
 def _check_config(path: Path) -> None:
     config = read_object(path, _MOST_BYTES[path.name])
-    for where in _mappings(config):
+    for where in _values(config):
+        if not isinstance(where, dict):
+            continue
         check_model_counts(where, path)
         if where.get("transformers_weights") is not None:
             raise _refused(path, "transformers_weights", "weights are read from model.safetensors or its index")
@@ -76,13 +71,12 @@ def _check_config(path: Path) -> None:
             raise _refused(path, "quantization_config", f"{method!r} is not {', '.join(_QUANTISED)}")
 
 
-def _mappings(value: Any) -> Iterator[dict[str, Any]]:
-    """A configuration and all mappings inside it."""
+def _values(value: Any) -> Iterator[Any]:
+    """A value and all values inside it."""
     waiting = [value]
     while waiting:
         found = waiting.pop()
-        if isinstance(found, dict):
-            yield found
+        yield found
         if isinstance(found, dict | list):
             waiting.extend(found.values() if isinstance(found, dict) else found)
 
@@ -92,7 +86,7 @@ def _refused(path: Path, key: str, why: str) -> NblError:
 
 
 def check_tokenizer_settings(directory: Path) -> None:
-    """Check that tokenizer_config.json, if it exists, names no file outside its folder.
+    """Check that tokenizer_config.json, if it exists, names no file outside its folder, in lists and mappings neither.
 
     Raises:
         NblError: a setting names a file of this machine outside the folder, or options of a native parser.
@@ -103,7 +97,9 @@ def check_tokenizer_settings(directory: Path) -> None:
     settings = read_object(path, _MOST_BYTES[path.name])
     check_token_counts(settings, path)
     for key, value in settings.items():
-        if key.endswith(_FILE_KEYS) and key not in _UNREAD and _leads_out(value, directory):
+        if key in (*_SAVED_FROM, *_TEXTS) or key.endswith(_TEXT_ENDS):
+            continue
+        if any(_leads_out(found, directory) for found in _values(value)):
             raise _refused(path, key, "it names a file outside the folder")
     options = settings.get("sp_model_kwargs")
     if isinstance(options, dict) and any(isinstance(value, str) for value in options.values()):
@@ -114,8 +110,8 @@ def _leads_out(value: Any, directory: Path) -> bool:
     """Whether a path names an existing file outside the folder; a path left from another machine does not exist."""
     if not isinstance(value, str) or Path(value).name == value:
         return False
-    try:
-        places = (directory / value, Path(value).expanduser())
-        return any(place.exists() and not is_inside(place, directory) for place in places)
-    except (OSError, ValueError, RuntimeError):  # not a valid path
-        return False
+    for find in (lambda: directory / value, lambda: Path(value).expanduser()):
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # not a valid path, or of no user
+            if (place := find()).exists() and not is_inside(place, directory):
+                return True
+    return False

@@ -24,6 +24,7 @@ from nbl_export.model.saved.gguf import content_of
 from nbl_export.model.speech import Spoken
 from nbl_export.records.plan import AffineMap
 
+from ..canaries import Canaries
 from ..command import assert_refused, nbl
 from ..tiny import HIDDEN, random_map, save_checkpoint, save_gguf
 
@@ -108,6 +109,42 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         LlamaCppRunner(path, 1)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "needs node 20" in LLAMA_CPP.probe().reason
+
+
+COMMANDS = (("doctor",), ("generate", "m.gguf", "hi"), ("bench", "m.gguf", "--depth", "0", "--repetitions", "1"))
+
+
+@pytest.mark.parametrize("place", [None, "", ".", "./", "../strange"])
+def test_a_package_of_the_working_directory_is_not_run(
+    place: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of a stranger, in which somebody types a command."""
+    strange, canaries = tmp_path / "strange", Canaries(tmp_path / "canaries")
+    strange.mkdir()
+    save_gguf(strange / "m.gguf")
+    canaries.plant(strange)
+    monkeypatch.chdir(strange)
+    monkeypatch.delenv(PLACE, raising=False)
+    if place is not None:
+        monkeypatch.setenv(PLACE, place)
+    for command in COMMANDS if place is None else COMMANDS[1:2]:
+        done = nbl(*command)
+        assert canaries.touched() == [], command
+        assert done.status == (0 if command == ("doctor",) else 1)
+        assert PLACE in " ".join((done.out + done.err).split())
+    assert "absolute path" in LLAMA_CPP.probe().reason
+
+
+def test_a_package_that_the_user_names_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the test above would show nothing."""
+    if shutil.which("node") is None:
+        pytest.skip("node is not installed")
+    canaries = Canaries(tmp_path / "canaries")
+    (tmp_path / "mine").mkdir()
+    canaries.plant(tmp_path / "mine")
+    monkeypatch.setenv(PLACE, str(tmp_path / "mine"))
+    assert not LLAMA_CPP.probe().available
+    assert canaries.touched() == ["node"]
 
 
 def test_a_package_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

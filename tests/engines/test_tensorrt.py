@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -27,7 +28,7 @@ from nbl_export.engines.tensorrt.library import load_library
 from nbl_export.engines.tensorrt.log import Message, messages_of
 from nbl_export.engines.tensorrt.network import ParsedNetwork, parse
 from nbl_export.engines.tensorrt.record import read_record
-from nbl_export.errors import NblError
+from nbl_export.errors import CorruptError, NblError
 
 from ..fake_tensorrt import FakeDevice, FakeTensorRT
 from ..static_tiny import (
@@ -356,9 +357,9 @@ def cut_data(directory: Path) -> None:
     ("damage", "reason"),
     [
         (missing, "holds no decoder.onnx"),
-        (text, "refuses"),
+        (text, "not an ONNX model"),
         (empty, "not an ONNX model"),
-        (no_data, "refuses"),
+        (no_data, "which holds weights of decoder.onnx, is missing"),
         (cut_data, "refuses"),
     ],
 )
@@ -372,6 +373,27 @@ def test_a_damaged_graph_is_refused(damage: Callable[[Path], None], reason: str,
         build_engine(RTX, source, tmp_path / "e", SMALL)
     assert str(source) in str(caught.value)
     assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("place", ["../secret", "link", "*/_ORT_MEM_ADDR_/*"])
+def test_the_parser_gets_no_graph_with_weights_elsewhere(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (tmp_path / "secret").write_bytes(bytes(4))
+    (source / "link").symlink_to("../secret")
+    weight = onnx.TensorProto(name="w", dims=[1], data_type=1, data_location=onnx.TensorProto.EXTERNAL)
+    weight.external_data.add(key="location", value=place)
+    graph = onnx.helper.make_graph([], "g", [], [], [weight])
+    (source / "decoder.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    given: list[Path] = []
+    monkeypatch.setattr(build, "load_library", lambda _: None)
+    monkeypatch.setattr(build, "messages_of", lambda _: None)
+    monkeypatch.setattr(build, "parse", lambda *of: given.append(of[-1]))
+    with pytest.raises(CorruptError, match=r"outside its directory|out of its directory|an address of memory"):
+        build_engine(RTX, source, tmp_path / "e", SMALL)
+    assert given == []
 
 
 @needs_rtx

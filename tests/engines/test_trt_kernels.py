@@ -15,8 +15,9 @@ from nbl_export.engines.gpu import Gpu
 from nbl_export.engines.static.host import StaticDecoder, StaticRunner
 from nbl_export.engines.tensorrt import runner
 from nbl_export.engines.tensorrt.contexts import Strategy
-from nbl_export.engines.tensorrt.kernels import KERNELS_FILE, KernelCache, made_for
+from nbl_export.engines.tensorrt.kernels import KERNELS_FILE, KernelCache, made_for, trust_folder
 from nbl_export.engines.tensorrt.record import read_record
+from nbl_export.trust.own_engines import remember
 
 from ..fake_engine import fake_session
 from ..fake_tensorrt import (
@@ -69,9 +70,21 @@ def replace_by(data: bytes) -> Callable[[Path], None]:
 
 def of_another_format(path: Path) -> None:
     """The hash fits, and the library does not take the bytes."""
+    remember(exchange(path, b"other"))
+
+
+def of_somebody_else(path: Path) -> None:
+    """All that the file names fits, and so does its hash."""
+    exchange(path, path.read_bytes().partition(b"\n")[2] + b" ")
+
+
+def exchange(path: Path, blob: bytes) -> str:
+    """Other kernels, recorded with their hash, which is returned."""
     line, _, _ = path.read_bytes().partition(b"\n")
-    head = {**json.loads(line.removeprefix(b"nbl-kernels 1 ")), "sha256": hashlib.sha256(b"other").hexdigest()}
-    path.write_bytes(b"nbl-kernels 1 " + json.dumps(head).encode() + b"\nother")
+    digest = hashlib.sha256(blob).hexdigest()
+    head = {**json.loads(line.removeprefix(b"nbl-kernels 1 ")), "sha256": digest}
+    path.write_bytes(b"nbl-kernels 1 " + json.dumps(head).encode() + b"\n" + blob)
+    return digest
 
 
 @pytest.mark.parametrize(
@@ -83,6 +96,7 @@ def of_another_format(path: Path) -> None:
         (replace_by(b"nbl-kernels 1 []\n"), "it is damaged"),
         (replace_by(b"nbl-kernels 2 {}\n"), "it is damaged"),
         (of_another_format, "the library does not take it"),
+        (of_somebody_else, "its kernels were not compiled by you on this machine"),
     ],
 )
 def test_a_damaged_file_is_ignored_and_replaced(damage: Callable[[Path], None], reason: str, tmp_path: Path) -> None:
@@ -198,8 +212,22 @@ def test_an_opened_directory_keeps_its_kernels(tmp_path: Path, monkeypatch: pyte
         again = type(trt)(card, trt.profiles)
         monkeypatch.setattr(runner, "load_library", lambda _library, again=again: again)
         monkeypatch.setattr(runner, "open_device", lambda card=card: card)
+        trust_folder(tmp_path)
         with StaticRunner(runner.open_session(library, tmp_path), tmp_path) as text:
             text.greedy(PROMPT, 3)
         assert (tmp_path / KERNELS_FILE).exists() is expected
         assert isinstance(again, FakeTensorRTX) is expected
         (tmp_path / KERNELS_FILE).unlink(missing_ok=True)
+
+
+def test_a_yes_covers_the_kernels_too(tmp_path: Path) -> None:
+    run(tmp_path)
+    of_somebody_else(tmp_path / KERNELS_FILE)
+    assert run_again(tmp_path) == "its kernels were not compiled by you on this machine"
+    of_somebody_else(tmp_path / KERNELS_FILE)
+    trust_folder(tmp_path)
+    assert run_again(tmp_path) == ""
+
+
+def run_again(directory: Path) -> str:
+    return run(directory)[2]

@@ -82,20 +82,20 @@ def test_the_fastest_of_each_draft_is_kept() -> None:
 
 def test_the_fastest_is_chosen_and_pays_only_if_it_is_faster() -> None:
     trial = answers(loads=1)
-    found = measured("auto", trial, answers())
+    found = measured("auto", "fp32", trial, answers())
     assert found["chosen"] == NGRAM.to_json()
     assert found["pays"] is True
     assert [row["ratio"] for row in found["overall"]] == [2.0, 1.0, 0.5]
     assert {row["proposer"]: row["ratio"] for row in found["trial"]} == {FAST.name: 2, EVEN.name: 1, SLOW.name: 0.5}
     assert "×2.00 (2.00 to 2.00) of plain decoding" in spoken(found)
-    idle = measured("auto", trial, answers((PLAIN, SLOW, EVEN)))
+    idle = measured("auto", "fp32", trial, answers((PLAIN, SLOW, EVEN)))
     assert (idle["chosen"], idle["pays"]) == (INT4.to_json(), False)
-    few = measured("auto", trial, answers(loads=4))
+    few = measured("auto", "fp32", trial, answers(loads=4))
     assert (few["chosen"], few["pays"]) == (NGRAM.to_json(), False)  # too few loads for a verdict
 
 
 def test_the_table_shows_these_figures() -> None:
-    table = section.table(measured("auto", answers(loads=1), answers()))
+    table = section.table(measured("auto", "fp32", answers(loads=1), answers()))
     cells = {(row[0].text, row[1].text): tuple(cell.text for cell in row[2:]) for row in table.rows}
     assert len(cells) == 9
     assert cells[FAST.name, "all"] == ("25.0%", "2.00", "×0.80", "×4.00", "×2.00", "2.00 to 2.00", "10 of 10")

@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
-from nbl_export.errors import NblError
+from nbl_export.errors import CorruptError, NblError
 from nbl_export.model.checkpoint.load import load_model, load_tokenizer, read_spec
+from nbl_export.model.checkpoint.materialise import materialise
 from nbl_export.model.checkpoint.source import resolve
 
 from ..command import TINY, assert_refused, nbl
 from ..test_security import EVIL
+from ..tiny import save_gguf
 
 Checkpoint = Callable[[str], Path]
 
@@ -81,13 +83,24 @@ _REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("generation_config.json", {"custom_generate": "someone/generate"}),
     ("tokenizer_config.json", {"tokenizer_file": "{outside}"}),
     ("tokenizer_config.json", {"vocab_file": "../secret"}),
+    ("tokenizer_config.json", {"vocab_file": "~/secret"}),
+    ("tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.json", "../private/tokenizer.1.json"]}),
+    ("tokenizer_config.json", {"fast_tokenizer_files": ["~nobody/../../private/tokenizer.1.json"]}),
+    ("tokenizer_config.json", {"anything": [{"deep": {"er": "sub/../../secret"}}]}),
     ("tokenizer_config.json", {"sp_model_kwargs": {"model_file": "{outside}"}}),
 ]
 
 
 @pytest.mark.parametrize(("name", "values"), _REFUSED, ids=str)
-def test_settings_that_are_refused(model: Path, name: str, values: dict[str, Any], tmp_path: Path) -> None:
+def test_settings_that_are_refused(
+    model: Path, name: str, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "secret").write_text("secret", encoding="utf-8")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "tokenizer.1.json").write_bytes((model / "tokenizer.json").read_bytes())
+    for place in ("sub", "~nobody"):
+        (model / place).mkdir()
     said = json.loads(json.dumps(values).replace("{outside}", str(tmp_path / "secret")))
     changed(model, name, **said)
     with pytest.raises(NblError, match=f"{name} sets {next(iter(values))}, which is refused"):
@@ -109,6 +122,9 @@ def test_settings_that_real_models_have_pass(model: Path) -> None:
         "tokenizer_file": "/home/somebody/tokenizer.json",
     }
     changed(model, "tokenizer_config.json", **left_over, name_or_path="org/model", sp_model_kwargs={})
+    token = {"383": {"content": "/", "special": False}}  # a path on every machine
+    changed(model, "tokenizer_config.json", sep_token="/", chat_template="/", extra_special_tokens=["/", "../"])
+    changed(model, "tokenizer_config.json", added_tokens_decoder=token, fast_tokenizer_files=["tokenizer.json"])
     read_spec(resolve(str(model)))
     assert load_tokenizer(model)("The")["input_ids"]
     assert load_model(model).config.num_hidden_layers == 3
@@ -136,15 +152,81 @@ def test_a_quantised_model_is_not_loaded_as_the_original(model: Path) -> None:
 # -- links -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["merges.txt", "config.json", "tokenizer.json", "model.safetensors", "anything"])
+_LINKED = ("merges.txt", "config.json", "tokenizer.json", "model.safetensors", "anything",
+           "additional_chat_templates/k.jinja", "additional_chat_templates/.k.jinja", ".hidden")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _LINKED)
 def test_links_out_of_a_checkpoint_are_not_followed(model: Path, tmp_path: Path, text: Path, name: str) -> None:
     outside = tmp_path / "id_rsa"
     outside.write_bytes((model / name).read_bytes() if (model / name).exists() else b"secret")
+    (model / name).parent.mkdir(exist_ok=True)
     (model / name).unlink(missing_ok=True)
     (model / name).symlink_to(outside)
     done = nbl("--model", model, "--calibration", text, *TINY, "--output", tmp_path / "run")
     assert_refused(done, 1, model / name, "is a link out of its directory", "cp -rL")
     assert not list((tmp_path / "run").rglob(name))
+
+
+def test_an_index_names_no_link_out(model: Path, tmp_path: Path) -> None:
+    """Not even a hidden one, to weights that would load."""
+    from safetensors import safe_open
+
+    (model / "model.safetensors").rename(tmp_path / "private.safetensors")
+    (model / ".w.safetensors").symlink_to(tmp_path / "private.safetensors")
+    with safe_open(str(tmp_path / "private.safetensors"), framework="np") as file:
+        names = dict.fromkeys(file.keys(), ".w.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}), encoding="utf-8")
+    with pytest.raises(CorruptError, match=r"\.w\.safetensors is a link out of its directory"):
+        resolve(str(model))
+    with pytest.raises(CorruptError, match=r"\.w\.safetensors is a link out of its directory"):
+        load_model(model)
+
+
+# -- GGUF --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gguf(tmp_path: Path) -> Path:
+    """A GGUF file alone in a folder."""
+    (tmp_path / "folder").mkdir()
+    return save_gguf(tmp_path / "folder" / "model.gguf")
+
+
+def test_a_folder_with_a_gguf_has_no_link_out(gguf: Path, tmp_path: Path) -> None:
+    (tmp_path / "id_rsa").write_text("secret", encoding="utf-8")
+    assert resolve(str(gguf.parent)).gguf == gguf
+    template = gguf.parent / "additional_chat_templates" / "k.jinja"
+    template.parent.mkdir()
+    template.symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(CorruptError, match=r"k\.jinja is a link out of its directory"):
+        resolve(str(gguf.parent))
+
+
+def test_a_gguf_that_is_a_link_out_is_refused(gguf: Path, tmp_path: Path) -> None:
+    gguf.rename(tmp_path / "private.gguf")
+    gguf.symlink_to(tmp_path / "private.gguf")
+    for name in (gguf, gguf.parent):
+        with pytest.raises(CorruptError, match=r"model\.gguf is a link out of its directory"):
+            resolve(str(name))
+    assert_refused(nbl("generate", gguf, "Hi"), 1, gguf, "is a link out of its directory")
+
+
+def test_nothing_beside_a_gguf_file_is_read(gguf: Path, tmp_path: Path) -> None:
+    """A file in a folder of downloads is a model by itself, whatever else is there."""
+    alone, beside = tmp_path / "alone", tmp_path / "beside"
+    materialise(resolve(str(gguf)), alone)
+    (tmp_path / "id_rsa").write_text("secret", encoding="utf-8")
+    (gguf.parent / "additional_chat_templates").mkdir()
+    for name in ("additional_chat_templates/k.jinja", "chat_template.jinja", "somewhere"):
+        (gguf.parent / name).symlink_to(tmp_path / "id_rsa")
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json", "adapter_config.json"):
+        (gguf.parent / name).write_text('{"custom_generate": "evil", "transformers_weights": "x"}', encoding="utf-8")
+    materialise(resolve(str(gguf)), beside)
+    names = sorted(p.name for p in alone.rglob("*"))
+    assert "tokenizer.json" in names and sorted(p.name for p in beside.rglob("*")) == names
+    for name in names:
+        assert (alone / name).read_bytes() == (beside / name).read_bytes(), name
 
 
 def test_text_files_that_are_links_are_not_copied(model: Path, tmp_path: Path) -> None:
@@ -183,6 +265,23 @@ def test_the_cache_of_the_hub_is_read(model: Path, tmp_path: Path, shared: bool)
     assert resolve(str(snapshot)).fingerprint == resolve(str(model)).fingerprint
     assert load_tokenizer(snapshot)("The")["input_ids"] == load_tokenizer(model)("The")["input_ids"]
     assert load_model(snapshot).config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("half", ["snapshots", "models", "revision"])
+def test_half_of_the_cache_s_layout_is_not_the_cache(model: Path, tmp_path: Path, half: str) -> None:
+    snapshot = cached(model, tmp_path / "hub")
+    repository = snapshot.parent.parent
+    resolve(str(snapshot))
+    if half == "snapshots":
+        snapshot.parent.rename(repository / "versions")
+        snapshot = repository / "versions" / snapshot.name
+    elif half == "models":
+        repository.rename(tmp_path / "hub" / "org--tiny")
+        snapshot = tmp_path / "hub" / "org--tiny" / "snapshots" / snapshot.name
+    else:
+        snapshot = snapshot.rename(snapshot.parent / "main")
+    with pytest.raises(CorruptError, match="is a link out of its directory"):
+        resolve(str(snapshot))
 
 
 @pytest.mark.parametrize("trick", ["name", "folder", "chain"])

@@ -21,6 +21,7 @@ from nbl_export.plan import lmmse
 from nbl_export.plan.maps_file import load_maps
 from nbl_export.records.plan import AffineMap
 
+from ..canaries import Canaries
 from ..command import TINY, assert_refused, nbl
 from ..tiny import HIDDEN, random_map, save_checkpoint, save_gguf
 
@@ -51,10 +52,18 @@ def maps_in(path: Path) -> dict[int, np.ndarray]:
     }
 
 
-def test_gguf_of_linear_maps_holds_them_as_they_are(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_gguf_of_linear_maps_holds_them_as_they_are(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canaries = Canaries(tmp_path / "canaries")
+    (tmp_path / "strange").mkdir()
+    canaries.plant(tmp_path / "strange")
+    monkeypatch.chdir(tmp_path / "strange")  # a node package of the working directory is not run
     done = nbl("convert", runs["linear"], "--to", "gguf", "--output", tmp_path / "m.gguf")
+    assert canaries.touched() == []
     assert (done.status, done.out) == (0, f"{tmp_path / 'm.gguf'}\n"), done.err
-    assert "not run in llama.cpp" in done.err and "kept tensors byte for byte" in done.err
+    for said in ("not run in llama.cpp", "NBL_NODE_LLAMA_CPP", "kept tensors byte for byte"):
+        assert said in done.err
     assert "Perplexity" not in done.err  # nothing changed
     maps = load_maps(runs["linear"] / "maps.safetensors", (1, 2))
     for i, found in maps_in(tmp_path / "m.gguf").items():

@@ -13,7 +13,7 @@ import pytest
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.text.corpus import Text
 from nbl_export.text.windows import pack
-from nbl_export.trust.plain_files import refuse_special
+from nbl_export.trust.contained import check_folder
 
 from ..command import assert_refused, nbl, snapshot
 from ..hostile_folders import rehash
@@ -31,11 +31,10 @@ def test_what_is_no_file_is_not_waited_for(case: str, name: str, tmp_path: Path)
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to("file")
     (tmp_path / "nowhere").symlink_to("gone")
-    (tmp_path / "circle").symlink_to("circle")
-    refuse_special(tmp_path)
+    check_folder(tmp_path)
     SPECIAL[case](tmp_path / name)
     with pytest.raises(CorruptError, match="a pipe, a socket or a device; remove it") as caught:
-        refuse_special(tmp_path)
+        check_folder(tmp_path)
     assert str(tmp_path / name) in str(caught.value)
 
 

@@ -1,4 +1,7 @@
-"""The node process that runs llama.cpp (`server.mjs`), and where its package is."""
+"""The node process that runs llama.cpp (`server.mjs`), and where its package is.
+
+The package is code. It comes only from the absolute path that the user has set, never from the working directory.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +16,31 @@ from typing import Any
 
 from nbl_export.errors import NblError
 
-__all__ = ["INSTALL", "Server", "find_packages"]
+__all__ = ["PLACE", "Server", "find_packages"]
 
 _PACKAGE = "node-llama-cpp"
 _TESTED = "3.22.1"
 _SECONDS = 600.0  # for an answer; a large file takes a minute to load
 PLACE = "NBL_NODE_LLAMA_CPP"  # environment variable: the directory in which npm installed the package
-INSTALL = f"npm install {_PACKAGE}@{_TESTED} (in this directory, or in the one that {PLACE} names)"
+_INSTALL = f"npm install {_PACKAGE}@{_TESTED} in a directory of your own, and set {PLACE} to its absolute path"
 
 
 def find_packages() -> Path:
     """The directory whose node_modules holds node-llama-cpp.
 
     Raises:
-        NblError: node or the package is not installed.
+        NblError: node or the package is not installed, or the user has not said where.
     """
     if shutil.which("node") is None:
-        raise NblError(f"running llama.cpp needs node 20 or newer, and then {INSTALL}")
-    place = Path(os.environ.get(PLACE) or ".")
-    if not (place / "node_modules" / _PACKAGE / "package.json").is_file():
-        raise NblError(f"running llama.cpp needs node-llama-cpp: {INSTALL}")
-    return place.absolute()
+        raise NblError(f"running llama.cpp needs node 20 or newer; then run {_INSTALL}")
+    place = os.environ.get(PLACE)
+    if not place:
+        raise NblError(f"running llama.cpp needs {_PACKAGE}: run {_INSTALL}")
+    if not Path(place).is_absolute():
+        raise NblError(f"{PLACE} is {place!r}, which is another place in every directory; set it to an absolute path")
+    if not (Path(place) / "node_modules" / _PACKAGE / "package.json").is_file():
+        raise NblError(f"{PLACE} is {place}, where there is no node_modules/{_PACKAGE}: run {_INSTALL}")
+    return Path(place)
 
 
 class Server:
@@ -47,12 +54,13 @@ class Server:
     """
 
     def __init__(self, model: Path | None, threads: int) -> None:
-        settings = {"packages": str(find_packages()), "model": model and str(model.absolute()), "threads": threads}
+        packages = find_packages()
+        settings = {"packages": str(packages), "model": model and str(model.absolute()), "threads": threads}
         self._where = model or _PACKAGE
         script = Path(__file__).with_name("server.mjs")
         self._process = subprocess.Popen(
             ["node", str(script), json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True, bufsize=1, encoding="utf-8",
+            stderr=subprocess.DEVNULL, text=True, bufsize=1, encoding="utf-8", cwd=packages,
         )  # fmt: skip
         self._lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()

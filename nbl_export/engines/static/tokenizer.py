@@ -12,7 +12,7 @@ from typing import Any
 
 from nbl_export.engines.chat_template import render
 from nbl_export.errors import MissingPackageError, NblError
-from nbl_export.trust.contained import refuse_links_out
+from nbl_export.trust.contained import check_folder
 
 __all__ = ["Text"]
 
@@ -33,7 +33,7 @@ class Text:
             import tokenizers
         except ImportError as error:
             raise MissingPackageError("tokenizers", "trt-rtx", "reading and writing text") from error
-        refuse_links_out(directory)
+        check_folder(directory)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
         except Exception as error:  # the package raises plain Exception

@@ -26,10 +26,12 @@ from nbl_export.engines.tensorrt.log import Messages, complaints, ignored_inputs
 from nbl_export.engines.tensorrt.network import ParsedNetwork, parse
 from nbl_export.engines.tensorrt.record import ENGINE_FILE, RECORD_FILE, EngineRecord, digest_of
 from nbl_export.errors import NblError
-from nbl_export.files import friendly_os_errors, write_json
+from nbl_export.files import friendly_os_errors, scratch_in, write_json
 from nbl_export.graph.names import ALL_LOGITS_FILE, STATIC_GRAPH_FILE
+from nbl_export.graph.trust import check_graph_file
 from nbl_export.records.decoder import ITEMSIZE, GraphContract
 from nbl_export.trust.contained import check_inside
+from nbl_export.trust.own_engines import remember
 
 __all__ = ["Progress", "build_engine"]
 
@@ -57,12 +59,14 @@ def build_engine(
 
     Raises:
         NblError: the graph is refused, warns, does not build or cannot be captured; or the disk is full. `out` stays.
+        CorruptError: the graph keeps weights outside its folder.
     """
     trt = load_library(library)
     log = messages_of(trt)
     graph = source / _GRAPH
     if not graph.is_file():
         raise NblError(f"{source} holds no {_GRAPH}; export it with --engine {library.capabilities.name}")
+    check_graph_file(graph)
     parsed = parse(trt, log, graph)
     bypass_unit_scale(parsed)
     contract = parsed.contract
@@ -75,6 +79,10 @@ def build_engine(
         record = _record(library, parsed, profiles, settings, computes, built, scratch)
         write_json(scratch / RECORD_FILE, record.to_json())
         _copy_text_files(source, scratch)
+    try:
+        remember(record.plan_sha256)
+    except NblError as error:
+        _logger.warning("%s will run only with --trust-engine: %s", out / ENGINE_FILE, error)
     return record
 
 
@@ -262,16 +270,13 @@ def _record(
 def _replacing(out: Path) -> Iterator[Path]:
     """A scratch directory beside `out` that replaces `out` at the end; if anything fails, the scratch is deleted."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f".tmp-{out.name}-{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
-        yield scratch
+    with scratch_in(out.parent) as scratch:
+        made = scratch / out.name
+        made.mkdir()
+        yield made
         if out.exists():
             shutil.rmtree(out)
-        os.replace(scratch, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        os.replace(made, out)
 
 
 def _copy_text_files(source: Path, out: Path) -> None:

@@ -4,7 +4,7 @@ engine/model/kernels.cache      one line: format, what the kernels were made for
 
 A file that was made for another plan, library, GPU or driver is ignored, and so is a damaged one. It is replaced when
 the session closes. The library checks its bytes once more ("IRuntimeCache.deserialize": version, GPU and driver must
-fit). Kernels are code, like the plan: a copy of the directory for others needs no such file.
+fit). Kernels are code, like the plan: kernels that this user has neither compiled nor said yes to are ignored too.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.engines.gpu import Gpu
-from nbl_export.engines.tensorrt.record import EngineRecord
+from nbl_export.engines.tensorrt.record import EngineRecord, read_record
 from nbl_export.files import replacing
 from nbl_export.trust.contained import is_inside
+from nbl_export.trust.own_engines import is_own, remember
 
-__all__ = ["KERNELS_FILE", "KernelCache", "made_for"]
+__all__ = ["KERNELS_FILE", "KernelCache", "made_for", "trust_folder"]
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class KernelCache:
                 with replacing(self._path) as stream:
                     stream.write(f"{_FORMAT} {json.dumps(line)}\n".encode())
                     stream.write(blob)
+                remember(line["sha256"])
         except Exception as error:  # a read-only directory, a full disk, a library that fails after an error of the GPU
             log.warning("the compiled kernels are not kept in %s, the next load compiles again: %s", self._path, error)
 
@@ -111,4 +113,20 @@ class KernelCache:
             self.ignored = f"it was made for another {other[0]}: {found.get(other[0])}"
         elif digest != hashlib.sha256(blob).hexdigest():
             self.ignored = "it is damaged"
+        elif not is_own(digest):
+            self.ignored = "its kernels were not compiled by you on this machine"
         return blob
+
+
+def trust_folder(directory: Path) -> None:
+    """Remember the plan of an engine directory, and the kernels beside it, as the user's own.
+
+    Raises:
+        NblError: there is no engine, or the list of own engines cannot be written.
+        CorruptError: the plan is damaged, or a link leads out of the directory.
+    """
+    remember(read_record(directory).plan_sha256)
+    if (directory / KERNELS_FILE).is_file():
+        with (directory / KERNELS_FILE).open("rb") as stream:
+            stream.readline(_LONGEST_LINE)
+            remember(hashlib.sha256(stream.read()).hexdigest())

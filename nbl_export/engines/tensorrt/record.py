@@ -15,9 +15,11 @@ from typing import Any
 from nbl_export.engines.static.schedule import Profile
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.records.decoder import GraphContract, TensorInfo
-from nbl_export.trust.contained import check_inside, refuse_links_out
+from nbl_export.trust.contained import check_folder, check_inside
+from nbl_export.trust.own_engines import is_own
 
-__all__ = ["ENGINE_FILE", "RECORD_FILE", "EngineRecord", "digest_of", "read_plan", "read_record"]
+__all__ = ["ENGINE_FILE", "RECORD_FILE", "EngineRecord", "digest_of", "read_plan", "read_record",
+           "refuse_foreign"]  # fmt: skip
 
 ENGINE_FILE = "decoder.engine"
 RECORD_FILE = "engine.json"
@@ -87,13 +89,13 @@ def read_record(directory: Path) -> EngineRecord:
 
     Raises:
         NblError: the directory holds no engine.
-        CorruptError: engine.json cannot be read, the plan is not the recorded plan (cut short, replaced), or a file is
-            a link out of the directory.
+        CorruptError: engine.json cannot be read, the plan is not the recorded plan (cut short, replaced), or an entry
+            is a link out of the directory.
     """
     path, plan = directory / RECORD_FILE, directory / ENGINE_FILE
     if not path.is_file():
         raise NblError(f"{directory} holds no engine: {RECORD_FILE} is missing; nbl-export build makes one")
-    refuse_links_out(directory)
+    check_folder(directory)
     try:
         record = EngineRecord.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -107,6 +109,19 @@ def read_record(directory: Path) -> EngineRecord:
         )
     _check_digest(plan, digest_of(plan), record)
     return record
+
+
+def refuse_foreign(directory: Path, record: EngineRecord) -> None:
+    """Refuse a plan that this user has neither built nor said yes to, because a plan is code.
+
+    Raises:
+        NblError: the plan is of somebody else.
+    """
+    if not is_own(record.plan_sha256):
+        raise NblError(
+            f"{directory / ENGINE_FILE} was not built by you on this machine, and an engine file is code that would "
+            f"run here; {_again(record)}; or add --trust-engine if you trust whoever built it"
+        )
 
 
 def read_plan(directory: Path, record: EngineRecord) -> bytes:

@@ -29,7 +29,7 @@ from nbl_export.engines.tensorrt.device import Device, attempt_all, open_device
 from nbl_export.engines.tensorrt.kernels import KERNELS_FILE, KernelCache, made_for
 from nbl_export.engines.tensorrt.library import Library, load_library
 from nbl_export.engines.tensorrt.log import Messages, messages_of, require
-from nbl_export.engines.tensorrt.record import ENGINE_FILE, EngineRecord, read_plan, read_record
+from nbl_export.engines.tensorrt.record import ENGINE_FILE, EngineRecord, read_plan, read_record, refuse_foreign
 from nbl_export.errors import NblError
 from nbl_export.records.decoder import ITEMSIZE, TensorInfo
 
@@ -43,10 +43,12 @@ def open_session(library: Library, directory: Path, strategy: Strategy = DEFAULT
     """A session on an engine directory. TensorRT-RTX keeps its compiled kernels there.
 
     Raises:
-        NblError: there is no engine, library, version or GPU do not fit, or device memory cannot be reached.
+        NblError: there is no engine, or it is of somebody else; library, version or GPU do not fit; or device memory
+            cannot be reached.
         CorruptError: the plan is cut short or damaged.
     """
     record = read_record(directory)
+    refuse_foreign(directory, record)
     trt = load_library(library)
     gpu = find_gpu()
     refuse_misfit(library, record, trt.__version__, gpu, directory)

@@ -35,10 +35,10 @@ def read_spec(source: Source) -> DecoderSpec:
 
     _register(source)
     try:
-        config = config_of(source.directory, source.gguf.name if source.gguf else None)
+        config = config_of(source.gguf or source.directory)
         architecture = config.model_type.removeprefix(LINEARIZED if source.linearized else "")
         _check_architecture(architecture, source.directory)
-        check_weights(source.directory, source.gguf.name if source.gguf else None)
+        check_weights(source.gguf or source.directory)
         normal = NormalizedTextConfigWithGQA(config)
         head_dim = getattr(config, "head_dim", None) or normal.hidden_size // normal.num_attention_heads
         windows = windows_of(config)

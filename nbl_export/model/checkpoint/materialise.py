@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from nbl_export.errors import NblError
+from nbl_export.files import scratch_in
 from nbl_export.model.checkpoint import gguf_file
 from nbl_export.model.checkpoint.load import _register, load_model, load_tokenizer
 from nbl_export.model.checkpoint.pretrained import model_of, quiet_transformers, reason_of, tokenizer_of
@@ -39,25 +40,23 @@ def materialise(source: Source, target: Path) -> Path:
 def _convert(source: Source, target: Path) -> None:
     quiet_transformers()
     _register(source)
-    scratch = target.with_name(f".tmp-checkpoint-{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
     origin = source.gguf or source.directory
-    try:
-        if source.gguf is not None:
-            _dequantise(source.gguf, scratch)
-        else:
-            _restore(source.directory, scratch)
-    except (OSError, MemoryError, NblError):
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    except Exception as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise NblError(f"{origin} cannot be loaded by transformers: {reason_of(error)}") from error
-    sizes = {f.name: f.stat().st_size for f in sorted(scratch.iterdir())}
-    facts = {"fingerprint": source.fingerprint, "file": origin.name, "sizes": sizes}
-    (scratch / _MARKER).write_text(json.dumps(facts), encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(scratch, target)
+    with scratch_in(target.parent) as scratch:
+        made = scratch / "checkpoint"
+        try:
+            if source.gguf is not None:
+                _dequantise(source.gguf, made)
+            else:
+                _restore(source.directory, made)
+        except (OSError, MemoryError, NblError):
+            raise
+        except Exception as error:
+            raise NblError(f"{origin} cannot be loaded by transformers: {reason_of(error)}") from error
+        sizes = {f.name: f.stat().st_size for f in sorted(made.iterdir())}
+        facts = {"fingerprint": source.fingerprint, "file": origin.name, "sizes": sizes}
+        (made / _MARKER).write_text(json.dumps(facts), encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(made, target)
 
 
 def _restore(directory: Path, out: Path) -> None:
@@ -70,12 +69,12 @@ def _restore(directory: Path, out: Path) -> None:
 
 def _dequantise(gguf: Path, out: Path) -> None:
     log.info("dequantising %s", gguf.name)
-    model = model_of(gguf.parent, gguf.name)
+    model = model_of(gguf)
     # transformers refuses to save a model that was loaded quantised; these weights are dequantised.
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None
     model.save_pretrained(out)
-    tokenizer_of(gguf.parent, gguf.name).save_pretrained(out)
+    tokenizer_of(gguf).save_pretrained(out)
 
 
 def _is_whole(target: Path, source: Source) -> bool:

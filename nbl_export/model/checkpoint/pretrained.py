@@ -1,16 +1,21 @@
-"""The only module that calls transformers on a folder: no code in it runs, no pickle is read, nothing is fetched."""
+"""The only module that calls transformers on a model: none of its code runs, no pickle is read, nothing is fetched.
+
+A model is a checkpoint directory or a GGUF file. What lies beside a GGUF file does not belong to the model.
+transformers would read settings and templates there, so it gets an empty directory and the file's absolute path.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.model.checkpoint import gguf_file
-from nbl_export.trust.model_settings import check_checkpoint, check_settings
+from nbl_export.trust.model_settings import check_checkpoint
 
 __all__ = ["check_weights", "config_of", "model_of", "model_with", "quiet_transformers", "reason_of", "tokenizer_of"]
 
@@ -33,77 +38,70 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
-def _check(directory: Path, gguf: str | None) -> dict[str, Any]:
-    """Refuse an unsafe folder. Returns the argument that names a GGUF file to transformers."""
+@contextlib.contextmanager
+def _checked(model: Path) -> Iterator[dict[str, Any]]:
+    """Arguments with which transformers finds a model and nothing else. Refuses an unsafe folder."""
     quiet_transformers()
-    if gguf is None:
-        check_checkpoint(directory)
-        return {}
-    check_settings(directory)
-    return {"gguf_file": gguf}
+    given = {"trust_remote_code": False, "local_files_only": True}
+    if not model.is_file():
+        check_checkpoint(model)
+        yield {"pretrained_model_name_or_path": str(model), **given}
+        return
+    with tempfile.TemporaryDirectory(prefix="nbl-export-") as empty, gguf_file.shared():
+        yield {"pretrained_model_name_or_path": empty, "gguf_file": str(model.absolute()), **given}
 
 
-def _reading(gguf: str | None) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if gguf is None else gguf_file.shared()
-
-
-def config_of(directory: Path, gguf: str | None = None) -> Any:
-    """The configuration of a checkpoint, or of a GGUF in a folder.
+def config_of(model: Path) -> Any:
+    """The configuration of a checkpoint or of a GGUF file.
 
     Raises:
-        NblError: the folder is unsafe. Whatever transformers raises on a damaged folder.
+        NblError: the folder is unsafe. Whatever transformers raises on a damaged model.
     """
-    given = _check(directory, gguf)
-    from transformers import AutoConfig
+    with _checked(model) as given:
+        from transformers import AutoConfig
 
-    with _reading(gguf):
-        return AutoConfig.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True, **given)
+        return AutoConfig.from_pretrained(**given)
 
 
-def check_weights(directory: Path, gguf: str | None = None) -> None:
+def check_weights(model: Path) -> None:
     """Compare names and shapes of the weights that the configuration asks for with those in the files.
 
     The model is built on torch's meta device, so no weight is allocated and none is read. Weights of a quantised
     checkpoint have other names; they are left to their reader.
 
     Raises:
-        NblError: the folder is unsafe, or lacks a weight. Whatever transformers raises on a damaged folder or on
+        NblError: the folder is unsafe, or lacks a weight. Whatever transformers raises on a damaged model or on
             another shape.
     """
-    config = config_of(directory, gguf)
-    if getattr(config, "quantization_config", None) is not None and gguf is None:
-        return
-    if gguf is None:
-        _load(directory, device_map="meta")  # the names are matched as in a real load
-    else:
-        _check_gguf(directory / gguf, config)
+    config = config_of(model)
+    if model.is_file():
+        _check_gguf(model, config)
+    elif getattr(config, "quantization_config", None) is None:
+        _load(model, device_map="meta")  # the names are matched as in a real load
 
 
-def model_of(directory: Path, gguf: str | None = None) -> Any:
+def model_of(model: Path) -> Any:
     """The model in float32.
 
     Raises:
-        NblError: the folder is unsafe or quantised, or lacks a weight. Whatever transformers raises on a damaged
-            folder.
+        NblError: the folder is unsafe or quantised, or lacks a weight. Whatever transformers raises on a damaged model.
     """
-    given = _check(directory, gguf)
-    if gguf is None and getattr(config_of(directory), "quantization_config", None) is not None:
-        raise NblError(f"{directory} is quantised; give the original as --model, this one as --quantized-model")
-    check_weights(directory, gguf)
-    with _reading(gguf):
-        return _load(directory, **given)
+    if model.is_dir() and getattr(config_of(model), "quantization_config", None) is not None:
+        raise NblError(f"{model} is quantised; give the original as --model, this one as --quantized-model")
+    check_weights(model)
+    return _load(model)
 
 
-def _load(directory: Path, **given: Any) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
+def _load(model: Path, **more: Any) -> Any:
+    with _checked(model) as given:
+        import torch
+        from transformers import AutoModelForCausalLM
 
-    model, report = AutoModelForCausalLM.from_pretrained(
-        str(directory), dtype=torch.float32, output_loading_info=True, trust_remote_code=False,
-        use_safetensors=True, local_files_only=True, **given,
-    )  # fmt: skip
-    _refuse_missing(directory, report["missing_keys"])
-    return model
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            dtype=torch.float32, output_loading_info=True, use_safetensors=True, **given, **more
+        )
+    _refuse_missing(model, report["missing_keys"])
+    return loaded
 
 
 def _refuse_missing(where: Path, missing: Iterable[str]) -> None:
@@ -143,14 +141,13 @@ def model_with(config: Any, *, lm_head: bool = True) -> Any:
     return kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
-def tokenizer_of(directory: Path, gguf: str | None = None) -> Any:
-    """The tokenizer of a checkpoint, or of a GGUF in a folder.
+def tokenizer_of(model: Path) -> Any:
+    """The tokenizer of a checkpoint or of a GGUF file.
 
     Raises:
-        NblError: the folder is unsafe. Whatever transformers raises on a damaged folder.
+        NblError: the folder is unsafe. Whatever transformers raises on a damaged model.
     """
-    given = _check(directory, gguf)
-    from transformers import AutoTokenizer
+    with _checked(model) as given:
+        from transformers import AutoTokenizer
 
-    with _reading(gguf):
-        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True, **given)
+        return AutoTokenizer.from_pretrained(**given)

@@ -23,9 +23,10 @@ from nbl_export.graph.names import MANIFEST
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config
 from nbl_export.model.checkpoint import gguf_file
 from nbl_export.records.plan import TAPS
+from nbl_export.trust.contained import check_folder, check_inside
 from nbl_export.trust.counts import check_layers
 from nbl_export.trust.file_hashes import sha256_of
-from nbl_export.trust.model_settings import CONFIG_BYTES, check_checkpoint, check_settings
+from nbl_export.trust.model_settings import CONFIG_BYTES, check_checkpoint
 from nbl_export.trust.plain_files import refuse_special
 from nbl_export.trust.strict_json import read_object
 
@@ -86,6 +87,8 @@ def resolve(model: str) -> Source:
         NblError: the model is missing, truncated, pickled, or of an unsupported architecture.
     """
     path = Path(model).expanduser()
+    if path.is_dir():
+        check_folder(path)
     refuse_special(path)
     graph = given.graph_of(path)
     if graph is not None:
@@ -205,7 +208,7 @@ def _weight_files(directory: Path) -> list[Path]:
             raise NblError(f"{index} names no file; fetch the model again")
         if outside:
             raise NblError(f"{index} names a file outside {directory}; this checkpoint is not to be trusted")
-        files = [directory / n for n in names]
+        files = [check_inside(directory / n, directory) for n in names]
         missing = [f.name for f in files if not f.exists()]
         if missing:
             raise NblError(f"{directory} lacks {missing[0]}, which its index names; fetch the model again")
@@ -238,6 +241,7 @@ def _names(files: list[Path]) -> set[str]:
 
 
 def _gguf_source(name: str, file: Path) -> Source:
+    check_inside(file, file.parent)
     try:
         reader = gguf_file.reader(file)
         architecture, parts = (_value(reader, name) for name in ("general.architecture", "split.count"))
@@ -251,7 +255,6 @@ def _gguf_source(name: str, file: Path) -> Source:
         raise NblError(f"{file} is one of {parts} parts; put them together (llama-gguf-split --merge)")
     for stated in layers:  # transformers reads the key of any architecture
         check_layers(stated, names, file)
-    check_settings(file.parent)
     aliases = {alias: record.name for record in ARCHITECTURES.values() for alias in record.aliases}
     _check_architecture(aliases.get(str(architecture), architecture), file)
     return Source(name, file.parent, file, None, _fingerprint([file]))

@@ -20,6 +20,7 @@ from nbl_export.acceptance.steps import GENAI_STEPS, STATIC_STEPS, Step
 from nbl_export.acceptance.steps.genai import GenaiParts, GenaiTarget
 from nbl_export.acceptance.verdict import RUNNER, Emit, Notes, Outcome
 from nbl_export.engines.tensorrt.library import LIBRARIES
+from nbl_export.engines.tensorrt.record import read_record, refuse_foreign
 from nbl_export.errors import AcceptanceError, NblError
 from nbl_export.files import versions, write_json
 from nbl_export.measure.benchmark import machine
@@ -90,6 +91,8 @@ def _target(run: RunDirectory, force: bool, parts: Any) -> tuple[Any, tuple[Step
     engines = tuple((s, locate(run.path, name, force=force).path) for s, name in _SUBJECTS)
     values = run.path / ACCEPTANCE_FILE
     if engine in LIBRARIES:
+        for _, path in engines:
+            refuse_foreign(path, read_record(path))
         graphs = {subject: run.path / path.name for subject, path in engines}
         target: Any = Target(run.path, engines, graphs, values, parts or Parts(LIBRARIES[engine]))
     else:

@@ -1,0 +1,75 @@
+"""The list of engines that the user built here: what is on it may run, so nobody else may write to it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nbl_export.errors import NblError
+from nbl_export.trust import own_engines
+from nbl_export.trust.own_engines import is_own, remember
+
+DIGEST, OTHER = "ab" * 32, "cd" * 32
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place = tmp_path / "cache" / "nbl-export" / "engines"
+    monkeypatch.setattr(own_engines, "_list", lambda: place)
+    return place
+
+
+def test_the_list_is_in_the_cache_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nbl_export.trust.file_hashes import cache_file
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_file().parent == tmp_path / "nbl-export"
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o000])
+def test_what_was_remembered_is_known(home: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        assert not is_own(DIGEST)
+        remember(DIGEST)
+        remember(DIGEST)
+    finally:
+        os.umask(before)
+    assert is_own(DIGEST) and not is_own(OTHER)
+    assert [path.name for path in home.iterdir()] == [DIGEST]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../engines", DIGEST.upper(), DIGEST[:-1], f"../engines/{DIGEST}"])
+def test_only_hashes_are_known(home: Path, name: str) -> None:
+    remember(DIGEST)
+    assert not is_own(name)
+
+
+def _others_may_write(path: Path) -> None:
+    path.chmod(path.stat().st_mode | 0o020)
+
+
+def _link(path: Path) -> None:
+    shutil.move(path, path.with_name("moved"))
+    path.symlink_to(path.with_name("moved"))
+
+
+@pytest.mark.parametrize("spoil", [_others_may_write, _link])
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_a_list_of_others_is_not_used(home: Path, spoil: Callable[[Path], None], level: int) -> None:
+    remember(DIGEST)
+    spoil([home / DIGEST, home, home.parent][level])
+    assert not is_own(DIGEST)
+    with pytest.raises(NblError, match="XDG_CACHE_HOME"):
+        remember(DIGEST)
+
+
+def test_a_list_that_cannot_be_written_is_said(home: Path) -> None:
+    home.parent.parent.mkdir()
+    home.parent.write_text("in the way")
+    with pytest.raises(NblError, match=r"engines, which lists the engines of your own, cannot be written"):
+        remember(DIGEST)
