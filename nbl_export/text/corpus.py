@@ -109,7 +109,7 @@ def read_text(source: str, read_hub: Callable[[str], Text] | None = None) -> Tex
     if path.is_dir():
         raise NblError(f"calibration text {path} is a directory; name a file in it")
     if path.is_absolute() or source.startswith((".", "~")) or not _HUB_ID.fullmatch(source):
-        raise NblError(f"no calibration text at {path}: give a UTF-8 file, .jsonl, .json or a hub dataset id")
+        raise NblError(f"no calibration text at {path}: give a UTF-8 file, .jsonl, .json or a hub dataset (org/name)")
     return hub_texts([source])[0] if read_hub is None else read_hub(source)
 
 

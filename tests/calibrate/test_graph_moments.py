@@ -195,11 +195,12 @@ def test_what_needs_torch_is_refused(alone: tuple[object, ...], given_graph: Giv
     output = tmp_path / "run"
     for given in (
         ("--fit", "distilled"), ("--select", "greedy"), ("--select", "efficient"), ("--calibration", "self"),
-        ("--max-perplexity-increase", "5%"),
     ):  # fmt: skip
         arguments = [a for a in alone if a != "--calibration" and not str(a).endswith("text.txt")]
         refused = nbl(*arguments, *given, "--output", output)
         assert_refused(refused, 2, given[0], "needs the torch model")
+    goal = "--max-perplexity-increase"
+    assert_refused(nbl(*alone, goal, "5%", "--output", output), 2, f"{goal} is for a checkpoint", "an ONNX graph")
     assert_refused(nbl(*alone, "--precision", "int4", "--output", output), 2, "--precision int4", "is fp32")
     assert_refused(nbl(*alone, "--engine", "trt", "--output", output), 2, "--engine ort")
     assert not output.exists()

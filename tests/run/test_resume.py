@@ -89,8 +89,7 @@ CHANGES: dict[str, set[str]] = {
     "--threads 1": MEASURING,
     "--threads 1,2": MEASURING,
     "--batch 1,2": MEASURING,
-    "--seed 1": set(),  # which draws tokens for distillation alone
-    "--layers 2 --seed 1 --precision int4": {"plan", "decoder graph", *GRAPH},
+    "--layers 2 --precision int4": {"plan", "decoder graph", *GRAPH},
     "--force": ALL,
 }
 
