@@ -27,7 +27,7 @@ def job_of(directory: Path, options: dict[str, Any], manifest: dict[str, Any] | 
     run = RunDirectory(directory)
     run.manifest = {
         "model": {"fingerprint": "model"}, "calibration": {"sha256": "text"}, "quantized": {"fingerprint": "codes"},
-        "decoder": dataclasses.asdict(_SPEC), "num_layers": 3, "replaced_layers": [1], "tap": "residual",
+        "decoder": dataclasses.asdict(_SPEC), "places": {}, "num_layers": 3, "replaced_layers": [1], "tap": "residual",
         "select": "cca", "scores": [], "stages": {"calibrate": {"key": "moments"}}, **(manifest or {}),
     }  # fmt: skip
     job = Job(JobOptions("m", **options), run, Ui(quiet=True), asked)

@@ -1,0 +1,184 @@
+"""What a run keeps for later is used again only if every part of its key is the same: one test for each key."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nbl_export.calibrate.sums import Sums
+from nbl_export.distill.settings import DistillSettings
+from nbl_export.plan.greedy import GreedyOrder, Point
+from nbl_export.run.stages import calibrate, distill, selection
+from nbl_export.run.stages.selection import Selection
+from nbl_export.run.stages.verify import kept_references
+from nbl_export.verify.ladder import Probe
+
+from ..jobs import job_of
+
+Changes = dict[str, Any]
+
+# -- the unfinished sums of a calibration ----------------------------------------------------------------------
+
+WINDOWS = torch.arange(8 * 64).view(8, 64)
+
+
+class Collected:
+    """Stands in for the sums of a model with one layer."""
+
+    num_layers, size, count = 1, 2, 64
+
+    def __init__(self, taps: list[str]) -> None:
+        self.taps, self.restored = taps, 0
+
+    def layer(self, _index: int) -> dict[str, Sums]:
+        ones, square = torch.ones(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+        return dict.fromkeys(self.taps, Sums(64, ones, ones, ones, ones, ones, ones, square, square, square))
+
+    def restore(self, _index: int, _sums: dict[str, Sums]) -> None:
+        self.restored += 1
+
+
+def resumed_batches(
+    directory: Path, options: Changes, facts: Changes, windows: torch.Tensor, batches: int, products: str = "float32"
+) -> int:
+    """Batches that a calibration of these inputs takes from the partial file; it then leaves the file of its own."""
+    job = job_of(directory, options, facts)
+    chosen = calibrate.parse_shard(job.options.shard).batches(batches)
+    found = calibrate._facts(job, windows, batches, len(chosen), {"products": products})
+    partial, collected = calibrate._Partial(directory / "partial", found), Collected(found["identity"]["taps"])
+    done = partial.restore(collected)
+    assert collected.restored == (1 if done else 0)
+    partial.save(collected, 1)
+    return done
+
+
+CALIBRATIONS: dict[str, dict[str, Any]] = {
+    "another model": {"facts": {"model": {"fingerprint": "other"}}},
+    "another text": {"facts": {"calibration": {"sha256": "other"}}},
+    "another shard with as many batches": {"options": {"shard": "2/2"}},
+    "a shard of another count with as many batches": {"options": {"shard": "1/3"}},
+    "the whole text": {"options": {}},
+    "another tap": {"options": {"shard": "1/2", "tap": "normed"}},
+    "another context": {"options": {"shard": "1/2", "context": 32}},
+    "fewer tokens": {"windows": WINDOWS[:6]},
+    "other tokens": {"windows": WINDOWS + 1},
+    "other batches": {"batches": 3},
+    "other products": {"products": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("change", CALIBRATIONS)
+def test_a_calibration_resumes_from_its_own_sums_alone(change: str, tmp_path: Path) -> None:
+    same: dict[str, Any] = {"options": {"shard": "1/2"}, "facts": {}, "windows": WINDOWS, "batches": 4}
+    assert resumed_batches(tmp_path, **same) == 0
+    assert resumed_batches(tmp_path, **same) == 1
+    assert resumed_batches(tmp_path, **{**same, **CALIBRATIONS[change]}) == 0
+
+
+# -- the order of layers by the model's output -----------------------------------------------------------------
+
+ORDER = GreedyOrder((Point((2,), (0.1,), (0.1,)), Point((2, 0), (0.2,), (0.2,))))
+GREEDY, EFFICIENT = {"select": "greedy"}, {"select": "efficient"}
+ORDERS: dict[str, tuple[Changes, Changes, Changes]] = {  # options before, options changed, facts changed
+    "rank": (GREEDY, {"rank": "3"}, {}),
+    "rank auto": (GREEDY, {"rank": "auto"}, {}),
+    "tap": (GREEDY, {"tap": "normed"}, {}),
+    "maps": ({**GREEDY, "tap": "normed"}, {"maps": "linear"}, {}),
+    "dropped attention": (GREEDY, {"fit": "drop"}, {}),
+    "products": (GREEDY, {"compute_dtype": "float32"}, {}),
+    "own words": (GREEDY, {"calibration": ("self",)}, {}),
+    "weighed work": (GREEDY, EFFICIENT, {}),
+    "logits of the weighed work": (EFFICIENT, {"logits": "all"}, {}),
+    "token table of the weighed work": (EFFICIENT, {"token_table": False}, {}),
+    "moments": (GREEDY, {}, {"stages": {"calibrate": {"key": "others"}}}),
+}
+
+
+@pytest.mark.parametrize("change", ORDERS)
+def test_another_order_of_layers_is_computed_anew(change: str, tmp_path: Path) -> None:
+    options, changed, facts = ORDERS[change]
+    recorded = {"key": Selection(job_of(tmp_path, options))._key, "texts": ["a text"], **dataclasses.asdict(ORDER)}
+
+    def known(options: Changes, facts: Changes) -> GreedyOrder:
+        return Selection(job_of(tmp_path, options, {**facts, "greedy": recorded}))._recorded()
+
+    assert known(options, {}) == ORDER
+    assert known({**options, **changed}, facts) == GreedyOrder()
+
+
+@pytest.mark.parametrize("name", ["_METHOD", "EVERY", "DIVISION"])
+def test_another_way_to_judge_layers_computes_the_order_anew(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Selection(job_of(tmp_path, GREEDY))._key
+    monkeypatch.setattr(selection, name, "another")
+    assert Selection(job_of(tmp_path, GREEDY))._key != before
+
+
+def test_another_second_text_computes_the_order_anew(tmp_path: Path) -> None:
+    job = job_of(tmp_path, GREEDY)
+    before = Selection(job)._key
+    job.__dict__["far_text"] = SimpleNamespace(sha256="a third")
+    assert Selection(job)._key != before
+
+
+# -- an unfinished distillation --------------------------------------------------------------------------------
+
+
+def distilled(directory: Path, maps: bytes = b"maps", **changes: Any) -> str:
+    (directory / "maps").write_bytes(maps)
+    inputs = {"fingerprint": "model", "windows": WINDOWS[:6], "judging": WINDOWS[6:], "settings": DistillSettings()}
+    return distill._key(maps=directory / "maps", **{**inputs, **changes})
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(DistillSettings)])
+def test_a_distillation_of_other_settings_starts_anew(name: str, tmp_path: Path) -> None:
+    changed: Any = {name: "bf16" if name == "dtype" else 0.375}
+    assert distilled(tmp_path, settings=dataclasses.replace(DistillSettings(), **changed)) != distilled(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fingerprint": "other"},
+        {"maps": b"others"},
+        {"windows": WINDOWS[:6] + 1},
+        {"windows": WINDOWS[:6].reshape(12, 32)},
+        {"judging": WINDOWS[6:] + 1},
+        {"windows": WINDOWS[:5], "judging": WINDOWS[5:]},
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_a_distillation_of_other_inputs_starts_anew(change: Changes, tmp_path: Path) -> None:
+    assert distilled(tmp_path, **change) != distilled(tmp_path)
+
+
+# -- the references of the original ----------------------------------------------------------------------------
+
+REFERENCES: dict[str, tuple[Changes, Changes]] = {  # options and facts
+    "model": ({}, {"model": {"fingerprint": "other"}}),
+    "engine": ({"engine": "openvino"}, {}),
+    "provider": ({"provider": "cuda"}, {}),
+    "precision": ({"precision": "int4"}, {}),
+    "source": ({"decoder_source": "mobius"}, {}),
+    "positions": ({}, {"decoder": {**job_of(Path(), {}).run.manifest["decoder"], "max_positions": 256}}),
+    "scales": ({"quantize": "awq"}, {}),
+    "codes": ({"quantized_model": "q"}, {}),
+}
+
+
+@pytest.mark.parametrize("change", [*REFERENCES, "versions"])
+def test_references_of_another_original_are_computed_anew(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = Probe(((1, 2, 3),), (), 3, ())
+    before = kept_references(job_of(tmp_path, {}))._key(probe, None)
+    if change == "versions":
+        monkeypatch.setattr("nbl_export.run.stages.verify.versions", lambda _packages: {"torch": "another"})
+    after = kept_references(job_of(tmp_path, *REFERENCES.get(change, ({}, {}))))._key(probe, None)
+    assert after != before
