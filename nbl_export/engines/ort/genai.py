@@ -34,7 +34,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,6 +44,7 @@ import numpy as np
 import psutil
 
 from nbl_export.engines.base import Room
+from nbl_export.engines.chat_template import applied
 from nbl_export.engines.continuation import continued
 from nbl_export.engines.ort.opening import open_model
 from nbl_export.engines.ort.settings import GenaiSettings, short
@@ -220,19 +220,9 @@ class GenaiRunner:
         A template writes its own begin-of-text, so only a plain prompt gets special tokens.
         """
         tokenizer = self._tokenizer
-        templated = chat and _has_chat_template(self.directory)
-        text = self._apply_template(prompt) if templated else prompt
-        tokenizer.update_options(add_special_tokens="false" if templated else "true")
-        return [int(i) for i in tokenizer.encode(text)]
-
-    def _apply_template(self, prompt: str) -> str:
-        messages = json.dumps([{"role": "user", "content": prompt}])
-        try:
-            return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-        except Exception as error:
-            raise NblError(
-                f"the chat template of {self.directory} cannot be applied ({short(error)}); try without it (--raw)"
-            ) from error
+        text = applied(self.directory, prompt) if chat else None
+        tokenizer.update_options(add_special_tokens="true" if text is None else "false")
+        return [int(i) for i in tokenizer.encode(prompt if text is None else text)]
 
     def stream(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[str]:
         """Greedy continuation as text pieces, until an end-of-text id, the limit or the end of the context.
@@ -252,13 +242,6 @@ class GenaiRunner:
 
     def _continuation(self, ids: Sequence[int], new_tokens: int) -> Iterator[int]:
         return continued(self, self.directory, ids, new_tokens, self.settings.context_length)
-
-
-def _has_chat_template(directory: Path) -> bool:
-    if (directory / "chat_template.jinja").is_file():
-        return True
-    config = directory / "tokenizer_config.json"
-    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
 
 
 def load_package(name: str) -> ModuleType:

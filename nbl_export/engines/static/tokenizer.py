@@ -5,18 +5,14 @@ The `tokenizers` package reads tokenizer.json. `chat_template` renders the chat 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from nbl_export.engines.chat_template import render
+from nbl_export.engines.chat_template import applied, read_settings
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.trust.contained import check_folder
 
 __all__ = ["Text"]
-
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class Text:
@@ -39,7 +35,7 @@ class Text:
         except Exception as error:  # the package raises plain Exception
             raise NblError(f"the tokenizer of {directory} does not load: {error}; export again") from error
         self._tokenizers = tokenizers
-        self._settings = _read_json(directory / "tokenizer_config.json")
+        read_settings(directory / "tokenizer_config.json")
         self.end_ids = _end_ids(directory)
 
     def encode(self, prompt: str, *, chat: bool) -> list[int]:
@@ -47,9 +43,9 @@ class Text:
 
         A template writes its own begin-of-text, so only a plain prompt gets special tokens.
         """
-        template = self._template() if chat else None
-        text = prompt if template is None else render(template, prompt, self._special_tokens(), self.directory)
-        return [int(i) for i in self._tokenizer.encode(text, add_special_tokens=template is None).ids]
+        text = applied(self.directory, prompt) if chat else None
+        found = self._tokenizer.encode(prompt if text is None else text, add_special_tokens=text is None)
+        return [int(i) for i in found.ids]
 
     def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
         """Text of tokens as they come, until an end-of-text id; a character of several tokens comes out whole."""
@@ -60,32 +56,11 @@ class Text:
             if piece := stream.step(self._tokenizer, token):
                 yield piece
 
-    def _template(self) -> str | None:
-        path = self.directory / "chat_template.jinja"
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-        template = self._settings.get("chat_template")
-        return template if isinstance(template, str) else None
-
-    def _special_tokens(self) -> dict[str, str]:
-        found = {name: self._settings.get(name) for name in _SPECIAL}
-        return {name: v["content"] if isinstance(v, dict) else str(v) for name, v in found.items() if v is not None}
-
 
 def _end_ids(directory: Path) -> tuple[int, ...]:
     """The ids that end a text; generation_config.json takes precedence over config.json."""
     for name in ("generation_config.json", "config.json"):
-        end = _read_json(directory / name).get("eos_token_id")
+        end = read_settings(directory / name).get("eos_token_id")
         if end is not None:
             return tuple(int(i) for i in (end if isinstance(end, list) else [end]))
     return ()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise NblError(f"{path} cannot be read ({error}); export again") from error
-    return value if isinstance(value, dict) else {}
