@@ -50,7 +50,7 @@ def restore_attention(checkpoint: Path, out: Path) -> None:
     windows, scale = windows_of(config), _scale(config)
     changed = [_set_window(node, windows[layer]) for layer, node in nodes.items()]
     changed += [_set_scale(node, scale) for node in nodes.values() if scale is not None]
-    changed += [node.attributes.pop("rotary_embedding_dim", None) is not None for node in nodes.values()]
+    changed += [_drop_rotary_size(node) for node in nodes.values()]
     if ARCHITECTURES[config.model_type].embedding_root:
         changed.append(_restore_root(model.graph, math.sqrt(config.hidden_size)))
     changed += _restore_tables(model.graph, nodes, config)
@@ -76,6 +76,10 @@ def _set_window(node: ir.Node, window: int | None) -> bool:
         return ring
     node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", window or -1)
     return True
+
+
+def _drop_rotary_size(node: ir.Node) -> bool:
+    return node.attributes.pop("rotary_embedding_dim", None) is not None
 
 
 def _scale(config: Any) -> float | None:
