@@ -27,13 +27,18 @@ __all__ = [
     "stdlib_text",
 ]
 
-HEAD_DIM = 16
-HIDDEN, LAYERS, VOCAB = 64, 3, 384
+# Every size differs from every other, and the root of the hidden size is no short number: what takes one size for
+# another, or rounds, is then wrong. All are multiples of 32, the smallest block of codes.
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
+HIDDEN, INNER, LAYERS, VOCAB = 96, 128, 3, 384
+EPSILON = 1e-2  # of norms; no library's default, and large enough to be seen
+END_IDS = (1, 260)  # of end of text
 # Three layers, grouped heads; Mistral with a window shorter than the sequences compared.
 ARCHITECTURES = ("llama", "mistral", "mistral-window")
 # All that the tool takes, each once, and variants of which an exporter could lose something.
 EVERY = ("llama", "mistral-window", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "olmo2", "smollm3", "granite")
-VARIANTS = ("mistral", "llama3", "llama-linear", "llama-yarn", "qwen2-window", "phi3-window", "phi4-mini", "phi3-long")
+VARIANTS = ("mistral", "llama3", "llama-linear", "llama-yarn", "llama-bias", "qwen2-window", "phi3-window", "phi4-mini",
+            "phi3-long")  # fmt: skip
 
 
 _RECORD = {"mistral-window": "mistral", "gemma3": "gemma3_text"}  # where it is not the name
@@ -67,10 +72,14 @@ def _tokenizer() -> Any:
 
 # What each one adds to the shape that all share (`_config`): its configuration class and its own settings. Windows are
 # shorter than the sequences compared; multipliers, scales and caps are such that a graph without them is far off.
+# `_SPLIT` is for architectures that have no head size of their own.
 _WINDOW = 16
+_LOUD = {"initializer_range": 0.06}  # logits large enough that a rounded root of the hidden size is seen
+_SPLIT = {"num_attention_heads": HIDDEN // HEAD_DIM, "head_dim": None}
 _ROPE = {"factor": 4.0, "original_max_position_embeddings": 64}
 _SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": True}),
+    "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
     "llama-yarn": ("Llama", {"rope_scaling": {"rope_type": "yarn", **_ROPE}}),
     "llama3": (
@@ -79,24 +88,28 @@ _SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral": ("Mistral", {"tie_word_embeddings": False, "sliding_window": None}),
     "mistral-window": ("Mistral", {"tie_word_embeddings": False, "sliding_window": _WINDOW}),
-    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": _WINDOW, "max_window_layers": 1}),
-    "qwen3": ("Qwen3", {"head_dim": HEAD_DIM, "tie_word_embeddings": True}),
-    "phi3": ("Phi3", {"original_max_position_embeddings": 512}),
-    "phi3-window": ("Phi3", {"original_max_position_embeddings": 512, "sliding_window": _WINDOW}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True, **_SPLIT}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": _WINDOW, "max_window_layers": 1,
+                               **_SPLIT}),
+    "qwen3": ("Qwen3", {"tie_word_embeddings": True}),
+    "phi3": ("Phi3", {"original_max_position_embeddings": 512, **_SPLIT}),
+    "phi3-window": ("Phi3", {"original_max_position_embeddings": 512, "sliding_window": _WINDOW, **_SPLIT}),
     "phi4-mini": ("Phi3", {"original_max_position_embeddings": 512, "partial_rotary_factor": 0.5,
-                           "num_attention_heads": 2, "num_key_value_heads": 1,
+                           "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": None,
                            "tie_word_embeddings": True}),
-    "phi3-long": ("Phi3", {"original_max_position_embeddings": 128, "rope_scaling": {
+    "phi3-long": ("Phi3", {**_SPLIT, "original_max_position_embeddings": 128, "rope_scaling": {
         "type": "longrope", "short_factor": [1.0 + k / 8 for k in range(8)],
         "long_factor": [2.0 + k for k in range(8)]}}),
-    "gemma2": ("Gemma2", {"head_dim": HEAD_DIM, "query_pre_attn_scalar": 24, "sliding_window": _WINDOW,
+    "gemma2": ("Gemma2", {**_LOUD, "query_pre_attn_scalar": 24, "sliding_window": _WINDOW,
                           "attn_logit_softcapping": 4.0, "final_logit_softcapping": 6.0}),
-    "gemma3": ("Gemma3Text", {"head_dim": HEAD_DIM, "query_pre_attn_scalar": 24, "sliding_window": _WINDOW,
-                              "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
-    "olmo2": ("Olmo2", {}),
-    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),
-    "granite": ("Granite", {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4,
+    "gemma3": ("Gemma3Text", {**_LOUD, "query_pre_attn_scalar": 24, "sliding_window": _WINDOW,
+                              "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                              "rope_parameters": {
+                                  "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+                                  "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}}),
+    "olmo2": ("Olmo2", {**_SPLIT}),
+    "smollm3": ("SmolLM3", {**_SPLIT, "no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),
+    "granite": ("Granite", {**_SPLIT, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4,
                             "attention_multiplier": 0.4, "tie_word_embeddings": True}),
 }  # fmt: skip
 
@@ -105,12 +118,13 @@ def _config(architecture: str, changes: dict[str, Any]) -> Any:
     import transformers
 
     shape = {
-        "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 512, "bos_token_id": 0,
-        "eos_token_id": 1, "pad_token_id": 1,
+        "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "vocab_size": VOCAB, "max_position_embeddings": 512,
+        "rms_norm_eps": EPSILON, "bos_token_id": 0, "eos_token_id": list(END_IDS), "pad_token_id": 1,
     }  # fmt: skip
     kind, special = _SPECIAL[architecture]
-    return getattr(transformers, f"{kind}Config")(**{**shape, **special, **changes})
+    chosen = {key: value for key, value in {**shape, **special, **changes}.items() if key != "head_dim" or value}
+    return getattr(transformers, f"{kind}Config")(**chosen)
 
 
 def save_checkpoint(architecture: str, directory: Path, **changes: Any) -> Path:
@@ -129,7 +143,7 @@ def save_checkpoint(architecture: str, directory: Path, **changes: Any) -> Path:
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(4)
-            elif architecture not in ARCHITECTURES:  # norms and biases: what starts as 1 or 0 could be forgotten unseen
+            else:  # norms and biases: what starts as 1 or 0 could be forgotten unseen
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(directory)
     _tokenizer().save_pretrained(directory)
@@ -154,10 +168,12 @@ def save_gguf(path: Path) -> Path:
     writer.add_context_length(512)
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_key_length(HEAD_DIM)
+    writer.add_value_length(HEAD_DIM)
+    writer.add_layer_norm_rms_eps(EPSILON)
     writer.add_rope_dimension_count(HEAD_DIM)
     writer.add_vocab_size(VOCAB)
     said = json.loads(_tokenizer().backend_tokenizer.to_str())
@@ -166,12 +182,14 @@ def save_gguf(path: Path) -> Path:
     writer.add_token_merges([" ".join(pair) for pair in said["model"]["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
-    shapes = {"attn_q": (64, HIDDEN), "attn_k": (32, HIDDEN), "attn_v": (32, HIDDEN), "attn_output": (HIDDEN, 64),
-              "ffn_gate": (96, HIDDEN), "ffn_up": (96, HIDDEN), "ffn_down": (HIDDEN, 96),
+    queries, keys = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    shapes = {"attn_q": (queries, HIDDEN), "attn_k": (keys, HIDDEN), "attn_v": (keys, HIDDEN),
+              "attn_output": (HIDDEN, queries),
+              "ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN), "ffn_down": (HIDDEN, INNER),
               "attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,)}  # fmt: skip
     named = {f"blk.{i}.{name}.weight": shape for i in range(LAYERS) for name, shape in shapes.items()}
     for name, shape in {"token_embd.weight": (VOCAB, HIDDEN), **named, "output_norm.weight": (HIDDEN,)}.items():
-        values = rng.standard_normal(shape) / 8 if len(shape) == 2 else np.ones(shape)
+        values = rng.standard_normal(shape) / 8 + (len(shape) == 1)  # of norms: about one
         writer.add_tensor(name, values.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

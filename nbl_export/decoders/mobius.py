@@ -10,7 +10,7 @@ from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.graph.names import GENAI_CONFIG
 from nbl_export.model.architectures import ARCHITECTURES
 
-__all__ = ["PRECISIONS", "build"]
+__all__ = ["PRECISIONS", "build", "refuse_lost_biases"]
 
 _DTYPES = {"fp32": "f32", "fp16": "f16"}
 PRECISIONS = tuple(_DTYPES)
@@ -24,6 +24,7 @@ def build(checkpoint: Path, out: Path, precision: str) -> None:
         from mobius.__main__ import main as mobius_cli
     except ImportError as error:
         raise MissingPackageError("mobius-onnx", "export", "building the decoder graph") from error
+    refuse_lost_biases(checkpoint)
     arguments = ["build", "--config", str(checkpoint), "--ep", "cpu", "--dtype", _DTYPES[precision]]
     with captured("mobius", checkpoint):
         mobius_cli([*arguments, "--runtime", "ort-genai", str(out)])
@@ -33,6 +34,18 @@ def build(checkpoint: Path, out: Path, precision: str) -> None:
     )
 
     restore_attention(checkpoint, out)
+
+
+def refuse_lost_biases(checkpoint: Path) -> None:
+    """Refuse a model whose MLP has biases: mobius 0.1 leaves them out of the graph.
+
+    Raises:
+        NblError: the configuration says mlp_bias.
+    """
+    if json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("mlp_bias"):
+        raise NblError(
+            f"{checkpoint} has biases in its MLPs (mlp_bias), which mobius (0.1) leaves out; use --decoder-source genai"
+        )
 
 
 def _restore_config(checkpoint: Path, path: Path) -> None:

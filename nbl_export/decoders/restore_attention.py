@@ -3,7 +3,7 @@
     windows   GroupQueryAttention(local_window_size=-1)        the window of that layer; none if it sees all tokens
     scale     GroupQueryAttention(scale)                       query_pre_attn_scalar ** -0.5
     tables    GroupQueryAttention(..., cos, sin)               the tables of transformers' own rotary embedding
-    root      Gather(embeddings) -- Mul(33.94)                 sqrt(hidden size), not rounded
+    root      Gather(embeddings) -- Mul(33.94)                 sqrt(hidden size), not rounded; of a lookup in codes too
 
 The GenAI builder 0.18 loses the windows of Mistral and Phi-3, and linear and yarn scaling. It rounds the root to two
 decimals. It turns the windows of Gemma and Qwen2 into ring caches (sliding_window_cache), which only GenAI can begin
@@ -21,12 +21,14 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from nbl_export.graph.emitter import register
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
 from nbl_export.model.architectures import ARCHITECTURES, windows_of
 from nbl_export.model.checkpoint.pretrained import config_of
@@ -48,7 +50,7 @@ def restore_attention(checkpoint: Path, out: Path) -> None:
     windows, scale = windows_of(config), _scale(config)
     changed = [_set_window(node, windows[layer]) for layer, node in nodes.items()]
     changed += [_set_scale(node, scale) for node in nodes.values() if scale is not None]
-    changed += [node.attributes.pop("rotary_embedding_dim", None) is not None for node in nodes.values()]
+    changed += [_drop_rotary_size(node) for node in nodes.values()]
     if ARCHITECTURES[config.model_type].embedding_root:
         changed.append(_restore_root(model.graph, math.sqrt(config.hidden_size)))
     changed += _restore_tables(model.graph, nodes, config)
@@ -76,6 +78,10 @@ def _set_window(node: ir.Node, window: int | None) -> bool:
     return True
 
 
+def _drop_rotary_size(node: ir.Node) -> bool:
+    return node.attributes.pop("rotary_embedding_dim", None) is not None
+
+
 def _scale(config: Any) -> float | None:
     """The factor of attention scores; None if it is one over the root of the head size."""
     name = ARCHITECTURES[config.model_type].score_scalar
@@ -91,19 +97,25 @@ def _set_scale(node: ir.Node, scale: float) -> bool:
 
 def _restore_root(graph: ir.Graph, root: float) -> bool:
     """Replace the factor behind the embeddings by that of transformers; returns whether the graph changed."""
-    ids = next(v for v in graph.inputs if v.name == "input_ids")
-    for gather in (n for n in ids.consumers() if n.op_type == "Gather"):
-        for node in (n for n in gather.outputs[0].consumers() if n.op_type == "Mul"):
-            for index, value in enumerate(node.inputs):
-                given = None if value is None else ir.convenience.get_const_tensor(value)
-                if given is None or given.size != 1 or value is None:
-                    continue
-                number = float(given.numpy().reshape(()))
-                if number != (exact := float(np.float32(root))) and math.isclose(number, exact, rel_tol=_NEAR):
-                    array = np.full(given.shape.numpy(), exact, given.numpy().dtype)
-                    node.replace_input_with(index, _new_table(graph, "nbl.embedding_root", array))
-                    return True
+    for node in (n for rows in _embeddings(graph) for n in rows.consumers() if n.op_type == "Mul"):
+        for index, value in enumerate(node.inputs):
+            given = None if value is None else ir.convenience.get_const_tensor(value)
+            if given is None or given.size != 1:
+                continue
+            array = np.full(given.shape.numpy(), root, given.numpy().dtype)
+            number, exact = given.numpy().item(), array.item()
+            if number != exact and math.isclose(number, exact, rel_tol=_NEAR):
+                node.replace_input_with(index, register(graph, ir.tensor(array, name="nbl.embedding_root")))
+                return True
     return False
+
+
+def _embeddings(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Rows looked up by the token ids, and their first columns if a table in codes has whole blocks only."""
+    ids = next(v for v in graph.inputs if v.name == "input_ids")
+    for lookup in (n for n in ids.consumers() if n.op_type in ("Gather", "GatherBlockQuantized")):
+        yield (rows := lookup.outputs[0])
+        yield from (n.outputs[0] for n in rows.consumers() if n.op_type == "Slice")
 
 
 def _forget_window(path: Path) -> None:
@@ -138,7 +150,7 @@ def _restore_tables(graph: ir.Graph, nodes: dict[int, ir.Node], config: Any) -> 
                 continue
             key = (str(table.name), kind)
             if key not in done:
-                done[key] = _new_table(graph, f"{table.name}.{kind or 'all'}", exact.astype(given.dtype))
+                done[key] = register(graph, ir.tensor(exact.astype(given.dtype), name=f"{table.name}.{kind or 'all'}"))
             node.replace_input_with(index, done[key])
             changed.append(True)
     if changed:
@@ -167,13 +179,6 @@ def _tables(config: Any, kind: str | None) -> tuple[np.ndarray, np.ndarray] | No
         cos, sin = rotary(torch.zeros(1, dtype=torch.float32), positions, **chosen)
     half = cos.shape[-1] // 2
     return cos[0, :, :half].numpy(), sin[0, :, :half].numpy()
-
-
-def _new_table(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
-    graph.register_initializer(value)
-    return value
 
 
 def _drop_unread(graph: ir.Graph) -> None:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from nbl_export.decoders.captured import captured
 from nbl_export.decoders.finish import add_text_files
+from nbl_export.decoders.mobius import refuse_lost_biases
 from nbl_export.decoders.static_form import PRECISIONS, finish_passes, form_passes
 from nbl_export.decoders.static_form.difference import first_difference
 from nbl_export.decoders.static_form.int4 import BlockInt4
@@ -61,6 +62,7 @@ def build_form(checkpoint: Path, max_seq_len: int) -> ir.Model:
         NblError: see `build`.
     """
     config = _read_config(checkpoint)
+    refuse_lost_biases(checkpoint)
     _refuse_length(max_seq_len, config)
     with captured("mobius", checkpoint):
         model = _mobius_decoder(checkpoint, config, max_seq_len)

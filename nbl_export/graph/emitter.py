@@ -17,6 +17,7 @@ __all__ = [
     "element_type",
     "graph_input",
     "need",
+    "register",
     "shape_of",
     "size",
     "type_of",
@@ -63,14 +64,7 @@ class Emitter:
         """An initializer; the same name returns the same value, so passes share constants."""
         if name in self._graph.initializers:
             return self._graph.initializers[name]
-        value = ir.Value(
-            name=name,
-            shape=ir.Shape(array.shape),
-            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-            const_value=ir.tensor(array, name=name),
-        )
-        self._graph.register_initializer(value)
-        return value
+        return register(self._graph, ir.tensor(array, name=name))
 
 
 def need(value: ir.Value | None, what: str) -> ir.Value:
@@ -134,10 +128,21 @@ def add_initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.Dat
     Raises:
         RefusalError: an initializer of this name exists.
     """
-    if name in graph.initializers:
-        raise RefusalError(None, f"it already has an initializer {name}; this graph has been rewritten before")
-    tensor = ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(dtype))
+    return register(graph, ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=name))
+
+
+def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """Register a tensor as a new constant, whose name, shape and type are those of the tensor.
+
+    Every constant that this package adds comes from here, so what a graph declares is what it stores.
+
+    Raises:
+        RefusalError: an initializer of this name exists.
+    """
+    if tensor.name in graph.initializers:
+        raise RefusalError(None, f"it already has an initializer {tensor.name}; this graph has been rewritten before")
+    shape, dtype = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
+    value = ir.Value(name=tensor.name, const_value=tensor, shape=shape, type=dtype)
     graph.register_initializer(value)
     return value
 

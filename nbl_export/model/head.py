@@ -86,13 +86,18 @@ def divergence(
     """
     mean_NK = (apart_NKV @ share_NV[..., None])[..., 0]
     hit_NK = apart_NKV.gather(2, target_N[:, None, None].expand(-1, apart_NKV.shape[1], 1))[..., 0]
-    top_NK = torch.zeros_like(mean_NK)
-    if not apart_NKV.max().item() <= _SAFE:  # NaN too
-        top_NK = apart_NKV.amax(2).clamp_min(0)
-        apart_NKV -= top_NK[..., None]
-    raised_NK = (apart_NKV.expm1_() @ share_NV[..., None])[..., 0].log1p() + top_NK
-    return raised_NK - mean_NK, raised_NK - hit_NK
+    shift_NK = torch.zeros_like(mean_NK)
+    most, least = apart_NKV.max().item(), mean_NK.min().item()
+    if not (most <= _SAFE and least >= -_NEAR):  # NaN too
+        shift_NK = mean_NK
+        apart_NKV -= shift_NK[..., None]
+    if most - min(least, 0.0) <= _SAFE:
+        raised_NK = (apart_NKV.expm1_() @ share_NV[..., None])[..., 0].log1p()
+    else:
+        raised_NK = apart_NKV.add_(share_NV.log()[:, None]).logsumexp(2)
+    return raised_NK - (mean_NK - shift_NK), raised_NK + (shift_NK - hit_NK)
 
 
 _BELOW_ONE = 1 - 2.0**-23
 _SAFE = 80.0  # exp of a larger float32 is near its range
+_NEAR = 1.0  # if all changes are below -1, E_p exp(a) - 1 is near -1 and has few digits; around their mean, it is not

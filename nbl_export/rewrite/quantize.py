@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import MissingPackageError
 from nbl_export.graph.coded.block_sums import offsets_of
+from nbl_export.graph.emitter import register
 from nbl_export.rewrite.coded.nodes import product_nodes, put
 from nbl_export.rewrite.coded.rounding import rounded
 
@@ -71,12 +72,7 @@ def _quantize(graph: ir.Graph, node: ir.Node, scheme: _Scheme) -> None:
         _quantize_with_offsets(graph, node, weight, scheme)
         return
     packed, constants = _pack(weight.const_value, scheme)
-    inputs = [node.inputs[0]]
-    for constant in constants:
-        shape, dtype = ir.Shape(constant.shape.numpy()), ir.TensorType(constant.dtype)
-        value = ir.Value(name=constant.name, const_value=constant, shape=shape, type=dtype)
-        graph.register_initializer(value)
-        inputs.append(value)
+    inputs = [node.inputs[0], *(register(graph, constant) for constant in constants)]
     replacement = ir.node(
         "MatMulNBits",
         inputs,

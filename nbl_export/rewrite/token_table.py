@@ -69,7 +69,8 @@ class TabulateTokens(ir.passes.InPlacePass):
         lookup = _lookup(graph, table_name(first), self.rows, dtype, ids, quantised)
         value = lookup.outputs[0]
         value.type, value.shape = ir.TensorType(dtype), stream.shape
-        graph.insert_before(graph[0], [lookup, *_norm_apart(stream, value)])
+        graph.insert_before(graph[0], [lookup])
+        _set_norm_apart(graph, stream, value)
         stream.replace_all_uses_with(value)
         return ir.passes.PassResult(model, modified=True)
 
@@ -105,15 +106,18 @@ def _quantised(rows_VD: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.nda
     return codes, scales
 
 
-def _norm_apart(stream: ir.Value, value: ir.Value) -> list[ir.Node]:
-    """The norm of the skip norm that made the stream, as a separate node for its readers."""
+def _set_norm_apart(graph: ir.Graph, stream: ir.Value, value: ir.Value) -> None:
+    """Give the readers of the skip norm that made the stream a norm of `value`, in the place of the skip norm.
+
+    The norm's weight may be computed (1 + weight in graphs of mobius), behind the first node of the graph.
+    """
     node = stream.producer()
     if node is None or node.op_type not in _SKIP_NORMS or not node.outputs[0].consumers():
-        return []
+        return
     weights = node.inputs[2 : 3 if node.op_type == "SkipSimplifiedLayerNormalization" else 4]
     attributes = {"axis": -1, "stash_type": 1, "epsilon": node.attributes["epsilon"].as_float()}
     norm = ir.node(_SKIP_NORMS[node.op_type], [value, *weights], attributes=attributes, name=f"{_NODE}/norm")
     normed, old = norm.outputs[0], node.outputs[0]
     normed.name, normed.type, normed.shape = f"{_NODE}/norm/output_0", value.type, old.shape
+    graph.insert_before(node, [norm])
     old.replace_all_uses_with(normed)
-    return [norm]

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
+from nbl_export.graph.emitter import register
 from nbl_export.rewrite.coded.nodes import put
 from nbl_export.rewrite.codes import HOLDERS, QuantisedMatrix, quantised_matrices
 from nbl_export.rewrite.sweep import Sweep
@@ -85,7 +86,7 @@ def _unpacked(graph: ir.Graph, name: str, matrix: QuantisedMatrix) -> ir.Value:
     """A constant whose values are computed when it is written, so memory holds one matrix at a time."""
     shape = ir.Shape(reversed(matrix.shape) if matrix.transposed else matrix.shape)
     tensor = ir.LazyTensor(lambda: ir.tensor(matrix.operand(), name=name), ir.DataType.FLOAT, shape, name=name)
-    return _register(graph, tensor)
+    return register(graph, tensor)
 
 
 def _fold(graph: ir.Graph, node: ir.Node) -> None:
@@ -100,13 +101,4 @@ def _fold(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _constant(graph: ir.Graph, name: str, array: np.ndarray | np.float32) -> ir.Value:
-    return _register(graph, ir.tensor(np.asarray(array), name=name))
-
-
-def _register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    if tensor.name in graph.initializers:
-        raise RefusalError(None, f"it already has an initializer {tensor.name}")
-    shape, dtype = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
-    value = ir.Value(name=tensor.name, const_value=tensor, shape=shape, type=dtype)
-    graph.register_initializer(value)
-    return value
+    return register(graph, ir.tensor(np.asarray(array), name=name))

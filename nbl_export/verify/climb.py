@@ -69,7 +69,7 @@ class Climb:
         from nbl_export.verify import torch_reference as torch_side
 
         maps, tap, own = self.maps, self.setting.plan.tap, self.own_probe(coded)
-        given = torch_side.Codes({subject: one.stored for subject, one in coded.items()}, floats)
+        given = torch_side.Codes({subject: one.stored for subject, one in coded.items()}, floats, self.rows_VD)
         with self.setting.task("torch reference") as progress, lend() as model:
             self.truth = torch_side.references(model, maps, tap, own, self.kept.get(OWN, own))
             progress(1, 1 + bool(coded))

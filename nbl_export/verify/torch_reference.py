@@ -73,10 +73,12 @@ class Codes:
     """Matrices of the quantised graphs, by subject. The NBL graph adds maps and possibly a token table.
 
     floats: safetensors of the quantised checkpoint that the codes come from; its norms belong to the codes.
+    rows_VD: of the token table; they count if the graph does not store the table in codes.
     """
 
     stored: Mapping[str, Sequence[StoredMatrix]]
     floats: Sequence[Path] = ()
+    rows_VD: np.ndarray | None = None
 
 
 def _give_original(model: Any, codes: Codes) -> list[Fidelity]:
@@ -86,11 +88,12 @@ def _give_original(model: Any, codes: Codes) -> list[Fidelity]:
 
 def _give_maps(model: Any, maps: Mapping[int, AffineMap], tap: str, codes: Codes) -> None:
     ours = [matrix for matrix in codes.stored["nbl"] if matrix.name.startswith("/nbl/")]
-    tables = [matrix for matrix in ours if matrix.lookup]
+    tables = [matrix.blocks().matrix for matrix in ours if matrix.lookup]
+    rows_VD = tables[0] if tables else codes.rows_VD
     linearize(model, nearest_maps(maps, [m for m in ours if not m.lookup]), tap)
-    for table in tables:
+    if rows_VD is not None:
         kept = next(i for i in range(model.config.num_hidden_layers) if i not in maps)
-        look_up(model, table.blocks().matrix, kept)
+        look_up(model, rows_VD, kept)
 
 
 def make_reference(model: Any, probe: Probe) -> Reference:

@@ -17,7 +17,7 @@ from nbl_export import __version__
 from nbl_export.engines.ort.genai import GenaiRunner
 
 from ..command import TINY, Outcome, in_new_process, nbl, snapshot, stage_lines
-from ..tiny import HIDDEN, LAYERS, VOCAB
+from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB
 
 Same = tuple[object, ...]
 
@@ -108,8 +108,7 @@ def test_every_rung_is_recorded_with_its_tolerance(finished: Path) -> None:
     assert {r["metric"].rpartition(" ")[2] for r in batched} == {"prefill", "decode"}
     assert len(result["price"]) == 1 + 1  # the text's own end, and one that is not calibrated on
     assert all(p["kl_mean"] > 0 and 0 < p["top1_agreement"] < 1 for p in result["price"])
-    head = HIDDEN // 4
-    assert result["cache_bytes_per_token"] == {"original": 3 * 2 * 2 * head * 4, "nbl": 2 * 2 * 2 * head * 4}
+    assert result["cache_bytes_per_token"] == {"original": 3 * 2 * 2 * HEAD_DIM * 4, "nbl": 2 * 2 * 2 * HEAD_DIM * 4}
 
 
 def test_bench_keeps_raw_timings_and_report_has_a_row_of_each(finished: Path) -> None:
@@ -149,7 +148,7 @@ def test_directory_runs_in_plain_onnxruntime(which: str, finished: Path) -> None
     feeds: dict[str, Any] = {"input_ids": np.array([[5, 6, 7]]), "attention_mask": np.ones((1, 3), np.int64)}
     for value in session.get_inputs():
         if value.name.startswith("past_key_values."):
-            feeds[value.name] = np.zeros((1, value.shape[1], 0, HIDDEN // 4), np.float32)
+            feeds[value.name] = np.zeros((1, value.shape[1], 0, HEAD_DIM), np.float32)
     names = {v.name for v in session.get_inputs()}
     assert len([n for n in names if n.startswith("past")]) == 2 * (LAYERS if which == "original" else LAYERS - 1)
     (logits,) = session.run(["logits"], {k: v for k, v in feeds.items() if k in names})

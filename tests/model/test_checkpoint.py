@@ -17,7 +17,7 @@ from nbl_export.model.checkpoint import source as checkpoint_source
 
 from ..command import TINY, assert_refused, nbl, snapshot
 from ..damage import cut, flip
-from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB
+from ..tiny import EPSILON, HEAD_DIM, HEADS, HIDDEN, INNER, KV_HEADS, LAYERS, VOCAB
 
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -35,10 +35,12 @@ def save_gguf(directory: Path, path: Path) -> Path:
     writer.add_block_count(LAYERS)
     writer.add_context_length(512)
     writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_key_length(HEAD_DIM)
+    writer.add_value_length(HEAD_DIM)
+    writer.add_layer_norm_rms_eps(EPSILON)
     writer.add_rope_dimension_count(HEAD_DIM)
     writer.add_rope_freq_base(10_000.0)
     writer.add_vocab_size(VOCAB)

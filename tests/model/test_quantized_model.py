@@ -20,7 +20,7 @@ from nbl_export.model.rescale import rescale
 
 from ..codes import GROUP, METHODS, dequantised, quantise
 from ..command import TINY, assert_refused, nbl
-from ..tiny import save_checkpoint
+from ..tiny import HIDDEN, save_checkpoint
 
 Same = tuple[object, ...]
 INT4 = ("--precision", "int4", "--builder-option", "accuracy_level=1")
@@ -49,7 +49,8 @@ def matrices(graph: Path) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
         values = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:2], -1).astype(np.float32)
         middle: Any = 8
         if zeros is not None:
-            middle = np.stack([zeros & 15, zeros >> 4], -1).reshape(*codes.shape[:2], 1).astype(np.float32)
+            points = np.stack([zeros & 15, zeros >> 4], -1).reshape(len(codes), -1)  # an odd number is filled up
+            middle = points[:, : codes.shape[1], None].astype(np.float32)
         yield node.name, ((values - middle) * scales.reshape(*codes.shape[:2], 1)).reshape(len(codes), -1)
 
 
@@ -157,7 +158,7 @@ def _with_scales(model: Path, out: Path) -> Path:
     loaded = load.load_model(model)
     generator = torch.Generator().manual_seed(1)
     names = [f"layers.{i}.{part}" for i in range(3) for part in ("qkv", "mlp")]
-    rescale(loaded, {n: torch.exp(0.4 * torch.randn(64, generator=generator)) for n in names})
+    rescale(loaded, {n: torch.exp(0.4 * torch.randn(HIDDEN, generator=generator)) for n in names})
     shutil.copytree(model, out)
     tensors = {n: t.detach().contiguous() for n, t in loaded.state_dict().items() if n != "lm_head.weight"}
     save_file(tensors, out / "model.safetensors", {"format": "pt"})

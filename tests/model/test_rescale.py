@@ -11,7 +11,7 @@ import torch
 from nbl_export.model.checkpoint import load
 from nbl_export.model.rescale import groups_of, rescale
 
-from ..tiny import EVERY, LAYERS
+from ..tiny import EVERY, HIDDEN, LAYERS
 
 
 @pytest.mark.parametrize("architecture", EVERY)
@@ -39,7 +39,7 @@ def test_a_scale_at_the_wrong_place_shows(checkpoint: Callable[[str], Path]) -> 
     model, ids = load.load_model(checkpoint("llama")), torch.arange(2, 50)[None]
     with torch.inference_mode():
         before = model(ids, use_cache=False).logits
-        model.get_decoder().layers[1].self_attn.q_proj.weight.mul_(torch.linspace(0.5, 2, 64))
+        model.get_decoder().layers[1].self_attn.q_proj.weight.mul_(torch.linspace(0.5, 2, HIDDEN))
         assert (model(ids, use_cache=False).logits - before).abs().max() > 1e-2
     with pytest.raises(KeyError):
-        rescale(model, {"layers.9.qkv": torch.ones(64)})
+        rescale(model, {"layers.9.qkv": torch.ones(HIDDEN)})

@@ -206,5 +206,5 @@ def test_bad_ranks_are_refused(run: Path) -> None:
         with pytest.raises(UsageError, match="neither a number"):
             read_rank(text)
     assert_refused(nbl("plan", run, "--rank", "many"), 2, "--rank 'many'")
-    assert_refused(nbl("plan", run, "--rank", "65"), 1, "--rank 65", "hidden size of 64")
+    assert_refused(nbl("plan", run, "--rank", "97"), 1, "--rank 97", "hidden size of 96")
     assert_refused(nbl("plan", run, "--rank", "8", "--fit", "drop"), 2, "--rank is for maps fitted in closed form")

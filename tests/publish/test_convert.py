@@ -121,7 +121,7 @@ def test_gguf_types_and_base(runs: dict[str, Path], tmp_path: Path) -> None:
         (("--to", "gguf", "--type", "q3_k"), 2, "--type is keep, f16, q8_0, q4_0"),
         (("--to", "mlx", "--type", "f16"), 2, "--type is for --to gguf"),
         (("--to", "gguf", "--base", "nowhere.gguf"), 1, "nowhere.gguf is not a file"),
-        (("--to", "nemotron-nas"), 1, "rounds the width of an MLP to a multiple of 256, and this model's is 96"),
+        (("--to", "nemotron-nas"), 1, "rounds the width of an MLP to a multiple of 256, and this model's is 128"),
     ],
 )
 def test_refused(options: tuple[str, ...], status: int, part: str, runs: dict[str, Path], tmp_path: Path) -> None:

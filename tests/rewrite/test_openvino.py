@@ -149,8 +149,8 @@ def test_a_map_of_low_rank_is_two_products(
     """No group of int4 codes divides the 8 inputs of the second product, which gets int8 codes."""
     source, _ = pair("llama", (1,), precision)
     rng = np.random.default_rng(0)
-    up, down = (rng.standard_normal(s).astype(np.float32) for s in ((64, 8), (8, 64)))
-    maps = {1: AffineMap.factored(up, down, rng.standard_normal(64).astype(np.float32))}
+    up, down = (rng.standard_normal(s).astype(np.float32) for s in ((HIDDEN, 8), (8, HIDDEN)))
+    maps = {1: AffineMap.factored(up, down, rng.standard_normal(HIDDEN).astype(np.float32))}
     rewrite(source, tmp_path / "model", Plan(LAYERS, (1,)), maps)
     assert ir_files.check_ir_maps("nbl", tmp_path / "model", maps).passed
     assert not ir_files.check_ir_maps("nbl", tmp_path / "model", {1: random_map(1)}).passed
@@ -203,7 +203,7 @@ def test_leading_layers_become_a_table(
         ("llama", Plan(4, (3,)), {3: random_map(3)}, r"states for layers \[0, 1, 2\] only"),
         ("olmo2", Plan(LAYERS, (1,), "normed"), {1: random_map(1)}, "which tap normed needs"),
         ("llama", Plan(LAYERS, (1,)), {1: AffineMap(np.eye(8, dtype=np.float32), np.zeros(8, np.float32))},
-         "64 wide, the map 8"),
+         "96 wide, the map 8"),
         ("llama", Plan(4, (0, 1, 2)), {i: random_map(i) for i in range(3)}, "no attention layer would keep its cache"),
     ],
 )  # fmt: skip

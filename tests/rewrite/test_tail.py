@@ -20,7 +20,7 @@ from nbl_export.records.plan import AffineMap, Plan
 from nbl_export.rewrite import rewrite_model
 from nbl_export.rewrite.tail import PruneTail
 
-from ..tiny import ARCHITECTURES, HEAD_DIM, LAYERS, VOCAB
+from ..tiny import ARCHITECTURES, HEAD_DIM, HIDDEN, LAYERS, VOCAB
 
 Exported = Callable[..., Path]
 Maps = Callable[..., dict[int, AffineMap]]
@@ -151,8 +151,8 @@ def _scale_of_all_tokens(model: ir.Model, product: ir.Node) -> None:
 
 
 def _constant_for_each_token(model: ir.Model, product: ir.Node) -> None:
-    offsets = ir.Value(name="offsets", const_value=ir.tensor(np.ones((1, 5, 64), np.float32), name="offsets"))
-    offsets.shape = ir.Shape((1, 5, 64))
+    offsets = ir.Value(name="offsets", const_value=ir.tensor(np.ones((1, 5, HIDDEN), np.float32), name="offsets"))
+    offsets.shape = ir.Shape((1, 5, HIDDEN))
     model.graph.register_initializer(offsets)
     added = ir.node("Add", [product.inputs[0], offsets], name="added")
     model.graph.insert_before(product, added)

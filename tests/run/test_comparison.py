@@ -22,7 +22,7 @@ from nbl_export.measure.rows import read_timings, speed_ratios, speed_rows
 from nbl_export.report.bench_formats import FORMATS, format_of, render
 
 from ..command import Outcome, assert_refused, nbl, snapshot
-from ..tiny import HIDDEN, LAYERS
+from ..tiny import HEAD_DIM, LAYERS
 
 SHORT = ("--depth", 0, "--repetitions", 1, "--prompt-tokens", 8, "--generate-tokens", 3, "--threads", 1)
 
@@ -81,12 +81,12 @@ def test_runners_are_told_what_they_will_be_asked(run: Path, monkeypatch: pytest
 
 
 def test_graphs_say_how_large_they_are(exported: Callable[..., Path], checkpoint: Callable[[str], Path]) -> None:
-    facts = {p: read_graph_facts(exported("llama", "genai", p) / "model.onnx", HIDDEN // 4) for p in ("fp32", "int4")}
+    facts = {p: read_graph_facts(exported("llama", "genai", p) / "model.onnx", HEAD_DIM) for p in ("fp32", "int4")}
     assert facts["fp32"] == facts["int4"]  # packed or not
     tensors = load_file(checkpoint("llama") / "model.safetensors")
     elements = sum(tensor.size for name, tensor in tensors.items() if name != "lm_head.weight")  # tied
     assert facts["fp32"].parameters == elements
-    assert facts["fp32"].cache_bytes_per_token == LAYERS * 2 * 2 * (HIDDEN // 4) * 4
+    assert facts["fp32"].cache_bytes_per_token == LAYERS * 2 * 2 * (HEAD_DIM) * 4
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def test_maps_that_do_not_fit(given_graph: Given, maps_file: Any, tmp_path: Path
     refused(tmp_path, graph, "--maps", maps_file(7), "--output", out, parts=("layer 7", "layers 0 to 2"))
     small = AffineMap(np.eye(HIDDEN // 2, dtype="f"), np.ones(HIDDEN // 2, "f"))
     save_maps({1: small}, tmp_path / "small.safetensors")
-    parts = ("layer 1 is 32 x 32", "64 wide")
+    parts = ("layer 1 is 48 x 48", "96 wide")
     refused(tmp_path, graph, "--maps", tmp_path / "small.safetensors", "--output", out, parts=parts)
     refused(tmp_path, graph, "--maps", graph / "config.json", "--output", out, parts=("not a maps file",))
 
@@ -305,7 +305,7 @@ def test_inspect_recognises(source: str, given_graph: Given) -> None:
 
 def test_inspect_table(given_graph: Given, finished: Path) -> None:
     table = nbl("inspect", given_graph("mobius-cpu") / "model.onnx").out
-    for part in ("mobius", "hidden size 64", "4 query and 2 key/value heads of 16", "fp32", "0-2"):
+    for part in ("mobius", "hidden size 96", "4 query and 2 key/value heads of 16", "fp32", "0-2"):
         assert part in table
     rewritten = json.loads(nbl("inspect", finished / "model", "--json").out)
     assert (rewritten["logits"], len(rewritten["replaced_layers"]), len(rewritten["layers"])) == ("last", 1, LAYERS - 1)

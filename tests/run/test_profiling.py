@@ -17,7 +17,7 @@ from nbl_export.report.profile_table import profile_table
 from nbl_export.run.profile import Run, read_trace, summarise
 
 from ..command import assert_refused, nbl, snapshot
-from ..tiny import HIDDEN, VOCAB
+from ..tiny import HEAD_DIM, VOCAB
 
 
 def event(name: str, start: int, duration: int, operator: str | None = None) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def test_the_profiled_decoder_computes_what_the_graph_computes(
     directory = exported("llama") if shared else _unshared(exported("llama"), tmp_path / "unshared")
     (tmp_path / "traces").mkdir()
     ids = np.random.default_rng(0).integers(3, VOCAB, (1, 9))
-    plain = OnnxDecoder(directory, HIDDEN // 4)
+    plain = OnnxDecoder(directory, HEAD_DIM)
     profiled = ProfiledDecoder(directory, 1, 9, tmp_path / "traces")
     for _ in range(2):  # the second time the caches hold what is to be forgotten
         plain.begin(1)

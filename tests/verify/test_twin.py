@@ -25,7 +25,7 @@ from nbl_export.run_directory import RunDirectory
 from nbl_export.verify.ladder import TOLERANCES, run_rows
 
 from ..command import TINY, nbl
-from ..tiny import HEAD_DIM, VOCAB
+from ..tiny import HEAD_DIM, HIDDEN, VOCAB
 
 Runs = Callable[..., Path]
 EXACT = 2e-5  # of two float32 engines on a tiny model; 1e-3 is the gate
@@ -134,7 +134,7 @@ def lose_a_scale(model: ir.Model) -> None:
     name = "model.layers.1.mlp.down_proj.MatMul.weight_scales"
     value = model.graph.initializers[name]
     scales = value.const_value.numpy().copy()  # type: ignore[union-attr]
-    scales.reshape(64, -1)[40, 1] = 0
+    scales.reshape(HIDDEN, -1)[40, 1] = 0
     value.const_value = ir.tensor(scales, name=name)
 
 

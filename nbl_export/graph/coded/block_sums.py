@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from nbl_export.graph.emitter import add_initializer
+from nbl_export.graph.emitter import add_initializer, register
 
 __all__ = ["add_lookup_offsets", "add_product_offsets", "is_block_sum", "offsets_of", "reads_block_sums"]
 
@@ -130,7 +130,4 @@ def _numbers(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
     """A constant of int64; the same name returns the same value."""
     if name in graph.initializers:
         return graph.initializers[name]
-    tensor = ir.tensor(np.array(numbers, np.int64), name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape([len(numbers)]), type=ir.TensorType(tensor.dtype))
-    graph.register_initializer(value)
-    return value
+    return register(graph, ir.tensor(np.array(numbers, np.int64), name=name))

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from nbl_export.errors import RefusalError
+from nbl_export.graph.emitter import register
 
 __all__ = ["int4_blocks", "quantize_weight"]
 
@@ -32,8 +32,8 @@ def quantize_weight(graph: ir.Graph, node: ir.Node, block: int) -> bool:
         return False
     dtype = weight.const_value.dtype
     codes, scales = int4_blocks(weight.const_value.numpy().astype(np.float32), block, dtype.numpy())
-    packed = _initializer(graph, f"{weight.name}_int4", ir.tensor(codes))
-    scale = _initializer(graph, f"{weight.name}_scale", ir.tensor(scales, dtype=dtype))
+    packed = register(graph, ir.tensor(codes, name=f"{weight.name}_int4"))
+    scale = register(graph, ir.tensor(scales, dtype=dtype, name=f"{weight.name}_scale"))
     wide = ir.node(
         "DequantizeLinear", [packed, scale], {"axis": 0, "block_size": block}, name=f"{node.name}/DequantizeLinear"
     )
@@ -54,13 +54,3 @@ def int4_blocks(weight_KN: np.ndarray, block: int, scale_dtype: np.dtype) -> tup
     scale[scale == 0] = 1.0
     codes = np.clip(np.rint(blocks / scale.astype(np.float32)), -8, 7).reshape(rows, columns)
     return codes.astype(ml_dtypes.int4), np.ascontiguousarray(scale[:, 0])
-
-
-def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    if name in graph.initializers:
-        raise RefusalError(None, f"it already has an initializer {name}")
-    tensor.name = name
-    shape, dtype = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
-    value = ir.Value(name=name, const_value=tensor, shape=shape, type=dtype)
-    graph.register_initializer(value)
-    return value

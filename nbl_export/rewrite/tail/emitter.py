@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from nbl_export.graph.emitter import register
+
 __all__ = ["Emitter"]
 
 
@@ -27,10 +29,4 @@ class Emitter:
         return node.outputs[0]
 
     def constant(self, name: str, values: int | list[int]) -> ir.Value:
-        full = f"{self._constants}.{name}"
-        tensor = ir.tensor(np.array(values, np.int64), name=full)
-        value = ir.Value(
-            name=full, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
-        )
-        self._graph.register_initializer(value)
-        return value
+        return register(self._graph, ir.tensor(np.array(values, np.int64), name=f"{self._constants}.{name}"))

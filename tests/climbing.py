@@ -1,0 +1,71 @@
+"""All checks of `verify` on graphs of a tiny model, as a run's stages make and check them; no job, no fitted maps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nbl_export.decoders import build_decoder
+from nbl_export.engines import load_engine
+from nbl_export.model.checkpoint.load import load_model, read_spec
+from nbl_export.model.checkpoint.source import resolve
+from nbl_export.model.token_rows import token_rows
+from nbl_export.records.plan import Plan, layers_below
+from nbl_export.records.results import RungResult
+from nbl_export.rewrite import prune_directory, rewrite
+from nbl_export.verify.climb import Climb
+from nbl_export.verify.codes import NEAREST
+from nbl_export.verify.float32_twins import build_twins, check_shipped
+from nbl_export.verify.forms import form_of
+from nbl_export.verify.kept import KeptReferences
+from nbl_export.verify.ladder import DECODE_STEPS, Probe
+from nbl_export.verify.setting import Setting
+
+from .tiny import LAYERS, VOCAB, random_map
+
+__all__ = ["ENGINES", "SLOTS", "climb"]
+
+ENGINES = {"genai": "ort", "mobius": "ort", "static": "trt-rtx", "openvino": "openvino"}  # by source
+SLOTS = 200  # of a cache of the static form
+_PREFILL, _LONG = (29, 11), 180  # tokens of the short rows, beyond the tiny windows, and of the long row
+
+
+def climb(
+    checkpoint: Path, source: str, precision: str, work: Path, replaced: tuple[int, ...] = (0, 2), tap: str = "residual"
+) -> list[RungResult]:
+    """Export, prune, rewrite and verify in the folder `work`; leading replaced layers become a table of tokens."""
+    engine, spec = load_engine(ENGINES[source]), read_spec(resolve(str(checkpoint)))
+    static = engine.capabilities.static
+    plan, maps = Plan(LAYERS, replaced, tap), {i: random_map(i) for i in replaced}
+    slots = SLOTS if static else spec.max_positions
+    setting = Setting(engine, spec, plan, precision, "last", slots, NEAREST, _quiet)
+    rows_VD = token_rows(checkpoint, maps, tap) if layers_below(maps) else None
+    directories = {"original": work / "original", "nbl": work / "model"}
+    build_decoder(source, checkpoint, directories["original"], precision, slots=slots)
+    prune_directory(directories["original"])
+    dense = engine.capabilities.dense_caches
+    rewrite(directories["original"], directories["nbl"], plan, maps, dense=dense, rows_VD=rows_VD)
+    results: list[RungResult] = []
+    if static:
+        shipped, directories = directories, build_twins(checkpoint, setting, maps, rows_VD, work / "twins")
+        results += check_shipped(setting, shipped, directories)
+    coded = form_of(setting).coded(setting, directories, results, work / "coded")
+    made = Climb(setting, _probe(), maps, rows_VD, results, KeptReferences(work / "references", []))
+    made.ask_torch(coded, lambda: contextlib.nullcontext(load_model(checkpoint)))
+    made.run(directories, coded)
+    return results
+
+
+@contextlib.contextmanager
+def _quiet(_title: str) -> Iterator[Any]:
+    yield lambda *_: None
+
+
+def _probe() -> Probe:
+    ids = np.random.default_rng(0).integers(2, VOCAB, _LONG + DECODE_STEPS).tolist()
+    rows = [tuple(ids[: n + DECODE_STEPS]) for n in _PREFILL]
+    return Probe(tuple(rows), (tuple(ids[20:44]), tuple(ids[90:114])), 24, tuple(ids))

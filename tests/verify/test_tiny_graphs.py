@@ -1,0 +1,67 @@
+"""Graphs of every architecture, original and NBL, go through all checks of `verify`, as in a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nbl_export.decoders import PRECISIONS
+from nbl_export.decoders.genai import GGUF
+from nbl_export.records.results import RungResult
+
+from ..climbing import ENGINES, climb
+from ..tiny import EVERY, VARIANTS, made_by
+
+Checkpoint = Callable[[str], Path]
+Case = tuple[str, str, str]  # architecture, source, precision
+
+SHOWN: list[Case] = [
+    *((a, "genai", p) for p in ("fp32", "int4") for a in made_by("genai")),
+    *((a, "mobius", "fp32") for a in made_by("mobius")),
+    ("mistral-window", "static", "fp32"), ("qwen2", "static", "int4"),
+    ("gemma3", "openvino", "fp32"), ("llama", "openvino", "int4"),
+]  # fmt: skip
+# Refused (test_architecture_graphs.py): mobius loses biases of MLPs, and a trace has one rotary table.
+REFUSED = {("llama-bias", "mobius"), ("llama-bias", "static"), ("phi3-long", "openvino")}
+# In half precision, mobius fuses no GroupQueryAttention here, the operator that is repaired. Verification fails.
+NOT_REPAIRED = {("gemma3", "mobius", "fp16")}
+ALL: list[Case] = [
+    (architecture, source, precision)
+    for source in ENGINES
+    for precision in PRECISIONS[source]
+    if precision != GGUF  # its codes come from a file: tests/rewrite/test_gguf_codes.py
+    for architecture in (*EVERY, *VARIANTS)
+    if architecture not in EVERY or architecture in made_by(source)
+    if (architecture, source) not in REFUSED and (architecture, source, precision) not in NOT_REPAIRED
+]
+
+
+def test_every_architecture_and_source_is_shown() -> None:
+    assert {a for a, *_ in SHOWN} == set(EVERY) and {s for _, s, _ in SHOWN} == set(ENGINES) and set(SHOWN) <= set(ALL)
+
+
+def check(results: list[RungResult], source: str, precision: str) -> None:
+    """All rungs are there, of both graphs, and all passed."""
+    assert not [r for r in results if not r.passed]
+    both = "adfg" if precision in ("int8", "int4") and source != "static" else "adf"  # no CPU runs static codes
+    wanted = {("b", "original"), ("c", "nbl"), *((rung, subject) for rung in both for subject in ("original", "nbl"))}
+    assert {(r.rung, r.subject) for r in results} >= wanted
+
+
+@pytest.mark.parametrize(("architecture", "source", "precision"), SHOWN)
+def test_all_checks_pass(
+    architecture: str, source: str, precision: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Layers 0 and 2 are replaced: a table of tokens, a kept layer, and a map."""
+    check(climb(checkpoint(architecture), source, precision, tmp_path), source, precision)
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("replaced", [(0, 2), (1,)], ids=str)
+@pytest.mark.parametrize(("architecture", "source", "precision"), ALL)
+def test_all_checks_pass_on_every_graph(
+    architecture: str, source: str, precision: str, replaced: tuple[int, ...], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    check(climb(checkpoint(architecture), source, precision, tmp_path, replaced), source, precision)
