@@ -167,14 +167,13 @@ def _half_widths(apart_TW: np.ndarray) -> np.ndarray:
     weight_RT, shift_RT, scale_RT = _weighed(apart_TW)
     degrees = apart_TW.shape[1] - 1
     low_T, high_T = np.zeros(len(apart_TW)), (np.abs(shift_RT) + _student(degrees) * scale_RT).max(0)
-    scale_RT = np.maximum(scale_RT, np.finfo(float).tiny)  # equal windows
     for _ in range(40):
         half_T = (low_T + high_T) / 2
         ends = (np.arctan((side * half_T - shift_RT) / scale_RT / math.sqrt(degrees)) for side in (1, -1))
         above_RT, below_RT = (_inside(angle_RT, degrees) for angle_RT in ends)
         short_T = (weight_RT * (above_RT - below_RT)).sum(0) / 2 < CONFIDENCE
         low_T, high_T = np.where(short_T, half_T, low_T), np.where(short_T, high_T, half_T)
-    return high_T
+    return np.where(apart_TW.any(1), high_T, 0.0)
 
 
 def _weighed(apart_TW: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -190,7 +189,7 @@ def _weighed(apart_TW: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     effective_R1 = (count - (count - 2) * r_R1) / (1 + r_R1)
     shift_RT = r_R1 * ends_T / (count - (count - 2) * r_R1)
     residual_RT = (squares_T + r_R1**2 * inner_T - 2 * r_R1 * products_T) / (1 - r_R1**2) - effective_R1 * shift_RT**2
-    residual_RT = np.maximum(residual_RT, np.finfo(float).tiny)
+    residual_RT = np.maximum(residual_RT, np.finfo(float).tiny)  # equal windows
     log_RT = -(count - 1) / 2 * np.log((1 - r_R1**2) * residual_RT) - np.log(effective_R1) / 2
     weight_RT = np.exp(log_RT - log_RT.max(0))
     return weight_RT / weight_RT.sum(0), shift_RT, np.sqrt(residual_RT / ((count - 1) * effective_R1))

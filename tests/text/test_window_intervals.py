@@ -133,6 +133,7 @@ def test_what_windows_cannot_say() -> None:
     assert mean_interval([0.5, math.nan]).value is None
     assert increase_interval([1.0, math.inf], [1.0, 2.0]).value is None
     assert mean_interval([0.5, 0.5, 0.5]).ends == [0.5, 0.5]
+    assert increase_interval([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]).ends == [0.0, 0.0]
     assert mean_interval([0.98, 1.0, 1.0], (0.0, 1.0)).high == 1.0
 
 
