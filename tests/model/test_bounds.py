@@ -20,6 +20,7 @@ from nbl_export.model.checkpoint.load import load_model, load_tokenizer, read_sp
 from nbl_export.model.checkpoint.materialise import materialise
 from nbl_export.model.checkpoint.pretrained import check_weights
 from nbl_export.model.checkpoint.source import resolve
+from nbl_export.records.decoder import DecoderSpec
 
 from .test_checkpoint import save_gguf
 from .test_hostile_checkpoint import changed
@@ -35,6 +36,7 @@ from nbl_export.errors import NblError
 from nbl_export.model.checkpoint.load import load_model, read_spec
 from nbl_export.model.checkpoint.materialise import materialise
 from nbl_export.model.checkpoint.source import resolve
+from nbl_export.records.decoder import DecoderSpec
 model, kind = sys.argv[1:]
 try:
     if kind == "load":
@@ -219,3 +221,30 @@ def test_weights_of_quantised_checkpoints_are_left_to_their_reader(checkpoint: C
     model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
     changed(model, "config.json", quantization_config={"quant_method": "gptq", "bits": 4}, vocab_size=1 << 40)
     check_weights(model)
+
+
+def test_an_nbl_checkpoint_states_no_more_layers_than_it_holds(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+    stated = {"num_hidden_layers": 1 << 40, "nbl_replaced_layers": [1], "nbl_tap": "residual"}
+    changed(model, "config.json", model_type="nbl-llama", **stated)
+    with pytest.raises(NblError, match=f"states {1 << 40} layers, and its weights have 3"):
+        resolve(str(model))
+
+
+def test_a_graph_has_the_layers_of_its_caches(given_graph: Callable[[str], Path], tmp_path: Path) -> None:
+    from nbl_export.graph import given
+
+    home = Path(shutil.copytree(given_graph("transformers-23"), tmp_path / "graph"))
+    changed(home, "config.json", num_hidden_layers=1 << 40)
+    graph = given.graph_of(home)
+    assert graph is not None
+    with pytest.raises(NblError, match=f"only 3 of its {1 << 40} layers have attention"):
+        given.read_spec(graph)
+
+
+def test_a_record_of_a_decoder_has_a_number_of_layers_that_decoders_have() -> None:
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 384}
+    for layers in (0, 1025, 1 << 40):
+        with pytest.raises(ValueError, match="1 to 1024 layers"):
+            DecoderSpec("llama", layers, **sizes, max_positions=512)
+    assert DecoderSpec("llama", 1024, **sizes, max_positions=512).num_layers == 1024
