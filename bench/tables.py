@@ -59,6 +59,7 @@ RESULTS: Mapping[str, Table] = {
     "job-speeds": second.job_speeds,
     "shapes": second.shapes,
     "intervals": speed.intervals,
+    "coverage": speed.coverage,
 }
 PAGES = {ROOT / "README.md": README, ROOT / "docs" / "results.md": RESULTS}
 

@@ -132,3 +132,16 @@ def intervals(read: Read) -> Rows:
         held = [row["held"] for row in found if row["correlation"] == correlation]
         rows.append((f"{correlation:g}", *(f"{100 * min(h[column] for h in held):.1f}%" for column in columns)))
     return rows
+
+
+def coverage(read: Read) -> Rows:
+    """The share of trials whose interval of a mean over windows contains the mean, and its length."""
+    found = read("coverage-perplexity")["rows"]
+    correlations = sorted({row["correlation"] for row in found})
+    heads = (f"correlation {value:g}" for value in correlations)
+    rows: Rows = [("differences", "windows", *heads), "lr" + "r" * len(correlations)]
+    for kind, windows in dict.fromkeys((row["differences"], row["windows"]) for row in found):
+        cells = [row for row in found if (row["differences"], row["windows"]) == (kind, windows)]
+        shown = (f"{100 * row['held']['this']:.1f}% (×{row['width']['this']:.1f})" for row in cells)
+        rows.append((kind, str(windows), *shown))
+    return rows
