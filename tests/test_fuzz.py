@@ -121,7 +121,7 @@ def leaked(done: Outcome, before: dict[str, str], here: Path) -> list[str]:
 def require(kind: Kind) -> Kind:
     """The kind, if what it needs is installed."""
     if not all(map(has, kind.needs)):
-        pytest.skip(f"{' and '.join(kind.needs)} are not all installed")
+        pytest.skip(f"needs {' and '.join(kind.needs)}")
     return kind
 
 
