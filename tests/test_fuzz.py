@@ -49,8 +49,8 @@ def canaries(tmp_path_factory: pytest.TempPathFactory) -> Canaries:
 def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     with Sandbox() as made:
         yield made
-    if (terminal := request.config.pluginmanager.getplugin("terminalreporter")) is not None:
-        terminal.write_line(f"\n{made.count} commands; the largest took {made.largest / 2**20:.0f} MiB of memory")
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        sys.stdout.write(f"\n{made.count} commands; the largest took {made.largest / 2**20:.0f} MiB of memory\n")
 
 
 def complaint(done: Outcome) -> str:
