@@ -49,8 +49,8 @@ def canaries(tmp_path_factory: pytest.TempPathFactory) -> Canaries:
 def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     with Sandbox() as made:
         yield made
-    if (terminal := request.config.pluginmanager.getplugin("terminalreporter")) is not None:
-        terminal.write_line(f"\n{made.count} commands; the largest took {made.largest / 2**20:.0f} MiB of memory")
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        sys.stdout.write(f"\n{made.count} commands; the largest took {made.largest / 2**20:.0f} MiB of memory\n")
 
 
 def complaint(done: Outcome) -> str:
@@ -121,7 +121,7 @@ def leaked(done: Outcome, before: dict[str, str], here: Path) -> list[str]:
 def require(kind: Kind) -> Kind:
     """The kind, if what it needs is installed."""
     if not all(map(has, kind.needs)):
-        pytest.skip(f"{' and '.join(kind.needs)} are not all installed")
+        pytest.skip(f"needs {' and '.join(kind.needs)}")
     return kind
 
 
