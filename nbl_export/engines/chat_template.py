@@ -110,5 +110,6 @@ def _limit() -> None:
 
     import psutil
 
-    most = psutil.Process().memory_info().vms + _MOST_BYTES
+    most, hard = psutil.Process().memory_info().vms + _MOST_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -62,6 +65,15 @@ def test_a_template_that_takes_memory_is_refused(name: str, monkeypatch: pytest.
         done.set()
         watching.join()
     assert max(seen) < 1 << 30
+
+
+def test_a_narrower_limit_stays() -> None:
+    code = "import resource as r; r.setrlimit(r.RLIMIT_AS, (600_000_000,) * 2)\n"
+    code += "from nbl_export.engines.chat_template import render\n"
+    code += "assert render('{{ bos }}!', '', {'bos': 'a'}, 'm') == 'a!'"
+    # each thread of a library's pool takes address space
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OPENBLAS_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=env)
 
 
 def test_a_template_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
