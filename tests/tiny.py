@@ -18,6 +18,7 @@ __all__ = [
     "HEAD_DIM",
     "HIDDEN",
     "LAYERS",
+    "SPLIT",
     "VARIANTS",
     "VOCAB",
     "made_by",
@@ -72,10 +73,10 @@ def _tokenizer() -> Any:
 
 # What each one adds to the shape that all share (`_config`): its configuration class and its own settings. Windows are
 # shorter than the sequences compared; multipliers, scales and caps are such that a graph without them is far off.
-# `_SPLIT` is for architectures that have no head size of their own.
+# `SPLIT` is for architectures that have no head size of their own.
 _WINDOW = 16
 _LOUD = {"initializer_range": 0.06}  # logits large enough that a rounded root of the hidden size is seen
-_SPLIT = {"num_attention_heads": HIDDEN // HEAD_DIM, "head_dim": None}
+SPLIT = {"num_attention_heads": HIDDEN // HEAD_DIM, "head_dim": None}
 _ROPE = {"factor": 4.0, "original_max_position_embeddings": 64}
 _SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": True}),
@@ -88,16 +89,16 @@ _SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral": ("Mistral", {"tie_word_embeddings": False, "sliding_window": None}),
     "mistral-window": ("Mistral", {"tie_word_embeddings": False, "sliding_window": _WINDOW}),
-    "qwen2": ("Qwen2", {"tie_word_embeddings": True, **_SPLIT}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True, **SPLIT}),
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": _WINDOW, "max_window_layers": 1,
-                               **_SPLIT}),
+                               **SPLIT}),
     "qwen3": ("Qwen3", {"tie_word_embeddings": True}),
-    "phi3": ("Phi3", {"original_max_position_embeddings": 512, **_SPLIT}),
-    "phi3-window": ("Phi3", {"original_max_position_embeddings": 512, "sliding_window": _WINDOW, **_SPLIT}),
+    "phi3": ("Phi3", {"original_max_position_embeddings": 512, **SPLIT}),
+    "phi3-window": ("Phi3", {"original_max_position_embeddings": 512, "sliding_window": _WINDOW, **SPLIT}),
     "phi4-mini": ("Phi3", {"original_max_position_embeddings": 512, "partial_rotary_factor": 0.5,
                            "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": None,
                            "tie_word_embeddings": True}),
-    "phi3-long": ("Phi3", {**_SPLIT, "original_max_position_embeddings": 128, "rope_scaling": {
+    "phi3-long": ("Phi3", {**SPLIT, "original_max_position_embeddings": 128, "rope_scaling": {
         "type": "longrope", "short_factor": [1.0 + k / 8 for k in range(8)],
         "long_factor": [2.0 + k for k in range(8)]}}),
     "gemma2": ("Gemma2", {**_LOUD, "query_pre_attn_scalar": 24, "sliding_window": _WINDOW,
@@ -107,9 +108,9 @@ _SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
                               "rope_parameters": {
                                   "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
                                   "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}}),
-    "olmo2": ("Olmo2", {**_SPLIT}),
-    "smollm3": ("SmolLM3", {**_SPLIT, "no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),
-    "granite": ("Granite", {**_SPLIT, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4,
+    "olmo2": ("Olmo2", {**SPLIT}),
+    "smollm3": ("SmolLM3", {**SPLIT, "no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),
+    "granite": ("Granite", {**SPLIT, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4,
                             "attention_multiplier": 0.4, "tie_word_embeddings": True}),
 }  # fmt: skip
 

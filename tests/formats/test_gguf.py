@@ -113,7 +113,8 @@ def test_halves_become_neighbours_in_a_file_of_qwen2(checkpoint: Callable[[str],
     assert [r for r in check.check_file(tmp_path / "out.gguf", content, linear(1), "keep") if not r.passed] == []
     before, after = content.by_name, read_content(tmp_path / "out.gguf").by_name
     assert "blk.1.attn_q.bias" not in after
-    for name, heads in (("attn_q.weight", 4), ("attn_q.bias", 4), ("attn_k.weight", 2), ("attn_k.bias", 2)):
+    queries = HIDDEN // HEAD_DIM
+    for name, heads in (("attn_q.weight", queries), ("attn_q.bias", queries), ("attn_k.weight", 2), ("attn_k.bias", 2)):
         moved = exchanged(before[f"blk.0.{name}"].values(), heads)
         np.testing.assert_array_equal(after[f"blk.0.{name}"].values(), moved)
         assert (moved != before[f"blk.0.{name}"].values()).any()

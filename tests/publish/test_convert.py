@@ -23,7 +23,7 @@ from nbl_export.records.plan import AffineMap
 
 from ..canaries import Canaries
 from ..command import TINY, assert_refused, nbl
-from ..tiny import HIDDEN, random_map, save_checkpoint, save_gguf
+from ..tiny import HIDDEN, SPLIT, random_map, save_checkpoint, save_gguf
 
 IDS = torch.arange(3, 40)[None]
 
@@ -146,6 +146,9 @@ def test_without_the_text_the_command_of_a_run_that_can_is_named(runs: dict[str,
     assert_refused(done, 1, "has changed since this run", "--maps linear", "--layers 1,2")
 
 
+NAS = {"intermediate_size": 256, **SPLIT}  # what the Nemotron-NAS form holds
+
+
 def linear(*layers: int) -> dict[int, AffineMap]:
     return {i: AffineMap(random_map(i).weight, np.zeros(HIDDEN, np.float32)) for i in layers}
 
@@ -153,7 +156,7 @@ def linear(*layers: int) -> dict[int, AffineMap]:
 @pytest.mark.parametrize("form", nemotron_nas.MATRIX)
 @pytest.mark.parametrize("architecture", ["llama", "llama3", "mistral"])
 def test_a_nemotron_nas_directory_is_the_same_model(form: str, architecture: str, tmp_path: Path) -> None:
-    checkpoint, maps = save_checkpoint(architecture, tmp_path / "model", intermediate_size=256), linear(1, 2)
+    checkpoint, maps = save_checkpoint(architecture, tmp_path / "model", **NAS), linear(1, 2)
     nemotron_nas.save(load_model(checkpoint), checkpoint, maps, form, tmp_path / "out")
     expected = linearize(load_model(checkpoint), maps, "normed")
     with torch.inference_mode():
@@ -162,7 +165,7 @@ def test_a_nemotron_nas_directory_is_the_same_model(form: str, architecture: str
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["DeciLMForCausalLM"] and config["model_type"] == "nemotron-nas"
     assert [b["attention"]["replace_with_linear"] for b in config["block_configs"]] == [False, True, True]
-    assert [b["attention"]["n_heads_in_group"] for b in config["block_configs"]] == [2, None, None]
+    assert [b["attention"]["n_heads_in_group"] for b in config["block_configs"]] == [3, None, None]
     assert int(2 * config["block_configs"][0]["ffn"]["ffn_mult"] * HIDDEN / 3) <= 256
     names = load_file(tmp_path / "out" / "model.safetensors").keys()
     assert f"model.layers.1.self_attn.{nemotron_nas.MATRIX[form]}.weight" in names
@@ -173,16 +176,16 @@ def test_a_nemotron_nas_configuration_loads_by_its_own_code(tmp_path: Path) -> N
     """As TensorRT-LLM reads it: with the code beside the weights, attributes of attributes."""
     from transformers import AutoConfig
 
-    checkpoint = save_checkpoint("llama", tmp_path / "model", intermediate_size=256)
+    checkpoint = save_checkpoint("llama", tmp_path / "model", **NAS)
     nemotron_nas.save(load_model(checkpoint), checkpoint, linear(1), "nemotron-nas", tmp_path / "out")
     config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert [b.attention.replace_with_linear for b in config.block_configs] == [False, True, False]
-    assert config.block_configs[0].attention.n_heads_in_group == 2 and not config.block_configs[0].ffn.no_op
+    assert config.block_configs[0].attention.n_heads_in_group == 3 and not config.block_configs[0].ffn.no_op
     assert json.loads(config.to_json_string())["block_configs"][1]["attention"]["replace_with_linear"] is True
 
 
 def test_a_nemotron_nas_directory_without_a_matrix(tmp_path: Path) -> None:
-    checkpoint = save_checkpoint("llama", tmp_path / "model", intermediate_size=256)
+    checkpoint = save_checkpoint("llama", tmp_path / "model", **NAS)
     nemotron_nas.save(load_model(checkpoint), checkpoint, linear(1), "mlx", tmp_path / "out")
     weights = load_file(tmp_path / "out" / "model.safetensors")
     weights.pop("model.layers.1.self_attn.linear.weight")
@@ -200,7 +203,7 @@ def test_a_nemotron_nas_directory_without_a_matrix(tmp_path: Path) -> None:
 def test_what_nemotron_nas_cannot_hold(
     architecture: str, changes: dict[str, object], layers: tuple[int, ...], part: str, tmp_path: Path
 ) -> None:
-    checkpoint = save_checkpoint(architecture, tmp_path / "model", **{"intermediate_size": 256, **changes})
+    checkpoint = save_checkpoint(architecture, tmp_path / "model", **{**NAS, **changes})
     with pytest.raises(NblError, match=part):
         nemotron_nas.save(load_model(checkpoint), checkpoint, linear(*layers), "mlx", tmp_path / "out")
     assert not (tmp_path / "out").exists()

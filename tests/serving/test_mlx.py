@@ -16,7 +16,7 @@ from nbl_export.model.saved import nemotron_nas
 from nbl_export.model.speech import Spoken
 from nbl_export.records.plan import AffineMap
 
-from ..tiny import HIDDEN, random_map, save_checkpoint
+from ..tiny import HIDDEN, SPLIT, random_map, save_checkpoint
 
 pytestmark = pytest.mark.mlx
 
@@ -44,7 +44,7 @@ NEW = 12
 def test_mlx_gives_the_tokens_of_transformers(architecture: str, layers: tuple[int, ...], tmp_path: Path) -> None:
     if not PYTHON:
         pytest.skip("NBL_MLX_PYTHON does not name the Python of an environment with mlx-lm; see make test-mlx")
-    checkpoint = save_checkpoint(architecture, tmp_path / "model", intermediate_size=256)
+    checkpoint = save_checkpoint(architecture, tmp_path / "model", intermediate_size=256, **SPLIT)
     maps = {i: AffineMap(random_map(i).weight, torch.zeros(HIDDEN).numpy()) for i in layers}
     nemotron_nas.save(load_model(checkpoint), checkpoint, maps, "mlx", tmp_path / "out")
     ids = torch.randint(3, 380, (40,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.vllm
 PYTHON = os.environ.get("NBL_VLLM_PYTHON", "")
 CHILD = Path(__file__).with_name("vllm_child.py")
 # Heads of 32, which vLLM's attention on a CPU computes, and as many as two ranks share.
-SIZES = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
+SIZES = {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 32}
 NEW = 12
 IDS = [torch.randint(3, 380, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(5, 85, 10)]
 PLAIN = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "block_size": 32}
