@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,3 +117,29 @@ def test_code_in_a_model_directory_is_not_run(checkpoint: object, text: Path, tm
     assert not marker.exists()
     assert done.status == 0, done.err
     assert not list((tmp_path / "run").rglob("evil.py"))
+
+
+PAGE = (PACKAGE.parent / "SECURITY.md").read_text(encoding="utf-8")
+
+
+def unheld(page: str) -> list[str]:
+    """Promises in the tables of SECURITY.md that name no test, or one that is not there."""
+    names = {path.name for path in Path(__file__).parent.rglob("test_*.py")}
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("|")]
+    found = []
+    for *_, promise, tests in (row for row in rows if not row[0].startswith("---") and row[-1].strip() != "test"):
+        named = set(re.findall(r"test_\w+\.py", tests))
+        if not named or named - names:
+            found.append(promise.strip())
+    return found
+
+
+def test_every_promise_names_a_test() -> None:
+    assert PAGE.count("\n|") > 25
+    assert unheld(PAGE) == []
+
+
+def test_a_promise_without_a_test_is_found() -> None:
+    table = "| asset | what holds | test |\n|---|---|---|\n| a | held | `test_security.py`, fuzz |\n"
+    assert unheld(table) == []
+    assert unheld(table + "| b | loose | |\n| c | gone | `test_of_nothing.py` |") == ["loose", "gone"]

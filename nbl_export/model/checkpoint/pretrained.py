@@ -42,13 +42,12 @@ def reason_of(error: Exception) -> str:
 def _checked(model: Path) -> Iterator[dict[str, Any]]:
     """Arguments with which transformers finds a model and nothing else. Refuses an unsafe folder."""
     quiet_transformers()
-    given = {"trust_remote_code": False, "local_files_only": True}
     if not model.is_file():
         check_checkpoint(model)
-        yield {"pretrained_model_name_or_path": str(model), **given}
+        yield {"pretrained_model_name_or_path": str(model)}
         return
     with tempfile.TemporaryDirectory(prefix="nbl-export-") as empty, gguf_file.shared():
-        yield {"pretrained_model_name_or_path": empty, "gguf_file": str(model.absolute()), **given}
+        yield {"pretrained_model_name_or_path": empty, "gguf_file": str(model.absolute())}
 
 
 def config_of(model: Path) -> Any:
@@ -60,7 +59,7 @@ def config_of(model: Path) -> Any:
     with _checked(model) as given:
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(**given)
+        return AutoConfig.from_pretrained(trust_remote_code=False, local_files_only=True, **given)
 
 
 def check_weights(model: Path) -> None:
@@ -98,8 +97,9 @@ def _load(model: Path, **more: Any) -> Any:
         from transformers import AutoModelForCausalLM
 
         loaded, report = AutoModelForCausalLM.from_pretrained(
-            dtype=torch.float32, output_loading_info=True, use_safetensors=True, **given, **more
-        )
+            dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False,
+            local_files_only=True, **given, **more,
+        )  # fmt: skip
     _refuse_missing(model, report["missing_keys"])
     return loaded
 
@@ -150,4 +150,4 @@ def tokenizer_of(model: Path) -> Any:
     with _checked(model) as given:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(**given)
+        return AutoTokenizer.from_pretrained(trust_remote_code=False, local_files_only=True, **given)
