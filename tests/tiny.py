@@ -14,9 +14,14 @@ from nbl_export.records.plan import AffineMap
 
 __all__ = [
     "ARCHITECTURES",
+    "END_IDS",
+    "EPSILON",
     "EVERY",
+    "HEADS",
     "HEAD_DIM",
     "HIDDEN",
+    "INNER",
+    "KV_HEADS",
     "LAYERS",
     "SPLIT",
     "VARIANTS",

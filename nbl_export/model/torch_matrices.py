@@ -83,6 +83,8 @@ def _modules(model: Any, kind: type[nn.Embedding] | type[nn.Linear]) -> list[_Ro
 def _give(candidates: Sequence[_Rows], stored: StoredMatrix) -> Fidelity:
     blocks = stored.blocks()
     matrix = torch.from_numpy(blocks.matrix)
+    if stored.lookup and 0 < matrix.shape[1] - (width := candidates[0].weight.shape[1]) < blocks.size:
+        matrix = matrix[:, :width]  # a table has whole blocks, and the graph cuts the rows that it looks up
     names, place, worst, at = [], 0, 0.0, 0
     while place < len(matrix):
         rows, first, count = _nearest(candidates, matrix, place, stored.name)

@@ -15,6 +15,7 @@ import pytest
 
 from nbl_export import __version__
 from nbl_export.engines.ort.genai import GenaiRunner
+from nbl_export.trust.terminal import visible
 
 from ..command import TINY, Outcome, in_new_process, nbl, snapshot, stage_lines
 from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB
@@ -363,7 +364,7 @@ def test_generate_streams_text_of_either_decoder(finished: Path) -> None:
     assert nbl("generate", finished, "The language", *limit, "--raw").out == said.out  # no template to leave out
     with GenaiRunner(finished / "original") as runner:
         expected = "".join(runner.stream(runner.encode("The language", chat=False), 6))
-    assert nbl("generate", finished, "The language", *limit, "--original").out == expected + "\n"
+    assert nbl("generate", finished, "The language", *limit, "--original").out == visible(expected) + "\n"
 
 
 def test_generate_applies_a_chat_template_but_not_with_raw(run: Path) -> None:

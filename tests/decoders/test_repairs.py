@@ -69,7 +69,7 @@ def test_a_graph_without_the_repair_is_not_that_of_torch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(module, repair, instead)
-    assert failed(climb(checkpoint(architecture), source, "fp32", tmp_path, (0,))) >= {"b", "c"}
+    assert "b" in failed(climb(checkpoint(architecture), source, "fp32", tmp_path, (1,)))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_graph_without_the_repair_does_not_run(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(module, repair, instead)
     with pytest.raises(Exception, match=said):  # of the exporter, of the runtime, or a refusal
-        climb(checkpoint(architecture), source, "fp32", tmp_path, (0,))
+        climb(checkpoint(architecture), source, "fp32", tmp_path, (1,))
 
 
 def _opened(checkpoint: Path, out: Path) -> Any:
@@ -132,7 +132,7 @@ def test_an_architectures_record_is_needed(
     assert getattr(ARCHITECTURES[name], field) != wrong
     monkeypatch.setitem(ARCHITECTURES, name, dataclasses.replace(ARCHITECTURES[name], **{field: wrong}))
     if rung:
-        assert rung in failed(climb(checkpoint(architecture), source, "fp32", tmp_path, (0,)))
+        assert rung in failed(climb(checkpoint(architecture), source, "fp32", tmp_path, (1,)))
     else:
         with pytest.raises(NblError):
-            climb(checkpoint(architecture), source, "fp32", tmp_path, (0,))
+            climb(checkpoint(architecture), source, "fp32", tmp_path, (1,))

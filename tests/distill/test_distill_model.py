@@ -21,6 +21,8 @@ from nbl_export.model.linearize import linearize
 from nbl_export.parallel.peers import ALONE
 from nbl_export.records.plan import AffineMap
 
+from ..tiny import HIDDEN
+
 IDS = torch.arange(2, 98).view(3, 32)
 Make = Callable[..., Twin]
 
@@ -193,7 +195,7 @@ def test_units_are_measured_on_what_a_map_reads(twin: Make) -> None:
 
 def test_inputs_of_zeros_leave_a_map_its_units(twin: Make) -> None:
     made = twin().affine["0"].linear
-    made.measure(torch.zeros(1, 3, 64))
+    made.measure(torch.zeros(1, 3, HIDDEN))
     assert made.units.isfinite().all() and made.units[0] == 1
 
 

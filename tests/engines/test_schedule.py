@@ -20,6 +20,8 @@ from nbl_export.engines.static.tokenizer import Text
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.records.decoder import GraphContract, TensorInfo
 
+from ..tiny import END_IDS
+
 VOCAB = 50
 
 # -- steps -----------------------------------------------------------------------------------------------
@@ -324,8 +326,8 @@ def test_ids_are_those_of_transformers(texts: Path) -> None:
 def test_pieces_join_to_the_text_and_stop_at_its_end(texts: Path) -> None:
     text = Text(texts)
     ids = text.encode("naïve 你好 words", chat=False)
-    assert text.end_ids == (1,)
-    pieces = list(text.pieces([*ids, 1, *ids]))
+    assert text.end_ids == END_IDS
+    pieces = list(text.pieces([*ids, END_IDS[1], *ids]))
     assert "".join(pieces) == "naïve 你好 words"
     assert all("\ufffd" not in piece for piece in pieces)
 

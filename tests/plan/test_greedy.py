@@ -152,7 +152,8 @@ def test_losses_of_an_order_are_those_of_whole_models(tap: str, checkpoint: Chec
     losses = {i: whole_loss(directory, (i,), tap) for i in range(LAYERS)}
     assert steps[0].layers == (min(losses, key=lambda i: losses[i]),)
     for step in steps:
-        assert step.loss == pytest.approx(whole_loss(directory, step.layers, tap), rel=2e-3)
+        loss = max(whole_loss(directory, step.layers, tap), 1e-9)  # a gain on a text counts as no loss
+        assert step.loss == pytest.approx(loss, rel=2e-3)
 
 
 def test_an_order_goes_on_as_if_made_at_once_and_a_shorter_one_is_its_front(checkpoint: Checkpoint) -> None:

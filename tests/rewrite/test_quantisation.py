@@ -18,7 +18,7 @@ Same = tuple[object, ...]
 @pytest.fixture(scope="module")
 def even(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Same:
     """Arguments of a tiny run whose rows have an even number of blocks: ONNX Runtime's k_quant packs no others."""
-    model = save_checkpoint("llama", tmp_path_factory.mktemp("even"), intermediate_size=128)
+    model = save_checkpoint("llama", tmp_path_factory.mktemp("even"), hidden_size=128, intermediate_size=128)
     return ("--model", model, "--calibration", text, *TINY)
 
 
@@ -41,10 +41,11 @@ def settings(node: Any) -> dict[str, int]:
     ids=lambda value: ",".join(value) if isinstance(value, tuple) else "",
 )
 def test_builder_options_reach_matrices_and_maps(
-    given: tuple[str, ...], expected: dict[str, int], zero_points: bool, even: Same, tmp_path: Path
+    given: tuple[str, ...], expected: dict[str, int], zero_points: bool, even: Same, same: Same, tmp_path: Path
 ) -> None:
+    """Blocks of 64 do not divide a hidden size of 96: the embedding, which the head shares, has rows of 128."""
     words = [word for option in given for word in ("--builder-option", option)]
-    done = nbl(*even, "--precision", "int4", *words, "--output", tmp_path / "run")
+    done = nbl(*(even if zero_points else same), "--precision", "int4", *words, "--output", tmp_path / "run")
     assert done.status == 0, done.err  # verified: the maps are read back out of what was packed
     packed = [n for n in nodes(tmp_path / "run", "model") if n.op_type == "MatMulNBits"]
     ours = [n for n in packed if n.name.startswith("/nbl/")]
