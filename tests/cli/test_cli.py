@@ -428,5 +428,5 @@ def test_distilled_maps_act_on_the_normed_input_unless_asked(
     assert done.status == 0, done.err
     facts = json.loads((tmp_path / "run" / "nbl.json").read_text(encoding="utf-8"))
     assert (facts["tap"], facts["fit"]["kind"]) == (found, "distilled")
-    assert ("--tap" in facts["command"]) is (found != "residual")  # of independent maps, the default
+    assert ("--tap residual" in facts["command"]) is (found == "residual")  # the default of distilled maps is normed
     assert not list((tmp_path / "run").glob("*.partial.safetensors"))

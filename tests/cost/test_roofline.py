@@ -21,10 +21,10 @@ from nbl_export.graph.names import all_logits_file
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.run.stages.bench import measure_machine
 
-from ..tiny import HEAD_DIM, HIDDEN
+from ..tiny import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
-SPEC = DecoderSpec("llama", 3, 64, 4, 2, 16, 384, 512)
+SPEC = DecoderSpec("llama", LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB, 512)
 MACHINE = MachineRates({"fp32": 1e12, "int8": 3e12, "int4": 2e12}, 1e10, 2)
 
 

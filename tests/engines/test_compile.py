@@ -227,7 +227,7 @@ def test_all_logits_on_request(run: Path, command: tuple[object, ...]) -> None:
 def test_options_of_compiled_engines_are_refused_by_others(same: tuple[object, ...], tmp_path: Path) -> None:
     for flag, value in (("--max-seq-len", 64), ("--max-batch", 2), ("--prefill-chunk", 8)):
         done = nbl(*same, "--output", tmp_path / "run", flag, value)
-        assert_refused(done, 2, flag, "engine ort")
+        assert_refused(done, 2, flag, "engines that compile graphs")
     assert not (tmp_path / "run").exists()
 
 

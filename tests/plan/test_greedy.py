@@ -324,7 +324,7 @@ def test_selections_through_the_job(run: Path) -> None:
     (run / "nbl.json").write_text(json.dumps(damaged), encoding="utf-8")
     assert nbl("plan", run, "--layers", "2").status == 0
     assert facts_of(run)["greedy"] == kept
-    assert nbl("plan", run, "--layers", "0,2", "--select", "greedy").status == 0
+    assert nbl("plan", run, "--layers", "0,2").status == 0
     assert (facts_of(run)["select"], facts_of(run)["replaced_layers"]) == ("given", [0, 2])
 
 

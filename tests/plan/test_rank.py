@@ -183,12 +183,14 @@ def test_thin_products_are_read_back_out_of_the_graph(
 
 @pytest.mark.parametrize(("precision", "provider"), [("fp32", "cpu"), ("int4", "cpu"), ("int4", "nv-tensorrt-rtx")])
 def test_low_rank_ships_verified(precision: str, provider: str, same: tuple[object, ...], tmp_path: Path) -> None:
+    """A GPU's int4 graph computes in fp16, so it has no float32 twin and is only compared."""
     run = tmp_path / "run"
     made = ("--precision", precision, "--provider", provider)
     done = nbl(*same, "--layers", "1,2", "--rank", "20", *made, "--output", run)
     assert done.status == 0, done.err
     facts = json.loads((run / "nbl.json").read_text())
-    assert (facts["status"], facts["ranks"]) == ("verified", {"1": 20, "2": 20})
+    status = "verified" if provider == "cpu" else "compared"
+    assert (facts["status"], facts["ranks"]) == (status, {"1": 20, "2": 20})
     assert "--rank 20" in facts["command"]
     assert load_file(run / "maps.safetensors")["layers.1.down"].shape == (20, HIDDEN)
 

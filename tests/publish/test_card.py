@@ -243,7 +243,7 @@ def test_only_finished_and_verified_runs(run: Path) -> None:
 
 
 def test_what_is_no_run(run: Path, tmp_path: Path) -> None:
-    assert_refused(nbl("card", tmp_path / "none"), 1, "not a run directory")
+    assert_refused(nbl("card", tmp_path / "none"), 1, "does not exist")
     assert_refused(nbl("card", run / "model"), 1, "model directory")
     assert_refused(nbl("card", run, "--base-model", "tiny"), 2, "--base-model", "OWNER/NAME")
 

@@ -45,7 +45,9 @@ def work(where, version):
                 run.finish(stage, version, out, 0.0, readers, status="verified")
 
 def content(where):
-    return {str(p.relative_to(where)): p.read_bytes() for p in where.rglob("*") if p.is_file()}
+    # without the command, which names the directory
+    lines = {str(p.relative_to(where)): p.read_text().splitlines() for p in where.rglob("*") if p.is_file()}
+    return {name: [line for line in text if not line.startswith(' "command": ')] for name, text in lines.items()}
 
 def die_at(last):
     count = itertools.count(1)

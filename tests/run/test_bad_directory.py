@@ -282,7 +282,7 @@ def test_failed_verification(same: Same, run: Path, monkeypatch: pytest.MonkeyPa
     assert list(stage_lines(failed)) == ["calibrate", "plan", "decoder graph", "rewrite", "verify"]
     assert (run / "model" / "model.onnx").is_file()
     assert "failed" in (run / "report.html").read_text(encoding="utf-8").lower()
-    assert json.loads((run / "report.json").read_text())["verified"] is False
+    assert json.loads((run / "report.json").read_text())["status"] == "failed"
     assert json.loads(nbl("inspect", run, "--json").out)["status"] == "failed"
 
     assert_refused(nbl("generate", run, "Hi"), 1, run, "failed verification", "--force")
@@ -293,7 +293,7 @@ def test_failed_verification(same: Same, run: Path, monkeypatch: pytest.MonkeyPa
     assert forced.status == 0, forced.err
     assert stage_lines(forced)["verify"] == "reused"
     result = json.loads((run / "report.json").read_text())
-    assert (result["verified"], len(result["rows"])) == (False, 4)
+    assert (result["status"], len(result["rows"])) == ("failed", 4)
     assert json.loads((run / "nbl.json").read_text())["status"] == "failed"
     assert_refused(nbl("generate", run, "Hi"), 1, "failed verification")
     again = nbl("verify", run)

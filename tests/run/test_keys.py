@@ -111,7 +111,7 @@ def test_another_order_of_layers_is_computed_anew(change: str, tmp_path: Path) -
     assert known({**options, **changed}, facts) == GreedyOrder()
 
 
-@pytest.mark.parametrize("name", ["_METHOD", "EVERY", "DIVISION"])
+@pytest.mark.parametrize("name", ["RULE", "EVERY", "DIVISION"])
 def test_another_way_to_judge_layers_computes_the_order_anew(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,7 +120,7 @@ def gguf_of(path: Path) -> Path | None:
         return None
     found = sorted(path.glob("*.gguf"))
     if len(found) > 1:
-        raise NblError(f"{path} holds {len(found)} GGUF files; name one of them: {found[0].name}, ...")
+        raise NblError(f"{path} holds {len(found)} GGUF files; name one of them, such as {found[0].name}")
     return found[0] if found else None
 
 
@@ -253,10 +253,10 @@ def _gguf_source(name: str, file: Path) -> Source:
         raise NblError(f"{file} is truncated or not a GGUF file ({error}); fetch it again") from error
     if parts is not None and int(parts) > 1:
         raise NblError(f"{file} is one of {parts} parts; put them together (llama-gguf-split --merge)")
-    for stated in layers:  # transformers reads the key of any architecture
-        check_layers(stated, names, file)
     aliases = {alias: record.name for record in ARCHITECTURES.values() for alias in record.aliases}
     _check_architecture(aliases.get(str(architecture), architecture), file)
+    for stated in layers:  # transformers reads the key of any architecture
+        check_layers(stated, names, file)
     return Source(name, file.parent, file, None, _fingerprint([file]))
 
 
