@@ -60,6 +60,7 @@ _ARCHITECTURES = {
     "llama3": "Llama 3 (llama3 scaling)",
     "llama-linear": "Llama (linear scaling)",
     "llama-yarn": "Llama (yarn scaling)",
+    "llama-bias": "Llama with biases",
     "mistral": "Mistral",
     "mistral-window": "Mistral, sliding window",
     "qwen2": "Qwen2",

@@ -72,7 +72,7 @@ MODELS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "config cut": (lambda m: cut(m / "config.json", 100), ("config.json", "cannot be read", "fetch the model again")),
     "config is text": (lambda m: (m / "config.json").write_bytes(b"\xff\xfe{"), ("config.json", "cannot be read")),
     "config is a list": (lambda m: (m / "config.json").write_text("[]"), ("config.json", "not a model configuration")),
-    "config contradicts": (lambda m: edit(m / "config.json", num_key_value_heads=3), ("shapes that config.json states",)),
+    "config contradicts": (lambda m: edit(m / "config.json", num_key_value_heads=3), ("shapes that config.json",)),
     "config of 0 layers": (lambda m: edit(m / "config.json", num_hidden_layers=0), ("no usable", "1 to 1024 layers")),
     "bert": (lambda m: edit(m / "config.json", model_type="bert"), ("'bert'", "not supported", "llama, mistral")),
     "a type that is a list": (lambda m: edit(m / "config.json", model_type=["llama"]), ("['llama']", "not supported")),
