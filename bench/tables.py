@@ -1,9 +1,9 @@
 """Writes the tables of README.md and docs/results.md from the raw results in bench/results.
 
-    python bench/tables.py            write every table between <!-- NAME --> and <!-- /NAME -->, and the plot
+    python bench/tables.py            write every table between <!-- NAME --> and <!-- /NAME -->
     python bench/tables.py --check    only print the rows that would change; exit status 1 if there are any
 
-The text around the tables is written by hand. The bytes of the plot depend on the version of matplotlib.
+The text around the tables is written by hand.
 """
 
 from __future__ import annotations
@@ -96,16 +96,6 @@ def written(page: Path, tables: Mapping[str, Table]) -> str:
     )
 
 
-def plot() -> None:
-    """Write the plot of the sweep on a white background."""
-    from nbl_export.report.plots import tradeoff
-
-    sweep = result("sweep-smollm2")
-    svg = tradeoff(sweep["points"], sweep["recommended"])
-    alone = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background: #fff" ', 1)
-    (ROOT / "bench" / "results" / "sweep-smollm2.svg").write_text(alone + "\n", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
@@ -119,7 +109,6 @@ def main() -> None:
             page.write_text(after, encoding="utf-8")
     if check:
         sys.exit("\n".join(changed[:20]) or 0)
-    plot()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from tables_quality import TEXTS, rise
 from tables_speed import cell, level
 
 from nbl_export.records.plan import spoken_layers
+from nbl_export.text.window_intervals import increase_interval
 
 # Raw result of a job -> title, and raw result of its layers on other texts.
 _JOBS = {
@@ -122,7 +123,7 @@ def taken(read: Read) -> Rows:
         run, other = read(name), read(elsewhere)["residual"]
         (prices,) = other.values()
         assert list(other) == [",".join(map(str, run["replaced_layers"]))], "another set of layers"
-        rises = [_interval(price["increase"], price["increase_interval"]) for price in run["price"]]
+        rises = [_increase(price["per_window"]) for price in run["price"]]
         unread = [rise(prices[text]) for text in ("wikitext-2 valid", "c4 rest", "realnews", "code")]
         rows.append((title, spoken_layers(run["replaced_layers"]), *rises, *unread))
     return rows
@@ -138,5 +139,8 @@ def job_speeds(read: Read) -> Rows:
     return rows
 
 
-def _interval(value: float, ends: Sequence[float]) -> str:
-    return f"{100 * value:+.1f}% ({100 * ends[0]:.1f} to {100 * ends[1]:.1f})"
+def _increase(windows: Mapping[str, Sequence[float]]) -> str:
+    """The perplexity increase with today's interval, from the losses of each window."""
+    found = increase_interval(windows["loss_original"], windows["loss_nbl"])
+    assert found.low is not None and found.high is not None
+    return f"{100 * found.value:+.1f}% ({100 * found.low:.1f} to {100 * found.high:.1f})"
