@@ -6,7 +6,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tables_speed import cell, level
+from tables_speed import cell, level, spoken
+
+from nbl_export.measure.paired import paired_ratio
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
@@ -53,8 +55,6 @@ def tokens(read: Read) -> Rows:
 def prefill(read: Read) -> Rows:
     """Prefill of 2,048 tokens in original/ and in lossless/."""
     found = read("lossless-tokens-smollm2")["prefill_seconds"]
-    ratios = [a / b for a, b in zip(found["original"], found["lossless"], strict=True)]
-    low, high = min(ratios), max(ratios)
+    ratio = paired_ratio(found["original"], found["lossless"], range(len(found["original"])))
     shown = (f"{statistics.median(found[name]):.2f} s" for name in ("original", "lossless"))
-    titles = ("original/", "lossless/", "original over lossless", f"range of {len(ratios)} loads")
-    return [titles, "rrrr", (*shown, f"×{statistics.median(ratios):.2f}", f"{low:.2f} to {high:.2f}")]
+    return [("original/", "lossless/", f"speed of lossless/ ({ratio.interval})"), "rrr", (*shown, spoken(ratio))]

@@ -100,3 +100,4 @@ def test_the_table_shows_these_figures() -> None:
     assert len(cells) == 9
     assert cells[FAST.name, "all"] == ("25.0%", "2.00", "×0.80", "×4.00", "×2.00", "2.00 to 2.00", "10 of 10")
     assert cells[SLOW.name, "all"][3:] == ("×0.50", "×0.50", "0.50 to 0.50", "10 of 10")
+    assert cells[EVEN.name, "all"][4:6] == ("no clear difference", "1.000 to 1.000")

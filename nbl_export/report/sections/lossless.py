@@ -54,8 +54,8 @@ def _row(row: Mapping[str, Any]) -> tuple[str, ...]:
         "–" if row["tokens_per_round"] is None else f"{row['tokens_per_round']:.2f}",
         f"×{spoken_ratio(row['prefill_ratio'])}",
         f"×{spoken_ratio(row['decode_ratio'])}",
-        f"×{spoken_ratio(row['ratio'])}",
-        f"{row['low']:.2f} to {row['high']:.2f}",
+        row["verdict"] if row["low"] <= 1 <= row["high"] else f"×{spoken_ratio(row['ratio'])}",
+        f"{spoken_ratio(row['low'])} to {spoken_ratio(row['high'])}",
         f"{row['equal']} of {row['prompts']}",
     )
 
