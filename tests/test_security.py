@@ -55,9 +55,10 @@ def _findings(tree: ast.AST) -> Iterator[str]:
             yield str(node.value)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_no_pickle_no_code_of_others(name: str) -> None:
-    assert findings((PACKAGE / name).read_text(encoding="utf-8")) == []
+def test_no_pickle_no_code_of_others() -> None:
+    assert len(FILES) > 300
+    found = [(name, findings((PACKAGE / name).read_text(encoding="utf-8"))) for name in FILES]
+    assert [(name, what) for name, what in found if what] == []
 
 
 @pytest.mark.parametrize(
