@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
@@ -61,12 +61,13 @@ def test_error_falls_with_the_rank_down_to_the_full_fit(seed: int, noise: float)
 
 @settings(max_examples=25, deadline=None)
 @given(seed=seeds, rank=st.integers(1, SIZE - 1))
+@example(seed=361, rank=1)  # weights of several hundred, whose float32 rounding is above 1e-5
 def test_no_other_map_of_the_rank_is_better(seed: int, rank: int) -> None:
     """Random competitors, each with the best right factor and bias for its left one, near to and far from the fit."""
     x, y = sample(seed=seed)
     m = moments(x, y)
     best = fit(m, 0, ridge=0.0, rank=rank)
-    assert np.linalg.matrix_rank(best.weight, tol=1e-5) == rank
+    assert np.linalg.matrix_rank(best.weight, tol=1e-5 * np.linalg.norm(best.weight, 2)) == rank  # float32 entries
     least = error(best, x, y)
     full = torch.from_numpy(fit(m, 0, ridge=0.0).weight).double()
     generator = torch.Generator().manual_seed(seed)
