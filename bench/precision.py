@@ -1,6 +1,6 @@
 """Speed, size, quality and verification of each quantisation of one model, original and NBL, in one run directory.
 
-    python bench/precision.py MODEL DATA WORK --layers 0,5-8,22,24-29 [--only int4,...] > bench/results/FILE.json
+    python bench/precision.py MODEL DATA WORK --layers 7,9,15,25-29 [--only int4,...] > bench/results/FILE.json
 
 Every row runs the command line with other options in the run directory WORK, which may already hold a run of this
 model. Calibration runs once. Each row exports, verifies, and measures perplexity on three texts through the exported

@@ -70,7 +70,7 @@ class Tolerance:
 
 # fp32: agreement of two float32 implementations of the same graph; the twins of quantised graphs have this limit too.
 # fp16: the yardstick is the original graph's own error (rung b). int8 and int4: rung g; both sides have the same
-# matrices, and kernels round activations to 8 bits. Measured: bench/results/twins.json, precision-smollm2.json.
+# matrices, and kernels round activations to 8 bits. Measured: bench/results/twins.json.
 TOLERANCES = {
     "fp32": Tolerance("max_abs", 1e-3, None, 1e-2, 0.5),
     "fp16": Tolerance("relative_rms", 0.02, 2.0, 0.5),
