@@ -105,9 +105,9 @@ def through_the_pipeline(source: str, precision: str, checkpoint: Path, text: Pa
 
 def _decoder(directory: Path, head_dim: int) -> Any:
     """The graph with all logits, in its own types; an IR in float32."""
-    from nbl_export.engines.openvino.decoder import IrDecoder
-    from nbl_export.engines.ort.decoder import OnnxDecoder
     from nbl_export.graph.names import ALL_LOGITS_IR, all_logits_file
+    from nbl_export.targets.onnx.decoder import OnnxDecoder
+    from nbl_export.targets.openvino.decoder import IrDecoder
 
     if (directory / ALL_LOGITS_IR).is_file():
         return IrDecoder(directory, ALL_LOGITS_IR, exact=True)
@@ -117,14 +117,14 @@ def _decoder(directory: Path, head_dim: int) -> Any:
 def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict[str, Any]:
     """The rewritten static form for TensorRT, on ONNX Runtime in float32, also with int4 blocks."""
     from nbl_export.calibrate.hooks import collect
-    from nbl_export.decoders import static
-    from nbl_export.engines.static.on_ort import open_decoder
     from nbl_export.graph.names import GRAPH_FILE
     from nbl_export.model.checkpoint.load import load_model, load_tokenizer, read_spec
     from nbl_export.model.checkpoint.source import resolve
     from nbl_export.plan.lmmse import fit
     from nbl_export.rewrite import rewrite
     from nbl_export.run.preflight import check_asked
+    from nbl_export.targets.tensorrt import export as static
+    from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 
     spec = read_spec(resolve(str(checkpoint)))
     check_asked(JobOptions(str(checkpoint), decoder_source="static"), spec.architecture)

@@ -19,15 +19,10 @@ from typing import Any
 import numpy as np
 
 from nbl_export.calibrate.moments_file import whole_moments
-from nbl_export.engines.llama_cpp.engine import LLAMA_CPP
-from nbl_export.formats.gguf.check import check_file
 from nbl_export.formats.gguf.content import Content
-from nbl_export.formats.gguf.facts import read_gguf_facts
 from nbl_export.formats.gguf.files import read_content, write_content
-from nbl_export.formats.gguf.linearize import KEEP, linearized
 from nbl_export.measure.benchmark import machine
 from nbl_export.model.linearize import replaced
-from nbl_export.model.saved.gguf import content_of
 from nbl_export.model.speech import Spoken
 from nbl_export.plan import lmmse
 from nbl_export.plan.choose import parse_layers
@@ -35,7 +30,17 @@ from nbl_export.records.plan import AffineMap
 from nbl_export.run.deployed import Finished, open_finished
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import MOMENTS_FILE
-from nbl_export.verify.running_gguf import PROMPTS, Heard, hear, judge
+from nbl_export.targets.gguf.check import check_file
+from nbl_export.targets.gguf.engine import LLAMA_CPP
+from nbl_export.targets.gguf.facts import read_gguf_facts
+from nbl_export.targets.gguf.linearize import KEEP, linearized
+from nbl_export.targets.gguf.running import (
+    PROMPTS,
+    Heard,
+    hear,
+    judge,
+)
+from nbl_export.targets.gguf.write import content_of
 
 
 def listen(path: Path, windows: Any) -> tuple[Heard, list[list[int]], np.ndarray]:

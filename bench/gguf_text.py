@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
-from nbl_export.engines.llama_cpp.engine import LLAMA_CPP
-from nbl_export.engines.ort.engine import ORT
 from nbl_export.files import versions
 from nbl_export.measure.benchmark import machine
 from nbl_export.model.speech import Spoken
 from nbl_export.run.deployed import open_finished
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import PACKAGES
-from nbl_export.verify.running_gguf import PROMPTS
+from nbl_export.targets.gguf.engine import LLAMA_CPP
+from nbl_export.targets.gguf.running import PROMPTS
+from nbl_export.targets.onnx.engine import ORT
 
 TOKENS = 64
 PAIRS = (("onnx runtime", "llama.cpp"), ("onnx runtime", "torch"), ("llama.cpp", "torch"))

@@ -42,12 +42,18 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--prompts", type=int, default=EACH, help="of each kind")
     options = parser.parse_args()
-    from nbl_export.engines.ort.lossless import LosslessRunner
     from nbl_export.files import versions
     from nbl_export.measure.benchmark import machine
-    from nbl_export.measure.lossless import Asked, Way, overall, rows, time_ways
+    from nbl_export.measure.lossless import (
+        Asked,
+        Way,
+        overall,
+        rows,
+        time_ways,
+    )
     from nbl_export.records.proposers import GENAI_PROPOSERS
     from nbl_export.run.lossless.tokens import first_differences, margin
+    from nbl_export.targets.onnx.lossless import LosslessRunner
     from nbl_export.text.prompts import prompts
 
     chosen = json.loads((options.run / "lossless.json").read_text(encoding="utf-8"))["chosen"]["name"]

@@ -15,7 +15,12 @@ __all__ = ["distilled"]
 
 def distilled(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     """Facts about the closed-form and the distilled maps of one set of layers; --keep DIR saves both."""
-    from nbl_export.distill.settings import UNLIMITED, DistillSettings, Surroundings, TrainingText
+    from nbl_export.distill.settings import (
+        UNLIMITED,
+        DistillSettings,
+        Surroundings,
+        TrainingText,
+    )
     from nbl_export.distill.training import distill
     from nbl_export.plan.choose import parse_layers
 

@@ -20,14 +20,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import onnx_ir as ir
 
-from nbl_export.decoders import build_decoder
-from nbl_export.graph.ir.difference import ordered
-from nbl_export.graph.ir.files import read_ir
-from nbl_export.graph.ir.states import states_of
 from nbl_export.graph.names import GRAPH_FILE, STATIC_GRAPH_FILE
 from nbl_export.records.decoder import TensorInfo
 from nbl_export.records.plan import Plan
 from nbl_export.rewrite import contract_of, rewrite, rewrite_model
+from nbl_export.targets.export import build_decoder
+from nbl_export.targets.openvino.ir.difference import ordered
+from nbl_export.targets.openvino.ir.files import read_ir
+from nbl_export.targets.openvino.ir.states import states_of
 from tests.tiny import ARCHITECTURES, LAYERS, made_by, random_map, save_checkpoint
 
 __all__ = ["CASES", "HERE", "header", "render_all", "render_graph"]

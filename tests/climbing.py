@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.decoders import build_decoder
-from nbl_export.engines import load_engine
 from nbl_export.model.checkpoint.load import load_model, read_spec
 from nbl_export.model.checkpoint.source import resolve
 from nbl_export.model.token_rows import token_rows
 from nbl_export.records.plan import Plan, layers_below
 from nbl_export.records.results import RungResult
 from nbl_export.rewrite import prune_directory, rewrite
+from nbl_export.targets import load_engine
+from nbl_export.targets.export import build_decoder
 from nbl_export.verify.climb import Climb
 from nbl_export.verify.codes import NEAREST
 from nbl_export.verify.float32_twins import build_twins, check_shipped

@@ -60,7 +60,7 @@ def exported(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPat
 
     @functools.cache
     def make(architecture: str, source: str = "genai", precision: str = "fp32") -> Path:
-        from nbl_export.decoders import build_decoder
+        from nbl_export.targets.export import build_decoder
 
         out = tmp_path_factory.mktemp(f"{architecture}-{source}-{precision}") / "original"
         build_decoder(source, checkpoint(architecture), out, precision)
@@ -180,7 +180,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def form(tiny: Callable[[str], Path]) -> Callable[[str], Any]:
     """architecture -> a fresh static form in float32, all logits."""
-    from nbl_export.decoders import static
+    from nbl_export.targets.tensorrt import export as static
 
     from .static_tiny import SLOTS
 

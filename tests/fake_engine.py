@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nbl_export.engines.static.on_ort import open_decoder
-from nbl_export.engines.static.schedule import engine_profiles
-from nbl_export.engines.tensorrt.contexts import DEFAULT, Strategy
-from nbl_export.engines.tensorrt.kernels import KernelCache
-from nbl_export.engines.tensorrt.library import Library
-from nbl_export.engines.tensorrt.record import EngineRecord, digest_of
-from nbl_export.engines.tensorrt.runner import TrtSession
+from nbl_export.targets.tensorrt.contexts import DEFAULT, Strategy
+from nbl_export.targets.tensorrt.kernels import KernelCache
+from nbl_export.targets.tensorrt.library import Library
+from nbl_export.targets.tensorrt.record import EngineRecord, digest_of
+from nbl_export.targets.tensorrt.runner import TrtSession
+from nbl_export.targets.tensorrt.static.on_ort import open_decoder
+from nbl_export.targets.tensorrt.static.schedule import engine_profiles
 
 from .fake_tensorrt import FakeDevice, FakeTensorRT, FakeTensorRTX
 from .tensorrt_api.held import held

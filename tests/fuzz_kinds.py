@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from nbl_export.engines.tensorrt.record import EngineRecord
 from nbl_export.files import write_json
+from nbl_export.targets.tensorrt.record import EngineRecord
 
 from .canaries import Canaries, put_outside
 from .command import nbl

@@ -26,8 +26,8 @@ def make_graph(name: str, checkpoint: Path, out: Path) -> Path:
     torchscript or optimum."""  # fmt: skip
     source, *words = name.split("-")
     if source == "genai":
-        from nbl_export.decoders import build_decoder
-        from nbl_export.decoders.genai import BuilderSettings
+        from nbl_export.targets.export import build_decoder
+        from nbl_export.targets.onnx.export_genai import BuilderSettings
 
         build_decoder(
             "genai", checkpoint, out, words[0], settings=BuilderSettings("cuda" if words[0] == "fp16" else "cpu")

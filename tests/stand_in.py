@@ -22,16 +22,16 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.acceptance.parts import Parts
-from nbl_export.engines.base import BuildSettings
-from nbl_export.engines.gpu import Gpu
-from nbl_export.engines.static.schedule import engine_profiles
-from nbl_export.engines.tensorrt.contexts import DEFAULT, Strategy
-from nbl_export.engines.tensorrt.decode_step import DecodeStep
-from nbl_export.engines.tensorrt.kernels import KERNELS_FILE, KernelCache, made_for
-from nbl_export.engines.tensorrt.record import EngineRecord, digest_of, read_record
-from nbl_export.engines.tensorrt.runner import TrtSession
 from nbl_export.errors import NblError
 from nbl_export.files import file_sha256
+from nbl_export.targets.base import BuildSettings
+from nbl_export.targets.gpu import Gpu
+from nbl_export.targets.tensorrt.contexts import DEFAULT, Strategy
+from nbl_export.targets.tensorrt.decode_step import DecodeStep
+from nbl_export.targets.tensorrt.kernels import KERNELS_FILE, KernelCache, made_for
+from nbl_export.targets.tensorrt.record import EngineRecord, digest_of, read_record
+from nbl_export.targets.tensorrt.runner import TrtSession
+from nbl_export.targets.tensorrt.static.schedule import engine_profiles
 from nbl_export.trust.own_engines import remember
 
 from .stand_in_library import VERSION, CountingDevice, Library, SimulatedTimer
@@ -153,7 +153,7 @@ class StandIn(Parts):
         return plan_of(place, engine_profiles(1, 1, 4))
 
     def build(self, source: Path, out: Path, settings: BuildSettings) -> EngineRecord:
-        from nbl_export.engines.static.on_ort import OrtSession
+        from nbl_export.targets.tensorrt.static.on_ort import OrtSession
 
         out.mkdir()
         if self.fault == "kernel":

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nbl_export.engines.static.schedule import Profile
+from nbl_export.targets.tensorrt.static.schedule import Profile
 
 from .fake_tensorrt import (
     Config,

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.engines.static.host import StaticDecoder
-from nbl_export.engines.static.on_ort import open_decoder
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import AffineMap
+from nbl_export.targets.tensorrt.static.host import StaticDecoder
+from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 
 __all__ = ["ARCHITECTURES", "HEAD", "LAYERS", "SLOTS", "SPEC", "SUBSETS", "TOLERANCE", "VOCAB", "WINDOW", "appended",
            "maps_of", "parts_of", "rows", "save_checkpoint", "single_row_error", "torch_logits", "worst"]  # fmt: skip

@@ -16,7 +16,7 @@ _SILENT_IN = ("CI", "TF_BUILD", "GITHUB_ACTIONS", "GITLAB_CI", "CIRCLECI", "TRAV
 _OPEN = """
 import sys
 from pathlib import Path
-from nbl_export.engines.ort.engine import ORT, probe
+from nbl_export.targets.onnx.engine import ORT, probe
 assert probe().available
 ORT.open_runner(Path(sys.argv[1]), 1).__exit__()
 """

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.engines.base import BuildSettings
-from nbl_export.engines.gpu import Gpu
-from nbl_export.engines.tensorrt.build import build_engine
-from nbl_export.engines.tensorrt.engine import TRT_RTX
-from nbl_export.engines.tensorrt.library import LIBRARIES
 from nbl_export.records.plan import Plan
+from nbl_export.targets.base import BuildSettings
+from nbl_export.targets.gpu import Gpu
+from nbl_export.targets.tensorrt.build import build_engine
+from nbl_export.targets.tensorrt.engine import TRT_RTX
+from nbl_export.targets.tensorrt.library import LIBRARIES
 
 from .static_tiny import LAYERS, SLOTS, maps_of, save_checkpoint
 
@@ -37,9 +37,9 @@ def checkpoint_of(architecture: str) -> Path:
 @functools.cache
 def graph_of(architecture: str, replaced: tuple[int, ...] = (), precision: str = "fp16", slots: int = SLOTS) -> Path:
     """A directory with decoder.onnx, rewritten as for a run. Never write to it."""
-    from nbl_export.decoders import static
     from nbl_export.rewrite import rewrite
     from nbl_export.rewrite.tail.last_token import keep_last_token
+    from nbl_export.targets.tensorrt import export as static
 
     root = Path(tempfile.mkdtemp(dir=_ROOT.name))
     static.build(checkpoint_of(architecture), root / "original", precision, max_seq_len=slots)

@@ -33,10 +33,10 @@ from environments import CACHE
 from gguf_types import TYPES
 from table import against, print_table
 
-from nbl_export.engines.ort.genai import default_threads
 from nbl_export.measure.benchmark import machine
 from nbl_export.records.results import Scenario
 from nbl_export.run.deployed import is_model_directory
+from nbl_export.targets.onnx.genai import default_threads
 
 PROMPT = "The capital of France is"
 SAID_TOKENS = 12

@@ -15,7 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nbl_export.acceptance.verdict import CannotRun, Emit, Failed, LeftOut, Notes, Outcome
+from nbl_export.acceptance.verdict import (
+    CannotRun,
+    Emit,
+    Failed,
+    LeftOut,
+    Notes,
+    Outcome,
+)
 from nbl_export.errors import NblError
 from nbl_export.parallel.child import GRACE_SECONDS, Child, Write
 

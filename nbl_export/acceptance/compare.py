@@ -7,9 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from nbl_export.acceptance.parts import Opened
-from nbl_export.acceptance.verdict import DEFECT, KERNELS, RUNNER, Failed, Notes
-from nbl_export.engines.tensorrt.examine.examined import SPOILT
+from nbl_export.acceptance.verdict import (
+    DEFECT,
+    KERNELS,
+    RUNNER,
+    Failed,
+    Notes,
+)
 from nbl_export.errors import NblError
+from nbl_export.targets.tensorrt.examine.examined import SPOILT
 
 __all__ = ["advance", "distance", "last_of", "require_close"]
 

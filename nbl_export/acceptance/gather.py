@@ -12,9 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.acceptance.material import CACHE_ROWS, LAST_TOKENS, OneLayer, Texts
-from nbl_export.engines.static.host import StaticDecoder
-from nbl_export.engines.static.on_ort import OrtSession
+from nbl_export.acceptance.material import (
+    CACHE_ROWS,
+    LAST_TOKENS,
+    OneLayer,
+    Texts,
+)
+from nbl_export.targets.tensorrt.static.host import StaticDecoder
+from nbl_export.targets.tensorrt.static.on_ort import OrtSession
 
 __all__ = ["LEAST_TOKENS", "choose_texts", "one_layer", "said_by"]
 

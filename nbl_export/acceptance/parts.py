@@ -17,19 +17,30 @@ from typing import Any
 
 from nbl_export.acceptance import material
 from nbl_export.acceptance.material import Material
-from nbl_export.acceptance.verdict import DEFECT, RUNNER, Failed, Notes
-from nbl_export.engines.base import BuildSettings
-from nbl_export.engines.gpu import Gpu, find_gpu
-from nbl_export.engines.static.host import StaticDecoder
-from nbl_export.engines.tensorrt.build import build_engine
-from nbl_export.engines.tensorrt.contexts import Strategy
-from nbl_export.engines.tensorrt.device import CudaPython, Device, Torch, find_backend, open_device
-from nbl_export.engines.tensorrt.examine.bare import sum_plan
-from nbl_export.engines.tensorrt.examine.examined import Examined
-from nbl_export.engines.tensorrt.examine.timer import Timer, open_timer
-from nbl_export.engines.tensorrt.library import Library, load_library
-from nbl_export.engines.tensorrt.record import EngineRecord, read_record
-from nbl_export.engines.tensorrt.runner import TrtSession, open_session
+from nbl_export.acceptance.verdict import (
+    DEFECT,
+    RUNNER,
+    Failed,
+    Notes,
+)
+from nbl_export.targets.base import BuildSettings
+from nbl_export.targets.gpu import Gpu, find_gpu
+from nbl_export.targets.tensorrt.build import build_engine
+from nbl_export.targets.tensorrt.contexts import Strategy
+from nbl_export.targets.tensorrt.device import (
+    CudaPython,
+    Device,
+    Torch,
+    find_backend,
+    open_device,
+)
+from nbl_export.targets.tensorrt.examine.bare import sum_plan
+from nbl_export.targets.tensorrt.examine.examined import Examined
+from nbl_export.targets.tensorrt.examine.timer import Timer, open_timer
+from nbl_export.targets.tensorrt.library import Library, load_library
+from nbl_export.targets.tensorrt.record import EngineRecord, read_record
+from nbl_export.targets.tensorrt.runner import TrtSession, open_session
+from nbl_export.targets.tensorrt.static.host import StaticDecoder
 
 __all__ = ["Opened", "Parts", "Target"]
 

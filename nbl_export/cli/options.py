@@ -13,7 +13,12 @@ from typing import Annotated, Any
 import typer
 
 from nbl_export.records.asked import numbers
-from nbl_export.records.option import MAIN, PANELS, Option, options_of
+from nbl_export.records.option import (
+    MAIN,
+    PANELS,
+    Option,
+    options_of,
+)
 from nbl_export.records.options import JobOptions
 
 __all__ = ["GENERAL", "Force", "Json", "Model", "Output", "Run", "TrustEngine", "refuse_options_before", "takes"]

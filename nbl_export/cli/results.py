@@ -111,9 +111,9 @@ def inspect(
 
 def doctor(as_json: opt.Json = False) -> None:
     """List the engines that work on this machine, and why others do not."""
-    from nbl_export.engines.gpu import find_gpu, spoken
     from nbl_export.report.tables import doctor_table
     from nbl_export.run.describe import examine_engines
+    from nbl_export.targets.gpu import find_gpu, spoken
 
     found = examine_engines()
     show(found, doctor_table(found, spoken(find_gpu())), as_json)

@@ -30,7 +30,14 @@ from typing import Any
 
 import torch
 
-from nbl_export.distill.settings import AIMING, Distilled, DistillSettings, State, Surroundings, TrainingText
+from nbl_export.distill.settings import (
+    AIMING,
+    Distilled,
+    DistillSettings,
+    State,
+    Surroundings,
+    TrainingText,
+)
 from nbl_export.distill.twin import Lesson, Twin
 from nbl_export.errors import NblError
 from nbl_export.parallel.peers import Peers

@@ -6,14 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbl_export.engines import load_engine
-from nbl_export.engines.openvino.decoder import IrDecoder
-from nbl_export.engines.openvino.facts import read_ir_facts
-from nbl_export.engines.ort.decoder import OnnxDecoder
 from nbl_export.errors import NblError
 from nbl_export.graph.genai_config import check_genai_config, read_genai_config
-from nbl_export.graph.names import ALL_LOGITS_IR, GENAI_CONFIG, IR_FILE, MANIFEST, all_logits_file
+from nbl_export.graph.names import (
+    ALL_LOGITS_IR,
+    GENAI_CONFIG,
+    IR_FILE,
+    MANIFEST,
+    all_logits_file,
+)
 from nbl_export.run_directory import RunDirectory
+from nbl_export.targets import load_engine
+from nbl_export.targets.onnx.decoder import OnnxDecoder
+from nbl_export.targets.openvino.decoder import IrDecoder
+from nbl_export.targets.openvino.facts import read_ir_facts
 
 __all__ = ["GRAPH_VARIANTS", "GraphPlace", "find_graph"]
 

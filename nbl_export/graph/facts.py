@@ -13,7 +13,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from nbl_export.graph.anatomy import PRODUCTS, AttentionBlock, graph_caches, is_constant
+from nbl_export.graph.anatomy import (
+    PRODUCTS,
+    AttentionBlock,
+    graph_caches,
+    is_constant,
+)
 from nbl_export.graph.names import GENAI_CONFIG
 
 __all__ = ["architecture_of", "decoder_facts", "full_layers", "hidden_size", "logits_of", "replaced_layers"]

@@ -39,13 +39,27 @@ from typing import Any
 import numpy as np
 import psutil
 
-from nbl_export.engines.base import Room
 from nbl_export.errors import NblError
 from nbl_export.measure import background
-from nbl_export.measure.footprint import Footprint, OpenRunner, disk_bytes, measure_footprint
-from nbl_export.measure.rounds import Instruments, Progress, Rule, Stand, Steps, Variant, groups, time_rounds
+from nbl_export.measure.footprint import (
+    Footprint,
+    OpenRunner,
+    disk_bytes,
+    measure_footprint,
+)
+from nbl_export.measure.rounds import (
+    Instruments,
+    Progress,
+    Rule,
+    Stand,
+    Steps,
+    Variant,
+    groups,
+    time_rounds,
+)
 from nbl_export.model.memory import available_bytes
 from nbl_export.records.results import Scenario, Timing
+from nbl_export.targets.base import Room
 
 __all__ = ["BenchSetting", "Instruments", "Variant", "decode_tokens", "machine", "plan_scenarios", "room_for", "run"]
 

@@ -28,13 +28,13 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.engines.base import TextRunner
 from nbl_export.measure import background
 from nbl_export.measure.energy import Meter
 from nbl_export.measure.footprint import OpenRunner
 from nbl_export.measure.idle import wait_until_idle
 from nbl_export.measure.paired import PairedRatio, paired_ratio
 from nbl_export.records.results import Scenario, Timing
+from nbl_export.targets.base import TextRunner
 
 __all__ = ["LOOKS", "NARROW", "Instruments", "Progress", "Rounds", "Rule", "Stand", "Steps", "Variant",
            "groups", "time_rounds"]  # fmt: skip

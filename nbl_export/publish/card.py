@@ -15,8 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nbl_export.engines import load_engine
-from nbl_export.engines.providers import PROVIDERS
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.files import file_sha256, friendly_os_errors
 from nbl_export.publish import base_model
@@ -28,6 +26,8 @@ from nbl_export.records.results import COMPARED, VERIFIED
 from nbl_export.report import markdown
 from nbl_export.report.sections import head, quality, speed
 from nbl_export.run_directory import REPORT_JSON, RunDirectory
+from nbl_export.targets import load_engine
+from nbl_export.targets.providers import PROVIDERS
 
 __all__ = ["CARD", "check_publishable", "render", "write_card"]
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from nbl_export.errors import NblError, UsageError
 from nbl_export.files import refuse_occupied
-from nbl_export.formats.gguf.linearize import KEEP, TYPES
 from nbl_export.records.results import RungResult
 from nbl_export.run.deployed import open_finished
 from nbl_export.run.progress import Ui
+from nbl_export.targets.gguf.linearize import KEEP, TYPES
 
 __all__ = ["FORMS", "convert"]
 

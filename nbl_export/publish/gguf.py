@@ -11,16 +11,21 @@ import numpy as np
 from nbl_export import __version__
 from nbl_export.errors import NblError, ParityError
 from nbl_export.files import move_into_place
-from nbl_export.formats.gguf.check import check_file
 from nbl_export.formats.gguf.content import Content, Key
 from nbl_export.formats.gguf.files import read_content, write_content
-from nbl_export.formats.gguf.linearize import KEEP, check_base, linearized
-from nbl_export.model.saved import gguf as from_checkpoint
-from nbl_export.publish.linear_maps import TAP, LinearMaps, linear_maps, price_of_change
+from nbl_export.publish.linear_maps import (
+    TAP,
+    LinearMaps,
+    linear_maps,
+    price_of_change,
+)
 from nbl_export.records.plan import AffineMap
 from nbl_export.records.results import RungResult
 from nbl_export.run.deployed import Finished
 from nbl_export.run.progress import Ui
+from nbl_export.targets.gguf import write as from_checkpoint
+from nbl_export.targets.gguf.check import check_file
+from nbl_export.targets.gguf.linearize import KEEP, check_base, linearized
 
 __all__ = ["convert"]
 
@@ -95,7 +100,7 @@ def _original_file(content: Content, found: Finished, base: Path | None, kind: s
 
 def _run(found: Finished, linear: LinearMaps, path: Path, original: Path, ui: Ui) -> list[RungResult]:
     """What llama.cpp computes beside torch; nothing if it is not installed, which is said."""
-    from nbl_export.engines.llama_cpp.engine import LLAMA_CPP
+    from nbl_export.targets.gguf.engine import LLAMA_CPP
 
     answer = LLAMA_CPP.probe()
     if not answer.available or found.original_is_gone:
@@ -103,7 +108,7 @@ def _run(found: Finished, linear: LinearMaps, path: Path, original: Path, ui: Ui
         return []
     from nbl_export.model.linearize import replaced
     from nbl_export.model.speech import Spoken
-    from nbl_export.verify.running_gguf import PROMPTS, hear, judge
+    from nbl_export.targets.gguf.running import PROMPTS, hear, judge
 
     windows, heard = found.unseen, []
     with ui.task("running in llama.cpp and torch"):

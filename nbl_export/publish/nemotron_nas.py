@@ -23,8 +23,8 @@ def convert(found: Finished, target: Path, form: str, ui: Ui) -> list[RungResult
         ParityError: the model that was read back computes something else.
     """
     from nbl_export.model.linearize import replaced
-    from nbl_export.model.saved import nemotron_nas
     from nbl_export.model.speech import Spoken
+    from nbl_export.targets.checkpoint import nemotron_nas
 
     nemotron_nas.check(found.model.config, tuple(found.maps), form)
     linear = linear_maps(found, ui)

@@ -9,7 +9,19 @@ from typing import Any
 from rich.table import Table as TerminalTable
 
 from nbl_export.report import html, markdown, words
-from nbl_export.report.blocks import Alarm, Badge, Block, Cell, Column, Document, Items, Paragraph, Section, Table, Tone
+from nbl_export.report.blocks import (
+    Alarm,
+    Badge,
+    Block,
+    Cell,
+    Column,
+    Document,
+    Items,
+    Paragraph,
+    Section,
+    Table,
+    Tone,
+)
 
 __all__ = ["document", "verdict_table", "write"]
 

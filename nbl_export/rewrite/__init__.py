@@ -105,7 +105,7 @@ def rewrite(
         RefusalError: the graph is not understood.
     """
     if (source / IR_FILE).is_file():
-        from nbl_export.rewrite.openvino import rewrite_ir
+        from nbl_export.targets.openvino.rewrite import rewrite_ir
 
         rewrite_ir(source, out, plan, maps, rows_VD)
         return
@@ -135,7 +135,7 @@ def prune_directory(directory: Path) -> None:
         RefusalError: the tail of this graph cannot be pruned; no file has changed.
     """
     if (directory / IR_FILE).is_file():
-        from nbl_export.rewrite.openvino import keep_last_token_ir
+        from nbl_export.targets.openvino.rewrite import keep_last_token_ir
 
         keep_last_token_ir(directory)
     else:

@@ -44,7 +44,7 @@ def write_target(original: Path, out: Path) -> None:
         RefusalError: the tail of this graph cannot be pruned.
     """
     if (original / IR_FILE).is_file():
-        from nbl_export.rewrite.openvino.lossless import write_ir_target
+        from nbl_export.targets.openvino.rewrite.lossless import write_ir_target
 
         write_ir_target(original, out)
         return
@@ -63,7 +63,7 @@ def write_target(original: Path, out: Path) -> None:
 def add_draft(source: Path, out: Path, draft: str) -> dict[str, Any]:
     """Copy a deployable directory's graph into `out` as a draft; returns its block of genai_config.json, if any."""
     if (source / IR_FILE).is_file():
-        from nbl_export.rewrite.openvino.lossless import add_ir_draft
+        from nbl_export.targets.openvino.rewrite.lossless import add_ir_draft
 
         add_ir_draft(source, out, draft)
         return {}
@@ -80,7 +80,7 @@ def settle(out: Path, proposer: Proposer, drafts: Mapping[str, Mapping[str, Any]
         drafts: name of each draft in `out` -> its block of genai_config.json.
     """
     if (out / IR_FILE).is_file():
-        from nbl_export.rewrite.openvino.lossless import settle_ir
+        from nbl_export.targets.openvino.rewrite.lossless import settle_ir
 
         settle_ir(out, proposer, drafts)
         return

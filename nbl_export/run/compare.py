@@ -15,18 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbl_export.engines.base import Room, TextRunner
-from nbl_export.engines.openvino.engine import OPENVINO
-from nbl_export.engines.openvino.facts import read_ir_facts
-from nbl_export.engines.ort.settings import GenaiSettings
-from nbl_export.engines.tensorrt.record import RECORD_FILE, read_record
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.formats.gguf.facts import read_gguf_facts
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE, IR_FILE
 from nbl_export.graph.sizes import read_graph_facts
 from nbl_export.records.options import JobOptions
-from nbl_export.run.deployed import Located, available_engine, is_model_directory, locate
+from nbl_export.run.deployed import (
+    Located,
+    available_engine,
+    is_model_directory,
+    locate,
+)
 from nbl_export.run.progress import Ui
+from nbl_export.targets.base import Room, TextRunner
+from nbl_export.targets.gguf.facts import read_gguf_facts
+from nbl_export.targets.onnx.settings import GenaiSettings
+from nbl_export.targets.openvino.engine import OPENVINO
+from nbl_export.targets.openvino.facts import read_ir_facts
+from nbl_export.targets.tensorrt.record import RECORD_FILE, read_record
 
 __all__ = ["compare", "is_stage"]
 
@@ -69,7 +74,12 @@ def compare(
     """
     from nbl_export.files import versions
     from nbl_export.measure import background, benchmark, energy
-    from nbl_export.measure.rows import read_timings, speed_ratios, speed_rows, spoken_test
+    from nbl_export.measure.rows import (
+        read_timings,
+        speed_ratios,
+        speed_rows,
+        spoken_test,
+    )
     from nbl_export.run_directory import PACKAGES
 
     decoders, base = _decoders(directories, against, force)

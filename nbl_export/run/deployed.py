@@ -9,10 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbl_export.engines import load_engine
-from nbl_export.engines.ort.gpu import provider_of
-from nbl_export.engines.tensorrt.kernels import trust_folder
-from nbl_export.engines.tensorrt.record import RECORD_FILE, read_record
 from nbl_export.errors import NblError, UsageError
 from nbl_export.graph.names import GENAI_CONFIG, IR_FILE, MANIFEST
 from nbl_export.model.checkpoint.nbl import GIVEN_FIT
@@ -23,6 +19,10 @@ from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
 from nbl_export.run.resolved import located
 from nbl_export.run_directory import MAPS_FILE, RunDirectory
+from nbl_export.targets import load_engine
+from nbl_export.targets.onnx.gpu import provider_of
+from nbl_export.targets.tensorrt.kernels import trust_folder
+from nbl_export.targets.tensorrt.record import RECORD_FILE, read_record
 from nbl_export.trust.contained import check_folder, check_inside
 from nbl_export.trust.plain_files import refuse_special
 

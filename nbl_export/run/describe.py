@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nbl_export.engines import ENGINES, RUNNERS, load_engine
-from nbl_export.engines.providers import PROVIDERS
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.report.page import codes_of
 from nbl_export.run_directory import MAPS_FILE, MOMENTS_FILE, RunDirectory
+from nbl_export.targets import ENGINES, RUNNERS, load_engine
+from nbl_export.targets.providers import PROVIDERS
 
 __all__ = ["describe", "examine_engines"]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nbl_export.engines import load_engine
 from nbl_export.errors import NblError
 from nbl_export.model.checkpoint.nbl import GIVEN_FIT, NO_ORIGINAL
 from nbl_export.records.requests import EvalRequest, Prepared, Subject
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import RunDirectory
+from nbl_export.targets import load_engine
 
 __all__ = ["evaluate"]
 

@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from nbl_export.decoders.genai import GGUF
 from nbl_export.errors import NblError, UsageError
 from nbl_export.formats.gguf.blocks import check_type
 from nbl_export.graph.given import GIVEN, graph_of
@@ -16,6 +15,7 @@ from nbl_export.model.checkpoint.source import gguf_of
 from nbl_export.records.asked import refuse_idle
 from nbl_export.records.options import JobOptions
 from nbl_export.run.resolved import case_of
+from nbl_export.targets.onnx.export_genai import GGUF
 
 __all__ = [
     "adapt_to_gguf",

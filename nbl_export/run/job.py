@@ -10,7 +10,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from nbl_export.engines.base import Engine
 from nbl_export.errors import NblError
 from nbl_export.files import key_of
 from nbl_export.graph.given import GIVEN
@@ -24,7 +23,15 @@ from nbl_export.run.preflight import check_options
 from nbl_export.run.progress import Ui
 from nbl_export.run.resolved import engine_of, identity_of, slots_of
 from nbl_export.run_directory import CALIBRATION_FILE, RunDirectory
-from nbl_export.text.held_back import FAR_ROLES, NEAR_ROLES, Division, divide, far_tokens, held_back_tokens
+from nbl_export.targets.base import Engine
+from nbl_export.text.held_back import (
+    FAR_ROLES,
+    NEAR_ROLES,
+    Division,
+    divide,
+    far_tokens,
+    held_back_tokens,
+)
 
 __all__ = ["Job"]
 

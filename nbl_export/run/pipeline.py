@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nbl_export.engines import ENGINES, load_engine
 from nbl_export.errors import NblError, ParityError
 from nbl_export.files import key_of
 from nbl_export.model.checkpoint.nbl import GIVEN_FIT, NO_ORIGINAL
@@ -19,12 +18,24 @@ from nbl_export.records.requests import Prepared, SweepRequest
 from nbl_export.run import torchrun
 from nbl_export.run.given import adapt_to_gguf, adapt_to_graph, refuse_changes
 from nbl_export.run.job import Job
-from nbl_export.run.preflight import check_options, engine_defaults, preflight, require_engine
+from nbl_export.run.preflight import (
+    check_options,
+    engine_defaults,
+    preflight,
+    require_engine,
+)
 from nbl_export.run.progress import Ui
 from nbl_export.run.resolved import located
 from nbl_export.run.stages import STAGES, readers
 from nbl_export.run.stages.common import Stage, passed
-from nbl_export.run_directory import CALIBRATION_FILE, MOMENTS_FILE, VERIFY_FILE, RunDirectory, refuse_foreign
+from nbl_export.run_directory import (
+    CALIBRATION_FILE,
+    MOMENTS_FILE,
+    VERIFY_FILE,
+    RunDirectory,
+    refuse_foreign,
+)
+from nbl_export.targets import ENGINES, load_engine
 
 __all__ = ["run_calibration", "run_job", "run_merge", "run_stages", "run_sweep"]
 

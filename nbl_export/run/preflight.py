@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from nbl_export.engines import ENGINES, load_engine
 from nbl_export.errors import NblError, UsageError
 from nbl_export.graph.given import GIVEN
 from nbl_export.model.architectures import ARCHITECTURES
@@ -15,7 +14,13 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.goals import check_request, check_size
 from nbl_export.records.options import JobOptions
 from nbl_export.run.given import check_graph_options
-from nbl_export.run.resolved import case_of, chunk_of, engine_of, slots_of
+from nbl_export.run.resolved import (
+    case_of,
+    chunk_of,
+    engine_of,
+    slots_of,
+)
+from nbl_export.targets import ENGINES, load_engine
 
 __all__ = ["check_asked", "check_options", "engine_defaults", "preflight", "require_engine"]
 
@@ -49,7 +54,7 @@ def preflight(
         UsageError: an option is unknown, has no effect, or does not fit the engine or another option.
         NblError: the decoder source does not make this precision.
     """
-    from nbl_export.decoders import genai
+    from nbl_export.targets.onnx import export_genai as genai
 
     check_request(options)
     genai.check_options(options.builder_option)
@@ -65,7 +70,7 @@ def preflight(
 
 def _check_exported(options: JobOptions) -> None:
     """Check precision and decoder source against the engine."""
-    from nbl_export.decoders import PRECISIONS
+    from nbl_export.targets.export import PRECISIONS
 
     capabilities = engine_of(options).capabilities
     for value, allowed, flag in (

@@ -19,11 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.engines import load_engine
 from nbl_export.errors import NblError, UsageError
 from nbl_export.records.options import JobOptions
-from nbl_export.run.deployed import Located, available_engine, is_model_directory, locate
+from nbl_export.run.deployed import (
+    Located,
+    available_engine,
+    is_model_directory,
+    locate,
+)
 from nbl_export.run.progress import Ui
+from nbl_export.targets import load_engine
 
 __all__ = ["Run", "check_request", "profile", "read_trace", "summarise"]
 
@@ -71,7 +76,7 @@ def profile(directory: Path, options: JobOptions, ui: Ui, *, force: bool = False
         NblError: there is no decoder, the decoder is not for ONNX Runtime's CPU provider, or the prompt exceeds the
             context.
     """
-    from nbl_export.engines.ort.settings import GenaiSettings
+    from nbl_export.targets.onnx.settings import GenaiSettings
 
     decoders = _decoders(directory, force)
     prompt, steps = options.prompt_length, _DECODE_STEPS
@@ -108,7 +113,7 @@ def _spoken(located: Located) -> str:
 
 def _run(directory: Path, ids: Sequence[int], repetitions: int, threads: int, progress: Any) -> dict[str, list[Run]]:
     """Runs of both phases without warm-ups."""
-    from nbl_export.engines.ort.profile import ProfiledDecoder
+    from nbl_export.targets.onnx.profile import ProfiledDecoder
 
     total = 2 + repetitions + _DECODE_STEPS
     with tempfile.TemporaryDirectory(prefix="nbl-export-profile-") as traces:

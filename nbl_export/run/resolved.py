@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.cost import model
-from nbl_export.engines import load_engine
-from nbl_export.engines.base import Engine
 from nbl_export.graph.given import GIVEN
 from nbl_export.model.checkpoint.nbl import GIVEN_FIT
 from nbl_export.model.checkpoint.source import Source, gguf_of
@@ -16,6 +14,8 @@ from nbl_export.records.asked import Case
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.options import JobOptions
 from nbl_export.run_directory import RunDirectory
+from nbl_export.targets import load_engine
+from nbl_export.targets.base import Engine
 from nbl_export.text.corpus import Text
 from nbl_export.text.mixture import absolute_sources
 

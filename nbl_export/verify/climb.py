@@ -199,7 +199,7 @@ class Climb:
 
     def _codes(self, rung: str, subject: str, decoder: Any, coded: Coded) -> None:
         """Compare the twin, the kernels and the shipped graph with the model that has the graph's matrices."""
-        from nbl_export.engines.ort.products import products
+        from nbl_export.targets.onnx.products import products
 
         truth, exact = self.truth_of_codes[subject], ladder.TOLERANCES["fp32"]
         twin = coded.open()

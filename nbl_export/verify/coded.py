@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbl_export.engines.ort.decoder import OnnxDecoder
 from nbl_export.errors import RefusalError
 from nbl_export.graph.coded.nbits import StoredMatrix
 from nbl_export.graph.names import GRAPH_FILE, all_logits_file
 from nbl_export.records.results import RungResult
+from nbl_export.targets.onnx.decoder import OnnxDecoder
 from nbl_export.verify import codes
 from nbl_export.verify.setting import Setting
 

@@ -29,10 +29,10 @@ def build_twins(
     checkpoint: Path, setting: Setting, maps: Mapping[int, AffineMap], rows_VD: np.ndarray | None, out: Path
 ) -> dict[str, Path]:
     """Write both twins with the shipped logits, as the stages do; an int4 run gets `INT4` beside each twin."""
-    from nbl_export.decoders import static
     from nbl_export.graph.names import GRAPH_FILE
     from nbl_export.rewrite import rewrite
     from nbl_export.rewrite.tail.last_token import keep_last_token
+    from nbl_export.targets.tensorrt import export as static
 
     directories = {"original": out / "original", "nbl": out / "model"}
     static.save_graph(static.build_form(checkpoint, setting.slots), directories["original"], GRAPH_FILE)
@@ -47,8 +47,8 @@ def build_twins(
 
 def check_shipped(setting: Setting, shipped: Mapping[str, Path], twins: Mapping[str, Path]) -> list[RungResult]:
     """Rung a: each shipped graph is its verified twin cast to its precision, node for node and bit for bit."""
-    from nbl_export.decoders import static
     from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE, STATIC_GRAPH_FILE
+    from nbl_export.targets.tensorrt import export as static
     from nbl_export.verify.last_token import check_pruned
 
     pruned = setting.logits == "last"

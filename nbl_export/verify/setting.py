@@ -6,9 +6,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from nbl_export.engines.base import Engine
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import Plan
+from nbl_export.targets.base import Engine
 
 __all__ = ["Setting"]
 

@@ -14,7 +14,13 @@ import torch
 
 from nbl_export.graph.coded.nbits import StoredMatrix
 from nbl_export.model.linearize import linearize, replaced
-from nbl_export.model.torch_matrices import Fidelity, give, give_floats, look_up, nearest_maps
+from nbl_export.model.torch_matrices import (
+    Fidelity,
+    give,
+    give_floats,
+    look_up,
+    nearest_maps,
+)
 from nbl_export.records.plan import AffineMap
 from nbl_export.verify.ladder import Probe, shown_positions
 from nbl_export.verify.reference import Reference

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from nbl_export.records.results import COMPARED, FAILED, RungResult
-from nbl_export.verify.codes import DISTANCE, NEARNESS, PRODUCTS, TWIN
+from nbl_export.verify.codes import (
+    DISTANCE,
+    NEARNESS,
+    PRODUCTS,
+    TWIN,
+)
 
 __all__ = ["proof"]
 

@@ -22,10 +22,10 @@ from nbl_export.acceptance.child import Task, apart, judged
 from nbl_export.acceptance.material import load, save
 from nbl_export.acceptance.steps import STATIC_STEPS
 from nbl_export.acceptance.verdict import Emit, Outcome
-from nbl_export.engines.tensorrt.library import LIBRARIES
 from nbl_export.errors import AcceptanceError, CorruptError, NblError
 from nbl_export.run.acceptance import accept as accepting
 from nbl_export.run.progress import Ui
+from nbl_export.targets.tensorrt.library import LIBRARIES
 
 from ..command import assert_refused, nbl
 from ..stand_in import StandIn, change_attention, stand_in_run

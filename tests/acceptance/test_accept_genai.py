@@ -17,11 +17,11 @@ import pytest
 from nbl_export.acceptance.child import Task, judged
 from nbl_export.acceptance.steps.genai import GenaiParts
 from nbl_export.acceptance.verdict import Emit, Outcome
-from nbl_export.engines import load_engine
-from nbl_export.engines.base import Availability
 from nbl_export.errors import AcceptanceError
 from nbl_export.run.acceptance import accept as accepting
 from nbl_export.run.progress import Ui
+from nbl_export.targets import load_engine
+from nbl_export.targets.base import Availability
 
 from ..command import nbl
 

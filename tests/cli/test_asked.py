@@ -18,7 +18,15 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.records.asked import ALWAYS, RULES, Case, flag_of, read_asked, refuse_idle, settle
+from nbl_export.records.asked import (
+    ALWAYS,
+    RULES,
+    Case,
+    flag_of,
+    read_asked,
+    refuse_idle,
+    settle,
+)
 from nbl_export.records.goals import CacheBudget, layers_for_budget
 from nbl_export.records.option import MAIN, options_of
 from nbl_export.records.options import JobOptions, describe_command

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nbl_export.engines.base import Availability
+from nbl_export.targets.base import Availability
 
 from ..command import TINY, assert_refused, nbl, snapshot, stage_lines
 from ..damage import cut, edit
@@ -232,7 +232,7 @@ def test_missing_options(same: Same, run: Path) -> None:
 
 def test_engine_that_is_not_available(same: Same, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused before any work; what needs no engine goes on."""
-    from nbl_export.engines.ort import engine
+    from nbl_export.targets.onnx import engine
 
     monkeypatch.setattr(engine, "probe", lambda: Availability(False, "the library is from the moon; install another"))
     assert_refused_everywhere(run, 1, same, "engine ort is not available here", "from the moon; install another")

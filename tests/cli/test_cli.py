@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from nbl_export import __version__
-from nbl_export.engines.ort.genai import GenaiRunner
+from nbl_export.targets.onnx.genai import GenaiRunner
 from nbl_export.trust.terminal import visible
 
 from ..command import TINY, Outcome, in_new_process, nbl, snapshot, stage_lines
@@ -343,8 +343,8 @@ def test_json_is_alone_on_stdout_and_stderr_is_quiet(run: Path) -> None:
 
 
 def test_doctor_names_every_engine_with_its_reason() -> None:
-    from nbl_export.engines import ENGINES, RUNNERS
-    from nbl_export.engines.providers import PROVIDERS
+    from nbl_export.targets import ENGINES, RUNNERS
+    from nbl_export.targets.providers import PROVIDERS
 
     found = answer("doctor")
     assert set(found) == {*ENGINES, *RUNNERS, *(f"ort --provider {flag}" for flag in PROVIDERS)}

@@ -15,7 +15,12 @@ import torch
 
 from nbl_export.calibrate import hooks
 from nbl_export.distill.saved import FileState
-from nbl_export.distill.settings import DistillSettings, State, Surroundings, TrainingText
+from nbl_export.distill.settings import (
+    DistillSettings,
+    State,
+    Surroundings,
+    TrainingText,
+)
 from nbl_export.distill.training import _batches, _Training, distill
 from nbl_export.errors import NblError
 from nbl_export.model.checkpoint.load import load_model, load_tokenizer

@@ -14,7 +14,12 @@ import torch
 from nbl_export.distill.settings import UNLIMITED, DistillSettings
 from nbl_export.distill.trained_map import TrainedMap
 from nbl_export.distill.training import _Training
-from nbl_export.distill.twin import Lesson, Twin, _distance, _Divergence
+from nbl_export.distill.twin import (
+    Lesson,
+    Twin,
+    _distance,
+    _Divergence,
+)
 from nbl_export.model import bfloat16
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize

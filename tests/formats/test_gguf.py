@@ -15,13 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.formats.gguf import check
-from nbl_export.formats.gguf.content import Content, Key, Tensor, recoded, tensor_of
-from nbl_export.formats.gguf.facts import facts_of, read_gguf_facts
+from nbl_export.formats.gguf.content import (
+    Content,
+    Key,
+    Tensor,
+    recoded,
+    tensor_of,
+)
 from nbl_export.formats.gguf.files import read_content, write_content
-from nbl_export.formats.gguf.linearize import check_base, exchanged, linearized
-from nbl_export.model.saved import gguf as from_checkpoint
 from nbl_export.records.plan import AffineMap
+from nbl_export.targets.gguf import check
+from nbl_export.targets.gguf import write as from_checkpoint
+from nbl_export.targets.gguf.facts import facts_of, read_gguf_facts
+from nbl_export.targets.gguf.linearize import check_base, exchanged, linearized
 
 from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB, random_map, save_gguf
 

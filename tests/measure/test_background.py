@@ -11,7 +11,13 @@ from typing import Any
 
 import pytest
 
-from nbl_export.measure.background import Reading, described, read, spoken, used_between
+from nbl_export.measure.background import (
+    Reading,
+    described,
+    read,
+    spoken,
+    used_between,
+)
 
 from ..command import nbl
 

@@ -22,15 +22,22 @@ import numpy as np
 import psutil
 import pytest
 
-from nbl_export.engines.base import Room
 from nbl_export.errors import NblError
 from nbl_export.measure import background, benchmark
-from nbl_export.measure.benchmark import BenchSetting, Instruments, Variant, decode_tokens, plan_scenarios, room_for
+from nbl_export.measure.benchmark import (
+    BenchSetting,
+    Instruments,
+    Variant,
+    decode_tokens,
+    plan_scenarios,
+    room_for,
+)
 from nbl_export.measure.energy import Meter
 from nbl_export.measure.footprint import Footprint, measure_footprint
 from nbl_export.measure.rows import read_timings, speed_rows
 from nbl_export.parallel import child
 from nbl_export.records.results import Scenario
+from nbl_export.targets.base import Room
 
 SETTING = BenchSetting(vocab_size=100, context_length=4096, versions={"onnxruntime": "1"})
 PICK_NS = 3  # what a fake takes to pick a token

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nbl_export.engines.ort.genai import GenaiRunner
 from nbl_export.measure import benchmark
 from nbl_export.measure.benchmark import BenchSetting, Instruments, Variant
 from nbl_export.measure.footprint import Footprint
 from nbl_export.records.results import Scenario
+from nbl_export.targets.onnx.genai import GenaiRunner
 
 NS_PER_TOKEN = 10
 

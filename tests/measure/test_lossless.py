@@ -6,7 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from nbl_export.measure.lossless import Asked, Sample, Way, best_of_each, overall, rows
+from nbl_export.measure.lossless import (
+    Asked,
+    Sample,
+    Way,
+    best_of_each,
+    overall,
+    rows,
+)
 from nbl_export.records.proposers import Proposer
 from nbl_export.report.sections import lossless as section
 from nbl_export.run.lossless.figures import measured, spoken

@@ -230,7 +230,7 @@ def test_nothing_beside_a_gguf_file_is_read(gguf: Path, tmp_path: Path) -> None:
 
 
 def test_text_files_that_are_links_are_not_copied(model: Path, tmp_path: Path) -> None:
-    from nbl_export.decoders.finish import add_text_files
+    from nbl_export.targets.export.finish import add_text_files
 
     (tmp_path / "id_rsa").write_text("secret", encoding="utf-8")
     (model / "merges.txt").symlink_to(tmp_path / "id_rsa")

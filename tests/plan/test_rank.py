@@ -16,7 +16,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from nbl_export.engines.ort.decoder import OnnxDecoder
 from nbl_export.errors import UsageError
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
@@ -25,7 +24,8 @@ from nbl_export.plan.maps_file import load_maps, save_maps
 from nbl_export.records.goals import read_rank
 from nbl_export.records.plan import TAPS, AffineMap, Plan
 from nbl_export.rewrite import rewrite
-from nbl_export.verify.forms.onnx_files import check_maps
+from nbl_export.targets.onnx.check import check_maps
+from nbl_export.targets.onnx.decoder import OnnxDecoder
 from nbl_export.verify.ladder import run_rows
 
 from ..command import assert_refused, nbl

@@ -16,10 +16,10 @@ from nbl_export.errors import CorruptError, NblError
 from nbl_export.formats.gguf.files import read_content
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
-from nbl_export.model.saved import nemotron_nas
 from nbl_export.plan import lmmse
 from nbl_export.plan.maps_file import load_maps
 from nbl_export.records.plan import AffineMap
+from nbl_export.targets.checkpoint import nemotron_nas
 
 from ..canaries import Canaries
 from ..command import TINY, assert_refused, nbl

@@ -12,8 +12,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from nbl_export.engines.ort.decoder import OnnxDecoder
-from nbl_export.engines.ort.engine import ORT
 from nbl_export.errors import NblError, RefusalError
 from nbl_export.evaluation.graphs import find_graph
 from nbl_export.evaluation.scorer import GraphScorer
@@ -23,7 +21,9 @@ from nbl_export.records.plan import AffineMap, Plan
 from nbl_export.records.results import RungResult
 from nbl_export.rewrite import rewrite
 from nbl_export.rewrite.tail.last_token import difference, keep_last_token
-from nbl_export.verify.forms.onnx_files import check_file, check_maps, check_untouched
+from nbl_export.targets.onnx.check import check_file, check_maps, check_untouched
+from nbl_export.targets.onnx.decoder import OnnxDecoder
+from nbl_export.targets.onnx.engine import ORT
 from nbl_export.verify.last_token import BATCH_LENGTHS, check_last
 
 from ..command import nbl

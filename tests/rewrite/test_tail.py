@@ -12,13 +12,13 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from nbl_export.engines.ort.decoder import OnnxDecoder
 from nbl_export.errors import RefusalError
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.records.plan import AffineMap, Plan
 from nbl_export.rewrite import rewrite_model
 from nbl_export.rewrite.tail import PruneTail
+from nbl_export.targets.onnx.decoder import OnnxDecoder
 
 from ..tiny import ARCHITECTURES, HEAD_DIM, HIDDEN, LAYERS, VOCAB
 
@@ -213,8 +213,8 @@ def test_refuses_a_tail_that_reads_the_tokens(exported: Exported) -> None:
 
 def test_runs_in_the_generation_runtime(exported: Exported, random_maps: Maps, tmp_path: Path) -> None:
     """ONNX Runtime GenAI generates the same text with and without the pruned tail."""
-    from nbl_export.engines.ort.engine import ORT
     from nbl_export.rewrite import rewrite
+    from nbl_export.targets.onnx.engine import ORT
 
     rewrite(exported("llama"), tmp_path / "all", Plan(LAYERS, (1, 2)), random_maps(1, 2))
     shutil.copytree(tmp_path / "all", tmp_path / "last")

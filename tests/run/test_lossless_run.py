@@ -14,13 +14,13 @@ import onnx_ir as ir
 import pytest
 from gguf import GGUFReader, quants
 
-from nbl_export.engines.ort.genai import GenaiRunner
-from nbl_export.engines.ort.lossless import LosslessRunner
 from nbl_export.errors import RefusalError
 from nbl_export.graph.names import draft_file
 from nbl_export.rewrite.coded import take_codes
 from nbl_export.rewrite.codes import quantised_matrices
 from nbl_export.run.lossless.drafts import codes_for_drafts
+from nbl_export.targets.onnx.genai import GenaiRunner
+from nbl_export.targets.onnx.lossless import LosslessRunner
 
 from ..command import TINY, Outcome, assert_refused, in_new_process, nbl, snapshot
 from ..gguf_kinds import HALVES, every_token, save_mixed

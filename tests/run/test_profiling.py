@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nbl_export.engines.ort.decoder import OnnxDecoder
 from nbl_export.errors import NblError
 from nbl_export.report.profile_table import profile_table
 from nbl_export.run.profile import Run, read_trace, summarise
+from nbl_export.targets.onnx.decoder import OnnxDecoder
 
 from ..command import assert_refused, nbl, snapshot
 from ..tiny import HEAD_DIM, VOCAB
@@ -67,7 +67,7 @@ def test_a_summary_is_of_one_run() -> None:
 def test_the_profiled_decoder_computes_what_the_graph_computes(
     shared: bool, exported: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from nbl_export.engines.ort.profile import ProfiledDecoder
+    from nbl_export.targets.onnx.profile import ProfiledDecoder
 
     directory = exported("llama") if shared else _unshared(exported("llama"), tmp_path / "unshared")
     (tmp_path / "traces").mkdir()

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from nbl_export.engines.base import Availability
 from nbl_export.run import pipeline
 from nbl_export.run_directory import RunDirectory
+from nbl_export.targets.base import Availability
 
 from ..command import assert_refused, configured, nbl, snapshot, stage_lines
 from ..fork_server import ForkServer
@@ -315,7 +315,7 @@ def test_interrupt_inside_code_that_is_made_of_a_string(read: bool, tmp_path: Pa
 
 def test_interrupt_that_a_library_makes_an_error_of(same: Same, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the import of an extension module does."""
-    from nbl_export.engines.ort import engine
+    from nbl_export.targets.onnx import engine
 
     def probe() -> Availability:
         try:

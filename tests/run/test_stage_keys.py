@@ -13,7 +13,12 @@ from typing import Any, ClassVar
 import pytest
 
 from nbl_export.records.options import JobOptions
-from nbl_export.records.requests import EvalRequest, Prepared, Subject, SweepRequest
+from nbl_export.records.requests import (
+    EvalRequest,
+    Prepared,
+    Subject,
+    SweepRequest,
+)
 from nbl_export.run import pipeline
 from nbl_export.run.job import Job
 from nbl_export.run.stages import STAGES
@@ -136,7 +141,7 @@ def test_inputs_that_are_no_options_are_in_the_keys(key_of_stage: Any, monkeypat
     request = dataclasses.replace(EVAL.request, variants=("nbl",))
     asked += [dataclasses.replace(EVAL, harness="harness 2"), dataclasses.replace(EVAL, request=request)]
     assert len({key_of_stage("eval", asked=other) for other in (EVAL, *asked)}) == len(asked) + 1
-    version = "nbl_export.engines.tensorrt.engine.TensorRtEngine.library_version"
+    version = "nbl_export.targets.tensorrt.engine.TensorRtEngine.library_version"
     built = []
     for number in "12":
         monkeypatch.setattr(version, lambda _self, number=number: number)

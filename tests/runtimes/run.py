@@ -48,7 +48,7 @@ class Reference:
 
 def reference_of(model: Path, new_tokens: int, prompt: str = PROMPT) -> Reference:
     """Greedy continuation by nbl_export's runner, through the chat template where the folder has one."""
-    from nbl_export.engines.ort.genai import GenaiRunner
+    from nbl_export.targets.onnx.genai import GenaiRunner
 
     chat = (model / "chat_template.jinja").is_file()
     with GenaiRunner(model) as runner:

@@ -4,7 +4,7 @@
              hidden, residual = post_attention_layernorm(hidden, residual);  hidden = mlp(hidden)
 
 As in vLLM 0.32 (model_executor/models/llama.py), a norm adds the residual before it scales. The first layer has none.
-It has one rank, no scheduler and no cache: what it says of `nbl_export.vllm.models` is what a forward computes.
+It has one rank, no scheduler and no cache: what it says of `nbl_export.targets.checkpoint.vllm.models` is what a forward computes.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def vllm_config(theirs: Any, *, elsewhere: Iterable[int] = (), **settings: Any) 
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
-    """Make `import vllm` find this, with the names that `nbl_export.vllm.models` imports."""
+    """Make `import vllm` find this, with the names that `nbl_export.targets.checkpoint.vllm.models` imports."""
     stock = ("llama", "mistral", "phi3", "qwen2", "qwen3")
     content: dict[str, dict[str, Any]] = {
         "vllm": {}, "vllm.config": {"VllmConfig": object}, "vllm.model_executor": {},

@@ -12,9 +12,9 @@ import torch
 
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
-from nbl_export.model.saved import nemotron_nas
 from nbl_export.model.speech import Spoken
 from nbl_export.records.plan import AffineMap
+from nbl_export.targets.checkpoint import nemotron_nas
 
 from ..tiny import HIDDEN, SPLIT, random_map, save_checkpoint
 

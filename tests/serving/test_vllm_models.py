@@ -23,12 +23,12 @@ from ..tiny import HIDDEN, LAYERS
 from . import fake_vllm
 
 IDS = torch.arange(3, 40)
-NAME = "nbl_export.vllm.models"
+NAME = "nbl_export.targets.checkpoint.vllm.models"
 
 
 @pytest.fixture(scope="module")
 def models() -> Iterator[ModuleType]:
-    """`nbl_export.vllm.models`, imported from stand-ins and forgotten afterwards."""
+    """`nbl_export.targets.checkpoint.vllm.models`, imported from stand-ins and forgotten afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         fake_vllm.install(patch)
         patch.delitem(sys.modules, NAME, raising=False)

@@ -14,7 +14,14 @@ from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
 from nbl_export.text import corpus
 from nbl_export.text import windows as text_windows
-from nbl_export.text.held_back import FAR_ROLES, NEAR_ROLES, Division, divide, far_tokens, held_back_tokens
+from nbl_export.text.held_back import (
+    FAR_ROLES,
+    NEAR_ROLES,
+    Division,
+    divide,
+    far_tokens,
+    held_back_tokens,
+)
 
 from ..command import nbl
 

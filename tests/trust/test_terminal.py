@@ -14,7 +14,13 @@ from typing import Any
 import onnx
 import pytest
 
-from nbl_export.report import acceptance_page, bench_formats, graph_table, profile_table, tables
+from nbl_export.report import (
+    acceptance_page,
+    bench_formats,
+    graph_table,
+    profile_table,
+    tables,
+)
 from nbl_export.report import profile_table as projection
 from nbl_export.report import tables as tradeoff
 from nbl_export.run import deployed, describe

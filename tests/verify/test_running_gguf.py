@@ -7,7 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from nbl_export.verify.running_gguf import PROMPTS, Heard, hear, judge
+from nbl_export.targets.gguf.running import (
+    PROMPTS,
+    Heard,
+    hear,
+    judge,
+)
 
 RNG = np.random.default_rng(0)
 LOGS = -RNG.exponential(3.0, 1000)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.decoders import PRECISIONS
-from nbl_export.decoders.genai import GGUF
 from nbl_export.records.results import RungResult
+from nbl_export.targets.export import PRECISIONS
+from nbl_export.targets.onnx.export_genai import GGUF
 
 from ..climbing import ENGINES, climb
 from ..tiny import EVERY, VARIANTS, made_by

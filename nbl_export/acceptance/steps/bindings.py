@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from nbl_export.acceptance.parts import Opened, Target
-from nbl_export.acceptance.verdict import DEFECT, LIBRARY, PLAN, RUNNER, Failed, Notes
-from nbl_export.engines.tensorrt.examine.examined import Tensor
+from nbl_export.acceptance.verdict import (
+    DEFECT,
+    LIBRARY,
+    PLAN,
+    RUNNER,
+    Failed,
+    Notes,
+)
+from nbl_export.targets.tensorrt.examine.examined import Tensor
 
 __all__ = ["bindings"]
 

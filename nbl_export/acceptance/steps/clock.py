@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nbl_export.acceptance.parts import Opened, Target
 from nbl_export.acceptance.verdict import Failed, Notes
-from nbl_export.engines.static.host import StaticRunner
+from nbl_export.targets.tensorrt.static.host import StaticRunner
 
 __all__ = ["clock_against_events"]
 

@@ -21,9 +21,14 @@ from nbl_export.acceptance import material
 from nbl_export.acceptance.child import Task, apart
 from nbl_export.acceptance.compare import require_close
 from nbl_export.acceptance.material import STEPS_OF_A_TEXT, Material
-from nbl_export.acceptance.verdict import GENAI, CannotRun, Failed, Notes
-from nbl_export.engines import load_engine
-from nbl_export.engines.base import Availability
+from nbl_export.acceptance.verdict import (
+    GENAI,
+    CannotRun,
+    Failed,
+    Notes,
+)
+from nbl_export.targets import load_engine
+from nbl_export.targets.base import Availability
 
 __all__ = ["GenaiParts", "GenaiTarget", "clock", "launches", "machine", "prefill", "texts"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from nbl_export.acceptance.parts import Opened, Target
 from nbl_export.acceptance.verdict import Failed, LeftOut, Notes
-from nbl_export.engines.tensorrt.attention import FUSED
+from nbl_export.targets.tensorrt.attention import FUSED
 
 __all__ = ["layers_of", "look_at_layers"]
 

@@ -10,9 +10,20 @@ from __future__ import annotations
 import numpy as np
 
 from nbl_export.acceptance.compare import advance, distance, require_close
-from nbl_export.acceptance.material import CACHE_ROWS, LAST_TOKENS, STEPS_OF_A_TEXT, Material
+from nbl_export.acceptance.material import (
+    CACHE_ROWS,
+    LAST_TOKENS,
+    STEPS_OF_A_TEXT,
+    Material,
+)
 from nbl_export.acceptance.parts import Opened, Target
-from nbl_export.acceptance.verdict import DEFECT, GRAPH, RUNNER, Failed, Notes
+from nbl_export.acceptance.verdict import (
+    DEFECT,
+    GRAPH,
+    RUNNER,
+    Failed,
+    Notes,
+)
 
 __all__ = ["plain", "two_rows"]
 

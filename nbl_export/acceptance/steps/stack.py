@@ -13,15 +13,27 @@ import numpy as np
 
 from nbl_export.acceptance.compare import require_close
 from nbl_export.acceptance.parts import Target
-from nbl_export.acceptance.verdict import LIBRARY, MEMORY, CannotRun, Failed, LeftOut, Notes
-from nbl_export.engines.base import BuildSettings
-from nbl_export.engines.tensorrt.device import Device
-from nbl_export.engines.tensorrt.examine.bare import BarePlan, Output
-from nbl_export.engines.tensorrt.record import ENGINE_FILE, EngineRecord, read_plan, read_record
-from nbl_export.engines.tensorrt.runner import refuse_misfit
+from nbl_export.acceptance.verdict import (
+    LIBRARY,
+    MEMORY,
+    CannotRun,
+    Failed,
+    LeftOut,
+    Notes,
+)
 from nbl_export.errors import NblError
 from nbl_export.graph.names import STATIC_GRAPH_FILE
 from nbl_export.graph.trust import check_graph_file
+from nbl_export.targets.base import BuildSettings
+from nbl_export.targets.tensorrt.device import Device
+from nbl_export.targets.tensorrt.examine.bare import BarePlan, Output
+from nbl_export.targets.tensorrt.record import (
+    ENGINE_FILE,
+    EngineRecord,
+    read_plan,
+    read_record,
+)
+from nbl_export.targets.tensorrt.runner import refuse_misfit
 
 __all__ = ["machine", "one_layer", "sum_on_device"]
 

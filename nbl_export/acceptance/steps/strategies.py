@@ -14,8 +14,14 @@ import numpy as np
 from nbl_export.acceptance.compare import require_close
 from nbl_export.acceptance.parts import Target
 from nbl_export.acceptance.steps.graphs import Course, course
-from nbl_export.acceptance.verdict import DEFECT, RUNNER, Failed, LeftOut, Notes
-from nbl_export.engines.static.host import StaticRunner
+from nbl_export.acceptance.verdict import (
+    DEFECT,
+    RUNNER,
+    Failed,
+    LeftOut,
+    Notes,
+)
+from nbl_export.targets.tensorrt.static.host import StaticRunner
 
 __all__ = ["strategies"]
 

@@ -11,7 +11,14 @@ from nbl_export.measure.rows import spoken_ratio
 from nbl_export.records.goals import changed_options, default_select
 from nbl_export.records.options import JobOptions, describe_command
 from nbl_export.report import words
-from nbl_export.report.blocks import Code, Column, Heading, Paragraph, Section, Table
+from nbl_export.report.blocks import (
+    Code,
+    Column,
+    Heading,
+    Paragraph,
+    Section,
+    Table,
+)
 
 __all__ = ["sections", "spoken_curve"]
 

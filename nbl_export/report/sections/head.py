@@ -10,7 +10,16 @@ from nbl_export.measure.rows import spoken_ratio
 from nbl_export.records.plan import spoken_layers
 from nbl_export.records.results import COMPARED, FAILED, VERIFIED
 from nbl_export.report import words
-from nbl_export.report.blocks import Alarm, Badge, Block, Card, Cards, Paragraph, Strip, Tone
+from nbl_export.report.blocks import (
+    Alarm,
+    Badge,
+    Block,
+    Card,
+    Cards,
+    Paragraph,
+    Strip,
+    Tone,
+)
 from nbl_export.report.sections.speed import is_swept
 from nbl_export.text.window_intervals import spoken_price
 

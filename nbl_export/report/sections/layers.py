@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from nbl_export.report import words
-from nbl_export.report.blocks import Column, Details, Figure, Figures, Paragraph, Section, Table
+from nbl_export.report.blocks import (
+    Column,
+    Details,
+    Figure,
+    Figures,
+    Paragraph,
+    Section,
+    Table,
+)
 
 __all__ = ["section"]
 

@@ -9,7 +9,13 @@ from nbl_export.measure.lossless import decoding, equal_answers
 from nbl_export.measure.paired import exact_level, spoken_level
 from nbl_export.measure.rows import spoken_ratio
 from nbl_export.report import words
-from nbl_export.report.blocks import Column, Details, Paragraph, Section, Table
+from nbl_export.report.blocks import (
+    Column,
+    Details,
+    Paragraph,
+    Section,
+    Table,
+)
 
 __all__ = ["sections", "table"]
 

@@ -6,7 +6,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nbl_export.report import words
-from nbl_export.report.blocks import Block, Code, Column, Heading, Pair, Section, Table
+from nbl_export.report.blocks import (
+    Block,
+    Code,
+    Column,
+    Heading,
+    Pair,
+    Section,
+    Table,
+)
 
 __all__ = ["section"]
 

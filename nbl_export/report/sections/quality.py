@@ -7,7 +7,14 @@ from typing import Any
 
 from nbl_export.records.results import COMPARED, VERIFIED
 from nbl_export.report import words
-from nbl_export.report.blocks import Block, Column, Heading, Paragraph, Section, Table
+from nbl_export.report.blocks import (
+    Block,
+    Column,
+    Heading,
+    Paragraph,
+    Section,
+    Table,
+)
 from nbl_export.text.window_intervals import spoken_price
 
 __all__ = ["section"]

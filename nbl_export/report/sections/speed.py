@@ -6,10 +6,25 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nbl_export.measure import background
-from nbl_export.measure.paired import FEWEST_LOADS, LEVEL_UNTIL_NARROW, exact_level, spoken_level
+from nbl_export.measure.paired import (
+    FEWEST_LOADS,
+    LEVEL_UNTIL_NARROW,
+    exact_level,
+    spoken_level,
+)
 from nbl_export.measure.rows import spoken_ratio
 from nbl_export.report import words
-from nbl_export.report.blocks import Block, Cell, Column, Figure, Figures, Heading, Paragraph, Section, Table
+from nbl_export.report.blocks import (
+    Block,
+    Cell,
+    Column,
+    Figure,
+    Figures,
+    Heading,
+    Paragraph,
+    Section,
+    Table,
+)
 
 __all__ = ["compared", "is_swept", "section"]
 

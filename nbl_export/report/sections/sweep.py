@@ -7,7 +7,15 @@ from typing import Any
 
 from nbl_export.measure.rows import spoken_ratio
 from nbl_export.report import words
-from nbl_export.report.blocks import Column, Details, Figure, Figures, Paragraph, Section, Table
+from nbl_export.report.blocks import (
+    Column,
+    Details,
+    Figure,
+    Figures,
+    Paragraph,
+    Section,
+    Table,
+)
 from nbl_export.text.window_intervals import spoken_interval
 
 __all__ = ["sections"]

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from nbl_export.report import words
-from nbl_export.report.blocks import Cell, Column, Items, Paragraph, Section, Table
+from nbl_export.report.blocks import (
+    Cell,
+    Column,
+    Items,
+    Paragraph,
+    Section,
+    Table,
+)
 
 __all__ = ["section"]
 

@@ -18,9 +18,12 @@ from nbl_export.acceptance.child import Task, apart
 from nbl_export.acceptance.parts import Parts, Target
 from nbl_export.acceptance.steps import GENAI_STEPS, STATIC_STEPS, Step
 from nbl_export.acceptance.steps.genai import GenaiParts, GenaiTarget
-from nbl_export.acceptance.verdict import RUNNER, Emit, Notes, Outcome
-from nbl_export.engines.tensorrt.library import LIBRARIES
-from nbl_export.engines.tensorrt.record import read_record, refuse_foreign
+from nbl_export.acceptance.verdict import (
+    RUNNER,
+    Emit,
+    Notes,
+    Outcome,
+)
 from nbl_export.errors import AcceptanceError, NblError
 from nbl_export.files import versions, write_json
 from nbl_export.measure.benchmark import machine
@@ -37,6 +40,8 @@ from nbl_export.run_directory import (
     REPORT_JSON,
     RunDirectory,
 )
+from nbl_export.targets.tensorrt.library import LIBRARIES
+from nbl_export.targets.tensorrt.record import read_record, refuse_foreign
 
 __all__ = ["accept", "refuse_failed"]
 

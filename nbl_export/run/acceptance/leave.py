@@ -48,7 +48,7 @@ def leave(job: Job, decoders: Mapping[str, Any], twins: Mapping[str, Path], out:
 
 def _one_layer(job: Job, twin: Path, texts: material.Texts) -> material.OneLayer | None:
     """The shipped graph cut behind its first attention, and what its twin says; None if it cannot be cut."""
-    from nbl_export.decoders.static_form.first_attention import cut
+    from nbl_export.targets.tensorrt.static_form.first_attention import cut
 
     shipped = job.run.path / _DIRECTORY[_ONE_LAYER_OF]
     beside = twin.with_name("first_attention.onnx")  # external data must lie in the graph's directory

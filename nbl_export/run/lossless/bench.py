@@ -11,7 +11,12 @@ from nbl_export.errors import NblError, UsageError
 from nbl_export.records.asked import flag_of
 from nbl_export.records.options import JobOptions
 from nbl_export.run.deployed import available_engine, locate
-from nbl_export.run.lossless.figures import LOADS, NEW_TOKENS, asked_of, measured
+from nbl_export.run.lossless.figures import (
+    LOADS,
+    NEW_TOKENS,
+    asked_of,
+    measured,
+)
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import LOSSLESS_FILE, RunDirectory
 from nbl_export.text.prompts import MOST_EACH

@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nbl_export.decoders.genai import GGUF
 from nbl_export.errors import RefusalError
 from nbl_export.formats.gguf.blocks import is_known
 from nbl_export.model.checkpoint import gguf_file
 from nbl_export.records.proposers import proposers_of
 from nbl_export.run.job import Job
+from nbl_export.targets.onnx.export_genai import GGUF
 
 __all__ = ["add_drafts", "codes_for_drafts"]
 
@@ -50,9 +50,9 @@ def codes_for_drafts(job: Job) -> Path | None:
 
 def _int4(job: Job, out: Path) -> Path:
     """The original decoder with int4 matrices, or with the codes of its file."""
-    from nbl_export.decoders import build_decoder
-    from nbl_export.decoders.genai import BuilderSettings
     from nbl_export.rewrite import prune_directory
+    from nbl_export.targets.export import build_decoder
+    from nbl_export.targets.onnx.export_genai import BuilderSettings
 
     job.forget_model()
     codes, build = codes_for_drafts(job), functools.partial(build_decoder, job.engine.capabilities.sources[0])

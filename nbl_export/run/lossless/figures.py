@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nbl_export.measure.lossless import Asked, Sample, decoding, equal_answers, overall, rows
+from nbl_export.measure.lossless import (
+    Asked,
+    Sample,
+    decoding,
+    equal_answers,
+    overall,
+    rows,
+)
 from nbl_export.records.proposers import MOST_ROWS, Proposer
 from nbl_export.text.prompts import prompts
 

@@ -12,18 +12,29 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nbl_export.decoders.genai import GGUF
-from nbl_export.engines.base import Draft
 from nbl_export.errors import ParityError
 from nbl_export.files import versions, write_json
 from nbl_export.graph.names import MANIFEST
-from nbl_export.measure.lossless import Sample, Way, best_of_each, time_ways
+from nbl_export.measure.lossless import (
+    Sample,
+    Way,
+    best_of_each,
+    time_ways,
+)
 from nbl_export.records.proposers import AUTO, Proposer, proposers_of
 from nbl_export.records.results import RungResult
 from nbl_export.run.job import Job
 from nbl_export.run.lossless.drafts import add_drafts, codes_for_drafts
-from nbl_export.run.lossless.figures import LOADS, NEW_TOKENS, asked_of, measured, spoken
+from nbl_export.run.lossless.figures import (
+    LOADS,
+    NEW_TOKENS,
+    asked_of,
+    measured,
+    spoken,
+)
 from nbl_export.run_directory import LOSSLESS_FILE, PACKAGES
+from nbl_export.targets.base import Draft
+from nbl_export.targets.onnx.export_genai import GGUF
 from nbl_export.text.prompts import prompts
 
 __all__ = ["run"]

@@ -45,7 +45,7 @@ def exported_model(job: Job) -> Any:
 @contextlib.contextmanager
 def exported_checkpoint(job: Job) -> Iterator[Path]:
     """A directory with the checkpoint that graphs are made from."""
-    from nbl_export.decoders.finish import add_text_files
+    from nbl_export.targets.export.finish import add_text_files
 
     if job.options.quantize != "awq":
         yield job.checkpoint

@@ -14,7 +14,7 @@ __all__ = ["run"]
 
 
 def run(job: Job, out: Path) -> dict[str, Any]:
-    from nbl_export.engines.base import BuildSettings
+    from nbl_export.targets.base import BuildSettings
 
     require_engine(job.options)
     settings = BuildSettings(job.options.max_batch or 1, chunk_of(job.options, job.spec))

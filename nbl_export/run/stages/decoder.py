@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nbl_export.decoders.genai import GGUF
 from nbl_export.run.job import Job
 from nbl_export.run.quantize.rescaled import exported_checkpoint
+from nbl_export.targets.onnx.export_genai import GGUF
 
 __all__ = ["run"]
 
 
 def run(job: Job, out: Path) -> dict[str, Any]:
-    from nbl_export.decoders import build_decoder
-    from nbl_export.decoders.genai import BuilderSettings
     from nbl_export.graph.given import copy_graph
     from nbl_export.rewrite import prune_directory
+    from nbl_export.targets.export import build_decoder
+    from nbl_export.targets.onnx.export_genai import BuilderSettings
 
     job.forget_model()  # the exporter loads its own copy
     options = job.options

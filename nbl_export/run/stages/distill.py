@@ -6,7 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from nbl_export.files import arrays_sha256, file_sha256, key_of, write_json
+from nbl_export.files import (
+    arrays_sha256,
+    file_sha256,
+    key_of,
+    write_json,
+)
 from nbl_export.run.job import Job
 from nbl_export.run_directory import DISTILL_FILE, MAPS_FILE, START_FILE
 

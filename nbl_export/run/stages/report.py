@@ -8,7 +8,13 @@ from typing import Any
 from nbl_export.records.from_json import edited
 from nbl_export.run.job import Job
 from nbl_export.run.stages.common import verdict
-from nbl_export.run_directory import BENCH_FILE, EVAL_FILE, LOSSLESS_FILE, SWEEP_FILE, VERIFY_FILE
+from nbl_export.run_directory import (
+    BENCH_FILE,
+    EVAL_FILE,
+    LOSSLESS_FILE,
+    SWEEP_FILE,
+    VERIFY_FILE,
+)
 
 __all__ = ["run"]
 

@@ -20,7 +20,12 @@ from nbl_export.model.mixes import SwitchedModel
 from nbl_export.plan import lmmse
 from nbl_export.plan.choose import ranked
 from nbl_export.plan.effects import EVERY, Judge
-from nbl_export.plan.greedy import RULE, GreedyOrder, Point, Search
+from nbl_export.plan.greedy import (
+    RULE,
+    GreedyOrder,
+    Point,
+    Search,
+)
 from nbl_export.records.goals import default_select, read_rank, saving_inputs
 from nbl_export.records.plan import AffineMap, LayerScore, zero_map
 from nbl_export.run.job import Job

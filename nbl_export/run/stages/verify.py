@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nbl_export.decoders.genai import GGUF
 from nbl_export.files import versions, write_json
 from nbl_export.graph.names import GENAI_CONFIG, all_logits_file
 from nbl_export.model.checkpoint.nbl import GIVEN_FIT
@@ -19,7 +18,13 @@ from nbl_export.run.job import Job
 from nbl_export.run.preflight import require_engine
 from nbl_export.run.quantize.rescaled import check_rescaled, exported_maps, exported_model
 from nbl_export.run.stages.common import rows_of
-from nbl_export.run_directory import MAPS_FILE, PACKAGES, REFERENCES_FILE, VERIFY_FILE
+from nbl_export.run_directory import (
+    MAPS_FILE,
+    PACKAGES,
+    REFERENCES_FILE,
+    VERIFY_FILE,
+)
+from nbl_export.targets.onnx.export_genai import GGUF
 from nbl_export.text.held_back import judging
 from nbl_export.text.window_intervals import spoken_price
 from nbl_export.verify.climb import Climb

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nbl_export.engines.openvino.decoder import IrDecoder
-from nbl_export.graph.ir.files import read_ir
-from nbl_export.graph.ir.matrices import stored_matrices
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
 from nbl_export.records.results import RungResult
+from nbl_export.targets.openvino import check as ir_files
+from nbl_export.targets.openvino.decoder import IrDecoder
+from nbl_export.targets.openvino.ir.files import read_ir
+from nbl_export.targets.openvino.ir.matrices import stored_matrices
 from nbl_export.verify import last_token
 from nbl_export.verify.coded import Coded
-from nbl_export.verify.forms import ir_files
 from nbl_export.verify.forms.form import Material, measured_cache
 from nbl_export.verify.setting import Setting
 

@@ -9,9 +9,9 @@ from typing import Any
 from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE
 from nbl_export.records.decoder import ITEMSIZE
 from nbl_export.records.results import RungResult
+from nbl_export.targets.onnx import check as onnx_files
 from nbl_export.verify import last_token
 from nbl_export.verify.coded import Coded, coded_graphs
-from nbl_export.verify.forms import onnx_files
 from nbl_export.verify.forms.form import Material, measured_cache
 from nbl_export.verify.setting import Setting
 

@@ -1,0 +1,57 @@
+"""mobius, by the ONNX Runtime team: opset 24, fused to GroupQueryAttention and skip norms for the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nbl_export.errors import MissingPackageError, NblError
+from nbl_export.graph.names import GENAI_CONFIG
+from nbl_export.model.architectures import ARCHITECTURES
+from nbl_export.targets.export.captured import captured
+
+__all__ = ["PRECISIONS", "build", "refuse_lost_biases"]
+
+_DTYPES = {"fp32": "f32", "fp16": "f16"}
+PRECISIONS = tuple(_DTYPES)
+
+
+def build(checkpoint: Path, out: Path, precision: str) -> None:
+    """Write model.onnx, its data, genai_config.json and the tokenizer to `out`."""
+    if precision not in _DTYPES:
+        raise NblError(f"mobius makes no {precision} graph; use --precision {', '.join(_DTYPES)}, or the genai source")
+    try:
+        from mobius.__main__ import main as mobius_cli
+    except ImportError as error:
+        raise MissingPackageError("mobius-onnx", "export", "building the decoder graph") from error
+    refuse_lost_biases(checkpoint)
+    arguments = ["build", "--config", str(checkpoint), "--ep", "cpu", "--dtype", _DTYPES[precision]]
+    with captured("mobius", checkpoint):
+        mobius_cli([*arguments, "--runtime", "ort-genai", str(out)])
+    _restore_config(checkpoint, out / GENAI_CONFIG)
+    from nbl_export.targets.export.restore_attention import restore_attention
+
+    restore_attention(checkpoint, out)
+
+
+def refuse_lost_biases(checkpoint: Path) -> None:
+    """Refuse a model whose MLP has biases: mobius 0.1 leaves them out of the graph.
+
+    Raises:
+        NblError: the configuration says mlp_bias.
+    """
+    if json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("mlp_bias"):
+        raise NblError(
+            f"{checkpoint} has biases in its MLPs (mlp_bias), which mobius (0.1) leaves out; use --decoder-source genai"
+        )
+
+
+def _restore_config(checkpoint: Path, path: Path) -> None:
+    """Set the model's context length (mobius 0.1 writes 4096 for every model), and a type that GenAI knows."""
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    positions, record = config["max_position_embeddings"], ARCHITECTURES[config["model_type"]]
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["model"]["context_length"] = settings["search"]["max_length"] = positions
+    if record.runtime_type is not None:
+        settings["model"]["type"] = record.runtime_type
+    path.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")

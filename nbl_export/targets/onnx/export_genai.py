@@ -1,0 +1,136 @@
+"""The ONNX Runtime GenAI model builder: GroupQueryAttention with rotary inside, packed QKV, skip norms.
+
+Its graph is the fastest on ONNX Runtime. Its int8 and int4 are weight-only (MatMulNBits, block 32, symmetric,
+accuracy level 4 on the CPU).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbl_export.errors import MissingPackageError, NblError, UsageError
+from nbl_export.graph.names import GRAPH_FILE
+from nbl_export.targets.export.captured import captured
+from nbl_export.targets.onnx.genai_patches import repaired
+from nbl_export.targets.providers import PROVIDERS
+
+__all__ = ["GGUF", "OPTIONS", "PRECISIONS", "BuilderSettings", "build", "check_options"]
+
+GGUF = "gguf"  # codes of a GGUF file, see `rewrite.coded.take_codes`
+PRECISIONS = ("fp32", "int8", "int4", GGUF)  # on the CPU; a GPU provider has its own
+# Quantisation options, by the builder's own names (`--extra_options` of onnxruntime_genai.models.builder). The values
+# are limited to graphs that can be rewritten and verified. is_symmetric=false is left out: the builder (0.18) then
+# gives a tied embedding float32 where it declares uint8. k_quant has zero points too, and is correct.
+_METHODS, _BOOLEANS = ("default", "rtn", "k_quant", "rtn_last", "k_quant_last", "k_quant_mixed"), ("true", "false")
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "accuracy_level": ("1", "2", "3", "4"),  # of activations: 1 float32, 4 int8
+    "algo_config": _METHODS,
+    "block_size": ("16", "32", "64", "128", "256"),
+    "fuse_mlp_gate_up": _BOOLEANS,  # one product for both
+    "shared_embeddings": _BOOLEANS,  # embedding and lm_head as one quantised matrix, where the model ties them
+}
+_NO_CODE = ("hf_remote=false",)  # the builder's default, made explicit: code in a checkpoint is not run
+_BUILDER_NAMES = {flag: provider.genai for flag, provider in PROVIDERS.items()}
+
+
+def check_options(options: Sequence[str]) -> None:
+    """Check KEY=VALUE words against `OPTIONS`.
+
+    Raises:
+        UsageError: a key or value is unknown, or a key is given twice.
+    """
+    keys = [word.partition("=")[0] for word in options]
+    for word, key in zip(options, keys, strict=True):
+        if key not in OPTIONS:
+            raise UsageError(f"--builder-option {word}: expected KEY=VALUE with one of the keys {', '.join(OPTIONS)}")
+        if word.partition("=")[2] not in OPTIONS[key]:
+            raise UsageError(f"--builder-option {word}: the values of {key} are {', '.join(OPTIONS[key])}")
+        if keys.count(key) > 1:
+            raise UsageError(f"--builder-option {key} is given twice")
+
+
+@dataclass(frozen=True)
+class BuilderSettings:
+    """Settings that only the GenAI builder takes.
+
+    Attributes:
+        provider: ONNX Runtime's execution provider.
+        options: KEY=VALUE words, see `OPTIONS`.
+        codes: a quantised checkpoint of the same model, whose codes the graph gets; None quantises the weights.
+        gguf: the GGUF file of the model, for the precision `GGUF`.
+    """
+
+    provider: str = "cpu"
+    options: tuple[str, ...] = ()
+    codes: Path | None = None
+    gguf: Path | None = None
+
+    @property
+    def accuracy(self) -> int:
+        """The option accuracy_level; 4 without it."""
+        return int(dict(word.split("=") for word in self.options).get("accuracy_level", 4))
+
+
+def build(checkpoint: Path, out: Path, precision: str, settings: BuilderSettings | None = None) -> None:
+    """Write model.onnx, its data, genai_config.json and the tokenizer to `out`."""
+    settings = settings or BuilderSettings()
+    if precision == GGUF:
+        _build_with_codes(checkpoint, out, settings)
+        return
+    provider = settings.provider
+    gpu = None if provider == "cpu" else PROVIDERS[provider]
+    if precision not in (gpu.precisions if gpu else PRECISIONS):
+        raise NblError(
+            f"the GenAI builder makes no {precision} graph for the CPU; use --precision {', '.join(PRECISIONS)}, "
+            "or --decoder-source mobius for fp16"
+        )
+    try:
+        from onnxruntime_genai.models.builder import create_model, parse_extra_options
+    except ImportError as error:
+        raise MissingPackageError("onnxruntime_genai", "cpu", "building the decoder graph") from error
+    with tempfile.TemporaryDirectory() as cache, captured("the GenAI builder", checkpoint), repaired():
+        where = (
+            "",
+            str(settings.codes or checkpoint),
+            str(out),
+            precision,
+            _BUILDER_NAMES.get(provider, provider),
+            cache,
+        )
+        chosen = [*_NO_CODE, *(gpu.options_for(precision) if gpu else ()), *settings.options]
+        create_model(*where, **parse_extra_options(*where, chosen))
+    _forget_commit(out / GRAPH_FILE)
+    from nbl_export.targets.export.restore_attention import restore_attention
+
+    restore_attention(checkpoint, out)
+
+
+def _build_with_codes(checkpoint: Path, out: Path, settings: BuilderSettings) -> None:
+    """Build the float32 graph, and put the codes of the GGUF file into it."""
+    from nbl_export.rewrite.coded.take_codes import take_codes  # needs onnx_ir, which a build machine lacks
+
+    if settings.gguf is None:
+        raise NblError(f"the precision {GGUF} needs a model that is a GGUF file")
+    plain = tuple(word for word in settings.options if not word.startswith("accuracy_level="))
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        wide = Path(scratch)
+        build(checkpoint, wide, "fp32", dataclasses.replace(settings, options=plain))
+        take_codes(wide / GRAPH_FILE, settings.gguf, out, settings.accuracy)
+        for file in sorted(wide.iterdir()):
+            if not (out / file.name).exists():
+                shutil.move(file, out / file.name)
+
+
+def _forget_commit(path: Path) -> None:
+    """Remove the commit of the current git repository, which the builder appends: equal options give equal bytes."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    model.producer_version = model.producer_version.partition("+")[0]
+    path.write_bytes(model.SerializeToString())

@@ -1,0 +1,256 @@
+"""Runs a directory with ONNX Runtime GenAI.
+
+    directory (model.onnx, model.onnx.data, genai_config.json, tokenizer; all_logits.onnx is not read)
+        └─ GenaiRunner ── begin ─ append ─ append ─ rewind ─ append ...        for bench
+                      └── encode ─ stream | greedy                            for generate and verify
+
+The code relies on these observations of onnxruntime_genai 0.18 on the CPU provider, and, for a GPU, on its sources:
+
+- `append_tokens` runs the decoder synchronously; afterwards the logits of the last token are there.
+  `generate_next_token` runs the decoder only if no unread logits are left. Right after an append it takes tens of
+  microseconds and merely picks a token. So the token loop here is append and argmax.
+- `rewind_to` works with `past_present_share_buffer`, down to length 0, also with sparse cache ids. Appending the same
+  chunks again gives bit-equal logits; other chunk sizes differ by rounding (4e-5 at fp32, SmolLM2).
+- A batch takes one `append_tokens`; another is refused ("can only be called once for batch_size > 1"). A `rewind_to`
+  other than to 0 is refused too. So a batch continues with `generate_next_token`, and is filled again to go back.
+- In a batch `pad_token_id` is masked wherever it stands. A row of padding alone fails in GroupQueryAttention.
+- `get_logits` before the first append, or after a rewind, returns stale memory instead of an error.
+- On a GPU `append_tokens` may return before the step is computed: for NvTensorRtRtx GenAI sets
+  `disable_synchronize_execution_providers` (src/models/model.cpp), and its casts to float32 run behind the step for
+  every provider. `get_logits` and `get_next_tokens` copy to the host on GenAI's stream and wait for the stream
+  (src/cuda/interface.cpp, CopyDeviceToCpu). So an append on a device other than the CPU reads one of them.
+- A generator allocates and clears its whole cache on construction: max_length tokens are resident at once.
+- Unset, `intra_op_num_threads` is half of the logical CPUs, 16 at most (src/models/model.cpp). This leaves half of a
+  machine without hyper-threading idle, so this module always sets the number.
+- `encode` adds no begin-of-text by itself. After `Tokenizer.update_options(add_special_tokens="true")` it does as
+  transformers, if the post-processor of tokenizer.json has the bos_token of tokenizer_config.json.
+- An int4 graph (MatMulNBits, accuracy level 4) computes single tokens and chunks with different kernels. Logits of the
+  same 40 tokens differ by up to 0.6 between one prefill and 25 + 15 single steps (SmolLM2). Compare equal chunks only.
+- An fp32 embedding refuses token ids beyond the vocabulary; an int4 embedding accepts them silently.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import psutil
+
+from nbl_export.errors import MissingPackageError, NblError
+from nbl_export.targets.base import Room
+from nbl_export.targets.chat_template import applied
+from nbl_export.targets.continuation import continued
+from nbl_export.targets.onnx.opening import open_model
+from nbl_export.targets.onnx.settings import GenaiSettings, short
+from nbl_export.trust.model_settings import check_tokenizer_settings
+
+__all__ = ["GenaiRunner", "default_threads", "load_package"]
+
+_CPU_DEVICE = "CPU"  # og.Model.device_type
+
+
+def default_threads() -> int:
+    """Number of physical cores this process may use, at least 1."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+class GenaiRunner:
+    """A loaded GenAI model directory: the TextRunner of ONNX Runtime. The directory is only read.
+
+    Args:
+        directory: model.onnx, its data, genai_config.json and, for text, the tokenizer.
+        threads: intra-op threads; None uses `default_threads()`. `self.threads` is the number in use.
+        provider: GenAI's name of the execution provider, and its options; None uses the directory's provider.
+        room: sequence and batch that the provider is sized for; `begin` opens the model again if they are exceeded.
+            None leaves the sizes of the directory.
+
+    Raises:
+        MissingPackageError: onnxruntime-genai is not installed.
+        NblError: the directory is not a model that loads; the message has the path.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        threads: int | None = None,
+        provider: tuple[str, dict[str, str]] | None = None,
+        room: Room | None = None,
+    ) -> None:
+        self.directory = directory
+        self.threads = threads or default_threads()
+        self.settings = GenaiSettings.read(directory)
+        self._og = load_package("onnxruntime_genai")
+        self._provider, self._room = provider, room and room.within(self.settings.context_length)
+        self._model = self._open()
+        self._waits = self._model.device_type != _CPU_DEVICE
+        self._generator: Any = None
+        self._capacity = self._length = 0
+        self._batch = 1
+        self._fill = np.zeros((1, 0), np.int32)
+
+    def __enter__(self) -> GenaiRunner:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Free the cache and the model; the runner cannot be used afterwards."""
+        self.__dict__.pop("_tokenizer", None)
+        self._generator = self._model = None
+
+    def _open(self) -> Any:
+        return open_model(self._og, self.directory, self.threads, self._provider, self._room)
+
+    def _make_room(self, asked: Room) -> None:
+        if self._room is not None and not self._room.holds(asked):
+            self._room = self._room.joined(asked)
+            self._model = None  # free the old model before the new one is loaded
+            self._model = self._open()
+
+    # -- tokens ----------------------------------------------------------------------------------------
+
+    def begin(self, max_tokens: int, batch: int = 1) -> None:
+        """Forget the sequence; reserve cache for min(max_tokens, context length) tokens, resident at once.
+
+        A batch reserves one token more, for the token that it picks last.
+        """
+        self._generator = None  # free the old cache before the new one is allocated
+        self._batch, self._fill = batch, np.zeros((batch, 0), np.int32)
+        self._length, self._capacity = 0, min(max_tokens, self.settings.context_length)
+        longest = self._capacity if batch == 1 else min(max_tokens + 1, self.settings.context_length)
+        shortest = 0 if batch == 1 else longest  # a batch continues behind an end of text
+        self._make_room(Room(longest, batch))
+        try:
+            params = self._og.GeneratorParams(self._model)
+            params.set_search_options(
+                max_length=longest, min_length=shortest, do_sample=False, num_beams=1, batch_size=batch
+            )
+            self._generator = self._og.Generator(self._model, params)
+        except Exception as error:
+            raise NblError(f"cannot start a sequence of {max_tokens} tokens on {self.directory}: {short(error)}") from (
+                error
+            )
+
+    def append(self, ids: Sequence[int]) -> None:
+        """Run the decoder over ids as one chunk; returns when the device has finished.
+
+        A batch takes ids [B, T] once, and picks a token. Single steps [B, 1] then continue with the picked tokens. In
+        the first chunk another id replaces the id of padding, which would be masked.
+
+        Raises:
+            NblError: the sequence would outgrow what `begin` reserved, or the engine fails.
+        """
+        count = len(ids) if self._batch == 1 else np.shape(ids)[1]
+        if self._length + count > self._capacity:
+            raise NblError(
+                f"{self._length + count} tokens do not fit into {self.directory}: room for {self._capacity} "
+                f"(its context is {self.settings.context_length}); use a shorter prompt"
+            )
+        try:
+            if self._batch == 1:
+                self._generator.append_tokens(np.asarray(ids, dtype=np.int32))
+            else:
+                self._append_rows(np.asarray(ids, dtype=np.int32))
+            if self._waits:
+                self._wait()
+        except Exception as error:
+            raise NblError(f"{self.directory} failed on a chunk of {count} tokens: {short(error)}") from error
+        self._length += count
+
+    def _append_rows(self, ids_BT: np.ndarray) -> None:
+        if self._length == 0:
+            pad = self.settings.pad_id
+            self._fill = (
+                ids_BT if pad is None else np.where(ids_BT == pad, (pad + 1) % self.settings.vocab_size, ids_BT)
+            )
+            self._generator.append_tokens(self._fill)
+        elif ids_BT.shape[1] != 1:
+            raise ValueError("a batch goes on token by token")
+        self._generator.generate_next_token()  # runs the decoder unless it just ran, and picks
+
+    def _wait(self) -> None:
+        """Wait for the device, by reading a result."""
+        if self._batch == 1:
+            self._generator.get_logits()
+        else:
+            self._generator.get_next_tokens()
+
+    def rewind(self, length: int) -> None:
+        """Drop everything after the first `length` tokens; costs microseconds, because the cache stays.
+
+        A batch can only go back to its start, or to the end of its first chunk, which runs again.
+        """
+        if not 0 <= length <= self._length:
+            raise ValueError(f"cannot rewind {self._length} tokens to {length}")
+        if self._batch > 1 and length not in (0, self._fill.shape[1]):
+            raise ValueError(f"cannot rewind a batch to {length}: its first chunk has {self._fill.shape[1]} tokens")
+        self._generator.rewind_to(length if self._batch == 1 else 0)
+        self._length = length
+        if self._batch > 1 and length:
+            self._length = 0
+            self.append(self._fill)  # type: ignore[arg-type]
+
+    def last_logits(self) -> np.ndarray:
+        """Logits [V] float32 after the last token; valid only right after `append`."""
+        return np.asarray(self._generator.get_logits()[0, -1], dtype=np.float32)
+
+    def pick(self) -> int:
+        """The most likely next token of the first sequence."""
+        return int(self.last_logits().argmax()) if self._batch == 1 else int(self._generator.get_next_tokens()[0])
+
+    # -- text ------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        check_tokenizer_settings(self.directory)
+        try:
+            return self._og.Tokenizer(self._model)
+        except Exception as error:
+            raise NblError(f"the tokenizer of {self.directory} does not load: {short(error)}; export again") from error
+
+    def encode(self, prompt: str, *, chat: bool) -> list[int]:
+        """Token ids of a prompt; with `chat` and a template in the directory, the prompt is the user's turn in it.
+
+        A template writes its own begin-of-text, so only a plain prompt gets special tokens.
+        """
+        tokenizer = self._tokenizer
+        text = applied(self.directory, prompt) if chat else None
+        tokenizer.update_options(add_special_tokens="true" if text is None else "false")
+        return [int(i) for i in tokenizer.encode(prompt if text is None else text)]
+
+    def stream(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[str]:
+        """Greedy continuation as text pieces, until an end-of-text id, the limit or the end of the context.
+
+        A character of several tokens comes out whole, with its last token.
+        """
+        pieces = self._tokenizer.create_stream()
+        for token in self._continuation(ids, max_new_tokens):
+            if token in self.settings.end_ids:
+                return
+            if piece := pieces.decode(token):
+                yield piece
+
+    def greedy(self, ids: Sequence[int], new_tokens: int) -> list[int]:
+        """Greedy continuation as token ids; ignores the end of text, and ends early at the end of the context."""
+        return list(self._continuation(ids, new_tokens))
+
+    def _continuation(self, ids: Sequence[int], new_tokens: int) -> Iterator[int]:
+        return continued(self, self.directory, ids, new_tokens, self.settings.context_length)
+
+
+def load_package(name: str) -> ModuleType:
+    """Import a package of the extra `cpu`.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingPackageError(name.replace("_", "-"), "cpu", "running a decoder") from error

@@ -1,0 +1,104 @@
+"""Runs a directory with OpenVINO: the TextRunner of the engine.
+
+    directory (openvino_model.xml, .bin, config.json, tokenizer.json)
+        └─ OpenVinoRunner ── begin ─ append ─ append ─ rewind ─ append ...        for bench
+                         └── encode ─ stream | greedy                            for generate and verify
+
+The tokens go through `openvino` itself, not through OpenVINO GenAI: bench and verify need the logits and a rewind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nbl_export.errors import NblError
+from nbl_export.targets.continuation import continued
+from nbl_export.targets.openvino.facts import context_length
+from nbl_export.targets.openvino.session import Session
+from nbl_export.targets.tokenizer import Text
+
+__all__ = ["OpenVinoRunner"]
+
+
+class OpenVinoRunner:
+    """A loaded IR directory. The directory is only read.
+
+    Args:
+        exact: see `Session`.
+
+    Raises:
+        NblError: the directory is not a model that loads; the message has the path.
+    """
+
+    def __init__(self, directory: Path, threads: int | None = None, *, exact: bool = False) -> None:
+        self.directory = directory
+        self.context_length = context_length(directory)
+        self.session = Session(directory, threads=threads, exact=exact)
+        self._logits = np.zeros((1, 1, 1), np.float32)
+        self._capacity = 0
+        self._text: Text | None = None
+
+    def __enter__(self) -> OpenVinoRunner:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Free the model; the runner cannot be used afterwards."""
+        self.session.close()
+
+    def begin(self, max_tokens: int, batch: int = 1) -> None:
+        """Forget the sequence; states grow as tokens come, so nothing is reserved."""
+        self._capacity = min(max_tokens, self.context_length)
+        self.session.begin(batch)
+
+    def append(self, ids: Sequence[int]) -> None:
+        """Run the decoder over ids as one chunk. A batch takes [B, T].
+
+        Raises:
+            NblError: the sequence would outgrow what `begin` allowed, or OpenVINO fails.
+        """
+        ids_BT = np.atleast_2d(np.asarray(ids, np.int64))
+        length = self.session.mask_BK.shape[1] + ids_BT.shape[1]
+        if length > self._capacity:
+            raise NblError(
+                f"{length} tokens do not fit into {self.directory}: room for {self._capacity} "
+                f"(its context is {self.context_length}); use a shorter prompt"
+            )
+        self._logits = self.session.run(ids_BT, np.ones_like(ids_BT))
+
+    def rewind(self, length: int) -> None:
+        """Drop everything after the first `length` tokens; copies the states."""
+        if not 0 <= length <= self.session.mask_BK.shape[1]:
+            raise ValueError(f"cannot rewind {self.session.mask_BK.shape[1]} tokens to {length}")
+        self.session.cut(length)
+
+    def last_logits(self) -> np.ndarray:
+        """Logits [V] float32 after the last token; valid only right after `append`."""
+        return np.asarray(self._logits[0, -1], np.float32)
+
+    def pick(self) -> int:
+        """The most likely next token of the first sequence."""
+        return int(self._logits[0, -1].argmax())
+
+    @property
+    def text(self) -> Text:
+        """The tokenizer of the directory."""
+        self._text = self._text or Text(self.directory)
+        return self._text
+
+    def encode(self, prompt: str, *, chat: bool) -> list[int]:
+        """Token ids of a prompt, see `Text.encode`."""
+        return self.text.encode(prompt, chat=chat)
+
+    def stream(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[str]:
+        """Greedy continuation as text pieces, until the end of text, the limit or the end of the context."""
+        return self.text.pieces(self._continuation(ids, max_new_tokens))
+
+    def greedy(self, ids: Sequence[int], new_tokens: int) -> list[int]:
+        """Greedy continuation as token ids; ignores the end of text, and ends early at the end of the context."""
+        return list(self._continuation(ids, new_tokens))
+
+    def _continuation(self, ids: Sequence[int], new_tokens: int) -> Iterator[int]:
+        return continued(self, self.directory, ids, new_tokens, self.context_length)

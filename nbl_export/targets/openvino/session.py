@@ -1,0 +1,184 @@
+"""A stateful IR, compiled for the CPU, and the states of the batch it is running.
+
+Facts of OpenVINO 2026.4 on x86 that the code relies on:
+
+- The plugin computes in bfloat16 where the processor has it, and keeps keys and values in 8 bits. `exact` asks for
+  float32 in both. A model may name the type of its cache (runtime option KV_CACHE_PRECISION); `compile_model` reads it.
+- `VariableState.state` copies a state to float32 and back. Codes of 8 bits survive this up to rounding.
+- A request that ran one sequence and then, after `reset_state`, a padded batch of two gives NaN with a cache of 8 bits.
+  So another batch size gets another request.
+- Scheduling hints make a second stream for two threads, unless the number of streams is given.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from nbl_export.errors import CorruptError, MissingPackageError, NblError
+from nbl_export.graph.names import IR_FILE
+from nbl_export.records.decoder import GraphContract, TensorInfo
+from nbl_export.targets.openvino.ir.files import precision_of, read_ir
+from nbl_export.targets.openvino.ir.states import states_of
+
+__all__ = ["Arithmetic", "Session", "load_openvino"]
+
+_TYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "u8": "8 bits", "u4": "4 bits"}
+_INPUTS = ("input_ids", "attention_mask", "position_ids", "beam_idx")
+
+
+def load_openvino() -> ModuleType:
+    """Import openvino.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        return importlib.import_module("openvino")
+    except ImportError as error:
+        raise MissingPackageError("openvino", "openvino", "running an IR") from error
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Types that a compiled model computes in, and keeps keys and values in, by OpenVINO's names."""
+
+    inference: str
+    cache: str
+
+    def spoken(self) -> str:
+        """In words, for reports."""
+        return f"computes in {_spoken(self.inference)}, with keys and values in {_spoken(self.cache)}"
+
+
+class Session:
+    """A compiled IR with one inference request.
+
+    Args:
+        exact: float32 arithmetic and caches, whatever the model and the plugin prefer.
+        threads: None is the plugin's choice.
+
+    Raises:
+        CorruptError: the files are damaged, or the IR is no decoder with states.
+    """
+
+    def __init__(self, directory: Path, file: str = IR_FILE, *, exact: bool = False, threads: int | None = None):
+        self.directory = directory
+        core = load_openvino().Core()
+        model = read_ir(directory, file)
+        self.contract = _contract(model, directory / file)
+        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+        if threads:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        if exact or precision_of(model) == "fp32":
+            settings |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
+        try:
+            self._compiled = core.compile_model(model, "CPU", settings)
+            self._request = self._compiled.create_infer_request()
+            self.mask_BK = np.zeros((1, 0), np.int64)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise CorruptError(f"OpenVINO cannot compile {directory / file}: {reason}") from error
+        self._vocab_size = model.output("logits").get_partial_shape()[-1].get_max_length()
+        self._names = [n for n in _INPUTS if any(n in port.get_names() for port in self._compiled.inputs)]
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """Types that the plugin has chosen."""
+        kinds = {name: self._compiled.get_property(name) for name in ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION")}
+        inference, cache = (str(kind.to_string()) for kind in kinds.values())
+        return Arithmetic(inference, cache)
+
+    def begin(self, batch: int) -> None:
+        """Start a batch with empty states."""
+        if batch != len(self.mask_BK):
+            self._request = self._compiled.create_infer_request()
+        self._request.reset_state()
+        self.mask_BK = np.zeros((batch, 0), np.int64)
+
+    def run(self, ids_BT: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
+        """Append tokens; returns float32 logits [B, T, V], or [B, 1, V] from a pruned graph. Padding is on the left.
+
+        Raises:
+            NblError: a token is not in the vocabulary, or OpenVINO fails.
+        """
+        if self._vocab_size > 0 and int(ids_BT.max()) >= self._vocab_size:
+            raise NblError(
+                f"token {int(ids_BT.max())} is beyond the {self._vocab_size} of {self.directory}: "
+                "its tokenizer is of another model"
+            )
+        mask = np.concatenate([self.mask_BK, valid_BT], 1)
+        positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids_BT.shape[1] :]
+        feeds = dict(zip(_INPUTS, (ids_BT, mask, positions, np.arange(len(ids_BT), dtype=np.int32)), strict=True))
+        try:
+            found = self._request.infer({name: feeds[name] for name in self._names}, share_inputs=False)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[-200:]
+            raise NblError(f"{self.directory} failed on a chunk of {ids_BT.shape[1]} tokens: {reason}") from error
+        self.mask_BK = mask
+        return np.asarray(found["logits"], np.float32)
+
+    def cut(self, length: int) -> None:
+        """Drop everything behind the first `length` tokens, padding included."""
+        if length == self.mask_BK.shape[1]:
+            return
+        if length == 0:
+            self.begin(len(self.mask_BK))
+            return
+        cut = {name: np.ascontiguousarray(state[:, :, :length]) for name, state in self.states().items()}
+        self.put_states(cut, self.mask_BK[:, :length])
+
+    def states(self) -> dict[str, np.ndarray]:
+        """Copies of the states by name; codes of 8 bits come as floats."""
+        return {state.name: np.array(state.state.data) for state in self._request.query_state()}
+
+    def put_states(self, states: Mapping[str, np.ndarray], mask_BK: np.ndarray) -> None:
+        """Go back to states and mask of the same batch."""
+        tensor = load_openvino().Tensor
+        for state in self._request.query_state():
+            state.state = tensor(states[state.name])
+        self.mask_BK = mask_BK
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the states as OpenVINO hands them out; codes of 8 bits are handed out as floats."""
+        return sum(int(state.state.get_byte_size()) for state in self._request.query_state())
+
+    def close(self) -> None:
+        """Free the model and its states."""
+        del self._request, self._compiled
+
+
+def _spoken(kind: str) -> str:
+    return _TYPES.get(kind, kind)
+
+
+def _contract(model: Any, path: Path) -> GraphContract:
+    """Inputs, states as if they were inputs, and outputs.
+
+    Raises:
+        CorruptError: there is no input input_ids or no output logits.
+    """
+    inputs = [_info(port) for port in model.inputs]
+    outputs = [_info(port) for port in model.outputs]
+    if not any(i.name == "input_ids" for i in inputs) or not any(o.name == "logits" for o in outputs):
+        raise CorruptError(f"{path} is no decoder with an input input_ids and an output logits")
+    states = states_of(model)
+    caches = [
+        TensorInfo(f"past_key_values.{layer}.{part}", "float32", ("batch", s.heads, "tokens", s.head_size))
+        for layer, pair in states.items()
+        for part, s in zip(("key", "value"), pair, strict=True)
+    ]
+    return GraphContract((*inputs, *caches), tuple(outputs), tuple(states))
+
+
+def _info(port: Any) -> TensorInfo:
+    dims = tuple(d.get_length() if d.is_static else "?" for d in port.get_partial_shape())
+    return TensorInfo(port.get_any_name(), port.get_element_type().to_string(), dims)

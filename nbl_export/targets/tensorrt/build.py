@@ -1,0 +1,303 @@
+"""Builds decoder.onnx into a plan (TensorRT's serialised engine) with engine.json beside it; complete or absent.
+
+DIR/model/decoder.onnx ─ parse ─ build, attention fused or decomposed ─► .tmp-… ─ rename ─► DIR/engine/model/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nbl_export.errors import NblError
+from nbl_export.files import friendly_os_errors, scratch_in, write_json
+from nbl_export.graph.names import ALL_LOGITS_FILE, STATIC_GRAPH_FILE
+from nbl_export.graph.trust import check_graph_file
+from nbl_export.records.decoder import ITEMSIZE, GraphContract
+from nbl_export.targets.base import BuildSettings
+from nbl_export.targets.gpu import Gpu, find_gpu
+from nbl_export.targets.tensorrt.attention import (
+    DECOMPOSED,
+    FUSED,
+    bypass_unit_scale,
+    decompose,
+    lacks_kernel,
+)
+from nbl_export.targets.tensorrt.capture import ask_for_proof, capturable
+from nbl_export.targets.tensorrt.library import Library, load_library
+from nbl_export.targets.tensorrt.log import (
+    Messages,
+    complaints,
+    ignored_inputs,
+    messages_of,
+    require,
+)
+from nbl_export.targets.tensorrt.network import ParsedNetwork, parse
+from nbl_export.targets.tensorrt.record import (
+    ENGINE_FILE,
+    RECORD_FILE,
+    EngineRecord,
+    digest_of,
+)
+from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles
+from nbl_export.trust.contained import check_inside
+from nbl_export.trust.own_engines import remember
+
+__all__ = ["Progress", "build_engine"]
+
+_logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, float], None]  # phase, seconds since the build began
+_GRAPH = STATIC_GRAPH_FILE
+
+
+@dataclass(frozen=True)
+class _Built:
+    plan: Any
+    attention: str  # FUSED or DECOMPOSED
+    capturable: bool | None  # None: the builder does not say
+    seconds: float
+
+
+def build_engine(
+    library: Library, source: Path, out: Path, settings: BuildSettings, progress: Progress | None = None
+) -> EngineRecord:
+    """Build the plan of `source`/decoder.onnx, with two optimisation profiles, into the directory `out`, replacing it.
+
+    Args:
+        progress: called by the builder with its phase; the builder's step counts do not measure time.
+
+    Raises:
+        NblError: the graph is refused, warns, does not build or cannot be captured; or the disk is full. `out` stays.
+        CorruptError: the graph keeps weights outside its folder.
+    """
+    trt = load_library(library)
+    log = messages_of(trt)
+    graph = source / _GRAPH
+    if not graph.is_file():
+        raise NblError(f"{source} holds no {_GRAPH}; export it with --engine {library.capabilities.name}")
+    check_graph_file(graph)
+    parsed = parse(trt, log, graph)
+    bypass_unit_scale(parsed)
+    contract = parsed.contract
+    two_rows = parsed.precision == "int4" or contract.logits == "last"
+    profiles = engine_profiles(settings.max_batch, settings.prefill_chunk, _slots(contract), two_rows=two_rows)
+    computes = _targets(library, settings.targets, parsed.precision)
+    built = _build(parsed, log, profiles, computes if settings.targets else (), library, progress)
+    with friendly_os_errors(out), _replacing(out) as scratch:
+        (scratch / ENGINE_FILE).write_bytes(built.plan)
+        record = _record(library, parsed, profiles, settings, computes, built, scratch)
+        write_json(scratch / RECORD_FILE, record.to_json())
+        _copy_text_files(source, scratch)
+    try:
+        remember(record.plan_sha256)
+    except NblError as error:
+        _logger.warning("%s will run only with --trust-engine: %s", out / ENGINE_FILE, error)
+    return record
+
+
+def _slots(contract: GraphContract) -> int:
+    return next(int(info.shape[2]) for info in contract.inputs if info.name.startswith("past_key_values."))
+
+
+def _targets(library: Library, asked: Sequence[str], precision: str) -> tuple[str, ...]:
+    """Compute capabilities that the plan is for.
+
+    Raises:
+        NblError: a capability is unknown to the library, cannot be chosen, or lacks the precision.
+    """
+    title = library.capabilities.title
+    if not library.default_targets:
+        gpu = find_gpu()
+        here = (gpu.compute,) if isinstance(gpu, Gpu) else ()
+        if asked and tuple(asked) != here:
+            raise NblError(
+                f"{title} builds for the GPU at hand, not for {', '.join(asked)}; use --engine {library.other}"
+            )
+        return here
+    for compute in asked:
+        if compute not in library.computes:
+            known = ", ".join(library.computes)
+            raise NblError(
+                f"{title} has no kernels for compute capability {compute}, it is for {known}; use --engine "
+                f"{library.other}"
+            )
+        if compute in library.weak_computes and precision != "fp16":
+            raise NblError(f"compute capability {compute} has no {precision}: use --precision fp16 for it")
+    return tuple(asked) or library.default_targets
+
+
+def _build(
+    parsed: ParsedNetwork, log: Messages, profiles: Sequence[Profile], targets: Sequence[str], library: Library,
+    progress: Progress | None,
+) -> _Built:  # fmt: skip
+    """Build with fused attention, or with decomposed attention if there is no kernel."""
+    started = time.perf_counter()
+    name = parsed.network.name
+    failed = f"{library.capabilities.title} does not build {name}"
+    monitor = _monitor(parsed.trt, progress) if progress else None
+    with log.explaining(failed):
+        config = _config(parsed, profiles, targets, library, monitor)
+    attempt = functools.partial(_attempt, parsed, log, config, monitor, library, failed)
+    unfused = lacks_kernel(library, parsed)
+    if not unfused:
+        plan, proven, unfused = attempt()
+        if plan is not None:
+            return _Built(plan, FUSED, proven, time.perf_counter() - started)
+    if not decompose(parsed):
+        raise NblError(f"{failed}: {unfused}")
+    _logger.warning("%s: attention is decomposed into matrix products, which is slower: %s", name, unfused)
+    plan, proven, why = attempt()
+    if plan is None:
+        raise NblError(f"{failed}: {why}; with fused attention: {unfused}")
+    return _Built(plan, DECOMPOSED, proven, time.perf_counter() - started)
+
+
+def _config(
+    parsed: ParsedNetwork, profiles: Sequence[Profile], targets: Sequence[str], library: Library, monitor: Any
+) -> Any:
+    """The builder's configuration, inside a block of `Messages.explaining`."""
+    trt, builder = parsed.trt, parsed.builder
+    config = require(builder.create_builder_config())
+    if library.jit:
+        ask_for_proof(trt, config)
+    if targets and library.default_targets:  # TensorRT builds for the GPU at hand and has no such names
+        config.num_compute_capabilities = len(targets)
+        for index, compute in enumerate(targets):
+            member = f"{library.target_prefix}{compute.replace('.', '')}"
+            require(config.set_compute_capability(trt.ComputeCapability.__members__[member], index))
+    for profile in profiles:
+        config.add_optimization_profile(_shapes(builder, parsed.network, profile))
+    if monitor is not None:
+        config.progress_monitor = monitor
+    return config
+
+
+def _attempt(
+    parsed: ParsedNetwork, log: Messages, builder_config: Any, monitor: Any, library: Library, failed: str
+) -> tuple[Any, bool | None, str]:
+    """One build: the plan, whether its steps can be captured (None: the builder does not say), and "".
+
+    Without a plan: None, None and the library's reason.
+
+    Raises:
+        NblError: the engine would not read an input, or its steps cannot be captured.
+    """
+    network, proven, why = parsed.network, None, ""
+    with log.explaining(failed) as said:
+        plan = parsed.builder.build_serialized_network(network, builder_config)
+        interrupt = monitor.interrupt if monitor is not None else None
+        if interrupt is None:
+            if ignored := ignored_inputs(said):
+                raise NblError(f"the engine would not read an input of {network.name}: {ignored[0]}")
+            proven = capturable(said, plan, network.name) if library.jit else None
+        if plan is None:
+            why = (complaints(said) or ["it gives no reason"])[0][:500]
+            said.clear()  # the caller tells the reason
+    if interrupt is not None:
+        raise interrupt
+    return plan, proven, why
+
+
+def _shapes(builder: Any, network: Any, profile: Profile) -> Any:
+    """Shape ranges of all inputs: the first dimension is the batch; the second of input_ids is tokens."""
+    result = builder.create_optimization_profile()
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        ranges = [list(tensor.shape) for _ in range(3)]
+        for dims, batch, tokens in zip(ranges, profile.batch, profile.tokens, strict=True):
+            dims[0] = batch
+            if tensor.name == "input_ids":
+                dims[1] = tokens
+        result.set_shape(tensor.name, *map(tuple, ranges))
+    return result
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    class Monitor(trt.IProgressMonitor):
+        """Passes phases on. The library swallows an exception of the callback; the monitor keeps it and cancels."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.started = time.perf_counter()
+            self.interrupt: BaseException | None = None
+
+        def phase_start(self, phase_name: str, _parent: str | None, _steps: int) -> None:
+            self._tell(phase_name)
+
+        def phase_finish(self, phase_name: str) -> None:
+            pass
+
+        def step_complete(self, phase_name: str, _step: int) -> bool:
+            self._tell(phase_name)
+            return self.interrupt is None
+
+        def _tell(self, phase: str) -> None:
+            try:
+                progress(phase, time.perf_counter() - self.started)
+            except BaseException as error:
+                self.interrupt = self.interrupt or error
+
+    return Monitor()
+
+
+def _record(
+    library: Library, parsed: ParsedNetwork, profiles: Sequence[Profile], settings: BuildSettings,
+    computes: tuple[str, ...], built: _Built, scratch: Path,
+) -> EngineRecord:  # fmt: skip
+    contract = parsed.contract
+    caches = [info for info in contract.inputs if info.name.startswith("past_key_values.")]
+    per_token = sum(int(i.shape[1]) * int(i.shape[3]) * ITEMSIZE[i.dtype] for i in caches)
+    slots = _slots(contract)
+    graph = parsed.graph
+    files = [graph, *(f for f in [graph.with_name(f"{_GRAPH}.data")] if f.is_file())]
+    plan = scratch / ENGINE_FILE
+    return EngineRecord(
+        engine=library.capabilities.name,
+        version=parsed.trt.__version__,
+        precision=parsed.precision,
+        attention=built.attention,
+        compute_capabilities=computes,
+        capturable=built.capturable,
+        max_batch=settings.max_batch,
+        prefill_chunk=settings.prefill_chunk,
+        max_seq_len=slots,
+        profiles=tuple(profiles),
+        inputs=contract.inputs,
+        outputs=contract.outputs,
+        cache_layers=len(contract.cache_layers),
+        cache_bytes_per_token=per_token,
+        cache_bytes=per_token * slots * settings.max_batch,
+        parse_seconds=round(parsed.seconds, 3),
+        build_seconds=round(built.seconds, 3),
+        plan_bytes=plan.stat().st_size,
+        plan_sha256=digest_of(plan),
+        graph_sha256={f.name: digest_of(f) for f in files},
+    )
+
+
+@contextlib.contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A scratch directory beside `out` that replaces `out` at the end; if anything fails, the scratch is deleted."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_in(out.parent) as scratch:
+        made = scratch / out.name
+        made.mkdir()
+        yield made
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(made, out)
+
+
+def _copy_text_files(source: Path, out: Path) -> None:
+    """Copy configuration and tokenizer, so that the engine's directory is deployable by itself."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.startswith(_GRAPH) and path.name != ALL_LOGITS_FILE:
+            shutil.copyfile(check_inside(path, path.parent), out / path.name)

@@ -1,0 +1,299 @@
+"""Memory, a stream and captured graphs on the first GPU, through cuda-python or torch.
+
+Every failure is an NblError: cuda-python answers with a status, torch raises RuntimeError. While a step is captured,
+other threads may use the GPU (capture mode "thread local", as in NVIDIA's trtexec).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+
+from nbl_export.errors import NblError
+from nbl_export.targets.gpu import (
+    Gpu,
+    find_gpu,
+    outdated,
+    release_for,
+)
+
+__all__ = ["CudaPython", "Device", "Torch", "attempt_all", "check_device", "find_backend", "open_device"]
+
+
+class Device(Protocol):
+    """GPU memory and one stream. Addresses are integers; all work is ordered on `stream`."""
+
+    title: str
+    stream: int
+
+    def allocate(self, size: int) -> int:
+        """Allocate `size` bytes; returns their address.
+
+        Raises:
+            NblError: the GPU has no memory left.
+        """
+
+    def zero(self, address: int, size: int) -> None: ...
+
+    def upload(self, address: int, array: np.ndarray) -> None: ...
+
+    def download(self, address: int, array: np.ndarray) -> None:
+        """Copy into a contiguous array; the data is there after `synchronize`."""
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Record what `work` puts on the stream, without running it; returns a function that runs the record.
+
+        Raises:
+            NblError: `work` failed, which comes first, or its work cannot be recorded.
+        """
+
+    def close(self) -> None:
+        """Free all memory, the stream and the records, also after an error.
+
+        Raises:
+            NblError: the first failure, after everything has been tried.
+        """
+
+
+def find_backend() -> type[CudaPython] | type[Torch] | str:
+    """The package to use, or what is missing, as a sentence without a full stop."""
+    if importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None:
+        return CudaPython
+    if importlib.util.find_spec("torch") is not None:
+        torch: Any = importlib.import_module("torch")
+        if torch.cuda.is_available():
+            return Torch
+    bindings = release_for(find_gpu()).bindings
+    return f"device memory needs the package cuda-python (pip install {bindings}), or torch with CUDA"
+
+
+def check_device(gpu: Gpu) -> str:
+    """Make a stream on the GPU and free it; returns the title of the package that made it.
+
+    Only a first call shows a driver that is too old for the package (cudaErrorInsufficientDriver).
+
+    Raises:
+        NblError: there is no usable package, or the GPU makes no stream; the message says what to change.
+    """
+    backend = find_backend()
+    if isinstance(backend, str):
+        raise NblError(backend)
+    try:
+        backend().close()
+    except Exception as error:  # torch and bindings that do not load have exceptions of their own
+        text = " ".join(str(error).split())[:200]
+        advice = _driver_advice(gpu) if backend is CudaPython else ""
+        raise NblError(f"{backend.title} makes no stream on the {gpu.name}: {text}{advice}") from error
+    return backend.title
+
+
+def _driver_advice(gpu: Gpu) -> str:
+    """What to change if the bindings are of a newer CUDA than the driver; "" if they are not."""
+    try:
+        version = importlib.metadata.version("cuda-bindings")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    instead = f"pip install {release_for(gpu).bindings}"
+    old = outdated(gpu, f"the installed cuda-python {version}", int(version.split(".")[0]), instead)
+    return f" ({old})" if old else ""
+
+
+def open_device() -> Device:
+    """Open a device through the package that is there.
+
+    Raises:
+        NblError: there is no usable package, or it does not reach the GPU.
+    """
+    backend = find_backend()
+    if isinstance(backend, str):
+        raise NblError(backend)
+    with _errors_of(backend.title, "a stream on the GPU"):
+        return backend()
+
+
+def attempt_all(*steps: Callable[[], object]) -> None:
+    """Run all steps, also if some fail.
+
+    Raises:
+        NblError: the first failure.
+    """
+    failures: list[Exception] = []
+    for step in steps:
+        try:
+            step()
+        except Exception as error:
+            failures.append(error)
+    if failures:
+        first = failures[0]
+        raise first if isinstance(first, NblError) else NblError(_text(first)) from first
+
+
+@contextlib.contextmanager
+def _errors_of(package: str, what: str) -> Iterator[None]:
+    """Turn an exception of a package into an NblError."""
+    try:
+        yield
+    except NblError:
+        raise
+    except Exception as error:
+        raise NblError(f"{package} refuses {what}: {_text(error)}") from error
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _no_memory(size: int, error: Exception) -> NblError:
+    return NblError(
+        f"the GPU gives no further {size / 2**20:,.1f} MiB ({error}); use a smaller --max-seq-len, --max-batch or "
+        "--prefill-chunk"
+    )
+
+
+class CudaPython:
+    """GPU memory through cuda-python's CUDA runtime; each call returns (status, values...)."""
+
+    title = "cuda-python"
+
+    def __init__(self) -> None:
+        self._rt: Any = importlib.import_module("cuda.bindings.runtime")
+        self._buffers: list[int] = []
+        self._graphs: list[tuple[Any, Any]] = []
+        self._stream = self._call(self._rt.cudaStreamCreate)
+        self.stream = int(self._stream)
+
+    def _call(self, function: Any, *arguments: Any) -> Any:
+        with _errors_of(self.title, function.__name__):
+            status, *values = function(*arguments)
+        if int(status):
+            raise NblError(f"the GPU refuses {function.__name__}: {status.name}")
+        return values[0] if values else None
+
+    def allocate(self, size: int) -> int:
+        try:
+            address = int(self._call(self._rt.cudaMalloc, size))
+        except NblError as error:
+            raise _no_memory(size, error) from error
+        self._buffers.append(address)
+        return address
+
+    def zero(self, address: int, size: int) -> None:
+        self._call(self._rt.cudaMemsetAsync, address, 0, size, self._stream)
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        kind = self._rt.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._call(self._rt.cudaMemcpyAsync, address, array.ctypes.data, array.nbytes, kind, self._stream)
+
+    def download(self, address: int, array: np.ndarray) -> None:
+        kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._call(self._rt.cudaMemcpyAsync, array.ctypes.data, address, array.nbytes, kind, self._stream)
+
+    def synchronize(self) -> None:
+        self._call(self._rt.cudaStreamSynchronize, self._stream)
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        mode = self._rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call(self._rt.cudaStreamBeginCapture, self._stream, mode)
+        try:
+            work()
+        except BaseException:
+            with contextlib.suppress(NblError):  # the failed work has invalidated the record
+                self._call(self._rt.cudaStreamEndCapture, self._stream)
+            raise
+        graph = self._call(self._rt.cudaStreamEndCapture, self._stream)
+        ready = self._call(self._rt.cudaGraphInstantiate, graph, 0)
+        self._graphs.append((graph, ready))
+        return lambda: self._call(self._rt.cudaGraphLaunch, ready, self._stream)
+
+    def close(self) -> None:
+        rt = self._rt
+        calls: list[tuple[Any, Any]] = []
+        for graph, ready in self._graphs:
+            calls += [(rt.cudaGraphExecDestroy, ready), (rt.cudaGraphDestroy, graph)]
+        calls += [(rt.cudaFree, address) for address in self._buffers]
+        if self._stream is not None:
+            calls.append((rt.cudaStreamDestroy, self._stream))
+        self._graphs, self._buffers, self._stream = [], [], None
+        attempt_all(*(functools.partial(self._call, *call) for call in calls))
+
+
+class Torch:
+    """GPU memory through torch.cuda: byte tensors, a stream, CUDAGraph."""
+
+    title = "torch"
+
+    def __init__(self) -> None:
+        self._torch: Any = importlib.import_module("torch")
+        self._buffers: dict[int, Any] = {}
+        self._stream = self._torch.cuda.Stream()
+        self.stream = int(self._stream.cuda_stream)
+
+    @contextlib.contextmanager
+    def _on_stream(self, what: str) -> Iterator[None]:
+        with _errors_of(self.title, what), self._torch.cuda.stream(self._stream):
+            yield
+
+    def allocate(self, size: int) -> int:
+        try:
+            buffer = self._torch.empty(size, dtype=self._torch.uint8, device="cuda")
+        except Exception as error:  # torch.OutOfMemoryError, a RuntimeError
+            raise _no_memory(size, NblError(_text(error))) from error
+        self._buffers[int(buffer.data_ptr())] = buffer
+        return int(buffer.data_ptr())
+
+    def zero(self, address: int, size: int) -> None:
+        with self._on_stream("to clear memory"):
+            self._buffers[address][:size].zero_()
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        flat = self._torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        with self._on_stream("a copy to the GPU"):
+            self._buffers[address][: flat.numel()].copy_(flat)
+
+    def download(self, address: int, array: np.ndarray) -> None:
+        flat = self._torch.from_numpy(array.reshape(-1).view(np.uint8))
+        with self._on_stream("a copy from the GPU"):
+            flat.copy_(self._buffers[address][: flat.numel()])
+
+    def synchronize(self) -> None:
+        with _errors_of(self.title, "to wait for the stream"):
+            self._stream.synchronize()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        graph = self._torch.cuda.CUDAGraph()
+        failed: list[NblError] = []
+        try:
+            # the outer block leaves the stream also if the end of the capture fails
+            with (
+                self._on_stream("to capture a step"),
+                self._torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                try:
+                    work()
+                except NblError as error:
+                    failed.append(error)
+        except NblError as error:
+            if not failed:
+                raise
+            raise failed[0] from error
+        if failed:
+            raise failed[0]
+
+        def replay() -> None:
+            with self._on_stream("a captured step"):
+                graph.replay()
+
+        return replay
+
+    def close(self) -> None:
+        attempt_all(self.synchronize, self._buffers.clear)

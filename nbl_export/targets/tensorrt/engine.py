@@ -1,0 +1,194 @@
+"""TensorRT and TensorRT for RTX: their differences as data, and what works on this machine.
+
+                 trt                                     trt-rtx
+    builds       for the GPU it finds, kernels timed     anywhere, no GPU; kernels are compiled when the engine loads
+    runs on      compute capability 7.5 and later        7.5, 8.0, 8.6, 8.9, 12.x; not 9.0, 10.x
+    CUDA graph   our runner captures the decode step     the library captures, one setting
+
+Both have the same API and run the same code (`build`, `runner`). Sources: NVIDIA's support matrices; "CPU-Only AOT and
+TensorRT-RTX Engines" (a plan runs on 8.0, 8.6, 8.9, 12.0 and later by default, 7.5 must be asked for); "Working with
+RTX CUDA Graphs".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nbl_export.errors import NblError
+from nbl_export.graph.names import GRAPH_FILE, all_logits_file
+from nbl_export.records.decoder import DecoderSpec
+from nbl_export.targets.base import (
+    Availability,
+    BuildSettings,
+    Draft,
+    ProposingRunner,
+    Room,
+)
+from nbl_export.targets.gpu import (
+    CUDA,
+    Gpu,
+    find_gpu,
+    outdated,
+    release_for,
+)
+from nbl_export.targets.tensorrt.library import LIBRARIES, Library, load_library
+from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner
+
+if TYPE_CHECKING:
+    from nbl_export.targets.tensorrt.build import Progress
+    from nbl_export.targets.tensorrt.record import EngineRecord
+
+__all__ = ["TRT", "TRT_RTX", "TensorRtEngine"]
+
+_CHECKED_CHUNK = 24  # tokens; small, so that verification crosses chunk borders
+
+
+class TensorRtEngine:
+    """Compiles and runs with one of the two libraries."""
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        self.capabilities = library.capabilities
+        self.compiler = self
+
+    def probe(self) -> Availability:
+        """Whether this machine can build an engine: builds one that adds two numbers. Never raises."""
+        library = self.library
+        try:
+            trt = load_library(library)
+            where = "without a GPU"
+            if not library.builds_without_gpu:
+                gpu = _usable_gpu(library)
+                where = f"for the {gpu.name}"
+            _build_known_answer(trt)
+            runs = self.probe_run()
+            reason = runs.reason if runs.available else f"engines do not run here: {runs.reason}"
+            return Availability(True, f"{library.package} {trt.__version__} builds {where}; {reason}")
+        except NblError as error:
+            return Availability(False, f"{error}{self._advice()}")
+        except Exception as error:  # a broken installation may raise anything
+            text = " ".join(str(error).split())[:300]
+            return Availability(False, f"{library.package} is installed and does not build: {text}{self._advice()}")
+
+    def probe_run(self) -> Availability:
+        """Whether this machine can run an engine: library, GPU and driver fit, and a stream is made. Never raises."""
+        from nbl_export.targets.tensorrt.device import check_device
+
+        library = self.library
+        try:
+            trt = load_library(library)
+            gpu = _usable_gpu(library)
+            memory = check_device(gpu)
+            found = f"{library.package} {trt.__version__} runs on the {gpu.name} ({gpu.compute})"
+            return Availability(True, f"{found}, memory by {memory}")
+        except NblError as error:
+            return Availability(False, str(error))
+        except Exception as error:
+            return Availability(False, " ".join(str(error).split())[:300])
+
+    def library_version(self) -> str:
+        """Version of the installed package, without loading it; "" if there is none."""
+        for suffix in ("", *(f"-cu{major}" for major in CUDA)):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                return importlib.metadata.version(f"{self.library.package}{suffix}")
+        return ""
+
+    def default_threads(self) -> int:
+        """One thread, because the host only feeds the GPU."""
+        return 1
+
+    def build(self, source: Path, out: Path, settings: BuildSettings, progress: Progress | None = None) -> EngineRecord:
+        """See `build.build_engine`."""
+        from nbl_export.targets.tensorrt.build import build_engine
+
+        return build_engine(self.library, source, out, settings, progress)
+
+    def _advice(self) -> str:
+        return "" if self.library.builds_without_gpu else f"; --engine {self.library.other} builds without a GPU"
+
+    def arithmetic(self, directory: Path) -> str:
+        """Nothing: the graph's types say it."""
+        return ""
+
+    def open_runner(self, directory: Path, threads: int | None = None, room: Room | None = None) -> StaticRunner:
+        """A text runner on a directory with a plan and engine.json; `threads` and `room` have no effect."""
+        from nbl_export.targets.tensorrt.runner import open_session
+
+        return StaticRunner(open_session(self.library, directory), directory)
+
+    def open_lossless(self, directory: Path, threads: int | None = None, draft: Draft | None = None) -> ProposingRunner:
+        """Refused: the engine has no proposers."""
+        raise NblError(f"engine {self.capabilities.name} verifies no proposed tokens; {directory} cannot run so")
+
+    def open_graph(self, directory: Path, spec: DecoderSpec, file: str | None = None) -> StaticDecoder:
+        """The float32 twin on ONNX Runtime's CPU provider: the graph with all logits, unless `file` names another."""
+        from nbl_export.targets.tensorrt.static.on_ort import open_decoder
+
+        return open_decoder(directory / (file or all_logits_file(directory)), _CHECKED_CHUNK)
+
+    def open_checked(self, directory: Path, threads: int | None = None) -> StaticRunner:
+        """A text runner on the same float32 twin, with the logits that the deployed graph gives."""
+        from nbl_export.targets.tensorrt.static.on_ort import open_runner
+
+        return open_runner(directory / GRAPH_FILE, _CHECKED_CHUNK, threads)
+
+
+TRT = TensorRtEngine(LIBRARIES["trt"])
+
+
+TRT_RTX = TensorRtEngine(LIBRARIES["trt-rtx"])
+
+
+def _usable_gpu(library: Library) -> Gpu:
+    """The GPU, if library and driver support it.
+
+    Raises:
+        NblError: there is no GPU, the library has no kernels for it, or its driver is too old for the library.
+    """
+    gpu = find_gpu()
+    title = library.capabilities.title
+    if isinstance(gpu, str):
+        raise NblError(gpu)
+    if not library.runs_on(gpu.compute):
+        known = ", ".join(library.computes) or f"{library.least_compute} and later"
+        raise NblError(
+            f"{title} does not run on the {gpu.name}: its compute capability is {gpu.compute}, {title} is for {known}; "
+            f"use --engine {library.other}"
+        )
+    needed = _cuda_major(library)
+    other = f"in a new environment, {library.how_to_get(release_for(gpu))}"
+    if needed is not None and (old := outdated(gpu, f"the installed {library.package}", needed, other)):
+        raise NblError(old)
+    return gpu
+
+
+def _cuda_major(library: Library) -> int | None:
+    """CUDA major version of the installed wheels: the distribution is called package-cuN."""
+    for major in sorted(CUDA, reverse=True):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version(f"{library.package}-cu{major}")
+            return major
+    return None
+
+
+@functools.cache
+def _build_known_answer(trt: Any) -> None:
+    """Build y = x + x. Raises the library's own error, or NblError if the library gives no plan."""
+    from nbl_export.targets.tensorrt.log import messages_of
+
+    log = messages_of(trt)
+    with log.collected() as said:
+        builder = trt.Builder(log.logger)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        x = network.add_input("x", trt.float16, (1, 2))
+        total = network.add_elementwise(x, x, trt.ElementWiseOperation.SUM).get_output(0)
+        network.mark_output(total)
+        plan = builder.build_serialized_network(network, builder.create_builder_config())
+    if plan is None:
+        raise NblError(f"{trt.__name__} {trt.__version__} builds nothing: {'; '.join(m.text for m in said)[:300]}")

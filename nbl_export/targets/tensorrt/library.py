@@ -1,0 +1,148 @@
+"""The two TensorRT libraries as data, loaded at first use."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from nbl_export.errors import NblError
+from nbl_export.targets.base import Capabilities
+from nbl_export.targets.gpu import CudaRelease, find_gpu, release_for
+
+__all__ = ["LIBRARIES", "FusedAttention", "Library", "load_library"]
+
+
+@dataclass(frozen=True)
+class FusedAttention:
+    """The attention that a library is known to have fused kernels for.
+
+    Attributes:
+        least_query_heads: fewest query heads; grouped and shared keys make no difference.
+    """
+
+    head_sizes: range
+    least_query_heads: int
+    precisions: tuple[str, ...]
+
+    def lacks(self, query_heads: int, head_size: int, precision: str) -> str:
+        """What there is no kernel for, in words; "" if there is a kernel."""
+        if precision not in self.precisions:
+            return precision
+        if head_size not in self.head_sizes:
+            step, least, most = self.head_sizes.step, self.head_sizes[0], self.head_sizes[-1]
+            return f"heads of size {head_size} (it is for multiples of {step} from {least} to {most})"
+        if query_heads < self.least_query_heads:
+            return f"{query_heads} query heads (minimum {self.least_query_heads})"
+        return ""
+
+
+@dataclass(frozen=True)
+class Library:
+    """TensorRT or TensorRT for RTX.
+
+    Attributes:
+        module: name to import.
+        package: name for pip, of the newest CUDA.
+        origin: where the library comes from, if not from PyPI.
+        runtime_graphs: whether the library captures CUDA graphs by itself.
+        jit: whether the library compiles kernels when an engine loads. If so, a cache of kernels can be kept, and the
+            builder proves that a step can be captured.
+        computes: compute capabilities that the library runs on; empty means `least_compute` and later.
+        default_targets: compute capabilities of a plan by default; empty means the GPU at hand.
+        other: the engine to try instead.
+        target_prefix: begins the library's names of compute capabilities.
+        weak_computes: compute capabilities without bf16 and int4.
+        fused: what has fused attention kernels; None if only the library's builder can tell.
+    """
+
+    capabilities: Capabilities
+    module: str
+    package: str
+    origin: str
+    builds_without_gpu: bool
+    runtime_graphs: bool
+    jit: bool
+    computes: tuple[str, ...]
+    least_compute: str
+    default_targets: tuple[str, ...]
+    other: str
+    target_prefix: str = "SM"
+    weak_computes: tuple[str, ...] = ("7.5",)
+    fused: FusedAttention | None = None
+
+    def how_to_get(self, release: CudaRelease) -> str:
+        """The command that installs the library and the bindings of a CUDA release."""
+        return f"pip install {self.package}{release.suffix} {release.bindings}{self.origin}"
+
+    def runs_on(self, compute: str) -> bool:
+        """Whether the library has kernels for a compute capability."""
+        if self.computes:
+            return compute in self.computes
+        return _version(compute) >= _version(self.least_compute)
+
+
+_PRECISIONS = ("fp16", "bf16", "int4")
+
+
+_COMPILED: dict[str, Any] = {
+    "static": True, "cross": True, "dense_caches": True, "cache_bytes": dict.fromkeys(_PRECISIONS, 2),
+}  # fmt: skip
+
+
+LIBRARIES = {
+    "trt": Library(
+        capabilities=Capabilities("trt", "TensorRT", _PRECISIONS, ("static",), "trt", **_COMPILED),
+        module="tensorrt",
+        package="tensorrt",
+        origin=" (its libraries come from NVIDIA's own package index)",
+        builds_without_gpu=False,
+        runtime_graphs=False,
+        jit=False,
+        computes=(),
+        least_compute="7.5",
+        default_targets=(),
+        other="trt-rtx",
+    ),
+    "trt-rtx": Library(
+        capabilities=Capabilities("trt-rtx", "TensorRT for RTX", _PRECISIONS, ("static",), "trt-rtx", **_COMPILED),
+        module="tensorrt_rtx",
+        package="tensorrt-rtx",
+        origin="",
+        builds_without_gpu=True,
+        runtime_graphs=True,
+        jit=True,
+        computes=("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
+        least_compute="7.5",
+        default_targets=("8.0", "8.6", "8.9", "12.0", "12.1"),
+        other="trt",
+        # found by building with version 1.7.1
+        fused=FusedAttention(range(16, 257, 8), 4, _PRECISIONS),
+    ),
+}
+
+
+def load_library(library: Library) -> ModuleType:
+    """Import the library's module.
+
+    Raises:
+        NblError: the package is not installed, or does not load; the message says how to get it.
+    """
+    if importlib.util.find_spec(library.module) is None:
+        raise NblError(f"the package {library.package} is not installed: {_advice(library)}")
+    try:
+        return importlib.import_module(library.module)
+    except Exception as error:  # a package without its libraries raises FileNotFoundError, OSError, ImportError
+        raise NblError(f"the package {library.package} does not load ({error}): {_advice(library)}") from error
+
+
+def _advice(library: Library) -> str:
+    """How to install a library that fits the driver of this machine."""
+    return library.how_to_get(release_for(find_gpu()))
+
+
+def _version(compute: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in compute.split("."))

@@ -1,0 +1,121 @@
+"""Parses decoder.onnx into a TensorRT network, or says why not, before anything is built.
+
+The parser is silent about two faults: an input that it drops (the mask is then missing), and a file that is not ONNX
+(an empty network without an error). This module looks for both.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nbl_export.errors import NblError
+from nbl_export.records.decoder import GraphContract, TensorInfo
+from nbl_export.targets.tensorrt.log import Messages, complaints, require
+
+__all__ = ["ParsedNetwork", "parse"]
+
+_DTYPES = {
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "FLOAT": "float32",
+    "INT64": "int64",
+    "INT32": "int32",
+    "BOOL": "bool",
+}
+_PRECISIONS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+
+
+@dataclass(frozen=True)
+class ParsedNetwork:
+    """A network and the objects that must outlive it: the parser owns the weights."""
+
+    trt: Any
+    builder: Any
+    network: Any
+    parser: Any
+    seconds: float
+    graph: Path  # the parsed file
+
+    @property
+    def contract(self) -> GraphContract:
+        """Inputs and outputs of the network."""
+        net = self.network
+        inputs = tuple(_info(net.get_input(i)) for i in range(net.num_inputs))
+        outputs = tuple(_info(net.get_output(i)) for i in range(net.num_outputs))
+        layers = {int(info.name.split(".")[1]) for info in inputs if info.name.startswith("past_key_values.")}
+        return GraphContract(inputs, outputs, tuple(sorted(layers)))
+
+    @property
+    def precision(self) -> str:
+        """fp16, bf16 or fp32; int4 if any matrix is int4."""
+        kinds = self.trt.LayerType
+        if any(
+            layer.type == kinds.DEQUANTIZE and layer.get_input(0).dtype == self.trt.DataType.INT4
+            for layer in self.layers
+        ):
+            return "int4"
+        return _PRECISIONS[_cache(self.contract).dtype]
+
+    @property
+    def layers(self) -> Iterator[Any]:
+        """All layers."""
+        return (self.network.get_layer(i) for i in range(self.network.num_layers))
+
+
+def parse(trt: Any, log: Messages, path: Path) -> ParsedNetwork:
+    """Parse a graph, with its external data beside it.
+
+    Raises:
+        NblError: the parser refuses the graph, warns about it, or would drop one of its inputs.
+    """
+    start = time.perf_counter()
+    # a warning about the machine is no reason against the graph, so the parser's block begins behind this one
+    with log.explaining("TensorRT makes no builder"):
+        builder = trt.Builder(log.logger)
+        # TensorRT 11 is always strongly typed and ignores the flag; TensorRT 10 and RTX need it
+        network = require(builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)))
+    with log.explaining(f"TensorRT's parser refuses {path}") as said:
+        parser = trt.OnnxParser(network, log.logger)
+        good = parser.parse_from_file(str(path))
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        seconds = time.perf_counter() - start
+        if not good or errors or network.num_outputs == 0:
+            why = [f"{e.node_name() or 'the graph'} ({e.node_operator() or 'model'}): {e.desc()}" for e in errors]
+            raise NblError(f"TensorRT's parser refuses {path}: {why[0] if why else 'it is not an ONNX model'}")
+        if said_wrong := complaints(said):
+            raise NblError(f"TensorRT's parser warns about {path}, so no engine is built: {said_wrong[0]}")
+    network.name = path.parent.name
+    parsed = ParsedNetwork(trt, builder, network, parser, seconds, path)
+    if unread := _unread_inputs(parsed):
+        raise NblError(
+            f"TensorRT's parser ignores the input {unread[0]} of {path}; its engine would compute something else"
+        )
+    return parsed
+
+
+def _unread_inputs(parsed: ParsedNetwork) -> list[str]:
+    """Inputs that no layer reads; only the builder reports them, in a warning ("Unused Input")."""
+    read = {
+        tensor.name
+        for layer in parsed.layers
+        for k in range(layer.num_inputs)
+        if (tensor := layer.get_input(k)) is not None
+    }
+    net = parsed.network
+    return [name for i in range(net.num_inputs) if (name := net.get_input(i).name) not in read]
+
+
+def _info(tensor: Any) -> TensorInfo:
+    shape = tuple(("batch" if axis == 0 else "tokens") if n < 0 else int(n) for axis, n in enumerate(tensor.shape))
+    return TensorInfo(tensor.name, _DTYPES.get(tensor.dtype.name, tensor.dtype.name.lower()), shape)
+
+
+def _cache(contract: GraphContract) -> TensorInfo:
+    for info in contract.inputs:
+        if info.name.startswith("past_key_values."):
+            return info
+    raise NblError("the graph has no caches; only decoders of the static form are built")

@@ -1,0 +1,155 @@
+"""engine.json: what a plan is, where it came from and where it runs. The plan itself says this only on a GPU.
+
+engine/model/   decoder.engine  engine.json  config and tokenizer files        deployable by itself
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nbl_export.errors import CorruptError, NblError
+from nbl_export.records.decoder import GraphContract, TensorInfo
+from nbl_export.targets.tensorrt.static.schedule import Profile
+from nbl_export.trust.contained import check_folder, check_inside
+from nbl_export.trust.own_engines import is_own
+
+__all__ = ["ENGINE_FILE", "RECORD_FILE", "EngineRecord", "digest_of", "read_plan", "read_record",
+           "refuse_foreign"]  # fmt: skip
+
+ENGINE_FILE = "decoder.engine"
+RECORD_FILE = "engine.json"
+_SCHEMA = 2
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """The value of engine.json.
+
+    Attributes:
+        engine: trt or trt-rtx.
+        version: version of the library.
+        attention: "fused" or "decomposed", see `attention`.
+        compute_capabilities: the GPUs that the plan runs on.
+        capturable: whether the builder has proven that steps can be captured as CUDA graphs; None if it cannot tell.
+        cache_bytes_per_token: of one row.
+        cache_bytes: of max_batch rows with all slots.
+        graph_sha256: hash by file name.
+    """
+
+    engine: str
+    version: str
+    precision: str
+    attention: str
+    compute_capabilities: tuple[str, ...]
+    capturable: bool | None
+    max_batch: int
+    prefill_chunk: int
+    max_seq_len: int
+    profiles: tuple[Profile, ...]
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    cache_layers: int
+    cache_bytes_per_token: int
+    cache_bytes: int
+    parse_seconds: float
+    build_seconds: float
+    plan_bytes: int
+    plan_sha256: str
+    graph_sha256: dict[str, str]
+
+    @property
+    def contract(self) -> GraphContract:
+        """Inputs, outputs and dense cache ids."""
+        return GraphContract(self.inputs, self.outputs, tuple(range(self.cache_layers)))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": _SCHEMA, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> EngineRecord:
+        if values.pop("schema", None) != _SCHEMA:
+            raise ValueError("another schema")
+        values["profiles"] = tuple(
+            Profile(p["name"], tuple(p["batch"]), tuple(p["tokens"])) for p in values["profiles"]
+        )
+        for name in ("inputs", "outputs"):
+            values[name] = tuple(TensorInfo(i["name"], i["dtype"], tuple(i["shape"])) for i in values[name])
+        values["compute_capabilities"] = tuple(values["compute_capabilities"])
+        return cls(**values)
+
+
+def read_record(directory: Path) -> EngineRecord:
+    """Read and check the record of an engine directory.
+
+    Raises:
+        NblError: the directory holds no engine.
+        CorruptError: engine.json cannot be read, the plan is not the recorded plan (cut short, replaced), or an entry
+            is a link out of the directory.
+    """
+    path, plan = directory / RECORD_FILE, directory / ENGINE_FILE
+    if not path.is_file():
+        raise NblError(f"{directory} holds no engine: {RECORD_FILE} is missing; nbl-export build makes one")
+    check_folder(directory)
+    try:
+        record = EngineRecord.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptError(f"{path} cannot be read ({error}); {_again(None)}") from error
+    if not plan.is_file():
+        raise CorruptError(f"{plan} is missing; {_again(record)}")
+    size = plan.stat().st_size
+    if size != record.plan_bytes:
+        raise CorruptError(
+            f"{plan} is cut short or replaced: {size} bytes, {record.plan_bytes} recorded; {_again(record)}"
+        )
+    _check_digest(plan, digest_of(plan), record)
+    return record
+
+
+def refuse_foreign(directory: Path, record: EngineRecord) -> None:
+    """Refuse a plan that this user has neither built nor said yes to, because a plan is code.
+
+    Raises:
+        NblError: the plan is of somebody else.
+    """
+    if not is_own(record.plan_sha256):
+        raise NblError(
+            f"{directory / ENGINE_FILE} was not built by you on this machine, and an engine file is code that would "
+            f"run here; {_again(record)}; or add --trust-engine if you trust whoever built it"
+        )
+
+
+def read_plan(directory: Path, record: EngineRecord) -> bytes:
+    """The bytes of a plan, for TensorRT to run. A plan is code, so the returned bytes are the hashed bytes.
+
+    Raises:
+        CorruptError: the plan is not the recorded plan, or is a link out of the directory.
+    """
+    plan = check_inside(directory / ENGINE_FILE, directory)
+    data = plan.read_bytes()
+    _check_digest(plan, hashlib.sha256(data).hexdigest(), record)
+    return data
+
+
+def _check_digest(plan: Path, digest: str, record: EngineRecord) -> None:
+    if digest != record.plan_sha256:
+        raise CorruptError(f"{plan} is damaged: its hash is not the one recorded; {_again(record)}")
+
+
+def _again(record: EngineRecord | None) -> str:
+    engine = f" --engine {record.engine}" if record else ""
+    return f"build it again: nbl-export build DIR{engine}"
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

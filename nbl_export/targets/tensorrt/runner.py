@@ -1,0 +1,258 @@
+"""Runs a plan on the GPU: two contexts (prefill, decode), caches bound once, the decode step as a CUDA graph.
+
+    engine ─┬─ context 0, profile 0 (1..chunk tokens)  ─┐     input_ids, write_indices, num_tokens, logits: one buffer
+            └─ context 1, profile 1 (1 token)          ─┴──   each; past.i and present.i: the same address in both
+
+A context keeps its profile. The decode context keeps its shapes, so the captured step stays valid: only input values
+change. Another batch is captured anew. present.i must be bound to the address of past.i (TensorRT documentation,
+"KVCacheUpdate": the cache is updated in place).
+
+Written against the documented API of TensorRT 10.15 to 11 and TensorRT-RTX 1.7. docs/engines/tensorrt.md says what has
+run where.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nbl_export.errors import NblError
+from nbl_export.records.decoder import ITEMSIZE, TensorInfo
+from nbl_export.targets.gpu import Gpu, find_gpu
+from nbl_export.targets.tensorrt.contexts import DEFAULT, Strategy, open_contexts
+from nbl_export.targets.tensorrt.decode_step import DecodeStep
+from nbl_export.targets.tensorrt.device import Device, attempt_all, open_device
+from nbl_export.targets.tensorrt.kernels import KERNELS_FILE, KernelCache, made_for
+from nbl_export.targets.tensorrt.library import Library, load_library
+from nbl_export.targets.tensorrt.log import Messages, messages_of, require
+from nbl_export.targets.tensorrt.record import (
+    ENGINE_FILE,
+    EngineRecord,
+    read_plan,
+    read_record,
+    refuse_foreign,
+)
+from nbl_export.targets.tensorrt.static.schedule import profile_for
+
+__all__ = ["TrtSession", "open_session", "refuse_misfit"]
+
+_INDEX = np.dtype(np.int64)
+_PER_ROW = ("write_indices", "num_tokens")
+
+
+def open_session(library: Library, directory: Path, strategy: Strategy = DEFAULT) -> TrtSession:
+    """A session on an engine directory. TensorRT-RTX keeps its compiled kernels there.
+
+    Raises:
+        NblError: there is no engine, or it is of somebody else; library, version or GPU do not fit; or device memory
+            cannot be reached.
+        CorruptError: the plan is cut short or damaged.
+    """
+    record = read_record(directory)
+    refuse_foreign(directory, record)
+    trt = load_library(library)
+    gpu = find_gpu()
+    refuse_misfit(library, record, trt.__version__, gpu, directory)
+    kernels = None
+    if library.jit and isinstance(gpu, Gpu):
+        kernels = KernelCache(directory / KERNELS_FILE, made_for(record, gpu))
+    return TrtSession(library, directory, record, trt, open_device(), strategy, kernels)
+
+
+def refuse_misfit(library: Library, record: EngineRecord, version: str, gpu: Gpu | str, directory: Path) -> None:
+    """Refuse a plan that this library or this GPU does not take; the message names both and the remedy.
+
+    Raises:
+        NblError: engine, version or compute capability differ, or there is no GPU.
+    """
+    name, title = library.capabilities.name, library.capabilities.title
+    again = f"build it again here: nbl-export build DIR --engine {name}"
+    if record.engine != name:
+        raise NblError(f"{directory} holds an engine of {record.engine}, not of {name}; {again}")
+    if record.version != version:
+        raise NblError(
+            f"{directory} was built by {library.package} {record.version}, and {version} is installed, which does not "
+            f"take it; {again}, or pip install {library.package}=={record.version}"
+        )
+    if isinstance(gpu, str):
+        raise NblError(f"{directory} cannot run here: {gpu}")
+    if not library.runs_on(gpu.compute):
+        raise NblError(
+            f"{title} does not run on the {gpu.name}, whose compute capability is {gpu.compute}; "
+            f"use --engine {library.other}"
+        )
+    if gpu.compute not in record.compute_capabilities:
+        built = ", ".join(record.compute_capabilities)
+        raise NblError(
+            f"{directory} was built for compute capability {built}, and the {gpu.name} has {gpu.compute}; {again}"
+        )
+
+
+class TrtSession:
+    """A plan and the caches of a batch (a `host.Session`).
+
+    Args:
+        trt: the imported library.
+        device: owns all memory; closed with the session, also if the session does not open.
+        kernels: the file of compiled kernels, or None to keep none.
+    """
+
+    def __init__(
+        self, library: Library, directory: Path, record: EngineRecord, trt: Any, device: Device,
+        strategy: Strategy = DEFAULT, kernels: KernelCache | None = None,
+    ) -> None:  # fmt: skip
+        self.contract = record.contract
+        self.slots = record.max_seq_len
+        self.chunk = record.prefill_chunk
+        self.kernels = kernels
+        self._record, self._device, self._messages = record, device, messages_of(trt)
+        self._batch = 0
+        self._caches: dict[str, tuple[int, int]] = {}
+        self._shapes: dict[int, tuple[int, ...]] = {}
+        self._logits = next(info for info in record.outputs if info.name == "logits")
+        with _closed_on_error(device):
+            self._runtime, self._engine = _deserialize(library, directory, record, trt, self._messages)
+            self._contexts = open_contexts(library, trt, self._messages, self._engine, device, strategy, kernels)
+            self._buffers = self._allocate_controls()
+        self._decode = len(self._contexts) - 1
+        self._step = DecodeStep(device, graphs=strategy.graphs, by_library=library.runtime_graphs)
+
+    # -- set up ----------------------------------------------------------------------------------------
+
+    def _allocate_controls(self) -> dict[str, int]:
+        """Buffers of the small inputs and of the logits, for the largest step."""
+        rows = max(p.batch[2] for p in self._record.profiles)
+        tokens = max(p.tokens[2] for p in self._record.profiles)
+        names = {info.name for info in self.contract.inputs}
+        sizes: dict[str, int] = {n: rows * _INDEX.itemsize for n in _PER_ROW if n in names}
+        sizes["input_ids"] = rows * tokens * _INDEX.itemsize
+        sizes["logits"] = rows * (1 if self._last_only else tokens) * int(self._logits.shape[-1]) * 4
+        return {name: self._device.allocate(size) for name, size in sizes.items()}
+
+    @property
+    def _last_only(self) -> bool:
+        return self._logits.shape[1] == 1
+
+    # -- session ---------------------------------------------------------------------------------------
+
+    def begin(self, batch: int) -> None:
+        """Zero the caches for a batch; allocate and bind them if the batch size changes."""
+        if batch != self._batch:
+            profile_for(self._record.profiles, batch, 1)
+            self._bind(batch)
+        for address, size in self._caches.values():
+            self._device.zero(address, size)
+
+    def _bind(self, batch: int) -> None:
+        caches = [info for info in self.contract.inputs if info.name.startswith("past_key_values.")]
+        self._batch, self._shapes = 0, {}  # until all is bound
+        self._step.reset()
+        for info in caches:
+            size = _bytes(info, batch)
+            if self._caches.get(info.name, (0, 0))[1] < size:
+                self._caches[info.name] = (self._device.allocate(size), size)
+        with self._messages.explaining(f"TensorRT refuses {batch} rows"):
+            for context in self._contexts:
+                self._bind_context(context, caches, batch)
+        self._batch = batch
+
+    def _bind_context(self, context: Any, caches: Sequence[TensorInfo], batch: int) -> None:
+        for name, address in self._buffers.items():
+            require(context.set_tensor_address(name, address), f"the address of {name}")
+            if name in _PER_ROW:
+                require(context.set_input_shape(name, (batch,)), f"the shape of {name}")
+        for info in caches:
+            address, _ = self._caches[info.name]
+            for name in (info.name, info.name.replace("past_key_values", "present")):
+                require(context.set_tensor_address(name, address), f"the address of {name}")
+            require(context.set_input_shape(info.name, (batch, *info.shape[1:])), f"the shape of {info.name}")
+
+    def run(self, ids_BT: np.ndarray, writes: Sequence[int], counts: Sequence[int]) -> np.ndarray:
+        """Run one step; returns float32 logits."""
+        batch, tokens = ids_BT.shape
+        index = profile_for(self._record.profiles, batch, tokens)
+        controls = {"input_ids": ids_BT, "write_indices": np.array(writes, _INDEX),
+                    "num_tokens": np.array(counts, _INDEX)}  # fmt: skip
+        kept = {name: np.ascontiguousarray(a, _INDEX) for name, a in controls.items() if name in self._buffers}
+        for name, array in kept.items():
+            self._device.upload(self._buffers[name], array)
+        execute = functools.partial(self._execute, self._contexts[index], index, (batch, tokens))
+        if index == self._decode:
+            self._step.run((batch, tokens), execute)
+        else:
+            execute()
+        return self._download(batch, tokens)
+
+    def _execute(self, context: Any, index: int, shape: tuple[int, int]) -> None:
+        with self._messages.explaining("TensorRT refuses a step"):
+            if self._shapes.get(index) != shape:
+                self._shapes.pop(index, None)  # unknown if the library refuses
+                require(context.set_input_shape("input_ids", shape), "the shape of input_ids")
+                self._shapes[index] = shape
+            require(context.execute_async_v3(self._device.stream), "a step")
+
+    def _download(self, batch: int, tokens: int) -> np.ndarray:
+        shape = (batch, 1 if self._last_only else tokens, int(self._logits.shape[-1]))
+        raw = np.empty(shape, _HOST_DTYPES[self._logits.dtype])
+        self._device.download(self._buffers["logits"], raw)
+        self._device.synchronize()
+        if self._logits.dtype == "bfloat16":
+            return (raw.astype(np.uint32) << 16).view(np.float32)
+        return raw.astype(np.float32)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the caches of the running batch take."""
+        return sum(_bytes(i, self._batch) for i in self.contract.inputs if i.name.startswith("past_key_values."))
+
+    def close(self) -> None:
+        """Keep the compiled kernels, free contexts and engine, then all memory.
+
+        Raises:
+            NblError: the first failure, after everything has been tried.
+        """
+        if self.kernels is not None:
+            self.kernels.save()
+        attempt_all(self._device.synchronize, self._drop, self._device.close)
+
+    def _drop(self) -> None:
+        """Destroy the library's objects, which are in use until the stream is done."""
+        self._step.reset()
+        self._contexts = []
+        self._engine = self._runtime = None
+
+
+_HOST_DTYPES = {"float16": np.float16, "float32": np.float32, "bfloat16": np.uint16}
+
+
+@contextlib.contextmanager
+def _closed_on_error(device: Device) -> Iterator[None]:
+    """Close the device if the block fails; the block's error goes on, whatever closing says."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(NblError):
+            device.close()
+        raise
+
+
+def _deserialize(
+    library: Library, directory: Path, record: EngineRecord, trt: Any, messages: Messages
+) -> tuple[Any, Any]:
+    """Runtime and engine; the runtime must outlive the engine. The loaded bytes are the hashed bytes."""
+    plan = read_plan(directory, record)
+    again = f"build it again here: nbl-export build DIR --engine {library.capabilities.name}"
+    with messages.explaining(f"{library.capabilities.title} does not load {directory / ENGINE_FILE}", again):
+        runtime = trt.Runtime(messages.logger)
+        # a plan may hold a library for the host; the default, made explicit
+        runtime.engine_host_code_allowed = False
+        return runtime, require(runtime.deserialize_cuda_engine(plan))
+
+
+def _bytes(info: TensorInfo, batch: int) -> int:
+    return batch * int(np.prod([int(n) for n in info.shape[1:]])) * ITEMSIZE[info.dtype]

@@ -1,0 +1,60 @@
+"""The static form of a decoder: standard operators on caches of fixed length, as TensorRT accepts it.
+
+    mobius' static-cache graph ─► caches by head ─► query scale ─► positions ─► masks ─► rotary tables ─► check
+                                                     the form, float32 ─► fp16 | bf16 ─► int4 ─► check    what ships
+
+Passes add nodes at the end of the graph; one topological sort orders the nodes. The order of the passes matters: the
+mask pass needs the new cache names and the positions. The form gives all logits; `rewrite.tail.last_token` prunes them,
+for graphs of every source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from nbl_export.targets.tensorrt.static_form.check_form import CheckForm, OrderInputs
+from nbl_export.targets.tensorrt.static_form.floats import CastFloats
+from nbl_export.targets.tensorrt.static_form.head_major import HeadMajorCaches
+from nbl_export.targets.tensorrt.static_form.int4 import BlockInt4
+from nbl_export.targets.tensorrt.static_form.masks import ExplicitMasks
+from nbl_export.targets.tensorrt.static_form.positions import DerivedPositions
+from nbl_export.targets.tensorrt.static_form.rotary import TrimRotaryTables
+from nbl_export.targets.tensorrt.static_form.scale import ScaledQueries
+
+__all__ = ["PRECISIONS", "finish_passes", "form_passes"]
+
+PRECISIONS = {
+    "fp32": ir.DataType.FLOAT,
+    "fp16": ir.DataType.FLOAT16,
+    "bf16": ir.DataType.BFLOAT16,
+    "int4": ir.DataType.FLOAT16,  # for everything but the int4 matrices
+}
+
+
+def form_passes(slots: int, windows: Sequence[int | None]) -> Sequence[ir.passes.PassBase]:
+    """Passes from mobius' static-cache graph to the static form, both in float32 with all logits."""
+    return (
+        HeadMajorCaches(),
+        ScaledQueries(),
+        DerivedPositions(),
+        ExplicitMasks(windows),
+        TrimRotaryTables(slots),
+        common.RemoveUnusedNodesPass(),
+        common.TopologicalSortPass(),
+        OrderInputs(),
+        CheckForm(),
+    )
+
+
+def finish_passes(precision: str) -> Sequence[ir.passes.PassBase]:
+    """Passes from the float32 form to the form at a precision; fp32 changes nothing."""
+    return (
+        CastFloats(PRECISIONS[precision]),
+        *([BlockInt4()] if precision == "int4" else []),  # after the cast: codes are chosen for rounded scales
+        common.TopologicalSortPass(),
+        OrderInputs(),
+        CheckForm(),
+    )

@@ -1,0 +1,264 @@
+"""The main job for a compiling engine, without a GPU: proof through the twin, engines, resume, a bare build machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from nbl_export.targets.export import PRECISIONS
+from nbl_export.targets.tensorrt import static_form
+from nbl_export.targets.tensorrt.build import build_engine
+from nbl_export.targets.tensorrt.engine import TRT_RTX
+from nbl_export.targets.tensorrt.record import read_record
+from nbl_export.verify.float32_twins import check_shipped
+
+from ..command import assert_refused, in_new_process, nbl, stage_lines
+from ..static_tiny import LAYERS, SPEC, save_checkpoint
+from ..trt_tiny import RTX, graph_of
+from ..trt_tiny import SMALL as SMALL_ENGINE
+
+_PROBE = TRT_RTX.probe()
+needs_rtx = pytest.mark.skipif(not _PROBE.available, reason=_PROBE.reason)
+SLOTS = 128
+SMALL = ("--calibration-tokens", "1024", "--context", "64")
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose attention TensorRT has kernels for, with a tokenizer."""
+    directory = save_checkpoint("mistral-window", tmp_path_factory.mktemp("compile"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(checkpoint("llama") / name, directory / name)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def command(model: Path, text: Path) -> tuple[object, ...]:
+    return (
+        "--model",
+        model,
+        "--calibration",
+        text,
+        *SMALL,
+        "--engine",
+        "trt-rtx",
+        "--layers",
+        "1",
+        "--max-seq-len",
+        SLOTS,
+    )
+
+
+@pytest.fixture(scope="session")
+def compiled(command: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run. Never write to it."""
+    output = tmp_path_factory.mktemp("compiled") / "run"
+    done = nbl(*command, "--output", output)
+    assert done.status == 0, done.err
+    assert list(stage_lines(done)) == ["calibrate", "plan", "decoder graph", "rewrite", "verify", "report"]
+    assert "\nbench: left out, " in done.err or "\nbench: done" in done.err
+    return output
+
+
+@pytest.fixture
+def run(compiled: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(compiled, tmp_path / "run"))
+
+
+@needs_rtx
+def test_both_decoders_are_there_as_graphs_and_as_engines(compiled: Path) -> None:
+    for name, kept in (("original", LAYERS), ("model", LAYERS - 1)):
+        record = read_record(compiled / "engine" / name)
+        assert (record.engine, record.precision, record.max_seq_len, record.cache_layers) == (
+            "trt-rtx",
+            "fp16",
+            SLOTS,
+            kept,
+        )
+        assert record.capturable is True
+        files = {p.name for p in (compiled / name).iterdir()}
+        assert files >= {"decoder.onnx", "decoder.onnx.data", "all_logits.onnx", "tokenizer.json", "config.json"}
+        files = {p.name for p in (compiled / "engine" / name).iterdir()}
+        assert files >= {"decoder.engine", "tokenizer.json"} and not [n for n in files if n.endswith(".onnx")]
+    facts = json.loads((compiled / "model" / "nbl.json").read_text(encoding="utf-8"))
+    assert facts["cache_layers"] == [i for i in range(LAYERS) if i not in facts["replaced_layers"]]
+
+
+@needs_rtx
+def test_predicted_cache_bytes_are_the_engines_and_the_reports(compiled: Path) -> None:
+    report = json.loads((compiled / "report.json").read_text(encoding="utf-8"))
+    manifest = json.loads((compiled / "nbl.json").read_text(encoding="utf-8"))
+    for subject, name, kept in (("original", "original", LAYERS), ("nbl", "model", LAYERS - 1)):
+        predicted = SPEC.cache_bytes_per_token(kept, 2)
+        inputs = [i for i in read_record(compiled / "engine" / name).inputs if i.name.startswith("past_key_values.")]
+        assert sum(2 * int(np.prod([int(n) for n in i.shape[1:]])) for i in inputs) == predicted * SLOTS
+        assert report["engines"][subject]["cache_bytes"] == predicted * SLOTS
+        assert report["cache_bytes_per_token"][subject] == predicted
+        assert report["engines"][subject]["attention"] == "fused"
+        assert report["engines"][subject]["build_seconds"] == manifest["engines"][subject]["build_seconds"] > 0
+    page = (compiled / "report.md").read_text(encoding="utf-8")
+    assert "Build time" in page and "KV cache of all slots" in page
+
+
+@needs_rtx
+@pytest.mark.parametrize("slots", [2048, 32_768])
+def test_cache_bytes_of_long_caches(slots: int, tmp_path: Path) -> None:
+    """Original against NBL: what was predicted is what the plan's inputs hold, and what engine.json says."""
+    for name, replaced in (("original", ()), ("model", (1,))):
+        record = build_engine(RTX, graph_of("llama", replaced, slots=slots), tmp_path / name, SMALL_ENGINE)
+        predicted = SPEC.cache_bytes_per_token(LAYERS - len(replaced), 2) * slots
+        inputs = [i for i in record.inputs if i.name.startswith("past_key_values.")]
+        assert sum(2 * int(np.prod([int(n) for n in i.shape[1:]])) for i in inputs) == predicted
+        assert record.cache_bytes == predicted * SMALL_ENGINE.max_batch
+
+
+@needs_rtx
+def test_the_ladder_stands_on_the_fp32_twin(compiled: Path) -> None:
+    result = json.loads((compiled / "verify.json").read_text(encoding="utf-8"))
+    assert result["passed"] and result["precision"] == "fp16"
+    rungs = [(r["rung"], r["subject"]) for r in result["rungs"]]
+    assert {("b", "original"), ("c", "nbl"), ("d", "original"), ("d", "nbl")} <= set(rungs)
+    assert all(r["value"] < 1e-4 for r in result["rungs"] if "logit difference" in r["metric"])
+    assert sum("is its fp32 twin" in r["metric"] for r in result["rungs"]) == 2
+    assert sum("with all logits, pruned" in r["metric"] for r in result["rungs"]) == 4  # what ships, and the twins
+    assert [r["subject"] for r in result["rungs"] if r["rung"] == "f"] == ["original"] * 3 + ["nbl"] * 3
+    assert result["price"]
+
+
+@needs_rtx
+def test_the_same_command_reuses_and_a_changed_batch_only_compiles(run: Path, command: tuple[object, ...]) -> None:
+    again = nbl(*command, "--output", run)
+    assert again.status == 0, again.err
+    assert set(stage_lines(again).values()) == {"reused"}
+    changed = nbl("build", run, "--max-batch", 2)
+    assert (changed.status, changed.out.strip()) == (0, str(run / "engine" / "model")), changed
+    assert set(stage_lines(changed).values()) == {"reused"}
+    assert "\nbuild: done" in changed.err
+    assert read_record(run / "engine" / "model").max_batch == 2
+
+
+@needs_rtx
+def test_a_build_machine_needs_neither_torch_nor_the_checkpoint(run: Path) -> None:
+    """Of onnx, which the extras of both libraries bring, it needs what reads a file."""
+    absent = ("torch", "transformers", "onnx_ir", "onnxruntime", "onnxruntime_genai", "mobius", "optimum")
+    code = f"sys.modules.update(dict.fromkeys({absent!r}))"
+    manifest = json.loads((run / "nbl.json").read_text(encoding="utf-8"))
+    manifest["places"] = {"model": "/gone", "calibration": ["/gone"]}
+    (run / "nbl.json").write_text(json.dumps(manifest), encoding="utf-8")
+    shutil.rmtree(run / "engine")
+    done = in_new_process("build", run, "--prefill-chunk", 16, code=code)
+    assert done.status == 0, done.err
+    assert read_record(run / "engine" / "model").prefill_chunk == 16
+
+
+@needs_rtx
+def test_what_cannot_run_here_says_so(run: Path) -> None:
+    if TRT_RTX.probe_run().available:
+        pytest.skip("this machine runs engines")
+    for arguments in (("bench", run), ("generate", run, "hello"), ("generate", run / "engine" / "model", "hello")):
+        done = nbl(*arguments)
+        assert done.status == 1
+        assert "no NVIDIA driver" in done.err.splitlines()[-1], done.err
+
+
+def test_a_shipped_graph_that_is_not_the_twin_is_caught(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nbl_export.rewrite.tail.last_token import keep_last_token
+    from nbl_export.targets.tensorrt import export as static
+
+    twin, run = tmp_path / "twin", tmp_path / "run"
+    static.save_graph(static.build_form(model, SLOTS), twin, "model.onnx")
+    for name in ("original", "model"):
+        static.build(model, run / name, "fp16", max_seq_len=SLOTS)
+
+    def seen(logits: str = "last") -> dict[str, list[str]]:
+        """What is wrong with each, "every node and weight" where nothing is."""
+        setting: Any = SimpleNamespace(precision="fp16", logits=logits)
+        shipped = {"original": run / "original", "nbl": run / "model"}
+        found: dict[str, list[str]] = {"original": [], "nbl": []}
+        for result in check_shipped(setting, shipped, {"original": twin, "nbl": twin}):
+            assert result.passed == (result.detail == good)
+            found[result.subject].append(result.detail)
+        return found
+
+    good = "every node and weight"
+    assert seen("all") == {"original": [good], "nbl": [good]}
+    for directory in (twin, run / "original"):
+        keep_last_token(directory)
+    lacking = "there is no all_logits.onnx"
+    assert seen() == {"original": [good, good], "nbl": [lacking, lacking]}
+    keep_last_token(run / "model")
+    assert seen() == {"original": [good, good], "nbl": [good, good]}
+    exchange_keys_and_values(run / "model" / "decoder.onnx")
+    assert seen() == {"original": [good, good], "nbl": [good, "output present.0.value differs"]}
+    exchange_keys_and_values(run / "model" / "all_logits.onnx")
+    (cast, pruned) = seen()["nbl"]
+    assert "present.0.value" in cast and pruned == good
+
+
+def exchange_keys_and_values(path: Path) -> None:
+    broken = ir.load(path)
+    key, value = (next(v for v in broken.graph.outputs if v.name == f"present.0.{p}") for p in ("key", "value"))
+    key.name, value.name = value.name, key.name
+    ir.save(broken, path)
+
+
+@needs_rtx
+def test_all_logits_on_request(run: Path, command: tuple[object, ...]) -> None:
+    done = nbl(*command, "--output", run, "--logits", "all")
+    assert done.status == 0, done.err
+    assert stage_lines(done)["calibrate"] == "reused"
+    assert not list(run.rglob("all_logits.onnx"))
+    record = read_record(run / "engine" / "model")
+    assert "num_tokens" not in {i.name for i in record.inputs}
+    assert [o.shape[1] for o in record.outputs if o.name == "logits"] == ["tokens"]
+    rungs = json.loads((run / "verify.json").read_text(encoding="utf-8"))["rungs"]
+    assert all(r["passed"] for r in rungs) and not [r for r in rungs if r["rung"] == "f"]
+
+
+def test_options_of_compiled_engines_are_refused_by_others(same: tuple[object, ...], tmp_path: Path) -> None:
+    for flag, value in (("--max-seq-len", 64), ("--max-batch", 2), ("--prefill-chunk", 8)):
+        done = nbl(*same, "--output", tmp_path / "run", flag, value)
+        assert_refused(done, 2, flag, "engines that compile graphs")
+    assert not (tmp_path / "run").exists()
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("more", "status", "parts"),
+    [
+        (("--max-seq-len", 40_000), 1, ("--max-seq-len 40000", "32768 positions")),
+        (("--max-seq-len", 8), 1, ("--max-seq-len 8", "at least 32")),
+        (("--prefill-chunk", SLOTS + 1), 1, ("--prefill-chunk 129", "--max-seq-len 128")),
+        (("--precision", "int8"), 2, ("--precision int8", "fp16, bf16, int4")),
+        (("--logits", "some"), 1, ("'some'",)),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused_before_any_work(
+    more: tuple[object, ...], status: int, parts: tuple[str, ...], command: tuple[object, ...], tmp_path: Path
+) -> None:
+    assert_refused(nbl(*command, *more, "--output", tmp_path / "run"), status, *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorrt_without_its_library_is_refused_before_any_work(same: tuple[object, ...], tmp_path: Path) -> None:
+    from nbl_export.targets.tensorrt.engine import TRT
+
+    if TRT.probe().available:
+        pytest.skip("TensorRT works here")
+    done = nbl(*same, "--engine", "trt", "--output", tmp_path / "run")
+    assert_refused(done, 1, "engine trt is not available here", "--engine trt-rtx builds without a GPU")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_precisions_of_the_static_source_are_stated_twice_alike() -> None:
+    assert tuple(static_form.PRECISIONS) == PRECISIONS["static"]

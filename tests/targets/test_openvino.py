@@ -1,0 +1,182 @@
+"""OpenVINO as an engine: the runner, what LLMPipeline makes of the same directory, and what a probe says."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nbl_export.errors import CorruptError, MissingPackageError, NblError
+from nbl_export.records.plan import Plan
+from nbl_export.rewrite import prune_directory, rewrite
+from nbl_export.targets import load_engine
+from nbl_export.targets.openvino import engine as openvino_engine
+from nbl_export.targets.openvino.runner import OpenVinoRunner
+
+from ..tiny import LAYERS, VOCAB, random_map
+
+PROMPT = np.random.default_rng(5).integers(2, VOCAB, 20).tolist()
+
+
+@pytest.fixture(scope="module")
+def directories(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny Llama in float32 with a pruned tail, and its NBL version with the middle layer replaced."""
+    import shutil
+
+    out = tmp_path_factory.mktemp("openvino")
+    shutil.copytree(exported("llama", "openvino", "fp32"), out / "original")
+    prune_directory(out / "original")
+    rewrite(out / "original", out / "model", Plan(LAYERS, (1,)), {1: random_map(1)})
+    return {"original": out / "original", "nbl": out / "model"}
+
+
+@pytest.mark.parametrize("variant", ["original", "nbl"])
+def test_the_runner_says_what_torch_says(
+    directories: dict[str, Path], checkpoint: Callable[[str], Path], variant: str
+) -> None:
+    import torch
+
+    from nbl_export.model.checkpoint import load
+    from nbl_export.model.linearize import linearize
+
+    model = load.load_model(checkpoint("llama"))
+    if variant == "nbl":
+        model = linearize(model, {1: random_map(1)}, "residual")
+    ids = torch.tensor([PROMPT])
+    for _ in range(12):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    with load_engine("openvino").open_runner(directories[variant], 1) as runner:
+        assert runner.greedy(PROMPT, 12) == ids[0, len(PROMPT) :].tolist()
+
+
+def test_rewinding_and_appending_gives_equal_logits(directories: dict[str, Path]) -> None:
+    with OpenVinoRunner(directories["nbl"], 1) as runner:
+        runner.begin(40)
+        runner.append(PROMPT)
+        first = runner._logits.copy()
+        runner.append([7])
+        second = runner._logits.copy()
+        runner.append([9])
+        runner.rewind(len(PROMPT))
+        runner.append([7])
+        assert np.array_equal(runner._logits, second)
+        runner.rewind(0)
+        runner.append(PROMPT)
+        assert np.array_equal(runner._logits, first)
+        with pytest.raises(ValueError, match="cannot rewind 20 tokens to 21"):
+            runner.rewind(21)
+        with pytest.raises(NblError, match=r"41 tokens do not fit into .*nbl|41 tokens do not fit"):
+            runner.append([5] * 21)
+
+
+def test_a_batch_gives_each_row_its_own_logits(directories: dict[str, Path]) -> None:
+    with OpenVinoRunner(directories["nbl"], 1) as runner:
+        runner.begin(30, batch=2)
+        runner.append([PROMPT, PROMPT[::-1]])
+        both = runner._logits[:, -1]
+        for row, prompt in zip(both, (PROMPT, PROMPT[::-1]), strict=True):
+            runner.begin(30)
+            runner.append(prompt)
+            assert np.abs(runner._logits[0, -1] - row).max() < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["SDPA", "PA"])
+@pytest.mark.parametrize("variant", ["original", "nbl"])
+def test_llm_pipeline_says_the_same(directories: dict[str, Path], variant: str, backend: str) -> None:
+    """OpenVINO GenAI loads the directory by itself, on both of its back ends."""
+    genai = pytest.importorskip("openvino_genai")
+    with OpenVinoRunner(directories[variant], 1) as runner:
+        said = runner.greedy(PROMPT, 10)
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    pipeline = genai.LLMPipeline(str(directories[variant]), "CPU", ATTENTION_BACKEND=backend, **settings)
+    given = genai.GenerationConfig(max_new_tokens=10, ignore_eos=True, do_sample=False)
+    import openvino
+
+    ids = openvino.Tensor(np.array([PROMPT], np.int64))
+    assert list(pipeline.generate(ids, given).tokens[0]) == said
+
+
+def test_the_tokenizer_as_ir_gives_the_same_ids(directories: dict[str, Path]) -> None:
+    genai = pytest.importorskip("openvino_genai")
+    text = "The with statement is used to wrap the execution of a block: naïve café."
+    with OpenVinoRunner(directories["nbl"], 1) as runner:
+        ours = runner.encode(text, chat=False)
+    tokenizer = genai.Tokenizer(str(directories["nbl"]))
+    assert tokenizer.encode(text).input_ids.data[0].tolist() == ours
+    assert tokenizer.decode(ours) == text
+
+
+def test_a_directory_without_positions_is_told(directories: dict[str, Path], tmp_path: Path) -> None:
+    import shutil
+
+    broken = Path(shutil.copytree(directories["nbl"], tmp_path / "model"))
+    (broken / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(CorruptError, match="does not state max_position_embeddings"):
+        OpenVinoRunner(broken, 1)
+
+
+def library(version: str, devices: list[str], narrow: bool, answer: list[float]) -> Any:
+    core = SimpleNamespace(
+        available_devices=devices,
+        get_property=lambda *_: ["FP32", "BF16"] if narrow else ["FP32"],
+    )
+    return SimpleNamespace(__version__=version, Core=lambda: core), answer
+
+
+@pytest.mark.parametrize(
+    ("version", "devices", "narrow", "answer", "said"),
+    [
+        ("2025.4.1-1", ["CPU"], True, [17.0, 30.0], "openvino 2025.4.1 is too old"),
+        ("2026.4.1-1", ["GPU"], True, [17.0, 30.0], "has no CPU plugin here"),
+        ("2026.4.1-1", ["CPU"], True, [17.0, 31.0], "computes"),
+        ("2026.4.1-1", ["CPU"], False, [17.0, 30.0], "computes in float32, because this processor has no bfloat16"),
+        ("2026.4.1-1", ["CPU"], True, [17.0, 30.0], "CPU plugin, computes in bfloat16"),
+    ],
+)
+def test_a_probe_says_what_is_found(
+    monkeypatch: pytest.MonkeyPatch, version: str, devices: list[str], narrow: bool, answer: list[float], said: str
+) -> None:
+    found, result = library(version, devices, narrow, answer)
+    monkeypatch.setattr(openvino_engine, "load_openvino", lambda: found)
+    monkeypatch.setattr(openvino_engine, "_known_answer", lambda *_: result)
+    probed = openvino_engine.OPENVINO.probe()
+    assert said in probed.reason
+    assert probed.available == (said.startswith(("computes in", "CPU plugin")))
+
+
+def test_the_real_library_computes_the_known_answer() -> None:
+    assert load_engine("openvino").probe().available
+
+
+def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch, directories: dict[str, Path]) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert "openvino" in openvino_engine.OPENVINO.probe().reason
+    with pytest.raises(MissingPackageError, match=r"nbl-export\[openvino\]"):
+        OpenVinoRunner(directories["nbl"], 1)
+
+
+def test_a_batch_behind_a_sequence_has_numbers(exported: Callable[..., Path]) -> None:
+    """With keys and values of 8 bits, one request that ran both gives NaN (OpenVINO 2026.4)."""
+    from nbl_export.targets.openvino.decoder import IrDecoder
+    from nbl_export.verify.ladder import run_rows
+
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(2, VOCAB, n).tolist() for n in (80, 53)]
+    decoder = IrDecoder(exported("llama", "openvino", "int8"))
+    run_rows(decoder, rows[:1])
+    found = run_rows(decoder, rows)
+    assert [logits.shape for logits in found] == [(80, VOCAB), (53, VOCAB)]
+    assert all(np.isfinite(logits).all() for logits in found)
+
+
+def test_a_token_beyond_the_vocabulary_is_told(directories: dict[str, Path]) -> None:
+    with OpenVinoRunner(directories["nbl"], 1) as runner:
+        runner.begin(10)
+        with pytest.raises(NblError, match=f"token {VOCAB} is beyond the {VOCAB} of .*tokenizer is of another model"):
+            runner.append([3, VOCAB])

@@ -1,0 +1,140 @@
+"""GenAI's CUDA library and pip's CUDA libraries, on a machine that has neither: the order of loading, and what is said.
+
+The stand-in opens GenAI's library only if CUDA's libraries were preloaded, as the dynamic linker does.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_export.errors import NblError
+from nbl_export.targets import load_engine
+from nbl_export.targets.gpu import Gpu
+from nbl_export.targets.onnx import cuda, gpu
+from nbl_export.targets.onnx import engine as ort
+from nbl_export.targets.onnx.cuda import check_cuda, load_cuda
+from nbl_export.targets.providers import PROVIDERS
+
+ADA = Gpu("NVIDIA RTX 4090", "8.9", (13, 0))
+OLD_DRIVER = Gpu("NVIDIA L4", "8.9", (12, 8))
+MISSING = "libcublasLt.so.13: cannot open shared object file: No such file or directory"
+
+
+class Machine:
+    """The dynamic linker, onnxruntime and the CUDA runtime of a machine where pip installed all of them."""
+
+    def __init__(self) -> None:
+        self.preloads = True
+        self.preloaded = False
+        self.status = 0
+        self.calls: list[str] = []
+        self.streams = 0
+
+    def preload_dlls(self) -> None:
+        sys.stdout.write("Failed to load libcudnn.so.9: it is optional\n")
+        self.preloaded = self.preloads
+
+    def open(self, name: str) -> Any:
+        self.calls.append(Path(name).name)
+        if "genai-cuda" in name and not self.preloaded:
+            raise OSError(MISSING)
+        named = lambda status: b"cudaErrorInsufficientDriver" if status == 35 else b"cudaErrorUnknown"  # noqa: E731
+        return types.SimpleNamespace(
+            cudaStreamCreate=self._stream, cudaStreamDestroy=self._destroy, cudaGetErrorName=named
+        )
+
+    def _stream(self, _out: Any) -> int:
+        self.streams += not self.status
+        return self.status
+
+    def _destroy(self, _stream: Any) -> int:
+        self.streams -= 1
+        return 0
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine]:
+    found = Machine()
+    onnxruntime, genai = types.ModuleType("onnxruntime"), types.ModuleType("onnxruntime_genai")
+    vars(onnxruntime).update(preload_dlls=found.preload_dlls, cuda_version="13.0")
+    genai.__file__ = str(tmp_path / "onnxruntime_genai" / "__init__.py")
+    monkeypatch.setitem(sys.modules, "onnxruntime", onnxruntime)
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", genai)
+    monkeypatch.setattr(cuda.ctypes, "CDLL", found.open)
+    monkeypatch.setattr(gpu, "find_gpu", lambda: ADA)
+    monkeypatch.setattr(ort, "is_installed", lambda name: name in PROVIDERS["cuda"].packages)
+    load_cuda.cache_clear()
+    yield found
+    load_cuda.cache_clear()
+
+
+def test_cudas_libraries_are_loaded_before_genais(machine: Machine, capfd: pytest.CaptureFixture[str]) -> None:
+    assert load_cuda() == 13
+    assert machine.calls == [cuda._GENAI_CUDA]
+    assert capfd.readouterr().out == "", "a library's remark is no result"
+    assert load_engine("ort", "cuda").probe_run().reason == "CUDA provider on the NVIDIA RTX 4090 (8.9)"
+    assert machine.streams == 0, "a stream was not destroyed"
+
+
+def test_the_probe_opens_the_library_itself(machine: Machine) -> None:
+    """Packages, driver and GPU are there; CUDA's libraries are not."""
+    machine.preloads = False
+    answer = load_engine("ort", "cuda").probe_run()
+    assert not answer.available
+    assert f"GenAI's CUDA library does not load: {MISSING}" in answer.reason
+    assert "pip install 'onnxruntime-gpu[cuda,cudnn]'" in answer.reason
+    assert "\n" not in answer.reason
+    with pytest.raises(NblError, match="libcublasLt"):
+        load_engine("ort", "cuda").open_runner(Path("anywhere"))
+
+
+def test_an_old_driver_is_named_with_what_it_needs(machine: Machine) -> None:
+    with pytest.raises(
+        NblError, match=r"supports CUDA 12\.8, .*onnxruntime-gpu needs CUDA 13: .* R580 or later, or use"
+    ):
+        check_cuda(OLD_DRIVER)
+    assert machine.streams == 0
+    check_cuda(Gpu("NVIDIA L4", "8.9", (14, 0)))  # a newer driver runs older packages
+
+
+def test_an_old_driver_is_named_before_packages_are_fetched_for_it(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort, "is_installed", lambda name: False)
+    assert "pip install 'nbl-export[gpu]'" in load_engine("ort", "cuda").probe_run().reason
+    monkeypatch.setattr(gpu, "find_gpu", lambda: OLD_DRIVER)
+    reason = load_engine("ort", "cuda").probe_run().reason
+    assert "onnxruntime-gpu needs CUDA 13: update the driver to R580" in reason
+    assert "pip install" not in reason
+
+
+def test_only_a_call_shows_that_the_gpu_does_not_answer(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.status = 35
+    answer = load_engine("ort", "cuda").probe_run()
+    assert not answer.available
+    assert answer.reason.startswith("the GPU refuses cudaStreamCreate: cudaErrorInsufficientDriver")
+
+
+def test_one_gpu_is_passed_to_the_provider_for_rtx(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "is_installed", lambda name: name in PROVIDERS["nv-tensorrt-rtx"].packages)
+    monkeypatch.setattr(gpu, "_register", lambda provider: None)
+    cases = ((1, "nv-tensorrt-rtx", True), (2, "nv-tensorrt-rtx", False), (2, "cuda", True))
+    for count, flag, available in cases:
+        visible = Gpu(ADA.name, ADA.compute, ADA.cuda, count)
+        monkeypatch.setattr(gpu, "find_gpu", lambda visible=visible: visible)
+        answer = load_engine("ort", flag).probe_run()
+        assert answer.available is available, answer
+        assert ("2 GPUs are visible" in answer.reason) is not available
+        assert ("CUDA_VISIBLE_DEVICES=0" in answer.reason) is not available
+
+
+@pytest.mark.parametrize(("flag", "compute"), [("nv-tensorrt-rtx", "7.5"), ("cuda", "7.0")])
+def test_gpus_that_have_no_kernels_any_more(machine: Machine, flag: str, compute: str) -> None:
+    """Turing for the provider with TensorRT-RTX, Volta for CUDA 13."""
+    assert f"its compute capability is {compute}" in gpu.GpuEngine(flag)._unfit(Gpu("old", compute, (13, 0)))

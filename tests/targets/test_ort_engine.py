@@ -1,0 +1,370 @@
+"""The ONNX Runtime engine: its probe, its runner on tiny decoders, and directories that are not models."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from nbl_export.errors import MissingPackageError, NblError
+from nbl_export.targets.onnx import engine, genai, settings
+from nbl_export.targets.onnx.decoder import OnnxDecoder
+from nbl_export.targets.onnx.genai import GenaiRunner
+from nbl_export.targets.onnx.settings import GenaiSettings
+
+from ..tiny import HEAD_DIM, VOCAB
+
+pytest.importorskip("onnxruntime_genai", reason="needs the extra cpu")
+
+TOKENS = 40
+
+
+def tokens_of(runner: GenaiRunner, count: int = TOKENS) -> list[int]:
+    return np.random.default_rng(3).integers(3, runner.settings.vocab_size, count).tolist()
+
+
+def logits_after(runner: GenaiRunner, chunks: Sequence[Sequence[int]]) -> np.ndarray:
+    runner.begin(sum(map(len, chunks)))
+    for chunk in chunks:
+        runner.append(chunk)
+    return runner.last_logits().copy()
+
+
+@pytest.fixture
+def directory(genai_dirs: dict[str, Path]) -> Path:
+    return next(iter(genai_dirs.values()))
+
+
+@pytest.fixture
+def runner(directory: Path) -> Iterator[GenaiRunner]:
+    with GenaiRunner(directory, threads=1) as runner:
+        yield runner
+
+
+# -- probe ---------------------------------------------------------------------------------------------
+
+
+def test_the_probe_names_the_versions() -> None:
+    answer = engine.probe()
+    assert answer.available, answer.reason
+    assert importlib.metadata.version("onnxruntime-genai") in answer.reason
+
+
+def test_the_probe_refuses_two_builds_of_one_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "is_installed", lambda name: name in ("onnxruntime", "onnxruntime-gpu"))
+    answer = engine.probe()
+    assert not answer.available
+    assert "onnxruntime and onnxruntime-gpu" in answer.reason
+
+
+def test_the_probe_refuses_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_known_answer", lambda _: [17.0, 31.0])
+    assert not engine.probe().available
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def absent(name: str) -> SimpleNamespace:
+        raise ImportError(name)
+
+    monkeypatch.setattr(genai.importlib, "import_module", absent)
+    answer = engine.probe()
+    assert not answer.available
+    assert "onnxruntime-genai" in answer.reason and "nbl-export[cpu]" in answer.reason
+    (tmp_path / "genai_config.json").write_text(
+        json.dumps({"model": {"context_length": 8, "vocab_size": 9, "eos_token_id": 2}})
+    )
+    with pytest.raises(MissingPackageError):
+        GenaiRunner(tmp_path)
+
+
+# -- directories that are not models -------------------------------------------------------------------
+
+
+def _truncate(path: Path) -> None:
+    with path.open("r+b") as stream:
+        stream.truncate(path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda d: shutil.rmtree(d), "genai_config.json is missing"),
+        (lambda d: (d / "genai_config.json").unlink(), "genai_config.json is missing"),
+        (lambda d: (d / "genai_config.json").write_text('{"model": 3'), "genai_config.json cannot be read"),
+        (lambda d: (d / "genai_config.json").write_text('{"model": {}}'), "genai_config.json cannot be read"),
+        (lambda d: (d / "model.onnx").unlink(), "model.onnx is missing"),
+        (lambda d: _truncate(d / "model.onnx"), "is not an ONNX model"),
+        (lambda d: (d / "model.onnx.data").unlink(), "model.onnx.data, which holds weights of model.onnx, is missing"),
+        (lambda d: _truncate(d / "model.onnx.data"), "does not load"),
+    ],
+)
+def test_a_damaged_directory_is_one_sentence_with_its_path(
+    damage: Callable[[Path], None], sentence: str, directory: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(directory, tmp_path / "copy"))
+    damage(copy)
+    with pytest.raises(NblError, match=sentence) as caught:
+        GenaiRunner(copy)
+    assert str(copy) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == "", "the engine wrote to stderr by itself"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_hinders_text_alone(name: str, directory: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(directory, tmp_path / "copy"))
+    (copy / name).write_text('{"a"')
+    with GenaiRunner(copy, threads=1) as runner:
+        assert len(runner.greedy([5, 6], 2)) == 2
+        with pytest.raises(NblError, match="tokenizer"):
+            runner.encode("Hello", chat=True)
+
+
+# -- the runner ----------------------------------------------------------------------------------------
+
+
+def test_the_settings_are_read_without_loading(directory: Path) -> None:
+    model = json.loads((directory / "genai_config.json").read_text())["model"]
+    settings = GenaiSettings.read(directory)
+    assert settings.context_length == model["context_length"]
+    assert settings.vocab_size == model["vocab_size"]
+    assert settings.end_ids == tuple(model["eos_token_id"])
+
+
+def _ending_at(directory: Path, ids: int | list[int], copy: Path) -> Path:
+    shutil.copytree(directory, copy)
+    config = json.loads((copy / "genai_config.json").read_text(encoding="utf-8"))
+    config["model"]["eos_token_id"] = ids
+    (copy / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return copy
+
+
+@pytest.mark.parametrize(("ids", "read"), [(7, (7,)), ([7], (7,)), ([7, 300, 5], (7, 300, 5))])
+def test_every_id_that_ends_a_text_is_read(
+    ids: int | list[int], read: tuple[int, ...], directory: Path, tmp_path: Path
+) -> None:
+    assert GenaiSettings.read(_ending_at(directory, ids, tmp_path / "copy")).end_ids == read
+
+
+def test_greedy_is_append_and_argmax(runner: GenaiRunner) -> None:
+    prompt, answer = tokens_of(runner), []
+    runner.begin(TOKENS + 6)
+    runner.append(prompt)
+    for _ in range(6):
+        answer.append(int(runner.last_logits().argmax()))
+        runner.append(answer[-1:])
+    assert runner.greedy(prompt, 6) == answer
+
+
+def test_a_batch_says_what_each_of_its_rows_says_alone(runner: GenaiRunner) -> None:
+    rows = np.random.default_rng(4).integers(3, runner.settings.vocab_size, (3, 7)).astype(np.int32)
+    alone = [runner.greedy(row.tolist(), 5) for row in rows]
+    assert len({tuple(said) for said in alone}) == 3
+    runner.begin(7 + 4, 3)
+    for _ in range(2):  # filled, run to its end, and rewound to the fill
+        runner.append(rows)  # type: ignore[arg-type]
+        for _ in range(4):
+            runner.append(rows[:, :1])  # type: ignore[arg-type]  # which is not looked at
+        said = [list(runner._generator.get_sequence(b))[7:] for b in range(3)]
+        assert said == alone
+        runner.rewind(7)
+        assert [list(runner._generator.get_sequence(b))[7:] for b in range(3)] == [row[:1] for row in alone]
+        assert runner.pick() == alone[0][0]
+        runner.rewind(0)
+
+
+def test_a_batch_is_held_to_its_room_and_its_fill(runner: GenaiRunner) -> None:
+    rows = np.ones((2, 6), np.int32)
+    runner.begin(9, 2)
+    runner.append(rows)  # type: ignore[arg-type]
+    with pytest.raises(NblError, match="token by token"):
+        runner.append(rows[:, :2])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="first chunk has 6"):
+        runner.rewind(3)
+    with pytest.raises(NblError, match="10 tokens do not fit"):
+        runner.append(rows[:, :4])  # type: ignore[arg-type]
+
+
+def test_chunks_give_the_logits_of_one_prefill(runner: GenaiRunner) -> None:
+    ids = tokens_of(runner)
+    whole = logits_after(runner, [ids])
+    parts = logits_after(runner, [ids[:25], *([token] for token in ids[25:])])
+    np.testing.assert_allclose(parts, whole, atol=1e-3 * float(np.abs(whole).max()))
+
+
+@pytest.mark.parametrize("length", [0, 25])
+def test_a_rewound_sequence_is_a_fresh_one(genai_dirs: dict[str, Path], length: int) -> None:
+    for name, path in genai_dirs.items():
+        with GenaiRunner(path, threads=1) as runner:
+            ids = tokens_of(runner)
+            chunks = [ids[:25], ids[25:]]
+            fresh = logits_after(runner, chunks)
+            runner.rewind(length)
+            rest = chunks if length == 0 else chunks[1:]
+            for chunk in rest:  # other tokens, which must leave no trace
+                runner.append(chunk[::-1])
+            assert np.abs(runner.last_logits() - fresh).max() > 0, name
+            runner.rewind(length)
+            for chunk in rest:
+                runner.append(chunk)
+            np.testing.assert_array_equal(runner.last_logits(), fresh, err_msg=name)
+
+
+def test_rewinding_forwards_is_refused(runner: GenaiRunner) -> None:
+    runner.begin(8)
+    runner.append([5, 6])
+    with pytest.raises(ValueError, match="cannot rewind"):
+        runner.rewind(3)
+
+
+def test_a_sequence_does_not_outgrow_its_room(runner: GenaiRunner) -> None:
+    runner.begin(4)
+    runner.append([5, 6, 7])
+    with pytest.raises(NblError, match="room for 4"):
+        runner.append([8, 9])
+    runner.append([8])
+
+
+def test_a_failing_run_is_one_sentence_and_nothing_on_stderr(
+    runner: GenaiRunner, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runner.begin(4)
+    with pytest.raises(NblError, match="failed on a chunk of 1 tokens") as caught:
+        runner.append([runner.settings.vocab_size])  # the embedding has no such row
+    assert str(runner.directory) in str(caught.value)
+    assert capfd.readouterr().err == "", "the engine wrote to stderr by itself"
+
+
+def test_long_errors_keep_their_end_on_one_line() -> None:
+    assert settings.short(RuntimeError("what\n  and why")) == "what and why"
+    text = settings.short(RuntimeError("x" * 500 + " the cause"))
+    assert len(text) < 310 and text.endswith("the cause")
+
+
+def test_a_prompt_as_long_as_the_context_is_refused(runner: GenaiRunner) -> None:
+    context = runner.settings.context_length
+    with pytest.raises(NblError, match=f"takes {context}"):
+        runner.greedy([5] * context, 1)
+    with pytest.raises(NblError, match="prompt is empty"):
+        runner.greedy([], 1)
+
+
+def test_the_end_of_the_context_ends_the_answer(directory: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(directory, tmp_path / "copy"))
+    config = json.loads((copy / "genai_config.json").read_text())
+    config["model"]["context_length"] = config["search"]["max_length"] = 10
+    (copy / "genai_config.json").write_text(json.dumps(config))
+    with GenaiRunner(copy, threads=1) as runner:
+        assert len(runner.greedy([5, 6, 7], 50)) == 7
+
+
+def test_a_stream_is_the_text_of_the_greedy_tokens(runner: GenaiRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "settings", GenaiSettings(runner.settings.context_length, 0, ()))
+    ids = runner.encode("Hello there", chat=False)
+    tokens, pieces = runner.greedy(ids, 8), runner._tokenizer.create_stream()
+    assert "".join(runner.stream(ids, 8)) == "".join(pieces.decode(token) for token in tokens)
+
+
+def test_a_stream_ends_before_an_end_id(runner: GenaiRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = runner.encode("Hello there", chat=False)
+    script = [*ids, runner.settings.end_ids[-1], *ids]
+    monkeypatch.setattr(runner, "_continuation", lambda *_: iter(script))
+    assert "".join(runner.stream([5], len(script))).strip() == "Hello there"
+
+
+def test_a_stream_ends_at_any_of_several_end_ids(directory: Path, tmp_path: Path) -> None:
+    """As of chat models: one id ends a text, another a turn. Here the second is a token of the answer."""
+    prompt = [20]
+    with GenaiRunner(directory, threads=1) as runner:
+        tokens = runner.greedy(prompt, 24)
+        end = next(token for token in tokens[4:] if token not in tokens[:4])
+        pieces = runner._tokenizer.create_stream()
+        until = "".join(pieces.decode(token) for token in tokens[: tokens.index(end)])
+        whole = "".join(runner.stream(prompt, 24))
+    assert len(until) < len(whole)
+    never = next(token for token in range(3, VOCAB) if token not in tokens)
+    for ids, expected in (([never, end], until), ([end, never], until), ([never], whole)):
+        with GenaiRunner(_ending_at(directory, ids, tmp_path / f"{ids}"), threads=1) as runner:
+            assert "".join(runner.stream(prompt, 24)) == expected
+
+
+def test_a_character_over_two_tokens_is_not_torn(runner: GenaiRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "naïve 😀 日本"
+    script = runner.encode(text, chat=False)
+    if runner._tokenizer.decode(np.array(script, dtype=np.int32)) != text:
+        pytest.skip("this tokenizer has no bytes")
+    monkeypatch.setattr(runner, "_continuation", lambda *_: iter(script))
+    pieces = list(runner.stream([5], len(script)))
+    assert len(script) > len(pieces), "no character spans two tokens"
+    assert "".join(pieces) == text
+
+
+def test_the_chat_template_wraps_the_prompt(directory: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(directory, tmp_path / "copy"))
+    (copy / "chat_template.jinja").write_text("{% for m in messages %}ask {{ m['content'] }} end{% endfor %}")
+    with GenaiRunner(copy, threads=1) as runner:
+        plain = runner.encode("ask Hello there end", chat=False)
+        assert runner.encode("Hello there", chat=True) == plain
+        assert runner.encode("Hello there", chat=False) != plain
+
+
+def test_begin_of_text_is_added_to_a_plain_prompt_alone(directory: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(directory, tmp_path / "copy"))
+    tokenizer = json.loads((copy / "tokenizer.json").read_text(encoding="utf-8"))
+    begin = tokenizer["added_tokens"][0]
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": begin["content"], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {
+            begin["content"]: {"id": begin["content"], "ids": [begin["id"]], "tokens": [begin["content"]]}
+        },
+    }
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    config = json.loads((copy / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (copy / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": begin["content"]}))
+    (copy / "chat_template.jinja").write_text(begin["content"] + "{{ messages[0]['content'] }}")
+    with GenaiRunner(copy, threads=1) as runner:
+        plain, chat = (runner.encode("Hello there", chat=chat) for chat in (False, True))
+    assert plain == chat
+    assert plain.count(begin["id"]) == 1
+
+
+def test_without_a_template_chat_is_the_plain_prompt(directory: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(directory, tmp_path / "copy"))
+    (copy / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    with GenaiRunner(copy, threads=1) as runner:
+        assert runner.encode("Hello", chat=True) == runner.encode("Hello", chat=False)
+
+
+def test_threads_are_those_asked_for_or_the_cores(directory: Path) -> None:
+    with GenaiRunner(directory, threads=1) as one, GenaiRunner(directory) as default:
+        assert (one.threads, default.threads) == (1, genai.default_threads())
+
+
+def test_the_directory_is_only_read(directory: Path) -> None:
+    before = {p.name: (p.stat().st_mtime_ns, p.stat().st_size) for p in directory.iterdir()}
+    with GenaiRunner(directory, threads=1) as runner:
+        runner.greedy([5, 6], 2)
+    assert {p.name: (p.stat().st_mtime_ns, p.stat().st_size) for p in directory.iterdir()} == before
+
+
+def test_a_float32_graph_keeps_its_weights_in_the_file(exported: Callable[..., Path]) -> None:
+    def unpacked(directory: Path) -> bool:
+        options = OnnxDecoder(directory, HEAD_DIM).session.get_session_options()
+        try:
+            return bool(options.get_session_config_entry("session.disable_prepacking") == "1")
+        except RuntimeError:  # ONNX Runtime's answer for an entry that nobody set
+            return False
+
+    assert unpacked(exported("llama"))
+    assert not unpacked(exported("llama", precision="int4"))

@@ -1,0 +1,141 @@
+"""Every repair of an exporter is needed: with it switched off, verification of some tiny model fails.
+
+With all of them on, all checks pass: tests/verify/test_tiny_graphs.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from nbl_export.errors import NblError
+from nbl_export.model.architectures import ARCHITECTURES
+from nbl_export.records.results import RungResult
+from nbl_export.targets.export import mobius, restore_attention
+from nbl_export.targets.onnx import genai_patches
+from nbl_export.targets.openvino.export import states, trace
+from nbl_export.targets.tensorrt import export as static
+from nbl_export.targets.tensorrt import static_form
+from nbl_export.targets.tensorrt.static.on_ort import open_decoder
+
+from ..climbing import climb
+from ..tiny import LAYERS
+
+Checkpoint = Callable[[str], Path]
+
+
+def nothing(*_: Any, **__: Any) -> Any:
+    """A repair that finds nothing to do."""
+    return []
+
+
+def as_it_was(given: Any) -> Any:
+    return given
+
+
+def no_windows(_config: Any) -> tuple[None, ...]:
+    return (None,) * LAYERS
+
+
+def failed(results: Sequence[RungResult]) -> set[str]:
+    """Rungs that failed."""
+    return {r.rung for r in results if not r.passed}
+
+
+@pytest.mark.parametrize(
+    ("module", "repair", "instead", "architecture", "source"),
+    [
+        (restore_attention, "_set_window", nothing, "mistral-window", "genai"),
+        (restore_attention, "_set_window", nothing, "phi3-window", "genai"),
+        (restore_attention, "_set_window", nothing, "qwen2-window", "mobius"),
+        (restore_attention, "_set_scale", nothing, "gemma3", "mobius"),
+        (restore_attention, "_restore_root", nothing, "gemma2", "genai"),
+        (restore_attention, "_restore_root", nothing, "gemma3", "genai"),
+        (restore_attention, "_restore_root", nothing, "gemma3", "mobius"),
+        (restore_attention, "_restore_tables", nothing, "llama-linear", "genai"),
+        (restore_attention, "_restore_tables", nothing, "llama-yarn", "genai"),
+        (restore_attention, "_restore_tables", nothing, "gemma3", "genai"),
+        (restore_attention, "_restore_tables", nothing, "gemma3", "mobius"),
+        (static, "windows_of", no_windows, "mistral-window", "static"),
+        (static, "windows_of", no_windows, "qwen2-window", "static"),
+        (trace, "windows_of", no_windows, "gemma2", "openvino"),
+        (trace, "windows_of", no_windows, "phi3-window", "openvino"),
+    ],
+)
+def test_a_graph_without_the_repair_is_not_that_of_torch(
+    module: ModuleType, repair: str, instead: Any, architecture: str, source: str, checkpoint: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(module, repair, instead)
+    assert "b" in failed(climb(checkpoint(architecture), source, "fp32", tmp_path, (1,)))
+
+
+@pytest.mark.parametrize(
+    ("module", "repair", "instead", "architecture", "source", "said"),
+    [
+        (restore_attention, "_set_window", nothing, "gemma2", "genai", "sliding_window_cache"),  # a ring cache
+        (restore_attention, "_drop_rotary_size", nothing, "phi4-mini", "mobius", "cannot load"),
+        (restore_attention, "_forget_window", nothing, "gemma3", "genai", "."),
+        (genai_patches, "_smollm3", as_it_was, "smollm3", "genai", "position_ids"),
+        (genai_patches, "_gemma3", as_it_was, "gemma3", "genai", "rope_type"),
+        (mobius, "_restore_config", nothing, "olmo2", "mobius", "."),
+        (states, "_start_empty", nothing, "llama", "openvino", "."),
+        (trace, "_fold_sizes", nothing, "phi3", "openvino", "."),
+    ],
+)
+def test_a_graph_without_the_repair_does_not_run(
+    module: ModuleType, repair: str, instead: Any, architecture: str, source: str, said: str, checkpoint: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(module, repair, instead)
+    with pytest.raises(Exception, match=said):  # of the exporter, of the runtime, or a refusal
+        climb(checkpoint(architecture), source, "fp32", tmp_path, (1,))
+
+
+def _opened(checkpoint: Path, out: Path) -> Any:
+    static.build(checkpoint, out, "fp32", max_seq_len=96)
+    return open_decoder(out / "decoder.onnx")
+
+
+@pytest.mark.parametrize("left_out", ["HeadMajorCaches", "ScaledQueries", "DerivedPositions", "ExplicitMasks"])
+def test_no_step_to_the_static_form_can_be_left_out(
+    left_out: str, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    passes = static_form.form_passes(96, no_windows(None))
+    kept = [step for step in passes if type(step).__name__ != left_out]
+    assert len(kept) == len(passes) - 1
+    monkeypatch.setattr(static, "form_passes", lambda *_: kept)
+    with pytest.raises(Exception, match=r"\S"):  # of a later step, or of the engine
+        _opened(checkpoint("llama"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong", "architecture", "source", "rung"),
+    [
+        ("norm_before", None, "llama", "genai", "c"),
+        ("norm_after", None, "gemma2", "genai", "c"),
+        ("norm_after", None, "olmo2", "mobius", "c"),
+        ("multiplier", None, "granite", "genai", "c"),
+        ("score_scalar", None, "gemma3", "mobius", "b"),
+        ("embedding_root", False, "gemma3", "genai", "b"),
+        ("runtime_type", None, "olmo2", "mobius", ""),
+    ],
+)
+def test_an_architectures_record_is_needed(
+    field: str, wrong: Any, architecture: str, source: str, rung: str, checkpoint: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    """Other fields (head, norms of the MLP, values a layer) reach no graph: tests/model/test_architectures.py."""
+    name = {"gemma3": "gemma3_text"}.get(architecture, architecture)
+    assert getattr(ARCHITECTURES[name], field) != wrong
+    monkeypatch.setitem(ARCHITECTURES, name, dataclasses.replace(ARCHITECTURES[name], **{field: wrong}))
+    if rung:
+        assert rung in failed(climb(checkpoint(architecture), source, "fp32", tmp_path, (1,)))
+    else:
+        with pytest.raises(NblError):
+            climb(checkpoint(architecture), source, "fp32", tmp_path, (1,))

@@ -1,0 +1,370 @@
+"""Chunks, slots, rows and profiles, without any engine; and text, without any model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from nbl_export.errors import MissingPackageError, NblError
+from nbl_export.records.decoder import GraphContract, TensorInfo
+from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner
+from nbl_export.targets.tensorrt.static.schedule import (
+    Profile,
+    Rows,
+    Step,
+    engine_profiles,
+    plan_steps,
+    profile_for,
+)
+from nbl_export.targets.tokenizer import Text
+
+from ..tiny import END_IDS
+
+VOCAB = 50
+
+# -- steps -----------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_runs_in_chunks() -> None:
+    assert plan_steps([3], [10], slots=32, chunk=4) == (
+        Step(0, 4, (3,), (4,)),
+        Step(4, 4, (7,), (4,)),
+        Step(8, 2, (11,), (2,)),
+    )
+
+
+def test_a_shorter_row_rests_behind_its_length() -> None:
+    first, second = plan_steps([0, 5], [6, 2], slots=32, chunk=4)
+    assert (first.writes, first.counts) == ((0, 5), (4, 2))
+    assert (second.writes, second.counts) == ((4, 7), (2, 0))
+
+
+def test_a_resting_row_near_its_end_narrows_the_steps() -> None:
+    steps = plan_steps([29, 0], [0, 7], slots=32, chunk=8)
+    assert [step.width for step in steps] == [3, 3, 1]
+    assert all(step.writes[0] == 29 for step in steps)
+
+
+def test_the_padding_of_a_full_row_goes_over_its_own_end() -> None:
+    (step,) = plan_steps([32, 0], [0, 5], slots=32, chunk=8)
+    assert step == Step(0, 5, (27, 0), (0, 5))
+
+
+@pytest.mark.parametrize(("lengths", "counts", "row"), [([30], [3], 0), ([0, 32], [1, 1], 1)])
+def test_more_tokens_than_slots_are_refused(lengths: list[int], counts: list[int], row: int) -> None:
+    with pytest.raises(NblError, match=f"row {row}: {lengths[row]} tokens are cached and {counts[row]} more"):
+        plan_steps(lengths, counts, slots=32, chunk=8)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[list[int], list[int], int, int]:
+    slots = draw(st.integers(1, 40))
+    lengths = draw(st.lists(st.integers(0, slots), min_size=1, max_size=4))
+    counts = [draw(st.integers(0, slots - length)) for length in lengths]
+    return lengths, counts, slots, draw(st.integers(1, 50))
+
+
+@given(batches())
+@settings(max_examples=300, deadline=None)
+def test_every_token_is_written_once_where_it_stands_and_nothing_is_lost(
+    batch: tuple[list[int], list[int], int, int],
+) -> None:
+    lengths, counts, slots, chunk = batch
+    cache = [["old"] * n + ["free"] * (slots - n) for n in lengths]
+    done = [0] * len(lengths)
+    for step in plan_steps(lengths, counts, slots, chunk):
+        assert 1 <= step.width <= chunk
+        for row, (at, count) in enumerate(zip(step.writes, step.counts, strict=True)):
+            assert 0 <= at <= slots - step.width
+            full = lengths[row] + done[row] == slots
+            assert at == lengths[row] + done[row] or (full and count == 0)
+            for t in range(step.width):
+                if full:  # nothing follows in it
+                    continue
+                cache[row][at + t] = f"{step.start + t}" if t < count else "free"
+            assert count == max(0, min(step.width, counts[row] - step.start))
+            done[row] += count
+    assert done == counts
+    for row, length in enumerate(lengths):
+        assert cache[row][: length + counts[row]] == ["old"] * length + [str(k) for k in range(counts[row])]
+
+
+def test_rows_keep_their_lengths_and_one_can_be_cut() -> None:
+    rows = Rows(2, slots=8, chunk=4)
+    for step in rows.plan([5, 2]):
+        rows.advance(step)
+    assert rows.lengths == [5, 2]
+    with pytest.raises(ValueError, match="rewind"):
+        rows.rewind(1)
+    one = Rows(1, slots=8, chunk=8)
+    for step in one.plan([5]):
+        one.advance(step)
+    one.rewind(3)
+    assert one.lengths == [3]
+    with pytest.raises(ValueError, match="rewind"):
+        one.rewind(4)
+
+
+# -- profiles --------------------------------------------------------------------------------------------
+
+
+def test_two_profiles_decode_with_one_dynamic_dimension_at_least() -> None:
+    prefill, decode = engine_profiles(max_batch=1, chunk=512, slots=2048)
+    assert prefill == Profile("prefill", (1, 1, 1), (1, 512, 512))
+    assert decode == Profile("decode", (1, 1, 2), (1, 1, 1))
+    assert engine_profiles(4, 512, 2048)[1].batch == (1, 4, 4)
+    assert [p.batch for p in engine_profiles(1, 512, 2048, two_rows=True)] == [(1, 1, 2), (1, 1, 2)]
+
+
+def test_long_caches_decode_with_a_range_of_tokens() -> None:
+    assert engine_profiles(1, 512, 16_384)[1].tokens == (1, 1, 1)
+    assert engine_profiles(1, 512, 32_768)[1].tokens == (1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "chunk", "flag"), [(0, 8, "--max-batch"), (1, 0, "--prefill-chunk"), (1, 65, "--prefill-chunk")]
+)
+def test_impossible_profiles_are_refused(batch: int, chunk: int, flag: str) -> None:
+    with pytest.raises(NblError, match=flag):
+        engine_profiles(batch, chunk, slots=64)
+
+
+def test_the_narrowest_profile_takes_a_step() -> None:
+    profiles = engine_profiles(2, 16, 64)
+    assert [profile_for(profiles, 2, n) for n in (1, 2, 16)] == [1, 0, 0]
+    long = engine_profiles(2, 16, 32_768)  # decode is built for 1 to 2 tokens
+    assert [profile_for(long, 2, n) for n in (1, 2, 16)] == [1, 0, 0]
+    with pytest.raises(NblError, match=r"3 rows of 1 tokens .* 2 rows of 16 tokens or 2 rows of 1 tokens"):
+        profile_for(profiles, 3, 1)
+    with pytest.raises(NblError, match="--prefill-chunk"):
+        profile_for(profiles, 1, 17)
+
+
+# -- the host over a session that can be checked by hand ------------------------------------------------------
+
+
+class Ledger:
+    """A session whose logits spell out what each token can see: a sum that depends on ids and order."""
+
+    def __init__(self, slots: int, chunk: int, *, last_only: bool) -> None:
+        self.slots, self.chunk, self.last_only = slots, chunk, last_only
+        names = ["input_ids", "write_indices", *(["num_tokens"] if last_only else [])]
+        inputs = tuple(TensorInfo(n, "int64", ("batch",)) for n in names)
+        self.contract = GraphContract(inputs, (TensorInfo("logits", "float32", ("batch", 1, VOCAB)),), (0,))
+        self.widths: list[int] = []
+        self.closed = False
+        self.cache = np.zeros((0, slots), int)
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.cache.nbytes
+
+    def begin(self, batch: int) -> None:
+        self.cache = np.zeros((batch, self.slots), int)
+
+    def run(self, ids_BT: np.ndarray, writes: Sequence[int], counts: Sequence[int]) -> np.ndarray:
+        self.widths.append(ids_BT.shape[1])
+        logits = np.zeros((*ids_BT.shape, VOCAB), np.float32)
+        for b, at in enumerate(writes):
+            self.cache[b, at : at + ids_BT.shape[1]] = ids_BT[b]
+            for t in range(ids_BT.shape[1]):
+                logits[b, t] = said_of(self.cache[b, : at + t + 1])
+        if not self.last_only:
+            return logits
+        return logits[np.arange(len(ids_BT)), np.maximum(np.array(counts) - 1, 0)][:, None]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def said_of(prefix: Sequence[int] | np.ndarray) -> np.ndarray:
+    value = 0
+    for token in prefix:
+        value = (31 * value + int(token) + 1) % 1009
+    return (value + (np.arange(VOCAB) == value % VOCAB)).astype(np.float32)
+
+
+@pytest.mark.parametrize("last_only", [False, True])
+@pytest.mark.parametrize("chunk", [1, 3, 24])
+def test_a_ragged_batch_sees_what_each_row_alone_would(chunk: int, last_only: bool) -> None:
+    session = Ledger(24, chunk, last_only=last_only)
+    decoder = StaticDecoder(session)
+    decoder.begin(3)
+    rng = np.random.default_rng(0)
+    rows: list[list[int]] = [[], [], []]
+    for taken in [(7, 3, 1), (1, 1, 1), (0, 9, 2), (2, 0, 0), (14, 11, 20)]:
+        ids, valid = rng.integers(2, VOCAB, (3, max(taken))), np.zeros((3, max(taken)), int)
+        for b, n in enumerate(taken):
+            valid[b, :n] = 1
+            rows[b] += ids[b, :n].tolist()
+        logits = decoder.step(ids, valid)
+        assert logits.shape == (3, 1 if last_only else max(taken), VOCAB)
+        for b, n in enumerate(taken):
+            for k in range(n if not last_only else min(n, 1)):
+                expected = said_of(rows[b] if last_only else rows[b][: len(rows[b]) - n + k + 1])
+                assert np.array_equal(logits[b, k], expected), (taken, b, k)
+    assert decoder.lengths == (24, 24, 24)
+    assert max(session.widths) <= chunk
+    with pytest.raises(NblError, match="do not fit"):
+        decoder.step(np.ones((3, 1), int))
+
+
+def test_padding_has_to_stand_on_the_right() -> None:
+    decoder = StaticDecoder(Ledger(8, 4, last_only=True))
+    decoder.begin(1)
+    with pytest.raises(ValueError, match="right"):
+        decoder.step(np.ones((1, 2), int), np.array([[0, 1]]))
+    with pytest.raises(NblError, match="no tokens"):
+        decoder.step(np.ones((1, 2), int), np.array([[0, 0]]))
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> StaticRunner:
+    return StaticRunner(Ledger(16, 4, last_only=True), tmp_path)
+
+
+def test_greedy_is_the_loop_by_hand(runner: StaticRunner) -> None:
+    ids = [3, 4, 5, 6, 7, 8]
+    said = runner.greedy(ids, 5)
+    expected: list[int] = []
+    for _ in range(5):
+        expected.append(int(said_of([*ids, *expected]).argmax()))
+    assert said == expected
+    assert len(runner.greedy(ids, 500)) == 10  # to the last slot
+
+
+def test_rewinding_forgets(runner: StaticRunner) -> None:
+    runner.begin(16)
+    runner.append([5, 6, 7, 8])
+    runner.append([9])
+    runner.rewind(3)
+    runner.append([4, 4])
+    assert np.array_equal(runner.last_logits(), said_of([5, 6, 7, 4, 4]))
+
+
+def test_prompts_that_cannot_be_run_are_refused(runner: StaticRunner, tmp_path: Path) -> None:
+    with pytest.raises(NblError, match="empty"):
+        runner.greedy([], 3)
+    with pytest.raises(NblError, match=f"16 tokens and {tmp_path} takes 16"):
+        runner.greedy([1] * 16, 3)
+    runner.begin(5)
+    with pytest.raises(NblError, match=r"6 tokens do not fit .* room for 5 .* 16 slots"):
+        runner.append([1] * 6)
+
+
+def test_one_sequence_at_a_time(runner: StaticRunner) -> None:
+    with pytest.raises(NblError, match=r"not on 4; use --batch 1"):
+        runner.begin(16, 4)
+    runner.begin(16)
+    runner.append([5, 6])
+    assert runner.pick() == int(said_of([5, 6]).argmax())
+
+
+def test_leaving_the_runner_closes_the_session(tmp_path: Path) -> None:
+    session = Ledger(16, 4, last_only=True)
+    with StaticRunner(session, tmp_path):
+        assert not session.closed
+    assert session.closed
+
+
+def test_a_session_that_does_not_close_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def close(_: Ledger) -> None:
+        raise OSError("cannot close")
+
+    monkeypatch.setattr(Ledger, "close", close)
+    with (
+        pytest.raises(NblError, match="the prompt is empty"),
+        StaticRunner(Ledger(16, 4, last_only=True), tmp_path) as r,
+    ):
+        r.greedy([], 3)
+    assert "does not close after an error: cannot close" in caplog.text
+    with pytest.raises(OSError, match="cannot close"), StaticRunner(Ledger(16, 4, last_only=True), tmp_path):
+        pass
+
+
+# -- text ------------------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}\n[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}\n[assistant]{% endif %}"
+)
+
+
+@pytest.fixture
+def texts(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    for path in checkpoint("llama").iterdir():
+        if path.suffix == ".json":
+            shutil.copyfile(path, tmp_path / path.name)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def test_ids_are_those_of_transformers(texts: Path) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(str(texts))
+    ours = Text(texts)
+    for prompt in ("The quick brown fox", "naïve 你好 ", ""):
+        assert ours.encode(prompt, chat=True) == theirs(prompt)["input_ids"]
+        assert ours.encode(prompt, chat=True)[0] == 0  # begin of text
+    (texts / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    theirs = AutoTokenizer.from_pretrained(str(texts))
+    chat = theirs.apply_chat_template(
+        [{"role": "user", "content": "Why?"}], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    assert Text(texts).encode("Why?", chat=True) == chat
+    assert Text(texts).encode("Why?", chat=False) == theirs("Why?")["input_ids"]
+
+
+def test_pieces_join_to_the_text_and_stop_at_its_end(texts: Path) -> None:
+    text = Text(texts)
+    ids = text.encode("naïve 你好 words", chat=False)
+    assert text.end_ids == END_IDS
+    pieces = list(text.pieces([*ids, END_IDS[1], *ids]))
+    assert "".join(pieces) == "naïve 你好 words"
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_the_template_of_the_settings_is_used_and_a_bad_one_named(texts: Path) -> None:
+    path = texts / "tokenizer_config.json"
+    settings_ = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**settings_, "chat_template": "<{{ messages[0]['content'] }}>"}), encoding="utf-8")
+    text = Text(texts)
+    assert "".join(text.pieces(text.encode("Why", chat=True))) == "<Why>"
+    path.write_text(json.dumps({**settings_, "chat_template": "{% if %}"}), encoding="utf-8")
+    with pytest.raises(NblError, match=r"chat template .*--raw"):
+        Text(texts).encode("Why", chat=True)
+
+
+def test_generation_config_knows_better_which_ids_end_a_text(texts: Path) -> None:
+    (texts / "generation_config.json").write_text('{"eos_token_id": [7, 8]}', encoding="utf-8")
+    assert Text(texts).end_ids == (7, 8)
+    (texts / "generation_config.json").unlink()
+    (texts / "config.json").unlink()
+    assert Text(texts).end_ids == ()
+
+
+def test_a_damaged_tokenizer_is_named(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (texts / "tokenizer_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(NblError, match=r"tokenizer_config\.json cannot be read"):
+        Text(texts)
+    (texts / "tokenizer.json").unlink()
+    with pytest.raises(NblError, match="tokenizer of"):
+        Text(texts)
+    monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
+    with pytest.raises(MissingPackageError, match="tokenizers"):
+        Text(texts)

@@ -1,0 +1,486 @@
+"""TensorRT without a GPU: what the real parser and builder of TensorRT-RTX take, and what the build refuses."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import errno
+import inspect
+import re
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from nbl_export.errors import CorruptError, NblError
+from nbl_export.targets.base import BuildSettings
+from nbl_export.targets.tensorrt import (
+    build,
+    capture,
+    contexts,
+    kernels,
+    log,
+    network,
+    runner,
+)
+from nbl_export.targets.tensorrt import engine as tensorrt
+from nbl_export.targets.tensorrt import export as static
+from nbl_export.targets.tensorrt import record as engine_record
+from nbl_export.targets.tensorrt.build import build_engine
+from nbl_export.targets.tensorrt.library import load_library
+from nbl_export.targets.tensorrt.log import Message, messages_of
+from nbl_export.targets.tensorrt.network import ParsedNetwork, parse
+from nbl_export.targets.tensorrt.record import read_record
+from nbl_export.targets.tensorrt.static.schedule import engine_profiles
+
+from ..fake_tensorrt import FakeDevice, FakeTensorRT
+from ..static_tiny import (
+    ARCHITECTURES,
+    HEAD,
+    LAYERS,
+    SLOTS,
+    SPEC,
+)
+from ..trt_tiny import ADA, PLAIN, RTX, SMALL, engine_of, graph_of, needs_rtx
+
+
+def parsed(path: Path) -> ParsedNetwork:
+    trt = load_library(RTX)
+    return parse(trt, messages_of(trt), path)
+
+
+# -- what the real parser and builder take --------------------------------------------------------------------
+
+
+@needs_rtx
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int4"])
+@pytest.mark.parametrize("replaced", [(), (1,), (0, 2)], ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_parser_takes_it_and_reads_every_input(
+    architecture: str, replaced: tuple[int, ...], precision: str
+) -> None:
+    found = parsed(graph_of(architecture, replaced, precision) / "decoder.onnx")
+    kept = LAYERS - len(replaced)
+    assert found.contract.cache_layers == tuple(range(kept))
+    assert sum(i.name.startswith("past_key_values.") for i in found.contract.inputs) == 2 * kept
+    assert found.precision == precision
+    kinds = [layer.type.name for layer in found.layers]
+    assert kinds.count("KV_CACHE_UPDATE") == 2 * kept
+    assert kinds.count("ATTENTION_INPUT") == kept
+    matrices = 7 * LAYERS - 4 * len(replaced) + len(replaced)
+    assert kinds.count("DEQUANTIZE") == (matrices if precision == "int4" else 0)
+
+
+@needs_rtx
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+@pytest.mark.parametrize(("replaced", "behind"), [((), 0), ((1,), 0), ((2,), 1), ((0, 2), 1), ((1, 2), 2)], ids=str)
+def test_all_behind_the_last_kept_attention_is_on_one_token(
+    replaced: tuple[int, ...], behind: int, precision: str
+) -> None:
+    """By the parser's shapes: o_proj and an MLP, a map and an MLP for each layer `behind`, and the head."""
+    found = parsed(graph_of("llama", replaced, precision) / "decoder.onnx")
+    products = [layer.get_output(0).shape for layer in found.layers if layer.type.name == "MATRIX_MULTIPLY"]
+    assert len(products) == 7 * LAYERS - 3 * len(replaced) + 1
+    assert sum(shape[1] == 1 for shape in products) == 1 + 3 + 4 * behind + 1
+    assert [o.shape[1] for o in found.contract.outputs if o.name == "logits"] == [1]
+    assert "num_tokens" in {i.name for i in found.contract.inputs}
+
+
+@needs_rtx
+def test_a_plan_is_built_with_its_record() -> None:
+    engine = engine_of()
+    record = read_record(engine)
+    assert (engine / "decoder.engine").stat().st_size == record.plan_bytes > 1_000_000
+    assert (record.engine, record.version) == ("trt-rtx", load_library(RTX).__version__)
+    assert (record.precision, record.max_batch, record.prefill_chunk, record.max_seq_len) == ("fp16", 2, 16, SLOTS)
+    assert record.attention == "fused"
+    assert record.compute_capabilities == ("8.0", "8.6", "8.9", "12.0", "12.1")
+    assert record.capturable is True
+    assert record.profiles == engine_profiles(2, 16, SLOTS)
+    assert 0 < record.build_seconds < 60
+    source = graph_of("llama", (1,))
+    assert record.graph_sha256 == {
+        name: engine_record.digest_of(source / name) for name in ("decoder.onnx", "decoder.onnx.data")
+    }
+    assert {p.name for p in engine.iterdir()} == {
+        "config.json", "generation_config.json", "decoder.engine", "engine.json"
+    }  # fmt: skip
+    assert [p.name for p in engine.parent.iterdir()] == ["model"]
+
+
+@needs_rtx
+@pytest.mark.parametrize(("precision", "targets"), [("int4", ()), ("bf16", ("8.6",)), ("fp16", ("7.5", "12.0"))])
+def test_other_precisions_and_targets_build(precision: str, targets: tuple[str, ...], tmp_path: Path) -> None:
+    said: list[str] = []
+    settings = dataclasses.replace(SMALL, max_batch=1, targets=targets)
+    source = graph_of("mistral-window", (1,), precision)
+    record = build_engine(RTX, source, tmp_path / "e", settings, lambda phase, _seconds: said.append(phase))
+    assert record.precision == precision
+    assert record.profiles == engine_profiles(1, 16, SLOTS, two_rows=True)
+    assert record.compute_capabilities == (targets or RTX.default_targets)
+    assert record.capturable is True
+    assert "Building engine" in said
+
+
+@needs_rtx
+def test_a_plan_has_each_matrix_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefill of one row alone would have copies of what runs on one token: behind the pruned tail, nearly all here."""
+    source, settings = graph_of("llama", (1, 2)), BuildSettings(1, 16)
+    data = (source / "decoder.onnx.data").stat().st_size
+    once = build_engine(RTX, source, tmp_path / "once", settings).plan_bytes
+    monkeypatch.setattr(build, "engine_profiles", lambda *sizes, two_rows: engine_profiles(*sizes))
+    copied = build_engine(RTX, source, tmp_path / "copied", settings).plan_bytes
+    assert copied - once > data / 2, (copied, once, data)
+
+
+@needs_rtx
+@pytest.mark.parametrize("slots", [2048, 32_768])
+def test_cache_memory_is_as_predicted(slots: int) -> None:
+    """Bytes of the engine's cache inputs, original against NBL, from the model's numbers alone."""
+    for replaced in ((), (1,)):
+        contract = parsed(graph_of("llama", replaced, "fp16", slots) / "decoder.onnx").contract
+        caches = [i for i in contract.inputs if i.name.startswith("past_key_values.")]
+        assert all(i.shape[2] == slots for i in caches)
+        stated = sum(int(np.prod([int(n) for n in i.shape[1:]])) * 2 for i in caches)
+        assert stated == SPEC.cache_bytes_per_token(LAYERS - len(replaced), 2) * slots
+        assert contract.cache_bytes_per_token(HEAD) * slots == stated
+
+
+@needs_rtx
+def test_the_record_has_those_bytes() -> None:
+    engine = engine_of()
+    record = read_record(engine)
+    assert record.cache_bytes_per_token == SPEC.cache_bytes_per_token(2, 2)
+    assert record.cache_bytes == record.cache_bytes_per_token * SLOTS * 2
+    assert record.contract.cache_bytes_per_token(HEAD) == record.cache_bytes_per_token
+
+
+@needs_rtx
+def test_a_long_cache_builds(tmp_path: Path) -> None:
+    """Decode of exactly one token has no kernel at this length; the profile rule avoids it."""
+    record = build_engine(RTX, graph_of("llama", (1,), "fp16", 32_768), tmp_path / "e", BuildSettings(1, 16))
+    assert record.profiles[1].tokens == (1, 1, 2)
+    assert record.capturable is True
+
+
+# -- faults that TensorRT would pass over in silence ---------------------------------------------------------
+
+
+def with_ignored_input(source: Path, out: Path) -> Path:
+    """The graph with nonpad_kv_seqlen, which the parser drops without a word."""
+    model = ir.load(source / "decoder.onnx")
+    extra = ir.Value(name="nonpad_kv_seqlen", shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.INT64))
+    model.graph.inputs.append(extra)
+    for node in model.graph:
+        if node.op_type == "Attention":
+            node.resize_inputs(7)
+            node.replace_input_with(6, extra)
+    static.save_graph(model, out)
+    return out
+
+
+@needs_rtx
+def test_an_ignored_input_stops_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = with_ignored_input(graph_of("llama"), tmp_path / "source")
+    with pytest.raises(NblError, match="parser ignores the input nonpad_kv_seqlen"):
+        build_engine(RTX, source, tmp_path / "e", SMALL)
+    monkeypatch.setattr(network, "_unread_inputs", lambda _: [])
+    with pytest.raises(NblError, match=r"would not read an input .* nonpad_kv_seqlen"):
+        build_engine(RTX, source, tmp_path / "e", SMALL)
+    assert not (tmp_path / "e").exists()
+
+
+def test_known_noise_and_everything_else() -> None:
+    noise = [
+        Message("WARNING", "ModelImporter.cpp:1071: Make sure input input_ids has Int64 binding."),
+        Message("ERROR", "[checkMacros.cpp::catchCudaError::250] Error Code 1: Cuda Runtime (cudaError 35)"),
+        Message("INFO", "anything"),
+    ]
+    assert log.complaints(noise) == []
+    wrong = Message("WARNING", "Unused Input:\n nonpad_kv_seqlen")
+    assert log.complaints([*noise, wrong]) == ["Unused Input: nonpad_kv_seqlen"]
+    assert log.ignored_inputs([*noise, wrong, Message("WARNING", "slow")]) == ["Unused Input: nonpad_kv_seqlen"]
+
+
+@needs_rtx
+def test_a_warning_about_the_machine_is_told_and_builds(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The library warns with CUDA_MODULE_LOADING=EAGER when a builder is made; that says nothing about the graph."""
+    trt = load_library(RTX)
+    real, warning = trt.Builder, "CUDA lazy loading is not enabled."
+
+    def builder(logger: Any) -> Any:
+        logger.log(trt.ILogger.WARNING, warning)
+        return real(logger)
+
+    monkeypatch.setattr(trt, "Builder", builder)
+    assert parsed(graph_of("llama") / "decoder.onnx").contract.cache_layers == tuple(range(LAYERS))
+    assert f"TensorRT: {warning}" in caplog.messages
+
+
+@needs_rtx
+def test_a_step_that_waits_for_the_host_is_not_built(tmp_path: Path) -> None:
+    """The flag of the builder alone takes this graph: the length of a range depends on the logits."""
+    model = ir.load(graph_of("llama") / "decoder.onnx")
+    add_range(model)
+    static.save_graph(model, tmp_path / "source")
+    with pytest.raises(NblError, match=r"a CUDA graph cannot hold the steps of source, .* wait for .*ShapeHost"):
+        build_engine(RTX, tmp_path / "source", tmp_path / "e", SMALL)
+    assert not (tmp_path / "e").exists()
+
+
+def add_range(model: ir.Model) -> None:
+    """Add the sum of 0, 1, ... up to the largest logit to the logits."""
+    logits = model.graph.outputs[0]
+    assert logits.name == "logits"
+    zero, one = (ir.node("Constant", [], {"value_int": n}) for n in (0, 1))
+    most = ir.node("ReduceMax", [logits], {"keepdims": 0})
+    limit = ir.node("Cast", [most.outputs[0]], {"to": ir.DataType.INT64})
+    numbers = ir.node("Range", [zero.outputs[0], limit.outputs[0], one.outputs[0]])
+    total = ir.node("ReduceSum", [numbers.outputs[0]], {"keepdims": 0})
+    kind = ir.node("CastLike", [total.outputs[0], logits])
+    both = ir.node("Add", [logits, kind.outputs[0]])
+    model.graph.extend([zero, one, most, limit, numbers, total, kind, both])
+    logits.name, both.outputs[0].name = "plain_logits", "logits"
+    both.outputs[0].shape, both.outputs[0].type = logits.shape, logits.type
+    model.graph.outputs[0] = both.outputs[0]
+
+
+def test_what_the_builder_says_about_capture() -> None:
+    flag = Message("ERROR", "BuilderFlag::kREQUIRE_USER_ALLOCATION is not compatible with data-dependent shapes.")
+    with pytest.raises(NblError, match=r"cannot hold the steps of model, .*not compatible with data-dependent shapes"):
+        capture.capturable([flag], None, "model")
+    assert capture.capturable([Message("ERROR", "no kernel")], None, "model") is None
+    assert capture.capturable([], b"plan", "model") is None
+    listed = f"{log.LAYERS_NOTE}:\nLayer(Myelin): {{a...b}}, Tactic: 0x0, x -> y\n"
+    assert capture.capturable([Message("VERBOSE", listed)], b"plan", "model") is True
+    waits = f"{listed}Layer(TrainStation): [trainStation1], Tactic: 0x0,  -> \n"
+    with pytest.raises(NblError, match=r"they wait for \[trainStation1\]$"):
+        capture.capturable([Message("VERBOSE", waits)], b"plan", "model")
+
+
+class PlainConfig:
+    """TensorRT 11.4's IBuilderConfig has no compute capabilities, and, like any pybind11 object, takes no others."""
+
+    __slots__ = ("profiles",)
+
+    def add_optimization_profile(self, _profile: object) -> int:
+        return 0
+
+
+def fake_network(config: Any, plan: bytes | None = b"plan") -> Any:
+    """A network whose builder makes `config` and answers `plan`."""
+    builder = types.SimpleNamespace(
+        create_builder_config=lambda: config, build_serialized_network=lambda _network, _config: plan
+    )
+    flags = types.SimpleNamespace(REQUIRE_USER_ALLOCATION="user allocation")
+    trt = types.SimpleNamespace(BuilderFlag=flags, LayerType=types.SimpleNamespace(ATTENTION_INPUT="attention"))
+    network = types.SimpleNamespace(name="model")
+    return types.SimpleNamespace(trt=trt, builder=builder, network=network, layers=(), precision="fp16")
+
+
+def test_only_a_library_that_can_prove_it_is_asked_whether_steps_can_be_captured() -> None:
+    log_ = messages_of(FakeTensorRT(FakeDevice(), ()))
+    asked: list[str] = []
+    config = types.SimpleNamespace(set_flag=asked.append)
+    build._build(fake_network(config), log_, (), (), RTX, None)
+    assert asked == ["user allocation"]
+    build._build(fake_network(PlainConfig()), log_, (), (), PLAIN, None)
+
+
+@pytest.mark.parametrize("plan", [b"plan", None])
+def test_a_target_that_is_the_own_gpu_is_no_target_for_tensorrt(
+    plan: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "find_gpu", lambda: ADA)
+    computes = build._targets(PLAIN, ("8.9",), "fp16")
+    assert computes == ("8.9",)
+    log_ = messages_of(FakeTensorRT(FakeDevice(), ()))
+    whole = fake_network(PlainConfig(), plan)
+    if plan:
+        built = build._build(whole, log_, (), computes, PLAIN, None)
+        assert (built.plan, built.capturable) == (plan, None)
+    else:
+        with pytest.raises(NblError, match=r"^TensorRT does not build model: it gives no reason$"):
+            build._build(whole, log_, (), computes, PLAIN, None)
+
+
+@needs_rtx
+def test_a_warning_of_the_parser_stops_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "_NOISE", ())
+    with pytest.raises(NblError, match=r"parser warns about .* Int64 binding"):
+        build_engine(RTX, graph_of("llama"), tmp_path / "e", SMALL)
+
+
+# -- refusals of the build -----------------------------------------------------------------------------------
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("settings", "precision", "reason"),
+    [
+        (BuildSettings(1, SLOTS + 1), "fp16", "--prefill-chunk 97"),
+        (BuildSettings(0, 8), "fp16", "--max-batch 0"),
+        (BuildSettings(1, 8, ("9.0",)), "fp16", "compute capability 9.0, .* --engine trt$"),
+        (BuildSettings(1, 8, ("7.5",)), "int4", "7.5 has no int4"),
+    ],
+)
+def test_settings_that_cannot_be_built_are_refused(
+    settings: BuildSettings, precision: str, reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(NblError, match=reason):
+        build_engine(RTX, graph_of("llama", (), precision), tmp_path / "e", settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def missing(directory: Path) -> None:
+    (directory / "decoder.onnx").unlink()
+
+
+def text(directory: Path) -> None:
+    (directory / "decoder.onnx").write_text("not a model", encoding="utf-8")
+
+
+def empty(directory: Path) -> None:
+    (directory / "decoder.onnx").write_bytes(b"")
+
+
+def no_data(directory: Path) -> None:
+    (directory / "decoder.onnx.data").unlink()
+
+
+def cut_data(directory: Path) -> None:
+    path = directory / "decoder.onnx.data"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (missing, "holds no decoder.onnx"),
+        (text, "not an ONNX model"),
+        (empty, "not an ONNX model"),
+        (no_data, "which holds weights of decoder.onnx, is missing"),
+        (cut_data, "refuses"),
+    ],
+)
+def test_a_damaged_graph_is_refused(damage: Callable[[Path], None], reason: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in graph_of("llama").iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    damage(source)
+    with pytest.raises(NblError, match=reason) as caught:
+        build_engine(RTX, source, tmp_path / "e", SMALL)
+    assert str(source) in str(caught.value)
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("place", ["../secret", "link", "*/_ORT_MEM_ADDR_/*"])
+def test_the_parser_gets_no_graph_with_weights_elsewhere(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (tmp_path / "secret").write_bytes(bytes(4))
+    (source / "link").symlink_to("../secret")
+    weight = onnx.TensorProto(name="w", dims=[1], data_type=1, data_location=onnx.TensorProto.EXTERNAL)
+    weight.external_data.add(key="location", value=place)
+    graph = onnx.helper.make_graph([], "g", [], [], [weight])
+    (source / "decoder.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    given: list[Path] = []
+    monkeypatch.setattr(build, "load_library", lambda _: None)
+    monkeypatch.setattr(build, "messages_of", lambda _: None)
+    monkeypatch.setattr(build, "parse", lambda *of: given.append(of[-1]))
+    with pytest.raises(CorruptError, match=r"outside its directory|out of its directory|an address of memory"):
+        build_engine(RTX, source, tmp_path / "e", SMALL)
+    assert given == []
+
+
+@needs_rtx
+def test_an_interrupted_build_leaves_what_was_there(tmp_path: Path) -> None:
+    out = tmp_path / "engine" / "model"
+    out.mkdir(parents=True)
+    (out / "mine").write_text("old")
+
+    def stop(_phase: str, _seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(RTX, graph_of("llama", (1,)), out, SMALL, stop)
+    assert [p.name for p in out.parent.iterdir()] == ["model"]
+    assert [p.name for p in out.iterdir()] == ["mine"]
+
+
+@needs_rtx
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_path: Path, _value: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(build, "write_json", full)
+    with pytest.raises(NblError, match="no space left"):
+        build_engine(RTX, graph_of("llama", (1,)), tmp_path / "engine" / "model", SMALL)
+    assert list((tmp_path / "engine").iterdir()) == []
+
+
+# -- the API is the installed library's ----------------------------------------------------------------------
+
+# What the variables of each file are, in the library's classes.
+CLASSES = {
+    network: {"builder": "Builder", "network": "INetworkDefinition", "net": "INetworkDefinition",
+                  "parser": "OnnxParser", "e": "ParserError", "layer": "ILayer", "tensor": "ITensor"},
+    build: {"builder": "Builder", "network": "INetworkDefinition", "config": "IBuilderConfig", "tensor": "ITensor",
+                "result": "IOptimizationProfile"},
+    runner: {"runtime": "Runtime", "context": "IExecutionContext"},
+    contexts: {"engine": "ICudaEngine", "config": "IRuntimeConfig", "runtime_config": "IRuntimeConfig",
+               "context": "IExecutionContext",
+               "graphs": "CudaGraphStrategy", "kinds": "DynamicShapesKernelSpecializationStrategy"},
+    capture: {"builder_config": "IBuilderConfig"},
+    kernels: {"runtime_config": "IRuntimeConfig", "cache": "IRuntimeCache"},
+    tensorrt: {"builder": "Builder", "network": "INetworkDefinition"},
+    log: {},
+}  # fmt: skip
+
+
+def uses(module: types.ModuleType, names: dict[str, str]) -> list[tuple[str, str, int | None]]:
+    """(class, attribute, number of arguments or None) wherever a known variable's attribute is read or called."""
+    tree = ast.parse(inspect.getsource(module))
+    plain = (
+        n for n in ast.walk(tree) if isinstance(n, ast.Call) and not any(isinstance(a, ast.Starred) for a in n.args)
+    )
+    calls = {id(node.func): len(node.args) for node in plain}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names:
+            found.append((names[node.value.id], node.attr, calls.get(id(node))))
+    return found
+
+
+def signature_takes(doc: str, count: int) -> bool:
+    """Whether one of a pybind11 docstring's overloads takes so many arguments beside self."""
+    for line in re.findall(r"^\s*(?:\d+\. )?\w+\(self[^)]*?(.*)\) ->", doc, re.M):
+        parts = [p for p in re.sub(r"\[[^\]]*\]|\([^)]*\)|<[^>]*>", "", line).split(",")[1:] if p.strip()]
+        if sum("=" not in p for p in parts) <= count <= len(parts):
+            return True
+    return False
+
+
+@needs_rtx
+@pytest.mark.parametrize("module", CLASSES, ids=lambda m: m.__name__.rsplit(".", 1)[1])
+def test_every_name_is_in_the_installed_library(module: types.ModuleType) -> None:
+    trt = load_library(RTX)
+    seen = uses(module, CLASSES[module])
+    assert {name for name, _, _ in seen} == set(CLASSES[module].values())
+    for name, attribute, arguments in seen:
+        member = getattr(getattr(trt, name), attribute)
+        if arguments is not None and "->" in (member.__doc__ or ""):
+            assert signature_takes(member.__doc__, arguments), (name, attribute, arguments, member.__doc__)
+    for _, attribute, _ in uses(module, {"trt": ""}):
+        assert hasattr(trt, attribute), attribute

@@ -1,0 +1,485 @@
+"""Plans that fit or not, and the runner on a stand-in that executes the graph in ONNX Runtime.
+
+The stand-in computes what ONNX Runtime computes, so no test here says anything of TensorRT's arithmetic: `nbl-export
+accept` does, on a GPU. What is tested is this project's part: addresses, shapes, profiles, positions, slots of the
+caches, captured steps. Wrong data of a step would change logits, which are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import hashlib
+import json
+import shutil
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nbl_export.errors import CorruptError, NblError, UsageError
+from nbl_export.run.deployed import trust_engines
+from nbl_export.targets.gpu import find_gpu
+from nbl_export.targets.tensorrt import library as tensorrt
+from nbl_export.targets.tensorrt import runner as trt_runner
+from nbl_export.targets.tensorrt.decode_step import DecodeStep
+from nbl_export.targets.tensorrt.record import read_record
+from nbl_export.targets.tensorrt.runner import TrtSession, refuse_misfit
+from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner
+from nbl_export.targets.tensorrt.static.on_ort import open_decoder
+from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles
+from nbl_export.trust import own_engines
+from nbl_export.trust.own_engines import is_own
+
+from ..command import assert_refused, nbl
+from ..fake_engine import fake_record, fake_session
+from ..fake_tensorrt import Context, FakeDevice, FakeTensorRT
+from ..static_tiny import (
+    SLOTS,
+    SPEC,
+    TOLERANCE,
+    VOCAB,
+    maps_of,
+    rows,
+    torch_logits,
+    worst,
+)
+from ..trt_tiny import ADA, HOPPER, PLAIN, RTX, checkpoint_of, engine_of, graph_of, needs_rtx
+
+# -- plans that do not fit -----------------------------------------------------------------------------------
+
+
+def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
+    record = fake_record(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    assert read_record(tmp_path) == record
+    assert record.contract.cache_layers == (0, 1)
+
+
+def cut_plan(directory: Path) -> None:
+    path = directory / "decoder.engine"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def swap_plan(directory: Path) -> None:
+    path = directory / "decoder.engine"
+    path.write_bytes(path.read_bytes()[::-1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "reason"),
+    [
+        (cut_plan, CorruptError, "decoder.engine is cut short or replaced: .* nbl-export build DIR --engine trt"),
+        (swap_plan, CorruptError, "decoder.engine is damaged: .* nbl-export build DIR --engine trt"),
+        (lambda d: (d / "decoder.engine").unlink(), CorruptError, "decoder.engine is missing"),
+        (lambda d: (d / "engine.json").write_text("{"), CorruptError, "engine.json cannot be read"),
+        (lambda d: (d / "engine.json").write_text('{"schema": 9}'), CorruptError, "another schema"),
+        (lambda d: (d / "engine.json").unlink(), NblError, "holds no engine: .* nbl-export build"),
+    ],
+)
+def test_a_damaged_engine_is_refused(
+    damage: Callable[[Path], object], kind: type[NblError], reason: str, tmp_path: Path
+) -> None:
+    fake_record(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    damage(tmp_path)
+    with pytest.raises(NblError, match=reason) as caught:
+        read_record(tmp_path)
+    assert type(caught.value) is kind
+
+
+def test_a_plan_for_something_else_is_refused_with_both_named(tmp_path: Path) -> None:
+    record = fake_record(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    refuse_misfit(PLAIN, record, "1.2.3", ADA, tmp_path)
+    again = "nbl-export build DIR --engine trt"
+    for library, version, card, pattern in (
+        (PLAIN, "1.2.4", ADA, rf"built by tensorrt 1.2.3, and 1.2.4 is installed.*{again}.*tensorrt==1.2.3"),
+        (PLAIN, "1.2.3", HOPPER, rf"built for compute capability 8.9, and the NVIDIA H100 has 9.0; .*{again}"),
+        (PLAIN, "1.2.3", "no NVIDIA driver is installed", "cannot run here: no NVIDIA driver"),
+        (RTX, "1.2.3", ADA, "an engine of trt, not of trt-rtx"),
+    ):
+        with pytest.raises(NblError, match=pattern):
+            refuse_misfit(library, record, version, card, tmp_path)
+    rtx = dataclasses.replace(record, engine="trt-rtx")
+    with pytest.raises(NblError, match=r"does not run on the NVIDIA H100.*9\.0; use --engine trt$"):
+        refuse_misfit(RTX, rtx, "1.2.3", HOPPER, tmp_path)
+
+
+@needs_rtx
+def test_the_real_library_refuses_a_plan_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the first call that needs a GPU: with one pretended, the library itself says no."""
+    engine = engine_of()
+    if not isinstance(find_gpu(), str):
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(NblError, match="cannot run here: no NVIDIA driver"):
+        trt_runner.open_session(RTX, engine)
+    monkeypatch.setattr(trt_runner, "find_gpu", lambda: ADA)
+    monkeypatch.setattr(trt_runner, "open_device", FakeDevice)
+    with pytest.raises(NblError, match=r"TensorRT for RTX does not load .*decoder.engine.*nbl-export build"):
+        trt_runner.open_session(RTX, engine)
+
+
+def test_an_engine_of_somebody_else_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its hash fits, as a stranger's does; no library is loaded until the user says yes."""
+    folder = tmp_path / "run" / "engine" / "model"
+    folder.mkdir(parents=True)
+    fake_record(graph_of("llama", (1,), "fp32") / "decoder.onnx", folder)
+    (folder / "decoder.engine").write_bytes(b"of somebody else")
+    values = json.loads((folder / "engine.json").read_text())
+    values |= {"plan_bytes": 16, "plan_sha256": hashlib.sha256(b"of somebody else").hexdigest()}
+    (folder / "engine.json").write_text(json.dumps(values))
+
+    def load(_library: Any) -> Any:
+        raise RuntimeError("the library is loaded")
+
+    monkeypatch.setattr(own_engines, "_list", lambda: tmp_path / "cache" / "nbl-export" / "engines")
+    monkeypatch.setattr(trt_runner, "load_library", load)
+    with pytest.raises(NblError, match=r"engine was not built by you .* code .*nbl-export build DIR.*--trust-engine"):
+        trt_runner.open_session(PLAIN, folder)
+    for place in (tmp_path / "run", folder):
+        trust_engines([place])
+        with pytest.raises(RuntimeError, match="the library is loaded"):
+            trt_runner.open_session(PLAIN, folder)
+        shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(UsageError, match="holds none; leave it out"):
+        trust_engines([tmp_path])
+
+
+def test_the_commands_that_run_engines_ask(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").touch()
+    for command in (("generate", tmp_path / "m.gguf", "Hi"), ("bench", tmp_path / "m.gguf"), ("accept", tmp_path)):
+        assert_refused(nbl(*command, "--trust-engine"), 2, "--trust-engine is for engine files", "leave it out")
+
+
+@needs_rtx
+def test_an_engine_that_was_built_here_is_known() -> None:
+    assert is_own(read_record(engine_of()).plan_sha256)
+
+
+# -- the runner on a stand-in that executes the same graph ---------------------------------------------------
+
+
+@pytest.mark.parametrize("library", [PLAIN, RTX], ids=["trt", "trt-rtx"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral-window"])
+def test_steps_have_the_tokens_positions_and_caches_that_torch_has(
+    architecture: str,
+    library: tensorrt.Library,
+    tmp_path: Path,
+) -> None:
+    """Two rows of different length in chunks, then decode steps from the captured graph, to the last slot.
+
+    The tolerance is what ONNX Runtime and torch differ by.
+    """
+    session, trt = fake_session(graph_of(architecture, (1,), "fp32") / "decoder.onnx", tmp_path, library)
+    decoder = StaticDecoder(session)
+    expected = torch_logits(checkpoint_of(architecture), maps_of([1]))
+    for _ in range(2):  # begin forgets
+        decoder.begin(2)
+        ids, valid = np.array([row[:21] for row in rows()]), np.ones((2, 21), int)
+        valid[1, 12:] = 0
+        got = decoder.step(ids, valid)[:, 0]
+        assert worst(got, np.stack([expected[0][20], expected[1][11]])) < TOLERANCE["fp32"]
+        for k in range(SLOTS - 21):
+            got = decoder.step(np.array([[rows()[0][21 + k]], [rows()[1][12 + k]]]))[:, 0]
+            assert worst(got, np.stack([expected[0][21 + k], expected[1][12 + k]])) < TOLERANCE["fp32"]
+    with pytest.raises(NblError, match="do not fit"):
+        decoder.step(np.ones((2, 1), int))
+    prefill, decode = trt.contexts
+    assert [context.profile for context in trt.contexts] == [0, 1]
+    assert set(prefill.runs) == {(2, 8), (2, 5)}
+    assert set(decode.runs) == {(2, 1)}
+    assert decode.graphs_by_itself is library.runtime_graphs
+    assert not prefill.graphs_by_itself
+    assert trt.device.captured == (0 if library.runtime_graphs else 1)
+    assert trt.device.replayed == (0 if library.runtime_graphs else len(decode.runs) - 1)
+    assert session.cache_bytes == 2 * SPEC.cache_bytes_per_token(2, 4) * SLOTS
+    session.close()
+    assert trt.device.closed
+
+
+def test_a_step_that_cannot_be_captured_runs_plainly(tmp_path: Path) -> None:
+    session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path, captures=False)
+    runner = StaticRunner(session, tmp_path)
+    plain = StaticRunner(open_decoder(graph_of("llama", (1,), "fp32") / "decoder.onnx", 8).session, tmp_path)
+    assert runner.greedy(rows()[0][:11], 12) == plain.greedy(rows()[0][:11], 12)
+    assert (trt.device.captured, len(trt.contexts[1].runs)) == (0, 11)
+
+
+def test_a_changed_batch_is_bound_and_captured_again(tmp_path: Path) -> None:
+    session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    decoder = StaticDecoder(session)
+    same = open_decoder(graph_of("llama", (1,), "fp32") / "decoder.onnx", 8)
+    for batch in (1, 2, 1):
+        for each in (decoder, same):
+            each.begin(batch)
+        for start, end in ((0, 3), (3, 4), (4, 5), (5, 6)):
+            ids = np.array([row[start:end] for row in rows()[:batch]])
+            assert np.array_equal(decoder.step(ids), same.step(ids)), (batch, start)
+        assert session.cache_bytes == batch * SPEC.cache_bytes_per_token(2, 4) * SLOTS
+    assert trt.device.captured == 3
+    with pytest.raises(NblError, match=r"not built for 3 rows .* --max-batch"):
+        decoder.begin(3)
+
+
+@pytest.mark.parametrize("library", [PLAIN, RTX], ids=["trt", "trt-rtx"])
+def test_with_many_slots_two_tokens_run_in_prefill(library: tensorrt.Library, tmp_path: Path) -> None:
+    """A prompt of 8 + 2 tokens between decode steps: decode keeps its shape, and its graph stays right."""
+    many = engine_profiles(2, 8, 32_768)
+    assert many[1].takes(1, 2)
+    graph = graph_of("llama", (1,), "fp32") / "decoder.onnx"
+    session, trt = fake_session(graph, tmp_path, library, profiles=many)
+    decoder, same = StaticDecoder(session), open_decoder(graph, 8)
+    for each in (decoder, same):
+        each.begin(1)
+    start = 0
+    for count in (1, 1, 10, 1, 2, 1, 1):
+        ids = np.array([rows()[0][start : start + count]])
+        start += count
+        assert np.array_equal(decoder.step(ids), same.step(ids)), start
+    prefill, decode = trt.contexts
+    assert prefill.runs == [(1, 8), (1, 2), (1, 2)]
+    assert set(decode.runs) == {(1, 1)}
+    assert trt.device.captured == (0 if library.runtime_graphs else 1)
+
+
+def test_long_caches_are_computed_to_their_last_slots(tmp_path: Path) -> None:
+    """20480 slots, over the limit from which decode has a range of tokens; the first 20465 hold zeros."""
+    graph = graph_of("llama", (0, 1), "fp32", 20_480) / "decoder.onnx"
+    session, trt = fake_session(graph, tmp_path)
+    assert trt.profiles[1].tokens == (1, 1, 2)
+    decoder, same = StaticDecoder(session), open_decoder(graph, 8)
+    for each in (decoder, same):
+        each.begin(1)
+        each._rows.lengths = [20_465]
+    ids = np.array([rows()[0][:15]])
+    for step in (ids[:, :1], ids[:, 1:11], *(ids[:, n : n + 1] for n in range(11, 15))):
+        assert np.array_equal(decoder.step(step), same.step(step))
+    assert trt.contexts[0].runs == [(1, 8), (1, 2)]
+    assert trt.contexts[1].runs == [(1, 1)] * 5
+    with pytest.raises(NblError, match="do not fit"):
+        decoder.step(ids[:, :1])
+
+
+def test_a_batch_that_only_passes_by_invalidates_the_graph(tmp_path: Path) -> None:
+    """Batch 2 moves the caches; the graph of batch 1 before it would write to the old addresses."""
+    graph = graph_of("llama", (1,), "fp32") / "decoder.onnx"
+    session, trt = fake_session(graph, tmp_path)
+    decoder, same = StaticDecoder(session), open_decoder(graph, 8)
+    decoder.begin(1)
+    decoder.step(np.array([[5]]))
+    decoder.begin(2)
+    for each in (decoder, same):
+        each.begin(1)
+    for token in rows()[0][:4]:
+        ids = np.array([[token]])
+        assert np.array_equal(decoder.step(ids), same.step(ids))
+    assert trt.device.captured == 2
+
+
+def test_a_graph_does_not_outlive_its_shape() -> None:
+    card, ran = FakeDevice(), []
+    step = DecodeStep(card, graphs=True, by_library=False)
+    for shape in ((1, 1), (1, 1), (1, 2), (1, 2), (1, 1)):
+        step.run(shape, lambda shape=shape: card.submit(lambda: ran.append(shape)))  # type: ignore[misc]
+    assert ran == [(1, 1), (1, 1), (1, 2), (1, 2), (1, 1)]
+    assert (card.captured, card.replayed) == (3, 2)
+
+
+def test_the_library_has_its_graph_behind_the_first_step() -> None:
+    """The step is repeated until the library replays; a benchmark's one token of warm-up is then enough."""
+    card, ran = FakeDevice(), []
+    for graphs in (True, False):
+        step = DecodeStep(card, graphs=graphs, by_library=True)
+        for _ in range(3):
+            step.run((1, 1), lambda: ran.append(graphs))  # noqa: B023
+    assert (ran.count(True), ran.count(False), card.captured) == (5, 3, 0)
+
+
+def test_both_contexts_work_in_one_block(tmp_path: Path) -> None:
+    session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    prefill, decode = trt.contexts
+    assert prefill.memory == decode.memory == (prefill.memory[0], trt.device_memory_size_v2)
+    assert [b.nbytes for b in trt.device.buffers.values()].count(trt.device_memory_size_v2) == 1
+    session.close()
+
+
+def test_an_engine_without_working_memory_gets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library refuses the address 0."""
+    monkeypatch.setattr(FakeTensorRT, "device_memory_size_v2", 0)
+    session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    assert [context.memory for context in trt.contexts] == [None, None]
+    session.close()
+
+
+def test_half_precision_logits_come_back_wide(tmp_path: Path) -> None:
+    graph = graph_of("llama", (1,), "fp16") / "decoder.onnx"
+    session, _ = fake_session(graph, tmp_path)
+    decoder, same = StaticDecoder(session), open_decoder(graph, 8)
+    for each in (decoder, same):
+        each.begin(1)
+    ids = np.array([rows()[0][:11]])
+    got = decoder.step(ids)
+    assert got.dtype == session.run(ids[:, :1], [11], [1]).dtype == np.float32
+    assert np.array_equal(got, same.step(ids))
+    assert np.array_equal(got, got.astype(np.float16)) and got.any()
+
+
+def raises(error: Exception) -> Callable[..., Any]:
+    def method(*_: object) -> None:
+        raise error
+
+    return method
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "reason"),
+    [
+        ("execute_async_v3", "", "TensorRT refuses a step: it gives no reason"),
+        ("execute_async_v3", "CUDA error 700", "TensorRT refuses a step: CUDA error 700"),
+        ("set_input_shape", "", "TensorRT refuses the shape of input_ids: it gives no reason"),
+    ],
+)
+def test_a_refused_step_is_an_error(
+    name: str, said: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    StaticDecoder(session).begin(1)
+    monkeypatch.setattr(trt.contexts[0], name, lambda *_: bool(said) and trt.say("ERROR", said))
+    with pytest.raises(NblError, match=reason):
+        session.run(np.ones((1, 4), np.int64), [0], [4])
+
+
+def test_a_shape_that_was_refused_is_set_again(tmp_path: Path) -> None:
+    """The library may have taken it: what the context has is unknown."""
+    session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    session.begin(1)
+    ids = np.ones((1, 4), np.int64)
+    first = session.run(ids, [0], [4])
+    trt.profiles = (Profile("prefill", (1, 1, 1), (1, 4, 4)), trt.profiles[1])  # the plan is narrower than its record
+    with pytest.raises(NblError, match=r"the shape of input_ids: input_ids: \(1, 5\) does not satisfy"):
+        session.run(np.ones((1, 5), np.int64), [0], [5])
+    assert np.array_equal(session.run(ids, [0], [4]), first)
+    assert trt.contexts[0].runs == [(1, 4), (1, 4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("set_tensor_address", "TensorRT refuses the address of "),
+        ("set_input_shape", "TensorRT refuses the shape of "),
+    ],
+)
+def test_refused_buffers_are_an_error(name: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, _ = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(Context, name, lambda *_: False)
+        with pytest.raises(NblError, match=reason):
+            session.begin(1)
+    session.begin(1)  # binds again what was not bound to the end
+    assert session.run(np.ones((1, 4), np.int64), [0], [4]).shape == (1, 1, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "reason"),
+    [
+        ("Runtime", raises(TypeError("factory function returned nullptr")), "does not load .*: TypeError: factory fun"),
+        ("deserialize_cuda_engine", lambda *_: None, r"does not load .*decoder.engine.*nbl-export build DIR"),
+        ("create_runtime_config", lambda *_: None, "TensorRT refuses a runtime configuration: it gives no reason"),
+        ("create_execution_context", lambda *_: None, "TensorRT refuses a context for the engine"),
+        ("create_execution_context", raises(RuntimeError("no")), "TensorRT refuses to prepare the engine: no"),
+    ],
+)
+def test_a_session_that_does_not_open_is_an_error_and_leaves_no_memory(
+    name: str, answer: Callable[..., Any], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card, closed = FakeDevice(), []
+    monkeypatch.setattr(FakeDevice, "close", lambda self: closed.append(self))
+    record = fake_record(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    trt = FakeTensorRT(card, record.profiles)
+    monkeypatch.setattr(trt, name, answer)
+    with pytest.raises(NblError, match=reason):
+        TrtSession(PLAIN, tmp_path, record, trt, card)
+    assert closed == [card]
+
+
+def test_a_profile_that_the_plan_lacks_is_an_error_with_the_librarys_own_words(tmp_path: Path) -> None:
+    """The bindings raise RuntimeError ("Error in set optimization profile async."), the log has the reason."""
+    record = fake_record(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    card = FakeDevice()
+    trt = FakeTensorRT(card, record.profiles[:1])
+    trt.num_optimization_profiles = 2
+    with pytest.raises(NblError, match="TensorRT refuses to prepare the engine: profile index 1 is out of range"):
+        TrtSession(PLAIN, tmp_path, record, trt, card)
+    assert card.closed
+
+
+class Broken(FakeDevice):
+    """Fails to close, as a GPU does after an error."""
+
+    def close(self) -> None:
+        super().close()
+        raise NblError("the GPU refuses cudaFree: cudaErrorIllegalAddress")
+
+
+def test_closing_never_hides_the_first_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    record = fake_record(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    for fails in (True, False):
+        card = Broken()
+        session = TrtSession(PLAIN, tmp_path, record, FakeTensorRT(card, record.profiles), card)
+        expected = "a step went wrong" if fails else "cudaErrorIllegalAddress"
+        with pytest.raises(NblError, match=expected), StaticRunner(session, tmp_path):  # noqa: PT012
+            if fails:
+                raise NblError("a step went wrong")
+        assert card.closed
+        assert ("cudaErrorIllegalAddress" in caplog.text) is fails
+        caplog.clear()
+    broken = FakeTensorRT(Broken(), record.profiles[:1])
+    broken.num_optimization_profiles = 2
+    with pytest.raises(NblError, match="profile index 1"):
+        TrtSession(PLAIN, tmp_path, record, broken, broken.device)
+
+
+def test_the_device_is_closed_even_if_waiting_for_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    monkeypatch.setattr(trt.device, "synchronize", raises(NblError("the GPU refuses cudaStreamSynchronize")))
+    with pytest.raises(NblError, match="cudaStreamSynchronize"):
+        session.close()
+    assert trt.device.closed
+    assert not session._contexts
+
+
+def test_a_plan_that_the_record_does_not_vouch_for_never_reaches_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan is code: also one that is exchanged after the record was read, or is a link to one elsewhere."""
+    session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    session.close()
+    record, plan = read_record(tmp_path), tmp_path / "decoder.engine"
+    whole = plan.read_bytes()
+    loaded: list[bytes] = []
+    monkeypatch.setattr(trt, "deserialize_cuda_engine", loaded.append)
+    plan.write_bytes(whole[::-1])
+    with pytest.raises(CorruptError, match="its hash is not the one recorded"):
+        TrtSession(PLAIN, tmp_path, record, trt, FakeDevice())
+    (tmp_path.parent / "elsewhere.engine").write_bytes(whole)
+    plan.unlink()
+    plan.symlink_to(tmp_path.parent / "elsewhere.engine")
+    with pytest.raises(CorruptError, match="is a link out of its directory"):
+        TrtSession(PLAIN, tmp_path, record, trt, FakeDevice())
+    with pytest.raises(CorruptError, match="is a link out of its directory"):
+        read_record(tmp_path)
+    assert loaded == []
+
+
+def test_bfloat16_logits_are_widened() -> None:
+    from ml_dtypes import bfloat16
+
+    wanted = np.array([[[1.5, -3.0, 1e30]]], bfloat16)
+    half = types.SimpleNamespace(dtype="bfloat16", shape=("batch", 1, 3))
+    session = TrtSession.__new__(TrtSession)
+    card = FakeDevice()
+    address = card.allocate(6)
+    ctypes.memmove(address, wanted.ctypes.data, 6)
+    session._logits, session._device, session._buffers = half, card, {"logits": address}  # type: ignore[assignment]
+    assert np.array_equal(session._download(1, 1), wanted.astype(np.float32))
