@@ -105,8 +105,8 @@ def through_the_pipeline(source: str, precision: str, checkpoint: Path, text: Pa
 
 def _decoder(directory: Path, head_dim: int) -> Any:
     """The graph with all logits, in its own types; an IR in float32."""
+    from nbl_export.graph.decoder import OnnxDecoder
     from nbl_export.graph.names import ALL_LOGITS_IR, all_logits_file
-    from nbl_export.targets.onnx.decoder import OnnxDecoder
     from nbl_export.targets.openvino.decoder import IrDecoder
 
     if (directory / ALL_LOGITS_IR).is_file():

@@ -36,8 +36,8 @@ PACKAGES = ("torch", "transformers", "onnx-ir", "onnxruntime", "onnxruntime-gena
 
 def graph_rows(source: str, checkpoint: Path, maps: Path, scratch: Path, head_dim: int, rows: Any) -> list[np.ndarray]:
     """Logits [T, V] of the rewritten graph for each row."""
+    from nbl_export.graph.decoder import OnnxDecoder
     from nbl_export.run.rewrite_given import rewrite_given
-    from nbl_export.targets.onnx.decoder import OnnxDecoder
     from nbl_export.verify.ladder import run_rows
 
     with contextlib.redirect_stdout(sys.stderr):  # exporters print to stdout, which is for the result

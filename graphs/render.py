@@ -23,11 +23,12 @@ import onnx_ir as ir
 from nbl_export.graph.names import GRAPH_FILE, STATIC_GRAPH_FILE
 from nbl_export.records.decoder import TensorInfo
 from nbl_export.records.plan import Plan
-from nbl_export.rewrite import contract_of, rewrite, rewrite_model
-from nbl_export.targets.export import build_decoder
+from nbl_export.rewrite import contract_of, rewrite_model
+from nbl_export.targets import exporter_of
 from nbl_export.targets.openvino.ir.difference import ordered
 from nbl_export.targets.openvino.ir.files import read_ir
 from nbl_export.targets.openvino.ir.states import states_of
+from tests.exports import build_decoder
 from tests.tiny import ARCHITECTURES, LAYERS, made_by, random_map, save_checkpoint
 
 __all__ = ["CASES", "HERE", "header", "render_all", "render_graph"]
@@ -133,7 +134,7 @@ def render_all() -> dict[str, str]:
             build_decoder(source, checkpoint, out, precision, slots=_SLOTS)
             stem = f"{architecture}-{source}" + ("" if precision == "fp32" else f"-{precision}")
             if source == "openvino":
-                rewrite(out, out.with_name(f"{out.name}-nbl"), PLAN, MAPS)
+                exporter_of(source).replace(out, out.with_name(f"{out.name}-nbl"), PLAN, MAPS)
                 for name, directory in (("original", out), ("nbl", out.with_name(f"{out.name}-nbl"))):
                     files[f"{stem}-{name}.txt"] = f"{header(source)}\n{render_ir(read_ir(directory))}"
                 continue

@@ -64,3 +64,9 @@ class AcceptanceError(NblError):
     """A step of the acceptance failed on this machine; exit status 3."""
 
     exit_code = 3
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as one line; a long message keeps its end, where ONNX Runtime puts the cause."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"...{text[-300:]}"

@@ -14,9 +14,7 @@ from nbl_export.model.checkpoint.source import resolve
 from nbl_export.model.token_rows import token_rows
 from nbl_export.records.plan import Plan, layers_below
 from nbl_export.records.results import RungResult
-from nbl_export.rewrite import prune_directory, rewrite
 from nbl_export.targets import load_engine
-from nbl_export.targets.export import build_decoder
 from nbl_export.verify.climb import Climb
 from nbl_export.verify.codes import NEAREST
 from nbl_export.verify.float32_twins import build_twins, check_shipped
@@ -24,6 +22,7 @@ from nbl_export.verify.forms import form_of
 from nbl_export.verify.kept import KeptReferences
 from nbl_export.verify.ladder import DECODE_STEPS, Probe
 from nbl_export.verify.setting import Setting
+from tests.exports import build_decoder
 
 from .tiny import LAYERS, VOCAB, random_map
 
@@ -46,9 +45,8 @@ def climb(
     rows_VD = token_rows(checkpoint, maps, tap) if layers_below(maps) else None
     directories = {"original": work / "original", "nbl": work / "model"}
     build_decoder(source, checkpoint, directories["original"], precision, slots=slots)
-    prune_directory(directories["original"])
-    dense = engine.capabilities.dense_caches
-    rewrite(directories["original"], directories["nbl"], plan, maps, dense=dense, rows_VD=rows_VD)
+    engine.keep_last_token(directories["original"])
+    engine.replace(directories["original"], directories["nbl"], plan, maps, rows_VD)
     results: list[RungResult] = []
     if static:
         shipped, directories = directories, build_twins(checkpoint, setting, maps, rows_VD, work / "twins")

@@ -60,7 +60,7 @@ def exported(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPat
 
     @functools.cache
     def make(architecture: str, source: str = "genai", precision: str = "fp32") -> Path:
-        from nbl_export.targets.export import build_decoder
+        from tests.exports import build_decoder
 
         out = tmp_path_factory.mktemp(f"{architecture}-{source}-{precision}") / "original"
         build_decoder(source, checkpoint(architecture), out, precision)

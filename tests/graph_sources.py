@@ -26,12 +26,11 @@ def make_graph(name: str, checkpoint: Path, out: Path) -> Path:
     torchscript or optimum."""  # fmt: skip
     source, *words = name.split("-")
     if source == "genai":
-        from nbl_export.targets.export import build_decoder
-        from nbl_export.targets.onnx.export_genai import BuilderSettings
+        from nbl_export.targets import load_engine
+        from nbl_export.targets.base import ExportSettings
 
-        build_decoder(
-            "genai", checkpoint, out, words[0], settings=BuilderSettings("cuda" if words[0] == "fp16" else "cpu")
-        )
+        target = load_engine("ort", "cuda" if words[0] == "fp16" else "cpu")
+        target.export(checkpoint, out, ExportSettings("genai", words[0]))
     elif source == "mobius":
         _mobius(checkpoint, out, words[0])
     elif source == "transformers":

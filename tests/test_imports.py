@@ -12,34 +12,38 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "nbl_export"
 # A module of one place may import from places with a smaller number, and from its own.
 LEVELS = {
-    "errors": 0, "files": 1, "records": 1, "vllm": 1, "trust": 2,
+    "errors": 0, "files": 1, "records": 1, "trust": 2,
     "parallel": 3, "text": 3, "graph": 3, "formats": 3,
-    "model": 4, "cost": 4, "rewrite": 4, "engines": 4, "run_directory": 4,
-    "decoders": 5, "quantize": 5, "calibrate": 5, "plan": 5, "distill": 5, "measure": 5,
-    "verify": 6, "evaluation": 6, "report": 6, "acceptance": 6,
-    "run": 7, "publish": 8, "cli": 9, "hf": 9, "olive": 9, "__main__": 10,
+    "model": 4, "cost": 4, "rewrite": 4, "run_directory": 4,
+    "targets": 5,
+    "quantize": 6, "calibrate": 6, "plan": 6, "distill": 6, "measure": 6,
+    "verify": 7, "evaluation": 7, "report": 7, "acceptance": 7,
+    "run": 8, "publish": 9, "cli": 10, "hf": 10, "olive": 10, "__main__": 11,
 }  # fmt: skip
 STAGES = ("calibrate", "quantize", "plan", "distill", "measure", "verify", "evaluation", "report")
+TARGETS = ("onnx", "openvino", "tensorrt", "gguf", "checkpoint")  # packages of `targets`; its other ones serve all
 # A stage may read the data of these.
 BETWEEN_STAGES = {("report", "measure")}
 # Library -> where it may be imported: a place, or a module of one.
 HEAVY = {
-    "torch": ("model", "calibrate", "quantize", "plan", "distill", "parallel", "decoders", "records.moments",
-              "text.sampling", "text.windows", "vllm", "verify.torch_reference", "evaluation.torch_lm",
-              "engines.tensorrt.device"),
-    "transformers": ("model", "decoders", "text.sampling", "vllm"),
-    "vllm": ("vllm",),
+    "torch": ("model", "calibrate", "quantize", "plan", "distill", "parallel", "records.moments",
+              "text.sampling", "text.windows", "verify.torch_reference", "evaluation.torch_lm",
+              "targets.export", "targets.openvino.export", "targets.tensorrt.device", "targets.tensorrt.export",
+              "targets.gguf.write", "targets.checkpoint"),
+    "transformers": ("model", "text.sampling", "targets.export", "targets.onnx.export_genai",
+                     "targets.openvino.export", "targets.tensorrt.export", "targets.checkpoint"),
+    "vllm": ("targets.checkpoint.vllm",),
     "olive": ("olive",),
-    "onnx_ir": ("graph", "rewrite", "decoders"),
-    "onnxruntime": ("engines", "decoders.genai", "rewrite.quantize"),
-    "onnxruntime_genai": ("engines.ort", "decoders.genai", "decoders.genai_patches"),
-    "tensorrt": ("engines.tensorrt",),
-    "tensorrt_rtx": ("engines.tensorrt",),
+    "onnx_ir": ("graph", "rewrite", "targets.export", "targets.onnx", "targets.tensorrt"),
+    "onnxruntime": ("graph.session", "targets", "rewrite.quantize"),
+    "onnxruntime_genai": ("targets.onnx",),
+    "tensorrt": ("targets.tensorrt",),
+    "tensorrt_rtx": ("targets.tensorrt",),
     "lm_eval": ("evaluation",),
-    "openvino": ("graph.ir", "rewrite.openvino", "decoders.openvino", "engines.openvino"),
-    "openvino_tokenizers": ("decoders.openvino",),
-    "gguf": ("formats", "model", "publish.base_model"),
-    "nncf": ("rewrite.openvino",),
+    "openvino": ("targets.openvino",),
+    "openvino_tokenizers": ("targets.openvino",),
+    "gguf": ("formats", "model", "targets.gguf", "publish.base_model"),
+    "nncf": ("targets.openvino",),
     "datasets": ("evaluation", "text.hub_rows"),
     "typer": ("cli",),
     "rich": ("report", "run.progress", "trust.terminal", "cli"),
@@ -110,6 +114,19 @@ def test_no_cycles() -> None:
 def test_stages_do_not_import_each_other() -> None:
     pairs = {(place(a), place(b)) for a, others in EDGES.items() for b in others}
     assert {(a, b) for a, b in pairs if a != b and a in STAGES and b in STAGES} <= BETWEEN_STAGES
+
+
+def target(name: str) -> str:
+    """The package of a target that a module is in; "" elsewhere, and in what serves all targets."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "targets" and len(parts) > 1 and parts[1] in TARGETS else ""
+
+
+def test_targets_do_not_import_each_other() -> None:
+    assert all(f"targets.{name}" in MODULES for name in TARGETS)
+    found = [f"{a} imports {b}" for a, others in EDGES.items() for b in others if target(b) and target(a)]
+    assert len(found) > 50
+    assert [line for line in found if target(line.split(" ")[0]) != target(line.split(" ")[2])] == []
 
 
 def test_only_publish_and_cli_know_runs_and_only_run_knows_the_job() -> None:

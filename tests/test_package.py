@@ -57,7 +57,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     package = {p.relative_to(ROOT).as_posix() for p in (ROOT / "nbl_export").rglob("*.py")}
     files = {
         "nbl_export/py.typed",
-        "nbl_export/engines/llama_cpp/server.mjs",
+        "nbl_export/targets/gguf/server.mjs",
         "nbl_export/report/report.html.jinja",
         "nbl_export/publish/card.md.jinja",
     }

@@ -12,7 +12,7 @@ from ir_bits import bits_of_ir
 from protocol import Decoder, serve
 
 from nbl_export.run.deployed import available_engine, locate
-from nbl_export.targets.base import Room
+from nbl_export.targets.runners import Room
 
 PACKAGES = {"ort": ("onnxruntime", "onnxruntime-genai"), "openvino": ("openvino",)}
 

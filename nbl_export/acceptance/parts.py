@@ -52,7 +52,7 @@ class Parts:
     library: Library
 
     def gpu(self) -> Gpu | str:
-        """See `engines.gpu.find_gpu`."""
+        """See `targets.gpu.find_gpu`."""
         return find_gpu()
 
     def load(self) -> Any:

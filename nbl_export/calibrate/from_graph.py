@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from nbl_export.calibrate.hooks import Rows
+from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.targets.onnx.decoder import OnnxDecoder
 
 __all__ = ["GraphCollection"]
 

@@ -53,7 +53,7 @@ class Score:
 
 
 class GraphScorer:
-    """Scores on one decoder graph (`engines.ort.decoder.OnnxDecoder`, or an object with the same methods).
+    """Scores on one decoder graph (`graph.decoder.OnnxDecoder`, or an object with the same methods).
 
     Args:
         decoder: must give logits of all positions.

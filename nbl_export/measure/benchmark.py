@@ -19,7 +19,7 @@ Decode appends given ids instead of sampling, so an end-of-text token never stop
 `generate_next_token` with `min_length` takes the same time (SmolLM2 int4, 8 interleaved blocks of 64 tokens: medians
 17.34 and 17.26 ms a token). Rewinding and appending again takes as long as a fresh fill and gives bit-equal logits.
 
-A batch is filled in one piece and continues with its own tokens, because GenAI can do only this (see `engines.ort`).
+A batch is filled in one piece and continues with its own tokens, because GenAI can do only this (see `targets.onnx`).
 So a batch has no prefill behind a cache. Memory is that of one sequence.
 
 All decoders are in memory at once during timing, unless memory is too short for that (`rounds`). This module itself
@@ -59,7 +59,7 @@ from nbl_export.measure.rounds import (
 )
 from nbl_export.model.memory import available_bytes
 from nbl_export.records.results import Scenario, Timing
-from nbl_export.targets.base import Room
+from nbl_export.targets.runners import Room
 
 __all__ = ["BenchSetting", "Instruments", "Variant", "decode_tokens", "machine", "plan_scenarios", "room_for", "run"]
 

@@ -21,7 +21,7 @@ import psutil
 from nbl_export.errors import NblError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE, IR_WEIGHTS
 from nbl_export.parallel.child import Child, Write
-from nbl_export.targets.base import TextRunner
+from nbl_export.targets.runners import TextRunner
 
 __all__ = ["Footprint", "OpenRunner", "disk_bytes", "measure_footprint"]
 

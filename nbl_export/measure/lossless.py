@@ -62,7 +62,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Sample:
-    """An answer: way, prompt, load, and the `engines.ort.lossless.Generation`."""
+    """An answer: way, prompt, load, and the `targets.runners.Generation`."""
 
     way: Way
     asked: Asked

@@ -4,7 +4,7 @@
     after 6, 12 and 18 loads: every interval within 10%, or the next check after 3 minutes? ─► end;  24 ─► end
 
 If memory is short, each variant is loaded and closed by itself: load A, every scenario, close, the same for B.
-The clock is read when the device has finished: `append` of every engine waits for it (`engines.base.TextRunner`).
+The clock is read when the device has finished: `append` of every engine waits for it (`targets.runners.TextRunner`).
 
 A load keeps its memory layout, so rounds of one load are not independent (docs/experiments.md, "Measurement").
 So a load has one round.
@@ -34,7 +34,7 @@ from nbl_export.measure.footprint import OpenRunner
 from nbl_export.measure.idle import wait_until_idle
 from nbl_export.measure.paired import PairedRatio, paired_ratio
 from nbl_export.records.results import Scenario, Timing
-from nbl_export.targets.base import TextRunner
+from nbl_export.targets.runners import TextRunner
 
 __all__ = ["LOOKS", "NARROW", "Instruments", "Progress", "Rounds", "Rule", "Stand", "Steps", "Variant",
            "groups", "time_rounds"]  # fmt: skip

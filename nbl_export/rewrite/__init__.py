@@ -19,7 +19,6 @@ from nbl_export.graph.anatomy import cache_layers, graph_caches
 from nbl_export.graph.names import (
     ALL_LOGITS_FILE,
     GENAI_CONFIG,
-    IR_FILE,
     STATIC_GRAPH_FILE,
     all_logits_file,
     graph_file,
@@ -36,7 +35,7 @@ from nbl_export.rewrite.sweep import SkipNormToAdd, Sweep
 from nbl_export.rewrite.tail.last_token import keep_last_token
 from nbl_export.rewrite.token_table import TabulateTokens
 
-__all__ = ["contract_of", "make_dense", "passes_for", "prune_directory", "rewrite", "rewrite_model"]
+__all__ = ["contract_of", "make_dense", "passes_for", "rewrite", "rewrite_model"]
 
 
 def passes_for(
@@ -104,11 +103,6 @@ def rewrite(
     Raises:
         RefusalError: the graph is not understood.
     """
-    if (source / IR_FILE).is_file():
-        from nbl_export.targets.openvino.rewrite import rewrite_ir
-
-        rewrite_ir(source, out, plan, maps, rows_VD)
-        return
     name = graph_file(source)
     last_only = (source / ALL_LOGITS_FILE).is_file()
     rewritten = (name, f"{name}.data", ALL_LOGITS_FILE)
@@ -126,20 +120,6 @@ def rewrite(
         _count_caches(out / GENAI_CONFIG, len(plan.kept))
     if last_only:
         keep_last_token(out)
-
-
-def prune_directory(directory: Path) -> None:
-    """Make the graph of a directory, ONNX or IR, give the logits of the last token; all logits stay beside it.
-
-    Raises:
-        RefusalError: the tail of this graph cannot be pruned; no file has changed.
-    """
-    if (directory / IR_FILE).is_file():
-        from nbl_export.targets.openvino.rewrite import keep_last_token_ir
-
-        keep_last_token_ir(directory)
-    else:
-        keep_last_token(directory)
 
 
 def _count_caches(path: Path, caches: int) -> None:

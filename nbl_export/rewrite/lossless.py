@@ -4,8 +4,7 @@
     draft folder model.onnx ───── copied ──────► int4_draft.onnx or nbl_draft.onnx, each with its data
     genai_config.json ───────────────────────► model.draft and speculative, as ONNX Runtime GenAI reads them
 
-A graph's data lies in its own directory, and onnx refuses hard links, so weights are copied. An IR has files of its own
-(`rewrite.openvino.lossless`).
+A graph's data lies in its own directory, and onnx refuses hard links, so weights are copied.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from nbl_export.graph.names import (
     ALL_LOGITS_FILE,
     GENAI_CONFIG,
     GRAPH_FILE,
-    IR_FILE,
     MANIFEST,
     all_logits_file,
     draft_file,
@@ -43,11 +41,6 @@ def write_target(original: Path, out: Path) -> None:
     Raises:
         RefusalError: the tail of this graph cannot be pruned.
     """
-    if (original / IR_FILE).is_file():
-        from nbl_export.targets.openvino.rewrite.lossless import write_ir_target
-
-        write_ir_target(original, out)
-        return
     out.mkdir()
     for file in sorted(original.iterdir()):
         if file.is_file() and file.name not in (ALL_LOGITS_FILE, GRAPH_FILE, MANIFEST):
@@ -62,11 +55,6 @@ def write_target(original: Path, out: Path) -> None:
 
 def add_draft(source: Path, out: Path, draft: str) -> dict[str, Any]:
     """Copy a deployable directory's graph into `out` as a draft; returns its block of genai_config.json, if any."""
-    if (source / IR_FILE).is_file():
-        from nbl_export.targets.openvino.rewrite.lossless import add_ir_draft
-
-        add_ir_draft(source, out, draft)
-        return {}
     file = draft_file(draft)
     ir.save(ir.load(source / GRAPH_FILE), out / file, external_data=f"{file}.data")
     block: dict[str, Any] = _settings(source)["model"]["decoder"]
@@ -79,11 +67,6 @@ def settle(out: Path, proposer: Proposer, drafts: Mapping[str, Mapping[str, Any]
     Args:
         drafts: name of each draft in `out` -> its block of genai_config.json.
     """
-    if (out / IR_FILE).is_file():
-        from nbl_export.targets.openvino.rewrite.lossless import settle_ir
-
-        settle_ir(out, proposer, drafts)
-        return
     for draft in drafts:
         if draft != proposer.draft:
             for name in (draft_file(draft), f"{draft_file(draft)}.data"):

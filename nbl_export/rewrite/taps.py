@@ -29,7 +29,7 @@ class TappedGraph:
     """A graph in memory, with its external data in `directory`.
 
     Attributes:
-        caches: name of each cache input -> of its output, as `engines.ort.decoder.OnnxDecoder` takes them.
+        caches: name of each cache input -> of its output, as `graph.decoder.OnnxDecoder` takes them.
         taps: tap -> layer -> output.
         attention: layer -> output.
         given: layer -> input that replaces the attention output.

@@ -9,15 +9,12 @@ Nothing is written into the directories. The decoders may be of different models
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbl_export.errors import CorruptError, NblError
-from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE, IR_FILE
-from nbl_export.graph.sizes import read_graph_facts
+from nbl_export.errors import NblError
 from nbl_export.records.options import JobOptions
 from nbl_export.run.deployed import (
     Located,
@@ -26,12 +23,8 @@ from nbl_export.run.deployed import (
     locate,
 )
 from nbl_export.run.progress import Ui
-from nbl_export.targets.base import Room, TextRunner
-from nbl_export.targets.gguf.facts import read_gguf_facts
-from nbl_export.targets.onnx.settings import GenaiSettings
-from nbl_export.targets.openvino.engine import OPENVINO
-from nbl_export.targets.openvino.facts import read_ir_facts
-from nbl_export.targets.tensorrt.record import RECORD_FILE, read_record
+from nbl_export.targets.base import DecoderFacts, Target
+from nbl_export.targets.runners import Room, TextRunner
 
 __all__ = ["compare", "is_stage"]
 
@@ -41,15 +34,11 @@ class _Decoder:
     """A decoder to measure, with facts from its files."""
 
     located: Located
-    vocab_size: int
-    context_length: int
-    cache_bytes_per_token: int
-    parameters: int | None
+    facts: DecoderFacts
 
     def open(self, directory: Path, threads: int | None, room: Room | None = None) -> TextRunner:
         """Load the decoder on its engine. A child process calls this too, so no engine object is stored here."""
-        runner: TextRunner = available_engine(self.located).open_runner(directory, threads, room)
-        return runner
+        return available_engine(self.located).open_runner(directory, threads, room)
 
 
 def is_stage(directories: Sequence[Path], *asked: object) -> bool:
@@ -74,19 +63,14 @@ def compare(
     """
     from nbl_export.files import versions
     from nbl_export.measure import background, benchmark, energy
-    from nbl_export.measure.rows import (
-        read_timings,
-        speed_ratios,
-        speed_rows,
-        spoken_test,
-    )
+    from nbl_export.measure.rows import read_timings, speed_ratios, speed_rows, spoken_test
     from nbl_export.run_directory import PACKAGES
 
     decoders, base = _decoders(directories, against, force)
     first = _check(decoders, options)
     setting = benchmark.BenchSetting(
-        vocab_size=min(d.vocab_size for d in decoders.values()),
-        context_length=min(d.context_length for d in decoders.values()),
+        vocab_size=min(d.facts.vocab_size for d in decoders.values()),
+        context_length=min(d.facts.context_length for d in decoders.values()),
         versions=versions(PACKAGES),
         engine=_joined(d.located.engine for d in decoders.values()),
         provider=_joined(d.located.provider for d in decoders.values()),
@@ -100,7 +84,7 @@ def compare(
     )  # fmt: skip
     room = benchmark.room_for(scenarios, setting.context_length)
     variants = {
-        name: benchmark.Variant(d.located.path, functools.partial(d.open, room=room), d.cache_bytes_per_token)
+        name: benchmark.Variant(d.located.path, functools.partial(d.open, room=room), d.facts.cache_bytes_per_token)
         for name, d in decoders.items()
     }
     instruments = benchmark.Instruments(meter=energy.find_meter(gpu=gpu))
@@ -117,7 +101,7 @@ def compare(
             "path": str(decoder.located.path),
             "engine": decoder.located.engine,
             "provider": decoder.located.provider,
-            "parameters": decoder.parameters,
+            "parameters": decoder.facts.parameters,
             "arithmetic": available_engine(decoder.located).arithmetic(decoder.located.path),
         }
     timings, narrow = read_timings(value), options.repetitions is None
@@ -143,42 +127,10 @@ def _decoders(
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         raise NblError(f"{twice} is named twice; name each decoder once")
-    return {name: _describe(located) for name, located in found}, base
+    return {name: _Decoder(located, located.target.facts(located.path)) for name, located in found}, base
 
 
-def _describe(located: Located) -> _Decoder:
-    path = located.path
-    if (path / RECORD_FILE).is_file():
-        record = read_record(path)
-        vocab = next(o.shape[-1] for o in record.outputs if o.name == "logits")
-        return _Decoder(located, int(vocab), record.max_seq_len, record.cache_bytes_per_token, None)
-    if (path / IR_FILE).is_file():
-        facts = read_ir_facts(path)
-        itemsize = OPENVINO.capabilities.cache_itemsize(facts.precision)
-        cache = facts.cache_elements_per_token * itemsize
-        return _Decoder(located, facts.vocab_size, facts.context_length, cache, facts.parameters)
-    if path.suffix == ".gguf":
-        sizes = read_gguf_facts(path)
-        return _Decoder(located, sizes.vocab_size, sizes.context_length, sizes.cache_bytes_per_token, sizes.parameters)
-    settings = GenaiSettings.read(path)
-    if settings.lossless:
-        raise NblError(
-            f"{path} proposes tokens, so single steps say nothing: measure with nbl-export bench RUN --lossless"
-        )
-    graph = read_graph_facts(path / GRAPH_FILE, _head_dim(path / GENAI_CONFIG))
-    return _Decoder(
-        located, settings.vocab_size, settings.context_length, graph.cache_bytes_per_token, graph.parameters
-    )
-
-
-def _head_dim(config: Path) -> int:
-    try:
-        return int(json.loads(config.read_text(encoding="utf-8"))["model"]["decoder"]["head_size"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptError(f"{config} gives no head_size ({error}); export the model again") from error
-
-
-def _check(decoders: Mapping[str, _Decoder], options: JobOptions) -> Any:
+def _check(decoders: Mapping[str, _Decoder], options: JobOptions) -> Target:
     """Refuse options that an engine does not support; return the engine of the first decoder. Loads no decoder."""
     engines = []
     for name, decoder in decoders.items():

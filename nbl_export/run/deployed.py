@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.graph.names import GENAI_CONFIG, IR_FILE, MANIFEST
+from nbl_export.graph.names import MANIFEST
 from nbl_export.model.checkpoint.nbl import GIVEN_FIT
 from nbl_export.plan.maps_file import load_maps
 from nbl_export.records.options import JobOptions, describe_command
@@ -19,10 +19,8 @@ from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
 from nbl_export.run.resolved import located
 from nbl_export.run_directory import MAPS_FILE, RunDirectory
-from nbl_export.targets import load_engine
-from nbl_export.targets.onnx.gpu import provider_of
-from nbl_export.targets.tensorrt.kernels import trust_folder
-from nbl_export.targets.tensorrt.record import RECORD_FILE, read_record
+from nbl_export.targets import load_engine, owner_of
+from nbl_export.targets.base import Target
 from nbl_export.trust.contained import check_folder, check_inside
 from nbl_export.trust.plain_files import refuse_special
 
@@ -38,12 +36,15 @@ class Located:
     engine: str
     provider: str = "cpu"
 
+    @property
+    def target(self) -> Target:
+        """The target of that name. It is not a field, since a process that measures gets this value."""
+        return load_engine(self.engine, self.provider)
+
 
 def is_model_directory(directory: Path) -> bool:
     """Whether a directory holds a decoder itself, or a path is a GGUF file."""
-    if directory.suffix == ".gguf" and directory.is_file():
-        return True
-    return any((directory / name).is_file() for name in (GENAI_CONFIG, RECORD_FILE, IR_FILE))
+    return owner_of(directory) is not None
 
 
 def open_for_text(directory: Path, name: str = "model", *, force: bool) -> Any:
@@ -68,18 +69,12 @@ def locate(directory: Path, name: str = "model", *, force: bool = False) -> Loca
         CorruptError: a file is missing or has changed since it was written.
     """
     refuse_special(directory)
-    if directory.is_dir() and is_model_directory(directory):
-        check_folder(directory)
     if directory.is_file():
         check_inside(directory, directory.parent)
-    if (directory / GENAI_CONFIG).is_file():
-        return Located(directory, "ort", provider_of(directory))
-    if (directory / RECORD_FILE).is_file():
-        return Located(directory, read_record(directory).engine)
-    if (directory / IR_FILE).is_file():
-        return Located(directory, "openvino")
-    if directory.suffix == ".gguf" and directory.is_file():
-        return Located(directory, "llama.cpp")
+    if (owner := owner_of(directory)) is not None:
+        if directory.is_dir():
+            check_folder(directory)
+        return Located(directory, owner.capabilities.name, owner.capabilities.provider)
     if not (directory / MANIFEST).is_file():
         raise NblError(f"{directory} is neither a run directory nor a model directory; nbl-export --output makes one")
     run = RunDirectory.peek(directory)
@@ -107,14 +102,12 @@ def trust_engines(directories: Sequence[Path]) -> None:
         CorruptError: an engine is damaged, or a link leads out of its directory.
     """
     places = [place for d in directories for place in (d, *(d / "engine" / name for name in ("original", "model")))]
-    found = [place for place in places if (place / RECORD_FILE).is_file()]
-    if not found:
+    trusted = [target.trust(place) for place in places if (target := owner_of(place)) is not None]
+    if not any(trusted):
         raise UsageError(f"--trust-engine is for engine files, and {directories[0]} holds none; leave it out")
-    for place in found:
-        trust_folder(place)
 
 
-def available_engine(located: Located) -> Any:
+def available_engine(located: Located) -> Target:
     """The engine that runs a directory.
 
     Raises:

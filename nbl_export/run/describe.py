@@ -8,8 +8,7 @@ from typing import Any
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.report.page import codes_of
 from nbl_export.run_directory import MAPS_FILE, MOMENTS_FILE, RunDirectory
-from nbl_export.targets import ENGINES, RUNNERS, load_engine
-from nbl_export.targets.providers import PROVIDERS
+from nbl_export.targets import all_targets, load_engine
 
 __all__ = ["describe", "examine_engines"]
 
@@ -67,11 +66,11 @@ def _size(path: Path) -> int | None:
 
 def examine_engines() -> dict[str, Any]:
     """Availability of every engine and provider, with the reason if one is not available."""
-    engines = {name: (load_engine(name), load_engine(name).probe()) for name in (*ENGINES, *RUNNERS)}
-    for flag in PROVIDERS:
-        engine = load_engine("ort", flag)
-        engines[f"ort --provider {flag}"] = engine, engine.probe_run()
-    return {
-        name: {"title": engine.capabilities.title, "available": answer.available, "reason": answer.reason}
-        for name, (engine, answer) in engines.items()
-    }
+    found = {}
+    for target in all_targets():
+        about = target.capabilities
+        own = about.provider == "cpu"
+        answer = target.probe() if own else target.probe_run()
+        name = about.name if own else f"{about.name} --provider {about.provider}"
+        found[name] = {"title": about.title, "available": answer.available, "reason": answer.reason}
+    return found

@@ -15,7 +15,7 @@ from nbl_export.model.checkpoint.source import gguf_of
 from nbl_export.records.asked import refuse_idle
 from nbl_export.records.options import JobOptions
 from nbl_export.run.resolved import case_of
-from nbl_export.targets.onnx.export_genai import GGUF
+from nbl_export.targets.base import GGUF
 
 __all__ = [
     "adapt_to_gguf",

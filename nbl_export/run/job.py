@@ -23,7 +23,7 @@ from nbl_export.run.preflight import check_options
 from nbl_export.run.progress import Ui
 from nbl_export.run.resolved import engine_of, identity_of, slots_of
 from nbl_export.run_directory import CALIBRATION_FILE, RunDirectory
-from nbl_export.targets.base import Engine
+from nbl_export.targets.base import Target
 from nbl_export.text.held_back import (
     FAR_ROLES,
     NEAR_ROLES,
@@ -49,7 +49,7 @@ class Job:
         self.evaluation = asked if isinstance(asked, Prepared) else None
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Target:
         return engine_of(self.options)
 
     @property

@@ -54,10 +54,8 @@ def preflight(
         UsageError: an option is unknown, has no effect, or does not fit the engine or another option.
         NblError: the decoder source does not make this precision.
     """
-    from nbl_export.targets.onnx import export_genai as genai
-
     check_request(options)
-    genai.check_options(options.builder_option)
+    engine_of(options).check_options(options.builder_option)
     options = applying(case_of(options, sweeps=sweeps, place=place), given)
     if options.compute_dtype == "bfloat16":
         _check_bfloat16(options)
@@ -70,8 +68,6 @@ def preflight(
 
 def _check_exported(options: JobOptions) -> None:
     """Check precision and decoder source against the engine."""
-    from nbl_export.targets.export import PRECISIONS
-
     capabilities = engine_of(options).capabilities
     for value, allowed, flag in (
         (options.precision, capabilities.precisions, "--precision"),
@@ -79,10 +75,11 @@ def _check_exported(options: JobOptions) -> None:
     ):
         if value not in allowed:
             raise UsageError(f"{flag} {value} is not for engine {_spoken(options)}; it takes {', '.join(allowed)}")
-    makes = PRECISIONS[options.decoder_source] if options.provider == "cpu" else capabilities.precisions
+    makes = capabilities.exporters[options.decoder_source]
     if options.precision not in makes:
-        sources = {name: made for name, made in PRECISIONS.items() if name in capabilities.sources}
-        others = [f"--decoder-source {name}" for name, made in sources.items() if options.precision in made]
+        others = [
+            f"--decoder-source {name}" for name, made in capabilities.exporters.items() if options.precision in made
+        ]
         raise NblError(
             f"the decoder source {options.decoder_source} makes no {options.precision} graph; "
             f"use {' or '.join([*others, '--precision ' + ', '.join(makes)])}"

@@ -28,7 +28,6 @@ from nbl_export.run.deployed import (
     locate,
 )
 from nbl_export.run.progress import Ui
-from nbl_export.targets import load_engine
 
 __all__ = ["Run", "check_request", "profile", "read_trace", "summarise"]
 
@@ -76,16 +75,14 @@ def profile(directory: Path, options: JobOptions, ui: Ui, *, force: bool = False
         NblError: there is no decoder, the decoder is not for ONNX Runtime's CPU provider, or the prompt exceeds the
             context.
     """
-    from nbl_export.targets.onnx.settings import GenaiSettings
-
     decoders = _decoders(directory, force)
     prompt, steps = options.prompt_length, _DECODE_STEPS
     threads = options.first_threads
     for located in decoders.values():
-        if not load_engine(located.engine, located.provider).capabilities.profiled:
+        if not located.target.capabilities.profiled:
             raise NblError(f"profile needs ONNX Runtime on the CPU, but {located.path} is for {_spoken(located)}")
         threads = threads or available_engine(located).default_threads()
-        context = GenaiSettings.read(located.path).context_length
+        context = located.target.facts(located.path).context_length
         if prompt + 1 + steps > context:
             raise NblError(
                 f"{prompt} tokens and {1 + steps} decode steps exceed the context length of {located.path}, {context}; "
@@ -93,10 +90,10 @@ def profile(directory: Path, options: JobOptions, ui: Ui, *, force: bool = False
             )
     found = {}
     for name, located in decoders.items():
-        vocab = GenaiSettings.read(located.path).vocab_size
+        vocab = located.target.facts(located.path).vocab_size
         ids = np.random.default_rng(0).integers(0, vocab, prompt).tolist()
         with ui.task(f"profiling {name}") as progress:
-            runs = _run(located.path, ids, options.repetitions or _PREFILLS, int(threads or 1), progress)
+            runs = _run(located, ids, options.repetitions or _PREFILLS, int(threads or 1), progress)
         found[name] = {"path": str(located.path), **{phase: summarise(of) for phase, of in runs.items()}}
     return {"prompt_tokens": prompt, "threads": threads, "decoders": found}
 
@@ -111,13 +108,11 @@ def _spoken(located: Located) -> str:
     return located.engine if located.provider == "cpu" else f"--provider {located.provider}"
 
 
-def _run(directory: Path, ids: Sequence[int], repetitions: int, threads: int, progress: Any) -> dict[str, list[Run]]:
+def _run(located: Located, ids: Sequence[int], repetitions: int, threads: int, progress: Any) -> dict[str, list[Run]]:
     """Runs of both phases without warm-ups."""
-    from nbl_export.targets.onnx.profile import ProfiledDecoder
-
     total = 2 + repetitions + _DECODE_STEPS
     with tempfile.TemporaryDirectory(prefix="nbl-export-profile-") as traces:
-        decoder = ProfiledDecoder(directory, threads, len(ids) + 1 + _DECODE_STEPS, Path(traces))
+        decoder = located.target.open_profiled(located.path, threads, len(ids) + 1 + _DECODE_STEPS, Path(traces))
         for done in range(1 + repetitions):
             decoder.begin()
             decoder.run(ids)

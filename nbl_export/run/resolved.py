@@ -15,7 +15,7 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.options import JobOptions
 from nbl_export.run_directory import RunDirectory
 from nbl_export.targets import load_engine
-from nbl_export.targets.base import Engine
+from nbl_export.targets.base import Target
 from nbl_export.text.corpus import Text
 from nbl_export.text.mixture import absolute_sources
 
@@ -24,7 +24,7 @@ __all__ = ["case_of", "chunk_of", "cost_model", "engine_of", "identity_of", "loc
 DEFAULT_SLOTS, DEFAULT_CHUNK = 2048, 512
 
 
-def engine_of(options: JobOptions) -> Engine:
+def engine_of(options: JobOptions) -> Target:
     """The engine of the options."""
     return load_engine(options.engine, options.provider)
 

@@ -1,41 +1,70 @@
-"""Engines that run a decoder graph (`base.Engine`). Differences between engines are data (`base.Capabilities`)."""
+"""Targets: one package an engine, and a protocol (`base.Target`). Differences between targets are data.
+
+No package imports another target's package; `export`, `chat_template`, `tokenizer` and the like serve all of them.
+"""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from pathlib import Path
 
 from nbl_export.errors import UsageError
-from nbl_export.targets.base import Engine
+from nbl_export.targets.base import Target
+from nbl_export.targets.providers import PROVIDERS
 
-__all__ = ["ENGINES", "RUNNERS", "load_engine"]
+__all__ = ["ENGINES", "all_targets", "exporter_of", "load_engine", "owner_of"]
 
+# Targets that make decoders of a job, by the value of --engine.
 ENGINES = {
     "ort": "nbl_export.targets.onnx.engine:ORT",
     "openvino": "nbl_export.targets.openvino.engine:OPENVINO",
     "trt": "nbl_export.targets.tensorrt.engine:TRT",
     "trt-rtx": "nbl_export.targets.tensorrt.engine:TRT_RTX",
 }
+# Targets that run files of `convert`, and make no decoders of a job.
+_RUNNERS = {"llama.cpp": "nbl_export.targets.gguf.engine:LLAMA_CPP"}
+# Targets that run with an execution provider of their own.
+_WITH_PROVIDERS = {"ort": "nbl_export.targets.onnx.gpu:GpuEngine"}
 
 
-# Engines that run files of `convert`, and make no decoders of a job.
-RUNNERS = {"llama.cpp": "nbl_export.targets.gguf.engine:LLAMA_CPP"}
-
-
-def load_engine(name: str, provider: str = "cpu") -> Engine:
-    """The engine of that name, for an execution provider of ONNX Runtime; loads no engine's libraries.
+def load_engine(name: str, provider: str = "cpu") -> Target:
+    """The target of that name, for an execution provider of ONNX Runtime; loads no engine's libraries.
 
     Raises:
         UsageError: there is no such engine or provider.
     """
-    known = {**ENGINES, **RUNNERS}
+    known = {**ENGINES, **_RUNNERS}
     if name not in known:
         raise UsageError(f"unknown engine {name!r}; engines are {', '.join(ENGINES)}")
-    if provider != "cpu":
-        if name != "ort":
-            raise UsageError(f"--provider is for engine ort, not for {name}")
-        from nbl_export.targets.onnx.gpu import GpuEngine
+    if provider == "cpu":
+        found: Target = _named(known[name])
+        return found
+    if name not in _WITH_PROVIDERS:
+        raise UsageError(f"--provider is for engine {', '.join(_WITH_PROVIDERS)}, not for {name}")
+    made: Target = _named(_WITH_PROVIDERS[name])(provider)
+    return made
 
-        return GpuEngine(provider)
-    module, _, attribute = known[name].partition(":")
-    found: Engine = getattr(importlib.import_module(module), attribute)
-    return found
+
+def owner_of(path: Path) -> Target | None:
+    """The target that runs a deployable directory or file; None if there is none."""
+    return next((target for target in all_targets() if target.owns(path)), None)
+
+
+def exporter_of(source: str) -> Target:
+    """The first target that takes the graphs of a decoder source."""
+    return next(target for target in all_targets() if source in target.capabilities.sources)
+
+
+def all_targets() -> Iterator[Target]:
+    """Every target, and every execution provider of a target that has some."""
+    for name in (*ENGINES, *_RUNNERS):
+        yield load_engine(name)
+    for name in _WITH_PROVIDERS:
+        for provider in PROVIDERS:
+            yield load_engine(name, provider)
+
+
+def _named(place: str):  # type: ignore[no-untyped-def]  # a module's attribute
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,31 +1,36 @@
-"""What an engine is: its capabilities as data, a probe with a known answer, and a runner."""
+"""What a target is: an engine with its files. Capabilities are data; a probe has a known answer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import psutil
 
-from nbl_export.records.decoder import DecoderSpec, GraphContract
+from nbl_export.errors import NblError
+from nbl_export.records.plan import Plan
 from nbl_export.records.proposers import Proposer
+from nbl_export.targets.runners import Draft, GraphDecoder, ProfiledRunner, ProposingRunner, Room, TextRunner
 
 __all__ = [
+    "GGUF",
     "Availability",
     "BuildSettings",
     "Built",
     "Capabilities",
     "Compiler",
-    "Draft",
-    "Engine",
-    "Generation",
-    "GraphDecoder",
-    "ProposingRunner",
-    "Room",
-    "TextRunner",
+    "DecoderFacts",
+    "ExportSettings",
+    "Target",
+    "default_threads",
 ]
+
+
+GGUF = "gguf"  # the precision of a graph that has the codes of a GGUF file, see `rewrite.coded.take_codes`
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Capabilities:
 
     Attributes:
         precisions: values of `--precision`, the default first.
-        sources: decoder sources whose graphs the engine takes, the default first.
+        exporters: decoder source -> the precisions of its graphs; the default source is first.
         extra: optional extra that installs the engine.
         cache_bytes: precision -> bytes of a cache element; 4 if it is not named.
         graphs: format of the decoder graphs, "onnx" or "ir" (OpenVINO).
@@ -50,7 +55,7 @@ class Capabilities:
     name: str
     title: str
     precisions: tuple[str, ...]
-    sources: tuple[str, ...]
+    exporters: Mapping[str, tuple[str, ...]]
     extra: str
     cache_bytes: Mapping[str, int] = field(default_factory=dict)
     graphs: str = "onnx"
@@ -60,6 +65,11 @@ class Capabilities:
     dense_caches: bool = False
     provider: str = "cpu"
     proposers: tuple[Proposer, ...] = ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Decoder sources whose graphs the engine takes, the default first."""
+        return tuple(self.exporters)
 
     def cache_itemsize(self, precision: str) -> int:
         """Bytes of a cache element."""
@@ -72,139 +82,6 @@ class Availability:
 
     available: bool
     reason: str
-
-
-@dataclass(frozen=True)
-class Room:
-    """The largest sequence, in tokens, and the largest batch that a runner is asked for."""
-
-    tokens: int
-    batch: int = 1
-
-    def holds(self, other: Room) -> bool:
-        """Whether the other fits."""
-        return other.tokens <= self.tokens and other.batch <= self.batch
-
-    def within(self, tokens: int) -> Room:
-        """The same room with at most so many tokens."""
-        return Room(min(self.tokens, tokens), self.batch)
-
-    def joined(self, other: Room) -> Room:
-        """The smallest room that holds both."""
-        return Room(max(self.tokens, other.tokens), max(self.batch, other.batch))
-
-
-class TextRunner(Protocol):
-    """A loaded decoder that generates text, for bench and generate; a context manager."""
-
-    def __enter__(self) -> TextRunner: ...
-
-    def __exit__(self, *exc: object) -> None: ...
-
-    def begin(self, max_tokens: int, batch: int = 1) -> None:
-        """Forget the sequence; make room for max_tokens of the next sequence, or of each sequence of a batch.
-
-        Raises:
-            NblError: the runner takes one sequence only, and `batch` is more.
-        """
-
-    def append(self, ids: Sequence[int]) -> None:
-        """Run the decoder over ids as one chunk: prefill, or one decode step for a single id. A batch takes [B, T].
-
-        Returns when the device has finished, so that a clock can be read.
-        """
-
-    def rewind(self, length: int) -> None:
-        """Drop everything after the first `length` tokens."""
-
-    def pick(self) -> int:
-        """The most likely next token of the first sequence; valid only right after `append`."""
-
-    def encode(self, prompt: str, *, chat: bool) -> list[int]:
-        """Token ids of a prompt, through the chat template if there is one and `chat` asks for it."""
-
-    def stream(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[str]:
-        """Greedy continuation as text pieces, until the end of text or the limit."""
-
-    def greedy(self, ids: Sequence[int], new_tokens: int) -> list[int]:
-        """Greedy continuation as token ids; ignores the end of text."""
-
-
-class GraphDecoder(Protocol):
-    """A graph with its caches, one step at a time, for verification.
-
-    Attributes:
-        contract: inputs and outputs of the graph.
-    """
-
-    contract: GraphContract
-
-    @property
-    def slots(self) -> int:
-        """Tokens that the caches have room for."""
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes that the caches of the running batch take."""
-
-    def begin(self, batch: int) -> None:
-        """Start a batch with empty caches."""
-
-    def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
-        """Append tokens; returns logits [B, T, V], or [B, 1, V] of the last token. valid_BT is 0 for padding."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A greedy continuation.
-
-    Attributes:
-        tokens: of the answer, with the end of text if it was reached.
-        prefill_ns: until the prompt is read.
-        decode_ns: of all tokens behind it.
-        proposed, accepted: proposed tokens that the decoder examined, and those that it accepted.
-        rounds: steps of the decoder that verified proposed tokens.
-    """
-
-    tokens: tuple[int, ...]
-    prefill_ns: int
-    decode_ns: int
-    proposed: int = 0
-    accepted: int = 0
-    rounds: int = 0
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A draft in a folder of lossless decoding that is not settled: its name, and the engine's settings for it."""
-
-    name: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-
-class ProposingRunner(Protocol):
-    """A loaded decoder with proposed tokens, or without them for comparison; a context manager."""
-
-    def __enter__(self) -> ProposingRunner: ...
-
-    def __exit__(self, *exc: object) -> None: ...
-
-    @property
-    def most_tokens(self) -> int:
-        """Tokens of the longest sequence."""
-
-    def encode(self, prompt: str, *, chat: bool) -> list[int]:
-        """Token ids of a prompt, see `TextRunner`."""
-
-    def generation(self, ids: Sequence[int], new_tokens: int, options: Mapping[str, int | bool]) -> Generation:
-        """A timed greedy continuation, up to `new_tokens` or the end of text.
-
-        Args:
-            options: of the proposer; empty for the folder's own way.
-        """
-
-    def stream(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[str]:
-        """Greedy continuation as text pieces, see `TextRunner`."""
 
 
 @dataclass(frozen=True)
@@ -242,44 +119,217 @@ class Compiler(Protocol):
         """Compile the graph in `source` into the directory `out`."""
 
 
-class Engine(Protocol):
-    """Runs a decoder graph. `compiler` is None for engines that run graphs as they are."""
+@dataclass(frozen=True)
+class DecoderFacts:
+    """Sizes of a deployed decoder, read from its files.
 
-    @property
-    def capabilities(self) -> Capabilities: ...
+    Attributes:
+        head_dim: size of a head, used if a graph only names that dimension of its caches.
+        cache_bytes_per_token: of one sequence.
+        parameters: elements of all weights; None if the files do not say.
+    """
 
-    @property
-    def compiler(self) -> Compiler | None: ...
+    vocab_size: int
+    context_length: int
+    head_dim: int
+    cache_bytes_per_token: int
+    parameters: int | None
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """How the original graph is made.
+
+    Attributes:
+        source: the exporter, one of `Capabilities.sources`.
+        cache_length: tokens of a fixed cache, for graphs of the static form.
+        builder_options: further options of the GenAI builder, as key=value.
+        codes: a quantised checkpoint whose codes the graph gets. gguf: a GGUF file whose codes it gets.
+    """
+
+    source: str
+    precision: str
+    cache_length: int = 0
+    builder_options: tuple[str, ...] = ()
+    codes: Path | None = None
+    gguf: Path | None = None
+
+
+class Target:
+    """An engine and its files: exports a decoder, replaces its layers, and runs it. The only class others see.
+
+    Attributes:
+        capabilities: what differs between targets, as data.
+        compiler: makes the engine that runs; None for targets that run graphs as they are.
+    """
+
+    capabilities: Capabilities
+    compiler: Compiler | None = None
 
     def probe(self) -> Availability:
         """Whether directories can be exported and verified here, by a known answer. Never raises."""
+        raise NotImplementedError
 
     def probe_run(self) -> Availability:
         """Whether exported directories run here. Never raises."""
+        return self.probe()
 
     def default_threads(self) -> int:
         """Number of threads, at least 1."""
+        return default_threads()
 
-    def arithmetic(self, directory: Path) -> str:
-        """What the engine computes in, and keeps keys and values in, in words; "" if the graph's own types say it."""
+    def owns(self, path: Path) -> bool:
+        """Whether this target runs a deployable directory or file."""
+        raise NotImplementedError
 
-    def open_runner(self, directory: Path, threads: int | None = None, room: Room | None = None) -> TextRunner:
-        """A runner on the deployed model.
+    def facts(self, path: Path) -> DecoderFacts:
+        """Sizes of a deployable directory or file that the target owns.
+
+        Raises:
+            NblError: a file is missing or damaged, or the decoder cannot be measured by single steps.
+        """
+        raise NotImplementedError
+
+    def arithmetic(self, path: Path) -> str:
+        """What the target computes in, and keeps keys and values in, in words; "" if the graph's own types say it."""
+        return ""
+
+    # -- graphs ------------------------------------------------------------------------------------------------
+
+    def export(self, checkpoint: Path, out: Path, settings: ExportSettings) -> None:
+        """Write the original decoder of a checkpoint directory to `out`.
+
+        Raises:
+            NblError: the exporter refuses the checkpoint or the precision; the message has the reason.
+        """
+        raise NblError(f"engine {self.capabilities.name} makes no decoder; use --engine ort")
+
+    def replace(
+        self, original: Path, out: Path, plan: Plan, maps: Mapping[int, Any], rows_VD: np.ndarray | None = None
+    ) -> None:
+        """Write the NBL version of `original` to `out`, which must not exist.
 
         Args:
-            room: what the runner will be asked for, if known; engines that are sized on opening read it.
+            rows_VD: rows of the token table, see `model.token_rows`; None computes the leading layers.
+
+        Raises:
+            RefusalError: the graph is not understood.
         """
+        from nbl_export.rewrite import rewrite
+
+        rewrite(original, out, plan, maps, dense=self.capabilities.dense_caches, rows_VD=rows_VD)
+
+    def keep_last_token(self, directory: Path) -> None:
+        """Make the graph give the logits of the last token; the graph with all logits stays beside it.
+
+        Raises:
+            RefusalError: the tail of this graph cannot be pruned; no file has changed.
+        """
+        from nbl_export.rewrite.tail.last_token import keep_last_token
+
+        keep_last_token(directory)
+
+    def write_target(self, original: Path, out: Path) -> None:
+        """Write `original` to `out`, ready to verify proposed tokens; `out` must not exist.
+
+        Raises:
+            RefusalError: the tail of this graph cannot be pruned.
+        """
+        from nbl_export.rewrite.lossless import write_target
+
+        write_target(original, out)
+
+    def add_draft(self, source: Path, out: Path, draft: str) -> dict[str, Any]:
+        """Copy a decoder into `out` as a draft; returns the settings that `settle` takes."""
+        from nbl_export.rewrite.lossless import add_draft
+
+        return add_draft(source, out, draft)
+
+    def settle(self, out: Path, proposer: Proposer, drafts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Make a proposer the folder's own; the files of other drafts are removed.
+
+        Args:
+            drafts: name of each draft in `out` -> what `add_draft` returned.
+        """
+        from nbl_export.rewrite.lossless import settle
+
+        settle(out, proposer, drafts)
+
+    def check_options(self, words: Sequence[str]) -> None:
+        """Check KEY=VALUE words for the exporter.
+
+        Raises:
+            UsageError: a key or value is unknown, or a key is given twice.
+        """
+
+    # -- graphs that a CPU verifies in float32, for targets whose graphs have the static form ---------------------
+
+    def write_twin(self, checkpoint: Path, out: Path, cache_length: int) -> None:
+        """Write the float32 twin of the original to `out`, with all logits."""
+        raise NotImplementedError
+
+    def write_int4_twin(self, twin: Path, out: Path) -> None:
+        """Write a twin with int4 matrices to `out`; everything else stays float32."""
+        raise NotImplementedError
+
+    def twin_difference(self, twin: Path, shipped: Path, precision: str) -> str:
+        """The first difference between a shipped graph and its twin cast to that precision; "" if there is none."""
+        raise NotImplementedError
+
+    # -- running -----------------------------------------------------------------------------------------------
+
+    def open_runner(self, path: Path, threads: int | None = None, room: Room | None = None) -> TextRunner:
+        """A runner on the deployed decoder.
+
+        Args:
+            room: what the runner will be asked for, if known; targets that are sized on opening read it.
+        """
+        raise NotImplementedError
+
+    def open_profiled(self, directory: Path, threads: int, tokens: int, traces: Path) -> ProfiledRunner:
+        """A decoder whose operators are timed, for targets that are `profiled`.
+
+        Args:
+            tokens: of the longest sequence. traces: an existing directory for the trace.
+        """
+        raise NotImplementedError
+
+    def trust(self, directory: Path) -> bool:
+        """Remember the compiled files of a directory as the user's own; False if it holds none.
+
+        Raises:
+            CorruptError: a file is damaged, or a link leads out of the directory.
+        """
+        return False
 
     def open_checked(self, directory: Path, threads: int | None = None) -> TextRunner:
-        """A runner on the deployed model or on its float32 twin, on a CPU, for verification."""
+        """A runner on the deployed decoder or on its float32 twin, on a CPU, for verification."""
+        return self.open_runner(directory, threads)
 
     def open_lossless(self, directory: Path, threads: int | None = None, draft: Draft | None = None) -> ProposingRunner:
-        """A runner with proposed tokens, for engines with `proposers`.
+        """A runner with proposed tokens, for targets with `proposers`.
 
         Args:
-            directory: a folder of lossless decoding, or a deployable directory for plain decoding.
+            directory: a folder with a proposer, or a deployable directory for plain decoding.
             draft: of a folder that is not settled; None for the folder's own way.
-        """
 
-    def open_graph(self, directory: Path, spec: DecoderSpec, file: str | None = None) -> GraphDecoder:
-        """The graph for verification: the graph with all logits, unless `file` names another."""
+        Raises:
+            NblError: the target has no proposers.
+        """
+        raise NblError(f"engine {self.capabilities.name} verifies no proposed tokens; {directory} cannot run so")
+
+    def open_graph(
+        self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None
+    ) -> GraphDecoder:
+        """The graph for verification and scores: the graph with all logits, unless `file` names another.
+
+        Raises:
+            NblError: the target has no graph that gives the logits of every position.
+        """
+        raise NblError(f"{directory} has no graph that gives the logits of every position")
+
+
+def default_threads() -> int:
+    """Number of physical cores this process may use, at least 1."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nbl_export.errors import NblError
-from nbl_export.targets.base import TextRunner
+from nbl_export.targets.runners import TextRunner
 
 __all__ = ["continued"]
 

@@ -1,4 +1,4 @@
-"""Execution providers of ONNX Runtime GenAI for NVIDIA GPUs, as data; `ort.gpu` has the observations behind them."""
+"""GPU execution providers of ONNX Runtime GenAI, as data; `targets.onnx.gpu` has the observations behind them."""
 
 from __future__ import annotations
 

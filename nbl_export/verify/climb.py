@@ -155,11 +155,11 @@ class Climb:
         """A decoder of the closest graph to the shipped one that a CPU can run."""
         if self.static and subject in coded:
             return coded[subject].open()
-        return self.setting.engine.open_graph(directory, self.setting.spec)
+        return self.setting.engine.open_graph(directory, self.setting.spec.head_dim)
 
     def _compare(self, subject: str, directory: Path, coded: Mapping[str, Coded]) -> Reference:
         """Compare the graph with its references; return the one that its text is compared with."""
-        decoder = self.setting.engine.open_graph(directory, self.setting.spec)
+        decoder = self.setting.engine.open_graph(directory, self.setting.spec.head_dim)
         material = Material(self.setting, self.maps, self.rows_VD, self.probe.rows[0], self.precision)
         self.results += self.form.check(subject, directory, decoder, material)
         rung = "b" if subject == "original" else "c"
@@ -199,7 +199,7 @@ class Climb:
 
     def _codes(self, rung: str, subject: str, decoder: Any, coded: Coded) -> None:
         """Compare the twin, the kernels and the shipped graph with the model that has the graph's matrices."""
-        from nbl_export.targets.onnx.products import products
+        from nbl_export.verify.products import products
 
         truth, exact = self.truth_of_codes[subject], ladder.TOLERANCES["fp32"]
         twin = coded.open()

@@ -14,9 +14,9 @@ from typing import Any
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.coded.nbits import StoredMatrix
+from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import GRAPH_FILE, all_logits_file
 from nbl_export.records.results import RungResult
-from nbl_export.targets.onnx.decoder import OnnxDecoder
 from nbl_export.verify import codes
 from nbl_export.verify.setting import Setting
 
@@ -63,7 +63,7 @@ def coded_graphs(
         return {
             s: Coded(
                 form / GRAPH_FILE,
-                functools.partial(setting.engine.open_graph, form, setting.spec),
+                functools.partial(setting.engine.open_graph, form, setting.spec.head_dim),
                 stored_matrices(form / GRAPH_FILE),
                 None,
                 ships=False,

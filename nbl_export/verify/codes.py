@@ -73,7 +73,7 @@ def check_products(
 
     Args:
         matrices: the graph's quantised matrices.
-        ran: name, input and output of each node (`engines.ort.products`).
+        ran: name, input and output of each node (`verify.products`).
     """
     known = {matrix.name: matrix for matrix in matrices}
     worst, name, count = 0.0, "", 0

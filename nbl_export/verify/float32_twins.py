@@ -29,26 +29,20 @@ def build_twins(
     checkpoint: Path, setting: Setting, maps: Mapping[int, AffineMap], rows_VD: np.ndarray | None, out: Path
 ) -> dict[str, Path]:
     """Write both twins with the shipped logits, as the stages do; an int4 run gets `INT4` beside each twin."""
-    from nbl_export.graph.names import GRAPH_FILE
-    from nbl_export.rewrite import rewrite
-    from nbl_export.rewrite.tail.last_token import keep_last_token
-    from nbl_export.targets.tensorrt import export as static
-
     directories = {"original": out / "original", "nbl": out / "model"}
-    static.save_graph(static.build_form(checkpoint, setting.slots), directories["original"], GRAPH_FILE)
+    setting.engine.write_twin(checkpoint, directories["original"], setting.slots)
     if setting.logits == "last":
-        keep_last_token(directories["original"])
-    rewrite(directories["original"], directories["nbl"], setting.plan, maps, dense=True, rows_VD=rows_VD)
+        setting.engine.keep_last_token(directories["original"])
+    setting.engine.replace(directories["original"], directories["nbl"], setting.plan, maps, rows_VD)
     if setting.precision == "int4":
         for directory in directories.values():
-            static.save_int4_twin(directory, directory / INT4)
+            setting.engine.write_int4_twin(directory, directory / INT4)
     return directories
 
 
 def check_shipped(setting: Setting, shipped: Mapping[str, Path], twins: Mapping[str, Path]) -> list[RungResult]:
     """Rung a: each shipped graph is its verified twin cast to its precision, node for node and bit for bit."""
     from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE, STATIC_GRAPH_FILE
-    from nbl_export.targets.tensorrt import export as static
     from nbl_export.verify.last_token import check_pruned
 
     pruned = setting.logits == "last"
@@ -56,7 +50,7 @@ def check_shipped(setting: Setting, shipped: Mapping[str, Path], twins: Mapping[
     results = []
     for subject, directory in shipped.items():
         precision = setting.precision
-        problem = static.difference(twins[subject] / twin_file, directory / file, precision)
+        problem = setting.engine.twin_difference(twins[subject] / twin_file, directory / file, precision)
         metric, detail = f"the {precision} graph is its fp32 twin, cast", problem or "every node and weight"
         results.append(RungResult("a", subject, metric, float(bool(problem)), 0.5, not problem, detail))
         if pruned:

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import AffineMap
-from nbl_export.targets.onnx.decoder import OnnxDecoder
 from nbl_export.verify.ladder import Probe, greedy, shown_positions
 from nbl_export.verify.reference import Reference
 from nbl_export.verify.setting import Setting

@@ -8,21 +8,21 @@ from dataclasses import dataclass
 
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import Plan
-from nbl_export.targets.base import Engine
+from nbl_export.targets.base import Target
 
 __all__ = ["Setting"]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Engine, decoder and plan, and how the graphs were made.
+    """Target, decoder and plan, and how the graphs were made.
 
     precision: of the shipped graphs. logits: "last" or "all", of the shipped graphs. slots: most tokens of a sequence.
     nearness: most steps between codes and their matrices; None for another tool's codes. task: takes a title and
     returns a context; its value reports progress.
     """
 
-    engine: Engine
+    engine: Target
     spec: DecoderSpec
     plan: Plan
     precision: str
@@ -33,7 +33,7 @@ class Setting:
 
     @property
     def static(self) -> bool:
-        """Whether graphs have the static form, see `engines.base.Capabilities`."""
+        """Whether graphs have the static form, see `targets.base.Capabilities`."""
         return self.engine.capabilities.static
 
     @property

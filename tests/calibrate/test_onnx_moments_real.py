@@ -36,9 +36,9 @@ def collected(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     """Moments of the GenAI builder's graph and of the torch model, over the same windows."""
     from nbl_export.calibrate import hooks
     from nbl_export.model.checkpoint.load import load_model, load_tokenizer
-    from nbl_export.targets.export import build_decoder
     from nbl_export.text import mixture
     from nbl_export.text import windows as corpus
+    from tests.exports import build_decoder
 
     graph = tmp_path_factory.mktemp("graph") / "original"
     build_decoder("genai", smollm2, graph, "fp32")

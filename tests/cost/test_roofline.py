@@ -29,10 +29,10 @@ from nbl_export.cost.roofline import (
     shape_costs,
 )
 from nbl_export.errors import NblError
+from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import all_logits_file
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.run.stages.bench import measure_machine
-from nbl_export.targets.onnx.decoder import OnnxDecoder
 
 from ..tiny import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB
 
@@ -195,7 +195,7 @@ def test_deeper_caches_make_more_of_it() -> None:
 
 def test_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates are those of the best repetition, by a clock that says how long each took."""
-    from nbl_export.targets.onnx import rates
+    from nbl_export.measure import rates
 
     monkeypatch.setattr(rates, "_best_seconds", lambda run: (run(), 0.5)[1])
     monkeypatch.setattr(rates, "_ARRAY_BYTES", 1 << 20)
@@ -205,7 +205,7 @@ def test_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_best_of_the_repetitions(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nbl_export.targets.onnx import rates
+    from nbl_export.measure import rates
 
     ticks = iter([0.0, 5.0, 5.0, 7.0, 7.0, 10.0])
     monkeypatch.setattr(rates, "_REPETITIONS", 3)
@@ -214,7 +214,7 @@ def test_best_of_the_repetitions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nbl_export.targets.onnx import rates
+    from nbl_export.measure import rates
 
     def fail(threads: int) -> dict[str, float]:
         raise ImportError("No module named 'onnxruntime'")

@@ -1,4 +1,4 @@
-"""GGUF files: what is kept, exchanged and refused. No engine runs here (tests/engines/test_llama_cpp.py)."""
+"""GGUF files: what is kept, exchanged and refused. No engine runs here (tests/targets/test_llama_cpp.py)."""
 
 from __future__ import annotations
 

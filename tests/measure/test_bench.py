@@ -37,7 +37,7 @@ from nbl_export.measure.footprint import Footprint, measure_footprint
 from nbl_export.measure.rows import read_timings, speed_rows
 from nbl_export.parallel import child
 from nbl_export.records.results import Scenario
-from nbl_export.targets.base import Room
+from nbl_export.targets.runners import Room
 
 SETTING = BenchSetting(vocab_size=100, context_length=4096, versions={"onnxruntime": "1"})
 PICK_NS = 3  # what a fake takes to pick a token

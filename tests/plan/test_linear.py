@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from nbl_export.calibrate import hooks
 from nbl_export.distill.settings import DistillSettings, Surroundings, TrainingText
 from nbl_export.distill.training import distill
+from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.plan.lmmse import fit, score
@@ -24,7 +25,6 @@ from nbl_export.plan.maps_file import load_maps
 from nbl_export.records.plan import AffineMap, Plan
 from nbl_export.rewrite import rewrite
 from nbl_export.targets.onnx.check import check_maps
-from nbl_export.targets.onnx.decoder import OnnxDecoder
 from nbl_export.verify.ladder import run_rows
 
 from ..command import assert_refused, nbl

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from nbl_export.errors import UsageError
+from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.plan.lmmse import EXPLAINED, fit
@@ -25,7 +26,6 @@ from nbl_export.records.goals import read_rank
 from nbl_export.records.plan import TAPS, AffineMap, Plan
 from nbl_export.rewrite import rewrite
 from nbl_export.targets.onnx.check import check_maps
-from nbl_export.targets.onnx.decoder import OnnxDecoder
 from nbl_export.verify.ladder import run_rows
 
 from ..command import assert_refused, nbl

@@ -258,7 +258,7 @@ def test_a_file_of_floats_has_no_codes(exported: Callable[..., Path], tmp_path: 
     from nbl_export.model.checkpoint import materialise, source
 
     checkpoint = materialise.materialise(source.resolve(str(model)), tmp_path / "checkpoint")
-    from nbl_export.targets.export import build_decoder
+    from tests.exports import build_decoder
 
     build_decoder("genai", checkpoint, tmp_path / "wide", "fp32")
     with pytest.raises(NblError, match=r"float\.gguf stores its matrices as floats"):

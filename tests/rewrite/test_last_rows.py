@@ -9,10 +9,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.records.plan import AffineMap, Plan
 from nbl_export.rewrite import rewrite_model
 from nbl_export.rewrite.tail import PruneTail
-from nbl_export.targets.onnx.decoder import OnnxDecoder
 
 from ..tiny import ARCHITECTURES, HEAD_DIM, LAYERS, VOCAB
 

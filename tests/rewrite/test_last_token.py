@@ -15,6 +15,7 @@ import pytest
 from nbl_export.errors import NblError, RefusalError
 from nbl_export.evaluation.graphs import find_graph
 from nbl_export.evaluation.scorer import GraphScorer
+from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import ALL_LOGITS_FILE, all_logits_file
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import AffineMap, Plan
@@ -22,7 +23,6 @@ from nbl_export.records.results import RungResult
 from nbl_export.rewrite import rewrite
 from nbl_export.rewrite.tail.last_token import difference, keep_last_token
 from nbl_export.targets.onnx.check import check_file, check_maps, check_untouched
-from nbl_export.targets.onnx.decoder import OnnxDecoder
 from nbl_export.targets.onnx.engine import ORT
 from nbl_export.verify.last_token import BATCH_LENGTHS, check_last
 

@@ -14,12 +14,12 @@ import torch
 
 from nbl_export import rewrite as rewriting
 from nbl_export.errors import RefusalError
+from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.passes import run_passes
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.records.plan import TAPS, AffineMap, Plan
 from nbl_export.rewrite import contract_of, rewrite, rewrite_model
-from nbl_export.targets.onnx.decoder import OnnxDecoder
 from nbl_export.verify.ladder import DECODE_STEPS, run_rows
 
 from ..tiny import ARCHITECTURES, HEAD_DIM, HIDDEN, LAYERS, VOCAB

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from nbl_export.errors import RefusalError
+from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.records.plan import AffineMap, Plan
 from nbl_export.rewrite import rewrite_model
 from nbl_export.rewrite.tail import PruneTail
-from nbl_export.targets.onnx.decoder import OnnxDecoder
 
 from ..tiny import ARCHITECTURES, HEAD_DIM, HIDDEN, LAYERS, VOCAB
 

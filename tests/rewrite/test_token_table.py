@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.facts import replaced_layers
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
@@ -20,7 +21,6 @@ from nbl_export.model.token_rows import token_rows
 from nbl_export.records.plan import TAPS, AffineMap, Plan
 from nbl_export.rewrite import rewrite
 from nbl_export.targets.onnx import check as files
-from nbl_export.targets.onnx.decoder import OnnxDecoder
 from nbl_export.verify.ladder import run_rows
 
 from ..command import configured, nbl
@@ -74,7 +74,7 @@ def test_logits_are_those_of_the_layers(
 
 def test_the_norm_behind_a_table_keeps_its_epsilon(random_maps: Maps, tmp_path: Path) -> None:
     """An epsilon of 1, which no default is near, on a stream that a skip norm made."""
-    from nbl_export.targets.export import build_decoder
+    from tests.exports import build_decoder
 
     model = save_checkpoint("llama", tmp_path / "checkpoint", rms_norm_eps=1.0)
     build_decoder("genai", model, tmp_path / "original", "fp32")

@@ -17,9 +17,9 @@ from nbl_export.errors import UsageError
 from nbl_export.graph.sizes import read_graph_facts
 from nbl_export.measure.rows import read_timings, speed_ratios, speed_rows
 from nbl_export.report.bench_formats import FORMATS, format_of, render
-from nbl_export.targets.base import Room
 from nbl_export.targets.onnx.engine import OrtEngine
 from nbl_export.targets.onnx.genai import GenaiRunner
+from nbl_export.targets.runners import Room
 
 from ..command import Outcome, assert_refused, nbl, snapshot
 from ..tiny import HEAD_DIM, LAYERS

@@ -14,11 +14,11 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.plan.maps_file import save_maps
 from nbl_export.records.plan import AffineMap
-from nbl_export.targets.onnx.decoder import OnnxDecoder
 from nbl_export.verify.ladder import DECODE_STEPS, run_rows
 
 from ..command import assert_refused, in_new_process, nbl, snapshot

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import NblError
+from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.report.profile_table import profile_table
 from nbl_export.run.profile import Run, read_trace, summarise
-from nbl_export.targets.onnx.decoder import OnnxDecoder
 
 from ..command import assert_refused, nbl, snapshot
 from ..tiny import HEAD_DIM, VOCAB

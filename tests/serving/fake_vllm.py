@@ -4,7 +4,8 @@
              hidden, residual = post_attention_layernorm(hidden, residual);  hidden = mlp(hidden)
 
 As in vLLM 0.32 (model_executor/models/llama.py), a norm adds the residual before it scales. The first layer has none.
-It has one rank, no scheduler and no cache: what it says of `nbl_export.targets.checkpoint.vllm.models` is what a forward computes.
+It has one rank, no scheduler and no cache: what it says of `nbl_export.targets.checkpoint.vllm.models` is what a
+forward computes.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from nbl_export.errors import NblError
+from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import STATIC_GRAPH_FILE
 from nbl_export.model.checkpoint.load import load_model, read_spec
 from nbl_export.model.checkpoint.source import resolve
@@ -21,9 +22,7 @@ from nbl_export.model.linearize import linearize
 from nbl_export.records.plan import AffineMap, Plan
 from nbl_export.rewrite import rewrite
 from nbl_export.rewrite.tail.last_token import keep_last_token
-from nbl_export.targets.export import build_decoder
 from nbl_export.targets.onnx.check import check_file
-from nbl_export.targets.onnx.decoder import OnnxDecoder
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 from nbl_export.verify.ladder import (
     DECODE_STEPS,
@@ -33,6 +32,7 @@ from nbl_export.verify.ladder import (
     run_rows,
 )
 from nbl_export.verify.torch_reference import make_reference
+from tests.exports import build_decoder
 
 from ..command import TINY, assert_refused, nbl
 from ..tiny import LAYERS, VARIANTS, VOCAB, made_by, save_checkpoint

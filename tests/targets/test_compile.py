@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from nbl_export.targets.export import PRECISIONS
+from nbl_export.targets import exporter_of
 from nbl_export.targets.tensorrt import static_form
 from nbl_export.targets.tensorrt.build import build_engine
 from nbl_export.targets.tensorrt.engine import TRT_RTX
@@ -182,7 +182,7 @@ def test_a_shipped_graph_that_is_not_the_twin_is_caught(
 
     def seen(logits: str = "last") -> dict[str, list[str]]:
         """What is wrong with each, "every node and weight" where nothing is."""
-        setting: Any = SimpleNamespace(precision="fp16", logits=logits)
+        setting: Any = SimpleNamespace(precision="fp16", logits=logits, engine=exporter_of("static"))
         shipped = {"original": run / "original", "nbl": run / "model"}
         found: dict[str, list[str]] = {"original": [], "nbl": []}
         for result in check_shipped(setting, shipped, {"original": twin, "nbl": twin}):
@@ -261,4 +261,4 @@ def test_tensorrt_without_its_library_is_refused_before_any_work(same: tuple[obj
 
 
 def test_the_precisions_of_the_static_source_are_stated_twice_alike() -> None:
-    assert tuple(static_form.PRECISIONS) == PRECISIONS["static"]
+    assert tuple(static_form.PRECISIONS) == exporter_of("static").capabilities.exporters["static"]

@@ -155,7 +155,7 @@ def test_a_batch_is_refused(folder: Path) -> None:
 def test_a_draft_of_another_vocabulary_is_refused(
     folder: Path, exported: Callable[..., Path], checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    from nbl_export.targets.export import build_decoder
+    from tests.exports import build_decoder
 
     from ..tiny import save_checkpoint
 

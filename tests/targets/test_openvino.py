@@ -13,9 +13,9 @@ import pytest
 
 from nbl_export.errors import CorruptError, MissingPackageError, NblError
 from nbl_export.records.plan import Plan
-from nbl_export.rewrite import prune_directory, rewrite
 from nbl_export.targets import load_engine
 from nbl_export.targets.openvino import engine as openvino_engine
+from nbl_export.targets.openvino.engine import OPENVINO
 from nbl_export.targets.openvino.runner import OpenVinoRunner
 
 from ..tiny import LAYERS, VOCAB, random_map
@@ -30,8 +30,8 @@ def directories(exported: Callable[..., Path], tmp_path_factory: pytest.TempPath
 
     out = tmp_path_factory.mktemp("openvino")
     shutil.copytree(exported("llama", "openvino", "fp32"), out / "original")
-    prune_directory(out / "original")
-    rewrite(out / "original", out / "model", Plan(LAYERS, (1,)), {1: random_map(1)})
+    OPENVINO.keep_last_token(out / "original")
+    OPENVINO.replace(out / "original", out / "model", Plan(LAYERS, (1,)), {1: random_map(1)})
     return {"original": out / "original", "nbl": out / "model"}
 
 

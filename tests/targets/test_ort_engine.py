@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from nbl_export.errors import MissingPackageError, NblError
-from nbl_export.targets.onnx import engine, genai, settings
-from nbl_export.targets.onnx.decoder import OnnxDecoder
+from nbl_export.errors import MissingPackageError, NblError, one_line
+from nbl_export.graph.decoder import OnnxDecoder
+from nbl_export.targets.onnx import engine, genai
 from nbl_export.targets.onnx.genai import GenaiRunner
 from nbl_export.targets.onnx.settings import GenaiSettings
 
@@ -242,8 +242,8 @@ def test_a_failing_run_is_one_sentence_and_nothing_on_stderr(
 
 
 def test_long_errors_keep_their_end_on_one_line() -> None:
-    assert settings.short(RuntimeError("what\n  and why")) == "what and why"
-    text = settings.short(RuntimeError("x" * 500 + " the cause"))
+    assert one_line(RuntimeError("what\n  and why")) == "what and why"
+    text = one_line(RuntimeError("x" * 500 + " the cause"))
     assert len(text) < 310 and text.endswith("the cause")
 
 

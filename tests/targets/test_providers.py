@@ -13,14 +13,14 @@ import onnx
 import pytest
 
 from nbl_export.targets import load_engine
-from nbl_export.targets.base import Room
 from nbl_export.targets.gpu import Gpu
 from nbl_export.targets.onnx import engine as ort
 from nbl_export.targets.onnx import gpu
+from nbl_export.targets.onnx.facts import provider_of
 from nbl_export.targets.onnx.genai import GenaiRunner
-from nbl_export.targets.onnx.gpu import provider_of
 from nbl_export.targets.onnx.opening import CPU
 from nbl_export.targets.providers import PROVIDERS
+from nbl_export.targets.runners import Room
 
 from ..command import assert_refused, configured, nbl
 

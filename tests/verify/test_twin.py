@@ -15,13 +15,13 @@ import onnx_ir as ir
 import pytest
 
 from nbl_export.errors import RefusalError
+from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.records.options import JobOptions
 from nbl_export.rewrite.widen import Widen, save_twin
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
 from nbl_export.run.stages import verify
 from nbl_export.run_directory import RunDirectory
-from nbl_export.targets.onnx.decoder import OnnxDecoder
 from nbl_export.verify.ladder import TOLERANCES, run_rows
 
 from ..command import TINY, nbl
@@ -176,7 +176,7 @@ def test_a_planted_fault_is_named(fault: str, precision: str, runs: Runs, tmp_pa
 
 def test_a_kernel_that_multiplies_by_something_else_is_named(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """One code of one row that is a step off."""
-    from nbl_export.targets.onnx import products
+    from nbl_export.verify import products
 
     run, real = runs("llama", "int4"), products.products
 

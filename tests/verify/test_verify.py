@@ -14,12 +14,12 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import AffineMap, Plan
 from nbl_export.records.results import RungResult
 from nbl_export.rewrite import rewrite
 from nbl_export.targets.onnx.check import check_file, check_maps, check_untouched
-from nbl_export.targets.onnx.decoder import OnnxDecoder
 from nbl_export.verify.climb import Climb
 from nbl_export.verify.ladder import (
     DECODE_STEPS,

@@ -3,7 +3,7 @@
     codes [N, K]  -  zero points [N, blocks]  times  scales [N, blocks]   ─►   matrix [N, K] float32
 
 The layout is from the operators' documentation (onnxruntime, docs/ContribOperators.md, MatMulNBits and
-GatherBlockQuantized). The first of two codes in a byte has the low four bits. `engines.ort.products` runs the kernels
+GatherBlockQuantized). The first of two codes in a byte has the low four bits. `verify.products` runs the kernels
 that verify this layout.
 """
 

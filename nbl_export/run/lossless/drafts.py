@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from nbl_export.formats.gguf.blocks import is_known
 from nbl_export.model.checkpoint import gguf_file
 from nbl_export.records.proposers import proposers_of
 from nbl_export.run.job import Job
-from nbl_export.targets.onnx.export_genai import GGUF
+from nbl_export.targets.base import GGUF, ExportSettings
 
 __all__ = ["add_drafts", "codes_for_drafts"]
 
@@ -21,8 +20,6 @@ _MOST_BITS = 7  # a weight of a file whose codes make a cheap draft; int4 has 4.
 
 def add_drafts(job: Job, target: Path) -> dict[str, dict[str, Any]]:
     """Add the drafts that the options ask for to the folder."""
-    from nbl_export.rewrite.lossless import add_draft
-
     asked = proposers_of(str(job.options.draft), job.engine.capabilities.proposers)
     wanted = {p.draft for p in asked} - {"ngram"}
     if not wanted:
@@ -31,7 +28,7 @@ def add_drafts(job: Job, target: Path) -> dict[str, dict[str, Any]]:
         directories = {"int4": _int4(job, scratch / "int4")}
         if "nbl" in wanted:
             directories["nbl"] = _nbl(job, directories["int4"], scratch / "nbl")
-        return {name: add_draft(directories[name], target, name) for name in sorted(wanted)}
+        return {name: job.engine.add_draft(directories[name], target, name) for name in sorted(wanted)}
 
 
 def codes_for_drafts(job: Job) -> Path | None:
@@ -50,21 +47,18 @@ def codes_for_drafts(job: Job) -> Path | None:
 
 def _int4(job: Job, out: Path) -> Path:
     """The original decoder with int4 matrices, or with the codes of its file."""
-    from nbl_export.rewrite import prune_directory
-    from nbl_export.targets.export import build_decoder
-    from nbl_export.targets.onnx.export_genai import BuilderSettings
-
     job.forget_model()
-    codes, build = codes_for_drafts(job), functools.partial(build_decoder, job.engine.capabilities.sources[0])
+    codes, source = codes_for_drafts(job), job.engine.capabilities.sources[0]
+    coarse = ExportSettings(source, "int4")
     try:
-        build(job.checkpoint, out, "int4" if codes is None else GGUF, settings=BuilderSettings(gguf=codes))
+        job.engine.export(job.checkpoint, out, coarse if codes is None else ExportSettings(source, GGUF, gguf=codes))
     except RefusalError as refused:
         if codes is None:
             raise
         job.ui.say(f"  drafts have int4 matrices, since the codes of {codes} do not fit: {refused.reason}")
         shutil.rmtree(out)
-        build(job.checkpoint, out, "int4")
-    prune_directory(out)
+        job.engine.export(job.checkpoint, out, coarse)
+    job.engine.keep_last_token(out)
     return out
 
 
@@ -73,7 +67,6 @@ def _nbl(job: Job, int4: Path, out: Path) -> Path:
     from nbl_export.plan.choose import parse_layers
     from nbl_export.plan.maps_file import load_maps
     from nbl_export.records.plan import Plan
-    from nbl_export.rewrite import rewrite
     from nbl_export.run.stages.common import rows_of
     from nbl_export.run.stages.selection import Selection
     from nbl_export.run_directory import MAPS_FILE
@@ -85,5 +78,5 @@ def _nbl(job: Job, int4: Path, out: Path) -> Path:
         request, selection = parse_layers(job.options.draft_layers, plan.num_layers), Selection(job)
         layers = tuple(sorted(selection.order(request) if isinstance(request, int) else request))
         maps = selection.maps_of(layers)
-    rewrite(int4, out, Plan(plan.num_layers, layers, tap=plan.tap), maps, rows_VD=rows_of(job, maps))
+    job.engine.replace(int4, out, Plan(plan.num_layers, layers, tap=plan.tap), maps, rows_of(job, maps))
     return out

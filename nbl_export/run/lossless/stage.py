@@ -33,8 +33,8 @@ from nbl_export.run.lossless.figures import (
     spoken,
 )
 from nbl_export.run_directory import LOSSLESS_FILE, PACKAGES
-from nbl_export.targets.base import Draft
-from nbl_export.targets.onnx.export_genai import GGUF
+from nbl_export.targets.base import GGUF
+from nbl_export.targets.runners import Draft
 from nbl_export.text.prompts import prompts
 
 __all__ = ["run"]
@@ -47,20 +47,19 @@ Blocks = Mapping[str, Mapping[str, Any]]  # name of a draft -> its block of gena
 def run(job: Job, out: Path) -> dict[str, Any]:
     """Write lossless/ and lossless.json."""
     from nbl_export.measure.benchmark import machine
-    from nbl_export.rewrite.lossless import settle, write_target
 
     own = job.options.precision == "int4" or (job.options.precision == GGUF and codes_for_drafts(job) is not None)
     if job.options.draft == "int4" and own:
         job.ui.say("  an int4 draft of an int4 decoder proposes at the decoder's own cost; it cannot make it faster")
     target = out / "lossless"
-    write_target(job.run.path / "original", target)
+    job.engine.write_target(job.run.path / "original", target)
     blocks = add_drafts(job, target)
     rungs = _check_graph(job, target)
     trial, samples = _timed(job, target, blocks)
     found = _judged(job, [*trial, *samples], rungs)
     result = {**measured(job.options.draft or AUTO, job.options.precision, trial, samples), **found}
     chosen = next(p for p in _asked(job) if p.name == result["chosen"]["name"])
-    settle(target, chosen, blocks)
+    job.engine.settle(target, chosen, blocks)
     write_json(target / MANIFEST, {**_facts(job), "lossless": result["chosen"]})
     write_json(out / LOSSLESS_FILE, {**result, "machine": machine(), "versions": versions(PACKAGES)})
     job.ui.say(f"  {spoken(result)}")
@@ -84,8 +83,8 @@ def _check_graph(job: Job, target: Path) -> list[RungResult]:
 
     if job.engine.capabilities.graphs != "onnx":
         return []
-    every = job.engine.open_graph(job.run.path / "original", job.spec)
-    last = job.engine.open_graph(target, job.spec, GRAPH_FILE)
+    every = job.engine.open_graph(job.run.path / "original", job.spec.head_dim)
+    last = job.engine.open_graph(target, job.spec.head_dim, GRAPH_FILE)
     with _plain(job) as runner:
         ids = runner.encode(" ".join(p.text for p in prompts(2)), chat=False)[:_CHECKED_TOKENS]
     return [check_last_rows(every, last, ids, job.options.precision)]

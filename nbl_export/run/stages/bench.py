@@ -95,7 +95,7 @@ def measure_machine(threads: int) -> MachineRates:
     Raises:
         NblError: ONNX Runtime is not installed.
     """
-    from nbl_export.targets.onnx import rates
+    from nbl_export.measure import rates
 
     try:
         products = rates.gemm_flops_per_second(threads)

@@ -7,30 +7,26 @@ from typing import Any
 
 from nbl_export.run.job import Job
 from nbl_export.run.quantize.rescaled import exported_checkpoint
-from nbl_export.targets.onnx.export_genai import GGUF
+from nbl_export.targets.base import GGUF, ExportSettings
 
 __all__ = ["run"]
 
 
 def run(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export.graph.given import copy_graph
-    from nbl_export.rewrite import prune_directory
-    from nbl_export.targets.export import build_decoder
-    from nbl_export.targets.onnx.export_genai import BuilderSettings
 
     job.forget_model()  # the exporter loads its own copy
     options = job.options
     if job.graph is not None:
         copy_graph(job.graph, out / "original")
     else:
-        settings = BuilderSettings(options.provider, options.builder_option, _codes(job), _gguf(job))
+        settings = ExportSettings(
+            options.decoder_source, options.precision, job.slots, options.builder_option, _codes(job), _gguf(job)
+        )
         with exported_checkpoint(job) as checkpoint:
-            build_decoder(
-                options.decoder_source, checkpoint, out / "original", options.precision,
-                slots=job.slots, settings=settings,
-            )  # fmt: skip
+            job.engine.export(checkpoint, out / "original", settings)
     if options.kept_logits == "last":
-        prune_directory(out / "original")
+        job.engine.keep_last_token(out / "original")
     return {"logits": options.kept_logits}
 
 

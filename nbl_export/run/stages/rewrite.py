@@ -23,16 +23,14 @@ _DEPLOYED_FACTS = ("schema", "model", "decoder", "options", "calibration", "num_
 
 def run(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export.plan.maps_file import load_maps
-    from nbl_export.rewrite import rewrite
     from nbl_export.rewrite.token_table import table_bytes
     from nbl_export.run.stages.common import rows_of
 
     plan = job.plan
     maps = load_maps(job.run.path / MAPS_FILE, plan.replaced)
-    dense = job.engine.capabilities.dense_caches
     rows = rows_of(job, maps)
     given = exported_maps(job, maps)
-    rewrite(job.run.path / "original", out / "model", plan, given, dense=dense, rows_VD=rows)
+    job.engine.replace(job.run.path / "original", out / "model", plan, given, rows)
     facts = {k: job.run.manifest[k] for k in _DEPLOYED_FACTS}
     if job.engine.capabilities.dense_caches:
         facts["cache_layers"] = list(plan.kept)  # layers of the cache ids 0..K-1

@@ -24,7 +24,7 @@ from nbl_export.run_directory import (
     REFERENCES_FILE,
     VERIFY_FILE,
 )
-from nbl_export.targets.onnx.export_genai import GGUF
+from nbl_export.targets.base import GGUF
 from nbl_export.text.held_back import judging
 from nbl_export.text.window_intervals import spoken_price
 from nbl_export.verify.climb import Climb

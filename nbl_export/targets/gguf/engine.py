@@ -5,22 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from nbl_export.errors import NblError
-from nbl_export.targets.base import Availability, Capabilities, Room
+from nbl_export.targets.base import Availability, Capabilities, DecoderFacts, Target, default_threads
+from nbl_export.targets.gguf.facts import read_gguf_facts
 from nbl_export.targets.gguf.node import Server
 from nbl_export.targets.gguf.runner import LlamaCppRunner
-from nbl_export.targets.onnx.genai import default_threads
+from nbl_export.targets.runners import Room
 
 __all__ = ["LLAMA_CPP", "LlamaCppEngine"]
 
 
-class LlamaCppEngine:
+class LlamaCppEngine(Target):
     """llama.cpp's CPU back end in node-llama-cpp."""
 
     capabilities = Capabilities(
-        name="llama.cpp", title="llama.cpp", precisions=("keep",), sources=(), extra="", graphs="gguf",
+        name="llama.cpp", title="llama.cpp", precisions=("keep",), exporters={}, extra="", graphs="gguf",
         cache_bytes={"keep": 2},
     )  # fmt: skip
-    compiler = None
 
     def probe(self) -> Availability:
         """Whether the library loads."""
@@ -31,13 +31,16 @@ class LlamaCppEngine:
         server.close()
         return Availability(True, ", ".join(f"{name} {version}" for name, version in server.versions.items()))
 
-    def probe_run(self) -> Availability:
-        """See `probe`."""
-        return self.probe()
+    def owns(self, path: Path) -> bool:
+        """Whether the path is a GGUF file."""
+        return path.suffix == ".gguf" and path.is_file()
 
-    def default_threads(self) -> int:
-        """Number of physical cores this process may use, at least 1."""
-        return default_threads()
+    def facts(self, path: Path) -> DecoderFacts:
+        """Sizes from the file's keys."""
+        found = read_gguf_facts(path)
+        return DecoderFacts(
+            found.vocab_size, found.context_length, found.head_dim, found.cache_bytes_per_token, found.parameters
+        )
 
     def arithmetic(self, path: Path) -> str:
         """The types that llama.cpp computes in."""

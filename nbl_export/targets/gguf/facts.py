@@ -24,6 +24,7 @@ class GgufFacts:
     cache_bytes_per_token: int
     cache_layers: int
     parameters: int
+    head_dim: int
 
 
 def read_gguf_facts(path: Path) -> GgufFacts:
@@ -50,6 +51,7 @@ def facts_of(content: Content) -> GgufFacts:
         cache_bytes_per_token=2 * sum(pairs) * head * _CACHE_BYTES,
         cache_layers=sum(1 for n in pairs if n),
         parameters=sum(math.prod(t.shape) for t in content.tensors),
+        head_dim=head,
     )
 
 

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
-from nbl_export.graph.names import all_logits_file
-from nbl_export.records.decoder import DecoderSpec
+from nbl_export.errors import one_line
+from nbl_export.graph.decoder import OnnxDecoder
+from nbl_export.graph.names import GENAI_CONFIG, all_logits_file
+from nbl_export.graph.session import open_session
 from nbl_export.records.proposers import GENAI_PROPOSERS
-from nbl_export.targets.base import (
-    Availability,
-    Capabilities,
-    Draft,
-    Room,
-)
-from nbl_export.targets.onnx import genai
-from nbl_export.targets.onnx.decoder import OnnxDecoder
+from nbl_export.targets.base import Availability, Capabilities, DecoderFacts, ExportSettings, Target
+from nbl_export.targets.export import mobius
+from nbl_export.targets.export.bounds import check_bounds
+from nbl_export.targets.export.finish import finish_directory
+from nbl_export.targets.onnx import export_genai
+from nbl_export.targets.onnx.facts import provider_of, read_facts
 from nbl_export.targets.onnx.genai import GenaiRunner, load_package
 from nbl_export.targets.onnx.lossless import LosslessRunner
-from nbl_export.targets.onnx.opening import SILENT
-from nbl_export.targets.onnx.settings import short
+from nbl_export.targets.onnx.profile import ProfiledDecoder
+from nbl_export.targets.runners import Draft, Room
 
 __all__ = ["CAPABILITIES", "ORT", "OrtEngine", "is_installed", "probe"]
 
@@ -30,7 +30,7 @@ CAPABILITIES = Capabilities(
     name="ort",
     title="ONNX Runtime",
     precisions=("fp32", "fp16", "int8", "int4", "gguf"),
-    sources=("genai", "mobius"),
+    exporters={"genai": export_genai.PRECISIONS, "mobius": mobius.PRECISIONS},
     extra="cpu",
     cache_bytes={"fp16": 2},
     profiled=True,
@@ -38,43 +38,53 @@ CAPABILITIES = Capabilities(
 )
 
 
-class OrtEngine:
+class OrtEngine(Target):
     """ONNX Runtime's CPU provider."""
 
     capabilities = CAPABILITIES
-    compiler = None
 
     def probe(self) -> Availability:
         """See `probe`."""
         return probe()
 
-    def probe_run(self) -> Availability:
-        """See `probe`: what can be exported here can be run here."""
-        return probe()
+    def owns(self, path: Path) -> bool:
+        """Whether the directory is GenAI's, for this provider."""
+        return (path / GENAI_CONFIG).is_file() and provider_of(path) == self.capabilities.provider
 
-    def default_threads(self) -> int:
-        """Number of physical cores this process may use, at least 1."""
-        return genai.default_threads()
+    def facts(self, path: Path) -> DecoderFacts:
+        """Sizes from genai_config.json and the graph."""
+        return read_facts(path)
 
-    def arithmetic(self, directory: Path) -> str:
-        """Nothing: the graph's types say it."""
-        return ""
+    def export(self, checkpoint: Path, out: Path, settings: ExportSettings) -> None:
+        """With the GenAI builder, or with mobius."""
+        check_bounds(checkpoint)
+        if settings.source == "mobius":
+            mobius.build(checkpoint, out, settings.precision)
+        else:
+            export_genai.build(checkpoint, out, settings, self.capabilities.provider)
+        finish_directory(checkpoint, out)
 
-    def open_runner(self, directory: Path, threads: int | None = None, room: Room | None = None) -> GenaiRunner:
+    def open_runner(self, path: Path, threads: int | None = None, room: Room | None = None) -> GenaiRunner:
         """A text runner on a deployable directory; `room` has no effect."""
-        return GenaiRunner(directory, threads)
+        return GenaiRunner(path, threads)
 
-    def open_checked(self, directory: Path, threads: int | None = None) -> GenaiRunner:
-        """The same runner, for verification."""
-        return GenaiRunner(directory, threads)
+    def check_options(self, words: Sequence[str]) -> None:
+        """Those of the GenAI builder."""
+        export_genai.check_options(words)
+
+    def open_profiled(self, directory: Path, threads: int, tokens: int, traces: Path) -> ProfiledDecoder:
+        """On plain ONNX Runtime with its profiler."""
+        return ProfiledDecoder(directory, threads, tokens, traces)
 
     def open_lossless(self, directory: Path, threads: int | None = None, draft: Draft | None = None) -> LosslessRunner:
         """A runner with proposed tokens."""
         return LosslessRunner(directory, threads, draft.settings if draft and draft.settings else None)
 
-    def open_graph(self, directory: Path, spec: DecoderSpec, file: str | None = None) -> OnnxDecoder:
-        """The directory's graph on plain ONNX Runtime: the graph with all logits, unless `file` names another."""
-        return OnnxDecoder(directory, spec.head_dim, file=file or all_logits_file(directory))
+    def open_graph(
+        self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None
+    ) -> OnnxDecoder:
+        """The directory's graph on plain ONNX Runtime's CPU provider."""
+        return OnnxDecoder(directory, head_dim, threads, file=file or all_logits_file(directory))
 
 
 ORT = OrtEngine()
@@ -87,14 +97,14 @@ def probe() -> Availability:
         if clash:
             return Availability(False, f"{clash}; they overwrite each other's files: uninstall both, then install one")
         genai, onnxruntime = load_package("onnxruntime_genai"), load_package("onnxruntime")
-        answer = _known_answer(onnxruntime)
+        answer = _known_answer()
         if answer != [17.0, 30.0]:
             return Availability(False, f"onnxruntime {onnxruntime.__version__} computes {answer}, not [17, 30]")
         return Availability(
             True, f"onnxruntime {onnxruntime.__version__}, onnxruntime-genai {genai.__version__}, CPU provider"
         )
     except Exception as error:  # a broken installation may raise anything
-        return Availability(False, short(error))
+        return Availability(False, one_line(error))
 
 
 def _clashing_packages() -> str:
@@ -114,7 +124,7 @@ def is_installed(distribution: str) -> bool:
     return True
 
 
-def _known_answer(onnxruntime: ModuleType) -> list[float]:
+def _known_answer() -> list[float]:
     """Run [1, 2] @ [[1, 2], [3, 4]] + [10, 20] on the CPU provider; the correct answer is [17, 30]."""
     from onnx import TensorProto, helper
 
@@ -127,8 +137,6 @@ def _known_answer(onnxruntime: ModuleType) -> list[float]:
     graph = helper.make_graph(nodes, "known_answer", [x], [y], weights)
     # opset 17 and IR 8: old enough for every ONNX Runtime the extra admits
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = SILENT
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(model.SerializeToString())
     (answer,) = session.run(None, {"x": np.array([[1.0, 2.0]], dtype=np.float32)})
     return [float(value) for value in answer[0]]

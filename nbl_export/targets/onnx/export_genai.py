@@ -10,18 +10,17 @@ import dataclasses
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from nbl_export.errors import MissingPackageError, NblError, UsageError
 from nbl_export.graph.names import GRAPH_FILE
+from nbl_export.targets.base import GGUF, ExportSettings
 from nbl_export.targets.export.captured import captured
 from nbl_export.targets.onnx.genai_patches import repaired
 from nbl_export.targets.providers import PROVIDERS
 
-__all__ = ["GGUF", "OPTIONS", "PRECISIONS", "BuilderSettings", "build", "check_options"]
+__all__ = ["OPTIONS", "PRECISIONS", "build", "check_options"]
 
-GGUF = "gguf"  # codes of a GGUF file, see `rewrite.coded.take_codes`
 PRECISIONS = ("fp32", "int8", "int4", GGUF)  # on the CPU; a GPU provider has its own
 # Quantisation options, by the builder's own names (`--extra_options` of onnxruntime_genai.models.builder). The values
 # are limited to graphs that can be rewritten and verified. is_symmetric=false is left out: the builder (0.18) then
@@ -54,35 +53,17 @@ def check_options(options: Sequence[str]) -> None:
             raise UsageError(f"--builder-option {key} is given twice")
 
 
-@dataclass(frozen=True)
-class BuilderSettings:
-    """Settings that only the GenAI builder takes.
-
-    Attributes:
-        provider: ONNX Runtime's execution provider.
-        options: KEY=VALUE words, see `OPTIONS`.
-        codes: a quantised checkpoint of the same model, whose codes the graph gets; None quantises the weights.
-        gguf: the GGUF file of the model, for the precision `GGUF`.
-    """
-
-    provider: str = "cpu"
-    options: tuple[str, ...] = ()
-    codes: Path | None = None
-    gguf: Path | None = None
-
-    @property
-    def accuracy(self) -> int:
-        """The option accuracy_level; 4 without it."""
-        return int(dict(word.split("=") for word in self.options).get("accuracy_level", 4))
+def _accuracy(options: Sequence[str]) -> int:
+    """The option accuracy_level; 4 without it."""
+    return int(dict(word.split("=") for word in options).get("accuracy_level", 4))
 
 
-def build(checkpoint: Path, out: Path, precision: str, settings: BuilderSettings | None = None) -> None:
+def build(checkpoint: Path, out: Path, settings: ExportSettings, provider: str = "cpu") -> None:
     """Write model.onnx, its data, genai_config.json and the tokenizer to `out`."""
-    settings = settings or BuilderSettings()
+    precision = settings.precision
     if precision == GGUF:
         _build_with_codes(checkpoint, out, settings)
         return
-    provider = settings.provider
     gpu = None if provider == "cpu" else PROVIDERS[provider]
     if precision not in (gpu.precisions if gpu else PRECISIONS):
         raise NblError(
@@ -102,7 +83,7 @@ def build(checkpoint: Path, out: Path, precision: str, settings: BuilderSettings
             _BUILDER_NAMES.get(provider, provider),
             cache,
         )
-        chosen = [*_NO_CODE, *(gpu.options_for(precision) if gpu else ()), *settings.options]
+        chosen = [*_NO_CODE, *(gpu.options_for(precision) if gpu else ()), *settings.builder_options]
         create_model(*where, **parse_extra_options(*where, chosen))
     _forget_commit(out / GRAPH_FILE)
     from nbl_export.targets.export.restore_attention import restore_attention
@@ -110,18 +91,18 @@ def build(checkpoint: Path, out: Path, precision: str, settings: BuilderSettings
     restore_attention(checkpoint, out)
 
 
-def _build_with_codes(checkpoint: Path, out: Path, settings: BuilderSettings) -> None:
+def _build_with_codes(checkpoint: Path, out: Path, settings: ExportSettings) -> None:
     """Build the float32 graph, and put the codes of the GGUF file into it."""
     from nbl_export.rewrite.coded.take_codes import take_codes  # needs onnx_ir, which a build machine lacks
 
     if settings.gguf is None:
         raise NblError(f"the precision {GGUF} needs a model that is a GGUF file")
-    plain = tuple(word for word in settings.options if not word.startswith("accuracy_level="))
+    plain = tuple(word for word in settings.builder_options if not word.startswith("accuracy_level="))
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         wide = Path(scratch)
-        build(checkpoint, wide, "fp32", dataclasses.replace(settings, options=plain))
-        take_codes(wide / GRAPH_FILE, settings.gguf, out, settings.accuracy)
+        build(checkpoint, wide, dataclasses.replace(settings, precision="fp32", builder_options=plain))
+        take_codes(wide / GRAPH_FILE, settings.gguf, out, _accuracy(settings.builder_options))
         for file in sorted(wide.iterdir()):
             if not (out / file.name).exists():
                 shutil.move(file, out / file.name)

@@ -34,32 +34,25 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-import psutil
 
-from nbl_export.errors import MissingPackageError, NblError
-from nbl_export.targets.base import Room
+from nbl_export.errors import MissingPackageError, NblError, one_line
+from nbl_export.targets.base import default_threads
 from nbl_export.targets.chat_template import applied
 from nbl_export.targets.continuation import continued
 from nbl_export.targets.onnx.opening import open_model
-from nbl_export.targets.onnx.settings import GenaiSettings, short
+from nbl_export.targets.onnx.settings import GenaiSettings
+from nbl_export.targets.runners import Room
 from nbl_export.trust.model_settings import check_tokenizer_settings
 
-__all__ = ["GenaiRunner", "default_threads", "load_package"]
+__all__ = ["GenaiRunner", "load_package"]
 
 _CPU_DEVICE = "CPU"  # og.Model.device_type
-
-
-def default_threads() -> int:
-    """Number of physical cores this process may use, at least 1."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
 class GenaiRunner:
@@ -133,9 +126,9 @@ class GenaiRunner:
             )
             self._generator = self._og.Generator(self._model, params)
         except Exception as error:
-            raise NblError(f"cannot start a sequence of {max_tokens} tokens on {self.directory}: {short(error)}") from (
-                error
-            )
+            raise NblError(
+                f"cannot start a sequence of {max_tokens} tokens on {self.directory}: {one_line(error)}"
+            ) from (error)
 
     def append(self, ids: Sequence[int]) -> None:
         """Run the decoder over ids as one chunk; returns when the device has finished.
@@ -160,7 +153,7 @@ class GenaiRunner:
             if self._waits:
                 self._wait()
         except Exception as error:
-            raise NblError(f"{self.directory} failed on a chunk of {count} tokens: {short(error)}") from error
+            raise NblError(f"{self.directory} failed on a chunk of {count} tokens: {one_line(error)}") from error
         self._length += count
 
     def _append_rows(self, ids_BT: np.ndarray) -> None:
@@ -212,7 +205,9 @@ class GenaiRunner:
         try:
             return self._og.Tokenizer(self._model)
         except Exception as error:
-            raise NblError(f"the tokenizer of {self.directory} does not load: {short(error)}; export again") from error
+            raise NblError(
+                f"the tokenizer of {self.directory} does not load: {one_line(error)}; export again"
+            ) from error
 
     def encode(self, prompt: str, *, chat: bool) -> list[int]:
         """Token ids of a prompt; with `chat` and a template in the directory, the prompt is the user's turn in it.

@@ -30,31 +30,22 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.graph.names import GENAI_CONFIG
-from nbl_export.records.decoder import DecoderSpec
-from nbl_export.targets.base import (
-    Availability,
-    Capabilities,
-    Draft,
-    ProposingRunner,
-    Room,
-)
+from nbl_export.targets.base import Availability, Capabilities
 from nbl_export.targets.gpu import Gpu, find_gpu, outdated
 from nbl_export.targets.onnx import engine as ort
 from nbl_export.targets.onnx.cuda import OLDER_DRIVER, check_cuda, load_cuda
-from nbl_export.targets.onnx.decoder import OnnxDecoder
 from nbl_export.targets.onnx.genai import GenaiRunner
 from nbl_export.targets.onnx.opening import CPU
 from nbl_export.targets.providers import PROVIDERS, Provider
+from nbl_export.targets.runners import Room
 
-__all__ = ["GpuEngine", "provider_of"]
+__all__ = ["GpuEngine"]
 
 
 _REFUSED = {
@@ -66,14 +57,12 @@ _REFUSED = {
 _ROOM = Room(4096)
 
 
-class GpuEngine:
+class GpuEngine(ort.OrtEngine):
     """The engine "ort" with a GPU provider: exports and verifies anywhere, runs on machines with GPU and packages.
 
     Raises:
         UsageError: there is no such provider.
     """
-
-    compiler = None
 
     def __init__(self, flag: str) -> None:
         if flag not in PROVIDERS:
@@ -84,7 +73,7 @@ class GpuEngine:
             ort.CAPABILITIES,
             title=f"ONNX Runtime, {self.provider.title} provider",
             precisions=self.provider.precisions,
-            sources=("genai",),
+            exporters={"genai": self.provider.precisions},
             extra=self.provider.extra,
             cache_bytes=dict.fromkeys(self.provider.precisions, 2),
             cross=True,
@@ -93,10 +82,6 @@ class GpuEngine:
             provider=flag,
             proposers=(),
         )
-
-    def probe(self) -> Availability:
-        """Whether exporting and verifying work here: both use the CPU provider, part of every ONNX Runtime."""
-        return ort.probe()
 
     def probe_run(self) -> Availability:
         """Whether directories for this provider run here: its libraries load, and a stream is made. Never raises."""
@@ -143,11 +128,7 @@ class GpuEngine:
         """One thread, because the host only feeds the GPU."""
         return 1
 
-    def arithmetic(self, directory: Path) -> str:
-        """Nothing: the graph's types say it."""
-        return ""
-
-    def open_runner(self, directory: Path, threads: int | None = None, room: Room | None = None) -> GenaiRunner:
+    def open_runner(self, path: Path, threads: int | None = None, room: Room | None = None) -> GenaiRunner:
         """A text runner on the directory's provider.
 
         Args:
@@ -156,33 +137,14 @@ class GpuEngine:
         """
         load_cuda()
         if not self.provider.registered:
-            return GenaiRunner(directory, threads or 1, provider=(self.provider.genai, {}))
+            return GenaiRunner(path, threads or 1, provider=(self.provider.genai, {}))
         _register(self.provider)
         choice = (self.provider.genai, {"nv_runtime_cache_path": str(_kernel_cache())})
-        return GenaiRunner(directory, threads or 1, choice, room or _ROOM)
+        return GenaiRunner(path, threads or 1, choice, room or _ROOM)
 
     def open_checked(self, directory: Path, threads: int | None = None) -> GenaiRunner:
         """The same directory on the CPU provider, for verification."""
         return GenaiRunner(directory, threads, provider=CPU)
-
-    def open_lossless(self, directory: Path, threads: int | None = None, draft: Draft | None = None) -> ProposingRunner:
-        """Refused: the engine has no proposers."""
-        raise NblError(f"engine {self.capabilities.name} verifies no proposed tokens; {directory} cannot run so")
-
-    def open_graph(self, directory: Path, spec: DecoderSpec, file: str | None = None) -> OnnxDecoder:
-        """The directory's graph on the CPU provider of plain ONNX Runtime, for verification."""
-        return ort.ORT.open_graph(directory, spec, file)
-
-
-def provider_of(directory: Path) -> str:
-    """The flag of the provider that a GenAI directory asks for; "cpu" if it asks for no provider in `PROVIDERS`."""
-    try:
-        settings = json.loads((directory / GENAI_CONFIG).read_text(encoding="utf-8"))
-        named = settings["model"]["decoder"]["session_options"]["provider_options"]
-        asked = {name for entry in named for name in entry}
-    except (OSError, ValueError, KeyError, TypeError):
-        return "cpu"  # opening the directory reports the error
-    return next((flag for flag, provider in PROVIDERS.items() if provider.genai in asked), "cpu")
 
 
 _registered: set[str] = set()

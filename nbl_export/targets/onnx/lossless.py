@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.errors import NblError
-from nbl_export.targets.base import Generation
+from nbl_export.errors import NblError, one_line
 from nbl_export.targets.onnx.genai import GenaiRunner
 from nbl_export.targets.onnx.opening import open_model
-from nbl_export.targets.onnx.settings import short
+from nbl_export.targets.runners import Generation
 
 __all__ = ["LosslessRunner"]
 
@@ -96,12 +95,12 @@ class LosslessRunner(GenaiRunner):
             self._generator = self._og.Generator(self._model, params)
             self._generator.append_tokens(np.asarray(ids, dtype=np.int32))
         except Exception as error:
-            raise NblError(f"{self.directory} failed on a prompt of {len(ids)} tokens: {short(error)}") from error
+            raise NblError(f"{self.directory} failed on a prompt of {len(ids)} tokens: {one_line(error)}") from error
 
     def _steps(self) -> Iterator[int]:
         while not self._generator.is_done():
             try:
                 self._generator.generate_next_token()
             except Exception as error:
-                raise NblError(f"{self.directory} failed on a token: {short(error)}") from error
+                raise NblError(f"{self.directory} failed on a token: {one_line(error)}") from error
             yield int(self._generator.get_next_tokens()[0])

@@ -17,11 +17,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nbl_export.errors import NblError
+from nbl_export.errors import NblError, one_line
 from nbl_export.graph.genai_config import TAKING_TURNS, read_genai_config
-from nbl_export.targets.base import Room
 from nbl_export.targets.onnx.folder import check_genai_folder
-from nbl_export.targets.onnx.settings import short
+from nbl_export.targets.runners import Room
 
 __all__ = ["CPU", "SILENT", "Choice", "open_model"]
 
@@ -58,7 +57,7 @@ def open_model(
             _choose_provider(config, *provider)
         return og.Model(config)
     except Exception as error:
-        raise NblError(f"{directory} does not load in ONNX Runtime GenAI: {short(error)}") from error
+        raise NblError(f"{directory} does not load in ONNX Runtime GenAI: {one_line(error)}") from error
 
 
 def _settings(threads: int, room: Room | None, draft: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.errors import CorruptError, MissingPackageError, NblError
+from nbl_export.errors import CorruptError, NblError
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
-from nbl_export.graph.trust import check_graph_file
+from nbl_export.graph.session import import_onnxruntime, open_session
 
 __all__ = ["ProfiledDecoder"]
 
@@ -40,24 +40,9 @@ class ProfiledDecoder:
     """
 
     def __init__(self, directory: Path, threads: int, room: int, traces: Path) -> None:
-        try:
-            import onnxruntime as ort
-        except ImportError as error:
-            raise MissingPackageError("onnxruntime", "cpu", "running the graph") from error
-        self._ort, self._directory = ort, directory
+        self._ort, self._directory = import_onnxruntime(), directory
         self._head_dim, self._shared = _read_config(directory / GENAI_CONFIG)
-        check_graph_file(directory / GRAPH_FILE)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads
-        options.enable_profiling = True
-        options.profile_file_prefix = str(traces / directory.name)
-        try:
-            self._session = ort.InferenceSession(
-                str(directory / GRAPH_FILE), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ORT's own exception types, one for each kind of damage
-            raise CorruptError(f"ONNX Runtime cannot load {directory / GRAPH_FILE}: {error}") from error
+        self._session = open_session(directory / GRAPH_FILE, threads, traces=traces / directory.name)
         self._inputs = {a.name: a for a in self._session.get_inputs()}
         self._room, self._length = room, 0
         self._caches: dict[str, Any] = {}

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbl_export.errors import NblError
+from nbl_export.errors import NblError, one_line
 from nbl_export.graph.genai_config import read_genai_config
 from nbl_export.graph.names import GENAI_CONFIG
 
-__all__ = ["GenaiSettings", "short"]
+__all__ = ["GenaiSettings"]
 
 
 @dataclass(frozen=True)
 class GenaiSettings:
     """Settings of a decoder in genai_config.json: positions, vocabulary, the ids that end a text.
 
-    lossless: whether tokens are proposed to the decoder (`rewrite.lossless`).
+    lossless: whether tokens are proposed to the decoder (`rewrite.lossless`). head_dim: size of a head, if it is given.
     """
 
     context_length: int
@@ -24,6 +24,7 @@ class GenaiSettings:
     end_ids: tuple[int, ...]
     pad_id: int | None = None
     lossless: bool = False
+    head_dim: int | None = None
 
     @classmethod
     def read(cls, directory: Path) -> GenaiSettings:
@@ -45,12 +46,8 @@ class GenaiSettings:
             pad = model.get("pad_token_id")
             pad = None if pad is None else int(pad)
             lossless = "draft" in model or "speculative" in settings
-            return cls(int(model["context_length"]), int(model["vocab_size"]), ends, pad, lossless)
+            head = model.get("decoder", {}).get("head_size")
+            head = None if head is None else int(head)
+            return cls(int(model["context_length"]), int(model["vocab_size"]), ends, pad, lossless, head)
         except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise NblError(f"{path} cannot be read ({short(error)}); export the model again") from error
-
-
-def short(error: Exception) -> str:
-    """An exception as one line; a long message keeps its end, where ONNX Runtime puts the cause."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"...{text[-300:]}"
+            raise NblError(f"{path} cannot be read ({one_line(error)}); export the model again") from error

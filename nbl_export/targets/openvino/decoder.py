@@ -15,7 +15,7 @@ __all__ = ["IrDecoder"]
 
 
 class IrDecoder:
-    """Runs batches of rows of different lengths, with the interface of `ort.decoder.OnnxDecoder`.
+    """Runs batches of rows of different lengths, with the interface of `graph.decoder.OnnxDecoder`.
 
     Rows come padded on the right and run padded on the left, as transformers and OpenVINO GenAI pad a batch. So the
     last column of a pruned graph is each row's last token.

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from nbl_export.errors import NblError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
-from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.proposers import OPENVINO_PROPOSERS
-from nbl_export.targets.base import (
-    Availability,
-    Capabilities,
-    Draft,
-    Room,
-)
-from nbl_export.targets.onnx.genai import default_threads
+from nbl_export.records.plan import Plan
+from nbl_export.records.proposers import OPENVINO_PROPOSERS, Proposer
+from nbl_export.targets.base import Availability, Capabilities, DecoderFacts, ExportSettings, Target, default_threads
+from nbl_export.targets.export.bounds import check_bounds
 from nbl_export.targets.openvino.decoder import IrDecoder
+from nbl_export.targets.openvino.facts import read_ir_facts
 from nbl_export.targets.openvino.lossless import OpenVinoLosslessRunner
+from nbl_export.targets.openvino.rewrite import lossless
 from nbl_export.targets.openvino.runner import OpenVinoRunner
 from nbl_export.targets.openvino.session import Session, load_openvino
+from nbl_export.targets.runners import Draft, Room
 
 __all__ = ["CAPABILITIES", "OPENVINO", "OpenVinoEngine"]
 
+PRECISIONS = ("fp16", "fp32", "int8", "int4")
 CAPABILITIES = Capabilities(
     name="openvino",
     title="OpenVINO",
-    precisions=("fp16", "fp32", "int8", "int4"),
-    sources=("openvino",),
+    precisions=PRECISIONS,
+    exporters={"openvino": PRECISIONS},
     extra="openvino",
     cache_bytes={"fp16": 2, "int8": 1, "int4": 1},
     graphs="ir",
@@ -38,11 +39,10 @@ CAPABILITIES = Capabilities(
 _OLDEST = (2026, 0)  # of openvino: the API and the CPU plugin's caches are as `session` describes them
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(Target):
     """OpenVINO's CPU plugin."""
 
     capabilities = CAPABILITIES
-    compiler = None
 
     def probe(self) -> Availability:
         """Whether OpenVINO computes here, by a tiny product with a known result; says what it computes in."""
@@ -66,24 +66,66 @@ class OpenVinoEngine:
         except Exception as error:  # a broken installation may raise anything
             return Availability(False, " ".join(str(error).split())[:300])
 
-    def probe_run(self) -> Availability:
-        """See `probe`: what can be exported here can be run here."""
-        return self.probe()
+    def owns(self, path: Path) -> bool:
+        """Whether the directory holds an IR."""
+        return (path / IR_FILE).is_file()
 
-    def default_threads(self) -> int:
-        """Number of physical cores this process may use, at least 1."""
-        return default_threads()
+    def facts(self, path: Path) -> DecoderFacts:
+        """Sizes from the IR and config.json."""
+        found = read_ir_facts(path)
+        cache = found.cache_elements_per_token * self.capabilities.cache_itemsize(found.precision)
+        return DecoderFacts(found.vocab_size, found.context_length, found.head_dim, cache, found.parameters)
 
-    def arithmetic(self, directory: Path) -> str:
+    def export(self, checkpoint: Path, out: Path, settings: ExportSettings) -> None:
+        """With OpenVINO's own front end."""
+        from nbl_export.targets.openvino.export import build
+
+        check_bounds(checkpoint)
+        build(checkpoint, out, settings.precision)
+
+    def replace(
+        self, original: Path, out: Path, plan: Plan, maps: Mapping[int, Any], rows_VD: np.ndarray | None = None
+    ) -> None:
+        """Rewrite the IR."""
+        from nbl_export.targets.openvino.rewrite import rewrite_ir
+
+        rewrite_ir(original, out, plan, maps, rows_VD)
+
+    def keep_last_token(self, directory: Path) -> None:
+        """Prune the IR's tail."""
+        from nbl_export.targets.openvino.rewrite import keep_last_token_ir
+
+        keep_last_token_ir(directory)
+
+    def write_target(self, original: Path, out: Path) -> None:
+        """The IR with the logits of all positions."""
+        lossless.write_ir_target(original, out)
+
+    def add_draft(self, source: Path, out: Path, draft: str) -> dict[str, Any]:
+        """A draft is a folder of its own."""
+        lossless.add_ir_draft(source, out, draft)
+        return {}
+
+    def settle(self, out: Path, proposer: Proposer, drafts: Mapping[str, Mapping[str, Any]]) -> None:
+        """In generation_config.json."""
+        lossless.settle_ir(out, proposer, drafts)
+
+    def arithmetic(self, path: Path) -> str:
         """The types that the plugin chooses for a directory; loads the model."""
-        session = Session(directory)
+        session = Session(path)
         said = session.arithmetic.spoken()
         session.close()
         return said
 
-    def open_runner(self, directory: Path, threads: int | None = None, room: Room | None = None) -> OpenVinoRunner:
+    def open_graph(
+        self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None
+    ) -> IrDecoder:
+        """The graph with all logits, unless `file` names another, in the arithmetic that ships."""
+        return IrDecoder(directory, file or _most_logits(directory), threads=threads)
+
+    def open_runner(self, path: Path, threads: int | None = None, room: Room | None = None) -> OpenVinoRunner:
         """A text runner on an IR directory; `room` has no effect."""
-        return OpenVinoRunner(directory, threads or default_threads())
+        return OpenVinoRunner(path, threads or default_threads())
 
     def open_checked(self, directory: Path, threads: int | None = None) -> OpenVinoRunner:
         """The same runner in float32."""
@@ -94,10 +136,6 @@ class OpenVinoEngine:
     ) -> OpenVinoLosslessRunner:
         """A runner with proposed tokens, on OpenVINO GenAI."""
         return OpenVinoLosslessRunner(directory, threads or default_threads(), draft)
-
-    def open_graph(self, directory: Path, spec: DecoderSpec, file: str | None = None) -> IrDecoder:
-        """The graph with all logits, unless `file` names another, in the arithmetic that ships."""
-        return IrDecoder(directory, file or _most_logits(directory))
 
 
 OPENVINO = OpenVinoEngine()

@@ -22,14 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import NblError
 from nbl_export.graph.names import GRAPH_FILE, all_logits_file
-from nbl_export.records.decoder import DecoderSpec
-from nbl_export.targets.base import (
-    Availability,
-    BuildSettings,
-    Draft,
-    ProposingRunner,
-    Room,
-)
+from nbl_export.targets.base import Availability, BuildSettings, DecoderFacts, ExportSettings, Target
+from nbl_export.targets.export.bounds import check_bounds
 from nbl_export.targets.gpu import (
     CUDA,
     Gpu,
@@ -37,19 +31,21 @@ from nbl_export.targets.gpu import (
     outdated,
     release_for,
 )
+from nbl_export.targets.runners import Room
+from nbl_export.targets.tensorrt.kernels import trust_folder
 from nbl_export.targets.tensorrt.library import LIBRARIES, Library, load_library
+from nbl_export.targets.tensorrt.record import RECORD_FILE, EngineRecord, read_record
 from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner
 
 if TYPE_CHECKING:
     from nbl_export.targets.tensorrt.build import Progress
-    from nbl_export.targets.tensorrt.record import EngineRecord
 
 __all__ = ["TRT", "TRT_RTX", "TensorRtEngine"]
 
 _CHECKED_CHUNK = 24  # tokens; small, so that verification crosses chunk borders
 
 
-class TensorRtEngine:
+class TensorRtEngine(Target):
     """Compiles and runs with one of the two libraries."""
 
     def __init__(self, library: Library) -> None:
@@ -112,21 +108,58 @@ class TensorRtEngine:
     def _advice(self) -> str:
         return "" if self.library.builds_without_gpu else f"; --engine {self.library.other} builds without a GPU"
 
-    def arithmetic(self, directory: Path) -> str:
-        """Nothing: the graph's types say it."""
-        return ""
+    def owns(self, path: Path) -> bool:
+        """Whether the directory holds an engine that this library compiled."""
+        return (path / RECORD_FILE).is_file() and read_record(path).engine == self.capabilities.name
 
-    def open_runner(self, directory: Path, threads: int | None = None, room: Room | None = None) -> StaticRunner:
+    def facts(self, path: Path) -> DecoderFacts:
+        """Sizes from engine.json."""
+        record = read_record(path)
+        vocab = next(o.shape[-1] for o in record.outputs if o.name == "logits")
+        head = next(i.shape[-1] for i in record.inputs if i.name.startswith("past_key_values."))
+        return DecoderFacts(int(vocab), record.max_seq_len, int(head), record.cache_bytes_per_token, None)
+
+    def export(self, checkpoint: Path, out: Path, settings: ExportSettings) -> None:
+        """With mobius, brought to the static form."""
+        from nbl_export.targets.tensorrt.export import build
+
+        check_bounds(checkpoint)
+        build(checkpoint, out, settings.precision, max_seq_len=settings.cache_length)
+
+    def trust(self, directory: Path) -> bool:
+        """The engine, and the kernels that were compiled for it."""
+        if not (directory / RECORD_FILE).is_file():
+            return False
+        trust_folder(directory)
+        return True
+
+    def write_twin(self, checkpoint: Path, out: Path, cache_length: int) -> None:
+        """The static form in float32."""
+        from nbl_export.targets.tensorrt import export
+
+        export.save_graph(export.build_form(checkpoint, cache_length), out, GRAPH_FILE)
+
+    def write_int4_twin(self, twin: Path, out: Path) -> None:
+        """As `export.save_int4_twin`."""
+        from nbl_export.targets.tensorrt import export
+
+        export.save_int4_twin(twin, out)
+
+    def twin_difference(self, twin: Path, shipped: Path, precision: str) -> str:
+        """As `export.difference`."""
+        from nbl_export.targets.tensorrt import export
+
+        return export.difference(twin, shipped, precision)
+
+    def open_runner(self, path: Path, threads: int | None = None, room: Room | None = None) -> StaticRunner:
         """A text runner on a directory with a plan and engine.json; `threads` and `room` have no effect."""
         from nbl_export.targets.tensorrt.runner import open_session
 
-        return StaticRunner(open_session(self.library, directory), directory)
+        return StaticRunner(open_session(self.library, path), path)
 
-    def open_lossless(self, directory: Path, threads: int | None = None, draft: Draft | None = None) -> ProposingRunner:
-        """Refused: the engine has no proposers."""
-        raise NblError(f"engine {self.capabilities.name} verifies no proposed tokens; {directory} cannot run so")
-
-    def open_graph(self, directory: Path, spec: DecoderSpec, file: str | None = None) -> StaticDecoder:
+    def open_graph(
+        self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None
+    ) -> StaticDecoder:
         """The float32 twin on ONNX Runtime's CPU provider: the graph with all logits, unless `file` names another."""
         from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 

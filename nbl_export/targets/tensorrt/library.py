@@ -86,6 +86,7 @@ class Library:
 
 
 _PRECISIONS = ("fp16", "bf16", "int4")
+_EXPORTERS = {"static": ("fp32", *_PRECISIONS)}
 
 
 _COMPILED: dict[str, Any] = {
@@ -95,7 +96,7 @@ _COMPILED: dict[str, Any] = {
 
 LIBRARIES = {
     "trt": Library(
-        capabilities=Capabilities("trt", "TensorRT", _PRECISIONS, ("static",), "trt", **_COMPILED),
+        capabilities=Capabilities("trt", "TensorRT", _PRECISIONS, _EXPORTERS, "trt", **_COMPILED),
         module="tensorrt",
         package="tensorrt",
         origin=" (its libraries come from NVIDIA's own package index)",
@@ -108,7 +109,7 @@ LIBRARIES = {
         other="trt-rtx",
     ),
     "trt-rtx": Library(
-        capabilities=Capabilities("trt-rtx", "TensorRT for RTX", _PRECISIONS, ("static",), "trt-rtx", **_COMPILED),
+        capabilities=Capabilities("trt-rtx", "TensorRT for RTX", _PRECISIONS, _EXPORTERS, "trt-rtx", **_COMPILED),
         module="tensorrt_rtx",
         package="tensorrt-rtx",
         origin="",

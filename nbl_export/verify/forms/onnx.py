@@ -33,7 +33,7 @@ class OnnxForm:
         cache = next(a for a in decoder.contract.inputs if a.name.startswith("past_key_values."))
         ids, size = _cache_ids(setting, subject), ITEMSIZE[cache.dtype]
         pair = (directory / ALL_LOGITS_FILE).is_file()
-        shipped = setting.engine.open_graph(directory, setting.spec, GRAPH_FILE) if pair else decoder
+        shipped = setting.engine.open_graph(directory, setting.spec.head_dim, GRAPH_FILE) if pair else decoder
         results = onnx_files.check_file(subject, directory, setting.spec, ids, shipped.contract, size, setting.logits)
         ours = ({}, None) if subject == "original" else (material.maps, material.rows_VD)
         results += onnx_files.check_maps(subject, directory, *ours)

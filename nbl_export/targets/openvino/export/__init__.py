@@ -14,9 +14,7 @@ from nbl_export.errors import MissingPackageError
 from nbl_export.targets.export.captured import captured
 from nbl_export.targets.export.finish import add_text_files
 
-__all__ = ["PRECISIONS", "build"]
-
-PRECISIONS = ("fp16", "fp32", "int8", "int4")
+__all__ = ["build"]
 
 
 def build(checkpoint: Path, out: Path, precision: str) -> None:

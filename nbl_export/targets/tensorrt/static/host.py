@@ -56,7 +56,7 @@ class Session(Protocol):
 
 
 class StaticDecoder:
-    """Runs batches of rows of different lengths, with the interface of `ort.decoder.OnnxDecoder`."""
+    """Runs batches of rows of different lengths, with the interface of `graph.decoder.OnnxDecoder`."""
 
     def __init__(self, session: Session) -> None:
         self.session = session

@@ -14,24 +14,19 @@ Measured with onnxruntime 1.32:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nbl_export.errors import CorruptError, MissingPackageError, NblError
-from nbl_export.graph.trust import check_graph_file
-from nbl_export.records.decoder import GraphContract, TensorInfo
+from nbl_export.errors import NblError, one_line
+from nbl_export.graph.session import PAST, contract_of_session, import_onnxruntime, open_session
 from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner
 
-__all__ = ["OrtSession", "open_decoder", "open_runner", "session_contract"]
+__all__ = ["OrtSession", "open_decoder", "open_runner"]
 
-_PAST = re.compile(r"^past_key_values\.(\d+)\.(key|value)$")
-_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16",
-           "tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(bool)": "bool"}  # fmt: skip
-_FLOAT32_ACTIVATIONS = "1"
+_FLOAT32_ACTIVATIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
 
 
 class OrtSession:
@@ -48,9 +43,10 @@ class OrtSession:
     """
 
     def __init__(self, path: Path, chunk: int | None = None, threads: int | None = None) -> None:
-        self._ort, self._session = _load(path, threads)
-        self.contract = session_contract(self._session)
-        caches = [info for info in self.contract.inputs if _PAST.match(info.name)]
+        self._ort = import_onnxruntime()
+        self._session = open_session(path, threads, entries=_FLOAT32_ACTIVATIONS)
+        self.contract = contract_of_session(self._session)
+        caches = [info for info in self.contract.inputs if PAST.match(info.name)]
         names = {info.name for info in self.contract.inputs}
         if not caches or "write_indices" not in names or not isinstance(caches[0].shape[2], int):
             raise NblError(f"{path} is not of the static form: its caches have no fixed length")
@@ -82,7 +78,7 @@ class OrtSession:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            raise NblError(f"{self._path} failed on a step of {ids_BT.shape[1]} tokens: {_short(error)}") from error
+            raise NblError(f"{self._path} failed on a step of {ids_BT.shape[1]} tokens: {one_line(error)}") from error
         logits: np.ndarray = binding.get_outputs()[-1].numpy()
         return logits.astype(np.float32)
 
@@ -98,44 +94,6 @@ class OrtSession:
     def close(self) -> None:
         """Free caches and session."""
         self._caches, self._session = {}, None
-
-
-def _load(path: Path, threads: int | None) -> tuple[Any, Any]:
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise MissingPackageError("onnxruntime", "cpu", "running the graph") from error
-    check_graph_file(path)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # only the exception raised here reports an error
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", _FLOAT32_ACTIVATIONS)
-    if threads:
-        options.intra_op_num_threads = threads
-    try:
-        return ort, ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ORT's own exception types, one for each kind of damage
-        if "NOT_IMPLEMENTED" in str(error):
-            raise NblError(
-                f"ONNX Runtime's CPU provider has no kernel for {path} (bf16?); its float32 copy runs: {_short(error)}"
-            ) from error
-        raise CorruptError(f"ONNX Runtime cannot load {path}: {_short(error)}") from error
-
-
-def _short(error: Exception) -> str:
-    """The error as one line; a long message keeps its end, where ONNX Runtime puts the cause."""
-    return " ".join(str(error).split())[-300:]
-
-
-def session_contract(session: Any) -> GraphContract:
-    """Inputs, outputs and cache ids of a loaded session."""
-
-    def info(arg: Any) -> TensorInfo:
-        dims = tuple(d if isinstance(d, int) else str(d) for d in arg.shape)
-        return TensorInfo(arg.name, _DTYPES.get(arg.type, arg.type), dims)
-
-    inputs = tuple(info(a) for a in session.get_inputs())
-    layers = sorted({int(m[1]) for a in inputs if (m := _PAST.match(a.name))})
-    return GraphContract(inputs, tuple(info(a) for a in session.get_outputs()), tuple(layers))
 
 
 def open_decoder(path: Path, chunk: int | None = None, threads: int | None = None) -> StaticDecoder:

@@ -9,27 +9,18 @@ matrices need it: without it they take other kernels.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nbl_export.errors import CorruptError, MissingPackageError
 from nbl_export.graph.names import GRAPH_FILE
-from nbl_export.graph.trust import check_graph_file
-from nbl_export.records.decoder import GraphContract, TensorInfo
+from nbl_export.graph.session import PAST, contract_of_session, open_session
 
 __all__ = ["OnnxDecoder"]
 
 _UNPACKED = "session.disable_prepacking"
-_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
-_PAST = re.compile(r"^past_key_values\.(\d+)\.(key|value)$")
-
-
-_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64",
-           "tensor(int32)": "int32", "tensor(bfloat16)": "bfloat16"}  # fmt: skip
 
 
 class OnnxDecoder:
@@ -51,41 +42,17 @@ class OnnxDecoder:
         self, directory: Path, head_dim: int, threads: int | None = None, *, file: str = GRAPH_FILE,
         caches: Mapping[str, str] | None = None, proto: bytes | None = None,
     ) -> None:  # fmt: skip
-        try:
-            import onnxruntime as ort
-        except ImportError as error:
-            raise MissingPackageError("onnxruntime", "cpu", "running the graph") from error
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if threads:
-            options.intra_op_num_threads = threads
-        if proto is None:
-            check_graph_file(directory / file)
-        if _is_float32((directory / file).read_bytes() if proto is None else proto):
-            options.add_session_config_entry(_UNPACKED, "1")
-        try:
-            if proto is not None:
-                options.add_session_config_entry(_DATA_FOLDER, str(directory))
-            graph = str(directory / file) if proto is None else proto
-            self.session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ORT's own exception types, one for each kind of damage
-            raise CorruptError(f"ONNX Runtime cannot load {directory / file}: {error}") from error
+        model = (directory / file).read_bytes() if proto is None else proto
+        self.session = open_session(
+            directory / file if proto is None else proto, threads, folder=directory if proto is not None else None,
+            entries={_UNPACKED: "1"} if _is_float32(model) else None,
+        )  # fmt: skip
         self.head_dim = head_dim
-        self.contract = self._contract()
-        names = [a.name for a in self.contract.inputs if _PAST.match(a.name)]
+        self.contract = contract_of_session(self.session)
+        names = [a.name for a in self.contract.inputs if PAST.match(a.name)]
         self._caches = {n: n.replace("past_key_values", "present") for n in names} if caches is None else dict(caches)
         self._past: dict[str, np.ndarray] = {}
         self._mask_BT = np.zeros((0, 0), np.int64)
-
-    def _contract(self) -> GraphContract:
-        def info(arg: Any) -> TensorInfo:
-            return TensorInfo(
-                arg.name, _DTYPES.get(arg.type, arg.type), tuple(d if isinstance(d, int) else str(d) for d in arg.shape)
-            )
-
-        inputs = tuple(info(a) for a in self.session.get_inputs())
-        layers = sorted({int(m[1]) for a in inputs if (m := _PAST.match(a.name))})
-        return GraphContract(inputs, tuple(info(a) for a in self.session.get_outputs()), tuple(layers))
 
     def begin(self, batch: int) -> None:
         """Start a batch with empty caches."""

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from nbl_export.graph.session import open_session
+
 __all__ = ["gemm_flops_per_second", "read_bytes_per_second"]
 
 _ROWS, _WIDTH, _BLOCK = 512, 2048, 32
@@ -71,7 +73,6 @@ def _run(
     op: str, x: np.ndarray, constants: list[np.ndarray], threads: int, domain: str = "", **attributes: Any
 ) -> Callable[[], Any]:
     """A function that runs one node on x."""
-    import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
     names = [f"c{i}" for i in range(len(constants))]
@@ -83,8 +84,5 @@ def _run(
     graph = helper.make_graph([node], op, [taken], [given], weights)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(model.SerializeToString(), threads)
     return lambda: session.run(None, {"x": x})

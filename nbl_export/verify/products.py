@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import onnx
 
-from nbl_export.errors import CorruptError, MissingPackageError
+from nbl_export.errors import CorruptError
+from nbl_export.graph.session import open_session
 
 __all__ = ["ROWS", "products", "signs"]
 
 ROWS = 8  # of signs: two columns agree, or are opposite, in all rows once in 128 times
 _TOKENS = 2048  # most rows of a table that are looked up
-_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _KINDS = ("MatMulNBits", "GatherBlockQuantized")
 
 
@@ -45,7 +45,7 @@ def products(graph: Path, threads: int | None = None) -> Iterator[tuple[str, np.
     if not nodes:
         return
     probe, feeds, places = _probe(proto, nodes)
-    session = _session(probe, graph.parent, threads)
+    session = open_session(probe.SerializeToString(), threads, folder=graph.parent)
     try:  # one run: ONNX Runtime computes all nodes, whichever outputs are requested
         found = session.run(None, feeds)
     except Exception as error:  # ORT's own exception types
@@ -101,19 +101,3 @@ def _given(place: str) -> np.ndarray:
     if kind == "signs":
         return signs(int(size))
     return np.unique(np.linspace(0, int(size) - 1, min(int(size), _TOKENS)).astype(np.int64))[None]
-
-
-def _session(probe: Any, folder: Path, threads: int | None) -> Any:
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise MissingPackageError("onnxruntime", "cpu", "running the graph") from error
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # only the exception raised here reports an error
-    options.add_session_config_entry(_DATA_FOLDER, str(folder))
-    if threads:
-        options.intra_op_num_threads = threads
-    try:
-        return ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise CorruptError(f"ONNX Runtime cannot load the products of {folder}: {error}") from error

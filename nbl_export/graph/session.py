@@ -1,0 +1,88 @@
+"""Opens a graph in ONNX Runtime on the CPU: the one place for its options, its element types and its errors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nbl_export.errors import CorruptError, MissingPackageError, NblError, one_line
+from nbl_export.graph.trust import check_graph_file
+from nbl_export.records.decoder import GraphContract, TensorInfo
+
+__all__ = ["PAST", "contract_of_session", "import_onnxruntime", "open_session"]
+
+PAST = re.compile(r"^past_key_values\.(\d+)\.(key|value)$")
+
+_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16",
+           "tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(bool)": "bool"}  # fmt: skip
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+_SILENT = 4  # severity "fatal": only the exception raised here reports an error
+
+
+def import_onnxruntime() -> Any:
+    """The package onnxruntime.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingPackageError("onnxruntime", "cpu", "running the graph") from error
+    return onnxruntime
+
+
+def open_session(
+    graph: Path | bytes, threads: int | None = None, *, folder: Path | None = None,
+    entries: Mapping[str, str] | None = None, traces: Path | None = None,
+) -> Any:  # fmt: skip
+    """An InferenceSession on the CPU provider.
+
+    Args:
+        graph: a file, which is checked first (`graph.trust`), or a serialised model.
+        threads: intra-op threads; None is ONNX Runtime's choice.
+        folder: of a serialised model's external data.
+        entries: further entries of the session's configuration.
+        traces: prefix of the profiler's file; None does not profile.
+
+    Raises:
+        CorruptError: ONNX Runtime cannot load the graph.
+        NblError: the provider has no kernel for an element type of the graph.
+        MissingPackageError: onnxruntime is not installed.
+    """
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = _SILENT
+    if threads:
+        options.intra_op_num_threads = threads
+    for key, value in {**(entries or {}), **({} if folder is None else {_DATA_FOLDER: str(folder)})}.items():
+        options.add_session_config_entry(key, value)
+    if traces is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(traces)
+    if isinstance(graph, Path):
+        check_graph_file(graph)
+    try:
+        loaded = str(graph) if isinstance(graph, Path) else graph
+        return ort.InferenceSession(loaded, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ORT's own exception types, one for each kind of damage
+        name = graph if isinstance(graph, Path) else f"a graph of {folder or 'its own'}"
+        if "NOT_IMPLEMENTED" in str(error):
+            raise NblError(
+                f"ONNX Runtime's CPU provider has no kernel for {name} (bf16?); its float32 copy runs: "
+                f"{one_line(error)}"
+            ) from error
+        raise CorruptError(f"ONNX Runtime cannot load {name}: {one_line(error)}") from error
+
+
+def contract_of_session(session: Any) -> GraphContract:
+    """Names, element types and dimensions of a session's inputs and outputs, and the layers with a cache."""
+    inputs = tuple(_info(value) for value in session.get_inputs())
+    layers = sorted({int(m[1]) for value in inputs if (m := PAST.match(value.name))})
+    return GraphContract(inputs, tuple(_info(value) for value in session.get_outputs()), tuple(layers))
+
+
+def _info(value: Any) -> TensorInfo:
+    shape = tuple(d if isinstance(d, int) else str(d) for d in value.shape)
+    return TensorInfo(value.name, _DTYPES.get(value.type, value.type), shape)

@@ -1,0 +1,168 @@
+"""What targets open: decoders that generate text, give logits, or have their operators timed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from nbl_export.records.decoder import GraphContract
+
+__all__ = ["Draft", "Generation", "GraphDecoder", "ProfiledRunner", "ProposingRunner", "RewindingDecoder", "Room",
+           "TextRunner"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Room:
+    """The largest sequence, in tokens, and the largest batch that a runner is asked for."""
+
+    tokens: int
+    batch: int = 1
+
+    def holds(self, other: Room) -> bool:
+        """Whether the other fits."""
+        return other.tokens <= self.tokens and other.batch <= self.batch
+
+    def within(self, tokens: int) -> Room:
+        """The same room with at most so many tokens."""
+        return Room(min(self.tokens, tokens), self.batch)
+
+    def joined(self, other: Room) -> Room:
+        """The smallest room that holds both."""
+        return Room(max(self.tokens, other.tokens), max(self.batch, other.batch))
+
+
+class TextRunner(Protocol):
+    """A loaded decoder that generates text, for bench and generate; a context manager."""
+
+    def __enter__(self) -> TextRunner: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def begin(self, max_tokens: int, batch: int = 1) -> None:
+        """Forget the sequence; make room for max_tokens of the next sequence, or of each sequence of a batch.
+
+        Raises:
+            NblError: the runner takes one sequence only, and `batch` is more.
+        """
+
+    def append(self, ids: Sequence[int]) -> None:
+        """Run the decoder over ids as one chunk: prefill, or one decode step for a single id. A batch takes [B, T].
+
+        Returns when the device has finished, so that a clock can be read.
+        """
+
+    def rewind(self, length: int) -> None:
+        """Drop everything after the first `length` tokens."""
+
+    def pick(self) -> int:
+        """The most likely next token of the first sequence; valid only right after `append`."""
+
+    def encode(self, prompt: str, *, chat: bool) -> list[int]:
+        """Token ids of a prompt, through the chat template if there is one and `chat` asks for it."""
+
+    def stream(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[str]:
+        """Greedy continuation as text pieces, until the end of text or the limit."""
+
+    def greedy(self, ids: Sequence[int], new_tokens: int) -> list[int]:
+        """Greedy continuation as token ids; ignores the end of text."""
+
+
+class GraphDecoder(Protocol):
+    """A graph with its caches, one step at a time, for verification."""
+
+    @property
+    def contract(self) -> GraphContract:
+        """Inputs and outputs of the graph."""
+
+    @property
+    def slots(self) -> int:
+        """Tokens that the caches have room for."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the caches of the running batch take."""
+
+    def begin(self, batch: int) -> None:
+        """Start a batch with empty caches."""
+
+    def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
+        """Append tokens; returns logits [B, T, V], or [B, 1, V] of the last token. valid_BT is 0 for padding."""
+
+
+class RewindingDecoder(GraphDecoder, Protocol):
+    """A graph decoder that goes back to a state that it was in."""
+
+    def mark(self) -> Any:
+        """The state of the running batch, for `rewind`."""
+
+    def rewind(self, mark: Any) -> None:
+        """Go back to the state `mark` of the same batch."""
+
+
+class ProfiledRunner(Protocol):
+    """A decoder of one sequence whose operators are timed."""
+
+    def begin(self) -> None:
+        """Start with empty caches."""
+
+    def run(self, ids: Sequence[int]) -> np.ndarray:
+        """Append tokens as one chunk; returns the logits [V] of the last token."""
+
+    def trace(self) -> list[dict[str, Any]]:
+        """End profiling; returns the events of all runs (chrome://tracing)."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A greedy continuation.
+
+    Attributes:
+        tokens: of the answer, with the end of text if it was reached.
+        prefill_ns: until the prompt is read.
+        decode_ns: of all tokens behind it.
+        proposed, accepted: proposed tokens that the decoder examined, and those that it accepted.
+        rounds: steps of the decoder that verified proposed tokens.
+    """
+
+    tokens: tuple[int, ...]
+    prefill_ns: int
+    decode_ns: int
+    proposed: int = 0
+    accepted: int = 0
+    rounds: int = 0
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A draft in a folder of lossless decoding that is not settled: its name, and the engine's settings for it."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class ProposingRunner(Protocol):
+    """A loaded decoder with proposed tokens, or without them for comparison; a context manager."""
+
+    def __enter__(self) -> ProposingRunner: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the longest sequence."""
+
+    def encode(self, prompt: str, *, chat: bool) -> list[int]:
+        """Token ids of a prompt, see `TextRunner`."""
+
+    def generation(self, ids: Sequence[int], new_tokens: int, options: Mapping[str, int | bool]) -> Generation:
+        """A timed greedy continuation, up to `new_tokens` or the end of text.
+
+        Args:
+            options: of the proposer; empty for the folder's own way.
+        """
+
+    def stream(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[str]:
+        """Greedy continuation as text pieces, see `TextRunner`."""

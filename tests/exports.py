@@ -1,0 +1,15 @@
+"""Exports of checkpoints by the target that takes a decoder source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nbl_export.targets import exporter_of
+from nbl_export.targets.base import ExportSettings
+
+__all__ = ["build_decoder"]
+
+
+def build_decoder(source: str, checkpoint: Path, out: Path, precision: str, *, slots: int = 0) -> None:
+    """Export a checkpoint directory with the named source."""
+    exporter_of(source).export(checkpoint, out, ExportSettings(source, precision, slots))
