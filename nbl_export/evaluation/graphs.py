@@ -44,8 +44,7 @@ def find_graph(path: Path, variant: str = "nbl") -> GraphPlace:
         raise NblError(f"variant is {' or '.join(GRAPH_VARIANTS)}, not {variant!r}")
     if (owner := owner_of(path)) is not None:
         check_folder(path)
-        facts = owner.facts(path)
-        return GraphPlace(path, owner, facts.head_dim, facts.context_length)
+        return _place(path, owner)
     if not (path / MANIFEST).is_file():
         raise NblError(f"{path} is neither a run directory nor a model directory; nbl-export --output makes one")
     run = RunDirectory.peek(path)
@@ -61,5 +60,12 @@ def find_graph(path: Path, variant: str = "nbl") -> GraphPlace:
         raise NblError(f"{path} is not finished: run its command again ({run.manifest['command']})")
     run.check(stage)
     check_folder(path / name)
-    decoder = run.manifest["decoder"]
+    if target.owns(path / name):
+        return _place(path / name, target)
+    decoder = run.manifest["decoder"]  # a graph that is not the runtime's
     return GraphPlace(path / name, target, int(decoder["head_dim"]), int(decoder["max_positions"]))
+
+
+def _place(directory: Path, target: Target) -> GraphPlace:
+    facts = target.facts(directory)
+    return GraphPlace(directory, target, facts.head_dim, facts.context_length)

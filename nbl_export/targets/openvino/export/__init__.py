@@ -29,8 +29,7 @@ def build(checkpoint: Path, out: Path, precision: str) -> None:
     except ImportError as error:
         raise MissingPackageError("openvino", "openvino", "making an IR") from error
     from nbl_export.model.checkpoint import load
-    from nbl_export.targets.openvino.export.states import make_stateful
-    from nbl_export.targets.openvino.export.trace import convert
+    from nbl_export.targets.openvino.export.trace import convert, make_stateful
     from nbl_export.targets.openvino.ir.files import save_ir
     from nbl_export.targets.openvino.rewrite.compress import compress
 

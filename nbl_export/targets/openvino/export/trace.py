@@ -6,6 +6,13 @@
 OpenVINO's own front end converts the traced module. transformers builds masks for torch's arithmetic, so this module
 builds them, from positions and the attention mask; a layer with a sliding window gets a mask with the window. The
 caches hold all tokens.
+
+Moves the caches of a decoder into the model, as states; beams are reordered by an input beam_idx.
+
+    past_key_values.0.key ── Concat ── present.0.key
+    becomes   ReadValue (empty at first) ── Gather(beam_idx) ── Concat ── Assign
+
+This is the form that OpenVINO GenAI and optimum-intel run, and that the CPU plugin turns into a cache of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +31,7 @@ from torch import nn
 from nbl_export.errors import NblError
 from nbl_export.model.architectures import windows_of
 
-__all__ = ["LOWEST", "convert", "past_name", "present_name"]
+__all__ = ["LOWEST", "convert", "make_stateful", "past_name", "present_name"]
 
 LOWEST = torch.finfo(torch.float16).min  # of a masked score: bfloat16 and float16 hold it
 _MASKS = ("create_causal_mask", "create_sliding_window_causal_mask")  # as transformers' decoders call them
@@ -176,3 +183,48 @@ def _fold_sizes(model: Any) -> None:
     folding = Manager()
     folding.register_pass(ConstantFolding())
     folding.run_passes(model)
+
+
+_BATCH = 0  # axis of a cache [batch, heads, tokens, head size]
+
+
+def make_stateful(model: Any, layers: int) -> None:
+    """Make the caches of all layers states, in place."""
+    from openvino._offline_transformations import apply_make_stateful_transformation
+
+    parts = [(i, part) for i in range(layers) for part in ("key", "value")]
+    _reorder_beams(model, [past_name(*place) for place in parts])
+    apply_make_stateful_transformation(model, {past_name(*place): present_name(*place) for place in parts})
+    _start_empty(model)
+    model.validate_nodes_and_infer_types()
+
+
+def _reorder_beams(model: Any, names: list[str]) -> None:
+    import openvino
+    from openvino import opset13 as ops
+
+    beams = ops.parameter(openvino.PartialShape([-1]), openvino.Type.i32, name="beam_idx")
+    beams.output(0).get_tensor().set_names({"beam_idx"})
+    model.add_parameters([beams])
+    for name in names:
+        past = model.input(name)
+        readers = past.get_target_inputs()
+        ordered = ops.gather(past, beams, ops.constant(_BATCH, dtype="int64"))
+        for reader in readers:
+            reader.replace_source_output(ordered.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def _start_empty(model: Any) -> None:
+    """Give each state its first value: no tokens, for the batch of the input ids."""
+    from openvino import opset13 as ops
+
+    shape = ops.shape_of(model.input("input_ids"), output_type="i64")
+    batch = ops.gather(shape, ops.constant([0], dtype="int64"), ops.constant(0, dtype="int64"))
+    for node in model.get_ops():
+        if node.get_type_name() != "ReadValue":
+            continue
+        sizes = [dim.get_length() if dim.is_static else 0 for dim in node.get_output_partial_shape(0)]
+        dims = [ops.constant(np.array([size], np.int64)) for size in sizes[1:]]
+        zero = ops.constant(0.0, dtype="float32")
+        node.set_arguments([ops.broadcast(zero, ops.concat([batch, *dims], 0))])
