@@ -51,7 +51,7 @@ depth = "0,2048"
 | 0 | done |
 | 1 | something that you can correct; the message says what |
 | 2 | wrong usage |
-| 3 | verification failed, or a step of `accept` |
+| 3 | verification failed, or a check of `accept` |
 | 130 | interrupted; finished stages are kept |
 """
 

@@ -61,7 +61,7 @@ class ParityError(NblError):
 
 
 class AcceptanceError(NblError):
-    """A step of the acceptance failed on this machine; exit status 3."""
+    """A check of `accept` failed on this machine; exit status 3."""
 
     exit_code = 3
 

@@ -21,7 +21,7 @@
     DIR/lossless/              lossless, if requested: the original decoder with proposed tokens, deployable by itself
     DIR/lossless.json          lossless: what was accepted, and the speed beside plain decoding
     DIR/report.{html,md,json}  report
-    DIR/acceptance.{json,html,md} accept, on the target machine
+    DIR/acceptance.{json,md}  accept, on the target machine
     DIR/checkpoint/            the stock safetensors checkpoint of a GGUF or NBL model
 
 A stage writes into a scratch directory, and its results are renamed into place. Before the renaming, the manifest drops
@@ -54,7 +54,7 @@ from nbl_export.records.manifest import check_manifest, command_of
 from nbl_export.trust.contained import check_folder
 from nbl_export.trust.lock import locked
 
-__all__ = ["ACCEPTANCE_FILE", "ACCEPTANCE_HTML", "ACCEPTANCE_JSON", "ACCEPTANCE_MD", "BENCH_FILE", "CALIBRATION_FILE",
+__all__ = ["ACCEPTANCE_FILE", "ACCEPTANCE_JSON", "ACCEPTANCE_MD", "BENCH_FILE", "CALIBRATION_FILE",
            "DISTILL_FILE", "EVAL_FILE", "LOSSLESS_FILE", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES", "REFERENCES_FILE",
            "REPORT_HTML", "REPORT_JSON", "REPORT_MD", "SCALES_FILE", "SCHEMA", "START_FILE", "SWEEP_FILE",
            "VERIFY_FILE", "RunDirectory", "refuse_foreign"]  # fmt: skip
@@ -74,7 +74,7 @@ MAPS_FILE = "maps.safetensors"
 SCALES_FILE = "scales.safetensors"  # of channels, see `quantize.awq`
 REFERENCES_FILE = "references.safetensors"
 ACCEPTANCE_FILE = "acceptance.safetensors"  # values to compare with
-ACCEPTANCE_JSON, ACCEPTANCE_HTML, ACCEPTANCE_MD = "acceptance.json", "acceptance.html", "acceptance.md"  # verdicts
+ACCEPTANCE_JSON, ACCEPTANCE_MD = "acceptance.json", "acceptance.md"  # verdicts
 
 
 def _no_run(path: Path) -> NblError:
@@ -268,7 +268,7 @@ _OURS = (
     CALIBRATION_FILE, MOMENTS_FILE, "calibrate.partial.safetensors", "sampled.safetensors", START_FILE, MAPS_FILE,
     DISTILL_FILE, "distill.partial.safetensors", SWEEP_FILE, SCALES_FILE, "original", "model", VERIFY_FILE,
     REFERENCES_FILE, ACCEPTANCE_FILE, EVAL_FILE, "engine", BENCH_FILE, "lossless", LOSSLESS_FILE, REPORT_HTML,
-    REPORT_MD, REPORT_JSON, ACCEPTANCE_HTML, ACCEPTANCE_MD, ACCEPTANCE_JSON, "nbl-checkpoint", "checkpoint", MANIFEST,
+    REPORT_MD, REPORT_JSON, ACCEPTANCE_MD, ACCEPTANCE_JSON, "nbl-checkpoint", "checkpoint", MANIFEST,
 )  # fmt: skip
 
 

@@ -14,8 +14,10 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny products: threads that wait for each other cost tenfold
 
 import functools
+import re
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,49 @@ from .tiny import LAYERS, random_map, save_checkpoint, stdlib_text
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: what is started would inherit it,
     signal.signal(signal.SIGINT, signal.default_int_handler)  # and tests of Ctrl-C would wait for ever
+
+
+# Changed files that run the stand-ins of TensorRT.
+_STAND_INS = re.compile(
+    r"nbl_export/(engines/(tensorrt|static)|decoders/static|run/accept|verify/on_target)"
+    r"|tests/(engines/test_(trt_|tensorrt)|tensorrt_api|fake_|trt_tiny|static_tiny|run/test_accept|conftest)"
+)
+_ROOT = Path(__file__).parent.parent
+
+
+@functools.cache
+def _stand_ins_changed() -> bool:
+    """Whether the work tree, the last commit or this branch changes such a file; true if git cannot tell."""
+
+    def listed(*command: str) -> str:
+        done = subprocess.run(["git", *command], cwd=_ROOT, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    try:
+        names = listed("diff", "--name-only", "HEAD~1") + listed("ls-files", "--others", "--exclude-standard")
+        if listed("branch", "--list", "main").strip():
+            names += listed("diff", "--name-only", "main...HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return True
+    return any(_STAND_INS.match(name) for name in names.splitlines())
+
+
+def _without_stand_ins(config: pytest.Config) -> bool:
+    asked = re.search(r"\btrt\b", config.option.markexpr or "")
+    return not (asked or os.environ.get("CI") or _stand_ins_changed())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [item for item in items if item.get_closest_marker("trt")] if _without_stand_ins(config) else []
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("trt")]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if _without_stand_ins(config):
+        why = "no file of TensorRT's engines has changed"
+        terminalreporter.write_line(f"tests marked trt did not run, since {why}: pytest -m trt runs them")
 
 
 @pytest.fixture(scope="session", autouse=True)

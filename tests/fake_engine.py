@@ -1,25 +1,35 @@
-"""An engine directory and a session for the stand-in of TensorRT."""
+"""An engine directory, a session and an engine for the stand-in of TensorRT."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nbl_export.targets.tensorrt.contexts import DEFAULT, Strategy
+import numpy as np
+
+from nbl_export.errors import NblError
+from nbl_export.targets.base import Availability
 from nbl_export.targets.tensorrt.kernels import KernelCache
 from nbl_export.targets.tensorrt.library import Library
 from nbl_export.targets.tensorrt.record import EngineRecord, digest_of
-from nbl_export.targets.tensorrt.runner import TrtSession
+from nbl_export.targets.tensorrt.runner import TrtSession, refuse_misfit
+from nbl_export.targets.tensorrt.static.host import StaticRunner
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 from nbl_export.targets.tensorrt.static.schedule import engine_profiles
 
-from .fake_tensorrt import FakeDevice, FakeTensorRT, FakeTensorRTX
+from .fake_tensorrt import Context, FakeDevice, FakeTensorRT, FakeTensorRTX
 from .tensorrt_api.held import held
 from .tensorrt_api.names import RTX_ONLY, TRT_ONLY
-from .trt_tiny import PLAIN
+from .trt_tiny import ADA, HOPPER, PLAIN
 
-__all__ = ["fake_record", "fake_session"]
+__all__ = ["Faulty", "StandIn", "fake_record", "fake_session"]
 
 
 def fake_record(graph_: Path, directory: Path, **changes: Any) -> EngineRecord:
@@ -44,11 +54,105 @@ def fake_record(graph_: Path, directory: Path, **changes: Any) -> EngineRecord:
 
 def fake_session(
     graph_: Path, directory: Path, library: Library = PLAIN, *, captures: bool = True,
-    strategy: Strategy = DEFAULT, kernels: KernelCache | None = None, **changes: Any,
+    kernels: KernelCache | None = None, **changes: Any,
 ) -> tuple[TrtSession, Any]:  # fmt: skip
     """A session on the fake, held to the names of the bindings, and the fake itself."""
     card = FakeDevice(captures=captures)
     record = fake_record(graph_, directory, **changes)
     trt = (FakeTensorRTX if library.jit else FakeTensorRT)(card, record.profiles)
     seen = held(trt, RTX_ONLY if library.jit else TRT_ONLY)
-    return TrtSession(library, directory, record, seen, card, strategy, kernels), trt
+    return TrtSession(library, directory, record, seen, card, kernels), trt
+
+
+class Faulty:
+    """A runner with one fault of an engine; all else is the runner's."""
+
+    def __init__(self, runner: Any, fault: str) -> None:
+        self.runner, self.fault, self.length, self.chunk = runner, fault, 0, 0
+
+    def __enter__(self) -> Faulty:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.runner.__exit__(*exc)
+        if self.fault == "close":
+            raise NblError("the GPU refuses cudaFree: cudaErrorInvalidValue")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.runner, name)
+
+    def begin(self, max_tokens: int, batch: int = 1) -> None:
+        self.runner.begin(max_tokens, batch)
+        self.length = 0
+
+    def append(self, ids: Sequence[int]) -> None:
+        if self.fault == "crash":
+            os.abort()
+        if self.fault == "memory":
+            raise MemoryError
+        if self.fault == "hang":
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # stuck where no signal reaches Python
+            time.sleep(600)
+        self.runner.append(ids)
+        self.length, self.chunk = self.length + len(ids), len(ids)
+
+    def rewind(self, length: int) -> None:
+        self.runner.rewind(length)
+        self.length = length
+
+    def last_logits(self) -> np.ndarray:
+        logits: np.ndarray = self.runner.last_logits()
+        late_chunk = self.chunk > 1 and self.length > self.chunk
+        if (
+            self.fault == "other graph"
+            or (self.fault == "late decode" and self.chunk == 1 and self.length > 70)
+            or (self.fault == "chunks" and late_chunk)
+        ):
+            return logits[::-1]
+        return logits * np.float32("nan") if self.fault == "nan" else logits
+
+    def greedy(self, ids: Sequence[int], new_tokens: int) -> list[int]:
+        found: list[int] = self.runner.greedy(ids, new_tokens)
+        return [token + 1 for token in found] if self.fault == "other text" else found
+
+    def pick(self) -> int:
+        if self.fault == "early clock":
+            time.sleep(0.005)
+        return int(self.runner.pick())
+
+
+class _Leaking(Context):
+    """A kernel that lets a slot behind the text through."""
+
+    def computed(self, name: str, value: np.ndarray, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        last = next(array for key, array in feeds.items() if key.startswith("past_key_values."))[0, 0, -1, 0]
+        return value + np.float32(1e-3) * last if name == "logits" else value
+
+
+class _LeakingTensorRT(FakeTensorRT):
+    def context(self, config: Any) -> Context:
+        return _Leaking(self, config)
+
+
+@dataclasses.dataclass(frozen=True)
+class StandIn:
+    """The engine trt on the fake, with one fault. It runs the graph that an engine was made of."""
+
+    fault: str = ""
+
+    def probe_run(self) -> Availability:
+        found = self.fault != "no GPU"
+        return Availability(found, "tensorrt 1.2.3 runs on a stand-in" if found else "no NVIDIA driver is installed")
+
+    def open_runner(self, directory: Path, _threads: int | None = None, _room: Any = None) -> Any:
+        run = directory.parent.parent
+        graph = (run / directory.name if directory.parent.name == "engine" else directory) / "decoder.onnx"
+        version = "1.2.4" if self.fault == "other version" else FakeTensorRT.__version__
+        card = FakeDevice()
+        with tempfile.TemporaryDirectory() as name:
+            home = Path(name)
+            record = fake_record(graph, home, prefill_chunk=24, profiles=engine_profiles(2, 24, 1024))
+            refuse_misfit(PLAIN, record, version, HOPPER if self.fault == "other GPU" else ADA, directory)
+            trt = (_LeakingTensorRT if self.fault == "leak" else FakeTensorRT)(card, record.profiles)
+            session = TrtSession(PLAIN, home, record, held(trt, TRT_ONLY), card)
+        return Faulty(StaticRunner(session, directory), self.fault)

@@ -17,7 +17,7 @@ LEVELS = {
     "model": 4, "cost": 4, "rewrite": 4, "run_directory": 4,
     "targets": 5,
     "quantize": 6, "calibrate": 6, "plan": 6, "distill": 6, "measure": 6,
-    "verify": 7, "evaluation": 7, "report": 7, "acceptance": 7,
+    "verify": 7, "evaluation": 7, "report": 7,
     "run": 8, "publish": 9, "cli": 10, "hf": 10, "olive": 10, "__main__": 11,
 }  # fmt: skip
 STAGES = ("calibrate", "quantize", "plan", "distill", "measure", "verify", "evaluation", "report")
@@ -153,7 +153,7 @@ FILE_NAMES = (
     "nbl.json", "verify.json", "bench.json", "eval.json", "sweep.json", "report.json", "report.html", "report.md",
     "distill.json", "maps.safetensors", "moments.safetensors", "model.onnx", "all_logits.onnx", "decoder.onnx",
     "genai_config.json", "openvino_model.xml", "openvino_model.bin", "acceptance.safetensors", "acceptance.json",
-    "acceptance.html", "acceptance.md",
+    "acceptance.md",
 )  # fmt: skip
 NAMING = ("run_directory", "graph.names")
 

@@ -1,7 +1,7 @@
 """The command line: flags -> options -> the run.
 
 Results go to stdout, everything else to stderr. Exit status: 0 done, 1 an error that the user can correct,
-2 usage, 3 verification or a step of `accept` failed, 130 interrupted.
+2 usage, 3 verification or a check of `accept` failed, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -192,17 +192,17 @@ def accept(
 ) -> None:
     """Accept the engines of a run on the GPU machine that will run them.
 
-    The steps go from the driver up to the benchmark. A failed step names the layer of the stack that is at fault.
+    Logits, text and caches are compared with values that verification has left in the directory.
     """
-    from nbl_export.report.acceptance_page import verdict_table
-    from nbl_export.run.acceptance.accept import accept as run_acceptance
-    from nbl_export.run.acceptance.accept import refuse_failed
+    from nbl_export.report.tables import ladder_table
+    from nbl_export.run.accept import accept as run_acceptance
+    from nbl_export.run.accept import refuse_failed
     from nbl_export.run.deployed import trust_engines
 
     if trust_engine:
         trust_engines([directory])
     found = run_acceptance(directory, ui(as_json), force=force)
-    show(found, verdict_table(found), as_json)
+    show(found, ladder_table(found["rungs"], f"Acceptance, {found['engine']}"), as_json)
     refuse_failed(found, directory)
 
 

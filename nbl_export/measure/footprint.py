@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import platform
-import signal
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -92,22 +91,11 @@ def measure_footprint(
     with Child(_child, open_runner, directory, threads, list(prompt), capacity) as child:
         answer = child.answer()
         if answer is None:
-            raise NblError(f"measuring {directory} failed: {_ending(child.status())}")
+            raise NblError(f"measuring {directory} failed: the process that loaded it {child.ending()}")
     if isinstance(answer, str):
         raise NblError(answer)
     peak, steady, seconds = answer
     return Footprint(int(peak), int(steady), float(seconds))
-
-
-def _ending(status: int) -> str:
-    """How a child ended that sent no answer, and what the ending usually means."""
-    ended = f"the process that loaded it ended with status {status}"
-    if status >= 0:
-        return ended
-    name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
-    if name == "SIGKILL":
-        return f"{ended} ({name}, usually too little memory: close other programs, or use a smaller precision)"
-    return f"{ended} ({name}, a crash in a library that the engine uses: nbl-export doctor names the libraries)"
 
 
 def _child(

@@ -106,6 +106,17 @@ class Child:
         assert self._process is not None
         return self._process.wait()
 
+    def ending(self) -> str:
+        """How a child ended that sent no answer, and what the ending usually means."""
+        status = self.status()
+        ended = f"ended with status {status}"
+        if status >= 0:
+            return ended
+        name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+        if name == "SIGKILL":
+            return f"{ended} ({name}, usually too little memory: close other programs, or use a smaller precision)"
+        return f"{ended} ({name}, a crash in a library that the engine uses: nbl-export doctor names the libraries)"
+
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:

@@ -19,6 +19,7 @@ __all__ = [
     "doctor_table",
     "engines_table",
     "eval_table",
+    "ladder_table",
     "lossless_table",
     "rungs_table",
     "scores_table",
@@ -104,10 +105,10 @@ def scores_table(manifest: dict[str, Any]) -> Table:
     return table
 
 
-def rungs_table(result: dict[str, Any]) -> Group:
-    """The verification ladder and the quality loss."""
-    ladder = Table("rung", "subject", "metric", "seen", "allowed", "", title="Verification")
-    for r in result["rungs"]:
+def ladder_table(rungs: list[dict[str, Any]], title: str) -> Table:
+    """What each rung has seen, and what was allowed."""
+    ladder = Table("rung", "subject", "metric", "seen", "allowed", "", title=title)
+    for r in rungs:
         gated = isinstance(r["tolerance"], float) and r["metric"].find("difference") >= 0
         seen = (
             "not finite"
@@ -118,6 +119,11 @@ def rungs_table(result: dict[str, Any]) -> Group:
         )
         allowed = f"{r['tolerance']:.3g}" if gated or "margin" in r["metric"] else ""
         ladder.add_row(r["rung"], r["subject"], r["metric"], seen, allowed, "ok" if r["passed"] else "FAILED")
+    return ladder
+
+
+def rungs_table(result: dict[str, Any]) -> Group:
+    """The verification ladder and the quality loss."""
     title = "Quality loss (not gated; in brackets 95% intervals over windows)"
     cost = Table(
         "text", "tokens", "windows", "perplexity", "with NBL", "increase", "KL", "top-1 agreement", title=title
@@ -126,7 +132,7 @@ def rungs_table(result: dict[str, Any]) -> Group:
         both = (p[name] for name in ("perplexity_original", "perplexity_nbl"))
         perplexities = ("not finite" if value is None else f"{value:.3g}" for value in both)
         cost.add_row(p["text"], f"{p['tokens']:,}", str(p["windows"]), *perplexities, *spoken_price(p).values())
-    return Group(ladder, *result["proof"], cost)
+    return Group(ladder_table(result["rungs"], "Verification"), *result["proof"], cost)
 
 
 def speed_table(result: dict[str, Any]) -> Group:

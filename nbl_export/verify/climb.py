@@ -126,6 +126,11 @@ class Climb:
             self.results.append(RungResult("a", "nbl", metric, 1.0, 0.5, False, str(error)))
 
     @property
+    def references(self) -> dict[str, Reference]:
+        """By subject, the model that has the matrices of the shipped graph, as far as one was run."""
+        return {**self.truth, **self.truth_of_codes}
+
+    @property
     def form(self) -> Form:
         """The checks of the graphs' format."""
         return form_of(self.setting)

@@ -40,6 +40,7 @@ __all__ = [
     "check_logits",
     "check_long",
     "greedy",
+    "judge",
     "run_rows",
     "shown_positions",
 ]
@@ -86,7 +87,7 @@ WITHOUT_TWIN = {
 # An engine that computes in bfloat16 with keys and values in 8 or 16 bits, compared with the model that has the graph's
 # matrices. The original graph's own error is the yardstick.
 NARROW = {precision: Tolerance("relative_rms", 0.1, 2.0, 1.0) for precision in ("fp16", "int8", "int4")}
-# `accept`: an engine on its GPU against the float32 twin, over eight texts. No GPU has been measured. fp16: as above.
+# `accept`: an engine on its GPU against the reference of the ladder. No GPU has been measured. fp16: as above.
 # bf16 has 3 bits less, so 8 times the limit of fp16. int4: the shipped scales are fp16 and those of the twin float32.
 # On ONNX Runtime's CPU provider the tiny Mistral of the tests is at 0.001 with fp16 and at 0.033 with int4.
 ON_GPU = {
@@ -170,7 +171,7 @@ def check_logits(
         ("batch of 2, different lengths", run_rows(decoder, rows)),
     ):
         judged = list(zip(got, truth.logits, truth.noise, strict=True))
-        results += _judge(rung, subject, name, judged, tolerance, yardstick)
+        results += judge(rung, subject, name, judged, tolerance, yardstick)
     return results
 
 
@@ -189,14 +190,18 @@ def check_long(
     """
     name = f"one sequence of {len(row)} tokens in chunks of {LONG_CHUNK}"
     assert truth.long is not None and truth.long_noise is not None
-    return _judge(rung, subject, name, [(run_long(decoder, row), truth.long, truth.long_noise)], tolerance, yardstick)
+    return judge(rung, subject, name, [(run_long(decoder, row), truth.long, truth.long_noise)], tolerance, yardstick)
 
 
-def _judge(
+def judge(
     rung: str, subject: str, name: str, rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
     tolerance: Tolerance, yardstick: float | None,
 ) -> list[RungResult]:  # fmt: skip
-    """One result for prefill and one for decode, of the worst row; a row is (got, expected, noise)."""
+    """One result for prefill and one for decode, of the worst row.
+
+    Args:
+        rows: what was got, what is expected and its noise; the last `DECODE_STEPS` positions are decode.
+    """
     limit = tolerance.limit
     if yardstick is not None and tolerance.ratio is not None:
         limit = min(limit, max(yardstick * tolerance.ratio, 1e-4))

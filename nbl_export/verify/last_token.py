@@ -22,7 +22,7 @@ from nbl_export.records.proposers import MOST_ROWS
 from nbl_export.records.results import RungResult
 from nbl_export.verify.ladder import TOLERANCES
 
-__all__ = ["BATCH_LENGTHS", "check_last", "check_last_rows", "check_pruned"]
+__all__ = ["BATCH_LENGTHS", "apart", "check_last", "check_last_rows", "check_pruned"]
 
 BATCH_LENGTHS = (1, 5, 12)
 _CACHED, _CHUNK, _STEPS = 13, 7, 3
@@ -128,7 +128,7 @@ def check_last_rows(every: Any, last: Any, row: Sequence[int], precision: str) -
             detail = f"logits {list(found.shape)} of a chunk of {count}, not {list(right.shape)}"
             return RungResult("f", _LOSSLESS, metric, 1.0, 0.5, False, detail)
         computed = min(count, MOST_ROWS)
-        figures.append(_apart(right[-computed:], found[-computed:], tolerance.metric))
+        figures.append(apart(right[-computed:], found[-computed:], tolerance.metric))
         if np.any(found[:-computed]):
             return RungResult("f", _LOSSLESS, metric, 1.0, 0.5, False, f"a chunk of {count} has logits before the last")
     value = max(figures)
@@ -137,7 +137,8 @@ def check_last_rows(every: Any, last: Any, row: Sequence[int], precision: str) -
     )
 
 
-def _apart(right: np.ndarray, found: np.ndarray, metric: str) -> float:
+def apart(right: np.ndarray, found: np.ndarray, metric: str) -> float:
+    """The difference of logits in a metric of `ladder.Tolerance`."""
     apart = found.astype(np.float64) - right
     if metric == "max_abs":
         return float(np.abs(apart).max())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from nbl_export.run import accept as accepting
+from nbl_export.run.progress import Ui
 from nbl_export.targets import exporter_of
 from nbl_export.targets.tensorrt import static_form
 from nbl_export.targets.tensorrt.build import build_engine
@@ -21,6 +23,7 @@ from nbl_export.targets.tensorrt.record import read_record
 from nbl_export.verify.float32_twins import check_shipped
 
 from ..command import assert_refused, in_new_process, nbl, stage_lines
+from ..fake_engine import StandIn
 from ..static_tiny import LAYERS, SPEC, save_checkpoint
 from ..trt_tiny import RTX, graph_of
 from ..trt_tiny import SMALL as SMALL_ENGINE
@@ -131,6 +134,24 @@ def test_the_ladder_stands_on_the_fp32_twin(compiled: Path) -> None:
     assert sum("with all logits, pruned" in r["metric"] for r in result["rungs"]) == 4  # what ships, and the twins
     assert [r["subject"] for r in result["rungs"] if r["rung"] == "f"] == ["original"] * 3 + ["nbl"] * 3
     assert result["price"]
+
+
+@pytest.mark.trt
+@needs_rtx
+def test_accept_passes_on_a_stand_in(run: Path) -> None:
+    """The engines of the run are those of the graphs that the stand-in executes."""
+
+    def here(find: Any, *given: Any) -> Generator[accepting.Event, None, None]:
+        events: list[accepting.Event] = []
+        accepting.examine(events.append, find, *given)
+        yield from events
+
+    stand_in: Any = StandIn
+    found = accepting.accept(run, Ui(quiet=True), look=here, find=stand_in)
+    assert found["status"] == "passed", found
+    assert {rung["rung"] for rung in found["rungs"]} == {"a", "b", "c", "d", "f", "slots", "clock"}
+    rows = {rung["detail"] for rung in found["rungs"] if rung["rung"] == "c"}
+    assert f"one sequence of {SLOTS} tokens" in rows
 
 
 @needs_rtx

@@ -21,8 +21,6 @@ from nbl_export.errors import CorruptError, NblError
 from nbl_export.targets.base import BuildSettings
 from nbl_export.targets.tensorrt import (
     build,
-    capture,
-    contexts,
     kernels,
     log,
     network,
@@ -47,6 +45,8 @@ from ..static_tiny import (
     SPEC,
 )
 from ..trt_tiny import ADA, PLAIN, RTX, SMALL, engine_of, graph_of, needs_rtx
+
+pytestmark = pytest.mark.trt
 
 
 def parsed(path: Path) -> ParsedNetwork:
@@ -255,14 +255,14 @@ def add_range(model: ir.Model) -> None:
 def test_what_the_builder_says_about_capture() -> None:
     flag = Message("ERROR", "BuilderFlag::kREQUIRE_USER_ALLOCATION is not compatible with data-dependent shapes.")
     with pytest.raises(NblError, match=r"cannot hold the steps of model, .*not compatible with data-dependent shapes"):
-        capture.capturable([flag], None, "model")
-    assert capture.capturable([Message("ERROR", "no kernel")], None, "model") is None
-    assert capture.capturable([], b"plan", "model") is None
+        build.capturable([flag], None, "model")
+    assert build.capturable([Message("ERROR", "no kernel")], None, "model") is None
+    assert build.capturable([], b"plan", "model") is None
     listed = f"{log.LAYERS_NOTE}:\nLayer(Myelin): {{a...b}}, Tactic: 0x0, x -> y\n"
-    assert capture.capturable([Message("VERBOSE", listed)], b"plan", "model") is True
+    assert build.capturable([Message("VERBOSE", listed)], b"plan", "model") is True
     waits = f"{listed}Layer(TrainStation): [trainStation1], Tactic: 0x0,  -> \n"
     with pytest.raises(NblError, match=r"they wait for \[trainStation1\]$"):
-        capture.capturable([Message("VERBOSE", waits)], b"plan", "model")
+        build.capturable([Message("VERBOSE", waits)], b"plan", "model")
 
 
 class PlainConfig:
@@ -435,14 +435,12 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
 # What the variables of each file are, in the library's classes.
 CLASSES = {
     network: {"builder": "Builder", "network": "INetworkDefinition", "net": "INetworkDefinition",
-                  "parser": "OnnxParser", "e": "ParserError", "layer": "ILayer", "tensor": "ITensor"},
+                  "parser": "OnnxParser", "e": "ParserError", "tensor": "ITensor"},
     build: {"builder": "Builder", "network": "INetworkDefinition", "config": "IBuilderConfig", "tensor": "ITensor",
-                "result": "IOptimizationProfile"},
-    runner: {"runtime": "Runtime", "context": "IExecutionContext"},
-    contexts: {"engine": "ICudaEngine", "config": "IRuntimeConfig", "runtime_config": "IRuntimeConfig",
-               "context": "IExecutionContext",
-               "graphs": "CudaGraphStrategy", "kinds": "DynamicShapesKernelSpecializationStrategy"},
-    capture: {"builder_config": "IBuilderConfig"},
+            "result": "IOptimizationProfile", "builder_config": "IBuilderConfig"},
+    runner: {"runtime": "Runtime", "context": "IExecutionContext", "engine": "ICudaEngine",
+             "config": "IRuntimeConfig", "runtime_config": "IRuntimeConfig",
+             "graphs": "CudaGraphStrategy", "kinds": "DynamicShapesKernelSpecializationStrategy"},
     kernels: {"runtime_config": "IRuntimeConfig", "cache": "IRuntimeCache"},
     tensorrt: {"builder": "Builder", "network": "INetworkDefinition"},
     log: {},

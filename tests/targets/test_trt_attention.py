@@ -13,17 +13,18 @@ import pytest
 
 from nbl_export.errors import NblError
 from nbl_export.targets.base import BuildSettings
-from nbl_export.targets.tensorrt import attention, build
+from nbl_export.targets.tensorrt import build, network
 from nbl_export.targets.tensorrt import export as static
-from nbl_export.targets.tensorrt.attention import lacks_kernel
 from nbl_export.targets.tensorrt.build import build_engine
 from nbl_export.targets.tensorrt.library import load_library
 from nbl_export.targets.tensorrt.log import messages_of
-from nbl_export.targets.tensorrt.network import ParsedNetwork, parse
+from nbl_export.targets.tensorrt.network import ParsedNetwork, lacks_kernel, parse
 from nbl_export.targets.tensorrt.record import read_record
 
 from ..static_tiny import LAYERS, save_checkpoint
 from ..trt_tiny import PLAIN, RTX, graph_of, needs_rtx
+
+pytestmark = pytest.mark.trt
 
 # The rules of RTX unknown, as those of TensorRT are: its builder decides.
 UNKNOWN = dataclasses.replace(RTX, fused=None)
@@ -80,7 +81,7 @@ def test_what_builds_neither_way_says_both_reasons(
 def test_every_attention_layer_of_a_network_is_decomposed() -> None:
     trt = load_library(RTX)
     parsed = parse(trt, messages_of(trt), graph_of("llama") / "decoder.onnx")
-    assert attention.decompose(parsed)
+    assert network.decompose(parsed)
     layers = [layer for layer in parsed.layers if layer.type == trt.LayerType.ATTENTION_INPUT]
     for layer in layers:
         layer.__class__ = trt.IAttentionInputLayer
@@ -94,7 +95,7 @@ def test_the_cache_reaches_attention_without_a_product(bypass: bool) -> None:
     trt = load_library(RTX)
     parsed = parse(trt, messages_of(trt), graph_of("llama", (1,)) / "decoder.onnx")
     if bypass:
-        attention.bypass_unit_scale(parsed)
+        network.bypass_unit_scale(parsed)
     made_by = {layer.get_output(i).name: layer for layer in parsed.layers for i in range(layer.num_outputs)}
     sources = [
         [made_by[layer.get_input(k).name].type.name for k in range(3)]
@@ -120,7 +121,7 @@ def test_a_product_with_another_number_stays(scale: float, tmp_path: Path) -> No
     parsed = parse(trt, messages_of(trt), tmp_path / "decoder.onnx")
     layers = [layer for layer in parsed.layers if layer.type == trt.LayerType.ATTENTION_INPUT]
     before = [layer.get_input(k).name for layer in layers for k in (0, 1)]
-    attention.bypass_unit_scale(parsed)
+    network.bypass_unit_scale(parsed)
     assert [layer.get_input(k).name for layer in layers for k in (0, 1)] == before
 
 

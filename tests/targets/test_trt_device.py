@@ -20,6 +20,8 @@ from nbl_export.targets.tensorrt.device import (
     open_device,
 )
 
+pytestmark = pytest.mark.trt
+
 WORK = NblError("TensorRT refuses a step: CUDA error 700")
 
 

@@ -8,12 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from nbl_export.targets.gpu import Gpu
 from nbl_export.targets.tensorrt import runner
-from nbl_export.targets.tensorrt.contexts import Strategy
 from nbl_export.targets.tensorrt.kernels import (
     KERNELS_FILE,
     KernelCache,
@@ -21,7 +19,7 @@ from nbl_export.targets.tensorrt.kernels import (
     trust_folder,
 )
 from nbl_export.targets.tensorrt.record import read_record
-from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner
+from nbl_export.targets.tensorrt.static.host import StaticRunner
 from nbl_export.trust.own_engines import remember
 
 from ..fake_engine import fake_session
@@ -34,6 +32,8 @@ from ..fake_tensorrt import (
 )
 from ..static_tiny import rows
 from ..trt_tiny import ADA, PLAIN, RTX, graph_of
+
+pytestmark = pytest.mark.trt
 
 PROMPT = rows()[0][:10]
 KERNELS = ["0 (1, 8)", "0 (1, 2)", "1 (1, 1)"]  # profile and shape of what PROMPT and its answer run
@@ -181,29 +181,13 @@ def test_a_directory_that_cannot_be_written_only_costs_time(
 def test_kernels_are_compiled_before_the_step_and_only_decode_is_captured(tmp_path: Path) -> None:
     """Otherwise a kernel is replaced in the middle of timed steps."""
     graph = graph_of("llama", (1,), "fp32") / "decoder.onnx"
-    for strategy, kinds, graphs in (
-        (Strategy(), "EAGER", "WHOLE_GRAPH_CAPTURE"),
-        (Strategy(graphs=False, kernels="NONE"), "NONE", "DISABLED"),
-    ):
-        _, trt = fake_session(graph, tmp_path, RTX, strategy=strategy)
-        prefill, decode = (context.config for context in trt.contexts)
-        for config in (prefill, decode):
-            assert (
-                config.dynamic_shapes_kernel_specialization_strategy is DynamicShapesKernelSpecializationStrategy[kinds]
-            )
-            assert config.memory is ExecutionContextAllocationStrategy.USER_MANAGED
-        assert decode.cuda_graph_strategy is CudaGraphStrategy[graphs]
-        assert prefill.cuda_graph_strategy is CudaGraphStrategy.DISABLED
-
-
-def test_plain_runs_capture_nothing(tmp_path: Path) -> None:
-    graph = graph_of("llama", (1,), "fp32") / "decoder.onnx"
-    session, trt = fake_session(graph, tmp_path, PLAIN, strategy=Strategy(graphs=False))
-    decoder = StaticDecoder(session)
-    decoder.begin(1)
-    for token in PROMPT:
-        decoder.step(np.array([[token]]))
-    assert (trt.device.captured, trt.device.replayed, len(trt.contexts[1].runs)) == (0, 0, len(PROMPT))
+    _, trt = fake_session(graph, tmp_path, RTX)
+    prefill, decode = (context.config for context in trt.contexts)
+    for config in (prefill, decode):
+        assert config.dynamic_shapes_kernel_specialization_strategy is DynamicShapesKernelSpecializationStrategy.EAGER
+        assert config.memory is ExecutionContextAllocationStrategy.USER_MANAGED
+    assert decode.cuda_graph_strategy is CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    assert prefill.cuda_graph_strategy is CudaGraphStrategy.DISABLED
 
 
 def test_an_opened_directory_keeps_its_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ from nbl_export.targets.tensorrt.log import LAYERS_NOTE, Messages, require
 
 from ..fake_tensorrt import FakeDevice, FakeTensorRT
 
+pytestmark = pytest.mark.trt
+
 FALLBACK = "The engine is not graph capturable. Falling back to not using CUDA graphs."
 NOISE = "Make sure input input_ids has Int64 binding."
 

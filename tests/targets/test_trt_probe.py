@@ -25,6 +25,8 @@ from nbl_export.targets.tensorrt.library import load_library
 
 from ..trt_tiny import ADA, HOPPER, PLAIN, RTX, SMALL, graph_of, needs_rtx
 
+pytestmark = pytest.mark.trt
+
 # -- probes --------------------------------------------------------------------------------------------------
 
 

@@ -25,9 +25,8 @@ from nbl_export.run.deployed import trust_engines
 from nbl_export.targets.gpu import find_gpu
 from nbl_export.targets.tensorrt import library as tensorrt
 from nbl_export.targets.tensorrt import runner as trt_runner
-from nbl_export.targets.tensorrt.decode_step import DecodeStep
 from nbl_export.targets.tensorrt.record import read_record
-from nbl_export.targets.tensorrt.runner import TrtSession, refuse_misfit
+from nbl_export.targets.tensorrt.runner import DecodeStep, TrtSession, refuse_misfit
 from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles
@@ -48,6 +47,8 @@ from ..static_tiny import (
     worst,
 )
 from ..trt_tiny import ADA, HOPPER, PLAIN, RTX, checkpoint_of, engine_of, graph_of, needs_rtx
+
+pytestmark = pytest.mark.trt
 
 # -- plans that do not fit -----------------------------------------------------------------------------------
 
@@ -279,7 +280,7 @@ def test_a_batch_that_only_passes_by_invalidates_the_graph(tmp_path: Path) -> No
 
 def test_a_graph_does_not_outlive_its_shape() -> None:
     card, ran = FakeDevice(), []
-    step = DecodeStep(card, graphs=True, by_library=False)
+    step = DecodeStep(card, by_library=False)
     for shape in ((1, 1), (1, 1), (1, 2), (1, 2), (1, 1)):
         step.run(shape, lambda shape=shape: card.submit(lambda: ran.append(shape)))  # type: ignore[misc]
     assert ran == [(1, 1), (1, 1), (1, 2), (1, 2), (1, 1)]
@@ -289,11 +290,10 @@ def test_a_graph_does_not_outlive_its_shape() -> None:
 def test_the_library_has_its_graph_behind_the_first_step() -> None:
     """The step is repeated until the library replays; a benchmark's one token of warm-up is then enough."""
     card, ran = FakeDevice(), []
-    for graphs in (True, False):
-        step = DecodeStep(card, graphs=graphs, by_library=True)
-        for _ in range(3):
-            step.run((1, 1), lambda: ran.append(graphs))  # noqa: B023
-    assert (ran.count(True), ran.count(False), card.captured) == (5, 3, 0)
+    step = DecodeStep(card, by_library=True)
+    for _ in range(3):
+        step.run((1, 1), lambda: ran.append(1))
+    assert (len(ran), card.captured) == (5, 0)
 
 
 def test_both_contexts_work_in_one_block(tmp_path: Path) -> None:
@@ -483,3 +483,21 @@ def test_bfloat16_logits_are_widened() -> None:
     ctypes.memmove(address, wanted.ctypes.data, 6)
     session._logits, session._device, session._buffers = half, card, {"logits": address}  # type: ignore[assignment]
     assert np.array_equal(session._download(1, 1), wanted.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_every_slot_is_filled(dtype: str) -> None:
+    import ml_dtypes
+
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    info = types.SimpleNamespace(name="past_key_values.0.key", dtype=dtype, shape=("batch", 2, 3, 4))
+    session = TrtSession.__new__(TrtSession)
+    card = FakeDevice()
+    size = 2 * 2 * 3 * 4 * kind.itemsize
+    address = card.allocate(size + 8)
+    session.contract, session._device, session._batch = types.SimpleNamespace(inputs=[info]), card, 2  # type: ignore[assignment]
+    session._caches = {info.name: (address, size)}
+    for value in (64.0, -64.0):
+        session.fill(value)
+        assert card.buffers[address][:size].view(kind).astype(np.float32).tolist() == [value] * 48
+        assert (card.buffers[address][size:] == 255).all()

@@ -33,12 +33,12 @@ BINDINGS = {
 }
 CLASSES = (
     "Builder", "BuilderFlag", "ComputeCapability", "CudaGraphStrategy", "DataType",
-    "DynamicShapesKernelSpecializationStrategy", "ElementWiseOperation", "EngineInspector",
+    "DynamicShapesKernelSpecializationStrategy", "ElementWiseOperation",
     "ExecutionContextAllocationStrategy", "IAttention", "IAttentionInputLayer", "IBuilderConfig", "IConstantLayer",
     "ICudaEngine", "IElementWiseLayer", "IExecutionContext", "IHostMemory", "ILayer", "ILogger", "INetworkDefinition",
     "IOptimizationProfile", "IProgressMonitor", "IRuntimeCache", "IRuntimeConfig", "ISerializationConfig", "ITensor",
-    "LayerInformationFormat", "LayerType", "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser",
-    "OnnxParserFlag", "ParserError", "ProfilingVerbosity", "Runtime", "TensorIOMode", "TensorLocation",
+    "LayerType", "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser",
+    "OnnxParserFlag", "ParserError", "ProfilingVerbosity", "Runtime",
 )  # fmt: skip
 _LIBRARY = re.compile(rb"lib(?:nvinfer|nvonnxparser|tensorrt)\w*\.so\.\d+")
 

@@ -21,7 +21,7 @@ KNOWN = {
     "parser": "OnnxParser", "runtime": "Runtime", "engine": "ICudaEngine", "context": "IExecutionContext",
     "contexts": "list of IExecutionContext", "layer": "ILayer", "layers": "list of ILayer",
     "constant": "ILayer", "product": "ILayer", "tensor": "ITensor",
-    "inspector": "EngineInspector", "runtime_config": "IRuntimeConfig", "builder_config": "IBuilderConfig",
+    "runtime_config": "IRuntimeConfig", "builder_config": "IBuilderConfig",
     "cache": "IRuntimeCache",
 }  # fmt: skip
 _CLASS, _LIST = "class ", "list of "  # begin the types of a class itself, and of whatever is indexed or iterated over

@@ -15,7 +15,6 @@ import onnx
 import pytest
 
 from nbl_export.report import (
-    acceptance_page,
     bench_formats,
     graph_table,
     profile_table,
@@ -126,14 +125,9 @@ TABLES: dict[str, Callable[[Path], Any]] = {
     "sweep_table": lambda _: tradeoff.sweep_table(sweep_facts()),
     "lossless_table": lambda _: tables.lossless_table(lossless_facts()),
     "profile_table": lambda _: profile_table.profile_table(profile_facts()),
-    "verdict_table": lambda _: acceptance_page.verdict_table(acceptance_facts()),
+    "ladder_table": lambda run: tables.ladder_table(of_run("verify.json")(run)["rungs"], "Acceptance, e" + EVIL),
     "table": lambda _: projection.table(projection_facts()),
 }
-
-
-def acceptance_facts() -> dict[str, Any]:
-    step = {"title": EVIL, "verdict": "failed", "seconds": 1.0, "said": EVIL, "layer": EVIL, "advice": EVIL}
-    return {"engine": EVIL, "steps": [step]}
 
 
 def graph_facts(run: Path) -> dict[str, Any]:

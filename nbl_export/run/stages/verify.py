@@ -13,12 +13,12 @@ from nbl_export.graph.names import GENAI_CONFIG, all_logits_file
 from nbl_export.model.checkpoint.nbl import GIVEN_FIT
 from nbl_export.records.plan import AffineMap
 from nbl_export.records.results import RungResult
-from nbl_export.run.acceptance.leave import leave
 from nbl_export.run.job import Job
 from nbl_export.run.preflight import require_engine
 from nbl_export.run.quantize.rescaled import check_rescaled, exported_maps, exported_model
 from nbl_export.run.stages.common import rows_of
 from nbl_export.run_directory import (
+    ACCEPTANCE_FILE,
     MAPS_FILE,
     PACKAGES,
     REFERENCES_FILE,
@@ -28,10 +28,11 @@ from nbl_export.targets.base import GGUF
 from nbl_export.text.held_back import judging
 from nbl_export.text.window_intervals import spoken_price
 from nbl_export.verify.climb import Climb
-from nbl_export.verify.coded import Coded
 from nbl_export.verify.codes import EXACT, NEAREST, SEARCHED
 from nbl_export.verify.forms import form_of
 from nbl_export.verify.kept import KeptReferences
+from nbl_export.verify.ladder import WITHOUT_TWIN
+from nbl_export.verify.on_target import expect, save
 from nbl_export.verify.perplexity import price, warn_of_far_prices
 from nbl_export.verify.setting import Setting
 
@@ -74,15 +75,16 @@ def _against_torch(job: Job, out: Path) -> dict[str, Any]:
         if job.options.fit != GIVEN_FIT:  # the original of an NBL checkpoint lacks the removed attention
             with job.ui.task("quality loss on held-back text") as progress:
                 prices = price(decoders["original"], decoders["nbl"], price_texts(job), progress)
-        leave(job, decoders, _float32_graphs(setting, directories, coded), out)
+        _leave(climb, out)
     return conclude(job, results, prices)
 
 
-def _float32_graphs(setting: Setting, twins: Mapping[str, Path], coded: Mapping[str, Coded]) -> dict[str, Path]:
-    """The float32 graphs of static decoders, which accept an engine; with quantised matrices for int4."""
-    if not setting.static:
-        return {}
-    return {s: coded[s].twin if s in coded else d / all_logits_file(d) for s, d in twins.items()}
+def _leave(climb: Climb, out: Path) -> None:
+    """Write acceptance.safetensors for an engine of another machine; nothing for others."""
+    setting = climb.setting
+    if setting.engine.capabilities.cross:
+        exact = bool(climb.truth_of_codes) or setting.precision not in WITHOUT_TWIN
+        save(expect(setting.precision, climb.probe, climb.references, exact=exact), out / ACCEPTANCE_FILE)
 
 
 def _against_graph(job: Job, out: Path) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def _against_graph(job: Job, out: Path) -> dict[str, Any]:
         kept.save()
         with job.ui.task("quality loss on held-back text") as progress:
             prices = price(decoders["original"], decoders["nbl"], price_texts(job), progress)
-        leave(job, decoders, {}, out)
+        _leave(climb, out)
     return conclude(job, results, prices)
 
 

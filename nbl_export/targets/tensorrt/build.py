@@ -1,6 +1,15 @@
 """Builds decoder.onnx into a plan (TensorRT's serialised engine) with engine.json beside it; complete or absent.
 
 DIR/model/decoder.onnx ─ parse ─ build, attention fused or decomposed ─► .tmp-… ─ rename ─► DIR/engine/model/
+
+TensorRT-RTX's builder tells, without a GPU, whether the steps of a plan can be captured as a CUDA graph:
+
+    can be captured       Layer(Myelin): ... , Layer(Myelin): ... [profile 1]        one layer for each profile
+    cannot                Layer(TrainStation), Layer(Myelin), Layer(DeviceToShapeHost), ...    waits for the host
+
+Two signs are needed (seen with TensorRT-RTX 1.7.1). With the flag REQUIRE_USER_ALLOCATION, the builder refuses kernels
+that allocate memory or wait for the host. It still takes a network whose shapes depend on data, and splits the plan
+where a size goes to the host. The builder lists the layers of a plan among its notes.
 """
 
 from __future__ import annotations
@@ -9,6 +18,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,23 +33,25 @@ from nbl_export.graph.trust import check_graph_file
 from nbl_export.records.decoder import ITEMSIZE, GraphContract
 from nbl_export.targets.base import BuildSettings
 from nbl_export.targets.gpu import Gpu, find_gpu
-from nbl_export.targets.tensorrt.attention import (
-    DECOMPOSED,
-    FUSED,
-    bypass_unit_scale,
-    decompose,
-    lacks_kernel,
-)
-from nbl_export.targets.tensorrt.capture import ask_for_proof, capturable
 from nbl_export.targets.tensorrt.library import Library, load_library
 from nbl_export.targets.tensorrt.log import (
+    LAYERS_NOTE,
+    Message,
     Messages,
     complaints,
     ignored_inputs,
     messages_of,
     require,
 )
-from nbl_export.targets.tensorrt.network import ParsedNetwork, parse
+from nbl_export.targets.tensorrt.network import (
+    DECOMPOSED,
+    FUSED,
+    ParsedNetwork,
+    bypass_unit_scale,
+    decompose,
+    lacks_kernel,
+    parse,
+)
 from nbl_export.targets.tensorrt.record import (
     ENGINE_FILE,
     RECORD_FILE,
@@ -50,12 +62,14 @@ from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles
 from nbl_export.trust.contained import check_inside
 from nbl_export.trust.own_engines import remember
 
-__all__ = ["Progress", "build_engine"]
+__all__ = ["Progress", "build_engine", "capturable"]
 
 _logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]  # phase, seconds since the build began
 _GRAPH = STATIC_GRAPH_FILE
+_FLAG = "REQUIRE_USER_ALLOCATION"
+_WAITING = ("DeviceToShapeHost", "TrainStation")  # kinds of layers that wait for the host; the first names a tensor
 
 
 @dataclass(frozen=True)
@@ -167,7 +181,7 @@ def _config(
     trt, builder = parsed.trt, parsed.builder
     config = require(builder.create_builder_config())
     if library.jit:
-        ask_for_proof(trt, config)
+        _ask_for_proof(trt, config)
     if targets and library.default_targets:  # TensorRT builds for the GPU at hand and has no such names
         config.num_compute_capabilities = len(targets)
         for index, compute in enumerate(targets):
@@ -301,3 +315,34 @@ def _copy_text_files(source: Path, out: Path) -> None:
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.startswith(_GRAPH) and path.name != ALL_LOGITS_FILE:
             shutil.copyfile(check_inside(path, path.parent), out / path.name)
+
+
+# -- capture -------------------------------------------------------------------------------------------
+
+
+def _ask_for_proof(trt: Any, builder_config: Any) -> None:
+    """Make the builder of TensorRT-RTX refuse what cannot be captured. Contexts then need memory of the user."""
+    builder_config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+
+
+def capturable(said: Sequence[Message], plan: Any, name: str) -> bool | None:
+    """Whether the steps of a plan can be captured; None if the builder lists no layers.
+
+    Args:
+        said: what the builder said, after `_ask_for_proof`.
+        plan: None if the builder gave no plan.
+        name: of the network, for the error.
+
+    Raises:
+        NblError: the steps cannot be captured.
+    """
+    if plan is None:
+        if why := [text for text in complaints(said) if _FLAG in text]:
+            raise NblError(f"a CUDA graph cannot hold the steps of {name}, as decode needs: {why[0]}")
+        return None
+    notes = "\n".join(m.text for m in said if m.text.startswith(LAYERS_NOTE))
+    layers = re.findall(r"^Layer\((\w+)\): (.*?)(?:, Tactic|$)", notes, re.MULTILINE)
+    for waiting in _WAITING:
+        if found := [layer for kind, layer in layers if kind == waiting]:
+            raise NblError(f"a CUDA graph cannot hold the steps of {name}, as decode needs: they wait for {found[0]}")
+    return True if layers else None

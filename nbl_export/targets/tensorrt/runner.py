@@ -7,6 +7,22 @@ A context keeps its profile. The decode context keeps its shapes, so the capture
 change. Another batch is captured anew. present.i must be bound to the address of past.i (TensorRT documentation,
 "KVCacheUpdate": the cache is updated in place).
 
+Steps run one after the other on one stream, so both contexts share one block of working memory, as large as the largest
+profile needs (`IExecutionContext.set_device_memory` forbids it only for parallel steps), and one cache of kernels.
+
+The decode step is captured behind its first run, and replayed while its shape stays:
+
+    first step of a shape       TensorRT:      run, then capture          TensorRT-RTX:  run three times
+    every further step          TensorRT:      replay                     TensorRT-RTX:  run; the library replays
+
+TensorRT asks for one ordinary run before the capture. TensorRT-RTX captures by itself ("Working with RTX CUDA Graphs"),
+and begins behind a run that warms up. So a session has its graph behind the first step, and all further steps take the
+same way. A repeated step changes nothing: the same tokens go into the same slots.
+
+TensorRT-RTX compiles kernels for the shapes that it meets. By default it does so in the background and replaces
+kernels while steps run ("DynamicShapesKernelSpecializationStrategy": LAZY). EAGER compiles before the step, so that a
+shape is always computed by the same kernels.
+
 Written against the documented API of TensorRT 10.15 to 11 and TensorRT-RTX 1.7. docs/engines/tensorrt.md says what has
 run where.
 """
@@ -15,7 +31,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +41,6 @@ import numpy as np
 from nbl_export.errors import NblError
 from nbl_export.records.decoder import ITEMSIZE, TensorInfo
 from nbl_export.targets.gpu import Gpu, find_gpu
-from nbl_export.targets.tensorrt.contexts import DEFAULT, Strategy, open_contexts
-from nbl_export.targets.tensorrt.decode_step import DecodeStep
 from nbl_export.targets.tensorrt.device import Device, attempt_all, open_device
 from nbl_export.targets.tensorrt.kernels import KERNELS_FILE, KernelCache, made_for
 from nbl_export.targets.tensorrt.library import Library, load_library
@@ -39,13 +54,16 @@ from nbl_export.targets.tensorrt.record import (
 )
 from nbl_export.targets.tensorrt.static.schedule import profile_for
 
-__all__ = ["TrtSession", "open_session", "refuse_misfit"]
+__all__ = ["DecodeStep", "TrtSession", "open_session", "refuse_misfit"]
+
+log = logging.getLogger(__name__)
 
 _INDEX = np.dtype(np.int64)
 _PER_ROW = ("write_indices", "num_tokens")
+_RUNS = 3  # of TensorRT-RTX: to warm up, to capture, to replay
 
 
-def open_session(library: Library, directory: Path, strategy: Strategy = DEFAULT) -> TrtSession:
+def open_session(library: Library, directory: Path) -> TrtSession:
     """A session on an engine directory. TensorRT-RTX keeps its compiled kernels there.
 
     Raises:
@@ -61,7 +79,7 @@ def open_session(library: Library, directory: Path, strategy: Strategy = DEFAULT
     kernels = None
     if library.jit and isinstance(gpu, Gpu):
         kernels = KernelCache(directory / KERNELS_FILE, made_for(record, gpu))
-    return TrtSession(library, directory, record, trt, open_device(), strategy, kernels)
+    return TrtSession(library, directory, record, trt, open_device(), kernels)
 
 
 def refuse_misfit(library: Library, record: EngineRecord, version: str, gpu: Gpu | str, directory: Path) -> None:
@@ -104,7 +122,7 @@ class TrtSession:
 
     def __init__(
         self, library: Library, directory: Path, record: EngineRecord, trt: Any, device: Device,
-        strategy: Strategy = DEFAULT, kernels: KernelCache | None = None,
+        kernels: KernelCache | None = None,
     ) -> None:  # fmt: skip
         self.contract = record.contract
         self.slots = record.max_seq_len
@@ -117,10 +135,10 @@ class TrtSession:
         self._logits = next(info for info in record.outputs if info.name == "logits")
         with _closed_on_error(device):
             self._runtime, self._engine = _deserialize(library, directory, record, trt, self._messages)
-            self._contexts = open_contexts(library, trt, self._messages, self._engine, device, strategy, kernels)
+            self._contexts = _open_contexts(library, trt, self._messages, self._engine, device, kernels)
             self._buffers = self._allocate_controls()
         self._decode = len(self._contexts) - 1
-        self._step = DecodeStep(device, graphs=strategy.graphs, by_library=library.runtime_graphs)
+        self._step = DecodeStep(device, by_library=library.runtime_graphs)
 
     # -- set up ----------------------------------------------------------------------------------------
 
@@ -147,6 +165,15 @@ class TrtSession:
             self._bind(batch)
         for address, size in self._caches.values():
             self._device.zero(address, size)
+
+    def fill(self, value: float) -> None:
+        """Put a value into every slot."""
+        for info in (i for i in self.contract.inputs if i.name in self._caches):
+            wide = np.full((self._batch, *map(int, info.shape[1:])), value, np.float32)
+            bits = (wide.view(np.uint32) >> 16).astype(np.uint16)  # of bfloat16, if the value has few digits
+            host = bits if info.dtype == "bfloat16" else wide.astype(_HOST_DTYPES[info.dtype])
+            self._device.upload(self._caches[info.name][0], host)
+            self._device.synchronize()
 
     def _bind(self, batch: int) -> None:
         caches = [info for info in self.contract.inputs if info.name.startswith("past_key_values.")]
@@ -256,3 +283,95 @@ def _deserialize(
 
 def _bytes(info: TensorInfo, batch: int) -> int:
     return batch * int(np.prod([int(n) for n in info.shape[1:]])) * ITEMSIZE[info.dtype]
+
+
+# -- contexts ------------------------------------------------------------------------------------------
+
+
+def _open_contexts(
+    library: Library, trt: Any, messages: Messages, engine: Any, device: Device,
+    kernels: KernelCache | None,
+) -> list[Any]:  # fmt: skip
+    """A context for each profile of the engine; each stays on its profile.
+
+    Raises:
+        NblError: the GPU has no memory left, or the library refuses.
+    """
+    size = int(engine.device_memory_size_v2)
+    block = device.allocate(size) if size else 0
+    contexts = []
+    with messages.explaining("TensorRT refuses to prepare the engine"):
+        cache = None
+        count = int(engine.num_optimization_profiles)
+        for profile in range(count):
+            runtime_config = _make_config(library, trt, engine, decode=profile == count - 1)
+            if library.jit and kernels is not None and profile == 0:
+                cache = kernels.open(runtime_config)
+            if cache is not None:
+                require(runtime_config.set_runtime_cache(cache), "a cache of kernels")
+            context = require(engine.create_execution_context(runtime_config), "a context for the engine")
+            if size:
+                context.set_device_memory(block, size)
+            require(context.set_optimization_profile_async(profile, device.stream), "an optimisation profile")
+            contexts.append(context)
+    return contexts
+
+
+def _make_config(library: Library, trt: Any, engine: Any, *, decode: bool) -> Any:
+    """How a context runs: with memory of the user, kernels before their step, and decode as a CUDA graph.
+
+    Made inside a block of `Messages.explaining`.
+    """
+    config = require(engine.create_runtime_config(), "a runtime configuration")
+    config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    if library.jit:
+        graphs, kinds = trt.CudaGraphStrategy, trt.DynamicShapesKernelSpecializationStrategy
+        config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if decode else graphs.DISABLED
+        config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER
+    return config
+
+
+# -- the decode step -----------------------------------------------------------------------------------
+
+
+class DecodeStep:
+    """Runs the decode step of a session.
+
+    Args:
+        by_library: whether the library captures by itself.
+    """
+
+    def __init__(self, device: Device, *, by_library: bool) -> None:
+        self._device, self._by_library, self._captures = device, by_library, not by_library
+        self._shape: tuple[int, ...] | None = None
+        self._replay: Callable[[], None] | None = None
+
+    def reset(self) -> None:
+        """Forget the graph, because addresses change."""
+        self._shape = self._replay = None
+
+    def run(self, shape: tuple[int, ...], execute: Callable[[], None]) -> None:
+        """Run `execute`, or its captured graph.
+
+        Args:
+            shape: of the step's tokens; a graph of another shape is forgotten.
+            execute: puts the step on the stream, the same work whenever `shape` is the same.
+        """
+        if shape == self._shape:
+            (self._replay or execute)()
+            return
+        self.reset()
+        execute()
+        if self._by_library:
+            for _ in range(1, _RUNS):
+                execute()
+        elif self._captures:
+            self._capture(execute)
+        self._shape = shape
+
+    def _capture(self, execute: Callable[[], None]) -> None:
+        try:
+            self._replay = self._device.capture(execute)
+        except NblError as error:
+            log.warning("the decode step runs without a CUDA graph, which is slower: %s", error)
+            self._captures = False

@@ -48,6 +48,9 @@ class Session(Protocol):
     def begin(self, batch: int) -> None:
         """Zero the caches for a batch."""
 
+    def fill(self, value: float) -> None:
+        """Put a value into every slot of the caches, to test that only written slots count."""
+
     def run(self, ids_BT: np.ndarray, writes: Sequence[int], counts: Sequence[int]) -> np.ndarray:
         """Run one step; returns float32 logits [B, T, V], or [B, 1, V] of each row's last token."""
 
@@ -194,6 +197,10 @@ class StaticRunner:
     def rewind(self, length: int) -> None:
         """Drop everything after the first `length` tokens; costs nothing, because the cache stays."""
         self._decoder.rewind(length)
+
+    def fill(self, value: float) -> None:
+        """Put a value into every slot of the caches, right after `begin`."""
+        self._session.fill(value)
 
     def last_logits(self) -> np.ndarray:
         """Logits [V] float32 after the last token; valid only right after `append`."""

@@ -63,6 +63,11 @@ class OrtSession:
         self._bytes = sum(array.nbytes for array in zeros.values())
         self._caches = {name: self._ort.OrtValue.ortvalue_from_numpy(array) for name, array in zeros.items()}
 
+    def fill(self, value: float) -> None:
+        """Put a value into every slot."""
+        for cache in self._caches.values():
+            cache.update_inplace(np.full(cache.shape(), value, cache.numpy().dtype))
+
     def run(self, ids_BT: np.ndarray, writes: Sequence[int], counts: Sequence[int]) -> np.ndarray:
         """Run one step; returns float32 logits."""
         binding = self._session.io_binding()
@@ -81,10 +86,6 @@ class OrtSession:
             raise NblError(f"{self._path} failed on a step of {ids_BT.shape[1]} tokens: {one_line(error)}") from error
         logits: np.ndarray = binding.get_outputs()[-1].numpy()
         return logits.astype(np.float32)
-
-    def read_cache(self, name: str) -> np.ndarray:
-        """A copy of one cache of the running batch, [B, Hkv, S, head], by the name of its input."""
-        return np.array(self._caches[name].numpy())
 
     @property
     def cache_bytes(self) -> int:

@@ -6,7 +6,7 @@
 TensorRT's parser multiplies queries and keys by sqrt(scale) each (onnx-tensorrt, `scaleQKTensor` in
 AttentionHelpers.cpp). The keys are the whole cache, so a step would read and write all slots of each layer once more.
 TensorRT's documentation allows the scale on the queries alone ("Fused Attention"). The parser's products with sqrt(1)
-are bypassed when an engine is built (`targets.tensorrt.attention`).
+are bypassed when an engine is built (`targets.tensorrt.network`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,253 @@
+"""`nbl-export accept DIR` on the machine that will run an engine.
+
+    this process ── Child ─► the engine's runner ─► verify.on_target      one process for each decoder
+         ▲                                             │
+         └────── ["result", RungResult] ... ◄──────────┘
+
+    DIR/acceptance.{json,md}      written after each result
+
+A crash, or no answer in time, is a failed check with a sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+from nbl_export import __version__
+from nbl_export.errors import AcceptanceError, NblError
+from nbl_export.files import replacing, versions, write_json
+from nbl_export.measure.benchmark import machine
+from nbl_export.parallel.child import Child, Write
+from nbl_export.records.results import RungResult
+from nbl_export.report import markdown
+from nbl_export.report.sections import verification
+from nbl_export.run.deployed import locate
+from nbl_export.run.progress import Ui
+from nbl_export.run_directory import (
+    ACCEPTANCE_FILE,
+    ACCEPTANCE_JSON,
+    ACCEPTANCE_MD,
+    PACKAGES,
+    RunDirectory,
+)
+from nbl_export.targets import load_engine
+from nbl_export.targets.base import Target
+from nbl_export.targets.runners import Room
+from nbl_export.verify.on_target import (
+    Doing,
+    Expected,
+    checks,
+    load,
+)
+
+__all__ = ["CANNOT_RUN", "FINISHED", "MESSAGE", "RESULT", "Event", "Find", "accept", "examine", "examined",
+           "refuse_failed"]  # fmt: skip
+
+_SUBJECTS = (("original", "original"), ("nbl", "model"))  # subject, and its directory
+_PACKAGES = ("nbl-export", *PACKAGES, "cuda-python", "cuda-bindings", "tensorrt-cu13", "tensorrt-cu12",
+             "tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "onnxruntime-genai-cuda",
+             "onnxruntime-ep-nv-tensorrt-rtx")  # fmt: skip
+
+LIMIT_SECONDS = 1800.0  # from one answer of the process to the next; a GPU that hangs never answers
+RESULT, CANNOT_RUN, MESSAGE, DOING, FINISHED = "result", "cannot run", "message", "doing", "finished"
+_LONGEST = 500  # characters of a message
+
+Event = list[Any]  # its kind, and its value
+Find = Callable[[], Target]  # finds the engine; a function that another process can find by its name
+
+
+def accept(
+    directory: Path, ui: Ui, *, force: bool = False, find: Find | None = None,
+    look: Callable[..., Generator[Event, None, None]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Check both decoders and return the value of acceptance.json.
+
+    Args:
+        force: accept a run that failed verification.
+        find: finds the engine; None is the engine of the run.
+        look: checks one decoder; None is `examined`.
+
+    Raises:
+        NblError: the directory is no finished run for an engine of a GPU, or lacks acceptance.safetensors.
+        CorruptError: a file is missing or has changed since it was written.
+    """
+    run = RunDirectory.existing(directory)
+    options = run.manifest["options"]
+    engine, provider = options["engine"], options.get("provider", "cpu")
+    if not load_engine(engine, provider).capabilities.cross:
+        raise NblError(
+            f"{directory} is for an engine of a CPU, which verification has run; accept is for engines of a GPU: trt, "
+            "trt-rtx, and --provider cuda or nv-tensorrt-rtx"
+        )
+    places = {subject: locate(directory, name, force=force).path for subject, name in _SUBJECTS}
+    values = directory / ACCEPTANCE_FILE
+    if ACCEPTANCE_FILE in run.stages.get("verify", {}).get("files", {}):
+        run.check("verify")
+    if (precision := load(values).precision) != options["precision"]:
+        raise NblError(f"{values} is of {precision}, the run of {options['precision']}; verify again where it was made")
+    found_by = find or functools.partial(load_engine, engine, provider)
+    found = _blank(run, engine if provider == "cpu" else f"{engine} --provider {provider}")
+    for subject, place in places.items():
+        ui.say(f"  checking {subject}")
+        with contextlib.closing((look or examined)(found_by, subject, place, values)) as events:
+            for kind, *value in events:
+                _add(found, kind, value)
+                _write(found, directory)
+        if found["cannot_run"]:
+            break
+    found["status"] = _status(found)
+    _write(found, directory)
+    return found
+
+
+def _blank(run: RunDirectory, engine: str) -> dict[str, Any]:
+    """acceptance.json before the first check."""
+    model = run.manifest["model"]
+    return {
+        "schema": 2,
+        "status": "incomplete",
+        "model": str(model.get("title") or model["name"]),
+        "engine": engine,
+        "precision": run.manifest["options"]["precision"],
+        "replaced_layers": run.manifest.get("replaced_layers", []),
+        "machine": machine(),
+        "versions": {"nbl-export": __version__, **versions(_PACKAGES)},
+        "cannot_run": "",
+        "rungs": [],
+        "messages": [],
+    }
+
+
+def _add(found: dict[str, Any], kind: str, value: list[Any]) -> None:
+    if kind == RESULT:
+        found["rungs"] += value
+    elif kind == MESSAGE:
+        found["messages"] += value
+    elif kind == CANNOT_RUN:
+        found["cannot_run"] = value[0]
+
+
+def _status(found: dict[str, Any]) -> str:
+    if found["cannot_run"]:
+        return "cannot run"
+    return "passed" if all(rung["passed"] for rung in found["rungs"]) else "failed"
+
+
+def _write(found: dict[str, Any], directory: Path) -> None:
+    write_json(directory / ACCEPTANCE_JSON, found)
+    with replacing(directory / ACCEPTANCE_MD) as stream:
+        stream.write(markdown.document(verification.acceptance(found)).encode())
+
+
+def refuse_failed(found: dict[str, Any], directory: Path) -> None:
+    """Raise if a check failed or if nothing can run.
+
+    Raises:
+        AcceptanceError: the first check that failed. NblError: this machine cannot run the engine.
+    """
+    if found["cannot_run"]:
+        raise NblError(f"{directory} cannot be accepted here: {found['cannot_run']}")
+    for rung in found["rungs"]:
+        if not rung["passed"]:
+            raise AcceptanceError(
+                f"rung {rung['rung']} of {rung['subject']} failed: {rung['metric']}: {rung['detail']}. See "
+                f"{directory / ACCEPTANCE_MD}"
+            )
+
+
+# -- one decoder, in a process of its own ------------------------------------------------------------------------
+
+
+def examined(
+    find: Find, subject: str, directory: Path, values: Path, seconds: float = LIMIT_SECONDS
+) -> Generator[Event, None, None]:
+    """Check one decoder in a process of its own, and yield its events.
+
+    Args:
+        directory: of the deployed decoder.
+        values: acceptance.safetensors.
+        seconds: the process is ended if it does not answer for so long.
+
+    Yields:
+        [RESULT, the fields of a RungResult], [MESSAGE, text of a library], [CANNOT_RUN, reason], at last [FINISHED].
+    """
+    rung, doing = "a", "starting"
+    with Child(examine, find, subject, directory, values) as child:
+        while True:
+            try:
+                event = child.answer(seconds)
+            except TimeoutError:
+                yield _broken(rung, subject, f"no answer within {seconds:.0f} s: it hung while {doing}")
+                event = [FINISHED]
+            if event is None:
+                yield _broken(rung, subject, f"the process {child.ending()} while {doing}")
+                event = [FINISHED]
+            if event[0] == DOING:
+                _, rung, doing = event
+            else:
+                yield event
+            if event[0] == FINISHED:
+                return
+
+
+def examine(write: Write, find: Find, subject: str, directory: Path, values: Path) -> None:
+    """Check one decoder in this process, and send the events that `examined` yields. No error gets out."""
+    now = ["a", "starting"]
+
+    def doing(rung: str, what: str) -> None:
+        now[:] = rung, what
+        write([DOING, rung, what])
+
+    logging.getLogger().addHandler(_Sender(write))
+    try:
+        _examine(write, find, subject, directory, load(values), doing)
+    except Exception as error:  # a library of the GPU's may raise anything
+        said = " ".join(str(error).split())[:_LONGEST]
+        kind = "" if isinstance(error, NblError) else f"{type(error).__name__}: "
+        write(_broken(now[0], subject, f"{kind}{said} (while {now[1]})"))
+    write([FINISHED])
+
+
+def _examine(write: Write, find: Find, subject: str, directory: Path, expected: Expected, doing: Doing) -> None:
+    doing("a", "looking for the GPU and the library")
+    engine = find()
+    found = engine.probe_run()
+    if not found.available:
+        return write([CANNOT_RUN, found.reason])
+    doing("a", f"opening the decoder {subject}")
+    room = Room(max(map(len, expected.rows)))
+    try:
+        runner: Any = engine.open_runner(directory, None, room)
+    except NblError as error:  # another version, another GPU, an engine of somebody else, too little memory
+        return write([CANNOT_RUN, str(error)])
+    with runner:
+        write(_event(RungResult("a", subject, "the engine fits library and GPU", 0.0, 0.5, True, found.reason)))
+        for result in checks(runner, subject, expected, doing):
+            write(_event(result))
+        doing("a", f"closing the decoder {subject}")
+    return None
+
+
+class _Sender(logging.Handler):
+    """Sends warnings of the libraries and of this project to the record."""
+
+    def __init__(self, write: Write) -> None:
+        super().__init__(logging.WARNING)
+        self._write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._write([MESSAGE, " ".join(record.getMessage().split())[:_LONGEST]])
+
+
+def _event(result: RungResult) -> Event:
+    return [RESULT, dataclasses.asdict(result)]
+
+
+def _broken(rung: str, subject: str, said: str) -> Event:
+    return _event(RungResult(rung, subject, "the check comes to its end", 1.0, 0.5, False, said))

@@ -1,0 +1,213 @@
+"""The checks of `accept` on a stand-in of TensorRT that executes the run's own graph: each planted fault is named.
+
+Expected values are those of torch. `tests.fake_engine.StandIn` says what the faults are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nbl_export.errors import CorruptError, NblError
+from nbl_export.model.checkpoint.load import load_model
+from nbl_export.parallel.child import Child
+from nbl_export.run import accept as accepting
+from nbl_export.verify.ladder import ON_GPU, WITHOUT_TWIN, Probe
+from nbl_export.verify.on_target import (
+    POSITIONS,
+    Expected,
+    expect,
+    load,
+    save,
+)
+from nbl_export.verify.torch_reference import references
+
+from ..fake_engine import StandIn
+from ..static_tiny import SLOTS, maps_of, rows
+from ..trt_tiny import checkpoint_of, graph_of
+
+pytestmark = pytest.mark.trt
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What verification leaves: torch's logits of two short rows and of a row that fills the slots, and its text."""
+    first, second = rows()
+    probe = Probe((tuple(first[:56]), tuple(second[:41])), (tuple(first[20:44]),), 12, tuple(first))
+    found = references(load_model(checkpoint_of("llama")), maps_of([1]), "residual", probe)
+    path = tmp_path_factory.mktemp("values") / "acceptance.safetensors"
+    save(expect("fp16", probe, found, exact=True), path)
+    return path
+
+
+def checked(values: Path, fault: str = "") -> list[Any]:
+    """The events of the NBL graph, in this process."""
+    events: list[Any] = []
+    before = list(logging.getLogger().handlers)
+    find = functools.partial(StandIn, fault)
+    accepting.examine(events.append, find, "nbl", graph_of("llama", (1,)), values)  # type: ignore[arg-type]
+    logging.getLogger().handlers[:] = before
+    assert events[-1] == [accepting.FINISHED]
+    return events
+
+
+def results(events: list[Any]) -> list[dict[str, Any]]:
+    return [event[1] for event in events if event[0] == accepting.RESULT]
+
+
+# -- expected values ---------------------------------------------------------------------------------------------
+
+
+def test_values_come_back_as_they_were(values: Path, tmp_path: Path) -> None:
+    found = load(values)
+    assert (found.precision, found.tolerance) == ("fp16", ON_GPU["fp16"])
+    assert [len(row) for row in found.rows] == [56, 41, SLOTS]
+    shapes = {found.logits(subject, k)[0].shape for subject in ("original", "nbl") for k in range(3)}
+    assert shapes == {(POSITIONS, 144)}
+    save(found, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == values.read_bytes()
+    assert values.stat().st_size < 200_000
+    assert dataclasses.replace(found, precision="int4", exact=False).tolerance == WITHOUT_TWIN["int4"]
+
+
+def without(name: str, found: Expected) -> Expected:
+    return dataclasses.replace(found, arrays={k: v for k, v in found.arrays.items() if k != name})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda found: dataclasses.replace(found, precision="fp9"), "'fp9'"),
+        (lambda found: dataclasses.replace(found, rows=()), "it has no rows"),
+        (lambda found: dataclasses.replace(found, rows=(*found.rows[:2], (1, 2))), "row 2 of original does not fit"),
+        (lambda found: dataclasses.replace(found, prompts=()), None),
+        (functools.partial(without, "nbl.logits.1"), "'nbl.logits.1'"),
+        (functools.partial(without, "nbl.greedy"), "'nbl.greedy'"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(change: Any, reason: str | None, values: Path, tmp_path: Path) -> None:
+    save(change(load(values)), tmp_path / "a.safetensors")
+    if reason is None:
+        assert load(tmp_path / "a.safetensors").prompts == ()
+        return
+    with pytest.raises(CorruptError, match=rf"a\.safetensors cannot be read \({reason}.*verify again where"):
+        load(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("stated", ["no JSON", "[]", '{"schema": 9}', '{"schema": 2}'])
+def test_a_file_of_other_values_is_refused(stated: str, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({"rows.0": np.ones(20, np.int32)}, tmp_path / "a.safetensors", metadata={"acceptance": stated})
+    with pytest.raises(CorruptError, match=r"a\.safetensors cannot be read"):
+        load(tmp_path / "a.safetensors")
+
+
+def test_a_cut_file_and_a_missing_file_are_refused(values: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.safetensors").write_bytes(values.read_bytes()[:5000])
+    with pytest.raises(CorruptError, match=r"cut.safetensors cannot be read"):
+        load(tmp_path / "cut.safetensors")
+    with pytest.raises(NblError, match="is missing, which verification leaves for engines of a GPU: copy it"):
+        load(tmp_path / "none.safetensors")
+
+
+# -- checks --------------------------------------------------------------------------------------------------------
+
+
+def test_every_check_passes(values: Path) -> None:
+    found = results(checked(values))
+    assert [result["rung"] for result in found] == ["a", *["c"] * 6, "f", "d", "slots", "clock"]
+    assert [result for result in found if not result["passed"]] == []
+    logits = [result for result in found if result["rung"] in ("c", "f")]
+    assert all(0 < result["value"] < result["tolerance"] == 0.02 for result in logits)  # fp16 rounds
+    assert "96 tokens" in logits[5]["detail"] and "decode" in logits[5]["metric"]
+    slots = found[9]
+    assert (slots["value"], slots["tolerance"]) == (0.0, 0.0)
+    assert slots["detail"] == "slots of another text; of 64; of -64"
+
+
+FAULTS = {
+    "other graph": ("c", "relative rms logit difference, prefill", "one sequence of 56 tokens"),
+    "late decode": ("c", "relative rms logit difference, decode", "one sequence of 96 tokens"),
+    "nan": ("c", "relative rms logit difference, prefill", "one sequence of 56 tokens"),
+    "chunks": ("f", "chunk behind a cache", "chunks of 20, 20, 16 tokens"),
+    "leak": ("slots", "stale slots", "are read: the mask lets later slots through"),
+    "early clock": ("clock", "reading its token takes", "ms, reading its token afterwards"),
+    "memory": ("c", "comes to its end", "MemoryError:  (while running one sequence of 56 tokens)"),
+    "close": ("a", "comes to its end", "cudaFree: cudaErrorInvalidValue (while closing the decoder nbl)"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_named_by_its_check(fault: str, values: Path) -> None:
+    rung, metric, detail = FAULTS[fault]
+    failed = [result for result in results(checked(values, fault)) if not result["passed"]]
+    assert failed and failed[0]["rung"] == rung, failed
+    assert metric in failed[0]["metric"] and detail in failed[0]["detail"], failed[0]
+    if fault not in ("other graph", "nan", "late decode"):
+        assert len(failed) == 1, failed
+
+
+def test_other_text_fails_where_torch_is_sure(values: Path, tmp_path: Path) -> None:
+    assert all(result["passed"] for result in results(checked(values, "other text")))
+    found = load(values)
+    sure = {name: np.ones_like(array) for name, array in found.arrays.items() if name.endswith("margins")}
+    save(dataclasses.replace(found, arrays={**found.arrays, **sure}), tmp_path / "sure.safetensors")
+    assert all(result["passed"] for result in results(checked(tmp_path / "sure.safetensors")))
+    (failed,) = [r for r in results(checked(tmp_path / "sure.safetensors", "other text")) if not r["passed"]]
+    assert (failed["rung"], failed["value"], failed["tolerance"]) == ("d", 1.0, 0.5)
+    assert "tokens the same up to the first difference" in failed["detail"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("no GPU", "no NVIDIA driver is installed"),
+        ("other version", r"was built by tensorrt 1.2.3, and 1.2.4 is installed, which does not take it"),
+        ("other GPU", r"was built for compute capability 8.9, and the NVIDIA H100 has 9.0"),
+    ],
+)
+def test_an_engine_that_does_not_fit_cannot_run(fault: str, reason: str, values: Path) -> None:
+    (said,) = [event[1] for event in checked(values, fault) if event[0] == accepting.CANNOT_RUN]
+    assert reason in said
+    assert results(checked(values, fault)) == []
+
+
+# -- the process of its own ----------------------------------------------------------------------------------------
+
+
+def apart(values: Path, fault: str, seconds: float) -> list[Any]:
+    find = functools.partial(StandIn, fault)
+    return list(accepting.examined(find, "nbl", graph_of("llama", (1,)), values, seconds))  # type: ignore[arg-type]
+
+
+def test_a_crash_is_a_failed_check(values: Path) -> None:
+    events = apart(values, "crash", 300)
+    first, crashed = results(events)
+    assert first["passed"] and (crashed["rung"], crashed["passed"]) == ("c", False)
+    assert "ended with status -6 (SIGABRT, a crash in a library" in crashed["detail"]
+    assert crashed["detail"].endswith("while running one sequence of 56 tokens")
+    assert events[-1] == [accepting.FINISHED]
+
+
+def test_an_engine_that_hangs_is_ended(values: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit passes as soon as the engine is open."""
+    answer = Child.answer
+    opened: list[Any] = []
+
+    def impatient(self: Child, seconds: float | None = None) -> Any:
+        event = answer(self, 0.2 if opened else 300)
+        opened.extend([event] if event[:2] == ["doing", "c"] else [])
+        return event
+
+    monkeypatch.setattr(Child, "answer", impatient)
+    monkeypatch.setattr("nbl_export.parallel.child.GRACE_SECONDS", 0.2)
+    hung = results(apart(values, "hang", 1800))[-1]
+    assert hung["detail"] == "no answer within 1800 s: it hung while running one sequence of 56 tokens"
+    assert not hung["passed"]
