@@ -32,7 +32,9 @@ from made import made
 from nbl_export.errors import NblError, ParityError
 from nbl_export.files import versions
 from nbl_export.measure.benchmark import machine
-from nbl_export.records.options import JobOptions
+from nbl_export.options.options import JobOptions
+from nbl_export.options.rules import Case
+from nbl_export.options.settle import judge
 from nbl_export.records.plan import Plan
 from tests.tiny import EVERY, LAYERS, VARIANTS, VOCAB, save_checkpoint, stdlib_text
 
@@ -122,12 +124,13 @@ def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict
     from nbl_export.model.checkpoint.source import resolve
     from nbl_export.plan.lmmse import fit
     from nbl_export.rewrite import rewrite
-    from nbl_export.run.preflight import check_asked
+    from nbl_export.run.facts import architecture_facts, capabilities_of
     from nbl_export.targets.tensorrt import export as static
     from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 
     spec = read_spec(resolve(str(checkpoint)))
-    check_asked(JobOptions(str(checkpoint), decoder_source="static"), spec.architecture)
+    options = JobOptions(str(checkpoint), engine="trt", precision="fp16", decoder_source="static")
+    judge(Case(options, capabilities_of("trt"), architecture_facts(spec.architecture)))
     static.save_graph(static.build_form(checkpoint, SLOTS), run / "original", GRAPH_FILE)
     import torch
 

@@ -24,8 +24,8 @@ from nbl_export.formats.gguf.files import read_content, write_content
 from nbl_export.measure.benchmark import machine
 from nbl_export.model.linearize import replaced
 from nbl_export.model.speech import Spoken
+from nbl_export.options.goals import parse_layers
 from nbl_export.plan import lmmse
-from nbl_export.plan.choose import parse_layers
 from nbl_export.records.plan import AffineMap
 from nbl_export.run.deployed import Finished, open_finished
 from nbl_export.run.progress import Ui

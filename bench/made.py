@@ -21,7 +21,7 @@ from typing import Any
 
 from nbl_export.files import versions
 from nbl_export.measure.benchmark import machine
-from nbl_export.plan.choose import parse_layers
+from nbl_export.options.goals import parse_layers
 from nbl_export.plan.greedy import RULE
 from nbl_export.run_directory import PACKAGES
 

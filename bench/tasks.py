@@ -141,7 +141,7 @@ def measured(outcome: Any, original: Any, names: Sequence[str]) -> dict[str, Any
 
 
 def rows_of(named: Sequence[str], bed: Any) -> list[Row]:
-    from nbl_export.plan.choose import parse_layers
+    from nbl_export.options.goals import parse_layers
     from nbl_export.plan.maps_file import load_maps, maps_in
     from nbl_export.records.plan import zero_map
 

@@ -22,7 +22,7 @@ def distilled(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
         TrainingText,
     )
     from nbl_export.distill.training import distill
-    from nbl_export.plan.choose import parse_layers
+    from nbl_export.options.goals import parse_layers
 
     layers = parse_layers(options.layers, bed.spec.num_layers)
     assert isinstance(layers, tuple), "name the layers"

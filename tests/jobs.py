@@ -7,8 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.options import JobOptions
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import RunDirectory

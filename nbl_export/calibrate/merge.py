@@ -16,7 +16,7 @@ from typing import Any
 from nbl_export.calibrate.moments_file import MomentsFile, MomentsWriter, open_moments
 from nbl_export.calibrate.sums import Sums
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.records.options import JobOptions
+from nbl_export.options.options import JobOptions
 from nbl_export.run_directory import MOMENTS_FILE, RunDirectory
 
 __all__ = ["Shards", "open_shards"]

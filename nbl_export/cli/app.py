@@ -18,7 +18,6 @@ import typer
 from nbl_export import __version__
 from nbl_export.cli import measuring, results, stages
 from nbl_export.cli import options as opt
-from nbl_export.cli.config import read_config
 from nbl_export.cli.exit import (
     GOES_ON,
     INTERRUPTED,
@@ -29,8 +28,8 @@ from nbl_export.cli.exit import (
 from nbl_export.cli.help import Command, Group, show_all
 from nbl_export.cli.show import ui
 from nbl_export.errors import UsageError
-from nbl_export.records.asked import over
-from nbl_export.records.options import JobOptions
+from nbl_export.options.options import JobOptions
+from nbl_export.options.settle import over
 from nbl_export.trust.terminal import Formatter
 
 __all__ = ["app", "main"]
@@ -77,7 +76,7 @@ def root(
     if not given and (output, config, force) == (None, None, False):
         sys.stderr.write(f"{context_.get_help()}\n")
         raise typer.Exit(2)
-    written, recorded = ({}, None) if config is None else read_config(config)
+    written, recorded = ({}, None) if config is None else opt.read_config(config)
     given = over(written, given)
     if output is None or ("model" not in given and recorded is None):
         missing = "--model" if "model" not in given and recorded is None else "--output"

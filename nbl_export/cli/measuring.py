@@ -11,9 +11,8 @@ import typer
 from nbl_export.cli import options as opt
 from nbl_export.cli.show import show, ui
 from nbl_export.errors import UsageError
-from nbl_export.records.asked import numbers
-from nbl_export.records.option import options_of
-from nbl_export.records.options import JobOptions
+from nbl_export.options.options import JobOptions
+from nbl_export.options.settle import numbers
 
 __all__ = ["COMMANDS"]
 
@@ -179,7 +178,7 @@ def project(
     from nbl_export.report import profile_table
     from nbl_export.run import projection
 
-    depths = numbers(depth, options_of(JobOptions)["depths"], "depth")
+    depths = numbers(depth, "depths")
     rows = projection.rows(projection.Request(shape, tflops, bandwidth, layers, precision, prompt_tokens, depths, like))
     show(rows, profile_table.table(rows), as_json)
 

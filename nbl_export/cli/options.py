@@ -1,10 +1,16 @@
-"""Options of commands: the options record, and options that several commands share."""
+"""Options of commands: made from the options record, shared by several commands, or read by `--config FILE`.
+
+layers = "7,9,15,25-29"          a file has the names of the options, with dashes or underscores
+calibration = ["a.txt:2", "b.jsonl"]
+depth = "0,2048"                 numbers as on the command line, or as a list
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import inspect
+import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +18,23 @@ from typing import Annotated, Any
 
 import typer
 
-from nbl_export.records.asked import numbers
-from nbl_export.records.option import (
+from nbl_export.errors import UsageError
+from nbl_export.options.options import (
     MAIN,
+    OPTIONS,
     PANELS,
+    JobOptions,
     Option,
-    options_of,
+    flag_of,
 )
-from nbl_export.records.options import JobOptions
+from nbl_export.options.settle import read_asked
+from nbl_export.records.from_json import read_record
+from nbl_export.trust.strict_json import read_object
 
-__all__ = ["GENERAL", "Force", "Json", "Model", "Output", "Run", "TrustEngine", "refuse_options_before", "takes"]
+__all__ = ["GENERAL", "Force", "Json", "Model", "Output", "Run", "TrustEngine", "read_config", "refuse_options_before",
+           "takes"]  # fmt: skip
+
+_MOST_CONFIG_BYTES = 1 << 20
 
 GENERAL = "General"
 
@@ -44,13 +57,13 @@ def takes(command: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         own = inspect.signature(function, eval_str=True).parameters
-        asked = {name: said for name, said in options_of(JobOptions).items() if command in said.commands}
+        asked = {name: said for name, said in OPTIONS.items() if command in said.commands}
         added = [_parameter(name, said, command) for name, said in sorted(asked.items(), key=_place)]
 
         @functools.wraps(function)
         def run(*args: Any, **given: Any) -> Any:
             chosen = {name: given.pop(name) for name in asked}
-            return function(*args, **given, asked=_values(chosen))
+            return function(*args, **given, asked=read_asked({n: v for n, v in chosen.items() if v not in (None, [])}))
 
         kept = [parameter for name, parameter in own.items() if name != "asked"]
         signature = inspect.Signature([*kept, *added])
@@ -70,13 +83,13 @@ def _place(item: tuple[str, Option]) -> int:
 def _parameter(name: str, said: Option, command: str) -> inspect.Parameter:
     kind = _kind(name, said)
     low, high = (None, None) if said.numbers or kind is str else (said.least, said.most)
-    flag = f"--{(said.flag or name).replace('_', '-')}"
+    metavar = said.metavar or ("N,..." if said.numbers else None if said.least is None else "N")
     hidden = command == MAIN and not said.first
     default = next(f.default for f in dataclasses.fields(JobOptions) if f.name == name)
     counted = isinstance(default, (int, float)) and not isinstance(default, bool)
     text = f"{said.help.removesuffix('.')}; default {default:g}." if counted else said.help
     declared = typer.Option(
-        flag, help=text, metavar=said.metavar, hidden=hidden, rich_help_panel=said.panel, min=low, max=high
+        flag_of(name), help=text, metavar=metavar, hidden=hidden, rich_help_panel=said.panel, min=low, max=high
     )
     annotation: Any = Annotated[kind | None, declared]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -91,18 +104,6 @@ def _kind(name: str, said: Option) -> Any:
     return list[str] if typing.get_origin(hint) is tuple else kinds.pop()
 
 
-def _values(given: dict[str, Any]) -> dict[str, Any]:
-    """Values in the types of JobOptions, without the options that were not given."""
-    said = options_of(JobOptions)
-    chosen = {name: value for name, value in given.items() if value not in (None, [])}
-    for name, value in chosen.items():
-        if said[name].numbers:
-            chosen[name] = numbers(value, said[name], name)
-        elif isinstance(value, list):
-            chosen[name] = tuple(value)
-    return chosen
-
-
 def refuse_options_before(context: typer.Context) -> None:
     """Refuse options of the main command before a subcommand, where they have no effect."""
     for name in set(context.params) - {"verbose", "version"}:
@@ -110,3 +111,48 @@ def refuse_options_before(context: typer.Context) -> None:
         if source is not None and source.name == "COMMANDLINE":
             flag = f"--{name.replace('_', '-')}"
             raise typer.BadParameter(f"goes after {context.invoked_subcommand}, if allowed there", param_hint=flag)
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], JobOptions | None]:
+    """The options that a TOML file asks for, by the field names of JobOptions; or none, and the options of a run.
+
+    Raises:
+        UsageError: the file cannot be read, or has an unknown option or a wrong value.
+    """
+    if not path.exists():
+        raise UsageError(f"--config {path} cannot be read: there is no such file")
+    is_run = path.suffix == ".json"
+    values = _of_run(path) if is_run else _of_toml(path)
+    try:
+        if is_run:
+            return {}, JobOptions.from_json(values)
+        found = read_asked(values)
+        read_record(JobOptions, {"model": "", **found})
+    except (TypeError, ValueError, UsageError) as error:
+        raise UsageError(f"{path}: {error}") from error
+    return found, None
+
+
+def _of_run(path: Path) -> dict[str, Any]:
+    """The recorded options, with absolute paths of model and texts."""
+    manifest = read_object(path, _MOST_CONFIG_BYTES)
+    options, places = manifest.get("options"), manifest.get("places")
+    if not isinstance(options, dict):
+        raise UsageError(f"--config {path} is not the nbl.json of a run, because it has no options")
+    places = places if isinstance(places, dict) else {}
+    return {**options, **{name: places[name] for name in ("model", "calibration") if places.get(name)}}
+
+
+def _of_toml(path: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        if path.stat().st_size > _MOST_CONFIG_BYTES:
+            raise UsageError(f"--config {path} is too large for a configuration")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--config {path} cannot be read as TOML: {error}") from error

@@ -31,10 +31,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbl_export.errors import CorruptError
+from nbl_export.options.options import JobOptions
+from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import AffineMap
 
-__all__ = ["CostModel", "Speedup", "Work", "map_sizes", "read_intermediate_size", "weight_bytes"]
+__all__ = ["CostModel", "Speedup", "Work", "cost_model", "map_sizes", "read_intermediate_size", "weight_bytes"]
 
 # Bytes of a matrix element; quantised elements include a float32 scale for each block of 32. gguf: as for Q4_1 and
 # Q4_K, which add a float32 offset; types of more bits take 1.125 to 1.25, which leaves ratios nearly as they are.
@@ -181,3 +183,25 @@ class CostModel:
     @property
     def _head(self) -> int:
         return self.spec.hidden_size * self.spec.vocab_size
+
+
+def cost_model(
+    options: JobOptions, engine: Capabilities, decoder: DecoderSpec, checkpoint: Path, *, token_table: bool
+) -> CostModel:
+    """The cost model of a job's shipped graphs.
+
+    Args:
+        checkpoint: a directory with the model's config.json.
+    """
+    size = weight_bytes(options.precision)
+    return CostModel(
+        decoder,
+        read_intermediate_size(checkpoint),
+        size,
+        2.0 if engine.static and options.precision == "int4" else size,  # the static form keeps its head in fp16
+        engine.cache_itemsize(options.precision),
+        options.prompt_length,
+        all_logits=options.kept_logits == "all",
+        tail_pruned=options.kept_logits == "last",
+        token_table=token_table,
+    )

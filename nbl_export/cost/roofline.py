@@ -86,7 +86,7 @@ def rows(
     Args:
         bench: timings of bench.json, of one sequence each and one number of threads. The variant "original" has no
             map; every other variant has the maps of `sizes`.
-        costs: cost model of the deployed graphs (`run.resolved.cost_model`).
+        costs: cost model of the deployed graphs (`model.cost_model`).
         sizes: of the run's maps (`cost.model.map_sizes`).
         machine: measured with the threads that bench used.
         precision: of the graphs.

@@ -3,7 +3,7 @@
     DIR/model.onnx + tokenizer [+ genai_config.json, config.json]   ─►  moments, plan, rewrite, verification
     no torch checkpoint                                             ─►  no distillation, no greedy choice of layers
 
-`GIVEN` is the name of this decoder source.
+`options.GIVEN` is the name of this decoder source.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from nbl_export.trust.contained import check_folder, check_inside
 from nbl_export.trust.plain_files import refuse_special
 
 __all__ = [
-    "GIVEN",
     "check_graph_place",
     "companions",
     "copy_graph",
@@ -32,9 +31,6 @@ __all__ = [
     "home_of",
     "read_spec",
 ]
-
-GIVEN = "given"
-
 
 _CONFIG = GENAI_CONFIG
 

@@ -22,7 +22,7 @@ def fast(device: torch.device) -> bool:
 
 
 def chosen(dtype: str, device: torch.device) -> bool:
-    """Whether products are in bfloat16, for a value of `--compute-dtype` (`records.options.DTYPES`).
+    """Whether products are in bfloat16, for a value of `--compute-dtype` (`options.options.DTYPES`).
 
     Raises:
         NblError: bfloat16 is asked for, and the processor has no such products.

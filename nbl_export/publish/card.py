@@ -17,11 +17,11 @@ from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.files import file_sha256, friendly_os_errors
+from nbl_export.options.options import describe_command
+from nbl_export.options.places import public_options
 from nbl_export.publish import base_model
 from nbl_export.publish.base_model import BaseModel
 from nbl_export.records.from_json import edited
-from nbl_export.records.options import describe_command
-from nbl_export.records.public import public_options
 from nbl_export.records.results import COMPARED, VERIFIED
 from nbl_export.report import markdown
 from nbl_export.report.sections import head, quality, speed

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.records.options import JobOptions
+from nbl_export.options.options import JobOptions
 from nbl_export.run.deployed import (
     Located,
     available_engine,

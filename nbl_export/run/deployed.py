@@ -11,13 +11,12 @@ from typing import Any
 
 from nbl_export.errors import NblError, UsageError
 from nbl_export.graph.names import MANIFEST
-from nbl_export.model.checkpoint.nbl import GIVEN_FIT
+from nbl_export.options.options import GIVEN_FIT, JobOptions, describe_command
+from nbl_export.options.places import located
 from nbl_export.plan.maps_file import load_maps
-from nbl_export.records.options import JobOptions, describe_command
 from nbl_export.records.plan import AffineMap
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
-from nbl_export.run.resolved import located
 from nbl_export.run_directory import MAPS_FILE, RunDirectory
 from nbl_export.targets import load_engine, owner_of
 from nbl_export.targets.base import Target
@@ -198,6 +197,6 @@ def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Fini
         for stage in ("plan", "distill"):
             if stage in run.stages:
                 run.check(stage)
-        job = Job(located(JobOptions.from_json(run.manifest["options"]), run), run, ui)
+        job = Job(located(JobOptions.from_json(run.manifest["options"]), run.manifest), run, ui)
         maps = load_maps(run.path / MAPS_FILE, job.plan.replaced)
         yield Finished(job, maps)

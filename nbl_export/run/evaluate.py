@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nbl_export.errors import NblError
-from nbl_export.model.checkpoint.nbl import GIVEN_FIT, NO_ORIGINAL
+from nbl_export.options.options import GIVEN_FIT, NO_ORIGINAL
 from nbl_export.records.requests import EvalRequest, Prepared, Subject
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import RunDirectory

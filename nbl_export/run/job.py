@@ -12,17 +12,15 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.files import key_of
-from nbl_export.graph.given import GIVEN
-from nbl_export.plan.choose import parse_layers
+from nbl_export.options.goals import parse_layers
+from nbl_export.options.options import GIVEN, JobOptions, describe_command
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.options import JobOptions, describe_command
 from nbl_export.records.plan import Plan
 from nbl_export.records.requests import Prepared, SweepRequest
-from nbl_export.run.given import adapt_to_maps, check_types
-from nbl_export.run.preflight import check_options
+from nbl_export.run.facts import identity_of
 from nbl_export.run.progress import Ui
-from nbl_export.run.resolved import engine_of, identity_of, slots_of
 from nbl_export.run_directory import CALIBRATION_FILE, RunDirectory
+from nbl_export.targets import load_engine
 from nbl_export.targets.base import Target
 from nbl_export.text.held_back import (
     FAR_ROLES,
@@ -50,12 +48,12 @@ class Job:
 
     @property
     def engine(self) -> Target:
-        return engine_of(self.options)
+        return load_engine(self.options.engine, self.options.provider)
 
     @property
     def slots(self) -> int:
         """Most tokens of a sequence: the model's positions, or the length of fixed caches."""
-        return slots_of(self.options, self.spec)
+        return self.options.slots(self.spec, compiled=self.engine.capabilities.static)
 
     @property
     def has_token_table(self) -> bool:
@@ -78,15 +76,12 @@ class Job:
         return DecoderSpec(**self.run.manifest["decoder"])
 
     def check_inputs(self) -> None:
-        """Check model, text and options without loading the model. Sets fit and tap of an NBL checkpoint.
+        """Read the calibration text and the quantised checkpoint, which checks them.
 
         Raises:
-            NblError: an input is missing, damaged or unsupported, or an option does not fit it.
+            NblError: an input is missing or damaged.
         """
-        self.options = adapt_to_maps(self.options, self.source)
         self.text, self.quantized  # noqa: B018  reading them is the check
-        check_options(self.options, self.read_spec)
-        check_types(self.options, self.source.gguf)
 
     def identify(self) -> None:
         """Record model, text and options in the manifest; a new directory gets its manifest immediately.
@@ -122,12 +117,8 @@ class Job:
 
     @functools.cached_property
     def read_spec(self) -> DecoderSpec:
-        """The decoder's sizes, from the manifest if it has the same model (transformers takes seconds)."""
-        from nbl_export.model.checkpoint import load
-
-        if self.run.manifest and self.fingerprint == self.source.fingerprint:
-            return self.spec
-        return load.read_spec(self.source)
+        """The decoder's sizes; `pipeline` sets those of a model that it has read."""
+        return self.spec
 
     @functools.cached_property
     def quantized(self) -> Any:

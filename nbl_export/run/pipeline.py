@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,22 +9,23 @@ from typing import Any
 
 from nbl_export.errors import NblError, ParityError
 from nbl_export.files import key_of
-from nbl_export.model.checkpoint.nbl import GIVEN_FIT, NO_ORIGINAL
+from nbl_export.options.options import GIVEN_FIT, NO_ORIGINAL, JobOptions
+from nbl_export.options.places import located
+from nbl_export.options.settle import settle
 from nbl_export.parallel import peers
-from nbl_export.records.asked import read_asked, settle
-from nbl_export.records.options import JobOptions
 from nbl_export.records.requests import Prepared, SweepRequest
 from nbl_export.run import torchrun
-from nbl_export.run.given import adapt_to_gguf, adapt_to_graph, refuse_changes
-from nbl_export.run.job import Job
-from nbl_export.run.preflight import (
-    check_options,
-    engine_defaults,
-    preflight,
+from nbl_export.run.facts import (
+    capabilities_of,
+    check_machine,
+    facts_of_model,
+    facts_of_path,
+    facts_of_run,
+    read_model,
     require_engine,
 )
+from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
-from nbl_export.run.resolved import located
 from nbl_export.run.stages import STAGES, readers
 from nbl_export.run.stages.common import Stage, passed
 from nbl_export.run_directory import (
@@ -35,7 +35,7 @@ from nbl_export.run_directory import (
     RunDirectory,
     refuse_foreign,
 )
-from nbl_export.targets import ENGINES, load_engine
+from nbl_export.targets import ENGINES
 
 __all__ = ["run_calibration", "run_job", "run_merge", "run_stages", "run_sweep"]
 
@@ -58,10 +58,7 @@ def run_job(
     with torchrun.led(peers.current()) as leads:
         if not leads:
             return None
-        settled = adapt_to_gguf(adapt_to_graph(settle(asked, engine_defaults, recorded)))
-        options = preflight(settled, [name for name, value in read_asked(asked).items() if value is not None])
-        require_engine(options)
-        _work(options, output, ui, force, "report")
+        _work(asked, recorded, output, ui, force, "report")
         return output
 
 
@@ -78,8 +75,7 @@ def _calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, force:
     refuse_foreign(output)
     recorded = {} if force else RunDirectory.peek(output).manifest.get("options", {})
     known = JobOptions.from_json({**recorded, "model": model, "shard": None})
-    options = preflight(adapt_to_graph(settle({**given, "model": model}, engine_defaults, known)), given)
-    _work(options, output, ui, force, "calibrate")
+    _work(given, known, output, ui, force, "calibrate")
     return output
 
 
@@ -119,9 +115,16 @@ def run_merge(inputs: Sequence[Path], output: Path, ui: Ui, *, force: bool = Fal
     return output
 
 
-def _work(options: JobOptions, output: Path, ui: Ui, force: bool, until: str) -> None:
+def _work(asked: Mapping[str, Any], recorded: JobOptions | None, output: Path, ui: Ui, force: bool, until: str) -> None:
+    """Settle the options, check all inputs, and run the stages up to a stage."""
+    seen = facts_of_path(str(asked.get("model") or (recorded.model if recorded else "")))
+    first = settle(asked, capabilities_of, seen, recorded)  # refuses what it can before the model's files are read
+    check_machine(first, runs_engine=until != "calibrate")
     refuse_foreign(output)
-    job = Job(options, RunDirectory(output) if force else RunDirectory.peek(output), ui)
+    run = RunDirectory(output) if force else RunDirectory.peek(output)
+    source, decoder = read_model(first.model, run.manifest)
+    job = Job(settle(asked, capabilities_of, facts_of_model(seen, source, decoder), recorded), run, ui)
+    job.source, job.read_spec = source, decoder
     job.check_inputs()  # before anything is written or, with force, removed
     if until == "calibrate" and job.options.fit == GIVEN_FIT:
         raise NblError(f"nothing to calibrate here: {NO_ORIGINAL}; give the original model")
@@ -150,14 +153,8 @@ def run_stages(
     with RunDirectory.open_run(output, create=False) as run:
         recorded, changes = JobOptions.from_json(run.manifest["options"]), changes or {}
         _refuse_other_graphs(run, recorded, changes.get("engine"))
-        options = settle(changes, engine_defaults, recorded)
-        refuse_changes(recorded, options)
-        place = located(options, run).model
-        if {"precision", "requantize", "builder_option"} & set(changes):
-            asked_again = bool(changes.get("requantize", "precision" not in changes and options.requantize))
-            options = adapt_to_gguf(dataclasses.replace(options, requantize=asked_again), place)
         sweeps = isinstance(asked, SweepRequest) or "sweep" in run.stages
-        options = preflight(options, changes, sweeps=sweeps, place=place)
+        options = settle(changes, capabilities_of, facts_of_run(run.manifest), recorded, sweeps=sweeps)
         if "engine" in changes:
             require_engine(options)
         if options.shard and until != "calibrate":
@@ -165,8 +162,7 @@ def run_stages(
                 f"{output} holds shard {options.shard} of a calibration; merge all shards first: "
                 "nbl-export merge A B ... --output C"
             )
-        job = Job(located(options, run), run, ui, asked)
-        check_options(options, job.spec)
+        job = Job(located(options, run.manifest), run, ui, asked)
         if options != recorded:
             job.note_options(options)
         if options.quantized_model != recorded.quantized_model:
@@ -179,10 +175,10 @@ def _refuse_other_graphs(run: RunDirectory, recorded: JobOptions, engine: str | 
     """Refuse an engine that does not take the graphs of the run."""
     if engine is None:
         return
-    source = engine_defaults(engine)["decoder_source"]
-    if source == engine_defaults(recorded.engine)["decoder_source"]:
+    source = capabilities_of(engine).source
+    if source == capabilities_of(recorded.engine).source:
         return
-    same = [name for name in ENGINES if load_engine(name).capabilities.sources[0] == source]
+    same = [name for name in ENGINES if capabilities_of(name).source == source]
     raise NblError(
         f"{run.path} is a run for --engine {recorded.engine}, whose graphs {engine} does not take; make another run "
         f"with --engine {' or '.join(same)}"

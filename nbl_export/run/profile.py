@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.records.options import JobOptions
+from nbl_export.options.options import JobOptions
 from nbl_export.run.deployed import (
     Located,
     available_engine,

@@ -11,12 +11,11 @@ from typing import Any
 from nbl_export.cost import model as cost
 from nbl_export.cost import roofline
 from nbl_export.errors import NblError, UsageError
-from nbl_export.plan.choose import parse_layers
+from nbl_export.options.goals import parse_layers
+from nbl_export.options.options import JobOptions
 from nbl_export.plan.maps_file import load_maps
-from nbl_export.records.options import JobOptions
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
-from nbl_export.run.resolved import cost_model
 from nbl_export.run_directory import BENCH_FILE, MAPS_FILE, RunDirectory
 
 __all__ = ["Request", "rows"]
@@ -87,7 +86,8 @@ def _of_run(asked: Request) -> _Decoder:
     job = Job(options, run, Ui(quiet=True))
     maps = load_maps(run.path / MAPS_FILE, job.plan.replaced)
     model = run.manifest["model"]
-    costs = cost_model(options, job.spec, run.path / "original", token_table=job.has_token_table)
+    engine = job.engine.capabilities
+    costs = cost.cost_model(options, engine, job.spec, run.path / "original", token_table=job.has_token_table)
     return _Decoder(model.get("title") or model["name"], options.precision, costs, cost.map_sizes(maps))
 
 

@@ -28,7 +28,7 @@ from nbl_export.graph.given import (
     home_of,
 )
 from nbl_export.graph.names import MANIFEST, STATIC_GRAPH_FILE
-from nbl_export.plan.choose import parse_layers
+from nbl_export.options.goals import parse_layers
 from nbl_export.plan.maps_file import load_maps, maps_in
 from nbl_export.records.plan import TAPS, AffineMap, Plan
 from nbl_export.run_directory import SCHEMA

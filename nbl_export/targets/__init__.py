@@ -5,6 +5,7 @@ No package imports another target's package; `export`, `chat_template`, `tokeniz
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ _RUNNERS = {"llama.cpp": "nbl_export.targets.gguf.engine:LLAMA_CPP"}
 _WITH_PROVIDERS = {"ort": "nbl_export.targets.onnx.gpu:GpuEngine"}
 
 
+@functools.cache
 def load_engine(name: str, provider: str = "cpu") -> Target:
     """The target of that name, for an execution provider of ONNX Runtime; loads no engine's libraries.
 

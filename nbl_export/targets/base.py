@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,68 +12,21 @@ import numpy as np
 import psutil
 
 from nbl_export.errors import NblError
+from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.plan import Plan
 from nbl_export.records.proposers import Proposer
 from nbl_export.targets.runners import Draft, GraphDecoder, ProfiledRunner, ProposingRunner, Room, TextRunner
 
 __all__ = [
-    "GGUF",
     "Availability",
     "BuildSettings",
     "Built",
-    "Capabilities",
     "Compiler",
     "DecoderFacts",
     "ExportSettings",
     "Target",
     "default_threads",
 ]
-
-
-GGUF = "gguf"  # the precision of a graph that has the codes of a GGUF file, see `rewrite.coded.take_codes`
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """What differs between engines; no other code asks for an engine's name.
-
-    Attributes:
-        precisions: values of `--precision`, the default first.
-        exporters: decoder source -> the precisions of its graphs; the default source is first.
-        extra: optional extra that installs the engine.
-        cache_bytes: precision -> bytes of a cache element; 4 if it is not named.
-        graphs: format of the decoder graphs, "onnx" or "ir" (OpenVINO).
-        static: whether the engine compiles graphs of the static form, with caches of --max-seq-len slots. A CPU
-            verifies such a graph through its float32 twin (a float32 copy). The build stage makes the engine that runs.
-        profiled: whether operators can be timed.
-        cross: whether exports may be for another machine; bench is left out if the engine does not run here.
-        dense_caches: whether caches count 0..K-1.
-        provider: ONNX Runtime's execution provider, which the exporter is told.
-        proposers: who can propose tokens that the engine verifies (`--draft`); empty if nobody can.
-    """
-
-    name: str
-    title: str
-    precisions: tuple[str, ...]
-    exporters: Mapping[str, tuple[str, ...]]
-    extra: str
-    cache_bytes: Mapping[str, int] = field(default_factory=dict)
-    graphs: str = "onnx"
-    static: bool = False
-    profiled: bool = False
-    cross: bool = False
-    dense_caches: bool = False
-    provider: str = "cpu"
-    proposers: tuple[Proposer, ...] = ()
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Decoder sources whose graphs the engine takes, the default first."""
-        return tuple(self.exporters)
-
-    def cache_itemsize(self, precision: str) -> int:
-        """Bytes of a cache element."""
-        return self.cache_bytes.get(precision, 4)
 
 
 @dataclass(frozen=True)
@@ -254,13 +207,6 @@ class Target:
         from nbl_export.rewrite.lossless import settle
 
         settle(out, proposer, drafts)
-
-    def check_options(self, words: Sequence[str]) -> None:
-        """Check KEY=VALUE words for the exporter.
-
-        Raises:
-            UsageError: a key or value is unknown, or a key is given twice.
-        """
 
     # -- graphs that a CPU verifies in float32, for targets whose graphs have the static form ---------------------
 

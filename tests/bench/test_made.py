@@ -12,8 +12,8 @@ import pytest
 import typer.main
 
 from nbl_export.cli.app import app
+from nbl_export.options.options import JobOptions
 from nbl_export.plan.greedy import RULE
-from nbl_export.records.options import JobOptions
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "bench" / "results").glob("*.json"))

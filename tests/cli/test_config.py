@@ -14,19 +14,19 @@ from typing import Any
 
 import pytest
 
-from nbl_export.cli.config import read_config
+from nbl_export.cli.options import read_config
 from nbl_export.errors import NblError
-from nbl_export.records.option import MAIN, options_of
-from nbl_export.records.options import JobOptions, describe_command
+from nbl_export.options.options import (
+    MAIN,
+    OPTIONS,
+    JobOptions,
+    describe_command,
+)
+from nbl_export.options.options import flag_of as flag
 
 from ..command import assert_refused, nbl, snapshot, stage_lines
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = options_of(JobOptions)
-
-
-def flag(name: str) -> str:
-    return f"--{(OPTIONS[name].flag or name).replace('_', '-')}"
 
 
 def written(directory: Path, text: str, name: str = "job.toml") -> Path:
@@ -148,7 +148,7 @@ def test_another_run_s_manifest_is_a_configuration_and_flags_win(finished: Path,
 
 
 def test_a_goal_on_the_command_line_replaces_the_count_of_the_file() -> None:
-    from nbl_export.records.asked import over
+    from nbl_export.options.settle import over
 
     assert over({"layers": "1", "seed": 3}, {"kv_budget": "1KiB"}) == {"seed": 3, "kv_budget": "1KiB"}
     assert over({"kv_budget": "1KiB"}, {"layers": "2"}) == {"layers": "2"}

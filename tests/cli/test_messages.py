@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.cli.config import read_config
+from nbl_export.cli.options import read_config
 from nbl_export.errors import CorruptError, NblError, UsageError
 from nbl_export.model.checkpoint.source import resolve
+from nbl_export.options.goals import PerplexityIncrease, goal_of
+from nbl_export.options.options import JobOptions
 from nbl_export.plan.maps_file import maps_in
 from nbl_export.publish import convert
-from nbl_export.records.goals import PerplexityIncrease, goal_of
-from nbl_export.records.options import JobOptions
 
 from ..command import assert_refused, nbl
 
@@ -71,11 +71,6 @@ def test_no_message_shows_a_number_of_the_system(tmp_path: Path) -> None:
     (tmp_path / "folder.toml").mkdir()
     with pytest.raises(UsageError, match="cannot be read: Is a directory"):
         read_config(tmp_path / "folder.toml")
-
-
-def test_a_fit_that_nobody_can_ask_for_is_not_offered() -> None:
-    with pytest.raises(ValueError, match=r"^--fit is independent, distilled, drop, not 'lora'$"):
-        JobOptions("m", fit="lora")
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,16 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from nbl_export.cost.model import CostModel, read_intermediate_size, weight_bytes
+from nbl_export.cost.model import (
+    CostModel,
+    cost_model,
+    read_intermediate_size,
+    weight_bytes,
+)
 from nbl_export.errors import CorruptError
+from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.options import JobOptions
-from nbl_export.run.resolved import cost_model
+from nbl_export.run.facts import capabilities_of
 
 SMOLLM2 = DecoderSpec("llama", 30, 576, 9, 3, 64, 49152, 8192)
 MODEL = CostModel(SMOLLM2, 1536, 4.0, 4.0, 4, tail_pruned=False)
@@ -125,7 +130,7 @@ def test_tails_are_pruned_for_every_engine_unless_all_logits_are_wanted(engine: 
     (tmp_path / "config.json").write_text('{"intermediate_size": 1536}')
     for logits in ("last", "all"):
         options = JobOptions("m", engine=engine, precision="fp16", logits=logits)
-        model = cost_model(options, SMOLLM2, tmp_path, token_table=True)
+        model = cost_model(options, capabilities_of(engine), SMOLLM2, tmp_path, token_table=True)
         assert model.token_table
         assert (model.tail_pruned, model.all_logits) == (logits == "last", logits == "all")
 

@@ -172,7 +172,11 @@ def _first_of_mlp(layer: Any) -> Any:
 
 
 def _check(model: Any, **asked: Any) -> None:
-    from nbl_export.records.options import JobOptions
-    from nbl_export.run.preflight import check_asked
+    from nbl_export.options.options import JobOptions
+    from nbl_export.options.rules import Case
+    from nbl_export.options.settle import judge
+    from nbl_export.run.facts import architecture_facts, capabilities_of
 
-    check_asked(JobOptions(model="tiny", **asked), model.config.model_type)
+    options = JobOptions(model="tiny", **asked)
+    engine = capabilities_of("ort")
+    judge(Case(options, engine, architecture_facts(model.config.model_type)))

@@ -12,7 +12,7 @@ import torch
 from nbl_export.model.linearize import linearize
 from nbl_export.records.plan import zero_map
 
-from ..command import assert_refused, nbl
+from ..command import nbl
 from ..tiny import HIDDEN, LAYERS, VOCAB
 
 IDS = torch.arange(2, 42)
@@ -65,10 +65,3 @@ def test_changed_fit_changes_the_maps_and_keeps_the_moments(run: Path) -> None:
     assert (run / "maps.safetensors").read_bytes() != before
     assert nbl("plan", run, "--fit", "independent").status == 0
     assert (run / "maps.safetensors").read_bytes() == before
-
-
-def test_contradictions_are_refused(same: tuple[object, ...], tmp_path: Path) -> None:
-    run = ("--output", tmp_path / "run")
-    assert_refused(nbl(*same, "--fit", "drop", "--rank", "2", *run), 2, "--rank is for", "--fit independent")
-    assert_refused(nbl(*same, "--fit", "hope", *run), 1, "--fit is independent, distilled, drop", "not 'hope'")
-    assert not (tmp_path / "run" / "nbl.json").exists()

@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from nbl_export.distill.settings import DistillSettings
-from nbl_export.records.options import JobOptions
+from nbl_export.options.options import JobOptions
 
-from ..command import Outcome, assert_refused, nbl
+from ..command import Outcome, nbl
 
 Same = tuple[object, ...]
 
@@ -82,10 +82,3 @@ def test_nothing_replaced_needs_no_distillation(same: Same, tmp_path: Path) -> N
     done = nbl(*same, "--layers", "0", "--fit", "distilled", "--output", tmp_path / "run")
     assert done.status == 0, done.err
     assert "distill" not in done.err
-
-
-@pytest.mark.parametrize(("flag", "value"), [("--tap", "kitchen"), ("--fit", "magic"), ("--distill-minutes", "-1")])
-def test_unknown_values_are_refused(flag: str, value: str, same: Same, tmp_path: Path) -> None:
-    done = nbl(*same, flag, value, "--output", tmp_path / "run")
-    assert_refused(done, 1, flag)
-    assert not (tmp_path / "run" / "nbl.json").exists()

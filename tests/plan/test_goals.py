@@ -14,17 +14,16 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.records.goals import (
+from nbl_export.options.goals import (
     GOALS,
     CacheBudget,
     PerplexityIncrease,
     TargetSpeedup,
-    changed_options,
     check_request,
     default_select,
     goal_of,
 )
-from nbl_export.records.options import JobOptions
+from nbl_export.options.options import JobOptions
 from nbl_export.run.stages.goal import count_for_goal
 
 from ..command import assert_refused, nbl, snapshot
@@ -74,13 +73,6 @@ def test_goals_that_cannot_be_read_are_usage_errors(name: str, texts: tuple[str,
 def test_only_one_of_them() -> None:
     with pytest.raises(UsageError, match="--layers and --kv-budget both set how many layers are replaced"):
         check_request(options(layers="1", kv_budget="1KiB"))
-
-
-def test_a_change_takes_the_place_of_the_one_before() -> None:
-    start = options(target_speedup="1.3", seed=3)
-    changed = changed_options(start, {"layers": "2", "kv_budget": None})
-    assert (changed.layers, changed.target_speedup, changed.seed) == ("2", None, 3)
-    assert changed_options(changed, {"seed": 4, "layers": None}).layers == "2"
 
 
 def facts_of(run: Path) -> Any:
@@ -278,8 +270,3 @@ def test_an_impossible_goal_ends_the_job_before_the_rewrite(same: tuple[object, 
     assert done.status == 0, done.err
     assert facts_of(run)["status"] == "verified"
     assert len(facts_of(run)["replaced_layers"]) == 1
-
-
-def test_contradictions_are_usage_errors(run: Path) -> None:
-    done = nbl("plan", run, "--layers", "1", "--target-speedup", "1.1")
-    assert_refused(done, 2, "--layers and --target-speedup", "give one of them")

@@ -329,15 +329,15 @@ def test_selections_through_the_job(run: Path) -> None:
 
 
 def test_layers_are_judged_on_another_text_too(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nbl_export.records.options import JobOptions
+    from nbl_export.options.options import JobOptions
+    from nbl_export.options.places import located
     from nbl_export.run.job import Job
     from nbl_export.run.progress import Ui
-    from nbl_export.run.resolved import located
     from nbl_export.run.stages.selection import Selection
     from nbl_export.run_directory import RunDirectory
 
     with RunDirectory.open_run(run, create=False) as opened:
-        options = located(JobOptions.from_json(opened.manifest["options"]), opened)
+        options = located(JobOptions.from_json(opened.manifest["options"]), opened.manifest)
         options = dataclasses.replace(options, compute_dtype="auto")
         job = Job(options, opened, Ui(quiet=True))
         seen: list[Any] = []

@@ -27,7 +27,7 @@ from nbl_export.rewrite import rewrite
 from nbl_export.targets.onnx.check import check_maps
 from nbl_export.verify.ladder import run_rows
 
-from ..command import assert_refused, nbl
+from ..command import nbl
 from ..rewrite.test_rewrite import rows, worst
 from ..tiny import HEAD_DIM, HIDDEN, LAYERS, random_map
 from .test_lmmse import moments, sample
@@ -101,13 +101,3 @@ def test_a_run(same: tuple[object, ...], tmp_path: Path) -> None:
     changed = nbl("plan", run, "--maps", "affine")
     assert changed.status == 0, changed.err
     assert all(m.has_bias for m in load_maps(run / "maps.safetensors", (1, 2)).values())
-
-
-def test_refused(same: tuple[object, ...], tmp_path: Path) -> None:
-    for asked, status, part in (
-        (("--maps", "linear", "--tap", "residual"), 2, "add --tap normed"),
-        (("--maps", "linear", "--fit", "drop"), 2, "--maps is for fitted maps"),
-        (("--maps", "quadratic"), 1, "--maps is affine or linear"),
-    ):
-        assert_refused(nbl(*same, *asked, "--output", tmp_path / "run"), status, part)
-        assert not (tmp_path / "run").exists()

@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.plan.choose import a_quarter, choose, parse_layers
+from nbl_export.options.goals import parse_layers
+from nbl_export.plan.choose import a_quarter, choose
 from nbl_export.plan.maps_file import load_maps, maps_in, save_maps
 from nbl_export.records.plan import AffineMap, LayerScore, Plan
 

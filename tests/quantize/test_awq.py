@@ -20,7 +20,7 @@ from nbl_export.quantize.activations import Seen
 from nbl_export.quantize.awq import choose, rounded
 from nbl_export.quantize.scales_file import load_scales, save_scales
 
-from ..command import assert_refused, nbl
+from ..command import nbl
 
 Same = tuple[object, ...]
 AWQ = ("--precision", "int4", "--quantize", "awq")
@@ -125,24 +125,6 @@ def test_a_scale_that_moves_halfway_fails_the_proof(
     monkeypatch.setattr(rescale_module, "_move", halfway)
     failed = nbl(*same, *AWQ, "--output", tmp_path / "run")
     assert failed.status == 3 and METRIC in failed.err, failed.err
-
-
-@pytest.mark.parametrize(
-    ("words", "status", "parts"),
-    [
-        (("--quantize", "awq"), 2, ("--quantize", "int4")),
-        (("--precision", "int4", "--quantize", "smooth"), 1, ("rtn, awq", "smooth")),
-        (("--precision", "int8", "--quantize", "awq"), 2, ("--quantize", "int4")),
-        ((*AWQ, "--quantized-model", "there"), 2, ("--quantize", "int4")),
-    ],
-    ids=str,
-)
-def test_what_does_not_fit_is_refused(
-    same: Same, words: Same, status: int, parts: tuple[str, ...], tmp_path: Path
-) -> None:
-    refused = nbl(*same, *words, "--output", tmp_path / "run")
-    assert_refused(refused, status, *parts)
-    assert not (tmp_path / "run").exists()
 
 
 def test_plain_rounding_by_its_name(same: Same, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nbl_export.cost.roofline import MachineRates
-from nbl_export.records.options import JobOptions
+from nbl_export.options.options import JobOptions
 from nbl_export.run.stages import bench as bench_stage
 
 from ..command import nbl

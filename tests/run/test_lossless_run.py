@@ -130,29 +130,6 @@ def test_a_changed_file_is_refused(lossless: tuple[Path, Outcome], tmp_path: Pat
     assert_refused(nbl("generate", run, "a", "--lossless"), 1, file, "corrupted")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "parts"),
-    [
-        (("--draft", "eagle"), 1, ("--draft is ngram, int4, nbl, auto",)),
-        (("--draft-layers", "1"), 2, ("--draft-layers is for --draft nbl or auto",)),
-        (("--draft", "nbl", "--draft-layers", "3"), 1, ("--draft-layers 3",)),
-        (("--draft", "nbl", "--draft-layers", "7-8"), 1, ("layer 8 does not exist",)),
-        (("--draft", "ngram", "--engine", "trt-rtx"), 2, ("--draft is for engines ort and openvino",)),
-    ],
-)
-def test_what_cannot_be_is_refused_before_any_work(
-    arguments: tuple[str, ...], status: int, parts: tuple[str, ...], same: tuple[object, ...], tmp_path: Path
-) -> None:
-    assert_refused(nbl(*same, *arguments, "--output", tmp_path / "run"), status, *parts)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_graph_alone_takes_ngram_only(given_graph: object, text: Path, tmp_path: Path) -> None:
-    graph = given_graph("genai-fp32")  # type: ignore[operator]
-    outcome = nbl("--model", graph, "--calibration", text, "--draft", "int4", "--output", tmp_path / "run")
-    assert_refused(outcome, 2, "--draft int4 needs a checkpoint", "use ngram")
-
-
 def test_requests_that_do_not_fit(run: Path, lossless: tuple[Path, Outcome]) -> None:
     done, _ = lossless
     assert_refused(nbl("generate", run, "a", "--lossless"), 1, "has no lossless/", "--draft auto")

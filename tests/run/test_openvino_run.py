@@ -83,24 +83,6 @@ def test_generate_bench_and_inspect(runs: dict[str, Path]) -> None:
     assert "openvino" in nbl("inspect", run).out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("--precision", "bf16"), "--precision bf16 is not for engine openvino; it takes fp16, fp32, int8, int4"),
-        (("--decoder-source", "genai"), "--decoder-source genai is not for engine openvino"),
-        (("--provider", "cuda"), "--provider is for engine ort, not for openvino"),
-        (("--max-seq-len", "64"), "--max-seq-len is for engines that compile graphs"),
-        (("--builder-option", "block_size=32"), "--builder-option is for --decoder-source genai"),
-    ],
-)
-def test_options_of_other_engines_are_refused(
-    asked: tuple[object, ...], tmp_path: Path, arguments: tuple[str, ...], said: str
-) -> None:
-    done = nbl(*asked, *arguments, "--output", tmp_path / "run")
-    assert_refused(done, 2, said)
-    assert not (tmp_path / "run").exists()
-
-
 def cut(model: Path) -> None:
     path = model / "openvino_model.bin"
     path.write_bytes(path.read_bytes()[:-64])

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from nbl_export.records.options import JobOptions
+from nbl_export.options.options import JobOptions
 from nbl_export.records.requests import (
     EvalRequest,
     Prepared,

@@ -88,14 +88,14 @@ def test_points_are_what_plans_of_that_many_layers_cost(run: Path, checkpoint: A
 
 def _held(run: Path) -> Any:
     """The held-back windows that a sweep is taken on."""
-    from nbl_export.records.options import JobOptions
+    from nbl_export.options.options import JobOptions
+    from nbl_export.options.places import located
     from nbl_export.run.job import Job
     from nbl_export.run.progress import Ui
-    from nbl_export.run.resolved import located
     from nbl_export.run_directory import RunDirectory
 
     with RunDirectory.open_run(run, create=False) as opened:
-        options = located(JobOptions.from_json(opened.manifest["options"]), opened)
+        options = located(JobOptions.from_json(opened.manifest["options"]), opened.manifest)
         return Job(options, opened, Ui(quiet=True)).texts("deciding")[0][1].tolist()
 
 

@@ -227,7 +227,6 @@ def test_the_main_job(
     ("architecture", "options", "said"),
     [
         ("olmo2", (), "--decoder-source genai is not possible for olmo2: the GenAI builder"),
-        ("olmo2", ("--decoder-source", "mobius", "--tap", "normed"), "--tap normed is not possible for olmo2"),
         ("gemma2", ("--decoder-source", "mobius"), "--decoder-source mobius is not possible for gemma2"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nbl_export.records.options import JobOptions
+from nbl_export.options.options import JobOptions
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
 from nbl_export.text import corpus
@@ -84,11 +84,11 @@ def test_a_text_that_is_too_short_for_every_use_is_refused() -> None:
 
 def opened(run: Path, **changes: Any) -> Any:
     """The job of a run, whose text is read from the package's own files."""
-    from nbl_export.run.resolved import located
+    from nbl_export.options.places import located
     from nbl_export.run_directory import RunDirectory
 
     with RunDirectory.open_run(run, create=False) as found:
-        options = located(JobOptions.from_json({**found.manifest["options"], **changes}), found)
+        options = located(JobOptions.from_json({**found.manifest["options"], **changes}), found.manifest)
         job = Job(options, found, Ui(quiet=True))
         _ = job.windows, job.far, job.held_back
         return job

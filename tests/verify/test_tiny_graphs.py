@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from nbl_export.options.options import GGUF
 from nbl_export.records.results import RungResult
 from nbl_export.targets import exporter_of
-from nbl_export.targets.base import GGUF
 
 from ..climbing import ENGINES, climb
 from ..tiny import EVERY, VARIANTS, made_by
@@ -31,7 +31,7 @@ NOT_REPAIRED = {("gemma3", "mobius", "fp16"), ("phi3-long", "mobius", "fp32"), (
 ALL: list[Case] = [
     (architecture, source, precision)
     for source in ENGINES
-    for precision in exporter_of(source).capabilities.exporters[source]
+    for precision in exporter_of(source).capabilities.sources[source]
     if precision != GGUF  # its codes come from a file: tests/rewrite/test_gguf_codes.py
     for architecture in (*EVERY, *VARIANTS)
     if architecture not in EVERY or architecture in made_by(source)

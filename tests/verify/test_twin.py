@@ -16,7 +16,7 @@ import pytest
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.decoder import OnnxDecoder
-from nbl_export.records.options import JobOptions
+from nbl_export.options.options import JobOptions
 from nbl_export.rewrite.widen import Widen, save_twin
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui

@@ -16,13 +16,7 @@ from typing import Any
 from nbl_export.errors import CorruptError
 from nbl_export.records.plan import AffineMap, Plan
 
-__all__ = ["GIVEN_FIT", "NO_ORIGINAL", "load"]
-
-GIVEN_FIT = "given"  # the fit of maps that came with the checkpoint
-
-
-NO_ORIGINAL = "the checkpoint no longer contains the attention weights of its replaced layers"
-
+__all__ = ["load"]
 
 _MAP = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.linear\.(weight|bias)$")
 

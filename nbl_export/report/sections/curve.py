@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.measure.rows import spoken_ratio
-from nbl_export.records.goals import changed_options, default_select
-from nbl_export.records.options import JobOptions, describe_command
+from nbl_export.options.goals import default_select
+from nbl_export.options.options import JobOptions, describe_command
+from nbl_export.options.settle import over
 from nbl_export.report import words
 from nbl_export.report.blocks import (
     Code,
@@ -79,7 +80,7 @@ def _note(report: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator[str]:
 def _commands(report: Mapping[str, Any]) -> Iterator[str]:
     """Commands for the next counts of the curve, run in the run directory, and for distillation in a new one."""
     taken, curve = len(report["replaced_layers"]), report["curve"]
-    options = changed_options(JobOptions.from_json(report["options"]), {"layers": str(taken)})
+    options = JobOptions.from_json(over(report["options"], {"layers": str(taken)}))
     if options.select is None and default_select(options) != report["select"]:
         options = dataclasses.replace(options, select=report["select"])  # the order of this curve
     select = "" if options.select is None else f" --select {options.select}"

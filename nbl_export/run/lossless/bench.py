@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.records.asked import flag_of
-from nbl_export.records.options import JobOptions
+from nbl_export.options.options import JobOptions
+from nbl_export.options.settle import flag_of
 from nbl_export.run.deployed import available_engine, locate
 from nbl_export.run.lossless.figures import (
     LOADS,

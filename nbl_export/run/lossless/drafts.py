@@ -9,9 +9,10 @@ from typing import Any
 from nbl_export.errors import RefusalError
 from nbl_export.formats.gguf.blocks import is_known
 from nbl_export.model.checkpoint import gguf_file
+from nbl_export.options.options import GGUF
 from nbl_export.records.proposers import proposers_of
 from nbl_export.run.job import Job
-from nbl_export.targets.base import GGUF, ExportSettings
+from nbl_export.targets.base import ExportSettings
 
 __all__ = ["add_drafts", "codes_for_drafts"]
 
@@ -48,7 +49,7 @@ def codes_for_drafts(job: Job) -> Path | None:
 def _int4(job: Job, out: Path) -> Path:
     """The original decoder with int4 matrices, or with the codes of its file."""
     job.forget_model()
-    codes, source = codes_for_drafts(job), job.engine.capabilities.sources[0]
+    codes, source = codes_for_drafts(job), job.engine.capabilities.source
     coarse = ExportSettings(source, "int4")
     try:
         job.engine.export(job.checkpoint, out, coarse if codes is None else ExportSettings(source, GGUF, gguf=codes))
@@ -64,7 +65,7 @@ def _int4(job: Job, out: Path) -> Path:
 
 def _nbl(job: Job, int4: Path, out: Path) -> Path:
     """The NBL decoder with the matrices of `int4`."""
-    from nbl_export.plan.choose import parse_layers
+    from nbl_export.options.goals import parse_layers
     from nbl_export.plan.maps_file import load_maps
     from nbl_export.records.plan import Plan
     from nbl_export.run.stages.common import rows_of

@@ -21,6 +21,7 @@ from nbl_export.measure.lossless import (
     best_of_each,
     time_ways,
 )
+from nbl_export.options.options import GGUF
 from nbl_export.records.proposers import AUTO, Proposer, proposers_of
 from nbl_export.records.results import RungResult
 from nbl_export.run.job import Job
@@ -33,7 +34,6 @@ from nbl_export.run.lossless.figures import (
     spoken,
 )
 from nbl_export.run_directory import LOSSLESS_FILE, PACKAGES
-from nbl_export.targets.base import GGUF
 from nbl_export.targets.runners import Draft
 from nbl_export.text.prompts import prompts
 
@@ -67,7 +67,7 @@ def run(job: Job, out: Path) -> dict[str, Any]:
 
 
 def _facts(job: Job) -> dict[str, Any]:
-    from nbl_export.records.public import public_facts
+    from nbl_export.options.places import public_facts
 
     kept = ("schema", "model", "decoder", "options", "logits")
     return public_facts({k: job.run.manifest[k] for k in kept if k in job.run.manifest}, job.run.manifest)

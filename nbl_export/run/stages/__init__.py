@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from nbl_export.graph.given import GIVEN
 from nbl_export.graph.names import GENAI_CONFIG
-from nbl_export.model.checkpoint.nbl import GIVEN_FIT, NO_ORIGINAL
-from nbl_export.records.goals import GOALS, goal_inputs
+from nbl_export.options.goals import GOALS, goal_inputs
+from nbl_export.options.options import GIVEN, GIVEN_FIT, NO_ORIGINAL
 from nbl_export.run.job import Job
 from nbl_export.run.quantize.stage import READ_TOKENS
 from nbl_export.run.stages.common import Stage

@@ -13,8 +13,8 @@ from nbl_export.errors import NblError
 from nbl_export.files import versions, write_json
 from nbl_export.model.memory import available_bytes
 from nbl_export.plan.maps_file import load_maps
+from nbl_export.run.facts import require_engine
 from nbl_export.run.job import Job
-from nbl_export.run.preflight import require_engine
 from nbl_export.run.stages.common import VARIANTS, cost_of, verdict
 from nbl_export.run_directory import BENCH_FILE, MAPS_FILE, PACKAGES
 

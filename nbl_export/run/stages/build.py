@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nbl_export.run.facts import require_engine
 from nbl_export.run.job import Job
-from nbl_export.run.preflight import require_engine
-from nbl_export.run.resolved import chunk_of
 from nbl_export.run.stages.common import VARIANTS, verdict
 
 __all__ = ["run"]
@@ -17,7 +16,7 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export.targets.base import BuildSettings
 
     require_engine(job.options)
-    settings = BuildSettings(job.options.max_batch or 1, chunk_of(job.options, job.spec))
+    settings = BuildSettings(job.options.max_batch or 1, job.options.chunk(job.spec))
     compiler = job.engine.compiler
     assert compiler is not None, "the stage is left out without"
     engines = {}

@@ -16,7 +16,7 @@ from typing import Any
 
 from nbl_export.calibrate.shards import parse_shard
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.records.options import OF_CALIBRATE
+from nbl_export.options.options import OF_CALIBRATE
 from nbl_export.run.job import Job
 from nbl_export.run_directory import MOMENTS_FILE
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.cost.model import CostModel
+from nbl_export.cost.model import CostModel, cost_model
 from nbl_export.records.plan import AffineMap, layers_below
 from nbl_export.records.results import status_of
 from nbl_export.run.job import Job
-from nbl_export.run.resolved import cost_model
 from nbl_export.run_directory import VERIFY_FILE
 
 __all__ = ["VARIANTS", "Stage", "cost_of", "passed", "rows_of", "verdict"]
@@ -71,4 +70,4 @@ def rows_of(job: Job, maps: Mapping[int, AffineMap]) -> np.ndarray | None:
 
 def cost_of(job: Job) -> CostModel:
     """The cost model of the job's shipped graphs."""
-    return cost_model(job.options, job.spec, job.checkpoint, token_table=job.has_token_table)
+    return cost_model(job.options, job.engine.capabilities, job.spec, job.checkpoint, token_table=job.has_token_table)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nbl_export.options.options import GGUF
 from nbl_export.run.job import Job
 from nbl_export.run.quantize.rescaled import exported_checkpoint
-from nbl_export.targets.base import GGUF, ExportSettings
+from nbl_export.targets.base import ExportSettings
 
 __all__ = ["run"]
 

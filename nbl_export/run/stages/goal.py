@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.records.goals import (
+from nbl_export.options.goals import (
     DEFAULT_INCREASE,
     CacheBudget,
     PerplexityIncrease,

@@ -10,9 +10,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from nbl_export.model.checkpoint.nbl import GIVEN_FIT
+from nbl_export.options.goals import goal_of
+from nbl_export.options.options import GIVEN_FIT
 from nbl_export.plan.choose import a_quarter, choose
-from nbl_export.records.goals import goal_of
 from nbl_export.records.plan import AffineMap, Plan
 from nbl_export.report.sections.curve import spoken_curve
 from nbl_export.run.job import Job

@@ -17,6 +17,7 @@ from nbl_export.calibrate.moments_file import whole_moments
 from nbl_export.cost.model import map_sizes
 from nbl_export.files import key_of
 from nbl_export.model.mixes import SwitchedModel
+from nbl_export.options.goals import default_select, read_rank, saving_inputs
 from nbl_export.plan import lmmse
 from nbl_export.plan.choose import ranked
 from nbl_export.plan.effects import EVERY, Judge
@@ -26,7 +27,6 @@ from nbl_export.plan.greedy import (
     Point,
     Search,
 )
-from nbl_export.records.goals import default_select, read_rank, saving_inputs
 from nbl_export.records.plan import AffineMap, LayerScore, zero_map
 from nbl_export.run.job import Job
 from nbl_export.run.stages.common import cost_of

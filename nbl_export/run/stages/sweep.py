@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.files import write_json
-from nbl_export.records.goals import DEFAULT_INCREASE, default_select, saving_inputs
+from nbl_export.options.goals import DEFAULT_INCREASE, default_select, saving_inputs
 from nbl_export.report.tables import METHOD_NAMES
 from nbl_export.run.job import Job
 from nbl_export.run_directory import MAPS_FILE, SWEEP_FILE

@@ -10,11 +10,11 @@ from typing import Any
 
 from nbl_export.files import versions, write_json
 from nbl_export.graph.names import GENAI_CONFIG, all_logits_file
-from nbl_export.model.checkpoint.nbl import GIVEN_FIT
+from nbl_export.options.options import GGUF, GIVEN_FIT
 from nbl_export.records.plan import AffineMap
 from nbl_export.records.results import RungResult
+from nbl_export.run.facts import require_engine
 from nbl_export.run.job import Job
-from nbl_export.run.preflight import require_engine
 from nbl_export.run.quantize.rescaled import check_rescaled, exported_maps, exported_model
 from nbl_export.run.stages.common import rows_of
 from nbl_export.run_directory import (
@@ -24,7 +24,6 @@ from nbl_export.run_directory import (
     REFERENCES_FILE,
     VERIFY_FILE,
 )
-from nbl_export.targets.base import GGUF
 from nbl_export.text.held_back import judging
 from nbl_export.text.window_intervals import spoken_price
 from nbl_export.verify.climb import Climb

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from nbl_export.errors import NblError
-from nbl_export.targets.base import Availability, Capabilities, DecoderFacts, Target, default_threads
+from nbl_export.records.capabilities import Capabilities
+from nbl_export.targets.base import Availability, DecoderFacts, Target, default_threads
 from nbl_export.targets.gguf.facts import read_gguf_facts
 from nbl_export.targets.gguf.node import Server
 from nbl_export.targets.gguf.runner import LlamaCppRunner
@@ -18,7 +19,7 @@ class LlamaCppEngine(Target):
     """llama.cpp's CPU back end in node-llama-cpp."""
 
     capabilities = Capabilities(
-        name="llama.cpp", title="llama.cpp", precisions=("keep",), exporters={}, extra="", graphs="gguf",
+        name="llama.cpp", title="llama.cpp", precisions=("keep",), sources={}, extra="", graphs="gguf",
         cache_bytes={"keep": 2},
     )  # fmt: skip
 

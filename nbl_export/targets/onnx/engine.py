@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,9 @@ from nbl_export.errors import one_line
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import GENAI_CONFIG, all_logits_file
 from nbl_export.graph.session import open_session
+from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.proposers import GENAI_PROPOSERS
-from nbl_export.targets.base import Availability, Capabilities, DecoderFacts, ExportSettings, Target
+from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, Target
 from nbl_export.targets.export import mobius
 from nbl_export.targets.export.bounds import check_bounds
 from nbl_export.targets.export.finish import finish_directory
@@ -30,7 +30,7 @@ CAPABILITIES = Capabilities(
     name="ort",
     title="ONNX Runtime",
     precisions=("fp32", "fp16", "int8", "int4", "gguf"),
-    exporters={"genai": export_genai.PRECISIONS, "mobius": mobius.PRECISIONS},
+    sources={"genai": export_genai.PRECISIONS, "mobius": mobius.PRECISIONS},
     extra="cpu",
     cache_bytes={"fp16": 2},
     profiled=True,
@@ -67,10 +67,6 @@ class OrtEngine(Target):
     def open_runner(self, path: Path, threads: int | None = None, room: Room | None = None) -> GenaiRunner:
         """A text runner on a deployable directory; `room` has no effect."""
         return GenaiRunner(path, threads)
-
-    def check_options(self, words: Sequence[str]) -> None:
-        """Those of the GenAI builder."""
-        export_genai.check_options(words)
 
     def open_profiled(self, directory: Path, threads: int, tokens: int, traces: Path) -> ProfiledDecoder:
         """On plain ONNX Runtime with its profiler."""

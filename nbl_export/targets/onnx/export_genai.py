@@ -20,44 +20,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nbl_export.errors import MissingPackageError, NblError, UsageError
+from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.graph.names import GRAPH_FILE
-from nbl_export.targets.base import GGUF, ExportSettings
+from nbl_export.options.options import GGUF
+from nbl_export.targets.base import ExportSettings
 from nbl_export.targets.export.captured import captured
 from nbl_export.targets.providers import PROVIDERS
 
-__all__ = ["OPTIONS", "PRECISIONS", "build", "check_options"]
+__all__ = ["PRECISIONS", "build"]
 
 PRECISIONS = ("fp32", "int8", "int4", GGUF)  # on the CPU; a GPU provider has its own
-# Quantisation options, by the builder's own names (`--extra_options` of onnxruntime_genai.models.builder). The values
-# are limited to graphs that can be rewritten and verified. is_symmetric=false is left out: the builder (0.18) then
-# gives a tied embedding float32 where it declares uint8. k_quant has zero points too, and is correct.
-_METHODS, _BOOLEANS = ("default", "rtn", "k_quant", "rtn_last", "k_quant_last", "k_quant_mixed"), ("true", "false")
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "accuracy_level": ("1", "2", "3", "4"),  # of activations: 1 float32, 4 int8
-    "algo_config": _METHODS,
-    "block_size": ("16", "32", "64", "128", "256"),
-    "fuse_mlp_gate_up": _BOOLEANS,  # one product for both
-    "shared_embeddings": _BOOLEANS,  # embedding and lm_head as one quantised matrix, where the model ties them
-}
 _NO_CODE = ("hf_remote=false",)  # the builder's default, made explicit: code in a checkpoint is not run
 _BUILDER_NAMES = {flag: provider.genai for flag, provider in PROVIDERS.items()}
-
-
-def check_options(options: Sequence[str]) -> None:
-    """Check KEY=VALUE words against `OPTIONS`.
-
-    Raises:
-        UsageError: a key or value is unknown, or a key is given twice.
-    """
-    keys = [word.partition("=")[0] for word in options]
-    for word, key in zip(options, keys, strict=True):
-        if key not in OPTIONS:
-            raise UsageError(f"--builder-option {word}: expected KEY=VALUE with one of the keys {', '.join(OPTIONS)}")
-        if word.partition("=")[2] not in OPTIONS[key]:
-            raise UsageError(f"--builder-option {word}: the values of {key} are {', '.join(OPTIONS[key])}")
-        if keys.count(key) > 1:
-            raise UsageError(f"--builder-option {key} is given twice")
 
 
 def _accuracy(options: Sequence[str]) -> int:

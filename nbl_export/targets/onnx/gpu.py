@@ -56,7 +56,8 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.targets.base import Availability, Capabilities
+from nbl_export.records.capabilities import Capabilities
+from nbl_export.targets.base import Availability
 from nbl_export.targets.gpu import Gpu, find_gpu, outdated
 from nbl_export.targets.onnx import engine as ort
 from nbl_export.targets.onnx.genai import GenaiRunner, load_package
@@ -91,7 +92,7 @@ class GpuEngine(ort.OrtEngine):
             ort.CAPABILITIES,
             title=f"ONNX Runtime, {self.provider.title} provider",
             precisions=self.provider.precisions,
-            exporters={"genai": self.provider.precisions},
+            sources={"genai": self.provider.precisions},
             extra=self.provider.extra,
             cache_bytes=dict.fromkeys(self.provider.precisions, 2),
             cross=True,

@@ -11,9 +11,10 @@ import numpy as np
 
 from nbl_export.errors import NblError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
+from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.plan import Plan
 from nbl_export.records.proposers import OPENVINO_PROPOSERS, Proposer
-from nbl_export.targets.base import Availability, Capabilities, DecoderFacts, ExportSettings, Target, default_threads
+from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, Target, default_threads
 from nbl_export.targets.export.bounds import check_bounds
 from nbl_export.targets.openvino.decoder import IrDecoder
 from nbl_export.targets.openvino.facts import read_ir_facts
@@ -30,7 +31,7 @@ CAPABILITIES = Capabilities(
     name="openvino",
     title="OpenVINO",
     precisions=PRECISIONS,
-    exporters={"openvino": PRECISIONS},
+    sources={"openvino": PRECISIONS},
     extra="openvino",
     cache_bytes={"fp16": 2, "int8": 1, "int4": 1},
     graphs="ir",

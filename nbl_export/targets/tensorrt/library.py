@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.targets.base import Capabilities
+from nbl_export.records.capabilities import Capabilities
 from nbl_export.targets.gpu import CudaRelease, find_gpu, release_for
 
 __all__ = ["LIBRARIES", "FusedAttention", "Library", "load_library"]
@@ -86,7 +86,7 @@ class Library:
 
 
 _PRECISIONS = ("fp16", "bf16", "int4")
-_EXPORTERS = {"static": ("fp32", *_PRECISIONS)}
+_SOURCES = {"static": ("fp32", *_PRECISIONS)}
 
 
 _COMPILED: dict[str, Any] = {
@@ -96,7 +96,7 @@ _COMPILED: dict[str, Any] = {
 
 LIBRARIES = {
     "trt": Library(
-        capabilities=Capabilities("trt", "TensorRT", _PRECISIONS, _EXPORTERS, "trt", **_COMPILED),
+        capabilities=Capabilities("trt", "TensorRT", _PRECISIONS, _SOURCES, "trt", **_COMPILED),
         module="tensorrt",
         package="tensorrt",
         origin=" (its libraries come from NVIDIA's own package index)",
@@ -109,7 +109,7 @@ LIBRARIES = {
         other="trt-rtx",
     ),
     "trt-rtx": Library(
-        capabilities=Capabilities("trt-rtx", "TensorRT for RTX", _PRECISIONS, _EXPORTERS, "trt-rtx", **_COMPILED),
+        capabilities=Capabilities("trt-rtx", "TensorRT for RTX", _PRECISIONS, _SOURCES, "trt-rtx", **_COMPILED),
         module="tensorrt_rtx",
         package="tensorrt-rtx",
         origin="",

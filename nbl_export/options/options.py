@@ -1,4 +1,7 @@
-"""The options of a job, resolved."""
+"""The options of a job: one field each, with its help, heading, commands and default.
+
+The command line, docs/usage.md, `--config FILE`, nbl.json and the command that repeats a run are made from the fields.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import read_record, require
-from nbl_export.records.option import MAIN, option, options_of
 from nbl_export.records.plan import MAPS, TAPS
 from nbl_export.records.proposers import DRAFTS
 
-__all__ = ["DTYPES", "FITS", "OF_CALIBRATE", "SELECTS", "SELF", "JobOptions", "describe_command", "usual_tap"]
+__all__ = ["BUILDER_OPTIONS", "GGUF", "GIVEN", "GIVEN_FIT", "MAIN", "NO_ORIGINAL", "OF_CALIBRATE", "OPTIONS",
+           "PANELS", "JobOptions", "Option", "describe_command", "flag_of", "usual_tap"]  # fmt: skip
+
+MAIN = "main"  # the name of the main job among commands
 
 # Source of the maps: closed form for each layer; joint training from there; zero, which drops attention; or an NBL
 # checkpoint.
@@ -25,11 +31,65 @@ DTYPES = ("auto", "float32", "bfloat16")  # of products while calibrating and ch
 METHODS = ("rtn", "awq")  # of rounding to int4
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # ends a line, or moves a terminal's cursor
 SELF = "self"  # calibration text that the model generates
+GIVEN = "given"  # decoder source of a model that is an ONNX graph
+GIVEN_FIT = "given"  # fit of the maps that an NBL checkpoint has
+NO_ORIGINAL = "the checkpoint no longer contains the attention weights of its replaced layers"
+GGUF = "gguf"  # precision: codes of a GGUF file, see `rewrite.coded.take_codes`
+# How the GenAI builder quantises, by its own names (`--extra_options` of onnxruntime_genai.models.builder). The values
+# are limited to graphs that can be rewritten and verified. is_symmetric=false is left out: the builder (0.18) then
+# gives a tied embedding float32 where it declares uint8. k_quant has zero points too, and is correct.
+_ALGORITHMS = ("default", "rtn", "k_quant", "rtn_last", "k_quant_last", "k_quant_mixed")
+BUILDER_OPTIONS: dict[str, tuple[str, ...]] = {
+    "accuracy_level": ("1", "2", "3", "4"),  # of activations: 1 float32, 4 int8
+    "algo_config": _ALGORITHMS,
+    "block_size": ("16", "32", "64", "128", "256"),
+    "fuse_mlp_gate_up": ("true", "false"),  # one product for both
+    "shared_embeddings": ("true", "false"),  # embedding and lm_head as one quantised matrix, where the model ties them
+}
 
-_REPLACED, _DISTILL, _CALIBRATE, _ENGINE, _BENCH = (
-    "What is replaced", "Distillation", "Calibration", "Engine", "Benchmark",
-)  # fmt: skip
+PANELS = ("What is replaced", "Distillation", "Calibration", "Engine", "Benchmark")
+_REPLACED, _DISTILL, _CALIBRATE, _ENGINE, _BENCH = PANELS
 OF_CALIBRATE = ("calibration", "calibration_tokens", "context", "tap", "compute_dtype", "seed", "shard")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of the command line.
+
+    Attributes:
+        help: one or two sentences.
+        panel: heading in the help.
+        commands: commands that take the option; an option of no command comes from a configuration file only.
+        first: whether the option is on the first page of the main job's help.
+        flag: without dashes, if the flag differs from the field's name.
+        metavar: name of the value; by default N for a number, and N,... for several.
+        least, most: bounds of a number.
+        numbers: an example, if the value is written as numbers with commas between.
+        choices: the possible values; empty if there is no list of them.
+    """
+
+    help: str
+    panel: str
+    commands: tuple[str, ...] = (MAIN,)
+    first: bool = False
+    flag: str = ""
+    metavar: str | None = None
+    least: float | None = None
+    most: float | None = None
+    numbers: str = ""
+    choices: tuple[str, ...] = ()
+
+
+def option(default: Any, help: str, panel: str, commands: str = MAIN, **more: Any) -> Any:
+    """A dataclass field with its `Option`. commands: names with spaces between."""
+    said = Option(help, panel, tuple(commands.split()), **more)
+    return dataclasses.field(default=default, metadata={"option": said})
+
+
+def flag_of(name: str) -> str:
+    """The option as the command line has it."""
+    said = OPTIONS.get(name)
+    return f"--{((said.flag if said else '') or name).replace('_', '-')}"
 
 
 @dataclass(frozen=True)
@@ -41,113 +101,98 @@ class JobOptions:
 
     model: str
     engine: str = option(
-        "ort", "ort (ONNX Runtime), openvino, trt (TensorRT) or trt-rtx (TensorRT for RTX).", _ENGINE,
-        "main build", first=True, metavar="ENGINE",
+        "ort", "ort (ONNX Runtime), openvino, trt (TensorRT) or trt-rtx (TensorRT for RTX).", _ENGINE, "main build",
+        first=True, metavar="ENGINE",
     )  # fmt: skip
     layers: str | None = option(
         None, 'How many layers ("8") or which ("0,7,24-29"); default: perplexity +10% at most.', _REPLACED,
         "main plan rewrite", first=True, metavar="LAYERS",
     )  # fmt: skip
     max_perplexity_increase: str | None = option(
-        None, "As many layers as stay within this on text that did not choose them.", _REPLACED,
-        "main plan", first=True, metavar="5%",
+        None, "As many layers as stay within this on text that did not choose them.", _REPLACED, "main plan",
+        first=True, metavar="5%",
     )  # fmt: skip
     target_speedup: str | None = option(
-        None, "Modelled speedup to reach: 1.3 or 1.3@decode.", _REPLACED, "main plan",
-        first=True, metavar="FACTOR",
-    )  # fmt: skip
+        None, "Modelled speedup to reach: 1.3 or 1.3@decode.", _REPLACED, "main plan", first=True, metavar="FACTOR"
+    )
     kv_budget: str | None = option(
         None, "As few layers as make the KV cache fit: 64MiB@4096, or 15KiB for each token.", _REPLACED, "main plan",
         first=True, metavar="SIZE",
     )  # fmt: skip
     fit: str = option(
         "independent", "independent (closed form, default), distilled (trained), or drop (leave attention out).",
-        _REPLACED, "main plan", first=True, metavar="FIT",
+        _REPLACED, "main plan", first=True, choices=FITS, metavar="FIT",
     )  # fmt: skip
     select: str | None = option(
         None, "Order of layers: efficient (least quality lost for the work saved, default), greedy (least quality "
-        "lost; default for a limit on quality), cca (smallest bound; default if the model does not fit into memory) "
-        "or error.", _REPLACED,
-        "main plan", metavar="ORDER",
+        "lost; default for a limit on quality), cca (smallest bound; default if the model does not fit into memory) or "
+        "error.", _REPLACED, "main plan", choices=SELECTS, metavar="ORDER",
     )  # fmt: skip
     rank: str | None = option(
         None, "Rank of the maps: a number, or auto; default: full maps.", _REPLACED, "main plan", metavar="RANK"
     )
     tap: str = option(
         "residual", "What a map is applied to: residual (default) or normed (default of --fit distilled).", _REPLACED,
-        "main calibrate plan", metavar="TAP",
+        "main calibrate plan", choices=TAPS, metavar="TAP",
     )  # fmt: skip
     maps: str = option(
         "affine", "affine (matrix and bias, default), or linear (matrix alone on the normed input, as llama.cpp and "
-        "Nemotron-NAS checkpoints need).", _REPLACED, "main plan", metavar="KIND",
+        "Nemotron-NAS checkpoints need).", _REPLACED, "main plan", choices=MAPS, metavar="KIND",
     )  # fmt: skip
     token_table: bool = option(True, "Replace leading linearized layers by a per-token lookup table.", _REPLACED, "")
     distill_minutes: float | None = option(
         None, "Stop --fit distilled after this many minutes.", _DISTILL, first=True, metavar="MINUTES"
     )
-    distill_steps: int | None = option(
-        None, "Training steps of --fit distilled; default 320.", _DISTILL, least=1, metavar="N"
-    )
+    distill_steps: int | None = option(None, "Training steps of --fit distilled; default 320.", _DISTILL, least=1)
     distill_tokens: int = option(
-        262_144, "Tokens of the text that --fit distilled trains on, from its beginning.", _DISTILL, least=1,
-        metavar="N",
-    )  # fmt: skip
-    lora_rank: int = option(
-        16, "Rank of the delta that --fit distilled trains on each map.", _DISTILL, least=1, metavar="N"
+        262_144, "Tokens of the text that --fit distilled trains on, from its beginning.", _DISTILL, least=1
     )
+    lora_rank: int = option(16, "Rank of the delta that --fit distilled trains on each map.", _DISTILL, least=1)
     label_weight: float = option(
         0.1, "Share of the text's own next tokens in the loss of --fit distilled.", _DISTILL, least=0, most=1,
         metavar="SHARE",
     )  # fmt: skip
     calibration: tuple[str, ...] = option(
-        (), "File (.txt, .jsonl, .json, .gz) or hub dataset (org/name@split; default: three); repeat to mix. "
-        '"self": what the model itself says.', _CALIBRATE, "main calibrate", first=True,
-        metavar="TEXT[:WEIGHT]",
+        (), 'File (.txt, .jsonl, .json, .gz) or hub dataset (org/name@split; default: three); repeat to mix. "self": '
+        'what the model itself says.', _CALIBRATE, "main calibrate", first=True, metavar="TEXT[:WEIGHT]",
     )  # fmt: skip
-    calibration_tokens: int = option(
-        65_536, "Tokens to calibrate on.", _CALIBRATE, "main calibrate", least=1, metavar="N"
-    )
-    context: int = option(512, "Length of a window in tokens.", _CALIBRATE, "main calibrate", least=2, metavar="N")
+    calibration_tokens: int = option(65_536, "Tokens to calibrate on.", _CALIBRATE, "main calibrate", least=1)
+    context: int = option(512, "Length of a window in tokens.", _CALIBRATE, "main calibrate", least=2)
     compute_dtype: str = option(
         "auto", "Products while calibrating and choosing layers: float32, bfloat16, or auto (default; bfloat16 if the "
-        "processor has it).", _CALIBRATE, "main calibrate", metavar="DTYPE",
+        "processor has it).", _CALIBRATE, "main calibrate", choices=DTYPES, metavar="DTYPE",
     )  # fmt: skip
-    seed: int = option(
-        0, "Seed of distillation and of --calibration self.", _CALIBRATE, "main calibrate", least=0, metavar="N"
-    )
+    seed: int = option(0, "Seed of distillation and of --calibration self.", _CALIBRATE, "main calibrate", least=0)
     shard: str | None = option(
         None, "Only part I of N; `nbl-export merge` puts them together.", _CALIBRATE, "calibrate", metavar="I/N"
     )
     precision: str = option(
-        "fp32", "ort: fp32 (default), fp16, int8, int4, gguf; openvino: fp16 (default), fp32, int8, int4; "
-        "trt: fp16 (default), bf16 (if fp16 overflows), int4.", _ENGINE,
-        "main rewrite", first=True, metavar="PRECISION",
+        "fp32", "ort: fp32 (default), fp16, int8, int4, gguf; openvino: fp16 (default), fp32, int8, int4; trt: fp16 "
+        "(default), bf16 (if fp16 overflows), int4.", _ENGINE, "main rewrite", first=True, metavar="PRECISION",
     )  # fmt: skip
     requantize: bool = option(
         False, "A GGUF in int8 or int4: round its matrices again; default: take over its own codes (precision gguf).",
         _ENGINE, "main rewrite",
     )  # fmt: skip
     provider: str = option(
-        "cpu", "ort: for cpu (default), cuda or nv-tensorrt-rtx.", _ENGINE, first=True,
-        metavar="PROVIDER",
-    )  # fmt: skip
+        "cpu", "ort: for cpu (default), cuda or nv-tensorrt-rtx.", _ENGINE, first=True, metavar="PROVIDER"
+    )
     max_seq_len: int | None = option(
-        None, "trt, trt-rtx: most tokens of a sequence; default 2048.", _ENGINE, first=True, least=1,
-        metavar="N",
-    )  # fmt: skip
+        None, "trt, trt-rtx: most tokens of a sequence; default 2048.", _ENGINE, first=True, least=1
+    )
     max_batch: int | None = option(
-        None, "trt, trt-rtx: most sequences at once; default 1.", _ENGINE, "main build", least=1, metavar="N"
+        None, "trt, trt-rtx: most sequences at once; default 1.", _ENGINE, "main build", least=1
     )
     prefill_chunk: int | None = option(
-        None, "trt, trt-rtx: tokens of a prefill step; default 512.", _ENGINE, "main build", least=1, metavar="N"
+        None, "trt, trt-rtx: tokens of a prefill step; default 512.", _ENGINE, "main build", least=1
     )
     logits: str | None = option(
-        None, "Logits of the last token (default), as generation needs, or all.", _ENGINE, metavar="last|all"
-    )
+        None, "Logits of the last token (default), as generation needs, or all.", _ENGINE, choices=("last", "all"),
+        metavar="last|all",
+    )  # fmt: skip
     decoder_source: str = option(
-        "genai", "What exports the decoder graph; ort: genai (default) or mobius; openvino: openvino; "
-        "trt, trt-rtx: static.", _ENGINE,
-        "main rewrite", metavar="SOURCE",
+        "genai", "What exports the decoder graph; ort: genai (default) or mobius; openvino: openvino; trt, trt-rtx: "
+        "static.", _ENGINE, "main rewrite", metavar="SOURCE",
     )  # fmt: skip
     builder_option: tuple[str, ...] = option(
         (), "How the GenAI builder quantises: algo_config, block_size, accuracy_level, shared_embeddings, "
@@ -155,17 +200,16 @@ class JobOptions:
     )  # fmt: skip
     quantize: str | None = option(
         None, "ort, int4: awq moves scales from activations into matrices before they are rounded (default: rtn, "
-        "rounding alone).", _ENGINE, "main rewrite", metavar="METHOD",
+        "rounding alone).", _ENGINE, "main rewrite", choices=METHODS, metavar="METHOD",
     )  # fmt: skip
     quantized_model: str | None = option(
-        None, "int4: use the codes of this checkpoint of the same model (GPTQ, AWQ or Olive).", _ENGINE,
-        "main rewrite", metavar="MODEL",
+        None, "int4: use the codes of this checkpoint of the same model (GPTQ, AWQ or Olive).", _ENGINE, "main rewrite",
+        metavar="MODEL",
     )  # fmt: skip
     draft: str | None = option(
         None, "ort, openvino: also write lossless/, the original that decides over proposed tokens; they come from "
         "ngram (the text so far), int4 (the original in int4), nbl (the NBL model in int4), or the fastest (auto).",
-        _ENGINE,
-        metavar="DRAFT",
+        _ENGINE, choices=DRAFTS, metavar="DRAFT",
     )  # fmt: skip
     draft_layers: str | None = option(
         None, "How many or which layers the nbl draft replaces; default: those of the NBL model.", _ENGINE,
@@ -173,52 +217,44 @@ class JobOptions:
     )  # fmt: skip
     depths: tuple[int, ...] = option(
         (0, 2048), "Tokens already in the cache; default 0,2048.", _BENCH, "bench", flag="depth", numbers="0,2048",
-        least=0, metavar="N,...",
+        least=0,
     )  # fmt: skip
     repetitions: int | None = option(
         None, "Measured rounds, each on decoders loaded anew; default: 6, or up to 24 in 3 minutes while an interval "
-        "is wider than 10%.", _BENCH, "bench profile", least=1, metavar="N",
+        "is wider than 10%.", _BENCH, "bench profile", least=1,
     )  # fmt: skip
     prompt_tokens: tuple[int, ...] = option(
-        (512,), "Lengths of the prefill test; default 512.", _BENCH, "bench profile", numbers="128,512", least=1,
-        metavar="N,...",
-    )  # fmt: skip
+        (512,), "Lengths of the prefill test; default 512.", _BENCH, "bench profile", numbers="128,512", least=1
+    )
     generate_tokens: int | None = option(
-        None, "Length of the decode test; default: 128, fewer for a large model on a CPU.", _BENCH, "bench", least=1,
-        metavar="N",
-    )  # fmt: skip
+        None, "Length of the decode test; default: 128, fewer for a large model on a CPU.", _BENCH, "bench", least=1
+    )
     threads: tuple[int, ...] | None = option(
         None, "Threads of the engine; several make a sweep. Default: the engine's choice.", _BENCH, "bench profile",
-        numbers="1,2", least=1, metavar="N,...",
+        numbers="1,2", least=1,
     )  # fmt: skip
     batches: tuple[int, ...] = option(
-        (1,), "ort: sequences side by side; default 1.", _BENCH, "bench", flag="batch", numbers="1,4", least=1,
-        metavar="N,...",
-    )  # fmt: skip
+        (1,), "ort: sequences side by side; default 1.", _BENCH, "bench", flag="batch", numbers="1,4", least=1
+    )
 
     def __post_init__(self) -> None:
-        for name, said in options_of(JobOptions).items():
+        for name, said in OPTIONS.items():
             value = getattr(self, name)
             values = value if isinstance(value, tuple) else () if value is None else (value,)
             numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
             low, high = said.least, said.most
             require(all(low is None or v >= low for v in numbers), f"{name} must be at least {low}")
-            require(all(high is None or v <= high for v in numbers), f"--{name.replace('_', '-')} is {high} at most")
+            require(all(high is None or v <= high for v in numbers), f"{flag_of(name)} is {high} at most")
             require(not said.numbers or value is None or len(numbers) > 0, f"{name} needs a number")
+            known = said.choices[:3] if name == "fit" else said.choices  # nobody asks for given maps
+            is_known = not said.choices or value is None or value in said.choices
+            require(is_known, f"{flag_of(name)} is {(' or ' if len(known) == 2 else ', ').join(known)}, not {value!r}")
         for name, value in dataclasses.asdict(self).items():
             texts = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, str)]
             require(not any(map(_CONTROL.search, texts)), f"{name} is not one line of text")
-        require(self.tap in TAPS, f"--tap is {' or '.join(TAPS)}, not {self.tap!r}")
-        require(self.maps in MAPS, f"--maps is {' or '.join(MAPS)}, not {self.maps!r}")
-        require(self.compute_dtype in DTYPES, f"--compute-dtype is {', '.join(DTYPES)}, not {self.compute_dtype!r}")
-        require(self.select in (None, *SELECTS), f"--select is {', '.join(SELECTS)}, not {self.select!r}")
-        require(self.fit in FITS, f"--fit is {', '.join(FITS[:3])}, not {self.fit!r}")
-        require(self.quantize in (None, *METHODS), f"--quantize is {', '.join(METHODS)}, not {self.quantize!r}")
-        require(self.draft in (None, *DRAFTS), f"--draft is {', '.join(DRAFTS)}, not {self.draft!r}")
         alone = SELF not in self.calibration or self.calibration == (SELF,)
         require(alone, "--calibration self reads no text: give it alone (a file of that name is ./self)")
-        require((self.distill_minutes or 1) > 0, "--distill-minutes is more than 0")
-        require(self.logits in (None, "last", "all"), f"logits are of the last token or all, not {self.logits!r}")
+        require(self.distill_minutes is None or self.distill_minutes > 0, "--distill-minutes is more than 0")
 
     @property
     def has_bias(self) -> bool:
@@ -245,6 +281,14 @@ class JobOptions:
         """Threads of lossless decoding and of a profile; None is the engine's choice."""
         return self.threads[0] if self.threads else None
 
+    def slots(self, decoder: DecoderSpec, *, compiled: bool) -> int:
+        """Most tokens of a sequence: the model's positions, or the length of the caches of a compiled engine."""
+        return (self.max_seq_len or min(2048, decoder.max_positions)) if compiled else decoder.max_positions
+
+    def chunk(self, decoder: DecoderSpec) -> int:
+        """Most prefill tokens in one step of a compiled engine."""
+        return self.prefill_chunk or min(512, self.slots(decoder, compiled=True))
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> JobOptions:
         """Read options; keys that are no option are left out."""
@@ -254,6 +298,9 @@ class JobOptions:
     def to_json(self) -> dict[str, Any]:
         """The options as JSON values."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in dataclasses.fields(JobOptions) if f.metadata}
 
 
 def usual_tap(fit: str, maps: str) -> str:
@@ -268,7 +315,7 @@ def describe_command(options: JobOptions, output: Path) -> str:
     words += ["--engine", options.engine] if first == MAIN else []
     command = shlex.join([*words, *_flags(options, first, {"engine"}), "--output", str(output)])
     for name in later:
-        asked = _flags(options, name, {n for n, said in options_of(JobOptions).items() if first in said.commands})
+        asked = _flags(options, name, {n for n, said in OPTIONS.items() if first in said.commands})
         command += f" && {shlex.join(['nbl-export', name, str(output), *asked])}" if asked else ""
     return command
 
@@ -280,15 +327,14 @@ def _flags(options: JobOptions, command: str, without: set[str]) -> list[str]:
         del defaults["tap"]
     if (options.engine, options.provider) != (defaults["engine"], defaults["provider"]):
         del defaults["precision"]  # the default is the engine's own
-    for name, said in options_of(JobOptions).items():
+    for name, said in OPTIONS.items():
         value = getattr(options, name)
         if command not in said.commands or name in without or (name in defaults and value == defaults[name]):
             continue
-        flag = f"--{(said.flag or name).replace('_', '-')}"
         if isinstance(value, tuple) and not said.numbers:
-            words += [word for item in value for word in (flag, item)]
+            words += [word for item in value for word in (flag_of(name), item)]
         elif value is True:
-            words.append(flag)
+            words.append(flag_of(name))
         else:
-            words += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+            words += [flag_of(name), ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     return words

@@ -8,33 +8,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from nbl_export.errors import NblError, UsageError
+from nbl_export.options.options import JobOptions, flag_of
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.options import JobOptions
 
-__all__ = [
-    "DEFAULT_INCREASE",
-    "GOALS",
-    "CacheBudget",
-    "PerplexityIncrease",
-    "TargetSpeedup",
-    "changed_options",
-    "check_request",
-    "check_size",
-    "default_select",
-    "goal_inputs",
-    "goal_of",
-    "layers_for_budget",
-    "names_layers",
-    "read_layers",
-    "read_rank",
-    "saving_inputs",
-]
+__all__ = ["DEFAULT_INCREASE", "GOALS", "CacheBudget", "PerplexityIncrease", "TargetSpeedup", "check_request",
+           "check_size", "default_select", "goal_inputs", "goal_of", "layers_for_budget", "names_layers",
+           "parse_layers", "read_rank", "saving_inputs"]  # fmt: skip
 
 DEFAULT_INCREASE = 0.10  # of perplexity, if neither a count nor a goal is given
 GOALS = ("max_perplexity_increase", "target_speedup", "kv_budget")
@@ -91,25 +74,16 @@ def default_select(options: JobOptions) -> str:
     return "greedy" if limits_quality else "efficient"
 
 
-def goal_inputs(options: JobOptions) -> list[Any]:
+def goal_inputs(options: JobOptions) -> list[object]:
     """Options, beside the request itself, that change the result of a goal or of `--select efficient`."""
     if options.target_speedup is None and options.kv_budget is None:
         return saving_inputs(options) if (options.select or default_select(options)) == "efficient" else []
     return [options.engine, options.provider, options.precision, options.prompt_length, *saving_inputs(options)]
 
 
-def saving_inputs(options: JobOptions) -> list[Any]:
+def saving_inputs(options: JobOptions) -> list[object]:
     """Options that change the share of a prefill's arithmetic that replaced layers save."""
     return [options.kept_logits, *([] if options.token_table else ["no token table"])]
-
-
-def changed_options(options: JobOptions, changes: dict[str, Any]) -> JobOptions:
-    """Apply changes to options. A new count or goal replaces the previous count or goal."""
-    given = {name: value for name, value in changes.items() if value is not None}
-    asked = ("layers", *GOALS)
-    if any(name in given for name in asked):
-        given = {**dict.fromkeys(asked), **given}
-    return dataclasses.replace(options, **given)
 
 
 def check_request(options: JobOptions) -> None:
@@ -118,19 +92,19 @@ def check_request(options: JobOptions) -> None:
     Raises:
         UsageError: names the options and the remedy.
     """
-    asked = [_flag(name) for name in ("layers", *GOALS) if getattr(options, name) is not None]
+    asked = [flag_of(name) for name in ("layers", *GOALS) if getattr(options, name) is not None]
     if len(asked) > 1:
         raise UsageError(f"{' and '.join(asked)} both set how many layers are replaced; give one of them")
     for name in ("layers", "draft_layers"):
         if getattr(options, name) is not None:
-            read_layers(getattr(options, name), _flag(name))
+            _read_layers(getattr(options, name), flag_of(name))
     goal_of(options)
     read_rank(options.rank)
     if not options.has_bias and options.tap != "normed":
         raise UsageError(f"--maps {options.maps} acts on the normed input; add --tap normed")
 
 
-def read_layers(text: str, flag: str = "--layers") -> int | tuple[tuple[int, int], ...]:
+def _read_layers(text: str, flag: str = "--layers") -> int | tuple[tuple[int, int], ...]:
     """Read a count ("8"), or the first and last layer of each range of named layers ("0,7,24-29", or "8,").
 
     Raises:
@@ -153,13 +127,45 @@ def read_layers(text: str, flag: str = "--layers") -> int | tuple[tuple[int, int
     return tuple(ranges)
 
 
+def parse_layers(text: str, num_layers: int, flag: str = "--layers") -> int | tuple[int, ...]:
+    """Read `--layers`, or another flag: "8" is a count, "0,7,24-29" (or "8,") names layers from 0.
+
+    Raises:
+        UsageError: a part is no number, or a range runs backwards.
+        NblError: a layer is repeated or missing, or every layer is named.
+    """
+    asked = _read_layers(text, flag)
+    if isinstance(asked, int):
+        if asked >= num_layers:
+            raise NblError(_all_refused(f"{flag} {asked}", num_layers))
+        return asked
+    chosen: list[int] = []
+    for low, high in asked:
+        if high >= num_layers:
+            raise NblError(f"{flag} {text!r}: layer {high} does not exist; this model has layers 0 to {num_layers - 1}")
+        chosen.extend(range(low, high + 1))
+    repeated = sorted({i for i in chosen if chosen.count(i) > 1})
+    if repeated:
+        raise NblError(f"{flag} {text!r}: layer {repeated[0]} is named twice")
+    if len(chosen) >= num_layers:
+        raise NblError(_all_refused(f"{flag} {text!r}", num_layers))
+    return tuple(sorted(chosen))
+
+
+def _all_refused(what: str, num_layers: int) -> str:
+    return (
+        f"{what} would replace all {num_layers} attention layers; at least one stays, because without attention "
+        "no token sees another: ask for at most " + str(num_layers - 1)
+    )
+
+
 def names_layers(text: str | None, flag: str = "--layers") -> bool:
     """Whether a request names layers; a count and no request do not.
 
     Raises:
         UsageError: the request cannot be read.
     """
-    return text is not None and not isinstance(read_layers(text, flag), int)
+    return text is not None and not isinstance(_read_layers(text, flag), int)
 
 
 def _is_number(text: str) -> bool:
@@ -240,7 +246,3 @@ def _read_budget(text: str) -> CacheBudget:
     if not found or not float(found[1]) or found[3] == "0":
         raise UsageError(f"--kv-budget {text!r} is not a size; write 64MiB@4096 (of 4096 tokens) or 15KiB (of one)")
     return CacheBudget(float(found[1]) * _UNITS[found[2] or ""], int(found[3] or 1))
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

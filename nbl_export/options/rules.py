@@ -1,0 +1,375 @@
+"""The rules of options, as rows of five tables. `settle` applies them.
+
+    DEFAULTS     option -> its value if nobody asks for one
+    APPLIES      option -> when it has an effect, and what the message says otherwise
+    FIRST        refused before idle options are found: what the kind of model rules out
+    REFUSED      refused after that: what does not fit the engine or the model
+    OF_DECODER   refused when the decoder's sizes are known
+
+A rule is a function of a `Case`: the options, the facts of the engine and the facts of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nbl_export.errors import NblError, UsageError
+from nbl_export.options.goals import names_layers
+from nbl_export.options.options import (
+    BUILDER_OPTIONS,
+    GGUF,
+    GIVEN,
+    GIVEN_FIT,
+    NO_ORIGINAL,
+    JobOptions,
+    usual_tap,
+)
+from nbl_export.records.capabilities import Capabilities
+from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.plan import TAPS
+from nbl_export.records.proposers import AUTO
+
+__all__ = ["APPLIES", "DEFAULTS", "FIRST", "OF_DECODER", "REFUSED", "Applies", "Case", "ModelFacts", "Refusal"]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What options depend on in a model. A default means that the fact is unknown, or that the model is without it.
+
+    Attributes:
+        is_gguf: the model is a GGUF file.
+        graph: path of the decoder graph, if the model is only a graph.
+        graph_precision: of the graph's matrices.
+        maps_tap: the tap of the maps, if the model is an NBL checkpoint.
+        architecture, taps, not_from: name, possible taps, and decoder source -> why it exports no such graph.
+        decoder: the decoder's sizes.
+        unreadable: why graphs cannot have the codes of the GGUF file.
+    """
+
+    is_gguf: bool = False
+    graph: str = ""
+    graph_precision: str = ""
+    maps_tap: str = ""
+    architecture: str = ""
+    taps: tuple[str, ...] = TAPS
+    not_from: Mapping[str, str] = field(default_factory=dict)
+    decoder: DecoderSpec | None = None
+    unreadable: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything that a rule may ask for. sweeps: a sweep was asked for, which ranks all layers."""
+
+    options: JobOptions
+    engine: Capabilities
+    model: ModelFacts
+    sweeps: bool = False
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether the model is only an ONNX graph."""
+        return self.options.decoder_source == GIVEN
+
+    @property
+    def is_nbl(self) -> bool:
+        """Whether the model is an NBL checkpoint."""
+        return self.options.fit == GIVEN_FIT
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the engine is ONNX Runtime on a CPU."""
+        return (self.options.engine, self.options.provider) == ("ort", "cpu")
+
+    @property
+    def takes_codes(self) -> bool:
+        """Whether graphs can have the codes of the model's GGUF file."""
+        return self.model.is_gguf and self.on_cpu and self.options.decoder_source == "genai"
+
+    @property
+    def builds_int4(self) -> bool:
+        """Whether the GenAI builder writes int4 matrices."""
+        return self.options.precision == "int4" and self.options.decoder_source == "genai"
+
+    @property
+    def counts_draft(self) -> bool:
+        """Whether `--draft-layers` is a number, which takes the first layers of the order."""
+        layers = self.options.draft_layers
+        return layers is not None and not names_layers(layers, "--draft-layers")
+
+    @property
+    def builder_keys(self) -> tuple[str, ...]:
+        """The keys of `--builder-option`."""
+        return tuple(word.partition("=")[0] for word in self.options.builder_option)
+
+    @property
+    def slots(self) -> int:
+        """Most tokens of a sequence."""
+        assert self.model.decoder is not None
+        return self.options.slots(self.model.decoder, compiled=self.engine.static)
+
+
+# -- defaults and effects ----------------------------------------------------------------------------------------
+
+# An option -> its value if nobody asks for one, from the options so far, the engine and the model.
+DEFAULTS: dict[str, Callable[[Mapping[str, Any], Capabilities, ModelFacts], str]] = {
+    "decoder_source": lambda _, engine, model: GIVEN if model.graph else engine.source,
+    "precision": lambda _, engine, model: model.graph_precision or engine.precisions[0],
+    "fit": lambda _, __, model: GIVEN_FIT if model.maps_tap else "independent",
+    "tap": lambda values, _, model: model.maps_tap or usual_tap(values["fit"], values["maps"]),
+}
+
+
+@dataclass(frozen=True)
+class Applies:
+    """When options have an effect. belongs: ends the sentence "--option is for ..."."""
+
+    options: tuple[str, ...]
+    belongs: str
+    holds: Callable[[Case], bool]
+
+
+# The builder reads these for MatMulNBits alone (onnxruntime_genai 0.18, models/builder.py).
+_OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
+
+# An option applies if all of its rows hold. An option without a row applies to every job.
+APPLIES: tuple[Applies, ...] = (
+    Applies(
+        ("layers", "max_perplexity_increase", "target_speedup", "kv_budget", "select", "rank", "maps", "compute_dtype",
+         "shard", "draft"),
+        "the original model; this NBL checkpoint no longer contains the removed attention",
+        lambda c: not c.is_nbl,
+    ),
+    Applies(
+        ("max_perplexity_increase",), "a checkpoint, which torch runs; this model is an ONNX graph",
+        lambda c: not c.is_graph,
+    ),
+    Applies(
+        ("compute_dtype",),
+        "a checkpoint, which torch runs; this model is an ONNX graph, which computes in its own types",
+        lambda c: not c.is_graph or c.options.compute_dtype == "float32",
+    ),
+    Applies(
+        ("select",), "a number of layers or a goal; --layers names the layers here",
+        lambda c: c.sweeps or not names_layers(c.options.layers) or c.counts_draft,
+    ),
+    Applies(
+        ("rank",), "maps fitted in closed form (--fit independent)", lambda c: c.options.fit == "independent"
+    ),
+    Applies(("maps",), "fitted maps (--fit independent or distilled)", lambda c: c.options.fit != "drop"),
+    Applies(
+        ("distill_minutes", "distill_steps", "distill_tokens", "lora_rank", "label_weight"), "--fit distilled",
+        lambda c: c.options.fit == "distilled",
+    ),
+    Applies(
+        ("seed",), "--fit distilled or --calibration self",
+        lambda c: c.options.fit == "distilled" or c.options.says_itself,
+    ),
+    Applies(
+        ("requantize",), "--precision int8 or int4 of a .gguf file, with --engine ort on a CPU",
+        lambda c: c.takes_codes and c.options.precision in ("int8", "int4"),
+    ),
+    Applies(("provider",), "--engine ort", lambda c: c.options.engine == "ort"),
+    Applies(
+        ("max_seq_len", "max_batch", "prefill_chunk"), "engines that compile graphs (trt, trt-rtx)",
+        lambda c: c.engine.static,
+    ),
+    Applies(("builder_option",), "--decoder-source genai", lambda c: c.options.decoder_source == "genai"),
+    Applies(
+        ("builder_option",), f"--precision int8, int4 or gguf ({', '.join(_OF_ROUNDING)})",
+        lambda c: c.options.precision in ("int8", "int4", GGUF) or not set(c.builder_keys) & set(_OF_ROUNDING),
+    ),
+    Applies(
+        ("quantize",), "--precision int4 of --decoder-source genai on a CPU, without --quantized-model",
+        lambda c: c.builds_int4 and c.options.provider == "cpu" and c.options.quantized_model is None,
+    ),
+    Applies(("quantized_model",), "--precision int4 of --decoder-source genai", lambda c: c.builds_int4),
+    Applies(("draft",), "engines ort and openvino on a CPU", lambda c: bool(c.engine.proposers)),
+    Applies(("draft_layers",), "--draft nbl or auto", lambda c: c.options.draft in ("nbl", AUTO)),
+    Applies(("threads", "batches"), "engines that compile nothing (ort, openvino)", lambda c: not c.engine.static),
+)  # fmt: skip
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------
+
+# An error, and a function that gives its sentence if the case has the fault.
+Refusal = tuple[type[NblError], Callable[[Case], "str | bool"]]
+
+
+def _wrong_builder_option(case: Case) -> str | bool:
+    for word, key in zip(case.options.builder_option, case.builder_keys, strict=True):
+        values = BUILDER_OPTIONS.get(key, ())
+        if not values:
+            return f"--builder-option {word}: expected KEY=VALUE with one of the keys {', '.join(BUILDER_OPTIONS)}"
+        if word.partition("=")[2] not in values:
+            return f"--builder-option {word}: the values of {key} are {', '.join(values)}"
+        if case.builder_keys.count(key) > 1:
+            return f"--builder-option {key} is given twice"
+    return False
+
+
+def _quantises_again(case: Case) -> str | bool:
+    if case.options.precision != GGUF or case.options.requantize:
+        return False
+    useful = ("accuracy_level", "fuse_mlp_gate_up")  # builder options that change no value of a matrix
+    words = [w for w, key in zip(case.options.builder_option, case.builder_keys, strict=True) if key not in useful]
+    for given, flag in ((case.options.quantized_model, "--quantized-model"), (words and words[0], "--builder-option")):
+        if given:
+            return (
+                f"{flag} {given} quantises the model again, and {case.options.model} has codes of its own; "
+                "add --requantize with --precision int8 or int4, or leave it out"
+            )
+    return False
+
+
+def _not_of_a_gguf(case: Case) -> str | bool:
+    where = "of --decoder-source genai on a CPU" if case.model.is_gguf else "for a model that is a .gguf file"
+    wrong = case.options.precision == GGUF and not case.takes_codes
+    return wrong and f"--precision {GGUF} is {where}; choose another precision"
+
+
+FIRST: tuple[Refusal, ...] = (
+    (UsageError, lambda c: (
+        c.is_graph and not c.model.graph
+        and f"--decoder-source {GIVEN} is for a model that is an ONNX graph; leave it out"
+    )),
+    (UsageError, lambda c: (
+        bool(c.model.graph) and not c.is_graph
+        and f"--decoder-source {c.options.decoder_source}: {c.model.graph} is a decoder graph already; "
+        "leave --decoder-source out"
+    )),
+    (UsageError, lambda c: (
+        c.is_graph and not c.on_cpu
+        and f"{c.options.model} is an ONNX graph, which only --engine ort with --provider cpu takes"
+    )),
+    (UsageError, lambda c: (
+        bool(c.model.graph) and c.options.precision != c.model.graph_precision
+        and f"--precision {c.options.precision}: {c.model.graph} is {c.model.graph_precision} and keeps it; "
+        "leave --precision out"
+    )),
+    (UsageError, _not_of_a_gguf),
+    (UsageError, _quantises_again),
+    (UsageError, _wrong_builder_option),
+    (UsageError, lambda c: (
+        bool(c.model.maps_tap) and not c.is_nbl
+        and f"--fit {c.options.fit} needs the original model: {NO_ORIGINAL}"
+    )),
+)  # fmt: skip
+
+
+def _needs_torch(case: Case) -> str | bool:
+    options = case.options
+    wants = {
+        "--fit distilled": options.fit == "distilled",
+        f"--select {options.select}": options.select in ("greedy", "efficient"),
+        "--calibration self": options.says_itself,
+    }
+    asked = [name for name, wanted in wants.items() if wanted and case.is_graph]
+    return bool(asked) and (
+        f"{asked[0]} needs the torch model, and {options.model} is an ONNX graph; give the checkpoint"
+    )
+
+
+def _unknown_to_engine(case: Case) -> str | bool:
+    """Precision and decoder source against the engine."""
+    options = case.options
+    spoken = options.engine if options.provider == "cpu" else f"{options.engine} with --provider {options.provider}"
+    for value, allowed, flag in (
+        (options.precision, case.engine.precisions, "--precision"),
+        (options.decoder_source, case.engine.sources, "--decoder-source"),
+    ):
+        if value not in allowed and not case.is_graph:
+            return f"{flag} {value} is not for engine {spoken}; it takes {', '.join(allowed)}"
+    return False
+
+
+def _not_made(case: Case) -> str | bool:
+    """Precision against decoder source."""
+    options, sources = case.options, case.engine.sources
+    if case.is_graph or options.precision in sources[options.decoder_source]:
+        return False
+    others = [f"--decoder-source {name}" for name, made in sources.items() if options.precision in made]
+    return (
+        f"the decoder source {options.decoder_source} makes no {options.precision} graph; "
+        f"use {' or '.join([*others, '--precision ' + ', '.join(sources[options.decoder_source])])}"
+    )
+
+
+REFUSED: tuple[Refusal, ...] = (
+    (UsageError, _needs_torch),
+    (UsageError, lambda c: (
+        c.is_graph and c.options.draft not in (None, "ngram")
+        and f"--draft {c.options.draft} needs a checkpoint, and {c.options.model} is an ONNX graph; use ngram"
+    )),
+    (UsageError, _unknown_to_engine),
+    (NblError, _not_made),
+    # These rows need the model's files.
+    (UsageError, lambda c: (
+        c.is_nbl and bool(c.model.architecture) and not c.model.maps_tap
+        and f"--fit {GIVEN_FIT} is for a checkpoint with maps (nbl-export convert)"
+    )),
+    (UsageError, lambda c: (
+        bool(c.model.maps_tap) and c.options.says_itself
+        and f"--calibration self needs the original model: {NO_ORIGINAL}; give that model, or leave it out"
+    )),
+    (UsageError, lambda c: (
+        c.model.maps_tap not in ("", c.options.tap)
+        and f"--tap {c.options.tap}: the maps of {c.options.model} have the tap {c.model.maps_tap}; leave --tap out"
+    )),
+    (NblError, lambda c: (
+        c.options.draft not in (None, "ngram") and c.engine.source in c.model.not_from
+        and f"--draft {c.options.draft} is not possible for {c.model.architecture}: "
+        f"{c.model.not_from[c.engine.source]}; use ngram"
+    )),
+    (NblError, lambda c: (
+        not c.is_graph and c.options.tap not in c.model.taps
+        and f"--tap {c.options.tap} is not possible for {c.model.architecture}: no norm stands in front of its "
+        f"attention; use --tap {c.model.taps[0]}"
+    )),
+    (NblError, lambda c: (
+        not c.is_graph and c.options.decoder_source in c.model.not_from
+        and f"--decoder-source {c.options.decoder_source} is not possible for {c.model.architecture}: "
+        f"{c.model.not_from[c.options.decoder_source]}"
+    )),
+    (NblError, lambda c: c.options.precision == GGUF and c.model.unreadable),
+)  # fmt: skip
+
+_LEAST_SLOTS = 32  # of verification
+_LEAST_DECODE = 16  # tokens of the decode test of a large model (`measure.benchmark.decode_tokens`)
+
+
+def _too_short(case: Case) -> str | bool:
+    options = case.options
+    shortest = min(options.depths) + min(*options.prompt_tokens, options.generate_tokens or _LEAST_DECODE)
+    return shortest > case.slots and (
+        f"nothing to measure: the shortest test ends at {shortest} tokens, the model has {case.slots} positions; "
+        "use a smaller --depth, --prompt-tokens or --generate-tokens"
+    )
+
+
+def _positions(case: Case) -> int:
+    assert case.model.decoder is not None
+    return case.model.decoder.max_positions
+
+
+OF_DECODER: tuple[Refusal, ...] = (
+    (NblError, lambda c: (
+        c.engine.static and c.slots > _positions(c)
+        and f"--max-seq-len {c.slots} is beyond the model's {_positions(c)} positions"
+    )),
+    (NblError, lambda c: (
+        c.engine.static and c.slots < _LEAST_SLOTS
+        and f"--max-seq-len {c.slots} is too short for verification; use at least {_LEAST_SLOTS}"
+    )),
+    (NblError, lambda c: (
+        c.engine.static and (c.options.prefill_chunk or 0) > c.slots
+        and f"--prefill-chunk {c.options.prefill_chunk} is beyond --max-seq-len {c.slots}"
+    )),
+    (NblError, lambda c: (
+        c.options.context > _positions(c)
+        and f"--context {c.options.context} is beyond the model's {_positions(c)} positions"
+    )),
+    (NblError, _too_short),
+)  # fmt: skip

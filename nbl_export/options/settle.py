@@ -1,0 +1,196 @@
+"""What a user asks for becomes the options of a job. This is the only place that settles an option.
+
+    asked {name: value} ─► known names and kinds ─► over recorded options, if any
+      ─► defaults that depend on the engine, the model and other options
+      ─► an option without effect is refused, or returns to its default if it was only recorded
+      ─► refused: values that contradict each other, or do not fit the engine or the model
+
+The command line, `--config FILE`, a changed run, Olive and Python call `settle`. The rules are rows of `rules`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from nbl_export.errors import UsageError
+from nbl_export.options.goals import (
+    GOALS,
+    check_request,
+    check_size,
+    parse_layers,
+)
+from nbl_export.options.options import (
+    GGUF,
+    OPTIONS,
+    JobOptions,
+    Option,
+    flag_of,
+)
+from nbl_export.options.rules import (
+    APPLIES,
+    DEFAULTS,
+    FIRST,
+    OF_DECODER,
+    REFUSED,
+    Case,
+    ModelFacts,
+    Refusal,
+)
+from nbl_export.records.capabilities import Capabilities
+from nbl_export.records.from_json import read_record
+
+__all__ = ["judge", "numbers", "over", "read_asked", "settle"]
+
+EngineOf = Callable[[str, str], Capabilities]  # engine, provider -> its capabilities; refuses an unknown engine
+
+_COUNTS = ("layers", *GOALS)  # one of them sets how many layers are replaced
+_DEFAULT: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(JobOptions)}
+
+
+def settle(
+    asked: Mapping[str, Any], engine_of: EngineOf, model: ModelFacts | None = None,
+    recorded: JobOptions | None = None, *, sweeps: bool = False,
+) -> JobOptions:  # fmt: skip
+    """The options of a job.
+
+    A recorded value that was a default follows the new defaults. Rules whose facts are unknown are left out: call again
+    when the model is read.
+
+    Args:
+        asked: by the names of the options; None asks for nothing.
+        recorded: the options of a run. If nothing is asked for, the recorded options stay as they are.
+
+    Raises:
+        UsageError: a name is unknown, a value is of the wrong kind, or an option has no effect or contradicts another.
+        NblError: a value does not fit the model.
+        ValueError: a value is not possible.
+    """
+    model = model or ModelFacts()
+    given = {name: value for name, value in read_asked(asked).items() if value is not None}
+    known = {} if recorded is None else _asked_for(recorded, engine_of, model)
+    if "precision" in given:
+        known.pop("requantize", None)  # it belongs to the recorded precision
+    values = over(known, given)
+    try:
+        options = read_record(JobOptions, {**_defaults(values, engine_of, model), **values})
+    except TypeError as error:
+        raise UsageError(f"the options cannot be used: {error}") from error
+    case = _with_codes(Case(options, engine_of(options.engine, options.provider), model, sweeps))
+    check_request(case.options)
+    _refuse(FIRST, case)
+    case = _applying(case, given)
+    judge(case)
+    return case.options
+
+
+def over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with the given ones in their place; a given count or goal replaces every other count or goal."""
+    if any(name in given for name in _COUNTS):
+        values = {name: value for name, value in values.items() if name not in _COUNTS}
+    return {**values, **given}
+
+
+def _defaults(values: Mapping[str, Any], engine_of: EngineOf, model: ModelFacts) -> dict[str, Any]:
+    found = {**_DEFAULT, **values}
+    engine = engine_of(str(found["engine"]), str(found["provider"]))
+    return {name: default(found, engine, model) for name, default in DEFAULTS.items()}
+
+
+def _asked_for(options: JobOptions, engine_of: EngineOf, model: ModelFacts) -> dict[str, Any]:
+    """The values that are not the defaults of these options, with this model or with a plain checkpoint."""
+    values = {name: getattr(options, name) for name in _DEFAULT}
+    usual = [{**_DEFAULT, **_defaults(values, engine_of, facts)} for facts in (model, ModelFacts())]
+    return {name: value for name, value in values.items() if all(value != of[name] for of in usual)}
+
+
+def _with_codes(case: Case) -> Case:
+    """The case with the precision `GGUF`, if int8 or int4 is asked of a GGUF file: its own codes are taken over."""
+    if not (case.takes_codes and case.options.precision in ("int8", "int4")) or case.options.requantize:
+        return case
+    return dataclasses.replace(case, options=dataclasses.replace(case.options, precision=GGUF))
+
+
+def _applying(case: Case, given: Mapping[str, Any]) -> Case:
+    """The case, with recorded options that no longer apply at their defaults; unchanged if nothing is asked for."""
+    if not given:
+        return case
+    idle = [(name, rule.belongs) for rule in APPLIES if not rule.holds(case) for name in rule.options]
+    for name, belongs in idle:
+        if name in given:
+            raise UsageError(f"{flag_of(name)} is for {belongs}; leave {flag_of(name)} out")
+    recorded = {name: _DEFAULT[name] for name, _ in idle}
+    return dataclasses.replace(case, options=dataclasses.replace(case.options, **recorded))
+
+
+def _refuse(rows: Iterable[Refusal], case: Case) -> None:
+    for error, sentence in rows:
+        if said := sentence(case):
+            raise error(said)
+
+
+def judge(case: Case) -> None:
+    """Refuse values that do not fit the engine or the model, as far as the model's facts are known.
+
+    Raises:
+        UsageError, NblError: the sentence of a row.
+    """
+    _refuse(REFUSED, case)
+    if case.model.decoder is not None:
+        for name in ("layers", "draft_layers"):
+            if getattr(case.options, name) is not None:
+                parse_layers(getattr(case.options, name), case.model.decoder.num_layers, flag_of(name))
+        check_size(case.options, case.model.decoder, case.engine.cache_itemsize(case.options.precision))
+        _refuse(OF_DECODER, case)
+
+
+# -- names and values ---------------------------------------------------------------------------------------------
+
+
+def read_asked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the field names of JobOptions, in its types. A name may be that of the field or of the flag.
+
+    Numbers are accepted for texts of numbers (layers = 8), and one text for a list of texts.
+
+    Raises:
+        UsageError: a name is no option, or a text holds no numbers.
+    """
+    flags = {said.flag or name: name for name, said in OPTIONS.items()}
+    names = {"model": "model", **{name: name for name in OPTIONS}, **flags}
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        flag = key.replace("-", "_")
+        if flag not in names:
+            near = difflib.get_close_matches(flag, names, 1)
+            raise UsageError(f"{key} is no option" + (f"; did you mean {near[0]}?" if near else ""))
+        found[names[flag]] = _value(names[flag], value, OPTIONS.get(names[flag]))
+    return found
+
+
+def _value(name: str, value: Any, said: Option | None) -> Any:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if said is not None and said.numbers and isinstance(value, (str, int)) and not isinstance(value, bool):
+        return numbers(str(value), name)
+    if name in ("calibration", "builder_option") and isinstance(value, str):
+        return (value,)
+    if name in (*_COUNTS, "rank", "draft_layers") and is_number:
+        return str(value)
+    if name == "precision" and isinstance(value, str):
+        return value.lower()
+    return tuple(value) if isinstance(value, list) else value
+
+
+def numbers(text: str, name: str) -> tuple[int, ...]:
+    """The distinct numbers of a comma-separated option, in their order.
+
+    Raises:
+        UsageError: a part is not a number, or a number is too small.
+    """
+    said = OPTIONS[name]
+    parts, least = [part.strip() for part in text.split(",")], int(said.least or 0)
+    if not all(part.isascii() and part.isdigit() and int(part) >= least for part in parts):
+        example = f"comma separated ({said.numbers})"
+        raise UsageError(f"{flag_of(name)} {text!r}: write numbers of at least {least}, {example}")
+    return tuple(dict.fromkeys(int(part) for part in parts))

@@ -1,0 +1,215 @@
+"""Reads the facts that options are settled by, and checks the machine. What the facts mean is said by `options.rules`.
+
+engine, provider ─► Capabilities
+path of the model ─► ModelFacts: graph or GGUF      before the model's files are read
+files of the model, or a run's manifest ─► ModelFacts: decoder, architecture, maps
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nbl_export.errors import NblError, UsageError
+from nbl_export.formats.gguf.blocks import check_type
+from nbl_export.graph.given import graph_of
+from nbl_export.model.architectures import ARCHITECTURES
+from nbl_export.model.checkpoint import gguf_file
+from nbl_export.model.checkpoint.source import Source, gguf_of, resolve
+from nbl_export.options.options import GIVEN, GIVEN_FIT, JobOptions
+from nbl_export.options.rules import ModelFacts
+from nbl_export.records.capabilities import Capabilities
+from nbl_export.records.decoder import DecoderSpec
+from nbl_export.targets import ENGINES, load_engine
+from nbl_export.text.corpus import Text
+from nbl_export.text.mixture import absolute_sources
+
+__all__ = [
+    "architecture_facts",
+    "capabilities_of",
+    "check_machine",
+    "facts_of_model",
+    "facts_of_path",
+    "facts_of_run",
+    "identity_of",
+    "read_model",
+    "require_engine",
+]  # fmt: skip
+
+_GRAPH_PRECISIONS = ("fp32", "fp16", "int8", "int4")
+
+
+def capabilities_of(engine: str, provider: str = "cpu") -> Capabilities:
+    """The capabilities of an engine that makes decoders.
+
+    Raises:
+        UsageError: there is no such engine, or it makes no decoders.
+    """
+    capabilities = load_engine(engine, provider).capabilities
+    if not capabilities.sources:
+        raise UsageError(
+            f"--engine {engine} makes no decoders; engines that do are {', '.join(ENGINES)}. "
+            f"nbl-export convert DIR --to {capabilities.graphs} writes the model of a finished run for {engine}"
+        )
+    return capabilities
+
+
+def facts_of_path(model: str) -> ModelFacts:
+    """What a model's path says, and its graph if the model is only a graph; nothing if there is no such path.
+
+    Raises:
+        NblError: the graph is not supported, or the path holds several models.
+    """
+    path = Path(model).expanduser()
+    graph = graph_of(path) if model else None
+    if graph is None:
+        return ModelFacts(is_gguf=bool(model) and gguf_of(path) is not None)
+    from nbl_export.rewrite.describe import describe_graph
+
+    precision = describe_graph(graph)["precision"]
+    if precision not in _GRAPH_PRECISIONS:
+        raise NblError(f"the matrices of {graph} are {precision}; supported are {', '.join(_GRAPH_PRECISIONS)}")
+    return ModelFacts(graph=str(graph), graph_precision=precision)
+
+
+def read_model(model: str, manifest: Mapping[str, Any]) -> tuple[Source, DecoderSpec]:
+    """A model and its sizes, which come from a run's manifest if it has the same model: transformers takes seconds.
+
+    Raises:
+        NblError: the model is missing, damaged or not supported.
+    """
+    source = resolve(model)
+    if manifest and manifest["model"]["fingerprint"] == source.fingerprint:
+        return source, DecoderSpec(**manifest["decoder"])
+    from nbl_export.model.checkpoint import load
+
+    return source, load.read_spec(source)
+
+
+def facts_of_model(seen: ModelFacts, source: Source, decoder: DecoderSpec) -> ModelFacts:
+    """All facts about a model.
+
+    Args:
+        seen: what its path says.
+    """
+    return dataclasses.replace(
+        _of_decoder(decoder, is_graph=bool(seen.graph)),
+        is_gguf=seen.is_gguf,
+        graph=seen.graph,
+        graph_precision=seen.graph_precision,
+        maps_tap=source.linearized.tap if source.linearized else "",
+        unreadable=_unreadable(source.gguf) if source.gguf else "",
+    )
+
+
+def facts_of_run(manifest: Mapping[str, Any]) -> ModelFacts:
+    """The facts about a run's model, which need not be on this machine."""
+    options = JobOptions.from_json(manifest["options"])
+    place = str(manifest.get("places", {}).get("model") or options.model)
+    is_graph = options.decoder_source == GIVEN
+    return dataclasses.replace(
+        _of_decoder(DecoderSpec(**manifest["decoder"]), is_graph=is_graph),
+        is_gguf=place.endswith(".gguf"),
+        graph=place if is_graph else "",
+        graph_precision=options.precision if is_graph else "",
+        maps_tap=options.tap if options.fit == GIVEN_FIT else "",
+    )
+
+
+def _of_decoder(decoder: DecoderSpec, *, is_graph: bool) -> ModelFacts:
+    if is_graph:  # a graph states its own structure
+        return ModelFacts(architecture=decoder.architecture, decoder=decoder)
+    return dataclasses.replace(architecture_facts(decoder.architecture), decoder=decoder)
+
+
+def architecture_facts(architecture: str) -> ModelFacts:
+    """What options depend on in an architecture.
+
+    Raises:
+        NblError: the architecture is unknown, which an edited manifest can cause.
+    """
+    if architecture not in ARCHITECTURES:
+        raise NblError(f"architecture {architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
+    record = ARCHITECTURES[architecture]
+    return ModelFacts(architecture=architecture, taps=record.taps, not_from=record.not_from)
+
+
+def _unreadable(gguf: Path) -> str:
+    """Why graphs cannot have the codes of a file: the matrix of an unknown type; "" if they can."""
+    try:
+        for tensor in gguf_file.reader(gguf).tensors:
+            if len(tensor.shape) == 2:
+                check_type(tensor.name, tensor.tensor_type.name)
+    except NblError as error:
+        return str(error)
+    return ""
+
+
+# -- the machine --------------------------------------------------------------------------------------------------
+
+
+def check_machine(options: JobOptions, *, runs_engine: bool) -> None:
+    """Check that this machine can do what is asked for.
+
+    Raises:
+        NblError: the processor has no bfloat16 products, or the engine is not available; the message has the reason.
+    """
+    if options.compute_dtype == "bfloat16":
+        from nbl_export.model import bfloat16
+        from nbl_export.parallel import peers
+
+        bfloat16.chosen(options.compute_dtype, peers.current().device)
+    if runs_engine:
+        require_engine(options)
+
+
+def require_engine(options: JobOptions, *, to_prove: bool = False) -> None:
+    """Check that the engine is available on this machine.
+
+    Args:
+        to_prove: check the engine of verification, which is ONNX Runtime for compiled engines.
+
+    Raises:
+        NblError: the engine is not available; the message has the reason.
+    """
+    engine, name = load_engine(options.engine, options.provider), options.engine
+    if to_prove and engine.capabilities.static:
+        engine, name = load_engine("ort"), "ort"
+    found = engine.probe()
+    if not found.available:
+        raise NblError(f"engine {name} is not available here: {found.reason}")
+
+
+# -- what a run records -------------------------------------------------------------------------------------------
+
+
+def identity_of(
+    options: JobOptions, source: Source, spec: DecoderSpec, text: Text, hub: dict[str, Any]
+) -> dict[str, Any]:
+    """The manifest's facts about model, decoder and calibration text, with their paths.
+
+    Args:
+        hub: facts about the hub datasets in the text, see `text.kept`.
+    """
+    return {
+        "model": {
+            "name": options.model,
+            "title": source.title,
+            "revision": source.revision,
+            "architecture": spec.architecture,
+            "fingerprint": source.fingerprint,
+        },
+        "decoder": dataclasses.asdict(spec),
+        "calibration": {
+            "tokens": options.calibration_tokens,
+            "context": options.context,
+            "name": text.name,
+            "sha256": text.sha256,
+            "parts": [dataclasses.asdict(part) for part in text.parts],
+            "hub": hub,
+        },
+        "places": {"model": source.place, "calibration": absolute_sources(options.calibration)},
+        "num_layers": spec.num_layers,
+    }

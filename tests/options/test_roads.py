@@ -1,0 +1,239 @@
+"""Every road to a job settles its options alike, refuses before anything is written, and repeats from its own command.
+
+flags, --config FILE, a stage of a run, a run's nbl.json, Olive, Python ─► one settling ─► the options of the job
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shlex
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_export.errors import UsageError
+from nbl_export.options.options import JobOptions, describe_command, flag_of
+from nbl_export.options.settle import settle
+from nbl_export.records.plan import Plan
+from nbl_export.run import pipeline
+from nbl_export.run.facts import capabilities_of
+from nbl_export.run.progress import Ui
+from nbl_export.run_directory import RunDirectory
+
+from ..command import assert_refused, in_new_process, nbl
+from .test_settle import assert_settled, settled
+
+Recorded = Callable[..., Path]
+QUIET = Ui(quiet=True)
+# Options that change other options, and one that has no effect beside them.
+ASKED: dict[str, Any] = {"engine": "openvino", "maps": "linear", "layers": "2"}
+EXPECTED: dict[str, Any] = {"tap": "normed", "precision": "fp16", "decoder_source": "openvino", "layers": "2"}
+IDLE = {"distill_steps": 40}
+
+
+class _Reached(Exception):
+    """A job got as far as its options."""
+
+    def __init__(self, options: JobOptions) -> None:
+        super().__init__(str(options))
+        self.options = options
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs end when their options are settled for the first time."""
+
+    def stop(*args: Any, **more: Any) -> JobOptions:
+        raise _Reached(settle(*args, **more))
+
+    monkeypatch.setattr(pipeline, "settle", stop)
+
+
+def reached(call: Callable[[], object]) -> JobOptions:
+    with pytest.raises(_Reached) as found:
+        call()
+    return found.value.options
+
+
+def line(*words: object) -> Callable[[], object]:
+    """The command line, in this process."""
+    from nbl_export.cli import app
+
+    return lambda: app.app([str(word) for word in words], standalone_mode=False)
+
+
+def flags(asked: Mapping[str, Any]) -> list[str]:
+    return [word for name, value in asked.items() for word in (flag_of(name), str(value))]
+
+
+def written(directory: Path, asked: Mapping[str, Any]) -> Path:
+    file = directory / "asked.toml"
+    file.write_text("\n".join(f"{name} = {json.dumps(value)}" for name, value in asked.items()), encoding="utf-8")
+    return file
+
+
+MANIFEST: dict[str, Any] = {
+    "schema": 1, "status": "incomplete", "stages": {}, "command": "", "num_layers": 3,
+    "replaced_layers": [1], "tap": "residual",
+    "model": {"name": "m", "title": "m", "revision": None, "architecture": "llama", "fingerprint": "f"},
+    "decoder": {"architecture": "llama", "num_layers": 3, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2,
+                "head_dim": 16, "vocab_size": 512, "max_positions": 512},
+    "calibration": {"tokens": 1024, "context": 64, "name": "t", "sha256": "s", "parts": [], "hub": {}},
+    "places": {"model": "/nowhere/m", "calibration": []},
+}  # fmt: skip
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Recorded:
+    """options -> a run directory that records them, and holds nothing else."""
+
+    def make(place: str = "/nowhere/m", **asked: Any) -> Path:
+        directory = tmp_path / "recorded"
+        directory.mkdir(exist_ok=True)
+        options = settle({"model": "m", "depth": "0", **asked}, capabilities_of)
+        places = {**MANIFEST["places"], "model": place}
+        RunDirectory(directory).save(**{**MANIFEST, "places": places, "options": options.to_json()})
+        return directory
+
+    return make
+
+
+@pytest.fixture
+def olive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """The pass of a whole job, with stand-ins for Olive's classes."""
+    for name in ("olive", "olive.model", "olive.passes", "olive.passes.pass_config"):
+        module: Any = types.ModuleType(name)
+        module.HfModelHandler = module.ONNXModelHandler = module.Pass = module.PassConfigParam = object
+        monkeypatch.setitem(sys.modules, name, module)
+    ours = importlib.import_module("nbl_export.olive")
+
+    def job(**options: Any) -> None:
+        model, config = types.SimpleNamespace(model_name_or_path="m"), types.SimpleNamespace(options=options)
+        ours.Nbl._run_for_config(object.__new__(ours.Nbl), model, config, str(tmp_path / "out"))
+
+    yield job
+    sys.modules.pop("nbl_export.olive")
+
+
+# -- roads --------------------------------------------------------------------------------------------------------
+
+
+def test_roads_to_a_new_run(tmp_path: Path, stopped: None, olive: Callable[..., None]) -> None:
+    out = tmp_path / "out"
+    roads: dict[str, Callable[[Mapping[str, Any]], Callable[[], object]]] = {
+        "flags": lambda a: line("--model", "m", *flags(a), "--output", out),
+        "config": lambda a: line("--model", "m", "--config", written(tmp_path, a), "--output", out),
+        "python": lambda a: lambda: pipeline.run_job({"model": "m", **a}, out, QUIET),
+        "olive": lambda a: lambda: olive(**a),
+    }
+    for name, road in roads.items():
+        assert_settled(reached(road(ASKED)), EXPECTED)
+        with pytest.raises(UsageError, match=r"^--distill-steps is for --fit distilled; leave --distill-steps out$"):
+            road(IDLE)()
+        if name != "flags":  # typer refuses it
+            with pytest.raises(UsageError, match="precison is no option; did you mean precision"):
+                road({"precison": "int4"})()
+    assert not out.exists()
+
+
+def test_roads_to_a_changed_run(recorded: Recorded, tmp_path: Path, stopped: None) -> None:
+    directory = recorded(fit="distilled", distill_steps=4)
+    before = (directory / "nbl.json").read_bytes()
+    found = reached(line("plan", directory, "--fit", "independent", "--layers", 2))
+    assert_settled(found, {"tap": "residual", "distill_steps": None, "layers": "2"})
+    found = reached(line("calibrate", "--model", "m", "--output", directory, "--calibration-tokens", 64))
+    assert_settled(found, {"tap": "normed", "fit": "distilled", "distill_steps": 4, "calibration_tokens": 64})
+    new = tmp_path / "new"
+    found = reached(line("--config", directory / "nbl.json", "--fit", "independent", "--output", new))
+    assert_settled(found, {"model": "/nowhere/m", "tap": "residual", "distill_steps": None})
+    for words in (
+        ("plan", directory, "--layers", "0,2", "--select", "cca"),
+        ("build", directory, "--max-batch", "2"),
+        ("rewrite", directory, "--quantize", "awq"),
+        ("calibrate", "--model", "m", "--output", new, "--seed", "3"),
+    ):
+        with pytest.raises(UsageError, match=f"^{words[-2]} is for "):
+            line(*words)()
+    assert (directory / "nbl.json").read_bytes() == before and not new.exists()
+
+
+def test_a_sweep_keeps_the_order_of_layers(recorded: Recorded, stopped: None) -> None:
+    directory = recorded(layers="2", select="cca")
+    assert reached(line("plan", directory, "--layers", "0,2")).select is None
+    RunDirectory.peek(directory).save(stages={"sweep": {"key": "k", "seconds": 0.0, "files": {}}})
+    assert reached(line("plan", directory, "--layers", "0,2")).select == "cca"
+
+
+def test_a_run_knows_its_model_without_the_model(recorded: Recorded, stopped: None) -> None:
+    gguf = recorded("/nowhere/m.gguf")
+    assert reached(line("rewrite", gguf, "--precision", "int4")).precision == "gguf"
+    assert reached(line("rewrite", gguf, "--precision", "int4", "--requantize")).precision == "int4"
+    with pytest.raises(UsageError, match="--requantize is for"):
+        line("rewrite", recorded(), "--precision", "int4", "--requantize")()
+
+
+def test_a_refusal_reaches_the_user(recorded: Recorded, tmp_path: Path) -> None:
+    """Before the model is looked for, which is nowhere; and the directory stays as it is."""
+    out = tmp_path / "out"
+    part = "--distill-steps is for --fit distilled; leave --distill-steps out"
+    assert_refused(nbl("--model", "nowhere", "--distill-steps", 40, "--output", out), 2, part)
+    assert_refused(nbl("--model", "nowhere", "--layers", 2, "--output", out), 1, "no model at nowhere")
+    directory = recorded()
+    before = (directory / "nbl.json").read_bytes()
+    assert_refused(nbl("plan", directory, "--layers", 3), 1, "--layers 3 would replace all 3 attention layers")
+    assert_refused(nbl("plan", directory, "--kv-budget", "64MiB"), 1, "the cache already fits")
+    assert_refused(nbl("rewrite", directory, "--decoder-source", "given"), 2, "--decoder-source given is for a model")
+    assert (directory / "nbl.json").read_bytes() == before and not out.exists()
+
+
+def test_engines_that_cannot_make_the_run(recorded: Recorded, tmp_path: Path) -> None:
+    done = nbl("--model", "m", "--engine", "llama.cpp", "--output", tmp_path / "out")
+    assert_refused(done, 2, "llama.cpp makes no decoders", "convert DIR --to gguf")
+    done = nbl("build", recorded(), "--engine", "trt")
+    assert_refused(done, 1, "is a run for --engine ort", "make another run with --engine trt or trt-rtx")
+
+
+def test_options_are_settled_without_torch(tmp_path: Path) -> None:
+    watch = "import atexit; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))"
+    done = in_new_process("--model", tmp_path, "--layers", "abc", "--output", tmp_path / "out", code=watch)
+    assert (done.status, done.err.splitlines()[-1]) == (2, "False")
+    assert "'abc' is not a layer" in done.err
+
+
+# -- the recorded command -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {}, ASKED, {"fit": "distilled"}, {"fit": "distilled", "tap": "residual"}, {"provider": "cuda"},
+        {"engine": "openvino", "precision": "fp32"},
+        {"maps": "linear", "layers": "2", "select": "cca", "rank": "4"},
+        {"fit": "distilled", "distill_steps": 4, "seed": 2, "label_weight": 0.5},
+        {"engine": "trt-rtx", "precision": "int4", "max_seq_len": 64},
+        {"precision": "int4", "quantize": "awq", "builder_option": ("block_size=64",), "draft": "nbl",
+         "draft_layers": "1"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_recorded_command_settles_alike(asked: dict[str, Any], tmp_path: Path, stopped: None) -> None:
+    options = settled(asked)
+    words = shlex.split(describe_command(options, tmp_path / "out"))
+    assert reached(line(*words[1:])) == options
+
+
+def test_the_command_for_maps_without_a_bias_is_accepted(stopped: None) -> None:
+    from nbl_export.run.deployed import Finished
+
+    options = settled({"layers": "2", "select": "cca", "rank": "4"})
+    found: Any = types.SimpleNamespace(_job=types.SimpleNamespace(options=options, plan=Plan(3, (0, 2))))
+    remake: Any = Finished.remake
+    words = shlex.split(remake.fget(found))
+    assert_settled(
+        reached(line(*words[1:])), {"layers": "0,2", "maps": "linear", "tap": "normed", "rank": "4", "select": None}
+    )

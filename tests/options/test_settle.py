@@ -1,0 +1,374 @@
+"""How options are settled, on values: defaults, effects, and what is refused. No model is read, and no stage runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from nbl_export.errors import NblError, UsageError
+from nbl_export.options.options import OPTIONS, JobOptions, flag_of
+from nbl_export.options.rules import APPLIES, ModelFacts
+from nbl_export.options.settle import (
+    numbers,
+    over,
+    read_asked,
+    settle,
+)
+from nbl_export.records.decoder import DecoderSpec
+from nbl_export.run.facts import architecture_facts, capabilities_of
+
+DECODER = DecoderSpec("llama", 3, 64, 4, 2, 16, 384, 512)
+PLAIN = dataclasses.replace(architecture_facts("llama"), decoder=DECODER)
+OLMO = dataclasses.replace(architecture_facts("olmo2"), decoder=DECODER)
+GGUF = ModelFacts(is_gguf=True)
+GRAPH = ModelFacts(graph="g.onnx", graph_precision="fp16", architecture="llama", decoder=DECODER)
+NBL = dataclasses.replace(PLAIN, maps_tap="residual")
+
+Asked = dict[str, Any]
+
+
+def settled(asked: Mapping[str, Any], model: ModelFacts | None = None, **more: Any) -> JobOptions:
+    return settle({"model": "m", **asked}, capabilities_of, model, **more)
+
+
+def assert_settled(options: JobOptions, expected: Mapping[str, Any]) -> None:
+    assert {name: getattr(options, name) for name in expected} == expected
+
+
+# -- defaults that depend on the engine, the model and other options ----------------------------------------------
+
+SETTLED: list[tuple[Asked, Asked]] = [
+    ({}, {"tap": "residual", "precision": "fp32", "decoder_source": "genai", "fit": "independent"}),
+    ({"fit": "distilled"}, {"tap": "normed"}),
+    ({"maps": "linear"}, {"tap": "normed"}),
+    ({"fit": "distilled", "tap": "residual"}, {"tap": "residual"}),
+    ({"engine": "openvino"}, {"precision": "fp16", "decoder_source": "openvino"}),
+    ({"engine": "openvino", "precision": "int8"}, {"precision": "int8", "decoder_source": "openvino"}),
+    ({"engine": "trt-rtx"}, {"precision": "fp16", "decoder_source": "static"}),
+    ({"provider": "cuda"}, {"precision": "fp16", "decoder_source": "genai"}),
+    ({"seed": None, "rank": None, "distill_steps": None}, {"seed": 0, "rank": None, "distill_steps": None}),
+]
+OF_MODEL: list[tuple[ModelFacts, Asked, Asked]] = [
+    (GGUF, {}, {"precision": "fp32"}),
+    (GGUF, {"precision": "int4"}, {"precision": "gguf"}),
+    (GGUF, {"precision": "int8", "builder_option": ("accuracy_level=1",)}, {"precision": "gguf"}),
+    (GGUF, {"precision": "int4", "requantize": True}, {"precision": "int4"}),
+    (GGUF, {"precision": "int4", "engine": "openvino"}, {"precision": "int4"}),
+    (GGUF, {"precision": "int4", "provider": "cuda"}, {"precision": "int4"}),
+    (GRAPH, {}, {"precision": "fp16", "decoder_source": "given", "fit": "independent"}),
+    (GRAPH, {"precision": "fp16", "draft": "ngram", "compute_dtype": "float32"}, {"precision": "fp16"}),
+    (NBL, {}, {"fit": "given", "tap": "residual"}),
+    (NBL, {"fit": "given", "tap": "residual"}, {"fit": "given"}),
+    (dataclasses.replace(NBL, maps_tap="normed"), {}, {"fit": "given", "tap": "normed"}),
+]
+
+
+@pytest.mark.parametrize(("asked", "expected"), SETTLED, ids=str)
+def test_defaults_follow_the_other_options(asked: Asked, expected: Asked) -> None:
+    assert_settled(settled(asked), expected)
+
+
+@pytest.mark.parametrize(("model", "asked", "expected"), OF_MODEL, ids=str)
+def test_defaults_follow_the_model(model: ModelFacts, asked: Asked, expected: Asked) -> None:
+    options = settled(asked, model)
+    assert_settled(options, expected)
+    assert settled({}, model, recorded=options) == options
+
+
+# A recorded run, the options that change it -> what becomes of them.
+CHANGED: list[tuple[Asked, Asked, Asked]] = [
+    ({}, {"fit": "distilled"}, {"tap": "normed"}),
+    ({}, {"maps": "linear"}, {"tap": "normed"}),
+    ({}, {"fit": "distilled", "tap": "residual"}, {"tap": "residual"}),
+    ({"fit": "distilled"}, {"fit": "independent"}, {"tap": "residual"}),
+    ({"fit": "distilled", "tap": "residual"}, {"layers": "2"}, {"tap": "residual"}),
+    ({"tap": "normed"}, {"layers": "2"}, {"tap": "normed"}),
+    ({"layers": "2"}, {"kv_budget": "1KiB"}, {"layers": None, "kv_budget": "1KiB"}),
+    ({"engine": "openvino", "precision": "int8"}, {"layers": "2"}, {"precision": "int8"}),
+    ({}, {"engine": "openvino"}, {"precision": "fp16", "decoder_source": "openvino"}),
+    # What no longer applies returns to its default.
+    ({"fit": "distilled", "distill_steps": 40, "seed": 3}, {"fit": "independent"}, {"distill_steps": None, "seed": 0}),
+    ({"layers": "2", "select": "cca"}, {"layers": "0,2"}, {"select": None}),
+    ({"layers": "2", "select": "cca"}, {"seed": None}, {"select": "cca"}),
+]
+
+
+@pytest.mark.parametrize(("recorded", "asked", "expected"), CHANGED, ids=str)
+def test_a_change_of_recorded_options(recorded: Asked, asked: Asked, expected: Asked) -> None:
+    assert_settled(settle(asked, capabilities_of, recorded=settled(recorded)), expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"), [(m, expected) for m, asked, expected in OF_MODEL if not asked], ids=str
+)
+def test_recorded_defaults_follow_another_model(model: ModelFacts, expected: Asked) -> None:
+    recorded = settled({"calibration_tokens": 9})
+    assert_settled(settle({}, capabilities_of, model, recorded), {**expected, "calibration_tokens": 9})
+
+
+def test_a_new_precision_asks_anew_whether_to_round_codes_again() -> None:
+    recorded = settled({"precision": "int4", "requantize": True}, GGUF)
+    for asked, precision in (({"precision": "int8"}, "gguf"), ({"builder_option": ("block_size=64",)}, "int4")):
+        assert settle(asked, capabilities_of, GGUF, recorded).precision == precision
+
+
+def test_no_change_keeps_recorded_options_without_effect() -> None:
+    """Else their stages would run again."""
+    recorded = dataclasses.replace(settled({"layers": "0,2"}), select="cca", seed=3)
+    assert settle({}, capabilities_of, recorded=recorded) == recorded
+    changed = settle({"context": 64}, capabilities_of, recorded=recorded, sweeps=True)
+    assert (changed.select, changed.seed) == ("cca", 0)
+    assert settle({"context": 64}, capabilities_of, recorded=recorded).select is None
+
+
+def test_one_count_or_goal_replaces_another() -> None:
+    assert over({"layers": "1", "seed": 3}, {"kv_budget": "1KiB"}) == {"seed": 3, "kv_budget": "1KiB"}
+    assert over({"kv_budget": "1KiB"}, {"layers": "2"}) == {"layers": "2"}
+    assert over({"layers": "1", "seed": 3}, {"seed": 4}) == {"layers": "1", "seed": 4}
+
+
+# -- options without effect ---------------------------------------------------------------------------------------
+
+# The option, all that is asked for, the model, and what the message says the option is for.
+IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
+    ("select", {"select": "cca", "layers": "0,2"}, None, "a number of layers or a goal"),
+    ("rank", {"rank": "8", "fit": "drop"}, None, "--fit independent"),
+    ("maps", {"maps": "linear", "fit": "drop"}, None, "fitted maps"),
+    ("distill_minutes", {"distill_minutes": 1.0}, None, "--fit distilled"),
+    ("distill_steps", {"distill_steps": 40}, None, "--fit distilled"),
+    ("distill_tokens", {"distill_tokens": 2048, "fit": "independent"}, None, "--fit distilled"),
+    ("lora_rank", {"lora_rank": 16, "fit": "drop"}, None, "--fit distilled"),  # the default, but asked for
+    ("label_weight", {"label_weight": 0.5}, None, "--fit distilled"),
+    ("seed", {"seed": 3}, None, "--calibration self"),
+    ("requantize", {"requantize": True, "precision": "int4"}, None, ".gguf"),
+    ("requantize", {"requantize": True, "precision": "fp32"}, GGUF, "int8 or int4"),
+    ("requantize", {"requantize": True, "precision": "gguf"}, GGUF, "int8 or int4"),
+    ("provider", {"provider": "cpu", "engine": "openvino"}, None, "--engine ort"),
+    ("max_seq_len", {"max_seq_len": 64}, None, "engines that compile graphs"),
+    ("max_batch", {"max_batch": 2, "engine": "openvino"}, None, "trt"),
+    ("prefill_chunk", {"prefill_chunk": 16}, None, "trt"),
+    ("builder_option", {"builder_option": ("block_size=32",), "decoder_source": "mobius"}, None, "genai"),
+    ("builder_option", {"builder_option": ("fuse_mlp_gate_up=true", "block_size=32")}, None, "int8, int4 or gguf"),
+    ("builder_option", {"builder_option": "algo_config=rtn"}, None, "--precision int8, int4 or gguf"),
+    ("builder_option", {"builder_option": "accuracy_level=1"}, None, "--precision int8, int4 or gguf"),
+    ("quantize", {"quantize": "rtn"}, None, "--precision int4"),
+    ("quantize", {"quantize": "awq", "precision": "int8"}, None, "--precision int4"),
+    ("quantize", {"quantize": "awq", "precision": "int4", "quantized_model": "q"}, None, "without --quantized-model"),
+    ("quantized_model", {"quantized_model": "x", "precision": "int8"}, None, "--precision int4"),
+    ("draft", {"draft": "ngram", "engine": "trt-rtx"}, None, "ort and openvino"),
+    ("draft_layers", {"draft_layers": "2", "draft": "ngram"}, None, "--draft nbl"),
+    ("draft_layers", {"draft_layers": "1"}, None, "--draft nbl or auto"),
+    ("threads", {"threads": (2,), "engine": "trt-rtx"}, None, "compile nothing"),
+    ("batches", {"batches": (2,), "engine": "trt-rtx"}, None, "compile nothing"),
+    ("max_perplexity_increase", {"max_perplexity_increase": "5%"}, GRAPH, "this model is an ONNX graph"),
+    ("compute_dtype", {"compute_dtype": "bfloat16"}, GRAPH, "computes in its own types"),
+    *(
+        (name, {name: value}, NBL, "no longer contains the removed attention")
+        for name, value in {
+            "layers": "1", "max_perplexity_increase": "5%", "target_speedup": "1.3", "kv_budget": "1KiB",
+            "select": "cca", "rank": "2", "maps": "linear", "compute_dtype": "float32", "shard": "1/2",
+            "draft": "ngram",
+        }.items()
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "asked", "model", "part"), IDLE, ids=str)
+def test_an_option_without_effect_is_refused(name: str, asked: Asked, model: ModelFacts | None, part: str) -> None:
+    tap = {"tap": "normed"} if asked.get("maps") == "linear" and model is NBL else {}
+    with pytest.raises(UsageError) as refusal:
+        settled({**asked, **tap}, model)
+    said = str(refusal.value)
+    assert said.startswith(f"{flag_of(name)} is for ") and said.endswith(f"; leave {flag_of(name)} out")
+    assert part in said
+
+
+def test_every_row_is_tried() -> None:
+    tried = {name for name, *_ in IDLE}
+    assert {name for row in APPLIES for name in row.options} == tried <= set(OPTIONS)
+    for row in APPLIES:
+        assert any(row.belongs in str(_refusal(asked, model)) for name, asked, model, _ in IDLE if name in row.options)
+
+
+def _refusal(asked: Asked, model: ModelFacts | None) -> Exception | None:
+    try:
+        settled(asked, model)
+    except (NblError, ValueError) as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"fit": "distilled", "distill_steps": 4, "lora_rank": 2, "seed": 1},
+        {"calibration": "self", "seed": 1},
+        {"layers": "0,2", "draft": "nbl", "draft_layers": 2, "select": "cca"},
+        {"layers": 2, "select": "cca", "rank": 8, "provider": "cpu"},
+        {"precision": "INT4", "quantize": "awq", "builder_option": "block_size=32"},
+        {"precision": "fp32", "builder_option": "fuse_mlp_gate_up=true"},
+        {"precision": "int8", "builder_option": ("accuracy_level=1", "algo_config=rtn")},
+        {"engine": "trt", "max_seq_len": 64, "max_batch": 2, "prefill_chunk": 8},
+    ],
+    ids=str,
+)
+def test_an_option_with_effect_is_accepted(asked: Asked) -> None:
+    options = settled(asked)
+    assert_settled(options, read_asked(asked))
+    assert settled(asked, PLAIN) == options
+
+
+# -- values that do not fit ---------------------------------------------------------------------------------------
+
+# All that is asked for, the model, and parts of the message: refused as usage.
+WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
+    ({"engine": "steam"}, None, ("unknown engine 'steam'; engines are ort, openvino, trt, trt-rtx",)),
+    ({"engine": "llama.cpp"}, None, ("llama.cpp makes no decoders", "ort, openvino, trt, trt-rtx", "--to gguf")),
+    ({"engine": "openvino", "provider": "cuda"}, None, ("--provider is for engine ort, not for openvino",)),
+    ({"precision": "fp7"}, None, ("--precision fp7 is not for engine ort", "fp32", "int4")),
+    ({"engine": "openvino", "precision": "bf16"}, None, ("engine openvino; it takes fp16, fp32, int8, int4",)),
+    ({"engine": "trt-rtx", "precision": "int8"}, None, ("--precision int8", "fp16, bf16, int4")),
+    ({"provider": "cuda", "precision": "fp32"}, None, ("engine ort with --provider cuda; it takes fp16",)),
+    ({"provider": "cuda", "decoder_source": "mobius"}, None, ("mobius is not for engine ort with --provider cuda",)),
+    ({"provider": "cuda", "engine": "trt"}, None, ("--provider is for engine ort, not for trt",)),
+    ({"provider": "rocm"}, None, ("unknown provider 'rocm'",)),
+    ({"decoder_source": "thin-air"}, None, ("--decoder-source thin-air", "genai, mobius")),
+    ({"engine": "openvino", "decoder_source": "genai"}, None, ("--decoder-source genai is not for engine openvino",)),
+    ({"decoder_source": "given"}, None, ("--decoder-source given is for a model that is an ONNX graph",)),
+    ({"layers": "1", "kv_budget": "1KiB"}, None, ("--layers and --kv-budget both set how many layers",)),
+    ({"layers": "1", "target_speedup": "1.1"}, None, ("--layers and --target-speedup", "give one of them")),
+    ({"rank": "many"}, None, ("--rank 'many' is neither a number from 1 on nor auto",)),
+    ({"maps": "linear", "tap": "residual"}, None, ("--maps linear acts on the normed input; add --tap normed",)),
+    ({"builder_option": "block_size"}, None, ("--builder-option block_size: the values of block_size are 16",)),
+    ({"builder_option": "speed=9"}, None, ("--builder-option speed=9: expected KEY=VALUE", "fuse_mlp_gate_up")),
+    ({"precision": "int4", "builder_option": ("block_size=16", "block_size=32")}, None, ("block_size is given twice",)),
+    ({"precision": "gguf"}, None, ("--precision gguf is for a model that is a .gguf file; choose another",)),
+    ({"precision": "gguf", "decoder_source": "mobius"}, GGUF, ("--precision gguf is of --decoder-source genai",)),
+    ({"precision": "int4", "builder_option": "algo_config=rtn"}, GGUF, ("algo_config=rtn", "add --requantize")),
+    ({"precision": "int4", "quantized_model": "q"}, GGUF, ("--quantized-model q", "add --requantize")),
+    ({"fit": "distilled"}, GRAPH, ("--fit distilled needs the torch model, and m is an ONNX graph",)),
+    ({"layers": "1", "select": "greedy"}, GRAPH, ("--select greedy needs the torch model",)),
+    ({"layers": "1", "select": "efficient"}, GRAPH, ("--select efficient needs the torch model",)),
+    ({"calibration": "self"}, GRAPH, ("--calibration self needs the torch model",)),
+    ({"draft": "int4"}, GRAPH, ("--draft int4 needs a checkpoint", "use ngram")),
+    ({"precision": "int4"}, GRAPH, ("--precision int4: g.onnx is fp16 and keeps it; leave --precision out",)),
+    ({"precision": "fp32"}, GRAPH, ("--precision fp32: g.onnx is fp16 and keeps it; leave --precision out",)),
+    ({"decoder_source": "mobius"}, GRAPH, ("--decoder-source mobius: g.onnx is a decoder graph already",)),
+    ({"engine": "trt"}, GRAPH, ("m is an ONNX graph, which only --engine ort with --provider cpu takes",)),
+    ({"provider": "cuda"}, GRAPH, ("m is an ONNX graph, which only --engine ort with --provider cpu takes",)),
+    ({"fit": "given"}, PLAIN, ("--fit given is for a checkpoint with maps (nbl-export convert)",)),
+    ({"fit": "distilled"}, NBL, ("--fit distilled needs the original model: the checkpoint no longer contains",)),
+    ({"fit": "drop"}, NBL, ("--fit drop needs the original model: the checkpoint no longer contains",)),
+    ({"calibration": "self"}, NBL, ("--calibration self needs the original", "give that model, or leave it out")),
+    ({"tap": "normed"}, NBL, ("--tap normed: the maps of m have the tap residual; leave --tap out",)),
+    *(
+        ({**beside, name: text}, None, (flag_of(name), part))
+        for name, beside in (("layers", {}), ("draft_layers", {"draft": "nbl"}))
+        for text, part in (("abc", "'abc' is not a layer"), ("7-3", "7-3 runs backwards; write 3-7"),
+                           ("-1", "'-1' is not a layer"), ("25%", "is not a layer"), ("", "is not a layer"),
+                           ("1-", "'1-' is not a layer"), ("²", "'²' is not a layer"), ("some", "0,7,24-29"))
+    ),
+]  # fmt: skip
+# The same for what does not fit a model: an error that is not of usage.
+UNFIT: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
+    ({"precision": "fp16"}, None, ("genai makes no fp16 graph", "--decoder-source mobius", "fp32, int8, int4")),
+    ({"precision": "int4", "decoder_source": "mobius"}, None, ("mobius makes no int4", "--precision fp32, fp16")),
+    ({"layers": "3"}, PLAIN, ("--layers 3", "at least one stays", "at most 2")),
+    ({"layers": "0-2"}, PLAIN, ("at least one stays", "at most 2")),
+    ({"layers": "99"}, PLAIN, ("--layers 99", "at most 2")),
+    ({"layers": "0,0"}, PLAIN, ("--layers", "layer 0 is named twice")),
+    ({"layers": "0-1,1"}, PLAIN, ("--layers", "layer 1 is named twice")),
+    ({"layers": "0,3"}, PLAIN, ("layer 3 does not exist", "0 to 2")),
+    ({"layers": "0-99999999999"}, PLAIN, ("layer 99999999999 does not exist",)),
+    ({"draft": "nbl", "draft_layers": "0,3"}, PLAIN, ("--draft-layers '0,3': layer 3 does not exist",)),
+    ({"rank": "65"}, PLAIN, ("--rank 65 is beyond the model's hidden size of 64",)),
+    ({"kv_budget": "64MiB"}, PLAIN, ("--kv-budget 64MiB: the cache already fits", "nothing needs to be replaced")),
+    ({"kv_budget": "1B"}, PLAIN, ("--kv-budget 1B cannot be met", "256 bytes")),
+    ({"tap": "normed"}, OLMO, ("--tap normed is not possible for olmo2: no norm stands in front", "--tap residual")),
+    ({"context": 513}, PLAIN, ("--context 513 is beyond the model's 512 positions",)),
+    ({"depths": (512,), "prompt_tokens": (8,)}, PLAIN, ("the shortest test ends at 520 tokens, the model has 512",)),
+    ({"depths": (500,), "generate_tokens": 13, "prompt_tokens": 16}, PLAIN, ("ends at 513 tokens",)),
+    ({"engine": "trt", "max_seq_len": 513}, PLAIN, ("--max-seq-len 513 is beyond the model's 512 positions",)),
+    ({"engine": "trt", "max_seq_len": 31}, PLAIN, ("--max-seq-len 31 is too short", "at least 32")),
+    ({"engine": "trt", "max_seq_len": 64, "prefill_chunk": 65}, PLAIN, ("--prefill-chunk 65 is beyond --max-seq-len",)),
+    ({"precision": "int4"}, dataclasses.replace(GGUF, unreadable="w has the type IQ4_NL"), ("w has the type IQ4_NL",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "model", "parts"), WRONG, ids=str)
+def test_wrong_usage_is_refused(asked: Asked, model: ModelFacts | None, parts: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError) as refusal:
+        settled(asked, model)
+    assert all(part in str(refusal.value) for part in parts), refusal.value
+
+
+@pytest.mark.parametrize(("asked", "model", "parts"), UNFIT, ids=str)
+def test_a_value_that_does_not_fit_is_refused(asked: Asked, model: ModelFacts | None, parts: tuple[str, ...]) -> None:
+    with pytest.raises(NblError) as refusal:
+        settled(asked, model)
+    assert not isinstance(refusal.value, UsageError)
+    assert all(part in str(refusal.value) for part in parts), refusal.value
+
+
+def test_a_value_that_fits_is_accepted() -> None:
+    """The largest and smallest that do."""
+    for asked in (
+        {"kv_budget": "512B"}, {"kv_budget": "256B", "provider": "cuda"},  # two bytes an element
+        {"context": 512}, {"rank": "64"}, {"layers": "0-1"}, {"tap": "normed"},
+        {"depths": (500,), "generate_tokens": 12, "prompt_tokens": 16},
+        {"engine": "trt", "max_seq_len": 512}, {"engine": "trt", "max_seq_len": 32, "prefill_chunk": 32},
+    ):  # fmt: skip
+        settled({"depths": (0,), **asked}, PLAIN)
+    settled({"precision": "fp32"}, dataclasses.replace(GGUF, unreadable="w has the type IQ4_NL"))
+    settled({"tap": "normed"}, dataclasses.replace(GRAPH, taps=("residual",)))  # a graph states its own structure
+
+
+def test_a_source_that_exports_no_such_architecture() -> None:
+    model = dataclasses.replace(PLAIN, not_from={"genai": "it has no such layer"})
+    with pytest.raises(NblError, match="--decoder-source genai is not possible for llama: it has no such layer"):
+        settled({}, model)
+    with pytest.raises(NblError, match="--draft int4 is not possible for llama: it has no such layer; use ngram"):
+        settled({"decoder_source": "mobius", "draft": "int4"}, model)
+    settled({"decoder_source": "mobius", "draft": "ngram"}, model)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"tap": "side"}, "--tap is residual or normed, not 'side'"),
+        ({"fit": "lora"}, "--fit is independent, distilled, drop, not 'lora'"),
+        ({"maps": "quadratic"}, "--maps is affine or linear, not 'quadratic'"),
+        ({"draft": "eagle"}, "--draft is ngram, int4, nbl, auto, not 'eagle'"),
+        ({"precision": "int4", "quantize": "smooth"}, "--quantize is rtn or awq, not 'smooth'"),
+        ({"compute_dtype": "half"}, "--compute-dtype is auto, float32, bfloat16, not 'half'"),
+        ({"logits": "some"}, "--logits is last or all, not 'some'"),
+        ({"select": "best"}, "--select is cca, error, greedy, efficient, not 'best'"),
+        ({"repetitions": 0}, "repetitions must be at least 1"),
+        ({"label_weight": 1.5, "fit": "distilled"}, "--label-weight is 1 at most"),
+        ({"distill_minutes": 0.0, "fit": "distilled"}, "--distill-minutes is more than 0"),
+        ({"calibration": ("self", "a.txt")}, "--calibration self reads no text"),
+    ],
+)
+def test_an_impossible_value_is_refused(asked: Asked, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{said}"):
+        settled(asked)
+
+
+# -- names and values ---------------------------------------------------------------------------------------------
+
+
+def test_names_and_values_are_read_alike() -> None:
+    asked = {"layers": 8, "depth": "0,16", "prompt-tokens": 32, "calibration": "a.txt", "precision": "FP16"}
+    found = {
+        "layers": "8", "depths": (0, 16), "prompt_tokens": (32,), "calibration": ("a.txt",), "precision": "fp16",
+    }  # fmt: skip
+    assert read_asked(asked) == read_asked(found) == found
+    with pytest.raises(UsageError, match="precison is no option; did you mean precision"):
+        settled({"precison": "fp16"})
+    with pytest.raises(UsageError, match="'label_weight' is of the wrong kind"):
+        settled({"label_weight": "much"})
+    with pytest.raises(UsageError, match=r"^--batch '0,x': write numbers of at least 1, comma separated"):
+        numbers("0,x", "batches")
