@@ -13,7 +13,7 @@ __all__ = ["cost_model", "dropped", "judged"]
 
 def judged(bed: Bed, maps: Mapping[int, Any], count: int, select: str, tap: str = "normed") -> tuple[Any, float]:
     """The order of layers that nbl-export chooses by trials, and the seconds of the choice."""
-    from nbl_export.cost.model import map_sizes
+    from nbl_export.measure.cost import map_sizes
     from nbl_export.model import bfloat16
     from nbl_export.model.mixes import SwitchedModel
     from nbl_export.plan.effects import Judge
@@ -32,7 +32,7 @@ def judged(bed: Bed, maps: Mapping[int, Any], count: int, select: str, tap: str 
 
 def cost_model(bed: Bed) -> Any:
     """The cost model of a prefill of 512 tokens in float32."""
-    from nbl_export.cost.model import CostModel
+    from nbl_export.measure.cost import CostModel
 
     return CostModel(bed.spec, bed.model.config.intermediate_size, 4.0, 4.0, 4, token_table=True)
 

@@ -29,8 +29,8 @@ from trained import distilled
 
 def sets(bed: Bed, named: Sequence[str]) -> dict[str, Any]:
     """Rows of sets of layers by name, and their modelled speed-up of a prefill of 512 tokens in float32."""
-    from nbl_export.cost.model import map_sizes
-    from nbl_export.options.goals import parse_layers
+    from nbl_export.measure.cost import map_sizes
+    from nbl_export.plan.choose import parse_layers
 
     count = len(bed.moments["residual"])
     maps = bed.maps("residual", range(count))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from nbl_export.measure.paired import PairedRatio, paired_ratio
-from nbl_export.measure.rows import spoken_ratio
+from nbl_export.measure.paired import PairedRatio, paired_ratio, spoken_ratio
 from nbl_export.records.plan import spoken_layers
 from nbl_export.text.window_intervals import spoken_price
 

@@ -130,7 +130,7 @@ def answering(tokenizer: Any, max_length: int) -> Any:
 
 def measured(outcome: Any, original: Any, names: Sequence[str]) -> dict[str, Any]:
     """Figures with their errors, and their differences from the original's on the same items."""
-    from nbl_export.evaluation.statistics import difference
+    from nbl_export.evaluation.measure import difference
 
     found = {}
     for name in names:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "nbl_export"
 LEVELS = {
     "errors": 0, "files": 1, "records": 1, "options": 2, "trust": 2,
     "parallel": 3, "text": 3, "graph": 3, "formats": 3,
-    "model": 4, "cost": 4, "rewrite": 4, "run_directory": 4,
+    "model": 4, "rewrite": 4, "run_directory": 4,
     "targets": 5,
     "quantize": 6, "calibrate": 6, "plan": 6, "distill": 6, "measure": 6,
     "verify": 7, "evaluation": 7, "report": 7,
@@ -27,7 +27,7 @@ BETWEEN_STAGES = {("report", "measure")}
 # Library -> where it may be imported: a place, or a module of one.
 HEAVY = {
     "torch": ("model", "calibrate", "quantize", "plan", "distill", "parallel", "records.moments",
-              "text.sampling", "text.windows", "verify.torch_reference", "evaluation.torch_lm",
+              "text.sampling", "text.windows", "verify.torch_reference",
               "targets.export", "targets.openvino.export", "targets.tensorrt.device", "targets.tensorrt.export",
               "targets.gguf.write", "targets.checkpoint"),
     "transformers": ("model", "text.sampling", "targets.export", "targets.onnx.export_genai",

@@ -1,4 +1,4 @@
-"""Commands that accept an engine, measure speed, operators and quality, or estimate speed on another machine."""
+"""Commands that accept an engine, and measure speed, operators and quality."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from nbl_export.cli import options as opt
 from nbl_export.cli.show import show, ui
 from nbl_export.errors import UsageError
 from nbl_export.options.options import JobOptions
-from nbl_export.options.settle import numbers
 
 __all__ = ["COMMANDS"]
 
@@ -44,7 +43,7 @@ def bench(
     The decoders are those of one run, or of several directories.
     """
     from nbl_export.report import bench_formats
-    from nbl_export.report.tables import speed_table
+    from nbl_export.report.console import speed_table
     from nbl_export.run import compare
     from nbl_export.run.deployed import trust_engines
     from nbl_export.run.pipeline import run_stages
@@ -69,7 +68,7 @@ def bench(
 
 
 def _bench_lossless(directories: list[Path], asked: dict[str, Any], others: list[Any], as_json: bool) -> None:
-    from nbl_export.report.tables import lossless_table
+    from nbl_export.report.console import lossless_table
     from nbl_export.run.lossless.bench import bench_lossless
 
     if len(directories) != 1 or any(others):
@@ -88,7 +87,7 @@ def profile(
     as_json: opt.Json = False,
 ) -> None:
     """Time each operator with ONNX Runtime's profiler."""
-    from nbl_export.report.profile_table import profile_table
+    from nbl_export.report.console import profile_table
     from nbl_export.run import profile as profiling
 
     profiling.check_request(asked)
@@ -124,7 +123,7 @@ def evaluate(
     """Run benchmarks and measure perplexity on the exported graphs."""
     from nbl_export.evaluation.perplexity import parse_named
     from nbl_export.records.requests import EvalRequest
-    from nbl_export.report.tables import eval_table
+    from nbl_export.report.console import eval_table
     from nbl_export.run.evaluate import evaluate as run_evaluation
     from nbl_export.run_directory import EVAL_FILE
 
@@ -150,39 +149,6 @@ def _words(listed: str | None) -> tuple[str, ...]:
     return tuple(word.strip() for word in (listed or "").split(",") if word.strip())
 
 
-def project(
-    shape: Annotated[
-        str, typer.Argument(metavar="DIR|SHAPE", help="A run directory, Llama-3.1-8B or Mistral-7B-v0.3.")
-    ],
-    tflops: Annotated[
-        float, typer.Option(metavar="RATE", help="Matrix product rate at the precision, in 10^12 operations a second.")
-    ],
-    bandwidth: Annotated[float, typer.Option(metavar="RATE", help="Memory bandwidth, in 10^9 bytes a second.")],
-    layers: Annotated[
-        str | None, typer.Option(metavar="LAYERS", help='Replaced layers: "24-31"; default: the run\'s layers.')
-    ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PRECISION", help="Of the weights: fp32, fp16, bf16, int8, int4; default: the run's, or fp16."
-        ),
-    ] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Length of the prefill.")] = 512,
-    depth: Annotated[str, typer.Option(metavar="N,...", help="Tokens already in the cache.")] = "0,2048",
-    like: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Assume the efficiency that this run's benchmark measured.")
-    ] = None,
-    as_json: opt.Json = False,
-) -> None:
-    """Estimate the speed on another machine, without a measurement."""
-    from nbl_export.report import profile_table
-    from nbl_export.run import projection
-
-    depths = numbers(depth, "depths")
-    rows = projection.rows(projection.Request(shape, tflops, bandwidth, layers, precision, prompt_tokens, depths, like))
-    show(rows, profile_table.table(rows), as_json)
-
-
 def accept(
     directory: opt.Run,
     force: opt.Force = False,
@@ -193,7 +159,7 @@ def accept(
 
     Logits, text and caches are compared with values that verification has left in the directory.
     """
-    from nbl_export.report.tables import ladder_table
+    from nbl_export.report.console import ladder_table
     from nbl_export.run.accept import accept as run_acceptance
     from nbl_export.run.accept import refuse_failed
     from nbl_export.run.deployed import trust_engines
@@ -210,5 +176,4 @@ COMMANDS = (
     ("bench", bench, False),
     ("profile", profile, False),
     ("eval", evaluate, False),
-    ("project", project, True),
 )  # name, function, hidden from the first page of help

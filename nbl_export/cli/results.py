@@ -96,8 +96,7 @@ def inspect(
 ) -> None:
     """Show the contents of a run directory or of an ONNX decoder."""
     from nbl_export.graph.given import has_graph
-    from nbl_export.report.graph_table import graph_table
-    from nbl_export.report.tables import describe_table
+    from nbl_export.report.console import describe_table, graph_table
     from nbl_export.run.describe import describe
 
     if has_graph(directory):
@@ -111,7 +110,7 @@ def inspect(
 
 def doctor(as_json: opt.Json = False) -> None:
     """List the engines that work on this machine, and why others do not."""
-    from nbl_export.report.tables import doctor_table
+    from nbl_export.report.console import doctor_table
     from nbl_export.run.describe import examine_engines
     from nbl_export.targets.gpu import find_gpu, spoken
 

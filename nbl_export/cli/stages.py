@@ -57,7 +57,7 @@ def plan(
 
     --sweep shows quality against modelled speed for every number of layers.
     """
-    from nbl_export.report.tables import scores_table, sweep_table
+    from nbl_export.report.console import scores_table, sweep_table
     from nbl_export.run.pipeline import run_stages, run_sweep
     from nbl_export.run_directory import SWEEP_FILE
 
@@ -100,7 +100,7 @@ def rewrite_graph(
 
 def verify(directory: opt.Run, as_json: opt.Json = False) -> None:
     """Compare the exported graphs with the torch models."""
-    from nbl_export.report.tables import rungs_table
+    from nbl_export.report.console import rungs_table
     from nbl_export.run.pipeline import run_stages
     from nbl_export.run_directory import VERIFY_FILE
 

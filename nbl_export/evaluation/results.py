@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import CorruptError
-from nbl_export.evaluation.measure import Outcome
-from nbl_export.evaluation.statistics import difference
+from nbl_export.evaluation.measure import Outcome, difference
 
 __all__ = ["SCHEMA", "entry", "read_entries", "summarize"]
 

@@ -11,7 +11,7 @@ the logits and timed separately. tg<T>: T tokens are appended one at a time, and
 Token ids are random, fixed by a seed, and equal for all variants.
 
 Round i of all variants runs one variant after the other. Each run waits until the threads of the previous run stop
-spinning, because a spinning thread occupies a core (`idle`). A load fixes the memory layout of weights and cache until
+spinning, because a spinning thread occupies a core. A load fixes the memory layout of weights and cache until
 the next load. Of six copies of one decoder, the fastest decoded 8% faster than the slowest, with clearly separate
 intervals (docs/experiments.md). So a load has one round, and the order of variants rotates with each load.
 
@@ -29,10 +29,11 @@ loads neither an engine nor torch.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,28 +41,26 @@ import numpy as np
 import psutil
 
 from nbl_export.errors import NblError
-from nbl_export.measure import background
-from nbl_export.measure.footprint import (
-    Footprint,
-    OpenRunner,
-    disk_bytes,
-    measure_footprint,
-)
-from nbl_export.measure.rounds import (
-    Instruments,
-    Progress,
-    Rule,
-    Stand,
-    Steps,
-    Variant,
-    groups,
-    time_rounds,
-)
+from nbl_export.files import versions
+from nbl_export.measure.footprint import Footprint, OpenRunner, disk_bytes, measure_footprint
+from nbl_export.measure.instruments import Instruments, background_of, find_meter, spoken_background
+from nbl_export.measure.rounds import Progress, Rule, Stand, Steps, Variant, groups, time_rounds
 from nbl_export.model.memory import available_bytes
-from nbl_export.records.results import Scenario, Timing
+from nbl_export.options.options import JobOptions
+from nbl_export.records.results import Scenario
+from nbl_export.run_directory import PACKAGES
 from nbl_export.targets.runners import Room
 
-__all__ = ["BenchSetting", "Instruments", "Variant", "decode_tokens", "machine", "plan_scenarios", "room_for", "run"]
+__all__ = [
+    "BenchSetting",
+    "decode_tokens",
+    "machine",
+    "plan_scenarios",
+    "room_for",
+    "run",
+    "side_by_side",
+    "where_measured",
+]
 
 Measure = Callable[[OpenRunner, Path, int | None, Sequence[int], int], Footprint]
 
@@ -70,17 +69,52 @@ Measure = Callable[[OpenRunner, Path, int | None, Sequence[int], int], Footprint
 class BenchSetting:
     """Facts about the decoders and the engine that the benchmark needs.
 
-    vocab_size, context_length: of the decoders. versions: of packages, recorded. base: the variant that the others are
-    compared with, recorded.
+    vocab_size, context_length: of the decoders. base: the variant that the others are compared with. threads: the
+    engine's default. gpu: whether the decoders run on a GPU.
     """
 
     vocab_size: int
     context_length: int
-    versions: Mapping[str, str]
     engine: str = "ort"
     provider: str = "cpu"
     seed: int = 0
     base: str | None = "original"
+    threads: int | None = None
+    gpu: bool = False
+
+
+def side_by_side(
+    variants: Mapping[str, Variant],
+    options: JobOptions,
+    setting: BenchSetting,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Plan the tests that the options ask for, and measure them on every variant.
+
+    Args:
+        variants: by name; `open` also takes the largest sequence as `room`.
+        options: depths, prompt lengths, tokens to generate, batches, threads and repetitions.
+        say: told that the machine was busy, if it was.
+
+    Returns:
+        The value of bench.json.
+
+    Raises:
+        NblError: no test fits the context, or a runner fails.
+    """
+    directories = [variant.directory for variant in variants.values()]
+    scenarios = plan_scenarios(
+        options.prompt_tokens, decode_tokens(options.generate_tokens, directories, gpu=setting.gpu), options.depths,
+        options.batches, options.threads or (setting.threads,),
+    )  # fmt: skip
+    room = room_for(scenarios, setting.context_length)
+    opened = {name: replace(v, open=functools.partial(v.open, room=room)) for name, v in variants.items()}
+    instruments = Instruments(meter=find_meter(gpu=setting.gpu))
+    result = run(opened, scenarios, options.repetitions, progress, setting=setting, instruments=instruments)
+    if result["background"]["busy"]:
+        say(f"  {spoken_background(result['background'])}")
+    return result
 
 
 def plan_scenarios(
@@ -186,19 +220,18 @@ def run(
     loads = [load for rounds in found for load in rounds.background]
     meter = instruments.meter
     return {
-        "machine": machine(),
-        "background": background.described(loads, len(stand.waits), stand.waits.count(False)),
+        **where_measured(),
+        "background": background_of(loads, len(stand.waits), stand.waits.count(False)),
         "threads": list(dict.fromkeys(s.threads for s in fitting)),
         "batches": list(dict.fromkeys(s.batch for s in fitting)),
         "engine": setting.engine,
         "provider": setting.provider,
-        "versions": dict(setting.versions),
         "seed": setting.seed,
         "repetitions": repetitions,
         **({"order": _APART, "apart": True} if stand.apart else {"order": _ORDER, "apart": False}),
         "base": setting.base,
         **({"energy_sources": list(meter.sources)} if meter else {}),
-        "timings": [_row(t) for rounds in found for t in rounds.timings],
+        "timings": [timing.to_json() for rounds in found for timing in rounds.timings],
         "skipped": skipped,
         "variants": described,
     }
@@ -213,7 +246,7 @@ def _split(scenarios: Sequence[Scenario], context: int) -> tuple[list[Scenario],
     """Scenarios that can run, and a row with the reason for each other scenario."""
     reasons = {s: _reason(s, context) for s in scenarios}
     fitting = [s for s in scenarios if not reasons[s]]
-    skipped = [{**_facts(s), "reason": reason} for s, reason in reasons.items() if reason]
+    skipped = [{**s.facts(), "reason": reason} for s, reason in reasons.items() if reason]
     if not fitting:
         raise NblError(f"nothing to measure: {skipped[0]['reason']}")
     return fitting, skipped
@@ -227,27 +260,6 @@ def _reason(scenario: Scenario, context: int) -> str:
         own = " and one picked token" if picked else ""
         return f"{scenario.depth} + {scenario.tokens} tokens{own} exceed the context length of the model, {context}"
     return ""
-
-
-# -- other records -------------------------------------------------------------------------------------
-
-
-def _facts(scenario: Scenario) -> dict[str, Any]:
-    return {"test": scenario.test, **asdict(scenario)}
-
-
-def _row(timing: Timing) -> dict[str, Any]:
-    """Raw nanoseconds and microjoules, and the latencies derived from them."""
-    raw = {
-        "samples_ns": list(timing.samples_ns),
-        "loads": list(timing.loads),
-        "first_token_ns": list(timing.first_token_ns),
-        "token_ns": [list(run) for run in timing.token_ns],
-        "energy_uj": list(timing.energy_uj),
-        "ttft_ns": timing.ttft_ns,
-        "tpot_ns": timing.tpot_ns,
-    }
-    return {**_facts(timing.scenario), "variant": timing.variant, **{k: v for k, v in raw.items() if v}}
 
 
 def _describe(variant: Variant, footprint: Footprint, tokens: int) -> dict[str, Any]:
@@ -265,6 +277,11 @@ def _model_bytes(directory: Path) -> int:
     return sum(
         path.stat().st_size for kind in ("model.onnx*", "*.engine", "openvino_model.*") for path in directory.glob(kind)
     )
+
+
+def where_measured() -> dict[str, Any]:
+    """This machine, and the versions of packages, as a file of results records them."""
+    return {"machine": machine(), "versions": versions(PACKAGES)}
 
 
 def machine() -> dict[str, Any]:

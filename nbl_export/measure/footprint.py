@@ -24,7 +24,7 @@ from nbl_export.targets.runners import TextRunner
 
 __all__ = ["Footprint", "OpenRunner", "disk_bytes", "measure_footprint"]
 
-OpenRunner = Callable[[Path, int | None], TextRunner]  # directory, threads
+OpenRunner = Callable[..., TextRunner]  # of a directory and a number of threads
 
 _LONGEST = 1000  # characters of an error from the child
 _DECODED = 8  # tokens decoded before memory is read

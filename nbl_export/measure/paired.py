@@ -1,5 +1,8 @@
 """The speed ratio of two decoders that ran side by side: median over loads, an interval, and a verdict.
 
+`figures` makes the rows of a report from the timings of bench.json: one for each test and variant, and a ratio for each
+test and pair of variants.
+
     rounds of one load ─► one ratio;   r_1 <= ... <= r_n ─► median;  [r_k, r_(n+1-k)] ─► faster | slower | neither
 
 Rounds of one load are not independent, so a load counts once. The interval is that of the sign test (Conover,
@@ -16,11 +19,16 @@ delays only one of them (bench/intervals.py).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from nbl_export.errors import CorruptError
+from nbl_export.records.results import Timing
 
 __all__ = [
     "CONFIDENCE",
@@ -28,8 +36,11 @@ __all__ = [
     "LEVEL_UNTIL_NARROW",
     "PairedRatio",
     "exact_level",
+    "figures",
     "paired_ratio",
     "spoken_level",
+    "spoken_ratio",
+    "spoken_test",
 ]
 
 CONFIDENCE = 0.95
@@ -119,3 +130,61 @@ def _rank(count: int) -> int:
 def _confidence(count: int, rank: int) -> float:
     """Confidence of [r_(k), r_(n+1-k)], which misses the median if fewer than k ratios lie on one side of it."""
     return 1 - 2 * sum(math.comb(count, below) for below in range(rank)) / 2**count
+
+
+# -- figures of bench.json -------------------------------------------------------------------------------------
+
+
+def figures(bench: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The speed of bench.json, in the order of the runs.
+
+    rows: `Timing.figures` of every test and variant. ratios: tokens/s of every other variant divided by the base's,
+    one for each test that both ran; none without a base.
+
+    Raises:
+        CorruptError: bench.json does not record the load of each run, or two variants have different rounds.
+    """
+    timings = [Timing.from_json(row) for row in bench.get("timings", ())]
+    if not all(timing.loads for timing in timings):
+        raise CorruptError("bench.json does not record the load of each round; delete it and run nbl-export bench DIR")
+    base, until_narrow = bench.get("base", "original"), bench.get("repetitions") is None
+    known = {(t.scenario, t.variant): t for t in timings}
+    others = [t for t in timings if t.variant != base and (t.scenario, base) in known]
+    ratios = [_ratio(known[t.scenario, base], t, until_narrow=until_narrow) for t in others]
+    return {"rows": [timing.figures() for timing in timings], "ratios": ratios}
+
+
+def _ratio(base: Timing, own: Timing, *, until_narrow: bool) -> dict[str, Any]:
+    """Pair the rounds: round k of both variants ran one after the other, on the same load."""
+    scenario, counts = own.scenario, (len(base.samples_ns), len(own.samples_ns))
+    if base.loads != own.loads or counts != (len(own.loads),) * 2:
+        names = {"original": "the original", "nbl": "NBL"}
+        raise CorruptError(
+            f"bench.json has {counts[0]} rounds of {names.get(base.variant, base.variant)} and {counts[1]} of "
+            f"{names.get(own.variant, own.variant)} for {scenario.test} at depth {scenario.depth}, not of the same "
+            "loads; run the bench stage again"
+        )
+    found = paired_ratio(base.samples_ns, own.samples_ns, own.loads, until_narrow=until_narrow)
+    return {
+        **scenario.facts(),
+        "variant": own.variant,
+        "base": base.variant,
+        **dataclasses.asdict(found),
+        "interval": found.interval,
+        "verdict": found.verdict,
+        "text": f"{spoken_ratio(found.ratio)}×" if found.verdict in ("faster", "slower") else found.verdict,
+    }
+
+
+def spoken_ratio(ratio: float) -> str:
+    """Two decimal places; three if two would give 1.00."""
+    return f"{ratio:.2f}" if abs(ratio - 1) >= 0.005 else f"{ratio:.3f}"
+
+
+def spoken_test(row: Mapping[str, Any], *, swept: bool = False) -> str:
+    """A test in words: "pp512 at depth 2048, 4 sequences"; `swept` adds the number of threads."""
+    words = row["test"] + (f" at depth {row['depth']}" if row["depth"] else "")
+    words += f", {row['batch']} sequences" if row.get("batch", 1) > 1 else ""
+    if swept and row.get("threads"):
+        words += f", {row['threads']} thread{'' if row['threads'] == 1 else 's'}"
+    return words

@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import gc
 import itertools
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +27,13 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.measure import background
-from nbl_export.measure.energy import Meter
 from nbl_export.measure.footprint import OpenRunner
-from nbl_export.measure.idle import wait_until_idle
+from nbl_export.measure.instruments import Instruments, used_between
 from nbl_export.measure.paired import PairedRatio, paired_ratio
 from nbl_export.records.results import Scenario, Timing
 from nbl_export.targets.runners import TextRunner
 
-__all__ = ["LOOKS", "NARROW", "Instruments", "Progress", "Rounds", "Rule", "Stand", "Steps", "Variant",
+__all__ = ["LOOKS", "NARROW", "Progress", "Rounds", "Rule", "Stand", "Steps", "Variant",
            "groups", "time_rounds"]  # fmt: skip
 
 # Loads after which rounds may end. Five would be too few: their range contains the median with 1 - 2/32 = 93.75% only.
@@ -62,21 +59,6 @@ class Variant:
     directory: Path
     open: OpenRunner
     cache_bytes_per_token: int
-
-
-@dataclass(frozen=True)
-class Instruments:
-    """The instruments of a timed run.
-
-    clock: monotonic nanoseconds. meter: energy, read before and after each timed run; None records no energy. idle:
-    waits until no thread of this process computes; False if a thread still computes. usage: processor time of the
-    machine, read before and after each load.
-    """
-
-    clock: Callable[[], int] = time.perf_counter_ns
-    meter: Meter | None = None
-    idle: Callable[[], bool] = wait_until_idle
-    usage: Callable[[], background.Reading] = background.read
 
 
 @dataclass(frozen=True)
@@ -138,20 +120,10 @@ class Stand:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Timings, and the load of other processes during each load (`background.used_between`)."""
+    """Timings, and the load of other processes during each load (`instruments.used_between`)."""
 
     timings: list[Timing]
     background: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """One run: total nanoseconds, nanoseconds of each chunk and of picking the first token; microjoules."""
-
-    total_ns: int
-    chunk_ns: tuple[int, ...]
-    pick_ns: int | None
-    energy_uj: int | None
 
 
 def time_rounds(
@@ -163,23 +135,30 @@ def time_rounds(
         stand: its progress already plans `rule.least` loads.
         base: the variant whose ratios to the others must become narrow; None ends after `rule.least` loads.
     """
-    samples: dict[tuple[Scenario, str], list[_Sample]] = {(s, name): [] for s in scenarios for name in variants}
+    runs: dict[tuple[Scenario, str], list[Timing]] = {(s, name): [] for s in scenarios for name in variants}
     used: list[dict[str, Any]] = []
     for number in itertools.count():
         if number >= rule.least:
             stand.steps.plan_loads(1, variants, scenarios)
         before = stand.instruments.usage()
-        for scenario, name, sample in _load(variants, stand, scenarios, _rotated(list(variants), number)):
-            samples[scenario, name].append(sample)
-        used.append(background.used_between(before, stand.instruments.usage()))
-        if rule.ends(len(used), sum(load["seconds"] for load in used), _ratios(samples, base)):
+        for timing in _load(variants, stand, scenarios, _rotated(list(variants), number)):
+            runs[timing.scenario, timing.variant].append(dataclasses.replace(timing, loads=(number,)))
+        used.append(used_between(before, stand.instruments.usage()))
+        if rule.ends(len(used), sum(load["seconds"] for load in used), _ratios(runs, base)):
             break
-    return Rounds([_timing(s, name, found) for (s, name), found in samples.items()], used)
+    return Rounds([_joined(found) for found in runs.values()], used)
+
+
+def _joined(runs: Sequence[Timing]) -> Timing:
+    """One timing of all repetitions."""
+    names = ("samples_ns", "loads", "first_token_ns", "token_ns", "energy_uj")
+    fields: dict[str, Any] = {name: tuple(x for run in runs for x in getattr(run, name)) for name in names}
+    return dataclasses.replace(runs[0], **fields)
 
 
 def _load(
     variants: Mapping[str, Variant], stand: Stand, scenarios: Sequence[Scenario], turn: Sequence[str]
-) -> Iterator[tuple[Scenario, str, _Sample]]:
+) -> Iterator[Timing]:
     """Load the variants and run every scenario once on each variant."""
     for names in [[name] for name in turn] if stand.apart else [turn]:
         with contextlib.ExitStack() as stack:
@@ -194,11 +173,11 @@ def _rotated(names: list[str], by: int) -> list[str]:
     return names[start:] + names[:start]
 
 
-def _ratios(samples: Mapping[tuple[Scenario, str], Sequence[_Sample]], base: str | None) -> Iterator[PairedRatio]:
-    for (scenario, name), own in samples.items():
-        if name != base and (scenario, base) in samples:
-            old = [s.total_ns for s in samples[scenario, str(base)]]
-            yield paired_ratio(old, [s.total_ns for s in own], range(len(own)))
+def _ratios(runs: Mapping[tuple[Scenario, str], Sequence[Timing]], base: str | None) -> Iterator[PairedRatio]:
+    for (scenario, name), own in runs.items():
+        if name != base and (scenario, base) in runs:
+            old, new = _joined(runs[scenario, str(base)]), _joined(own)
+            yield paired_ratio(old.samples_ns, new.samples_ns, new.loads)
 
 
 def groups(scenarios: Sequence[Scenario], key: Callable[[Scenario], Any]) -> list[list[Scenario]]:
@@ -209,9 +188,7 @@ def groups(scenarios: Sequence[Scenario], key: Callable[[Scenario], Any]) -> lis
     return list(found.values())
 
 
-def _time_group(
-    stand: Stand, runners: Mapping[str, TextRunner], scenarios: Sequence[Scenario]
-) -> Iterator[tuple[Scenario, str, _Sample]]:
+def _time_group(stand: Stand, runners: Mapping[str, TextRunner], scenarios: Sequence[Scenario]) -> Iterator[Timing]:
     """Fill every runner to the common depth of the scenarios, then time the scenarios one after the other."""
     depth, batch = scenarios[0].depth, scenarios[0].batch
     for runner in runners.values():
@@ -224,23 +201,11 @@ def _time_group(
             _warm_up(stand, runner, scenario)
             stand.steps.done()
         for name, runner in runners.items():
-            yield scenario, name, _sample(stand, runner, scenario)
+            yield _run(stand, name, runner, scenario)
             stand.steps.done()
 
 
-def _timing(scenario: Scenario, variant: str, samples: Sequence[_Sample]) -> Timing:
-    return Timing(
-        scenario,
-        variant,
-        tuple(s.total_ns for s in samples),
-        loads=tuple(range(len(samples))),
-        first_token_ns=tuple(s.pick_ns for s in samples if s.pick_ns is not None),
-        token_ns=tuple(s.chunk_ns for s in samples) if scenario.kind == "tg" else (),
-        energy_uj=tuple(s.energy_uj for s in samples if s.energy_uj is not None),
-    )
-
-
-def _sample(stand: Stand, runner: TextRunner, scenario: Scenario) -> _Sample:
+def _run(stand: Stand, variant: str, runner: TextRunner, scenario: Scenario) -> Timing:
     """One run of a scenario on a runner whose cache holds at least the scenario's depth."""
     clock, meter = stand.instruments.clock, stand.instruments.meter
     chunks = _run_chunks(stand, scenario, scenario.tokens)
@@ -252,13 +217,14 @@ def _sample(stand: Stand, runner: TextRunner, scenario: Scenario) -> _Sample:
         for chunk in chunks:
             runner.append(chunk)
             stamps.append(clock())
-        picked = None
+        picked: tuple[int, ...] = ()
         if scenario.kind == "pp":
             runner.pick()
-            picked = clock()
-    energy = None if meter is None or before is None else meter.read() - before
-    steps = tuple(after - start for start, after in itertools.pairwise(stamps))
-    return _Sample(stamps[-1] - stamps[0], steps, None if picked is None else picked - stamps[-1], energy)
+            picked = (clock() - stamps[-1],)
+    energy = () if meter is None or before is None else (meter.read() - before,)
+    steps = (tuple(after - start for start, after in itertools.pairwise(stamps)),) if scenario.kind == "tg" else ()
+    whole = (stamps[-1] - stamps[0],)
+    return Timing(scenario, variant, whole, first_token_ns=picked, token_ns=steps, energy_uj=energy)
 
 
 def _warm_up(stand: Stand, runner: TextRunner, scenario: Scenario) -> None:

@@ -2,7 +2,7 @@
 
 --layers 8                        how many layers, or which layers
 --max-perplexity-increase 5%      as many layers as raise perplexity on held-back text by at most 5%
---target-speedup 1.3[@decode]     as few layers as reach this modelled speedup (`cost`), of prefill or of decode
+--target-speedup 1.3[@decode]     as few layers as reach this modelled speedup (`measure.cost`), of prefill or of decode
 --kv-budget 64MiB@4096            as few layers as make the caches of 4096 tokens fit; without @: of one token
 """
 

@@ -23,8 +23,11 @@ from nbl_export.publish import base_model
 from nbl_export.publish.base_model import BaseModel
 from nbl_export.records.from_json import edited
 from nbl_export.records.results import COMPARED, VERIFIED
-from nbl_export.report import markdown
-from nbl_export.report.sections import head, quality, speed
+from nbl_export.report.document import written
+from nbl_export.report.model import head
+from nbl_export.report.quality import quality
+from nbl_export.report.speed import speed
+from nbl_export.report.table import escaped
 from nbl_export.run_directory import REPORT_JSON, RunDirectory
 from nbl_export.targets import load_engine
 from nbl_export.targets.providers import PROVIDERS
@@ -132,7 +135,7 @@ def _body(manifest: Mapping[str, Any], report: Mapping[str, Any], base: BaseMode
 
     source = importlib.resources.files("nbl_export.publish").joinpath("card.md.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"text": markdown.escaped, "blocks": markdown.written, "line": _line}
+    environment.filters |= {"text": escaped, "blocks": written, "line": _line}
     options = public_options(manifest)
     provider = PROVIDERS.get(options.provider)  # None for the CPU
     packages = provider.packages if provider else _CPU_PACKAGES
@@ -144,9 +147,9 @@ def _body(manifest: Mapping[str, Any], report: Mapping[str, Any], base: BaseMode
         decoder=manifest["decoder"],
         dropped=report["fit"] == "drop",
         distilled=manifest.get("fit", {}).get("kind") == "distilled",
-        lead=head.head(report),
-        speed=speed.section(report),
-        quality=quality.section(report),
+        lead=head(report),
+        speed=speed(report),
+        quality=quality(report),
         genai_packages=" ".join(packages),
         onnxruntime_package=packages[0],
         library=bool(provider and provider.registered),

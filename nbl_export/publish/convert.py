@@ -8,13 +8,15 @@ mlx            directory for mlx-lm
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
-from nbl_export.errors import NblError, UsageError
-from nbl_export.files import refuse_occupied
+from nbl_export.errors import NblError, ParityError, UsageError
+from nbl_export.files import move_into_place, refuse_occupied
+from nbl_export.publish.linear_maps import TAP, linear_maps, price_of_change
 from nbl_export.records.results import RungResult
-from nbl_export.run.deployed import open_finished
+from nbl_export.run.deployed import Finished, open_finished
 from nbl_export.run.progress import Ui
 from nbl_export.targets.gguf.linearize import KEEP, TYPES
 
@@ -49,16 +51,12 @@ def convert(
     refuse_occupied(target)
     with open_finished(output, ui, force=force) as found:
         if form == "transformers":
-            from nbl_export.publish import checkpoint
-
-            return checkpoint.save(found, target, ui)
+            return _save_checkpoint(found, target, ui)
         if form == "gguf":
             from nbl_export.publish import gguf
 
             return gguf.convert(found, target, kind or KEEP, base, ui)
-        from nbl_export.publish import nemotron_nas
-
-        return nemotron_nas.convert(found, target, form, ui)
+        return _save_nemotron_nas(found, target, form, ui)
 
 
 def _check_asked(form: str, kind: str | None, base: Path | None) -> None:
@@ -70,3 +68,51 @@ def _check_asked(form: str, kind: str | None, base: Path | None) -> None:
         raise UsageError(f"--type is {', '.join(TYPES)}, not {kind!r}")
     if base is not None and not base.is_file():
         raise NblError(f"--base {base} is not a file; give a GGUF of the original model")
+
+
+def _save_checkpoint(found: Finished, target: Path, ui: Ui) -> list[RungResult]:
+    """Write the model in float32, as it was verified. The classes in `hf` load it.
+
+    Raises:
+        NblError: the model is not available, or its architecture has no class.
+    """
+    from nbl_export.model.saved.hf_classes import save_linearized
+
+    model, checkpoint = found.model, found.checkpoint
+    with found.run.scratch() as scratch, ui.task("saving"):
+        save_linearized(model, checkpoint, found.maps, found.tap, scratch / "saved")
+        move_into_place(scratch / "saved", target)
+    return []
+
+
+def _save_nemotron_nas(found: Finished, target: Path, form: str, ui: Ui) -> list[RungResult]:
+    """Write and check a directory; it appears at `target` only if its model computes what the run's does.
+
+    Raises:
+        NblError: the form does not hold the model.
+        ParityError: the model that was read back computes something else.
+    """
+    from nbl_export.model.linearize import replaced
+    from nbl_export.model.speech import Spoken
+    from nbl_export.targets.checkpoint import nemotron_nas
+
+    nemotron_nas.check(found.model.config, tuple(found.maps), form)
+    linear = linear_maps(found, ui)
+    for sentence in (linear.change, price_of_change(found, linear)):
+        if sentence:
+            ui.say(f"  {sentence}")
+    with found.run.scratch() as scratch, ui.task("saving"):
+        nemotron_nas.save(copy.deepcopy(found.model), found.checkpoint, linear.maps, form, scratch / "saved")
+        ids = found.unseen[0, :64].tolist()
+        with replaced(found.model, linear.maps, TAP):
+            expected, _ = Spoken(found.model).score(ids)
+        away = float(abs(Spoken(nemotron_nas.load(scratch / "saved")).score(ids)[0] - expected).max())
+        result = RungResult(
+            "b", "nbl", "largest difference of a log-probability", away, 0.0, away == 0.0, f"{away:.2g}"
+        )
+        if not result.passed:
+            raise ParityError(
+                f"the checkpoint of {found.run.path} is not its model: logarithms of probabilities differ by {away:.2g}"
+            )
+        move_into_place(scratch / "saved", target)
+    return [result]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -73,6 +74,10 @@ class Scenario:
     def test(self) -> str:
         return f"{self.kind}{self.tokens}"
 
+    def facts(self) -> dict[str, Any]:
+        """The fields, and the name of the test."""
+        return {"test": self.test, **dataclasses.asdict(self)}
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -92,6 +97,51 @@ class Timing:
     first_token_ns: tuple[int, ...] = ()
     token_ns: tuple[tuple[int, ...], ...] = ()
     energy_uj: tuple[int, ...] = ()
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Timing:
+        """The timing of a row of bench.json."""
+        return cls(
+            Scenario(row["kind"], row["tokens"], row["depth"], row.get("batch", 1), row.get("threads")),
+            row["variant"],
+            tuple(row["samples_ns"]),
+            tuple(row.get("loads", ())),
+            tuple(row.get("first_token_ns", ())),
+            tuple(tuple(run) for run in row.get("token_ns", ())),
+            tuple(row.get("energy_uj", ())),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A row of bench.json: raw nanoseconds and microjoules, and the latencies derived from them."""
+        raw = {
+            "samples_ns": list(self.samples_ns),
+            "loads": list(self.loads),
+            "first_token_ns": list(self.first_token_ns),
+            "token_ns": [list(run) for run in self.token_ns],
+            "energy_uj": list(self.energy_uj),
+            "ttft_ns": self.ttft_ns,
+            "tpot_ns": self.tpot_ns,
+        }
+        return {**self.scenario.facts(), "variant": self.variant, **{k: v for k, v in raw.items() if v}}
+
+    def figures(self) -> dict[str, Any]:
+        """A row of report.json: tokens per second, latency and energy; None if not measured.
+
+        ttft_seconds: median. tpot_seconds: p50, p95 and p99.
+        """
+        tpot = self.tpot_ns
+        return {
+            **self.scenario.facts(),
+            "variant": self.variant,
+            "tokens_per_second_median": self.median,
+            "tokens_per_second_mean": self.mean,
+            "tokens_per_second_stdev": self.stdev,
+            "samples": list(self.tokens_per_second),
+            "loads": list(self.loads),
+            "ttft_seconds": None if self.ttft_ns is None else self.ttft_ns / 1e9,
+            "tpot_seconds": tpot and {name: ns / 1e9 for name, ns in tpot.items()},
+            "joules_per_token": self.joules_per_token,
+        }
 
     @property
     def tokens_per_second(self) -> tuple[float, ...]:

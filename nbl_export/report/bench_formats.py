@@ -6,19 +6,17 @@ MiB or GiB and parameters in M or B with two digits, "pp512 @ d2048" behind a ca
 
 from __future__ import annotations
 
-import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from nbl_export.errors import NblError, UsageError
 from nbl_export.files import replacing
-from nbl_export.measure import background
-from nbl_export.measure.rows import spoken_ratio, spoken_test
+from nbl_export.measure.instruments import spoken_background
+from nbl_export.measure.paired import spoken_ratio, spoken_test
+from nbl_export.report.table import Column, Table
 from nbl_export.trust.terminal import Console, visible
 
 __all__ = ["FORMATS", "check_output", "format_of", "render", "write"]
@@ -67,129 +65,98 @@ def render(value: Mapping[str, Any], form: str, width: int | None = None) -> str
     if form == "json":
         return json.dumps(value, indent=1) + "\n"
     if form == "csv":
-        return visible(_csv(value))
+        return visible(_figures(value).csv())
     if form == "llama-bench":
-        return visible(_llama_bench(value))
-    table = visible(_markdown(*_columns(value))) if form == "md" else _table(*_columns(value), width)
-    return f"{table}\nSpeed was {background.spoken(value['background'])}.\n"
+        return visible(_llama_bench(value).markdown(aligned=True)) + "\n"
+    table, said = _compared(value), f"Speed was {spoken_background(value['background'])}.\n"
+    if form == "md":
+        return f"{visible(table.markdown())}\n\n{said}"
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(table)
+    return f"{stream.getvalue()}\n{said}"
 
 
-def _columns(value: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows for people: speed, ratio over the base, latency; memory stands in a decoder's first row."""
+def _compared(value: Mapping[str, Any]) -> Table:
+    """For people: speed, ratio over the base, latency; memory stands in a decoder's first row."""
     swept = len({row["threads"] for row in value["rows"]}) > 1
     ratios = {_key(r): r for r in value["ratios"]}
-    head = ["decoder", "test", "tokens/s", "± sd", "TTFT ms", "TPOT p50 / p95 / p99 ms", "peak memory", "on disk"]
-    if ratios:
-        head[4:4] = [f"over {value['base']}", "interval"]
+    over = (f"over {value['base']}", "interval") if ratios else ()
+    numbers = ("tokens/s", "± sd", *over, "TTFT ms", "TPOT p50 / p95 / p99 ms", "peak memory", "on disk")
     rows, seen = [], set()
     for row in value["rows"]:
         facts = value["variants"][row["variant"]] if row["variant"] not in seen else None
         seen.add(row["variant"])
         tpot = row["tpot_seconds"]
-        cells = [row["variant"], spoken_test(row, swept=swept)]
-        cells += [f"{row['tokens_per_second_median']:.2f}", f"{row['tokens_per_second_stdev']:.2f}"]
-        if ratios:
-            cells += _ratio_cells(ratios.get(_key(row)))
-        cells.append("" if row["ttft_seconds"] is None else f"{1000 * row['ttft_seconds']:.1f}")
-        cells.append(" / ".join(f"{1000 * s:.2f}" for s in tpot.values()) if tpot else "")
-        sizes = (facts["peak_memory_bytes"], sum(facts["disk_bytes"].values())) if facts else ()
-        cells += [_size(size) for size in sizes] or ["", ""]
-        rows.append(cells)
-    return head, rows
+        rows.append([
+            row["variant"],
+            spoken_test(row, swept=swept),
+            f"{row['tokens_per_second_median']:.2f}",
+            f"{row['tokens_per_second_stdev']:.2f}",
+            *(_ratio_cells(ratios.get(_key(row))) if ratios else ()),
+            None if row["ttft_seconds"] is None else f"{1000 * row['ttft_seconds']:.1f}",
+            " / ".join(f"{1000 * s:.2f}" for s in tpot.values()) if tpot else None,
+            facts and _size(facts["peak_memory_bytes"]),
+            facts and _size(sum(facts["disk_bytes"].values())),
+        ])  # fmt: skip
+    return Table.of(("decoder", "test", *Column.numbers(*numbers)), rows)
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("kind", "tokens", "depth", "batch", "threads", "variant"))
 
 
-def _ratio_cells(ratio: Mapping[str, Any] | None) -> list[str]:
+def _ratio_cells(ratio: Mapping[str, Any] | None) -> tuple[str, str]:
     if ratio is None:
-        return ["", ""]
-    return [ratio["text"], f"{spoken_ratio(ratio['low'])} to {spoken_ratio(ratio['high'])}, {ratio['interval']}"]
+        return "", ""
+    return ratio["text"], f"{spoken_ratio(ratio['low'])} to {spoken_ratio(ratio['high'])}, {ratio['interval']}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int | None) -> str:
-    table = Table()
-    for name in head:
-        table.add_column(name, overflow="fold")  # a path cut short names nothing
-    for row in rows:
-        table.add_row(*row)
-    stream = io.StringIO()
-    Console(file=stream, width=width).print(table)
-    return stream.getvalue()
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *rows]
-    return "".join(f"| {' | '.join(map(_escaped, line))} |\n" for line in lines)
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("|", r"\|")
-
-
-def _csv(value: Mapping[str, Any]) -> str:
+def _figures(value: Mapping[str, Any]) -> Table:
+    """Raw numbers, a line for each row."""
     ratios = {_key(r): r for r in value["ratios"]}
-    stream = io.StringIO()
-    writer: csv.DictWriter[str] | None = None
-    for row in value["rows"]:
-        facts, ratio, tpot = value["variants"][row["variant"]], ratios.get(_key(row), {}), row["tpot_seconds"] or {}
-        line = {
-            "decoder": row["variant"],
-            **{name: row[name] for name in ("test", "kind", "tokens", "depth", "batch", "threads")},
-            **{name: row[f"tokens_per_second_{name}"] for name in ("median", "mean", "stdev")},
-            "base": value["base"],
-            **{name: ratio.get(name) for name in ("ratio", "low", "high", "confidence", "loads", "verdict")},
-            "ttft_seconds": row["ttft_seconds"],
-            **{f"tpot_{name}_seconds": tpot.get(name) for name in ("p50", "p95", "p99")},
-            "joules_per_token": row["joules_per_token"],
-            **{name: facts[name] for name in ("peak_memory_bytes", "steady_memory_bytes", "load_seconds")},
-            "model_bytes": facts["model_bytes"],
-            "disk_bytes": sum(facts["disk_bytes"].values()),
-            **{name: facts[name] for name in ("kv_cache_bytes_per_token", "parameters", "engine", "provider")},
-            "cpu": value["machine"]["cpu"],
-            "others_cores": value["background"]["others"],
-            "busy": value["background"]["busy"],
-        }
-        if writer is None:
-            writer = csv.DictWriter(stream, list(line), lineterminator="\n")
-            writer.writeheader()
-        writer.writerow(line)
-    return stream.getvalue()
+    lines = [_line(value, row, ratios.get(_key(row), {})) for row in value["rows"]]
+    return Table.of(lines[0], [line.values() for line in lines])
 
 
-def _llama_bench(value: Mapping[str, Any]) -> str:
+def _line(value: Mapping[str, Any], row: Mapping[str, Any], ratio: Mapping[str, Any]) -> dict[str, Any]:
+    facts, tpot = value["variants"][row["variant"]], row["tpot_seconds"] or {}
+    return {
+        "decoder": row["variant"],
+        **{name: row[name] for name in ("test", "kind", "tokens", "depth", "batch", "threads")},
+        **{name: row[f"tokens_per_second_{name}"] for name in ("median", "mean", "stdev")},
+        "base": value["base"],
+        **{name: ratio.get(name) for name in ("ratio", "low", "high", "confidence", "loads", "verdict")},
+        "ttft_seconds": row["ttft_seconds"],
+        **{f"tpot_{name}_seconds": tpot.get(name) for name in ("p50", "p95", "p99")},
+        "joules_per_token": row["joules_per_token"],
+        **{name: facts[name] for name in ("peak_memory_bytes", "steady_memory_bytes", "load_seconds")},
+        "model_bytes": facts["model_bytes"],
+        "disk_bytes": sum(facts["disk_bytes"].values()),
+        **{name: facts[name] for name in ("kv_cache_bytes_per_token", "parameters", "engine", "provider")},
+        "cpu": value["machine"]["cpu"],
+        "others_cores": value["background"]["others"],
+        "busy": value["background"]["busy"],
+    }
+
+
+def _llama_bench(value: Mapping[str, Any]) -> Table:
     batched = any(row["batch"] > 1 for row in value["rows"])
-    head = ["model", "size", "params", "backend", "threads", *(["batch"] if batched else []), "test", "t/s"]
+    columns = ("model", *Column.numbers("size", "params"), "backend",
+               *Column.numbers("threads", *(["batch"] if batched else []), "test", "t/s"))  # fmt: skip
     rows = []
     for row in value["rows"]:
         facts = value["variants"][row["variant"]]
-        test = row["test"] + (f" @ d{row['depth']}" if row["depth"] else "")
         rows.append([
             row["variant"],
             _size(facts["model_bytes"]),
             _parameters(facts["parameters"]),
             f"{facts['engine'].upper()} {facts['provider'].upper()}",
-            str(row["threads"] or ""),
-            *([str(row["batch"])] if batched else []),
-            test,
+            row["threads"],
+            *([row["batch"]] if batched else []),
+            row["test"] + (f" @ d{row['depth']}" if row["depth"] else ""),
             f"{row['tokens_per_second_mean']:.2f} ± {row['tokens_per_second_stdev']:.2f}",
         ])  # fmt: skip
-    return _aligned(head, rows)
-
-
-def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up; words left, figures right, as llama-bench prints them."""
-    left = {"model", "backend"}
-    rows = [[_escaped(cell) for cell in row] for row in rows]
-    widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (c.ljust(w) if name in left else c.rjust(w) for c, w, name in zip(cells, widths, head, strict=True))
-        return f"| {' | '.join(padded)} |\n"
-
-    rule = [("-" * w if name in left else "-" * (w - 1) + ":") for w, name in zip(widths, head, strict=True)]
-    return line(head) + line(rule) + "".join(line(row) for row in rows)
+    return Table.of(columns, rows)
 
 
 def _size(count: float) -> str:

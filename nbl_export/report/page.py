@@ -1,7 +1,7 @@
 """What the other stages found -> one page for people, the same as Markdown, the same as JSON.
 
-    nbl.json, verify.json, bench.json ─► summarize ─► report.json ─► document ─► html.document     ─► report.html
-                                                                             └► markdown.document ─► report.md
+    nbl.json, verify.json, bench.json ─► summarize ─► report.json ─► document ─► html     ─► report.html
+                                                                             └► markdown ─► report.md
 
 `document` says what stands on the page, as blocks. Both files are written from these blocks.
 """
@@ -14,22 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.files import write_json
-from nbl_export.measure.rows import read_timings, speed_ratios, speed_rows
+from nbl_export.measure.paired import figures
 from nbl_export.records.results import FAILED, status_of
-from nbl_export.report import html, markdown, plots
-from nbl_export.report.blocks import Document
-from nbl_export.report.sections import (
-    curve,
-    engines,
-    head,
-    layers,
-    lossless,
-    origin,
+from nbl_export.report import (
+    model,
+    plots,
     quality,
     speed,
-    sweep,
-    verification,
 )
+from nbl_export.report.document import Document, html, markdown
 from nbl_export.run_directory import REPORT_HTML, REPORT_JSON, REPORT_MD
 
 __all__ = ["codes_of", "document", "render", "summarize"]
@@ -65,8 +58,8 @@ def render(
     """
     report = {**summarize(manifest, verify, bench, quality), "sweep": sweep, "lossless": lossless}
     page = document(report)
-    (out / REPORT_HTML).write_text(html.document(page, _drawings(report)), encoding="utf-8")
-    (out / REPORT_MD).write_text(markdown.document(page), encoding="utf-8")
+    (out / REPORT_HTML).write_text(html(page, _drawings(report)), encoding="utf-8")
+    (out / REPORT_MD).write_text(markdown(page), encoding="utf-8")
     write_json(out / REPORT_JSON, report)
     return report
 
@@ -82,7 +75,6 @@ def summarize(
 ) -> dict[str, Any]:
     """The value of report.json, a function of its inputs; figures that are not finite become None."""
     manifest, verify, measured = _finite(manifest), _finite(verify), bench or {}
-    timings = read_timings(measured)
     rungs, variants = verify["rungs"], measured.get("variants", {})
     return {
         "schema": 1,
@@ -103,8 +95,7 @@ def summarize(
         "price_warning": verify.get("price_warning"),
         "cache_bytes_per_token": verify["cache_bytes_per_token"],
         "engines": manifest.get("engines"),
-        "rows": speed_rows(timings),
-        "ratios": speed_ratios(timings, until_narrow=measured.get("repetitions") is None),
+        **figures(measured),
         "variants": variants,
         **{name: {v: facts.get(name) for v, facts in variants.items()} for name in _PER_VARIANT},
         "machine": measured.get("machine"),
@@ -146,17 +137,17 @@ def codes_of(manifest: Mapping[str, Any]) -> str | None:
 def document(report: Mapping[str, Any]) -> Document:
     """What report.html and report.md say, of the value of report.json."""
     sections = (
-        speed.section(report),
-        *engines.sections(report),
-        *lossless.sections(report),
-        quality.section(report),
-        *sweep.sections(report),
-        *curve.sections(report),
-        layers.section(report),
-        verification.section(report),
-        origin.section(report),
+        speed.speed(report),
+        *speed.engines(report),
+        *speed.lossless(report),
+        quality.quality(report),
+        *quality.sweep(report),
+        *quality.curve(report),
+        model.layers(report),
+        model.verification(report),
+        model.origin(report),
     )
-    return Document(head.title(report), head.head(report), sections)
+    return Document(model.title(report), model.head(report), sections)
 
 
 def _drawings(report: Mapping[str, Any]) -> dict[str, str]:

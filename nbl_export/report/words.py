@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nbl_export.measure.rows import spoken_test
+from nbl_export.measure.paired import spoken_test
 
 __all__ = ["change", "duration", "figure", "listed", "milliseconds", "number", "percent", "plural", "signed", "size",
            "test"]  # fmt: skip

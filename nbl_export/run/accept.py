@@ -25,26 +25,14 @@ from nbl_export.files import replacing, versions, write_json
 from nbl_export.measure.benchmark import machine
 from nbl_export.parallel.child import Child, Write
 from nbl_export.records.results import RungResult
-from nbl_export.report import markdown
-from nbl_export.report.sections import verification
+from nbl_export.report import document, model
 from nbl_export.run.deployed import locate
 from nbl_export.run.progress import Ui
-from nbl_export.run_directory import (
-    ACCEPTANCE_FILE,
-    ACCEPTANCE_JSON,
-    ACCEPTANCE_MD,
-    PACKAGES,
-    RunDirectory,
-)
+from nbl_export.run_directory import ACCEPTANCE_FILE, ACCEPTANCE_JSON, ACCEPTANCE_MD, PACKAGES, RunDirectory
 from nbl_export.targets import load_engine
 from nbl_export.targets.base import Target
 from nbl_export.targets.runners import Room
-from nbl_export.verify.on_target import (
-    Doing,
-    Expected,
-    checks,
-    load,
-)
+from nbl_export.verify.on_target import Doing, Expected, checks, load
 
 __all__ = ["CANNOT_RUN", "FINISHED", "MESSAGE", "RESULT", "Event", "Find", "accept", "examine", "examined",
            "refuse_failed"]  # fmt: skip
@@ -142,7 +130,7 @@ def _status(found: dict[str, Any]) -> str:
 def _write(found: dict[str, Any], directory: Path) -> None:
     write_json(directory / ACCEPTANCE_JSON, found)
     with replacing(directory / ACCEPTANCE_MD) as stream:
-        stream.write(markdown.document(verification.acceptance(found)).encode())
+        stream.write(document.markdown(model.acceptance(found)).encode())
 
 
 def refuse_failed(found: dict[str, Any], directory: Path) -> None:

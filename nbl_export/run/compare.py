@@ -8,7 +8,6 @@ Nothing is written into the directories. The decoders may be of different models
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,7 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.options.options import JobOptions
-from nbl_export.run.deployed import (
-    Located,
-    available_engine,
-    is_model_directory,
-    locate,
-)
+from nbl_export.run.deployed import Located, available_engine, is_model_directory, locate
 from nbl_export.run.progress import Ui
 from nbl_export.targets.base import DecoderFacts, Target
 from nbl_export.targets.runners import Room, TextRunner
@@ -61,39 +55,25 @@ def compare(
     Raises:
         NblError: a directory is of neither kind, or its engine is not available or cannot run the tests.
     """
-    from nbl_export.files import versions
-    from nbl_export.measure import background, benchmark, energy
-    from nbl_export.measure.rows import read_timings, speed_ratios, speed_rows, spoken_test
-    from nbl_export.run_directory import PACKAGES
+    from nbl_export.measure.benchmark import BenchSetting, side_by_side
+    from nbl_export.measure.paired import figures, spoken_test
+    from nbl_export.measure.rounds import Variant
 
     decoders, base = _decoders(directories, against, force)
     first = _check(decoders, options)
-    setting = benchmark.BenchSetting(
+    provider = _joined(d.located.provider for d in decoders.values())
+    setting = BenchSetting(
         vocab_size=min(d.facts.vocab_size for d in decoders.values()),
         context_length=min(d.facts.context_length for d in decoders.values()),
-        versions=versions(PACKAGES),
         engine=_joined(d.located.engine for d in decoders.values()),
-        provider=_joined(d.located.provider for d in decoders.values()),
+        provider=provider,
         base=base,
+        threads=first.default_threads(),
+        gpu=provider != "cpu" or first.capabilities.static,
     )
-    gpu = setting.provider != "cpu" or first.capabilities.static
-    places = [decoder.located.path for decoder in decoders.values()]
-    scenarios = benchmark.plan_scenarios(
-        options.prompt_tokens, benchmark.decode_tokens(options.generate_tokens, places, gpu=gpu), options.depths,
-        options.batches, options.threads or (first.default_threads(),),
-    )  # fmt: skip
-    room = benchmark.room_for(scenarios, setting.context_length)
-    variants = {
-        name: benchmark.Variant(d.located.path, functools.partial(d.open, room=room), d.facts.cache_bytes_per_token)
-        for name, d in decoders.items()
-    }
-    instruments = benchmark.Instruments(meter=energy.find_meter(gpu=gpu))
+    variants = {name: Variant(d.located.path, d.open, d.facts.cache_bytes_per_token) for name, d in decoders.items()}
     with ui.task("rounds") as progress:
-        value = benchmark.run(
-            variants, scenarios, options.repetitions, progress, setting=setting, instruments=instruments
-        )
-    if value["background"]["busy"]:
-        ui.say(f"  {background.spoken(value['background'])}")
+        value = side_by_side(variants, options, setting, progress, ui.say)
     for left_out in value["skipped"]:
         ui.say(f"  not measured: {spoken_test(left_out)}: {left_out['reason']}")
     for name, decoder in decoders.items():
@@ -104,8 +84,7 @@ def compare(
             "parameters": decoder.facts.parameters,
             "arithmetic": available_engine(decoder.located).arithmetic(decoder.located.path),
         }
-    timings, narrow = read_timings(value), options.repetitions is None
-    return {**value, "rows": speed_rows(timings), "ratios": speed_ratios(timings, base, until_narrow=narrow)}
+    return {**value, **figures(value)}
 
 
 def _decoders(

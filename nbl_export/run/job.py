@@ -22,14 +22,7 @@ from nbl_export.run.progress import Ui
 from nbl_export.run_directory import CALIBRATION_FILE, RunDirectory
 from nbl_export.targets import load_engine
 from nbl_export.targets.base import Target
-from nbl_export.text.held_back import (
-    FAR_ROLES,
-    NEAR_ROLES,
-    Division,
-    divide,
-    far_tokens,
-    held_back_tokens,
-)
+from nbl_export.text.held_back import FAR_ROLES, NEAR_ROLES, Division, divide, far_tokens, held_back_tokens
 
 __all__ = ["Job"]
 

@@ -21,12 +21,7 @@ from nbl_export.files import (
     versions,
     write_json,
 )
-from nbl_export.graph.given import (
-    _need_onnx,
-    check_graph_place,
-    companions,
-    home_of,
-)
+from nbl_export.graph.given import _need_onnx, check_graph_place, companions, home_of
 from nbl_export.graph.names import MANIFEST, STATIC_GRAPH_FILE
 from nbl_export.options.goals import parse_layers
 from nbl_export.plan.maps_file import load_maps, maps_in

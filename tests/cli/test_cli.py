@@ -310,7 +310,7 @@ def test_layers_is_a_count_or_a_list(layers: str, replaced: int | list[int], run
     ("arguments", "words"),
     [
         (("plan",), ("CCA bound", "NMSE", "replaced")),
-        (("verify",), ("Verification", "logit difference, decode", "perplexity", "ok")),
+        (("verify",), ("Verification", "logit difference, decode", "Perplexity", "ok")),
         (("bench",), ("pp16", "tg4", "original", "nbl", "tokens/s")),
         (("inspect",), ("llama, 3 layers", "replaced layers", "verified", "cache bytes a token", "nbl-export --model")),
     ],
@@ -326,7 +326,7 @@ def test_tables_hold_the_figures(run: Path) -> None:
     planned, measured = answer("plan", run), answer("bench", run)
     table = nbl("plan", run).out
     for score in planned["scores"]:
-        row = next(line for line in table.splitlines() if line.startswith(f"│ {score['layer']} "))
+        row = next(line for line in table.splitlines() if line.split()[:2] == ["│", str(score["layer"])])
         figures = (f"{score['bound']:.3f}", f"{score['nmse']:.4f}", f"{score['relative_error']:.5f}")
         assert all(figure in row for figure in figures), row
         assert ("replaced" in row) == (score["layer"] in planned["replaced_layers"])

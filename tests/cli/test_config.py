@@ -45,7 +45,7 @@ def test_the_first_page_is_short_and_the_rest_is_behind_it() -> None:
         shown = re.search(rf"^  {flag(name)}\b", first.out, re.MULTILINE) is not None
         assert shown == (said.first and MAIN in said.commands), name
         assert (re.search(rf"^  {flag(name)}\b", everything.out, re.MULTILINE) is not None) == (MAIN in said.commands)
-    for command in ("merge", "project"):
+    for command in ("merge",):
         assert f"  {command} " not in first.out and f"  {command} " in everything.out
 
 

@@ -40,7 +40,7 @@ def graph(genai_dirs: dict[str, Path]) -> Any:
 
 @pytest.fixture(scope="module")
 def torch_model(checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, AffineMap]]) -> Any:
-    from nbl_export.evaluation.torch_lm import torch_lm
+    from nbl_export.evaluation.lm import torch_lm
     from nbl_export.model.checkpoint.load import load_model, load_tokenizer
     from nbl_export.model.linearize import linearize
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nbl_export.evaluation.statistics import AGGREGATIONS, difference, figure
+from nbl_export.evaluation.measure import AGGREGATIONS, difference, figure
 
 N, ROUNDS = 400, 3000
 

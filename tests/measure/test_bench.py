@@ -23,23 +23,18 @@ import psutil
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.measure import background, benchmark
-from nbl_export.measure.benchmark import (
-    BenchSetting,
-    Instruments,
-    Variant,
-    decode_tokens,
-    plan_scenarios,
-    room_for,
-)
-from nbl_export.measure.energy import Meter
+from nbl_export.measure import benchmark, rounds
+from nbl_export.measure.benchmark import BenchSetting, decode_tokens, plan_scenarios, room_for
 from nbl_export.measure.footprint import Footprint, measure_footprint
-from nbl_export.measure.rows import read_timings, speed_rows
+from nbl_export.measure.instruments import Instruments, Meter, Reading, read_usage
+from nbl_export.measure.paired import figures
+from nbl_export.measure.rounds import Variant
+from nbl_export.options.options import JobOptions
 from nbl_export.parallel import child
-from nbl_export.records.results import Scenario
+from nbl_export.records.results import Scenario, Timing
 from nbl_export.targets.runners import Room
 
-SETTING = BenchSetting(vocab_size=100, context_length=4096, versions={"onnxruntime": "1"})
+SETTING = BenchSetting(vocab_size=100, context_length=4096)
 PICK_NS = 3  # what a fake takes to pick a token
 
 
@@ -127,7 +122,7 @@ def run_fake(
     repetitions: int | None,
     setting: BenchSetting = SETTING,
     meter: Callable[[Tape], Meter | None] = lambda _: None,
-    usage: Callable[[], background.Reading] = background.read,
+    usage: Callable[[], Reading] = read_usage,
     held_up: Callable[[str, int], int] = lambda name, load: 0,
     idle: Callable[[int], bool] = lambda number: True,
 ) -> tuple[dict[str, Any], Tape, list[tuple[int, int]]]:
@@ -177,6 +172,46 @@ def runs(tape: Tape) -> list[tuple[str, int, int]]:
     return found
 
 
+@pytest.mark.parametrize(("others", "said"), [(1e3, 1), (0.0, 0)])
+def test_decoders_are_measured_by_the_options(
+    others: float, said: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runner is told its longest sequence, with the token that a batch picks last; a busy machine is said."""
+    rooms: list[tuple[str, int | None, Room]] = []
+    lines: list[str] = []
+    clock = itertools.count(1)
+
+    def open_fake(path: Path, threads: int | None, room: Room) -> FakeRunner:
+        rooms.append((path.name, threads, room))
+        return FakeRunner(Tape(), path.name, 10)
+
+    used = {"seconds": 1.0, "others": others, "stolen": 0.0}
+    monkeypatch.setattr(rounds, "used_between", lambda before, after: used)
+    monkeypatch.setattr(benchmark, "run", functools.partial(benchmark.run, measure=measure_nothing))
+    monkeypatch.setattr(benchmark, "Instruments", lambda meter: Instruments(clock.__next__, meter, lambda: True))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    options = JobOptions("", prompt_tokens=(8, 16), generate_tokens=2, depths=(0,), batches=(1, 2), repetitions=1)
+    variants = {name: Variant(tmp_path / name, open_fake, 1) for name in ("a", "b")}
+    setting = BenchSetting(100, 64, "an engine", base="a", threads=3)
+    found = benchmark.side_by_side(variants, options, setting, lambda done, total: None, lines.append)
+    assert rooms == [("a", 3, Room(16 + 1, 2)), ("b", 3, Room(16 + 1, 2))]
+    tests = [(t["test"], t["batch"], t["threads"], t["variant"]) for t in found["timings"]]
+    assert tests == [(t, n, 3, v) for n in (1, 2) for t in ("pp8", "pp16", "tg2") for v in ("a", "b")]
+    assert (found["engine"], found["base"], found["repetitions"]) == ("an engine", "a", 1)
+    assert set(found["machine"]) >= {"cpu", "cores"} and "onnx" in found["versions"]
+    assert len(lines) == said and all("on a busy machine: other processes used 1000 of" in line for line in lines)
+
+
+def test_a_timing_is_the_same_from_its_row(tmp_path: Path) -> None:
+    meter = lambda tape: Meter({"package 0": (lambda: 5 * tape.now, 0)})  # noqa: E731
+    result, _, _ = run_fake(tmp_path, plan_scenarios((8,), 4, (0, 16), (1, 2), (2,)), 2, meter=meter)
+    for row in result["timings"]:
+        timing = Timing.from_json(row)
+        assert timing.to_json() == row and Timing.from_json(timing.to_json()) == timing
+    assert [r["loads"] for r in figures(result)["rows"]] == [[0, 1]] * len(result["timings"])
+
+
 def test_no_variant_follows_itself_and_the_warm_up_is_discarded(tmp_path: Path) -> None:
     result, tape, _ = run_fake(tmp_path, [Scenario("pp", 64, 0)], repetitions=3)
     names = [name for name, _, _ in runs(tape)]
@@ -215,9 +250,9 @@ def test_rounds_go_on_while_one_interval_is_wide(tmp_path: Path) -> None:
 
 
 def test_rounds_do_not_go_on_for_longer_than_the_limit(tmp_path: Path) -> None:
-    def usage() -> Callable[[], background.Reading]:
+    def usage() -> Callable[[], Reading]:
         clock = itertools.count(0, 12)  # a load takes 12 seconds, as does what comes before the next
-        return lambda: background.Reading(next(clock), 0, 0, 0)
+        return lambda: Reading(next(clock), 0, 0, 0)
 
     uneven = lambda name, load: 9 * (name == "nbl") * (load % 2)  # noqa: E731
     result, _, _ = run_fake(tmp_path, [Scenario("pp", 64, 0)], None, usage=usage(), held_up=uneven)
@@ -231,8 +266,8 @@ def test_rounds_do_not_go_on_for_longer_than_the_limit(tmp_path: Path) -> None:
 def test_what_others_used_is_recorded_by_load(tmp_path: Path) -> None:
     """Two loads of ten seconds on one core more than this process' own; one wait of eight was in vain."""
     readings = iter([
-        background.Reading(0, 100, 50, 0), background.Reading(10, 112, 60, 0),
-        background.Reading(11, 200, 61, 0), background.Reading(21, 218, 71, 1),
+        Reading(0, 100, 50, 0), Reading(10, 112, 60, 0),
+        Reading(11, 200, 61, 0), Reading(21, 218, 71, 1),
     ])  # fmt: skip
     result, _, _ = run_fake(
         tmp_path, [Scenario("pp", 64, 0), Scenario("tg", 4, 0)], 2, usage=lambda: next(readings), idle=lambda n: n != 3
@@ -310,7 +345,7 @@ def test_a_batch_is_filled_in_one_piece_and_counts_all_its_tokens(tmp_path: Path
     assert timed == {(t, d, b) for t in ("pp8", "tg4") for d in (0, 600) for b in (1, 3)} - {("pp8", 600, 3)}
     (row,) = result["skipped"]
     assert (row["test"], row["depth"], row["batch"]) == ("pp8", 600, 3) and "batch" in row["reason"]
-    rows = {(r["test"], r["depth"], r["batch"], r["variant"]): r for r in speed_rows(read_timings(result))}
+    rows = {(r["test"], r["depth"], r["batch"], r["variant"]): r for r in figures(result)["rows"]}
     one, three = (rows["tg4", 600, batch, "nbl"]["tokens_per_second_median"] for batch in (1, 3))
     assert three == pytest.approx(3 * one)  # the fake takes as long for three rows as for one
     assert rows["tg4", 600, 3, "nbl"]["tpot_seconds"] == rows["tg4", 600, 1, "nbl"]["tpot_seconds"]
@@ -320,7 +355,7 @@ def test_a_batch_is_filled_in_one_piece_and_counts_all_its_tokens(tmp_path: Path
 def test_a_batch_needs_room_for_the_token_that_it_picks(tmp_path: Path) -> None:
     result, _, _ = run_fake(
         tmp_path, [Scenario("tg", 4, 60, 1), Scenario("tg", 4, 60, 2), Scenario("tg", 3, 60, 2)], 1,
-        BenchSetting(100, 64, {}),
+        BenchSetting(100, 64),
     )  # fmt: skip
     assert {(t["test"], t["batch"]) for t in result["timings"]} == {("tg4", 1), ("tg3", 2)}
     assert "picked" in result["skipped"][0]["reason"]
@@ -335,7 +370,7 @@ def test_energy_is_that_of_each_run_and_absent_without_a_meter(tmp_path: Path) -
     assert energy["pp64", "original"] == [5 * (64 * 20 + PICK_NS)] * 2
     assert energy["tg16", "nbl"] == [5 * 16 * 10] * 2
     assert result["energy_sources"] == ["package 0"]
-    rows = {(r["test"], r["variant"]): r["joules_per_token"] for r in speed_rows(read_timings(result))}
+    rows = {(r["test"], r["variant"]): r["joules_per_token"] for r in figures(result)["rows"]}
     assert rows["tg16", "nbl"] == pytest.approx(5 * 10 / 1e6)
 
 
@@ -377,7 +412,7 @@ def test_room_is_what_the_scenarios_that_fit_ask_for() -> None:
 
 
 def test_a_scenario_beyond_the_context_is_named_and_left_out(tmp_path: Path) -> None:
-    small = BenchSetting(100, 1024, {})
+    small = BenchSetting(100, 1024)
     result, _, _ = run_fake(tmp_path, [Scenario("pp", 24, 1000), Scenario("tg", 25, 1000)], 1, small)
     assert {t["test"] for t in result["timings"]} == {"pp24"}
     (row,) = result["skipped"]
@@ -386,7 +421,7 @@ def test_a_scenario_beyond_the_context_is_named_and_left_out(tmp_path: Path) -> 
 
 
 def test_nothing_that_fits_is_an_error_before_anything_is_loaded() -> None:
-    small = BenchSetting(100, 64, {})
+    small = BenchSetting(100, 64)
     variant = Variant(Path("nowhere"), lambda *_: pytest.fail("loaded"), 1)
     with pytest.raises(NblError, match=r"65 tokens .* context length of the model, 64"):
         benchmark.run({"nbl": variant}, [Scenario("pp", 65, 0)], 1, lambda *_: None, setting=small)

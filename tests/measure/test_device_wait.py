@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 
 from nbl_export.measure import benchmark
-from nbl_export.measure.benchmark import BenchSetting, Instruments, Variant
+from nbl_export.measure.benchmark import BenchSetting
 from nbl_export.measure.footprint import Footprint
+from nbl_export.measure.instruments import Instruments
+from nbl_export.measure.rounds import Variant
 from nbl_export.records.results import Scenario
 from nbl_export.targets.onnx.genai import GenaiRunner
 
@@ -83,7 +85,7 @@ def timed(kind: str, scenarios: Sequence[Scenario], directory: Path, monkeypatch
     found = benchmark.run(
         {"nbl": Variant(directory, lambda path, threads: GenaiRunner(path, 1), 1)},
         scenarios, 1, lambda done, total: None,
-        setting=BenchSetting(8, 64, {}, base=None),
+        setting=BenchSetting(8, 64, base=None),
         instruments=Instruments(clock=lambda: device.now, idle=lambda: True),
         measure=lambda *arguments: Footprint(1, 1, 1.0),
     )  # fmt: skip

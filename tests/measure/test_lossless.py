@@ -15,7 +15,7 @@ from nbl_export.measure.lossless import (
     rows,
 )
 from nbl_export.records.proposers import Proposer
-from nbl_export.report.sections import lossless as section
+from nbl_export.report.speed import lossless_table
 from nbl_export.run.lossless.figures import measured, spoken
 
 PLAIN = Way(None, "original")
@@ -102,7 +102,7 @@ def test_the_fastest_is_chosen_and_pays_only_if_it_is_faster() -> None:
 
 
 def test_the_table_shows_these_figures() -> None:
-    table = section.table(measured("auto", "fp32", answers(loads=1), answers()))
+    table = lossless_table(measured("auto", "fp32", answers(loads=1), answers()))
     cells = {(row[0].text, row[1].text): tuple(cell.text for cell in row[2:]) for row in table.rows}
     assert len(cells) == 9
     assert cells[FAST.name, "all"] == ("25.0%", "2.00", "×0.80", "×4.00", "×2.00", "2.00 to 2.00", "10 of 10")

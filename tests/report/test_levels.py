@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nbl_export.report.console import speed_table
 from nbl_export.report.page import summarize
-from nbl_export.report.tables import speed_table
 from nbl_export.trust.terminal import Console
 
 from .test_report import BENCH, MANIFEST, VERIFY, Written, changed
@@ -36,18 +35,18 @@ def of_loads(count: int, repetitions: int | None) -> Any:
     ],
 )
 def test_every_writer_gives_the_level_of_the_loads(
-    count: int, repetitions: int | None, said: str, confidence: float, tmp_path: Path, capsys: Any
+    count: int, repetitions: int | None, said: str, confidence: float, capsys: Any
 ) -> None:
     bench = of_loads(count, repetitions)
-    written = Written(tmp_path, bench=bench)
+    written = Written(bench=bench)
     assert {ratio["interval"] for ratio in written.json["ratios"]} == {said}
     assert written.json["ratios"][0]["confidence"] == pytest.approx(confidence, abs=1e-5)
     assert [row[-1] for row in written.table("Paired ratios")[2:]] == [said] * 3
     assert written.html.count(said) >= 3
-    Console(width=400).print(speed_table(summarize(MANIFEST, VERIFY, bench)))
+    Console(width=400).print(*speed_table(summarize(MANIFEST, VERIFY, bench)))
     assert capsys.readouterr().out.count(said) == 3
 
 
 @pytest.mark.parametrize(("repetitions", "said"), [(7, "98.4% of all cases"), (None, "at least 94.4% of the trials")])
-def test_the_note_explains_that_level(repetitions: int | None, said: str, tmp_path: Path) -> None:
-    assert said in Written(tmp_path, bench=of_loads(7, repetitions)).markdown
+def test_the_note_explains_that_level(repetitions: int | None, said: str) -> None:
+    assert said in Written(bench=of_loads(7, repetitions)).markdown

@@ -14,10 +14,16 @@ import matplotlib
 import pytest
 
 from nbl_export.errors import CorruptError
-from nbl_export.report import markdown, plots
-from nbl_export.report.blocks import Paragraph, Table
-from nbl_export.report.page import render, summarize
-from nbl_export.report.sections.curve import spoken_curve
+from nbl_export.report import plots
+from nbl_export.report.console import speed_table
+from nbl_export.report.document import Paragraph, html
+from nbl_export.report.document import markdown as in_markdown
+from nbl_export.report.document import written as blocks_in_markdown
+from nbl_export.report.page import document, render, summarize
+from nbl_export.report.quality import spoken_curve
+from nbl_export.report.speed import speed as speed_section
+from nbl_export.report.table import Column, Table, facts
+from nbl_export.trust.terminal import Console
 
 SECOND = 1_000_000_000
 
@@ -122,10 +128,16 @@ class Outline(HTMLParser):
 
 
 class Written:
-    """The three files of one rendering."""
+    """One report; with `out` the three files of it, and only then with drawings."""
 
-    def __init__(self, out: Path, manifest: Any = MANIFEST, verify: Any = VERIFY, bench: Any = BENCH) -> None:
-        out.mkdir(exist_ok=True)
+    def __init__(
+        self, manifest: Any = MANIFEST, verify: Any = VERIFY, bench: Any = BENCH, out: Path | None = None
+    ) -> None:
+        if out is None:
+            self.value = {**summarize(manifest, verify, bench), "sweep": None, "lossless": None}
+            content = document(self.value)
+            self.html, self.markdown, self.json = html(content, {}), in_markdown(content), self.value
+            return
         self.value = render(manifest, verify, bench, out)
         self.html = (out / "report.html").read_text(encoding="utf-8")
         self.markdown = (out / "report.md").read_text(encoding="utf-8")
@@ -140,7 +152,7 @@ class Written:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
-    return Written(tmp_path_factory.mktemp("report"))
+    return Written(out=tmp_path_factory.mktemp("report"))
 
 
 def changed(value: Any, **facts: Any) -> Any:
@@ -213,7 +225,7 @@ def test_unequal_rounds_are_refused() -> None:
         summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))
 
 
-def test_latency_is_shown_where_it_was_measured(written: Written, tmp_path: Path) -> None:
+def test_latency_is_shown_where_it_was_measured(written: Written) -> None:
     assert written.table("Latency")[2:] == [
         ["pp512", "original", "2,510 ms", "–", "–", "–"],
         ["pp512", "NBL", "1,520 ms", "–", "–", "–"],
@@ -223,16 +235,16 @@ def test_latency_is_shown_where_it_was_measured(written: Written, tmp_path: Path
     row = next(r for r in written.json["rows"] if (r["test"], r["depth"], r["variant"]) == ("tg128", 0, "nbl"))
     assert row["tpot_seconds"] == {"p50": 0.01, "p95": 0.01, "p99": 0.05} and row["ttft_seconds"] is None
     bare = [{k: v for k, v in t.items() if not k.endswith("token_ns")} for t in BENCH["timings"]]
-    assert "TPOT" not in Written(tmp_path, bench=changed(BENCH, timings=bare)).html
+    assert "TPOT" not in Written(bench=changed(BENCH, timings=bare)).html
 
 
-def test_energy_is_spoken_of_only_where_it_was_measured(written: Written, tmp_path: Path) -> None:
+def test_energy_is_spoken_of_only_where_it_was_measured(written: Written) -> None:
     assert "nergy" not in written.html and "oule" not in written.html
     timings = [
         timing("tg8", 0, "original", [1] * 5, energy_uj=[16_000_000, 24_000_000, 16_000_000]),
         timing("tg8", 0, "nbl", [1] * 5, energy_uj=[8_000_000] * 5),
     ]
-    metered = Written(tmp_path, bench=changed(BENCH, timings=timings, energy_sources=["package 0", "GPU"]))
+    metered = Written(bench=changed(BENCH, timings=timings, energy_sources=["package 0", "GPU"]))
     assert metered.table("Energy")[2:] == [["tg8", "original", "2.00"], ["tg8", "NBL", "1.00"]]
     assert "(package 0, GPU)" in metered.html
 
@@ -276,9 +288,9 @@ def test_smaller_and_larger_sets_stand_with_the_commands_for_them(tmp_path: Path
     assert spoken_curve(CURVE) == "1 layer: +4.00%, ×1.03 prefill; 3: +12.0%, ×1.09; 4: +16.0%, ×1.12; 5: +20.0%, ×1.15"
 
 
-def test_decoders_that_were_timed_one_after_the_other_are_told(tmp_path: Path) -> None:
+def test_decoders_that_were_timed_one_after_the_other_are_told() -> None:
     for apart in (True, False):
-        text = Written(tmp_path, bench=changed(BENCH, apart=apart)).markdown
+        text = Written(bench=changed(BENCH, apart=apart)).markdown
         assert ("timed them one after the other" in text) is apart
 
 
@@ -293,7 +305,7 @@ def test_a_sweep_is_told_apart_in_words(tmp_path: Path) -> None:
         {**timing("tg8", 0, variant, [1 / batch] * 5), "threads": threads, "batch": batch}
         for threads in (2, 1) for batch in (1, 4) for variant in ("original", "nbl")
     ]  # fmt: skip
-    written = Written(tmp_path, bench=changed(BENCH, timings=timings, threads=[2, 1], batches=[1, 4]))
+    written = Written(bench=changed(BENCH, timings=timings, threads=[2, 1], batches=[1, 4]), out=tmp_path)
     tests = [row[0] for row in written.table("Paired ratios")[2:]]
     assert tests == [
         "tg8, 2 threads", "tg8, 4 sequences, 2 threads", "tg8, 1 thread", "tg8, 4 sequences, 1 thread",
@@ -323,20 +335,23 @@ def test_rounds_of_different_loads_are_no_pairs() -> None:
         summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))
 
 
-def test_a_busy_machine_is_said_in_the_headline(written: Written, tmp_path: Path) -> None:
-    """And nothing is called idle."""
+def test_a_busy_machine_is_said_wherever_speed_is(written: Written, capsys: Any) -> None:
+    """In the headline, in the section that a model card has too, and on a terminal. Nothing is called idle."""
     shared = {**BENCH["background"], "others": 0.83, "busy": True}
-    busy = Written(tmp_path, bench=changed(BENCH, background=shared))
+    busy = Written(bench=changed(BENCH, background=shared))
     said = "on a busy machine: other processes used 0.83 of 2 cores"
     for text in (busy.html, busy.markdown):
         headline, speed = re.split(r"<h2>Speed|\n## Speed", text)[:2]
         assert said in headline and said in speed
+    assert said in blocks_in_markdown(speed_section(busy.value).blocks)
+    Console(width=200).print(*speed_table(busy.value), sep="\n")
+    assert said in capsys.readouterr().out
     assert "busy" not in written.html and "other processes used 0.05 of 2 cores" in written.markdown
     assert "idle" not in busy.markdown and "idle" not in written.markdown
 
 
-def test_a_variant_alone_has_rows_and_no_ratio(tmp_path: Path) -> None:
-    written = Written(tmp_path, bench=changed(BENCH, timings=[timing("pp8", 0, "nbl", [1, 1, 1])]))
+def test_a_variant_alone_has_rows_and_no_ratio() -> None:
+    written = Written(bench=changed(BENCH, timings=[timing("pp8", 0, "nbl", [1, 1, 1])]))
     assert len(written.json["rows"]) == 1 and written.json["ratios"] == []
     assert "not measured" in card(written.html, "Decode")
 
@@ -364,9 +379,9 @@ def test_a_clear_win_is_called_one(written: Written) -> None:
     )
 
 
-def test_skipped_tests_are_named(tmp_path: Path) -> None:
+def test_skipped_tests_are_named() -> None:
     skipped = [{"test": "tg128", "depth": 2048, "reason": "2048 + 128 tokens are more than the context, 2048"}]
-    written = Written(tmp_path, bench=changed(BENCH, skipped=skipped))
+    written = Written(bench=changed(BENCH, skipped=skipped))
     assert "Not measured: tg128 at depth 2048. 2048 + 128 tokens are more than the context, 2048." in written.markdown
 
 
@@ -381,12 +396,12 @@ def test_headline(written: Written) -> None:
     assert written.html.count('class="gone"') == 3
 
 
-def test_headline_price_is_that_of_the_worst_text(tmp_path: Path) -> None:
+def test_headline_price_is_that_of_the_worst_text() -> None:
     """Whichever text comes first: a gain seen on one text misleads."""
     cheap = {**VERIFY["price"][0], "text": "cheap", "perplexity_nbl": 21.0, "increase": 0.05}
     dear = {**cheap, "text": "dear", "perplexity_original": 10.0, "perplexity_nbl": 30.0, "increase": 2.0}
     for order in ([cheap, dear], [dear, cheap]):
-        shown = card(Written(tmp_path, MANIFEST, changed(VERIFY, price=order)).html, "Quality loss")
+        shown = card(Written(MANIFEST, changed(VERIFY, price=order)).html, "Quality loss")
         assert "10.0 → 30.0" in shown and "20.0" not in shown
         assert "cheap" in shown and "dear" in shown
 
@@ -398,19 +413,19 @@ def test_price_table_has_tokens_windows_and_intervals(written: Written) -> None:
     ]  # fmt: skip
 
 
-def test_a_price_that_is_not_finite_is_the_worst_and_has_no_interval(tmp_path: Path) -> None:
+def test_a_price_that_is_not_finite_is_the_worst_and_has_no_interval() -> None:
     broken = dict.fromkeys(("perplexity_nbl", "increase", "increase_interval", "kl_mean", "kl_interval"))
     rows = [VERIFY["price"][0], {**VERIFY["price"][0], "text": "broken", **broken}]
     for order in (rows, rows[::-1]):
-        written = Written(tmp_path, MANIFEST, changed(VERIFY, price=order))
+        written = Written(MANIFEST, changed(VERIFY, price=order))
         assert "20.0 → not finite" in card(written.html, "Quality loss")
         assert "not finite on broken" in written.markdown
 
 
-def test_text_is_listed_by_use(written: Written, tmp_path: Path) -> None:
+def test_text_is_listed_by_use(written: Written) -> None:
     assert "Text by use" not in written.markdown
     texts = [{"use": "calibration: scores and maps", "text": "a text", "tokens": 65536}]
-    told = Written(tmp_path, MANIFEST, changed(VERIFY, texts=texts))
+    told = Written(MANIFEST, changed(VERIFY, texts=texts))
     assert told.table("Text by use")[2] == ["calibration: scores and maps", "a text", "65,536"]
     assert told.json["texts"] == texts
 
@@ -428,8 +443,8 @@ def failed(value: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("value", "text"), [(0.5, "0.500"), (float("nan"), "not finite"), (float("inf"), "not finite")]
 )
-def test_failed_verification_is_shown(tmp_path: Path, value: float, text: str) -> None:
-    written = Written(tmp_path, changed(MANIFEST, status="failed"), failed(value))
+def test_failed_verification_is_shown(value: float, text: str) -> None:
+    written = Written(changed(MANIFEST, status="failed"), failed(value))
     sentence = f"Rung c, nbl, max abs logit difference: {text}, tolerance 0.001. layer 3 is off"
     for page in (written.html, written.markdown):
         assert "Verification failed" in page and sentence in page and "Do not deploy" in page
@@ -447,8 +462,8 @@ def test_one_sign_of_failure_is_enough(where: str) -> None:
     assert summarize(MANIFEST, VERIFY, None)["status"] == "verified"
 
 
-def test_without_bench_speed_is_not_measured(tmp_path: Path) -> None:
-    written = Written(tmp_path, bench=None)
+def test_without_bench_speed_is_not_measured() -> None:
+    written = Written(bench=None)
     assert "Speed and memory were not measured." in written.html
     assert "Speed and memory were not measured." in written.markdown
     assert "not measured" in card(written.html, "Prefill") and "not measured" in card(written.html, "Decode")
@@ -456,8 +471,8 @@ def test_without_bench_speed_is_not_measured(tmp_path: Path) -> None:
     assert "tokens per second" not in written.html.lower()
 
 
-def test_without_price_and_without_replaced_layers(tmp_path: Path) -> None:
-    written = Written(tmp_path, changed(MANIFEST, replaced_layers=[]), changed(VERIFY, price=[]))
+def test_without_price_and_without_replaced_layers() -> None:
+    written = Written(changed(MANIFEST, replaced_layers=[]), changed(VERIFY, price=[]))
     assert "None of the 6 attention layers is replaced" in written.markdown
     assert "The quality loss was not measured." in written.markdown and 'class="gone"' not in written.html
 
@@ -485,7 +500,7 @@ def test_ids_are_unique_and_references_resolve(written: Written) -> None:
 HOSTILE = "</pre></title><script>alert(1)</script>|<img src=x onerror=y>\n# `code` [a](b) 'single' \"double\""
 
 
-def test_what_others_wrote_is_inert(tmp_path: Path) -> None:
+def test_what_others_wrote_is_inert() -> None:
     manifest = changed(MANIFEST, command=f"nbl-export --model {HOSTILE}", versions={HOSTILE: HOSTILE})
     manifest["model"] = dict.fromkeys(("name", "revision", "architecture"), HOSTILE)
     manifest["options"]["model"] = manifest["calibration"]["name"] = manifest["calibration"]["sha256"] = HOSTILE
@@ -493,7 +508,7 @@ def test_what_others_wrote_is_inert(tmp_path: Path) -> None:
     verify["price"][0]["text"] = HOSTILE
     verify["rungs"][0] |= {"detail": HOSTILE, "metric": f"logit {HOSTILE}", "passed": False}
     bench["machine"]["cpu"] = bench["machine"]["os"] = bench["provider"] = HOSTILE
-    written = Written(tmp_path, manifest, verify, bench)
+    written = Written(manifest, verify, bench)
     outline = Outline(written.html)
     assert not {tag for tag, _ in outline.tags} & {"script", "img", "a"}
     assert not any(name.startswith("on") for _, attributes in outline.tags for name in attributes)
@@ -507,7 +522,7 @@ def test_what_others_wrote_is_inert(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("begin", ["# a", "- a", "+ a", "1. a", "12) a", "===", "~~~"])
 def test_a_text_of_others_begins_no_block(begin: str) -> None:
-    (line,) = markdown.written([Paragraph(begin)]).splitlines()
+    (line,) = blocks_in_markdown([Paragraph(begin)]).splitlines()
     assert line.replace("\\", "") == begin and re.match(r"\d*\\", line)
 
 
@@ -516,9 +531,22 @@ def test_a_table_has_a_cell_for_every_column() -> None:
         Table.of(("a", "b"), [("1", "2"), ("3",)])
 
 
-def test_the_command_is_exact(tmp_path: Path) -> None:
+def test_every_writer_has_the_cells_of_a_table(capsys: Any) -> None:
+    table = Table.of(("name", Column("size", "number")), [("a|b, c", 7), (None, 12.5)], "Sizes", totals=1)
+    assert table.markdown().splitlines() == ["| name | size |", "| --- | ---: |", r"| a\|b, c | 7 |", "|  | 12.5 |"]
+    aligned = ["| name    | size |", "| ------- | ---: |", r"| a\|b, c |    7 |", "|         | 12.5 |"]
+    assert table.markdown(aligned=True).splitlines() == aligned
+    assert table.csv().splitlines() == ["name,size", '"a|b, c",7', ",12.5"]
+    Console(width=40).print(table)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == "Sizes" and lines[4:7] == ["│ a|b, c │    7 │", "├────────┼──────┤", "│        │ 12.5 │"]
+    Console(width=40).print(facts([("model", "m"), ("layers", 3)]))
+    assert capsys.readouterr().out.splitlines() == [" model   m ", " layers  3 "]
+
+
+def test_the_command_is_exact() -> None:
     command = "nbl-export --model 'my model' --calibration a--b_c*d.txt  --output run"
-    written = Written(tmp_path, changed(MANIFEST, command=command), bench=None)
+    written = Written(changed(MANIFEST, command=command), bench=None)
     assert f"\n    {command}\n" in written.markdown
     code = re.search(r"<pre>(.*?)</pre>", written.html, re.DOTALL)
     assert code is not None and "".join(Outline(code[1]).text) == command
@@ -526,7 +554,7 @@ def test_the_command_is_exact(tmp_path: Path) -> None:
 
 def test_same_input_same_bytes(written: Written, tmp_path: Path) -> None:
     with matplotlib.rc_context({"font.size": 25, "axes.linewidth": 9, "svg.hashsalt": None}):
-        again = Written(tmp_path, copy.deepcopy(MANIFEST), copy.deepcopy(VERIFY), copy.deepcopy(BENCH))
+        again = Written(copy.deepcopy(MANIFEST), copy.deepcopy(VERIFY), copy.deepcopy(BENCH), tmp_path)
     assert (again.html, again.markdown, again.json) == (written.html, written.markdown, written.json)
     assert "<dc:date>" not in written.html and "Matplotlib" not in written.html
 
@@ -547,7 +575,7 @@ def test_markdown_has_the_tables_of_the_page(written: Written) -> None:
 def test_depth_plot_only_for_more_than_one_depth(written: Written, tmp_path: Path) -> None:
     shallow = changed(BENCH, timings=[t for t in BENCH["timings"] if t["depth"] == 0])
     assert 'id="depths-' in written.html
-    assert 'id="depths-' not in Written(tmp_path, bench=shallow).html
+    assert 'id="depths-' not in Written(bench=shallow, out=tmp_path).html
 
 
 def test_layer_plot_fills_replaced_layers() -> None:

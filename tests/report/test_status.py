@@ -14,7 +14,7 @@ from nbl_export.errors import NblError
 from nbl_export.publish.card import check_publishable
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import RungResult, status_of
-from nbl_export.report.tables import rungs_table
+from nbl_export.report.console import rungs_table
 from nbl_export.run.stages.common import verdict
 from nbl_export.trust.terminal import Console
 from nbl_export.verify import ladder, words
@@ -57,10 +57,10 @@ def test_a_quantised_graph_is_verified_by_a_twin_alone(
     assert verified(precision, *rungs)["status"] == status
 
 
-def test_the_page_tells_a_comparison_from_a_proof(tmp_path: Path) -> None:
+def test_the_page_tells_a_comparison_from_a_proof() -> None:
     """Badge in both files: another word and another colour."""
-    proven = Written(tmp_path / "a", verify=verified("int4", EXACT, ROUNDED, TEXT))
-    near = Written(tmp_path / "b", verify=verified("int4", COARSE, TEXT))
+    proven = Written(verify=verified("int4", EXACT, ROUNDED, TEXT))
+    near = Written(verify=verified("int4", COARSE, TEXT))
     assert (proven.json["status"], near.json["status"]) == ("verified", "compared")
     badges = [re.findall(r'<p class="badge (\w*)"><strong>([^<]*)', page.html) for page in (proven, near)]
     assert badges == [[("ok", "Verified")], [("words", "Compared, not proven")]]
@@ -73,16 +73,16 @@ def test_the_page_tells_a_comparison_from_a_proof(tmp_path: Path) -> None:
 
 
 def test_the_console_tells_it_too(capsys: Any) -> None:
-    Console(width=200).print(rungs_table(verified("int4", COARSE, TEXT)))
+    Console(width=200).print(*rungs_table(verified("int4", COARSE, TEXT)))
     said = " ".join(capsys.readouterr().out.split())
     assert "compared, but its wiring is not proven" in said and "verified" not in said.lower()
-    Console(width=200).print(rungs_table(verified("int4", EXACT, ROUNDED)))
+    Console(width=200).print(*rungs_table(verified("int4", EXACT, ROUNDED)))
     assert "not proven" not in capsys.readouterr().out
 
 
-def test_a_failed_run_is_neither(tmp_path: Path) -> None:
+def test_a_failed_run_is_neither() -> None:
     found = verified("int4", COARSE, TEXT)
-    written = Written(tmp_path, manifest={**MANIFEST, "status": "failed"}, verify=found, bench=BENCH)
+    written = Written(manifest={**MANIFEST, "status": "failed"}, verify=found, bench=BENCH)
     assert written.json["status"] == "failed" and "Verification failed" in written.html
 
 

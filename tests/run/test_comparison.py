@@ -15,11 +15,8 @@ from safetensors.numpy import load_file
 
 from nbl_export.errors import UsageError
 from nbl_export.graph.sizes import read_graph_facts
-from nbl_export.measure.rows import read_timings, speed_ratios, speed_rows
+from nbl_export.measure.paired import figures
 from nbl_export.report.bench_formats import FORMATS, format_of, render
-from nbl_export.targets.onnx.engine import OrtEngine
-from nbl_export.targets.onnx.genai import GenaiRunner
-from nbl_export.targets.runners import Room
 
 from ..command import Outcome, assert_refused, nbl, snapshot
 from ..tiny import HEAD_DIM, LAYERS
@@ -62,22 +59,6 @@ def test_directories_are_held_against_the_one_named_and_else_the_first(finished:
     named = measured(model, "--against", original, "--batch", "1,2")
     assert named["base"] == str(original) and {r["variant"] for r in named["ratios"]} == {str(model)}
     assert {(r["test"], r["batch"]) for r in named["rows"]} == {("pp8", 1), ("tg3", 1), ("pp8", 2), ("tg3", 2)}
-
-
-def test_runners_are_told_what_they_will_be_asked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the stage and by the comparison; batches hold the token that they pick last."""
-    told = []
-
-    def open_runner(self: OrtEngine, directory: Path, threads: int | None = None, room: Room | None = None) -> Any:
-        told.append((directory.name, room))
-        return GenaiRunner(directory, threads)
-
-    monkeypatch.setattr(OrtEngine, "open_runner", open_runner)
-    measured(run / "model", "--batch", "1,2")
-    assert set(told) == {("model", Room(8 + 1, 2))}
-    told.clear()
-    assert nbl("bench", run, *SHORT).status == 0
-    assert set(told) == {("original", Room(8)), ("model", Room(8))}
 
 
 def test_graphs_say_how_large_they_are(exported: Callable[..., Path], checkpoint: Callable[[str], Path]) -> None:
@@ -140,11 +121,10 @@ def value(batch: int = 1) -> dict[str, Any]:
     facts = {"peak_memory_bytes": 2**20, "steady_memory_bytes": 2**19, "load_seconds": 0.5, "model_bytes": 3 * 2**29,
              "disk_bytes": {"graph": 5, "weights": 7}, "kv_cache_bytes_per_token": 9, "parameters": 134_515_008,
              "engine": "ort", "provider": "cpu"}  # fmt: skip
-    read = read_timings({"timings": timings})
     return {
         "background": {"cores": 2, "others": 0.8, "stolen": 0.0, "waits": 60, "gave_up": 0, "busy": True, "loads": []},
-        "base": "a|x", "machine": {"cpu": "A processor"}, "rows": speed_rows(read),
-        "ratios": speed_ratios(read, "a|x", until_narrow=False),
+        "base": "a|x", "machine": {"cpu": "A processor"},
+        **figures({"timings": timings, "base": "a|x", "repetitions": 5}),
         "variants": {"a|x": facts, "b": {**facts, "parameters": None}},
     }  # fmt: skip
 
@@ -182,6 +162,7 @@ def test_tables_for_people_say_ratio_and_interval_once_for_each_test() -> None:
     assert all(word in table for word in ("2.00×", "3.00 / 3.90 / 3.98", "501.0"))
     said = "measured on a busy machine: other processes used 0.8 of 2 cores"
     assert text.count(said) == table.count(said) == 1
+    assert "busy machine" not in render(value(), "llama-bench")  # which has llama-bench's columns alone
 
 
 def test_json_is_everything() -> None:

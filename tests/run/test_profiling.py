@@ -13,7 +13,7 @@ import pytest
 
 from nbl_export.errors import NblError
 from nbl_export.graph.decoder import OnnxDecoder
-from nbl_export.report.profile_table import profile_table
+from nbl_export.report.console import profile_table
 from nbl_export.run.profile import Run, read_trace, summarise
 
 from ..command import assert_refused, nbl, snapshot
@@ -121,7 +121,7 @@ def test_the_table_has_a_row_for_every_operator_of_either_decoder() -> None:
     one, two = summarise(read_trace(TRACE)), summarise([Run(10, (("x", "Gather", 8),))])
     decoders = {"original": {"prefill": one, "decode": one}, "nbl": {"prefill": two, "decode": two}}
     console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(profile_table({"prompt_tokens": 8, "decoders": decoders}))
+    console.print(*profile_table({"prompt_tokens": 8, "decoders": decoders}))
     text = console.export_text()
     for operator in ("MatMul", "Add", "Gather"):
         assert operator in text

@@ -13,7 +13,8 @@ import torch
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.plan.maps_file import load_maps
-from nbl_export.report import plots, tables
+from nbl_export.report import console as printed
+from nbl_export.report import plots
 from nbl_export.run.stages.sweep import recommend
 from nbl_export.text.window_intervals import increase_interval
 
@@ -198,6 +199,6 @@ def test_table_says_what_is_not_finite_and_what_was_distilled_for_more_layers() 
     p = {**point("distilled", 1, None), "prefill_tail_pruned": 1.2, "decode": 1.1, "prices": [price]}
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     points = [{**p, "distilled_for": 1}, {**p, "distilled_for": 3}]
-    console.print(tables.sweep_table({"order": [1], "texts": ["t"], "points": points, "recommended": None}))
+    console.print(printed.sweep_table({"order": [1], "texts": ["t"], "points": points, "recommended": None}))
     told = console.export_text()
     assert "not finite" in told and "distilled for 3" in told and "distilled for 1" not in told

@@ -19,13 +19,7 @@ import pytest
 
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.targets.base import BuildSettings
-from nbl_export.targets.tensorrt import (
-    build,
-    kernels,
-    log,
-    network,
-    runner,
-)
+from nbl_export.targets.tensorrt import build, kernels, log, network, runner
 from nbl_export.targets.tensorrt import engine as tensorrt
 from nbl_export.targets.tensorrt import export as static
 from nbl_export.targets.tensorrt import record as engine_record

@@ -33,10 +33,7 @@ def bench_lossless(directory: Path, asked: Mapping[str, Any], ui: Ui) -> dict[st
     Raises:
         UsageError: another option, or more than one number of threads. NblError: the run has no lossless/.
     """
-    from nbl_export.files import versions
-    from nbl_export.measure.benchmark import machine
     from nbl_export.measure.lossless import Way, time_ways
-    from nbl_export.run_directory import PACKAGES
 
     options = JobOptions("", **asked)
     if options.batches != (1,):
@@ -61,5 +58,4 @@ def bench_lossless(directory: Path, asked: Mapping[str, Any], ui: Ui) -> dict[st
         loads = asked_of(runner, runner.most_tokens - NEW_TOKENS, options.repetitions or LOADS)
     with ui.task("lossless rounds") as progress:
         samples = time_ways(ways, openers, dict(enumerate(loads)), NEW_TOKENS, progress)
-    found = measured(chosen.draft, precision, [], samples)
-    return {**found, "machine": machine(), "versions": versions(PACKAGES)}
+    return measured(chosen.draft, precision, [], samples)

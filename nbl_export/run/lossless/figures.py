@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nbl_export.measure.benchmark import where_measured
 from nbl_export.measure.lossless import (
     Asked,
     Sample,
@@ -51,6 +52,7 @@ def measured(draft: str, precision: str, trial: Sequence[Sample], samples: Seque
         "trial": [{"proposer": row["proposer"], "ratio": row["ratio"]} for row in overall(trial)],
         "overall": best,
         "rows": rows(samples),
+        **where_measured(),
     }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import ParityError
-from nbl_export.files import versions, write_json
+from nbl_export.files import write_json
 from nbl_export.graph.names import MANIFEST
 from nbl_export.measure.lossless import (
     Sample,
@@ -33,7 +33,7 @@ from nbl_export.run.lossless.figures import (
     measured,
     spoken,
 )
-from nbl_export.run_directory import LOSSLESS_FILE, PACKAGES
+from nbl_export.run_directory import LOSSLESS_FILE
 from nbl_export.targets.runners import Draft
 from nbl_export.text.prompts import prompts
 
@@ -46,7 +46,6 @@ Blocks = Mapping[str, Mapping[str, Any]]  # name of a draft -> its block of gena
 
 def run(job: Job, out: Path) -> dict[str, Any]:
     """Write lossless/ and lossless.json."""
-    from nbl_export.measure.benchmark import machine
 
     own = job.options.precision == "int4" or (job.options.precision == GGUF and codes_for_drafts(job) is not None)
     if job.options.draft == "int4" and own:
@@ -61,7 +60,7 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     chosen = next(p for p in _asked(job) if p.name == result["chosen"]["name"])
     job.engine.settle(target, chosen, blocks)
     write_json(target / MANIFEST, {**_facts(job), "lossless": result["chosen"]})
-    write_json(out / LOSSLESS_FILE, {**result, "machine": machine(), "versions": versions(PACKAGES)})
+    write_json(out / LOSSLESS_FILE, result)
     job.ui.say(f"  {spoken(result)}")
     return {}
 

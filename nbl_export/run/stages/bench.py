@@ -7,103 +7,48 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nbl_export.cost import model, roofline
-from nbl_export.cost.roofline import MachineRates
-from nbl_export.errors import NblError
-from nbl_export.files import versions, write_json
-from nbl_export.model.memory import available_bytes
+from nbl_export.files import write_json
+from nbl_export.measure.benchmark import BenchSetting, side_by_side
+from nbl_export.measure.cost import map_sizes
+from nbl_export.measure.roofline import is_limited, limits_of
+from nbl_export.measure.rounds import Variant
 from nbl_export.plan.maps_file import load_maps
 from nbl_export.run.facts import require_engine
 from nbl_export.run.job import Job
 from nbl_export.run.stages.common import VARIANTS, cost_of, verdict
-from nbl_export.run_directory import BENCH_FILE, MAPS_FILE, PACKAGES
+from nbl_export.run_directory import BENCH_FILE, MAPS_FILE
 
-__all__ = ["limits_of", "measure_machine", "run"]
+__all__ = ["run"]
 
 
 def run(job: Job, out: Path) -> dict[str, Any]:
-    from nbl_export.measure import background, benchmark, energy
-
-    capabilities = job.engine.capabilities
     require_engine(job.options)
-    options, spec, plan = job.options, job.spec, job.plan
-    itemsize = capabilities.cache_itemsize(options.precision)
-    threads = options.threads or (job.engine.default_threads(),)
-    root = job.run.path / ("engine" if capabilities.static else "")
-    setting = benchmark.BenchSetting(
+    options, spec, engine = job.options, job.spec, job.engine
+    capabilities = engine.capabilities
+    setting = BenchSetting(
         vocab_size=spec.vocab_size,
         context_length=job.slots,
-        versions=versions(PACKAGES),
         engine=options.engine,
         provider=options.provider,
+        threads=engine.default_threads(),
+        gpu=capabilities.static or options.provider != "cpu",
     )
-    gpu = capabilities.static or options.provider != "cpu"
-    directories = {subject: root / name for subject, name in VARIANTS.items()}
-    new_tokens = benchmark.decode_tokens(options.generate_tokens, directories.values(), gpu=gpu)
-    scenarios = benchmark.plan_scenarios(options.prompt_tokens, new_tokens, options.depths, options.batches, threads)
-    open_runner = functools.partial(job.engine.open_runner, room=benchmark.room_for(scenarios, job.slots))
+    root = job.run.path / ("engine" if capabilities.static else "")
+    token_bytes = functools.partial(spec.cache_bytes_per_token, itemsize=capabilities.cache_itemsize(options.precision))
     variants = {
-        subject: benchmark.Variant(directory, open_runner, spec.cache_bytes_per_token(kept, itemsize))
-        for (subject, directory), kept in zip(directories.items(), (spec.num_layers, len(plan.kept)), strict=True)
+        subject: Variant(root / name, engine.open_runner, token_bytes(kept))
+        for (subject, name), kept in zip(VARIANTS.items(), (spec.num_layers, len(job.plan.kept)), strict=True)
     }
-    instruments = benchmark.Instruments(meter=energy.find_meter(gpu=gpu))
     with job.ui.task("rounds") as progress:
-        result = benchmark.run(
-            variants, scenarios, options.repetitions, progress, setting=setting, instruments=instruments
-        )
-    if result["background"]["busy"]:
-        job.ui.say(f"  {background.spoken(result['background'])}")
-    said = {subject: job.engine.arithmetic(directory) for subject, directory in directories.items()}
+        result = side_by_side(variants, options, setting, progress, job.ui.say)
+    said = {subject: engine.arithmetic(variant.directory) for subject, variant in variants.items()}
     arithmetic = {"arithmetic": said} if any(said.values()) else {}
-    write_json(out / BENCH_FILE, {**result, **limits_of(job, result), **arithmetic})
+    write_json(out / BENCH_FILE, {**result, **_limits(job, result), **arithmetic})
     return {"status": verdict(job)}
 
 
-_BYTES = 2 << 30  # required free memory; the measurement takes 0.6 GB
-
-
-def limits_of(job: Job, bench: Mapping[str, Any]) -> dict[str, Any]:
-    """Hardware limits to add to bench.json; empty for another engine than ONNX Runtime on a CPU.
-
-    Also empty if machine or decoder are unknown, or if memory is short.
-    """
-    capabilities = job.engine.capabilities
-    if capabilities.static or capabilities.graphs != "onnx" or job.options.provider != "cpu":
+def _limits(job: Job, bench: Mapping[str, Any]) -> dict[str, Any]:
+    if not is_limited(job.engine.capabilities, job.options.provider):
         return {}
-    if available_bytes() < _BYTES:  # the measurement would make a small machine swap
-        return {}
-    try:
-        costs = cost_of(job)
-    except NblError:  # the checkpoint is gone, or the configuration of a graph does not state the MLP's width
-        return {}
-    sizes = model.map_sizes(load_maps(job.run.path / MAPS_FILE, job.plan.replaced))
-    found = []
-    for threads in bench["threads"]:
-        timings = [t for t in bench["timings"] if t["threads"] == threads and t["batch"] == 1]
-        if timings:
-            rates = _rates(threads)
-            rows = roofline.expect(roofline.rows({"timings": timings}, costs, sizes, rates, job.options.precision))
-            found.append({"rates": rates.to_json(), "rows": [{"threads": threads, "batch": 1, **row} for row in rows]})
-    return {"limits": found} if found else {}
-
-
-def measure_machine(threads: int) -> MachineRates:
-    """Measure this machine's rates with a number of threads, in seconds and 0.6 GB of memory.
-
-    Other programs that run at the same time make the rates too low.
-
-    Raises:
-        NblError: ONNX Runtime is not installed.
-    """
-    from nbl_export.measure import rates
-
-    try:
-        products = rates.gemm_flops_per_second(threads)
-    except ImportError as error:
-        raise NblError(
-            f"measuring the machine needs onnxruntime and onnx ({error}): install nbl-export[cpu]"
-        ) from error
-    return MachineRates(products, rates.read_bytes_per_second(threads), threads)
-
-
-_rates = functools.cache(measure_machine)  # each process measures the machine once
+    sizes = map_sizes(load_maps(job.run.path / MAPS_FILE, job.plan.replaced))
+    return limits_of(bench, functools.partial(cost_of, job), sizes, job.options.precision)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.cost.model import CostModel, cost_model
+from nbl_export.measure.cost import CostModel, cost_model
 from nbl_export.records.plan import AffineMap, layers_below
 from nbl_export.records.results import status_of
 from nbl_export.run.job import Job

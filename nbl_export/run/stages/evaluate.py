@@ -83,7 +83,7 @@ def _open(job: Job, variant: str) -> Any:
             from nbl_export.evaluation.lm import OnnxLM
 
             return OnnxLM(path=str(job.run.path), variant=variant)
-        from nbl_export.evaluation.torch_lm import torch_lm
+        from nbl_export.evaluation.lm import torch_lm
         from nbl_export.model.checkpoint.load import load_tokenizer
         from nbl_export.model.linearize import linearize
         from nbl_export.plan.maps_file import load_maps

@@ -14,7 +14,7 @@ from nbl_export.options.goals import goal_of
 from nbl_export.options.options import GIVEN_FIT
 from nbl_export.plan.choose import a_quarter, choose
 from nbl_export.records.plan import AffineMap, Plan
-from nbl_export.report.sections.curve import spoken_curve
+from nbl_export.report.quality import spoken_curve
 from nbl_export.run.job import Job
 from nbl_export.run.stages.goal import count_for_goal
 from nbl_export.run.stages.selection import Selection

@@ -14,8 +14,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from nbl_export.calibrate.moments_file import whole_moments
-from nbl_export.cost.model import map_sizes
 from nbl_export.files import key_of
+from nbl_export.measure.cost import map_sizes
 from nbl_export.model.mixes import SwitchedModel
 from nbl_export.options.goals import default_select, read_rank, saving_inputs
 from nbl_export.plan import lmmse

@@ -1,7 +1,7 @@
 """The sweep stage: quality against speed for every number of layers, and the recommended point.
 
     order of layers (`--select`) ─► first 0, 1, ... m layers ─► KL, perplexity on each text    (torch, deciding windows)
-                                                             └► speed-up                       (`cost`)
+                                                             └► speed-up                       (`measure.cost`)
 
 The sweep covers fitted maps, attention dropped in the same order, and the run's distilled maps if there are any.
 
@@ -20,7 +20,7 @@ from typing import Any
 
 from nbl_export.files import write_json
 from nbl_export.options.goals import DEFAULT_INCREASE, default_select, saving_inputs
-from nbl_export.report.tables import METHOD_NAMES
+from nbl_export.report.console import METHOD_NAMES
 from nbl_export.run.job import Job
 from nbl_export.run_directory import MAPS_FILE, SWEEP_FILE
 from nbl_export.text.held_back import DIVISION

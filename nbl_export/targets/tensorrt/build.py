@@ -52,12 +52,7 @@ from nbl_export.targets.tensorrt.network import (
     lacks_kernel,
     parse,
 )
-from nbl_export.targets.tensorrt.record import (
-    ENGINE_FILE,
-    RECORD_FILE,
-    EngineRecord,
-    digest_of,
-)
+from nbl_export.targets.tensorrt.record import ENGINE_FILE, RECORD_FILE, EngineRecord, digest_of
 from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles
 from nbl_export.trust.contained import check_inside
 from nbl_export.trust.own_engines import remember

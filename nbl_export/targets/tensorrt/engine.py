@@ -24,13 +24,7 @@ from nbl_export.errors import NblError
 from nbl_export.graph.names import GRAPH_FILE, all_logits_file
 from nbl_export.targets.base import Availability, BuildSettings, DecoderFacts, ExportSettings, Target
 from nbl_export.targets.export.bounds import check_bounds
-from nbl_export.targets.gpu import (
-    CUDA,
-    Gpu,
-    find_gpu,
-    outdated,
-    release_for,
-)
+from nbl_export.targets.gpu import CUDA, Gpu, find_gpu, outdated, release_for
 from nbl_export.targets.runners import Room
 from nbl_export.targets.tensorrt.kernels import trust_folder
 from nbl_export.targets.tensorrt.library import LIBRARIES, Library, load_library

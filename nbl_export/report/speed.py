@@ -1,32 +1,35 @@
-"""Speed, latency, energy, memory and size: what bench.json measured, both variants side by side."""
+"""Speed, latency, energy, memory and size: what bench.json measured, both variants side by side.
+
+Also compiled engines, and decoding by the original to which something cheaper proposes tokens (lossless in float32).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nbl_export.measure import background
+from nbl_export.measure.instruments import spoken_background
+from nbl_export.measure.lossless import decoding, equal_answers
 from nbl_export.measure.paired import (
     FEWEST_LOADS,
     LEVEL_UNTIL_NARROW,
     exact_level,
     spoken_level,
+    spoken_ratio,
 )
-from nbl_export.measure.rows import spoken_ratio
 from nbl_export.report import words
-from nbl_export.report.blocks import (
+from nbl_export.report.document import (
     Block,
-    Cell,
-    Column,
+    Details,
     Figure,
     Figures,
     Heading,
     Paragraph,
     Section,
-    Table,
 )
+from nbl_export.report.table import Cell, Column, Table
 
-__all__ = ["compared", "is_swept", "section"]
+__all__ = ["engines", "is_swept", "lossless", "lossless_table", "ratios", "speed"]
 
 _VARIANTS = {"original": "original", "nbl": "NBL"}
 _FIGURES = Figures((
@@ -37,7 +40,7 @@ _FIGURES = Figures((
 ))  # fmt: skip
 
 
-def section(report: Mapping[str, Any]) -> Section:
+def speed(report: Mapping[str, Any]) -> Section:
     """What the benchmark measured, or that it measured nothing."""
     if not report["bench"]:
         return Section("Speed", (Paragraph("Speed and memory were not measured."),))
@@ -64,7 +67,7 @@ def _setting(report: Mapping[str, Any]) -> Paragraph:
     arithmetic = f" The engine {' in the original, and '.join(said)}." if said else ""
     return Paragraph(
         f"{bench['engine']} on {bench['provider']}, {words.listed(bench['threads'] or 'default')} threads.{arithmetic} "
-        f"The two variants took turns, round by round. Speed was {background.spoken(bench['background'])}.{logits} "
+        f"The two variants took turns, round by round. Speed was {spoken_background(bench['background'])}.{logits} "
         "In the name of a test, pp is prefill, tg is decode, and the number counts tokens. "
         "Depth is the number of tokens that the cache held before."
     )
@@ -72,18 +75,7 @@ def _setting(report: Mapping[str, Any]) -> Paragraph:
 
 def _ratios(report: Mapping[str, Any]) -> Iterator[Block]:
     yield Heading("Paired ratios")
-    columns: tuple[Column | str, ...] = (
-        "Test",
-        "Verdict",
-        *Column.numbers("Ratio", "From", "To", "Loads above 1"),
-        "Interval",
-    )
-    swept = is_swept(report)
-    yield Table.of(columns, [
-        (words.test(r, swept=swept), Cell.verdict(r["verdict"], good="faster", bad="slower"),
-         *(spoken_ratio(r[name]) for name in ("ratio", "low", "high")), f"{r['wins']} of {r['loads']}", r["interval"])
-        for r in report["ratios"]
-    ])  # fmt: skip
+    yield ratios(report)
     yield Paragraph(
         "Both decoders are loaded anew for every round, because timings depend on where a load lies in memory. "
         "A ratio is the median over the loads of NBL tokens/s divided by original tokens/s. "
@@ -93,7 +85,19 @@ def _ratios(report: Mapping[str, Any]) -> Iterator[Block]:
         f"Fewer than {FEWEST_LOADS} loads give no verdict."
     )
     for skipped in report["bench"].get("skipped") or ():
-        yield Paragraph(f"Not measured: {words.test(skipped, swept=swept)}. {skipped['reason']}.")
+        yield Paragraph(f"Not measured: {words.test(skipped, swept=is_swept(report))}. {skipped['reason']}.")
+
+
+def ratios(report: Mapping[str, Any], title: str = "") -> Table:
+    """NBL tokens/s over the original's, a row a test."""
+    columns = (
+        "Test", "Verdict", *Column.numbers("Ratio", "From", "To", "Loads above 1"), "Interval"
+    )  # fmt: skip
+    return Table.of(columns, [
+        (words.test(r, swept=is_swept(report)), Cell.verdict(r["verdict"], good="faster", bad="slower"),
+         *(spoken_ratio(r[name]) for name in ("ratio", "low", "high")), f"{r['wins']} of {r['loads']}", r["interval"])
+        for r in report["ratios"]
+    ], title)  # fmt: skip
 
 
 def _level(report: Mapping[str, Any]) -> str:
@@ -143,7 +147,7 @@ def _limits(report: Mapping[str, Any]) -> Iterator[Block]:
     if not limits:
         return
     yield Heading("Share of what the machine allows")
-    columns: tuple[Column | str, ...] = (
+    columns = (
         "Test",
         "Variant",
         "Bound by",
@@ -204,3 +208,118 @@ def _sizes(report: Mapping[str, Any]) -> Iterator[Block]:
     rows.append(("Load time", words.duration(before), words.duration(after), words.change(before, after)))
     yield Heading("Memory, size and load time")
     yield compared(rows)
+
+
+# -- compiled engines ------------------------------------------------------------------------------------------
+
+_ATTENTION = {
+    "fused": "Attention runs in fused kernels.",
+    "decomposed": "Attention is decomposed into matrix products, because the library has no fused kernel for it.",
+}
+
+
+def engines(report: Mapping[str, Any]) -> tuple[Section, ...]:
+    """One section, or none if nothing was compiled."""
+    if not report["engines"]:
+        return ()
+    before, after = report["engines"]["original"], report["engines"]["nbl"]
+
+    def row(name: str, key: str, spoken: Any) -> tuple[str, str, str, str]:
+        return name, spoken(before[key]), spoken(after[key]), words.change(before[key], after[key])
+
+    table = compared([
+        row("Build time", "build_seconds", words.duration),
+        row("Engine on disk", "plan_bytes", words.size),
+        row("KV cache per token", "cache_bytes_per_token", words.size),
+        row("KV cache of all slots", "cache_bytes", words.size),
+        row("Layers with a cache", "cache_layers", str),
+    ])  # fmt: skip
+    return (Section("Engines", (Paragraph(_compiled(before)), table)),)
+
+
+def _compiled(engine: Mapping[str, Any]) -> str:
+    batch = f"{engine['max_batch']} {words.plural('sequence', engine['max_batch'])}"
+    return (
+        f"Compiled by {engine['engine']} {engine['version']} in {engine['precision']} for compute capability "
+        f"{words.listed(engine['compute_capabilities'])}. "
+        f"An engine takes up to {batch} of {engine['max_seq_len']:,} tokens, and prefill in chunks of "
+        f"{engine['prefill_chunk']}. {_ATTENTION[engine['attention']]} "
+        "The graphs were verified on a CPU, as float32 graphs of the same nodes."
+    )
+
+
+# -- proposed tokens -------------------------------------------------------------------------------------------
+
+_PROMPTS = {
+    "prose": "prose, to go on with",
+    "code": "code, to go on with",
+    "chat": "a question",
+    "summary": "a text to summarise",
+    "all": "all",
+}
+
+
+def lossless(report: Mapping[str, Any]) -> tuple[Section, ...]:
+    """One section, or none if no proposer was asked for."""
+    found = report.get("lossless")
+    if not found:
+        return ()
+    note = Paragraph(" ".join(_lossless_note(found, report["precision"])))
+    trial = Table.of(
+        (Column("Tokens proposed by", "wrap"), *Column.numbers("Speed over plain decoding, one round")),
+        [(row["proposer"], spoken_ratio(row["ratio"])) for row in found["trial"]],
+    )
+    title = decoding(report["precision"]).capitalize()
+    return (Section(title, (note, lossless_table(found), Details("The trial of all proposers", (trial,)))),)
+
+
+def lossless_table(found: Mapping[str, Any]) -> Table:
+    """The figures of lossless.json, by proposer and kind of prompt."""
+    numbers = ("Accepted", "Tokens per step", "Prefill", "Decode", "Whole answer", "Interval", "Equal answers")
+    columns = (
+        Column("Tokens proposed by", "wrap"), Column("Prompt", "wrap"), *Column.numbers(*numbers)
+    )  # fmt: skip
+    return Table.of(columns, [_proposed(row) for row in (*found["rows"], *found["overall"])])
+
+
+def _proposed(row: Mapping[str, Any]) -> tuple[str, ...]:
+    accepted = "–" if row["acceptance"] is None else words.percent(row["acceptance"])
+    return (
+        row["proposer"],
+        _PROMPTS[row["kind"]],
+        accepted,
+        "–" if row["tokens_per_round"] is None else f"{row['tokens_per_round']:.2f}",
+        f"×{spoken_ratio(row['prefill_ratio'])}",
+        f"×{spoken_ratio(row['decode_ratio'])}",
+        row["verdict"] if row["low"] <= 1 <= row["high"] else f"×{spoken_ratio(row['ratio'])}",
+        f"{spoken_ratio(row['low'])} to {spoken_ratio(row['high'])}",
+        f"{row['equal']} of {row['prompts']}",
+    )
+
+
+def _lossless_note(found: Mapping[str, Any], precision: str) -> Iterator[str]:
+    best = found["overall"][0]
+    yield "The folder lossless/ holds the original decoder, which decides every token, and proposes tokens to it."
+    if found["pays"]:
+        yield f"The fastest proposer is {best['proposer']}: ×{spoken_ratio(best['ratio'])} of plain decoding."
+    else:
+        yield f"Speculation does not pay here: the fastest proposer, {best['proposer']}, is not faster by its interval."
+        yield "Use original/ instead, or measure with prompts like your own."
+    yield "Each factor is speed over plain decoding; that of a whole answer counts the prompt, which a draft reads too."
+    level = spoken_level(exact_level(best["loads"]))
+    yield f"Intervals of {best['loads']} loads contain the true median in {level} of all cases."
+    yield f"Plain decoding gives {best['plain_tokens_per_second']:.1f} tokens a second."
+    yield f"Answers have up to {found['new_tokens']} tokens. In this run {equal_answers(best)} equal plain decoding's."
+    if precision == "fp32":
+        yield "Sampling keeps the original's distribution."
+    else:
+        yield (
+            f"Kernels of {precision} round steps of one and of several tokens differently, so these answers are not "
+            "lossless."
+        )
+    if found["differences"]:
+        worst = max(d["margin"] for d in found["differences"])
+        yield (
+            f"{len(found['differences'])} answers leave the original's at a near-tie: there its two best logits are at "
+            f"most {worst:.2g} apart."
+        )

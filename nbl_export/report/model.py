@@ -1,29 +1,43 @@
-"""What stands before the first section: the verdict, what was replaced, and the four headline figures."""
+"""What the report says of the model: verdict, headline figures, scores of layers, verification, and how it was made."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from nbl_export.measure import background
-from nbl_export.measure.rows import spoken_ratio
+from nbl_export.measure.instruments import spoken_background
+from nbl_export.measure.paired import spoken_ratio
 from nbl_export.records.plan import spoken_layers
 from nbl_export.records.results import COMPARED, FAILED, VERIFIED
 from nbl_export.report import words
-from nbl_export.report.blocks import (
+from nbl_export.report.document import (
     Alarm,
     Badge,
     Block,
     Card,
     Cards,
+    Code,
+    Details,
+    Document,
+    Figure,
+    Figures,
+    Heading,
+    Items,
+    Pair,
     Paragraph,
+    Section,
     Strip,
+)
+from nbl_export.report.speed import is_swept
+from nbl_export.report.table import (
+    Cell,
+    Column,
+    Table,
     Tone,
 )
-from nbl_export.report.sections.speed import is_swept
 from nbl_export.text.window_intervals import spoken_price
 
-__all__ = ["head", "title"]
+__all__ = ["acceptance", "head", "layers", "origin", "title", "verification"]
 
 _CHOSEN_BY = {
     "cca": "the smallest CCA bounds",
@@ -128,7 +142,7 @@ def _busy(report: Mapping[str, Any]) -> tuple[Block, ...]:
     where = report["bench"] and report["bench"]["background"]
     if not where or not where["busy"]:
         return ()
-    return (Alarm(f"Speed was {background.spoken(where)}. Other processes affect the speed figures below."),)
+    return (Alarm(f"Speed was {spoken_background(where)}. Other processes affect the speed figures below."),)
 
 
 def _apart(report: Mapping[str, Any]) -> tuple[Block, ...]:
@@ -177,3 +191,125 @@ def _loss(report: Mapping[str, Any]) -> Card:
         lines.append(f"{said['increase']} on {row['text']}, KL {said['kl']}, top-1 agreement {said['top1']}")
     lines.append("above: the largest increase; in brackets: 95% intervals; reported, not gated")
     return Card("Quality loss: perplexity", " → ".join(ends), tuple(lines))
+
+
+# -- layers ----------------------------------------------------------------------------------------------------
+
+_SCORES = (
+    "How well a linear layer can replace each layer's attention, on the calibration text; smaller is better. "
+    "The CCA bound ranks layers and says nothing about the size of an error. "
+    "The bound is often far above 1, while the NMSE of a fitted map is at most 1. "
+    "The relative error is that of the residual output, the NMSE that of the attention output alone."
+)
+_DRAWINGS = Figures((
+    Figure("bound", "CCA bound of every layer."),
+    Figure("relative_error", "Error of the residual output of every layer, relative to its size."),
+))  # fmt: skip
+
+
+def layers(report: Mapping[str, Any]) -> Section:
+    """Drawings of the scores, and their table."""
+    columns = ("Layer", "Attention", *Column.numbers("CCA bound", "NMSE", "Relative error"))
+    table = Table.of(columns, [
+        (str(score["layer"]), "replaced" if score["layer"] in report["replaced_layers"] else "kept",
+         *(words.number(score[name]) for name in ("bound", "nmse", "relative_error")))
+        for score in report["scores"]
+    ])  # fmt: skip
+    return Section("Layers", (Paragraph(_SCORES), _DRAWINGS, Details("Scores of all layers", (table,))))
+
+
+# -- verification ----------------------------------------------------------------------------------------------
+
+_RUNG = (
+    "Rung",
+    "Subject",
+    Column("Metric", "wrap"),
+    *Column.numbers("Value", "Tolerance"),
+    "Verdict",
+    Column("Detail", "detail"),
+)
+
+
+def verification(report: Mapping[str, Any]) -> Section:
+    """Every rung with its verdict."""
+    proof = (Items(tuple(report["proof"])),) if report["proof"] else ()
+    note = f"Each rung compares one figure with a tolerance that was fixed beforehand for {report['precision']}."
+    return Section("Verification", (*proof, Paragraph(note), Table.of(_RUNG, map(_rung, report["rungs"]))))
+
+
+def _rung(rung: Mapping[str, Any]) -> tuple[Cell | str, ...]:
+    tolerance = rung["tolerance"]
+    verdict = "failed" if not rung["passed"] else "not gated" if tolerance is None else "passed"
+    allowed = "–" if tolerance is None else f"{tolerance:g}"
+    said = Cell.verdict(verdict, good="passed", bad="failed")
+    seen = words.number(rung["value"], "not finite")
+    return rung["rung"], rung["subject"], rung["metric"], seen, allowed, said, rung.get("detail") or ""
+
+
+_STATUS: Mapping[str, tuple[str, Tone]] = {
+    "passed": ("Accepted", "ok"),
+    "failed": ("Not accepted", "bad"),
+    "cannot run": ("Cannot run here", "bad"),
+    "incomplete": ("Not finished", "words"),
+}
+
+
+def acceptance(found: Mapping[str, Any]) -> Document:
+    """What acceptance.md says, of the value of acceptance.json."""
+    verdict, tone = _STATUS[found["status"]]
+    passed = sum(rung["passed"] for rung in found["rungs"])
+    said = "{subject}, rung {rung}: {metric}: {detail}"
+    failed = [said.format(**rung) for rung in found["rungs"] if not rung["passed"]]
+    failed += [found["cannot_run"]] if found["cannot_run"] else []
+    warning = "Do not use this engine on this machine before the first of these is settled."
+    head: tuple[Block, ...] = (
+        Paragraph(f"{found['engine']}, {found['precision']} · {found['machine']['os']}", "meta"),
+        Badge(verdict, f"{passed} of {len(found['rungs'])} checks passed", tone),
+        *([Alarm(warning, tuple(failed))] if failed else []),
+    )
+    told = (("Messages of the libraries", found["messages"]),
+            ("Versions", [f"{name} {version}" for name, version in found["versions"].items()]))  # fmt: skip
+    lists = (Section(title, (Items(tuple(texts)),)) for title, texts in told if texts)
+    checks = verification({"proof": [], "precision": found["precision"], "rungs": found["rungs"]})
+    return Document(f"Acceptance of {found['model']}", head, (checks, *lists))
+
+
+# -- origin ----------------------------------------------------------------------------------------------------
+
+
+def origin(report: Mapping[str, Any]) -> Section:
+    """What another needs to make the same model."""
+    settings = ((name.replace("_", " "), value) for name, value in (report["options"] or {}).items())
+    versions = [*_facts("Settings", settings), *_facts("Versions", (report["versions"] or {}).items())]
+    if report["bench"] and report["bench"]["versions"]:
+        versions += _facts("Versions at the benchmark", report["bench"]["versions"].items())
+    left = (*_stages(report), *_text(report), *_machine(report["machine"]))
+    return Section("How it was made", (Heading("Command"), Code(report["command"]), Pair(left, tuple(versions))))
+
+
+def _stages(report: Mapping[str, Any]) -> tuple[Block, ...]:
+    rows = [(name, words.duration(seconds)) for name, seconds in report["stage_seconds"].items()]
+    return Heading("Stages"), Table.of(("Stage", Column("Time", "number")), rows)
+
+
+def _text(report: Mapping[str, Any]) -> tuple[Block, ...]:
+    text = report["calibration"]
+    parts = ((f"sha256 of {part['name']}", part["sha256"]) for part in text.get("parts", ()))
+    facts = (("name", text["name"]), ("sha256", text["sha256"]), *parts, ("tokens", f"{text['tokens']:,}"),
+             ("context", text["context"]))  # fmt: skip
+    return _facts("Text" if report["without_original"] else "Calibration text", facts)
+
+
+def _machine(machine: Mapping[str, Any] | None) -> tuple[Block, ...]:
+    if not machine:
+        return ()
+    facts = (("processor", machine.get("cpu")), ("cores", machine.get("cores")),
+             ("memory", words.size(machine.get("memory_bytes"))), ("system", machine.get("os")),
+             ("Python", machine.get("python")))  # fmt: skip
+    return _facts("Machine", facts)
+
+
+def _facts(title: str, facts: Iterable[tuple[str, Any]]) -> tuple[Block, ...]:
+    """Names and values; None is a dash."""
+    rows = ((name, "–" if value is None else words.listed(value)) for name, value in facts)
+    return Heading(title), Table.of(("What", Column("Value", "value")), rows)

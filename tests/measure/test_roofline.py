@@ -1,10 +1,11 @@
-"""Costs against what ONNX Runtime really runs; percent of the limit, expectation and projection by hand."""
+"""Costs against what ONNX Runtime really runs; percent of the limit and expectation by hand."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,23 @@ import onnx
 import onnxruntime
 import pytest
 
-from nbl_export.cost.model import (
-    CostModel,
-    Work,
-    read_intermediate_size,
-    weight_bytes,
-)
-from nbl_export.cost.roofline import (
-    MachineRates,
-    efficiencies,
-    expect,
-    limit_seconds,
-    project,
-    rows,
-    shape_costs,
-)
 from nbl_export.errors import NblError
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import all_logits_file
+from nbl_export.measure import roofline
+from nbl_export.measure.cost import CostModel, Work, read_intermediate_size, weight_bytes
+from nbl_export.measure.roofline import (
+    MachineRates,
+    efficiencies,
+    expect,
+    is_limited,
+    limit_seconds,
+    limits_of,
+    measure_machine,
+    rows,
+)
+from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.run.stages.bench import measure_machine
 
 from ..tiny import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB
 
@@ -137,7 +135,7 @@ def test_rows_by_hand() -> None:
     whole = costs.prefill({}, 100).flops / 1e11
     step = sum(costs.decode({1: 4096}, 10 + i).bytes for i in range(4)) / 1e10
     found = rows(
-        {"timings": [timing("pp", 100, 0, "original", 2 * whole), timing("tg", 4, 10, "nbl", 5 * step)]},
+        [timing("pp", 100, 0, "original", 2 * whole), timing("tg", 4, 10, "nbl", 5 * step)],
         costs, {1: 4096}, MachineRates({"fp32": 1e11}, 1e10), "fp32",
     )  # fmt: skip
     assert [r["percent"] for r in found] == pytest.approx([50, 20])
@@ -162,32 +160,59 @@ def test_expectation() -> None:
     assert expect(found)[3]["expected_tokens_per_second"] == 8.0
 
 
-def test_rates_are_kept_as_json() -> None:
-    assert MachineRates.from_json(json.loads(json.dumps(MACHINE.to_json()))) == MACHINE
+# -- limits in bench.json -----------------------------------------------------------------------------------
 
 
-# -- projection ---------------------------------------------------------------------------------------------
+def bench_of(*threads: int) -> dict[str, Any]:
+    """Timings of one and of two sequences with each number of threads."""
+    timings = [{**timing("pp", 8, 0, name, 0.1), "threads": n, "batch": batch}
+               for n in threads for batch in (1, 2) for name in ("original", "nbl")]  # fmt: skip
+    return {"threads": list(threads), "timings": timings}
 
 
-def test_llama_8b_on_a_machine_of_100_gb_a_second() -> None:
-    """8.03e9 parameters less the embedding that is only looked up in: 7.50e9; int4 with scales 4.69 GB; 46.9 ms."""
-    machine = MachineRates.given(10e12, 100e9)
-    costs, sizes = shape_costs("Llama-3.1-8B", "int4"), dict.fromkeys(range(24, 32), 4096**2)
-    shares = {"prefill": 0.5, "decode": 0.7}
-    pp, tg = project(costs, sizes, machine, "int4", depths=(0,), shares=shares)
-    assert tg["limit_tokens_per_second"]["original"] == pytest.approx(1 / 46.9e-3, rel=1e-3)
-    assert tg["expected_tokens_per_second"]["nbl"] == pytest.approx(0.7 * tg["limit_tokens_per_second"]["nbl"])
-    saved = 8 * (2 * 4096**2 + 2 * 4096 * 1024 - 4096**2) * 0.625  # q, o, k, v less the map
-    assert tg["ratio"] == pytest.approx(46.9e-3 / (46.9e-3 - saved / 100e9), rel=1e-3)
-    assert (pp["bound"], tg["bound"], pp["projection"], tg["projection"]) == ("arithmetic", "memory", True, True)
-    assert pp["ratio"] > 1.25  # a quarter of the layers on one token
+def costs() -> CostModel:
+    return CostModel(SPEC, 96, 4.0, 4.0, 4)
 
 
-def test_deeper_caches_make_more_of_it() -> None:
-    costs = shape_costs("Mistral-7B-v0.3", "fp16")
-    near, far = project(costs, {31: 4096**2}, MACHINE, "fp16", depths=(0, 8192))[2:]
-    assert far["ratio"] > near["ratio"] > 1
-    assert "expected_tokens_per_second" not in far
+def test_one_entry_for_each_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch has no row."""
+    monkeypatch.setattr(roofline, "_rates", lambda n: MachineRates({"fp32": n * 1e9}, 1e9, n))
+    found = limits_of(bench_of(1, 2), costs, {1: 4096}, "fp32")["limits"]
+    assert [entry["rates"] for entry in found] == [
+        {"gemm_flops_per_second": {"fp32": n * 1e9}, "read_bytes_per_second": 1e9, "threads": n} for n in (1, 2)
+    ]
+    for n, entry in zip((1, 2), found, strict=True):
+        assert [(r["variant"], r["threads"], r["batch"]) for r in entry["rows"]] == [("original", n, 1), ("nbl", n, 1)]
+
+
+def test_nothing_where_memory_is_short_or_costs_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown() -> CostModel:
+        raise NblError("no width of the MLP")
+
+    monkeypatch.setattr(roofline, "_rates", lambda n: MACHINE)
+    assert limits_of(bench_of(1), unknown, {}, "fp32") == {}
+    monkeypatch.setattr(roofline, "available_bytes", lambda: 1 << 30)
+    assert limits_of(bench_of(1), costs, {}, "fp32") == {}
+
+
+def test_a_machine_is_measured_for_onnx_runtime_on_a_cpu_alone() -> None:
+    ort = Capabilities("ort", "ONNX Runtime", ("fp32",), {"genai": ("fp32",)}, "cpu")
+    assert is_limited(ort, "cpu") and not is_limited(ort, "cuda")
+    assert not is_limited(replace(ort, static=True), "cpu") and not is_limited(replace(ort, graphs="ir"), "cpu")
+
+
+def test_every_test_and_variant_of_a_run(finished: Path) -> None:
+    bench = json.loads((finished / "bench.json").read_text(encoding="utf-8"))
+    (found,) = bench["limits"]
+    assert [found["rates"]["threads"]] == bench["threads"]
+    keys = [(t["test"], t["depth"], t["variant"]) for t in bench["timings"]]
+    assert [(r["test"], r["depth"], r["variant"]) for r in found["rows"]] == keys
+    assert min(r[name] for r in found["rows"] for name in ("tokens_per_second", "limit_tokens_per_second")) > 0
+    by_variant = {r["variant"]: r["flops"] for r in found["rows"] if r["kind"] == "tg"}
+    assert by_variant["nbl"] < by_variant["original"]
+    page = (finished / "report.md").read_text(encoding="utf-8")
+    table = page.partition("### Share of what the machine allows")[2].partition("###")[0]
+    assert table.count("| arithmetic |") + table.count("| memory |") == len(keys)
 
 
 # -- the machine ----------------------------------------------------------------------------------------------
@@ -239,7 +264,7 @@ def test_explains_every_point_of_the_measured_sweep_of_smollm2() -> None:
         {**row, "samples_ns": [row["tokens"] * 1e9 / speed for speed in row["samples"]]} for row in report["rows"]
     ]
     machine = MachineRates({"fp32": 2e11}, 4e10)  # only which of the two bounds a test matters here
-    found = expect(rows({"timings": timings}, CostModel(spec, 1536, 4.0, 4.0, 4), sizes, machine, "fp32"))
+    found = expect(rows(timings, CostModel(spec, 1536, 4.0, 4.0, 4), sizes, machine, "fp32"))
     assert len(found) == 8 and {(r["kind"], r["bound"]) for r in found} == {("pp", "arithmetic"), ("tg", "memory")}
     assert [r for r in found if abs(r["error"]) > 0.15] == []
     prefill = [r for r in found if r["kind"] == "pp"]

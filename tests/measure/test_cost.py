@@ -8,13 +8,8 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from nbl_export.cost.model import (
-    CostModel,
-    cost_model,
-    read_intermediate_size,
-    weight_bytes,
-)
 from nbl_export.errors import CorruptError
+from nbl_export.measure.cost import CostModel, cost_model, read_intermediate_size, weight_bytes
 from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.run.facts import capabilities_of

@@ -1,1 +1,0 @@
-"""Cost model of a decoder, and its comparison with a machine (roofline)."""

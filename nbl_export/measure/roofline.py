@@ -1,0 +1,179 @@
+"""Measured speed as a share of the machine's limit.
+
+    time >= max(additions and multiplications / fastest matrix product, bytes / fastest reading of memory)
+
+Source: the roofline model (Williams, Waterman, Patterson 2009). Arithmetic and bytes come from `measure.cost`. The
+machine's two rates are measured (`measure_machine`). A small model can exceed 100% of the memory limit, if its
+weights stay in the processor's cache between two tokens.
+
+`expect` tells how well the model explains a sweep. The efficiencies of prefill and of decode are the medians of the
+measured shares. The error of a point is its distance from limit x efficiency.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nbl_export.errors import NblError
+from nbl_export.measure.cost import CostModel, Work
+from nbl_export.model.memory import available_bytes
+from nbl_export.records.capabilities import Capabilities
+from nbl_export.records.results import Scenario, Timing
+
+__all__ = [
+    "MachineRates",
+    "efficiencies",
+    "expect",
+    "is_limited",
+    "limit_seconds",
+    "limits_of",
+    "measure_machine",
+    "rows",
+]
+
+# Kernels that a graph of a precision may use on the CPU; the fastest kernel is the limit.
+_KERNELS = dict.fromkeys(("int8", "int4", "gguf"), ("int8", "int4", "fp32"))
+_FLOAT = ("fp32",)
+_PHASES = {"pp": "prefill", "tg": "decode"}
+_BYTES = 2 << 30  # required free memory; the measurement of the machine takes 0.6 GB
+
+
+@dataclass(frozen=True)
+class MachineRates:
+    """Measured rates of a machine. gemm_flops_per_second: by kernel."""
+
+    gemm_flops_per_second: Mapping[str, float]
+    read_bytes_per_second: float
+    threads: int | None = None
+
+    def flops_per_second(self, precision: str) -> float:
+        """Rate of the fastest kernel that a graph of this precision may use."""
+        return max(self.gemm_flops_per_second[name] for name in _KERNELS.get(precision, _FLOAT))
+
+
+def limit_seconds(work: Work, machine: MachineRates, precision: str) -> tuple[float, str]:
+    """The least time of this work in seconds, and its bound: "arithmetic" or "memory"."""
+    arithmetic = work.flops / machine.flops_per_second(precision)
+    memory = work.bytes / machine.read_bytes_per_second
+    return (arithmetic, "arithmetic") if arithmetic >= memory else (memory, "memory")
+
+
+def rows(
+    timings: Sequence[Mapping[str, Any]], costs: CostModel, sizes: Mapping[int, int], machine: MachineRates,
+    precision: str,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One row for each test and variant of bench.json, in its order.
+
+    Args:
+        timings: of bench.json, of one sequence each and one number of threads. The variant "original" has no
+            map; every other variant has the maps of `sizes`.
+        costs: cost model of the deployed graphs (`run.resolved.cost_model`).
+        sizes: of the run's maps (`measure.cost.map_sizes`).
+        machine: measured with the threads that bench used.
+        precision: of the graphs.
+
+    Returns:
+        Rows with the facts of the scenario, variant, flops and bytes (of the whole test), bound,
+        tokens_per_second (the median), limit_tokens_per_second and percent (of the limit).
+    """
+    found = []
+    for t in timings:
+        timing = Timing.from_json(t)
+        replaced = {} if timing.variant == "original" else sizes
+        work = _work(costs, replaced, timing.scenario)
+        seconds = [limit_seconds(w, machine, precision) for w in work]
+        limit = timing.scenario.tokens / sum(s for s, _ in seconds)
+        found.append({
+            **timing.scenario.facts(), "variant": timing.variant,
+            "flops": sum(w.flops for w in work), "bytes": sum(w.bytes for w in work), "bound": seconds[-1][1],
+            "tokens_per_second": timing.median, "limit_tokens_per_second": limit,
+            "percent": 100 * timing.median / limit,
+        })  # fmt: skip
+    return found
+
+
+def _work(costs: CostModel, sizes: Mapping[int, int], scenario: Scenario) -> list[Work]:
+    """One piece of work for a prefill; for decode one piece for each token."""
+    if scenario.kind == "pp":
+        return [costs.prefill(sizes, scenario.tokens, scenario.depth)]
+    return [costs.decode(sizes, scenario.depth + i) for i in range(scenario.tokens)]
+
+
+def efficiencies(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Median share of the limit for each phase among `rows`: 0 to 1, seldom more."""
+    phases: dict[str, list[float]] = {}
+    for row in found:
+        phases.setdefault(_PHASES[row["kind"]], []).append(row["percent"] / 100)
+    return {phase: statistics.median(shares) for phase, shares in phases.items()}
+
+
+def expect(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`rows` with expected_tokens_per_second (limit x the phase's efficiency) and error (measured / expected - 1)."""
+    shares = efficiencies(found)
+    expected = []
+    for row in found:
+        speed = row["limit_tokens_per_second"] * shares[_PHASES[row["kind"]]]
+        error = row["tokens_per_second"] / speed - 1
+        expected.append({**row, "expected_tokens_per_second": speed, "error": error})
+    return expected
+
+
+# -- this machine ------------------------------------------------------------------------------------------------
+
+
+def is_limited(capabilities: Capabilities, provider: str) -> bool:
+    """Whether the machine's limits are measured: for ONNX Runtime on a CPU."""
+    return not capabilities.static and capabilities.graphs == "onnx" and provider == "cpu"
+
+
+def limits_of(
+    bench: Mapping[str, Any], costs: Callable[[], CostModel], sizes: Mapping[int, int], precision: str
+) -> dict[str, Any]:
+    """Hardware limits to add to bench.json; empty if the decoder's costs are unknown, or memory is short.
+
+    Args:
+        costs: the cost model of the graphs; raises NblError if the width of the MLP is unknown.
+        sizes: of the maps.
+        precision: of the graphs.
+    """
+    if available_bytes() < _BYTES:  # the measurement would make a small machine swap
+        return {}
+    try:
+        model = costs()
+    except NblError:  # the checkpoint is gone, or the configuration of a graph does not state the MLP's width
+        return {}
+    found = []
+    for threads in bench["threads"]:
+        timings = [t for t in bench["timings"] if t["threads"] == threads and t["batch"] == 1]
+        if timings:
+            rates = _rates(threads)
+            shares = expect(rows(timings, model, sizes, rates, precision))
+            found.append({"rates": dataclasses.asdict(rates), "rows": shares})
+    return {"limits": found} if found else {}
+
+
+def measure_machine(threads: int) -> MachineRates:
+    """Measure this machine's rates with a number of threads, in seconds and 0.6 GB of memory.
+
+    Other programs that run at the same time make the rates too low.
+
+    Raises:
+        NblError: ONNX Runtime is not installed.
+    """
+    from nbl_export.measure import rates
+
+    try:
+        products = rates.gemm_flops_per_second(threads)
+    except ImportError as error:
+        raise NblError(
+            f"measuring the machine needs onnxruntime and onnx ({error}): install nbl-export[cpu]"
+        ) from error
+    return MachineRates(products, rates.read_bytes_per_second(threads), threads)
+
+
+_rates = functools.cache(measure_machine)  # each process measures the machine once

@@ -1,0 +1,241 @@
+"""Quality: its loss on held-out text, uses of text, benchmarks, and other numbers of layers (sweep and curve)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nbl_export.measure.paired import spoken_ratio
+from nbl_export.options.goals import default_select
+from nbl_export.options.options import JobOptions, describe_command
+from nbl_export.options.settle import over
+from nbl_export.records.results import COMPARED, VERIFIED
+from nbl_export.report import words
+from nbl_export.report.document import Block, Code, Details, Figure, Figures, Heading, Paragraph, Section
+from nbl_export.report.table import Column, Table
+from nbl_export.text.window_intervals import spoken_interval, spoken_price
+
+__all__ = ["curve", "losses", "quality", "spoken_curve", "sweep"]
+
+_MEANS = {
+    VERIFIED: "“Verified” says that the graph computes what the linearized model computes. "
+    "It does not say that this quality loss is acceptable.",
+    COMPARED: "“Compared” says that logits and greedy text are near those of the linearized model. "
+    "It proves neither the wiring nor that this quality loss is acceptable.",
+}
+
+
+def quality(report: Mapping[str, Any]) -> Section:
+    """What the replacement costs, or why that is not known."""
+    loss = _losses(report) if report["price"] else (Paragraph(_missing(report)),)
+    return Section("Quality loss", (*loss, *_benchmarks(report["quality"])))
+
+
+def _missing(report: Mapping[str, Any]) -> str:
+    said = "The quality loss was not measured"
+    if not report["without_original"]:
+        return f"{said}."
+    return (
+        f"{said}: the checkpoint came with its maps, but without the attention weights that the maps replace. "
+        "These weights are zeros in the original here. So its speed is that of the original, but its text is not."
+    )
+
+
+def _losses(report: Mapping[str, Any]) -> Iterator[Block]:
+    first = report["price"][0]
+    yield Paragraph(
+        "Measured on held-out text: no map was fitted on this text and no layer was chosen by it. "
+        f"Brackets hold a 95% interval over windows of {first['tokens'] // first['windows']} tokens. "
+        "Both decoders read the same windows. These figures are reported, not gated. "
+        f"{_MEANS.get(report['status'], '')}"
+    )
+    if report["price_warning"]:
+        yield Paragraph(f"Note: {report['price_warning']}.")
+    yield losses(report["price"])
+    yield from _uses(report)
+
+
+def losses(found: Iterable[Mapping[str, Any]], title: str = "") -> Table:
+    """Perplexity, KL and top-1 agreement on each text."""
+    names = ("Tokens (windows)", "Perplexity original", "Perplexity NBL", "Increase", "KL (nats)", "Top-1 agreement")
+    return Table.of((Column("Text", "wrap"), *Column.numbers(*names)), map(_loss, found), title)
+
+
+def _loss(loss: Mapping[str, Any]) -> tuple[str, ...]:
+    said = spoken_price(loss)
+    ends = (words.number(loss[name], "not finite") for name in ("perplexity_original", "perplexity_nbl"))
+    tokens = f"{loss['tokens']:,} ({loss['windows']})"
+    return loss["text"], tokens, *ends, said["increase"], said["kl"], said["top1"]
+
+
+def _uses(report: Mapping[str, Any]) -> Iterator[Block]:
+    if not report["texts"]:
+        return
+    yield Heading("Text by use")
+    yield Table.of(
+        ("Use", Column("Text", "wrap"), Column("Tokens", "number")),
+        [(text["use"], text["text"], f"{text['tokens']:,}") for text in report["texts"]],
+    )
+    distilled = ", including those of distillation," if report["fit"] == "distilled" else ""
+    yield Paragraph(
+        "No token of a text has two uses, with two exceptions. "
+        "Training also reads the text that the maps are fitted on. "
+        "One part of the text judges both the choice of layers and the training. "
+        f"The tool's defaults{distilled} were tried with SmolLM2-135M on C4, WikiText-2, news, text of the package "
+        "exllamav3 and other parts of Python's documentation. On such text they may look better than elsewhere."
+    )
+
+
+def _benchmarks(quality: Mapping[str, Any] | None) -> Iterator[Block]:
+    if not quality:
+        return
+    yield Heading("Benchmarks")
+    yield Paragraph(
+        f"lm-evaluation-harness {quality['lm_eval']} on the exported graphs, or on the torch models in rows that say "
+        "“torch”. ± is one standard error. The difference is NBL − original on the same items, with the error of the "
+        "paired difference."
+    )
+    columns = (
+        "Task",
+        "Metric",
+        *Column.numbers("Items", "Original", "NBL", "Difference"),
+    )
+    yield Table.of(columns, [row for found in quality["table"] for row in _scores(found)])
+
+
+def _scores(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """A row for the graphs and one for the torch models, if either was measured."""
+    metric = f"{found['metric'].replace('_', ' ')} {'↑' if found['higher_is_better'] else '↓'}"
+    for prefix, name in (("", found["task"]), ("torch-", f"{found['task']}, torch")):
+        before, after = (found["figures"].get(f"{prefix}{variant}") for variant in ("original", "nbl"))
+        if before or after:
+            paired = next((d for d in found["differences"] if d["new"] == f"{prefix}nbl"), None)
+            figures = (words.figure(before), words.figure(after), words.signed(paired))
+            yield name, metric, f"{found['items']:,}", *figures
+
+
+# -- sweep ------------------------------------------------------------------------------------------------------
+
+_TRADEOFF = Figure(
+    "tradeoff",
+    "Perplexity over the original's, on the text with the largest increase, against the modelled speed-up of prefill. "
+    "A point is a number of layers, its whisker the 95% interval. The ring marks the recommended count.",
+)
+
+
+def sweep(report: Mapping[str, Any]) -> tuple[Section, ...]:
+    """One section, or none if no sweep was made."""
+    found = report["sweep"]
+    if not found:
+        return ()
+    numbers = ("Layers", "Prefill", "Tail-pruned", "Decode", "Perplexity", "Increase", "KL (nats)")
+    columns = ("Maps", Column("Text", "wrap"), *Column.numbers(*numbers))
+    points = Table.of(columns, [row for point in found["points"] for row in _points(point)])
+    note = Paragraph(" ".join(_sweep_note(found)))
+    return (
+        Section("Quality against speed", (note, Figures((_TRADEOFF,)), Details("All points of the sweep", (points,)))),
+    )
+
+
+def _sweep_note(sweep: Mapping[str, Any]) -> Iterator[str]:
+    yield f"Quality loss and modelled speed of 0, 1, ... replaced layers, in the order {words.listed(sweep['order'])}."
+    yield f"Speed is modelled from arithmetic and bytes: a prefill of {sweep['tokens']} tokens, then one decode step."
+    yield "The text of the sweep chose no layer and fitted no map."
+    yield "The quality loss above was measured on other text."
+    best, allowed = sweep["recommended"], words.percent(sweep["recommended_increase"])
+    if best:
+        yield f"Recommended: {best['layers']} {words.plural('layer', best['layers'])} ({best['method']})."
+        yield "Counts of layers were tested from 1 upwards."
+        yield (
+            f"Up to the recommended count, the 95% interval of the perplexity increase stays within {allowed} "
+            "on every text."
+        )
+    else:
+        yield (
+            f"None is recommended: with one layer the 95% interval of the perplexity increase reaches beyond {allowed} "
+            "on some text."
+        )
+    trained = next((p["distilled_for"] for p in sweep["points"] if "distilled_for" in p), 1)
+    if trained > 1:
+        yield f"Distilled maps are this run's own, trained together for {trained} layers."
+        yield "Fewer layers do better if they are distilled by themselves."
+
+
+def _points(point: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    trained = point.get("distilled_for", point["layers"])
+    maps = point["method"] + (f" for {trained}" if trained != point["layers"] else "")
+    speeds = [spoken_ratio(point[name]) for name in ("prefill", "prefill_tail_pruned", "decode")]
+    for loss in point["prices"]:
+        rise = spoken_interval(loss["increase"], loss["increase_interval"], percent=True, sign=True)
+        perplexity = words.number(loss["perplexity"], "not finite")
+        kl = spoken_interval(loss["kl"], loss["kl_interval"])
+        yield maps, loss["text"], str(point["layers"]), *speeds, perplexity, rise, kl
+
+
+# -- curve -----------------------------------------------------------------------------------------------------
+
+
+def curve(report: Mapping[str, Any]) -> tuple[Section, ...]:
+    """One section, or none: a sweep says more, and layers that the user named have no curve."""
+    found = report.get("curve")
+    if not found or report["sweep"]:
+        return ()
+    columns = (
+        *Column.numbers("Layers", *(f"Increase, {name}" for name in found["texts"]), "Prefill", "Decode"),
+        Column("Which", "wrap"),
+    )
+    table = Table.of(columns, [_set(point) for point in found["points"]])
+    note = Paragraph(" ".join(_curve_note(report, found)))
+    return (Section("More or fewer layers", (note, table, Heading("Commands"), *map(Code, _commands(report)))),)
+
+
+def spoken_curve(curve: Mapping[str, Any]) -> str:
+    """The curve in a line: "4 layers: +15%, x1.12 prefill; 8: +29%, x1.24"."""
+    said = []
+    for k, point in enumerate(curve["points"]):
+        unit = "" if k else f" layer{'s' * (point['layers'] > 1)}"
+        prefill = f"×{spoken_ratio(point['prefill'])}{'' if k else ' prefill'}"
+        said.append(f"{point['layers']}{unit}: {_rise(max(point['increases']))}, {prefill}")
+    return "; ".join(said)
+
+
+def _rise(share: float) -> str:
+    return f"{'+' if share >= 0 else '−'}{words.percent(abs(share))}"
+
+
+def _set(point: Mapping[str, Any]) -> tuple[str, ...]:
+    speeds = (f"×{spoken_ratio(point[name])}" for name in ("prefill", "decode"))
+    rises = (_rise(share) for share in point["increases"])
+    return str(point["layers"]), *rises, *speeds, words.listed(point["replaced_layers"])
+
+
+def _curve_note(report: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator[str]:
+    yield "The choice of layers measured each of these sets, before any training of the maps."
+    yield "Increases of perplexity are of the text that chose the layers, so they are somewhat too low."
+    yield "The commands run in the directory of this report."
+    of = f" for {curve['engine']} in {curve['precision']}" if "engine" in curve else ""
+    yield f"Speed is modelled{of}: a prefill of {curve['tokens']} tokens, then one decode step."
+    goal = report.get("goal") or {}
+    if goal.get("default"):
+        count, limit = len(report["replaced_layers"]), goal["max_perplexity_increase"]
+        yield f"Neither a count nor a goal was given, so the increase was limited to {limit} on every text."
+        yield f"This run took the most layers that are shown to keep the limit: {count} {words.plural('layer', count)}."
+    if report["fit"] == "independent":
+        yield "Training the maps (--fit distilled) can lower the loss at no cost in speed. How much is unknown before."
+
+
+def _commands(report: Mapping[str, Any]) -> Iterator[str]:
+    """Commands for the next counts of the curve, run in the run directory, and for distillation in a new one."""
+    taken, curve = len(report["replaced_layers"]), report["curve"]
+    options = JobOptions.from_json(over(report["options"], {"layers": str(taken)}))
+    if options.select is None and default_select(options) != report["select"]:
+        options = dataclasses.replace(options, select=report["select"])  # the order of this curve
+    select = "" if options.select is None else f" --select {options.select}"
+    for point in [p for p in curve["points"] if p["layers"] > taken][:2]:
+        yield f"nbl-export plan . --layers {point['layers']}{select} && nbl-export report ."
+    if report["fit"] == "independent" and taken:
+        yield describe_command(
+            dataclasses.replace(options, fit="distilled", tap="normed", rank=None), Path("distilled")
+        )

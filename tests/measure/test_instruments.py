@@ -1,0 +1,199 @@
+"""The instruments of a timed run: the wait for idle threads, what other processes use, and counters of energy."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_export.measure import instruments
+from nbl_export.measure.instruments import (
+    Meter,
+    Reading,
+    background_of,
+    find_meter,
+    read_usage,
+    spoken_background,
+    used_between,
+    wait_until_idle,
+)
+
+
+@pytest.mark.parametrize(
+    ("cores_used", "looks"),
+    [((0.0,), 1), ((1.0, 1.0, 0.9, 0.1), 4), ((0.19,), 1), ((0.21, 0.0), 2), (itertools.repeat(1.0), 30)],
+)
+def test_waits_while_a_fifth_of_a_core_is_used_and_no_longer_than_the_limit(
+    cores_used: tuple[float, ...], looks: int
+) -> None:
+    slept: list[float] = []
+    used, shares = 0.0, iter(cores_used)
+
+    def sleep(seconds: float) -> None:
+        nonlocal used
+        slept.append(seconds)
+        used += seconds * next(shares)
+
+    idle = wait_until_idle(lambda: used, sleep, limit=0.3)
+    assert len(slept) == looks
+    assert idle is (looks < 30)  # it says that it gave up
+    assert sum(slept) <= 0.3 + 1e-9
+
+
+# -- other processes ------------------------------------------------------------------------------------------
+
+
+def test_others_are_all_processes_but_this_one() -> None:
+    found = used_between(Reading(0, 100, 40, 3), Reading(20, 140, 64, 7))
+    assert found == {"seconds": 20, "others": 0.8, "stolen": 0.2}
+    assert used_between(Reading(0, 0, 0, 0), Reading(2, 1.99, 2, 0))["others"] == 0  # ticks are coarse
+
+
+@pytest.mark.parametrize("busy", [0.0, 9.9])
+def test_a_system_that_does_not_count_is_not_called_idle(busy: float) -> None:
+    used = used_between(Reading(0, 0, 0, 0), Reading(10, busy, 20, 0))
+    found = background_of([used, used], 4, 0)
+    assert (found["others"], found["busy"]) == (None, False)
+    assert "does not count" in spoken_background(found)
+
+
+def machine(others: float, stolen: float = 0.0, **facts: Any) -> dict[str, Any]:
+    found = background_of([{"seconds": 5.0, "others": others, "stolen": stolen}], 10, 0)
+    return {**found, "cores": 2, **facts}
+
+
+def test_a_tenth_of_the_cores_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbl_export.measure.instruments._own_cores", lambda: range(2))
+    assert [machine(o, s)["busy"] for o, s in ((0.19, 0.0), (0.21, 0.0), (0.15, 0.1))] == [False, True, True]
+    assert spoken_background(machine(0.8)) == "measured on a busy machine: other processes used 0.8 of 2 cores"
+    assert spoken_background(machine(0.05)) == "measured while other processes used 0.05 of 2 cores"
+    assert spoken_background(machine(0.8, 0.3)).endswith("0.8 of 2 cores, and its host took 0.3 more")
+
+
+def test_waits_in_vain_are_counted() -> None:
+    """Of all waits, as the record and the sentence have them; without one there is no figure of them."""
+    load = {"seconds": 5.0, "others": 0.0, "stolen": 0.0}
+    found = background_of([load, load], 10, 3)
+    assert (found["waits"], found["gave_up"]) == (10, 3)
+    sentences = [spoken_background(background_of([load], 10, gave_up)) for gave_up in (3, 0)]
+    figures = [re.findall(r"(\d+) of (\d+) runs", said) for said in sentences]
+    assert figures == [[("3", "10")], []]
+
+
+def test_a_long_load_counts_for_more_than_a_short_one() -> None:
+    loads = [{"seconds": s, "others": o, "stolen": 0.0} for s, o in ((9.0, 1.0), (1.0, 0.0))]
+    assert background_of(loads, 1, 0)["others"] == pytest.approx(0.9)
+
+
+def test_a_neighbour_is_seen() -> None:
+    """By the counters of this machine: what a child computes is another's."""
+    works = "print(flush=True)\nwhile True: pass"
+    neighbour = subprocess.Popen([sys.executable, "-c", works], stdout=subprocess.PIPE)
+    assert neighbour.stdout is not None
+    try:
+        neighbour.stdout.readline()
+        before, spent = read_usage(), time.process_time()
+        while time.process_time() - spent < 1.0:
+            pass
+        found = used_between(before, read_usage())
+    finally:
+        neighbour.kill()
+        neighbour.communicate()
+    if found["others"] is None:
+        pytest.skip("this system does not count the time of all processes")
+    assert found["others"] > 0.2
+
+
+# -- energy ---------------------------------------------------------------------------------------------------
+
+
+def zone(powercap: Path, name: str, title: str, energy: int, wraps: int = 1000) -> Path:
+    (powercap / name).mkdir(parents=True)
+    for file, value in (("name", title), ("energy_uj", energy), ("max_energy_range_uj", wraps)):
+        (powercap / name / file).write_text(f"{value}\n")
+    return powercap / name / "energy_uj"
+
+
+def test_packages_are_added_and_their_parts_are_not(tmp_path: Path) -> None:
+    first, second = zone(tmp_path, "intel-rapl:0", "package-0", 100), zone(tmp_path, "intel-rapl:1", "package-1", 200)
+    part, all_of_it = zone(tmp_path, "intel-rapl:0:0", "core", 5), zone(tmp_path, "intel-rapl:2", "psys", 7)
+    meter = find_meter(gpu=False, powercap=tmp_path)
+    assert meter is not None and meter.sources == ("package 0", "package 1")
+    assert meter.read() == 0
+    for file, value in ((first, 130), (second, 205), (part, 900), (all_of_it, 900)):
+        file.write_text(f"{value}\n")
+    assert meter.read() == 35
+
+
+def test_a_counter_that_wraps_goes_on(tmp_path: Path) -> None:
+    counter = zone(tmp_path, "intel-rapl:0", "package-0", 990)
+    meter = find_meter(gpu=False, powercap=tmp_path)
+    assert meter is not None
+    for value, total in ((995, 5), (3, 13), (10, 20)):
+        counter.write_text(f"{value}\n")
+        assert meter.read() == total
+
+
+@pytest.mark.parametrize("missing", ["energy_uj", "max_energy_range_uj", "name"])
+def test_what_cannot_be_read_is_no_meter(missing: str, tmp_path: Path) -> None:
+    zone(tmp_path, "intel-rapl:0", "package-0", 1)
+    (tmp_path / "intel-rapl:0" / missing).unlink()
+    assert find_meter(gpu=False, powercap=tmp_path) is None
+    assert find_meter(gpu=True, powercap=tmp_path / "none", libraries=("libnowhere.so.1",)) is None
+
+
+def test_counters_without_a_range_only_grow() -> None:
+    values = iter([7, 9, 20])
+    meter = Meter({"GPU": (lambda: next(values), 0)})
+    assert [meter.read(), meter.read()] == [2, 13]
+
+
+class Nvml:
+    """Answers as libnvidia-ml does: values through pointers, 0 for success."""
+
+    def __init__(self, millijoules: int, gpus: int = 1, status: int = 0) -> None:
+        self.millijoules, self.gpus, self.status = millijoules, gpus, status
+
+    def nvmlInit_v2(self) -> int:
+        return 0
+
+    def nvmlDeviceGetCount_v2(self, count: Any) -> int:
+        count._obj.value = self.gpus
+        return 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, _index: int, device: Any) -> int:
+        device._obj.value = 4711
+        return 0
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, device: ctypes.c_void_p, millijoules: Any) -> int:
+        assert device.value == 4711
+        millijoules._obj.value = self.millijoules
+        return self.status
+
+
+def test_millijoules_of_a_gpu_are_read_as_microjoules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter, library = zone(tmp_path, "intel-rapl:0", "package-0", 100), Nvml(70)
+    monkeypatch.setattr(instruments.ctypes, "CDLL", lambda _name: library)
+    meter = find_meter(gpu=True, powercap=tmp_path)
+    assert meter is not None and meter.sources == ("package 0", "GPU")
+    library.millijoules = 75
+    assert meter.read() == 5000
+    counter.write_text("130")
+    assert meter.read() == 5030
+    processor = find_meter(gpu=False, powercap=tmp_path)
+    assert processor is not None and processor.sources == ("package 0",)
+
+
+@pytest.mark.parametrize("library", [Nvml(70, gpus=0), Nvml(70, gpus=2), Nvml(70, status=3)], ids=["0", "2", "old"])
+def test_no_gpu_several_or_one_without_a_counter_is_no_meter(
+    library: Nvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(instruments.ctypes, "CDLL", lambda _name: library)
+    assert find_meter(gpu=True, powercap=tmp_path) is None
