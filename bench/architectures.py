@@ -120,9 +120,9 @@ def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict
     """The rewritten static form for TensorRT, on ONNX Runtime in float32, also with int4 blocks."""
     from nbl_export.calibrate.hooks import collect
     from nbl_export.graph.names import GRAPH_FILE
+    from nbl_export.mixers.lmmse import fit
     from nbl_export.model.checkpoint.load import load_model, load_tokenizer, read_spec
     from nbl_export.model.checkpoint.source import resolve
-    from nbl_export.plan.lmmse import fit
     from nbl_export.rewrite import rewrite
     from nbl_export.run.facts import architecture_facts, capabilities_of
     from nbl_export.targets.tensorrt import export as static

@@ -90,7 +90,7 @@ class Bed:
         return [near, spread(self.far, len(near))]
 
     def maps(self, tap: str, layers: Any, *, bias: bool = True) -> dict[int, Any]:
-        from nbl_export.plan import lmmse
+        from nbl_export.mixers import lmmse
 
         return {i: lmmse.fit(self.moments[tap][i], i, bias=bias) for i in layers}
 

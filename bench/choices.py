@@ -38,6 +38,6 @@ def cost_model(bed: Bed) -> Any:
 
 
 def dropped(maps: Mapping[int, Any]) -> dict[int, Any]:
-    from nbl_export.records.plan import zero_map
+    from nbl_export.mixers.none import Nothing
 
-    return {i: zero_map(m.bias.shape[0]) for i, m in maps.items()}
+    return {i: Nothing(m.size) for i, m in maps.items()}

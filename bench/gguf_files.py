@@ -22,11 +22,11 @@ from nbl_export.calibrate.moments_file import whole_moments
 from nbl_export.formats.gguf.content import Content
 from nbl_export.formats.gguf.files import read_content, write_content
 from nbl_export.measure.benchmark import machine
+from nbl_export.mixers import lmmse
+from nbl_export.mixers.linear import Linear
 from nbl_export.model.linearize import replaced
 from nbl_export.model.speech import Spoken
 from nbl_export.options.goals import parse_layers
-from nbl_export.plan import lmmse
-from nbl_export.records.plan import AffineMap
 from nbl_export.run.deployed import Finished, open_finished
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import MOMENTS_FILE
@@ -52,7 +52,7 @@ def listen(path: Path, windows: Any) -> tuple[Heard, list[list[int]], np.ndarray
         return hear(runner, prompts, windows), prompts, logits
 
 
-def maps_of(run: Path, layers: tuple[int, ...]) -> dict[int, AffineMap]:
+def maps_of(run: Path, layers: tuple[int, ...]) -> dict[int, Linear]:
     """Maps without a bias in closed form, from the run's moments."""
     with whole_moments(run / MOMENTS_FILE) as file:
         return {i: lmmse.fit(file.sums(i, "normed").moments(), i, bias=False) for i in layers}
@@ -92,7 +92,7 @@ def measure(found: Finished, run: Path, files: Path, sets: list[tuple[int, ...]]
     return {"machine": machine(), "versions": LLAMA_CPP.probe().reason, "rows": rows}
 
 
-def _write(content: Content, maps: dict[int, AffineMap], kind: str, path: Path) -> Path:
+def _write(content: Content, maps: dict[int, Linear], kind: str, path: Path) -> Path:
     write_content(linearized(content, maps, kind, {}), path)
     return path
 

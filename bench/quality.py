@@ -30,7 +30,7 @@ from trained import distilled
 def sets(bed: Bed, named: Sequence[str]) -> dict[str, Any]:
     """Rows of sets of layers by name, and their modelled speed-up of a prefill of 512 tokens in float32."""
     from nbl_export.measure.cost import map_sizes
-    from nbl_export.plan.choose import parse_layers
+    from nbl_export.options.goals import parse_layers
 
     count = len(bed.moments["residual"])
     maps = bed.maps("residual", range(count))
@@ -42,7 +42,7 @@ def sets(bed: Bed, named: Sequence[str]) -> dict[str, Any]:
 
 def orders(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     """nbl-export's order, the paper's order, and the sets of --layers, at --counts: quality and modelled speed."""
-    from nbl_export.plan import lmmse
+    from nbl_export.mixers import lmmse
     from nbl_export.plan.choose import ranked
 
     counts = [int(n) for n in options.counts.split(",")]

@@ -41,10 +41,8 @@ class Everyone:
     """Scores of all rows and of the original for the same requests, computed together."""
 
     def __init__(self, model: Any, rows: Sequence[Row], narrow: bool) -> None:
-        from nbl_export.model.linearize import AffineAttention
-
         self.model, self.decoder, self.rows, self.narrow = model, model.get_decoder(), rows, narrow
-        self.modules = {row.name: {i: AffineAttention(m).eval() for i, m in row.maps.items()} for row in rows}
+        self.modules = {row.name: {i: m.module().eval() for i, m in row.maps.items()} for row in rows}
 
     def score(self, requests: Sequence[Any]) -> dict[str, dict[Any, Any]]:
         """Row (and "original") -> request -> score."""
@@ -141,9 +139,9 @@ def measured(outcome: Any, original: Any, names: Sequence[str]) -> dict[str, Any
 
 
 def rows_of(named: Sequence[str], bed: Any) -> list[Row]:
+    from nbl_export.mixers.none import Nothing
     from nbl_export.options.goals import parse_layers
     from nbl_export.plan.maps_file import load_maps, maps_in
-    from nbl_export.records.plan import zero_map
 
     rows = []
     for text in named:
@@ -154,7 +152,7 @@ def rows_of(named: Sequence[str], bed: Any) -> list[Row]:
             rows.append(Row(name, load_maps(Path(which), layers), tap or "residual", {"how": how}))
             continue
         layers = tuple(parse_layers(which, bed.spec.num_layers))  # type: ignore[arg-type]
-        dropped = zero_map(bed.spec.hidden_size)
+        dropped = Nothing(bed.spec.hidden_size)
         maps = dict.fromkeys(layers, dropped) if how == "drop" else bed.maps("residual", layers)
         rows.append(Row(name, maps, "residual", {"how": how}))
     return rows

@@ -25,9 +25,8 @@ from nbl_export.records.decoder import TensorInfo
 from nbl_export.records.plan import Plan
 from nbl_export.rewrite import contract_of, rewrite_model
 from nbl_export.targets import exporter_of
-from nbl_export.targets.openvino.ir.difference import ordered
-from nbl_export.targets.openvino.ir.files import read_ir
-from nbl_export.targets.openvino.ir.states import states_of
+from nbl_export.targets.openvino.ir.anatomy import states_of
+from nbl_export.targets.openvino.ir.files import ordered, read_ir
 from tests.exports import build_decoder
 from tests.tiny import ARCHITECTURES, LAYERS, made_by, random_map, save_checkpoint
 

@@ -331,7 +331,8 @@ def _check_manifest(manifest: Any) -> None:
     if "plan" in manifest["stages"]:
         for score in manifest["scores"]:
             read_record(LayerScore, score)
-        plan = {"replaced": manifest["replaced_layers"], "tap": manifest["tap"], "select": manifest["select"]}
+        plan = {"replaced": manifest["replaced_layers"], "tap": manifest["tap"], "select": manifest["select"],
+                "kinds": manifest.get("kinds", [])}  # fmt: skip
         read_record(Plan, {"num_layers": spec.num_layers, **plan})
     _check_curve(manifest.get("curve"))
     if manifest.get("goal") is not None:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nbl_export.mixers import layers_below
+from nbl_export.mixers.base import Mixer
 from nbl_export.model.checkpoint.load import load_model, read_spec
 from nbl_export.model.checkpoint.source import resolve
 from nbl_export.model.token_rows import token_rows
-from nbl_export.records.plan import Plan, layers_below
+from nbl_export.records.plan import Plan
 from nbl_export.records.results import RungResult
 from nbl_export.targets import load_engine
 from nbl_export.verify.climb import Climb
 from nbl_export.verify.codes import NEAREST
 from nbl_export.verify.float32_twins import build_twins, check_shipped
 from nbl_export.verify.forms import form_of
+from nbl_export.verify.forms.form import Setting
 from nbl_export.verify.kept import KeptReferences
 from nbl_export.verify.ladder import DECODE_STEPS, Probe
-from nbl_export.verify.setting import Setting
 from tests.exports import build_decoder
 
 from .tiny import LAYERS, VOCAB, random_map
@@ -34,12 +36,22 @@ _PREFILL, _LONG = (29, 11), 180  # tokens of the short rows, beyond the tiny win
 
 
 def climb(
-    checkpoint: Path, source: str, precision: str, work: Path, replaced: tuple[int, ...] = (0, 2), tap: str = "residual"
+    checkpoint: Path,
+    source: str,
+    precision: str,
+    work: Path,
+    replaced: tuple[int, ...] = (0, 2),
+    tap: str = "residual",
+    mixer_of: Callable[[int], Mixer] = random_map,
 ) -> list[RungResult]:
-    """Export, prune, rewrite and verify in the folder `work`; leading replaced layers become a table of tokens."""
+    """Export, prune, rewrite and verify in the folder `work`; leading replaced layers become a table of tokens.
+
+    Args:
+        mixer_of: layer -> its mixer.
+    """
     engine, spec = load_engine(ENGINES[source]), read_spec(resolve(str(checkpoint)))
     static = engine.capabilities.static
-    plan, maps = Plan(LAYERS, replaced, tap), {i: random_map(i) for i in replaced}
+    plan, maps = Plan(LAYERS, replaced, tap), {i: mixer_of(i) for i in replaced}
     slots = SLOTS if static else spec.max_positions
     setting = Setting(engine, spec, plan, precision, "last", slots, NEAREST, _quiet)
     rows_VD = token_rows(checkpoint, maps, tap) if layers_below(maps) else None

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from nbl_export.records.plan import AffineMap
+from nbl_export.mixers.linear import Linear
 
 from .command import TINY, in_new_process
 from .graph_sources import make_graph
@@ -126,7 +126,7 @@ def given_graph(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.Temp
 
 
 @pytest.fixture(scope="session")
-def genai_dirs(exported: Callable[..., Path], random_maps: Callable[..., dict[int, AffineMap]]) -> dict[str, Path]:
+def genai_dirs(exported: Callable[..., Path], random_maps: Callable[..., dict[int, Linear]]) -> dict[str, Path]:
     """A tiny GenAI model and its NBL version with the middle layer replaced (sparse cache ids)."""
     from nbl_export.records.plan import Plan
     from nbl_export.rewrite import rewrite
@@ -139,10 +139,10 @@ def genai_dirs(exported: Callable[..., Path], random_maps: Callable[..., dict[in
 
 
 @pytest.fixture(scope="session")
-def random_maps() -> Callable[..., dict[int, AffineMap]]:
+def random_maps() -> Callable[..., dict[int, Linear]]:
     """layers -> a random affine map each; the same layer always gets the same map."""
 
-    def make(*layers: int) -> dict[int, AffineMap]:
+    def make(*layers: int) -> dict[int, Linear]:
         return {layer: random_map(layer) for layer in layers}
 
     return make

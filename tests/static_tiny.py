@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from nbl_export.mixers.linear import Linear
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.plan import AffineMap
 from nbl_export.targets.tensorrt.static.host import StaticDecoder
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 
@@ -61,17 +61,17 @@ def rows(lengths: Sequence[int] = (SLOTS, SLOTS)) -> list[list[int]]:
     return [rng.integers(2, VOCAB, SLOTS).tolist()[:n] for n in lengths]
 
 
-def maps_of(layers: Sequence[int]) -> dict[int, AffineMap]:
+def maps_of(layers: Sequence[int]) -> dict[int, Linear]:
     """A random affine map for each layer, of a size that leaves the others' attention visible."""
     found = {}
     for layer in layers:
         rng = np.random.default_rng(100 + layer)
         weight = (0.5 * rng.standard_normal((HIDDEN, HIDDEN)) / np.sqrt(HIDDEN)).astype(np.float32)
-        found[layer] = AffineMap(weight, (0.1 * rng.standard_normal(HIDDEN)).astype(np.float32))
+        found[layer] = Linear(weight, (0.1 * rng.standard_normal(HIDDEN)).astype(np.float32))
     return found
 
 
-def torch_logits(checkpoint: Path, maps: Mapping[int, AffineMap] | None = None) -> list[np.ndarray]:
+def torch_logits(checkpoint: Path, maps: Mapping[int, Linear] | None = None) -> list[np.ndarray]:
     """What torch says of `rows()`: [SLOTS, VOCAB] each, every row by itself."""
     import torch
 

@@ -28,7 +28,7 @@ from nbl_export.text.sampling import save_windows
 def moments(path: Path) -> None:
     from types import SimpleNamespace
 
-    with MomentsWriter(path, {}, 2, ["normed"], 3, ["x_sum"]) as writer:
+    with MomentsWriter(path, {}, 2, ["normed"], (3, 3), ["x_sum"]) as writer:
         for _ in range(2):
             writer.write({"normed": SimpleNamespace(x_sum=torch.arange(3.0, dtype=torch.float64))})  # type: ignore[dict-item]
 
@@ -99,9 +99,9 @@ def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
     with failing(tmp_path), replaced(tmp_path / "file") as place:
         place.write_text("new")
         raise ZeroDivisionError
-    with failing(tmp_path), MomentsWriter(tmp_path / "file", {}, 2, ["normed"], 3):
+    with failing(tmp_path), MomentsWriter(tmp_path / "file", {}, 2, ["normed"], (3, 3)):
         raise ZeroDivisionError
-    with pytest.raises(AssertionError), MomentsWriter(tmp_path / "file", {}, 2, ["normed"], 3):
+    with pytest.raises(AssertionError), MomentsWriter(tmp_path / "file", {}, 2, ["normed"], (3, 3)):
         pass  # layers are missing
     assert (tmp_path / "file").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

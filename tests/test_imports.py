@@ -12,7 +12,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "nbl_export"
 # A module of one place may import from places with a smaller number, and from its own.
 LEVELS = {
-    "errors": 0, "files": 1, "records": 1, "options": 2, "trust": 2,
+    "errors": 0, "files": 1, "records": 1, "options": 2, "trust": 2, "mixers": 2,
     "parallel": 3, "text": 3, "graph": 3, "formats": 3,
     "model": 4, "rewrite": 4, "run_directory": 4,
     "targets": 5,
@@ -26,7 +26,7 @@ TARGETS = ("onnx", "openvino", "tensorrt", "gguf", "checkpoint")  # packages of 
 BETWEEN_STAGES = {("report", "measure")}
 # Library -> where it may be imported: a place, or a module of one.
 HEAVY = {
-    "torch": ("model", "calibrate", "quantize", "plan", "distill", "parallel", "records.moments",
+    "torch": ("model", "calibrate", "quantize", "plan", "distill", "parallel", "mixers",
               "text.sampling", "text.windows", "verify.torch_reference",
               "targets.export", "targets.openvino.export", "targets.tensorrt.device", "targets.tensorrt.export",
               "targets.gguf.write", "targets.checkpoint"),

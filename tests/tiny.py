@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from nbl_export.mixers.linear import Linear
 from nbl_export.model.architectures import ARCHITECTURES as RECORDS
-from nbl_export.records.plan import AffineMap
 
 __all__ = [
     "ARCHITECTURES",
@@ -156,11 +156,11 @@ def save_checkpoint(architecture: str, directory: Path, **changes: Any) -> Path:
     return directory
 
 
-def random_map(layer: int) -> AffineMap:
+def random_map(layer: int) -> Linear:
     """A random affine map; the same layer always gets the same."""
     rng = np.random.default_rng(layer)
     weight = (rng.standard_normal((HIDDEN, HIDDEN)) / 8).astype(np.float32)
-    return AffineMap(weight, rng.standard_normal(HIDDEN).astype(np.float32))
+    return Linear(weight, rng.standard_normal(HIDDEN).astype(np.float32))
 
 
 def save_gguf(path: Path) -> Path:

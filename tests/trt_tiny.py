@@ -38,7 +38,7 @@ def checkpoint_of(architecture: str) -> Path:
 def graph_of(architecture: str, replaced: tuple[int, ...] = (), precision: str = "fp16", slots: int = SLOTS) -> Path:
     """A directory with decoder.onnx, rewritten as for a run. Never write to it."""
     from nbl_export.rewrite import rewrite
-    from nbl_export.rewrite.tail.last_token import keep_last_token
+    from nbl_export.rewrite.tail import keep_last_token
     from nbl_export.targets.tensorrt import export as static
 
     root = Path(tempfile.mkdtemp(dir=_ROOT.name))

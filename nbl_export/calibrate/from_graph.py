@@ -15,6 +15,8 @@ import torch
 
 from nbl_export.calibrate.hooks import Rows
 from nbl_export.graph.decoder import OnnxDecoder
+from nbl_export.mixers import DEFAULT
+from nbl_export.mixers.base import Kind
 from nbl_export.records.decoder import DecoderSpec
 
 __all__ = ["GraphCollection"]
@@ -27,18 +29,19 @@ class GraphCollection(Rows):
         graph: the ONNX file; every layer must be recognised.
         spec: the decoder's sizes.
         taps: some of `records.plan.TAPS`.
+        kind: of the mixers that the sums are for.
 
     Raises:
         RefusalError: a layer is not recognised, or has no such tap.
     """
 
-    def __init__(self, graph: Path, spec: DecoderSpec, taps: Sequence[str], threads: int | None = None) -> None:
+    def __init__(self, graph: Path, spec: DecoderSpec, taps: Sequence[str], kind: Kind = DEFAULT) -> None:
         from nbl_export.rewrite.taps import collecting_graph
 
-        super().__init__(taps, spec.num_layers, spec.hidden_size)
+        super().__init__(taps, spec.num_layers, spec.hidden_size, kind)
         self._graph = collecting_graph(graph, self.taps)
         self._decoder = OnnxDecoder(
-            self._graph.directory, spec.head_dim, threads, caches=self._graph.caches, proto=self._graph.proto
+            self._graph.directory, spec.head_dim, caches=self._graph.caches, proto=self._graph.proto
         )
 
     def __enter__(self) -> GraphCollection:
@@ -60,7 +63,7 @@ class GraphCollection(Rows):
         names = sorted({name for pairs in wanted.values() for pair in pairs for name in pair})
         self._decoder.begin(1)
         seen = dict(zip(names, self._decoder.look(names, ids), strict=True))
-        rows = {name: torch.from_numpy(value[0]).float() for name, value in seen.items()}
+        rows = {name: torch.from_numpy(value).float() for name, value in seen.items()}
         for tap, pairs in wanted.items():
             for accumulator, (x, y) in zip(self.found[tap], pairs, strict=True):
-                accumulator.update(rows[x], rows[y])
+                accumulator.update(self.kind.features(rows[x]).flatten(0, 1), rows[y].flatten(0, 1))

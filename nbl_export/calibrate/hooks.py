@@ -17,9 +17,11 @@ import torch
 from nbl_export.calibrate.moments_file import load_moments, save_moments
 from nbl_export.calibrate.sums import REFERENCE_ROWS, Accumulator, Sums
 from nbl_export.errors import NblError
+from nbl_export.mixers import DEFAULT
+from nbl_export.mixers.base import Kind
+from nbl_export.mixers.lmmse import Moments
 from nbl_export.model import bfloat16
 from nbl_export.model.blocks import block_output
-from nbl_export.records.moments import Moments
 
 __all__ = ["Collection", "Rows", "attach", "batches", "collect", "load_moments", "refuse_not_finite", "save_moments"]
 
@@ -37,12 +39,16 @@ class Rows:
     Args:
         taps: some of `records.plan.TAPS`.
         size: hidden size.
+        kind: of the mixers that the sums are for.
         device: device of the sums.
     """
 
-    def __init__(self, taps: Sequence[str], num_layers: int, size: int, device: Any = "cpu") -> None:
-        self.taps, self.num_layers, self.size, self._device = tuple(taps), num_layers, size, device
-        self.found = {tap: [Accumulator(size) for _ in range(num_layers)] for tap in self.taps}
+    def __init__(
+        self, taps: Sequence[str], num_layers: int, size: int, kind: Kind = DEFAULT, device: Any = "cpu"
+    ) -> None:
+        self.taps, self.num_layers, self.kind, self._device = tuple(taps), num_layers, kind, device
+        self.sizes = (kind.feature_count(size), size)
+        self.found = {tap: [Accumulator(self.sizes) for _ in range(num_layers)] for tap in self.taps}
 
     def add(self, batch_BT: torch.Tensor) -> None:
         """Run one batch and add its rows."""
@@ -86,19 +92,20 @@ class Collection(Rows):
     Args:
         model: a causal LM of transformers, float32.
         taps: some of `records.plan.TAPS`.
+        kind: of the mixers that the sums are for.
         narrow: the model's products in bfloat16; products of the sums are float32.
     """
 
-    def __init__(self, model: Any, taps: Sequence[str], *, narrow: bool = False) -> None:
+    def __init__(self, model: Any, taps: Sequence[str], kind: Kind = DEFAULT, *, narrow: bool = False) -> None:
         self._decoder, self._narrow = model.get_decoder(), narrow
         device = next(model.parameters()).device
-        super().__init__(taps, len(self._decoder.layers), int(model.config.hidden_size), device)
+        super().__init__(taps, len(self._decoder.layers), int(model.config.hidden_size), kind, device)
         self._handles: list[Any] = []
 
     def __enter__(self) -> Collection:
         for tap, accumulators in self.found.items():
             for layer, accumulator in zip(self._decoder.layers, accumulators, strict=True):
-                self._handles += attach(layer, accumulator, tap, self._decoder.config)
+                self._handles += attach(layer, accumulator, tap, self._decoder.config, self.kind)
         return self
 
     def __exit__(self, _k: type[BaseException] | None, _v: BaseException | None, _t: TracebackType | None) -> None:
@@ -116,6 +123,7 @@ def collect(
     ids_WT: torch.Tensor,
     progress: Callable[[int, int], None],
     taps: Sequence[str] = ("residual",),
+    kind: Kind = DEFAULT,
     *,
     narrow: bool = False,
 ) -> dict[str, list[Moments]]:
@@ -125,11 +133,12 @@ def collect(
         model: a causal LM of transformers, float32.
         ids_WT: token ids [windows, context].
         progress: called with tokens done and the total.
+        kind: of the mixers that the moments are for.
 
     Raises:
         NblError: a layer's activations are not finite.
     """
-    with Collection(model, taps, narrow=narrow) as collection:
+    with Collection(model, taps, kind, narrow=narrow) as collection:
         collection.refer(ids_WT)
         done = 0
         for batch in batches(ids_WT):
@@ -146,10 +155,11 @@ def refuse_not_finite(sums: Sums, layer: int) -> None:
         raise NblError(f"layer {layer}: its activations hold NaN or infinity; check the checkpoint's weights")
 
 
-def attach(layer: torch.nn.Module, accumulator: Accumulator, tap: str, config: Any) -> list[Any]:
+def attach(layer: torch.nn.Module, accumulator: Accumulator, tap: str, config: Any, kind: Kind = DEFAULT) -> list[Any]:
     """Hook an accumulator to a decoder layer.
 
-    X is the layer's input at the tap. Y is what the layer's attention block adds to the residual stream.
+    X are the features that the kind asks for, of the layer's input at the tap. Y is what the attention block adds to
+    the residual stream.
 
     Args:
         config: the model's configuration.
@@ -167,7 +177,7 @@ def attach(layer: torch.nn.Module, accumulator: Accumulator, tap: str, config: A
         y = y if multiplier == 1.0 else y * multiplier
         x_BTD, y_BTD = seen.pop("x").float(), y.float()
         with bfloat16.products(y.device, False):
-            accumulator.update(x_BTD.reshape(-1, x_BTD.shape[-1]), y_BTD.reshape(-1, y_BTD.shape[-1]))
+            accumulator.update(kind.features(x_BTD).flatten(0, 1), y_BTD.flatten(0, 1))
 
     attention: Any = layer.self_attn
     last, multiplier = block_output(layer, config)

@@ -4,29 +4,45 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from nbl_export.calibrate.hooks import attach, refuse_not_finite
 from nbl_export.calibrate.sums import REFERENCE_ROWS, Accumulator, Sums
+from nbl_export.mixers import DEFAULT
+from nbl_export.mixers.base import Kind
 from nbl_export.model import bfloat16
 from nbl_export.model.blocks import run_from
 from nbl_export.model.checkpoint.pretrained import config_of
 from nbl_export.model.one_layer import Shelf, one_layer
 
-__all__ = ["collect_layers"]
+__all__ = ["Wanted", "collect_layers"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is collected.
+
+    Attributes:
+        taps: some of `records.plan.TAPS`.
+        kind: of the mixers that the sums are for.
+        narrow: the model's products in bfloat16; products of the sums are float32.
+    """
+
+    taps: Sequence[str]
+    kind: Kind = DEFAULT
+    narrow: bool = False
 
 
 def collect_layers(
     directory: Path,
     ids_WT: torch.Tensor,
     parts: Sequence[torch.Tensor],
-    taps: Sequence[str],
+    wanted: Wanted,
     scratch: Path,
     progress: Callable[[int, int], None],
-    *,
-    narrow: bool = False,
 ) -> Iterator[dict[str, Sums]]:
     """Sums of each layer by tap, from the first layer to the last.
 
@@ -35,7 +51,6 @@ def collect_layers(
         ids_WT: token ids of the whole text; the first tokens give reference rows and units.
         parts: the batches of the text to collect, [windows, context] each.
         scratch: a directory for the hidden states: 4 x tokens x hidden size bytes.
-        narrow: the model's products in bfloat16; products of the sums are float32.
         progress: called with layers x tokens done and the total.
 
     Raises:
@@ -44,14 +59,17 @@ def collect_layers(
     config, shelf = config_of(directory), Shelf(directory)
     shapes = [tuple(ids_WT[:1, :REFERENCE_ROWS].shape), *(tuple(part.shape) for part in parts)]
     states = _States(scratch / "hidden", shapes, config.hidden_size)
+    sizes = (wanted.kind.feature_count(config.hidden_size), int(config.hidden_size))
     inputs = [ids_WT[:1, :REFERENCE_ROWS], *parts]
     tokens = sum(part.numel() for part in parts)
     for index in range(config.num_hidden_layers):
         decoder = one_layer(config, index, shelf)
-        found = {tap: Accumulator(config.hidden_size) for tap in taps}
-        handles = [handle for tap, a in found.items() for handle in attach(decoder.layers[0], a, tap, config)]
+        found = {tap: Accumulator(sizes) for tap in wanted.taps}
+        handles = [
+            handle for tap, a in found.items() for handle in attach(decoder.layers[0], a, tap, config, wanted.kind)
+        ]
         done = 0
-        with torch.inference_mode(), bfloat16.products(torch.device("cpu"), narrow):
+        with torch.inference_mode(), bfloat16.products(torch.device("cpu"), wanted.narrow):
             for k, ids in enumerate(inputs):
                 if index:
                     states.write(k, run_from(decoder, states.read(k)))

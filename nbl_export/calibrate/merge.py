@@ -63,7 +63,7 @@ class Shards:
             **{name: self._facts[name] for name in ("identity", "run")},
             "count": self.count, "shard": [1, 1], "batches": batches, "done": batches,
         }  # fmt: skip
-        with MomentsWriter(path, facts, first.num_layers, first.taps, first.size) as out:
+        with MomentsWriter(path, facts, first.num_layers, first.taps, first.sizes) as out:
             for i in range(first.num_layers):
                 out.write({tap: self._layer(i, tap) for tap in first.taps})
                 progress(i + 1, first.num_layers)

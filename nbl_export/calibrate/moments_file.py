@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +28,7 @@ import torch
 from nbl_export.calibrate.sums import Sums
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.files import replacing
-from nbl_export.records.moments import Moments
+from nbl_export.mixers.lmmse import Moments
 
 __all__ = ["MomentsFile", "MomentsWriter", "load_moments", "open_moments", "save_moments", "whole_moments"]
 
@@ -44,7 +45,7 @@ class MomentsWriter:
     """
 
     def __init__(
-        self, path: Path, facts: Mapping[str, Any], num_layers: int, taps: Sequence[str], size: int,
+        self, path: Path, facts: Mapping[str, Any], num_layers: int, taps: Sequence[str], sizes: tuple[int, int],
         fields: Sequence[str] = (*_SUMS, *_ABOUT),
     ) -> None:  # fmt: skip
         self.path, self._open = path, contextlib.ExitStack()
@@ -52,18 +53,19 @@ class MomentsWriter:
         stated = {**facts, "num_layers": num_layers, "taps": list(taps), "sha256": _NO_HASH}
         header: dict[str, Any] = {"__metadata__": {"moments": json.dumps(stated)}}
         offset = 0
-        for name, shape in self._shapes(num_layers, size):
-            end = offset + _ITEM * (size if len(shape) == 1 else size * size)
+        for name, shape in self._shapes(num_layers, sizes):
+            end = offset + _ITEM * math.prod(shape)
             header[name] = {"dtype": "F64", "shape": shape, "data_offsets": [offset, end]}
             offset = end
         raw = json.dumps(header).encode()
         self._header = raw + b" " * (-len(raw) % 8)
 
-    def _shapes(self, num_layers: int, size: int) -> Iterator[tuple[str, list[int]]]:
+    def _shapes(self, num_layers: int, sizes: tuple[int, int]) -> Iterator[tuple[str, list[int]]]:
+        size_of = dict(zip("xy", sizes, strict=True))
         for i in range(num_layers):
             for tap in self._taps:
                 for field in self._fields:
-                    yield f"layers.{i}.{tap}.{field}", [size, size] if field in ("xx", "yx", "yy") else [size]
+                    yield f"layers.{i}.{tap}.{field}", [size_of[side] for side in field.split("_")[0]]
 
     def __enter__(self) -> MomentsWriter:
         self._stream, self._digest = self._open.enter_context(replacing(self.path)), hashlib.sha256()
@@ -106,9 +108,10 @@ class MomentsFile:
                         raise KeyError(f"layers.{i}.{tap}.{field} is missing")
 
     @property
-    def size(self) -> int:
-        """Hidden size D."""
-        return int(self._file.get_slice(f"layers.0.{self.taps[0]}.x_sum").get_shape()[0])
+    def sizes(self) -> tuple[int, int]:
+        """The number of features F, and the hidden size D."""
+        outputs, features = self._file.get_slice(f"layers.0.{self.taps[0]}.yx").get_shape()
+        return int(features), int(outputs)
 
     @property
     def shard(self) -> tuple[int, int]:
@@ -139,8 +142,9 @@ class MomentsFile:
         fields = (*_SUMS, *_ABOUT) if self.has_reference else _SUMS
         found = {field: self._file.get_tensor(f"layers.{layer}.{tap}.{field}") for field in fields}
         if not self.has_reference:
-            zero, one = torch.zeros_like(found["x_sum"]), torch.ones_like(found["x_sum"])
-            found |= {"x_ref": zero, "y_ref": zero, "x_unit": one, "y_unit": one}
+            for side in "xy":
+                found[f"{side}_ref"] = torch.zeros_like(found[f"{side}_sum"])
+                found[f"{side}_unit"] = torch.ones_like(found[f"{side}_sum"])
         return Sums(int(self.facts["count"]), **found)
 
 
@@ -164,8 +168,8 @@ def open_moments(path: Path) -> Iterator[MomentsFile]:
 def save_moments(moments: Mapping[str, Sequence[Moments]], path: Path) -> None:
     """Write moments of all layers and taps of a whole calibration."""
     first = next(iter(moments.values()))
-    fields = _SUMS
-    with MomentsWriter(path, {"count": first[0].count}, len(first), list(moments), len(first[0].x_sum), fields) as file:
+    sizes = (len(first[0].x_sum), len(first[0].y_sum))
+    with MomentsWriter(path, {"count": first[0].count}, len(first), list(moments), sizes, _SUMS) as file:
         for i in range(len(first)):
             file.write({tap: layers[i] for tap, layers in moments.items()})
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nbl_export.records.moments import Moments
+from nbl_export.mixers.lmmse import Moments
 
 __all__ = ["REFERENCE_ROWS", "Accumulator", "Sums"]
 
@@ -41,14 +41,14 @@ class Sums:
     """
 
     count: int
-    x_ref: torch.Tensor  # [D]
+    x_ref: torch.Tensor  # [F]
     y_ref: torch.Tensor  # [D]
-    x_unit: torch.Tensor  # [D]
+    x_unit: torch.Tensor  # [F]
     y_unit: torch.Tensor  # [D]
-    x_sum: torch.Tensor  # [D]
+    x_sum: torch.Tensor  # [F]
     y_sum: torch.Tensor  # [D]
-    xx: torch.Tensor  # [D, D] X'X
-    yx: torch.Tensor  # [D, D] Y'X
+    xx: torch.Tensor  # [F, F] X'X
+    yx: torch.Tensor  # [D, F] Y'X
     yy: torch.Tensor  # [D, D] Y'Y
 
     def merge(self, other: Sums) -> Sums:
@@ -82,27 +82,31 @@ class Sums:
 
 
 class Accumulator:
-    """Collects `Sums` of one layer. The first rows give the reference and the units."""
+    """Collects `Sums` of one layer. The first rows give the reference and the units.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    Args:
+        sizes: F, the number of features, and D.
+    """
+
+    def __init__(self, sizes: tuple[int, int]) -> None:
+        self.sizes = sizes
         self.count = 0
         self._has_reference = False
 
-    def update(self, x_ND: torch.Tensor, y_ND: torch.Tensor) -> None:
-        """Add rows X and Y, [N, D] float32 each, on any device."""
-        norms = x_ND.norm(dim=1)
+    def update(self, x_NF: torch.Tensor, y_ND: torch.Tensor) -> None:
+        """Add rows X [N, F] and Y [N, D], float32, on any device."""
+        norms = x_NF.norm(dim=1)
         massive = norms > _MASSIVE * norms.median()
         if not self._has_reference:
-            self._refer(x_ND[:REFERENCE_ROWS], y_ND[:REFERENCE_ROWS], massive[:REFERENCE_ROWS])
-        self.count += x_ND.shape[0]
-        x_ND, y_ND = (x_ND - self._x_ref).mul_(self._x_scale), (y_ND - self._y_ref).mul_(self._y_scale)
+            self._refer(x_NF[:REFERENCE_ROWS], y_ND[:REFERENCE_ROWS], massive[:REFERENCE_ROWS])
+        self.count += x_NF.shape[0]
+        x_NF, y_ND = (x_NF - self._x_ref).mul_(self._x_scale), (y_ND - self._y_ref).mul_(self._y_scale)
         apart = massive.nonzero().flatten()
         if len(apart):
-            self._add(x_ND[apart].double(), y_ND[apart].double())
-            for rows in (x_ND, y_ND):
+            self._add(x_NF[apart].double(), y_ND[apart].double())
+            for rows in (x_NF, y_ND):
                 rows.index_fill_(0, apart, 0.0)  # zero rows add nothing, and keep the other rows in place
-        for x, y in zip(x_ND.split(_BLOCK), y_ND.split(_BLOCK), strict=True):
+        for x, y in zip(x_NF.split(_BLOCK), y_ND.split(_BLOCK), strict=True):
             self._add(x, y)
 
     def _add(self, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -112,9 +116,9 @@ class Accumulator:
         self._yx += (y.T @ x).round_()
         self._yy += _gram(y).round_()
 
-    def _refer(self, x_ND: torch.Tensor, y_ND: torch.Tensor, massive: torch.Tensor) -> None:
-        x_ref, y_ref = x_ND[~massive].mean(0), y_ND[~massive].mean(0)
-        self.start(x_ref, y_ref, _unit(x_ND - x_ref), _unit(y_ND - y_ref))
+    def _refer(self, x_NF: torch.Tensor, y_ND: torch.Tensor, massive: torch.Tensor) -> None:
+        x_ref, y_ref = x_NF[~massive].mean(0), y_ND[~massive].mean(0)
+        self.start(x_ref, y_ref, _unit(x_NF - x_ref), _unit(y_ND - y_ref))
 
     def start(self, x_ref: torch.Tensor, y_ref: torch.Tensor, x_unit: torch.Tensor, y_unit: torch.Tensor) -> None:
         """Set reference rows and units, and begin at zero."""
@@ -127,9 +131,11 @@ class Accumulator:
     def clear(self) -> None:
         """Forget the rows, but keep reference and units."""
         self.count = 0
-        size, device = self.size, self._x_ref.device
-        self._x_sum, self._y_sum = torch.zeros(2, size, dtype=torch.float64, device=device)
-        self._xx, self._yx, self._yy = torch.zeros(3, size, size, dtype=torch.float64, device=device)
+        x, y = self.sizes
+        self._x_sum, self._y_sum, self._xx, self._yx, self._yy = (
+            torch.zeros(shape, dtype=torch.float64, device=self._x_ref.device)
+            for shape in ((x,), (y,), (x, x), (y, x), (y, y))
+        )
 
     def reference(self) -> list[torch.Tensor]:
         """Reference rows and units, as `start` takes them."""

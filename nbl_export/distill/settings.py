@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from nbl_export.mixers.base import Mixer
 from nbl_export.parallel.peers import ALONE, Peers
-from nbl_export.records.plan import AffineMap
 
 __all__ = [
     "AIMING",
@@ -78,7 +78,7 @@ class DistillSettings:
 class Distilled:
     """The best maps, held-back KL by step (0 is the start), and training KL by step, in nats."""
 
-    maps: dict[int, AffineMap]
+    maps: dict[int, Mixer]
     held_kl: list[tuple[int, float]] = field(default_factory=list)
     train_kl: list[float] = field(default_factory=list)
     seconds: float = 0.0

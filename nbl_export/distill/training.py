@@ -40,8 +40,9 @@ from nbl_export.distill.settings import (
 )
 from nbl_export.distill.twin import Lesson, Twin
 from nbl_export.errors import NblError
+from nbl_export.mixers import kind_of
+from nbl_export.mixers.base import Mixer
 from nbl_export.parallel.peers import Peers
-from nbl_export.records.plan import AffineMap
 
 __all__ = ["distill"]
 
@@ -176,10 +177,7 @@ class _Training:
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
         for i, best in self.result.maps.items():
-            tensors |= {
-                f"best.{i}.weight": torch.from_numpy(best.weight),
-                f"best.{i}.bias": torch.from_numpy(best.bias),
-            }
+            tensors |= {f"best.{i}.{name}": torch.from_numpy(array) for name, array in best.tensors().items()}
         tensors |= {f"kept.{name}": value for name, value in self._kept.items()}
         tensors |= {f"units.{name}": value for name, value in self.twin.units.items()}
         kept = {"held_kl": self.result.held_kl, "train_kl": self.result.train_kl, "best_at": self.best_at}
@@ -201,8 +199,10 @@ class _Training:
                 state["state"].setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict(state)
         self.result.maps = {
-            i: AffineMap(tensors[f"best.{i}.weight"].numpy(), tensors[f"best.{i}.bias"].numpy())
-            for i in self.result.maps
+            i: kind_of(mixer.kind).from_tensors(
+                {n.removeprefix(f"best.{i}."): v.numpy() for n, v in tensors.items() if n.startswith(f"best.{i}.")}
+            )
+            for i, mixer in self.result.maps.items()
         }
         self.result.held_kl = [(int(step), float(kl)) for step, kl in facts["held_kl"]]
         self.result.train_kl = [float(kl) for kl in facts["train_kl"]]
@@ -213,7 +213,7 @@ class _Training:
 
 def distill(
     model: Any,
-    maps: Mapping[int, AffineMap],
+    maps: Mapping[int, Mixer],
     tap: str,
     text: TrainingText,
     settings: DistillSettings,

@@ -23,12 +23,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbl_export.distill.trained_map import TrainedMap
+from nbl_export.errors import NblError
+from nbl_export.mixers import kind_of
+from nbl_export.mixers.base import Mixer
+from nbl_export.mixers.modules import Wrapped
 from nbl_export.model import bfloat16, short_attention
 from nbl_export.model.blocks import multiplier_of, run_from
 from nbl_export.model.head import logits_of
-from nbl_export.model.linearize import AffineAttention, switched
-from nbl_export.records.plan import AffineMap
+from nbl_export.model.linearize import switched
 
 __all__ = ["Lesson", "Twin"]
 
@@ -58,7 +60,7 @@ class Twin:
         rank: of the trained deltas.
     """
 
-    def __init__(self, model: Any, maps: Mapping[int, AffineMap], tap: str, dtype: str, rank: int, seed: int) -> None:
+    def __init__(self, model: Any, maps: Mapping[int, Mixer], tap: str, dtype: str, rank: int, seed: int) -> None:
         self.model, self.decoder, self.tap = model, model.get_decoder(), tap
         self.layers = self.decoder.layers
         self.first = min(maps)
@@ -67,9 +69,13 @@ class Twin:
             parameter.requires_grad_(False)
         self._weights = bfloat16.Weights(model) if self.narrow else None
         generator, multiplier = torch.Generator().manual_seed(seed), multiplier_of(model.config)
-        self.affine = nn.ModuleDict({str(i): AffineAttention(m, multiplier) for i, m in maps.items()})
-        for module in self.affine.values():
-            module.linear = TrainedMap(module.linear, rank, generator)
+        self.affine = nn.ModuleDict()
+        self._kinds = {i: kind_of(mixer.kind) for i, mixer in maps.items()}
+        for i, mixer in maps.items():
+            trained = self._kinds[i].trained(mixer, rank, generator)
+            if trained is None:
+                raise NblError(f"layer {i}: a layer of kind {mixer.kind} is not trained; use --fit independent")
+            self.affine[str(i)] = Wrapped(trained, multiplier)
         self.affine.to(model.device)
 
     @property
@@ -77,13 +83,9 @@ class Twin:
         """The trained parameters, by name."""
         return dict(self.affine.named_parameters())
 
-    def maps(self) -> dict[int, AffineMap]:
-        """The current maps, deltas included."""
-
-        def read(tensor: torch.Tensor) -> Any:
-            return tensor.detach().cpu().numpy().copy()
-
-        return {int(i): AffineMap(read(m.linear.weight), read(m.linear.bias)) for i, m in self.affine.items()}
+    def maps(self) -> dict[int, Mixer]:
+        """The current mixers, deltas included."""
+        return {i: kind.from_tensors(self.affine[str(i)].linear.tensors()) for i, kind in self._kinds.items()}
 
     def student(self) -> contextlib.AbstractContextManager[None]:
         """Within: replaced layers compute their maps, and layers below the first replaced one are skipped."""
@@ -118,7 +120,7 @@ class Twin:
                 hook.remove()
 
     def aim(self, gradients: Mapping[str, torch.Tensor]) -> None:
-        """Initialise the deltas from gradients by the `whole` weights (`TrainedMap.aim`)."""
+        """Initialise the deltas from gradients by the `whole` weights (`TrainedMixer.aim`)."""
         for index, module in self.affine.items():
             module.linear.aim(gradients[f"{index}.linear.weight"])
 
@@ -129,7 +131,7 @@ class Twin:
 
     @torch.no_grad()
     def measure(self, lesson: Lesson) -> None:
-        """Set the units of the deltas (`TrainedMap.measure`) by what the student's maps read in a lesson."""
+        """Set the units of the deltas (`TrainedMixer.measure`) by what the student's maps read in a lesson."""
         read: dict[str, torch.Tensor] = {}
         hooks = [
             module.linear.register_forward_pre_hook(lambda _m, args, index=index: read.update({index: args[0]}))

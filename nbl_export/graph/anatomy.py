@@ -9,6 +9,8 @@ The search begins at the cache inputs of a layer (`caches`) and ends at the resi
 addition at which all paths from the layer's caches have come together. Its other operand feeds the attention.
 Node names play no part. Norm, rotary embedding and attention may be one operator each or dozens. Reading the shape of
 a cache is not dataflow, because all layers share the past length and the masks made from it.
+
+A layer with a state is one that the rewrite has made, so the names of its nodes lead to the join (`find_reader`).
 """
 
 from __future__ import annotations
@@ -19,10 +21,21 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.caches import graph_caches
+from nbl_export.graph.caches import graph_caches, graph_states
 from nbl_export.graph.coded.block_sums import is_block_sum
+from nbl_export.graph.names import node_name
 
-__all__ = ["PRODUCTS", "AttentionBlock", "cache_layers", "find_block", "graph_caches", "is_constant"]
+__all__ = [
+    "PRODUCTS",
+    "AttentionBlock",
+    "Join",
+    "cache_layers",
+    "find_block",
+    "find_reader",
+    "graph_caches",
+    "is_constant",
+    "reading_layers",
+]
 
 # Operators that multiply activations by weights, or that quantise activations for such a product.
 PRODUCTS = ("MatMul", "Gemm", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "QLinearMatMul", "FusedMatMul",
@@ -34,24 +47,36 @@ _DEPTH = 8
 
 
 @dataclass(frozen=True)
-class AttentionBlock:
-    """One layer's attention: its caches, and the join where its output meets the residual stream."""
+class Join:
+    """Where a layer's output for the sequence, of attention or of a mixer, meets the residual stream."""
 
     layer: int
-    pasts: tuple[ir.Value, ...]
-    presents: tuple[ir.Value, ...]
     join: ir.Node
-    branch_index: int  # which input of `join` is the attention output
-    residual: ir.Value
-    projected: tuple[ir.Value, ...]  # inputs of the block's first products (q, k, v)
-    normed: ir.Value | None  # the only projected value, if it is not the residual and the join takes all tokens
+    branch_index: int  # which input of `join` is the layer's output
 
     @property
     def branch(self) -> ir.Value:
-        """The attention output, as the join adds it to the residual."""
+        """The layer's output, as the join adds it to the residual."""
         value = self.join.inputs[self.branch_index]
         assert value is not None
         return value
+
+    @property
+    def residual(self) -> ir.Value:
+        """The other operand, the layer's input."""
+        value = self.join.inputs[1 - self.branch_index]
+        assert value is not None
+        return value
+
+
+@dataclass(frozen=True)
+class AttentionBlock(Join):
+    """One layer's attention: its caches, and its join."""
+
+    pasts: tuple[ir.Value, ...]
+    presents: tuple[ir.Value, ...]
+    projected: tuple[ir.Value, ...]  # inputs of the block's first products (q, k, v)
+    normed: ir.Value | None  # the only projected value, if it is not the residual and the join takes all tokens
 
 
 def cache_layers(graph: ir.Graph) -> tuple[int, ...]:
@@ -83,7 +108,30 @@ def find_block(graph: ir.Graph, layer: int) -> AttentionBlock:
         )
     usable = len(projected) == 1 and projected[0] is not residual and _whole(residual) is residual
     normed = projected[0] if usable else None
-    return AttentionBlock(layer, pasts, presents, join, index, residual, projected, normed)
+    return AttentionBlock(layer, join, index, pasts, presents, projected, normed)
+
+
+def reading_layers(graph: ir.Graph) -> tuple[int, ...]:
+    """Layers in which a token reads other tokens, ascending: attention, or a mixer with a state."""
+    return tuple(sorted({*graph_caches(graph), *graph_states(graph)}))
+
+
+def find_reader(graph: ir.Graph, layer: int) -> Join:
+    """Locate the join of one of the `reading_layers`.
+
+    Raises:
+        RefusalError: the layer's dataflow is not understood.
+    """
+    if layer not in graph_states(graph):
+        return find_block(graph, layer)
+    prefix = node_name(layer, "")
+    for node in graph:
+        for index, value in enumerate(node.inputs[:2]):
+            maker = None if value is None else value.producer()
+            own = maker is not None and str(maker.name).startswith(prefix)
+            if own and _adds(node) and not str(node.name).startswith(prefix):
+                return Join(layer, node, index)
+    raise RefusalError(layer, "it has a state, but its output does not meet a residual stream")
 
 
 def is_constant(value: ir.Value, depth: int = _DEPTH) -> bool:
@@ -177,8 +225,12 @@ def _find_join(graph: ir.Graph, layer: int, pasts: tuple[ir.Value, ...], present
     )
 
 
+def _adds(node: ir.Node) -> bool:
+    return node.op_type == "Add" or node.op_type in _SKIP_NORMS
+
+
 def _is_residual_add(node: ir.Node, reached: set[ir.Value]) -> bool:
-    if node.op_type != "Add" and node.op_type not in _SKIP_NORMS:
+    if not _adds(node):
         return False
     pair = node.inputs[:2]
     inside = [v for v in pair if v in reached]

@@ -6,6 +6,8 @@
 A cache output leads back to its input through data moves and one merge: the node that adds the new tokens.
 The merge of layer i + 1 needs the attention of layer i. So the merges in graph order are the layers in order, two a
 layer. Names only number the layers, because a rewritten graph has gaps. Names that contradict the order are refused.
+
+A layer with a short memory has states of constant size instead (`graph_states`). The rewrite names them.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
+from nbl_export.graph.names import state_names
+from nbl_export.records.decoder import is_state
 
-__all__ = ["LayerCaches", "graph_caches", "present_names"]
+__all__ = ["LayerCaches", "graph_caches", "graph_states", "present_names"]
 
 LayerCaches = tuple[tuple[ir.Value, ...], tuple[ir.Value, ...]]  # pasts (key, value), presents (key, value)
 
@@ -34,6 +38,7 @@ _MERGES = ("Concat", "ScatterND", "ScatterElements", "TensorScatter")
 _MOVES = ("Identity", "Cast", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Slice", "Expand",
           "QuantizeLinear", "DequantizeLinear")  # fmt: skip
 _LEAST_RANK = 3
+_PAST = re.compile(r"^past_key_values\.(\d+)\.")
 _DIGITS = re.compile(r"\d+")
 
 
@@ -73,6 +78,24 @@ def present_names(graph: ir.Graph, without: Collection[int] = ()) -> dict[str, s
     return {str(a.name): str(b.name) for pasts, presents in caches for a, b in zip(pasts, presents, strict=True)}
 
 
+def graph_states(graph: ir.Graph) -> dict[int, LayerCaches]:
+    """Inputs and outputs of the states by layer, ascending; empty if no layer has a state.
+
+    Raises:
+        RefusalError: a state is an input or an output only.
+    """
+    inputs, outputs = ({str(v.name): v for v in values} for values in (graph.inputs, graph.outputs))
+    found: dict[int, LayerCaches] = {}
+    for layer in sorted({int(m[1]) for name in inputs if is_state(name) and (m := _PAST.match(name))}):
+        pairs = state_names(layer)
+        missing = [name for pair in pairs.items() for name, values in zip(pair, (inputs, outputs), strict=True)
+                   if name not in values]  # fmt: skip
+        if missing:
+            raise RefusalError(layer, f"it has a state, but the graph lacks {missing[0]}")
+        found[layer] = tuple(inputs[name] for name in pairs), tuple(outputs[name] for name in pairs.values())
+    return found
+
+
 def _refuse_control_flow(graph: ir.Graph) -> None:
     """Refuse branches that read values of the outer graph and so hide the dataflow; tables by length are accepted."""
     for node in graph:
@@ -90,7 +113,7 @@ def _refuse_control_flow(graph: ir.Graph) -> None:
 
 
 def _pairs(graph: ir.Graph) -> Iterator[_Pair]:
-    for present in graph.outputs:
+    for present in (v for v in graph.outputs if not is_state(str(v.name))):
         found = {id(pair.past): pair for pair in _trace(present, present, None, set())}
         if len(found) > 1:
             names = " and ".join(str(pair.past.name) for pair in found.values())
@@ -166,5 +189,5 @@ def _refuse_unpaired(graph: ir.Graph, found: Sequence[_Pair], layers: Sequence[i
     paired = {pair.past for pair in found}
     for value in graph.inputs:
         named = re.search(r"past_?key|key_?cache|value_?cache", str(value.name))
-        if named and value not in paired and _can_hold_a_cache(value):
+        if named and value not in paired and _can_hold_a_cache(value) and not is_state(str(value.name)):
             raise RefusalError(None, f"its input {value.name} is named like a cache, but no output continues it")

@@ -1,6 +1,6 @@
 """A decoder graph on plain ONNX Runtime: prefill and cached steps of a right-padded batch, logits as numpy.
 
-For verification, not for speed: caches are copied through numpy. Only the graph's inputs and outputs matter.
+For verification, not for speed: caches and states are copied through numpy. Only the graph's inputs and outputs matter.
 
 A float32 graph keeps its weights in the file, mapped into memory, so the kernel can drop their pages. By default ONNX
 Runtime copies each matrix into another order. In float32 that changes the rounding of products alone. Quantised
@@ -17,10 +17,12 @@ import numpy as np
 
 from nbl_export.graph.names import GRAPH_FILE
 from nbl_export.graph.session import PAST, contract_of_session, open_session
+from nbl_export.records.decoder import is_state
 
 __all__ = ["OnnxDecoder"]
 
 _UNPACKED = "session.disable_prepacking"
+_FED = ("past_key_values", "present")  # part of an input's name -> of the output that feeds it
 
 
 class OnnxDecoder:
@@ -49,8 +51,9 @@ class OnnxDecoder:
         )  # fmt: skip
         self.head_dim = head_dim
         self.contract = contract_of_session(self.session)
-        names = [a.name for a in self.contract.inputs if PAST.match(a.name)]
-        self._caches = {n: n.replace("past_key_values", "present") for n in names} if caches is None else dict(caches)
+        named = [a.name for a in self.contract.inputs if PAST.match(a.name)]
+        self._caches = {n: n.replace(*_FED) for n in named} if caches is None else dict(caches)
+        self._states = {a.name: a.name.replace(*_FED) for a in self.contract.inputs if is_state(a.name)}
         self._past: dict[str, np.ndarray] = {}
         self._mask_BT = np.zeros((0, 0), np.int64)
 
@@ -62,6 +65,8 @@ class OnnxDecoder:
             for a in self.contract.inputs
             if a.name in self._caches
         }
+        states = (a for a in self.contract.inputs if a.name in self._states)
+        self._past |= {a.name: np.zeros((batch, *map(int, a.shape[1:])), a.dtype) for a in states}
 
     def step(
         self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None, further: Mapping[str, np.ndarray] | None = None
@@ -77,7 +82,7 @@ class OnnxDecoder:
         feeds, mask = self._feeds(ids_BT, valid_BT, further)
         found = dict(zip(outputs, self.session.run(outputs, feeds), strict=True))
         self._mask_BT = mask
-        self._past = {name: found[self._caches[name]] for name in self._past}
+        self._past = {name: found[output] for name, output in {**self._caches, **self._states}.items()}
         return np.asarray(found["logits"].astype(np.float32, copy=False))
 
     def look(
@@ -117,8 +122,8 @@ class OnnxDecoder:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes that the caches of the running batch hold now."""
-        return sum(array.nbytes for array in self._past.values())
+        """Bytes that the caches of the running batch hold now, without states of constant size."""
+        return sum(self._past[name].nbytes for name in self._caches)
 
 
 def _is_float32(model: bytes) -> bool:

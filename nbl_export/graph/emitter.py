@@ -1,4 +1,4 @@
-"""Reads and extends a graph, for graph passes."""
+"""Reads and extends a graph, for graph passes, and runs them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ __all__ = [
     "graph_input",
     "need",
     "register",
+    "run_passes",
     "shape_of",
     "size",
     "type_of",
 ]
+
 
 Dim = int | str | ir.SymbolicDim | None
 
@@ -162,3 +164,18 @@ def _derived_type(value: ir.Value, depth: int) -> ir.DataType | None:
         return ir.DataType(node.attributes["to"].as_int())
     types = (_derived_type(v, depth - 1) for v in node.inputs if v is not None)
     return next((t for t in types if t is not None), None)
+
+
+def run_passes(passes: Sequence[ir.passes.PassBase], model: ir.Model) -> None:
+    """Run passes in order.
+
+    Raises:
+        RefusalError: a pass refuses the graph; the error is the pass's own.
+    """
+    try:
+        ir.passes.Sequential(*passes)(model)
+    except ir.passes.PassError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, RefusalError):
+            cause = cause.__cause__
+        raise cause or error from None

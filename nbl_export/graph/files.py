@@ -11,17 +11,18 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 
 from nbl_export.errors import CorruptError, NblError, RefusalError
-from nbl_export.graph.check import check_structure, skeleton
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
 from nbl_export.graph.trust import check_graph
 from nbl_export.trust.contained import check_inside
 
-__all__ = ["data_files", "find_graph", "load_graph", "save_graph"]
+__all__ = ["check_structure", "data_files", "find_graph", "load_graph", "save_graph", "skeleton"]
+
 
 _INLINE_BYTES = 1 << 30  # below this, weights inside a graph file stay there; protobuf's limit is 2 GiB
 
@@ -126,3 +127,42 @@ def save_graph(model: ir.Model, out: Path) -> None:
         ir.save(model, out, external_data=f"{out.name}.data" if beside else None)
     except (ValueError, RuntimeError) as error:  # onnx_ir raises RuntimeError
         raise RefusalError(None, f"it cannot be written ({str(error)[:300]})") from error
+
+
+def check_structure(bare: Any) -> str:
+    """Run the ONNX checker: order of nodes, types of attributes, lengths of tensors.
+
+    Args:
+        bare: a `skeleton`.
+
+    Returns:
+        The first problem; "" if there is none.
+    """
+    try:
+        onnx.checker.check_model(bare)
+    except Exception as error:  # checker and protobuf raise several types
+        return next(iter(str(error).splitlines()), "") or type(error).__name__
+    return ""
+
+
+def skeleton(proto: Any) -> Any:
+    """Copy of a graph without its external data (declared as inputs), in a form that the checker accepts.
+
+    The GenAI builder emits SimplifiedLayerNormalization in the default domain, where ONNX Runtime registers it. The
+    ONNX checker does not know it there. The copy has it in the contrib domain, which the checker does not check.
+    """
+    bare = onnx.ModelProto()
+    bare.CopyFrom(proto)
+    inside = []
+    for tensor in bare.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            bare.graph.input.append(info)
+        else:
+            inside.append(tensor)
+    del bare.graph.initializer[:]
+    bare.graph.initializer.extend(inside)
+    for node in bare.graph.node:
+        if node.op_type == "SimplifiedLayerNormalization" and not node.domain:
+            node.domain = "com.microsoft"
+    return bare

@@ -1,8 +1,10 @@
-"""Names of the files of a decoder."""
+"""Names of the files of a decoder, and of what the rewrite adds to its graph."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from nbl_export.records.decoder import STATE_SUFFIXES
 
 __all__ = [
     "ALL_LOGITS_FILE",
@@ -17,9 +19,13 @@ __all__ = [
     "STATIC_GRAPH_FILE",
     "TOKENIZER_IR",
     "all_logits_file",
+    "constant_name",
     "draft_file",
     "draft_folder",
     "graph_file",
+    "node_name",
+    "product_name",
+    "state_names",
 ]
 
 GRAPH_FILE = "model.onnx"
@@ -53,3 +59,27 @@ def draft_file(draft: str) -> str:
 def draft_folder(draft: str) -> str:
     """Name of an IR draft's folder, in the folder of the decoder whose tokens it proposes."""
     return f"{draft}_draft"
+
+
+def constant_name(layer: int, part: str) -> str:
+    """Name of a constant of a replaced layer; `part` is the mixer's own name for it."""
+    return f"nbl.layers.{layer}.{part}"
+
+
+def node_name(layer: int, title: str) -> str:
+    """Name of a node of a replaced layer."""
+    return f"/nbl/layers.{layer}/{title}"
+
+
+def product_name(layer: int, part: str) -> str:
+    """Name of the node that multiplies by a mixer's matrix."""
+    return node_name(layer, "MatMul" if part == "weight" else f"MatMul{part.title()}")
+
+
+def state_names(layer: int) -> dict[str, str]:
+    """The input of each state of a layer -> its output, by the names that ONNX Runtime GenAI knows in any decoder.
+
+    GenAI takes states in pairs. The first holds rows that the layer remembers, the second nothing.
+    """
+    stems = (f"{layer}{suffix}" for suffix in STATE_SUFFIXES)
+    return {f"past_key_values.{stem}": f"present.{stem}" for stem in stems}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import CorruptError, MissingPackageError
-from nbl_export.records.decoder import ITEMSIZE
+from nbl_export.records.decoder import ITEMSIZE, is_state
 
 __all__ = ["GraphFacts", "read_graph_facts"]
 
@@ -84,7 +84,7 @@ def _unpacked(graph: Any, name: str, sizes: dict[str, int], bits: int, kinds: di
 def _cache_bytes(graph: Any, kinds: dict[int, str], head_dim: int) -> int:
     total = 0
     for value in graph.input:
-        if value.name.startswith("past_key_values."):
+        if value.name.startswith("past_key_values.") and not is_state(value.name):
             tensor = value.type.tensor_type
             dims = [d.dim_value for d in tensor.shape.dim]
             total += dims[1] * (dims[3] or head_dim) * ITEMSIZE.get(kinds[tensor.elem_type], 4)

@@ -9,7 +9,7 @@ left out; they are some percent of the whole. Planning uses ratios of costs; `ro
 
 Tail pruning: above the last kept attention no token reads another token. If only the last token's logits are wanted,
 everything after that attention runs on one token. In the original this is o_proj and MLP of the last layer. Graphs that
-give only the last token's logits are pruned in this way, from every source (`rewrite.tail.last_token`).
+give only the last token's logits are pruned in this way, from every source (`rewrite.tail`).
 
 Token table: below the first kept attention a hidden state is a function of the token. If layer 0 is replaced, its map
 and MLP become a row that is looked up (`rewrite.token_table`).
@@ -31,10 +31,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbl_export.errors import CorruptError
+from nbl_export.mixers.base import Mixer, TokenWork
 from nbl_export.options.options import JobOptions
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.plan import AffineMap
 
 __all__ = ["CostModel", "Speedup", "Work", "cost_model", "map_sizes", "read_intermediate_size", "weight_bytes"]
 
@@ -48,9 +48,9 @@ def weight_bytes(precision: str) -> float:
     return WEIGHT_BYTES[precision]
 
 
-def map_sizes(maps: Mapping[int, AffineMap]) -> dict[int, int]:
-    """Matrix elements of each layer's map."""
-    return {layer: sum(m.size for m in affine.matrices.values()) for layer, affine in maps.items()}
+def map_sizes(maps: Mapping[int, Mixer]) -> dict[int, TokenWork]:
+    """What a token costs in each replaced layer."""
+    return {layer: mixer.work() for layer, mixer in maps.items()}
 
 
 def read_intermediate_size(checkpoint: Path) -> int:
@@ -104,58 +104,64 @@ class CostModel:
     tail_pruned: bool = True
     token_table: bool = False
 
-    def speedup(self, maps: Mapping[int, AffineMap]) -> Speedup:
+    def speedup(self, maps: Mapping[int, Mixer]) -> Speedup:
         """Modelled speedup of replacing the attention of some layers; 1 means none."""
         return self.speedup_of_sizes(map_sizes(maps))
 
-    def speedup_of_sizes(self, sizes: Mapping[int, int]) -> Speedup:
-        """As `speedup`, from the matrix elements of each map."""
+    def speedup_of_sizes(self, sizes: Mapping[int, TokenWork]) -> Speedup:
+        """As `speedup`, from `map_sizes`."""
         return Speedup(
             self.prefill_flops({}) / self.prefill_flops(sizes),
             self.decode({}, self.tokens - 1).bytes / self.decode(sizes, self.tokens - 1).bytes,
         )
 
-    def prefill_flops(self, sizes: Mapping[int, int]) -> float:
+    def prefill_flops(self, sizes: Mapping[int, TokenWork]) -> float:
         """Additions and multiplications of a prefill of `self.tokens` tokens."""
         return self.prefill(sizes, self.tokens).flops
 
-    def prefill_saved(self, sizes: Mapping[int, int]) -> float:
-        """Share of `prefill_flops` that maps of these sizes save."""
+    def prefill_saved(self, sizes: Mapping[int, TokenWork]) -> float:
+        """Share of `prefill_flops` that these replaced layers save."""
         return 1 - self.prefill_flops(sizes) / self.prefill_flops({})
 
-    def prefill(self, sizes: Mapping[int, int], tokens: int, depth: int = 0) -> Work:
-        """Work of a chunk of tokens after `depth` cached tokens, with maps of these sizes; no sizes: the original."""
+    def prefill(self, sizes: Mapping[int, TokenWork], tokens: int, depth: int = 0) -> Work:
+        """Work of a chunk of tokens after `depth` cached tokens; no sizes: the original."""
         return Work(self._flops(sizes, tokens, depth), self._bytes(sizes, tokens, depth))
 
-    def decode(self, sizes: Mapping[int, int], depth: int) -> Work:
+    def decode(self, sizes: Mapping[int, TokenWork], depth: int) -> Work:
         """Work of one token after `depth` cached tokens: a chunk of one token."""
         return self.prefill(sizes, 1, depth)
 
-    def _flops(self, sizes: Mapping[int, int], tokens: int, depth: int) -> float:
+    def _flops(self, sizes: Mapping[int, TokenWork], tokens: int, depth: int) -> float:
         pruned = self.tail_pruned
-        last_kept = max(i for i in range(self.spec.num_layers) if i not in sizes)
+        last_kept = max(self._mixing(sizes))
         total = 2.0 * (tokens if self.all_logits and not pruned else 1) * self._head
         for layer in self._computed(sizes):
             entering = 1 if pruned and layer > last_kept else tokens
             leaving = 1 if pruned and layer >= last_kept else tokens
             total += 2.0 * leaving * self._mlp
             if layer in sizes:
-                total += 2.0 * entering * sizes[layer]
+                total += 2.0 * entering * sizes[layer].multiply_adds
             else:
                 total += self._attention_flops(layer, tokens, depth) + 2.0 * leaving * self._o_proj
         return total
 
-    def _bytes(self, sizes: Mapping[int, int], tokens: int, depth: int) -> float:
-        elements = sum(sizes.get(i, self._projections) + self._mlp for i in self._computed(sizes))
+    def _bytes(self, sizes: Mapping[int, TokenWork], tokens: int, depth: int) -> float:
+        elements = sum(self._elements(sizes, i) + self._mlp for i in self._computed(sizes))
         kept = (i for i in range(self.spec.num_layers) if i not in sizes)
         positions = sum(min(depth + tokens, (self.spec.window_of(i) or depth + tokens) + tokens - 1) for i in kept)
         cache = self.spec.cache_bytes_per_token(1, self.cache_itemsize) * positions
         return elements * self.weight_bytes + self._head * self.head_bytes + cache
 
-    def _computed(self, sizes: Mapping[int, int]) -> range:
+    def _computed(self, sizes: Mapping[int, TokenWork]) -> range:
         """Layers that are not looked up."""
-        first_kept = min(i for i in range(self.spec.num_layers) if i not in sizes)
-        return range(first_kept if self.token_table else 0, self.spec.num_layers)
+        return range(min(self._mixing(sizes)) if self.token_table else 0, self.spec.num_layers)
+
+    def _mixing(self, sizes: Mapping[int, TokenWork]) -> list[int]:
+        """Layers in which a token reads other tokens."""
+        return [i for i in range(self.spec.num_layers) if i not in sizes or not sizes[i].token_local]
+
+    def _elements(self, sizes: Mapping[int, TokenWork], layer: int) -> int:
+        return sizes[layer].elements if layer in sizes else self._projections
 
     def _attention_flops(self, layer: int, tokens: int, depth: int) -> float:
         """Flops of q, k, v and the attention of them, without o_proj."""

@@ -21,6 +21,7 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.measure.cost import CostModel, Work
+from nbl_export.mixers.base import TokenWork
 from nbl_export.model.memory import available_bytes
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.results import Scenario, Timing
@@ -64,7 +65,7 @@ def limit_seconds(work: Work, machine: MachineRates, precision: str) -> tuple[fl
 
 
 def rows(
-    timings: Sequence[Mapping[str, Any]], costs: CostModel, sizes: Mapping[int, int], machine: MachineRates,
+    timings: Sequence[Mapping[str, Any]], costs: CostModel, sizes: Mapping[int, TokenWork], machine: MachineRates,
     precision: str,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row for each test and variant of bench.json, in its order.
@@ -97,7 +98,7 @@ def rows(
     return found
 
 
-def _work(costs: CostModel, sizes: Mapping[int, int], scenario: Scenario) -> list[Work]:
+def _work(costs: CostModel, sizes: Mapping[int, TokenWork], scenario: Scenario) -> list[Work]:
     """One piece of work for a prefill; for decode one piece for each token."""
     if scenario.kind == "pp":
         return [costs.prefill(sizes, scenario.tokens, scenario.depth)]
@@ -132,7 +133,7 @@ def is_limited(capabilities: Capabilities, provider: str) -> bool:
 
 
 def limits_of(
-    bench: Mapping[str, Any], costs: Callable[[], CostModel], sizes: Mapping[int, int], precision: str
+    bench: Mapping[str, Any], costs: Callable[[], CostModel], sizes: Mapping[int, TokenWork], precision: str
 ) -> dict[str, Any]:
     """Hardware limits to add to bench.json; empty if the decoder's costs are unknown, or memory is short.
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
+from nbl_export.mixers.base import Mixer
 from nbl_export.model import bfloat16
 from nbl_export.model.blocks import multiplier_of, run_from
 from nbl_export.model.head import Head, divergence
-from nbl_export.model.linearize import AffineAttention, switched
-from nbl_export.records.plan import AffineMap
+from nbl_export.model.linearize import switched
 
 __all__ = ["Loss", "SwitchedModel"]
 
@@ -63,14 +63,14 @@ class SwitchedModel:
         narrow: products in bfloat16; logits of the original stay float32.
     """
 
-    def __init__(self, model: Any, maps: Mapping[int, AffineMap], tap: str, *, narrow: bool = False) -> None:
+    def __init__(self, model: Any, maps: Mapping[int, Mixer], tap: str, *, narrow: bool = False) -> None:
         self.model, self._narrow = model, narrow
         self.head = Head(model, narrow=narrow)
         self._decoder = model.get_decoder()
         self._layers = self._decoder.layers
         self._tap = tap
         self.num_layers = len(self._layers)
-        self._affine = {i: AffineAttention(m, multiplier_of(model.config)).eval() for i, m in maps.items()}
+        self._affine = {i: m.module(multiplier_of(model.config)).eval() for i, m in maps.items()}
 
     @torch.no_grad()
     def run(

@@ -1,6 +1,6 @@
 """The first kept layer's input for each token. If all lower layers are replaced, this input depends on the token alone.
 
-    token v ─► embedding ─► layer 0, map for attention ─► ... ─► row v          `rewrite.token_table` looks up row v
+    token v ─► embedding ─► layer 0, mixer for attention ─► ... ─► row v          `rewrite.token_table` looks up row v
 
 Layers are loaded one at a time (`one_layer`), in float32.
 """
@@ -9,26 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from nbl_export.mixers import layers_below
+from nbl_export.mixers.base import Mixer
 from nbl_export.model.blocks import multiplier_of, run_from
 from nbl_export.model.checkpoint.pretrained import config_of
-from nbl_export.model.linearize import AffineAttention, replace_attention
+from nbl_export.model.linearize import replace_attention
 from nbl_export.model.one_layer import Shelf, one_layer
-from nbl_export.records.plan import AffineMap, layers_below
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["token_rows"]
 
 _TOKENS = 2048  # computed at once
 
 
-def token_rows(checkpoint: Path, maps: Mapping[int, AffineMap], tap: str) -> np.ndarray | None:
+def token_rows(checkpoint: Path, maps: Mapping[int, Mixer], tap: str) -> np.ndarray | None:
     """Rows [V, D] in float32; None if layer 0 is kept.
 
     Args:
@@ -42,8 +39,7 @@ def token_rows(checkpoint: Path, maps: Mapping[int, AffineMap], tap: str) -> np.
     rows: torch.Tensor | None = None
     for index in layers_below(maps):
         decoder = one_layer(config, index, shelf)
-        module = AffineAttention(maps[index], multiplier_of(config))
-        replace_attention(decoder, {0: module}, tap)
+        replace_attention(decoder, {0: maps[index].module(multiplier_of(config))}, tap)
         with torch.inference_mode():
             if rows is None:
                 ids_V1 = torch.arange(decoder.embed_tokens.num_embeddings)[:, None]

@@ -21,8 +21,8 @@ from torch import nn
 
 from nbl_export.errors import CorruptError
 from nbl_export.graph.coded.nbits import StoredMatrix
-from nbl_export.model.linearize import AffineAttention
-from nbl_export.records.plan import AffineMap
+from nbl_export.mixers.base import Mixer
+from nbl_export.mixers.modules import MixerModule
 
 __all__ = ["Fidelity", "give", "give_floats", "look_up", "nearest_maps"]
 
@@ -141,24 +141,17 @@ def give_floats(model: Any, weights: Sequence[Path]) -> None:
                 ours[name].copy_(tensor)
 
 
-def nearest_maps(maps: Mapping[int, AffineMap], matrices: Sequence[StoredMatrix]) -> dict[int, AffineMap]:
-    """Fitted maps with a graph's matrices; a map's matrix that the graph lacks stays as fitted.
+def nearest_maps(maps: Mapping[int, Mixer], matrices: Sequence[StoredMatrix]) -> dict[int, Mixer]:
+    """Fitted mixers with a graph's matrices; a matrix that the graph lacks stays as fitted.
 
     Raises:
-        CorruptError: a matrix of the graph matches none of these maps.
+        CorruptError: a matrix of the graph matches none of these mixers.
     """
-    numbers = {(i, part): torch.from_numpy(m.copy()) for i, a in maps.items() for part, m in a.matrices.items()}
+    numbers = {(i, part): torch.from_numpy(m.copy()) for i, a in maps.items() for part, m in a.matrices().items()}
     free = [_Rows(f"{i}.{part}", tensor) for (i, part), tensor in numbers.items()]
     for stored in matrices:
         _give(free, stored)
-    found = {}
-    for i, affine in maps.items():
-        parts = {part: numbers[i, part].numpy() for part in affine.matrices}
-        if "weight" in parts:
-            found[i] = AffineMap(parts["weight"], affine.bias)
-        else:
-            found[i] = AffineMap.factored(parts["up"], parts["down"], affine.bias)
-    return found
+    return {i: a.with_matrices({part: numbers[i, part].numpy() for part in a.matrices()}) for i, a in maps.items()}
 
 
 def look_up(model: Any, table_VD: np.ndarray, first: int) -> None:
@@ -180,9 +173,9 @@ class _Counted(nn.Module):
 
     def __init__(self, index: int) -> None:
         super().__init__()
-        self.counter = AffineAttention.blank(1)
+        self.counter = MixerModule()
         self.counter.layer_idx = index
 
     def forward(self, hidden_states: torch.Tensor, *_args: Any, **kwargs: Any) -> torch.Tensor:
-        self.counter.count(hidden_states, kwargs.get("cache", kwargs.get("past_key_values")))
+        self.counter.remember(hidden_states, kwargs.get("cache", kwargs.get("past_key_values")))
         return hidden_states

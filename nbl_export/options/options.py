@@ -257,6 +257,11 @@ class JobOptions:
         require(self.distill_minutes is None or self.distill_minutes > 0, "--distill-minutes is more than 0")
 
     @property
+    def kind(self) -> str:
+        """The kind of mixer (`nbl_export.mixers`) that replaces attention."""
+        return "none" if self.fit == "drop" else "linear"
+
+    @property
     def has_bias(self) -> bool:
         """Whether maps are fitted with a bias."""
         return self.maps == "affine"

@@ -22,12 +22,15 @@ def ranked(scores: Sequence[LayerScore], select: str) -> tuple[int, ...]:
 
 def choose(
     scores: Sequence[LayerScore], request: int | tuple[int, ...], tap: str = "residual", select: str = "cca",
-    order: Sequence[int] | None = None,
+    order: Sequence[int] | None = None, kind: str = "linear",
 ) -> Plan:  # fmt: skip
-    """The plan for a count or for named layers. A count takes the first layers of `order` (default: `ranked`)."""
+    """The plan for a count or for named layers, all of one kind.
+
+    A count takes the first layers of `order` (default: `ranked`).
+    """
     if isinstance(request, int):
         order = ranked(scores, select) if order is None else order
         replaced = tuple(sorted(order[:request]))
     else:
         replaced, select = request, "given"
-    return Plan(len(scores), replaced, tap, select, tuple(scores))
+    return Plan(len(scores), replaced, tap, select, tuple(scores), (kind,) * len(replaced))

@@ -13,13 +13,13 @@ from nbl_export.errors import NblError, ParityError
 from nbl_export.files import move_into_place
 from nbl_export.formats.gguf.content import Content, Key
 from nbl_export.formats.gguf.files import read_content, write_content
+from nbl_export.mixers.base import Mixer
 from nbl_export.publish.linear_maps import (
     TAP,
     LinearMaps,
     linear_maps,
     price_of_change,
 )
-from nbl_export.records.plan import AffineMap
 from nbl_export.records.results import RungResult
 from nbl_export.run.deployed import Finished
 from nbl_export.run.progress import Ui
@@ -76,11 +76,11 @@ def _base(found: Finished, base: Path | None) -> Content:
     return content
 
 
-def _about(maps: Mapping[int, AffineMap]) -> dict[str, Key]:
+def _about(maps: Mapping[int, Mixer]) -> dict[str, Key]:
     """Keys that say what was done."""
     digest = hashlib.sha256()
-    for _, affine in sorted(maps.items()):
-        digest.update(np.ascontiguousarray(affine.weight).tobytes())
+    for _, mixer in sorted(maps.items()):
+        digest.update(np.ascontiguousarray(mixer.product()).tobytes())
     return {
         "nbl.version": Key.text(__version__),
         "nbl.replaced_layers": Key.numbers(sorted(maps)),

@@ -14,8 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from nbl_export.errors import NblError
-from nbl_export.records.plan import AffineMap
+from nbl_export.mixers import kind_of
+from nbl_export.mixers.base import FitOptions, Mixer
 from nbl_export.run.deployed import Finished
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import MOMENTS_FILE
@@ -29,7 +32,7 @@ TAP = "normed"
 class LinearMaps:
     """Maps without a bias on the normed input, and one sentence on how they differ from the run's maps."""
 
-    maps: Mapping[int, AffineMap]
+    maps: Mapping[int, Mixer]
     change: str = ""
 
 
@@ -39,23 +42,29 @@ def linear_maps(found: Finished, ui: Ui) -> LinearMaps:
     Raises:
         NblError: they need moments that the run has not, and its model or text is not available.
     """
-    from nbl_export.plan import lmmse
-
-    biased = {i: m for i, m in found.maps.items() if m.has_bias}
-    if found.tap == TAP and not biased:
-        return LinearMaps(found.maps)
-    if not any(m.weight.any() for m in found.maps.values()) and not biased:  # dropped attention
-        return LinearMaps(found.maps)
-    layers = sorted(found.maps if found.tap != TAP else biased)
-    moments = dict(_moments(found, layers, ui))
-    if found.tap == TAP:
-        folded = {i: lmmse.fold_bias(m, moments[i], i) for i, m in biased.items()}
-        return LinearMaps({**found.maps, **folded}, "The bias of each map is folded into its matrix.")
-    fitted = {i: lmmse.fit(moments[i], i, bias=False) for i in layers}
+    products = {i: mixer.product() for i, mixer in found.maps.items()}
+    made = {i: _map(weight) for i, weight in products.items() if weight is not None}
+    biased = [i for i in sorted(products) if i not in made]
+    if not biased and (found.tap == TAP or not any(m.tensors()["weight"].any() for m in made.values())):
+        return LinearMaps(made)  # of the form already, or dropped attention
+    refitted = {} if found.tap == TAP else products
+    for i, moments in _moments(found, sorted(refitted or biased), ui):
+        mixer = found.maps[i]
+        near = kind_of(mixer.kind).fit(moments, i, FitOptions(bias=False)) if refitted else mixer.as_product(moments, i)
+        weight = None if near is None else near.product()
+        if weight is None:
+            raise NblError(f"layer {i} is of the kind {mixer.kind}, and this form holds one matrix a layer")
+        made[i] = _map(weight)
+    if not refitted:
+        return LinearMaps(made, "The bias of each map is folded into its matrix.")
     change = "The maps act on the normed input instead of the residual stream, and are fitted anew in closed form."
     if found.fit == "distilled":
         change += " What distillation had gained is lost: --fit distilled --maps linear keeps it."
-    return LinearMaps(fitted, change)
+    return LinearMaps(made, change)
+
+
+def _map(weight_DD: np.ndarray) -> Mixer:
+    return kind_of("linear").from_tensors({"weight": weight_DD, "bias": np.zeros(len(weight_DD), np.float32)})
 
 
 def _moments(found: Finished, layers: Sequence[int], ui: Ui) -> Iterator[tuple[int, Any]]:

@@ -1,21 +1,19 @@
-"""Replaced layers and their maps."""
+"""Which layers are replaced, by which kind of mixer, and how the layers were scored."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from nbl_export.records.from_json import require
 
-__all__ = ["MAPS", "TAPS", "AffineMap", "LayerScore", "Plan", "layers_below", "spoken_layers", "zero_map"]
+__all__ = ["ATTENTION", "MAPS", "TAPS", "LayerScore", "Plan", "spoken_layers"]
 
 
 @dataclass(frozen=True)
 class LayerScore:
-    """How well one affine map can replace a layer's attention (method: Erdogan et al. 2025).
+    """How well a mixer can replace a layer's attention (method: Erdogan et al. 2025).
 
     Attributes:
         bound: sum_i (1 - rho_i^2) over the canonical correlations of input and residual output (CCA); smaller is
@@ -31,57 +29,11 @@ class LayerScore:
     relative_error: float
 
 
-@dataclass(frozen=True)
-class AffineMap:
-    """attention(norm(x)) ~ t W' + b for rows t of the tap (see `TAPS`); weight [D, D] and bias [D], float32.
-
-    A map of rank k < D / 2 also has the factors up [D, k] and down [k, D] of its weight, W = up down. Graphs then use
-    two thin products, which are cheaper than one square product.
-    """
-
-    weight: np.ndarray
-    bias: np.ndarray
-    up: np.ndarray | None = None
-    down: np.ndarray | None = None
-
-    def __post_init__(self) -> None:
-        require(self.weight.ndim == 2 and self.bias.ndim == 1, "weight is a matrix, bias a vector")
-        require(self.weight.shape[0] == self.bias.shape[0], "weight and bias disagree on the output size")
-        require((self.up is None) == (self.down is None), "a map has both factors or none")
-        if self.up is not None and self.down is not None:
-            same = (
-                self.up.shape[1] == self.down.shape[0] and (self.up.shape[0], self.down.shape[1]) == self.weight.shape
-            )
-            require(same, "the factors are not of this weight")
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether b is not zero. Graphs add no bias of zeros."""
-        return bool(self.bias.any())
-
-    @classmethod
-    def factored(cls, up: np.ndarray, down: np.ndarray, bias: np.ndarray) -> AffineMap:
-        """The map whose weight is up down."""
-        return cls(up @ down, bias, up, down)
-
-    @property
-    def matrices(self) -> dict[str, np.ndarray]:
-        """Stored matrices by name, in the order of the products: the weight, or down and then up."""
-        if self.up is None or self.down is None:
-            return {"weight": self.weight}
-        return {"down": self.down, "up": self.up}
-
-
 def spoken_layers(layers: Sequence[int]) -> str:
     """Sorted layers as the command line takes them: 0, 7, 24-29."""
     starts = [i for i in layers if i - 1 not in layers]
     ends = [i for i in layers if i + 1 not in layers]
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
-
-
-def layers_below(replaced: Collection[int]) -> range:
-    """Replaced layers below the first kept one."""
-    return range(next(i for i in range(len(replaced) + 1) if i not in replaced))
 
 
 # Input of a map. residual: the residual stream before the layer's norm, as in the paper's reference code. normed: the
@@ -93,17 +45,28 @@ TAPS = ("residual", "normed")
 MAPS = ("affine", "linear")
 
 
+ATTENTION = "attention"  # the kind of a layer that stays as it is
+
+
 @dataclass(frozen=True)
 class Plan:
-    """The layers whose attention is replaced. The empty plan is legal and means the original model."""
+    """The layers whose attention is replaced. The empty plan is legal and means the original model.
+
+    Attributes:
+        kinds: the kind (`nbl_export.mixers`) of each replaced layer; not given: linear, for all.
+    """
 
     num_layers: int
     replaced: tuple[int, ...]
     tap: str = "residual"
     select: str = "cca"
     scores: tuple[LayerScore, ...] = ()
+    kinds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.kinds:
+            object.__setattr__(self, "kinds", ("linear",) * len(self.replaced))
+        require(len(self.kinds) == len(self.replaced), "each replaced layer has one kind")
         require(self.replaced == tuple(sorted(set(self.replaced))), "replaced layers are sorted and distinct")
         require(all(0 <= i < self.num_layers for i in self.replaced), "a replaced layer does not exist")
         require(len(self.replaced) < self.num_layers, "at least one attention layer stays")
@@ -113,15 +76,15 @@ class Plan:
     def from_facts(cls, facts: Mapping[str, Any]) -> Plan:
         """The plan that the facts of a manifest record."""
         scores = tuple(LayerScore(**score) for score in facts["scores"])
-        return cls(facts["num_layers"], tuple(facts["replaced_layers"]), facts["tap"], facts["select"], scores)
+        layers, kinds = tuple(facts["replaced_layers"]), tuple(facts.get("kinds", ()))
+        return cls(facts["num_layers"], layers, facts["tap"], facts["select"], scores, kinds)
+
+    def kind(self, layer: int) -> str:
+        """The kind of a layer: `ATTENTION` if it is kept."""
+        return dict(zip(self.replaced, self.kinds, strict=True)).get(layer, ATTENTION)
 
     @property
     def kept(self) -> tuple[int, ...]:
         """Layers that keep attention and cache, ascending."""
         gone = set(self.replaced)
         return tuple(i for i in range(self.num_layers) if i not in gone)
-
-
-def zero_map(size: int) -> AffineMap:
-    """The map [D, D] to zero, which drops attention: the baseline of Erdogan et al. 2025."""
-    return AffineMap(np.zeros((size, size), np.float32), np.zeros(size, np.float32))

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import cache_layers, graph_caches
+from nbl_export.graph.emitter import run_passes
 from nbl_export.graph.names import (
     ALL_LOGITS_FILE,
     GENAI_CONFIG,
@@ -23,23 +24,20 @@ from nbl_export.graph.names import (
     all_logits_file,
     graph_file,
 )
-from nbl_export.graph.passes import run_passes
+from nbl_export.mixers.base import Mixer
 from nbl_export.records.decoder import GraphContract, TensorInfo
-from nbl_export.records.plan import AffineMap, Plan, spoken_layers
-from nbl_export.rewrite.bypass import BypassAttention
-from nbl_export.rewrite.drop_caches import DropCaches, DropUnreadCaches
-from nbl_export.rewrite.quantize import QuantizeMaps
-from nbl_export.rewrite.quantize_blocks import QuantizeMapBlocks
-from nbl_export.rewrite.renumber import RenumberCaches
-from nbl_export.rewrite.sweep import SkipNormToAdd, Sweep
-from nbl_export.rewrite.tail.last_token import keep_last_token
+from nbl_export.records.plan import Plan, spoken_layers
+from nbl_export.rewrite.bypass import BypassAttention, SkipNormToAdd, Sweep
+from nbl_export.rewrite.caches import DropCaches, DropUnreadCaches, RenumberCaches
+from nbl_export.rewrite.quantize import QuantizeMapBlocks, QuantizeMaps
+from nbl_export.rewrite.tail import keep_last_token
 from nbl_export.rewrite.token_table import TabulateTokens
 
 __all__ = ["contract_of", "make_dense", "passes_for", "rewrite", "rewrite_model"]
 
 
 def passes_for(
-    plan: Plan, maps: Mapping[int, AffineMap], rows_VD: np.ndarray | None = None
+    plan: Plan, maps: Mapping[int, Mixer], rows_VD: np.ndarray | None = None
 ) -> Sequence[ir.passes.PassBase]:
     """The passes of the rewrite, in order."""
     chosen = {layer: maps[layer] for layer in plan.replaced}
@@ -60,7 +58,7 @@ def passes_for(
 def rewrite_model(
     model: ir.Model,
     plan: Plan,
-    maps: Mapping[int, AffineMap],
+    maps: Mapping[int, Mixer],
     rows_VD: np.ndarray | None = None,
 ) -> None:
     """Rewrite a model in place; the empty plan changes nothing.
@@ -78,6 +76,7 @@ def rewrite_model(
     if missing:
         left = spoken_layers(list(before))
         raise RefusalError(min(missing), f"it has no attention, so it is replaced already; layers {left} have some")
+    _refuse_several_states([maps[layer] for layer in plan.replaced])
     run_passes(passes_for(plan, maps, rows_VD), model)
     after = [value for pasts, _ in graph_caches(model.graph).values() for value in pasts]
     if after != [value for layer in before if layer not in plan.replaced for value in before[layer][0]]:
@@ -85,11 +84,17 @@ def rewrite_model(
         raise RefusalError(None, f"caches {names} remain after replacing {list(plan.replaced)}")
 
 
+def _refuse_several_states(mixers: Sequence[Mixer]) -> None:
+    """ONNX Runtime GenAI takes states of one shape."""
+    if len({mixer.state for mixer in mixers if mixer.state is not None}) > 1:
+        raise RefusalError(None, "its layers would have states of several sizes; ONNX Runtime GenAI takes one")
+
+
 def rewrite(
     source: Path,
     out: Path,
     plan: Plan,
-    maps: Mapping[int, AffineMap],
+    maps: Mapping[int, Mixer],
     *,
     dense: bool = False,
     rows_VD: np.ndarray | None = None,

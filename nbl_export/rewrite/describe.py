@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import PRODUCTS, AttentionBlock, find_block, graph_caches, is_constant
+from nbl_export.graph.caches import graph_states
 from nbl_export.graph.coded.block_sums import reads_block_sums
 from nbl_export.graph.facts import _QUANTISES, decoder_facts, logits_of, replaced_layers
 from nbl_export.graph.given import _need_onnx, check_graph_place, home_of
@@ -55,13 +56,14 @@ def graph_facts(model: ir.Model, directory: Path | None = None) -> dict[str, Any
         except RefusalError as error:
             blocks[layer] = error
     found = [block for block in blocks.values() if isinstance(block, AttentionBlock)]
+    held = {past for pairs in (caches, graph_states(graph)) for pasts, _ in pairs.values() for past in pasts}
     kinds = dict(_kinds(graph).most_common())
     facts = {
         "producer": " ".join(str(p) for p in (model.producer_name, model.producer_version) if p) or None,
         "opsets": dict(sorted(model.graph.opset_imports.items())),
         "nodes": len(graph),
         "decoder": decoder_facts(graph, found, directory),
-        "inputs": [str(v.name) for v in graph.inputs if v not in {p for pasts, _ in caches.values() for p in pasts}],
+        "inputs": [str(v.name) for v in graph.inputs if v not in held],
         "caches": [_cache_facts(layer, *pair) for layer, pair in caches.items()],
         "precision": next(iter(kinds), None),  # of most matrices
         "weights": kinds,

@@ -18,6 +18,8 @@ from typing import Any
 
 import onnx_ir as ir
 
+from nbl_export.errors import RefusalError
+from nbl_export.graph.caches import graph_states
 from nbl_export.graph.genai_config import TAKING_TURNS
 from nbl_export.graph.names import (
     ALL_LOGITS_FILE,
@@ -31,6 +33,7 @@ from nbl_export.records.proposers import MOST_ROWS, Proposer
 from nbl_export.rewrite.tail import PruneTail
 
 __all__ = ["add_draft", "settle", "write_target"]
+
 
 _CHUNK_TOKENS = 512  # of a prompt: GenAI's buffer of logits has a row for each token of a chunk, mostly zeros
 
@@ -55,8 +58,10 @@ def write_target(original: Path, out: Path) -> None:
 
 def add_draft(source: Path, out: Path, draft: str) -> dict[str, Any]:
     """Copy a deployable directory's graph into `out` as a draft; returns its block of genai_config.json, if any."""
-    file = draft_file(draft)
-    ir.save(ir.load(source / GRAPH_FILE), out / file, external_data=f"{file}.data")
+    file, model = draft_file(draft), ir.load(source / GRAPH_FILE)
+    if states := graph_states(model.graph):
+        raise RefusalError(min(states), "it has a state, which cannot forget the tokens that are not accepted")
+    ir.save(model, out / file, external_data=f"{file}.data")
     block: dict[str, Any] = _settings(source)["model"]["decoder"]
     return {**block, "filename": file}
 

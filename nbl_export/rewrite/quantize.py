@@ -4,7 +4,11 @@
 
 Bits, block size and accuracy level come from the graph's own MatMulNBits nodes. ONNX Runtime packs each map in a graph
 that holds nothing else, so memory holds one map at a time. If the graph's matrices have offsets (codes of a GGUF file),
-so have the maps: `coded.rounding` fits scales and offsets.
+so have the maps: `gguf_codes.rounded` fits scales and offsets.
+
+             MatMul(x, W')                  MatMul(x, DequantizeLinear(W4', scale; axis 0, block_size))
+
+A graph with int4 blocks gets blocks of the same size (`graph.coded.int4_blocks`); other graphs do not change.
 """
 
 from __future__ import annotations
@@ -18,11 +22,12 @@ import onnx_ir as ir
 
 from nbl_export.errors import MissingPackageError
 from nbl_export.graph.coded.block_sums import offsets_of
+from nbl_export.graph.coded.int4_blocks import quantize_weight
 from nbl_export.graph.emitter import register
-from nbl_export.rewrite.coded.nodes import product_nodes, put
-from nbl_export.rewrite.coded.rounding import rounded
+from nbl_export.rewrite.gguf_codes import product_nodes, put, rounded
 
-__all__ = ["QuantizeMaps"]
+__all__ = ["QuantizeMapBlocks", "QuantizeMaps"]
+
 
 _PREFIX = "/nbl/layers."
 
@@ -126,3 +131,27 @@ def _pack(weight: ir.TensorProtocol, scheme: _Scheme) -> tuple[ir.Node, list[ir.
     result = ir.from_proto(quantizer.model.model).graph
     (node,) = [n for n in result if n.op_type == "MatMulNBits"]
     return node, [v.const_value for v in node.inputs[1:] if v is not None and v.const_value is not None]
+
+
+class QuantizeMapBlocks(ir.passes.InPlacePass):
+    """Quantise the MatMul of each bypass if the graph's other matrices are int4 blocks; else do nothing."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        block = _block_of(model.graph)
+        maps = [n for n in model.graph if n.op_type == "MatMul" and (n.name or "").startswith(_PREFIX)]
+        done = [] if block is None else [node for node in maps if quantize_weight(model.graph, node, block)]
+        return ir.passes.PassResult(model, modified=bool(done))
+
+
+def _block_of(graph: ir.Graph) -> int | None:
+    """The most common block size of int4 matrices that a MatMul reads."""
+    seen = Counter(
+        node.attributes["block_size"].as_int()
+        for node in graph
+        if node.op_type == "DequantizeLinear"
+        and "block_size" in node.attributes
+        and node.inputs[0] is not None
+        and node.inputs[0].dtype == ir.DataType.INT4
+        and any(user.op_type == "MatMul" for user in node.outputs[0].consumers())
+    )
+    return seen.most_common(1)[0][0] if seen else None

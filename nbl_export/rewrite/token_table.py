@@ -1,4 +1,4 @@
-"""Replaces all nodes below the first kept attention layer by a table with one row a token.
+"""Replaces all nodes below the first layer in which a token reads another by a table with one row a token.
 
     before   input_ids -- Gather(E) -- x0 W' + b -- join -- mlp -- ... -- x      layers 0 .. k-1 replaced, k kept
     after    input_ids -- Gather(T) ------------------------------------- x      T[v] = what the above makes of token v
@@ -18,9 +18,10 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.anatomy import cache_layers, find_block
+from nbl_export.graph.anatomy import find_reader, reading_layers
 from nbl_export.graph.emitter import add_initializer, element_type
 from nbl_export.graph.names import graph_file
+from nbl_export.rewrite.bypass import norm_alone
 
 __all__ = ["TabulateTokens", "table_bytes", "table_name"]
 
@@ -28,8 +29,6 @@ _BLOCK = 32  # elements that share a scale in a table of 8 bits
 _ROWS = 8192  # rows quantised at once, to save memory
 _NODE = "/nbl/token_table"
 _TABLE = re.compile(r"nbl\.layers\.[\d-]+\.table")
-_SKIP_NORMS = {"SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
-               "SkipLayerNormalization": "LayerNormalization"}  # fmt: skip
 
 
 def table_name(layers: int) -> str:
@@ -57,20 +56,21 @@ class TabulateTokens(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
-        first = cache_layers(graph)[0]
+        first = reading_layers(graph)[0]
         if self.rows is None or not first:
             return ir.passes.PassResult(model, modified=False)
         ids = next((v for v in graph.inputs if v.name == "input_ids"), None)
         if ids is None:
             raise RefusalError(first, "it has no input named input_ids, by which its tokens could be looked up")
-        stream = find_block(graph, first).residual
+        stream = find_reader(graph, first).residual
         quantised = any(node.op_type == "MatMulNBits" for node in graph)
         dtype = element_type(graph, stream)
         lookup = _lookup(graph, table_name(first), self.rows, dtype, ids, quantised)
         value = lookup.outputs[0]
         value.type, value.shape = ir.TensorType(dtype), stream.shape
         graph.insert_before(graph[0], [lookup])
-        _set_norm_apart(graph, stream, value)
+        if (maker := stream.producer()) is not None:
+            norm_alone(graph, maker, value, f"{_NODE}/norm")
         stream.replace_all_uses_with(value)
         return ir.passes.PassResult(model, modified=True)
 
@@ -104,20 +104,3 @@ def _quantised(rows_VD: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.nda
         found = np.rint(blocks / np.where(steps == 0, 1, steps)[..., None]) + 128
         codes[here] = found.clip(0, 255).reshape(len(blocks), -1)
     return codes, scales
-
-
-def _set_norm_apart(graph: ir.Graph, stream: ir.Value, value: ir.Value) -> None:
-    """Give the readers of the skip norm that made the stream a norm of `value`, in the place of the skip norm.
-
-    The norm's weight may be computed (1 + weight in graphs of mobius), behind the first node of the graph.
-    """
-    node = stream.producer()
-    if node is None or node.op_type not in _SKIP_NORMS or not node.outputs[0].consumers():
-        return
-    weights = node.inputs[2 : 3 if node.op_type == "SkipSimplifiedLayerNormalization" else 4]
-    attributes = {"axis": -1, "stash_type": 1, "epsilon": node.attributes["epsilon"].as_float()}
-    norm = ir.node(_SKIP_NORMS[node.op_type], [value, *weights], attributes=attributes, name=f"{_NODE}/norm")
-    normed, old = norm.outputs[0], node.outputs[0]
-    normed.name, normed.type, normed.shape = f"{_NODE}/norm/output_0", value.type, old.shape
-    graph.insert_before(node, [norm])
-    old.replace_all_uses_with(normed)

@@ -18,9 +18,9 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.emitter import register
-from nbl_export.rewrite.coded.nodes import put
+from nbl_export.rewrite.bypass import Sweep
 from nbl_export.rewrite.codes import HOLDERS, QuantisedMatrix, quantised_matrices
-from nbl_export.rewrite.sweep import Sweep
+from nbl_export.rewrite.gguf_codes import put
 
 __all__ = ["Widen", "save_twin"]
 

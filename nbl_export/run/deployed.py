@@ -11,10 +11,10 @@ from typing import Any
 
 from nbl_export.errors import NblError, UsageError
 from nbl_export.graph.names import MANIFEST
+from nbl_export.mixers.base import Mixer
 from nbl_export.options.options import GIVEN_FIT, JobOptions, describe_command
 from nbl_export.options.places import located
 from nbl_export.plan.maps_file import load_maps
-from nbl_export.records.plan import AffineMap
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import MAPS_FILE, RunDirectory
@@ -123,7 +123,7 @@ def available_engine(located: Located) -> Target:
 class Finished:
     """A verified run: the maps that replace attention, and the original model and its texts, loaded at first use."""
 
-    def __init__(self, job: Job, maps: Mapping[int, AffineMap]) -> None:
+    def __init__(self, job: Job, maps: Mapping[int, Mixer]) -> None:
         self._job = job
         self.run: RunDirectory = job.run
         self.maps = maps

@@ -23,9 +23,10 @@ from nbl_export.files import (
 )
 from nbl_export.graph.given import _need_onnx, check_graph_place, companions, home_of
 from nbl_export.graph.names import MANIFEST, STATIC_GRAPH_FILE
+from nbl_export.mixers.base import Mixer
 from nbl_export.options.goals import parse_layers
 from nbl_export.plan.maps_file import load_maps, maps_in
-from nbl_export.records.plan import TAPS, AffineMap, Plan
+from nbl_export.records.plan import TAPS, Plan
 from nbl_export.run_directory import SCHEMA
 
 __all__ = ["rewrite_given"]
@@ -84,7 +85,7 @@ def _tap(asked: str | None, stated: str | None, maps_file: Path) -> str:
 
 def _plan(
     maps_file: Path, stored: tuple[int, ...], layers: str | None, tap: str, num_layers: int
-) -> tuple[Plan, dict[int, AffineMap]]:
+) -> tuple[Plan, dict[int, Mixer]]:
     """The plan, and the maps of its layers.
 
     Raises:
@@ -102,17 +103,18 @@ def _plan(
         raise NblError(f"{maps_file} has a map of layer {chosen[-1]}; this graph has layers 0 to {num_layers - 1}")
     if len(chosen) >= num_layers:
         raise NblError(f"{maps_file} has maps of all {num_layers} layers, but one must stay; choose with --layers")
-    return Plan(num_layers, tuple(chosen), tap, "given"), load_maps(maps_file, chosen)
+    maps = load_maps(maps_file, chosen)
+    return Plan(num_layers, tuple(chosen), tap, "given", kinds=tuple(m.kind for m in maps.values())), maps
 
 
-def _check_width(width: int | None, maps: dict[int, AffineMap], maps_file: Path) -> None:
-    for layer, affine in maps.items():
-        if width is not None and affine.weight.shape != (width, width):
-            size = " x ".join(map(str, affine.weight.shape))
+def _check_width(width: int | None, maps: dict[int, Mixer], maps_file: Path) -> None:
+    for layer, mixer in maps.items():
+        if width is not None and mixer.size != width:
+            size = f"{mixer.size} x {mixer.size}"
             raise NblError(f"{maps_file}: the map of layer {layer} is {size}, the graph is {width} wide")
 
 
-def _write(model: Any, path: Path, file: Path, made: Path, plan: Plan, maps: dict[int, AffineMap]) -> None:
+def _write(model: Any, path: Path, file: Path, made: Path, plan: Plan, maps: dict[int, Mixer]) -> None:
     """Write the new directory. A directory of nbl-export gets the full rewrite; another one gets a new graph file."""
     from nbl_export.graph import files as source
     from nbl_export.graph.names import ALL_LOGITS_FILE
@@ -132,7 +134,7 @@ def _write(model: Any, path: Path, file: Path, made: Path, plan: Plan, maps: dic
     source.save_graph(model, target)
 
 
-def _facts(model: Any, file: Path, maps_file: Path, maps: dict[int, AffineMap], plan: Plan) -> dict[str, Any]:
+def _facts(model: Any, file: Path, maps_file: Path, maps: dict[int, Mixer], plan: Plan) -> dict[str, Any]:
     """The content of the directory's nbl.json."""
     from nbl_export.graph.caches import present_names
     from nbl_export.graph.facts import replaced_layers
@@ -150,5 +152,5 @@ def _facts(model: Any, file: Path, maps_file: Path, maps: dict[int, AffineMap], 
     }
 
 
-def _ranks(maps: dict[int, AffineMap]) -> dict[str, int]:
-    return {str(layer): m.up.shape[1] for layer, m in maps.items() if m.up is not None}
+def _ranks(maps: dict[int, Mixer]) -> dict[str, int]:
+    return {str(layer): m.rank for layer, m in maps.items() if m.rank is not None}

@@ -38,8 +38,9 @@ def _model(directory: str) -> Any:
 
 def _calibrate(peers: Peers, model: Any, order: dict[str, Any]) -> None:
     from nbl_export.calibrate import hooks
+    from nbl_export.mixers import kind_of
 
-    with hooks.Collection(model, order["taps"], narrow=order["narrow"]) as found:
+    with hooks.Collection(model, order["taps"], kind_of(order["kind"]), narrow=order["narrow"]) as found:
         parts = [hooks.batches(order["windows"])[k] for k in order["batches"]]
         found.refer(order["windows"])
         peers.share_reference(found)
@@ -49,9 +50,9 @@ def _calibrate(peers: Peers, model: Any, order: dict[str, Any]) -> None:
 def _distill(peers: Peers, model: Any, order: dict[str, Any]) -> None:
     from nbl_export.distill.settings import DistillSettings, Surroundings, TrainingText
     from nbl_export.distill.training import distill
-    from nbl_export.records.plan import AffineMap
+    from nbl_export.mixers import kind_of
 
-    maps = {layer: AffineMap(**values) for layer, values in order["maps"].items()}
+    maps = {layer: kind_of(kind).from_tensors(tensors) for layer, (kind, tensors) in order["maps"].items()}
     text, settings = TrainingText(order["windows"], order["held"]), DistillSettings(**order["settings"])
     distill(model, maps, order["tap"], text, settings, Surroundings(peers=peers))
 

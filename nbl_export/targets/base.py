@@ -178,7 +178,7 @@ class Target:
         Raises:
             RefusalError: the tail of this graph cannot be pruned; no file has changed.
         """
-        from nbl_export.rewrite.tail.last_token import keep_last_token
+        from nbl_export.rewrite.tail import keep_last_token
 
         keep_last_token(directory)
 

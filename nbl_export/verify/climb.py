@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import CorruptError
-from nbl_export.records.plan import AffineMap
+from nbl_export.mixers.base import Mixer
 from nbl_export.records.results import RungResult
 from nbl_export.verify import codes, ladder
-from nbl_export.verify.coded import Coded
 from nbl_export.verify.forms import Form, Material, form_of
+from nbl_export.verify.forms.form import Coded, Setting
 from nbl_export.verify.kept import KeptReferences
-from nbl_export.verify.reference import Reference
-from nbl_export.verify.setting import Setting
+from nbl_export.verify.ladder import Reference
 
 __all__ = ["Climb"]
 
@@ -40,7 +39,7 @@ class Climb:
         self,
         setting: Setting,
         probe: ladder.Probe,
-        maps: Mapping[int, AffineMap],
+        maps: Mapping[int, Mixer],
         rows_VD: Any,
         results: list[RungResult],
         kept: KeptReferences,

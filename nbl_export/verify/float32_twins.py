@@ -5,7 +5,7 @@
     finish(twin, precision)  ==  DIR/original/decoder.onnx, DIR/model/decoder.onnx              bit for bit
 
 The twin agrees with torch, and the shipped graph is the twin cast to its precision. Only the cast itself is unproven.
-If the logits of the last token ship, twins and shipped graphs are pairs (`rewrite.tail.last_token`). The graphs with
+If the logits of the last token ship, twins and shipped graphs are pairs (`rewrite.tail`). The graphs with
 all logits are compared with torch and with each other. Each pruned graph is compared with its pair after pruning.
 """
 
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nbl_export.records.plan import AffineMap
+from nbl_export.mixers.base import Mixer
 from nbl_export.records.results import RungResult
-from nbl_export.verify.setting import Setting
+from nbl_export.verify.forms.form import Setting
 
 __all__ = ["INT4", "build_twins", "check_shipped"]
 
@@ -26,9 +26,10 @@ INT4 = "int4"  # directory of a twin with int4 matrices around float32 arithmeti
 
 
 def build_twins(
-    checkpoint: Path, setting: Setting, maps: Mapping[int, AffineMap], rows_VD: np.ndarray | None, out: Path
+    checkpoint: Path, setting: Setting, maps: Mapping[int, Mixer], rows_VD: np.ndarray | None, out: Path
 ) -> dict[str, Path]:
     """Write both twins with the shipped logits, as the stages do; an int4 run gets `INT4` beside each twin."""
+
     directories = {"original": out / "original", "nbl": out / "model"}
     setting.engine.write_twin(checkpoint, directories["original"], setting.slots)
     if setting.logits == "last":

@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from nbl_export.graph.decoder import OnnxDecoder
+from nbl_export.mixers.base import Mixer, apply
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.plan import AffineMap
-from nbl_export.verify.ladder import Probe, greedy, shown_positions
-from nbl_export.verify.reference import Reference
-from nbl_export.verify.setting import Setting
+from nbl_export.verify.forms.form import Setting
+from nbl_export.verify.ladder import Probe, Reference, greedy, shown_positions
 
 __all__ = ["MappedOriginal", "references"]
 
@@ -35,7 +34,7 @@ class MappedOriginal:
         tap: the input of the maps.
     """
 
-    def __init__(self, graph: Path, spec: DecoderSpec, maps: Mapping[int, AffineMap], tap: str) -> None:
+    def __init__(self, graph: Path, spec: DecoderSpec, maps: Mapping[int, Mixer], tap: str) -> None:
         from nbl_export.rewrite.taps import overriding_graph
 
         self._graph = overriding_graph(graph, tuple(maps), tap)
@@ -43,22 +42,35 @@ class MappedOriginal:
         self._inner = OnnxDecoder(graph.parent, spec.head_dim, caches=self._graph.caches, proto=self._graph.proto)
 
     def begin(self, batch: int) -> None:
-        """Empty caches for a batch."""
+        """Empty caches and states for a batch."""
+        self._states: dict[tuple[int, int], np.ndarray | None] = {}
         self._inner.begin(batch)
 
     def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
         """Append tokens and return their logits [B, T, V]. Layers run in order: each map needs the maps before it."""
         taps, names = self._graph.taps[self._tap], self._graph.given
-        width = next((affine.bias.shape[0] for affine in self._maps.values()), 0)
+        counts = np.full(len(ids_BT), ids_BT.shape[1]) if valid_BT is None else valid_BT.sum(1)
+        width = next((mixer.size for mixer in self._maps.values()), 0)
         given = {name: np.zeros((*ids_BT.shape, width), np.float32) for name in names.values()}
-        for layer, affine in self._maps.items():
+        for layer in self._maps:
             (x_BTD,) = self._inner.look([taps[layer]], ids_BT, valid_BT, given)
-            given[names[layer]] = x_BTD.astype(np.float32) @ affine.weight.T + affine.bias
+            given[names[layer]] = self._mixed(layer, x_BTD, counts)
         return self._inner.step(ids_BT, valid_BT, given)
+
+    def _mixed(self, layer: int, x_BTD: np.ndarray, counts_B: np.ndarray) -> np.ndarray:
+        """The output of a layer's mixer, which remembers each row's valid tokens alone."""
+        mixer = self._maps[layer]
+        if mixer.state is None:
+            return apply(mixer, x_BTD)[0]
+        found = np.zeros(x_BTD.shape, np.float32)
+        for row, count in enumerate(counts_B):
+            past = self._states.get((layer, row))
+            found[row, :count], self._states[layer, row] = apply(mixer, x_BTD[row : row + 1, :count], past)
+        return found
 
 
 def references(
-    graph: Path, setting: Setting, maps: Mapping[int, AffineMap], probe: Probe, known: Reference | None = None
+    graph: Path, setting: Setting, maps: Mapping[int, Mixer], probe: Probe, known: Reference | None = None
 ) -> dict[str, Reference]:
     """References of the input graph without maps and with maps.
 

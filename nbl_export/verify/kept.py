@@ -27,8 +27,7 @@ from nbl_export.files import (
     key_of,
     replacing,
 )
-from nbl_export.verify.ladder import Probe
-from nbl_export.verify.reference import Reference
+from nbl_export.verify.ladder import Probe, Reference
 
 __all__ = ["KeptReferences"]
 

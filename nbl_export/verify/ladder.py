@@ -1,6 +1,6 @@
 """The verification ladder: does the exported graph compute what the torch model computes?
 
-    a  the file (`files`): valid, contract and cache bytes as predicted, maps as fitted, other weights unchanged;
+    a  the file (`forms`): valid, contract and cache bytes as predicted, maps as fitted, other weights unchanged;
        codes match the checkpoint's matrices, kernels multiply by the codes (`codes`)
     b  original graph against the original torch model
     c  NBL graph against the NBL torch model: prefill and cached steps, a batch of two different lengths, one long row
@@ -18,15 +18,26 @@ One table of tolerances by precision decides every rung.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from nbl_export.records.plan import Plan
-from nbl_export.records.results import RungResult, status_of
-from nbl_export.verify.reference import Reference
+from nbl_export.records.results import (
+    COMPARED,
+    FAILED,
+    RungResult,
+    status_of,
+)
+from nbl_export.verify.codes import (
+    DISTANCE,
+    NEARNESS,
+    PRODUCTS,
+    TWIN,
+)
 
 __all__ = [
     "DECODE_STEPS",
@@ -35,15 +46,18 @@ __all__ = [
     "ON_GPU",
     "TOLERANCES",
     "Probe",
+    "Reference",
     "Tolerance",
     "check_greedy",
     "check_logits",
     "check_long",
     "greedy",
     "judge",
+    "proof",
     "run_rows",
     "shown_positions",
 ]
+
 
 DECODE_STEPS = 16
 LONG_CHUNK = 512  # tokens of a long row that are appended at once
@@ -285,3 +299,105 @@ def summary(results: Sequence[RungResult], precision: str, prices: list[dict[str
         "rungs": rungs,
         "price": prices,
     }
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a graph is compared with.
+
+    Teacher-forced logits of each row, [length, V] float32, and greedy continuations of the prompts.
+
+    `noise` [length] is the largest change of each position's logits if the embeddings are perturbed by a few float32
+    roundings. Two correct float32 engines can differ by a multiple of this noise. The noise is small everywhere in an
+    ordinary model. It is large at tokens on the edge of a massive activation (half an attention sink). Linearized
+    early layers make such tokens more frequent. The noise is zero until it is measured, and then `noisy` is true.
+
+    `margins` are the gaps between the best and second-best logit at each greedy step. If a gap is below the numerical
+    noise, another engine may choose the other token.
+
+    `long` [positions, V] and `long_noise` belong to the long row, at `ladder.shown_positions`.
+
+    The torch model (`torch_reference`) or the input graph (`graph_reference`, with zero noise) makes a reference.
+    """
+
+    logits: tuple[np.ndarray, ...]
+    noise: tuple[np.ndarray, ...]
+    greedy: tuple[tuple[int, ...], ...]
+    margins: tuple[tuple[float, ...], ...]
+    long: np.ndarray | None = None
+    long_noise: np.ndarray | None = None
+    noisy: bool = False
+
+    @property
+    def quiet(self) -> Reference:
+        """The same reference without noise."""
+        noise = tuple(np.zeros_like(row) for row in self.noise)
+        long = None if self.long_noise is None else np.zeros_like(self.long_noise)
+        return dataclasses.replace(self, noise=noise, long_noise=long, noisy=False)
+
+
+def proof(rungs: Sequence[RungResult], reference: str, status: str) -> list[str]:
+    """One sentence for each proven fact; a single sentence if a rung failed.
+
+    Args:
+        rungs: of both graphs, in the order of the ladder.
+        reference: what the graphs are compared with, in words.
+        status: see `records.results.status_of`.
+    """
+    if status == FAILED:
+        return ["Nothing is proven: a rung of the ladder failed."]
+    limits = [_NOT_PROVEN] if status == COMPARED else []
+    return [said for said in (*limits, _wiring(rungs, reference), *_codes(rungs), _shipped(rungs)) if said]
+
+
+_NOT_PROVEN = (
+    "This quantised graph was compared, but its wiring is not proven: no float32 twin was checked, and a fault smaller "
+    "than the allowed difference does not show."
+)
+
+
+def _worst(rungs: Iterable[RungResult]) -> RungResult | None:
+    return max((r for r in rungs if r.value is not None), key=lambda r: r.value or 0.0, default=None)
+
+
+def _wiring(rungs: Sequence[RungResult], reference: str) -> str:
+    """The sentence of rung c."""
+    compared = [r for r in rungs if r.rung == "c" and "logit" in r.metric]
+    exact = _worst(r for r in compared if r.metric.startswith("max abs"))
+    coded = any(r.metric == PRODUCTS for r in rungs)
+    longest = next((r.detail.split(";")[0] for r in compared if "tokens in chunks" in r.detail), "")
+    how = "prefill and cached steps, alone and as a batch" + (f", and {longest}" if longest else "")
+    if exact is not None:
+        what = "the float32 twin of the NBL graph" if coded else "the NBL graph"
+        return f"{what[0].upper()}{what[1:]} and {reference} differ by at most {exact.value:.1e} in any logit ({how})."
+    coarse = _worst(compared)
+    if coarse is None:
+        return ""
+    return (
+        f"The NBL graph and {reference} differ by {coarse.value:.1%} of the size of the logits ({how}); "
+        f"an error below {coarse.tolerance:.1%} would pass."
+    )
+
+
+def _codes(rungs: Sequence[RungResult]) -> list[str]:
+    said = [f"Float32 twin: {r.detail}." for r in rungs if r.metric == TWIN]
+    near, kernels = _worst(r for r in rungs if r.metric == NEARNESS), _worst(r for r in rungs if r.metric == PRODUCTS)
+    if near is not None:
+        from_elsewhere = "" if near.tolerance is not None else "; its codes came from another tool"
+        said.append(f"Every quantised matrix lies within {near.value:.2f} steps of the model's{from_elsewhere}.")
+    if kernels is not None:
+        said.append(
+            f"Every quantised product multiplies by its codes, to {kernels.value:.0e} of the sum of their magnitudes."
+        )
+    return said
+
+
+def _shipped(rungs: Sequence[RungResult]) -> str:
+    ships = _worst(r for r in rungs if r.rung == "g" and r.metric != DISTANCE)
+    before = _worst(r for r in rungs if r.metric == DISTANCE)
+    if ships is None or before is None:
+        return ""
+    return (
+        f"The shipped graph differs from this reference by {ships.value:.1%} of the size of the logits, because it "
+        f"rounds activations; rounding the matrices moved the logits by {before.value:.0%}."
+    )

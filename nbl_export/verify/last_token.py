@@ -44,7 +44,7 @@ def check_last(subject: str, every: Any, last: Any, row: Sequence[int], precisio
 
 def check_pruned(subject: str, directory: Path) -> RungResult:
     """Rung a: the graph with the logits of the last token is the directory's graph with all logits, pruned."""
-    from nbl_export.rewrite.tail.last_token import difference
+    from nbl_export.rewrite.tail import difference
 
     problem = difference(directory)
     metric, detail = "what ships is the graph with all logits, pruned", problem or "every node and weight"

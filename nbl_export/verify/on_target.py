@@ -42,10 +42,10 @@ from nbl_export.verify.ladder import (
     ON_GPU,
     WITHOUT_TWIN,
     Probe,
+    Reference,
     Tolerance,
 )
 from nbl_export.verify.last_token import apart
-from nbl_export.verify.reference import Reference
 
 __all__ = ["POSITIONS", "SUBJECTS", "Expected", "checks", "expect", "load", "save"]
 

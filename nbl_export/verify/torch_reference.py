@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from nbl_export.graph.coded.nbits import StoredMatrix
+from nbl_export.mixers.base import Mixer
 from nbl_export.model.linearize import linearize, replaced
 from nbl_export.model.torch_matrices import (
     Fidelity,
@@ -21,9 +22,7 @@ from nbl_export.model.torch_matrices import (
     look_up,
     nearest_maps,
 )
-from nbl_export.records.plan import AffineMap
-from nbl_export.verify.ladder import Probe, shown_positions
-from nbl_export.verify.reference import Reference
+from nbl_export.verify.ladder import Probe, Reference, shown_positions
 
 __all__ = [
     "Codes",
@@ -41,7 +40,7 @@ _NOISE_DRAWS_LONG = 1
 
 
 def references(
-    model: Any, maps: Mapping[int, AffineMap], tap: str, probe: Probe, known: Reference | None = None
+    model: Any, maps: Mapping[int, Mixer], tap: str, probe: Probe, known: Reference | None = None
 ) -> dict[str, Reference]:
     """References of the original model and of the model with maps. The model is unchanged afterwards.
 
@@ -55,7 +54,7 @@ def references(
 
 def references_with_codes(
     model: Any,
-    maps: Mapping[int, AffineMap],
+    maps: Mapping[int, Mixer],
     tap: str,
     probe: Probe,
     codes: Codes,
@@ -92,7 +91,7 @@ def _give_original(model: Any, codes: Codes) -> list[Fidelity]:
     return give(model, codes.stored["original"])
 
 
-def _give_maps(model: Any, maps: Mapping[int, AffineMap], tap: str, codes: Codes) -> None:
+def _give_maps(model: Any, maps: Mapping[int, Mixer], tap: str, codes: Codes) -> None:
     ours = [matrix for matrix in codes.stored["nbl"] if matrix.name.startswith("/nbl/")]
     tables = [matrix.blocks().matrix for matrix in ours if matrix.lookup]
     rows_VD = tables[0] if tables else codes.rows_VD
@@ -116,7 +115,7 @@ def make_reference(model: Any, probe: Probe) -> Reference:
 
 
 def noise_with_maps(
-    model: Any, maps: Mapping[int, AffineMap], tap: str, probe: Probe, subject: str, reference: Reference
+    model: Any, maps: Mapping[int, Mixer], tap: str, probe: Probe, subject: str, reference: Reference
 ) -> Reference:
     """A reference of `references` with its noise. The model is unchanged afterwards."""
     with replaced(model, maps if subject == "nbl" else {}, tap):
@@ -124,7 +123,7 @@ def noise_with_maps(
 
 
 def noise_with_codes(
-    model: Any, maps: Mapping[int, AffineMap], tap: str, probe: Probe, codes: Codes, subject: str, reference: Reference
+    model: Any, maps: Mapping[int, Mixer], tap: str, probe: Probe, codes: Codes, subject: str, reference: Reference
 ) -> Reference:
     """A reference of `references_with_codes` with its noise. This changes the model."""
     _give_original(model, codes)

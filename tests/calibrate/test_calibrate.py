@@ -13,9 +13,9 @@ import torch
 from nbl_export.calibrate import hooks
 from nbl_export.calibrate.sums import Accumulator
 from nbl_export.errors import CorruptError, NblError
+from nbl_export.mixers import lmmse
+from nbl_export.mixers.lmmse import Moments
 from nbl_export.model.checkpoint.load import load_model
-from nbl_export.plan import lmmse
-from nbl_export.records.moments import Moments
 
 from ..tiny import HIDDEN, LAYERS, VOCAB
 
@@ -73,7 +73,7 @@ def test_sums_of_any_shape(rows: int, size: int) -> None:
     """Fewer columns than parts of X'X, fewer rows than are summed at once, and what is left over of both."""
     generator = torch.Generator().manual_seed(rows)
     x, y = (torch.randn(rows, size, generator=generator) for _ in range(2))
-    accumulator = Accumulator(size)
+    accumulator = Accumulator((size, size))
     accumulator.start(*torch.zeros(2, size), *torch.ones(2, size))
     accumulator.update(x, y)
     found, (x, y) = accumulator.sums(), (x.double(), y.double())
@@ -85,7 +85,7 @@ def test_maps_agree_with_a_float64_fit_despite_massive_activations() -> None:
     """Residual rows like a real model's: a few tokens with a thousand times the norm, correlated directions."""
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(HIDDEN, HIDDEN, generator=generator) / 4
-    accumulator = Accumulator(HIDDEN)
+    accumulator = Accumulator((HIDDEN, HIDDEN))
     kept = []
     for _ in range(6):
         x = torch.randn(4096, HIDDEN, generator=generator) @ mix + torch.linspace(-3, 3, HIDDEN)

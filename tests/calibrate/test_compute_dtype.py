@@ -13,9 +13,9 @@ import torch
 
 from nbl_export.calibrate import hooks
 from nbl_export.errors import NblError
+from nbl_export.mixers import lmmse
 from nbl_export.model import bfloat16
 from nbl_export.model.checkpoint.load import load_model
-from nbl_export.plan import lmmse
 
 from ..command import assert_refused, nbl, snapshot, stage_lines
 from ..tiny import HIDDEN, VOCAB

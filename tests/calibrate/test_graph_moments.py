@@ -15,9 +15,9 @@ from safetensors.numpy import load_file
 from nbl_export.calibrate import hooks
 from nbl_export.calibrate.from_graph import GraphCollection
 from nbl_export.graph.given import read_spec
+from nbl_export.mixers.linear import LINEAR, Linear
 from nbl_export.model.checkpoint.load import load_model, load_tokenizer
-from nbl_export.plan import lmmse
-from nbl_export.records.plan import TAPS, AffineMap
+from nbl_export.records.plan import TAPS
 from nbl_export.text import corpus
 from nbl_export.text import windows as text_windows
 
@@ -34,21 +34,21 @@ def windows(checkpoint: Any, text: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def torch_maps(checkpoint: Any, windows: Any) -> dict[str, list[AffineMap]]:
+def torch_maps(checkpoint: Any, windows: Any) -> dict[str, list[Linear]]:
     found = hooks.collect(load_model(checkpoint("llama")), windows, lambda _d, _t: None, TAPS)
-    return {tap: [lmmse.fit(m, i) for i, m in enumerate(moments)] for tap, moments in found.items()}
+    return {tap: [LINEAR.fit(m, i) for i, m in enumerate(moments)] for tap, moments in found.items()}
 
 
-def graph_maps(graph: Path, windows: Any) -> dict[str, list[AffineMap]]:
+def graph_maps(graph: Path, windows: Any) -> dict[str, list[Linear]]:
     with GraphCollection(graph, read_spec(graph), TAPS) as found:
         found.refer(windows)
         for batch in hooks.batches(windows):
             found.add(batch)
         sums = [found.layer(i) for i in range(LAYERS)]
-    return {tap: [lmmse.fit(layer[tap].moments(), i) for i, layer in enumerate(sums)] for tap in TAPS}
+    return {tap: [LINEAR.fit(layer[tap].moments(), i) for i, layer in enumerate(sums)] for tap in TAPS}
 
 
-def distance(one: AffineMap, other: AffineMap) -> float:
+def distance(one: Linear, other: Linear) -> float:
     parts = ((one.weight, other.weight), (one.bias, other.bias))
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in parts)
 

@@ -117,7 +117,11 @@ def test_one_layer_is_in_memory_at_a_time(
 
     monkeypatch.setattr(one_layer.Shelf, "fill", watch)
     ids = torch.arange(2, 66).view(2, 32)
-    list(layer_by_layer.collect_layers(checkpoint("llama"), ids, [ids], ("residual",), tmp_path, lambda _d, _t: None))
+    list(
+        layer_by_layer.collect_layers(
+            checkpoint("llama"), ids, [ids], layer_by_layer.Wanted(("residual",)), tmp_path, lambda _d, _t: None
+        )
+    )
     assert len(filled) == LAYERS
     for index, names in enumerate(filled):
         others = [n for n in names if not n.startswith(f"layers.{index}.")]
@@ -131,8 +135,9 @@ def test_missing_weight_is_named(sharded: Any, tmp_path: Path) -> None:
     file = next(f for f in directory.glob("*.safetensors") if "model.layers.1.mlp.up_proj.weight" in load_file(f))
     save_file({k: v for k, v in load_file(file).items() if "layers.1.mlp.up_proj" not in k}, file)
     ids = torch.arange(2, 66).view(2, 32)
+    wanted = layer_by_layer.Wanted(("residual",))
     with pytest.raises(NblError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
-        list(layer_by_layer.collect_layers(directory, ids, [ids], ("residual",), tmp_path, lambda _d, _t: None))
+        list(layer_by_layer.collect_layers(directory, ids, [ids], wanted, tmp_path, lambda _d, _t: None))
 
 
 def test_nan_weights_are_named_by_layer(

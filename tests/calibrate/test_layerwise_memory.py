@@ -20,7 +20,8 @@ import torch
 from nbl_export.calibrate import layer_by_layer
 checkpoint, scratch, tokens = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 ids = torch.arange(tokens).view(1, -1)
-sums = layer_by_layer.collect_layers(checkpoint, ids, [ids], ("residual",), scratch, lambda done, total: None)
+wanted = layer_by_layer.Wanted(("residual",))
+sums = layer_by_layer.collect_layers(checkpoint, ids, [ids], wanted, scratch, lambda done, total: None)
 print(sum(1 for _ in sums))
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

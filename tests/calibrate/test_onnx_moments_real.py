@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.records.moments import Moments
+from nbl_export.mixers.lmmse import Moments
 from nbl_export.records.plan import TAPS
 
 TOKENS, CONTEXT = 4096, 512
@@ -78,7 +78,7 @@ def test_moments_agree(collected: tuple[Collected, Collected]) -> None:
 @pytest.mark.real
 def test_maps_agree(collected: tuple[Collected, Collected]) -> None:
     """Layer 0 sees few distinct embeddings in 4,096 tokens, so its maps depend on the ridge and get a wider limit."""
-    from nbl_export.plan import lmmse
+    from nbl_export.mixers import lmmse
 
     weights = differences(collected, lambda m, i: lmmse.fit(m, i).weight)
     biases = differences(collected, lambda m, i: lmmse.fit(m, i).bias)
@@ -88,7 +88,7 @@ def test_maps_agree(collected: tuple[Collected, Collected]) -> None:
 
 @pytest.mark.real
 def test_bounds_and_errors_agree(collected: tuple[Collected, Collected]) -> None:
-    from nbl_export.plan import lmmse
+    from nbl_export.mixers import lmmse
 
     scores = differences(collected, lambda m, i: np.array(lmmse.score(m, i).bound))
     errors = differences(collected, lambda m, i: np.array(lmmse.score(m, i).nmse))

@@ -23,11 +23,10 @@ from nbl_export.distill.settings import (
 )
 from nbl_export.distill.training import _batches, _Training, distill
 from nbl_export.errors import NblError
+from nbl_export.mixers.linear import LINEAR, Linear
 from nbl_export.model.checkpoint.load import load_model, load_tokenizer
 from nbl_export.model.linearize import linearize
 from nbl_export.parallel.peers import ALONE
-from nbl_export.plan import lmmse
-from nbl_export.records.plan import AffineMap
 from nbl_export.text import corpus
 from nbl_export.text import windows as text_windows
 
@@ -44,7 +43,7 @@ def prepared(checkpoint: Checkpoint, text: Path) -> dict[str, Any]:
     model = load_model(checkpoint("llama"))
     windows, held = text_windows.pack(corpus.read_text(str(text)), load_tokenizer(checkpoint("llama")), 8192, 64, 512)
     moments = hooks.collect(model, windows, lambda _d, _t: None, ("residual", "normed"))
-    maps = {tap: {i: lmmse.fit(found[i], i) for i in (1, 2)} for tap, found in moments.items()}
+    maps = {tap: {i: LINEAR.fit(found[i], i) for i in (1, 2)} for tap, found in moments.items()}
     return {"model": model, "windows": windows, "held": held, "maps": maps}
 
 
@@ -53,7 +52,7 @@ def run(prepared: dict[str, Any], tap: str, settings: DistillSettings = QUICK, s
     return distill(prepared["model"], prepared["maps"][tap], tap, text, settings, Surroundings(state=state))
 
 
-def held_kl(checkpoint: Path, maps: dict[int, AffineMap], held: torch.Tensor, tap: str) -> float:
+def held_kl(checkpoint: Path, maps: dict[int, Linear], held: torch.Tensor, tap: str) -> float:
     """The same figure, from two whole models."""
     with torch.inference_mode():
         target = load_model(checkpoint)(held).logits.log_softmax(-1)
@@ -201,7 +200,7 @@ def test_a_resumed_run_retreats_to_the_best_parameters(tmp_path: Path) -> None:
 
     def training(value: float) -> _Training:
         trained = {"0.linear.bias": torch.nn.Parameter(torch.full((2,), value))}
-        maps = {0: AffineMap(np.eye(2, dtype=np.float32), np.zeros(2, np.float32))}
+        maps = {0: Linear(np.eye(2, dtype=np.float32), np.zeros(2, np.float32))}
         twin: Any = SimpleNamespace(trained=trained, units={}, maps=lambda: maps)
         return _Training(twin, DistillSettings(steps=100), [], ALONE)
 

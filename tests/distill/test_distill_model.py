@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from nbl_export.distill.settings import UNLIMITED, DistillSettings
-from nbl_export.distill.trained_map import TrainedMap
 from nbl_export.distill.training import _Training
 from nbl_export.distill.twin import (
     Lesson,
@@ -20,11 +19,12 @@ from nbl_export.distill.twin import (
     _distance,
     _Divergence,
 )
+from nbl_export.mixers.linear import Linear
+from nbl_export.mixers.linear_training import TrainedLinear
 from nbl_export.model import bfloat16
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.parallel.peers import ALONE
-from nbl_export.records.plan import AffineMap
 
 from ..tiny import HIDDEN
 
@@ -33,7 +33,7 @@ Make = Callable[..., Twin]
 
 
 @pytest.fixture
-def twin(checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, AffineMap]]) -> Make:
+def twin(checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, Linear]]) -> Make:
     """(rank, architecture) -> original and student with maps in layers 0 and 2, whose deltas are not nothing, and whose
     units are not 1."""
 
@@ -172,7 +172,7 @@ def test_the_same_rate_changes_the_output_by_the_same_share_in_every_model() -> 
         with torch.no_grad():
             linear.weight.copy_(torch.eye(12) * smaller / larger)
             linear.bias.copy_(torch.full((12,), 0.5 * smaller))
-        made = TrainedMap(linear, 4, torch.Generator().manual_seed(3))
+        made = TrainedLinear(linear, 4, torch.Generator().manual_seed(3))
         made.measure(larger * x)
         before = made(larger * x).detach()
         with torch.no_grad():
@@ -236,7 +236,7 @@ def test_a_clock_that_is_nearly_over_stops_aiming(twin: Make, monkeypatch: pytes
 def test_a_rank_above_the_width_keeps_its_other_directions() -> None:
     """Its gradient has no more of them; aimed twice they are the same."""
     linear = torch.nn.Linear(6, 6)
-    made, again = (TrainedMap(linear, 9, torch.Generator().manual_seed(3)) for _ in range(2))
+    made, again = (TrainedLinear(linear, 9, torch.Generator().manual_seed(3)) for _ in range(2))
     random = made.down.detach().clone()
     gradient = torch.randn(6, 6, generator=torch.Generator().manual_seed(4))
     state = torch.get_rng_state()

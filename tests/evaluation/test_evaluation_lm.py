@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.records.plan import AffineMap
+from nbl_export.mixers.linear import Linear
 from nbl_export.verify.ladder import TOLERANCES
 
 from ..evaluation_tiny import request, write_rows
@@ -39,7 +39,7 @@ def graph(genai_dirs: dict[str, Path]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def torch_model(checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, AffineMap]]) -> Any:
+def torch_model(checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, Linear]]) -> Any:
     from nbl_export.evaluation.lm import torch_lm
     from nbl_export.model.checkpoint.load import load_model, load_tokenizer
     from nbl_export.model.linearize import linearize

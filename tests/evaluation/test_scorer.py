@@ -12,7 +12,7 @@ import pytest
 from nbl_export.errors import NblError
 from nbl_export.evaluation.graphs import find_graph
 from nbl_export.evaluation.scorer import GraphScorer, Request
-from nbl_export.records.plan import AffineMap
+from nbl_export.mixers.linear import Linear
 from nbl_export.verify.ladder import TOLERANCES
 
 from ..tiny import VOCAB
@@ -43,7 +43,7 @@ def scorers(genai_dirs: dict[str, Path]) -> dict[str, GraphScorer]:
 
 @pytest.fixture(scope="module")
 def models(
-    checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, AffineMap]]
+    checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, Linear]]
 ) -> dict[str, Callable[[tuple[int, ...]], np.ndarray]]:
     """Variant -> log-probabilities [T, V] of the torch model."""
     import torch

@@ -23,7 +23,7 @@ from nbl_export.formats.gguf.content import (
     tensor_of,
 )
 from nbl_export.formats.gguf.files import read_content, write_content
-from nbl_export.records.plan import AffineMap
+from nbl_export.mixers.linear import Linear
 from nbl_export.targets.gguf import check
 from nbl_export.targets.gguf import write as from_checkpoint
 from nbl_export.targets.gguf.facts import facts_of, read_gguf_facts
@@ -39,8 +39,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
-def linear(*layers: int) -> dict[int, AffineMap]:
-    return {i: AffineMap(random_map(i).weight, np.zeros(HIDDEN, np.float32)) for i in layers}
+def linear(*layers: int) -> dict[int, Linear]:
+    return {i: Linear(random_map(i).weight, np.zeros(HIDDEN, np.float32)) for i in layers}
 
 
 def in_kind(content: Content, kind: str) -> Content:

@@ -10,14 +10,20 @@ import pytest
 
 from nbl_export.errors import CorruptError
 from nbl_export.measure.cost import CostModel, cost_model, read_intermediate_size, weight_bytes
+from nbl_export.mixers.base import TokenWork
 from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.run.facts import capabilities_of
 
+
+def work(elements: int, *, token_local: bool = True) -> TokenWork:
+    return TokenWork(elements, elements, token_local)
+
+
 SMOLLM2 = DecoderSpec("llama", 30, 576, 9, 3, 64, 49152, 8192)
 MODEL = CostModel(SMOLLM2, 1536, 4.0, 4.0, 4, tail_pruned=False)
 PRUNED = dataclasses.replace(MODEL, tail_pruned=True)
-EIGHT = dict.fromkeys((0, 7, *range(24, 30)), 576 * 576)
+EIGHT = dict.fromkeys((0, 7, *range(24, 30)), work(576 * 576))
 
 
 def test_what_was_measured_on_smollm2() -> None:
@@ -40,17 +46,17 @@ def test_a_decoder_small_enough_for_paper() -> None:
     one = 2 * head + 2 * 3 * (projections + mlp) + attention + 2 * 3 * (16 + mlp)
     last = 2 * 3 * (projections - 4 * 4) + 2 * 4 * 4 + attention  # of the last kept layer: o_proj on one token
     tail = 2 * head + last + 2 * mlp + 2 * (16 + mlp)  # layer 1 on one token
-    assert model.speedup_of_sizes({1: 16}).prefill == pytest.approx(original / one)
+    assert model.speedup_of_sizes({1: work(16)}).prefill == pytest.approx(original / one)
     pruned = dataclasses.replace(model, tail_pruned=True)
     whole = 2 * head + 2 * 3 * (projections + mlp) + attention + last + 2 * mlp  # the last MLP on one token
-    assert pruned.speedup_of_sizes({1: 16}).prefill == whole / tail
+    assert pruned.speedup_of_sizes({1: work(16)}).prefill == whole / tail
     front = 2 * head + 2 * 3 * (16 + mlp) + last + 2 * mlp
-    assert pruned.speedup_of_sizes({0: 16}).prefill == whole / front
+    assert pruned.speedup_of_sizes({0: work(16)}).prefill == whole / front
     every = dataclasses.replace(model, all_logits=True)
-    assert every.speedup_of_sizes({1: 16}).prefill == (original + 4 * head) / (one + 4 * head)
+    assert every.speedup_of_sizes({1: work(16)}).prefill == (original + 4 * head) / (one + 4 * head)
     before = 2 * (2 * (projections + mlp)) + head + 2 * (2 * 2 * 2 * 3)
     after = 2 * (projections + 16 + 2 * mlp) + head + 2 * 2 * 2 * 3
-    assert model.speedup_of_sizes({1: 16}).decode == before / after
+    assert model.speedup_of_sizes({1: work(16)}).decode == before / after
 
 
 def test_a_window_bounds_attention_and_cache() -> None:
@@ -78,14 +84,14 @@ def test_bytes_of_a_chunk_behind_a_cache_with_a_window(tokens: int, depth: int, 
     position = 2 * 2 * 2  # a key and a value of one head of 2 elements of 2 bytes
     assert model.prefill({}, tokens, depth).bytes == matrices + position * (depth + tokens + windowed)
     only = matrices - 2 * (48 - 16)  # the layer without a window is a map of 16 elements
-    assert model.prefill({0: 16}, tokens, depth).bytes == only + position * windowed
+    assert model.prefill({0: work(16)}, tokens, depth).bytes == only + position * windowed
 
 
 def test_layers_with_and_without_a_window() -> None:
     """A layer that sees everything is worth more than one with a window, and one of each stands between."""
     mixed = dataclasses.replace(SMOLLM2, sliding_window=64, full_layers=tuple(range(0, 30, 2)))
     model = dataclasses.replace(MODEL, spec=mixed, tokens=4096)
-    full, windowed = (model.speedup_of_sizes({layer: 576 * 576}) for layer in (2, 3))
+    full, windowed = (model.speedup_of_sizes({layer: work(576 * 576)}) for layer in (2, 3))
     assert full.prefill > windowed.prefill and full.decode > windowed.decode
     narrow = dataclasses.replace(model, spec=dataclasses.replace(mixed, full_layers=()))
     wide = dataclasses.replace(model, spec=SMOLLM2)
@@ -95,11 +101,11 @@ def test_layers_with_and_without_a_window() -> None:
 def test_laws() -> None:
     nothing = MODEL.speedup_of_sizes({})
     assert (nothing.prefill, nothing.decode) == (1.0, 1.0)
-    full, thin = (MODEL.speedup_of_sizes(dict.fromkeys(EIGHT, n)) for n in (576 * 576, 2 * 576 * 64))
+    full, thin = (MODEL.speedup_of_sizes(dict.fromkeys(EIGHT, work(n))) for n in (576 * 576, 2 * 576 * 64))
     assert thin.prefill > full.prefill and thin.decode > full.decode
     small = dataclasses.replace(MODEL, weight_bytes=weight_bytes("int4"), head_bytes=weight_bytes("int4"))
     assert small.speedup_of_sizes(EIGHT).decode > MODEL.speedup_of_sizes(EIGHT).decode  # the cache weighs more
-    low, high = (PRUNED.speedup_of_sizes(dict.fromkeys(s, 576 * 576)) for s in (range(8), range(22, 30)))
+    low, high = (PRUNED.speedup_of_sizes(dict.fromkeys(s, work(576 * 576))) for s in (range(8), range(22, 30)))
     assert high.prefill > 1.15 * low.prefill
 
 
@@ -107,11 +113,22 @@ def test_layers_that_are_looked_up_cost_nothing() -> None:
     """Layer 0 takes its MLP along, and layer 1 only together with it; nothing else changes."""
     table = dataclasses.replace(PRUNED, token_table=True)
     for layers, looked_up in (((0, 5), 1), ((0, 1, 5), 2), ((1, 5), 0), ((), 0)):
-        sizes = dict.fromkeys(layers, 576 * 576)
+        sizes = dict.fromkeys(layers, work(576 * 576))
         elements = looked_up * (576 * 576 + 3 * 576 * 1536)
         computed, found = PRUNED.prefill(sizes, 512), table.prefill(sizes, 512)
         assert found.flops == computed.flops - 2 * 512 * elements
         assert found.bytes == computed.bytes - 4 * elements
+
+
+def test_layers_that_read_other_tokens_are_neither_pruned_nor_looked_up() -> None:
+    """A layer with a memory costs its products for every token, as the layers between it and the next attention do."""
+    table, elements = dataclasses.replace(PRUNED, token_table=True), 2 * 576 * 576
+    local, reading = (dict.fromkeys((0, 29), work(elements, token_local=local)) for local in (True, False))
+    one, other = table.prefill(local, 512), table.prefill(reading, 512)
+    first = elements + 3 * 576 * 1536  # layer 0 is computed, with its MLP
+    before = 576 * 9 * 64 + 3 * 576 * 1536  # o_proj and MLP of layer 28, before the last layer that reads others
+    assert other.flops == one.flops + 2 * 512 * first + 2 * 511 * (before + elements)
+    assert other.bytes == one.bytes + 4 * first
 
 
 @pytest.mark.parametrize("name", ["original", "model"])

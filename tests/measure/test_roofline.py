@@ -29,6 +29,7 @@ from nbl_export.measure.roofline import (
     measure_machine,
     rows,
 )
+from nbl_export.mixers.base import TokenWork
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
 
@@ -117,7 +118,7 @@ def test_graphs_that_a_run_ships(
 ) -> None:
     """Pruned tails, replaced layers with full maps."""
     replaced = json.loads((finished / "nbl.json").read_text(encoding="utf-8"))["replaced_layers"]
-    sizes = dict.fromkeys(replaced, HIDDEN * HIDDEN) if name == "model" else {}
+    sizes = dict.fromkeys(replaced, TokenWork(HIDDEN * HIDDEN, HIDDEN * HIDDEN)) if name == "model" else {}
     for file, pruned in (("model.onnx", True), (all_logits_file(finished / name), False)):
         found = Count(finished / name, file, tmp_path).run(tokens, depth)
         assert costs_of(checkpoint("llama"), "fp32", pruned=pruned).prefill(sizes, tokens, depth) == found
@@ -133,10 +134,10 @@ def timing(kind: str, tokens: int, depth: int, variant: str, seconds: float) -> 
 def test_rows_by_hand() -> None:
     costs = CostModel(SPEC, 96, 4.0, 4.0, 4)
     whole = costs.prefill({}, 100).flops / 1e11
-    step = sum(costs.decode({1: 4096}, 10 + i).bytes for i in range(4)) / 1e10
+    step = sum(costs.decode({1: TokenWork(4096, 4096)}, 10 + i).bytes for i in range(4)) / 1e10
     found = rows(
         [timing("pp", 100, 0, "original", 2 * whole), timing("tg", 4, 10, "nbl", 5 * step)],
-        costs, {1: 4096}, MachineRates({"fp32": 1e11}, 1e10), "fp32",
+        costs, {1: TokenWork(4096, 4096)}, MachineRates({"fp32": 1e11}, 1e10), "fp32",
     )  # fmt: skip
     assert [r["percent"] for r in found] == pytest.approx([50, 20])
     assert [r["bound"] for r in found] == ["arithmetic", "memory"]
@@ -177,7 +178,7 @@ def costs() -> CostModel:
 def test_one_entry_for_each_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch has no row."""
     monkeypatch.setattr(roofline, "_rates", lambda n: MachineRates({"fp32": n * 1e9}, 1e9, n))
-    found = limits_of(bench_of(1, 2), costs, {1: 4096}, "fp32")["limits"]
+    found = limits_of(bench_of(1, 2), costs, {1: TokenWork(4096, 4096)}, "fp32")["limits"]
     assert [entry["rates"] for entry in found] == [
         {"gemm_flops_per_second": {"fp32": n * 1e9}, "read_bytes_per_second": 1e9, "threads": n} for n in (1, 2)
     ]
@@ -259,7 +260,7 @@ def test_explains_every_point_of_the_measured_sweep_of_smollm2() -> None:
     """
     report = json.loads((RESULTS / "demo-smollm2-fp32.json").read_text(encoding="utf-8"))
     spec = DecoderSpec("llama", 30, 576, 9, 3, 64, 49152, 8192)
-    sizes = dict.fromkeys(report["replaced_layers"], 576 * 576)
+    sizes = dict.fromkeys(report["replaced_layers"], TokenWork(576 * 576, 576 * 576))
     timings = [
         {**row, "samples_ns": [row["tokens"] * 1e9 / speed for speed in row["samples"]]} for row in report["rows"]
     ]

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from nbl_export.calibrate.hooks import collect
-from nbl_export.calibrate.layer_by_layer import collect_layers
+from nbl_export.calibrate.layer_by_layer import Wanted, collect_layers
 from nbl_export.distill.settings import DistillSettings, TrainingText
 from nbl_export.distill.training import distill
 from nbl_export.errors import NblError
+from nbl_export.mixers.linear import LINEAR, Linear
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.model.blocks import architecture_of, run_from
 from nbl_export.model.checkpoint.load import load_model, read_spec
@@ -22,13 +23,11 @@ from nbl_export.model.checkpoint.source import resolve
 from nbl_export.model.head import logits_of
 from nbl_export.model.linearize import linearize
 from nbl_export.model.mixes import SwitchedModel
-from nbl_export.plan.lmmse import fit
-from nbl_export.records.plan import AffineMap
 
 from ..tiny import EVERY, HIDDEN, LAYERS, VARIANTS, VOCAB
 
 Checkpoint = Callable[[str], Path]
-Maps = Callable[..., dict[int, AffineMap]]
+Maps = Callable[..., dict[int, Linear]]
 IDS = torch.arange(2, 42)[None]  # longer than the tiny windows
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -78,7 +77,7 @@ def test_layer_by_layer_moments_are_those_of_the_whole_model(
 ) -> None:
     ids = torch.arange(2, 130).view(2, 64) % VOCAB
     whole = collect(load_model(checkpoint(architecture)), ids, lambda *_: None)["residual"]
-    parts = list(collect_layers(checkpoint(architecture), ids, [ids], ["residual"], tmp_path, lambda *_: None))
+    parts = list(collect_layers(checkpoint(architecture), ids, [ids], Wanted(["residual"]), tmp_path, lambda *_: None))
     for one, other in zip(whole, parts, strict=True):
         mine = other["residual"].moments()
         assert torch.equal(one.xx, mine.xx) and torch.equal(one.yx, mine.yx) and torch.equal(one.yy, mine.yy)
@@ -136,7 +135,7 @@ def test_distilled_maps_start_from_the_fitted_ones(
         base = model(ids, use_cache=False).logits.log_softmax(-1)
         ours = linearize(model, maps)(ids, use_cache=False).logits.log_softmax(-1)
     assert got.held_kl[0][1] == pytest.approx((base.exp() * (base - ours)).sum(-1).mean().item(), rel=1e-4)
-    np.testing.assert_allclose(got.maps[1].weight, maps[1].weight, atol=1e-6)
+    np.testing.assert_allclose(got.maps[1].tensors()["weight"], maps[1].weight, atol=1e-6)
 
 
 @pytest.mark.parametrize("architecture", EVERY)
@@ -160,7 +159,7 @@ def test_a_saved_checkpoint_is_the_linearized_model(
 def test_a_fitted_map_is_better_than_none(architecture: str, checkpoint: Checkpoint) -> None:
     """The fit is of what it replaces: put in, it explains the block's output on the text it was fitted on."""
     moments = collect(load_model(checkpoint(architecture)), torch.arange(2, 258).view(4, 64) % VOCAB, lambda *_: None)
-    affine = fit(moments["residual"][1], 1)
+    affine = LINEAR.fit(moments["residual"][1], 1)
     assert affine.weight.shape == (HIDDEN, HIDDEN) and np.abs(affine.weight).max() > 0
 
 

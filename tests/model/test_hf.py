@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from nbl_export.errors import NblError
+from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model, load_tokenizer
 from nbl_export.model.linearize import linearize
 from nbl_export.plan.maps_file import load_maps
-from nbl_export.records.plan import AffineMap
 
 from ..command import assert_refused, nbl
 
@@ -28,7 +28,7 @@ def test_a_saved_checkpoint_is_the_linearized_model(
     architecture: str,
     tap: str,
     checkpoint: Callable[[str], Path],
-    random_maps: Callable[..., dict[int, AffineMap]],
+    random_maps: Callable[..., dict[int, Linear]],
     tmp_path: Path,
 ) -> None:
     from transformers import AutoModelForCausalLM

@@ -9,15 +9,15 @@ from unittest import mock
 import pytest
 import torch
 
+from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
-from nbl_export.records.plan import AffineMap
 from nbl_export.verify.ladder import Probe
 from nbl_export.verify.torch_reference import make_reference, with_noise
 
 from ..tiny import ARCHITECTURES
 
-Maps = Callable[..., dict[int, AffineMap]]
+Maps = Callable[..., dict[int, Linear]]
 Checkpoint = Callable[[str], Path]
 
 

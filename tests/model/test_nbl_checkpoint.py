@@ -13,17 +13,22 @@ import numpy as np
 import pytest
 import torch
 
+from nbl_export import mixers
 from nbl_export.errors import CorruptError
+from nbl_export.mixers.linear import Linear
+from nbl_export.mixers.none import Nothing
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.model.checkpoint import load, materialise
 from nbl_export.model.checkpoint import nbl as nbl_checkpoint
 from nbl_export.model.checkpoint import source as checkpoint_source
 from nbl_export.model.linearize import linearize
+from nbl_export.model.saved.hf_classes import save_linearized
+from nbl_export.model.saved.restore import restored
 from nbl_export.plan.maps_file import load_maps
-from nbl_export.records.plan import AffineMap
 
 from ..command import BARE, assert_refused, nbl
-from ..tiny import EVERY
+from ..mixers.toy_memory import MEMORY, Memory
+from ..tiny import EVERY, HIDDEN
 
 IDS = torch.arange(2, 40)[None]
 LAYERS = (0, 2)
@@ -48,9 +53,7 @@ def again(saved: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return output
 
 
-def _linearized(directory: Path, tap: str, make: Callable[..., dict[int, AffineMap]], out: Path) -> Path:
-    from nbl_export.model.saved.hf_classes import save_linearized
-
+def _linearized(directory: Path, tap: str, make: Callable[..., dict[int, Linear]], out: Path) -> Path:
     save_linearized(load.load_model(directory), directory, make(*LAYERS), tap, out)
     return out
 
@@ -61,7 +64,7 @@ def _linearized(directory: Path, tap: str, make: Callable[..., dict[int, AffineM
 )  # fmt: skip
 def test_the_stock_model_with_the_maps_is_what_was_saved(
     architecture: str, tap: str, checkpoint: Callable[[str], Path],
-    random_maps: Callable[..., dict[int, AffineMap]], tmp_path: Path,
+    random_maps: Callable[..., dict[int, Linear]], tmp_path: Path,
 ) -> None:  # fmt: skip
     directory = _linearized(checkpoint(architecture), tap, random_maps, tmp_path / "nbl")
     source = checkpoint_source.resolve(str(directory))
@@ -69,8 +72,9 @@ def test_the_stock_model_with_the_maps_is_what_was_saved(
     assert spec == load.read_spec(checkpoint_source.resolve(str(checkpoint(architecture))))
     plan, maps = nbl_checkpoint.load(source, spec.num_layers)
     assert (plan.replaced, plan.tap, plan.select) == (LAYERS, tap, "given")
-    assert all(np.array_equal(maps[i].weight, m.weight) for i, m in random_maps(*LAYERS).items())
-    assert all(np.array_equal(maps[i].bias, m.bias) for i, m in random_maps(*LAYERS).items())
+    for i, m in random_maps(*LAYERS).items():
+        for name, array in m.tensors().items():
+            np.testing.assert_array_equal(maps[i].tensors()[name], array)
     stock = materialise.materialise(source, tmp_path / "stock")
     kinds = [json.loads((d / "config.json").read_text()) for d in (stock, checkpoint(architecture))]
     assert kinds[0]["architectures"] == kinds[1]["architectures"]
@@ -81,6 +85,32 @@ def test_the_stock_model_with_the_maps_is_what_was_saved(
         told = [linearize(m, maps, tap)(IDS, use_cache=False).logits for m in (model, original)]
     assert torch.equal(*told)
     assert load.load_tokenizer(stock).encode("import") == load.load_tokenizer(directory).encode("import")
+
+
+def test_a_checkpoint_says_the_kind_of_each_layer(
+    checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, Linear]], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    import transformers
+
+    monkeypatch.setattr(mixers, "_KINDS", {**mixers._KINDS, MEMORY.name: MEMORY})
+    square = random_maps(1)[1]
+    for other in (Nothing(HIDDEN), Memory(square.weight, square.weight.T.copy(), square.bias)):
+        maps = {**random_maps(0), 2: other}
+        original, directory = load.load_model(checkpoint("llama")), tmp_path / other.kind
+        with torch.inference_mode():
+            expected = linearize(load.load_model(checkpoint("llama")), maps)(IDS, use_cache=False).logits
+        save_linearized(original, checkpoint("llama"), maps, "residual", directory)
+        assert json.loads((directory / "config.json").read_text())["nbl_kinds"] == ["linear", other.kind]
+        plan, found = nbl_checkpoint.load(checkpoint_source.resolve(str(directory)), 3)
+        assert plan.kinds == ("linear", other.kind) and found[2].kind == other.kind
+        for name, array in other.tensors().items():
+            np.testing.assert_array_equal(found[2].tensors()[name], array)
+        with torch.inference_mode():
+            model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+            torch.testing.assert_close(model(IDS, use_cache=False).logits, expected)
+        stock, names = restored(model).state_dict(), load.load_model(checkpoint("llama")).state_dict()
+        assert {n: v.shape for n, v in stock.items()} == {n: v.shape for n, v in names.items()}
 
 
 def test_the_job_makes_the_graph_that_the_checkpoint_came_from(saved: Path, again: Path) -> None:
@@ -96,7 +126,8 @@ def test_the_job_makes_the_graph_that_the_checkpoint_came_from(saved: Path, agai
     layers = manifests[0]["replaced_layers"]
     maps = [load_maps(run / "maps.safetensors", layers) for run in (first, again)]
     for layer in layers:
-        assert np.array_equal(maps[0][layer].weight, maps[1][layer].weight)
+        one, other = (found[layer].tensors()["weight"] for found in maps)
+        assert np.array_equal(one, other)
 
 
 def test_what_cannot_be_known_is_not_told(again: Path) -> None:
@@ -173,7 +204,10 @@ def test_the_fit_given_is_for_such_a_checkpoint_alone(same: tuple[object, ...], 
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"nbl_replaced_layers": [7]}, "replaces layers [7]"), ({"nbl_replaced_layers": None}, "replaces layers None"),
+    [({"nbl_replaced_layers": [7]}, "replaces layers [7]"), ({"nbl_kinds": ["a"]}, "of the kinds ['a']"),
+     ({"nbl_kinds": "linear"}, "of the kinds linear"),
+     ({"nbl_kinds": [["linear"]] * 2}, "of the kinds [['linear'], ['linear']]"),
+     ({"hidden_size": "many"}, "hidden_size"), ({"nbl_replaced_layers": None}, "replaces layers None"),
      ({"nbl_replaced_layers": ["x"]}, "replaces layers ['x']"), ({"nbl_tap": "elsewhere"}, "elsewhere"),
      ({"num_hidden_layers": "many"}, "of many"), ({"model_type": "nbl-bert"}, "'bert', which is not supported")],
 )  # fmt: skip
@@ -185,7 +219,7 @@ def test_a_configuration_that_cannot_be(saved: Path, change: dict[str, object], 
 
 
 def test_maps_that_are_not_those_of_the_configuration(
-    checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, AffineMap]], tmp_path: Path
+    checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, Linear]], tmp_path: Path
 ) -> None:
     directory = _linearized(checkpoint("llama"), "residual", random_maps, tmp_path / "nbl")
     config = json.loads((directory / "config.json").read_text())

@@ -11,9 +11,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from nbl_export.distill.twin import Twin
+from nbl_export.mixers.linear import Linear
 from nbl_export.model import bfloat16, short_attention
 from nbl_export.model.checkpoint.load import load_model
-from nbl_export.records.plan import AffineMap
 
 CPU = torch.device("cpu")
 IDS = torch.arange(2, 98).view(3, 32)
@@ -89,7 +89,7 @@ def test_arguments_may_go_by_their_place_or_by_their_names(counted: list[int]) -
 
 
 def test_training_steps_in_bfloat16_take_it_and_nothing_else_does(
-    checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, AffineMap]], counted: list[int]
+    checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, Linear]], counted: list[int]
 ) -> None:
     """Once a layer with attention: all of the original's, those of the student that are left."""
     model, maps = load_model(checkpoint("llama")), random_maps(0, 2)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from nbl_export.mixers.none import Nothing
 from nbl_export.model.linearize import linearize
-from nbl_export.records.plan import zero_map
 
 from ..command import nbl
 from ..tiny import HIDDEN, LAYERS, VOCAB
@@ -36,7 +36,7 @@ def biased_model() -> Any:
 
 def test_drop_leaves_the_residual_alone() -> None:
     seen: dict[str, torch.Tensor] = {}
-    layer = linearize(model := biased_model(), {1: zero_map(HIDDEN)}).model.layers[1]
+    layer = linearize(model := biased_model(), {1: Nothing(HIDDEN)}).model.layers[1]
     layer.register_forward_pre_hook(lambda _m, args: seen.update(x=args[0]))
     layer.post_attention_layernorm.register_forward_pre_hook(lambda _m, args: seen.update(r=args[0]))
     with torch.no_grad():

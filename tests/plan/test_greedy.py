@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from nbl_export.errors import NblError
+from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.head import logits_of
 from nbl_export.model.linearize import linearize
@@ -21,7 +22,6 @@ from nbl_export.model.mixes import SwitchedModel
 from nbl_export.plan import greedy
 from nbl_export.plan.effects import EVERY, Effects, Judge
 from nbl_export.plan.greedy import GreedyOrder, Point, Search
-from nbl_export.records.plan import AffineMap
 
 from ..command import nbl
 from ..tiny import LAYERS, VOCAB, random_map
@@ -30,9 +30,9 @@ Checkpoint = Callable[[str], Path]
 HELD = torch.randint(2, VOCAB, (2, 40), generator=torch.Generator().manual_seed(3))
 
 
-def small_map(layer: int) -> AffineMap:
+def small_map(layer: int) -> Linear:
     found = random_map(layer)
-    return AffineMap(found.weight * 0.1 * (layer + 1), found.bias * 0.1)
+    return Linear(found.weight * 0.1 * (layer + 1), found.bias * 0.1)
 
 
 MAPS = {i: small_map(i) for i in range(LAYERS)}
@@ -132,7 +132,7 @@ def test_the_gram_of_small_changes_is_their_kl(architecture: str, checkpoint: Ch
 
 
 def test_one_map_that_is_not_finite_leaves_the_others(checkpoint: Checkpoint) -> None:
-    bad = {**MAPS, 0: AffineMap(MAPS[0].weight * float("inf"), MAPS[0].bias)}
+    bad = {**MAPS, 0: Linear(MAPS[0].weight * float("inf"), MAPS[0].bias)}
     model = load_model(checkpoint("llama"))
     found, expected = (judged(SwitchedModel(model, maps, "residual")).alone(quiet) for maps in (bad, MAPS))
     assert not found.kl_NK[:, 0].isfinite().any()
@@ -291,7 +291,7 @@ def test_the_model_comes_back_as_it_was(checkpoint: Checkpoint) -> None:
 
 
 def test_maps_that_are_not_finite_are_left_or_named(checkpoint: Checkpoint) -> None:
-    bad = {i: AffineMap(MAPS[i].weight * float("inf"), MAPS[i].bias) for i in range(LAYERS)}
+    bad = {i: Linear(MAPS[i].weight * float("inf"), MAPS[i].bias) for i in range(LAYERS)}
     model = load_model(checkpoint("llama"))
     order = Search(judged(SwitchedModel(model, {**bad, 1: MAPS[1]}, "residual")), GreedyOrder(), None, quiet).extend(1)
     assert order.layers == (1,)

@@ -18,19 +18,21 @@ from nbl_export.calibrate import hooks
 from nbl_export.distill.settings import DistillSettings, Surroundings, TrainingText
 from nbl_export.distill.training import distill
 from nbl_export.graph.decoder import OnnxDecoder
+from nbl_export.mixers.base import FitOptions
+from nbl_export.mixers.linear import LINEAR, Linear
+from nbl_export.mixers.lmmse import fit, score
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
-from nbl_export.plan.lmmse import fit, score
 from nbl_export.plan.maps_file import load_maps
-from nbl_export.records.plan import AffineMap, Plan
+from nbl_export.records.plan import Plan
 from nbl_export.rewrite import rewrite
-from nbl_export.targets.onnx.check import check_maps
+from nbl_export.verify.forms.onnx import check_maps
 from nbl_export.verify.ladder import run_rows
 
 from ..command import nbl
+from ..mixers.test_lmmse import moments, sample
 from ..rewrite.test_rewrite import rows, worst
 from ..tiny import HEAD_DIM, HIDDEN, LAYERS, random_map
-from .test_lmmse import moments, sample
 
 Exported = Callable[..., Path]
 TOLERANCE = 2e-4  # of fp32 logits, as in test_rewrite
@@ -42,15 +44,15 @@ def test_fit_is_least_squares_without_an_intercept(seed: int, noise: float) -> N
     x, y = sample(noise=noise, seed=seed)
     found = fit(moments(x, y), 0, ridge=0.0, bias=False)
     np.testing.assert_allclose(found.weight, torch.linalg.lstsq(x, y).solution.T, rtol=1e-4, atol=1e-5)
-    assert not found.has_bias and found.bias.shape == (12,)
+    assert not found.bias.any() and found.bias.shape == (12,)
     squared = (y - x @ torch.from_numpy(found.weight).double().T).square().sum().item()
     scored, affine = (score(moments(x, y), 0, ridge=0.0, bias=bias) for bias in (False, True))
     assert scored.nmse == pytest.approx(squared / (y - y.mean(0)).square().sum().item(), rel=1e-4)
     assert scored.nmse >= affine.nmse * (1 - 1e-9) and scored.bound == affine.bound
 
 
-def linear(*layers: int) -> dict[int, AffineMap]:
-    return {i: AffineMap(random_map(i).weight, np.zeros(HIDDEN, np.float32)) for i in layers}
+def linear(*layers: int) -> dict[int, Linear]:
+    return {i: Linear(random_map(i).weight, np.zeros(HIDDEN, np.float32)) for i in layers}
 
 
 @pytest.mark.parametrize("source", ["genai", "mobius"])
@@ -82,12 +84,12 @@ def test_training_leaves_the_bias_at_zero(checkpoint: Callable[[str], Path]) -> 
     model = load_model(checkpoint("llama"))
     windows = torch.randint(3, 200, (8, 64), generator=torch.Generator().manual_seed(0))
     found = hooks.collect(model, windows, lambda _d, _t: None, ("normed",))["normed"]
-    maps = {i: fit(found[i], i, bias=False) for i in (1, 2)}
+    maps = {i: LINEAR.fit(found[i], i, FitOptions(bias=False)) for i in (1, 2)}
     how = DistillSettings(steps=24, batch_tokens=256, check_every=8, lora_rank=4, label_weight=0.0)
     result: Any = distill(model, maps, "normed", TrainingText(windows, windows[:2]), how, Surroundings())
     assert min(kl for _, kl in result.held_kl) < result.held_kl[0][1]
     for i, affine in result.maps.items():
-        assert not affine.has_bias and (affine.weight != maps[i].weight).any()
+        assert affine.product() is not None and (affine.weight != maps[i].weight).any()
 
 
 def test_a_run(same: tuple[object, ...], tmp_path: Path) -> None:
@@ -97,7 +99,7 @@ def test_a_run(same: tuple[object, ...], tmp_path: Path) -> None:
     facts = json.loads((run / "nbl.json").read_text())
     assert facts["tap"] == "normed" and facts["options"]["maps"] == "linear"
     assert "--maps linear" in facts["command"]
-    assert not any(m.has_bias for m in load_maps(run / "maps.safetensors", (1, 2)).values())
+    assert not any(m.product() is None for m in load_maps(run / "maps.safetensors", (1, 2)).values())
     changed = nbl("plan", run, "--maps", "affine")
     assert changed.status == 0, changed.err
-    assert all(m.has_bias for m in load_maps(run / "maps.safetensors", (1, 2)).values())
+    assert all(m.product() is None for m in load_maps(run / "maps.safetensors", (1, 2)).values())

@@ -12,10 +12,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from nbl_export.errors import CorruptError, NblError
+from nbl_export.mixers.linear import Linear
 from nbl_export.options.goals import parse_layers
 from nbl_export.plan.choose import a_quarter, choose
 from nbl_export.plan.maps_file import load_maps, maps_in, save_maps
-from nbl_export.records.plan import AffineMap, LayerScore, Plan
+from nbl_export.records.plan import LayerScore, Plan
 
 from ..command import nbl
 from ..tiny import LAYERS
@@ -75,6 +76,11 @@ def test_smallest_bound_goes_first_and_ties_go_to_the_lower_layer() -> None:
 def test_named_layers_are_taken_as_they_are() -> None:
     assert choose(SCORES, (0, 4)).replaced == (0, 4)
     assert choose(SCORES, (0, 4)).kept == (1, 2, 3)
+    plan = choose(SCORES, (0, 4), kind="none")
+    assert [plan.kind(i) for i in range(5)] == ["none", "attention", "attention", "attention", "none"]
+    assert Plan(5, (0, 4)).kinds == ("linear", "linear")
+    with pytest.raises(ValueError, match="one kind"):
+        Plan(5, (0, 4), kinds=("none",))
 
 
 def test_contradictory_plans_cannot_be_made() -> None:
@@ -83,9 +89,9 @@ def test_contradictory_plans_cannot_be_made() -> None:
             Plan(5, replaced)
 
 
-def maps() -> dict[int, AffineMap]:
+def maps() -> dict[int, Linear]:
     rng = np.random.default_rng(0)
-    return {i: AffineMap(rng.standard_normal((4, 4)).astype("f"), rng.standard_normal(4).astype("f")) for i in (1, 3)}
+    return {i: Linear(rng.standard_normal((4, 4)).astype("f"), rng.standard_normal(4).astype("f")) for i in (1, 3)}
 
 
 def test_maps_round_trip(tmp_path: Path) -> None:
@@ -93,7 +99,7 @@ def test_maps_round_trip(tmp_path: Path) -> None:
     back = load_maps(tmp_path / "maps.safetensors", (1, 3))
     assert sorted(back) == [1, 3]
     assert all(
-        np.array_equal(back[i].weight, m.weight) and np.array_equal(back[i].bias, m.bias) for i, m in maps().items()
+        np.array_equal(back[i].tensors()[name], array) for i, m in maps().items() for name, array in m.tensors().items()
     )
 
 

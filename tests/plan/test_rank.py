@@ -18,20 +18,21 @@ from safetensors.numpy import load_file
 
 from nbl_export.errors import UsageError
 from nbl_export.graph.decoder import OnnxDecoder
+from nbl_export.mixers.linear import Linear
+from nbl_export.mixers.lmmse import EXPLAINED, Fitted, fit
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.options.goals import read_rank
-from nbl_export.plan.lmmse import EXPLAINED, fit
 from nbl_export.plan.maps_file import load_maps, save_maps
-from nbl_export.records.plan import TAPS, AffineMap, Plan
+from nbl_export.records.plan import TAPS, Plan
 from nbl_export.rewrite import rewrite
-from nbl_export.targets.onnx.check import check_maps
+from nbl_export.verify.forms.onnx import check_maps
 from nbl_export.verify.ladder import run_rows
 
 from ..command import nbl
+from ..mixers.test_lmmse import moments, sample
 from ..rewrite.test_rewrite import rows, worst
 from ..tiny import HEAD_DIM, HIDDEN, LAYERS
-from .test_lmmse import moments, sample
 
 Exported = Callable[..., Path]
 SIZE = 12
@@ -39,7 +40,7 @@ TOLERANCE = 2e-4  # of fp32 logits, as in test_rewrite
 seeds = st.integers(0, 10_000)
 
 
-def error(affine: AffineMap, x: torch.Tensor, y: torch.Tensor) -> float:
+def error(affine: Linear | Fitted, x: torch.Tensor, y: torch.Tensor) -> float:
     """Mean squared error of the map in float64, from its factors where it has some."""
     weight = affine.weight if affine.up is None or affine.down is None else affine.up.astype("d") @ affine.down
     found = x @ torch.from_numpy(weight).double().T + torch.from_numpy(affine.bias).double()
@@ -77,7 +78,7 @@ def test_no_other_map_of_the_rank_is_better(seed: int, rank: int) -> None:
         left = torch.linalg.qr(left_best + spread * noise).Q
         weight = left @ left.T @ full
         bias = y.mean(0) - weight @ x.mean(0)
-        rival = AffineMap(weight.float().numpy(), bias.float().numpy())
+        rival = Linear(weight.float().numpy(), bias.float().numpy())
         assert least <= error(rival, x, y) * (1 + 1e-6)
 
 
@@ -117,21 +118,21 @@ def test_auto_finds_the_smallest_rank_that_explains_enough(seed: int, planted: i
     assert (None if found.up is None else found.up.shape[1]) == (smallest if 2 * smallest < SIZE else None)
 
 
-def low_rank(*layers: int, rank: int = 5) -> dict[int, AffineMap]:
-    def make(layer: int) -> AffineMap:
+def low_rank(*layers: int, rank: int = 5) -> dict[int, Linear]:
+    def make(layer: int) -> Linear:
         rng = np.random.default_rng(layer)
         up, down = rng.standard_normal((HIDDEN, rank)) / 3, rng.standard_normal((rank, HIDDEN)) / 3
-        return AffineMap.factored(up.astype("f"), down.astype("f"), rng.standard_normal(HIDDEN).astype("f"))
+        return Linear.factored(up.astype("f"), down.astype("f"), rng.standard_normal(HIDDEN).astype("f"))
 
     return {layer: make(layer) for layer in layers}
 
 
 def test_factors_round_trip(tmp_path: Path) -> None:
-    save_maps({**low_rank(1), 2: AffineMap(np.eye(3, dtype="f"), np.ones(3, "f"))}, tmp_path / "maps.safetensors")
+    save_maps({**low_rank(1), 2: Linear(np.eye(3, dtype="f"), np.ones(3, "f"))}, tmp_path / "maps.safetensors")
     names = set(load_file(tmp_path / "maps.safetensors"))
     assert names == {"layers.1.up", "layers.1.down", "layers.1.bias", "layers.2.weight", "layers.2.bias"}
     back = load_maps(tmp_path / "maps.safetensors", (1, 2))
-    assert back[2].up is None
+    assert back[2].rank is None
     for name in ("weight", "bias", "up", "down"):
         np.testing.assert_array_equal(getattr(back[1], name), getattr(low_rank(1)[1], name))
 
@@ -171,10 +172,10 @@ def test_thin_products_are_read_back_out_of_the_graph(
     wrong_down[2, 7] += 1
     wrong_bias[0] += 1
     for bad, word in (
-        (AffineMap.factored(wrong_up, good.down, good.bias), "up"),
-        (AffineMap.factored(good.up, wrong_down, good.bias), "down"),
-        (AffineMap.factored(good.up, good.down, wrong_bias), "bias"),
-        (AffineMap(good.weight, good.bias), "has no map"),
+        (Linear.factored(wrong_up, good.down, good.bias), "up"),
+        (Linear.factored(good.up, wrong_down, good.bias), "down"),
+        (Linear.factored(good.up, good.down, wrong_bias), "bias"),
+        (Linear(good.weight, good.bias), "has no map"),
     ):
         (result,) = check_maps("nbl", tmp_path / "nbl", {1: bad})
         assert not result.passed and word in result.detail

@@ -14,11 +14,11 @@ from safetensors.numpy import load_file, save_file
 from nbl_export.calibrate.moments_file import whole_moments
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.formats.gguf.files import read_content
+from nbl_export.mixers import lmmse
+from nbl_export.mixers.linear import LINEAR, Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
-from nbl_export.plan import lmmse
 from nbl_export.plan.maps_file import load_maps
-from nbl_export.records.plan import AffineMap
 from nbl_export.targets.checkpoint import nemotron_nas
 
 from ..canaries import Canaries
@@ -67,7 +67,7 @@ def test_gguf_of_linear_maps_holds_them_as_they_are(
     assert "Perplexity" not in done.err  # nothing changed
     maps = load_maps(runs["linear"] / "maps.safetensors", (1, 2))
     for i, found in maps_in(tmp_path / "m.gguf").items():
-        np.testing.assert_array_equal(found, maps[i].weight)
+        np.testing.assert_array_equal(found, maps[i].tensors()["weight"])
     assert not [p.name for p in runs["linear"].iterdir() if p.name.startswith(".tmp-")]
 
 
@@ -83,7 +83,7 @@ def test_other_maps_are_made_linear_and_what_that_costs_is_said(
     assert ("collecting them from 1024 tokens" in done.err) == (kind == "residual")
     expected = load_maps(runs["linear"] / "maps.safetensors", (1, 2))
     for i, found in maps_in(tmp_path / "m.gguf").items():
-        apart = np.abs(found - expected[i].weight).max() / np.abs(expected[i].weight).max()
+        apart = np.abs(found - expected[i].tensors()["weight"]).max() / np.abs(expected[i].tensors()["weight"]).max()
         assert apart < 1e-3, (i, apart)
 
 
@@ -92,12 +92,12 @@ def test_a_folded_bias_is_the_nearest_map(runs: dict[str, Path]) -> None:
     with whole_moments(runs["normed"] / "moments.safetensors") as file:
         moments = file.sums(1, "normed").moments()
     given = random_map(1)
-    folded = lmmse.fold_bias(given, moments, 1, ridge=0.0)
-    change = torch.from_numpy(folded.weight - given.weight).double()
+    folded = lmmse.fold_bias(given.weight, given.bias, moments, 1, ridge=0.0)
+    change = torch.from_numpy(folded - given.weight).double()
     bias = torch.from_numpy(given.bias).double()
     gradient = change @ moments.xx - torch.outer(bias, moments.x_sum)
     assert float(gradient.abs().max()) < 1e-3 * float(torch.outer(bias, moments.x_sum).abs().max())
-    assert not folded.has_bias
+    assert not LINEAR.from_tensors({"weight": folded, "bias": given.bias}).as_product(moments, 1).bias.any()
 
 
 def test_gguf_types_and_base(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -149,8 +149,8 @@ def test_without_the_text_the_command_of_a_run_that_can_is_named(runs: dict[str,
 NAS = {"intermediate_size": 256, **SPLIT}  # what the Nemotron-NAS form holds
 
 
-def linear(*layers: int) -> dict[int, AffineMap]:
-    return {i: AffineMap(random_map(i).weight, np.zeros(HIDDEN, np.float32)) for i in layers}
+def linear(*layers: int) -> dict[int, Linear]:
+    return {i: Linear(random_map(i).weight, np.zeros(HIDDEN, np.float32)) for i in layers}
 
 
 @pytest.mark.parametrize("form", nemotron_nas.MATRIX)

@@ -14,15 +14,16 @@ import onnxruntime
 import pytest
 
 from nbl_export.errors import NblError
+from nbl_export.mixers.linear import Linear
 from nbl_export.publish.transformers_js import lay_out
-from nbl_export.records.plan import AffineMap, Plan
+from nbl_export.records.plan import Plan
 from nbl_export.rewrite import rewrite
 
 from ..command import nbl, snapshot
 from ..tiny import HEAD_DIM, LAYERS
 
 Exported = Callable[..., Path]
-Maps = Callable[..., dict[int, AffineMap]]
+Maps = Callable[..., dict[int, Linear]]
 
 
 def read(path: Path) -> Any:

@@ -14,19 +14,19 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.publish.linear_maps import LinearMaps, price_of_change
-from nbl_export.records.plan import AffineMap
 
 from ..tiny import HIDDEN, VOCAB
 
 WINDOWS = torch.randint(3, VOCAB, (3, 40), generator=torch.Generator().manual_seed(0))
 
 
-def linear(maps: Mapping[int, AffineMap]) -> dict[int, AffineMap]:
+def linear(maps: Mapping[int, Linear]) -> dict[int, Linear]:
     """Other maps of the same layers, without a bias."""
-    return {i: AffineMap(3 * m.weight.T, np.zeros(HIDDEN, np.float32)) for i, m in maps.items()}
+    return {i: Linear(3 * m.weight.T, np.zeros(HIDDEN, np.float32)) for i, m in maps.items()}
 
 
 def perplexity(model: Any) -> float:
@@ -37,7 +37,7 @@ def perplexity(model: Any) -> float:
 
 @pytest.mark.parametrize("tap", ["residual", "normed"])
 def test_the_perplexities_are_of_each_maps_own_tap(
-    tap: str, checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, AffineMap]]
+    tap: str, checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, Linear]]
 ) -> None:
     """The maps of the run act on the run's tap, and linear maps on the normed input."""
     path, maps = checkpoint("llama"), random_maps(0, 2)

@@ -17,7 +17,7 @@ from nbl_export.records.results import RungResult, status_of
 from nbl_export.report.console import rungs_table
 from nbl_export.run.stages.common import verdict
 from nbl_export.trust.terminal import Console
-from nbl_export.verify import ladder, words
+from nbl_export.verify import ladder
 
 from .test_report import BENCH, MANIFEST, VERIFY, Written
 
@@ -31,7 +31,7 @@ PLAN = Plan(6, (0, 2, 3))
 def verified(precision: str, *rungs: RungResult) -> dict[str, Any]:
     """verify.json, as the verify stage makes it."""
     found = ladder.summary(rungs, precision, VERIFY["price"], PLAN)
-    proof = words.proof(rungs, "the torch model", found["status"])
+    proof = ladder.proof(rungs, "the torch model", found["status"])
     return {**VERIFY, **found, "proof": proof}
 
 

@@ -21,11 +21,10 @@ from nbl_export.formats.gguf import row_index
 from nbl_export.formats.gguf.blocks import block_codes, known_types
 from nbl_export.formats.gguf.content import Content, Tensor
 from nbl_export.records.block_codes import BlockCodes
-from nbl_export.rewrite.coded import nodes as nodes_module
-from nbl_export.rewrite.coded.rounding import rounded
-from nbl_export.rewrite.coded.take_codes import TakeCodes, take_codes
+from nbl_export.rewrite import gguf_codes
 from nbl_export.rewrite.codes import quantised_matrices
 from nbl_export.rewrite.describe import describe_graph
+from nbl_export.rewrite.gguf_codes import TakeCodes, rounded, take_codes
 
 from ..command import TINY, assert_refused, nbl
 from ..gguf_kinds import HALVES, every_token, random_blocks, save_mixed
@@ -164,14 +163,14 @@ def test_a_changed_offset_fails_verification(
     done = nbl("rewrite", run, *level)
     assert done.status == 0 and nbl("verify", run).status == 0
     assert rung(run, "original", "relative rms logit difference, prefill")["value"] < 1e-5  # nothing is rounded
-    written = nodes_module.add_product_offsets
+    written = gguf_codes.add_product_offsets
 
     def off(graph: Any, product: Any, offsets: np.ndarray, name: str) -> Any:
         wrong = offsets.copy()
         wrong[0, 0] += 0.01 if "layers.1.mlp.down_proj" in name else 0
         return written(graph, product, wrong, name)
 
-    monkeypatch.setattr(nodes_module, "add_product_offsets", off)
+    monkeypatch.setattr(gguf_codes, "add_product_offsets", off)
     assert nbl("rewrite", run, "--precision", "gguf", "--builder-option", "accuracy_level=4").status == 0
     refused = nbl("verify", run)
     assert refused.status == 3 and "steps between a matrix and its codes" in refused.err, refused.err

@@ -10,7 +10,8 @@ import onnx_ir as ir
 import pytest
 
 from nbl_export.graph.decoder import OnnxDecoder
-from nbl_export.records.plan import AffineMap, Plan
+from nbl_export.mixers.linear import Linear
+from nbl_export.records.plan import Plan
 from nbl_export.rewrite import rewrite_model
 from nbl_export.rewrite.tail import PruneTail
 
@@ -28,7 +29,7 @@ TOLERANCE = {"fp32": 2e-4, "int8": 0.05, "int4": 0.05, "fp16": 0.02}
 )
 def test_chunks_of_every_length(
     architecture: str, source: str, precision: str, replaced: tuple[int, ...], exported: Callable[..., Path],
-    random_maps: Callable[..., dict[int, AffineMap]], tmp_path: Path,
+    random_maps: Callable[..., dict[int, Linear]], tmp_path: Path,
 ) -> None:  # fmt: skip
     """Longer than the computed positions, as long, shorter, and single tokens, each behind the ones before."""
     directory = exported(architecture, source, precision)

@@ -17,26 +17,28 @@ from nbl_export.evaluation.graphs import find_graph
 from nbl_export.evaluation.scorer import GraphScorer
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import ALL_LOGITS_FILE, all_logits_file
+from nbl_export.mixers.linear import Linear
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.plan import AffineMap, Plan
+from nbl_export.records.plan import Plan
 from nbl_export.records.results import RungResult
 from nbl_export.rewrite import rewrite
-from nbl_export.rewrite.tail.last_token import difference, keep_last_token
-from nbl_export.targets.onnx.check import check_file, check_maps, check_untouched
+from nbl_export.rewrite.tail import difference, keep_last_token
 from nbl_export.targets.onnx.engine import ORT
+from nbl_export.verify.forms.form import held_names
+from nbl_export.verify.forms.onnx import check_file, check_maps, check_untouched
 from nbl_export.verify.last_token import BATCH_LENGTHS, check_last
 
 from ..command import nbl
 from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB
 
 Exported = Callable[..., Path]
-Maps = Callable[..., dict[int, AffineMap]]
+Maps = Callable[..., dict[int, Linear]]
 SPEC = DecoderSpec("llama", LAYERS, HIDDEN, 4, 2, HEAD_DIM, VOCAB, 512)
 ROW = np.random.default_rng(5).integers(2, VOCAB, 40).tolist()
 QUANTISED = [("genai", "int8"), ("genai", "int4"), ("mobius", "fp16")]
 
 
-def ship(source: Path, tmp_path: Path, maps: dict[int, AffineMap]) -> dict[str, Path]:
+def ship(source: Path, tmp_path: Path, maps: dict[int, Linear]) -> dict[str, Path]:
     """The original with a pruned tail, and its NBL version."""
     places = {"original": tmp_path / "original", "nbl": tmp_path / "nbl"}
     shutil.copytree(source, places["original"])
@@ -65,12 +67,14 @@ def test_files_and_logits(
         contract = OnnxDecoder(directory, HEAD_DIM).contract
         assert contract.logits == "last"
         assert OnnxDecoder(directory, HEAD_DIM, file=all_logits_file(directory)).contract.logits == "all"
-        results = check_file(subject, directory, SPEC, tuple(kept), contract, 4, "last")
+        results = check_file(subject, directory, SPEC, held_names(kept), contract, 4, "last")
         results += check_maps(subject, directory, {} if subject == "original" else maps)
         results += check_untouched(directory, places["original"]) + held(directory)
         assert all(r.passed for r in results), [r for r in results if not r.passed]
         assert difference(directory) == ""
-        assert [r.metric for r in check_file(subject, directory, SPEC, tuple(kept), contract, 4, "all") if not r.passed]
+        assert [
+            r.metric for r in check_file(subject, directory, SPEC, held_names(kept), contract, 4, "all") if not r.passed
+        ]
     if not replaced:
         for name in ("model.onnx", ALL_LOGITS_FILE, "model.onnx.data"):
             assert (places["nbl"] / name).read_bytes() == (places["original"] / name).read_bytes()

@@ -15,10 +15,11 @@ import torch
 from nbl_export import rewrite as rewriting
 from nbl_export.errors import RefusalError
 from nbl_export.graph.decoder import OnnxDecoder
-from nbl_export.graph.passes import run_passes
+from nbl_export.graph.emitter import run_passes
+from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
-from nbl_export.records.plan import TAPS, AffineMap, Plan
+from nbl_export.records.plan import TAPS, Plan
 from nbl_export.rewrite import contract_of, rewrite, rewrite_model
 from nbl_export.verify.ladder import DECODE_STEPS, run_rows
 
@@ -30,7 +31,7 @@ GRAPHS = [(a, s) for a in ARCHITECTURES for s in ("genai", "mobius")]
 SUBSETS = [s for n in range(1, LAYERS) for s in itertools.combinations(range(LAYERS), n)]
 
 Exported = Callable[..., Path]
-Maps = Callable[..., dict[int, AffineMap]]
+Maps = Callable[..., dict[int, Linear]]
 
 
 def rows(seed: int = 0) -> list[list[int]]:
@@ -39,7 +40,7 @@ def rows(seed: int = 0) -> list[list[int]]:
     return [rng.integers(2, VOCAB, n + DECODE_STEPS).tolist() for n in (29, 11)]
 
 
-def torch_logits(checkpoint: Path, maps: dict[int, AffineMap], tap: str = "residual") -> list[np.ndarray]:
+def torch_logits(checkpoint: Path, maps: dict[int, Linear], tap: str = "residual") -> list[np.ndarray]:
     model = linearize(load_model(checkpoint), maps, tap)
     with torch.inference_mode():
         return [model(torch.tensor([row]), use_cache=False).logits[0].numpy() for row in rows()]
@@ -122,15 +123,15 @@ def test_empty_plan_gives_back_the_same_bytes(exported: Exported, tmp_path: Path
 def test_planted_affine_attention_is_recovered(checkpoint: Any, text: Path, tmp_path: Path) -> None:
     """A model whose attention is affine already: the fit finds it, and the original's logits come back."""
     from nbl_export.calibrate import hooks
+    from nbl_export.mixers.linear import LINEAR
     from nbl_export.model.checkpoint.load import load_tokenizer
-    from nbl_export.plan import lmmse
     from nbl_export.text import corpus
     from nbl_export.text import windows as text_windows
 
-    planted = {1: AffineMap(*_small_map())}
+    planted = {1: Linear(*_small_map())}
     model = linearize(load_model(checkpoint("llama")), planted)
     windows, _ = text_windows.pack(corpus.read_text(str(text)), load_tokenizer(checkpoint("llama")), 4096, 64)
-    found = lmmse.fit(hooks.collect(model, windows, lambda _d, _t: None)["residual"][1], 1)
+    found = LINEAR.fit(hooks.collect(model, windows, lambda _d, _t: None)["residual"][1], 1)
     np.testing.assert_allclose(found.weight, planted[1].weight, atol=2e-4)
     np.testing.assert_allclose(found.bias, planted[1].bias, atol=2e-4)
 
@@ -176,7 +177,7 @@ def test_refuses_layers_that_are_not_there(exported: Exported, random_maps: Maps
 
 
 def test_refuses_a_map_of_another_size(exported: Exported, tmp_path: Path) -> None:
-    wrong = {1: AffineMap(np.zeros((32, 32), np.float32), np.zeros(32, np.float32))}
+    wrong = {1: Linear(np.zeros((32, 32), np.float32), np.zeros(32, np.float32))}
     with pytest.raises(RefusalError, match="layer 1"):
         rewrite(exported("llama", "mobius"), tmp_path / "nbl", Plan(LAYERS, (1,)), wrong)
 
@@ -223,17 +224,17 @@ def test_past_length_reader_moves_to_a_kept_cache(exported: Exported, random_map
 # -- planted faults: each is caught by the comparison that the verification ladder makes -----------------------
 
 
-def transposed(maps: dict[int, AffineMap]) -> dict[int, AffineMap]:
-    return {i: AffineMap(np.ascontiguousarray(m.weight.T), m.bias) for i, m in maps.items()}
+def transposed(maps: dict[int, Linear]) -> dict[int, Linear]:
+    return {i: Linear(np.ascontiguousarray(m.weight.T), m.bias) for i, m in maps.items()}
 
 
-def without_bias(maps: dict[int, AffineMap]) -> dict[int, AffineMap]:
-    return {i: AffineMap(m.weight, np.zeros_like(m.bias)) for i, m in maps.items()}
+def without_bias(maps: dict[int, Linear]) -> dict[int, Linear]:
+    return {i: Linear(m.weight, np.zeros_like(m.bias)) for i, m in maps.items()}
 
 
 @pytest.mark.parametrize("fault", [transposed, without_bias])
 def test_fault_in_the_maps_is_seen(
-    fault: Callable[[dict[int, AffineMap]], dict[int, AffineMap]],
+    fault: Callable[[dict[int, Linear]], dict[int, Linear]],
     checkpoint: Any, exported: Exported, random_maps: Maps, tmp_path: Path,
 ) -> None:  # fmt: skip
     maps = random_maps(1)
@@ -246,17 +247,11 @@ def test_fault_wrong_tap_is_seen(
     checkpoint: Any, exported: Exported, random_maps: Maps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The map fed with the normed input instead of the residual stream."""
-    find = rewriting.bypass.find_block
 
-    def off_by_a_norm(graph: ir.Graph, layer: int) -> Any:
-        import dataclasses
+    def off_by_a_norm(block: Any, _tap: str) -> ir.Value:
+        return block.residual.producer().outputs[0]
 
-        block = find(graph, layer)
-        producer = block.residual.producer()
-        assert producer is not None
-        return dataclasses.replace(block, residual=producer.outputs[0])
-
-    monkeypatch.setattr(rewriting.bypass, "find_block", off_by_a_norm)
+    monkeypatch.setattr(rewriting.bypass, "tapped", off_by_a_norm)
     rewrite(exported("llama"), tmp_path / "nbl", Plan(LAYERS, (1,)), random_maps(1))
     got = run_rows(OnnxDecoder(tmp_path / "nbl", HEAD_DIM), rows())
     assert worst(got, torch_logits(checkpoint("llama"), random_maps(1))) > 100 * TOLERANCE["fp32"]

@@ -12,7 +12,7 @@ import pytest
 from nbl_export.graph.names import ALL_LOGITS_FILE
 from nbl_export.records.plan import Plan
 from nbl_export.rewrite import rewrite
-from nbl_export.rewrite.tail.last_token import difference, keep_last_token
+from nbl_export.rewrite.tail import difference, keep_last_token
 from nbl_export.targets.tensorrt import export as static
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 from nbl_export.verify.last_token import check_last

@@ -14,21 +14,22 @@ import torch
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.decoder import OnnxDecoder
+from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
-from nbl_export.records.plan import AffineMap, Plan
+from nbl_export.records.plan import Plan
 from nbl_export.rewrite import rewrite_model
 from nbl_export.rewrite.tail import PruneTail
 
 from ..tiny import ARCHITECTURES, HEAD_DIM, HIDDEN, LAYERS, VOCAB
 
 Exported = Callable[..., Path]
-Maps = Callable[..., dict[int, AffineMap]]
+Maps = Callable[..., dict[int, Linear]]
 GRAPHS = [(a, s) for a in ARCHITECTURES for s in ("genai", "mobius")]
 TOLERANCE = 2e-4
 
 
-def pruned(source: Path, replaced: tuple[int, ...], maps: dict[int, AffineMap], out: Path) -> OnnxDecoder:
+def pruned(source: Path, replaced: tuple[int, ...], maps: dict[int, Linear], out: Path) -> OnnxDecoder:
     model = ir.load(source / "model.onnx")
     rewrite_model(model, Plan(LAYERS, replaced), maps)
     assert PruneTail()(model).modified
@@ -37,7 +38,7 @@ def pruned(source: Path, replaced: tuple[int, ...], maps: dict[int, AffineMap], 
     return OnnxDecoder(out, HEAD_DIM)
 
 
-def reference(checkpoint: Path, maps: dict[int, AffineMap], row: np.ndarray) -> np.ndarray:
+def reference(checkpoint: Path, maps: dict[int, Linear], row: np.ndarray) -> np.ndarray:
     with torch.inference_mode():
         logits = linearize(load_model(checkpoint), maps)(torch.from_numpy(row)[None], use_cache=False).logits
     found: np.ndarray = logits[0].numpy()

@@ -15,12 +15,13 @@ import torch
 
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.facts import replaced_layers
+from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.model.token_rows import token_rows
-from nbl_export.records.plan import TAPS, AffineMap, Plan
+from nbl_export.records.plan import TAPS, Plan
 from nbl_export.rewrite import rewrite
-from nbl_export.targets.onnx import check as files
+from nbl_export.verify.forms import onnx as files
 from nbl_export.verify.ladder import run_rows
 
 from ..command import configured, nbl
@@ -28,7 +29,7 @@ from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB, made_by, save_checkpoint
 from .test_rewrite import GRAPHS, TOLERANCE, rows, torch_logits, worst
 
 Exported = Callable[..., Path]
-Maps = Callable[..., dict[int, AffineMap]]
+Maps = Callable[..., dict[int, Linear]]
 FEATURED = [(a, s) for s in ("genai", "mobius") for a in made_by(s) if a not in dict(GRAPHS)]
 TAPPED = [(*g, tap) for g in (*GRAPHS, *FEATURED) for tap in TAPS if (g[0], tap) != ("olmo2", "normed")]
 
@@ -48,7 +49,7 @@ def tabulated(exported: Exported, checkpoint: Any, random_maps: Maps, tmp_path: 
     def make(
         architecture: str = "llama", source: str = "genai", replaced: tuple[int, ...] = (0,), tap: str = "residual",
         precision: str = "fp32",
-    ) -> tuple[Path, dict[int, AffineMap], np.ndarray]:  # fmt: skip
+    ) -> tuple[Path, dict[int, Linear], np.ndarray]:  # fmt: skip
         maps = random_maps(*replaced)
         rows_VD = token_rows(checkpoint(architecture), maps, tap)
         assert rows_VD is not None

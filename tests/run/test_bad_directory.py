@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nbl_export.records.plan import AffineMap
+from nbl_export.mixers.linear import Linear
 
 from ..command import TINY, assert_refused, nbl, snapshot, stage_lines
 from ..damage import cut, edit, flip
@@ -267,8 +267,8 @@ def transposed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     correct = rewrite.rewrite_model
 
-    def wrong(model: Any, plan: Any, maps: dict[int, AffineMap], *more: Any) -> Any:
-        turned = {i: AffineMap(np.ascontiguousarray(m.weight.T), m.bias) for i, m in maps.items()}
+    def wrong(model: Any, plan: Any, maps: dict[int, Linear], *more: Any) -> Any:
+        turned = {i: Linear(np.ascontiguousarray(m.weight.T), m.bias) for i, m in maps.items()}
         return correct(model, plan, turned, *more)
 
     monkeypatch.setattr(rewrite, "rewrite_model", wrong)

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from nbl_export.graph.decoder import OnnxDecoder
+from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.plan.maps_file import save_maps
-from nbl_export.records.plan import AffineMap
 from nbl_export.verify.ladder import DECODE_STEPS, run_rows
 
 from ..command import assert_refused, in_new_process, nbl, snapshot
@@ -50,7 +50,7 @@ def rows() -> list[list[int]]:
     return [rng.integers(2, VOCAB, n + DECODE_STEPS).tolist() for n in (29, 11)]
 
 
-def torch_logits(checkpoint: Path, maps: dict[int, AffineMap], tap: str) -> list[np.ndarray]:
+def torch_logits(checkpoint: Path, maps: dict[int, Linear], tap: str) -> list[np.ndarray]:
     model = linearize(load_model(checkpoint), maps, tap)
     with torch.inference_mode():
         return [model(torch.tensor([row]), use_cache=False).logits[0].numpy() for row in rows()]
@@ -71,7 +71,7 @@ def worst(got: list[np.ndarray], expected: list[np.ndarray]) -> float:
 
 
 @pytest.fixture
-def maps_file(random_maps: Callable[..., dict[int, AffineMap]], tmp_path: Path) -> Callable[..., Path]:
+def maps_file(random_maps: Callable[..., dict[int, Linear]], tmp_path: Path) -> Callable[..., Path]:
     def make(*layers: int, tap: str = "residual") -> Path:
         path = tmp_path / "maps.safetensors"
         save_maps(random_maps(*layers), path, tap)
@@ -195,7 +195,7 @@ def test_maps_that_do_not_fit(given_graph: Given, maps_file: Any, tmp_path: Path
     graph, out = given_graph("transformers-23"), tmp_path / "out"
     refused(tmp_path, graph, "--maps", maps_file(0, 1, 2), "--output", out, parts=("one must stay",))
     refused(tmp_path, graph, "--maps", maps_file(7), "--output", out, parts=("layer 7", "layers 0 to 2"))
-    small = AffineMap(np.eye(HIDDEN // 2, dtype="f"), np.ones(HIDDEN // 2, "f"))
+    small = Linear(np.eye(HIDDEN // 2, dtype="f"), np.ones(HIDDEN // 2, "f"))
     save_maps({1: small}, tmp_path / "small.safetensors")
     parts = ("layer 1 is 48 x 48", "96 wide")
     refused(tmp_path, graph, "--maps", tmp_path / "small.safetensors", "--output", out, parts=parts)

@@ -16,7 +16,7 @@ from gguf import GGUFReader, quants
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.names import draft_file
-from nbl_export.rewrite.coded import take_codes
+from nbl_export.rewrite import gguf_codes
 from nbl_export.rewrite.codes import quantised_matrices
 from nbl_export.run.lossless.drafts import codes_for_drafts
 from nbl_export.targets.onnx.genai import GenaiRunner
@@ -158,7 +158,7 @@ def test_a_draft_of_a_gguf_has_the_codes_of_the_file(
     """The draft of a float32 target has the target's own values; codes that a graph cannot have leave an int4 draft."""
     model, text = save_mixed(tmp_path / "m.gguf", FOUR_BITS), every_token(tmp_path / "text.txt", 12_000)
     if not fit:
-        monkeypatch.setattr(take_codes, "take_codes", mock.Mock(side_effect=RefusalError(None, "planted")))
+        monkeypatch.setattr(gguf_codes, "take_codes", mock.Mock(side_effect=RefusalError(None, "planted")))
     done = nbl(
         "--model", model, "--calibration", text, *TINY, "--calibration-tokens", "4096", "--draft", "int4",
         "--output", tmp_path / "run",
@@ -196,14 +196,14 @@ def test_other_tokens_are_a_failed_verification(
     run: Path, same: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted: a decoder that verifies against positions that are one off."""
-    from nbl_export.rewrite.tail import last_rows
+    from nbl_export.rewrite.tail import Integers
 
-    right = last_rows.Emitter.constant
+    right = Integers.constant
 
-    def wrong(self: last_rows.Emitter, name: str, values: list[int]) -> object:
+    def wrong(self: Integers, name: str, values: list[int]) -> object:
         return right(self, name, [-1] if name == "end" else values)
 
-    monkeypatch.setattr(last_rows.Emitter, "constant", wrong)
+    monkeypatch.setattr(Integers, "constant", wrong)
     before = snapshot(run)
     outcome = nbl(*same, "--draft", "ngram", "--output", run)
     assert outcome.status == 3

@@ -122,7 +122,7 @@ class Llama(nn.Module):
 
 def vllm_config(theirs: Any, *, elsewhere: Iterable[int] = (), **settings: Any) -> Any:
     """What vLLM hands to a model. `theirs`: the model of transformers. `settings` are of config.json."""
-    defaults = {"nbl_tap": "residual", "nbl_parallel": "replicated"}
+    defaults = {"nbl_kinds": None, "nbl_tap": "residual", "nbl_parallel": "replicated"}
     facts = {"num_hidden_layers": len(theirs.model.layers), "hidden_size": theirs.config.hidden_size}
     return SimpleNamespace(
         theirs=theirs, elsewhere=set(elsewhere), quant_config="as asked",

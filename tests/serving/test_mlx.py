@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.model.speech import Spoken
-from nbl_export.records.plan import AffineMap
 from nbl_export.targets.checkpoint import nemotron_nas
 
 from ..tiny import HIDDEN, SPLIT, random_map, save_checkpoint
@@ -45,7 +45,7 @@ def test_mlx_gives_the_tokens_of_transformers(architecture: str, layers: tuple[i
     if not PYTHON:
         pytest.skip("NBL_MLX_PYTHON does not name the Python of an environment with mlx-lm; see make test-mlx")
     checkpoint = save_checkpoint(architecture, tmp_path / "model", intermediate_size=256, **SPLIT)
-    maps = {i: AffineMap(random_map(i).weight, torch.zeros(HIDDEN).numpy()) for i in layers}
+    maps = {i: Linear(random_map(i).weight, torch.zeros(HIDDEN).numpy()) for i in layers}
     nemotron_nas.save(load_model(checkpoint), checkpoint, maps, "mlx", tmp_path / "out")
     ids = torch.randint(3, 380, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     expected = Spoken(linearize(load_model(checkpoint), maps, "normed")).greedy(ids, NEW)

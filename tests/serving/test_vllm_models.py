@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from nbl_export.mixers.linear import Linear
+from nbl_export.mixers.none import Nothing
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
-from nbl_export.records.plan import AffineMap
 
 from ..tiny import HIDDEN, LAYERS
 from . import fake_vllm
@@ -40,7 +41,7 @@ def models() -> Iterator[ModuleType]:
 def built(models: ModuleType, checkpoint: Callable[[str], Path]) -> Callable[..., Any]:
     """(maps, settings) -> the plugin's Llama with these maps loaded, and its configuration."""
 
-    def make(maps: dict[int, AffineMap], prefix: str = "", **settings: Any) -> tuple[Any, Any]:
+    def make(maps: dict[int, Linear], prefix: str = "", **settings: Any) -> tuple[Any, Any]:
         asked = {"nbl_replaced_layers": list(maps), **settings}
         config = fake_vllm.vllm_config(load_model(checkpoint("llama")), **asked)
         model = models.NblLlamaForCausalLM(vllm_config=config, prefix=prefix).eval()
@@ -50,7 +51,7 @@ def built(models: ModuleType, checkpoint: Callable[[str], Path]) -> Callable[...
     return make
 
 
-def tensors(maps: dict[int, AffineMap]) -> list[tuple[str, torch.Tensor]]:
+def tensors(maps: dict[int, Linear]) -> list[tuple[str, torch.Tensor]]:
     return [
         (f"model.layers.{i}.self_attn.linear.{name}", torch.from_numpy(value))
         for i, m in maps.items()
@@ -62,7 +63,7 @@ def tensors(maps: dict[int, AffineMap]) -> list[tuple[str, torch.Tensor]]:
 @pytest.mark.parametrize("layers", [(0,), (1,), (2,), (0, 1), (1, 2)])
 def test_logits_are_those_of_transformers(
     layers: tuple[int, ...], tap: str, built: Callable[..., Any],
-    checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, AffineMap]],
+    checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, Linear]],
 ) -> None:  # fmt: skip
     maps = random_maps(*layers)
     model, config = built(maps, nbl_tap=tap)
@@ -71,6 +72,16 @@ def test_logits_are_those_of_transformers(
         torch.testing.assert_close(model(IDS), expected, rtol=1e-4, atol=1e-4)
     kept = [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS) if i not in layers]
     assert list(config.compilation_config.static_forward_context) == kept  # vLLM allocates caches for these
+
+
+def test_attention_that_was_left_out_adds_nothing(
+    built: Callable[..., Any], checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, Linear]]
+) -> None:
+    maps = random_maps(0)
+    model, _ = built(maps, nbl_replaced_layers=[0, 2], nbl_kinds=["linear", "none"])
+    with torch.inference_mode():
+        expected = linearize(load_model(checkpoint("llama")), {**maps, 2: Nothing(HIDDEN)})(IDS[None]).logits
+        torch.testing.assert_close(model(IDS), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_stand_in_is_the_original_without_the_plugin(checkpoint: Callable[[str], Path]) -> None:
@@ -111,7 +122,7 @@ def test_a_map_is_one_linear_layer_of_vllm(
 
 
 def test_a_draft_has_a_prefix_that_its_checkpoint_lacks(
-    built: Callable[..., Any], random_maps: Callable[..., dict[int, AffineMap]]
+    built: Callable[..., Any], random_maps: Callable[..., dict[int, Linear]]
 ) -> None:
     model, config = built(random_maps(1), prefix="draft")
     assert model.model.layers[1].self_attn.linear.settings["prefix"] == "draft.model.layers.1.self_attn.linear"
@@ -120,7 +131,7 @@ def test_a_draft_has_a_prefix_that_its_checkpoint_lacks(
 
 @pytest.mark.parametrize("lost", ["model.layers.2.self_attn.linear.bias", "model.layers.0.self_attn.linear.bias"])
 def test_a_checkpoint_without_a_map_is_refused(
-    lost: str, built: Callable[..., Any], random_maps: Callable[..., dict[int, AffineMap]]
+    lost: str, built: Callable[..., Any], random_maps: Callable[..., dict[int, Linear]]
 ) -> None:
     maps = random_maps(0, 2)
     model, _ = built(maps)
@@ -136,6 +147,7 @@ def test_a_checkpoint_without_a_map_is_refused(
         ({"nbl_replaced_layers": [0, 1, 2]}, "replaces layers [0, 1, 2] of 3"),
         ({"nbl_replaced_layers": [1, 3]}, "replaces layers [1, 3] of 3"),
         ({"nbl_replaced_layers": [1], "nbl_tap": "other"}, "nbl_tap 'other'"),
+        ({"nbl_replaced_layers": [1], "nbl_kinds": ["memory"]}, "of the kinds ['memory']"),
         ({"nbl_replaced_layers": [1], "nbl_parallel": "row"}, "nbl_parallel 'row'"),
         ({"nbl_replaced_layers": [2], "elsewhere": (0, 1)}, "the pipeline stage of layers 2 to 2 has no attention"),
     ],
@@ -148,7 +160,7 @@ def test_refused(settings: dict[str, Any], said: str, models: ModuleType, checkp
 
 
 def test_a_pipeline_stage_replaces_its_own_layers(
-    models: ModuleType, checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, AffineMap]]
+    models: ModuleType, checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, Linear]]
 ) -> None:
     config = fake_vllm.vllm_config(
         load_model(checkpoint("llama")), nbl_replaced_layers=[0, 2], elsewhere=(0,)

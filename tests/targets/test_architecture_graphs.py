@@ -16,21 +16,17 @@ import torch
 from nbl_export.errors import NblError
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import STATIC_GRAPH_FILE
+from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model, read_spec
 from nbl_export.model.checkpoint.source import resolve
 from nbl_export.model.linearize import linearize
-from nbl_export.records.plan import AffineMap, Plan
+from nbl_export.records.plan import Plan
 from nbl_export.rewrite import rewrite
-from nbl_export.rewrite.tail.last_token import keep_last_token
-from nbl_export.targets.onnx.check import check_file
+from nbl_export.rewrite.tail import keep_last_token
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
-from nbl_export.verify.ladder import (
-    DECODE_STEPS,
-    TOLERANCES,
-    Probe,
-    check_logits,
-    run_rows,
-)
+from nbl_export.verify.forms.form import held_names
+from nbl_export.verify.forms.onnx import check_file
+from nbl_export.verify.ladder import DECODE_STEPS, TOLERANCES, Probe, check_logits, run_rows
 from nbl_export.verify.torch_reference import make_reference
 from tests.exports import build_decoder
 
@@ -39,7 +35,7 @@ from ..tiny import LAYERS, VARIANTS, VOCAB, made_by, save_checkpoint
 
 Checkpoint = Callable[[str], Path]
 Exported = Callable[..., Path]
-Maps = Callable[..., dict[int, AffineMap]]
+Maps = Callable[..., dict[int, Linear]]
 TOLERANCE = 2e-4  # of logits, float32
 GRAPHS = [(a, s) for s in ("genai", "mobius") for a in made_by(s)]
 # phi4-mini on mobius is one that ONNX Runtime would not load; windows, tables and scales are what else gets lost
@@ -53,7 +49,7 @@ def rows() -> list[list[int]]:
     return [rng.integers(2, VOCAB, n + DECODE_STEPS).tolist() for n in (29, 11)]
 
 
-def torch_logits(checkpoint: Path, maps: dict[int, AffineMap], tap: str = "residual") -> list[np.ndarray]:
+def torch_logits(checkpoint: Path, maps: dict[int, Linear], tap: str = "residual") -> list[np.ndarray]:
     model = linearize(load_model(checkpoint), maps, tap)
     with torch.inference_mode():
         return [model(torch.tensor([row]), use_cache=False).logits[0].numpy() for row in rows()]
@@ -169,7 +165,7 @@ def test_the_root_of_the_hidden_size_is_not_rounded(size: int, source: str, prec
         assert stored.const_value.numpy() == np.float32(math.sqrt(size)) != np.float32(round(math.sqrt(size), 2))
     decoder, spec = open_graph(tmp_path / "original", checkpoint), read_spec(resolve(str(checkpoint)))
     itemsize = 2 if precision == "fp16" else 4
-    checked = check_file("original", tmp_path / "original", spec, range(LAYERS), decoder.contract, itemsize)
+    checked = check_file("original", tmp_path / "original", spec, held_names(range(LAYERS)), decoder.contract, itemsize)
     assert not [r for r in checked if not r.passed]
     if precision == "fp32" and size == 80:
         assert worst(run_rows(decoder, rows()), torch_logits(checkpoint, {})) < 1e-5

@@ -193,7 +193,7 @@ def test_what_cannot_run_here_says_so(run: Path) -> None:
 def test_a_shipped_graph_that_is_not_the_twin_is_caught(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nbl_export.rewrite.tail.last_token import keep_last_token
+    from nbl_export.rewrite.tail import keep_last_token
     from nbl_export.targets.tensorrt import export as static
 
     twin, run = tmp_path / "twin", tmp_path / "run"

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import CorruptError, RefusalError
-from nbl_export.targets.openvino.ir.anatomy import Dataflow
-from nbl_export.targets.openvino.ir.difference import difference
-from nbl_export.targets.openvino.ir.files import precision_of, read_ir, save_ir
+from nbl_export.targets.openvino.ir.anatomy import Dataflow, states_of
+from nbl_export.targets.openvino.ir.files import (
+    difference,
+    precision_of,
+    read_ir,
+    save_ir,
+)
 from nbl_export.targets.openvino.ir.matrices import stored_matrices
-from nbl_export.targets.openvino.ir.states import states_of
 
 from ..tiny import HEAD_DIM, LAYERS
 
@@ -99,7 +102,7 @@ def test_the_block_is_found_by_the_dataflow(exported: Callable[..., Path], archi
     flow = Dataflow(read_ir(exported(architecture, "openvino", "fp32")))
     for layer in range(LAYERS):
         block = flow.block(layer)
-        assert f"layers.{layer}.self_attn.o_proj" in block.product.get_friendly_name()
+        assert f"layers.{layer}.self_attn.o_proj" in block.last[0].get_friendly_name()
         assert (block.normed is None) == (architecture == "olmo2")
         if layer == 0 and architecture == "llama":
             assert block.residual.get_node().get_type_name() in ("Gather", "Convert")

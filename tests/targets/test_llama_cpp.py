@@ -14,10 +14,10 @@ import torch
 
 from nbl_export.errors import NblError
 from nbl_export.formats.gguf.files import write_content
+from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.model.speech import Spoken
-from nbl_export.records.plan import AffineMap
 from nbl_export.targets.gguf.engine import LLAMA_CPP
 from nbl_export.targets.gguf.linearize import linearized
 from nbl_export.targets.gguf.node import PLACE
@@ -32,8 +32,8 @@ IDS = np.random.default_rng(0).integers(3, 384, 40).tolist()
 runs = pytest.mark.llama_cpp
 
 
-def linear(*layers: int) -> dict[int, AffineMap]:
-    return {i: AffineMap(random_map(i).weight, np.zeros(HIDDEN, np.float32)) for i in layers}
+def linear(*layers: int) -> dict[int, Linear]:
+    return {i: Linear(random_map(i).weight, np.zeros(HIDDEN, np.float32)) for i in layers}
 
 
 @runs

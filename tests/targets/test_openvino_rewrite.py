@@ -14,13 +14,14 @@ import pytest
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
-from nbl_export.records.plan import AffineMap, Plan
-from nbl_export.targets.openvino import check as ir_files
+from nbl_export.mixers.linear import Linear
+from nbl_export.records.plan import Plan
 from nbl_export.targets.openvino.decoder import IrDecoder
 from nbl_export.targets.openvino.engine import OPENVINO
+from nbl_export.targets.openvino.ir.anatomy import states_of
 from nbl_export.targets.openvino.ir.files import precision_of, read_ir, save_ir
 from nbl_export.targets.openvino.ir.matrices import stored_matrices
-from nbl_export.targets.openvino.ir.states import states_of
+from nbl_export.verify.forms import ir as ir_files
 
 from ..tiny import HIDDEN, LAYERS, VOCAB, made_by, random_map
 
@@ -53,7 +54,7 @@ def pair(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
     return make
 
 
-def expected(checkpoint: Path, maps: Mapping[int, AffineMap], directory: Path, tap: str = "residual") -> np.ndarray:
+def expected(checkpoint: Path, maps: Mapping[int, Linear], directory: Path, tap: str = "residual") -> np.ndarray:
     """Logits of the torch model with maps, and with the matrices of the IR if they are not float32."""
     import torch
 
@@ -82,7 +83,7 @@ def run(directory: Path, file: str) -> list[np.ndarray]:
     return found
 
 
-def away(checkpoint: Path, source: Path, out: Path, maps: Mapping[int, AffineMap], tap: str = "residual") -> float:
+def away(checkpoint: Path, source: Path, out: Path, maps: Mapping[int, Linear], tap: str = "residual") -> float:
     """Largest difference of any logit from torch's, of the graph with all logits and of the one that ships."""
     whole = out.parent / "whole"
     if not whole.exists():
@@ -150,7 +151,7 @@ def test_a_map_of_low_rank_is_two_products(
     source, _ = pair("llama", (1,), precision)
     rng = np.random.default_rng(0)
     up, down = (rng.standard_normal(s).astype(np.float32) for s in ((HIDDEN, 8), (8, HIDDEN)))
-    maps = {1: AffineMap.factored(up, down, rng.standard_normal(HIDDEN).astype(np.float32))}
+    maps = {1: Linear.factored(up, down, rng.standard_normal(HIDDEN).astype(np.float32))}
     OPENVINO.replace(source, tmp_path / "model", Plan(LAYERS, (1,)), maps)
     assert ir_files.check_ir_maps("nbl", tmp_path / "model", maps).passed
     assert not ir_files.check_ir_maps("nbl", tmp_path / "model", {1: random_map(1)}).passed
@@ -161,13 +162,13 @@ def test_a_map_without_a_bias_has_no_addition(
     pair: Callable[..., tuple[Path, Path]], checkpoint: Callable[[str], Path], tmp_path: Path, precision: str
 ) -> None:
     source, _ = pair("llama", (1,), precision)
-    maps = {1: AffineMap(random_map(1).weight, np.zeros(HIDDEN, np.float32))}
+    maps = {1: Linear(random_map(1).weight, np.zeros(HIDDEN, np.float32))}
     OPENVINO.replace(source, tmp_path / "model", Plan(LAYERS, (1,), "normed"), maps)
     names = {n.get_friendly_name() for n in read_ir(tmp_path / "model").get_ops()}
     assert "/nbl/layers.1/MatMul" in names and "/nbl/layers.1/Add" not in names
     assert away(checkpoint("llama"), source, tmp_path / "model", maps, "normed") < 1e-4
     assert ir_files.check_ir_maps("nbl", tmp_path / "model", maps).passed
-    assert "layer 1's bias" in ir_files.check_ir_maps("nbl", tmp_path / "model", {1: random_map(1)}).detail
+    assert "layer 1 has no bias" in ir_files.check_ir_maps("nbl", tmp_path / "model", {1: random_map(1)}).detail
 
 
 def test_maps_that_compression_leaves_in_float32_are_refused(
@@ -202,7 +203,7 @@ def test_leading_layers_become_a_table(
     [
         ("llama", Plan(4, (3,)), {3: random_map(3)}, r"states for layers \[0, 1, 2\] only"),
         ("olmo2", Plan(LAYERS, (1,), "normed"), {1: random_map(1)}, "which tap normed needs"),
-        ("llama", Plan(LAYERS, (1,)), {1: AffineMap(np.eye(8, dtype=np.float32), np.zeros(8, np.float32))},
+        ("llama", Plan(LAYERS, (1,)), {1: Linear(np.eye(8, dtype=np.float32), np.zeros(8, np.float32))},
          "96 wide, the map 8"),
         ("llama", Plan(4, (0, 1, 2)), {i: random_map(i) for i in range(3)}, "no attention layer would keep its cache"),
     ],
@@ -214,21 +215,21 @@ def test_what_is_not_understood_is_refused(
         OPENVINO.replace(exported(architecture, "openvino", "fp32"), tmp_path / "model", plan, maps)
 
 
-def swapped(maps: dict[int, AffineMap]) -> dict[int, AffineMap]:
+def swapped(maps: dict[int, Linear]) -> dict[int, Linear]:
     return {0: maps[1], 1: maps[0]}
 
 
-def transposed(maps: dict[int, AffineMap]) -> dict[int, AffineMap]:
-    return {**maps, 0: AffineMap(maps[0].weight.T.copy(), maps[0].bias)}
+def transposed(maps: dict[int, Linear]) -> dict[int, Linear]:
+    return {**maps, 0: Linear(maps[0].weight.T.copy(), maps[0].bias)}
 
 
-def without_bias(maps: dict[int, AffineMap]) -> dict[int, AffineMap]:
-    return {**maps, 1: AffineMap(maps[1].weight, 0 * maps[1].bias)}
+def without_bias(maps: dict[int, Linear]) -> dict[int, Linear]:
+    return {**maps, 1: Linear(maps[1].weight, 0 * maps[1].bias)}
 
 
 @pytest.mark.parametrize("fault", [swapped, transposed, without_bias])
 def test_wrong_maps_are_found(
-    pair: Callable[..., tuple[Path, Path]], tmp_path: Path, fault: Callable[[Any], dict[int, AffineMap]]
+    pair: Callable[..., tuple[Path, Path]], tmp_path: Path, fault: Callable[[Any], dict[int, Linear]]
 ) -> None:
     source, _ = pair("llama", (0, 1), "int4")
     maps = {i: random_map(i) for i in (0, 1)}

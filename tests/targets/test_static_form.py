@@ -15,14 +15,15 @@ import pytest
 from nbl_export.errors import CorruptError, NblError, RefusalError
 from nbl_export.graph.coded.int4_blocks import int4_blocks
 from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE
+from nbl_export.mixers.linear import Linear
 from nbl_export.model.architectures import windows_of
 from nbl_export.model.token_rows import token_rows
 from nbl_export.records.decoder import ITEMSIZE
-from nbl_export.records.plan import AffineMap, Plan
+from nbl_export.records.plan import Plan
 from nbl_export.rewrite import contract_of, rewrite, rewrite_model
-from nbl_export.rewrite.quantize_blocks import QuantizeMapBlocks
-from nbl_export.rewrite.renumber import LAYERS_KEY, RenumberCaches
-from nbl_export.rewrite.tail.last_token import difference, keep_last_token
+from nbl_export.rewrite.caches import LAYERS_KEY, RenumberCaches
+from nbl_export.rewrite.quantize import QuantizeMapBlocks
+from nbl_export.rewrite.tail import difference, keep_last_token
 from nbl_export.targets.tensorrt import export as static
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 from nbl_export.targets.tensorrt.static_form.check_form import CheckForm
@@ -383,7 +384,7 @@ def test_a_difference_is_named(form: Form) -> None:
 # -- with the rewrite ------------------------------------------------------------------------------------
 
 
-def rewritten(model: ir.Model, replaced: tuple[int, ...]) -> tuple[RenumberCaches, dict[int, AffineMap]]:
+def rewritten(model: ir.Model, replaced: tuple[int, ...]) -> tuple[RenumberCaches, dict[int, Linear]]:
     maps = maps_of(replaced)
     rewrite_model(model, Plan(LAYERS, replaced), maps)
     step = RenumberCaches()

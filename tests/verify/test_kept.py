@@ -17,8 +17,7 @@ from safetensors import safe_open
 
 from nbl_export.verify import graph_reference, ladder, torch_reference
 from nbl_export.verify.kept import KeptReferences
-from nbl_export.verify.ladder import Probe
-from nbl_export.verify.reference import Reference
+from nbl_export.verify.ladder import Probe, Reference
 
 from ..command import TINY, nbl
 from ..disk import calls_of_os
@@ -234,7 +233,7 @@ def test_noise_is_that_of_the_model_that_the_graph_is_compared_with(
     run = tmp_path / "run"
     nbl("--model", checkpoint("llama"), "--calibration", text, *TINY, "--precision", precision, "--layers", "1,2",
         "--logits", "all", "--output", run)  # fmt: skip
-    assert seen == [("LlamaAttention", True), ("AffineAttention", True)]
+    assert seen == [("LlamaAttention", True), ("Wrapped", True)]
     compared = [r for r in rungs(run) if r["rung"] in "bc" and "max abs" in r["metric"]]
     assert compared and all("whose float32 noise allows" in r["detail"] for r in compared)
     kept = json.loads(safe_open(run / FILE, framework="numpy").metadata()["references"])

@@ -15,24 +15,26 @@ import numpy as np
 import pytest
 
 from nbl_export.graph.decoder import OnnxDecoder
+from nbl_export.mixers.linear import Linear
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.plan import AffineMap, Plan
+from nbl_export.records.plan import Plan
 from nbl_export.records.results import RungResult
 from nbl_export.rewrite import rewrite
-from nbl_export.targets.onnx.check import check_file, check_maps, check_untouched
 from nbl_export.verify.climb import Climb
+from nbl_export.verify.forms.form import held_names
+from nbl_export.verify.forms.onnx import check_file, check_maps, check_untouched
 from nbl_export.verify.ladder import (
     DECODE_STEPS,
     NOISE_FACTOR,
     TOLERANCES,
     WITHOUT_TWIN,
     Probe,
+    Reference,
     Tolerance,
     check_greedy,
     check_logits,
     run_rows,
 )
-from nbl_export.verify.reference import Reference
 
 from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB
 
@@ -215,19 +217,19 @@ def test_greedy_difference_counts_only_where_torch_was_decided() -> None:
 
 
 def test_file_rung_on_real_graphs(
-    exported: Callable[..., Path], random_maps: Callable[..., dict[int, AffineMap]], tmp_path: Path
+    exported: Callable[..., Path], random_maps: Callable[..., dict[int, Linear]], tmp_path: Path
 ) -> None:
     rewrite(exported("llama"), tmp_path / "nbl", Plan(LAYERS, (0,)), random_maps(0))
     session = OnnxDecoder(tmp_path / "nbl", HEAD_DIM).contract
-    right = check_file("nbl", tmp_path / "nbl", SPEC, (1, 2), session, 4)
+    right = check_file("nbl", tmp_path / "nbl", SPEC, held_names((1, 2)), session, 4)
     assert [r.metric for r in right if r.passed] == [
         "onnx checker and shape inference",
         "contract",
         "cache bytes per token",
     ]
-    wrong = check_file("nbl", tmp_path / "nbl", SPEC, (0, 2), session, 4)
+    wrong = check_file("nbl", tmp_path / "nbl", SPEC, held_names((0, 2)), session, 4)
     assert [r.metric for r in wrong if not r.passed] == ["contract"]
-    fewer = check_file("nbl", tmp_path / "nbl", SPEC, (1,), session, 4)
+    fewer = check_file("nbl", tmp_path / "nbl", SPEC, held_names((1,)), session, 4)
     assert [r.metric for r in fewer if not r.passed] == ["contract", "cache bytes per token"]
 
 
@@ -244,7 +246,7 @@ def test_batch_and_single_rows_agree_on_a_real_graph(exported: Callable[..., Pat
     ("source", "precision"), [("genai", p) for p in ("fp32", "int8", "int4")] + [("mobius", "fp16")]
 )
 def test_maps_are_read_back_out_of_the_graph(
-    source: str, precision: str, exported: Callable[..., Path], random_maps: Callable[..., dict[int, AffineMap]],
+    source: str, precision: str, exported: Callable[..., Path], random_maps: Callable[..., dict[int, Linear]],
     tmp_path: Path,
 ) -> None:  # fmt: skip
     """Faults that quantised logits would not show: two maps exchanged, a lost bias, a transposed map."""
@@ -252,9 +254,9 @@ def test_maps_are_read_back_out_of_the_graph(
     rewrite(original, tmp_path / "nbl", Plan(LAYERS, (0, 1)), maps)
     assert [r.passed for r in check_maps("nbl", tmp_path / "nbl", maps)] == [True]
     assert [r.passed for r in check_untouched(tmp_path / "nbl", original)] == [True]
-    exchanged = {0: AffineMap(maps[1].weight, maps[0].bias), 1: maps[1]}
-    unbiased = {0: maps[0], 1: AffineMap(maps[1].weight, np.zeros_like(maps[1].bias))}
-    transposed = {0: maps[0], 1: AffineMap(np.ascontiguousarray(maps[1].weight.T), maps[1].bias)}
+    exchanged = {0: Linear(maps[1].weight, maps[0].bias), 1: maps[1]}
+    unbiased = {0: maps[0], 1: Linear(maps[1].weight, np.zeros_like(maps[1].bias))}
+    transposed = {0: maps[0], 1: Linear(np.ascontiguousarray(maps[1].weight.T), maps[1].bias)}
     for wrong, detail in (
         (exchanged, "layer 0's weight is not the fitted one"),
         (unbiased, "layer 1 has a bias"),
@@ -269,7 +271,7 @@ def test_maps_are_read_back_out_of_the_graph(
 
 
 def test_a_weight_changed_in_passing_is_seen(
-    exported: Callable[..., Path], random_maps: Callable[..., dict[int, AffineMap]], tmp_path: Path
+    exported: Callable[..., Path], random_maps: Callable[..., dict[int, Linear]], tmp_path: Path
 ) -> None:
     import onnx
 

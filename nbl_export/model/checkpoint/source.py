@@ -20,6 +20,7 @@ from nbl_export.files import key_of
 from nbl_export.graph import given
 from nbl_export.graph.given import home_of
 from nbl_export.graph.names import MANIFEST
+from nbl_export.mixers import kinds
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config
 from nbl_export.model.checkpoint import gguf_file
 from nbl_export.records.plan import TAPS
@@ -45,10 +46,12 @@ _WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Linearized:
-    """The layers that have maps, and the maps' tap, from an NBL checkpoint's config.json."""
+    """The replaced layers, their kinds (`nbl_export.mixers`) and tap, and the hidden size, from config.json."""
 
     layers: tuple[int, ...]
+    kinds: tuple[str, ...]
     tap: str
+    size: int
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,16 @@ def _linearized(config: dict[str, Any], where: Path) -> Linearized | None:
     numbers = isinstance(layers, list) and all(type(i) is int for i in layers) and type(count) is int
     if not numbers or not layers or tap not in TAPS or not _is_part(layers, count):  # type: ignore[arg-type]
         raise NblError(f"{where} replaces layers {layers} of {count} at the tap {tap!r}; save the checkpoint again")
-    return Linearized(tuple(sorted(set(layers))), str(tap))
+    size = config.get("hidden_size")  # checked later
+    kinds_given = config.get("nbl_kinds") or ["linear"] * len(layers)
+    if (
+        not isinstance(kinds_given, list)
+        or len(kinds_given) != len(layers)
+        or any(k not in kinds() for k in kinds_given)
+    ):
+        raise NblError(f"{where} has layers of the kinds {kinds_given}; known are {', '.join(kinds())}")
+    made = dict(sorted(zip(layers, kinds_given, strict=True)))
+    return Linearized(tuple(made), tuple(made.values()), str(tap), size if isinstance(size, int) else 0)
 
 
 def _is_part(layers: list[int], count: int) -> bool:

@@ -3,7 +3,8 @@
     import nbl_export.hf                                   # no remote code: the classes are in this package
     model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
 
-    config.json   model_type "nbl-llama", everything of a Llama's, "nbl_replaced_layers": [0, 7], "nbl_tap": "residual"
+    config.json   model_type "nbl-llama", everything of a Llama's, "nbl_replaced_layers": [0, 7], "nbl_tap": "residual",
+                  and "nbl_kinds": ["none", "linear"] unless all are linear
     weights       model.layers.{i}.self_attn.linear.{weight,bias} of a replaced layer; a residual tap has no input norm
 
 Each architecture (`architectures`) has a pair of classes, e.g. NblLlamaConfig and NblLlamaForCausalLM. A model class is
@@ -23,17 +24,18 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from nbl_export.errors import NblError
+from nbl_export.mixers import kind_of
+from nbl_export.mixers.base import Mixer
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, Architecture
 from nbl_export.model.blocks import architecture_of, multiplier_of
 from nbl_export.model.checkpoint.pretrained import quiet_transformers, tokenizer_of
-from nbl_export.model.linearize import AffineAttention, linearize, replace_attention
-from nbl_export.records.plan import AffineMap
+from nbl_export.model.linearize import linearize, replace_attention
 
 __all__ = ["CLASSES", "save_linearized"]
 
 
 def _exchange(model: Any) -> None:
-    """Replace attention by blank maps, as the configuration says.
+    """Replace attention by blank mixers, as the configuration says.
 
     Raises:
         ValueError: the configuration names missing layers, all layers, or an unknown tap.
@@ -42,20 +44,25 @@ def _exchange(model: Any) -> None:
     replaced, layers = config.nbl_replaced_layers or [], config.num_hidden_layers
     if not set(replaced) < set(range(layers)) or config.nbl_tap not in architecture_of(config).taps:
         raise ValueError(f"config.json replaces layers {replaced} of {layers} at the tap {config.nbl_tap!r}")
-    blanks = {i: AffineAttention.blank(config.hidden_size, multiplier_of(config)) for i in replaced}
+    kinds = config.nbl_kinds or ["linear"] * len(replaced)
+    blanks = {
+        i: kind_of(kind).blank(config.hidden_size, multiplier_of(config))
+        for i, kind in zip(replaced, kinds, strict=True)
+    }
     replace_attention(model, blanks, config.nbl_tap)
 
 
 def _classes_of(record: Architecture) -> tuple[Any, Any]:
-    """Configuration and model class of an architecture: stock classes with two more values and replaced attention."""
+    """Configuration and model class of an architecture: stock classes with three more values and replaced attention."""
     model_base = getattr(transformers, f"{record.classes}ForCausalLM")
     config_base, name = model_base.config_class, f"Nbl{record.classes}"
     fields = {
-        "__annotations__": {"nbl_replaced_layers": list[int] | None, "nbl_tap": str},
+        "__annotations__": {"nbl_replaced_layers": list[int] | None, "nbl_kinds": list[str] | None, "nbl_tap": str},
         "__module__": __name__,
-        "__doc__": f"Configuration of a {record.classes} with affine maps instead of attention in some layers.",
+        "__doc__": f"Configuration of a {record.classes} with mixers instead of attention in some layers.",
         "model_type": f"{LINEARIZED}{record.name}",
         "nbl_replaced_layers": None,
+        "nbl_kinds": None,
         "nbl_tap": "residual",
     }
     config_class = strict(type(f"{name}Config", (config_base,), fields))
@@ -66,7 +73,7 @@ def _classes_of(record: Architecture) -> tuple[Any, Any]:
 
     members = {
         "__module__": __name__,
-        "__doc__": f"`{model_base.__name__}` with affine maps instead of attention in `config.nbl_replaced_layers`.",
+        "__doc__": f"`{model_base.__name__}` with mixers instead of attention in `config.nbl_replaced_layers`.",
         "__init__": build,
         "config_class": config_class,
     }
@@ -82,7 +89,7 @@ for _config_class, _model_class in CLASSES.values():
     AutoModelForCausalLM.register(_config_class, _model_class, exist_ok=True)
 
 
-def save_linearized(model: Any, checkpoint: Path, maps: Mapping[int, AffineMap], tap: str, out: Path) -> None:
+def save_linearized(model: Any, checkpoint: Path, maps: Mapping[int, Mixer], tap: str, out: Path) -> None:
     """Linearize `model` in place and save it with the tokenizer of `checkpoint`.
 
     Raises:
@@ -94,7 +101,9 @@ def save_linearized(model: Any, checkpoint: Path, maps: Mapping[int, AffineMap],
         raise NblError(f"no NBL checkpoint of architecture {config.model_type}; there are {', '.join(CLASSES)}")
     config_class, model_class = CLASSES[config.model_type]
     values = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
-    made_for = config_class(**values, nbl_replaced_layers=sorted(maps), nbl_tap=tap)
+    kinds = [maps[i].kind for i in sorted(maps)]
+    given = None if set(kinds) == {"linear"} else kinds  # stock configurations leave out what is None
+    made_for = config_class(**values, nbl_replaced_layers=sorted(maps), nbl_kinds=given, nbl_tap=tap)
     with torch.device("meta"):
         saved = model_class(made_for)
     saved.load_state_dict(linearize(model, maps, tap).state_dict(), assign=True)

@@ -19,12 +19,14 @@ def restored(model: Any) -> Any:
         NblError: weights of neither attention nor norms are missing.
     """
     values = model.config.to_dict()
-    for name in ("nbl_replaced_layers", "nbl_tap", "architectures", "model_type"):
+    replaced = tuple(f".{i}.self_attn." for i in values["nbl_replaced_layers"])
+    values = {name: value for name, value in values.items() if not name.startswith("nbl_")}
+    for name in ("architectures", "model_type"):
         values.pop(name, None)
     config = type(model.config).__mro__[1](**values)  # the stock class that this class derives from
     with torch.device("meta"):
         stock = model_with(config)
-    kept = {name: value for name, value in model.state_dict().items() if ".self_attn.linear." not in name}
+    kept = {name: value for name, value in model.state_dict().items() if not any(part in name for part in replaced)}
     missing = {name: value.shape for name, value in stock.state_dict().items() if name not in kept}
     foreign = [name for name in missing if ".self_attn." not in name and "norm" not in name]
     if foreign:

@@ -7,14 +7,13 @@ and maps behind a norm read the rescaled norm's output.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nbl_export.records.plan import AffineMap
+from nbl_export.mixers.base import Mixer
 from nbl_export.records.results import RungResult
 from nbl_export.run.job import Job
 from nbl_export.run_directory import SCALES_FILE
@@ -58,20 +57,13 @@ def exported_checkpoint(job: Job) -> Iterator[Path]:
         yield directory
 
 
-def exported_maps(job: Job, maps: Mapping[int, AffineMap]) -> dict[int, AffineMap]:
+def exported_maps(job: Job, maps: Mapping[int, Mixer]) -> dict[int, Mixer]:
     """The maps of the exported model: behind a norm, columns are multiplied by the norm's scale."""
     if job.plan.tap != "normed":
         return dict(maps)
     scales = _scales(job)
-    return {i: _rescaled(affine, scales.get(f"layers.{i}.qkv")) for i, affine in maps.items()}
-
-
-def _rescaled(affine: AffineMap, scale: Any) -> AffineMap:
-    if scale is None:
-        return affine
-    columns: np.ndarray = scale.numpy()
-    down = None if affine.down is None else affine.down * columns
-    return dataclasses.replace(affine, weight=affine.weight * columns, down=down)
+    named = {i: scales.get(f"layers.{i}.qkv") for i in maps}
+    return {i: m if (scale := named[i]) is None else m.scaled_input(scale.numpy()) for i, m in maps.items()}
 
 
 def check_rescaled(job: Job, row: tuple[int, ...]) -> list[RungResult]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from nbl_export.calibrate.shards import parse_shard
 from nbl_export.errors import CorruptError, NblError
+from nbl_export.mixers import kind_of
 from nbl_export.options.options import OF_CALIBRATE
 from nbl_export.run.job import Job
 from nbl_export.run_directory import MOMENTS_FILE
@@ -71,7 +72,7 @@ def _run_whole(job: Job, windows: Any, chosen: list[int], facts: dict[str, Any],
         else:
             found.refer(windows)
         order = {"checkpoint": str(job.checkpoint.absolute()), "windows": windows, "batches": chosen, "done": done}
-        peers.lead({"work": "calibrate", **order, "taps": taps, "narrow": narrow})
+        peers.lead({"work": "calibrate", **order, "taps": taps, "kind": job.options.kind, "narrow": narrow})
         peers.agree(None)
         peers.share_reference(found)
 
@@ -104,12 +105,12 @@ def _collection(job: Job, taps: list[str], narrow: bool) -> Any:
 
     peers = distributed.current()
     if job.graph is None:
-        return hooks.Collection(peers.place(job.model), taps, narrow=narrow)
+        return hooks.Collection(peers.place(job.model), taps, kind_of(job.options.kind), narrow=narrow)
     from nbl_export.calibrate.from_graph import GraphCollection
 
     if peers.size > 1:
         raise NblError("torchrun is for torch models; use --shard I/N on each process instead, then merge")
-    return GraphCollection(job.graph, job.spec, taps)
+    return GraphCollection(job.graph, job.spec, taps, kind_of(job.options.kind))
 
 
 def _by_layer(job: Job) -> bool:
@@ -126,21 +127,22 @@ def _run_layers(job: Job, windows: Any, mine: list[Any], facts: dict[str, Any], 
     from nbl_export.calibrate import layer_by_layer
     from nbl_export.calibrate.moments_file import MomentsWriter
 
-    count, taps = sum(part.numel() for part in mine), facts["identity"]["taps"]
-    target, spec = out / MOMENTS_FILE, job.spec
+    count, identity = sum(part.numel() for part in mine), facts["identity"]
+    target, spec, kind = out / MOMENTS_FILE, job.spec, kind_of(job.options.kind)
+    wanted = layer_by_layer.Wanted(identity["taps"], kind, identity["products"] == "bfloat16")
+    sizes = (kind.feature_count(spec.hidden_size), spec.hidden_size)
     with (
         job.run.scratch() as scratch,
         job.ui.task(f"{count} tokens, layer by layer") as progress,
-        MomentsWriter(target, {**facts, "count": count}, spec.num_layers, taps, spec.hidden_size) as file,
+        MomentsWriter(target, {**facts, "count": count}, spec.num_layers, wanted.taps, sizes) as file,
     ):
         layers = layer_by_layer.collect_layers(
             job.checkpoint,
             windows,
             mine,
-            taps,
+            wanted,
             scratch,
             progress,
-            narrow=facts["identity"]["products"] == "bfloat16",
         )
         for sums in layers:
             file.write(sums)
@@ -175,7 +177,7 @@ def _facts(job: Job, windows: Any, batches: int, mine: int, calibration: dict[st
 def _write(found: Any, path: Path, facts: dict[str, Any]) -> None:
     from nbl_export.calibrate.moments_file import MomentsWriter
 
-    with MomentsWriter(path, {**facts, "count": found.count}, found.num_layers, found.taps, found.size) as file:
+    with MomentsWriter(path, {**facts, "count": found.count}, found.num_layers, found.taps, found.sizes) as file:
         for i in range(found.num_layers):
             file.write(found.layer(i))
 

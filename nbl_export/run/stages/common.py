@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from nbl_export.measure.cost import CostModel, cost_model
-from nbl_export.records.plan import AffineMap, layers_below
+from nbl_export.mixers import layers_below
+from nbl_export.mixers.base import Mixer
 from nbl_export.records.results import status_of
 from nbl_export.run.job import Job
 from nbl_export.run_directory import VERIFY_FILE
@@ -58,7 +59,7 @@ def passed(job: Job) -> bool:
 VARIANTS = {"original": "original", "nbl": "model"}  # variant -> its directory
 
 
-def rows_of(job: Job, maps: Mapping[int, AffineMap]) -> np.ndarray | None:
+def rows_of(job: Job, maps: Mapping[int, Mixer]) -> np.ndarray | None:
     """Rows of the token table, as `model.token_rows` makes them; None if the job has no table.
 
     The checkpoint is read only if there are rows.

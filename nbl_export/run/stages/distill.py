@@ -41,7 +41,8 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     path = job.run.path / START_FILE
     start = load_maps(path, plan.replaced)
     peers = distributed.current()
-    given = {"maps": start, "windows": windows, "held": judging, "settings": settings, "tap": plan.tap}
+    maps = {i: [m.kind, m.tensors()] for i, m in start.items()}
+    given = {"maps": maps, "windows": windows, "held": judging, "settings": settings, "tap": plan.tap}
     peers.lead({"work": "distill", "checkpoint": str(job.checkpoint.absolute()), **given})
     peers.agree(None)
     state = FileState(job.run.partial("distill"), _key(job.fingerprint, path, windows, judging, settings))

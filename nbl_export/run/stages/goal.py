@@ -157,7 +157,7 @@ def _spoken(price: Mapping[str, Any]) -> str:
 
 def _fast_enough(job: Job, selection: Any, goal: TargetSpeedup) -> tuple[int, dict[str, Any]]:
     model, layers = cost_of(job), job.spec.num_layers
-    least = min(sum(m.size for m in selection.map_of(i).matrices.values()) for i in range(layers))
+    least = min((selection.map_of(i).work() for i in range(layers)), key=lambda work: work.elements)
     reached = getattr(model.speedup_of_sizes(dict.fromkeys(range(1, layers), least)), goal.phase)
     for count in range(1, layers if reached >= goal.factor else 1):  # an unreachable goal needs no order
         found = model.speedup({i: selection.map_of(i) for i in selection.order(count)})

@@ -10,10 +10,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from nbl_export.mixers.base import Mixer
 from nbl_export.options.goals import goal_of
 from nbl_export.options.options import GIVEN_FIT
 from nbl_export.plan.choose import a_quarter, choose
-from nbl_export.records.plan import AffineMap, Plan
+from nbl_export.records.plan import Plan
 from nbl_export.report.quality import spoken_curve
 from nbl_export.run.job import Job
 from nbl_export.run.stages.goal import count_for_goal
@@ -38,6 +39,7 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     return {
         "fit": {"kind": "independent" if distilled else job.options.fit},
         "replaced_layers": list(plan.replaced),
+        "kinds": list(plan.kinds),
         "tap": plan.tap,
         "select": plan.select,
         "scores": [dataclasses.asdict(s) for s in plan.scores],
@@ -45,7 +47,7 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     }
 
 
-def _make_plan(job: Job) -> tuple[Plan, dict[int, AffineMap], dict[str, Any]]:
+def _make_plan(job: Job) -> tuple[Plan, dict[int, Mixer], dict[str, Any]]:
     """The plan, the maps of its layers, and further facts for the manifest.
 
     Raises:
@@ -61,10 +63,11 @@ def _make_plan(job: Job) -> tuple[Plan, dict[int, AffineMap], dict[str, Any]]:
     order = selection.order(request) if isinstance(request, int) else None
     if order and selection.judges:
         selection.outlook(len(order))
-    plan = choose(selection.scores, request, job.options.tap, selection.select if order is not None else "given", order)
+    select = selection.select if order is not None else "given"
+    plan = choose(selection.scores, request, job.options.tap, select, order, job.options.kind)
     facts = selection.facts()
     if facts["curve"]:
         job.ui.say(f"  {spoken_curve(facts['curve'])}")
     maps = selection.maps_of(plan.replaced)
-    ranks = {str(i): m.up.shape[1] for i, m in maps.items() if m.up is not None}
+    ranks = {str(i): m.rank for i, m in maps.items() if m.rank is not None}
     return plan, maps, {**facts, "ranks": ranks, "goal": goal}

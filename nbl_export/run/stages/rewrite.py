@@ -8,8 +8,8 @@ from typing import Any
 from nbl_export import __version__
 from nbl_export.files import versions, write_json
 from nbl_export.graph.names import MANIFEST
+from nbl_export.mixers import layers_below
 from nbl_export.options.places import public_facts
-from nbl_export.records.plan import layers_below
 from nbl_export.run.job import Job
 from nbl_export.run.quantize.rescaled import exported_maps
 from nbl_export.run_directory import MAPS_FILE, PACKAGES
@@ -17,8 +17,8 @@ from nbl_export.run_directory import MAPS_FILE, PACKAGES
 __all__ = ["run"]
 
 
-_DEPLOYED_FACTS = ("schema", "model", "decoder", "options", "calibration", "num_layers", "replaced_layers", "tap",
-                   "select", "ranks", "fit", "scores", "logits")  # fmt: skip
+_DEPLOYED_FACTS = ("schema", "model", "decoder", "options", "calibration", "num_layers", "replaced_layers", "kinds",
+                   "tap", "select", "ranks", "fit", "scores", "logits")  # fmt: skip
 
 
 def run(job: Job, out: Path) -> dict[str, Any]:

@@ -16,18 +16,14 @@ from typing import Any
 from nbl_export.calibrate.moments_file import whole_moments
 from nbl_export.files import key_of
 from nbl_export.measure.cost import map_sizes
+from nbl_export.mixers import kind_of
+from nbl_export.mixers.base import FitOptions, Mixer
 from nbl_export.model.mixes import SwitchedModel
 from nbl_export.options.goals import default_select, read_rank, saving_inputs
-from nbl_export.plan import lmmse
 from nbl_export.plan.choose import ranked
 from nbl_export.plan.effects import EVERY, Judge
-from nbl_export.plan.greedy import (
-    RULE,
-    GreedyOrder,
-    Point,
-    Search,
-)
-from nbl_export.records.plan import AffineMap, LayerScore, zero_map
+from nbl_export.plan.greedy import RULE, GreedyOrder, Point, Search
+from nbl_export.records.plan import LayerScore
 from nbl_export.run.job import Job
 from nbl_export.run.stages.common import cost_of
 from nbl_export.run_directory import MOMENTS_FILE
@@ -49,9 +45,10 @@ class Selection:
     def __init__(self, job: Job, **instead: Any) -> None:
         self._job = job
         self._options = dataclasses.replace(job.options, **instead)
+        self._kind = kind_of(self._options.kind)
         self._order: GreedyOrder | None = None
         self._names: list[str] = []  # of the texts that gave the order
-        self._maps: dict[int, AffineMap] = {}
+        self._maps: dict[int, Mixer] = {}
 
     @functools.cached_property
     def scores(self) -> tuple[LayerScore, ...]:
@@ -59,28 +56,27 @@ class Selection:
         found, tap = [], self._options.tap
         with whole_moments(self._job.run.path / MOMENTS_FILE) as file:
             for i in range(file.num_layers):
-                score = lmmse.score(file.sums(i, "residual").moments(), i)
+                score = self._kind.score(file.sums(i, "residual").moments(), i)
                 if tap != "residual":
+                    options = FitOptions(bias=self._options.has_bias)
                     score = dataclasses.replace(
-                        lmmse.score(file.sums(i, tap).moments(), i, bias=self._options.has_bias), bound=score.bound
+                        self._kind.score(file.sums(i, tap).moments(), i, options), bound=score.bound
                     )
                 found.append(score)
         return tuple(found)
 
-    def map_of(self, layer: int) -> AffineMap:
+    def map_of(self, layer: int) -> Mixer:
         """The map that replaces a layer's attention."""
         return self.maps_of((layer,))[layer]
 
-    def maps_of(self, layers: Collection[int]) -> dict[int, AffineMap]:
+    def maps_of(self, layers: Collection[int]) -> dict[int, Mixer]:
         """The maps of some layers; the moments of one layer at a time are in memory."""
-        options, missing = self._options, [i for i in layers if i not in self._maps]
-        if options.fit == "drop":
-            self._maps |= {i: zero_map(self._job.spec.hidden_size) for i in missing}
-        elif missing:
+        missing = [i for i in layers if i not in self._maps]
+        options = FitOptions(read_rank(self._options.rank), self._options.has_bias)
+        if missing:
             with whole_moments(self._job.run.path / MOMENTS_FILE) as file:
                 for i in missing:
-                    moments = file.sums(i, options.tap).moments()
-                    self._maps[i] = lmmse.fit(moments, i, rank=read_rank(options.rank), bias=options.has_bias)
+                    self._maps[i] = self._kind.fit(file.sums(i, self._options.tap).moments(), i, options)
         return {i: self._maps[i] for i in layers}
 
     # -- the model in which any set of layers can be replaced -------------------------------------------------

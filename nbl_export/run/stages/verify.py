@@ -10,30 +10,24 @@ from typing import Any
 
 from nbl_export.files import versions, write_json
 from nbl_export.graph.names import GENAI_CONFIG, all_logits_file
+from nbl_export.mixers.base import Mixer
 from nbl_export.options.options import GGUF, GIVEN_FIT
-from nbl_export.records.plan import AffineMap
 from nbl_export.records.results import RungResult
 from nbl_export.run.facts import require_engine
 from nbl_export.run.job import Job
 from nbl_export.run.quantize.rescaled import check_rescaled, exported_maps, exported_model
 from nbl_export.run.stages.common import rows_of
-from nbl_export.run_directory import (
-    ACCEPTANCE_FILE,
-    MAPS_FILE,
-    PACKAGES,
-    REFERENCES_FILE,
-    VERIFY_FILE,
-)
+from nbl_export.run_directory import ACCEPTANCE_FILE, MAPS_FILE, PACKAGES, REFERENCES_FILE, VERIFY_FILE
 from nbl_export.text.held_back import judging
 from nbl_export.text.window_intervals import spoken_price
 from nbl_export.verify.climb import Climb
 from nbl_export.verify.codes import EXACT, NEAREST, SEARCHED
 from nbl_export.verify.forms import form_of
+from nbl_export.verify.forms.form import Setting
 from nbl_export.verify.kept import KeptReferences
 from nbl_export.verify.ladder import WITHOUT_TWIN
 from nbl_export.verify.on_target import expect, save
 from nbl_export.verify.perplexity import price, warn_of_far_prices
-from nbl_export.verify.setting import Setting
 
 __all__ = ["conclude", "make_probe", "price_texts", "run", "setting_of"]
 
@@ -153,7 +147,7 @@ def _nearness(job: Job) -> float | None:
 
 def conclude(job: Job, results: list[RungResult], prices: list[dict[str, Any]]) -> dict[str, Any]:
     """The content of verify.json; prints the perplexity increases and a warning if they differ strongly."""
-    from nbl_export.verify import ladder, words
+    from nbl_export.verify import ladder
 
     plan, size = job.plan, job.engine.capabilities.cache_itemsize(job.options.precision)
     layers = {"original": plan.num_layers, "nbl": len(plan.kept)}
@@ -167,13 +161,13 @@ def conclude(job: Job, results: list[RungResult], prices: list[dict[str, Any]]) 
     found = ladder.summary(results, job.options.precision, prices, plan)
     texts = _uses_of(job) if prices else []
     reference = "the linearized torch model" if job.graph is None else "the input graph with maps computed in numpy"
-    proof = words.proof(results, reference, found["status"])
+    proof = ladder.proof(results, reference, found["status"])
     return {**found, "proof": proof, "price_warning": warning, "texts": texts, "cache_bytes_per_token": per_token}
 
 
 @contextlib.contextmanager
 def _graphs(
-    job: Job, setting: Setting, maps: Mapping[int, AffineMap], rows_VD: Any, results: list[RungResult]
+    job: Job, setting: Setting, maps: Mapping[int, Mixer], rows_VD: Any, results: list[RungResult]
 ) -> Iterator[dict[str, Path]]:
     """Directories of the graphs to compare: the shipped graphs, or their float32 twins after an equality check."""
     shipped = {"original": job.run.path / "original", "nbl": job.run.path / "model"}

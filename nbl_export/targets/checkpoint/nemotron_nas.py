@@ -21,9 +21,10 @@ import numpy as np
 import torch
 
 from nbl_export.errors import CorruptError, NblError
+from nbl_export.mixers import kind_of
+from nbl_export.mixers.base import Mixer
 from nbl_export.model.checkpoint.pretrained import model_with, tokenizer_of
 from nbl_export.model.linearize import linearize
-from nbl_export.records.plan import AffineMap
 
 __all__ = ["MATRIX", "check", "load", "save"]
 
@@ -60,7 +61,7 @@ def check(config: Any, replaced: tuple[int, ...], form: str) -> None:
         raise NblError("mlx-lm takes its mask from layer 0, which is replaced; replace other layers (--layers)")
 
 
-def save(model: Any, checkpoint: Path, maps: Mapping[int, AffineMap], form: str, out: Path) -> None:
+def save(model: Any, checkpoint: Path, maps: Mapping[int, Mixer], form: str, out: Path) -> None:
     """Linearize `model` in place and save it with the tokenizer of `checkpoint`.
 
     Args:
@@ -173,7 +174,8 @@ def load(directory: Path) -> Any:
         found = next((weights.pop(name) for name in names if name in weights), None)
         if found is None:
             raise CorruptError(f"{directory} has no matrix of layer {i}, which its config.json replaces; convert again")
-        maps[i] = AffineMap(found.float().numpy(), np.zeros(len(found), np.float32))
+        tensors = {"weight": found.float().numpy(), "bias": np.zeros(len(found), np.float32)}
+        maps[i] = kind_of("linear").from_tensors(tensors)
     model = model_with(config)
     missing = {n: v.shape for n, v in model.state_dict().items() if n not in weights}
     foreign = [n for n in missing if ".self_attn." not in n and n != "lm_head.weight"]

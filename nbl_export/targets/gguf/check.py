@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nbl_export.formats.gguf.content import Content, Tensor
 from nbl_export.formats.gguf.files import read_content
-from nbl_export.records.plan import AffineMap
+from nbl_export.mixers.base import Mixer
 from nbl_export.records.results import RungResult
 from nbl_export.targets.gguf.facts import facts_of
 from nbl_export.targets.gguf.linearize import ARCHITECTURE, KEEP, with_neighbours
@@ -24,7 +25,7 @@ _SCALES = 2.0**-9
 _BLOCK = 32
 
 
-def check_file(path: Path, base: Content, maps: Mapping[int, AffineMap], kind: str) -> list[RungResult]:
+def check_file(path: Path, base: Content, maps: Mapping[int, Mixer], kind: str) -> list[RungResult]:
     """Read a file back and compare: layers, caches, kept tensors and maps.
 
     Args:
@@ -39,7 +40,7 @@ def check_file(path: Path, base: Content, maps: Mapping[int, AffineMap], kind: s
         _verdict("tensors", set(stored) == wanted - gone, f"{len(stored)} tensors"),
         _verdict("layers with a cache", facts_of(found).cache_layers == base.num_layers - len(maps),
                  f"{facts_of(found).cache_layers} of {base.num_layers}"),
-        _verdict("maps in the file", not (worst := next(filter(None, (_map_problem(found, i, m) for i, m in
+        _verdict("maps in the file", not (worst := next(filter(None, (_map_problem(found, i, m.product()) for i, m in
                  sorted(maps.items()))), "")), worst or f"{len(maps)} as fitted"),
     ]  # fmt: skip
     if kind == KEEP:
@@ -57,12 +58,12 @@ def _place(layer: int) -> str:
     return f"blk.{layer}.attn_output.weight"
 
 
-def _map_problem(found: Content, layer: int, affine: AffineMap) -> str:
+def _map_problem(found: Content, layer: int, matrix: Any) -> str:
     """How a layer's map in the file differs from the fitted map; "" if it does not differ."""
     tensor = found.by_name.get(_place(layer))
-    if tensor is None or tensor.shape != affine.weight.shape:
+    if tensor is None or tensor.shape != matrix.shape:
         return f"layer {layer} has no map"
-    blocks = affine.weight.reshape(-1, _BLOCK) if affine.weight.size % _BLOCK == 0 else affine.weight.reshape(1, -1)
+    blocks = matrix.reshape(-1, _BLOCK) if matrix.size % _BLOCK == 0 else matrix.reshape(1, -1)
     step = _STEP[tensor.kind.name]
     allowed = np.abs(blocks).max(1, keepdims=True) * (step + _SCALES * (step > 0)) + 1e-12
     if (np.abs(tensor.values().reshape(blocks.shape) - blocks) > allowed).any():

@@ -22,7 +22,7 @@ from nbl_export.formats.gguf.content import (
     recoded,
     tensor_of,
 )
-from nbl_export.records.plan import AffineMap
+from nbl_export.mixers.base import Mixer
 
 __all__ = ["ARCHITECTURE", "KEEP", "TYPES", "check_base", "exchanged", "linearized", "with_neighbours"]
 
@@ -61,7 +61,7 @@ def check_base(content: Content, where: object) -> None:
         raise NblError(f"{where} has a sliding window, which llama.cpp's architecture deci does not compute")
 
 
-def linearized(content: Content, maps: Mapping[int, AffineMap], kind: str, about: Mapping[str, Key]) -> Content:
+def linearized(content: Content, maps: Mapping[int, Mixer], kind: str, about: Mapping[str, Key]) -> Content:
     """The content with the layers of `maps` replaced.
 
     Args:
@@ -73,28 +73,29 @@ def linearized(content: Content, maps: Mapping[int, AffineMap], kind: str, about
         NblError: a map has a bias, or another width than the model.
     """
     size = int(content.get("embedding_length"))
-    for layer, affine in maps.items():
-        if affine.has_bias or affine.weight.shape != (size, size):
+    matrices = {layer: mixer.product() for layer, mixer in maps.items()}
+    for layer, matrix in matrices.items():
+        if matrix is None or matrix.shape != (size, size):
             raise NblError(f"layer {layer}'s map has a bias, or is not {size} wide; GGUF stores a matrix of that width")
     tensors = [t for t in content.tensors if not _is_replaced(t.name, maps)]
     tensors = [with_neighbours(t, content) for t in tensors]
     places = content.by_name
-    tensors += [_map_tensor(layer, affine, places, kind) for layer, affine in sorted(maps.items())]
+    tensors += [_map_tensor(layer, matrix, places, kind) for layer, matrix in sorted(matrices.items())]
     if kind != KEEP:
         tensors = [recoded(t, _matrix_type(t.shape, kind)) if _MATRIX.fullmatch(t.name) and len(t.shape) == 2 else t
                    for t in tensors]  # fmt: skip
     return Content(ARCHITECTURE, {**_keys(content, maps, kind), **about}, tuple(tensors))
 
 
-def _is_replaced(name: str, maps: Mapping[int, AffineMap]) -> bool:
+def _is_replaced(name: str, maps: Mapping[int, Mixer]) -> bool:
     found = _ATTENTION.fullmatch(name)
     return found is not None and int(found[1]) in maps
 
 
-def _map_tensor(layer: int, affine: AffineMap, places: Mapping[str, Tensor], kind: str) -> Tensor:
+def _map_tensor(layer: int, matrix: Any, places: Mapping[str, Tensor], kind: str) -> Tensor:
     name = f"blk.{layer}.attn_output.weight"
-    chosen = _matrix_type(affine.weight.shape, kind) if kind != KEEP else _neighbour_type(places[name])
-    return tensor_of(name, affine.weight, chosen)
+    chosen = _matrix_type(matrix.shape, kind) if kind != KEEP else _neighbour_type(places[name])
+    return tensor_of(name, matrix, chosen)
 
 
 def _matrix_type(shape: tuple[int, ...], kind: str) -> Any:
@@ -141,7 +142,7 @@ def exchanged(rows: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(by_head.swapaxes(1, 2)).reshape(rows.shape)
 
 
-def _keys(content: Content, maps: Mapping[int, AffineMap], kind: str) -> dict[str, Key]:
+def _keys(content: Content, maps: Mapping[int, Mixer], kind: str) -> dict[str, Key]:
     from gguf import LlamaFileType
 
     before = f"{content.architecture}."

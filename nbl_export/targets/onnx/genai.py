@@ -183,7 +183,12 @@ class GenaiRunner:
             raise ValueError(f"cannot rewind {self._length} tokens to {length}")
         if self._batch > 1 and length not in (0, self._fill.shape[1]):
             raise ValueError(f"cannot rewind a batch to {length}: its first chunk has {self._fill.shape[1]} tokens")
-        self._generator.rewind_to(length if self._batch == 1 else 0)
+        try:
+            self._generator.rewind_to(length if self._batch == 1 else 0)
+        except Exception as error:  # a layer with a state goes back to the start alone
+            raise NblError(
+                f"{self.directory} cannot go back to its first {length} tokens: {one_line(error)}"
+            ) from error
         self._length = length
         if self._batch > 1 and length:
             self._length = 0

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbl_export.errors import CorruptError
+from nbl_export.targets.openvino.ir.anatomy import states_of
 from nbl_export.targets.openvino.ir.files import precision_of, read_ir
 from nbl_export.targets.openvino.ir.matrices import count_parameters
-from nbl_export.targets.openvino.ir.states import states_of
 
 __all__ = ["IrFacts", "context_length", "read_ir_facts"]
 

@@ -23,9 +23,9 @@ import numpy as np
 
 from nbl_export.errors import CorruptError, MissingPackageError, NblError
 from nbl_export.graph.names import IR_FILE
-from nbl_export.records.decoder import GraphContract, TensorInfo
+from nbl_export.records.decoder import GraphContract, TensorInfo, is_state
+from nbl_export.targets.openvino.ir.anatomy import memories_of, states_of
 from nbl_export.targets.openvino.ir.files import precision_of, read_ir
-from nbl_export.targets.openvino.ir.states import states_of
 
 __all__ = ["Arithmetic", "Session", "load_openvino"]
 
@@ -132,6 +132,8 @@ class Session:
         if length == 0:
             self.begin(len(self.mask_BK))
             return
+        if any(is_state(a.name) for a in self.contract.inputs):
+            raise NblError(f"{self.directory} has a layer with a state, which goes back to the start alone")
         cut = {name: np.ascontiguousarray(state[:, :, :length]) for name, state in self.states().items()}
         self.put_states(cut, self.mask_BK[:, :length])
 
@@ -148,8 +150,8 @@ class Session:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the states as OpenVINO hands them out; codes of 8 bits are handed out as floats."""
-        return sum(int(state.state.get_byte_size()) for state in self._request.query_state())
+        """Bytes of keys and values as OpenVINO hands them out; codes of 8 bits are handed out as floats."""
+        return sum(int(s.state.get_byte_size()) for s in self._request.query_state() if not is_state(s.name))
 
     def close(self) -> None:
         """Free the model and its states."""
@@ -176,7 +178,8 @@ def _contract(model: Any, path: Path) -> GraphContract:
         for layer, pair in states.items()
         for part, s in zip(("key", "value"), pair, strict=True)
     ]
-    return GraphContract((*inputs, *caches), tuple(outputs), tuple(states))
+    memories = (TensorInfo(name, "float32", ("batch", "tokens", "width")) for name in memories_of(model))
+    return GraphContract((*inputs, *caches, *memories), tuple(outputs), tuple(states))
 
 
 def _info(port: Any) -> TensorInfo:

@@ -16,8 +16,8 @@ from typing import Any
 import onnx_ir as ir
 
 from nbl_export.errors import MissingPackageError, NblError
+from nbl_export.graph.emitter import run_passes
 from nbl_export.graph.names import GRAPH_FILE, STATIC_GRAPH_FILE, all_logits_file
-from nbl_export.graph.passes import run_passes
 from nbl_export.model.architectures import windows_of
 from nbl_export.model.checkpoint.pretrained import config_of
 from nbl_export.targets.export.captured import captured

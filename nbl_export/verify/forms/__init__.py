@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from nbl_export.verify.forms.form import Form, Material, measured_cache
-from nbl_export.verify.setting import Setting
+from nbl_export.verify.forms.form import (
+    Form,
+    Material,
+    Setting,
+    measured_cache,
+)
 
 __all__ = ["Form", "Material", "form_of", "measured_cache"]
 

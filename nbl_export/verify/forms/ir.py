@@ -2,27 +2,47 @@
 
 shipped IR ─┬─ float32 arithmetic, same constants: compared with the model that has its matrices    rungs a, b, c, f
             └─ the arithmetic that ships: compared with the same model                              rungs d, g
+
+
+Rung a checks states, maps, and every other constant.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
-from nbl_export.records.results import RungResult
-from nbl_export.targets.openvino import check as ir_files
-from nbl_export.targets.openvino.decoder import IrDecoder
-from nbl_export.targets.openvino.ir.files import read_ir
-from nbl_export.targets.openvino.ir.matrices import stored_matrices
-from nbl_export.verify import last_token
-from nbl_export.verify.coded import Coded
-from nbl_export.verify.forms.form import Material, measured_cache
-from nbl_export.verify.setting import Setting
+import numpy as np
 
-__all__ = ["IrForm"]
+from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
+from nbl_export.mixers import layers_below
+from nbl_export.mixers.base import Mixer
+from nbl_export.records.decoder import DecoderSpec, GraphContract
+from nbl_export.records.results import RungResult
+from nbl_export.targets.openvino.decoder import IrDecoder
+from nbl_export.targets.openvino.ir.files import difference, read_ir
+from nbl_export.targets.openvino.ir.matrices import (
+    constant_of,
+    constants_of,
+    float_constant,
+    stored_matrices,
+)
+from nbl_export.targets.openvino.rewrite.passes import TABLE, prune_tail
+from nbl_export.verify import last_token
+from nbl_export.verify.forms.form import (
+    MAPS,
+    Coded,
+    HeldMaps,
+    Material,
+    Setting,
+    checked,
+    judge_maps,
+    measured_cache,
+)
+
+__all__ = ["IrForm", "check_ir_maps", "check_ir_pruned", "check_ir_states", "check_ir_untouched"]
 
 
 class IrForm:
@@ -37,18 +57,19 @@ class IrForm:
         pair = (directory / ALL_LOGITS_IR).is_file()
         shipped = IrDecoder(directory, IR_FILE, exact=True) if pair else exact
         contract = shipped.contract
-        results = ir_files.check_ir_states(subject, setting.spec, kept, contract, itemsize, setting.logits)
         ours = ({}, None) if subject == "original" else (material.maps, material.rows_VD)
-        results.append(ir_files.check_ir_maps(subject, directory, *ours))
+        held = (kept, tuple(sorted(i for i, mixer in ours[0].items() if mixer.state is not None)))
+        results = check_ir_states(subject, setting.spec, held, contract, itemsize, setting.logits)
+        results.append(check_ir_maps(subject, directory, *ours))
         if pair:
-            results.append(ir_files.check_ir_pruned(subject, directory))
+            results.append(check_ir_pruned(subject, directory))
             results += last_token.check_last(subject, exact, shipped, material.row, "fp32")
         results.append(measured_cache(subject, exact, setting.spec.head_dim))
         return results
 
     def check_untouched(self, directories: Mapping[str, Path]) -> list[RungResult]:
         """Check that the NBL graph has the original's constants."""
-        return [ir_files.check_ir_untouched(directories["nbl"], directories["original"])]
+        return [check_ir_untouched(directories["nbl"], directories["original"])]
 
     def coded(
         self, setting: Setting, directories: Mapping[str, Path], results: list[RungResult], scratch: Path
@@ -66,3 +87,104 @@ class IrForm:
 
 def _most_logits(directory: Path) -> str:
     return ALL_LOGITS_IR if (directory / ALL_LOGITS_IR).is_file() else IR_FILE
+
+
+_OURS = ("nbl.", "/nbl/")
+_SPOKEN = {"last": "of the last token", "all": "of all tokens"}
+_STEPS = 1.01  # nncf's int4 spans [-8, 8) steps: the mirror image of a group's largest value is one step off
+
+
+def check_ir_states(
+    subject: str,
+    spec: DecoderSpec,
+    held: tuple[Sequence[int], Sequence[int]],
+    contract: GraphContract,
+    itemsize: int,
+    logits: str,
+) -> list[RungResult]:
+    """Check that exactly the right layers have states, of the predicted size, and that the logits are as planned.
+
+    Args:
+        held: layers with keys and values, and layers with a state of constant size.
+    """
+    kept = held[0]
+    detail = f"states of {len(contract.cache_layers)} of {spec.num_layers} layers, logits {_SPOKEN[contract.logits]}"
+    same = (contract.cache_layers, contract.state_layers, contract.logits) == (*map(tuple, held), logits)
+    predicted = spec.cache_bytes_per_token(len(kept), itemsize)
+    stated = contract.cache_bytes_per_token(spec.head_dim) // 4 * itemsize
+    sizes = f"{stated} bytes a token, {predicted} predicted"
+    return [
+        checked(subject, "contract", same, detail),
+        checked(subject, "cache bytes per token", stated == predicted, sizes),
+    ]
+
+
+def check_ir_maps(
+    subject: str, directory: Path, maps: Mapping[int, Mixer], rows_VD: np.ndarray | None = None
+) -> RungResult:
+    """Check that the IR's maps are the fitted maps: exact if floating point, within a step if in codes.
+
+    Args:
+        rows_VD: output of the layers below the first kept layer for each token, if the graph looks it up in a table.
+    """
+    model = read_ir(directory)
+    ours = [name for name, _ in constants_of(model) if name.startswith(_OURS)]
+    if not maps:
+        return checked(subject, MAPS, not ours, "none planned")
+    stored = {matrix.name: matrix for matrix in stored_matrices(model) if matrix.name.startswith("/nbl/")}
+    tabulated = 0 if rows_VD is None else len(layers_below(maps))
+    table = "" if rows_VD is None else _table_problem(model, stored, tabulated, rows_VD)
+    return judge_maps(subject, _held(model, stored), maps, tabulated, table)
+
+
+def _held(model: Any, stored: Mapping[str, Any]) -> HeldMaps:
+    """What a graph holds of mixers."""
+    nodes = [n for n in model.get_ops() if n.get_friendly_name().startswith(_OURS)]
+    products = {n.get_friendly_name() for n in nodes if n.get_type_name() == "MatMul"}
+    added = {n.get_friendly_name(): n for n in nodes if n.get_type_name() == "Constant" and _is_added(n)}
+
+    def matrix(product: str, constant: str) -> tuple[np.ndarray, np.ndarray | float]:
+        found, allowed = _matrix(model, stored.get(product), constant)
+        return np.empty(0) if found is None else found, allowed
+
+    return HeldMaps(products, {name: float_constant(node) for name, node in added.items()}, matrix)
+
+
+def _is_added(constant: Any) -> bool:
+    return any(port.get_node().get_type_name() == "Add" for port in constant.output(0).get_target_inputs())
+
+
+def _table_problem(model: Any, stored: Mapping[str, Any], first: int, rows_VD: np.ndarray) -> str:
+    """How the token table differs from the output of the layers below `first`; "" if it does not differ."""
+    found, allowed = _matrix(model, stored.get(f"/nbl/layers.0-{first - 1}/Gather"), TABLE)
+    if found is None or found.shape != rows_VD.shape:
+        return f"there is no table of the tokens below layer {first}"
+    noise = 1e-5 * np.abs(rows_VD).max()  # allows for differences between processors
+    off = (np.abs(found - rows_VD) > allowed + noise).any(1)
+    return f"token {int(off.argmax())} of the table is not the output of its layers" if off.any() else ""
+
+
+def _matrix(model: Any, stored: Any | None, name: str) -> tuple[np.ndarray | None, np.ndarray | float]:
+    """A matrix of the graph, and the allowed error of each element."""
+    if stored is None:
+        return constant_of(model, name), 0.0
+    blocks = stored.blocks()
+    return blocks.matrix, np.abs(blocks.steps) * (_STEPS if blocks.size > 1 else 0.5) + 1e-30
+
+
+def check_ir_untouched(directory: Path, original: Path) -> RungResult:
+    """Check that every constant of the NBL graph, except the maps, equals one of the original's byte for byte."""
+    known = dict(constants_of(read_ir(original)))
+    carried = [(n, v) for n, v in constants_of(read_ir(directory)) if not n.startswith(_OURS)]
+    changed = [n for n, v in carried if n not in known or v.tobytes() != known[n].tobytes()]
+    detail = f"{changed[0]} differs" if changed else f"{len(carried)} of {len(known)} constants carried over"
+    return checked("nbl", "weights untouched", not changed, detail)
+
+
+def check_ir_pruned(subject: str, directory: Path) -> RungResult:
+    """Check that the graph that ships is the directory's graph with all logits, pruned."""
+    expected = read_ir(directory, ALL_LOGITS_IR)
+    prune_tail(expected)
+    problem = difference(read_ir(directory, IR_FILE), expected)
+    metric = "what ships is the graph with all logits, pruned"
+    return checked(subject, metric, not problem, problem or "every node and constant")

@@ -1,21 +1,46 @@
-"""What the ladder asks of an ONNX graph."""
+"""What the ladder asks of an ONNX graph.
+
+The maps are read from the graph, dequantised if necessary, and compared with maps.safetensors. Every other weight must
+equal a weight of the original graph byte for byte. Quantisation noise can hide a lost bias or two exchanged maps from
+logits alone; this check finds both.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE
-from nbl_export.records.decoder import ITEMSIZE
-from nbl_export.records.results import RungResult
-from nbl_export.targets.onnx import check as onnx_files
-from nbl_export.verify import last_token
-from nbl_export.verify.coded import Coded, coded_graphs
-from nbl_export.verify.forms.form import Material, measured_cache
-from nbl_export.verify.setting import Setting
+import numpy as np
+import onnx
 
-__all__ = ["OnnxForm"]
+from nbl_export.errors import RefusalError
+from nbl_export.graph.coded.nbits import Blocks
+from nbl_export.graph.decoder import OnnxDecoder
+from nbl_export.graph.files import check_structure, skeleton
+from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE, all_logits_file
+from nbl_export.mixers import layers_below
+from nbl_export.mixers.base import Mixer
+from nbl_export.records.decoder import ITEMSIZE, DecoderSpec, GraphContract, is_state
+from nbl_export.records.results import RungResult
+from nbl_export.rewrite.token_table import table_name
+from nbl_export.verify import codes, last_token
+from nbl_export.verify.forms.form import (
+    MAPS,
+    Coded,
+    HeldMaps,
+    Material,
+    Setting,
+    checked,
+    held_names,
+    judge_maps,
+    measured_cache,
+)
+
+__all__ = ["OnnxForm", "check_file", "check_maps", "check_untouched"]
 
 
 class OnnxForm:
@@ -24,19 +49,51 @@ class OnnxForm:
     def coded(
         self, setting: Setting, directories: Mapping[str, Path], results: list[RungResult], scratch: Path
     ) -> dict[str, Coded]:
-        """See `coded.coded_graphs`."""
-        return coded_graphs(setting, directories, results, scratch)
+        """See `Form.coded`."""
+        from nbl_export.rewrite.codes import stored_matrices
+        from nbl_export.rewrite.widen import save_twin
+        from nbl_export.verify.float32_twins import INT4
+
+        if setting.static:  # the static int4 form computes in float32
+            forms = {subject: d / INT4 for subject, d in directories.items() if (d / INT4).is_dir()}
+            return {
+                s: Coded(
+                    form / GRAPH_FILE,
+                    functools.partial(setting.engine.open_graph, form, setting.spec.head_dim),
+                    stored_matrices(form / GRAPH_FILE),
+                    None,
+                    ships=False,
+                )
+                for s, form in forms.items()
+            }
+        found: dict[str, Coded] = {}
+        try:
+            for subject, directory in directories.items():
+                graph = directory / all_logits_file(directory)
+                stored = stored_matrices(graph)
+                if not stored and not found:
+                    break
+                with setting.task(f"float32 twin of {subject}"):
+                    save_twin(graph, scratch / subject)
+                twin = scratch / subject / graph.name
+                opened = functools.partial(OnnxDecoder, twin.parent, setting.spec.head_dim, file=twin.name)
+                found[subject] = Coded(twin, opened, stored, graph)
+        except RefusalError as error:
+            detail = f"none can be made: {error.reason}; the quantised graph itself is compared with the model"
+            results.append(RungResult("a", "nbl", codes.TWIN, None, None, True, detail))
+            return {}
+        return found
 
     def check(self, subject: str, directory: Path, decoder: Any, material: Material) -> list[RungResult]:
         """Rungs a and f."""
         setting = material.setting
         cache = next(a for a in decoder.contract.inputs if a.name.startswith("past_key_values."))
-        ids, size = _cache_ids(setting, subject), ITEMSIZE[cache.dtype]
+        ours = ({}, None) if subject == "original" else (material.maps, material.rows_VD)
+        held, size = held_names(_cache_ids(setting, subject), ours[0]), ITEMSIZE[cache.dtype]
         pair = (directory / ALL_LOGITS_FILE).is_file()
         shipped = setting.engine.open_graph(directory, setting.spec.head_dim, GRAPH_FILE) if pair else decoder
-        results = onnx_files.check_file(subject, directory, setting.spec, ids, shipped.contract, size, setting.logits)
-        ours = ({}, None) if subject == "original" else (material.maps, material.rows_VD)
-        results += onnx_files.check_maps(subject, directory, *ours)
+        results = check_file(subject, directory, setting.spec, held, shipped.contract, size, setting.logits)
+        results += check_maps(subject, directory, *ours)
         if pair:
             results.append(last_token.check_pruned(subject, directory))
             results += last_token.check_last(subject, decoder, shipped, material.row, material.precision)
@@ -45,7 +102,7 @@ class OnnxForm:
 
     def check_untouched(self, directories: Mapping[str, Path]) -> list[RungResult]:
         """Check that the NBL graph has the original's weights."""
-        return onnx_files.check_untouched(directories["nbl"], directories["original"])
+        return check_untouched(directories["nbl"], directories["original"])
 
 
 def _cache_ids(setting: Setting, subject: str) -> tuple[int, ...]:
@@ -53,3 +110,164 @@ def _cache_ids(setting: Setting, subject: str) -> tuple[int, ...]:
     plan = setting.plan
     kept = plan.kept if subject == "nbl" else tuple(range(plan.num_layers))
     return tuple(range(len(kept))) if setting.engine.capabilities.dense_caches else kept
+
+
+_OURS = re.compile(r"nbl\.layers\.[\d-]+\.")
+_SHAPES = ("nbl.block_sums.", "nbl.states.")  # begin the names of shapes and indices (`graph.coded`, `rewrite.builder`)
+_OUR_PRODUCT = re.compile(r"/nbl/layers\.\d+/MatMul(?!.*/offsets$)")
+_SPOKEN = {"last": "of the last token", "all": "of all tokens"}
+# ONNX Runtime's symmetric quantiser spans [-8, 8) steps: the mirror image of a block's largest value is one step off.
+_STEPS = 1.01
+_HALF_STEP = 0.57  # half a step, and 127 / 2048 for the largest code times a scale rounded to 11 bits
+_ROWS = 8192  # table rows compared at once
+
+
+def check_file(
+    subject: str,
+    directory: Path,
+    spec: DecoderSpec,
+    held: Collection[str],
+    session: GraphContract,
+    itemsize: int,
+    logits: str = "all",
+) -> list[RungResult]:
+    """Rung a: the file is valid ONNX; its inputs and outputs are those of the plan and of `logits` (last or all).
+
+    Args:
+        held: names of the inputs of caches and states (`held_names`).
+    """
+    proto = onnx.load(str(directory / GRAPH_FILE), load_external_data=False)
+    bare = skeleton(proto)
+    problem = check_structure(bare)
+    if not problem:
+        try:
+            onnx.shape_inference.infer_shapes(bare, check_type=True, data_prop=True)
+        except Exception as error:  # onnx raises several types
+            problem = str(error).splitlines()[0]
+    results = [checked(subject, "onnx checker and shape inference", not problem, problem)]
+    in_file = ([v.name for v in proto.graph.input], [v.name for v in proto.graph.output])
+    in_session = ([v.name for v in session.inputs], [v.name for v in session.outputs])
+    has = {n for n in in_file[0] if n.startswith("past_key_values.")}
+    gives = {n.replace("present", "past_key_values") for n in in_file[1] if n.startswith("present.")}
+    found, kept = (sum(not is_state(n) for n in names) // 2 for names in (has, held))
+    detail = f"caches {found} of {spec.num_layers} layers, logits {_SPOKEN[session.logits]}"
+    kept_word = has == set(held) == gives and in_file == in_session and session.logits == logits
+    results.append(checked(subject, "contract", kept_word, detail))
+    predicted = spec.cache_bytes_per_token(kept, itemsize)
+    stated = session.cache_bytes_per_token(spec.head_dim)
+    detail = f"{stated} bytes a token, {predicted} predicted"
+    results.append(checked(subject, "cache bytes per token", stated == predicted, detail))
+    return results
+
+
+def check_maps(
+    subject: str, directory: Path, maps: Mapping[int, Mixer], rows_VD: np.ndarray | None = None
+) -> list[RungResult]:
+    """Check that the graph's maps are the fitted maps: exact if floating point, within a step if quantised.
+
+    Args:
+        rows_VD: output of the layers below the first kept layer for each token, if the graph looks it up in a table.
+    """
+    graph = onnx.load(str(directory / GRAPH_FILE), load_external_data=False).graph
+    tensors = {t.name: t for t in graph.initializer if _OURS.match(t.name)}
+    if not maps:
+        return [checked(subject, MAPS, not tensors, "none planned")]
+    tabulated = 0 if rows_VD is None else len(layers_below(maps))
+    table = "" if rows_VD is None else _table_problem(directory, tensors, tabulated, rows_VD)
+    return [judge_maps(subject, _held(graph, tensors, directory), maps, tabulated, table)]
+
+
+def _held(graph: Any, tensors: Mapping[str, Any], directory: Path) -> HeldMaps:
+    """What a graph holds of mixers."""
+    found = (n for n in graph.node if n.op_type in ("MatMul", "MatMulNBits") and _OUR_PRODUCT.match(n.name))
+    products = {n.name.partition("_Q")[0]: n for n in found}
+    wide = {n.name: n for n in graph.node if n.op_type == "DequantizeLinear"}
+    added = {c for n in graph.node if n.op_type == "Add" for c in n.input if c in tensors and not _is_offset(c)}
+
+    def matrix(product: str, _constant: str) -> tuple[np.ndarray, np.ndarray]:
+        blocks = wide.get(f"{product}/DequantizeLinear")
+        if blocks is not None:
+            return _blocks_of(blocks, tensors, directory)
+        return _weight_of(products[product], tensors, directory)
+
+    return HeldMaps(products, {name: _array(tensors[name], directory) for name in added}, matrix)
+
+
+def _is_offset(constant: str) -> bool:
+    return constant.endswith("_offsets")
+
+
+def _table_problem(directory: Path, tensors: Mapping[str, Any], first: int, rows_VD: np.ndarray) -> str:
+    """How the token table differs from the output of the layers below `first`; "" if it does not differ."""
+    name = table_name(first)
+    if name not in tensors:
+        return f"there is no table {name}"
+    table = _array(tensors[name], directory)
+    scales = _array(tensors[f"{name}_scales"], directory) if f"{name}_scales" in tensors else None
+    if table.shape != rows_VD.shape:
+        return f"{name} is {list(table.shape)}, not {list(rows_VD.shape)}"
+    noise = 1e-5 * np.abs(rows_VD).max()  # allows for differences between processors
+    for start in range(0, len(rows_VD), _ROWS):
+        here = slice(start, start + _ROWS)
+        found, allowed = _rows_of(table[here], None if scales is None else scales[here])
+        off = (np.abs(found - rows_VD[here]) > allowed + noise).any(1)
+        if off.any():
+            return f"token {start + int(off.argmax())} of {name} is not the output of its layers"
+    return ""
+
+
+def _rows_of(table_ND: np.ndarray, scales: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a table, and the allowed error of each element."""
+    if scales is not None:
+        steps = np.repeat(scales.astype(np.float32), table_ND.shape[1] // scales.shape[1], 1)
+        return (table_ND.astype(np.float32) - 128) * steps, steps * _HALF_STEP
+    found = table_ND.astype(np.float32)
+    return found, np.abs(found) * (2.0**-11 if table_ND.dtype == np.float16 else 0)  # half a unit of 11 bits
+
+
+def _weight_of(node: Any, tensors: Mapping[str, Any], directory: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The matrix W of a map y = x W' + b, and the allowed error of each element."""
+    arrays = [_array(tensors[name], directory) for name in node.input[1:] if name]
+    if node.op_type == "MatMul":
+        weight = arrays[0].astype(np.float32).T
+        # half a unit of the last of 11 bits; numbers below 2^-14 have fewer bits
+        rounding = np.maximum(np.abs(weight) * 2.0**-11, 2.0**-25)
+        return weight, rounding if arrays[0].dtype == np.float16 else np.zeros_like(weight)
+    own = {a.name: a.i for a in node.attribute}
+    zeros = arrays[2] if len(arrays) > 2 else None
+    blocks = Blocks.packed(arrays[0], arrays[1], zeros, own["bits"], own["block_size"], (own["N"], own["K"]))
+    added = tensors.get(f"{node.input[2].removesuffix('_scales')}_offsets")
+    if added is not None:
+        blocks = dataclasses.replace(blocks, offsets=_array(added, directory).T)
+    return blocks.matrix, np.abs(blocks.steps) * _STEPS + 1e-30
+
+
+def _blocks_of(node: Any, tensors: Mapping[str, Any], directory: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Like `_weight_of`, for a weight [K, N] in blocks along K: the DequantizeLinear that its MatMul reads."""
+    codes, scales = (_array(tensors[name], directory).astype(np.float32) for name in node.input)
+    block = next(a.i for a in node.attribute if a.name == "block_size")
+    steps = np.repeat(scales, block, 0)
+    return (codes * steps).T, np.abs(steps).T * _STEPS + 1e-30
+
+
+def check_untouched(directory: Path, original: Path) -> list[RungResult]:
+    """Check that every weight of the NBL graph except the maps equals an original weight byte for byte."""
+    ours, theirs = (onnx.load(str(d / GRAPH_FILE), load_external_data=False).graph for d in (directory, original))
+    known = {t.name: t for t in theirs.initializer}
+    carried = [t for t in ours.initializer if not (_OURS.match(t.name) or t.name.startswith(_SHAPES))]
+    changed = [t.name for t in carried if t.name not in known or not _same(t, directory, known[t.name], original)]
+    detail = f"{changed[0]} differs" if changed else f"{len(carried)} of {len(known)} weights carried over"
+    return [checked("nbl", "weights untouched", not changed, detail)]
+
+
+def _same(tensor: Any, directory: Path, other: Any, original: Path) -> bool:
+    return (
+        tensor.data_type == other.data_type
+        and list(tensor.dims) == list(other.dims)
+        and _array(tensor, directory).tobytes() == _array(other, original).tobytes()
+    )
+
+
+def _array(tensor: Any, directory: Path) -> np.ndarray:
+    found: np.ndarray = onnx.numpy_helper.to_array(tensor, base_dir=str(directory))
+    return found

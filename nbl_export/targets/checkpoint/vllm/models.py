@@ -7,7 +7,8 @@ attention layers, from which caches are allocated. No forward is copied:
     tap normed        the norm stays, self_attn is a linear layer
     tap residual      the norm is `Joined`, which adds and does not scale
 
-Values of config.json: nbl_replaced_layers, nbl_tap, and nbl_parallel. "replicated" (default) keeps the whole matrix on
+Values of config.json: nbl_replaced_layers, nbl_kinds ("linear", or "none" for attention left out; not given: all are
+linear), nbl_tap, and nbl_parallel. "replicated" (default) keeps the whole matrix on
 each tensor-parallel rank and needs no communication; "column" splits its outputs and gathers them.
 """
 
@@ -28,6 +29,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer
 
 __all__ = [
+    "Dropped",
     "Joined",
     "LinearAttention",
     "Linearized",
@@ -52,6 +54,13 @@ class LinearAttention(nn.Module):
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor, **_kwargs: Any) -> torch.Tensor:
         return self.linear(hidden_states)
+
+
+class Dropped(nn.Module):
+    """In place of a self-attention module that was left out: zeros."""
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor, **_kwargs: Any) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
 
 
 class Joined(nn.Module):
@@ -79,6 +88,9 @@ class Linearized:
             raise ValueError(f"config.json replaces layers {replaced} of {count}; convert the run again")
         if config.nbl_tap not in ("residual", "normed") or config.nbl_parallel not in ("replicated", "column"):
             raise ValueError(f"config.json has nbl_tap {config.nbl_tap!r} and nbl_parallel {config.nbl_parallel!r}")
+        kinds = dict(zip(replaced, config.nbl_kinds or ["linear"] * len(replaced), strict=True))
+        if not set(kinds.values()) <= {"linear", "none"}:
+            raise ValueError(f"config.json has layers of the kinds {config.nbl_kinds}; vLLM runs linear layers")
         here = {i: layer for i, layer in enumerate(self.model.layers)  # type: ignore[attr-defined]
                 if not isinstance(layer, PPMissingLayer)}  # fmt: skip
         if set(here) <= set(replaced):
@@ -88,8 +100,9 @@ class Linearized:
             )
         ours = [i for i in replaced if i in here]
         for i in ours:
-            _exchange(here[i], config, vllm_config)
-        self._maps = [f"model.layers.{i}.self_attn.linear.bias" for i in ours]  # without the prefix that a draft has
+            _exchange(here[i], kinds[i], config, vllm_config)
+        linear = [i for i in ours if kinds[i] == "linear"]
+        self._maps = [f"model.layers.{i}.self_attn.linear.bias" for i in linear]  # without the prefix that a draft has
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the weights of this rank."""
@@ -100,12 +113,15 @@ class Linearized:
         return loaded
 
 
-def _exchange(layer: Any, config: Any, vllm_config: VllmConfig) -> None:
+def _exchange(layer: Any, kind: str, config: Any, vllm_config: VllmConfig) -> None:
     """Replace a layer's attention."""
     name = layer.self_attn.attn.layer_name  # model.layers.3.self_attn.attn
     vllm_config.compilation_config.static_forward_context.pop(name)  # no cache is allocated for it
     prefix = name.removesuffix(".attn")
-    layer.self_attn = LinearAttention(config.hidden_size, config.nbl_parallel, vllm_config.quant_config, prefix)
+    if kind == "none":
+        layer.self_attn = Dropped()
+    else:
+        layer.self_attn = LinearAttention(config.hidden_size, config.nbl_parallel, vllm_config.quant_config, prefix)
     if config.nbl_tap == "residual":
         layer.input_layernorm = Joined()
 

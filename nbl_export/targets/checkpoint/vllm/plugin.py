@@ -51,11 +51,17 @@ ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen
 def _config_class(kind: str, name: str) -> Any:
     base = getattr(transformers, f"{name}Config")
     fields = {
-        "__annotations__": {"nbl_replaced_layers": list[int] | None, "nbl_tap": str, "nbl_parallel": str},
+        "__annotations__": {
+            "nbl_replaced_layers": list[int] | None,
+            "nbl_kinds": list[str] | None,
+            "nbl_tap": str,
+            "nbl_parallel": str,
+        },
         "__module__": __name__,
         "__doc__": f"Configuration of a {name} with linear layers instead of attention in some layers.",
         "model_type": f"nbl-{kind}",
         "nbl_replaced_layers": None,
+        "nbl_kinds": None,
         "nbl_tap": "residual",
         "nbl_parallel": "replicated",
     }

@@ -1,48 +1,137 @@
-"""Finds the attention block of a layer in an IR, by the dataflow.
+"""Finds the states and the attention block of each layer in a stateful IR, by the dataflow.
+
+    ReadValue(key i) -- Gather(beam_idx) -- Concat(new keys) -- attention
+                                              `-- Assign(key i)
 
     x ── norm ─┬─ q, k, v ── state ── attention ── product (o_proj) ── ... ── join (Add)
     │          normed                                                          │
     └──────────────────────── residual ────────────────────────────────────────┘
 
-The states are the start. The join is the first addition behind the states whose other operand is an ancestor of the
-layer's keys: a mask, a bias and the epsilon of a norm are not. So names of nodes do not matter.
+A decoder has two states a layer. The layer is a number in the states' names, which every exporter writes, and the order
+of the graph confirms it. The join is the first addition behind the states whose other operand is an ancestor of the
+layer's keys: a mask, a bias and the epsilon of a norm are not. So names of nodes do not matter. A layer with a short
+memory has one state of constant size instead. The rewrite has made that layer, so names of nodes lead to its join.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nbl_export.errors import RefusalError
-from nbl_export.targets.openvino.ir.states import LayerStates, states_of
+from nbl_export.graph.names import node_name
+from nbl_export.records.decoder import is_state
 
-__all__ = ["Block", "Dataflow"]
+__all__ = ["Block", "Dataflow", "LayerStates", "State", "memories_of", "states_of", "variable_of"]
+
 
 _RANK = 3  # of the residual stream
+_NUMBER = re.compile(r"\d+")
+_VALUE = re.compile(r"value|(?<![a-z])v(?![a-z])")  # behind the number of the layer
 
 
 @dataclass(frozen=True)
-class Block:
-    """The attention block of a layer.
+class State:
+    """A state: the name of its variable, and the nodes that read and assign it."""
+
+    variable: str
+    read: Any
+    assign: Any
+
+    @property
+    def heads(self) -> int:
+        """Key/value heads, from the state's shape [batch, heads, tokens, head size]."""
+        return int(self.read.get_output_partial_shape(0)[1].get_length())
+
+    @property
+    def head_size(self) -> int:
+        """Elements of a head."""
+        return int(self.read.get_output_partial_shape(0)[3].get_length())
+
+
+@dataclass(frozen=True)
+class LayerStates:
+    """The two states of a layer."""
+
+    key: State
+    value: State
+
+    def __iter__(self) -> Any:
+        return iter((self.key, self.value))
+
+
+def variable_of(node: Any) -> str:
+    """The variable of a ReadValue or Assign node."""
+    return str(node.get_attributes()["variable_id"])
+
+
+def states_of(model: Any) -> Mapping[int, LayerStates]:
+    """States by layer, ascending.
+
+    Raises:
+        RefusalError: the model has no states, or a layer does not have a key and a value.
+    """
+    reads = {variable_of(op): op for op in model.get_ops() if op.get_type_name() == "ReadValue"}
+    assigns = {variable_of(op): op for op in model.get_sinks()}
+    if not reads:
+        raise RefusalError(
+            None, "it has no states; export it with the key/value cache inside (optimum-cli: text-generation-with-past)"
+        )
+    layers: dict[int, dict[bool, State]] = {}
+    for name, read in reads.items():
+        if is_state(name):
+            continue
+        number = _NUMBER.search(name)
+        if number is None or name not in assigns:
+            raise RefusalError(None, f"its state {name} is not a key/value cache of a layer")
+        is_value = bool(_VALUE.search(name[number.end() :].partition("present")[0]))
+        layers.setdefault(int(number.group()), {})[is_value] = State(name, read, assigns[name])
+    for layer, pair in layers.items():
+        if set(pair) != {False, True}:
+            raise RefusalError(layer, "it does not have one key state and one value state")
+    return {layer: LayerStates(pair[False], pair[True]) for layer, pair in sorted(layers.items())}
+
+
+def memories_of(model: Any) -> dict[str, int]:
+    """States of constant size: name of the variable -> its layer."""
+    names = (variable_of(node) for node in model.get_ops() if node.get_type_name() == "ReadValue")
+    return {name: int(m.group()) for name in sorted(names) if is_state(name) and (m := _NUMBER.search(name))}
+
+
+@dataclass(frozen=True)
+class Join:
+    """Where a layer's output for the sequence, of attention or of a mixer, meets the residual stream.
 
     Attributes:
-        join: the addition of attention's output to the residual stream.
-        branch: number of join's input that attention feeds.
-        residual: value x that join adds, the layer's input.
-        normed: the value that the first products of the attention multiply; None if there are several, or if it is x.
-        product: the last product of the attention (o_proj).
-        data: number of product's input that is not its matrix.
+        join: the addition of the output to the residual stream.
+        branch: number of join's input that the output feeds.
+        last: the node in front of which one token can be taken, and the number of its input: attention's last product
+            (o_proj), or the join itself.
     """
 
     layer: int
-    states: LayerStates
     join: Any
     branch: int
-    residual: Any
+    last: tuple[Any, int]
+
+    @property
+    def residual(self) -> Any:
+        """Value x that join adds, the layer's input."""
+        return self.join.input_value(1 - self.branch)
+
+
+@dataclass(frozen=True)
+class Block(Join):
+    """The attention block of a layer.
+
+    Attributes:
+        normed: the value that the first products of the attention multiply; None if there are several, or if it is x.
+    """
+
+    states: LayerStates
     normed: Any | None
-    product: Any
-    data: int
 
 
 class Dataflow:
@@ -50,7 +139,7 @@ class Dataflow:
 
     def __init__(self, model: Any) -> None:
         self.nodes: Sequence[Any] = model.get_ordered_ops()
-        self.states = states_of(model)
+        self.states, self._memories = states_of(model), memories_of(model)
         self._names = [node.get_name() for node in self.nodes]
         self._place = {name: k for k, name in enumerate(self._names)}
         self._reads = [[value.get_node().get_name() for value in node.input_values()] for node in self.nodes]
@@ -76,6 +165,28 @@ class Dataflow:
     def is_constant(self, value: Any) -> bool:
         """Whether a value depends on no input and no state."""
         return value.get_node().get_name() not in self._moving
+
+    @property
+    def readers(self) -> tuple[int, ...]:
+        """Layers in which a token reads other tokens, ascending: attention, or a mixer with a state."""
+        return tuple(sorted({*self.states, *self._memories.values()}))
+
+    def reader(self, layer: int) -> Join:
+        """The join of one of the `readers`.
+
+        Raises:
+            RefusalError: the layer's dataflow is not understood.
+        """
+        if layer in self.states:
+            return self.block(layer)
+        prefix = node_name(layer, "")
+        for node in self.nodes:
+            if node.get_type_name() != "Add" or node.get_friendly_name().startswith(prefix):
+                continue
+            for place, value in enumerate(node.input_values()):
+                if value.get_node().get_friendly_name().startswith(prefix):
+                    return Join(layer, node, place, (node, place))
+        raise RefusalError(layer, "it has a state, but its output does not meet a residual stream")
 
     def block(self, layer: int) -> Block:
         """The attention block of a layer.
@@ -115,7 +226,7 @@ class Dataflow:
         same = {(value.get_node().get_name(), value.get_index()) for value in first}
         own = (residual.get_node().get_name(), residual.get_index())
         normed = first[0] if len(same) == 1 and own not in same else None
-        return Block(layer, self.states[layer], join, branch, residual, normed, *last[0])
+        return Block(layer, join, branch, last[0], self.states[layer], normed)
 
 
 def _adds_vectors(node: Any) -> bool:

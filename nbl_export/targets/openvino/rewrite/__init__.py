@@ -18,8 +18,10 @@ import numpy as np
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE, IR_WEIGHTS
-from nbl_export.records.plan import AffineMap, Plan, layers_below
-from nbl_export.targets.openvino.ir.anatomy import Dataflow
+from nbl_export.mixers import layers_below
+from nbl_export.mixers.base import Mixer
+from nbl_export.records.plan import Plan
+from nbl_export.targets.openvino.ir.anatomy import Dataflow, states_of
 from nbl_export.targets.openvino.ir.files import (
     group_of,
     precision_of,
@@ -28,19 +30,20 @@ from nbl_export.targets.openvino.ir.files import (
     share_constants,
 )
 from nbl_export.targets.openvino.ir.matrices import stored_matrices
-from nbl_export.targets.openvino.ir.states import states_of
-from nbl_export.targets.openvino.rewrite.bypass import bypass_attention
 from nbl_export.targets.openvino.rewrite.compress import compress
-from nbl_export.targets.openvino.rewrite.drop_states import drop_states
-from nbl_export.targets.openvino.rewrite.tail import prune_tail
-from nbl_export.targets.openvino.rewrite.token_table import tabulate_tokens
+from nbl_export.targets.openvino.rewrite.passes import (
+    bypass_attention,
+    drop_states,
+    prune_tail,
+    tabulate_tokens,
+)
 
 __all__ = ["keep_last_token_ir", "rewrite_ir", "rewrite_ir_model"]
 
 _GRAPHS = (IR_FILE, ALL_LOGITS_IR, IR_WEIGHTS)
 
 
-def rewrite_ir_model(model: Any, plan: Plan, maps: Mapping[int, AffineMap], rows_VD: np.ndarray | None = None) -> None:
+def rewrite_ir_model(model: Any, plan: Plan, maps: Mapping[int, Mixer], rows_VD: np.ndarray | None = None) -> None:
     """Rewrite a model in place, with float maps; the empty plan changes nothing.
 
     Args:
@@ -55,7 +58,7 @@ def rewrite_ir_model(model: Any, plan: Plan, maps: Mapping[int, AffineMap], rows
     missing = set(plan.replaced) - set(before)
     if missing:
         raise RefusalError(min(missing), f"the IR has states for layers {list(before)} only")
-    bypass_attention(Dataflow(model), {layer: maps[layer] for layer in plan.replaced}, plan.tap)
+    bypass_attention(model, Dataflow(model), {layer: maps[layer] for layer in plan.replaced}, plan.tap)
     drop_states(model, plan.replaced)
     if rows_VD is not None and layers_below(maps):
         tabulate_tokens(model, rows_VD)
@@ -65,7 +68,7 @@ def rewrite_ir_model(model: Any, plan: Plan, maps: Mapping[int, AffineMap], rows
 
 
 def rewrite_ir(
-    source: Path, out: Path, plan: Plan, maps: Mapping[int, AffineMap], rows_VD: np.ndarray | None = None
+    source: Path, out: Path, plan: Plan, maps: Mapping[int, Mixer], rows_VD: np.ndarray | None = None
 ) -> None:
     """Write the NBL version of an IR directory to `out`, which must not exist.
 

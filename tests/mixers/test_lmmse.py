@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbl_export.errors import NblError
-from nbl_export.plan.lmmse import fit, score
-from nbl_export.records.moments import Moments
+from nbl_export.mixers.lmmse import Moments, fit, score
 
 
 def moments(x: torch.Tensor, y: torch.Tensor) -> Moments:

@@ -1,6 +1,7 @@
-"""Moments -> CCA bound, calibration error and affine map, all in float64 and in closed form.
+"""Moments -> CCA bound, calibration error and matrices of a mixer, all in float64 and in closed form.
 
-X are rows of a layer's input, Y of its attention output, Y+ = X + Y. With centred second moments
+X are rows of a layer's features, Y of its attention output, Y+ = X + Y (of X only the token's own row, which is the
+first D features). With centred second moments
     W = Cyx (Cxx + lambda I)^-1,   b = E[Y] - W E[X]                       (LMMSE estimator)
     W = Ryx (Rxx + lambda I)^-1,   b = 0,   R = E[y x'] not centred        (a map without a bias)
     W_k = V V' W,  V the top k eigenvectors of W Cxy                       (reduced-rank regression)
@@ -11,16 +12,19 @@ Linearization", NeurIPS 2025; the Cholesky form of the bound is ours.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from nbl_export.errors import NblError
-from nbl_export.records.moments import Moments
-from nbl_export.records.plan import AffineMap, LayerScore
+from nbl_export.records.plan import LayerScore
 
-__all__ = ["EXPLAINED", "RIDGE", "fit", "fold_bias", "score"]
+__all__ = ["EXPLAINED", "RIDGE", "Fitted", "Moments", "fit", "fold_bias", "score"]
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +37,48 @@ _RAISES = 4  # tenfold each: a ridge of 1e-2 costs nothing measurable on whole t
 EXPLAINED = 0.999
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Sufficient statistics of one layer: raw, uncentred, float64. Only `calibrate.sums.Sums` can be added.
+
+    X are the features that a kind of mixer asks for (`base.Kind.features`), Y is attention's output.
+    """
+
+    count: int
+    x_sum: torch.Tensor  # [F]
+    y_sum: torch.Tensor  # [D]
+    xx: torch.Tensor  # [F, F] X'X
+    yx: torch.Tensor  # [D, F] Y'X
+    yy: torch.Tensor  # [D, D] Y'Y
+
+    def about_zero(self) -> Moments:
+        """The moments as if all means were zero. A map fitted to these has no bias."""
+        return dataclasses.replace(self, x_sum=torch.zeros_like(self.x_sum), y_sum=torch.zeros_like(self.y_sum))
+
+    def centred(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Means of X and Y, and Cxx, Cyx, Cyy."""
+        mean_x, mean_y = self.x_sum / self.count, self.y_sum / self.count
+        return (
+            mean_x,
+            mean_y,
+            self.xx / self.count - torch.outer(mean_x, mean_x),
+            self.yx / self.count - torch.outer(mean_y, mean_x),
+            self.yy / self.count - torch.outer(mean_y, mean_y),
+        )
+
+
+class Fitted(NamedTuple):
+    """Weight [D, F] and bias [D] of a fit in float32; with the factors up [D, k] and down [k, F] of a low rank."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+    up: np.ndarray | None = None
+    down: np.ndarray | None = None
+
+
 def fit(
     moments: Moments, layer: int, ridge: float = RIDGE, rank: int | str | None = None, *, bias: bool = True
-) -> AffineMap:
+) -> Fitted:
     """The LMMSE map of a layer, or the best map of a given rank.
 
     Args:
@@ -50,23 +93,27 @@ def fit(
     weight = _solve(cxx, cyx, layer, ridge)
     up = None if rank is None else _leading(weight @ cyx.T, rank)
     if up is None:
-        return AffineMap(weight.float().numpy(), (mean_y - weight @ mean_x).float().numpy())
+        return Fitted(weight.float().numpy(), (mean_y - weight @ mean_x).float().numpy())
     down = up.T @ weight
     offset = (mean_y - up @ (down @ mean_x)).float().numpy()
     if 2 * up.shape[1] >= up.shape[0]:
-        return AffineMap((up @ down).float().numpy(), offset)
-    return AffineMap.factored(up.float().numpy(), down.float().numpy(), offset)
+        return Fitted((up @ down).float().numpy(), offset)
+    factors = up.float().numpy(), down.float().numpy()
+    return Fitted(factors[0] @ factors[1], offset, *factors)
 
 
-def fold_bias(affine: AffineMap, moments: Moments, layer: int, ridge: float = RIDGE) -> AffineMap:
-    """The map without a bias that is nearest to an affine one in the mean square over the calibration rows.
+def fold_bias(
+    weight_DD: np.ndarray, bias_D: np.ndarray, moments: Moments, layer: int, ridge: float = RIDGE
+) -> np.ndarray:
+    """The weight [D, D] that alone is nearest to a map with a bias in the mean square over the calibration rows.
 
-    W' = W + b E[x]' (Rxx + lambda I)^-1. For the closed-form map, this is the closed-form map without a bias.
+    That weight is W + b E[x]' (Rxx + lambda I)^-1. For the closed-form map, this is the closed-form map without a bias.
     """
     mean_x, rxx = moments.x_sum / moments.count, moments.xx / moments.count
     share = torch.cholesky_solve(mean_x[:, None], _cholesky(rxx, layer, ridge))[:, 0]
-    weight = torch.from_numpy(affine.weight).double() + torch.outer(torch.from_numpy(affine.bias).double(), share)
-    return AffineMap(weight.float().numpy(), torch.zeros(len(affine.bias)).numpy())
+    weight = torch.from_numpy(weight_DD).double() + torch.outer(torch.from_numpy(bias_D).double(), share)
+    folded: np.ndarray = weight.float().numpy()
+    return folded
 
 
 def _leading(explained: torch.Tensor, rank: int | str) -> torch.Tensor | None:
@@ -89,11 +136,11 @@ def score(moments: Moments, layer: int, ridge: float = RIDGE, *, bias: bool = Tr
     """Bound and calibration errors of a layer's map; `bias` as in `fit`. Errors are relative to centred moments."""
     _, _, cxx, cyx, cyy = moments.centred()
     error = _error((moments if bias else moments.about_zero()).centred()[2:], layer, ridge)
-    c_plus = cxx + cyx + cyx.T + cyy
-    size = cxx.shape[0]
+    size = len(cyy)
+    c_plus = cxx[:size, :size] + cyx[:, :size] + cyx[:, :size].T + cyy
     lower_x = _cholesky(cxx, layer, ridge)
     lower_plus = _cholesky(c_plus, layer, ridge)
-    half = torch.linalg.solve_triangular(lower_plus, cyx + cxx, upper=False)
+    half = torch.linalg.solve_triangular(lower_plus, cyx + cxx[:size], upper=False)
     coherence = torch.linalg.solve_triangular(lower_x, half.T, upper=False)
     bound = max(0.0, size - coherence.square().sum().item())
     return LayerScore(layer, bound, _ratio(error, cyy.trace()), _ratio(error, c_plus.trace()))

@@ -14,15 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["TrainedMap"]
+__all__ = ["TrainedLinear"]
 
 _OVERSAMPLED = 16  # extra singular vectors, so that the wanted singular vectors are exact
 
 
-class TrainedMap(nn.Module):
+class TrainedLinear(nn.Module):
     """x [B, T, D] -> x W'^T + b' [B, T, D], of which `up` [D, R], `down` [R, D] and `shift` [D] are trained.
 
     A bias of zeros stays zero, because a map without a bias is to have none (`--maps linear`).
@@ -62,16 +63,16 @@ class TrainedMap(nn.Module):
         return {"weight": self.weight} if whole else dict(self.named_parameters())
 
     @torch.no_grad()
-    def aim(self, gradient_DD: torch.Tensor) -> None:
+    def aim(self, gradient: torch.Tensor) -> None:
         """Set `down` to the first right singular vectors of the weight's gradient [D, D].
 
         These vectors have norm 1, as random vectors have on average. If the rank is above D, the rest stays random.
         """
-        count = min(len(self.down), *gradient_DD.shape)
+        count = min(len(self.down), *gradient.shape)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # svd_lowrank starts at random vectors
-            wide = min(count + _OVERSAMPLED, *gradient_DD.shape)
-            read_DR = torch.svd_lowrank(gradient_DD.cpu(), q=wide, niter=4)[2]
+            wide = min(count + _OVERSAMPLED, *gradient.shape)
+            read_DR = torch.svd_lowrank(gradient.cpu(), q=wide, niter=4)[2]
         self.down[:count] = read_DR[:, :count].T.to(self.down)
 
     @torch.no_grad()
@@ -81,6 +82,11 @@ class TrainedMap(nn.Module):
         out, thin = (values.square().mean().sqrt() for values in (self(x_BTD), x_BTD @ self.down.T))
         found = torch.stack([out / thin, out])
         self.units.copy_(torch.where(torch.isfinite(found) & (found > 0), found, torch.ones_like(found)))
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Weight and bias as trained so far."""
+        found = {"weight": self.weight, "bias": self.bias}
+        return {name: tensor.detach().cpu().numpy().copy() for name, tensor in found.items()}
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         if self.rows is None:

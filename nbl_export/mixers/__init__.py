@@ -1,0 +1,38 @@
+"""What a layer does with the sequence: a protocol (`base`), one file a kind, and the kinds by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from nbl_export.mixers.base import Kind, Mixer
+from nbl_export.mixers.linear import LINEAR
+from nbl_export.mixers.none import NONE
+
+__all__ = ["DEFAULT", "kind_of", "kinds", "layers_below", "register"]
+
+DEFAULT: Kind = LINEAR
+_KINDS: dict[str, Kind] = {kind.name: kind for kind in (LINEAR, NONE)}
+
+
+def register(kind: Kind) -> None:
+    """Add a kind by its name."""
+    _KINDS[kind.name] = kind
+
+
+def kinds() -> tuple[str, ...]:
+    """Names of all kinds."""
+    return tuple(_KINDS)
+
+
+def kind_of(name: str) -> Kind:
+    """The kind of this name.
+
+    Raises:
+        KeyError: there is no such kind.
+    """
+    return _KINDS[name]
+
+
+def layers_below(mixers: Mapping[int, Mixer]) -> range:
+    """Layers below the first one in which a token reads another token: attention, or a mixer that is not local."""
+    return range(next(i for i in range(len(mixers) + 1) if i not in mixers or not mixers[i].token_local))

@@ -1,0 +1,266 @@
+"""What a layer does with the sequence, instead of attention: the protocols `Mixer`, `Kind` and `Builder`.
+
+    Kind     the registration: features for calibration ─► moments ─► fit ─► Mixer;  tensors of a file ─► Mixer
+    Mixer    one fitted layer: emits itself into a graph, is a torch module, and has tensors, work and a state
+    Builder  what a mixer may put into a graph: one implementer each for ONNX, OpenVINO and NumPy (`apply`)
+
+A new kind is one file of this package and its name in `nbl_export.mixers`. Other packages ask a mixer what they need to
+know, and never for its class. Values of a builder are [B, T, width]: batch, tokens of this step, numbers of a token.
+Importing this package loads no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from nbl_export.records.plan import LayerScore
+
+if TYPE_CHECKING:
+    import torch
+
+    from nbl_export.mixers.lmmse import Moments
+
+__all__ = ["AS_USUAL", "Builder", "FitOptions", "Kind", "Mixer", "StateSpec", "TokenWork", "TrainedMixer", "apply"]
+
+Value = Any  # a value of the graph that a builder makes
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """The last `tokens` rows of its input that a layer remembers between steps, each `width` wide.
+
+    Before the first token these rows are zeros. So are the rows of padding: whoever hands x to a layer with a state
+    sets its rows of padding to zero. So a padded row of a batch gives the result of the row alone.
+    """
+
+    tokens: int
+    width: int
+
+
+@dataclass(frozen=True)
+class TokenWork:
+    """What one token costs.
+
+    Attributes:
+        multiply_adds: of this token alone.
+        elements: of the matrices that are read, once for all tokens of a step.
+        token_local: as in `Mixer`. Only such layers are left out of all tokens but the last, or looked up.
+    """
+
+    multiply_adds: int
+    elements: int
+    token_local: bool = True
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What a user asks of a fit; a kind that has no such choice ignores it.
+
+    Attributes:
+        rank: of a matrix; None for the full rank, "auto" for as much as the calibration text needs.
+        bias: False if the format to be written stores no bias.
+    """
+
+    rank: int | str | None = None
+    bias: bool = True
+
+
+AS_USUAL = FitOptions()
+
+
+class Builder(Protocol):
+    """What a mixer may put into a graph, at one layer. `name` is unique in the layer and names node and constant."""
+
+    def matmul(self, x: Value, matrix: np.ndarray, name: str) -> Value:
+        """x M' for a matrix [O, I]: the last dimension I becomes O."""
+
+    def add(self, x: Value, other: Value | np.ndarray, name: str) -> Value:
+        """The sum of two values, or of a value and a vector [width]."""
+
+    def concat(self, values: Sequence[Value], name: str) -> Value:
+        """Values one after another along T."""
+
+    def slice(self, x: Value, start: int, end: int | None, name: str) -> Value:
+        """Tokens from `start` up to `end` along T, counted as in Python: negative from the end, None for the end."""
+
+    def state(self, spec: StateSpec, name: str) -> Value:
+        """The rows that the layer remembers from the step before, [B, tokens, width]; zeros before the first token."""
+
+    def keep(self, spec: StateSpec, value: Value, name: str) -> None:
+        """Remember, for the next step, the last `tokens` rows up to each row's last valid token; `name` as in `state`.
+
+        Args:
+            value: the state and then the rows of this step, [B, tokens + T, width].
+        """
+
+
+class Mixer(Protocol):
+    """One fitted layer: x [B, T, D], its input at the tap, to what it adds to the residual stream, [B, T, D]."""
+
+    @property
+    def kind(self) -> str:
+        """Name of its kind."""
+
+    @property
+    def token_local(self) -> bool:
+        """Whether an output row depends on the input row of the same token alone. Then there is no state."""
+
+    @property
+    def state(self) -> StateSpec | None:
+        """What it remembers between steps."""
+
+    @property
+    def size(self) -> int:
+        """D: the width of its input and output."""
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of its matrix if it is stored as two thin factors; otherwise None."""
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """All its numbers in float32, by name, as `Kind.from_tensors` takes them."""
+
+    def matrices(self) -> dict[str, np.ndarray]:
+        """The matrices [O, I] that `emit` multiplies by, under the names that `emit` gives them, in that order."""
+
+    def with_matrices(self, matrices: Mapping[str, np.ndarray]) -> Mixer:
+        """The same with other numbers in `matrices()`, e.g. those that a quantised graph stores."""
+
+    def scaled_input(self, scale_D: np.ndarray) -> Mixer:
+        """The mixer that gives for x what this one gives for x * scale."""
+
+    def product(self) -> np.ndarray | None:
+        """The matrix W [D, D] if it computes x W' and nothing else, as some file formats need; otherwise None."""
+
+    def as_product(self, moments: Moments, layer: int) -> Mixer | None:
+        """The nearest mixer that is one product, in the mean square over the calibration rows; None if none is near."""
+
+    def emit(self, build: Builder, x: Value) -> Value | None:
+        """Its output for x, from the operators of a builder. None: it adds nothing to the residual stream."""
+
+    def module(self, multiplier: float = 1.0) -> Any:
+        """A torch module in place of a self-attention module of transformers (`mixers.modules.MixerModule`).
+
+        Args:
+            multiplier: the layer's factor of attention's output. A mixer includes it, so the module's output is
+                divided by it.
+        """
+
+    def work(self) -> TokenWork:
+        """What one token costs."""
+
+
+class TrainedMixer(Protocol):
+    """A torch module that trains a mixer: a fixed start and a low-rank delta (`mixers.linear_training`)."""
+
+    rows: Mapping[str, torch.Tensor] | None
+
+    def values(self, whole: bool) -> dict[str, torch.Tensor]:
+        """The trained tensors; with `whole`, the full matrix that they make, as `weight`, alone."""
+
+    def aim(self, gradient: torch.Tensor) -> None:
+        """Initialise the delta from the gradient by the full matrix."""
+
+    def measure(self, x_BTD: torch.Tensor) -> None:
+        """Set the units of the delta by inputs of the layer."""
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The `Mixer.tensors` as trained so far."""
+
+
+class Kind(Protocol):
+    """A kind of mixer: how it is calibrated, fitted, judged and read from a file. Torch is loaded by these methods.
+
+    A kind derives from this class, whose defaults are those of a layer that reads its own token and is not trained.
+    """
+
+    @property
+    def name(self) -> str:
+        """As plan, nbl.json and maps.safetensors name it."""
+
+    def feature_count(self, size: int) -> int:
+        """F: the number of features of a layer that is `size` wide."""
+        return size
+
+    def features(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """What calibration collects of windows from their first token on: [B, T, F].
+
+        Second moments of these features and of attention's output are all that `fit` and `score` get. The first D
+        features are x itself.
+        """
+        return x_BTD
+
+    def fit(self, moments: Moments, layer: int, options: FitOptions = AS_USUAL) -> Mixer:
+        """The best mixer of this kind for a layer.
+
+        Raises:
+            NblError: the moments hold NaN or infinity, or x does not vary.
+        """
+
+    def score(self, moments: Moments, layer: int, options: FitOptions = AS_USUAL) -> LayerScore:
+        """How well the best linear function of the features can replace a layer's attention."""
+        from nbl_export.mixers import lmmse
+
+        return lmmse.score(moments, layer, bias=options.bias)
+
+    def from_tensors(self, tensors: Mapping[str, np.ndarray]) -> Mixer:
+        """The mixer of these `Mixer.tensors`.
+
+        Raises:
+            KeyError: a tensor is missing.
+            ValueError: shapes contradict each other.
+        """
+
+    def blank(self, size: int, multiplier: float = 1.0) -> Any:
+        """The torch module of a full mixer, whose numbers are loaded later."""
+
+    def from_module(self, state: Mapping[str, np.ndarray], size: int) -> Mixer:
+        """The mixer of the `state_dict` of a module of this kind; errors as in `from_tensors`."""
+        return self.from_tensors(state)
+
+    def trained(self, mixer: Mixer, rank: int, generator: Any) -> TrainedMixer | None:
+        """The form that distillation trains, with a delta of some rank; None if this kind is not trained."""
+        return None
+
+
+def apply(mixer: Mixer, x_BTD: np.ndarray, state: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    """What a mixer adds to the residual stream, in NumPy and float32, and its state after these tokens.
+
+    Args:
+        state: after the tokens before; None before the first token.
+    """
+    build = _Arrays(state, len(x_BTD))
+    found = mixer.emit(build, x_BTD.astype(np.float32))
+    return (np.zeros(x_BTD.shape, np.float32) if found is None else found), build.kept
+
+
+class _Arrays:
+    """The builder whose values are arrays."""
+
+    def __init__(self, past: np.ndarray | None, batch: int) -> None:
+        self._past, self._batch = past, batch
+        self.kept: np.ndarray | None = None
+
+    def matmul(self, x: np.ndarray, matrix: np.ndarray, name: str) -> np.ndarray:
+        product: np.ndarray = x @ matrix.T
+        return product
+
+    def add(self, x: np.ndarray, other: np.ndarray, name: str) -> np.ndarray:
+        return x + other
+
+    def concat(self, values: Sequence[np.ndarray], name: str) -> np.ndarray:
+        return np.concatenate(values, axis=1)
+
+    def slice(self, x: np.ndarray, start: int, end: int | None, name: str) -> np.ndarray:
+        return x[:, start:end]
+
+    def state(self, spec: StateSpec, name: str) -> np.ndarray:
+        blank = np.zeros((self._batch, spec.tokens, spec.width), np.float32)
+        return blank if self._past is None else self._past
+
+    def keep(self, spec: StateSpec, value: np.ndarray, name: str) -> None:
+        self.kept = value[:, -spec.tokens :]

@@ -1,0 +1,87 @@
+"""Attention dropped: the layer adds nothing in its place. The baseline of Erdogan et al. 2025."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nbl_export.mixers.base import (
+    AS_USUAL,
+    Builder,
+    FitOptions,
+    Kind,
+    Mixer,
+    TokenWork,
+    Value,
+)
+
+if TYPE_CHECKING:
+    from nbl_export.mixers.lmmse import Moments
+
+__all__ = ["NONE", "Nothing"]
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """Adds nothing to the residual stream of a layer that is `size` wide."""
+
+    size: int
+    kind = "none"
+    token_local = True
+    rank = None
+    state = None
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """An empty tensor [0, D], from which a file tells the layer and its width."""
+        return {"nothing": np.zeros((0, self.size), np.float32)}
+
+    def matrices(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def with_matrices(self, matrices: Mapping[str, np.ndarray]) -> Mixer:
+        return self
+
+    def scaled_input(self, scale_D: np.ndarray) -> Mixer:
+        return self
+
+    def product(self) -> np.ndarray:
+        """A matrix of zeros, for formats that have no layer without a mixer."""
+        return np.zeros((self.size, self.size), np.float32)
+
+    def as_product(self, moments: Moments, layer: int) -> Mixer:
+        return self
+
+    def emit(self, build: Builder, x: Value) -> None:
+        return None
+
+    def module(self, multiplier: float = 1.0) -> Any:
+        from nbl_export.mixers.modules import NothingModule
+
+        return NothingModule()
+
+    def work(self) -> TokenWork:
+        return TokenWork(0, 0)
+
+
+class _None(Kind):
+    """Scores are those of a linear layer, which order the layers as in the paper."""
+
+    name = "none"
+
+    def fit(self, moments: Moments, layer: int, options: FitOptions = AS_USUAL) -> Mixer:
+        return Nothing(len(moments.y_sum))
+
+    def from_tensors(self, tensors: Mapping[str, np.ndarray]) -> Mixer:
+        return Nothing(tensors["nothing"].shape[1])
+
+    def blank(self, size: int, multiplier: float = 1.0) -> Any:
+        return Nothing(size).module(multiplier)
+
+    def from_module(self, state: Mapping[str, np.ndarray], size: int) -> Mixer:
+        return Nothing(size)
+
+
+NONE = _None()

@@ -1,1 +1,0 @@
-"""Puts matrices in codes of a few bits into a graph."""

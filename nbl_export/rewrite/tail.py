@@ -1,0 +1,349 @@
+"""Above the last layer in which a token reads another, such as kept attention, only the last valid token is computed.
+
+    before   x ------------------------------ join -- mlp -- ... -- lm_head -> logits [B, T, V]
+             attention -- o_proj -------------^
+    after    x -- GatherND(last) ------------ join -- mlp -- ... -- lm_head -> logits [B, 1, V]
+             attention -- GatherND(last) -- o_proj -^
+
+`LastValid` computes the index of each row's last valid token, from the mask or, in the static form, from an added
+input. The result is correct if only the logits of the last position are used. In the original graph the last kept layer
+is the last layer: its MLP, the final norm and the head run on one token. With more than one row, `LastRows` takes the
+last positions of the chunk instead, for speculative decoding.
+
+Refuses a tail in which anything but the two inputs of the join depends on the tokens. On the path from the attention to
+the join, the gather moves back past each node that computes every token by itself. So it stands in front of o_proj,
+unless a dynamic quantisation before o_proj shares one scale among all tokens.
+
+A directory then has two graphs on the same data, because external data cannot lie outside a graph's directory:
+
+    model.onnx       the deployed graph: one token behind the last kept attention
+    all_logits.onnx  the graph before pruning; for perplexity, verification and log-probabilities of a prompt
+    model.onnx.data  weights of both
+    (decoder.onnx and its data in a directory of the static form, which its compiler reads)
+
+Runtimes do not open the second graph: GenAI opens the file that genai_config.json names, others open model.onnx. A
+rewrite starts from the second graph, because the result has another last kept layer and so a longer tail.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from nbl_export.errors import RefusalError
+from nbl_export.graph.anatomy import find_reader, is_constant, reading_layers
+from nbl_export.graph.emitter import register
+from nbl_export.graph.names import ALL_LOGITS_FILE, graph_file
+
+__all__ = ["Integers", "LastValid", "PruneTail", "difference", "keep_last_token"]
+
+_PREFIX, _ROWS_PREFIX = "/nbl/tail", "/nbl/rows"  # begin the names of all nodes that tail pruning adds
+_LEAST_OPSET = 18  # the first in which ReduceMax takes its axes as an input
+_WRITES = "write_indices"
+
+
+class PruneTail(ir.passes.InPlacePass):
+    """Gather the last valid token in front of that layer's o_proj and residual join.
+
+    Args:
+        rows: positions to compute. More than one keeps the shape of the logits, with zeros in front.
+    """
+
+    def __init__(self, rows: int = 1) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        logits = next((v for v in graph.outputs if v.name == "logits"), None)
+        if logits is None:
+            raise RefusalError(None, "it has no output named logits; only its last position could be pruned")
+        if logits.shape is not None and len(logits.shape) == 3 and logits.shape[1] == 1:
+            return ir.passes.PassResult(model, modified=False)
+        block = find_reader(graph, reading_layers(graph)[-1])
+        tail = _tail_of(graph, block.join)
+        _check_tail(block.layer, block.join, tail)
+        last = LastValid(graph) if self.rows == 1 else LastRows(graph, self.rows)
+        way = _way_of_single_tokens(block.join, block.branch_index)
+        user, i = way[0]
+        attention = user.inputs[i]
+        assert attention is not None
+        producer = attention.producer()  # insert behind it: a product's dequantised weight stays beside the product
+        assert producer is not None
+        graph.insert_after(producer, [*last.index, _take_last(last, user, i, "attention")])
+        graph.insert_before(block.join, _take_last(last, block.join, 1 - block.branch_index, "residual"))
+        shape = [_batch(graph), 1 if self.rows == 1 else _tokens(graph), _width(graph, logits)]
+        for value in (v for node in (*tail, *(node for node, _ in way)) for v in node.outputs):
+            value.shape = None
+        logits.shape = ir.Shape(shape)
+        last.finish(logits)
+        return ir.passes.PassResult(model, modified=True)
+
+
+def _take_last(last: LastValid | LastRows, user: ir.Node, i: int, name: str) -> ir.Node:
+    """Make the node that `user` now reads at its input i; the node is not in the graph yet."""
+    value = user.inputs[i]
+    assert value is not None
+    node = last.take(value, name)
+    user.replace_input_with(i, node.outputs[0])
+    return node
+
+
+def _way_of_single_tokens(join: ir.Node, index: int) -> list[tuple[ir.Node, int]]:
+    """Path of (node, input index) to the join; the last token can be taken in front of its first node."""
+    way = [(join, index)]
+    while True:
+        user, i = way[0]
+        value = user.inputs[i]
+        node = None if value is None else value.producer()
+        if value is None or node is None or len(value.uses()) != 1 or value.is_graph_output():
+            return way
+        entering = [k for k, v in enumerate(node.inputs) if v is not None and not is_constant(v)]
+        if len(node.outputs) != 1 or len(entering) != 1 or not _is_for_each_token(node, entering[0]):
+            return way
+        way.insert(0, (node, entering[0]))
+
+
+def _is_for_each_token(node: ir.Node, entering: int) -> bool:
+    """Whether a node computes each token [B, T, ...] of input `entering` from that token alone."""
+    others = [v for i, v in enumerate(node.inputs) if v is not None and i != entering]
+    if node.op_type in ("MatMul", "MatMulNBits"):
+        return entering == 0
+    if node.op_type in ("Add", "Mul"):
+        return all(v.shape is not None and all(n == 1 for n in v.shape[:-1]) for v in others)
+    if node.op_type in ("SimplifiedLayerNormalization", "RMSNormalization"):
+        return entering == 0 and ("axis" not in node.attributes or node.attributes["axis"].as_int() in (-1, 2))
+    return node.op_type == "Cast"
+
+
+def _tail_of(graph: ir.Graph, join: ir.Node) -> list[ir.Node]:
+    reached = set(join.outputs)
+    tail = [join]
+    for node in graph:
+        if node is not join and any(v in reached for v in node.inputs):
+            reached.update(node.outputs)
+            tail.append(node)
+    return tail
+
+
+def _check_tail(layer: int, join: ir.Node, tail: list[ir.Node]) -> None:
+    made = {v for node in tail for v in node.outputs}
+    for value in made:
+        if value.is_graph_output() and value.name != "logits":
+            raise RefusalError(layer, f"{value.name} is an output behind the last attention, for all positions")
+    for node in tail:
+        outside = [v for v in node.inputs if v is not None and v not in made and not is_constant(v)]
+        if outside and node is not join:
+            raise RefusalError(layer, f"{node.name or node.op_type} behind the last attention reads {outside[0].name}")
+
+
+def _batch(graph: ir.Graph) -> str:
+    shape = next(v for v in graph.inputs if v.name == "input_ids").shape
+    return str(shape[0]) if shape is not None else "batch_size"
+
+
+def _tokens(graph: ir.Graph) -> str:
+    shape = next(v for v in graph.inputs if v.name == "input_ids").shape
+    return str(shape[1]) if shape is not None else "sequence_length"
+
+
+def _width(graph: ir.Graph, logits: ir.Value) -> int | str:
+    producer = logits.producer()
+    weight = producer.inputs[1] if producer is not None and producer.op_type == "MatMul" else None
+    if weight is not None and weight.shape is not None and isinstance(weight.shape[-1], int):
+        return weight.shape[-1]
+    if producer is not None and "N" in producer.attributes:  # MatMulNBits
+        return producer.attributes["N"].as_int()
+    return "vocab_size"
+
+
+class LastValid:
+    """Takes each row's last valid token of values [B, T, ...] of a graph.
+
+        attention_mask [B, past + T]   max(mask[:, -T:] x 0..T-1)     rows padded on either side, decode steps
+        num_tokens [B]                 max(num_tokens - 1, 0)         the static form, which has no mask
+
+    In the static form the input num_tokens (valid new tokens of each row) is added behind write_indices. A row that
+    rests in a step has num_tokens 0. It gets the index of its first padding token, whose logits must be ignored.
+    ArgMax could also find the last 1 of a mask. But TensorRT's parser refuses to take the last of equal values, and
+    CUDA has no kernel for it.
+
+    Args:
+        prefix, constants: begin the names of nodes and of constants.
+
+    Attributes:
+        index: nodes that compute the index; they are not in the graph yet.
+        at: the index [B, 1, 1].
+        chunk: the mask of this chunk [B, T]; None in the static form.
+
+    Raises:
+        RefusalError: no input says which tokens are valid; the graph has not changed.
+    """
+
+    def __init__(self, graph: ir.Graph, prefix: str = _PREFIX, constants: str = "nbl.tail") -> None:
+        emit = Integers(graph, prefix, constants)
+        self.index, self._prefix = emit.nodes, prefix
+        self.chunk, self.at = _index(graph, emit)
+
+    def take(self, value: ir.Value, name: str) -> ir.Node:
+        """A node that takes the last valid token; it is not in the graph yet."""
+        node = ir.node("GatherND", [value, self.at], attributes={"batch_dims": 1}, name=f"{self._prefix}/{name}")
+        node.outputs[0].name = f"{node.name}/output_0"
+        node.outputs[0].type = value.type
+        return node
+
+    def finish(self, logits: ir.Value) -> None:
+        """Nothing: the graph gives the logits of one token."""
+
+
+def _index(graph: ir.Graph, emit: Integers) -> tuple[ir.Value | None, ir.Value]:
+    """The mask of this chunk, if there is one, and the index [B, 1, 1]."""
+    inputs = {str(v.name): v for v in graph.inputs}
+    if "input_ids" in inputs and _WRITES in inputs:
+        return None, _from_counts(emit, _add_counts(graph, inputs["input_ids"], inputs[_WRITES]))
+    if "input_ids" not in inputs or "attention_mask" not in inputs:
+        raise RefusalError(None, "it has no input_ids and attention_mask, from which the last valid token is known")
+    mask = inputs["attention_mask"]
+    if graph.opset_imports.get("", 0) < _LEAST_OPSET:
+        raise RefusalError(
+            None, f"its operators are of opset {graph.opset_imports.get('')}, not {_LEAST_OPSET} or later"
+        )
+    if mask.dtype != ir.DataType.INT64:
+        raise RefusalError(None, f"its attention_mask is {mask.dtype}, not int64")
+    return _from_mask(emit, inputs["input_ids"], mask)
+
+
+def _add_counts(graph: ir.Graph, ids: ir.Value, writes: ir.Value) -> ir.Value:
+    counts = ir.Value(name="num_tokens", type=ir.TensorType(ir.DataType.INT64))
+    counts.shape = None if ids.shape is None else ir.Shape(ids.shape[:1])
+    graph.inputs.insert(list(graph.inputs).index(writes) + 1, counts)
+    return counts
+
+
+def _from_counts(emit: Integers, counts: ir.Value) -> ir.Value:
+    last = emit("Sub", "last", counts, emit.constant("one", 1))
+    found = emit("Max", "found", last, emit.constant("zero", 0))
+    return emit("Unsqueeze", "index", found, emit.constant("axes", [1, 2]))
+
+
+def _from_mask(emit: Integers, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
+    end, start, step, axis, last = (
+        emit.constant(name, values)
+        for name, values in (
+            ("end", [np.iinfo(np.int64).max]), ("first", 0), ("step", 1), ("axis", [1]), ("last", [-1]),
+        )
+    )  # fmt: skip
+    length = emit("Shape", "length", ids, start=1, end=2)
+    chunk = emit("Slice", "mask", mask, emit("Neg", "start", length), end, axis)
+    positions = emit("Range", "positions", start, emit("Squeeze", "tokens", length), step)
+    found = emit("ReduceMax", "found", emit("Mul", "valid", chunk, positions), axis, keepdims=1)
+    return chunk, emit("Unsqueeze", "index", found, last)
+
+
+class LastRows:
+    """Takes the last rows of values [B, T, ...] of a graph, as a verifier of drafted tokens reads them.
+
+        before   x [B, T, D] ----------------------- head -> logits [B, T, V]
+        after    x -- Slice(last R) -> [B, min(R, T), D] -- head -- Pad -> logits [B, T, V]
+
+    A runtime of speculative decoding reads one position behind a prompt, and up to R positions behind drafted tokens.
+    It sizes its buffer for all T positions, so the positions before the last R are zeros. A chunk of at most R tokens
+    has no zeros. Rows with padding behind their tokens are wrong here; runtimes verify one sequence at a time.
+    """
+
+    def __init__(self, graph: ir.Graph, rows: int) -> None:
+        self.index: list[ir.Node] = []  # nodes that `take` needs: none
+        self._emit, self._graph = Integers(graph, _ROWS_PREFIX, "nbl.rows"), graph
+        self._bounds = [
+            self._emit.constant("start", [-rows]),  # a Slice starts at 0 if the chunk is shorter
+            self._emit.constant("end", [np.iinfo(np.int64).max]),
+            self._emit.constant("axis", [1]),
+        ]
+
+    def take(self, value: ir.Value, name: str) -> ir.Node:
+        """A node that takes the last rows of a value; it is not in the graph yet."""
+        node = ir.node("Slice", [value, *self._bounds], name=f"{_ROWS_PREFIX}/{name}")
+        node.outputs[0].name = f"{_ROWS_PREFIX}/{name}/output_0"
+        node.outputs[0].type = value.type
+        return node
+
+    def finish(self, logits: ir.Value) -> None:
+        """Pad the graph's logits in front, so that they have a row for each token again."""
+        graph, name, shape = self._graph, logits.name, logits.shape
+        ids = next(v for v in graph.inputs if v.name == "input_ids")
+        logits.name, logits.shape = f"{_ROWS_PREFIX}/logits", None
+        width = self._emit("Shape", "width", ids, start=1, end=2)
+        computed = self._emit("Shape", "computed", logits, start=1, end=2)
+        front = self._emit("Sub", "front", width, computed)
+        none, none_behind = self._emit.constant("none", [0]), self._emit.constant("none_behind", [0, 0, 0, 0])
+        pads = self._emit("Concat", "pads", none, front, none_behind, axis=0)
+        padded = self._emit("Pad", "padded", logits, pads)
+        padded.name, padded.type, padded.shape = name, logits.type, shape
+        producer = logits.producer()
+        assert producer is not None
+        graph.insert_after(producer, self._emit.nodes)
+        graph.outputs[list(graph.outputs).index(logits)] = padded
+
+
+class Integers:
+    """Makes int64 nodes, which are not in the graph yet, and constants, which are.
+
+    Args:
+        prefix, constants: begin the names of nodes and of constants.
+    """
+
+    def __init__(self, graph: ir.Graph, prefix: str, constants: str) -> None:
+        self.nodes: list[ir.Node] = []
+        self._graph, self._prefix, self._constants = graph, prefix, constants
+
+    def __call__(self, op: str, name: str, *operands: ir.Value, **attributes: int) -> ir.Value:
+        node = ir.node(op, operands, attributes=attributes, name=f"{self._prefix}/{name}")
+        node.outputs[0].name = f"{node.name}/output_0"
+        node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, name: str, values: int | list[int]) -> ir.Value:
+        return register(self._graph, ir.tensor(np.array(values, np.int64), name=f"{self._constants}.{name}"))
+
+
+def keep_last_token(directory: Path) -> None:
+    """Rename the graph to all_logits.onnx, byte for byte, and write the pruned graph in its place.
+
+    Raises:
+        RefusalError: the tail of this graph cannot be pruned; no file has changed.
+    """
+    path = directory / graph_file(directory)
+    model = _pruned(path)
+    os.replace(path, directory / ALL_LOGITS_FILE)
+    ir.save(model, path)
+
+
+def difference(directory: Path) -> str:
+    """How the deployed graph differs from the pruned all_logits.onnx; "" if all nodes and weights are equal."""
+    if not (directory / ALL_LOGITS_FILE).is_file():
+        return f"there is no {ALL_LOGITS_FILE}"
+    expected = ir.to_proto(_pruned(directory / ALL_LOGITS_FILE))
+    found = ir.to_proto(ir.load(directory / graph_file(directory)))
+    for kind in ("input", "output", "initializer", "node"):
+        ours, theirs = getattr(found.graph, kind), getattr(expected.graph, kind)
+        if len(ours) != len(theirs):
+            return f"{len(ours)} {kind}s, not {len(theirs)}"
+        for one, other in zip(ours, theirs, strict=True):
+            if one.SerializeToString(deterministic=True) != other.SerializeToString(deterministic=True):
+                return f"{kind} {one.name} differs"
+    return ""
+
+
+def _pruned(path: Path) -> ir.Model:
+    model = ir.load(path)
+    try:
+        PruneTail()(model)
+    except RefusalError as error:
+        raise RefusalError(
+            error.layer, f"{error.reason} (nodes behind the last attention cannot be pruned; use --logits all)"
+        ) from error
+    return model

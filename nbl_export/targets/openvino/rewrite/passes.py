@@ -1,0 +1,185 @@
+"""The passes of `rewrite` on an IR, by the same names.
+
+    before   x -- norm -- qkv -- states -- attention -- o_proj -+      after   x -- MatMul(W') -- Add(b) -+
+             x ------------------------------------------------ join           x -------------------- join
+
+The nodes are the mixer's own (`mixers`, `builder`). If it adds nothing, the readers of the join get x. The old block
+loses its reader and is not saved (see `drop_states`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from nbl_export.errors import RefusalError
+from nbl_export.mixers.base import Mixer
+from nbl_export.targets.openvino.ir.anatomy import (
+    Block,
+    Dataflow,
+    Join,
+    State,
+    states_of,
+)
+from nbl_export.targets.openvino.rewrite.builder import IrBuilder
+
+__all__ = ["TABLE", "bypass_attention", "drop_states", "prune_tail", "tabulate_tokens"]
+
+
+TABLE = "nbl.token_table"
+_TOKENS = 1  # axis of the tokens, in [batch, tokens, hidden size]
+
+
+def bypass_attention(model: Any, flow: Dataflow, mixers: Mapping[int, Mixer], tap: str) -> None:
+    """Replace the attention of layers by mixers, in place.
+
+    Raises:
+        RefusalError: a block is not understood, has another width, or lacks the tap.
+    """
+    for block in [flow.block(layer) for layer in sorted(mixers)]:
+        mixer = mixers[block.layer]
+        _check_width(block, mixer)
+        build = IrBuilder(model, block.layer, _tapped(block, tap), remembers=mixer.state is not None)
+        output = mixer.emit(build, build.x)
+        if output is None:
+            for reader in block.join.output(0).get_target_inputs():
+                reader.replace_source_output(block.residual)
+        else:
+            block.join.input(block.branch).replace_source_output(output)
+
+
+def _tapped(block: Block, tap: str) -> Any:
+    if tap == "residual":
+        return block.residual
+    if block.normed is None:
+        raise RefusalError(
+            block.layer,
+            "its attention does not multiply one normed value first, which tap normed needs; use tap residual",
+        )
+    return block.normed
+
+
+def _check_width(block: Block, mixer: Mixer) -> None:
+    width = block.join.get_output_partial_shape(0)[-1]
+    if width.is_static and width.get_length() != mixer.size:
+        raise RefusalError(block.layer, f"its attention output is {width.get_length()} wide, the map {mixer.size}")
+
+
+def drop_states(model: Any, layers: Collection[int]) -> None:
+    """Remove the key/value states of layers, in place; run after `bypass_attention`.
+
+    A graph may read the lengths of all layers from one layer's state (ShapeOf). These readers first get a kept state,
+    which has the same dimensions.
+
+    Raises:
+        RefusalError: no layer would keep its states, or a result still reads a removed one.
+    """
+    before = states_of(model)
+    kept = [layer for layer in before if layer not in layers]
+    if not kept:
+        raise RefusalError(None, "no attention layer would keep its cache; keep at least one")
+    for layer in sorted(set(layers) & set(before)):
+        for state, replacement in zip(before[layer], before[kept[0]], strict=True):
+            _repoint_shape_readers(state, replacement)
+            model.remove_sink(state.assign)
+            model.remove_variable(model.get_variable_by_id(state.variable))
+    model.validate_nodes_and_infer_types()
+    after = states_of(model)
+    for layer in after:
+        if layer in layers:
+            raise RefusalError(layer, f"its state {after[layer].key.variable} is still read")
+
+
+def _repoint_shape_readers(state: State, replacement: State) -> None:
+    """Give each ShapeOf of the state, before or after the new tokens, the same value of another state."""
+    for old, new in zip(_chain(state.read), _chain(replacement.read), strict=False):
+        for user in old.output(0).get_target_inputs():
+            if user.get_node().get_type_name() == "ShapeOf":
+                user.replace_source_output(new.output(0))
+
+
+def _chain(read: Any) -> list[Any]:
+    """The ReadValue node, the Gather that reorders it by beam_idx, and the Concat that adds the new tokens."""
+    found = [read]
+    for kind in ("Gather", "Concat"):
+        readers = [i.get_node() for i in found[-1].output(0).get_target_inputs()]
+        found += [node for node in readers if node.get_type_name() == kind][:1]
+    return found
+
+
+def tabulate_tokens(model: Any, rows_VD: np.ndarray) -> None:
+    """Feed the first layer in which a token reads others from a table, in place; run after `drop_states`.
+
+        before   input_ids -- embedding -- layers 0..k-1 (linearized) -- x of layer k
+        after    input_ids -- Gather(table [V, D]) --------------------- x of layer k
+
+    Without attention below layer k, its input depends on one token alone.
+
+    Args:
+        rows_VD: input of that layer for each token.
+
+    Raises:
+        RefusalError: the model has no input input_ids.
+    """
+    from openvino import opset13 as ops
+
+    flow = Dataflow(model)
+    first = flow.readers[0]
+    x = flow.reader(first).residual
+    ids = next((p for p in model.inputs if "input_ids" in p.get_names()), None)
+    if ids is None:
+        raise RefusalError(None, "it has no input input_ids, which a table for each token needs")
+    readers = x.get_target_inputs()
+    table = ops.constant(np.ascontiguousarray(rows_VD, np.float32), name=TABLE)
+    axis = ops.constant(0, dtype="int64", name=f"{TABLE}/axis")
+    found = ops.gather(table, ids, axis, name=f"/nbl/layers.0-{first - 1}/Gather")
+    for reader in readers:
+        reader.replace_source_output(found.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def prune_tail(model: Any) -> None:
+    """Gather the last token in front of o_proj and residual join of the last layer that reads other tokens, in place.
+
+        before   x ------------------------ join -- mlp -- ... -- lm_head -> logits [B, T, V]
+                 attention -- o_proj -------^
+        after    x -- Gather(last) -------- join -- mlp -- ... -- lm_head -> logits [B, 1, V]
+                 attention -- Gather(last) -- o_proj -^
+
+    The last token is the last column, as in a batch that is padded on the left. A runtime that gives each token a row
+    of its own (the paged back end of OpenVINO GenAI) sees one column, so the gather does nothing there.
+
+    Raises:
+        RefusalError: the tail depends on the tokens in another way.
+    """
+    from openvino import opset13 as ops
+
+    flow = Dataflow(model)
+    block = flow.reader(flow.readers[-1])
+    last, data = block.last
+    ends = (last.input(data), block.join.input(1 - block.branch))
+    _check_tail(flow, block)
+    for end, name in zip(ends, ("attention", "residual"), strict=True):
+        index = ops.constant([-1], dtype="int64", name=f"/nbl/last/{name}/index")
+        axis = ops.constant(_TOKENS, dtype="int64", name=f"/nbl/last/{name}/axis")
+        end.replace_source_output(ops.gather(end.get_source_output(), index, axis, name=f"/nbl/last/{name}").output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def _check_tail(flow: Dataflow, block: Join) -> None:
+    """Every node behind the two ends depends on the inputs of the model through these ends alone."""
+    last, data = block.last
+    tail = flow.below([last, block.join])
+    ends = {(last.get_name(), data), (block.join.get_name(), 1 - block.branch)}
+    for node in flow.nodes:
+        if node.get_name() not in tail:
+            continue
+        for place, value in enumerate(node.input_values()):
+            is_end = (node.get_name(), place) in ends
+            if not is_end and value.get_node().get_name() not in tail and not flow.is_constant(value):
+                raise RefusalError(
+                    block.layer,
+                    f"{node.get_friendly_name()} behind its attention reads {value.get_node().get_friendly_name()}",
+                )

@@ -1,0 +1,303 @@
+"""What every kind of mixer keeps: one layer, whether it is NumPy, a torch module, a file or fitted anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nbl_export import mixers
+from nbl_export.calibrate import hooks
+from nbl_export.calibrate.layer_by_layer import Wanted, collect_layers
+from nbl_export.calibrate.moments_file import MomentsWriter, open_moments
+from nbl_export.distill.twin import Twin
+from nbl_export.errors import NblError
+from nbl_export.mixers.base import (
+    FitOptions,
+    Kind,
+    Mixer,
+    apply,
+)
+from nbl_export.mixers.linear import Linear
+from nbl_export.mixers.modules import Wrapped
+from nbl_export.mixers.none import Nothing
+from nbl_export.model.checkpoint.load import load_model
+from nbl_export.model.linearize import linearize
+from nbl_export.plan.maps_file import load_maps, maps_in, save_maps
+
+from ..tiny import HIDDEN, VOCAB
+from .test_lmmse import moments
+from .toy_memory import MEMORY, Memory
+
+D = 6
+
+
+def numbers(*shape: int, seed: int = 0) -> np.ndarray:
+    found: np.ndarray = (np.random.default_rng(seed).standard_normal(shape) / 3).astype(np.float32)
+    return found
+
+
+def planted(size: int, seed: int = 0) -> dict[str, Mixer]:
+    """A mixer of each kind and form."""
+    square = [numbers(size, size, seed=seed + k) for k in range(2)]
+    thin, bias = numbers(size, 2, seed=seed + 2), numbers(size, seed=seed + 3)
+    return {
+        "linear": Linear(square[0], bias),
+        "linear without a bias": Linear(square[0], np.zeros_like(bias)),
+        "linear of low rank": Linear.factored(thin, thin.T.copy(), bias),
+        "none": Nothing(size),
+        "memory": Memory(square[0], square[1], bias),
+    }
+
+
+EVERY = planted(D)
+ROWS = numbers(2, 9, D, seed=9)
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixers, "_KINDS", dict(mixers._KINDS))
+    mixers.register(MEMORY)
+
+
+def kind(mixer: Mixer) -> Kind:
+    return mixers.kind_of(mixer.kind)
+
+
+def test_every_kind_has_a_case(registered: None) -> None:
+    assert {mixer.kind for mixer in EVERY.values()} == set(mixers.kinds())
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_module_computes_what_numpy_does(name: str) -> None:
+    mixer, x = EVERY[name], torch.from_numpy(ROWS)
+    expected = apply(mixer, ROWS)[0]
+    for multiplier in (1.0, 0.5):
+        with torch.no_grad():
+            found, weights = mixer.module(multiplier)(x)
+        assert weights is None
+        np.testing.assert_allclose(found.numpy() * multiplier, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("cut", [1, 4, 8])
+def test_chunks_with_a_state_equal_the_whole(name: str, cut: int) -> None:
+    whole, last = apply(EVERY[name], ROWS)
+    first, state = apply(EVERY[name], ROWS[:, :cut])
+    second, end = apply(EVERY[name], ROWS[:, cut:], state)
+    np.testing.assert_allclose(np.concatenate([first, second], 1), whole, atol=1e-6)
+    spec = EVERY[name].state
+    if spec is None:
+        assert last is state is end is None
+    else:
+        assert last is not None and end is not None and last.shape == (2, spec.tokens, spec.width)
+        np.testing.assert_array_equal(end, last)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_local_mixer_reads_its_own_token_alone(name: str) -> None:
+    mixer = EVERY[name]
+    changed = ROWS.copy()
+    changed[:, 3] += 1
+    away = np.abs(apply(mixer, changed)[0] - apply(mixer, ROWS)[0]).max((0, 2))
+    assert not away[:3].any()
+    assert mixer.token_local == (not away[4:].any())
+    assert mixer.token_local or mixer.state is not None
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_tensors_make_the_same_mixer(name: str, tmp_path: Path) -> None:
+    mixer, path = EVERY[name], tmp_path / "maps.safetensors"
+    save_maps({3: mixer}, path)
+    assert maps_in(path) == ((3,), "residual")
+    state = {n: t.numpy() for n, t in mixer.module().state_dict().items()}
+    for found in (
+        kind(mixer).from_tensors(mixer.tensors()),
+        load_maps(path, (3,))[3],
+        kind(mixer).from_module(state, D),
+    ):
+        assert (found.kind, found.size, found.state) == (mixer.kind, D, mixer.state)
+        np.testing.assert_allclose(apply(found, ROWS)[0], apply(mixer, ROWS)[0], atol=1e-6)
+    blank = kind(mixer).blank(D)
+    blank.load_state_dict(mixer.module().state_dict())
+    with torch.no_grad():
+        np.testing.assert_allclose(blank(torch.from_numpy(ROWS))[0], apply(mixer, ROWS)[0], atol=1e-6)
+
+
+class Named:
+    """A builder that only notes which constants an emitted layer names."""
+
+    def __init__(self) -> None:
+        self.matrices: dict[str, np.ndarray] = {}
+        self.names: list[str] = []
+
+    def __getattr__(self, operator: str) -> Callable[..., Any]:
+        def note(*values: Any) -> Any:
+            if operator == "matmul":
+                self.matrices[values[2]] = values[1]
+            if operator != "keep":
+                self.names.append(values[-1])
+            return values[-1]
+
+        return note
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_what_is_emitted_is_what_is_told(name: str) -> None:
+    """Codes are put back into a mixer by these names, and nodes have names of their own."""
+    mixer, build = EVERY[name], Named()
+    value: Any = mixer.emit(build, "x")
+    assert list(build.matrices) == list(mixer.matrices())
+    assert len(set(build.names)) == len(build.names)
+    assert (value is None) == (not build.names)
+    doubled = mixer.with_matrices({n: 2 * m for n, m in mixer.matrices().items()})
+    assert all(np.array_equal(2 * m, doubled.matrices()[n]) for n, m in mixer.matrices().items())
+    work = mixer.work()
+    assert work.elements == sum(m.size for m in mixer.matrices().values()) and work.multiply_adds >= work.elements >= 0
+    assert (work.elements > 0) == bool(build.names) and work.token_local == mixer.token_local
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_scale_moves_from_the_input_into_the_mixer(name: str) -> None:
+    scale = np.exp(numbers(D, seed=5))
+    found = apply(EVERY[name].scaled_input(scale), ROWS)[0]
+    np.testing.assert_allclose(found, apply(EVERY[name], ROWS * scale)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_one_product_says_all_or_is_refused(name: str) -> None:
+    mixer = EVERY[name]
+    weight = mixer.product()
+    assert (weight is None) == (name in ("linear", "linear of low rank", "memory"))
+    if weight is not None:
+        np.testing.assert_allclose(ROWS @ weight.T, apply(mixer, ROWS)[0], atol=1e-6)
+    flat = torch.from_numpy(ROWS).flatten(0, 1)
+    near = mixer.as_product(moments(flat, flat), 0)
+    assert near is None or near.product() is not None
+
+
+def rows_of(mixer: Mixer, size: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows [B, T, D], and what the mixer makes of them."""
+    x = 3 * numbers(40, 30, size, seed=seed) + 1
+    return torch.from_numpy(x), torch.from_numpy(apply(mixer, x)[0])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_planted_mixer_is_fitted(name: str) -> None:
+    mixer = EVERY[name]
+    x, y = rows_of(mixer, D)
+    features = kind(mixer).features(x)
+    assert features.shape == (*x.shape[:2], kind(mixer).feature_count(D)) and torch.equal(features[..., :D], x)
+    found_moments = moments(features.flatten(0, 1), y.flatten(0, 1))
+    options = FitOptions(2 if name == "linear of low rank" else None, name != "linear without a bias")
+    found = kind(mixer).fit(found_moments, 0, options)
+    assert found.rank == mixer.rank and found.kind == mixer.kind
+    np.testing.assert_allclose(apply(found, ROWS)[0], apply(mixer, ROWS)[0], atol=2e-5)
+    scored = kind(mixer).score(found_moments, 4, options)
+    assert scored.layer == 4 and scored.nmse < 1e-4 and -1e-9 <= scored.bound < 1e-3
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_trained_form_begins_as_the_mixer_and_others_are_refused(
+    name: str, checkpoint: Callable[[str], Path]
+) -> None:
+    mixer = planted(HIDDEN)[name]
+    trained = kind(mixer).trained(mixer, 2, torch.Generator().manual_seed(0))
+    if trained is None:
+        with pytest.raises(NblError, match=f"layer 1: a layer of kind {mixer.kind} is not trained"):
+            Twin(load_model(checkpoint("llama")), {1: mixer}, "residual", "fp32", 2, 0)
+        return
+    x = torch.from_numpy(numbers(2, 5, HIDDEN))
+    with torch.no_grad():
+        found = Wrapped(trained, 0.5)(x)[0] * 0.5
+    expected = apply(mixer, x.numpy())[0]
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+    again = kind(mixer).from_tensors(trained.tensors())
+    np.testing.assert_allclose(apply(again, x.numpy())[0], expected, atol=1e-5)
+
+
+def test_features_go_through_sums_files_and_layers(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """2 D features and D outputs: from the whole model, layer by layer, and from a file."""
+    ids = torch.from_numpy(np.random.default_rng(0).integers(2, VOCAB, (4, 32)))
+    nothing: Callable[[int, int], None] = lambda *_: None  # noqa: E731
+    whole = hooks.collect(load_model(checkpoint("llama")), ids, nothing, kind=MEMORY)
+    assert whole["residual"][0].xx.shape == (2 * HIDDEN, 2 * HIDDEN) and whole["residual"][0].yy.shape == (HIDDEN,) * 2
+    wanted = Wanted(("residual",), MEMORY)
+    parts = list(collect_layers(checkpoint("llama"), ids, [ids], wanted, tmp_path, nothing))
+    with MomentsWriter(
+        tmp_path / "sums", {"count": ids.numel()}, len(parts), ("residual",), (2 * HIDDEN, HIDDEN)
+    ) as file:
+        for part in parts:
+            file.write(part)
+    hooks.save_moments(whole, tmp_path / "moments")
+    kept = hooks.load_moments(tmp_path / "moments")["residual"]
+    with open_moments(tmp_path / "sums") as stored:
+        assert stored.sizes == (2 * HIDDEN, HIDDEN)
+        for i, expected in enumerate(whole["residual"]):
+            for name in ("x_sum", "y_sum", "xx", "yx", "yy"):
+                value = getattr(expected, name)
+                assert torch.equal(getattr(kept[i], name), value)
+                close = {"rtol": 1e-6, "atol": 1e-6 * float(value.abs().max())}
+                torch.testing.assert_close(getattr(stored.sums(i, "residual").moments(), name), value, **close)
+
+
+def test_only_layers_in_which_tokens_stay_apart_are_below() -> None:
+    local, memory = Nothing(D), EVERY["memory"]
+    assert list(mixers.layers_below({0: local, 1: local, 3: local})) == [0, 1]
+    assert list(mixers.layers_below({0: local, 1: memory, 2: local})) == [0]
+    assert not mixers.layers_below({0: memory, 1: local}) and not mixers.layers_below({})
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_layer_of_a_model_is_calibrated_and_fitted(name: str, checkpoint: Callable[[str], Path]) -> None:
+    """The law of planted attention: the torch model is calibrated, and the fit gives back the planted layer."""
+    mixer = planted(HIDDEN)[name]
+    model = linearize(load_model(checkpoint("llama")), {1: mixer})
+    ids = torch.from_numpy(np.random.default_rng(0).integers(2, VOCAB, (48, 64)))
+    found = hooks.collect(model, ids, lambda *_: None, kind=kind(mixer))["residual"]
+    again = kind(mixer).fit(found[1], 1)
+    for part, array in mixer.tensors().items():
+        if part in again.tensors():
+            np.testing.assert_allclose(again.tensors()[part], array, atol=2e-3)
+
+
+def cached(model: Any, ids: torch.Tensor, cuts: tuple[int, ...], **given: Any) -> torch.Tensor:
+    """Logits of a prefill and of steps with the cache."""
+    parts, cache = [], None
+    for start, end in zip((0, *cuts), (*cuts, ids.shape[1]), strict=True):
+        mask = {name: value[:, :end] for name, value in given.items()}
+        out = model(ids[:, start:end], past_key_values=cache, use_cache=True, **mask)
+        cache = out.past_key_values
+        parts.append(out.logits)
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("layers", [(0,), (1,), (0, 1), (0, 2)])
+def test_prefill_and_steps_equal_the_whole(
+    name: str, layers: tuple[int, ...], checkpoint: Callable[[str], Path]
+) -> None:
+    maps: Mapping[int, Mixer] = {i: planted(HIDDEN, i)[name] for i in layers}
+    model = linearize(load_model(checkpoint("llama")), maps)
+    ids = torch.arange(2, 42).view(2, 20)
+    with torch.inference_mode():
+        whole = model(ids, use_cache=False).logits
+        torch.testing.assert_close(cached(model, ids, (12, *range(13, 20))), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_padded_row_gives_what_the_row_alone_gives(name: str, checkpoint: Callable[[str], Path]) -> None:
+    model = linearize(load_model(checkpoint("llama")), {i: planted(HIDDEN, i)[name] for i in (0, 2)})
+    rows = [torch.arange(2, 22), torch.arange(30, 42)]
+    ids = torch.stack([rows[0], torch.cat([torch.zeros(8, dtype=torch.long), rows[1]])])
+    mask = torch.stack([torch.ones(20), torch.cat([torch.zeros(8), torch.ones(12)])]).long()
+    with torch.inference_mode():
+        for cuts in ((), (14, *range(15, 20))):
+            found = cached(model, ids, cuts, attention_mask=mask)
+            for k, row in enumerate(rows):
+                alone = model(row[None], use_cache=False).logits[0]
+                torch.testing.assert_close(found[k, -len(row) :], alone, rtol=1e-4, atol=2e-4)
