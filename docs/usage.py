@@ -25,7 +25,7 @@ The main job calibrates, chooses layers, rewrites the decoder, verifies it, meas
 The same command again resumes a run. Changed options repeat the stages that they affect.
 An option that has no effect in a job is refused.
 
-`--force` of the main job, `calibrate` and `merge` removes the run first and starts over.
+`--force` of the main job and of `calibrate` removes the run first and starts over.
 `--force` of every other command keeps the run, and goes on although verification failed.
 
 `python docs/usage.py` writes this page from the options of the command line.

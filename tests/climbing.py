@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,13 @@ def climb(
     replaced: tuple[int, ...] = (0, 2),
     tap: str = "residual",
     mixer_of: Callable[[int], Mixer] = random_map,
+    exported: Path | None = None,
 ) -> list[RungResult]:
     """Export, prune, rewrite and verify in the folder `work`; leading replaced layers become a table of tokens.
 
     Args:
         mixer_of: layer -> its mixer.
+        exported: the original graph, which is copied instead of made.
     """
     engine, spec = load_engine(ENGINES[source]), read_spec(resolve(str(checkpoint)))
     static = engine.capabilities.static
@@ -56,7 +59,10 @@ def climb(
     setting = Setting(engine, spec, plan, precision, "last", slots, NEAREST, _quiet)
     rows_VD = token_rows(checkpoint, maps, tap) if layers_below(maps) else None
     directories = {"original": work / "original", "nbl": work / "model"}
-    build_decoder(source, checkpoint, directories["original"], precision, slots=slots)
+    if exported is None:
+        build_decoder(source, checkpoint, directories["original"], precision, slots=slots)
+    else:
+        shutil.copytree(exported, directories["original"])
     engine.keep_last_token(directories["original"])
     engine.replace(directories["original"], directories["nbl"], plan, maps, rows_VD)
     results: list[RungResult] = []

@@ -1,4 +1,4 @@
-"""Tiny random decoders, exported for real, once a session.
+"""Tiny random decoders, exported for real, once for all workers (`store`).
 
 `checkpoint("llama")` is a directory with safetensors and a small byte-pair tokenizer; `exported("llama", "genai")` a
 deployable directory; `text` a calibration text. Nothing here needs a network.
@@ -28,6 +28,7 @@ from nbl_export.mixers.linear import Linear
 
 from .command import TINY, in_new_process
 from .graph_sources import make_graph
+from .store import Store, key_of
 from .tiny import LAYERS, random_map, save_checkpoint, stdlib_text
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: what is started would inherit it,
@@ -89,53 +90,63 @@ def own_list(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """architecture -> directory of a tiny random checkpoint."""
-
-    @functools.cache
-    def make(architecture: str) -> Path:
-        return save_checkpoint(architecture, tmp_path_factory.mktemp(architecture))
-
-    return make
+def stores(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Store]]:
+    """Artefacts for all workers and for the next run (`store`): those of the tests alone, and those of the package."""
+    root = tmp_path_factory.getbasetemp().parent / "artefacts"
+    if hasattr(pytestconfig, "cache"):  # not with -p no:cacheprovider
+        root = pytestconfig.cache.mkdir("artefacts")
+    made_here = ("tests/tiny.py", "tests/static_tiny.py", "tests/conftest.py", "nbl_export/model/architectures.py")
+    of_package = ("nbl_export", "tests/graph_sources.py", "tests/command.py", "tests/tiny.toml", *made_here)
+    found = {"tests": Store(root, key_of(*made_here)), "package": Store(root, key_of(*of_package))}
+    yield found
+    assert not {file for store in found.values() for file in store.written().items()}, "a test wrote to an artefact"
 
 
 @pytest.fixture(scope="session")
-def exported(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """(architecture, source, precision) -> deployable directory of the original decoder."""
+def checkpoint(stores: dict[str, Store]) -> Callable[[str], Path]:
+    """architecture -> directory of a tiny random checkpoint."""
+    return lambda name: stores["tests"].get(name, functools.partial(save_checkpoint, name))
 
-    @functools.cache
+
+@pytest.fixture(scope="session")
+def exported(checkpoint: Callable[[str], Path], stores: dict[str, Store]) -> Callable[..., Path]:
+    """(architecture, source, precision) -> deployable directory of the original decoder. Never write to it."""
+
     def make(architecture: str, source: str = "genai", precision: str = "fp32") -> Path:
         from tests.exports import build_decoder
 
-        out = tmp_path_factory.mktemp(f"{architecture}-{source}-{precision}") / "original"
-        build_decoder(source, checkpoint(architecture), out, precision)
-        return out
+        def build(folder: Path) -> None:
+            build_decoder(source, checkpoint(architecture), folder / "original", precision)
+
+        return stores["package"].get(f"{architecture}-{source}-{precision}", build) / "original"
 
     return make
 
 
 @pytest.fixture(scope="session")
-def given_graph(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def given_graph(checkpoint: Callable[[str], Path], stores: dict[str, Store]) -> Callable[[str], Path]:
     """source -> directory of the tiny Llama's graph as that exporter makes it (`graph_sources`). Never write to it."""
 
-    @functools.cache
     def make(source: str) -> Path:
-        return make_graph(source, checkpoint("llama"), tmp_path_factory.mktemp(source) / "graph")
+        build = lambda folder: make_graph(source, checkpoint("llama"), folder / "graph")  # noqa: E731
+        return stores["package"].get(f"graph-{source}", build) / "graph"
 
     return make
 
 
 @pytest.fixture(scope="session")
-def genai_dirs(exported: Callable[..., Path], random_maps: Callable[..., dict[int, Linear]]) -> dict[str, Path]:
-    """A tiny GenAI model and its NBL version with the middle layer replaced (sparse cache ids)."""
+def genai_dirs(
+    exported: Callable[..., Path], random_maps: Callable[..., dict[int, Linear]], stores: dict[str, Store]
+) -> dict[str, Path]:
+    """A tiny GenAI model and its NBL version with the middle layer replaced (sparse cache ids). Never write to them."""
     from nbl_export.records.plan import Plan
     from nbl_export.rewrite import rewrite
 
     original = exported("llama")
-    nbl = original.parent / "nbl"
-    if not nbl.exists():
-        rewrite(original, nbl, Plan(LAYERS, (1,)), random_maps(1))
-    return {"original": original, "nbl": nbl}
+    made = stores["package"].get(
+        "genai-nbl", lambda folder: rewrite(original, folder / "nbl", Plan(LAYERS, (1,)), random_maps(1))
+    )
+    return {"original": original, "nbl": made / "nbl"}
 
 
 @pytest.fixture(scope="session")
@@ -149,11 +160,10 @@ def random_maps() -> Callable[..., dict[int, Linear]]:
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text(stores: dict[str, Store]) -> Path:
     """A calibration text of about 20,000 tokens of the tiny tokenizer."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(stdlib_text(60_000), encoding="utf-8")
-    return path
+    write = lambda folder: (folder / "text.txt").write_text(stdlib_text(60_000), encoding="utf-8")  # noqa: E731
+    return stores["tests"].get("text", write) / "text.txt"
 
 
 @pytest.fixture(scope="session")
@@ -163,14 +173,16 @@ def same(checkpoint: Callable[[str], Path], text: Path) -> tuple[object, ...]:
 
 
 @pytest.fixture(scope="session")
-def finished(same: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(same: tuple[object, ...], stores: dict[str, Store]) -> Path:
     """The run directory that `same` leaves. Never write to it: `run` is a copy. What was said lies beside it."""
-    output = tmp_path_factory.mktemp("finished") / "run"
-    done = in_new_process(*same, "--output", output)
-    assert done.status == 0, done.err
-    output.with_name("stdout").write_text(done.out, encoding="utf-8")
-    output.with_name("stderr").write_text(done.err, encoding="utf-8")
-    return output
+
+    def make(folder: Path) -> None:
+        done = in_new_process(*same, "--output", folder / "run")  # no patch of a test reaches it
+        assert done.status == 0, done.err
+        (folder / "stdout").write_text(done.out, encoding="utf-8")
+        (folder / "stderr").write_text(done.err, encoding="utf-8")
+
+    return stores["package"].get("finished", make) / "run"
 
 
 @pytest.fixture
@@ -215,11 +227,11 @@ def light_jobs(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def tiny(stores: dict[str, Store]) -> Callable[[str], Path]:
     """architecture -> directory of a tiny checkpoint for the static form."""
     from . import static_tiny
 
-    return functools.cache(lambda name: static_tiny.save_checkpoint(name, tmp_path_factory.mktemp(f"static-{name}")))
+    return lambda name: stores["tests"].get(f"static-{name}", functools.partial(static_tiny.save_checkpoint, name))
 
 
 @pytest.fixture(scope="session")

@@ -7,24 +7,30 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-__all__ = ["LAMBADA", "PIQA", "QUESTIONS", "WIKI", "request", "write_rows", "write_tasks"]
+__all__ = ["LAMBADA", "PIQA", "QUESTIONS", "TASKS", "request", "write_rows", "write_tasks"]
 
 LAMBADA: list[dict[str, Any]] = [
-    {"context": "The with statement is used to wrap the execution of a", "continuation": "block"},
-    {"context": "An assert statement is a convenient way to insert debugging", "continuation": "assertions"},
-    {"context": "The import statement binds\n\nthe name", "continuation": "module."},
+    {"text": "The with statement is used to wrap the execution of a block"},
+    {"text": "An assert statement is a convenient way to insert debugging assertions"},
+    {"text": "The import statement binds\n\nthe name module."},
 ]
 QUESTIONS: list[dict[str, Any]] = [
-    {"question": "Which statement ends a loop?", "choices": ["break", "pass", "import a module", "def"], "gold": 0},
-    {"question": "What does a function return?", "choices": ["a loop", "a value", "nothing at all"], "gold": 1},
-    {"question": "Where is a name bound?", "choices": ["in a scope", "in a string"], "gold": 0},
+    {"question": question, "choices": {"text": choices, "label": list("ABCD")[: len(choices)]}, "answerKey": key}
+    for question, choices, key in (
+        ("Which statement ends a loop?", ["break", "pass", "import a module", "def"], "A"),
+        ("What does a function return?", ["a loop", "a value", "nothing at all"], "B"),
+        ("Where is a name bound?", ["in a scope", "in a string"], "A"),
+    )
 ]
 PIQA: list[dict[str, Any]] = [
-    {"goal": "To open a file", "sol1": "call open with its name", "sol2": "call close with its name"},
-    {"goal": "To leave a loop,", "sol1": "use the pass statement.", "sol2": "use break."},
+    {"goal": "To open a file", "sol1": "call open with its name", "sol2": "call close with its name", "label": 0},
+    {"goal": "To leave a loop,", "sol1": "use the pass statement.", "sol2": "use break.", "label": 1},
 ]
-PIQA_LABELS = (0, 1)
-WIKI = " \n = First = \n \n The first article . \n = = Part = = \n \n More of it . \n = Second = \n \n Another one . \n"
+WIKI: list[dict[str, Any]] = [
+    {"page": " = First = \n \n The first article . \n = = Part = = \n \n More of it . "},
+    {"page": " = Second = \n \n Another one . \n"},
+]
+TASKS = {"lambada_openai": LAMBADA, "arc_easy": QUESTIONS, "piqa": PIQA, "wikitext": WIKI}
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -35,12 +41,8 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def write_tasks(directory: Path) -> Path:
     """A data directory with four tiny tasks."""
-    write_rows(directory / "lambada_openai" / "test.jsonl", LAMBADA)
-    write_rows(directory / "arc_easy" / "test.jsonl", QUESTIONS)
-    write_rows(directory / "piqa" / "valid.jsonl", PIQA)
-    (directory / "piqa" / "valid-labels.lst").write_text("\n".join(map(str, PIQA_LABELS)) + "\n")
-    (directory / "wikitext").mkdir()
-    (directory / "wikitext" / "wiki.valid.raw").write_text(WIKI)
+    for task, rows in TASKS.items():
+        write_rows(directory / task / ("validation.jsonl" if task == "piqa" else "test.jsonl"), rows)
     return directory
 
 

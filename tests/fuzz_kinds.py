@@ -25,6 +25,7 @@ from .hostile_folders import (
     damage_gguf_header,
     damage_links,
     damage_lock,
+    damage_moments,
     damage_names,
     damage_place,
     damage_run,
@@ -38,7 +39,7 @@ __all__ = ["KINDS", "SMALL", "Kind", "has", "make_pristine", "options", "victim"
 
 SMALL = ("--calibration-tokens", "64", "--context", "32")
 _FOLDERS = ("model", "graph", "run", "deploy", "gguf")  # where canaries are planted
-_NAMES = (*_FOLDERS, "ir", "engine", "shard", "maps.safetensors", "text.txt", "text.jsonl", "text.jsonl.gz",
+_NAMES = (*_FOLDERS, "ir", "engine", "maps.safetensors", "text.txt", "text.jsonl", "text.jsonl.gz",
           "tiny.gguf")  # fmt: skip
 
 
@@ -71,7 +72,7 @@ KINDS: dict[str, Kind] = {
     "graph rewritten": Kind(1200, GRAPH, damage_onnx, REWRITE),
     "data of a graph": Kind(200, "graph/model.onnx.data", damage_bytes, REWRITE),
     "maps": Kind(900, "maps.safetensors", damage_safetensors, REWRITE),
-    "moments": Kind(400, "shard/moments.safetensors", damage_safetensors, "merge {here}/shard --output {here}/out"),
+    "moments": Kind(400, "run/moments.safetensors", damage_moments, "plan {here}/run --layers 2 --select cca"),
     "nbl.json inspected": Kind(500, "run/nbl.json", damage_json, "inspect {here}/run"),
     "nbl.json reported": Kind(300, "run/nbl.json", damage_json, "report {here}/run"),
     "bench.json reported": Kind(200, "run/bench.json", damage_json, "report {here}/run"),
@@ -151,9 +152,6 @@ def make_pristine(here: Path, folders: Mapping[str, Path], text: str) -> None:
     )  # fmt: skip
     (here / "engine" / "decoder.engine").write_bytes(plan)
     write_json(here / "engine" / "engine.json", record.to_json())
-    made = nbl("calibrate", "--model", here / "model", "--calibration", here / "text.txt", *SMALL, "--shard", "1/1",
-               "--output", here / "shard")  # fmt: skip
-    assert made.status == 0, made.err
     if not all(map(has, HARNESS)):
         return
     held = f"held={here / 'text.txt'}"

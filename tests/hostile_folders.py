@@ -37,6 +37,7 @@ __all__ = [
     "damage_gguf_header",
     "damage_links",
     "damage_lock",
+    "damage_moments",
     "damage_names",
     "damage_place",
     "damage_run",
@@ -304,6 +305,12 @@ def damage_run(random: Random, run: Path) -> None:
         damage_bytes(random, path)
     if path.name != "nbl.json":
         rehash(run, path)
+
+
+def damage_moments(random: Random, path: Path) -> None:
+    """The moments of a run, and the hash that the manifest has of them."""
+    damage_safetensors(random, path)
+    rehash(path.parent, path)
 
 
 def rehash(run: Path, path: Path) -> None:

@@ -1,25 +1,41 @@
-"""A job whose run directory is a manifest alone: for what is computed from options and facts."""
+"""Jobs that do a part of their work: of a manifest alone, or up to a stage."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec
+from nbl_export.run import pipeline
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import RunDirectory
 
-__all__ = ["job_of"]
+__all__ = ["job_of", "until"]
 
 _SPEC = DecoderSpec("llama", 3, 64, 4, 2, 16, 384, 512)
 
 
+@contextlib.contextmanager
+def until(stage: str) -> Iterator[None]:
+    """Main jobs end after this stage: for tests that read nothing of the later stages."""
+    work: Any = pipeline._work
+
+    def stopping(*given: Any) -> None:
+        work(*given[:-1], stage)
+
+    with mock.patch.object(pipeline, "_work", stopping):
+        yield
+
+
 def job_of(directory: Path, options: dict[str, Any], manifest: dict[str, Any] | None = None, asked: Any = None) -> Job:
-    """A job of a torch model with three layers.
+    """A job whose run directory is a manifest alone, of a torch model with three layers.
 
     Args:
         manifest: values that replace those of its facts.

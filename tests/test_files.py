@@ -13,7 +13,8 @@ import torch
 
 from nbl_export import files
 from nbl_export.calibrate.moments_file import MomentsWriter
-from nbl_export.distill.saved import FileState
+from nbl_export.calibrate.sums import Sums
+from nbl_export.distill.settings import State
 from nbl_export.files import (
     move_into_place,
     replaced,
@@ -26,11 +27,10 @@ from nbl_export.text.sampling import save_windows
 
 
 def moments(path: Path) -> None:
-    from types import SimpleNamespace
-
-    with MomentsWriter(path, {}, 2, ["normed"], (3, 3), ["x_sum"]) as writer:
+    row, square = torch.arange(3.0, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    with MomentsWriter(path, {}, 2, ["normed"], (3, 3)) as writer:
         for _ in range(2):
-            writer.write({"normed": SimpleNamespace(x_sum=torch.arange(3.0, dtype=torch.float64))})  # type: ignore[dict-item]
+            writer.write({"normed": Sums(1, *[row] * 6, *[square] * 3)})
 
 
 def stream(path: Path) -> None:
@@ -43,7 +43,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "json": lambda path: write_json(path, {"a": 1}),
     "moments": moments,
     "windows": lambda path: save_windows(torch.zeros(2, 2, dtype=torch.long), "key", path),
-    "distillation": lambda path: FileState(path, "key").save({"a": torch.zeros(2)}, {}),
+    "distillation": lambda path: State(path, "key").save({"a": torch.zeros(2)}, {}),
     "table": lambda path: bench_formats.write("text", path),
 }
 

@@ -58,7 +58,11 @@ def complaint(done: Outcome) -> str:
     if done.status == 0:
         return "" if "Traceback" not in done.err else "a traceback"
     said = [line for line in done.err.splitlines() if not line.endswith(("...", "reused", " s"))]
-    expected = ("WARNING: calibration text", "Ignored unknown kwarg option")  # true of these texts; tokenizers' own
+    expected = (
+        "WARNING: calibration text",
+        "WARNING: layer ",
+        "Ignored unknown kwarg option",
+    )  # true of these texts; tokenizers' own
     said = [line for line in said if not line.startswith(expected)]
     if done.status not in (1, 2, 3):
         return f"status {done.status}"
@@ -146,8 +150,7 @@ def test_hostile(name: str, pristine: Path, tmp_path: Path, sandbox: Sandbox, ca
 
 @pytest.mark.parametrize("name", KINDS)
 def test_hostile_few(name: str, pristine: Path, tmp_path: Path, sandbox: Sandbox, canaries: Canaries) -> None:
-    count = 3 if KINDS[name].count > 100 else 1  # the others take a second each
-    assert_survives(name, count, pristine, tmp_path, sandbox, canaries)
+    assert_survives(name, 1, pristine, tmp_path, sandbox, canaries)
 
 
 # Seeds that found a defect; what they damage changes with `hostile`, so each defect has a test of its own as well.
@@ -176,15 +179,19 @@ def test_found_before(
     assert not wrong, wrong
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_undamaged(name: str, pristine: Path, tmp_path: Path, sandbox: Sandbox, canaries: Canaries) -> None:
+COMMANDS = {kind.command: kind for kind in KINDS.values()}
+
+
+def test_undamaged(pristine: Path, tmp_path: Path, sandbox: Sandbox, canaries: Canaries) -> None:
     """Otherwise every refusal would be of something else."""
-    kind = require(KINDS[name])
-    victim(pristine, tmp_path / "v", kind, canaries)
-    command = kind.command.format(here=tmp_path / "v").split()
-    done = sandbox.run(*command, *options(command), place=tmp_path / "v" / "strange")
-    assert done.status == kind.status, done.err
-    assert canaries.touched() == []
+    for kind in COMMANDS.values():
+        if not all(map(has, kind.needs)):
+            continue
+        victim(pristine, tmp_path / "v", kind, canaries)
+        command = kind.command.format(here=tmp_path / "v").split()
+        done = sandbox.run(*command, *options(command), place=tmp_path / "v" / "strange")
+        assert done.status == kind.status, (kind.command, done.err)
+        assert canaries.touched() == [], kind.command
 
 
 def test_canaries_leave_a_trace(canaries: Canaries, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ HEAVY = {
     "openvino_tokenizers": ("targets.openvino",),
     "gguf": ("formats", "model", "targets.gguf", "publish.base_model"),
     "nncf": ("targets.openvino",),
-    "datasets": ("evaluation", "text.hub_rows"),
+    "datasets": ("evaluation", "text.hub"),
     "typer": ("cli",),
     "rich": ("report", "run.progress", "trust.terminal", "cli"),
     "matplotlib": ("report.plots",),

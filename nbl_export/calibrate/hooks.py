@@ -1,7 +1,7 @@
 """Collects moments of every layer by hooks on the torch model. Activations are never kept.
 
     reference pass   the first tokens of the text give the reference row and the units of every layer (`sums`)
-    batches          each batch of windows gives products of rows; all shards use the same division into batches
+    batches          each batch of windows gives products of rows
 
 Logits are never computed: the base decoder runs without the language-model head.
 """
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from nbl_export.calibrate.moments_file import load_moments, save_moments
 from nbl_export.calibrate.sums import REFERENCE_ROWS, Accumulator, Sums
 from nbl_export.errors import NblError
 from nbl_export.mixers import DEFAULT
@@ -23,13 +22,13 @@ from nbl_export.mixers.lmmse import Moments
 from nbl_export.model import bfloat16
 from nbl_export.model.blocks import block_output
 
-__all__ = ["Collection", "Rows", "attach", "batches", "collect", "load_moments", "refuse_not_finite", "save_moments"]
+__all__ = ["Collection", "Rows", "attach", "batches", "collect", "refuse_not_finite"]
 
 _BATCH_TOKENS = 4096
 
 
 def batches(ids_WT: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Split windows [windows, context] into the batches that run at once. Shards consist of such batches."""
+    """Split windows [windows, context] into the batches that run at once."""
     return ids_WT.split(max(1, _BATCH_TOKENS // ids_WT.shape[1]))
 
 

@@ -1,12 +1,10 @@
-"""Moments on disk: one float64 safetensors file of a whole calibration, a shard, or an unfinished calibration.
+"""Moments on disk: one float64 safetensors file of a calibration, finished or not.
 
-    layers.{i}.{tap}.{x_sum,y_sum,xx,yx,yy}              sums over the rows, about the reference row
-    layers.{i}.{tap}.{x_ref,y_ref,x_unit,y_unit}         see `sums`; if absent, the sums are about zero
+    layers.{i}.{tap}.{x_sum,y_sum,xx,yx,yy}      sums over the rows, about the reference row
+    layers.{i}.{tap}.{x_ref,y_ref,x_unit,y_unit} see `sums`
     metadata "moments", JSON: count, num_layers, taps;
-        identity   values that must be equal in merged files (model, text, windows, context, taps)
-        shard      [number, of]
-        done, batches   batches in the sums, and batches of the shard
-        run        what a run directory needs to continue from this file alone
+        identity   what the sums depend on (model, text, windows, context, taps, products, number of batches)
+        done       batches in the sums
         sha256     of the tensors' bytes
 
 The file is written layer by layer, so only one layer's sums need to be in memory.
@@ -23,17 +21,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from nbl_export.calibrate.sums import Sums
-from nbl_export.errors import CorruptError, NblError
+from nbl_export.errors import CorruptError
 from nbl_export.files import replacing
-from nbl_export.mixers.lmmse import Moments
 
-__all__ = ["MomentsFile", "MomentsWriter", "load_moments", "open_moments", "save_moments", "whole_moments"]
+__all__ = ["MomentsFile", "MomentsWriter", "open_moments", "whole_moments"]
 
-_SUMS = ("x_sum", "y_sum", "xx", "yx", "yy")
-_ABOUT = ("x_ref", "y_ref", "x_unit", "y_unit")
+_FIELDS = ("x_sum", "y_sum", "xx", "yx", "yy", "x_ref", "y_ref", "x_unit", "y_unit")
 _ITEM = 8  # float64
 _NO_HASH = "0" * 64
 
@@ -45,37 +39,31 @@ class MomentsWriter:
     """
 
     def __init__(
-        self, path: Path, facts: Mapping[str, Any], num_layers: int, taps: Sequence[str], sizes: tuple[int, int],
-        fields: Sequence[str] = (*_SUMS, *_ABOUT),
-    ) -> None:  # fmt: skip
+        self, path: Path, facts: Mapping[str, Any], num_layers: int, taps: Sequence[str], sizes: tuple[int, int]
+    ) -> None:
         self.path, self._open = path, contextlib.ExitStack()
-        self._fields, self._taps, self._layer, self._num_layers = tuple(fields), tuple(taps), 0, num_layers
+        self._taps, self._layer, self._num_layers = tuple(taps), 0, num_layers
         stated = {**facts, "num_layers": num_layers, "taps": list(taps), "sha256": _NO_HASH}
         header: dict[str, Any] = {"__metadata__": {"moments": json.dumps(stated)}}
         offset = 0
-        for name, shape in self._shapes(num_layers, sizes):
+        size_of = dict(zip("xy", sizes, strict=True))
+        for name in _names(num_layers, self._taps):
+            shape = [size_of[side] for side in name.rpartition(".")[2].split("_")[0]]
             end = offset + _ITEM * math.prod(shape)
             header[name] = {"dtype": "F64", "shape": shape, "data_offsets": [offset, end]}
             offset = end
         raw = json.dumps(header).encode()
         self._header = raw + b" " * (-len(raw) % 8)
 
-    def _shapes(self, num_layers: int, sizes: tuple[int, int]) -> Iterator[tuple[str, list[int]]]:
-        size_of = dict(zip("xy", sizes, strict=True))
-        for i in range(num_layers):
-            for tap in self._taps:
-                for field in self._fields:
-                    yield f"layers.{i}.{tap}.{field}", [size_of[side] for side in field.split("_")[0]]
-
     def __enter__(self) -> MomentsWriter:
         self._stream, self._digest = self._open.enter_context(replacing(self.path)), hashlib.sha256()
         self._stream.write(len(self._header).to_bytes(8, "little") + self._header)
         return self
 
-    def write(self, layer: Mapping[str, Sums | Moments]) -> None:
+    def write(self, layer: Mapping[str, Sums]) -> None:
         """Write the next layer's sums, by tap."""
         for tap in self._taps:
-            for field in self._fields:
+            for field in _FIELDS:
                 value = getattr(layer[tap], field).contiguous().numpy()
                 raw = memoryview(value.astype("<f8", copy=False)).cast("B")
                 self._digest.update(raw)
@@ -99,29 +87,17 @@ class MomentsFile:
         self.path, self._file = path, file
         self.facts: dict[str, Any] = json.loads(file.metadata()["moments"])
         self.num_layers, self.taps = int(self.facts["num_layers"]), tuple(self.facts["taps"])
+        self.is_complete = self.facts["done"] == self.facts["identity"]["batches"]
         names = set(file.keys())
-        self.has_reference = f"layers.0.{self.taps[0]}.x_ref" in names
-        for i in range(self.num_layers):
-            for tap in self.taps:
-                for field in _SUMS:
-                    if f"layers.{i}.{tap}.{field}" not in names:
-                        raise KeyError(f"layers.{i}.{tap}.{field} is missing")
+        for name in _names(self.num_layers, self.taps):
+            if name not in names:
+                raise KeyError(f"{name} is missing")
 
     @property
     def sizes(self) -> tuple[int, int]:
         """The number of features F, and the hidden size D."""
         outputs, features = self._file.get_slice(f"layers.0.{self.taps[0]}.yx").get_shape()
         return int(features), int(outputs)
-
-    @property
-    def shard(self) -> tuple[int, int]:
-        number, of = self.facts.get("shard") or (1, 1)
-        return int(number), int(of)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the sums hold all batches of the shard."""
-        return bool(self.facts.get("done") == self.facts.get("batches"))
 
     def check(self) -> None:
         """Compare the tensors with their hash.
@@ -138,14 +114,16 @@ class MomentsFile:
             raise CorruptError(f"{self.path} is corrupted: its content is not what was written; run calibrate again")
 
     def sums(self, layer: int, tap: str) -> Sums:
-        """The sums of a layer; about zero if the file has no reference rows."""
-        fields = (*_SUMS, *_ABOUT) if self.has_reference else _SUMS
-        found = {field: self._file.get_tensor(f"layers.{layer}.{tap}.{field}") for field in fields}
-        if not self.has_reference:
-            for side in "xy":
-                found[f"{side}_ref"] = torch.zeros_like(found[f"{side}_sum"])
-                found[f"{side}_unit"] = torch.ones_like(found[f"{side}_sum"])
+        """The sums of a layer."""
+        found = {field: self._file.get_tensor(f"layers.{layer}.{tap}.{field}") for field in _FIELDS}
         return Sums(int(self.facts["count"]), **found)
+
+
+def _names(num_layers: int, taps: Sequence[str]) -> Iterator[str]:
+    for i in range(num_layers):
+        for tap in taps:
+            for field in _FIELDS:
+                yield f"layers.{i}.{tap}.{field}"
 
 
 @contextlib.contextmanager
@@ -165,35 +143,14 @@ def open_moments(path: Path) -> Iterator[MomentsFile]:
         yield found
 
 
-def save_moments(moments: Mapping[str, Sequence[Moments]], path: Path) -> None:
-    """Write moments of all layers and taps of a whole calibration."""
-    first = next(iter(moments.values()))
-    sizes = (len(first[0].x_sum), len(first[0].y_sum))
-    with MomentsWriter(path, {"count": first[0].count}, len(first), list(moments), sizes, _SUMS) as file:
-        for i in range(len(first)):
-            file.write({tap: layers[i] for tap, layers in moments.items()})
-
-
 @contextlib.contextmanager
 def whole_moments(path: Path) -> Iterator[MomentsFile]:
-    """Open the moments file of a whole, finished calibration.
+    """Open the moments file of a finished calibration.
 
     Raises:
         CorruptError: the file is not a moments file, or its calibration is unfinished.
-        NblError: the file holds a shard.
     """
     with open_moments(path) as file:
-        if file.shard[1] > 1:
-            raise NblError(
-                f"{path} holds shard {file.shard[0]} of {file.shard[1]} of a calibration; "
-                "put all of them together first: nbl-export merge A B ... --output C"
-            )
         if not file.is_complete:
             raise CorruptError(f"{path} is of a calibration that was not finished; run calibrate again")
         yield file
-
-
-def load_moments(path: Path) -> dict[str, list[Moments]]:
-    """Read all moments of a whole calibration, by tap and layer; see `whole_moments`."""
-    with whole_moments(path) as file:
-        return {tap: [file.sums(i, tap).moments() for i in range(file.num_layers)] for tap in file.taps}

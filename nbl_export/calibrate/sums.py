@@ -1,9 +1,9 @@
-"""Sums over the rows of one layer that add up exactly in any order: shards, processes, resumed runs.
+"""Sums over the rows of one layer that add up exactly in any order: processes, resumed runs.
 
     row x ─► (x - reference) / unit ─► products of a batch ─► rounded to whole numbers ─► added in float64
 
 Float64 adds whole numbers up to 2^53 without rounding, so a sum does not depend on the order of its parts. Parts of
-different processes merge to the same bits as an unsplit run. Units are powers of two, so converting sums back rounds
+different processes add up to the same bits as an unsplit run. Units are powers of two, so converting sums back rounds
 nothing either. Reference row and units come from the first rows of the text, and all parts share them
 (`Accumulator.clear`).
 
@@ -51,30 +51,17 @@ class Sums:
     yx: torch.Tensor  # [D, F] Y'X
     yy: torch.Tensor  # [D, D] Y'Y
 
-    def merge(self, other: Sums) -> Sums:
-        """Sums over the rows of both: exact if both have the same reference, otherwise rounded in float64."""
-        if not (torch.equal(self.x_ref, other.x_ref) and torch.equal(self.y_ref, other.y_ref)):
-            other = other.about(self.x_ref, self.y_ref)
-        added = {name: getattr(self, name) + getattr(other, name) for name in ("x_sum", "y_sum", "xx", "yx", "yy")}
-        kept = {name: getattr(self, name) for name in ("x_ref", "y_ref", "x_unit", "y_unit")}
-        return Sums(self.count + other.count, **kept, **added)
-
-    def about(self, x_ref: torch.Tensor, y_ref: torch.Tensor) -> Sums:
-        """The sums about another reference: sum (x + s)(y + t)' = X'Y + s Sy' + Sx t' + n s t' for shifts s and t."""
-        n, s, t = self.count, self.x_ref - x_ref, self.y_ref - y_ref
-        return Sums(
-            n, x_ref, y_ref, self.x_unit, self.y_unit,
+    def moments(self) -> Moments:
+        """Raw moments, about zero: sum (x + s)(y + t)' = X'Y + s Sy' + Sx t' + n s t' for the reference rows s, t."""
+        n, s, t = self.count, self.x_ref, self.y_ref
+        return Moments(
+            n,
             x_sum=self.x_sum + n * s,
             y_sum=self.y_sum + n * t,
             xx=self.xx + torch.outer(s, self.x_sum) + torch.outer(self.x_sum, s) + n * torch.outer(s, s),
             yx=self.yx + torch.outer(t, self.x_sum) + torch.outer(self.y_sum, s) + n * torch.outer(t, s),
             yy=self.yy + torch.outer(t, self.y_sum) + torch.outer(self.y_sum, t) + n * torch.outer(t, t),
-        )  # fmt: skip
-
-    def moments(self) -> Moments:
-        """Raw moments, about zero."""
-        raw = self.about(torch.zeros_like(self.x_ref), torch.zeros_like(self.y_ref))
-        return Moments(raw.count, raw.x_sum, raw.y_sum, raw.xx, raw.yx, raw.yy)
+        )
 
     @property
     def is_finite(self) -> bool:

@@ -21,26 +21,11 @@ def calibrate(
     force: Annotated[bool, typer.Option("--force", help="Start over: remove the run in DIR first.")] = False,
 ) -> None:
     """Collect the moments of every layer from calibration text."""
-    from nbl_export.calibrate.shards import parse_shard
     from nbl_export.run.pipeline import run_calibration
     from nbl_export.run_directory import MOMENTS_FILE
 
-    parse_shard(asked.get("shard"))
     if run_calibration(model, asked, output, ui(), force=force) is not None:
         print(output / MOMENTS_FILE)
-
-
-def merge(
-    inputs: Annotated[list[Path], typer.Argument(metavar="A B ...", help="Run directories of calibrate --shard.")],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="The run directory to make.")],
-    force: Annotated[bool, typer.Option("--force", help="Start over: remove the run in DIR first.")] = False,
-) -> None:
-    """Merge the shards of a calibration."""
-    from nbl_export.run.pipeline import run_merge
-    from nbl_export.run_directory import MOMENTS_FILE
-
-    run_merge(inputs, output, ui(), force=force)
-    print(output / MOMENTS_FILE)
 
 
 @opt.takes("plan")
@@ -129,7 +114,6 @@ def report(directory: opt.Run, force: opt.Force = False) -> None:
 
 COMMANDS = (
     ("calibrate", calibrate, False),
-    ("merge", merge, True),
     ("plan", plan, False),
     ("rewrite", rewrite, False),
     ("rewrite-graph", rewrite_graph, False),

@@ -1,13 +1,19 @@
-"""Settings, text, surroundings and result of a distillation."""
+"""Settings, text, surroundings and result of a distillation, and an unfinished one on disk.
+
+DIR/distill.partial.safetensors    parameters.*, optimizer.*, best.*; metadata: key, facts (JSON), and sha256 of all
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from nbl_export.files import arrays_sha256, key_of, replacing
 from nbl_export.mixers.base import Mixer
 from nbl_export.parallel.peers import ALONE, Peers
 
@@ -84,14 +90,43 @@ class Distilled:
     seconds: float = 0.0
 
 
-class State(Protocol):
-    """Storage of a training run between its steps."""
+class State:
+    """A training run between its steps, in a file.
 
-    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """Tensors and facts of an unfinished run of the same inputs; None if there is no such run."""
+    Args:
+        key: fingerprint of everything that the run depends on. A damaged file, or one with another key, is ignored.
+    """
 
-    def save(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-        """Replace the stored state."""
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
+
+    def load(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Tensors and facts; None if the file is ignored or missing."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(self.path), framework="pt") as file:
+                said = file.metadata() or {}
+                if said.get("key") != self.key:
+                    return None
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            whole = said["sha256"] == _hash({name: tensor.numpy() for name, tensor in tensors.items()}, said["facts"])
+            return (tensors, json.loads(said["facts"])) if whole else None
+        except (SafetensorError, OSError, ValueError, KeyError):
+            return None
+
+    def save(self, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Replace the file, complete or not at all."""
+        from safetensors.numpy import save as serialised
+
+        arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}
+        said = {"key": self.key, "facts": json.dumps(facts)}
+        with replacing(self.path) as stream:
+            stream.write(serialised(arrays, metadata={**said, "sha256": _hash(arrays, said["facts"])}))
+
+
+def _hash(arrays: dict[str, Any], facts: str) -> str:
+    return key_of(arrays_sha256(arrays), facts)
 
 
 @dataclass(frozen=True)

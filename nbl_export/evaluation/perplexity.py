@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.text.corpus import Text
-from nbl_export.text.files import READ_BYTES
+from nbl_export.text.corpus import READ_BYTES, Text
 
 __all__ = ["NamedText", "parse_named", "windows"]
 

@@ -4,7 +4,7 @@
                                                                             └─ DIR/arc_easy/test.jsonl
 
 Only the source of the documents differs; the task's configuration is the harness' own. A local file holds rows of the
-stock data set (DIR/TASK/SPLIT.jsonl) or one of the forms in `local_data`.
+task's data set, unchanged: DIR/TASK/test.jsonl, or DIR/TASK/validation.jsonl if the task has no test split.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError, UsageError
-from nbl_export.evaluation.local_data import LocalData, find_local
 
 __all__ = ["Benchmark", "harness_version", "load_benchmark", "quiet_harness"]
 
 _SHOWN = ("output_type", "doc_to_text", "doc_to_target", "doc_to_choice", "num_fewshot", "dataset_path", "dataset_name")
+_MOST_BYTES = 64 << 20  # of one file; all of its documents are in memory
 _SEED = 1234  # the harness' default for few-shot sampling; zero shots sample nothing
 
 
@@ -38,6 +40,16 @@ class Benchmark:
     task: Any
     data: dict[str, Any]
     config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Local:
+    """Documents of a local file, the split that they replace, and the name and hash of the file."""
+
+    name: str
+    split: str
+    sha256: str
+    documents: tuple[dict[str, Any], ...]
 
 
 @functools.cache
@@ -91,7 +103,7 @@ def load_benchmark(name: str, data: Path | None = None) -> Benchmark:
         raise UsageError(f"--tasks: lm-evaluation-harness {harness_version()} has no task {name!r}{hint}")
     if entry.kind.name not in ("TASK", "PY_TASK"):
         raise UsageError(f"--tasks: {name} is a group of tasks; name the tasks in it one by one")
-    local = find_local(name, data, _stock(entry)) if data else None
+    local = _find_local(name, data, _stock(entry)) if data else None
     task = _local_task(name, _stock(entry), local) if local else _hub_task(name, data)
     if task.config.num_fewshot is None:
         task.set_config(key="num_fewshot", value=0)
@@ -111,7 +123,57 @@ def _stock(entry: Any) -> dict[str, Any]:
     return dict(load_yaml(entry.yaml_path, resolve_func=True)) if entry.yaml_path else {}
 
 
-def _local_task(name: str, stock: dict[str, Any], local: LocalData) -> Any:
+def _find_local(task: str, directory: Path, stock: dict[str, Any]) -> _Local | None:
+    """Documents of a task below `directory`: the test split, else the validation split; None without a file.
+
+    Raises:
+        NblError: `directory` is not a directory, or a file is empty or damaged or lacks a field.
+    """
+    if not directory.is_dir():
+        raise NblError(f"--data {directory} is not a directory")
+    for split in (stock.get(kind) for kind in _SPLITS):
+        path = directory / task / f"{split}.jsonl"
+        if isinstance(split, str) and path.is_file():
+            return _read_rows(path, split)
+    return None
+
+
+def _read_rows(path: Path, split: str) -> _Local:
+    raw = _read(path)
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(raw.decode("utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise NblError(f"{path}, line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise NblError(f"{path}, line {number} is not an object with fields")
+        rows.append(row)
+        missing = [name for name in rows[0] if name not in row]
+        if missing:  # the library would take null for the field
+            raise NblError(f"{path}, document {len(rows)} has no field {missing[0]!r}")
+    return _Local(str(path), split, hashlib.sha256(raw).hexdigest(), tuple(rows))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise NblError(f"{path} is larger than {_MOST_BYTES >> 20} MiB; give its first documents only")
+        with path.open("rb") as stream:
+            raw = stream.read(_MOST_BYTES)
+        raw.decode("utf-8")
+    except OSError as error:
+        raise NblError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise NblError(f"{path} is not UTF-8 (byte {error.start}); convert it with iconv") from error
+    if not raw.strip():
+        raise NblError(f"{path} is empty")
+    return raw
+
+
+def _local_task(name: str, stock: dict[str, Any], local: _Local) -> Any:
     """The stock task with local documents."""
     import datasets
     from lm_eval.api.task import ConfigurableTask
@@ -144,7 +206,7 @@ def _hub_task(name: str, data: Path | None) -> Any:
         ) from error
 
 
-def _check_prompts(name: str, task: Any, local: LocalData | None) -> None:
+def _check_prompts(name: str, task: Any, local: _Local | None) -> None:
     """Render every document once, so that a missing field is an error now and not after an hour."""
     where = local.name if local else f"task {name}"
     if not len(task.eval_docs):

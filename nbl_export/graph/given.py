@@ -18,8 +18,7 @@ from nbl_export.errors import MissingPackageError, NblError, RefusalError
 from nbl_export.graph.genai_config import check_genai_config
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE, MANIFEST
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.trust.contained import check_folder, check_inside
-from nbl_export.trust.plain_files import refuse_special
+from nbl_export.trust.contained import check_folder, check_inside, refuse_special
 
 __all__ = [
     "check_graph_place",

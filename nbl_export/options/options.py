@@ -17,8 +17,8 @@ from nbl_export.records.from_json import read_record, require
 from nbl_export.records.plan import MAPS, TAPS
 from nbl_export.records.proposers import DRAFTS
 
-__all__ = ["BUILDER_OPTIONS", "GGUF", "GIVEN", "GIVEN_FIT", "MAIN", "NO_ORIGINAL", "OF_CALIBRATE", "OPTIONS",
-           "PANELS", "JobOptions", "Option", "describe_command", "flag_of", "usual_tap"]  # fmt: skip
+__all__ = ["BUILDER_OPTIONS", "GGUF", "GIVEN", "GIVEN_FIT", "MAIN", "NO_ORIGINAL", "OPTIONS", "PANELS", "JobOptions",
+           "Option", "describe_command", "flag_of", "usual_tap"]  # fmt: skip
 
 MAIN = "main"  # the name of the main job among commands
 
@@ -49,7 +49,6 @@ BUILDER_OPTIONS: dict[str, tuple[str, ...]] = {
 
 PANELS = ("What is replaced", "Distillation", "Calibration", "Engine", "Benchmark")
 _REPLACED, _DISTILL, _CALIBRATE, _ENGINE, _BENCH = PANELS
-OF_CALIBRATE = ("calibration", "calibration_tokens", "context", "tap", "compute_dtype", "seed", "shard")
 
 
 @dataclass(frozen=True)
@@ -163,9 +162,6 @@ class JobOptions:
         "processor has it).", _CALIBRATE, "main calibrate", choices=DTYPES, metavar="DTYPE",
     )  # fmt: skip
     seed: int = option(0, "Seed of distillation and of --calibration self.", _CALIBRATE, "main calibrate", least=0)
-    shard: str | None = option(
-        None, "Only part I of N; `nbl-export merge` puts them together.", _CALIBRATE, "calibrate", metavar="I/N"
-    )
     precision: str = option(
         "fp32", "ort: fp32 (default), fp16, int8, int4, gguf; openvino: fp16 (default), fp32, int8, int4; trt: fp16 "
         "(default), bf16 (if fp16 overflows), int4.", _ENGINE, "main rewrite", first=True, metavar="PRECISION",
@@ -315,14 +311,10 @@ def usual_tap(fit: str, maps: str) -> str:
 
 def describe_command(options: JobOptions, output: Path) -> str:
     """The command line that repeats this run; defaults are left out."""
-    first, later = ("calibrate", ()) if options.shard else (MAIN, ("bench",))
-    words = ["nbl-export", *([first] if options.shard else []), "--model", options.model]
-    words += ["--engine", options.engine] if first == MAIN else []
-    command = shlex.join([*words, *_flags(options, first, {"engine"}), "--output", str(output)])
-    for name in later:
-        asked = _flags(options, name, {n for n, said in OPTIONS.items() if first in said.commands})
-        command += f" && {shlex.join(['nbl-export', name, str(output), *asked])}" if asked else ""
-    return command
+    words = ["nbl-export", "--model", options.model, "--engine", options.engine]
+    command = shlex.join([*words, *_flags(options, MAIN, {"engine"}), "--output", str(output)])
+    asked = _flags(options, "bench", {n for n, said in OPTIONS.items() if MAIN in said.commands})
+    return command + (f" && {shlex.join(['nbl-export', 'bench', str(output), *asked])}" if asked else "")
 
 
 def _flags(options: JobOptions, command: str, without: set[str]) -> list[str]:

@@ -138,7 +138,7 @@ _OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
 APPLIES: tuple[Applies, ...] = (
     Applies(
         ("layers", "max_perplexity_increase", "target_speedup", "kv_budget", "select", "rank", "maps", "compute_dtype",
-         "shard", "draft"),
+         "draft"),
         "the original model; this NBL checkpoint no longer contains the removed attention",
         lambda c: not c.is_nbl,
     ),

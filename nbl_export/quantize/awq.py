@@ -9,15 +9,82 @@ Channels with large activations are stretched before the rounding, so their weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from nbl_export.errors import CorruptError
 from nbl_export.model.rescale import Group
-from nbl_export.quantize.activations import Seen
 
-__all__ = ["Choice", "choose", "rounded"]
+__all__ = ["Choice", "Seen", "choose", "load_scales", "observe", "rounded", "save_scales"]
+
+
+@dataclass
+class Seen:
+    """What a group's readers have read.
+
+    Attributes:
+        count: tokens. total_K: sum of magnitudes [K]. rows: every `every`-th token [R, K], in parts.
+    """
+
+    every: int
+    count: int = 0
+    total_K: torch.Tensor | None = None
+    rows: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, x_TK: torch.Tensor) -> None:
+        """Add the rows of one batch."""
+        self.rows.append(x_TK[-self.count % self.every :: self.every].clone())
+        total = x_TK.abs().sum(0)
+        self.total_K = total if self.total_K is None else self.total_K + total
+        self.count += len(x_TK)
+
+    @property
+    def mean_K(self) -> torch.Tensor:
+        """Mean magnitude of each channel [K]."""
+        assert self.total_K is not None
+        return self.total_K / self.count
+
+    @property
+    def sample_RK(self) -> torch.Tensor:
+        """The kept rows."""
+        return torch.cat(self.rows)
+
+
+def observe(
+    model: Any, groups: Iterable[Group], ids_WT: torch.Tensor, rows: int, progress: Callable[[int, int], None]
+) -> dict[str, Seen]:
+    """Run windows of tokens; return what each group's readers read, by the group's name.
+
+    Args:
+        rows: how many rows to keep of each input, at most one a token.
+    """
+    seen = {group.name: Seen(max(1, ids_WT.numel() // rows)) for group in groups}
+    with torch.inference_mode(), _hooked(groups, seen):
+        for done, window in enumerate(ids_WT.split(4), 1):
+            model.get_decoder()(input_ids=window, use_cache=False)
+            progress(done, -(-len(ids_WT) // 4))
+    return seen
+
+
+@contextmanager
+def _hooked(groups: Iterable[Group], seen: dict[str, Seen]) -> Iterator[None]:
+    def keep(name: str) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
+        def hook(_module: Any, given: tuple[torch.Tensor, ...]) -> None:
+            seen[name].add(given[0].detach().float().flatten(0, -2))
+
+        return hook
+
+    with ExitStack() as stack:
+        for group in groups:
+            handle = group.readers[0].register_forward_pre_hook(keep(group.name))
+            stack.callback(handle.remove)
+        yield
+
 
 _EXPONENTS = tuple(k / 10 for k in range(11))
 _LEAST = 1e-4  # of a channel's mean magnitude, relative to the mean of all
@@ -78,3 +145,28 @@ def rounded(weight_NK: torch.Tensor, block: int) -> torch.Tensor:
     step = torch.where(peak == 0, torch.ones_like(peak), peak / -8)
     codes = (padded / step).round().clamp(-8, 7)
     return (codes * step).view(rows, -1)[:, :columns]
+
+
+def save_scales(scales: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write the scales [C] of groups, by the group's name."""
+    from safetensors.torch import save_file
+
+    save_file({name: scale.contiguous() for name, scale in scales.items()}, path, metadata={"format": "nbl-scales-1"})
+
+
+def load_scales(path: Path) -> dict[str, torch.Tensor]:
+    """Read the scales.
+
+    Raises:
+        CorruptError: the file cannot be read, or a scale is not positive.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        scales: dict[str, torch.Tensor] = load_file(str(path))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CorruptError(f"{path} cannot be read ({error}); delete it to have it made again") from error
+    if not all(bool((scale > 0).all()) for scale in scales.values()):
+        raise CorruptError(f"{path} holds a scale that is not positive; delete it to have it made again")
+    return scales

@@ -20,8 +20,7 @@ from nbl_export.run.progress import Ui
 from nbl_export.run_directory import MAPS_FILE, RunDirectory
 from nbl_export.targets import load_engine, owner_of
 from nbl_export.targets.base import Target
-from nbl_export.trust.contained import check_folder, check_inside
-from nbl_export.trust.plain_files import refuse_special
+from nbl_export.trust.contained import check_folder, check_inside, refuse_special
 
 __all__ = ["Finished", "Located", "available_engine", "is_model_directory", "locate", "open_finished", "open_for_text",
            "trust_engines"]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,13 @@ from nbl_export.run.progress import Ui
 from nbl_export.run.stages import STAGES, readers
 from nbl_export.run.stages.common import Stage, passed
 from nbl_export.run_directory import (
-    CALIBRATION_FILE,
-    MOMENTS_FILE,
     VERIFY_FILE,
     RunDirectory,
     refuse_foreign,
 )
 from nbl_export.targets import ENGINES
 
-__all__ = ["run_calibration", "run_job", "run_merge", "run_stages", "run_sweep"]
+__all__ = ["run_calibration", "run_job", "run_stages", "run_sweep"]
 
 
 def run_job(
@@ -74,44 +72,8 @@ def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, 
 def _calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, force: bool) -> Path:
     refuse_foreign(output)
     recorded = {} if force else RunDirectory.peek(output).manifest.get("options", {})
-    known = JobOptions.from_json({**recorded, "model": model, "shard": None})
+    known = JobOptions.from_json({**recorded, "model": model})
     _work(given, known, output, ui, force, "calibrate")
-    return output
-
-
-def run_merge(inputs: Sequence[Path], output: Path, ui: Ui, *, force: bool = False) -> Path:
-    """Merge all shards of a calibration into a run directory with a finished calibrate stage.
-
-    Raises:
-        NblError: the inputs are not all the shards of one calibration, or `output` holds another run.
-    """
-    from nbl_export.calibrate import merge
-    from nbl_export.text import kept
-
-    refuse_foreign(output)
-    if any(output.absolute() in (path.absolute(), path.absolute().parent) for path in inputs):
-        raise NblError(f"{output} is one of the shards; use another --output")
-    places = [(path if path.is_dir() else path.parent) / CALIBRATION_FILE for path in inputs]
-    with merge.open_shards(inputs) as shards, RunDirectory.open_run(output, create=True, force=force) as run:
-        known = bool(run.manifest)
-        if not known:
-            run.note(**shards.manifest)
-        job = Job(JobOptions.from_json(shards.manifest["options"]), run, ui)
-        key = key_of("calibrate", *shards.key(STAGES[0].options))
-        if known and run.is_done("calibrate", key):
-            ui.say("merge: reused")
-            return output
-        if known:
-            raise NblError(f"{output} holds another run; use another --output, or start over with --force")
-        texts = kept.find_kept(places, run.manifest.get("calibration"))
-        job.note_options(job.options)
-        run.save()
-        kept.write_kept(texts, output / CALIBRATION_FILE)
-        with ui.task("merging") as progress, run.scratch() as scratch:
-            started = time.monotonic()
-            shards.write(scratch / MOMENTS_FILE, progress)
-            run.finish("calibrate", key, scratch, time.monotonic() - started, readers("calibrate"))
-        ui.say(f"merge: {len(inputs)} shards, {shards.count} tokens")
     return output
 
 
@@ -157,11 +119,6 @@ def run_stages(
         options = settle(changes, capabilities_of, facts_of_run(run.manifest), recorded, sweeps=sweeps)
         if "engine" in changes:
             require_engine(options)
-        if options.shard and until != "calibrate":
-            raise NblError(
-                f"{output} holds shard {options.shard} of a calibration; merge all shards first: "
-                "nbl-export merge A B ... --output C"
-            )
         job = Job(located(options, run.manifest), run, ui, asked)
         if options != recorded:
             job.note_options(options)

@@ -41,10 +41,9 @@ def _calibrate(peers: Peers, model: Any, order: dict[str, Any]) -> None:
     from nbl_export.mixers import kind_of
 
     with hooks.Collection(model, order["taps"], kind_of(order["kind"]), narrow=order["narrow"]) as found:
-        parts = [hooks.batches(order["windows"])[k] for k in order["batches"]]
         found.refer(order["windows"])
         peers.share_reference(found)
-        collect_batches(peers, found, parts, order["done"], lambda: False, lambda _: None)
+        collect_batches(peers, found, hooks.batches(order["windows"]), order["done"], lambda: False, lambda _: None)
 
 
 def _distill(peers: Peers, model: Any, order: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ file until a calibration with other datasets is finished, so an interrupted chan
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
 import zlib
@@ -17,12 +16,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nbl_export.errors import CorruptError, NblError
+from nbl_export.errors import CorruptError
 from nbl_export.files import replacing
-from nbl_export.text.corpus import Text, documents_sha256, hub_texts
-from nbl_export.text.files import READ_BYTES
+from nbl_export.text.corpus import (
+    READ_BYTES,
+    Text,
+    documents_sha256,
+    hub_texts,
+)
 
-__all__ = ["HubTexts", "find_kept", "write_kept"]
+__all__ = ["HubTexts"]
 
 _LINE_BYTES = 1024  # of a line beside its text
 _ESCAPE_BYTES = 6  # most bytes of a character in JSON
@@ -83,7 +86,7 @@ class HubTexts:
         """Keep the datasets that were read, beside the datasets that the manifest on disk records."""
         kept = self._load() if self._used else {}
         if self._path is not None and not self._used.keys() <= kept.keys():
-            write_kept({**kept, **self._used}, self._path)
+            _write({**kept, **self._used}, self._path)
 
     def _load(self) -> dict[str, Text]:
         """The kept texts. An unreadable file counts as empty before the first finished stage."""
@@ -97,25 +100,7 @@ class HubTexts:
         return self._kept
 
 
-def find_kept(paths: Iterable[Path], calibration: Any) -> dict[str, Text]:
-    """The texts that a manifest's `calibration` records, from the first kept file that has them.
-
-    Raises:
-        NblError: texts are recorded, and no file has them.
-    """
-    recorded = calibration.get("hub") if isinstance(calibration, dict) else None
-    if not recorded:
-        return {}
-    for path in paths:
-        with contextlib.suppress(CorruptError):
-            return _read(path, recorded)
-    raise NblError(
-        f"the shards were calibrated on text of the hub, and no {path.name} beside them holds it; "
-        "give the whole run directory of a shard"
-    )
-
-
-def write_kept(texts: Mapping[str, Text], path: Path) -> None:
+def _write(texts: Mapping[str, Text], path: Path) -> None:
     """Write a kept file, completely or not at all; nothing for no texts."""
     if not texts:
         return

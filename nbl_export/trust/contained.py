@@ -5,6 +5,7 @@
     CACHE/models--org--name/snapshots/REVISION/config.json -> ../../blobs/HASH [-> CACHE/blobs/HA/HASH]      followed
 
 The third line is how the hub's cache keeps a model. The file has a hash for a name and is in the same cache.
+A pipe, a socket or a device is refused too: reading a pipe blocks, and a device never ends.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import errno
 import itertools
 import os
 import re
+import stat
 from pathlib import Path
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.trust.plain_files import refuse_special
 
-__all__ = ["check_folder", "check_inside", "is_inside"]
+__all__ = ["check_folder", "check_inside", "is_inside", "refuse_special"]
 
 _HASH = re.compile(r"[0-9a-f]{40,64}")
 _REVISION = re.compile(r"[0-9a-f]{40}")
@@ -117,3 +118,17 @@ def _check_link(link: Path, directory: Path) -> None:
     unread = any(target.is_relative_to(home / name) for name in _UNREAD)
     if unread and target.is_dir():
         raise CorruptError(f"{link} is a link into {target}, which is not checked; replace it by a copy (cp -rL)")
+
+
+def refuse_special(path: Path) -> None:
+    """Refuse a pipe, a socket or a device. Links are followed; what does not exist passes.
+
+    Raises:
+        CorruptError: names the path.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # a dangling or circular link counts as absent
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise CorruptError(f"{path} is no file but a pipe, a socket or a device; remove it")

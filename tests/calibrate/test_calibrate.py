@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from nbl_export.calibrate import hooks
-from nbl_export.calibrate.sums import Accumulator
+from nbl_export.calibrate.moments_file import MomentsWriter, whole_moments
+from nbl_export.calibrate.sums import Accumulator, Sums
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.mixers import lmmse
 from nbl_export.mixers.lmmse import Moments
@@ -129,16 +130,41 @@ def test_nan_weights_are_named_by_layer(checkpoint: Checkpoint) -> None:
 
 
 def test_file_round_trip_is_exact(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    found = hooks.collect(load_model(checkpoint("llama")), windows(), nothing, ("residual", "normed"))
-    hooks.save_moments(found, tmp_path / "m.safetensors")
-    back = hooks.load_moments(tmp_path / "m.safetensors")
-    assert list(back) == list(found) == ["residual", "normed"]
-    for a, b in zip(found["normed"] + found["residual"], back["normed"] + back["residual"], strict=True):
-        assert a.count == b.count
-        assert all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("x_sum", "y_sum", "xx", "yx", "yy"))
+    taps, path = ("residual", "normed"), tmp_path / "m.safetensors"
+    with hooks.Collection(load_model(checkpoint("llama")), taps) as found:
+        found.add(windows())
+    facts = {"count": found.count, "done": 1, "identity": {"batches": 1}}
+    with MomentsWriter(path, facts, LAYERS, taps, (HIDDEN, HIDDEN)) as writer:
+        for i in range(LAYERS):
+            writer.write(found.layer(i))
+    with whole_moments(path) as file:
+        file.check()
+        assert (file.taps, file.num_layers) == (taps, LAYERS)
+        for i in range(LAYERS):
+            for tap, sums in found.layer(i).items():
+                back = file.sums(i, tap)
+                assert all(
+                    torch.equal(torch.as_tensor(v), torch.as_tensor(getattr(back, n))) for n, v in vars(sums).items()
+                )
+
+
+def test_sums_of_an_unfinished_calibration_are_refused(tmp_path: Path) -> None:
+    path, one = tmp_path / "m.safetensors", torch.ones(1, dtype=torch.float64)
+    sums = Sums(1, *[one] * 6, *[one.view(1, 1)] * 3)
+    for done in (1, 2):
+        with MomentsWriter(
+            path, {"count": 1, "done": done, "identity": {"batches": 2}}, 1, ["normed"], (1, 1)
+        ) as writer:
+            writer.write({"normed": sums})
+        if done == 2:
+            with whole_moments(path) as file:
+                assert file.sums(0, "normed") == sums
+        else:
+            with pytest.raises(CorruptError, match="not finished"), whole_moments(path):
+                pass
 
 
 def test_foreign_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.safetensors").write_bytes(b"not a safetensors file")
-    with pytest.raises(CorruptError, match=r"m\.safetensors"):
-        hooks.load_moments(tmp_path / "m.safetensors")
+    with pytest.raises(CorruptError, match=r"m\.safetensors"), whole_moments(tmp_path / "m.safetensors"):
+        pass

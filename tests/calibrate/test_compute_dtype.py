@@ -95,15 +95,3 @@ def test_the_manifest_says_what_products_were_and_auto_moves_with_the_run(
     assert found["calibration"]["products"] == ("bfloat16" if native else "float32")
     monkeypatch.setattr(bfloat16, "fast", lambda _device: not native)  # the same directory on another machine
     assert stage_lines(nbl(*given)) == {"calibrate": "reused"}
-
-
-def test_shards_of_different_products_are_not_merged(
-    same: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hooks, "_BATCH_TOKENS", 128)
-    given = ("calibrate", *same[:4], "--calibration-tokens", "512", "--context", "64")
-    for number, native in ((1, True), (2, False)):
-        monkeypatch.setattr(bfloat16, "fast", lambda _device, native=native: native)
-        assert nbl(*given, "--shard", f"{number}/2", "--output", tmp_path / str(number)).status == 0
-    done = nbl("merge", tmp_path / "1", tmp_path / "2", "--output", tmp_path / "whole")
-    assert_refused(done, 1, "were multiplied in different types (--compute-dtype) and cannot be merged")

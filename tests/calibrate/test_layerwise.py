@@ -67,17 +67,6 @@ def test_moments_are_those_of_the_whole_model(
     assert not list((tmp_path / "layers").glob(".tmp-*"))
 
 
-def test_shard_of_a_single_file(
-    given: Any, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given = ("calibrate", "--model", checkpoint("llama"), *given, "--shard", "2/3")
-    assert nbl(*given, "--output", tmp_path / "whole").status == 0
-    short_of_memory(monkeypatch)
-    assert nbl(*given, "--output", tmp_path / "layers").status == 0
-    hashes = [file_sha256(tmp_path / name / "moments.safetensors") for name in ("whole", "layers")]
-    assert hashes[0] == hashes[1]
-
-
 def test_chosen_by_itself_where_memory_is_short(
     given: Any, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

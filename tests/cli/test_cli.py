@@ -18,6 +18,7 @@ from nbl_export.targets.onnx.genai import GenaiRunner
 from nbl_export.trust.terminal import visible
 
 from ..command import TINY, Outcome, in_new_process, nbl, snapshot, stage_lines
+from ..jobs import until
 from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB
 
 Same = tuple[object, ...]
@@ -424,7 +425,8 @@ def test_a_finished_run_is_served_without_torch_and_without_its_model(run: Path)
 def test_distilled_maps_act_on_the_normed_input_unless_asked(
     tap: tuple[str, ...], found: str, same: tuple[object, ...], tmp_path: Path
 ) -> None:
-    done = nbl(*same, "--fit", "distilled", "--distill-steps", "2", *tap, "--output", tmp_path / "run")
+    with until("distill"):
+        done = nbl(*same, "--fit", "distilled", "--distill-steps", "2", *tap, "--output", tmp_path / "run")
     assert done.status == 0, done.err
     facts = json.loads((tmp_path / "run" / "nbl.json").read_text(encoding="utf-8"))
     assert (facts["tap"], facts["fit"]["kind"]) == (found, "distilled")

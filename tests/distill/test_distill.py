@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from nbl_export.calibrate import hooks
-from nbl_export.distill.saved import FileState
 from nbl_export.distill.settings import (
     DistillSettings,
     State,
@@ -158,7 +157,7 @@ class Killed(BaseException):
     pass
 
 
-class Fragile(FileState):
+class Fragile(State):
     """Dies at the n-th save, before or after it is done."""
 
     def __init__(self, path: Path, at: int, after: bool) -> None:
@@ -188,7 +187,7 @@ def test_killed_runs_end_with_the_same_maps(
         path = tmp_path / f"{at}-{after}"
         with pytest.raises(Killed):
             run(prepared, "normed", settings, Fragile(path, at, after))
-        again = run(prepared, "normed", settings, FileState(path, "key"))
+        again = run(prepared, "normed", settings, State(path, "key"))
         assert (again.train_kl, again.held_kl) == (whole.train_kl, whole.held_kl)
         for i, best in whole.maps.items():
             np.testing.assert_array_equal(again.maps[i].weight, best.weight)
@@ -208,9 +207,9 @@ def test_a_resumed_run_retreats_to_the_best_parameters(tmp_path: Path) -> None:
     first.result.held_kl, first.result.train_kl, first.step = [(0, 0.1)], [9.0] * 10, 10
     with torch.no_grad():
         first.twin.trained["0.linear.bias"].fill_(2.0)  # where steps led since
-    first.save(FileState(tmp_path / "state", "key"))
+    first.save(State(tmp_path / "state", "key"))
     again = training(0.0)
-    again.begin(FileState(tmp_path / "state", "key"))
+    again.begin(State(tmp_path / "state", "key"))
     assert again.twin.trained["0.linear.bias"].tolist() == [2.0, 2.0]
     assert again.retreat()
     assert again.twin.trained["0.linear.bias"].tolist() == [1.0, 1.0]
@@ -220,8 +219,8 @@ def test_only_the_state_of_the_same_run_is_gone_on_from(prepared: dict[str, Any]
     path = tmp_path / "state"
     with pytest.raises(Killed):
         run(prepared, "normed", QUICK, Fragile(path, 1, after=True))
-    assert FileState(path, "key").load() is not None
-    assert FileState(path, "another").load() is None
+    assert State(path, "key").load() is not None
+    assert State(path, "another").load() is None
     whole = path.read_bytes()
     facts = whole.index(b'\\"step\\": 10') + 10
     damages = [
@@ -233,16 +232,16 @@ def test_only_the_state_of_the_same_run_is_gone_on_from(prepared: dict[str, Any]
     for damaged in damages:
         assert damaged != whole
         path.write_bytes(damaged)
-        assert FileState(path, "key").load() is None
+        assert State(path, "key").load() is None
     path.write_bytes(whole)
-    assert FileState(path, "key").load() is not None
-    assert FileState(tmp_path / "nothing", "key").load() is None
+    assert State(path, "key").load() is not None
+    assert State(tmp_path / "nothing", "key").load() is None
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
 
 
 def test_a_state_is_on_the_disk_before_it_replaces_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = calls_of_os(monkeypatch)
-    FileState(tmp_path / "state", "key").save({"a": torch.ones(100)}, {"step": 1})
+    State(tmp_path / "state", "key").save({"a": torch.ones(100)}, {"step": 1})
     assert done == [("fsync", (tmp_path / "state").stat().st_size), ("replace", str(tmp_path / "state"))]
 
 
@@ -264,7 +263,7 @@ def test_deltas_are_aimed_once_and_a_run_that_goes_on_keeps_them(
     )
     with pytest.raises(Killed):
         run(prepared, "normed", QUICK, Fragile(tmp_path / "state", 1, after=True))
-    run(prepared, "normed", QUICK, FileState(tmp_path / "state", "key"))
+    run(prepared, "normed", QUICK, State(tmp_path / "state", "key"))
     assert lengths == [3]  # a twentieth of 60 steps
 
 

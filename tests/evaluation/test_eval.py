@@ -13,7 +13,7 @@ from nbl_export.verify.ladder import TOLERANCES
 
 from ..command import assert_refused, in_new_process, nbl, snapshot
 from ..damage import cut, edit
-from ..evaluation_tiny import write_rows, write_tasks
+from ..evaluation_tiny import QUESTIONS, write_rows, write_tasks
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nbl-export[eval]'")
 
@@ -195,11 +195,11 @@ def test_bad_options_change_nothing(
 
 
 def test_a_bad_task_file_is_refused_before_anything_is_computed(finished: Path, tmp_path: Path) -> None:
-    write_rows(tmp_path / "arc_easy" / "test.jsonl", [{"question": "Where?", "choices": ["here", "there"]}])
+    write_rows(tmp_path / "arc_easy" / "test.jsonl", [QUESTIONS[0], {"question": "Where?"}])
     before = snapshot(finished)
     refused = nbl("eval", finished, "--tasks", "arc_easy", "--data", tmp_path)
     assert refused.status == 1
-    assert "document 1 has no field 'gold'; task arc_easy needs question, choices, gold" in refused.err
+    assert "document 2 has no field 'choices'" in refused.err
     assert snapshot(finished) == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,8 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.evaluation.local_data import find_local, wikitext_pages
 
-from ..evaluation_tiny import LAMBADA, PIQA, PIQA_LABELS, QUESTIONS, WIKI, write_rows, write_tasks
+from ..evaluation_tiny import LAMBADA, PIQA, QUESTIONS, TASKS, write_rows, write_tasks
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nbl-export[eval]'")
 
@@ -19,26 +19,6 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: p
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tasks(tmp_path_factory.mktemp("data"))
-
-
-def stock_documents(task: str) -> list[dict[str, Any]]:
-    """The tiny files' content as rows of the stock data sets, written down by hand."""
-    if task == "lambada_openai":
-        return [{"text": f"{row['context']} {row['continuation']}"} for row in LAMBADA]
-    if task == "piqa":
-        return [{**row, "label": label} for row, label in zip(PIQA, PIQA_LABELS, strict=True)]
-    if task == "wikitext":
-        # The blank line in front of the first title is an article of its own nowhere: it holds nothing.
-        first, second = WIKI.index(" = First"), WIKI.index(" = Second")
-        return [{"page": WIKI[first : second - 1]}, {"page": WIKI[second:]}]
-    return [
-        {
-            "question": row["question"],
-            "choices": {"text": row["choices"], "label": list("ABCD")[: len(row["choices"])]},
-            "answerKey": "ABCD"[row["gold"]],
-        }
-        for row in QUESTIONS
-    ]
 
 
 def requests(task: Any, documents: list[dict[str, Any]]) -> list[Any]:
@@ -51,7 +31,7 @@ def requests(task: Any, documents: list[dict[str, Any]]) -> list[Any]:
     return made
 
 
-@pytest.mark.parametrize("name", ["lambada_openai", "arc_easy", "piqa", "wikitext"])
+@pytest.mark.parametrize("name", TASKS)
 def test_prompts_are_those_of_the_stock_task(name: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
     from lm_eval.tasks import TaskManager
@@ -59,7 +39,7 @@ def test_prompts_are_those_of_the_stock_task(name: str, data: Path, monkeypatch:
     from nbl_export.evaluation.tasks import _catalogue, load_benchmark
 
     benchmark = load_benchmark(name, data)
-    documents = stock_documents(name)
+    documents = TASKS[name]
     stock_set = datasets.Dataset.from_list(documents)
     splits = dict.fromkeys(("train", "validation", "test"), stock_set)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: splits)  # only the download is not the harness'
@@ -75,37 +55,26 @@ def test_prompts_are_those_of_the_stock_task(name: str, data: Path, monkeypatch:
         assert benchmark.task.doc_to_target(ours) == stock.doc_to_target(theirs)
 
 
-def test_rows_of_the_stock_data_set_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_the_validation_split_stands_in_for_a_test_split(tmp_path: Path) -> None:
     from nbl_export.evaluation.tasks import load_benchmark
 
-    write_rows(tmp_path / "arc_easy" / "test.jsonl", stock_documents("arc_easy"))
     write_rows(tmp_path / "boolq" / "validation.jsonl", [{"question": "is it", "passage": "It is.", "label": 1}])
-    assert len(load_benchmark("arc_easy", tmp_path).task.eval_docs) == 3
     boolq = load_benchmark("boolq", tmp_path)
     assert boolq.task.doc_to_text(boolq.task.eval_docs[0]) == "It is.\nQuestion: is it?\nAnswer:"
     assert boolq.data["split"] == "validation"
 
 
-def test_articles_begin_at_their_titles() -> None:
-    assert [page.split("\n")[0] for page in wikitext_pages(WIKI)] == [" = First = ", " = Second = "]
-
-
 @pytest.mark.parametrize(
     ("task", "file", "content", "parts"),
     [
-        ("piqa", "validation.jsonl", [{"goal": "a", "sol1": "b", "label": 0}], ("document 1", "'sol2'", "piqa")),
-        ("piqa", "validation.jsonl", [{**PIQA[0], "label": 0}, {"goal": "a", "label": 1}], ("document 2", "'sol1'")),
-        ("piqa", "validation.jsonl", [{**PIQA[0], "label": 2}], ("document 1", "neither 0 nor 1")),
-        ("lambada_openai", "test.jsonl", [{"context": "a"}], ("document 1", "'continuation'")),
-        ("lambada_openai", "test.jsonl", [{"context": "a", "continuation": "two words"}], ("not one word",)),
-        ("arc_easy", "test.jsonl", [{**QUESTIONS[0], "gold": 4}], ("document 1", "gold 4 of 4")),
-        ("arc_easy", "test.jsonl", [{**QUESTIONS[0], "gold": None}], ("document 1", "'gold'")),
+        ("piqa", "validation.jsonl", [PIQA[0], {"goal": "a", "label": 1}], ("document 2", "'sol1'")),
+        ("lambada_openai", "test.jsonl", [{"words": "a"}], ("does not fit", "'text'")),
+        ("arc_easy", "test.jsonl", [{**QUESTIONS[0], "answerKey": "E"}], ("arc_easy", "'E'")),
         ("boolq", "validation.jsonl", [{"question": "is it", "label": 1}], ("boolq", "passage")),
         ("arc_easy", "test.jsonl", "", ("is empty",)),
         ("arc_easy", "test.jsonl", "\n \n", ("is empty",)),
         ("arc_easy", "test.jsonl", "{oops\n", ("line 1", "not JSON")),
         ("arc_easy", "test.jsonl", "[1]\n", ("line 1", "not an object")),
-        ("wikitext", "wiki.test.raw", "\n", ("is empty",)),
     ],
 )
 def test_a_bad_file_is_named_with_what_is_wrong(
@@ -122,11 +91,24 @@ def test_a_bad_file_is_named_with_what_is_wrong(
     assert "\n" not in str(refusal.value)
 
 
-def test_answers_that_do_not_fit_their_questions_are_refused(tmp_path: Path) -> None:
-    write_tasks(tmp_path)
-    (tmp_path / "piqa" / "valid-labels.lst").write_text("0\n")
-    with pytest.raises(NblError, match="1 answers for the 2 documents"):
-        find_local("piqa", tmp_path, {"validation_split": "validation"})
+def test_files_in_other_forms_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
+    convert = importlib.import_module("stock_rows").convert
+
+    files, data = tmp_path / "files", tmp_path / "data"
+    words = [row["text"].rpartition(" ") for row in LAMBADA]
+    write_rows(files / "lambada_openai/test.jsonl", [{"context": a, "continuation": f" {b}"} for a, _, b in words])
+    forms = [
+        {"question": r["question"], "choices": r["choices"]["text"], "gold": "ABCD".index(r["answerKey"])}
+        for r in QUESTIONS
+    ]
+    write_rows(files / "arc_easy" / "test.jsonl", forms)
+    write_rows(files / "piqa" / "valid.jsonl", [{k: v for k, v in row.items() if k != "label"} for row in PIQA])
+    (files / "piqa" / "valid-labels.lst").write_text("0\n1\n")
+    convert(files, data)
+    for task, name in (("lambada_openai", "test"), ("arc_easy", "test"), ("piqa", "validation")):
+        lines = (data / task / f"{name}.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines] == TASKS[task]
 
 
 def test_a_task_that_is_none(data: Path) -> None:

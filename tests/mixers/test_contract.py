@@ -229,18 +229,19 @@ def test_features_go_through_sums_files_and_layers(checkpoint: Callable[[str], P
     wanted = Wanted(("residual",), MEMORY)
     parts = list(collect_layers(checkpoint("llama"), ids, [ids], wanted, tmp_path, nothing))
     with MomentsWriter(
-        tmp_path / "sums", {"count": ids.numel()}, len(parts), ("residual",), (2 * HIDDEN, HIDDEN)
+        tmp_path / "sums",
+        {"count": ids.numel(), "done": 1, "identity": {"batches": 1}},
+        len(parts),
+        ("residual",),
+        (2 * HIDDEN, HIDDEN),
     ) as file:
         for part in parts:
             file.write(part)
-    hooks.save_moments(whole, tmp_path / "moments")
-    kept = hooks.load_moments(tmp_path / "moments")["residual"]
     with open_moments(tmp_path / "sums") as stored:
         assert stored.sizes == (2 * HIDDEN, HIDDEN)
         for i, expected in enumerate(whole["residual"]):
             for name in ("x_sum", "y_sum", "xx", "yx", "yy"):
                 value = getattr(expected, name)
-                assert torch.equal(getattr(kept[i], name), value)
                 close = {"rtol": 1e-6, "atol": 1e-6 * float(value.abs().max())}
                 torch.testing.assert_close(getattr(stored.sums(i, "residual").moments(), name), value, **close)
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,39 +27,35 @@ from .test_hostile_checkpoint import changed
 Checkpoint = Callable[[str], Path]
 MOST_BYTES = 1 << 30  # of one process; torch and transformers take about a third of it
 
-# The peak of a process that was started by a large one includes its parent's, so the figure is the kernel's own.
-REFUSED = """
-import sys
-from pathlib import Path
-from nbl_export.errors import NblError
-from nbl_export.model.checkpoint.load import load_model, read_spec
-from nbl_export.model.checkpoint.materialise import materialise
-from nbl_export.model.checkpoint.source import resolve
-from nbl_export.records.decoder import DecoderSpec
-model, kind = sys.argv[1:]
-try:
-    if kind == "load":
-        load_model(Path(model))
-    elif kind == "convert":
-        materialise(resolve(model), Path(model).parent / "made")
-    else:
-        read_spec(resolve(model))
-except NblError as error:
-    print("refused:", error)
-peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-print("KiB:", peak.split()[1])
-"""
+_FORKS = multiprocessing.get_context("forkserver")  # of a lean process: what tests hold does not count
+_FORKS.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "optimum.utils", __name__])
+
+
+def _refuse(model: str, kind: str, answer: Any) -> None:
+    said = ""
+    try:
+        if kind == "load":
+            load_model(Path(model))
+        elif kind == "convert":
+            materialise(resolve(model), Path(model).parent / "made")
+        else:
+            read_spec(resolve(model))
+    except NblError as error:
+        said = str(error)
+    status = Path("/proc/self/status").read_text().splitlines()
+    answer.send((said, int(next(line for line in status if line.startswith("VmHWM")).split()[1])))
 
 
 def refused(model: Path, kind: str) -> str:
     """The sentence that refuses a model, in a process whose memory stays small."""
-    command = [sys.executable, "-c", REFUSED, str(model), kind]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    said, peak = done.stdout.splitlines()
-    assert int(peak.split()[1]) * 1024 < MOST_BYTES, peak
-    return said.removeprefix("refused: ")
+    answer, sender = _FORKS.Pipe(False)
+    process = _FORKS.Process(target=_refuse, args=(str(model), kind, sender))
+    process.start()
+    sender.close()
+    said, peak_kib = answer.recv()
+    process.join()
+    assert said and peak_kib * 1024 < MOST_BYTES, (said, peak_kib)
+    return str(said)
 
 
 def empty_gguf(path: Path, **numbers: int) -> Path:

@@ -17,6 +17,7 @@ from nbl_export.model.checkpoint import source as checkpoint_source
 
 from ..command import TINY, assert_refused, nbl, snapshot
 from ..damage import cut, flip
+from ..jobs import until
 from ..tiny import EPSILON, HEAD_DIM, HEADS, HIDDEN, INNER, KV_HEADS, LAYERS, VOCAB
 
 NAMES = {
@@ -91,7 +92,8 @@ def test_gguf_is_the_same_model(gguf: Path, checkpoint: Any, tmp_path: Path) -> 
 
 def test_main_job_on_a_gguf_directory(gguf: Path, text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = nbl("--model", gguf.parent, "--calibration", text, *TINY, "--output", run)
+    with until("verify"):
+        done = nbl("--model", gguf.parent, "--calibration", text, *TINY, "--output", run)
     assert done.status == 0, done.err
     facts = json.loads((run / "nbl.json").read_text(encoding="utf-8"))
     assert facts["status"] == "verified"

@@ -20,6 +20,7 @@ from nbl_export.model.rescale import rescale
 
 from ..codes import GROUP, METHODS, dequantised, quantise
 from ..command import TINY, assert_refused, nbl
+from ..jobs import until
 from ..tiny import HIDDEN, save_checkpoint
 
 Same = tuple[object, ...]
@@ -69,7 +70,8 @@ def place_of(name: str) -> tuple[str, ...]:
 )
 def test_codes_are_taken_as_they_are(method: str, symmetric: bool, model: Path, even: Same, tmp_path: Path) -> None:
     theirs = quantise(model, tmp_path / "codes", method, symmetric=symmetric)
-    done = nbl(*even, *INT4, "--quantized-model", theirs, "--output", tmp_path / "run")
+    with until("verify"):
+        done = nbl(*even, *INT4, "--quantized-model", theirs, "--output", tmp_path / "run")
     assert done.status == 0, done.err  # verified
     weights, seen = load_file(model / "model.safetensors"), 0
     for which in ("original", "model"):
@@ -169,7 +171,8 @@ def test_scales_in_the_norms_are_for_maps_on_the_residual_stream(model: Path, ev
     """AWQ moves scales from matrices to the norm before them, where a map of the normed input was fitted without."""
     theirs = quantise(_with_scales(model, tmp_path / "scaled"), tmp_path / "codes", "awq")
     words = (*even, *INT4, "--quantized-model", theirs)
-    assert nbl(*words, "--output", tmp_path / "run").status == 0
+    with until("verify"):
+        assert nbl(*words, "--output", tmp_path / "run").status == 0
     refused = nbl(*words, "--tap", "normed", "--output", tmp_path / "other")
     assert_refused(refused, 1, "model.layers.0.input_layernorm.weight", "--tap residual")
 
@@ -205,7 +208,8 @@ def test_codes_of_other_weights_fail_the_proof(model: Path, even: Same, tmp_path
 def test_zero_points_of_the_second_gptq_format_are_refused(model: Path, even: Same, tmp_path: Path) -> None:
     """They say that they are of the first one, and every weight would be a step off."""
     theirs = quantise(model, tmp_path / "codes", "gptq", symmetric=True)
-    assert nbl(*even, *INT4, "--quantized-model", theirs, "--output", tmp_path / "first").status == 0
+    with until("verify"):
+        assert nbl(*even, *INT4, "--quantized-model", theirs, "--output", tmp_path / "first").status == 0
     tensors = load_file(theirs / "model.safetensors")
     more = {n: t + 0x11111111 if n.endswith("qzeros") else t for n, t in tensors.items()}
     save_file(more, theirs / "model.safetensors", {"format": "pt"})

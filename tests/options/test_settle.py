@@ -169,7 +169,7 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
         (name, {name: value}, NBL, "no longer contains the removed attention")
         for name, value in {
             "layers": "1", "max_perplexity_increase": "5%", "target_speedup": "1.3", "kv_budget": "1KiB",
-            "select": "cca", "rank": "2", "maps": "linear", "compute_dtype": "float32", "shard": "1/2",
+            "select": "cca", "rank": "2", "maps": "linear", "compute_dtype": "float32",
             "draft": "ngram",
         }.items()
     ),

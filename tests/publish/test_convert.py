@@ -23,6 +23,7 @@ from nbl_export.targets.checkpoint import nemotron_nas
 
 from ..canaries import Canaries
 from ..command import TINY, assert_refused, nbl
+from ..jobs import until
 from ..tiny import HIDDEN, SPLIT, random_map, save_checkpoint, save_gguf
 
 IDS = torch.arange(3, 40)[None]
@@ -40,7 +41,8 @@ def runs(text: Path, short_parts: None, tmp_path_factory: pytest.TempPathFactory
     for name, options in kinds.items():
         found[name] = tmp_path_factory.mktemp("runs") / name
         words = ("--model", model, "--calibration", text, *TINY, "--layers", "1,2", *options)
-        done = nbl(*words, "--output", found[name])
+        with until("verify"):
+            done = nbl(*words, "--output", found[name])
         assert done.status == 0, done.err
     return found
 

@@ -16,11 +16,16 @@ from nbl_export.errors import CorruptError
 from nbl_export.graph.coded.int4_blocks import int4_blocks
 from nbl_export.model import rescale as rescale_module
 from nbl_export.model.rescale import Group
-from nbl_export.quantize.activations import Seen
-from nbl_export.quantize.awq import choose, rounded
-from nbl_export.quantize.scales_file import load_scales, save_scales
+from nbl_export.quantize.awq import (
+    Seen,
+    choose,
+    load_scales,
+    rounded,
+    save_scales,
+)
 
 from ..command import nbl
+from ..jobs import until
 
 Same = tuple[object, ...]
 AWQ = ("--precision", "int4", "--quantize", "awq")
@@ -89,10 +94,12 @@ def test_a_damaged_file_of_scales_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tap", [pytest.param("residual", marks=pytest.mark.fuzz), "normed"])
 def test_the_job_proves_the_function_and_reuses_the_calibration(same: Same, tap: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    plain = nbl(*same, "--tap", tap, "--precision", "int4", "--output", run)
+    with until("verify"):
+        plain = nbl(*same, "--tap", tap, "--precision", "int4", "--output", run)
     assert plain.status == 0, plain.err
     before = norms(run)
-    done = nbl(*same, "--tap", tap, *AWQ, "--output", run)
+    with until("verify"):
+        done = nbl(*same, "--tap", tap, *AWQ, "--output", run)
     assert done.status == 0, done.err
     assert "calibrate: reused" in done.err and "plan: reused" in done.err
     proof = next(r for r in rungs(run) if r["metric"] == METRIC)
@@ -106,7 +113,8 @@ def test_the_job_proves_the_function_and_reuses_the_calibration(same: Same, tap:
     moved = [name for name in before if not np.allclose(before[name], after[name])]
     assert len(moved) >= 3 and not any("final_norm" in name for name in moved)
     if tap == "normed":
-        back = nbl(*same, "--tap", tap, "--precision", "int4", "--output", run)
+        with until("verify"):
+            back = nbl(*same, "--tap", tap, "--precision", "int4", "--output", run)
         assert back.status == 0 and METRIC not in {r["metric"] for r in rungs(run)}
 
 
@@ -128,5 +136,6 @@ def test_a_scale_that_moves_halfway_fails_the_proof(
 
 
 def test_plain_rounding_by_its_name(same: Same, tmp_path: Path) -> None:
-    assert nbl(*same, "--precision", "int4", "--quantize", "rtn", "--output", tmp_path / "run").status == 0
+    with until("rewrite"):
+        assert nbl(*same, "--precision", "int4", "--quantize", "rtn", "--output", tmp_path / "run").status == 0
     assert not (tmp_path / "run" / "scales.safetensors").exists()

@@ -28,6 +28,7 @@ from nbl_export.rewrite.gguf_codes import TakeCodes, rounded, take_codes
 
 from ..command import TINY, assert_refused, nbl
 from ..gguf_kinds import HALVES, every_token, random_blocks, save_mixed
+from ..jobs import until
 
 # q, k and v of three forms, which the exporter joins; an embedding with offsets; a head of its own.
 MIXED = {"attn_q": "Q4_K", "attn_k": "Q5_0", "attn_v": "Q6_K", "attn_output": "Q4_1", "ffn_gate": "Q5_1",
@@ -100,7 +101,8 @@ def _by_span(matrix: np.ndarray, size: int) -> np.ndarray:
 def run_of(kinds: dict[str, str], head: str | None, home: Path, *more: object) -> Path:
     model, text = save_mixed(home / "mixed.gguf", kinds, head), every_token(home / "text.txt", 12_000)
     tokens = ("--calibration-tokens", "4096", "--precision", "int4")
-    done = nbl("--model", model, "--calibration", text, *TINY, *tokens, *more, "--output", home / "run")
+    with until("verify"):
+        done = nbl("--model", model, "--calibration", text, *TINY, *tokens, *more, "--output", home / "run")
     assert done.status == 0, done.err
     return home / "run"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -180,20 +179,3 @@ def test_a_run_that_began_without_the_hub_goes_on_without_it(
     assert "began without the hub (--force starts over)" in caplog.text
     assert (server.requests, list(library.asked)) == ([], [])
     assert calibrate("run", "--force").status == 0 and len(library.asked) == 3
-
-
-@pytest.mark.usefixtures("server")
-def test_merged_shards_keep_their_text(
-    calibrate: Calibrate, library: FakeDatasets, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(hooks, "_BATCH_TOKENS", 128)
-    shards = [tmp_path / "s1", tmp_path / "s2"]
-    for number, path in enumerate(shards, 1):
-        done = calibrate(path.name, "--shard", f"{number}/2")
-        assert done.status == 0, done.err
-    loose = [Path(shutil.copy(s / "moments.safetensors", tmp_path / f"{s.name}.safetensors")) for s in shards]
-    os.mkfifo(tmp_path / KEPT)  # nobody writes into it
-    assert_refused(nbl("merge", *loose, "--output", tmp_path / "m"), 1, KEPT, "whole run directory of a shard")
-    library.serve({})
-    assert nbl("merge", loose[0], shards[1], "--output", tmp_path / "m").status == 0
-    assert stage_lines(nbl("plan", tmp_path / "m", "--layers", 1)) == {"calibrate": "reused", "plan": "done"}

@@ -48,8 +48,7 @@ def resumed_batches(
 ) -> int:
     """Batches that a calibration of these inputs takes from the partial file; it then leaves the file of its own."""
     job = job_of(directory, options, facts)
-    chosen = calibrate.parse_shard(job.options.shard).batches(batches)
-    found = calibrate._facts(job, windows, batches, len(chosen), {"products": products})
+    found = calibrate._facts(job, windows, batches, products)
     partial, collected = calibrate._Partial(directory / "partial", found), Collected(found["identity"]["taps"])
     done = partial.restore(collected)
     assert collected.restored == (1 if done else 0)
@@ -60,11 +59,8 @@ def resumed_batches(
 CALIBRATIONS: dict[str, dict[str, Any]] = {
     "another model": {"facts": {"model": {"fingerprint": "other"}}},
     "another text": {"facts": {"calibration": {"sha256": "other"}}},
-    "another shard with as many batches": {"options": {"shard": "2/2"}},
-    "a shard of another count with as many batches": {"options": {"shard": "1/3"}},
-    "the whole text": {"options": {}},
-    "another tap": {"options": {"shard": "1/2", "tap": "normed"}},
-    "another context": {"options": {"shard": "1/2", "context": 32}},
+    "another tap": {"options": {"tap": "normed"}},
+    "another context": {"options": {"context": 32}},
     "fewer tokens": {"windows": WINDOWS[:6]},
     "other tokens": {"windows": WINDOWS + 1},
     "other batches": {"batches": 3},
@@ -74,7 +70,7 @@ CALIBRATIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("change", CALIBRATIONS)
 def test_a_calibration_resumes_from_its_own_sums_alone(change: str, tmp_path: Path) -> None:
-    same: dict[str, Any] = {"options": {"shard": "1/2"}, "facts": {}, "windows": WINDOWS, "batches": 4}
+    same: dict[str, Any] = {"options": {}, "facts": {}, "windows": WINDOWS, "batches": 4}
     assert resumed_batches(tmp_path, **same) == 0
     assert resumed_batches(tmp_path, **same) == 1
     assert resumed_batches(tmp_path, **{**same, **CALIBRATIONS[change]}) == 0

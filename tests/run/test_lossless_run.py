@@ -18,11 +18,12 @@ from nbl_export.errors import RefusalError
 from nbl_export.graph.names import draft_file
 from nbl_export.rewrite import gguf_codes
 from nbl_export.rewrite.codes import quantised_matrices
+from nbl_export.run.lossless import stage
 from nbl_export.run.lossless.drafts import codes_for_drafts
 from nbl_export.targets.onnx.genai import GenaiRunner
 from nbl_export.targets.onnx.lossless import LosslessRunner
 
-from ..command import TINY, Outcome, assert_refused, in_new_process, nbl, snapshot
+from ..command import TINY, Outcome, assert_refused, nbl, snapshot
 from ..gguf_kinds import HALVES, every_token, save_mixed
 from ..tiny import LAYERS
 
@@ -33,7 +34,9 @@ def lossless(
 ) -> tuple[Path, Outcome]:
     """A finished run, and the same command with --draft auto. Never write to the run."""
     run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("lossless") / "run"))
-    done = in_new_process(*same, "--draft", "auto", "--draft-layers", "0,2", "--output", run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "LOADS", 5)  # as a user's job: `light_jobs` has 2, too few for an interval
+        done = nbl(*same, "--draft", "auto", "--draft-layers", "0,2", "--output", run)
     assert done.status == 0, done.err
     return run, done
 

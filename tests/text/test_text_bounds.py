@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.evaluation import local_data
+from nbl_export.evaluation import tasks
 from nbl_export.evaluation.perplexity import NamedText, windows
 from nbl_export.model.checkpoint.load import load_tokenizer
-from nbl_export.text import corpus, files
+from nbl_export.text import corpus
 from nbl_export.text.corpus import Text, read_text
 from nbl_export.text.windows import pack
 
@@ -24,7 +24,7 @@ from ..fake_datasets import FakeDatasets
 
 MIB = 1 << 20
 # Pieces and their join, of one byte a character; and what the interpreter needs.
-BOUND = 2 * files.READ_BYTES + 24 * MIB
+BOUND = 2 * corpus.READ_BYTES + 24 * MIB
 
 
 def bomb(path: Path, pattern: bytes, mebibytes: int = 1024) -> Path:
@@ -51,7 +51,7 @@ def test_a_gibibyte_of_text_in_a_small_archive(tmp_path: Path) -> None:
     path = bomb(tmp_path / "a.txt.gz", b"a word ")
     found, most = peak(lambda: read_text(str(path)))
     assert most < BOUND
-    assert len(found.documents[0]) == files.READ_BYTES
+    assert len(found.documents[0]) == corpus.READ_BYTES
     assert found.cut
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -87,8 +87,8 @@ def test_a_file_of_gibibytes_that_is_not_packed(tmp_path: Path) -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if so little of a text were read."""
-    monkeypatch.setattr(files, "READ_BYTES", 1000)
-    monkeypatch.setattr(files, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(corpus, "READ_BYTES", 1000)
+    monkeypatch.setattr(corpus, "_BLOCK_BYTES", 64)
 
 
 @pytest.mark.usefixtures("small")
@@ -116,7 +116,7 @@ def test_what_is_read_is_the_beginning(packed: str, tmp_path: Path) -> None:
 
 def test_the_hash_is_of_the_whole_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Texts that differ behind what is read are different texts: a run on one is not resumed with the other."""
-    monkeypatch.setattr(files, "READ_BYTES", 100)
+    monkeypatch.setattr(corpus, "READ_BYTES", 100)
     for name, end in (("a.txt", b"1"), ("b.txt", b"2")):
         (tmp_path / name).write_bytes(b"x" * 200 + end)
     one, other = (read_text(str(tmp_path / name)) for name in ("a.txt", "b.txt"))
@@ -155,10 +155,10 @@ def test_a_mix_is_cut_where_the_text_that_ends_it_is() -> None:
 
 
 def test_evaluation_data_of_gibibytes(tmp_path: Path) -> None:
-    path = tmp_path / "piqa" / "valid.jsonl"
+    path = tmp_path / "piqa" / "validation.jsonl"
     path.parent.mkdir()
     with path.open("wb") as stream:
         stream.truncate(3 << 30)
-    found, most = peak(lambda: local_data.find_local("piqa", tmp_path, {"validation_split": "validation"}))
+    found, most = peak(lambda: tasks._find_local("piqa", tmp_path, {"validation_split": "validation"}))
     assert isinstance(found, NblError) and "larger than 64 MiB" in str(found)
     assert most < MIB

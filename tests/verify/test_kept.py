@@ -21,6 +21,7 @@ from nbl_export.verify.ladder import Probe, Reference
 
 from ..command import TINY, nbl
 from ..disk import calls_of_os
+from ..jobs import until
 
 PROBE = Probe(((1, 2, 3), (4, 5)), ((1, 2),), 3, (1, 2, 3, 4))
 FILE = "references.safetensors"
@@ -160,7 +161,8 @@ def rungs(run: Path) -> list[dict[str, Any]]:
 def models_run(counted: mock.Mock, run: Path, *arguments: object) -> int:
     """How many models the main job runs for references."""
     before = counted.call_count
-    done = nbl(*TINY, *arguments, "--output", run)
+    with until("verify"):
+        done = nbl(*TINY, *arguments, "--output", run)
     assert done.status == 0, done.err
     return int(counted.call_count - before)
 
@@ -231,8 +233,9 @@ def test_noise_is_that_of_the_model_that_the_graph_is_compared_with(
     monkeypatch.setattr(torch_reference, "with_noise", watched)
     monkeypatch.setitem(ladder.TOLERANCES, "fp32", dataclasses.replace(ladder.TOLERANCES["fp32"], limit=1e-12))
     run = tmp_path / "run"
-    nbl("--model", checkpoint("llama"), "--calibration", text, *TINY, "--precision", precision, "--layers", "1,2",
-        "--logits", "all", "--output", run)  # fmt: skip
+    with until("verify"):
+        nbl("--model", checkpoint("llama"), "--calibration", text, *TINY, "--precision", precision, "--layers", "1,2",
+            "--logits", "all", "--output", run)  # fmt: skip
     assert seen == [("LlamaAttention", True), ("Wrapped", True)]
     compared = [r for r in rungs(run) if r["rung"] in "bc" and "max abs" in r["metric"]]
     assert compared and all("whose float32 noise allows" in r["detail"] for r in compared)
@@ -246,7 +249,8 @@ def test_another_plan_of_a_graph_runs_the_original_no_more(
     made = graph_reference._reference
     with mock.patch.object(graph_reference, "_reference", side_effect=made) as counted:
         for layers, runs in (("1", 2), ("2", 3)):
-            done = nbl("--model", exported("llama"), "--calibration", text, *TINY, "--layers", layers,
-                       "--output", tmp_path / "run")  # fmt: skip
+            with until("verify"):
+                done = nbl("--model", exported("llama"), "--calibration", text, *TINY, "--layers", layers,
+                           "--output", tmp_path / "run")  # fmt: skip
             assert done.status == 0, done.err
             assert counted.call_count == runs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,10 +54,12 @@ def check(results: list[RungResult], source: str, precision: str) -> None:
 
 @pytest.mark.parametrize(("architecture", "source", "precision"), SHOWN)
 def test_all_checks_pass(
-    architecture: str, source: str, precision: str, checkpoint: Checkpoint, tmp_path: Path
+    architecture: str, source: str, precision: str, checkpoint: Checkpoint, exported: Any, tmp_path: Path
 ) -> None:
     """Layers 0 and 2 are replaced: a table of tokens, a kept layer, and a map."""
-    check(climb(checkpoint(architecture), source, precision, tmp_path), source, precision)
+    original = None if source == "static" else exported(architecture, source, precision)
+    found = climb(checkpoint(architecture), source, precision, tmp_path, exported=original)
+    check(found, source, precision)
 
 
 @pytest.mark.fuzz

@@ -25,6 +25,7 @@ from nbl_export.run_directory import RunDirectory
 from nbl_export.verify.ladder import TOLERANCES, run_rows
 
 from ..command import TINY, nbl
+from ..jobs import until
 from ..tiny import HEAD_DIM, HIDDEN, VOCAB
 
 Runs = Callable[..., Path]
@@ -33,13 +34,16 @@ EXACT = 2e-5  # of two float32 engines on a tiny model; 1e-3 is the gate
 
 @pytest.fixture(scope="module")
 def runs(checkpoint: Callable[[str], Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """architecture, precision, layers, tap -> a verified run whose graph has all logits. Never write to it."""
+    """architecture, precision, layers, tap, last stage -> a run whose graph has all logits. Never write to it."""
 
     @functools.cache
-    def make(architecture: str, precision: str, layers: str = "1,2", tap: str = "residual") -> Path:
+    def make(
+        architecture: str, precision: str, layers: str = "1,2", tap: str = "residual", last: str = "rewrite"
+    ) -> Path:
         out = tmp_path_factory.mktemp("coded") / "run"
-        done = nbl("--model", checkpoint(architecture), "--calibration", text, *TINY, "--precision", precision,
-                   "--layers", layers, "--tap", tap, "--logits", "all", "--output", out)  # fmt: skip
+        with until(last):
+            done = nbl("--model", checkpoint(architecture), "--calibration", text, *TINY, "--precision", precision,
+                       "--layers", layers, "--tap", tap, "--logits", "all", "--output", out)  # fmt: skip
         assert done.status == 0, done.err
         return out
 
@@ -70,7 +74,7 @@ def on_logits(rungs: list[dict[str, Any]], rung: str) -> list[dict[str, Any]]:
      ("gemma3", "0,2", "int4")],  # 0: a table of tokens, too
 )  # fmt: skip
 def test_wiring_is_proven_to_float32_accuracy(architecture: str, precision: str, layers: str, runs: Runs) -> None:
-    run = runs(architecture, precision, layers)
+    run = runs(architecture, precision, layers, last="report")
     rungs = json.loads((run / "verify.json").read_text(encoding="utf-8"))["rungs"]
     for rung in ("b", "c"):
         seen = on_logits(rungs, rung)

@@ -9,7 +9,7 @@ import numpy as np
 
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.formats.gguf.content import Content, Key, Tensor
-from nbl_export.trust.counts import check_layers
+from nbl_export.trust.model_settings import check_layers
 
 __all__ = ["read_content", "write_content"]
 

@@ -24,11 +24,9 @@ from nbl_export.mixers import kinds
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config
 from nbl_export.model.checkpoint import gguf_file
 from nbl_export.records.plan import TAPS
-from nbl_export.trust.contained import check_folder, check_inside
-from nbl_export.trust.counts import check_layers
+from nbl_export.trust.contained import check_folder, check_inside, refuse_special
 from nbl_export.trust.file_hashes import sha256_of
-from nbl_export.trust.model_settings import CONFIG_BYTES, check_checkpoint
-from nbl_export.trust.plain_files import refuse_special
+from nbl_export.trust.model_settings import CONFIG_BYTES, check_checkpoint, check_layers
 from nbl_export.trust.strict_json import read_object
 
 __all__ = ["Linearized", "Source", "gguf_of", "resolve"]

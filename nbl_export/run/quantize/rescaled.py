@@ -24,7 +24,7 @@ METRIC = "rescaled model: max abs logit difference"
 
 
 def _scales(job: Job) -> dict[str, Any]:
-    from nbl_export.quantize.scales_file import load_scales
+    from nbl_export.quantize.awq import load_scales
 
     return load_scales(job.run.path / SCALES_FILE) if job.options.quantize == "awq" else {}
 

@@ -19,9 +19,7 @@ _BLOCK = 32  # the GenAI builder's default
 
 def run(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export.model.rescale import groups_of
-    from nbl_export.quantize.activations import observe
-    from nbl_export.quantize.awq import choose
-    from nbl_export.quantize.scales_file import save_scales
+    from nbl_export.quantize.awq import choose, observe, save_scales
 
     model, (windows, _) = job.model, job.windows
     ids = windows[: max(1, READ_TOKENS // windows.shape[1])]

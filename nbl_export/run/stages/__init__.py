@@ -64,7 +64,7 @@ def _kind(job: Job) -> list[str]:
 
 
 def _texts(job: Job) -> list[Any]:
-    return [job.fingerprint, job.text_sha256, *([job.options.shard] if job.options.shard else [])]
+    return [job.fingerprint, job.text_sha256]
 
 
 def _awq_texts(job: Job) -> list[Any]:

@@ -1,7 +1,7 @@
-"""The calibrate stage: moments of the run's share of the text. A killed run resumes from its partial file.
+"""The calibrate stage: moments of the calibration text. A killed run resumes from its partial file.
 
-    windows ─► batches of this shard ─► sums of every layer ─► moments.safetensors
-                                         └─ every half minute ─► calibrate.partial.safetensors
+    windows ─► batches ─► sums of every layer ─► moments.safetensors
+                           └─ every half minute ─► calibrate.partial.safetensors
 
 A model that does not fit into memory runs one layer at a time (`one_layer`), and starts again after a kill. Sums are
 exact (`sums`), so a resumed run and an uninterrupted run give the same bytes.
@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nbl_export.calibrate.shards import parse_shard
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.mixers import kind_of
-from nbl_export.options.options import OF_CALIBRATE
 from nbl_export.run.job import Job
 from nbl_export.run_directory import MOMENTS_FILE
 
@@ -36,42 +35,38 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     """Write out/moments.safetensors; returns the facts for the manifest.
 
     Raises:
-        NblError: there is no such shard, or activations are not finite.
+        NblError: activations are not finite.
     """
     from nbl_export.calibrate import hooks
 
     windows, _ = job.windows
     parts = hooks.batches(windows)
-    chosen = parse_shard(job.options.shard).batches(len(parts))
     calibration = {
         **job.run.manifest["calibration"], "tokens": int(windows.numel()), "context": job.options.context,
         "products": _products(job),
     }  # fmt: skip
-    facts = _facts(job, windows, len(parts), len(chosen), calibration)
+    facts = _facts(job, windows, len(parts), calibration["products"])
     if _by_layer(job):
-        _run_layers(job, windows, [parts[k] for k in chosen], facts, out)
+        _run_layers(job, windows, parts, facts, out)
     else:
-        _run_whole(job, windows, chosen, facts, out)
+        _run_whole(job, windows, parts, facts, out)
     return {"calibration": calibration}
 
 
-def _run_whole(job: Job, windows: Any, chosen: list[int], facts: dict[str, Any], out: Path) -> None:
+def _run_whole(job: Job, windows: Any, parts: Sequence[Any], facts: dict[str, Any], out: Path) -> None:
     """Collect with the whole model in memory, on one process or several."""
-    from nbl_export.calibrate import hooks
     from nbl_export.parallel import peers as distributed
 
-    parts = hooks.batches(windows)
-    mine = [parts[k] for k in chosen]
     partial = _Partial(job.run.partial("calibrate"), facts)
-    total = sum(part.numel() for part in mine)
+    total = windows.numel()
     taps, peers, narrow = facts["identity"]["taps"], distributed.current(), facts["identity"]["products"] == "bfloat16"
     with job.ui.task(f"{total} tokens") as progress, _collection(job, taps, narrow) as found:
         done = partial.restore(found)
         if done:
-            job.ui.say(f"  resuming after {done} of {len(mine)} batches")
+            job.ui.say(f"  resuming after {done} of {len(parts)} batches")
         else:
             found.refer(windows)
-        order = {"checkpoint": str(job.checkpoint.absolute()), "windows": windows, "batches": chosen, "done": done}
+        order = {"checkpoint": str(job.checkpoint.absolute()), "windows": windows, "done": done}
         peers.lead({"work": "calibrate", **order, "taps": taps, "kind": job.options.kind, "narrow": narrow})
         peers.agree(None)
         peers.share_reference(found)
@@ -80,7 +75,7 @@ def _run_whole(job: Job, windows: Any, chosen: list[int], facts: dict[str, Any],
             progress(min(total, found.count * peers.size), total)
             return partial.is_due()
 
-        distributed.collect_batches(peers, found, mine, done, is_due, lambda end: partial.save(found, end))
+        distributed.collect_batches(peers, found, parts, done, is_due, lambda end: partial.save(found, end))
         peers.done()
         _write(found, out / MOMENTS_FILE, facts)
 
@@ -109,7 +104,7 @@ def _collection(job: Job, taps: list[str], narrow: bool) -> Any:
     from nbl_export.calibrate.from_graph import GraphCollection
 
     if peers.size > 1:
-        raise NblError("torchrun is for torch models; use --shard I/N on each process instead, then merge")
+        raise NblError("torchrun is for torch models; calibrate a graph with one process")
     return GraphCollection(job.graph, job.spec, taps, kind_of(job.options.kind))
 
 
@@ -123,11 +118,11 @@ def _by_layer(job: Job) -> bool:
     return True
 
 
-def _run_layers(job: Job, windows: Any, mine: list[Any], facts: dict[str, Any], out: Path) -> None:
+def _run_layers(job: Job, windows: Any, parts: Sequence[Any], facts: dict[str, Any], out: Path) -> None:
     from nbl_export.calibrate import layer_by_layer
     from nbl_export.calibrate.moments_file import MomentsWriter
 
-    count, identity = sum(part.numel() for part in mine), facts["identity"]
+    count, identity = windows.numel(), facts["identity"]
     target, spec, kind = out / MOMENTS_FILE, job.spec, kind_of(job.options.kind)
     wanted = layer_by_layer.Wanted(identity["taps"], kind, identity["products"] == "bfloat16")
     sizes = (kind.feature_count(spec.hidden_size), spec.hidden_size)
@@ -139,7 +134,7 @@ def _run_layers(job: Job, windows: Any, mine: list[Any], facts: dict[str, Any], 
         layers = layer_by_layer.collect_layers(
             job.checkpoint,
             windows,
-            mine,
+            parts,
             wanted,
             scratch,
             progress,
@@ -148,10 +143,8 @@ def _run_layers(job: Job, windows: Any, mine: list[Any], facts: dict[str, Any], 
             file.write(sums)
 
 
-def _facts(job: Job, windows: Any, batches: int, mine: int, calibration: dict[str, Any]) -> dict[str, Any]:
+def _facts(job: Job, windows: Any, batches: int, products: str) -> dict[str, Any]:
     """The metadata of a moments file except the counts, see `moments_file`."""
-    shard = parse_shard(job.options.shard)
-    manifest = job.run.manifest
     identity = {
         "model": job.fingerprint,
         "text": job.text_sha256,
@@ -160,18 +153,9 @@ def _facts(job: Job, windows: Any, batches: int, mine: int, calibration: dict[st
         "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         "batches": batches,
         "taps": list(taps_of(job.options.tap)),
-        "products": calibration["products"],
+        "products": products,
     }
-    about = {name: manifest[name] for name in ("model", "decoder", "places", "num_layers")}
-    kept = ("model", *OF_CALIBRATE, *(("decoder_source", "precision") if job.graph is not None else ()))
-    chosen = {name: value for name, value in job.options.to_json().items() if name in kept}
-    return {
-        "identity": identity,
-        "shard": [shard.number, shard.of],
-        "batches": mine,
-        "done": mine,
-        "run": {**about, "options": chosen, "calibration": calibration},
-    }
+    return {"identity": identity, "done": batches}
 
 
 def _write(found: Any, path: Path, facts: dict[str, Any]) -> None:
@@ -198,17 +182,13 @@ class _Partial:
         try:
             with open_moments(self._path) as file:
                 file.check()
-                if self._identity(file.facts) != self._identity(self._facts):
+                if file.facts["identity"] != self._facts["identity"]:
                     return 0
                 for i in range(file.num_layers):
                     found.restore(i, {tap: file.sums(i, tap) for tap in file.taps})
                 return int(file.facts["done"])
         except CorruptError:
             return 0  # damaged: start again
-
-    @staticmethod
-    def _identity(facts: dict[str, Any]) -> tuple[Any, ...]:
-        return facts["identity"], list(facts["shard"]), facts["batches"]
 
     def is_due(self) -> bool:
         return time.monotonic() >= self._due

@@ -23,7 +23,7 @@ _STATE = 4  # kind of the saved state; another kind begins anew
 def run(job: Job, out: Path) -> dict[str, Any]:
     from nbl_export.distill import settings as settings_of
     from nbl_export.distill import training
-    from nbl_export.distill.saved import FileState
+    from nbl_export.distill.settings import State
     from nbl_export.parallel import peers as distributed
     from nbl_export.plan.maps_file import load_maps, save_maps
 
@@ -45,7 +45,7 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     given = {"maps": maps, "windows": windows, "held": judging, "settings": settings, "tap": plan.tap}
     peers.lead({"work": "distill", "checkpoint": str(job.checkpoint.absolute()), **given})
     peers.agree(None)
-    state = FileState(job.run.partial("distill"), _key(job.fingerprint, path, windows, judging, settings))
+    state = State(job.run.partial("distill"), _key(job.fingerprint, path, windows, judging, settings))
     with job.ui.task("distilling") as progress:
         found = training.distill(
             peers.place(job.model), start, plan.tap, settings_of.TrainingText(windows, judging), settings,
