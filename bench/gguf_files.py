@@ -60,22 +60,24 @@ def maps_of(run: Path, layers: tuple[int, ...]) -> dict[int, Linear]:
 
 def measure(found: Finished, run: Path, files: Path, sets: list[tuple[int, ...]], kinds: list[str]) -> dict[str, Any]:
     """A row for each type and set of layers."""
-    given = found.source.gguf
-    content = read_content(given) if given else content_of(found.checkpoint)
-    windows, rows = found.unseen, []
+    given = found.source.value.gguf
+    content = read_content(given) if given else content_of(found.checkpoint.value)
+    windows, rows = found.held_back.value.final, []
     torch_heard: dict[tuple[int, ...], Heard] = {}
     for kind in kinds:
         plain = (
-            given if given and kind == KEEP else _write(content, {}, kind, files / f"{found.source.title}-{kind}.gguf")
+            given
+            if given and kind == KEEP
+            else _write(content, {}, kind, files / f"{found.source.value.title}-{kind}.gguf")
         )
         heard, prompts, logits = listen(plain, windows)
         for layers in [(), *sets]:
             if layers not in torch_heard:
-                with replaced(found.model, maps_of(run, layers), "normed"):
-                    torch_heard[layers] = hear(Spoken(found.model), prompts, windows)
+                with replaced(found.model.value, maps_of(run, layers), "normed"):
+                    torch_heard[layers] = hear(Spoken(found.model.value), prompts, windows)
         for layers in sets:
             maps = maps_of(run, layers)
-            path = _write(content, maps, kind, files / f"{found.source.title}-{kind}-{len(layers)}.gguf")
+            path = _write(content, maps, kind, files / f"{found.source.value.title}-{kind}-{len(layers)}.gguf")
             ours, _, its_logits = listen(path, windows)
             checks = [*check_file(path, content, maps, kind), *judge(torch_heard[()], heard, torch_heard[layers], ours)]
             facts = read_gguf_facts(path)

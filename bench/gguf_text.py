@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     run: Path = parser.parse_args().run
     with open_finished(run, Ui(quiet=True)) as found:
-        file, model = found.source.gguf, found.model
+        file, model = found.source.value.gguf, found.model.value
         with LLAMA_CPP.open_runner(file) as runner:
             prompts = [list(runner.encode(text, chat=False)) for text in PROMPTS]
         said = {

@@ -52,7 +52,7 @@ def main() -> None:
         time_ways,
     )
     from nbl_export.records.proposers import GENAI_PROPOSERS
-    from nbl_export.run.lossless.tokens import first_differences, margin
+    from nbl_export.run.lossless import first_differences, margin
     from nbl_export.targets.onnx.lossless import LosslessRunner
     from nbl_export.text.prompts import prompts
 

@@ -29,13 +29,13 @@ def plain_seconds(directory: Path) -> tuple[int, float]:
     from nbl_export.calibrate import hooks
     from nbl_export.options.options import JobOptions
     from nbl_export.options.places import located
-    from nbl_export.run.job import Job
     from nbl_export.run.progress import Ui
+    from nbl_export.run.resolve import Resolver
     from nbl_export.run_directory import RunDirectory
 
     run = RunDirectory.peek(directory)
-    job = Job(located(JobOptions.from_json(run.manifest["options"]), run.manifest), run, Ui(quiet=True))
-    windows, decoder = job.windows[0], job.model.get_decoder()
+    resolver = Resolver(located(JobOptions.from_json(run.manifest["options"]), run.manifest), run, Ui(quiet=True))
+    windows, decoder = resolver.windows.value[0], resolver.model.value.get_decoder()
     with torch.inference_mode():
         decoder(input_ids=hooks.batches(windows)[0], use_cache=False)  # warm-up
         started = time.monotonic()

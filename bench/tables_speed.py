@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from nbl_export.measure.paired import PairedRatio, paired_ratio, spoken_ratio
+from nbl_export.quality import spoken_price
 from nbl_export.records.plan import spoken_layers
-from nbl_export.text.window_intervals import spoken_price
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]

@@ -36,6 +36,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,29 @@ from nbl_export.records.plan import LayerScore, Plan
 from nbl_export.trust.contained import check_folder
 from nbl_export.trust.lock import locked
 
-__all__ = ["ACCEPTANCE_FILE", "ACCEPTANCE_JSON", "ACCEPTANCE_MD", "BENCH_FILE", "CALIBRATION_FILE",
+__all__ = ["ACCEPTANCE_FILE", "ACCEPTANCE_JSON", "ACCEPTANCE_MD", "BENCH_FILE", "CALIBRATION_FILE", "DECODERS",
            "DISTILL_FILE", "EVAL_FILE", "LOSSLESS_FILE", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES", "REFERENCES_FILE",
-           "REPORT_HTML", "REPORT_JSON", "REPORT_MD", "SCALES_FILE", "SCHEMA", "START_FILE", "SWEEP_FILE",
-           "VERIFY_FILE", "RunDirectory", "refuse_foreign"]  # fmt: skip
+           "REPORT_HTML", "REPORT_JSON", "REPORT_MD", "SCALES_FILE", "SCHEMA", "START_FILE", "SUBJECTS", "SWEEP_FILE",
+           "VERIFY_FILE", "RunDirectory", "Subject", "refuse_foreign"]  # fmt: skip
 
 SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A decoder of a run: its directory, the stage that makes it, and its name for people."""
+
+    directory: str
+    stage: str
+    title: str
+
+
+SUBJECTS = {
+    "original": Subject("original", "decoder", "original"),
+    "nbl": Subject("model", "rewrite", "NBL"),
+    "lossless": Subject("lossless", "lossless", "lossless decoding"),
+}
+DECODERS = {name: SUBJECTS[name].directory for name in ("original", "nbl")}  # of every run: subject -> directory
 VERIFY_FILE = "verify.json"
 BENCH_FILE = "bench.json"
 EVAL_FILE = "eval.json"
@@ -269,7 +287,7 @@ class RunDirectory:
 
 _OURS = (
     CALIBRATION_FILE, MOMENTS_FILE, "calibrate.partial.safetensors", "sampled.safetensors", START_FILE, MAPS_FILE,
-    DISTILL_FILE, "distill.partial.safetensors", SWEEP_FILE, SCALES_FILE, "original", "model", VERIFY_FILE,
+    DISTILL_FILE, "distill.partial.safetensors", SWEEP_FILE, SCALES_FILE, *DECODERS.values(), VERIFY_FILE,
     REFERENCES_FILE, ACCEPTANCE_FILE, EVAL_FILE, "engine", BENCH_FILE, "lossless", LOSSLESS_FILE, REPORT_HTML,
     REPORT_MD, REPORT_JSON, ACCEPTANCE_MD, ACCEPTANCE_JSON, "nbl-checkpoint", "checkpoint", MANIFEST,
 )  # fmt: skip

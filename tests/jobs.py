@@ -1,4 +1,4 @@
-"""Jobs that do a part of their work: of a manifest alone, or up to a stage."""
+"""A resolver whose run directory is a manifest alone, and jobs that end after a stage."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import Any
 from unittest import mock
 
 from nbl_export.options.options import JobOptions
+from nbl_export.options.places import located
 from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.inputs import Lazy
 from nbl_export.run import pipeline
-from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
+from nbl_export.run.resolve import Resolver
 from nbl_export.run_directory import RunDirectory
 
-__all__ = ["job_of", "until"]
+__all__ = ["opened", "resolver_of", "until"]
 
 _SPEC = DecoderSpec("llama", 3, 64, 4, 2, 16, 384, 512)
 
@@ -34,8 +36,10 @@ def until(stage: str) -> Iterator[None]:
         yield
 
 
-def job_of(directory: Path, options: dict[str, Any], manifest: dict[str, Any] | None = None, asked: Any = None) -> Job:
-    """A job whose run directory is a manifest alone, of a torch model with three layers.
+def resolver_of(
+    directory: Path, options: dict[str, Any], manifest: dict[str, Any] | None = None, asked: Any = None
+) -> Resolver:
+    """The resolver of a torch model with three layers.
 
     Args:
         manifest: values that replace those of its facts.
@@ -46,9 +50,16 @@ def job_of(directory: Path, options: dict[str, Any], manifest: dict[str, Any] | 
         "decoder": dataclasses.asdict(_SPEC), "places": {}, "num_layers": 3, "replaced_layers": [1], "tap": "residual",
         "select": "cca", "scores": [], "stages": {"calibrate": {"key": "moments"}}, **(manifest or {}),
     }  # fmt: skip
-    job = Job(JobOptions("m", **options), run, Ui(quiet=True), asked)
-    job.__dict__ |= {
-        "source": SimpleNamespace(graph=None, fingerprint="model"), "shortage": "",
-        "far_text": SimpleNamespace(sha256="another text", name="another text"),
+    resolver = Resolver(JobOptions("m", **options), run, Ui(quiet=True), asked)
+    resolver.__dict__ |= {
+        "source": SimpleNamespace(graph=None, gguf=None, fingerprint="model"), "shortage": Lazy(None, lambda: ""),
+        "second_text": SimpleNamespace(sha256="another text", name="another text"),
     }  # fmt: skip
-    return job
+    return resolver
+
+
+def opened(run: Path, **changes: Any) -> Resolver:
+    """The resolver of a finished run."""
+    found = RunDirectory.peek(run)
+    options = located(JobOptions.from_json({**found.manifest["options"], **changes}), found.manifest)
+    return Resolver(options, found, Ui(quiet=True))

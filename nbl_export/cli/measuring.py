@@ -69,7 +69,7 @@ def bench(
 
 def _bench_lossless(directories: list[Path], asked: dict[str, Any], others: list[Any], as_json: bool) -> None:
     from nbl_export.report.console import lossless_table
-    from nbl_export.run.lossless.bench import bench_lossless
+    from nbl_export.run.lossless import bench_lossless
 
     if len(directories) != 1 or any(others):
         raise typer.BadParameter(

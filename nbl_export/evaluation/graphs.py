@@ -8,15 +8,13 @@ from typing import cast
 
 from nbl_export.errors import NblError
 from nbl_export.graph.names import MANIFEST
-from nbl_export.run_directory import RunDirectory
+from nbl_export.run_directory import DECODERS, SUBJECTS, RunDirectory
 from nbl_export.targets import load_engine, owner_of
 from nbl_export.targets.base import Target
 from nbl_export.targets.runners import RewindingDecoder
 from nbl_export.trust.contained import check_folder
 
-__all__ = ["GRAPH_VARIANTS", "GraphPlace", "find_graph"]
-
-GRAPH_VARIANTS = {"original": ("decoder", "original"), "nbl": ("rewrite", "model")}  # -> stage, directory
+__all__ = ["GraphPlace", "find_graph"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,8 @@ def find_graph(path: Path, variant: str = "nbl") -> GraphPlace:
         NblError: there is no graph, the graph is compiled, or its directory lacks facts.
         CorruptError: a file is missing or has changed since it was written.
     """
-    if variant not in GRAPH_VARIANTS:
-        raise NblError(f"variant is {' or '.join(GRAPH_VARIANTS)}, not {variant!r}")
+    if variant not in DECODERS:
+        raise NblError(f"variant is {' or '.join(DECODERS)}, not {variant!r}")
     if (owner := owner_of(path)) is not None:
         check_folder(path)
         return _place(path, owner)
@@ -55,7 +53,7 @@ def find_graph(path: Path, variant: str = "nbl") -> GraphPlace:
             f"{path} is a run for engine {engine}, and ONNX Runtime cannot evaluate its graphs; evaluate a run with "
             "--engine ort, or the torch models (--variants torch-original,torch-nbl)"
         )
-    stage, name = GRAPH_VARIANTS[variant]
+    stage, name = SUBJECTS[variant].stage, SUBJECTS[variant].directory
     if stage not in run.stages:
         raise NblError(f"{path} is not finished: run its command again ({run.manifest['command']})")
     run.check(stage)

@@ -35,7 +35,7 @@ import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import psutil
@@ -46,7 +46,6 @@ from nbl_export.measure.footprint import Footprint, OpenRunner, disk_bytes, meas
 from nbl_export.measure.instruments import Instruments, background_of, find_meter, spoken_background
 from nbl_export.measure.rounds import Progress, Rule, Stand, Steps, Variant, groups, time_rounds
 from nbl_export.model.memory import available_bytes
-from nbl_export.options.options import JobOptions
 from nbl_export.records.results import Scenario
 from nbl_export.run_directory import PACKAGES
 from nbl_export.targets.runners import Room
@@ -83,9 +82,31 @@ class BenchSetting:
     gpu: bool = False
 
 
+class Asked(Protocol):
+    """The tests that are asked for: options of a job, or inputs of a stage."""
+
+    @property
+    def prompt_tokens(self) -> tuple[int, ...]: ...
+
+    @property
+    def generate_tokens(self) -> int | None: ...
+
+    @property
+    def depths(self) -> tuple[int, ...]: ...
+
+    @property
+    def batches(self) -> tuple[int, ...]: ...
+
+    @property
+    def threads(self) -> tuple[int, ...] | None: ...
+
+    @property
+    def repetitions(self) -> int | None: ...
+
+
 def side_by_side(
     variants: Mapping[str, Variant],
-    options: JobOptions,
+    options: Asked,
     setting: BenchSetting,
     progress: Progress,
     say: Callable[[str], None],

@@ -78,7 +78,7 @@ def _save_checkpoint(found: Finished, target: Path, ui: Ui) -> list[RungResult]:
     """
     from nbl_export.model.saved.hf_classes import save_linearized
 
-    model, checkpoint = found.model, found.checkpoint
+    model, checkpoint = found.model.value, found.checkpoint.value
     with found.run.scratch() as scratch, ui.task("saving"):
         save_linearized(model, checkpoint, found.maps, found.tap, scratch / "saved")
         move_into_place(scratch / "saved", target)
@@ -96,16 +96,18 @@ def _save_nemotron_nas(found: Finished, target: Path, form: str, ui: Ui) -> list
     from nbl_export.model.speech import Spoken
     from nbl_export.targets.checkpoint import nemotron_nas
 
-    nemotron_nas.check(found.model.config, tuple(found.maps), form)
+    nemotron_nas.check(found.model.value.config, tuple(found.maps), form)
     linear = linear_maps(found, ui)
     for sentence in (linear.change, price_of_change(found, linear)):
         if sentence:
             ui.say(f"  {sentence}")
     with found.run.scratch() as scratch, ui.task("saving"):
-        nemotron_nas.save(copy.deepcopy(found.model), found.checkpoint, linear.maps, form, scratch / "saved")
-        ids = found.unseen[0, :64].tolist()
-        with replaced(found.model, linear.maps, TAP):
-            expected, _ = Spoken(found.model).score(ids)
+        nemotron_nas.save(
+            copy.deepcopy(found.model.value), found.checkpoint.value, linear.maps, form, scratch / "saved"
+        )
+        ids = found.held_back.value.final[0, :64].tolist()
+        with replaced(found.model.value, linear.maps, TAP):
+            expected, _ = Spoken(found.model.value).score(ids)
         away = float(abs(Spoken(nemotron_nas.load(scratch / "saved")).score(ids)[0] - expected).max())
         result = RungResult(
             "b", "nbl", "largest difference of a log-probability", away, 0.0, away == 0.0, f"{away:.2g}"

@@ -61,11 +61,11 @@ def convert(found: Finished, target: Path, kind: str, base: Path | None, ui: Ui)
 
 def _base(found: Finished, base: Path | None) -> Content:
     """The original's content: from `base`, the run's GGUF file, or its checkpoint."""
-    given = base or found.source.gguf
+    given = base or found.source.value.gguf
     if given is None:
-        if found.source.graph is not None:
+        if found.source.value.graph is not None:
             raise NblError(f"{found.run.path} was made from an ONNX graph; GGUF is made from a checkpoint or a GGUF")
-        return from_checkpoint.content_of(found.checkpoint)
+        return from_checkpoint.content_of(found.checkpoint.value)
     content = read_content(given)
     check_base(content, given)
     spec = found.run.manifest["decoder"]
@@ -90,7 +90,7 @@ def _about(maps: Mapping[int, Mixer]) -> dict[str, Key]:
 
 def _original_file(content: Content, found: Finished, base: Path | None, kind: str, scratch: Path) -> Path:
     """The original as a GGUF of the same types: the given file, or the content without any map."""
-    given = base or found.source.gguf
+    given = base or found.source.value.gguf
     if given is not None and kind == KEEP:
         return Path(given)
     path = scratch / "original.gguf"
@@ -110,13 +110,13 @@ def _run(found: Finished, linear: LinearMaps, path: Path, original: Path, ui: Ui
     from nbl_export.model.speech import Spoken
     from nbl_export.targets.gguf.running import PROMPTS, hear, judge
 
-    windows, heard = found.unseen, []
+    windows, heard = found.held_back.value.final, []
     with ui.task("running in llama.cpp and torch"):
         for file in (original, path):
             with LLAMA_CPP.open_runner(file) as runner:
                 prompts = [runner.encode(text, chat=False) for text in PROMPTS]
                 heard.append(hear(runner, prompts, windows))
-        before = hear(Spoken(found.model), prompts, windows)
-        with replaced(found.model, linear.maps, TAP):
-            after = hear(Spoken(found.model), prompts, windows)
+        before = hear(Spoken(found.model.value), prompts, windows)
+        with replaced(found.model.value, linear.maps, TAP):
+            after = hear(Spoken(found.model.value), prompts, windows)
     return judge(before, heard[0], after, heard[1])

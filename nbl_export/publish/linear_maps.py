@@ -80,7 +80,7 @@ def _moments(found: Finished, layers: Sequence[int], ui: Ui) -> Iterator[tuple[i
                     yield i, file.sums(i, TAP).moments()
                 return
     try:
-        model, windows = found.model, found.windows
+        model, windows = found.model.value, found.windows.value[0]
     except NblError as error:
         raise NblError(f"{error}; or make a run for this form: {found.remake}") from error
     ui.say(f"  the run has no moments of the normed input; collecting them from {windows.numel()} tokens")
@@ -96,8 +96,8 @@ def price_of_change(found: Finished, linear: LinearMaps) -> str:
         return ""
     from nbl_export.model.mixes import SwitchedModel
 
-    found_on = found.unseen
+    found_on = found.held_back.value.final
     asked = ((found.maps, found.tap), (linear.maps, TAP))
-    losses = [SwitchedModel(found.model, maps, tap).price(found_on, tuple(maps)) for maps, tap in asked]
+    losses = [SwitchedModel(found.model.value, maps, tap).price(found_on, tuple(maps)) for maps, tap in asked]
     (original, before), (_, after) = (loss.perplexities for loss in losses)
     return f"Perplexity on held-back text: original {original:.4g}, maps of the run {before:.4g}, now {after:.4g}."

@@ -8,6 +8,7 @@ from typing import Any
 
 from nbl_export.measure.instruments import spoken_background
 from nbl_export.measure.paired import spoken_test
+from nbl_export.quality import spoken_interval
 from nbl_export.records.plan import spoken_layers
 from nbl_export.report import quality, speed
 from nbl_export.report.table import (
@@ -16,7 +17,6 @@ from nbl_export.report.table import (
     Table,
     facts,
 )
-from nbl_export.text.window_intervals import spoken_interval
 
 __all__ = [
     "METHOD_NAMES",

@@ -7,6 +7,7 @@ from typing import Any
 
 from nbl_export.measure.instruments import spoken_background
 from nbl_export.measure.paired import spoken_ratio
+from nbl_export.quality import spoken_price
 from nbl_export.records.plan import spoken_layers
 from nbl_export.records.results import COMPARED, FAILED, VERIFIED
 from nbl_export.report import words
@@ -35,7 +36,6 @@ from nbl_export.report.table import (
     Table,
     Tone,
 )
-from nbl_export.text.window_intervals import spoken_price
 
 __all__ = ["acceptance", "head", "layers", "origin", "title", "verification"]
 

@@ -11,11 +11,11 @@ from nbl_export.measure.paired import spoken_ratio
 from nbl_export.options.goals import default_select
 from nbl_export.options.options import JobOptions, describe_command
 from nbl_export.options.settle import over
+from nbl_export.quality import spoken_interval, spoken_price
 from nbl_export.records.results import COMPARED, VERIFIED
 from nbl_export.report import words
 from nbl_export.report.document import Block, Code, Details, Figure, Figures, Heading, Paragraph, Section
 from nbl_export.report.table import Column, Table
-from nbl_export.text.window_intervals import spoken_interval, spoken_price
 
 __all__ = ["curve", "losses", "quality", "spoken_curve", "sweep"]
 

@@ -15,15 +15,17 @@ from nbl_export.mixers.base import Mixer
 from nbl_export.options.options import GIVEN_FIT, JobOptions, describe_command
 from nbl_export.options.places import located
 from nbl_export.plan.maps_file import load_maps
-from nbl_export.run.job import Job
+from nbl_export.records.inputs import Lazy
 from nbl_export.run.progress import Ui
-from nbl_export.run_directory import MAPS_FILE, RunDirectory
+from nbl_export.run.resolve import Resolver
+from nbl_export.run_directory import DECODERS, MAPS_FILE, SUBJECTS, RunDirectory
 from nbl_export.targets import load_engine, owner_of
 from nbl_export.targets.base import Target
+from nbl_export.text.held_back import Division
 from nbl_export.trust.contained import check_folder, check_inside, refuse_special
 
 __all__ = ["Finished", "Located", "available_engine", "is_model_directory", "locate", "open_finished", "open_for_text",
-           "trust_engines"]  # fmt: skip
+           "remake_command", "trust_engines"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,11 @@ def open_for_text(directory: Path, name: str = "model", *, force: bool) -> Any:
     """
     found = locate(directory, name, force=force)
     engine = available_engine(found)
-    return engine.open_lossless(found.path) if name == "lossless" else engine.open_runner(found.path, None)
+    proposes = name == SUBJECTS["lossless"].directory
+    return engine.open_lossless(found.path) if proposes else engine.open_runner(found.path, None)
 
 
-_STAGES = {"model": "rewrite", "original": "decoder", "lossless": "lossless"}  # directory -> stage that makes it
+_STAGES = {subject.directory: subject.stage for subject in SUBJECTS.values()}
 
 
 def locate(directory: Path, name: str = "model", *, force: bool = False) -> Located:
@@ -99,7 +102,7 @@ def trust_engines(directories: Sequence[Path]) -> None:
         UsageError: no directory holds an engine.
         CorruptError: an engine is damaged, or a link leads out of its directory.
     """
-    places = [place for d in directories for place in (d, *(d / "engine" / name for name in ("original", "model")))]
+    places = [place for d in directories for place in (d, *(d / "engine" / name for name in DECODERS.values()))]
     trusted = [target.trust(place) for place in places if (target := owner_of(place)) is not None]
     if not any(trusted):
         raise UsageError(f"--trust-engine is for engine files, and {directories[0]} holds none; leave it out")
@@ -119,62 +122,43 @@ def available_engine(located: Located) -> Target:
     return engine
 
 
+@dataclass(frozen=True)
 class Finished:
-    """A verified run: the maps that replace attention, and the original model and its texts, loaded at first use."""
+    """A verified run: the maps that replace attention, and the original model and its texts, loaded at first use.
 
-    def __init__(self, job: Job, maps: Mapping[int, Mixer]) -> None:
-        self._job = job
-        self.run: RunDirectory = job.run
-        self.maps = maps
-        self.tap = job.plan.tap
-        self.fit = str(job.options.fit)
+    Attributes:
+        fit: the source of the maps. remake: the command that makes a run with maps without a bias.
+        source: the `checkpoint.Source` of the original. checkpoint: a directory with its safetensors and tokenizer.
+        model: the original torch model. Its value raises NblError if it is not available, or is only a graph.
+        windows: token windows that the run calibrated on, and held-back windows. Raises NblError if the text is not
+            available, or has changed.
+        held_back: the held-back windows by use; those of the final figures neither fitted nor chose anything.
+    """
 
-    @property
-    def source(self) -> Any:
-        """The `checkpoint.Source` of the original."""
-        return self._job.source
-
-    @property
-    def checkpoint(self) -> Path:
-        """A directory with the original's safetensors and tokenizer."""
-        return self._job.checkpoint
-
-    @property
-    def model(self) -> Any:
-        """The original torch model.
-
-        Raises:
-            NblError: it is not available, or is only a graph.
-        """
-        return self._job.model
-
-    @property
-    def windows(self) -> Any:
-        """Token ids [windows, context] that the run calibrated on.
-
-        Raises:
-            NblError: the text is not available, or has changed.
-        """
-        return self._job.windows[0]
-
-    @property
-    def unseen(self) -> Any:
-        """Token ids [windows, context] that neither fitted nor chose anything."""
-        return self._job.held_back.final
+    run: RunDirectory
+    maps: Mapping[int, Mixer]
+    tap: str
+    fit: str
+    remake: str
+    source: Lazy[Any]
+    checkpoint: Lazy[Path]
+    model: Lazy[Any]
+    windows: Lazy[tuple[Any, Any]]
+    held_back: Lazy[Division]
 
     @property
     def original_is_gone(self) -> bool:
         """Whether the run was made of an NBL checkpoint, which lacks the attention that maps replace."""
         return self.fit == GIVEN_FIT
 
-    @property
-    def remake(self) -> str:
-        """The command that makes a run with maps without a bias."""
-        options = dataclasses.replace(
-            self._job.options, maps="linear", tap="normed", layers=",".join(map(str, self._job.plan.replaced)),
-            select=None, max_perplexity_increase=None, target_speedup=None, kv_budget=None,
-        )  # fmt: skip
-        return describe_command(options, Path("LINEAR"))
+
+def remake_command(options: JobOptions, replaced: Sequence[int]) -> str:
+    """The command that makes a run with the same layers and with maps without a bias."""
+    options = dataclasses.replace(
+        options, maps="linear", tap="normed", layers=",".join(map(str, replaced)),
+        select=None, max_perplexity_increase=None, target_speedup=None, kv_budget=None,
+    )  # fmt: skip
+    return describe_command(options, Path("LINEAR"))
 
 
 @contextlib.contextmanager
@@ -196,6 +180,9 @@ def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Fini
         for stage in ("plan", "distill"):
             if stage in run.stages:
                 run.check(stage)
-        job = Job(located(JobOptions.from_json(run.manifest["options"]), run.manifest), run, ui)
-        maps = load_maps(run.path / MAPS_FILE, job.plan.replaced)
-        yield Finished(job, maps)
+        resolver = Resolver(located(JobOptions.from_json(run.manifest["options"]), run.manifest), run, ui)
+        plan = resolver.plan
+        yield resolver.fill(
+            Finished, run=run, maps=load_maps(run.path / MAPS_FILE, plan.replaced), tap=plan.tap,
+            remake=remake_command(resolver.options, plan.replaced), source=Lazy(None, lambda: resolver.source),
+        )  # fmt: skip

@@ -24,10 +24,10 @@ from nbl_export.run.facts import (
     read_model,
     require_engine,
 )
-from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
-from nbl_export.run.stages import STAGES, readers
-from nbl_export.run.stages.common import Stage, passed
+from nbl_export.run.resolve import Resolver
+from nbl_export.run.stages.common import LeftOut, Place, Stage, readers
+from nbl_export.run.stages.table import STAGES
 from nbl_export.run_directory import (
     VERIFY_FILE,
     RunDirectory,
@@ -85,14 +85,15 @@ def _work(asked: Mapping[str, Any], recorded: JobOptions | None, output: Path, u
     refuse_foreign(output)
     run = RunDirectory(output) if force else RunDirectory.peek(output)
     source, decoder = read_model(first.model, run.manifest)
-    job = Job(settle(asked, capabilities_of, facts_of_model(seen, source, decoder), recorded), run, ui)
-    job.source, job.read_spec = source, decoder
-    job.check_inputs()  # before anything is written or, with force, removed
-    if until == "calibrate" and job.options.fit == GIVEN_FIT:
+    settled = settle(asked, capabilities_of, facts_of_model(seen, source, decoder), recorded)
+    resolver = Resolver(settled, run, ui)
+    resolver.source, resolver.read_spec = source, decoder
+    resolver.check_inputs()  # before anything is written or, with force, removed
+    if until == "calibrate" and settled.fit == GIVEN_FIT:
         raise NblError(f"nothing to calibrate here: {NO_ORIGINAL}; give the original model")
-    with RunDirectory.open_run(output, create=True, force=force) as job.run:
-        job.identify()
-        _advance(job, until)
+    with RunDirectory.open_run(output, create=True, force=force) as resolver.run:
+        resolver.identify()
+        _advance(resolver, until)
 
 
 def run_stages(
@@ -119,12 +120,12 @@ def run_stages(
         options = settle(changes, capabilities_of, facts_of_run(run.manifest), recorded, sweeps=sweeps)
         if "engine" in changes:
             require_engine(options)
-        job = Job(located(options, run.manifest), run, ui, asked)
+        resolver = Resolver(located(options, run.manifest), run, ui, asked)
         if options != recorded:
-            job.note_options(options)
+            resolver.note_options(options)
         if options.quantized_model != recorded.quantized_model:
-            job.note_quantized()
-        _advance(job, until, ignore_failure=force, needs=needs)
+            resolver.note_quantized()
+        _advance(resolver, until, ignore_failure=force, needs=needs)
         return run
 
 
@@ -166,55 +167,54 @@ def run_sweep(output: Path, ui: Ui, changes: dict[str, Any], max_layers: int | N
     return run
 
 
-def _advance(job: Job, until: str, *, ignore_failure: bool = False, needs: str = "") -> None:
+def _advance(resolver: Resolver, until: str, *, ignore_failure: bool = False, needs: str = "") -> None:
+    place, keys = Place(resolver.run, resolver.ui), resolver.keys
     names = [stage.name for stage in STAGES]
-    keys: dict[str, str] = {}
     for stage in STAGES[: names.index(until) + 1]:
-        reason = stage.skip(job)
-        if reason is not None:
+        inputs = stage.declare(resolver)
+        if isinstance(inputs, LeftOut):
             if stage.name == needs:
-                raise NblError(f"nothing to {stage.title} here: {reason or 'the engine compiles nothing'}")
-            if reason:
-                job.ui.say(f"{stage.title}: left out, {reason}")
+                raise NblError(f"nothing to {stage.title} here: {inputs.reason or 'the engine compiles nothing'}")
+            if inputs.reason:
+                place.ui.say(f"{stage.title}: left out, {inputs.reason}")
             continue
-        keys[stage.name] = _key(job, stage, keys)
-        if _reusable(job, stage, keys[stage.name], ignore_failure):
-            job.ui.say(f"{stage.title}: reused")
+        keys[stage.name] = stage.key(inputs, keys)
+        if _reusable(place, stage, keys[stage.name], ignore_failure):
+            place.ui.say(f"{stage.title}: reused")
         else:
-            job.ui.say(f"{stage.title} ...")
-            started = time.monotonic()
-            with job.run.scratch() as scratch:
-                facts = stage.run(job, scratch)
-                seconds = time.monotonic() - started
-                job.run.finish(stage.name, keys[stage.name], scratch, seconds, readers(stage.name), **facts)
-            job.ui.say(f"{stage.title}: done in {seconds:.1f} s")
-        job.run.partial(stage.name).unlink(missing_ok=True)
+            _run(place, stage, inputs, keys[stage.name])
+        place.run.partial(stage.name).unlink(missing_ok=True)
         if stage.name == "verify" and not ignore_failure:
-            _refuse_failed(job)
-    job.run.save()
+            _refuse_failed(place)
+    place.run.save()
 
 
-def _reusable(job: Job, stage: Stage, key: str, ignore_failure: bool) -> bool:
+def _run(place: Place, stage: Stage, inputs: Any, key: str) -> None:
+    place.ui.say(f"{stage.title} ...")
+    started = time.monotonic()
+    with place.run.scratch() as scratch:
+        facts = stage.run(inputs, place, scratch)
+        seconds = time.monotonic() - started
+        place.run.finish(stage.name, key, scratch, seconds, readers(stage.name), **facts)
+    place.ui.say(f"{stage.title}: done in {seconds:.1f} s")
+
+
+def _reusable(place: Place, stage: Stage, key: str, ignore_failure: bool) -> bool:
     """Whether a stage is finished with the same inputs. A failed verification runs again unless it is ignored."""
-    if not job.run.is_done(stage.name, key):
+    if not place.run.is_done(stage.name, key):
         return False
-    return stage.name != "verify" or ignore_failure or passed(job)
+    return stage.name != "verify" or ignore_failure or place.passed
 
 
-def _key(job: Job, stage: Stage, keys: dict[str, str]) -> str:
-    chosen = {name: getattr(job.options, name) for name in stage.options}
-    return key_of(stage.name, stage.identity(job), chosen, [keys[name] for name in stage.reads if name in keys])
-
-
-def _refuse_failed(job: Job) -> None:
-    result = job.run.read_json(VERIFY_FILE)
+def _refuse_failed(place: Place) -> None:
+    result = place.run.read_json(VERIFY_FILE)
     if result["passed"]:
         return
-    _report_failure(job, result)
+    _report_failure(place, result)
     failed = next(r for r in result["rungs"] if not r["passed"])
     seen = "not finite" if failed["value"] is None else f"{failed['value']:.3g} seen"
     raise ParityError(
-        f"verification failed in {job.run.path}: rung {failed['rung']} ({failed['subject']}, {failed['metric']}"
+        f"verification failed in {place.run.path}: rung {failed['rung']} ({failed['subject']}, {failed['metric']}"
         f"{', ' + failed['detail'] if failed['detail'] else ''}): {seen}, {failed['tolerance']:.3g} allowed; "
         f"{_EXPORTERS_FAULT if failed['rung'] == 'b' else ''}"
         "the directory is kept for inspection (verify.json, report.html)"
@@ -226,10 +226,10 @@ _EXPORTERS_FAULT = (
 )
 
 
-def _report_failure(job: Job, verify: dict[str, Any]) -> None:
+def _report_failure(place: Place, verify: dict[str, Any]) -> None:
     """Write a report without speed figures that states the failure."""
     from nbl_export.report import page
 
-    with job.run.scratch() as scratch:
-        page.render(job.run.manifest, verify, None, scratch)
-        job.run.finish("report", key_of("failed"), scratch, 0.0, (), status="failed")
+    with place.run.scratch() as scratch:
+        page.render(place.run.manifest, verify, None, scratch)
+        place.run.finish("report", key_of("failed"), scratch, 0.0, (), status="failed")

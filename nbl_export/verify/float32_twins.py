@@ -18,6 +18,7 @@ import numpy as np
 
 from nbl_export.mixers.base import Mixer
 from nbl_export.records.results import RungResult
+from nbl_export.run_directory import DECODERS
 from nbl_export.verify.forms.form import Setting
 
 __all__ = ["INT4", "build_twins", "check_shipped"]
@@ -30,7 +31,7 @@ def build_twins(
 ) -> dict[str, Path]:
     """Write both twins with the shipped logits, as the stages do; an int4 run gets `INT4` beside each twin."""
 
-    directories = {"original": out / "original", "nbl": out / "model"}
+    directories = {subject: out / name for subject, name in DECODERS.items()}
     setting.engine.write_twin(checkpoint, directories["original"], setting.slots)
     if setting.logits == "last":
         setting.engine.keep_last_token(directories["original"])

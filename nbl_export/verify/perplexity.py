@@ -7,24 +7,17 @@ Reported, not gated. A pass over the vocabulary computes in float32, a few rows 
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from nbl_export.errors import NblError
-from nbl_export.text.window_intervals import increase_interval, mean_interval, spoken_price
+from nbl_export.quality import increase_interval, mean_interval, perplexity
 
-__all__ = ["FAR", "mix_price", "price", "warn_of_far_prices"]
-
-FAR = 2.0  # a warning needs a perplexity increase this many times that on another text
-
-
-_NOTICED = 0.05  # no warning below this perplexity increase
-
+__all__ = ["price"]
 
 _STEP_TOKENS = 512  # in a batch of windows: the logits of 512 tokens with a vocabulary of 49,152 are 100 MB
 
@@ -117,8 +110,8 @@ def _row(name: str, windows: np.ndarray, found_W4: np.ndarray) -> dict[str, Any]
         "text": name,
         "tokens": int(windows.size),
         "windows": len(windows),
-        "perplexity_original": _perplexity(before),
-        "perplexity_nbl": _perplexity(after),
+        "perplexity_original": perplexity(before),
+        "perplexity_nbl": perplexity(after),
         "increase": increase.value,
         "increase_interval": increase.ends,
         "kl_mean": apart.value,
@@ -132,57 +125,3 @@ def _row(name: str, windows: np.ndarray, found_W4: np.ndarray) -> dict[str, Any]
             "top1_agreement": agree.tolist(),
         },
     }
-
-
-def _perplexity(losses: np.ndarray) -> float | None:
-    mean = float(losses.mean())
-    return math.exp(mean) if mean < 700 else None  # None for NaN too
-
-
-def mix_price(name: str, losses: Sequence[Any]) -> dict[str, Any]:
-    """Quality loss of a mix of attention and maps in torch on one text, a row of sweep.json; None if not finite.
-
-    Args:
-        losses: one `mixes.Loss` for each window.
-    """
-    before, after, kl = (
-        np.array([getattr(loss, total) / loss.positions for loss in losses])
-        for total in ("original_sum", "mix_sum", "kl_sum")
-    )
-    increase, apart = increase_interval(before, after), mean_interval(kl)
-    return {
-        "text": name,
-        "tokens": sum(loss.positions + 1 for loss in losses),
-        "windows": len(losses),
-        "kl": apart.value,
-        "kl_interval": apart.ends,
-        "perplexity_original": _perplexity(before),
-        "perplexity": _perplexity(after),
-        "increase": increase.value,
-        "increase_interval": increase.ends,
-    }
-
-
-def warn_of_far_prices(prices: Sequence[Mapping[str, Any]]) -> str | None:
-    """One sentence if the largest perplexity increase is more than `FAR` times the smallest; else None.
-
-    If both increases have intervals, the intervals must also be disjoint.
-
-    Args:
-        prices: rows of `verify.perplexity.price`.
-    """
-    rows = [row for row in prices if row["increase"] is not None]
-    if len(rows) < 2:
-        return None
-    cheap, dear = (pick(rows, key=lambda row: row["increase"]) for pick in (min, max))
-    low, high = cheap["increase"], dear["increase"]
-    if high < _NOTICED or high <= FAR * low:
-        return None
-    ends = cheap["increase_interval"], dear["increase_interval"]
-    if all(ends) and ends[0][1] >= ends[1][0]:
-        return None
-    near, far = (spoken_price(row)["increase"] for row in (cheap, dear))
-    return (
-        f"the perplexity increase depends on the text: {near} on {cheap['text']}, but {far} on {dear['text']}; judge "
-        "by the text that you will run, and calibrate on text like it or on more texts (repeat --calibration)"
-    )

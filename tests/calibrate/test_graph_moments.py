@@ -150,16 +150,18 @@ def test_a_quantised_graph_is_proven_through_its_twin(exported: Any, text: Path,
 
 
 def _climbed(run: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
+
     from nbl_export.options.options import JobOptions
-    from nbl_export.run.job import Job
     from nbl_export.run.progress import Ui
+    from nbl_export.run.resolve import Resolver
     from nbl_export.run.stages import verify
+    from nbl_export.run.stages.common import Place
     from nbl_export.run_directory import RunDirectory
 
     with RunDirectory.open_run(run, create=False) as opened:
-        found: list[dict[str, Any]] = verify._against_graph(
-            Job(JobOptions.from_json(options), opened, Ui(quiet=True)), run
-        )["rungs"]
+        resolver = Resolver(JobOptions.from_json(options), opened, Ui(quiet=True))
+        inputs, place = verify.declare(resolver), Place(opened, resolver.ui)
+        found: list[dict[str, Any]] = verify.check(inputs, place, run)["rungs"]
         return found
 
 

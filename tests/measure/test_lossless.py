@@ -16,7 +16,7 @@ from nbl_export.measure.lossless import (
 )
 from nbl_export.records.proposers import Proposer
 from nbl_export.report.speed import lossless_table
-from nbl_export.run.lossless.figures import measured, spoken
+from nbl_export.run.lossless import measured, spoken
 
 PLAIN = Way(None, "original")
 NGRAM, INT4, NBL = (Proposer(draft, (("max_draft_tokens", 4),)) for draft in ("ngram", "int4", "nbl"))

@@ -19,7 +19,6 @@ import pytest
 from nbl_export.errors import UsageError
 from nbl_export.options.options import JobOptions, describe_command, flag_of
 from nbl_export.options.settle import settle
-from nbl_export.records.plan import Plan
 from nbl_export.run import pipeline
 from nbl_export.run.facts import capabilities_of
 from nbl_export.run.progress import Ui
@@ -228,12 +227,10 @@ def test_the_recorded_command_settles_alike(asked: dict[str, Any], tmp_path: Pat
 
 
 def test_the_command_for_maps_without_a_bias_is_accepted(stopped: None) -> None:
-    from nbl_export.run.deployed import Finished
+    from nbl_export.run.deployed import remake_command
 
     options = settled({"layers": "2", "select": "cca", "rank": "4"})
-    found: Any = types.SimpleNamespace(_job=types.SimpleNamespace(options=options, plan=Plan(3, (0, 2))))
-    remake: Any = Finished.remake
-    words = shlex.split(remake.fget(found))
+    words = shlex.split(remake_command(options, (0, 2)))
     assert_settled(
         reached(line(*words[1:])), {"layers": "0,2", "maps": "linear", "tap": "normed", "rank": "4", "select": None}
     )

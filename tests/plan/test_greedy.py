@@ -22,8 +22,11 @@ from nbl_export.model.mixes import SwitchedModel
 from nbl_export.plan import greedy
 from nbl_export.plan.effects import EVERY, Effects, Judge
 from nbl_export.plan.greedy import GreedyOrder, Point, Search
+from nbl_export.plan.order import Selection
+from nbl_export.run.stages.plan import order_of
 
 from ..command import nbl
+from ..jobs import opened
 from ..tiny import LAYERS, VOCAB, random_map
 
 Checkpoint = Callable[[str], Path]
@@ -299,71 +302,33 @@ def test_maps_that_are_not_finite_are_left_or_named(checkpoint: Checkpoint) -> N
         Search(judged(SwitchedModel(model, bad, "residual")), GreedyOrder(), None, quiet)
 
 
-def facts_of(run: Path) -> Any:
-    return json.loads((run / "nbl.json").read_text(encoding="utf-8"))
-
-
-def test_selections_through_the_job(run: Path) -> None:
-    for select, key in (("error", "relative_error"), ("cca", "bound")):
-        done = nbl("plan", run, "--layers", "1", "--select", select)
-        assert done.status == 0, done.err
-        assert "calibrate: reused" in done.err
-        facts = facts_of(run)
-        assert facts["select"] == select
-        assert facts["replaced_layers"] == [min(facts["scores"], key=lambda s: (s[key], s["layer"]))["layer"]]
-    done = nbl("plan", run, "--layers", "2", "--select", "greedy", "--json")
-    assert done.status == 0, done.err
-    facts = facts_of(run)
-    assert json.loads(done.out)["select"] == facts["select"] == "greedy"
-    assert sorted(facts["greedy"]["steps"][-1]["layers"]) == facts["replaced_layers"]
-    kept = facts["greedy"]
-    assert nbl("plan", run, "--layers", "1").status == 0
-    assert facts_of(run)["replaced_layers"] == kept["steps"][0]["layers"]
-    assert facts_of(run)["greedy"] == kept
-    damaged = {**facts_of(run), "greedy": {"key": kept["key"], "steps": "none"}}
-    (run / "nbl.json").write_text(json.dumps(damaged), encoding="utf-8")
-    assert nbl("plan", run, "--layers", "2").status == 0
-    assert facts_of(run)["greedy"] == kept
-    assert nbl("plan", run, "--layers", "0,2").status == 0
-    assert (facts_of(run)["select"], facts_of(run)["replaced_layers"]) == ("given", [0, 2])
-
-
 def test_layers_are_judged_on_another_text_too(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nbl_export.options.options import JobOptions
-    from nbl_export.options.places import located
-    from nbl_export.run.job import Job
-    from nbl_export.run.progress import Ui
-    from nbl_export.run.stages.selection import Selection
-    from nbl_export.run_directory import RunDirectory
+    resolver = opened(run, compute_dtype="auto", select="greedy")
+    seen: list[Any] = []
+    bfloat16: list[bool] = []
 
-    with RunDirectory.open_run(run, create=False) as opened:
-        options = located(JobOptions.from_json(opened.manifest["options"]), opened.manifest)
-        options = dataclasses.replace(options, compute_dtype="auto")
-        job = Job(options, opened, Ui(quiet=True))
-        seen: list[Any] = []
-        bfloat16: list[bool] = []
+    class SeenError(Exception):
+        pass
 
-        class SeenError(Exception):
-            pass
+    def note(switched: Any, texts: Any) -> None:
+        seen.append(torch.cat(texts))
+        bfloat16.append(switched._narrow)
+        raise SeenError
 
-        def note(switched: Any, texts: Any) -> None:
-            seen.append(torch.cat(texts))
-            bfloat16.append(switched._narrow)
-            raise SeenError
-
-        monkeypatch.setattr("nbl_export.run.stages.selection.Judge", note)
-        for native in (True, False):  # products of bfloat16, in which trials are computed where they are
-            monkeypatch.setattr("nbl_export.model.bfloat16.fast", lambda _device, native=native: native)
-            with pytest.raises(SeenError):
-                Selection(job, select="greedy").order(1)
-        assert bfloat16 == [True, False]
-        windows = seen[0]
-        near, far = job.held_back, job.far
+    monkeypatch.setattr("nbl_export.plan.order.Judge", note)
+    for native in (True, False):  # products of bfloat16, in which trials are computed where they are
+        monkeypatch.setattr("nbl_export.model.bfloat16.fast", lambda _device, native=native: native)
+        resolver.narrow.forget()
+        with pytest.raises(SeenError):
+            Selection(order_of(resolver)).order(1)
+    assert bfloat16 == [True, False]
+    windows = seen[0]
+    near, second = resolver.held_back.value, resolver.second.value
     half = len(windows) // 2
     assert windows[:half].tolist() == near.choosing[:half].tolist()
     others = [tuple(row) for row in windows[half:].tolist()]
-    assert len(set(others)) == half and far is not None
-    assert set(others) <= {tuple(row) for row in far.choosing.tolist()}
+    assert len(set(others)) == half and second is not None
+    assert set(others) <= {tuple(row) for row in second.choosing.tolist()}
 
 
 def test_unknown_selection_is_refused(run: Path) -> None:

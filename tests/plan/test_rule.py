@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
+from nbl_export.plan import order as selection
 from nbl_export.plan.effects import EVERY, Effects
 from nbl_export.plan.greedy import RULE, GreedyOrder, Search
-from nbl_export.run.stages import selection
 from nbl_export.text.held_back import DIVISION
 
 LAYERS, POSITIONS, SIZE = 14, 24, 6

@@ -12,7 +12,7 @@ import pytest
 from nbl_export.measure.lossless import Asked, Sample, Way
 from nbl_export.records.proposers import Proposer
 from nbl_export.report.page import render
-from nbl_export.run.lossless.figures import measured, spoken
+from nbl_export.run.lossless import measured, spoken
 
 from .test_report import MANIFEST, VERIFY
 

@@ -15,7 +15,8 @@ from nbl_export.publish.card import check_publishable
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import RungResult, status_of
 from nbl_export.report.console import rungs_table
-from nbl_export.run.stages.common import verdict
+from nbl_export.run.progress import Ui
+from nbl_export.run.stages.common import Place
 from nbl_export.trust.terminal import Console
 from nbl_export.verify import ladder
 
@@ -88,8 +89,8 @@ def test_a_failed_run_is_neither() -> None:
 
 def test_a_run_that_was_compared_has_this_status_and_can_be_published() -> None:
     """`inspect` prints the status; the card has the badge of the page."""
-    job: Any = SimpleNamespace(run=SimpleNamespace(read_json=lambda _name: verified("int4", COARSE, TEXT)))
-    assert verdict(job) == "compared"
+    opened: Any = SimpleNamespace(read_json=lambda _name: verified("int4", COARSE, TEXT))
+    assert Place(opened, Ui(quiet=True)).verdict == "compared"
     stages: dict[str, Any] = {name: {} for name in ("rewrite", "verify", "report")}
     facts = {"options": {"engine": "ort"}, "command": "", "stages": stages}
     for status in ("verified", "compared"):

@@ -12,13 +12,18 @@ import torch
 
 from nbl_export.calibrate.sums import Sums
 from nbl_export.distill.settings import DistillSettings
+from nbl_export.plan import order
 from nbl_export.plan.greedy import GreedyOrder, Point
-from nbl_export.run.stages import calibrate, distill, selection
-from nbl_export.run.stages.selection import Selection
-from nbl_export.run.stages.verify import kept_references
+from nbl_export.plan.order import Selection
+from nbl_export.records.inputs import Lazy
+from nbl_export.run import resolve
+from nbl_export.run.stages import calibrate, distill, verify
+from nbl_export.run.stages.common import Place
+from nbl_export.run.stages.plan import order_of
+from nbl_export.verify.kept import KeptReferences
 from nbl_export.verify.ladder import Probe
 
-from ..jobs import job_of
+from ..jobs import resolver_of
 
 Changes = dict[str, Any]
 
@@ -47,8 +52,11 @@ def resumed_batches(
     directory: Path, options: Changes, facts: Changes, windows: torch.Tensor, batches: int, products: str = "float32"
 ) -> int:
     """Batches that a calibration of these inputs takes from the partial file; it then leaves the file of its own."""
-    job = job_of(directory, options, facts)
-    found = calibrate._facts(job, windows, batches, products)
+    resolver = resolver_of(directory, options, facts)
+    declared = calibrate.declare(resolver)
+    assert isinstance(declared, calibrate.CalibrateInputs)
+    inputs = dataclasses.replace(declared, windows=Lazy(None, lambda: (windows, None)))
+    found = calibrate._facts(inputs, batches, products)
     partial, collected = calibrate._Partial(directory / "partial", found), Collected(found["identity"]["taps"])
     done = partial.restore(collected)
     assert collected.restored == (1 if done else 0)
@@ -95,32 +103,36 @@ ORDERS: dict[str, tuple[Changes, Changes, Changes]] = {  # options before, optio
 }
 
 
+def key_of_order(directory: Path, options: Changes) -> str:
+    return Selection(order_of(resolver_of(directory, options))).key
+
+
 @pytest.mark.parametrize("change", ORDERS)
 def test_another_order_of_layers_is_computed_anew(change: str, tmp_path: Path) -> None:
     options, changed, facts = ORDERS[change]
-    recorded = {"key": Selection(job_of(tmp_path, options))._key, "texts": ["a text"], **dataclasses.asdict(ORDER)}
+    recorded = {"key": key_of_order(tmp_path, options), "texts": ["a text"], **dataclasses.asdict(ORDER)}
 
     def known(options: Changes, facts: Changes) -> GreedyOrder:
-        return Selection(job_of(tmp_path, options, {**facts, "greedy": recorded}))._recorded()
+        return Selection(order_of(resolver_of(tmp_path, options, facts)), recorded=recorded)._recorded()
 
     assert known(options, {}) == ORDER
     assert known({**options, **changed}, facts) == GreedyOrder()
 
 
-@pytest.mark.parametrize("name", ["RULE", "EVERY", "DIVISION"])
+@pytest.mark.parametrize("name", ["RULE", "EVERY", "_WEIGHED_TOKENS", "DIVISION"])
 def test_another_way_to_judge_layers_computes_the_order_anew(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = Selection(job_of(tmp_path, GREEDY))._key
-    monkeypatch.setattr(selection, name, "another")
-    assert Selection(job_of(tmp_path, GREEDY))._key != before
+    before = key_of_order(tmp_path, GREEDY)
+    monkeypatch.setattr(resolve if name == "DIVISION" else order, name, "another")
+    assert key_of_order(tmp_path, GREEDY) != before
 
 
 def test_another_second_text_computes_the_order_anew(tmp_path: Path) -> None:
-    job = job_of(tmp_path, GREEDY)
-    before = Selection(job)._key
-    job.__dict__["far_text"] = SimpleNamespace(sha256="a third")
-    assert Selection(job)._key != before
+    resolver = resolver_of(tmp_path, GREEDY)
+    before = Selection(order_of(resolver)).key
+    resolver.__dict__["second_text"] = SimpleNamespace(sha256="a third")
+    assert Selection(order_of(resolver)).key != before
 
 
 # -- an unfinished distillation --------------------------------------------------------------------------------
@@ -162,10 +174,15 @@ REFERENCES: dict[str, tuple[Changes, Changes]] = {  # options and facts
     "provider": ({"provider": "cuda"}, {}),
     "precision": ({"precision": "int4"}, {}),
     "source": ({"decoder_source": "mobius"}, {}),
-    "positions": ({}, {"decoder": {**job_of(Path(), {}).run.manifest["decoder"], "max_positions": 256}}),
+    "positions": ({}, {"decoder": {**resolver_of(Path(), {}).run.manifest["decoder"], "max_positions": 256}}),
     "scales": ({"quantize": "awq"}, {}),
     "codes": ({"quantized_model": "q"}, {}),
 }
+
+
+def references_of(directory: Path, *given: Changes) -> KeptReferences:
+    resolver = resolver_of(directory, *(given or ({},)))
+    return verify.kept_references(verify.declare(resolver), Place(resolver.run, resolver.ui))
 
 
 @pytest.mark.parametrize("change", [*REFERENCES, "versions"])
@@ -173,8 +190,8 @@ def test_references_of_another_original_are_computed_anew(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probe = Probe(((1, 2, 3),), (), 3, ())
-    before = kept_references(job_of(tmp_path, {}))._key(probe, None)
+    before = references_of(tmp_path)._key(probe, None)
     if change == "versions":
         monkeypatch.setattr("nbl_export.run.stages.verify.versions", lambda _packages: {"torch": "another"})
-    after = kept_references(job_of(tmp_path, *REFERENCES.get(change, ({}, {}))))._key(probe, None)
+    after = references_of(tmp_path, *REFERENCES.get(change, ({}, {})))._key(probe, None)
     assert after != before

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -18,13 +16,13 @@ from nbl_export.errors import RefusalError
 from nbl_export.graph.names import draft_file
 from nbl_export.rewrite import gguf_codes
 from nbl_export.rewrite.codes import quantised_matrices
-from nbl_export.run.lossless import stage
-from nbl_export.run.lossless.drafts import codes_for_drafts
+from nbl_export.run.stages import lossless as lossless_stage
 from nbl_export.targets.onnx.genai import GenaiRunner
 from nbl_export.targets.onnx.lossless import LosslessRunner
 
 from ..command import TINY, Outcome, assert_refused, nbl, snapshot
 from ..gguf_kinds import HALVES, every_token, save_mixed
+from ..jobs import resolver_of
 from ..tiny import LAYERS
 
 
@@ -35,7 +33,7 @@ def lossless(
     """A finished run, and the same command with --draft auto. Never write to the run."""
     run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("lossless") / "run"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "LOADS", 5)  # as a user's job: `light_jobs` has 2, too few for an interval
+        patch.setattr(lossless_stage, "LOADS", 5)  # as a user's job: `light_jobs` has 2, too few for an interval
         done = nbl(*same, "--draft", "auto", "--draft-layers", "0,2", "--output", run)
     assert done.status == 0, done.err
     return run, done
@@ -190,9 +188,11 @@ def test_codes_make_a_draft_where_they_are_few_and_known(
 ) -> None:
     monkeypatch.setitem(HALVES, "IQ4_NL", {0: 1.5e-3})
     model = save_mixed(tmp_path / "m.gguf", {**FOUR_BITS, **changed})
-    options = SimpleNamespace(requantize=requantize, engine="ort", provider="cpu")
-    job: Any = SimpleNamespace(source=SimpleNamespace(gguf=model), options=options)
-    assert codes_for_drafts(job) == (model if taken else None)
+    resolver = resolver_of(tmp_path, {"draft": "int4", "requantize": requantize})
+    resolver.source.gguf = model
+    inputs = lossless_stage.declare(resolver)
+    assert isinstance(inputs, lossless_stage.LosslessInputs)
+    assert inputs.codes.value == (model if taken else None)
 
 
 def test_other_tokens_are_a_failed_verification(

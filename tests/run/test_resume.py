@@ -62,7 +62,7 @@ def test_nothing_is_done_twice(same: Same, run: Path) -> None:
 def quick(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages that copy what a real run left, so that only the question which of them run is left."""
 
-    def copy(stage: pipeline.Stage, _job: Any, out: Path) -> dict[str, Any]:
+    def copy(stage: pipeline.Stage, _inputs: Any, _place: Any, out: Path) -> dict[str, Any]:
         for name in facts_of(finished)["stages"][stage.name]["files"]:
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(finished / name, out / name)

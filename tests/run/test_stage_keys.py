@@ -1,30 +1,29 @@
-"""Every option that a stage reads is in its key, or in the key of a stage that it reads."""
+"""Every option that a stage reads is in its key, or in the key of a stage that it reads.
+
+Only what takes a `Resolver` reads options: what declares the inputs of a stage. So the key has what the stage has, if
+each `Lazy` input is identified by the options that its value follows from.
+"""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
-import functools
-import sys
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
 from nbl_export.options.options import JobOptions
-from nbl_export.records.requests import (
-    EvalRequest,
-    Prepared,
-    Subject,
-    SweepRequest,
-)
-from nbl_export.run import pipeline
-from nbl_export.run.job import Job
-from nbl_export.run.stages import STAGES
+from nbl_export.records.inputs import Lazy, identity_of
+from nbl_export.records.requests import EvalRequest, Prepared, Subject, SweepRequest
+from nbl_export.run.resolve import Resolver
+from nbl_export.run.stages import common
+from nbl_export.run.stages.common import LeftOut
+from nbl_export.run.stages.table import STAGES
 
-from ..command import nbl
-from ..jobs import job_of
+from ..jobs import resolver_of
 
 EVAL = Prepared(EvalRequest(tasks=("a",)), (Subject("a", None, 10, {"sha256": "0"}, {"shots": 0}),), "harness 1")
 TRT = {"engine": "trt-rtx", "decoder_source": "static", "precision": "fp16"}
@@ -42,7 +41,7 @@ BASES: dict[str, dict[str, Any]] = {
 ASKED = {"sweep": SweepRequest(1), "eval": EVAL}
 # Another value of each option.
 OTHER: dict[str, Any] = {
-    "layers": "2", "max_perplexity_increase": "5%", "target_speedup": "1.1", "kv_budget": "1KiB", "fit": "drop",
+    "layers": "2", "max_perplexity_increase": "5%", "target_speedup": "1.1", "kv_budget": "300B", "fit": "drop",
     "select": "error", "rank": "3", "tap": "normed", "maps": "linear", "token_table": False, "distill_minutes": 1.0,
     "distill_steps": 7, "distill_tokens": 7, "lora_rank": 7, "label_weight": 0.7, "calibration_tokens": 1024,
     "context": 64, "compute_dtype": "float32", "seed": 7, "precision": "int8", "requantize": True,
@@ -53,7 +52,7 @@ OTHER: dict[str, Any] = {
 }  # fmt: skip
 _PLAN = ("layers", "max_perplexity_increase", "target_speedup", "kv_budget", "fit", "select", "rank", "tap", "maps",
          "token_table", "calibration_tokens", "context", "compute_dtype", "logits")  # fmt: skip
-_DECODER = ("precision", "provider", "max_seq_len", "logits", "decoder_source", "builder_option", "quantize",
+_DECODER = ("precision", "provider", "logits", "decoder_source", "builder_option", "quantize",
             "quantized_model")  # fmt: skip
 _GRAPHS = tuple(dict.fromkeys((*_PLAN, *_DECODER)))
 _BENCH = ("depths", "repetitions", "prompt_tokens", "generate_tokens", "threads", "batches")
@@ -69,7 +68,7 @@ READS: dict[str, tuple[str, ...]] = {
     "rewrite": _GRAPHS,
     "verify": ("distill_tokens", *_GRAPHS),
     "eval": _GRAPHS,
-    "build": ("engine", "max_batch", "prefill_chunk", *(name for name in _GRAPHS if name != "provider")),
+    "build": ("engine", "max_batch", "prefill_chunk", "max_seq_len", *(name for name in _GRAPHS if name != "provider")),
     "bench": (*_BENCH, *_GRAPHS),
     "lossless": ("draft", "draft_layers", "threads", "requantize", *_GRAPHS),
     "report": (*_BENCH, *_GRAPHS),
@@ -82,13 +81,13 @@ HERE: dict[tuple[str, str], Any] = {
 }  # fmt: skip
 
 
-def keys(job: Job) -> dict[str, str]:
+def keys(resolver: Resolver) -> dict[str, str]:
     """The keys of the stages that are not left out."""
-    found: dict[str, str] = {}
     for stage in STAGES:
-        if stage.skip(job) is None:
-            found[stage.name] = pipeline._key(job, stage, found)
-    return found
+        inputs = stage.declare(resolver)
+        if not isinstance(inputs, LeftOut):
+            resolver.keys[stage.name] = stage.key(inputs, resolver.keys)
+    return resolver.keys
 
 
 @pytest.fixture
@@ -97,7 +96,7 @@ def key_of_stage(tmp_path: Path) -> Any:
 
     def make(stage: str, manifest: dict[str, Any] | None = None, asked: Any = None, **changes: Any) -> str | None:
         options = {**USUAL, **BASES.get(stage, {}), **changes}
-        return keys(job_of(tmp_path, options, manifest, asked or ASKED.get(stage))).get(stage)
+        return keys(resolver_of(tmp_path, options, manifest, asked or ASKED.get(stage))).get(stage)
 
     return make
 
@@ -110,11 +109,41 @@ def test_an_option_that_a_stage_reads_is_in_its_key(stage: str, key_of_stage: An
     assert [option for option, value in changed.items() if key_of_stage(stage, **{option: value}) == before] == []
 
 
-@pytest.mark.parametrize("goal", [{"target_speedup": "1.1"}, {"kv_budget": "1KiB"}], ids=str)
-def test_what_a_goal_counts_is_in_the_key_of_the_plan(goal: dict[str, str], key_of_stage: Any) -> None:
-    given: dict[str, Any] = {"layers": None, **goal}
-    for option in ("engine", "provider", "precision", "prompt_tokens", "logits", "token_table"):
-        assert key_of_stage("plan", **given, **{option: OTHER[option]}) != key_of_stage("plan", **given), option
+_COSTS = ("engine", "provider", "precision", "prompt_tokens", "logits", "token_table")
+
+
+@pytest.mark.parametrize(
+    ("goal", "option"),
+    [({"target_speedup": "1.1"}, option) for option in _COSTS]
+    + [({"kv_budget": "300B"}, option) for option in ("precision", "logits", "token_table")],
+)
+def test_what_a_goal_counts_is_in_the_key_of_the_plan(option: str, goal: dict[str, str], key_of_stage: Any) -> None:
+    """The cache of a budget has the precision's size. The work saved, which orders the layers, counts in both."""
+    given: dict[str, Any] = {"layers": None, "select": None, **goal}
+    other = "fp16" if option == "precision" else OTHER[option]  # int8 has the caches of float32
+    assert key_of_stage("plan", **{**given, option: other}) != key_of_stage("plan", **given)
+
+
+@pytest.mark.parametrize(
+    ("stage", "given", "same"),
+    [
+        ("decoder", {}, {"quantize": "rtn"}),
+        ("decoder", {}, {"tap": "normed"}),
+        ("decoder", {}, {"max_seq_len": 128}),
+        ("quantize", {"calibration_tokens": 65_536}, {"calibration_tokens": 32_768}),
+        ("quantize", {}, {"builder_option": ("accuracy_level=4",)}),
+        ("build", {}, {"max_batch": 1}),
+        ("build", {}, {"prefill_chunk": 512}),
+        ("plan", {}, {"precision": "int8"}),
+        ("verify", {}, {"threads": (2,)}),
+        ("report", {}, {"draft_layers": "1"}),
+    ],
+)
+def test_what_changes_nothing_in_a_stage_is_not_in_its_key(
+    stage: str, given: dict[str, Any], same: dict[str, Any], key_of_stage: Any
+) -> None:
+    """Another name of the default, and what only another stage reads."""
+    assert key_of_stage(stage, **{**given, **same}) == key_of_stage(stage, **given)
 
 
 @pytest.mark.parametrize("option", ["calibration_tokens", "context"])
@@ -133,7 +162,9 @@ def test_inputs_that_are_no_options_are_in_the_keys(key_of_stage: Any, monkeypat
         assert (text == key_of_stage(stage)) == (stage == "decoder"), stage
     codes = {"quantized_model": "q"}
     assert key_of_stage("decoder", {"quantized": {"fingerprint": "x"}}, **codes) != key_of_stage("decoder", **codes)
-    assert key_of_stage("sweep", {"stages": {"distill": {"key": "x"}}}) != key_of_stage("sweep")
+    distilled = {"fit": "distilled", "tap": "normed"}
+    trained = [key_of_stage("sweep", {"stages": {"distill": {"key": key}}}, **distilled) for key in "xy"]
+    assert len({key_of_stage("sweep", **distilled), *trained}) == 3
     assert key_of_stage("sweep", asked=SweepRequest(2)) != key_of_stage("sweep")
     (subject,) = EVAL.subjects
     others: list[dict[str, Any]] = [{"name": "b"}, {"limit": 20}, {"data": {"sha256": "1"}}, {"config": {"shots": 1}}]
@@ -149,60 +180,142 @@ def test_inputs_that_are_no_options_are_in_the_keys(key_of_stage: Any, monkeypat
     assert built[0] != built[1]
 
 
-# -- what stages read while they run ---------------------------------------------------------------------------
+# -- what stages read ------------------------------------------------------------------------------------------
 
-APART = {"build", "eval", "report"}  # the first needs a GPU, the second a harness, the last reads the manifest alone
 # Options that follow from others or from the model: whether it is a graph, the form of the graph, the text's hash.
 FOLLOW = {"decoder_source", "engine", "calibration", "model"}
-# The curve states what its speeds were modelled for. The key of a sweep has the key of the stage that distils.
-STATED = {("plan", "precision"), ("plan", "provider"), ("plan", "prompt_tokens"), ("sweep", "fit")}
+# The curve states what its speeds were modelled for. The moments state their options. The key of a sweep has the key
+# of the stage that distils. The work that a draft saves is weighed at a length of its own.
+STATED = {
+    "calibrate": {"seed"},
+    "plan": {"precision", "provider", "prompt_tokens"},
+    "sweep": {"fit"},
+    "lossless": {"prompt_tokens"},
+}
 
 
 class Watched(JobOptions):
-    """Options that note the stage and the name of each option that is read."""
+    """Options that note the name of each option that is read."""
 
-    stage: ClassVar[str] = ""
-    seen: ClassVar[defaultdict[str, set[str]]] = defaultdict(set)
+    seen: ClassVar[set[str]] = set()
 
     def __post_init__(self) -> None:
         """Checked before."""
 
     def __getattribute__(self, name: str) -> Any:
-        reader = sys._getframe(1).f_globals["__name__"]
-        if name in JobOptions.__dataclass_fields__ and reader != "dataclasses" and Watched.stage:
-            Watched.seen[Watched.stage].add(name)
+        if name in JobOptions.__dataclass_fields__:
+            Watched.seen.add(name)
         return super().__getattribute__(name)
 
 
-@pytest.fixture(scope="module")
-def read(same: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, set[str]]]:
-    """The options that the stages of a job and of a sweep read, by stage."""
-    run = pipeline.Stage.run
-    cached = {name for name, value in vars(Job).items() if isinstance(value, functools.cached_property)}
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Stands in for a cost model."""
 
-    def watched(stage: pipeline.Stage, job: Job, out: Path) -> dict[str, Any]:
-        given = job.options
-        job.options = Watched(**{name: getattr(given, name) for name in JobOptions.__dataclass_fields__})
-        for name in cached:  # what an earlier stage read for this one
-            job.__dict__.pop(name, None)
-        Watched.stage = stage.name
-        try:
-            return run(stage, job, out)
-        finally:
-            Watched.stage, job.options = "", given
-
-    output = tmp_path_factory.mktemp("read") / "run"
-    options = ("--fit", "distilled", "--distill-steps", 2, "--precision", "int4", "--quantize", "awq", "--draft", "nbl",
-               "--draft-layers", 1)  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.Stage, "run", watched)
-        for command in ((*same, *options, "--output", output), ("plan", output, "--sweep", "--max-layers", 1)):
-            done = nbl(*command)
-            assert done.status == 0, done.err
-        yield dict(Watched.seen)
+    speedup: Any = None
+    tail_pruned: bool = False
+    all_logits: bool = True
 
 
-@pytest.mark.parametrize("stage", sorted(READS.keys() - APART))
-def test_the_table_above_has_what_a_stage_reads(stage: str, read: dict[str, set[str]]) -> None:
-    stated = {option for of, option in STATED if of == stage}
-    assert read[stage] - FOLLOW - stated <= set(READS[stage])
+def costs_of(options: JobOptions, *_args: Any, **_given: Any) -> Costs:
+    """Reads what a cost model reads of the options."""
+    _ = options.engine, options.provider, options.precision, options.prompt_length, options.kept_logits
+    return Costs()
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What loads a model, a text or a file is replaced, so that only the options that say what is loaded are left."""
+    import torch
+
+    def windows(count: int) -> Any:
+        return torch.zeros(count, 8, dtype=torch.long)
+
+    model: Any = SimpleNamespace(device=torch.device("cpu"))
+    stubs: dict[str, Any] = {
+        "nbl_export.run.resolve.require_engine": lambda *_args, **_given: None,
+        "nbl_export.run.resolve.cost_model": costs_of,
+        "nbl_export.model.checkpoint.materialise.materialise": lambda *_: Path(),
+        "nbl_export.model.checkpoint.load.load_model": lambda _directory: model,
+        "nbl_export.model.checkpoint.load.load_tokenizer": lambda _directory: None,
+        "nbl_export.model.checkpoint.quantized.find": lambda *_: SimpleNamespace(directory=""),
+        "nbl_export.model.checkpoint.quantized.check_same": lambda *_: None,
+        "nbl_export.model.one_layer.shortage_of": lambda _directory: "",
+        "nbl_export.text.mixture.read_texts": lambda *_: SimpleNamespace(name="t", sha256="text"),
+        "nbl_export.text.windows.pack": lambda *_args, **_given: (windows(8), windows(8)),
+        "nbl_export.text.windows.extend": lambda found, *_: found,
+    }
+    for name, value in stubs.items():
+        monkeypatch.setattr(name, value)
+
+
+def loaded(value: Any) -> None:
+    """Load every lazy part of inputs."""
+    if isinstance(value, Lazy):
+        value.value  # noqa: B018
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            loaded(getattr(value, field.name))
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.parametrize("stage", sorted(READS.keys() - {"build", "eval", "report"}))
+def test_the_table_above_has_what_a_stage_reads(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inputs of a stage are declared and loaded, all of them, while each read option is noted."""
+    options = {**USUAL, **BASES.get(stage, {})}
+    resolver = resolver_of(tmp_path, options, {"stages": {"distill": {"key": "x"}}}, ASKED.get(stage))
+    resolver.__dict__["hub_texts"] = None
+    resolver.options = Watched(**{name: getattr(resolver.options, name) for name in JobOptions.__dataclass_fields__})
+    monkeypatch.setattr(common.Place, "maps", lambda _self: {})
+    found = next(s for s in STAGES if s.name == stage)
+    Watched.seen.clear()
+    inputs = found.declare(resolver)
+    assert not isinstance(inputs, LeftOut)
+    loaded(inputs)
+    assert {"calibration_tokens", "context"} <= Watched.seen or stage in ("decoder", "rewrite", "bench", "lossless")
+    # Conditions that are read to leave a stage out do not change what it makes.
+    assert Watched.seen - FOLLOW - STATED.get(stage, set()) - GATES <= set(READS[stage])
+
+
+# Options that decide whether a stage runs, and nothing else in it.
+GATES = {"fit", "draft", "quantize"}
+
+
+def test_only_what_takes_a_resolver_reads_options() -> None:
+    """A stage sees its inputs and its place."""
+    modules = sorted(Path(common.__file__).parent.glob("*.py"))
+    assert len(modules) > 12
+    for module in modules:
+        for node in _functions(ast.parse(module.read_text(encoding="utf-8"))):
+            if any("Resolver" in ast.unparse(a.annotation) for a in node.args.args if a.annotation is not None):
+                continue
+            read = [n for n in ast.walk(node) if isinstance(n, ast.Attribute) and n.attr in ("options", "sweep")]
+            assert read == [], f"{module.name}: {node.name} reads options"
+
+
+def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
+    """Functions, without those inside of a function."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef):
+            yield node
+        else:
+            yield from _functions(node)
+
+
+def test_the_identity_of_inputs_is_that_of_each_field() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Inner:
+        model: Lazy[object]
+        names: tuple[str, ...]
+
+    @dataclasses.dataclass(frozen=True)
+    class Outer:
+        inner: Inner
+        steps: int | None
+        shown: Lazy[object]
+
+    def never() -> object:
+        raise AssertionError("an identity loads nothing")
+
+    found = Outer(Inner(Lazy(["a", 1], never), ("b",)), None, Lazy(None, never))
+    assert identity_of(found) == {"inner": {"model": ["a", 1], "names": ["b"]}, "steps": None, "shown": None}

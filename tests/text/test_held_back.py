@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from nbl_export.options.options import JobOptions
-from nbl_export.run.job import Job
-from nbl_export.run.progress import Ui
+from nbl_export.plan.goal import _steps
+from nbl_export.plan.order import Selection, quiet
+from nbl_export.run.stages import distill as distill_stage
+from nbl_export.run.stages import verify
+from nbl_export.run.stages.common import Place
+from nbl_export.run.stages.plan import order_of
 from nbl_export.text import corpus
 from nbl_export.text import windows as text_windows
 from nbl_export.text.held_back import (
@@ -24,6 +27,7 @@ from nbl_export.text.held_back import (
 )
 
 from ..command import nbl
+from ..jobs import opened
 
 PARTS = ("deciding", "choosing", "final")
 
@@ -82,24 +86,10 @@ def test_a_text_that_is_too_short_for_every_use_is_refused() -> None:
     assert (len(calibration), *(len(getattr(division, part)) for part in PARTS)) == (1, 1, 1, 1)
 
 
-def opened(run: Path, **changes: Any) -> Any:
-    """The job of a run, whose text is read from the package's own files."""
-    from nbl_export.options.places import located
-    from nbl_export.run_directory import RunDirectory
-
-    with RunDirectory.open_run(run, create=False) as found:
-        options = located(JobOptions.from_json({**found.manifest["options"], **changes}), found.manifest)
-        job = Job(options, found, Ui(quiet=True))
-        _ = job.windows, job.far, job.held_back
-        return job
-
-
 def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nbl_export.run.stages import verify
-    from nbl_export.run.stages.selection import Selection
-
-    job = opened(run)
-    assert job.far is not None
+    resolver = opened(run, select="greedy")
+    near, second = resolver.held_back.value, resolver.second.value
+    assert second is not None
     read: dict[str, Any] = {}
 
     class SeenError(Exception):
@@ -109,16 +99,16 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
         read["choosing"] = torch.cat(texts)
         raise SeenError
 
-    monkeypatch.setattr("nbl_export.run.stages.selection.Judge", judge)
+    monkeypatch.setattr("nbl_export.plan.order.Judge", judge)
     with pytest.raises(SeenError):
-        Selection(job, select="greedy").order(1)
+        Selection(order_of(resolver)).order(1)
 
     def rows(windows: Any) -> set[tuple[int, ...]]:
         return {tuple(row) for row in windows.tolist()}
 
-    assert rows(read["choosing"]) <= rows(job.held_back.choosing) | rows(job.far.choosing)
-    final = [windows for _, windows in verify.price_texts(job)]
-    assert rows(final[0]) == rows(job.held_back.final) and rows(final[1]) == rows(job.far.final)
+    assert rows(read["choosing"]) <= rows(near.choosing) | rows(second.choosing)
+    final = [windows for _, windows in verify.price_texts(verify.declare(resolver))]
+    assert rows(final[0]) == rows(near.final) and rows(final[1]) == rows(second.final)
     assert sum(windows.size for windows in final) >= 2 * 8192
     seen: dict[str, Any] = {}
 
@@ -135,18 +125,17 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
             loss = SimpleNamespace(positions=1, original_sum=1.0, mix_sum=1.0, kl_sum=0.0)
             return {name: [loss, loss] for name in mixes}
 
-    from nbl_export.run.stages.goal import _steps
-
-    _steps(job, Recorder(), job.texts("deciding"), [1], 0.1)
-    assert [rows(w) for w in seen["deciding"]] == [rows(job.held_back.deciding), rows(job.far.deciding)]
+    recorder: Any = Recorder()
+    _steps(recorder, resolver.deciding.value, [1], 0.1, quiet)
+    assert [rows(w) for w in seen["deciding"]] == [rows(near.deciding), rows(second.deciding)]
 
 
 def test_distilled_maps_are_judged_by_the_choosing_part(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
-    from nbl_export.run.stages import distill as distill_stage
-
-    job = opened(run)
+    resolver = opened(run, fit="distilled")
+    inputs = distill_stage.declare(resolver)
+    assert isinstance(inputs, distill_stage.DistillInputs)
     shutil.copy(run / "maps.safetensors", run / "start.safetensors")
 
     class SeenError(Exception):
@@ -157,10 +146,10 @@ def test_distilled_maps_are_judged_by_the_choosing_part(run: Path, monkeypatch: 
 
     monkeypatch.setattr("nbl_export.distill.training.distill", distill)
     with pytest.raises(SeenError) as seen:
-        distill_stage.run(job, run)
+        distill_stage.run(inputs, Place(resolver.run, resolver.ui), run)
     windows, judging = seen.value.args
-    assert judging.tolist() == job.held_back.choosing.tolist()
-    assert windows.tolist() == job.training_windows.tolist()
+    assert judging.tolist() == resolver.held_back.value.choosing.tolist()
+    assert windows.tolist() == resolver.training.value.tolist()
 
 
 def test_a_run_says_what_it_read_for_what(run: Path) -> None:
@@ -177,8 +166,7 @@ def test_a_run_says_what_it_read_for_what(run: Path) -> None:
 
 
 def test_a_tested_count_is_a_use_of_the_text_also_without_a_goal(run: Path) -> None:
-    from nbl_export.run.stages.verify import _uses_of
-
-    job = opened(run)
-    job.run.manifest["goal"] = {"max_perplexity_increase": "10%", "default": True, "path": [{"layers": 1}]}
-    assert [u["tokens"] for u in _uses_of(job) if u["use"] == "number of layers"] == [8192, 8192]
+    resolver = opened(run)
+    resolver.run.manifest["goal"] = {"max_perplexity_increase": "10%", "default": True, "path": [{"layers": 1}]}
+    uses = verify.uses_of(verify.declare(resolver), Place(resolver.run, resolver.ui))
+    assert [u["tokens"] for u in uses if u["use"] == "number of layers"] == [8192, 8192]

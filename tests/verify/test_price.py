@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import NblError
+from nbl_export.quality import warn_of_text
 from nbl_export.report.page import render
-from nbl_export.verify.perplexity import price, warn_of_far_prices
+from nbl_export.verify.perplexity import price
 
 from ..report.test_report import BENCH, MANIFEST, VERIFY
 
@@ -26,7 +27,7 @@ def rows(*increases: float) -> list[dict[str, object]]:
     "increases", [(), (0.5,), (0.5, 0.5), (0.3, 0.59), (0.6, 0.31), (0.001, 0.04), (-0.01, 0.049), (-0.1, -0.2)]
 )
 def test_prices_that_are_near(increases: tuple[float, ...]) -> None:
-    assert warn_of_far_prices(rows(*increases)) is None
+    assert warn_of_text(rows(*increases)) is None
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,7 @@ def test_prices_that_are_near(increases: tuple[float, ...]) -> None:
     ],
 )
 def test_prices_that_are_far(increases: tuple[float, ...], parts: tuple[str, ...]) -> None:
-    said = warn_of_far_prices(rows(*increases))
+    said = warn_of_text(rows(*increases))
     assert said is not None and all(part in said for part in parts)
 
 
@@ -48,7 +49,7 @@ def test_intervals_that_meet_are_not_far() -> None:
     cheap["increase_interval"] = [0.05, 0.15]
     for low, far in ((0.16, True), (0.14, False)):
         dear["increase_interval"] = [low, 0.4]
-        assert (warn_of_far_prices([cheap, dear]) is not None) is far
+        assert (warn_of_text([cheap, dear]) is not None) is far
 
 
 def test_report_says_so(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ class Windowed:
 
 
 def test_figures_and_intervals_are_those_of_float64_window_by_window() -> None:
-    from nbl_export.text.window_intervals import increase_interval, mean_interval
+    from nbl_export.quality import increase_interval, mean_interval
 
     original, nbl = Windowed(0), Windowed(1)
     windows = np.random.default_rng(2).integers(0, 5000, (9, 200))

@@ -18,9 +18,10 @@ from nbl_export.errors import RefusalError
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.options.options import JobOptions
 from nbl_export.rewrite.widen import Widen, save_twin
-from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
+from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages import verify
+from nbl_export.run.stages.common import Place
 from nbl_export.run_directory import RunDirectory
 from nbl_export.verify.ladder import TOLERANCES, run_rows
 
@@ -53,8 +54,9 @@ def runs(checkpoint: Callable[[str], Path], text: Path, tmp_path_factory: pytest
 def climbed(run: Path) -> list[dict[str, Any]]:
     """The rungs of a run directory as it is now; the quality loss, which is not gated, is left out."""
     with RunDirectory.open_run(run, create=False) as opened, mock.patch.object(verify, "price", return_value=[]):
-        options = JobOptions.from_json(opened.manifest["options"])
-        found: list[dict[str, Any]] = verify._against_torch(Job(options, opened, Ui(quiet=True)), run)["rungs"]
+        resolver = Resolver(JobOptions.from_json(opened.manifest["options"]), opened, Ui(quiet=True))
+        place = Place(opened, resolver.ui)
+        found: list[dict[str, Any]] = verify.check(verify.declare(resolver), place, run)["rungs"]
         return found
 
 

@@ -12,15 +12,20 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.mixers import kind_of
-from nbl_export.run.job import Job
+from nbl_export.options.options import GIVEN_FIT, NO_ORIGINAL
+from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.inputs import Lazy
+from nbl_export.run.resolve import Resolver
+from nbl_export.run.stages.common import LeftOut, Place
 from nbl_export.run_directory import MOMENTS_FILE
 
-__all__ = ["run", "taps_of"]
+__all__ = ["CalibrateInputs", "declare", "run", "taps_of"]
 
 _SECONDS = 30.0  # least time between two partial files,
 _SHARE = 50.0  # and at least this many times the seconds of writing one
@@ -31,7 +36,40 @@ def taps_of(tap: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(("residual", tap)))
 
 
-def run(job: Job, out: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class CalibrateInputs:
+    """What moments follow from.
+
+    Attributes:
+        windows: token windows that maps are fitted on, and held-back windows.
+        graph: the decoder if the model is only a graph. shortage: why the model does not fit into memory, or "".
+        mixer: kind of mixer, whose features are summed.
+    """
+
+    fingerprint: str
+    text_sha256: str
+    windows: Lazy[tuple[Any, Any]]
+    context: int
+    tap: str
+    compute_dtype: str
+    spec: DecoderSpec
+    graph: Lazy[Path | None]
+    model: Lazy[Any]
+    checkpoint: Lazy[Path]
+    shortage: Lazy[str]
+    mixer: Lazy[str]
+
+
+def declare(r: Resolver) -> CalibrateInputs | LeftOut:
+    """The inputs of the stage; left out for an NBL checkpoint, which has its maps."""
+    options = r.options
+    if options.fit == GIVEN_FIT:
+        return LeftOut(NO_ORIGINAL)
+    features = kind_of(options.kind).feature_count(r.spec.hidden_size)  # kinds of equal features share moments
+    return r.fill(CalibrateInputs, mixer=Lazy(features, lambda: options.kind))
+
+
+def run(inputs: CalibrateInputs, place: Place, out: Path) -> dict[str, Any]:
     """Write out/moments.safetensors; returns the facts for the manifest.
 
     Raises:
@@ -39,35 +77,37 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     """
     from nbl_export.calibrate import hooks
 
-    windows, _ = job.windows
+    windows, _ = inputs.windows.value
     parts = hooks.batches(windows)
     calibration = {
-        **job.run.manifest["calibration"], "tokens": int(windows.numel()), "context": job.options.context,
-        "products": _products(job),
+        **place.run.manifest["calibration"], "tokens": int(windows.numel()), "context": inputs.context,
+        "products": _products(inputs),
     }  # fmt: skip
-    facts = _facts(job, windows, len(parts), calibration["products"])
-    if _by_layer(job):
-        _run_layers(job, windows, parts, facts, out)
+    facts = _facts(inputs, len(parts), calibration["products"])
+    if _by_layer(inputs, place):
+        _run_layers(inputs, place, parts, facts, out)
     else:
-        _run_whole(job, windows, parts, facts, out)
+        _run_whole(inputs, place, parts, facts, out)
     return {"calibration": calibration}
 
 
-def _run_whole(job: Job, windows: Any, parts: Sequence[Any], facts: dict[str, Any], out: Path) -> None:
+def _run_whole(inputs: CalibrateInputs, place: Place, parts: Sequence[Any], facts: dict[str, Any], out: Path) -> None:
     """Collect with the whole model in memory, on one process or several."""
     from nbl_export.parallel import peers as distributed
 
-    partial = _Partial(job.run.partial("calibrate"), facts)
+    windows, _ = inputs.windows.value
+    partial = _Partial(place.run.partial("calibrate"), facts)
     total = windows.numel()
     taps, peers, narrow = facts["identity"]["taps"], distributed.current(), facts["identity"]["products"] == "bfloat16"
-    with job.ui.task(f"{total} tokens") as progress, _collection(job, taps, narrow) as found:
+    with place.ui.task(f"{total} tokens") as progress, _collection(inputs, taps, narrow) as found:
         done = partial.restore(found)
         if done:
-            job.ui.say(f"  resuming after {done} of {len(parts)} batches")
+            place.ui.say(f"  resuming after {done} of {len(parts)} batches")
         else:
             found.refer(windows)
-        order = {"checkpoint": str(job.checkpoint.absolute()), "windows": windows, "done": done}
-        peers.lead({"work": "calibrate", **order, "taps": taps, "kind": job.options.kind, "narrow": narrow})
+        checkpoint = str(inputs.checkpoint.value.absolute())
+        order = {"checkpoint": checkpoint, "windows": windows, "done": done}
+        peers.lead({"work": "calibrate", **order, "taps": taps, "kind": inputs.mixer.value, "narrow": narrow})
         peers.agree(None)
         peers.share_reference(found)
 
@@ -80,16 +120,16 @@ def _run_whole(job: Job, windows: Any, parts: Sequence[Any], facts: dict[str, An
         _write(found, out / MOMENTS_FILE, facts)
 
 
-def _products(job: Job) -> str:
-    """Type of the model's products. All processes of a job follow process 0."""
+def _products(inputs: CalibrateInputs) -> str:
+    """Type of the model's products. All processes of a run follow process 0."""
     from nbl_export.model import bfloat16
     from nbl_export.parallel import peers as distributed
 
-    narrow = job.graph is None and bfloat16.chosen(job.options.compute_dtype, distributed.current().device)
+    narrow = inputs.graph.value is None and bfloat16.chosen(inputs.compute_dtype, distributed.current().device)
     return "bfloat16" if narrow else "float32"
 
 
-def _collection(job: Job, taps: list[str], narrow: bool) -> Any:
+def _collection(inputs: CalibrateInputs, taps: list[str], narrow: bool) -> Any:
     """Accumulators on the torch model, or on the graph if the model is only a graph.
 
     Raises:
@@ -99,41 +139,41 @@ def _collection(job: Job, taps: list[str], narrow: bool) -> Any:
     from nbl_export.parallel import peers as distributed
 
     peers = distributed.current()
-    if job.graph is None:
-        return hooks.Collection(peers.place(job.model), taps, kind_of(job.options.kind), narrow=narrow)
+    if inputs.graph.value is None:
+        return hooks.Collection(peers.place(inputs.model.value), taps, kind_of(inputs.mixer.value), narrow=narrow)
     from nbl_export.calibrate.from_graph import GraphCollection
 
     if peers.size > 1:
         raise NblError("torchrun is for torch models; calibrate a graph with one process")
-    return GraphCollection(job.graph, job.spec, taps, kind_of(job.options.kind))
+    return GraphCollection(inputs.graph.value, inputs.spec, taps, kind_of(inputs.mixer.value))
 
 
-def _by_layer(job: Job) -> bool:
+def _by_layer(inputs: CalibrateInputs, place: Place) -> bool:
     """Whether memory holds only one layer at a time; tells the user if so."""
     from nbl_export.parallel import peers as distributed
 
-    if not job.shortage or distributed.current().size > 1:
+    if not inputs.shortage.value or distributed.current().size > 1:
         return False
-    job.ui.say(f"  one layer at a time: the weights are {job.shortage}")
+    place.ui.say(f"  one layer at a time: the weights are {inputs.shortage.value}")
     return True
 
 
-def _run_layers(job: Job, windows: Any, parts: Sequence[Any], facts: dict[str, Any], out: Path) -> None:
+def _run_layers(inputs: CalibrateInputs, place: Place, parts: Sequence[Any], facts: dict[str, Any], out: Path) -> None:
     from nbl_export.calibrate import layer_by_layer
     from nbl_export.calibrate.moments_file import MomentsWriter
 
-    count, identity = windows.numel(), facts["identity"]
-    target, spec, kind = out / MOMENTS_FILE, job.spec, kind_of(job.options.kind)
+    count, identity = inputs.windows.value[0].numel(), facts["identity"]
+    target, spec, kind = out / MOMENTS_FILE, inputs.spec, kind_of(inputs.mixer.value)
     wanted = layer_by_layer.Wanted(identity["taps"], kind, identity["products"] == "bfloat16")
     sizes = (kind.feature_count(spec.hidden_size), spec.hidden_size)
     with (
-        job.run.scratch() as scratch,
-        job.ui.task(f"{count} tokens, layer by layer") as progress,
+        place.run.scratch() as scratch,
+        place.ui.task(f"{count} tokens, layer by layer") as progress,
         MomentsWriter(target, {**facts, "count": count}, spec.num_layers, wanted.taps, sizes) as file,
     ):
         layers = layer_by_layer.collect_layers(
-            job.checkpoint,
-            windows,
+            inputs.checkpoint.value,
+            inputs.windows.value[0],
             parts,
             wanted,
             scratch,
@@ -143,16 +183,17 @@ def _run_layers(job: Job, windows: Any, parts: Sequence[Any], facts: dict[str, A
             file.write(sums)
 
 
-def _facts(job: Job, windows: Any, batches: int, products: str) -> dict[str, Any]:
+def _facts(inputs: CalibrateInputs, batches: int, products: str) -> dict[str, Any]:
     """The metadata of a moments file except the counts, see `moments_file`."""
+    windows = inputs.windows.value[0]
     identity = {
-        "model": job.fingerprint,
-        "text": job.text_sha256,
-        "context": job.options.context,
+        "model": inputs.fingerprint,
+        "text": inputs.text_sha256,
+        "context": inputs.context,
         "tokens": int(windows.numel()),
         "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         "batches": batches,
-        "taps": list(taps_of(job.options.tap)),
+        "taps": list(taps_of(inputs.tap)),
         "products": products,
     }
     return {"identity": identity, "done": batches}

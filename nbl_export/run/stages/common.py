@@ -1,74 +1,119 @@
-"""Definitions that all stages share."""
+"""What all stages share: declared inputs, the place where a stage works, and which earlier stages it reads."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nbl_export.measure.cost import CostModel, cost_model
+from nbl_export.files import key_of
 from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
+from nbl_export.records.inputs import Lazy, identity_of
+from nbl_export.records.plan import Plan
 from nbl_export.records.results import status_of
-from nbl_export.run.job import Job
-from nbl_export.run_directory import VERIFY_FILE
+from nbl_export.run.progress import Ui
+from nbl_export.run.resolve import Resolver
+from nbl_export.run_directory import MAPS_FILE, VERIFY_FILE, RunDirectory
 
-__all__ = ["VARIANTS", "Stage", "cost_of", "passed", "rows_of", "verdict"]
+__all__ = ["READS", "LeftOut", "Place", "Stage", "readers", "rows_of"]
+
+# Stage -> the earlier stages whose files or facts it reads, in running order.
+READS: dict[str, tuple[str, ...]] = {
+    "calibrate": (),
+    "plan": ("calibrate",),
+    "sweep": ("calibrate",),
+    "distill": ("plan",),
+    "quantize": (),
+    "decoder": ("quantize",),
+    "rewrite": ("plan", "distill", "decoder"),
+    "verify": ("rewrite",),
+    "eval": ("rewrite",),
+    "build": ("rewrite",),
+    "bench": ("rewrite", "build"),
+    "lossless": ("decoder", "rewrite"),
+    "report": ("plan", "sweep", "verify", "eval", "build", "bench", "lossless"),
+}
+
+
+def readers(name: str) -> list[str]:
+    """Names of the stages that read a stage, directly or indirectly."""
+    found = [name]
+    for stage, earlier in READS.items():  # in order, so one pass finds all
+        if set(earlier) & set(found):
+            found.append(stage)
+    return found[1:]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """In place of inputs: the stage does not run. An empty reason is not told to the user."""
+
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stage works: the run directory with what earlier stages left, and the user who watches."""
+
+    run: RunDirectory
+    ui: Ui
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that the manifest records."""
+        return Plan.from_facts(self.run.manifest)
+
+    def maps(self) -> dict[int, Mixer]:
+        """The maps of the plan's layers."""
+        from nbl_export.plan.maps_file import load_maps
+
+        return load_maps(self.run.path / MAPS_FILE, self.plan.replaced)
+
+    @property
+    def verdict(self) -> str:
+        """The status of the run: that of its verification (`records.results.status_of`)."""
+        found = self.run.read_json(VERIFY_FILE)
+        return status_of(found["precision"], found["rungs"])
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.run.read_json(VERIFY_FILE)["passed"])
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage runs if its key changes. The key covers its options and the earlier stages that it reads.
+    """A stage runs if its key changes. The key covers its inputs and the keys of the earlier stages that it reads.
 
-    identity: other inputs of the stage, as JSON values.
-    skip: why the job skips the stage; "" gives no reason to the user, None runs the stage.
-    module: in this package, or with a dot in front in `run`, with a function `run(job, out)` that writes files to the
-        directory `out` and returns facts for the manifest. The module is imported when the stage runs, because most
-        modules need torch or an engine.
+    declare: makes the inputs, a frozen dataclass, from the options. The stage itself sees no option.
+    work: writes files to a directory and returns facts for the manifest.
     """
 
     name: str
     title: str
-    reads: tuple[str, ...]
-    options: tuple[str, ...]
-    identity: Callable[[Job], list[Any]] = lambda _: []
-    skip: Callable[[Job], str | None] = lambda _: None
-    module: str = ""
+    declare: Callable[[Resolver], Any]
+    work: Callable[[Any, Place, Path], dict[str, Any]]
 
-    def run(self, job: Job, out: Path) -> dict[str, Any]:
-        """Run the stage's module."""
-        module = importlib.import_module(f".{self.module or self.name}", __package__)
-        facts: dict[str, Any] = module.run(job, out)
-        return facts
+    def key(self, inputs: Any, keys: dict[str, str]) -> str:
+        """Fingerprint of the inputs.
 
+        Args:
+            keys: of the earlier stages that are not left out.
+        """
+        return key_of(self.name, identity_of(inputs), [keys[name] for name in READS[self.name] if name in keys])
 
-def verdict(job: Job) -> str:
-    """The status of the run: that of its verification (`records.results.status_of`)."""
-    found = job.run.read_json(VERIFY_FILE)
-    return status_of(found["precision"], found["rungs"])
+    def run(self, inputs: Any, place: Place, out: Path) -> dict[str, Any]:
+        return self.work(inputs, place, out)
 
 
-def passed(job: Job) -> bool:
-    return bool(job.run.read_json(VERIFY_FILE)["passed"])
-
-
-VARIANTS = {"original": "original", "nbl": "model"}  # variant -> its directory
-
-
-def rows_of(job: Job, maps: Mapping[int, Mixer]) -> np.ndarray | None:
-    """Rows of the token table, as `model.token_rows` makes them; None if the job has no table.
+def rows_of(checkpoint: Lazy[Path], maps: dict[int, Mixer], tap: str, *, has_table: bool) -> np.ndarray | None:
+    """Rows of the token table, as `model.token_rows` makes them; None if there is no table.
 
     The checkpoint is read only if there are rows.
     """
     from nbl_export.model.token_rows import token_rows
 
-    return token_rows(job.checkpoint, maps, job.plan.tap) if job.has_token_table and layers_below(maps) else None
-
-
-def cost_of(job: Job) -> CostModel:
-    """The cost model of the job's shipped graphs."""
-    return cost_model(job.options, job.engine.capabilities, job.spec, job.checkpoint, token_table=job.has_token_table)
+    return token_rows(checkpoint.value, maps, tap) if has_table and layers_below(maps) else None

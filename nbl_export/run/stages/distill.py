@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +13,68 @@ from nbl_export.files import (
     key_of,
     write_json,
 )
-from nbl_export.run.job import Job
+from nbl_export.records.inputs import Lazy
+from nbl_export.run.resolve import Resolver
+from nbl_export.run.stages.common import LeftOut, Place
 from nbl_export.run_directory import DISTILL_FILE, MAPS_FILE, START_FILE
+from nbl_export.text.held_back import Division
 
-__all__ = ["run"]
+__all__ = ["DistillInputs", "declare", "run"]
 
 _STATE = 4  # kind of the saved state; another kind begins anew
 
 
-def run(job: Job, out: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class DistillInputs:
+    """What trained maps follow from, beside the maps at the start.
+
+    training: windows of the training text. held_back: their part "choosing" chooses the best step.
+    """
+
+    fingerprint: str
+    distill_steps: int | None
+    distill_minutes: float | None
+    seed: int
+    lora_rank: int
+    label_weight: float
+    training: Lazy[Any]
+    held_back: Lazy[Division]
+    model: Lazy[Any]
+    checkpoint: Lazy[Path]
+
+
+def declare(r: Resolver) -> DistillInputs | LeftOut:
+    """The inputs of the stage; left out unless maps are distilled."""
+    return r.fill(DistillInputs) if r.options.fit == "distilled" and r.plan.replaced else LeftOut()
+
+
+def run(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any]:
+    """Write the trained maps and distill.json; returns the facts for the manifest."""
     from nbl_export.distill import settings as settings_of
     from nbl_export.distill import training
     from nbl_export.distill.settings import State
     from nbl_export.parallel import peers as distributed
     from nbl_export.plan.maps_file import load_maps, save_maps
 
-    plan, options = job.plan, job.options
-    windows, judging = job.training_windows, job.held_back.choosing
-    steps = options.distill_steps or (settings_of.UNLIMITED if options.distill_minutes else settings_of.DEFAULT_STEPS)
+    plan, windows, judging = place.plan, inputs.training.value, inputs.held_back.value.choosing
+    minutes = inputs.distill_minutes
+    steps = inputs.distill_steps or (settings_of.UNLIMITED if minutes else settings_of.DEFAULT_STEPS)
     settings = settings_of.DistillSettings(
-        steps,
-        options.distill_minutes,
-        seed=options.seed,
-        dtype="auto",
-        lora_rank=options.lora_rank,
-        label_weight=options.label_weight,
-    )
-    path = job.run.path / START_FILE
+        steps, minutes, seed=inputs.seed, dtype="auto", lora_rank=inputs.lora_rank,
+        label_weight=inputs.label_weight,
+    )  # fmt: skip
+    path = place.run.path / START_FILE
     start = load_maps(path, plan.replaced)
     peers = distributed.current()
     maps = {i: [m.kind, m.tensors()] for i, m in start.items()}
     given = {"maps": maps, "windows": windows, "held": judging, "settings": settings, "tap": plan.tap}
-    peers.lead({"work": "distill", "checkpoint": str(job.checkpoint.absolute()), **given})
+    peers.lead({"work": "distill", "checkpoint": str(inputs.checkpoint.value.absolute()), **given})
     peers.agree(None)
-    state = State(job.run.partial("distill"), _key(job.fingerprint, path, windows, judging, settings))
-    with job.ui.task("distilling") as progress:
+    state = State(place.run.partial("distill"), _key(inputs.fingerprint, path, windows, judging, settings))
+    with place.ui.task("distilling") as progress:
         found = training.distill(
-            peers.place(job.model), start, plan.tap, settings_of.TrainingText(windows, judging), settings,
-            settings_of.Surroundings(progress, lambda s: job.ui.say(f"  {s}"), state, peers),
+            peers.place(inputs.model.value), start, plan.tap, settings_of.TrainingText(windows, judging), settings,
+            settings_of.Surroundings(progress, lambda s: place.ui.say(f"  {s}"), state, peers),
         )  # fmt: skip
     peers.done()
     save_maps(found.maps, out / MAPS_FILE, plan.tap)

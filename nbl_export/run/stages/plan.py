@@ -1,43 +1,133 @@
-"""The plan stage: scores of all layers, the order of replacement, and the maps of replaced layers.
-
-moments ─► scores ─► order (`--select`) ─► its first m layers, or the named layers ─► maps
-                       └─► curve of quality against speed
-"""
+"""The stages plan and sweep: they resolve what `nbl_export.plan` reads, and write what it finds."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nbl_export.mixers.base import Mixer
-from nbl_export.options.goals import goal_of
-from nbl_export.options.options import GIVEN_FIT
-from nbl_export.plan.choose import a_quarter, choose
-from nbl_export.records.plan import Plan
+from nbl_export.files import write_json
+from nbl_export.measure.cost import map_sizes
+from nbl_export.options.goals import (
+    DEFAULT_INCREASE,
+    CacheBudget,
+    PerplexityIncrease,
+    TargetSpeedup,
+    default_select,
+    goal_of,
+    layers_for_budget,
+    parse_layers,
+    read_rank,
+)
+from nbl_export.options.options import GIVEN_FIT, NO_ORIGINAL
+from nbl_export.plan.inputs import AskedGoal, DistilledMaps, MapKind, Maps, OrderInputs, PlanInputs, SweepInputs
+from nbl_export.records.inputs import Lazy
+from nbl_export.report.console import METHOD_NAMES
 from nbl_export.report.quality import spoken_curve
-from nbl_export.run.job import Job
-from nbl_export.run.stages.goal import count_for_goal
-from nbl_export.run.stages.selection import Selection
-from nbl_export.run_directory import MAPS_FILE, START_FILE
+from nbl_export.run.resolve import Resolver
+from nbl_export.run.stages.common import LeftOut, Place
+from nbl_export.run_directory import MAPS_FILE, MOMENTS_FILE, START_FILE, SWEEP_FILE
 
-__all__ = ["run"]
+__all__ = ["declare", "declare_sweep", "order_of", "run", "run_sweep"]
 
 
-def run(job: Job, out: Path) -> dict[str, Any]:
+def declare(r: Resolver) -> PlanInputs | Lazy[Any]:
+    """The inputs of the stage plan, or the plan and maps of an NBL checkpoint."""
     from nbl_export.model.checkpoint import nbl
+
+    options = r.options
+    if options.fit == GIVEN_FIT:
+        return Lazy([GIVEN_FIT, r.fingerprint], lambda: nbl.load(r.source, r.spec.num_layers))
+    goal = _goal(r)
+    return r.fill(
+        PlanInputs,
+        order=order_of(r),
+        request=None if options.layers is None else parse_layers(options.layers, r.spec.num_layers),
+        goal=goal,
+        quarter=Lazy(None, lambda: r.is_graph or bool(r.shortage.value)),
+        # The curve states what its speed-ups are modelled for, so that only a goal needs them in the key.
+        speedup=Lazy(r.cost.identity if isinstance(goal.goal, TargetSpeedup) else None, lambda: r.cost.value.speedup),
+    )
+
+
+def order_of(r: Resolver) -> OrderInputs:
+    """What the order of replacement follows from."""
+    options, spec = r.options, r.spec
+    usual = options.select or default_select(options)
+    return OrderInputs(
+        MapKind(options.kind, options.tap, read_rank(options.rank), options.has_bias),
+        spec.num_layers,
+        spec.hidden_size,
+        Lazy(usual, lambda: _select(r)),
+        Lazy(r.key("calibrate"), lambda: _moments(r)),
+        r.model,
+        r.narrow,
+        r.choosing,
+        Lazy(None, lambda: None if options.says_itself else r.second_text.sha256),
+        Lazy(r.saving if usual == "efficient" else None, lambda: _saved(r)),
+    )
+
+
+def _select(r: Resolver) -> str:
+    """The selection method: that of the options, or the best method that memory allows.
+
+    A limit on quality asks for the layers that cost least, a count for the best quality at the speed that it gives.
+    """
+    if r.options.select is not None:
+        return r.options.select
+    if r.is_graph:  # greedy needs the torch model
+        return "cca"
+    if r.shortage.value:
+        r.ui.say("  choosing layers by CCA bounds: --select greedy and efficient need the model in memory")
+        return "cca"
+    return default_select(r.options)
+
+
+def _moments(r: Resolver) -> Callable[[int, str], Any]:
+    from nbl_export.calibrate.moments_file import whole_moments
+
+    def moments_of(layer: int, tap: str) -> Any:
+        with whole_moments(r.run.path / MOMENTS_FILE) as file:
+            return file.sums(layer, tap).moments()
+
+    return moments_of
+
+
+def _saved(r: Resolver) -> Callable[[Maps, int], float]:
+    costs = r.cost.value
+    return lambda maps, tokens: dataclasses.replace(costs, tokens=tokens).prefill_saved(map_sizes(maps))
+
+
+def _goal(r: Resolver) -> AskedGoal:
+    """The goal of the options: a limit on quality if there is none."""
+    options = r.options
+    goal = goal_of(options) or PerplexityIncrease(DEFAULT_INCREASE)
+    if isinstance(goal, CacheBudget):
+        itemsize = r.engine.capabilities.cache_itemsize(options.precision)
+        return AskedGoal(goal, options.kv_budget, layers_for_budget(options, goal, r.spec, itemsize))
+    return AskedGoal(goal, options.max_perplexity_increase or options.target_speedup)
+
+
+def run(inputs: PlanInputs | Lazy[Any], place: Place, out: Path) -> dict[str, Any]:
+    """Write the maps; returns plan, scores, order and curve for the manifest."""
     from nbl_export.plan.maps_file import save_maps
 
-    given = job.options.fit == GIVEN_FIT
     facts: dict[str, Any] = {"ranks": {}, "goal": None, "curve": None}
-    if given:
-        plan, maps = nbl.load(job.source, job.spec.num_layers)
+    if isinstance(inputs, Lazy):
+        (plan, maps), fit = inputs.value, GIVEN_FIT
     else:
-        plan, maps, facts = _make_plan(job)
-    distilled = job.options.fit == "distilled" and plan.replaced
+        from nbl_export.plan.order import Selection
+        from nbl_export.plan.planning import make_plan
+
+        fit, selection = inputs.fit, Selection(inputs.order, place.ui.task, place.run.manifest.get("greedy"))
+        plan, maps, facts = make_plan(inputs, selection, lambda line: place.ui.say(f"  {line}"), place.ui.task)
+        if facts["curve"]:
+            place.ui.say(f"  {spoken_curve(facts['curve'])}")
+    distilled = fit == "distilled" and plan.replaced
     save_maps(maps, out / (START_FILE if distilled else MAPS_FILE), plan.tap)
     return {
-        "fit": {"kind": "independent" if distilled else job.options.fit},
+        "fit": {"kind": "independent" if distilled else fit},
         "replaced_layers": list(plan.replaced),
         "kinds": list(plan.kinds),
         "tap": plan.tap,
@@ -47,27 +137,42 @@ def run(job: Job, out: Path) -> dict[str, Any]:
     }
 
 
-def _make_plan(job: Job) -> tuple[Plan, dict[int, Mixer], dict[str, Any]]:
-    """The plan, the maps of its layers, and further facts for the manifest.
+# -- sweep -----------------------------------------------------------------------------------------------------
 
-    Raises:
-        NblError: the job's goal cannot be met.
-    """
-    selection = Selection(job)
-    request, goal = job.request, None
-    if request is None:
-        if goal_of(job.options) is None and (job.graph is not None or job.shortage):
-            request = a_quarter(job.spec.num_layers)
-        else:
-            request, goal = count_for_goal(job, selection)
-    order = selection.order(request) if isinstance(request, int) else None
-    if order and selection.judges:
-        selection.outlook(len(order))
-    select = selection.select if order is not None else "given"
-    plan = choose(selection.scores, request, job.options.tap, select, order, job.options.kind)
-    facts = selection.facts()
-    if facts["curve"]:
-        job.ui.say(f"  {spoken_curve(facts['curve'])}")
-    maps = selection.maps_of(plan.replaced)
-    ranks = {str(i): m.rank for i, m in maps.items() if m.rank is not None}
-    return plan, maps, {**facts, "ranks": ranks, "goal": goal}
+
+def declare_sweep(r: Resolver) -> SweepInputs | LeftOut:
+    """The inputs of the stage sweep; left out unless a sweep was asked for."""
+    options = r.options
+    if r.sweep is None:
+        return LeftOut()
+    if options.fit == GIVEN_FIT:
+        return LeftOut(NO_ORIGINAL)
+    order = order_of(r)
+    distilled, trained = None, r.run.stages.get("distill", {}).get("key")
+    if options.fit == "distilled" and trained:
+        maps: Lazy[Maps] = Lazy(trained, lambda: Place(r.run, r.ui).maps())
+        distilled = DistilledMaps(r.plan.replaced, r.plan.select, maps)
+
+    def pruned() -> Callable[[Maps], Any]:
+        return dataclasses.replace(r.cost.value, tail_pruned=True, all_logits=False).speedup
+
+    return r.fill(
+        SweepInputs,
+        order=dataclasses.replace(order, kind=dataclasses.replace(order.kind, kind="linear")),
+        own=options.fit != "drop",
+        count=r.sweep.layers,
+        tokens=options.prompt_length,
+        distilled=distilled,
+        speedup=Lazy(r.cost.identity, lambda: r.cost.value.speedup),
+        pruned_speedup=Lazy(r.cost.identity, pruned),
+    )
+
+
+def run_sweep(inputs: SweepInputs, place: Place, out: Path) -> dict[str, Any]:
+    """Write sweep.json; returns the order of layers, which takes minutes, for the manifest."""
+    from nbl_export.plan.order import Selection
+    from nbl_export.plan.planning import sweep
+
+    fitted = Selection(inputs.order, place.ui.task, place.run.manifest.get("greedy"))
+    write_json(out / SWEEP_FILE, sweep(inputs, fitted, METHOD_NAMES, place.ui.task))
+    return fitted.facts(inputs.speedup, inputs.setting) if inputs.own else {}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nbl_export.records.from_json import edited
-from nbl_export.run.job import Job
-from nbl_export.run.stages.common import verdict
+from nbl_export.run.resolve import Resolver
+from nbl_export.run.stages.common import Place
 from nbl_export.run_directory import (
     BENCH_FILE,
     EVAL_FILE,
@@ -16,19 +17,30 @@ from nbl_export.run_directory import (
     VERIFY_FILE,
 )
 
-__all__ = ["run"]
+__all__ = ["ReportInputs", "declare", "run"]
 
 
-def run(job: Job, out: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ReportInputs:
+    """Nothing beside what earlier stages left."""
+
+
+def declare(_r: Resolver) -> ReportInputs:
+    return ReportInputs()
+
+
+def run(_inputs: ReportInputs, place: Place, out: Path) -> dict[str, Any]:
+    """Write the report as HTML, Markdown and JSON."""
     from nbl_export.report import page
 
-    verify = job.run.read_json(VERIFY_FILE)
-    benchmark = job.run.read_json(BENCH_FILE) if "bench" in job.run.stages else None
-    sweep = job.run.read_json(SWEEP_FILE) if "sweep" in job.run.stages else None
-    quality = job.run.read_json(EVAL_FILE) if "eval" in job.run.stages else None
-    lossless = job.run.read_json(LOSSLESS_FILE) if "lossless" in job.run.stages else None
+    def left(stage: str, name: str) -> Any:
+        return place.run.read_json(name) if stage in place.run.stages else None
+
+    verify = place.run.read_json(VERIFY_FILE)
+    benchmark, sweep = left("bench", BENCH_FILE), left("sweep", SWEEP_FILE)
+    quality, lossless = left("eval", EVAL_FILE), left("lossless", LOSSLESS_FILE)
     with edited(
-        job.run.path, "remove its verify.json, bench.json, sweep.json and eval.json, or start over with --force"
+        place.run.path, "remove its verify.json, bench.json, sweep.json and eval.json, or start over with --force"
     ):
-        page.render({**job.run.manifest, "status": verdict(job)}, verify, benchmark, out, sweep, quality, lossless)
-    return {"status": verdict(job)}
+        page.render({**place.run.manifest, "status": place.verdict}, verify, benchmark, out, sweep, quality, lossless)
+    return {"status": place.verdict}

@@ -1,4 +1,4 @@
-"""The 95% interval of a figure that is averaged over windows of text, and its wording.
+"""Quality loss window by window: perplexity, its increase and KL, each with a 95% interval, and the wording.
 
     one value a window ─► mean ─► interval                       KL, top-1 agreement
     loss after - loss before, window by window ─► exp(.) - 1     perplexity increase
@@ -30,16 +30,22 @@ import numpy as np
 
 __all__ = [
     "CONFIDENCE",
+    "FAR",
     "Interval",
     "increase_interval",
     "interval_ends",
+    "loss_row",
     "mean_interval",
+    "perplexity",
     "spoken_interval",
     "spoken_price",
+    "warn_of_text",
     "windows_needed",
 ]
 
 CONFIDENCE = 0.95
+FAR = 2.0  # a warning needs a perplexity increase this many times that on another text
+_NOTICED = 0.05  # no warning below this perplexity increase
 
 
 # Correlations of neighbouring windows that an interval allows for. A wider range lengthens intervals of few windows.
@@ -222,3 +228,58 @@ def spoken_price(row: Mapping[str, Any]) -> dict[str, str]:
         "kl": spoken_interval(row["kl_mean"], row["kl_interval"]),
         "top1": spoken_interval(row["top1_agreement"], row["top1_interval"], percent=True),
     }
+
+
+def perplexity(losses: np.ndarray) -> float | None:
+    """exp(mean loss); None if it is not finite."""
+    mean = float(losses.mean())
+    return math.exp(mean) if mean < 700 else None  # None for NaN too
+
+
+def loss_row(name: str, losses: Sequence[Any]) -> dict[str, Any]:
+    """Quality loss of a replaced set in torch on one text, a row of sweep.json; None if not finite.
+
+    Args:
+        losses: one `model.mixes.Loss` for each window.
+    """
+    before, after, kl = (
+        np.array([getattr(loss, total) / loss.positions for loss in losses])
+        for total in ("original_sum", "mix_sum", "kl_sum")
+    )
+    increase, apart = increase_interval(before, after), mean_interval(kl)
+    return {
+        "text": name,
+        "tokens": sum(loss.positions + 1 for loss in losses),
+        "windows": len(losses),
+        "kl": apart.value,
+        "kl_interval": apart.ends,
+        "perplexity_original": perplexity(before),
+        "perplexity": perplexity(after),
+        "increase": increase.value,
+        "increase_interval": increase.ends,
+    }
+
+
+def warn_of_text(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """One sentence if the largest perplexity increase is more than `FAR` times the smallest; else None.
+
+    If both increases have intervals, the intervals must also be disjoint.
+
+    Args:
+        rows: one of `verify.perplexity.price` for each text.
+    """
+    rows = [row for row in rows if row["increase"] is not None]
+    if len(rows) < 2:
+        return None
+    least, most = (pick(rows, key=lambda row: row["increase"]) for pick in (min, max))
+    low, high = least["increase"], most["increase"]
+    if high < _NOTICED or high <= FAR * low:
+        return None
+    ends = least["increase_interval"], most["increase_interval"]
+    if all(ends) and ends[0][1] >= ends[1][0]:
+        return None
+    small, large = (spoken_price(row)["increase"] for row in (least, most))
+    return (
+        f"the perplexity increase depends on the text: {small} on {least['text']}, but {large} on {most['text']}; "
+        "judge by the text that you will run, and calibrate on text like it or on more texts (repeat --calibration)"
+    )

@@ -18,66 +18,88 @@ them adds the error rate of one more test at most.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.options.goals import (
-    DEFAULT_INCREASE,
-    CacheBudget,
-    PerplexityIncrease,
-    TargetSpeedup,
-    goal_of,
-    layers_for_budget,
-)
-from nbl_export.run.job import Job
-from nbl_export.run.stages.common import cost_of
-from nbl_export.text.window_intervals import spoken_interval, windows_needed
-from nbl_export.verify.perplexity import mix_price
+from nbl_export.options.goals import CacheBudget, PerplexityIncrease, TargetSpeedup
+from nbl_export.plan.inputs import AskedGoal, Maps, Texts
+from nbl_export.plan.order import Selection, Task, quiet
+from nbl_export.quality import loss_row, spoken_interval, windows_needed
 
-__all__ = ["count_for_goal"]
+__all__ = ["Reached", "count_for_budget", "count_for_speedup", "count_within"]
 
 
-def count_for_goal(job: Job, selection: Any) -> tuple[int, dict[str, Any]]:
-    """The number of layers that the job's goal replaces, and facts for the manifest; `DEFAULT_INCREASE` without a goal.
+@dataclass(frozen=True)
+class Reached:
+    """The number of layers that a goal replaces, facts for the manifest, and lines for the user."""
 
-    Args:
-        selection: the job's `selection.Selection`.
+    count: int
+    facts: dict[str, Any]
+    said: tuple[str, ...]
+
+
+def count_within(asked: AskedGoal, selection: Selection, texts: Texts, task: Task = quiet) -> Reached:
+    """The most layers that are shown to raise perplexity by at most the limit on every text.
 
     Raises:
-        NblError: the goal cannot be met; the message has the nearest result.
+        NblError: one layer alone is not within the limit.
     """
-    goal = goal_of(job.options) or PerplexityIncrease(DEFAULT_INCREASE)
-    if isinstance(goal, PerplexityIncrease):
-        return _within_increase(job, selection, goal)
-    if isinstance(goal, TargetSpeedup):
-        return _fast_enough(job, selection, goal)
-    assert isinstance(goal, CacheBudget)
-    return _small_enough(job, goal)
-
-
-def _within_increase(job: Job, selection: Any, goal: PerplexityIncrease) -> tuple[int, dict[str, Any]]:
-    asked = job.options.max_perplexity_increase or _percent(goal.share)
-    path = _test(job, selection, goal.share)
+    assert isinstance(asked.goal, PerplexityIncrease)
+    share, text = asked.goal.share, asked.text or _percent(asked.goal.share)
+    path = _test(selection, texts, share, task)
     reached = [step for step in path if step["within"]]
     if not reached:
-        raise NblError(_unreachable(job, path[0], goal.share))
+        raise NblError(_unreachable(asked.text, path[0], share))
     best = reached[-1]
-    said = "; ".join(f"{_spoken(price)} on {price['text']}" for price in best["prices"])
-    job.ui.say(f"  {_layers(best['layers'])} perplexity by {said}; {asked} is allowed")
+    spoken = "; ".join(f"{_spoken(price)} on {price['text']}" for price in best["prices"])
+    said = [f"{_layers(best['layers'])} perplexity by {spoken}; {text} is allowed"]
     for step in path:
         if step["layers"] == best["layers"] + 1:
-            job.ui.say(f"  {step['layers']} layers (with {step['layer']}): {_failure(step, goal.share)}")
-    by_default = job.options.max_perplexity_increase is None
-    return best["layers"], {"max_perplexity_increase": asked, "default": by_default, "path": path}
+            said.append(f"{step['layers']} layers (with {step['layer']}): {_failure(step, share)}")
+    facts = {"max_perplexity_increase": text, "default": asked.text is None, "path": path}
+    return Reached(best["layers"], facts, tuple(said))
+
+
+def count_for_speedup(asked: AskedGoal, selection: Selection, speedup: Callable[[Maps], Any]) -> Reached:
+    """The fewest layers whose modelled speed-up reaches the goal.
+
+    Raises:
+        NblError: all layers but one do not reach it.
+    """
+    goal, layers = asked.goal, selection.inputs.num_layers
+    assert isinstance(goal, TargetSpeedup)
+    smallest = min(selection.maps_of(range(layers)).values(), key=lambda mixer: mixer.work().elements)
+    reached = getattr(speedup(dict.fromkeys(range(1, layers), smallest)), goal.phase)
+    for count in range(1, layers if reached >= goal.factor else 1):  # an unreachable goal needs no order
+        found = speedup(selection.maps_of(selection.order(count)))
+        reached = getattr(found, goal.phase)
+        if reached >= goal.factor:
+            said = f"{count} layers: modelled x{found.prefill:.2f} in prefill, x{found.decode:.2f} in decode"
+            speed = {"prefill": found.prefill, "decode": found.decode}
+            return Reached(count, {"target_speedup": asked.text, "modelled": speed}, (said,))
+    raise NblError(
+        f"--target-speedup {asked.text} cannot be met: with {layers - 1} of {layers} attention layers "
+        f"replaced, {goal.phase} is modelled at x{reached:.2f}; ask for less"
+    )
+
+
+def count_for_budget(asked: AskedGoal) -> Reached:
+    """The fewest layers whose caches fit the budget."""
+    assert isinstance(asked.goal, CacheBudget) and asked.fits is not None
+    count, kept_bytes = asked.fits
+    of = f"{asked.goal.tokens} tokens" if asked.goal.tokens > 1 else "a token"
+    said = f"{count} layers: the caches of {of} take {kept_bytes:,} bytes"
+    return Reached(count, {"kv_budget": asked.text, "cache_bytes": kept_bytes}, (said,))
 
 
 def _layers(count: int) -> str:
     return f"{count} layers raise" if count > 1 else "1 layer raises"
 
 
-def _unreachable(job: Job, step: Mapping[str, Any], share: float) -> str:
-    asked, failure = job.options.max_perplexity_increase, _failure(step, share)
+def _unreachable(asked: str | None, step: Mapping[str, Any], share: float) -> str:
+    failure = _failure(step, share)
     alone = f"one layer alone ({step['layer']}) raises perplexity on held-back text by {failure}"
     if asked is None:
         return (
@@ -87,27 +109,25 @@ def _unreachable(job: Job, step: Mapping[str, Any], share: float) -> str:
     return f"--max-perplexity-increase {asked} cannot be met: {alone}; allow more, or try --select greedy"
 
 
-def _test(job: Job, selection: Any, share: float) -> list[dict[str, Any]]:
+def _test(selection: Selection, texts: Texts, share: float, task: Task) -> list[dict[str, Any]]:
     """Tested counts in ascending order: up to the first failure, or down to the first success."""
-    texts, last = job.texts("deciding"), job.spec.num_layers - 1
+    last = selection.inputs.num_layers - 1
     start = min(last, max(1, selection.foreseen(share) - 1))
-    path = _steps(job, selection, texts, range(start, min(last, start + 1) + 1), share)
+    path = _steps(selection, texts, range(start, min(last, start + 1) + 1), share, task)
     while all(step["within"] for step in path) and path[-1]["layers"] < last:
-        path += _steps(job, selection, texts, [path[-1]["layers"] + 1], share)
+        path += _steps(selection, texts, [path[-1]["layers"] + 1], share, task)
     while not path[0]["within"] and path[0]["layers"] > 1:
-        path = _steps(job, selection, texts, [path[0]["layers"] - 1], share) + path[:1]
+        path = _steps(selection, texts, [path[0]["layers"] - 1], share, task) + path[:1]
     failed = next((k for k, step in enumerate(path) if not step["within"]), len(path))
     return path[: failed + 1]
 
 
-def _steps(
-    job: Job, selection: Any, texts: Sequence[tuple[str, Any]], counts: Sequence[int], share: float
-) -> list[dict[str, Any]]:
+def _steps(selection: Selection, texts: Texts, counts: Sequence[int], share: float, task: Task) -> list[dict[str, Any]]:
     """Quality loss of the first layers of the order on each text, and whether it is shown to be within `share`."""
     orders = {count: selection.order(count) for count in counts}
     losses, said = {}, " or ".join(map(str, counts))
     for name, windows in texts:
-        with job.ui.task(f"replacing {said} layers, on {name}") as progress:
+        with task(f"replacing {said} layers, on {name}") as progress:
             losses[name] = selection.switched.window_losses(windows, orders, progress)
     return [_step(order, {n: found[count] for n, found in losses.items()}, share) for count, order in orders.items()]
 
@@ -117,7 +137,7 @@ def _step(order: Sequence[int], losses: Mapping[str, Sequence[Any]], share: floa
     for name, found in losses.items():
         before, after = ([getattr(v, total) / v.positions for v in found] for total in ("original_sum", "mix_sum"))
         needed = windows_needed(before, after, share)
-        price = mix_price(name, found)
+        price = loss_row(name, found)
         prices.append({**price, "tokens_needed": needed and needed * price["tokens"] // price["windows"]})
     within = all(_verdict(price, share) == "within" for price in prices)
     return {"layers": len(order), "layer": order[-1], "within": within, "prices": prices}
@@ -153,31 +173,6 @@ def _spoken(price: Mapping[str, Any]) -> str:
     if price["increase"] is None:
         return "infinitely much"
     return spoken_interval(price["increase"], price["increase_interval"], percent=True, sign=True)
-
-
-def _fast_enough(job: Job, selection: Any, goal: TargetSpeedup) -> tuple[int, dict[str, Any]]:
-    model, layers = cost_of(job), job.spec.num_layers
-    least = min((selection.map_of(i).work() for i in range(layers)), key=lambda work: work.elements)
-    reached = getattr(model.speedup_of_sizes(dict.fromkeys(range(1, layers), least)), goal.phase)
-    for count in range(1, layers if reached >= goal.factor else 1):  # an unreachable goal needs no order
-        found = model.speedup({i: selection.map_of(i) for i in selection.order(count)})
-        reached = getattr(found, goal.phase)
-        if reached >= goal.factor:
-            job.ui.say(f"  {count} layers: modelled x{found.prefill:.2f} in prefill, x{found.decode:.2f} in decode")
-            speed = {"prefill": found.prefill, "decode": found.decode}
-            return count, {"target_speedup": job.options.target_speedup, "modelled": speed}
-    raise NblError(
-        f"--target-speedup {job.options.target_speedup} cannot be met: with {layers - 1} of {layers} attention layers "
-        f"replaced, {goal.phase} is modelled at x{reached:.2f}; ask for less"
-    )
-
-
-def _small_enough(job: Job, goal: CacheBudget) -> tuple[int, dict[str, Any]]:
-    itemsize = job.engine.capabilities.cache_itemsize(job.options.precision)
-    count, kept_bytes = layers_for_budget(job.options, goal, job.spec, itemsize)
-    of = f"{goal.tokens} tokens" if goal.tokens > 1 else "a token"
-    job.ui.say(f"  {count} layers: the caches of {of} take {kept_bytes:,} bytes")
-    return count, {"kv_budget": job.options.kv_budget, "cache_bytes": kept_bytes}
 
 
 def _percent(share: float) -> str:

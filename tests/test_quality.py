@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from nbl_export.text import window_intervals
-from nbl_export.text.window_intervals import (
+from nbl_export import quality
+from nbl_export.quality import (
     _student,
     _weighed,
     increase_interval,
@@ -64,7 +64,7 @@ def test_windows_that_do_not_correlate_pay_little_for_it(count: int, wider: floa
 
 
 def test_an_interval_is_that_of_students_t_if_no_correlation_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(window_intervals, "_ALIKE", np.zeros(1))
+    monkeypatch.setattr(quality, "_ALIKE", np.zeros(1))
     found = mean_interval([1.0, 2.0, 3.0, 2.0])
     assert found.ends == pytest.approx([2 - 3.1824 * math.sqrt(1 / 6), 2 + 3.1824 * math.sqrt(1 / 6)], rel=1e-4)
 
@@ -74,7 +74,7 @@ def test_sums_of_neighbours_are_the_least_squares_of_an_autoregression(
     r: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shift and scale for one correlation, by the inverse of the whole matrix."""
-    monkeypatch.setattr(window_intervals, "_ALIKE", np.array([r]))
+    monkeypatch.setattr(quality, "_ALIKE", np.array([r]))
     x = np.random.default_rng(2).standard_normal(9)
     inverse = np.linalg.inv(r ** np.abs(np.subtract.outer(np.arange(9), np.arange(9))))
     mean = inverse.sum(0) @ x / inverse.sum()

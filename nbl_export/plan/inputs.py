@@ -1,0 +1,114 @@
+"""What planning reads. Building these inputs loads neither torch nor a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nbl_export.mixers.base import Mixer
+from nbl_export.options.goals import CacheBudget, PerplexityIncrease, TargetSpeedup
+from nbl_export.records.inputs import Lazy
+
+__all__ = ["AskedGoal", "DistilledMaps", "MapKind", "OrderInputs", "PlanInputs", "SweepInputs"]
+
+Maps = Mapping[int, Mixer]  # replaced layer -> its mixer
+Texts = Sequence[tuple[str, Any]]  # name and token ids [windows, context] of each text
+
+
+@dataclass(frozen=True)
+class MapKind:
+    """How the mixer of a layer is made from its moments.
+
+    kind: its name in `nbl_export.mixers`. rank: a number, "auto", or None for full maps. bias: whether maps have one.
+    """
+
+    kind: str = "linear"
+    tap: str = "residual"
+    rank: int | str | None = None
+    bias: bool = True
+
+
+@dataclass(frozen=True)
+class OrderInputs:
+    """What the order of replacement follows from.
+
+    Attributes:
+        select: "cca" (smallest bound), "error", "greedy" (least loss) or "efficient" (least loss for the work saved).
+        moments: (layer, tap) -> its moments.
+        model: the torch model. narrow: whether its products are in bfloat16.
+        texts: texts that layers are chosen by; no map is fitted on them.
+        second_sha256: of the second text among them, which differs between versions of Python.
+        saved: share of the arithmetic of a prefill of some tokens that maps save, for "efficient".
+    """
+
+    kind: MapKind
+    num_layers: int
+    hidden_size: int
+    select: Lazy[str]
+    moments: Lazy[Callable[[int, str], Any]]
+    model: Lazy[Any]
+    narrow: Lazy[bool]
+    texts: Lazy[Texts]
+    second_sha256: Lazy[str | None]
+    saved: Lazy[Callable[[Maps, int], float]]
+
+
+@dataclass(frozen=True)
+class AskedGoal:
+    """A goal, and the option's text (None: the default limit). fits: layers and cache bytes that meet a budget."""
+
+    goal: PerplexityIncrease | TargetSpeedup | CacheBudget
+    text: str | None
+    fits: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class PlanInputs:
+    """What a plan follows from.
+
+    Attributes:
+        fit: the source of the maps. request: how many or which layers are replaced; None leaves the number to the goal.
+        quarter: whether a quarter of the layers is replaced without a goal, since nothing can judge them.
+        deciding: texts on which a limit on quality is tested.
+        speedup: modelled speed-ups of some maps ("prefill" and "decode"). setting: what they are modelled for.
+    """
+
+    fit: str
+    order: OrderInputs
+    request: int | tuple[int, ...] | None
+    goal: AskedGoal
+    quarter: Lazy[bool]
+    deciding: Lazy[Texts]
+    speedup: Lazy[Callable[[Maps], Any]]
+    setting: Lazy[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class DistilledMaps:
+    """Maps that were trained together for a plan."""
+
+    replaced: tuple[int, ...]
+    select: str
+    maps: Lazy[Maps]
+
+
+@dataclass(frozen=True)
+class SweepInputs:
+    """What a sweep of 0, 1, ... `count` layers follows from; names as in `PlanInputs`.
+
+    Attributes:
+        order: of maps in closed form. own: whether the run's own maps have this order.
+        tokens: length of the modelled prefill. pruned_speedup: of graphs with pruned tails.
+        distilled: the run's own trained maps, if any.
+    """
+
+    order: OrderInputs
+    own: bool
+    count: int
+    tokens: int
+    deciding: Lazy[Texts]
+    distilled: DistilledMaps | None
+    speedup: Lazy[Callable[[Maps], Any]]
+    pruned_speedup: Lazy[Callable[[Maps], Any]]
+    setting: Lazy[Mapping[str, Any]]

@@ -1,0 +1,197 @@
+"""Scores, order and maps of a decoder's layers, each computed at first use.
+
+An order by the model's output uses held-back text: no map is fitted on it, and no final figure comes from it
+(`text.held_back`). Half of this text is the second text, which nobody calibrates on. The calibration text alone does
+not show what upper layers do on other text. With this text alone, SmolLM2's layer 24 was replaced early, at twice the
+quality loss on WikiText (docs/experiments.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from nbl_export.files import key_of
+from nbl_export.mixers import kind_of
+from nbl_export.mixers.base import FitOptions, Mixer
+from nbl_export.model.mixes import SwitchedModel
+from nbl_export.plan.choose import ranked
+from nbl_export.plan.effects import EVERY, Judge
+from nbl_export.plan.greedy import (
+    RULE,
+    GreedyOrder,
+    Point,
+    Search,
+)
+from nbl_export.plan.inputs import Maps, OrderInputs
+from nbl_export.records.inputs import Lazy, identity_of
+from nbl_export.records.plan import LayerScore
+
+__all__ = ["Selection", "Task", "quiet"]
+
+_WEIGHED_TOKENS = 512  # of the prefill whose saved arithmetic is weighed, independent of --prompt-tokens
+_STRETCHES = 8  # the curve has a point at each eighth of the layers, up to half of them
+
+Task = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # title -> progress (done, total)
+
+
+@contextlib.contextmanager
+def quiet(_title: str) -> Iterator[Callable[[int, int], None]]:
+    """A task whose progress nobody sees."""
+    yield lambda _done, _total: None
+
+
+class Selection:
+    """Scores, order and maps of the layers of one decoder.
+
+    Args:
+        recorded: `record` of an earlier selection; used if it was made from the same inputs.
+    """
+
+    def __init__(self, inputs: OrderInputs, task: Task = quiet, recorded: Mapping[str, Any] | None = None) -> None:
+        self.inputs, self._task, self._found = inputs, task, recorded
+        self._order: GreedyOrder | None = None
+        self._names: list[str] = []  # of the texts that gave the order
+        self._maps: dict[int, Mixer] = {}
+
+    @functools.cached_property
+    def scores(self) -> tuple[LayerScore, ...]:
+        """Scores of all layers: bounds of the residual tap for every tap, and errors of the chosen tap's maps."""
+        asked, moments, found = self.inputs.kind, self.inputs.moments.value, []
+        kind = kind_of(asked.kind)
+        for i in range(self.inputs.num_layers):
+            score = kind.score(moments(i, "residual"), i)
+            if asked.tap != "residual":
+                own = kind.score(moments(i, asked.tap), i, FitOptions(bias=asked.bias))
+                score = dataclasses.replace(own, bound=score.bound)
+            found.append(score)
+        return tuple(found)
+
+    def maps_of(self, layers: Collection[int]) -> dict[int, Mixer]:
+        """The maps of some layers; the moments of one layer at a time are in memory."""
+        asked = self.inputs.kind
+        for i in (i for i in layers if i not in self._maps):
+            moments, options = self.inputs.moments.value(i, asked.tap), FitOptions(asked.rank, asked.bias)
+            self._maps[i] = kind_of(asked.kind).fit(moments, i, options)
+        return {i: self._maps[i] for i in layers}
+
+    @functools.cached_property
+    def switched(self) -> SwitchedModel:
+        """The torch model, in which any set of layers can be replaced."""
+        inputs = self.inputs
+        return SwitchedModel(inputs.model.value, self._all_maps, inputs.kind.tap, narrow=inputs.narrow.value)
+
+    # -- order -------------------------------------------------------------------------------------------------
+
+    @property
+    def select(self) -> str:
+        """The method that gives the order."""
+        return self.inputs.select.value
+
+    @property
+    def judges(self) -> bool:
+        """Whether the model's output gives the order."""
+        return self.select in ("greedy", "efficient")
+
+    def order(self, count: int) -> tuple[int, ...]:
+        """The first `count` layers to replace; a smaller count gives a prefix of a larger count's layers."""
+        if not self.judges:
+            return ranked(self.scores, self.select)[:count]
+        return self._extended(count).layers[:count]
+
+    def foreseen(self, increase: float) -> int:
+        """The most layers whose increase of perplexity on the choosing windows is at most `increase` on every text.
+
+        0 if the model's output does not give the order.
+        """
+        count = 0
+        while self.judges and count < self.inputs.num_layers - 1:
+            if self._extended(count + 1).steps[count].worst_increase > increase:
+                break
+            count += 1
+        return count
+
+    def outlook(self, count: int) -> None:
+        """Find the sets of a curve beyond `count` layers, unless they are recorded."""
+        layers = self.inputs.num_layers
+        wanted = sorted({round(k * layers / _STRETCHES) for k in range(1, _STRETCHES // 2 + 1)} - {0})
+        order = self._extended(count)
+        known = {len(point.layers) for point in (*order.steps, *order.beyond)}
+        missing = [n for n in wanted if n not in known and len(order.steps) < n < layers]
+        if missing:
+            with self._task("larger sets") as progress:
+                self._order = self._search.outlook(missing, progress)
+
+    def _extended(self, count: int) -> GreedyOrder:
+        self._order = self._order or self._recorded()
+        if len(self._order.steps) < count:
+            search = self._search
+            with self._task("sets of layers") as progress:
+                self._order = search.extend(count, progress)
+        return self._order
+
+    @functools.cached_property
+    def _search(self) -> Search:
+        self._names, texts = map(list, zip(*self.inputs.texts.value, strict=True))
+        tokens = sum(windows.numel() for windows in texts)
+        order = self._order or GreedyOrder()
+        with self._task(f"trying each layer on {tokens} tokens") as progress:
+            return Search(Judge(self.switched, texts), order, self._saving, progress)
+
+    @functools.cached_property
+    def _saving(self) -> Callable[[Sequence[int]], float] | None:
+        """Share of a prefill's arithmetic that replacing layers saves; None unless `select` is "efficient"."""
+        if self.select != "efficient":
+            return None
+        saved, maps = self.inputs.saved.value, self._all_maps
+        return lambda gone: saved({i: maps[i] for i in gone}, _WEIGHED_TOKENS)
+
+    @property
+    def _all_maps(self) -> dict[int, Mixer]:
+        return self.maps_of(range(self.inputs.num_layers))
+
+    # -- records -----------------------------------------------------------------------------------------------
+
+    def _recorded(self) -> GreedyOrder:
+        """The recorded order if it was made from the same inputs, else an empty order."""
+        found = self._found
+        try:
+            if not found or found["key"] != self.key:
+                return GreedyOrder()
+            self._names = [str(name) for name in found["texts"]]
+            return GreedyOrder.from_json(dict(found))
+        except (KeyError, TypeError, ValueError):
+            return GreedyOrder()  # a damaged order is computed again
+
+    @property
+    def key(self) -> str:
+        """Fingerprint of what an order by the model's output follows from."""
+        inputs = self.inputs
+        saved = inputs.saved.identity if self.select == "efficient" else None
+        parts = (inputs.kind, inputs.moments, inputs.model, inputs.narrow, inputs.texts)
+        return key_of(
+            RULE, EVERY, _WEIGHED_TOKENS, [identity_of(part) for part in parts], inputs.second_sha256.value, saved
+        )
+
+    def facts(self, speedup: Lazy[Callable[[Maps], Any]], setting: Lazy[Mapping[str, Any]]) -> dict[str, Any]:
+        """Facts for the manifest: the order, so that it is not computed twice, and the curve that it gives.
+
+        Args:
+            speedup: modelled speed-ups of some maps. setting: what they are modelled for.
+        """
+        if self._order is None:
+            return {"curve": None}
+        greedy = {"key": self.key, "texts": self._names, **dataclasses.asdict(self._order)}
+        points = [self._point(speedup.value, point) for point in (*self._order.steps, *self._order.beyond)]
+        return {"greedy": greedy, "curve": {"texts": self._names, **setting.value, "points": points}}
+
+    def _point(self, speedup: Callable[[Maps], Any], point: Point) -> dict[str, Any]:
+        speed = speedup(self.maps_of(point.layers))
+        return {
+            "layers": len(point.layers), "replaced_layers": sorted(point.layers), "kl": list(point.kl),
+            "increases": list(point.increases), "prefill": speed.prefill, "decode": speed.decode,
+        }  # fmt: skip

@@ -1,1 +1,0 @@
-"""Lossless decoding of a run: the stage, its drafts and figures, and `bench --lossless`."""

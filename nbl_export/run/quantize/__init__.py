@@ -1,1 +1,0 @@
-"""Activation-aware scales: the stage that chooses them, and the rescaled model that graphs are made from."""

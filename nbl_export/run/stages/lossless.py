@@ -1,0 +1,238 @@
+"""The lossless stage: the original decoder with a proposer of tokens, checked and timed.
+
+original/ ─► target ┐
+int4 decoder ───────┼─► lossless/ ─► tokens equal, times ─► the fastest proposer ─► lossless.json
+NBL int4 decoder ───┘
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nbl_export.errors import ParityError, RefusalError
+from nbl_export.files import write_json
+from nbl_export.formats.gguf.blocks import is_known
+from nbl_export.graph.names import GRAPH_FILE, MANIFEST
+from nbl_export.measure.lossless import Sample, Way, best_of_each, time_ways
+from nbl_export.model.checkpoint import gguf_file
+from nbl_export.options.goals import parse_layers
+from nbl_export.options.options import GGUF
+from nbl_export.plan.inputs import OrderInputs
+from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.inputs import Lazy
+from nbl_export.records.plan import Plan
+from nbl_export.records.proposers import Proposer, proposers_of
+from nbl_export.records.results import RungResult
+from nbl_export.run.lossless import (
+    LOADS,
+    NEW_TOKENS,
+    asked_of,
+    check_tokens,
+    first_differences,
+    margin,
+    measured,
+    spoken,
+)
+from nbl_export.run.resolve import Resolver
+from nbl_export.run.stages.common import LeftOut, Place, rows_of
+from nbl_export.run.stages.plan import order_of
+from nbl_export.run_directory import DECODERS, LOSSLESS_FILE, SUBJECTS
+from nbl_export.targets.base import ExportSettings, Target
+from nbl_export.targets.runners import Draft
+from nbl_export.text.prompts import prompts
+
+__all__ = ["LosslessInputs", "codes_for_drafts", "declare", "run"]
+
+_MOST_BITS = 7  # a weight of a file whose codes make a cheap draft; int4 has 4.5 to 5
+_CHECKED_TOKENS = 80
+
+Blocks = Mapping[str, Mapping[str, Any]]  # name of a draft -> its block of genai_config.json
+
+
+@dataclass(frozen=True)
+class LosslessInputs:
+    """What lossless decoding follows from, beside the graphs.
+
+    Attributes:
+        draft: what proposes tokens, "auto" for the fastest.
+        draft_layers: how many or which layers the NBL draft replaces; None for those of the plan. order: for a count.
+        codes: the GGUF file whose codes the drafts get instead of int4, or None.
+    """
+
+    engine: Lazy[Target]
+    spec: DecoderSpec
+    precision: str
+    slots: int
+    draft: str
+    draft_layers: int | tuple[int, ...] | None
+    first_threads: int | None
+    codes: Lazy[Path | None]
+    has_table: bool
+    model: Lazy[Any]
+    checkpoint: Lazy[Path]
+    order: OrderInputs
+
+    @property
+    def proposers(self) -> tuple[Proposer, ...]:
+        return proposers_of(self.draft, self.engine.value.capabilities.proposers)
+
+
+def declare(r: Resolver) -> LosslessInputs | LeftOut:
+    """The inputs of the stage; left out without `--draft`."""
+    options = r.options
+    if options.draft is None:
+        return LeftOut()
+    layers = None if options.draft_layers is None else parse_layers(options.draft_layers, r.spec.num_layers)
+    takes_codes = not options.requantize and GGUF in r.engine.capabilities.precisions
+    codes = Lazy([r.fingerprint, takes_codes], lambda: codes_for_drafts(r.source.gguf) if takes_codes else None)
+    engine = Lazy([options.engine, options.provider], lambda: r.engine)
+    return r.fill(LosslessInputs, engine=engine, draft_layers=layers, codes=codes, order=order_of(r))
+
+
+def codes_for_drafts(file: Path | None) -> Path | None:
+    """The GGUF file whose codes the draft gets instead of int4: they have the original's values, so more is accepted.
+
+    None if there is no such file, if it cannot be taken over, or if its codes have as many bits as int8.
+    """
+    if file is None:
+        return None
+    matrices = [t for t in gguf_file.reader(file).tensors if len(t.shape) == 2]
+    bits = 8 * sum(int(t.n_bytes) for t in matrices) / sum(int(t.n_elements) for t in matrices)
+    known = all(is_known(t.tensor_type.name) for t in matrices)
+    return file if known and bits <= _MOST_BITS else None
+
+
+def run(inputs: LosslessInputs, place: Place, out: Path) -> dict[str, Any]:
+    """Write lossless/ and lossless.json."""
+    own = inputs.precision == "int4" or (inputs.precision == GGUF and inputs.codes.value is not None)
+    if inputs.draft == "int4" and own:
+        place.ui.say("  an int4 draft of an int4 decoder proposes at the decoder's own cost; it cannot make it faster")
+    original, target = place.run.path / DECODERS["original"], out / SUBJECTS["lossless"].directory
+    engine = inputs.engine.value
+    engine.write_target(original, target)
+    blocks = _add_drafts(inputs, place, target)
+    rungs = _check_graph(inputs, original, target)
+    trial, samples = _timed(inputs, place, target, blocks)
+    found = _judged(inputs, original, [*trial, *samples], rungs)
+    result = {**measured(inputs.draft, inputs.precision, trial, samples), **found}
+    chosen = next(p for p in inputs.proposers if p.name == result["chosen"]["name"])
+    engine.settle(target, chosen, blocks)
+    write_json(target / MANIFEST, {**_facts(place), "lossless": result["chosen"]})
+    write_json(out / LOSSLESS_FILE, result)
+    place.ui.say(f"  {spoken(result)}")
+    return {}
+
+
+def _facts(place: Place) -> dict[str, Any]:
+    from nbl_export.options.places import public_facts
+
+    kept, facts = ("schema", "model", "decoder", "options", "logits"), place.run.manifest
+    return public_facts({k: facts[k] for k in kept if k in facts}, facts)
+
+
+# -- drafts --------------------------------------------------------------------------------------------------
+
+
+def _add_drafts(inputs: LosslessInputs, place: Place, target: Path) -> dict[str, dict[str, Any]]:
+    """Add the drafts that are asked for to the folder."""
+    wanted = {p.draft for p in inputs.proposers} - {"ngram"}
+    if not wanted:
+        return {}
+    with place.run.scratch() as scratch, place.ui.task("drafts"):
+        directories = {"int4": _int4(inputs, place, scratch / "int4")}
+        if "nbl" in wanted:
+            directories["nbl"] = _nbl(inputs, place, directories["int4"], scratch / "nbl")
+        return {name: inputs.engine.value.add_draft(directories[name], target, name) for name in sorted(wanted)}
+
+
+def _int4(inputs: LosslessInputs, place: Place, out: Path) -> Path:
+    """The original decoder with int4 matrices, or with the codes of its file."""
+    inputs.model.forget()
+    codes, engine, checkpoint = inputs.codes.value, inputs.engine.value, inputs.checkpoint.value
+    source = engine.capabilities.source
+    coarse = ExportSettings(source, "int4")
+    try:
+        engine.export(checkpoint, out, coarse if codes is None else ExportSettings(source, GGUF, gguf=codes))
+    except RefusalError as refused:
+        if codes is None:
+            raise
+        place.ui.say(f"  drafts have int4 matrices, since the codes of {codes} do not fit: {refused.reason}")
+        shutil.rmtree(out)
+        engine.export(checkpoint, out, coarse)
+    engine.keep_last_token(out)
+    return out
+
+
+def _nbl(inputs: LosslessInputs, place: Place, int4: Path, out: Path) -> Path:
+    """The NBL decoder with the matrices of `int4`."""
+    from nbl_export.plan.order import Selection
+
+    plan = place.plan
+    if inputs.draft_layers is None:
+        layers, maps = plan.replaced, place.maps()
+    else:
+        selection = Selection(inputs.order, place.ui.task, place.run.manifest.get("greedy"))
+        asked = inputs.draft_layers
+        layers = tuple(sorted(selection.order(asked) if isinstance(asked, int) else asked))
+        maps = selection.maps_of(layers)
+    rows_VD = rows_of(inputs.checkpoint, maps, plan.tap, has_table=inputs.has_table)
+    kinds = tuple(maps[i].kind for i in layers)
+    inputs.engine.value.replace(int4, out, Plan(plan.num_layers, layers, tap=plan.tap, kinds=kinds), maps, rows_VD)
+    return out
+
+
+# -- checks and times ----------------------------------------------------------------------------------------
+
+
+def _check_graph(inputs: LosslessInputs, original: Path, target: Path) -> list[RungResult]:
+    """Rung f of an ONNX graph; the IR is the graph with all logits, byte for byte."""
+    from nbl_export.verify.last_token import check_last_rows
+
+    engine = inputs.engine.value
+    if engine.capabilities.graphs != "onnx":
+        return []
+    every = engine.open_graph(original, inputs.spec.head_dim)
+    last = engine.open_graph(target, inputs.spec.head_dim, GRAPH_FILE)
+    with engine.open_lossless(original, inputs.first_threads) as runner:
+        ids = runner.encode(" ".join(p.text for p in prompts(2)), chat=False)[:_CHECKED_TOKENS]
+    return [check_last_rows(every, last, ids, inputs.precision)]
+
+
+def _timed(inputs: LosslessInputs, place: Place, target: Path, blocks: Blocks) -> tuple[list[Sample], list[Sample]]:
+    """The trial of all proposers, and the rounds of the fastest of each draft."""
+    engine = inputs.engine.value
+    plain = functools.partial(engine.open_lossless, place.run.path / DECODERS["original"], inputs.first_threads)
+    openers: dict[str, Callable[[], Any]] = {"original": plain}
+    for name in ("ngram", *blocks):
+        draft = Draft(name, blocks.get(name, {}))
+        openers[name] = functools.partial(engine.open_lossless, target, inputs.first_threads, draft)
+    ways = [Way(None, "original"), *(Way(p, p.draft) for p in inputs.proposers if p.draft in openers)]
+    with plain() as runner:
+        loads = asked_of(runner, inputs.slots - NEW_TOKENS, LOADS + 1)
+    with place.ui.task("proposers") as progress:
+        trial = time_ways(ways, openers, {0: loads[0]}, NEW_TOKENS, progress)
+    with place.ui.task("lossless rounds") as progress:
+        rest = {load: loads[load] for load in range(1, LOADS + 1)}
+        return trial, time_ways(best_of_each(trial), openers, rest, NEW_TOKENS, progress)
+
+
+def _judged(
+    inputs: LosslessInputs, original: Path, samples: Sequence[Sample], rungs: list[RungResult]
+) -> dict[str, Any]:
+    """Where answers differ, and the verdict on graph and tokens.
+
+    Raises:
+        ParityError: the folder does not give the original's tokens.
+    """
+    with inputs.engine.value.open_runner(original, inputs.first_threads) as runner:
+        differences = first_differences(samples, functools.partial(margin, runner))
+    found = [*rungs, check_tokens(samples, differences, inputs.precision)]
+    for rung in found:
+        if not rung.passed:
+            raise ParityError(f"lossless decoding is not the original's: {rung.metric}: {rung.value} ({rung.detail})")
+    return {"rungs": [asdict(rung) for rung in found], "differences": differences}

@@ -1,0 +1,287 @@
+"""Plans and sweeps from planted values: moments, a judge, window losses and speed-ups, without a run and a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nbl_export.errors import NblError
+from nbl_export.mixers.linear import Linear
+from nbl_export.mixers.lmmse import Moments
+from nbl_export.model.mixes import Loss
+from nbl_export.options.goals import PerplexityIncrease, TargetSpeedup
+from nbl_export.plan import order as order_of
+from nbl_export.plan import planning
+from nbl_export.plan.inputs import AskedGoal, DistilledMaps, MapKind, Maps, OrderInputs, PlanInputs, SweepInputs
+from nbl_export.plan.order import Selection
+from nbl_export.plan.planning import make_plan, recommend, sweep
+from nbl_export.records.inputs import Lazy
+
+from .test_rule import LAYERS, Planted
+
+SIZE = 4
+TITLES = {"nbl": "NBL", "drop": "dropped", "distilled": "distilled"}
+CHEAPEST = (5, 2, 8)  # layers whose planted moments are nearly affine, best first
+
+
+def moments_of(layer: int, tap: str) -> Moments:
+    """Moments of 64 tokens, whose output is noise beside a planted map; less noise for the `CHEAPEST` layers."""
+    random = np.random.default_rng([layer, len(tap)])
+    x = random.standard_normal((64, SIZE))
+    noise = 0.01 * (CHEAPEST.index(layer) + 1) if layer in CHEAPEST else 2.0
+    y = x @ random.standard_normal((SIZE, SIZE)) + noise * random.standard_normal((64, SIZE))
+    xs, ys = torch.from_numpy(x), torch.from_numpy(y)
+    return Moments(64, xs.sum(0), ys.sum(0), xs.T @ xs, ys.T @ xs, ys.T @ ys)
+
+
+class Switched:
+    """Stands in for a model: a set of layers raises the loss by 0.01 for each layer, and by ten times that if dropped.
+
+    On the text "another" the loss is twice as high.
+    """
+
+    made: list[tuple[Maps, str]] = []  # noqa: RUF012  emptied by `inputs`
+    factor = 0.01
+
+    def __init__(self, _model: Any, maps: Maps, tap: str, *, narrow: bool) -> None:
+        assert narrow is False
+        self.maps = maps
+        self.made.append((maps, tap))
+
+    def window_losses(self, windows: str, sets: Mapping[Any, Any], _progress: Any = None) -> dict[Any, list[Loss]]:
+        return {name: [self._loss(windows, layers)] * 8 for name, layers in sets.items()}
+
+    def _loss(self, windows: str, layers: Any) -> Loss:
+        rise = self.factor * sum(10 if self.maps[i].kind == "none" else 1 for i in layers)
+        rise *= 2 if windows == "another" else 1
+        return Loss(511, 511 * rise / 2, 511 * 3.0, 511 * (3.0 + rise))
+
+
+class Judge(Planted):
+    """The planted judge of the rule, which counts how often it was asked for a round of trials."""
+
+    rounds = 0
+
+    def __init__(self, _switched: Any, texts: Any) -> None:
+        super().__init__()
+        assert [len(text) for text in texts] == [2, 2]
+
+    def alone(self, progress: Any) -> Any:
+        Judge.rounds += 1
+        return super().alone(progress)
+
+
+@pytest.fixture(autouse=True)
+def planted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (order_of, planning):
+        monkeypatch.setattr(module, "SwitchedModel", Switched)
+    monkeypatch.setattr(order_of, "Judge", Judge)
+    Judge.rounds = 0
+    Switched.made.clear()
+
+
+def inputs(select: str = "cca", **kind: Any) -> OrderInputs:
+    texts = [("near", torch.zeros(2, 8)), ("far", torch.zeros(2, 8))]
+    return OrderInputs(
+        MapKind(**kind), LAYERS, SIZE, Lazy(select, lambda: select), Lazy("moments", lambda: moments_of),
+        Lazy("model", lambda: None), Lazy("float32", lambda: False), Lazy("texts", lambda: texts),
+        Lazy(None, lambda: "second"), Lazy("saved", lambda: lambda maps, tokens: len(maps) * tokens / 10_000),
+    )  # fmt: skip
+
+
+def speedup(maps: Maps) -> Any:
+    return SimpleNamespace(prefill=1 + len(maps) / 10, decode=1 + len(maps) / 20)
+
+
+def plan_inputs(order: OrderInputs, request: Any = None, goal: AskedGoal | None = None, **given: Any) -> PlanInputs:
+    """Inputs of a plan; a quarter of the layers is for models that nothing can judge."""
+    values: dict[str, Any] = {
+        "fit": "independent", "order": order, "request": request,
+        "goal": goal or AskedGoal(PerplexityIncrease(0.1), None),
+        "quarter": Lazy(None, lambda: False), "deciding": Lazy(None, lambda: [("near", "one"), ("far", "another")]),
+        "speedup": Lazy(None, lambda: speedup), "setting": Lazy(None, lambda: {"engine": "e"}),
+    }  # fmt: skip
+    return PlanInputs(**{**values, **given})
+
+
+def planned(found: PlanInputs, **given: Any) -> tuple[Any, Any, Any, list[str]]:
+    said: list[str] = []
+    return *make_plan(found, Selection(found.order, **given), said.append), said
+
+
+def never() -> Any:
+    raise AssertionError("a plan by scores needs neither a model nor a text nor costs")
+
+
+def test_a_count_takes_the_layers_with_the_best_scores() -> None:
+    lazy: dict[str, Any] = dict.fromkeys(("quarter", "deciding", "speedup", "setting"), Lazy(None, never))
+    for select in ("cca", "error"):
+        heavy: dict[str, Any] = dict.fromkeys(("model", "narrow", "texts", "second_sha256", "saved"), Lazy(None, never))
+        bare = dataclasses.replace(inputs(select), **heavy)
+        plan, maps, facts, _ = planned(plan_inputs(bare, 3, **lazy))
+        assert plan.replaced == tuple(sorted(CHEAPEST)) == tuple(maps)
+        assert (plan.select, plan.tap, facts) == (select, "residual", {"curve": None, "ranks": {}, "goal": None})
+    assert planned(plan_inputs(inputs("error"), 1))[0].replaced == CHEAPEST[:1]
+
+
+def test_named_layers_need_no_order() -> None:
+    plan, maps, _, _ = planned(plan_inputs(inputs("greedy", rank=1), (0, 7)))
+    assert (plan.replaced, plan.select, Judge.rounds) == ((0, 7), "given", 0)
+    assert len(plan.scores) == LAYERS
+    assert maps[7].rank == 1
+    assert planned(plan_inputs(inputs(rank=1), (7,)))[2]["ranks"] == {"7": 1}
+
+
+def test_maps_are_of_their_kind() -> None:
+    kinds: list[dict[str, Any]] = [{}, {"tap": "normed"}, {"tap": "normed", "bias": False}, {"kind": "none"}]
+    found = [Selection(inputs(**kind)).maps_of([5])[5] for kind in kinds]
+    assert not np.allclose(found[0].tensors()["weight"], found[1].tensors()["weight"])
+    assert found[1].product() is None and found[2].product() is not None  # a product alone has no bias
+    assert found[3].kind == "none"
+
+
+def test_scores_of_another_tap_keep_the_bounds_of_the_residual_tap() -> None:
+    residual, normed = (Selection(inputs(tap=tap)).scores for tap in ("residual", "normed"))
+    assert [s.bound for s in residual] == [s.bound for s in normed]
+    assert [s.nmse for s in residual] != [s.nmse for s in normed]
+
+
+def test_the_order_of_a_judge_is_that_of_the_rule_and_is_made_once() -> None:
+    """A shorter plan, another count and a sweep take the recorded order."""
+    longest = planned(plan_inputs(inputs("greedy"), 6))
+    assert Judge.rounds == 1
+    kept = longest[2]["greedy"]
+    steps = [tuple(step["layers"]) for step in kept["steps"]]
+    assert longest[0].replaced == tuple(sorted(steps[-1])) and [len(step) for step in steps] == [1, 2, 3, 4, 5, 6]
+    again = planned(plan_inputs(inputs("greedy"), 4), recorded=kept)
+    assert again[0].replaced == tuple(sorted(steps[3])) and again[2]["greedy"] == kept
+    assert Judge.rounds == 1
+    for damaged in ({**kept, "steps": "none"}, {"key": kept["key"]}, {**kept, "key": "other"}):
+        assert planned(plan_inputs(inputs("greedy"), 6), recorded=damaged)[2]["greedy"] == kept
+    assert Judge.rounds == 4
+    planned(plan_inputs(inputs("efficient"), 6), recorded=kept)
+    assert Judge.rounds == 5  # another order
+
+
+def test_the_curve_has_the_steps_and_goes_on_to_half_of_the_layers() -> None:
+    curve = planned(plan_inputs(inputs("greedy"), 2))[2]["curve"]
+    assert [point["layers"] for point in curve["points"]] == [1, 2, 4, 5, 7]
+    assert (curve["engine"], curve["texts"]) == ("e", ["near", "far"])
+    last = curve["points"][-1]
+    assert len(last["replaced_layers"]) == 7 and last["prefill"] == pytest.approx(1.7)
+    assert last["decode"] == pytest.approx(1.35) and len(last["increases"]) == len(last["kl"]) == 2
+
+
+def test_without_a_count_a_limit_a_speedup_or_a_quarter_decides() -> None:
+    plan, _, facts, said = planned(plan_inputs(inputs()))
+    assert len(plan.replaced) == 4  # exp(2 * 0.01 * 4) - 1 is within 10%, one layer more is not
+    assert facts["goal"]["default"] and "10% is allowed" in said[0] and "5 layers" in said[1]
+    plan, _, facts, said = planned(plan_inputs(inputs(), None, AskedGoal(TargetSpeedup(1.25, "prefill"), "1.25")))
+    assert len(plan.replaced) == 3 and "modelled" in facts["goal"] and said == ["3 layers: modelled x1.30 in prefill, "
+                                                                                "x1.15 in decode"]  # fmt: skip
+    blind: dict[str, Any] = {"quarter": Lazy(None, lambda: True)}
+    plan, _, facts, said = planned(plan_inputs(inputs(), **blind))
+    assert (len(plan.replaced), facts["goal"], said) == (4, None, [])
+    asked = AskedGoal(PerplexityIncrease(0.01), "1%")
+    with pytest.raises(NblError, match="--max-perplexity-increase 1% cannot be met"):
+        planned(plan_inputs(inputs(), None, asked, **blind))  # what was asked for is not guessed
+
+
+# -- sweep -----------------------------------------------------------------------------------------------------
+
+
+def swept(count: int = 2, distilled: DistilledMaps | None = None, **kind: Any) -> Any:
+    order = inputs(**kind)
+    found = SweepInputs(
+        order, True, count, 512, Lazy(None, lambda: [("near", "one"), ("far", "another")]), distilled,
+        Lazy(None, lambda: speedup), Lazy(None, lambda: lambda maps: SimpleNamespace(prefill=1 + len(maps))),
+        Lazy(None, dict),
+    )  # fmt: skip
+    return sweep(found, Selection(order), TITLES)
+
+
+def test_points_are_the_sets_of_one_order_with_maps_and_without_attention() -> None:
+    found = swept(2, rank=1)
+    first, second = found["order"]
+    assert {first, second} < set(CHEAPEST)
+    rows = [(p["method"], p["layers"], p["replaced_layers"]) for p in found["points"]]
+    sets = [[], [first], sorted((first, second))]
+    assert rows == [(method, k, sets[k]) for method in ("nbl", "drop") for k in (0, 1, 2)]
+    assert [p["prefill"] for p in found["points"]] == pytest.approx([1.0, 1.1, 1.2] * 2)
+    assert [p["prefill_tail_pruned"] for p in found["points"]] == [1, 2, 3] * 2
+    for p in found["points"]:
+        rises = [factor * p["layers"] * (0.1 if p["method"] == "drop" else 0.01) for factor in (1, 2)]
+        assert [price["text"] for price in p["prices"]] == ["near", "far"]
+        assert [price["increase"] for price in p["prices"]] == pytest.approx(np.expm1(rises))
+        assert p["worst_increase"] == max(price["increase"] for price in p["prices"])
+        assert p["worst_upper"] == max(price["increase_interval"][1] for price in p["prices"])
+    assert (found["texts"], found["recommended"]) == (["near", "far"], {"method": "nbl", "layers": 2})
+    fitted, dropped = (maps for maps, _ in Switched.made)
+    assert fitted[0].rank is not None and dropped[0].kind == "none"  # a rank is for fitted maps
+
+
+def trained(replaced: tuple[int, ...], select: str) -> DistilledMaps:
+    maps: Maps = {i: Linear(np.eye(SIZE), np.zeros(SIZE)) for i in replaced}
+    return DistilledMaps(replaced, select, Lazy("trained", lambda: maps))
+
+
+def test_distilled_maps_have_a_curve_up_to_their_layers() -> None:
+    replaced = tuple(sorted(swept(3)["order"]))
+    found = swept(2, trained(replaced, "cca"))
+    ours = [p for p in found["points"] if p["method"] == "distilled"]
+    order = found["order"]
+    assert [p["replaced_layers"] for p in ours] == [order[:1], sorted(order[:2]), list(replaced)]
+    assert {p["distilled_for"] for p in ours} == {3}
+    assert found["recommended"] == {"method": "distilled", "layers": 3}
+
+
+@pytest.mark.parametrize("select", ["given", "greedy"])
+def test_distilled_maps_of_other_layers_have_their_point(select: str) -> None:
+    """Layers that the user named, and layers that another order chose."""
+    ours = [p for p in swept(2, trained((0, 1), select))["points"] if p["method"] == "distilled"]
+    assert [(p["layers"], p["replaced_layers"]) for p in ours] == [(2, [0, 1])]
+
+
+def point(method: str, layers: int, increase: float | None) -> dict[str, Any]:
+    return {"method": method, "layers": layers, "worst_increase": increase, "worst_upper": increase}
+
+
+def test_recommended_is_the_most_layers_within_ten_percent_of_which_no_fewer_are_beyond() -> None:
+    points = [point("nbl", 0, 0.0), point("nbl", 1, 0.02), point("nbl", 2, 0.1), point("nbl", 3, 0.2),
+              point("drop", 3, 0.01), point("nbl", 4, None)]  # fmt: skip
+    assert recommend(points) == {"method": "nbl", "layers": 2}
+    assert recommend([*points, point("distilled", 2, 0.05)]) == {"method": "distilled", "layers": 2}
+    assert recommend([*points, point("distilled", 3, 0.09)]) == {"method": "distilled", "layers": 3}
+    assert recommend([point("nbl", 0, 0.0), point("nbl", 1, 0.11)]) is None
+    noisy = [{**point("nbl", 1, 0.02), "worst_upper": 0.03}, {**point("nbl", 2, 0.05), "worst_upper": 0.11}]
+    assert recommend([*noisy, point("nbl", 3, 0.09)]) == {"method": "nbl", "layers": 1}
+    assert recommend([point("nbl", 1, 0.11), point("nbl", 2, 0.05)]) is None
+    assert recommend([{**point("nbl", 1, 0.02), "worst_upper": None}]) is None
+
+
+def test_losses_that_are_not_finite_are_neither_shown_nor_recommended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Switched, "factor", float("nan"))
+    found = swept(1)
+    assert [p["worst_increase"] for p in found["points"]] == [None] * 4
+    assert found["recommended"] is None
+
+
+def test_another_input_is_another_key() -> None:
+    """Every field of the order's inputs but the size of the model, which the model's fingerprint covers."""
+    start = inputs("efficient")
+    others = {
+        "kind": MapKind(rank=2), "select": Lazy("greedy", lambda: "greedy"), "moments": Lazy("o", lambda: moments_of),
+        "model": Lazy("o", lambda: None), "narrow": Lazy("o", lambda: False), "texts": Lazy("o", list),
+        "second_sha256": Lazy(None, lambda: "third"), "saved": Lazy("o", lambda: lambda maps, tokens: 0.0),
+    }  # fmt: skip
+    assert {f.name for f in dataclasses.fields(OrderInputs)} == others.keys() | {"num_layers", "hidden_size"}
+    changed: dict[str, Any] = others
+    keys = [Selection(dataclasses.replace(start, **{name: other})).key for name, other in changed.items()]
+    assert len({Selection(start).key, *keys}) == len(others) + 1
+    assert Selection(inputs("efficient")).key == Selection(start).key
