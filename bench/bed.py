@@ -94,14 +94,16 @@ class Bed:
 
         return {i: lmmse.fit(self.moments[tap][i], i, bias=bias) for i in layers}
 
-    def prices(self, maps: Mapping[int, Any], tap: str, mixes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    def quality_losses(
+        self, maps: Mapping[int, Any], tap: str, replaced_sets: Mapping[str, Any]
+    ) -> dict[str, dict[str, Any]]:
         """Name of a mix -> text -> KL, the mix's perplexity and the original's perplexity."""
-        from nbl_export.model.mixes import SwitchedModel
+        from nbl_export.model.switched import SwitchedModel
 
         switched = SwitchedModel(self.model, maps, tap, narrow=self.narrow_judge)
-        found: dict[str, dict[str, Any]] = {name: {} for name in mixes}
+        found: dict[str, dict[str, Any]] = {name: {} for name in replaced_sets}
         for text, rows in self.texts.items():
-            losses = switched.prices(rows, mixes)
+            losses = switched.quality_losses(rows, replaced_sets)
             for name, loss in losses.items():
                 original, nbl = loss.perplexities
                 found[name][text] = {"kl": loss.kl, "original": original, "nbl": nbl, "increase": nbl - original}

@@ -15,7 +15,7 @@ def judged(bed: Bed, maps: Mapping[int, Any], count: int, select: str, tap: str 
     """The order of layers that nbl-export chooses by trials, and the seconds of the choice."""
     from nbl_export.measure.cost import map_sizes
     from nbl_export.model import bfloat16
-    from nbl_export.model.mixes import SwitchedModel
+    from nbl_export.model.switched import SwitchedModel
     from nbl_export.plan.effects import Judge
     from nbl_export.plan.greedy import GreedyOrder, Search
 

@@ -34,16 +34,11 @@ from nbl_export.targets.gguf.check import check_file
 from nbl_export.targets.gguf.engine import LLAMA_CPP
 from nbl_export.targets.gguf.facts import read_gguf_facts
 from nbl_export.targets.gguf.linearize import KEEP, linearized
-from nbl_export.targets.gguf.running import (
-    PROMPTS,
-    Heard,
-    hear,
-    judge,
-)
+from nbl_export.targets.gguf.running import PROMPTS, Answers, hear, judge
 from nbl_export.targets.gguf.write import content_of
 
 
-def listen(path: Path, windows: Any) -> tuple[Heard, list[list[int]], np.ndarray]:
+def listen(path: Path, windows: Any) -> tuple[Answers, list[list[int]], np.ndarray]:
     """What llama.cpp says of a file, the ids of the prompts, and the logits behind the first one."""
     with LLAMA_CPP.open_runner(path) as runner:
         prompts = [runner.encode(text, chat=False) for text in PROMPTS]
@@ -63,7 +58,7 @@ def measure(found: Finished, run: Path, files: Path, sets: list[tuple[int, ...]]
     given = found.source.value.gguf
     content = read_content(given) if given else content_of(found.checkpoint.value)
     windows, rows = found.held_back.value.final, []
-    torch_heard: dict[tuple[int, ...], Heard] = {}
+    torch_heard: dict[tuple[int, ...], Answers] = {}
     for kind in kinds:
         plain = (
             given

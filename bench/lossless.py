@@ -44,21 +44,15 @@ def main() -> None:
     options = parser.parse_args()
     from nbl_export.files import versions
     from nbl_export.measure.benchmark import machine
-    from nbl_export.measure.lossless import (
-        Asked,
-        Way,
-        overall,
-        rows,
-        time_ways,
-    )
+    from nbl_export.measure.speculative import Asked, Way, overall, rows, time_ways
     from nbl_export.records.proposers import GENAI_PROPOSERS
-    from nbl_export.run.lossless import first_differences, margin
-    from nbl_export.targets.onnx.lossless import LosslessRunner
+    from nbl_export.run.speculative import first_differences, margin
+    from nbl_export.targets.onnx.speculative import SpeculativeRunner
     from nbl_export.text.prompts import prompts
 
     chosen = json.loads((options.run / "lossless.json").read_text(encoding="utf-8"))["chosen"]["name"]
     proposer = next(p for p in GENAI_PROPOSERS if p.name == chosen)
-    openers = {name: functools.partial(LosslessRunner, options.run / name) for name in ("original", "lossless")}
+    openers = {name: functools.partial(SpeculativeRunner, options.run / name) for name in ("original", "lossless")}
     ways = [Way(None, "original"), Way(proposer, "lossless")]
     loads: dict[int, list[Asked]] = {}
     with openers["original"]() as runner:

@@ -78,8 +78,8 @@ def exported(options: argparse.Namespace, given: tuple[str, ...]) -> dict[str, A
         return {"options": list(given), "model_bytes": sizes(work)}
     command("verify", work)
     report = read(work / "verify.json")
-    rungs = [r for r in report["rungs"] if "logit" in r["metric"]]
-    return {"options": list(given), "verified": report["passed"], "rungs": rungs, "model_bytes": sizes(work)}
+    checks = [r for r in report["checks"] if "logit" in r["metric"]]
+    return {"options": list(given), "verified": report["passed"], "checks": checks, "model_bytes": sizes(work)}
 
 
 def perplexities(work: Path, named: str, limit: int) -> list[dict[str, Any]]:
@@ -121,7 +121,7 @@ def timed(job: tuple[Any, ...], work: Path, given: tuple[str, ...], config: Path
     row: dict[str, Any] = {
         "options": list(given),
         "status": report["status"],
-        "rungs": [r for r in report["rungs"] if "logit" in r["metric"]],
+        "checks": [r for r in report["checks"] if "logit" in r["metric"]],
         "model_bytes": report["model_bytes"],
         "peak_memory_bytes": report["peak_memory_bytes"],
         "ratios": [r for r in report["ratios"] if r["kind"] == "tg"],

@@ -34,10 +34,13 @@ def sets(bed: Bed, named: Sequence[str]) -> dict[str, Any]:
 
     count = len(bed.moments["residual"])
     maps = bed.maps("residual", range(count))
-    mixes = {name: tuple(parse_layers(name, count)) for name in named}  # type: ignore[arg-type]
+    replaced_sets = {name: tuple(parse_layers(name, count)) for name in named}  # type: ignore[arg-type]
     costs = cost_model(bed)
-    speed = {n: costs.speedup_of_sizes(map_sizes({i: maps[i] for i in mix})).prefill for n, mix in mixes.items()}
-    return {"modelled_prefill": speed, "residual": bed.prices(maps, "residual", mixes)}
+    speed = {
+        n: costs.speedup_of_sizes(map_sizes({i: maps[i] for i in replaced_set})).prefill
+        for n, replaced_set in replaced_sets.items()
+    }
+    return {"modelled_prefill": speed, "residual": bed.quality_losses(maps, "residual", replaced_sets)}
 
 
 def orders(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
@@ -59,9 +62,9 @@ def orders(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "order": list(order.layers), "losses": [step.loss for step in order.steps], "seconds": seconds,
         "sets": {name: f"{kind} {n}" for name, (kind, n) in named.items()}, **sets(bed, asked),
-        "drop": bed.prices(dropped(maps), "residual", ours),
-        "normed": bed.prices(bed.maps("normed", order.layers), "normed", ours),
-        "normed without bias": bed.prices(
+        "drop": bed.quality_losses(dropped(maps), "residual", ours),
+        "normed": bed.quality_losses(bed.maps("normed", order.layers), "normed", ours),
+        "normed without bias": bed.quality_losses(
             bed.maps("normed", order.layers, bias=False), "normed", ours
         ),
     }  # fmt: skip

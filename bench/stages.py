@@ -87,7 +87,7 @@ def measured(model: str, options: list[str], directory: Path) -> dict[str, Any]:
         "products": manifest["calibration"]["products"], "tokens": tokens, "plain_seconds": plain, "seconds": seconds,
         "total_seconds": total, "peak_bytes": max(peaks.values()), "stage_peak_bytes": peaks,
         "ratio": (seconds["calibrate"] + seconds["plan"]) / plain,
-        **{name: report[name] for name in ("num_layers", "replaced_layers", "goal", "curve", "price", "ratios")},
+        **{name: report[name] for name in ("num_layers", "replaced_layers", "goal", "curve", "quality_loss", "ratios")},
     }  # fmt: skip
 
 

@@ -14,9 +14,9 @@ TEXTS = {"c4 rest": "C4", "wikitext-2 valid": "WikiText-2", "realnews": "realnew
          "python pydoc_data/topics.py": "Python's documentation", "code": "code"}  # fmt: skip
 
 
-def rise(price: Mapping[str, float], digits: int = 0) -> str:
+def rise(quality_loss: Mapping[str, float], digits: int = 0) -> str:
     """The increase of perplexity in percent."""
-    return f"{100 * (price['nbl'] / price['original'] - 1):+.{digits}f}%"
+    return f"{100 * (quality_loss['nbl'] / quality_loss['original'] - 1):+.{digits}f}%"
 
 
 def choices(read: Read) -> Rows:
@@ -33,10 +33,10 @@ def _choices(run: Mapping[str, Any]) -> Rows:
     rows: Rows = [("", "layers", *TEXTS.values(), "prefill, modelled"), "ll" + "r" * (len(TEXTS) + 1)]
     chosen = {kind: name for name, kind in run["sets"].items()}
 
-    def row(title: str, name: str, prices: Mapping[str, Any]) -> tuple[str, ...]:
+    def row(title: str, name: str, quality_losses: Mapping[str, Any]) -> tuple[str, ...]:
         layers = spoken_layers(tuple(int(i) for i in name.split(",")))
         speed = f"×{run['modelled_prefill'][name]:.2f}"
-        return title, layers, *(rise(prices[text]) for text in TEXTS), speed
+        return title, layers, *(rise(quality_losses[text]) for text in TEXTS), speed
 
     for count in run["asked"]["counts"].split(","):
         paper, ours = chosen[f"cca {count}"], chosen[f"efficient {count}"]

@@ -12,10 +12,7 @@ from nbl_export.quality import increase_interval
 from nbl_export.records.plan import spoken_layers
 
 # Raw result of a job -> title, and raw result of its layers on other texts.
-_JOBS = {
-    "stages-smollm2": ("SmolLM2-135M", "default-smollm2"),
-    "stages-qwen": ("Qwen2.5-Coder-0.5B", "default-qwen"),
-}
+_JOBS = {"stages-smollm2": ("SmolLM2-135M", "default-smollm2"), "stages-qwen": ("Qwen2.5-Coder-0.5B", "default-qwen")}
 # Runs of the same layers, steps and rate, with and without a bias.
 _DISTILLED = {
     "smollm2": {"yes": "distill-affine-smollm2", "no": "distill-linear-smollm2"},
@@ -40,8 +37,8 @@ def bias(read: Read) -> Rows:
     return rows
 
 
-def _perplexities(prices: Mapping[str, Any]) -> list[str]:
-    return [f"{prices[text]['nbl']:.2f}" for text in TEXTS]
+def _perplexities(quality_losses: Mapping[str, Any]) -> list[str]:
+    return [f"{quality_losses[text]['nbl']:.2f}" for text in TEXTS]
 
 
 _SPEED_RUNS = {"float32": "ladder-qwen-fp32", "int4": "ladder-qwen-int4"}
@@ -66,12 +63,9 @@ def trained(read: Read) -> Rows:
         run = read(name)["distill"]
         divergences = [kl for _, kl in run["held_kl"]]  # step, divergence
         steps = f"distilled, {run['steps']} steps, {run['seconds'] / 60:.0f} min"
-        for title, key, kl in (
-            ("closed form", "independent", divergences[0]),
-            (steps, "distilled", min(divergences)),
-        ):
-            prices = (rise(run[key][text], 1) for text in TEXTS)
-            rows.append((spoken_layers(tuple(run["layers"])), title, f"{kl:.3f}", *prices))
+        for title, key, kl in (("closed form", "independent", divergences[0]), (steps, "distilled", min(divergences))):
+            quality_losses = (rise(run[key][text], 1) for text in TEXTS)
+            rows.append((spoken_layers(tuple(run["layers"])), title, f"{kl:.3f}", *quality_losses))
     return rows
 
 
@@ -121,10 +115,10 @@ def taken(read: Read) -> Rows:
     rows: Rows = [titles, "ll" + "r" * 6]
     for name, (title, elsewhere) in _JOBS.items():
         run, other = read(name), read(elsewhere)["residual"]
-        (prices,) = other.values()
+        (quality_losses,) = other.values()
         assert list(other) == [",".join(map(str, run["replaced_layers"]))], "another set of layers"
-        rises = [_increase(price["per_window"]) for price in run["price"]]
-        unread = [rise(prices[text]) for text in ("wikitext-2 valid", "c4 rest", "realnews", "code")]
+        rises = [_increase(quality_loss["per_window"]) for quality_loss in run["quality_loss"]]
+        unread = [rise(quality_losses[text]) for text in ("wikitext-2 valid", "c4 rest", "realnews", "code")]
         rows.append((title, spoken_layers(run["replaced_layers"]), *rises, *unread))
     return rows
 

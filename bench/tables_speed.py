@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from nbl_export.measure.paired import PairedRatio, paired_ratio, spoken_ratio
-from nbl_export.quality import spoken_price
+from nbl_export.quality import spoken_loss
 from nbl_export.records.plan import spoken_layers
 
 Rows = list[Sequence[str]]
@@ -79,9 +79,9 @@ def demo(read: Read) -> Rows:
         rows.append((title, *(f"{_speed(s)} tok/s" for s in speeds), spoken(pairs[title])))
     cache = run["cache_bytes_per_token"]
     rows.append(("cache bytes a token", f"{cache['original']:,}", f"{cache['nbl']:,}", _smaller(cache)))
-    for name, price in zip(_TEXTS, run["price"], strict=True):
-        old, new = price["perplexity_original"], price["perplexity_nbl"]
-        rows.append((f"perplexity, {name}", f"{old:.1f}", f"{new:.1f}", spoken_price(price)["increase"]))
+    for name, quality_loss in zip(_TEXTS, run["quality_loss"], strict=True):
+        old, new = quality_loss["perplexity_original"], quality_loss["perplexity_nbl"]
+        rows.append((f"perplexity, {name}", f"{old:.1f}", f"{new:.1f}", spoken_loss(quality_loss)["increase"]))
     return rows
 
 
@@ -96,7 +96,7 @@ def headline(read: Read) -> Rows:
     rows += [(title, *(cell(row) for row in pair)) for (title, _, _), *pair in zip(_TESTS, *found, strict=True)]
     rows.append(("cache bytes a token", *(_smaller(run["cache_bytes_per_token"]) for run in runs)))
     for i, name in enumerate(_TEXTS):
-        rows.append((f"perplexity, {name}", *(spoken_price(run["price"][i])["increase"] for run in runs)))
+        rows.append((f"perplexity, {name}", *(spoken_loss(run["quality_loss"][i])["increase"] for run in runs)))
     return rows
 
 

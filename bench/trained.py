@@ -15,12 +15,7 @@ __all__ = ["distilled"]
 
 def distilled(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     """Facts about the closed-form and the distilled maps of one set of layers; --keep DIR saves both."""
-    from nbl_export.distill.settings import (
-        UNLIMITED,
-        DistillSettings,
-        Surroundings,
-        TrainingText,
-    )
+    from nbl_export.distill.settings import UNLIMITED, Callbacks, DistillSettings, TrainingText
     from nbl_export.distill.training import distill
     from nbl_export.options.goals import parse_layers
 
@@ -32,12 +27,12 @@ def distilled(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
         **({} if options.label_weight is None else {"label_weight": options.label_weight}),
     )  # fmt: skip
     maps = bed.maps("normed", layers, bias=not options.linear)
-    before = bed.prices(maps, "normed", {"independent": layers})["independent"]
+    before = bed.quality_losses(maps, "normed", {"independent": layers})["independent"]
     busy = time.process_time()
     text = TrainingText(bed.training, bed.held[len(bed.held) // 2 :])
-    found = distill(bed.model, maps, "normed", text, settings, Surroundings(say=log))
+    found = distill(bed.model, maps, "normed", text, settings, Callbacks(say=log))
     spent, every = time.process_time() - busy, settings.check_every
-    after = bed.prices(found.maps, "normed", {"distilled": layers})["distilled"]
+    after = bed.quality_losses(found.maps, "normed", {"distilled": layers})["distilled"]
     for name, kept in (("independent", maps), ("distilled", found.maps)):
         keep(options.keep, name, kept)
     return {

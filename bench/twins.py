@@ -42,30 +42,30 @@ def command(*words: object) -> None:
 
 
 def measure(name: str, model: Path, precision: str, layers: str, given: Sequence[object], run: Path) -> dict[str, Any]:
-    """One row: a run up to verification, and the largest figures of its rungs."""
+    """One row: a run up to verification, and the largest figures of its checks."""
     command("calibrate", "--model", model, "--output", run, *given)
     command("plan", run, "--layers", layers)
     command("rewrite", run, "--precision", precision)
     command("verify", run)
     found = json.loads((run / "verify.json").read_text(encoding="utf-8"))
     stages = json.loads((run / "nbl.json").read_text(encoding="utf-8"))["stages"]
-    rungs = found["rungs"]
+    checks = found["checks"]
 
-    def worst(metric: str, *letters: str) -> float | None:
-        return max((r["value"] for r in rungs if metric in r["metric"] and r["rung"] in letters), default=None)
+    def worst(metric: str, *names: str) -> float | None:
+        return max((r["value"] for r in checks if metric in r["metric"] and r["check"] in names), default=None)
 
     return {
         "model": name,
         "precision": precision,
         "replaced_layers": found["replaced_layers"],
         "passed": found["passed"],
-        "twin_original": worst("logit", "b"),
-        "twin_nbl": worst("logit", "c"),
-        "steps": worst(NEARNESS, "a"),
-        "products": worst(PRODUCTS, "a"),
-        "shipped": worst("logit", "g"),
-        "rounding": worst(DISTANCE, "g"),
-        "text": [r["detail"] for r in rungs if r["rung"] == "d"],
+        "twin_original": worst("logit", "original"),
+        "twin_nbl": worst("logit", "nbl"),
+        "steps": worst(NEARNESS, "structure"),
+        "products": worst(PRODUCTS, "structure"),
+        "shipped": worst("logit", "quantised"),
+        "rounding": worst(DISTANCE, "quantised"),
+        "text": [r["detail"] for r in checks if r["check"] == "text"],
         "proof": found["proof"],
         "verify_seconds": stages["verify"]["seconds"],
     }

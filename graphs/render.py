@@ -130,7 +130,7 @@ def render_all() -> dict[str, str]:
             if not checkpoint.exists():
                 save_checkpoint(architecture, checkpoint)
             out = Path(scratch) / f"{architecture}-{source}-{precision}"
-            build_decoder(source, checkpoint, out, precision, slots=_SLOTS)
+            build_decoder(source, checkpoint, out, precision, cache_length=_SLOTS)
             stem = f"{architecture}-{source}" + ("" if precision == "fp32" else f"-{precision}")
             if source == "openvino":
                 exporter_of(source).replace(out, out.with_name(f"{out.name}-nbl"), PLAN, MAPS)

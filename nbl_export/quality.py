@@ -38,7 +38,7 @@ __all__ = [
     "mean_interval",
     "perplexity",
     "spoken_interval",
-    "spoken_price",
+    "spoken_loss",
     "warn_of_text",
     "windows_needed",
 ]
@@ -221,8 +221,8 @@ def _inside(angle: Any, degrees: int) -> Any:
     return 2 / math.pi * (angle + np.sin(angle) * total) if odd else np.sin(angle) * total
 
 
-def spoken_price(row: Mapping[str, Any]) -> dict[str, str]:
-    """Increase, KL and top-1 agreement of a quality row (`verify.perplexity.price`) in words, with intervals."""
+def spoken_loss(row: Mapping[str, Any]) -> dict[str, str]:
+    """Increase, KL and top-1 agreement of a quality row (`verify.perplexity.quality_loss`) in words, with intervals."""
     return {
         "increase": spoken_interval(row["increase"], row["increase_interval"], percent=True, sign=True),
         "kl": spoken_interval(row["kl_mean"], row["kl_interval"]),
@@ -244,7 +244,7 @@ def loss_row(name: str, losses: Sequence[Any]) -> dict[str, Any]:
     """
     before, after, kl = (
         np.array([getattr(loss, total) / loss.positions for loss in losses])
-        for total in ("original_sum", "mix_sum", "kl_sum")
+        for total in ("original_sum", "nbl_sum", "kl_sum")
     )
     increase, apart = increase_interval(before, after), mean_interval(kl)
     return {
@@ -266,7 +266,7 @@ def warn_of_text(rows: Sequence[Mapping[str, Any]]) -> str | None:
     If both increases have intervals, the intervals must also be disjoint.
 
     Args:
-        rows: one of `verify.perplexity.price` for each text.
+        rows: one of `verify.perplexity.quality_loss` for each text.
     """
     rows = [row for row in rows if row["increase"] is not None]
     if len(rows) < 2:
@@ -278,7 +278,7 @@ def warn_of_text(rows: Sequence[Mapping[str, Any]]) -> str | None:
     ends = least["increase_interval"], most["increase_interval"]
     if all(ends) and ends[0][1] >= ends[1][0]:
         return None
-    small, large = (spoken_price(row)["increase"] for row in (least, most))
+    small, large = (spoken_loss(row)["increase"] for row in (least, most))
     return (
         f"the perplexity increase depends on the text: {small} on {least['text']}, but {large} on {most['text']}; "
         "judge by the text that you will run, and calibrate on text like it or on more texts (repeat --calibration)"

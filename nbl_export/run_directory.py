@@ -41,15 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.files import (
-    _SCRATCH,
-    _make,
-    _remove,
-    file_sha256,
-    friendly_os_errors,
-    scratch_in,
-    write_json,
-)
+from nbl_export.files import _SCRATCH, _make, _remove, file_sha256, friendly_os_errors, scratch_in, write_json
 from nbl_export.graph.names import GENAI_CONFIG, IR_FILE, MANIFEST
 from nbl_export.options.options import JobOptions, describe_command
 from nbl_export.records.decoder import DecoderSpec

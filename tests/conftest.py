@@ -214,7 +214,7 @@ def light_jobs(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     from nbl_export.measure import benchmark, footprint
     from nbl_export.report import plots
-    from nbl_export.run.stages import lossless
+    from nbl_export.run.stages import speculative
 
     def here(open_runner: Any, directory: Path, threads: int | None, *asked: Any) -> footprint.Footprint:
         return footprint._footprint(functools.partial(open_runner, directory, threads), *asked)
@@ -222,7 +222,7 @@ def light_jobs(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark.run, "__kwdefaults__", {**(benchmark.run.__kwdefaults__ or {}), "measure": here})
         patch.setattr(plots, "_svg", lambda *_: "<svg></svg>")
-        patch.setattr(lossless, "LOADS", 2)
+        patch.setattr(speculative, "LOADS", 2)
         yield
 
 

@@ -10,6 +10,6 @@ from nbl_export.targets.base import ExportSettings
 __all__ = ["build_decoder"]
 
 
-def build_decoder(source: str, checkpoint: Path, out: Path, precision: str, *, slots: int = 0) -> None:
+def build_decoder(source: str, checkpoint: Path, out: Path, precision: str, *, cache_length: int = 0) -> None:
     """Export a checkpoint directory with the named source."""
-    exporter_of(source).export(checkpoint, out, ExportSettings(source, precision, slots))
+    exporter_of(source).export(checkpoint, out, ExportSettings(source, precision, cache_length))

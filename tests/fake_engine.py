@@ -41,8 +41,8 @@ def fake_record(graph_: Path, directory: Path, **changes: Any) -> EngineRecord:
     values: dict[str, Any] = {
         "engine": "trt", "version": FakeTensorRT.__version__, "precision": "fp32", "attention": "fused",
         "compute_capabilities": ("8.9",), "capturable": None,
-        "max_batch": 2, "prefill_chunk": 8, "max_seq_len": decoder.slots,
-        "profiles": engine_profiles(2, 8, decoder.slots),
+        "max_batch": 2, "prefill_chunk": 8, "max_seq_len": decoder.cache_length,
+        "profiles": engine_profiles(2, 8, decoder.cache_length),
         "inputs": decoder.contract.inputs, "outputs": decoder.contract.outputs, "cache_layers": len(layers),
         "cache_bytes_per_token": 0, "cache_bytes": 0, "parse_seconds": 0.0, "build_seconds": 0.0,
         "plan_bytes": plan.stat().st_size, "plan_sha256": digest_of(plan), "graph_sha256": {},

@@ -35,14 +35,16 @@ def checkpoint_of(architecture: str) -> Path:
 
 
 @functools.cache
-def graph_of(architecture: str, replaced: tuple[int, ...] = (), precision: str = "fp16", slots: int = SLOTS) -> Path:
+def graph_of(
+    architecture: str, replaced: tuple[int, ...] = (), precision: str = "fp16", cache_length: int = SLOTS
+) -> Path:
     """A directory with decoder.onnx, rewritten as for a run. Never write to it."""
     from nbl_export.rewrite import rewrite
     from nbl_export.rewrite.tail import keep_last_token
     from nbl_export.targets.tensorrt import export as static
 
     root = Path(tempfile.mkdtemp(dir=_ROOT.name))
-    static.build(checkpoint_of(architecture), root / "original", precision, max_seq_len=slots)
+    static.build(checkpoint_of(architecture), root / "original", precision, max_seq_len=cache_length)
     keep_last_token(root / "original")
     rewrite(root / "original", root / "model", Plan(LAYERS, replaced), maps_of(replaced))
     return root / "model"

@@ -12,7 +12,7 @@ from ir_bits import bits_of_ir
 from protocol import Decoder, serve
 
 from nbl_export.run.deployed import available_engine, locate
-from nbl_export.targets.runners import Room
+from nbl_export.targets.runners import SequenceLimits
 
 PACKAGES = {"ort": ("onnxruntime", "onnxruntime-genai"), "openvino": ("openvino",)}
 
@@ -22,7 +22,7 @@ class Nbl(Decoder):
         directory = Path(config["model"])
         found = locate(directory)
         self._capacity = config["capacity"]
-        self._runner = available_engine(found).open_runner(directory, config["threads"], Room(self._capacity))
+        self._runner = available_engine(found).open_runner(directory, config["threads"], SequenceLimits(self._capacity))
         self._runner.begin(self._capacity)
         nominal, real, logits = _ir_facts(directory) if found.engine == "openvino" else _graph_facts(directory)
         self.facts = {
@@ -34,7 +34,7 @@ class Nbl(Decoder):
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES[found.engine]},
         }
 
-    def start(self, ids: Sequence[int], room: int) -> None:
+    def start(self, ids: Sequence[int], limits: int) -> None:
         self._runner.rewind(0)
         if ids:
             self._runner.append(ids)

@@ -39,7 +39,7 @@ class OptimumOnnx(Decoder):
             "versions": {n: importlib.metadata.version(n) for n in names},
         }
 
-    def start(self, ids: Sequence[int], room: int) -> None:
+    def start(self, ids: Sequence[int], limits: int) -> None:
         self._past, self._length = None, 0
         if ids:
             self.append(ids)

@@ -33,7 +33,7 @@ class Decoder:
 
     facts: dict[str, Any]
 
-    def start(self, ids: Sequence[int], room: int) -> None:
+    def start(self, ids: Sequence[int], limits: int) -> None:
         """Forget the sequence, run ids into the cache, have room for `room` tokens more."""
         raise NotImplementedError
 

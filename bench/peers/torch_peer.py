@@ -38,7 +38,7 @@ class Eager(Decoder):
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
 
-    def start(self, ids: Sequence[int], room: int) -> None:
+    def start(self, ids: Sequence[int], limits: int) -> None:
         self._cache = self._transformers.DynamicCache(config=self._model.config)
         if ids:
             self.append(ids)
@@ -66,12 +66,12 @@ class Compiled(Eager):
         self._static: dict[int, Any] = {}
         self.facts["compile"] = "inductor, static shapes, frozen weights"
 
-    def start(self, ids: Sequence[int], room: int) -> None:
+    def start(self, ids: Sequence[int], limits: int) -> None:
         self._length = 0
         self._cache = None
         if not ids:
             return
-        capacity = len(ids) + room
+        capacity = len(ids) + limits
         if capacity not in self._static:
             self._static[capacity] = self._transformers.StaticCache(self._model.config, max_cache_len=capacity)
         self._cache = self._static[capacity]

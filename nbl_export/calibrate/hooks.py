@@ -181,7 +181,4 @@ def attach(layer: torch.nn.Module, accumulator: Accumulator, tap: str, config: A
     attention: Any = layer.self_attn
     last, multiplier = block_output(layer, config)
     tapped = layer if tap == "residual" else attention
-    return [
-        tapped.register_forward_pre_hook(on_input, with_kwargs=True),
-        last.register_forward_hook(on_output),
-    ]
+    return [tapped.register_forward_pre_hook(on_input, with_kwargs=True), last.register_forward_hook(on_output)]

@@ -16,7 +16,7 @@ from nbl_export.mixers.base import Kind
 from nbl_export.model import bfloat16
 from nbl_export.model.blocks import run_from
 from nbl_export.model.checkpoint.pretrained import config_of
-from nbl_export.model.one_layer import Shelf, one_layer
+from nbl_export.model.one_layer import WeightReader, one_layer
 
 __all__ = ["Wanted", "collect_layers"]
 
@@ -56,7 +56,7 @@ def collect_layers(
     Raises:
         NblError: a weight is missing or damaged, or a layer's activations are not finite.
     """
-    config, shelf = config_of(directory), Shelf(directory)
+    config, shelf = config_of(directory), WeightReader(directory)
     shapes = [tuple(ids_WT[:1, :REFERENCE_ROWS].shape), *(tuple(part.shape) for part in parts)]
     states = _States(scratch / "hidden", shapes, config.hidden_size)
     sizes = (wanted.kind.feature_count(config.hidden_size), int(config.hidden_size))

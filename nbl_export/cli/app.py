@@ -18,13 +18,7 @@ import typer
 from nbl_export import __version__
 from nbl_export.cli import measuring, results, stages
 from nbl_export.cli import options as opt
-from nbl_export.cli.exit import (
-    GOES_ON,
-    INTERRUPTED,
-    Interrupts,
-    explain,
-    fail,
-)
+from nbl_export.cli.exit import GOES_ON, INTERRUPTED, Interrupts, explain, fail
 from nbl_export.cli.help import Command, Group, show_all
 from nbl_export.cli.show import ui
 from nbl_export.errors import UsageError

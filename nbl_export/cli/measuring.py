@@ -52,7 +52,7 @@ def bench(
     if trust_engine:
         trust_engines([*directories, *([against] if against else [])])
     if lossless:
-        return _bench_lossless(directories, asked, [against, form, output], as_json)
+        return _bench_speculative(directories, asked, [against, form, output], as_json)
     chosen = bench_formats.format_of(form, output, as_json=as_json)
     bench_formats.check_output(output)
     if compare.is_stage(directories, against, form, output):
@@ -67,16 +67,16 @@ def bench(
     return print(output)
 
 
-def _bench_lossless(directories: list[Path], asked: dict[str, Any], others: list[Any], as_json: bool) -> None:
-    from nbl_export.report.console import lossless_table
-    from nbl_export.run.lossless import bench_lossless
+def _bench_speculative(directories: list[Path], asked: dict[str, Any], others: list[Any], as_json: bool) -> None:
+    from nbl_export.report.console import speculative_table
+    from nbl_export.run.speculative import bench_speculative
 
     if len(directories) != 1 or any(others):
         raise typer.BadParameter(
             "takes one run directory, and neither --against, --format nor --output", param_hint="--lossless"
         )
-    found = bench_lossless(directories[0], asked, ui(as_json))
-    show(found, lossless_table(found), as_json)
+    found = bench_speculative(directories[0], asked, ui(as_json))
+    show(found, speculative_table(found), as_json)
 
 
 @opt.takes("profile")
@@ -150,10 +150,7 @@ def _words(listed: str | None) -> tuple[str, ...]:
 
 
 def accept(
-    directory: opt.Run,
-    force: opt.Force = False,
-    trust_engine: opt.TrustEngine = False,
-    as_json: opt.Json = False,
+    directory: opt.Run, force: opt.Force = False, trust_engine: opt.TrustEngine = False, as_json: opt.Json = False
 ) -> None:
     """Accept the engines of a run on the GPU machine that will run them.
 
@@ -167,7 +164,7 @@ def accept(
     if trust_engine:
         trust_engines([directory])
     found = run_acceptance(directory, ui(as_json), force=force)
-    show(found, ladder_table(found["rungs"], f"Acceptance, {found['engine']}"), as_json)
+    show(found, ladder_table(found["checks"], f"Acceptance, {found['engine']}"), as_json)
     refuse_failed(found, directory)
 
 

@@ -19,14 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from nbl_export.errors import UsageError
-from nbl_export.options.options import (
-    MAIN,
-    OPTIONS,
-    PANELS,
-    JobOptions,
-    Option,
-    flag_of,
-)
+from nbl_export.options.options import MAIN, OPTIONS, PANELS, JobOptions, Option, flag_of
 from nbl_export.options.settle import read_asked
 from nbl_export.records.from_json import read_record
 from nbl_export.trust.strict_json import read_object

@@ -85,13 +85,13 @@ def rewrite_graph(
 
 def verify(directory: opt.Run, as_json: opt.Json = False) -> None:
     """Compare the exported graphs with the torch models."""
-    from nbl_export.report.console import rungs_table
+    from nbl_export.report.console import checks_table
     from nbl_export.run.pipeline import run_stages
     from nbl_export.run_directory import VERIFY_FILE
 
     run = run_stages(directory, "verify", ui(as_json))
     result = run.read_json(VERIFY_FILE)
-    show(result, rungs_table(result), as_json)
+    show(result, checks_table(result), as_json)
 
 
 @opt.takes("build")

@@ -15,18 +15,9 @@ import torch
 
 from nbl_export.files import arrays_sha256, key_of, replacing
 from nbl_export.mixers.base import Mixer
-from nbl_export.parallel.peers import ALONE, Peers
+from nbl_export.parallel.ranks import ALONE, Ranks
 
-__all__ = [
-    "AIMING",
-    "DEFAULT_STEPS",
-    "UNLIMITED",
-    "DistillSettings",
-    "Distilled",
-    "State",
-    "Surroundings",
-    "TrainingText",
-]
+__all__ = ["AIMING", "DEFAULT_STEPS", "UNLIMITED", "Callbacks", "DistillSettings", "Distilled", "State", "TrainingText"]
 
 DEFAULT_STEPS = 320
 UNLIMITED = 1_000_000  # steps, if minutes are given
@@ -138,7 +129,7 @@ class TrainingText:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class Callbacks:
     """Progress, log, storage and processes of a training run.
 
     Attributes:
@@ -152,4 +143,4 @@ class Surroundings:
     progress: Callable[[int, int], None] = lambda _done, _total: None
     say: Callable[[str], None] = lambda _line: None
     state: State | None = None
-    peers: Peers = ALONE
+    ranks: Ranks = ALONE

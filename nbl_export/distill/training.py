@@ -2,7 +2,8 @@
 
     start      closed-form maps of the plan
     loss       KL(original || NBL) in nats over all positions and the whole vocabulary, mixed with the cross-entropy of
-               the text's next tokens (label_weight), plus the distance of intermediate hidden states (`distill.twin`)
+               the text's next tokens (label_weight), plus the distance of intermediate hidden
+               states (`distill.teacher_student`)
     kept       the maps with the lowest held-back KL; the closed-form maps if training never improved on them
 
 Three choices reduce overfitting (docs/experiments.md): the loss on intermediate hidden states, low-rank deltas, and
@@ -30,19 +31,12 @@ from typing import Any
 
 import torch
 
-from nbl_export.distill.settings import (
-    AIMING,
-    Distilled,
-    DistillSettings,
-    State,
-    Surroundings,
-    TrainingText,
-)
-from nbl_export.distill.twin import Lesson, Twin
+from nbl_export.distill.settings import AIMING, Callbacks, Distilled, DistillSettings, State, TrainingText
+from nbl_export.distill.teacher_student import Lesson, TeacherStudent
 from nbl_export.errors import NblError
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
-from nbl_export.parallel.peers import Peers
+from nbl_export.parallel.ranks import Ranks
 
 __all__ = ["distill"]
 
@@ -54,8 +48,8 @@ _RECENT, _AWAY, _SLOWER = 5, 1.5, 0.25
 class _Training:
     """Optimizer, best maps so far, and everything that a run needs to resume after a kill."""
 
-    def __init__(self, twin: Twin, settings: DistillSettings, held: list[Lesson], peers: Peers) -> None:
-        self.twin, self.settings, self.held, self.peers = twin, settings, held, peers
+    def __init__(self, twin: TeacherStudent, settings: DistillSettings, held: list[Lesson], ranks: Ranks) -> None:
+        self.twin, self.settings, self.held, self.ranks = twin, settings, held, ranks
         self.fraction, self.slowed = 0.0, 1.0
         self.step, self.best_at, self.retreated_at = 0, 0.0, 0
         self._earlier, self._started = 0.0, time.monotonic()
@@ -77,7 +71,7 @@ class _Training:
         """
         recent = self.result.train_kl[-_RECENT:]
         away = not sum(recent) / _RECENT <= _AWAY * self.result.held_kl[0][1]  # NaN too
-        if not self.peers.share(away and self.step - self.retreated_at >= _RECENT):
+        if not self.ranks.share(away and self.step - self.retreated_at >= _RECENT):
             return False
         with torch.no_grad():
             for name, parameter in self.twin.trained.items():
@@ -100,12 +94,12 @@ class _Training:
     def _look_at_the_clock(self) -> None:
         """Update the share of steps or minutes used, by the clock of process 0."""
         limit = self.settings.minutes
-        by_time = self.peers.share(self.seconds / (limit * 60)) if limit else 0.0
+        by_time = self.ranks.share(self.seconds / (limit * 60)) if limit else 0.0
         self.fraction = max(self.step / self.settings.steps, by_time)
 
     def begin(self, state: State | None) -> None:
         """Resume the saved run, or judge the start."""
-        saved = self.peers.share(state.load() if state else None)
+        saved = self.ranks.share(state.load() if state else None)
         if saved is not None:
             self._restore(*saved)
             return
@@ -128,7 +122,7 @@ class _Training:
                 break
         self.twin.aim(total)
         self.twin.measure(lesson)
-        self.peers.average(list(self.twin.units.values()))
+        self.ranks.average(list(self.twin.units.values()))
         self.keep()
 
     def _gradients(self, lesson: Lesson, whole: bool = False) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -138,7 +132,7 @@ class _Training:
         norm_B = torch.stack([g.flatten(1).square().sum(1) for g in found.values()]).sum(0).sqrt()
         share_B = (_CLIP / norm_B).clamp(max=1.0) / len(norm_B)
         gradients = {name: torch.tensordot(share_B, g, 1) for name, g in found.items()}
-        self.peers.average(list(gradients.values()))
+        self.ranks.average(list(gradients.values()))
         return gradients, kl_B
 
     def advance(self, lesson: Lesson) -> None:
@@ -169,7 +163,7 @@ class _Training:
 
     def _held_kl(self) -> float:
         values = [self.twin.held_kl(lesson) for lesson in self.held]
-        total, count = self.peers.add(sum(values), len(values))
+        total, count = self.ranks.add(sum(values), len(values))
         return total / count
 
     def save(self, state: State) -> None:
@@ -217,7 +211,7 @@ def distill(
     tap: str,
     text: TrainingText,
     settings: DistillSettings,
-    around: Surroundings = Surroundings(),  # noqa: B008  frozen
+    around: Callbacks = Callbacks(),  # noqa: B008  frozen
 ) -> Distilled:
     """Train the maps of `model`; the model itself is unchanged afterwards.
 
@@ -228,22 +222,22 @@ def distill(
     """
     if not maps or not len(text.held_WT):
         raise NblError("distillation needs at least one replaced layer and some held-back text")
-    state, peers = around.state, around.peers
-    twin = Twin(model, maps, tap, settings.dtype, settings.lora_rank, settings.seed)
+    state, ranks = around.state, around.ranks
+    twin = TeacherStudent(model, maps, tap, settings.dtype, settings.lora_rank, settings.seed)
     training = _Training(
-        twin, settings, [twin.lesson(row[None]) for row in text.held_WT[peers.rank :: peers.size]], peers
+        twin, settings, [twin.lesson(row[None]) for row in text.held_WT[ranks.rank :: ranks.size]], ranks
     )
     training.begin(state)
     start = training.result.held_kl[0][1]
     if training.step == 0:
-        first = itertools.islice(_batches(text.windows_WT, settings, peers.size), settings.aimed)
-        training.aim(twin.lesson(batch_BT[peers.rank :: peers.size], training=True) for batch_BT in first)
-    for number, batch_BT in enumerate(_batches(text.windows_WT, settings, peers.size)):
+        first = itertools.islice(_batches(text.windows_WT, settings, ranks.size), settings.aimed)
+        training.aim(twin.lesson(batch_BT[ranks.rank :: ranks.size], training=True) for batch_BT in first)
+    for number, batch_BT in enumerate(_batches(text.windows_WT, settings, ranks.size)):
         if number < training.step:
             continue
         if training.over:
             break
-        training.advance(twin.lesson(batch_BT[peers.rank :: peers.size], training=True))
+        training.advance(twin.lesson(batch_BT[ranks.rank :: ranks.size], training=True))
         around.progress(round(1000 * training.fraction), 1000)
         if training.retreat():
             around.say(

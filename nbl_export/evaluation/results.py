@@ -50,11 +50,7 @@ def entry(key: str, task: str, limit: int | None, variant: str, outcome: Outcome
         "seconds": round(outcome.seconds, 3),
         "metrics": metrics,
         **facts,
-        "scores": {
-            **scores,
-            "loglikelihoods": _pack(outcome.loglikelihoods),
-            "tokens": _pack(outcome.scored_tokens),
-        },
+        "scores": {**scores, "loglikelihoods": _pack(outcome.loglikelihoods), "tokens": _pack(outcome.scored_tokens)},
     }
 
 

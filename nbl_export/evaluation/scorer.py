@@ -108,8 +108,8 @@ class GraphScorer:
                 f"a continuation of {len(request.continuation)} tokens cannot be scored: the model reads "
                 f"{self.max_length}; use shorter texts"
             )
-        room = self.max_length + 1 - len(request.continuation)
-        return Request(request.context[-room:], request.continuation)
+        limits = self.max_length + 1 - len(request.continuation)
+        return Request(request.context[-limits:], request.continuation)
 
     def _shared(self, group: Sequence[Request]) -> dict[Request, Score]:
         decoder = self._decoder
@@ -167,12 +167,12 @@ class GraphScorer:
         self, prompts: Sequence[Sequence[int]], new_tokens: int, ended: Callable[[list[int]], bool]
     ) -> list[list[int]]:
         """Greedy continuations as token ids; each ends if `ended` is true of its ids, or at `new_tokens` tokens."""
-        room = max(1, self.max_length - new_tokens)
+        limits = max(1, self.max_length - new_tokens)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         found: dict[int, list[int]] = {}
         for begin in range(0, len(order), self._rows):
             indices = order[begin : begin + self._rows]
-            texts = self._continue([list(prompts[i])[-room:] for i in indices], new_tokens, ended)
+            texts = self._continue([list(prompts[i])[-limits:] for i in indices], new_tokens, ended)
             found.update(zip(indices, texts, strict=True))
         return [found[i] for i in range(len(prompts))]
 

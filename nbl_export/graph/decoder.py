@@ -116,7 +116,7 @@ class OnnxDecoder:
         self._past = dict(past)
 
     @property
-    def slots(self) -> int:
+    def cache_length(self) -> int:
         """Tokens that the caches of the running batch hold, padding included."""
         return int(self._mask_BT.shape[1])
 

@@ -13,12 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from nbl_export.graph.anatomy import (
-    PRODUCTS,
-    AttentionBlock,
-    graph_caches,
-    is_constant,
-)
+from nbl_export.graph.anatomy import PRODUCTS, AttentionBlock, graph_caches, is_constant
 from nbl_export.graph.caches import graph_states
 from nbl_export.graph.names import GENAI_CONFIG
 

@@ -20,16 +20,7 @@ from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE, MANIFEST
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.trust.contained import check_folder, check_inside, refuse_special
 
-__all__ = [
-    "check_graph_place",
-    "companions",
-    "copy_graph",
-    "files_of",
-    "graph_of",
-    "has_graph",
-    "home_of",
-    "read_spec",
-]
+__all__ = ["check_graph_place", "companions", "copy_graph", "files_of", "graph_of", "has_graph", "home_of", "read_spec"]
 
 _CONFIG = GENAI_CONFIG
 

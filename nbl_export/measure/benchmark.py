@@ -48,14 +48,14 @@ from nbl_export.measure.rounds import Progress, Rule, Stand, Steps, Variant, gro
 from nbl_export.model.memory import available_bytes
 from nbl_export.records.results import Scenario
 from nbl_export.run_directory import PACKAGES
-from nbl_export.targets.runners import Room
+from nbl_export.targets.runners import SequenceLimits
 
 __all__ = [
     "BenchSetting",
     "decode_tokens",
+    "limits_for",
     "machine",
     "plan_scenarios",
-    "room_for",
     "run",
     "side_by_side",
     "where_measured",
@@ -129,8 +129,8 @@ def side_by_side(
         options.prompt_tokens, decode_tokens(options.generate_tokens, directories, gpu=setting.gpu), options.depths,
         options.batches, options.threads or (setting.threads,),
     )  # fmt: skip
-    room = room_for(scenarios, setting.context_length)
-    opened = {name: replace(v, open=functools.partial(v.open, room=room)) for name, v in variants.items()}
+    limits = limits_for(scenarios, setting.context_length)
+    opened = {name: replace(v, open=functools.partial(v.open, limits=limits)) for name, v in variants.items()}
     instruments = Instruments(meter=find_meter(gpu=setting.gpu))
     result = run(opened, scenarios, options.repetitions, progress, setting=setting, instruments=instruments)
     if result["background"]["busy"]:
@@ -174,11 +174,11 @@ def decode_tokens(asked: int | None, directories: Iterable[Path], *, gpu: bool) 
 _DECODE_BYTES = 80 << 30  # eight seconds at 10 GB/s
 
 
-def room_for(scenarios: Sequence[Scenario], context_length: int) -> Room:
+def limits_for(scenarios: Sequence[Scenario], context_length: int) -> SequenceLimits:
     """What the scenarios that fit the context ask of a runner; a batch also holds the token that it picks last."""
     fitting = [s for s in scenarios if not _reason(s, context_length)]
     tokens = max((s.depth + s.tokens + (s.batch > 1) for s in fitting), default=1)
-    return Room(tokens, max((s.batch for s in fitting), default=1))
+    return SequenceLimits(tokens, max((s.batch for s in fitting), default=1))
 
 
 _ORDER = (

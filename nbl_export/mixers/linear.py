@@ -14,15 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nbl_export.mixers.base import (
-    AS_USUAL,
-    Builder,
-    FitOptions,
-    Kind,
-    Mixer,
-    TokenWork,
-    Value,
-)
+from nbl_export.mixers.base import AS_USUAL, Builder, FitOptions, Kind, Mixer, TokenWork, Value
 from nbl_export.records.from_json import require
 
 if TYPE_CHECKING:

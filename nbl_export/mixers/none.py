@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nbl_export.mixers.base import (
-    AS_USUAL,
-    Builder,
-    FitOptions,
-    Kind,
-    Mixer,
-    TokenWork,
-    Value,
-)
+from nbl_export.mixers.base import AS_USUAL, Builder, FitOptions, Kind, Mixer, TokenWork, Value
 
 if TYPE_CHECKING:
     from nbl_export.mixers.lmmse import Moments

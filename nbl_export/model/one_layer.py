@@ -24,14 +24,14 @@ from nbl_export.model.blocks import architecture_of
 from nbl_export.model.checkpoint.pretrained import model_with
 from nbl_export.model.memory import available_bytes
 
-__all__ = ["Shelf", "float32_bytes", "one_layer", "shortage_of"]
+__all__ = ["WeightReader", "float32_bytes", "one_layer", "shortage_of"]
 
 _MEMORY_SHARE = 0.6  # of the available memory that the weights may take
 
 _LAYER = "layers.{}."
 
 
-class Shelf:
+class WeightReader:
     """The tensors of a checkpoint directory, read one at a time."""
 
     def __init__(self, directory: Path) -> None:
@@ -94,7 +94,7 @@ def float32_bytes(directory: Path) -> int:
     return total
 
 
-def one_layer(config: Any, index: int, shelf: Shelf) -> Any:
+def one_layer(config: Any, index: int, shelf: WeightReader) -> Any:
     """The decoder with layer `index` alone, without final norm; only layer 0 has the embedding."""
     from accelerate import init_empty_weights
 

@@ -18,7 +18,7 @@ from nbl_export.mixers.base import Mixer
 from nbl_export.model.blocks import multiplier_of, run_from
 from nbl_export.model.checkpoint.pretrained import config_of
 from nbl_export.model.linearize import replace_attention
-from nbl_export.model.one_layer import Shelf, one_layer
+from nbl_export.model.one_layer import WeightReader, one_layer
 
 __all__ = ["token_rows"]
 
@@ -35,7 +35,7 @@ def token_rows(checkpoint: Path, maps: Mapping[int, Mixer], tap: str) -> np.ndar
     Raises:
         NblError: a weight is missing or damaged.
     """
-    config, shelf = config_of(checkpoint), Shelf(checkpoint)
+    config, shelf = config_of(checkpoint), WeightReader(checkpoint)
     rows: torch.Tensor | None = None
     for index in layers_below(maps):
         decoder = one_layer(config, index, shelf)

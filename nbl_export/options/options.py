@@ -17,8 +17,21 @@ from nbl_export.records.from_json import read_record, require
 from nbl_export.records.plan import MAPS, TAPS
 from nbl_export.records.proposers import DRAFTS
 
-__all__ = ["BUILDER_OPTIONS", "GGUF", "GIVEN", "GIVEN_FIT", "MAIN", "NO_ORIGINAL", "OPTIONS", "PANELS", "JobOptions",
-           "Option", "describe_command", "flag_of", "usual_tap"]  # fmt: skip
+__all__ = [
+    "BUILDER_OPTIONS",
+    "CHECKPOINT_FIT",
+    "GGUF",
+    "GIVEN_GRAPH",
+    "MAIN",
+    "NO_ORIGINAL",
+    "OPTIONS",
+    "PANELS",
+    "JobOptions",
+    "Option",
+    "describe_command",
+    "flag_of",
+    "usual_tap",
+]  # fmt: skip
 
 MAIN = "main"  # the name of the main job among commands
 
@@ -31,8 +44,8 @@ DTYPES = ("auto", "float32", "bfloat16")  # of products while calibrating and ch
 METHODS = ("rtn", "awq")  # of rounding to int4
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # ends a line, or moves a terminal's cursor
 SELF = "self"  # calibration text that the model generates
-GIVEN = "given"  # decoder source of a model that is an ONNX graph
-GIVEN_FIT = "given"  # fit of the maps that an NBL checkpoint has
+GIVEN_GRAPH = "given"  # decoder source of a model that is an ONNX graph
+CHECKPOINT_FIT = "given"  # fit of the maps that an NBL checkpoint has
 NO_ORIGINAL = "the checkpoint no longer contains the attention weights of its replaced layers"
 GGUF = "gguf"  # precision: codes of a GGUF file, see `rewrite.coded.take_codes`
 # How the GenAI builder quantises, by its own names (`--extra_options` of onnxruntime_genai.models.builder). The values
@@ -282,13 +295,13 @@ class JobOptions:
         """Threads of lossless decoding and of a profile; None is the engine's choice."""
         return self.threads[0] if self.threads else None
 
-    def slots(self, decoder: DecoderSpec, *, compiled: bool) -> int:
+    def cache_length(self, decoder: DecoderSpec, *, compiled: bool) -> int:
         """Most tokens of a sequence: the model's positions, or the length of the caches of a compiled engine."""
         return (self.max_seq_len or min(2048, decoder.max_positions)) if compiled else decoder.max_positions
 
     def chunk(self, decoder: DecoderSpec) -> int:
         """Most prefill tokens in one step of a compiled engine."""
-        return self.prefill_chunk or min(512, self.slots(decoder, compiled=True))
+        return self.prefill_chunk or min(512, self.cache_length(decoder, compiled=True))
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> JobOptions:

@@ -19,9 +19,9 @@ from nbl_export.errors import NblError, UsageError
 from nbl_export.options.goals import names_layers
 from nbl_export.options.options import (
     BUILDER_OPTIONS,
+    CHECKPOINT_FIT,
     GGUF,
-    GIVEN,
-    GIVEN_FIT,
+    GIVEN_GRAPH,
     NO_ORIGINAL,
     JobOptions,
     usual_tap,
@@ -71,12 +71,12 @@ class Case:
     @property
     def is_graph(self) -> bool:
         """Whether the model is only an ONNX graph."""
-        return self.options.decoder_source == GIVEN
+        return self.options.decoder_source == GIVEN_GRAPH
 
     @property
     def is_nbl(self) -> bool:
         """Whether the model is an NBL checkpoint."""
-        return self.options.fit == GIVEN_FIT
+        return self.options.fit == CHECKPOINT_FIT
 
     @property
     def on_cpu(self) -> bool:
@@ -105,19 +105,19 @@ class Case:
         return tuple(word.partition("=")[0] for word in self.options.builder_option)
 
     @property
-    def slots(self) -> int:
+    def cache_length(self) -> int:
         """Most tokens of a sequence."""
         assert self.model.decoder is not None
-        return self.options.slots(self.model.decoder, compiled=self.engine.static)
+        return self.options.cache_length(self.model.decoder, compiled=self.engine.static)
 
 
 # -- defaults and effects ----------------------------------------------------------------------------------------
 
 # An option -> its value if nobody asks for one, from the options so far, the engine and the model.
 DEFAULTS: dict[str, Callable[[Mapping[str, Any], Capabilities, ModelFacts], str]] = {
-    "decoder_source": lambda _, engine, model: GIVEN if model.graph else engine.source,
+    "decoder_source": lambda _, engine, model: GIVEN_GRAPH if model.graph else engine.source,
     "precision": lambda _, engine, model: model.graph_precision or engine.precisions[0],
-    "fit": lambda _, __, model: GIVEN_FIT if model.maps_tap else "independent",
+    "fit": lambda _, __, model: CHECKPOINT_FIT if model.maps_tap else "independent",
     "tap": lambda values, _, model: model.maps_tap or usual_tap(values["fit"], values["maps"]),
 }
 
@@ -233,7 +233,7 @@ def _not_of_a_gguf(case: Case) -> str | bool:
 FIRST: tuple[Refusal, ...] = (
     (UsageError, lambda c: (
         c.is_graph and not c.model.graph
-        and f"--decoder-source {GIVEN} is for a model that is an ONNX graph; leave it out"
+        and f"--decoder-source {GIVEN_GRAPH} is for a model that is an ONNX graph; leave it out"
     )),
     (UsageError, lambda c: (
         bool(c.model.graph) and not c.is_graph
@@ -308,7 +308,7 @@ REFUSED: tuple[Refusal, ...] = (
     # These rows need the model's files.
     (UsageError, lambda c: (
         c.is_nbl and bool(c.model.architecture) and not c.model.maps_tap
-        and f"--fit {GIVEN_FIT} is for a checkpoint with maps (nbl-export convert)"
+        and f"--fit {CHECKPOINT_FIT} is for a checkpoint with maps (nbl-export convert)"
     )),
     (UsageError, lambda c: (
         bool(c.model.maps_tap) and c.options.says_itself
@@ -343,9 +343,9 @@ _LEAST_DECODE = 16  # tokens of the decode test of a large model (`measure.bench
 def _too_short(case: Case) -> str | bool:
     options = case.options
     shortest = min(options.depths) + min(*options.prompt_tokens, options.generate_tokens or _LEAST_DECODE)
-    return shortest > case.slots and (
-        f"nothing to measure: the shortest test ends at {shortest} tokens, the model has {case.slots} positions; "
-        "use a smaller --depth, --prompt-tokens or --generate-tokens"
+    return shortest > case.cache_length and (
+        f"nothing to measure: the shortest test ends at {shortest} tokens, the model has {case.cache_length} "
+        "positions; use a smaller --depth, --prompt-tokens or --generate-tokens"
     )
 
 
@@ -356,16 +356,16 @@ def _positions(case: Case) -> int:
 
 OF_DECODER: tuple[Refusal, ...] = (
     (NblError, lambda c: (
-        c.engine.static and c.slots > _positions(c)
-        and f"--max-seq-len {c.slots} is beyond the model's {_positions(c)} positions"
+        c.engine.static and c.cache_length > _positions(c)
+        and f"--max-seq-len {c.cache_length} is beyond the model's {_positions(c)} positions"
     )),
     (NblError, lambda c: (
-        c.engine.static and c.slots < _LEAST_SLOTS
-        and f"--max-seq-len {c.slots} is too short for verification; use at least {_LEAST_SLOTS}"
+        c.engine.static and c.cache_length < _LEAST_SLOTS
+        and f"--max-seq-len {c.cache_length} is too short for verification; use at least {_LEAST_SLOTS}"
     )),
     (NblError, lambda c: (
-        c.engine.static and (c.options.prefill_chunk or 0) > c.slots
-        and f"--prefill-chunk {c.options.prefill_chunk} is beyond --max-seq-len {c.slots}"
+        c.engine.static and (c.options.prefill_chunk or 0) > c.cache_length
+        and f"--prefill-chunk {c.options.prefill_chunk} is beyond --max-seq-len {c.cache_length}"
     )),
     (NblError, lambda c: (
         c.options.context > _positions(c)

@@ -16,29 +16,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from nbl_export.errors import UsageError
-from nbl_export.options.goals import (
-    GOALS,
-    check_request,
-    check_size,
-    parse_layers,
-)
-from nbl_export.options.options import (
-    GGUF,
-    OPTIONS,
-    JobOptions,
-    Option,
-    flag_of,
-)
-from nbl_export.options.rules import (
-    APPLIES,
-    DEFAULTS,
-    FIRST,
-    OF_DECODER,
-    REFUSED,
-    Case,
-    ModelFacts,
-    Refusal,
-)
+from nbl_export.options.goals import GOALS, check_request, check_size, parse_layers
+from nbl_export.options.options import GGUF, OPTIONS, JobOptions, Option, flag_of
+from nbl_export.options.rules import APPLIES, DEFAULTS, FIRST, OF_DECODER, REFUSED, Case, ModelFacts, Refusal
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.from_json import read_record
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from nbl_export.model.head import divergence
-from nbl_export.model.mixes import SwitchedModel
+from nbl_export.model.switched import SwitchedModel
 
 __all__ = ["EVERY", "Effects", "Judge"]
 
@@ -85,13 +85,13 @@ class Judge:
             progress(layer + 1, self.num_layers)
         return self._effects(torch.stack(changes, 1), pulled=True)
 
-    def together(self, mix: Collection[int]) -> Effects:
+    def together(self, replaced_set: Collection[int]) -> Effects:
         """The effects of a mix (K = 1), without its pull."""
-        return self._effects(self._change(mix)[:, None], pulled=False)
+        return self._effects(self._change(replaced_set)[:, None], pulled=False)
 
-    def _change(self, mix: Collection[int]) -> torch.Tensor:
-        first = min(mix)
-        last, _ = self._switched.run(mix, entering_BTD=self._entering[first], first=first)
+    def _change(self, replaced_set: Collection[int]) -> torch.Tensor:
+        first = min(replaced_set)
+        last, _ = self._switched.run(replaced_set, entering_BTD=self._entering[first], first=first)
         return self._judged(last) - self._original_ND
 
     def _judged(self, last_BTD: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,7 @@ def count_within(asked: AskedGoal, selection: Selection, texts: Texts, task: Tas
     if not reached:
         raise NblError(_unreachable(asked.text, path[0], share))
     best = reached[-1]
-    spoken = "; ".join(f"{_spoken(price)} on {price['text']}" for price in best["prices"])
+    spoken = "; ".join(f"{_spoken(quality_loss)} on {quality_loss['text']}" for quality_loss in best["quality_losses"])
     said = [f"{_layers(best['layers'])} perplexity by {spoken}; {text} is allowed"]
     for step in path:
         if step["layers"] == best["layers"] + 1:
@@ -133,29 +133,33 @@ def _steps(selection: Selection, texts: Texts, counts: Sequence[int], share: flo
 
 
 def _step(order: Sequence[int], losses: Mapping[str, Sequence[Any]], share: float) -> dict[str, Any]:
-    prices = []
+    quality_losses = []
     for name, found in losses.items():
-        before, after = ([getattr(v, total) / v.positions for v in found] for total in ("original_sum", "mix_sum"))
+        before, after = ([getattr(v, total) / v.positions for v in found] for total in ("original_sum", "nbl_sum"))
         needed = windows_needed(before, after, share)
-        price = loss_row(name, found)
-        prices.append({**price, "tokens_needed": needed and needed * price["tokens"] // price["windows"]})
-    within = all(_verdict(price, share) == "within" for price in prices)
-    return {"layers": len(order), "layer": order[-1], "within": within, "prices": prices}
+        quality_loss = loss_row(name, found)
+        quality_losses.append(
+            {**quality_loss, "tokens_needed": needed and needed * quality_loss["tokens"] // quality_loss["windows"]}
+        )
+    within = all(_verdict(quality_loss, share) == "within" for quality_loss in quality_losses)
+    return {"layers": len(order), "layer": order[-1], "within": within, "quality_losses": quality_losses}
 
 
-def _verdict(price: Mapping[str, Any], share: float) -> str:
-    if price["increase"] is None:
+def _verdict(quality_loss: Mapping[str, Any], share: float) -> str:
+    if quality_loss["increase"] is None:
         return "beyond"
-    low, high = price["increase_interval"] or (-math.inf, math.inf)
+    low, high = quality_loss["increase_interval"] or (-math.inf, math.inf)
     return "within" if high <= share else "beyond" if low > share else "undecided"
 
 
 def _failure(step: Mapping[str, Any], share: float) -> str:
     """Why a step fails: the worst text beyond the share, or the worst text with an undecided result."""
-    verdicts = [(_verdict(price, share), price) for price in step["prices"]]
-    beyond = [price for verdict, price in verdicts if verdict == "beyond"]
-    chosen = beyond or [price for verdict, price in verdicts if verdict == "undecided"]
-    worst = max(chosen, key=lambda price: math.inf if price["increase"] is None else price["increase"])
+    verdicts = [(_verdict(quality_loss, share), quality_loss) for quality_loss in step["quality_losses"]]
+    beyond = [quality_loss for verdict, quality_loss in verdicts if verdict == "beyond"]
+    chosen = beyond or [quality_loss for verdict, quality_loss in verdicts if verdict == "undecided"]
+    worst = max(
+        chosen, key=lambda quality_loss: math.inf if quality_loss["increase"] is None else quality_loss["increase"]
+    )
     said = f"{_spoken(worst)} on {worst['text']}"
     if beyond:
         return said
@@ -169,10 +173,10 @@ def _rounded(count: int) -> str:
     return f"{float(f'{count:.1e}'):,.0f}"
 
 
-def _spoken(price: Mapping[str, Any]) -> str:
-    if price["increase"] is None:
+def _spoken(quality_loss: Mapping[str, Any]) -> str:
+    if quality_loss["increase"] is None:
         return "infinitely much"
-    return spoken_interval(price["increase"], price["increase_interval"], percent=True, sign=True)
+    return spoken_interval(quality_loss["increase"], quality_loss["increase_interval"], percent=True, sign=True)
 
 
 def _percent(share: float) -> str:

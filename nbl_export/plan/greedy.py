@@ -53,7 +53,7 @@ class Judging(Protocol):
     @property
     def num_layers(self) -> int: ...
     def alone(self, progress: Progress) -> Effects: ...
-    def together(self, mix: Sequence[int]) -> Effects: ...
+    def together(self, replaced_set: Sequence[int]) -> Effects: ...
 
 
 @dataclass(frozen=True)
@@ -223,11 +223,11 @@ class Search:
         ranked = self._ranked(front)
         tried: list[tuple[float, Point, Effects]] = []
         for layer, following in zip(ranked[:TRIES], [*ranked[1:], None], strict=False):
-            mix = (*front.layers, layer)
-            effects = self._judge.together(mix) if known else self._effects_alone[layer]
-            point = self._point(mix, effects)
+            replaced_set = (*front.layers, layer)
+            effects = self._judge.together(replaced_set) if known else self._effects_alone[layer]
+            point = self._point(replaced_set, effects)
             self._excess[layer] = max(0.0, point.loss - front.estimate(layer))
-            tried.append((self._value(point.loss, mix), point, effects))
+            tried.append((self._value(point.loss, replaced_set), point, effects))
             best = min(tried, key=lambda t: t[0])
             if following is None or best[0] <= self._value(
                 self._estimate(front, following), (*front.layers, following)
@@ -249,10 +249,10 @@ class Search:
     def _estimate(self, front: _Front, layer: int) -> float:
         return front.estimate(layer) + self._excess.get(layer, 0.0)
 
-    def _value(self, loss: float, mix: Sequence[int]) -> float:
+    def _value(self, loss: float, replaced_set: Sequence[int]) -> float:
         if not math.isfinite(loss):
             return math.inf
-        return loss if self._saving is None else loss / math.sqrt(max(self._saving(mix), _NOTHING))
+        return loss if self._saving is None else loss / math.sqrt(max(self._saving(replaced_set), _NOTHING))
 
     def _point(self, layers: tuple[int, ...], effects: Effects) -> Point:
         parts = effects.split(self._judge.parts)

@@ -18,15 +18,10 @@ from typing import Any
 from nbl_export.files import key_of
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import FitOptions, Mixer
-from nbl_export.model.mixes import SwitchedModel
+from nbl_export.model.switched import SwitchedModel
 from nbl_export.plan.choose import ranked
 from nbl_export.plan.effects import EVERY, Judge
-from nbl_export.plan.greedy import (
-    RULE,
-    GreedyOrder,
-    Point,
-    Search,
-)
+from nbl_export.plan.greedy import RULE, GreedyOrder, Point, Search
 from nbl_export.plan.inputs import Maps, OrderInputs
 from nbl_export.records.inputs import Lazy, identity_of
 from nbl_export.records.plan import LayerScore

@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from nbl_export.mixers.base import Mixer
-from nbl_export.model.mixes import SwitchedModel
+from nbl_export.model.switched import SwitchedModel
 from nbl_export.options.goals import DEFAULT_INCREASE, CacheBudget, TargetSpeedup
 from nbl_export.plan.choose import a_quarter, choose
 from nbl_export.plan.goal import Reached, count_for_budget, count_for_speedup, count_within
@@ -136,7 +136,7 @@ def _points(
     for count, replaced in sets.items():
         chosen = {i: maps[i] for i in replaced}
         speed = inputs.speedup.value(chosen)
-        prices = [loss_row(name, loss[count]) for name, loss in losses.items()]
+        quality_losses = [loss_row(name, loss[count]) for name, loss in losses.items()]
         found.append({
             "method": method,
             "layers": count,
@@ -144,9 +144,9 @@ def _points(
             "prefill": speed.prefill,
             "prefill_tail_pruned": inputs.pruned_speedup.value(chosen).prefill,
             "decode": speed.decode,
-            "prices": prices,
-            "worst_increase": _worst(p["increase"] for p in prices),
-            "worst_upper": _worst((p["increase_interval"] or [None, None])[1] for p in prices),
+            "quality_losses": quality_losses,
+            "worst_increase": _worst(p["increase"] for p in quality_losses),
+            "worst_upper": _worst((p["increase_interval"] or [None, None])[1] for p in quality_losses),
         })  # fmt: skip
     return found
 

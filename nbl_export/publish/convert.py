@@ -14,8 +14,8 @@ from pathlib import Path
 
 from nbl_export.errors import NblError, ParityError, UsageError
 from nbl_export.files import move_into_place, refuse_occupied
-from nbl_export.publish.linear_maps import TAP, linear_maps, price_of_change
-from nbl_export.records.results import RungResult
+from nbl_export.publish.linear_maps import TAP, linear_maps, loss_of_change
+from nbl_export.records.results import CheckResult
 from nbl_export.run.deployed import Finished, open_finished
 from nbl_export.run.progress import Ui
 from nbl_export.targets.gguf.linearize import KEEP, TYPES
@@ -32,7 +32,7 @@ _READ_BY = {
 def convert(
     output: Path, form: str, target: Path, ui: Ui, *, kind: str | None = None, base: Path | None = None,
     force: bool = False,
-) -> Sequence[RungResult]:  # fmt: skip
+) -> Sequence[CheckResult]:  # fmt: skip
     """Write a run's NBL model in a form at `target`, completely or not at all. Returns the checks that were made.
 
     Args:
@@ -70,7 +70,7 @@ def _check_asked(form: str, kind: str | None, base: Path | None) -> None:
         raise NblError(f"--base {base} is not a file; give a GGUF of the original model")
 
 
-def _save_checkpoint(found: Finished, target: Path, ui: Ui) -> list[RungResult]:
+def _save_checkpoint(found: Finished, target: Path, ui: Ui) -> list[CheckResult]:
     """Write the model in float32, as it was verified. The classes in `hf` load it.
 
     Raises:
@@ -85,7 +85,7 @@ def _save_checkpoint(found: Finished, target: Path, ui: Ui) -> list[RungResult]:
     return []
 
 
-def _save_nemotron_nas(found: Finished, target: Path, form: str, ui: Ui) -> list[RungResult]:
+def _save_nemotron_nas(found: Finished, target: Path, form: str, ui: Ui) -> list[CheckResult]:
     """Write and check a directory; it appears at `target` only if its model computes what the run's does.
 
     Raises:
@@ -98,7 +98,7 @@ def _save_nemotron_nas(found: Finished, target: Path, form: str, ui: Ui) -> list
 
     nemotron_nas.check(found.model.value.config, tuple(found.maps), form)
     linear = linear_maps(found, ui)
-    for sentence in (linear.change, price_of_change(found, linear)):
+    for sentence in (linear.change, loss_of_change(found, linear)):
         if sentence:
             ui.say(f"  {sentence}")
     with found.run.scratch() as scratch, ui.task("saving"):
@@ -109,8 +109,8 @@ def _save_nemotron_nas(found: Finished, target: Path, form: str, ui: Ui) -> list
         with replaced(found.model.value, linear.maps, TAP):
             expected, _ = Spoken(found.model.value).score(ids)
         away = float(abs(Spoken(nemotron_nas.load(scratch / "saved")).score(ids)[0] - expected).max())
-        result = RungResult(
-            "b", "nbl", "largest difference of a log-probability", away, 0.0, away == 0.0, f"{away:.2g}"
+        result = CheckResult(
+            "original", "nbl", "largest difference of a log-probability", away, 0.0, away == 0.0, f"{away:.2g}"
         )
         if not result.passed:
             raise ParityError(

@@ -14,13 +14,8 @@ from nbl_export.files import move_into_place
 from nbl_export.formats.gguf.content import Content, Key
 from nbl_export.formats.gguf.files import read_content, write_content
 from nbl_export.mixers.base import Mixer
-from nbl_export.publish.linear_maps import (
-    TAP,
-    LinearMaps,
-    linear_maps,
-    price_of_change,
-)
-from nbl_export.records.results import RungResult
+from nbl_export.publish.linear_maps import TAP, LinearMaps, linear_maps, loss_of_change
+from nbl_export.records.results import CheckResult
 from nbl_export.run.deployed import Finished
 from nbl_export.run.progress import Ui
 from nbl_export.targets.gguf import write as from_checkpoint
@@ -30,7 +25,7 @@ from nbl_export.targets.gguf.linearize import KEEP, check_base, linearized
 __all__ = ["convert"]
 
 
-def convert(found: Finished, target: Path, kind: str, base: Path | None, ui: Ui) -> list[RungResult]:
+def convert(found: Finished, target: Path, kind: str, base: Path | None, ui: Ui) -> list[CheckResult]:
     """Write and check a file; it appears at `target` only if the checks pass.
 
     Args:
@@ -49,7 +44,7 @@ def convert(found: Finished, target: Path, kind: str, base: Path | None, ui: Ui)
             write_content(linearized(content, linear.maps, kind, _about(linear.maps)), path)
         results = check_file(path, content, linear.maps, kind)
         results += _run(found, linear, path, _original_file(content, found, base, kind, scratch), ui)
-        for sentence in (linear.change, price_of_change(found, linear)):
+        for sentence in (linear.change, loss_of_change(found, linear)):
             if sentence:
                 ui.say(f"  {sentence}")
         failed = next((r for r in results if not r.passed), None)
@@ -98,7 +93,7 @@ def _original_file(content: Content, found: Finished, base: Path | None, kind: s
     return path
 
 
-def _run(found: Finished, linear: LinearMaps, path: Path, original: Path, ui: Ui) -> list[RungResult]:
+def _run(found: Finished, linear: LinearMaps, path: Path, original: Path, ui: Ui) -> list[CheckResult]:
     """What llama.cpp computes beside torch; nothing if it is not installed, which is said."""
     from nbl_export.targets.gguf.engine import LLAMA_CPP
 

@@ -23,7 +23,7 @@ from nbl_export.run.deployed import Finished
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import MOMENTS_FILE
 
-__all__ = ["TAP", "LinearMaps", "linear_maps", "price_of_change"]
+__all__ = ["TAP", "LinearMaps", "linear_maps", "loss_of_change"]
 
 TAP = "normed"
 
@@ -90,14 +90,14 @@ def _moments(found: Finished, layers: Sequence[int], ui: Ui) -> Iterator[tuple[i
         yield i, sums[i]
 
 
-def price_of_change(found: Finished, linear: LinearMaps) -> str:
+def loss_of_change(found: Finished, linear: LinearMaps) -> str:
     """Perplexity of the run's maps and of the linear maps on text that fitted neither; "" if nothing changed."""
     if not linear.change or found.original_is_gone:
         return ""
-    from nbl_export.model.mixes import SwitchedModel
+    from nbl_export.model.switched import SwitchedModel
 
     found_on = found.held_back.value.final
     asked = ((found.maps, found.tap), (linear.maps, TAP))
-    losses = [SwitchedModel(found.model.value, maps, tap).price(found_on, tuple(maps)) for maps, tap in asked]
+    losses = [SwitchedModel(found.model.value, maps, tap).quality_loss(found_on, tuple(maps)) for maps, tap in asked]
     (original, before), (_, after) = (loss.perplexities for loss in losses)
     return f"Perplexity on held-back text: original {original:.4g}, maps of the run {before:.4g}, now {after:.4g}."

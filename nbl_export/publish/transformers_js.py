@@ -21,12 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import CorruptError, MissingPackageError, NblError
-from nbl_export.files import (
-    friendly_os_errors,
-    move_into_place,
-    refuse_occupied,
-    write_json,
-)
+from nbl_export.files import friendly_os_errors, move_into_place, refuse_occupied, write_json
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE, MANIFEST
 from nbl_export.trust.contained import check_folder
 

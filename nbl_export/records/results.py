@@ -13,20 +13,20 @@ import numpy as np
 
 from nbl_export.records.from_json import require
 
-__all__ = ["COMPARED", "FAILED", "VERIFIED", "RungResult", "Scenario", "Timing", "status_of"]
+__all__ = ["COMPARED", "FAILED", "VERIFIED", "CheckResult", "Scenario", "Timing", "status_of"]
 
 VERIFIED, COMPARED, FAILED = "verified", "compared", "failed"
 _UNQUANTISED = ("fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True)
-class RungResult:
-    """One rung of the verification ladder: the measured value and its tolerance.
+class CheckResult:
+    """One check of the verification ladder: the measured value and its tolerance.
 
     value None means not finite. tolerance None means that the value is reported but not gated.
     """
 
-    rung: str
+    check: str
     subject: str
     metric: str
     value: float | None
@@ -40,15 +40,15 @@ class RungResult:
             object.__setattr__(self, "value", None)  # JSON has no NaN
 
 
-def status_of(precision: str, rungs: Sequence[Mapping[str, Any]]) -> str:
+def status_of(precision: str, checks: Sequence[Mapping[str, Any]]) -> str:
     """How far a verification goes: `VERIFIED`, `COMPARED` or `FAILED`.
 
     A quantised graph is verified only if its float32 twin agrees with the reference in every logit. Otherwise the noise
     of its codes can hide a wrong wire: the graph is compared, by the rms of its logits and by greedy text.
     """
-    if not all(rung["passed"] for rung in rungs):
+    if not all(check["passed"] for check in checks):
         return FAILED
-    exact = any(rung["rung"] == "c" and rung["metric"].startswith("max abs") for rung in rungs)
+    exact = any(check["check"] == "nbl" and check["metric"].startswith("max abs") for check in checks)
     return VERIFIED if exact or precision in _UNQUANTISED else COMPARED
 
 

@@ -11,25 +11,20 @@ from nbl_export.measure.paired import spoken_test
 from nbl_export.quality import spoken_interval
 from nbl_export.records.plan import spoken_layers
 from nbl_export.report import quality, speed
-from nbl_export.report.table import (
-    Column,
-    Shown,
-    Table,
-    facts,
-)
+from nbl_export.report.table import Column, Shown, Table, facts
 
 __all__ = [
     "METHOD_NAMES",
+    "checks_table",
     "describe_table",
     "doctor_table",
     "engines_table",
     "eval_table",
     "graph_table",
     "ladder_table",
-    "lossless_table",
     "profile_table",
-    "rungs_table",
     "scores_table",
+    "speculative_table",
     "speed_table",
     "sweep_table",
 ]
@@ -38,7 +33,7 @@ METHOD_NAMES = {"nbl": "NBL", "drop": "dropped", "distilled": "distilled"}  # of
 _LOGITS = {"last": "of the last token", "all": "of all tokens", None: "no output of that name"}
 _RARE = 0.001  # share of time below which operators share one line of the table
 _PHASES = ("prefill", "decode")
-lossless_table = speed.lossless_table
+speculative_table = speed.speculative_table
 
 
 # -- a run directory, a graph, engines ------------------------------------------------------------------------------
@@ -163,38 +158,42 @@ def _point(point: Mapping[str, Any], advice: Mapping[str, Any] | None) -> tuple[
     name = METHOD_NAMES[point["method"]] + (f" for {together}" if together != point["layers"] else "")
     chosen = advice is not None and (point["method"], point["layers"]) == (advice["method"], advice["layers"])
     speeds = (f"x{point[name]:.2f}" for name in ("prefill", "prefill_tail_pruned", "decode"))
-    losses = (cell for price in point["prices"] for cell in _loss(price))
+    losses = (cell for quality_loss in point["quality_losses"] for cell in _loss(quality_loss))
     return name, str(point["layers"]), *speeds, *losses, "recommended" if chosen else ""
 
 
-def _loss(price: Mapping[str, Any]) -> tuple[str, str]:
-    if price["perplexity"] is None or price["increase"] is None:
+def _loss(quality_loss: Mapping[str, Any]) -> tuple[str, str]:
+    if quality_loss["perplexity"] is None or quality_loss["increase"] is None:
         return "not finite", "–"
-    rise = spoken_interval(price["increase"], price["increase_interval"], percent=True, sign=True)
-    return f"{price['perplexity']:.3g}, {rise}", spoken_interval(price["kl"], price["kl_interval"])
+    rise = spoken_interval(quality_loss["increase"], quality_loss["increase_interval"], percent=True, sign=True)
+    return f"{quality_loss['perplexity']:.3g}, {rise}", spoken_interval(quality_loss["kl"], quality_loss["kl_interval"])
 
 
 # -- verification and measurements ----------------------------------------------------------------------------------
 
 
-def rungs_table(result: dict[str, Any]) -> Shown:
+def checks_table(result: dict[str, Any]) -> Shown:
     """The verification ladder and the quality loss."""
     title = "Quality loss (not gated; in brackets 95% intervals over windows)"
-    return ladder_table(result["rungs"], "Verification"), *result["proof"], quality.losses(result["price"], title)
+    return (
+        ladder_table(result["checks"], "Verification"),
+        *result["proof"],
+        quality.losses(result["quality_loss"], title),
+    )
 
 
-def ladder_table(rungs: Iterable[Mapping[str, Any]], title: str) -> Table:
-    """What each rung has seen, and what was allowed."""
-    columns = ("rung", "subject", "metric", "seen", Column("allowed", "number"), "")
-    return Table.of(columns, map(_rung, rungs), title)
+def ladder_table(checks: Iterable[Mapping[str, Any]], title: str) -> Table:
+    """What each check has seen, and what was allowed."""
+    columns = ("check", "subject", "metric", "seen", Column("allowed", "number"), "")
+    return Table.of(columns, map(_check, checks), title)
 
 
-def _rung(rung: Mapping[str, Any]) -> tuple[str, ...]:
-    differs = isinstance(rung["tolerance"], float) and "difference" in rung["metric"]
-    is_number = differs or "margin" in rung["metric"]
-    seen = "not finite" if rung["value"] is None else f"{rung['value']:.3g}" if is_number else rung["detail"]
-    allowed = f"{rung['tolerance']:.3g}" if is_number else ""
-    return rung["rung"], rung["subject"], rung["metric"], seen, allowed, "ok" if rung["passed"] else "FAILED"
+def _check(check: Mapping[str, Any]) -> tuple[str, ...]:
+    differs = isinstance(check["tolerance"], float) and "difference" in check["metric"]
+    is_number = differs or "margin" in check["metric"]
+    seen = "not finite" if check["value"] is None else f"{check['value']:.3g}" if is_number else check["detail"]
+    allowed = f"{check['tolerance']:.3g}" if is_number else ""
+    return check["check"], check["subject"], check["metric"], seen, allowed, "ok" if check["passed"] else "FAILED"
 
 
 def speed_table(result: dict[str, Any]) -> Shown:

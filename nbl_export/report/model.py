@@ -7,7 +7,7 @@ from typing import Any
 
 from nbl_export.measure.instruments import spoken_background
 from nbl_export.measure.paired import spoken_ratio
-from nbl_export.quality import spoken_price
+from nbl_export.quality import spoken_loss
 from nbl_export.records.plan import spoken_layers
 from nbl_export.records.results import COMPARED, FAILED, VERIFIED
 from nbl_export.report import words
@@ -30,12 +30,7 @@ from nbl_export.report.document import (
     Strip,
 )
 from nbl_export.report.speed import is_swept
-from nbl_export.report.table import (
-    Cell,
-    Column,
-    Table,
-    Tone,
-)
+from nbl_export.report.table import Cell, Column, Table, Tone
 
 __all__ = ["acceptance", "head", "layers", "origin", "title", "verification"]
 
@@ -79,7 +74,7 @@ def _meta(report: Mapping[str, Any]) -> Paragraph:
 
 def _badge(report: Mapping[str, Any]) -> Badge:
     worst = report["largest_logit_difference"]
-    detail = "no rung compared logits"
+    detail = "no check compared logits"
     if worst:
         allowed = "not gated" if worst["tolerance"] is None else f"tolerance {worst['tolerance']:g}"
         seen = words.number(worst["value"], "not finite")
@@ -95,15 +90,15 @@ def _failures(report: Mapping[str, Any]) -> tuple[Block, ...]:
     if report["status"] != FAILED:
         return ()
     said = "Do not deploy this model. Speed and quality loss below belong to a graph that did not pass its checks."
-    reasons = tuple(_failure(rung) for rung in report["rungs"] if not rung["passed"])
-    return (Alarm(said, reasons or ("The run is marked as failed, but no rung is.",)),)
+    reasons = tuple(_failure(check) for check in report["checks"] if not check["passed"])
+    return (Alarm(said, reasons or ("The run is marked as failed, but no check is.",)),)
 
 
-def _failure(rung: Mapping[str, Any]) -> str:
-    allowed = "none" if rung["tolerance"] is None else f"{rung['tolerance']:g}"
-    seen = words.number(rung["value"], "not finite")
-    return f"Rung {rung['rung']}, {rung['subject']}, {rung['metric']}: {seen}, tolerance {allowed}. " + (
-        rung.get("detail") or ""
+def _failure(check: Mapping[str, Any]) -> str:
+    allowed = "none" if check["tolerance"] is None else f"{check['tolerance']:g}"
+    seen = words.number(check["value"], "not finite")
+    return f"Check {check['check']}, {check['subject']}, {check['metric']}: {seen}, tolerance {allowed}. " + (
+        check.get("detail") or ""
     )
 
 
@@ -180,14 +175,14 @@ def _cache(report: Mapping[str, Any]) -> Card:
 
 def _loss(report: Mapping[str, Any]) -> Card:
     """The text that suffers most: a smaller figure of another text misleads."""
-    rows = report["price"]
+    rows = report["quality_loss"]
     if not rows:
         return Card("Quality loss", "not measured", tone="words")
     worst = next((r for r in rows if r["increase"] is None), None) or max(rows, key=lambda r: r["increase"])
     ends = [words.number(worst[name], "not finite") for name in ("perplexity_original", "perplexity_nbl")]
     lines: list[str] = []
     for row in rows:
-        said = spoken_price(row)
+        said = spoken_loss(row)
         lines.append(f"{said['increase']} on {row['text']}, KL {said['kl']}, top-1 agreement {said['top1']}")
     lines.append("above: the largest increase; in brackets: 95% intervals; reported, not gated")
     return Card("Quality loss: perplexity", " → ".join(ends), tuple(lines))
@@ -220,8 +215,8 @@ def layers(report: Mapping[str, Any]) -> Section:
 
 # -- verification ----------------------------------------------------------------------------------------------
 
-_RUNG = (
-    "Rung",
+_CHECK = (
+    "Check",
     "Subject",
     Column("Metric", "wrap"),
     *Column.numbers("Value", "Tolerance"),
@@ -231,19 +226,19 @@ _RUNG = (
 
 
 def verification(report: Mapping[str, Any]) -> Section:
-    """Every rung with its verdict."""
+    """Every check with its verdict."""
     proof = (Items(tuple(report["proof"])),) if report["proof"] else ()
-    note = f"Each rung compares one figure with a tolerance that was fixed beforehand for {report['precision']}."
-    return Section("Verification", (*proof, Paragraph(note), Table.of(_RUNG, map(_rung, report["rungs"]))))
+    note = f"Each check compares one figure with a tolerance that was fixed beforehand for {report['precision']}."
+    return Section("Verification", (*proof, Paragraph(note), Table.of(_CHECK, map(_check, report["checks"]))))
 
 
-def _rung(rung: Mapping[str, Any]) -> tuple[Cell | str, ...]:
-    tolerance = rung["tolerance"]
-    verdict = "failed" if not rung["passed"] else "not gated" if tolerance is None else "passed"
+def _check(check: Mapping[str, Any]) -> tuple[Cell | str, ...]:
+    tolerance = check["tolerance"]
+    verdict = "failed" if not check["passed"] else "not gated" if tolerance is None else "passed"
     allowed = "–" if tolerance is None else f"{tolerance:g}"
     said = Cell.verdict(verdict, good="passed", bad="failed")
-    seen = words.number(rung["value"], "not finite")
-    return rung["rung"], rung["subject"], rung["metric"], seen, allowed, said, rung.get("detail") or ""
+    seen = words.number(check["value"], "not finite")
+    return check["check"], check["subject"], check["metric"], seen, allowed, said, check.get("detail") or ""
 
 
 _STATUS: Mapping[str, tuple[str, Tone]] = {
@@ -257,20 +252,20 @@ _STATUS: Mapping[str, tuple[str, Tone]] = {
 def acceptance(found: Mapping[str, Any]) -> Document:
     """What acceptance.md says, of the value of acceptance.json."""
     verdict, tone = _STATUS[found["status"]]
-    passed = sum(rung["passed"] for rung in found["rungs"])
-    said = "{subject}, rung {rung}: {metric}: {detail}"
-    failed = [said.format(**rung) for rung in found["rungs"] if not rung["passed"]]
+    passed = sum(check["passed"] for check in found["checks"])
+    said = "{subject}, check {check}: {metric}: {detail}"
+    failed = [said.format(**check) for check in found["checks"] if not check["passed"]]
     failed += [found["cannot_run"]] if found["cannot_run"] else []
     warning = "Do not use this engine on this machine before the first of these is settled."
     head: tuple[Block, ...] = (
         Paragraph(f"{found['engine']}, {found['precision']} · {found['machine']['os']}", "meta"),
-        Badge(verdict, f"{passed} of {len(found['rungs'])} checks passed", tone),
+        Badge(verdict, f"{passed} of {len(found['checks'])} checks passed", tone),
         *([Alarm(warning, tuple(failed))] if failed else []),
     )
     told = (("Messages of the libraries", found["messages"]),
             ("Versions", [f"{name} {version}" for name, version in found["versions"].items()]))  # fmt: skip
     lists = (Section(title, (Items(tuple(texts)),)) for title, texts in told if texts)
-    checks = verification({"proof": [], "precision": found["precision"], "rungs": found["rungs"]})
+    checks = verification({"proof": [], "precision": found["precision"], "checks": found["checks"]})
     return Document(f"Acceptance of {found['model']}", head, (checks, *lists))
 
 

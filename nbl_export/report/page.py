@@ -16,12 +16,7 @@ from typing import Any
 from nbl_export.files import write_json
 from nbl_export.measure.paired import figures
 from nbl_export.records.results import FAILED, status_of
-from nbl_export.report import (
-    model,
-    plots,
-    quality,
-    speed,
-)
+from nbl_export.report import model, plots, quality, speed
 from nbl_export.report.document import Document, html, markdown
 from nbl_export.run_directory import REPORT_HTML, REPORT_JSON, REPORT_MD
 
@@ -75,7 +70,7 @@ def summarize(
 ) -> dict[str, Any]:
     """The value of report.json, a function of its inputs; figures that are not finite become None."""
     manifest, verify, measured = _finite(manifest), _finite(verify), bench or {}
-    rungs, variants = verify["rungs"], measured.get("variants", {})
+    checks, variants = verify["checks"], measured.get("variants", {})
     return {
         "schema": 1,
         "status": _status(manifest, verify),
@@ -84,15 +79,15 @@ def summarize(
         "stage_seconds": {name: stage["seconds"] for name, stage in manifest.get("stages", {}).items()},
         "precision": verify["precision"],
         "codes": codes_of(manifest),
-        "rungs": rungs,
+        "checks": checks,
         "proof": verify.get("proof", []),
-        "largest_logit_difference": _largest_logit_difference(rungs),
-        "price": verify.get("price", []),
+        "largest_logit_difference": _largest_logit_difference(checks),
+        "quality_loss": verify.get("quality_loss", []),
         "texts": verify.get("texts", []),
         "fit": manifest.get("fit", {}).get("kind"),
         "without_original": manifest.get("fit", {}).get("kind") == "given",
         "quality": {k: quality[k] for k in ("lm_eval", "table", "agreement")} if quality else None,
-        "price_warning": verify.get("price_warning"),
+        "quality_warning": verify.get("quality_warning"),
         "cache_bytes_per_token": verify["cache_bytes_per_token"],
         "engines": manifest.get("engines"),
         **figures(measured),
@@ -106,12 +101,12 @@ def summarize(
 def _status(manifest: Mapping[str, Any], verify: Mapping[str, Any]) -> str:
     if not verify["passed"] or manifest["status"] == FAILED:
         return FAILED
-    return status_of(verify["precision"], verify["rungs"])
+    return status_of(verify["precision"], verify["checks"])
 
 
-def _largest_logit_difference(rungs: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The comparison with the reference (rungs b and c) that is largest; one that is not finite is larger than any."""
-    logits = [r for r in rungs if r["rung"] in ("b", "c") and "logit" in r["metric"].lower()]
+def _largest_logit_difference(checks: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The largest comparison with the reference (checks original and nbl); not finite is larger than any number."""
+    logits = [r for r in checks if r["check"] in ("original", "nbl") and "logit" in r["metric"].lower()]
     return max(logits, key=lambda r: math.inf if r["value"] is None else r["value"]) if logits else None
 
 

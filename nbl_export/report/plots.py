@@ -187,8 +187,8 @@ def tradeoff(points: Sequence[dict[str, Any]], recommended: dict[str, Any] | Non
 
 def _worst_interval(point: dict[str, Any]) -> list[list[float]]:
     """[[low, high]] of the increase on the text that suffers most; empty where the point has none."""
-    prices = [p for p in point.get("prices", ()) if p["increase"] == point["worst_increase"]]
-    return [p["increase_interval"] for p in prices[:1] if p.get("increase_interval")]
+    quality_losses = [p for p in point.get("quality_losses", ()) if p["increase"] == point["worst_increase"]]
+    return [p["increase_interval"] for p in quality_losses[:1] if p.get("increase_interval")]
 
 
 def _short(value: float) -> str:

@@ -11,7 +11,7 @@ from nbl_export.measure.paired import spoken_ratio
 from nbl_export.options.goals import default_select
 from nbl_export.options.options import JobOptions, describe_command
 from nbl_export.options.settle import over
-from nbl_export.quality import spoken_interval, spoken_price
+from nbl_export.quality import spoken_interval, spoken_loss
 from nbl_export.records.results import COMPARED, VERIFIED
 from nbl_export.report import words
 from nbl_export.report.document import Block, Code, Details, Figure, Figures, Heading, Paragraph, Section
@@ -29,7 +29,7 @@ _MEANS = {
 
 def quality(report: Mapping[str, Any]) -> Section:
     """What the replacement costs, or why that is not known."""
-    loss = _losses(report) if report["price"] else (Paragraph(_missing(report)),)
+    loss = _losses(report) if report["quality_loss"] else (Paragraph(_missing(report)),)
     return Section("Quality loss", (*loss, *_benchmarks(report["quality"])))
 
 
@@ -44,16 +44,16 @@ def _missing(report: Mapping[str, Any]) -> str:
 
 
 def _losses(report: Mapping[str, Any]) -> Iterator[Block]:
-    first = report["price"][0]
+    first = report["quality_loss"][0]
     yield Paragraph(
         "Measured on held-out text: no map was fitted on this text and no layer was chosen by it. "
         f"Brackets hold a 95% interval over windows of {first['tokens'] // first['windows']} tokens. "
         "Both decoders read the same windows. These figures are reported, not gated. "
         f"{_MEANS.get(report['status'], '')}"
     )
-    if report["price_warning"]:
-        yield Paragraph(f"Note: {report['price_warning']}.")
-    yield losses(report["price"])
+    if report["quality_warning"]:
+        yield Paragraph(f"Note: {report['quality_warning']}.")
+    yield losses(report["quality_loss"])
     yield from _uses(report)
 
 
@@ -64,7 +64,7 @@ def losses(found: Iterable[Mapping[str, Any]], title: str = "") -> Table:
 
 
 def _loss(loss: Mapping[str, Any]) -> tuple[str, ...]:
-    said = spoken_price(loss)
+    said = spoken_loss(loss)
     ends = (words.number(loss[name], "not finite") for name in ("perplexity_original", "perplexity_nbl"))
     tokens = f"{loss['tokens']:,} ({loss['windows']})"
     return loss["text"], tokens, *ends, said["increase"], said["kl"], said["top1"]
@@ -97,11 +97,7 @@ def _benchmarks(quality: Mapping[str, Any] | None) -> Iterator[Block]:
         "“torch”. ± is one standard error. The difference is NBL − original on the same items, with the error of the "
         "paired difference."
     )
-    columns = (
-        "Task",
-        "Metric",
-        *Column.numbers("Items", "Original", "NBL", "Difference"),
-    )
+    columns = ("Task", "Metric", *Column.numbers("Items", "Original", "NBL", "Difference"))
     yield Table.of(columns, [row for found in quality["table"] for row in _scores(found)])
 
 
@@ -167,7 +163,7 @@ def _points(point: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     trained = point.get("distilled_for", point["layers"])
     maps = point["method"] + (f" for {trained}" if trained != point["layers"] else "")
     speeds = [spoken_ratio(point[name]) for name in ("prefill", "prefill_tail_pruned", "decode")]
-    for loss in point["prices"]:
+    for loss in point["quality_losses"]:
         rise = spoken_interval(loss["increase"], loss["increase_interval"], percent=True, sign=True)
         perplexity = words.number(loss["perplexity"], "not finite")
         kl = spoken_interval(loss["kl"], loss["kl_interval"])

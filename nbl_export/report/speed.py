@@ -9,27 +9,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nbl_export.measure.instruments import spoken_background
-from nbl_export.measure.lossless import decoding, equal_answers
-from nbl_export.measure.paired import (
-    FEWEST_LOADS,
-    LEVEL_UNTIL_NARROW,
-    exact_level,
-    spoken_level,
-    spoken_ratio,
-)
+from nbl_export.measure.paired import FEWEST_LOADS, LEVEL_UNTIL_NARROW, exact_level, spoken_level, spoken_ratio
+from nbl_export.measure.speculative import decoding, equal_answers
 from nbl_export.report import words
-from nbl_export.report.document import (
-    Block,
-    Details,
-    Figure,
-    Figures,
-    Heading,
-    Paragraph,
-    Section,
-)
+from nbl_export.report.document import Block, Details, Figure, Figures, Heading, Paragraph, Section
 from nbl_export.report.table import Cell, Column, Table
 
-__all__ = ["engines", "is_swept", "lossless", "lossless_table", "ratios", "speed"]
+__all__ = ["engines", "is_swept", "lossless", "ratios", "speculative_table", "speed"]
 
 _VARIANTS = {"original": "original", "nbl": "NBL"}
 _FIGURES = Figures((
@@ -147,12 +133,7 @@ def _limits(report: Mapping[str, Any]) -> Iterator[Block]:
     if not limits:
         return
     yield Heading("Share of what the machine allows")
-    columns = (
-        "Test",
-        "Variant",
-        "Bound by",
-        *Column.numbers("Tokens/s", "At most", "Share", "Model's error"),
-    )
+    columns = ("Test", "Variant", "Bound by", *Column.numbers("Tokens/s", "At most", "Share", "Model's error"))
     yield Table.of(columns, [
         (*_of(report, r), r["bound"], words.number(r["tokens_per_second"]), words.number(r["limit_tokens_per_second"]),
          words.percent(r["percent"] / 100), f"{100 * r['error']:+.0f}%".replace("-", "−"))
@@ -270,10 +251,10 @@ def lossless(report: Mapping[str, Any]) -> tuple[Section, ...]:
         [(row["proposer"], spoken_ratio(row["ratio"])) for row in found["trial"]],
     )
     title = decoding(report["precision"]).capitalize()
-    return (Section(title, (note, lossless_table(found), Details("The trial of all proposers", (trial,)))),)
+    return (Section(title, (note, speculative_table(found), Details("The trial of all proposers", (trial,)))),)
 
 
-def lossless_table(found: Mapping[str, Any]) -> Table:
+def speculative_table(found: Mapping[str, Any]) -> Table:
     """The figures of lossless.json, by proposer and kind of prompt."""
     numbers = ("Accepted", "Tokens per step", "Prefill", "Decode", "Whole answer", "Interval", "Equal answers")
     columns = (

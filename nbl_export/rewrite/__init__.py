@@ -17,13 +17,7 @@ import onnx_ir as ir
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import cache_layers, graph_caches
 from nbl_export.graph.emitter import run_passes
-from nbl_export.graph.names import (
-    ALL_LOGITS_FILE,
-    GENAI_CONFIG,
-    STATIC_GRAPH_FILE,
-    all_logits_file,
-    graph_file,
-)
+from nbl_export.graph.names import ALL_LOGITS_FILE, GENAI_CONFIG, STATIC_GRAPH_FILE, all_logits_file, graph_file
 from nbl_export.mixers.base import Mixer
 from nbl_export.records.decoder import GraphContract, TensorInfo
 from nbl_export.records.plan import Plan, spoken_layers
@@ -55,12 +49,7 @@ def passes_for(
     )
 
 
-def rewrite_model(
-    model: ir.Model,
-    plan: Plan,
-    maps: Mapping[int, Mixer],
-    rows_VD: np.ndarray | None = None,
-) -> None:
+def rewrite_model(model: ir.Model, plan: Plan, maps: Mapping[int, Mixer], rows_VD: np.ndarray | None = None) -> None:
     """Rewrite a model in place; the empty plan changes nothing.
 
     Args:

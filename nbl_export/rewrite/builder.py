@@ -19,12 +19,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.emitter import add_initializer, register
-from nbl_export.graph.names import (
-    constant_name,
-    node_name,
-    product_name,
-    state_names,
-)
+from nbl_export.graph.names import constant_name, node_name, product_name, state_names
 from nbl_export.mixers.base import StateSpec
 from nbl_export.rewrite.tail import LastValid
 

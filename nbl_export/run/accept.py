@@ -24,14 +24,14 @@ from nbl_export.errors import AcceptanceError, NblError
 from nbl_export.files import replacing, versions, write_json
 from nbl_export.measure.benchmark import machine
 from nbl_export.parallel.child import Child, Write
-from nbl_export.records.results import RungResult
+from nbl_export.records.results import CheckResult
 from nbl_export.report import document, model
 from nbl_export.run.deployed import locate
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import ACCEPTANCE_FILE, ACCEPTANCE_JSON, ACCEPTANCE_MD, PACKAGES, RunDirectory
 from nbl_export.targets import load_engine
 from nbl_export.targets.base import Target
-from nbl_export.targets.runners import Room
+from nbl_export.targets.runners import SequenceLimits
 from nbl_export.verify.on_target import Doing, Expected, checks, load
 
 __all__ = ["CANNOT_RUN", "FINISHED", "MESSAGE", "RESULT", "Event", "Find", "accept", "examine", "examined",
@@ -107,14 +107,14 @@ def _blank(run: RunDirectory, engine: str) -> dict[str, Any]:
         "machine": machine(),
         "versions": {"nbl-export": __version__, **versions(_PACKAGES)},
         "cannot_run": "",
-        "rungs": [],
+        "checks": [],
         "messages": [],
     }
 
 
 def _add(found: dict[str, Any], kind: str, value: list[Any]) -> None:
     if kind == RESULT:
-        found["rungs"] += value
+        found["checks"] += value
     elif kind == MESSAGE:
         found["messages"] += value
     elif kind == CANNOT_RUN:
@@ -124,7 +124,7 @@ def _add(found: dict[str, Any], kind: str, value: list[Any]) -> None:
 def _status(found: dict[str, Any]) -> str:
     if found["cannot_run"]:
         return "cannot run"
-    return "passed" if all(rung["passed"] for rung in found["rungs"]) else "failed"
+    return "passed" if all(check["passed"] for check in found["checks"]) else "failed"
 
 
 def _write(found: dict[str, Any], directory: Path) -> None:
@@ -141,10 +141,10 @@ def refuse_failed(found: dict[str, Any], directory: Path) -> None:
     """
     if found["cannot_run"]:
         raise NblError(f"{directory} cannot be accepted here: {found['cannot_run']}")
-    for rung in found["rungs"]:
-        if not rung["passed"]:
+    for check in found["checks"]:
+        if not check["passed"]:
             raise AcceptanceError(
-                f"rung {rung['rung']} of {rung['subject']} failed: {rung['metric']}: {rung['detail']}. See "
+                f"check {check['check']} of {check['subject']} failed: {check['metric']}: {check['detail']}. See "
                 f"{directory / ACCEPTANCE_MD}"
             )
 
@@ -165,19 +165,19 @@ def examined(
     Yields:
         [RESULT, the fields of a RungResult], [MESSAGE, text of a library], [CANNOT_RUN, reason], at last [FINISHED].
     """
-    rung, doing = "a", "starting"
+    check, doing = "a", "starting"
     with Child(examine, find, subject, directory, values) as child:
         while True:
             try:
                 event = child.answer(seconds)
             except TimeoutError:
-                yield _broken(rung, subject, f"no answer within {seconds:.0f} s: it hung while {doing}")
+                yield _broken(check, subject, f"no answer within {seconds:.0f} s: it hung while {doing}")
                 event = [FINISHED]
             if event is None:
-                yield _broken(rung, subject, f"the process {child.ending()} while {doing}")
+                yield _broken(check, subject, f"the process {child.ending()} while {doing}")
                 event = [FINISHED]
             if event[0] == DOING:
-                _, rung, doing = event
+                _, check, doing = event
             else:
                 yield event
             if event[0] == FINISHED:
@@ -188,9 +188,9 @@ def examine(write: Write, find: Find, subject: str, directory: Path, values: Pat
     """Check one decoder in this process, and send the events that `examined` yields. No error gets out."""
     now = ["a", "starting"]
 
-    def doing(rung: str, what: str) -> None:
-        now[:] = rung, what
-        write([DOING, rung, what])
+    def doing(check: str, what: str) -> None:
+        now[:] = check, what
+        write([DOING, check, what])
 
     logging.getLogger().addHandler(_Sender(write))
     try:
@@ -209,13 +209,15 @@ def _examine(write: Write, find: Find, subject: str, directory: Path, expected: 
     if not found.available:
         return write([CANNOT_RUN, found.reason])
     doing("a", f"opening the decoder {subject}")
-    room = Room(max(map(len, expected.rows)))
+    limits = SequenceLimits(max(map(len, expected.rows)))
     try:
-        runner: Any = engine.open_runner(directory, None, room)
+        runner: Any = engine.open_runner(directory, None, limits)
     except NblError as error:  # another version, another GPU, an engine of somebody else, too little memory
         return write([CANNOT_RUN, str(error)])
     with runner:
-        write(_event(RungResult("a", subject, "the engine fits library and GPU", 0.0, 0.5, True, found.reason)))
+        write(
+            _event(CheckResult("structure", subject, "the engine fits library and GPU", 0.0, 0.5, True, found.reason))
+        )
         for result in checks(runner, subject, expected, doing):
             write(_event(result))
         doing("a", f"closing the decoder {subject}")
@@ -233,9 +235,9 @@ class _Sender(logging.Handler):
         self._write([MESSAGE, " ".join(record.getMessage().split())[:_LONGEST]])
 
 
-def _event(result: RungResult) -> Event:
+def _event(result: CheckResult) -> Event:
     return [RESULT, dataclasses.asdict(result)]
 
 
-def _broken(rung: str, subject: str, said: str) -> Event:
-    return _event(RungResult(rung, subject, "the check comes to its end", 1.0, 0.5, False, said))
+def _broken(check: str, subject: str, said: str) -> Event:
+    return _event(CheckResult(check, subject, "the check comes to its end", 1.0, 0.5, False, said))

@@ -18,7 +18,7 @@ from nbl_export.options.options import JobOptions
 from nbl_export.run.deployed import Located, available_engine, is_model_directory, locate
 from nbl_export.run.progress import Ui
 from nbl_export.targets.base import DecoderFacts, Target
-from nbl_export.targets.runners import Room, TextRunner
+from nbl_export.targets.runners import SequenceLimits, TextRunner
 
 __all__ = ["compare", "is_stage"]
 
@@ -30,9 +30,9 @@ class _Decoder:
     located: Located
     facts: DecoderFacts
 
-    def open(self, directory: Path, threads: int | None, room: Room | None = None) -> TextRunner:
+    def open(self, directory: Path, threads: int | None, limits: SequenceLimits | None = None) -> TextRunner:
         """Load the decoder on its engine. A child process calls this too, so no engine object is stored here."""
-        return available_engine(self.located).open_runner(directory, threads, room)
+        return available_engine(self.located).open_runner(directory, threads, limits)
 
 
 def is_stage(directories: Sequence[Path], *asked: object) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from nbl_export.errors import NblError, UsageError
 from nbl_export.graph.names import MANIFEST
 from nbl_export.mixers.base import Mixer
-from nbl_export.options.options import GIVEN_FIT, JobOptions, describe_command
+from nbl_export.options.options import CHECKPOINT_FIT, JobOptions, describe_command
 from nbl_export.options.places import located
 from nbl_export.plan.maps_file import load_maps
 from nbl_export.records.inputs import Lazy
@@ -56,7 +56,7 @@ def open_for_text(directory: Path, name: str = "model", *, force: bool) -> Any:
     found = locate(directory, name, force=force)
     engine = available_engine(found)
     proposes = name == SUBJECTS["lossless"].directory
-    return engine.open_lossless(found.path) if proposes else engine.open_runner(found.path, None)
+    return engine.open_speculative(found.path) if proposes else engine.open_runner(found.path, None)
 
 
 _STAGES = {subject.directory: subject.stage for subject in SUBJECTS.values()}
@@ -149,7 +149,7 @@ class Finished:
     @property
     def original_is_gone(self) -> bool:
         """Whether the run was made of an NBL checkpoint, which lacks the attention that maps replace."""
-        return self.fit == GIVEN_FIT
+        return self.fit == CHECKPOINT_FIT
 
 
 def remake_command(options: JobOptions, replaced: Sequence[int]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nbl_export.errors import NblError
-from nbl_export.options.options import GIVEN_FIT, NO_ORIGINAL
+from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL
 from nbl_export.records.requests import EvalRequest, Prepared, Subject
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import RunDirectory
@@ -33,7 +33,7 @@ def _check_run(run: RunDirectory, request: EvalRequest) -> None:
     positions = int(run.manifest["decoder"]["max_positions"])
     if request.texts and request.context > positions:
         raise NblError(f"--ppl-context {request.context} is beyond the model's {positions} positions")
-    if run.manifest["options"].get("fit") == GIVEN_FIT and any(v.endswith("original") for v in request.variants):
+    if run.manifest["options"].get("fit") == CHECKPOINT_FIT and any(v.endswith("original") for v in request.variants):
         raise NblError(f"{run.path} has no original to evaluate: {NO_ORIGINAL}; use --variants nbl or torch-nbl")
     engine = run.manifest["options"]["engine"]
     if load_engine(engine).capabilities.static and not all(v.startswith("torch-") for v in request.variants):

@@ -18,7 +18,7 @@ from nbl_export.graph.given import graph_of
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.model.checkpoint import gguf_file
 from nbl_export.model.checkpoint.source import Source, gguf_of, resolve
-from nbl_export.options.options import GIVEN, GIVEN_FIT, JobOptions
+from nbl_export.options.options import CHECKPOINT_FIT, GIVEN_GRAPH, JobOptions
 from nbl_export.options.rules import ModelFacts
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
@@ -108,13 +108,13 @@ def facts_of_run(manifest: Mapping[str, Any]) -> ModelFacts:
     """The facts about a run's model, which need not be on this machine."""
     options = JobOptions.from_json(manifest["options"])
     place = str(manifest.get("places", {}).get("model") or options.model)
-    is_graph = options.decoder_source == GIVEN
+    is_graph = options.decoder_source == GIVEN_GRAPH
     return dataclasses.replace(
         _of_decoder(DecoderSpec(**manifest["decoder"]), is_graph=is_graph),
         is_gguf=place.endswith(".gguf"),
         graph=place if is_graph else "",
         graph_precision=options.precision if is_graph else "",
-        maps_tap=options.tap if options.fit == GIVEN_FIT else "",
+        maps_tap=options.tap if options.fit == CHECKPOINT_FIT else "",
     )
 
 
@@ -158,9 +158,9 @@ def check_machine(options: JobOptions, *, runs_engine: bool) -> None:
     """
     if options.compute_dtype == "bfloat16":
         from nbl_export.model import bfloat16
-        from nbl_export.parallel import peers
+        from nbl_export.parallel import ranks
 
-        bfloat16.chosen(options.compute_dtype, peers.current().device)
+        bfloat16.chosen(options.compute_dtype, ranks.current().device)
     if runs_engine:
         require_engine(options)
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from nbl_export.errors import NblError, ParityError
 from nbl_export.files import key_of
-from nbl_export.options.options import GIVEN_FIT, NO_ORIGINAL, JobOptions
+from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL, JobOptions
 from nbl_export.options.places import located
 from nbl_export.options.settle import settle
-from nbl_export.parallel import peers
+from nbl_export.parallel import ranks
 from nbl_export.records.requests import Prepared, SweepRequest
 from nbl_export.run import torchrun
 from nbl_export.run.facts import (
@@ -28,11 +28,7 @@ from nbl_export.run.progress import Ui
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import LeftOut, Place, Stage, readers
 from nbl_export.run.stages.table import STAGES
-from nbl_export.run_directory import (
-    VERIFY_FILE,
-    RunDirectory,
-    refuse_foreign,
-)
+from nbl_export.run_directory import VERIFY_FILE, RunDirectory, refuse_foreign
 from nbl_export.targets import ENGINES
 
 __all__ = ["run_calibration", "run_job", "run_stages", "run_sweep"]
@@ -53,7 +49,7 @@ def run_job(
         NblError: an error that the user can correct; raised before any computation if possible.
         ParityError: the graph does not compute what the torch model computes.
     """
-    with torchrun.led(peers.current()) as leads:
+    with torchrun.led(ranks.current()) as leads:
         if not leads:
             return None
         _work(asked, recorded, output, ui, force, "report")
@@ -65,7 +61,7 @@ def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, 
 
     Returns None on helper processes of torchrun.
     """
-    with torchrun.led(peers.current()) as leads:
+    with torchrun.led(ranks.current()) as leads:
         return _calibration(model, given, output, ui, force) if leads else None
 
 
@@ -89,7 +85,7 @@ def _work(asked: Mapping[str, Any], recorded: JobOptions | None, output: Path, u
     resolver = Resolver(settled, run, ui)
     resolver.source, resolver.read_spec = source, decoder
     resolver.check_inputs()  # before anything is written or, with force, removed
-    if until == "calibrate" and settled.fit == GIVEN_FIT:
+    if until == "calibrate" and settled.fit == CHECKPOINT_FIT:
         raise NblError(f"nothing to calibrate here: {NO_ORIGINAL}; give the original model")
     with RunDirectory.open_run(output, create=True, force=force) as resolver.run:
         resolver.identify()
@@ -211,12 +207,12 @@ def _refuse_failed(place: Place) -> None:
     if result["passed"]:
         return
     _report_failure(place, result)
-    failed = next(r for r in result["rungs"] if not r["passed"])
+    failed = next(r for r in result["checks"] if not r["passed"])
     seen = "not finite" if failed["value"] is None else f"{failed['value']:.3g} seen"
     raise ParityError(
-        f"verification failed in {place.run.path}: rung {failed['rung']} ({failed['subject']}, {failed['metric']}"
+        f"verification failed in {place.run.path}: check {failed['check']} ({failed['subject']}, {failed['metric']}"
         f"{', ' + failed['detail'] if failed['detail'] else ''}): {seen}, {failed['tolerance']:.3g} allowed; "
-        f"{_EXPORTERS_FAULT if failed['rung'] == 'b' else ''}"
+        f"{_EXPORTERS_FAULT if failed['check'] == 'original' else ''}"
         "the directory is kept for inspection (verify.json, report.html)"
     )
 

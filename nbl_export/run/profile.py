@@ -21,12 +21,7 @@ import numpy as np
 
 from nbl_export.errors import NblError, UsageError
 from nbl_export.options.options import JobOptions
-from nbl_export.run.deployed import (
-    Located,
-    available_engine,
-    is_model_directory,
-    locate,
-)
+from nbl_export.run.deployed import Located, available_engine, is_model_directory, locate
 from nbl_export.run.progress import Ui
 
 __all__ = ["Run", "check_request", "profile", "read_trace", "summarise"]

@@ -18,7 +18,7 @@ from nbl_export.errors import NblError
 from nbl_export.files import key_of
 from nbl_export.measure.cost import CostModel, cost_model
 from nbl_export.options.goals import saving_inputs
-from nbl_export.options.options import GGUF, GIVEN, JobOptions, describe_command
+from nbl_export.options.options import GGUF, GIVEN_GRAPH, JobOptions, describe_command
 from nbl_export.plan.inputs import Texts
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy, identity_of
@@ -31,14 +31,14 @@ from nbl_export.run_directory import CALIBRATION_FILE, RunDirectory
 from nbl_export.targets import load_engine
 from nbl_export.targets.base import Target
 from nbl_export.text.held_back import (
+    CALIBRATION_ROLES,
     DIVISION,
-    FAR_ROLES,
-    NEAR_ROLES,
+    SECOND_ROLES,
     Division,
     divide,
-    far_tokens,
     held_back_tokens,
     judging,
+    second_tokens,
     spread,
 )
 
@@ -146,9 +146,9 @@ class Resolver:
         return DecoderSpec(**self.run.manifest["decoder"])
 
     @property
-    def slots(self) -> int:
+    def cache_length(self) -> int:
         """Most tokens of a sequence: the model's positions, or the length of fixed caches."""
-        return self.options.slots(self.spec, compiled=self.engine.capabilities.static)
+        return self.options.cache_length(self.spec, compiled=self.engine.capabilities.static)
 
     @property
     def has_table(self) -> bool:
@@ -161,7 +161,7 @@ class Resolver:
     @property
     def is_graph(self) -> bool:
         """Whether the model is only a graph."""
-        return self.options.decoder_source == GIVEN
+        return self.options.decoder_source == GIVEN_GRAPH
 
     @property
     def fingerprint(self) -> str:
@@ -354,7 +354,7 @@ class Resolver:
     @lazy("windows")
     def held_back(self) -> Division:
         """The held-back windows by use."""
-        return divide(self.windows.value[1], NEAR_ROLES)
+        return divide(self.windows.value[1], CALIBRATION_ROLES)
 
     @lazy("windows", "distill_tokens")
     def training(self) -> Any:
@@ -375,8 +375,10 @@ class Resolver:
         if self.second_text.sha256 == self.text_sha256:
             return None
         context, size = self.options.context, self.spec.vocab_size
-        rows, _ = text_windows.pack(self.second_text, self._tokenizer(), far_tokens(context), context, vocab_size=size)
-        return divide(rows, FAR_ROLES) if len(rows) >= len(FAR_ROLES) else None
+        rows, _ = text_windows.pack(
+            self.second_text, self._tokenizer(), second_tokens(context), context, vocab_size=size
+        )
+        return divide(rows, SECOND_ROLES) if len(rows) >= len(SECOND_ROLES) else None
 
     def _both(self, near: Any, part: str) -> Texts:
         """Name and windows of the calibration text, and of a part of the second text if there is one."""

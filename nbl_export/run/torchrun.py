@@ -8,25 +8,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nbl_export.parallel.peers import Peers, collect_batches
+from nbl_export.parallel.ranks import Ranks, collect_batches
 
 __all__ = ["led"]
 
 
-def follow(peers: Peers) -> None:
+def follow(ranks: Ranks) -> None:
     """Work for process 0 until it has no more work.
 
     Raises:
         NblError: a process has failed.
     """
-    while (order := peers.share(None)) is not None:
+    while (order := ranks.share(None)) is not None:
         model, error = None, None
         try:
             model = _model(order["checkpoint"])
         except Exception as failed:
             error = str(failed)
-        peers.agree(error)
-        _WORK[order["work"]](peers, peers.place(model), order)
+        ranks.agree(error)
+        _WORK[order["work"]](ranks, ranks.place(model), order)
 
 
 @functools.cache
@@ -36,37 +36,37 @@ def _model(directory: str) -> Any:
     return load.load_model(Path(directory))
 
 
-def _calibrate(peers: Peers, model: Any, order: dict[str, Any]) -> None:
+def _calibrate(ranks: Ranks, model: Any, order: dict[str, Any]) -> None:
     from nbl_export.calibrate import hooks
     from nbl_export.mixers import kind_of
 
     with hooks.Collection(model, order["taps"], kind_of(order["kind"]), narrow=order["narrow"]) as found:
         found.refer(order["windows"])
-        peers.share_reference(found)
-        collect_batches(peers, found, hooks.batches(order["windows"]), order["done"], lambda: False, lambda _: None)
+        ranks.share_reference(found)
+        collect_batches(ranks, found, hooks.batches(order["windows"]), order["done"], lambda: False, lambda _: None)
 
 
-def _distill(peers: Peers, model: Any, order: dict[str, Any]) -> None:
-    from nbl_export.distill.settings import DistillSettings, Surroundings, TrainingText
+def _distill(ranks: Ranks, model: Any, order: dict[str, Any]) -> None:
+    from nbl_export.distill.settings import Callbacks, DistillSettings, TrainingText
     from nbl_export.distill.training import distill
     from nbl_export.mixers import kind_of
 
     maps = {layer: kind_of(kind).from_tensors(tensors) for layer, (kind, tensors) in order["maps"].items()}
     text, settings = TrainingText(order["windows"], order["held"]), DistillSettings(**order["settings"])
-    distill(model, maps, order["tap"], text, settings, Surroundings(peers=peers))
+    distill(model, maps, order["tap"], text, settings, Callbacks(ranks=ranks))
 
 
-_WORK: dict[str, Callable[[Peers, Any, dict[str, Any]], None]] = {"calibrate": _calibrate, "distill": _distill}
+_WORK: dict[str, Callable[[Ranks, Any, dict[str, Any]], None]] = {"calibrate": _calibrate, "distill": _distill}
 
 
 @contextlib.contextmanager
-def led(peers: Peers) -> Iterator[bool]:
+def led(ranks: Ranks) -> Iterator[bool]:
     """Yield True on the leading process. On other processes, follow its orders first, then yield False."""
-    if peers.rank:
-        follow(peers)
+    if ranks.rank:
+        follow(ranks)
         yield False
         return
     try:
         yield True
     finally:
-        peers.close()
+        ranks.close()

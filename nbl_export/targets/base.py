@@ -15,7 +15,7 @@ from nbl_export.errors import NblError
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.plan import Plan
 from nbl_export.records.proposers import Proposer
-from nbl_export.targets.runners import Draft, GraphDecoder, ProfiledRunner, ProposingRunner, Room, TextRunner
+from nbl_export.targets.runners import Draft, GraphDecoder, ProfiledRunner, ProposingRunner, SequenceLimits, TextRunner
 
 __all__ = [
     "Availability",
@@ -188,13 +188,13 @@ class Target:
         Raises:
             RefusalError: the tail of this graph cannot be pruned.
         """
-        from nbl_export.rewrite.lossless import write_target
+        from nbl_export.rewrite.speculative import write_target
 
         write_target(original, out)
 
     def add_draft(self, source: Path, out: Path, draft: str) -> dict[str, Any]:
         """Copy a decoder into `out` as a draft; returns the settings that `settle` takes."""
-        from nbl_export.rewrite.lossless import add_draft
+        from nbl_export.rewrite.speculative import add_draft
 
         return add_draft(source, out, draft)
 
@@ -204,7 +204,7 @@ class Target:
         Args:
             drafts: name of each draft in `out` -> what `add_draft` returned.
         """
-        from nbl_export.rewrite.lossless import settle
+        from nbl_export.rewrite.speculative import settle
 
         settle(out, proposer, drafts)
 
@@ -224,7 +224,7 @@ class Target:
 
     # -- running -----------------------------------------------------------------------------------------------
 
-    def open_runner(self, path: Path, threads: int | None = None, room: Room | None = None) -> TextRunner:
+    def open_runner(self, path: Path, threads: int | None = None, limits: SequenceLimits | None = None) -> TextRunner:
         """A runner on the deployed decoder.
 
         Args:
@@ -252,7 +252,9 @@ class Target:
         """A runner on the deployed decoder or on its float32 twin, on a CPU, for verification."""
         return self.open_runner(directory, threads)
 
-    def open_lossless(self, directory: Path, threads: int | None = None, draft: Draft | None = None) -> ProposingRunner:
+    def open_speculative(
+        self, directory: Path, threads: int | None = None, draft: Draft | None = None
+    ) -> ProposingRunner:
         """A runner with proposed tokens, for targets with `proposers`.
 
         Args:

@@ -10,28 +10,28 @@ import numpy as np
 
 from nbl_export.records.decoder import GraphContract
 
-__all__ = ["Draft", "Generation", "GraphDecoder", "ProfiledRunner", "ProposingRunner", "RewindingDecoder", "Room",
-           "TextRunner"]  # fmt: skip
+__all__ = ["Draft", "Generation", "GraphDecoder", "ProfiledRunner", "ProposingRunner", "RewindingDecoder",
+           "SequenceLimits", "TextRunner"]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Room:
+class SequenceLimits:
     """The largest sequence, in tokens, and the largest batch that a runner is asked for."""
 
     tokens: int
     batch: int = 1
 
-    def holds(self, other: Room) -> bool:
+    def holds(self, other: SequenceLimits) -> bool:
         """Whether the other fits."""
         return other.tokens <= self.tokens and other.batch <= self.batch
 
-    def within(self, tokens: int) -> Room:
+    def within(self, tokens: int) -> SequenceLimits:
         """The same room with at most so many tokens."""
-        return Room(min(self.tokens, tokens), self.batch)
+        return SequenceLimits(min(self.tokens, tokens), self.batch)
 
-    def joined(self, other: Room) -> Room:
+    def joined(self, other: SequenceLimits) -> SequenceLimits:
         """The smallest room that holds both."""
-        return Room(max(self.tokens, other.tokens), max(self.batch, other.batch))
+        return SequenceLimits(max(self.tokens, other.tokens), max(self.batch, other.batch))
 
 
 class TextRunner(Protocol):
@@ -78,7 +78,7 @@ class GraphDecoder(Protocol):
         """Inputs and outputs of the graph."""
 
     @property
-    def slots(self) -> int:
+    def cache_length(self) -> int:
         """Tokens that the caches have room for."""
 
     @property

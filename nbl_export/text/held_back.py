@@ -20,21 +20,21 @@ from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
+    "CALIBRATION_ROLES",
     "DIVISION",
-    "FAR_ROLES",
     "FEWEST_WINDOWS",
-    "NEAR_ROLES",
+    "SECOND_ROLES",
     "Division",
     "divide",
-    "far_tokens",
     "held_back_tokens",
     "judging",
+    "second_tokens",
     "spread",
 ]
 
-NEAR_ROLES = ("deciding", "choosing", "deciding", "final", "final")
-FAR_ROLES = ("unused", "deciding", "choosing", "choosing", "final")
-_PART_TOKENS: dict[tuple[str, ...], int] = {NEAR_ROLES: 4096, FAR_ROLES: 8192}
+CALIBRATION_ROLES = ("deciding", "choosing", "deciding", "final", "final")
+SECOND_ROLES = ("unused", "deciding", "choosing", "choosing", "final")
+_PART_TOKENS: dict[tuple[str, ...], int] = {CALIBRATION_ROLES: 4096, SECOND_ROLES: 8192}
 _JUDGING_TOKENS = 2048
 FEWEST_WINDOWS = 3  # one for each purpose
 DIVISION = [[roles, tokens] for roles, tokens in _PART_TOKENS.items()]  # in the key of a stage that reads a part
@@ -51,12 +51,12 @@ class Division:
 
 def held_back_tokens(context: int) -> int:
     """Tokens of the calibration text that no map is fitted on or trained on, in whole windows."""
-    return _tokens(NEAR_ROLES, context)
+    return _tokens(CALIBRATION_ROLES, context)
 
 
-def far_tokens(context: int) -> int:
+def second_tokens(context: int) -> int:
     """Tokens of the second text, which nobody calibrates on, in whole windows."""
-    return _tokens(FAR_ROLES, context)
+    return _tokens(SECOND_ROLES, context)
 
 
 def _tokens(roles: tuple[str, ...], context: int) -> int:

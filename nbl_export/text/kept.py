@@ -18,12 +18,7 @@ from typing import Any
 
 from nbl_export.errors import CorruptError
 from nbl_export.files import replacing
-from nbl_export.text.corpus import (
-    READ_BYTES,
-    Text,
-    documents_sha256,
-    hub_texts,
-)
+from nbl_export.text.corpus import READ_BYTES, Text, documents_sha256, hub_texts
 
 __all__ = ["HubTexts"]
 

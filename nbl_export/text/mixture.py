@@ -21,13 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbl_export.errors import UsageError
-from nbl_export.text.corpus import (
-    Text,
-    TextPart,
-    cut_documents,
-    installed_text,
-    read_text,
-)
+from nbl_export.text.corpus import Text, TextPart, cut_documents, installed_text, read_text
 from nbl_export.text.hub import HubError, unavailable
 from nbl_export.text.kept import HubTexts
 

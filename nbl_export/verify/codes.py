@@ -1,4 +1,4 @@
-"""Rung a of a graph with int4 or int8 matrices: codes match the model's matrices, and kernels multiply by the codes.
+"""Structure of a graph with int4 or int8 matrices: codes match the model's matrices, kernels multiply by the codes.
 
 checkpoint's matrix ──(within a step of its codes)── codes ──(to float32 accuracy)── matrix that the kernel applies
 """
@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from nbl_export.graph.coded.nbits import Blocks, StoredMatrix
-from nbl_export.records.results import RungResult
+from nbl_export.records.results import CheckResult
 
 __all__ = [
     "DISTANCE",
@@ -53,7 +53,7 @@ class Far(Protocol):
     def row(self) -> int: ...
 
 
-def check_nearness(subject: str, found: Sequence[Far], limit: float | None) -> RungResult:
+def check_nearness(subject: str, found: Sequence[Far], limit: float | None) -> CheckResult:
     """Check that the codes are those of the model's matrices.
 
     Args:
@@ -63,12 +63,12 @@ def check_nearness(subject: str, found: Sequence[Far], limit: float | None) -> R
     worst = max(found, key=lambda f: f.steps)
     detail = f"{len(found)} matrices; the farthest is {worst.name}, row {worst.row}"
     passed = limit is None or worst.steps <= limit
-    return RungResult("a", subject, NEARNESS, worst.steps, limit, passed, detail)
+    return CheckResult("structure", subject, NEARNESS, worst.steps, limit, passed, detail)
 
 
 def check_products(
     subject: str, matrices: Sequence[StoredMatrix], ran: Iterable[tuple[str, np.ndarray, np.ndarray]]
-) -> RungResult:
+) -> CheckResult:
     """Check that each node multiplies by, or looks up, the values of its codes.
 
     Args:
@@ -83,7 +83,7 @@ def check_products(
         if not error <= worst:  # true for NaN too
             worst, name = error, node
     detail = f"{count} nodes, each by itself" + (f"; the largest is of {name}" if name else "")
-    return RungResult("a", subject, PRODUCTS, worst, _SUMS, worst <= _SUMS, detail)
+    return CheckResult("structure", subject, PRODUCTS, worst, _SUMS, worst <= _SUMS, detail)
 
 
 def _error(lookup: bool, blocks: Blocks, given: np.ndarray, output: np.ndarray) -> float:
@@ -96,8 +96,8 @@ def _error(lookup: bool, blocks: Blocks, given: np.ndarray, output: np.ndarray) 
     return float((away / np.maximum(size, 1e-30)).max())
 
 
-def distance(subject: str, got: Sequence[np.ndarray], before: Sequence[np.ndarray]) -> RungResult:
+def distance(subject: str, got: Sequence[np.ndarray], before: Sequence[np.ndarray]) -> CheckResult:
     """Report the distance of logits from those of the model with unrounded matrices; no limit applies."""
     away = sum(float(np.square(g.astype(np.float64) - b).sum()) for g, b in zip(got, before, strict=True))
     size = sum(float(np.square(b.astype(np.float64)).sum()) for b in before)
-    return RungResult("g", subject, DISTANCE, float(np.sqrt(away / size)), None, True, "reported, not gated")
+    return CheckResult("quantised", subject, DISTANCE, float(np.sqrt(away / size)), None, True, "reported, not gated")

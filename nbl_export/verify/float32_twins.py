@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from nbl_export.mixers.base import Mixer
-from nbl_export.records.results import RungResult
+from nbl_export.records.results import CheckResult
 from nbl_export.run_directory import DECODERS
 from nbl_export.verify.forms.form import Setting
 
@@ -32,7 +32,7 @@ def build_twins(
     """Write both twins with the shipped logits, as the stages do; an int4 run gets `INT4` beside each twin."""
 
     directories = {subject: out / name for subject, name in DECODERS.items()}
-    setting.engine.write_twin(checkpoint, directories["original"], setting.slots)
+    setting.engine.write_twin(checkpoint, directories["original"], setting.cache_length)
     if setting.logits == "last":
         setting.engine.keep_last_token(directories["original"])
     setting.engine.replace(directories["original"], directories["nbl"], setting.plan, maps, rows_VD)
@@ -42,8 +42,8 @@ def build_twins(
     return directories
 
 
-def check_shipped(setting: Setting, shipped: Mapping[str, Path], twins: Mapping[str, Path]) -> list[RungResult]:
-    """Rung a: each shipped graph is its verified twin cast to its precision, node for node and bit for bit."""
+def check_shipped(setting: Setting, shipped: Mapping[str, Path], twins: Mapping[str, Path]) -> list[CheckResult]:
+    """Check structure: each shipped graph is its verified twin cast to its precision, node for node and bit for bit."""
     from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE, STATIC_GRAPH_FILE
     from nbl_export.verify.last_token import check_pruned
 
@@ -54,7 +54,7 @@ def check_shipped(setting: Setting, shipped: Mapping[str, Path], twins: Mapping[
         precision = setting.precision
         problem = setting.engine.twin_difference(twins[subject] / twin_file, directory / file, precision)
         metric, detail = f"the {precision} graph is its fp32 twin, cast", problem or "every node and weight"
-        results.append(RungResult("a", subject, metric, float(bool(problem)), 0.5, not problem, detail))
+        results.append(CheckResult("structure", subject, metric, float(bool(problem)), 0.5, not problem, detail))
         if pruned:
             results.append(check_pruned(subject, directory))
     return results

@@ -21,12 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.files import (
-    arrays_sha256,
-    file_sha256,
-    key_of,
-    replacing,
-)
+from nbl_export.files import arrays_sha256, file_sha256, key_of, replacing
 from nbl_export.verify.ladder import Probe, Reference
 
 __all__ = ["KeptReferences"]

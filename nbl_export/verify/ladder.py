@@ -1,19 +1,19 @@
 """The verification ladder: does the exported graph compute what the torch model computes?
 
-    a  the file (`forms`): valid, contract and cache bytes as predicted, maps as fitted, other weights unchanged;
-       codes match the checkpoint's matrices, kernels multiply by the codes (`codes`)
-    b  original graph against the original torch model
-    c  NBL graph against the NBL torch model: prefill and cached steps, a batch of two different lengths, one long row
-    d  greedy text of the shipped runtime against torch
-    e  quality loss (`perplexity`): NBL against original on held-back text; reported, not gated
-    f  a shipped graph with the logits of the last token alone (`last_token`) against the graph with all logits
-    g  a quantised graph against the reference of its float32 twin: the remaining difference is rounding of activations
+    structure    the file (`forms`): valid, contract and cache bytes as predicted, maps as fitted, other weights
+                 unchanged; codes match the checkpoint's matrices, kernels multiply by the codes (`codes`)
+    original     original graph against the original torch model
+    nbl          NBL graph against the NBL torch model: prefill and cached steps, a batch of two lengths, one long row
+    text         greedy text of the shipped runtime against torch
+    quality      quality loss (`perplexity`): NBL against original on held-back text; reported, not gated
+    last_token   a shipped graph with the logits of the last token alone against the graph with all logits
+    quantised    a quantised graph against the reference of its float32 twin: what is left is rounding of activations
 
-A graph with int4 or int8 matrices takes rungs b and c as its float32 twin, a float32 copy of the same graph. The torch
-model then has the graph's matrices, so the structure is proven to float32 accuracy at every precision. Rungs b, c, e
-and g need the logits of all positions; rungs d and f run the shipped graph.
+A graph with int4 or int8 matrices takes the checks original and nbl as its float32 twin, a float32 copy of the same
+graph. The torch model then has the graph's matrices, so the structure is proven to float32 accuracy at every precision.
+The checks original, nbl, quality and quantised need the logits of all positions; text and last_token run what ships.
 
-One table of tolerances by precision decides every rung.
+One table of tolerances by precision decides every check.
 """
 
 from __future__ import annotations
@@ -26,18 +26,8 @@ from typing import Any
 import numpy as np
 
 from nbl_export.records.plan import Plan
-from nbl_export.records.results import (
-    COMPARED,
-    FAILED,
-    RungResult,
-    status_of,
-)
-from nbl_export.verify.codes import (
-    DISTANCE,
-    NEARNESS,
-    PRODUCTS,
-    TWIN,
-)
+from nbl_export.records.results import COMPARED, FAILED, CheckResult, status_of
+from nbl_export.verify.codes import DISTANCE, NEARNESS, PRODUCTS, TWIN
 
 __all__ = [
     "DECODE_STEPS",
@@ -71,7 +61,8 @@ class Tolerance:
     """The limits of a precision.
 
     metric: "max_abs" (largest logit difference) or "relative_rms" (rms of the difference over rms of the logits).
-    limit: for rungs b, c and g. ratio: rung c's figure may be at most this many times rung b's (None: no such rule).
+    limit: for original, nbl and quantised. ratio: the figure of nbl may be at most this many times that of original
+        (None: no such rule).
     greedy_margin: a greedy token may differ if torch's two best logits are closer than this.
     greedy_equal: smallest share of equal greedy tokens, counted up to the first difference of each text.
     """
@@ -84,7 +75,7 @@ class Tolerance:
 
 
 # fp32: agreement of two float32 implementations of the same graph; the twins of quantised graphs have this limit too.
-# fp16: the yardstick is the original graph's own error (rung b). int8 and int4: rung g; both sides have the same
+# fp16: the yardstick is the original graph's own error (original). int8 and int4: quantised; both sides have the same
 # matrices, and kernels round activations to 8 bits. Measured: bench/results/twins.json.
 TOLERANCES = {
     "fp32": Tolerance("max_abs", 1e-3, None, 1e-2, 0.5),
@@ -94,10 +85,7 @@ TOLERANCES = {
     "gguf": Tolerance("relative_rms", 0.1, None, 1.0),
 }
 # For a quantised graph without a twin, compared with torch directly. The quantisation noise hides small faults.
-WITHOUT_TWIN = {
-    "int8": Tolerance("relative_rms", 0.1, 1.5, 1.0),
-    "int4": Tolerance("relative_rms", 0.75, 1.5, 4.0),
-}
+WITHOUT_TWIN = {"int8": Tolerance("relative_rms", 0.1, 1.5, 1.0), "int4": Tolerance("relative_rms", 0.75, 1.5, 4.0)}
 # An engine that computes in bfloat16 with keys and values in 8 or 16 bits, compared with the model that has the graph's
 # matrices. The original graph's own error is the yardstick.
 NARROW = {precision: Tolerance("relative_rms", 0.1, 2.0, 1.0) for precision in ("fp16", "int8", "int4")}
@@ -163,54 +151,54 @@ def run_long(decoder: Any, row: Sequence[int]) -> np.ndarray:
 
 
 def check_logits(
-    rung: str,
+    check: str,
     subject: str,
     decoder: Any,
     rows: Sequence[Sequence[int]],
     truth: Reference,
     tolerance: Tolerance,
     yardstick: float | None = None,
-) -> list[RungResult]:
+) -> list[CheckResult]:
     """Compare logits of prefill and of cached steps with a reference, each row alone and as a batch.
 
     With the max_abs metric, a position may differ by the limit or by NOISE_FACTOR times the reference's noise at that
     position. The larger of the two applies.
 
     Args:
-        yardstick: rung b's largest figure, if the precision has a ratio rule.
+        yardstick: check original's largest figure, if the precision has a ratio rule.
     """
-    results: list[RungResult] = []
+    results: list[CheckResult] = []
     for name, got in (
         ("one sequence", [run_rows(decoder, [row])[0] for row in rows]),
         ("batch of 2, different lengths", run_rows(decoder, rows)),
     ):
         judged = list(zip(got, truth.logits, truth.noise, strict=True))
-        results += judge(rung, subject, name, judged, tolerance, yardstick)
+        results += judge(check, subject, name, judged, tolerance, yardstick)
     return results
 
 
 def check_long(
-    rung: str,
+    check: str,
     subject: str,
     decoder: Any,
     row: Sequence[int],
     truth: Reference,
     tolerance: Tolerance,
     yardstick: float | None = None,
-) -> list[RungResult]:
+) -> list[CheckResult]:
     """Like `check_logits` for one long row in chunks, at `shown_positions`.
 
     Only a long row has large rotary angles and full attention windows.
     """
     name = f"one sequence of {len(row)} tokens in chunks of {LONG_CHUNK}"
     assert truth.long is not None and truth.long_noise is not None
-    return judge(rung, subject, name, [(run_long(decoder, row), truth.long, truth.long_noise)], tolerance, yardstick)
+    return judge(check, subject, name, [(run_long(decoder, row), truth.long, truth.long_noise)], tolerance, yardstick)
 
 
 def judge(
-    rung: str, subject: str, name: str, rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    check: str, subject: str, name: str, rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
     tolerance: Tolerance, yardstick: float | None,
-) -> list[RungResult]:  # fmt: skip
+) -> list[CheckResult]:  # fmt: skip
     """One result for prefill and one for decode, of the worst row.
 
     Args:
@@ -227,7 +215,7 @@ def judge(
         passed = bool(np.isfinite(value) and value <= allowed)
         metric = f"{tolerance.metric.replace('_', ' ')} logit difference, {part}"
         detail = f"{name}; {loose} positions whose float32 noise allows more than {limit:g}" if loose else name
-        results.append(RungResult(rung, subject, metric, value, allowed, passed, detail))
+        results.append(CheckResult(check, subject, metric, value, allowed, passed, detail))
     return results
 
 
@@ -265,8 +253,8 @@ def check_greedy(
     margins: Sequence[Sequence[float]],
     tolerance: Tolerance,
     what: str = "",
-) -> RungResult:
-    """Rung d: greedy tokens agree with torch's, or first differ at a token whose margin in torch is small.
+) -> CheckResult:
+    """Check text: greedy tokens agree with torch's, or first differ at a token whose margin in torch is small.
 
     Args:
         what: name of the graph that made the tokens; "" is the shipped graph.
@@ -283,21 +271,23 @@ def check_greedy(
     least = f", {tolerance.greedy_equal:.0%} at least" if tolerance.greedy_equal else ""
     detail = f"{same} of {total} tokens the same up to the first difference{least}"
     metric = "torch's margin where greedy text first differs"
-    return RungResult(
-        "d", subject, metric, worst, limit, worst <= limit and enough, f"{what}; {detail}" if what else detail
+    return CheckResult(
+        "text", subject, metric, worst, limit, worst <= limit and enough, f"{what}; {detail}" if what else detail
     )
 
 
-def summary(results: Sequence[RungResult], precision: str, prices: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
+def summary(
+    results: Sequence[CheckResult], precision: str, quality_losses: list[dict[str, Any]], plan: Plan
+) -> dict[str, Any]:
     """The content of verify.json without the cache figures."""
-    rungs = [asdict(r) for r in results]
+    checks = [asdict(r) for r in results]
     return {
         "passed": all(r.passed for r in results),
-        "status": status_of(precision, rungs),
+        "status": status_of(precision, checks),
         "precision": precision,
         "replaced_layers": list(plan.replaced),
-        "rungs": rungs,
-        "price": prices,
+        "checks": checks,
+        "quality_loss": quality_losses,
     }
 
 
@@ -336,18 +326,18 @@ class Reference:
         return dataclasses.replace(self, noise=noise, long_noise=long, noisy=False)
 
 
-def proof(rungs: Sequence[RungResult], reference: str, status: str) -> list[str]:
-    """One sentence for each proven fact; a single sentence if a rung failed.
+def proof(checks: Sequence[CheckResult], reference: str, status: str) -> list[str]:
+    """One sentence for each proven fact; a single sentence if a check failed.
 
     Args:
-        rungs: of both graphs, in the order of the ladder.
+        checks: of both graphs, in the order of the ladder.
         reference: what the graphs are compared with, in words.
         status: see `records.results.status_of`.
     """
     if status == FAILED:
-        return ["Nothing is proven: a rung of the ladder failed."]
+        return ["Nothing is proven: a check of the ladder failed."]
     limits = [_NOT_PROVEN] if status == COMPARED else []
-    return [said for said in (*limits, _wiring(rungs, reference), *_codes(rungs), _shipped(rungs)) if said]
+    return [said for said in (*limits, _wiring(checks, reference), *_codes(checks), _shipped(checks)) if said]
 
 
 _NOT_PROVEN = (
@@ -356,15 +346,15 @@ _NOT_PROVEN = (
 )
 
 
-def _worst(rungs: Iterable[RungResult]) -> RungResult | None:
-    return max((r for r in rungs if r.value is not None), key=lambda r: r.value or 0.0, default=None)
+def _worst(checks: Iterable[CheckResult]) -> CheckResult | None:
+    return max((r for r in checks if r.value is not None), key=lambda r: r.value or 0.0, default=None)
 
 
-def _wiring(rungs: Sequence[RungResult], reference: str) -> str:
-    """The sentence of rung c."""
-    compared = [r for r in rungs if r.rung == "c" and "logit" in r.metric]
+def _wiring(checks: Sequence[CheckResult], reference: str) -> str:
+    """The sentence of check nbl."""
+    compared = [r for r in checks if r.check == "nbl" and "logit" in r.metric]
     exact = _worst(r for r in compared if r.metric.startswith("max abs"))
-    coded = any(r.metric == PRODUCTS for r in rungs)
+    coded = any(r.metric == PRODUCTS for r in checks)
     longest = next((r.detail.split(";")[0] for r in compared if "tokens in chunks" in r.detail), "")
     how = "prefill and cached steps, alone and as a batch" + (f", and {longest}" if longest else "")
     if exact is not None:
@@ -379,9 +369,9 @@ def _wiring(rungs: Sequence[RungResult], reference: str) -> str:
     )
 
 
-def _codes(rungs: Sequence[RungResult]) -> list[str]:
-    said = [f"Float32 twin: {r.detail}." for r in rungs if r.metric == TWIN]
-    near, kernels = _worst(r for r in rungs if r.metric == NEARNESS), _worst(r for r in rungs if r.metric == PRODUCTS)
+def _codes(checks: Sequence[CheckResult]) -> list[str]:
+    said = [f"Float32 twin: {r.detail}." for r in checks if r.metric == TWIN]
+    near, kernels = _worst(r for r in checks if r.metric == NEARNESS), _worst(r for r in checks if r.metric == PRODUCTS)
     if near is not None:
         from_elsewhere = "" if near.tolerance is not None else "; its codes came from another tool"
         said.append(f"Every quantised matrix lies within {near.value:.2f} steps of the model's{from_elsewhere}.")
@@ -392,9 +382,9 @@ def _codes(rungs: Sequence[RungResult]) -> list[str]:
     return said
 
 
-def _shipped(rungs: Sequence[RungResult]) -> str:
-    ships = _worst(r for r in rungs if r.rung == "g" and r.metric != DISTANCE)
-    before = _worst(r for r in rungs if r.metric == DISTANCE)
+def _shipped(checks: Sequence[CheckResult]) -> str:
+    ships = _worst(r for r in checks if r.check == "quantised" and r.metric != DISTANCE)
+    before = _worst(r for r in checks if r.metric == DISTANCE)
     if ships is None or before is None:
         return ""
     return (

@@ -1,4 +1,4 @@
-"""Rung f: the graph with the logits of the last token against the graph with all logits, on the same caches.
+"""Check last_token: the graph with the logits of the last token against the graph with all logits, on the same caches.
 
     prefill of one sequence                 batch of lengths 1, 5 and 12, padded on the right, then two decode steps
     chunk of 7 after a cache of 13          single decode steps after it
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.records.proposers import MOST_ROWS
-from nbl_export.records.results import RungResult
+from nbl_export.records.results import CheckResult
 from nbl_export.verify.ladder import TOLERANCES
 
 __all__ = ["BATCH_LENGTHS", "apart", "check_last", "check_last_rows", "check_pruned"]
@@ -30,7 +30,7 @@ _CACHED, _CHUNK, _STEPS = 13, 7, 3
 Chunk = tuple[np.ndarray, np.ndarray]  # token ids [B, T], and 1 at each valid token [B, T]
 
 
-def check_last(subject: str, every: Any, last: Any, row: Sequence[int], precision: str) -> list[RungResult]:
+def check_last(subject: str, every: Any, last: Any, row: Sequence[int], precision: str) -> list[CheckResult]:
     """Compare the graph `last` with the graph `every` (both an `OnnxDecoder` or `StaticDecoder` of engines).
 
     With the relative rms metric, half the distance to the nearest other position of the chunk is a second limit. This
@@ -42,13 +42,13 @@ def check_last(subject: str, every: Any, last: Any, row: Sequence[int], precisio
     return [_judge(subject, name, every, last, chunks, precision) for name, chunks in _cases(row)]
 
 
-def check_pruned(subject: str, directory: Path) -> RungResult:
-    """Rung a: the graph with the logits of the last token is the directory's graph with all logits, pruned."""
+def check_pruned(subject: str, directory: Path) -> CheckResult:
+    """Check structure: the graph with the logits of the last token is the directory's graph with all logits, pruned."""
     from nbl_export.rewrite.tail import difference
 
     problem = difference(directory)
     metric, detail = "what ships is the graph with all logits, pruned", problem or "every node and weight"
-    return RungResult("a", subject, metric, float(bool(problem)), 0.5, not problem, detail)
+    return CheckResult("structure", subject, metric, float(bool(problem)), 0.5, not problem, detail)
 
 
 def _cases(row: Sequence[int]) -> Iterator[tuple[str, list[Chunk]]]:
@@ -71,7 +71,7 @@ def _cases(row: Sequence[int]) -> Iterator[tuple[str, list[Chunk]]]:
     ]  # fmt: skip
 
 
-def _judge(subject: str, name: str, every: Any, last: Any, chunks: list[Chunk], precision: str) -> RungResult:
+def _judge(subject: str, name: str, every: Any, last: Any, chunks: list[Chunk], precision: str) -> CheckResult:
     tolerance = TOLERANCES[precision]
     figures = []
     for decoder in (every, last):
@@ -88,11 +88,11 @@ def _judge(subject: str, name: str, every: Any, last: Any, chunks: list[Chunk], 
             figures.append(_figure(all_TV[: valid_T.sum()], found_V, tolerance.metric, tolerance.limit))
     value, limit = max(figures, key=lambda f: f[0] / f[1] if np.isfinite(f[0]) else np.inf)
     metric = f"{tolerance.metric.replace('_', ' ')} logit difference, last token"
-    return RungResult("f", subject, metric, value, limit, bool(np.isfinite(value) and value <= limit), name)
+    return CheckResult("last_token", subject, metric, value, limit, bool(np.isfinite(value) and value <= limit), name)
 
 
-def _broken(subject: str, detail: str) -> RungResult:
-    return RungResult("f", subject, "logits of the last token alone", 1.0, 0.5, False, detail)
+def _broken(subject: str, detail: str) -> CheckResult:
+    return CheckResult("last_token", subject, "logits of the last token alone", 1.0, 0.5, False, detail)
 
 
 def _figure(all_TV: np.ndarray, found_V: np.ndarray, metric: str, limit: float) -> tuple[float, float]:
@@ -109,7 +109,7 @@ _LOSSLESS = "lossless"
 _ROW_CHUNKS = (40, 3, MOST_ROWS, MOST_ROWS + 1, 1)
 
 
-def check_last_rows(every: Any, last: Any, row: Sequence[int], precision: str) -> RungResult:
+def check_last_rows(every: Any, last: Any, row: Sequence[int], precision: str) -> CheckResult:
     """Compare the graph `last` with the graph `every` (both an `OnnxDecoder`) on the same chunks.
 
     Args:
@@ -126,14 +126,16 @@ def check_last_rows(every: Any, last: Any, row: Sequence[int], precision: str) -
         right, found = every.step(chunk)[0], last.step(chunk)[0]
         if found.shape != right.shape:
             detail = f"logits {list(found.shape)} of a chunk of {count}, not {list(right.shape)}"
-            return RungResult("f", _LOSSLESS, metric, 1.0, 0.5, False, detail)
+            return CheckResult("last_token", _LOSSLESS, metric, 1.0, 0.5, False, detail)
         computed = min(count, MOST_ROWS)
         figures.append(apart(right[-computed:], found[-computed:], tolerance.metric))
         if np.any(found[:-computed]):
-            return RungResult("f", _LOSSLESS, metric, 1.0, 0.5, False, f"a chunk of {count} has logits before the last")
+            return CheckResult(
+                "last_token", _LOSSLESS, metric, 1.0, 0.5, False, f"a chunk of {count} has logits before the last"
+            )
     value = max(figures)
-    return RungResult(
-        "f", _LOSSLESS, metric, value, tolerance.limit, bool(value <= tolerance.limit), f"chunks {_ROW_CHUNKS}"
+    return CheckResult(
+        "last_token", _LOSSLESS, metric, value, tolerance.limit, bool(value <= tolerance.limit), f"chunks {_ROW_CHUNKS}"
     )
 
 

@@ -9,13 +9,13 @@ acceptance.safetensors holds what the ladder's references say, for a machine wit
     {subject}.greedy, {subject}.margins [prompts, tokens]      see `Reference`
     metadata "acceptance", JSON: schema, precision, exact
 
-The checks are rungs of the ladder, and what only a GPU can show:
+The checks of the ladder, and what only a GPU can show:
 
-    b, c     logits of the last token of a prefill and of 16 cached steps; short rows, and the long row in chunks
-    f        a chunk behind a cache
-    d        greedy text
-    slots    stale values in cache slots behind the text change no logit
-    clock    a step has its logits when it returns, so that a clock can be read
+    original, nbl   logits of the last token of a prefill and of 16 cached steps; short rows, and the long row in chunks
+    last_token      a chunk behind a cache
+    text            greedy text
+    slots           stale values in cache slots behind the text change no logit
+    clock           a step has its logits when it returns, so that a clock can be read
 """
 
 from __future__ import annotations
@@ -34,17 +34,9 @@ import numpy as np
 
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.files import replacing
-from nbl_export.records.results import RungResult
+from nbl_export.records.results import CheckResult
 from nbl_export.verify import ladder
-from nbl_export.verify.ladder import (
-    DECODE_STEPS,
-    LONG_CHUNK,
-    ON_GPU,
-    WITHOUT_TWIN,
-    Probe,
-    Reference,
-    Tolerance,
-)
+from nbl_export.verify.ladder import DECODE_STEPS, LONG_CHUNK, ON_GPU, WITHOUT_TWIN, Probe, Reference, Tolerance
 from nbl_export.verify.last_token import apart
 
 __all__ = ["POSITIONS", "SUBJECTS", "Expected", "checks", "expect", "load", "save"]
@@ -60,7 +52,7 @@ _MOST_READING = 0.25  # of the time of a step; copying logits takes far less
 
 Arrays = dict[str, np.ndarray]
 Rows = tuple[tuple[int, ...], ...]
-Doing = Callable[[str, str], None]  # rung, and what begins now
+Doing = Callable[[str, str], None]  # check, and what begins now
 
 
 @dataclass(frozen=True)
@@ -184,20 +176,20 @@ def _check(expected: Expected) -> None:
 # -- the checks ------------------------------------------------------------------------------------------------
 
 
-def checks(runner: Any, subject: str, expected: Expected, doing: Doing) -> Iterator[RungResult]:
+def checks(runner: Any, subject: str, expected: Expected, doing: Doing) -> Iterator[CheckResult]:
     """Compare a runner with what is expected of a subject, then with itself.
 
     Args:
         runner: a `TextRunner` with `last_logits`, and with `fill` if values can be put into its caches.
     """
-    rung = "b" if subject == "original" else "c"
+    check = subject
     for k, row in enumerate(expected.rows):
         name = f"one sequence of {len(row)} tokens"
-        doing(rung, f"running {name}")
+        doing(check, f"running {name}")
         columns, logits = expected.logits(subject, k)
         got = np.take_along_axis(_appended(runner, _parts(row)), columns, 1)
         judged = [(got, logits, np.zeros(len(got)))]
-        yield from ladder.judge(rung, subject, name, judged, expected.tolerance, None)
+        yield from ladder.judge(check, subject, name, judged, expected.tolerance, None)
     yield _chunk_behind_cache(runner, subject, expected, doing)
     if expected.prompts:
         doing("d", "generating text")
@@ -232,8 +224,8 @@ def _appended(runner: Any, parts: Sequence[Sequence[int]], *, begun: bool = Fals
     return np.stack(found)
 
 
-def _chunk_behind_cache(runner: Any, subject: str, expected: Expected, doing: Doing) -> RungResult:
-    """Rung f: the prefill of the first row in two chunks, and its cached steps as one chunk."""
+def _chunk_behind_cache(runner: Any, subject: str, expected: Expected, doing: Doing) -> CheckResult:
+    """Check last_token: the prefill of the first row in two chunks, and its cached steps as one chunk."""
     doing("f", "running a chunk behind a cache")
     row, prefill = expected.rows[0], len(expected.rows[0]) - DECODE_STEPS
     cuts = sorted({0, prefill // 2, prefill, len(row)})
@@ -242,11 +234,12 @@ def _chunk_behind_cache(runner: Any, subject: str, expected: Expected, doing: Do
     got = np.take_along_axis(_appended(runner, parts)[-2:], columns, 1)
     value, limit = apart(logits, got, "relative_rms"), expected.tolerance.limit
     passed = bool(np.isfinite(value) and value <= limit)
-    return RungResult("f", subject, "relative rms logit difference, chunk behind a cache", value, limit, passed,
-                      f"chunks of {', '.join(str(len(part)) for part in parts)} tokens")  # fmt: skip
+    detail = f"chunks of {', '.join(str(len(part)) for part in parts)} tokens"
+    metric = "relative rms logit difference, chunk behind a cache"
+    return CheckResult("last_token", subject, metric, value, limit, passed, detail)
 
 
-def _stale_slots(runner: Any, subject: str, rows: Sequence[Sequence[int]]) -> RungResult:
+def _stale_slots(runner: Any, subject: str, rows: Sequence[Sequence[int]]) -> CheckResult:
     """The same text on empty slots, behind a longer text that was dropped, and on slots of large values.
 
     A step may differ from itself on some GPUs. So the limit is the difference of two runs on empty slots.
@@ -274,10 +267,10 @@ def _stale_slots(runner: Any, subject: str, rows: Sequence[Sequence[int]]) -> Ru
     worst = max(changes, key=lambda name: changes[name] if np.isfinite(changes[name]) else np.inf)
     passed = bool(np.isfinite(changes[worst]) and changes[worst] <= noise)
     detail = f"slots {'; '.join(found)}" if passed else f"slots {worst} are read: the mask lets later slots through"
-    return RungResult("slots", subject, "logit difference by stale slots", changes[worst], noise, passed, detail)
+    return CheckResult("slots", subject, "logit difference by stale slots", changes[worst], noise, passed, detail)
 
 
-def _clock(runner: Any, subject: str, row: Sequence[int]) -> RungResult:
+def _clock(runner: Any, subject: str, row: Sequence[int]) -> CheckResult:
     """Reading a token behind a step takes no time that belongs to the step."""
     runner.begin(len(row))
     steps, readings = [], []
@@ -292,4 +285,4 @@ def _clock(runner: Any, subject: str, row: Sequence[int]) -> RungResult:
     share = reading / max(step, 1e-9)
     detail = f"a step takes {1000 * step:.3g} ms, reading its token afterwards {1000 * reading:.3g} ms"
     metric = "share of a step's time that reading its token takes"
-    return RungResult("clock", subject, metric, share, _MOST_READING, share <= _MOST_READING, detail)
+    return CheckResult("clock", subject, metric, share, _MOST_READING, share <= _MOST_READING, detail)

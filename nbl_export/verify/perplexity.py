@@ -1,4 +1,4 @@
-"""Rung e, the quality loss of the replacement: perplexity increase, KL and top-1 agreement, window by window.
+"""Check quality, the quality loss of the replacement: perplexity increase, KL and top-1 agreement, window by window.
 
     windows ─► logits of both graphs ─► loss, KL and agreement of each window ─► figure and 95% interval
 
@@ -17,7 +17,7 @@ import numpy as np
 from nbl_export.errors import NblError
 from nbl_export.quality import increase_interval, mean_interval, perplexity
 
-__all__ = ["price"]
+__all__ = ["quality_loss"]
 
 _STEP_TOKENS = 512  # in a batch of windows: the logits of 512 tokens with a vocabulary of 49,152 are 100 MB
 
@@ -28,7 +28,7 @@ _PART_ROWS = 64  # that a thread compares; numpy computes without the interprete
 Spread = Callable[..., Iterable[np.ndarray]]  # `map`, or a pool's
 
 
-def price(
+def quality_loss(
     original: Any, nbl: Any, texts: Sequence[tuple[str, np.ndarray]], progress: Callable[[int, int], None]
 ) -> list[dict[str, Any]]:
     """Perplexity of both graphs, its increase, KL(original || NBL) in nats and top-1 agreement on each text.

@@ -15,13 +15,7 @@ import torch
 from nbl_export.graph.coded.nbits import StoredMatrix
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.linearize import linearize, replaced
-from nbl_export.model.torch_matrices import (
-    Fidelity,
-    give,
-    give_floats,
-    look_up,
-    nearest_maps,
-)
+from nbl_export.model.torch_matrices import Fidelity, give, give_floats, look_up, nearest_maps
 from nbl_export.verify.ladder import Probe, Reference, shown_positions
 
 __all__ = [
@@ -53,12 +47,7 @@ def references(
 
 
 def references_with_codes(
-    model: Any,
-    maps: Mapping[int, Mixer],
-    tap: str,
-    probe: Probe,
-    codes: Codes,
-    known: Reference | None = None,
+    model: Any, maps: Mapping[int, Mixer], tap: str, probe: Probe, codes: Codes, known: Reference | None = None
 ) -> tuple[dict[str, Reference], list[Fidelity]]:
     """Like `references`, with the matrices of quantised graphs; also their distances from the model's matrices.
 

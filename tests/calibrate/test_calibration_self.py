@@ -17,7 +17,7 @@ from nbl_export.text import corpus, sampling
 from ..command import assert_refused, nbl, stage_lines
 
 Checkpoint = Callable[[str], Path]
-GIVEN = ("--calibration", "self", "--calibration-tokens", 1024, "--context", 64)
+GIVEN_GRAPH = ("--calibration", "self", "--calibration-tokens", 1024, "--context", 64)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def test_sequences_end_with_the_end_of_text(row: list[int], kept: list[int]) -> 
 def test_no_text_is_read(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_read_file", "hub_texts", "installed_text", "stdlib_text"):
         monkeypatch.setattr(corpus, name, lambda *_a, **_k: pytest.fail("a text was read"))
-    given = ("calibrate", "--model", checkpoint("llama"), *GIVEN)
+    given = ("calibrate", "--model", checkpoint("llama"), *GIVEN_GRAPH)
     for name in ("one", "two"):
         done = nbl(*given, "--output", tmp_path / name)
         assert done.status == 0, done.err
@@ -92,7 +92,7 @@ def test_sampled_once_for_all_stages(checkpoint: Checkpoint, tmp_path: Path, mon
         return sample(*arguments)
 
     monkeypatch.setattr(sampling, "sample_windows", count)
-    given = ("calibrate", "--model", checkpoint("llama"), *GIVEN, "--output", tmp_path / "run")
+    given = ("calibrate", "--model", checkpoint("llama"), *GIVEN_GRAPH, "--output", tmp_path / "run")
     assert nbl(*given).status == 0
     before = file_sha256(tmp_path / "run" / "moments.safetensors")
     (tmp_path / "run" / "moments.safetensors").unlink()
@@ -106,6 +106,6 @@ def test_sampled_once_for_all_stages(checkpoint: Checkpoint, tmp_path: Path, mon
 
 
 def test_contradictions_are_refused(checkpoint: Checkpoint, text: Path, tmp_path: Path) -> None:
-    given = ("calibrate", "--model", checkpoint("llama"), *GIVEN, "--output", tmp_path / "run")
+    given = ("calibrate", "--model", checkpoint("llama"), *GIVEN_GRAPH, "--output", tmp_path / "run")
     assert_refused(nbl(*given, "--calibration", text), 1, "--calibration self reads no text")
     assert not (tmp_path / "run").exists()

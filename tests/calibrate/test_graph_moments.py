@@ -89,8 +89,8 @@ def graph_run(alone: tuple[object, ...], tmp_path_factory: pytest.TempPathFactor
 def test_whole_job_on_a_graph_alone(graph_run: Path, given_graph: Given) -> None:
     verify = json.loads((graph_run / "verify.json").read_text(encoding="utf-8"))
     assert verify["passed"]
-    assert {r["rung"] for r in verify["rungs"]} == set("abcdf")
-    assert len(verify["price"]) == 2
+    assert {r["check"] for r in verify["checks"]} == {"structure", "original", "nbl", "text", "last_token"}
+    assert len(verify["quality_loss"]) == 2
     facts = json.loads((graph_run / "nbl.json").read_text(encoding="utf-8"))
     assert (facts["options"]["decoder_source"], facts["status"]) == ("given", "verified")
     assert (graph_run / "original" / "all_logits.onnx").read_bytes() == (
@@ -117,7 +117,7 @@ def test_second_run_reuses(graph_run: Path, alone: Any, tmp_path: Path) -> None:
 
 
 def test_a_wrong_rewrite_fails(graph_run: Path, tmp_path: Path) -> None:
-    """Rung c does not lean on the rewrite: a shipped map that is not the fitted one is seen in the logits."""
+    """Check nbl does not lean on the rewrite: a shipped map that is not the fitted one is seen in the logits."""
     import onnx_ir as ir
 
     run = Path(shutil.copytree(graph_run, tmp_path / "run"))
@@ -128,13 +128,13 @@ def test_a_wrong_rewrite_fails(graph_run: Path, tmp_path: Path) -> None:
     skip = next(node for node in model.graph if node.op_type == "Add" and node.name and "/nbl/" in node.name)
     skip.replace_input_with(0, product.inputs[0])
     ir.save(model, path)
-    assert any(r["rung"] == "c" and not r["passed"] for r in _climbed(run, facts["options"]))
+    assert any(r["check"] == "nbl" and not r["passed"] for r in _climbed(run, facts["options"]))
 
 
 def test_more_threads_than_one_are_a_number_to_the_runtime(graph_run: Path) -> None:
     facts = json.loads((graph_run / "nbl.json").read_text(encoding="utf-8"))
-    rungs = _climbed(graph_run, {**facts["options"], "threads": [2]})
-    assert {"a", "b", "c", "d"} <= {r["rung"] for r in rungs} and all(r["passed"] for r in rungs)
+    checks = _climbed(graph_run, {**facts["options"], "threads": [2]})
+    assert {"structure", "original", "nbl", "text"} <= {r["check"] for r in checks} and all(r["passed"] for r in checks)
 
 
 def test_a_quantised_graph_is_proven_through_its_twin(exported: Any, text: Path, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_quantised_graph_is_proven_through_its_twin(exported: Any, text: Path,
         done = nbl("--model", model, "--calibration", text, *TINY, "--layers", "1,2", "--output", tmp_path / "run")
     assert done.status == 0, done.err
     found = json.loads((tmp_path / "run" / "verify.json").read_text(encoding="utf-8"))
-    compared = [r for r in found["rungs"] if r["rung"] == "c" and "logit" in r["metric"]]
+    compared = [r for r in found["checks"] if r["check"] == "nbl" and "logit" in r["metric"]]
     assert {r["tolerance"] for r in compared} == {1e-3} and max(r["value"] for r in compared) < 2e-5
     assert {"the input graph" in sentence for sentence in found["proof"][:1]} == {True}
 
@@ -161,7 +161,7 @@ def _climbed(run: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
     with RunDirectory.open_run(run, create=False) as opened:
         resolver = Resolver(JobOptions.from_json(options), opened, Ui(quiet=True))
         inputs, place = verify.declare(resolver), Place(opened, resolver.ui)
-        found: list[dict[str, Any]] = verify.check(inputs, place, run)["rungs"]
+        found: list[dict[str, Any]] = verify.check(inputs, place, run)["checks"]
         return found
 
 

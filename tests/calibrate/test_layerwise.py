@@ -98,13 +98,13 @@ def test_one_layer_is_in_memory_at_a_time(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filled: list[list[str]] = []
-    fill = one_layer.Shelf.fill
+    fill = one_layer.WeightReader.fill
 
     def watch(self: Any, module: torch.nn.Module, renamed: Callable[[str], str]) -> None:
         filled.append([renamed(name) for name, _ in module.named_parameters()])
         fill(self, module, renamed)
 
-    monkeypatch.setattr(one_layer.Shelf, "fill", watch)
+    monkeypatch.setattr(one_layer.WeightReader, "fill", watch)
     ids = torch.arange(2, 66).view(2, 32)
     list(
         layer_by_layer.collect_layers(

@@ -101,15 +101,16 @@ def test_maps_are_named_shaped_and_typed_as_stated(finished: Path) -> None:
 def test_every_rung_is_recorded_with_its_tolerance(finished: Path) -> None:
     result = read(finished / "verify.json")
     assert result["passed"] is True
-    assert {(r["rung"], r["subject"]) for r in result["rungs"]} == {
-        ("a", "original"), ("a", "nbl"), ("b", "original"), ("c", "nbl"), ("d", "original"), ("d", "nbl"),
-        ("f", "original"), ("f", "nbl"),
+    assert {(r["check"], r["subject"]) for r in result["checks"]} == {
+        ("structure", "original"), ("structure", "nbl"), ("original", "original"), ("nbl", "nbl"), ("text", "original"),
+        ("text", "nbl"),
+        ("last_token", "original"), ("last_token", "nbl"),
     }  # fmt: skip
-    assert all(r["passed"] and r["value"] <= r["tolerance"] for r in result["rungs"])
-    batched = [r for r in result["rungs"] if r["rung"] == "c" and "batch of 2" in r["detail"]]
+    assert all(r["passed"] and r["value"] <= r["tolerance"] for r in result["checks"])
+    batched = [r for r in result["checks"] if r["check"] == "nbl" and "batch of 2" in r["detail"]]
     assert {r["metric"].rpartition(" ")[2] for r in batched} == {"prefill", "decode"}
-    assert len(result["price"]) == 1 + 1  # the text's own end, and one that is not calibrated on
-    assert all(p["kl_mean"] > 0 and 0 < p["top1_agreement"] < 1 for p in result["price"])
+    assert len(result["quality_loss"]) == 1 + 1  # the text's own end, and one that is not calibrated on
+    assert all(p["kl_mean"] > 0 and 0 < p["top1_agreement"] < 1 for p in result["quality_loss"])
     assert result["cache_bytes_per_token"] == {"original": 3 * 2 * 2 * HEAD_DIM * 4, "nbl": 2 * 2 * 2 * HEAD_DIM * 4}
 
 
@@ -134,12 +135,12 @@ def test_stages_go_to_stderr_and_the_result_to_stdout(finished: Path) -> None:
     assert finished.with_name("stdout").read_text(encoding="utf-8") == f"{finished / 'report.html'}\n"
     said = finished.with_name("stderr").read_text(encoding="utf-8")
     assert stage_lines(Outcome(0, "", said)) == dict.fromkeys(STAGES, "done")
-    price = [line for line in said.splitlines() if line.startswith("  perplexity ")]
-    assert len(price) == 2 and all(" to " in line and "8,192 tokens" in line for line in price)
+    quality_loss = [line for line in said.splitlines() if line.startswith("  perplexity ")]
+    assert len(quality_loss) == 2 and all(" to " in line and "8,192 tokens" in line for line in quality_loss)
     busy = [line for line in said.splitlines() if "measured on a busy machine" in line]  # as it may be
     (curve,) = (line for line in said.splitlines() if line.startswith("  1 layer: "))
     assert "prefill; 2: " in curve
-    assert len(said.splitlines()) == 2 * len(STAGES) + len(price) + len(busy) + 1, said
+    assert len(said.splitlines()) == 2 * len(STAGES) + len(quality_loss) + len(busy) + 1, said
 
 
 @pytest.mark.parametrize("which", ["original", "model"])
@@ -235,7 +236,7 @@ def test_no_layers_is_the_original_again(same: Same, tmp_path: Path) -> None:
     assert model == original
     facts = read(tmp_path / "run" / "nbl.json")
     assert (facts["status"], facts["replaced_layers"]) == ("verified", [])
-    assert all(p["kl_mean"] == 0 for p in read(tmp_path / "run" / "verify.json")["price"])
+    assert all(p["kl_mean"] == 0 for p in read(tmp_path / "run" / "verify.json")["quality_loss"])
 
 
 def test_paths_with_spaces_and_other_scripts(

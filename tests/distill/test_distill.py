@@ -14,18 +14,13 @@ import pytest
 import torch
 
 from nbl_export.calibrate import hooks
-from nbl_export.distill.settings import (
-    DistillSettings,
-    State,
-    Surroundings,
-    TrainingText,
-)
+from nbl_export.distill.settings import Callbacks, DistillSettings, State, TrainingText
 from nbl_export.distill.training import _batches, _Training, distill
 from nbl_export.errors import NblError
 from nbl_export.mixers.linear import LINEAR, Linear
 from nbl_export.model.checkpoint.load import load_model, load_tokenizer
 from nbl_export.model.linearize import linearize
-from nbl_export.parallel.peers import ALONE
+from nbl_export.parallel.ranks import ALONE
 from nbl_export.text import corpus
 from nbl_export.text import windows as text_windows
 
@@ -48,7 +43,7 @@ def prepared(checkpoint: Checkpoint, text: Path) -> dict[str, Any]:
 
 def run(prepared: dict[str, Any], tap: str, settings: DistillSettings = QUICK, state: State | None = None) -> Any:
     text = TrainingText(prepared["windows"], prepared["held"])
-    return distill(prepared["model"], prepared["maps"][tap], tap, text, settings, Surroundings(state=state))
+    return distill(prepared["model"], prepared["maps"][tap], tap, text, settings, Callbacks(state=state))
 
 
 def held_kl(checkpoint: Path, maps: dict[int, Linear], held: torch.Tensor, tap: str) -> float:
@@ -72,11 +67,7 @@ def test_held_back_kl_falls_and_is_what_whole_models_give(
 
 def test_never_worse_than_the_start(prepared: dict[str, Any]) -> None:
     """A learning rate that destroys the maps gives back the maps it was given."""
-    result = run(
-        prepared,
-        "normed",
-        DistillSettings(steps=10, batch_tokens=256, check_every=5, learning_rate=5.0),
-    )
+    result = run(prepared, "normed", DistillSettings(steps=10, batch_tokens=256, check_every=5, learning_rate=5.0))
     assert all(v >= result.held_kl[0][1] for _, v in result.held_kl[1:])
     for i, affine in prepared["maps"]["normed"].items():
         np.testing.assert_array_equal(result.maps[i].weight, affine.weight)
@@ -102,7 +93,7 @@ def test_a_rate_that_is_far_too_high_is_lowered_until_training_helps(prepared: d
     said: list[str] = []
     settings = dataclasses.replace(QUICK, steps=120, check_every=10, learning_rate=0.6)
     text = TrainingText(prepared["windows"], prepared["held"])
-    around = Surroundings(say=said.append)
+    around = Callbacks(say=said.append)
     result = distill(prepared["model"], prepared["maps"]["normed"], "normed", text, settings, around)
     assert any("KL runs away" in line for line in said)
     assert min(kl for _, kl in result.held_kl) < 0.95 * result.held_kl[0][1]

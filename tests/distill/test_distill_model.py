@@ -12,24 +12,19 @@ import pytest
 import torch
 
 from nbl_export.distill.settings import UNLIMITED, DistillSettings
+from nbl_export.distill.teacher_student import Lesson, TeacherStudent, _distance, _Divergence
 from nbl_export.distill.training import _Training
-from nbl_export.distill.twin import (
-    Lesson,
-    Twin,
-    _distance,
-    _Divergence,
-)
 from nbl_export.mixers.linear import Linear
 from nbl_export.mixers.linear_training import TrainedLinear
 from nbl_export.model import bfloat16
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
-from nbl_export.parallel.peers import ALONE
+from nbl_export.parallel.ranks import ALONE
 
 from ..tiny import HIDDEN
 
 IDS = torch.arange(2, 98).view(3, 32)
-Make = Callable[..., Twin]
+Make = Callable[..., TeacherStudent]
 
 
 @pytest.fixture
@@ -37,8 +32,8 @@ def twin(checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int,
     """(rank, architecture) -> original and student with maps in layers 0 and 2, whose deltas are not nothing, and whose
     units are not 1."""
 
-    def make(rank: int = 2, architecture: str = "llama") -> Twin:
-        made = Twin(load_model(checkpoint(architecture)), random_maps(0, 2), "normed", "fp32", rank, seed=0)
+    def make(rank: int = 2, architecture: str = "llama") -> TeacherStudent:
+        made = TeacherStudent(load_model(checkpoint(architecture)), random_maps(0, 2), "normed", "fp32", rank, seed=0)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in made.trained.values():
@@ -51,7 +46,7 @@ def twin(checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int,
 
 
 def _by_itself(
-    twin: Twin, ids_T: torch.Tensor, weight: float, label_weight: float
+    twin: TeacherStudent, ids_T: torch.Tensor, weight: float, label_weight: float
 ) -> tuple[dict[str, torch.Tensor], float]:
     """The gradients of one row, from the maps that all rows share, two whole models and autograd."""
     lesson = twin.lesson(ids_T[None], training=True)

@@ -24,7 +24,7 @@ import pytest
 
 from nbl_export.errors import NblError
 from nbl_export.measure import benchmark, rounds
-from nbl_export.measure.benchmark import BenchSetting, decode_tokens, plan_scenarios, room_for
+from nbl_export.measure.benchmark import BenchSetting, decode_tokens, limits_for, plan_scenarios
 from nbl_export.measure.footprint import Footprint, measure_footprint
 from nbl_export.measure.instruments import Instruments, Meter, Reading, read_usage
 from nbl_export.measure.paired import figures
@@ -32,7 +32,7 @@ from nbl_export.measure.rounds import Variant
 from nbl_export.options.options import JobOptions
 from nbl_export.parallel import child
 from nbl_export.records.results import Scenario, Timing
-from nbl_export.targets.runners import Room
+from nbl_export.targets.runners import SequenceLimits
 
 SETTING = BenchSetting(vocab_size=100, context_length=4096)
 PICK_NS = 3  # what a fake takes to pick a token
@@ -177,12 +177,12 @@ def test_decoders_are_measured_by_the_options(
     others: float, said: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A runner is told its longest sequence, with the token that a batch picks last; a busy machine is said."""
-    rooms: list[tuple[str, int | None, Room]] = []
+    rooms: list[tuple[str, int | None, SequenceLimits]] = []
     lines: list[str] = []
     clock = itertools.count(1)
 
-    def open_fake(path: Path, threads: int | None, room: Room) -> FakeRunner:
-        rooms.append((path.name, threads, room))
+    def open_fake(path: Path, threads: int | None, limits: SequenceLimits) -> FakeRunner:
+        rooms.append((path.name, threads, limits))
         return FakeRunner(Tape(), path.name, 10)
 
     used = {"seconds": 1.0, "others": others, "stolen": 0.0}
@@ -195,7 +195,7 @@ def test_decoders_are_measured_by_the_options(
     variants = {name: Variant(tmp_path / name, open_fake, 1) for name in ("a", "b")}
     setting = BenchSetting(100, 64, "an engine", base="a", threads=3)
     found = benchmark.side_by_side(variants, options, setting, lambda done, total: None, lines.append)
-    assert rooms == [("a", 3, Room(16 + 1, 2)), ("b", 3, Room(16 + 1, 2))]
+    assert rooms == [("a", 3, SequenceLimits(16 + 1, 2)), ("b", 3, SequenceLimits(16 + 1, 2))]
     tests = [(t["test"], t["batch"], t["threads"], t["variant"]) for t in found["timings"]]
     assert tests == [(t, n, 3, v) for n in (1, 2) for t in ("pp8", "pp16", "tg2") for v in ("a", "b")]
     assert (found["engine"], found["base"], found["repetitions"]) == ("an engine", "a", 1)
@@ -406,9 +406,9 @@ def test_the_plan_of_scenarios() -> None:
 
 def test_room_is_what_the_scenarios_that_fit_ask_for() -> None:
     scenarios = plan_scenarios((8, 2048), 4, (0, 600), batches=(1, 3))
-    assert room_for(scenarios, 4096) == Room(2648, 3)
-    assert room_for(scenarios, 1024) == Room(608, 3)
-    assert room_for([Scenario("tg", 4, 600, 3)], 4096) == Room(605, 3)  # and the token that is picked last
+    assert limits_for(scenarios, 4096) == SequenceLimits(2648, 3)
+    assert limits_for(scenarios, 1024) == SequenceLimits(608, 3)
+    assert limits_for([Scenario("tg", 4, 600, 3)], 4096) == SequenceLimits(605, 3)  # and the token that is picked last
 
 
 def test_a_scenario_beyond_the_context_is_named_and_left_out(tmp_path: Path) -> None:

@@ -6,17 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from nbl_export.measure.lossless import (
-    Asked,
-    Sample,
-    Way,
-    best_of_each,
-    overall,
-    rows,
-)
+from nbl_export.measure.speculative import Asked, Sample, Way, best_of_each, overall, rows
 from nbl_export.records.proposers import Proposer
-from nbl_export.report.speed import lossless_table
-from nbl_export.run.lossless import measured, spoken
+from nbl_export.report.speed import speculative_table
+from nbl_export.run.speculative import measured, spoken
 
 PLAIN = Way(None, "original")
 NGRAM, INT4, NBL = (Proposer(draft, (("max_draft_tokens", 4),)) for draft in ("ngram", "int4", "nbl"))
@@ -102,7 +95,7 @@ def test_the_fastest_is_chosen_and_pays_only_if_it_is_faster() -> None:
 
 
 def test_the_table_shows_these_figures() -> None:
-    table = lossless_table(measured("auto", "fp32", answers(loads=1), answers()))
+    table = speculative_table(measured("auto", "fp32", answers(loads=1), answers()))
     cells = {(row[0].text, row[1].text): tuple(cell.text for cell in row[2:]) for row in table.rows}
     assert len(cells) == 9
     assert cells[FAST.name, "all"] == ("25.0%", "2.00", "×0.80", "×4.00", "×2.00", "2.00 to 2.00", "10 of 10")

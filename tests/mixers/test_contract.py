@@ -14,14 +14,9 @@ from nbl_export import mixers
 from nbl_export.calibrate import hooks
 from nbl_export.calibrate.layer_by_layer import Wanted, collect_layers
 from nbl_export.calibrate.moments_file import MomentsWriter, open_moments
-from nbl_export.distill.twin import Twin
+from nbl_export.distill.teacher_student import TeacherStudent
 from nbl_export.errors import NblError
-from nbl_export.mixers.base import (
-    FitOptions,
-    Kind,
-    Mixer,
-    apply,
-)
+from nbl_export.mixers.base import FitOptions, Kind, Mixer, apply
 from nbl_export.mixers.linear import Linear
 from nbl_export.mixers.modules import Wrapped
 from nbl_export.mixers.none import Nothing
@@ -209,7 +204,7 @@ def test_the_trained_form_begins_as_the_mixer_and_others_are_refused(
     trained = kind(mixer).trained(mixer, 2, torch.Generator().manual_seed(0))
     if trained is None:
         with pytest.raises(NblError, match=f"layer 1: a layer of kind {mixer.kind} is not trained"):
-            Twin(load_model(checkpoint("llama")), {1: mixer}, "residual", "fp32", 2, 0)
+            TeacherStudent(load_model(checkpoint("llama")), {1: mixer}, "residual", "fp32", 2, 0)
         return
     x = torch.from_numpy(numbers(2, 5, HIDDEN))
     with torch.no_grad():

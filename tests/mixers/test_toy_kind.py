@@ -29,13 +29,13 @@ from nbl_export.model.linearize import linearize
 from nbl_export.records.plan import Plan
 from nbl_export.rewrite import contract_of, rewrite, rewrite_model
 from nbl_export.rewrite.describe import graph_facts
-from nbl_export.rewrite.lossless import add_draft
+from nbl_export.rewrite.speculative import add_draft
 from nbl_export.targets import exporter_of
 from nbl_export.targets.openvino.decoder import IrDecoder
 from nbl_export.verify.graph_reference import MappedOriginal
 from nbl_export.verify.torch_reference import row_logits
-from tests.climbing import climb
 from tests.tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB, random_map
+from tests.verifying import verify_tiny
 
 from .toy_memory import MEMORY, Memory
 
@@ -112,7 +112,7 @@ def test_graph_computes_what_torch_computes(
     assert decoder.contract.state_layers == (replaced if kind == "memory" else ())
     kept = LAYERS - len(replaced)
     assert decoder.contract.cache_bytes_per_token(HEAD_DIM) == kept * 2 * 2 * HEAD_DIM * 4
-    assert decoder.cache_bytes == decoder.contract.cache_bytes_per_token(HEAD_DIM) * 2 * decoder.slots
+    assert decoder.cache_bytes == decoder.contract.cache_bytes_per_token(HEAD_DIM) * 2 * decoder.cache_length
     exporter_of(source).keep_last_token(tmp_path / "nbl")
     last = DECODERS[source](tmp_path / "nbl")
     last.begin(2)
@@ -165,13 +165,13 @@ def test_verification_passes(
     checkpoint: Any, fitted: dict[int, Mixer], tmp_path: Path, source: str, precision: str
 ) -> None:
     """The whole ladder, with greedy text of GenAI or OpenVINO against torch."""
-    results = climb(checkpoint("llama"), source, precision, tmp_path, (0, 2), mixer_of=fitted.__getitem__)
+    results = verify_tiny(checkpoint("llama"), source, precision, tmp_path, (0, 2), mixer_of=fitted.__getitem__)
     assert [r for r in results if not r.passed] == []
-    assert {"a", "b", "c", "d", "f"} <= {r.rung for r in results}
+    assert {"structure", "original", "nbl", "text", "last_token"} <= {r.check for r in results}
 
 
 def test_verification_of_layers_that_add_nothing(checkpoint: Any, tmp_path: Path) -> None:
-    results = climb(checkpoint("llama"), "genai", "fp32", tmp_path, (0, 2), mixer_of=KINDS["none"])
+    results = verify_tiny(checkpoint("llama"), "genai", "fp32", tmp_path, (0, 2), mixer_of=KINDS["none"])
     assert [r for r in results if not r.passed] == []
 
 
@@ -179,7 +179,9 @@ def test_verification_of_layers_that_add_nothing(checkpoint: Any, tmp_path: Path
 def test_a_table_of_tokens_ends_below_a_memory(checkpoint: Any, tmp_path: Path, source: str) -> None:
     """Layer 0 is a row of a table; layer 1 reads the row before, so it is computed."""
     kinds = (random_map, memory)
-    results = climb(checkpoint("llama"), source, "fp32", tmp_path, (0, 1), mixer_of=lambda layer: kinds[layer](layer))
+    results = verify_tiny(
+        checkpoint("llama"), source, "fp32", tmp_path, (0, 1), mixer_of=lambda layer: kinds[layer](layer)
+    )
     assert [r for r in results if not r.passed] == []
     assert any("a table for the first 1" in r.detail for r in results)
 
@@ -194,8 +196,8 @@ def test_verification_sees_a_wrong_memory(checkpoint: Any, tmp_path: Path, monke
         return build.add(build.add(build.matmul(x, self.now, "now"), before, "sum"), self.bias, "bias")
 
     monkeypatch.setattr(Memory, "emit", wrong)
-    results = climb(checkpoint("llama"), "genai", "fp32", tmp_path, (1,), mixer_of=memory)
-    assert {r.rung for r in results if not r.passed} == {"c", "d"}
+    results = verify_tiny(checkpoint("llama"), "genai", "fp32", tmp_path, (1,), mixer_of=memory)
+    assert {r.check for r in results if not r.passed} == {"nbl", "text"}
 
 
 def test_genai_says_what_the_onnx_decoder_says(exported: Any, tmp_path: Path) -> None:
@@ -284,10 +286,7 @@ def test_states_have_the_names_that_genai_knows(exported: Any, tmp_path: Path) -
     model = ir.load(tmp_path / "nbl" / "model.onnx")
     contract = contract_of(model)
     states = {i.name: i.shape[1:] for i in contract.inputs if i.name.endswith("_state")}
-    assert states == {
-        "past_key_values.2.conv_state": (HIDDEN, 1),
-        "past_key_values.2.recurrent_state": (1, 1, 1),
-    }
+    assert states == {"past_key_values.2.conv_state": (HIDDEN, 1), "past_key_values.2.recurrent_state": (1, 1, 1)}
     assert {"present.2.conv_state", "present.2.recurrent_state"} <= {o.name for o in contract.outputs}
     assert contract.cache_layers == (0, 1)
     per_token = 2 * 2 * 2 * HEAD_DIM * 4

@@ -16,15 +16,7 @@ import torch
 from torch import nn
 
 from nbl_export.mixers import lmmse
-from nbl_export.mixers.base import (
-    AS_USUAL,
-    Builder,
-    FitOptions,
-    Kind,
-    StateSpec,
-    TokenWork,
-    Value,
-)
+from nbl_export.mixers.base import AS_USUAL, Builder, FitOptions, Kind, StateSpec, TokenWork, Value
 from nbl_export.mixers.lmmse import Moments
 from nbl_export.mixers.modules import MixerModule
 

@@ -22,7 +22,7 @@ from nbl_export.model.checkpoint.load import load_model, read_spec
 from nbl_export.model.checkpoint.source import resolve
 from nbl_export.model.head import logits_of
 from nbl_export.model.linearize import linearize
-from nbl_export.model.mixes import SwitchedModel
+from nbl_export.model.switched import SwitchedModel
 
 from ..tiny import EVERY, HIDDEN, LAYERS, VARIANTS, VOCAB
 
@@ -116,12 +116,12 @@ def test_switched_layers_are_the_linearized_model(architecture: str, checkpoint:
     with torch.inference_mode():
         base = model(IDS, use_cache=False).logits[0, :-1].log_softmax(-1)
     switched = SwitchedModel(model, maps, "residual")
-    for mix in ((0,), (1,), (1, 2), (2,)):
-        ours = linearize(load_model(checkpoint(architecture)), {i: maps[i] for i in mix})
+    for replaced_set in ((0,), (1,), (1, 2), (2,)):
+        ours = linearize(load_model(checkpoint(architecture)), {i: maps[i] for i in replaced_set})
         with torch.inference_mode():
             other = ours(IDS, use_cache=False).logits[0, :-1].log_softmax(-1)
         expected = (base.exp() * (base - other)).sum(1).mean().item()
-        assert switched.price(IDS, mix).kl == pytest.approx(expected, rel=1e-4), mix
+        assert switched.quality_loss(IDS, replaced_set).kl == pytest.approx(expected, rel=1e-4), replaced_set
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "granite", "olmo2", "phi3"])

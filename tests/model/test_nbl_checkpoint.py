@@ -131,7 +131,7 @@ def test_the_job_makes_the_graph_that_the_checkpoint_came_from(saved: Path, agai
 
 
 def test_what_cannot_be_known_is_not_told(again: Path) -> None:
-    assert json.loads((again / "verify.json").read_text())["price"] == []
+    assert json.loads((again / "verify.json").read_text())["quality_loss"] == []
     assert "bench.json" in {p.name for p in again.iterdir()}
     page = (again / "report.html").read_text()
     assert "came with its maps" in page and "(from the checkpoint)" in page and "fitted on" not in page

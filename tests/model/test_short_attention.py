@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from nbl_export.distill.twin import Twin
+from nbl_export.distill.teacher_student import TeacherStudent
 from nbl_export.mixers.linear import Linear
 from nbl_export.model import bfloat16, short_attention
 from nbl_export.model.checkpoint.load import load_model
@@ -93,7 +93,7 @@ def test_training_steps_in_bfloat16_take_it_and_nothing_else_does(
 ) -> None:
     """Once a layer with attention: all of the original's, those of the student that are left."""
     model, maps = load_model(checkpoint("llama")), random_maps(0, 2)
-    wide, made = (Twin(model, maps, "normed", dtype, 2, seed=0) for dtype in ("fp32", "bf16"))
+    wide, made = (TeacherStudent(model, maps, "normed", dtype, 2, seed=0) for dtype in ("fp32", "bf16"))
     expected, _ = wide.gradients(wide.lesson(IDS, training=True), 0.3, 0.1)
     made.held_kl(made.lesson(IDS))
     assert not counted

@@ -11,12 +11,7 @@ import pytest
 from nbl_export.errors import NblError, UsageError
 from nbl_export.options.options import OPTIONS, JobOptions, flag_of
 from nbl_export.options.rules import APPLIES, ModelFacts
-from nbl_export.options.settle import (
-    numbers,
-    over,
-    read_asked,
-    settle,
-)
+from nbl_export.options.settle import numbers, over, read_asked, settle
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.run.facts import architecture_facts, capabilities_of
 

@@ -107,15 +107,15 @@ class Priced:
     def foreseen(self, _increase: float) -> int:
         return self.guess
 
-    def window_losses(self, windows: str, mixes: dict[int, tuple[int, ...]], _progress: Any) -> Any:
-        self.tested += list(mixes)
-        return {count: self._losses(windows, len(mix)) for count, mix in mixes.items()}
+    def window_losses(self, windows: str, replaced_sets: dict[int, tuple[int, ...]], _progress: Any) -> Any:
+        self.tested += list(replaced_sets)
+        return {count: self._losses(windows, len(replaced_set)) for count, replaced_set in replaced_sets.items()}
 
     def _losses(self, windows: str, count: int) -> Any:
         share = self.rises[count - 1] * (2 if windows == "another" else 1)
         after = 3.0 + np.log1p(share) + np.tile([-1.0, -1.0, 1.0, 1.0], 4) * self.spread
         return [
-            SimpleNamespace(positions=511, original_sum=511 * 3.0, mix_sum=511 * loss, kl_sum=1.0) for loss in after
+            SimpleNamespace(positions=511, original_sum=511 * 3.0, nbl_sum=511 * loss, kl_sum=1.0) for loss in after
         ]
 
 
@@ -190,13 +190,15 @@ def test_the_upper_end_of_the_interval_decides_and_what_is_undecided_says_how_ma
     assert reached(Priced(*rises))[0] == 4
     count, facts, said = reached(Priced(*rises, spread=0.03))
     assert count == 1
-    price = facts["path"][1]["prices"][0]
-    low, high = price["increase_interval"]
+    quality_loss = facts["path"][1]["quality_losses"][0]
+    low, high = quality_loss["increase_interval"]
     assert low < 0.05 < high
     deviation, gap = 0.03 * np.sqrt(16 / 15), np.log(1.05 / 1.04)
     independent = (1.96 * deviation / gap) ** 2 * 512
-    assert independent < price["tokens_needed"] < 2.5 * independent  # a correlation that 16 windows do not rule out
-    needed = f"{float('{:.1e}'.format(price['tokens_needed'])):,.0f}"
+    assert (
+        independent < quality_loss["tokens_needed"] < 2.5 * independent
+    )  # a correlation that 16 windows do not rule out
+    needed = f"{float('{:.1e}'.format(quality_loss['tokens_needed'])):,.0f}"
     assert f"8,192 tokens cannot tell from 5%, about {needed} would be needed" in said[1]
     with pytest.raises(NblError, match=r"cannot be met: one layer alone \(10\).*8,192 tokens cannot tell from 1\.5%"):
         reached(Priced(*rises, spread=0.03), "1.5%")
@@ -210,12 +212,14 @@ def test_perplexity_increase_through_the_job(run: Path) -> None:
     assert [s["layers"] for s in steps] == list(range(1, LAYERS))
     assert len(wide["replaced_layers"]) == LAYERS - 1
     assert {s["layer"] for s in steps} == set(wide["replaced_layers"])
-    first = max(price["increase_interval"][1] for price in steps[0]["prices"])
+    first = max(quality_loss["increase_interval"][1] for quality_loss in steps[0]["quality_losses"])
     assert first > 0, "otherwise choose another tiny model"
     again = planned(run, "--max-perplexity-increase", f"{101 * first:.6f}%")
-    priced = [{k: v for k, v in price.items() if k != "tokens_needed"} for price in steps[0]["prices"]]
-    found = again["goal"]["path"][0]["prices"]
-    assert [{k: v for k, v in price.items() if k != "tokens_needed"} for price in found] == priced
+    priced = [
+        {k: v for k, v in quality_loss.items() if k != "tokens_needed"} for quality_loss in steps[0]["quality_losses"]
+    ]
+    found = again["goal"]["path"][0]["quality_losses"]
+    assert [{k: v for k, v in quality_loss.items() if k != "tokens_needed"} for quality_loss in found] == priced
     assert again["options"]["layers"] is None and "--max-perplexity-increase" in again["command"]
     before = (run / "nbl.json").read_bytes()
     refused = nbl("plan", run, "--max-perplexity-increase", f"{99 * first:.6f}%")

@@ -18,7 +18,7 @@ from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.head import logits_of
 from nbl_export.model.linearize import linearize
-from nbl_export.model.mixes import SwitchedModel
+from nbl_export.model.switched import SwitchedModel
 from nbl_export.plan import greedy
 from nbl_export.plan.effects import EVERY, Effects, Judge
 from nbl_export.plan.greedy import GreedyOrder, Point, Search
@@ -45,11 +45,13 @@ def quiet(_done: int, _total: int) -> None:
     pass
 
 
-def whole_models(checkpoint: Path, mix: tuple[int, ...], tap: str, every: int = 1) -> tuple[float, float, float]:
+def whole_models(
+    checkpoint: Path, replaced_set: tuple[int, ...], tap: str, every: int = 1
+) -> tuple[float, float, float]:
     """KL and both perplexities from two separate models, of every n-th position but the last of each window."""
     with torch.no_grad():
         base = load_model(checkpoint)(HELD).logits[:, :-1].log_softmax(-1)
-        model = linearize(load_model(checkpoint), {i: MAPS[i] for i in mix}, tap)
+        model = linearize(load_model(checkpoint), {i: MAPS[i] for i in replaced_set}, tap)
         ours = model(HELD, use_cache=False).logits[:, :-1].log_softmax(-1)
     base, ours, target = base[:, ::every], ours[:, ::every], HELD[:, 1::every, None]
     kl = (base.exp() * (base - ours)).sum(-1).mean().item()
@@ -61,16 +63,16 @@ def whole_models(checkpoint: Path, mix: tuple[int, ...], tap: str, every: int = 
 def test_price_of_every_mix_is_that_of_whole_models(architecture: str, tap: str, checkpoint: Checkpoint) -> None:
     directory = checkpoint(architecture)
     switched = SwitchedModel(load_model(directory), MAPS, tap)
-    for mix in (s for n in range(1, LAYERS) for s in itertools.combinations(range(LAYERS), n)):
-        loss = switched.price(HELD, mix)
-        kl, original, ours = whole_models(directory, mix, tap)
+    for replaced_set in (s for n in range(1, LAYERS) for s in itertools.combinations(range(LAYERS), n)):
+        loss = switched.quality_loss(HELD, replaced_set)
+        kl, original, ours = whole_models(directory, replaced_set, tap)
         assert loss.positions == HELD.numel() - len(HELD)
         assert loss.kl == pytest.approx(kl, rel=1e-3)
         assert loss.perplexities == pytest.approx((original, ours), rel=1e-4)
 
 
 def test_nothing_replaced_loses_nothing(checkpoint: Checkpoint) -> None:
-    loss = SwitchedModel(load_model(checkpoint("llama")), MAPS, "residual").price(HELD, ())
+    loss = SwitchedModel(load_model(checkpoint("llama")), MAPS, "residual").quality_loss(HELD, ())
     assert loss.kl == 0.0
     assert loss.perplexities[0] == loss.perplexities[1]
 
@@ -81,12 +83,12 @@ def test_losses_of_narrow_products_are_those_of_the_logits(architecture: str, ch
     model = load_model(checkpoint(architecture))
     torch.manual_seed(0)
     original = torch.randn(len(HELD[0]), model.config.hidden_size)
-    mix = original + 0.05 * torch.randn(original.shape)
-    loss = SwitchedModel(model, MAPS, "residual", narrow=True).losses(HELD[0], original, {"mix": mix})["mix"]
-    log_p, log_q = (logits_of(model, h[:-1]).double().log_softmax(-1) for h in (original, mix))
+    replaced_set = original + 0.05 * torch.randn(original.shape)
+    loss = SwitchedModel(model, MAPS, "residual", narrow=True).losses(HELD[0], original, {"mix": replaced_set})["mix"]
+    log_p, log_q = (logits_of(model, h[:-1]).double().log_softmax(-1) for h in (original, replaced_set))
     assert loss.kl_sum == pytest.approx((log_p.exp() * (log_p - log_q)).sum().item(), rel=1e-2)
     assert loss.original_sum == pytest.approx(-log_p.gather(1, HELD[0][1:, None]).sum().item(), rel=1e-5)
-    assert loss.mix_sum == pytest.approx(-log_q.gather(1, HELD[0][1:, None]).sum().item(), rel=1e-4)
+    assert loss.nbl_sum == pytest.approx(-log_q.gather(1, HELD[0][1:, None]).sum().item(), rel=1e-4)
 
 
 def judged(switched: SwitchedModel) -> Judge:
@@ -100,8 +102,8 @@ def test_effects_are_those_of_whole_models(architecture: str, tap: str, checkpoi
     directory = checkpoint(architecture)
     judge = judged(SwitchedModel(load_model(directory), MAPS, tap))
     alone = judge.alone(quiet)
-    for mix, found in [*(((i,), alone[i]) for i in range(LAYERS)), ((0, 2), judge.together((0, 2)))]:
-        kl, original, ours = whole_models(directory, mix, tap, EVERY)
+    for replaced_set, found in [*(((i,), alone[i]) for i in range(LAYERS)), ((0, 2), judge.together((0, 2)))]:
+        kl, original, ours = whole_models(directory, replaced_set, tap, EVERY)
         assert found.kl_NK.mean().item() == pytest.approx(kl, rel=2e-3)
         assert found.rise_NK.mean().item() == pytest.approx(math.log(ours / original), rel=2e-3, abs=1e-5)
 
@@ -142,8 +144,8 @@ def test_one_map_that_is_not_finite_leaves_the_others(checkpoint: Checkpoint) ->
     torch.testing.assert_close(found.kl_NK[:, 1:], expected.kl_NK[:, 1:])
 
 
-def whole_loss(directory: Path, mix: tuple[int, ...], tap: str) -> float:
-    kl, original, ours = whole_models(directory, mix, tap, EVERY)
+def whole_loss(directory: Path, replaced_set: tuple[int, ...], tap: str) -> float:
+    kl, original, ours = whole_models(directory, replaced_set, tap, EVERY)
     return (kl + math.log(ours / original)) / 2
 
 
@@ -177,29 +179,29 @@ class Planted:
     """
 
     def __init__(
-        self, prices: Sequence[float], excess: Mapping[frozenset[int], float] | None = None,
+        self, quality_losses: Sequence[float], excess: Mapping[frozenset[int], float] | None = None,
         directions: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
-        self.prices, self.excess = torch.tensor(prices), dict(excess or {})
-        self.directions = list(directions or range(len(prices)))
-        self.num_layers, self.parts = len(prices), [1, 1]
+        self.quality_losses, self.excess = torch.tensor(quality_losses), dict(excess or {})
+        self.directions = list(directions or range(len(quality_losses)))
+        self.num_layers, self.parts = len(quality_losses), [1, 1]
         self.passes: list[tuple[int, ...]] = []
 
     def alone(self, progress: Any) -> Effects:
         progress(self.num_layers, self.num_layers)
         return self._effects([(i,) for i in range(self.num_layers)])
 
-    def together(self, mix: Sequence[int]) -> Effects:
-        self.passes.append(tuple(mix))
-        return self._effects([tuple(mix)])
+    def together(self, replaced_set: Sequence[int]) -> Effects:
+        self.passes.append(tuple(replaced_set))
+        return self._effects([tuple(replaced_set)])
 
-    def _effects(self, mixes: Sequence[tuple[int, ...]]) -> Effects:
-        change = torch.zeros(2, len(mixes), self.num_layers)
-        beyond = torch.zeros(2, len(mixes))
-        for k, mix in enumerate(mixes):
-            for i in mix:
-                change[:, k, self.directions[i]] += (2 * self.prices[i]).sqrt()
-            beyond[:, k] = sum(v for pair, v in self.excess.items() if pair <= set(mix))
+    def _effects(self, replaced_sets: Sequence[tuple[int, ...]]) -> Effects:
+        change = torch.zeros(2, len(replaced_sets), self.num_layers)
+        beyond = torch.zeros(2, len(replaced_sets))
+        for k, replaced_set in enumerate(replaced_sets):
+            for i in replaced_set:
+                change[:, k, self.directions[i]] += (2 * self.quality_losses[i]).sqrt()
+            beyond[:, k] = sum(v for pair, v in self.excess.items() if pair <= set(replaced_set))
         kl = change.square().sum(2) / 2 + beyond
         return Effects(change, kl, kl, change.square().sum(2), change)
 

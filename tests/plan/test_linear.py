@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbl_export.calibrate import hooks
-from nbl_export.distill.settings import DistillSettings, Surroundings, TrainingText
+from nbl_export.distill.settings import Callbacks, DistillSettings, TrainingText
 from nbl_export.distill.training import distill
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.mixers.base import FitOptions
@@ -86,7 +86,7 @@ def test_training_leaves_the_bias_at_zero(checkpoint: Callable[[str], Path]) -> 
     found = hooks.collect(model, windows, lambda _d, _t: None, ("normed",))["normed"]
     maps = {i: LINEAR.fit(found[i], i, FitOptions(bias=False)) for i in (1, 2)}
     how = DistillSettings(steps=24, batch_tokens=256, check_every=8, lora_rank=4, label_weight=0.0)
-    result: Any = distill(model, maps, "normed", TrainingText(windows, windows[:2]), how, Surroundings())
+    result: Any = distill(model, maps, "normed", TrainingText(windows, windows[:2]), how, Callbacks())
     assert min(kl for _, kl in result.held_kl) < result.held_kl[0][1]
     for i, affine in result.maps.items():
         assert affine.product() is not None and (affine.weight != maps[i].weight).any()

@@ -26,14 +26,7 @@ SCORES = tuple(LayerScore(i, bound, 0.5, 0.1) for i, bound in enumerate((5.0, 1.
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [
-        ("8", 8),
-        ("0", 0),
-        ("0,7,24-29", (0, 7, 24, 25, 26, 27, 28, 29)),
-        ("8,", (8,)),
-        ("3-4", (3, 4)),
-        ("9,1", (1, 9)),
-    ],
+    [("8", 8), ("0", 0), ("0,7,24-29", (0, 7, 24, 25, 26, 27, 28, 29)), ("8,", (8,)), ("3-4", (3, 4)), ("9,1", (1, 9))],
 )
 def test_layers_are_read(text: str, expected: int | tuple[int, ...]) -> None:
     assert parse_layers(text, 30) == expected

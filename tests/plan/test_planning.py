@@ -14,7 +14,7 @@ import torch
 from nbl_export.errors import NblError
 from nbl_export.mixers.linear import Linear
 from nbl_export.mixers.lmmse import Moments
-from nbl_export.model.mixes import Loss
+from nbl_export.model.switched import Loss
 from nbl_export.options.goals import PerplexityIncrease, TargetSpeedup
 from nbl_export.plan import order as order_of
 from nbl_export.plan import planning
@@ -217,10 +217,10 @@ def test_points_are_the_sets_of_one_order_with_maps_and_without_attention() -> N
     assert [p["prefill_tail_pruned"] for p in found["points"]] == [1, 2, 3] * 2
     for p in found["points"]:
         rises = [factor * p["layers"] * (0.1 if p["method"] == "drop" else 0.01) for factor in (1, 2)]
-        assert [price["text"] for price in p["prices"]] == ["near", "far"]
-        assert [price["increase"] for price in p["prices"]] == pytest.approx(np.expm1(rises))
-        assert p["worst_increase"] == max(price["increase"] for price in p["prices"])
-        assert p["worst_upper"] == max(price["increase_interval"][1] for price in p["prices"])
+        assert [quality_loss["text"] for quality_loss in p["quality_losses"]] == ["near", "far"]
+        assert [quality_loss["increase"] for quality_loss in p["quality_losses"]] == pytest.approx(np.expm1(rises))
+        assert p["worst_increase"] == max(quality_loss["increase"] for quality_loss in p["quality_losses"])
+        assert p["worst_upper"] == max(quality_loss["increase_interval"][1] for quality_loss in p["quality_losses"])
     assert (found["texts"], found["recommended"]) == (["near", "far"], {"method": "nbl", "layers": 2})
     fitted, dropped = (maps for maps, _ in Switched.made)
     assert fitted[0].rank is not None and dropped[0].kind == "none"  # a rank is for fitted maps

@@ -35,14 +35,16 @@ class Planted:
     def alone(self, progress: object) -> Effects:
         return self._effects([(i,) for i in range(LAYERS)])
 
-    def together(self, mix: Sequence[int]) -> Effects:
-        return self._effects([tuple(mix)])
+    def together(self, replaced_set: Sequence[int]) -> Effects:
+        return self._effects([tuple(replaced_set)])
 
-    def _effects(self, mixes: Sequence[tuple[int, ...]]) -> Effects:
-        change = torch.stack([self._changes[:, list(mix)].sum(1) for mix in mixes], 1)
+    def _effects(self, replaced_sets: Sequence[tuple[int, ...]]) -> Effects:
+        change = torch.stack([self._changes[:, list(replaced_set)].sum(1) for replaced_set in replaced_sets], 1)
         square = change.square().sum(2)
-        neighbours = torch.tensor([float(sum(i + 1 in mix for i in mix)) for mix in mixes])
-        rise = torch.stack([self._rises[:, list(mix)].sum(1) for mix in mixes], 1)
+        neighbours = torch.tensor(
+            [float(sum(i + 1 in replaced_set for i in replaced_set)) for replaced_set in replaced_sets]
+        )
+        rise = torch.stack([self._rises[:, list(replaced_set)].sum(1) for replaced_set in replaced_sets], 1)
         return Effects(change, square / 2 + neighbours, rise + neighbours, square, change)
 
 

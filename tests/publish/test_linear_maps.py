@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
-from nbl_export.publish.linear_maps import LinearMaps, price_of_change
+from nbl_export.publish.linear_maps import LinearMaps, loss_of_change
 
 from ..tiny import HIDDEN, VOCAB
 
@@ -45,7 +45,7 @@ def test_the_perplexities_are_of_each_maps_own_tap(
     found: Any = SimpleNamespace(
         model=load_model(path), maps=maps, tap=tap, unseen=WINDOWS, original_is_gone=False
     )  # fmt: skip
-    said = [float(value) for value in re.findall(r"(\d[\d.e+]*\d)", price_of_change(found, now))]
+    said = [float(value) for value in re.findall(r"(\d[\d.e+]*\d)", loss_of_change(found, now))]
     expected = [
         perplexity(load_model(path)),
         perplexity(linearize(load_model(path), maps, tap)),
@@ -59,4 +59,4 @@ def test_the_perplexities_are_of_each_maps_own_tap(
 def test_nothing_is_said_of_maps_that_did_not_change_or_without_the_original() -> None:
     for change, gone in (("", False), ("changed", True)):
         found: Any = SimpleNamespace(original_is_gone=gone)
-        assert price_of_change(found, LinearMaps({}, change)) == ""
+        assert loss_of_change(found, LinearMaps({}, change)) == ""

@@ -16,13 +16,7 @@ from nbl_export.errors import CorruptError
 from nbl_export.graph.coded.int4_blocks import int4_blocks
 from nbl_export.model import rescale as rescale_module
 from nbl_export.model.rescale import Group
-from nbl_export.quantize.awq import (
-    Seen,
-    choose,
-    load_scales,
-    rounded,
-    save_scales,
-)
+from nbl_export.quantize.awq import Seen, choose, load_scales, rounded, save_scales
 
 from ..command import nbl
 from ..jobs import until
@@ -32,8 +26,8 @@ AWQ = ("--precision", "int4", "--quantize", "awq")
 METRIC = "rescaled model: max abs logit difference"
 
 
-def rungs(run: Path) -> list[dict[str, Any]]:
-    return list(json.loads((run / "verify.json").read_text(encoding="utf-8"))["rungs"])
+def checks(run: Path) -> list[dict[str, Any]]:
+    return list(json.loads((run / "verify.json").read_text(encoding="utf-8"))["checks"])
 
 
 # -- the choice ------------------------------------------------------------------------------------------------
@@ -102,7 +96,7 @@ def test_the_job_proves_the_function_and_reuses_the_calibration(same: Same, tap:
         done = nbl(*same, "--tap", tap, *AWQ, "--output", run)
     assert done.status == 0, done.err
     assert "calibrate: reused" in done.err and "plan: reused" in done.err
-    proof = next(r for r in rungs(run) if r["metric"] == METRIC)
+    proof = next(r for r in checks(run) if r["metric"] == METRIC)
     assert proof["passed"] and 0 < proof["value"] < 1e-3
     facts = json.loads((run / "nbl.json").read_text(encoding="utf-8"))
     found = facts["quantize"]["groups"]
@@ -115,7 +109,7 @@ def test_the_job_proves_the_function_and_reuses_the_calibration(same: Same, tap:
     if tap == "normed":
         with until("verify"):
             back = nbl(*same, "--tap", tap, "--precision", "int4", "--output", run)
-        assert back.status == 0 and METRIC not in {r["metric"] for r in rungs(run)}
+        assert back.status == 0 and METRIC not in {r["metric"] for r in checks(run)}
 
 
 def norms(run: Path) -> dict[str, np.ndarray]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from nbl_export.measure.lossless import Asked, Sample, Way
+from nbl_export.measure.speculative import Asked, Sample, Way
 from nbl_export.records.proposers import Proposer
 from nbl_export.report.page import render
-from nbl_export.run.lossless import measured, spoken
+from nbl_export.run.speculative import measured, spoken
 
 from .test_report import MANIFEST, VERIFY
 

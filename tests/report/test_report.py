@@ -45,14 +45,14 @@ MANIFEST: dict[str, Any] = {
 VERIFY: dict[str, Any] = {
     "passed": True,
     "precision": "fp32",
-    "rungs": [
-        {"rung": "b", "subject": "original", "metric": "max abs logit difference", "value": 2e-5, "tolerance": 1e-3,
-         "passed": True, "detail": "prefill"},
-        {"rung": "c", "subject": "nbl", "metric": "max abs logit difference", "value": 7.5e-5, "tolerance": 1e-3,
+    "checks": [
+        {"check": "original", "subject": "original", "metric": "max abs logit difference", "value": 2e-5,
+         "tolerance": 1e-3, "passed": True, "detail": "prefill"},
+        {"check": "nbl", "subject": "nbl", "metric": "max abs logit difference", "value": 7.5e-5, "tolerance": 1e-3,
          "passed": True, "detail": "16 cached steps"},
-        {"rung": "e", "subject": "nbl", "metric": "mean KL", "value": 0.12, "tolerance": None, "passed": True},
+        {"check": "quality", "subject": "nbl", "metric": "mean KL", "value": 0.12, "tolerance": None, "passed": True},
     ],
-    "price": [
+    "quality_loss": [
         {"text": "held-back calibration", "tokens": 8192, "windows": 16, "perplexity_original": 20.0,
          "perplexity_nbl": 25.0, "increase": 0.25, "increase_interval": [0.181, 0.3234], "kl_mean": 0.1234,
          "kl_interval": [0.1113, 0.1371], "top1_agreement": 0.8, "top1_interval": [0.7821, 0.8179]},
@@ -194,8 +194,8 @@ def test_variants_machine_and_the_rest_are_in_the_json(written: Written) -> None
     assert value["steady_memory_bytes"] == {"original": 5 << 28, "nbl": 1 << 29}
     assert value["disk_bytes"]["nbl"] == {"weights": 3 << 20, "graph": 1 << 20}
     assert value["kv_cache_bytes"]["nbl"] == 4096 and value["model_bytes"]["original"] == 5 << 20
-    assert value["machine"] == BENCH["machine"] and value["rungs"] == VERIFY["rungs"]
-    assert value["price"] == VERIFY["price"] and value["scores"] == MANIFEST["scores"]
+    assert value["machine"] == BENCH["machine"] and value["checks"] == VERIFY["checks"]
+    assert value["quality_loss"] == VERIFY["quality_loss"] and value["scores"] == MANIFEST["scores"]
     assert value["stage_seconds"] == {"calibrate": 142.4} and value["command"] == MANIFEST["command"]
     assert value["replaced_layers"] == [0, 2, 3] and value["status"] == "verified"
 
@@ -388,20 +388,20 @@ def test_skipped_tests_are_named() -> None:
 def test_headline(written: Written) -> None:
     assert "3 of 6 attention layers are replaced by a linear layer: layers 0, 2-3" in written.markdown
     assert "−50.0%" in card(written.html, "KV cache") and "4.00 KiB → 2.00 KiB" in card(written.html, "KV cache")
-    price = card(written.html, "Quality loss")
+    quality_loss = card(written.html, "Quality loss")
     for figure in ("20.0 → 25.0", "+25% (18 to 32)", "KL 0.123 (0.111 to 0.137)", "agreement 80.0% (78.2 to 81.8)",
                    "not gated"):  # fmt: skip
-        assert figure in price
+        assert figure in quality_loss
     assert "largest logit difference 7.50e-05 (nbl, max abs logit difference), tolerance 0.001" in written.markdown
     assert written.html.count('class="gone"') == 3
 
 
 def test_headline_price_is_that_of_the_worst_text() -> None:
     """Whichever text comes first: a gain seen on one text misleads."""
-    cheap = {**VERIFY["price"][0], "text": "cheap", "perplexity_nbl": 21.0, "increase": 0.05}
+    cheap = {**VERIFY["quality_loss"][0], "text": "cheap", "perplexity_nbl": 21.0, "increase": 0.05}
     dear = {**cheap, "text": "dear", "perplexity_original": 10.0, "perplexity_nbl": 30.0, "increase": 2.0}
     for order in ([cheap, dear], [dear, cheap]):
-        shown = card(Written(MANIFEST, changed(VERIFY, price=order)).html, "Quality loss")
+        shown = card(Written(MANIFEST, changed(VERIFY, quality_loss=order)).html, "Quality loss")
         assert "10.0 → 30.0" in shown and "20.0" not in shown
         assert "cheap" in shown and "dear" in shown
 
@@ -415,9 +415,9 @@ def test_price_table_has_tokens_windows_and_intervals(written: Written) -> None:
 
 def test_a_price_that_is_not_finite_is_the_worst_and_has_no_interval() -> None:
     broken = dict.fromkeys(("perplexity_nbl", "increase", "increase_interval", "kl_mean", "kl_interval"))
-    rows = [VERIFY["price"][0], {**VERIFY["price"][0], "text": "broken", **broken}]
+    rows = [VERIFY["quality_loss"][0], {**VERIFY["quality_loss"][0], "text": "broken", **broken}]
     for order in (rows, rows[::-1]):
-        written = Written(MANIFEST, changed(VERIFY, price=order))
+        written = Written(MANIFEST, changed(VERIFY, quality_loss=order))
         assert "20.0 → not finite" in card(written.html, "Quality loss")
         assert "not finite on broken" in written.markdown
 
@@ -436,7 +436,7 @@ def test_rung_without_tolerance_is_not_gated(written: Written) -> None:
 
 def failed(value: float) -> dict[str, Any]:
     verify = copy.deepcopy(VERIFY)
-    verify["rungs"][1] |= {"value": value, "passed": False, "detail": "layer 3 is off"}
+    verify["checks"][1] |= {"value": value, "passed": False, "detail": "layer 3 is off"}
     return changed(verify, passed=False)
 
 
@@ -445,7 +445,7 @@ def failed(value: float) -> dict[str, Any]:
 )
 def test_failed_verification_is_shown(value: float, text: str) -> None:
     written = Written(changed(MANIFEST, status="failed"), failed(value))
-    sentence = f"Rung c, nbl, max abs logit difference: {text}, tolerance 0.001. layer 3 is off"
+    sentence = f"Check nbl, nbl, max abs logit difference: {text}, tolerance 0.001. layer 3 is off"
     for page in (written.html, written.markdown):
         assert "Verification failed" in page and sentence in page and "Do not deploy" in page
         assert f"largest logit difference {text} (nbl, " in page
@@ -453,11 +453,11 @@ def test_failed_verification_is_shown(value: float, text: str) -> None:
     assert written.json["status"] == "failed"
 
 
-@pytest.mark.parametrize("where", ["status", "passed", "rung"])
+@pytest.mark.parametrize("where", ["status", "passed", "check"])
 def test_one_sign_of_failure_is_enough(where: str) -> None:
     manifest = changed(MANIFEST, status="failed") if where == "status" else MANIFEST
     verify = changed(VERIFY, passed=where != "passed")
-    verify["rungs"][0]["passed"] = where != "rung"
+    verify["checks"][0]["passed"] = where != "check"
     assert summarize(manifest, verify, None)["status"] == "failed"
     assert summarize(MANIFEST, VERIFY, None)["status"] == "verified"
 
@@ -472,7 +472,7 @@ def test_without_bench_speed_is_not_measured() -> None:
 
 
 def test_without_price_and_without_replaced_layers() -> None:
-    written = Written(changed(MANIFEST, replaced_layers=[]), changed(VERIFY, price=[]))
+    written = Written(changed(MANIFEST, replaced_layers=[]), changed(VERIFY, quality_loss=[]))
     assert "None of the 6 attention layers is replaced" in written.markdown
     assert "The quality loss was not measured." in written.markdown and 'class="gone"' not in written.html
 
@@ -505,8 +505,8 @@ def test_what_others_wrote_is_inert() -> None:
     manifest["model"] = dict.fromkeys(("name", "revision", "architecture"), HOSTILE)
     manifest["options"]["model"] = manifest["calibration"]["name"] = manifest["calibration"]["sha256"] = HOSTILE
     verify, bench = copy.deepcopy(VERIFY), copy.deepcopy(BENCH)
-    verify["price"][0]["text"] = HOSTILE
-    verify["rungs"][0] |= {"detail": HOSTILE, "metric": f"logit {HOSTILE}", "passed": False}
+    verify["quality_loss"][0]["text"] = HOSTILE
+    verify["checks"][0] |= {"detail": HOSTILE, "metric": f"logit {HOSTILE}", "passed": False}
     bench["machine"]["cpu"] = bench["machine"]["os"] = bench["provider"] = HOSTILE
     written = Written(manifest, verify, bench)
     outline = Outline(written.html)

@@ -13,8 +13,8 @@ import pytest
 from nbl_export.errors import NblError
 from nbl_export.publish.card import check_publishable
 from nbl_export.records.plan import Plan
-from nbl_export.records.results import RungResult, status_of
-from nbl_export.report.console import rungs_table
+from nbl_export.records.results import CheckResult, status_of
+from nbl_export.report.console import checks_table
 from nbl_export.run.progress import Ui
 from nbl_export.run.stages.common import Place
 from nbl_export.trust.terminal import Console
@@ -22,22 +22,22 @@ from nbl_export.verify import ladder
 
 from .test_report import BENCH, MANIFEST, VERIFY, Written
 
-EXACT = RungResult("c", "nbl", "max abs logit difference, prefill", 7e-5, 1e-3, True, "one sequence")
-COARSE = RungResult("c", "nbl", "relative rms logit difference, prefill", 0.31, 0.75, True, "one sequence")
-ROUNDED = RungResult("g", "nbl", "relative rms logit difference, prefill", 0.05, 0.1, True, "one sequence")
-TEXT = RungResult("d", "nbl", "torch's margin where greedy text first differs", 3.5, 4.0, True)
+EXACT = CheckResult("nbl", "nbl", "max abs logit difference, prefill", 7e-5, 1e-3, True, "one sequence")
+COARSE = CheckResult("nbl", "nbl", "relative rms logit difference, prefill", 0.31, 0.75, True, "one sequence")
+ROUNDED = CheckResult("quantised", "nbl", "relative rms logit difference, prefill", 0.05, 0.1, True, "one sequence")
+TEXT = CheckResult("text", "nbl", "torch's margin where greedy text first differs", 3.5, 4.0, True)
 PLAN = Plan(6, (0, 2, 3))
 
 
-def verified(precision: str, *rungs: RungResult) -> dict[str, Any]:
+def verified(precision: str, *checks: CheckResult) -> dict[str, Any]:
     """verify.json, as the verify stage makes it."""
-    found = ladder.summary(rungs, precision, VERIFY["price"], PLAN)
-    proof = ladder.proof(rungs, "the torch model", found["status"])
+    found = ladder.summary(checks, precision, VERIFY["quality_loss"], PLAN)
+    proof = ladder.proof(checks, "the torch model", found["status"])
     return {**VERIFY, **found, "proof": proof}
 
 
 @pytest.mark.parametrize(
-    ("precision", "rungs", "status"),
+    ("precision", "checks", "status"),
     [
         ("fp32", (EXACT,), "verified"),
         ("fp16", (COARSE, TEXT), "verified"),  # not quantised: the limit is 2%
@@ -47,15 +47,15 @@ def verified(precision: str, *rungs: RungResult) -> dict[str, Any]:
         ("int8", (COARSE, TEXT), "compared"),
         ("gguf", (COARSE, TEXT), "compared"),
         ("int4", (ROUNDED, TEXT), "compared"),
-        ("int4", (RungResult("b", "original", EXACT.metric, 1e-5, 1e-3, True), COARSE), "compared"),
-        ("int4", (EXACT, RungResult("d", "nbl", TEXT.metric, 5.0, 4.0, False)), "failed"),
+        ("int4", (CheckResult("original", "original", EXACT.metric, 1e-5, 1e-3, True), COARSE), "compared"),
+        ("int4", (EXACT, CheckResult("text", "nbl", TEXT.metric, 5.0, 4.0, False)), "failed"),
     ],
 )
 def test_a_quantised_graph_is_verified_by_a_twin_alone(
-    precision: str, rungs: tuple[RungResult, ...], status: str
+    precision: str, checks: tuple[CheckResult, ...], status: str
 ) -> None:
-    assert status_of(precision, [asdict(rung) for rung in rungs]) == status
-    assert verified(precision, *rungs)["status"] == status
+    assert status_of(precision, [asdict(check) for check in checks]) == status
+    assert verified(precision, *checks)["status"] == status
 
 
 def test_the_page_tells_a_comparison_from_a_proof() -> None:
@@ -74,10 +74,10 @@ def test_the_page_tells_a_comparison_from_a_proof() -> None:
 
 
 def test_the_console_tells_it_too(capsys: Any) -> None:
-    Console(width=200).print(*rungs_table(verified("int4", COARSE, TEXT)))
+    Console(width=200).print(*checks_table(verified("int4", COARSE, TEXT)))
     said = " ".join(capsys.readouterr().out.split())
     assert "compared, but its wiring is not proven" in said and "verified" not in said.lower()
-    Console(width=200).print(*rungs_table(verified("int4", EXACT, ROUNDED)))
+    Console(width=200).print(*checks_table(verified("int4", EXACT, ROUNDED)))
     assert "not proven" not in capsys.readouterr().out
 
 

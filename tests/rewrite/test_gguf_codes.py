@@ -113,9 +113,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: run_of(*given, tmp_path_factory.mktemp(name)) for name, given in made.items()}
 
 
-def rung(run: Path, subject: str, metric: str) -> dict[str, Any]:
-    rungs = json.loads((run / "verify.json").read_text(encoding="utf-8"))["rungs"]
-    return next(r for r in rungs if (r["subject"], r["metric"]) == (subject, metric))
+def check(run: Path, subject: str, metric: str) -> dict[str, Any]:
+    checks = json.loads((run / "verify.json").read_text(encoding="utf-8"))["checks"]
+    return next(r for r in checks if (r["subject"], r["metric"]) == (subject, metric))
 
 
 def nodes(run: Path, which: str, kind: str) -> list[Any]:
@@ -128,7 +128,7 @@ def test_int4_of_a_gguf_is_its_own_codes(runs: dict[str, Path], which: str) -> N
     run = runs[which]
     facts = json.loads((run / "nbl.json").read_text(encoding="utf-8"))
     assert facts["options"]["precision"] == "gguf" and "--precision gguf" in facts["command"]
-    exact = rung(run, "original", "steps between a matrix and its codes")
+    exact = check(run, "original", "steps between a matrix and its codes")
     assert exact["value"] == exact["tolerance"] == 0.0 and exact["passed"]
     floats = [n.name for n in nodes(run, "original", "MatMul") if not n.name.endswith("/offsets")]
     assert floats == [] and not nodes(run, "original", "Gather")[2:]
@@ -154,7 +154,7 @@ def test_maps_have_the_form_of_their_neighbours(runs: dict[str, Path]) -> None:
             if n.name.startswith("/nbl/layers")}  # fmt: skip
     assert any(name.endswith("MatMul_Q4") for name in ours)
     assert any(name.endswith("MatMul_Q4/offsets") for name in ours)
-    assert rung(runs["tied"], "nbl", "maps in the graph")["passed"]
+    assert check(runs["tied"], "nbl", "maps in the graph")["passed"]
 
 
 def test_a_changed_offset_fails_verification(
@@ -164,7 +164,7 @@ def test_a_changed_offset_fails_verification(
     level = ("--precision", "gguf", "--builder-option", "accuracy_level=1")
     done = nbl("rewrite", run, *level)
     assert done.status == 0 and nbl("verify", run).status == 0
-    assert rung(run, "original", "relative rms logit difference, prefill")["value"] < 1e-5  # nothing is rounded
+    assert check(run, "original", "relative rms logit difference, prefill")["value"] < 1e-5  # nothing is rounded
     written = gguf_codes.add_product_offsets
 
     def off(graph: Any, product: Any, offsets: np.ndarray, name: str) -> Any:
@@ -289,7 +289,7 @@ def test_old_rounding_stays_on_request(tmp_path: Path) -> None:
     run = run_of(TIED, None, tmp_path, "--requantize")
     facts = json.loads((run / "nbl.json").read_text(encoding="utf-8"))
     assert facts["options"]["precision"] == "int4" and "--requantize" in facts["command"].split()
-    assert rung(run, "original", "steps between a matrix and its codes")["value"] > 0
+    assert check(run, "original", "steps between a matrix and its codes")["value"] > 0
     again = nbl("rewrite", run, "--precision", "gguf")
     assert again.status == 0, again.err
     assert json.loads((run / "nbl.json").read_text(encoding="utf-8"))["options"]["precision"] == "gguf"

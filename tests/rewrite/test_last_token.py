@@ -20,7 +20,7 @@ from nbl_export.graph.names import ALL_LOGITS_FILE, all_logits_file
 from nbl_export.mixers.linear import Linear
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import Plan
-from nbl_export.records.results import RungResult
+from nbl_export.records.results import CheckResult
 from nbl_export.rewrite import rewrite
 from nbl_export.rewrite.tail import difference, keep_last_token
 from nbl_export.targets.onnx.engine import ORT
@@ -47,7 +47,7 @@ def ship(source: Path, tmp_path: Path, maps: dict[int, Linear]) -> dict[str, Pat
     return places
 
 
-def held(directory: Path, precision: str = "fp32") -> list[RungResult]:
+def held(directory: Path, precision: str = "fp32") -> list[CheckResult]:
     every = OnnxDecoder(directory, HEAD_DIM, file=ALL_LOGITS_FILE)
     return check_last("nbl", every, OnnxDecoder(directory, HEAD_DIM), ROW, precision)
 
@@ -57,7 +57,7 @@ def held(directory: Path, precision: str = "fp32") -> list[RungResult]:
 def test_files_and_logits(
     source: str, replaced: tuple[int, ...], exported: Exported, random_maps: Maps, tmp_path: Path
 ) -> None:
-    """Every rung on what ships passes, for the original and for the plan; the empty plan copies byte for byte."""
+    """Every check on what ships passes, for the original and for the plan; the empty plan copies byte for byte."""
     export, maps = exported("llama", source), random_maps(*replaced)
     places = ship(export, tmp_path, maps)
     assert (places["original"] / ALL_LOGITS_FILE).read_bytes() == (export / "model.onnx").read_bytes()
@@ -238,8 +238,8 @@ def test_a_tail_that_cannot_be_pruned_changes_nothing(exported: Exported, tmp_pa
 def test_last_by_default_and_recorded(finished: Path) -> None:
     for name in ("nbl.json", "model/nbl.json", "report.json"):
         assert json.loads((finished / name).read_text())["logits"] == "last", name
-    rungs = json.loads((finished / "verify.json").read_text())["rungs"]
-    assert [(r["subject"], r["passed"]) for r in rungs if r["rung"] == "f"] == [("original", True)] * 3 + [
+    checks = json.loads((finished / "verify.json").read_text())["checks"]
+    assert [(r["subject"], r["passed"]) for r in checks if r["check"] == "last_token"] == [("original", True)] * 3 + [
         ("nbl", True)
     ] * 3
     assert "logits of the last token alone" in (finished / "report.md").read_text()
@@ -253,6 +253,6 @@ def test_all_logits_on_request(run: Path, same: tuple[object, ...]) -> None:
     for name in ("original", "model"):
         assert not (run / name / ALL_LOGITS_FILE).exists()
         assert OnnxDecoder(run / name, HEAD_DIM).contract.logits == "all"
-    assert not [r for r in json.loads((run / "verify.json").read_text())["rungs"] if r["rung"] == "f"]
+    assert not [r for r in json.loads((run / "verify.json").read_text())["checks"] if r["check"] == "last_token"]
     assert json.loads((run / "report.json").read_text())["logits"] == "all"
     assert nbl(*same, "--output", run, "--logits", "some").status != 0

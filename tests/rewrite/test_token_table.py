@@ -168,7 +168,7 @@ def test_a_run_says_what_it_looks_up(run: Path, same: tuple[object, ...], tmp_pa
     """And computes the layers where that is asked for; both are proven."""
     assert nbl("plan", run, "--layers", "0,2").status == 0
     proven = json.loads(nbl("verify", run, "--json").out)
-    assert proven["passed"] and any("a table for the first 1" in r["detail"] for r in proven["rungs"])
+    assert proven["passed"] and any("a table for the first 1" in r["detail"] for r in proven["checks"])
     manifest = json.loads((run / "nbl.json").read_text())
     assert manifest["token_table"] == {"layers": [0], "bytes": 4 * VOCAB * HIDDEN}
     told = nbl("inspect", run).out

@@ -68,10 +68,10 @@ def test_both_decoders_pass(run: Path) -> None:
     """Each in a process of its own, as on a GPU."""
     found = accepted(run, look=accepting.examined)
     assert found["status"] == "passed", found
-    rungs = [(rung["subject"], rung["rung"]) for rung in found["rungs"]]
-    order = ["f", "d", "slots", "clock"]
-    assert [rung for subject, rung in rungs if subject == "original"] == ["a", *["b"] * 6, *order]
-    assert [rung for subject, rung in rungs if subject == "nbl"] == ["a", *["c"] * 6, *order]
+    checks = [(check["subject"], check["check"]) for check in found["checks"]]
+    order = ["last_token", "text", "slots", "clock"]
+    assert [check for subject, check in checks if subject == "original"] == ["structure", *["original"] * 6, *order]
+    assert [check for subject, check in checks if subject == "nbl"] == ["structure", *["nbl"] * 6, *order]
     assert found["engine"] == "ort --provider cuda"
     assert found["versions"]["onnxruntime"]
     assert json.loads((run / "acceptance.json").read_text(encoding="utf-8")) == found
@@ -82,7 +82,9 @@ def test_both_decoders_pass(run: Path) -> None:
 def test_a_failed_check_is_named_and_ends_with_status_3(run: Path) -> None:
     found = accepted(run, "nan")
     assert found["status"] == "failed"
-    with pytest.raises(AcceptanceError, match=r"rung b of original failed: relative rms .*acceptance\.md") as caught:
+    with pytest.raises(
+        AcceptanceError, match=r"check original of original failed: relative rms .*acceptance\.md"
+    ) as caught:
         accepting.refuse_failed(found, run)
     assert caught.value.exit_code == 3
     assert "Not accepted" in (run / "acceptance.md").read_text(encoding="utf-8")
@@ -98,12 +100,12 @@ def test_each_result_is_written_as_it_comes(run: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         accepted(run, look=stops)
     found = json.loads((run / "acceptance.json").read_text(encoding="utf-8"))
-    assert found["status"] == "incomplete" and [rung["rung"] for rung in found["rungs"]] == ["a"]
+    assert found["status"] == "incomplete" and [check["check"] for check in found["checks"]] == ["structure"]
 
 
 def test_a_machine_without_the_provider_cannot_run(run: Path) -> None:
     found = accepted(run, "no GPU")
-    assert (found["status"], found["rungs"]) == ("cannot run", [])
+    assert (found["status"], found["checks"]) == ("cannot run", [])
     with pytest.raises(NblError, match="cannot be accepted here: no GPU is here") as caught:
         accepting.refuse_failed(found, run)
     assert caught.value.exit_code == 1

@@ -19,13 +19,7 @@ from nbl_export.model.checkpoint.load import load_model
 from nbl_export.parallel.child import Child
 from nbl_export.run import accept as accepting
 from nbl_export.verify.ladder import ON_GPU, WITHOUT_TWIN, Probe
-from nbl_export.verify.on_target import (
-    POSITIONS,
-    Expected,
-    expect,
-    load,
-    save,
-)
+from nbl_export.verify.on_target import POSITIONS, Expected, expect, load, save
 from nbl_export.verify.torch_reference import references
 
 from ..fake_engine import StandIn
@@ -122,33 +116,33 @@ def test_a_cut_file_and_a_missing_file_are_refused(values: Path, tmp_path: Path)
 
 def test_every_check_passes(values: Path) -> None:
     found = results(checked(values))
-    assert [result["rung"] for result in found] == ["a", *["c"] * 6, "f", "d", "slots", "clock"]
+    assert [result["check"] for result in found] == ["structure", *["nbl"] * 6, "last_token", "text", "slots", "clock"]
     assert [result for result in found if not result["passed"]] == []
-    logits = [result for result in found if result["rung"] in ("c", "f")]
+    logits = [result for result in found if result["check"] in ("nbl", "last_token")]
     assert all(0 < result["value"] < result["tolerance"] == 0.02 for result in logits)  # fp16 rounds
     assert "96 tokens" in logits[5]["detail"] and "decode" in logits[5]["metric"]
-    slots = found[9]
-    assert (slots["value"], slots["tolerance"]) == (0.0, 0.0)
-    assert slots["detail"] == "slots of another text; of 64; of -64"
+    cache_length = found[9]
+    assert (cache_length["value"], cache_length["tolerance"]) == (0.0, 0.0)
+    assert cache_length["detail"] == "slots of another text; of 64; of -64"
 
 
 FAULTS = {
-    "other graph": ("c", "relative rms logit difference, prefill", "one sequence of 56 tokens"),
-    "late decode": ("c", "relative rms logit difference, decode", "one sequence of 96 tokens"),
-    "nan": ("c", "relative rms logit difference, prefill", "one sequence of 56 tokens"),
-    "chunks": ("f", "chunk behind a cache", "chunks of 20, 20, 16 tokens"),
+    "other graph": ("nbl", "relative rms logit difference, prefill", "one sequence of 56 tokens"),
+    "late decode": ("nbl", "relative rms logit difference, decode", "one sequence of 96 tokens"),
+    "nan": ("nbl", "relative rms logit difference, prefill", "one sequence of 56 tokens"),
+    "chunks": ("last_token", "chunk behind a cache", "chunks of 20, 20, 16 tokens"),
     "leak": ("slots", "stale slots", "are read: the mask lets later slots through"),
     "early clock": ("clock", "reading its token takes", "ms, reading its token afterwards"),
-    "memory": ("c", "comes to its end", "MemoryError:  (while running one sequence of 56 tokens)"),
-    "close": ("a", "comes to its end", "cudaFree: cudaErrorInvalidValue (while closing the decoder nbl)"),
+    "memory": ("nbl", "comes to its end", "MemoryError:  (while running one sequence of 56 tokens)"),
+    "close": ("structure", "comes to its end", "cudaFree: cudaErrorInvalidValue (while closing the decoder nbl)"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_is_named_by_its_check(fault: str, values: Path) -> None:
-    rung, metric, detail = FAULTS[fault]
+    check, metric, detail = FAULTS[fault]
     failed = [result for result in results(checked(values, fault)) if not result["passed"]]
-    assert failed and failed[0]["rung"] == rung, failed
+    assert failed and failed[0]["check"] == check, failed
     assert metric in failed[0]["metric"] and detail in failed[0]["detail"], failed[0]
     if fault not in ("other graph", "nan", "late decode"):
         assert len(failed) == 1, failed
@@ -161,7 +155,7 @@ def test_other_text_fails_where_torch_is_sure(values: Path, tmp_path: Path) -> N
     save(dataclasses.replace(found, arrays={**found.arrays, **sure}), tmp_path / "sure.safetensors")
     assert all(result["passed"] for result in results(checked(tmp_path / "sure.safetensors")))
     (failed,) = [r for r in results(checked(tmp_path / "sure.safetensors", "other text")) if not r["passed"]]
-    assert (failed["rung"], failed["value"], failed["tolerance"]) == ("d", 1.0, 0.5)
+    assert (failed["check"], failed["value"], failed["tolerance"]) == ("text", 1.0, 0.5)
     assert "tokens the same up to the first difference" in failed["detail"]
 
 
@@ -190,7 +184,7 @@ def apart(values: Path, fault: str, seconds: float) -> list[Any]:
 def test_a_crash_is_a_failed_check(values: Path) -> None:
     events = apart(values, "crash", 300)
     first, crashed = results(events)
-    assert first["passed"] and (crashed["rung"], crashed["passed"]) == ("c", False)
+    assert first["passed"] and (crashed["check"], crashed["passed"]) == ("nbl", False)
     assert "ended with status -6 (SIGABRT, a crash in a library" in crashed["detail"]
     assert crashed["detail"].endswith("while running one sequence of 56 tokens")
     assert events[-1] == [accepting.FINISHED]

@@ -279,7 +279,7 @@ def transposed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_failed_verification(same: Same, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run / "model" / "model.onnx").unlink()
     failed = nbl(*same, "--output", run)
-    assert_refused(failed, 3, "verification failed", run, "rung", "(nbl", "allowed", "kept for inspection")
+    assert_refused(failed, 3, "verification failed", run, "check", "(nbl", "allowed", "kept for inspection")
     assert list(stage_lines(failed)) == ["calibrate", "plan", "decoder graph", "rewrite", "verify"]
     assert (run / "model" / "model.onnx").is_file()
     assert "failed" in (run / "report.html").read_text(encoding="utf-8").lower()

@@ -16,9 +16,9 @@ from nbl_export.errors import RefusalError
 from nbl_export.graph.names import draft_file
 from nbl_export.rewrite import gguf_codes
 from nbl_export.rewrite.codes import quantised_matrices
-from nbl_export.run.stages import lossless as lossless_stage
+from nbl_export.run.stages import speculative as speculative_stage
 from nbl_export.targets.onnx.genai import GenaiRunner
-from nbl_export.targets.onnx.lossless import LosslessRunner
+from nbl_export.targets.onnx.speculative import SpeculativeRunner
 
 from ..command import TINY, Outcome, assert_refused, nbl, snapshot
 from ..gguf_kinds import HALVES, every_token, save_mixed
@@ -33,7 +33,7 @@ def lossless(
     """A finished run, and the same command with --draft auto. Never write to the run."""
     run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("lossless") / "run"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lossless_stage, "LOADS", 5)  # as a user's job: `light_jobs` has 2, too few for an interval
+        patch.setattr(speculative_stage, "LOADS", 5)  # as a user's job: `light_jobs` has 2, too few for an interval
         done = nbl(*same, "--draft", "auto", "--draft-layers", "0,2", "--output", run)
     assert done.status == 0, done.err
     return run, done
@@ -50,7 +50,7 @@ def test_earlier_stages_are_reused(lossless: tuple[Path, Outcome], finished: Pat
 
 def test_the_folder_gives_the_originals_tokens(lossless: tuple[Path, Outcome]) -> None:
     run, _ = lossless
-    with GenaiRunner(run / "original", 1) as plain, LosslessRunner(run / "lossless", 1) as runner:
+    with GenaiRunner(run / "original", 1) as plain, SpeculativeRunner(run / "lossless", 1) as runner:
         for text in ("The assert statement", "import os", "a"):
             ids = plain.encode(text, chat=False)
             assert runner.greedy(ids, 24) == plain.greedy(ids, 24)
@@ -64,7 +64,7 @@ def test_the_figures(lossless: tuple[Path, Outcome]) -> None:
     assert drafts == {"ngram", "int4", "nbl"}
     assert {row["kind"] for row in found["rows"]} == {"prose", "code", "chat", "summary"}
     assert all(row["equal"] + _differing(found, row) == row["prompts"] == 5 for row in found["rows"])
-    assert all(rung["passed"] for rung in found["rungs"])
+    assert all(check["passed"] for check in found["checks"])
     assert len(found["trial"]) == 9
     best = found["overall"][0]
     assert best["ratio"] == max(row["ratio"] for row in found["overall"])
@@ -190,8 +190,8 @@ def test_codes_make_a_draft_where_they_are_few_and_known(
     model = save_mixed(tmp_path / "m.gguf", {**FOUR_BITS, **changed})
     resolver = resolver_of(tmp_path, {"draft": "int4", "requantize": requantize})
     resolver.source.gguf = model
-    inputs = lossless_stage.declare(resolver)
-    assert isinstance(inputs, lossless_stage.LosslessInputs)
+    inputs = speculative_stage.declare(resolver)
+    assert isinstance(inputs, speculative_stage.SpeculativeInputs)
     assert inputs.codes.value == (model if taken else None)
 
 

@@ -32,20 +32,20 @@ def runs(asked: tuple[object, ...], short_parts: None, tmp_path_factory: pytest.
     return found
 
 
-def rungs(run: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((run / "verify.json").read_text())["rungs"]
+def checks(run: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((run / "verify.json").read_text())["checks"]
     return found
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_run_is_verified_to_float32_accuracy_and_at_its_own_error(runs: dict[str, Path], precision: str) -> None:
-    found = rungs(runs[precision])
-    exact = [r["value"] for r in found if r["rung"] in "bc" and r["metric"].startswith("max abs")]
-    shipped = [r for r in found if r["rung"] == "g" and r["metric"].startswith("relative rms logit")]
+    found = checks(runs[precision])
+    exact = [r["value"] for r in found if r["check"] in ("original", "nbl") and r["metric"].startswith("max abs")]
+    shipped = [r for r in found if r["check"] == "quantised" and r["metric"].startswith("relative rms logit")]
     own = {s: max(r["value"] for r in shipped if r["subject"] == s) for s in ("original", "nbl")}
     assert exact and max(exact) < 1e-4
     assert 0 < own["nbl"] <= 2 * own["original"]
-    assert {r["metric"] for r in found if r["rung"] == "a"} >= {
+    assert {r["metric"] for r in found if r["check"] == "structure"} >= {
         "contract", "cache bytes per token", "maps in the graph", "weights untouched",
         "what ships is the graph with all logits, pruned", "cache bytes in the running session",
     }  # fmt: skip
@@ -148,7 +148,7 @@ def test_proposed_tokens_change_no_answer(lossless: Path) -> None:
     """Every proposer of OpenVINO GenAI; a draft lies in a folder of its own, and the settings beside the graph."""
     found = json.loads((lossless / "lossless.json").read_text())
     assert {row["proposer"].partition(",")[0] for row in found["rows"]} == {"ngram", "int4", "nbl"}
-    assert all(rung["passed"] for rung in found["rungs"])
+    assert all(check["passed"] for check in found["checks"])
     drafts = [row for row in found["overall"] if not row["proposer"].startswith("ngram")]
     assert all(0 <= row["acceptance"] <= 1 for row in drafts)
     folder, options = lossless / "lossless", found["chosen"]["options"]

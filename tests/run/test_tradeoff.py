@@ -83,7 +83,7 @@ def test_plot_rings_the_recommended_point_and_leaves_out_what_is_not_finite() ->
 def test_plot_has_whiskers_of_the_text_that_suffers_most() -> None:
     points = [point("nbl", k, 0.03 * k) for k in range(4)]
     bare = plots.tradeoff(points, None)
-    points[2]["prices"] = [{"increase": 0.02, "increase_interval": [0.018, 0.021]},
+    points[2]["quality_losses"] = [{"increase": 0.02, "increase_interval": [0.018, 0.021]},
                            {"increase": 0.06, "increase_interval": [0.052, 0.068]}]  # fmt: skip
     assert plots._worst_interval(points[2]) == [[0.052, 0.068]] and plots._worst_interval(points[1]) == []
     drawn = plots.tradeoff(points, None)
@@ -93,9 +93,9 @@ def test_plot_has_whiskers_of_the_text_that_suffers_most() -> None:
 def test_table_says_what_is_not_finite_and_what_was_distilled_for_more_layers() -> None:
     from rich.console import Console
 
-    price = {"text": "t", "kl": None, "perplexity_original": 5.0, "perplexity": None, "increase": None,
+    quality_loss = {"text": "t", "kl": None, "perplexity_original": 5.0, "perplexity": None, "increase": None,
              "increase_interval": None, "kl_interval": None}  # fmt: skip
-    p = {**point("distilled", 1, None), "prefill_tail_pruned": 1.2, "decode": 1.1, "prices": [price]}
+    p = {**point("distilled", 1, None), "prefill_tail_pruned": 1.2, "decode": 1.1, "quality_losses": [quality_loss]}
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     points = [{**p, "distilled_for": 1}, {**p, "distilled_for": 3}]
     console.print(printed.sweep_table({"order": [1], "texts": ["t"], "points": points, "recommended": None}))

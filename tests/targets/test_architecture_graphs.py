@@ -116,7 +116,7 @@ def test_the_pruned_tail(
 @pytest.mark.parametrize("architecture", [*made_by("static"), "qwen2-window", "phi3-window", "phi4-mini"])
 def test_the_static_form(architecture: str, checkpoint: Checkpoint, random_maps: Maps, tmp_path: Path) -> None:
     maps = random_maps(0, 2)
-    build_decoder("static", checkpoint(architecture), tmp_path / "original", "fp32", slots=96)
+    build_decoder("static", checkpoint(architecture), tmp_path / "original", "fp32", cache_length=96)
     rewrite(tmp_path / "original", tmp_path / "nbl", Plan(LAYERS, (0, 2)), maps)
     for name, chosen in (("original", {}), ("nbl", maps)):
         found = run_rows(open_decoder(tmp_path / name / STATIC_GRAPH_FILE), rows())
@@ -136,8 +136,8 @@ def test_a_lost_window_fails_the_originals_own_rung(
     truth = make_reference(load_model(checkpoint(architecture)), Probe(tuple(map(tuple, rows())), (), 0))
     for directory, right in ((exported(architecture), True), (tmp_path, False)):
         decoder = open_graph(directory, checkpoint(architecture))
-        rungs = check_logits("b", "original", decoder, rows(), truth, TOLERANCES["fp32"])
-        assert all(r.passed for r in rungs) == right
+        checks = check_logits("original", "original", decoder, rows(), truth, TOLERANCES["fp32"])
+        assert all(r.passed for r in checks) == right
 
 
 def test_no_ring_caches_are_promised_to_the_runtime(exported: Exported) -> None:
@@ -175,7 +175,7 @@ def test_the_root_of_the_hidden_size_is_not_rounded(size: int, source: str, prec
 @pytest.mark.parametrize("source", ["mobius", "static"])
 def test_biases_that_a_source_loses_are_refused(source: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(NblError, match=r"biases in its MLPs \(mlp_bias\), which mobius .* leaves out; use"):
-        build_decoder(source, checkpoint("llama-bias"), tmp_path / "original", "fp32", slots=96)
+        build_decoder(source, checkpoint("llama-bias"), tmp_path / "original", "fp32", cache_length=96)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,13 @@ def test_the_main_job(
         done = nbl(*given, "--output", tmp_path / "run")
     assert done.status == 0, done.err
     verify = json.loads((tmp_path / "run" / "verify.json").read_text())
-    assert verify["passed"] and {r["rung"] for r in verify["rungs"]} >= set("abcdf")
+    assert verify["passed"] and {r["check"] for r in verify["checks"]} >= {
+        "structure",
+        "original",
+        "nbl",
+        "text",
+        "last_token",
+    }
 
 
 @pytest.mark.parametrize(

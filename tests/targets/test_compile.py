@@ -113,11 +113,13 @@ def test_predicted_cache_bytes_are_the_engines_and_the_reports(compiled: Path) -
 
 @needs_rtx
 @pytest.mark.parametrize("slots", [2048, 32_768])
-def test_cache_bytes_of_long_caches(slots: int, tmp_path: Path) -> None:
+def test_cache_bytes_of_long_caches(cache_length: int, tmp_path: Path) -> None:
     """Original against NBL: what was predicted is what the plan's inputs hold, and what engine.json says."""
     for name, replaced in (("original", ()), ("model", (1,))):
-        record = build_engine(RTX, graph_of("llama", replaced, slots=slots), tmp_path / name, SMALL_ENGINE)
-        predicted = SPEC.cache_bytes_per_token(LAYERS - len(replaced), 2) * slots
+        record = build_engine(
+            RTX, graph_of("llama", replaced, cache_length=cache_length), tmp_path / name, SMALL_ENGINE
+        )
+        predicted = SPEC.cache_bytes_per_token(LAYERS - len(replaced), 2) * cache_length
         inputs = [i for i in record.inputs if i.name.startswith("past_key_values.")]
         assert sum(2 * int(np.prod([int(n) for n in i.shape[1:]])) for i in inputs) == predicted
         assert record.cache_bytes == predicted * SMALL_ENGINE.max_batch
@@ -127,13 +129,13 @@ def test_cache_bytes_of_long_caches(slots: int, tmp_path: Path) -> None:
 def test_the_ladder_stands_on_the_fp32_twin(compiled: Path) -> None:
     result = json.loads((compiled / "verify.json").read_text(encoding="utf-8"))
     assert result["passed"] and result["precision"] == "fp16"
-    rungs = [(r["rung"], r["subject"]) for r in result["rungs"]]
-    assert {("b", "original"), ("c", "nbl"), ("d", "original"), ("d", "nbl")} <= set(rungs)
-    assert all(r["value"] < 1e-4 for r in result["rungs"] if "logit difference" in r["metric"])
-    assert sum("is its fp32 twin" in r["metric"] for r in result["rungs"]) == 2
-    assert sum("with all logits, pruned" in r["metric"] for r in result["rungs"]) == 4  # what ships, and the twins
-    assert [r["subject"] for r in result["rungs"] if r["rung"] == "f"] == ["original"] * 3 + ["nbl"] * 3
-    assert result["price"]
+    checks = [(r["check"], r["subject"]) for r in result["checks"]]
+    assert {("original", "original"), ("nbl", "nbl"), ("text", "original"), ("text", "nbl")} <= set(checks)
+    assert all(r["value"] < 1e-4 for r in result["checks"] if "logit difference" in r["metric"])
+    assert sum("is its fp32 twin" in r["metric"] for r in result["checks"]) == 2
+    assert sum("with all logits, pruned" in r["metric"] for r in result["checks"]) == 4  # what ships, and the twins
+    assert [r["subject"] for r in result["checks"] if r["check"] == "last_token"] == ["original"] * 3 + ["nbl"] * 3
+    assert result["quality_loss"]
 
 
 @pytest.mark.trt
@@ -149,8 +151,16 @@ def test_accept_passes_on_a_stand_in(run: Path) -> None:
     stand_in: Any = StandIn
     found = accepting.accept(run, Ui(quiet=True), look=here, find=stand_in)
     assert found["status"] == "passed", found
-    assert {rung["rung"] for rung in found["rungs"]} == {"a", "b", "c", "d", "f", "slots", "clock"}
-    rows = {rung["detail"] for rung in found["rungs"] if rung["rung"] == "c"}
+    assert {check["check"] for check in found["checks"]} == {
+        "structure",
+        "original",
+        "nbl",
+        "text",
+        "last_token",
+        "slots",
+        "clock",
+    }
+    rows = {check["detail"] for check in found["checks"] if check["check"] == "nbl"}
     assert f"one sequence of {SLOTS} tokens" in rows
 
 
@@ -242,8 +252,8 @@ def test_all_logits_on_request(run: Path, command: tuple[object, ...]) -> None:
     record = read_record(run / "engine" / "model")
     assert "num_tokens" not in {i.name for i in record.inputs}
     assert [o.shape[1] for o in record.outputs if o.name == "logits"] == ["tokens"]
-    rungs = json.loads((run / "verify.json").read_text(encoding="utf-8"))["rungs"]
-    assert all(r["passed"] for r in rungs) and not [r for r in rungs if r["rung"] == "f"]
+    checks = json.loads((run / "verify.json").read_text(encoding="utf-8"))["checks"]
+    assert all(r["passed"] for r in checks) and not [r for r in checks if r["check"] == "last_token"]
 
 
 @needs_rtx

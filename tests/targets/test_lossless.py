@@ -14,10 +14,10 @@ import pytest
 from nbl_export.errors import NblError
 from nbl_export.graph.names import draft_file
 from nbl_export.records.proposers import GENAI_PROPOSERS, Proposer, proposers_of
-from nbl_export.rewrite.lossless import add_draft, settle, write_target
+from nbl_export.rewrite.speculative import add_draft, settle, write_target
 from nbl_export.targets.onnx.genai import GenaiRunner
-from nbl_export.targets.onnx.lossless import LosslessRunner
 from nbl_export.targets.onnx.opening import open_model
+from nbl_export.targets.onnx.speculative import SpeculativeRunner
 
 from ..tiny import VOCAB
 
@@ -45,7 +45,7 @@ def block(folder: Path) -> dict[str, object]:
 @pytest.mark.parametrize("proposer", [p for p in GENAI_PROPOSERS if p.draft != "int4"], ids=lambda p: p.name)
 def test_answers_are_those_of_plain_decoding(proposer: Proposer, folder: Path, genai_dirs: dict[str, Path]) -> None:
     place = _without_draft(folder) if proposer.draft == "ngram" else folder
-    with GenaiRunner(genai_dirs["original"], 1) as plain, LosslessRunner(place, 1) as runner:
+    with GenaiRunner(genai_dirs["original"], 1) as plain, SpeculativeRunner(place, 1) as runner:
         found = [runner.generation(prompt(seed), 40, dict(proposer.options)) for seed in range(4)]
         for seed, one in enumerate(found):
             expected = plain.greedy(prompt(seed), 40)
@@ -73,7 +73,7 @@ def test_the_original_as_its_own_draft_is_always_accepted(
 ) -> None:
     write_target(genai_dirs["original"], tmp_path / "own")
     own = add_draft(genai_dirs["original"], tmp_path / "own", "int4")
-    with LosslessRunner(tmp_path / "own", 1, own) as runner:
+    with SpeculativeRunner(tmp_path / "own", 1, own) as runner:
         found = runner.generation(prompt(0), 40, dict(NBL.options))
     assert found.accepted == found.proposed > 0
 
@@ -94,7 +94,7 @@ def test_a_folder_has_its_proposer_and_no_other_draft(genai_dirs: dict[str, Path
 
 
 def test_the_runners_text_is_the_originals(folder: Path, genai_dirs: dict[str, Path]) -> None:
-    with GenaiRunner(genai_dirs["original"], 1) as plain, LosslessRunner(folder, 1) as runner:
+    with GenaiRunner(genai_dirs["original"], 1) as plain, SpeculativeRunner(folder, 1) as runner:
         ids = plain.encode("The assert statement", chat=False)
         assert list(runner.stream(ids, 24)) == list(plain.stream(ids, 24))
 
@@ -148,7 +148,7 @@ def _chi_squared(seen: Counter[int], probabilities_V: np.ndarray, top_k: int) ->
 
 
 def test_a_batch_is_refused(folder: Path) -> None:
-    with LosslessRunner(folder, 1) as runner, pytest.raises(NblError, match="takes one sequence"):
+    with SpeculativeRunner(folder, 1) as runner, pytest.raises(NblError, match="takes one sequence"):
         runner.begin(32, 2)
 
 
@@ -164,18 +164,18 @@ def test_a_draft_of_another_vocabulary_is_refused(
     out = Path(shutil.copytree(folder, tmp_path / "lossless"))
     other = add_draft(tmp_path / "draft", out, "int4")
     with pytest.raises(NblError, match="vocab") as caught:
-        LosslessRunner(out, 1, other)
+        SpeculativeRunner(out, 1, other)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("count", [512, 600])
 def test_a_prompt_that_leaves_no_room_is_refused(count: int, folder: Path) -> None:
-    with LosslessRunner(folder, 1) as runner, pytest.raises(NblError, match=f"the prompt has {count} tokens"):
+    with SpeculativeRunner(folder, 1) as runner, pytest.raises(NblError, match=f"the prompt has {count} tokens"):
         runner.generation(prompt(0, count), 3, {})
 
 
 def test_a_prompt_of_one_token_is_answered(folder: Path, genai_dirs: dict[str, Path]) -> None:
-    with GenaiRunner(genai_dirs["original"], 1) as plain, LosslessRunner(folder, 1) as runner:
+    with GenaiRunner(genai_dirs["original"], 1) as plain, SpeculativeRunner(folder, 1) as runner:
         assert list(runner.generation(prompt(0, 1), 3, {}).tokens) == plain.greedy(prompt(0, 1), 3)
 
 
@@ -189,7 +189,7 @@ def test_strange_settings_are_refused(where: str, key: str, folder: Path, tmp_pa
     place[where][key] = "evil.so"
     (out / "genai_config.json").write_text(json.dumps(settings), encoding="utf-8")
     with pytest.raises(NblError, match=f"{where}.{key}, which is refused"):
-        LosslessRunner(out, 1)
+        SpeculativeRunner(out, 1)
 
 
 def test_a_draft_outside_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -198,4 +198,4 @@ def test_a_draft_outside_the_folder_is_refused(folder: Path, tmp_path: Path) -> 
     settings["model"]["draft"]["filename"] = "../model.onnx"
     (out / "genai_config.json").write_text(json.dumps(settings), encoding="utf-8")
     with pytest.raises(NblError, match=r"filename, which is refused"):
-        LosslessRunner(out, 1)
+        SpeculativeRunner(out, 1)

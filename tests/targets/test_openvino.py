@@ -122,10 +122,7 @@ def test_a_directory_without_positions_is_told(directories: dict[str, Path], tmp
 
 
 def library(version: str, devices: list[str], narrow: bool, answer: list[float]) -> Any:
-    core = SimpleNamespace(
-        available_devices=devices,
-        get_property=lambda *_: ["FP32", "BF16"] if narrow else ["FP32"],
-    )
+    core = SimpleNamespace(available_devices=devices, get_property=lambda *_: ["FP32", "BF16"] if narrow else ["FP32"])
     return SimpleNamespace(__version__=version, Core=lambda: core), answer
 
 

@@ -20,7 +20,7 @@ from nbl_export.targets.onnx.facts import provider_of
 from nbl_export.targets.onnx.genai import GenaiRunner
 from nbl_export.targets.onnx.opening import CPU
 from nbl_export.targets.providers import PROVIDERS
-from nbl_export.targets.runners import Room
+from nbl_export.targets.runners import SequenceLimits
 
 from ..command import assert_refused, configured, nbl
 
@@ -43,7 +43,7 @@ def test_directories_are_proven_without_a_gpu(same: Same, tmp_path: Path, flag: 
     assert "bench: left out, the graphs do not run on this machine: " in done.err
     verify = json.loads((tmp_path / "run" / "verify.json").read_text())
     assert verify["passed"]
-    assert {r["detail"] for r in verify["rungs"] if r["metric"] == "maps in the graph"} == {
+    assert {r["detail"] for r in verify["checks"] if r["metric"] == "maps in the graph"} == {
         "none planned",
         "1 map as fitted, a table for the first 1",
     }
@@ -212,7 +212,7 @@ def test_the_rtx_provider_is_sized_for_what_is_asked(genai: Genai, genai_dirs: d
     directory = genai_dirs["nbl"]
     context = json.loads((directory / "genai_config.json").read_text())["model"]["context_length"]
     rtx = load_engine("ort", "nv-tensorrt-rtx")
-    runner = rtx.open_runner(directory, room=Room(24, 2))
+    runner = rtx.open_runner(directory, limits=SequenceLimits(24, 2))
     runner.begin(24)
     runner.begin(23, 2)  # and a token that is picked last
     assert sizes(genai) == [(24, 2)]
@@ -220,9 +220,9 @@ def test_the_rtx_provider_is_sized_for_what_is_asked(genai: Genai, genai_dirs: d
     runner.begin(24, 3)
     assert sizes(genai) == [(24, 2), (25, 2), (25, 3)]
     rtx.open_runner(directory)
-    rtx.open_runner(directory, room=Room(10 * context))
+    rtx.open_runner(directory, limits=SequenceLimits(10 * context))
     assert sizes(genai)[3:] == [(min(4096, context), 1), (context, 1)]
-    load_engine("ort", "cuda").open_runner(directory, room=Room(24, 2)).begin(25, 3)
+    load_engine("ort", "cuda").open_runner(directory, limits=SequenceLimits(24, 2)).begin(25, 3)
     assert sizes(genai)[5:] == [(0, 0)], "caches of the CUDA provider grow by themselves"
 
 
@@ -230,7 +230,10 @@ def test_genai_takes_the_sizes(genai_dirs: dict[str, Path]) -> None:
     """On the CPU: a larger sequence is refused by GenAI itself, and a runner opens the model again."""
     import onnxruntime_genai as og
 
-    with GenaiRunner(genai_dirs["nbl"], 1, CPU, Room(8)) as runner, GenaiRunner(genai_dirs["nbl"], 1) as plain:
+    with (
+        GenaiRunner(genai_dirs["nbl"], 1, CPU, SequenceLimits(8)) as runner,
+        GenaiRunner(genai_dirs["nbl"], 1) as plain,
+    ):
         small = runner._model
         params = og.GeneratorParams(small)
         params.set_search_options(max_length=9)

@@ -15,7 +15,7 @@ import pytest
 
 from nbl_export.errors import NblError
 from nbl_export.model.architectures import ARCHITECTURES
-from nbl_export.records.results import RungResult
+from nbl_export.records.results import CheckResult
 from nbl_export.targets.export import mobius, restore_attention
 from nbl_export.targets.onnx import export_genai as genai_patches
 from nbl_export.targets.openvino.export import trace
@@ -24,8 +24,8 @@ from nbl_export.targets.tensorrt import export as static
 from nbl_export.targets.tensorrt import static_form
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 
-from ..climbing import climb
 from ..tiny import LAYERS
+from ..verifying import verify_tiny
 
 Checkpoint = Callable[[str], Path]
 
@@ -43,9 +43,9 @@ def no_windows(_config: Any) -> tuple[None, ...]:
     return (None,) * LAYERS
 
 
-def failed(results: Sequence[RungResult]) -> set[str]:
-    """Rungs that failed."""
-    return {r.rung for r in results if not r.passed}
+def failed(results: Sequence[CheckResult]) -> set[str]:
+    """Checks that failed."""
+    return {r.check for r in results if not r.passed}
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_graph_without_the_repair_is_not_that_of_torch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(module, repair, instead)
-    assert "b" in failed(climb(checkpoint(architecture), source, "fp32", tmp_path, (1,)))
+    assert "b" in failed(verify_tiny(checkpoint(architecture), source, "fp32", tmp_path, (1,)))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_graph_without_the_repair_does_not_run(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(module, repair, instead)
     with pytest.raises(Exception, match=said):  # of the exporter, of the runtime, or a refusal
-        climb(checkpoint(architecture), source, "fp32", tmp_path, (1,))
+        verify_tiny(checkpoint(architecture), source, "fp32", tmp_path, (1,))
 
 
 def _opened(checkpoint: Path, out: Path) -> Any:
@@ -116,7 +116,7 @@ def test_no_step_to_the_static_form_can_be_left_out(
 
 
 @pytest.mark.parametrize(
-    ("field", "wrong", "architecture", "source", "rung"),
+    ("field", "wrong", "architecture", "source", "check"),
     [
         ("norm_before", None, "llama", "genai", "c"),
         ("norm_after", None, "gemma2", "genai", "c"),
@@ -128,15 +128,15 @@ def test_no_step_to_the_static_form_can_be_left_out(
     ],
 )
 def test_an_architectures_record_is_needed(
-    field: str, wrong: Any, architecture: str, source: str, rung: str, checkpoint: Checkpoint,
+    field: str, wrong: Any, architecture: str, source: str, check: str, checkpoint: Checkpoint,
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
     """Other fields (head, norms of the MLP, values a layer) reach no graph: tests/model/test_architectures.py."""
     name = {"gemma3": "gemma3_text"}.get(architecture, architecture)
     assert getattr(ARCHITECTURES[name], field) != wrong
     monkeypatch.setitem(ARCHITECTURES, name, dataclasses.replace(ARCHITECTURES[name], **{field: wrong}))
-    if rung:
-        assert rung in failed(climb(checkpoint(architecture), source, "fp32", tmp_path, (1,)))
+    if check:
+        assert check in failed(verify_tiny(checkpoint(architecture), source, "fp32", tmp_path, (1,)))
     else:
         with pytest.raises(NblError):
-            climb(checkpoint(architecture), source, "fp32", tmp_path, (1,))
+            verify_tiny(checkpoint(architecture), source, "fp32", tmp_path, (1,))

@@ -17,14 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.records.decoder import GraphContract, TensorInfo
 from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner
-from nbl_export.targets.tensorrt.static.schedule import (
-    Profile,
-    Rows,
-    Step,
-    engine_profiles,
-    plan_steps,
-    profile_for,
-)
+from nbl_export.targets.tensorrt.static.schedule import Profile, Rows, Step, engine_profiles, plan_steps, profile_for
 from nbl_export.targets.tokenizer import Text
 
 from ..tiny import END_IDS
@@ -35,7 +28,7 @@ VOCAB = 50
 
 
 def test_a_prompt_runs_in_chunks() -> None:
-    assert plan_steps([3], [10], slots=32, chunk=4) == (
+    assert plan_steps([3], [10], cache_length=32, chunk=4) == (
         Step(0, 4, (3,), (4,)),
         Step(4, 4, (7,), (4,)),
         Step(8, 2, (11,), (2,)),
@@ -43,34 +36,34 @@ def test_a_prompt_runs_in_chunks() -> None:
 
 
 def test_a_shorter_row_rests_behind_its_length() -> None:
-    first, second = plan_steps([0, 5], [6, 2], slots=32, chunk=4)
+    first, second = plan_steps([0, 5], [6, 2], cache_length=32, chunk=4)
     assert (first.writes, first.counts) == ((0, 5), (4, 2))
     assert (second.writes, second.counts) == ((4, 7), (2, 0))
 
 
 def test_a_resting_row_near_its_end_narrows_the_steps() -> None:
-    steps = plan_steps([29, 0], [0, 7], slots=32, chunk=8)
+    steps = plan_steps([29, 0], [0, 7], cache_length=32, chunk=8)
     assert [step.width for step in steps] == [3, 3, 1]
     assert all(step.writes[0] == 29 for step in steps)
 
 
 def test_the_padding_of_a_full_row_goes_over_its_own_end() -> None:
-    (step,) = plan_steps([32, 0], [0, 5], slots=32, chunk=8)
+    (step,) = plan_steps([32, 0], [0, 5], cache_length=32, chunk=8)
     assert step == Step(0, 5, (27, 0), (0, 5))
 
 
 @pytest.mark.parametrize(("lengths", "counts", "row"), [([30], [3], 0), ([0, 32], [1, 1], 1)])
 def test_more_tokens_than_slots_are_refused(lengths: list[int], counts: list[int], row: int) -> None:
     with pytest.raises(NblError, match=f"row {row}: {lengths[row]} tokens are cached and {counts[row]} more"):
-        plan_steps(lengths, counts, slots=32, chunk=8)
+        plan_steps(lengths, counts, cache_length=32, chunk=8)
 
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[list[int], list[int], int, int]:
-    slots = draw(st.integers(1, 40))
-    lengths = draw(st.lists(st.integers(0, slots), min_size=1, max_size=4))
-    counts = [draw(st.integers(0, slots - length)) for length in lengths]
-    return lengths, counts, slots, draw(st.integers(1, 50))
+    cache_length = draw(st.integers(1, 40))
+    lengths = draw(st.lists(st.integers(0, cache_length), min_size=1, max_size=4))
+    counts = [draw(st.integers(0, cache_length - length)) for length in lengths]
+    return lengths, counts, cache_length, draw(st.integers(1, 50))
 
 
 @given(batches())
@@ -78,14 +71,14 @@ def batches(draw: st.DrawFn) -> tuple[list[int], list[int], int, int]:
 def test_every_token_is_written_once_where_it_stands_and_nothing_is_lost(
     batch: tuple[list[int], list[int], int, int],
 ) -> None:
-    lengths, counts, slots, chunk = batch
-    cache = [["old"] * n + ["free"] * (slots - n) for n in lengths]
+    lengths, counts, cache_length, chunk = batch
+    cache = [["old"] * n + ["free"] * (cache_length - n) for n in lengths]
     done = [0] * len(lengths)
-    for step in plan_steps(lengths, counts, slots, chunk):
+    for step in plan_steps(lengths, counts, cache_length, chunk):
         assert 1 <= step.width <= chunk
         for row, (at, count) in enumerate(zip(step.writes, step.counts, strict=True)):
-            assert 0 <= at <= slots - step.width
-            full = lengths[row] + done[row] == slots
+            assert 0 <= at <= cache_length - step.width
+            full = lengths[row] + done[row] == cache_length
             assert at == lengths[row] + done[row] or (full and count == 0)
             for t in range(step.width):
                 if full:  # nothing follows in it
@@ -99,13 +92,13 @@ def test_every_token_is_written_once_where_it_stands_and_nothing_is_lost(
 
 
 def test_rows_keep_their_lengths_and_one_can_be_cut() -> None:
-    rows = Rows(2, slots=8, chunk=4)
+    rows = Rows(2, cache_length=8, chunk=4)
     for step in rows.plan([5, 2]):
         rows.advance(step)
     assert rows.lengths == [5, 2]
     with pytest.raises(ValueError, match="rewind"):
         rows.rewind(1)
-    one = Rows(1, slots=8, chunk=8)
+    one = Rows(1, cache_length=8, chunk=8)
     for step in one.plan([5]):
         one.advance(step)
     one.rewind(3)
@@ -118,7 +111,7 @@ def test_rows_keep_their_lengths_and_one_can_be_cut() -> None:
 
 
 def test_two_profiles_decode_with_one_dynamic_dimension_at_least() -> None:
-    prefill, decode = engine_profiles(max_batch=1, chunk=512, slots=2048)
+    prefill, decode = engine_profiles(max_batch=1, chunk=512, cache_length=2048)
     assert prefill == Profile("prefill", (1, 1, 1), (1, 512, 512))
     assert decode == Profile("decode", (1, 1, 2), (1, 1, 1))
     assert engine_profiles(4, 512, 2048)[1].batch == (1, 4, 4)
@@ -135,7 +128,7 @@ def test_long_caches_decode_with_a_range_of_tokens() -> None:
 )
 def test_impossible_profiles_are_refused(batch: int, chunk: int, flag: str) -> None:
     with pytest.raises(NblError, match=flag):
-        engine_profiles(batch, chunk, slots=64)
+        engine_profiles(batch, chunk, cache_length=64)
 
 
 def test_the_narrowest_profile_takes_a_step() -> None:
@@ -155,21 +148,21 @@ def test_the_narrowest_profile_takes_a_step() -> None:
 class Ledger:
     """A session whose logits spell out what each token can see: a sum that depends on ids and order."""
 
-    def __init__(self, slots: int, chunk: int, *, last_only: bool) -> None:
-        self.slots, self.chunk, self.last_only = slots, chunk, last_only
+    def __init__(self, cache_length: int, chunk: int, *, last_only: bool) -> None:
+        self.cache_length, self.chunk, self.last_only = cache_length, chunk, last_only
         names = ["input_ids", "write_indices", *(["num_tokens"] if last_only else [])]
         inputs = tuple(TensorInfo(n, "int64", ("batch",)) for n in names)
         self.contract = GraphContract(inputs, (TensorInfo("logits", "float32", ("batch", 1, VOCAB)),), (0,))
         self.widths: list[int] = []
         self.closed = False
-        self.cache = np.zeros((0, slots), int)
+        self.cache = np.zeros((0, cache_length), int)
 
     @property
     def cache_bytes(self) -> int:
         return self.cache.nbytes
 
     def begin(self, batch: int) -> None:
-        self.cache = np.zeros((batch, self.slots), int)
+        self.cache = np.zeros((batch, self.cache_length), int)
 
     def fill(self, value: float) -> None:
         self.cache[:] = int(value)

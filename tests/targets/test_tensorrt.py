@@ -31,13 +31,7 @@ from nbl_export.targets.tensorrt.record import read_record
 from nbl_export.targets.tensorrt.static.schedule import engine_profiles
 
 from ..fake_tensorrt import FakeDevice, FakeTensorRT
-from ..static_tiny import (
-    ARCHITECTURES,
-    HEAD,
-    LAYERS,
-    SLOTS,
-    SPEC,
-)
+from ..static_tiny import ARCHITECTURES, HEAD, LAYERS, SLOTS, SPEC
 from ..trt_tiny import ADA, PLAIN, RTX, SMALL, engine_of, graph_of, needs_rtx
 
 pytestmark = pytest.mark.trt
@@ -134,15 +128,15 @@ def test_a_plan_has_each_matrix_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @needs_rtx
 @pytest.mark.parametrize("slots", [2048, 32_768])
-def test_cache_memory_is_as_predicted(slots: int) -> None:
+def test_cache_memory_is_as_predicted(cache_length: int) -> None:
     """Bytes of the engine's cache inputs, original against NBL, from the model's numbers alone."""
     for replaced in ((), (1,)):
-        contract = parsed(graph_of("llama", replaced, "fp16", slots) / "decoder.onnx").contract
+        contract = parsed(graph_of("llama", replaced, "fp16", cache_length) / "decoder.onnx").contract
         caches = [i for i in contract.inputs if i.name.startswith("past_key_values.")]
-        assert all(i.shape[2] == slots for i in caches)
+        assert all(i.shape[2] == cache_length for i in caches)
         stated = sum(int(np.prod([int(n) for n in i.shape[1:]])) * 2 for i in caches)
-        assert stated == SPEC.cache_bytes_per_token(LAYERS - len(replaced), 2) * slots
-        assert contract.cache_bytes_per_token(HEAD) * slots == stated
+        assert stated == SPEC.cache_bytes_per_token(LAYERS - len(replaced), 2) * cache_length
+        assert contract.cache_bytes_per_token(HEAD) * cache_length == stated
 
 
 @needs_rtx

@@ -13,12 +13,7 @@ import pytest
 
 from nbl_export.errors import NblError
 from nbl_export.targets.tensorrt import device
-from nbl_export.targets.tensorrt.device import (
-    CudaPython,
-    Torch,
-    attempt_all,
-    open_device,
-)
+from nbl_export.targets.tensorrt.device import CudaPython, Torch, attempt_all, open_device
 
 pytestmark = pytest.mark.trt
 

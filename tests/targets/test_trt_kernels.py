@@ -12,12 +12,7 @@ import pytest
 
 from nbl_export.targets.gpu import Gpu
 from nbl_export.targets.tensorrt import runner
-from nbl_export.targets.tensorrt.kernels import (
-    KERNELS_FILE,
-    KernelCache,
-    made_for,
-    trust_folder,
-)
+from nbl_export.targets.tensorrt.kernels import KERNELS_FILE, KernelCache, made_for, trust_folder
 from nbl_export.targets.tensorrt.record import read_record
 from nbl_export.targets.tensorrt.static.host import StaticRunner
 from nbl_export.trust.own_engines import remember

@@ -63,10 +63,7 @@ def test_an_exception_of_the_library_is_ours_and_quotes_the_library(
         raise error
 
     expected = r"^TensorRT refuses a step: out of memory; use less$"
-    with (
-        pytest.raises(NblError, match=expected) as caught,
-        heard.explaining("TensorRT refuses a step", "use less"),
-    ):
+    with pytest.raises(NblError, match=expected) as caught, heard.explaining("TensorRT refuses a step", "use less"):
         fail()
     assert caught.value.__cause__ is error
     assert caplog.messages == []  # the error has said it

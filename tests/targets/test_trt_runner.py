@@ -36,16 +36,7 @@ from nbl_export.trust.own_engines import is_own
 from ..command import assert_refused, nbl
 from ..fake_engine import fake_record, fake_session
 from ..fake_tensorrt import Context, FakeDevice, FakeTensorRT
-from ..static_tiny import (
-    SLOTS,
-    SPEC,
-    TOLERANCE,
-    VOCAB,
-    maps_of,
-    rows,
-    torch_logits,
-    worst,
-)
+from ..static_tiny import SLOTS, SPEC, TOLERANCE, VOCAB, maps_of, rows, torch_logits, worst
 from ..trt_tiny import ADA, HOPPER, PLAIN, RTX, checkpoint_of, engine_of, graph_of, needs_rtx
 
 pytestmark = pytest.mark.trt
@@ -164,9 +155,7 @@ def test_an_engine_that_was_built_here_is_known() -> None:
 @pytest.mark.parametrize("library", [PLAIN, RTX], ids=["trt", "trt-rtx"])
 @pytest.mark.parametrize("architecture", ["llama", "mistral-window"])
 def test_steps_have_the_tokens_positions_and_caches_that_torch_has(
-    architecture: str,
-    library: tensorrt.Library,
-    tmp_path: Path,
+    architecture: str, library: tensorrt.Library, tmp_path: Path
 ) -> None:
     """Two rows of different length in chunks, then decode steps from the captured graph, to the last slot.
 
@@ -365,10 +354,7 @@ def test_a_shape_that_was_refused_is_set_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [
-        ("set_tensor_address", "TensorRT refuses the address of "),
-        ("set_input_shape", "TensorRT refuses the shape of "),
-    ],
+    [("set_tensor_address", "TensorRT refuses the address of "), ("set_input_shape", "TensorRT refuses the shape of ")],
 )
 def test_refused_buffers_are_an_error(name: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session, _ = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)

@@ -17,14 +17,7 @@ from nbl_export.run.stages.common import Place
 from nbl_export.run.stages.plan import order_of
 from nbl_export.text import corpus
 from nbl_export.text import windows as text_windows
-from nbl_export.text.held_back import (
-    FAR_ROLES,
-    NEAR_ROLES,
-    Division,
-    divide,
-    far_tokens,
-    held_back_tokens,
-)
+from nbl_export.text.held_back import CALIBRATION_ROLES, SECOND_ROLES, Division, divide, held_back_tokens, second_tokens
 
 from ..command import nbl
 from ..jobs import opened
@@ -58,7 +51,7 @@ def test_calibration_training_judging_deciding_and_figures_share_no_token(tokens
     held_back = held_back_tokens(context)
     calibration, held = text_windows.pack(text, tokenizer, 65_536, context, held_back)
     training = text_windows.extend(calibration, text, tokenizer, 262_144, held_back)
-    uses = {**parts_of(divide(held, NEAR_ROLES)), "training": positions(training)}
+    uses = {**parts_of(divide(held, CALIBRATION_ROLES)), "training": positions(training)}
     assert positions(calibration) <= uses["training"]
     assert all(uses.values())
     assert sum(map(len, uses.values())) == len(set().union(*uses.values()))
@@ -69,8 +62,8 @@ def test_calibration_training_judging_deciding_and_figures_share_no_token(tokens
 def test_parts_of_the_other_text_share_no_token_either() -> None:
     for context in (64, 512, 2048):
         text, tokenizer = counting(160_000)
-        rows, _ = text_windows.pack(text, tokenizer, far_tokens(context), context)
-        uses = parts_of(divide(rows, FAR_ROLES))
+        rows, _ = text_windows.pack(text, tokenizer, second_tokens(context), context)
+        uses = parts_of(divide(rows, SECOND_ROLES))
         assert all(len(found) >= 8192 for found in uses.values())
         assert sum(map(len, uses.values())) == len(set().union(*uses.values()))
         assert min(set().union(*uses.values())) >= 8192  # what the defaults were tried on
@@ -82,7 +75,7 @@ def test_a_text_that_is_too_short_for_every_use_is_refused() -> None:
         text_windows.pack(text, tokenizer, 1000, 64, held_back_tokens(64))
     text, tokenizer = counting(4 * 64)
     calibration, held = text_windows.pack(text, tokenizer, 1000, 64, held_back_tokens(64))
-    division = divide(held, NEAR_ROLES)
+    division = divide(held, CALIBRATION_ROLES)
     assert (len(calibration), *(len(getattr(division, part)) for part in PARTS)) == (1, 1, 1, 1)
 
 
@@ -107,7 +100,7 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
         return {tuple(row) for row in windows.tolist()}
 
     assert rows(read["choosing"]) <= rows(near.choosing) | rows(second.choosing)
-    final = [windows for _, windows in verify.price_texts(verify.declare(resolver))]
+    final = [windows for _, windows in verify.loss_texts(verify.declare(resolver))]
     assert rows(final[0]) == rows(near.final) and rows(final[1]) == rows(second.final)
     assert sum(windows.size for windows in final) >= 2 * 8192
     seen: dict[str, Any] = {}

@@ -16,13 +16,7 @@ from nbl_export.errors import NblError, UsageError
 from nbl_export.model.checkpoint.load import load_tokenizer
 from nbl_export.text import corpus, mixture, windows
 from nbl_export.text.corpus import Text
-from nbl_export.text.mixture import (
-    WeightedSource,
-    absolute_sources,
-    mix,
-    parse_sources,
-    read_texts,
-)
+from nbl_export.text.mixture import WeightedSource, absolute_sources, mix, parse_sources, read_texts
 
 from ..command import assert_refused, nbl
 from ..fake_datasets import FakeDatasets

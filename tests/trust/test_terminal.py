@@ -68,10 +68,10 @@ def eval_facts() -> dict[str, Any]:
 
 
 def sweep_facts() -> dict[str, Any]:
-    price = {"text": "t", "kl": 0.1, "perplexity_original": 5.0, "perplexity": 5.0, "increase": 0.1}
-    price |= {"increase_interval": [0.05, 0.15], "kl_interval": [0.05, 0.15]}
+    quality_loss = {"text": "t", "kl": 0.1, "perplexity_original": 5.0, "perplexity": 5.0, "increase": 0.1}
+    quality_loss |= {"increase_interval": [0.05, 0.15], "kl_interval": [0.05, 0.15]}
     speeds = {"prefill": 1.1, "prefill_tail_pruned": 1.2, "decode": 1.1}
-    point = {"method": "nbl", "layers": 1, "prices": [price], **speeds}
+    point = {"method": "nbl", "layers": 1, "quality_losses": [quality_loss], **speeds}
     return {"order": [1], "texts": ["t" + EVIL], "points": [point], "recommended": None}
 
 
@@ -101,16 +101,16 @@ def of_run(name: str) -> Callable[[Path], Any]:
 TABLES: dict[str, Callable[[Path], Any]] = {
     "describe_table": lambda run: console.describe_table(poisoned(describe.describe(run))),
     "scores_table": lambda run: console.scores_table(of_run("nbl.json")(run)),
-    "rungs_table": lambda run: console.rungs_table(of_run("verify.json")(run)),
+    "checks_table": lambda run: console.checks_table(of_run("verify.json")(run)),
     "speed_table": lambda run: console.speed_table(of_run("report.json")(run)),
     "eval_table": lambda _: console.eval_table(eval_facts()),
     "engines_table": lambda _: console.engines_table(engine_facts()),
     "doctor_table": lambda _: console.doctor_table({"e": {"title": EVIL, "available": False, "reason": EVIL}}, EVIL),
     "graph_table": lambda run: console.graph_table(graph_facts(run)),
     "sweep_table": lambda _: console.sweep_table(sweep_facts()),
-    "lossless_table": lambda _: console.lossless_table(lossless_facts()),
+    "speculative_table": lambda _: console.speculative_table(lossless_facts()),
     "profile_table": lambda _: console.profile_table(profile_facts()),
-    "ladder_table": lambda run: console.ladder_table(of_run("verify.json")(run)["rungs"], "Acceptance, e" + EVIL),
+    "ladder_table": lambda run: console.ladder_table(of_run("verify.json")(run)["checks"], "Acceptance, e" + EVIL),
 }
 
 

@@ -153,8 +153,8 @@ def runs_of_torch() -> Iterator[mock.Mock]:
         yield counted
 
 
-def rungs(run: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((run / "verify.json").read_text(encoding="utf-8"))["rungs"]
+def checks(run: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((run / "verify.json").read_text(encoding="utf-8"))["checks"]
     return found
 
 
@@ -174,10 +174,10 @@ def test_another_plan_runs_the_original_no_more(
     run = tmp_path / "run"
     verified = functools.partial(models_run, runs_of_torch, run, "--model", checkpoint("llama"), "--calibration", text)
     assert verified("--layers", "1,2") == 2
-    first, kept = rungs(run), (run / FILE).read_bytes()
+    first, kept = checks(run), (run / FILE).read_bytes()
     assert verified("--layers", "1") == 1
     assert verified("--layers", "1,2") == 1
-    assert rungs(run) == first
+    assert checks(run) == first
     assert (run / FILE).read_bytes() == kept
     assert verified("--layers", "1", "--calibration-tokens", "2048") == 2
 
@@ -237,7 +237,7 @@ def test_noise_is_that_of_the_model_that_the_graph_is_compared_with(
         nbl("--model", checkpoint("llama"), "--calibration", text, *TINY, "--precision", precision, "--layers", "1,2",
             "--logits", "all", "--output", run)  # fmt: skip
     assert seen == [("LlamaAttention", True), ("Wrapped", True)]
-    compared = [r for r in rungs(run) if r["rung"] in "bc" and "max abs" in r["metric"]]
+    compared = [r for r in checks(run) if r["check"] in ("original", "nbl") and "max abs" in r["metric"]]
     assert compared and all("whose float32 noise allows" in r["detail"] for r in compared)
     kept = json.loads(safe_open(run / FILE, framework="numpy").metadata()["references"])
     assert kept["codes" if precision == "int4" else "own"]["noisy"]

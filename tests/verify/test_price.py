@@ -10,7 +10,7 @@ import pytest
 from nbl_export.errors import NblError
 from nbl_export.quality import warn_of_text
 from nbl_export.report.page import render
-from nbl_export.verify.perplexity import price
+from nbl_export.verify.perplexity import quality_loss
 
 from ..report.test_report import BENCH, MANIFEST, VERIFY
 
@@ -54,7 +54,7 @@ def test_intervals_that_meet_are_not_far() -> None:
 
 def test_report_says_so(tmp_path: Path) -> None:
     for warning, expected in (("the price differs by text: so & so", True), (None, False)):
-        render(MANIFEST, {**VERIFY, "price_warning": warning}, BENCH, tmp_path)
+        render(MANIFEST, {**VERIFY, "quality_warning": warning}, BENCH, tmp_path)
         page = (tmp_path / "report.html").read_text()
         assert ("the price differs by text: so &amp; so" in page) is expected
         assert ("the price differs by text" in (tmp_path / "report.md").read_text()) is expected
@@ -77,7 +77,7 @@ class Unigram:
 def test_price_is_perplexity_and_kl() -> None:
     p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
     windows = np.array([[0, 0, 0, 1], [2, 2, 0, 0]])
-    (row,) = price(Unigram(p), Unigram(q), [("t", windows)], lambda _d, _t: None)
+    (row,) = quality_loss(Unigram(p), Unigram(q), [("t", windows)], lambda _d, _t: None)
     targets = [0, 0, 1, 2, 0, 0]
     assert row["perplexity_original"] == pytest.approx(np.exp(-np.log(p[targets]).mean()), rel=1e-5)
     assert row["perplexity_nbl"] == pytest.approx(np.exp(-np.log(q[targets]).mean()), rel=1e-5)
@@ -93,7 +93,7 @@ def test_pruned_head_cannot_be_priced() -> None:
 
     pruned = Pruned(np.array([0.5, 0.5]))
     with pytest.raises(NblError, match="last position only"):
-        price(pruned, pruned, [("t", np.array([[0, 1, 0]]))], lambda _d, _t: None)
+        quality_loss(pruned, pruned, [("t", np.array([[0, 1, 0]]))], lambda _d, _t: None)
 
 
 class Windowed:
@@ -115,7 +115,7 @@ def test_figures_and_intervals_are_those_of_float64_window_by_window() -> None:
 
     original, nbl = Windowed(0), Windowed(1)
     windows = np.random.default_rng(2).integers(0, 5000, (9, 200))
-    (row,) = price(original, nbl, [("t", windows)], lambda _d, _t: None)
+    (row,) = quality_loss(original, nbl, [("t", windows)], lambda _d, _t: None)
     losses, kls, same = [], [], []
     for window in windows:
         pair = []
@@ -138,6 +138,6 @@ def test_figures_and_intervals_are_those_of_float64_window_by_window() -> None:
 
 
 def test_a_single_window_has_no_interval() -> None:
-    (row,) = price(Windowed(0), Windowed(1), [("t", np.arange(30)[None])], lambda _d, _t: None)
+    (row,) = quality_loss(Windowed(0), Windowed(1), [("t", np.arange(30)[None])], lambda _d, _t: None)
     assert row["windows"] == 1 and row["increase"] is not None
     assert row["increase_interval"] is row["kl_interval"] is row["top1_interval"] is None

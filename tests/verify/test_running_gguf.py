@@ -7,19 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from nbl_export.targets.gguf.running import (
-    PROMPTS,
-    Heard,
-    hear,
-    judge,
-)
+from nbl_export.targets.gguf.running import PROMPTS, Answers, hear, judge
 
 RNG = np.random.default_rng(0)
 LOGS = -RNG.exponential(3.0, 1000)
 
 
-def heard(logs: np.ndarray, token: int = 1) -> Heard:
-    return Heard(((token, 2),) * len(PROMPTS), logs, np.full(len(logs), token))
+def heard(logs: np.ndarray, token: int = 1) -> Answers:
+    return Answers(((token, 2),) * len(PROMPTS), logs, np.full(len(logs), token))
 
 
 class Told:

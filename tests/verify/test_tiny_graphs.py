@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from nbl_export.options.options import GGUF
-from nbl_export.records.results import RungResult
+from nbl_export.records.results import CheckResult
 from nbl_export.targets import exporter_of
 
-from ..climbing import ENGINES, climb
 from ..tiny import EVERY, VARIANTS, made_by
+from ..verifying import ENGINES, verify_tiny
 
 Checkpoint = Callable[[str], Path]
 Case = tuple[str, str, str]  # architecture, source, precision
@@ -44,12 +44,16 @@ def test_every_architecture_and_source_is_shown() -> None:
     assert {a for a, *_ in SHOWN} == set(EVERY) and {s for _, s, _ in SHOWN} == set(ENGINES) and set(SHOWN) <= set(ALL)
 
 
-def check(results: list[RungResult], source: str, precision: str) -> None:
-    """All rungs are there, of both graphs, and all passed."""
+def check(results: list[CheckResult], source: str, precision: str) -> None:
+    """All checks are there, of both graphs, and all passed."""
     assert not [r for r in results if not r.passed]
     both = "adfg" if precision in ("int8", "int4") and source != "static" else "adf"  # no CPU runs static codes
-    wanted = {("b", "original"), ("c", "nbl"), *((rung, subject) for rung in both for subject in ("original", "nbl"))}
-    assert {(r.rung, r.subject) for r in results} >= wanted
+    wanted = {
+        ("original", "original"),
+        ("nbl", "nbl"),
+        *((check, subject) for check in both for subject in ("original", "nbl")),
+    }
+    assert {(r.check, r.subject) for r in results} >= wanted
 
 
 @pytest.mark.parametrize(("architecture", "source", "precision"), SHOWN)
@@ -58,7 +62,7 @@ def test_all_checks_pass(
 ) -> None:
     """Layers 0 and 2 are replaced: a table of tokens, a kept layer, and a map."""
     original = None if source == "static" else exported(architecture, source, precision)
-    found = climb(checkpoint(architecture), source, precision, tmp_path, exported=original)
+    found = verify_tiny(checkpoint(architecture), source, precision, tmp_path, exported=original)
     check(found, source, precision)
 
 
@@ -68,4 +72,4 @@ def test_all_checks_pass(
 def test_all_checks_pass_on_every_graph(
     architecture: str, source: str, precision: str, replaced: tuple[int, ...], checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    check(climb(checkpoint(architecture), source, precision, tmp_path, replaced), source, precision)
+    check(verify_tiny(checkpoint(architecture), source, precision, tmp_path, replaced), source, precision)

@@ -52,21 +52,21 @@ def runs(checkpoint: Callable[[str], Path], text: Path, tmp_path_factory: pytest
 
 
 def climbed(run: Path) -> list[dict[str, Any]]:
-    """The rungs of a run directory as it is now; the quality loss, which is not gated, is left out."""
-    with RunDirectory.open_run(run, create=False) as opened, mock.patch.object(verify, "price", return_value=[]):
+    """The checks of a run directory as it is now; the quality loss, which is not gated, is left out."""
+    with RunDirectory.open_run(run, create=False) as opened, mock.patch.object(verify, "quality_loss", return_value=[]):
         resolver = Resolver(JobOptions.from_json(opened.manifest["options"]), opened, Ui(quiet=True))
         place = Place(opened, resolver.ui)
-        found: list[dict[str, Any]] = verify.check(verify.declare(resolver), place, run)["rungs"]
+        found: list[dict[str, Any]] = verify.check(verify.declare(resolver), place, run)["checks"]
         return found
 
 
-def named(rungs: list[dict[str, Any]]) -> set[tuple[str, str, str]]:
-    """Rung, subject and metric of what failed."""
-    return {(r["rung"], r["subject"], r["metric"]) for r in rungs if not r["passed"]}
+def named(checks: list[dict[str, Any]]) -> set[tuple[str, str, str]]:
+    """Check, subject and metric of what failed."""
+    return {(r["check"], r["subject"], r["metric"]) for r in checks if not r["passed"]}
 
 
-def on_logits(rungs: list[dict[str, Any]], rung: str) -> list[dict[str, Any]]:
-    return [r for r in rungs if r["rung"] == rung and "logit" in r["metric"]]
+def on_logits(checks: list[dict[str, Any]], check: str) -> list[dict[str, Any]]:
+    return [r for r in checks if r["check"] == check and "logit" in r["metric"]]
 
 
 @pytest.mark.parametrize(
@@ -77,23 +77,23 @@ def on_logits(rungs: list[dict[str, Any]], rung: str) -> list[dict[str, Any]]:
 )  # fmt: skip
 def test_wiring_is_proven_to_float32_accuracy(architecture: str, precision: str, layers: str, runs: Runs) -> None:
     run = runs(architecture, precision, layers, last="report")
-    rungs = json.loads((run / "verify.json").read_text(encoding="utf-8"))["rungs"]
-    for rung in ("b", "c"):
-        seen = on_logits(rungs, rung)
+    checks = json.loads((run / "verify.json").read_text(encoding="utf-8"))["checks"]
+    for check in ("original", "nbl"):
+        seen = on_logits(checks, check)
         assert {r["tolerance"] for r in seen} == {TOLERANCES["fp32"].limit}
         assert any("chunks of 512" in r["detail"] for r in seen)
         assert max(r["value"] for r in seen) < EXACT
-    assert max(r["value"] for r in on_logits(rungs, "g")) < TOLERANCES[precision].limit
+    assert max(r["value"] for r in on_logits(checks, "g")) < TOLERANCES[precision].limit
     said = json.loads((run / "verify.json").read_text(encoding="utf-8"))["proof"]
-    largest = max(r["value"] for r in on_logits(rungs, "c"))
+    largest = max(r["value"] for r in on_logits(checks, "c"))
     assert f"{largest:.1e} in any logit" in said[0] and len(said) == 4
     assert all(sentence in (run / "report.md").read_text(encoding="utf-8") for sentence in said)
 
 
-# -- faults: each changes the graph that ships, and a rung of this name must see it --------------------------
+# -- faults: each changes the graph that ships, and a check of this name must see it --------------------------
 
 Fault = Callable[[ir.Model], None]
-WIRING = ("c", "nbl", "max abs logit difference, prefill")
+WIRING = ("nbl", "nbl", "max abs logit difference, prefill")
 
 
 def product(model: ir.Model, layer: int) -> ir.Node:
@@ -151,7 +151,7 @@ FAULTS: dict[str, tuple[Fault, str, str, tuple[str, str, str]]] = {
     "a rope table of another base": (another_rope_base, "llama", "residual", WIRING),
     "a window off by one": (window_off_by_one, "mistral-window", "residual", WIRING),
     "a scale lost in one block row": (
-        lose_a_scale, "llama", "residual", ("a", "original", "steps between a matrix and its codes")
+        lose_a_scale, "llama", "residual", ("structure", "original", "steps between a matrix and its codes")
     ),
 }  # fmt: skip
 
@@ -161,22 +161,22 @@ OTHER_PRECISION = pytest.param(next(iter(FAULTS)), "int8", marks=pytest.mark.fuz
 
 @pytest.mark.parametrize(("fault", "precision"), [*((fault, "int4") for fault in FAULTS), OTHER_PRECISION])
 def test_a_planted_fault_is_named(fault: str, precision: str, runs: Runs, tmp_path: Path) -> None:
-    plant, architecture, tap, rung = FAULTS[fault]
+    plant, architecture, tap, check = FAULTS[fault]
     run = Path(shutil.copytree(runs(architecture, precision, "1,2", tap), tmp_path / "run"))
     for which in ("original", "model"):
-        if which == "model" or rung[1] == "original":
+        if which == "model" or check[1] == "original":
             path = run / which / "model.onnx"
             model = ir.load(path)
             plant(model)
             ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
             shutil.copyfile(tmp_path / "model.onnx", path)
             shutil.copyfile(tmp_path / "model.onnx.data", f"{path}.data")
-    rungs = climbed(run)
-    assert rung in named(rungs)
-    if rung == WIRING:  # what the noise of the codes would have let pass
-        assert not any(r["rung"] == "b" and not r["passed"] for r in rungs)
+    checks = climbed(run)
+    assert check in named(checks)
+    if check == WIRING:  # what the noise of the codes would have let pass
+        assert not any(r["check"] == "original" and not r["passed"] for r in checks)
     else:
-        (seen,) = [r for r in rungs if (r["rung"], r["subject"], r["metric"]) == rung]
+        (seen,) = [r for r in checks if (r["check"], r["subject"], r["metric"]) == check]
         assert "/model/layers.1/mlp/down_proj" in seen["detail"] and "row 40" in seen["detail"]
 
 
@@ -194,8 +194,8 @@ def test_a_kernel_that_multiplies_by_something_else_is_named(runs: Runs, monkeyp
             yield name, given, output
 
     monkeypatch.setattr(products, "products", wrong)
-    rungs = climbed(run)
-    failed = [r for r in rungs if not r["passed"]]
+    checks = climbed(run)
+    failed = [r for r in checks if not r["passed"]]
     assert {r["metric"] for r in failed} == {"error of quantised products, of the sum of magnitudes"}
     assert all("layers.2/mlp/up_proj" in r["detail"] for r in failed)
 
@@ -210,8 +210,8 @@ def test_matrices_of_another_model_are_named(runs: Runs, checkpoint: Callable[[s
         ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
         for suffix in ("", ".data"):
             shutil.copyfile(tmp_path / f"model.onnx{suffix}", run / which / f"model.onnx{suffix}")
-    rungs = climbed(run)
-    (seen,) = [r for r in rungs if r["metric"] == "quantised matrices are the model's"]
+    checks = climbed(run)
+    (seen,) = [r for r in checks if r["metric"] == "quantised matrices are the model's"]
     assert not seen["passed"] and "/model/layers.0/mlp/up_proj" in seen["detail"]
 
 

@@ -18,9 +18,8 @@ from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.mixers.linear import Linear
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import Plan
-from nbl_export.records.results import RungResult
+from nbl_export.records.results import CheckResult
 from nbl_export.rewrite import rewrite
-from nbl_export.verify.climb import Climb
 from nbl_export.verify.forms.form import held_names
 from nbl_export.verify.forms.onnx import check_file, check_maps, check_untouched
 from nbl_export.verify.ladder import (
@@ -35,6 +34,7 @@ from nbl_export.verify.ladder import (
     check_logits,
     run_rows,
 )
+from nbl_export.verify.verifier import Verifier
 
 from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB
 
@@ -79,7 +79,7 @@ def judge(change: Callable[[list[np.ndarray]], object], tolerance: Tolerance = T
     shown = [e.copy() for e in expected]
     change(shown)
     spread = [np.full(len(e), noise, np.float32) for e in expected]
-    results = check_logits("c", "nbl", FakeDecoder(shown), rows, reference(expected, spread), tolerance, yardstick)
+    results = check_logits("nbl", "nbl", FakeDecoder(shown), rows, reference(expected, spread), tolerance, yardstick)
     return [r.passed for r in results]
 
 
@@ -108,7 +108,7 @@ def test_nan_fails_and_is_recorded_as_none() -> None:
     shown = [e.copy() for e in expected]
     shown[0][4, 4] = np.nan
     quiet = [np.zeros(len(e)) for e in expected]
-    results = check_logits("c", "nbl", FakeDecoder(shown), rows, reference(expected, quiet), TOLERANCES["fp32"])
+    results = check_logits("nbl", "nbl", FakeDecoder(shown), rows, reference(expected, quiet), TOLERANCES["fp32"])
     assert [(r.passed, r.value is None) for r in results] == [(False, True), (True, False)] * 2
 
 
@@ -119,21 +119,21 @@ def test_noise_of_the_position_widens_its_own_limit_only() -> None:
 
 
 def climb_with_noise(noise: float, by: float, metric: str = "max_abs") -> tuple[list[bool], int]:
-    """What the logits rung of a graph says that is off by `by` at one position, and how often noise was measured."""
+    """What the logits check of a graph says that is off by `by` at one position, and how often noise was measured."""
     expected, rows = table()
     shown = [e.copy() for e in expected]
     bump(1, 5, by)(shown)
     truth = reference(expected, [np.zeros(len(e), np.float32) for e in expected])
     spread = tuple(np.full(len(e), noise, np.float32) for e in expected)
     measure = mock.Mock(side_effect=lambda _subject, of: dataclasses.replace(of, noise=spread, noisy=True))
-    results: list[RungResult] = []
+    results: list[CheckResult] = []
     setting: Any = SimpleNamespace(static=False, precision="fp32")
-    climb = Climb(setting, Probe(tuple(map(tuple, rows)), (), 0), {}, None, results, mock.Mock())
-    climb.truth["original"], climb._noise_of["own"] = truth, measure
+    verifier = Verifier(setting, Probe(tuple(map(tuple, rows)), (), 0), {}, None, results, mock.Mock())
+    verifier.truth["original"], verifier._noise_of["own"] = truth, measure
     tolerance = dataclasses.replace(TOLERANCES["fp32"], metric=metric)
     for _ in range(2):  # the second graph that needs the noise finds it measured
-        climb._logits("b", "original", FakeDecoder(shown), tolerance)
-    assert climb.truth["original"].noisy == measure.called
+        verifier._logits("original", "original", FakeDecoder(shown), tolerance)
+    assert verifier.truth["original"].noisy == measure.called
     assert [r.passed for r in results[:4]] == [r.passed for r in results[4:]]
     return [r.passed for r in results[:4]], measure.call_count
 
@@ -156,13 +156,13 @@ def test_one_graph_is_open_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     engine = SimpleNamespace(open_graph=open_graph, open_checked=open_checked)
     setting: Any = SimpleNamespace(static=False, precision="fp32", narrow=False, engine=engine, spec=SPEC)
-    monkeypatch.setattr(Climb, "form", mock.Mock(check=lambda *_: [], check_untouched=lambda *_: []))
-    results: list[RungResult] = []
-    climb = Climb(setting, Probe(tuple(map(tuple, rows)), ((1, 2),), 4), {}, None, results, mock.Mock())
+    monkeypatch.setattr(Verifier, "form", mock.Mock(check=lambda *_: [], check_untouched=lambda *_: []))
+    results: list[CheckResult] = []
+    verifier = Verifier(setting, Probe(tuple(map(tuple, rows)), ((1, 2),), 4), {}, None, results, mock.Mock())
     quiet = [np.zeros(len(e), np.float32) for e in expected]
     truth = dataclasses.replace(reference(expected, quiet), greedy=((0, 1, 2, 3),), margins=((1.0,) * 4,))
-    climb.truth = {"original": truth, "nbl": truth}
-    decoders = climb.run({"original": Path("a"), "nbl": Path("b")}, {})
+    verifier.truth = {"original": truth, "nbl": truth}
+    decoders = verifier.run({"original": Path("a"), "nbl": Path("b")}, {})
     assert all(r.passed for r in results) and list(decoders) == ["original", "nbl"]
     assert seen == [0, 0, 0, 0, 0, 1]  # graph, runtime, graph, runtime, and both graphs for the price
 
@@ -181,11 +181,11 @@ def test_known_noise_widens_nothing_that_passes_without_it() -> None:
     noisy = dataclasses.replace(quiet, noise=tuple(np.ones(len(e), np.float32) for e in expected), noisy=True)
     found = []
     for truth in (quiet, noisy):
-        results: list[RungResult] = []
+        results: list[CheckResult] = []
         setting: Any = SimpleNamespace(static=False, precision="fp32")
-        climb = Climb(setting, Probe(tuple(map(tuple, rows)), (), 0), {}, None, results, mock.Mock())
-        climb.truth["original"] = truth
-        climb._logits("b", "original", FakeDecoder(expected), TOLERANCES["fp32"])
+        verifier = Verifier(setting, Probe(tuple(map(tuple, rows)), (), 0), {}, None, results, mock.Mock())
+        verifier.truth["original"] = truth
+        verifier._logits("original", "original", FakeDecoder(expected), TOLERANCES["fp32"])
         found.append(results)
     assert found[0] == found[1]
 

@@ -12,12 +12,7 @@ from nbl_export.errors import NblError
 from nbl_export.files import scratch_in
 from nbl_export.model.checkpoint import gguf_file
 from nbl_export.model.checkpoint.load import _register, load_model, load_tokenizer
-from nbl_export.model.checkpoint.pretrained import (
-    model_of,
-    quiet_transformers,
-    reason_of,
-    tokenizer_of,
-)
+from nbl_export.model.checkpoint.pretrained import model_of, quiet_transformers, reason_of, tokenizer_of
 from nbl_export.model.checkpoint.source import Source, log
 
 __all__ = ["materialise"]

@@ -33,7 +33,7 @@ class BenchInputs:
     provider: str
     precision: str
     spec: DecoderSpec
-    slots: int
+    cache_length: int
     depths: tuple[int, ...]
     prompt_tokens: tuple[int, ...]
     generate_tokens: int | None
@@ -60,7 +60,7 @@ def run(inputs: BenchInputs, place: Place, out: Path) -> dict[str, Any]:
     capabilities = engine.capabilities
     setting = BenchSetting(
         vocab_size=spec.vocab_size,
-        context_length=inputs.slots,
+        context_length=inputs.cache_length,
         engine=inputs.engine_name,
         provider=inputs.provider,
         threads=engine.default_threads(),

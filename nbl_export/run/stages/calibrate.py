@@ -18,7 +18,7 @@ from typing import Any
 
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.mixers import kind_of
-from nbl_export.options.options import GIVEN_FIT, NO_ORIGINAL
+from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.resolve import Resolver
@@ -63,7 +63,7 @@ class CalibrateInputs:
 def declare(r: Resolver) -> CalibrateInputs | LeftOut:
     """The inputs of the stage; left out for an NBL checkpoint, which has its maps."""
     options = r.options
-    if options.fit == GIVEN_FIT:
+    if options.fit == CHECKPOINT_FIT:
         return LeftOut(NO_ORIGINAL)
     features = kind_of(options.kind).feature_count(r.spec.hidden_size)  # kinds of equal features share moments
     return r.fill(CalibrateInputs, mixer=Lazy(features, lambda: options.kind))
@@ -93,12 +93,12 @@ def run(inputs: CalibrateInputs, place: Place, out: Path) -> dict[str, Any]:
 
 def _run_whole(inputs: CalibrateInputs, place: Place, parts: Sequence[Any], facts: dict[str, Any], out: Path) -> None:
     """Collect with the whole model in memory, on one process or several."""
-    from nbl_export.parallel import peers as distributed
+    from nbl_export.parallel import ranks as distributed
 
     windows, _ = inputs.windows.value
     partial = _Partial(place.run.partial("calibrate"), facts)
     total = windows.numel()
-    taps, peers, narrow = facts["identity"]["taps"], distributed.current(), facts["identity"]["products"] == "bfloat16"
+    taps, ranks, narrow = facts["identity"]["taps"], distributed.current(), facts["identity"]["products"] == "bfloat16"
     with place.ui.task(f"{total} tokens") as progress, _collection(inputs, taps, narrow) as found:
         done = partial.restore(found)
         if done:
@@ -107,23 +107,23 @@ def _run_whole(inputs: CalibrateInputs, place: Place, parts: Sequence[Any], fact
             found.refer(windows)
         checkpoint = str(inputs.checkpoint.value.absolute())
         order = {"checkpoint": checkpoint, "windows": windows, "done": done}
-        peers.lead({"work": "calibrate", **order, "taps": taps, "kind": inputs.mixer.value, "narrow": narrow})
-        peers.agree(None)
-        peers.share_reference(found)
+        ranks.lead({"work": "calibrate", **order, "taps": taps, "kind": inputs.mixer.value, "narrow": narrow})
+        ranks.agree(None)
+        ranks.share_reference(found)
 
         def is_due() -> bool:
-            progress(min(total, found.count * peers.size), total)
+            progress(min(total, found.count * ranks.size), total)
             return partial.is_due()
 
-        distributed.collect_batches(peers, found, parts, done, is_due, lambda end: partial.save(found, end))
-        peers.done()
+        distributed.collect_batches(ranks, found, parts, done, is_due, lambda end: partial.save(found, end))
+        ranks.done()
         _write(found, out / MOMENTS_FILE, facts)
 
 
 def _products(inputs: CalibrateInputs) -> str:
     """Type of the model's products. All processes of a run follow process 0."""
     from nbl_export.model import bfloat16
-    from nbl_export.parallel import peers as distributed
+    from nbl_export.parallel import ranks as distributed
 
     narrow = inputs.graph.value is None and bfloat16.chosen(inputs.compute_dtype, distributed.current().device)
     return "bfloat16" if narrow else "float32"
@@ -136,21 +136,21 @@ def _collection(inputs: CalibrateInputs, taps: list[str], narrow: bool) -> Any:
         NblError: the model is a graph, and torchrun started several processes.
     """
     from nbl_export.calibrate import hooks
-    from nbl_export.parallel import peers as distributed
+    from nbl_export.parallel import ranks as distributed
 
-    peers = distributed.current()
+    ranks = distributed.current()
     if inputs.graph.value is None:
-        return hooks.Collection(peers.place(inputs.model.value), taps, kind_of(inputs.mixer.value), narrow=narrow)
+        return hooks.Collection(ranks.place(inputs.model.value), taps, kind_of(inputs.mixer.value), narrow=narrow)
     from nbl_export.calibrate.from_graph import GraphCollection
 
-    if peers.size > 1:
+    if ranks.size > 1:
         raise NblError("torchrun is for torch models; calibrate a graph with one process")
     return GraphCollection(inputs.graph.value, inputs.spec, taps, kind_of(inputs.mixer.value))
 
 
 def _by_layer(inputs: CalibrateInputs, place: Place) -> bool:
     """Whether memory holds only one layer at a time; tells the user if so."""
-    from nbl_export.parallel import peers as distributed
+    from nbl_export.parallel import ranks as distributed
 
     if not inputs.shortage.value or distributed.current().size > 1:
         return False
@@ -172,12 +172,7 @@ def _run_layers(inputs: CalibrateInputs, place: Place, parts: Sequence[Any], fac
         MomentsWriter(target, {**facts, "count": count}, spec.num_layers, wanted.taps, sizes) as file,
     ):
         layers = layer_by_layer.collect_layers(
-            inputs.checkpoint.value,
-            inputs.windows.value[0],
-            parts,
-            wanted,
-            scratch,
-            progress,
+            inputs.checkpoint.value, inputs.windows.value[0], parts, wanted, scratch, progress
         )
         for sums in layers:
             file.write(sums)

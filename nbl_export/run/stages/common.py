@@ -77,7 +77,7 @@ class Place:
     def verdict(self) -> str:
         """The status of the run: that of its verification (`records.results.status_of`)."""
         found = self.run.read_json(VERIFY_FILE)
-        return status_of(found["precision"], found["rungs"])
+        return status_of(found["precision"], found["checks"])
 
     @property
     def passed(self) -> bool:

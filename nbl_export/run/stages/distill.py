@@ -7,12 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbl_export.files import (
-    arrays_sha256,
-    file_sha256,
-    key_of,
-    write_json,
-)
+from nbl_export.files import arrays_sha256, file_sha256, key_of, write_json
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import LeftOut, Place
@@ -53,7 +48,7 @@ def run(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any]:
     from nbl_export.distill import settings as settings_of
     from nbl_export.distill import training
     from nbl_export.distill.settings import State
-    from nbl_export.parallel import peers as distributed
+    from nbl_export.parallel import ranks as distributed
     from nbl_export.plan.maps_file import load_maps, save_maps
 
     plan, windows, judging = place.plan, inputs.training.value, inputs.held_back.value.choosing
@@ -65,18 +60,18 @@ def run(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any]:
     )  # fmt: skip
     path = place.run.path / START_FILE
     start = load_maps(path, plan.replaced)
-    peers = distributed.current()
+    ranks = distributed.current()
     maps = {i: [m.kind, m.tensors()] for i, m in start.items()}
     given = {"maps": maps, "windows": windows, "held": judging, "settings": settings, "tap": plan.tap}
-    peers.lead({"work": "distill", "checkpoint": str(inputs.checkpoint.value.absolute()), **given})
-    peers.agree(None)
+    ranks.lead({"work": "distill", "checkpoint": str(inputs.checkpoint.value.absolute()), **given})
+    ranks.agree(None)
     state = State(place.run.partial("distill"), _key(inputs.fingerprint, path, windows, judging, settings))
     with place.ui.task("distilling") as progress:
         found = training.distill(
-            peers.place(inputs.model.value), start, plan.tap, settings_of.TrainingText(windows, judging), settings,
-            settings_of.Surroundings(progress, lambda s: place.ui.say(f"  {s}"), state, peers),
+            ranks.place(inputs.model.value), start, plan.tap, settings_of.TrainingText(windows, judging), settings,
+            settings_of.Callbacks(progress, lambda s: place.ui.say(f"  {s}"), state, ranks),
         )  # fmt: skip
-    peers.done()
+    ranks.done()
     save_maps(found.maps, out / MAPS_FILE, plan.tap)
     write_json(out / DISTILL_FILE, {"held_kl": found.held_kl, "train_kl": found.train_kl, "seconds": found.seconds})
     best = min(found.held_kl, key=lambda row: row[1])

@@ -26,7 +26,7 @@ from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
 from nbl_export.options.places import public_facts
 from nbl_export.records.inputs import Lazy
-from nbl_export.records.results import RungResult
+from nbl_export.records.results import CheckResult
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import LeftOut, Place, rows_of
 from nbl_export.run_directory import DECODERS, PACKAGES, SCALES_FILE
@@ -148,8 +148,8 @@ def _rescaled_maps(maps: Mapping[int, Mixer], scales: Mapping[str, Any]) -> dict
     return {i: m if (scale := named[i]) is None else m.scaled_input(scale.numpy()) for i, m in maps.items()}
 
 
-def check_rescaled(source: ExportedModel, place: Place, row: tuple[int, ...]) -> list[RungResult]:
-    """Rung a: the rescaled model gives the original's logits, within the float32 tolerance.
+def check_rescaled(source: ExportedModel, place: Place, row: tuple[int, ...]) -> list[CheckResult]:
+    """Check structure: the rescaled model gives the original's logits, within the float32 tolerance.
 
     Args:
         row: held-back token ids.
@@ -164,7 +164,7 @@ def check_rescaled(source: ExportedModel, place: Place, row: tuple[int, ...]) ->
     away = float(np.abs(row_logits(source.rescaled(place), row) - before).max())
     source.model.forget()
     allowed = TOLERANCES["fp32"].limit
-    return [RungResult("a", "original", METRIC, away, allowed, away <= allowed, f"{len(row)} tokens")]
+    return [CheckResult("structure", "original", METRIC, away, allowed, away <= allowed, f"{len(row)} tokens")]
 
 
 # -- the original ----------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ class DecoderInputs:
     precision: str
     builder_option: tuple[str, ...]
     kept_logits: str
-    slots: int
+    cache_length: int
     graph: Lazy[Path | None]
     codes: Lazy[Any]
     tap: str | None
@@ -225,7 +225,7 @@ def run_decoder(inputs: DecoderInputs, place: Place, out: Path) -> dict[str, Any
         copy_graph(inputs.graph.value, original)
     else:
         settings = ExportSettings(
-            inputs.decoder_source, inputs.precision, inputs.slots, inputs.builder_option, _codes(inputs),
+            inputs.decoder_source, inputs.precision, inputs.cache_length, inputs.builder_option, _codes(inputs),
             inputs.gguf.value,
         )  # fmt: skip
         with inputs.exported.directory(place) as checkpoint:

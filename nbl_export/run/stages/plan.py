@@ -20,7 +20,7 @@ from nbl_export.options.goals import (
     parse_layers,
     read_rank,
 )
-from nbl_export.options.options import GIVEN_FIT, NO_ORIGINAL
+from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL
 from nbl_export.plan.inputs import AskedGoal, DistilledMaps, MapKind, Maps, OrderInputs, PlanInputs, SweepInputs
 from nbl_export.records.inputs import Lazy
 from nbl_export.report.console import METHOD_NAMES
@@ -37,8 +37,8 @@ def declare(r: Resolver) -> PlanInputs | Lazy[Any]:
     from nbl_export.model.checkpoint import nbl
 
     options = r.options
-    if options.fit == GIVEN_FIT:
-        return Lazy([GIVEN_FIT, r.fingerprint], lambda: nbl.load(r.source, r.spec.num_layers))
+    if options.fit == CHECKPOINT_FIT:
+        return Lazy([CHECKPOINT_FIT, r.fingerprint], lambda: nbl.load(r.source, r.spec.num_layers))
     goal = _goal(r)
     return r.fill(
         PlanInputs,
@@ -115,7 +115,7 @@ def run(inputs: PlanInputs | Lazy[Any], place: Place, out: Path) -> dict[str, An
 
     facts: dict[str, Any] = {"ranks": {}, "goal": None, "curve": None}
     if isinstance(inputs, Lazy):
-        (plan, maps), fit = inputs.value, GIVEN_FIT
+        (plan, maps), fit = inputs.value, CHECKPOINT_FIT
     else:
         from nbl_export.plan.order import Selection
         from nbl_export.plan.planning import make_plan
@@ -145,7 +145,7 @@ def declare_sweep(r: Resolver) -> SweepInputs | LeftOut:
     options = r.options
     if r.sweep is None:
         return LeftOut()
-    if options.fit == GIVEN_FIT:
+    if options.fit == CHECKPOINT_FIT:
         return LeftOut(NO_ORIGINAL)
     order = order_of(r)
     distilled, trained = None, r.run.stages.get("distill", {}).get("key")

@@ -9,13 +9,7 @@ from typing import Any
 from nbl_export.records.from_json import edited
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import Place
-from nbl_export.run_directory import (
-    BENCH_FILE,
-    EVAL_FILE,
-    LOSSLESS_FILE,
-    SWEEP_FILE,
-    VERIFY_FILE,
-)
+from nbl_export.run_directory import BENCH_FILE, EVAL_FILE, LOSSLESS_FILE, SWEEP_FILE, VERIFY_FILE
 
 __all__ = ["ReportInputs", "declare", "run"]
 

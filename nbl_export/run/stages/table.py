@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-from nbl_export.run.stages import (
-    bench,
-    build,
-    calibrate,
-    distill,
-    evaluate,
-    graphs,
-    lossless,
-    plan,
-    report,
-    verify,
-)
+from nbl_export.run.stages import bench, build, calibrate, distill, evaluate, graphs, plan, report, speculative, verify
 from nbl_export.run.stages.common import Stage
 
 __all__ = ["STAGES"]
@@ -30,6 +19,6 @@ STAGES = (
     Stage("eval", "evaluate", evaluate.declare, evaluate.run),
     Stage("build", "build", build.declare, build.run),
     Stage("bench", "bench", bench.declare, bench.run),
-    Stage("lossless", "lossless decoding", lossless.declare, lossless.run),
+    Stage("lossless", "speculative decoding", speculative.declare, speculative.run),
     Stage("report", "report", report.declare, report.run),
 )

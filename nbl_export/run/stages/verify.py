@@ -1,4 +1,4 @@
-"""The verify stage: runs the verification ladder (`verify.climb`) on probes, and measures the quality loss."""
+"""The verify stage: runs the verification ladder (`verify.verifier`) on probes, and measures the quality loss."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from nbl_export.files import versions, write_json
 from nbl_export.graph.names import GENAI_CONFIG, all_logits_file
 from nbl_export.mixers.base import Mixer
-from nbl_export.options.options import GGUF, GIVEN_FIT
+from nbl_export.options.options import CHECKPOINT_FIT, GGUF
 from nbl_export.plan.inputs import Texts
-from nbl_export.quality import spoken_price, warn_of_text
+from nbl_export.quality import spoken_loss, warn_of_text
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy, identity_of
-from nbl_export.records.results import RungResult
+from nbl_export.records.results import CheckResult
 from nbl_export.run.facts import require_engine
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import Place, rows_of
@@ -25,16 +25,16 @@ from nbl_export.run.stages.graphs import ExportedModel, check_rescaled, exported
 from nbl_export.run_directory import ACCEPTANCE_FILE, DECODERS, PACKAGES, REFERENCES_FILE, VERIFY_FILE
 from nbl_export.targets.base import Target
 from nbl_export.text.held_back import Division, judging
-from nbl_export.verify.climb import Climb
 from nbl_export.verify.codes import EXACT, NEAREST, SEARCHED
 from nbl_export.verify.forms import form_of
 from nbl_export.verify.forms.form import Setting
 from nbl_export.verify.kept import KeptReferences
 from nbl_export.verify.ladder import WITHOUT_TWIN
 from nbl_export.verify.on_target import expect, save
-from nbl_export.verify.perplexity import price
+from nbl_export.verify.perplexity import quality_loss
+from nbl_export.verify.verifier import Verifier
 
-__all__ = ["VerifyInputs", "check", "declare", "kept_references", "price_texts", "run", "uses_of"]
+__all__ = ["VerifyInputs", "check", "declare", "kept_references", "loss_texts", "run", "uses_of"]
 
 _PREFILL_TOKENS = (64, 37)
 _PROMPT_TOKENS = 24
@@ -65,7 +65,7 @@ class VerifyInputs:
     spec: DecoderSpec
     precision: str
     kept_logits: str
-    slots: int
+    cache_length: int
     nearness: float | None
     codes: Lazy[Any]
     graph: Lazy[Path | None]
@@ -93,7 +93,7 @@ def declare(r: Resolver) -> VerifyInputs:
         engine=Lazy(proven_by, lambda: _engine(r)),
         nearness=_nearness(r),
         exporter=exporter,
-        lacks_attention=options.fit == GIVEN_FIT,
+        lacks_attention=options.fit == CHECKPOINT_FIT,
         training=r.training if options.fit == "distilled" else None,
     )
 
@@ -129,28 +129,28 @@ def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
     with _graphs(inputs, place, setting, (maps, rows_VD), results) as directories, place.run.scratch() as scratch:
         coded = form_of(setting).coded(setting, directories, results, scratch)
         kept = kept_references(inputs, place)
-        climb = Climb(setting, probe, maps, rows_VD, results, kept)
+        verifier = Verifier(setting, probe, maps, rows_VD, results, kept)
         if inputs.graph.value is None:
             codes = inputs.codes.value
-            climb.ask_torch(coded, lambda: _lent(inputs, place), () if codes is None else codes.weights)
+            verifier.refer_to_torch(coded, lambda: _lent(inputs, place), () if codes is None else codes.weights)
         else:
-            climb.ask_graph(coded, directories["original"] / all_logits_file(directories["original"]))
-        decoders = climb.run(directories, coded)
+            verifier.refer_to_graph(coded, directories["original"] / all_logits_file(directories["original"]))
+        decoders = verifier.run(directories, coded)
         kept.save()
-        prices = []
+        quality_losses = []
         if not inputs.lacks_attention:
             with place.ui.task("quality loss on held-back text") as progress:
-                prices = price(decoders["original"], decoders["nbl"], price_texts(inputs), progress)
-        _leave(climb, out)
-    return conclude(inputs, place, results, prices)
+                quality_losses = quality_loss(decoders["original"], decoders["nbl"], loss_texts(inputs), progress)
+        _leave(verifier, out)
+    return conclude(inputs, place, results, quality_losses)
 
 
-def _leave(climb: Climb, out: Path) -> None:
+def _leave(verifier: Verifier, out: Path) -> None:
     """Write acceptance.safetensors for an engine of another machine; nothing for others."""
-    setting = climb.setting
+    setting = verifier.setting
     if setting.engine.capabilities.cross:
-        exact = bool(climb.truth_of_codes) or setting.precision not in WITHOUT_TWIN
-        save(expect(setting.precision, climb.probe, climb.references, exact=exact), out / ACCEPTANCE_FILE)
+        exact = bool(verifier.truth_of_codes) or setting.precision not in WITHOUT_TWIN
+        save(expect(setting.precision, verifier.probe, verifier.references, exact=exact), out / ACCEPTANCE_FILE)
 
 
 @contextlib.contextmanager
@@ -164,7 +164,7 @@ def _lent(inputs: VerifyInputs, place: Place) -> Iterator[Any]:
 
 def kept_references(inputs: VerifyInputs, place: Place) -> KeptReferences:
     """The references of the original that an earlier verification of this run directory kept."""
-    made = [inputs.exported, inputs.codes, inputs.exporter, inputs.precision, inputs.slots]
+    made = [inputs.exported, inputs.codes, inputs.exporter, inputs.precision, inputs.cache_length]
     return KeptReferences(place.run.path / REFERENCES_FILE, [*map(identity_of, made), versions(PACKAGES)])
 
 
@@ -176,14 +176,14 @@ def setting_of(inputs: VerifyInputs, place: Place) -> Setting:
         plan=place.plan,
         precision=inputs.precision,
         logits=inputs.kept_logits,
-        slots=inputs.slots,
+        cache_length=inputs.cache_length,
         nearness=inputs.nearness,
         task=place.ui.task,
     )
 
 
 def conclude(
-    inputs: VerifyInputs, place: Place, results: list[RungResult], prices: list[dict[str, Any]]
+    inputs: VerifyInputs, place: Place, results: list[CheckResult], quality_losses: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The content of verify.json; prints the perplexity increases and a warning if they differ strongly."""
     from nbl_export.verify import ladder
@@ -191,19 +191,19 @@ def conclude(
     plan, size = place.plan, inputs.engine.value.capabilities.cache_itemsize(inputs.precision)
     layers = {"original": plan.num_layers, "nbl": len(plan.kept)}
     per_token = {subject: inputs.spec.cache_bytes_per_token(kept, size) for subject, kept in layers.items()}
-    warning = warn_of_text(prices)
-    for row in prices:
-        said = spoken_price(row)["increase"]
+    warning = warn_of_text(quality_losses)
+    for row in quality_losses:
+        said = spoken_loss(row)["increase"]
         place.ui.say(f"  perplexity {said}, {row['text']}, {row['tokens']:,} tokens")
     if warning:
         place.ui.say(f"  {warning}")
-    found = ladder.summary(results, inputs.precision, prices, plan)
-    texts = uses_of(inputs, place) if prices else []
+    found = ladder.summary(results, inputs.precision, quality_losses, plan)
+    texts = uses_of(inputs, place) if quality_losses else []
     reference = (
         "the linearized torch model" if inputs.graph.value is None else "the input graph with maps computed in numpy"
     )
     proof = ladder.proof(results, reference, found["status"])
-    return {**found, "proof": proof, "price_warning": warning, "texts": texts, "cache_bytes_per_token": per_token}
+    return {**found, "proof": proof, "quality_warning": warning, "texts": texts, "cache_bytes_per_token": per_token}
 
 
 @contextlib.contextmanager
@@ -212,7 +212,7 @@ def _graphs(
     place: Place,
     setting: Setting,
     made: tuple[Mapping[int, Mixer], Any],
-    results: list[RungResult],
+    results: list[CheckResult],
 ) -> Iterator[dict[str, Path]]:
     """Directories of the graphs to compare: the shipped graphs, or their float32 twins after an equality check.
 
@@ -239,17 +239,17 @@ def make_probe(inputs: VerifyInputs) -> Any:
     from nbl_export.verify import ladder
 
     windows, held = inputs.windows.value
-    ids, slots = held.flatten().tolist(), inputs.slots
+    ids, cache_length = held.flatten().tolist(), inputs.cache_length
     window = inputs.spec.sliding_window or 0
     first, second = _PREFILL_TOKENS
     if 0 < window <= _LONGEST_PROBED_WINDOW:
         first = window + 24
-    first, second = (min(n, slots - ladder.DECODE_STEPS, len(ids) // 2) for n in (first, second))
+    first, second = (min(n, cache_length - ladder.DECODE_STEPS, len(ids) // 2) for n in (first, second))
     rows = (ids[: first + ladder.DECODE_STEPS], ids[-(second + ladder.DECODE_STEPS) :])
     starts = [k * len(ids) // 4 for k in (0, 1, 2)]
-    new_tokens = min(_NEW_TOKENS, slots - _PROMPT_TOKENS)
+    new_tokens = min(_NEW_TOKENS, cache_length - _PROMPT_TOKENS)
     prompts = tuple(tuple(ids[s : s + _PROMPT_TOKENS]) for s in starts)
-    long = [*ids, *windows.flatten().tolist()][: min(_long_tokens(window), slots)]
+    long = [*ids, *windows.flatten().tolist()][: min(_long_tokens(window), cache_length)]
     return ladder.Probe(tuple(map(tuple, rows)), prompts, new_tokens, tuple(long) if len(long) > len(rows[0]) else ())
 
 
@@ -259,9 +259,9 @@ def _long_tokens(window: int) -> int:
     return max(_LONG_TOKENS, window + _BEYOND_WINDOW if window else 0) + ladder.DECODE_STEPS
 
 
-def price_texts(inputs: VerifyInputs) -> list[tuple[str, Any]]:
+def loss_texts(inputs: VerifyInputs) -> list[tuple[str, Any]]:
     """Final windows of both texts as arrays, cut to the sequence length. No choice in the run used these windows."""
-    context = min(inputs.context, inputs.slots)
+    context = min(inputs.context, inputs.cache_length)
     return [(name, _cut(windows.numpy(), context)) for name, windows in inputs.final.value]
 
 

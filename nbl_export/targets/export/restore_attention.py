@@ -11,7 +11,7 @@ with an empty cache. mobius 0.1 loses Qwen2's window, Gemma 3's scale and one of
 half precision, and an attribute unknown to ONNX Runtime if the rotary size is not the head size.
 
 A window counts the token itself, as in transformers. Graphs of other operators do not change: the comparison of the
-original with torch (its own rung) shows their faults.
+original with torch (its own check) shows their faults.
 """
 
 from __future__ import annotations

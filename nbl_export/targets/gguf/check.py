@@ -11,7 +11,7 @@ import numpy as np
 from nbl_export.formats.gguf.content import Content, Tensor
 from nbl_export.formats.gguf.files import read_content
 from nbl_export.mixers.base import Mixer
-from nbl_export.records.results import RungResult
+from nbl_export.records.results import CheckResult
 from nbl_export.targets.gguf.facts import facts_of
 from nbl_export.targets.gguf.linearize import ARCHITECTURE, KEEP, with_neighbours
 
@@ -25,7 +25,7 @@ _SCALES = 2.0**-9
 _BLOCK = 32
 
 
-def check_file(path: Path, base: Content, maps: Mapping[int, Mixer], kind: str) -> list[RungResult]:
+def check_file(path: Path, base: Content, maps: Mapping[int, Mixer], kind: str) -> list[CheckResult]:
     """Read a file back and compare: layers, caches, kept tensors and maps.
 
     Args:
@@ -71,5 +71,5 @@ def _map_problem(found: Content, layer: int, matrix: Any) -> str:
     return ""
 
 
-def _verdict(metric: str, passed: bool, detail: str) -> RungResult:
-    return RungResult("a", "nbl", metric, None, None, passed, detail)
+def _verdict(metric: str, passed: bool, detail: str) -> CheckResult:
+    return CheckResult("structure", "nbl", metric, None, None, passed, detail)

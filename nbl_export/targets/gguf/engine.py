@@ -10,7 +10,7 @@ from nbl_export.targets.base import Availability, DecoderFacts, Target, default_
 from nbl_export.targets.gguf.facts import read_gguf_facts
 from nbl_export.targets.gguf.node import Server
 from nbl_export.targets.gguf.runner import LlamaCppRunner
-from nbl_export.targets.runners import Room
+from nbl_export.targets.runners import SequenceLimits
 
 __all__ = ["LLAMA_CPP", "LlamaCppEngine"]
 
@@ -47,7 +47,9 @@ class LlamaCppEngine(Target):
         """The types that llama.cpp computes in."""
         return "the file's codes times 8-bit activations, with keys and values in float16"
 
-    def open_runner(self, path: Path, threads: int | None = None, room: Room | None = None) -> LlamaCppRunner:
+    def open_runner(
+        self, path: Path, threads: int | None = None, limits: SequenceLimits | None = None
+    ) -> LlamaCppRunner:
         """A text runner on a GGUF file; `room` has no effect."""
         return LlamaCppRunner(path, threads or default_threads())
 

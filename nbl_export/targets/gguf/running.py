@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nbl_export.records.results import RungResult
+from nbl_export.records.results import CheckResult
 
-__all__ = ["PROMPTS", "Heard", "Speaker", "hear", "judge"]
+__all__ = ["PROMPTS", "Answers", "Speaker", "hear", "judge"]
 
 PROMPTS = (
     "The capital of France is",
@@ -34,7 +34,7 @@ _ERRORS = 3.0  # standard errors of this difference over the positions
 
 
 @dataclass(frozen=True)
-class Heard:
+class Answers:
     """What a decoder says: greedy ids of each prompt; log-probabilities and likeliest ids of the windows' tokens."""
 
     greedy: tuple[tuple[int, ...], ...]
@@ -55,15 +55,15 @@ class Speaker(Protocol):
     def score(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]: ...
 
 
-def hear(speaker: Speaker, prompts: Sequence[Sequence[int]], windows_WT: Any) -> Heard:
+def hear(speaker: Speaker, prompts: Sequence[Sequence[int]], windows_WT: Any) -> Answers:
     """Ask a decoder for the greedy continuation of prompts, and for the probabilities of text."""
     said = tuple(tuple(int(i) for i in speaker.greedy(ids, _NEW_TOKENS)) for ids in prompts)
     rows = [speaker.score([int(i) for i in row[:_WINDOW]]) for row in windows_WT[:_WINDOWS]]
     logs, best = (np.concatenate(parts) for parts in zip(*rows, strict=True))
-    return Heard(said, logs, best)
+    return Answers(said, logs, best)
 
 
-def judge(torch_original: Heard, original: Heard, torch_nbl: Heard, nbl: Heard) -> list[RungResult]:
+def judge(torch_original: Answers, original: Answers, torch_nbl: Answers, nbl: Answers) -> list[CheckResult]:
     """Compare what llama.cpp says with what torch says, for the original's file and for the NBL file.
 
     Tokens are reported. The perplexity is gated: its logarithm may differ from torch's by `_TIMES_THE_ORIGINAL` times
@@ -76,7 +76,7 @@ def judge(torch_original: Heard, original: Heard, torch_nbl: Heard, nbl: Heard) 
     return [result for subject, pair in pairs.items() for result in _compare(subject, *pair, limits[subject])]
 
 
-def _compare(subject: str, ours: Heard, theirs: Heard, limit: float | None) -> list[RungResult]:
+def _compare(subject: str, ours: Answers, theirs: Answers, limit: float | None) -> list[CheckResult]:
     same = sum(a == b for a, b in zip(ours.greedy, theirs.greedy, strict=True))
     agree = float((ours.best == theirs.best).mean())
     away = abs(float((ours.logs - theirs.logs).mean()))
@@ -84,7 +84,11 @@ def _compare(subject: str, ours: Heard, theirs: Heard, limit: float | None) -> l
     passed = math.isfinite(away) and (limit is None or away <= limit)
     count = f"{same} of {len(ours.greedy)}"
     return [
-        RungResult("g", subject, "prompts whose greedy tokens are torch's", float(same), None, True, count),
-        RungResult("g", subject, "positions with torch's likeliest token", agree, None, True, f"{100 * agree:.1f}%"),
-        RungResult("g", subject, "difference of the logarithm of perplexity from torch's", away, limit, passed, said),
+        CheckResult("quantised", subject, "prompts whose greedy tokens are torch's", float(same), None, True, count),
+        CheckResult(
+            "quantised", subject, "positions with torch's likeliest token", agree, None, True, f"{100 * agree:.1f}%"
+        ),
+        CheckResult(
+            "quantised", subject, "difference of the logarithm of perplexity from torch's", away, limit, passed, said
+        ),
     ]

@@ -20,9 +20,9 @@ from nbl_export.targets.export.finish import finish_directory
 from nbl_export.targets.onnx import export_genai
 from nbl_export.targets.onnx.facts import provider_of, read_facts
 from nbl_export.targets.onnx.genai import GenaiRunner, load_package
-from nbl_export.targets.onnx.lossless import LosslessRunner
 from nbl_export.targets.onnx.profile import ProfiledDecoder
-from nbl_export.targets.runners import Draft, Room
+from nbl_export.targets.onnx.speculative import SpeculativeRunner
+from nbl_export.targets.runners import Draft, SequenceLimits
 
 __all__ = ["CAPABILITIES", "ORT", "OrtEngine", "is_installed", "probe"]
 
@@ -64,7 +64,7 @@ class OrtEngine(Target):
             export_genai.build(checkpoint, out, settings, self.capabilities.provider)
         finish_directory(checkpoint, out)
 
-    def open_runner(self, path: Path, threads: int | None = None, room: Room | None = None) -> GenaiRunner:
+    def open_runner(self, path: Path, threads: int | None = None, limits: SequenceLimits | None = None) -> GenaiRunner:
         """A text runner on a deployable directory; `room` has no effect."""
         return GenaiRunner(path, threads)
 
@@ -72,9 +72,11 @@ class OrtEngine(Target):
         """On plain ONNX Runtime with its profiler."""
         return ProfiledDecoder(directory, threads, tokens, traces)
 
-    def open_lossless(self, directory: Path, threads: int | None = None, draft: Draft | None = None) -> LosslessRunner:
+    def open_speculative(
+        self, directory: Path, threads: int | None = None, draft: Draft | None = None
+    ) -> SpeculativeRunner:
         """A runner with proposed tokens."""
-        return LosslessRunner(directory, threads, draft.settings if draft and draft.settings else None)
+        return SpeculativeRunner(directory, threads, draft.settings if draft and draft.settings else None)
 
     def open_graph(
         self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None

@@ -53,7 +53,8 @@ def provider_of(directory: Path) -> str:
 class GenaiSettings:
     """Settings of a decoder in genai_config.json: positions, vocabulary, the ids that end a text.
 
-    lossless: whether tokens are proposed to the decoder (`rewrite.lossless`). head_dim: size of a head, if it is given.
+    lossless: whether tokens are proposed to the decoder (`rewrite.speculative`).
+    head_dim: size of a head, if it is given.
     """
 
     context_length: int

@@ -47,7 +47,7 @@ from nbl_export.targets.chat_template import applied
 from nbl_export.targets.continuation import continued
 from nbl_export.targets.onnx.facts import GenaiSettings
 from nbl_export.targets.onnx.opening import open_model
-from nbl_export.targets.runners import Room
+from nbl_export.targets.runners import SequenceLimits
 from nbl_export.trust.model_settings import check_tokenizer_settings
 
 __all__ = ["GenaiRunner", "load_package"]
@@ -75,13 +75,13 @@ class GenaiRunner:
         directory: Path,
         threads: int | None = None,
         provider: tuple[str, dict[str, str]] | None = None,
-        room: Room | None = None,
+        limits: SequenceLimits | None = None,
     ) -> None:
         self.directory = directory
         self.threads = threads or default_threads()
         self.settings = GenaiSettings.read(directory)
         self._og = load_package("onnxruntime_genai")
-        self._provider, self._room = provider, room and room.within(self.settings.context_length)
+        self._provider, self._room = provider, limits and limits.within(self.settings.context_length)
         self._model = self._open()
         self._waits = self._model.device_type != _CPU_DEVICE
         self._generator: Any = None
@@ -100,7 +100,7 @@ class GenaiRunner:
     def _open(self) -> Any:
         return open_model(self._og, self.directory, self.threads, self._provider, self._room)
 
-    def _make_room(self, asked: Room) -> None:
+    def _make_room(self, asked: SequenceLimits) -> None:
         if self._room is not None and not self._room.holds(asked):
             self._room = self._room.joined(asked)
             self._model = None  # free the old model before the new one is loaded
@@ -118,7 +118,7 @@ class GenaiRunner:
         self._length, self._capacity = 0, min(max_tokens, self.settings.context_length)
         longest = self._capacity if batch == 1 else min(max_tokens + 1, self.settings.context_length)
         shortest = 0 if batch == 1 else longest  # a batch continues behind an end of text
-        self._make_room(Room(longest, batch))
+        self._make_room(SequenceLimits(longest, batch))
         try:
             params = self._og.GeneratorParams(self._model)
             params.set_search_options(

@@ -63,7 +63,7 @@ from nbl_export.targets.onnx import engine as ort
 from nbl_export.targets.onnx.genai import GenaiRunner, load_package
 from nbl_export.targets.onnx.opening import CPU
 from nbl_export.targets.providers import PROVIDERS, Provider
-from nbl_export.targets.runners import Room
+from nbl_export.targets.runners import SequenceLimits
 
 __all__ = ["OLDER_DRIVER", "GpuEngine", "check_cuda", "load_cuda"]
 
@@ -73,7 +73,7 @@ _REFUSED = {
 }
 
 
-_ROOM = Room(4096)
+_ROOM = SequenceLimits(4096)
 
 
 class GpuEngine(ort.OrtEngine):
@@ -147,7 +147,7 @@ class GpuEngine(ort.OrtEngine):
         """One thread, because the host only feeds the GPU."""
         return 1
 
-    def open_runner(self, path: Path, threads: int | None = None, room: Room | None = None) -> GenaiRunner:
+    def open_runner(self, path: Path, threads: int | None = None, limits: SequenceLimits | None = None) -> GenaiRunner:
         """A text runner on the directory's provider.
 
         Args:
@@ -159,7 +159,7 @@ class GpuEngine(ort.OrtEngine):
             return GenaiRunner(path, threads or 1, provider=(self.provider.genai, {}))
         _register(self.provider)
         choice = (self.provider.genai, {"nv_runtime_cache_path": str(_kernel_cache())})
-        return GenaiRunner(path, threads or 1, choice, room or _ROOM)
+        return GenaiRunner(path, threads or 1, choice, limits or _ROOM)
 
     def open_checked(self, directory: Path, threads: int | None = None) -> GenaiRunner:
         """The same directory on the CPU provider, for verification."""

@@ -1,11 +1,11 @@
 """Opens a directory with ONNX Runtime GenAI: threads, provider and sizes over the directory's own settings.
 
-    genai_config.json ◄─ session options ◄─ sizes of a `Room` ◄─ provider ─► og.Model
+    genai_config.json ◄─ session options ◄─ sizes of a `SequenceLimits` ◄─ provider ─► og.Model
 
 - A directory's sizes are those of the model: `model.context_length` is often 131072, `search.batch_size` is 1.
 - GenAI gives NvTensorRtRtx one profile when the model is opened, of at most `search.batch_size` x
   `model.context_length` (src/nvtensorrtrtx/session_options.cpp). A larger batch is outside of it, and memory is planned
-  for the whole context. So a `Room` replaces both before `og.Model`.
+  for the whole context. So a `SequenceLimits` replaces both before `og.Model`.
 - A generator is refused if its `max_length` is beyond `model.context_length`. `begin` sets it for every sequence.
 
 Checks a folder before ONNX Runtime GenAI opens it; GenAI then opens nothing that was not checked.
@@ -23,7 +23,7 @@ from nbl_export.errors import NblError, one_line
 from nbl_export.graph.genai_config import TAKING_TURNS, read_genai_config
 from nbl_export.graph.names import GRAPH_FILE
 from nbl_export.graph.trust import check_graph_file
-from nbl_export.targets.runners import Room
+from nbl_export.targets.runners import SequenceLimits
 from nbl_export.trust.contained import check_folder
 
 __all__ = ["CPU", "SILENT", "Choice", "open_model"]
@@ -38,7 +38,7 @@ def open_model(
     directory: Path,
     threads: int,
     provider: Choice | None,
-    room: Room | None,
+    limits: SequenceLimits | None,
     draft: Mapping[str, Any] | None = None,
 ) -> Any:
     """The og.Model of a directory.
@@ -56,7 +56,7 @@ def open_model(
     try:
         config = og.Config(str(directory))  # checked by `check_genai_folder`
         own = read_genai_config(directory)["model"].get("draft") is not None
-        config.overlay(json.dumps(_settings(threads, room, {} if own and draft is None else draft)))
+        config.overlay(json.dumps(_settings(threads, limits, {} if own and draft is None else draft)))
         if provider is not None:
             _choose_provider(config, *provider)
         return og.Model(config)
@@ -64,16 +64,16 @@ def open_model(
         raise NblError(f"{directory} does not load in ONNX Runtime GenAI: {one_line(error)}") from error
 
 
-def _settings(threads: int, room: Room | None, draft: Mapping[str, Any] | None) -> dict[str, Any]:
+def _settings(threads: int, limits: SequenceLimits | None, draft: Mapping[str, Any] | None) -> dict[str, Any]:
     """What replaces settings of genai_config.json. draft: None if there is no draft, which GenAI would open else."""
     session: dict[str, Any] = {"intra_op_num_threads": threads, "log_severity_level": SILENT}
     model: dict[str, Any] = {"decoder": {"session_options": session}}
     if draft is not None:
         session |= TAKING_TURNS
         model["draft"] = {**draft, "session_options": session}
-    if room is None:
+    if limits is None:
         return {"model": model}
-    return {"model": {**model, "context_length": room.tokens}, "search": {"batch_size": room.batch}}
+    return {"model": {**model, "context_length": limits.tokens}, "search": {"batch_size": limits.batch}}
 
 
 def _choose_provider(config: Any, name: str, options: dict[str, str]) -> None:

@@ -39,12 +39,12 @@ class ProfiledDecoder:
         NblError: numpy does not have the element type of the caches.
     """
 
-    def __init__(self, directory: Path, threads: int, room: int, traces: Path) -> None:
+    def __init__(self, directory: Path, threads: int, limits: int, traces: Path) -> None:
         self._ort, self._directory = import_onnxruntime(), directory
         self._head_dim, self._shared = _read_config(directory / GENAI_CONFIG)
         self._session = open_session(directory / GRAPH_FILE, threads, traces=traces / directory.name)
         self._inputs = {a.name: a for a in self._session.get_inputs()}
-        self._room, self._length = room, 0
+        self._room, self._length = limits, 0
         self._caches: dict[str, Any] = {}
         self.begin()
 

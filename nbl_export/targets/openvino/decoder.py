@@ -59,7 +59,7 @@ class IrDecoder:
         self.session.put_states(*mark)
 
     @property
-    def slots(self) -> int:
+    def cache_length(self) -> int:
         """Tokens that the states of the running batch hold, padding included."""
         return int(self.session.mask_BK.shape[1])
 

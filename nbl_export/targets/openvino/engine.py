@@ -18,11 +18,11 @@ from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, 
 from nbl_export.targets.export.bounds import check_bounds
 from nbl_export.targets.openvino.decoder import IrDecoder
 from nbl_export.targets.openvino.facts import read_ir_facts
-from nbl_export.targets.openvino.lossless import OpenVinoLosslessRunner
-from nbl_export.targets.openvino.rewrite import lossless
+from nbl_export.targets.openvino.rewrite import speculative as lossless
 from nbl_export.targets.openvino.runner import OpenVinoRunner
 from nbl_export.targets.openvino.session import Session, load_openvino
-from nbl_export.targets.runners import Draft, Room
+from nbl_export.targets.openvino.speculative import OpenVinoSpeculativeRunner
+from nbl_export.targets.runners import Draft, SequenceLimits
 
 __all__ = ["CAPABILITIES", "OPENVINO", "OpenVinoEngine"]
 
@@ -124,7 +124,9 @@ class OpenVinoEngine(Target):
         """The graph with all logits, unless `file` names another, in the arithmetic that ships."""
         return IrDecoder(directory, file or _most_logits(directory), threads=threads)
 
-    def open_runner(self, path: Path, threads: int | None = None, room: Room | None = None) -> OpenVinoRunner:
+    def open_runner(
+        self, path: Path, threads: int | None = None, limits: SequenceLimits | None = None
+    ) -> OpenVinoRunner:
         """A text runner on an IR directory; `room` has no effect."""
         return OpenVinoRunner(path, threads or default_threads())
 
@@ -132,11 +134,11 @@ class OpenVinoEngine(Target):
         """The same runner in float32."""
         return OpenVinoRunner(directory, threads or default_threads(), exact=True)
 
-    def open_lossless(
+    def open_speculative(
         self, directory: Path, threads: int | None = None, draft: Draft | None = None
-    ) -> OpenVinoLosslessRunner:
+    ) -> OpenVinoSpeculativeRunner:
         """A runner with proposed tokens, on OpenVINO GenAI."""
-        return OpenVinoLosslessRunner(directory, threads or default_threads(), draft)
+        return OpenVinoSpeculativeRunner(directory, threads or default_threads(), draft)
 
 
 OPENVINO = OpenVinoEngine()

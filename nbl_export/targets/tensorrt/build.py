@@ -264,7 +264,7 @@ def _record(
     contract = parsed.contract
     caches = [info for info in contract.inputs if info.name.startswith("past_key_values.")]
     per_token = sum(int(i.shape[1]) * int(i.shape[3]) * ITEMSIZE[i.dtype] for i in caches)
-    slots = _slots(contract)
+    cache_length = _slots(contract)
     graph = parsed.graph
     files = [graph, *(f for f in [graph.with_name(f"{_GRAPH}.data")] if f.is_file())]
     plan = scratch / ENGINE_FILE
@@ -277,13 +277,13 @@ def _record(
         capturable=built.capturable,
         max_batch=settings.max_batch,
         prefill_chunk=settings.prefill_chunk,
-        max_seq_len=slots,
+        max_seq_len=cache_length,
         profiles=tuple(profiles),
         inputs=contract.inputs,
         outputs=contract.outputs,
         cache_layers=len(contract.cache_layers),
         cache_bytes_per_token=per_token,
-        cache_bytes=per_token * slots * settings.max_batch,
+        cache_bytes=per_token * cache_length * settings.max_batch,
         parse_seconds=round(parsed.seconds, 3),
         build_seconds=round(built.seconds, 3),
         plan_bytes=plan.stat().st_size,

@@ -17,12 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nbl_export.errors import NblError
-from nbl_export.targets.gpu import (
-    Gpu,
-    find_gpu,
-    outdated,
-    release_for,
-)
+from nbl_export.targets.gpu import Gpu, find_gpu, outdated, release_for
 
 __all__ = ["CudaPython", "Device", "Torch", "attempt_all", "check_device", "find_backend", "open_device"]
 

@@ -25,7 +25,7 @@ from nbl_export.graph.names import GRAPH_FILE, all_logits_file
 from nbl_export.targets.base import Availability, BuildSettings, DecoderFacts, ExportSettings, Target
 from nbl_export.targets.export.bounds import check_bounds
 from nbl_export.targets.gpu import CUDA, Gpu, find_gpu, outdated, release_for
-from nbl_export.targets.runners import Room
+from nbl_export.targets.runners import SequenceLimits
 from nbl_export.targets.tensorrt.kernels import trust_folder
 from nbl_export.targets.tensorrt.library import LIBRARIES, Library, load_library
 from nbl_export.targets.tensorrt.record import RECORD_FILE, EngineRecord, read_record
@@ -145,7 +145,7 @@ class TensorRtEngine(Target):
 
         return export.difference(twin, shipped, precision)
 
-    def open_runner(self, path: Path, threads: int | None = None, room: Room | None = None) -> StaticRunner:
+    def open_runner(self, path: Path, threads: int | None = None, limits: SequenceLimits | None = None) -> StaticRunner:
         """A text runner on a directory with a plan and engine.json; `threads` and `room` have no effect."""
         from nbl_export.targets.tensorrt.runner import open_session
 

@@ -27,14 +27,7 @@ from nbl_export.targets.tensorrt.static_form import PRECISIONS, finish_passes, f
 from nbl_export.targets.tensorrt.static_form.difference import first_difference
 from nbl_export.targets.tensorrt.static_form.int4 import BlockInt4
 
-__all__ = [
-    "build",
-    "build_form",
-    "difference",
-    "finish",
-    "save_graph",
-    "save_int4_twin",
-]
+__all__ = ["build", "build_form", "difference", "finish", "save_graph", "save_int4_twin"]
 
 
 def build(checkpoint: Path, out: Path, precision: str, *, max_seq_len: int) -> None:

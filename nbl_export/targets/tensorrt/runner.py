@@ -45,13 +45,7 @@ from nbl_export.targets.tensorrt.device import Device, attempt_all, open_device
 from nbl_export.targets.tensorrt.kernels import KERNELS_FILE, KernelCache, made_for
 from nbl_export.targets.tensorrt.library import Library, load_library
 from nbl_export.targets.tensorrt.log import Messages, messages_of, require
-from nbl_export.targets.tensorrt.record import (
-    ENGINE_FILE,
-    EngineRecord,
-    read_plan,
-    read_record,
-    refuse_foreign,
-)
+from nbl_export.targets.tensorrt.record import ENGINE_FILE, EngineRecord, read_plan, read_record, refuse_foreign
 from nbl_export.targets.tensorrt.static.schedule import profile_for
 
 __all__ = ["DecodeStep", "TrtSession", "open_session", "refuse_misfit"]
@@ -125,7 +119,7 @@ class TrtSession:
         kernels: KernelCache | None = None,
     ) -> None:  # fmt: skip
         self.contract = record.contract
-        self.slots = record.max_seq_len
+        self.cache_length = record.max_seq_len
         self.chunk = record.prefill_chunk
         self.kernels = kernels
         self._record, self._device, self._messages = record, device, messages_of(trt)

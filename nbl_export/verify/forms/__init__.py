@@ -1,13 +1,8 @@
-"""Graph formats: each checks its own files; the rungs on logits are the same for all."""
+"""Graph formats: each checks its own files; the checks on logits are the same for all."""
 
 from __future__ import annotations
 
-from nbl_export.verify.forms.form import (
-    Form,
-    Material,
-    Setting,
-    measured_cache,
-)
+from nbl_export.verify.forms.form import Form, Material, Setting, measured_cache
 
 __all__ = ["Form", "Material", "form_of", "measured_cache"]
 

@@ -1,4 +1,4 @@
-"""What the ladder asks of a graph format: a format checks its own files, the rungs on logits are the same for all."""
+"""What the ladder asks of a graph format: a format checks its own files, the checks on logits are the same for all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nbl_export.graph.names import constant_name, product_name, state_names
 from nbl_export.mixers.base import Mixer, StateSpec
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import Plan
-from nbl_export.records.results import RungResult
+from nbl_export.records.results import CheckResult
 from nbl_export.targets.base import Target
 
 __all__ = [
@@ -55,7 +55,7 @@ class Form(Protocol):
     """Checks of one graph format."""
 
     def coded(
-        self, setting: Setting, directories: Mapping[str, Path], results: list[RungResult], scratch: Path
+        self, setting: Setting, directories: Mapping[str, Path], results: list[CheckResult], scratch: Path
     ) -> dict[str, Coded]:
         """Return the graphs with quantised matrices by subject, with their float32 twins.
 
@@ -65,22 +65,28 @@ class Form(Protocol):
             scratch: directory of the twins; it must exist as long as the returned objects are used.
         """
 
-    def check(self, subject: str, directory: Path, decoder: Any, material: Material) -> list[RungResult]:
-        """Rungs a and f of a directory; `decoder` runs its graph with the most logits."""
+    def check(self, subject: str, directory: Path, decoder: Any, material: Material) -> list[CheckResult]:
+        """Checks structure and last_token of a directory; `decoder` runs its graph with the most logits."""
 
-    def check_untouched(self, directories: Mapping[str, Path]) -> list[RungResult]:
+    def check_untouched(self, directories: Mapping[str, Path]) -> list[CheckResult]:
         """Check that the NBL graph has the original's weights."""
 
 
-def measured_cache(subject: str, decoder: Any, head_dim: int) -> RungResult:
-    """Rung a: cache bytes that a running session holds for two sequences."""
+def measured_cache(subject: str, decoder: Any, head_dim: int) -> CheckResult:
+    """Check structure: cache bytes that a running session holds for two sequences."""
     decoder.begin(2)
     decoder.step(np.zeros((2, 1), np.int64))
-    per_token = decoder.cache_bytes // (2 * decoder.slots)
+    per_token = decoder.cache_bytes // (2 * decoder.cache_length)
     stated = decoder.contract.cache_bytes_per_token(head_dim)
     detail = f"{per_token} bytes a token held after a step, {stated} by contract"
-    return RungResult(
-        "a", subject, "cache bytes in the running session", float(per_token != stated), 0.5, per_token == stated, detail
+    return CheckResult(
+        "structure",
+        subject,
+        "cache bytes in the running session",
+        float(per_token != stated),
+        0.5,
+        per_token == stated,
+        detail,
     )
 
 
@@ -98,7 +104,7 @@ class Setting:
     plan: Plan
     precision: str
     logits: str
-    slots: int
+    cache_length: int
     nearness: float | None
     task: Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
@@ -134,9 +140,9 @@ class Coded:
         return self.twin if self.graph is None else self.graph
 
 
-def checked(subject: str, metric: str, passed: bool, detail: str = "") -> RungResult:
-    """A result of rung a that passes or fails."""
-    return RungResult("a", subject, metric, 0.0 if passed else 1.0, 0.5, passed, detail)
+def checked(subject: str, metric: str, passed: bool, detail: str = "") -> CheckResult:
+    """A result of check structure that passes or fails."""
+    return CheckResult("structure", subject, metric, 0.0 if passed else 1.0, 0.5, passed, detail)
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,7 @@ class HeldMaps:
 
 def judge_maps(
     subject: str, held: HeldMaps, mixers: Mapping[int, Mixer], tabulated: int = 0, table_problem: str = ""
-) -> RungResult:
+) -> CheckResult:
     """Check that a graph holds what the fitted mixers emit: exact if floating point, within a step if in codes.
 
     Args:

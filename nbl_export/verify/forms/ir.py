@@ -1,10 +1,10 @@
 """What the ladder asks of an IR. The IR in float32 arithmetic takes the place of a float32 twin.
 
-shipped IR ─┬─ float32 arithmetic, same constants: compared with the model that has its matrices    rungs a, b, c, f
-            └─ the arithmetic that ships: compared with the same model                              rungs d, g
+shipped IR ─┬─ float32 arithmetic, same constants: compared with the model that has its matrices
+            │                                                      structure, original, nbl, last_token
+            └─ the arithmetic that ships: compared with the same model                 text, quantised
 
-
-Rung a checks states, maps, and every other constant.
+The check structure compares states, maps, and every other constant.
 """
 
 from __future__ import annotations
@@ -20,27 +20,13 @@ from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
 from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
 from nbl_export.records.decoder import DecoderSpec, GraphContract
-from nbl_export.records.results import RungResult
+from nbl_export.records.results import CheckResult
 from nbl_export.targets.openvino.decoder import IrDecoder
 from nbl_export.targets.openvino.ir.files import difference, read_ir
-from nbl_export.targets.openvino.ir.matrices import (
-    constant_of,
-    constants_of,
-    float_constant,
-    stored_matrices,
-)
+from nbl_export.targets.openvino.ir.matrices import constant_of, constants_of, float_constant, stored_matrices
 from nbl_export.targets.openvino.rewrite.passes import TABLE, prune_tail
 from nbl_export.verify import last_token
-from nbl_export.verify.forms.form import (
-    MAPS,
-    Coded,
-    HeldMaps,
-    Material,
-    Setting,
-    checked,
-    judge_maps,
-    measured_cache,
-)
+from nbl_export.verify.forms.form import MAPS, Coded, HeldMaps, Material, Setting, checked, judge_maps, measured_cache
 
 __all__ = ["IrForm", "check_ir_maps", "check_ir_pruned", "check_ir_states", "check_ir_untouched"]
 
@@ -48,8 +34,8 @@ __all__ = ["IrForm", "check_ir_maps", "check_ir_pruned", "check_ir_states", "che
 class IrForm:
     """Checks of IR directories."""
 
-    def check(self, subject: str, directory: Path, decoder: Any, material: Material) -> list[RungResult]:
-        """Rungs a and f."""
+    def check(self, subject: str, directory: Path, decoder: Any, material: Material) -> list[CheckResult]:
+        """Checks structure and last_token."""
         setting = material.setting
         kept = setting.plan.kept if subject == "nbl" else tuple(range(setting.plan.num_layers))
         itemsize = setting.engine.capabilities.cache_itemsize(setting.precision)
@@ -67,12 +53,12 @@ class IrForm:
         results.append(measured_cache(subject, exact, setting.spec.head_dim))
         return results
 
-    def check_untouched(self, directories: Mapping[str, Path]) -> list[RungResult]:
+    def check_untouched(self, directories: Mapping[str, Path]) -> list[CheckResult]:
         """Check that the NBL graph has the original's constants."""
         return [check_ir_untouched(directories["nbl"], directories["original"])]
 
     def coded(
-        self, setting: Setting, directories: Mapping[str, Path], results: list[RungResult], scratch: Path
+        self, setting: Setting, directories: Mapping[str, Path], results: list[CheckResult], scratch: Path
     ) -> dict[str, Coded]:
         """The graphs with matrices in codes or 16 bits, by subject."""
         found = {}
@@ -101,7 +87,7 @@ def check_ir_states(
     contract: GraphContract,
     itemsize: int,
     logits: str,
-) -> list[RungResult]:
+) -> list[CheckResult]:
     """Check that exactly the right layers have states, of the predicted size, and that the logits are as planned.
 
     Args:
@@ -121,7 +107,7 @@ def check_ir_states(
 
 def check_ir_maps(
     subject: str, directory: Path, maps: Mapping[int, Mixer], rows_VD: np.ndarray | None = None
-) -> RungResult:
+) -> CheckResult:
     """Check that the IR's maps are the fitted maps: exact if floating point, within a step if in codes.
 
     Args:
@@ -172,7 +158,7 @@ def _matrix(model: Any, stored: Any | None, name: str) -> tuple[np.ndarray | Non
     return blocks.matrix, np.abs(blocks.steps) * (_STEPS if blocks.size > 1 else 0.5) + 1e-30
 
 
-def check_ir_untouched(directory: Path, original: Path) -> RungResult:
+def check_ir_untouched(directory: Path, original: Path) -> CheckResult:
     """Check that every constant of the NBL graph, except the maps, equals one of the original's byte for byte."""
     known = dict(constants_of(read_ir(original)))
     carried = [(n, v) for n, v in constants_of(read_ir(directory)) if not n.startswith(_OURS)]
@@ -181,7 +167,7 @@ def check_ir_untouched(directory: Path, original: Path) -> RungResult:
     return checked("nbl", "weights untouched", not changed, detail)
 
 
-def check_ir_pruned(subject: str, directory: Path) -> RungResult:
+def check_ir_pruned(subject: str, directory: Path) -> CheckResult:
     """Check that the graph that ships is the directory's graph with all logits, pruned."""
     expected = read_ir(directory, ALL_LOGITS_IR)
     prune_tail(expected)

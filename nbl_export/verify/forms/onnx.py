@@ -25,7 +25,7 @@ from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE, all_logits_file
 from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
 from nbl_export.records.decoder import ITEMSIZE, DecoderSpec, GraphContract, is_state
-from nbl_export.records.results import RungResult
+from nbl_export.records.results import CheckResult
 from nbl_export.rewrite.token_table import table_name
 from nbl_export.verify import codes, last_token
 from nbl_export.verify.forms.form import (
@@ -47,7 +47,7 @@ class OnnxForm:
     """Checks of directories with ONNX graphs."""
 
     def coded(
-        self, setting: Setting, directories: Mapping[str, Path], results: list[RungResult], scratch: Path
+        self, setting: Setting, directories: Mapping[str, Path], results: list[CheckResult], scratch: Path
     ) -> dict[str, Coded]:
         """See `Form.coded`."""
         from nbl_export.rewrite.codes import stored_matrices
@@ -80,12 +80,12 @@ class OnnxForm:
                 found[subject] = Coded(twin, opened, stored, graph)
         except RefusalError as error:
             detail = f"none can be made: {error.reason}; the quantised graph itself is compared with the model"
-            results.append(RungResult("a", "nbl", codes.TWIN, None, None, True, detail))
+            results.append(CheckResult("structure", "nbl", codes.TWIN, None, None, True, detail))
             return {}
         return found
 
-    def check(self, subject: str, directory: Path, decoder: Any, material: Material) -> list[RungResult]:
-        """Rungs a and f."""
+    def check(self, subject: str, directory: Path, decoder: Any, material: Material) -> list[CheckResult]:
+        """Checks structure and last_token."""
         setting = material.setting
         cache = next(a for a in decoder.contract.inputs if a.name.startswith("past_key_values."))
         ours = ({}, None) if subject == "original" else (material.maps, material.rows_VD)
@@ -100,7 +100,7 @@ class OnnxForm:
         results.append(measured_cache(subject, decoder, setting.spec.head_dim))
         return results
 
-    def check_untouched(self, directories: Mapping[str, Path]) -> list[RungResult]:
+    def check_untouched(self, directories: Mapping[str, Path]) -> list[CheckResult]:
         """Check that the NBL graph has the original's weights."""
         return check_untouched(directories["nbl"], directories["original"])
 
@@ -130,8 +130,8 @@ def check_file(
     session: GraphContract,
     itemsize: int,
     logits: str = "all",
-) -> list[RungResult]:
-    """Rung a: the file is valid ONNX; its inputs and outputs are those of the plan and of `logits` (last or all).
+) -> list[CheckResult]:
+    """Structure: the file is valid ONNX; its inputs and outputs are those of the plan and of `logits` (last or all).
 
     Args:
         held: names of the inputs of caches and states (`held_names`).
@@ -162,7 +162,7 @@ def check_file(
 
 def check_maps(
     subject: str, directory: Path, maps: Mapping[int, Mixer], rows_VD: np.ndarray | None = None
-) -> list[RungResult]:
+) -> list[CheckResult]:
     """Check that the graph's maps are the fitted maps: exact if floating point, within a step if quantised.
 
     Args:
@@ -250,7 +250,7 @@ def _blocks_of(node: Any, tensors: Mapping[str, Any], directory: Path) -> tuple[
     return (codes * steps).T, np.abs(steps).T * _STEPS + 1e-30
 
 
-def check_untouched(directory: Path, original: Path) -> list[RungResult]:
+def check_untouched(directory: Path, original: Path) -> list[CheckResult]:
     """Check that every weight of the NBL graph except the maps equals an original weight byte for byte."""
     ours, theirs = (onnx.load(str(d / GRAPH_FILE), load_external_data=False).graph for d in (directory, original))
     known = {t.name: t for t in theirs.initializer}

@@ -22,21 +22,10 @@ from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
 from nbl_export.records.plan import Plan
 from nbl_export.targets.openvino.ir.anatomy import Dataflow, states_of
-from nbl_export.targets.openvino.ir.files import (
-    group_of,
-    precision_of,
-    read_ir,
-    save_ir,
-    share_constants,
-)
+from nbl_export.targets.openvino.ir.files import group_of, precision_of, read_ir, save_ir, share_constants
 from nbl_export.targets.openvino.ir.matrices import stored_matrices
 from nbl_export.targets.openvino.rewrite.compress import compress
-from nbl_export.targets.openvino.rewrite.passes import (
-    bypass_attention,
-    drop_states,
-    prune_tail,
-    tabulate_tokens,
-)
+from nbl_export.targets.openvino.rewrite.passes import bypass_attention, drop_states, prune_tail, tabulate_tokens
 
 __all__ = ["keep_last_token_ir", "rewrite_ir", "rewrite_ir_model"]
 

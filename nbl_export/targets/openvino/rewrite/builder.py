@@ -15,12 +15,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.names import (
-    constant_name,
-    node_name,
-    product_name,
-    state_names,
-)
+from nbl_export.graph.names import constant_name, node_name, product_name, state_names
 from nbl_export.mixers.base import StateSpec
 
 __all__ = ["IrBuilder"]

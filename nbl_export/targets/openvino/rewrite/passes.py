@@ -16,13 +16,7 @@ import numpy as np
 
 from nbl_export.errors import RefusalError
 from nbl_export.mixers.base import Mixer
-from nbl_export.targets.openvino.ir.anatomy import (
-    Block,
-    Dataflow,
-    Join,
-    State,
-    states_of,
-)
+from nbl_export.targets.openvino.ir.anatomy import Block, Dataflow, Join, State, states_of
 from nbl_export.targets.openvino.rewrite.builder import IrBuilder
 
 __all__ = ["TABLE", "bypass_attention", "drop_states", "prune_tail", "tabulate_tokens"]

@@ -2,7 +2,7 @@
 
     Session  (ONNX Runtime or TensorRT: one step of the graph)
        ├─ StaticDecoder   begin ─ step ─ step ...          for verification: logits of a batch
-       └─ StaticRunner    begin ─ append ─ rewind ...      for bench, generate and rung d (a TextRunner)
+       └─ StaticRunner    begin ─ append ─ rewind ...      for bench, generate and check text (a TextRunner)
 
 Prompts longer than the session's chunk run in several steps (`schedule`). More tokens than cache slots are refused
 before anything runs.
@@ -39,7 +39,7 @@ class Session(Protocol):
     """
 
     contract: GraphContract
-    slots: int
+    cache_length: int
     chunk: int
 
     @property
@@ -64,13 +64,13 @@ class StaticDecoder:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.contract = session.contract
-        self._rows = Rows(0, session.slots, session.chunk)
+        self._rows = Rows(0, session.cache_length, session.chunk)
         self._last_only = any(info.name == "num_tokens" for info in session.contract.inputs)
 
     def begin(self, batch: int) -> None:
         """Start a batch with empty caches."""
         self.session.begin(batch)
-        self._rows = Rows(batch, self.session.slots, self.session.chunk)
+        self._rows = Rows(batch, self.session.cache_length, self.session.chunk)
 
     def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
         """Append tokens; returns float32 logits [B, T, V], or [B, 1, V] of each row's last new token (pruned graph).
@@ -109,9 +109,9 @@ class StaticDecoder:
         return tuple(self._rows.lengths)
 
     @property
-    def slots(self) -> int:
+    def cache_length(self) -> int:
         """Tokens that a row can hold; its cache is allocated for all of them."""
-        return self.session.slots
+        return self.session.cache_length
 
     @property
     def cache_bytes(self) -> int:
@@ -177,7 +177,7 @@ class StaticRunner:
         """
         if batch != 1:
             raise NblError(f"{self.directory} is run on one sequence at a time here, not on {batch}; use --batch 1")
-        self._capacity = min(max_tokens, self._decoder.slots)
+        self._capacity = min(max_tokens, self._decoder.cache_length)
         self._decoder.begin(1)
 
     def append(self, ids: Sequence[int]) -> None:
@@ -190,7 +190,7 @@ class StaticRunner:
         if length > self._capacity:
             raise NblError(
                 f"{length} tokens do not fit into {self.directory}: room for {self._capacity} (its caches have "
-                f"{self._decoder.slots} slots); use a shorter prompt, or export with a larger --max-seq-len"
+                f"{self._decoder.cache_length} slots); use a shorter prompt, or export with a larger --max-seq-len"
             )
         self._logits = self._decoder.step(np.asarray(ids, np.int64)[None])[0, -1]
 
@@ -241,4 +241,4 @@ class StaticRunner:
 
     def _continuation(self, ids: Sequence[int], new_tokens: int) -> Iterator[int]:
         advice = ", or export with a larger --max-seq-len"
-        return continued(self, self.directory, ids, new_tokens, self._decoder.slots, advice)
+        return continued(self, self.directory, ids, new_tokens, self._decoder.cache_length, advice)

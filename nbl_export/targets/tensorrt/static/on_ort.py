@@ -50,8 +50,8 @@ class OrtSession:
         names = {info.name for info in self.contract.inputs}
         if not caches or "write_indices" not in names or not isinstance(caches[0].shape[2], int):
             raise NblError(f"{path} is not of the static form: its caches have no fixed length")
-        self.slots = caches[0].shape[2]
-        self.chunk = min(chunk or self.slots, self.slots)
+        self.cache_length = caches[0].shape[2]
+        self.chunk = min(chunk or self.cache_length, self.cache_length)
         self._path, self._names = path, names
         self._cache_info = caches
         self._caches: dict[str, Any] = {}

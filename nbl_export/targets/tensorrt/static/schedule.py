@@ -53,7 +53,9 @@ class Profile:
         return self.tokens[1] == 1
 
 
-def engine_profiles(max_batch: int, chunk: int, slots: int, *, two_rows: bool = False) -> tuple[Profile, Profile]:
+def engine_profiles(
+    max_batch: int, chunk: int, cache_length: int, *, two_rows: bool = False
+) -> tuple[Profile, Profile]:
     """The prefill and the decode profile of an engine, in this order.
 
     Args:
@@ -64,10 +66,10 @@ def engine_profiles(max_batch: int, chunk: int, slots: int, *, two_rows: bool = 
     """
     if max_batch < 1:
         raise NblError(f"--max-batch {max_batch} is not possible: at least one row")
-    if not 1 <= chunk <= slots:
-        raise NblError(f"--prefill-chunk {chunk} is not possible: use 1 to --max-seq-len, {slots}")
+    if not 1 <= chunk <= cache_length:
+        raise NblError(f"--prefill-chunk {chunk} is not possible: use 1 to --max-seq-len, {cache_length}")
     widest = max(2, chunk)
-    decode_tokens = (1, 1, 1) if slots <= _STATIC_DECODE_SLOTS else (1, 1, 2)
+    decode_tokens = (1, 1, 1) if cache_length <= _STATIC_DECODE_SLOTS else (1, 1, 2)
     rows, shared = (1, max_batch, max_batch), (1, max_batch, max(2, max_batch))
     prefill = Profile("prefill", shared if two_rows else rows, (1, widest, widest))
     return prefill, Profile("decode", shared, decode_tokens)
@@ -108,25 +110,25 @@ class Step:
     counts: tuple[int, ...]
 
 
-def plan_steps(lengths: Sequence[int], counts: Sequence[int], slots: int, chunk: int) -> tuple[Step, ...]:
-    """The steps that append counts[b] tokens to row b, which holds lengths[b] of `slots`.
+def plan_steps(lengths: Sequence[int], counts: Sequence[int], cache_length: int, chunk: int) -> tuple[Step, ...]:
+    """The steps that append counts[b] tokens to row b, which holds lengths[b] of `cache_length`.
 
     Raises:
         NblError: a row would outgrow its cache; nothing has run.
     """
     for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
-        if length + count > slots:
+        if length + count > cache_length:
             raise NblError(
-                f"row {row}: {length} tokens are cached and {count} more do not fit into {slots} slots; use a shorter "
-                "prompt, or export with a larger --max-seq-len"
+                f"row {row}: {length} tokens are cached and {count} more do not fit into {cache_length} slots; use a "
+                "shorter prompt, or export with a larger --max-seq-len"
             )
     steps: list[Step] = []
     now, done, total = list(lengths), 0, max(counts, default=0)
     while done < total:
-        room = min(slots - n for n in now if n < slots)
+        room = min(cache_length - n for n in now if n < cache_length)
         width = min(chunk, room, total - done)
         taken = tuple(max(0, min(width, count - done)) for count in counts)
-        steps.append(Step(done, width, tuple(min(n, slots - width) for n in now), taken))
+        steps.append(Step(done, width, tuple(min(n, cache_length - width) for n in now), taken))
         now = [n + t for n, t in zip(now, taken, strict=True)]
         done += width
     return tuple(steps)
@@ -135,13 +137,13 @@ def plan_steps(lengths: Sequence[int], counts: Sequence[int], slots: int, chunk:
 class Rows:
     """The length of each row of a batch."""
 
-    def __init__(self, batch: int, slots: int, chunk: int) -> None:
-        self.slots, self.chunk = slots, chunk
+    def __init__(self, batch: int, cache_length: int, chunk: int) -> None:
+        self.cache_length, self.chunk = cache_length, chunk
         self.lengths = [0] * batch
 
     def plan(self, counts: Sequence[int]) -> tuple[Step, ...]:
         """See `plan_steps`; changes nothing."""
-        return plan_steps(self.lengths, counts, self.slots, self.chunk)
+        return plan_steps(self.lengths, counts, self.cache_length, self.chunk)
 
     def advance(self, step: Step) -> None:
         """Record that the step has run."""

@@ -34,14 +34,14 @@ PRECISIONS = {
 }
 
 
-def form_passes(slots: int, windows: Sequence[int | None]) -> Sequence[ir.passes.PassBase]:
+def form_passes(cache_length: int, windows: Sequence[int | None]) -> Sequence[ir.passes.PassBase]:
     """Passes from mobius' static-cache graph to the static form, both in float32 with all logits."""
     return (
         HeadMajorCaches(),
         ScaledQueries(),
         DerivedPositions(),
         ExplicitMasks(windows),
-        TrimRotaryTables(slots),
+        TrimRotaryTables(cache_length),
         common.RemoveUnusedNodesPass(),
         common.TopologicalSortPass(),
         OrderInputs(),

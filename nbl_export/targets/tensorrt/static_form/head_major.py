@@ -20,13 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.emitter import (
-    Emitter,
-    need,
-    shape_of,
-    size,
-    type_of,
-)
+from nbl_export.graph.emitter import Emitter, need, shape_of, size, type_of
 
 __all__ = ["HeadMajorCaches"]
 
@@ -77,7 +71,7 @@ def _rebuild_cache(emit: Emitter, updated: ir.Value, kv_heads: int) -> int:
         raise RefusalError(
             None, f"the cache of {scatter.name} is not a graph input called key_cache.N or value_cache.N"
         )
-    batch, slots, _ = shape_of(cache)
+    batch, cache_length, _ = shape_of(cache)
     head = size(cache, 2) // kv_heads
     scatter.replace_input_with(1, _to_heads(emit, update, kv_heads, head, f"{scatter.name}/update"))
     scatter.attributes["axis"] = ir.AttrInt64("axis", 2)
@@ -85,7 +79,7 @@ def _rebuild_cache(emit: Emitter, updated: ir.Value, kv_heads: int) -> int:
     dtype = type_of(cache)
     for value, name in ((cache, f"past_key_values.{index}.{kind}"), (updated, f"present.{index}.{kind}")):
         value.name = name
-        value.shape = ir.Shape([batch, kv_heads, slots, head])
+        value.shape = ir.Shape([batch, kv_heads, cache_length, head])
         value.dtype = dtype
     return head
 

@@ -20,14 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.emitter import (
-    Emitter,
-    cache_slots,
-    drop_input,
-    graph_input,
-    need,
-    shape_of,
-)
+from nbl_export.graph.emitter import Emitter, cache_slots, drop_input, graph_input, need, shape_of
 from nbl_export.targets.tensorrt.static_form.positions import POSITIONS
 
 __all__ = ["ExplicitMasks"]
@@ -64,15 +57,15 @@ class ExplicitMasks(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, True)
 
 
-def _mask(emit: Emitter, positions: ir.Value, slots: int, window: int | None) -> ir.Value:
+def _mask(emit: Emitter, positions: ir.Value, cache_length: int, window: int | None) -> ir.Value:
     batch, tokens = shape_of(positions)
-    column, full = [batch, 1, tokens, 1], [batch, 1, tokens, slots]
+    column, full = [batch, 1, tokens, 1], [batch, 1, tokens, cache_length]
     name = "mask" if window is None else f"mask_window_{window}"
-    keys = emit.constant("cache_slots", np.arange(slots, dtype=np.int64).reshape(1, 1, 1, slots))
+    keys = emit.constant("cache_slots", np.arange(cache_length, dtype=np.int64).reshape(1, 1, 1, cache_length))
     axes = emit.constant("axes_1_3", np.array([1, 3], np.int64))
     query = emit("Unsqueeze", positions, axes, name=f"{name}/query", dtype=_I64, shape=column)
     causal = emit("LessOrEqual", keys, query, name=f"{name}/causal", dtype=_BOOL, shape=full)
-    if window is None or window >= slots:
+    if window is None or window >= cache_length:
         return causal
     width = emit.constant(f"window_{window}", np.array(window, np.int64))
     start = emit("Sub", query, width, name=f"{name}/start", dtype=_I64, shape=column)

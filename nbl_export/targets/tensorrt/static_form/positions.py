@@ -13,13 +13,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from nbl_export.graph.emitter import (
-    Emitter,
-    cache_slots,
-    drop_input,
-    graph_input,
-    shape_of,
-)
+from nbl_export.graph.emitter import Emitter, cache_slots, drop_input, graph_input, shape_of
 
 __all__ = ["POSITIONS", "DerivedPositions"]
 

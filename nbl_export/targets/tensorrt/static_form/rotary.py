@@ -20,9 +20,9 @@ __all__ = ["TrimRotaryTables"]
 class TrimRotaryTables(ir.passes.InPlacePass):
     """Cut the cos and sin tables to the slots of the cache; run after `DerivedPositions`."""
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, cache_length: int) -> None:
         super().__init__()
-        self._slots = slots
+        self._slots = cache_length
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         tables = []

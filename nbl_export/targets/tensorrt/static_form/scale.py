@@ -14,12 +14,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from nbl_export.graph.emitter import (
-    Emitter,
-    need,
-    size,
-    type_of,
-)
+from nbl_export.graph.emitter import Emitter, need, size, type_of
 
 __all__ = ["ScaledQueries"]
 

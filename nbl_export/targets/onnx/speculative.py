@@ -21,10 +21,10 @@ from nbl_export.targets.onnx.genai import GenaiRunner
 from nbl_export.targets.onnx.opening import open_model
 from nbl_export.targets.runners import Generation
 
-__all__ = ["LosslessRunner"]
+__all__ = ["SpeculativeRunner"]
 
 
-class LosslessRunner(GenaiRunner):
+class SpeculativeRunner(GenaiRunner):
     """A runner on a folder of lossless decoding, or on any GenAI folder for the same loop without proposed tokens.
 
     Args:
@@ -41,7 +41,7 @@ class LosslessRunner(GenaiRunner):
     def _open(self) -> Any:
         return open_model(self._og, self.directory, self.threads, self._provider, self._room, self._draft)
 
-    def __enter__(self) -> LosslessRunner:
+    def __enter__(self) -> SpeculativeRunner:
         return self
 
     @property

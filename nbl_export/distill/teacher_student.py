@@ -32,7 +32,7 @@ from nbl_export.model.blocks import multiplier_of, run_from
 from nbl_export.model.head import logits_of
 from nbl_export.model.linearize import switched
 
-__all__ = ["Lesson", "Twin"]
+__all__ = ["Lesson", "TeacherStudent"]
 
 _LOGIT_ROWS = 512  # positions whose logits are held at once
 _KL_ROWS = 64  # positions whose float32 distributions are held at once
@@ -52,7 +52,7 @@ class Lesson:
     middle: tuple[torch.Tensor, ...] = ()
 
 
-class Twin:
+class TeacherStudent:
     """A causal LM of transformers (the original) and its student in one model.
 
     Args:

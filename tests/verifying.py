@@ -16,27 +16,27 @@ from nbl_export.model.checkpoint.load import load_model, read_spec
 from nbl_export.model.checkpoint.source import resolve
 from nbl_export.model.token_rows import token_rows
 from nbl_export.records.plan import Plan
-from nbl_export.records.results import RungResult
+from nbl_export.records.results import CheckResult
 from nbl_export.targets import load_engine
-from nbl_export.verify.climb import Climb
 from nbl_export.verify.codes import NEAREST
 from nbl_export.verify.float32_twins import build_twins, check_shipped
 from nbl_export.verify.forms import form_of
 from nbl_export.verify.forms.form import Setting
 from nbl_export.verify.kept import KeptReferences
 from nbl_export.verify.ladder import DECODE_STEPS, Probe
+from nbl_export.verify.verifier import Verifier
 from tests.exports import build_decoder
 
 from .tiny import LAYERS, VOCAB, random_map
 
-__all__ = ["ENGINES", "SLOTS", "climb"]
+__all__ = ["ENGINES", "SLOTS", "verify_tiny"]
 
 ENGINES = {"genai": "ort", "mobius": "ort", "static": "trt-rtx", "openvino": "openvino"}  # by source
 SLOTS = 200  # of a cache of the static form
 _PREFILL, _LONG = (29, 11), 180  # tokens of the short rows, beyond the tiny windows, and of the long row
 
 
-def climb(
+def verify_tiny(
     checkpoint: Path,
     source: str,
     precision: str,
@@ -45,7 +45,7 @@ def climb(
     tap: str = "residual",
     mixer_of: Callable[[int], Mixer] = random_map,
     exported: Path | None = None,
-) -> list[RungResult]:
+) -> list[CheckResult]:
     """Export, prune, rewrite and verify in the folder `work`; leading replaced layers become a table of tokens.
 
     Args:
@@ -55,23 +55,23 @@ def climb(
     engine, spec = load_engine(ENGINES[source]), read_spec(resolve(str(checkpoint)))
     static = engine.capabilities.static
     plan, maps = Plan(LAYERS, replaced, tap), {i: mixer_of(i) for i in replaced}
-    slots = SLOTS if static else spec.max_positions
-    setting = Setting(engine, spec, plan, precision, "last", slots, NEAREST, _quiet)
+    cache_length = SLOTS if static else spec.max_positions
+    setting = Setting(engine, spec, plan, precision, "last", cache_length, NEAREST, _quiet)
     rows_VD = token_rows(checkpoint, maps, tap) if layers_below(maps) else None
     directories = {"original": work / "original", "nbl": work / "model"}
     if exported is None:
-        build_decoder(source, checkpoint, directories["original"], precision, slots=slots)
+        build_decoder(source, checkpoint, directories["original"], precision, cache_length=cache_length)
     else:
         shutil.copytree(exported, directories["original"])
     engine.keep_last_token(directories["original"])
     engine.replace(directories["original"], directories["nbl"], plan, maps, rows_VD)
-    results: list[RungResult] = []
+    results: list[CheckResult] = []
     if static:
         shipped, directories = directories, build_twins(checkpoint, setting, maps, rows_VD, work / "twins")
         results += check_shipped(setting, shipped, directories)
     coded = form_of(setting).coded(setting, directories, results, work / "coded")
-    made = Climb(setting, _probe(), maps, rows_VD, results, KeptReferences(work / "references", []))
-    made.ask_torch(coded, lambda: contextlib.nullcontext(load_model(checkpoint)))
+    made = Verifier(setting, _probe(), maps, rows_VD, results, KeptReferences(work / "references", []))
+    made.refer_to_torch(coded, lambda: contextlib.nullcontext(load_model(checkpoint)))
     made.run(directories, coded)
     return results
 

@@ -35,7 +35,7 @@ class Loss:
     positions: int = 0
     kl_sum: float = 0.0
     original_sum: float = 0.0
-    mix_sum: float = 0.0
+    nbl_sum: float = 0.0
 
     def __add__(self, other: Loss) -> Loss:
         return Loss(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -47,7 +47,7 @@ class Loss:
     @property
     def perplexities(self) -> tuple[float, float]:
         """Of the original and of the mix."""
-        return _exp(self.original_sum / self.positions), _exp(self.mix_sum / self.positions)
+        return _exp(self.original_sum / self.positions), _exp(self.nbl_sum / self.positions)
 
 
 def _exp(value: float) -> float:
@@ -74,8 +74,8 @@ class SwitchedModel:
 
     @torch.no_grad()
     def run(
-        self, mix: Collection[int], *, ids_BT: torch.Tensor | None = None, entering_BTD: torch.Tensor | None = None,
-        first: int = 0, watch: Collection[int] = (),
+        self, replaced_set: Collection[int], *, ids_BT: torch.Tensor | None = None,
+        entering_BTD: torch.Tensor | None = None, first: int = 0, watch: Collection[int] = (),
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:  # fmt: skip
         """Run a mix on some windows, from their tokens or from the hidden states that enter layer `first`.
 
@@ -91,7 +91,7 @@ class SwitchedModel:
         try:
             with (
                 bfloat16.products(self.model.device, self._narrow),
-                switched(self._decoder, {i: self._affine[i] for i in mix}, self._tap, first),
+                switched(self._decoder, {i: self._affine[i] for i in replaced_set}, self._tap, first),
             ):
                 if ids_BT is not None:
                     last = self._decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
@@ -105,11 +105,11 @@ class SwitchedModel:
 
     @torch.no_grad()
     def losses(
-        self, ids_T: torch.Tensor, original_TD: torch.Tensor, mixes: Mapping[Any, torch.Tensor]
+        self, ids_T: torch.Tensor, original_TD: torch.Tensor, replaced_sets: Mapping[Any, torch.Tensor]
     ) -> dict[Any, Loss]:
         """Each mix's loss on one window, from last hidden states; the original's logits are computed once."""
-        changes = {name: last_TD - original_TD for name, last_TD in mixes.items()}
-        found = dict.fromkeys(mixes, Loss())
+        changes = {name: last_TD - original_TD for name, last_TD in replaced_sets.items()}
+        found = dict.fromkeys(replaced_sets, Loss())
         for rows in torch.arange(0, len(ids_T) - 1).split(_LOGIT_ROWS):
             target_N = ids_T[rows + 1]
             base_NV = self.head.logits(original_TD[rows])
@@ -121,32 +121,38 @@ class SwitchedModel:
                 found[name] += Loss(len(rows), kl, base, base + rise)
         return found
 
-    def price(self, windows_WT: Any, mix: Collection[int]) -> Loss:
+    def quality_loss(self, windows_WT: Any, replaced_set: Collection[int]) -> Loss:
         """A mix's loss on token ids [windows, context], a tensor or an array."""
-        return self.prices(windows_WT, {"mix": mix})["mix"]
+        return self.quality_losses(windows_WT, {"mix": replaced_set})["mix"]
 
-    def prices(
-        self, windows_WT: Any, mixes: Mapping[Any, Collection[int]], progress: Callable[[int, int], None] | None = None
+    def quality_losses(
+        self,
+        windows_WT: Any,
+        replaced_sets: Mapping[Any, Collection[int]],
+        progress: Callable[[int, int], None] | None = None,
     ) -> dict[Any, Loss]:
         """The loss of each of several mixes on some text; the original runs once for all mixes."""
-        found = self.window_losses(windows_WT, mixes, progress)
+        found = self.window_losses(windows_WT, replaced_sets, progress)
         return {name: sum(losses, Loss()) for name, losses in found.items()}
 
     def window_losses(
-        self, windows_WT: Any, mixes: Mapping[Any, Collection[int]], progress: Callable[[int, int], None] | None = None
+        self,
+        windows_WT: Any,
+        replaced_sets: Mapping[Any, Collection[int]],
+        progress: Callable[[int, int], None] | None = None,
     ) -> dict[Any, list[Loss]]:
-        """As `prices`, for each window separately."""
-        found: dict[Any, list[Loss]] = {name: [] for name in mixes}
-        lowest = {name: min(mix) for name, mix in mixes.items() if mix}
+        """As `quality_losses`, for each window separately."""
+        found: dict[Any, list[Loss]] = {name: [] for name in replaced_sets}
+        lowest = {name: min(replaced_set) for name, replaced_set in replaced_sets.items() if replaced_set}
         windows_WT = torch.as_tensor(windows_WT)
         for ids_BT in windows_WT.split(max(1, _BATCH_TOKENS // windows_WT.shape[1])):
             original, seen = self.run((), ids_BT=ids_BT, watch=set(lowest.values()))
-            last = dict.fromkeys(mixes, original)
+            last = dict.fromkeys(replaced_sets, original)
             for name, first in lowest.items():
-                last[name] = self.run(mixes[name], entering_BTD=seen[first], first=first)[0]
+                last[name] = self.run(replaced_sets[name], entering_BTD=seen[first], first=first)[0]
             for k, ids_T in enumerate(ids_BT):
                 for name, loss in self.losses(ids_T, original[k], {n: v[k] for n, v in last.items()}).items():
                     found[name].append(loss)
             if progress is not None:
-                progress(sum(map(len, found.values())) // max(1, len(mixes)), len(windows_WT))
+                progress(sum(map(len, found.values())) // max(1, len(replaced_sets)), len(windows_WT))
         return found

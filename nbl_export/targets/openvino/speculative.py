@@ -28,13 +28,13 @@ from nbl_export.targets.openvino.ir.files import precision_of, read_ir
 from nbl_export.targets.runners import Draft, Generation
 from nbl_export.targets.tokenizer import Text
 
-__all__ = ["OpenVinoLosslessRunner"]
+__all__ = ["OpenVinoSpeculativeRunner"]
 
 _LOOKUP, _COUNT = "max_ngram_size", "num_assistant_tokens"
 _NAMES = ("int4", "nbl")
 
 
-class OpenVinoLosslessRunner:
+class OpenVinoSpeculativeRunner:
     """A runner on a folder of lossless decoding, or on any IR directory for plain decoding in the same pipeline.
 
     Args:
@@ -64,7 +64,7 @@ class OpenVinoLosslessRunner:
         except RuntimeError as error:
             raise NblError(f"{directory} does not load in OpenVINO GenAI: {_short(error)}") from error
 
-    def __enter__(self) -> OpenVinoLosslessRunner:
+    def __enter__(self) -> OpenVinoSpeculativeRunner:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -23,12 +23,12 @@ from typing import Any
 
 from nbl_export.errors import NblError
 
-__all__ = ["ALONE", "Peers", "collect_batches", "current"]
+__all__ = ["ALONE", "Ranks", "collect_batches", "current"]
 
 _PATIENCE = datetime.timedelta(hours=12)  # process 0 may fetch and dequantise first; torchrun ends waiting processes
 
 
-class Peers:
+class Ranks:
     """The processes of this job. A single process communicates nothing."""
 
     def __init__(self, rank: int, size: int) -> None:
@@ -189,24 +189,19 @@ class Peers:
             self._dist.destroy_process_group()
 
 
-ALONE = Peers(0, 1)
+ALONE = Ranks(0, 1)
 
 
 @functools.cache
-def current() -> Peers:
+def current() -> Ranks:
     """The processes that torchrun has started, or this one alone."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ALONE
-    return Peers(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
 
 def collect_batches(
-    peers: Peers,
-    found: Any,
-    parts: Sequence[Any],
-    done: int,
-    is_due: Callable[[], bool],
-    save: Callable[[int], None],
+    ranks: Ranks, found: Any, parts: Sequence[Any], done: int, is_due: Callable[[], bool], save: Callable[[int], None]
 ) -> None:
     """Add this process's share of the batches from `done` on. At the end process 0 holds the sums of all batches.
 
@@ -215,18 +210,18 @@ def collect_batches(
         is_due: whether process 0 saves all sums now; asked after every round.
         save: called on process 0 after every due round, with the number of batches in the sums.
     """
-    for first in range(done, len(parts), peers.size):
+    for first in range(done, len(parts), ranks.size):
         error = None
         try:
-            if first + peers.rank < len(parts):
-                found.add(parts[first + peers.rank])
+            if first + ranks.rank < len(parts):
+                found.add(parts[first + ranks.rank])
         except Exception as failed:
-            if peers.size == 1:
+            if ranks.size == 1:
                 raise
             error = f"{type(failed).__name__}: {failed}"
-        end = min(first + peers.size, len(parts))
+        end = min(first + ranks.size, len(parts))
         due = is_due()
-        if peers.agree(error, due or end == len(parts)):
-            peers.gather(found)
-        if due and peers.rank == 0:
+        if ranks.agree(error, due or end == len(parts)):
+            ranks.gather(found)
+        if due and ranks.rank == 0:
             save(end)

@@ -1,8 +1,8 @@
 """Runs the verification ladder on both graphs of a run. The reference is the torch model or the input graph.
 
-shipped graph ─┬─ float32, fp16: compared with the model and its own matrices              rungs b, c, d
-               └─ int8, int4: float32 twin compared with the model and the graph's matrices   rungs b, c, d
-                              shipped graph and its kernels compared with the same model      rungs a, d, g
+shipped graph ─┬─ float32, fp16: compared with the model and its own matrices                  original, nbl, text
+               └─ int8, int4: float32 twin compared with the model and the graph's matrices    original, nbl, text
+                              shipped graph and its kernels compared with it           structure, text, quantised
 
 A float32 twin is a float32 copy of the same graph.
 """
@@ -18,22 +18,22 @@ from typing import Any
 
 from nbl_export.errors import CorruptError
 from nbl_export.mixers.base import Mixer
-from nbl_export.records.results import RungResult
+from nbl_export.records.results import CheckResult
 from nbl_export.verify import codes, ladder
 from nbl_export.verify.forms import Form, Material, form_of
 from nbl_export.verify.forms.form import Coded, Setting
 from nbl_export.verify.kept import KeptReferences
 from nbl_export.verify.ladder import Reference
 
-__all__ = ["Climb"]
+__all__ = ["Verifier"]
 
 OWN, CODES = "own", "codes"  # whose matrices a reference has: the model's own, or those of the quantised graphs
 
 Noise = Callable[[str, Reference], Reference]  # subject and its reference -> the reference with its noise
 
 
-class Climb:
-    """Runs the rungs of both graphs and appends their results to `results`."""
+class Verifier:
+    """Runs the checks of both graphs and appends their results to `results`."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Climb:
         probe: ladder.Probe,
         maps: Mapping[int, Mixer],
         rows_VD: Any,
-        results: list[RungResult],
+        results: list[CheckResult],
         kept: KeptReferences,
     ) -> None:
         self.setting, self.probe, self.maps, self.rows_VD, self.results = setting, probe, maps, rows_VD, results
@@ -56,41 +56,44 @@ class Climb:
 
     # -- references ----------------------------------------------------------------------------------------
 
-    def ask_torch(
-        self, coded: Mapping[str, Coded], lend: Callable[[], AbstractContextManager[Any]], floats: Sequence[Path] = ()
+    def refer_to_torch(
+        self,
+        coded: Mapping[str, Coded],
+        open_model: Callable[[], AbstractContextManager[Any]],
+        floats: Sequence[Path] = (),
     ) -> None:
         """Run the torch model with its own matrices, then with the graphs' matrices.
 
         Args:
-            lend: lends a fresh torch model, which is changed.
+            open_model: opens a fresh torch model, which is changed.
             floats: matrices that a quantised checkpoint keeps as floats, see `torch_reference`.
         """
         from nbl_export.verify import torch_reference as torch_side
 
         maps, tap, own = self.maps, self.setting.plan.tap, self.own_probe(coded)
         given = torch_side.Codes({subject: one.stored for subject, one in coded.items()}, floats, self.rows_VD)
-        with self.setting.task("torch reference") as progress, lend() as model:
+        with self.setting.task("torch reference") as progress, open_model() as model:
             self.truth = torch_side.references(model, maps, tap, own, self.kept.get(OWN, own))
             progress(1, 1 + bool(coded))
             if coded:
                 known = self.kept.get(CODES, self.probe, coded["original"].source)
-                with self.none_of_ours():
+                with self.refuse_unknown():
                     found = torch_side.references_with_codes(model, maps, tap, self.probe, given, known)
                     self.truth_of_codes, fidelity = found
                     self.results.append(codes.check_nearness("original", fidelity, self.setting.nearness))
                 progress(2, 2)
 
         def of_own(subject: str, reference: Reference) -> Reference:
-            with lend() as model:
+            with open_model() as model:
                 return torch_side.noise_with_maps(model, maps, tap, own, subject, reference)
 
         def of_codes(subject: str, reference: Reference) -> Reference:
-            with lend() as model:
+            with open_model() as model:
                 return torch_side.noise_with_codes(model, maps, tap, self.probe, given, subject, reference)
 
         self._noise_of = {OWN: of_own, CODES: of_codes}
 
-    def ask_graph(self, coded: Mapping[str, Coded], graph: Path) -> None:
+    def refer_to_graph(self, coded: Mapping[str, Coded], graph: Path) -> None:
         """Run the input graph, then its float32 twin with the affine maps as they are stored."""
         from nbl_export.model.torch_matrices import nearest_maps
         from nbl_export.verify.graph_reference import references
@@ -98,7 +101,7 @@ class Climb:
         self._given, setting, own = graph, self.setting, self.own_probe(coded)
         self.truth = references(graph, setting, self.maps, own, self.kept.get(OWN, own, graph))
         if coded:
-            with self.none_of_ours():
+            with self.refuse_unknown():
                 stored = nearest_maps(self.maps, [m for m in coded["nbl"].stored if m.name.startswith("/nbl/")])
                 known = self.kept.get(CODES, self.probe, coded["original"].source)
                 self.truth_of_codes = references(coded["original"].twin, setting, stored, self.probe, known)
@@ -116,13 +119,13 @@ class Climb:
         return dataclasses.replace(self.probe, prompts=(), long=()) if reported else self.probe
 
     @contextlib.contextmanager
-    def none_of_ours(self) -> Iterator[None]:
-        """Record a failed rung if the graph has a matrix that the model does not have."""
+    def refuse_unknown(self) -> Iterator[None]:
+        """Record a failed check if the graph has a matrix that the model does not have."""
         try:
             yield
         except CorruptError as error:
             metric = "quantised matrices are the model's"
-            self.results.append(RungResult("a", "nbl", metric, 1.0, 0.5, False, str(error)))
+            self.results.append(CheckResult("structure", "nbl", metric, 1.0, 0.5, False, str(error)))
 
     @property
     def references(self) -> dict[str, Reference]:
@@ -134,7 +137,7 @@ class Climb:
         """The checks of the graphs' format."""
         return form_of(self.setting)
 
-    # -- rungs -----------------------------------------------------------------------------------------------
+    # -- checks -----------------------------------------------------------------------------------------------
 
     @property
     def tolerance(self) -> ladder.Tolerance:
@@ -145,7 +148,7 @@ class Climb:
         return alone or ladder.TOLERANCES[self.precision]
 
     def run(self, directories: Mapping[str, Path], coded: Mapping[str, Coded]) -> dict[str, Any]:
-        """Run the rungs of both graphs; return, by subject, decoders of the shipped graphs with all logits.
+        """Run the checks of both graphs; return, by subject, decoders of the shipped graphs with all logits.
 
         A graph is closed before the next graph or its own runtime is opened: each takes its weights in memory.
         """
@@ -166,48 +169,48 @@ class Climb:
         decoder = self.setting.engine.open_graph(directory, self.setting.spec.head_dim)
         material = Material(self.setting, self.maps, self.rows_VD, self.probe.rows[0], self.precision)
         self.results += self.form.check(subject, directory, decoder, material)
-        rung = "b" if subject == "original" else "c"
+        check = subject
         by_codes = self.truth_of_codes.get(subject)
         if by_codes is not None:
-            self._codes(rung, subject, decoder, coded[subject])
+            self._codes(check, subject, decoder, coded[subject])
         if by_codes is None or self.static:
             by_codes = None
-            self._logits(rung, subject, decoder, self.tolerance)
+            self._logits(check, subject, decoder, self.tolerance)
         return by_codes or self.truth[subject]
 
-    def _logits(self, rung: str, subject: str, decoder: Any, tolerance: ladder.Tolerance, kind: str = OWN) -> None:
+    def _logits(self, check: str, subject: str, decoder: Any, tolerance: ladder.Tolerance, kind: str = OWN) -> None:
         """Compare short rows and the long row; the first graph of a precision is the yardstick of the second.
 
         Noise can only widen a limit. So noise is measured only if a position differs by more than the limit.
         """
         truth = self.truth if kind == OWN else self.truth_of_codes
-        found = self._compared(rung, subject, decoder, truth[subject].quiet, tolerance)
+        found = self._compared(check, subject, decoder, truth[subject].quiet, tolerance)
         noise = self._noise_of.get(kind)
         if noise is not None and tolerance.metric == "max_abs" and not all(r.passed for r in found):
             if not truth[subject].noisy:
                 truth[subject] = noise(subject, truth[subject])
-            found = self._compared(rung, subject, decoder, truth[subject], tolerance)
+            found = self._compared(check, subject, decoder, truth[subject], tolerance)
         if tolerance.ratio is not None and self._yardstick is None:
             self._yardstick = max(r.value or 0.0 for r in found)
         self.results += found
 
     def _compared(
-        self, rung: str, subject: str, decoder: Any, truth: Reference, tolerance: ladder.Tolerance
-    ) -> list[RungResult]:
+        self, check: str, subject: str, decoder: Any, truth: Reference, tolerance: ladder.Tolerance
+    ) -> list[CheckResult]:
         rows, yardstick = self.probe.rows, self._yardstick
-        found = ladder.check_logits(rung, subject, decoder, rows, truth, tolerance, yardstick)
+        found = ladder.check_logits(check, subject, decoder, rows, truth, tolerance, yardstick)
         if truth.long is not None:
             row = self.probe.long
-            found += ladder.check_long(rung, subject, decoder, row, truth, tolerance, yardstick)
+            found += ladder.check_long(check, subject, decoder, row, truth, tolerance, yardstick)
         return found
 
-    def _codes(self, rung: str, subject: str, decoder: Any, coded: Coded) -> None:
+    def _codes(self, check: str, subject: str, decoder: Any, coded: Coded) -> None:
         """Compare the twin, the kernels and the shipped graph with the model that has the graph's matrices."""
         from nbl_export.verify.products import products
 
         truth, exact = self.truth_of_codes[subject], ladder.TOLERANCES["fp32"]
         twin = coded.open()
-        self._logits(rung, subject, twin, exact, CODES)
+        self._logits(check, subject, twin, exact, CODES)
         if not coded.ships:  # `float32_twins` compares the shipped graph with the twin bit for bit
             return
         if truth.greedy:
@@ -223,7 +226,7 @@ class Climb:
         self.results.append(codes.distance(subject, got, self.truth[subject].logits))
 
     def _text(self, subject: str, directory: Path, truth: Reference) -> None:
-        """Rung d: the shipped graph; skipped if the reference has no greedy text."""
+        """Check text: the shipped graph; skipped if the reference has no greedy text."""
         if not truth.greedy:
             return
         with self.setting.engine.open_checked(directory) as runner:

@@ -16,32 +16,19 @@ import numpy as np
 
 from nbl_export.errors import NblError, UsageError
 from nbl_export.measure.benchmark import where_measured
-from nbl_export.measure.lossless import (
-    PLAIN,
-    Asked,
-    Sample,
-    decoding,
-    equal_answers,
-    overall,
-    rows,
-)
+from nbl_export.measure.speculative import PLAIN, Asked, Sample, decoding, equal_answers, overall, rows
 from nbl_export.options.options import JobOptions
 from nbl_export.options.settle import flag_of
 from nbl_export.records.proposers import MOST_ROWS, Proposer
-from nbl_export.records.results import RungResult
+from nbl_export.records.results import CheckResult
 from nbl_export.run.deployed import available_engine, locate
 from nbl_export.run.progress import Ui
-from nbl_export.run_directory import (
-    DECODERS,
-    LOSSLESS_FILE,
-    SUBJECTS,
-    RunDirectory,
-)
+from nbl_export.run_directory import DECODERS, LOSSLESS_FILE, SUBJECTS, RunDirectory
 from nbl_export.text.prompts import MOST_EACH, prompts
 from nbl_export.verify.ladder import TOLERANCES
 
 __all__ = [
-    "LOADS", "NEW_TOKENS", "asked_of", "bench_lossless", "check_tokens", "first_differences", "margin", "measured",
+    "LOADS", "NEW_TOKENS", "asked_of", "bench_speculative", "check_tokens", "first_differences", "margin", "measured",
     "spoken",
 ]  # fmt: skip
 
@@ -119,7 +106,7 @@ def first_differences(samples: Sequence[Sample], margin_of: Callable[[Sequence[i
     return found
 
 
-def check_tokens(samples: Sequence[Sample], differences: Sequence[dict[str, Any]], precision: str) -> RungResult:
+def check_tokens(samples: Sequence[Sample], differences: Sequence[dict[str, Any]], precision: str) -> CheckResult:
     """Whether all greedy tokens are the original's, near-ties aside."""
     allowed = TOLERANCES[precision].greedy_margin
     answers = sum(s.way.name != PLAIN for s in samples)
@@ -128,7 +115,7 @@ def check_tokens(samples: Sequence[Sample], differences: Sequence[dict[str, Any]
     if differences:
         detail += f"; the others differ first where two logits are at most {worst:.2g} apart"
     metric = "greedy tokens of the original: largest margin at a difference"
-    return RungResult("d", "lossless", metric, worst, allowed, worst <= allowed, detail)
+    return CheckResult("text", "lossless", metric, worst, allowed, worst <= allowed, detail)
 
 
 def margin(runner: Any, ids: Sequence[int]) -> float:
@@ -142,7 +129,7 @@ def margin(runner: Any, ids: Sequence[int]) -> float:
 # -- bench DIR --lossless ---------------------------------------------------------------------------------------
 
 
-def bench_lossless(directory: Path, asked: Mapping[str, Any], ui: Ui) -> dict[str, Any]:
+def bench_speculative(directory: Path, asked: Mapping[str, Any], ui: Ui) -> dict[str, Any]:
     """The figures of lossless.json for the chosen proposer, measured again; nothing is written.
 
     Args:
@@ -151,7 +138,7 @@ def bench_lossless(directory: Path, asked: Mapping[str, Any], ui: Ui) -> dict[st
     Raises:
         UsageError: another option, or more than one number of threads. NblError: the run has no lossless/.
     """
-    from nbl_export.measure.lossless import Way, time_ways
+    from nbl_export.measure.speculative import Way, time_ways
 
     options = JobOptions("", **asked)
     if options.batches != (1,):
@@ -170,7 +157,7 @@ def bench_lossless(directory: Path, asked: Mapping[str, Any], ui: Ui) -> dict[st
     if chosen is None:
         raise NblError(f"{directory / LOSSLESS_FILE} names no known proposer; run its stage again")
     threads = options.first_threads
-    openers = {p.path.name: functools.partial(engine.open_lossless, p.path, threads) for p in (original, folder)}
+    openers = {p.path.name: functools.partial(engine.open_speculative, p.path, threads) for p in (original, folder)}
     ways = [Way(None, original.path.name), Way(chosen, folder.path.name)]
     with openers[original.path.name]() as runner:
         loads = asked_of(runner, runner.most_tokens - NEW_TOKENS, options.repetitions or LOADS)

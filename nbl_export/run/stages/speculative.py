@@ -18,7 +18,7 @@ from nbl_export.errors import ParityError, RefusalError
 from nbl_export.files import write_json
 from nbl_export.formats.gguf.blocks import is_known
 from nbl_export.graph.names import GRAPH_FILE, MANIFEST
-from nbl_export.measure.lossless import Sample, Way, best_of_each, time_ways
+from nbl_export.measure.speculative import Sample, Way, best_of_each, time_ways
 from nbl_export.model.checkpoint import gguf_file
 from nbl_export.options.goals import parse_layers
 from nbl_export.options.options import GGUF
@@ -27,8 +27,9 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.plan import Plan
 from nbl_export.records.proposers import Proposer, proposers_of
-from nbl_export.records.results import RungResult
-from nbl_export.run.lossless import (
+from nbl_export.records.results import CheckResult
+from nbl_export.run.resolve import Resolver
+from nbl_export.run.speculative import (
     LOADS,
     NEW_TOKENS,
     asked_of,
@@ -38,7 +39,6 @@ from nbl_export.run.lossless import (
     measured,
     spoken,
 )
-from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import LeftOut, Place, rows_of
 from nbl_export.run.stages.plan import order_of
 from nbl_export.run_directory import DECODERS, LOSSLESS_FILE, SUBJECTS
@@ -46,7 +46,7 @@ from nbl_export.targets.base import ExportSettings, Target
 from nbl_export.targets.runners import Draft
 from nbl_export.text.prompts import prompts
 
-__all__ = ["LosslessInputs", "codes_for_drafts", "declare", "run"]
+__all__ = ["SpeculativeInputs", "codes_for_drafts", "declare", "run"]
 
 _MOST_BITS = 7  # a weight of a file whose codes make a cheap draft; int4 has 4.5 to 5
 _CHECKED_TOKENS = 80
@@ -55,7 +55,7 @@ Blocks = Mapping[str, Mapping[str, Any]]  # name of a draft -> its block of gena
 
 
 @dataclass(frozen=True)
-class LosslessInputs:
+class SpeculativeInputs:
     """What lossless decoding follows from, beside the graphs.
 
     Attributes:
@@ -67,7 +67,7 @@ class LosslessInputs:
     engine: Lazy[Target]
     spec: DecoderSpec
     precision: str
-    slots: int
+    cache_length: int
     draft: str
     draft_layers: int | tuple[int, ...] | None
     first_threads: int | None
@@ -82,7 +82,7 @@ class LosslessInputs:
         return proposers_of(self.draft, self.engine.value.capabilities.proposers)
 
 
-def declare(r: Resolver) -> LosslessInputs | LeftOut:
+def declare(r: Resolver) -> SpeculativeInputs | LeftOut:
     """The inputs of the stage; left out without `--draft`."""
     options = r.options
     if options.draft is None:
@@ -91,7 +91,7 @@ def declare(r: Resolver) -> LosslessInputs | LeftOut:
     takes_codes = not options.requantize and GGUF in r.engine.capabilities.precisions
     codes = Lazy([r.fingerprint, takes_codes], lambda: codes_for_drafts(r.source.gguf) if takes_codes else None)
     engine = Lazy([options.engine, options.provider], lambda: r.engine)
-    return r.fill(LosslessInputs, engine=engine, draft_layers=layers, codes=codes, order=order_of(r))
+    return r.fill(SpeculativeInputs, engine=engine, draft_layers=layers, codes=codes, order=order_of(r))
 
 
 def codes_for_drafts(file: Path | None) -> Path | None:
@@ -107,7 +107,7 @@ def codes_for_drafts(file: Path | None) -> Path | None:
     return file if known and bits <= _MOST_BITS else None
 
 
-def run(inputs: LosslessInputs, place: Place, out: Path) -> dict[str, Any]:
+def run(inputs: SpeculativeInputs, place: Place, out: Path) -> dict[str, Any]:
     """Write lossless/ and lossless.json."""
     own = inputs.precision == "int4" or (inputs.precision == GGUF and inputs.codes.value is not None)
     if inputs.draft == "int4" and own:
@@ -116,9 +116,9 @@ def run(inputs: LosslessInputs, place: Place, out: Path) -> dict[str, Any]:
     engine = inputs.engine.value
     engine.write_target(original, target)
     blocks = _add_drafts(inputs, place, target)
-    rungs = _check_graph(inputs, original, target)
+    checks = _check_graph(inputs, original, target)
     trial, samples = _timed(inputs, place, target, blocks)
-    found = _judged(inputs, original, [*trial, *samples], rungs)
+    found = _judged(inputs, original, [*trial, *samples], checks)
     result = {**measured(inputs.draft, inputs.precision, trial, samples), **found}
     chosen = next(p for p in inputs.proposers if p.name == result["chosen"]["name"])
     engine.settle(target, chosen, blocks)
@@ -138,7 +138,7 @@ def _facts(place: Place) -> dict[str, Any]:
 # -- drafts --------------------------------------------------------------------------------------------------
 
 
-def _add_drafts(inputs: LosslessInputs, place: Place, target: Path) -> dict[str, dict[str, Any]]:
+def _add_drafts(inputs: SpeculativeInputs, place: Place, target: Path) -> dict[str, dict[str, Any]]:
     """Add the drafts that are asked for to the folder."""
     wanted = {p.draft for p in inputs.proposers} - {"ngram"}
     if not wanted:
@@ -150,7 +150,7 @@ def _add_drafts(inputs: LosslessInputs, place: Place, target: Path) -> dict[str,
         return {name: inputs.engine.value.add_draft(directories[name], target, name) for name in sorted(wanted)}
 
 
-def _int4(inputs: LosslessInputs, place: Place, out: Path) -> Path:
+def _int4(inputs: SpeculativeInputs, place: Place, out: Path) -> Path:
     """The original decoder with int4 matrices, or with the codes of its file."""
     inputs.model.forget()
     codes, engine, checkpoint = inputs.codes.value, inputs.engine.value, inputs.checkpoint.value
@@ -168,7 +168,7 @@ def _int4(inputs: LosslessInputs, place: Place, out: Path) -> Path:
     return out
 
 
-def _nbl(inputs: LosslessInputs, place: Place, int4: Path, out: Path) -> Path:
+def _nbl(inputs: SpeculativeInputs, place: Place, int4: Path, out: Path) -> Path:
     """The NBL decoder with the matrices of `int4`."""
     from nbl_export.plan.order import Selection
 
@@ -189,8 +189,8 @@ def _nbl(inputs: LosslessInputs, place: Place, int4: Path, out: Path) -> Path:
 # -- checks and times ----------------------------------------------------------------------------------------
 
 
-def _check_graph(inputs: LosslessInputs, original: Path, target: Path) -> list[RungResult]:
-    """Rung f of an ONNX graph; the IR is the graph with all logits, byte for byte."""
+def _check_graph(inputs: SpeculativeInputs, original: Path, target: Path) -> list[CheckResult]:
+    """Check last_token of an ONNX graph; the IR is the graph with all logits, byte for byte."""
     from nbl_export.verify.last_token import check_last_rows
 
     engine = inputs.engine.value
@@ -198,22 +198,22 @@ def _check_graph(inputs: LosslessInputs, original: Path, target: Path) -> list[R
         return []
     every = engine.open_graph(original, inputs.spec.head_dim)
     last = engine.open_graph(target, inputs.spec.head_dim, GRAPH_FILE)
-    with engine.open_lossless(original, inputs.first_threads) as runner:
+    with engine.open_speculative(original, inputs.first_threads) as runner:
         ids = runner.encode(" ".join(p.text for p in prompts(2)), chat=False)[:_CHECKED_TOKENS]
     return [check_last_rows(every, last, ids, inputs.precision)]
 
 
-def _timed(inputs: LosslessInputs, place: Place, target: Path, blocks: Blocks) -> tuple[list[Sample], list[Sample]]:
+def _timed(inputs: SpeculativeInputs, place: Place, target: Path, blocks: Blocks) -> tuple[list[Sample], list[Sample]]:
     """The trial of all proposers, and the rounds of the fastest of each draft."""
     engine = inputs.engine.value
-    plain = functools.partial(engine.open_lossless, place.run.path / DECODERS["original"], inputs.first_threads)
+    plain = functools.partial(engine.open_speculative, place.run.path / DECODERS["original"], inputs.first_threads)
     openers: dict[str, Callable[[], Any]] = {"original": plain}
     for name in ("ngram", *blocks):
         draft = Draft(name, blocks.get(name, {}))
-        openers[name] = functools.partial(engine.open_lossless, target, inputs.first_threads, draft)
+        openers[name] = functools.partial(engine.open_speculative, target, inputs.first_threads, draft)
     ways = [Way(None, "original"), *(Way(p, p.draft) for p in inputs.proposers if p.draft in openers)]
     with plain() as runner:
-        loads = asked_of(runner, inputs.slots - NEW_TOKENS, LOADS + 1)
+        loads = asked_of(runner, inputs.cache_length - NEW_TOKENS, LOADS + 1)
     with place.ui.task("proposers") as progress:
         trial = time_ways(ways, openers, {0: loads[0]}, NEW_TOKENS, progress)
     with place.ui.task("lossless rounds") as progress:
@@ -222,7 +222,7 @@ def _timed(inputs: LosslessInputs, place: Place, target: Path, blocks: Blocks) -
 
 
 def _judged(
-    inputs: LosslessInputs, original: Path, samples: Sequence[Sample], rungs: list[RungResult]
+    inputs: SpeculativeInputs, original: Path, samples: Sequence[Sample], checks: list[CheckResult]
 ) -> dict[str, Any]:
     """Where answers differ, and the verdict on graph and tokens.
 
@@ -231,8 +231,10 @@ def _judged(
     """
     with inputs.engine.value.open_runner(original, inputs.first_threads) as runner:
         differences = first_differences(samples, functools.partial(margin, runner))
-    found = [*rungs, check_tokens(samples, differences, inputs.precision)]
-    for rung in found:
-        if not rung.passed:
-            raise ParityError(f"lossless decoding is not the original's: {rung.metric}: {rung.value} ({rung.detail})")
-    return {"rungs": [asdict(rung) for rung in found], "differences": differences}
+    found = [*checks, check_tokens(samples, differences, inputs.precision)]
+    for check in found:
+        if not check.passed:
+            raise ParityError(
+                f"lossless decoding is not the original's: {check.metric}: {check.value} ({check.detail})"
+            )
+    return {"checks": [asdict(check) for check in found], "differences": differences}
