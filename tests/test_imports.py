@@ -203,3 +203,10 @@ def test_the_page_of_the_architecture_has_these_levels() -> None:
     for names, level in re.findall(r"^\| (`[^|]*`) \| (\d+) \|", page, re.MULTILINE):
         found |= dict.fromkeys(re.findall(r"`(\w+)(?:\.py|/)`", names), int(level))
     assert found == {name: level for name, level in LEVELS.items() if name != "__main__"}
+
+
+def test_the_page_of_the_architecture_has_these_libraries() -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page[page.index("| library |") :].split("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert {library: tuple(re.findall("`(.*?)`", homes)) for library, homes in cells} == HEAVY

@@ -31,7 +31,7 @@ _TORCH_ROWS = 4  # small, because the harness computes log-probabilities of ever
 
 @register_model("nbl-onnx")
 class OnnxLM(TemplateLM):
-    """Scores and greedy text of one graph on ONNX Runtime's CPU provider.
+    """Scores and greedy text of one graph on the CPU.
 
     Args:
         path: a run directory of nbl-export, or a model directory (genai_config.json).

@@ -1,1 +1,1 @@
-"""Files of NBL models for other engines: GGUF, and checkpoints of the Nemotron-NAS form."""
+"""File formats that are not ours: GGUF."""

@@ -1,1 +1,1 @@
-"""The frozen nouns between stages."""
+"""Frozen values that packages hand to each other."""

@@ -1,6 +1,6 @@
 """The eval stage: every prepared benchmark and text on every variant.
 
-original, nbl                the exported graphs, on ONNX Runtime
+original, nbl                the exported graphs, on the CPU
 torch-original, torch-nbl    the torch models that verification compares the graphs with
 """
 
