@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from nbl_export.errors import CorruptError
-from nbl_export.graph.coded.nbits import StoredMatrix
 from nbl_export.mixers.base import Mixer
 from nbl_export.mixers.modules import MixerModule
+from nbl_export.records.quantised import StoredMatrix
 
 __all__ = ["Fidelity", "give", "give_floats", "look_up", "nearest_maps"]
 
@@ -82,7 +82,7 @@ def _modules(model: Any, kind: type[nn.Embedding] | type[nn.Linear]) -> list[_Ro
 
 def _give(candidates: Sequence[_Rows], stored: StoredMatrix) -> Fidelity:
     blocks = stored.blocks()
-    matrix = torch.from_numpy(blocks.matrix)
+    matrix = torch.from_numpy(blocks.values)
     if stored.lookup and 0 < matrix.shape[1] - (width := candidates[0].weight.shape[1]) < blocks.size:
         matrix = matrix[:, :width]  # a table has whole blocks, and the graph cuts the rows that it looks up
     names, place, worst, at = [], 0, 0.0, 0

@@ -4,7 +4,7 @@
              Gather(E, ids)                  GatherBlockQuantized(codes, ids, scales) [-- Add(offsets of the rows)]
 
 Q4_0, Q2_K to Q4_K and Q4_1 become 4-bit codes, the others 8-bit codes; types with a minimum get offsets
-(`graph.coded.block_sums`). A matrix whose rows have several forms, such as q, k and v joined, becomes one product a
+(`graph.quantised`). A matrix whose rows have several forms, such as q, k and v joined, becomes one product a
 form and a Concat. A tied head shares its codes with the embedding. Matrices that the file stores as floats stay. A
 matrix that the file does not have is refused.
 
@@ -22,9 +22,9 @@ import onnx_ir as ir
 from nbl_export.errors import NblError, RefusalError
 from nbl_export.formats.gguf.files import read_content
 from nbl_export.formats.gguf.row_index import RowIndex
-from nbl_export.graph.coded.block_sums import add_lookup_offsets, add_product_offsets
 from nbl_export.graph.emitter import add_initializer, run_passes
-from nbl_export.records.block_codes import BlockCodes
+from nbl_export.graph.quantised import add_lookup_offsets, add_product_offsets
+from nbl_export.records.quantised import Blocks
 from nbl_export.rewrite.bypass import Sweep
 
 __all__ = ["TakeCodes", "lookup_nodes", "product_nodes", "put", "rounded", "take_codes"]
@@ -76,7 +76,7 @@ class TakeCodes(ir.passes.InPlacePass):
             changed = True
         return ir.passes.PassResult(model, modified=changed)
 
-    def _products(self, graph: ir.Graph, node: ir.Node, name: str, parts: Sequence[BlockCodes]) -> list[ir.Node]:
+    def _products(self, graph: ir.Graph, node: ir.Node, name: str, parts: Sequence[Blocks]) -> list[ir.Node]:
         made: list[ir.Node] = []
         ends = []
         for number, part in enumerate(parts):
@@ -110,15 +110,13 @@ def _matrix(node: ir.Node, weight: ir.Value) -> np.ndarray:
     return stored if as_stored else np.ascontiguousarray(stored.T)
 
 
-def _lookup(graph: ir.Graph, node: ir.Node, name: str, parts: Sequence[BlockCodes]) -> list[ir.Node]:
+def _lookup(graph: ir.Graph, node: ir.Node, name: str, parts: Sequence[Blocks]) -> list[ir.Node]:
     if len(parts) > 1:
         raise RefusalError(None, f"the rows of {name} have several types in the GGUF file")
     return lookup_nodes(graph, node, name, parts[0])
 
 
-def product_nodes(
-    graph: ir.Graph, node: ir.Node, name: str, title: str, part: BlockCodes, accuracy: int
-) -> list[ir.Node]:
+def product_nodes(graph: ir.Graph, node: ir.Node, name: str, title: str, part: Blocks, accuracy: int) -> list[ir.Node]:
     """Nodes of x W', for the x and beside the output of a MatMul; the last node gives the product.
 
     Args:
@@ -136,7 +134,7 @@ def product_nodes(
     return [product, *add_product_offsets(graph, product, part.offsets, f"{name}_offsets")]
 
 
-def lookup_nodes(graph: ir.Graph, node: ir.Node, name: str, part: BlockCodes) -> list[ir.Node]:
+def lookup_nodes(graph: ir.Graph, node: ir.Node, name: str, part: Blocks) -> list[ir.Node]:
     """Nodes of W[ids], for the ids and beside the output of a Gather; the last node gives the rows."""
     codes, *others = _operands(graph, name, part)
     shape = _once(graph, f"{name}_Q{part.bits}.rows", lambda: np.array([len(part.codes), -1], np.int64))
@@ -162,12 +160,12 @@ def put(graph: ir.Graph, node: ir.Node, made: list[ir.Node]) -> None:
     new.name = name
 
 
-def _operands(graph: ir.Graph, name: str, part: BlockCodes) -> list[ir.Value]:
+def _operands(graph: ir.Graph, name: str, part: Blocks) -> list[ir.Value]:
     """Codes, scales, and zero points if they are not the middle of the codes' range."""
     rows, blocks = part.scales.shape
     found = [_once(graph, f"{name}_Q{part.bits}", lambda: part.packed)]
     found.append(_once(graph, f"{name}_scales", lambda: part.scales))
-    if part.zero == 0:
+    if np.all(part.zeros == 0):
         found.append(_once(graph, f"{name}_zeros", lambda: np.zeros((rows, -(-blocks * part.bits // 8)), np.uint8)))
     return found
 
@@ -184,7 +182,7 @@ _STEPS = 8
 _ROWS = 1024  # rows rounded at once, to save memory
 
 
-def rounded(matrix_NK: np.ndarray, bits: int, size: int) -> BlockCodes:
+def rounded(matrix_NK: np.ndarray, bits: int, size: int) -> Blocks:
     """Round a float32 matrix, whose rows are whole blocks of `size` elements, to codes with a scale and offset a block.
 
         least squares    sum over a block of (w - scale * q - offset)^2,  q an integer from 0 to 2^bits - 1
@@ -194,8 +192,8 @@ def rounded(matrix_NK: np.ndarray, bits: int, size: int) -> BlockCodes:
     """
     parts = [_rounded(matrix_NK[at : at + _ROWS], 2**bits - 1, size) for at in range(0, len(matrix_NK), _ROWS)]
     codes, scales, lows = (np.concatenate(found) for found in zip(*parts, strict=True))
-    middle = 2 ** (bits - 1)
-    return BlockCodes(codes, bits, size, middle, scales, lows + np.float32(middle) * scales)
+    middle = 2.0 ** (bits - 1)
+    return Blocks(codes, scales, size, middle, lows + np.float32(middle) * scales, bits)
 
 
 def _rounded(rows_NK: np.ndarray, most: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ so have the maps: `gguf_codes.rounded` fits scales and offsets.
 
              MatMul(x, W')                  MatMul(x, DequantizeLinear(W4', scale; axis 0, block_size))
 
-A graph with int4 blocks gets blocks of the same size (`graph.coded.int4_blocks`); other graphs do not change.
+A graph with int4 blocks gets blocks of the same size (`graph.quantised`); other graphs do not change.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import MissingPackageError
-from nbl_export.graph.coded.block_sums import offsets_of
-from nbl_export.graph.coded.int4_blocks import quantize_weight
 from nbl_export.graph.emitter import register
+from nbl_export.graph.quantised import offsets_of, quantize_weight
 from nbl_export.rewrite.gguf_codes import product_nodes, put, rounded
 
 __all__ = ["QuantizeMapBlocks", "QuantizeMaps"]

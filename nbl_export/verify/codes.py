@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from nbl_export.graph.coded.nbits import Blocks, StoredMatrix
+from nbl_export.records.quantised import Blocks, StoredMatrix
 from nbl_export.records.results import CheckResult
 
 __all__ = [

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from nbl_export.graph.coded.nbits import StoredMatrix
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.linearize import linearize, replaced
 from nbl_export.model.torch_matrices import Fidelity, give, give_floats, look_up, nearest_maps
+from nbl_export.records.quantised import StoredMatrix
 from nbl_export.verify.ladder import Probe, Reference, shown_positions
 
 __all__ = [
@@ -82,7 +82,7 @@ def _give_original(model: Any, codes: Codes) -> list[Fidelity]:
 
 def _give_maps(model: Any, maps: Mapping[int, Mixer], tap: str, codes: Codes) -> None:
     ours = [matrix for matrix in codes.stored["nbl"] if matrix.name.startswith("/nbl/")]
-    tables = [matrix.blocks().matrix for matrix in ours if matrix.lookup]
+    tables = [matrix.blocks().values for matrix in ours if matrix.lookup]
     rows_VD = tables[0] if tables else codes.rows_VD
     linearize(model, nearest_maps(maps, [m for m in ours if not m.lookup]), tap)
     if rows_VD is not None:

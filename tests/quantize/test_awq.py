@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from nbl_export.errors import CorruptError
-from nbl_export.graph.coded.int4_blocks import int4_blocks
+from nbl_export.graph.quantised import int4_blocks
 from nbl_export.model import rescale as rescale_module
 from nbl_export.model.rescale import Group
 from nbl_export.quantize.awq import Seen, choose, load_scales, rounded, save_scales

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -20,9 +21,9 @@ from nbl_export.errors import NblError, RefusalError
 from nbl_export.formats.gguf import row_index
 from nbl_export.formats.gguf.blocks import block_codes, known_types
 from nbl_export.formats.gguf.content import Content, Tensor
-from nbl_export.records.block_codes import BlockCodes
+from nbl_export.graph.quantised import quantised_matrices
+from nbl_export.records.quantised import Blocks
 from nbl_export.rewrite import gguf_codes
-from nbl_export.rewrite.codes import quantised_matrices
 from nbl_export.rewrite.describe import describe_graph
 from nbl_export.rewrite.gguf_codes import TakeCodes, rounded, take_codes
 
@@ -66,9 +67,9 @@ def test_an_offset_that_float32_cannot_hold_is_kept_as_it_is() -> None:
     stored = random_blocks("Q4_1", 1, 32, np.random.default_rng(0))
     stored[0, :4] = np.array([1.001, 3e-5], np.float16).view(np.uint8)  # 8 d + m needs 29 bits
     codes = block_codes(tensor("Q4_1", stored))
-    assert codes.zero == 0 and codes.offsets is not None and codes.offsets[0, 0] == np.float32(np.float16(3e-5))
+    assert codes.zeros == 0 and codes.offsets is not None and codes.offsets[0, 0] == np.float32(np.float16(3e-5))
     np.testing.assert_array_equal(codes.values, quants.dequantize(stored, GGMLQuantizationType.Q4_1))
-    assert block_codes(tensor("Q4_1", random_blocks("Q4_1", 4, 64, np.random.default_rng(0)))).zero == 8
+    assert block_codes(tensor("Q4_1", random_blocks("Q4_1", 4, 64, np.random.default_rng(0)))).zeros == 8
 
 
 def test_an_unknown_type_is_named() -> None:
@@ -199,9 +200,9 @@ def test_offsets_that_need_the_code_zero_compute_the_same(text: Path, tmp_path: 
     session = onnxruntime.InferenceSession(str(tmp_path / "one.onnx"), providers=["CPUExecutionProvider"])
     x = np.random.default_rng(2).standard_normal((1, 3, 256)).astype(np.float32)
     np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ held.values().T, atol=2e-4)
-    (matrix,) = quantised_matrices(model.graph)
-    np.testing.assert_array_equal(matrix.blocks().matrix, held.values())
-    assert len(matrix.node.inputs) == 4
+    ((node, matrix),) = quantised_matrices(model.graph).items()
+    np.testing.assert_array_equal(matrix.blocks().values, held.values())
+    assert len(node.inputs) == 4
 
 
 def test_rows_that_two_tensors_share_come_from_the_matrix_itself() -> None:
@@ -244,9 +245,9 @@ def test_a_matrix_that_the_file_lacks_is_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(RefusalError, match=r"w of /product has rows that are not in the GGUF"):
         TakeCodes(index).call(_product(held.values() + np.float32(1e-3)))
 
-    def off_by_one(found: Tensor) -> BlockCodes:
+    def off_by_one(found: Tensor) -> Blocks:
         right = block_codes(found)
-        return BlockCodes(right.codes ^ 1, right.bits, right.size, right.zero, right.scales, right.offsets)
+        return dataclasses.replace(right, codes=right.codes ^ 1)
 
     index = row_index.RowIndex(Content("llama", {}, (held,)))
     monkeypatch.setattr(index, "_codes", lambda _: off_by_one(held))

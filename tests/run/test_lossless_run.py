@@ -14,8 +14,8 @@ from gguf import GGUFReader, quants
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.names import draft_file
+from nbl_export.graph.quantised import quantised_matrices
 from nbl_export.rewrite import gguf_codes
-from nbl_export.rewrite.codes import quantised_matrices
 from nbl_export.run.stages import speculative as speculative_stage
 from nbl_export.targets.onnx.genai import GenaiRunner
 from nbl_export.targets.onnx.speculative import SpeculativeRunner
@@ -169,7 +169,7 @@ def test_a_draft_of_a_gguf_has_the_codes_of_the_file(
     row = json.loads((tmp_path / "run" / "lossless.json").read_text(encoding="utf-8"))["overall"][0]
     assert row["equal"] == row["prompts"] == 8
     graph = ir.load(tmp_path / "run" / "lossless" / draft_file("int4")).graph
-    drafted = [matrix.blocks().coded for matrix in quantised_matrices(graph)]
+    drafted = [matrix.blocks().coded for matrix in quantised_matrices(graph).values()]
     downs = [t for t in GGUFReader(model).tensors if "ffn_down" in t.name]
     assert len(downs) == LAYERS
     for down in downs:

@@ -13,8 +13,8 @@ import onnx_ir as ir
 import pytest
 
 from nbl_export.errors import CorruptError, NblError, RefusalError
-from nbl_export.graph.coded.int4_blocks import int4_blocks
 from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE
+from nbl_export.graph.quantised import int4_blocks
 from nbl_export.mixers.linear import Linear
 from nbl_export.model.architectures import windows_of
 from nbl_export.model.token_rows import token_rows

@@ -17,7 +17,7 @@ import numpy as np
 
 from nbl_export.errors import NblError
 from nbl_export.formats.gguf.content import Tensor
-from nbl_export.records.block_codes import BlockCodes
+from nbl_export.records.quantised import Blocks
 
 __all__ = ["block_codes", "check_type", "is_coded", "is_known", "known_types"]
 
@@ -66,7 +66,7 @@ def check_type(tensor: str, kind: str) -> None:
         )
 
 
-def block_codes(tensor: Tensor) -> BlockCodes:
+def block_codes(tensor: Tensor) -> Blocks:
     """The codes of a matrix.
 
     Raises:
@@ -86,7 +86,7 @@ def block_codes(tensor: Tensor) -> BlockCodes:
         offsets = exact.astype(np.float32)
         if not np.array_equal(offsets, exact):  # the code 0 then stands for 0, on a kernel that is some 10% slower
             zero, offsets = middle - kind.centre, minima
-    return BlockCodes(codes.astype(np.uint8), kind.bits, kind.size, zero, scales, offsets)
+    return Blocks(codes.astype(np.uint8), scales, kind.size, float(zero), offsets, kind.bits)
 
 
 def _block_bytes(kind: Any) -> int:

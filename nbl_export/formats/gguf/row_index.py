@@ -8,6 +8,7 @@ recognised by their values, so none of this matters, and every matrix that is fo
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import numpy as np
 
 from nbl_export.formats.gguf.blocks import block_codes, is_coded
 from nbl_export.formats.gguf.content import Content
-from nbl_export.records.block_codes import BlockCodes
+from nbl_export.records.quantised import Blocks
 
 __all__ = ["RowIndex"]
 
@@ -40,7 +41,7 @@ class RowIndex:
             for row, digest in enumerate(_digests(values)):
                 self._rows.setdefault(digest, {}).setdefault(number, row)
 
-    def codes_of(self, matrix_NK: np.ndarray) -> list[BlockCodes] | None:
+    def codes_of(self, matrix_NK: np.ndarray) -> list[Blocks] | None:
         """Codes of a matrix, in parts of consecutive rows with one form; [] if the file stores the rows as floats.
 
         None if the file does not have these rows.
@@ -67,9 +68,9 @@ class RowIndex:
 
     def _form(self, number: int) -> tuple[Any, ...]:
         codes = self._codes(number)
-        return codes.bits, codes.size, codes.zero, codes.offsets is None
+        return codes.bits, codes.size, float(codes.zeros), codes.offsets is None
 
-    def _part(self, found: np.ndarray) -> BlockCodes:
+    def _part(self, found: np.ndarray) -> Blocks:
         """The rows of a run, each from its tensor."""
         first = self._codes(int(found[0, 0]))
         made = {name: np.empty((len(found), *getattr(first, name).shape[1:]), getattr(first, name).dtype)
@@ -78,7 +79,7 @@ class RowIndex:
             mine = found[:, 0] == number
             for name, array in made.items():
                 array[mine] = getattr(self._codes(int(number)), name)[found[mine, 1]]
-        return BlockCodes(made["codes"], first.bits, first.size, first.zero, made["scales"], made.get("offsets"))
+        return dataclasses.replace(first, codes=made["codes"], scales=made["scales"], offsets=made.get("offsets"))
 
 
 def _chosen(places: list[dict[int, int]]) -> np.ndarray:
