@@ -68,7 +68,8 @@ def main() -> None:
 
     from nbl_export.files import versions
     from nbl_export.measure.benchmark import machine
-    from nbl_export.model.checkpoint import load, materialise
+    from nbl_export.model.checkpoint import load
+    from nbl_export.model.checkpoint import load as materialise
     from nbl_export.model.checkpoint import source as checkpoint_source
     from nbl_export.model.linearize import linearize
     from nbl_export.plan.maps_file import load_maps, maps_in

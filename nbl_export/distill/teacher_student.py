@@ -27,10 +27,10 @@ from nbl_export.errors import NblError
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
 from nbl_export.mixers.modules import Wrapped
-from nbl_export.model import bfloat16, short_attention
-from nbl_export.model.blocks import multiplier_of, run_from
+from nbl_export.model import bfloat16
+from nbl_export.model import bfloat16 as short_attention
 from nbl_export.model.head import logits_of
-from nbl_export.model.linearize import switched
+from nbl_export.model.linearize import multiplier_of, run_from, switched
 
 __all__ = ["Lesson", "TeacherStudent"]
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbl_export.model.blocks import architecture_of
+from nbl_export.model.linearize import architecture_of
 
 __all__ = ["Group", "groups_of", "rescale"]
 

@@ -156,7 +156,7 @@ def nearest_maps(maps: Mapping[int, Mixer], matrices: Sequence[StoredMatrix]) ->
 
 def look_up(model: Any, table_VD: np.ndarray, first: int) -> None:
     """Make the rows of a table [V, D] the input of layer `first`, instead of embedding and layers below `first`."""
-    from nbl_export.model.blocks import architecture_of
+    from nbl_export.model.linearize import architecture_of
 
     decoder = model.get_decoder()
     _untie(model)

@@ -37,7 +37,7 @@ def convert(
 
     Args:
         form: one of FORMS, or an engine that reads one.
-        kind: types of a GGUF's matrices, see `formats.gguf.linearize.TYPES`.
+        kind: types of a GGUF's matrices, see `targets.gguf.linearize.TYPES`.
         base: a GGUF file of the original, for form gguf.
         force: go on although verification failed.
 
@@ -76,7 +76,7 @@ def _save_checkpoint(found: Finished, target: Path, ui: Ui) -> list[CheckResult]
     Raises:
         NblError: the model is not available, or its architecture has no class.
     """
-    from nbl_export.model.saved.hf_classes import save_linearized
+    from nbl_export.model.checkpoint.hf_classes import save_linearized
 
     model, checkpoint = found.model.value, found.checkpoint.value
     with found.run.scratch() as scratch, ui.task("saving"):

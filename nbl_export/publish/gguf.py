@@ -11,8 +11,7 @@ import numpy as np
 from nbl_export import __version__
 from nbl_export.errors import NblError, ParityError
 from nbl_export.files import move_into_place
-from nbl_export.formats.gguf.content import Content, Key
-from nbl_export.formats.gguf.files import read_content, write_content
+from nbl_export.gguf_format.content import Content, Key, read_content, write_content
 from nbl_export.mixers.base import Mixer
 from nbl_export.publish.linear_maps import TAP, LinearMaps, linear_maps, loss_of_change
 from nbl_export.records.results import CheckResult

@@ -21,7 +21,7 @@ from nbl_export.graph.emitter import register
 from nbl_export.graph.quantised import HOLDERS, quantised_matrices
 from nbl_export.records.quantised import StoredMatrix
 from nbl_export.rewrite.bypass import Sweep
-from nbl_export.rewrite.gguf_codes import put
+from nbl_export.rewrite.quantize import put
 
 __all__ = ["Widen", "save_twin"]
 

@@ -21,7 +21,7 @@ from nbl_export.files import (
     versions,
     write_json,
 )
-from nbl_export.graph.given import _need_onnx, check_graph_place, companions, home_of
+from nbl_export.graph.graph_only import _need_onnx, check_graph_place, companions, home_of
 from nbl_export.graph.names import MANIFEST, STATIC_GRAPH_FILE
 from nbl_export.mixers.base import Mixer
 from nbl_export.options.goals import parse_layers

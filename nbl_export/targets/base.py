@@ -12,9 +12,8 @@ import numpy as np
 import psutil
 
 from nbl_export.errors import NblError
-from nbl_export.records.capabilities import Capabilities
+from nbl_export.records.capabilities import Capabilities, Proposer
 from nbl_export.records.plan import Plan
-from nbl_export.records.proposers import Proposer
 from nbl_export.targets.runners import Draft, GraphDecoder, ProfiledRunner, ProposingRunner, SequenceLimits, TextRunner
 
 __all__ = [

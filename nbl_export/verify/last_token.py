@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.records.proposers import MOST_ROWS
+from nbl_export.records.capabilities import MOST_ROWS
 from nbl_export.records.results import CheckResult
 from nbl_export.verify.ladder import TOLERANCES
 

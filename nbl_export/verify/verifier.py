@@ -206,8 +206,6 @@ class Verifier:
 
     def _codes(self, check: str, subject: str, decoder: Any, coded: Coded) -> None:
         """Compare the twin, the kernels and the shipped graph with the model that has the graph's matrices."""
-        from nbl_export.verify.products import products
-
         truth, exact = self.truth_of_codes[subject], ladder.TOLERANCES["fp32"]
         twin = coded.open()
         self._logits(check, subject, twin, exact, CODES)
@@ -219,8 +217,7 @@ class Verifier:
             self.results.append(ladder.check_greedy(subject, said, truth.greedy, truth.margins, exact, name))
         del twin
         if coded.graph is not None:
-            ran = products(coded.graph)
-            self.results.append(codes.check_products(subject, coded.stored, ran))
+            self.results.append(codes.check_products(subject, coded.stored, codes.products(coded.graph)))
         self._logits("quantised", subject, decoder, self.tolerance, CODES)
         got = [ladder.run_rows(decoder, [row])[0] for row in self.probe.rows]
         self.results.append(codes.distance(subject, got, self.truth[subject].logits))

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.calibrate import hooks
-from nbl_export.distill.settings import Callbacks, DistillSettings, State, TrainingText
-from nbl_export.distill.training import _batches, _Training, distill
+from nbl_export.calibrate import collect
+from nbl_export.distill.training import Callbacks, DistillSettings, State, TrainingText, _batches, _Training, distill
 from nbl_export.errors import NblError
 from nbl_export.mixers.linear import LINEAR, Linear
 from nbl_export.model.checkpoint.load import load_model, load_tokenizer
@@ -36,7 +35,7 @@ def prepared(checkpoint: Checkpoint, text: Path) -> dict[str, Any]:
     """A tiny model, text, and closed-form maps of layers 1 and 2 on both taps."""
     model = load_model(checkpoint("llama"))
     windows, held = text_windows.pack(corpus.read_text(str(text)), load_tokenizer(checkpoint("llama")), 8192, 64, 512)
-    moments = hooks.collect(model, windows, lambda _d, _t: None, ("residual", "normed"))
+    moments = collect.collect(model, windows, lambda _d, _t: None, ("residual", "normed"))
     maps = {tap: {i: LINEAR.fit(found[i], i) for i in (1, 2)} for tap, found in moments.items()}
     return {"model": model, "windows": windows, "held": held, "maps": maps}
 

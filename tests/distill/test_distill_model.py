@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from nbl_export.distill.settings import UNLIMITED, DistillSettings
 from nbl_export.distill.teacher_student import Lesson, TeacherStudent, _distance, _Divergence
-from nbl_export.distill.training import _Training
+from nbl_export.distill.training import UNLIMITED, DistillSettings, _Training
 from nbl_export.mixers.linear import Linear
-from nbl_export.mixers.linear_training import TrainedLinear
+from nbl_export.mixers.modules import TrainedLinear
 from nbl_export.model import bfloat16
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize

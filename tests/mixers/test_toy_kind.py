@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from nbl_export import mixers
-from nbl_export.calibrate import hooks
+from nbl_export.calibrate import collect
 from nbl_export.errors import NblError, RefusalError
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.sizes import read_graph_facts
@@ -156,7 +156,7 @@ def test_tap_normed(checkpoint: Any, exported: Any, tmp_path: Path, source: str)
 def fitted(checkpoint: Any) -> dict[int, Mixer]:
     """Layers of the tiny Llama, calibrated on a random text and fitted."""
     text = torch.from_numpy(np.random.default_rng(0).integers(2, VOCAB, (32, 64)))
-    moments = hooks.collect(load_model(checkpoint("llama")), text, lambda *_: None, kind=MEMORY)["residual"]
+    moments = collect.collect(load_model(checkpoint("llama")), text, lambda *_: None, kind=MEMORY)["residual"]
     return {layer: MEMORY.fit(moments[layer], layer) for layer in range(LAYERS)}
 
 

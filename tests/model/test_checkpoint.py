@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from nbl_export.errors import NblError
-from nbl_export.model.checkpoint import load, materialise
+from nbl_export.model.checkpoint import load
+from nbl_export.model.checkpoint import load as materialise
 from nbl_export.model.checkpoint import source as checkpoint_source
 
 from ..command import TINY, assert_refused, nbl, snapshot
@@ -118,7 +119,7 @@ def test_gguf_is_dequantised_once_and_again_where_damaged(gguf: Path, tmp_path: 
 def test_gguf_is_read_once_for_all_questions(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gguf import gguf_reader, tensor_mapping
 
-    from nbl_export.model.checkpoint import gguf_file
+    from nbl_export.model.checkpoint import pretrained as gguf_file
 
     gguf_file.forget()
     readers, maps = [], []

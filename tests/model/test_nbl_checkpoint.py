@@ -18,12 +18,12 @@ from nbl_export.errors import CorruptError
 from nbl_export.mixers.linear import Linear
 from nbl_export.mixers.none import Nothing
 from nbl_export.model.architectures import ARCHITECTURES
-from nbl_export.model.checkpoint import load, materialise
-from nbl_export.model.checkpoint import nbl as nbl_checkpoint
+from nbl_export.model.checkpoint import load
+from nbl_export.model.checkpoint import load as materialise
+from nbl_export.model.checkpoint import load as nbl_checkpoint
 from nbl_export.model.checkpoint import source as checkpoint_source
+from nbl_export.model.checkpoint.hf_classes import restored, save_linearized
 from nbl_export.model.linearize import linearize
-from nbl_export.model.saved.hf_classes import save_linearized
-from nbl_export.model.saved.restore import restored
 from nbl_export.plan.maps_file import load_maps
 
 from ..command import BARE, assert_refused, nbl

@@ -12,7 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from nbl_export.distill.teacher_student import TeacherStudent
 from nbl_export.mixers.linear import Linear
-from nbl_export.model import bfloat16, short_attention
+from nbl_export.model import bfloat16
+from nbl_export.model import bfloat16 as short_attention
 from nbl_export.model.checkpoint.load import load_model
 
 CPU = torch.device("cpu")

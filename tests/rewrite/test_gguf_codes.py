@@ -18,14 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbl_export.errors import NblError, RefusalError
-from nbl_export.formats.gguf import row_index
-from nbl_export.formats.gguf.blocks import block_codes, known_types
-from nbl_export.formats.gguf.content import Content, Tensor
+from nbl_export.gguf_format import blocks as row_index
+from nbl_export.gguf_format.blocks import block_codes, known_types
+from nbl_export.gguf_format.content import Content, Tensor
 from nbl_export.graph.quantised import quantised_matrices
 from nbl_export.records.quantised import Blocks
-from nbl_export.rewrite import gguf_codes
+from nbl_export.rewrite import quantize
 from nbl_export.rewrite.describe import describe_graph
-from nbl_export.rewrite.gguf_codes import TakeCodes, rounded, take_codes
+from nbl_export.rewrite.quantize import TakeCodes, rounded, take_codes
 
 from ..command import TINY, assert_refused, nbl
 from ..gguf_kinds import HALVES, every_token, random_blocks, save_mixed
@@ -166,14 +166,14 @@ def test_a_changed_offset_fails_verification(
     done = nbl("rewrite", run, *level)
     assert done.status == 0 and nbl("verify", run).status == 0
     assert check(run, "original", "relative rms logit difference, prefill")["value"] < 1e-5  # nothing is rounded
-    written = gguf_codes.add_product_offsets
+    written = quantize.add_product_offsets
 
     def off(graph: Any, product: Any, offsets: np.ndarray, name: str) -> Any:
         wrong = offsets.copy()
         wrong[0, 0] += 0.01 if "layers.1.mlp.down_proj" in name else 0
         return written(graph, product, wrong, name)
 
-    monkeypatch.setattr(gguf_codes, "add_product_offsets", off)
+    monkeypatch.setattr(quantize, "add_product_offsets", off)
     assert nbl("rewrite", run, "--precision", "gguf", "--builder-option", "accuracy_level=4").status == 0
     refused = nbl("verify", run)
     assert refused.status == 3 and "steps between a matrix and its codes" in refused.err, refused.err
@@ -257,7 +257,8 @@ def test_a_matrix_that_the_file_lacks_is_refused(monkeypatch: pytest.MonkeyPatch
 
 def test_a_file_of_floats_has_no_codes(exported: Callable[..., Path], tmp_path: Path) -> None:
     model = save_mixed(tmp_path / "float.gguf", dict.fromkeys(MIXED, "F32"))
-    from nbl_export.model.checkpoint import materialise, source
+    from nbl_export.model.checkpoint import load as materialise
+    from nbl_export.model.checkpoint import source
 
     checkpoint = materialise.materialise(source.resolve(str(model)), tmp_path / "checkpoint")
     from tests.exports import build_decoder

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from nbl_export.model.checkpoint.hf_classes import save_linearized
 from nbl_export.model.checkpoint.load import load_model
-from nbl_export.model.saved.hf_classes import save_linearized
 from nbl_export.model.speech import Spoken
 
 from ..tiny import random_map, save_checkpoint

@@ -30,8 +30,8 @@ from nbl_export.targets.tensorrt.runner import DecodeStep, TrtSession, refuse_mi
 from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles
-from nbl_export.trust import own_engines
-from nbl_export.trust.own_engines import is_own
+from nbl_export.trust import user_lists as own_engines
+from nbl_export.trust.user_lists import is_own
 
 from ..command import assert_refused, nbl
 from ..fake_engine import fake_record, fake_session

@@ -182,7 +182,7 @@ def test_a_planted_fault_is_named(fault: str, precision: str, runs: Runs, tmp_pa
 
 def test_a_kernel_that_multiplies_by_something_else_is_named(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """One code of one row that is a step off."""
-    from nbl_export.verify import products
+    from nbl_export.verify import codes as products
 
     run, real = runs("llama", "int4"), products.products
 

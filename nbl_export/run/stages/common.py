@@ -114,6 +114,6 @@ def rows_of(checkpoint: Lazy[Path], maps: dict[int, Mixer], tap: str, *, has_tab
 
     The checkpoint is read only if there are rows.
     """
-    from nbl_export.model.token_rows import token_rows
+    from nbl_export.model.one_layer import token_rows
 
     return token_rows(checkpoint.value, maps, tap) if has_table and layers_below(maps) else None

@@ -12,7 +12,7 @@ from nbl_export.records.inputs import Lazy
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import LeftOut, Place
 from nbl_export.run_directory import DISTILL_FILE, MAPS_FILE, START_FILE
-from nbl_export.text.held_back import Division
+from nbl_export.text.windows import Division
 
 __all__ = ["DistillInputs", "declare", "run"]
 
@@ -45,9 +45,9 @@ def declare(r: Resolver) -> DistillInputs | LeftOut:
 
 def run(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any]:
     """Write the trained maps and distill.json; returns the facts for the manifest."""
-    from nbl_export.distill import settings as settings_of
     from nbl_export.distill import training
-    from nbl_export.distill.settings import State
+    from nbl_export.distill import training as settings_of
+    from nbl_export.distill.training import State
     from nbl_export.parallel import ranks as distributed
     from nbl_export.plan.maps_file import load_maps, save_maps
 

@@ -216,7 +216,7 @@ def _codes(inputs: DecoderInputs) -> Path | None:
 
 def run_decoder(inputs: DecoderInputs, place: Place, out: Path) -> dict[str, Any]:
     """Write original/."""
-    from nbl_export.graph.given import copy_graph
+    from nbl_export.graph.graph_only import copy_graph
 
     inputs.exported.model.forget()  # the exporter loads its own copy
     engine = inputs.engine.value

@@ -34,7 +34,7 @@ __all__ = ["declare", "declare_sweep", "order_of", "run", "run_sweep"]
 
 def declare(r: Resolver) -> PlanInputs | Lazy[Any]:
     """The inputs of the stage plan, or the plan and maps of an NBL checkpoint."""
-    from nbl_export.model.checkpoint import nbl
+    from nbl_export.model.checkpoint import load as nbl
 
     options = r.options
     if options.fit == CHECKPOINT_FIT:

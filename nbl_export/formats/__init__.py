@@ -1,1 +1,0 @@
-"""Files of NBL models for other engines: GGUF, and checkpoints of the Nemotron-NAS form."""
