@@ -11,7 +11,6 @@ model (q, k and v), or a part of one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +21,12 @@ from torch import nn
 from nbl_export.errors import CorruptError
 from nbl_export.mixers.base import Mixer
 from nbl_export.mixers.modules import MixerModule
-from nbl_export.records.quantised import StoredMatrix
+from nbl_export.records.quantised import Fidelity, StoredMatrix
 
-__all__ = ["Fidelity", "give", "give_floats", "look_up", "nearest_maps"]
+__all__ = ["give", "give_floats", "look_up", "nearest_maps"]
 
 _LIKE = 0.7  # least cosine of rows that differ by rounding only; rows of different matrices have about 0
 _SAMPLED = 16  # rows by which a matrix is recognised
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """Largest distance of a graph's matrix from the model's, in steps of the codes, and the row of that distance."""
-
-    name: str
-    modules: tuple[str, ...]
-    steps: float
-    row: int
 
 
 class _Rows:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Blocks", "StoredMatrix", "unpacked"]
+__all__ = ["Blocks", "Fidelity", "StoredMatrix", "unpacked"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,16 @@ class StoredMatrix:
     blocks: Callable[[], Blocks]
     shape: tuple[int, ...] = ()
     transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Largest distance of a graph's matrix from the model's, in steps of the codes, and the row of that distance."""
+
+    name: str
+    modules: tuple[str, ...]
+    steps: float
+    row: int
 
 
 def unpacked(

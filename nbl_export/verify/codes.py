@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from nbl_export.errors import CorruptError
 from nbl_export.graph.session import open_session
-from nbl_export.records.quantised import Blocks, StoredMatrix
+from nbl_export.records.quantised import Blocks, Fidelity, StoredMatrix
 from nbl_export.records.results import CheckResult
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "ROWS",
     "SEARCHED",
     "TWIN",
-    "Far",
     "check_nearness",
     "check_products",
     "distance",
@@ -54,20 +53,12 @@ SEARCHED = 2.0  # for k_quant, which searches scale and zero point and may clip 
 # Relative to the sum of a row's magnitudes. Float32 sums differ by 2e-7 (SmolLM2, both precisions, AVX-512). One int4
 # code that is a step off in a row of 14,336 shows as 3e-5.
 _SUMS = 2e-6
+ROWS = 8  # of signs: two columns agree, or are opposite, in all rows once in 128 times
+_TOKENS = 2048  # most rows of a table that are looked up
+_KINDS = ("MatMulNBits", "GatherBlockQuantized")
 
 
-class Far(Protocol):
-    """Distance of a graph's matrix from the model's matrix (`torch_matrices.Fidelity`)."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def steps(self) -> float: ...
-    @property
-    def row(self) -> int: ...
-
-
-def check_nearness(subject: str, found: Sequence[Far], limit: float | None) -> CheckResult:
+def check_nearness(subject: str, found: Sequence[Fidelity], limit: float | None) -> CheckResult:
     """Check that the codes are those of the model's matrices.
 
     Args:
@@ -115,11 +106,6 @@ def distance(subject: str, got: Sequence[np.ndarray], before: Sequence[np.ndarra
     away = sum(float(np.square(g.astype(np.float64) - b).sum()) for g, b in zip(got, before, strict=True))
     size = sum(float(np.square(b.astype(np.float64)).sum()) for b in before)
     return CheckResult("quantised", subject, DISTANCE, float(np.sqrt(away / size)), None, True, "reported, not gated")
-
-
-ROWS = 8  # of signs: two columns agree, or are opposite, in all rows once in 128 times
-_TOKENS = 2048  # most rows of a table that are looked up
-_KINDS = ("MatMulNBits", "GatherBlockQuantized")
 
 
 def signs(columns: int) -> np.ndarray:

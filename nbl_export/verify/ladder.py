@@ -38,6 +38,7 @@ __all__ = [
     "Probe",
     "Reference",
     "Tolerance",
+    "apart",
     "check_greedy",
     "check_logits",
     "check_long",
@@ -228,8 +229,15 @@ def _max_abs(got: np.ndarray, expected: np.ndarray, noise: np.ndarray, limit: fl
 
 
 def _relative_rms(got: np.ndarray, expected: np.ndarray, _noise: np.ndarray, limit: float) -> tuple[float, float, int]:
-    wide = expected.astype(np.float64)
-    return float(np.sqrt(np.square(got - wide).mean() / np.square(wide).mean())), limit, 0
+    return apart(expected, got, "relative_rms"), limit, 0
+
+
+def apart(right: np.ndarray, found: np.ndarray, metric: str) -> float:
+    """The difference of logits in a metric of `Tolerance`."""
+    away = found.astype(np.float64) - right
+    if metric == "max_abs":
+        return float(np.abs(away).max())
+    return float(np.sqrt(np.square(away).mean() / np.square(right, dtype=np.float64).mean()))
 
 
 def greedy(decoder: Any, prompt: Sequence[int], new_tokens: int) -> tuple[tuple[int, ...], tuple[float, ...]]:

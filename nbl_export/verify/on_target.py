@@ -36,8 +36,7 @@ from nbl_export.errors import CorruptError, NblError
 from nbl_export.files import replacing
 from nbl_export.records.results import CheckResult
 from nbl_export.verify import ladder
-from nbl_export.verify.ladder import DECODE_STEPS, LONG_CHUNK, ON_GPU, WITHOUT_TWIN, Probe, Reference, Tolerance
-from nbl_export.verify.last_token import apart
+from nbl_export.verify.ladder import DECODE_STEPS, LONG_CHUNK, ON_GPU, WITHOUT_TWIN, Probe, Reference, Tolerance, apart
 
 __all__ = ["POSITIONS", "SUBJECTS", "Expected", "checks", "expect", "load", "save"]
 

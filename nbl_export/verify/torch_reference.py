@@ -14,8 +14,8 @@ import torch
 
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.linearize import linearize, replaced
-from nbl_export.model.torch_matrices import Fidelity, give, give_floats, look_up, nearest_maps
-from nbl_export.records.quantised import StoredMatrix
+from nbl_export.model.torch_matrices import give, give_floats, look_up, nearest_maps
+from nbl_export.records.quantised import Fidelity, StoredMatrix
 from nbl_export.verify.ladder import Probe, Reference, shown_positions
 
 __all__ = [
