@@ -34,18 +34,17 @@ class Bed:
         narrow_judge: bool = False,
     ) -> None:
         from nbl_export.calibrate import collect
-        from nbl_export.model import memory as allocator
+        from nbl_export.model import memory
         from nbl_export.model.checkpoint import load
-        from nbl_export.model.checkpoint import load as materialise
         from nbl_export.model.checkpoint import source as checkpoint_source
         from nbl_export.text import corpus
         from nbl_export.text import windows as text_windows
 
-        allocator.keep_freed_memory()
+        memory.keep_freed_memory()
         with tempfile.TemporaryDirectory() as scratch:
             found = checkpoint_source.resolve(model_name)
             self.spec = load.read_spec(found)
-            directory = materialise.materialise(found, Path(scratch) / "checkpoint")
+            directory = load.materialise(found, Path(scratch) / "checkpoint")
             self.model, self.tokenizer = load.load_model(directory), load.load_tokenizer(directory)
         c4 = corpus.read_text(str(data / "c4" / "c4_demo.json"))
         source = corpus.installed_text() if text == "default" else c4

@@ -291,14 +291,14 @@ def collect_layers(
     Raises:
         NblError: a weight is missing or damaged, or a layer's activations are not finite.
     """
-    config, shelf = config_of(directory), WeightReader(directory)
+    config, weights = config_of(directory), WeightReader(directory)
     shapes = [tuple(ids_WT[:1, :REFERENCE_ROWS].shape), *(tuple(part.shape) for part in parts)]
     states = _States(scratch / "hidden", shapes, config.hidden_size)
     sizes = (wanted.kind.feature_count(config.hidden_size), int(config.hidden_size))
     inputs = [ids_WT[:1, :REFERENCE_ROWS], *parts]
     tokens = sum(part.numel() for part in parts)
     for index in range(config.num_hidden_layers):
-        decoder = one_layer(config, index, shelf)
+        decoder = one_layer(config, index, weights)
         found = {tap: Accumulator(sizes) for tap in wanted.taps}
         handles = [
             handle for tap, a in found.items() for handle in attach(decoder.layers[0], a, tap, config, wanted.kind)

@@ -2,7 +2,7 @@
 
 Attention of short bfloat16 rows on a CPU as two products and a softmax, instead of one fused operator.
 
-Within `Taken()`, it replaces torch's scaled_dot_product_attention in one case: plain causal attention of at
+Within `ShortAttention()`, it replaces torch's scaled_dot_product_attention in one case: plain causal attention of at
 most 256 tokens, on a CPU, under autocast to bfloat16. For 4 rows of 256 tokens and 9 heads of 64, forward and backward
 of the fused operator (torch 2.13) take 22 ms. Most of this time is backward. Separate products take 9 ms, and shorten
 a distillation step by a tenth (docs/experiments.md). From 512 tokens on, both take equally long, and separate products
@@ -82,7 +82,7 @@ class Weights:
 _LONGEST = 256  # tokens of a row
 
 
-class Taken(TorchFunctionMode):
+class ShortAttention(TorchFunctionMode):
     """Within: short attention takes separate products, as described above."""
 
     def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:

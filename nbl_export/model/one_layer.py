@@ -101,7 +101,7 @@ def float32_bytes(directory: Path) -> int:
     return total
 
 
-def one_layer(config: Any, index: int, shelf: WeightReader) -> Any:
+def one_layer(config: Any, index: int, weights: WeightReader) -> Any:
     """The decoder with layer `index` alone, without final norm; only layer 0 has the embedding."""
     from accelerate import init_empty_weights
 
@@ -115,7 +115,7 @@ def one_layer(config: Any, index: int, shelf: WeightReader) -> Any:
     decoder.norm = nn.Identity()
     if index:
         decoder.embed_tokens = nn.Identity()
-    shelf.fill(decoder, lambda name: name.replace(_LAYER.format(0), _LAYER.format(index), 1))
+    weights.fill(decoder, lambda name: name.replace(_LAYER.format(0), _LAYER.format(index), 1))
     return decoder.eval()
 
 
@@ -140,10 +140,10 @@ def token_rows(checkpoint: Path, maps: Mapping[int, Mixer], tap: str) -> np.ndar
     Raises:
         NblError: a weight is missing or damaged.
     """
-    config, shelf = config_of(checkpoint), WeightReader(checkpoint)
+    config, weights = config_of(checkpoint), WeightReader(checkpoint)
     rows: torch.Tensor | None = None
     for index in layers_below(maps):
-        decoder = one_layer(config, index, shelf)
+        decoder = one_layer(config, index, weights)
         replace_attention(decoder, {0: maps[index].module(multiplier_of(config))}, tap)
         with torch.inference_mode():
             if rows is None:

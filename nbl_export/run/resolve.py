@@ -234,21 +234,21 @@ class Resolver:
     @lazy("fingerprint")
     def checkpoint(self) -> Path:
         """A directory with safetensors and tokenizer."""
-        from nbl_export.model.checkpoint import load as materialise
+        from nbl_export.model.checkpoint import load
 
         if self.source.fingerprint != self.fingerprint:
             raise NblError(f"{self.options.model} is not the model that {self.run.path} was made from; restore it")
-        return materialise.materialise(self.source, self.run.path / "checkpoint")
+        return load.materialise(self.source, self.run.path / "checkpoint")
 
     @lazy("fingerprint")
     def model(self) -> Any:
         """The torch model. Raises NblError if the model is only a graph."""
-        from nbl_export.model import memory as allocator
+        from nbl_export.model import memory
         from nbl_export.model.checkpoint import load
 
         if self.is_graph:
             raise NblError(f"this needs the torch model, and {self.options.model} is an ONNX graph")
-        allocator.keep_freed_memory()
+        memory.keep_freed_memory()
         return load.load_model(self.checkpoint.value)
 
     @lazy("compute_dtype")

@@ -48,7 +48,7 @@ class MappedOriginal:
 
     def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
         """Append tokens and return their logits [B, T, V]. Layers run in order: each map needs the maps before it."""
-        taps, names = self._graph.taps[self._tap], self._graph.given
+        taps, names = self._graph.taps[self._tap], self._graph.override
         counts = np.full(len(ids_BT), ids_BT.shape[1]) if valid_BT is None else valid_BT.sum(1)
         width = next((mixer.size for mixer in self._maps.values()), 0)
         given = {name: np.zeros((*ids_BT.shape, width), np.float32) for name in names.values()}

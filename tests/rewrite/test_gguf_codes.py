@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbl_export.errors import NblError, RefusalError
-from nbl_export.gguf_format import blocks as row_index
+from nbl_export.gguf_format import blocks
 from nbl_export.gguf_format.blocks import block_codes, known_types
 from nbl_export.gguf_format.content import Content, Tensor
 from nbl_export.graph.quantised import quantised_matrices
@@ -191,7 +191,7 @@ def test_offsets_that_need_the_code_zero_compute_the_same(text: Path, tmp_path: 
     plain = random_blocks("Q4_1", 8, 256, np.random.default_rng(1))
     plain.reshape(-1, 20)[0, :4] = np.array([1.001, 3e-5], np.float16).view(np.uint8)
     held = tensor("Q4_1", plain)
-    index = row_index.RowIndex(Content("llama", {}, (held,)))
+    index = blocks.RowIndex(Content("llama", {}, (held,)))
     model = _product(held.values())
     TakeCodes(index, accuracy=1)(model)
     ir.save(model, tmp_path / "one.onnx")
@@ -214,7 +214,7 @@ def test_rows_that_two_tensors_share_come_from_the_matrix_itself() -> None:
         stored[3:5] = 0
         rows = tensor(kind, stored)
         held.append(Tensor(name, rows.shape, rows.kind, rows.read))
-    index = row_index.RowIndex(Content("llama", {}, tuple(held)))
+    index = blocks.RowIndex(Content("llama", {}, tuple(held)))
     for one, bits in zip(held, (8, 4), strict=True):
         parts = index.codes_of(one.values())
         assert parts is not None and [part.bits for part in parts] == [bits]
@@ -241,7 +241,7 @@ def _product(matrix_NK: np.ndarray) -> ir.Model:
 
 def test_a_matrix_that_the_file_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     held = tensor("Q4_0", random_blocks("Q4_0", 8, 64, np.random.default_rng(1)))
-    index = row_index.RowIndex(Content("llama", {}, (held,)))
+    index = blocks.RowIndex(Content("llama", {}, (held,)))
     with pytest.raises(RefusalError, match=r"w of /product has rows that are not in the GGUF"):
         TakeCodes(index).call(_product(held.values() + np.float32(1e-3)))
 
@@ -249,7 +249,7 @@ def test_a_matrix_that_the_file_lacks_is_refused(monkeypatch: pytest.MonkeyPatch
         right = block_codes(found)
         return dataclasses.replace(right, codes=right.codes ^ 1)
 
-    index = row_index.RowIndex(Content("llama", {}, (held,)))
+    index = blocks.RowIndex(Content("llama", {}, (held,)))
     monkeypatch.setattr(index, "_codes", lambda _: off_by_one(held))
     with pytest.raises(RefusalError, match="not in the GGUF"):
         TakeCodes(index).call(_product(held.values()))
@@ -257,10 +257,9 @@ def test_a_matrix_that_the_file_lacks_is_refused(monkeypatch: pytest.MonkeyPatch
 
 def test_a_file_of_floats_has_no_codes(exported: Callable[..., Path], tmp_path: Path) -> None:
     model = save_mixed(tmp_path / "float.gguf", dict.fromkeys(MIXED, "F32"))
-    from nbl_export.model.checkpoint import load as materialise
-    from nbl_export.model.checkpoint import source
+    from nbl_export.model.checkpoint import load, source
 
-    checkpoint = materialise.materialise(source.resolve(str(model)), tmp_path / "checkpoint")
+    checkpoint = load.materialise(source.resolve(str(model)), tmp_path / "checkpoint")
     from tests.exports import build_decoder
 
     build_decoder("genai", checkpoint, tmp_path / "wide", "fp32")

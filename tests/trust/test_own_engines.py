@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.trust import user_lists as own_engines
+from nbl_export.trust import user_lists
 from nbl_export.trust.user_lists import is_own, remember
 
 DIGEST, OTHER = "ab" * 32, "cd" * 32
@@ -19,7 +19,7 @@ DIGEST, OTHER = "ab" * 32, "cd" * 32
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place = tmp_path / "cache" / "nbl-export" / "engines"
-    monkeypatch.setattr(own_engines, "_list", lambda: place)
+    monkeypatch.setattr(user_lists, "_list", lambda: place)
     return place
 
 

@@ -182,9 +182,9 @@ def test_a_planted_fault_is_named(fault: str, precision: str, runs: Runs, tmp_pa
 
 def test_a_kernel_that_multiplies_by_something_else_is_named(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """One code of one row that is a step off."""
-    from nbl_export.verify import codes as products
+    from nbl_export.verify import codes
 
-    run, real = runs("llama", "int4"), products.products
+    run, real = runs("llama", "int4"), codes.products
 
     def wrong(graph: Path, threads: int | None = None) -> Any:
         for name, given, output in real(graph, threads):
@@ -193,7 +193,7 @@ def test_a_kernel_that_multiplies_by_something_else_is_named(runs: Runs, monkeyp
                 output[..., 7] += 1e-2 * np.abs(output).max()
             yield name, given, output
 
-    monkeypatch.setattr(products, "products", wrong)
+    monkeypatch.setattr(codes, "products", wrong)
     checks = climbed(run)
     failed = [r for r in checks if not r["passed"]]
     assert {r["metric"] for r in failed} == {"error of quantised products, of the sum of magnitudes"}

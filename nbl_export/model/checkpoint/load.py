@@ -26,7 +26,7 @@ from nbl_export.graph import graph_only
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.architectures import LINEARIZED, windows_of
-from nbl_export.model.checkpoint import pretrained as gguf_file
+from nbl_export.model.checkpoint import pretrained
 from nbl_export.model.checkpoint.pretrained import (
     check_weights,
     config_of,
@@ -39,7 +39,7 @@ from nbl_export.model.checkpoint.source import Linearized, Source, _check_archit
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import Plan
 
-__all__ = ["load_model", "load_tokenizer", "materialise", "read_spec"]
+__all__ = ["load_maps", "load_model", "load_tokenizer", "materialise", "read_spec"]
 
 
 def read_spec(source: Source) -> DecoderSpec:
@@ -130,7 +130,7 @@ def materialise(source: Source, target: Path) -> Path:
         if not _is_whole(target, source):
             _convert(source, target)
     finally:
-        gguf_file.forget()
+        pretrained.forget()
     return target
 
 
@@ -185,7 +185,7 @@ def _is_whole(target: Path, source: Source) -> bool:
 _TENSOR = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.(.+)$")
 
 
-def load(source: Any, num_layers: int) -> tuple[Plan, dict[int, Mixer]]:
+def load_maps(source: Any, num_layers: int) -> tuple[Plan, dict[int, Mixer]]:
     """Plan and maps of an NBL checkpoint. Maps, [D, D] and [D], are float32, whatever the stored type.
 
     Raises:

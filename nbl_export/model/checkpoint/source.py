@@ -22,7 +22,7 @@ from nbl_export.graph.graph_only import home_of
 from nbl_export.graph.names import MANIFEST
 from nbl_export.mixers import kinds
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config
-from nbl_export.model.checkpoint import pretrained as gguf_file
+from nbl_export.model.checkpoint import pretrained
 from nbl_export.records.plan import TAPS
 from nbl_export.trust.contained import check_folder, check_inside, refuse_special
 from nbl_export.trust.model_settings import CONFIG_BYTES, check_checkpoint, check_layers, read_object
@@ -252,7 +252,7 @@ def _names(files: list[Path]) -> set[str]:
 def _gguf_source(name: str, file: Path) -> Source:
     check_inside(file, file.parent)
     try:
-        reader = gguf_file.reader(file)
+        reader = pretrained.reader(file)
         architecture, parts = (_value(reader, name) for name in ("general.architecture", "split.count"))
         layers = [_value(reader, key) for key in reader.fields if key.endswith(".block_count")]
         names = [tensor.name for tensor in reader.tensors]
