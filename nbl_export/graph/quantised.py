@@ -41,7 +41,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.emitter import add_initializer, register
+from nbl_export.graph.emitter import add_initializer, new_node, register
 from nbl_export.records.quantised import Blocks, StoredMatrix, unpacked
 
 __all__ = [
@@ -241,11 +241,9 @@ def add_product_offsets(graph: ir.Graph, product: ir.Node, offsets_NB: np.ndarra
     assert x is not None
     stored = add_initializer(graph, name, np.ascontiguousarray(offsets_NB.T), ir.DataType.FLOAT)
     sums, made = _block_sums(graph, x, offsets_NB.shape[1], product)
-    part = ir.node("MatMul", [sums, stored], name=f"{product.name}/offsets")
-    whole = ir.node("Add", [product.outputs[0], part.outputs[0]], name=f"{product.name}/Add")
-    for node in (part, whole):
-        node.outputs[0].name = f"{node.name}/output_0"
-        node.outputs[0].type, node.outputs[0].shape = product.outputs[0].type, product.outputs[0].shape
+    output = product.outputs[0]
+    part = new_node("MatMul", [sums, stored], f"{product.name}/offsets", output.dtype, output.shape)
+    whole = new_node("Add", [output, part.outputs[0]], f"{product.name}/Add", output.dtype, output.shape)
     return [*made, part, whole]
 
 
@@ -257,13 +255,11 @@ def _block_sums(graph: ir.Graph, x: ir.Value, blocks: int, product: ir.Node) -> 
             if node.outputs[0].shape is not None and node.outputs[0].shape[-1] == blocks:
                 return node.outputs[0], []
     shape = _numbers(graph, f"nbl.block_sums.{blocks}.shape", [*_KEPT_DIMS, blocks, -1])
-    split = ir.node("Reshape", [x, shape], name=f"{product.name}/blocks")
-    total = ir.node("ReduceSum", [split.outputs[0], _numbers(graph, "nbl.block_sums.axes", [-1])], {"keepdims": 0},
-                    name=f"{product.name}/block_sums")  # fmt: skip
     dims = ["b", "t"] if x.shape is None else list(x.shape[:-1])
-    for node, last in ((split, [blocks, None]), (total, [blocks])):
-        node.outputs[0].name, node.outputs[0].type = f"{node.name}/output_0", ir.TensorType(ir.DataType.FLOAT)
-        node.outputs[0].shape = ir.Shape([*dims, *last])
+    kind, axis = ir.DataType.FLOAT, _numbers(graph, "nbl.block_sums.axes", [-1])
+    split = new_node("Reshape", [x, shape], f"{product.name}/blocks", kind, ir.Shape([*dims, blocks, None]))
+    sums, named = ir.Shape([*dims, blocks]), f"{product.name}/block_sums"
+    total = new_node("ReduceSum", [split.outputs[0], axis], named, kind, sums, {"keepdims": 0})
     return total.outputs[0], [split, total]
 
 
@@ -279,16 +275,13 @@ def add_lookup_offsets(graph: ir.Graph, lookup: ir.Node, offsets_VB: np.ndarray,
     split = _numbers(graph, f"nbl.block_sums.{blocks}.shape", [*_KEPT_DIMS, blocks, -1])
     joined = _numbers(graph, "nbl.block_sums.joined", [*_KEPT_DIMS, int(width) if isinstance(width, int) else -1])
     axis = _numbers(graph, "nbl.block_sums.axes", [-1])
-    rows = ir.node("Gather", [stored, lookup.inputs[1]], {"axis": 0}, name=f"{lookup.name}/offsets")
-    thin = ir.node("Unsqueeze", [rows.outputs[0], axis], name=f"{lookup.name}/Unsqueeze")
-    coded = ir.node("Reshape", [output, split], name=f"{lookup.name}/blocks")
-    added = ir.node("Add", [coded.outputs[0], thin.outputs[0]], name=f"{lookup.name}/Add")
-    whole = ir.node("Reshape", [added.outputs[0], joined], name=f"{lookup.name}/joined")
-    nodes = [rows, thin, coded, added, whole]
-    for node in nodes:
-        node.outputs[0].name, node.outputs[0].type = f"{node.name}/output_0", ir.TensorType(ir.DataType.FLOAT)
-    whole.outputs[0].shape = output.shape
-    return nodes
+    kind = ir.DataType.FLOAT
+    rows = new_node("Gather", [stored, lookup.inputs[1]], f"{lookup.name}/offsets", kind, None, {"axis": 0})
+    thin = new_node("Unsqueeze", [rows.outputs[0], axis], f"{lookup.name}/Unsqueeze", kind)
+    coded = new_node("Reshape", [output, split], f"{lookup.name}/blocks", kind)
+    added = new_node("Add", [coded.outputs[0], thin.outputs[0]], f"{lookup.name}/Add", kind)
+    whole = new_node("Reshape", [added.outputs[0], joined], f"{lookup.name}/joined", kind, output.shape)
+    return [rows, thin, coded, added, whole]
 
 
 def offsets_of(node: ir.Node) -> ir.TensorProtocol | None:

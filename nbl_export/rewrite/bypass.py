@@ -29,7 +29,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import AttentionBlock, find_block
-from nbl_export.graph.emitter import add_initializer, element_type, register
+from nbl_export.graph.emitter import add_initializer, element_type, new_node, register
 from nbl_export.graph.names import constant_name, node_name, product_name, state_names
 from nbl_export.mixers.base import Mixer, StateSpec
 from nbl_export.rewrite.tail import LastValid
@@ -98,8 +98,7 @@ def _pass_on(graph: ir.Graph, block: AttentionBlock) -> None:
     """
     join, x = block.join, block.residual
     if (bias := _bias_of(join)) is not None:
-        add = ir.node("Add", [x, bias], name=node_name(block.layer, "Add"))
-        add.outputs[0].name, add.outputs[0].type, add.outputs[0].shape = f"{add.name}/output_0", x.type, x.shape
+        add = new_node("Add", [x, bias], node_name(block.layer, "Add"), x.dtype, x.shape)
         graph.insert_before(join, [add])
         x = add.outputs[0]
     if join.op_type != "Add":
@@ -117,13 +116,12 @@ def norm_alone(graph: ir.Graph, skip: ir.Node, value: ir.Value, name: str) -> No
     if skip.op_type not in _NORMS or not skip.outputs[0].consumers():
         return
     weights = skip.inputs[2 : 3 if skip.op_type == "SkipSimplifiedLayerNormalization" else 4]
-    attributes = {"axis": -1, "stash_type": 1, "epsilon": skip.attributes["epsilon"].as_float()}
-    norm = ir.node(_NORMS[skip.op_type], [value, *weights], attributes=attributes, name=name)
-    normed, old = norm.outputs[0], skip.outputs[0]
-    normed.type = value.type or ir.TensorType(element_type(graph, value))
-    normed.name, normed.shape = f"{name}/output_0", old.shape
+    epsilon, old = skip.attributes["epsilon"].as_float(), skip.outputs[0]
+    dtype = value.dtype or element_type(graph, value)
+    attributes = {"axis": -1, "stash_type": 1, "epsilon": epsilon}
+    norm = new_node(_NORMS[skip.op_type], [value, *weights], name, dtype, old.shape, attributes)
     graph.insert_before(skip, [norm])
-    old.replace_all_uses_with(normed)
+    old.replace_all_uses_with(norm.outputs[0])
 
 
 Sweep = RemoveUnusedNodesPass  # unread nodes and initializers
@@ -188,9 +186,9 @@ class ValidTokens:
             raise RefusalError(None, "it has no attention_mask, which a layer with a state needs")
         self._graph, self._rows = graph, {}  # type: ir.Graph, dict[int, ir.Value]
         self._last = LastValid(graph, _PREFIX, _CONSTANTS)
-        cast = _node("Cast", [self._last.chunk], f"{_PREFIX}/float", dtype, None, to=int(dtype))
+        cast = new_node("Cast", [self._last.chunk], f"{_PREFIX}/float", dtype, None, {"to": int(dtype)})
         axis = register(graph, ir.tensor(np.array([-1], np.int64), name=f"{_CONSTANTS}.rows"))
-        widened = _node("Unsqueeze", [cast.outputs[0], axis], f"{_PREFIX}/rows", dtype, None)
+        widened = new_node("Unsqueeze", [cast.outputs[0], axis], f"{_PREFIX}/rows", dtype)
         graph.insert_before(graph[0], [*self._last.index, cast, widened])
         self._behind = widened
         self.mask_BT1 = widened.outputs[0]
@@ -201,7 +199,7 @@ class ValidTokens:
             steps = np.arange(1, tokens + 1, dtype=np.int64).reshape(1, -1, 1)
             constant = register(self._graph, ir.tensor(steps, name=f"{_CONSTANTS}.last_{tokens}"))
             kind = ir.DataType.INT64
-            node = _node("Add", [self._last.at, constant], f"{_PREFIX}/last_{tokens}", kind, None)
+            node = new_node("Add", [self._last.at, constant], f"{_PREFIX}/last_{tokens}", kind)
             self._graph.insert_after(self._behind, [node])
             self._rows[tokens] = node.outputs[0]
         return self._rows[tokens]
@@ -279,17 +277,6 @@ class GraphBuilder:
     def _add_node(
         self, op: str, inputs: list[ir.Value], title: str, shape: ir.Shape | None, **attributes: int | list[int]
     ) -> ir.Value:
-        node = _node(op, inputs, node_name(self._layer, title), self._dtype, shape, **attributes)
+        node = new_node(op, inputs, node_name(self._layer, title), self._dtype, shape, attributes)
         self.nodes.append(node)
         return node.outputs[0]
-
-
-def _node(
-    op: str, inputs: Sequence[ir.Value | None], name: str, dtype: ir.DataType, shape: ir.Shape | None,
-    **attributes: int | list[int],
-) -> ir.Node:  # fmt: skip
-    node = ir.node(op, list(inputs), attributes, name=name)
-    output = node.outputs[0]
-    output.name, output.type = f"{name}/output_0", ir.TensorType(dtype)
-    output.shape = shape
-    return node

@@ -39,7 +39,7 @@ import onnx_ir as ir
 from nbl_export.errors import MissingPackageError, NblError, RefusalError
 from nbl_export.gguf_format.blocks import RowIndex
 from nbl_export.gguf_format.content import read_content
-from nbl_export.graph.emitter import add_initializer, register, run_passes
+from nbl_export.graph.emitter import add_initializer, new_node, register, run_passes
 from nbl_export.graph.quantised import add_lookup_offsets, add_product_offsets, offsets_of, quantize_weight
 from nbl_export.records.quantised import Blocks
 from nbl_export.rewrite.bypass import Sweep
@@ -149,11 +149,9 @@ def product_nodes(graph: ir.Graph, node: ir.Node, name: str, title: str, part: B
     """
     (rows, columns), old = part.codes.shape, node.outputs[0]
     inputs = [node.inputs[0], *_operands(graph, name, part)]
+    shape = None if old.shape is None else ir.Shape([*old.shape[:-1], rows])
     attributes = {"K": columns, "N": rows, "bits": part.bits, "block_size": part.size, "accuracy_level": accuracy}
-    product = ir.node("MatMulNBits", inputs, attributes, domain="com.microsoft", name=title)
-    new = product.outputs[0]
-    new.name, new.type = f"{title}/output_0", ir.TensorType(ir.DataType.FLOAT)
-    new.shape = None if old.shape is None else ir.Shape([*old.shape[:-1], rows])
+    product = new_node("MatMulNBits", inputs, title, ir.DataType.FLOAT, shape, attributes, "com.microsoft")
     if part.offsets is None:
         return [product]
     return [product, *add_product_offsets(graph, product, part.offsets, f"{name}_offsets")]
@@ -163,13 +161,11 @@ def lookup_nodes(graph: ir.Graph, node: ir.Node, name: str, part: Blocks) -> lis
     """Nodes of W[ids], for the ids and beside the output of a Gather; the last node gives the rows."""
     codes, *others = _operands(graph, name, part)
     shape = _once(graph, f"{name}_Q{part.bits}.rows", lambda: np.array([len(part.codes), -1], np.int64))
-    flat = ir.node("Reshape", [codes, shape], name=f"{node.name}/rows")
-    flat.outputs[0].name, flat.outputs[0].type = f"{flat.name}/output_0", ir.TensorType(ir.DataType.UINT8)
+    flat = new_node("Reshape", [codes, shape], f"{node.name}/rows", ir.DataType.UINT8)
+    inputs, old = [flat.outputs[0], node.inputs[1], *others], node.outputs[0]
     attributes = {"bits": part.bits, "block_size": part.size, "gather_axis": 0, "quantize_axis": 1}
-    inputs = [flat.outputs[0], node.inputs[1], *others]
-    lookup = ir.node("GatherBlockQuantized", inputs, attributes, domain="com.microsoft", name=f"{node.name}_Q")
-    new = lookup.outputs[0]
-    new.name, new.type, new.shape = f"{lookup.name}/output_0", node.outputs[0].type, node.outputs[0].shape
+    title = f"{node.name}_Q"
+    lookup = new_node("GatherBlockQuantized", inputs, title, old.dtype, old.shape, attributes, "com.microsoft")
     if part.offsets is None:
         return [flat, lookup]
     return [flat, lookup, *add_lookup_offsets(graph, lookup, part.offsets, f"{name}_row_offsets")]
