@@ -32,8 +32,8 @@ from nbl_export.rewrite.describe import graph_facts
 from nbl_export.rewrite.speculative import add_draft
 from nbl_export.targets import exporter_of
 from nbl_export.targets.openvino.decoder import IrDecoder
-from nbl_export.verify.graph_reference import MappedOriginal
 from nbl_export.verify.torch_reference import row_logits
+from nbl_export.verify.verifier import MappedOriginal
 from tests.tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB, random_map
 from tests.verifying import verify_tiny
 

@@ -60,7 +60,7 @@ def expected(checkpoint: Path, maps: Mapping[int, Linear], directory: Path, tap:
 
     from nbl_export.model.checkpoint import load
     from nbl_export.model.linearize import linearize
-    from nbl_export.model.torch_matrices import give, nearest_maps
+    from nbl_export.verify.torch_reference import give, nearest_maps
 
     model = load.load_model(checkpoint)
     stored = stored_matrices(read_ir(directory))
