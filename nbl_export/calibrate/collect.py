@@ -210,7 +210,7 @@ def attach(layer: torch.nn.Module, accumulator: Accumulator, tap: str, config: A
 
 
 class GraphCollection(Rows):
-    """Accumulators that a decoder graph fills, as a torch model fills `hooks.Collection`.
+    """Accumulators that a decoder graph fills, as a torch model fills `Collection`.
 
     Args:
         graph: the ONNX file; every layer must be recognised.

@@ -62,6 +62,11 @@ UNLIMITED = 1_000_000  # steps, if minutes are given
 AIMING = 0.05  # share of the steps or minutes that `aim` takes before the first step
 
 
+_CLIP = 1.0  # largest norm of a row's gradient
+# Training retreats if the mean KL of so many steps is this many times the KL at the start. The rate then falls.
+_RECENT, _AWAY, _SLOWER = 5, 1.5, 0.25
+
+
 @dataclass(frozen=True)
 class DistillSettings:
     """How maps are trained.
@@ -182,11 +187,6 @@ class Callbacks:
     say: Callable[[str], None] = lambda _line: None
     state: State | None = None
     ranks: Ranks = ALONE
-
-
-_CLIP = 1.0  # largest norm of a row's gradient
-# Training retreats if the mean KL of so many steps is this many times the KL at the start. The rate then falls.
-_RECENT, _AWAY, _SLOWER = 5, 1.5, 0.25
 
 
 class _Training:

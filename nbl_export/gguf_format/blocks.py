@@ -35,6 +35,9 @@ _FLOATS = ("F32", "F16", "BF16")
 _SUPER = 256  # elements of a K-quant's super-block
 
 
+_KEPT = 4  # tensors whose codes stay in memory: q, k and v come together
+
+
 @dataclass(frozen=True)
 class _Type:
     """How a type's blocks are read: bytes [blocks, bytes of a block] -> codes q, scales and minima.
@@ -204,9 +207,6 @@ _TYPES = {
     "Q5_K": _Type(8, 32, 0, _q5_k),
     "Q6_K": _Type(8, 16, 32, _q6_k),
 }
-
-
-_KEPT = 4  # tensors whose codes stay in memory: q, k and v come together
 
 
 class RowIndex:

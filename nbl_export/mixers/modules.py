@@ -30,6 +30,9 @@ from nbl_export.mixers.base import StateSpec
 __all__ = ["MixerModule", "NothingModule", "TrainedLinear", "Wrapped"]
 
 
+_OVERSAMPLED = 16  # extra singular vectors, so that the wanted singular vectors are exact
+
+
 class MixerModule(nn.Module):
     """Base of the modules; a subclass gives `mix`.
 
@@ -100,9 +103,6 @@ class NothingModule(MixerModule):
 
     def mix(self, x_BTD: torch.Tensor, past_BSD: torch.Tensor | None) -> torch.Tensor:
         return torch.zeros_like(x_BTD)
-
-
-_OVERSAMPLED = 16  # extra singular vectors, so that the wanted singular vectors are exact
 
 
 class TrainedLinear(nn.Module):

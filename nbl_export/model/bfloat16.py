@@ -29,6 +29,9 @@ from nbl_export.errors import NblError
 __all__ = ["Weights", "chosen", "fast", "products"]
 
 
+_LONGEST = 256  # tokens of a row
+
+
 def fast(device: torch.device) -> bool:
     """Whether bfloat16 products are native: a CPU needs AVX512_BF16 or AMX, a GPU compute capability 8."""
     if device.type == "cuda":
@@ -77,9 +80,6 @@ class Weights:
         finally:
             for module, weight in kept.items():
                 module.weight = weight
-
-
-_LONGEST = 256  # tokens of a row
 
 
 class ShortAttention(TorchFunctionMode):

@@ -26,6 +26,9 @@ _V2 = ("memory.max", "memory.current", ("active_file", "inactive_file"))
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
+
+
 def available_bytes() -> int:
     """Bytes that this process can take now: what the machine has, or what a limit of its control groups leaves."""
     return min([psutil.virtual_memory().available, *_left()])
@@ -60,9 +63,6 @@ def _groups() -> Iterator[tuple[Path, tuple[str, str, tuple[str, str]]]]:
         for directory in (inner, *inner.parents):
             if directory.is_relative_to(root):
                 yield directory, files
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
 def keep_freed_memory() -> bool:

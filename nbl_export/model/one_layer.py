@@ -38,6 +38,9 @@ _MEMORY_SHARE = 0.6  # of the available memory that the weights may take
 _LAYER = "layers.{}."
 
 
+_TOKENS = 2048  # computed at once
+
+
 class WeightReader:
     """The tensors of a checkpoint directory, read one at a time."""
 
@@ -125,9 +128,6 @@ def shortage_of(checkpoint: Path) -> str:
     if needed <= _MEMORY_SHARE * available:
         return ""
     return f"{needed / 2**30:.1f} GiB in float32, {available / 2**30:.1f} GiB of memory available"
-
-
-_TOKENS = 2048  # computed at once
 
 
 def token_rows(checkpoint: Path, maps: Mapping[int, Mixer], tap: str) -> np.ndarray | None:

@@ -77,7 +77,7 @@ class Ranks:
         self._working = False
 
     def share(self, value: Any) -> Any:
-        """Send process 0's value to all processes, as JSON and tensors (`wire`), and return the value."""
+        """Send process 0's value to all processes, as JSON and tensors, and return the value."""
         if self.size == 1:
             return value
 

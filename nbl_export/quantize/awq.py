@@ -44,6 +44,10 @@ __all__ = [
 ]
 
 
+_EXPONENTS = tuple(k / 10 for k in range(11))
+_LEAST = 1e-4  # of a channel's mean magnitude, relative to the mean of all
+
+
 @dataclass
 class Seen:
     """What a group's readers have read.
@@ -105,10 +109,6 @@ def _hooked(groups: Iterable[Group], seen: dict[str, Seen]) -> Iterator[None]:
             handle = group.readers[0].register_forward_pre_hook(keep(group.name))
             stack.callback(handle.remove)
         yield
-
-
-_EXPONENTS = tuple(k / 10 for k in range(11))
-_LEAST = 1e-4  # of a channel's mean magnitude, relative to the mean of all
 
 
 @dataclass(frozen=True)

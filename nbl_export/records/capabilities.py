@@ -25,6 +25,12 @@ __all__ = [
 ]
 
 
+AUTO = "auto"
+DRAFTS = ("ngram", "int4", "nbl", AUTO)  # values of --draft
+_MOST_DRAFTED = 16  # ONNX Runtime GenAI proposes at most 16 tokens
+MOST_ROWS = _MOST_DRAFTED + 1  # positions that the original computes to verify them: one more than proposed tokens
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """What differs between engines; no other code asks for an engine's name.
@@ -66,12 +72,6 @@ class Capabilities:
     def cache_itemsize(self, precision: str) -> int:
         """Bytes of a cache element."""
         return self.cache_bytes.get(precision, 4)
-
-
-AUTO = "auto"
-DRAFTS = ("ngram", "int4", "nbl", AUTO)  # values of --draft
-_MOST_DRAFTED = 16  # ONNX Runtime GenAI proposes at most 16 tokens
-MOST_ROWS = _MOST_DRAFTED + 1  # positions that the original computes to verify them: one more than proposed tokens
 
 
 @dataclass(frozen=True)

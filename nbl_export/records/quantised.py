@@ -3,7 +3,7 @@
     W[n, k]  =  scale[n, k // size] * (code[n, k] - zero[n, k // size])  +  offset[n, k // size]
 
 Of two 4-bit codes in a byte the first has the low bits, in ONNX Runtime's operators (onnxruntime,
-docs/ContribOperators.md, MatMulNBits and GatherBlockQuantized). `verify.products` runs the kernels that verify this.
+docs/ContribOperators.md, MatMulNBits and GatherBlockQuantized). `verify.codes` runs the kernels that verify this.
 """
 
 from __future__ import annotations

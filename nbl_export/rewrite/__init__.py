@@ -48,6 +48,10 @@ __all__ = [
 ]
 
 
+LAYERS_KEY = "nbl.cache_layers"
+_DROPPED = "nbl_export.dropped"  # metadata key of a cache input; its value is the layer
+
+
 def passes_for(
     plan: Plan, maps: Mapping[int, Mixer], rows_VD: np.ndarray | None = None
 ) -> Sequence[ir.passes.PassBase]:
@@ -162,10 +166,6 @@ def _info(value: ir.Value) -> TensorInfo:
     dtype = value.dtype.numpy().name if value.dtype is not None else "?"
     dims = () if value.shape is None else tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
     return TensorInfo(str(value.name), dtype, dims)
-
-
-LAYERS_KEY = "nbl.cache_layers"
-_DROPPED = "nbl_export.dropped"  # metadata key of a cache input; its value is the layer
 
 
 class DropCaches(ir.passes.InPlacePass):

@@ -41,8 +41,11 @@ _NORMS = {"SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
 _SUM = 3  # output of a skip norm: the residual stream
 
 
+_PREFIX, _CONSTANTS = "/nbl/states", "nbl.states"
+
+
 class BypassAttention(ir.passes.InPlacePass):
-    """Replace the attention of layers by mixers, which add their own nodes (`builder`)."""
+    """Replace the attention of layers by mixers, which add their own nodes by a `GraphBuilder`."""
 
     def __init__(self, mixers: Mapping[int, Mixer], tap: str = "residual") -> None:
         super().__init__()
@@ -169,9 +172,6 @@ def _bias_of(node: ir.Node) -> ir.Value | None:
         return None
     index = 3 if node.op_type == "SkipSimplifiedLayerNormalization" else 4
     return node.inputs[index] if len(node.inputs) > index else None
-
-
-_PREFIX, _CONSTANTS = "/nbl/states", "nbl.states"
 
 
 class ValidTokens:

@@ -19,6 +19,10 @@ from nbl_export.rewrite.tail import PruneTail
 __all__ = ["describe_graph", "graph_facts"]
 
 
+_SPOKEN = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT8": "int8", "UINT8": "int8", "INT4": "int4",
+           "UINT4": "int4"}  # fmt: skip
+
+
 def describe_graph(path: Path) -> dict[str, Any]:
     """Describe a graph file; see `graph_facts`.
 
@@ -32,10 +36,6 @@ def describe_graph(path: Path) -> dict[str, Any]:
     model = source.load_graph(file)
     size = file.stat().st_size + sum(data.stat().st_size for data in source.data_files(file, model))
     return {"graph": str(file), "bytes": size, **graph_facts(model, home_of(file))}
-
-
-_SPOKEN = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT8": "int8", "UINT8": "int8", "INT4": "int4",
-           "UINT4": "int4"}  # fmt: skip
 
 
 def graph_facts(model: ir.Model, directory: Path | None = None) -> dict[str, Any]:

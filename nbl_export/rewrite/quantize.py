@@ -58,6 +58,11 @@ __all__ = [
 ACCURACY = 4  # activations are rounded to 8 bits
 
 
+_STEPS = 8
+_ROWS = 1024  # rows rounded at once, to save memory
+_PREFIX = "/nbl/layers."
+
+
 def take_codes(graph: Path, gguf: Path, out: Path, accuracy: int = ACCURACY) -> None:
     """Write a float32 graph with the codes of a GGUF file into a directory, under the same name.
 
@@ -199,10 +204,6 @@ def _once(graph: ir.Graph, name: str, make: Callable[[], np.ndarray]) -> ir.Valu
     return add_initializer(graph, name, array, ir.DataType.from_numpy(array.dtype))
 
 
-_STEPS = 8
-_ROWS = 1024  # rows rounded at once, to save memory
-
-
 def rounded(matrix_NK: np.ndarray, bits: int, size: int) -> Blocks:
     """Round a float32 matrix, whose rows are whole blocks of `size` elements, to codes with a scale and offset a block.
 
@@ -248,9 +249,6 @@ def _fitted(blocks: np.ndarray, q: np.ndarray, before: np.ndarray) -> tuple[np.n
 def _positive(scale: np.ndarray) -> np.ndarray:
     """The scale, or 1 for a block of equal elements."""
     return np.where(scale > 0, scale, np.float32(1))
-
-
-_PREFIX = "/nbl/layers."
 
 
 @dataclass(frozen=True)

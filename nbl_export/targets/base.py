@@ -162,7 +162,7 @@ class Target:
         """Write the NBL version of `original` to `out`, which must not exist.
 
         Args:
-            rows_VD: rows of the token table, see `model.token_rows`; None computes the leading layers.
+            rows_VD: rows of the token table, see `model.one_layer.token_rows`; None computes the leading layers.
 
         Raises:
             RefusalError: the graph is not understood.

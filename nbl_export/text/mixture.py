@@ -65,6 +65,11 @@ _HUB_MIX_CHARS = 2_000_000  # of each: 350,000 tokens to calibrate, to judge and
 _HUB_MIX_SECONDS = 60.0
 
 
+_LINE_BYTES = 1024  # of a line beside its text
+_ESCAPE_BYTES = 6  # most bytes of a character in JSON
+_ADVICE = "restore it, or start over with --force"
+
+
 @dataclass(frozen=True)
 class WeightedSource:
     """A file or hub dataset id, and its weight among others."""
@@ -174,10 +179,6 @@ def _interleave(streams: Sequence[Sequence[str]], weights: Sequence[float]) -> t
         taken.append(document)
 
 
-_LINE_BYTES = 1024  # of a line beside its text
-_ESCAPE_BYTES = 6  # most bytes of a character in JSON
-
-
 class HubTexts:
     """Texts of hub datasets for one run: from the kept file if it has them, else from the hub.
 
@@ -281,9 +282,6 @@ def _read(path: Path, recorded: Mapping[str, Any]) -> dict[str, Text]:
         raise CorruptError(f"{path}, the calibration text, is missing; {_ADVICE}") from error
     except (OSError, EOFError, zlib.error, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise CorruptError(f"{path}, the calibration text, is damaged ({error}); {_ADVICE}") from error
-
-
-_ADVICE = "restore it, or start over with --force"
 
 
 def _lines(path: Path) -> Iterator[Any]:

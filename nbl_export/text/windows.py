@@ -50,6 +50,14 @@ log = logging.getLogger(__name__)
 _PIECE_CHARS = 1 << 16
 
 
+CALIBRATION_ROLES = ("deciding", "choosing", "deciding", "final", "final")
+SECOND_ROLES = ("unused", "deciding", "choosing", "choosing", "final")
+_PART_TOKENS: dict[tuple[str, ...], int] = {CALIBRATION_ROLES: 4096, SECOND_ROLES: 8192}
+_JUDGING_TOKENS = 2048
+FEWEST_WINDOWS = 3  # one for each purpose
+DIVISION = [[roles, tokens] for roles, tokens in _PART_TOKENS.items()]  # in the key of a stage that reads a part
+
+
 def pack(
     text: Text, tokenizer: Any, tokens: int, context: int, held_back: int = 0, vocab_size: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,14 +146,6 @@ def extend(windows_WT: torch.Tensor, text: Text, tokenizer: Any, tokens: int, he
     ids = _ids(text, tokenizer, needed)
     following = torch.tensor(ids[passed:needed], dtype=torch.long)
     return torch.cat([windows_WT, following[: len(following) // context * context].view(-1, context)])
-
-
-CALIBRATION_ROLES = ("deciding", "choosing", "deciding", "final", "final")
-SECOND_ROLES = ("unused", "deciding", "choosing", "choosing", "final")
-_PART_TOKENS: dict[tuple[str, ...], int] = {CALIBRATION_ROLES: 4096, SECOND_ROLES: 8192}
-_JUDGING_TOKENS = 2048
-FEWEST_WINDOWS = 3  # one for each purpose
-DIVISION = [[roles, tokens] for roles, tokens in _PART_TOKENS.items()]  # in the key of a stage that reads a part
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,13 @@ _SAVED_FROM = ("special_tokens_map_file", "name_or_path")  # where the tokenizer
 _TEXTS, _TEXT_ENDS = ("chat_template", "added_tokens_decoder"), ("_token", "_tokens")
 
 
+_OF_LAYER = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d{1,9})\.")  # in a checkpoint, in a GGUF file
+_MOST = 1 << 16
+_MOST_TOKENS = 1 << 22
+_NO_COUNT = re.compile("max|len|_id$")  # in names of numbers that no library counts up to
+_ADVICE = "fetch the model again, or export it again"
+
+
 def check_checkpoint(directory: Path) -> None:
     """Check a folder that transformers will open: its entries, then its settings.
 
@@ -136,12 +143,6 @@ def _leads_out(value: Any, directory: Path) -> bool:
     return False
 
 
-_OF_LAYER = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d{1,9})\.")  # in a checkpoint, in a GGUF file
-_MOST = 1 << 16
-_MOST_TOKENS = 1 << 22
-_NO_COUNT = re.compile("max|len|_id$")  # in names of numbers that no library counts up to
-
-
 def check_layers(stated: Any, names: Iterable[str], where: object) -> None:
     """Compare a stated number of layers with the names of tensors; a value that is no number is left to its reader.
 
@@ -186,9 +187,6 @@ def check_token_counts(settings: Mapping[str, Any], where: object) -> None:
 
 def _too_many(where: object, key: str, value: float) -> NblError:
     return NblError(f"{where} sets {key} to {value:.12g}, and no decoder has as many; fetch the model again")
-
-
-_ADVICE = "fetch the model again, or export it again"
 
 
 def read_object(path: Path, most_bytes: int) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def check_products(
 
     Args:
         matrices: the graph's quantised matrices.
-        ran: name, input and output of each node (`verify.products`).
+        ran: name, input and output of each node (`products`).
     """
     known = {matrix.name: matrix for matrix in matrices}
     worst, name, count = 0.0, "", 0

@@ -49,6 +49,10 @@ _NOISE_DRAWS = 4
 _NOISE_DRAWS_LONG = 1
 
 
+_LIKE = 0.7  # least cosine of rows that differ by rounding only; rows of different matrices have about 0
+_SAMPLED = 16  # rows by which a matrix is recognised
+
+
 def references(
     model: Any, maps: Mapping[int, Mixer], tap: str, probe: Probe, known: Reference | None = None
 ) -> dict[str, Reference]:
@@ -205,10 +209,6 @@ def _continued(model: Any, prompts: list[list[int]], new_tokens: int) -> list[tu
         step = top.indices[:, :1]
         ids, gaps = torch.cat([ids, step], 1), torch.cat([gaps, top.values[:, :1] - top.values[:, 1:]], 1)
     return list(zip(ids.tolist(), gaps.tolist(), strict=True))
-
-
-_LIKE = 0.7  # least cosine of rows that differ by rounding only; rows of different matrices have about 0
-_SAMPLED = 16  # rows by which a matrix is recognised
 
 
 class _Rows:

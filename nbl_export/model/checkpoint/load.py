@@ -42,6 +42,10 @@ from nbl_export.records.plan import Plan
 __all__ = ["load_maps", "load_model", "load_tokenizer", "materialise", "read_spec"]
 
 
+_MARKER = "source.json"
+_TENSOR = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.(.+)$")
+
+
 def read_spec(source: Source) -> DecoderSpec:
     """The decoder's sizes, read by optimum's normalized configs.
 
@@ -114,9 +118,6 @@ def load_tokenizer(directory: Path) -> Any:
         raise NblError(f"{directory} has no usable tokenizer: {error}") from error
 
 
-_MARKER = "source.json"
-
-
 def materialise(source: Source, target: Path) -> Path:
     """A directory with safetensors, config and tokenizer of a stock model.
 
@@ -180,9 +181,6 @@ def _is_whole(target: Path, source: Source) -> bool:
         same = facts["fingerprint"] == source.fingerprint
         return same and all((target / n).stat().st_size == size for n, size in facts["sizes"].items())
     return False
-
-
-_TENSOR = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.(.+)$")
 
 
 def load_maps(source: Any, num_layers: int) -> tuple[Plan, dict[int, Mixer]]:

@@ -37,6 +37,12 @@ _ROWS = 256  # rows of a matrix that are compared
 _EIGHTS = -0x77777778
 
 
+_BEHIND = {"input_layernorm": "self_attn.q_proj", "post_attention_layernorm": "mlp.gate_proj"}
+_OUTPUTS = 64  # outputs of a matrix that are read: rounding then moves a column's scale by about 1%
+_LIMIT = 0.05  # of the median of |log(scale of a column times ratio of the norms)|
+_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where the eight columns of an int32 are, four bits each
+
+
 def find(name: str, spec: DecoderSpec) -> source.Source:
     """Find the quantised checkpoint and check its config.json.
 
@@ -131,12 +137,6 @@ def _differ(one: Any, other: Any, name: str) -> bool:
         return True
     a, b = a.float(), b.float()
     return bool(((a - b).abs() > _ROUNDING * b.abs() + _ROUNDING * b.abs().mean()).any())
-
-
-_BEHIND = {"input_layernorm": "self_attn.q_proj", "post_attention_layernorm": "mlp.gate_proj"}
-_OUTPUTS = 64  # outputs of a matrix that are read: rounding then moves a column's scale by about 1%
-_LIMIT = 0.05  # of the median of |log(scale of a column times ratio of the norms)|
-_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where the eight columns of an int32 are, four bits each
 
 
 def check_norms(theirs: Mapping[str, Any], ours: Mapping[str, Any], title: str) -> None:

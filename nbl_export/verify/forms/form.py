@@ -110,7 +110,7 @@ class Setting:
 
     @property
     def static(self) -> bool:
-        """Whether graphs have the static form, see `engines.base.Capabilities`."""
+        """Whether graphs have the static form, see `records.capabilities.Capabilities`."""
         return self.engine.capabilities.static
 
     @property

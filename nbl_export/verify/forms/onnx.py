@@ -113,7 +113,7 @@ def _cache_ids(setting: Setting, subject: str) -> tuple[int, ...]:
 
 
 _OURS = re.compile(r"nbl\.layers\.[\d-]+\.")
-# begin the names of shapes and indices (`graph.quantised`, `rewrite.builder`)
+# begin the names of shapes and indices (`graph.quantised`, `rewrite.bypass`)
 _SHAPES = ("nbl.block_sums.", "nbl.states.")
 _OUR_PRODUCT = re.compile(r"/nbl/layers\.\d+/MatMul(?!.*/offsets$)")
 _SPOKEN = {"last": "of the last token", "all": "of all tokens"}
