@@ -118,7 +118,7 @@ def _decoder(directory: Path, head_dim: int) -> Any:
 
 def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict[str, Any]:
     """The rewritten static form for TensorRT, on ONNX Runtime in float32, also with int4 blocks."""
-    from nbl_export.calibrate.hooks import collect
+    from nbl_export.calibrate.collect import collect
     from nbl_export.graph.names import GRAPH_FILE
     from nbl_export.mixers.lmmse import fit
     from nbl_export.model.checkpoint.load import load_model, load_tokenizer, read_spec

@@ -33,18 +33,18 @@ class Bed:
         near_windows: int | None = None,
         narrow_judge: bool = False,
     ) -> None:
-        from nbl_export.calibrate import hooks
-        from nbl_export.model import allocator
-        from nbl_export.model.checkpoint import load, materialise
+        from nbl_export.calibrate import collect
+        from nbl_export.model import memory
+        from nbl_export.model.checkpoint import load
         from nbl_export.model.checkpoint import source as checkpoint_source
         from nbl_export.text import corpus
         from nbl_export.text import windows as text_windows
 
-        allocator.keep_freed_memory()
+        memory.keep_freed_memory()
         with tempfile.TemporaryDirectory() as scratch:
             found = checkpoint_source.resolve(model_name)
             self.spec = load.read_spec(found)
-            directory = materialise.materialise(found, Path(scratch) / "checkpoint")
+            directory = load.materialise(found, Path(scratch) / "checkpoint")
             self.model, self.tokenizer = load.load_model(directory), load.load_tokenizer(directory)
         c4 = corpus.read_text(str(data / "c4" / "c4_demo.json"))
         source = corpus.installed_text() if text == "default" else c4
@@ -66,7 +66,7 @@ class Bed:
         self.narrow_judge = narrow_judge
         started = time.monotonic()
         quiet: Any = lambda _d, _t: None  # noqa: E731
-        self.moments = hooks.collect(self.model, self.windows, quiet, taps, narrow=narrow_judge) if taps else {}
+        self.moments = collect.collect(self.model, self.windows, quiet, taps, narrow=narrow_judge) if taps else {}
         log(f"moments: {time.monotonic() - started:.0f} s")
 
     def _ids(self, documents: Any) -> Any:
@@ -84,7 +84,7 @@ class Bed:
     @property
     def judging(self) -> list[Any]:
         """The windows by which nbl-export judges layers, of each text."""
-        from nbl_export.text.held_back import spread
+        from nbl_export.text.windows import spread
 
         near = self.held[len(self.held) // 2 :][: 2048 // CONTEXT]
         return [near, spread(self.far, len(near))]

@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 
 from nbl_export.calibrate.moments_file import whole_moments
-from nbl_export.formats.gguf.content import Content
-from nbl_export.formats.gguf.files import read_content, write_content
+from nbl_export.gguf_format.content import Content, read_content, write_content
 from nbl_export.measure.benchmark import machine
 from nbl_export.mixers import lmmse
 from nbl_export.mixers.linear import Linear
 from nbl_export.model.linearize import replaced
-from nbl_export.model.speech import Spoken
+from nbl_export.model.torch_decoder import TorchDecoder
 from nbl_export.options.goals import parse_layers
 from nbl_export.run.deployed import Finished, open_finished
 from nbl_export.run.progress import Ui
@@ -69,7 +68,7 @@ def measure(found: Finished, run: Path, files: Path, sets: list[tuple[int, ...]]
         for layers in [(), *sets]:
             if layers not in torch_heard:
                 with replaced(found.model.value, maps_of(run, layers), "normed"):
-                    torch_heard[layers] = hear(Spoken(found.model.value), prompts, windows)
+                    torch_heard[layers] = hear(TorchDecoder(found.model.value), prompts, windows)
         for layers in sets:
             maps = maps_of(run, layers)
             path = _write(content, maps, kind, files / f"{found.source.value.title}-{kind}-{len(layers)}.gguf")

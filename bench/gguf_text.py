@@ -20,7 +20,7 @@ import torch
 
 from nbl_export.files import versions
 from nbl_export.measure.benchmark import machine
-from nbl_export.model.speech import Spoken
+from nbl_export.model.torch_decoder import TorchDecoder
 from nbl_export.run.deployed import open_finished
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import PACKAGES
@@ -64,7 +64,7 @@ def main() -> None:
         said = {
             "onnx runtime": said_by(ORT.open_runner(run / "original", None), prompts),
             "llama.cpp": said_by(LLAMA_CPP.open_runner(file), prompts),
-            "torch": [Spoken(model).greedy(ids, TOKENS) for ids in prompts],
+            "torch": [TorchDecoder(model).greedy(ids, TOKENS) for ids in prompts],
         }
         rows = [
             {"prompt": text, **{f"{a}, {b}": compare(model, ids, said[a][k], said[b][k]) for a, b in PAIRS}}

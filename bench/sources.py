@@ -68,7 +68,7 @@ def main() -> None:
 
     from nbl_export.files import versions
     from nbl_export.measure.benchmark import machine
-    from nbl_export.model.checkpoint import load, materialise
+    from nbl_export.model.checkpoint import load
     from nbl_export.model.checkpoint import source as checkpoint_source
     from nbl_export.model.linearize import linearize
     from nbl_export.plan.maps_file import load_maps, maps_in
@@ -76,7 +76,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         found = checkpoint_source.resolve(options.model)
-        directory = materialise.materialise(found, place / "checkpoint")
+        directory = load.materialise(found, place / "checkpoint")
         ids = load.load_tokenizer(directory)(stdlib_text(20_000))["input_ids"]
         rows = [ids[at : at + n] for at, n in ((0, LENGTHS[0]), (1000, LENGTHS[1]))]
         layers, tap = maps_in(options.maps)

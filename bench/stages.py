@@ -26,7 +26,7 @@ def plain_seconds(directory: Path) -> tuple[int, float]:
     """Tokens and seconds of the plain pass over the windows of a finished run."""
     import torch
 
-    from nbl_export.calibrate import hooks
+    from nbl_export.calibrate import collect
     from nbl_export.options.options import JobOptions
     from nbl_export.options.places import located
     from nbl_export.run.progress import Ui
@@ -37,9 +37,9 @@ def plain_seconds(directory: Path) -> tuple[int, float]:
     resolver = Resolver(located(JobOptions.from_json(run.manifest["options"]), run.manifest), run, Ui(quiet=True))
     windows, decoder = resolver.windows.value[0], resolver.model.value.get_decoder()
     with torch.inference_mode():
-        decoder(input_ids=hooks.batches(windows)[0], use_cache=False)  # warm-up
+        decoder(input_ids=collect.batches(windows)[0], use_cache=False)  # warm-up
         started = time.monotonic()
-        for batch in hooks.batches(windows):
+        for batch in collect.batches(windows):
             decoder(input_ids=batch, use_cache=False)
     return windows.numel(), time.monotonic() - started
 

@@ -62,8 +62,7 @@ class Everyone:
     def _batch(self, batch: Sequence[Any]) -> dict[str, list[Any]]:
         import torch
 
-        from nbl_export.model.blocks import run_from
-        from nbl_export.model.linearize import switched
+        from nbl_export.model.linearize import run_from, switched
 
         ids = torch.zeros(len(batch), len(batch[0].inputs), dtype=torch.long)
         for place, request in enumerate(batch):  # right padding: no earlier token attends to it

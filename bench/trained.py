@@ -15,8 +15,7 @@ __all__ = ["distilled"]
 
 def distilled(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     """Facts about the closed-form and the distilled maps of one set of layers; --keep DIR saves both."""
-    from nbl_export.distill.settings import UNLIMITED, Callbacks, DistillSettings, TrainingText
-    from nbl_export.distill.training import distill
+    from nbl_export.distill.training import UNLIMITED, Callbacks, DistillSettings, TrainingText, distill
     from nbl_export.options.goals import parse_layers
 
     layers = parse_layers(options.layers, bed.spec.num_layers)

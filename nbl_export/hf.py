@@ -6,7 +6,6 @@ model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
 
 from __future__ import annotations
 
-from nbl_export.model.saved.hf_classes import CLASSES, save_linearized
-from nbl_export.model.saved.restore import restored
+from nbl_export.model.checkpoint.hf_classes import CLASSES, restored, save_linearized
 
 __all__ = ["CLASSES", "restored", "save_linearized"]

@@ -81,11 +81,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 @pytest.fixture(scope="session", autouse=True)
 def own_list(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Engines that tests build are not added to the list in the cache of whoever runs the tests."""
-    from nbl_export.trust import own_engines
+    from nbl_export.trust import user_lists
 
     home = tmp_path_factory.mktemp("cache") / "nbl-export" / "engines"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(own_engines, "_list", lambda: home)
+        patch.setattr(user_lists, "_list", lambda: home)
         yield
 
 
@@ -194,11 +194,11 @@ def run(finished: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def short_parts() -> Iterator[None]:
     """A quarter of the windows for each use of text, in this process: what tests of other subjects wait for."""
-    from nbl_export.text import held_back
+    from nbl_export.text import windows
 
-    shorter = {roles: tokens // 4 for roles, tokens in held_back._PART_TOKENS.items()}
+    shorter = {roles: tokens // 4 for roles, tokens in windows._PART_TOKENS.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(held_back, "_PART_TOKENS", shorter)
+        patch.setattr(windows, "_PART_TOKENS", shorter)
         yield
 
 

@@ -14,7 +14,7 @@ from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.checkpoint.load import load_model, read_spec
 from nbl_export.model.checkpoint.source import resolve
-from nbl_export.model.token_rows import token_rows
+from nbl_export.model.one_layer import token_rows
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import CheckResult
 from nbl_export.targets import load_engine

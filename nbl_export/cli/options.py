@@ -22,7 +22,7 @@ from nbl_export.errors import UsageError
 from nbl_export.options.options import MAIN, OPTIONS, PANELS, JobOptions, Option, flag_of
 from nbl_export.options.settle import read_asked
 from nbl_export.records.from_json import read_record
-from nbl_export.trust.strict_json import read_object
+from nbl_export.trust.model_settings import read_object
 
 __all__ = ["GENERAL", "Force", "Json", "Model", "Output", "Run", "TrustEngine", "read_config", "refuse_options_before",
            "takes"]  # fmt: skip

@@ -27,19 +27,18 @@ from nbl_export.errors import NblError
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
 from nbl_export.mixers.modules import Wrapped
-from nbl_export.model import bfloat16, short_attention
-from nbl_export.model.blocks import multiplier_of, run_from
+from nbl_export.model import bfloat16
 from nbl_export.model.head import logits_of
-from nbl_export.model.linearize import switched
+from nbl_export.model.linearize import multiplier_of, run_from, switched
 
-__all__ = ["Lesson", "TeacherStudent"]
+__all__ = ["TeacherStates", "TeacherStudent"]
 
 _LOGIT_ROWS = 512  # positions whose logits are held at once
 _KL_ROWS = 64  # positions whose float32 distributions are held at once
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherStates:
     """Hidden states [B, T, D] of the original for a batch.
 
     entering: input of the first replaced layer. last: output of the final norm. middle: inputs of the layers after the
@@ -92,12 +91,12 @@ class TeacherStudent:
         return switched(self.decoder, {int(i): m for i, m in self.affine.items()}, self.tap, self.first)
 
     @torch.no_grad()
-    def lesson(self, ids_BT: torch.Tensor, *, training: bool = False) -> Lesson:
+    def teacher_states(self, ids_BT: torch.Tensor, *, training: bool = False) -> TeacherStates:
         """Run the original on token ids [B, T]; `middle` is filled for training only."""
         watched = range(self.first, len(self.layers) if training else self.first + 1)
         with self._watch(watched) as seen, self._products(training):
             last = self.decoder(input_ids=ids_BT.to(self.model.device), use_cache=False).last_hidden_state
-        return Lesson(seen[0], last, ids_BT[:, 1:].to(last.device), tuple(seen[1:]))
+        return TeacherStates(seen[0], last, ids_BT[:, 1:].to(last.device), tuple(seen[1:]))
 
     @contextlib.contextmanager
     def _products(self, training: bool) -> Iterator[None]:
@@ -105,7 +104,7 @@ class TeacherStudent:
         if not training or self._weights is None:
             yield
             return
-        with self._weights.used(), bfloat16.products(self.model.device, True), short_attention.Taken():
+        with self._weights.used(), bfloat16.products(self.model.device, True), bfloat16.ShortAttention():
             yield
 
     @contextlib.contextmanager
@@ -130,8 +129,8 @@ class TeacherStudent:
         return {name: buffer for name, buffer in self.affine.named_buffers() if name.endswith(".units")}
 
     @torch.no_grad()
-    def measure(self, lesson: Lesson) -> None:
-        """Set the units of the deltas (`TrainedMixer.measure`) by what the student's maps read in a lesson."""
+    def measure(self, teacher: TeacherStates) -> None:
+        """Set the units of the deltas (`TrainedMixer.measure`) by what the student's maps read in a batch."""
         read: dict[str, torch.Tensor] = {}
         hooks = [
             module.linear.register_forward_pre_hook(lambda _m, args, index=index: read.update({index: args[0]}))
@@ -139,21 +138,21 @@ class TeacherStudent:
         ]
         try:
             with self.student():
-                run_from(self.decoder, lesson.entering)
+                run_from(self.decoder, teacher.entering)
         finally:
             for hook in hooks:
                 hook.remove()
         for index, module in self.affine.items():
             module.linear.measure(read[index])
 
-    def held_kl(self, lesson: Lesson) -> float:
-        """Mean KL over the positions of a lesson, in nats and float32."""
+    def held_kl(self, teacher: TeacherStates) -> float:
+        """Mean KL over the positions of a batch, in nats and float32."""
         with torch.no_grad(), self.student():
-            last = run_from(self.decoder, lesson.entering)
-            return self._apart(lesson.last.flatten(0, 1), last.flatten(0, 1))[1].item()
+            last = run_from(self.decoder, teacher.entering)
+            return self._apart(teacher.last.flatten(0, 1), last.flatten(0, 1))[1].item()
 
     def gradients(
-        self, lesson: Lesson, weight: float, label_weight: float = 0.0, *, whole: bool = False
+        self, teacher: TeacherStates, weight: float, label_weight: float = 0.0, *, whole: bool = False
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Gradients of each row's loss, name -> [B, ...], and the rows' KL [B].
 
@@ -162,7 +161,7 @@ class TeacherStudent:
             label_weight: of the text's next tokens, 0 to 1; the KL has the rest.
             whole: gradients by the weights [D, D] instead of the trained deltas.
         """
-        size = len(lesson.entering)
+        size = len(teacher.entering)
         rows: dict[str, torch.Tensor] = {}
         for index, module in self.affine.items():
             values = module.linear.values(whole)
@@ -170,25 +169,25 @@ class TeacherStudent:
             module.linear.rows = own
             rows |= {f"{index}.linear.{name}": parameter for name, parameter in own.items()}
         try:
-            loss_B, kl_B = self._losses(lesson, weight, label_weight)
+            loss_B, kl_B = self._losses(teacher, weight, label_weight)
             found = torch.autograd.grad(loss_B.sum(), list(rows.values()))
         finally:
             for module in self.affine.values():
                 module.linear.rows = None
         return dict(zip(rows, found, strict=True)), kl_B.detach()
 
-    def _losses(self, lesson: Lesson, weight: float, label_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _losses(self, teacher: TeacherStates, weight: float, label_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
         watched = range(self.first + 1, len(self.layers)) if weight else range(0)
         with self.student(), self._products(training=True), self._watch(watched) as seen:
-            last = run_from(self.decoder, lesson.entering)
-            rows = zip(lesson.last, last, lesson.next_ids, strict=True)
+            last = run_from(self.decoder, teacher.entering)
+            rows = zip(teacher.last, last, teacher.next_ids, strict=True)
             pairs = [
                 self._apart(theirs, ours, ids if label_weight else None, label_weight) for theirs, ours, ids in rows
             ]
         loss_B, kl_B = (torch.stack(values) for values in zip(*pairs, strict=True))
         if not seen:
             return loss_B, kl_B
-        apart = [_distance(ours, theirs) for ours, theirs in zip(seen, lesson.middle, strict=True)]
+        apart = [_distance(ours, theirs) for ours, theirs in zip(seen, teacher.middle, strict=True)]
         return loss_B + weight * torch.stack(apart).mean(0), kl_B
 
     def _apart(

@@ -19,50 +19,196 @@ large as other rows. Clipped together with other rows, such a row would dominate
 
 bfloat16 serves only the products of a training step, of original and student (autocast). The residual stream, norms,
 softmax, maps and all held-back figures are float32.
+
+An unfinished training is on disk:
+
+DIR/distill.partial.safetensors    parameters.*, optimizer.*, best.*; metadata: key, facts (JSON), and sha256 of all
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from nbl_export.distill.settings import AIMING, Callbacks, Distilled, DistillSettings, State, TrainingText
-from nbl_export.distill.teacher_student import Lesson, TeacherStudent
+from nbl_export.distill.teacher_student import TeacherStates, TeacherStudent
 from nbl_export.errors import NblError
+from nbl_export.files import arrays_sha256, key_of, replacing
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
-from nbl_export.parallel.ranks import Ranks
+from nbl_export.parallel.ranks import ALONE, Ranks
 
-__all__ = ["distill"]
+__all__ = [
+    "AIMING",
+    "DEFAULT_STEPS",
+    "UNLIMITED",
+    "Callbacks",
+    "DistillSettings",
+    "Distilled",
+    "State",
+    "TrainingText",
+    "distill",
+]
+
+DEFAULT_STEPS = 320
+UNLIMITED = 1_000_000  # steps, if minutes are given
+AIMING = 0.05  # share of the steps or minutes that `aim` takes before the first step
+
 
 _CLIP = 1.0  # largest norm of a row's gradient
 # Training retreats if the mean KL of so many steps is this many times the KL at the start. The rate then falls.
 _RECENT, _AWAY, _SLOWER = 5, 1.5, 0.25
 
 
+@dataclass(frozen=True)
+class DistillSettings:
+    """How maps are trained.
+
+    Attributes:
+        steps: optimizer steps.
+        minutes: time limit; None for no limit. A run that the clock ends is not repeatable.
+        learning_rate: at the start, in units of each map (`distill.trained_map`). The rate falls to zero along a cosine
+            over the steps or the minutes, whichever are nearer to their end.
+        batch_tokens: tokens of a step.
+        window: most tokens of a training row.
+        check_every: steps between two checks of held-back KL. A check takes as long as three steps on a CPU. The run
+            is saved twice as often.
+        patience: share of the run without improvement after which training stops. Held-back KL goes up and down while
+            the rate is high, and falls most as the rate falls.
+        dtype: "fp32", "bf16", or "auto": bf16 if the processor multiplies bfloat16 natively.
+        lora_rank: rank of the trained delta, which is then added to the map (Hu et al. 2022, LoRA).
+        hidden_weight: weight of the hidden states' distance, beside the KL; 0 leaves the distance out.
+        label_weight: share of the KL, 0 to 1, that the cross-entropy of the text's next tokens replaces (Hinton et al.
+            2015). Near the lowest KL a small share raises KL in second order and lowers perplexity in first order.
+            0.1 costs 1% of the KL, 0.2 up to 7% (docs/experiments.md).
+    """
+
+    steps: int = DEFAULT_STEPS
+    minutes: float | None = None
+    learning_rate: float = 1e-2
+    batch_tokens: int = 1024
+    window: int = 256
+    check_every: int = 80
+    patience: float = 0.5
+    seed: int = 0
+    dtype: str = "fp32"
+    lora_rank: int = 16
+    hidden_weight: float = 0.3
+    label_weight: float = 0.1
+
+    @property
+    def kept_every(self) -> int:
+        """Steps between two saves."""
+        return max(1, self.check_every // 2)
+
+    @property
+    def aimed(self) -> int:
+        """Most batches whose gradients initialise low-rank deltas: a twentieth of the steps, 16 at most."""
+        return max(1, min(16, int(AIMING * self.steps)))
+
+
+@dataclass
+class Distilled:
+    """The best maps, held-back KL by step (0 is the start), and training KL by step, in nats."""
+
+    maps: dict[int, Mixer]
+    held_kl: list[tuple[int, float]] = field(default_factory=list)
+    train_kl: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class State:
+    """A training run between its steps, in a file.
+
+    Args:
+        key: fingerprint of everything that the run depends on. A damaged file, or one with another key, is ignored.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
+
+    def load(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Tensors and facts; None if the file is ignored or missing."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(self.path), framework="pt") as file:
+                said = file.metadata() or {}
+                if said.get("key") != self.key:
+                    return None
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            whole = said["sha256"] == _hash({name: tensor.numpy() for name, tensor in tensors.items()}, said["facts"])
+            return (tensors, json.loads(said["facts"])) if whole else None
+        except (SafetensorError, OSError, ValueError, KeyError):
+            return None
+
+    def save(self, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Replace the file, complete or not at all."""
+        from safetensors.numpy import save as serialised
+
+        arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}
+        said = {"key": self.key, "facts": json.dumps(facts)}
+        with replacing(self.path) as stream:
+            stream.write(serialised(arrays, metadata={**said, "sha256": _hash(arrays, said["facts"])}))
+
+
+def _hash(arrays: dict[str, Any], facts: str) -> str:
+    return key_of(arrays_sha256(arrays), facts)
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """Token ids [windows, context] to train on, and held-back ids to judge maps by."""
+
+    windows_WT: torch.Tensor
+    held_WT: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Progress, log, storage and processes of a training run.
+
+    Attributes:
+        progress: called with thousandths of the run done, and 1000.
+        say: takes a line of log.
+        state: stores the run at every check, and halfway between two checks.
+        peers: processes that train together, with equal arguments; progress, say and state are process 0's alone. Each
+            process reads its rows of every step, and its held-back windows.
+    """
+
+    progress: Callable[[int, int], None] = lambda _done, _total: None
+    say: Callable[[str], None] = lambda _line: None
+    state: State | None = None
+    ranks: Ranks = ALONE
+
+
 class _Training:
     """Optimizer, best maps so far, and everything that a run needs to resume after a kill."""
 
-    def __init__(self, twin: TeacherStudent, settings: DistillSettings, held: list[Lesson], ranks: Ranks) -> None:
-        self.twin, self.settings, self.held, self.ranks = twin, settings, held, ranks
+    def __init__(
+        self, pair: TeacherStudent, settings: DistillSettings, held: list[TeacherStates], ranks: Ranks
+    ) -> None:
+        self.pair, self.settings, self.held, self.ranks = pair, settings, held, ranks
         self.fraction, self.slowed = 0.0, 1.0
         self.step, self.best_at, self.retreated_at = 0, 0.0, 0
         self._earlier, self._started = 0.0, time.monotonic()
-        self.optimizer = torch.optim.Adam(twin.trained.values(), lr=settings.learning_rate, betas=(0.9, 0.99))
+        self.optimizer = torch.optim.Adam(pair.trained.values(), lr=settings.learning_rate, betas=(0.9, 0.99))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda _: self.slowed * 0.5 * (1 + math.cos(math.pi * min(1.0, self.fraction)))
         )
-        self.result = Distilled(twin.maps())
+        self.result = Distilled(pair.maps())
         self.keep()
 
     def keep(self) -> None:
         """Keep the parameters as those to retreat to."""
-        self._kept = {name: p.detach().clone() for name, p in self.twin.trained.items()}
+        self._kept = {name: p.detach().clone() for name, p in self.pair.trained.items()}
 
     def retreat(self) -> bool:
         """Go back to the kept parameters at a lower rate if the training KL has run away; returns whether it had.
@@ -74,7 +220,7 @@ class _Training:
         if not self.ranks.share(away and self.step - self.retreated_at >= _RECENT):
             return False
         with torch.no_grad():
-            for name, parameter in self.twin.trained.items():
+            for name, parameter in self.pair.trained.items():
                 parameter.copy_(self._kept[name])
         self.optimizer.state.clear()
         self.slowed *= _SLOWER
@@ -108,37 +254,37 @@ class _Training:
             raise NblError("distillation cannot start: the closed-form maps give logits that are not finite")
         self.result.held_kl.append((0, start))
 
-    def aim(self, lessons: Iterable[Lesson]) -> None:
+    def aim(self, batches: Iterable[TeacherStates]) -> None:
         """Initialise the deltas from the gradients of some batches, within the share `AIMING` of the run.
 
         Processes average gradients and units, so all of them begin alike.
         """
         total: dict[str, torch.Tensor] = {}
-        for lesson in lessons:
-            for name, gradient in self._gradients(lesson, whole=True)[0].items():
+        for teacher in batches:
+            for name, gradient in self._gradients(teacher, whole=True)[0].items():
                 total[name] = total[name] + gradient if name in total else gradient
             self._look_at_the_clock()
             if self.fraction >= AIMING:
                 break
-        self.twin.aim(total)
-        self.twin.measure(lesson)
-        self.ranks.average(list(self.twin.units.values()))
+        self.pair.aim(total)
+        self.pair.measure(teacher)
+        self.ranks.average(list(self.pair.units.values()))
         self.keep()
 
-    def _gradients(self, lesson: Lesson, whole: bool = False) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def _gradients(self, teacher: TeacherStates, whole: bool = False) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Mean over all processes of the rows' clipped gradients, and the KL [B] of this process's rows."""
         weights = self.settings.hidden_weight, self.settings.label_weight
-        found, kl_B = self.twin.gradients(lesson, *weights, whole=whole)
+        found, kl_B = self.pair.gradients(teacher, *weights, whole=whole)
         norm_B = torch.stack([g.flatten(1).square().sum(1) for g in found.values()]).sum(0).sqrt()
         share_B = (_CLIP / norm_B).clamp(max=1.0) / len(norm_B)
         gradients = {name: torch.tensordot(share_B, g, 1) for name, g in found.items()}
         self.ranks.average(list(gradients.values()))
         return gradients, kl_B
 
-    def advance(self, lesson: Lesson) -> None:
+    def advance(self, teacher: TeacherStates) -> None:
         """One optimizer step."""
-        gradients, kl_B = self._gradients(lesson)
-        for name, parameter in self.twin.trained.items():
+        gradients, kl_B = self._gradients(teacher)
+        for name, parameter in self.pair.trained.items():
             parameter.grad = gradients[name]
         self.optimizer.step()
         self.step += 1
@@ -152,7 +298,7 @@ class _Training:
         best = min(kl for _, kl in self.result.held_kl)
         self.result.held_kl.append((self.step, found))
         if found < best:
-            self.result.maps, self.best_at = self.twin.maps(), self.fraction
+            self.result.maps, self.best_at = self.pair.maps(), self.fraction
             self.keep()
         return found
 
@@ -162,29 +308,29 @@ class _Training:
         return self.fraction >= 1.0 or self.fraction - self.best_at >= self.settings.patience
 
     def _held_kl(self) -> float:
-        values = [self.twin.held_kl(lesson) for lesson in self.held]
+        values = [self.pair.held_kl(teacher) for teacher in self.held]
         total, count = self.ranks.add(sum(values), len(values))
         return total / count
 
     def save(self, state: State) -> None:
-        tensors = {f"parameters.{name}": p.detach() for name, p in self.twin.trained.items()}
+        tensors = {f"parameters.{name}": p.detach() for name, p in self.pair.trained.items()}
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
         for i, best in self.result.maps.items():
             tensors |= {f"best.{i}.{name}": torch.from_numpy(array) for name, array in best.tensors().items()}
         tensors |= {f"kept.{name}": value for name, value in self._kept.items()}
-        tensors |= {f"units.{name}": value for name, value in self.twin.units.items()}
+        tensors |= {f"units.{name}": value for name, value in self.pair.units.items()}
         kept = {"held_kl": self.result.held_kl, "train_kl": self.result.train_kl, "best_at": self.best_at}
         kept |= {"slowed": self.slowed, "retreated_at": self.retreated_at}
         state.save(tensors, {**kept, "step": self.step, "seconds": self.seconds})
 
     def _restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         with torch.no_grad():
-            for name, parameter in self.twin.trained.items():
+            for name, parameter in self.pair.trained.items():
                 parameter.copy_(tensors[f"parameters.{name}"])
-            for name, units in self.twin.units.items():
+            for name, units in self.pair.units.items():
                 units.copy_(tensors[f"units.{name}"])
-        self._kept = {name: tensors[f"kept.{name}"] for name in self.twin.trained}
+        self._kept = {name: tensors[f"kept.{name}"] for name in self.pair.trained}
         self.slowed, self.retreated_at = facts["slowed"], facts["retreated_at"]
         state = self.optimizer.state_dict()
         for key, value in tensors.items():
@@ -211,7 +357,7 @@ def distill(
     tap: str,
     text: TrainingText,
     settings: DistillSettings,
-    around: Callbacks = Callbacks(),  # noqa: B008  frozen
+    around: Callbacks = Callbacks(),
 ) -> Distilled:
     """Train the maps of `model`; the model itself is unchanged afterwards.
 
@@ -223,21 +369,21 @@ def distill(
     if not maps or not len(text.held_WT):
         raise NblError("distillation needs at least one replaced layer and some held-back text")
     state, ranks = around.state, around.ranks
-    twin = TeacherStudent(model, maps, tap, settings.dtype, settings.lora_rank, settings.seed)
+    pair = TeacherStudent(model, maps, tap, settings.dtype, settings.lora_rank, settings.seed)
     training = _Training(
-        twin, settings, [twin.lesson(row[None]) for row in text.held_WT[ranks.rank :: ranks.size]], ranks
+        pair, settings, [pair.teacher_states(row[None]) for row in text.held_WT[ranks.rank :: ranks.size]], ranks
     )
     training.begin(state)
     start = training.result.held_kl[0][1]
     if training.step == 0:
         first = itertools.islice(_batches(text.windows_WT, settings, ranks.size), settings.aimed)
-        training.aim(twin.lesson(batch_BT[ranks.rank :: ranks.size], training=True) for batch_BT in first)
+        training.aim(pair.teacher_states(batch_BT[ranks.rank :: ranks.size], training=True) for batch_BT in first)
     for number, batch_BT in enumerate(_batches(text.windows_WT, settings, ranks.size)):
         if number < training.step:
             continue
         if training.over:
             break
-        training.advance(twin.lesson(batch_BT[ranks.rank :: ranks.size], training=True))
+        training.advance(pair.teacher_states(batch_BT[ranks.rank :: ranks.size], training=True))
         around.progress(round(1000 * training.fraction), 1000)
         if training.retreat():
             around.say(

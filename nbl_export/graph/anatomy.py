@@ -22,8 +22,8 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.caches import graph_caches, graph_states
-from nbl_export.graph.coded.block_sums import is_block_sum
 from nbl_export.graph.names import node_name
+from nbl_export.graph.quantised import is_block_sum
 
 __all__ = [
     "PRODUCTS",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +18,7 @@ __all__ = [
     "element_type",
     "graph_input",
     "need",
+    "new_node",
     "register",
     "run_passes",
     "shape_of",
@@ -67,6 +69,18 @@ class Emitter:
         if name in self._graph.initializers:
             return self._graph.initializers[name]
         return register(self._graph, ir.tensor(array, name=name))
+
+
+def new_node(
+    op_type: str, inputs: Sequence[ir.Value | None], name: str, dtype: ir.DataType | None = None,
+    shape: ir.Shape | None = None, attributes: Mapping[str, Any] | None = None, domain: str = "",
+) -> ir.Node:  # fmt: skip
+    """A node that is not in a graph yet; its output is named NAME/output_0."""
+    node = ir.node(op_type, list(inputs), attributes, domain=domain, name=name)
+    output = node.outputs[0]
+    output.name, output.shape = f"{name}/output_0", shape
+    output.type = None if dtype is None else ir.TensorType(dtype)
+    return node
 
 
 def need(value: ir.Value | None, what: str) -> ir.Value:

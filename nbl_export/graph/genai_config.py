@@ -21,7 +21,7 @@ from typing import Any
 from nbl_export.errors import NblError
 from nbl_export.graph.names import GENAI_CONFIG
 from nbl_export.trust.contained import check_inside
-from nbl_export.trust.strict_json import read_object
+from nbl_export.trust.model_settings import read_object
 
 __all__ = ["GENAI_CONFIG", "SPECULATIVE", "TAKING_TURNS", "check_genai_config", "read_genai_config"]
 

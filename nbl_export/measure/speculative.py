@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbl_export.measure.paired import paired_ratio
-from nbl_export.records.proposers import Proposer
+from nbl_export.records.capabilities import Proposer
 
 __all__ = [
     "PLAIN",

@@ -155,7 +155,7 @@ class Mixer(Protocol):
 
 
 class TrainedMixer(Protocol):
-    """A torch module that trains a mixer: a fixed start and a low-rank delta (`mixers.linear_training`)."""
+    """A torch module that trains a mixer: a fixed start and a low-rank delta (`mixers.modules`)."""
 
     rows: Mapping[str, torch.Tensor] | None
 

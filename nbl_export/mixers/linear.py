@@ -135,7 +135,7 @@ class _Linear(Kind):
         return Linear(state["linear.weight"], state["linear.bias"])
 
     def trained(self, mixer: Mixer, rank: int, generator: Any) -> Any:
-        from nbl_export.mixers.linear_training import TrainedLinear
+        from nbl_export.mixers.modules import TrainedLinear
 
         return TrainedLinear(mixer.module().linear, rank, generator)
 

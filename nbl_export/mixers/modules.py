@@ -3,18 +3,34 @@
 A module tells transformers' cache of each token, by one number: transformers reads the past length and the width of
 masks from the cache of the first layer of each kind. A mixer with a state keeps its input rows in the same cache, as
 its values. So cropping and reordering a cache treat these rows as they treat keys.
+
+A map in training has the closed-form start, and a low-rank delta in the map's own units:
+
+    W' = W + u up down       u = rms(W x + b) / rms(down x)
+    b' = b + v shift         v = rms(W x + b)
+
+`up` and `shift` begin at zero. A step of Adam changes a parameter by about the learning rate, whatever the gradient
+is. In these units a step of 1e-2 changes the output by about 1% of its size for each direction, in every model. Without
+them the same rate was 50 times as large for Qwen2.5-Coder-0.5B as for SmolLM2-135M: the inputs of its maps are six
+times as large, and the outputs an eighth as large (docs/experiments.md).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from nbl_export.mixers.base import StateSpec
 
-__all__ = ["MixerModule", "NothingModule", "Wrapped"]
+__all__ = ["MixerModule", "NothingModule", "TrainedLinear", "Wrapped"]
+
+
+_OVERSAMPLED = 16  # extra singular vectors, so that the wanted singular vectors are exact
 
 
 class MixerModule(nn.Module):
@@ -87,3 +103,79 @@ class NothingModule(MixerModule):
 
     def mix(self, x_BTD: torch.Tensor, past_BSD: torch.Tensor | None) -> torch.Tensor:
         return torch.zeros_like(x_BTD)
+
+
+class TrainedLinear(nn.Module):
+    """x [B, T, D] -> x W'^T + b' [B, T, D], of which `up` [D, R], `down` [R, D] and `shift` [D] are trained.
+
+    A bias of zeros stays zero, because a map without a bias is to have none (`--maps linear`).
+
+    rows: own `values` [B, ...] for each row of a batch, which give gradients of each row. None: all rows share one set.
+    """
+
+    start: torch.Tensor
+    start_bias: torch.Tensor
+    units: torch.Tensor  # u and v of the module's docstring
+
+    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.rows: Mapping[str, torch.Tensor] | None = None
+        outputs, inputs = linear.weight.shape
+        self.register_buffer("start", linear.weight.detach())
+        self.register_buffer("start_bias", linear.bias.detach().clone())
+        self.register_buffer("units", torch.ones(2))
+        self.biased = bool(self.start_bias.any())
+        if self.biased:
+            self.shift = nn.Parameter(torch.zeros(outputs))
+        self.up = nn.Parameter(torch.zeros(outputs, rank))
+        self.down = nn.Parameter(torch.randn(rank, inputs, generator=generator) / math.sqrt(inputs))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight [D, D], delta included."""
+        return self.start + self.units[0] * self.up @ self.down
+
+    @property
+    def bias(self) -> torch.Tensor:
+        """The bias [D], change included."""
+        return self.start_bias + self.units[1] * self.shift if self.biased else self.start_bias
+
+    def values(self, whole: bool) -> dict[str, torch.Tensor]:
+        """The trained tensors; with `whole`, the weight [D, D] that they make, alone."""
+        return {"weight": self.weight} if whole else dict(self.named_parameters())
+
+    @torch.no_grad()
+    def aim(self, gradient: torch.Tensor) -> None:
+        """Set `down` to the first right singular vectors of the weight's gradient [D, D].
+
+        These vectors have norm 1, as random vectors have on average. If the rank is above D, the rest stays random.
+        """
+        count = min(len(self.down), *gradient.shape)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # svd_lowrank starts at random vectors
+            wide = min(count + _OVERSAMPLED, *gradient.shape)
+            read_DR = torch.svd_lowrank(gradient.cpu(), q=wide, niter=4)[2]
+        self.down[:count] = read_DR[:, :count].T.to(self.down)
+
+    @torch.no_grad()
+    def measure(self, x_BTD: torch.Tensor) -> None:
+        """Set the units by inputs of the map. Inputs or outputs of zeros leave them at 1."""
+        x_BTD = x_BTD.float()
+        out, thin = (values.square().mean().sqrt() for values in (self(x_BTD), x_BTD @ self.down.T))
+        found = torch.stack([out / thin, out])
+        self.units.copy_(torch.where(torch.isfinite(found) & (found > 0), found, torch.ones_like(found)))
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Weight and bias as trained so far."""
+        found = {"weight": self.weight, "bias": self.bias}
+        return {name: tensor.detach().cpu().numpy().copy() for name, tensor in found.items()}
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        if self.rows is None:
+            return nn.functional.linear(x_BTD, self.weight, self.bias)
+        if "weight" in self.rows:
+            return torch.bmm(x_BTD, self.rows["weight"].mT) + self.bias
+        thin = torch.bmm(x_BTD, self.rows["down"].mT)
+        out = nn.functional.linear(x_BTD, self.start, self.start_bias)
+        out = out + self.units[0] * torch.bmm(thin, self.rows["up"].mT)
+        return out + self.units[1] * self.rows["shift"][:, None] if self.biased else out

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nbl_export.model import bfloat16
-from nbl_export.model.blocks import architecture_of
+from nbl_export.model.linearize import architecture_of
 
 __all__ = ["Head", "divergence", "logits_of"]
 

@@ -1,4 +1,4 @@
-"""Calibration one decoder layer at a time, for a checkpoint larger than memory.
+"""One decoder layer at a time: calibration of a checkpoint larger than memory, and rows of a token table.
 
     hidden states of all batches (scratch file) ─► layer i, loaded alone ─► hidden states ─► layer i + 1 ...
                                                        └─ hooks ─► sums of layer i ─► moments.safetensors
@@ -6,29 +6,39 @@
 A layer runs inside the model's own decoder, built with this one layer and without the final norm. So the same code
 computes masks and rotary embeddings. Weights are read tensor by tensor from the safetensors shards. The moments equal
 the whole model's bit for bit: the same arithmetic runs on the same batches.
+
+If all layers below the first kept one are replaced, that layer's input depends on the token alone:
+
+    token v ─► embedding ─► layer 0, mixer for attention ─► ... ─► row v          `rewrite.token_table` looks up row v
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from nbl_export.errors import NblError
-from nbl_export.model.blocks import architecture_of
-from nbl_export.model.checkpoint.pretrained import model_with
+from nbl_export.mixers import layers_below
+from nbl_export.mixers.base import Mixer
+from nbl_export.model.checkpoint.pretrained import config_of, model_with
+from nbl_export.model.linearize import architecture_of, multiplier_of, replace_attention, run_from
 from nbl_export.model.memory import available_bytes
 
-__all__ = ["WeightReader", "float32_bytes", "one_layer", "shortage_of"]
+__all__ = ["WeightReader", "float32_bytes", "one_layer", "shortage_of", "token_rows"]
 
 _MEMORY_SHARE = 0.6  # of the available memory that the weights may take
 
 _LAYER = "layers.{}."
+
+
+_TOKENS = 2048  # computed at once
 
 
 class WeightReader:
@@ -94,7 +104,7 @@ def float32_bytes(directory: Path) -> int:
     return total
 
 
-def one_layer(config: Any, index: int, shelf: WeightReader) -> Any:
+def one_layer(config: Any, index: int, weights: WeightReader) -> Any:
     """The decoder with layer `index` alone, without final norm; only layer 0 has the embedding."""
     from accelerate import init_empty_weights
 
@@ -108,7 +118,7 @@ def one_layer(config: Any, index: int, shelf: WeightReader) -> Any:
     decoder.norm = nn.Identity()
     if index:
         decoder.embed_tokens = nn.Identity()
-    shelf.fill(decoder, lambda name: name.replace(_LAYER.format(0), _LAYER.format(index), 1))
+    weights.fill(decoder, lambda name: name.replace(_LAYER.format(0), _LAYER.format(index), 1))
     return decoder.eval()
 
 
@@ -118,3 +128,28 @@ def shortage_of(checkpoint: Path) -> str:
     if needed <= _MEMORY_SHARE * available:
         return ""
     return f"{needed / 2**30:.1f} GiB in float32, {available / 2**30:.1f} GiB of memory available"
+
+
+def token_rows(checkpoint: Path, maps: Mapping[int, Mixer], tap: str) -> np.ndarray | None:
+    """Rows [V, D] in float32; None if layer 0 is kept.
+
+    Args:
+        checkpoint: directory with config.json and safetensors of the original.
+        maps: of all replaced layers; at least one layer has no map.
+
+    Raises:
+        NblError: a weight is missing or damaged.
+    """
+    config, weights = config_of(checkpoint), WeightReader(checkpoint)
+    rows: torch.Tensor | None = None
+    for index in layers_below(maps):
+        decoder = one_layer(config, index, weights)
+        replace_attention(decoder, {0: maps[index].module(multiplier_of(config))}, tap)
+        with torch.inference_mode():
+            if rows is None:
+                ids_V1 = torch.arange(decoder.embed_tokens.num_embeddings)[:, None]
+                parts = [decoder(input_ids=ids, use_cache=False).last_hidden_state for ids in ids_V1.split(_TOKENS)]
+            else:
+                parts = [run_from(decoder, part[:, None]) for part in rows.split(_TOKENS)]
+        rows = torch.cat(parts)[:, 0]
+    return None if rows is None else rows.numpy()

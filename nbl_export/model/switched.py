@@ -18,9 +18,8 @@ import torch
 
 from nbl_export.mixers.base import Mixer
 from nbl_export.model import bfloat16
-from nbl_export.model.blocks import multiplier_of, run_from
 from nbl_export.model.head import Head, divergence
-from nbl_export.model.linearize import switched
+from nbl_export.model.linearize import multiplier_of, run_from, switched
 
 __all__ = ["Loss", "SwitchedModel"]
 

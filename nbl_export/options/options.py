@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nbl_export.records.capabilities import DRAFTS
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import read_record, require
 from nbl_export.records.plan import MAPS, TAPS
-from nbl_export.records.proposers import DRAFTS
 
 __all__ = [
     "BUILDER_OPTIONS",

@@ -26,10 +26,9 @@ from nbl_export.options.options import (
     JobOptions,
     usual_tap,
 )
-from nbl_export.records.capabilities import Capabilities
+from nbl_export.records.capabilities import AUTO, Capabilities
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import TAPS
-from nbl_export.records.proposers import AUTO
 
 __all__ = ["APPLIES", "DEFAULTS", "FIRST", "OF_DECODER", "REFUSED", "Applies", "Case", "ModelFacts", "Refusal"]
 

@@ -10,10 +10,17 @@ they belong on a trusted network.
 
 Sums are exact (`sums`), so the moments equal those of one process. Gradients are not exact, so distilled maps differ by
 rounding. CPUs use gloo, GPUs use NCCL.
+
+What arrives is data from any sender; pickle would be code. Values are encoded as JSON and tensors:
+
+    {"windows": tensor, "done": 3}   ->   [["windows", {"tensor": 0}], ["done", 3]] as a "pairs", and [tensor]
+
+Lists and tuples arrive as lists, a dataclass as the dictionary of its fields; keys are text or whole numbers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import json
@@ -21,9 +28,12 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import torch
+
 from nbl_export.errors import NblError
 
-__all__ = ["ALONE", "Ranks", "collect_batches", "current"]
+__all__ = ["ALONE", "Ranks", "collect_batches", "current", "pack", "unpack"]
 
 _PATIENCE = datetime.timedelta(hours=12)  # process 0 may fetch and dequantise first; torchrun ends waiting processes
 
@@ -67,10 +77,9 @@ class Ranks:
         self._working = False
 
     def share(self, value: Any) -> Any:
-        """Send process 0's value to all processes, as JSON and tensors (`wire`), and return the value."""
+        """Send process 0's value to all processes, as JSON and tensors, and return the value."""
         if self.size == 1:
             return value
-        from nbl_export.parallel.wire import pack, unpack
 
         text, tensors = pack(value if self.rank == 0 else None)
         shapes = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in tensors]
@@ -206,7 +215,7 @@ def collect_batches(
     """Add this process's share of the batches from `done` on. At the end process 0 holds the sums of all batches.
 
     Args:
-        found: a `calibrate.hooks.Collection`.
+        found: a `calibrate.collect.Collection`.
         is_due: whether process 0 saves all sums now; asked after every round.
         save: called on process 0 after every due round, with the number of batches in the sums.
     """
@@ -225,3 +234,46 @@ def collect_batches(
             ranks.gather(found)
         if due and ranks.rank == 0:
             save(end)
+
+
+def pack(value: Any) -> tuple[str, list[torch.Tensor]]:
+    """JSON text, and the tensors that the text refers to by number.
+
+    Raises:
+        TypeError: a value is neither JSON's, nor a tensor, an array or a dataclass.
+    """
+    tensors: list[torch.Tensor] = []
+    return json.dumps(_packed(value, tensors)), tensors
+
+
+def _packed(value: Any, tensors: list[torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor | np.ndarray):
+        kind = "tensor" if isinstance(value, torch.Tensor) else "array"
+        tensors.append((value if isinstance(value, torch.Tensor) else torch.from_numpy(value)).detach())
+        return {kind: len(tensors) - 1}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        if not all(isinstance(key, str | int) for key in value):
+            raise TypeError("a key is neither text nor a whole number")
+        return {"pairs": [[key, _packed(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_packed(item, tensors) for item in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(f"{type(value).__name__} cannot be sent to another process")
+
+
+def unpack(text: str, tensors: Sequence[torch.Tensor]) -> Any:
+    """The value that `pack` encoded."""
+    return _unpacked(json.loads(text), tensors)
+
+
+def _unpacked(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpacked(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "pairs" in value:
+        return {key: _unpacked(item, tensors) for key, item in value["pairs"]}
+    return tensors[value["tensor"]] if "tensor" in value else tensors[value["array"]].numpy()

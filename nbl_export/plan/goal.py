@@ -4,7 +4,7 @@
     target-speedup            the first m whose modelled speed-up reaches the goal
     kv-budget                 the first m whose caches fit; needs no order
 
-Perplexity uses the maps of the plan before distillation, on the deciding windows of both texts (`held_back`). These
+Perplexity uses the maps of the plan before distillation, on the deciding windows of both texts (`text.windows`). These
 windows neither order the layers nor give final figures. A count is within the goal if the upper end of its 95%
 interval is within the goal on every text.
 

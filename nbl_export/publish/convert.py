@@ -37,7 +37,7 @@ def convert(
 
     Args:
         form: one of FORMS, or an engine that reads one.
-        kind: types of a GGUF's matrices, see `formats.gguf.linearize.TYPES`.
+        kind: types of a GGUF's matrices, see `targets.gguf.linearize.TYPES`.
         base: a GGUF file of the original, for form gguf.
         force: go on although verification failed.
 
@@ -76,7 +76,7 @@ def _save_checkpoint(found: Finished, target: Path, ui: Ui) -> list[CheckResult]
     Raises:
         NblError: the model is not available, or its architecture has no class.
     """
-    from nbl_export.model.saved.hf_classes import save_linearized
+    from nbl_export.model.checkpoint.hf_classes import save_linearized
 
     model, checkpoint = found.model.value, found.checkpoint.value
     with found.run.scratch() as scratch, ui.task("saving"):
@@ -93,7 +93,7 @@ def _save_nemotron_nas(found: Finished, target: Path, form: str, ui: Ui) -> list
         ParityError: the model that was read back computes something else.
     """
     from nbl_export.model.linearize import replaced
-    from nbl_export.model.speech import Spoken
+    from nbl_export.model.torch_decoder import TorchDecoder
     from nbl_export.targets.checkpoint import nemotron_nas
 
     nemotron_nas.check(found.model.value.config, tuple(found.maps), form)
@@ -107,8 +107,8 @@ def _save_nemotron_nas(found: Finished, target: Path, form: str, ui: Ui) -> list
         )
         ids = found.held_back.value.final[0, :64].tolist()
         with replaced(found.model.value, linear.maps, TAP):
-            expected, _ = Spoken(found.model.value).score(ids)
-        away = float(abs(Spoken(nemotron_nas.load(scratch / "saved")).score(ids)[0] - expected).max())
+            expected, _ = TorchDecoder(found.model.value).score(ids)
+        away = float(abs(TorchDecoder(nemotron_nas.load(scratch / "saved")).score(ids)[0] - expected).max())
         result = CheckResult(
             "original", "nbl", "largest difference of a log-probability", away, 0.0, away == 0.0, f"{away:.2g}"
         )

@@ -11,8 +11,7 @@ import numpy as np
 from nbl_export import __version__
 from nbl_export.errors import NblError, ParityError
 from nbl_export.files import move_into_place
-from nbl_export.formats.gguf.content import Content, Key
-from nbl_export.formats.gguf.files import read_content, write_content
+from nbl_export.gguf_format.content import Content, Key, read_content, write_content
 from nbl_export.mixers.base import Mixer
 from nbl_export.publish.linear_maps import TAP, LinearMaps, linear_maps, loss_of_change
 from nbl_export.records.results import CheckResult
@@ -102,7 +101,7 @@ def _run(found: Finished, linear: LinearMaps, path: Path, original: Path, ui: Ui
         ui.say(f"  not run in llama.cpp: {answer.reason if not answer.available else 'the original is gone'}")
         return []
     from nbl_export.model.linearize import replaced
-    from nbl_export.model.speech import Spoken
+    from nbl_export.model.torch_decoder import TorchDecoder
     from nbl_export.targets.gguf.running import PROMPTS, hear, judge
 
     windows, heard = found.held_back.value.final, []
@@ -111,7 +110,7 @@ def _run(found: Finished, linear: LinearMaps, path: Path, original: Path, ui: Ui
             with LLAMA_CPP.open_runner(file) as runner:
                 prompts = [runner.encode(text, chat=False) for text in PROMPTS]
                 heard.append(hear(runner, prompts, windows))
-        before = hear(Spoken(found.model.value), prompts, windows)
+        before = hear(TorchDecoder(found.model.value), prompts, windows)
         with replaced(found.model.value, linear.maps, TAP):
-            after = hear(Spoken(found.model.value), prompts, windows)
+            after = hear(TorchDecoder(found.model.value), prompts, windows)
     return judge(before, heard[0], after, heard[1])

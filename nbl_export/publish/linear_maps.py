@@ -69,7 +69,7 @@ def _map(weight_DD: np.ndarray) -> Mixer:
 
 def _moments(found: Finished, layers: Sequence[int], ui: Ui) -> Iterator[tuple[int, Any]]:
     """Moments of the normed input of some layers."""
-    from nbl_export.calibrate import hooks
+    from nbl_export.calibrate import collect
     from nbl_export.calibrate.moments_file import whole_moments
 
     path = found.run.path / MOMENTS_FILE
@@ -85,7 +85,7 @@ def _moments(found: Finished, layers: Sequence[int], ui: Ui) -> Iterator[tuple[i
         raise NblError(f"{error}; or make a run for this form: {found.remake}") from error
     ui.say(f"  the run has no moments of the normed input; collecting them from {windows.numel()} tokens")
     with ui.task("collecting") as progress:
-        sums = hooks.collect(model, windows, progress, (TAP,))[TAP]
+        sums = collect.collect(model, windows, progress, (TAP,))[TAP]
     for i in layers:
         yield i, sums[i]
 

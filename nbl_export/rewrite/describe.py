@@ -11,12 +11,16 @@ import onnx_ir as ir
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import PRODUCTS, AttentionBlock, find_block, graph_caches, is_constant
 from nbl_export.graph.caches import graph_states
-from nbl_export.graph.coded.block_sums import reads_block_sums
 from nbl_export.graph.facts import _QUANTISES, decoder_facts, logits_of, replaced_layers
-from nbl_export.graph.given import _need_onnx, check_graph_place, home_of
+from nbl_export.graph.graph_only import check_graph_place, home_of, onnx_tools
+from nbl_export.graph.quantised import reads_block_sums
 from nbl_export.rewrite.tail import PruneTail
 
 __all__ = ["describe_graph", "graph_facts"]
+
+
+_SPOKEN = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT8": "int8", "UINT8": "int8", "INT4": "int4",
+           "UINT4": "int4"}  # fmt: skip
 
 
 def describe_graph(path: Path) -> dict[str, Any]:
@@ -25,17 +29,13 @@ def describe_graph(path: Path) -> dict[str, Any]:
     Raises:
         NblError: there is no graph, the graph is not whole, or it is no decoder with caches.
     """
-    source = _need_onnx()
+    source = onnx_tools().files
     check_graph_place(path)
     file = source.find_graph(path)
 
     model = source.load_graph(file)
     size = file.stat().st_size + sum(data.stat().st_size for data in source.data_files(file, model))
     return {"graph": str(file), "bytes": size, **graph_facts(model, home_of(file))}
-
-
-_SPOKEN = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT8": "int8", "UINT8": "int8", "INT4": "int4",
-           "UINT4": "int4"}  # fmt: skip
 
 
 def graph_facts(model: ir.Model, directory: Path | None = None) -> dict[str, Any]:

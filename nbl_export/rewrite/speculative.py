@@ -22,7 +22,7 @@ from nbl_export.errors import RefusalError
 from nbl_export.graph.caches import graph_states
 from nbl_export.graph.genai_config import TAKING_TURNS
 from nbl_export.graph.names import ALL_LOGITS_FILE, GENAI_CONFIG, GRAPH_FILE, MANIFEST, all_logits_file, draft_file
-from nbl_export.records.proposers import MOST_ROWS, Proposer
+from nbl_export.records.capabilities import MOST_ROWS, Proposer
 from nbl_export.rewrite.tail import PruneTail
 
 __all__ = ["add_draft", "settle", "write_target"]

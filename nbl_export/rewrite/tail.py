@@ -35,7 +35,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import find_reader, is_constant, reading_layers
-from nbl_export.graph.emitter import register
+from nbl_export.graph.emitter import new_node, register
 from nbl_export.graph.names import ALL_LOGITS_FILE, graph_file
 
 __all__ = ["Integers", "LastValid", "PruneTail", "difference", "keep_last_token"]
@@ -190,10 +190,7 @@ class LastValid:
 
     def take(self, value: ir.Value, name: str) -> ir.Node:
         """A node that takes the last valid token; it is not in the graph yet."""
-        node = ir.node("GatherND", [value, self.at], attributes={"batch_dims": 1}, name=f"{self._prefix}/{name}")
-        node.outputs[0].name = f"{node.name}/output_0"
-        node.outputs[0].type = value.type
-        return node
+        return new_node("GatherND", [value, self.at], f"{self._prefix}/{name}", value.dtype, None, {"batch_dims": 1})
 
     def finish(self, logits: ir.Value) -> None:
         """Nothing: the graph gives the logits of one token."""
@@ -265,10 +262,7 @@ class LastRows:
 
     def take(self, value: ir.Value, name: str) -> ir.Node:
         """A node that takes the last rows of a value; it is not in the graph yet."""
-        node = ir.node("Slice", [value, *self._bounds], name=f"{_ROWS_PREFIX}/{name}")
-        node.outputs[0].name = f"{_ROWS_PREFIX}/{name}/output_0"
-        node.outputs[0].type = value.type
-        return node
+        return new_node("Slice", [value, *self._bounds], f"{_ROWS_PREFIX}/{name}", value.dtype)
 
     def finish(self, logits: ir.Value) -> None:
         """Pad the graph's logits in front, so that they have a row for each token again."""
@@ -300,11 +294,8 @@ class Integers:
         self._graph, self._prefix, self._constants = graph, prefix, constants
 
     def __call__(self, op: str, name: str, *operands: ir.Value, **attributes: int) -> ir.Value:
-        node = ir.node(op, operands, attributes=attributes, name=f"{self._prefix}/{name}")
-        node.outputs[0].name = f"{node.name}/output_0"
-        node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
-        self.nodes.append(node)
-        return node.outputs[0]
+        self.nodes.append(new_node(op, operands, f"{self._prefix}/{name}", ir.DataType.INT64, None, attributes))
+        return self.nodes[-1].outputs[0]
 
     def constant(self, name: str, values: int | list[int]) -> ir.Value:
         return register(self._graph, ir.tensor(np.array(values, np.int64), name=f"{self._constants}.{name}"))

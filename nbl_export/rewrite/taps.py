@@ -1,7 +1,7 @@
 """A decoder graph with taps as outputs, or with attention outputs that the caller gives as inputs.
 
     collect    x --norm-- attention -- y -- join         outputs x, norm(x), y of every layer, and nothing else
-    override   x --norm-- attention -- y    [given] -- join      outputs x (or norm(x)) beside the existing outputs
+    override   x --norm-- attention -- y [override] -- join      outputs x (or norm(x)) beside the existing outputs
 
 `anatomy` finds the layers, as for the rewrite. Weights stay in the graph's files, which ONNX Runtime reads itself.
 """
@@ -32,7 +32,7 @@ class TappedGraph:
         caches: name of each cache input -> of its output, as `graph.decoder.OnnxDecoder` takes them.
         taps: tap -> layer -> output.
         attention: layer -> output.
-        given: layer -> input that replaces the attention output.
+        override: layer -> input that replaces the attention output.
     """
 
     proto: bytes
@@ -40,7 +40,7 @@ class TappedGraph:
     caches: dict[str, str]
     taps: dict[str, dict[int, str]]
     attention: dict[int, str]
-    given: dict[int, str]
+    override: dict[int, str]
 
 
 def collecting_graph(file: Path, taps: Sequence[str]) -> TappedGraph:
@@ -68,8 +68,8 @@ def overriding_graph(file: Path, layers: Sequence[int], tap: str) -> TappedGraph
     graph, caches = model.graph, present_names(model.graph)
     blocks = [find_block(graph, layer) for layer in layers]
     named = {tap: {block.layer: _show(graph, tapped(block, tap)) for block in blocks}}
-    given = {block.layer: _take(graph, block) for block in blocks}
-    return TappedGraph(_bytes(model), file.parent, caches, named, {}, given)
+    override = {block.layer: _take(graph, block) for block in blocks}
+    return TappedGraph(_bytes(model), file.parent, caches, named, {}, override)
 
 
 def _show(graph: ir.Graph, value: ir.Value) -> str:
@@ -81,7 +81,7 @@ def _show(graph: ir.Graph, value: ir.Value) -> str:
 
 def _take(graph: ir.Graph, block: AttentionBlock) -> str:
     dtype = element_type(graph, block.branch)
-    name = f"nbl.given.{block.layer}"
+    name = f"nbl.override.{block.layer}"
     value = ir.Value(name=name, shape=ir.Shape(["B", "T", "D"]), type=ir.TensorType(dtype))
     graph.inputs.append(value)
     block.join.replace_input_with(block.branch_index, value)

@@ -11,7 +11,6 @@ with quantised matrices stores the rows in 8 bits.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import find_reader, reading_layers
-from nbl_export.graph.emitter import add_initializer, element_type
+from nbl_export.graph.emitter import add_initializer, element_type, new_node
 from nbl_export.graph.names import graph_file
 from nbl_export.rewrite.bypass import norm_alone
 
@@ -84,12 +83,9 @@ def _lookup(
         table = add_initializer(graph, name, codes, ir.DataType.UINT8)
         steps = add_initializer(graph, f"{name}_scales", scales, dtype)
         attributes = {"bits": 8, "block_size": _BLOCK, "gather_axis": 0, "quantize_axis": 1}
-        inputs: Sequence[ir.Value] = [table, ids, steps]
-        node = ir.node("GatherBlockQuantized", inputs, attributes=attributes, domain="com.microsoft", name=_NODE)
-    else:
-        node = ir.node("Gather", [add_initializer(graph, name, rows_VD, dtype), ids], name=_NODE)
-    node.outputs[0].name = f"{_NODE}/output_0"
-    return node
+        inputs = [table, ids, steps]
+        return new_node("GatherBlockQuantized", inputs, _NODE, None, None, attributes, "com.microsoft")
+    return new_node("Gather", [add_initializer(graph, name, rows_VD, dtype), ids], _NODE)
 
 
 def _quantised(rows_VD: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@
              DynamicQuantizeLinear(x) -- MatMulInteger(., codes)            MatMul(x, W'), and the scale of x is 1
 
 All else is equal, value for value and name for name. A wrong connection of the quantised graph is therefore in the
-float32 copy too, where no quantisation noise hides it. Refuses what `codes` refuses.
+float32 copy too, where no quantisation noise hides it. Refuses what `graph.quantised` refuses.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.emitter import register
+from nbl_export.graph.quantised import HOLDERS, quantised_matrices
+from nbl_export.records.quantised import StoredMatrix
 from nbl_export.rewrite.bypass import Sweep
-from nbl_export.rewrite.codes import HOLDERS, QuantisedMatrix, quantised_matrices
-from nbl_export.rewrite.gguf_codes import put
+from nbl_export.rewrite.quantize import put
 
 __all__ = ["Widen", "save_twin"]
 
@@ -42,7 +43,7 @@ class Widen(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
-        matrices = {matrix.node: matrix for matrix in quantised_matrices(graph)}
+        matrices = quantised_matrices(graph)
         rest = [node for node in graph if node.op_type in HOLDERS and node not in matrices]
         for node, matrix in matrices.items():
             _widen(graph, node, matrix)
@@ -55,7 +56,7 @@ class Widen(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=bool(matrices or rest))
 
 
-def _widen(graph: ir.Graph, node: ir.Node, matrix: QuantisedMatrix) -> None:
+def _widen(graph: ir.Graph, node: ir.Node, matrix: StoredMatrix) -> None:
     weight = _unpacked(graph, f"{node.name}/wide", matrix)
     if node.op_type == "DequantizeLinear":
         node.outputs[0].replace_all_uses_with(weight)
@@ -82,11 +83,17 @@ def _activation(node: ir.Node) -> ir.Value | None:
     return maker.inputs[0]
 
 
-def _unpacked(graph: ir.Graph, name: str, matrix: QuantisedMatrix) -> ir.Value:
+def _unpacked(graph: ir.Graph, name: str, matrix: StoredMatrix) -> ir.Value:
     """A constant whose values are computed when it is written, so memory holds one matrix at a time."""
     shape = ir.Shape(reversed(matrix.shape) if matrix.transposed else matrix.shape)
-    tensor = ir.LazyTensor(lambda: ir.tensor(matrix.operand(), name=name), ir.DataType.FLOAT, shape, name=name)
+    tensor = ir.LazyTensor(lambda: ir.tensor(_operand(matrix), name=name), ir.DataType.FLOAT, shape, name=name)
     return register(graph, tensor)
+
+
+def _operand(matrix: StoredMatrix) -> np.ndarray:
+    """The matrix that a float32 graph has in this place; nodes behind it add the offsets."""
+    coded = matrix.blocks().coded
+    return np.ascontiguousarray(coded.T) if matrix.transposed else coded
 
 
 def _fold(graph: ir.Graph, node: ir.Node) -> None:

@@ -21,7 +21,7 @@ from nbl_export.run.resolve import Resolver
 from nbl_export.run_directory import DECODERS, MAPS_FILE, SUBJECTS, RunDirectory
 from nbl_export.targets import load_engine, owner_of
 from nbl_export.targets.base import Target
-from nbl_export.text.held_back import Division
+from nbl_export.text.windows import Division
 from nbl_export.trust.contained import check_folder, check_inside, refuse_special
 
 __all__ = ["Finished", "Located", "available_engine", "is_model_directory", "locate", "open_finished", "open_for_text",

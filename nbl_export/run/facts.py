@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.formats.gguf.blocks import check_type
-from nbl_export.graph.given import graph_of
+from nbl_export.gguf_format.blocks import check_type
+from nbl_export.graph.graph_only import graph_of
 from nbl_export.model.architectures import ARCHITECTURES
-from nbl_export.model.checkpoint import gguf_file
+from nbl_export.model.checkpoint import pretrained
 from nbl_export.model.checkpoint.source import Source, gguf_of, resolve
 from nbl_export.options.options import CHECKPOINT_FIT, GIVEN_GRAPH, JobOptions
 from nbl_export.options.rules import ModelFacts
@@ -139,7 +139,7 @@ def architecture_facts(architecture: str) -> ModelFacts:
 def _unreadable(gguf: Path) -> str:
     """Why graphs cannot have the codes of a file: the matrix of an unknown type; "" if they can."""
     try:
-        for tensor in gguf_file.reader(gguf).tensors:
+        for tensor in pretrained.reader(gguf).tensors:
             if len(tensor.shape) == 2:
                 check_type(tensor.name, tensor.tensor_type.name)
     except NblError as error:

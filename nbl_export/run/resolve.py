@@ -30,7 +30,7 @@ from nbl_export.run.progress import Ui
 from nbl_export.run_directory import CALIBRATION_FILE, RunDirectory
 from nbl_export.targets import load_engine
 from nbl_export.targets.base import Target
-from nbl_export.text.held_back import (
+from nbl_export.text.windows import (
     CALIBRATION_ROLES,
     DIVISION,
     SECOND_ROLES,
@@ -234,21 +234,21 @@ class Resolver:
     @lazy("fingerprint")
     def checkpoint(self) -> Path:
         """A directory with safetensors and tokenizer."""
-        from nbl_export.model.checkpoint import materialise
+        from nbl_export.model.checkpoint import load
 
         if self.source.fingerprint != self.fingerprint:
             raise NblError(f"{self.options.model} is not the model that {self.run.path} was made from; restore it")
-        return materialise.materialise(self.source, self.run.path / "checkpoint")
+        return load.materialise(self.source, self.run.path / "checkpoint")
 
     @lazy("fingerprint")
     def model(self) -> Any:
         """The torch model. Raises NblError if the model is only a graph."""
-        from nbl_export.model import allocator
+        from nbl_export.model import memory
         from nbl_export.model.checkpoint import load
 
         if self.is_graph:
             raise NblError(f"this needs the torch model, and {self.options.model} is an ONNX graph")
-        allocator.keep_freed_memory()
+        memory.keep_freed_memory()
         return load.load_model(self.checkpoint.value)
 
     @lazy("compute_dtype")
@@ -303,7 +303,7 @@ class Resolver:
     @functools.cached_property
     def hub_texts(self) -> Any:
         """Texts of hub datasets, which the run directory keeps."""
-        from nbl_export.text.kept import HubTexts
+        from nbl_export.text.mixture import HubTexts
 
         return HubTexts(self.run.path / CALIBRATION_FILE, self.run.manifest, self.ui.say)
 
@@ -389,7 +389,7 @@ class Resolver:
 
     @lazy("windows", "second")
     def deciding(self) -> Texts:
-        """Texts that decide how many layers a goal takes, see `text.held_back`."""
+        """Texts that decide how many layers a goal takes, see `text.windows`."""
         return self._both(self.held_back.value.deciding, "deciding")
 
     @lazy("windows", "second")

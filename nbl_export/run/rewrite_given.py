@@ -21,7 +21,7 @@ from nbl_export.files import (
     versions,
     write_json,
 )
-from nbl_export.graph.given import _need_onnx, check_graph_place, companions, home_of
+from nbl_export.graph.graph_only import check_graph_place, companions, home_of, onnx_tools
 from nbl_export.graph.names import MANIFEST, STATIC_GRAPH_FILE
 from nbl_export.mixers.base import Mixer
 from nbl_export.options.goals import parse_layers
@@ -46,7 +46,7 @@ def rewrite_given(path: Path, maps_file: Path, layers: str | None, tap: str | No
         NblError: an input is missing or damaged, or `output` is occupied; nothing is written.
         RefusalError: the graph is not recognised; the message has layer and node.
     """
-    source = _need_onnx()
+    source = onnx_tools().files
     from nbl_export.graph.anatomy import cache_layers, find_block
     from nbl_export.graph.facts import decoder_facts
 

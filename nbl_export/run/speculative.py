@@ -19,7 +19,7 @@ from nbl_export.measure.benchmark import where_measured
 from nbl_export.measure.speculative import PLAIN, Asked, Sample, decoding, equal_answers, overall, rows
 from nbl_export.options.options import JobOptions
 from nbl_export.options.settle import flag_of
-from nbl_export.records.proposers import MOST_ROWS, Proposer
+from nbl_export.records.capabilities import MOST_ROWS, Proposer
 from nbl_export.records.results import CheckResult
 from nbl_export.run.deployed import available_engine, locate
 from nbl_export.run.progress import Ui

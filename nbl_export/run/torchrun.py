@@ -37,18 +37,17 @@ def _model(directory: str) -> Any:
 
 
 def _calibrate(ranks: Ranks, model: Any, order: dict[str, Any]) -> None:
-    from nbl_export.calibrate import hooks
+    from nbl_export.calibrate import collect
     from nbl_export.mixers import kind_of
 
-    with hooks.Collection(model, order["taps"], kind_of(order["kind"]), narrow=order["narrow"]) as found:
+    with collect.Collection(model, order["taps"], kind_of(order["kind"]), narrow=order["narrow"]) as found:
         found.refer(order["windows"])
         ranks.share_reference(found)
-        collect_batches(ranks, found, hooks.batches(order["windows"]), order["done"], lambda: False, lambda _: None)
+        collect_batches(ranks, found, collect.batches(order["windows"]), order["done"], lambda: False, lambda _: None)
 
 
 def _distill(ranks: Ranks, model: Any, order: dict[str, Any]) -> None:
-    from nbl_export.distill.settings import Callbacks, DistillSettings, TrainingText
-    from nbl_export.distill.training import distill
+    from nbl_export.distill.training import Callbacks, DistillSettings, TrainingText, distill
     from nbl_export.mixers import kind_of
 
     maps = {layer: kind_of(kind).from_tensors(tensors) for layer, (kind, tensors) in order["maps"].items()}

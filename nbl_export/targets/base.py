@@ -12,9 +12,8 @@ import numpy as np
 import psutil
 
 from nbl_export.errors import NblError
-from nbl_export.records.capabilities import Capabilities
+from nbl_export.records.capabilities import Capabilities, Proposer
 from nbl_export.records.plan import Plan
-from nbl_export.records.proposers import Proposer
 from nbl_export.targets.runners import Draft, GraphDecoder, ProfiledRunner, ProposingRunner, SequenceLimits, TextRunner
 
 __all__ = [
@@ -163,7 +162,7 @@ class Target:
         """Write the NBL version of `original` to `out`, which must not exist.
 
         Args:
-            rows_VD: rows of the token table, see `model.token_rows`; None computes the leading layers.
+            rows_VD: rows of the token table, see `model.one_layer.token_rows`; None computes the leading layers.
 
         Raises:
             RefusalError: the graph is not understood.

@@ -11,11 +11,16 @@ Numbers by which libraries make lists, tables and modules before they read a wei
     tokenizer_config.json   extra_ids, offset, ids of added tokens: transformers makes each token up to them
 
 `auto_map` and the code beside it have no effect: every call passes trust_remote_code=False (`pretrained`).
+
+JSON objects are read so that this tool and any library understand a file in the same way. Refused are a name that
+occurs twice (libraries differ in which value they take), numbers that JSON does not have, nesting that crashes a
+parser, and a file larger than any real file.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +29,6 @@ from typing import Any
 from nbl_export.errors import NblError
 from nbl_export.records.decoder import MOST_LAYERS
 from nbl_export.trust.contained import check_folder, is_inside
-from nbl_export.trust.strict_json import read_object
 
 __all__ = [
     "CONFIG_BYTES",
@@ -33,6 +37,7 @@ __all__ = [
     "check_model_counts",
     "check_token_counts",
     "check_tokenizer_settings",
+    "read_object",
 ]
 
 CONFIG_BYTES = 8 << 20
@@ -43,6 +48,13 @@ _QUANTISED = ("gptq", "awq", "olive")  # `model.checkpoint.quantized` reads thes
 _SAVED_FROM = ("special_tokens_map_file", "name_or_path")  # where the tokenizer was saved; no library opens it
 # Text of tokens may look like a path. No library opens it.
 _TEXTS, _TEXT_ENDS = ("chat_template", "added_tokens_decoder"), ("_token", "_tokens")
+
+
+_OF_LAYER = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d{1,9})\.")  # in a checkpoint, in a GGUF file
+_MOST = 1 << 16
+_MOST_TOKENS = 1 << 22
+_NO_COUNT = re.compile("max|len|_id$")  # in names of numbers that no library counts up to
+_ADVICE = "fetch the model again, or export it again"
 
 
 def check_checkpoint(directory: Path) -> None:
@@ -131,12 +143,6 @@ def _leads_out(value: Any, directory: Path) -> bool:
     return False
 
 
-_OF_LAYER = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d{1,9})\.")  # in a checkpoint, in a GGUF file
-_MOST = 1 << 16
-_MOST_TOKENS = 1 << 22
-_NO_COUNT = re.compile("max|len|_id$")  # in names of numbers that no library counts up to
-
-
 def check_layers(stated: Any, names: Iterable[str], where: object) -> None:
     """Compare a stated number of layers with the names of tensors; a value that is no number is left to its reader.
 
@@ -181,3 +187,38 @@ def check_token_counts(settings: Mapping[str, Any], where: object) -> None:
 
 def _too_many(where: object, key: str, value: float) -> NblError:
     return NblError(f"{where} sets {key} to {value:.12g}, and no decoder has as many; fetch the model again")
+
+
+def read_object(path: Path, most_bytes: int) -> dict[str, Any]:
+    """The object in a file.
+
+    Raises:
+        NblError: the file cannot be read, is larger than `most_bytes`, or is not one object with distinct names.
+    """
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(most_bytes + 1)
+        if len(data) > most_bytes:
+            raise ValueError(f"it is larger than {most_bytes >> 10} KiB")
+        found = json.loads(data.decode("utf-8"), object_pairs_hook=_distinct, parse_constant=_no_number)
+    except (OSError, ValueError, RecursionError) as error:
+        raise NblError(f"{path} cannot be read ({_short(error)}); {_ADVICE}") from error
+    if not isinstance(found, dict):
+        raise NblError(f"{path} cannot be read (it is not a model configuration, which is an object); {_ADVICE}")
+    return found
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return found
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

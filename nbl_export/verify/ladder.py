@@ -18,7 +18,6 @@ One table of tolerances by precision decides every check.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -38,6 +37,7 @@ __all__ = [
     "Probe",
     "Reference",
     "Tolerance",
+    "apart",
     "check_greedy",
     "check_logits",
     "check_long",
@@ -228,8 +228,15 @@ def _max_abs(got: np.ndarray, expected: np.ndarray, noise: np.ndarray, limit: fl
 
 
 def _relative_rms(got: np.ndarray, expected: np.ndarray, _noise: np.ndarray, limit: float) -> tuple[float, float, int]:
-    wide = expected.astype(np.float64)
-    return float(np.sqrt(np.square(got - wide).mean() / np.square(wide).mean())), limit, 0
+    return apart(expected, got, "relative_rms"), limit, 0
+
+
+def apart(right: np.ndarray, found: np.ndarray, metric: str) -> float:
+    """The difference of logits in a metric of `Tolerance`."""
+    away = found.astype(np.float64) - right
+    if metric == "max_abs":
+        return float(np.abs(away).max())
+    return float(np.sqrt(np.square(away).mean() / np.square(right, dtype=np.float64).mean()))
 
 
 def greedy(decoder: Any, prompt: Sequence[int], new_tokens: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -307,7 +314,7 @@ class Reference:
 
     `long` [positions, V] and `long_noise` belong to the long row, at `ladder.shown_positions`.
 
-    The torch model (`torch_reference`) or the input graph (`graph_reference`, with zero noise) makes a reference.
+    The torch model (`torch_reference`) or the input graph (`MappedOriginal`, with zero noise) makes a reference.
     """
 
     logits: tuple[np.ndarray, ...]
@@ -318,12 +325,22 @@ class Reference:
     long_noise: np.ndarray | None = None
     noisy: bool = False
 
+    @classmethod
+    def without_noise(
+        cls,
+        logits: tuple[np.ndarray, ...],
+        greedy: tuple[tuple[int, ...], ...],
+        margins: tuple[tuple[float, ...], ...],
+        long: np.ndarray | None = None,
+    ) -> Reference:
+        """A reference whose noise is not measured."""
+        noise = tuple(np.zeros(len(row), np.float32) for row in logits)
+        return cls(logits, noise, greedy, margins, long, None if long is None else np.zeros(len(long), np.float32))
+
     @property
     def quiet(self) -> Reference:
         """The same reference without noise."""
-        noise = tuple(np.zeros_like(row) for row in self.noise)
-        long = None if self.long_noise is None else np.zeros_like(self.long_noise)
-        return dataclasses.replace(self, noise=noise, long_noise=long, noisy=False)
+        return Reference.without_noise(self.logits, self.greedy, self.margins, self.long)
 
 
 def proof(checks: Sequence[CheckResult], reference: str, status: str) -> list[str]:

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.records.proposers import MOST_ROWS
+from nbl_export.records.capabilities import MOST_ROWS
 from nbl_export.records.results import CheckResult
-from nbl_export.verify.ladder import TOLERANCES
+from nbl_export.verify.ladder import TOLERANCES, apart
 
-__all__ = ["BATCH_LENGTHS", "apart", "check_last", "check_last_rows", "check_pruned"]
+__all__ = ["BATCH_LENGTHS", "check_last", "check_last_rows", "check_pruned"]
 
 BATCH_LENGTHS = (1, 5, 12)
 _CACHED, _CHUNK, _STEPS = 13, 7, 3
@@ -97,12 +97,11 @@ def _broken(subject: str, detail: str) -> CheckResult:
 
 def _figure(all_TV: np.ndarray, found_V: np.ndarray, metric: str, limit: float) -> tuple[float, float]:
     """Difference of `found_V` from the last row, and its limit."""
-    right_V = all_TV[-1].astype(np.float64)
+    right_V = all_TV[-1]
+    value = apart(right_V, found_V, metric)
     if metric == "max_abs":
-        return float(np.abs(found_V - right_V).max()), limit
-    size = np.sqrt(np.square(right_V).mean())
-    others = np.sqrt(np.square(all_TV[:-1] - right_V).mean(1)) / size
-    return float(np.sqrt(np.square(found_V - right_V).mean()) / size), min([limit, *(others / 2)])
+        return value, limit
+    return value, min([limit, *(apart(right_V, other_V, metric) / 2 for other_V in all_TV[:-1])])
 
 
 _LOSSLESS = "lossless"
@@ -124,24 +123,14 @@ def check_last_rows(every: Any, last: Any, row: Sequence[int], precision: str) -
         chunk = ids[:, start : start + count]
         start += count
         right, found = every.step(chunk)[0], last.step(chunk)[0]
+        computed, problem = min(count, MOST_ROWS), ""
         if found.shape != right.shape:
-            detail = f"logits {list(found.shape)} of a chunk of {count}, not {list(right.shape)}"
-            return CheckResult("last_token", _LOSSLESS, metric, 1.0, 0.5, False, detail)
-        computed = min(count, MOST_ROWS)
+            problem = f"logits {list(found.shape)} of a chunk of {count}, not {list(right.shape)}"
+        elif np.any(found[:-computed]):
+            problem = f"a chunk of {count} has logits before the last"
+        if problem:
+            return CheckResult("last_token", _LOSSLESS, metric, 1.0, 0.5, False, problem)
         figures.append(apart(right[-computed:], found[-computed:], tolerance.metric))
-        if np.any(found[:-computed]):
-            return CheckResult(
-                "last_token", _LOSSLESS, metric, 1.0, 0.5, False, f"a chunk of {count} has logits before the last"
-            )
-    value = max(figures)
-    return CheckResult(
-        "last_token", _LOSSLESS, metric, value, tolerance.limit, bool(value <= tolerance.limit), f"chunks {_ROW_CHUNKS}"
-    )
-
-
-def apart(right: np.ndarray, found: np.ndarray, metric: str) -> float:
-    """The difference of logits in a metric of `ladder.Tolerance`."""
-    apart = found.astype(np.float64) - right
-    if metric == "max_abs":
-        return float(np.abs(apart).max())
-    return float(np.sqrt(np.square(apart).mean() / np.square(right, dtype=np.float64).mean()))
+    value, detail = max(figures), f"chunks {_ROW_CHUNKS}"
+    passed = bool(value <= tolerance.limit)
+    return CheckResult("last_token", _LOSSLESS, metric, value, tolerance.limit, passed, detail)

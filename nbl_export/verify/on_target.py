@@ -36,8 +36,7 @@ from nbl_export.errors import CorruptError, NblError
 from nbl_export.files import replacing
 from nbl_export.records.results import CheckResult
 from nbl_export.verify import ladder
-from nbl_export.verify.ladder import DECODE_STEPS, LONG_CHUNK, ON_GPU, WITHOUT_TWIN, Probe, Reference, Tolerance
-from nbl_export.verify.last_token import apart
+from nbl_export.verify.ladder import DECODE_STEPS, LONG_CHUNK, ON_GPU, WITHOUT_TWIN, Probe, Reference, Tolerance, apart
 
 __all__ = ["POSITIONS", "SUBJECTS", "Expected", "checks", "expect", "load", "save"]
 
@@ -192,7 +191,7 @@ def checks(runner: Any, subject: str, expected: Expected, doing: Doing) -> Itera
         yield from ladder.judge(check, subject, name, judged, expected.tolerance, None)
     yield _chunk_behind_cache(runner, subject, expected, doing)
     if expected.prompts:
-        doing("d", "generating text")
+        doing("text", "generating text")
         texts, margins = expected.text(subject)
         said = [runner.greedy(prompt, len(text)) for prompt, text in zip(expected.prompts, texts, strict=True)]
         yield ladder.check_greedy(subject, said, texts, margins, expected.tolerance)
@@ -226,7 +225,7 @@ def _appended(runner: Any, parts: Sequence[Sequence[int]], *, begun: bool = Fals
 
 def _chunk_behind_cache(runner: Any, subject: str, expected: Expected, doing: Doing) -> CheckResult:
     """Check last_token: the prefill of the first row in two chunks, and its cached steps as one chunk."""
-    doing("f", "running a chunk behind a cache")
+    doing("last_token", "running a chunk behind a cache")
     row, prefill = expected.rows[0], len(expected.rows[0]) - DECODE_STEPS
     cuts = sorted({0, prefill // 2, prefill, len(row)})
     parts = [row[start:end] for start, end in itertools.pairwise(cuts)]

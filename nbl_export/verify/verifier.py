@@ -5,6 +5,15 @@ shipped graph ─┬─ float32, fp16: compared with the model and its own matri
                               shipped graph and its kernels compared with it           structure, text, quantised
 
 A float32 twin is a float32 copy of the same graph.
+
+The reference of a model that exists only as a graph is the input graph, with the maps computed in numpy:
+
+    original  the original graph against itself: cached steps and batches against one pass over each row
+    nbl       the NBL graph against the original graph with maps computed in numpy: numpy reads the input of each map at
+              a tap, and the output replaces the attention output. The graph passes of the rewrite are not used.
+    text      greedy text through ONNX Runtime GenAI against the same reference, if there is a genai_config.json
+
+Without the torch model, nothing proves that the input graph computes the model of its authors.
 """
 
 from __future__ import annotations
@@ -16,16 +25,20 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nbl_export.errors import CorruptError
-from nbl_export.mixers.base import Mixer
+from nbl_export.graph.decoder import OnnxDecoder
+from nbl_export.mixers.base import Mixer, apply
+from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.results import CheckResult
 from nbl_export.verify import codes, ladder
 from nbl_export.verify.forms import Form, Material, form_of
 from nbl_export.verify.forms.form import Coded, Setting
 from nbl_export.verify.kept import KeptReferences
-from nbl_export.verify.ladder import Reference
+from nbl_export.verify.ladder import Probe, Reference, greedy, shown_positions
 
-__all__ = ["Verifier"]
+__all__ = ["MappedOriginal", "Verifier", "references"]
 
 OWN, CODES = "own", "codes"  # whose matrices a reference has: the model's own, or those of the quantised graphs
 
@@ -95,8 +108,7 @@ class Verifier:
 
     def refer_to_graph(self, coded: Mapping[str, Coded], graph: Path) -> None:
         """Run the input graph, then its float32 twin with the affine maps as they are stored."""
-        from nbl_export.model.torch_matrices import nearest_maps
-        from nbl_export.verify.graph_reference import references
+        from nbl_export.verify.torch_reference import nearest_maps
 
         self._given, setting, own = graph, self.setting, self.own_probe(coded)
         self.truth = references(graph, setting, self.maps, own, self.kept.get(OWN, own, graph))
@@ -206,8 +218,6 @@ class Verifier:
 
     def _codes(self, check: str, subject: str, decoder: Any, coded: Coded) -> None:
         """Compare the twin, the kernels and the shipped graph with the model that has the graph's matrices."""
-        from nbl_export.verify.products import products
-
         truth, exact = self.truth_of_codes[subject], ladder.TOLERANCES["fp32"]
         twin = coded.open()
         self._logits(check, subject, twin, exact, CODES)
@@ -219,9 +229,8 @@ class Verifier:
             self.results.append(ladder.check_greedy(subject, said, truth.greedy, truth.margins, exact, name))
         del twin
         if coded.graph is not None:
-            ran = products(coded.graph)
-            self.results.append(codes.check_products(subject, coded.stored, ran))
-        self._logits("g", subject, decoder, self.tolerance, CODES)
+            self.results.append(codes.check_products(subject, coded.stored, codes.products(coded.graph)))
+        self._logits("quantised", subject, decoder, self.tolerance, CODES)
         got = [ladder.run_rows(decoder, [row])[0] for row in self.probe.rows]
         self.results.append(codes.distance(subject, got, self.truth[subject].logits))
 
@@ -232,3 +241,78 @@ class Verifier:
         with self.setting.engine.open_checked(directory) as runner:
             said = [runner.greedy(prompt, self.probe.new_tokens) for prompt in self.probe.prompts]
         self.results.append(ladder.check_greedy(subject, said, truth.greedy, truth.margins, self.tolerance))
+
+
+class MappedOriginal:
+    """The original graph with numpy maps in place of attention; its interface is that of `OnnxDecoder`.
+
+    Args:
+        graph: with the logits of all tokens.
+        maps: of the replaced layers; empty for the original.
+        tap: the input of the maps.
+    """
+
+    def __init__(self, graph: Path, spec: DecoderSpec, maps: Mapping[int, Mixer], tap: str) -> None:
+        from nbl_export.rewrite.taps import overriding_graph
+
+        self._graph = overriding_graph(graph, tuple(maps), tap)
+        self._maps, self._tap = maps, tap
+        self._inner = OnnxDecoder(graph.parent, spec.head_dim, caches=self._graph.caches, proto=self._graph.proto)
+
+    def begin(self, batch: int) -> None:
+        """Empty caches and states for a batch."""
+        self._states: dict[tuple[int, int], np.ndarray | None] = {}
+        self._inner.begin(batch)
+
+    def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
+        """Append tokens and return their logits [B, T, V]. Layers run in order: each map needs the maps before it."""
+        taps, names = self._graph.taps[self._tap], self._graph.override
+        counts = np.full(len(ids_BT), ids_BT.shape[1]) if valid_BT is None else valid_BT.sum(1)
+        width = next((mixer.size for mixer in self._maps.values()), 0)
+        given = {name: np.zeros((*ids_BT.shape, width), np.float32) for name in names.values()}
+        for layer in self._maps:
+            (x_BTD,) = self._inner.look([taps[layer]], ids_BT, valid_BT, given)
+            given[names[layer]] = self._mixed(layer, x_BTD, counts)
+        return self._inner.step(ids_BT, valid_BT, given)
+
+    def _mixed(self, layer: int, x_BTD: np.ndarray, counts_B: np.ndarray) -> np.ndarray:
+        """The output of a layer's mixer, which remembers each row's valid tokens alone."""
+        mixer = self._maps[layer]
+        if mixer.state is None:
+            return apply(mixer, x_BTD)[0]
+        found = np.zeros(x_BTD.shape, np.float32)
+        for row, count in enumerate(counts_B):
+            past = self._states.get((layer, row))
+            found[row, :count], self._states[layer, row] = apply(mixer, x_BTD[row : row + 1, :count], past)
+        return found
+
+
+def references(
+    graph: Path, setting: Setting, maps: Mapping[int, Mixer], probe: Probe, known: Reference | None = None
+) -> dict[str, Reference]:
+    """References of the input graph without maps and with maps.
+
+    Args:
+        known: the reference without maps, if it is known; it is then not computed.
+    """
+    found = {} if known is None else {"original": known}
+    for subject, ours in (("original", {}), ("nbl", maps)):
+        if subject in found:
+            continue
+        mapped = MappedOriginal(graph, setting.spec, ours, setting.plan.tap)
+        with setting.task(f"reference of {subject}"):
+            found[subject] = _run_probe(mapped, probe)
+    return found
+
+
+def _run_probe(decoder: MappedOriginal, probe: Probe) -> Reference:
+    logits = tuple(_one_pass(decoder, row) for row in probe.rows)
+    texts = [greedy(decoder, prompt, probe.new_tokens) for prompt in probe.prompts]
+    long = _one_pass(decoder, probe.long)[shown_positions(len(probe.long))] if probe.long else None
+    return Reference.without_noise(logits, tuple(ids for ids, _ in texts), tuple(gaps for _, gaps in texts), long)
+
+
+def _one_pass(decoder: Any, row: Sequence[int]) -> np.ndarray:
+    decoder.begin(1)
+    logits: np.ndarray = decoder.step(np.asarray([row]))[0]
+    return logits

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.calibrate import hooks
+from nbl_export.calibrate import collect
 from nbl_export.calibrate.moments_file import MomentsWriter, whole_moments
 from nbl_export.calibrate.sums import Accumulator, Sums
 from nbl_export.errors import CorruptError, NblError
@@ -50,7 +50,7 @@ def float64_moments(model: Any, ids: torch.Tensor) -> list[Moments]:
 
 def test_moments_are_those_of_all_activations(checkpoint: Checkpoint) -> None:
     model = load_model(checkpoint("llama"))
-    found, expected = hooks.collect(model, windows(), nothing)["residual"], float64_moments(model, windows())
+    found, expected = collect.collect(model, windows(), nothing)["residual"], float64_moments(model, windows())
     assert [m.count for m in found] == [windows().numel()] * LAYERS
     for a, b in zip(found, expected, strict=True):
         for name in ("x_sum", "y_sum", "xx", "yx", "yy"):
@@ -60,7 +60,7 @@ def test_moments_are_those_of_all_activations(checkpoint: Checkpoint) -> None:
 
 def test_normed_tap_sees_what_attention_sees(checkpoint: Checkpoint) -> None:
     model = load_model(checkpoint("llama"))
-    found = hooks.collect(model, windows(), nothing, ("residual", "normed"))
+    found = collect.collect(model, windows(), nothing, ("residual", "normed"))
     seen: list[torch.Tensor] = []
     model.model.layers[1].input_layernorm.register_forward_hook(lambda _m, _a, out: seen.append(out.double()))
     with torch.inference_mode():
@@ -105,19 +105,19 @@ def test_maps_agree_with_a_float64_fit_despite_massive_activations() -> None:
 def test_logits_are_never_computed(checkpoint: Checkpoint) -> None:
     model = load_model(checkpoint("llama"))
     model.lm_head.register_forward_hook(lambda *_: pytest.fail("the language-model head ran"))
-    hooks.collect(model, windows(), nothing)
+    collect.collect(model, windows(), nothing)
 
 
 def test_hooks_are_gone_afterwards(checkpoint: Checkpoint) -> None:
     model = load_model(checkpoint("llama"))
-    hooks.collect(model, windows(), nothing)
+    collect.collect(model, windows(), nothing)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_progress_counts_every_token(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hooks, "_BATCH_TOKENS", 64)
+    monkeypatch.setattr(collect, "_BATCH_TOKENS", 64)
     seen: list[tuple[int, int]] = []
-    hooks.collect(load_model(checkpoint("llama")), windows(5, 32), lambda d, t: seen.append((d, t)))
+    collect.collect(load_model(checkpoint("llama")), windows(5, 32), lambda d, t: seen.append((d, t)))
     assert seen == [(64, 160), (128, 160), (160, 160)]
 
 
@@ -126,12 +126,12 @@ def test_nan_weights_are_named_by_layer(checkpoint: Checkpoint) -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(NblError, match="layer 2"):
-        hooks.collect(model, windows(), nothing)
+        collect.collect(model, windows(), nothing)
 
 
 def test_file_round_trip_is_exact(checkpoint: Checkpoint, tmp_path: Path) -> None:
     taps, path = ("residual", "normed"), tmp_path / "m.safetensors"
-    with hooks.Collection(load_model(checkpoint("llama")), taps) as found:
+    with collect.Collection(load_model(checkpoint("llama")), taps) as found:
         found.add(windows())
     facts = {"count": found.count, "done": 1, "identity": {"batches": 1}}
     with MomentsWriter(path, facts, LAYERS, taps, (HIDDEN, HIDDEN)) as writer:

@@ -24,8 +24,8 @@ PARTIAL = "calibrate.partial.safetensors"
 OFTEN = """
 import os
 os.fsync = lambda *_: None
-import nbl_export.calibrate.hooks, nbl_export.run.stages.calibrate
-nbl_export.calibrate.hooks._BATCH_TOKENS = 128
+import nbl_export.calibrate.collect, nbl_export.run.stages.calibrate
+nbl_export.calibrate.collect._BATCH_TOKENS = 128
 nbl_export.run.stages.calibrate._SECONDS = nbl_export.run.stages.calibrate._SHARE = 0
 """
 
@@ -44,7 +44,7 @@ def command(same: tuple[object, ...]) -> tuple[object, ...]:
 @pytest.fixture(scope="module")
 def expected(command: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> str:
     """Hash of the moments of a run that nobody disturbed and that wrote no partial file."""
-    code = "import nbl_export.calibrate.hooks; nbl_export.calibrate.hooks._BATCH_TOKENS = 128"
+    code = "import nbl_export.calibrate.collect; nbl_export.calibrate.collect._BATCH_TOKENS = 128"
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     assert server.start(*command, "--output", run, code=code).status == 0
     return file_sha256(run / "moments.safetensors")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.calibrate import hooks
+from nbl_export.calibrate import collect
 from nbl_export.errors import NblError
 from nbl_export.mixers import lmmse
 from nbl_export.model import bfloat16
@@ -50,7 +50,7 @@ def test_auto_is_what_the_processor_has(native: bool) -> None:
 def test_maps_of_bfloat16_products_are_near(architecture: str, tap: str, checkpoint: Checkpoint) -> None:
     """Products have 8 bits, so rows differ by 2^-9 of themselves; sums of them are float64 as always."""
     model = load_model(checkpoint(architecture))
-    wide, narrow = (hooks.collect(model, IDS, quiet, ("residual", tap), narrow=n)[tap] for n in (False, True))
+    wide, narrow = (collect.collect(model, IDS, quiet, ("residual", tap), narrow=n)[tap] for n in (False, True))
     for a, b in zip(wide, narrow, strict=True):
         assert b.xx.dtype == b.yx.dtype == torch.float64
         assert not torch.equal(a.yy, b.yy), "products were not in bfloat16"
@@ -68,7 +68,7 @@ def test_sums_are_the_products_of_the_rows_that_the_model_made(checkpoint: Check
     with torch.inference_mode(), bfloat16.products(CPU, True):
         model.get_decoder()(input_ids=IDS, use_cache=False)
     handle.remove()
-    found = hooks.collect(model, IDS, quiet, narrow=True)["residual"][1]
+    found = collect.collect(model, IDS, quiet, narrow=True)["residual"][1]
     expected = rows[0].T @ rows[0]
     assert (found.xx - expected).norm() <= 1e-6 * expected.norm()
 

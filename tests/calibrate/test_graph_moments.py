@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from nbl_export.calibrate import hooks
-from nbl_export.calibrate.from_graph import GraphCollection
-from nbl_export.graph.given import read_spec
+from nbl_export.calibrate import collect
+from nbl_export.calibrate.collect import GraphCollection
+from nbl_export.graph.graph_only import read_spec
 from nbl_export.mixers.linear import LINEAR, Linear
 from nbl_export.model.checkpoint.load import load_model, load_tokenizer
 from nbl_export.records.plan import TAPS
@@ -36,14 +36,14 @@ def windows(checkpoint: Any, text: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def torch_maps(checkpoint: Any, windows: Any) -> dict[str, list[Linear]]:
-    found = hooks.collect(load_model(checkpoint("llama")), windows, lambda _d, _t: None, TAPS)
+    found = collect.collect(load_model(checkpoint("llama")), windows, lambda _d, _t: None, TAPS)
     return {tap: [LINEAR.fit(m, i) for i, m in enumerate(moments)] for tap, moments in found.items()}
 
 
 def graph_maps(graph: Path, windows: Any) -> dict[str, list[Linear]]:
     with GraphCollection(graph, read_spec(graph), TAPS) as found:
         found.refer(windows)
-        for batch in hooks.batches(windows):
+        for batch in collect.batches(windows):
             found.add(batch)
         sums = [found.layer(i) for i in range(LAYERS)]
     return {tap: [LINEAR.fit(layer[tap].moments(), i) for i, layer in enumerate(sums)] for tap in TAPS}

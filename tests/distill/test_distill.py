@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.calibrate import hooks
-from nbl_export.distill.settings import Callbacks, DistillSettings, State, TrainingText
-from nbl_export.distill.training import _batches, _Training, distill
+from nbl_export.calibrate import collect
+from nbl_export.distill.training import Callbacks, DistillSettings, State, TrainingText, _batches, _Training, distill
 from nbl_export.errors import NblError
 from nbl_export.mixers.linear import LINEAR, Linear
 from nbl_export.model.checkpoint.load import load_model, load_tokenizer
@@ -36,7 +35,7 @@ def prepared(checkpoint: Checkpoint, text: Path) -> dict[str, Any]:
     """A tiny model, text, and closed-form maps of layers 1 and 2 on both taps."""
     model = load_model(checkpoint("llama"))
     windows, held = text_windows.pack(corpus.read_text(str(text)), load_tokenizer(checkpoint("llama")), 8192, 64, 512)
-    moments = hooks.collect(model, windows, lambda _d, _t: None, ("residual", "normed"))
+    moments = collect.collect(model, windows, lambda _d, _t: None, ("residual", "normed"))
     maps = {tap: {i: LINEAR.fit(found[i], i) for i in (1, 2)} for tap, found in moments.items()}
     return {"model": model, "windows": windows, "held": held, "maps": maps}
 
@@ -191,19 +190,19 @@ def test_a_resumed_run_retreats_to_the_best_parameters(tmp_path: Path) -> None:
     def training(value: float) -> _Training:
         trained = {"0.linear.bias": torch.nn.Parameter(torch.full((2,), value))}
         maps = {0: Linear(np.eye(2, dtype=np.float32), np.zeros(2, np.float32))}
-        twin: Any = SimpleNamespace(trained=trained, units={}, maps=lambda: maps)
-        return _Training(twin, DistillSettings(steps=100), [], ALONE)
+        pair: Any = SimpleNamespace(trained=trained, units={}, maps=lambda: maps)
+        return _Training(pair, DistillSettings(steps=100), [], ALONE)
 
     first = training(1.0)  # kept at its best
     first.result.held_kl, first.result.train_kl, first.step = [(0, 0.1)], [9.0] * 10, 10
     with torch.no_grad():
-        first.twin.trained["0.linear.bias"].fill_(2.0)  # where steps led since
+        first.pair.trained["0.linear.bias"].fill_(2.0)  # where steps led since
     first.save(State(tmp_path / "state", "key"))
     again = training(0.0)
     again.begin(State(tmp_path / "state", "key"))
-    assert again.twin.trained["0.linear.bias"].tolist() == [2.0, 2.0]
+    assert again.pair.trained["0.linear.bias"].tolist() == [2.0, 2.0]
     assert again.retreat()
-    assert again.twin.trained["0.linear.bias"].tolist() == [1.0, 1.0]
+    assert again.pair.trained["0.linear.bias"].tolist() == [1.0, 1.0]
 
 
 def test_only_the_state_of_the_same_run_is_gone_on_from(prepared: dict[str, Any], tmp_path: Path) -> None:
@@ -250,7 +249,7 @@ def test_deltas_are_aimed_once_and_a_run_that_goes_on_keeps_them(
 ) -> None:
     lengths: list[int] = []
     monkeypatch.setattr(
-        "nbl_export.distill.training._Training.aim", lambda _self, lessons: lengths.append(len(list(lessons)))
+        "nbl_export.distill.training._Training.aim", lambda _self, batches: lengths.append(len(list(batches)))
     )
     with pytest.raises(Killed):
         run(prepared, "normed", QUICK, Fragile(tmp_path / "state", 1, after=True))

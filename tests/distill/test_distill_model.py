@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from nbl_export.distill.settings import UNLIMITED, DistillSettings
-from nbl_export.distill.teacher_student import Lesson, TeacherStudent, _distance, _Divergence
-from nbl_export.distill.training import _Training
+from nbl_export.distill.teacher_student import TeacherStates, TeacherStudent, _distance, _Divergence
+from nbl_export.distill.training import UNLIMITED, DistillSettings, _Training
 from nbl_export.mixers.linear import Linear
-from nbl_export.mixers.linear_training import TrainedLinear
+from nbl_export.mixers.modules import TrainedLinear
 from nbl_export.model import bfloat16
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
@@ -49,14 +48,14 @@ def _by_itself(
     twin: TeacherStudent, ids_T: torch.Tensor, weight: float, label_weight: float
 ) -> tuple[dict[str, torch.Tensor], float]:
     """The gradients of one row, from the maps that all rows share, two whole models and autograd."""
-    lesson = twin.lesson(ids_T[None], training=True)
+    teacher = twin.teacher_states(ids_T[None], training=True)
     with twin.student(), twin._watch(range(1, len(twin.layers))) as seen:
-        last = twin.decoder(inputs_embeds=lesson.entering, use_cache=False).last_hidden_state
-    target, ours = (twin.model.lm_head(h).log_softmax(-1) for h in (lesson.last, last))
+        last = twin.decoder(inputs_embeds=teacher.entering, use_cache=False).last_hidden_state
+    target, ours = (twin.model.lm_head(h).log_softmax(-1) for h in (teacher.last, last))
     kl_T = (target.exp() * (target - ours)).sum(-1)[0]
     labelled_T = (1 - label_weight) * kl_T[:-1] - label_weight * ours[0, :-1].gather(1, ids_T[1:, None])[:, 0]
     loss, kl = torch.cat([labelled_T, kl_T[-1:]]).mean(), kl_T.mean()
-    apart = torch.stack([_distance(a, b)[0] for a, b in zip(seen, lesson.middle, strict=True)]).mean()
+    apart = torch.stack([_distance(a, b)[0] for a, b in zip(seen, teacher.middle, strict=True)]).mean()
     parameters = twin.trained
     found = torch.autograd.grad(loss + weight * apart, list(parameters.values()))
     return dict(zip(parameters, found, strict=True)), kl.item()
@@ -65,7 +64,7 @@ def _by_itself(
 @pytest.mark.parametrize(("weight", "label_weight"), [(0.0, 0.0), (0.7, 0.0), (0.7, 0.2), (0.0, 1.0)])
 def test_each_row_has_the_gradients_that_it_has_alone(twin: Make, weight: float, label_weight: float) -> None:
     made = twin()
-    found, kl_B = made.gradients(made.lesson(IDS, training=True), weight, label_weight)
+    found, kl_B = made.gradients(made.teacher_states(IDS, training=True), weight, label_weight)
     assert found.keys() == made.trained.keys()
     for row, ids_T in enumerate(IDS):
         expected, kl = _by_itself(made, ids_T, weight, label_weight)
@@ -78,23 +77,23 @@ def test_each_row_has_the_gradients_that_it_has_alone(twin: Make, weight: float,
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "granite"])
 def test_states_on_the_way_are_those_of_the_whole_models(twin: Make, architecture: str) -> None:
     made = twin(2, architecture)
-    lesson = made.lesson(IDS, training=True)
+    teacher = made.teacher_states(IDS, training=True)
     with torch.no_grad():
         states = made.model(IDS, use_cache=False, output_hidden_states=True).hidden_states
-    assert len(lesson.middle) == len(made.layers) - 1
-    for ours, theirs in zip((lesson.entering, *lesson.middle), states[:-1], strict=True):
+    assert len(teacher.middle) == len(made.layers) - 1
+    for ours, theirs in zip((teacher.entering, *teacher.middle), states[:-1], strict=True):
         torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(lesson.last, states[-1])
-    assert not made.lesson(IDS).middle
+    torch.testing.assert_close(teacher.last, states[-1])
+    assert not made.teacher_states(IDS).middle
 
 
 def test_held_back_kl_is_that_of_the_merged_maps(twin: Make) -> None:
     made = twin(2)
-    lesson, maps = made.lesson(IDS), made.maps()
+    teacher, maps = made.teacher_states(IDS), made.maps()
     with torch.no_grad():
         target = made.model(IDS, use_cache=False).logits.log_softmax(-1)
         ours = linearize(made.model, maps, "normed")(IDS, use_cache=False).logits.log_softmax(-1)
-    assert made.held_kl(lesson) == pytest.approx((target.exp() * (target - ours)).sum(-1).mean().item(), rel=1e-4)
+    assert made.held_kl(teacher) == pytest.approx((target.exp() * (target - ours)).sum(-1).mean().item(), rel=1e-4)
 
 
 def test_the_distance_is_of_directions() -> None:
@@ -136,7 +135,7 @@ def test_a_wild_row_does_not_drown_the_others(twin: Make, monkeypatch: pytest.Mo
     given[second][1].view(-1)[0] = 0.5
     monkeypatch.setattr(made, "gradients", lambda _lesson, *_weights, whole: (given, torch.tensor([1.0, 2.0])))
     training = _Training(made, DistillSettings(), [], ALONE)
-    training.advance(Lesson(torch.empty(2, 1, 1), torch.empty(2, 1, 1), torch.empty(2, 0)))
+    training.advance(TeacherStates(torch.empty(2, 1, 1), torch.empty(2, 1, 1), torch.empty(2, 0)))
     assert made.trained[first].grad is not None and made.trained[second].grad is not None
     assert made.trained[first].grad.view(-1)[0].item() == pytest.approx(0.5)
     assert made.trained[second].grad.view(-1)[0].item() == pytest.approx(0.25)
@@ -146,9 +145,9 @@ def test_a_wild_row_does_not_drown_the_others(twin: Make, monkeypatch: pytest.Mo
 def test_gradients_of_whole_weights_are_those_that_the_deltas_have_theirs_from(twin: Make) -> None:
     """Whatever the deltas are, they are by the merged weight: the chain rule gives those of `up` and `down`."""
     made = twin()
-    lesson = made.lesson(IDS, training=True)
-    found, kl_B = made.gradients(lesson, 0.3, whole=True)
-    wanted, kl = made.gradients(lesson, 0.3)
+    teacher = made.teacher_states(IDS, training=True)
+    found, kl_B = made.gradients(teacher, 0.3, whole=True)
+    wanted, kl = made.gradients(teacher, 0.3)
     assert found.keys() == {"0.linear.weight", "2.linear.weight"}
     torch.testing.assert_close(kl_B, kl)
     for index, module in made.affine.items():
@@ -184,11 +183,11 @@ def test_units_are_measured_on_what_a_map_reads(twin: Make) -> None:
     with torch.no_grad():
         made.affine["0"].linear.up.zero_()  # where aiming begins
         made.affine["0"].linear.shift.zero_()
-    lesson = made.lesson(IDS, training=True)
-    training.aim([lesson])
+    teacher = made.teacher_states(IDS, training=True)
+    training.aim([teacher])
     linear = made.affine["0"].linear
     with torch.no_grad():
-        x = made.layers[0].input_layernorm(lesson.entering)
+        x = made.layers[0].input_layernorm(teacher.entering)
         out, thin = linear(x).square().mean().sqrt(), (x @ linear.down.T).square().mean().sqrt()
     torch.testing.assert_close(linear.units, torch.stack([out / thin, out]))
 
@@ -206,9 +205,9 @@ def test_deltas_begin_where_the_gradient_is(twin: Make) -> None:
         for module in made.affine.values():
             module.linear.up.zero_()
     training = _Training(made, DistillSettings(lora_rank=4, hidden_weight=0.3), [], ALONE)
-    lessons = [made.lesson(ids, training=True) for ids in (IDS, IDS.flip(0) + 1)]
-    whole = [training._gradients(lesson, whole=True)[0] for lesson in lessons]
-    training.aim(lessons)
+    batches = [made.teacher_states(ids, training=True) for ids in (IDS, IDS.flip(0) + 1)]
+    whole = [training._gradients(teacher, whole=True)[0] for teacher in batches]
+    training.aim(batches)
     for index in ("0", "2"):
         linear, total = made.affine[index].linear, sum(g[f"{index}.linear.weight"] for g in whole)
         assert isinstance(total, torch.Tensor)
@@ -223,7 +222,7 @@ def test_a_clock_that_is_nearly_over_stops_aiming(twin: Make, monkeypatch: pytes
     made, ticks = twin(2), itertools.count()
     monkeypatch.setattr("nbl_export.distill.training.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     training = _Training(made, DistillSettings(UNLIMITED, minutes=1.0, lora_rank=2), [], ALONE)
-    left = iter([made.lesson(IDS, training=True)] * 16)
+    left = iter([made.teacher_states(IDS, training=True)] * 16)
     training.aim(left)
     assert len(list(left)) == 13
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from nbl_export.measure.speculative import Asked, Sample, Way, best_of_each, overall, rows
-from nbl_export.records.proposers import Proposer
+from nbl_export.records.capabilities import Proposer
 from nbl_export.report.speed import speculative_table
 from nbl_export.run.speculative import measured, spoken
 

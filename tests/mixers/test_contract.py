@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from nbl_export import mixers
-from nbl_export.calibrate import hooks
-from nbl_export.calibrate.layer_by_layer import Wanted, collect_layers
+from nbl_export.calibrate import collect
+from nbl_export.calibrate.collect import Wanted, collect_layers
 from nbl_export.calibrate.moments_file import MomentsWriter, open_moments
 from nbl_export.distill.teacher_student import TeacherStudent
 from nbl_export.errors import NblError
@@ -219,7 +219,7 @@ def test_features_go_through_sums_files_and_layers(checkpoint: Callable[[str], P
     """2 D features and D outputs: from the whole model, layer by layer, and from a file."""
     ids = torch.from_numpy(np.random.default_rng(0).integers(2, VOCAB, (4, 32)))
     nothing: Callable[[int, int], None] = lambda *_: None  # noqa: E731
-    whole = hooks.collect(load_model(checkpoint("llama")), ids, nothing, kind=MEMORY)
+    whole = collect.collect(load_model(checkpoint("llama")), ids, nothing, kind=MEMORY)
     assert whole["residual"][0].xx.shape == (2 * HIDDEN, 2 * HIDDEN) and whole["residual"][0].yy.shape == (HIDDEN,) * 2
     wanted = Wanted(("residual",), MEMORY)
     parts = list(collect_layers(checkpoint("llama"), ids, [ids], wanted, tmp_path, nothing))
@@ -254,7 +254,7 @@ def test_a_layer_of_a_model_is_calibrated_and_fitted(name: str, checkpoint: Call
     mixer = planted(HIDDEN)[name]
     model = linearize(load_model(checkpoint("llama")), {1: mixer})
     ids = torch.from_numpy(np.random.default_rng(0).integers(2, VOCAB, (48, 64)))
-    found = hooks.collect(model, ids, lambda *_: None, kind=kind(mixer))["residual"]
+    found = collect.collect(model, ids, lambda *_: None, kind=kind(mixer))["residual"]
     again = kind(mixer).fit(found[1], 1)
     for part, array in mixer.tensors().items():
         if part in again.tensors():

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from nbl_export import mixers
-from nbl_export.calibrate import hooks
+from nbl_export.calibrate import collect
 from nbl_export.errors import NblError, RefusalError
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.sizes import read_graph_facts
@@ -32,8 +32,8 @@ from nbl_export.rewrite.describe import graph_facts
 from nbl_export.rewrite.speculative import add_draft
 from nbl_export.targets import exporter_of
 from nbl_export.targets.openvino.decoder import IrDecoder
-from nbl_export.verify.graph_reference import MappedOriginal
 from nbl_export.verify.torch_reference import row_logits
+from nbl_export.verify.verifier import MappedOriginal
 from tests.tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB, random_map
 from tests.verifying import verify_tiny
 
@@ -156,7 +156,7 @@ def test_tap_normed(checkpoint: Any, exported: Any, tmp_path: Path, source: str)
 def fitted(checkpoint: Any) -> dict[int, Mixer]:
     """Layers of the tiny Llama, calibrated on a random text and fitted."""
     text = torch.from_numpy(np.random.default_rng(0).integers(2, VOCAB, (32, 64)))
-    moments = hooks.collect(load_model(checkpoint("llama")), text, lambda *_: None, kind=MEMORY)["residual"]
+    moments = collect.collect(load_model(checkpoint("llama")), text, lambda *_: None, kind=MEMORY)["residual"]
     return {layer: MEMORY.fit(moments[layer], layer) for layer in range(LAYERS)}
 
 

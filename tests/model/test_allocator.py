@@ -9,7 +9,7 @@ import pytest
 
 _SCRIPT = """
 import resource, sys
-from nbl_export.model.allocator import keep_freed_memory
+from nbl_export.model.memory import keep_freed_memory
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()

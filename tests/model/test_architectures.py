@@ -10,18 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.calibrate.hooks import collect
-from nbl_export.calibrate.layer_by_layer import Wanted, collect_layers
-from nbl_export.distill.settings import DistillSettings, TrainingText
-from nbl_export.distill.training import distill
+from nbl_export.calibrate.collect import Wanted, collect, collect_layers
+from nbl_export.distill.training import DistillSettings, TrainingText, distill
 from nbl_export.errors import NblError
 from nbl_export.mixers.linear import LINEAR, Linear
 from nbl_export.model.architectures import ARCHITECTURES
-from nbl_export.model.blocks import architecture_of, run_from
 from nbl_export.model.checkpoint.load import load_model, read_spec
 from nbl_export.model.checkpoint.source import resolve
 from nbl_export.model.head import logits_of
-from nbl_export.model.linearize import linearize
+from nbl_export.model.linearize import architecture_of, linearize, run_from
 from nbl_export.model.switched import SwitchedModel
 
 from ..tiny import EVERY, HIDDEN, LAYERS, VARIANTS, VOCAB
@@ -144,7 +141,7 @@ def test_a_saved_checkpoint_is_the_linearized_model(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    from nbl_export.model.saved.hf_classes import save_linearized
+    from nbl_export.model.checkpoint.hf_classes import save_linearized
 
     directory, maps = checkpoint(architecture), random_maps(0, 2)
     save_linearized(load_model(directory), directory, maps, "residual", tmp_path / "saved")

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.model.checkpoint.load import load_model, load_tokenizer, read_spec
-from nbl_export.model.checkpoint.materialise import materialise
+from nbl_export.model.checkpoint.load import load_model, load_tokenizer, materialise, read_spec
 from nbl_export.model.checkpoint.pretrained import check_weights
 from nbl_export.model.checkpoint.source import resolve
 from nbl_export.records.decoder import DecoderSpec
@@ -228,14 +227,14 @@ def test_an_nbl_checkpoint_states_no_more_layers_than_it_holds(checkpoint: Check
 
 
 def test_a_graph_has_the_layers_of_its_caches(given_graph: Callable[[str], Path], tmp_path: Path) -> None:
-    from nbl_export.graph import given
+    from nbl_export.graph import graph_only
 
     home = Path(shutil.copytree(given_graph("transformers-23"), tmp_path / "graph"))
     changed(home, "config.json", num_hidden_layers=1 << 40)
-    graph = given.graph_of(home)
+    graph = graph_only.graph_of(home)
     assert graph is not None
     with pytest.raises(NblError, match=f"only 3 of its {1 << 40} layers have attention"):
-        given.read_spec(graph)
+        graph_only.read_spec(graph)
 
 
 def test_a_record_of_a_decoder_has_a_number_of_layers_that_decoders_have() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nbl_export.errors import NblError
-from nbl_export.model.checkpoint import load, materialise
+from nbl_export.model.checkpoint import load
 from nbl_export.model.checkpoint import source as checkpoint_source
 
 from ..command import TINY, assert_refused, nbl, snapshot
@@ -80,7 +80,7 @@ def gguf(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_gguf_is_the_same_model(gguf: Path, checkpoint: Any, tmp_path: Path) -> None:
     source = checkpoint_source.resolve(str(gguf))
     assert load.read_spec(source) == load.read_spec(checkpoint_source.resolve(str(checkpoint("llama"))))
-    directory = materialise.materialise(source, tmp_path / "checkpoint")
+    directory = load.materialise(source, tmp_path / "checkpoint")
     ids = torch.arange(2, 40)[None]
     with torch.inference_mode():
         ours, theirs = (load.load_model(d)(ids).logits for d in (directory, checkpoint("llama")))
@@ -103,24 +103,24 @@ def test_main_job_on_a_gguf_directory(gguf: Path, text: Path, tmp_path: Path) ->
 
 def test_gguf_is_dequantised_once_and_again_where_damaged(gguf: Path, tmp_path: Path) -> None:
     source, target = checkpoint_source.resolve(str(gguf)), tmp_path / "checkpoint"
-    materialise.materialise(source, target)
+    load.materialise(source, target)
     before, made = snapshot(target), (target / "model.safetensors").stat().st_mtime_ns
-    materialise.materialise(source, target)
+    load.materialise(source, target)
     assert (target / "model.safetensors").stat().st_mtime_ns == made
     cut(target / "model.safetensors", 1000)
-    assert snapshot(materialise.materialise(source, target)) == before
+    assert snapshot(load.materialise(source, target)) == before
     (target / "tokenizer.json").unlink()
-    assert snapshot(materialise.materialise(source, target)) == before
+    assert snapshot(load.materialise(source, target)) == before
     (target / "source.json").write_text("[]")
-    assert snapshot(materialise.materialise(source, target)) == before
+    assert snapshot(load.materialise(source, target)) == before
 
 
 def test_gguf_is_read_once_for_all_questions(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gguf import gguf_reader, tensor_mapping
 
-    from nbl_export.model.checkpoint import gguf_file
+    from nbl_export.model.checkpoint import pretrained
 
-    gguf_file.forget()
+    pretrained.forget()
     readers, maps = [], []
     made, mapped = gguf_reader.GGUFReader.__init__, tensor_mapping.TensorNameMap.__init__
 
@@ -136,9 +136,9 @@ def test_gguf_is_read_once_for_all_questions(gguf: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(tensor_mapping.TensorNameMap, "__init__", counted_map)
     source = checkpoint_source.resolve(str(gguf))
     load.read_spec(source)
-    materialise.materialise(source, tmp_path / "checkpoint")
+    load.materialise(source, tmp_path / "checkpoint")
     assert (len(readers), len(maps)) == (1, 1)
-    assert gguf_file.reader(gguf) is gguf_file.reader(gguf) and len(readers) == 2  # the first one was released
+    assert pretrained.reader(gguf) is pretrained.reader(gguf) and len(readers) == 2  # the first one was released
 
 
 def test_gguf_that_ends_early(gguf: Path, text: Path, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_failed_dequantisation_leaves_nothing(gguf: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fail)
     with pytest.raises(NblError, match=r"tiny\.gguf cannot be loaded by transformers: \w+: no"):
-        materialise.materialise(checkpoint_source.resolve(str(gguf)), tmp_path / "checkpoint")
+        load.materialise(checkpoint_source.resolve(str(gguf)), tmp_path / "checkpoint")
     assert not list(tmp_path.iterdir())
 
 

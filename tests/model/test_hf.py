@@ -33,7 +33,7 @@ def test_a_saved_checkpoint_is_the_linearized_model(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    from nbl_export.model.saved.hf_classes import save_linearized
+    from nbl_export.model.checkpoint.hf_classes import save_linearized
 
     directory, maps = checkpoint(architecture), random_maps(0, 2)
     save_linearized(load_model(directory), directory, maps, tap, tmp_path / "saved")
@@ -59,7 +59,7 @@ def test_the_command_and_a_fresh_process(run: Path, tmp_path: Path) -> None:
     done = nbl(*SAVE, saved, run)
     assert (done.status, done.out) == (0, f"{saved}\n"), done.err
     code = (
-        "import sys, torch, nbl_export.model.saved.hf_classes\nfrom transformers import AutoModelForCausalLM\n"
+        "import sys, torch, nbl_export.model.checkpoint.hf_classes\nfrom transformers import AutoModelForCausalLM\n"
         "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()\n"
         "torch.save(m(torch.arange(2, 40)[None], use_cache=False).logits.detach(), sys.argv[2])\n"
     )
@@ -90,7 +90,7 @@ def test_what_failed_verification_is_not_saved_unless_forced(run: Path) -> None:
 
 
 def test_a_configuration_that_contradicts_itself() -> None:
-    from nbl_export.model.saved.hf_classes import CLASSES
+    from nbl_export.model.checkpoint.hf_classes import CLASSES
 
     config_class, model_class = CLASSES["llama"]
 
@@ -104,7 +104,7 @@ def test_a_configuration_that_contradicts_itself() -> None:
 def test_an_architecture_without_a_class(tmp_path: Path) -> None:
     from types import SimpleNamespace
 
-    from nbl_export.model.saved.hf_classes import save_linearized
+    from nbl_export.model.checkpoint.hf_classes import save_linearized
 
     with pytest.raises(NblError, match="no NBL checkpoint of architecture other; there are llama, mistral"):
         save_linearized(SimpleNamespace(config=SimpleNamespace(model_type="other")), tmp_path, {}, "residual", tmp_path)

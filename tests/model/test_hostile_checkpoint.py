@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.model.checkpoint.load import load_model, load_tokenizer, read_spec
-from nbl_export.model.checkpoint.materialise import materialise
+from nbl_export.model.checkpoint.load import load_model, load_tokenizer, materialise, read_spec
 from nbl_export.model.checkpoint.source import resolve
 
 from ..command import TINY, assert_refused, nbl

@@ -18,12 +18,10 @@ from nbl_export.errors import CorruptError
 from nbl_export.mixers.linear import Linear
 from nbl_export.mixers.none import Nothing
 from nbl_export.model.architectures import ARCHITECTURES
-from nbl_export.model.checkpoint import load, materialise
-from nbl_export.model.checkpoint import nbl as nbl_checkpoint
+from nbl_export.model.checkpoint import load
 from nbl_export.model.checkpoint import source as checkpoint_source
+from nbl_export.model.checkpoint.hf_classes import restored, save_linearized
 from nbl_export.model.linearize import linearize
-from nbl_export.model.saved.hf_classes import save_linearized
-from nbl_export.model.saved.restore import restored
 from nbl_export.plan.maps_file import load_maps
 
 from ..command import BARE, assert_refused, nbl
@@ -70,12 +68,12 @@ def test_the_stock_model_with_the_maps_is_what_was_saved(
     source = checkpoint_source.resolve(str(directory))
     spec = load.read_spec(source)
     assert spec == load.read_spec(checkpoint_source.resolve(str(checkpoint(architecture))))
-    plan, maps = nbl_checkpoint.load(source, spec.num_layers)
+    plan, maps = load.load_maps(source, spec.num_layers)
     assert (plan.replaced, plan.tap, plan.select) == (LAYERS, tap, "given")
     for i, m in random_maps(*LAYERS).items():
         for name, array in m.tensors().items():
             np.testing.assert_array_equal(maps[i].tensors()[name], array)
-    stock = materialise.materialise(source, tmp_path / "stock")
+    stock = load.materialise(source, tmp_path / "stock")
     kinds = [json.loads((d / "config.json").read_text()) for d in (stock, checkpoint(architecture))]
     assert kinds[0]["architectures"] == kinds[1]["architectures"]
     model, original = (load.load_model(d) for d in (stock, checkpoint(architecture)))
@@ -102,7 +100,7 @@ def test_a_checkpoint_says_the_kind_of_each_layer(
             expected = linearize(load.load_model(checkpoint("llama")), maps)(IDS, use_cache=False).logits
         save_linearized(original, checkpoint("llama"), maps, "residual", directory)
         assert json.loads((directory / "config.json").read_text())["nbl_kinds"] == ["linear", other.kind]
-        plan, found = nbl_checkpoint.load(checkpoint_source.resolve(str(directory)), 3)
+        plan, found = load.load_maps(checkpoint_source.resolve(str(directory)), 3)
         assert plan.kinds == ("linear", other.kind) and found[2].kind == other.kind
         for name, array in other.tensors().items():
             np.testing.assert_array_equal(found[2].tensors()[name], array)
@@ -225,4 +223,4 @@ def test_maps_that_are_not_those_of_the_configuration(
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "nbl_replaced_layers": [0]}))
     with pytest.raises(CorruptError, match=r"names maps of layers \[0\], the weights hold maps of \[0, 2\]"):
-        nbl_checkpoint.load(checkpoint_source.resolve(str(directory)), 3)
+        load.load_maps(checkpoint_source.resolve(str(directory)), 3)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nbl_export.model.checkpoint import load
-from nbl_export.model.rescale import groups_of, rescale
+from nbl_export.quantize.awq import groups_of, rescale
 
 from ..tiny import EVERY, HIDDEN, LAYERS
 

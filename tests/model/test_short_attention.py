@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from nbl_export.distill.teacher_student import TeacherStudent
 from nbl_export.mixers.linear import Linear
-from nbl_export.model import bfloat16, short_attention
+from nbl_export.model import bfloat16
 from nbl_export.model.checkpoint.load import load_model
 
 CPU = torch.device("cpu")
@@ -29,13 +29,13 @@ def _inputs(tokens: int, groups: int) -> tuple[torch.Tensor, ...]:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one whenever attention is computed as products."""
     calls: list[int] = []
-    real = short_attention._attention
+    real = bfloat16._attention
 
     def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
         calls.append(1)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(short_attention, "_attention", noted)
+    monkeypatch.setattr(bfloat16, "_attention", noted)
     return calls
 
 
@@ -46,7 +46,7 @@ def test_output_and_gradients_are_those_of_the_fused_operator(options: dict[str,
     said = torch.randn(2, 6, 32, 16, generator=torch.Generator().manual_seed(1))
     expected = scaled_dot_product_attention(*inputs, **options)
     wanted = torch.autograd.grad(expected, inputs, said)
-    with bfloat16.products(CPU, True), short_attention.Taken():
+    with bfloat16.products(CPU, True), bfloat16.ShortAttention():
         found = scaled_dot_product_attention(*inputs, **options)
     assert counted == [1] and found.dtype == torch.bfloat16
     gradients = torch.autograd.grad(found, inputs, said.bfloat16())
@@ -73,7 +73,7 @@ def test_other_attention_is_left_to_torch(
         torch.manual_seed(0)
         expected = scaled_dot_product_attention(*inputs, **options)
         torch.manual_seed(0)
-        with short_attention.Taken():
+        with bfloat16.ShortAttention():
             found = scaled_dot_product_attention(*inputs, **options)
     assert not counted
     assert torch.equal(found, expected)
@@ -81,7 +81,7 @@ def test_other_attention_is_left_to_torch(
 
 def test_arguments_may_go_by_their_place_or_by_their_names(counted: list[int]) -> None:
     query, key, value = _inputs(32, 6)
-    with bfloat16.products(CPU, True), short_attention.Taken():
+    with bfloat16.products(CPU, True), bfloat16.ShortAttention():
         one = scaled_dot_product_attention(query, key, value, None, 0.0, True)
         two = scaled_dot_product_attention(query=query, key=key, value=value, is_causal=True)
     assert len(counted) == 2
@@ -94,12 +94,12 @@ def test_training_steps_in_bfloat16_take_it_and_nothing_else_does(
     """Once a layer with attention: all of the original's, those of the student that are left."""
     model, maps = load_model(checkpoint("llama")), random_maps(0, 2)
     wide, made = (TeacherStudent(model, maps, "normed", dtype, 2, seed=0) for dtype in ("fp32", "bf16"))
-    expected, _ = wide.gradients(wide.lesson(IDS, training=True), 0.3, 0.1)
-    made.held_kl(made.lesson(IDS))
+    expected, _ = wide.gradients(wide.teacher_states(IDS, training=True), 0.3, 0.1)
+    made.held_kl(made.teacher_states(IDS))
     assert not counted
-    lesson = made.lesson(IDS, training=True)
+    teacher = made.teacher_states(IDS, training=True)
     assert len(counted) == len(made.layers)
-    found, _ = made.gradients(lesson, 0.3, 0.1)
+    found, _ = made.gradients(teacher, 0.3, 0.1)
     assert len(counted) == 2 * len(made.layers) - 2
     assert set(found) == set(expected)
     still = {name for name, gradient in expected.items() if not gradient.any()}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from nbl_export.calibrate import hooks
+from nbl_export.calibrate import collect
 from nbl_export.calibrate.moments_file import whole_moments
 from nbl_export.files import file_sha256
 
@@ -21,8 +21,8 @@ from ..command import TINY, nbl
 
 # torchrun with small batches, and a partial file after each round
 SCRIPT = """
-import nbl_export.calibrate.hooks, nbl_export.model.bfloat16, nbl_export.run.stages.calibrate
-nbl_export.calibrate.hooks._BATCH_TOKENS = 128
+import nbl_export.calibrate.collect, nbl_export.model.bfloat16, nbl_export.run.stages.calibrate
+nbl_export.calibrate.collect._BATCH_TOKENS = 128
 nbl_export.model.bfloat16.fast = lambda _device: False  # halves of a batch round otherwise in bfloat16
 nbl_export.run.stages.calibrate._SECONDS = nbl_export.run.stages.calibrate._SHARE = 0
 from nbl_export.cli.app import main
@@ -42,7 +42,7 @@ def torchrun(script: Path, *arguments: object) -> subprocess.CompletedProcess[st
 def test_two_processes_collect_what_one_does(
     checkpoint: Callable[[str], Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hooks, "_BATCH_TOKENS", 128)
+    monkeypatch.setattr(collect, "_BATCH_TOKENS", 128)
     (tmp_path / "small.py").write_text(SCRIPT)
     given = ("calibrate", "--model", checkpoint("llama"), "--calibration", text, "--calibration-tokens", 1100,
              "--context", 64, "--tap", "normed", "--compute-dtype", "float32")  # fmt: skip

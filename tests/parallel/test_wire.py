@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.parallel.wire import pack, unpack
+from nbl_export.parallel.ranks import pack, unpack
 
 
 @dataclass

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from nbl_export.distill.settings import DistillSettings
+from nbl_export.distill.training import DistillSettings
 from nbl_export.options.options import JobOptions
 
 from ..command import Outcome, nbl

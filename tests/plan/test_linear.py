@@ -14,9 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbl_export.calibrate import hooks
-from nbl_export.distill.settings import Callbacks, DistillSettings, TrainingText
-from nbl_export.distill.training import distill
+from nbl_export.calibrate import collect
+from nbl_export.distill.training import Callbacks, DistillSettings, TrainingText, distill
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.mixers.base import FitOptions
 from nbl_export.mixers.linear import LINEAR, Linear
@@ -83,7 +82,7 @@ def test_a_bias_in_the_graph_of_a_map_without_one_is_found(exported: Exported, t
 def test_training_leaves_the_bias_at_zero(checkpoint: Callable[[str], Path]) -> None:
     model = load_model(checkpoint("llama"))
     windows = torch.randint(3, 200, (8, 64), generator=torch.Generator().manual_seed(0))
-    found = hooks.collect(model, windows, lambda _d, _t: None, ("normed",))["normed"]
+    found = collect.collect(model, windows, lambda _d, _t: None, ("normed",))["normed"]
     maps = {i: LINEAR.fit(found[i], i, FitOptions(bias=False)) for i in (1, 2)}
     how = DistillSettings(steps=24, batch_tokens=256, check_every=8, lora_rank=4, label_weight=0.0)
     result: Any = distill(model, maps, "normed", TrainingText(windows, windows[:2]), how, Callbacks())

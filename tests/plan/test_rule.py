@@ -14,7 +14,7 @@ import torch
 from nbl_export.plan import order as selection
 from nbl_export.plan.effects import EVERY, Effects
 from nbl_export.plan.greedy import RULE, GreedyOrder, Search
-from nbl_export.text.held_back import DIVISION
+from nbl_export.text.windows import DIVISION
 
 LAYERS, POSITIONS, SIZE = 14, 24, 6
 # What each rule makes of the planted effects: the order of 9 layers by loss and work, by loss alone, and the outlook.

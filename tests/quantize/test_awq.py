@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from nbl_export.errors import CorruptError
-from nbl_export.graph.coded.int4_blocks import int4_blocks
-from nbl_export.model import rescale as rescale_module
-from nbl_export.model.rescale import Group
-from nbl_export.quantize.awq import Seen, choose, load_scales, rounded, save_scales
+from nbl_export.graph.quantised import int4_blocks
+from nbl_export.quantize import awq as rescale_module
+from nbl_export.quantize.awq import Group, Seen, choose, load_scales, rounded, save_scales
 
 from ..command import nbl
 from ..jobs import until

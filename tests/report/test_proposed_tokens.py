@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nbl_export.measure.speculative import Asked, Sample, Way
-from nbl_export.records.proposers import Proposer
+from nbl_export.records.capabilities import Proposer
 from nbl_export.report.page import render
 from nbl_export.run.speculative import measured, spoken
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -17,14 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbl_export.errors import NblError, RefusalError
-from nbl_export.formats.gguf import row_index
-from nbl_export.formats.gguf.blocks import block_codes, known_types
-from nbl_export.formats.gguf.content import Content, Tensor
-from nbl_export.records.block_codes import BlockCodes
-from nbl_export.rewrite import gguf_codes
-from nbl_export.rewrite.codes import quantised_matrices
+from nbl_export.gguf_format import blocks
+from nbl_export.gguf_format.blocks import block_codes, known_types
+from nbl_export.gguf_format.content import Content, Tensor
+from nbl_export.graph.quantised import quantised_matrices
+from nbl_export.records.quantised import Blocks
+from nbl_export.rewrite import quantize
 from nbl_export.rewrite.describe import describe_graph
-from nbl_export.rewrite.gguf_codes import TakeCodes, rounded, take_codes
+from nbl_export.rewrite.quantize import TakeCodes, rounded, take_codes
 
 from ..command import TINY, assert_refused, nbl
 from ..gguf_kinds import HALVES, every_token, random_blocks, save_mixed
@@ -66,9 +67,9 @@ def test_an_offset_that_float32_cannot_hold_is_kept_as_it_is() -> None:
     stored = random_blocks("Q4_1", 1, 32, np.random.default_rng(0))
     stored[0, :4] = np.array([1.001, 3e-5], np.float16).view(np.uint8)  # 8 d + m needs 29 bits
     codes = block_codes(tensor("Q4_1", stored))
-    assert codes.zero == 0 and codes.offsets is not None and codes.offsets[0, 0] == np.float32(np.float16(3e-5))
+    assert codes.zeros == 0 and codes.offsets is not None and codes.offsets[0, 0] == np.float32(np.float16(3e-5))
     np.testing.assert_array_equal(codes.values, quants.dequantize(stored, GGMLQuantizationType.Q4_1))
-    assert block_codes(tensor("Q4_1", random_blocks("Q4_1", 4, 64, np.random.default_rng(0)))).zero == 8
+    assert block_codes(tensor("Q4_1", random_blocks("Q4_1", 4, 64, np.random.default_rng(0)))).zeros == 8
 
 
 def test_an_unknown_type_is_named() -> None:
@@ -165,14 +166,14 @@ def test_a_changed_offset_fails_verification(
     done = nbl("rewrite", run, *level)
     assert done.status == 0 and nbl("verify", run).status == 0
     assert check(run, "original", "relative rms logit difference, prefill")["value"] < 1e-5  # nothing is rounded
-    written = gguf_codes.add_product_offsets
+    written = quantize.add_product_offsets
 
     def off(graph: Any, product: Any, offsets: np.ndarray, name: str) -> Any:
         wrong = offsets.copy()
         wrong[0, 0] += 0.01 if "layers.1.mlp.down_proj" in name else 0
         return written(graph, product, wrong, name)
 
-    monkeypatch.setattr(gguf_codes, "add_product_offsets", off)
+    monkeypatch.setattr(quantize, "add_product_offsets", off)
     assert nbl("rewrite", run, "--precision", "gguf", "--builder-option", "accuracy_level=4").status == 0
     refused = nbl("verify", run)
     assert refused.status == 3 and "steps between a matrix and its codes" in refused.err, refused.err
@@ -190,7 +191,7 @@ def test_offsets_that_need_the_code_zero_compute_the_same(text: Path, tmp_path: 
     plain = random_blocks("Q4_1", 8, 256, np.random.default_rng(1))
     plain.reshape(-1, 20)[0, :4] = np.array([1.001, 3e-5], np.float16).view(np.uint8)
     held = tensor("Q4_1", plain)
-    index = row_index.RowIndex(Content("llama", {}, (held,)))
+    index = blocks.RowIndex(Content("llama", {}, (held,)))
     model = _product(held.values())
     TakeCodes(index, accuracy=1)(model)
     ir.save(model, tmp_path / "one.onnx")
@@ -199,9 +200,9 @@ def test_offsets_that_need_the_code_zero_compute_the_same(text: Path, tmp_path: 
     session = onnxruntime.InferenceSession(str(tmp_path / "one.onnx"), providers=["CPUExecutionProvider"])
     x = np.random.default_rng(2).standard_normal((1, 3, 256)).astype(np.float32)
     np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ held.values().T, atol=2e-4)
-    (matrix,) = quantised_matrices(model.graph)
-    np.testing.assert_array_equal(matrix.blocks().matrix, held.values())
-    assert len(matrix.node.inputs) == 4
+    ((node, matrix),) = quantised_matrices(model.graph).items()
+    np.testing.assert_array_equal(matrix.blocks().values, held.values())
+    assert len(node.inputs) == 4
 
 
 def test_rows_that_two_tensors_share_come_from_the_matrix_itself() -> None:
@@ -213,7 +214,7 @@ def test_rows_that_two_tensors_share_come_from_the_matrix_itself() -> None:
         stored[3:5] = 0
         rows = tensor(kind, stored)
         held.append(Tensor(name, rows.shape, rows.kind, rows.read))
-    index = row_index.RowIndex(Content("llama", {}, tuple(held)))
+    index = blocks.RowIndex(Content("llama", {}, tuple(held)))
     for one, bits in zip(held, (8, 4), strict=True):
         parts = index.codes_of(one.values())
         assert parts is not None and [part.bits for part in parts] == [bits]
@@ -240,15 +241,15 @@ def _product(matrix_NK: np.ndarray) -> ir.Model:
 
 def test_a_matrix_that_the_file_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     held = tensor("Q4_0", random_blocks("Q4_0", 8, 64, np.random.default_rng(1)))
-    index = row_index.RowIndex(Content("llama", {}, (held,)))
+    index = blocks.RowIndex(Content("llama", {}, (held,)))
     with pytest.raises(RefusalError, match=r"w of /product has rows that are not in the GGUF"):
         TakeCodes(index).call(_product(held.values() + np.float32(1e-3)))
 
-    def off_by_one(found: Tensor) -> BlockCodes:
+    def off_by_one(found: Tensor) -> Blocks:
         right = block_codes(found)
-        return BlockCodes(right.codes ^ 1, right.bits, right.size, right.zero, right.scales, right.offsets)
+        return dataclasses.replace(right, codes=right.codes ^ 1)
 
-    index = row_index.RowIndex(Content("llama", {}, (held,)))
+    index = blocks.RowIndex(Content("llama", {}, (held,)))
     monkeypatch.setattr(index, "_codes", lambda _: off_by_one(held))
     with pytest.raises(RefusalError, match="not in the GGUF"):
         TakeCodes(index).call(_product(held.values()))
@@ -256,9 +257,9 @@ def test_a_matrix_that_the_file_lacks_is_refused(monkeypatch: pytest.MonkeyPatch
 
 def test_a_file_of_floats_has_no_codes(exported: Callable[..., Path], tmp_path: Path) -> None:
     model = save_mixed(tmp_path / "float.gguf", dict.fromkeys(MIXED, "F32"))
-    from nbl_export.model.checkpoint import materialise, source
+    from nbl_export.model.checkpoint import load, source
 
-    checkpoint = materialise.materialise(source.resolve(str(model)), tmp_path / "checkpoint")
+    checkpoint = load.materialise(source.resolve(str(model)), tmp_path / "checkpoint")
     from tests.exports import build_decoder
 
     build_decoder("genai", checkpoint, tmp_path / "wide", "fp32")

@@ -122,7 +122,7 @@ def test_empty_plan_gives_back_the_same_bytes(exported: Exported, tmp_path: Path
 
 def test_planted_affine_attention_is_recovered(checkpoint: Any, text: Path, tmp_path: Path) -> None:
     """A model whose attention is affine already: the fit finds it, and the original's logits come back."""
-    from nbl_export.calibrate import hooks
+    from nbl_export.calibrate import collect
     from nbl_export.mixers.linear import LINEAR
     from nbl_export.model.checkpoint.load import load_tokenizer
     from nbl_export.text import corpus
@@ -131,7 +131,7 @@ def test_planted_affine_attention_is_recovered(checkpoint: Any, text: Path, tmp_
     planted = {1: Linear(*_small_map())}
     model = linearize(load_model(checkpoint("llama")), planted)
     windows, _ = text_windows.pack(corpus.read_text(str(text)), load_tokenizer(checkpoint("llama")), 4096, 64)
-    found = LINEAR.fit(hooks.collect(model, windows, lambda _d, _t: None)["residual"][1], 1)
+    found = LINEAR.fit(collect.collect(model, windows, lambda _d, _t: None)["residual"][1], 1)
     np.testing.assert_allclose(found.weight, planted[1].weight, atol=2e-4)
     np.testing.assert_allclose(found.bias, planted[1].bias, atol=2e-4)
 

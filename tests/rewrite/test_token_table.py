@@ -18,7 +18,7 @@ from nbl_export.graph.facts import replaced_layers
 from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
-from nbl_export.model.token_rows import token_rows
+from nbl_export.model.one_layer import token_rows
 from nbl_export.records.plan import TAPS, Plan
 from nbl_export.rewrite import rewrite
 from nbl_export.verify.forms import onnx as files

@@ -323,12 +323,12 @@ def test_failed_verification(same: Same, run: Path, monkeypatch: pytest.MonkeyPa
 def test_machine_that_gives_up(
     error: Exception, words: str, run: Path, same: Same, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nbl_export.calibrate import hooks
+    from nbl_export.calibrate import collect
 
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(hooks.Collection, "add", fail)
+    monkeypatch.setattr(collect.Collection, "add", fail)
     before = snapshot(run)
     assert_refused(nbl(*same, "--calibration-tokens", 512, "--output", run), 1, words)
     assert snapshot(run) == before

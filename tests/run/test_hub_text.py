@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nbl_export.calibrate import hooks
+from nbl_export.calibrate import collect
 from nbl_export.files import file_sha256
 from nbl_export.text import corpus
 from nbl_export.text.mixture import HUB_MIX
@@ -115,7 +115,7 @@ def test_before_the_first_finished_stage_the_hub_is_read_anew(
     calibrate: Calibrate, library: FakeDatasets, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with monkeypatch.context() as broken:
-        broken.setattr(hooks, "Collection", lambda *_: 1 / 0)
+        broken.setattr(collect, "Collection", lambda *_: 1 / 0)
         assert calibrate("run").status == 1
     before = (tmp_path / "run" / KEPT).read_bytes()
     assert calibrate("run").status == 0 and len(library.asked) == 3
@@ -133,7 +133,7 @@ def test_an_interrupted_change_of_text_harms_nothing(
 ) -> None:
     assert calibrate("run").status == 0
     with monkeypatch.context() as broken:
-        broken.setattr(hooks, "Collection", lambda *_: 1 / 0)
+        broken.setattr(collect, "Collection", lambda *_: 1 / 0)
         assert calibrate("run", "--calibration", "org/other").status == 1
     asked = len(library.asked)
     assert stage_lines(calibrate("run")) == {"calibrate": "reused"}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nbl_export.calibrate.sums import Sums
-from nbl_export.distill.settings import DistillSettings
+from nbl_export.distill.training import DistillSettings
 from nbl_export.plan import order
 from nbl_export.plan.greedy import GreedyOrder, Point
 from nbl_export.plan.order import Selection

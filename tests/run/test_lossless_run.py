@@ -14,8 +14,8 @@ from gguf import GGUFReader, quants
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.names import draft_file
-from nbl_export.rewrite import gguf_codes
-from nbl_export.rewrite.codes import quantised_matrices
+from nbl_export.graph.quantised import quantised_matrices
+from nbl_export.rewrite import quantize
 from nbl_export.run.stages import speculative as speculative_stage
 from nbl_export.targets.onnx.genai import GenaiRunner
 from nbl_export.targets.onnx.speculative import SpeculativeRunner
@@ -159,7 +159,7 @@ def test_a_draft_of_a_gguf_has_the_codes_of_the_file(
     """The draft of a float32 target has the target's own values; codes that a graph cannot have leave an int4 draft."""
     model, text = save_mixed(tmp_path / "m.gguf", FOUR_BITS), every_token(tmp_path / "text.txt", 12_000)
     if not fit:
-        monkeypatch.setattr(gguf_codes, "take_codes", mock.Mock(side_effect=RefusalError(None, "planted")))
+        monkeypatch.setattr(quantize, "take_codes", mock.Mock(side_effect=RefusalError(None, "planted")))
     done = nbl(
         "--model", model, "--calibration", text, *TINY, "--calibration-tokens", "4096", "--draft", "int4",
         "--output", tmp_path / "run",
@@ -169,7 +169,7 @@ def test_a_draft_of_a_gguf_has_the_codes_of_the_file(
     row = json.loads((tmp_path / "run" / "lossless.json").read_text(encoding="utf-8"))["overall"][0]
     assert row["equal"] == row["prompts"] == 8
     graph = ir.load(tmp_path / "run" / "lossless" / draft_file("int4")).graph
-    drafted = [matrix.blocks().coded for matrix in quantised_matrices(graph)]
+    drafted = [matrix.blocks().coded for matrix in quantised_matrices(graph).values()]
     downs = [t for t in GGUFReader(model).tensors if "ffn_down" in t.name]
     assert len(downs) == LAYERS
     for down in downs:

@@ -235,7 +235,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     stubs: dict[str, Any] = {
         "nbl_export.run.resolve.require_engine": lambda *_args, **_given: None,
         "nbl_export.run.resolve.cost_model": costs_of,
-        "nbl_export.model.checkpoint.materialise.materialise": lambda *_: Path(),
+        "nbl_export.model.checkpoint.load.materialise": lambda *_: Path(),
         "nbl_export.model.checkpoint.load.load_model": lambda _directory: model,
         "nbl_export.model.checkpoint.load.load_tokenizer": lambda _directory: None,
         "nbl_export.model.checkpoint.quantized.find": lambda *_: SimpleNamespace(directory=""),

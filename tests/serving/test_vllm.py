@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from nbl_export.model.checkpoint.hf_classes import save_linearized
 from nbl_export.model.checkpoint.load import load_model
-from nbl_export.model.saved.hf_classes import save_linearized
-from nbl_export.model.speech import Spoken
+from nbl_export.model.torch_decoder import TorchDecoder
 
 from ..tiny import random_map, save_checkpoint
 
@@ -55,7 +55,7 @@ def expected(directory: Path) -> list[list[int]]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    return [Spoken(model).greedy(ids, NEW) for ids in IDS]
+    return [TorchDecoder(model).greedy(ids, NEW) for ids in IDS]
 
 
 def run(job: dict[str, Any], **environment: str) -> Any:

@@ -112,7 +112,7 @@ def test_codes_are_the_values_that_a_product_multiplies_by(exported: Callable[..
 
     for precision in ("fp16", "int8", "int4"):
         model = read_ir(exported("llama", "openvino", precision))
-        values = {m.name: m.blocks().matrix for m in stored_matrices(model)}
+        values = {m.name: m.blocks().values for m in stored_matrices(model)}
         node = next(n for n in model.get_ordered_ops() if "layers.1.mlp.down_proj" in n.get_friendly_name()
                     and n.get_type_name() == "MatMul")  # fmt: skip
         x = ops.parameter([1, 1], np.float32)

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from nbl_export.errors import NblError
-from nbl_export.formats.gguf.files import write_content
+from nbl_export.gguf_format.content import write_content
 from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
-from nbl_export.model.speech import Spoken
+from nbl_export.model.torch_decoder import TorchDecoder
 from nbl_export.targets.gguf.engine import LLAMA_CPP
 from nbl_export.targets.gguf.linearize import linearized
 from nbl_export.targets.gguf.node import PLACE
@@ -42,7 +42,7 @@ def linear(*layers: int) -> dict[int, Linear]:
 def test_files_compute_what_torch_computes(architecture: str, layers: tuple[int, ...], tmp_path: Path) -> None:
     checkpoint, maps = save_checkpoint(architecture, tmp_path / "model"), linear(*layers)
     write_content(linearized(content_of(checkpoint), maps, "keep", {}), tmp_path / "m.gguf")
-    ours = Spoken(linearize(load_model(checkpoint), maps, "normed"))
+    ours = TorchDecoder(linearize(load_model(checkpoint), maps, "normed"))
     logs, best = ours.score(IDS)
     with LLAMA_CPP.open_runner(tmp_path / "m.gguf", 1) as runner:
         found, its_best = runner.score(IDS)
@@ -61,7 +61,7 @@ def test_files_compute_what_torch_computes(architecture: str, layers: tuple[int,
 
 @runs
 def test_zero_layers_replaced_gives_the_logits_of_the_original_file(tmp_path: Path) -> None:
-    from nbl_export.formats.gguf.files import read_content
+    from nbl_export.gguf_format.content import read_content
 
     original = save_gguf(tmp_path / "original.gguf")
     write_content(linearized(read_content(original), {}, "keep", {}), tmp_path / "zero.gguf")

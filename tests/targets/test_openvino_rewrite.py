@@ -60,7 +60,7 @@ def expected(checkpoint: Path, maps: Mapping[int, Linear], directory: Path, tap:
 
     from nbl_export.model.checkpoint import load
     from nbl_export.model.linearize import linearize
-    from nbl_export.model.torch_matrices import give, nearest_maps
+    from nbl_export.verify.torch_reference import give, nearest_maps
 
     model = load.load_model(checkpoint)
     stored = stored_matrices(read_ir(directory))
@@ -185,7 +185,7 @@ def test_maps_that_compression_leaves_in_float32_are_refused(
 def test_leading_layers_become_a_table(
     pair: Callable[..., tuple[Path, Path]], checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    from nbl_export.model.token_rows import token_rows
+    from nbl_export.model.one_layer import token_rows
 
     source, _ = pair("llama", (1,))
     maps = {0: random_map(0), 1: random_map(1)}

@@ -13,15 +13,14 @@ import onnx_ir as ir
 import pytest
 
 from nbl_export.errors import CorruptError, NblError, RefusalError
-from nbl_export.graph.coded.int4_blocks import int4_blocks
 from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE
+from nbl_export.graph.quantised import int4_blocks
 from nbl_export.mixers.linear import Linear
 from nbl_export.model.architectures import windows_of
-from nbl_export.model.token_rows import token_rows
+from nbl_export.model.one_layer import token_rows
 from nbl_export.records.decoder import ITEMSIZE
 from nbl_export.records.plan import Plan
-from nbl_export.rewrite import contract_of, rewrite, rewrite_model
-from nbl_export.rewrite.caches import LAYERS_KEY, RenumberCaches
+from nbl_export.rewrite import LAYERS_KEY, RenumberCaches, contract_of, rewrite, rewrite_model
 from nbl_export.rewrite.quantize import QuantizeMapBlocks
 from nbl_export.rewrite.tail import difference, keep_last_token
 from nbl_export.targets.tensorrt import export as static

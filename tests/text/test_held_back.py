@@ -17,7 +17,7 @@ from nbl_export.run.stages.common import Place
 from nbl_export.run.stages.plan import order_of
 from nbl_export.text import corpus
 from nbl_export.text import windows as text_windows
-from nbl_export.text.held_back import CALIBRATION_ROLES, SECOND_ROLES, Division, divide, held_back_tokens, second_tokens
+from nbl_export.text.windows import CALIBRATION_ROLES, SECOND_ROLES, Division, divide, held_back_tokens, second_tokens
 
 from ..command import nbl
 from ..jobs import opened

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from nbl_export.model.checkpoint import source as checkpoints
-from nbl_export.trust import file_hashes
-from nbl_export.trust.file_hashes import cache_file, sha256_of
+from nbl_export.trust import user_lists
+from nbl_export.trust.user_lists import cache_file, sha256_of
 
 from ..damage import flip
 
@@ -24,16 +24,16 @@ WRONG = "0" * 64
 def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """A cache of its own that keeps files of any size, and the names of the files that were read."""
     names: list[str] = []
-    correct = file_hashes.file_sha256
+    correct = user_lists.file_sha256
 
     def counted(path: Path) -> str:
         names.append(path.name)
         return correct(path)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(file_hashes, "_KEPT_BYTES", 0)
-    monkeypatch.setattr(file_hashes, "_SETTLED_SECONDS", -1000.0)
-    monkeypatch.setattr(file_hashes, "file_sha256", counted)
+    monkeypatch.setattr(user_lists, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(user_lists, "_SETTLED_SECONDS", -1000.0)
+    monkeypatch.setattr(user_lists, "file_sha256", counted)
     return names
 
 
@@ -95,14 +95,14 @@ def test_a_changed_file_is_read_again(how: str, read: list[str], file: Path, tmp
 def test_a_file_that_is_being_written_is_not_remembered(
     read: list[str], file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_hashes, "_SETTLED_SECONDS", 1000.0)
+    monkeypatch.setattr(user_lists, "_SETTLED_SECONDS", 1000.0)
     assert [sha256_of([file]) for _ in range(2)] == [[digest(file)]] * 2
     assert len(read) == 2
     assert not cache_file().exists()
 
 
 def test_small_files_are_not_remembered(read: list[str], file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_hashes, "_KEPT_BYTES", 1 << 20)
+    monkeypatch.setattr(user_lists, "_KEPT_BYTES", 1 << 20)
     sha256_of([file])
     assert not cache_file().exists()
 
@@ -172,7 +172,7 @@ def test_entries_of_a_wrong_kind_are_passed_over(entry: Any, read: list[str], fi
 
 
 def test_the_list_stays_small(read: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_hashes, "_MOST_ENTRIES", 3)
+    monkeypatch.setattr(user_lists, "_MOST_ENTRIES", 3)
     files = [tmp_path / str(i) for i in range(5)]
     for file in files:
         file.write_bytes(b"x")

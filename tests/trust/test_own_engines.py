@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.trust import own_engines
-from nbl_export.trust.own_engines import is_own, remember
+from nbl_export.trust import user_lists
+from nbl_export.trust.user_lists import is_own, remember
 
 DIGEST, OTHER = "ab" * 32, "cd" * 32
 
@@ -19,12 +19,12 @@ DIGEST, OTHER = "ab" * 32, "cd" * 32
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place = tmp_path / "cache" / "nbl-export" / "engines"
-    monkeypatch.setattr(own_engines, "_list", lambda: place)
+    monkeypatch.setattr(user_lists, "_list", lambda: place)
     return place
 
 
 def test_the_list_is_in_the_cache_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nbl_export.trust.file_hashes import cache_file
+    from nbl_export.trust.user_lists import cache_file
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_file().parent == tmp_path / "nbl-export"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from nbl_export.verify import graph_reference, ladder, torch_reference
+from nbl_export.verify import ladder, torch_reference, verifier
 from nbl_export.verify.kept import KeptReferences
 from nbl_export.verify.ladder import Probe, Reference
 
@@ -246,8 +246,8 @@ def test_noise_is_that_of_the_model_that_the_graph_is_compared_with(
 def test_another_plan_of_a_graph_runs_the_original_no_more(
     exported: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
-    made = graph_reference._reference
-    with mock.patch.object(graph_reference, "_reference", side_effect=made) as counted:
+    made = verifier._run_probe
+    with mock.patch.object(verifier, "_run_probe", side_effect=made) as counted:
         for layers, runs in (("1", 2), ("2", 3)):
             with until("verify"):
                 done = nbl("--model", exported("llama"), "--calibration", text, *TINY, "--layers", layers,

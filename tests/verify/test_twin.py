@@ -83,7 +83,7 @@ def test_wiring_is_proven_to_float32_accuracy(architecture: str, precision: str,
         assert {r["tolerance"] for r in seen} == {TOLERANCES["fp32"].limit}
         assert any("chunks of 512" in r["detail"] for r in seen)
         assert max(r["value"] for r in seen) < EXACT
-    assert max(r["value"] for r in on_logits(checks, "g")) < TOLERANCES[precision].limit
+    assert max(r["value"] for r in on_logits(checks, "quantised")) < TOLERANCES[precision].limit
     said = json.loads((run / "verify.json").read_text(encoding="utf-8"))["proof"]
     largest = max(r["value"] for r in on_logits(checks, "c"))
     assert f"{largest:.1e} in any logit" in said[0] and len(said) == 4
@@ -182,9 +182,9 @@ def test_a_planted_fault_is_named(fault: str, precision: str, runs: Runs, tmp_pa
 
 def test_a_kernel_that_multiplies_by_something_else_is_named(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """One code of one row that is a step off."""
-    from nbl_export.verify import products
+    from nbl_export.verify import codes
 
-    run, real = runs("llama", "int4"), products.products
+    run, real = runs("llama", "int4"), codes.products
 
     def wrong(graph: Path, threads: int | None = None) -> Any:
         for name, given, output in real(graph, threads):
@@ -193,7 +193,7 @@ def test_a_kernel_that_multiplies_by_something_else_is_named(runs: Runs, monkeyp
                 output[..., 7] += 1e-2 * np.abs(output).max()
             yield name, given, output
 
-    monkeypatch.setattr(products, "products", wrong)
+    monkeypatch.setattr(codes, "products", wrong)
     checks = climbed(run)
     failed = [r for r in checks if not r["passed"]]
     assert {r["metric"] for r in failed} == {"error of quantised products, of the sum of magnitudes"}

@@ -1,13 +1,32 @@
-"""Torch model, tokenizer and sizes of a checkpoint."""
+"""Torch model, tokenizer and sizes of a checkpoint; its form in safetensors, which transformers and exporters read.
+
+An NBL checkpoint already has replaced layers (`nbl-export convert`). As the model of a job it gives:
+
+    config.json, nbl_replaced_layers and nbl_tap  ─►  the plan
+    self_attn.* of the replaced layers            ─►  the maps
+    all else, with attention weights of zeros     ─►  a stock checkpoint (`hf.restored`), which exporters read
+
+An NBL checkpoint lacks the removed attention weights. So no map can be fitted, and quality loss against the original
+cannot be measured. Speed can be measured, since zeros take as long as other weights.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
-from nbl_export.errors import NblError
-from nbl_export.graph import given
+from nbl_export.errors import CorruptError, NblError
+from nbl_export.files import scratch_in
+from nbl_export.graph import graph_only
+from nbl_export.mixers import kind_of
+from nbl_export.mixers.base import Mixer
 from nbl_export.model.architectures import LINEARIZED, windows_of
+from nbl_export.model.checkpoint import pretrained
 from nbl_export.model.checkpoint.pretrained import (
     check_weights,
     config_of,
@@ -16,10 +35,15 @@ from nbl_export.model.checkpoint.pretrained import (
     reason_of,
     tokenizer_of,
 )
-from nbl_export.model.checkpoint.source import Source, _check_architecture
+from nbl_export.model.checkpoint.source import Linearized, Source, _check_architecture, log
 from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.plan import Plan
 
-__all__ = ["load_model", "load_tokenizer", "read_spec"]
+__all__ = ["load_maps", "load_model", "load_tokenizer", "materialise", "read_spec"]
+
+
+_MARKER = "source.json"
+_TENSOR = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.(.+)$")
 
 
 def read_spec(source: Source) -> DecoderSpec:
@@ -29,7 +53,7 @@ def read_spec(source: Source) -> DecoderSpec:
         NblError: the model is no decoder of a supported architecture, or its configuration contradicts itself.
     """
     if source.graph is not None:
-        return given.read_spec(source.graph)
+        return graph_only.read_spec(source.graph)
     quiet_transformers()
     from optimum.utils import NormalizedTextConfigWithGQA
 
@@ -63,7 +87,7 @@ def read_spec(source: Source) -> DecoderSpec:
 def _register(source: Source) -> None:
     """Register the classes of an NBL checkpoint with transformers."""
     if source.linearized is not None:
-        import nbl_export.model.saved.hf_classes  # noqa: F401
+        import nbl_export.model.checkpoint.hf_classes  # noqa: F401
 
 
 def load_model(directory: Path) -> Any:
@@ -92,3 +116,97 @@ def load_tokenizer(directory: Path) -> Any:
         raise
     except Exception as error:
         raise NblError(f"{directory} has no usable tokenizer: {error}") from error
+
+
+def materialise(source: Source, target: Path) -> Path:
+    """A directory with safetensors, config and tokenizer of a stock model.
+
+    A GGUF or NBL checkpoint is converted into `target`; any other checkpoint is used in its own directory. `target` is
+    renamed into place, so it is complete or absent. Later runs on the same model use `target` again, unless one of its
+    files is missing or truncated.
+    """
+    if source.gguf is None and source.linearized is None:
+        return source.directory
+    try:
+        if not _is_whole(target, source):
+            _convert(source, target)
+    finally:
+        pretrained.forget()
+    return target
+
+
+def _convert(source: Source, target: Path) -> None:
+    quiet_transformers()
+    _register(source)
+    origin = source.gguf or source.directory
+    with scratch_in(target.parent) as scratch:
+        made = scratch / "checkpoint"
+        try:
+            if source.gguf is not None:
+                _dequantise(source.gguf, made)
+            else:
+                _restore(source.directory, made)
+        except (OSError, MemoryError, NblError):
+            raise
+        except Exception as error:
+            raise NblError(f"{origin} cannot be loaded by transformers: {reason_of(error)}") from error
+        sizes = {f.name: f.stat().st_size for f in sorted(made.iterdir())}
+        facts = {"fingerprint": source.fingerprint, "file": origin.name, "sizes": sizes}
+        (made / _MARKER).write_text(json.dumps(facts), encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(made, target)
+
+
+def _restore(directory: Path, out: Path) -> None:
+    from nbl_export.model.checkpoint.hf_classes import restored
+
+    log.info("writing the stock checkpoint of %s", directory.name)
+    restored(load_model(directory)).save_pretrained(out)
+    load_tokenizer(directory).save_pretrained(out)
+
+
+def _dequantise(gguf: Path, out: Path) -> None:
+    log.info("dequantising %s", gguf.name)
+    model = model_of(gguf)
+    # transformers refuses to save a model that was loaded quantised; these weights are dequantised.
+    model.config.__dict__.pop("quantization_config", None)
+    model.hf_quantizer = None
+    model.save_pretrained(out)
+    tokenizer_of(gguf).save_pretrained(out)
+
+
+def _is_whole(target: Path, source: Source) -> bool:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        facts = json.loads((target / _MARKER).read_text(encoding="utf-8"))
+        same = facts["fingerprint"] == source.fingerprint
+        return same and all((target / n).stat().st_size == size for n, size in facts["sizes"].items())
+    return False
+
+
+def load_maps(source: Any, num_layers: int) -> tuple[Plan, dict[int, Mixer]]:
+    """Plan and maps of an NBL checkpoint. Maps, [D, D] and [D], are float32, whatever the stored type.
+
+    Raises:
+        CorruptError: the weights hold maps of other layers than config.json names.
+    """
+    from safetensors import safe_open
+
+    replaced: Linearized = source.linearized
+    kinds = dict(zip(replaced.layers, replaced.kinds, strict=True))
+    found: dict[int, dict[str, Any]] = {}
+    for file in source.weights:
+        with safe_open(str(file), framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  it is no dict
+                match = _TENSOR.search(name)
+                if match and (int(match[1]) in kinds or match[2].startswith("linear.")):
+                    found.setdefault(int(match[1]), {})[match[2]] = tensors.get_tensor(name).float().numpy()
+    try:
+        maps = {i: kind_of(kind).from_module(found.get(i, {}), replaced.size) for i, kind in kinds.items()}
+    except KeyError:
+        maps = {}
+    if not maps or not found.keys() <= kinds.keys():
+        raise CorruptError(
+            f"{source.directory}: config.json names maps of layers {list(replaced.layers)}, the weights hold maps of "
+            f"{sorted(found)}; fetch the model again"
+        )
+    return Plan(num_layers, replaced.layers, replaced.tap, "given", kinds=replaced.kinds), maps

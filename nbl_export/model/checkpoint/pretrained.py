@@ -2,11 +2,16 @@
 
 A model is a checkpoint directory or a GGUF file. What lies beside a GGUF file does not belong to the model.
 transformers would read settings and templates there, so it gets an empty directory and the file's absolute path.
+
+A GGUF file is read once. Each reader takes seconds, because it makes an array for each word of the vocabulary.
+transformers makes one reader for the configuration, one for the weights and one for the tokenizer, and one map of
+tensor names for each submodule. `shared` gives it the same reader and the same map each time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -14,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError
-from nbl_export.model.checkpoint import gguf_file
 from nbl_export.trust.model_settings import check_checkpoint
 
 __all__ = ["check_weights", "config_of", "model_of", "model_with", "quiet_transformers", "reason_of", "tokenizer_of"]
@@ -46,7 +50,7 @@ def _checked(model: Path) -> Iterator[dict[str, Any]]:
         check_checkpoint(model)
         yield {"pretrained_model_name_or_path": str(model)}
         return
-    with tempfile.TemporaryDirectory(prefix="nbl-export-") as empty, gguf_file.shared():
+    with tempfile.TemporaryDirectory(prefix="nbl-export-") as empty, shared():
         yield {"pretrained_model_name_or_path": empty, "gguf_file": str(model.absolute())}
 
 
@@ -117,11 +121,11 @@ def _check_gguf(file: Path, config: Any) -> None:
 
     with torch.device("meta"):
         model = model_with(config)
-    with gguf_file.shared():
+    with shared():
         names = get_gguf_hf_weights_map(model, TensorProcessor())
     shapes = {
         names[tensor.name]: tuple(int(n) for n in reversed(tensor.shape))
-        for tensor in gguf_file.reader(file).tensors
+        for tensor in reader(file).tensors
         if tensor.name in names
     }
     parameters = {name: tuple(value.shape) for name, value in model.named_parameters()}  # a tied one once
@@ -151,3 +155,42 @@ def tokenizer_of(model: Path) -> Any:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(trust_remote_code=False, local_files_only=True, **given)
+
+
+def reader(path: str | os.PathLike[str], _mode: str = "r") -> Any:
+    """A `gguf.GGUFReader` of a file; the same one until the file changes or `forget` is called."""
+    facts = os.stat(path)
+    return _reader(os.fspath(path), facts.st_size, facts.st_mtime_ns)
+
+
+def forget() -> None:
+    """Release the reader and the map: for a vocabulary of 150,000 words it takes hundreds of megabytes."""
+    _reader.cache_clear()
+    _name_map.cache_clear()
+
+
+@contextlib.contextmanager
+def shared() -> Iterator[None]:
+    """Within: whoever asks the gguf package for a reader gets the one of `reader`."""
+    import gguf
+
+    kept = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = reader, _name_map
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = kept
+
+
+@functools.lru_cache(maxsize=1)
+def _reader(path: str, _size: int, _changed_ns: int) -> Any:
+    from gguf.gguf_reader import GGUFReader
+
+    return GGUFReader(path)
+
+
+@functools.lru_cache(maxsize=1)
+def _name_map(architecture: Any, layers: int) -> Any:
+    from gguf.tensor_mapping import get_tensor_name_map
+
+    return get_tensor_name_map(architecture, layers)

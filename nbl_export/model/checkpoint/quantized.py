@@ -2,18 +2,27 @@
 
 The GenAI builder takes codes, scales and zero points unchanged. Moments, maps and verification use the model of
 --model. Both checkpoints must agree in the tensors that both hold in floating point.
+
+The norms of an AWQ checkpoint must belong to its matrices:
+
+    norm' = norm / s      W' = W s      what the norm loses, the columns of the matrices behind it gain
+
+AWQ scales columns and divides the norm before them by the same scale. A tool that saves the scaled matrices with the
+old norms (auto-round 0.16.1) writes a checkpoint that computes something else.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nbl_export.errors import NblError
 from nbl_export.model.checkpoint import load, source
-from nbl_export.model.checkpoint.awq_norms import check_norms
 from nbl_export.records.decoder import DecoderSpec
 
 __all__ = ["METHODS", "check_same", "describe", "find"]
@@ -26,6 +35,12 @@ _ROWS = 256  # rows of a matrix that are compared
 # Eight zero points of 8 in an int32. The GPTQ format stores zero points minus 1, and the builder adds 1. GPTQModel 5
 # stores zero points unchanged, and does not always say so (vllm-project/vllm#38966).
 _EIGHTS = -0x77777778
+
+
+_BEHIND = {"input_layernorm": "self_attn.q_proj", "post_attention_layernorm": "mlp.gate_proj"}
+_OUTPUTS = 64  # outputs of a matrix that are read: rounding then moves a column's scale by about 1%
+_LIMIT = 0.05  # of the median of |log(scale of a column times ratio of the norms)|
+_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where the eight columns of an int32 are, four bits each
 
 
 def find(name: str, spec: DecoderSpec) -> source.Source:
@@ -122,3 +137,55 @@ def _differ(one: Any, other: Any, name: str) -> bool:
         return True
     a, b = a.float(), b.float()
     return bool(((a - b).abs() > _ROUNDING * b.abs() + _ROUNDING * b.abs().mean()).any())
+
+
+def check_norms(theirs: Mapping[str, Any], ours: Mapping[str, Any], title: str) -> None:
+    """Compare norms and matrices of an AWQ checkpoint with the original's.
+
+    Args:
+        theirs, ours: tensor name -> an open safetensors file that has it.
+
+    Raises:
+        NblError: a norm does not belong to the matrix behind it.
+    """
+    for name in sorted(ours):
+        prefix, _, last = name.removesuffix(".weight").rpartition(".")
+        matrix = f"{prefix}.{_BEHIND.get(last, '')}"
+        if last not in _BEHIND or name not in theirs or f"{matrix}.qweight" not in theirs:
+            continue
+        scale = _columns(theirs, ours, matrix)
+        ratio = theirs[name].get_tensor(name).float() / ours[name].get_tensor(name).float()
+        away = float((scale * ratio).abs().clamp(min=1e-9).log().abs().median())
+        if not away <= _LIMIT:
+            raise NblError(
+                f"--quantized-model {title} has scales in {matrix} that are not in {name}, so it computes another "
+                "function; quantise the model again, with a tool that writes its norms"
+            )
+
+
+def _columns(theirs: Mapping[str, Any], ours: Mapping[str, Any], matrix: str) -> torch.Tensor:
+    """The scale of each column [K]: least squares between the dequantised and the original matrix."""
+    wanted = ours[f"{matrix}.weight"].get_slice(f"{matrix}.weight")[:_OUTPUTS].float()
+    found = _dequantised(theirs, matrix)[:, : len(wanted)].T
+    return (found * wanted).sum(0) / wanted.square().sum(0).clamp(min=1e-30)
+
+
+def _dequantised(theirs: Mapping[str, Any], matrix: str) -> torch.Tensor:
+    """The first outputs of a matrix in AWQ's format: [K, outputs]."""
+
+    def part(name: str, columns: int) -> torch.Tensor:
+        full = f"{matrix}.{name}"
+        found: torch.Tensor = theirs[full].get_slice(full)[:, :columns]
+        return found
+
+    codes, zeros = (_unpacked(part(name, _OUTPUTS // 8)) for name in ("qweight", "qzeros"))
+    scales = part("scales", _OUTPUTS).float()
+    group = len(codes) // len(scales)
+    wide = [value.repeat_interleave(group, 0) for value in (zeros, scales)]
+    return (codes - wide[0]) * wide[1]
+
+
+def _unpacked(eights: torch.Tensor) -> torch.Tensor:
+    """Codes [rows, 8 n] of int32 [rows, n]."""
+    codes = torch.stack([(eights >> (4 * k)) & 15 for k in _ORDER], -1)
+    return codes.flatten(1).float()

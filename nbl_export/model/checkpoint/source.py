@@ -2,7 +2,7 @@
 
 "org/name"            -> huggingface_hub snapshot (safetensors, config, tokenizer; never .bin)
 DIR with safetensors  -> used in place
-DIR with model.onnx   -> a graph, if there are no weights for torch (`graph.given`)
+DIR with model.onnx   -> a graph, if there are no weights for torch (`graph.graph_only`)
 FILE.gguf or its DIR  -> dequantised by transformers into RUN/checkpoint, once
 NBL checkpoint        -> converted to a stock checkpoint in RUN/checkpoint, once (`hf.restored`)
 """
@@ -17,17 +17,16 @@ from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.files import key_of
-from nbl_export.graph import given
-from nbl_export.graph.given import home_of
+from nbl_export.graph import graph_only
+from nbl_export.graph.graph_only import home_of
 from nbl_export.graph.names import MANIFEST
 from nbl_export.mixers import kinds
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config
-from nbl_export.model.checkpoint import gguf_file
+from nbl_export.model.checkpoint import pretrained
 from nbl_export.records.plan import TAPS
 from nbl_export.trust.contained import check_folder, check_inside, refuse_special
-from nbl_export.trust.file_hashes import sha256_of
-from nbl_export.trust.model_settings import CONFIG_BYTES, check_checkpoint, check_layers
-from nbl_export.trust.strict_json import read_object
+from nbl_export.trust.model_settings import CONFIG_BYTES, check_checkpoint, check_layers, read_object
+from nbl_export.trust.user_lists import sha256_of
 
 __all__ = ["Linearized", "Source", "gguf_of", "resolve"]
 
@@ -91,10 +90,10 @@ def resolve(model: str) -> Source:
     if path.is_dir():
         check_folder(path)
     refuse_special(path)
-    graph = given.graph_of(path)
+    graph = graph_only.graph_of(path)
     if graph is not None:
         check_checkpoint(home_of(graph))
-        files = given.files_of(graph)
+        files = graph_only.files_of(graph)
         return Source(model, home_of(graph), None, None, _fingerprint(files), graph)
     gguf = gguf_of(path)
     if gguf is not None:
@@ -253,7 +252,7 @@ def _names(files: list[Path]) -> set[str]:
 def _gguf_source(name: str, file: Path) -> Source:
     check_inside(file, file.parent)
     try:
-        reader = gguf_file.reader(file)
+        reader = pretrained.reader(file)
         architecture, parts = (_value(reader, name) for name in ("general.architecture", "split.count"))
         layers = [_value(reader, key) for key in reader.fields if key.endswith(".block_count")]
         names = [tensor.name for tensor in reader.tensors]

@@ -75,10 +75,10 @@ def run(inputs: CalibrateInputs, place: Place, out: Path) -> dict[str, Any]:
     Raises:
         NblError: activations are not finite.
     """
-    from nbl_export.calibrate import hooks
+    from nbl_export.calibrate import collect
 
     windows, _ = inputs.windows.value
-    parts = hooks.batches(windows)
+    parts = collect.batches(windows)
     calibration = {
         **place.run.manifest["calibration"], "tokens": int(windows.numel()), "context": inputs.context,
         "products": _products(inputs),
@@ -135,13 +135,13 @@ def _collection(inputs: CalibrateInputs, taps: list[str], narrow: bool) -> Any:
     Raises:
         NblError: the model is a graph, and torchrun started several processes.
     """
-    from nbl_export.calibrate import hooks
+    from nbl_export.calibrate import collect
     from nbl_export.parallel import ranks as distributed
 
     ranks = distributed.current()
     if inputs.graph.value is None:
-        return hooks.Collection(ranks.place(inputs.model.value), taps, kind_of(inputs.mixer.value), narrow=narrow)
-    from nbl_export.calibrate.from_graph import GraphCollection
+        return collect.Collection(ranks.place(inputs.model.value), taps, kind_of(inputs.mixer.value), narrow=narrow)
+    from nbl_export.calibrate.collect import GraphCollection
 
     if ranks.size > 1:
         raise NblError("torchrun is for torch models; calibrate a graph with one process")
@@ -159,19 +159,19 @@ def _by_layer(inputs: CalibrateInputs, place: Place) -> bool:
 
 
 def _run_layers(inputs: CalibrateInputs, place: Place, parts: Sequence[Any], facts: dict[str, Any], out: Path) -> None:
-    from nbl_export.calibrate import layer_by_layer
+    from nbl_export.calibrate import collect
     from nbl_export.calibrate.moments_file import MomentsWriter
 
     count, identity = inputs.windows.value[0].numel(), facts["identity"]
     target, spec, kind = out / MOMENTS_FILE, inputs.spec, kind_of(inputs.mixer.value)
-    wanted = layer_by_layer.Wanted(identity["taps"], kind, identity["products"] == "bfloat16")
+    wanted = collect.Wanted(identity["taps"], kind, identity["products"] == "bfloat16")
     sizes = (kind.feature_count(spec.hidden_size), spec.hidden_size)
     with (
         place.run.scratch() as scratch,
         place.ui.task(f"{count} tokens, layer by layer") as progress,
         MomentsWriter(target, {**facts, "count": count}, spec.num_layers, wanted.taps, sizes) as file,
     ):
-        layers = layer_by_layer.collect_layers(
+        layers = collect.collect_layers(
             inputs.checkpoint.value, inputs.windows.value[0], parts, wanted, scratch, progress
         )
         for sums in layers:

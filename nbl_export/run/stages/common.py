@@ -110,10 +110,10 @@ class Stage:
 
 
 def rows_of(checkpoint: Lazy[Path], maps: dict[int, Mixer], tap: str, *, has_table: bool) -> np.ndarray | None:
-    """Rows of the token table, as `model.token_rows` makes them; None if there is no table.
+    """Rows of the token table, as `model.one_layer.token_rows` makes them; None if there is no table.
 
     The checkpoint is read only if there are rows.
     """
-    from nbl_export.model.token_rows import token_rows
+    from nbl_export.model.one_layer import token_rows
 
     return token_rows(checkpoint.value, maps, tap) if has_table and layers_below(maps) else None

@@ -12,7 +12,7 @@ from nbl_export.records.inputs import Lazy
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import LeftOut, Place
 from nbl_export.run_directory import DISTILL_FILE, MAPS_FILE, START_FILE
-from nbl_export.text.held_back import Division
+from nbl_export.text.windows import Division
 
 __all__ = ["DistillInputs", "declare", "run"]
 
@@ -45,16 +45,15 @@ def declare(r: Resolver) -> DistillInputs | LeftOut:
 
 def run(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any]:
     """Write the trained maps and distill.json; returns the facts for the manifest."""
-    from nbl_export.distill import settings as settings_of
     from nbl_export.distill import training
-    from nbl_export.distill.settings import State
+    from nbl_export.distill.training import State
     from nbl_export.parallel import ranks as distributed
     from nbl_export.plan.maps_file import load_maps, save_maps
 
     plan, windows, judging = place.plan, inputs.training.value, inputs.held_back.value.choosing
     minutes = inputs.distill_minutes
-    steps = inputs.distill_steps or (settings_of.UNLIMITED if minutes else settings_of.DEFAULT_STEPS)
-    settings = settings_of.DistillSettings(
+    steps = inputs.distill_steps or (training.UNLIMITED if minutes else training.DEFAULT_STEPS)
+    settings = training.DistillSettings(
         steps, minutes, seed=inputs.seed, dtype="auto", lora_rank=inputs.lora_rank,
         label_weight=inputs.label_weight,
     )  # fmt: skip
@@ -68,8 +67,8 @@ def run(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any]:
     state = State(place.run.partial("distill"), _key(inputs.fingerprint, path, windows, judging, settings))
     with place.ui.task("distilling") as progress:
         found = training.distill(
-            ranks.place(inputs.model.value), start, plan.tap, settings_of.TrainingText(windows, judging), settings,
-            settings_of.Callbacks(progress, lambda s: place.ui.say(f"  {s}"), state, ranks),
+            ranks.place(inputs.model.value), start, plan.tap, training.TrainingText(windows, judging), settings,
+            training.Callbacks(progress, lambda s: place.ui.say(f"  {s}"), state, ranks),
         )  # fmt: skip
     ranks.done()
     save_maps(found.maps, out / MAPS_FILE, plan.tap)

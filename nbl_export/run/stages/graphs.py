@@ -70,8 +70,7 @@ def declare_quantize(r: Resolver) -> QuantizeInputs | LeftOut:
 
 def run_quantize(inputs: QuantizeInputs, place: Place, out: Path) -> dict[str, Any]:
     """Write the scales; returns the facts for the manifest."""
-    from nbl_export.model.rescale import groups_of
-    from nbl_export.quantize.awq import choose, observe, save_scales
+    from nbl_export.quantize.awq import choose, groups_of, observe, save_scales
 
     model, ids = inputs.model.value, inputs.windows.value
     groups = list(groups_of(model))
@@ -107,7 +106,7 @@ class ExportedModel:
 
     def rescaled(self, place: Place) -> Any:
         """The torch model with the matrices that graphs are made from, kept until the model is forgotten."""
-        from nbl_export.model.rescale import rescale
+        from nbl_export.quantize.awq import rescale
 
         scales = self.scales(place)
         if scales:
@@ -216,7 +215,7 @@ def _codes(inputs: DecoderInputs) -> Path | None:
 
 def run_decoder(inputs: DecoderInputs, place: Place, out: Path) -> dict[str, Any]:
     """Write original/."""
-    from nbl_export.graph.given import copy_graph
+    from nbl_export.graph.graph_only import copy_graph
 
     inputs.exported.model.forget()  # the exporter loads its own copy
     engine = inputs.engine.value

@@ -34,11 +34,11 @@ __all__ = ["declare", "declare_sweep", "order_of", "run", "run_sweep"]
 
 def declare(r: Resolver) -> PlanInputs | Lazy[Any]:
     """The inputs of the stage plan, or the plan and maps of an NBL checkpoint."""
-    from nbl_export.model.checkpoint import nbl
+    from nbl_export.model.checkpoint import load
 
     options = r.options
     if options.fit == CHECKPOINT_FIT:
-        return Lazy([CHECKPOINT_FIT, r.fingerprint], lambda: nbl.load(r.source, r.spec.num_layers))
+        return Lazy([CHECKPOINT_FIT, r.fingerprint], lambda: load.load_maps(r.source, r.spec.num_layers))
     goal = _goal(r)
     return r.fill(
         PlanInputs,

@@ -16,17 +16,17 @@ from typing import Any
 
 from nbl_export.errors import ParityError, RefusalError
 from nbl_export.files import write_json
-from nbl_export.formats.gguf.blocks import is_known
+from nbl_export.gguf_format.blocks import is_known
 from nbl_export.graph.names import GRAPH_FILE, MANIFEST
 from nbl_export.measure.speculative import Sample, Way, best_of_each, time_ways
-from nbl_export.model.checkpoint import gguf_file
+from nbl_export.model.checkpoint import pretrained
 from nbl_export.options.goals import parse_layers
 from nbl_export.options.options import GGUF
 from nbl_export.plan.inputs import OrderInputs
+from nbl_export.records.capabilities import Proposer, proposers_of
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.plan import Plan
-from nbl_export.records.proposers import Proposer, proposers_of
 from nbl_export.records.results import CheckResult
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.speculative import (
@@ -101,7 +101,7 @@ def codes_for_drafts(file: Path | None) -> Path | None:
     """
     if file is None:
         return None
-    matrices = [t for t in gguf_file.reader(file).tensors if len(t.shape) == 2]
+    matrices = [t for t in pretrained.reader(file).tensors if len(t.shape) == 2]
     bits = 8 * sum(int(t.n_bytes) for t in matrices) / sum(int(t.n_elements) for t in matrices)
     known = all(is_known(t.tensor_type.name) for t in matrices)
     return file if known and bits <= _MOST_BITS else None

@@ -24,7 +24,7 @@ from nbl_export.run.stages.common import Place, rows_of
 from nbl_export.run.stages.graphs import ExportedModel, check_rescaled, exported
 from nbl_export.run_directory import ACCEPTANCE_FILE, DECODERS, PACKAGES, REFERENCES_FILE, VERIFY_FILE
 from nbl_export.targets.base import Target
-from nbl_export.text.held_back import Division, judging
+from nbl_export.text.windows import Division, judging
 from nbl_export.verify.codes import EXACT, NEAREST, SEARCHED
 from nbl_export.verify.forms import form_of
 from nbl_export.verify.forms.form import Setting

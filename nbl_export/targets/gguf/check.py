@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.formats.gguf.content import Content, Tensor
-from nbl_export.formats.gguf.files import read_content
+from nbl_export.gguf_format.content import Content, Tensor, read_content
 from nbl_export.mixers.base import Mixer
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.gguf.facts import facts_of

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbl_export.errors import CorruptError
-from nbl_export.formats.gguf.content import Content
-from nbl_export.formats.gguf.files import read_content
+from nbl_export.gguf_format.content import Content, read_content
 
 __all__ = ["GgufFacts", "facts_of", "read_gguf_facts"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from nbl_export.errors import NblError
-from nbl_export.formats.gguf.files import read_content
+from nbl_export.gguf_format.content import read_content
 from nbl_export.targets.chat_template import render
 from nbl_export.targets.continuation import continued
 from nbl_export.targets.gguf.facts import facts_of

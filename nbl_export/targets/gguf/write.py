@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import NblError
-from nbl_export.formats.gguf.content import Content, Key, Tensor
-from nbl_export.formats.gguf.tokenizer_keys import tokenizer_keys
+from nbl_export.gguf_format.content import Content, Key, Tensor
+from nbl_export.gguf_format.tokenizer_keys import tokenizer_keys
 from nbl_export.targets.gguf.linearize import exchanged
-from nbl_export.trust.strict_json import read_object
+from nbl_export.trust.model_settings import read_object
 
 __all__ = ["check_config", "content_of"]
 

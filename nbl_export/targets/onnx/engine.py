@@ -11,8 +11,7 @@ from nbl_export.errors import one_line
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import GENAI_CONFIG, all_logits_file
 from nbl_export.graph.session import open_session
-from nbl_export.records.capabilities import Capabilities
-from nbl_export.records.proposers import GENAI_PROPOSERS
+from nbl_export.records.capabilities import GENAI_PROPOSERS, Capabilities
 from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, Target
 from nbl_export.targets.export import mobius
 from nbl_export.targets.export.bounds import check_bounds

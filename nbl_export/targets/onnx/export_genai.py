@@ -74,7 +74,7 @@ def build(checkpoint: Path, out: Path, settings: ExportSettings, provider: str =
 
 def _build_with_codes(checkpoint: Path, out: Path, settings: ExportSettings) -> None:
     """Build the float32 graph, and put the codes of the GGUF file into it."""
-    from nbl_export.rewrite.gguf_codes import take_codes  # needs onnx_ir, which a build machine lacks
+    from nbl_export.rewrite.quantize import take_codes  # needs onnx_ir, which a build machine lacks
 
     if settings.gguf is None:
         raise NblError(f"the precision {GGUF} needs a model that is a GGUF file")

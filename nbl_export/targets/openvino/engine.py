@@ -11,9 +11,8 @@ import numpy as np
 
 from nbl_export.errors import NblError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
-from nbl_export.records.capabilities import Capabilities
+from nbl_export.records.capabilities import OPENVINO_PROPOSERS, Capabilities, Proposer
 from nbl_export.records.plan import Plan
-from nbl_export.records.proposers import OPENVINO_PROPOSERS, Proposer
 from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, Target, default_threads
 from nbl_export.targets.export.bounds import check_bounds
 from nbl_export.targets.openvino.decoder import IrDecoder

@@ -55,7 +55,7 @@ from nbl_export.targets.tensorrt.network import (
 from nbl_export.targets.tensorrt.record import ENGINE_FILE, RECORD_FILE, EngineRecord, digest_of
 from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles
 from nbl_export.trust.contained import check_inside
-from nbl_export.trust.own_engines import remember
+from nbl_export.trust.user_lists import remember
 
 __all__ = ["Progress", "build_engine", "capturable"]
 

@@ -20,7 +20,7 @@ from nbl_export.files import replacing
 from nbl_export.targets.gpu import Gpu
 from nbl_export.targets.tensorrt.record import EngineRecord, read_record
 from nbl_export.trust.contained import is_inside
-from nbl_export.trust.own_engines import is_own, remember
+from nbl_export.trust.user_lists import is_own, remember
 
 __all__ = ["KERNELS_FILE", "KernelCache", "made_for", "trust_folder"]
 

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nbl_export.graph.coded.nbits import StoredMatrix
 from nbl_export.graph.names import constant_name, product_name, state_names
 from nbl_export.mixers.base import Mixer, StateSpec
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import Plan
+from nbl_export.records.quantised import StoredMatrix
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.base import Target
 
@@ -110,7 +110,7 @@ class Setting:
 
     @property
     def static(self) -> bool:
-        """Whether graphs have the static form, see `engines.base.Capabilities`."""
+        """Whether graphs have the static form, see `records.capabilities.Capabilities`."""
         return self.engine.capabilities.static
 
     @property

@@ -155,7 +155,7 @@ def _matrix(model: Any, stored: Any | None, name: str) -> tuple[np.ndarray | Non
     if stored is None:
         return constant_of(model, name), 0.0
     blocks = stored.blocks()
-    return blocks.matrix, np.abs(blocks.steps) * (_STEPS if blocks.size > 1 else 0.5) + 1e-30
+    return blocks.values, np.abs(blocks.steps) * (_STEPS if blocks.size > 1 else 0.5) + 1e-30
 
 
 def check_ir_untouched(directory: Path, original: Path) -> CheckResult:

@@ -18,13 +18,13 @@ import numpy as np
 import onnx
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.coded.nbits import Blocks
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.files import check_structure, skeleton
 from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE, all_logits_file
 from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
 from nbl_export.records.decoder import ITEMSIZE, DecoderSpec, GraphContract, is_state
+from nbl_export.records.quantised import unpacked
 from nbl_export.records.results import CheckResult
 from nbl_export.rewrite.token_table import table_name
 from nbl_export.verify import codes, last_token
@@ -50,7 +50,7 @@ class OnnxForm:
         self, setting: Setting, directories: Mapping[str, Path], results: list[CheckResult], scratch: Path
     ) -> dict[str, Coded]:
         """See `Form.coded`."""
-        from nbl_export.rewrite.codes import stored_matrices
+        from nbl_export.graph.quantised import stored_matrices
         from nbl_export.rewrite.widen import save_twin
         from nbl_export.verify.float32_twins import INT4
 
@@ -113,7 +113,8 @@ def _cache_ids(setting: Setting, subject: str) -> tuple[int, ...]:
 
 
 _OURS = re.compile(r"nbl\.layers\.[\d-]+\.")
-_SHAPES = ("nbl.block_sums.", "nbl.states.")  # begin the names of shapes and indices (`graph.coded`, `rewrite.builder`)
+# begin the names of shapes and indices (`graph.quantised`, `rewrite.bypass`)
+_SHAPES = ("nbl.block_sums.", "nbl.states.")
 _OUR_PRODUCT = re.compile(r"/nbl/layers\.\d+/MatMul(?!.*/offsets$)")
 _SPOKEN = {"last": "of the last token", "all": "of all tokens"}
 # ONNX Runtime's symmetric quantiser spans [-8, 8) steps: the mirror image of a block's largest value is one step off.
@@ -235,11 +236,11 @@ def _weight_of(node: Any, tensors: Mapping[str, Any], directory: Path) -> tuple[
         return weight, rounding if arrays[0].dtype == np.float16 else np.zeros_like(weight)
     own = {a.name: a.i for a in node.attribute}
     zeros = arrays[2] if len(arrays) > 2 else None
-    blocks = Blocks.packed(arrays[0], arrays[1], zeros, own["bits"], own["block_size"], (own["N"], own["K"]))
+    blocks = unpacked(arrays[0], arrays[1], zeros, own["bits"], own["block_size"], (own["N"], own["K"]))
     added = tensors.get(f"{node.input[2].removesuffix('_scales')}_offsets")
     if added is not None:
         blocks = dataclasses.replace(blocks, offsets=_array(added, directory).T)
-    return blocks.matrix, np.abs(blocks.steps) * _STEPS + 1e-30
+    return blocks.values, np.abs(blocks.steps) * _STEPS + 1e-30
 
 
 def _blocks_of(node: Any, tensors: Mapping[str, Any], directory: Path) -> tuple[np.ndarray, np.ndarray]:

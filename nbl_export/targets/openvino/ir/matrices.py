@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import CorruptError
-from nbl_export.graph.coded.nbits import Blocks, StoredMatrix
+from nbl_export.records.quantised import Blocks, StoredMatrix
 
 __all__ = ["constant_of", "constants_of", "count_parameters", "float_constant", "raw_bytes", "stored_matrices"]
 

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from nbl_export.graph.names import ALL_LOGITS_IR, GENERATION_CONFIG, IR_FILE, MANIFEST, draft_folder
-from nbl_export.records.proposers import Proposer
+from nbl_export.records.capabilities import Proposer
 
 __all__ = ["add_ir_draft", "settle_ir", "write_ir_target"]
 

@@ -1,4 +1,4 @@
-"""Turns decoder matrices into int4 blocks behind a DequantizeLinear (drawn in `graph.coded.int4_blocks`).
+"""Turns decoder matrices into int4 blocks behind a DequantizeLinear (drawn in `graph.quantised`).
 
 The embedding and the lm_head stay as they are. Gather reads them too if they are tied, and a coarse head costs more
 quality than it saves. The int4 of the ONNX Runtime engine has blocks of 32 too.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from nbl_export.graph.coded.int4_blocks import quantize_weight
+from nbl_export.graph.quantised import quantize_weight
 
 __all__ = ["INT4_BLOCK", "BlockInt4"]
 

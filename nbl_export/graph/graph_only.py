@@ -20,7 +20,17 @@ from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE, MANIFEST
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.trust.contained import check_folder, check_inside, refuse_special
 
-__all__ = ["check_graph_place", "companions", "copy_graph", "files_of", "graph_of", "has_graph", "home_of", "read_spec"]
+__all__ = [
+    "check_graph_place",
+    "companions",
+    "copy_graph",
+    "files_of",
+    "graph_of",
+    "has_graph",
+    "home_of",
+    "onnx_tools",
+    "read_spec",
+]
 
 _CONFIG = GENAI_CONFIG
 
@@ -31,15 +41,19 @@ def graph_of(path: Path) -> Path | None:
     Raises:
         NblError: there are several graphs.
     """
-
     if path.is_file():
         return path if path.suffix == ".onnx" else None
     if not path.is_dir() or not has_graph(path) or any(path.glob("*.safetensors")) or any(path.glob("*.gguf")):
         return None
-    return _onnx().files.find_graph(path)
+    return onnx_tools().files.find_graph(path)
 
 
-def _onnx() -> Any:
+def onnx_tools() -> Any:
+    """The package `graph`, with the modules that need onnx.
+
+    Raises:
+        MissingPackageError: onnx or onnx_ir is not installed.
+    """
     try:
         import nbl_export.graph.facts
         import nbl_export.graph.files
@@ -55,8 +69,7 @@ def files_of(graph: Path) -> list[Path]:
         NblError: no tokenizer lies beside the graph.
         CorruptError: a file is missing or cut short.
     """
-
-    source, home = _onnx().files, home_of(graph)
+    source, home = onnx_tools().files, home_of(graph)
     tokenizer = [file for file in sorted(home.glob("tokenizer*")) if file.is_file()]
     if not tokenizer:
         raise NblError(f"{home} has no tokenizer beside {graph.name}, which calibration text needs")
@@ -70,15 +83,15 @@ def read_spec(graph: Path) -> DecoderSpec:
         RefusalError: a layer is not understood, or layers have already been replaced.
         NblError: the graph does not give all logits, or a number is neither in the graph nor in the configuration.
     """
-    rewriting = _onnx()
+    tools = onnx_tools()
     from nbl_export.graph.anatomy import cache_layers, find_block
 
-    model = rewriting.files.load_graph(graph)
-    if rewriting.facts.logits_of(model.graph) != "all":
+    model = tools.files.load_graph(graph)
+    if tools.facts.logits_of(model.graph) != "all":
         raise NblError(f"{graph} does not give the logits of all tokens, which verification needs; export all logits")
     layers = cache_layers(model.graph)
     blocks = [find_block(model.graph, layer) for layer in layers]
-    found = rewriting.facts.decoder_facts(model.graph, blocks, home_of(graph))
+    found = tools.facts.decoder_facts(model.graph, blocks, home_of(graph))
     if found["num_layers"] != len(layers) or layers != tuple(range(len(layers))):
         raise RefusalError(
             None, f"only {len(layers)} of its {found['num_layers']} layers have attention; give the original graph"
@@ -88,7 +101,7 @@ def read_spec(graph: Path) -> DecoderSpec:
     ]
     if missing:
         raise NblError(f"neither {graph} nor a configuration beside it says {missing[0]}; add the model's config.json")
-    full = rewriting.facts.full_layers(blocks)
+    full = tools.facts.full_layers(blocks)
     return DecoderSpec(**{**found, "architecture": found["architecture"] or "decoder", "full_layers": full})
 
 
@@ -98,12 +111,12 @@ def copy_graph(graph: Path, out: Path) -> None:
     Raises:
         NblError: the runtimes of this run do not know the names of the caches.
     """
-    rewriting = _onnx()
+    tools = onnx_tools()
     from nbl_export.graph.anatomy import graph_caches
 
-    model = rewriting.files.load_graph(graph)
+    model = tools.files.load_graph(graph)
     _check_shippable(graph, model, graph_caches(model.graph))
-    data = rewriting.files.data_files(graph, model)
+    data = tools.files.data_files(graph, model)
     out.mkdir()
     for file, name in companions(home_of(graph), {graph, *data}):
         if len(name.parts) == 1 and file.suffix != ".onnx":
@@ -112,7 +125,7 @@ def copy_graph(graph: Path, out: Path) -> None:
         for file, name in ((graph, GRAPH_FILE), *((file, file.name) for file in data)):
             shutil.copyfile(file, out / name)
     else:
-        rewriting.files.save_graph(model, out / GRAPH_FILE)
+        tools.files.save_graph(model, out / GRAPH_FILE)
     if (out / _CONFIG).is_file():
         settings = json.loads((out / _CONFIG).read_text(encoding="utf-8"))
         settings["model"]["decoder"]["filename"] = GRAPH_FILE
@@ -157,14 +170,6 @@ def check_graph_place(path: Path) -> None:
     for file in (path, *(path.parent / name for name in _BESIDE_A_FILE)):
         refuse_special(file)
         check_inside(file, path.parent)
-
-
-def _need_onnx() -> Any:
-    try:
-        from nbl_export.graph import files as source
-    except ImportError as error:
-        raise MissingPackageError(str(error.name), "rewrite", "reading ONNX graphs") from error
-    return source
 
 
 def companions(path: Path, skipped: set[Path]) -> Iterator[tuple[Path, Path]]:

@@ -1,4 +1,4 @@
-"""What a torch model says: greedy tokens, and the probabilities of a text."""
+"""A torch model as a decoder: greedy tokens, and the probabilities of a text."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Spoken"]
+__all__ = ["TorchDecoder"]
 
 
-class Spoken:
+class TorchDecoder:
     """A causal LM of transformers as a decoder that continues and scores token ids."""
 
     def __init__(self, model: Any) -> None:

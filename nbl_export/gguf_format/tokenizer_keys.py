@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.formats.gguf.content import Key
-from nbl_export.trust.strict_json import read_object
+from nbl_export.gguf_format.content import Key
+from nbl_export.trust.model_settings import read_object
 
 __all__ = ["tokenizer_keys"]
 

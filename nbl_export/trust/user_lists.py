@@ -1,9 +1,14 @@
-"""SHA-256 of large files, several at once, remembered between runs.
+"""What this user's cache remembers between runs: SHA-256 of large files, and the compiled engines of their own.
 
     ~/.cache/nbl-export/hashes.json     path -> size, times, inode, device and hash of the file when it was read
 
 The list only saves time and may be lost at any moment. A list that is damaged, writable by others, or a link is not
 used. A changed file has another change time (ctime), which only the operating system sets.
+
+    ~/.cache/nbl-export/engines/HASH      an empty file for each, named by the hash of the compiled file
+
+Compiled engines and kernels are code: this user made them on this machine, or has said yes to them. Their list is used
+only if nobody else may write to it.
 """
 
 from __future__ import annotations
@@ -19,9 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from nbl_export.errors import NblError
 from nbl_export.files import file_sha256, write_json
 
-__all__ = ["cache_file", "is_ours", "sha256_of"]
+__all__ = ["cache_file", "is_ours", "is_own", "remember", "sha256_of"]
 
 _KEPT_BYTES = 16 << 20  # smaller files are hashed again
 _MOST_ENTRIES = 1000
@@ -99,3 +105,35 @@ def _save(entries: dict[str, Any]) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if is_ours(path.parent.lstat(), stat.S_ISDIR):
             write_json(path, dict(list(entries.items())[-_MOST_ENTRIES:]))
+
+
+def _list() -> Path:
+    return cache_file().parent / "engines"
+
+
+def is_own(digest: str) -> bool:
+    """Whether the user has made, or said yes to, the compiled file with this SHA-256."""
+    home = _list()
+    with contextlib.suppress(OSError):
+        ours = all(is_ours(folder.lstat(), stat.S_ISDIR) for folder in (home.parent, home))
+        named = re.fullmatch("[0-9a-f]{64}", digest) is not None
+        return ours and named and is_ours((home / digest).lstat(), stat.S_ISREG)
+    return False
+
+
+def remember(digest: str) -> None:
+    """Add the SHA-256 of a compiled file.
+
+    Raises:
+        NblError: the list cannot be written, or others may write to it.
+    """
+    home = _list()
+    with contextlib.suppress(OSError):
+        for folder in (home.parent, home):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (home / digest).touch(mode=0o600)
+    if not is_own(digest):
+        raise NblError(
+            f"{home}, which lists the engines of your own, cannot be written, or others may write to it; set "
+            "XDG_CACHE_HOME to a directory of your own"
+        )

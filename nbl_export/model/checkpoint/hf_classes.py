@@ -10,6 +10,8 @@
 Each architecture (`architectures`) has a pair of classes, e.g. NblLlamaConfig and NblLlamaForCausalLM. A model class is
 the stock class whose attention is replaced after construction (`linearize`), so no modelling code is copied. `import
 nbl_export` does not register the classes, since it must not load torch and transformers.
+
+`restored` makes a stock model of a linearized one.
 """
 
 from __future__ import annotations
@@ -27,11 +29,10 @@ from nbl_export.errors import NblError
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, Architecture
-from nbl_export.model.blocks import architecture_of, multiplier_of
-from nbl_export.model.checkpoint.pretrained import quiet_transformers, tokenizer_of
-from nbl_export.model.linearize import linearize, replace_attention
+from nbl_export.model.checkpoint.pretrained import model_with, quiet_transformers, tokenizer_of
+from nbl_export.model.linearize import architecture_of, linearize, multiplier_of, replace_attention
 
-__all__ = ["CLASSES", "save_linearized"]
+__all__ = ["CLASSES", "restored", "save_linearized"]
 
 
 def _exchange(model: Any) -> None:
@@ -110,3 +111,29 @@ def save_linearized(model: Any, checkpoint: Path, maps: Mapping[int, Mixer], tap
     saved.generation_config = model.generation_config or GenerationConfig.from_model_config(made_for)
     saved.save_pretrained(out)
     tokenizer_of(checkpoint).save_pretrained(out)
+
+
+def restored(model: Any) -> Any:
+    """The stock model of a loaded NBL model: attention of replaced layers is zeros, and missing norms are ones.
+
+    Raises:
+        NblError: weights of neither attention nor norms are missing.
+    """
+    values = model.config.to_dict()
+    replaced = tuple(f".{i}.self_attn." for i in values["nbl_replaced_layers"])
+    values = {name: value for name, value in values.items() if not name.startswith("nbl_")}
+    for name in ("architectures", "model_type"):
+        values.pop(name, None)
+    config = type(model.config).__mro__[1](**values)  # the stock class that this class derives from
+    with torch.device("meta"):
+        stock = model_with(config)
+    kept = {name: value for name, value in model.state_dict().items() if not any(part in name for part in replaced)}
+    missing = {name: value.shape for name, value in stock.state_dict().items() if name not in kept}
+    foreign = [name for name in missing if ".self_attn." not in name and "norm" not in name]
+    if foreign:
+        raise NblError(f"the checkpoint lacks the weights {foreign[0]}; fetch the model again")
+    blank = {n: torch.ones(shape) if n.endswith("norm.weight") else torch.zeros(shape) for n, shape in missing.items()}
+    stock.load_state_dict({**kept, **blank}, assign=True)
+    stock.tie_weights()
+    stock.generation_config = model.generation_config
+    return stock

@@ -5,24 +5,37 @@
 The right side equals the dequantised tensor in every bit of float32. The products are exact, because a scale has at
 most 18 significant bits, and a code 5, or 8 beside a scale of 11. The sum is rounded once, as in the original. The
 layouts of blocks are llama.cpp's (ggml-common.h).
+
+`RowIndex` finds the codes of a float32 matrix by the values of its rows:
+
+    graph: W [N, K] float32 ─► rows of the file's dequantised tensors with the same bits ─► codes of these rows
+
+An exporter may join q, k and v, permute rows for its rotary embedding, or name matrices as it likes. Rows are
+recognised by their values, so none of this matters, and every matrix that is found is exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from nbl_export.errors import NblError
-from nbl_export.formats.gguf.content import Tensor
-from nbl_export.records.block_codes import BlockCodes
+from nbl_export.gguf_format.content import Content, Tensor
+from nbl_export.records.quantised import Blocks
 
-__all__ = ["block_codes", "check_type", "is_coded", "is_known", "known_types"]
+__all__ = ["RowIndex", "block_codes", "check_type", "is_coded", "is_known", "known_types"]
 
 _FLOATS = ("F32", "F16", "BF16")
 _SUPER = 256  # elements of a K-quant's super-block
+
+
+_KEPT = 4  # tensors whose codes stay in memory: q, k and v come together
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,7 @@ def check_type(tensor: str, kind: str) -> None:
         )
 
 
-def block_codes(tensor: Tensor) -> BlockCodes:
+def block_codes(tensor: Tensor) -> Blocks:
     """The codes of a matrix.
 
     Raises:
@@ -86,7 +99,7 @@ def block_codes(tensor: Tensor) -> BlockCodes:
         offsets = exact.astype(np.float32)
         if not np.array_equal(offsets, exact):  # the code 0 then stands for 0, on a kernel that is some 10% slower
             zero, offsets = middle - kind.centre, minima
-    return BlockCodes(codes.astype(np.uint8), kind.bits, kind.size, zero, scales, offsets)
+    return Blocks(codes.astype(np.uint8), scales, kind.size, float(zero), offsets, kind.bits)
 
 
 def _block_bytes(kind: Any) -> int:
@@ -194,3 +207,73 @@ _TYPES = {
     "Q5_K": _Type(8, 32, 0, _q5_k),
     "Q6_K": _Type(8, 16, 32, _q6_k),
 }
+
+
+class RowIndex:
+    """The rows of all matrices of a file.
+
+    Raises:
+        NblError: a matrix has a type whose blocks are not known.
+    """
+
+    def __init__(self, content: Content) -> None:
+        self._tensors = [t for t in content.tensors if len(t.shape) == 2]
+        self._rows: dict[int, dict[int, int]] = {}  # digest -> tensor -> its first row with this digest
+        self._codes = functools.lru_cache(maxsize=_KEPT)(lambda i: block_codes(self._tensors[i]))
+        for number, tensor in enumerate(self._tensors):
+            values = self._codes(number).values if is_coded(tensor) else tensor.values()
+            for row, digest in enumerate(_digests(values)):
+                self._rows.setdefault(digest, {}).setdefault(number, row)
+
+    def codes_of(self, matrix_NK: np.ndarray) -> list[Blocks] | None:
+        """Codes of a matrix, in parts of consecutive rows with one form; [] if the file stores the rows as floats.
+
+        None if the file does not have these rows.
+        """
+        places = [self._rows.get(digest, {}) for digest in _digests(matrix_NK)]
+        if not all(places):
+            return None
+        found = _chosen(places)
+        coded = {is_coded(self._tensors[n]) for n in np.unique(found[:, 0])}
+        if coded != {True}:
+            return [] if coded == {False} else None
+        parts = [self._part(found[a:b]) for a, b in self._runs(found)]
+        same = np.concatenate([part.values for part in parts])
+        return parts if np.array_equal(same, matrix_NK) else None
+
+    def _runs(self, found: np.ndarray) -> Iterator[tuple[int, int]]:
+        """First row and end of each run of rows with one form."""
+        forms = {int(n): self._form(int(n)) for n in np.unique(found[:, 0])}
+        start = 0
+        for i in range(1, len(found) + 1):
+            if i == len(found) or forms[int(found[i, 0])] != forms[int(found[start, 0])]:
+                yield start, i
+                start = i
+
+    def _form(self, number: int) -> tuple[Any, ...]:
+        codes = self._codes(number)
+        return codes.bits, codes.size, float(codes.zeros), codes.offsets is None
+
+    def _part(self, found: np.ndarray) -> Blocks:
+        """The rows of a run, each from its tensor."""
+        first = self._codes(int(found[0, 0]))
+        made = {name: np.empty((len(found), *getattr(first, name).shape[1:]), getattr(first, name).dtype)
+                for name in ("codes", "scales", "offsets") if getattr(first, name) is not None}  # fmt: skip
+        for number in np.unique(found[:, 0]):
+            mine = found[:, 0] == number
+            for name, array in made.items():
+                array[mine] = getattr(self._codes(int(number)), name)[found[mine, 1]]
+        return dataclasses.replace(first, codes=made["codes"], scales=made["scales"], offsets=made.get("offsets"))
+
+
+def _chosen(places: list[dict[int, int]]) -> np.ndarray:
+    """Tensor and row of each row [N, 2]. Equal rows (of unused tokens) come from the tensor with most of the rows."""
+    counts = Counter(number for place in places for number in place)
+    numbers = [max(place, key=counts.__getitem__) for place in places]
+    return np.array([(n, place[n]) for n, place in zip(numbers, places, strict=True)], np.int64)
+
+
+def _digests(values_NK: np.ndarray) -> Iterator[int]:
+    """A number for each row, equal for equal bytes; `codes_of` compares the values themselves."""
+    for row in np.ascontiguousarray(values_NK, np.float32):
+        yield hash(row.tobytes())

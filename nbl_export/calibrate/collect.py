@@ -1,0 +1,349 @@
+"""Collects moments of every layer: of a torch model, of a model larger than memory, or of a decoder graph.
+
+`collect` sets hooks on the torch model. Activations are never kept.
+
+    reference pass   the first tokens of the text give the reference row and the units of every layer (`sums`)
+    batches          each batch of windows gives products of rows
+
+Logits are never computed: the base decoder runs without the language-model head.
+
+`GraphCollection` reads the taps of every layer of a decoder graph in ONNX Runtime. The rows equal the rows that hooks
+on the torch model see, so the maps differ only by rounding. The head is not computed. Windows run one at a time, so
+only the activations of one window are in memory.
+
+`collect_layers` loads one decoder layer at a time, for a model that does not fit into memory.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from nbl_export.calibrate.sums import REFERENCE_ROWS, Accumulator, Sums
+from nbl_export.errors import NblError
+from nbl_export.graph.decoder import OnnxDecoder
+from nbl_export.mixers import DEFAULT
+from nbl_export.mixers.base import Kind
+from nbl_export.mixers.lmmse import Moments
+from nbl_export.model import bfloat16
+from nbl_export.model.checkpoint.pretrained import config_of
+from nbl_export.model.linearize import block_output, run_from
+from nbl_export.model.one_layer import WeightReader, one_layer
+from nbl_export.records.decoder import DecoderSpec
+
+__all__ = [
+    "Collection",
+    "GraphCollection",
+    "Rows",
+    "Wanted",
+    "attach",
+    "batches",
+    "collect",
+    "collect_layers",
+    "refuse_not_finite",
+]
+
+_BATCH_TOKENS = 4096
+
+
+def batches(ids_WT: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Split windows [windows, context] into the batches that run at once."""
+    return ids_WT.split(max(1, _BATCH_TOKENS // ids_WT.shape[1]))
+
+
+class Rows:
+    """Accumulators of all layers and taps. Subclasses fill the accumulators.
+
+    Args:
+        taps: some of `records.plan.TAPS`.
+        size: hidden size.
+        kind: of the mixers that the sums are for.
+        device: device of the sums.
+    """
+
+    def __init__(
+        self, taps: Sequence[str], num_layers: int, size: int, kind: Kind = DEFAULT, device: Any = "cpu"
+    ) -> None:
+        self.taps, self.num_layers, self.kind, self._device = tuple(taps), num_layers, kind, device
+        self.sizes = (kind.feature_count(size), size)
+        self.found = {tap: [Accumulator(self.sizes) for _ in range(num_layers)] for tap in self.taps}
+
+    def add(self, batch_BT: torch.Tensor) -> None:
+        """Run one batch and add its rows."""
+        raise NotImplementedError
+
+    def refer(self, ids_WT: torch.Tensor) -> None:
+        """Take reference rows and units from the beginning of the whole text."""
+        self.add(ids_WT[:1, :REFERENCE_ROWS])
+        for accumulator in self.accumulators():
+            accumulator.clear()
+
+    def accumulators(self) -> list[Accumulator]:
+        """All accumulators, in the same order in every process."""
+        return [accumulator for accumulators in self.found.values() for accumulator in accumulators]
+
+    @property
+    def count(self) -> int:
+        """Rows added so far."""
+        return self.found[self.taps[0]][0].count
+
+    def layer(self, index: int) -> dict[str, Sums]:
+        """The sums of a layer, by tap.
+
+        Raises:
+            NblError: the layer's activations are not finite.
+        """
+        found = {tap: accumulators[index].sums() for tap, accumulators in self.found.items()}
+        for sums in found.values():
+            refuse_not_finite(sums, index)
+        return found
+
+    def restore(self, index: int, sums: dict[str, Sums]) -> None:
+        """Continue from the sums that `layer` returned."""
+        for tap, found in sums.items():
+            self.found[tap][index].restore(found, self._device)
+
+
+class Collection(Rows):
+    """Accumulators hooked to a torch model while the context is open.
+
+    Args:
+        model: a causal LM of transformers, float32.
+        taps: some of `records.plan.TAPS`.
+        kind: of the mixers that the sums are for.
+        narrow: the model's products in bfloat16; products of the sums are float32.
+    """
+
+    def __init__(self, model: Any, taps: Sequence[str], kind: Kind = DEFAULT, *, narrow: bool = False) -> None:
+        self._decoder, self._narrow = model.get_decoder(), narrow
+        device = next(model.parameters()).device
+        super().__init__(taps, len(self._decoder.layers), int(model.config.hidden_size), kind, device)
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Collection:
+        for tap, accumulators in self.found.items():
+            for layer, accumulator in zip(self._decoder.layers, accumulators, strict=True):
+                self._handles += attach(layer, accumulator, tap, self._decoder.config, self.kind)
+        return self
+
+    def __exit__(self, _k: type[BaseException] | None, _v: BaseException | None, _t: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def add(self, batch_BT: torch.Tensor) -> None:
+        """Run one batch and add its rows."""
+        with torch.inference_mode(), bfloat16.products(torch.device(self._device), self._narrow):
+            self._decoder(input_ids=batch_BT.to(self._device), use_cache=False)
+
+
+def collect(
+    model: Any,
+    ids_WT: torch.Tensor,
+    progress: Callable[[int, int], None],
+    taps: Sequence[str] = ("residual",),
+    kind: Kind = DEFAULT,
+    *,
+    narrow: bool = False,
+) -> dict[str, list[Moments]]:
+    """Moments of every decoder layer over windows of token ids, for each tap (`records.plan.TAPS`).
+
+    Args:
+        model: a causal LM of transformers, float32.
+        ids_WT: token ids [windows, context].
+        progress: called with tokens done and the total.
+        kind: of the mixers that the moments are for.
+
+    Raises:
+        NblError: a layer's activations are not finite.
+    """
+    with Collection(model, taps, kind, narrow=narrow) as collection:
+        collection.refer(ids_WT)
+        done = 0
+        for batch in batches(ids_WT):
+            collection.add(batch)
+            done += batch.numel()
+            progress(done, ids_WT.numel())
+        layers = [collection.layer(i) for i in range(collection.num_layers)]
+    return {tap: [sums[tap].moments() for sums in layers] for tap in taps}
+
+
+def refuse_not_finite(sums: Sums, layer: int) -> None:
+    """Raise NblError if a layer's sums hold NaN or infinity."""
+    if not sums.is_finite:
+        raise NblError(f"layer {layer}: its activations hold NaN or infinity; check the checkpoint's weights")
+
+
+def attach(layer: torch.nn.Module, accumulator: Accumulator, tap: str, config: Any, kind: Kind = DEFAULT) -> list[Any]:
+    """Hook an accumulator to a decoder layer.
+
+    X are the features that the kind asks for, of the layer's input at the tap. Y is what the attention block adds to
+    the residual stream.
+
+    Args:
+        config: the model's configuration.
+
+    Returns:
+        The handles of the hooks.
+    """
+    seen: dict[str, torch.Tensor] = {}
+
+    def on_input(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen["x"] = args[0] if args else kwargs["hidden_states"]
+
+    def on_output(_module: Any, _args: Any, output: Any) -> None:
+        y = output[0] if isinstance(output, tuple) else output
+        y = y if multiplier == 1.0 else y * multiplier
+        x_BTD, y_BTD = seen.pop("x").float(), y.float()
+        with bfloat16.products(y.device, False):
+            accumulator.update(kind.features(x_BTD).flatten(0, 1), y_BTD.flatten(0, 1))
+
+    attention: Any = layer.self_attn
+    last, multiplier = block_output(layer, config)
+    tapped = layer if tap == "residual" else attention
+    return [tapped.register_forward_pre_hook(on_input, with_kwargs=True), last.register_forward_hook(on_output)]
+
+
+class GraphCollection(Rows):
+    """Accumulators that a decoder graph fills, as a torch model fills `Collection`.
+
+    Args:
+        graph: the ONNX file; every layer must be recognised.
+        spec: the decoder's sizes.
+        taps: some of `records.plan.TAPS`.
+        kind: of the mixers that the sums are for.
+
+    Raises:
+        RefusalError: a layer is not recognised, or has no such tap.
+    """
+
+    def __init__(self, graph: Path, spec: DecoderSpec, taps: Sequence[str], kind: Kind = DEFAULT) -> None:
+        from nbl_export.rewrite.taps import collecting_graph
+
+        super().__init__(taps, spec.num_layers, spec.hidden_size, kind)
+        self._graph = collecting_graph(graph, self.taps)
+        self._decoder = OnnxDecoder(
+            self._graph.directory, spec.head_dim, caches=self._graph.caches, proto=self._graph.proto
+        )
+
+    def __enter__(self) -> GraphCollection:
+        return self
+
+    def __exit__(self, _k: type[BaseException] | None, _v: BaseException | None, _t: TracebackType | None) -> None:
+        del self._decoder
+
+    def add(self, batch_BT: torch.Tensor) -> None:
+        """Run the windows of a batch and add their rows."""
+        for window in batch_BT:
+            self._add(window[None].numpy())
+
+    def _add(self, ids: Any) -> None:
+        wanted = {
+            tap: [(names[i], self._graph.attention[i]) for i in range(self.num_layers)]
+            for tap, names in self._graph.taps.items()
+        }
+        names = sorted({name for pairs in wanted.values() for pair in pairs for name in pair})
+        self._decoder.begin(1)
+        seen = dict(zip(names, self._decoder.look(names, ids), strict=True))
+        rows = {name: torch.from_numpy(value).float() for name, value in seen.items()}
+        for tap, pairs in wanted.items():
+            for accumulator, (x, y) in zip(self.found[tap], pairs, strict=True):
+                accumulator.update(self.kind.features(rows[x]).flatten(0, 1), rows[y].flatten(0, 1))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is collected.
+
+    Attributes:
+        taps: some of `records.plan.TAPS`.
+        kind: of the mixers that the sums are for.
+        narrow: the model's products in bfloat16; products of the sums are float32.
+    """
+
+    taps: Sequence[str]
+    kind: Kind = DEFAULT
+    narrow: bool = False
+
+
+def collect_layers(
+    directory: Path,
+    ids_WT: torch.Tensor,
+    parts: Sequence[torch.Tensor],
+    wanted: Wanted,
+    scratch: Path,
+    progress: Callable[[int, int], None],
+) -> Iterator[dict[str, Sums]]:
+    """Sums of each layer by tap, from the first layer to the last.
+
+    Args:
+        directory: holds config.json and safetensors files.
+        ids_WT: token ids of the whole text; the first tokens give reference rows and units.
+        parts: the batches of the text to collect, [windows, context] each.
+        scratch: a directory for the hidden states: 4 x tokens x hidden size bytes.
+        progress: called with layers x tokens done and the total.
+
+    Raises:
+        NblError: a weight is missing or damaged, or a layer's activations are not finite.
+    """
+    config, weights = config_of(directory), WeightReader(directory)
+    shapes = [tuple(ids_WT[:1, :REFERENCE_ROWS].shape), *(tuple(part.shape) for part in parts)]
+    states = _States(scratch / "hidden", shapes, config.hidden_size)
+    sizes = (wanted.kind.feature_count(config.hidden_size), int(config.hidden_size))
+    inputs = [ids_WT[:1, :REFERENCE_ROWS], *parts]
+    tokens = sum(part.numel() for part in parts)
+    for index in range(config.num_hidden_layers):
+        decoder = one_layer(config, index, weights)
+        found = {tap: Accumulator(sizes) for tap in wanted.taps}
+        handles = [
+            handle for tap, a in found.items() for handle in attach(decoder.layers[0], a, tap, config, wanted.kind)
+        ]
+        done = 0
+        with torch.inference_mode(), bfloat16.products(torch.device("cpu"), wanted.narrow):
+            for k, ids in enumerate(inputs):
+                if index:
+                    states.write(k, run_from(decoder, states.read(k)))
+                else:
+                    states.write(k, decoder(input_ids=ids, use_cache=False).last_hidden_state)
+                if k == 0:
+                    for accumulator in found.values():
+                        accumulator.clear()
+                else:
+                    done += ids.numel()
+                    progress(index * tokens + done, config.num_hidden_layers * tokens)
+        for handle in handles:
+            handle.remove()
+        del decoder
+        gc.collect()
+        sums = {tap: accumulator.sums() for tap, accumulator in found.items()}
+        for value in sums.values():
+            refuse_not_finite(value, index)
+        yield sums
+
+
+class _States:
+    """Hidden states of every batch in one file, read and written in place."""
+
+    def __init__(self, path: Path, shapes: Sequence[tuple[int, ...]], size: int) -> None:
+        self._path, self._shapes, self._size = path, [(*shape, size) for shape in shapes], size
+        self._offsets = [0]
+        for shape in self._shapes:
+            self._offsets.append(self._offsets[-1] + 4 * torch.Size(shape).numel())
+        path.touch()
+
+    def read(self, index: int) -> torch.Tensor:
+        raw = bytearray(self._offsets[index + 1] - self._offsets[index])
+        with self._path.open("rb") as stream:
+            stream.seek(self._offsets[index])
+            stream.readinto(raw)
+        return torch.frombuffer(raw, dtype=torch.float32).view(self._shapes[index])
+
+    def write(self, index: int, states: torch.Tensor) -> None:
+        with self._path.open("r+b") as stream:
+            stream.seek(self._offsets[index])
+            stream.write(memoryview(states.contiguous().numpy()).cast("B"))

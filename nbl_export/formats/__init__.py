@@ -1,1 +1,0 @@
-"""File formats that are not ours: GGUF."""

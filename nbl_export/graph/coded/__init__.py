@@ -1,1 +1,0 @@
-"""Matrices that an ONNX graph stores in a few bits."""

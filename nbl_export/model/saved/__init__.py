@@ -1,1 +1,0 @@
-"""NBL models in the forms of other engines, made of torch models and checkpoints."""

@@ -1,0 +1,114 @@
+"""A matrix in codes of a few bits, with a scale and possibly a zero point and an offset a block, as a file stores it.
+
+    W[n, k]  =  scale[n, k // size] * (code[n, k] - zero[n, k // size])  +  offset[n, k // size]
+
+Of two 4-bit codes in a byte the first has the low bits, in ONNX Runtime's operators (onnxruntime,
+docs/ContribOperators.md, MatMulNBits and GatherBlockQuantized). `verify.codes` runs the kernels that verify this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Blocks", "Fidelity", "StoredMatrix", "unpacked"]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix in blocks along its last axis.
+
+    Attributes:
+        codes: [N, K]; integers, or floats in units of a scale.
+        scales: [N, blocks] float32.
+        size: elements of a block.
+        zeros: the code that stands for 0: one for the matrix, or one a block [N, blocks].
+        offsets: [N, blocks] float32, which other nodes of a graph add; None without.
+        bits: of a code in `packed`, 4 or 8.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    size: int
+    zeros: np.ndarray | float = 0.0
+    offsets: np.ndarray | None = None
+    bits: int = 8
+
+    @property
+    def coded(self) -> np.ndarray:
+        """The values of the codes [N, K] in float32, which a node itself multiplies by or looks up."""
+        points = self._spread(self.zeros) if isinstance(self.zeros, np.ndarray) else self.zeros
+        return (self.codes.astype(np.float32) - points) * self.steps
+
+    @property
+    def values(self) -> np.ndarray:
+        """The matrix [N, K] in float32: codes and offsets."""
+        return self.coded if self.offsets is None else self.coded + self._spread(self.offsets)
+
+    @property
+    def steps(self) -> np.ndarray:
+        """Value of one code step, for each element [N, K]."""
+        return self._spread(self.scales)
+
+    @property
+    def packed(self) -> np.ndarray:
+        """Codes in bytes [N, blocks, bytes of a block]."""
+        found = self.codes if self.bits == 8 else self.codes[:, ::2] | (self.codes[:, 1::2] << 4)
+        return found.reshape(*self.scales.shape, -1)
+
+    def _spread(self, values: np.ndarray) -> np.ndarray:
+        return np.repeat(values, self.size, 1)[:, : self.codes.shape[1]]
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix that a graph stores in codes.
+
+    Attributes:
+        name: node that holds the matrix.
+        lookup: whether the matrix is a table [V, D] whose rows are looked up; else it is W [N, K] of y = x W'.
+        blocks: unpacks the matrix.
+        shape: [N, K] or [V, D], known before the matrix is unpacked; () if nobody asks.
+        transposed: whether the graph multiplies by, or looks up in, W' as stored.
+    """
+
+    name: str
+    lookup: bool
+    blocks: Callable[[], Blocks]
+    shape: tuple[int, ...] = ()
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Largest distance of a graph's matrix from the model's, in steps of the codes, and the row of that distance."""
+
+    name: str
+    modules: tuple[str, ...]
+    steps: float
+    row: int
+
+
+def unpacked(
+    codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, bits: int, size: int, shape: tuple[int, int]
+) -> Blocks:
+    """Unpack operands of MatMulNBits or GatherBlockQuantized, in any shape that holds `shape` [N, K] row by row.
+
+    Args:
+        zeros: packed like the codes, or floats in units of a code; None is the middle of the code range.
+    """
+    rows, columns = shape
+    steps = scales.reshape(rows, -1).astype(np.float32)
+    points: np.ndarray | float = 2.0 ** (bits - 1)
+    if zeros is not None:
+        wide = zeros.reshape(rows, -1) if zeros.dtype.kind == "f" else _codes(zeros, bits, rows)
+        points = wide[:, : steps.shape[1]].astype(np.float32)
+    return Blocks(_codes(codes, bits, rows)[:, :columns], steps, size, points, bits=bits)
+
+
+def _codes(packed: np.ndarray, bits: int, rows: int) -> np.ndarray:
+    """Unsigned codes of 4 or 8 bits, one row each [rows, ...]."""
+    flat = packed.view(np.uint8).reshape(rows, -1)
+    return flat if bits == 8 else np.stack([flat & 15, flat >> 4], -1).reshape(rows, -1)
