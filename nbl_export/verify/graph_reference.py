@@ -19,8 +19,8 @@ import numpy as np
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.mixers.base import Mixer, apply
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.verify.forms.form import Setting
 from nbl_export.verify.ladder import Probe, Reference, greedy, shown_positions
+from nbl_export.verify.structure import Setting
 
 __all__ = ["MappedOriginal", "references"]
 
