@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from nbl_export.targets import all_targets
+
 PACKAGE = Path(__file__).parent.parent / "nbl_export"
 # A module of one place may import from places with a smaller number, and from its own.
 LEVELS = {
@@ -144,6 +146,25 @@ def test_heavy_libraries_stay_in_their_place() -> None:
 def is_at_home(library: str, name: str) -> bool:
     homes: tuple[str, ...] = HEAVY.get(library, (name,))
     return any(name == home or name.startswith(f"{home}.") for home in homes)
+
+
+# Modules that may say an engine's name beside the texts of options: names of packages, and of tools that read a form.
+NAME_ENGINES = {"run_directory": {"openvino"}, "publish.convert": {"llama.cpp"}}
+_ENGINE_TEXTS = "options.options"  # the default of --engine, and help
+
+
+def test_only_targets_know_engines() -> None:
+    names = {target.capabilities.name for target in all_targets()}
+    assert len(names) == 5
+    said = [
+        (module, node.lineno, node.value)
+        for module, tree in TREES.items()
+        if place(module) != "targets" and module != _ENGINE_TEXTS
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in names
+    ]
+    found = [f"{m}:{line} asks for {name}" for m, line, name in said if name not in NAME_ENGINES.get(m, ())]
+    assert found == []
 
 
 FILE_NAMES = (

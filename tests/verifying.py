@@ -20,10 +20,9 @@ from nbl_export.records.results import CheckResult
 from nbl_export.targets import load_engine
 from nbl_export.verify.codes import NEAREST
 from nbl_export.verify.float32_twins import build_twins, check_shipped
-from nbl_export.verify.forms import form_of
-from nbl_export.verify.forms.form import Setting
 from nbl_export.verify.kept import KeptReferences
 from nbl_export.verify.ladder import DECODE_STEPS, Probe
+from nbl_export.verify.structure import Setting, coded_graphs
 from nbl_export.verify.verifier import Verifier
 from tests.exports import build_decoder
 
@@ -69,7 +68,7 @@ def verify_tiny(
     if static:
         shipped, directories = directories, build_twins(checkpoint, setting, maps, rows_VD, work / "twins")
         results += check_shipped(setting, shipped, directories)
-    coded = form_of(setting).coded(setting, directories, results, work / "coded")
+    coded = coded_graphs(setting, directories, results, work / "coded")
     made = Verifier(setting, _probe(), maps, rows_VD, results, KeptReferences(work / "references", []))
     made.refer_to_torch(coded, lambda: contextlib.nullcontext(load_model(checkpoint)))
     made.run(directories, coded)

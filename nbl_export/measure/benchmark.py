@@ -74,7 +74,7 @@ class BenchSetting:
 
     vocab_size: int
     context_length: int
-    engine: str = "ort"
+    engine: str
     provider: str = "cpu"
     seed: int = 0
     base: str | None = "original"

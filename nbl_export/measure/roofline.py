@@ -23,19 +23,9 @@ from nbl_export.errors import NblError
 from nbl_export.measure.cost import CostModel, Work
 from nbl_export.mixers.base import TokenWork
 from nbl_export.model.memory import available_bytes
-from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.results import Scenario, Timing
 
-__all__ = [
-    "MachineRates",
-    "efficiencies",
-    "expect",
-    "is_limited",
-    "limit_seconds",
-    "limits_of",
-    "measure_machine",
-    "rows",
-]
+__all__ = ["MachineRates", "efficiencies", "expect", "limit_seconds", "limits_of", "measure_machine", "rows"]
 
 # Kernels that a graph of a precision may use on the CPU; the fastest kernel is the limit.
 _KERNELS = dict.fromkeys(("int8", "int4", "gguf"), ("int8", "int4", "fp32"))
@@ -125,11 +115,6 @@ def expect(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 # -- this machine ------------------------------------------------------------------------------------------------
-
-
-def is_limited(capabilities: Capabilities, provider: str) -> bool:
-    """Whether the machine's limits are measured: for ONNX Runtime on a CPU."""
-    return not capabilities.static and capabilities.graphs == "onnx" and provider == "cpu"
 
 
 def limits_of(

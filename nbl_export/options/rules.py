@@ -78,14 +78,9 @@ class Case:
         return self.options.fit == CHECKPOINT_FIT
 
     @property
-    def on_cpu(self) -> bool:
-        """Whether the engine is ONNX Runtime on a CPU."""
-        return (self.options.engine, self.options.provider) == ("ort", "cpu")
-
-    @property
     def takes_codes(self) -> bool:
         """Whether graphs can have the codes of the model's GGUF file."""
-        return self.model.is_gguf and self.on_cpu and self.options.decoder_source == "genai"
+        return self.model.is_gguf and GGUF in self.engine.precisions and self.options.decoder_source == "genai"
 
     @property
     def builds_int4(self) -> bool:
@@ -170,7 +165,7 @@ APPLIES: tuple[Applies, ...] = (
         ("requantize",), "--precision int8 or int4 of a .gguf file, with --engine ort on a CPU",
         lambda c: c.takes_codes and c.options.precision in ("int8", "int4"),
     ),
-    Applies(("provider",), "--engine ort", lambda c: c.options.engine == "ort"),
+    Applies(("provider",), "--engine ort", lambda c: bool(c.engine.providers)),
     Applies(
         ("max_seq_len", "max_batch", "prefill_chunk"), "engines that compile graphs (trt, trt-rtx)",
         lambda c: c.engine.static,
@@ -240,7 +235,7 @@ FIRST: tuple[Refusal, ...] = (
         "leave --decoder-source out"
     )),
     (UsageError, lambda c: (
-        c.is_graph and not c.on_cpu
+        c.is_graph and not c.engine.takes_graphs
         and f"{c.options.model} is an ONNX graph, which only --engine ort with --provider cpu takes"
     )),
     (UsageError, lambda c: (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from nbl_export.publish.linear_maps import TAP, LinearMaps, linear_maps, loss_of
 from nbl_export.records.results import CheckResult
 from nbl_export.run.deployed import Finished
 from nbl_export.run.progress import Ui
+from nbl_export.targets import owner_of
 from nbl_export.targets.gguf import write as from_checkpoint
 from nbl_export.targets.gguf.check import check_file
 from nbl_export.targets.gguf.linearize import KEEP, check_base, linearized
@@ -94,9 +96,9 @@ def _original_file(content: Content, found: Finished, base: Path | None, kind: s
 
 def _run(found: Finished, linear: LinearMaps, path: Path, original: Path, ui: Ui) -> list[CheckResult]:
     """What llama.cpp computes beside torch; nothing if it is not installed, which is said."""
-    from nbl_export.targets.gguf.engine import LLAMA_CPP
-
-    answer = LLAMA_CPP.probe()
+    target = owner_of(path)
+    assert target is not None, "a GGUF file was written"
+    answer = target.probe()
     if not answer.available or found.original_is_gone:
         ui.say(f"  not run in llama.cpp: {answer.reason if not answer.available else 'the original is gone'}")
         return []
@@ -107,7 +109,7 @@ def _run(found: Finished, linear: LinearMaps, path: Path, original: Path, ui: Ui
     windows, heard = found.held_back.value.final, []
     with ui.task("running in llama.cpp and torch"):
         for file in (original, path):
-            with LLAMA_CPP.open_runner(file) as runner:
+            with cast(Any, target.open_runner(file)) as runner:  # scores, which no `TextRunner` has to
                 prompts = [runner.encode(text, chat=False) for text in PROMPTS]
                 heard.append(hear(runner, prompts, windows))
         before = hear(TorchDecoder(found.model.value), prompts, windows)

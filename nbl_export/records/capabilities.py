@@ -40,13 +40,19 @@ class Capabilities:
         sources: decoder source -> the precisions that it makes for the engine, the default source first.
         extra: optional extra that installs the engine.
         cache_bytes: precision -> bytes of a cache element; 4 if it is not named.
-        graphs: format of the decoder graphs, "onnx" or "ir" (OpenVINO).
+        narrow: whether the engine computes in fewer bits than the graph's types state, unless the precision is fp32.
         static: whether the engine compiles graphs of the static form, with caches of --max-seq-len slots. A CPU
             verifies such a graph through its float32 twin (a float32 copy). The build stage makes the engine that runs.
         profiled: whether operators can be timed.
         cross: whether exports may be for another machine; bench is left out if the engine does not run here.
         dense_caches: whether caches count 0..K-1.
         provider: ONNX Runtime's execution provider, which the exporter is told.
+        providers: ONNX Runtime's other execution providers, which the engine can run with.
+        takes_graphs: whether a job may be of an ONNX graph alone.
+        measures_limits: whether roofs of the machine can be measured for the engine.
+        proven_by: the engine that verifies the graphs; "" is the engine itself.
+        last_rows: whether the graph that verifies proposed tokens gives logits of the last positions alone.
+        reads: the form of `convert` whose files the engine runs; "" if it runs its own decoders.
         proposers: who can propose tokens that the engine verifies (`--draft`); empty if nobody can.
     """
 
@@ -56,12 +62,18 @@ class Capabilities:
     sources: Mapping[str, tuple[str, ...]]
     extra: str
     cache_bytes: Mapping[str, int] = field(default_factory=dict)
-    graphs: str = "onnx"
+    narrow: bool = False
     static: bool = False
     profiled: bool = False
     cross: bool = False
     dense_caches: bool = False
     provider: str = "cpu"
+    providers: tuple[str, ...] = ()
+    takes_graphs: bool = False
+    measures_limits: bool = False
+    proven_by: str = ""
+    last_rows: bool = False
+    reads: str = ""
     proposers: tuple[Proposer, ...] = ()
 
     @property

@@ -51,7 +51,7 @@ def capabilities_of(engine: str, provider: str = "cpu") -> Capabilities:
     if not capabilities.sources:
         raise UsageError(
             f"--engine {engine} makes no decoders; engines that do are {', '.join(ENGINES)}. "
-            f"nbl-export convert DIR --to {capabilities.graphs} writes the model of a finished run for {engine}"
+            f"nbl-export convert DIR --to {capabilities.reads} writes the model of a finished run for {engine}"
         )
     return capabilities
 
@@ -169,14 +169,14 @@ def require_engine(options: JobOptions, *, to_prove: bool = False) -> None:
     """Check that the engine is available on this machine.
 
     Args:
-        to_prove: check the engine of verification, which is ONNX Runtime for compiled engines.
+        to_prove: check the engine of verification, which differs for compiled engines.
 
     Raises:
         NblError: the engine is not available; the message has the reason.
     """
     engine, name = load_engine(options.engine, options.provider), options.engine
-    if to_prove and engine.capabilities.static:
-        engine, name = load_engine("ort"), "ort"
+    if to_prove and (prover := engine.capabilities.proven_by):
+        engine, name = load_engine(prover), prover
     found = engine.probe()
     if not found.available:
         raise NblError(f"engine {name} is not available here: {found.reason}")

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import psutil
 
 from nbl_export.errors import NblError
+from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE
 from nbl_export.records.capabilities import Capabilities, Proposer
+from nbl_export.records.decoder import GraphContract
 from nbl_export.records.plan import Plan
+from nbl_export.records.results import CheckResult
+from nbl_export.targets.checks import Coded, Wanted
 from nbl_export.targets.runners import Draft, GraphDecoder, ProfiledRunner, ProposingRunner, SequenceLimits, TextRunner
 
-__all__ = [
-    "Availability",
-    "BuildSettings",
-    "Built",
-    "Compiler",
-    "DecoderFacts",
-    "ExportSettings",
-    "Target",
-    "default_threads",
-]
+__all__ = ["Availability", "BuildSettings", "DecoderFacts", "ExportSettings", "Target", "default_threads"]
+
+
+Task = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -47,28 +46,6 @@ class BuildSettings:
     max_batch: int = 1
     prefill_chunk: int = 512
     targets: tuple[str, ...] = ()
-
-
-class Built(Protocol):
-    """What a compiler reports of a plan that it has built."""
-
-    @property
-    def plan_bytes(self) -> int: ...
-
-    @property
-    def build_seconds(self) -> float: ...
-
-    def to_json(self) -> dict[str, Any]: ...
-
-
-class Compiler(Protocol):
-    """Makes an engine of a graph of the static form."""
-
-    def library_version(self) -> str:
-        """Version of the installed package, without loading it; "" if there is none."""
-
-    def build(self, source: Path, out: Path, settings: BuildSettings) -> Built:
-        """Compile the graph in `source` into the directory `out`."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +89,9 @@ class Target:
 
     Attributes:
         capabilities: what differs between targets, as data.
-        compiler: makes the engine that runs; None for targets that run graphs as they are.
     """
 
     capabilities: Capabilities
-    compiler: Compiler | None = None
 
     def probe(self) -> Availability:
         """Whether directories can be exported and verified here, by a known answer. Never raises."""
@@ -157,12 +132,15 @@ class Target:
         raise NblError(f"engine {self.capabilities.name} makes no decoder; use --engine ort")
 
     def replace(
-        self, original: Path, out: Path, plan: Plan, maps: Mapping[int, Any], rows_VD: np.ndarray | None = None
-    ) -> None:
+        self, original: Path, out: Path, plan: Plan, maps: Mapping[int, Any], rows_VD: np.ndarray | None = None,
+        open_model: Callable[[], Any] | None = None,
+    ) -> None:  # fmt: skip
         """Write the NBL version of `original` to `out`, which must not exist.
 
         Args:
             rows_VD: rows of the token table, see `model.one_layer.token_rows`; None computes the leading layers.
+            open_model: gives the torch model that `original` was made from, which may be changed; for targets that
+                export again instead of rewriting a graph. None if there is no torch model.
 
         Raises:
             RefusalError: the graph is not understood.
@@ -170,6 +148,12 @@ class Target:
         from nbl_export.rewrite import rewrite
 
         rewrite(original, out, plan, maps, dense=self.capabilities.dense_caches, rows_VD=rows_VD)
+
+    def table_bytes(self, directory: Path) -> int:
+        """Bytes of the token table of a directory that has one."""
+        from nbl_export.rewrite.token_table import table_bytes
+
+        return table_bytes(directory)
 
     def keep_last_token(self, directory: Path) -> None:
         """Make the graph give the logits of the last token; the graph with all logits stays beside it.
@@ -207,18 +191,66 @@ class Target:
 
         settle(out, proposer, drafts)
 
+    # -- checks of the target's own files --------------------------------------------------------------------------
+
+    def check_files(self, directory: Path, contract: GraphContract, wanted: Wanted) -> list[CheckResult]:
+        """Check structure: valid files, inputs and outputs, caches, maps as fitted, and a pair of graphs as one graph.
+
+        Args:
+            contract: of the graph that ships, as `open_exact` opens it.
+        """
+        from nbl_export.targets.onnx_files import check_files
+
+        return check_files(directory, contract, wanted, dense=self.capabilities.dense_caches)
+
+    def check_untouched(self, directory: Path, original: Path) -> list[CheckResult]:
+        """Check that every weight of the NBL graph except the maps is the original's."""
+        from nbl_export.targets.onnx_files import check_untouched
+
+        return check_untouched(directory, original)
+
+    def check_pruned(self, subject: str, directory: Path) -> CheckResult:
+        """Check that the graph with the logits of the last token is the directory's graph with all logits, pruned."""
+        from nbl_export.targets.onnx_files import check_pruned
+
+        return check_pruned(subject, directory)
+
+    def coded(self, directory: Path, scratch: Path, head_dim: int, task: Task) -> Coded | None:
+        """The graph with quantised matrices, with its float32 twin; None if no matrix is quantised.
+
+        Args:
+            scratch: for a twin; must not exist, and is kept as long as the twin is used.
+            task: a context in which a twin is made.
+
+        Raises:
+            RefusalError: no twin can be made.
+        """
+        from nbl_export.targets.onnx_files import coded
+
+        return coded(directory, scratch, head_dim, task)
+
     # -- graphs that a CPU verifies in float32, for targets whose graphs have the static form ---------------------
 
     def write_twin(self, checkpoint: Path, out: Path, cache_length: int) -> None:
         """Write the float32 twin of the original to `out`, with all logits."""
         raise NotImplementedError
 
-    def write_int4_twin(self, twin: Path, out: Path) -> None:
-        """Write a twin with int4 matrices to `out`; everything else stays float32."""
+    def write_int4_twin(self, twin: Path) -> None:
+        """Write a twin with int4 matrices where `coded` finds it; everything else stays float32."""
         raise NotImplementedError
 
     def twin_difference(self, twin: Path, shipped: Path, precision: str) -> str:
         """The first difference between a shipped graph and its twin cast to that precision; "" if there is none."""
+        raise NotImplementedError
+
+    # -- the engine that runs, for targets that compile graphs of the static form ------------------------------------
+
+    def library_version(self) -> str:
+        """Version of the installed compiler, without loading it; "" if there is none."""
+        raise NotImplementedError
+
+    def build(self, source: Path, out: Path, settings: BuildSettings) -> dict[str, Any]:
+        """Compile the graph in `source` into the directory `out`; returns the record."""
         raise NotImplementedError
 
     # -- running -----------------------------------------------------------------------------------------------
@@ -274,6 +306,14 @@ class Target:
             NblError: the target has no graph that gives the logits of every position.
         """
         raise NblError(f"{directory} has no graph that gives the logits of every position")
+
+    def open_exact(self, directory: Path, head_dim: int, file: str | None = None) -> GraphDecoder:
+        """Like `open_graph`, in the arithmetic that the graph's own types state."""
+        return self.open_graph(directory, head_dim, file)
+
+    def pruned_file(self, directory: Path) -> str | None:
+        """The graph that ships, if the graph with all logits stays beside it."""
+        return GRAPH_FILE if (directory / ALL_LOGITS_FILE).is_file() else None
 
 
 def default_threads() -> int:

@@ -1,18 +1,20 @@
-"""Converts text to token ids and back, with the tokenizer files of a directory; no torch, no transformers.
+"""Text and token ids by the tokenizer files of a directory, and its continuation; no torch, no transformers.
 
 The `tokenizers` package reads tokenizer.json. `chat_template` renders the chat template.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.targets.chat_template import applied, read_settings
+from nbl_export.targets.runners import TextRunner
 from nbl_export.trust.contained import check_folder
 
-__all__ = ["Text"]
+__all__ = ["Speaking", "Text", "continued"]
 
 
 class Text:
@@ -55,6 +57,66 @@ class Text:
                 return
             if piece := stream.step(self._tokenizer, token):
                 yield piece
+
+
+class Speaking(TextRunner):
+    """A runner that reads and writes text with the tokenizer of its directory.
+
+    Attributes:
+        context_length: tokens of the longest text, the answer included.
+        advice: what a user can do about this limit, beside a shorter prompt.
+    """
+
+    directory: Path
+    context_length: int
+    advice = ""
+
+    @functools.cached_property
+    def text(self) -> Text:
+        """The tokenizer of the directory."""
+        return Text(self.directory)
+
+    def encode(self, prompt: str, *, chat: bool) -> list[int]:
+        """Token ids of a prompt, through the chat template if there is one and `chat` asks for it."""
+        return self.text.encode(prompt, chat=chat)
+
+    def stream(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[str]:
+        """Greedy continuation as text pieces, until the end of text, the limit or the end of the context."""
+        return self.text.pieces(self.continuation(ids, max_new_tokens))
+
+    def greedy(self, ids: Sequence[int], new_tokens: int) -> list[int]:
+        """Greedy continuation as token ids; ignores the end of text, and ends early at the end of the context."""
+        return list(self.continuation(ids, new_tokens))
+
+    def continuation(self, ids: Sequence[int], new_tokens: int) -> Iterator[int]:
+        """The tokens of `greedy` as they come."""
+        return continued(self, self.directory, ids, new_tokens, self.context_length, self.advice)
+
+
+def continued(
+    runner: TextRunner, directory: Path, ids: Sequence[int], new_tokens: int, limit: int, advice: str = ""
+) -> Iterator[int]:
+    """Token ids behind a prompt, until `new_tokens` or until prompt and answer have `limit` tokens.
+
+    Args:
+        advice: what a user can do about the limit, beside a shorter prompt.
+
+    Raises:
+        NblError: the prompt is empty, or leaves no room for an answer.
+    """
+    if not len(ids):
+        raise NblError("the prompt is empty: give at least one word")
+    if len(ids) >= limit:
+        raise NblError(
+            f"the prompt has {len(ids)} tokens and {directory} takes {limit}, the answer included: "
+            f"shorten the prompt{advice}"
+        )
+    runner.begin(len(ids) + new_tokens)
+    chunk: Sequence[int] = ids
+    for _ in range(min(new_tokens, limit - len(ids))):
+        runner.append(chunk)
+        chunk = [runner.pick()]
+        yield chunk[0]
 
 
 def _end_ids(directory: Path) -> tuple[int, ...]:

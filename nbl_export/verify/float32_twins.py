@@ -19,18 +19,15 @@ import numpy as np
 from nbl_export.mixers.base import Mixer
 from nbl_export.records.results import CheckResult
 from nbl_export.run_directory import DECODERS
-from nbl_export.verify.forms.form import Setting
+from nbl_export.verify.structure import Setting
 
-__all__ = ["INT4", "build_twins", "check_shipped"]
-
-INT4 = "int4"  # directory of a twin with int4 matrices around float32 arithmetic
+__all__ = ["build_twins", "check_shipped"]
 
 
 def build_twins(
     checkpoint: Path, setting: Setting, maps: Mapping[int, Mixer], rows_VD: np.ndarray | None, out: Path
 ) -> dict[str, Path]:
-    """Write both twins with the shipped logits, as the stages do; an int4 run gets `INT4` beside each twin."""
-
+    """Write both twins with the shipped logits, as the stages do; an int4 run gets each twin with int4 matrices too."""
     directories = {subject: out / name for subject, name in DECODERS.items()}
     setting.engine.write_twin(checkpoint, directories["original"], setting.cache_length)
     if setting.logits == "last":
@@ -38,14 +35,13 @@ def build_twins(
     setting.engine.replace(directories["original"], directories["nbl"], setting.plan, maps, rows_VD)
     if setting.precision == "int4":
         for directory in directories.values():
-            setting.engine.write_int4_twin(directory, directory / INT4)
+            setting.engine.write_int4_twin(directory)
     return directories
 
 
 def check_shipped(setting: Setting, shipped: Mapping[str, Path], twins: Mapping[str, Path]) -> list[CheckResult]:
     """Check structure: each shipped graph is its verified twin cast to its precision, node for node and bit for bit."""
     from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE, STATIC_GRAPH_FILE
-    from nbl_export.verify.last_token import check_pruned
 
     pruned = setting.logits == "last"
     twin_file, file = (ALL_LOGITS_FILE, ALL_LOGITS_FILE) if pruned else (GRAPH_FILE, STATIC_GRAPH_FILE)
@@ -56,5 +52,5 @@ def check_shipped(setting: Setting, shipped: Mapping[str, Path], twins: Mapping[
         metric, detail = f"the {precision} graph is its fp32 twin, cast", problem or "every node and weight"
         results.append(CheckResult("structure", subject, metric, float(bool(problem)), 0.5, not problem, detail))
         if pruned:
-            results.append(check_pruned(subject, directory))
+            results.append(setting.engine.check_pruned(subject, directory))
     return results

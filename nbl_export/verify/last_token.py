@@ -13,7 +13,6 @@ sequence, in chunks that are longer, as long and shorter than the computed posit
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from nbl_export.records.capabilities import MOST_ROWS
 from nbl_export.records.results import CheckResult
 from nbl_export.verify.ladder import TOLERANCES, apart
 
-__all__ = ["BATCH_LENGTHS", "check_last", "check_last_rows", "check_pruned"]
+__all__ = ["BATCH_LENGTHS", "apart", "check_last", "check_last_rows"]
 
 BATCH_LENGTHS = (1, 5, 12)
 _CACHED, _CHUNK, _STEPS = 13, 7, 3
@@ -40,15 +39,6 @@ def check_last(subject: str, every: Any, last: Any, row: Sequence[int], precisio
         row: at least 32 token ids of real text.
     """
     return [_judge(subject, name, every, last, chunks, precision) for name, chunks in _cases(row)]
-
-
-def check_pruned(subject: str, directory: Path) -> CheckResult:
-    """Check structure: the graph with the logits of the last token is the directory's graph with all logits, pruned."""
-    from nbl_export.rewrite.tail import difference
-
-    problem = difference(directory)
-    metric, detail = "what ships is the graph with all logits, pruned", problem or "every node and weight"
-    return CheckResult("structure", subject, metric, float(bool(problem)), 0.5, not problem, detail)
 
 
 def _cases(row: Sequence[int]) -> Iterator[tuple[str, list[Chunk]]]:

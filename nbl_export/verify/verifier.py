@@ -32,11 +32,11 @@ from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.mixers.base import Mixer, apply
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.results import CheckResult
+from nbl_export.targets.checks import Coded
 from nbl_export.verify import codes, ladder
-from nbl_export.verify.forms import Form, Material, form_of
-from nbl_export.verify.forms.form import Coded, Setting
 from nbl_export.verify.kept import KeptReferences
 from nbl_export.verify.ladder import Probe, Reference, greedy, shown_positions
+from nbl_export.verify.structure import Setting, check_directory
 
 __all__ = ["MappedOriginal", "Verifier", "references"]
 
@@ -144,11 +144,6 @@ class Verifier:
         """By subject, the model that has the matrices of the shipped graph, as far as one was run."""
         return {**self.truth, **self.truth_of_codes}
 
-    @property
-    def form(self) -> Form:
-        """The checks of the graphs' format."""
-        return form_of(self.setting)
-
     # -- checks -----------------------------------------------------------------------------------------------
 
     @property
@@ -166,7 +161,7 @@ class Verifier:
         """
         for subject, directory in directories.items():
             self._text(subject, directory, self._compare(subject, directory, coded))
-        self.results += self.form.check_untouched(directories)
+        self.results += self.setting.engine.check_untouched(directories["nbl"], directories["original"])
         self._keep(coded)
         return {subject: self._most_exact(subject, directory, coded) for subject, directory in directories.items()}
 
@@ -179,8 +174,8 @@ class Verifier:
     def _compare(self, subject: str, directory: Path, coded: Mapping[str, Coded]) -> Reference:
         """Compare the graph with its references; return the one that its text is compared with."""
         decoder = self.setting.engine.open_graph(directory, self.setting.spec.head_dim)
-        material = Material(self.setting, self.maps, self.rows_VD, self.probe.rows[0], self.precision)
-        self.results += self.form.check(subject, directory, decoder, material)
+        wanted, row = self.setting.wanted(subject, self.maps, self.rows_VD), self.probe.rows[0]
+        self.results += check_directory(self.setting, directory, decoder, wanted, row, self.precision)
         check = subject
         by_codes = self.truth_of_codes.get(subject)
         if by_codes is not None:

@@ -34,7 +34,7 @@ from nbl_export.parallel import child
 from nbl_export.records.results import Scenario, Timing
 from nbl_export.targets.runners import SequenceLimits
 
-SETTING = BenchSetting(vocab_size=100, context_length=4096)
+SETTING = BenchSetting(100, 4096, "ort")
 PICK_NS = 3  # what a fake takes to pick a token
 
 
@@ -355,7 +355,7 @@ def test_a_batch_is_filled_in_one_piece_and_counts_all_its_tokens(tmp_path: Path
 def test_a_batch_needs_room_for_the_token_that_it_picks(tmp_path: Path) -> None:
     result, _, _ = run_fake(
         tmp_path, [Scenario("tg", 4, 60, 1), Scenario("tg", 4, 60, 2), Scenario("tg", 3, 60, 2)], 1,
-        BenchSetting(100, 64),
+        BenchSetting(100, 64, "ort"),
     )  # fmt: skip
     assert {(t["test"], t["batch"]) for t in result["timings"]} == {("tg4", 1), ("tg3", 2)}
     assert "picked" in result["skipped"][0]["reason"]
@@ -412,7 +412,7 @@ def test_room_is_what_the_scenarios_that_fit_ask_for() -> None:
 
 
 def test_a_scenario_beyond_the_context_is_named_and_left_out(tmp_path: Path) -> None:
-    small = BenchSetting(100, 1024)
+    small = BenchSetting(100, 1024, "ort")
     result, _, _ = run_fake(tmp_path, [Scenario("pp", 24, 1000), Scenario("tg", 25, 1000)], 1, small)
     assert {t["test"] for t in result["timings"]} == {"pp24"}
     (row,) = result["skipped"]
@@ -421,7 +421,7 @@ def test_a_scenario_beyond_the_context_is_named_and_left_out(tmp_path: Path) -> 
 
 
 def test_nothing_that_fits_is_an_error_before_anything_is_loaded() -> None:
-    small = BenchSetting(100, 64)
+    small = BenchSetting(100, 64, "ort")
     variant = Variant(Path("nowhere"), lambda *_: pytest.fail("loaded"), 1)
     with pytest.raises(NblError, match=r"65 tokens .* context length of the model, 64"):
         benchmark.run({"nbl": variant}, [Scenario("pp", 65, 0)], 1, lambda *_: None, setting=small)

@@ -85,7 +85,7 @@ def timed(kind: str, scenarios: Sequence[Scenario], directory: Path, monkeypatch
     found = benchmark.run(
         {"nbl": Variant(directory, lambda path, threads: GenaiRunner(path, 1), 1)},
         scenarios, 1, lambda done, total: None,
-        setting=BenchSetting(8, 64, base=None),
+        setting=BenchSetting(8, 64, "ort", base=None),
         instruments=Instruments(clock=lambda: device.now, idle=lambda: True),
         measure=lambda *arguments: Footprint(1, 1, 1.0),
     )  # fmt: skip

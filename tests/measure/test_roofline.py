@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,14 @@ from nbl_export.measure.roofline import (
     MachineRates,
     efficiencies,
     expect,
-    is_limited,
     limit_seconds,
     limits_of,
     measure_machine,
     rows,
 )
 from nbl_export.mixers.base import TokenWork
-from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
+from nbl_export.targets import all_targets
 
 from ..tiny import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB
 
@@ -197,9 +195,7 @@ def test_nothing_where_memory_is_short_or_costs_are_unknown(monkeypatch: pytest.
 
 
 def test_a_machine_is_measured_for_onnx_runtime_on_a_cpu_alone() -> None:
-    ort = Capabilities("ort", "ONNX Runtime", ("fp32",), {"genai": ("fp32",)}, "cpu")
-    assert is_limited(ort, "cpu") and not is_limited(ort, "cuda")
-    assert not is_limited(replace(ort, static=True), "cpu") and not is_limited(replace(ort, graphs="ir"), "cpu")
+    assert [t.capabilities.title for t in all_targets() if t.capabilities.measures_limits] == ["ONNX Runtime"]
 
 
 def test_every_test_and_variant_of_a_run(finished: Path) -> None:

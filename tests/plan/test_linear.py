@@ -25,7 +25,7 @@ from nbl_export.model.linearize import linearize
 from nbl_export.plan.maps_file import load_maps
 from nbl_export.records.plan import Plan
 from nbl_export.rewrite import rewrite
-from nbl_export.verify.forms.onnx import check_maps
+from nbl_export.targets.onnx_files import check_maps
 from nbl_export.verify.ladder import run_rows
 
 from ..command import nbl

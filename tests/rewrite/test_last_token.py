@@ -23,9 +23,9 @@ from nbl_export.records.plan import Plan
 from nbl_export.records.results import CheckResult
 from nbl_export.rewrite import rewrite
 from nbl_export.rewrite.tail import difference, keep_last_token
+from nbl_export.targets.checks import held_names
 from nbl_export.targets.onnx.engine import ORT
-from nbl_export.verify.forms.form import held_names
-from nbl_export.verify.forms.onnx import check_file, check_maps, check_untouched
+from nbl_export.targets.onnx_files import check_file, check_maps, check_untouched
 from nbl_export.verify.last_token import BATCH_LENGTHS, check_last
 
 from ..command import nbl

@@ -21,7 +21,7 @@ from nbl_export.model.linearize import linearize
 from nbl_export.model.one_layer import token_rows
 from nbl_export.records.plan import TAPS, Plan
 from nbl_export.rewrite import rewrite
-from nbl_export.verify.forms import onnx as files
+from nbl_export.targets import onnx_files as files
 from nbl_export.verify.ladder import run_rows
 
 from ..command import configured, nbl

@@ -23,9 +23,9 @@ from nbl_export.model.linearize import linearize
 from nbl_export.records.plan import Plan
 from nbl_export.rewrite import rewrite
 from nbl_export.rewrite.tail import keep_last_token
+from nbl_export.targets.checks import held_names
+from nbl_export.targets.onnx_files import check_file
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
-from nbl_export.verify.forms.form import held_names
-from nbl_export.verify.forms.onnx import check_file
 from nbl_export.verify.ladder import DECODE_STEPS, TOLERANCES, Probe, check_logits, run_rows
 from nbl_export.verify.torch_reference import make_reference
 from tests.exports import build_decoder

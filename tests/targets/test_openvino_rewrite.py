@@ -16,12 +16,12 @@ from nbl_export.errors import RefusalError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
 from nbl_export.mixers.linear import Linear
 from nbl_export.records.plan import Plan
+from nbl_export.targets.openvino import check as ir_files
 from nbl_export.targets.openvino.decoder import IrDecoder
 from nbl_export.targets.openvino.engine import OPENVINO
 from nbl_export.targets.openvino.ir.anatomy import states_of
 from nbl_export.targets.openvino.ir.files import precision_of, read_ir, save_ir
 from nbl_export.targets.openvino.ir.matrices import stored_matrices
-from nbl_export.verify.forms import ir as ir_files
 
 from ..tiny import HIDDEN, LAYERS, VOCAB, made_by, random_map
 
@@ -194,6 +194,7 @@ def test_leading_layers_become_a_table(
     OPENVINO.replace(source, tmp_path / "model", Plan(LAYERS, (0, 1)), maps, rows_VD=rows)
     assert away(checkpoint("llama"), source, tmp_path / "model", maps) < 1e-4
     assert ir_files.check_ir_maps("nbl", tmp_path / "model", maps, rows).passed
+    assert OPENVINO.table_bytes(tmp_path / "model") == rows.nbytes
     rows[7] += 1
     assert "token 7 " in ir_files.check_ir_maps("nbl", tmp_path / "model", maps, rows).detail
 

@@ -70,7 +70,7 @@ def test_a_wrong_map_in_int4_blocks_is_seen(same: Same, tmp_path: Path) -> None:
     onnx.save(graph, path, save_as_external_data=True, location="model.onnx.data")
 
     from nbl_export.plan.maps_file import load_maps
-    from nbl_export.verify.forms import onnx as files
+    from nbl_export.targets import onnx_files as files
 
     maps = load_maps(run / "maps.safetensors", (0, 2))
     (found,) = files.check_maps("nbl", run / "model", maps)

@@ -20,8 +20,8 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import CheckResult
 from nbl_export.rewrite import rewrite
-from nbl_export.verify.forms.form import held_names
-from nbl_export.verify.forms.onnx import check_file, check_maps, check_untouched
+from nbl_export.targets.checks import held_names
+from nbl_export.targets.onnx_files import check_file, check_maps, check_untouched
 from nbl_export.verify.ladder import (
     DECODE_STEPS,
     NOISE_FACTOR,

@@ -12,7 +12,7 @@ from nbl_export.files import write_json
 from nbl_export.graph.names import GENAI_CONFIG
 from nbl_export.measure.benchmark import BenchSetting, side_by_side
 from nbl_export.measure.cost import CostModel, map_sizes
-from nbl_export.measure.roofline import is_limited, limits_of
+from nbl_export.measure.roofline import limits_of
 from nbl_export.measure.rounds import Variant
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
@@ -81,6 +81,6 @@ def run(inputs: BenchInputs, place: Place, out: Path) -> dict[str, Any]:
 
 
 def _limits(inputs: BenchInputs, place: Place, bench: Mapping[str, Any]) -> dict[str, Any]:
-    if not is_limited(inputs.available.value.capabilities, inputs.provider):
+    if not inputs.available.value.capabilities.measures_limits:
         return {}
     return limits_of(bench, lambda: inputs.limits.value, map_sizes(place.maps()), inputs.precision)

@@ -27,21 +27,19 @@ class BuildInputs:
 
 def declare(r: Resolver) -> BuildInputs | LeftOut:
     """The inputs of the stage; left out if the engine compiles nothing."""
-    compiler = r.engine.compiler
-    if compiler is None:
+    if not r.engine.capabilities.static:
         return LeftOut()
     chunk, batch = r.options.chunk(r.spec), r.options.max_batch or 1
-    return r.fill(BuildInputs, library=compiler.library_version(), max_batch=batch, prefill_chunk=chunk)
+    return r.fill(BuildInputs, library=r.engine.library_version(), max_batch=batch, prefill_chunk=chunk)
 
 
 def run(inputs: BuildInputs, place: Place, out: Path) -> dict[str, Any]:
     """Write engine/; returns the records of the engines for the manifest."""
-    compiler = inputs.available.value.compiler
-    assert compiler is not None, "the stage is left out without"
+    engine = inputs.available.value
     settings, engines = BuildSettings(inputs.max_batch, inputs.prefill_chunk), {}
     for subject, name in DECODERS.items():
         with place.ui.task(f"compiling {name}"):
-            record = compiler.build(place.run.path / name, out / "engine" / name, settings)
-        place.ui.say(f"  {name}: {record.plan_bytes / 2**20:,.0f} MiB in {record.build_seconds:.1f} s")
-        engines[subject] = {k: v for k, v in record.to_json().items() if k not in ("inputs", "outputs", "schema")}
+            record = engine.build(place.run.path / name, out / "engine" / name, settings)
+        place.ui.say(f"  {name}: {record['plan_bytes'] / 2**20:,.0f} MiB in {record['build_seconds']:.1f} s")
+        engines[subject] = {k: v for k, v in record.items() if k not in ("inputs", "outputs", "schema")}
     return {"engines": engines, "status": place.verdict}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -257,16 +258,16 @@ def declare_rewrite(r: Resolver) -> RewriteInputs:
 
 def run_rewrite(inputs: RewriteInputs, place: Place, out: Path) -> dict[str, Any]:
     """Write model/ with a manifest of its own."""
-    from nbl_export.rewrite.token_table import table_bytes
-
     plan, maps, target = place.plan, place.maps(), out / DECODERS["nbl"]
     rows = rows_of(inputs.exported.checkpoint, maps, plan.tap, has_table=inputs.has_table)
     original = place.run.path / DECODERS["original"]
-    inputs.engine.value.replace(original, target, plan, inputs.exported.maps(place), rows)
+    engine, opened = inputs.engine.value, functools.partial(inputs.exported.rescaled, place)
+    engine.replace(original, target, plan, inputs.exported.maps(place), rows, opened)
+    inputs.exported.model.forget()  # a target may have changed it
     facts = {k: place.run.manifest[k] for k in _DEPLOYED_FACTS}
-    if inputs.engine.value.capabilities.dense_caches:
+    if engine.capabilities.dense_caches:
         facts["cache_layers"] = list(plan.kept)  # layers of the cache ids 0..K-1
     facts = public_facts(facts, place.run.manifest)  # the folder may be published: no paths of this machine
     write_json(target / MANIFEST, {**facts, "versions": versions(PACKAGES), "nbl_export": __version__})
-    table = None if rows is None else {"layers": list(layers_below(maps)), "bytes": table_bytes(target)}
+    table = None if rows is None else {"layers": list(layers_below(maps)), "bytes": engine.table_bytes(target)}
     return {"token_table": table, "versions": {"nbl-export": __version__, **versions(PACKAGES)}}

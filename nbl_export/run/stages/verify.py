@@ -26,12 +26,11 @@ from nbl_export.run_directory import ACCEPTANCE_FILE, DECODERS, PACKAGES, REFERE
 from nbl_export.targets.base import Target
 from nbl_export.text.windows import Division, judging
 from nbl_export.verify.codes import EXACT, NEAREST, SEARCHED
-from nbl_export.verify.forms import form_of
-from nbl_export.verify.forms.form import Setting
 from nbl_export.verify.kept import KeptReferences
 from nbl_export.verify.ladder import WITHOUT_TWIN
 from nbl_export.verify.on_target import expect, save
 from nbl_export.verify.perplexity import quality_loss
+from nbl_export.verify.structure import Setting, coded_graphs
 from nbl_export.verify.verifier import Verifier
 
 __all__ = ["VerifyInputs", "check", "declare", "kept_references", "loss_texts", "run", "uses_of"]
@@ -50,7 +49,7 @@ class VerifyInputs:
 
     Attributes:
         engine: available here, or ONNX Runtime for a compiled engine.
-        nearness: see `verify.forms.form.Setting`. codes: a checkpoint whose matrices the graphs have, or None.
+        nearness: see `verify.structure.Setting`. codes: a checkpoint whose matrices the graphs have, or None.
         graph: the decoder if the model is only a graph.
         exporter: engine, provider and decoder source, for the kept references.
         lacks_attention: the original of an NBL checkpoint lacks the removed attention.
@@ -127,7 +126,7 @@ def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
     if inputs.graph.value is not None and not (place.run.path / DECODERS["original"] / GENAI_CONFIG).is_file():
         probe = dataclasses.replace(probe, prompts=())  # ONNX Runtime GenAI cannot generate text
     with _graphs(inputs, place, setting, (maps, rows_VD), results) as directories, place.run.scratch() as scratch:
-        coded = form_of(setting).coded(setting, directories, results, scratch)
+        coded = coded_graphs(setting, directories, results, scratch)
         kept = kept_references(inputs, place)
         verifier = Verifier(setting, probe, maps, rows_VD, results, kept)
         if inputs.graph.value is None:

@@ -19,7 +19,7 @@ class LlamaCppEngine(Target):
     """llama.cpp's CPU back end in node-llama-cpp."""
 
     capabilities = Capabilities(
-        name="llama.cpp", title="llama.cpp", precisions=("keep",), sources={}, extra="", graphs="gguf",
+        name="llama.cpp", title="llama.cpp", precisions=("keep",), sources={}, extra="", reads="gguf",
         cache_bytes={"keep": 2},
     )  # fmt: skip
 

@@ -10,9 +10,9 @@ import numpy as np
 from nbl_export.errors import NblError
 from nbl_export.gguf_format.content import read_content
 from nbl_export.targets.chat_template import render
-from nbl_export.targets.continuation import continued
 from nbl_export.targets.gguf.facts import facts_of
 from nbl_export.targets.gguf.node import Server
+from nbl_export.targets.tokenizer import Speaking
 
 __all__ = ["LlamaCppRunner"]
 
@@ -20,7 +20,7 @@ _IDS = "tokenizer.ggml.{}_token_id"
 _ENDS = ("eos", "eot")
 
 
-class LlamaCppRunner:
+class LlamaCppRunner(Speaking):
     """A loaded GGUF file, one sequence.
 
     Raises:
@@ -29,7 +29,7 @@ class LlamaCppRunner:
 
     def __init__(self, path: Path, threads: int) -> None:
         content = read_content(path)
-        self.path, self.context_length = path, facts_of(content).context_length
+        self.directory, self.context_length = path, facts_of(content).context_length
         self._keys = {name: key.value for name, key in content.keys.items() if not isinstance(key.value, list)}
         tokens = content.keys.get("tokenizer.ggml.tokens")
         self._tokens = [] if tokens is None else tokens.value
@@ -72,7 +72,7 @@ class LlamaCppRunner:
             names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
             special = {n: self._tokens[self._keys[_IDS.format(k)]] for n, k in names.items()
                        if _IDS.format(k) in self._keys}  # fmt: skip
-            return self._ids(render(str(template), prompt, special, self.path))
+            return self._ids(render(str(template), prompt, special, self.directory))
         begin = self._keys.get(_IDS.format("bos")) if self._keys.get("tokenizer.ggml.add_bos_token") else None
         return [*([] if begin is None else [int(begin)]), *self._ids(prompt)]
 
@@ -84,7 +84,7 @@ class LlamaCppRunner:
         ends = {self._keys.get(_IDS.format(name)) for name in _ENDS}
         found: list[int] = []
         said = ""
-        for token in self._continuation(ids, max_new_tokens):
+        for token in self.continuation(ids, max_new_tokens):
             if token in ends:
                 return
             found.append(token)
@@ -92,13 +92,6 @@ class LlamaCppRunner:
             if not text.endswith("\ufffd"):  # a character of several tokens comes out whole
                 yield text[len(said) :]
                 said = text
-
-    def greedy(self, ids: Sequence[int], new_tokens: int) -> list[int]:
-        """Greedy continuation as token ids; ignores the end of text, and ends early at the end of the context."""
-        return list(self._continuation(ids, new_tokens))
-
-    def _continuation(self, ids: Sequence[int], new_tokens: int) -> Iterator[int]:
-        return continued(self, self.path, ids, new_tokens, self.context_length)
 
     def score(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Natural logarithms [T - 1] of the probabilities of ids[1:], and the likeliest ids [T - 1] in their places."""

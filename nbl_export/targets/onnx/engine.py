@@ -21,6 +21,7 @@ from nbl_export.targets.onnx.facts import provider_of, read_facts
 from nbl_export.targets.onnx.genai import GenaiRunner, load_package
 from nbl_export.targets.onnx.profile import ProfiledDecoder
 from nbl_export.targets.onnx.speculative import SpeculativeRunner
+from nbl_export.targets.providers import PROVIDERS
 from nbl_export.targets.runners import Draft, SequenceLimits
 
 __all__ = ["CAPABILITIES", "ORT", "OrtEngine", "is_installed", "probe"]
@@ -33,6 +34,10 @@ CAPABILITIES = Capabilities(
     extra="cpu",
     cache_bytes={"fp16": 2},
     profiled=True,
+    providers=tuple(PROVIDERS),
+    takes_graphs=True,
+    measures_limits=True,
+    last_rows=True,
     proposers=GENAI_PROPOSERS,
 )
 

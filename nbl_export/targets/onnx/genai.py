@@ -44,10 +44,10 @@ import numpy as np
 from nbl_export.errors import MissingPackageError, NblError, one_line
 from nbl_export.targets.base import default_threads
 from nbl_export.targets.chat_template import applied
-from nbl_export.targets.continuation import continued
 from nbl_export.targets.onnx.facts import GenaiSettings
 from nbl_export.targets.onnx.opening import open_model
 from nbl_export.targets.runners import SequenceLimits
+from nbl_export.targets.tokenizer import Speaking
 from nbl_export.trust.model_settings import check_tokenizer_settings
 
 __all__ = ["GenaiRunner", "load_package"]
@@ -55,7 +55,7 @@ __all__ = ["GenaiRunner", "load_package"]
 _CPU_DEVICE = "CPU"  # og.Model.device_type
 
 
-class GenaiRunner:
+class GenaiRunner(Speaking):
     """A loaded GenAI model directory: the TextRunner of ONNX Runtime. The directory is only read.
 
     Args:
@@ -80,8 +80,9 @@ class GenaiRunner:
         self.directory = directory
         self.threads = threads or default_threads()
         self.settings = GenaiSettings.read(directory)
+        self.context_length = self.settings.context_length
         self._og = load_package("onnxruntime_genai")
-        self._provider, self._room = provider, limits and limits.within(self.settings.context_length)
+        self._provider, self._room = provider, limits and limits.within(self.context_length)
         self._model = self._open()
         self._waits = self._model.device_type != _CPU_DEVICE
         self._generator: Any = None
@@ -115,8 +116,8 @@ class GenaiRunner:
         """
         self._generator = None  # free the old cache before the new one is allocated
         self._batch, self._fill = batch, np.zeros((batch, 0), np.int32)
-        self._length, self._capacity = 0, min(max_tokens, self.settings.context_length)
-        longest = self._capacity if batch == 1 else min(max_tokens + 1, self.settings.context_length)
+        self._length, self._capacity = 0, min(max_tokens, self.context_length)
+        longest = self._capacity if batch == 1 else min(max_tokens + 1, self.context_length)
         shortest = 0 if batch == 1 else longest  # a batch continues behind an end of text
         self._make_room(SequenceLimits(longest, batch))
         try:
@@ -143,7 +144,7 @@ class GenaiRunner:
         if self._length + count > self._capacity:
             raise NblError(
                 f"{self._length + count} tokens do not fit into {self.directory}: room for {self._capacity} "
-                f"(its context is {self.settings.context_length}); use a shorter prompt"
+                f"(its context is {self.context_length}); use a shorter prompt"
             )
         try:
             if self._batch == 1:
@@ -230,18 +231,11 @@ class GenaiRunner:
         A character of several tokens comes out whole, with its last token.
         """
         pieces = self._tokenizer.create_stream()
-        for token in self._continuation(ids, max_new_tokens):
+        for token in self.continuation(ids, max_new_tokens):
             if token in self.settings.end_ids:
                 return
             if piece := pieces.decode(token):
                 yield piece
-
-    def greedy(self, ids: Sequence[int], new_tokens: int) -> list[int]:
-        """Greedy continuation as token ids; ignores the end of text, and ends early at the end of the context."""
-        return list(self._continuation(ids, new_tokens))
-
-    def _continuation(self, ids: Sequence[int], new_tokens: int) -> Iterator[int]:
-        return continued(self, self.directory, ids, new_tokens, self.settings.context_length)
 
 
 def load_package(name: str) -> ModuleType:

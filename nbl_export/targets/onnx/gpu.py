@@ -98,6 +98,8 @@ class GpuEngine(ort.OrtEngine):
             cross=True,
             dense_caches=self.provider.dense_caches,
             profiled=False,
+            takes_graphs=False,
+            measures_limits=False,
             provider=flag,
             proposers=(),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,12 +12,19 @@ import numpy as np
 from nbl_export.errors import NblError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
 from nbl_export.records.capabilities import OPENVINO_PROPOSERS, Capabilities, Proposer
+from nbl_export.records.decoder import GraphContract
 from nbl_export.records.plan import Plan
-from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, Target, default_threads
+from nbl_export.records.results import CheckResult
+from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, Target, Task, default_threads
+from nbl_export.targets.checks import Coded, Wanted
 from nbl_export.targets.export.bounds import check_bounds
+from nbl_export.targets.openvino import check
 from nbl_export.targets.openvino.decoder import IrDecoder
 from nbl_export.targets.openvino.facts import read_ir_facts
+from nbl_export.targets.openvino.ir.files import read_ir
+from nbl_export.targets.openvino.ir.matrices import constants_of
 from nbl_export.targets.openvino.rewrite import speculative as lossless
+from nbl_export.targets.openvino.rewrite.passes import TABLE
 from nbl_export.targets.openvino.runner import OpenVinoRunner
 from nbl_export.targets.openvino.session import Session, load_openvino
 from nbl_export.targets.openvino.speculative import OpenVinoSpeculativeRunner
@@ -33,7 +40,7 @@ CAPABILITIES = Capabilities(
     sources={"openvino": PRECISIONS},
     extra="openvino",
     cache_bytes={"fp16": 2, "int8": 1, "int4": 1},
-    graphs="ir",
+    narrow=True,
     proposers=OPENVINO_PROPOSERS,
 )
 _OLDEST = (2026, 0)  # of openvino: the API and the CPU plugin's caches are as `session` describes them
@@ -84,18 +91,39 @@ class OpenVinoEngine(Target):
         build(checkpoint, out, settings.precision)
 
     def replace(
-        self, original: Path, out: Path, plan: Plan, maps: Mapping[int, Any], rows_VD: np.ndarray | None = None
-    ) -> None:
+        self, original: Path, out: Path, plan: Plan, maps: Mapping[int, Any], rows_VD: np.ndarray | None = None,
+        open_model: Callable[[], Any] | None = None,
+    ) -> None:  # fmt: skip
         """Rewrite the IR."""
         from nbl_export.targets.openvino.rewrite import rewrite_ir
 
         rewrite_ir(original, out, plan, maps, rows_VD)
+
+    def table_bytes(self, directory: Path) -> int:
+        """In the IR, with the scales of codes."""
+        return sum(raw.nbytes for name, raw in constants_of(read_ir(directory)) if name.startswith(TABLE))
 
     def keep_last_token(self, directory: Path) -> None:
         """Prune the IR's tail."""
         from nbl_export.targets.openvino.rewrite import keep_last_token_ir
 
         keep_last_token_ir(directory)
+
+    def check_files(self, directory: Path, contract: GraphContract, wanted: Wanted) -> list[CheckResult]:
+        """States, maps, and a pair of IRs as one."""
+        return check.check_ir_files(directory, contract, wanted, self.capabilities.cache_itemsize(wanted.precision))
+
+    def check_untouched(self, directory: Path, original: Path) -> list[CheckResult]:
+        """Constants of the IR."""
+        return [check.check_ir_untouched(directory, original)]
+
+    def check_pruned(self, subject: str, directory: Path) -> CheckResult:
+        """The pair of IRs."""
+        return check.check_ir_pruned(subject, directory)
+
+    def coded(self, directory: Path, scratch: Path, head_dim: int, task: Task) -> Coded | None:
+        """The IR itself; nothing is written to `scratch`."""
+        return check.coded_ir(directory, _most_logits(directory))
 
     def write_target(self, original: Path, out: Path) -> None:
         """The IR with the logits of all positions."""
@@ -122,6 +150,14 @@ class OpenVinoEngine(Target):
     ) -> IrDecoder:
         """The graph with all logits, unless `file` names another, in the arithmetic that ships."""
         return IrDecoder(directory, file or _most_logits(directory), threads=threads)
+
+    def open_exact(self, directory: Path, head_dim: int, file: str | None = None) -> IrDecoder:
+        """The same graph in float32 arithmetic."""
+        return IrDecoder(directory, file or _most_logits(directory), exact=True)
+
+    def pruned_file(self, directory: Path) -> str | None:
+        """The IR that ships, if the IR with all logits stays beside it."""
+        return IR_FILE if (directory / ALL_LOGITS_IR).is_file() else None
 
     def open_runner(
         self, path: Path, threads: int | None = None, limits: SequenceLimits | None = None

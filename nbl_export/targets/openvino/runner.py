@@ -9,21 +9,20 @@ The tokens go through `openvino` itself, not through OpenVINO GenAI: bench and v
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from nbl_export.errors import NblError
-from nbl_export.targets.continuation import continued
 from nbl_export.targets.openvino.facts import context_length
 from nbl_export.targets.openvino.session import Session
-from nbl_export.targets.tokenizer import Text
+from nbl_export.targets.tokenizer import Speaking
 
 __all__ = ["OpenVinoRunner"]
 
 
-class OpenVinoRunner:
+class OpenVinoRunner(Speaking):
     """A loaded IR directory. The directory is only read.
 
     Args:
@@ -39,7 +38,6 @@ class OpenVinoRunner:
         self.session = Session(directory, threads=threads, exact=exact)
         self._logits = np.zeros((1, 1, 1), np.float32)
         self._capacity = 0
-        self._text: Text | None = None
 
     def __enter__(self) -> OpenVinoRunner:
         return self
@@ -81,24 +79,3 @@ class OpenVinoRunner:
     def pick(self) -> int:
         """The most likely next token of the first sequence."""
         return int(self._logits[0, -1].argmax())
-
-    @property
-    def text(self) -> Text:
-        """The tokenizer of the directory."""
-        self._text = self._text or Text(self.directory)
-        return self._text
-
-    def encode(self, prompt: str, *, chat: bool) -> list[int]:
-        """Token ids of a prompt, see `Text.encode`."""
-        return self.text.encode(prompt, chat=chat)
-
-    def stream(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[str]:
-        """Greedy continuation as text pieces, until the end of text, the limit or the end of the context."""
-        return self.text.pieces(self._continuation(ids, max_new_tokens))
-
-    def greedy(self, ids: Sequence[int], new_tokens: int) -> list[int]:
-        """Greedy continuation as token ids; ignores the end of text, and ends early at the end of the context."""
-        return list(self._continuation(ids, new_tokens))
-
-    def _continuation(self, ids: Sequence[int], new_tokens: int) -> Iterator[int]:
-        return continued(self, self.directory, ids, new_tokens, self.context_length)

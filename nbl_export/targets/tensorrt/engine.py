@@ -18,24 +18,23 @@ import importlib
 import importlib.metadata
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.graph.names import GRAPH_FILE, all_logits_file
-from nbl_export.targets.base import Availability, BuildSettings, DecoderFacts, ExportSettings, Target
+from nbl_export.targets.base import Availability, BuildSettings, DecoderFacts, ExportSettings, Target, Task
+from nbl_export.targets.checks import Coded
 from nbl_export.targets.export.bounds import check_bounds
 from nbl_export.targets.gpu import CUDA, Gpu, find_gpu, outdated, release_for
 from nbl_export.targets.runners import SequenceLimits
 from nbl_export.targets.tensorrt.kernels import trust_folder
 from nbl_export.targets.tensorrt.library import LIBRARIES, Library, load_library
-from nbl_export.targets.tensorrt.record import RECORD_FILE, EngineRecord, read_record
+from nbl_export.targets.tensorrt.record import RECORD_FILE, read_record
 from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner
-
-if TYPE_CHECKING:
-    from nbl_export.targets.tensorrt.build import Progress
 
 __all__ = ["TRT", "TRT_RTX", "TensorRtEngine"]
 
+_INT4 = "int4"  # directory, in a twin's, of its form with int4 matrices around float32 arithmetic
 _CHECKED_CHUNK = 24  # tokens; small, so that verification crosses chunk borders
 
 
@@ -45,7 +44,6 @@ class TensorRtEngine(Target):
     def __init__(self, library: Library) -> None:
         self.library = library
         self.capabilities = library.capabilities
-        self.compiler = self
 
     def probe(self) -> Availability:
         """Whether this machine can build an engine: builds one that adds two numbers. Never raises."""
@@ -93,11 +91,11 @@ class TensorRtEngine(Target):
         """One thread, because the host only feeds the GPU."""
         return 1
 
-    def build(self, source: Path, out: Path, settings: BuildSettings, progress: Progress | None = None) -> EngineRecord:
+    def build(self, source: Path, out: Path, settings: BuildSettings) -> dict[str, Any]:
         """See `build.build_engine`."""
         from nbl_export.targets.tensorrt.build import build_engine
 
-        return build_engine(self.library, source, out, settings, progress)
+        return build_engine(self.library, source, out, settings).to_json()
 
     def _advice(self) -> str:
         return "" if self.library.builds_without_gpu else f"; --engine {self.library.other} builds without a GPU"
@@ -133,11 +131,21 @@ class TensorRtEngine(Target):
 
         export.save_graph(export.build_form(checkpoint, cache_length), out, GRAPH_FILE)
 
-    def write_int4_twin(self, twin: Path, out: Path) -> None:
+    def write_int4_twin(self, twin: Path) -> None:
         """As `export.save_int4_twin`."""
         from nbl_export.targets.tensorrt import export
 
-        export.save_int4_twin(twin, out)
+        export.save_int4_twin(twin, twin / _INT4)
+
+    def coded(self, directory: Path, scratch: Path, head_dim: int, task: Task) -> Coded | None:
+        """The twin with int4 matrices, which computes in float32; nothing is written to `scratch`."""
+        from nbl_export.graph.quantised import stored_matrices
+
+        form = directory / _INT4
+        if not form.is_dir():
+            return None
+        graph, opened = form / GRAPH_FILE, functools.partial(self.open_graph, form, head_dim)
+        return Coded(graph, opened, stored_matrices(graph), None, ships=False)
 
     def twin_difference(self, twin: Path, shipped: Path, precision: str) -> str:
         """As `export.difference`."""

@@ -90,7 +90,8 @@ _SOURCES = {"static": ("fp32", *_PRECISIONS)}
 
 
 _COMPILED: dict[str, Any] = {
-    "static": True, "cross": True, "dense_caches": True, "cache_bytes": dict.fromkeys(_PRECISIONS, 2),
+    "static": True, "proven_by": "ort", "cross": True, "dense_caches": True,
+    "cache_bytes": dict.fromkeys(_PRECISIONS, 2),
 }  # fmt: skip
 
 

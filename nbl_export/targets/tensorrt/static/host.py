@@ -10,9 +10,8 @@ before anything runs.
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,9 +19,8 @@ import numpy as np
 
 from nbl_export.errors import NblError
 from nbl_export.records.decoder import GraphContract
-from nbl_export.targets.continuation import continued
 from nbl_export.targets.tensorrt.static.schedule import Rows, Step
-from nbl_export.targets.tokenizer import Text
+from nbl_export.targets.tokenizer import Speaking
 
 __all__ = ["Session", "StaticDecoder", "StaticRunner"]
 
@@ -137,7 +135,7 @@ def _columns(ids_BT: np.ndarray, step: Step) -> np.ndarray:
     return np.ascontiguousarray(part)
 
 
-class StaticRunner:
+class StaticRunner(Speaking):
     """One sequence on a directory of the static form: the TextRunner of the engines that take this form.
 
     Args:
@@ -145,10 +143,13 @@ class StaticRunner:
         directory: holds the tokenizer; named in messages.
     """
 
+    advice = ", or export with a larger --max-seq-len"
+
     def __init__(self, session: Session, directory: Path) -> None:
         self.directory = directory
         self._session = session
         self._decoder = StaticDecoder(session)
+        self.context_length = self._decoder.cache_length
         self._capacity = 0
         self._logits = np.zeros(0, np.float32)
 
@@ -166,8 +167,6 @@ class StaticRunner:
             if not exc or exc[0] is None:
                 raise
             log.warning("%s does not close after an error: %s", self.directory, error)
-
-    # -- tokens ----------------------------------------------------------------------------------------
 
     def begin(self, max_tokens: int, batch: int = 1) -> None:
         """Forget the sequence; the cache always has its full length, however few tokens are asked for.
@@ -219,26 +218,3 @@ class StaticRunner:
                 "bf16 instead of fp16 or int4"
             )
         return token
-
-    # -- text ------------------------------------------------------------------------------------------
-
-    @functools.cached_property
-    def _text(self) -> Text:
-        return Text(self.directory)
-
-    def encode(self, prompt: str, *, chat: bool) -> list[int]:
-        """Token ids of a prompt, through the chat template if there is one and `chat` asks for it."""
-        return self._text.encode(prompt, chat=chat)
-
-    def stream(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[str]:
-        """Greedy continuation as text pieces, until an end-of-text id, the limit or the last slot."""
-        tokens = self._continuation(ids, max_new_tokens)
-        yield from self._text.pieces(tokens)
-
-    def greedy(self, ids: Sequence[int], new_tokens: int) -> list[int]:
-        """Greedy continuation as token ids; ignores the end of text, and ends early if the slots are full."""
-        return list(self._continuation(ids, new_tokens))
-
-    def _continuation(self, ids: Sequence[int], new_tokens: int) -> Iterator[int]:
-        advice = ", or export with a larger --max-seq-len"
-        return continued(self, self.directory, ids, new_tokens, self._decoder.cache_length, advice)

@@ -1,48 +1,44 @@
-"""What the ladder asks of a graph format: a format checks its own files, the checks on logits are the same for all."""
+"""What a target checks of its own files: what they have to be, and the judgement of the mixers that a graph holds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from nbl_export.graph.names import constant_name, product_name, state_names
 from nbl_export.mixers.base import Mixer, StateSpec
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.plan import Plan
 from nbl_export.records.quantised import StoredMatrix
 from nbl_export.records.results import CheckResult
-from nbl_export.targets.base import Target
 
-__all__ = [
-    "MAPS",
-    "Coded",
-    "Form",
-    "HeldMaps",
-    "Material",
-    "Setting",
-    "checked",
-    "held_names",
-    "judge_maps",
-    "measured_cache",
-]
+__all__ = ["MAPS", "Coded", "HeldMaps", "Wanted", "checked", "held_names", "judge_maps"]
 
 MAPS = "maps in the graph"  # metric of `judge_maps`
 
 
 @dataclass(frozen=True)
-class Material:
-    """What a format checks its files with: settings, maps, rows of the token table (or None), a row of token ids."""
+class Wanted:
+    """What a directory's graph has to be.
 
-    setting: Setting
-    maps: Mapping[int, Mixer]
-    rows_VD: Any
-    row: Sequence[int]
+    Attributes:
+        subject: "original" or "nbl".
+        logits: "last" or "all", of the graph that ships.
+        cache_layers: layers with keys and values.
+        maps: of the replaced layers; empty for the original.
+        rows_VD: rows of the token table, see `Target.replace`; None if the leading layers are computed.
+    """
+
+    subject: str
+    spec: DecoderSpec
     precision: str
+    logits: str
+    cache_layers: tuple[int, ...]
+    maps: Mapping[int, Mixer]
+    rows_VD: np.ndarray | None = None
 
 
 def held_names(cache_ids: Iterable[int], mixers: Mapping[int, Mixer] | None = None) -> set[str]:
@@ -51,81 +47,16 @@ def held_names(cache_ids: Iterable[int], mixers: Mapping[int, Mixer] | None = No
     return caches.union(*(state_names(layer) for layer, mixer in (mixers or {}).items() if mixer.state is not None))
 
 
-class Form(Protocol):
-    """Checks of one graph format."""
-
-    def coded(
-        self, setting: Setting, directories: Mapping[str, Path], results: list[CheckResult], scratch: Path
-    ) -> dict[str, Coded]:
-        """Return the graphs with quantised matrices by subject, with their float32 twins.
-
-        The result is empty if no matrix is quantised. It is also empty if no twin can be made; `results` then says why.
-
-        Args:
-            scratch: directory of the twins; it must exist as long as the returned objects are used.
-        """
-
-    def check(self, subject: str, directory: Path, decoder: Any, material: Material) -> list[CheckResult]:
-        """Checks structure and last_token of a directory; `decoder` runs its graph with the most logits."""
-
-    def check_untouched(self, directories: Mapping[str, Path]) -> list[CheckResult]:
-        """Check that the NBL graph has the original's weights."""
-
-
-def measured_cache(subject: str, decoder: Any, head_dim: int) -> CheckResult:
-    """Check structure: cache bytes that a running session holds for two sequences."""
-    decoder.begin(2)
-    decoder.step(np.zeros((2, 1), np.int64))
-    per_token = decoder.cache_bytes // (2 * decoder.cache_length)
-    stated = decoder.contract.cache_bytes_per_token(head_dim)
-    detail = f"{per_token} bytes a token held after a step, {stated} by contract"
-    return CheckResult(
-        "structure",
-        subject,
-        "cache bytes in the running session",
-        float(per_token != stated),
-        0.5,
-        per_token == stated,
-        detail,
-    )
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Target, decoder and plan, and how the graphs were made.
-
-    precision: of the shipped graphs. logits: "last" or "all", of the shipped graphs. slots: most tokens of a sequence.
-    nearness: most steps between codes and their matrices; None for another tool's codes. task: takes a title and
-    returns a context; its value reports progress.
-    """
-
-    engine: Target
-    spec: DecoderSpec
-    plan: Plan
-    precision: str
-    logits: str
-    cache_length: int
-    nearness: float | None
-    task: Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
-
-    @property
-    def static(self) -> bool:
-        """Whether graphs have the static form, see `records.capabilities.Capabilities`."""
-        return self.engine.capabilities.static
-
-    @property
-    def narrow(self) -> bool:
-        """Whether the engine computes in bfloat16 with caches of few bits, so that only its own arithmetic differs."""
-        return self.engine.capabilities.graphs == "ir" and self.precision != "fp32"
-
-
 @dataclass(frozen=True)
 class Coded:
     """A graph with quantised matrices, and the float32 twin that proves its structure.
 
-    twin: path of the float32 copy of the graph; the copy gives the logits of all tokens. open: opens a decoder of the
-    twin. stored: the quantised matrices. graph: the quantised graph, whose kernels are checked; None if no CPU has
-    these kernels, or if they are OpenVINO's. ships: whether the setting's decoder runs the quantised graph itself.
+    Attributes:
+        twin: the graph that `open` opens: a copy in float32, or the graph itself in float32 arithmetic.
+        open: opens a decoder of the twin, which gives the logits of all tokens.
+        stored: the quantised matrices.
+        graph: the quantised ONNX graph, each of whose products is checked; None if nothing runs them one by one.
+        ships: whether the compared decoder runs the quantised graph itself.
     """
 
     twin: Path

@@ -1,4 +1,4 @@
-"""What the ladder asks of an ONNX graph.
+"""What targets with ONNX graphs check of their files.
 
 The maps are read from the graph, dequantised if necessary, and compared with maps.safetensors. Every other weight must
 equal a weight of the original graph byte for byte. Quantisation noise can hide a lost bias or two exchanged maps from
@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
-from nbl_export.errors import RefusalError
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.files import check_structure, skeleton
 from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE, all_logits_file
@@ -27,89 +27,11 @@ from nbl_export.records.decoder import ITEMSIZE, DecoderSpec, GraphContract, is_
 from nbl_export.records.quantised import unpacked
 from nbl_export.records.results import CheckResult
 from nbl_export.rewrite.token_table import table_name
-from nbl_export.verify import codes, last_token
-from nbl_export.verify.forms.form import (
-    MAPS,
-    Coded,
-    HeldMaps,
-    Material,
-    Setting,
-    checked,
-    held_names,
-    judge_maps,
-    measured_cache,
-)
+from nbl_export.targets.checks import MAPS, Coded, HeldMaps, Wanted, checked, held_names, judge_maps
 
-__all__ = ["OnnxForm", "check_file", "check_maps", "check_untouched"]
+__all__ = ["check_file", "check_files", "check_maps", "check_pruned", "check_untouched", "coded"]
 
-
-class OnnxForm:
-    """Checks of directories with ONNX graphs."""
-
-    def coded(
-        self, setting: Setting, directories: Mapping[str, Path], results: list[CheckResult], scratch: Path
-    ) -> dict[str, Coded]:
-        """See `Form.coded`."""
-        from nbl_export.graph.quantised import stored_matrices
-        from nbl_export.rewrite.widen import save_twin
-        from nbl_export.verify.float32_twins import INT4
-
-        if setting.static:  # the static int4 form computes in float32
-            forms = {subject: d / INT4 for subject, d in directories.items() if (d / INT4).is_dir()}
-            return {
-                s: Coded(
-                    form / GRAPH_FILE,
-                    functools.partial(setting.engine.open_graph, form, setting.spec.head_dim),
-                    stored_matrices(form / GRAPH_FILE),
-                    None,
-                    ships=False,
-                )
-                for s, form in forms.items()
-            }
-        found: dict[str, Coded] = {}
-        try:
-            for subject, directory in directories.items():
-                graph = directory / all_logits_file(directory)
-                stored = stored_matrices(graph)
-                if not stored and not found:
-                    break
-                with setting.task(f"float32 twin of {subject}"):
-                    save_twin(graph, scratch / subject)
-                twin = scratch / subject / graph.name
-                opened = functools.partial(OnnxDecoder, twin.parent, setting.spec.head_dim, file=twin.name)
-                found[subject] = Coded(twin, opened, stored, graph)
-        except RefusalError as error:
-            detail = f"none can be made: {error.reason}; the quantised graph itself is compared with the model"
-            results.append(CheckResult("structure", "nbl", codes.TWIN, None, None, True, detail))
-            return {}
-        return found
-
-    def check(self, subject: str, directory: Path, decoder: Any, material: Material) -> list[CheckResult]:
-        """Checks structure and last_token."""
-        setting = material.setting
-        cache = next(a for a in decoder.contract.inputs if a.name.startswith("past_key_values."))
-        ours = ({}, None) if subject == "original" else (material.maps, material.rows_VD)
-        held, size = held_names(_cache_ids(setting, subject), ours[0]), ITEMSIZE[cache.dtype]
-        pair = (directory / ALL_LOGITS_FILE).is_file()
-        shipped = setting.engine.open_graph(directory, setting.spec.head_dim, GRAPH_FILE) if pair else decoder
-        results = check_file(subject, directory, setting.spec, held, shipped.contract, size, setting.logits)
-        results += check_maps(subject, directory, *ours)
-        if pair:
-            results.append(last_token.check_pruned(subject, directory))
-            results += last_token.check_last(subject, decoder, shipped, material.row, material.precision)
-        results.append(measured_cache(subject, decoder, setting.spec.head_dim))
-        return results
-
-    def check_untouched(self, directories: Mapping[str, Path]) -> list[CheckResult]:
-        """Check that the NBL graph has the original's weights."""
-        return check_untouched(directories["nbl"], directories["original"])
-
-
-def _cache_ids(setting: Setting, subject: str) -> tuple[int, ...]:
-    """Ids of the caches: the layers that keep one, or 0..K-1 if the engine numbers caches without gaps."""
-    plan = setting.plan
-    kept = plan.kept if subject == "nbl" else tuple(range(plan.num_layers))
-    return tuple(range(len(kept))) if setting.engine.capabilities.dense_caches else kept
+Task = Callable[[], AbstractContextManager[Any]]
 
 
 _OURS = re.compile(r"nbl\.layers\.[\d-]+\.")
@@ -121,6 +43,46 @@ _SPOKEN = {"last": "of the last token", "all": "of all tokens"}
 _STEPS = 1.01
 _HALF_STEP = 0.57  # half a step, and 127 / 2048 for the largest code times a scale rounded to 11 bits
 _ROWS = 8192  # table rows compared at once
+
+
+def check_files(directory: Path, contract: GraphContract, wanted: Wanted, *, dense: bool) -> list[CheckResult]:
+    """See `Target.check_files`.
+
+    Args:
+        dense: whether caches count 0..K-1.
+    """
+    cache = next(a for a in contract.inputs if a.name.startswith("past_key_values."))
+    ids = range(len(wanted.cache_layers)) if dense else wanted.cache_layers
+    held = held_names(ids, wanted.maps)
+    results = check_file(wanted.subject, directory, wanted.spec, held, contract, ITEMSIZE[cache.dtype], wanted.logits)
+    results += check_maps(wanted.subject, directory, wanted.maps, wanted.rows_VD)
+    if (directory / ALL_LOGITS_FILE).is_file():
+        results.append(check_pruned(wanted.subject, directory))
+    return results
+
+
+def check_pruned(subject: str, directory: Path) -> CheckResult:
+    """Check that the graph with the logits of the last token is the directory's graph with all logits, pruned."""
+    from nbl_export.rewrite.tail import difference
+
+    problem = difference(directory)
+    metric = "what ships is the graph with all logits, pruned"
+    return checked(subject, metric, not problem, problem or "every node and weight")
+
+
+def coded(directory: Path, scratch: Path, head_dim: int, task: Task) -> Coded | None:
+    """See `Target.coded`; writes a float32 copy of the graph to `scratch`."""
+    from nbl_export.graph.quantised import stored_matrices
+    from nbl_export.rewrite.widen import save_twin
+
+    graph = directory / all_logits_file(directory)
+    stored = stored_matrices(graph)
+    if not stored:
+        return None
+    with task():
+        save_twin(graph, scratch)
+    opened = functools.partial(OnnxDecoder, scratch, head_dim, file=graph.name)
+    return Coded(scratch / graph.name, opened, stored, graph)
 
 
 def check_file(

@@ -1,4 +1,4 @@
-"""What the ladder asks of an IR. The IR in float32 arithmetic takes the place of a float32 twin.
+"""What OpenVINO's target checks of its files. The IR in float32 arithmetic takes the place of a float32 twin.
 
 shipped IR ─┬─ float32 arithmetic, same constants: compared with the model that has its matrices
             │                                                      structure, original, nbl, last_token
@@ -21,63 +21,41 @@ from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
 from nbl_export.records.decoder import DecoderSpec, GraphContract
 from nbl_export.records.results import CheckResult
+from nbl_export.targets.checks import MAPS, Coded, HeldMaps, Wanted, checked, judge_maps
 from nbl_export.targets.openvino.decoder import IrDecoder
 from nbl_export.targets.openvino.ir.files import difference, read_ir
 from nbl_export.targets.openvino.ir.matrices import constant_of, constants_of, float_constant, stored_matrices
 from nbl_export.targets.openvino.rewrite.passes import TABLE, prune_tail
-from nbl_export.verify import last_token
-from nbl_export.verify.forms.form import MAPS, Coded, HeldMaps, Material, Setting, checked, judge_maps, measured_cache
 
-__all__ = ["IrForm", "check_ir_maps", "check_ir_pruned", "check_ir_states", "check_ir_untouched"]
-
-
-class IrForm:
-    """Checks of IR directories."""
-
-    def check(self, subject: str, directory: Path, decoder: Any, material: Material) -> list[CheckResult]:
-        """Checks structure and last_token."""
-        setting = material.setting
-        kept = setting.plan.kept if subject == "nbl" else tuple(range(setting.plan.num_layers))
-        itemsize = setting.engine.capabilities.cache_itemsize(setting.precision)
-        exact = IrDecoder(directory, _most_logits(directory), exact=True)
-        pair = (directory / ALL_LOGITS_IR).is_file()
-        shipped = IrDecoder(directory, IR_FILE, exact=True) if pair else exact
-        contract = shipped.contract
-        ours = ({}, None) if subject == "original" else (material.maps, material.rows_VD)
-        held = (kept, tuple(sorted(i for i, mixer in ours[0].items() if mixer.state is not None)))
-        results = check_ir_states(subject, setting.spec, held, contract, itemsize, setting.logits)
-        results.append(check_ir_maps(subject, directory, *ours))
-        if pair:
-            results.append(check_ir_pruned(subject, directory))
-            results += last_token.check_last(subject, exact, shipped, material.row, "fp32")
-        results.append(measured_cache(subject, exact, setting.spec.head_dim))
-        return results
-
-    def check_untouched(self, directories: Mapping[str, Path]) -> list[CheckResult]:
-        """Check that the NBL graph has the original's constants."""
-        return [check_ir_untouched(directories["nbl"], directories["original"])]
-
-    def coded(
-        self, setting: Setting, directories: Mapping[str, Path], results: list[CheckResult], scratch: Path
-    ) -> dict[str, Coded]:
-        """The graphs with matrices in codes or 16 bits, by subject."""
-        found = {}
-        for subject, directory in directories.items():
-            stored = stored_matrices(read_ir(directory))
-            if stored:
-                file = _most_logits(directory)
-                opened = functools.partial(IrDecoder, directory, file, exact=True)
-                found[subject] = Coded(directory / file, opened, stored, None, ships=True)
-        return found
-
-
-def _most_logits(directory: Path) -> str:
-    return ALL_LOGITS_IR if (directory / ALL_LOGITS_IR).is_file() else IR_FILE
+__all__ = ["check_ir_files", "check_ir_maps", "check_ir_pruned", "check_ir_untouched", "coded_ir"]
 
 
 _OURS = ("nbl.", "/nbl/")
 _SPOKEN = {"last": "of the last token", "all": "of all tokens"}
 _STEPS = 1.01  # nncf's int4 spans [-8, 8) steps: the mirror image of a group's largest value is one step off
+
+
+def check_ir_files(directory: Path, contract: GraphContract, wanted: Wanted, itemsize: int) -> list[CheckResult]:
+    """See `Target.check_files`.
+
+    Args:
+        itemsize: bytes of a cache element as shipped; `contract` is of the float32 arithmetic.
+    """
+    states = tuple(sorted(i for i, mixer in wanted.maps.items() if mixer.state is not None))
+    held = (wanted.cache_layers, states)
+    results = check_ir_states(wanted.subject, wanted.spec, held, contract, itemsize, wanted.logits)
+    results.append(check_ir_maps(wanted.subject, directory, wanted.maps, wanted.rows_VD))
+    if (directory / ALL_LOGITS_IR).is_file():
+        results.append(check_ir_pruned(wanted.subject, directory))
+    return results
+
+
+def coded_ir(directory: Path, file: str) -> Coded | None:
+    """See `Target.coded`: the IR in float32 arithmetic is the twin; matrices of 16 bits count as codes."""
+    stored = stored_matrices(read_ir(directory))
+    if not stored:
+        return None
+    return Coded(directory / file, functools.partial(IrDecoder, directory, file, exact=True), stored, None)
 
 
 def check_ir_states(
