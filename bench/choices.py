@@ -16,8 +16,7 @@ def judged(bed: Bed, maps: Mapping[int, Any], count: int, select: str, tap: str 
     from nbl_export.measure.cost import map_sizes
     from nbl_export.model import bfloat16
     from nbl_export.model.switched import SwitchedModel
-    from nbl_export.plan.effects import Judge
-    from nbl_export.plan.greedy import GreedyOrder, Search
+    from nbl_export.plan.greedy import GreedyOrder, Judge, Search
 
     costs, sizes = cost_model(bed), map_sizes(maps)
     saved: Any = lambda gone: costs.prefill_saved({i: sizes[i] for i in gone})  # noqa: E731

@@ -46,7 +46,7 @@ def main() -> None:
     from nbl_export.measure.benchmark import machine
     from nbl_export.measure.speculative import Asked, Way, overall, rows, time_ways
     from nbl_export.records.capabilities import GENAI_PROPOSERS
-    from nbl_export.run.speculative import first_differences, margin
+    from nbl_export.run.stages.speculative import first_differences, margin
     from nbl_export.targets.onnx.speculative import SpeculativeRunner
     from nbl_export.text.prompts import prompts
 

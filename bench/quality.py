@@ -46,7 +46,7 @@ def sets(bed: Bed, named: Sequence[str]) -> dict[str, Any]:
 def orders(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     """nbl-export's order, the paper's order, and the sets of --layers, at --counts: quality and modelled speed."""
     from nbl_export.mixers import lmmse
-    from nbl_export.plan.choose import ranked
+    from nbl_export.plan.order import ranked
 
     counts = [int(n) for n in options.counts.split(",")]
     maps = bed.maps("residual", range(bed.spec.num_layers))

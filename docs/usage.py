@@ -71,7 +71,7 @@ def page() -> str:
 
 
 def _options(command: Any, name: str) -> Iterator[str]:
-    from nbl_export.cli.help import record_of
+    from nbl_export.cli.app import record_of
 
     context = command.make_context(name, [], resilient_parsing=True)
     panels: dict[str, list[str]] = {}

@@ -4,8 +4,7 @@ import contextlib
 import os
 import sys
 
-from nbl_export.cli.app import main
-from nbl_export.cli.exit import INTERRUPTED
+from nbl_export.cli.app import INTERRUPTED, main
 
 if __name__ == "__main__":
     try:

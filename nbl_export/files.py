@@ -16,19 +16,8 @@ from typing import IO, Any
 
 from nbl_export.errors import NblError
 
-__all__ = [
-    "arrays_sha256",
-    "file_sha256",
-    "friendly_os_errors",
-    "key_of",
-    "move_into_place",
-    "refuse_occupied",
-    "replaced",
-    "replacing",
-    "scratch_in",
-    "stream_sha256",
-    "write_json",
-]
+__all__ = ["arrays_sha256", "file_sha256", "friendly_os_errors", "key_of", "move_into_place", "refuse_occupied",
+           "replaced", "replacing", "scratch_in", "stream_sha256", "write_json"]  # fmt: skip
 
 _SCRATCH = ".tmp-"
 

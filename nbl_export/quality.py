@@ -15,7 +15,7 @@ correction is Hall's (1992, The Removal of Skewness by Transformation, J. R. Sta
 `bench/coverage.py` simulates how often intervals contain the mean, beside other methods. Its raw result is
 `bench/results/coverage-perplexity.json`.
 
-`evaluation.statistics` has the standard error of benchmarks, which have hundreds of items.
+`evaluation.measure` has the standard error of benchmarks, which have hundreds of items.
 """
 
 from __future__ import annotations
@@ -28,20 +28,8 @@ from typing import Any
 
 import numpy as np
 
-__all__ = [
-    "CONFIDENCE",
-    "FAR",
-    "Interval",
-    "increase_interval",
-    "interval_ends",
-    "loss_row",
-    "mean_interval",
-    "perplexity",
-    "spoken_interval",
-    "spoken_loss",
-    "warn_of_text",
-    "windows_needed",
-]
+__all__ = ["CONFIDENCE", "FAR", "Interval", "increase_interval", "interval_ends", "loss_row", "mean_interval",
+           "perplexity", "spoken_interval", "spoken_loss", "warn_of_text", "windows_needed"]  # fmt: skip
 
 CONFIDENCE = 0.95
 FAR = 2.0  # a warning needs a perplexity increase this many times that on another text

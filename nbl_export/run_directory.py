@@ -52,8 +52,8 @@ from nbl_export.trust.lock import locked
 
 __all__ = ["ACCEPTANCE_FILE", "ACCEPTANCE_JSON", "ACCEPTANCE_MD", "BENCH_FILE", "CALIBRATION_FILE", "DECODERS",
            "DISTILL_FILE", "EVAL_FILE", "LOSSLESS_FILE", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES", "REFERENCES_FILE",
-           "REPORT_HTML", "REPORT_JSON", "REPORT_MD", "SCALES_FILE", "SCHEMA", "START_FILE", "SUBJECTS", "SWEEP_FILE",
-           "VERIFY_FILE", "RunDirectory", "Subject", "refuse_foreign"]  # fmt: skip
+           "REPORT_HTML", "REPORT_JSON", "REPORT_MD", "SCALES_FILE", "SCHEMA", "START_FILE", "SUBJECTS",
+           "SWEEP_FILE", "VERIFY_FILE", "RunDirectory", "Subject", "refuse_foreign"]  # fmt: skip
 
 SCHEMA = 1
 

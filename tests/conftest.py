@@ -212,12 +212,12 @@ def light_jobs(request: pytest.FixtureRequest) -> Iterator[None]:
     if {"measure", "report", "test_tradeoff.py"} & set(request.path.relative_to(Path(__file__).parent).parts):
         yield
         return
-    from nbl_export.measure import benchmark, footprint
+    from nbl_export.measure import benchmark, instruments
     from nbl_export.report import plots
     from nbl_export.run.stages import speculative
 
-    def here(open_runner: Any, directory: Path, threads: int | None, *asked: Any) -> footprint.Footprint:
-        return footprint._footprint(functools.partial(open_runner, directory, threads), *asked)
+    def here(open_runner: Any, directory: Path, threads: int | None, *asked: Any) -> instruments.Footprint:
+        return instruments._footprint(functools.partial(open_runner, directory, threads), *asked)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark.run, "__kwdefaults__", {**(benchmark.run.__kwdefaults__ or {}), "measure": here})

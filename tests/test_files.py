@@ -16,7 +16,7 @@ from nbl_export.calibrate.moments_file import MomentsWriter
 from nbl_export.calibrate.sums import Sums
 from nbl_export.distill.training import State
 from nbl_export.files import move_into_place, replaced, replacing, scratch_in, write_json
-from nbl_export.report import bench_formats
+from nbl_export.report import console
 from nbl_export.text.sampling import save_windows
 
 
@@ -38,7 +38,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "moments": moments,
     "windows": lambda path: save_windows(torch.zeros(2, 2, dtype=torch.long), "key", path),
     "distillation": lambda path: State(path, "key").save({"a": torch.zeros(2)}, {}),
-    "table": lambda path: bench_formats.write("text", path),
+    "table": lambda path: console.write("text", path),
 }
 
 

@@ -1,32 +1,96 @@
 """The command line: flags -> options -> the run.
 
 Results go to stdout, everything else to stderr. Exit status: 0 done, 1 an error that the user can correct,
-2 usage, 3 verification or a check of `accept` failed, 130 interrupted.
+2 usage, 3 verification or a check of `accept` failed, 130 interrupted. A command that failed writes one line to stderr.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
+import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from nbl_export import __version__
-from nbl_export.cli import measuring, results, stages
 from nbl_export.cli import options as opt
-from nbl_export.cli.exit import GOES_ON, INTERRUPTED, Interrupts, explain, fail
-from nbl_export.cli.help import Command, Group, show_all
-from nbl_export.cli.show import ui
-from nbl_export.errors import UsageError
-from nbl_export.options.options import JobOptions
+from nbl_export.cli.commands import COMMANDS
+from nbl_export.cli.options import GENERAL, ui
+from nbl_export.errors import NblError, UsageError
 from nbl_export.options.settle import over
-from nbl_export.trust.terminal import Formatter
+from nbl_export.trust.terminal import Formatter, visible
 
-__all__ = ["app", "main"]
+__all__ = ["GOES_ON", "INTERRUPTED", "Command", "Group", "Interrupts", "app", "explain", "fail", "main",
+           "record_of", "show_all"]  # fmt: skip
+
+_COMPLETION = ("install_completion", "show_completion")
+INTERRUPTED = 130
+_LONGEST = 1000  # characters of an error
+GOES_ON = "interrupted; finished stages are kept, and the same command continues after them"
+
+
+# -- help under headings ---------------------------------------------------------------------------------------
+
+
+class Command(TyperCommand):
+    """A command with its options under headings."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        _write(self, ctx, formatter)
+
+
+class Group(TyperGroup):
+    """The main command and its subcommands."""
+
+    everything = False
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        _write(self, ctx, formatter, () if self.everything else _COMPLETION)
+        self.format_commands(ctx, formatter)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        word = args[0]
+        if self.get_command(ctx, word) is None and ("/" in word or Path(word).exists()):  # a model was meant
+            raise UsageError(f"{word} is no command; give the model with --model {word}")
+        return super().resolve_command(ctx, args)
+
+
+def record_of(parameter: Any, ctx: Any) -> tuple[str, str] | None:
+    """Name and help of an option or argument, without the Python type that typer adds; None if it is hidden."""
+    record = parameter.get_help_record(ctx)
+    return record and (re.sub(r" <\S+>$", "", record[0]), record[1])
+
+
+def _write(command: Any, ctx: Any, formatter: Any, without: tuple[str, ...] = ()) -> None:
+    panels: dict[str, list[tuple[str, str]]] = {}
+    for parameter in command.get_params(ctx):
+        record = None if parameter.name in without else record_of(parameter, ctx)
+        if record is not None:
+            argument = parameter.param_type_name == "argument"
+            panel = getattr(parameter, "rich_help_panel", None) or ("Arguments" if argument else GENERAL)
+            panels.setdefault(panel, []).append(record)
+    for panel in sorted(panels, key=lambda name: (name != "Arguments", name != GENERAL)):
+        with formatter.section(panel):
+            formatter.write_dl(panels[panel])
+
+
+def show_all(ctx: typer.Context, asked: bool) -> None:
+    """Callback of --help-all: show every option and every subcommand."""
+    if not asked or ctx.resilient_parsing:
+        return
+    command: Any = ctx.command
+    command.everything = True
+    for hidden in (*command.params, *command.commands.values()):
+        hidden.hidden = False
+    typer.echo(ctx.get_help())
+    raise typer.Exit
+
 
 app = typer.Typer(
     cls=Group,
@@ -75,28 +139,22 @@ def root(
     if output is None or ("model" not in given and recorded is None):
         missing = "--model" if "model" not in given and recorded is None else "--output"
         raise UsageError(f"the main job needs {missing}; see nbl-export --help")
-    _main_job(given, recorded, output, force)
+    from nbl_export.run.pipeline import run_job
+    from nbl_export.run_directory import REPORT_HTML
+
+    if run_job(given, output, ui(), force=force, recorded=recorded) is not None:
+        print(output / REPORT_HTML)
 
 
 def _log(verbose: bool) -> None:
     """Send the libraries' log to standard error."""
-    level = logging.DEBUG if verbose else logging.WARNING
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Formatter("%(levelname)s: %(message)s"))
-    logging.basicConfig(level=level, handlers=[handler])
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, handlers=[handler])
 
 
-def _main_job(asked: dict[str, Any], recorded: JobOptions | None, output: Path, force: bool) -> None:
-    """Run all stages; `asked` has the field names of JobOptions."""
-    from nbl_export.run.pipeline import run_job
-    from nbl_export.run_directory import REPORT_HTML
-
-    if run_job(asked, output, ui(), force=force, recorded=recorded) is not None:
-        print(output / REPORT_HTML)
-
-
-for _name, _command, _hidden in (*stages.COMMANDS, *measuring.COMMANDS, *results.COMMANDS):
-    app.command(_name, cls=Command, hidden=_hidden)(_command)
+for _name, _command in COMMANDS.items():
+    app.command(_name, cls=Command)(_command)
 
 
 def main() -> None:
@@ -118,3 +176,52 @@ def main() -> None:
         if interrupts.seen:
             fail(GOES_ON, INTERRUPTED)
         explain(error)
+
+
+# -- how a command ends ----------------------------------------------------------------------------------------
+
+
+class Interrupts:
+    """Turns signals into KeyboardInterrupt, and remembers them in `seen`.
+
+    A library can turn the interrupt into another error. If the import of an extension module is interrupted, Python
+    raises ImportError, and the module seems not to be installed.
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+        signal.signal(signal.SIGTERM, self._raise)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # keep an ignored SIGINT ignored
+            signal.signal(signal.SIGINT, self._raise)
+
+    def _raise(self, _signal: int, _frame: Any) -> None:
+        self.seen = True
+        raise KeyboardInterrupt
+
+
+def explain(error: Exception) -> NoReturn:
+    """Exit with one line for an error that the user can correct; raise any other error, which is a defect."""
+    logging.getLogger(__name__).debug("where it happened", exc_info=error)
+    usage = getattr(error, "format_message", None)
+    if isinstance(error, NblError):
+        fail(str(error), error.exit_code)
+    if usage is not None:
+        context = getattr(error, "ctx", None)  # of the subcommand that was called wrongly
+        command = "nbl-export" if context is None else context.command_path
+        fail(f"{usage().rstrip('.')}; see {command} --help", int(getattr(error, "exit_code", 2)))
+    # torch has its own text; CPython raises SystemError if memory runs out in a call into C
+    if isinstance(error, (MemoryError, SystemError)) or "can't allocate memory" in str(error):
+        fail("out of memory; use a smaller --context, or a machine with more memory", 1)
+    if isinstance(error, OSError) and error.strerror:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1)
+    if isinstance(error, ValueError):
+        fail(str(error), 1)
+    raise error
+
+
+def fail(message: str, status: int) -> NoReturn:
+    said = " ".join(message.partition("Exception raised from ")[0].split())  # torch's C++ stack follows
+    if len(said) > _LONGEST:  # for example a very long file name; the beginning and the advice at the end stay
+        said = f"{said[: _LONGEST // 2]} ... {said[-_LONGEST // 2 :]}"
+    sys.stderr.write(f"nbl-export: {visible(said)}\n")
+    sys.exit(status)

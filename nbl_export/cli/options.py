@@ -3,6 +3,8 @@
 layers = "7,9,15,25-29"          a file has the names of the options, with dashes or underscores
 calibration = ["a.txt:2", "b.jsonl"]
 depth = "0,2048"                 numbers as on the command line, or as a list
+
+Shows a result on stdout, and progress on stderr.
 """
 
 from __future__ import annotations
@@ -10,11 +12,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import json
 import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,9 +26,14 @@ from nbl_export.options.options import MAIN, OPTIONS, PANELS, JobOptions, Option
 from nbl_export.options.settle import read_asked
 from nbl_export.records.from_json import read_record
 from nbl_export.trust.model_settings import read_object
+from nbl_export.trust.terminal import Console
 
-__all__ = ["GENERAL", "Force", "Json", "Model", "Output", "Run", "TrustEngine", "read_config", "refuse_options_before",
-           "takes"]  # fmt: skip
+if TYPE_CHECKING:
+    from nbl_export.report.table import Shown, Table
+    from nbl_export.run.progress import Ui
+
+__all__ = ["GENERAL", "Force", "Json", "Model", "Output", "Run", "TrustEngine", "read_config",
+           "refuse_options_before", "show", "takes", "ui"]  # fmt: skip
 
 _MOST_CONFIG_BYTES = 1 << 20
 
@@ -149,3 +157,22 @@ def _of_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"--config {path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"--config {path} cannot be read as TOML: {error}") from error
+
+
+# -- results on stdout, progress on stderr ---------------------------------------------------------------------
+
+
+def show(value: Any, table: Table | Shown, as_json: bool) -> None:
+    """Write a result to stdout, as JSON or as tables."""
+    if as_json:
+        sys.stdout.write(json.dumps(value, indent=1) + "\n")
+    else:
+        shown = table if isinstance(table, tuple) else (table,)
+        Console(width=None if sys.stdout.isatty() else 110).print(*shown, sep="\n")
+
+
+def ui(quiet: bool = False) -> Ui:
+    """The progress display of a run."""
+    from nbl_export.run.progress import Ui
+
+    return Ui(quiet=quiet)

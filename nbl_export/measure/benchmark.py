@@ -42,24 +42,24 @@ import psutil
 
 from nbl_export.errors import NblError
 from nbl_export.files import versions
-from nbl_export.measure.footprint import Footprint, OpenRunner, disk_bytes, measure_footprint
-from nbl_export.measure.instruments import Instruments, background_of, find_meter, spoken_background
+from nbl_export.measure.instruments import (
+    Footprint,
+    Instruments,
+    OpenRunner,
+    background_of,
+    disk_bytes,
+    find_meter,
+    measure_footprint,
+    spoken_background,
+)
 from nbl_export.measure.rounds import Progress, Rule, Stand, Steps, Variant, groups, time_rounds
 from nbl_export.model.memory import available_bytes
 from nbl_export.records.results import Scenario
 from nbl_export.run_directory import PACKAGES
 from nbl_export.targets.runners import SequenceLimits
 
-__all__ = [
-    "BenchSetting",
-    "decode_tokens",
-    "limits_for",
-    "machine",
-    "plan_scenarios",
-    "run",
-    "side_by_side",
-    "where_measured",
-]
+__all__ = ["BenchSetting", "decode_tokens", "limits_for", "machine", "plan_scenarios", "run", "side_by_side",
+           "where_measured"]  # fmt: skip
 
 Measure = Callable[[OpenRunner, Path, int | None, Sequence[int], int], Footprint]
 

@@ -1,4 +1,4 @@
-"""The instruments of a timed run: a clock, the energy, the wait for idle threads, and the load of other processes.
+"""The instruments of a timed run: clock, energy, wait for idle threads, load of other processes, memory, load time.
 
 Wait: an engine's threads spin for a while after their work is done; ONNX Runtime's spin for about 45 ms (two threads of
 an AMD EPYC). A run timed during that period shares its cores with these threads: a prefill of 512 tokens took a tenth
@@ -15,12 +15,21 @@ Energy: counters of processor packages, and of the only NVIDIA GPU of the machin
 
 The counters are of the whole machine and include other programs. Most systems let only root read the first counter
 (since CVE-2020-8694). If no counter can be read, there is no meter, and energy is not reported.
+
+Memory and load time are those of one decoder in a fresh process:
+
+    load ─► prompt and a few tokens ─► resident memory ─► load twice more for the time
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import dataclasses
+import functools
 import os
+import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,18 +39,14 @@ from typing import Any
 
 import psutil
 
-__all__ = [
-    "Instruments",
-    "Meter",
-    "Reading",
-    "background_of",
-    "find_meter",
-    "is_busy",
-    "read_usage",
-    "spoken_background",
-    "used_between",
-    "wait_until_idle",
-]
+from nbl_export.errors import NblError
+from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE, IR_WEIGHTS
+from nbl_export.parallel.child import Child, Write
+from nbl_export.targets.runners import TextRunner
+
+__all__ = ["Footprint", "Instruments", "Meter", "OpenRunner", "Reading", "background_of", "disk_bytes",
+           "find_meter", "is_busy", "measure_footprint", "read_usage", "spoken_background", "used_between",
+           "wait_until_idle"]  # fmt: skip
 
 _LOOK = 0.01  # seconds of one observation
 _SHARE = 0.2  # share of one core that an idle process may use
@@ -53,6 +58,28 @@ _BUSY_SHARE = 0.1
 _WORK = ("user", "nice", "system", "irq", "softirq")
 _POWERCAP = Path("/sys/class/powercap")
 _NVML = ("nvml.dll",) if sys.platform == "win32" else ("libnvidia-ml.so.1", "libnvidia-ml.so")
+OpenRunner = Callable[..., TextRunner]  # of a directory and a number of threads
+_LONGEST = 1000  # characters of an error from the child
+_DECODED = 8  # tokens decoded before memory is read
+_LOADS = 3  # load seconds are the median of this many loads,
+_CHEAP_LOAD_SECONDS = 10.0  # unless the first load takes longer than this
+# kind of file -> its names; any other file is "other"
+_KINDS = {
+    "engine": ("*.engine",),
+    "kernels": ("*.cache",),  # of TensorRT-RTX, compiled on the GPU
+    "weights": ("*.data", "*.safetensors", IR_WEIGHTS),
+    "graph": ("*.onnx", IR_FILE, ALL_LOGITS_IR),
+    "tokenizer": (
+        "tokenizer*",
+        "openvino_*tokenizer.*",
+        "vocab*",
+        "merges.txt",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "*.jinja",
+    ),
+    "settings": ("*.json",),
+}
 
 
 def wait_until_idle(
@@ -265,3 +292,100 @@ class Instruments:
     meter: Meter | None = None
     idle: Callable[[], bool] = wait_until_idle
     usage: Callable[[], Reading] = read_usage
+
+
+# -- memory, load time and size on disk ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of resident memory and load seconds of one decoder alone in a process.
+
+    peak: largest resident set of the process, with interpreter and engine library (about 35 MB before a model is
+    loaded). File pages that the engine maps count while they are resident. steady: resident set with the model loaded
+    and the sequence in its cache. load: opening the runner, with the files in the page cache.
+    """
+
+    peak_memory_bytes: int
+    steady_memory_bytes: int
+    load_seconds: float
+
+
+def disk_bytes(directory: Path) -> dict[str, int]:
+    """Bytes of the files of a deployable directory, by kind of file; kinds without files are omitted."""
+    sizes = dict.fromkeys((*_KINDS, "other"), 0)
+    for path in directory.rglob("*"):
+        if path.is_file():
+            kind = next((k for k, names in _KINDS.items() if any(path.match(name) for name in names)), "other")
+            sizes[kind] += path.stat().st_size
+    return {kind: size for kind, size in sizes.items() if size}
+
+
+def measure_footprint(
+    open_runner: OpenRunner, directory: Path, threads: int | None, prompt: Sequence[int], capacity: int
+) -> Footprint:
+    """Load a decoder alone in a fresh process, run one sequence, and read the memory of that process.
+
+    The child process has ended on return, also after Ctrl-C.
+
+    Args:
+        capacity: tokens to reserve the cache for, as the timed runs do.
+
+    Raises:
+        NblError: the runner failed in the child, or a signal ended the child; the message says which.
+    """
+    with Child(_child, open_runner, directory, threads, list(prompt), capacity) as child:
+        answer = child.answer()
+        if answer is None:
+            raise NblError(f"measuring {directory} failed: the process that loaded it {child.ending()}")
+    if isinstance(answer, str):
+        raise NblError(answer)
+    peak, steady, seconds = answer
+    return Footprint(int(peak), int(steady), float(seconds))
+
+
+def _child(
+    write: Write, open_runner: OpenRunner, directory: Path, threads: int | None, prompt: Sequence[int], capacity: int
+) -> None:
+    try:
+        found = _footprint(functools.partial(open_runner, directory, threads), prompt, capacity)
+        write(dataclasses.astuple(found))
+    except NblError as error:
+        write(str(error))
+    except MemoryError:
+        write(f"measuring {directory} needs more memory: close other programs, or use a smaller precision")
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        write(f"measuring {directory} failed in the process that loaded it: {text[:_LONGEST]}")
+
+
+def _footprint(load: Callable[[], TextRunner], prompt: Sequence[int], capacity: int) -> Footprint:
+    start = time.perf_counter()
+    with load() as runner:
+        seconds = [time.perf_counter() - start]
+        runner.begin(capacity)
+        runner.append(prompt)
+        for token in prompt[: min(_DECODED, capacity - len(prompt))]:
+            runner.append([token])
+        steady = psutil.Process().memory_info().rss
+        peak = max(_peak_memory_bytes(), steady)  # the kernel's two counters may differ by a page
+    while len(seconds) < _LOADS and seconds[0] < _CHEAP_LOAD_SECONDS:
+        start = time.perf_counter()
+        with load():
+            seconds.append(time.perf_counter() - start)
+    return Footprint(peak, steady, statistics.median(seconds))
+
+
+def _peak_memory_bytes() -> int:
+    """Largest resident set of this process so far, in bytes.
+
+    Linux reports the value as VmHWM. Linux's ru_maxrss starts from the memory of the parent process (getrusage(2)
+    after execve), which may be much larger.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)

@@ -30,18 +30,8 @@ from typing import Any
 from nbl_export.errors import CorruptError
 from nbl_export.records.results import Timing
 
-__all__ = [
-    "CONFIDENCE",
-    "FEWEST_LOADS",
-    "LEVEL_UNTIL_NARROW",
-    "PairedRatio",
-    "exact_level",
-    "figures",
-    "paired_ratio",
-    "spoken_level",
-    "spoken_ratio",
-    "spoken_test",
-]
+__all__ = ["CONFIDENCE", "FEWEST_LOADS", "LEVEL_UNTIL_NARROW", "PairedRatio", "exact_level", "figures",
+           "paired_ratio", "spoken_level", "spoken_ratio", "spoken_test"]  # fmt: skip
 
 CONFIDENCE = 0.95
 FEWEST_LOADS = 5

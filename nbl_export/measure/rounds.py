@@ -27,14 +27,12 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.measure.footprint import OpenRunner
-from nbl_export.measure.instruments import Instruments, used_between
+from nbl_export.measure.instruments import Instruments, OpenRunner, used_between
 from nbl_export.measure.paired import PairedRatio, paired_ratio
 from nbl_export.records.results import Scenario, Timing
 from nbl_export.targets.runners import TextRunner
 
-__all__ = ["LOOKS", "NARROW", "Progress", "Rounds", "Rule", "Stand", "Steps", "Variant",
-           "groups", "time_rounds"]  # fmt: skip
+__all__ = ["LOOKS", "NARROW", "Progress", "Rounds", "Rule", "Stand", "Steps", "Variant", "groups", "time_rounds"]
 
 # Loads after which rounds may end. Five would be too few: their range contains the median with 1 - 2/32 = 93.75% only.
 LOOKS = (6, 12, 18, 24)

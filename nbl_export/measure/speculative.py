@@ -20,18 +20,8 @@ from typing import Any
 from nbl_export.measure.paired import paired_ratio
 from nbl_export.records.capabilities import Proposer
 
-__all__ = [
-    "PLAIN",
-    "Asked",
-    "Sample",
-    "Way",
-    "best_of_each",
-    "decoding",
-    "equal_answers",
-    "overall",
-    "rows",
-    "time_ways",
-]
+__all__ = ["PLAIN", "Asked", "Sample", "Way", "best_of_each", "decoding", "equal_answers", "overall", "rows",
+           "time_ways"]  # fmt: skip
 
 PLAIN = "plain"
 _WARM_UP_TOKENS = 8

@@ -1,6 +1,13 @@
 """The options of a job: one field each, with its help, heading, commands and default.
 
 The command line, docs/usage.md, `--config FILE`, nbl.json and the command that repeats a run are made from the fields.
+
+A run records the absolute paths of its options. Published options have no path:
+
+recorded      Llama-3.2-1B, ../mails.txt:2
+located       /home/ann/models/Llama-3.2-1B, /home/ann/texts/mails.txt:2    whatever the working directory is
+public        Llama-3.2-1B, mails.txt:2
+org/name, org/name@split stay as they are
 """
 
 from __future__ import annotations
@@ -8,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,21 +25,9 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import read_record, require
 from nbl_export.records.plan import MAPS, TAPS
 
-__all__ = [
-    "BUILDER_OPTIONS",
-    "CHECKPOINT_FIT",
-    "GGUF",
-    "GIVEN_GRAPH",
-    "MAIN",
-    "NO_ORIGINAL",
-    "OPTIONS",
-    "PANELS",
-    "JobOptions",
-    "Option",
-    "describe_command",
-    "flag_of",
-    "usual_tap",
-]  # fmt: skip
+__all__ = ["BUILDER_OPTIONS", "CHECKPOINT_FIT", "GGUF", "GIVEN_GRAPH", "MAIN", "NO_ORIGINAL", "OPTIONS", "PANELS",
+           "JobOptions", "Option", "describe_command", "flag_of", "located", "public_facts", "public_options",
+           "usual_tap"]  # fmt: skip
 
 MAIN = "main"  # the name of the main job among commands
 
@@ -348,3 +344,49 @@ def _flags(options: JobOptions, command: str, without: set[str]) -> list[str]:
         else:
             words += [flag_of(name), ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     return words
+
+
+# -- paths -----------------------------------------------------------------------------------------------------
+
+
+def located(options: JobOptions, manifest: Mapping[str, Any]) -> JobOptions:
+    """Options with the absolute paths of model and texts that a run's manifest has."""
+    places, noted = manifest.get("places", {}), manifest.get("quantized") or {}
+    same = options.quantized_model is not None and options.quantized_model == noted.get("name")
+    return dataclasses.replace(
+        options,
+        model=places.get("model") or options.model,
+        quantized_model=(noted.get("place") if same else None) or options.quantized_model,
+        calibration=tuple(places.get("calibration") or options.calibration),
+    )
+
+
+def public_options(manifest: Mapping[str, Any]) -> JobOptions:
+    """The options of a run's manifest, with file names where they had paths."""
+    options = located(JobOptions.from_json(manifest["options"]), manifest)
+    return dataclasses.replace(
+        options,
+        model=_last_part(options.model),
+        quantized_model=options.quantized_model and _last_part(options.quantized_model),
+        calibration=tuple(map(_last_part, options.calibration)),
+    )
+
+
+def public_facts(deployed: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts beside a deployed graph, with file names instead of paths.
+
+    Args:
+        deployed: nbl.json of the model directory.
+        manifest: nbl.json of the run directory that holds the model directory.
+    """
+    options = public_options(manifest)
+    written = {name: options.to_json()[name] for name in ("model", "quantized_model", "calibration")}
+    return {
+        **deployed,
+        "model": {**deployed["model"], "name": options.model},
+        "options": {**deployed["options"], **written},
+    }
+
+
+def _last_part(place: str) -> str:
+    return Path(place).name if Path(place).is_absolute() else place

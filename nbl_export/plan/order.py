@@ -19,14 +19,12 @@ from nbl_export.files import key_of
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import FitOptions, Mixer
 from nbl_export.model.switched import SwitchedModel
-from nbl_export.plan.choose import ranked
-from nbl_export.plan.effects import EVERY, Judge
-from nbl_export.plan.greedy import RULE, GreedyOrder, Point, Search
+from nbl_export.plan.greedy import EVERY, RULE, GreedyOrder, Judge, Point, Search
 from nbl_export.plan.inputs import Maps, OrderInputs
 from nbl_export.records.inputs import Lazy, identity_of
-from nbl_export.records.plan import LayerScore
+from nbl_export.records.plan import LayerScore, Plan
 
-__all__ = ["Selection", "Task", "quiet"]
+__all__ = ["Selection", "Task", "a_quarter", "choose", "quiet", "ranked"]
 
 _WEIGHED_TOKENS = 512  # of the prefill whose saved arithmetic is weighed, independent of --prompt-tokens
 _STRETCHES = 8  # the curve has a point at each eighth of the layers, up to half of them
@@ -190,3 +188,33 @@ class Selection:
             "layers": len(point.layers), "replaced_layers": sorted(point.layers), "kl": list(point.kl),
             "increases": list(point.increases), "prefill": speed.prefill, "decode": speed.decode,
         }  # fmt: skip
+
+
+# -- from scores and a request to a plan -----------------------------------------------------------------------
+
+
+def a_quarter(num_layers: int) -> int:
+    """How many layers are replaced by default if the model's own output cannot judge them: at least one of several."""
+    return min(max(1, round(num_layers / 4)), num_layers - 1)
+
+
+def ranked(scores: Sequence[LayerScore], select: str) -> tuple[int, ...]:
+    """All layers, smallest score first ("cca": bound, "error": relative error); the lower layer first on a tie."""
+    key = {"cca": "bound", "error": "relative_error"}[select]
+    return tuple(s.layer for s in sorted(scores, key=lambda s: (getattr(s, key), s.layer)))
+
+
+def choose(
+    scores: Sequence[LayerScore], request: int | tuple[int, ...], tap: str = "residual", select: str = "cca",
+    order: Sequence[int] | None = None, kind: str = "linear",
+) -> Plan:  # fmt: skip
+    """The plan for a count or for named layers, all of one kind.
+
+    A count takes the first layers of `order` (default: `ranked`).
+    """
+    if isinstance(request, int):
+        order = ranked(scores, select) if order is None else order
+        replaced = tuple(sorted(order[:request]))
+    else:
+        replaced, select = request, "given"
+    return Plan(len(scores), replaced, tap, select, tuple(scores), (kind,) * len(replaced))

@@ -17,8 +17,7 @@ from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.files import file_sha256, friendly_os_errors
-from nbl_export.options.options import describe_command
-from nbl_export.options.places import public_options
+from nbl_export.options.options import describe_command, public_options
 from nbl_export.publish import base_model
 from nbl_export.publish.base_model import BaseModel
 from nbl_export.records.from_json import edited

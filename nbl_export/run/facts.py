@@ -26,17 +26,8 @@ from nbl_export.targets import ENGINES, load_engine
 from nbl_export.text.corpus import Text
 from nbl_export.text.mixture import absolute_sources
 
-__all__ = [
-    "architecture_facts",
-    "capabilities_of",
-    "check_machine",
-    "facts_of_model",
-    "facts_of_path",
-    "facts_of_run",
-    "identity_of",
-    "read_model",
-    "require_engine",
-]  # fmt: skip
+__all__ = ["architecture_facts", "capabilities_of", "check_machine", "facts_of_model", "facts_of_path",
+           "facts_of_run", "identity_of", "read_model", "require_engine"]  # fmt: skip
 
 _GRAPH_PRECISIONS = ("fp32", "fp16", "int8", "int4")
 

@@ -1,20 +1,24 @@
-"""Runs stages in a run directory, reuses finished stages, and reports a failed verification."""
+"""Runs stages in a run directory, reuses finished stages, and reports a failed verification.
+
+Of several processes of torchrun, process 0 leads the run, and the other processes follow its orders.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError, ParityError
 from nbl_export.files import key_of
-from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL, JobOptions
-from nbl_export.options.places import located
+from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL, JobOptions, located
 from nbl_export.options.settle import settle
 from nbl_export.parallel import ranks
-from nbl_export.records.requests import Prepared, SweepRequest
-from nbl_export.run import torchrun
+from nbl_export.parallel.ranks import Ranks, collect_batches
+from nbl_export.records.requests import EvalRequest, Prepared, Subject, SweepRequest
 from nbl_export.run.facts import (
     capabilities_of,
     check_machine,
@@ -26,12 +30,28 @@ from nbl_export.run.facts import (
 )
 from nbl_export.run.progress import Ui
 from nbl_export.run.resolve import Resolver
+from nbl_export.run.stages import bench, calibrate, evaluate, graphs, plan, speculative, verify
 from nbl_export.run.stages.common import LeftOut, Place, Stage, readers
-from nbl_export.run.stages.table import STAGES
 from nbl_export.run_directory import VERIFY_FILE, RunDirectory, refuse_foreign
-from nbl_export.targets import ENGINES
+from nbl_export.targets import ENGINES, load_engine
 
-__all__ = ["run_calibration", "run_job", "run_stages", "run_sweep"]
+__all__ = ["STAGES", "run_calibration", "run_evaluation", "run_job", "run_stages", "run_sweep"]
+
+STAGES = (
+    Stage("calibrate", "calibrate", calibrate.declare, calibrate.run),
+    Stage("plan", "plan", plan.declare, plan.run),
+    Stage("sweep", "sweep", plan.declare_sweep, plan.run_sweep),
+    Stage("distill", "distill", plan.declare_distill, plan.run_distill),
+    Stage("quantize", "activation-aware scales", graphs.declare_quantize, graphs.run_quantize),
+    Stage("decoder", "decoder graph", graphs.declare_decoder, graphs.run_decoder),
+    Stage("rewrite", "rewrite", graphs.declare_rewrite, graphs.run_rewrite),
+    Stage("verify", "verify", verify.declare, verify.run),
+    Stage("eval", "evaluate", evaluate.declare, evaluate.run),
+    Stage("build", "build", graphs.declare_build, graphs.run_build),
+    Stage("bench", "bench", bench.declare, bench.run),
+    Stage("lossless", "speculative decoding", speculative.declare, speculative.run),
+    Stage("report", "report", bench.declare_report, bench.run_report),
+)
 
 
 def run_job(
@@ -49,7 +69,7 @@ def run_job(
         NblError: an error that the user can correct; raised before any computation if possible.
         ParityError: the graph does not compute what the torch model computes.
     """
-    with torchrun.led(ranks.current()) as leads:
+    with led(ranks.current()) as leads:
         if not leads:
             return None
         _work(asked, recorded, output, ui, force, "report")
@@ -61,16 +81,13 @@ def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, 
 
     Returns None on helper processes of torchrun.
     """
-    with torchrun.led(ranks.current()) as leads:
-        return _calibration(model, given, output, ui, force) if leads else None
-
-
-def _calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, force: bool) -> Path:
-    refuse_foreign(output)
-    recorded = {} if force else RunDirectory.peek(output).manifest.get("options", {})
-    known = JobOptions.from_json({**recorded, "model": model})
-    _work(given, known, output, ui, force, "calibrate")
-    return output
+    with led(ranks.current()) as leads:
+        if not leads:
+            return None
+        refuse_foreign(output)
+        recorded = {} if force else RunDirectory.peek(output).manifest.get("options", {})
+        _work(given, JobOptions.from_json({**recorded, "model": model}), output, ui, force, "calibrate")
+        return output
 
 
 def _work(asked: Mapping[str, Any], recorded: JobOptions | None, output: Path, ui: Ui, force: bool, until: str) -> None:
@@ -93,15 +110,9 @@ def _work(asked: Mapping[str, Any], recorded: JobOptions | None, output: Path, u
 
 
 def run_stages(
-    output: Path,
-    until: str,
-    ui: Ui,
-    *,
-    changes: dict[str, Any] | None = None,
-    force: bool = False,
-    needs: str = "",
+    output: Path, until: str, ui: Ui, *, changes: dict[str, Any] | None = None, force: bool = False, needs: str = "",
     asked: SweepRequest | Prepared | None = None,
-) -> RunDirectory:
+) -> RunDirectory:  # fmt: skip
     """Run the stages of an existing run directory up to a stage, with changed options if any.
 
     Args:
@@ -150,17 +161,58 @@ def run_sweep(output: Path, ui: Ui, changes: dict[str, Any], max_layers: int | N
     if max_layers is not None and max_layers >= layers:
         raise NblError(f"--max-layers {max_layers}: the model has {layers} attention layers and must keep one")
     reported = "report" in known.stages
-    run = run_stages(
-        output,
-        "sweep",
-        ui,
-        changes=changes,
-        needs="sweep",
-        asked=SweepRequest(layers // 2 if max_layers is None else max_layers),
-    )
+    asked = SweepRequest(layers // 2 if max_layers is None else max_layers)
+    run = run_stages(output, "sweep", ui, changes=changes, needs="sweep", asked=asked)
     if reported and "verify" in run.stages and "report" not in run.stages:
         run = run_stages(output, "report", ui)
     return run
+
+
+def run_evaluation(output: Path, request: EvalRequest, ui: Ui, *, force: bool = False) -> RunDirectory:
+    """Write figures to DIR/eval.json, and update an existing report. Finished figures are reused.
+
+    Raises:
+        NblError: an error that the user can correct; raised before any computation if possible.
+    """
+    run = RunDirectory.existing(output)
+    _check_evaluation(run, request)
+    until = "report" if "report" in run.stages else "eval"
+    return run_stages(output, until, ui, force=force, asked=_prepare(request, ui))
+
+
+def _check_evaluation(run: RunDirectory, request: EvalRequest) -> None:
+    positions = int(run.manifest["decoder"]["max_positions"])
+    if request.texts and request.context > positions:
+        raise NblError(f"--ppl-context {request.context} is beyond the model's {positions} positions")
+    if run.manifest["options"].get("fit") == CHECKPOINT_FIT and any(v.endswith("original") for v in request.variants):
+        raise NblError(f"{run.path} has no original to evaluate: {NO_ORIGINAL}; use --variants nbl or torch-nbl")
+    engine = run.manifest["options"]["engine"]
+    if load_engine(engine).capabilities.static and not all(v.startswith("torch-") for v in request.variants):
+        raise NblError(
+            f"{run.path} is a run for engine {engine}, and ONNX Runtime cannot evaluate its graphs; evaluate the torch "
+            "models (--variants torch-original,torch-nbl), or a run with --engine ort"
+        )
+
+
+def _prepare(request: EvalRequest, ui: Ui) -> Prepared:
+    from nbl_export.evaluation import measure, tasks
+    from nbl_export.text import corpus
+
+    subjects = []
+    for name, file in request.texts:
+        named = measure.NamedText(name, corpus.read_text(file))
+        windows = {"context": request.context, "stride": request.stride, "output_type": "perplexity"}
+        data = {"name": named.text.name, "sha256": named.text.sha256}
+        subjects.append(Subject(f"perplexity:{name}", named, request.limit, data, windows))
+    names = tuple(dict.fromkeys(request.tasks))
+    with tasks.quiet_harness(), ui.task("tasks") as progress:
+        version = tasks.harness_version()
+        for done, name in enumerate(names):
+            progress(done, len(names))
+            found = tasks.load_benchmark(name, request.data)
+            limit = None if (request.limit or 0) >= found.data["documents"] else request.limit
+            subjects.append(Subject(name, found, limit, found.data, found.config))
+    return Prepared(request, tuple(subjects), version)
 
 
 def _advance(resolver: Resolver, until: str, *, ignore_failure: bool = False, needs: str = "") -> None:
@@ -175,7 +227,8 @@ def _advance(resolver: Resolver, until: str, *, ignore_failure: bool = False, ne
                 place.ui.say(f"{stage.title}: left out, {inputs.reason}")
             continue
         keys[stage.name] = stage.key(inputs, keys)
-        if _reusable(place, stage, keys[stage.name], ignore_failure):
+        is_done = place.run.is_done(stage.name, keys[stage.name])
+        if is_done and (stage.name != "verify" or ignore_failure or place.passed):  # a failed verification runs again
             place.ui.say(f"{stage.title}: reused")
         else:
             _run(place, stage, inputs, keys[stage.name])
@@ -195,18 +248,15 @@ def _run(place: Place, stage: Stage, inputs: Any, key: str) -> None:
     place.ui.say(f"{stage.title}: done in {seconds:.1f} s")
 
 
-def _reusable(place: Place, stage: Stage, key: str, ignore_failure: bool) -> bool:
-    """Whether a stage is finished with the same inputs. A failed verification runs again unless it is ignored."""
-    if not place.run.is_done(stage.name, key):
-        return False
-    return stage.name != "verify" or ignore_failure or place.passed
-
-
 def _refuse_failed(place: Place) -> None:
+    from nbl_export.report import page
+
     result = place.run.read_json(VERIFY_FILE)
     if result["passed"]:
         return
-    _report_failure(place, result)
+    with place.run.scratch() as scratch:  # a report without speed figures
+        page.render(place.run.manifest, result, None, scratch)
+        place.run.finish("report", key_of("failed"), scratch, 0.0, (), status="failed")
     failed = next(r for r in result["checks"] if not r["passed"])
     seen = "not finite" if failed["value"] is None else f"{failed['value']:.3g} seen"
     raise ParityError(
@@ -222,10 +272,62 @@ _EXPORTERS_FAULT = (
 )
 
 
-def _report_failure(place: Place, verify: dict[str, Any]) -> None:
-    """Write a report without speed figures that states the failure."""
-    from nbl_export.report import page
+# -- processes of torchrun ---------------------------------------------------------------------------------------
 
-    with place.run.scratch() as scratch:
-        page.render(place.run.manifest, verify, None, scratch)
-        place.run.finish("report", key_of("failed"), scratch, 0.0, (), status="failed")
+
+def follow(ranks: Ranks) -> None:
+    """Work for process 0 until it has no more work.
+
+    Raises:
+        NblError: a process has failed.
+    """
+    while (order := ranks.share(None)) is not None:
+        model, error = None, None
+        try:
+            model = _model(order["checkpoint"])
+        except Exception as failed:
+            error = str(failed)
+        ranks.agree(error)
+        _WORK[order["work"]](ranks, ranks.place(model), order)
+
+
+@functools.cache
+def _model(directory: str) -> Any:
+    from nbl_export.model.checkpoint import load
+
+    return load.load_model(Path(directory))
+
+
+def _calibrate(ranks: Ranks, model: Any, order: dict[str, Any]) -> None:
+    from nbl_export.calibrate import collect
+    from nbl_export.mixers import kind_of
+
+    with collect.Collection(model, order["taps"], kind_of(order["kind"]), narrow=order["narrow"]) as found:
+        found.refer(order["windows"])
+        ranks.share_reference(found)
+        collect_batches(ranks, found, collect.batches(order["windows"]), order["done"], lambda: False, lambda _: None)
+
+
+def _distill(ranks: Ranks, model: Any, order: dict[str, Any]) -> None:
+    from nbl_export.distill.training import Callbacks, DistillSettings, TrainingText, distill
+    from nbl_export.mixers import kind_of
+
+    maps = {layer: kind_of(kind).from_tensors(tensors) for layer, (kind, tensors) in order["maps"].items()}
+    text, settings = TrainingText(order["windows"], order["held"]), DistillSettings(**order["settings"])
+    distill(model, maps, order["tap"], text, settings, Callbacks(ranks=ranks))
+
+
+_WORK: dict[str, Callable[[Ranks, Any, dict[str, Any]], None]] = {"calibrate": _calibrate, "distill": _distill}
+
+
+@contextlib.contextmanager
+def led(ranks: Ranks) -> Iterator[bool]:
+    """Yield True on the leading process. On other processes, follow its orders first, then yield False."""
+    if ranks.rank:
+        follow(ranks)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        ranks.close()

@@ -25,8 +25,7 @@ import pytest
 from nbl_export.errors import NblError
 from nbl_export.measure import benchmark, rounds
 from nbl_export.measure.benchmark import BenchSetting, decode_tokens, limits_for, plan_scenarios
-from nbl_export.measure.footprint import Footprint, measure_footprint
-from nbl_export.measure.instruments import Instruments, Meter, Reading, read_usage
+from nbl_export.measure.instruments import Footprint, Instruments, Meter, Reading, measure_footprint, read_usage
 from nbl_export.measure.paired import figures
 from nbl_export.measure.rounds import Variant
 from nbl_export.options.options import JobOptions

@@ -9,7 +9,7 @@ import pytest
 from nbl_export.measure.speculative import Asked, Sample, Way, best_of_each, overall, rows
 from nbl_export.records.capabilities import Proposer
 from nbl_export.report.speed import speculative_table
-from nbl_export.run.speculative import measured, spoken
+from nbl_export.run.stages.speculative import measured, spoken
 
 PLAIN = Way(None, "original")
 NGRAM, INT4, NBL = (Proposer(draft, (("max_draft_tokens", 4),)) for draft in ("ngram", "int4", "nbl"))

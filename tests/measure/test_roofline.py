@@ -217,31 +217,25 @@ def test_every_test_and_variant_of_a_run(finished: Path) -> None:
 
 def test_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates are those of the best repetition, by a clock that says how long each took."""
-    from nbl_export.measure import rates
-
-    monkeypatch.setattr(rates, "_best_seconds", lambda run: (run(), 0.5)[1])
-    monkeypatch.setattr(rates, "_ARRAY_BYTES", 1 << 20)
+    monkeypatch.setattr(roofline, "_best_seconds", lambda run: (run(), 0.5)[1])
+    monkeypatch.setattr(roofline, "_ARRAY_BYTES", 1 << 20)
     found = measure_machine(1)
     assert found.gemm_flops_per_second == dict.fromkeys(("fp32", "int8", "int4"), 4.0 * 512 * 2048 * 2048)
     assert (found.read_bytes_per_second, found.threads) == (2.0 * (1 << 20), 1)
 
 
 def test_best_of_the_repetitions(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nbl_export.measure import rates
-
     ticks = iter([0.0, 5.0, 5.0, 7.0, 7.0, 10.0])
-    monkeypatch.setattr(rates, "_REPETITIONS", 3)
-    monkeypatch.setattr(rates.time, "perf_counter", lambda: next(ticks))
-    assert rates._best_seconds(lambda: None) == 2.0
+    monkeypatch.setattr(roofline, "_REPETITIONS", 3)
+    monkeypatch.setattr(roofline.time, "perf_counter", lambda: next(ticks))
+    assert roofline._best_seconds(lambda: None) == 2.0
 
 
 def test_without_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nbl_export.measure import rates
-
     def fail(threads: int) -> dict[str, float]:
         raise ImportError("No module named 'onnxruntime'")
 
-    monkeypatch.setattr(rates, "gemm_flops_per_second", fail)
+    monkeypatch.setattr(roofline, "gemm_flops_per_second", fail)
     with pytest.raises(NblError, match=r"install nbl-export\[cpu\]"):
         measure_machine(1)
 

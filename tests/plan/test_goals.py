@@ -24,8 +24,8 @@ from nbl_export.options.goals import (
     goal_of,
 )
 from nbl_export.options.options import JobOptions
-from nbl_export.plan.goal import count_for_budget, count_for_speedup, count_within
 from nbl_export.plan.inputs import AskedGoal, Maps, PlanInputs
+from nbl_export.plan.planning import count_for_budget, count_for_speedup, count_within
 from nbl_export.run.stages.plan import declare
 
 from ..command import assert_refused, nbl
@@ -125,7 +125,7 @@ def reached(
     limit = goal_of(options(max_perplexity_increase=goal)) or PerplexityIncrease(DEFAULT_INCREASE)
     stand_in: Any = selection
     found = count_within(AskedGoal(limit, goal), stand_in, [(f"{t} (deciding)", t) for t in texts])
-    return found.count, found.facts, found.said
+    return found.count, found.facts, found.lines
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def sped_up(text: str) -> tuple[int, Any, tuple[str, ...]]:
     assert goal is not None
     stand_in: Any = Sized()
     found = count_for_speedup(AskedGoal(goal, text), stand_in, speedup)
-    return found.count, found.facts, found.said
+    return found.count, found.facts, found.lines
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,7 @@ from nbl_export.model.head import logits_of
 from nbl_export.model.linearize import linearize
 from nbl_export.model.switched import SwitchedModel
 from nbl_export.plan import greedy
-from nbl_export.plan.effects import EVERY, Effects, Judge
-from nbl_export.plan.greedy import GreedyOrder, Point, Search
+from nbl_export.plan.greedy import EVERY, Effects, GreedyOrder, Judge, Point, Search
 from nbl_export.plan.order import Selection
 from nbl_export.run.stages.plan import order_of
 
@@ -171,7 +170,7 @@ def test_an_order_goes_on_as_if_made_at_once_and_a_shorter_one_is_its_front(chec
     assert Search(judged(switched), kept, None, quiet).extend(2).steps == whole.steps
 
 
-class Planted:
+class Planted(Judge):
     """A judge of layers whose changes add up.
 
     excess: what two layers of a set cost beyond that. directions: of each layer's change; by default all are
@@ -191,7 +190,7 @@ class Planted:
         progress(self.num_layers, self.num_layers)
         return self._effects([(i,) for i in range(self.num_layers)])
 
-    def together(self, replaced_set: Sequence[int]) -> Effects:
+    def together(self, replaced_set: Collection[int]) -> Effects:
         self.passes.append(tuple(replaced_set))
         return self._effects([tuple(replaced_set)])
 

@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.mixers.linear import Linear
 from nbl_export.options.goals import parse_layers
-from nbl_export.plan.choose import a_quarter, choose
 from nbl_export.plan.maps_file import load_maps, maps_in, save_maps
+from nbl_export.plan.order import a_quarter, choose
 from nbl_export.records.plan import LayerScore, Plan
 
 from ..command import nbl

@@ -7,13 +7,12 @@ today is another: raise `greedy.RULE`, record what the rule gives here, and meas
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
 from nbl_export.plan import order as selection
-from nbl_export.plan.effects import EVERY, Effects
-from nbl_export.plan.greedy import RULE, GreedyOrder, Search
+from nbl_export.plan.greedy import EVERY, RULE, Effects, GreedyOrder, Judge, Search
 from nbl_export.text.windows import DIVISION
 
 LAYERS, POSITIONS, SIZE = 14, 24, 6
@@ -23,7 +22,7 @@ JUDGED: dict[int, tuple[object, ...]] = {1: (4, 512, 8, [[["deciding", "choosing
                           [["unused", "deciding", "choosing", "choosing", "final"], 8192]])}  # fmt: skip
 
 
-class Planted:
+class Planted(Judge):
     """A judge of two texts whose layers change the output in random directions, more together than apart."""
 
     def __init__(self) -> None:
@@ -35,7 +34,7 @@ class Planted:
     def alone(self, progress: object) -> Effects:
         return self._effects([(i,) for i in range(LAYERS)])
 
-    def together(self, replaced_set: Sequence[int]) -> Effects:
+    def together(self, replaced_set: Collection[int]) -> Effects:
         return self._effects([tuple(replaced_set)])
 
     def _effects(self, replaced_sets: Sequence[tuple[int, ...]]) -> Effects:

@@ -12,7 +12,7 @@ import pytest
 from nbl_export.measure.speculative import Asked, Sample, Way
 from nbl_export.records.capabilities import Proposer
 from nbl_export.report.page import render
-from nbl_export.run.speculative import measured, spoken
+from nbl_export.run.stages.speculative import measured, spoken
 
 from .test_report import MANIFEST, VERIFY
 

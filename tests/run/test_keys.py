@@ -17,7 +17,7 @@ from nbl_export.plan.greedy import GreedyOrder, Point
 from nbl_export.plan.order import Selection
 from nbl_export.records.inputs import Lazy
 from nbl_export.run import resolve
-from nbl_export.run.stages import calibrate, distill, verify
+from nbl_export.run.stages import calibrate, plan, verify
 from nbl_export.run.stages.common import Place
 from nbl_export.run.stages.plan import order_of
 from nbl_export.verify.kept import KeptReferences
@@ -35,7 +35,7 @@ WINDOWS = torch.arange(8 * 64).view(8, 64)
 class Collected:
     """Stands in for the sums of a model with one layer."""
 
-    num_layers, size, count = 1, 2, 64
+    num_layers, size, sizes, count = 1, 2, (2, 2), 64
 
     def __init__(self, taps: list[str]) -> None:
         self.taps, self.restored = taps, 0
@@ -141,7 +141,7 @@ def test_another_second_text_computes_the_order_anew(tmp_path: Path) -> None:
 def distilled(directory: Path, maps: bytes = b"maps", **changes: Any) -> str:
     (directory / "maps").write_bytes(maps)
     inputs = {"fingerprint": "model", "windows": WINDOWS[:6], "judging": WINDOWS[6:], "settings": DistillSettings()}
-    return distill._key(maps=directory / "maps", **{**inputs, **changes})
+    return plan._state_key(maps=directory / "maps", **{**inputs, **changes})
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(DistillSettings)])

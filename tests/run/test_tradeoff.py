@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nbl_export.plan.effects import Judge
+from nbl_export.plan.greedy import Judge
 from nbl_export.report import console as printed
 from nbl_export.report import plots
 

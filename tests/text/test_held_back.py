@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from nbl_export.plan.goal import _steps
 from nbl_export.plan.order import Selection, quiet
-from nbl_export.run.stages import distill as distill_stage
+from nbl_export.plan.planning import _steps
+from nbl_export.run.stages import plan as plan_stage
 from nbl_export.run.stages import verify
 from nbl_export.run.stages.common import Place
 from nbl_export.run.stages.plan import order_of
@@ -127,8 +127,8 @@ def test_distilled_maps_are_judged_by_the_choosing_part(run: Path, monkeypatch: 
     import shutil
 
     resolver = opened(run, fit="distilled")
-    inputs = distill_stage.declare(resolver)
-    assert isinstance(inputs, distill_stage.DistillInputs)
+    inputs = plan_stage.declare_distill(resolver)
+    assert isinstance(inputs, plan_stage.DistillInputs)
     shutil.copy(run / "maps.safetensors", run / "start.safetensors")
 
     class SeenError(Exception):
@@ -139,7 +139,7 @@ def test_distilled_maps_are_judged_by_the_choosing_part(run: Path, monkeypatch: 
 
     monkeypatch.setattr("nbl_export.distill.training.distill", distill)
     with pytest.raises(SeenError) as seen:
-        distill_stage.run(inputs, Place(resolver.run, resolver.ui), run)
+        plan_stage.run_distill(inputs, Place(resolver.run, resolver.ui), run)
     windows, judging = seen.value.args
     assert judging.tolist() == resolver.held_back.value.choosing.tolist()
     assert windows.tolist() == resolver.training.value.tolist()

@@ -14,7 +14,7 @@ import pytest
 
 from nbl_export.errors import NblError
 from nbl_export.evaluation import tasks
-from nbl_export.evaluation.perplexity import NamedText, windows
+from nbl_export.evaluation.measure import NamedText, windows
 from nbl_export.model.checkpoint.load import load_tokenizer
 from nbl_export.text import corpus
 from nbl_export.text.corpus import Text, read_text

@@ -13,8 +13,8 @@ from typing import Any
 import onnx
 import pytest
 
-from nbl_export.report import bench_formats, console
-from nbl_export.run import deployed, describe
+from nbl_export.report import console
+from nbl_export.run import deployed
 from nbl_export.run.progress import Ui
 from nbl_export.trust.terminal import Console, visible
 
@@ -99,7 +99,7 @@ def of_run(name: str) -> Callable[[Path], Any]:
 
 # Every function that makes a table, with the facts of a finished run or facts like them, poisoned.
 TABLES: dict[str, Callable[[Path], Any]] = {
-    "describe_table": lambda run: console.describe_table(poisoned(describe.describe(run))),
+    "describe_table": lambda run: console.describe_table(poisoned(deployed.describe(run))),
     "scores_table": lambda run: console.scores_table(of_run("nbl.json")(run)),
     "checks_table": lambda run: console.checks_table(of_run("verify.json")(run)),
     "speed_table": lambda run: console.speed_table(of_run("report.json")(run)),
@@ -156,7 +156,7 @@ def test_only_the_terminal_module_makes_consoles() -> None:
     assert not [name for name, source in sources.items() if re.search("from_markup|render_markup", source)]
 
 
-@pytest.mark.parametrize("form", bench_formats.FORMATS)
+@pytest.mark.parametrize("form", console.FORMATS)
 def test_no_format_of_a_comparison_obeys_a_name(form: str, tmp_path: Path, genai_dirs: dict[str, Path]) -> None:
     import shutil
 
@@ -208,7 +208,7 @@ def test_text_of_a_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_an_error_does_not_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    from nbl_export.cli.exit import explain
+    from nbl_export.cli.app import explain
     from nbl_export.errors import NblError
 
     with pytest.raises(SystemExit):
@@ -250,5 +250,5 @@ def test_names_in_a_graph(exported: Callable[..., Path], tmp_path: Path) -> None
 def test_doctor_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     advice = "pip install 'nbl-export[gpu]'"
     found = {"ort": {"title": "ONNX Runtime", "available": False, "reason": advice}}
-    monkeypatch.setattr(describe, "examine_engines", lambda: found)
+    monkeypatch.setattr(deployed, "examine_engines", lambda: found)
     assert advice in nbl("doctor").out

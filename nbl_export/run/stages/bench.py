@@ -1,4 +1,4 @@
-"""The bench stage: both decoders measured side by side."""
+"""The stages bench and report: both decoders measured side by side, and all results of a run as a page."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from nbl_export.measure.cost import CostModel, map_sizes
 from nbl_export.measure.roofline import limits_of
 from nbl_export.measure.rounds import Variant
 from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.from_json import edited
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import LeftOut, Place
-from nbl_export.run_directory import BENCH_FILE, DECODERS
+from nbl_export.run_directory import BENCH_FILE, DECODERS, EVAL_FILE, LOSSLESS_FILE, SWEEP_FILE, VERIFY_FILE
 from nbl_export.targets.base import Target
 
 __all__ = ["BenchInputs", "declare", "run"]
@@ -84,3 +85,32 @@ def _limits(inputs: BenchInputs, place: Place, bench: Mapping[str, Any]) -> dict
     if not inputs.available.value.capabilities.measures_limits:
         return {}
     return limits_of(bench, lambda: inputs.limits.value, map_sizes(place.maps()), inputs.precision)
+
+
+# -- report ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """Nothing beside what earlier stages left."""
+
+
+def declare_report(_r: Resolver) -> ReportInputs:
+    return ReportInputs()
+
+
+def run_report(_inputs: ReportInputs, place: Place, out: Path) -> dict[str, Any]:
+    """Write the report as HTML, Markdown and JSON."""
+    from nbl_export.report import page
+
+    def left(stage: str, name: str) -> Any:
+        return place.run.read_json(name) if stage in place.run.stages else None
+
+    verify = place.run.read_json(VERIFY_FILE)
+    benchmark, sweep = left("bench", BENCH_FILE), left("sweep", SWEEP_FILE)
+    quality, lossless = left("eval", EVAL_FILE), left("lossless", LOSSLESS_FILE)
+    with edited(
+        place.run.path, "remove its verify.json, bench.json, sweep.json and eval.json, or start over with --force"
+    ):
+        page.render({**place.run.manifest, "status": place.verdict}, verify, benchmark, out, sweep, quality, lossless)
+    return {"status": place.verdict}

@@ -89,24 +89,17 @@ class Stage:
     """A stage runs if its key changes. The key covers its inputs and the keys of the earlier stages that it reads.
 
     declare: makes the inputs, a frozen dataclass, from the options. The stage itself sees no option.
-    work: writes files to a directory and returns facts for the manifest.
+    run: writes files to a directory and returns facts for the manifest.
     """
 
     name: str
     title: str
     declare: Callable[[Resolver], Any]
-    work: Callable[[Any, Place, Path], dict[str, Any]]
+    run: Callable[[Any, Place, Path], dict[str, Any]]
 
     def key(self, inputs: Any, keys: dict[str, str]) -> str:
-        """Fingerprint of the inputs.
-
-        Args:
-            keys: of the earlier stages that are not left out.
-        """
+        """Fingerprint of the inputs. keys: of the earlier stages that are not left out."""
         return key_of(self.name, identity_of(inputs), [keys[name] for name in READS[self.name] if name in keys])
-
-    def run(self, inputs: Any, place: Place, out: Path) -> dict[str, Any]:
-        return self.work(inputs, place, out)
 
 
 def rows_of(checkpoint: Lazy[Path], maps: dict[int, Mixer], tap: str, *, has_table: bool) -> np.ndarray | None:

@@ -115,7 +115,8 @@ def _open(inputs: EvalInputs, place: Place, variant: str) -> Any:
 
 
 def _measure(subject: Subject, lm: Any, progress: Callable[[int, int], None]) -> Any:
-    from nbl_export.evaluation import measure, perplexity, tasks
+    from nbl_export.evaluation import measure, tasks
+    from nbl_export.evaluation import measure as perplexity
 
     lm.progress = progress
     if isinstance(subject.value, perplexity.NamedText):

@@ -1,4 +1,4 @@
-"""The stages that make graphs: activation-aware scales, the original decoder, and the NBL decoder.
+"""The stages that make graphs: activation-aware scales, the original and the NBL decoder, and compiled engines.
 
     (quantize) ─► scales ─► rescaled model ─► decoder ─► original/ ─► rewrite ─► model/, which can be deployed alone
 
@@ -25,18 +25,16 @@ from nbl_export.files import versions, write_json
 from nbl_export.graph.names import MANIFEST
 from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
-from nbl_export.options.places import public_facts
+from nbl_export.options.options import public_facts
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.results import CheckResult
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import LeftOut, Place, rows_of
 from nbl_export.run_directory import DECODERS, PACKAGES, SCALES_FILE
-from nbl_export.targets.base import ExportSettings, Target
+from nbl_export.targets.base import BuildSettings, ExportSettings, Target
 
-__all__ = [
-    "DecoderInputs", "ExportedModel", "QuantizeInputs", "RewriteInputs", "check_rescaled", "declare_decoder",
-    "declare_quantize", "declare_rewrite", "exported", "run_decoder", "run_quantize", "run_rewrite",
-]  # fmt: skip
+__all__ = ["DecoderInputs", "ExportedModel", "QuantizeInputs", "RewriteInputs", "check_rescaled", "declare_decoder",
+           "declare_quantize", "declare_rewrite", "exported", "run_decoder", "run_quantize", "run_rewrite"]  # fmt: skip
 
 METRIC = "rescaled model: max abs logit difference"
 READ_TOKENS = 8192  # tokens whose magnitudes are averaged
@@ -271,3 +269,36 @@ def run_rewrite(inputs: RewriteInputs, place: Place, out: Path) -> dict[str, Any
     write_json(target / MANIFEST, {**facts, "versions": versions(PACKAGES), "nbl_export": __version__})
     table = None if rows is None else {"layers": list(layers_below(maps)), "bytes": engine.table_bytes(target)}
     return {"token_table": table, "versions": {"nbl-export": __version__, **versions(PACKAGES)}}
+
+
+# -- compiled engines ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BuildInputs:
+    """What compiled engines follow from. library: its version."""
+
+    available: Lazy[Target]
+    library: str
+    max_batch: int
+    prefill_chunk: int
+
+
+def declare_build(r: Resolver) -> BuildInputs | LeftOut:
+    """The inputs of the stage; left out if the engine compiles nothing."""
+    if not r.engine.capabilities.static:
+        return LeftOut()
+    chunk, batch = r.options.chunk(r.spec), r.options.max_batch or 1
+    return r.fill(BuildInputs, library=r.engine.library_version(), max_batch=batch, prefill_chunk=chunk)
+
+
+def run_build(inputs: BuildInputs, place: Place, out: Path) -> dict[str, Any]:
+    """Write engine/; returns the records of the engines for the manifest."""
+    engine = inputs.available.value
+    settings, engines = BuildSettings(inputs.max_batch, inputs.prefill_chunk), {}
+    for subject, name in DECODERS.items():
+        with place.ui.task(f"compiling {name}"):
+            record = engine.build(place.run.path / name, out / "engine" / name, settings)
+        place.ui.say(f"  {name}: {record['plan_bytes'] / 2**20:,.0f} MiB in {record['build_seconds']:.1f} s")
+        engines[subject] = {k: v for k, v in record.items() if k not in ("inputs", "outputs", "schema")}
+    return {"engines": engines, "status": place.verdict}

@@ -1,0 +1,387 @@
+"""The subcommands: of single stages, of measurements, and of finished runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nbl_export.cli import options as opt
+from nbl_export.cli.options import show, ui
+from nbl_export.errors import UsageError
+from nbl_export.options.options import JobOptions
+from nbl_export.trust.terminal import visible
+
+__all__ = ["COMMANDS"]
+
+
+# -- stages ------------------------------------------------------------------------------------------------------
+
+
+@opt.takes("calibrate")
+def calibrate(
+    model: opt.Model,
+    output: opt.Output,
+    asked: dict[str, Any],
+    force: Annotated[bool, typer.Option("--force", help="Start over: remove the run in DIR first.")] = False,
+) -> None:
+    """Collect the moments of every layer from calibration text."""
+    from nbl_export.run.pipeline import run_calibration
+    from nbl_export.run_directory import MOMENTS_FILE
+
+    if run_calibration(model, asked, output, ui(), force=force) is not None:
+        print(output / MOMENTS_FILE)
+
+
+@opt.takes("plan")
+def plan(
+    directory: opt.Run,
+    asked: dict[str, Any],
+    sweep: Annotated[bool, typer.Option("--sweep", help="Quality and modelled speed of 0, 1, ... layers.")] = False,
+    max_layers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Most layers of a sweep; default: half of the layers.")
+    ] = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Score layers, choose which to replace, fit their maps.
+
+    --sweep shows quality against modelled speed for every number of layers.
+    """
+    from nbl_export.report.console import scores_table, sweep_table
+    from nbl_export.run.pipeline import run_stages, run_sweep
+    from nbl_export.run_directory import SWEEP_FILE
+
+    if sweep:
+        found = run_sweep(directory, ui(as_json), asked, max_layers).read_json(SWEEP_FILE)
+        return show(found, sweep_table(found), as_json)
+    if max_layers is not None:
+        raise typer.BadParameter("needs --sweep", param_hint="--max-layers")
+    run = run_stages(directory, "plan", ui(as_json), changes=asked)
+    shown = ("num_layers", "replaced_layers", "tap", "select", "fit", "ranks", "goal", "curve", "scores")
+    facts = {k: run.manifest[k] for k in shown}
+    return show(facts, scores_table(run.manifest), as_json)
+
+
+@opt.takes("rewrite")
+def rewrite(directory: opt.Run, asked: dict[str, Any]) -> None:
+    """Write the decoder graph of a run and its NBL version."""
+    from nbl_export.run.pipeline import run_stages
+
+    run_stages(directory, "rewrite", ui(), changes=asked)
+    print(directory / "model")
+
+
+def rewrite_graph(
+    graph: Annotated[Path, typer.Argument(metavar="GRAPH", help="An ONNX decoder of any exporter, or its directory.")],
+    maps: Annotated[Path, typer.Option(metavar="FILE", help="The maps.safetensors of a run.")],
+    output: Annotated[Path, typer.Option(metavar="OUT", help="A new directory to write.")],
+    layers: Annotated[
+        str | None, typer.Option(metavar="LAYERS", help='Use only these maps ("0,7,24-29"); default: all maps.')
+    ] = None,
+    tap: Annotated[
+        str | None, typer.Option(metavar="TAP", help="Input of the maps; default: the tap that FILE records.")
+    ] = None,
+) -> None:
+    """Replace layers of any ONNX decoder by maps, without torch."""
+    from nbl_export.run.rewrite_given import rewrite_given
+
+    print(rewrite_given(graph, maps, layers, tap, output))
+
+
+def verify(directory: opt.Run, as_json: opt.Json = False) -> None:
+    """Compare the exported graphs with the torch models."""
+    from nbl_export.report.console import checks_table
+    from nbl_export.run.pipeline import run_stages
+    from nbl_export.run_directory import VERIFY_FILE
+
+    run = run_stages(directory, "verify", ui(as_json))
+    result = run.read_json(VERIFY_FILE)
+    show(result, checks_table(result), as_json)
+
+
+@opt.takes("build")
+def build(directory: opt.Run, asked: dict[str, Any], force: opt.Force = False) -> None:
+    """Compile both decoders; run this on the target machine."""
+    from nbl_export.run.pipeline import run_stages
+
+    run_stages(directory, "build", ui(), changes=asked, force=force, needs="build")
+    print(directory / "engine" / "model")
+
+
+def report(directory: opt.Run, force: opt.Force = False) -> None:
+    """Write report.html, report.md and report.json."""
+    from nbl_export.run.pipeline import run_stages
+    from nbl_export.run_directory import REPORT_HTML
+
+    run_stages(directory, "report", ui(), force=force)
+    print(directory / REPORT_HTML)
+
+
+# -- speed, operators and quality ----------------------------------------------------------------------------------
+
+
+@opt.takes("bench")
+def bench(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR ...", help="Run directories (their model/), or GenAI model directories."),
+    ],
+    asked: dict[str, Any],
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Compare with this directory; default: original/ of the first run."),
+    ] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", metavar="FORMAT", help="table (default), md, csv, json or llama-bench.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write to FILE; .md, .csv or .json sets the format.")
+    ] = None,
+    lossless: Annotated[bool, typer.Option("--lossless", help="Measure lossless/ of a run beside original/.")] = False,
+    force: opt.Force = False,
+    trust_engine: opt.TrustEngine = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Measure decoders side by side.
+
+    The decoders are those of one run, or of several directories.
+    """
+    from nbl_export.report import console
+    from nbl_export.run import compare
+    from nbl_export.run.deployed import trust_engines
+    from nbl_export.run.pipeline import run_stages
+    from nbl_export.run_directory import REPORT_JSON
+
+    if trust_engine:
+        trust_engines([*directories, *([against] if against else [])])
+    if lossless:
+        return _bench_speculative(directories, asked, [against, form, output], as_json)
+    chosen = console.format_of(form, output, as_json=as_json)
+    console.check_output(output)
+    if compare.is_stage(directories, against, form, output):
+        run = run_stages(directories[0], "report", ui(as_json), changes=asked, force=force, needs="bench")
+        result = run.read_json(REPORT_JSON)
+        return show(result, console.speed_table(result), as_json)
+    value = compare.compare(directories, against, JobOptions("", **asked), ui(as_json), force=force)
+    text = console.render(value, chosen, None if sys.stdout.isatty() and not output else 140)
+    if output is None:
+        return print(text, end="")
+    console.write(text, output)
+    return print(output)
+
+
+def _bench_speculative(directories: list[Path], asked: dict[str, Any], others: list[Any], as_json: bool) -> None:
+    from nbl_export.report.console import speculative_table
+    from nbl_export.run.stages.speculative import bench_speculative
+
+    if len(directories) != 1 or any(others):
+        raise typer.BadParameter(
+            "takes one run directory, and neither --against, --format nor --output", param_hint="--lossless"
+        )
+    found = bench_speculative(directories[0], asked, ui(as_json))
+    show(found, speculative_table(found), as_json)
+
+
+@opt.takes("profile")
+def profile(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, or a GenAI model directory.")],
+    asked: dict[str, Any],
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Time each operator with ONNX Runtime's profiler."""
+    from nbl_export.report.console import profile_table
+    from nbl_export.run import profile as profiling
+
+    profiling.check_request(asked)
+    found = profiling.profile(directory, JobOptions("", **asked), ui(as_json), force=force)
+    show(found, profile_table(found), as_json)
+
+
+def evaluate(
+    directory: opt.Run,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="TASK,...", help="lm-evaluation-harness tasks: lambada_openai,arc_easy,piqa,wikitext."),
+    ] = None,
+    perplexity: Annotated[
+        str | None, typer.Option(metavar="NAME=FILE,...", help="Measure perplexity on these texts.")
+    ] = None,
+    variants: Annotated[
+        str, typer.Option(metavar="VARIANT,...", help="original, nbl (the exported graphs), torch-original, torch-nbl.")
+    ] = "original,nbl",
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Use the first N documents or windows; default: all.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(metavar="FILES", help="Local documents: FILES/TASK/SPLIT.jsonl.")] = None,
+    ppl_context: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Tokens of a --perplexity window; default 512.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens between windows; default: the context.")
+    ] = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Run benchmarks and measure perplexity on the exported graphs."""
+    from nbl_export.evaluation.measure import parse_named
+    from nbl_export.records.requests import EvalRequest
+    from nbl_export.report.console import eval_table
+    from nbl_export.run.pipeline import run_evaluation
+    from nbl_export.run_directory import EVAL_FILE
+
+    for given, flag, needs, named in (
+        (ppl_context, "--ppl-context", "--perplexity", perplexity),
+        (stride, "--stride", "--perplexity", perplexity),
+        (data, "--data", "--tasks", tasks),
+    ):
+        if given is not None and not named:
+            raise UsageError(f"{flag} is for {needs}; leave {flag} out")
+    context = ppl_context or 512
+    request = EvalRequest(
+        tasks=_words(tasks), variants=_words(variants), limit=limit, data=data,
+        texts=tuple(parse_named(perplexity)) if perplexity else (),
+        context=context, stride=context if stride is None else stride,
+    )  # fmt: skip
+    run = run_evaluation(directory, request, ui(as_json), force=force)
+    result = run.read_json(EVAL_FILE)
+    show(result, eval_table(result), as_json)
+
+
+def _words(listed: str | None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in (listed or "").split(",") if word.strip())
+
+
+def accept(
+    directory: opt.Run, force: opt.Force = False, trust_engine: opt.TrustEngine = False, as_json: opt.Json = False
+) -> None:
+    """Accept the engines of a run on the GPU machine that will run them.
+
+    Logits, text and caches are compared with values that verification has left in the directory.
+    """
+    from nbl_export.report.console import ladder_table
+    from nbl_export.run.accept import accept as run_acceptance
+    from nbl_export.run.accept import refuse_failed
+    from nbl_export.run.deployed import trust_engines
+
+    if trust_engine:
+        trust_engines([directory])
+    found = run_acceptance(directory, ui(as_json), force=force)
+    show(found, ladder_table(found["checks"], f"Acceptance, {found['engine']}"), as_json)
+    refuse_failed(found, directory)
+
+
+# -- finished runs -------------------------------------------------------------------------------------------------
+
+
+def card(
+    directory: opt.Run,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Hub id of the base model, if the run was made from files.")
+    ] = None,
+    transformers_js: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="Also copy the model folder to OUT, laid out for transformers.js."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on despite a failed verification, and overwrite an edited card.")
+    ] = False,
+) -> None:
+    """Write the model card, README.md of the model folder."""
+    from nbl_export.publish.card import write_card
+    from nbl_export.publish.transformers_js import lay_out
+
+    print(write_card(directory, base_model, force=force))
+    if transformers_js is not None:
+        print(lay_out(directory, transformers_js))
+
+
+def convert(
+    directory: opt.Run,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORM",
+            help="transformers, gguf, nemotron-nas or mlx; or the engine: vllm, llama.cpp, ollama, ...",
+        ),
+    ],
+    output: Annotated[Path, typer.Option(metavar="TARGET", help="The new file or directory.")],
+    kind: Annotated[
+        str | None,
+        typer.Option("--type", metavar="TYPE", help="gguf: keep (the original's codes, default), f16, q8_0 or q4_0."),
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="gguf: a GGUF of the original; default: the run's own model.")
+    ] = None,
+    force: opt.Force = False,
+) -> None:
+    """Write the NBL model for transformers, llama.cpp, TensorRT-LLM or mlx-lm."""
+    from nbl_export.publish.convert import convert as write
+
+    shown = ui()
+    for result in write(directory, to, output, shown, kind=kind, base=base, force=force):
+        shown.say(f"  {result.subject}: {result.metric}: {result.detail}")
+    print(output)
+
+
+def generate(
+    directory: opt.Run,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to continue or answer.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N")] = 256,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
+    original: Annotated[bool, typer.Option("--original", help="Use the original decoder instead.")] = False,
+    lossless: Annotated[bool, typer.Option("--lossless", help="Use the original with proposed tokens.")] = False,
+    force: opt.Force = False,
+    trust_engine: opt.TrustEngine = False,
+) -> None:
+    """Stream an answer from the exported decoder."""
+    from nbl_export.run.deployed import open_for_text, trust_engines
+
+    if trust_engine:
+        trust_engines([directory])
+    if original and lossless:
+        raise typer.BadParameter("give one of --original and --lossless", param_hint="--lossless")
+    name = "original" if original else "lossless" if lossless else "model"
+    with open_for_text(directory, name, force=force) as runner:
+        for piece in runner.stream(runner.encode(prompt, chat=not raw), max_new_tokens):
+            print(visible(piece), end="", flush=True)
+    print()
+
+
+def inspect(
+    directory: Annotated[Path, typer.Argument(metavar="DIR|FILE.onnx", help="A run directory, or any decoder graph.")],
+    as_json: opt.Json = False,
+) -> None:
+    """Show the contents of a run directory or of an ONNX decoder."""
+    from nbl_export.graph.graph_only import has_graph
+    from nbl_export.report.console import describe_table, graph_table
+    from nbl_export.run.deployed import describe
+
+    if has_graph(directory):
+        from nbl_export.rewrite.describe import describe_graph
+
+        found = describe_graph(directory)
+        return show(found, graph_table(found), as_json)
+    facts = describe(directory)
+    return show(facts, describe_table(facts), as_json)
+
+
+def doctor(as_json: opt.Json = False) -> None:
+    """List the engines that work on this machine, and why others do not."""
+    from nbl_export.report.console import doctor_table
+    from nbl_export.run.deployed import examine_engines
+    from nbl_export.targets.gpu import find_gpu, spoken
+
+    found = examine_engines()
+    show(found, doctor_table(found, spoken(find_gpu())), as_json)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "calibrate": calibrate, "plan": plan, "rewrite": rewrite, "rewrite-graph": rewrite_graph, "verify": verify,
+    "build": build, "report": report, "accept": accept, "bench": bench, "profile": profile, "eval": evaluate,
+    "card": card, "convert": convert, "generate": generate, "inspect": inspect, "doctor": doctor,
+}  # fmt: skip
