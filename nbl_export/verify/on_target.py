@@ -192,7 +192,7 @@ def checks(runner: Any, subject: str, expected: Expected, doing: Doing) -> Itera
         yield from ladder.judge(check, subject, name, judged, expected.tolerance, None)
     yield _chunk_behind_cache(runner, subject, expected, doing)
     if expected.prompts:
-        doing("d", "generating text")
+        doing("text", "generating text")
         texts, margins = expected.text(subject)
         said = [runner.greedy(prompt, len(text)) for prompt, text in zip(expected.prompts, texts, strict=True)]
         yield ladder.check_greedy(subject, said, texts, margins, expected.tolerance)
@@ -226,7 +226,7 @@ def _appended(runner: Any, parts: Sequence[Sequence[int]], *, begun: bool = Fals
 
 def _chunk_behind_cache(runner: Any, subject: str, expected: Expected, doing: Doing) -> CheckResult:
     """Check last_token: the prefill of the first row in two chunks, and its cached steps as one chunk."""
-    doing("f", "running a chunk behind a cache")
+    doing("last_token", "running a chunk behind a cache")
     row, prefill = expected.rows[0], len(expected.rows[0]) - DECODE_STEPS
     cuts = sorted({0, prefill // 2, prefill, len(row)})
     parts = [row[start:end] for start, end in itertools.pairwise(cuts)]

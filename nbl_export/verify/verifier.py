@@ -221,7 +221,7 @@ class Verifier:
         if coded.graph is not None:
             ran = products(coded.graph)
             self.results.append(codes.check_products(subject, coded.stored, ran))
-        self._logits("g", subject, decoder, self.tolerance, CODES)
+        self._logits("quantised", subject, decoder, self.tolerance, CODES)
         got = [ladder.run_rows(decoder, [row])[0] for row in self.probe.rows]
         self.results.append(codes.distance(subject, got, self.truth[subject].logits))
 

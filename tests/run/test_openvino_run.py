@@ -12,8 +12,6 @@ import pytest
 
 from ..command import TINY, assert_refused, nbl
 
-pytestmark = pytest.mark.usefixtures("short_parts")
-
 
 @pytest.fixture(scope="module")
 def asked(checkpoint: Callable[[str], Path], text: Path) -> tuple[object, ...]:
@@ -21,7 +19,7 @@ def asked(checkpoint: Callable[[str], Path], text: Path) -> tuple[object, ...]:
 
 
 @pytest.fixture(scope="module")
-def runs(asked: tuple[object, ...], short_parts: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(asked: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """precision -> a finished run. Never write to it."""
     found = {}
     for precision in ("fp16", "int8"):
