@@ -211,7 +211,7 @@ def ctrl_c() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def light_jobs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Jobs of a test measure memory in the test's own process, draw no plots, and time lossless decoding twice.
+    """Jobs of a test measure memory in the test's own process, draw no plots, and time lossless decoding briefly.
 
     This saves a quarter of a tiny job. Tests of memory and of plots, and jobs in a process of their own, are as a
     user's.
@@ -221,6 +221,7 @@ def light_jobs(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     from nbl_export.measure import benchmark, footprint
     from nbl_export.report import plots
+    from nbl_export.run import speculative as figures
     from nbl_export.run.stages import speculative
 
     def here(open_runner: Any, directory: Path, threads: int | None, *asked: Any) -> footprint.Footprint:
@@ -230,6 +231,9 @@ def light_jobs(request: pytest.FixtureRequest) -> Iterator[None]:
         patch.setattr(benchmark.run, "__kwdefaults__", {**(benchmark.run.__kwdefaults__ or {}), "measure": here})
         patch.setattr(plots, "_svg", lambda *_: "<svg></svg>")
         patch.setattr(speculative, "LOADS", 2)
+        for module in (speculative, figures):
+            patch.setattr(module, "NEW_TOKENS", 16)
+        patch.setattr(figures, "_MOST_PROMPT_TOKENS", 128)
         yield
 
 
