@@ -26,19 +26,15 @@ import pytest
 
 from nbl_export.mixers.linear import Linear
 
-from .command import TINY, in_new_process
+from .command import SHORT_PARTS, TINY, in_new_process
 from .graph_sources import make_graph
 from .store import Store, key_of
 from .tiny import LAYERS, random_map, save_checkpoint, stdlib_text
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: what is started would inherit it,
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # and tests of Ctrl-C would wait for ever
-
-
 # Changed files that run the stand-ins of TensorRT.
 _STAND_INS = re.compile(
-    r"nbl_export/(engines/(tensorrt|static)|decoders/static|run/accept|verify/on_target)"
-    r"|tests/(engines/test_(trt_|tensorrt)|tensorrt_api|fake_|trt_tiny|static_tiny|run/test_accept|conftest)"
+    r"nbl_export/(targets/tensorrt|run/accept|verify/on_target)"
+    r"|tests/(targets/test_(trt_|tensorrt)|tensorrt_api|fake_|trt_tiny|static_tiny|run/test_accept|conftest)"
 )
 _ROOT = Path(__file__).parent.parent
 
@@ -86,6 +82,17 @@ def own_list(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     home = tmp_path_factory.mktemp("cache") / "nbl-export" / "engines"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(user_lists, "_list", lambda: home)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_parts() -> Iterator[None]:
+    """Jobs in this process read as little text as `finished`: quality loss is half of a tiny verification."""
+    from nbl_export.text import windows
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windows, "_PART_TOKENS", dict(windows._PART_TOKENS))  # put back
+        exec(SHORT_PARTS)
         yield
 
 
@@ -177,7 +184,7 @@ def finished(same: tuple[object, ...], stores: dict[str, Store]) -> Path:
     """The run directory that `same` leaves. Never write to it: `run` is a copy. What was said lies beside it."""
 
     def make(folder: Path) -> None:
-        done = in_new_process(*same, "--output", folder / "run")  # no patch of a test reaches it
+        done = in_new_process(*same, "--output", folder / "run", code=SHORT_PARTS)  # no patch of a test reaches it
         assert done.status == 0, done.err
         (folder / "stdout").write_text(done.out, encoding="utf-8")
         (folder / "stderr").write_text(done.err, encoding="utf-8")
@@ -191,20 +198,20 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-@pytest.fixture(scope="module")
-def short_parts() -> Iterator[None]:
-    """A quarter of the windows for each use of text, in this process: what tests of other subjects wait for."""
-    from nbl_export.text import windows
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C interrupts this process: a shell's background job ignores it, as does what it starts.
 
-    shorter = {roles: tokens // 4 for roles, tokens in windows._PART_TOKENS.items()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windows, "_PART_TOKENS", shorter)
-        yield
+    Only for tests that send it, so that one sent to the job's group leaves the other tests alone.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def light_jobs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Jobs of a test measure memory in the test's own process, draw no plots, and time lossless decoding twice.
+    """Jobs of a test measure memory in the test's own process, draw no plots, and time lossless decoding briefly.
 
     This saves a quarter of a tiny job. Tests of memory and of plots, and jobs in a process of their own, are as a
     user's.
@@ -223,6 +230,8 @@ def light_jobs(request: pytest.FixtureRequest) -> Iterator[None]:
         patch.setattr(benchmark.run, "__kwdefaults__", {**(benchmark.run.__kwdefaults__ or {}), "measure": here})
         patch.setattr(plots, "_svg", lambda *_: "<svg></svg>")
         patch.setattr(speculative, "LOADS", 2)
+        patch.setattr(speculative, "NEW_TOKENS", 16)
+        patch.setattr(speculative, "_MOST_PROMPT_TOKENS", 128)
         yield
 
 

@@ -10,6 +10,7 @@ with ForkServer(tmp_path) as server:
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import json
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 __all__ = ["ForkServer", "ForkedRun"]
 
 _PATIENCE_SECONDS = 120.0
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class ForkedRun:
@@ -94,8 +96,9 @@ class ForkServer:
     def __enter__(self) -> ForkServer:
         command = [sys.executable, "-m", "tests.fork_server"]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent,
+            start_new_session=True,  # no signal of a test reaches the group of the tests
+        )  # fmt: skip
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -131,10 +134,20 @@ def _tell(what: str, number: int) -> None:
     sys.stdout.flush()
 
 
+def _end_with_parent() -> None:
+    """If the tests are killed, a run that only a signal ends must not go on for ever."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def _become(arguments: list[str], code: str, log: str) -> None:
     from nbl_export.cli.app import main
 
     os.setsid()
+    _end_with_parent()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may be a background job, which ignores it
     for number, target in ((0, os.devnull), (1, os.devnull), (2, log)):
         os.dup2(os.open(target, os.O_RDWR), number)
     sys.argv = ["nbl-export", *arguments]
@@ -147,9 +160,12 @@ def _become(arguments: list[str], code: str, log: str) -> None:
 
 
 if __name__ == "__main__":
+    _end_with_parent()
     import transformers.models.llama  # noqa: F401  whatever takes long to load
 
     import nbl_export.report.page
     import nbl_export.rewrite  # noqa: F401
+    from tests.command import SHORT_PARTS
 
+    exec(SHORT_PARTS)
     _serve()

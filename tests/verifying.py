@@ -44,12 +44,14 @@ def verify_tiny(
     tap: str = "residual",
     mixer_of: Callable[[int], Mixer] = random_map,
     exported: Path | None = None,
+    prompts: bool = True,
 ) -> list[CheckResult]:
     """Export, prune, rewrite and verify in the folder `work`; leading replaced layers become a table of tokens.
 
     Args:
         mixer_of: layer -> its mixer.
         exported: the original graph, which is copied instead of made.
+        prompts: without them, no text is compared.
     """
     engine, spec = load_engine(ENGINES[source]), read_spec(resolve(str(checkpoint)))
     static = engine.capabilities.static
@@ -69,7 +71,7 @@ def verify_tiny(
         shipped, directories = directories, build_twins(checkpoint, setting, maps, rows_VD, work / "twins")
         results += check_shipped(setting, shipped, directories)
     coded = coded_graphs(setting, directories, results, work / "coded")
-    made = Verifier(setting, _probe(), maps, rows_VD, results, KeptReferences(work / "references", []))
+    made = Verifier(setting, _probe(prompts), maps, rows_VD, results, KeptReferences(work / "references", []))
     made.refer_to_torch(coded, lambda: contextlib.nullcontext(load_model(checkpoint)))
     made.run(directories, coded)
     return results
@@ -80,7 +82,7 @@ def _quiet(_title: str) -> Iterator[Any]:
     yield lambda *_: None
 
 
-def _probe() -> Probe:
+def _probe(prompts: bool) -> Probe:
     ids = np.random.default_rng(0).integers(2, VOCAB, _LONG + DECODE_STEPS).tolist()
     rows = [tuple(ids[: n + DECODE_STEPS]) for n in _PREFILL]
-    return Probe(tuple(rows), (tuple(ids[20:44]), tuple(ids[90:114])), 24, tuple(ids))
+    return Probe(tuple(rows), (tuple(ids[20:44]), tuple(ids[90:114])) if prompts else (), 24, tuple(ids))

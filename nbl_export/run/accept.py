@@ -165,7 +165,7 @@ def examined(
     Yields:
         [RESULT, the fields of a RungResult], [MESSAGE, text of a library], [CANNOT_RUN, reason], at last [FINISHED].
     """
-    check, doing = "a", "starting"
+    check, doing = "structure", "starting"
     with Child(examine, find, subject, directory, values) as child:
         while True:
             try:
@@ -186,7 +186,7 @@ def examined(
 
 def examine(write: Write, find: Find, subject: str, directory: Path, values: Path) -> None:
     """Check one decoder in this process, and send the events that `examined` yields. No error gets out."""
-    now = ["a", "starting"]
+    now = ["structure", "starting"]
 
     def doing(check: str, what: str) -> None:
         now[:] = check, what
@@ -203,12 +203,12 @@ def examine(write: Write, find: Find, subject: str, directory: Path, values: Pat
 
 
 def _examine(write: Write, find: Find, subject: str, directory: Path, expected: Expected, doing: Doing) -> None:
-    doing("a", "looking for the GPU and the library")
+    doing("structure", "looking for the GPU and the library")
     engine = find()
     found = engine.probe_run()
     if not found.available:
         return write([CANNOT_RUN, found.reason])
-    doing("a", f"opening the decoder {subject}")
+    doing("structure", f"opening the decoder {subject}")
     limits = SequenceLimits(max(map(len, expected.rows)))
     try:
         runner: Any = engine.open_runner(directory, None, limits)
@@ -220,7 +220,7 @@ def _examine(write: Write, find: Find, subject: str, directory: Path, expected: 
         )
         for result in checks(runner, subject, expected, doing):
             write(_event(result))
-        doing("a", f"closing the decoder {subject}")
+        doing("structure", f"closing the decoder {subject}")
     return None
 
 

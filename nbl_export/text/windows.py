@@ -55,7 +55,9 @@ SECOND_ROLES = ("unused", "deciding", "choosing", "choosing", "final")
 _PART_TOKENS: dict[tuple[str, ...], int] = {CALIBRATION_ROLES: 4096, SECOND_ROLES: 8192}
 _JUDGING_TOKENS = 2048
 FEWEST_WINDOWS = 3  # one for each purpose
-DIVISION = [[roles, tokens] for roles, tokens in _PART_TOKENS.items()]  # in the key of a stage that reads a part
+DIVISION: list[Any] = [
+    [roles, tokens] for roles, tokens in _PART_TOKENS.items()
+]  # in the key of a stage that reads a part
 
 
 def pack(

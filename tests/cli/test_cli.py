@@ -136,7 +136,7 @@ def test_stages_go_to_stderr_and_the_result_to_stdout(finished: Path) -> None:
     said = finished.with_name("stderr").read_text(encoding="utf-8")
     assert stage_lines(Outcome(0, "", said)) == dict.fromkeys(STAGES, "done")
     quality_loss = [line for line in said.splitlines() if line.startswith("  perplexity ")]
-    assert len(quality_loss) == 2 and all(" to " in line and "8,192 tokens" in line for line in quality_loss)
+    assert len(quality_loss) == 2 and all(" to " in line and "2,048 tokens" in line for line in quality_loss)
     busy = [line for line in said.splitlines() if "measured on a busy machine" in line]  # as it may be
     (curve,) = (line for line in said.splitlines() if line.startswith("  1 layer: "))
     assert "prefill; 2: " in curve

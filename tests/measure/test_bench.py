@@ -540,6 +540,7 @@ def test_a_child_that_fails_is_one_sentence(behaviour: str, sentence: str) -> No
         footprint(behaviour)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows starts processes in another way")
 def test_ctrl_c_while_the_child_starts_leaves_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread of a library takes the signal, in which it is not blocked; the child would outlive this process."""

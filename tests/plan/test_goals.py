@@ -32,7 +32,6 @@ from ..command import assert_refused, nbl
 from ..jobs import resolver_of
 from ..tiny import HEAD_DIM, LAYERS
 
-pytestmark = pytest.mark.usefixtures("short_parts")
 LAYER_BYTES = 2 * 2 * HEAD_DIM * 4  # cache of one layer of the tiny Llama, one token, float32
 
 

@@ -29,11 +29,8 @@ from ..tiny import HIDDEN, SPLIT, random_map, save_checkpoint, save_gguf
 IDS = torch.arange(3, 40)[None]
 
 
-pytestmark = pytest.mark.usefixtures("short_parts")
-
-
 @pytest.fixture(scope="module")
-def runs(text: Path, short_parts: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Finished runs on a GGUF: maps without a bias, with a bias on the normed input, and on the residual stream."""
     model = save_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
     kinds = {"linear": ("--maps", "linear"), "normed": ("--tap", "normed"), "residual": ()}

@@ -197,7 +197,7 @@ def test_an_engine_that_hangs_is_ended(values: Path, monkeypatch: pytest.MonkeyP
 
     def impatient(self: Child, seconds: float | None = None) -> Any:
         event = answer(self, 0.2 if opened else 300)
-        opened.extend([event] if event[:2] == ["doing", "c"] else [])
+        opened.extend([event] if event[:2] == ["doing", "nbl"] else [])
         return event
 
     monkeypatch.setattr(Child, "answer", impatient)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -15,14 +17,20 @@ from gguf import GGUFReader, quants
 from nbl_export.errors import RefusalError
 from nbl_export.graph.names import draft_file
 from nbl_export.graph.quantised import quantised_matrices
+from nbl_export.options.options import JobOptions
+from nbl_export.records.inputs import Lazy
 from nbl_export.rewrite import quantize
+from nbl_export.run.progress import Ui
+from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages import speculative as speculative_stage
+from nbl_export.run.stages.common import Place
+from nbl_export.run_directory import RunDirectory
 from nbl_export.targets.onnx.genai import GenaiRunner
 from nbl_export.targets.onnx.speculative import SpeculativeRunner
 
 from ..command import TINY, Outcome, assert_refused, nbl, snapshot
 from ..gguf_kinds import HALVES, every_token, save_mixed
-from ..jobs import resolver_of
+from ..jobs import resolver_of, until
 from ..tiny import LAYERS
 
 
@@ -42,7 +50,7 @@ def lossless(
 def test_earlier_stages_are_reused(lossless: tuple[Path, Outcome], finished: Path) -> None:
     run, done = lossless
     assert "bench: reused" in done.err
-    assert "lossless decoding: done" in done.err
+    assert "speculative decoding: done" in done.err
     before, after = snapshot(finished), snapshot(run)
     kept = {name for name in before if name.partition("/")[0] in ("original", "model")}
     assert all(after[name] == before[name] for name in kept)
@@ -141,10 +149,21 @@ def test_requests_that_do_not_fit(run: Path, lossless: tuple[Path, Outcome]) -> 
     assert nbl("bench", done, run, "--lossless").status == 2
 
 
-def test_an_int4_draft_of_an_int4_decoder_is_warned_of(run: Path, same: tuple[object, ...]) -> None:
-    done = nbl(*same, "--draft", "int4", "--precision", "int4", "--output", run)
-    assert done.status == 0, done.err
-    assert "cannot make it faster" in done.err
+class StopError(Exception):
+    pass
+
+
+def test_an_int4_draft_of_an_int4_decoder_is_warned_of(tmp_path: Path) -> None:
+    def stop() -> Any:
+        raise StopError
+
+    for precision, warned in (("int4", True), ("fp32", False)):
+        said: list[str] = []
+        place: Any = SimpleNamespace(ui=SimpleNamespace(say=said.append), run=SimpleNamespace(path=tmp_path))
+        inputs: Any = SimpleNamespace(precision=precision, draft="int4", engine=Lazy(None, stop))
+        with pytest.raises(StopError):
+            speculative_stage.run(inputs, place, tmp_path)
+        assert [("cannot make it faster" in line) for line in said] == [True] * warned
 
 
 FOUR_BITS = dict.fromkeys(
@@ -152,23 +171,38 @@ FOUR_BITS = dict.fromkeys(
 )
 
 
+@pytest.fixture(scope="module")
+def of_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on a GGUF up to its decoder graph, beside the file. Never write to it."""
+    home = tmp_path_factory.mktemp("gguf")
+    model, text = save_mixed(home / "m.gguf", FOUR_BITS), every_token(home / "text.txt", 12_000)
+    given = ("--model", model, "--calibration", text, *TINY, "--calibration-tokens", "4096", "--draft", "int4")
+    with until("decoder"):
+        done = nbl(*given, "--output", home / "run")
+    assert done.status == 0, done.err
+    return home / "run"
+
+
 @pytest.mark.parametrize("fit", [True, False], ids=["fit", "refused"])
 def test_a_draft_of_a_gguf_has_the_codes_of_the_file(
-    fit: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fit: bool, of_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The draft of a float32 target has the target's own values; codes that a graph cannot have leave an int4 draft."""
-    model, text = save_mixed(tmp_path / "m.gguf", FOUR_BITS), every_token(tmp_path / "text.txt", 12_000)
+    model, out, said = of_gguf.with_name("m.gguf"), tmp_path / "out", list[str]()
+    shutil.copytree(of_gguf, tmp_path / "run")
+    out.mkdir()
     if not fit:
         monkeypatch.setattr(quantize, "take_codes", mock.Mock(side_effect=RefusalError(None, "planted")))
-    done = nbl(
-        "--model", model, "--calibration", text, *TINY, "--calibration-tokens", "4096", "--draft", "int4",
-        "--output", tmp_path / "run",
-    )  # fmt: skip
-    assert done.status == 0, done.err
-    assert ("do not fit: planted" in done.err) is not fit
-    row = json.loads((tmp_path / "run" / "lossless.json").read_text(encoding="utf-8"))["overall"][0]
+    with RunDirectory.open_run(tmp_path / "run", create=False) as run:
+        resolver = Resolver(JobOptions.from_json(run.manifest["options"]), run, Ui(quiet=True))
+        monkeypatch.setattr(resolver.ui, "say", said.append)
+        inputs = speculative_stage.declare(resolver)
+        assert isinstance(inputs, speculative_stage.SpeculativeInputs)
+        speculative_stage.run(inputs, Place(run, resolver.ui), out)
+    assert any("do not fit: planted" in line for line in said) is not fit
+    row = json.loads((out / "lossless.json").read_text(encoding="utf-8"))["overall"][0]
     assert row["equal"] == row["prompts"] == 8
-    graph = ir.load(tmp_path / "run" / "lossless" / draft_file("int4")).graph
+    graph = ir.load(out / "lossless" / draft_file("int4")).graph
     drafted = [matrix.blocks().coded for matrix in quantised_matrices(graph).values()]
     downs = [t for t in GGUFReader(model).tensors if "ffn_down" in t.name]
     assert len(downs) == LAYERS

@@ -16,8 +16,6 @@ from nbl_export.report import plots
 from ..command import assert_refused, nbl
 from ..tiny import LAYERS
 
-pytestmark = pytest.mark.usefixtures("short_parts")
-
 
 def facts_of(run: Path) -> Any:
     return json.loads((run / "nbl.json").read_text(encoding="utf-8"))

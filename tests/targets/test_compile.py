@@ -112,7 +112,7 @@ def test_predicted_cache_bytes_are_the_engines_and_the_reports(compiled: Path) -
 
 
 @needs_rtx
-@pytest.mark.parametrize("slots", [2048, 32_768])
+@pytest.mark.parametrize("cache_length", [2048, 32_768])
 def test_cache_bytes_of_long_caches(cache_length: int, tmp_path: Path) -> None:
     """Original against NBL: what was predicted is what the plan's inputs hold, and what engine.json says."""
     for name, replaced in (("original", ()), ("model", (1,))):

@@ -73,7 +73,7 @@ def test_a_graph_without_the_repair_is_not_that_of_torch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(module, repair, instead)
-    assert "b" in failed(verify_tiny(checkpoint(architecture), source, "fp32", tmp_path, (1,)))
+    assert "original" in failed(verify_tiny(checkpoint(architecture), source, "fp32", tmp_path, (1,), prompts=False))
 
 
 @pytest.mark.parametrize(
@@ -118,12 +118,12 @@ def test_no_step_to_the_static_form_can_be_left_out(
 @pytest.mark.parametrize(
     ("field", "wrong", "architecture", "source", "check"),
     [
-        ("norm_before", None, "llama", "genai", "c"),
-        ("norm_after", None, "gemma2", "genai", "c"),
-        ("norm_after", None, "olmo2", "mobius", "c"),
-        ("multiplier", None, "granite", "genai", "c"),
-        ("score_scalar", None, "gemma3", "mobius", "b"),
-        ("embedding_root", False, "gemma3", "genai", "b"),
+        ("norm_before", None, "llama", "genai", "nbl"),
+        ("norm_after", None, "gemma2", "genai", "nbl"),
+        ("norm_after", None, "olmo2", "mobius", "nbl"),
+        ("multiplier", None, "granite", "genai", "nbl"),
+        ("score_scalar", None, "gemma3", "mobius", "original"),
+        ("embedding_root", False, "gemma3", "genai", "original"),
         ("runtime_type", None, "olmo2", "mobius", ""),
     ],
 )
@@ -136,7 +136,7 @@ def test_an_architectures_record_is_needed(
     assert getattr(ARCHITECTURES[name], field) != wrong
     monkeypatch.setitem(ARCHITECTURES, name, dataclasses.replace(ARCHITECTURES[name], **{field: wrong}))
     if check:
-        assert check in failed(verify_tiny(checkpoint(architecture), source, "fp32", tmp_path, (1,)))
+        assert check in failed(verify_tiny(checkpoint(architecture), source, "fp32", tmp_path, (1,), prompts=False))
     else:
         with pytest.raises(NblError):
             verify_tiny(checkpoint(architecture), source, "fp32", tmp_path, (1,))

@@ -127,7 +127,7 @@ def test_a_plan_has_each_matrix_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @needs_rtx
-@pytest.mark.parametrize("slots", [2048, 32_768])
+@pytest.mark.parametrize("cache_length", [2048, 32_768])
 def test_cache_memory_is_as_predicted(cache_length: int) -> None:
     """Bytes of the engine's cache inputs, original against NBL, from the model's numbers alone."""
     for replaced in ((), (1,)):

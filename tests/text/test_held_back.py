@@ -25,6 +25,12 @@ from ..jobs import opened
 PARTS = ("deciding", "choosing", "final")
 
 
+@pytest.fixture(autouse=True)
+def whole_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a user's job."""
+    monkeypatch.setattr(text_windows, "_PART_TOKENS", {tuple(roles): tokens for roles, tokens in text_windows.DIVISION})
+
+
 def counting(tokens: int) -> tuple[Any, Any]:
     """A text whose k-th token is k, and its tokenizer."""
 
@@ -115,7 +121,7 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
 
         def window_losses(self, windows: Any, mixes: Any, _progress: Any) -> Any:
             seen.setdefault("deciding", []).append(windows)
-            loss = SimpleNamespace(positions=1, original_sum=1.0, mix_sum=1.0, kl_sum=0.0)
+            loss = SimpleNamespace(positions=1, original_sum=1.0, nbl_sum=1.0, kl_sum=0.0)
             return {name: [loss, loss] for name in mixes}
 
     recorder: Any = Recorder()
@@ -151,8 +157,8 @@ def test_a_run_says_what_it_read_for_what(run: Path) -> None:
     texts = json.loads((run / "verify.json").read_text())["texts"]
     uses = [(t["use"], t["tokens"]) for t in texts]
     assert ("calibration: scores and maps", 1024) in uses
-    assert [tokens for use, tokens in uses if use == "choice of layers"] == [2048, 2048]
-    assert all(tokens >= 8192 for use, tokens in uses if use == "final figures")
+    assert [tokens for use, tokens in uses if use == "choice of layers"] == [1024, 2048]  # SHORT_PARTS
+    assert [tokens for use, tokens in uses if use == "final figures"] == [2048, 2048]
     assert "distillation: judging" not in dict(uses) and "number of layers" not in dict(uses)
     done = nbl("verify", run, "--json")
     assert done.status == 0 and json.loads(done.out)["texts"] == texts

@@ -85,7 +85,7 @@ def test_wiring_is_proven_to_float32_accuracy(architecture: str, precision: str,
         assert max(r["value"] for r in seen) < EXACT
     assert max(r["value"] for r in on_logits(checks, "quantised")) < TOLERANCES[precision].limit
     said = json.loads((run / "verify.json").read_text(encoding="utf-8"))["proof"]
-    largest = max(r["value"] for r in on_logits(checks, "c"))
+    largest = max(r["value"] for r in on_logits(checks, "nbl"))
     assert f"{largest:.1e} in any logit" in said[0] and len(said) == 4
     assert all(sentence in (run / "report.md").read_text(encoding="utf-8") for sentence in said)
 
