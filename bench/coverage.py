@@ -6,7 +6,7 @@
 A row of windows is a first-order autoregression: neighbours correlate by `correlation`. For other differences than
 normal ones, each value goes through the distribution function. Methods:
 
-- `this`: `nbl_export.quality`
+- `this`: `nbl_export.records.quality`
 - `t`: Student's t, as if windows were independent
 - `estimated`: from 8 windows on longer by sqrt((1 + r) / (1 - r)), with the estimated r limited to 0 to 0.7;
   corrected for skewness as `this`
@@ -28,9 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.quality import _corrected as corrected
-from nbl_export.quality import _student as student
-from nbl_export.quality import interval_ends
+from nbl_export.records.quality import _corrected as corrected
+from nbl_export.records.quality import _student as student
+from nbl_export.records.quality import interval_ends
 
 RESULT = Path(__file__).parent / "results" / "coverage-perplexity.json"
 TRIALS = 5000

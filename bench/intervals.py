@@ -5,7 +5,7 @@
 A load gives two rounds of two decoders. The logarithm of a duration is the sum of a part of the load and a part of the
 round; `correlation` is the share of the load's part. Rows: kind of noise and correlation. Columns:
 
-- the sign interval of `nbl_export.measure.paired` with one ratio for each load, at 6, 12 and 24 loads
+- the sign interval of `nbl_export.records.paired` with one ratio for each load, at 6, 12 and 24 loads
 - the same interval when `nbl_export.measure.rounds.Rule` ends the rounds (the lowest of several spreads)
 - the sign interval with rounds treated as independent, at 12 loads
 - the signed-rank interval (Hodges and Lehmann) of the loads, at 12 and 24 loads
@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.measure.paired import CONFIDENCE, PairedRatio, paired_ratio
 from nbl_export.measure.rounds import LOOKS, NARROW, Rule
+from nbl_export.records.paired import CONFIDENCE, PairedRatio, paired_ratio
 
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 CORRELATIONS = (0.0, 0.5, 0.95)

@@ -8,7 +8,7 @@ from typing import Any
 
 from tables_speed import cell, level, spoken
 
-from nbl_export.measure.paired import paired_ratio
+from nbl_export.records.paired import paired_ratio
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]

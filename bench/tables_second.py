@@ -8,8 +8,8 @@ from typing import Any
 from tables_quality import TEXTS, rise
 from tables_speed import cell, level
 
-from nbl_export.quality import increase_interval
 from nbl_export.records.plan import spoken_layers
+from nbl_export.records.quality import increase_interval
 
 # Raw result of a job -> title, and raw result of its layers on other texts.
 _JOBS = {"stages-smollm2": ("SmolLM2-135M", "default-smollm2"), "stages-qwen": ("Qwen2.5-Coder-0.5B", "default-qwen")}

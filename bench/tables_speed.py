@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from nbl_export.measure.paired import PairedRatio, paired_ratio, spoken_ratio
-from nbl_export.quality import spoken_loss
+from nbl_export.records.paired import PairedRatio, paired_ratio, spoken_ratio
 from nbl_export.records.plan import spoken_layers
+from nbl_export.records.quality import spoken_loss
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]

@@ -55,7 +55,7 @@ def main() -> None:
     import dataclasses
 
     from nbl_export.measure.benchmark import machine
-    from nbl_export.measure.paired import paired_ratio
+    from nbl_export.records.paired import paired_ratio
 
     named = dict(text.split("=", 1) for text in options.checkpoints)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in named}

@@ -50,11 +50,10 @@ from nbl_export.measure.instruments import (
     disk_bytes,
     find_meter,
     measure_footprint,
-    spoken_background,
 )
 from nbl_export.measure.rounds import Progress, Rule, Stand, Steps, Variant, groups, time_rounds
 from nbl_export.model.memory import available_bytes
-from nbl_export.records.results import Scenario
+from nbl_export.records.results import Scenario, spoken_background
 from nbl_export.run_directory import PACKAGES
 from nbl_export.targets.runners import SequenceLimits
 

@@ -45,7 +45,7 @@ from nbl_export.parallel.child import Child, Write
 from nbl_export.targets.runners import TextRunner
 
 __all__ = ["Footprint", "Instruments", "Meter", "OpenRunner", "Reading", "background_of", "disk_bytes",
-           "find_meter", "is_busy", "measure_footprint", "read_usage", "spoken_background", "used_between",
+           "find_meter", "is_busy", "measure_footprint", "read_usage", "used_between",
            "wait_until_idle"]  # fmt: skip
 
 _LOOK = 0.01  # seconds of one observation
@@ -164,24 +164,6 @@ def background_of(loads: Sequence[Mapping[str, Any]], waits: int, gave_up: int) 
 def is_busy(found: Mapping[str, Any]) -> bool:
     """Whether other processes and the host took more than a tenth of the cores."""
     return found["others"] is not None and found["others"] + found["stolen"] > _BUSY_SHARE * found["cores"]
-
-
-def spoken_background(found: Mapping[str, Any]) -> str:
-    """The value of `background_of` in words that continue "speed was", without a full stop."""
-    if found["others"] is None:
-        words = "measured on a machine that does not count the processor time of other processes"
-    else:
-        where = "on a busy machine:" if is_busy(found) else "while"
-        cores = f"{found['cores']} core{'' if found['cores'] == 1 else 's'}"
-        stolen = f", and its host took {_cores(found['stolen'])} more" if found["stolen"] >= 0.01 else ""
-        words = f"measured {where} other processes used {_cores(found['others'])} of {cores}{stolen}"
-    if found["gave_up"]:
-        words += f"; {found['gave_up']} of {found['waits']} runs began while threads of the previous run still computed"
-    return words
-
-
-def _cores(count: float) -> str:
-    return f"{count:.2g}" if count < 10 else f"{count:.0f}"
 
 
 # -- energy ------------------------------------------------------------------------------------------------------

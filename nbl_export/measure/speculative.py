@@ -17,10 +17,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from nbl_export.measure.paired import paired_ratio
 from nbl_export.records.capabilities import Proposer
+from nbl_export.records.paired import paired_ratio
 
-__all__ = ["PLAIN", "Asked", "Sample", "Way", "best_of_each", "decoding", "equal_answers", "overall", "rows",
+__all__ = ["PLAIN", "Asked", "Sample", "Way", "best_of_each", "overall", "rows",
            "time_ways"]  # fmt: skip
 
 PLAIN = "plain"
@@ -97,16 +97,6 @@ def time_ways(
                         found.append(Sample(way, one, load, runner.generation(one.ids, new_tokens, _options(way))))
                         progress(len(found), total)
     return found
-
-
-def decoding(precision: str) -> str:
-    """The name of decoding with proposed tokens: only float32 gave the original's answers every time."""
-    return "lossless decoding" if precision == "fp32" else "speculative decoding"
-
-
-def equal_answers(row: Mapping[str, Any]) -> str:
-    """How many answers of a row are those of plain decoding: "9 of 20 answers (45%)"."""
-    return f"{row['equal']} of {row['prompts']} answers ({row['equal'] / row['prompts']:.0%})"
 
 
 def _options(way: Way) -> dict[str, int | bool]:

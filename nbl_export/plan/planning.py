@@ -44,8 +44,8 @@ from nbl_export.model.switched import SwitchedModel
 from nbl_export.options.goals import DEFAULT_INCREASE, CacheBudget, PerplexityIncrease, TargetSpeedup
 from nbl_export.plan.inputs import AskedGoal, MapKind, Maps, PlanInputs, SweepInputs, Texts
 from nbl_export.plan.order import Selection, Task, a_quarter, choose, quiet
-from nbl_export.quality import loss_row, spoken_interval, windows_needed
 from nbl_export.records.plan import Plan
+from nbl_export.records.quality import loss_row, spoken_interval, windows_needed
 
 __all__ = ["RECOMMENDED_INCREASE", "Reached", "count_for_budget", "count_for_speedup", "count_within", "make_plan",
            "recommend", "sweep"]  # fmt: skip

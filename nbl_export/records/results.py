@@ -13,7 +13,7 @@ import numpy as np
 
 from nbl_export.records.from_json import require
 
-__all__ = ["COMPARED", "FAILED", "VERIFIED", "CheckResult", "Scenario", "Timing", "status_of"]
+__all__ = ["COMPARED", "FAILED", "VERIFIED", "CheckResult", "Scenario", "Timing", "spoken_background", "status_of"]
 
 VERIFIED, COMPARED, FAILED = "verified", "compared", "failed"
 _UNQUANTISED = ("fp32", "fp16", "bf16")
@@ -181,3 +181,21 @@ class Timing:
     @property
     def stdev(self) -> float:
         return statistics.stdev(self.tokens_per_second) if len(self.samples_ns) > 1 else 0.0
+
+
+def spoken_background(found: Mapping[str, Any]) -> str:
+    """The value of `measure.instruments.background_of` in words that continue "speed was", without a full stop."""
+    if found["others"] is None:
+        words = "measured on a machine that does not count the processor time of other processes"
+    else:
+        where = "on a busy machine:" if found["busy"] else "while"
+        cores = f"{found['cores']} core{'' if found['cores'] == 1 else 's'}"
+        stolen = f", and its host took {_cores(found['stolen'])} more" if found["stolen"] >= 0.01 else ""
+        words = f"measured {where} other processes used {_cores(found['others'])} of {cores}{stolen}"
+    if found["gave_up"]:
+        words += f"; {found['gave_up']} of {found['waits']} runs began while threads of the previous run still computed"
+    return words
+
+
+def _cores(count: float) -> str:
+    return f"{count:.2g}" if count < 10 else f"{count:.0f}"

@@ -16,10 +16,10 @@ from typing import Any
 
 from nbl_export.errors import NblError, UsageError
 from nbl_export.files import replacing
-from nbl_export.measure.instruments import spoken_background
-from nbl_export.measure.paired import spoken_ratio, spoken_test
-from nbl_export.quality import spoken_interval
+from nbl_export.records.paired import spoken_ratio, spoken_test
 from nbl_export.records.plan import spoken_layers
+from nbl_export.records.quality import spoken_interval
+from nbl_export.records.results import spoken_background
 from nbl_export.report import quality, speed
 from nbl_export.report.table import Column, Shown, Table, facts
 from nbl_export.trust.terminal import Console, visible

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from nbl_export.measure.instruments import spoken_background
-from nbl_export.measure.paired import spoken_ratio
-from nbl_export.quality import spoken_loss
+from nbl_export.records.paired import spoken_ratio
 from nbl_export.records.plan import spoken_layers
-from nbl_export.records.results import COMPARED, FAILED, VERIFIED
+from nbl_export.records.quality import spoken_loss
+from nbl_export.records.results import COMPARED, FAILED, VERIFIED, spoken_background
 from nbl_export.report import words
 from nbl_export.report.document import (
     Alarm,

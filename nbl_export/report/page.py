@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.files import write_json
-from nbl_export.measure.paired import figures
+from nbl_export.records.paired import figures
 from nbl_export.records.results import FAILED, status_of
 from nbl_export.report import model, plots, quality, speed
 from nbl_export.report.document import Document, html, markdown

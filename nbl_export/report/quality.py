@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nbl_export.measure.paired import spoken_ratio
 from nbl_export.options.goals import default_select
 from nbl_export.options.options import JobOptions, describe_command
 from nbl_export.options.settle import over
-from nbl_export.quality import spoken_interval, spoken_loss
+from nbl_export.records.paired import spoken_ratio
+from nbl_export.records.quality import spoken_interval, spoken_loss
 from nbl_export.records.results import COMPARED, VERIFIED
 from nbl_export.report import words
 from nbl_export.report.document import Block, Code, Details, Figure, Figures, Heading, Paragraph, Section

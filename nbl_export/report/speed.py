@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nbl_export.measure.instruments import spoken_background
-from nbl_export.measure.paired import FEWEST_LOADS, LEVEL_UNTIL_NARROW, exact_level, spoken_level, spoken_ratio
-from nbl_export.measure.speculative import decoding, equal_answers
+from nbl_export.records.paired import FEWEST_LOADS, LEVEL_UNTIL_NARROW, exact_level, spoken_level, spoken_ratio
+from nbl_export.records.results import spoken_background
 from nbl_export.report import words
 from nbl_export.report.document import Block, Details, Figure, Figures, Heading, Paragraph, Section
 from nbl_export.report.table import Cell, Column, Table
+from nbl_export.report.words import decoding, equal_answers
 
 __all__ = ["engines", "is_swept", "lossless", "ratios", "speculative_table", "speed"]
 

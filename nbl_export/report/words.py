@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nbl_export.measure.paired import spoken_test
+from nbl_export.records.paired import spoken_test
 
-__all__ = ["change", "duration", "figure", "listed", "milliseconds", "number", "percent", "plural", "signed",
-           "size", "test"]  # fmt: skip
+__all__ = ["change", "decoding", "duration", "equal_answers", "figure", "listed", "number", "percent", "plural",
+           "milliseconds", "signed", "size", "test"]  # fmt: skip
 
 
 def number(value: float | None, missing: str = "–") -> str:
@@ -82,3 +82,13 @@ def test(row: Mapping[str, Any], *, swept: bool) -> str:
         swept: the benchmark had several numbers of threads, so the number is part of the words.
     """
     return spoken_test(row, swept=swept).replace(" at depth ", "\u00a0at\u00a0depth\u00a0")
+
+
+def decoding(precision: str) -> str:
+    """The name of decoding with proposed tokens: only float32 gave the original's answers every time."""
+    return "lossless decoding" if precision == "fp32" else "speculative decoding"
+
+
+def equal_answers(row: Mapping[str, Any]) -> str:
+    """How many answers of a row are those of plain decoding: "9 of 20 answers (45%)"."""
+    return f"{row['equal']} of {row['prompts']} answers ({row['equal'] / row['prompts']:.0%})"

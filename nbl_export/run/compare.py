@@ -56,8 +56,8 @@ def compare(
         NblError: a directory is of neither kind, or its engine is not available or cannot run the tests.
     """
     from nbl_export.measure.benchmark import BenchSetting, side_by_side
-    from nbl_export.measure.paired import figures, spoken_test
     from nbl_export.measure.rounds import Variant
+    from nbl_export.records.paired import figures, spoken_test
 
     decoders, base = _decoders(directories, against, force)
     first = _check(decoders, options)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import NblError
-from nbl_export.quality import increase_interval, mean_interval, perplexity
+from nbl_export.records.quality import increase_interval, mean_interval, perplexity
 
 __all__ = ["quality_loss"]
 

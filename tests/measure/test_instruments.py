@@ -20,10 +20,10 @@ from nbl_export.measure.instruments import (
     background_of,
     find_meter,
     read_usage,
-    spoken_background,
     used_between,
     wait_until_idle,
 )
+from nbl_export.records.results import spoken_background
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ import torch
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
+from nbl_export.calibrate.awq import rescale
 from nbl_export.model.checkpoint import load
-from nbl_export.quantize.awq import rescale
 
 from ..codes import GROUP, METHODS, dequantised, quantise
 from ..command import TINY, assert_refused, nbl

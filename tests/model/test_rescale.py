@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from nbl_export.calibrate.awq import groups_of, rescale
 from nbl_export.model.checkpoint import load
-from nbl_export.quantize.awq import groups_of, rescale
 
 from ..tiny import EVERY, HIDDEN, LAYERS
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from nbl_export.errors import UsageError
 from nbl_export.graph.sizes import read_graph_facts
-from nbl_export.measure.paired import figures
+from nbl_export.records.paired import figures
 from nbl_export.report.console import FORMATS, format_of, render
 
 from ..command import Outcome, assert_refused, nbl, snapshot

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.quality import warn_of_text
+from nbl_export.records.quality import warn_of_text
 from nbl_export.report.page import render
 from nbl_export.verify.perplexity import quality_loss
 
@@ -111,7 +111,7 @@ class Windowed:
 
 
 def test_figures_and_intervals_are_those_of_float64_window_by_window() -> None:
-    from nbl_export.quality import increase_interval, mean_interval
+    from nbl_export.records.quality import increase_interval, mean_interval
 
     original, nbl = Windowed(0), Windowed(1)
     windows = np.random.default_rng(2).integers(0, 5000, (9, 200))

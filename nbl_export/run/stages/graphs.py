@@ -2,7 +2,7 @@
 
     (quantize) ─► scales ─► rescaled model ─► decoder ─► original/ ─► rewrite ─► model/, which can be deployed alone
 
-Scales are one for each channel that matrices read, from the calibration text (`quantize.awq`). Calibration, plan and
+Scales are one for each channel that matrices read, from the calibration text (`calibrate.awq`). Calibration, plan and
 distillation use the model as it is. From the decoder graph on, matrices are the rescaled ones, and maps behind a norm
 read the rescaled norm's output.
 """
@@ -69,7 +69,7 @@ def declare_quantize(r: Resolver) -> QuantizeInputs | LeftOut:
 
 def run_quantize(inputs: QuantizeInputs, place: Place, out: Path) -> dict[str, Any]:
     """Write the scales; returns the facts for the manifest."""
-    from nbl_export.quantize.awq import choose, groups_of, observe, save_scales
+    from nbl_export.calibrate.awq import choose, groups_of, observe, save_scales
 
     model, ids = inputs.model.value, inputs.windows.value
     groups = list(groups_of(model))
@@ -99,13 +99,13 @@ class ExportedModel:
 
     def scales(self, place: Place) -> dict[str, Any]:
         """Scales by the name of a group; none without a method."""
-        from nbl_export.quantize.awq import load_scales
+        from nbl_export.calibrate.awq import load_scales
 
         return load_scales(place.run.path / SCALES_FILE) if self.method == "awq" else {}
 
     def rescaled(self, place: Place) -> Any:
         """The torch model with the matrices that graphs are made from, kept until the model is forgotten."""
-        from nbl_export.quantize.awq import rescale
+        from nbl_export.calibrate.awq import rescale
 
         scales = self.scales(place)
         if scales:

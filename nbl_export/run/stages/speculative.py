@@ -27,18 +27,7 @@ from nbl_export.files import write_json
 from nbl_export.gguf_format.blocks import is_known
 from nbl_export.graph.names import GRAPH_FILE, MANIFEST
 from nbl_export.measure.benchmark import where_measured
-from nbl_export.measure.speculative import (
-    PLAIN,
-    Asked,
-    Sample,
-    Way,
-    best_of_each,
-    decoding,
-    equal_answers,
-    overall,
-    rows,
-    time_ways,
-)
+from nbl_export.measure.speculative import PLAIN, Asked, Sample, Way, best_of_each, overall, rows, time_ways
 from nbl_export.model.checkpoint import pretrained
 from nbl_export.options.goals import parse_layers
 from nbl_export.options.options import GGUF, JobOptions
@@ -49,6 +38,7 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import CheckResult
+from nbl_export.report.words import decoding, equal_answers
 from nbl_export.run.deployed import available_engine, locate
 from nbl_export.run.progress import Ui
 from nbl_export.run.resolve import Resolver

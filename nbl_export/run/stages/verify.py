@@ -14,9 +14,9 @@ from nbl_export.graph.names import GENAI_CONFIG, all_logits_file
 from nbl_export.mixers.base import Mixer
 from nbl_export.options.options import CHECKPOINT_FIT, GGUF
 from nbl_export.plan.inputs import Texts
-from nbl_export.quality import spoken_loss, warn_of_text
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy, identity_of
+from nbl_export.records.quality import spoken_loss, warn_of_text
 from nbl_export.records.results import CheckResult
 from nbl_export.run.facts import require_engine
 from nbl_export.run.resolve import Resolver

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from nbl_export import quality
-from nbl_export.quality import (
+from nbl_export.records import quality
+from nbl_export.records.quality import (
     _student,
     _weighed,
     increase_interval,

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from nbl_export.calibrate import awq as rescale_module
+from nbl_export.calibrate.awq import Group, Seen, choose, load_scales, rounded, save_scales
 from nbl_export.errors import CorruptError
 from nbl_export.graph.quantised import int4_blocks
-from nbl_export.quantize import awq as rescale_module
-from nbl_export.quantize.awq import Group, Seen, choose, load_scales, rounded, save_scales
 
 from ..command import nbl
 from ..jobs import until

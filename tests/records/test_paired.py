@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nbl_export.measure.paired import LEVEL_UNTIL_NARROW, PairedRatio, exact_level, paired_ratio, spoken_level
 from nbl_export.measure.rounds import LOOKS, Rule
+from nbl_export.records.paired import LEVEL_UNTIL_NARROW, PairedRatio, exact_level, paired_ratio, spoken_level
 
 
 def of_loads(*ratios: float) -> PairedRatio:

@@ -1,1 +1,0 @@
-"""Prepares a model's matrices for rounding to few bits."""
