@@ -115,7 +115,7 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
 
         def window_losses(self, windows: Any, mixes: Any, _progress: Any) -> Any:
             seen.setdefault("deciding", []).append(windows)
-            loss = SimpleNamespace(positions=1, original_sum=1.0, mix_sum=1.0, kl_sum=0.0)
+            loss = SimpleNamespace(positions=1, original_sum=1.0, nbl_sum=1.0, kl_sum=0.0)
             return {name: [loss, loss] for name in mixes}
 
     recorder: Any = Recorder()
