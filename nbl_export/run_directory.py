@@ -73,12 +73,8 @@ SUBJECTS = {
     "lossless": Subject("lossless", "lossless", "lossless decoding"),
 }
 DECODERS = {name: SUBJECTS[name].directory for name in ("original", "nbl")}  # of every run: subject -> directory
-VERIFY_FILE = "verify.json"
-BENCH_FILE = "bench.json"
-EVAL_FILE = "eval.json"
-SWEEP_FILE = "sweep.json"
-DISTILL_FILE = "distill.json"
-LOSSLESS_FILE = "lossless.json"
+VERIFY_FILE, BENCH_FILE, EVAL_FILE = "verify.json", "bench.json", "eval.json"
+SWEEP_FILE, DISTILL_FILE, LOSSLESS_FILE = "sweep.json", "distill.json", "lossless.json"
 REPORT_JSON, REPORT_HTML, REPORT_MD = "report.json", "report.html", "report.md"
 CALIBRATION_FILE = "calibration.jsonl.gz"
 MOMENTS_FILE = "moments.safetensors"
@@ -180,7 +176,8 @@ class RunDirectory:
             )
         try:
             _check_manifest(manifest)
-            manifest["command"] = _command_of(manifest, self.path)
+            # from checked options, since the command in a file may be a stranger's advice
+            manifest["command"] = describe_command(JobOptions.from_json(manifest["options"]), self.path)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CorruptError(f"{path} is not a manifest of nbl-export ({error}); {advice}") from error
         self.manifest = manifest
@@ -348,11 +345,6 @@ def _check_manifest(manifest: Any) -> None:
     if manifest.get("goal") is not None:
         _require({"max_perplexity_increase": "", "default": False, **manifest["goal"]},
                  max_perplexity_increase=str, default=bool)  # fmt: skip
-
-
-def _command_of(manifest: dict[str, Any], output: Path) -> str:
-    """The command that goes on with a run, from checked options; `command` in a file may be a stranger's advice."""
-    return describe_command(JobOptions.from_json(manifest["options"]), output)
 
 
 def _check_curve(curve: Any) -> None:

@@ -58,8 +58,8 @@ def takes(command: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         own = inspect.signature(function, eval_str=True).parameters
-        asked = {name: said for name, said in OPTIONS.items() if command in said.commands}
-        added = [_parameter(name, said, command) for name, said in sorted(asked.items(), key=_place)]
+        asked = {name: record for name, record in OPTIONS.items() if command in record.commands}
+        added = [_parameter(name, record, command) for name, record in sorted(asked.items(), key=_place)]
 
         @functools.wraps(function)
         def run(*args: Any, **given: Any) -> Any:
@@ -81,26 +81,26 @@ def _place(item: tuple[str, Option]) -> int:
     return PANELS.index(item[1].panel)
 
 
-def _parameter(name: str, said: Option, command: str) -> inspect.Parameter:
-    kind = _kind(name, said)
-    low, high = (None, None) if said.numbers or kind is str else (said.least, said.most)
-    metavar = said.metavar or ("N,..." if said.numbers else None if said.least is None else "N")
-    hidden = command == MAIN and not said.first
+def _parameter(name: str, record: Option, command: str) -> inspect.Parameter:
+    kind = _kind(name, record)
+    low, high = (None, None) if record.numbers or kind is str else (record.least, record.most)
+    metavar = record.metavar or ("N,..." if record.numbers else None if record.least is None else "N")
+    hidden = command == MAIN and not record.first
     default = next(f.default for f in dataclasses.fields(JobOptions) if f.name == name)
     counted = isinstance(default, (int, float)) and not isinstance(default, bool)
-    text = f"{said.help.removesuffix('.')}; default {default:g}." if counted else said.help
+    text = f"{record.help.removesuffix('.')}; default {default:g}." if counted else record.help
     declared = typer.Option(
-        flag_of(name), help=text, metavar=metavar, hidden=hidden, rich_help_panel=said.panel, min=low, max=high
+        flag_of(name), help=text, metavar=metavar, hidden=hidden, rich_help_panel=record.panel, min=low, max=high
     )
     annotation: Any = Annotated[kind | None, declared]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _kind(name: str, said: Option) -> Any:
+def _kind(name: str, record: Option) -> Any:
     """The type of an option for typer; a list of numbers is text."""
     hint = typing.get_type_hints(JobOptions)[name]
     kinds = {part for part in (typing.get_args(hint) or (hint,)) if part is not type(None)}
-    if said.numbers:
+    if record.numbers:
         return str
     return list[str] if typing.get_origin(hint) is tuple else kinds.pop()
 

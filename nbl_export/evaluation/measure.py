@@ -33,7 +33,7 @@ from nbl_export.errors import NblError, UsageError
 from nbl_export.evaluation.tasks import Benchmark
 from nbl_export.text.corpus import READ_BYTES, Text
 
-__all__ = ["AGGREGATIONS", "Difference", "Figure", "Metric", "NamedText", "Outcome", "difference", "figure",
+__all__ = ["AGGREGATIONS", "Figure", "Metric", "NamedText", "Outcome", "difference", "figure",
            "parse_named", "run_benchmark", "run_windows", "windows"]  # fmt: skip
 
 _WINDOWS_AT_ONCE = 16
@@ -156,15 +156,7 @@ def run_windows(
 
 @dataclass(frozen=True)
 class Figure:
-    """A value and its standard error; None for a single item."""
-
-    value: float
-    stderr: float | None
-
-
-@dataclass(frozen=True)
-class Difference:
-    """New minus old on the same items, and its standard error."""
+    """A value, or a difference of values, and its standard error; None for a single item."""
 
     value: float
     stderr: float | None
@@ -211,7 +203,7 @@ def figure(aggregation: str, items: Any) -> Figure:
     return Figure(value, _error(influence))
 
 
-def difference(aggregation: str, new: Any, old: Any) -> Difference:
+def difference(aggregation: str, new: Any, old: Any) -> Figure:
     """New minus old over the same items in the same order.
 
     Raises:
@@ -220,7 +212,7 @@ def difference(aggregation: str, new: Any, old: Any) -> Difference:
     if len(new) != len(old):
         raise ValueError(f"{len(new)} items are not paired with {len(old)}")
     (a, u), (b, v) = (AGGREGATIONS[aggregation](np.asarray(items, np.float64)) for items in (new, old))
-    return Difference(a - b, _error(u - v))
+    return Figure(a - b, _error(u - v))
 
 
 def _error(influence: np.ndarray) -> float | None:
@@ -279,8 +271,5 @@ def windows(
             f"the text {named.name} has {len(ids)} tokens, fewer than one window of {context}; "
             "give more text or a smaller --ppl-context"
         )
-    return [_cut(ids[start : start + context], 1 if start == 0 else max(1, context - stride)) for start in starts]
-
-
-def _cut(window: Sequence[int], read: int) -> tuple[list[int], list[int]]:
-    return list(window[:read]), list(window[read:])
+    cuts = [(start, start + (1 if start == 0 else max(1, context - stride))) for start in starts]
+    return [(ids[start:cut], ids[cut : start + context]) for start, cut in cuts]

@@ -35,7 +35,7 @@ import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import psutil
@@ -51,8 +51,9 @@ from nbl_export.measure.instruments import (
     find_meter,
     measure_footprint,
 )
-from nbl_export.measure.rounds import Progress, Rule, Stand, Steps, Variant, groups, time_rounds
+from nbl_export.measure.rounds import Bench, Progress, Rule, Steps, Variant, groups, time_rounds
 from nbl_export.model.memory import available_bytes
+from nbl_export.options.options import JobOptions
 from nbl_export.records.results import Scenario, spoken_background
 from nbl_export.run_directory import PACKAGES
 from nbl_export.targets.runners import SequenceLimits
@@ -81,40 +82,26 @@ class BenchSetting:
     gpu: bool = False
 
 
-class Asked(Protocol):
-    """The tests that are asked for: options of a job, or inputs of a stage."""
+@dataclass(frozen=True)
+class BenchTests:
+    """The tests that are asked for; names as in the options."""
 
-    @property
-    def prompt_tokens(self) -> tuple[int, ...]: ...
-
-    @property
-    def generate_tokens(self) -> int | None: ...
-
-    @property
-    def depths(self) -> tuple[int, ...]: ...
-
-    @property
-    def batches(self) -> tuple[int, ...]: ...
-
-    @property
-    def threads(self) -> tuple[int, ...] | None: ...
-
-    @property
-    def repetitions(self) -> int | None: ...
+    prompt_tokens: tuple[int, ...]
+    generate_tokens: int | None
+    depths: tuple[int, ...]
+    batches: tuple[int, ...]
+    threads: tuple[int, ...] | None
+    repetitions: int | None
 
 
 def side_by_side(
-    variants: Mapping[str, Variant],
-    options: Asked,
-    setting: BenchSetting,
-    progress: Progress,
+    variants: Mapping[str, Variant], tests: BenchTests | JobOptions, setting: BenchSetting, progress: Progress,
     say: Callable[[str], None],
-) -> dict[str, Any]:
-    """Plan the tests that the options ask for, and measure them on every variant.
+) -> dict[str, Any]:  # fmt: skip
+    """Plan the tests that are asked for, and measure them on every variant.
 
     Args:
-        variants: by name; `open` also takes the largest sequence as `room`.
-        options: depths, prompt lengths, tokens to generate, batches, threads and repetitions.
+        variants: by name; `open` also takes the largest sequence as `limits`.
         say: told that the machine was busy, if it was.
 
     Returns:
@@ -125,25 +112,22 @@ def side_by_side(
     """
     directories = [variant.directory for variant in variants.values()]
     scenarios = plan_scenarios(
-        options.prompt_tokens, decode_tokens(options.generate_tokens, directories, gpu=setting.gpu), options.depths,
-        options.batches, options.threads or (setting.threads,),
+        tests.prompt_tokens, decode_tokens(tests.generate_tokens, directories, gpu=setting.gpu), tests.depths,
+        tests.batches, tests.threads or (setting.threads,),
     )  # fmt: skip
     limits = limits_for(scenarios, setting.context_length)
     opened = {name: replace(v, open=functools.partial(v.open, limits=limits)) for name, v in variants.items()}
     instruments = Instruments(meter=find_meter(gpu=setting.gpu))
-    result = run(opened, scenarios, options.repetitions, progress, setting=setting, instruments=instruments)
+    result = run(opened, scenarios, tests.repetitions, progress, setting=setting, instruments=instruments)
     if result["background"]["busy"]:
         say(f"  {spoken_background(result['background'])}")
     return result
 
 
 def plan_scenarios(
-    prompt_tokens: Sequence[int],
-    generate_tokens: int,
-    depths: Sequence[int],
-    batches: Sequence[int] = (1,),
+    prompt_tokens: Sequence[int], generate_tokens: int, depths: Sequence[int], batches: Sequence[int] = (1,),
     threads: Sequence[int | None] = (None,),
-) -> tuple[Scenario, ...]:
+) -> tuple[Scenario, ...]:  # fmt: skip
     """Prefills and decode at each depth, depths ascending and distinct: pp512@0, tg128@0, pp512@2048, ...
 
     The list repeats for each batch, and then for each number of threads.
@@ -193,20 +177,10 @@ _APART = (
 _MEMORY_SHARE = 0.9  # of the available memory, for the peaks of all variants together
 
 
-def _random_ids(setting: BenchSetting, batch: int, length: int) -> np.ndarray:
-    return np.random.default_rng(setting.seed).integers(0, setting.vocab_size, (batch, length), dtype=np.int32)
-
-
 def run(
-    variants: Mapping[str, Variant],
-    scenarios: Sequence[Scenario],
-    repetitions: int | None,
-    progress: Progress,
-    *,
-    setting: BenchSetting,
-    instruments: Instruments | None = None,
-    measure: Measure = measure_footprint,
-) -> dict[str, Any]:
+    variants: Mapping[str, Variant], scenarios: Sequence[Scenario], repetitions: int | None, progress: Progress, *,
+    setting: BenchSetting, instruments: Instruments | None = None, measure: Measure = measure_footprint,
+) -> dict[str, Any]:  # fmt: skip
     """Measure every scenario on every variant and return the value of bench.json.
 
     Args:
@@ -221,7 +195,8 @@ def run(
     instruments = instruments or Instruments()
     fitting, skipped = _split(scenarios, setting.context_length)
     capacity = max(s.depth + s.tokens for s in fitting)
-    ids = _random_ids(setting, max(s.batch for s in fitting), capacity)
+    shape = max(s.batch for s in fitting), capacity
+    ids = np.random.default_rng(setting.seed).integers(0, setting.vocab_size, shape, dtype=np.int32)
     by_threads = groups(fitting, lambda s: s.threads)
     rule = Rule(repetitions) if repetitions else Rule(seconds=Rule().seconds / len(by_threads))
     steps = Steps(progress)
@@ -235,31 +210,27 @@ def run(
         footprint = measure(variant.open, variant.directory, fitting[0].threads, prompt, capacity)
         described[name] = _describe(variant, footprint, capacity)
         steps.done()
-    stand = Stand(ids, instruments, steps, _are_too_large(described))
-    found = [time_rounds(variants, stand, same, rule, setting.base) for same in by_threads]
+    too_large = sum(facts["peak_memory_bytes"] for facts in described.values()) > _MEMORY_SHARE * available_bytes()
+    bench = Bench(ids, instruments, steps, apart=too_large)
+    found = [time_rounds(variants, bench, same, rule, setting.base) for same in by_threads]
     loads = [load for rounds in found for load in rounds.background]
     meter = instruments.meter
     return {
         **where_measured(),
-        "background": background_of(loads, len(stand.waits), stand.waits.count(False)),
+        "background": background_of(loads, len(bench.waits), bench.waits.count(False)),
         "threads": list(dict.fromkeys(s.threads for s in fitting)),
         "batches": list(dict.fromkeys(s.batch for s in fitting)),
         "engine": setting.engine,
         "provider": setting.provider,
         "seed": setting.seed,
         "repetitions": repetitions,
-        **({"order": _APART, "apart": True} if stand.apart else {"order": _ORDER, "apart": False}),
+        **({"order": _APART, "apart": True} if bench.apart else {"order": _ORDER, "apart": False}),
         "base": setting.base,
         **({"energy_sources": list(meter.sources)} if meter else {}),
         "timings": [timing.to_json() for rounds in found for timing in rounds.timings],
         "skipped": skipped,
         "variants": described,
     }
-
-
-def _are_too_large(described: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether memory is too short for all variants at once."""
-    return sum(facts["peak_memory_bytes"] for facts in described.values()) > _MEMORY_SHARE * available_bytes()
 
 
 def _split(scenarios: Sequence[Scenario], context: int) -> tuple[list[Scenario], list[dict[str, Any]]]:

@@ -69,17 +69,10 @@ _KINDS = {
     "kernels": ("*.cache",),  # of TensorRT-RTX, compiled on the GPU
     "weights": ("*.data", "*.safetensors", IR_WEIGHTS),
     "graph": ("*.onnx", IR_FILE, ALL_LOGITS_IR),
-    "tokenizer": (
-        "tokenizer*",
-        "openvino_*tokenizer.*",
-        "vocab*",
-        "merges.txt",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "*.jinja",
-    ),
+    "tokenizer": ("tokenizer*", "openvino_*tokenizer.*", "vocab*", "merges.txt", "special_tokens_map.json",
+                  "added_tokens.json", "*.jinja"),
     "settings": ("*.json",),
-}
+}  # fmt: skip
 
 
 def wait_until_idle(

@@ -32,7 +32,7 @@ from nbl_export.records.paired import PairedRatio, paired_ratio
 from nbl_export.records.results import Scenario, Timing
 from nbl_export.targets.runners import TextRunner
 
-__all__ = ["LOOKS", "NARROW", "Progress", "Rounds", "Rule", "Stand", "Steps", "Variant", "groups", "time_rounds"]
+__all__ = ["LOOKS", "NARROW", "Bench", "Progress", "Rounds", "Rule", "Steps", "Variant", "groups", "time_rounds"]
 
 # Loads after which rounds may end. Five would be too few: their range contains the median with 1 - 2/32 = 93.75% only.
 LOOKS = (6, 12, 18, 24)
@@ -103,7 +103,7 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Stand:
+class Bench:
     """Shared by every timed run: token ids [B, T], instruments, progress, and the result of each wait.
 
     apart: only one variant is in memory at a time.
@@ -125,50 +125,44 @@ class Rounds:
 
 
 def time_rounds(
-    variants: Mapping[str, Variant], stand: Stand, scenarios: Sequence[Scenario], rule: Rule, base: str | None
+    variants: Mapping[str, Variant], bench: Bench, scenarios: Sequence[Scenario], rule: Rule, base: str | None
 ) -> Rounds:
     """Time scenarios that share a number of threads.
 
     Args:
-        stand: its progress already plans `rule.least` loads.
+        bench: its progress already plans `rule.least` loads.
         base: the variant whose ratios to the others must become narrow; None ends after `rule.least` loads.
     """
     runs: dict[tuple[Scenario, str], list[Timing]] = {(s, name): [] for s in scenarios for name in variants}
     used: list[dict[str, Any]] = []
     for number in itertools.count():
         if number >= rule.least:
-            stand.steps.plan_loads(1, variants, scenarios)
-        before = stand.instruments.usage()
-        for timing in _load(variants, stand, scenarios, _rotated(list(variants), number)):
+            bench.steps.plan_loads(1, variants, scenarios)
+        before, start = bench.instruments.usage(), number % len(variants)
+        for timing in _load(variants, bench, scenarios, [*variants][start:] + [*variants][:start]):
             runs[timing.scenario, timing.variant].append(dataclasses.replace(timing, loads=(number,)))
-        used.append(used_between(before, stand.instruments.usage()))
+        used.append(used_between(before, bench.instruments.usage()))
         if rule.ends(len(used), sum(load["seconds"] for load in used), _ratios(runs, base)):
             break
     return Rounds([_joined(found) for found in runs.values()], used)
 
 
 def _joined(runs: Sequence[Timing]) -> Timing:
-    """One timing of all repetitions."""
     names = ("samples_ns", "loads", "first_token_ns", "token_ns", "energy_uj")
     fields: dict[str, Any] = {name: tuple(x for run in runs for x in getattr(run, name)) for name in names}
     return dataclasses.replace(runs[0], **fields)
 
 
 def _load(
-    variants: Mapping[str, Variant], stand: Stand, scenarios: Sequence[Scenario], turn: Sequence[str]
+    variants: Mapping[str, Variant], bench: Bench, scenarios: Sequence[Scenario], turn: Sequence[str]
 ) -> Iterator[Timing]:
     """Load the variants and run every scenario once on each variant."""
-    for names in [[name] for name in turn] if stand.apart else [turn]:
+    for names in [[name] for name in turn] if bench.apart else [turn]:
         with contextlib.ExitStack() as stack:
             opened = (variants[name].open(variants[name].directory, scenarios[0].threads) for name in names)
             runners = {name: stack.enter_context(runner) for name, runner in zip(names, opened, strict=True)}
             for group in groups(scenarios, lambda s: (s.batch, s.depth)):
-                yield from _time_group(stand, runners, group)
-
-
-def _rotated(names: list[str], by: int) -> list[str]:
-    start = by % len(names)
-    return names[start:] + names[:start]
+                yield from _time_group(bench, runners, group)
 
 
 def _ratios(runs: Mapping[tuple[Scenario, str], Sequence[Timing]], base: str | None) -> Iterator[PairedRatio]:
@@ -186,29 +180,29 @@ def groups(scenarios: Sequence[Scenario], key: Callable[[Scenario], Any]) -> lis
     return list(found.values())
 
 
-def _time_group(stand: Stand, runners: Mapping[str, TextRunner], scenarios: Sequence[Scenario]) -> Iterator[Timing]:
+def _time_group(bench: Bench, runners: Mapping[str, TextRunner], scenarios: Sequence[Scenario]) -> Iterator[Timing]:
     """Fill every runner to the common depth of the scenarios, then time the scenarios one after the other."""
     depth, batch = scenarios[0].depth, scenarios[0].batch
     for runner in runners.values():
         runner.begin(depth + max(s.tokens for s in scenarios), batch)
-        for chunk in _chunks(stand.ids, batch, 0, depth, _FILL_CHUNK if batch == 1 else depth):
+        for chunk in _chunks(bench.ids, batch, 0, depth, _FILL_CHUNK if batch == 1 else depth):
             runner.append(chunk)
-        stand.steps.done()
+        bench.steps.done()
     for scenario in scenarios:
         for runner in runners.values():
-            _warm_up(stand, runner, scenario)
-            stand.steps.done()
+            _warm_up(bench, runner, scenario)
+            bench.steps.done()
         for name, runner in runners.items():
-            yield _run(stand, name, runner, scenario)
-            stand.steps.done()
+            yield _run(bench, name, runner, scenario)
+            bench.steps.done()
 
 
-def _run(stand: Stand, variant: str, runner: TextRunner, scenario: Scenario) -> Timing:
+def _run(bench: Bench, variant: str, runner: TextRunner, scenario: Scenario) -> Timing:
     """One run of a scenario on a runner whose cache holds at least the scenario's depth."""
-    clock, meter = stand.instruments.clock, stand.instruments.meter
-    chunks = _run_chunks(stand, scenario, scenario.tokens)
+    clock, meter = bench.instruments.clock, bench.instruments.meter
+    chunks = _run_chunks(bench, scenario, scenario.tokens)
     runner.rewind(scenario.depth)
-    stand.waits.append(stand.instruments.idle())
+    bench.waits.append(bench.instruments.idle())
     before = meter.read() if meter else None
     with _collector_paused():
         stamps = [clock()]
@@ -225,20 +219,20 @@ def _run(stand: Stand, variant: str, runner: TextRunner, scenario: Scenario) -> 
     return Timing(scenario, variant, whole, first_token_ns=picked, token_ns=steps, energy_uj=energy)
 
 
-def _warm_up(stand: Stand, runner: TextRunner, scenario: Scenario) -> None:
+def _warm_up(bench: Bench, runner: TextRunner, scenario: Scenario) -> None:
     """Run a scenario untimed, without a wait; decode runs one token, which allocates the buffers of all."""
     tokens = scenario.tokens if scenario.kind == "pp" else min(scenario.tokens, _WARM_UP_DECODE)
     runner.rewind(scenario.depth)
-    for chunk in _run_chunks(stand, scenario, tokens):
+    for chunk in _run_chunks(bench, scenario, tokens):
         runner.append(chunk)
     if scenario.kind == "pp":
         runner.pick()
 
 
-def _run_chunks(stand: Stand, scenario: Scenario, tokens: int) -> list[Any]:
+def _run_chunks(bench: Bench, scenario: Scenario, tokens: int) -> list[Any]:
     """The first tokens of a run: one chunk of a prefill, single tokens of a decode."""
     end = scenario.depth + tokens
-    return _chunks(stand.ids, scenario.batch, scenario.depth, end, tokens if scenario.kind == "pp" else 1)
+    return _chunks(bench.ids, scenario.batch, scenario.depth, end, tokens if scenario.kind == "pp" else 1)
 
 
 def _chunks(ids_BT: np.ndarray, batch: int, start: int, end: int, size: int) -> list[Any]:

@@ -16,7 +16,7 @@ from nbl_export.options.options import JobOptions, flag_of
 from nbl_export.records.decoder import DecoderSpec
 
 __all__ = ["DEFAULT_INCREASE", "GOALS", "CacheBudget", "PerplexityIncrease", "TargetSpeedup", "check_request",
-           "check_size", "default_select", "goal_inputs", "goal_of", "layers_for_budget", "names_layers",
+           "check_size", "default_select", "goal_of", "layers_for_budget", "names_layers",
            "parse_layers", "read_rank", "saving_inputs"]  # fmt: skip
 
 DEFAULT_INCREASE = 0.10  # of perplexity, if neither a count nor a goal is given
@@ -72,13 +72,6 @@ def default_select(options: JobOptions) -> str:
     """
     limits_quality = not any(getattr(options, name) for name in ("layers", "target_speedup", "kv_budget"))
     return "greedy" if limits_quality else "efficient"
-
-
-def goal_inputs(options: JobOptions) -> list[object]:
-    """Options, beside the request itself, that change the result of a goal or of `--select efficient`."""
-    if options.target_speedup is None and options.kv_budget is None:
-        return saving_inputs(options) if (options.select or default_select(options)) == "efficient" else []
-    return [options.engine, options.provider, options.precision, options.prompt_length, *saving_inputs(options)]
 
 
 def saving_inputs(options: JobOptions) -> list[object]:

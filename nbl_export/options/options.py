@@ -90,14 +90,14 @@ class Option:
 
 def option(default: Any, help: str, panel: str, commands: str = MAIN, **more: Any) -> Any:
     """A dataclass field with its `Option`. commands: names with spaces between."""
-    said = Option(help, panel, tuple(commands.split()), **more)
-    return dataclasses.field(default=default, metadata={"option": said})
+    record = Option(help, panel, tuple(commands.split()), **more)
+    return dataclasses.field(default=default, metadata={"option": record})
 
 
 def flag_of(name: str) -> str:
     """The option as the command line has it."""
-    said = OPTIONS.get(name)
-    return f"--{((said.flag if said else '') or name).replace('_', '-')}"
+    record = OPTIONS.get(name)
+    return f"--{((record.flag if record else '') or name).replace('_', '-')}"
 
 
 @dataclass(frozen=True)
@@ -243,16 +243,16 @@ class JobOptions:
     )
 
     def __post_init__(self) -> None:
-        for name, said in OPTIONS.items():
+        for name, record in OPTIONS.items():
             value = getattr(self, name)
             values = value if isinstance(value, tuple) else () if value is None else (value,)
             numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
-            low, high = said.least, said.most
+            low, high = record.least, record.most
             require(all(low is None or v >= low for v in numbers), f"{name} must be at least {low}")
             require(all(high is None or v <= high for v in numbers), f"{flag_of(name)} is {high} at most")
-            require(not said.numbers or value is None or len(numbers) > 0, f"{name} needs a number")
-            known = said.choices[:3] if name == "fit" else said.choices  # nobody asks for given maps
-            is_known = not said.choices or value is None or value in said.choices
+            require(not record.numbers or value is None or len(numbers) > 0, f"{name} needs a number")
+            known = record.choices[:3] if name == "fit" else record.choices  # nobody asks for given maps
+            is_known = not record.choices or value is None or value in record.choices
             require(is_known, f"{flag_of(name)} is {(' or ' if len(known) == 2 else ', ').join(known)}, not {value!r}")
         for name, value in dataclasses.asdict(self).items():
             texts = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, str)]
@@ -322,7 +322,7 @@ def describe_command(options: JobOptions, output: Path) -> str:
     """The command line that repeats this run; defaults are left out."""
     words = ["nbl-export", "--model", options.model, "--engine", options.engine]
     command = shlex.join([*words, *_flags(options, MAIN, {"engine"}), "--output", str(output)])
-    asked = _flags(options, "bench", {n for n, said in OPTIONS.items() if MAIN in said.commands})
+    asked = _flags(options, "bench", {n for n, record in OPTIONS.items() if MAIN in record.commands})
     return command + (f" && {shlex.join(['nbl-export', 'bench', str(output), *asked])}" if asked else "")
 
 
@@ -333,11 +333,11 @@ def _flags(options: JobOptions, command: str, without: set[str]) -> list[str]:
         del defaults["tap"]
     if (options.engine, options.provider) != (defaults["engine"], defaults["provider"]):
         del defaults["precision"]  # the default is the engine's own
-    for name, said in OPTIONS.items():
+    for name, record in OPTIONS.items():
         value = getattr(options, name)
-        if command not in said.commands or name in without or (name in defaults and value == defaults[name]):
+        if command not in record.commands or name in without or (name in defaults and value == defaults[name]):
             continue
-        if isinstance(value, tuple) and not said.numbers:
+        if isinstance(value, tuple) and not record.numbers:
             words += [word for item in value for word in (flag_of(name), item)]
         elif value is True:
             words.append(flag_of(name))

@@ -16,8 +16,8 @@ With `saving` (select "efficient"), the layer is taken that gives the set with t
 prefill work that the whole set saves. Each layer saves the same part of a decode step, so for equally large sets this
 is the loss over the geometric mean of what is saved in prefill and in decode.
 
-A shorter order is the front of a longer order. `outlook` goes on by the estimate alone, for a curve of quality against
-speed, with a true pass at the end of each stretch.
+A shorter order is the front of a longer order. `extrapolate` goes on by the estimate alone, for a curve of quality
+against speed, with a true pass at the end of each stretch.
 
 An effect is what replaced layers change in the model's output, at judged positions of some text:
 
@@ -94,7 +94,7 @@ class Point:
 
 @dataclass(frozen=True)
 class GreedyOrder:
-    """Sets in order of replacement, each with one layer more than the one before; and sets beyond (`outlook`)."""
+    """Sets in order of replacement, each with one layer more than the one before; and sets beyond (`extrapolate`)."""
 
     steps: tuple[Point, ...] = ()
     beyond: tuple[Point, ...] = ()
@@ -196,7 +196,7 @@ class Search:
             progress(len(self.order.steps), length)
         return self.order
 
-    def outlook(self, counts: Sequence[int], progress: Progress = _quiet) -> GreedyOrder:
+    def extrapolate(self, counts: Sequence[int], progress: Progress = _quiet) -> GreedyOrder:
         """Estimate further sets, with a true pass at each of `counts`."""
         front, points = self._front(self.order.steps[-1] if self.order.steps else None, self._effects), []
         for count in sorted(counts):

@@ -96,7 +96,7 @@ class Selection:
             return ranked(self.scores, self.select)[:count]
         return self._extended(count).layers[:count]
 
-    def foreseen(self, increase: float) -> int:
+    def predicted_count(self, increase: float) -> int:
         """The most layers whose increase of perplexity on the choosing windows is at most `increase` on every text.
 
         0 if the model's output does not give the order.
@@ -108,7 +108,7 @@ class Selection:
             count += 1
         return count
 
-    def outlook(self, count: int) -> None:
+    def extrapolate(self, count: int) -> None:
         """Find the sets of a curve beyond `count` layers, unless they are recorded."""
         layers = self.inputs.num_layers
         wanted = sorted({round(k * layers / _STRETCHES) for k in range(1, _STRETCHES // 2 + 1)} - {0})
@@ -117,7 +117,7 @@ class Selection:
         missing = [n for n in wanted if n not in known and len(order.steps) < n < layers]
         if missing:
             with self._task("larger sets") as progress:
-                self._order = self._search.outlook(missing, progress)
+                self._order = self._search.extrapolate(missing, progress)
 
     def _extended(self, count: int) -> GreedyOrder:
         self._order = self._order or self._recorded()

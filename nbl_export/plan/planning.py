@@ -72,7 +72,7 @@ def make_plan(
         request, goal = reached.count, reached.facts
     order = selection.order(request) if isinstance(request, int) else None
     if order and selection.judges:
-        selection.outlook(len(order))
+        selection.extrapolate(len(order))
     select = "given" if order is None else selection.select
     asked = selection.inputs.kind
     plan = choose(selection.scores, request, asked.tap, select, order, asked.kind)
@@ -278,7 +278,7 @@ def _unreachable(asked: str | None, step: Mapping[str, Any], share: float) -> st
 def _test(selection: Selection, texts: Texts, share: float, task: Task) -> list[dict[str, Any]]:
     """Tested counts in ascending order: up to the first failure, or down to the first success."""
     last = selection.inputs.num_layers - 1
-    start = min(last, max(1, selection.foreseen(share) - 1))
+    start = min(last, max(1, selection.predicted_count(share) - 1))
     path = _steps(selection, texts, range(start, min(last, start + 1) + 1), share, task)
     while all(step["within"] for step in path) and path[-1]["layers"] < last:
         path += _steps(selection, texts, [path[-1]["layers"] + 1], share, task)

@@ -8,8 +8,21 @@ from typing import Any
 
 from nbl_export.records.paired import spoken_test
 
-__all__ = ["change", "decoding", "duration", "equal_answers", "figure", "listed", "number", "percent", "plural",
-           "milliseconds", "signed", "size", "test"]  # fmt: skip
+__all__ = [
+    "change",
+    "decoding",
+    "duration",
+    "equal_answers",
+    "figure",
+    "listed",
+    "milliseconds",
+    "number",
+    "percent",
+    "plural",
+    "signed",
+    "size",
+    "test",
+]  # fmt: skip
 
 
 def number(value: float | None, missing: str = "–") -> str:

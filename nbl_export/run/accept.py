@@ -44,6 +44,7 @@ _PACKAGES = ("nbl-export", *PACKAGES, "cuda-python", "cuda-bindings", "tensorrt-
 
 LIMIT_SECONDS = 1800.0  # from one answer of the process to the next; a GPU that hangs never answers
 RESULT, CANNOT_RUN, MESSAGE, DOING, FINISHED = "result", "cannot run", "message", "doing", "finished"
+_LISTS = {RESULT: "checks", MESSAGE: "messages"}  # of acceptance.json
 _LONGEST = 500  # characters of a message
 
 Event = list[Any]  # its kind, and its value
@@ -85,11 +86,15 @@ def accept(
         ui.say(f"  checking {subject}")
         with contextlib.closing((look or examined)(found_by, subject, place, values)) as events:
             for kind, *value in events:
-                _add(found, kind, value)
+                if kind in _LISTS:
+                    found[_LISTS[kind]] += value
+                elif kind == CANNOT_RUN:
+                    found["cannot_run"] = value[0]
                 _write(found, directory)
         if found["cannot_run"]:
             break
-    found["status"] = _status(found)
+    passed = all(check["passed"] for check in found["checks"])
+    found["status"] = "cannot run" if found["cannot_run"] else "passed" if passed else "failed"
     _write(found, directory)
     return found
 
@@ -110,21 +115,6 @@ def _blank(run: RunDirectory, engine: str) -> dict[str, Any]:
         "checks": [],
         "messages": [],
     }
-
-
-def _add(found: dict[str, Any], kind: str, value: list[Any]) -> None:
-    if kind == RESULT:
-        found["checks"] += value
-    elif kind == MESSAGE:
-        found["messages"] += value
-    elif kind == CANNOT_RUN:
-        found["cannot_run"] = value[0]
-
-
-def _status(found: dict[str, Any]) -> str:
-    if found["cannot_run"]:
-        return "cannot run"
-    return "passed" if all(check["passed"] for check in found["checks"]) else "failed"
 
 
 def _write(found: dict[str, Any], directory: Path) -> None:
@@ -196,9 +186,9 @@ def examine(write: Write, find: Find, subject: str, directory: Path, values: Pat
     try:
         _examine(write, find, subject, directory, load(values), doing)
     except Exception as error:  # a library of the GPU's may raise anything
-        said = " ".join(str(error).split())[:_LONGEST]
+        text = " ".join(str(error).split())[:_LONGEST]
         kind = "" if isinstance(error, NblError) else f"{type(error).__name__}: "
-        write(_broken(now[0], subject, f"{kind}{said} (while {now[1]})"))
+        write(_broken(now[0], subject, f"{kind}{text} (while {now[1]})"))
     write([FINISHED])
 
 
@@ -215,11 +205,9 @@ def _examine(write: Write, find: Find, subject: str, directory: Path, expected: 
     except NblError as error:  # another version, another GPU, an engine of somebody else, too little memory
         return write([CANNOT_RUN, str(error)])
     with runner:
-        write(
-            _event(CheckResult("structure", subject, "the engine fits library and GPU", 0.0, 0.5, True, found.reason))
-        )
+        write(_event("structure", subject, "the engine fits library and GPU", 0.0, 0.5, True, found.reason))
         for result in checks(runner, subject, expected, doing):
-            write(_event(result))
+            write([RESULT, dataclasses.asdict(result)])
         doing("structure", f"closing the decoder {subject}")
     return None
 
@@ -235,9 +223,10 @@ class _Sender(logging.Handler):
         self._write([MESSAGE, " ".join(record.getMessage().split())[:_LONGEST]])
 
 
-def _event(result: CheckResult) -> Event:
-    return [RESULT, dataclasses.asdict(result)]
+def _event(*result: Any) -> Event:
+    """The event of a `CheckResult` with these fields."""
+    return [RESULT, dataclasses.asdict(CheckResult(*result))]
 
 
-def _broken(check: str, subject: str, said: str) -> Event:
-    return _event(CheckResult(check, subject, "the check comes to its end", 1.0, 0.5, False, said))
+def _broken(check: str, subject: str, reason: str) -> Event:
+    return _event(check, subject, "the check comes to its end", 1.0, 0.5, False, reason)

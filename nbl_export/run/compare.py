@@ -9,7 +9,6 @@ Nothing is written into the directories. The decoders may be of different models
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,9 @@ from nbl_export.errors import NblError
 from nbl_export.options.options import JobOptions
 from nbl_export.run.deployed import Located, available_engine, is_model_directory, locate
 from nbl_export.run.progress import Ui
-from nbl_export.targets.base import DecoderFacts, Target
-from nbl_export.targets.runners import SequenceLimits, TextRunner
+from nbl_export.targets.base import Target
 
 __all__ = ["compare", "is_stage"]
-
-
-@dataclass(frozen=True)
-class _Decoder:
-    """A decoder to measure, with facts from its files."""
-
-    located: Located
-    facts: DecoderFacts
-
-    def open(self, directory: Path, threads: int | None, limits: SequenceLimits | None = None) -> TextRunner:
-        """Load the decoder on its engine. A child process calls this too, so no engine object is stored here."""
-        return available_engine(self.located).open_runner(directory, threads, limits)
 
 
 def is_stage(directories: Sequence[Path], *asked: object) -> bool:
@@ -60,36 +46,37 @@ def compare(
     from nbl_export.records.paired import figures, spoken_test
 
     decoders, base = _decoders(directories, against, force)
+    facts = {name: found.target.facts(found.path) for name, found in decoders.items()}
     first = _check(decoders, options)
-    provider = _joined(d.located.provider for d in decoders.values())
+    provider = ", ".join(dict.fromkeys(found.provider for found in decoders.values()))
     setting = BenchSetting(
-        vocab_size=min(d.facts.vocab_size for d in decoders.values()),
-        context_length=min(d.facts.context_length for d in decoders.values()),
-        engine=_joined(d.located.engine for d in decoders.values()),
+        vocab_size=min(f.vocab_size for f in facts.values()),
+        context_length=min(f.context_length for f in facts.values()),
+        engine=", ".join(dict.fromkeys(found.engine for found in decoders.values())),
         provider=provider,
         base=base,
         threads=first.default_threads(),
         gpu=provider != "cpu" or first.capabilities.static,
     )
-    variants = {name: Variant(d.located.path, d.open, d.facts.cache_bytes_per_token) for name, d in decoders.items()}
+    variants = {n: Variant(found.path, found.open, facts[n].cache_bytes_per_token) for n, found in decoders.items()}
     with ui.task("rounds") as progress:
         value = side_by_side(variants, options, setting, progress, ui.say)
     for left_out in value["skipped"]:
         ui.say(f"  not measured: {spoken_test(left_out)}: {left_out['reason']}")
-    for name, decoder in decoders.items():
+    for name, found in decoders.items():
         value["variants"][name] |= {
-            "path": str(decoder.located.path),
-            "engine": decoder.located.engine,
-            "provider": decoder.located.provider,
-            "parameters": decoder.facts.parameters,
-            "arithmetic": available_engine(decoder.located).arithmetic(decoder.located.path),
+            "path": str(found.path),
+            "engine": found.engine,
+            "provider": found.provider,
+            "parameters": facts[name].parameters,
+            "arithmetic": available_engine(found).arithmetic(found.path),
         }
     return {**value, **figures(value)}
 
 
 def _decoders(
     directories: Sequence[Path], against: Path | None, force: bool
-) -> tuple[Mapping[str, _Decoder], str | None]:
+) -> tuple[Mapping[str, Located], str | None]:
     """The decoders by name, the base first, and the base's name."""
     found = [(str(path), locate(path, force=force)) for path in directories]
     runs = [path for path in directories if not is_model_directory(path)]
@@ -106,21 +93,17 @@ def _decoders(
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         raise NblError(f"{twice} is named twice; name each decoder once")
-    return {name: _Decoder(located, located.target.facts(located.path)) for name, located in found}, base
+    return dict(found), base
 
 
-def _check(decoders: Mapping[str, _Decoder], options: JobOptions) -> Target:
+def _check(decoders: Mapping[str, Located], options: JobOptions) -> Target:
     """Refuse options that an engine does not support; return the engine of the first decoder. Loads no decoder."""
     engines = []
     for name, decoder in decoders.items():
-        engine = available_engine(decoder.located)
+        engine = available_engine(decoder)
         if options.batches != (1,) and engine.capabilities.static:
-            raise NblError(f"--batch is not for {name}: engine {decoder.located.engine} is measured on one sequence")
+            raise NblError(f"--batch is not for {name}: engine {decoder.engine} is measured on one sequence")
         if options.threads is not None and engine.capabilities.static:
-            raise NblError(f"--threads is not for {name}: engine {decoder.located.engine} computes on a GPU")
+            raise NblError(f"--threads is not for {name}: engine {decoder.engine} computes on a GPU")
         engines.append(engine)
     return engines[0]
-
-
-def _joined(names: Any) -> str:
-    return ", ".join(dict.fromkeys(names))

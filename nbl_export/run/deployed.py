@@ -21,6 +21,7 @@ from nbl_export.run.resolve import Resolver
 from nbl_export.run_directory import DECODERS, MAPS_FILE, MOMENTS_FILE, SUBJECTS, RunDirectory
 from nbl_export.targets import all_targets, load_engine, owner_of
 from nbl_export.targets.base import Target
+from nbl_export.targets.runners import SequenceLimits, TextRunner
 from nbl_export.text.windows import Division
 from nbl_export.trust.contained import check_folder, check_inside, refuse_special
 
@@ -40,6 +41,10 @@ class Located:
     def target(self) -> Target:
         """The target of that name. It is not a field, since a process that measures gets this value."""
         return load_engine(self.engine, self.provider)
+
+    def open(self, directory: Path, threads: int | None, limits: SequenceLimits | None = None) -> TextRunner:
+        """Load a directory on this engine, if the engine runs here. A process that measures calls this too."""
+        return available_engine(self).open_runner(directory, threads, limits)
 
 
 def is_model_directory(directory: Path) -> bool:

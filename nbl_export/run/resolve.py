@@ -380,9 +380,9 @@ class Resolver:
         )
         return divide(rows, SECOND_ROLES) if len(rows) >= len(SECOND_ROLES) else None
 
-    def _both(self, near: Any, part: str) -> Texts:
+    def _both(self, held_back: Any, part: str) -> Texts:
         """Name and windows of the calibration text, and of a part of the second text if there is one."""
-        texts = [(f"held back from {self.text.name}", near)]
+        texts = [(f"held back from {self.text.name}", held_back)]
         if self.second.value is not None:
             texts.append((f"{self.second_text.name} (not calibrated on)", getattr(self.second.value, part)))
         return texts
@@ -400,7 +400,7 @@ class Resolver:
     @lazy("windows", "second", "says_itself")
     def choosing(self) -> Texts:
         """Texts that layers are chosen by: equally many windows of both, spread over the second."""
-        near = judging(self.held_back.value)
+        own = judging(self.held_back.value)
         if self.options.says_itself:
-            return [(f"held back from {self.text.name}", near)]
-        return [(n, w if w is near else spread(w, len(near))) for n, w in self._both(near, "choosing")]
+            return [(f"held back from {self.text.name}", own)]
+        return [(n, w if w is own else spread(w, len(own))) for n, w in self._both(own, "choosing")]

@@ -222,7 +222,7 @@ def test_the_estimate_knows_which_changes_go_together() -> None:
     assert order.layers == (0, 2, 3)
     assert judge.passes == [(0, 2), (0, 2, 3)]
     search = Search(judge, GreedyOrder(), None, quiet)
-    assert search.outlook([3]).beyond[0].layers == (0, 2, 3)
+    assert search.extrapolate([3]).beyond[0].layers == (0, 2, 3)
 
 
 def test_layers_added_without_a_pass_cost_their_losses_and_each_pair_once() -> None:
@@ -274,11 +274,11 @@ def test_what_saves_more_may_lose_more() -> None:
         assert Search(Planted([0.2, 0.1]), GreedyOrder(), saving, quiet).extend(1).layers == (first,)
 
 
-def test_the_outlook_goes_on_by_the_estimate_with_a_true_pass_at_each_end() -> None:
+def test_the_extrapolation_goes_on_by_the_estimate_with_a_true_pass_at_each_end() -> None:
     judge = Planted([0.05, 0.01, 0.04, 0.02, 0.03, 0.9])
     search = Search(judge, GreedyOrder(), None, quiet)
     search.extend(1)
-    order = search.outlook([1, 3, 5])
+    order = search.extrapolate([1, 3, 5])
     assert [point.layers for point in order.beyond] == [(1, 3, 4), (1, 3, 4, 2, 0)]
     assert judge.passes == [(1, 3, 4), (1, 3, 4, 2, 0)]
     assert order.layers == (1,)

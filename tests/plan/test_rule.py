@@ -16,7 +16,7 @@ from nbl_export.plan.greedy import EVERY, RULE, Effects, GreedyOrder, Judge, Sea
 from nbl_export.text.windows import DIVISION
 
 LAYERS, POSITIONS, SIZE = 14, 24, 6
-# What each rule makes of the planted effects: the order of 9 layers by loss and work, by loss alone, and the outlook.
+# What each rule makes of the planted effects: the order of 9 layers by loss and work, by loss alone, and beyond.
 ORDERS = {1: ((9, 13, 7, 1, 4, 11, 3, 5, 12), (9, 7, 1, 4, 13, 11, 3, 5, 10), (0, 1, 2, 3, 4, 5, 7, 9, 10, 11, 13))}
 JUDGED: dict[int, tuple[object, ...]] = {1: (4, 512, 8, [[["deciding", "choosing", "deciding", "final", "final"], 4096],
                           [["unused", "deciding", "choosing", "choosing", "final"], 8192]])}  # fmt: skip
@@ -55,7 +55,7 @@ def saving(gone: Sequence[int]) -> float:
 
 def test_the_order_is_that_of_the_rule() -> None:
     weighed, plain = (Search(Planted(), GreedyOrder(), work, lambda _d, _t: None) for work in (saving, None))
-    found = (weighed.extend(9).layers, plain.extend(9).layers, tuple(sorted(plain.outlook([11]).beyond[-1].layers)))
+    found = (weighed.extend(9).layers, plain.extend(9).layers, tuple(sorted(plain.extrapolate([11]).beyond[-1].layers)))
     assert found == ORDERS[RULE]
 
 

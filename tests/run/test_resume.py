@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -62,13 +64,14 @@ def test_nothing_is_done_twice(same: Same, run: Path) -> None:
 def quick(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages that copy what a real run left, so that only the question which of them run is left."""
 
-    def copy(stage: pipeline.Stage, _inputs: Any, _place: Any, out: Path) -> dict[str, Any]:
-        for name in facts_of(finished)["stages"][stage.name]["files"]:
+    def copy(stage: str, _inputs: Any, _place: Any, out: Path) -> dict[str, Any]:
+        for name in facts_of(finished)["stages"][stage]["files"]:
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(finished / name, out / name)
-        return {"status": "verified"} if stage.name in ("verify", "bench", "report") else {}
+        return {"status": "verified"} if stage in ("verify", "bench", "report") else {}
 
-    monkeypatch.setattr(pipeline.Stage, "run", copy)
+    stages = (dataclasses.replace(stage, run=functools.partial(copy, stage.name)) for stage in pipeline.STAGES)
+    monkeypatch.setattr(pipeline, "STAGES", tuple(stages))
 
 
 BENCH = ("--depth", "--prompt-tokens", "--threads", "--batch")

@@ -10,7 +10,7 @@ from typing import Any
 
 from nbl_export.files import write_json
 from nbl_export.graph.names import GENAI_CONFIG
-from nbl_export.measure.benchmark import BenchSetting, side_by_side
+from nbl_export.measure.benchmark import BenchSetting, BenchTests, side_by_side
 from nbl_export.measure.cost import CostModel, map_sizes
 from nbl_export.measure.roofline import limits_of
 from nbl_export.measure.rounds import Variant
@@ -35,12 +35,7 @@ class BenchInputs:
     precision: str
     spec: DecoderSpec
     cache_length: int
-    depths: tuple[int, ...]
-    prompt_tokens: tuple[int, ...]
-    generate_tokens: int | None
-    threads: tuple[int, ...] | None
-    batches: tuple[int, ...]
-    repetitions: int | None
+    tests: BenchTests
     limits: Lazy[CostModel]
 
 
@@ -52,7 +47,7 @@ def declare(r: Resolver) -> BenchInputs | LeftOut:
         found = r.engine.probe_run()
         if not found.available:
             return LeftOut(f"the graphs do not run on this machine: {found.reason}")
-    return r.fill(BenchInputs, limits=Lazy(None, lambda: r.cost.value))
+    return r.fill(BenchInputs, tests=r.fill(BenchTests), limits=Lazy(None, lambda: r.cost.value))
 
 
 def run(inputs: BenchInputs, place: Place, out: Path) -> dict[str, Any]:
@@ -74,7 +69,7 @@ def run(inputs: BenchInputs, place: Place, out: Path) -> dict[str, Any]:
         for (subject, name), kept in zip(DECODERS.items(), (spec.num_layers, len(place.plan.kept)), strict=True)
     }
     with place.ui.task("rounds") as progress:
-        result = side_by_side(variants, inputs, setting, progress, place.ui.say)
+        result = side_by_side(variants, inputs.tests, setting, progress, place.ui.say)
     said = {subject: engine.arithmetic(variant.directory) for subject, variant in variants.items()}
     arithmetic = {"arithmetic": said} if any(said.values()) else {}
     write_json(out / BENCH_FILE, {**result, **_limits(inputs, place, result), **arithmetic})
@@ -93,10 +88,6 @@ def _limits(inputs: BenchInputs, place: Place, bench: Mapping[str, Any]) -> dict
 @dataclass(frozen=True)
 class ReportInputs:
     """Nothing beside what earlier stages left."""
-
-
-def declare_report(_r: Resolver) -> ReportInputs:
-    return ReportInputs()
 
 
 def run_report(_inputs: ReportInputs, place: Place, out: Path) -> dict[str, Any]:

@@ -271,12 +271,12 @@ def _cut(windows_WT: Any, context: int) -> Any:
 
 def uses_of(inputs: VerifyInputs, place: Place) -> list[dict[str, Any]]:
     """The value of "texts" in verify.json: for each use of a text, its name and number of tokens."""
-    near, second, names = inputs.held_back.value, inputs.second.value, inputs.text_names.value
-    both = [near] if second is None else [near, second]
+    own, second, names = inputs.held_back.value, inputs.second.value, inputs.text_names.value
+    both = [own] if second is None else [own, second]
     used: list[tuple[str, str, Any]] = [("calibration: scores and maps", names[0], inputs.windows.value[0])]
     if inputs.training is not None:
         used.append(("distillation: training", names[0], inputs.training.value))
-        used.append(("distillation: judging", names[0], near.choosing))
+        used.append(("distillation: judging", names[0], own.choosing))
     if place.plan.select in ("greedy", "efficient"):
         judges = both[:1] if inputs.says_itself else both
         used += [("choice of layers", n, judging(part)) for n, part in zip(names, judges, strict=False)]
