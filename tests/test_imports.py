@@ -44,7 +44,7 @@ HEAVY = {
     "lm_eval": ("evaluation",),
     "openvino": ("targets.openvino",),
     "openvino_tokenizers": ("targets.openvino",),
-    "gguf": ("formats", "model", "targets.gguf", "publish.base_model"),
+    "gguf": ("formats", "model", "targets.gguf", "publish.card"),
     "nncf": ("targets.openvino",),
     "datasets": ("evaluation", "text.hub"),
     "typer": ("cli",),
