@@ -109,7 +109,7 @@ def _decoder(directory: Path, head_dim: int) -> Any:
     """The graph with all logits, in its own types; an IR in float32."""
     from nbl_export.graph.decoder import OnnxDecoder
     from nbl_export.graph.names import ALL_LOGITS_IR, all_logits_file
-    from nbl_export.targets.openvino.decoder import IrDecoder
+    from nbl_export.targets.openvino.session import IrDecoder
 
     if (directory / ALL_LOGITS_IR).is_file():
         return IrDecoder(directory, ALL_LOGITS_IR, exact=True)

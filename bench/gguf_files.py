@@ -29,11 +29,9 @@ from nbl_export.options.goals import parse_layers
 from nbl_export.run.deployed import Finished, open_finished
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import MOMENTS_FILE
-from nbl_export.targets.gguf.check import check_file
-from nbl_export.targets.gguf.engine import LLAMA_CPP
-from nbl_export.targets.gguf.facts import read_gguf_facts
+from nbl_export.targets.gguf.check import PROMPTS, Answers, check_file, hear, judge
+from nbl_export.targets.gguf.engine import LLAMA_CPP, read_gguf_facts
 from nbl_export.targets.gguf.linearize import KEEP, linearized
-from nbl_export.targets.gguf.running import PROMPTS, Answers, hear, judge
 from nbl_export.targets.gguf.write import content_of
 
 

@@ -24,8 +24,8 @@ from nbl_export.model.torch_decoder import TorchDecoder
 from nbl_export.run.deployed import open_finished
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import PACKAGES
+from nbl_export.targets.gguf.check import PROMPTS
 from nbl_export.targets.gguf.engine import LLAMA_CPP
-from nbl_export.targets.gguf.running import PROMPTS
 from nbl_export.targets.onnx.engine import ORT
 
 TOKENS = 64

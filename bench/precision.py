@@ -85,6 +85,7 @@ def exported(options: argparse.Namespace, given: tuple[str, ...]) -> dict[str, A
 def perplexities(work: Path, named: str, limit: int) -> list[dict[str, Any]]:
     """What `nbl-export eval --perplexity` gives, for graphs that no verification has seen; without errors."""
     from nbl_export.evaluation.graphs import find_graph
+
     from nbl_export.evaluation.measure import NamedText, parse_named, windows
     from nbl_export.evaluation.scorer import GraphScorer, Request
     from nbl_export.model.checkpoint.load import load_tokenizer

@@ -20,9 +20,8 @@ from nbl_export.targets.tensorrt.kernels import KernelCache
 from nbl_export.targets.tensorrt.library import Library
 from nbl_export.targets.tensorrt.record import EngineRecord, digest_of
 from nbl_export.targets.tensorrt.runner import TrtSession, refuse_misfit
-from nbl_export.targets.tensorrt.static.host import StaticRunner
+from nbl_export.targets.tensorrt.static.host import StaticRunner, engine_profiles
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
-from nbl_export.targets.tensorrt.static.schedule import engine_profiles
 
 from .fake_tensorrt import Context, FakeDevice, FakeTensorRT, FakeTensorRTX
 from .tensorrt_api.held import held

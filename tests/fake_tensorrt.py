@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.targets.tensorrt.static.schedule import Profile
+from nbl_export.targets.tensorrt.static.host import Profile
 
 __all__ = ["Config", "Context", "FakeDevice", "FakeTensorRT", "FakeTensorRTX", "RtxConfig", "dtypes_of", "open_graph"]
 

@@ -42,7 +42,7 @@ HEAVY = {
     "lm_eval": ("evaluation",),
     "openvino": ("targets.openvino",),
     "openvino_tokenizers": ("targets.openvino",),
-    "gguf": ("gguf_format", "model", "targets.gguf", "publish.base_model"),
+    "gguf": ("gguf_format", "model", "targets.gguf", "publish.card"),
     "nncf": ("targets.openvino",),
     "datasets": ("evaluation", "text.hub"),
     "typer": ("cli",),

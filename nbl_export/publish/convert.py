@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nbl_export.errors import NblError, ParityError, UsageError
 from nbl_export.files import move_into_place, refuse_occupied
-from nbl_export.publish.linear_maps import TAP, linear_maps, loss_of_change
+from nbl_export.publish.gguf import TAP, linear_maps, loss_of_change
 from nbl_export.records.results import CheckResult
 from nbl_export.run.deployed import Finished, open_finished
 from nbl_export.run.progress import Ui

@@ -9,6 +9,8 @@ libcuda.so.1 / nvcuda.dll   cuInit, cuDriverGetVersion, cuDeviceGetCount, ...   
 A driver also runs packages of an older CUDA. Sources: TensorRT 11.4, "Prerequisites" (R580 for CUDA 13, R535 for the
 wheels of CUDA 12); cuda-bindings, "Installation" (13 needs driver 580.65.06, 12.9 needs 525.60.13) and the release
 notes of 13.0.3 (the bindings link the runtime of CUDA 13 statically, so they bring this requirement).
+
+GPU execution providers of ONNX Runtime GenAI, as data; `targets.onnx.gpu` has the observations behind them.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import ctypes
 import sys
 from dataclasses import dataclass
 
-__all__ = ["CUDA", "CudaRelease", "Gpu", "find_gpu", "outdated", "release_for", "spoken"]
+__all__ = ["CUDA", "PROVIDERS", "CudaRelease", "Gpu", "Provider", "find_gpu", "outdated", "release_for", "spoken"]
 
 _LIBRARIES = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
@@ -143,3 +145,66 @@ def _call(driver: ctypes.CDLL, function: str, *arguments: object) -> None:
     status = getattr(driver, function)(*arguments)
     if status:
         raise OSError(f"{function} answers {status}")
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An execution provider of ONNX Runtime GenAI.
+
+    Attributes:
+        genai: its name in genai_config.json.
+        computes: compute capabilities that have kernels; empty means `least_compute` and later. CUDA 13 has none below
+            7.5. The TensorRT for RTX provider needs 8.0 (TensorRT-RTX-EP-ABI, "Runtime prerequisites").
+        cuda: CUDA major version of the packages.
+        registered: name and package of a provider that is a separate library.
+        builder_options: options that the GenAI builder gets for the provider, by precision.
+    """
+
+    flag: str
+    genai: str
+    title: str
+    precisions: tuple[str, ...]
+    packages: tuple[str, ...]
+    least_compute: str = "7.5"
+    computes: tuple[str, ...] = ()
+    cuda: int = 13
+    registered: tuple[str, str] | None = None
+    dense_caches: bool = False
+    builder_options: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    @property
+    def extra(self) -> str:
+        """The optional extra that installs the provider."""
+        return "gpu" if self.registered is None else self.flag
+
+    def options_for(self, precision: str) -> tuple[str, ...]:
+        """Extra options of the GenAI builder, as key=value."""
+        return dict(self.builder_options).get(precision, ())
+
+    def runs_on(self, compute: str) -> bool:
+        """Whether the provider has kernels for a compute capability."""
+        if self.computes:
+            return compute in self.computes
+        return _version(compute) >= _version(self.least_compute)
+
+
+def _version(compute: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in compute.split("."))
+
+
+_PACKAGES = ("onnxruntime-gpu", "onnxruntime-genai-cuda")
+_RTX_PACKAGE = "onnxruntime-ep-nv-tensorrt-rtx"
+PROVIDERS = {
+    "cuda": Provider("cuda", "cuda", "CUDA", ("fp16", "int8", "int4"), _PACKAGES),
+    "nv-tensorrt-rtx": Provider(
+        "nv-tensorrt-rtx",
+        "NvTensorRtRtx",
+        "TensorRT for RTX",
+        ("fp16", "int4"),
+        (*_PACKAGES, _RTX_PACKAGE),
+        computes=("8.0", "8.6", "8.9", "12.0", "12.1"),
+        registered=("NvTensorRTRTXExecutionProvider", _RTX_PACKAGE),
+        dense_caches=True,
+        builder_options=(("int4", ("int4_op_types_to_quantize=MatMul", "shared_embeddings=0")),),
+    ),
+}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.evaluation.graphs import find_graph
+from nbl_export.evaluation.lm import find_graph
 from nbl_export.evaluation.scorer import GraphScorer, Request
 from nbl_export.mixers.linear import Linear
 from nbl_export.verify.ladder import TOLERANCES

@@ -19,7 +19,7 @@ from nbl_export.gguf_format.content import Content, Key, Tensor, read_content, r
 from nbl_export.mixers.linear import Linear
 from nbl_export.targets.gguf import check
 from nbl_export.targets.gguf import write as from_checkpoint
-from nbl_export.targets.gguf.facts import facts_of, read_gguf_facts
+from nbl_export.targets.gguf.engine import facts_of, read_gguf_facts
 from nbl_export.targets.gguf.linearize import check_base, exchanged, linearized
 
 from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB, random_map, save_gguf

@@ -31,7 +31,7 @@ from nbl_export.rewrite import contract_of, rewrite, rewrite_model
 from nbl_export.rewrite.describe import graph_facts
 from nbl_export.rewrite.speculative import add_draft
 from nbl_export.targets import exporter_of
-from nbl_export.targets.openvino.decoder import IrDecoder
+from nbl_export.targets.openvino.session import IrDecoder
 from nbl_export.verify.torch_reference import row_logits
 from nbl_export.verify.verifier import MappedOriginal
 from tests.tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB, random_map

@@ -17,7 +17,7 @@ from nbl_export.model.checkpoint.load import load_model, load_tokenizer, materia
 from nbl_export.model.checkpoint.pretrained import check_weights
 from nbl_export.model.checkpoint.source import resolve
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.targets.export.bounds import check_bounds
+from nbl_export.targets.export.finish import check_bounds
 
 from ..tiny import HIDDEN, INNER
 from .test_checkpoint import save_gguf
@@ -141,7 +141,7 @@ def test_more_layers_than_a_gguf_holds(tmp_path: Path, key: str) -> None:
 
 
 def test_a_gguf_for_llama_cpp_states_no_more_layers_than_it_holds(tmp_path: Path) -> None:
-    from nbl_export.targets.gguf.facts import read_gguf_facts
+    from nbl_export.targets.gguf.engine import read_gguf_facts
 
     with pytest.raises(NblError, match="states 1073741824 layers"):
         read_gguf_facts(empty_gguf(tmp_path / "model.gguf", **{"llama.block_count": 1 << 30}))

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from nbl_export.files import write_json
-from nbl_export.publish import base_model, card
-from nbl_export.publish.base_model import BaseModel
+from nbl_export.publish import card
+from nbl_export.publish import card as base_model
+from nbl_export.publish.card import BaseModel
 
 from ..command import assert_refused, in_new_process, nbl, snapshot
 from ..fake_hub import fake_hub

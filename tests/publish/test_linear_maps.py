@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
-from nbl_export.publish.linear_maps import LinearMaps, loss_of_change
+from nbl_export.publish.gguf import LinearMaps, loss_of_change
 
 from ..tiny import HIDDEN, VOCAB
 

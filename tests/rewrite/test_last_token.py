@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 
 from nbl_export.errors import NblError, RefusalError
-from nbl_export.evaluation.graphs import find_graph
+from nbl_export.evaluation.lm import find_graph
 from nbl_export.evaluation.scorer import GraphScorer
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import ALL_LOGITS_FILE, all_logits_file

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.evaluation.graphs import find_graph
+from nbl_export.evaluation.lm import find_graph
 from nbl_export.options.options import JobOptions
 from nbl_export.publish.card import _line, check_publishable
 from nbl_export.run.deployed import locate, open_finished

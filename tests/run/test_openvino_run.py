@@ -118,7 +118,7 @@ def test_scores_are_those_of_the_graph(runs: dict[str, Path]) -> None:
     """The graph of an IR directory, as `eval` opens it: contexts are shared, and going back changes little."""
     import numpy as np
 
-    from nbl_export.evaluation.graphs import find_graph
+    from nbl_export.evaluation.lm import find_graph
 
     place = find_graph(runs["int8"], "nbl")
     assert place.max_positions == 512

@@ -67,7 +67,7 @@ def test_a_summary_is_of_one_run() -> None:
 def test_the_profiled_decoder_computes_what_the_graph_computes(
     shared: bool, exported: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from nbl_export.targets.onnx.profile import ProfiledDecoder
+    from nbl_export.targets.onnx.engine import ProfiledDecoder
 
     directory = exported("llama") if shared else _unshared(exported("llama"), tmp_path / "unshared")
     (tmp_path / "traces").mkdir()

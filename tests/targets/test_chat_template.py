@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.targets import chat_template
-from nbl_export.targets.chat_template import applied, render
+from nbl_export.targets import tokenizer as chat_template
+from nbl_export.targets.tokenizer import applied, render
 
 TEXT = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
@@ -69,7 +69,7 @@ def test_a_template_that_takes_memory_is_refused(name: str, monkeypatch: pytest.
 
 def test_a_narrower_limit_stays() -> None:
     code = "import resource as r; r.setrlimit(r.RLIMIT_AS, (600_000_000,) * 2)\n"
-    code += "from nbl_export.targets.chat_template import render\n"
+    code += "from nbl_export.targets.tokenizer import render\n"
     code += "assert render('{{ bos }}!', '', {'bos': 'a'}, 'm') == 'a!'"
     # each thread of a library's pool takes address space
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OPENBLAS_NUM_THREADS": "1"}

@@ -12,8 +12,7 @@ import pytest
 
 from nbl_export.errors import CorruptError, RefusalError
 from nbl_export.targets.openvino.ir.anatomy import Dataflow, states_of
-from nbl_export.targets.openvino.ir.files import difference, precision_of, read_ir, save_ir
-from nbl_export.targets.openvino.ir.matrices import stored_matrices
+from nbl_export.targets.openvino.ir.files import difference, precision_of, read_ir, save_ir, stored_matrices
 
 from ..tiny import HEAD_DIM, LAYERS
 

@@ -18,10 +18,9 @@ from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.model.torch_decoder import TorchDecoder
-from nbl_export.targets.gguf.engine import LLAMA_CPP
+from nbl_export.targets.gguf.engine import LLAMA_CPP, LlamaCppRunner
 from nbl_export.targets.gguf.linearize import linearized
 from nbl_export.targets.gguf.node import PLACE
-from nbl_export.targets.gguf.runner import LlamaCppRunner
 from nbl_export.targets.gguf.write import content_of
 
 from ..canaries import Canaries

@@ -15,8 +15,7 @@ from nbl_export.errors import NblError
 from nbl_export.graph.names import draft_file
 from nbl_export.records.capabilities import GENAI_PROPOSERS, Proposer, proposers_of
 from nbl_export.rewrite.speculative import add_draft, settle, write_target
-from nbl_export.targets.onnx.genai import GenaiRunner
-from nbl_export.targets.onnx.opening import open_model
+from nbl_export.targets.onnx.genai import GenaiRunner, open_model
 from nbl_export.targets.onnx.speculative import SpeculativeRunner
 
 from ..tiny import VOCAB

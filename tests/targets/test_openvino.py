@@ -16,7 +16,7 @@ from nbl_export.records.plan import Plan
 from nbl_export.targets import load_engine
 from nbl_export.targets.openvino import engine as openvino_engine
 from nbl_export.targets.openvino.engine import OPENVINO
-from nbl_export.targets.openvino.runner import OpenVinoRunner
+from nbl_export.targets.openvino.session import OpenVinoRunner
 
 from ..tiny import LAYERS, VOCAB, random_map
 
@@ -160,7 +160,7 @@ def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch, directories:
 
 def test_a_batch_behind_a_sequence_has_numbers(exported: Callable[..., Path]) -> None:
     """With keys and values of 8 bits, one request that ran both gives NaN (OpenVINO 2026.4)."""
-    from nbl_export.targets.openvino.decoder import IrDecoder
+    from nbl_export.targets.openvino.session import IrDecoder
     from nbl_export.verify.ladder import run_rows
 
     rng = np.random.default_rng(0)

@@ -17,11 +17,10 @@ from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
 from nbl_export.mixers.linear import Linear
 from nbl_export.records.plan import Plan
 from nbl_export.targets.openvino import check as ir_files
-from nbl_export.targets.openvino.decoder import IrDecoder
 from nbl_export.targets.openvino.engine import OPENVINO
 from nbl_export.targets.openvino.ir.anatomy import states_of
-from nbl_export.targets.openvino.ir.files import precision_of, read_ir, save_ir
-from nbl_export.targets.openvino.ir.matrices import stored_matrices
+from nbl_export.targets.openvino.ir.files import precision_of, read_ir, save_ir, stored_matrices
+from nbl_export.targets.openvino.session import IrDecoder
 
 from ..tiny import HIDDEN, LAYERS, VOCAB, made_by, random_map
 

@@ -274,7 +274,7 @@ def test_a_stream_is_the_text_of_the_greedy_tokens(runner: GenaiRunner, monkeypa
 def test_a_stream_ends_before_an_end_id(runner: GenaiRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = runner.encode("Hello there", chat=False)
     script = [*ids, runner.settings.end_ids[-1], *ids]
-    monkeypatch.setattr(runner, "_continuation", lambda *_: iter(script))
+    monkeypatch.setattr(runner, "continuation", lambda *_: iter(script))
     assert "".join(runner.stream([5], len(script))).strip() == "Hello there"
 
 
@@ -299,7 +299,7 @@ def test_a_character_over_two_tokens_is_not_torn(runner: GenaiRunner, monkeypatc
     script = runner.encode(text, chat=False)
     if runner._tokenizer.decode(np.array(script, dtype=np.int32)) != text:
         pytest.skip("this tokenizer has no bytes")
-    monkeypatch.setattr(runner, "_continuation", lambda *_: iter(script))
+    monkeypatch.setattr(runner, "continuation", lambda *_: iter(script))
     pieces = list(runner.stream([5], len(script)))
     assert len(script) > len(pieces), "no character spans two tokens"
     assert "".join(pieces) == text

@@ -11,8 +11,8 @@ import pytest
 
 from nbl_export.errors import RefusalError
 from nbl_export.targets.tensorrt import export as static
-from nbl_export.targets.tensorrt.static_form.check_form import CheckForm
-from nbl_export.targets.tensorrt.static_form.scale import ScaledQueries
+from nbl_export.targets.tensorrt.static_form.check import CheckForm
+from nbl_export.targets.tensorrt.static_form.numbers import ScaledQueries
 
 from ..static_tiny import ARCHITECTURES, HEAD, LAYERS, TOLERANCE, single_row_error, torch_logits
 

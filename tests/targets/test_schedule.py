@@ -16,8 +16,16 @@ from tokenizers.processors import TemplateProcessing
 
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.records.decoder import GraphContract, TensorInfo
-from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner
-from nbl_export.targets.tensorrt.static.schedule import Profile, Rows, Step, engine_profiles, plan_steps, profile_for
+from nbl_export.targets.tensorrt.static.host import (
+    Profile,
+    Rows,
+    StaticDecoder,
+    StaticRunner,
+    Step,
+    engine_profiles,
+    plan_steps,
+    profile_for,
+)
 from nbl_export.targets.tokenizer import Text
 
 from ..tiny import END_IDS

@@ -25,8 +25,7 @@ from nbl_export.rewrite.quantize import QuantizeMapBlocks
 from nbl_export.rewrite.tail import difference, keep_last_token
 from nbl_export.targets.tensorrt import export as static
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
-from nbl_export.targets.tensorrt.static_form.check_form import CheckForm
-from nbl_export.targets.tensorrt.static_form.difference import first_difference
+from nbl_export.targets.tensorrt.static_form.check import CheckForm, first_difference
 
 from ..static_tiny import (
     ARCHITECTURES,
@@ -142,7 +141,7 @@ def test_int4_is_torch_with_the_same_numbers(
     import torch
 
     from nbl_export.model.checkpoint.load import load_model
-    from nbl_export.targets.tensorrt.static_form.int4 import BlockInt4
+    from nbl_export.targets.tensorrt.static_form.numbers import BlockInt4
 
     model = load_model(tiny("mistral"))
     with torch.no_grad():

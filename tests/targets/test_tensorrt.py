@@ -19,16 +19,16 @@ import pytest
 
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.targets.base import BuildSettings
-from nbl_export.targets.tensorrt import build, kernels, log, network, runner
+from nbl_export.targets.tensorrt import build, kernels, network, runner
 from nbl_export.targets.tensorrt import engine as tensorrt
 from nbl_export.targets.tensorrt import export as static
+from nbl_export.targets.tensorrt import library as log
 from nbl_export.targets.tensorrt import record as engine_record
 from nbl_export.targets.tensorrt.build import build_engine
-from nbl_export.targets.tensorrt.library import load_library
-from nbl_export.targets.tensorrt.log import Message, messages_of
+from nbl_export.targets.tensorrt.library import Message, load_library, messages_of
 from nbl_export.targets.tensorrt.network import ParsedNetwork, parse
 from nbl_export.targets.tensorrt.record import read_record
-from nbl_export.targets.tensorrt.static.schedule import engine_profiles
+from nbl_export.targets.tensorrt.static.host import engine_profiles
 
 from ..fake_tensorrt import FakeDevice, FakeTensorRT
 from ..static_tiny import ARCHITECTURES, HEAD, LAYERS, SLOTS, SPEC

@@ -27,9 +27,8 @@ from nbl_export.targets.tensorrt import library as tensorrt
 from nbl_export.targets.tensorrt import runner as trt_runner
 from nbl_export.targets.tensorrt.record import read_record
 from nbl_export.targets.tensorrt.runner import DecodeStep, TrtSession, refuse_misfit
-from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner
+from nbl_export.targets.tensorrt.static.host import Profile, StaticDecoder, StaticRunner, engine_profiles
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
-from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles
 from nbl_export.trust import user_lists
 from nbl_export.trust.user_lists import is_own
 

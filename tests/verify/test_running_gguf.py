@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from nbl_export.targets.gguf.running import PROMPTS, Answers, hear, judge
+from nbl_export.targets.gguf.check import PROMPTS, Answers, hear, judge
 
 RNG = np.random.default_rng(0)
 LOGS = -RNG.exponential(3.0, 1000)

@@ -1,16 +1,29 @@
-"""Completes an exported directory so that old and new runtimes load it."""
+"""Completes an exported directory so that old and new runtimes load it.
+
+Runs an exporter in this process, captures its output, and turns its failure into one sentence.
+
+Refuses a checkpoint before a source of decoder graphs allocates what its configuration states.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
+from nbl_export.model.checkpoint.pretrained import check_weights, config_of, reason_of
+from nbl_export.model.memory import available_bytes
 from nbl_export.trust.contained import check_inside
 
-__all__ = ["TEXT_FILES", "add_text_files", "finish_directory"]
+__all__ = ["TEXT_FILES", "add_text_files", "captured", "check_bounds", "finish_directory"]
 
 # All files beside the graph that a deployable directory takes over from its checkpoint.
 TEXT_FILES = (
@@ -64,3 +77,72 @@ def _make_tokenizer_portable(checkpoint: Path, out: Path) -> None:
     settings["tokenizer_class"] = _PORTABLE_TOKENIZER_CLASS
     settings.setdefault("model_input_names", ["input_ids", "attention_mask"])  # no token_type_ids
     ours.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def captured(what: str, checkpoint: Path) -> Iterator[None]:
+    """Capture stdout, stderr and log lines of the block; stdout and stderr go to the debug log. --verbose shows all.
+
+    Exporters call logging.basicConfig at INFO, so the root logger is restored afterwards. A logged error without an
+    exception is ignored: an int8 export logs "only supports 4 bits" for an embedding that it leaves alone.
+
+    Raises:
+        NblError: the block raised anything but a full disk, lack of memory or an interrupt.
+    """
+    said = io.StringIO()
+    root = logging.getLogger()
+    level, handlers, disabled = root.level, root.handlers[:], root.manager.disable
+    if not log.isEnabledFor(logging.DEBUG):
+        logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (NblError, MemoryError):
+        raise
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # a failed write, not a missing file
+            raise
+        raise NblError(f"{what} cannot export {checkpoint}: {error}") from error
+    except (Exception, SystemExit) as error:  # exporters raise errors of any library
+        raise NblError(f"{what} cannot export {checkpoint}: {type(error).__name__}: {error}") from error
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
+        logging.disable(disabled)
+        log.debug("%s said:\n%s", what, said.getvalue())
+
+
+# The GenAI builder (0.18, `make_rotary_embedding_caches_from_scratch`) and mobius make rotary tables for these.
+_POSITIONS = ("max_position_embeddings", "original_max_position_embeddings", "seq_length")
+_TABLES, _ITEM = 4, 4  # angles, the angles twice, sines and cosines; float32
+
+
+def check_bounds(checkpoint: Path) -> None:
+    """Compare a configuration with the weights in the files, and its rotary tables with the available memory.
+
+    Raises:
+        NblError: a weight is missing or has another shape, or the tables do not fit.
+    """
+    try:
+        config = config_of(checkpoint)
+        check_weights(checkpoint)
+    except NblError:
+        raise
+    except Exception as error:  # transformers raises many kinds on a damaged folder
+        raise NblError(f"{checkpoint} cannot be exported: {reason_of(error)}") from error
+    positions = max(_whole(getattr(config, name, 0)) for name in _POSITIONS)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    needed, available = _TABLES * _ITEM * positions * head, available_bytes()
+    if needed > available:
+        raise NblError(
+            f"{checkpoint} states {positions} positions, whose rotary tables need {needed / 2**30:.1f} GiB, and "
+            f"{available / 2**30:.1f} GiB of memory is available; state fewer in config.json"
+        )
+
+
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) else 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.graph.names import GENAI_CONFIG
 from nbl_export.model.architectures import ARCHITECTURES
-from nbl_export.targets.export.captured import captured
+from nbl_export.targets.export.finish import captured
 
 __all__ = ["PRECISIONS", "build", "refuse_lost_biases"]
 

@@ -24,8 +24,8 @@ from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.graph.names import GRAPH_FILE
 from nbl_export.options.options import GGUF
 from nbl_export.targets.base import ExportSettings
-from nbl_export.targets.export.captured import captured
-from nbl_export.targets.providers import PROVIDERS
+from nbl_export.targets.export.finish import captured
+from nbl_export.targets.gpu import PROVIDERS
 
 __all__ = ["PRECISIONS", "build"]
 

@@ -14,7 +14,7 @@ from nbl_export.graph.genai_config import read_genai_config
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
 from nbl_export.graph.sizes import read_graph_facts
 from nbl_export.targets.base import DecoderFacts
-from nbl_export.targets.providers import PROVIDERS
+from nbl_export.targets.gpu import PROVIDERS
 
 __all__ = ["GenaiSettings", "provider_of", "read_facts"]
 

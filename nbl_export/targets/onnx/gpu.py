@@ -58,11 +58,9 @@ from typing import Any
 from nbl_export.errors import NblError, UsageError
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.targets.base import Availability
-from nbl_export.targets.gpu import Gpu, find_gpu, outdated
+from nbl_export.targets.gpu import PROVIDERS, Gpu, Provider, find_gpu, outdated
 from nbl_export.targets.onnx import engine as ort
-from nbl_export.targets.onnx.genai import GenaiRunner, load_package
-from nbl_export.targets.onnx.opening import CPU
-from nbl_export.targets.providers import PROVIDERS, Provider
+from nbl_export.targets.onnx.genai import CPU, GenaiRunner, load_package
 from nbl_export.targets.runners import SequenceLimits
 
 __all__ = ["OLDER_DRIVER", "GpuEngine", "check_cuda", "load_cuda"]

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import NblError, one_line
-from nbl_export.targets.onnx.genai import GenaiRunner
-from nbl_export.targets.onnx.opening import open_model
+from nbl_export.targets.onnx.genai import GenaiRunner, open_model
 from nbl_export.targets.runners import Generation
 
 __all__ = ["SpeculativeRunner"]

@@ -22,10 +22,16 @@ from nbl_export.mixers.base import Mixer
 from nbl_export.records.decoder import DecoderSpec, GraphContract
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.checks import MAPS, Coded, HeldMaps, Wanted, checked, judge_maps
-from nbl_export.targets.openvino.decoder import IrDecoder
-from nbl_export.targets.openvino.ir.files import difference, read_ir
-from nbl_export.targets.openvino.ir.matrices import constant_of, constants_of, float_constant, stored_matrices
+from nbl_export.targets.openvino.ir.files import (
+    constant_of,
+    constants_of,
+    difference,
+    float_constant,
+    read_ir,
+    stored_matrices,
+)
 from nbl_export.targets.openvino.rewrite.passes import TABLE, prune_tail
+from nbl_export.targets.openvino.session import IrDecoder
 
 __all__ = ["check_ir_files", "check_ir_maps", "check_ir_pruned", "check_ir_untouched", "coded_ir"]
 

@@ -17,16 +17,13 @@ from nbl_export.records.plan import Plan
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, Target, Task, default_threads
 from nbl_export.targets.checks import Coded, Wanted
-from nbl_export.targets.export.bounds import check_bounds
+from nbl_export.targets.export.finish import check_bounds
 from nbl_export.targets.openvino import check
-from nbl_export.targets.openvino.decoder import IrDecoder
-from nbl_export.targets.openvino.facts import read_ir_facts
-from nbl_export.targets.openvino.ir.files import read_ir
-from nbl_export.targets.openvino.ir.matrices import constants_of
-from nbl_export.targets.openvino.rewrite import speculative as lossless
+from nbl_export.targets.openvino import rewrite as lossless
+from nbl_export.targets.openvino.ir.anatomy import read_ir_facts
+from nbl_export.targets.openvino.ir.files import constants_of, read_ir
 from nbl_export.targets.openvino.rewrite.passes import TABLE
-from nbl_export.targets.openvino.runner import OpenVinoRunner
-from nbl_export.targets.openvino.session import Session, load_openvino
+from nbl_export.targets.openvino.session import IrDecoder, OpenVinoRunner, Session, load_openvino
 from nbl_export.targets.openvino.speculative import OpenVinoSpeculativeRunner
 from nbl_export.targets.runners import Draft, SequenceLimits
 

@@ -8,12 +8,22 @@ Facts of OpenVINO 2026.4 on x86 that the code relies on:
 - A request that ran one sequence and then, after `reset_state`, a padded batch of two gives NaN with a cache of 8 bits.
   So another batch size gets another request.
 - Scheduling hints make a second stream for two threads, unless the number of streams is given.
+
+An IR one step at a time, for verification: logits of a batch, as numpy arrays.
+
+Runs a directory with OpenVINO: the TextRunner of the engine.
+
+    directory (openvino_model.xml, .bin, config.json, tokenizer.json)
+        └─ OpenVinoRunner ── begin ─ append ─ append ─ rewind ─ append ...        for bench
+                         └── encode ─ stream | greedy                            for generate and verify
+
+The tokens go through `openvino` itself, not through OpenVINO GenAI: bench and verify need the logits and a rewind.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -24,10 +34,11 @@ import numpy as np
 from nbl_export.errors import CorruptError, MissingPackageError, NblError
 from nbl_export.graph.names import IR_FILE
 from nbl_export.records.decoder import GraphContract, TensorInfo, is_state
-from nbl_export.targets.openvino.ir.anatomy import memories_of, states_of
+from nbl_export.targets.openvino.ir.anatomy import context_length, memories_of, states_of
 from nbl_export.targets.openvino.ir.files import precision_of, read_ir
+from nbl_export.targets.tokenizer import Speaking
 
-__all__ = ["Arithmetic", "Session", "load_openvino"]
+__all__ = ["Arithmetic", "IrDecoder", "OpenVinoRunner", "Session", "load_openvino"]
 
 _TYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "u8": "8 bits", "u4": "4 bits"}
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "beam_idx")
@@ -185,3 +196,124 @@ def _contract(model: Any, path: Path) -> GraphContract:
 def _info(port: Any) -> TensorInfo:
     dims = tuple(d.get_length() if d.is_static else "?" for d in port.get_partial_shape())
     return TensorInfo(port.get_any_name(), port.get_element_type().to_string(), dims)
+
+
+class IrDecoder:
+    """Runs batches of rows of different lengths, with the interface of `graph.decoder.OnnxDecoder`.
+
+    Rows come padded on the right and run padded on the left, as transformers and OpenVINO GenAI pad a batch. So the
+    last column of a pruned graph is each row's last token.
+
+    Args:
+        exact: see `Session`.
+    """
+
+    def __init__(
+        self, directory: Path, file: str = IR_FILE, *, exact: bool = False, threads: int | None = None
+    ) -> None:
+        self.session = Session(directory, file, exact=exact, threads=threads)
+
+    @property
+    def contract(self) -> GraphContract:
+        """Inputs, states as if they were inputs, and outputs."""
+        return self.session.contract
+
+    def begin(self, batch: int) -> None:
+        """Start a batch with empty caches."""
+        self.session.begin(batch)
+
+    def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
+        """Append tokens; returns float32 logits [B, T, V], or [B, 1, V] of each row's last token (pruned graph).
+
+        Args:
+            ids_BT: token ids.
+            valid_BT: 1 for tokens, 0 for padding on the right; only a first chunk may be padded.
+        """
+        valid = np.ones_like(ids_BT) if valid_BT is None else valid_BT
+        shifts = ids_BT.shape[1] - valid.sum(1)
+        logits = self.session.run(_rolled(ids_BT, shifts), _rolled(valid, shifts).astype(np.int64))
+        return _rolled(logits, -shifts) if logits.shape[1] == ids_BT.shape[1] else logits
+
+    def mark(self) -> Any:
+        """The state of the running batch, for `rewind`; copies the caches."""
+        return self.session.states(), self.session.mask_BK
+
+    def rewind(self, mark: Any) -> None:
+        """Go back to the state `mark` of the same batch."""
+        self.session.put_states(*mark)
+
+    @property
+    def cache_length(self) -> int:
+        """Tokens that the states of the running batch hold, padding included."""
+        return int(self.session.mask_BK.shape[1])
+
+    @property
+    def cache_bytes(self) -> int:
+        """See `Session.cache_bytes`."""
+        return self.session.cache_bytes
+
+
+def _rolled(rows: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+    """Rows moved along axis 1, each by its own number of places."""
+    if not shifts.any():
+        return rows
+    return np.stack([np.roll(row, int(shift), 0) for row, shift in zip(rows, shifts, strict=True)])
+
+
+class OpenVinoRunner(Speaking):
+    """A loaded IR directory. The directory is only read.
+
+    Args:
+        exact: see `Session`.
+
+    Raises:
+        NblError: the directory is not a model that loads; the message has the path.
+    """
+
+    def __init__(self, directory: Path, threads: int | None = None, *, exact: bool = False) -> None:
+        self.directory = directory
+        self.context_length = context_length(directory)
+        self.session = Session(directory, threads=threads, exact=exact)
+        self._logits = np.zeros((1, 1, 1), np.float32)
+        self._capacity = 0
+
+    def __enter__(self) -> OpenVinoRunner:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Free the model; the runner cannot be used afterwards."""
+        self.session.close()
+
+    def begin(self, max_tokens: int, batch: int = 1) -> None:
+        """Forget the sequence; states grow as tokens come, so nothing is reserved."""
+        self._capacity = min(max_tokens, self.context_length)
+        self.session.begin(batch)
+
+    def append(self, ids: Sequence[int]) -> None:
+        """Run the decoder over ids as one chunk. A batch takes [B, T].
+
+        Raises:
+            NblError: the sequence would outgrow what `begin` allowed, or OpenVINO fails.
+        """
+        ids_BT = np.atleast_2d(np.asarray(ids, np.int64))
+        length = self.session.mask_BK.shape[1] + ids_BT.shape[1]
+        if length > self._capacity:
+            raise NblError(
+                f"{length} tokens do not fit into {self.directory}: room for {self._capacity} "
+                f"(its context is {self.context_length}); use a shorter prompt"
+            )
+        self._logits = self.session.run(ids_BT, np.ones_like(ids_BT))
+
+    def rewind(self, length: int) -> None:
+        """Drop everything after the first `length` tokens; copies the states."""
+        if not 0 <= length <= self.session.mask_BK.shape[1]:
+            raise ValueError(f"cannot rewind {self.session.mask_BK.shape[1]} tokens to {length}")
+        self.session.cut(length)
+
+    def last_logits(self) -> np.ndarray:
+        """Logits [V] float32 after the last token; valid only right after `append`."""
+        return np.asarray(self._logits[0, -1], np.float32)
+
+    def pick(self) -> int:
+        """The most likely next token of the first sequence."""
+        return int(self._logits[0, -1].argmax())

@@ -23,7 +23,7 @@ import numpy as np
 
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.graph.names import GENERATION_CONFIG, IR_FILE, draft_folder
-from nbl_export.targets.openvino.facts import context_length
+from nbl_export.targets.openvino.ir.anatomy import context_length
 from nbl_export.targets.openvino.ir.files import precision_of, read_ir
 from nbl_export.targets.runners import Draft, Generation
 from nbl_export.targets.tokenizer import Text

@@ -33,13 +33,14 @@ from nbl_export.graph.trust import check_graph_file
 from nbl_export.records.decoder import ITEMSIZE, GraphContract
 from nbl_export.targets.base import BuildSettings
 from nbl_export.targets.gpu import Gpu, find_gpu
-from nbl_export.targets.tensorrt.library import Library, load_library
-from nbl_export.targets.tensorrt.log import (
+from nbl_export.targets.tensorrt.library import (
     LAYERS_NOTE,
+    Library,
     Message,
     Messages,
     complaints,
     ignored_inputs,
+    load_library,
     messages_of,
     require,
 )
@@ -53,7 +54,7 @@ from nbl_export.targets.tensorrt.network import (
     parse,
 )
 from nbl_export.targets.tensorrt.record import ENGINE_FILE, RECORD_FILE, EngineRecord, digest_of
-from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles
+from nbl_export.targets.tensorrt.static.host import Profile, engine_profiles
 from nbl_export.trust.contained import check_inside
 from nbl_export.trust.user_lists import remember
 

@@ -24,7 +24,7 @@ from nbl_export.errors import NblError
 from nbl_export.graph.names import GRAPH_FILE, all_logits_file
 from nbl_export.targets.base import Availability, BuildSettings, DecoderFacts, ExportSettings, Target, Task
 from nbl_export.targets.checks import Coded
-from nbl_export.targets.export.bounds import check_bounds
+from nbl_export.targets.export.finish import check_bounds
 from nbl_export.targets.gpu import CUDA, Gpu, find_gpu, outdated, release_for
 from nbl_export.targets.runners import SequenceLimits
 from nbl_export.targets.tensorrt.kernels import trust_folder
@@ -215,7 +215,7 @@ def _cuda_major(library: Library) -> int | None:
 @functools.cache
 def _build_known_answer(trt: Any) -> None:
     """Build y = x + x. Raises the library's own error, or NblError if the library gives no plan."""
-    from nbl_export.targets.tensorrt.log import messages_of
+    from nbl_export.targets.tensorrt.library import messages_of
 
     log = messages_of(trt)
     with log.collected() as said:

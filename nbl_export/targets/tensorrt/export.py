@@ -20,12 +20,11 @@ from nbl_export.graph.emitter import run_passes
 from nbl_export.graph.names import GRAPH_FILE, STATIC_GRAPH_FILE, all_logits_file
 from nbl_export.model.architectures import windows_of
 from nbl_export.model.checkpoint.pretrained import config_of
-from nbl_export.targets.export.captured import captured
-from nbl_export.targets.export.finish import add_text_files
+from nbl_export.targets.export.finish import add_text_files, captured
 from nbl_export.targets.export.mobius import refuse_lost_biases
 from nbl_export.targets.tensorrt.static_form import PRECISIONS, finish_passes, form_passes
-from nbl_export.targets.tensorrt.static_form.difference import first_difference
-from nbl_export.targets.tensorrt.static_form.int4 import BlockInt4
+from nbl_export.targets.tensorrt.static_form.check import first_difference
+from nbl_export.targets.tensorrt.static_form.numbers import BlockInt4
 
 __all__ = ["build", "build_form", "difference", "finish", "save_graph", "save_int4_twin"]
 

@@ -31,8 +31,7 @@ import numpy as np
 
 from nbl_export.errors import NblError
 from nbl_export.records.decoder import GraphContract, TensorInfo
-from nbl_export.targets.tensorrt.library import Library
-from nbl_export.targets.tensorrt.log import Messages, complaints, require
+from nbl_export.targets.tensorrt.library import Library, Messages, complaints, require
 
 __all__ = ["DECOMPOSED", "FUSED", "ParsedNetwork", "bypass_unit_scale", "decompose", "lacks_kernel", "parse"]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.records.decoder import GraphContract, TensorInfo
-from nbl_export.targets.tensorrt.static.schedule import Profile
+from nbl_export.targets.tensorrt.static.host import Profile
 from nbl_export.trust.contained import check_folder, check_inside
 from nbl_export.trust.user_lists import is_own
 

@@ -11,21 +11,36 @@ A decoder has two states a layer. The layer is a number in the states' names, wh
 of the graph confirms it. The join is the first addition behind the states whose other operand is an ancestor of the
 layer's keys: a mask, a bias and the epsilon of a norm are not. So names of nodes do not matter. A layer with a short
 memory has one state of constant size instead. The rewrite has made that layer, so names of nodes lead to its join.
+
+Sizes of the decoder in an IR directory.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from nbl_export.errors import RefusalError
+from nbl_export.errors import CorruptError, RefusalError
 from nbl_export.graph.names import node_name
 from nbl_export.records.decoder import is_state
+from nbl_export.targets.openvino.ir.files import count_parameters, precision_of, read_ir
 
-__all__ = ["Block", "Dataflow", "LayerStates", "State", "memories_of", "states_of", "variable_of"]
-
+__all__ = [
+    "Block",
+    "Dataflow",
+    "IrFacts",
+    "LayerStates",
+    "State",
+    "context_length",
+    "memories_of",
+    "read_ir_facts",
+    "states_of",
+    "variable_of",
+]
 
 _RANK = 3  # of the residual stream
 _NUMBER = re.compile(r"\d+")
@@ -235,3 +250,58 @@ def _adds_vectors(node: Any) -> bool:
         return False
     rank = node.get_output_partial_shape(0).rank
     return bool(rank.is_dynamic or rank.get_length() == _RANK)
+
+
+@dataclass(frozen=True)
+class IrFacts:
+    """Sizes of a decoder.
+
+    Attributes:
+        precision: as nbl-export noted it; "" for a directory from elsewhere.
+        parameters: elements of all weights; a shared weight counts once.
+        cache_elements_per_token: of one sequence, in all states.
+    """
+
+    precision: str
+    parameters: int
+    vocab_size: int
+    context_length: int
+    head_dim: int
+    cache_elements_per_token: int
+
+
+def read_ir_facts(directory: Path) -> IrFacts:
+    """Read graph and config.json of a directory.
+
+    Raises:
+        CorruptError: a file is missing or damaged, or the logits have no fixed size.
+        RefusalError: the IR has no states.
+    """
+    model = read_ir(directory)
+    states = [state for pair in states_of(model).values() for state in pair]
+    vocab = model.output("logits").get_partial_shape()[-1]
+    if vocab.is_dynamic:
+        raise CorruptError(f"the logits of {directory} have no fixed size; export it again")
+    return IrFacts(
+        precision_of(model),
+        count_parameters(model),
+        vocab.get_length(),
+        context_length(directory),
+        states[0].head_size,
+        sum(state.heads * state.head_size for state in states),
+    )
+
+
+def context_length(directory: Path) -> int:
+    """Positions of the model, from config.json.
+
+    Raises:
+        CorruptError: the file is missing or does not state them.
+    """
+    path = directory / "config.json"
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptError(
+            f"{path} does not state max_position_embeddings ({error}); export the directory again"
+        ) from error

@@ -15,14 +15,14 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from nbl_export.targets.tensorrt.static_form.check_form import CheckForm, OrderInputs
-from nbl_export.targets.tensorrt.static_form.floats import CastFloats
-from nbl_export.targets.tensorrt.static_form.head_major import HeadMajorCaches
-from nbl_export.targets.tensorrt.static_form.int4 import BlockInt4
-from nbl_export.targets.tensorrt.static_form.masks import ExplicitMasks
-from nbl_export.targets.tensorrt.static_form.positions import DerivedPositions
-from nbl_export.targets.tensorrt.static_form.rotary import TrimRotaryTables
-from nbl_export.targets.tensorrt.static_form.scale import ScaledQueries
+from nbl_export.targets.tensorrt.static_form.attention import (
+    DerivedPositions,
+    ExplicitMasks,
+    HeadMajorCaches,
+    TrimRotaryTables,
+)
+from nbl_export.targets.tensorrt.static_form.check import CheckForm, OrderInputs
+from nbl_export.targets.tensorrt.static_form.numbers import BlockInt4, CastFloats, ScaledQueries
 
 __all__ = ["PRECISIONS", "finish_passes", "form_passes"]
 

@@ -14,6 +14,21 @@ The library decides what a kernel accumulates in:
     matrix products     what the kernel that the builder chooses accumulates in; float32 for bf16, as above
 
 So a model whose numbers overflow in fp16 is exported in bf16. A weight that overflows is refused here.
+
+Scales the queries of attention in the graph, so that no kernel scales the keys of the cache.
+
+    before   Attention(q, K, V, ...; scale=s, or 1 / sqrt(head) if absent)
+    after    Attention(q * s, K, V, ...; scale=1)
+
+TensorRT's parser multiplies queries and keys by sqrt(scale) each (onnx-tensorrt, `scaleQKTensor` in
+AttentionHelpers.cpp). The keys are the whole cache, so a step would read and write all slots of each layer once more.
+TensorRT's documentation allows the scale on the queries alone ("Fused Attention"). The parser's products with sqrt(1)
+are bypassed when an engine is built (`targets.tensorrt.network`).
+
+Turns decoder matrices into int4 blocks behind a DequantizeLinear (drawn in `graph.quantised`).
+
+The embedding and the lm_head stay as they are. Gather reads them too if they are tied, and a coarse head costs more
+quality than it saves. The int4 of the ONNX Runtime engine has blocks of 32 too.
 """
 
 from __future__ import annotations
@@ -24,8 +39,10 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import NblError, RefusalError
+from nbl_export.graph.emitter import Emitter, need, size, type_of
+from nbl_export.graph.quantised import quantize_weight
 
-__all__ = ["CastFloats"]
+__all__ = ["INT4_BLOCK", "BlockInt4", "CastFloats", "ScaledQueries"]
 
 _WIDE = ir.DataType.FLOAT
 
@@ -69,3 +86,46 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
     yield from graph.initializers.values()
     for node in graph:
         yield from node.outputs
+
+
+class ScaledQueries(ir.passes.InPlacePass):
+    """Multiply each query by the attention scale and set the attribute to 1; run after `HeadMajorCaches`."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        emit = Emitter(model.graph)
+        changed = [_scale(emit, node) for node in model.graph if node.op_type == "Attention"]
+        return ir.passes.PassResult(model, any(changed))
+
+
+def _scale(emit: Emitter, node: ir.Node) -> bool:
+    """Move the scale of one Attention to its query; False if its scale is 1 already."""
+    query, key = (need(v, f"query and keys of {node.name}") for v in node.inputs[:2])
+    scale = node.attributes.get_float("scale", size(key, 3) ** -0.5)
+    if scale == 1.0:
+        return False
+    factor = emit.constant(f"query_scale_{scale:.9g}", np.array(scale, np.float32))
+    node.replace_input_with(0, emit("Mul", query, factor, name=f"{query.name}/scaled", dtype=type_of(key)))
+    node.attributes["scale"] = ir.AttrFloat32("scale", 1.0)
+    return True
+
+
+INT4_BLOCK = 32
+_KEPT = "lm_head"
+
+
+class BlockInt4(ir.passes.InPlacePass):
+    """Quantise every MatMul weight that divides into blocks along K, except the lm_head's."""
+
+    def __init__(self, block: int = INT4_BLOCK) -> None:
+        super().__init__()
+        self._block = block
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        matrices = [n for n in model.graph if n.op_type == "MatMul" and not _is_head(n)]
+        done = [node for node in matrices if quantize_weight(model.graph, node, self._block)]
+        return ir.passes.PassResult(model, bool(done))
+
+
+def _is_head(node: ir.Node) -> bool:
+    weight = node.inputs[1]
+    return _KEPT in (node.name or "") or (weight is not None and _KEPT in (weight.name or ""))
