@@ -74,8 +74,8 @@ class DistillSettings:
     Attributes:
         steps: optimizer steps.
         minutes: time limit; None for no limit. A run that the clock ends is not repeatable.
-        learning_rate: at the start, in units of each map (`distill.trained_map`). The rate falls to zero along a cosine
-            over the steps or the minutes, whichever are nearer to their end.
+        learning_rate: at the start, in units of each map (`mixers.base.Kind.trained`). The rate falls to zero along a
+            cosine over the steps or the minutes, whichever are nearer to their end.
         batch_tokens: tokens of a step.
         window: most tokens of a training row.
         check_every: steps between two checks of held-back KL. A check takes as long as three steps on a CPU. The run

@@ -3,7 +3,7 @@
     DIR/model.onnx + tokenizer [+ genai_config.json, config.json]   ─►  moments, plan, rewrite, verification
     no torch checkpoint                                             ─►  no distillation, no greedy choice of layers
 
-`options.GIVEN` is the name of this decoder source.
+`options.options.GIVEN_GRAPH` is the name of this decoder source.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ SELF = "self"  # calibration text that the model generates
 GIVEN_GRAPH = "given"  # decoder source of a model that is an ONNX graph
 CHECKPOINT_FIT = "given"  # fit of the maps that an NBL checkpoint has
 NO_ORIGINAL = "the checkpoint no longer contains the attention weights of its replaced layers"
-GGUF = "gguf"  # precision: codes of a GGUF file, see `rewrite.coded.take_codes`
+GGUF = "gguf"  # precision: codes of a GGUF file, see `rewrite.quantize.take_codes`
 # How the GenAI builder quantises, by its own names (`--extra_options` of onnxruntime_genai.models.builder). The values
 # are limited to graphs that can be rewritten and verified. is_symmetric=false is left out: the builder (0.18) then
 # gives a tied embedding float32 where it declares uint8. k_quant has zero points too, and is correct.

@@ -68,7 +68,7 @@ class Ranks:
         return self._device if self.size > 1 else torch.device("cpu")
 
     def lead(self, order: dict[str, Any] | None) -> None:
-        """Process 0: send an order to the others ("work" is a key of `run.torchrun._WORK`); None ends the work."""
+        """Process 0: send an order to the others ("work" is a key of `run.pipeline._WORK`); None ends the work."""
         self._working = order is not None
         self.share(order)
 

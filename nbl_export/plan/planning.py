@@ -11,7 +11,7 @@ Maps are distilled together for m layers. For slightly fewer layers, these maps 
 for these layers alone (10 of 12); for far fewer layers, half as good (4 of 12; docs/experiments.md). So one
 distillation gives a curve up to m that is too low at its lower end.
 
-The windows (`text.held_back`) neither order the layers nor judge the training. Final figures use other windows.
+The windows (`text.windows`) neither order the layers nor judge the training. Final figures use other windows.
 
 A goal sets the number of layers m, in the order of replacement:
 

@@ -182,7 +182,7 @@ def identity_of(
     """The manifest's facts about model, decoder and calibration text, with their paths.
 
     Args:
-        hub: facts about the hub datasets in the text, see `text.kept`.
+        hub: facts about the hub datasets in the text, see `text.mixture`.
     """
     return {
         "model": {
