@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.calibrate.moments_file import whole_moments
-from nbl_export.gguf_format.content import Content, read_content, write_content
+from nbl_export.graph.gguf.content import Content, read_content, write_content
 from nbl_export.measure.benchmark import machine
 from nbl_export.mixers import lmmse
 from nbl_export.mixers.linear import Linear

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "nbl_export"
 # A module of one place may import from places with a smaller number, and from its own.
 LEVELS = {
     "errors": 0, "files": 1, "records": 1, "options": 2, "trust": 2, "mixers": 2,
-    "parallel": 3, "text": 3, "graph": 3, "gguf_format": 3,
+    "parallel": 3, "text": 3, "graph": 3,
     "model": 4, "rewrite": 4, "run_directory": 4,
     "targets": 5,
     "calibrate": 6, "plan": 6, "distill": 6, "measure": 6,
@@ -42,7 +42,7 @@ HEAVY = {
     "lm_eval": ("evaluation",),
     "openvino": ("targets.openvino",),
     "openvino_tokenizers": ("targets.openvino",),
-    "gguf": ("gguf_format", "model", "targets.gguf", "publish.card"),
+    "gguf": ("graph.gguf", "model", "targets.gguf", "publish.card"),
     "nncf": ("targets.openvino",),
     "datasets": ("evaluation", "text.hub"),
     "typer": ("cli",),

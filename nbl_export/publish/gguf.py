@@ -23,7 +23,7 @@ import numpy as np
 from nbl_export import __version__
 from nbl_export.errors import NblError, ParityError
 from nbl_export.files import move_into_place
-from nbl_export.gguf_format.content import Content, Key, read_content, write_content
+from nbl_export.graph.gguf.content import Content, Key, read_content, write_content
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import FitOptions, Mixer
 from nbl_export.records.results import CheckResult

@@ -37,9 +37,9 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import MissingPackageError, NblError, RefusalError
-from nbl_export.gguf_format.blocks import RowIndex
-from nbl_export.gguf_format.content import read_content
 from nbl_export.graph.emitter import add_initializer, new_node, register, run_passes
+from nbl_export.graph.gguf.blocks import RowIndex
+from nbl_export.graph.gguf.content import read_content
 from nbl_export.graph.quantised import add_lookup_offsets, add_product_offsets, offsets_of, quantize_weight
 from nbl_export.records.quantised import Blocks
 from nbl_export.rewrite.bypass import Sweep

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.gguf_format.blocks import check_type
+from nbl_export.graph.gguf.blocks import check_type
 from nbl_export.graph.graph_only import graph_of
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.model.checkpoint import pretrained

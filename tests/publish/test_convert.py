@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from nbl_export.calibrate.moments_file import whole_moments
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.gguf_format.content import read_content
+from nbl_export.graph.gguf.content import read_content
 from nbl_export.mixers import lmmse
 from nbl_export.mixers.linear import LINEAR, Linear
 from nbl_export.model.checkpoint.load import load_model

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbl_export.errors import NblError, RefusalError
-from nbl_export.gguf_format import blocks
-from nbl_export.gguf_format.blocks import block_codes, known_types
-from nbl_export.gguf_format.content import Content, Tensor
+from nbl_export.graph.gguf import blocks
+from nbl_export.graph.gguf.blocks import block_codes, known_types
+from nbl_export.graph.gguf.content import Content, Tensor
 from nbl_export.graph.quantised import quantised_matrices
 from nbl_export.records.quantised import Blocks
 from nbl_export.rewrite import quantize

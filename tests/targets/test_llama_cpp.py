@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nbl_export.errors import NblError
-from nbl_export.gguf_format.content import write_content
+from nbl_export.graph.gguf.content import write_content
 from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
@@ -60,7 +60,7 @@ def test_files_compute_what_torch_computes(architecture: str, layers: tuple[int,
 
 @runs
 def test_zero_layers_replaced_gives_the_logits_of_the_original_file(tmp_path: Path) -> None:
-    from nbl_export.gguf_format.content import read_content
+    from nbl_export.graph.gguf.content import read_content
 
     original = save_gguf(tmp_path / "original.gguf")
     write_content(linearized(read_content(original), {}, "keep", {}), tmp_path / "zero.gguf")

@@ -24,7 +24,7 @@ import numpy as np
 
 from nbl_export.errors import NblError, ParityError, RefusalError, UsageError
 from nbl_export.files import write_json
-from nbl_export.gguf_format.blocks import is_known
+from nbl_export.graph.gguf.blocks import is_known
 from nbl_export.graph.names import GRAPH_FILE, MANIFEST
 from nbl_export.measure.benchmark import where_measured
 from nbl_export.measure.speculative import PLAIN, Asked, Sample, Way, best_of_each, overall, rows, time_ways

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nbl_export.gguf_format.content import Content, Tensor, read_content
+from nbl_export.graph.gguf.content import Content, Tensor, read_content
 from nbl_export.mixers.base import Mixer
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.gguf.engine import facts_of

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.gguf_format.content import Content, read_content
+from nbl_export.graph.gguf.content import Content, read_content
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.targets.base import Availability, DecoderFacts, Target, default_threads
 from nbl_export.targets.gguf.node import Server

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import NblError
-from nbl_export.gguf_format.content import Content, Key, Tensor, recoded, tensor_of
+from nbl_export.graph.gguf.content import Content, Key, Tensor, recoded, tensor_of
 from nbl_export.mixers.base import Mixer
 
 __all__ = ["ARCHITECTURE", "KEEP", "TYPES", "check_base", "exchanged", "linearized", "with_neighbours"]

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import NblError
-from nbl_export.gguf_format.content import Content, Key, Tensor
-from nbl_export.gguf_format.tokenizer_keys import tokenizer_keys
+from nbl_export.graph.gguf.content import Content, Key, Tensor
+from nbl_export.graph.gguf.tokenizer_keys import tokenizer_keys
 from nbl_export.targets.gguf.linearize import exchanged
 from nbl_export.trust.model_settings import read_object
 

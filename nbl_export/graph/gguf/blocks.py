@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import NblError
-from nbl_export.gguf_format.content import Content, Tensor
+from nbl_export.graph.gguf.content import Content, Tensor
 from nbl_export.records.quantised import Blocks
 
 __all__ = ["RowIndex", "block_codes", "check_type", "is_coded", "is_known", "known_types"]

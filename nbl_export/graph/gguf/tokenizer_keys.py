@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.gguf_format.content import Key
+from nbl_export.graph.gguf.content import Key
 from nbl_export.trust.model_settings import read_object
 
 __all__ = ["tokenizer_keys"]

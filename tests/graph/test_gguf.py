@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.gguf_format.content import Content, Key, Tensor, read_content, recoded, tensor_of, write_content
+from nbl_export.graph.gguf.content import Content, Key, Tensor, read_content, recoded, tensor_of, write_content
 from nbl_export.mixers.linear import Linear
 from nbl_export.targets.gguf import check
 from nbl_export.targets.gguf import write as from_checkpoint
