@@ -10,14 +10,12 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import NblError, ParityError
 from nbl_export.files import key_of
 from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL, JobOptions, located
 from nbl_export.options.settle import settle
-from nbl_export.parallel import ranks
-from nbl_export.parallel.ranks import Ranks, collect_batches
 from nbl_export.records.requests import EvalRequest, Prepared, Subject, SweepRequest
 from nbl_export.run.facts import (
     capabilities_of,
@@ -34,6 +32,9 @@ from nbl_export.run.stages import bench, calibrate, evaluate, graphs, plan, spec
 from nbl_export.run.stages.common import LeftOut, Place, Stage, readers
 from nbl_export.run_directory import VERIFY_FILE, RunDirectory, refuse_foreign
 from nbl_export.targets import ENGINES, load_engine
+
+if TYPE_CHECKING:
+    from nbl_export.parallel.ranks import Ranks
 
 __all__ = ["STAGES", "run_calibration", "run_evaluation", "run_job", "run_stages", "run_sweep"]
 
@@ -69,7 +70,7 @@ def run_job(
         NblError: an error that the user can correct; raised before any computation if possible.
         ParityError: the graph does not compute what the torch model computes.
     """
-    with led(ranks.current()) as leads:
+    with led() as leads:
         if not leads:
             return None
         _work(asked, recorded, output, ui, force, "report")
@@ -81,7 +82,7 @@ def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, 
 
     Returns None on helper processes of torchrun.
     """
-    with led(ranks.current()) as leads:
+    with led() as leads:
         if not leads:
             return None
         refuse_foreign(output)
@@ -301,6 +302,7 @@ def _model(directory: str) -> Any:
 def _calibrate(ranks: Ranks, model: Any, order: dict[str, Any]) -> None:
     from nbl_export.calibrate import collect
     from nbl_export.mixers import kind_of
+    from nbl_export.parallel.ranks import collect_batches
 
     with collect.Collection(model, order["taps"], kind_of(order["kind"]), narrow=order["narrow"]) as found:
         found.refer(order["windows"])
@@ -321,8 +323,11 @@ _WORK: dict[str, Callable[[Ranks, Any, dict[str, Any]], None]] = {"calibrate": _
 
 
 @contextlib.contextmanager
-def led(ranks: Ranks) -> Iterator[bool]:
+def led() -> Iterator[bool]:
     """Yield True on the leading process. On other processes, follow its orders first, then yield False."""
+    from nbl_export.parallel.ranks import current
+
+    ranks = current()
     if ranks.rank:
         follow(ranks)
         yield False
