@@ -36,7 +36,8 @@ _STAND_INS = re.compile(
     r"nbl_export/(targets/tensorrt|run/accept|verify/on_target)"
     r"|tests/(targets/test_(trt_|tensorrt)|tensorrt_api|fake_|trt_tiny|static_tiny|run/test_accept|conftest)"
 )
-_ROOT = Path(__file__).parent.parent
+_TESTS = Path(__file__).parent
+_ROOT = _TESTS.parent
 
 
 @functools.cache
@@ -61,7 +62,25 @@ def _without_stand_ins(config: pytest.Config) -> bool:
     return not (asked or os.environ.get("CI") or _stand_ins_changed())
 
 
+# Files that take longest, the longest first. A worker that began one of them last would end the run alone.
+_LONG = (
+    "run/test_openvino_run.py", "targets/test_architecture_graphs.py", "verify/test_tiny_graphs.py",
+    "targets/test_repairs.py", "rewrite/test_gguf_codes.py", "model/test_quantized_model.py", "verify/test_twin.py",
+    "run/test_bad_directory.py", "run/test_resume.py", "run/test_given_graph.py", "cli/test_cli.py",
+    "calibrate/test_graph_moments.py", "mixers/test_toy_kind.py", "rewrite/test_token_table.py",
+    "run/test_lossless_run.py", "targets/test_openvino_rewrite.py", "mixers/test_contract.py", "plan/test_fit.py",
+    "targets/test_providers.py", "targets/test_static_form.py", "evaluation/test_eval.py",
+)  # fmt: skip
+
+
+def _place(item: pytest.Item) -> int:
+    name = item.path.relative_to(_TESTS).as_posix()
+    return _LONG.index(name) if name in _LONG else len(_LONG)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    assert all((_TESTS / name).is_file() for name in _LONG)
+    items.sort(key=_place)
     left_out = [item for item in items if item.get_closest_marker("trt")] if _without_stand_ins(config) else []
     if left_out:
         config.hook.pytest_deselected(items=left_out)
@@ -216,7 +235,7 @@ def light_jobs(request: pytest.FixtureRequest) -> Iterator[None]:
     This saves a quarter of a tiny job. Tests of memory and of plots, and jobs in a process of their own, are as a
     user's.
     """
-    if {"measure", "report", "test_tradeoff.py"} & set(request.path.relative_to(Path(__file__).parent).parts):
+    if {"measure", "report", "test_tradeoff.py"} & set(request.path.relative_to(_TESTS).parts):
         yield
         return
     from nbl_export.measure import benchmark, footprint

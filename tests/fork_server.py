@@ -14,6 +14,7 @@ import ctypes
 import functools
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -72,8 +73,13 @@ class ForkedRun:
 
     @functools.cached_property
     def status(self) -> int:
-        """Wait for the end. Exit status, or minus the signal that ended it."""
+        """Wait for the end. Exit status, or minus the signal that ended it.
+
+        A run that never ends is killed and fails its test: a library can lose the exception of Ctrl-C.
+        """
         assert self._server.stdout is not None
+        if not select.select([self._server.stdout], [], [], _PATIENCE_SECONDS)[0]:
+            os.killpg(self.pid, signal.SIGKILL)
         said, number = self._server.stdout.readline().split()
         assert said == "status", said
         return int(number)
@@ -94,7 +100,7 @@ class ForkServer:
         self._runs: list[ForkedRun] = []
 
     def __enter__(self) -> ForkServer:
-        command = [sys.executable, "-m", "tests.fork_server"]
+        command = [sys.executable, "-m", "tests.fork_server", str(os.getpid())]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent,
             start_new_session=True,  # no signal of a test reaches the group of the tests
@@ -120,11 +126,12 @@ class ForkServer:
 
 def _serve() -> None:
     """For each line on stdin: fork, say the process id, wait, say the status."""
+    server = os.getpid()
     for line in sys.stdin:
         arguments, code, log = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            _become(arguments, code, log)
+            _become(server, arguments, code, log)
         _tell("pid", pid)
         _tell("status", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
@@ -134,19 +141,18 @@ def _tell(what: str, number: int) -> None:
     sys.stdout.flush()
 
 
-def _end_with_parent() -> None:
+def _end_with(parent: int) -> None:
     """If the tests are killed, a run that only a signal ends must not go on for ever."""
-    parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
-def _become(arguments: list[str], code: str, log: str) -> None:
+def _become(server: int, arguments: list[str], code: str, log: str) -> None:
     from nbl_export.cli.app import main
 
     os.setsid()
-    _end_with_parent()
+    _end_with(server)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may be a background job, which ignores it
     for number, target in ((0, os.devnull), (1, os.devnull), (2, log)):
         os.dup2(os.open(target, os.O_RDWR), number)
@@ -160,7 +166,7 @@ def _become(arguments: list[str], code: str, log: str) -> None:
 
 
 if __name__ == "__main__":
-    _end_with_parent()
+    _end_with(int(sys.argv[1]))
     import transformers.models.llama  # noqa: F401  whatever takes long to load
 
     import nbl_export.report.page

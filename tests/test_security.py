@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from .command import TINY, nbl
+from .jobs import until
 
 PACKAGE = Path(__file__).parent.parent / "nbl_export"
 FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
@@ -114,7 +115,8 @@ def test_code_in_a_model_directory_is_not_run(checkpoint: object, text: Path, tm
         said = json.loads((model / name).read_text(encoding="utf-8"))
         (model / name).write_text(json.dumps({**said, "auto_map": asks}), encoding="utf-8")
     arguments = ("--calibration", text, *TINY, "--decoder-source", source, "--output", tmp_path / "run")
-    done = nbl("--model", model, *arguments)
+    with until("verify"):
+        done = nbl("--model", model, *arguments)
     assert not marker.exists()
     assert done.status == 0, done.err
     assert not list((tmp_path / "run").rglob("evil.py"))

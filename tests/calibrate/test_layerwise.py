@@ -49,8 +49,14 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nbl_export.model.one_layer.shortage_of", lambda _checkpoint: "too large")
 
 
-@pytest.mark.parametrize("architecture", ["llama", pytest.param("mistral", marks=pytest.mark.fuzz), "mistral-window"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [
+        ("llama", torch.float32),
+        ("mistral-window", torch.bfloat16),
+        pytest.param("mistral", torch.bfloat16, marks=pytest.mark.fuzz),
+    ],
+)
 def test_moments_are_those_of_the_whole_model(
     architecture: str, dtype: torch.dtype, given: Any, sharded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from nbl_export.options.options import MAIN, OPTIONS, JobOptions, describe_comma
 from nbl_export.options.options import flag_of as flag
 
 from ..command import assert_refused, nbl, snapshot, stage_lines
+from ..jobs import until
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,7 +126,8 @@ def test_another_run_s_manifest_is_a_configuration_and_flags_win(finished: Path,
     assert found is not None and not asked
     assert found.model == recorded["places"]["model"] and list(found.depths) == recorded["options"]["depths"]
     run = tmp_path / "run"
-    done = nbl("--config", finished / "nbl.json", "--layers", "0,2", "--output", run)
+    with until("plan"):
+        done = nbl("--config", finished / "nbl.json", "--layers", "0,2", "--output", run)
     assert done.status == 0, done.err
     options = json.loads((run / "nbl.json").read_text(encoding="utf-8"))["options"]
     expected = {

@@ -37,13 +37,29 @@ def changed(model: Path, name: str, **values: Any) -> None:
     path.write_text(json.dumps({**said, **values}), encoding="utf-8")
 
 
-@pytest.mark.parametrize("architecture", ["llama", "smollm3"])  # transformers has no tokenizer of their own
-def test_nobody_is_asked_whether_code_may_run(checkpoint: Checkpoint, tmp_path: Path, architecture: str) -> None:
-    """An unknown tokenizer class with code beside it: transformers would ask on the terminal, and "y" would run it."""
-    model, marker = Path(shutil.copytree(checkpoint(architecture), tmp_path / "model")), tmp_path / "marker"
+def asking(checkpoint: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A copy with an unknown tokenizer class and code beside it, and the file that the code would write.
+
+    Transformers would ask on the terminal, and "y" would run it.
+    """
+    model, marker = Path(shutil.copytree(checkpoint, tmp_path / "model")), tmp_path / "marker"
     (model / "evil.py").write_text(EVIL.format(marker=str(marker)), encoding="utf-8")
     asks = {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}
     changed(model, "tokenizer_config.json", tokenizer_class="EvilTokenizer", auto_map=asks)
+    return model, marker
+
+
+def test_no_code_of_a_tokenizer_runs(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of SmolLM3, which has no tokenizer class in transformers."""
+    model, marker = asking(checkpoint("smollm3"), tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on the terminal"))
+    with pytest.raises(NblError, match="has no usable tokenizer"):
+        load_tokenizer(model)
+    assert not marker.exists()
+
+
+def test_nobody_is_asked_whether_code_may_run(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    model, marker = asking(checkpoint("llama"), tmp_path)
     (tmp_path / "text.txt").write_text("words " * 5000, encoding="utf-8")
     given = ("--model", model, "--calibration", tmp_path / "text.txt", *TINY, "--output", tmp_path / "run")
     done = subprocess.run(

@@ -18,6 +18,7 @@ from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.publish.linear_maps import LinearMaps, loss_of_change
+from nbl_export.records.inputs import Lazy
 
 from ..tiny import HIDDEN, VOCAB
 
@@ -43,7 +44,8 @@ def test_the_perplexities_are_of_each_maps_own_tap(
     path, maps = checkpoint("llama"), random_maps(0, 2)
     now = LinearMaps(linear(maps), "changed")
     found: Any = SimpleNamespace(
-        model=load_model(path), maps=maps, tap=tap, unseen=WINDOWS, original_is_gone=False
+        model=Lazy(None, lambda: load_model(path)), maps=maps, tap=tap, original_is_gone=False,
+        held_back=Lazy(None, lambda: SimpleNamespace(final=WINDOWS)),
     )  # fmt: skip
     said = [float(value) for value in re.findall(r"(\d[\d.e+]*\d)", loss_of_change(found, now))]
     expected = [
