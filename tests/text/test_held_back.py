@@ -28,7 +28,7 @@ PARTS = ("deciding", "choosing", "final")
 @pytest.fixture(autouse=True)
 def whole_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a user's job."""
-    monkeypatch.setattr(text_windows, "_PART_TOKENS", {tuple(roles): tokens for roles, tokens in text_windows.DIVISION})
+    monkeypatch.setattr(text_windows, "_PART_TOKENS", {CALIBRATION_ROLES: 4096, SECOND_ROLES: 8192})
 
 
 def counting(tokens: int) -> tuple[Any, Any]:
