@@ -26,12 +26,14 @@ import functools
 import json
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from nbl_export.errors import NblError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["ALONE", "Ranks", "collect_batches", "current", "pack", "unpack"]
 
@@ -247,6 +249,8 @@ def pack(value: Any) -> tuple[str, list[torch.Tensor]]:
 
 
 def _packed(value: Any, tensors: list[torch.Tensor]) -> Any:
+    import torch
+
     if isinstance(value, torch.Tensor | np.ndarray):
         kind = "tensor" if isinstance(value, torch.Tensor) else "array"
         tensors.append((value if isinstance(value, torch.Tensor) else torch.from_numpy(value)).detach())

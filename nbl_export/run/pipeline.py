@@ -10,12 +10,13 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nbl_export.errors import NblError, ParityError
 from nbl_export.files import key_of
 from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL, JobOptions, located
 from nbl_export.options.settle import settle
+from nbl_export.parallel.ranks import Ranks, collect_batches, current
 from nbl_export.records.requests import EvalRequest, Prepared, Subject, SweepRequest
 from nbl_export.run.facts import (
     capabilities_of,
@@ -32,9 +33,6 @@ from nbl_export.run.stages import bench, calibrate, evaluate, graphs, plan, spec
 from nbl_export.run.stages.common import LeftOut, Place, Stage, readers
 from nbl_export.run_directory import VERIFY_FILE, RunDirectory, refuse_foreign
 from nbl_export.targets import ENGINES, load_engine
-
-if TYPE_CHECKING:
-    from nbl_export.parallel.ranks import Ranks
 
 __all__ = ["STAGES", "run_calibration", "run_evaluation", "run_job", "run_stages", "run_sweep"]
 
@@ -302,7 +300,6 @@ def _model(directory: str) -> Any:
 def _calibrate(ranks: Ranks, model: Any, order: dict[str, Any]) -> None:
     from nbl_export.calibrate import collect
     from nbl_export.mixers import kind_of
-    from nbl_export.parallel.ranks import collect_batches
 
     with collect.Collection(model, order["taps"], kind_of(order["kind"]), narrow=order["narrow"]) as found:
         found.refer(order["windows"])
@@ -325,8 +322,6 @@ _WORK: dict[str, Callable[[Ranks, Any, dict[str, Any]], None]] = {"calibrate": _
 @contextlib.contextmanager
 def led() -> Iterator[bool]:
     """Yield True on the leading process. On other processes, follow its orders first, then yield False."""
-    from nbl_export.parallel.ranks import current
-
     ranks = current()
     if ranks.rank:
         follow(ranks)
