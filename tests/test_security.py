@@ -57,7 +57,7 @@ def _findings(tree: ast.AST) -> Iterator[str]:
 
 
 def test_no_pickle_no_code_of_others() -> None:
-    assert len(FILES) > 300
+    assert len(FILES) > 200
     found = [(name, findings((PACKAGE / name).read_text(encoding="utf-8"))) for name in FILES]
     assert [(name, what) for name, what in found if what] == []
 

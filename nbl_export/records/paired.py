@@ -132,9 +132,13 @@ def figures(bench: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     one for each test that both ran; none without a base.
 
     Raises:
-        CorruptError: bench.json does not record the load of each run, or two variants have different rounds.
+        CorruptError: bench.json has a row without a timing or without the load of each round, or two variants have
+            different rounds.
     """
-    timings = [Timing.from_json(row) for row in bench.get("timings", ())]
+    try:
+        timings = [Timing.from_json(row) for row in bench.get("timings", ())]
+    except (KeyError, TypeError) as error:
+        raise CorruptError("bench.json has a row without a timing; delete it and run nbl-export bench DIR") from error
     if not all(timing.loads for timing in timings):
         raise CorruptError("bench.json does not record the load of each round; delete it and run nbl-export bench DIR")
     base, until_narrow = bench.get("base", "original"), bench.get("repetitions") is None

@@ -154,9 +154,11 @@ def test_one_graph_is_open_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(len(alive))
         yield mock.Mock(greedy=lambda _prompt, tokens: list(range(tokens)))
 
-    engine = SimpleNamespace(open_graph=open_graph, open_checked=open_checked)
-    setting: Any = SimpleNamespace(static=False, precision="fp32", narrow=False, engine=engine, spec=SPEC)
-    monkeypatch.setattr(Verifier, "form", mock.Mock(check=lambda *_: [], check_untouched=lambda *_: []))
+    engine = SimpleNamespace(open_graph=open_graph, open_checked=open_checked, check_untouched=lambda *_: [])
+    setting: Any = SimpleNamespace(
+        static=False, precision="fp32", narrow=False, engine=engine, spec=SPEC, wanted=mock.Mock()
+    )
+    monkeypatch.setattr("nbl_export.verify.verifier.check_directory", lambda *_: [])
     results: list[CheckResult] = []
     verifier = Verifier(setting, Probe(tuple(map(tuple, rows)), ((1, 2),), 4), {}, None, results, mock.Mock())
     quiet = [np.zeros(len(e), np.float32) for e in expected]

@@ -15,6 +15,7 @@ from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
 from nbl_export.graph.sizes import read_graph_facts
 from nbl_export.targets.base import DecoderFacts
 from nbl_export.targets.gpu import PROVIDERS
+from nbl_export.trust.contained import check_inside
 
 __all__ = ["GenaiSettings", "provider_of", "read_facts"]
 
@@ -39,7 +40,12 @@ def read_facts(directory: Path) -> DecoderFacts:
 
 
 def provider_of(directory: Path) -> str:
-    """The flag of the provider that a GenAI directory asks for; "cpu" if it asks for no provider in `PROVIDERS`."""
+    """The flag of the provider that a GenAI directory asks for; "cpu" if it asks for no provider in `PROVIDERS`.
+
+    Raises:
+        CorruptError: genai_config.json is a link out of the directory.
+    """
+    check_inside(directory / GENAI_CONFIG, directory)
     try:
         settings = json.loads((directory / GENAI_CONFIG).read_text(encoding="utf-8"))
         named = settings["model"]["decoder"]["session_options"]["provider_options"]
