@@ -178,6 +178,13 @@ def test_a_prompt_of_one_token_is_answered(folder: Path, genai_dirs: dict[str, P
         assert list(runner.generation(prompt(0, 1), 3, {}).tokens) == plain.greedy(prompt(0, 1), 3)
 
 
+def test_greedy_text_comes_from_the_loop_with_proposed_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not token by token, as the runner that it is made of does it."""
+    monkeypatch.setattr(SpeculativeRunner, "append", lambda *_: pytest.fail("one step at a time"))
+    with SpeculativeRunner(folder, 1) as runner:
+        assert len(runner.greedy(prompt(0), 8)) == 8
+
+
 @pytest.mark.parametrize(
     ("where", "key"), [("draft", "pipeline"), ("speculative", "library")], ids=["draft", "speculative"]
 )

@@ -76,7 +76,7 @@ class SpeculativeRunner(GenaiRunner):
         accepted, proposed = stats["draft_tokens_accepted"], stats["draft_tokens_evaluated"]
         return Generation(tokens, read - started, ended - read, proposed, accepted, stats["rounds"])
 
-    def _continuation(self, ids: Sequence[int], new_tokens: int) -> Iterator[int]:
+    def continuation(self, ids: Sequence[int], new_tokens: int) -> Iterator[int]:
         self._read(ids, new_tokens, {})
         return self._steps()
 
