@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from nbl_export.errors import RefusalError
 from nbl_export.records.plan import LayerScore
 
 if TYPE_CHECKING:
@@ -24,7 +25,18 @@ if TYPE_CHECKING:
 
     from nbl_export.mixers.lmmse import Moments
 
-__all__ = ["AS_USUAL", "Builder", "FitOptions", "Kind", "Mixer", "StateSpec", "TokenWork", "TrainedMixer", "apply"]
+__all__ = [
+    "AS_USUAL",
+    "Builder",
+    "FitOptions",
+    "Kind",
+    "Mixer",
+    "StateSpec",
+    "TokenWork",
+    "TrainedMixer",
+    "apply",
+    "tapped",
+]
 
 Value = Any  # a value of the graph that a builder makes
 
@@ -264,3 +276,19 @@ class _Arrays:
 
     def keep(self, spec: StateSpec, value: np.ndarray, name: str) -> None:
         self.kept = value[:, -spec.tokens :]
+
+
+def tapped(block: Any, tap: str) -> Value:
+    """The value that the map of a block acts on; a block has `layer`, `residual` and `normed`, of any graph form.
+
+    Raises:
+        RefusalError: the tap is "normed" and the block has no normed input.
+    """
+    if tap == "residual":
+        return block.residual
+    if block.normed is None:
+        raise RefusalError(
+            block.layer,
+            "its attention does not multiply one normed value first, which tap normed needs; use tap residual",
+        )
+    return block.normed

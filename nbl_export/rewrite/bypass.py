@@ -31,10 +31,10 @@ from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import AttentionBlock, find_block
 from nbl_export.graph.emitter import add_initializer, element_type, new_node, register
 from nbl_export.graph.names import constant_name, node_name, product_name, state_names
-from nbl_export.mixers.base import Mixer, StateSpec
+from nbl_export.mixers.base import Mixer, StateSpec, tapped
 from nbl_export.rewrite.tail import LastValid
 
-__all__ = ["BypassAttention", "SkipNormToAdd", "Sweep", "norm_alone", "tapped"]
+__all__ = ["BypassAttention", "SkipNormToAdd", "Sweep", "norm_alone"]
 
 _NORMS = {"SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
           "SkipLayerNormalization": "LayerNormalization"}  # fmt: skip
@@ -70,22 +70,6 @@ class BypassAttention(ir.passes.InPlacePass):
             graph.insert_before(block.join, build.nodes)
             block.join.replace_input_with(block.branch_index, output)
         return ir.passes.PassResult(model, modified=bool(blocks))
-
-
-def tapped(block: AttentionBlock, tap: str) -> ir.Value:
-    """The value that a map acts on.
-
-    Raises:
-        RefusalError: the tap is "normed" and the block has no normed input.
-    """
-    if tap == "residual":
-        return block.residual
-    if block.normed is None:
-        raise RefusalError(
-            block.layer,
-            "its attention does not multiply one normed value first, which tap normed needs; use tap residual",
-        )
-    return block.normed
 
 
 def _check_same_size(block: AttentionBlock, mixer: Mixer) -> None:

@@ -19,7 +19,7 @@ from nbl_export.graph.anatomy import AttentionBlock, find_block
 from nbl_export.graph.caches import graph_caches, present_names
 from nbl_export.graph.emitter import element_type
 from nbl_export.graph.files import load_graph
-from nbl_export.rewrite.bypass import tapped
+from nbl_export.mixers.base import tapped
 
 __all__ = ["TappedGraph", "collecting_graph", "overriding_graph"]
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import RefusalError
-from nbl_export.mixers.base import Mixer
+from nbl_export.mixers.base import Mixer, tapped
 from nbl_export.targets.openvino.ir.anatomy import Block, Dataflow, Join, State, states_of
 from nbl_export.targets.openvino.rewrite.builder import IrBuilder
 
@@ -35,24 +35,13 @@ def bypass_attention(model: Any, flow: Dataflow, mixers: Mapping[int, Mixer], ta
     for block in [flow.block(layer) for layer in sorted(mixers)]:
         mixer = mixers[block.layer]
         _check_width(block, mixer)
-        build = IrBuilder(model, block.layer, _tapped(block, tap), remembers=mixer.state is not None)
+        build = IrBuilder(model, block.layer, tapped(block, tap), remembers=mixer.state is not None)
         output = mixer.emit(build, build.x)
         if output is None:
             for reader in block.join.output(0).get_target_inputs():
                 reader.replace_source_output(block.residual)
         else:
             block.join.input(block.branch).replace_source_output(output)
-
-
-def _tapped(block: Block, tap: str) -> Any:
-    if tap == "residual":
-        return block.residual
-    if block.normed is None:
-        raise RefusalError(
-            block.layer,
-            "its attention does not multiply one normed value first, which tap normed needs; use tap residual",
-        )
-    return block.normed
 
 
 def _check_width(block: Block, mixer: Mixer) -> None:
