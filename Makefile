@@ -33,7 +33,7 @@ demo: $(VENV)/.export
 	@echo "$(BIN)/nbl-export --layers 8 --output runs/full --model $(MODEL)"
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # Engines that no other test needs, each in an environment of its own.
 ENGINES ?= .engines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from nbl_export.targets import load_engine
 from nbl_export.targets.openvino import engine as openvino_engine
 from nbl_export.targets.openvino.engine import OPENVINO
 from nbl_export.targets.openvino.session import OpenVinoRunner
+from nbl_export.targets.openvino.signals import kept_signal_stack
 
 from ..tiny import LAYERS, VOCAB, random_map
 
@@ -86,6 +88,24 @@ def test_a_batch_gives_each_row_its_own_logits(directories: dict[str, Path]) -> 
             assert np.abs(runner._logits[0, -1] - row).max() < 1e-5
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only there does OpenVINO replace the stack of signals")
+def test_ctrl_c_is_handled_after_models_were_freed(directories: dict[str, Path]) -> None:
+    """In a process of its own, which a signal on a freed stack would end."""
+    code = (
+        "import signal, sys, pathlib\n"
+        "from nbl_export.targets.openvino.session import OpenVinoRunner\n"
+        "first, second = (OpenVinoRunner(pathlib.Path(sys.argv[1]), 1) for _ in range(2))\n"
+        "print(len(second.greedy([1, 2, 3], 2)))\n"
+        "del first\n"
+        "del second\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "try:\n    signal.raise_signal(signal.SIGINT)\n"
+        "except KeyboardInterrupt:\n    print('handled')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, directories["nbl"]], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "2\nhandled\n"), done.stderr
+
+
 @pytest.mark.parametrize("backend", ["SDPA", "PA"])
 @pytest.mark.parametrize("variant", ["original", "nbl"])
 def test_llm_pipeline_says_the_same(directories: dict[str, Path], variant: str, backend: str) -> None:
@@ -94,7 +114,8 @@ def test_llm_pipeline_says_the_same(directories: dict[str, Path], variant: str, 
     with OpenVinoRunner(directories[variant], 1) as runner:
         said = runner.greedy(PROMPT, 10)
     settings = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
-    pipeline = genai.LLMPipeline(str(directories[variant]), "CPU", ATTENTION_BACKEND=backend, **settings)
+    with kept_signal_stack():
+        pipeline = genai.LLMPipeline(str(directories[variant]), "CPU", ATTENTION_BACKEND=backend, **settings)
     given = genai.GenerationConfig(max_new_tokens=10, ignore_eos=True, do_sample=False)
     import openvino
 
@@ -107,7 +128,8 @@ def test_the_tokenizer_as_ir_gives_the_same_ids(directories: dict[str, Path]) ->
     text = "The with statement is used to wrap the execution of a block: naïve café."
     with OpenVinoRunner(directories["nbl"], 1) as runner:
         ours = runner.encode(text, chat=False)
-    tokenizer = genai.Tokenizer(str(directories["nbl"]))
+    with kept_signal_stack():
+        tokenizer = genai.Tokenizer(str(directories["nbl"]))
     assert tokenizer.encode(text).input_ids.data[0].tolist() == ours
     assert tokenizer.decode(ours) == text
 

@@ -24,6 +24,7 @@ from nbl_export.targets.openvino.ir.anatomy import read_ir_facts
 from nbl_export.targets.openvino.ir.files import constants_of, read_ir
 from nbl_export.targets.openvino.rewrite.passes import TABLE
 from nbl_export.targets.openvino.session import IrDecoder, OpenVinoRunner, Session, load_openvino
+from nbl_export.targets.openvino.signals import kept_signal_stack
 from nbl_export.targets.openvino.speculative import OpenVinoSpeculativeRunner
 from nbl_export.targets.runners import Draft, SequenceLimits
 
@@ -57,12 +58,13 @@ class OpenVinoEngine(Target):
                 needed = ".".join(map(str, _OLDEST))
                 return Availability(False, f"openvino {version} is too old; pip install 'openvino>={needed}'")
             core = openvino.Core()
-            if "CPU" not in core.available_devices:
-                return Availability(False, f"openvino {version} has no CPU plugin here; install it from PyPI")
-            answer = _known_answer(openvino, core)
+            with kept_signal_stack():
+                if "CPU" not in core.available_devices:
+                    return Availability(False, f"openvino {version} has no CPU plugin here; install it from PyPI")
+                answer = _known_answer(openvino, core)
+                narrow = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
             if answer != [17.0, 30.0]:
                 return Availability(False, f"openvino {version} computes {answer}, not [17, 30]")
-            narrow = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
             kind = "bfloat16" if narrow else "float32, because this processor has no bfloat16"
             return Availability(True, f"openvino {version}, CPU plugin, computes in {kind}")
         except NblError as error:

@@ -36,6 +36,7 @@ from nbl_export.graph.names import IR_FILE
 from nbl_export.records.decoder import GraphContract, TensorInfo, is_state
 from nbl_export.targets.openvino.ir.anatomy import context_length, memories_of, states_of
 from nbl_export.targets.openvino.ir.files import precision_of, read_ir
+from nbl_export.targets.openvino.signals import kept_signal_stack
 from nbl_export.targets.tokenizer import Speaking
 
 __all__ = ["Arithmetic", "IrDecoder", "OpenVinoRunner", "Session", "load_openvino"]
@@ -91,7 +92,8 @@ class Session:
             settings |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
         try:
-            self._compiled = core.compile_model(model, "CPU", settings)
+            with kept_signal_stack():
+                self._compiled = core.compile_model(model, "CPU", settings)
             self._request = self._compiled.create_infer_request()
             self.mask_BK = np.zeros((1, 0), np.int64)
         except RuntimeError as error:

@@ -25,6 +25,7 @@ from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.graph.names import GENERATION_CONFIG, IR_FILE, draft_folder
 from nbl_export.targets.openvino.ir.anatomy import context_length
 from nbl_export.targets.openvino.ir.files import precision_of, read_ir
+from nbl_export.targets.openvino.signals import kept_signal_stack
 from nbl_export.targets.runners import Draft, Generation
 from nbl_export.targets.tokenizer import Text
 
@@ -60,7 +61,8 @@ class OpenVinoSpeculativeRunner:
                 more["draft_model"] = self._genai.draft_model(place, "CPU", **settings)
             elif own == "ngram":
                 more["prompt_lookup"] = True
-            self._pipeline = self._genai.LLMPipeline(str(directory), "CPU", **settings, **more)
+            with kept_signal_stack():
+                self._pipeline = self._genai.LLMPipeline(str(directory), "CPU", **settings, **more)
         except RuntimeError as error:
             raise NblError(f"{directory} does not load in OpenVINO GenAI: {_short(error)}") from error
 

@@ -47,6 +47,7 @@ from nbl_export.targets.openvino.ir.files import (
     stored_matrices,
 )
 from nbl_export.targets.openvino.rewrite.passes import bypass_attention, drop_states, prune_tail, tabulate_tokens
+from nbl_export.targets.openvino.signals import kept_signal_stack
 
 __all__ = ["compress", "group_size", "keep_last_token_ir", "rewrite_ir", "rewrite_ir_model"]
 
@@ -203,7 +204,7 @@ def compress(model: Any, precision: str, *, group: int = 0, only_new: bool = Fal
     except ImportError as error:
         raise MissingPackageError("nncf", "openvino", "compressing weights") from error
     modes = nncf.CompressWeightsMode
-    with _quiet():
+    with _quiet(), kept_signal_stack():
         if precision == "int8":
             return nncf.compress_weights(model, mode=modes.INT8_ASYM)
         leave = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.IGNORE)
