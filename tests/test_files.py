@@ -14,7 +14,7 @@ import torch
 from nbl_export import files
 from nbl_export.calibrate.moments_file import MomentsWriter
 from nbl_export.calibrate.sums import Sums
-from nbl_export.distill.training import State
+from nbl_export.distill.state import State
 from nbl_export.files import move_into_place, replaced, replacing, scratch_in, write_json
 from nbl_export.report import console
 from nbl_export.text.sampling import save_windows

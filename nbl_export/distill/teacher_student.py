@@ -16,7 +16,7 @@ map learns more from this distance than from logits alone. The logits reach a lo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,13 @@ class TeacherStudent:
     def maps(self) -> dict[int, Mixer]:
         """The current mixers, deltas included."""
         return {i: kind.from_tensors(self.affine[str(i)].linear.tensors()) for i, kind in self._kinds.items()}
+
+    def keep_only(self, layers: Collection[int]) -> None:
+        """Give the other layers their attention back. States of the original made before no longer serve."""
+        for i in [i for i in self._kinds if i not in layers]:
+            del self._kinds[i]
+            del self.affine[str(i)]
+        self.first = min(self._kinds)
 
     def student(self) -> contextlib.AbstractContextManager[None]:
         """Within: replaced layers compute their maps, and layers below the first replaced one are skipped."""

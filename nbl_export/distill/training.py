@@ -6,6 +6,9 @@
                states (`distill.teacher_student`)
     kept       the maps with the lowest held-back KL; the closed-form maps if training never improved on them
 
+With `narrows`, more layers than a limit on quality allows may begin. After `NARROWED_AT` of the run, the caller says
+which of them stay. The others get their attention back, and the rest of the run trains the maps that stay.
+
 Three choices reduce overfitting (docs/experiments.md): the loss on intermediate hidden states, low-rank deltas, and
 short rows that are cut anew in every epoch. Attention uses the first token of a row as a sink, which shapes the whole
 row. Without new cuts the maps would see the same few hundred first tokens in every epoch.
@@ -19,28 +22,22 @@ large as other rows. Clipped together with other rows, such a row would dominate
 
 bfloat16 serves only the products of a training step, of original and student (autocast). The residual stream, norms,
 softmax, maps and all held-back figures are float32.
-
-An unfinished training is on disk:
-
-DIR/distill.partial.safetensors    parameters.*, optimizer.*, best.*; metadata: key, facts (JSON), and sha256 of all
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from nbl_export.distill.state import State
 from nbl_export.distill.teacher_student import TeacherStates, TeacherStudent
 from nbl_export.errors import NblError
-from nbl_export.files import arrays_sha256, key_of, replacing
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
 from nbl_export.parallel.ranks import ALONE, Ranks
@@ -48,19 +45,21 @@ from nbl_export.parallel.ranks import ALONE, Ranks
 __all__ = [
     "AIMING",
     "DEFAULT_STEPS",
+    "NARROWED_AT",
     "UNLIMITED",
     "Callbacks",
     "DistillSettings",
     "Distilled",
-    "State",
     "TrainingText",
+    "default_minutes",
     "distill",
 ]
 
 DEFAULT_STEPS = 320
 UNLIMITED = 1_000_000  # steps, if minutes are given
 AIMING = 0.05  # share of the steps or minutes that `aim` takes before the first step
-
+NARROWED_AT = 0.4  # share of the steps or minutes after which layers are given back
+_USUAL_MINUTES, _USUAL_PARAMETERS = 10.0, 135e6
 
 _CLIP = 1.0  # largest norm of a row's gradient
 # Training retreats if the mean KL of so many steps is this many times the KL at the start. The rate then falls.
@@ -88,6 +87,7 @@ class DistillSettings:
         label_weight: share of the KL, 0 to 1, that the cross-entropy of the text's next tokens replaces (Hinton et al.
             2015). Near the lowest KL a small share raises KL in second order and lowers perplexity in first order.
             0.1 costs 1% of the KL, 0.2 up to 7% (docs/experiments.md).
+        narrows: whether `Callbacks.narrow` says which layers stay.
     """
 
     steps: int = DEFAULT_STEPS
@@ -102,6 +102,7 @@ class DistillSettings:
     lora_rank: int = 16
     hidden_weight: float = 0.3
     label_weight: float = 0.1
+    narrows: bool = False
 
     @property
     def kept_every(self) -> int:
@@ -116,51 +117,16 @@ class DistillSettings:
 
 @dataclass
 class Distilled:
-    """The best maps, held-back KL by step (0 is the start), and training KL by step, in nats."""
+    """The best maps, held-back KL by step (0 is the start), and training KL by step, in nats.
+
+    narrowed: place in `held_kl` from which on the figures are of the layers that stayed.
+    """
 
     maps: dict[int, Mixer]
     held_kl: list[tuple[int, float]] = field(default_factory=list)
     train_kl: list[float] = field(default_factory=list)
     seconds: float = 0.0
-
-
-class State:
-    """A training run between its steps, in a file.
-
-    Args:
-        key: fingerprint of everything that the run depends on. A damaged file, or one with another key, is ignored.
-    """
-
-    def __init__(self, path: Path, key: str) -> None:
-        self.path, self.key = path, key
-
-    def load(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """Tensors and facts; None if the file is ignored or missing."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(self.path), framework="pt") as file:
-                said = file.metadata() or {}
-                if said.get("key") != self.key:
-                    return None
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            whole = said["sha256"] == _hash({name: tensor.numpy() for name, tensor in tensors.items()}, said["facts"])
-            return (tensors, json.loads(said["facts"])) if whole else None
-        except (SafetensorError, OSError, ValueError, KeyError):
-            return None
-
-    def save(self, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Replace the file, complete or not at all."""
-        from safetensors.numpy import save as serialised
-
-        arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}
-        said = {"key": self.key, "facts": json.dumps(facts)}
-        with replacing(self.path) as stream:
-            stream.write(serialised(arrays, metadata={**said, "sha256": _hash(arrays, said["facts"])}))
-
-
-def _hash(arrays: dict[str, Any], facts: str) -> str:
-    return key_of(arrays_sha256(arrays), facts)
+    narrowed: int = 0
 
 
 @dataclass(frozen=True)
@@ -179,32 +145,56 @@ class Callbacks:
         progress: called with thousandths of the run done, and 1000.
         say: takes a line of log.
         state: stores the run at every check, and halfway between two checks.
-        peers: processes that train together, with equal arguments; progress, say and state are process 0's alone. Each
-            process reads its rows of every step, and its held-back windows.
+        peers: processes that train together, with equal arguments; progress, say, state and narrow are process 0's
+            alone. Each process reads its rows of every step, and its held-back windows.
+        narrow: takes the current maps; returns the layers that stay.
     """
 
     progress: Callable[[int, int], None] = lambda _done, _total: None
     say: Callable[[str], None] = lambda _line: None
     state: State | None = None
     ranks: Ranks = ALONE
+    narrow: Callable[[dict[int, Mixer]], Collection[int]] | None = None
 
 
 class _Training:
     """Optimizer, best maps so far, and everything that a run needs to resume after a kill."""
 
-    def __init__(
-        self, pair: TeacherStudent, settings: DistillSettings, held: list[TeacherStates], ranks: Ranks
-    ) -> None:
-        self.pair, self.settings, self.held, self.ranks = pair, settings, held, ranks
+    def __init__(self, pair: TeacherStudent, settings: DistillSettings, held_WT: torch.Tensor, ranks: Ranks) -> None:
+        self.pair, self.settings, self.ranks = pair, settings, ranks
+        self._held_WT = held_WT[ranks.rank :: ranks.size]
         self.fraction, self.slowed = 0.0, 1.0
         self.step, self.best_at, self.retreated_at = 0, 0.0, 0
         self._earlier, self._started = 0.0, time.monotonic()
-        self.optimizer = torch.optim.Adam(pair.trained.values(), lr=settings.learning_rate, betas=(0.9, 0.99))
+        self.result = Distilled(pair.maps())
+        self.narrowed = not settings.narrows
+        self._take_on()
+
+    def _take_on(self) -> None:
+        """Make optimizer and held-back states for the layers that the student replaces."""
+        self._held = [self.pair.teacher_states(row_T[None]) for row_T in self._held_WT]
+        parameters, rate = self.pair.trained.values(), self.settings.learning_rate
+        self.optimizer = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda _: self.slowed * 0.5 * (1 + math.cos(math.pi * min(1.0, self.fraction)))
         )
-        self.result = Distilled(pair.maps())
         self.keep()
+
+    def narrow(self, layers: Collection[int]) -> None:
+        """Train only these layers from here on; they keep what the optimizer knows of them."""
+        known, self.narrowed = self.optimizer.state, True
+        self.pair.keep_only(layers)
+        self._take_on()
+        self.optimizer.state.update({p: known[p] for p in self.pair.trained.values() if p in known})
+        self._set_rate()
+        self.result.maps, self.result.narrowed = self.pair.maps(), len(self.result.held_kl)
+        self.best_at, self.retreated_at = self.fraction, self.step
+        self.result.held_kl.append((self.step, self._held_kl()))
+
+    @property
+    def held_kl(self) -> list[float]:
+        """Held-back KL of the layers that are trained now, the first at their start."""
+        return [kl for _, kl in self.result.held_kl[self.result.narrowed :]]
 
     def keep(self) -> None:
         """Keep the parameters as those to retreat to."""
@@ -216,7 +206,7 @@ class _Training:
         A rate that suits one model can be too high for another, although it is in units of each map.
         """
         recent = self.result.train_kl[-_RECENT:]
-        away = not sum(recent) / _RECENT <= _AWAY * self.result.held_kl[0][1]  # NaN too
+        away = not sum(recent) / _RECENT <= _AWAY * self.held_kl[0]  # NaN too
         if not self.ranks.share(away and self.step - self.retreated_at >= _RECENT):
             return False
         with torch.no_grad():
@@ -295,7 +285,7 @@ class _Training:
     def judge(self) -> float:
         """Measure held-back KL, and keep the maps if this KL is the lowest so far."""
         found = self._held_kl()
-        best = min(kl for _, kl in self.result.held_kl)
+        best = min(self.held_kl)
         self.result.held_kl.append((self.step, found))
         if found < best:
             self.result.maps, self.best_at = self.pair.maps(), self.fraction
@@ -308,7 +298,7 @@ class _Training:
         return self.fraction >= 1.0 or self.fraction - self.best_at >= self.settings.patience
 
     def _held_kl(self) -> float:
-        values = [self.pair.held_kl(teacher) for teacher in self.held]
+        values = [self.pair.held_kl(teacher) for teacher in self._held]
         total, count = self.ranks.add(sum(values), len(values))
         return total / count
 
@@ -322,9 +312,15 @@ class _Training:
         tensors |= {f"units.{name}": value for name, value in self.pair.units.items()}
         kept = {"held_kl": self.result.held_kl, "train_kl": self.result.train_kl, "best_at": self.best_at}
         kept |= {"slowed": self.slowed, "retreated_at": self.retreated_at}
+        kept |= {"narrowed": self.narrowed, "since": self.result.narrowed, "layers": list(self.result.maps)}
         state.save(tensors, {**kept, "step": self.step, "seconds": self.seconds})
 
     def _restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        self.narrowed, self.result.narrowed = facts["narrowed"], facts["since"]
+        if set(facts["layers"]) != set(self.result.maps):
+            self.pair.keep_only(facts["layers"])
+            self._take_on()
+            self.result.maps = self.pair.maps()
         with torch.no_grad():
             for name, parameter in self.pair.trained.items():
                 parameter.copy_(tensors[f"parameters.{name}"])
@@ -351,6 +347,11 @@ class _Training:
         self._set_rate()
 
 
+def default_minutes(parameters: int) -> float:
+    """How long maps are trained for a limit on quality, by the model's size: 10 minutes at 135M, 19 at 500M."""
+    return _USUAL_MINUTES * math.sqrt(parameters / _USUAL_PARAMETERS)
+
+
 def distill(
     model: Any,
     maps: Mapping[int, Mixer],
@@ -370,11 +371,8 @@ def distill(
         raise NblError("distillation needs at least one replaced layer and some held-back text")
     state, ranks = around.state, around.ranks
     pair = TeacherStudent(model, maps, tap, settings.dtype, settings.lora_rank, settings.seed)
-    training = _Training(
-        pair, settings, [pair.teacher_states(row[None]) for row in text.held_WT[ranks.rank :: ranks.size]], ranks
-    )
+    training = _Training(pair, settings, text.held_WT, ranks)
     training.begin(state)
-    start = training.result.held_kl[0][1]
     if training.step == 0:
         first = itertools.islice(_batches(text.windows_WT, settings, ranks.size), settings.aimed)
         training.aim(pair.teacher_states(batch_BT[ranks.rank :: ranks.size], training=True) for batch_BT in first)
@@ -390,13 +388,16 @@ def distill(
                 f"step {training.step}: KL runs away; back to the best maps at {training.slowed:.2g} of the rate"
             )
         checked = training.step % settings.check_every == 0 or training.over
-        if checked:
+        narrows = not training.narrowed and training.fraction >= NARROWED_AT
+        if narrows:
+            training.narrow(ranks.share(around.narrow(pair.maps()) if around.narrow else None))
+        elif checked:
             found = training.judge()
             around.say(
                 f"step {training.step}, {training.seconds / 60:.1f} min: KL {training.result.train_kl[-1]:.4f}, "
-                f"held back {found:.4f} (start {start:.4f})"
+                f"held back {found:.4f} (start {training.held_kl[0]:.4f})"
             )
-        if state and (checked or training.step % settings.kept_every == 0):
+        if state and (narrows or checked or training.step % settings.kept_every == 0):
             training.save(state)
     training.result.seconds = training.seconds
     return training.result

@@ -128,7 +128,8 @@ class JobOptions:
         first=True, metavar="SIZE",
     )  # fmt: skip
     fit: str = option(
-        "independent", "independent (closed form, default), distilled (trained), or drop (leave attention out).",
+        "independent", "independent (closed form), distilled (trained; default for a limit on quality), or drop (leave "
+        "attention out).",
         _REPLACED, "main plan", first=True, choices=FITS, metavar="FIT",
     )  # fmt: skip
     select: str | None = option(
@@ -149,9 +150,12 @@ class JobOptions:
     )  # fmt: skip
     token_table: bool = option(True, "Replace leading linearized layers by a per-token lookup table.", _REPLACED, "")
     distill_minutes: float | None = option(
-        None, "Stop --fit distilled after this many minutes.", _DISTILL, first=True, metavar="MINUTES"
+        None, "Minutes of --fit distilled; for a limit on quality 10 at 135M, 19 at 500M parameters.", _DISTILL,
+        first=True, metavar="MINUTES",
+    )  # fmt: skip
+    distill_steps: int | None = option(
+        None, "Training steps of --fit distilled; default 320 without minutes.", _DISTILL, least=1
     )
-    distill_steps: int | None = option(None, "Training steps of --fit distilled; default 320.", _DISTILL, least=1)
     distill_tokens: int = option(
         262_144, "Tokens of the text that --fit distilled trains on, from its beginning.", _DISTILL, least=1
     )
@@ -313,6 +317,16 @@ class JobOptions:
 OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in dataclasses.fields(JobOptions) if f.metadata}
 
 
+def usual_fit(values: Mapping[str, Any]) -> str:
+    """The fit of an original model if none is asked for: maps are trained for a limit on quality.
+
+    A goal of another kind, a rank, an order by scores or a model that is a graph needs the closed form.
+    """
+    closed = any(values[name] for name in ("layers", "target_speedup", "kv_budget", "rank"))
+    scores = values["select"] in ("cca", "error") or values["decoder_source"] == GIVEN_GRAPH
+    return "independent" if closed or scores else "distilled"
+
+
 def usual_tap(fit: str, maps: str) -> str:
     """The tap if none is asked for."""
     return "normed" if fit == "distilled" or maps == "linear" else "residual"
@@ -329,8 +343,7 @@ def describe_command(options: JobOptions, output: Path) -> str:
 def _flags(options: JobOptions, command: str, without: set[str]) -> list[str]:
     words = []
     defaults = {f.name: f.default for f in dataclasses.fields(JobOptions)}
-    if options.tap != usual_tap(options.fit, options.maps):
-        del defaults["tap"]
+    defaults |= {"fit": usual_fit(vars(options)), "tap": usual_tap(options.fit, options.maps)}
     if (options.engine, options.provider) != (defaults["engine"], defaults["provider"]):
         del defaults["precision"]  # the default is the engine's own
     for name, record in OPTIONS.items():

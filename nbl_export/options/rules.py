@@ -24,6 +24,7 @@ from nbl_export.options.options import (
     GIVEN_GRAPH,
     NO_ORIGINAL,
     JobOptions,
+    usual_fit,
     usual_tap,
 )
 from nbl_export.records.capabilities import AUTO, Capabilities
@@ -107,12 +108,18 @@ class Case:
 
 # -- defaults and effects ----------------------------------------------------------------------------------------
 
+
+def _tap(values: Mapping[str, Any], _engine: Capabilities, model: ModelFacts) -> str:
+    wanted = usual_tap(values["fit"], values["maps"])
+    return model.maps_tap or (wanted if wanted in model.taps else model.taps[0])
+
+
 # An option -> its value if nobody asks for one, from the options so far, the engine and the model.
 DEFAULTS: dict[str, Callable[[Mapping[str, Any], Capabilities, ModelFacts], str]] = {
     "decoder_source": lambda _, engine, model: GIVEN_GRAPH if model.graph else engine.source,
     "precision": lambda _, engine, model: model.graph_precision or engine.precisions[0],
-    "fit": lambda _, __, model: CHECKPOINT_FIT if model.maps_tap else "independent",
-    "tap": lambda values, _, model: model.maps_tap or usual_tap(values["fit"], values["maps"]),
+    "fit": lambda values, _, model: CHECKPOINT_FIT if model.maps_tap else usual_fit(values),
+    "tap": _tap,
 }
 
 

@@ -51,6 +51,8 @@ def settle(
     model = model or ModelFacts()
     given = {name: value for name, value in read_asked(asked).items() if value is not None}
     known = {} if recorded is None else _asked_for(recorded, engine_of, model)
+    if recorded and not (model.graph or model.maps_tap):
+        known["fit"] = recorded.fit  # another goal for a run does not change how its maps are made
     if "precision" in given:
         known.pop("requantize", None)  # it belongs to the recorded precision
     values = over(known, given)
@@ -76,7 +78,11 @@ def over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
 def _defaults(values: Mapping[str, Any], engine_of: EngineOf, model: ModelFacts) -> dict[str, Any]:
     found = {**_DEFAULT, **values}
     engine = engine_of(str(found["engine"]), str(found["provider"]))
-    return {name: default(found, engine, model) for name, default in DEFAULTS.items()}
+    defaults = {}
+    for name, default in DEFAULTS.items():  # a later default may depend on an earlier one
+        defaults[name] = default(found, engine, model)
+        found[name] = values.get(name, defaults[name])
+    return defaults
 
 
 def _asked_for(options: JobOptions, engine_of: EngineOf, model: ModelFacts) -> dict[str, Any]:

@@ -19,15 +19,18 @@ A goal sets the number of layers m, in the order of replacement:
     target-speedup            the first m whose modelled speed-up reaches the goal
     kv-budget                 the first m whose caches fit; needs no order
 
-Perplexity uses the maps of the plan before distillation, on the deciding windows of both texts (`held_back`). These
-windows neither order the layers nor give final figures. A count is within the goal if the upper end of its 95%
-interval is within the goal on every text.
+Perplexity uses the deciding windows of both texts (`held_back`). These windows neither order the layers nor give final
+figures. A count is within the goal if the upper end of its 95% interval is within the goal on every text. Both texts
+must pass, which needs no correction (Berger 1982).
 
-The choosing windows foresee a count, and the test begins one layer below it. Counts are tested in ascending order, and
-the first failure ends the test. A count beyond the goal is taken only if the first count beyond the goal passed. So the
-error rate is at most that of one test (Maurer, Hothorn and Lehmacher 1995). Both texts must pass, which needs no
-correction either (Berger 1982). If the first count fails, smaller counts are tested downwards until one passes. Each of
-them adds the error rate of one more test at most.
+Maps in closed form: the choosing windows foresee a count, and the test begins one layer below it. Counts are tested in
+ascending order, and the first failure ends the test. So the error rate is at most that of one test (Maurer, Hothorn and
+Lehmacher 1995). If the first count fails, smaller counts are tested downwards until one passes. Each of them adds the
+error rate of one more test at most.
+
+Maps that are trained: as many layers begin as raise perplexity by at most `HOPE` times the limit in closed form. Partly
+through the training, the choosing windows say how many of them stay (`count_foreseen`). At the end, counts are tested
+downwards until one passes (`count_trained`).
 """
 
 from __future__ import annotations
@@ -47,9 +50,10 @@ from nbl_export.plan.order import Selection, Task, a_quarter, choose, quiet
 from nbl_export.records.plan import Plan
 from nbl_export.records.quality import loss_row, spoken_interval, windows_needed
 
-__all__ = ["RECOMMENDED_INCREASE", "Reached", "count_for_budget", "count_for_speedup", "count_within", "make_plan",
-           "recommend", "sweep"]  # fmt: skip
+__all__ = ["HOPE", "RECOMMENDED_INCREASE", "Reached", "count_for_budget", "count_for_speedup", "count_foreseen",
+           "count_trained", "count_within", "make_plan", "recommend", "sweep"]  # fmt: skip
 
+HOPE = 2.5  # the increase in closed form that training may bring within a limit, over the limit
 RECOMMENDED_INCREASE = DEFAULT_INCREASE  # largest perplexity increase, on the worse text
 Say = Callable[[str], None]
 
@@ -87,6 +91,8 @@ def _count(inputs: PlanInputs, selection: Selection, task: Task) -> Reached:
         return count_for_budget(inputs.goal)
     if isinstance(inputs.goal.goal, TargetSpeedup):
         return count_for_speedup(inputs.goal, selection, inputs.speedup.value)
+    if inputs.trains.value and selection.judges:
+        return _count_to_train(inputs.goal, selection)
     return count_within(inputs.goal, selection, inputs.deciding.value, task)
 
 
@@ -215,17 +221,59 @@ def count_within(asked: AskedGoal, selection: Selection, texts: Texts, task: Tas
     assert isinstance(asked.goal, PerplexityIncrease)
     share, text = asked.goal.share, asked.text or _percent(asked.goal.share)
     path = _test(selection, texts, share, task)
-    reached = [step for step in path if step["within"]]
+    return _reached(path, {"max_perplexity_increase": text, "default": asked.text is None}, share)
+
+
+def _reached(path: list[dict[str, Any]], goal: Mapping[str, Any], share: float) -> Reached:
+    """The last step within the limit, of tested steps in ascending order."""
+    reached, text = [step for step in path if step["within"]], goal["max_perplexity_increase"]
     if not reached:
-        raise NblError(_unreachable(asked.text, path[0], share))
+        raise NblError(_unreachable(None if goal["default"] else text, path[0], share))
     best = reached[-1]
     spoken = "; ".join(f"{_spoken(quality_loss)} on {quality_loss['text']}" for quality_loss in best["quality_losses"])
     said = [f"{_layers(best['layers'])} perplexity by {spoken}; {text} is allowed"]
     for step in path:
         if step["layers"] == best["layers"] + 1:
             said.append(f"{step['layers']} layers (with {step['layer']}): {_failure(step, share)}")
-    facts = {"max_perplexity_increase": text, "default": asked.text is None, "path": path}
-    return Reached(best["layers"], facts, tuple(said))
+    return Reached(best["layers"], {**goal, "path": path}, tuple(said))
+
+
+def _count_to_train(asked: AskedGoal, selection: Selection) -> Reached:
+    """The layers that training begins with."""
+    assert isinstance(asked.goal, PerplexityIncrease)
+    share, text = asked.goal.share, asked.text or _percent(asked.goal.share)
+    count = max(1, selection.predicted_count(HOPE * share))
+    facts = {"max_perplexity_increase": text, "default": asked.text is None, "order": list(selection.order(count))}
+    said = f"training begins with {count} of {selection.inputs.num_layers} layers, and gives back what is beyond {text}"
+    return Reached(count, {**facts, "share": share, "path": []}, (said,))
+
+
+def count_foreseen(
+    switched: SwitchedModel, order: Sequence[int], share: float, texts: Texts, task: Task = quiet
+) -> int:
+    """The most first layers of an order, at least 1, that raise perplexity by at most `share` on the choosing texts."""
+    sets = {count: order[:count] for count in range(1, len(order) + 1)}
+    within = dict.fromkeys(sets, True)
+    for name, windows in texts:
+        with task(f"which layers stay, on {name}") as progress:
+            for count, loss in switched.quality_losses(windows, sets, progress).items():
+                before, after = loss.perplexities
+                within[count] &= after / before - 1 <= share
+    return max([count for count, kept in within.items() if kept], default=1)
+
+
+def count_trained(
+    switched: SwitchedModel, order: Sequence[int], goal: Mapping[str, Any], texts: Texts, task: Task = quiet
+) -> Reached:
+    """The most first layers of an order that are shown to keep the limit of `goal`, with maps that were trained.
+
+    Raises:
+        NblError: one layer alone is not within the limit.
+    """
+    path: list[dict[str, Any]] = []
+    while not (path and path[0]["within"]) and len(order) > len(path):
+        path = _steps(switched, texts, [order[: len(order) - len(path)]], goal["share"], task) + path
+    return _reached(path, goal, goal["share"])
 
 
 def count_for_speedup(asked: AskedGoal, selection: Selection, speedup: Callable[[Maps], Any]) -> Reached:
@@ -279,22 +327,28 @@ def _test(selection: Selection, texts: Texts, share: float, task: Task) -> list[
     """Tested counts in ascending order: up to the first failure, or down to the first success."""
     last = selection.inputs.num_layers - 1
     start = min(last, max(1, selection.predicted_count(share) - 1))
-    path = _steps(selection, texts, range(start, min(last, start + 1) + 1), share, task)
+
+    def steps(counts: Iterable[int]) -> list[dict[str, Any]]:
+        return _steps(selection.switched, texts, [selection.order(count) for count in counts], share, task)
+
+    path = steps(range(start, min(last, start + 1) + 1))
     while all(step["within"] for step in path) and path[-1]["layers"] < last:
-        path += _steps(selection, texts, [path[-1]["layers"] + 1], share, task)
+        path += steps([path[-1]["layers"] + 1])
     while not path[0]["within"] and path[0]["layers"] > 1:
-        path = _steps(selection, texts, [path[0]["layers"] - 1], share, task) + path[:1]
+        path = steps([path[0]["layers"] - 1]) + path[:1]
     failed = next((k for k, step in enumerate(path) if not step["within"]), len(path))
     return path[: failed + 1]
 
 
-def _steps(selection: Selection, texts: Texts, counts: Sequence[int], share: float, task: Task) -> list[dict[str, Any]]:
-    """Quality loss of the first layers of the order on each text, and whether it is shown to be within `share`."""
-    orders = {count: selection.order(count) for count in counts}
-    losses, said = {}, " or ".join(map(str, counts))
+def _steps(
+    switched: SwitchedModel, texts: Texts, found: Sequence[Sequence[int]], share: float, task: Task
+) -> list[dict[str, Any]]:
+    """Quality loss of some sets on each text, and whether it is shown to be within `share`."""
+    orders = {len(order): order for order in found}
+    losses, said = {}, " or ".join(map(str, orders))
     for name, windows in texts:
         with task(f"replacing {said} layers, on {name}") as progress:
-            losses[name] = selection.switched.window_losses(windows, orders, progress)
+            losses[name] = switched.window_losses(windows, orders, progress)
     return [_step(order, {n: found[count] for n, found in losses.items()}, share) for count, order in orders.items()]
 
 

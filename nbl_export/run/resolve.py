@@ -270,6 +270,11 @@ class Resolver:
 
         return shortage_of(self.checkpoint.value)
 
+    @property
+    def trains(self) -> bool:
+        """Whether maps are trained: asked for, and the model fits into memory."""
+        return self.options.fit == "distilled" and not self.shortage.value
+
     @lazy("engine_name", "provider", "precision", "prompt_length", "saving")
     def cost(self) -> CostModel:
         """The cost model of the shipped graphs."""

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from nbl_export.calibrate import collect
-from nbl_export.distill.training import Callbacks, DistillSettings, State, TrainingText, _batches, _Training, distill
+from nbl_export.distill.state import State
+from nbl_export.distill.training import Callbacks, DistillSettings, TrainingText, _batches, _Training, distill
 from nbl_export.errors import NblError
 from nbl_export.mixers.linear import LINEAR, Linear
 from nbl_export.model.checkpoint.load import load_model, load_tokenizer
@@ -40,9 +41,11 @@ def prepared(checkpoint: Checkpoint, text: Path) -> dict[str, Any]:
     return {"model": model, "windows": windows, "held": held, "maps": maps}
 
 
-def run(prepared: dict[str, Any], tap: str, settings: DistillSettings = QUICK, state: State | None = None) -> Any:
+def run(
+    prepared: dict[str, Any], tap: str, settings: DistillSettings = QUICK, state: State | None = None, **more: Any
+) -> Any:
     text = TrainingText(prepared["windows"], prepared["held"])
-    return distill(prepared["model"], prepared["maps"][tap], tap, text, settings, Callbacks(state=state))
+    return distill(prepared["model"], prepared["maps"][tap], tap, text, settings, Callbacks(state=state, **more))
 
 
 def held_kl(checkpoint: Path, maps: dict[int, Linear], held: torch.Tensor, tap: str) -> float:
@@ -106,6 +109,45 @@ def test_model_comes_back_as_it_was(prepared: dict[str, Any]) -> None:
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
     assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+NARROWING = dataclasses.replace(QUICK, narrows=True)  # at step 24 of 60
+
+
+def test_layers_are_given_back_and_the_rest_is_trained_further(
+    prepared: dict[str, Any], checkpoint: Checkpoint
+) -> None:
+    seen: list[dict[int, Any]] = []
+
+    def narrow(maps: dict[int, Any]) -> tuple[int, ...]:
+        seen.append(maps)
+        return (2,)
+
+    result = run(prepared, "normed", NARROWING, narrow=narrow)
+    (trained,) = seen
+    assert set(trained) == {1, 2} and set(result.maps) == {2}
+    assert np.abs(trained[2].weight - prepared["maps"]["normed"][2].weight).max() > 0
+    (step, start), *others = result.held_kl[result.narrowed :]
+    assert step == 24 and [s for s, _ in result.held_kl[: result.narrowed]] == [0, 20]
+    model, held = checkpoint("llama"), prepared["held"]
+    assert held_kl(model, {2: trained[2]}, held, "normed") == pytest.approx(start, rel=1e-3)
+    best = min(kl for _, kl in others)
+    assert best < start and held_kl(model, result.maps, held, "normed") == pytest.approx(best, rel=1e-3)
+
+
+def test_a_layer_that_stays_keeps_what_the_optimizer_knows(prepared: dict[str, Any]) -> None:
+    """Where all layers stay, training goes on as if nobody had asked."""
+    asked = run(prepared, "normed", NARROWING, narrow=lambda maps: tuple(maps))
+    assert asked.train_kl == run(prepared, "normed").train_kl
+
+
+def test_a_killed_run_does_not_give_layers_back_twice(prepared: dict[str, Any], tmp_path: Path) -> None:
+    whole = run(prepared, "normed", NARROWING, narrow=lambda _: (2,))
+    with pytest.raises(Killed):
+        run(prepared, "normed", NARROWING, Fragile(tmp_path / "state", 3, after=True), narrow=lambda _: (2,))
+    again = run(prepared, "normed", NARROWING, State(tmp_path / "state", "key"))  # nobody to ask
+    assert (again.train_kl, again.held_kl, again.narrowed) == (whole.train_kl, whole.held_kl, whole.narrowed)
+    np.testing.assert_array_equal(again.maps[2].weight, whole.maps[2].weight)
 
 
 def test_epochs_cut_the_text_anew() -> None:

@@ -32,7 +32,7 @@ QUIET = Ui(quiet=True)
 # Options that change other options, and one that has no effect beside them.
 ASKED: dict[str, Any] = {"engine": "openvino", "maps": "linear", "layers": "2"}
 EXPECTED: dict[str, Any] = {"tap": "normed", "precision": "fp16", "decoder_source": "openvino", "layers": "2"}
-IDLE = {"distill_steps": 40}
+IDLE = {"distill_steps": 40, "layers": "2"}
 
 
 class _Reached(Exception):
@@ -180,7 +180,7 @@ def test_a_refusal_reaches_the_user(recorded: Recorded, tmp_path: Path) -> None:
     """Before the model is looked for, which is nowhere; and the directory stays as it is."""
     out = tmp_path / "out"
     part = "--distill-steps is for --fit distilled; leave --distill-steps out"
-    assert_refused(nbl("--model", "nowhere", "--distill-steps", 40, "--output", out), 2, part)
+    assert_refused(nbl("--model", "nowhere", "--layers", 2, "--distill-steps", 40, "--output", out), 2, part)
     assert_refused(nbl("--model", "nowhere", "--layers", 2, "--output", out), 1, "no model at nowhere")
     directory = recorded()
     before = (directory / "nbl.json").read_bytes()

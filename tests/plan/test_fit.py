@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from nbl_export.distill.training import DistillSettings
 from nbl_export.options.options import JobOptions
+from nbl_export.plan import planning
 
 from ..command import Outcome, nbl
 from ..jobs import until
@@ -45,6 +46,33 @@ def test_distilled_maps_ship_and_are_no_worse(tap: str, same: Same, tmp_path: Pa
     moved = not np.array_equal(start["layers.1.weight"], maps["layers.1.weight"])
     assert moved == (facts["fit"]["best_step"] > 0)
     assert read(tmp_path / "run" / "model" / "nbl.json")["fit"] == facts["fit"]
+
+
+def test_a_limit_on_quality_is_kept_by_trained_maps(
+    same: Same, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run without a number of layers: more layers begin than stay, and a changed training begins with all again."""
+    output = tmp_path / "run"
+
+    def made(steps: int) -> tuple[Any, str]:
+        with until("rewrite"):
+            done = nbl(*same, "--max-perplexity-increase", "100000%", "--distill-steps", steps, "--output", output)
+        assert done.status == 0, done.err
+        return read(output / "nbl.json"), done.err
+
+    first, said = made(4)
+    assert "training begins with 2 of 3 layers" in said and "2 of 2 layers stay" in said
+    assert (first["options"]["fit"], first["tap"], first["fit"]["kind"]) == ("distilled", "normed", "distilled")
+    assert [step["layers"] for step in first["goal"]["path"]] == [2] and len(first["replaced_layers"]) == 2
+    monkeypatch.setattr(planning, "count_foreseen", lambda *_: 1)
+    second, said = made(5)
+    assert "plan: reused" in said
+    assert "1 of 2 layers stay" in said and second["replaced_layers"] == first["goal"]["order"][:1]
+    assert set(load_file(output / "maps.safetensors")) < set(load_file(output / "start.safetensors"))
+    assert read(output / "model" / "nbl.json")["replaced_layers"] == second["replaced_layers"]
+    monkeypatch.setattr(planning, "count_foreseen", lambda *_: 2)
+    third, said = made(6)
+    assert "2 of 2 layers stay" in said and third["replaced_layers"] == first["replaced_layers"]
 
 
 def test_changing_the_fit_runs_from_the_plan_and_back(same: Same, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from nbl_export.options.goals import (
 )
 from nbl_export.options.options import JobOptions
 from nbl_export.plan.inputs import AskedGoal, Maps, PlanInputs
-from nbl_export.plan.planning import count_for_budget, count_for_speedup, count_within
+from nbl_export.plan.planning import count_for_budget, count_for_speedup, count_foreseen, count_trained, count_within
 from nbl_export.run.stages.plan import declare
 
 from ..command import assert_refused, nbl
@@ -109,6 +110,13 @@ class Priced:
     def window_losses(self, windows: str, replaced_sets: dict[int, tuple[int, ...]], _progress: Any) -> Any:
         self.tested += list(replaced_sets)
         return {count: self._losses(windows, len(replaced_set)) for count, replaced_set in replaced_sets.items()}
+
+    def quality_losses(self, windows: str, replaced_sets: dict[int, tuple[int, ...]], _progress: Any) -> Any:
+        factor = 2 if windows == "another" else 1
+        return {
+            count: SimpleNamespace(perplexities=(8.0, 8.0 * (1 + factor * self.rises[len(replaced_set) - 1])))
+            for count, replaced_set in replaced_sets.items()
+        }
 
     def _losses(self, windows: str, count: int) -> Any:
         share = self.rises[count - 1] * (2 if windows == "another" else 1)
@@ -206,7 +214,7 @@ def test_the_upper_end_of_the_interval_decides_and_what_is_undecided_says_how_ma
 
 
 def test_perplexity_increase_through_the_job(run: Path) -> None:
-    wide = planned(run, "--max-perplexity-increase", "100000%", "--select", "greedy")
+    wide = planned(run, "--max-perplexity-increase", "100000%", "--fit", "independent")
     steps = wide["goal"]["path"]
     assert [s["layers"] for s in steps] == list(range(1, LAYERS))
     assert len(wide["replaced_layers"]) == LAYERS - 1
@@ -225,6 +233,32 @@ def test_perplexity_increase_through_the_job(run: Path) -> None:
     assert_refused(refused, 1, "cannot be met", "one layer alone", "raises perplexity on held-back text by")
     assert (run / "nbl.json").read_bytes() == before
     assert planned(run, "--layers", "1")["goal"] is None
+
+
+@pytest.mark.parametrize(
+    ("rises", "text", "count"),
+    [
+        ((0.01, 0.02, 0.04, 0.06), "held back", 3),
+        ((0.01, 0.02, 0.04, 0.06), "another", 2),
+        ((0.01, 0.06, 0.04, 0.06), "held back", 3),  # a larger set that keeps the limit is better
+        ((0.06, 0.07, 0.08, 0.09), "held back", 1),
+        ((0.01, 0.02, 0.04, math.nan), "held back", 3),
+    ],
+)
+def test_the_layers_that_stay_in_training_are_foreseen(rises: tuple[float, ...], text: str, count: int) -> None:
+    model: Any = Priced(*rises)
+    assert count_foreseen(model, (3, 1, 2, 0), 0.05, [("held back", "held back"), (text, text)]) == count
+
+
+def test_trained_maps_are_tested_downwards() -> None:
+    goal = {"max_perplexity_increase": "5%", "default": False, "order": [7, 3, 1, 2, 0], "share": 0.05}
+    model: Any = Priced(0.01, 0.03, 0.06, 0.07)
+    found = count_trained(model, (7, 3, 1, 2), goal, [("near", "held back")])
+    assert (found.count, model.tested, found.facts["order"]) == (2, [4, 3, 2], [7, 3, 1, 2, 0])
+    assert [step["within"] for step in found.facts["path"]] == [True, False, False]
+    assert found.lines[0].startswith("2 layers raise perplexity by") and found.lines[1].startswith("3 layers (with 1)")
+    with pytest.raises(NblError, match=r"^--max-perplexity-increase 5% cannot be met: one layer alone \(7\)"):
+        count_trained(Priced(0.06, 0.07), (7, 3), goal, [("near", "held back")])  # type: ignore[arg-type]
 
 
 class Sized:

@@ -104,7 +104,8 @@ def plan_inputs(order: OrderInputs, request: Any = None, goal: AskedGoal | None 
     values: dict[str, Any] = {
         "fit": "independent", "order": order, "request": request,
         "goal": goal or AskedGoal(PerplexityIncrease(0.1), None),
-        "quarter": Lazy(None, lambda: False), "deciding": Lazy(None, lambda: [("near", "one"), ("far", "another")]),
+        "quarter": Lazy(None, lambda: False), "trains": Lazy(None, lambda: False),
+        "deciding": Lazy(None, lambda: [("near", "one"), ("far", "another")]),
         "speedup": Lazy(None, lambda: speedup), "setting": Lazy(None, lambda: {"engine": "e"}),
     }  # fmt: skip
     return PlanInputs(**{**values, **given})

@@ -22,7 +22,7 @@ from nbl_export.options.goals import (
     read_rank,
 )
 from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL
-from nbl_export.plan.inputs import AskedGoal, DistilledMaps, MapKind, Maps, OrderInputs, PlanInputs, SweepInputs
+from nbl_export.plan.inputs import AskedGoal, DistilledMaps, MapKind, Maps, OrderInputs, PlanInputs, SweepInputs, Texts
 from nbl_export.records.inputs import Lazy
 from nbl_export.report.console import METHOD_NAMES
 from nbl_export.report.quality import spoken_curve
@@ -50,6 +50,7 @@ def declare(r: Resolver) -> PlanInputs | Lazy[Any]:
         request=None if options.layers is None else parse_layers(options.layers, r.spec.num_layers),
         goal=goal,
         quarter=Lazy(None, lambda: r.is_graph or bool(r.shortage.value)),
+        trains=Lazy(None, lambda: r.trains),
         # The curve states what its speed-ups are modelled for, so that only a goal needs them in the key.
         speedup=Lazy(r.cost.identity if isinstance(goal.goal, TargetSpeedup) else None, lambda: r.cost.value.speedup),
     )
@@ -118,20 +119,22 @@ def run(inputs: PlanInputs | Lazy[Any], place: Place, out: Path) -> dict[str, An
     from nbl_export.plan.maps_file import save_maps
 
     facts: dict[str, Any] = {"ranks": {}, "goal": None, "curve": None}
+    trains = False
     if isinstance(inputs, Lazy):
         (plan, maps), fit = inputs.value, CHECKPOINT_FIT
     else:
         from nbl_export.plan.order import Selection
         from nbl_export.plan.planning import make_plan
 
+        trains = inputs.trains.value
         fit, selection = inputs.fit, Selection(inputs.order, place.ui.task, place.run.manifest.get("greedy"))
         plan, maps, facts = make_plan(inputs, selection, lambda line: place.ui.say(f"  {line}"), place.ui.task)
         if facts["curve"]:
             place.ui.say(f"  {spoken_curve(facts['curve'])}")
-    distilled = fit == "distilled" and plan.replaced
+    distilled = trains and plan.replaced
     save_maps(maps, out / (START_FILE if distilled else MAPS_FILE), plan.tap)
     return {
-        "fit": {"kind": "independent" if distilled else fit},
+        "fit": {"kind": "independent" if fit == "distilled" else fit},
         "replaced_layers": list(plan.replaced),
         "kinds": list(plan.kinds),
         "tap": plan.tap,
@@ -189,7 +192,9 @@ def run_sweep(inputs: SweepInputs, place: Place, out: Path) -> dict[str, Any]:
 class DistillInputs:
     """What trained maps follow from, beside the maps at the start.
 
-    training: windows of the training text. held_back: their part "choosing" chooses the best step.
+    Attributes:
+        training: windows of the training text. held_back: their part "choosing" chooses the best step.
+        choosing, deciding: texts by which layers are given back; None if all layers stay.
     """
 
     fingerprint: str
@@ -200,31 +205,36 @@ class DistillInputs:
     label_weight: float
     training: Lazy[Any]
     held_back: Lazy[Division]
+    choosing: Lazy[Texts] | None
+    deciding: Lazy[Texts] | None
     model: Lazy[Any]
+    narrow: Lazy[bool]
     checkpoint: Lazy[Path]
 
 
 def declare_distill(r: Resolver) -> DistillInputs | LeftOut:
     """The inputs of the stage; left out unless maps are distilled."""
-    return r.fill(DistillInputs) if r.options.fit == "distilled" and r.plan.replaced else LeftOut()
+    if r.options.fit != "distilled" or not r.plan.replaced:
+        return LeftOut()
+    if not r.trains:
+        return LeftOut("the model does not fit into memory, which training needs")
+    narrows = "order" in (r.run.manifest["goal"] or {})
+    texts = {"choosing": r.choosing, "deciding": r.deciding}
+    return r.fill(DistillInputs, **{name: text if narrows else None for name, text in texts.items()})
 
 
 def run_distill(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any]:
     """Write the trained maps and distill.json; returns the facts for the manifest."""
     from nbl_export.distill import training
-    from nbl_export.distill.training import State
+    from nbl_export.distill.state import State
     from nbl_export.parallel import ranks as distributed
-    from nbl_export.plan.maps_file import load_maps, save_maps
+    from nbl_export.plan.maps_file import load_maps, maps_in, save_maps
 
     plan, windows, judging = place.plan, inputs.training.value, inputs.held_back.value.choosing
-    minutes = inputs.distill_minutes
-    steps = inputs.distill_steps or (training.UNLIMITED if minutes else training.DEFAULT_STEPS)
-    settings = training.DistillSettings(
-        steps, minutes, seed=inputs.seed, dtype="auto", lora_rank=inputs.lora_rank,
-        label_weight=inputs.label_weight,
-    )  # fmt: skip
+    goal = _Goal(inputs, place) if inputs.deciding else None
+    settings = _settings(inputs, goal)
     path = place.run.path / START_FILE
-    start = load_maps(path, plan.replaced)
+    start = load_maps(path, maps_in(path)[0])
     ranks = distributed.current()
     maps = {i: [m.kind, m.tensors()] for i, m in start.items()}
     given = {"maps": maps, "windows": windows, "held": judging, "settings": settings, "tap": plan.tap}
@@ -234,15 +244,68 @@ def run_distill(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any
     with place.ui.task("distilling") as progress:
         found = training.distill(
             ranks.place(inputs.model.value), start, plan.tap, training.TrainingText(windows, judging), settings,
-            training.Callbacks(progress, lambda s: place.ui.say(f"  {s}"), state, ranks),
+            training.Callbacks(progress, lambda s: place.ui.say(f"  {s}"), state, ranks,
+                               goal.narrow if goal else None),
         )  # fmt: skip
     ranks.done()
-    save_maps(found.maps, out / MAPS_FILE, plan.tap)
+    facts = goal.reach(found.maps) if goal else {}
+    replaced = facts.get("replaced_layers", plan.replaced)
+    save_maps({i: found.maps[i] for i in replaced}, out / MAPS_FILE, plan.tap)
     write_json(out / DISTILL_FILE, {"held_kl": found.held_kl, "train_kl": found.train_kl, "seconds": found.seconds})
-    best = min(found.held_kl, key=lambda row: row[1])
-    kl = {"held_kl_start": found.held_kl[0][1], "held_kl_best": best[1]}
+    kept = found.held_kl[found.narrowed :]
+    best = min(kept, key=lambda row: row[1])
+    kl = {"held_kl_start": kept[0][1], "held_kl_best": best[1]}
     how = {"kind": "distilled", "label_weight": settings.label_weight}
-    return {"fit": {**how, "steps": len(found.train_kl), "best_step": best[0], **kl}}
+    return {"fit": {**how, "steps": len(found.train_kl), "best_step": best[0], **kl}, **facts}
+
+
+def _settings(inputs: DistillInputs, goal: _Goal | None) -> Any:
+    from nbl_export.distill import training
+
+    steps, minutes = inputs.distill_steps, inputs.distill_minutes
+    if goal and not steps and not minutes:
+        minutes = training.default_minutes(inputs.model.value.num_parameters())
+    return training.DistillSettings(
+        steps or (training.UNLIMITED if minutes else training.DEFAULT_STEPS), minutes, seed=inputs.seed, dtype="auto",
+        lora_rank=inputs.lora_rank, label_weight=inputs.label_weight, narrows=goal is not None,
+    )  # fmt: skip
+
+
+class _Goal:
+    """A limit on quality that trained maps are to keep, by the plan's order of replacement."""
+
+    def __init__(self, inputs: DistillInputs, place: Place) -> None:
+        self._inputs, self._place, self._goal = inputs, place, place.run.manifest["goal"]
+        self._order: tuple[int, ...] = tuple(self._goal["order"])
+
+    def narrow(self, maps: dict[int, Any]) -> tuple[int, ...]:
+        """The layers that stay while training goes on."""
+        from nbl_export.plan.planning import count_foreseen
+
+        assert self._inputs.choosing is not None
+        begun, texts = len(self._order), self._inputs.choosing.value
+        count = count_foreseen(self._with(maps), self._order, self._goal["share"], texts, self._place.ui.task)
+        self._order = self._order[:count]
+        self._place.ui.say(f"  {count} of {begun} layers stay; the training goes on with these")
+        return self._order
+
+    def reach(self, maps: dict[int, Any]) -> dict[str, Any]:
+        """The facts of the layers whose trained maps keep the limit."""
+        from nbl_export.plan.planning import count_trained
+
+        assert self._inputs.deciding is not None
+        order, texts = [i for i in self._order if i in maps], self._inputs.deciding.value
+        reached = count_trained(self._with(maps), order, self._goal, texts, self._place.ui.task)
+        for line in reached.lines:
+            self._place.ui.say(f"  {line}")
+        replaced = sorted(order[: reached.count])
+        return {"replaced_layers": replaced, "kinds": [maps[i].kind for i in replaced], "goal": reached.facts}
+
+    def _with(self, maps: dict[int, Any]) -> Any:
+        from nbl_export.model.switched import SwitchedModel
+
+        inputs = self._inputs
+        return SwitchedModel(inputs.model.value, maps, self._place.plan.tap, narrow=inputs.narrow.value)
 
 
 def _state_key(fingerprint: str, maps: Path, windows: Any, judging: Any, settings: Any) -> str:
