@@ -15,11 +15,12 @@ from nbl_export.errors import NblError, UsageError
 from nbl_export.options.options import JobOptions, flag_of
 from nbl_export.records.decoder import DecoderSpec
 
-__all__ = ["DEFAULT_INCREASE", "GOALS", "CacheBudget", "PerplexityIncrease", "TargetSpeedup", "check_request",
-           "check_size", "default_select", "goal_of", "layers_for_budget", "names_layers",
-           "parse_layers", "read_rank", "saving_inputs"]  # fmt: skip
+__all__ = ["DEFAULT_INCREASE", "DEFAULT_SELECT", "GOALS", "CacheBudget", "PerplexityIncrease", "TargetSpeedup",
+           "check_request", "check_size", "goal_of", "layers_for_budget", "names_layers", "parse_layers", "read_rank",
+           "saving_inputs"]  # fmt: skip
 
 DEFAULT_INCREASE = 0.10  # of perplexity, if neither a count nor a goal is given
+DEFAULT_SELECT = "efficient"  # the order of layers, if the model's output can judge
 GOALS = ("max_perplexity_increase", "target_speedup", "kv_budget")
 _PHASES = ("prefill", "decode")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -62,16 +63,6 @@ def goal_of(options: JobOptions) -> Goal | None:
     if options.target_speedup is not None:
         return _read_speedup(options.target_speedup)
     return None if options.kv_budget is None else _read_budget(options.kv_budget)
-
-
-def default_select(options: JobOptions) -> str:
-    """The order of layers if `--select` is not given and the model's output can judge.
-
-    A limit on quality, also the default one, takes the layers that cost least. Any other request sets how much is
-    replaced, and takes the best quality for the work saved.
-    """
-    limits_quality = not any(getattr(options, name) for name in ("layers", "target_speedup", "kv_budget"))
-    return "greedy" if limits_quality else "efficient"
 
 
 def saving_inputs(options: JobOptions) -> list[object]:

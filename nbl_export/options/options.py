@@ -134,8 +134,8 @@ class JobOptions:
     )  # fmt: skip
     select: str | None = option(
         None, "Order of layers: efficient (least quality lost for the work saved, default), greedy (least quality "
-        "lost; default for a limit on quality), cca (smallest bound; default if the model does not fit into memory) or "
-        "error.", _REPLACED, "main plan", choices=SELECTS, metavar="ORDER",
+        "lost), cca (smallest bound; default if the model does not fit into memory) or error.",
+        _REPLACED, "main plan", choices=SELECTS, metavar="ORDER",
     )  # fmt: skip
     rank: str | None = option(
         None, "Rank of the maps: a number, or auto; default: full maps.", _REPLACED, "main plan", metavar="RANK"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nbl_export.options.goals import default_select
+from nbl_export.options.goals import DEFAULT_SELECT
 from nbl_export.options.options import JobOptions, describe_command
 from nbl_export.options.settle import over
 from nbl_export.records.paired import spoken_ratio
@@ -226,7 +226,7 @@ def _commands(report: Mapping[str, Any]) -> Iterator[str]:
     """Commands for the next counts of the curve, run in the run directory, and for distillation in a new one."""
     taken, curve = len(report["replaced_layers"]), report["curve"]
     options = JobOptions.from_json(over(report["options"], {"layers": str(taken)}))
-    if options.select is None and default_select(options) != report["select"]:
+    if options.select is None and report["select"] != DEFAULT_SELECT:
         options = dataclasses.replace(options, select=report["select"])  # the order of this curve
     select = "" if options.select is None else f" --select {options.select}"
     for point in [p for p in curve["points"] if p["layers"] > taken][:2]:

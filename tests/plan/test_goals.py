@@ -16,12 +16,10 @@ from nbl_export.errors import NblError, UsageError
 from nbl_export.mixers.linear import Linear
 from nbl_export.options.goals import (
     DEFAULT_INCREASE,
-    GOALS,
     CacheBudget,
     PerplexityIncrease,
     TargetSpeedup,
     check_request,
-    default_select,
     goal_of,
 )
 from nbl_export.options.options import JobOptions
@@ -176,12 +174,6 @@ def test_without_a_goal_the_default_increase_decides_and_says_what_one_layer_cos
     limit = r"within the default limit of 10%: one layer alone \(10\) .*\+12\..*--layers N"
     with pytest.raises(NblError, match=limit):
         reached(Priced(0.12, 0.2, 0.2, 0.2), None)
-
-
-def test_a_limit_on_quality_takes_the_layers_that_cost_least() -> None:
-    chosen = {name: default_select(options(**{name: "8"})) for name in ("layers", *GOALS)}
-    assert chosen.pop("max_perplexity_increase") == "greedy" == default_select(options())
-    assert set(chosen.values()) == {"efficient"}
 
 
 def test_the_worse_text_decides() -> None:

@@ -281,10 +281,10 @@ def test_smaller_and_larger_sets_stand_with_the_commands_for_them(tmp_path: Path
         assert f"nbl-export plan . --layers {count} --select greedy && nbl-export report ." in text
     assert "plan . --layers 1 " not in text
     distilled = "nbl-export --model tiny/decoder --engine ort --layers 3 --fit distilled"
-    assert f"{distilled} --select greedy --tap normed" in text
+    assert f"{distilled} --select greedy --" in text and "--tap" not in text
     render({**manifest, "select": "efficient"}, VERIFY, None, tmp_path)  # the default order of a count
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "--layers 4 && " in text and f"{distilled} --tap normed" in text
+    assert "--layers 4 && " in text and f"{distilled} --output" in text
     assert spoken_curve(CURVE) == "1 layer: +4.00%, ×1.03 prefill; 3: +12.0%, ×1.09; 4: +16.0%, ×1.12; 5: +20.0%, ×1.15"
 
 

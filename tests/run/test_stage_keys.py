@@ -60,8 +60,8 @@ _BENCH = ("depths", "repetitions", "prompt_tokens", "generate_tokens", "threads"
 READS: dict[str, tuple[str, ...]] = {
     "calibrate": ("calibration_tokens", "context", "tap", "compute_dtype"),
     "plan": _PLAN,
-    "sweep": ("layers", "select", "rank", "tap", "maps", "token_table", "calibration_tokens", "context",
-              "compute_dtype", "precision", "provider", "engine", "logits", "prompt_tokens"),
+    "sweep": ("select", "rank", "tap", "maps", "token_table", "calibration_tokens", "context", "compute_dtype",
+              "precision", "provider", "engine", "logits", "prompt_tokens"),
     "distill": (*_PLAN, "distill_minutes", "distill_steps", "distill_tokens", "lora_rank", "label_weight", "seed"),
     "quantize": ("quantize", "calibration_tokens", "context", "builder_option"),
     "decoder": _DECODER,
@@ -77,7 +77,7 @@ READS: dict[str, tuple[str, ...]] = {
 HERE: dict[tuple[str, str], Any] = {
     ("build", "engine"): "trt", ("build", "decoder_source"): "genai", ("distill", "fit"): "independent",
     ("distill", "tap"): "residual", ("verify", "fit"): "independent", ("verify", "tap"): "residual",
-    ("sweep", "layers"): None, ("quantize", "quantize"): None,
+    ("quantize", "quantize"): None,
 }  # fmt: skip
 
 

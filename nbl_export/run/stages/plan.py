@@ -12,10 +12,10 @@ from nbl_export.files import arrays_sha256, file_sha256, key_of, write_json
 from nbl_export.measure.cost import map_sizes
 from nbl_export.options.goals import (
     DEFAULT_INCREASE,
+    DEFAULT_SELECT,
     CacheBudget,
     PerplexityIncrease,
     TargetSpeedup,
-    default_select,
     goal_of,
     layers_for_budget,
     parse_layers,
@@ -59,7 +59,7 @@ def declare(r: Resolver) -> PlanInputs | Lazy[Any]:
 def order_of(r: Resolver) -> OrderInputs:
     """What the order of replacement follows from."""
     options, spec = r.options, r.spec
-    usual = options.select or default_select(options)
+    usual = options.select or DEFAULT_SELECT
     return OrderInputs(
         MapKind(options.kind, options.tap, read_rank(options.rank), options.has_bias),
         spec.num_layers,
@@ -75,18 +75,15 @@ def order_of(r: Resolver) -> OrderInputs:
 
 
 def _select(r: Resolver) -> str:
-    """The selection method: that of the options, or the best method that memory allows.
-
-    A limit on quality asks for the layers that cost least, a count for the best quality at the speed that it gives.
-    """
+    """The selection method: that of the options, or the best method that memory allows."""
     if r.options.select is not None:
         return r.options.select
-    if r.is_graph:  # greedy needs the torch model
+    if r.is_graph:  # the model's output needs the torch model
         return "cca"
     if r.shortage.value:
         r.ui.say("  choosing layers by CCA bounds: --select greedy and efficient need the model in memory")
         return "cca"
-    return default_select(r.options)
+    return DEFAULT_SELECT
 
 
 def _moments(r: Resolver) -> Callable[[int, str], Any]:
@@ -218,7 +215,7 @@ def declare_distill(r: Resolver) -> DistillInputs | LeftOut:
         return LeftOut()
     if not r.trains:
         return LeftOut("the model does not fit into memory, which training needs")
-    narrows = "order" in (r.run.manifest["goal"] or {})
+    narrows = "order" in (r.run.manifest.get("goal") or {})
     texts = {"choosing": r.choosing, "deciding": r.deciding}
     return r.fill(DistillInputs, **{name: text if narrows else None for name, text in texts.items()})
 
