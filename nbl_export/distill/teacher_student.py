@@ -6,7 +6,8 @@
                gives a share of the KL to the cross-entropy of the text's next token (Hinton et al. 2015)
 
 One copy of the weights serves both: a replaced layer is switched between its attention and its map. Below the first
-replaced layer both models are equal, so the student begins there. Only the maps have gradients.
+replaced layer both models are equal, so the student begins there. Only the maps have gradients. Layers of a kind that
+is not trained stay as they are in the student.
 
 The distance is the mean square difference between the two states entering a layer, each divided by its root mean square
 (hidden-state alignment: Bick et al. 2024, MOHAWK; Romero et al. 2015, FitNets). With a few hundred thousand tokens, a
@@ -25,7 +26,7 @@ from torch import nn
 
 from nbl_export.errors import NblError
 from nbl_export.mixers import kind_of
-from nbl_export.mixers.base import Mixer
+from nbl_export.mixers.base import Kind, Mixer
 from nbl_export.mixers.modules import Wrapped
 from nbl_export.model import bfloat16
 from nbl_export.model.head import logits_of
@@ -69,12 +70,19 @@ class TeacherStudent:
         self._weights = bfloat16.Weights(model) if self.narrow else None
         generator, multiplier = torch.Generator().manual_seed(seed), multiplier_of(model.config)
         self.affine = nn.ModuleDict()
-        self._kinds = {i: kind_of(mixer.kind) for i, mixer in maps.items()}
+        self._kinds, self._fixed = dict[int, Kind](), dict[int, tuple[Mixer, nn.Module]]()
         for i, mixer in maps.items():
-            trained = self._kinds[i].trained(mixer, rank, generator)
+            kind = kind_of(mixer.kind)
+            trained = kind.trained(mixer, rank, generator)
             if trained is None:
-                raise NblError(f"layer {i}: a layer of kind {mixer.kind} is not trained; use --fit independent")
+                module = mixer.module(multiplier).to(model.device).eval().requires_grad_(False)
+                module.layer_idx = i
+                self._fixed[i] = (mixer, module)
+                continue
+            self._kinds[i] = kind
             self.affine[str(i)] = Wrapped(trained, multiplier)
+        if not self._kinds:
+            raise NblError("there is nothing to train in these layers; use --fit independent")
         self.affine.to(model.device)
 
     @property
@@ -83,19 +91,22 @@ class TeacherStudent:
         return dict(self.affine.named_parameters())
 
     def maps(self) -> dict[int, Mixer]:
-        """The current mixers, deltas included."""
-        return {i: kind.from_tensors(self.affine[str(i)].linear.tensors()) for i, kind in self._kinds.items()}
+        """The current mixers, deltas included, and those of a kind that is not trained."""
+        trained = {i: kind.from_tensors(self.affine[str(i)].linear.tensors()) for i, kind in self._kinds.items()}
+        return {**trained, **{i: mixer for i, (mixer, _) in self._fixed.items()}}
 
     def keep_only(self, layers: Collection[int]) -> None:
         """Give the other layers their attention back. States of the original made before no longer serve."""
         for i in [i for i in self._kinds if i not in layers]:
             del self._kinds[i]
             del self.affine[str(i)]
-        self.first = min(self._kinds)
+        self._fixed = {i: fixed for i, fixed in self._fixed.items() if i in layers}
+        self.first = min([*self._kinds, *self._fixed])
 
     def student(self) -> contextlib.AbstractContextManager[None]:
         """Within: replaced layers compute their maps, and layers below the first replaced one are skipped."""
-        return switched(self.decoder, {int(i): m for i, m in self.affine.items()}, self.tap, self.first)
+        modules = {**{int(i): m for i, m in self.affine.items()}, **{i: m for i, (_, m) in self._fixed.items()}}
+        return switched(self.decoder, modules, self.tap, self.first)
 
     @torch.no_grad()
     def teacher_states(self, ids_BT: torch.Tensor, *, training: bool = False) -> TeacherStates:
@@ -159,14 +170,16 @@ class TeacherStudent:
             return self._apart(teacher.last.flatten(0, 1), last.flatten(0, 1))[1].item()
 
     def gradients(
-        self, teacher: TeacherStates, weight: float, label_weight: float = 0.0, *, whole: bool = False
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        self, teacher: TeacherStates, weight: float, label_weight: float = 0.0, *, whole: bool = False,
+        positions: slice = slice(None),
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:  # fmt: skip
         """Gradients of each row's loss, name -> [B, ...], and the rows' KL [B].
 
         Args:
             weight: of the distance of intermediate hidden states.
             label_weight: of the text's next tokens, 0 to 1; the KL has the rest.
             whole: gradients by the weights [D, D] instead of the trained deltas.
+            positions: whose logits are compared. Hidden states are compared at all positions.
         """
         size = len(teacher.entering)
         rows: dict[str, torch.Tensor] = {}
@@ -176,18 +189,20 @@ class TeacherStudent:
             module.linear.rows = own
             rows |= {f"{index}.linear.{name}": parameter for name, parameter in own.items()}
         try:
-            loss_B, kl_B = self._losses(teacher, weight, label_weight)
+            loss_B, kl_B = self._losses(teacher, weight, label_weight, positions)
             found = torch.autograd.grad(loss_B.sum(), list(rows.values()))
         finally:
             for module in self.affine.values():
                 module.linear.rows = None
         return dict(zip(rows, found, strict=True)), kl_B.detach()
 
-    def _losses(self, teacher: TeacherStates, weight: float, label_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _losses(
+        self, teacher: TeacherStates, weight: float, label_weight: float, positions: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         watched = range(self.first + 1, len(self.layers)) if weight else range(0)
         with self.student(), self._products(training=True), self._watch(watched) as seen:
             last = run_from(self.decoder, teacher.entering)
-            rows = zip(teacher.last, last, teacher.next_ids, strict=True)
+            rows = zip(*(values[:, positions] for values in (teacher.last, last, teacher.next_ids)), strict=True)
             pairs = [
                 self._apart(theirs, ours, ids if label_weight else None, label_weight) for theirs, ours, ids in rows
             ]

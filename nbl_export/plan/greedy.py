@@ -94,7 +94,10 @@ class Point:
 
 @dataclass(frozen=True)
 class GreedyOrder:
-    """Sets in order of replacement, each with one layer more than the one before; and sets beyond (`extrapolate`)."""
+    """Sets in order of replacement, each with one layer more than the one before; and sets beyond (`extrapolate`).
+
+    The first set is that of one layer, or of the layers that are replaced in any case.
+    """
 
     steps: tuple[Point, ...] = ()
     beyond: tuple[Point, ...] = ()
@@ -167,13 +170,14 @@ class Search:
     Args:
         judge: measures effects.
         order: steps found before with the same judge are kept.
+        given: layers that are replaced in any case; they are the first step.
         saving: share of a prefill's work that replacing these layers saves; None counts no work.
         progress: called with trials and passes done, and the total of the round of trials.
     """
 
     def __init__(
         self, judge: Judge, order: GreedyOrder, saving: Callable[[Sequence[int]], float] | None,
-        progress: Progress,
+        progress: Progress, given: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self._judge, self._saving = judge, saving
         self._effects_alone = judge.alone(progress)
@@ -182,10 +186,13 @@ class Search:
             raise NblError("the map of layer 0 gives logits that are not finite; give more --calibration-tokens")
         self.order = order
         self._excess: dict[int, float] = {}
-        self._effects = judge.together(order.layers) if order.layers else None
+        replaced = order.layers or tuple(given)
+        self._effects = judge.together(replaced) if replaced else None
+        if self._effects is not None and not order.steps:
+            self.order = GreedyOrder((self._point(replaced, self._effects),))
 
     def extend(self, length: int, progress: Progress = _quiet) -> GreedyOrder:
-        """Take true steps up to `length` layers.
+        """Take true steps up to `length` of them.
 
         Raises:
             NblError: every further layer's map gives logits that are not finite.
@@ -205,7 +212,7 @@ class Search:
                 if not math.isfinite(front.estimate(best)):
                     break
                 front.add(best)
-            if len(front.layers) < count or count <= len(self.order.steps):
+            if len(front.layers) < count or count <= len(self.order.layers):
                 continue
             effects = self._judge.together(front.layers)
             point = self._point(front.layers, effects)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nbl_export.mixers.base import Mixer
@@ -40,6 +40,7 @@ class OrderInputs:
         texts: texts that layers are chosen by; no map is fitted on them.
         second_sha256: of the second text among them, which differs between versions of Python.
         saved: share of the arithmetic of a prefill of some tokens that maps save, for "efficient".
+        given: mixers of layers that are replaced in any case, before the order begins.
     """
 
     kind: MapKind
@@ -52,6 +53,7 @@ class OrderInputs:
     texts: Lazy[Texts]
     second_sha256: Lazy[str | None]
     saved: Lazy[Callable[[Maps, int], float]]
+    given: Lazy[Maps] = field(default_factory=lambda: Lazy(None, dict))
 
 
 @dataclass(frozen=True)

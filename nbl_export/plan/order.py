@@ -67,6 +67,7 @@ class Selection:
     def maps_of(self, layers: Collection[int]) -> dict[int, Mixer]:
         """The maps of some layers; the moments of one layer at a time are in memory."""
         asked = self.inputs.kind
+        self._maps |= self.inputs.given.value
         for i in (i for i in layers if i not in self._maps):
             moments, options = self.inputs.moments.value(i, asked.tap), FitOptions(asked.rank, asked.bias)
             self._maps[i] = kind_of(asked.kind).fit(moments, i, options)
@@ -90,11 +91,20 @@ class Selection:
         """Whether the model's output gives the order."""
         return self.select in ("greedy", "efficient")
 
+    @functools.cached_property
+    def given(self) -> tuple[int, ...]:
+        """The layers that are replaced in any case."""
+        return tuple(sorted(self.inputs.given.value))
+
     def order(self, count: int) -> tuple[int, ...]:
-        """The first `count` layers to replace; a smaller count gives a prefix of a larger count's layers."""
+        """The first `count` further layers to replace; a smaller count gives a prefix of a larger count's layers."""
         if not self.judges:
-            return ranked(self.scores, self.select)[:count]
-        return self._extended(count).layers[:count]
+            return tuple(i for i in ranked(self.scores, self.select) if i not in self.given)[:count]
+        return self._extended(count).layers[len(self.given) :][:count]
+
+    def replaced(self, count: int) -> tuple[int, ...]:
+        """The layers that are replaced in any case, and the first `count` further ones."""
+        return (*self.given, *self.order(count))
 
     def predicted_count(self, increase: float) -> int:
         """The most layers whose increase of perplexity on the choosing windows is at most `increase` on every text.
@@ -102,8 +112,8 @@ class Selection:
         0 if the model's output does not give the order.
         """
         count = 0
-        while self.judges and count < self.inputs.num_layers - 1:
-            if self._extended(count + 1).steps[count].worst_increase > increase:
+        while self.judges and count < self.inputs.num_layers - len(self.given) - 1:
+            if self._extended(count + 1).steps[count + bool(self.given)].worst_increase > increase:
                 break
             count += 1
         return count
@@ -114,17 +124,17 @@ class Selection:
         wanted = sorted({round(k * layers / _STRETCHES) for k in range(1, _STRETCHES // 2 + 1)} - {0})
         order = self._extended(count)
         known = {len(point.layers) for point in (*order.steps, *order.beyond)}
-        missing = [n for n in wanted if n not in known and len(order.steps) < n < layers]
+        missing = [n for n in wanted if n not in known and len(order.layers) < n < layers]
         if missing:
             with self._task("larger sets") as progress:
                 self._order = self._search.extrapolate(missing, progress)
 
     def _extended(self, count: int) -> GreedyOrder:
-        self._order = self._order or self._recorded()
-        if len(self._order.steps) < count:
+        self._order, steps = self._order or self._recorded(), count + bool(self.given)
+        if len(self._order.steps) < steps:
             search = self._search
             with self._task("sets of layers") as progress:
-                self._order = search.extend(count, progress)
+                self._order = search.extend(steps, progress)
         return self._order
 
     @functools.cached_property
@@ -133,7 +143,7 @@ class Selection:
         tokens = sum(windows.numel() for windows in texts)
         order = self._order or GreedyOrder()
         with self._task(f"trying each layer on {tokens} tokens") as progress:
-            return Search(Judge(self.switched, texts), order, self._saving, progress)
+            return Search(Judge(self.switched, texts), order, self._saving, progress, self.given)
 
     @functools.cached_property
     def _saving(self) -> Callable[[Sequence[int]], float] | None:
@@ -165,7 +175,7 @@ class Selection:
         """Fingerprint of what an order by the model's output follows from."""
         inputs = self.inputs
         saved = inputs.saved.identity if self.select == "efficient" else None
-        parts = (inputs.kind, inputs.moments, inputs.model, inputs.narrow, inputs.texts)
+        parts = (inputs.kind, inputs.moments, inputs.model, inputs.narrow, inputs.texts, inputs.given)
         return key_of(
             RULE, EVERY, _WEIGHED_TOKENS, [identity_of(part) for part in parts], inputs.second_sha256.value, saved
         )

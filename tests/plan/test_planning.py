@@ -14,6 +14,7 @@ import torch
 from nbl_export.errors import NblError
 from nbl_export.mixers.linear import Linear
 from nbl_export.mixers.lmmse import Moments
+from nbl_export.mixers.none import Nothing
 from nbl_export.model.switched import Loss
 from nbl_export.options.goals import PerplexityIncrease, TargetSpeedup
 from nbl_export.plan import order as order_of
@@ -273,6 +274,27 @@ def test_losses_that_are_not_finite_are_neither_shown_nor_recommended(monkeypatc
     assert found["recommended"] is None
 
 
+def test_layers_that_are_replaced_in_any_case_come_first_and_count_in_every_set() -> None:
+    given = {7: Nothing(SIZE)}
+    order = dataclasses.replace(inputs("greedy"), given=Lazy("g", lambda: given))
+    plan, maps, facts, _ = planned(plan_inputs(order, 3))
+    steps = [point["layers"] for point in facts["greedy"]["steps"]]
+    assert [len(step) for step in steps] == [1, 2, 3, 4] and all(step[0] == 7 for step in steps)
+    assert plan.replaced == tuple(sorted(steps[-1])) == tuple(maps)
+    assert dict(zip(plan.replaced, plan.kinds, strict=True)) == {i: "none" if i == 7 else "linear" for i in steps[-1]}
+    selection = Selection(order)
+    assert selection.order(2) == steps[2][1:] and selection.replaced(2) == steps[2]
+    scored = Selection(dataclasses.replace(inputs("cca"), given=Lazy("g", lambda: {CHEAPEST[0]: Nothing(SIZE)})))
+    assert scored.order(2) == CHEAPEST[1:]
+    # The given layer alone is beyond a limit that two maps keep.
+    goal = AskedGoal(PerplexityIncrease(0.05), "5%")
+    assert len(planned(plan_inputs(inputs("greedy"), goal=goal))[0].replaced) == 2
+    with pytest.raises(NblError, match="cannot be met"):
+        planned(plan_inputs(order, goal=goal))
+    wide = planned(plan_inputs(order, goal=AskedGoal(PerplexityIncrease(0.3), "30%")))
+    assert [step["layers"] for step in wide[2]["goal"]["path"]][-1] == len(wide[0].replaced) + 1
+
+
 def test_another_input_is_another_key() -> None:
     """Every field of the order's inputs but the size of the model, which the model's fingerprint covers."""
     start = inputs("efficient")
@@ -280,6 +302,7 @@ def test_another_input_is_another_key() -> None:
         "kind": MapKind(rank=2), "select": Lazy("greedy", lambda: "greedy"), "moments": Lazy("o", lambda: moments_of),
         "model": Lazy("o", lambda: None), "narrow": Lazy("o", lambda: False), "texts": Lazy("o", list),
         "second_sha256": Lazy(None, lambda: "third"), "saved": Lazy("o", lambda: lambda maps, tokens: 0.0),
+        "given": Lazy("o", dict),
     }  # fmt: skip
     assert {f.name for f in dataclasses.fields(OrderInputs)} == others.keys() | {"num_layers", "hidden_size"}
     changed: dict[str, Any] = others

@@ -123,9 +123,10 @@ def run(inputs: PlanInputs | Lazy[Any], place: Place, out: Path) -> dict[str, An
         from nbl_export.plan.order import Selection
         from nbl_export.plan.planning import make_plan
 
-        trains = inputs.trains.value
         fit, selection = inputs.fit, Selection(inputs.order, place.ui.task, place.run.manifest.get("greedy"))
         plan, maps, facts = make_plan(inputs, selection, lambda line: place.ui.say(f"  {line}"), place.ui.task)
+        facts["given"] = list(selection.given)
+        trains = inputs.trains.value and set(plan.replaced) > set(selection.given)
         if facts["curve"]:
             place.ui.say(f"  {spoken_curve(facts['curve'])}")
     distilled = trains and plan.replaced
@@ -216,6 +217,8 @@ def declare_distill(r: Resolver) -> DistillInputs | LeftOut:
     if not r.trains:
         return LeftOut("the model does not fit into memory, which training needs")
     narrows = "order" in (r.run.manifest.get("goal") or {})
+    if not narrows and set(r.plan.replaced) <= set(r.run.manifest.get("given", [])):
+        return LeftOut("no layer of the plan is of a kind that is trained")
     texts = {"choosing": r.choosing, "deciding": r.deciding}
     return r.fill(DistillInputs, **{name: text if narrows else None for name, text in texts.items()})
 
@@ -281,10 +284,10 @@ class _Goal:
 
         assert self._inputs.choosing is not None
         begun, texts = len(self._order), self._inputs.choosing.value
-        count = count_foreseen(self._with(maps), self._order, self._goal["share"], texts, self._place.ui.task)
+        count = count_foreseen(self._with(maps), self._order, self._goal, texts, self._place.ui.task)
         self._order = self._order[:count]
         self._place.ui.say(f"  {count} of {begun} layers stay; the training goes on with these")
-        return self._order
+        return (*self._goal["given"], *self._order)
 
     def reach(self, maps: dict[int, Any]) -> dict[str, Any]:
         """The facts of the layers whose trained maps keep the limit."""
@@ -295,7 +298,7 @@ class _Goal:
         reached = count_trained(self._with(maps), order, self._goal, texts, self._place.ui.task)
         for line in reached.lines:
             self._place.ui.say(f"  {line}")
-        replaced = sorted(order[: reached.count])
+        replaced = sorted([*self._goal["given"], *order[: reached.count]])
         return {"replaced_layers": replaced, "kinds": [maps[i].kind for i in replaced], "goal": reached.facts}
 
     def _with(self, maps: dict[int, Any]) -> Any:
