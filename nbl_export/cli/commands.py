@@ -220,9 +220,6 @@ def evaluate(
     ppl_context: Annotated[
         int | None, typer.Option(min=2, metavar="N", help="Tokens of a --perplexity window; default 512.")
     ] = None,
-    stride: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens between windows; default: the context.")
-    ] = None,
     force: opt.Force = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -235,16 +232,14 @@ def evaluate(
 
     for given, flag, needs, named in (
         (ppl_context, "--ppl-context", "--perplexity", perplexity),
-        (stride, "--stride", "--perplexity", perplexity),
         (data, "--data", "--tasks", tasks),
     ):
         if given is not None and not named:
             raise UsageError(f"{flag} is for {needs}; leave {flag} out")
-    context = ppl_context or 512
     request = EvalRequest(
         tasks=_words(tasks), variants=_words(variants), limit=limit, data=data,
         texts=tuple(parse_named(perplexity)) if perplexity else (),
-        context=context, stride=context if stride is None else stride,
+        context=ppl_context or 512,
     )  # fmt: skip
     run = run_evaluation(directory, request, ui(as_json), force=force)
     result = run.read_json(EVAL_FILE)

@@ -15,7 +15,7 @@ VARIANTS = ("original", "nbl", "torch-original", "torch-nbl")  # in running orde
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What to measure. texts: (name, file) pairs. context, stride: in tokens, for texts alone."""
+    """What to measure. texts: (name, file) pairs. context: tokens of a window, for texts alone."""
 
     tasks: tuple[str, ...] = ()
     variants: tuple[str, ...] = ("original", "nbl")
@@ -23,7 +23,6 @@ class EvalRequest:
     data: Path | None = None
     texts: tuple[tuple[str, str], ...] = ()
     context: int = 512
-    stride: int = 512
 
     def __post_init__(self) -> None:
         if not self.tasks and not self.texts:
@@ -31,8 +30,6 @@ class EvalRequest:
         unknown = [v for v in self.variants if v not in VARIANTS]
         if unknown or not self.variants:
             raise UsageError(f"--variants takes {', '.join(VARIANTS)}, not {unknown[0] if unknown else 'nothing'!r}")
-        if not 1 <= self.stride <= self.context:
-            raise UsageError(f"--stride {self.stride} is not between 1 and --ppl-context {self.context}")
 
 
 @dataclass(frozen=True)

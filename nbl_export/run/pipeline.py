@@ -200,7 +200,7 @@ def _prepare(request: EvalRequest, ui: Ui) -> Prepared:
     subjects = []
     for name, file in request.texts:
         named = measure.NamedText(name, corpus.read_text(file))
-        windows = {"context": request.context, "stride": request.stride, "output_type": "perplexity"}
+        windows = {"context": request.context, "output_type": "perplexity"}
         data = {"name": named.text.name, "sha256": named.text.sha256}
         subjects.append(Subject(f"perplexity:{name}", named, request.limit, data, windows))
     names = tuple(dict.fromkeys(request.tasks))

@@ -120,8 +120,7 @@ def _measure(subject: Subject, lm: Any, progress: Callable[[int, int], None]) ->
 
     lm.progress = progress
     if isinstance(subject.value, perplexity.NamedText):
-        context, stride = subject.config["context"], subject.config["stride"]
-        windows = perplexity.windows(subject.value, lm.tokenizer, context, stride, subject.limit)
+        windows = perplexity.windows(subject.value, lm.tokenizer, subject.config["context"], subject.limit)
         lm.progress = lambda _done, _total: None  # windows are counted here
         return measure.run_windows(windows, lm, progress)
     with tasks.quiet_harness():
