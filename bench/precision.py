@@ -91,7 +91,7 @@ def perplexities(work: Path, named: str, limit: int) -> list[dict[str, Any]]:
     from nbl_export.text.corpus import read_text
 
     tokenizer, rows = load_tokenizer(work / "checkpoint"), []
-    texts = [NamedText(name, read_text(file)) for name, file in parse_named(named)]
+    texts = [NamedText(name, read_text(file)) for name, file in parse_named("texts", named)]
     cut = {t.name: windows(t, tokenizer, CONTEXT, limit) for t in texts}
     found: dict[str, dict[str, float]] = {name: {} for name in cut}
     for which in ("original", "nbl"):

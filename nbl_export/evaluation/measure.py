@@ -227,22 +227,22 @@ class NamedText:
     text: Text
 
 
-def parse_named(words: str) -> list[tuple[str, str]]:
-    """The pairs (name, file) of NAME=FILE,NAME=FILE.
+def parse_named(option: str, words: str | None) -> tuple[tuple[str, str], ...]:
+    """The pairs (name, file) of NAME=FILE,NAME=FILE, which an option got; none without words.
 
     Raises:
         UsageError: a word does not have this form, or two texts have the same name.
     """
     pairs = []
-    for word in words.split(","):
+    for word in words.split(",") if words else ():
         name, sign, file = word.partition("=")
         if not (sign and name.strip() and file.strip()):
-            raise UsageError(f"--perplexity: write NAME=FILE, comma separated, not {word!r}")
+            raise UsageError(f"{option}: write NAME=FILE, comma separated, not {word!r}")
         pairs.append((name.strip(), file.strip()))
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
-        raise UsageError("--perplexity: two texts have the same name; give each text its own name")
-    return pairs
+        raise UsageError(f"{option}: two texts have the same name; give each text its own name")
+    return tuple(pairs)
 
 
 def windows(named: NamedText, tokenizer: Any, context: int, limit: int | None) -> list[list[int]]:
