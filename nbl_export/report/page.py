@@ -155,8 +155,9 @@ def _drawings(report: Mapping[str, Any]) -> dict[str, str]:
         drawn["depths"] = plots.depths(ratios)
     if report["sweep"]:
         drawn["tradeoff"] = plots.tradeoff(report["sweep"]["points"], report["sweep"]["recommended"])
-    if (report["quality"] or {}).get("length"):
-        drawn["length"] = plots.length(report["quality"]["length"])
+    long = report["quality"]["length"] if report["quality"] else []
+    if any(row["differences"] for one in long for row in one["rows"]):
+        drawn["length"] = plots.length(long)
     for key, label in (("bound", "CCA bound"), ("relative_error", "relative error")):
         values = [(s["layer"], s[key]) for s in report["scores"] if s[key] is not None]
         if values:

@@ -115,11 +115,13 @@ def depths(ratios: Sequence[dict[str, Any]]) -> str:
 
 def length(found: Sequence[dict[str, Any]]) -> str:
     """Draw quality at length, `length` of report.json, as SVG: increase of perplexity by position, a line a text, and
-    the share of correct keys and tokens of both decoders. Of graphs and torch models, the graphs are drawn.
+    the share of correct keys and tokens of both decoders. Of graphs and torch models, the graphs are drawn. Of a test
+    that was repeated with other windows, the last one is drawn.
     """
     of_graphs = any(d["new"] == "nbl" for one in found for row in one["rows"] for d in row["differences"])
     new, old = ("nbl", "original") if of_graphs else ("torch-nbl", "torch-original")
-    found = [one for one in found if all(v in row["figures"] for v in (new, old) for row in one["rows"])]
+    both = [one for one in found if all(v in row["figures"] for v in (new, old) for row in one["rows"])]
+    found = list({one["task"]: one for one in both}.values())  # the last one of each
     lines, bars = ([o for o in found if (o["test"] == "position") == wanted] for wanted in (True, False))
     with style.context(["default", _STYLE]):
         figure = Figure(figsize=(_WIDTH, 2.8 * bool(lines) + 2.2 * bool(bars) + 0.3), layout="constrained")
@@ -156,7 +158,7 @@ def _positions(axis: Axes, one: dict[str, Any], new: str, **look: Any) -> None:
         if interval:
             axis.plot([k, k], interval, color=_NBL, linewidth=1.3)
     axis.set_xticks(range(len(ends)), positions(ends), fontsize=9)
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:+.0%}")
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:+.0%}" if value else "0%")
     axis.set_xlabel("positions in a window")
     axis.set_ylabel("increase of perplexity")
     _quiet(axis, "y")
