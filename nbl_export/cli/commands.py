@@ -221,7 +221,7 @@ def evaluate(
         str, typer.Option(metavar="VARIANT,...", help="original, nbl (the exported graphs), torch-original, torch-nbl.")
     ] = "original,nbl",
     limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Use the first N documents or windows; default: all.")
+        int | None, typer.Option(min=1, metavar="N", help="Use the first N documents, windows or keys; default: all.")
     ] = None,
     data: Annotated[Path | None, typer.Option(metavar="FILES", help="Local documents: FILES/TASK/SPLIT.jsonl.")] = None,
     ppl_context: Annotated[
