@@ -20,7 +20,7 @@ import numpy as np
 from nbl_export.errors import CorruptError
 from nbl_export.evaluation.length import POSITION, TESTS
 from nbl_export.evaluation.measure import Outcome, difference
-from nbl_export.records.quality import NEAR, increase_interval, mean_interval, warn_of_length
+from nbl_export.records.quality import NEAR, grows_with_length, increase_interval, mean_interval, spoken_interval
 
 __all__ = ["SCHEMA", "entry", "read_entries", "summarize"]
 
@@ -195,13 +195,32 @@ def _rise(new: Entry, old: Entry, end: int) -> np.ndarray:
 
 
 def _warning(new: Entry, old: Entry, ends: list[int]) -> str | None:
-    """What `warn_of_length` says of the loss by position of a pair."""
-    near = [end for end in ends if end <= NEAR]
-    if new["config"]["output_type"] != POSITION or not near or ends[-1] <= NEAR:
+    """One sentence if a test's loss grows with length; else None."""
+    near, far = [end for end in ends if end <= NEAR], ends[-1]
+    if not near or far <= NEAR:
         return None
     counts = np.diff((1, *near))
     near_W = np.average([_rise(new, old, end) for end in near], axis=0, weights=counts)
-    return warn_of_length(new["task"].partition(":")[2], near_W, _rise(new, old, ends[-1]), (NEAR, ends[-2], ends[-1]))
+    if not grows_with_length(near_W, _rise(new, old, far)):
+        return None
+    test, _, text = new["task"].partition(":")
+    if test == POSITION:
+        none = np.zeros(len(near_W))
+        rises = (increase_interval(none, rise_W) for rise_W in (near_W, _rise(new, old, far)))
+        small, large = (spoken_interval(rise.value, rise.ends, percent=True, sign=True) for rise in rises)
+        said = (
+            f"perplexity rises by {small} at positions below {NEAR}, but by {large} at positions from {ends[-2]:,} on"
+        )
+    else:
+        shares = (e["metrics"][f"correct {end}"]["value"] for end in (NEAR, far) for e in (old, new))
+        short, short_nbl, long, long_nbl = (f"{share:.0%}" for share in shares)
+        said = (
+            f"{test} is correct in {long_nbl} instead of the original's {long} in {far:,} tokens, and in {short_nbl} "
+            f"instead of {short} in {NEAR}"
+        )
+    return (
+        f"the loss grows with length: {f'on {text}, ' if text else ''}{said}; use short texts, or replace other layers"
+    )
 
 
 def _agreement(graph: Entry, torch: Entry) -> dict[str, Any]:

@@ -28,13 +28,13 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["CONFIDENCE", "FAR", "NEAR", "Interval", "increase_interval", "interval_ends", "loss_row",
-           "mean_interval", "perplexity", "spoken_interval", "spoken_loss", "warn_of_length", "warn_of_text",
+__all__ = ["CONFIDENCE", "FAR", "NEAR", "Interval", "grows_with_length", "increase_interval", "interval_ends",
+           "loss_row", "mean_interval", "perplexity", "spoken_interval", "spoken_loss", "warn_of_text",
            "windows_needed"]  # fmt: skip
 
 CONFIDENCE = 0.95
-FAR = 2.0  # a warning needs a loss this many times that on another text, or at the beginning of a window
-NEAR = 512  # tokens of that beginning
+FAR = 2.0  # a warning needs a loss this many times that on another text, or in a short one
+NEAR = 512  # tokens of a short text
 _NOTICED = 0.05  # no warning below this perplexity increase
 
 
@@ -275,21 +275,13 @@ def warn_of_text(rows: Sequence[Mapping[str, Any]]) -> str | None:
     )
 
 
-def warn_of_length(text: str, near_W: np.ndarray, far_W: np.ndarray, tokens: tuple[int, int, int]) -> str | None:
-    """One sentence if the loss rises `FAR` times as much far from the beginning of a window as near it; else None.
+def grows_with_length(near_W: np.ndarray, far_W: np.ndarray) -> bool:
+    """Whether the loss rises `FAR` times as much at length as in `NEAR` tokens, and enough to be noticed.
 
-    The interval of far - `FAR` * near, window by window, must be above zero.
+    The interval of far - `FAR` * near, item by item, must be above zero.
 
     Args:
-        near_W, far_W: loss after minus loss before [windows], in nats.
-        tokens: ends of the near positions, and of the positions before and in the far part.
+        near_W, far_W: loss after minus loss before of each window, key or sequence, in nats.
     """
-    near, far = (increase_interval(np.zeros(len(rise_W)), rise_W) for rise_W in (near_W, far_W))
-    apart = mean_interval(far_W - FAR * near_W)
-    if far.value is None or far.value < _NOTICED or apart.low is None or apart.low <= 0:
-        return None
-    small, large = (spoken_interval(rise.value, rise.ends, percent=True, sign=True) for rise in (near, far))
-    return (
-        f"the loss grows with length: on {text}, perplexity rises by {small} at positions below {tokens[0]:,}, but by "
-        f"{large} at positions {tokens[1]:,} to {tokens[2] - 1:,}; use short texts, or replace other layers"
-    )
+    far, apart = mean_interval(far_W), mean_interval(far_W - FAR * near_W)
+    return far.value is not None and far.value >= math.log1p(_NOTICED) and apart.low is not None and apart.low > 0

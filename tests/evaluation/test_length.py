@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.evaluation.measure import NamedText
+from nbl_export.evaluation.measure import NamedText, Outcome
+from nbl_export.evaluation.results import entry, summarize
 from nbl_export.evaluation.scorer import Request, TokenScores
-from nbl_export.records.quality import warn_of_length
+from nbl_export.records.quality import grows_with_length
 from nbl_export.text.corpus import Text
 from nbl_export.verify.ladder import TOLERANCES
 
@@ -21,6 +22,7 @@ from ..command import nbl
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nbl-export[eval]'")
 
+from nbl_export.evaluation.length import _metric as mean
 from nbl_export.evaluation.length import run_length
 
 LIMIT = 2 * TOLERANCES["fp32"].limit
@@ -122,10 +124,35 @@ NOISE = 0.02 * np.array([1, -1, 2, -2, 1, -1, 0, 0])
     ],
 )
 def test_a_warning_needs_twice_the_loss_beyond_noise(near: np.ndarray, far: np.ndarray, warned: bool) -> None:
-    warning = warn_of_length("wiki", near, far, (512, 2048, 4096))
-    assert (warning is not None) == warned
-    if warning is not None:
-        assert "on wiki" in warning and "+11%" in warning and "+35%" in warning and "2,048 to 4,095" in warning
+    assert grows_with_length(near, far) == warned
+
+
+def entries(test: str, near: float, far: float) -> dict[str, Any]:
+    """Entries of the original and of a model whose loss and failures grow by these shares."""
+    found = {}
+    for variant, scale in (("original", 0.0), ("nbl", 1.0)):
+        metrics = {}
+        for end, rise in ((512, near), (4096, far)):
+            metrics[f"loss {end}"] = mean(f"loss {end}", [2.0 + scale * (rise + n) for n in NOISE])
+            metrics[f"correct {end}"] = mean(f"correct {end}", [1.0 - scale * rise] * len(NOISE))
+        task = test if test == "copying" else f"{test}:wiki"
+        about = {"config": {"output_type": test}, "data": {}}
+        found[variant] = entry(variant, task, None, variant, Outcome(len(NOISE), metrics, (), (), 1, 0.0), **about)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("test", "parts"),
+    [
+        ("position", ("on wiki, perplexity rises by +11%", "+35%", "from 512 on")),
+        ("retrieval", ("on wiki, retrieval is correct in 70% instead of the original's 100% in 4,096 tokens", "90%")),
+        ("copying", ("length: copying is correct in 70%",)),
+    ],
+)
+def test_a_warning_says_what_is_lost(test: str, parts: tuple[str, ...]) -> None:
+    ((warning,),) = (one["warnings"] for one in summarize(entries(test, 0.1, 0.3))["length"])
+    assert all(part in warning for part in parts), warning
+    assert summarize(entries(test, 0.1, 0.15))["length"][0]["warnings"] == []
 
 
 EVERYTHING = "original,nbl,torch-original,torch-nbl"
