@@ -31,7 +31,7 @@ from nbl_export.run.progress import Ui
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages import bench, calibrate, evaluate, graphs, plan, speculative, verify
 from nbl_export.run.stages.common import LeftOut, Place, Stage, readers
-from nbl_export.run_directory import VERIFY_FILE, RunDirectory, refuse_foreign
+from nbl_export.run_directory import REPORT_JSON, VERIFY_FILE, RunDirectory, refuse_foreign
 from nbl_export.targets import ENGINES, load_engine
 
 __all__ = ["STAGES", "run_calibration", "run_evaluation", "run_job", "run_stages", "run_sweep"]
@@ -175,7 +175,8 @@ def run_evaluation(output: Path, request: EvalRequest, ui: Ui, *, force: bool = 
     """
     run = RunDirectory.existing(output)
     _check_evaluation(run, request)
-    until = "report" if "report" in run.stages else "eval"
+    reported = "report" in run.stages or ("bench" in run.stages and (run.path / REPORT_JSON).is_file())
+    until = "report" if reported else "eval"  # an interrupted evaluation leaves a report that is out of date
     positions = int(run.manifest["decoder"]["max_positions"])
     return run_stages(output, until, ui, force=force, asked=_prepare(request, positions, ui))
 

@@ -22,6 +22,7 @@ from ..command import nbl
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nbl-export[eval]'")
 
+from nbl_export.evaluation import length
 from nbl_export.evaluation.length import _metric as mean
 from nbl_export.evaluation.length import run_length
 
@@ -218,3 +219,24 @@ def test_the_report_and_a_second_command_use_it(evaluated: Path, text: Path, tmp
     assert more.status == 0, more.err
     assert [row["tokens"] for row in read(run)["length"][-3]["rows"]] == [128, 256, 480]
     assert len(read(run)["results"]) == 12 + 3
+
+
+def test_an_interrupted_evaluation_goes_on_and_updates_the_report(
+    finished: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    words = ("eval", run, "--long-context", f"held={text}", "--limit", 1, "--variants", "original")
+
+    def interrupted(test: str, *rest: Any) -> Any:
+        if test == "retrieval":
+            raise KeyboardInterrupt
+        return run_length(test, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(length, "run_length", interrupted)
+        assert nbl(*words).status == 130
+    assert [one["task"] for one in read(run)["length"]] == ["position:held"]
+    done = nbl(*words)
+    assert done.status == 0, done.err
+    assert "position:held" not in done.err and "retrieval:held: loss" in done.err
+    assert "### Quality at length" in (run / "report.md").read_text()
