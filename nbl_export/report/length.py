@@ -31,14 +31,16 @@ def length(found: Found) -> Iterator[Block]:
     yield Heading("Quality at length")
     yield Paragraph(
         "A linear layer sees one token, so text far back reaches it only through the kept layers. "
-        "Loss by position is that of held-out windows. In retrieval, a key of five digits stands in the first half of "
-        "a text, and is asked for at the end: it counts if greedy decoding gives all digits. "
-        "In copying, random tokens are read twice, and those of the second time count. "
+        "Loss by position is that of windows of a text. In retrieval, a key of five digits stands in the first half of "
+        "a text, and the end asks for the key. A key is correct if greedy decoding gives all of its digits. "
+        "In copying, random tokens are read twice, and the tokens of the second time count. "
         "Brackets hold a 95% interval over windows, keys or sequences, paired by item."
     )
     yield from map(Paragraph, notes(found))
     yield Figures((Figure("length", _CAPTION),))
-    yield from tables(found)
+    for table in tables(found):
+        yield Heading(table.title)
+        yield table
 
 
 def notes(found: Found) -> Iterator[str]:

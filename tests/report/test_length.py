@@ -48,6 +48,7 @@ def test_the_report_has_tables_drawing_and_warning(tmp_path: Path) -> None:
     report = render(MANIFEST, VERIFY, BENCH, tmp_path, quality=measured(found()))
     page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
     assert 'id="length-' in page and "Note: it grows." in page
+    assert "### Loss by position" in text and "### Retrieval and copying" in text
     assert "| wiki | 1024–4095 | 8 | 7.39 | 9.97 | +33% (28 to 38) |" in text
     assert "| retrieval:wiki | 4,096 | 8 | 88% | 12% | 2.00 | 4.00 | +2.00 (1.95 to 2.05) |" in text
     assert "Note: it grows." in written(quality(report).blocks)  # what the model card shows
