@@ -84,23 +84,22 @@ def exported(options: argparse.Namespace, given: tuple[str, ...]) -> dict[str, A
 
 def perplexities(work: Path, named: str, limit: int) -> list[dict[str, Any]]:
     """What `nbl-export eval --perplexity` gives, for graphs that no verification has seen; without errors."""
-    from nbl_export.evaluation.graphs import find_graph
-
+    from nbl_export.evaluation.lm import find_graph
     from nbl_export.evaluation.measure import NamedText, parse_named, windows
     from nbl_export.evaluation.scorer import GraphScorer, Request
     from nbl_export.model.checkpoint.load import load_tokenizer
     from nbl_export.text.corpus import read_text
 
     tokenizer, rows = load_tokenizer(work / "checkpoint"), []
-    texts = [NamedText(name, read_text(file)) for name, file in parse_named(named)]
-    cut = {t.name: windows(t, tokenizer, CONTEXT, CONTEXT, limit) for t in texts}
+    texts = [NamedText(name, read_text(file)) for name, file in parse_named("texts", named)]
+    cut = {t.name: windows(t, tokenizer, CONTEXT, limit) for t in texts}
     found: dict[str, dict[str, float]] = {name: {} for name in cut}
     for which in ("original", "nbl"):
         place = find_graph(work, which)
         scorer = GraphScorer(place.open(), place.max_positions)
         for name, parts in cut.items():
-            scores = scorer.score([Request(tuple(a), tuple(b)) for a, b in parts])
-            loss = -sum(s.loglikelihood for s in scores) / sum(len(b) for _, b in parts)
+            scores = scorer.score([Request(tuple(ids[:1]), tuple(ids[1:])) for ids in parts])
+            loss = -sum(s.loglikelihood for s in scores) / sum(len(ids) - 1 for ids in parts)
             found[name][which] = math.exp(loss)
             print(f"  {which} {name} {found[name][which]:.2f}", file=sys.stderr, flush=True)
     for name, values in found.items():

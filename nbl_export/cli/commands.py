@@ -210,23 +210,28 @@ def evaluate(
     perplexity: Annotated[
         str | None, typer.Option(metavar="NAME=FILE,...", help="Measure perplexity on these texts.")
     ] = None,
+    long_context: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=FILE,...",
+            help="Measure loss by position, retrieval and copying in long windows of these texts.",
+        ),
+    ] = None,
     variants: Annotated[
         str, typer.Option(metavar="VARIANT,...", help="original, nbl (the exported graphs), torch-original, torch-nbl.")
     ] = "original,nbl",
     limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Use the first N documents or windows; default: all.")
+        int | None, typer.Option(min=1, metavar="N", help="Use the first N documents, windows or keys; default: all.")
     ] = None,
     data: Annotated[Path | None, typer.Option(metavar="FILES", help="Local documents: FILES/TASK/SPLIT.jsonl.")] = None,
     ppl_context: Annotated[
-        int | None, typer.Option(min=2, metavar="N", help="Tokens of a --perplexity window; default 512.")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens between windows; default: the context.")
+        int | None,
+        typer.Option(min=2, metavar="N", help="Tokens of a window; default 512, and up to 4,096 with --long-context."),
     ] = None,
     force: opt.Force = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Run benchmarks and measure perplexity on the exported graphs."""
+    """Run benchmarks, and measure perplexity and quality at length, on the exported graphs."""
     from nbl_export.evaluation.measure import parse_named
     from nbl_export.records.requests import EvalRequest
     from nbl_export.report.console import eval_table
@@ -234,17 +239,15 @@ def evaluate(
     from nbl_export.run_directory import EVAL_FILE
 
     for given, flag, needs, named in (
-        (ppl_context, "--ppl-context", "--perplexity", perplexity),
-        (stride, "--stride", "--perplexity", perplexity),
+        (ppl_context, "--ppl-context", "--perplexity and --long-context", perplexity or long_context),
         (data, "--data", "--tasks", tasks),
     ):
         if given is not None and not named:
             raise UsageError(f"{flag} is for {needs}; leave {flag} out")
-    context = ppl_context or 512
     request = EvalRequest(
         tasks=_words(tasks), variants=_words(variants), limit=limit, data=data,
-        texts=tuple(parse_named(perplexity)) if perplexity else (),
-        context=context, stride=context if stride is None else stride,
+        texts=parse_named("--perplexity", perplexity), long_texts=parse_named("--long-context", long_context),
+        context=ppl_context,
     )  # fmt: skip
     run = run_evaluation(directory, request, ui(as_json), force=force)
     result = run.read_json(EVAL_FILE)

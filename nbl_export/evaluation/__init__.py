@@ -1,9 +1,9 @@
 """Quality of the exported graphs and of the torch models on benchmarks and texts.
 
-    graphs.py      a directory -> its decoder graph and tokenizer
     scorer.py      log-likelihoods and greedy text on a graph         lm.py   the same for lm-evaluation-harness
     tasks.py       benchmark by name, from the hub or from local files
-    measure.py     a benchmark, or a text in windows of a context and a stride, on a model, with standard errors
+    measure.py     a benchmark, or a text in windows, on a model, with standard errors
+    length.py      loss by position, retrieval and copying in long windows
     results.py     eval.json: the figures, and which of them are still valid
 
 `python -m nbl_export.evaluation` is lm-evaluation-harness' own command line with the model `nbl-onnx`.

@@ -21,7 +21,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 from nbl_export.errors import NblError
-from nbl_export.evaluation.scorer import GraphScorer, Request
+from nbl_export.evaluation.scorer import GraphScorer, Request, TokenScores
 from nbl_export.graph.names import MANIFEST
 from nbl_export.model.checkpoint.load import load_tokenizer
 from nbl_export.run_directory import DECODERS, SUBJECTS, RunDirectory
@@ -133,6 +133,10 @@ class OnnxLM(TemplateLM):
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
         return found
 
+    def token_scores(self, request: Request) -> TokenScores:
+        """Scores of the tokens of one continuation, which may be long."""
+        return self.scorer.token_scores(request)
+
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows of the full length; each token is predicted once."""
         windows: list[tuple[None, list[int], list[int]]] = []
@@ -187,9 +191,12 @@ class OnnxLM(TemplateLM):
 def torch_lm(model: Any, tokenizer: Any, max_length: int) -> Any:
     """`lm_eval.models.huggingface.HFLM` over `model`, on the model's device.
 
-    The class draws no progress bars; it calls its `progress` with (done, total) requests.
+    The class draws no progress bars; it calls its `progress` with (done, total) requests. Its `token_scores` is that of
+    `OnnxLM`.
     """
     from lm_eval.models.huggingface import HFLM
+
+    from nbl_export.model.head import token_scores
 
     class QuietHFLM(HFLM):
         progress: Any = None
@@ -203,6 +210,10 @@ def torch_lm(model: Any, tokenizer: Any, max_length: int) -> Any:
 
         def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().generate_until(requests, disable_tqdm=True)
+
+        def token_scores(self, request: Request) -> TokenScores:
+            ids = (*request.context, *request.continuation)
+            return TokenScores(*token_scores(model, ids, len(request.continuation)))
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: Any = None) -> Any:
             self._asked, self._read = len(requests), 0

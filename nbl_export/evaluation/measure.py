@@ -8,15 +8,13 @@ influence u_i (delta method; for ratios Cochran, Sampling Techniques, chapter 6)
 
 If both models find the same items hard, the paired error is much smaller than the two single errors combined.
 
-Perplexity of a text has an explicit context and stride:
+A text is read in windows that do not overlap, as in the perplexity of `verify`:
 
-    tokens    0 1 2 3 4 5 6 7 8 9 ...          context 6, stride 4
-    window 0  . p p p p p                      . is read, p is read and scored
-    window 1          . . p p p p              a token is scored once, after at least context - stride tokens
-                                               (the first token of a window is never scored: it has no context)
+    tokens    0 1 2 3 4 5 6 7 8 9 ...          context 5
+    window 0  . p p p p                        . is read, p is read and scored
+    window 1            . p p p p              (the first token of a window is never scored: it has no context)
 
-If the stride equals the context, windows do not overlap, as in the perplexity of `verify`. Documents are tokenised one
-by one and joined, as for calibration. Tokens that do not fill the last window are dropped.
+Documents are tokenised one by one and joined, as for calibration. Tokens that do not fill the last window are dropped.
 """
 
 from __future__ import annotations
@@ -131,17 +129,15 @@ def _scored(lm: Any, arguments: Sequence[Any]) -> int:
     return len(lm._encode_pair(context, continuation)[1])
 
 
-def run_windows(
-    windows: Sequence[tuple[list[int], list[int]]], lm: Any, progress: Callable[[int, int], None]
-) -> Outcome:
-    """Perplexity over windows of (context, scored) token ids: exp of the mean loss of all scored tokens."""
+def run_windows(windows: Sequence[list[int]], lm: Any, progress: Callable[[int, int], None]) -> Outcome:
+    """Perplexity over windows of token ids: exp of the mean loss of all tokens except the first of each window."""
     started = time.monotonic()
     scores: list[float] = []
     for begin in range(0, len(windows), _WINDOWS_AT_ONCE):
-        asked = [(None, read, scored) for read, scored in windows[begin : begin + _WINDOWS_AT_ONCE]]
+        asked = [(None, ids[:1], ids[1:]) for ids in windows[begin : begin + _WINDOWS_AT_ONCE]]
         scores += [loglikelihood for loglikelihood, _ in lm._loglikelihood_tokens(asked, disable_tqdm=True)]
         progress(len(scores), len(windows))
-    counts = [len(scored) for _, scored in windows]
+    counts = [len(ids) - 1 for ids in windows]
     items = tuple(zip(scores, counts, strict=True))
     found = figure("weighted_perplexity", items)
     metric = Metric(found.value, found.stderr, "weighted_perplexity", False, items)
@@ -231,45 +227,42 @@ class NamedText:
     text: Text
 
 
-def parse_named(words: str) -> list[tuple[str, str]]:
-    """The pairs (name, file) of NAME=FILE,NAME=FILE.
+def parse_named(option: str, words: str | None) -> tuple[tuple[str, str], ...]:
+    """The pairs (name, file) of NAME=FILE,NAME=FILE, which an option got; none without words.
 
     Raises:
         UsageError: a word does not have this form, or two texts have the same name.
     """
     pairs = []
-    for word in words.split(","):
+    for word in words.split(",") if words else ():
         name, sign, file = word.partition("=")
         if not (sign and name.strip() and file.strip()):
-            raise UsageError(f"--perplexity: write NAME=FILE, comma separated, not {word!r}")
+            raise UsageError(f"{option}: write NAME=FILE, comma separated, not {word!r}")
         pairs.append((name.strip(), file.strip()))
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
-        raise UsageError("--perplexity: two texts have the same name; give each text its own name")
-    return pairs
+        raise UsageError(f"{option}: two texts have the same name; give each text its own name")
+    return tuple(pairs)
 
 
-def windows(
-    named: NamedText, tokenizer: Any, context: int, stride: int, limit: int | None
-) -> list[tuple[list[int], list[int]]]:
-    """Token ids (context, scored) of each window; at most `limit` windows.
+def windows(named: NamedText, tokenizer: Any, context: int, limit: int | None) -> list[list[int]]:
+    """Token ids of each window; at most `limit` windows.
 
     Raises:
         NblError: the text is shorter than one window, or the windows need more of the text than was read.
     """
     ids: list[int] = []
-    enough = None if limit is None else context + (limit - 1) * stride
+    enough = None if limit is None else context * limit
     for document in named.text.documents:
         ids.extend(tokenizer(document, verbose=False)["input_ids"])
         if enough is not None and len(ids) >= enough:
             break
     if named.text.cut and (enough is None or len(ids) < enough):
         raise NblError(f"of the text {named.name} only the first {READ_BYTES >> 20} MiB are read; give --limit")
-    starts = range(0, len(ids) - context + 1, stride)[:limit]
+    starts = range(0, len(ids) - context + 1, context)[:limit]
     if not starts:
         raise NblError(
             f"the text {named.name} has {len(ids)} tokens, fewer than one window of {context}; "
             "give more text or a smaller --ppl-context"
         )
-    cuts = [(start, start + (1 if start == 0 else max(1, context - stride))) for start in starts]
-    return [(ids[start:cut], ids[cut : start + context]) for start, cut in cuts]
+    return [ids[start : start + context] for start in starts]

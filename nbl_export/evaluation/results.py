@@ -2,6 +2,7 @@
 
     results      one entry for each (task, limit, variant), with a key of all its inputs
     table        one row for each task and metric: every variant's figure, and NBL minus original on the same items
+    length       one row for each test of `length` and position or length, with paired 95% intervals; see `_length`
     agreement    graph against torch: largest difference of a request's log-likelihood, and the same per scored token
 
 The scores of all items are one string for each metric, so that the file stays readable.
@@ -17,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import CorruptError
+from nbl_export.evaluation.length import POSITION, TESTS
 from nbl_export.evaluation.measure import Outcome, difference
+from nbl_export.records.quality import NEAR, grows_with_length, increase_interval, mean_interval, spoken_interval
 
 __all__ = ["SCHEMA", "entry", "read_entries", "summarize"]
 
@@ -91,7 +94,8 @@ def summarize(entries: Mapping[str, Entry], **facts: Any) -> dict[str, Any]:
         "schema": SCHEMA,
         **facts,
         "results": results,
-        "table": _table(results),
+        "table": _table([e for e in results if e["config"].get("output_type") not in TESTS]),
+        "length": _length([e for e in results if e["config"].get("output_type") in TESTS]),
         "agreement": [_agreement(graph, torch) for graph, torch in _pairs(results, _TWINS)],
     }
 
@@ -109,12 +113,17 @@ def _pairs(results: list[Entry], wanted: tuple[tuple[str, str], ...]) -> list[tu
     return [(found[p, a], found[p, b]) for p in places for a, b in wanted if {(p, a), (p, b)} <= found.keys()]
 
 
-def _table(results: list[Entry]) -> list[dict[str, Any]]:
+def _groups(results: list[Entry]) -> Iterable[list[Entry]]:
+    """Entries that can be compared item by item."""
     groups: dict[tuple[Any, ...], list[Entry]] = {}
     for found in results:
         groups.setdefault(_place(found), []).append(found)
+    return groups.values()
+
+
+def _table(results: list[Entry]) -> list[dict[str, Any]]:
     rows = []
-    for group in groups.values():
+    for group in _groups(results):
         for name, metric in group[0]["metrics"].items():
             figures = {e["variant"]: {k: e["metrics"][name][k] for k in ("value", "stderr")} for e in group}
             rows.append(
@@ -136,6 +145,82 @@ def _difference(new: Entry, old: Entry, name: str) -> list[dict[str, Any]]:
     items = (_unpack(e["scores"][name]) for e in (new, old))
     found = difference(new["metrics"][name]["aggregation"], *items)
     return [{"new": new["variant"], "old": old["variant"], "value": found.value, "stderr": found.stderr}]
+
+
+def _length(results: list[Entry]) -> list[dict[str, Any]]:
+    """One value for each test and text.
+
+    rows: `tokens`, the end of the positions or the length of the items, with the figures of each variant (loss in nats,
+    share of correct tokens or keys), and the paired differences of the loss. warnings: one sentence each.
+    """
+    found = []
+    for group in _groups(results):
+        first, pairs = group[0], _pairs(group, _PAIRS)
+        ends = [int(name.split()[1]) for name in first["metrics"] if name.startswith("loss ")]
+        warnings = [_warning(new, old, ends) for new, old in pairs]
+        found.append(
+            {
+                **{k: first[k] for k in ("task", "limit", "items")},
+                "test": first["config"]["output_type"],
+                "rows": [_length_row(group, pairs, end) for end in ends],
+                "warnings": [warning for warning in warnings if warning],
+            }
+        )
+    return found
+
+
+def _length_row(group: list[Entry], pairs: list[tuple[Entry, Entry]], end: int) -> dict[str, Any]:
+    figures = {e["variant"]: {k: e["metrics"][f"{k} {end}"]["value"] for k in ("loss", "correct")} for e in group}
+    differences = []
+    for new, old in pairs:
+        rise = _rise(new, old, end)
+        loss, increase = mean_interval(rise), increase_interval(np.zeros(len(rise)), rise)
+        differences.append(
+            {
+                "new": new["variant"],
+                "old": old["variant"],
+                "loss": loss.value,
+                "loss_interval": loss.ends,
+                "increase": increase.value,
+                "increase_interval": increase.ends,
+            }
+        )
+    return {"tokens": end, "figures": figures, "differences": differences}
+
+
+def _rise(new: Entry, old: Entry, end: int) -> np.ndarray:
+    """Loss after minus loss before [items], in nats."""
+    after, before = (np.array(_unpack(e["scores"][f"loss {end}"]), np.float64) for e in (new, old))
+    return np.asarray(after - before)
+
+
+def _warning(new: Entry, old: Entry, ends: list[int]) -> str | None:
+    """One sentence if a test's loss grows with length; else None."""
+    near, far = [end for end in ends if end <= NEAR], ends[-1]
+    if not near or far <= NEAR:
+        return None
+    counts = np.diff((1, *near))
+    near_W = np.average([_rise(new, old, end) for end in near], axis=0, weights=counts)
+    if not grows_with_length(near_W, _rise(new, old, far)):
+        return None
+    test, _, text = new["task"].partition(":")
+    if test == POSITION:
+        none = np.zeros(len(near_W))
+        rises = (increase_interval(none, rise_W) for rise_W in (near_W, _rise(new, old, far)))
+        small, large = (spoken_interval(rise.value, rise.ends, percent=True, sign=True) for rise in rises)
+        said = (
+            f"perplexity rises by {small} at positions below {NEAR}, but by {large} at positions from {ends[-2]:,} on"
+        )
+    else:
+        shares = (e["metrics"][f"correct {end}"]["value"] for end in (NEAR, far) for e in (old, new))
+        short, short_nbl, long, long_nbl = (f"{share:.0%}" for share in shares)
+        said = (
+            f"{test} is correct in {long_nbl} instead of the original's {long} in {far:,} tokens, and in {short_nbl} "
+            f"instead of {short} in {NEAR}"
+        )
+    return (
+        f"the loss grows with length: {f'on {text}, ' if text else ''}{said}; use short texts, or replace other layers"
+    )
 
 
 def _agreement(graph: Entry, torch: Entry) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from nbl_export.errors import NblError
 
-__all__ = ["GraphScorer", "Request", "Score"]
+__all__ = ["GraphScorer", "Request", "Score", "TokenScores"]
 
 _LOGIT_BYTES = 1 << 28  # logits of one step, by far the largest array
 _FEWEST_TOKENS = 64
@@ -50,6 +50,23 @@ class Score:
 
     loglikelihood: float
     greedy: bool
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Of each token of a continuation: its log-likelihood in nats, and whether greedy decoding gives this token."""
+
+    loglikelihoods: np.ndarray
+    greedy: np.ndarray
+
+    @property
+    def total(self) -> Score:
+        return Score(float(self.loglikelihoods.sum()), bool(self.greedy.all()))
+
+    @classmethod
+    def joined(cls, parts: Sequence[TokenScores]) -> TokenScores:
+        """The scores of parts that follow each other."""
+        return cls(np.concatenate([p.loglikelihoods for p in parts]), np.concatenate([p.greedy for p in parts]))
 
 
 class GraphScorer:
@@ -101,6 +118,20 @@ class GraphScorer:
             progress(len(found), len(set(wanted)))
         return [found[request] for request in wanted]
 
+    def token_scores(self, request: Request) -> TokenScores:
+        """Scores of the continuation's tokens; neither part of the request is shortened."""
+        self._decoder.begin(1)
+        return TokenScores.joined(self._append(request.inputs, request.continuation))
+
+    def _append(self, ids: Sequence[int], targets: Sequence[int]) -> list[TokenScores]:
+        """Append a sequence whose last positions predict the targets; only the logits of one chunk are in memory."""
+        first, parts = len(ids) - len(targets), []
+        for begin in range(0, len(ids), self._tokens):
+            logits_TV = self._decoder.step(np.array([ids[begin : begin + self._tokens]]))[0][max(0, first - begin) :]
+            start = max(0, begin - first)
+            parts.append(_score(logits_TV, targets[start : start + len(logits_TV)]))
+        return parts
+
     def _fit(self, request: Request) -> Request:
         """Shorten a long request: keep the whole continuation and the end of the context that still fits."""
         if len(request.continuation) > self.max_length:
@@ -119,10 +150,8 @@ class GraphScorer:
         found = {}
         for request in group:
             decoder.rewind(mark)
-            rows = [last_V[None, :]]
-            if len(request.continuation) > 1:
-                rows.append(self._read(request.continuation[:-1]))
-            found[request] = _score(np.concatenate(rows), request.continuation)
+            parts = self._append(request.continuation[:-1], request.continuation[1:])
+            found[request] = TokenScores.joined([_score(last_V[None], request.continuation[:1]), *parts]).total
         return found
 
     def _batches(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
@@ -138,28 +167,21 @@ class GraphScorer:
             yield batch
 
     def _batch(self, batch: Sequence[Request]) -> dict[Request, Score]:
-        self._decoder.begin(len(batch))
         if len(batch) == 1:
-            logits_BTV = self._read(batch[0].inputs, keep=len(batch[0].continuation))[None]
-            starts = [0]
-        else:
-            logits_BTV = self._decoder.step(*_right_padded([request.inputs for request in batch]))
-            starts = [len(request.context) - 1 for request in batch]
+            return {batch[0]: self.token_scores(batch[0]).total}
+        self._decoder.begin(len(batch))
+        logits_BTV = self._decoder.step(*_right_padded([request.inputs for request in batch]))
+        starts = [len(request.context) - 1 for request in batch]
         return {
-            request: _score(rows_TV[start : start + len(request.continuation)], request.continuation)
+            request: _score(rows_TV[start : start + len(request.continuation)], request.continuation).total
             for request, rows_TV, start in zip(batch, logits_BTV, starts, strict=True)
         }
 
-    def _read(self, ids: Sequence[int], keep: int | None = None) -> np.ndarray:
-        """Append one sequence in chunks; return logits [keep, V] of the last positions (None: all positions)."""
-        first = 0 if keep is None else len(ids) - keep
-        kept = []
+    def _read(self, ids: Sequence[int]) -> np.ndarray:
+        """Append one sequence in chunks; return logits [n, V] of the last chunk."""
         for begin in range(0, len(ids), self._tokens):
-            chunk = ids[begin : begin + self._tokens]
-            logits_TV = self._decoder.step(np.array([chunk]))[0]
-            if begin + len(chunk) > first:
-                kept.append(logits_TV[max(0, first - begin) :])
-        return np.concatenate(kept) if len(kept) > 1 else np.asarray(kept[0])
+            logits_TV = self._decoder.step(np.array([ids[begin : begin + self._tokens]]))[0]
+        return np.asarray(logits_TV)
 
     # -- text ------------------------------------------------------------------------------------------
 
@@ -181,7 +203,7 @@ class GraphScorer:
     ) -> list[list[int]]:
         self._decoder.begin(len(prompts))
         if len(prompts) == 1:
-            next_B = np.array([self._read(prompts[0], keep=1)[-1].argmax()])
+            next_B = np.array([self._read(prompts[0])[-1].argmax()])
         else:
             logits_BTV = self._decoder.step(*_right_padded(prompts))
             next_B = np.array([row[len(p) - 1].argmax() for row, p in zip(logits_BTV, prompts, strict=True)])
@@ -206,10 +228,10 @@ def _right_padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray
     return ids_BT, valid_BT
 
 
-def _score(logits_TV: np.ndarray, targets: Sequence[int]) -> Score:
-    """Log softmax at the targets, summed in float64."""
-    place = np.arange(len(targets)), np.asarray(targets)
+def _score(logits_TV: np.ndarray, targets: Sequence[int]) -> TokenScores:
+    """Log softmax at the targets, in float64."""
+    place = np.arange(len(targets)), np.asarray(targets, np.int64)
     top_T = logits_TV.max(1)
     log_sums_T = np.log(np.exp(logits_TV - top_T[:, None]).sum(1, dtype=np.float64))
     per_token_T = logits_TV[place].astype(np.float64) - top_T - log_sums_T
-    return Score(float(per_token_T.sum()), bool((logits_TV.argmax(1) == place[1]).all()))
+    return TokenScores(per_token_T, logits_TV.argmax(1) == place[1])

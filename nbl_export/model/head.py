@@ -5,14 +5,18 @@ logits = cap * tanh(W h / divisor / cap)          most architectures have neithe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from nbl_export.model import bfloat16
 from nbl_export.model.linearize import architecture_of
 
-__all__ = ["Head", "divergence", "logits_of"]
+__all__ = ["Head", "divergence", "logits_of", "token_scores"]
+
+_LOGIT_ROWS = 256  # positions whose logits are held at once
 
 
 def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -25,6 +29,20 @@ def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
     return logits.float()
+
+
+@torch.inference_mode()
+def token_scores(model: Any, ids: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each of the last `count` tokens: log-likelihood in nats, and whether it is the most likely token; [count]."""
+    ids_T = torch.tensor(ids, device=model.device)
+    hidden_TD = model.get_decoder()(input_ids=ids_T[None, :-1], use_cache=False).last_hidden_state[0]
+    found = []
+    for rows in torch.arange(len(ids) - 1 - count, len(ids) - 1).split(_LOGIT_ROWS):
+        logits_NV, target_N = logits_of(model, hidden_TD[rows]), ids_T[rows + 1]
+        loss_N = torch.nn.functional.cross_entropy(logits_NV, target_N, reduction="none")
+        found.append(torch.stack((-loss_N.double(), (logits_NV.argmax(1) == target_N).double())))
+    likely, greedy = torch.cat(found, 1).cpu().numpy()
+    return likely, greedy > 0
 
 
 class Head:

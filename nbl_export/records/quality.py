@@ -28,11 +28,13 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["CONFIDENCE", "FAR", "Interval", "increase_interval", "interval_ends", "loss_row", "mean_interval",
-           "perplexity", "spoken_interval", "spoken_loss", "warn_of_text", "windows_needed"]  # fmt: skip
+__all__ = ["CONFIDENCE", "FAR", "NEAR", "Interval", "grows_with_length", "increase_interval", "interval_ends",
+           "loss_row", "mean_interval", "perplexity", "spoken_interval", "spoken_loss", "warn_of_text",
+           "windows_needed"]  # fmt: skip
 
 CONFIDENCE = 0.95
-FAR = 2.0  # a warning needs a perplexity increase this many times that on another text
+FAR = 2.0  # a warning needs a loss this many times that on another text, or in a short one
+NEAR = 512  # tokens of a short text
 _NOTICED = 0.05  # no warning below this perplexity increase
 
 
@@ -271,3 +273,15 @@ def warn_of_text(rows: Sequence[Mapping[str, Any]]) -> str | None:
         f"the perplexity increase depends on the text: {small} on {least['text']}, but {large} on {most['text']}; "
         "judge by the text that you will run, and calibrate on text like it or on more texts (repeat --calibration)"
     )
+
+
+def grows_with_length(near_W: np.ndarray, far_W: np.ndarray) -> bool:
+    """Whether the loss rises `FAR` times as much at length as in `NEAR` tokens, and enough to be noticed.
+
+    The interval of far - `FAR` * near, item by item, must be above zero.
+
+    Args:
+        near_W, far_W: loss after minus loss before of each window, key or sequence, in nats.
+    """
+    far, apart = mean_interval(far_W), mean_interval(far_W - FAR * near_W)
+    return far.value is not None and far.value >= math.log1p(_NOTICED) and apart.low is not None and apart.low > 0

@@ -11,28 +11,41 @@ from nbl_export.errors import UsageError
 __all__ = ["VARIANTS", "EvalRequest", "Prepared", "Subject", "SweepRequest"]
 
 VARIANTS = ("original", "nbl", "torch-original", "torch-nbl")  # in running order
+_TOKENS = 512  # of a window for perplexity, as in `verify`
+_LONG_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What to measure. texts: (name, file) pairs. context, stride: in tokens, for texts alone."""
+    """What to measure.
+
+    texts, long_texts: (name, file) pairs, for perplexity and for quality at length. context: tokens of their windows;
+    None is the default of each, see `window` and `long_window`.
+    """
 
     tasks: tuple[str, ...] = ()
     variants: tuple[str, ...] = ("original", "nbl")
     limit: int | None = None
     data: Path | None = None
     texts: tuple[tuple[str, str], ...] = ()
-    context: int = 512
-    stride: int = 512
+    long_texts: tuple[tuple[str, str], ...] = ()
+    context: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.tasks and not self.texts:
-            raise UsageError("nothing to evaluate: give --tasks, --perplexity or both")
+        if not (self.tasks or self.texts or self.long_texts):
+            raise UsageError("nothing to evaluate: give --tasks, --perplexity or --long-context")
         unknown = [v for v in self.variants if v not in VARIANTS]
         if unknown or not self.variants:
             raise UsageError(f"--variants takes {', '.join(VARIANTS)}, not {unknown[0] if unknown else 'nothing'!r}")
-        if not 1 <= self.stride <= self.context:
-            raise UsageError(f"--stride {self.stride} is not between 1 and --ppl-context {self.context}")
+
+    @property
+    def window(self) -> int:
+        """Tokens of a window for perplexity."""
+        return self.context or _TOKENS
+
+    def long_window(self, positions: int) -> int:
+        """Tokens of a window for quality at length, for a model with this many positions."""
+        return self.context or min(_LONG_TOKENS, positions)
 
 
 @dataclass(frozen=True)

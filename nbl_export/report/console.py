@@ -20,7 +20,7 @@ from nbl_export.records.paired import spoken_ratio, spoken_test
 from nbl_export.records.plan import spoken_layers
 from nbl_export.records.quality import spoken_interval
 from nbl_export.records.results import spoken_background
-from nbl_export.report import quality, speed
+from nbl_export.report import length, quality, speed
 from nbl_export.report.table import Column, Shown, Table, facts
 from nbl_export.trust.terminal import Console, visible
 
@@ -215,11 +215,13 @@ def _speeds(row: Mapping[str, Any], *, swept: bool) -> tuple[str, ...]:
     return spoken_test(row, swept=swept), row["variant"], *(f"{s:.2f}" for s in speeds), *latency
 
 
-def eval_table(result: dict[str, Any]) -> Table:
-    """Benchmark figures of every variant, and NBL minus original on the same items."""
+def eval_table(result: dict[str, Any]) -> Shown:
+    """Benchmark figures of every variant, and NBL minus original on the same items; then quality at length."""
     columns = ("task", "metric", Column("items", "number"), "variant",
                *Column.numbers("value", "± error", "difference", "± error"))  # fmt: skip
-    return Table.of(columns, (line for row in result["table"] for line in _figures(row)), "Quality")
+    rows = [line for row in result["table"] for line in _figures(row)]
+    figures = (Table.of(columns, rows, "Quality"),) if rows else ()
+    return *figures, *length.tables(result["length"]), *length.notes(result["length"])
 
 
 def _figures(row: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:

@@ -86,7 +86,7 @@ def summarize(
         "texts": verify.get("texts", []),
         "fit": manifest.get("fit", {}).get("kind"),
         "without_original": manifest.get("fit", {}).get("kind") == "given",
-        "quality": {k: quality[k] for k in ("lm_eval", "table", "agreement")} if quality else None,
+        "quality": {k: quality.get(k, []) for k in ("lm_eval", "table", "length", "agreement")} if quality else None,
         "quality_warning": verify.get("quality_warning"),
         "cache_bytes_per_token": verify["cache_bytes_per_token"],
         "engines": manifest.get("engines"),
@@ -155,6 +155,9 @@ def _drawings(report: Mapping[str, Any]) -> dict[str, str]:
         drawn["depths"] = plots.depths(ratios)
     if report["sweep"]:
         drawn["tradeoff"] = plots.tradeoff(report["sweep"]["points"], report["sweep"]["recommended"])
+    long = report["quality"]["length"] if report["quality"] else []
+    if any(row["differences"] for one in long for row in one["rows"]):
+        drawn["length"] = plots.length(long)
     for key, label in (("bound", "CCA bound"), ("relative_error", "relative error")):
         values = [(s["layer"], s[key]) for s in report["scores"] if s[key] is not None]
         if values:

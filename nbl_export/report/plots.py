@@ -17,7 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-__all__ = ["depths", "layers", "throughput", "tradeoff"]
+from nbl_export.report.words import positions
+
+__all__ = ["depths", "layers", "length", "throughput", "tradeoff"]
 
 _NBL, _ORIGINAL, _INK, _TEXT, _GRID = "#1b6ec2", "#c9a66b", "#17212b", "#53606c", "#dce1e6"
 _VARIABLES = {_NBL: "--nbl", _ORIGINAL: "--original", _INK: "--ink", _TEXT: "--ink-2", _GRID: "--line"}
@@ -109,6 +111,73 @@ def depths(ratios: Sequence[dict[str, Any]]) -> str:
         axis.set_ylabel("NBL tokens/s over original")
         _quiet(axis, "y")
         return _svg(figure, axis, "depths")
+
+
+def length(found: Sequence[dict[str, Any]]) -> str:
+    """Draw quality at length, `length` of report.json, as SVG: increase of perplexity by position, a line a text, and
+    the share of correct keys and tokens of both decoders. Of graphs and torch models, the graphs are drawn. Of a test
+    that was repeated with other windows, the last one is drawn.
+    """
+    of_graphs = any(d["new"] == "nbl" for one in found for row in one["rows"] for d in row["differences"])
+    new, old = ("nbl", "original") if of_graphs else ("torch-nbl", "torch-original")
+    both = [one for one in found if all(v in row["figures"] for v in (new, old) for row in one["rows"])]
+    found = list({one["task"]: one for one in both}.values())  # the last one of each
+    lines, bars = ([o for o in found if (o["test"] == "position") == wanted] for wanted in (True, False))
+    with style.context(["default", _STYLE]):
+        figure = Figure(figsize=(_WIDTH, 2.8 * bool(lines) + 2.2 * bool(bars) + 0.3), layout="constrained")
+        parts = figure.subfigures(max(1, bool(lines) + bool(bars)), 1, squeeze=False)[:, 0]
+        axes = [parts[0].subplots()] if lines else []
+        for one, (line, marker) in zip(lines, _LINES, strict=False):
+            _positions(axes[0], one, new, linestyle=line, marker=marker)
+        if len(lines) > 1:
+            axes[0].legend(frameon=False, fontsize=9)
+        if bars:
+            panels = parts[-1].subplots(1, len(bars), squeeze=False, sharey=True)[0]
+            for axis, one in zip(panels, bars, strict=True):
+                _correct(axis, one, {old: _ORIGINAL, new: _NBL})
+            panels[0].set_ylabel("correct")
+            axes += list(panels)
+        return _svg(figure, axes[-1] if bars else axes[0], "length")
+
+
+def _positions(axis: Axes, one: dict[str, Any], new: str, **look: Any) -> None:
+    ends = [row["tokens"] for row in one["rows"]]
+    rises = [next(d for d in row["differences"] if d["new"] == new) for row in one["rows"]]
+    points = [
+        (k, rise["increase"], rise["increase_interval"]) for k, rise in enumerate(rises) if rise["increase"] is not None
+    ]
+    axis.axhline(0.0, color=_ORIGINAL, linewidth=2)
+    axis.plot(
+        [k for k, _, _ in points],
+        [value for _, value, _ in points],
+        color=_NBL,
+        label=one["task"].partition(":")[2],
+        **look,
+    )
+    for k, _, interval in points:
+        if interval:
+            axis.plot([k, k], interval, color=_NBL, linewidth=1.3)
+    axis.set_xticks(range(len(ends)), positions(ends), fontsize=9)
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:+.0%}" if value else "0%")
+    axis.set_xlabel("positions in a window")
+    axis.set_ylabel("increase of perplexity")
+    _quiet(axis, "y")
+
+
+def _correct(axis: Axes, one: dict[str, Any], colours: dict[str, str]) -> None:
+    for side, (variant, colour) in zip((-0.19, 0.19), colours.items(), strict=True):
+        for at, row in enumerate(one["rows"]):
+            share = row["figures"][variant]["correct"]
+            label = _NAMES[variant.removeprefix("torch-")] if at == 0 else None
+            axis.bar(at + side, share, 0.34, color=colour, label=label)
+            axis.text(at + side, share + 0.02, f"{share:.0%}", ha="center", color=_TEXT, fontsize=9)
+    axis.set_title(one["task"], loc="left", fontsize=10)
+    axis.set_xticks(range(len(one["rows"])), [f"{row['tokens']:,}" for row in one["rows"]])
+    axis.set_xlabel("tokens")
+    axis.set_ylim(0, 1.12)
+    axis.set_yticks([0, 0.5, 1])
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    _quiet(axis, "y")
 
 
 def layers(name: str, values: Sequence[tuple[int, float]], replaced: Sequence[int], label: str) -> str:

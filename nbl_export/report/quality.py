@@ -15,6 +15,7 @@ from nbl_export.records.quality import spoken_interval, spoken_loss
 from nbl_export.records.results import COMPARED, VERIFIED
 from nbl_export.report import words
 from nbl_export.report.document import Block, Code, Details, Figure, Figures, Heading, Paragraph, Section
+from nbl_export.report.length import length
 from nbl_export.report.table import Column, Table
 
 __all__ = ["curve", "losses", "quality", "spoken_curve", "sweep"]
@@ -30,7 +31,8 @@ _MEANS = {
 def quality(report: Mapping[str, Any]) -> Section:
     """What the replacement costs, or why that is not known."""
     loss = _losses(report) if report["quality_loss"] else (Paragraph(_missing(report)),)
-    return Section("Quality loss", (*loss, *_benchmarks(report["quality"])))
+    measured = report["quality"] or {}
+    return Section("Quality loss", (*loss, *_benchmarks(measured), *length(measured.get("length", ()))))
 
 
 def _missing(report: Mapping[str, Any]) -> str:
@@ -88,8 +90,8 @@ def _uses(report: Mapping[str, Any]) -> Iterator[Block]:
     )
 
 
-def _benchmarks(quality: Mapping[str, Any] | None) -> Iterator[Block]:
-    if not quality:
+def _benchmarks(quality: Mapping[str, Any]) -> Iterator[Block]:
+    if not quality.get("table"):
         return
     yield Heading("Benchmarks")
     yield Paragraph(

@@ -19,6 +19,7 @@ __all__ = [
     "number",
     "percent",
     "plural",
+    "positions",
     "signed",
     "size",
     "test",
@@ -105,3 +106,8 @@ def decoding(precision: str) -> str:
 def equal_answers(row: Mapping[str, Any]) -> str:
     """How many answers of a row are those of plain decoding: "9 of 20 answers (45%)"."""
     return f"{row['equal']} of {row['prompts']} answers ({row['equal'] / row['prompts']:.0%})"
+
+
+def positions(ends: Sequence[int]) -> list[str]:
+    """Ranges of positions that end before these numbers: "0–127", "128–255"."""
+    return [f"{first}–{end - 1}" for first, end in zip((0, *ends), ends, strict=False)]

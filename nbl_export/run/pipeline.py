@@ -31,7 +31,7 @@ from nbl_export.run.progress import Ui
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages import bench, calibrate, evaluate, graphs, plan, speculative, verify
 from nbl_export.run.stages.common import LeftOut, Place, Stage, readers
-from nbl_export.run_directory import VERIFY_FILE, RunDirectory, refuse_foreign
+from nbl_export.run_directory import REPORT_JSON, VERIFY_FILE, RunDirectory, refuse_foreign
 from nbl_export.targets import ENGINES, load_engine
 
 __all__ = ["STAGES", "run_calibration", "run_evaluation", "run_job", "run_stages", "run_sweep"]
@@ -175,14 +175,17 @@ def run_evaluation(output: Path, request: EvalRequest, ui: Ui, *, force: bool = 
     """
     run = RunDirectory.existing(output)
     _check_evaluation(run, request)
-    until = "report" if "report" in run.stages else "eval"
-    return run_stages(output, until, ui, force=force, asked=_prepare(request, ui))
+    reported = "report" in run.stages or ("bench" in run.stages and (run.path / REPORT_JSON).is_file())
+    until = "report" if reported else "eval"  # an interrupted evaluation leaves a report that is out of date
+    positions = int(run.manifest["decoder"]["max_positions"])
+    return run_stages(output, until, ui, force=force, asked=_prepare(request, positions, ui))
 
 
 def _check_evaluation(run: RunDirectory, request: EvalRequest) -> None:
     positions = int(run.manifest["decoder"]["max_positions"])
-    if request.texts and request.context > positions:
-        raise NblError(f"--ppl-context {request.context} is beyond the model's {positions} positions")
+    asked = [request.window] * bool(request.texts) + [request.long_window(positions)] * bool(request.long_texts)
+    if max(asked, default=0) > positions:
+        raise NblError(f"--ppl-context {max(asked)} is beyond the model's {positions} positions")
     if run.manifest["options"].get("fit") == CHECKPOINT_FIT and any(v.endswith("original") for v in request.variants):
         raise NblError(f"{run.path} has no original to evaluate: {NO_ORIGINAL}; use --variants nbl or torch-nbl")
     engine = run.manifest["options"]["engine"]
@@ -193,16 +196,21 @@ def _check_evaluation(run: RunDirectory, request: EvalRequest) -> None:
         )
 
 
-def _prepare(request: EvalRequest, ui: Ui) -> Prepared:
-    from nbl_export.evaluation import measure, tasks
+def _prepare(request: EvalRequest, positions: int, ui: Ui) -> Prepared:
+    from nbl_export.evaluation import length, measure, tasks
     from nbl_export.text import corpus
 
-    subjects = []
-    for name, file in request.texts:
+    long, subjects = request.long_window(positions), []
+    tests = [("perplexity", request.window, pair) for pair in request.texts]
+    tests += [(test, long, pair) for pair in request.long_texts for test in length.OF_TEXT]
+    for test, context, (name, file) in tests:
         named = measure.NamedText(name, corpus.read_text(file))
-        windows = {"context": request.context, "stride": request.stride, "output_type": "perplexity"}
         data = {"name": named.text.name, "sha256": named.text.sha256}
-        subjects.append(Subject(f"perplexity:{name}", named, request.limit, data, windows))
+        config = {"context": context, "output_type": test}
+        subjects.append(Subject(f"{test}:{name}", named, request.limit, data, config))
+    if request.long_texts:
+        copying = {"context": long, "output_type": length.COPYING}
+        subjects.append(Subject(length.COPYING, None, request.limit, {"name": "random tokens"}, copying))
     names = tuple(dict.fromkeys(request.tasks))
     with tasks.quiet_harness(), ui.task("tasks") as progress:
         version = tasks.harness_version()

@@ -94,7 +94,6 @@ def test_lossless_decoding_is_measured_at_one_setting(words: tuple[str, ...], pa
     ("words", "part"),
     [
         (("--tasks", "piqa", "--ppl-context", "64"), "--ppl-context is for --perplexity"),
-        (("--tasks", "piqa", "--stride", "64"), "--stride is for --perplexity"),
         (("--perplexity", "a=b.txt", "--data", "files"), "--data is for --tasks"),
     ],
 )

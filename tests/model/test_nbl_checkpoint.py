@@ -188,7 +188,7 @@ def test_commands_that_need_the_attention_are_refused(saved: Path, again: Path, 
 
 def test_its_graph_can_be_evaluated(again: Path, text: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(again, tmp_path / "run"))
-    done = nbl("eval", run, "--perplexity", f"here={text}", "--ppl-context", "64", "--stride", "64", "--limit", "2",
+    done = nbl("eval", run, "--perplexity", f"here={text}", "--ppl-context", "64", "--limit", "2",
                "--variants", "nbl,torch-nbl")  # fmt: skip
     assert done.status == 0, done.err
 

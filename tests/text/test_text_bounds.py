@@ -133,8 +133,8 @@ def test_a_cut_text_is_not_taken_for_a_short_one(
     pack(text, tokenizer, 10_000, 32)
     assert "only the first" in caplog.text
     with pytest.raises(NblError, match="give --limit"):
-        windows(NamedText("a", text), tokenizer, 32, 32, None)
-    assert len(windows(NamedText("a", text), tokenizer, 32, 32, 2)) == 2
+        windows(NamedText("a", text), tokenizer, 32, None)
+    assert len(windows(NamedText("a", text), tokenizer, 32, 2)) == 2
 
 
 def test_hub_rows_end_at_the_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

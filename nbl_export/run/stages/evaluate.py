@@ -115,14 +115,15 @@ def _open(inputs: EvalInputs, place: Place, variant: str) -> Any:
 
 
 def _measure(subject: Subject, lm: Any, progress: Callable[[int, int], None]) -> Any:
-    from nbl_export.evaluation import measure, tasks
-    from nbl_export.evaluation import measure as perplexity
+    from nbl_export.evaluation import length, measure, tasks
 
-    lm.progress = progress
-    if isinstance(subject.value, perplexity.NamedText):
-        context, stride = subject.config["context"], subject.config["stride"]
-        windows = perplexity.windows(subject.value, lm.tokenizer, context, stride, subject.limit)
+    test, context = subject.config.get("output_type"), subject.config.get("context", 0)
+    if test in length.TESTS:
+        return length.run_length(test, subject.value, lm, context, subject.limit, progress)
+    if isinstance(subject.value, measure.NamedText):
         lm.progress = lambda _done, _total: None  # windows are counted here
+        windows = measure.windows(subject.value, lm.tokenizer, context, subject.limit)
         return measure.run_windows(windows, lm, progress)
+    lm.progress = progress
     with tasks.quiet_harness():
         return measure.run_benchmark(subject.value, lm, subject.limit)

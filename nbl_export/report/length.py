@@ -1,0 +1,95 @@
+"""Quality at length: tables of loss by position, retrieval and copying, and what they mean.
+
+The values are those that `evaluation.results` writes as `length`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from nbl_export.records.quality import spoken_interval
+from nbl_export.report import words
+from nbl_export.report.document import Block, Figure, Figures, Heading, Paragraph
+from nbl_export.report.table import Column, Table
+
+__all__ = ["length", "notes", "tables"]
+
+Found = Sequence[Mapping[str, Any]]
+
+_CAPTION = (
+    "Above: increase of perplexity by position in a window; whiskers show 95% intervals. "
+    "Below: share of keys that were found, and of random tokens that were copied."
+)
+
+
+def length(found: Found) -> Iterator[Block]:
+    """The part of the report; nothing if quality at length was not measured."""
+    if not found:
+        return
+    yield Heading("Quality at length")
+    yield Paragraph(
+        "A linear layer sees one token, so text far back reaches it only through the kept layers. "
+        "Loss by position is that of windows of a text. In retrieval, a key of five digits stands in the first half of "
+        "a text, and the end asks for the key. A key is correct if greedy decoding gives all of its digits. "
+        "In copying, random tokens are read twice, and the tokens of the second time count. "
+        "Brackets hold a 95% interval over windows, keys or sequences, paired by item."
+    )
+    yield from map(Paragraph, notes(found))
+    yield Figures((Figure("length", _CAPTION),))
+    for table in tables(found):
+        yield Heading(table.title)
+        yield table
+
+
+def notes(found: Found) -> Iterator[str]:
+    """The warnings, one line each."""
+    yield from (f"Note: {warning}." for one in found for warning in one["warnings"])
+
+
+def tables(found: Found) -> Iterator[Table]:
+    """Loss by position, then retrieval and copying; a table without rows is left out."""
+    positions = [row for one in found if one["test"] == "position" for row in _positions(one)]
+    if positions:
+        columns = Column.numbers("Positions", "Windows", "Perplexity original", "Perplexity NBL", "Increase")
+        yield Table.of((Column("Text", "wrap"), *columns), positions, "Loss by position")
+    items = [row for one in found if one["test"] != "position" for row in _items(one)]
+    if items:
+        shares = ("Correct original", "Correct NBL", "Loss original", "Loss NBL", "Difference (nats)")
+        columns = Column.numbers("Tokens", "Items", *shares)
+        yield Table.of((Column("Test", "wrap"), *columns), items, "Retrieval and copying")
+
+
+def _variants(one: Mapping[str, Any], name: str) -> Iterator[tuple[str, str, str]]:
+    """(name, original, nbl) of the graphs and of the torch models, if either was measured."""
+    for prefix, shown in (("", name), ("torch-", f"{name}, torch")):
+        pair = f"{prefix}original", f"{prefix}nbl"
+        if any(variant in one["rows"][0]["figures"] for variant in pair):
+            yield shown, *pair
+
+
+def _positions(one: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    places = words.positions([row["tokens"] for row in one["rows"]])
+    for name, *pair in _variants(one, one["task"].partition(":")[2]):
+        for place, row in zip(places, one["rows"], strict=True):
+            losses = (row["figures"].get(variant, {}).get("loss") for variant in pair)
+            shown = (words.number(math.exp(loss) if loss is not None and loss < 700 else None) for loss in losses)
+            yield name, place, str(one["items"]), *shown, _difference(row, pair[1], "increase")
+
+
+def _items(one: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    for name, *pair in _variants(one, one["task"]):
+        for row in one["rows"]:
+            figures = [row["figures"].get(variant, {}) for variant in pair]
+            correct = (f"{figure['correct']:.0%}" if figure else "–" for figure in figures)
+            losses = (words.number(figure.get("loss")) for figure in figures)
+            yield name, f"{row['tokens']:,}", str(one["items"]), *correct, *losses, _difference(row, pair[1], "loss")
+
+
+def _difference(row: Mapping[str, Any], new: str, name: str) -> str:
+    """A paired difference in words; a dash if one of the two was not measured."""
+    found = next((d for d in row["differences"] if d["new"] == new), None)
+    if found is None:
+        return "–"
+    return spoken_interval(found[name], found[f"{name}_interval"], percent=name == "increase", sign=True)
