@@ -61,7 +61,8 @@ RESULTS: Mapping[str, Table] = {
     "intervals": speed.intervals,
     "coverage": speed.coverage,
 }
-PAGES = {ROOT / "README.md": README, ROOT / "docs" / "results.md": RESULTS}
+EVALUATION: dict[str, Table] = {"length": quality.length}
+PAGES = {ROOT / "README.md": README, ROOT / "docs" / "results.md": RESULTS, ROOT / "docs" / "evaluation.md": EVALUATION}
 
 
 def result(name: str) -> Any:

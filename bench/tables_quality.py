@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nbl_export.records.plan import spoken_layers
+from nbl_export.records.quality import spoken_interval
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
@@ -43,6 +45,28 @@ def _choices(run: Mapping[str, Any]) -> Rows:
         rows.append(row(f"**{count} layers**: `cca` (the paper)", paper, run["residual"][paper]))
         rows.append(row("`efficient` (the default)", ours, run["residual"][ours]))
         rows.append(row("`efficient`, `--fit drop`", ours, run["drop"][count]))
+    return rows
+
+
+def length(read: Read) -> Rows:
+    """Quality at length: perplexity by position, keys that were found and random tokens that were copied."""
+    rows: Rows = [("", "original", "NBL", "difference"), "lrrr"]
+    shown = {"retrieval": "keys found in {} tokens", "copying": "random tokens copied in {} tokens"}
+    for one in read("length-smollm2")["length"]:
+        first = 0
+        for row in one["rows"]:
+            old, new, (apart,) = row["figures"]["original"], row["figures"]["nbl"], row["differences"]
+            if one["test"] == "position":
+                title = f"perplexity, positions {first:,}–{row['tokens'] - 1:,}"
+                cells = [f"{math.exp(figure['loss']):.1f}" for figure in (old, new)]
+                change = spoken_interval(apart["increase"], apart["increase_interval"], percent=True, sign=True)
+            else:
+                title = shown[one["test"]].format(f"{row['tokens']:,}")
+                cells = [f"{figure['correct']:.0%}" for figure in (old, new)]
+                loss = spoken_interval(apart["loss"], apart["loss_interval"], sign=True)
+                change = f"{loss} nats a token"
+            rows.append((title, *cells, change))
+            first = row["tokens"]
     return rows
 
 
