@@ -28,6 +28,7 @@ def copy(tmp_path: Path) -> Path:
         shutil.copy(script, tmp_path / "bench")
     (tmp_path / "bench" / "results").symlink_to(RESULTS)
     (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "evaluation.md", tmp_path / "docs")
     (tmp_path / "docs" / "results.md").write_text(PAGE, encoding="utf-8")
     shutil.copy(ROOT / "README.md", tmp_path)
     return tmp_path
