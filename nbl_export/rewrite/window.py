@@ -23,8 +23,9 @@ from nbl_export.errors import RefusalError
 from nbl_export.graph.emitter import new_node, register
 from nbl_export.mixers.windowed import WindowShape, rotary_tables, swapped
 
-__all__ = ["WindowRows", "add_window_constants", "emit_window"]
+__all__ = ["SHARED", "WindowRows", "add_window_constants", "emit_window", "window_tokens"]
 
+SHARED = ("/nbl/windows", "/nbl/states")  # begin the names of nodes whose values all windows of a graph share
 _CONSTANTS = "nbl.window"
 _FAR = 1e4  # taken from scores of rows that are not seen: exp is then zero, and 16 bits hold twice this number
 _INTEGERS: dict[str, Any] = {"one": [1], "start": [0], "row_axis": [1], "block_axis": [2], "last_axis": [-1],
@@ -86,6 +87,13 @@ def _shared(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     if stored is None or not np.array_equal(stored.numpy(), array):
         raise RefusalError(None, "its layers would have windows of several shapes; choose one")
     return value
+
+
+def window_tokens(graph: ir.Graph) -> int:
+    """W of the windows of a graph."""
+    stored = graph.initializers[f"{_CONSTANTS}.tokens"].const_value
+    assert stored is not None
+    return int(stored.numpy()[0])
 
 
 class WindowRows:

@@ -35,8 +35,8 @@ Task = Callable[[], AbstractContextManager[Any]]
 
 
 _OURS = re.compile(r"nbl\.layers\.[\d-]+\.")
-# begin the names of shapes, indices and tables (`graph.quantised`, `rewrite.bypass`, `rewrite.window`)
-_SHAPES = ("nbl.block_sums.", "nbl.states.", "nbl.window.")
+# begin the names of shapes, indices and tables (`graph.quantised`, `rewrite`)
+_SHAPES = ("nbl.block_sums.", "nbl.states.", "nbl.window.", "nbl.tail.windows.")
 _OUR_PRODUCT = re.compile(r"/nbl/layers\.\d+/MatMul(?!.*/offsets$)")
 _SPOKEN = {"last": "of the last token", "all": "of all tokens"}
 # ONNX Runtime's symmetric quantiser spans [-8, 8) steps: the mirror image of a block's largest value is one step off.

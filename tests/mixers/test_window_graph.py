@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from nbl_export.errors import RefusalError
+from nbl_export.graph.anatomy import graph_caches
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.mixers.base import Mixer
 from nbl_export.mixers.window import Window
@@ -25,7 +27,7 @@ from tests.verifying import verify_tiny
 
 from .test_toy_kind import CLOSE, LENGTHS, PAD, STEPS, ids, padded, torch_logits, worst_of_batch
 
-W = 3
+W = 2  # so that of 12 tokens, not all enter three windows
 MIXES = [mix for mix in itertools.product("awl", repeat=LAYERS) if "w" in mix and "a" in mix]
 SOME = [("a", "w", "w"), ("w", "a", "l"), ("l", "w", "a")]
 
@@ -57,19 +59,21 @@ def test_graph_computes_what_torch_computes(
     assert worst_of_last(OnnxDecoder(out, HEAD_DIM), right) < CLOSE
 
 
-def worst_of_last(decoder: OnnxDecoder, right: list[np.ndarray], cuts: tuple[int, ...] = ()) -> float:
-    """Largest difference of the last token's logits: a padded batch in chunks, then single steps."""
-    given, valid = padded()
+def worst_of_last(decoder: OnnxDecoder, right: list[np.ndarray]) -> float:
+    """Largest difference of the last token's logits: a padded batch and single steps, then one row in chunks."""
     decoder.begin(2)
-    worst = []
-    for start, end in zip((0, *cuts), (*cuts, given.shape[1]), strict=True):
-        found = decoder.step(given[:, start:end], valid[:, start:end])
-        assert found.shape[1] == 1
-        seen = [(k, n) for k, n in enumerate(np.minimum(LENGTHS, end)) if n > start]
-        worst += [np.abs(found[k, 0] - right[k][n - 1]).max() for k, n in seen]
+    found = decoder.step(*padded())
+    assert found.shape[1] == 1
+    worst = [np.abs(found[k, 0] - right[k][n - 1]).max() for k, n in enumerate(LENGTHS)]
     for step in range(STEPS):
         found = decoder.step(np.array([[ids()[k, n + step]] for k, n in enumerate(LENGTHS)]))
         worst += [np.abs(found[k, 0] - right[k][n + step]).max() for k, n in enumerate(LENGTHS)]
+    text = ids()[:1]
+    for cuts in ((1,), (4, 5), (2, 10), (9, 11)):
+        decoder.begin(1)
+        for start, end in zip((0, *cuts), (*cuts, text.shape[1]), strict=True):
+            found = decoder.step(text[:, start:end])
+            worst.append(np.abs(found[0, 0] - right[0][end - 1]).max())
     return float(max(worst))
 
 
@@ -90,8 +94,6 @@ def test_chunks_and_sizes(checkpoint: Any, exported: Any, tmp_path: Path, tokens
 def test_the_state_has_a_row_for_the_first_token_and_each_of_the_window(
     checkpoint: Any, exported: Any, tmp_path: Path
 ) -> None:
-    import onnx_ir as ir
-
     out = rewritten(exported("llama"), tmp_path / "nbl", chosen_of(checkpoint("llama"), ("a", "w", "a")))
     contract = contract_of(ir.load(out / "model.onnx"))
     states = {i.name: i.shape[1:] for i in contract.inputs if i.name.endswith("_state")}
@@ -185,3 +187,60 @@ def test_an_ir_refuses_windows(checkpoint: Any, exported: Any, tmp_path: Path) -
     chosen = chosen_of(checkpoint("llama"), ("a", "w", "a"))
     with pytest.raises(RefusalError, match=r"layer 1: .*an IR holds no layer of kind window"):
         exporter_of("openvino").replace(exported("llama", "openvino"), tmp_path / "nbl", Plan(LAYERS, (1,)), chosen)
+
+
+@pytest.mark.parametrize("mix", [("a", "w", "w"), ("w", "a", "w")], ids="".join)
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_graphs_of_mobius(checkpoint: Any, exported: Any, tmp_path: Path, name: str, mix: tuple[str, ...]) -> None:
+    chosen, out = chosen_of(checkpoint(name), mix), tmp_path / "nbl"
+    exporter_of("mobius").replace(exported(name, "mobius"), out, Plan(LAYERS, tuple(sorted(chosen))), chosen)
+    right = torch_logits(checkpoint(name), chosen)
+    assert worst_of_batch(OnnxDecoder(out, HEAD_DIM), right) < CLOSE
+    exporter_of("mobius").keep_last_token(out)
+    assert worst_of_last(OnnxDecoder(out, HEAD_DIM), right) < CLOSE
+
+
+def test_a_padded_chunk_behind_a_cache(checkpoint: Any, given_graph: Any, tmp_path: Path) -> None:
+    """A graph of plain operators: 4 tokens of two rows, then 8 and 2, padded on the right."""
+    chosen, out = chosen_of(checkpoint("llama"), ("a", "w", "w")), tmp_path / "nbl"
+    rewrite(given_graph("transformers-18-positions"), out, Plan(LAYERS, (1, 2)), chosen)
+    right = torch_logits(checkpoint("llama"), chosen)
+    exporter_of("genai").keep_last_token(out)
+    sides = graph_caches(ir.load(out / "model.onnx").graph).values()
+    caches = {str(a.name): str(b.name) for pasts, presents in sides for a, b in zip(pasts, presents, strict=True)}
+    decoder, text = OnnxDecoder(out, HEAD_DIM, caches=caches), ids()
+    decoder.begin(2)
+    decoder.step(text[:, :4])
+    valid = (np.arange(8) < np.array([8, 2])[:, None]).astype(np.int64)
+    found = [decoder.step(text[:, 4:12] * valid, valid), decoder.step(text[[[0], [1]], [[12], [6]]])]
+    for logits, ends in zip(found, ((11, 5), (12, 6)), strict=True):
+        assert max(np.abs(logits[k, 0] - right[k][end]).max() for k, end in enumerate(ends)) < CLOSE
+
+
+@pytest.mark.parametrize("mix", ["aww", "awl", "law"])
+def test_few_rows_reach_the_windows_at_the_top(checkpoint: Any, exported: Any, tmp_path: Path, mix: str) -> None:
+    """Rows behind each MLP in a prefill of 18 tokens, and equal states with and without pruning."""
+    out = rewritten(exported("llama"), tmp_path / "nbl", chosen_of(checkpoint("llama"), tuple(mix)))
+    text, held = ids()[:1], []
+    for name in ("model.onnx", "shown.onnx"):
+        if name == "shown.onnx":
+            exporter_of("genai").keep_last_token(out)
+            model = ir.load(out / "model.onnx")
+            products = [node for node in model.graph if str(node.name).endswith("mlp/down_proj/MatMul")]
+            model.graph.outputs.extend(node.outputs[0] for node in products)
+            ir.save(model, out / name)
+        decoder = OnnxDecoder(out, HEAD_DIM, file=name)
+        decoder.begin(1)
+        decoder.step(text[:, :1])
+        if name == "shown.onnx":
+            names = [str(node.outputs[0].name) for node in products]
+            decoder.begin(1)
+            rows = [value.shape[1] for value in decoder.look(names, text)]
+        decoder.begin(1)
+        decoder.step(text)
+        held.append({n: v for n, v in decoder._past.items() if n.endswith("conv_state")})
+    enters = {"aww": [2 * W, W + 1, 1], "awl": [W + 1, 1, 1], "law": [18, W + 1, 1]}
+    assert rows == enters[mix]
+    assert held[0].keys() == held[1].keys() and held[0]
+    for state, value in held[0].items():
+        assert np.abs(value - held[1][state]).max() < CLOSE
