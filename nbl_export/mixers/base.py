@@ -63,11 +63,14 @@ class TokenWork:
         multiply_adds: of this token alone.
         elements: of the matrices that are read, once for all tokens of a step.
         token_local: as in `Mixer`. Only such layers are left out of all tokens but the last, or looked up.
+        reach: the tokens that a token reads, its own included, if they are the last ones and the first one of the text.
+            Above the last layer without a reach, only the tokens that these layers need are computed.
     """
 
     multiply_adds: int
     elements: int
     token_local: bool = True
+    reach: int | None = None
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ class Window:
     def work(self) -> TokenWork:
         elements = self.qkv.size + self.output.size
         scores = 2 * (self.shape.tokens + 1) * self.shape.query_width
-        return TokenWork(elements + scores, elements, token_local=False)
+        return TokenWork(elements + scores, elements, token_local=False, reach=self.shape.tokens)
 
 
 class _Window(Kind):

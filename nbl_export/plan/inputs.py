@@ -10,7 +10,7 @@ from nbl_export.mixers.base import Mixer
 from nbl_export.options.goals import CacheBudget, PerplexityIncrease, TargetSpeedup
 from nbl_export.records.inputs import Lazy
 
-__all__ = ["AskedGoal", "DistilledMaps", "MapKind", "OrderInputs", "PlanInputs", "SweepInputs"]
+__all__ = ["AskedGoal", "AskedWindows", "DistilledMaps", "MapKind", "OrderInputs", "PlanInputs", "SweepInputs"]
 
 Maps = Mapping[int, Mixer]  # replaced layer -> its mixer
 Texts = Sequence[tuple[str, Any]]  # name and token ids [windows, context] of each text
@@ -64,6 +64,14 @@ class AskedGoal:
 
 
 @dataclass(frozen=True)
+class AskedWindows:
+    """Layers that become windows (`nbl_export.mixers.window`) of so many tokens, beside the others of a plan."""
+
+    layers: tuple[int, ...]
+    tokens: int
+
+
+@dataclass(frozen=True)
 class PlanInputs:
     """What a plan follows from.
 
@@ -72,6 +80,7 @@ class PlanInputs:
         quarter: whether a quarter of the layers is replaced without a goal, since nothing can judge them.
         deciding: texts on which a limit on quality is tested.
         speedup: modelled speed-ups of some maps ("prefill" and "decode"). setting: what they are modelled for.
+        windows: layers that are named for windows.
     """
 
     fit: str
@@ -82,6 +91,7 @@ class PlanInputs:
     deciding: Lazy[Texts]
     speedup: Lazy[Callable[[Maps], Any]]
     setting: Lazy[Mapping[str, Any]]
+    windows: AskedWindows | None = None
 
 
 @dataclass(frozen=True)

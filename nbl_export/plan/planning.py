@@ -41,14 +41,15 @@ from typing import Any
 from nbl_export.errors import NblError
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.switched import SwitchedModel
+from nbl_export.model.windows import window_layers
 from nbl_export.options.goals import DEFAULT_INCREASE, CacheBudget, PerplexityIncrease, TargetSpeedup
-from nbl_export.plan.inputs import AskedGoal, MapKind, Maps, PlanInputs, SweepInputs, Texts
+from nbl_export.plan.inputs import AskedGoal, AskedWindows, MapKind, Maps, PlanInputs, SweepInputs, Texts
 from nbl_export.plan.order import Selection, Task, a_quarter, choose, quiet
 from nbl_export.records.plan import Plan
 from nbl_export.records.quality import loss_row, spoken_interval, windows_needed
 
 __all__ = ["RECOMMENDED_INCREASE", "Reached", "count_for_budget", "count_for_speedup", "count_within", "make_plan",
-           "recommend", "sweep"]  # fmt: skip
+           "recommend", "sweep", "with_windows"]  # fmt: skip
 
 RECOMMENDED_INCREASE = DEFAULT_INCREASE  # largest perplexity increase, on the worse text
 Say = Callable[[str], None]
@@ -192,6 +193,18 @@ def recommend(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             good.append(p)
     best = max(good, key=lambda p: (p["layers"], -p["worst_increase"]), default=None)
     return None if best is None else {"method": best["method"], "layers": best["layers"]}
+
+
+def with_windows(plan: Plan, maps: Maps, asked: AskedWindows, model: Any) -> tuple[Plan, dict[int, Mixer]]:
+    """The plan and its maps with windows of further layers.
+
+    Args:
+        model: the torch model, whose attention the windows take.
+    """
+    both = {**maps, **window_layers(model, asked.layers, asked.tokens, plan.tap)}
+    every = {i: both[i] for i in sorted(both)}
+    kinds = tuple(mixer.kind for mixer in every.values())
+    return dataclasses.replace(plan, replaced=tuple(every), kinds=kinds), every
 
 
 # -- goals -----------------------------------------------------------------------------------------------------

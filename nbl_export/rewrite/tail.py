@@ -104,7 +104,7 @@ class PruneTail(ir.passes.InPlacePass):
         stages, nodes = stages_of(graph, windows, last.chunk, last.at)
         ways = [_way_of_single_tokens(stage.join.join, stage.join.branch_index) for stage in stages]
         for value in (v for node in (*tail, *(node for way in ways for node, _ in way)) for v in node.outputs):
-            value.shape = None
+            value.shape = value.shape if value.is_graph_output() else None  # states keep theirs
         for stage, way in zip(stages, ways, strict=True):
             user, i = way[0]
             graph.insert_before(user, _take_last(stage, user, i, "attention"))

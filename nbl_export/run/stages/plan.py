@@ -22,7 +22,16 @@ from nbl_export.options.goals import (
     read_rank,
 )
 from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL
-from nbl_export.plan.inputs import AskedGoal, DistilledMaps, MapKind, Maps, OrderInputs, PlanInputs, SweepInputs
+from nbl_export.plan.inputs import (
+    AskedGoal,
+    AskedWindows,
+    DistilledMaps,
+    MapKind,
+    Maps,
+    OrderInputs,
+    PlanInputs,
+    SweepInputs,
+)
 from nbl_export.records.inputs import Lazy
 from nbl_export.report.console import METHOD_NAMES
 from nbl_export.report.quality import spoken_curve
@@ -47,12 +56,29 @@ def declare(r: Resolver) -> PlanInputs | Lazy[Any]:
     return r.fill(
         PlanInputs,
         order=order_of(r),
-        request=None if options.layers is None else parse_layers(options.layers, r.spec.num_layers),
+        request=_request(r),
+        windows=_windows(r),
         goal=goal,
         quarter=Lazy(None, lambda: r.is_graph or bool(r.shortage.value)),
         # The curve states what its speed-ups are modelled for, so that only a goal needs them in the key.
         speedup=Lazy(r.cost.identity if isinstance(goal.goal, TargetSpeedup) else None, lambda: r.cost.value.speedup),
     )
+
+
+def _request(r: Resolver) -> int | tuple[int, ...] | None:
+    """How many or which layers get maps: none beside windows, if no layers are named."""
+    layers = r.options.layers
+    if layers is None:
+        return None if r.options.window_layers is None else ()
+    return parse_layers(layers, r.spec.num_layers)
+
+
+def _windows(r: Resolver) -> AskedWindows | None:
+    if r.options.window_layers is None:
+        return None
+    layers = parse_layers(r.options.window_layers, r.spec.num_layers, "--window-layers")
+    assert isinstance(layers, tuple)  # a count is refused when options are settled
+    return AskedWindows(layers, r.options.window)
 
 
 def order_of(r: Resolver) -> OrderInputs:
@@ -122,10 +148,12 @@ def run(inputs: PlanInputs | Lazy[Any], place: Place, out: Path) -> dict[str, An
         (plan, maps), fit = inputs.value, CHECKPOINT_FIT
     else:
         from nbl_export.plan.order import Selection
-        from nbl_export.plan.planning import make_plan
+        from nbl_export.plan.planning import make_plan, with_windows
 
         fit, selection = inputs.fit, Selection(inputs.order, place.ui.task, place.run.manifest.get("greedy"))
         plan, maps, facts = make_plan(inputs, selection, lambda line: place.ui.say(f"  {line}"), place.ui.task)
+        if inputs.windows is not None:
+            plan, maps = with_windows(plan, maps, inputs.windows, inputs.order.model.value)
         if facts["curve"]:
             place.ui.say(f"  {spoken_curve(facts['curve'])}")
     distilled = fit == "distilled" and plan.replaced
