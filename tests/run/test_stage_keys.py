@@ -42,7 +42,8 @@ ASKED = {"sweep": SweepRequest(1), "eval": EVAL}
 # Another value of each option.
 OTHER: dict[str, Any] = {
     "layers": "2", "window_layers": "2,", "max_perplexity_increase": "5%", "target_speedup": "1.1",
-    "kv_budget": "300B", "fit": "drop", "select": "error", "rank": "3", "tap": "normed", "maps": "linear", "token_table": False, "distill_minutes": 1.0,
+    "kv_budget": "300B", "fit": "drop", "select": "error", "rank": "3", "tap": "normed", "maps": "linear",
+    "token_table": False, "distill_minutes": 1.0,
     "distill_steps": 7, "distill_tokens": 7, "lora_rank": 7, "label_weight": 0.7, "calibration_tokens": 1024,
     "context": 64, "compute_dtype": "float32", "seed": 7, "precision": "int8", "requantize": True,
     "provider": "cuda", "max_seq_len": 128, "max_batch": 2, "prefill_chunk": 64, "logits": "all",
