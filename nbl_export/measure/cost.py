@@ -133,11 +133,10 @@ class CostModel:
 
     def _flops(self, sizes: Mapping[int, TokenWork], tokens: int, depth: int) -> float:
         pruned = self.tail_pruned
-        last_kept = max(self._mixing(sizes))
+        rows = self._rows(sizes, tokens)
         total = 2.0 * (tokens if self.all_logits and not pruned else 1) * self._head
         for layer in self._computed(sizes):
-            entering = 1 if pruned and layer > last_kept else tokens
-            leaving = 1 if pruned and layer >= last_kept else tokens
+            entering, leaving = (rows[layer], rows[layer + 1]) if pruned else (tokens, tokens)
             total += 2.0 * leaving * self._mlp
             if layer in sizes:
                 total += 2.0 * entering * sizes[layer].multiply_adds
@@ -151,6 +150,21 @@ class CostModel:
         positions = sum(min(depth + tokens, (self.spec.window_of(i) or depth + tokens) + tokens - 1) for i in kept)
         cache = self.spec.cache_bytes_per_token(1, self.cache_itemsize) * positions
         return elements * self.weight_bytes + self._head * self.head_bytes + cache
+
+    def _rows(self, sizes: Mapping[int, TokenWork], tokens: int) -> list[int]:
+        """Tokens that enter each layer of a graph with a pruned tail, and the one that leaves the last layer.
+
+        A layer with a reach needs as many more before each token, and the first token of the text.
+        """
+        rows = [1]
+        for layer in reversed(range(self.spec.num_layers)):
+            work = sizes.get(layer)
+            if work is None or not (work.token_local or work.reach):
+                rows += [tokens] * (layer + 1)
+                break
+            more = 0 if work.token_local else (work.reach or 0) - 1 + (rows[-1] == 1)
+            rows.append(min(tokens, rows[-1] + more))
+        return rows[::-1]
 
     def _computed(self, sizes: Mapping[int, TokenWork]) -> range:
         """Layers that are not looked up."""

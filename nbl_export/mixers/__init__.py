@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from nbl_export.mixers.base import Kind, Mixer
 from nbl_export.mixers.linear import LINEAR
 from nbl_export.mixers.none import NONE
+from nbl_export.mixers.window import WINDOW
 
 __all__ = ["DEFAULT", "kind_of", "kinds", "layers_below", "register"]
 
 DEFAULT: Kind = LINEAR
-_KINDS: dict[str, Kind] = {kind.name: kind for kind in (LINEAR, NONE)}
+_KINDS: dict[str, Kind] = {kind.name: kind for kind in (LINEAR, NONE, WINDOW)}
 
 
 def register(kind: Kind) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from nbl_export.errors import RefusalError
+from nbl_export.mixers.windowed import WindowShape, attend
 from nbl_export.records.plan import LayerScore
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ __all__ = [
     "StateSpec",
     "TokenWork",
     "TrainedMixer",
+    "WindowShape",
     "apply",
     "tapped",
 ]
@@ -61,11 +63,14 @@ class TokenWork:
         multiply_adds: of this token alone.
         elements: of the matrices that are read, once for all tokens of a step.
         token_local: as in `Mixer`. Only such layers are left out of all tokens but the last, or looked up.
+        reach: the tokens that a token reads, its own included, if they are the last ones and the first one of the text.
+            Above the last layer without a reach, only the tokens that these layers need are computed.
     """
 
     multiply_adds: int
     elements: int
     token_local: bool = True
+    reach: int | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,18 @@ class Builder(Protocol):
 
     def slice(self, x: Value, start: int, end: int | None, name: str) -> Value:
         """Tokens from `start` up to `end` along T, counted as in Python: negative from the end, None for the end."""
+
+    def norm(self, x: Value, weight: np.ndarray, epsilon: float, name: str) -> Value:
+        """The RMS norm of each token, times a weight [width]."""
+
+    def window(self, qkv: Value, shape: WindowShape, frequencies: np.ndarray, spec: StateSpec, name: str) -> Value:
+        """Heads [B, T, Q] of attention over the last W tokens and the first (`mixers.windowed`), and its state.
+
+        Args:
+            qkv: queries, keys and values of the tokens of this step, not rotated, [B, T, Q + 2 K].
+            frequencies: rotary frequencies.
+            spec: of the layer's state, which this reads and writes.
+        """
 
     def state(self, spec: StateSpec, name: str) -> Value:
         """The rows that the layer remembers from the step before, [B, tokens, width]; zeros before the first token."""
@@ -194,6 +211,11 @@ class Kind(Protocol):
     def name(self) -> str:
         """As plan, nbl.json and maps.safetensors name it."""
 
+    @property
+    def fitted(self) -> bool:
+        """Whether moments fit it; if not, it takes the weights of the layer's own attention."""
+        return True
+
     def feature_count(self, size: int) -> int:
         """F: the number of features of a layer that is `size` wide."""
         return size
@@ -269,6 +291,16 @@ class _Arrays:
 
     def slice(self, x: np.ndarray, start: int, end: int | None, name: str) -> np.ndarray:
         return x[:, start:end]
+
+    def norm(self, x: np.ndarray, weight: np.ndarray, epsilon: float, name: str) -> np.ndarray:
+        found: np.ndarray = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + np.float32(epsilon)) * weight
+        return found
+
+    def window(
+        self, qkv: np.ndarray, shape: WindowShape, frequencies: np.ndarray, spec: StateSpec, name: str
+    ) -> np.ndarray:
+        found, self.kept = attend(qkv, self.state(spec, name), shape, frequencies)
+        return found
 
     def state(self, spec: StateSpec, name: str) -> np.ndarray:
         blank = np.zeros((self._batch, spec.tokens, spec.width), np.float32)

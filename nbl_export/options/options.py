@@ -116,6 +116,11 @@ class JobOptions:
         None, 'How many layers ("8") or which ("0,7,24-29"); default: perplexity +10% at most.', _REPLACED,
         "main plan rewrite", first=True, metavar="LAYERS",
     )  # fmt: skip
+    window_layers: str | None = option(
+        None, "Further layers whose attention reads the last --window tokens and the first one alone: 24-29.",
+        _REPLACED, "main plan", metavar="LAYERS",
+    )  # fmt: skip
+    window: int = option(64, "Tokens that a layer of --window-layers reads.", _REPLACED, "main plan", least=1)
     max_perplexity_increase: str | None = option(
         None, "As many layers as stay within this on text that did not choose them.", _REPLACED, "main plan",
         first=True, metavar="5%",

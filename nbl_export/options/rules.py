@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.options.goals import names_layers
+from nbl_export.options.goals import names_layers, parse_layers
 from nbl_export.options.options import (
     BUILDER_OPTIONS,
     CHECKPOINT_FIT,
@@ -143,6 +143,11 @@ APPLIES: tuple[Applies, ...] = (
         "the original model; this NBL checkpoint no longer contains the removed attention",
         lambda c: not c.is_nbl,
     ),
+    Applies(
+        ("window_layers",), "--engine ort with --provider cpu, and a checkpoint, not an ONNX graph",
+        lambda c: c.engine.windows and not c.is_graph and not c.is_nbl,
+    ),
+    Applies(("window",), "--window-layers", lambda c: c.options.window_layers is not None),
     Applies(
         ("max_perplexity_increase",), "a checkpoint, which torch runs; this model is an ONNX graph",
         lambda c: not c.is_graph,
@@ -298,8 +303,21 @@ def _not_made(case: Case) -> str | bool:
     )
 
 
+def _beside_windows(case: Case) -> str | bool:
+    """What --window-layers does not go with."""
+    options = case.options
+    if options.window_layers is None:
+        return False
+    if options.draft:
+        return "--window-layers does not go with --draft: a layer with a window cannot forget refused tokens"
+    return options.kv_budget is not None and (
+        "--window-layers does not go with --kv-budget, which counts whole caches; give a number of --layers"
+    )
+
+
 REFUSED: tuple[Refusal, ...] = (
     (UsageError, _needs_torch),
+    (UsageError, _beside_windows),
     (UsageError, lambda c: (
         c.is_graph and c.options.draft not in (None, "ngram")
         and f"--draft {c.options.draft} needs a checkpoint, and {c.options.model} is an ONNX graph; use ngram"
@@ -355,7 +373,26 @@ def _positions(case: Case) -> int:
     return case.model.decoder.max_positions
 
 
+def _wrong_windows(case: Case) -> str | bool:
+    options, decoder = case.options, case.model.decoder
+    if options.window_layers is None or decoder is None:
+        return False
+    flag = f"--window-layers {options.window_layers}"
+    windows = parse_layers(options.window_layers, decoder.num_layers, "--window-layers")
+    if isinstance(windows, int):
+        return f"{flag} is a count, but windows have no order; name the layers (24-29, or 8,)"
+    linear = () if options.layers is None else parse_layers(options.layers, decoder.num_layers)
+    if isinstance(linear, tuple) and (both := sorted(set(windows) & set(linear))):
+        return f"{flag}: layer {both[0]} is in --layers too; name it once"
+    if len(windows) + (linear if isinstance(linear, int) else len(linear)) >= decoder.num_layers:
+        return f"{flag} and --layers name all {decoder.num_layers} layers; at least one keeps its whole attention"
+    return options.window > decoder.max_positions and (
+        f"--window {options.window} is beyond the model's {decoder.max_positions} positions"
+    )
+
+
 OF_DECODER: tuple[Refusal, ...] = (
+    (NblError, _wrong_windows),
     (NblError, lambda c: (
         c.engine.static and c.cache_length > _positions(c)
         and f"--max-seq-len {c.cache_length} is beyond the model's {_positions(c)} positions"

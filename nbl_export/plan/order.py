@@ -98,6 +98,8 @@ class Selection:
 
     def order(self, count: int) -> tuple[int, ...]:
         """The first `count` further layers to replace; a smaller count gives a prefix of a larger count's layers."""
+        if not count:
+            return ()
         if not self.judges:
             return tuple(i for i in ranked(self.scores, self.select) if i not in self.given)[:count]
         return self._extended(count).layers[len(self.given) :][:count]

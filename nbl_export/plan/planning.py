@@ -111,11 +111,11 @@ def sweep(inputs: SweepInputs, fitted: Selection, titles: Mapping[str, str], tas
     zeros = dataclasses.replace(inputs.order, kind=MapKind("none", inputs.order.kind.tap))
     dropped = Selection(zeros, task)
     order, texts = fitted.order(inputs.count), inputs.deciding.value
-    sets = {m: order[:m] for m in range(inputs.count + 1)}
+    sets = {m: (*fitted.given, *order[:m]) for m in range(inputs.count + 1)}
     points: list[dict[str, Any]] = []
     for method, selection in (("nbl", fitted), ("drop", dropped)):
         losses = _losses(selection.switched, sets, inputs, titles[method], task)
-        points += _points(inputs, method, selection.maps_of(order), sets, losses)
+        points += _points(inputs, method, selection.maps_of((*fitted.given, *order)), sets, losses)
     points += _distilled(inputs, fitted, titles, task)
     return {
         "select": fitted.select,
@@ -133,12 +133,12 @@ def _distilled(inputs: SweepInputs, fitted: Selection, titles: Mapping[str, str]
     """Points of trained maps: all of them, and the first 1, 2, ... `count` layers if an order chose them."""
     if inputs.distilled is None:
         return []
-    replaced, maps = inputs.distilled.replaced, inputs.distilled.maps.value
-    trained = len(replaced)
+    replaced, maps, given = inputs.distilled.replaced, inputs.distilled.maps.value, fitted.given
+    trained = len(replaced) - len(given)
     order = () if inputs.distilled.select == "given" else fitted.order(trained)
     sets: dict[int, Sequence[int]] = {trained: replaced}
-    if set(order) == set(replaced):
-        sets = {**{m: order[:m] for m in range(1, min(inputs.count + 1, trained))}, **sets}
+    if {*given, *order} == set(replaced):
+        sets = {**{m: (*given, *order[:m]) for m in range(1, min(inputs.count + 1, trained))}, **sets}
     switched = SwitchedModel(inputs.order.model.value, maps, inputs.order.kind.tap, narrow=inputs.order.narrow.value)
     found = _points(inputs, "distilled", maps, sets, _losses(switched, sets, inputs, titles["distilled"], task))
     return [{**point, "distilled_for": trained} for point in found]

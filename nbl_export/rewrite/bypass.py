@@ -22,6 +22,7 @@ the state is taken behind each row's last valid token. So a batch may be padded 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -31,8 +32,9 @@ from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import AttentionBlock, find_block
 from nbl_export.graph.emitter import add_initializer, element_type, new_node, register
 from nbl_export.graph.names import constant_name, node_name, product_name, state_names
-from nbl_export.mixers.base import Mixer, StateSpec, tapped
+from nbl_export.mixers.base import Mixer, StateSpec, WindowShape, tapped
 from nbl_export.rewrite.tail import LastValid
+from nbl_export.rewrite.window import WindowRows, add_window_constants, emit_window
 
 __all__ = ["BypassAttention", "SkipNormToAdd", "Sweep", "norm_alone"]
 
@@ -41,7 +43,7 @@ _NORMS = {"SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
 _SUM = 3  # output of a skip norm: the residual stream
 
 
-_PREFIX, _CONSTANTS = "/nbl/states", "nbl.states"
+_PREFIX, _CONSTANTS, _WINDOWS = "/nbl/states", "nbl.states", "/nbl/windows"
 
 
 class BypassAttention(ir.passes.InPlacePass):
@@ -169,6 +171,7 @@ class ValidTokens:
         if not any(v.name == "attention_mask" for v in graph.inputs):
             raise RefusalError(None, "it has no attention_mask, which a layer with a state needs")
         self._graph, self._rows = graph, {}  # type: ir.Graph, dict[int, ir.Value]
+        self._dtype, self._windows = dtype, None  # type: ir.DataType, WindowRows | None
         self._last = LastValid(graph, _PREFIX, _CONSTANTS)
         cast = new_node("Cast", [self._last.chunk], f"{_PREFIX}/float", dtype, None, {"to": int(dtype)})
         axis = register(graph, ir.tensor(np.array([-1], np.int64), name=f"{_CONSTANTS}.rows"))
@@ -187,6 +190,15 @@ class ValidTokens:
             self._graph.insert_after(self._behind, [node])
             self._rows[tokens] = node.outputs[0]
         return self._rows[tokens]
+
+    def windows(self, shape: WindowShape, frequencies: np.ndarray) -> tuple[WindowRows, dict[str, ir.Value]]:
+        """What all windows of the graph share: values of the tokens of a step, and constants."""
+        given = add_window_constants(self._graph, shape, frequencies, self._dtype)
+        if self._windows is None:
+            assert self._last.chunk is not None
+            self._windows = WindowRows(self._graph, self._last.chunk, self._last.at, self._dtype, _WINDOWS)
+            self._graph.insert_after(self._behind, self._windows.nodes)
+        return self._windows, given
 
 
 class GraphBuilder:
@@ -223,28 +235,59 @@ class GraphBuilder:
         bounds = [self._integers(f"{name}.{part}", [at]) for part, at in (("start", start), ("end", stop), ("axis", 1))]
         return self._add_node("Slice", [x, *bounds], f"Slice{name.title()}", None)
 
+    def norm(self, x: ir.Value, weight: np.ndarray, epsilon: float, name: str) -> ir.Value:
+        inputs, attributes = [x, self._constant(name, weight)], {"axis": -1, "stash_type": 1, "epsilon": epsilon}
+        return self._add_node("SimplifiedLayerNormalization", inputs, name.title(), x.shape, **attributes)
+
+    def window(
+        self, qkv: ir.Value, shape: WindowShape, frequencies: np.ndarray, spec: StateSpec, name: str
+    ) -> ir.Value:
+        assert self._valid is not None
+        rows, given = self._valid.windows(shape, frequencies)
+        (past, empty), (present, unchanged) = self._states((spec.tokens, spec.width))
+
+        def build(op: str, inputs: list[ir.Value], title: str, outputs: int = 1, **more: Any) -> Any:
+            title, into, kind = f"{name.title()}{title}", more.pop("into", None), more.pop("kind", self._dtype)
+            if into is not None:
+                self._fill(op, inputs, into, past, more)
+                return into
+            node = ir.node(op, inputs, more, num_outputs=outputs, name=node_name(self._layer, title))
+            for number, value in enumerate(node.outputs):
+                value.name, value.type = f"{node.name}/output_{number}", ir.TensorType(kind)
+            self.nodes.append(node)
+            return node.outputs[0] if outputs == 1 else node.outputs
+
+        found: ir.Value = emit_window(build, rows, given, qkv, (past, present))
+        self._fill("Identity", [empty], unchanged, empty, {})
+        return found
+
     def state(self, spec: StateSpec, name: str) -> ir.Value:
-        (past, _), _ = self._states(spec)
+        (past, _), _ = self._states((spec.width, spec.tokens))
         return self._add_node("Transpose", [past], "Past", None, perm=[0, 2, 1])
 
     def keep(self, spec: StateSpec, value: ir.Value, name: str) -> None:
         assert self._valid is not None
-        (past, empty), (present, unchanged) = self._states(spec)
+        (past, empty), (present, unchanged) = self._states((spec.width, spec.tokens))
         rows = self._add_node("GatherND", [value, self._valid.last_rows(spec.tokens)], "Kept", None, batch_dims=1)
-        for op, inputs, taken, given in (("Transpose", [rows], present, past), ("Identity", [empty], unchanged, empty)):
-            node = ir.node(op, inputs, {"perm": [0, 2, 1]} if op == "Transpose" else {}, outputs=[taken])
-            node.name = node_name(self._layer, f"{op}Present")
-            taken.type, taken.shape = given.type, given.shape
-            self.nodes.append(node)
+        self._fill("Transpose", [rows], present, past, {"perm": [0, 2, 1]})
+        self._fill("Identity", [empty], unchanged, empty, {})
 
-    def _states(self, spec: StateSpec) -> tuple[Sequence[ir.Value], Sequence[ir.Value]]:
+    def _fill(
+        self, op: str, inputs: list[ir.Value], taken: ir.Value, given: ir.Value, attributes: Mapping[str, Any]
+    ) -> None:
+        """A node that gives an output of the graph, of the type and shape of an input."""
+        node = ir.node(op, inputs, attributes, outputs=[taken], name=node_name(self._layer, f"{op}Present"))
+        taken.type, taken.shape = given.type, given.shape
+        self.nodes.append(node)
+
+    def _states(self, dims: tuple[int, int]) -> tuple[Sequence[ir.Value], Sequence[ir.Value]]:
         """Inputs and outputs of the layer's states; made at the first call."""
         names = state_names(self._layer)
         found = [v for v in self._graph.inputs if v.name in names]
         if not found:
             batch = self._graph.inputs[0].shape
             first = "batch_size" if batch is None else batch[0]
-            for past, shape in zip(names, ([first, spec.width, spec.tokens], [first, 1, 1, 1]), strict=True):
+            for past, shape in zip(names, ([first, *dims], [first, 1, 1, 1]), strict=True):
                 kind = ir.TensorType(self._dtype)
                 self._graph.inputs.append(ir.Value(name=past, shape=ir.Shape(shape), type=kind))
                 self._graph.outputs.append(ir.Value(name=names[past]))
@@ -259,7 +302,7 @@ class GraphBuilder:
         return register(self._graph, tensor)
 
     def _add_node(
-        self, op: str, inputs: list[ir.Value], title: str, shape: ir.Shape | None, **attributes: int | list[int]
+        self, op: str, inputs: list[ir.Value], title: str, shape: ir.Shape | None, **attributes: float | list[int]
     ) -> ir.Value:
         node = new_node(op, inputs, node_name(self._layer, title), self._dtype, shape, attributes)
         self.nodes.append(node)

@@ -265,7 +265,8 @@ class QuantizeMaps(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         scheme = _scheme_of(model.graph)
-        maps = [n for n in model.graph if n.op_type == "MatMul" and (n.name or "").startswith(_PREFIX)]
+        ours = (n for n in model.graph if n.op_type == "MatMul" and (n.name or "").startswith(_PREFIX))
+        maps = [n for n in ours if n.inputs[1] is not None and n.inputs[1].const_value is not None]
         if scheme is None or not maps:
             return ir.passes.PassResult(model, modified=False)
         for node in maps:
@@ -357,7 +358,8 @@ class QuantizeMapBlocks(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         block = _block_of(model.graph)
-        maps = [n for n in model.graph if n.op_type == "MatMul" and (n.name or "").startswith(_PREFIX)]
+        ours = (n for n in model.graph if n.op_type == "MatMul" and (n.name or "").startswith(_PREFIX))
+        maps = [n for n in ours if n.inputs[1] is not None and n.inputs[1].const_value is not None]
         done = [] if block is None else [node for node in maps if quantize_weight(model.graph, node, block)]
         return ir.passes.PassResult(model, modified=bool(done))
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.graph.names import constant_name, product_name, state_names
-from nbl_export.mixers.base import Mixer, StateSpec
+from nbl_export.mixers.base import Mixer, StateSpec, WindowShape
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.quantised import StoredMatrix
 from nbl_export.records.results import CheckResult
@@ -82,7 +82,7 @@ class HeldMaps:
 
     Attributes:
         products: names of the nodes that multiply by a matrix, without what a quantiser adds to them.
-        vectors: constants that nodes add, by name.
+        vectors: constants that nodes add, and weights of norms, by name.
         matrix: names of a product and of its constant -> the matrix, and the allowed error of each element.
     """
 
@@ -152,6 +152,12 @@ class _Emitted:
         pass
 
     def slice(self, x: Any, start: int, end: int | None, name: str) -> None:
+        pass
+
+    def norm(self, x: Any, weight: np.ndarray, epsilon: float, name: str) -> None:
+        self.vectors[name] = weight
+
+    def window(self, qkv: Any, shape: WindowShape, frequencies: np.ndarray, spec: StateSpec, name: str) -> None:
         pass
 
     def state(self, spec: StateSpec, name: str) -> None:

@@ -35,8 +35,8 @@ Task = Callable[[], AbstractContextManager[Any]]
 
 
 _OURS = re.compile(r"nbl\.layers\.[\d-]+\.")
-# begin the names of shapes and indices (`graph.quantised`, `rewrite.bypass`)
-_SHAPES = ("nbl.block_sums.", "nbl.states.")
+# begin the names of shapes, indices and tables (`graph.quantised`, `rewrite`)
+_SHAPES = ("nbl.block_sums.", "nbl.states.", "nbl.window.", "nbl.tail.windows.")
 _OUR_PRODUCT = re.compile(r"/nbl/layers\.\d+/MatMul(?!.*/offsets$)")
 _SPOKEN = {"last": "of the last token", "all": "of all tokens"}
 # ONNX Runtime's symmetric quantiser spans [-8, 8) steps: the mirror image of a block's largest value is one step off.
@@ -145,7 +145,8 @@ def _held(graph: Any, tensors: Mapping[str, Any], directory: Path) -> HeldMaps:
     found = (n for n in graph.node if n.op_type in ("MatMul", "MatMulNBits") and _OUR_PRODUCT.match(n.name))
     products = {n.name.partition("_Q")[0]: n for n in found}
     wide = {n.name: n for n in graph.node if n.op_type == "DequantizeLinear"}
-    added = {c for n in graph.node if n.op_type == "Add" for c in n.input if c in tensors and not _is_offset(c)}
+    vectors = [n for n in graph.node if n.op_type in ("Add", "SimplifiedLayerNormalization")]
+    added = {c for n in vectors for c in n.input if c in tensors and not _is_offset(c)}
 
     def matrix(product: str, _constant: str) -> tuple[np.ndarray, np.ndarray]:
         blocks = wide.get(f"{product}/DequantizeLinear")

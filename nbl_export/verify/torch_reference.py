@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from nbl_export.errors import CorruptError
+from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
 from nbl_export.mixers.modules import MixerModule
 from nbl_export.model.linearize import linearize, replaced
@@ -106,8 +107,7 @@ def _give_maps(model: Any, maps: Mapping[int, Mixer], tap: str, codes: Codes) ->
     rows_VD = tables[0] if tables else codes.rows_VD
     linearize(model, nearest_maps(maps, [m for m in ours if not m.lookup]), tap)
     if rows_VD is not None:
-        kept = next(i for i in range(model.config.num_hidden_layers) if i not in maps)
-        look_up(model, rows_VD, kept)
+        look_up(model, rows_VD, len(layers_below(maps)))
 
 
 def make_reference(model: Any, probe: Probe) -> Reference:

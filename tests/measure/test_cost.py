@@ -66,6 +66,22 @@ def test_a_window_bounds_attention_and_cache() -> None:
     assert windowed.speedup_of_sizes(EIGHT).decode < full.speedup_of_sizes(EIGHT).decode
 
 
+def test_layers_with_a_reach_at_the_top_compute_few_tokens() -> None:
+    """W - 1 tokens more for each such layer above, and the first one; a layer that reads all ends them."""
+    model = dataclasses.replace(PRUNED, tokens=2048)
+    near = TokenWork(1000, 1000, token_local=False, reach=64)
+    far = TokenWork(1000, 1000, token_local=False)
+    assert model._rows(dict.fromkeys(range(28, 30), near), 2048)[26:] == [2048, 2048, 128, 65, 1]
+    assert model._rows({28: near, 29: work(1)}, 2048)[27:] == [2048, 65, 1, 1]
+    assert model._rows({27: near, 28: far, 29: near}, 2048)[27:] == [2048, 2048, 65, 1]
+    assert model._rows(dict.fromkeys(range(28, 30), near), 100)[28:] == [100, 65, 1]
+    local = dict.fromkeys(range(24, 30), work(1000))
+    few, one = (model.prefill_flops(sizes) for sizes in (dict.fromkeys(local, near), local))
+    leaving, entering = 317 + 254 + 191 + 128 + 65 + 1 - 6, 380 + 317 + 254 + 191 + 128 + 65 - 6
+    below = 379 * (model._mlp + 576 * 576)  # o_proj and MLP of layer 23
+    assert few - one == pytest.approx(2 * (leaving * model._mlp + entering * 1000 + below), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("tokens", "depth", "windowed"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from nbl_export.mixers.base import FitOptions, Kind, Mixer, apply
 from nbl_export.mixers.linear import Linear
 from nbl_export.mixers.modules import Wrapped
 from nbl_export.mixers.none import Nothing
+from nbl_export.mixers.window import Window
+from nbl_export.mixers.windowed import WindowShape
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.plan.maps_file import load_maps, maps_in, save_maps
@@ -46,10 +49,20 @@ def planted(size: int, seed: int = 0) -> dict[str, Mixer]:
         "linear of low rank": Linear.factored(thin, thin.T.copy(), bias),
         "none": Nothing(size),
         "memory": Memory(square[0], square[1], bias),
+        "window": window(size, seed),
+        "window with a norm": dataclasses.replace(window(size, seed), norm=1 + bias, epsilon=0.01),
     }
 
 
+def window(size: int, seed: int) -> Window:
+    """Of 4 tokens, with 4 heads in two groups and one number of a head that is not rotated."""
+    shape = WindowShape(4, 4, 2, 5, 0.7)
+    qkv, output = numbers(4 * 5 + 2 * 2 * 5, size, seed=seed + 4), numbers(size, 4 * 5, seed=seed + 5)
+    return Window(shape, qkv, numbers(len(qkv), seed=seed + 6), output, np.array([1.0, 0.3], np.float32))
+
+
 EVERY = planted(D)
+FITTED = [name for name, mixer in EVERY.items() if mixer.kind != "window"]
 ROWS = numbers(2, 9, D, seed=9)
 
 
@@ -117,6 +130,10 @@ def test_tensors_make_the_same_mixer(name: str, tmp_path: Path) -> None:
     ):
         assert (found.kind, found.size, found.state) == (mixer.kind, D, mixer.state)
         np.testing.assert_allclose(apply(found, ROWS)[0], apply(mixer, ROWS)[0], atol=1e-6)
+    if mixer.kind == "window":
+        with pytest.raises(NblError, match="does not hold layers of kind window"):
+            kind(mixer).blank(D)
+        return
     blank = kind(mixer).blank(D)
     blank.load_state_dict(mixer.module().state_dict())
     with torch.no_grad():
@@ -159,6 +176,10 @@ def test_what_is_emitted_is_what_is_told(name: str) -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_a_scale_moves_from_the_input_into_the_mixer(name: str) -> None:
     scale = np.exp(numbers(D, seed=5))
+    if name == "window with a norm":
+        with pytest.raises(NblError, match="use --tap normed"):
+            EVERY[name].scaled_input(scale)
+        return
     found = apply(EVERY[name].scaled_input(scale), ROWS)[0]
     np.testing.assert_allclose(found, apply(EVERY[name], ROWS * scale)[0], atol=1e-5)
 
@@ -167,7 +188,7 @@ def test_a_scale_moves_from_the_input_into_the_mixer(name: str) -> None:
 def test_one_product_says_all_or_is_refused(name: str) -> None:
     mixer = EVERY[name]
     weight = mixer.product()
-    assert (weight is None) == (name in ("linear", "linear of low rank", "memory"))
+    assert (weight is None) == (name in ("linear", "linear of low rank", "memory", "window", "window with a norm"))
     if weight is not None:
         np.testing.assert_allclose(ROWS @ weight.T, apply(mixer, ROWS)[0], atol=1e-6)
     flat = torch.from_numpy(ROWS).flatten(0, 1)
@@ -182,6 +203,16 @@ def rows_of(mixer: Mixer, size: int, seed: int = 1) -> tuple[torch.Tensor, torch
 
 
 @pytest.mark.parametrize("name", EVERY)
+def test_a_kind_that_is_not_fitted_says_so(name: str) -> None:
+    """Such a kind refuses moments."""
+    assert kind(EVERY[name]).fitted == (name in FITTED)
+    if name not in FITTED:
+        x = torch.from_numpy(ROWS).flatten(0, 1)
+        with pytest.raises(NblError, match="layer 7: a window is not fitted"):
+            kind(EVERY[name]).fit(moments(x, x), 7)
+
+
+@pytest.mark.parametrize("name", FITTED)
 def test_a_planted_mixer_is_fitted(name: str) -> None:
     mixer = EVERY[name]
     x, y = rows_of(mixer, D)
@@ -248,7 +279,7 @@ def test_only_layers_in_which_tokens_stay_apart_are_below() -> None:
     assert not mixers.layers_below({0: memory, 1: local}) and not mixers.layers_below({})
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", FITTED)
 def test_a_layer_of_a_model_is_calibrated_and_fitted(name: str, checkpoint: Callable[[str], Path]) -> None:
     """The law of planted attention: the torch model is calibrated, and the fit gives back the planted layer."""
     mixer = planted(HIDDEN)[name]

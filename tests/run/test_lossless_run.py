@@ -233,7 +233,7 @@ def test_other_tokens_are_a_failed_verification(
     run: Path, same: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted: a decoder that verifies against positions that are one off."""
-    from nbl_export.rewrite.tail import Integers
+    from nbl_export.rewrite.integers import Integers
 
     right = Integers.constant
 

@@ -41,8 +41,9 @@ BASES: dict[str, dict[str, Any]] = {
 ASKED = {"sweep": SweepRequest(1), "eval": EVAL}
 # Another value of each option.
 OTHER: dict[str, Any] = {
-    "layers": "2", "max_perplexity_increase": "5%", "target_speedup": "1.1", "kv_budget": "300B", "fit": "drop",
-    "select": "error", "rank": "3", "tap": "normed", "maps": "linear", "token_table": False, "distill_minutes": 1.0,
+    "layers": "2", "window_layers": "2,", "max_perplexity_increase": "5%", "target_speedup": "1.1",
+    "kv_budget": "300B", "fit": "drop", "select": "error", "rank": "3", "tap": "normed", "maps": "linear",
+    "token_table": False, "distill_minutes": 1.0,
     "distill_steps": 7, "distill_tokens": 7, "lora_rank": 7, "label_weight": 0.7, "calibration_tokens": 1024,
     "context": 64, "compute_dtype": "float32", "seed": 7, "precision": "int8", "requantize": True,
     "provider": "cuda", "max_seq_len": 128, "max_batch": 2, "prefill_chunk": 64, "logits": "all",
@@ -50,8 +51,8 @@ OTHER: dict[str, Any] = {
     "draft": "int4", "draft_layers": "1", "depths": (7,), "repetitions": 7, "prompt_tokens": (7,),
     "generate_tokens": 7, "threads": (1,), "batches": (2,), "engine": "openvino",
 }  # fmt: skip
-_PLAN = ("layers", "max_perplexity_increase", "target_speedup", "kv_budget", "fit", "select", "rank", "tap", "maps",
-         "token_table", "calibration_tokens", "context", "compute_dtype", "logits")  # fmt: skip
+_PLAN = ("layers", "window_layers", "max_perplexity_increase", "target_speedup", "kv_budget", "fit", "select", "rank",
+         "tap", "maps", "token_table", "calibration_tokens", "context", "compute_dtype", "logits")  # fmt: skip
 _DECODER = ("precision", "provider", "logits", "decoder_source", "builder_option", "quantize",
             "quantized_model")  # fmt: skip
 _GRAPHS = tuple(dict.fromkeys((*_PLAN, *_DECODER)))
@@ -60,8 +61,8 @@ _BENCH = ("depths", "repetitions", "prompt_tokens", "generate_tokens", "threads"
 READS: dict[str, tuple[str, ...]] = {
     "calibrate": ("calibration_tokens", "context", "tap", "compute_dtype"),
     "plan": _PLAN,
-    "sweep": ("select", "rank", "tap", "maps", "token_table", "calibration_tokens", "context", "compute_dtype",
-              "precision", "provider", "engine", "logits", "prompt_tokens"),
+    "sweep": ("window_layers", "select", "rank", "tap", "maps", "token_table", "calibration_tokens", "context",
+              "compute_dtype", "precision", "provider", "engine", "logits", "prompt_tokens"),
     "distill": (*_PLAN, "distill_minutes", "distill_steps", "distill_tokens", "lora_rank", "label_weight", "seed"),
     "quantize": ("quantize", "calibration_tokens", "context", "builder_option"),
     "decoder": _DECODER,
@@ -107,6 +108,12 @@ def test_an_option_that_a_stage_reads_is_in_its_key(stage: str, key_of_stage: An
     assert before is not None and before == key_of_stage(stage)
     changed = {option: HERE.get((stage, option), OTHER[option]) for option in READS[stage]}
     assert [option for option, value in changed.items() if key_of_stage(stage, **{option: value}) == before] == []
+
+
+def test_the_size_of_windows_is_in_the_key_of_the_plan(key_of_stage: Any) -> None:
+    named = {"layers": "1,", "window_layers": "2,"}
+    assert len({key_of_stage("plan", **named, window=count) for count in (64, 65)}) == 2
+    assert key_of_stage("plan", layers="1,", window=65) == key_of_stage("plan", layers="1,")
 
 
 _COSTS = ("engine", "provider", "precision", "prompt_tokens", "logits", "token_table")

@@ -71,7 +71,24 @@ def order_of(r: Resolver) -> OrderInputs:
         r.choosing,
         Lazy(None, lambda: None if options.says_itself else r.second_text.sha256),
         Lazy(r.saving if usual == "efficient" else None, lambda: _saved(r)),
+        _windows(r),
     )
+
+
+def _windows(r: Resolver) -> Lazy[Maps]:
+    """The windows of named layers, which are replaced in any case."""
+    options = r.options
+    if options.window_layers is None:
+        return Lazy(None, dict)
+    layers = parse_layers(options.window_layers, r.spec.num_layers, "--window-layers")
+    assert isinstance(layers, tuple)  # a count is refused when options are settled
+
+    def windows() -> Maps:
+        from nbl_export.model.windows import window_layers
+
+        return window_layers(r.model.value, layers, options.window, options.tap)
+
+    return Lazy([layers, options.window], windows)
 
 
 def _select(r: Resolver) -> str:

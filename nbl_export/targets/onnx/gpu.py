@@ -96,6 +96,7 @@ class GpuEngine(ort.OrtEngine):
             cross=True,
             dense_caches=self.provider.dense_caches,
             profiled=False,
+            windows=False,
             takes_graphs=False,
             measures_limits=False,
             provider=flag,

@@ -16,10 +16,11 @@ import numpy as np
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.names import constant_name, node_name, product_name, state_names
-from nbl_export.mixers.base import StateSpec
+from nbl_export.mixers.base import StateSpec, WindowShape
 
 __all__ = ["IrBuilder"]
 
+_NO_WINDOW = "an IR holds no layer of kind window yet; ONNX decoders do"
 _TOKENS = 1  # axis of the tokens, in [batch, tokens, hidden size]
 
 
@@ -54,6 +55,12 @@ class IrBuilder:
         stop = np.iinfo(np.int64).max if end is None else end
         bounds = [self._integers([at]) for at in (start, stop, 1, _TOKENS)]
         return self._ops.slice(x, *bounds, name=self._name(f"Slice{name.title()}")).output(0)
+
+    def norm(self, x: Any, weight: np.ndarray, epsilon: float, name: str) -> Any:
+        raise RefusalError(self._layer, _NO_WINDOW)
+
+    def window(self, qkv: Any, shape: WindowShape, frequencies: np.ndarray, spec: StateSpec, name: str) -> Any:
+        raise RefusalError(self._layer, _NO_WINDOW)
 
     def state(self, spec: StateSpec, name: str) -> Any:
         from openvino import PartialShape, Type

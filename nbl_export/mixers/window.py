@@ -1,0 +1,146 @@
+"""Attention limited to the last W tokens and the first token, with the layer's own weights; nothing is fitted.
+
+    x -- norm -- qkv' -- + bias -- softmax over the W rows up to its own and the first row of the text -- o' --
+
+The first token draws much of the attention that a head does not need elsewhere ("attention sink"; Xiao et al.,
+"Efficient Streaming Language Models with Attention Sinks", ICLR 2024). So it stays in sight. As there, rotary positions
+count within what is seen: distances to the last W tokens are true, and the first token is never farther than W tokens.
+A text of at most W + 1 tokens gives what the layer's attention gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nbl_export.errors import NblError
+from nbl_export.mixers.base import AS_USUAL, Builder, FitOptions, Kind, Mixer, StateSpec, TokenWork, Value, WindowShape
+from nbl_export.records.from_json import require
+
+if TYPE_CHECKING:
+    from nbl_export.mixers.lmmse import Moments
+
+__all__ = ["WINDOW", "Window"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Attention of a layer over W tokens and the first one, float32.
+
+    Attributes:
+        shape: W, heads, and the factor of scores.
+        qkv: the products that give queries, keys and values, in this order, [Q + 2 K, D].
+        bias: of `qkv`, [Q + 2 K].
+        output: the product behind attention, [D, Q].
+        frequencies: rotary frequencies of pairs (i, i + P), [P]; the last numbers of a head are not rotated.
+        norm: weight of the norm in front, [D]; None if x is normed.
+        epsilon: of that norm.
+    """
+
+    shape: WindowShape
+    qkv: np.ndarray
+    bias: np.ndarray
+    output: np.ndarray
+    frequencies: np.ndarray
+    norm: np.ndarray | None = None
+    epsilon: float = 1e-6
+    kind = "window"
+    token_local = False
+    rank = None
+
+    def __post_init__(self) -> None:
+        shape = self.shape
+        require(shape.tokens >= 1, "a window has at least one token")
+        require(shape.heads % shape.kv_heads == 0, "query heads share key heads evenly")
+        wide = shape.query_width + 2 * shape.key_width
+        require(self.qkv.shape == (wide, len(self.output)), "the matrix of queries, keys and values has a wrong shape")
+        require(self.bias.shape == (wide,), "the bias of queries, keys and values has a wrong shape")
+        require(self.output.shape == (self.size, shape.query_width), "the output matrix has a wrong shape")
+        require(2 * len(self.frequencies) <= shape.head_size, "there are more rotary frequencies than pairs")
+        require(self.norm is None or self.norm.shape == (self.size,), "the norm has a wrong shape")
+
+    @property
+    def size(self) -> int:
+        return len(self.output)
+
+    @property
+    def state(self) -> StateSpec:
+        """The first row, then the last W rows: keys, values, and a mark of rows that hold a token."""
+        return StateSpec(self.shape.tokens + 1, 2 * self.shape.key_width + 1)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The matrices, the bias, the norm if there is one, and the shape as numbers."""
+        sizes = np.array([*dataclasses.astuple(self.shape), self.epsilon], np.float32)
+        norm = {} if self.norm is None else {"norm": self.norm}
+        return {**self.matrices(), "bias": self.bias, "frequencies": self.frequencies, "sizes": sizes, **norm}
+
+    def matrices(self) -> dict[str, np.ndarray]:
+        return {"qkv": self.qkv, "output": self.output}
+
+    def with_matrices(self, matrices: Mapping[str, np.ndarray]) -> Window:
+        return dataclasses.replace(self, qkv=matrices["qkv"], output=matrices["output"])
+
+    def scaled_input(self, scale_D: np.ndarray) -> Window:
+        """Exact behind a norm, which is the one case that scales; a norm's own scale moves into its weight.
+
+        Raises:
+            NblError: the mixer has a norm, which undoes a scale of its input.
+        """
+        if self.norm is not None:
+            raise NblError("a window with its own norm does not scale its input; use --tap normed")
+        return dataclasses.replace(self, qkv=self.qkv * scale_D)
+
+    def product(self) -> None:
+        return None
+
+    def as_product(self, moments: Moments, layer: int) -> None:
+        return None
+
+    def emit(self, build: Builder, x: Value) -> Value:
+        if self.norm is not None:
+            x = build.norm(x, self.norm, self.epsilon, "norm")
+        qkv = build.matmul(x, self.qkv, "qkv")
+        if self.bias.any():
+            qkv = build.add(qkv, self.bias, "bias")
+        seen = build.window(qkv, self.shape, self.frequencies, self.state, "window")
+        return build.matmul(seen, self.output, "output")
+
+    def module(self, multiplier: float = 1.0) -> Any:
+        import torch
+
+        from nbl_export.mixers.window_module import WindowModule
+
+        made = WindowModule(self, multiplier)
+        made.load_state_dict({name: torch.from_numpy(array) for name, array in self.tensors().items()})
+        return made
+
+    def work(self) -> TokenWork:
+        elements = self.qkv.size + self.output.size
+        scores = 2 * (self.shape.tokens + 1) * self.shape.query_width
+        return TokenWork(elements + scores, elements, token_local=False, reach=self.shape.tokens)
+
+
+class _Window(Kind):
+    """Windows are made of a layer's own attention (`model.windows`), so moments fit none."""
+
+    name = "window"
+    fitted = False
+
+    def fit(self, moments: Moments, layer: int, options: FitOptions = AS_USUAL) -> Mixer:
+        raise NblError(f"layer {layer}: a window is not fitted; it takes the weights of the layer's own attention")
+
+    def from_tensors(self, tensors: Mapping[str, np.ndarray]) -> Window:
+        tokens, heads, kv_heads, head_size, scale, epsilon = tensors["sizes"].tolist()
+        shape = WindowShape(int(tokens), int(heads), int(kv_heads), int(head_size), scale)
+        qkv, bias, output, frequencies = (tensors[name] for name in ("qkv", "bias", "output", "frequencies"))
+        return Window(shape, qkv, bias, output, frequencies, tensors.get("norm"), epsilon)
+
+    def blank(self, size: int, multiplier: float = 1.0) -> Any:
+        raise NblError("a checkpoint of transformers does not hold layers of kind window; write an ONNX decoder")
+
+
+WINDOW = _Window()

@@ -1,0 +1,246 @@
+"""Windows in ONNX graphs: every mix with attention and linear layers, against torch, and through GenAI."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from nbl_export.errors import RefusalError
+from nbl_export.graph.anatomy import graph_caches
+from nbl_export.graph.decoder import OnnxDecoder
+from nbl_export.mixers.base import Mixer
+from nbl_export.mixers.window import Window
+from nbl_export.model.checkpoint.load import load_model
+from nbl_export.model.windows import window_layers
+from nbl_export.records.plan import Plan
+from nbl_export.rewrite import contract_of, rewrite
+from nbl_export.targets import exporter_of
+from nbl_export.verify.ladder import greedy
+from nbl_export.verify.verifier import MappedOriginal
+from tests.tiny import HEAD_DIM, KV_HEADS, LAYERS, random_map
+from tests.verifying import verify_tiny
+
+from .test_toy_kind import CLOSE, LENGTHS, PAD, STEPS, ids, padded, torch_logits, worst_of_batch
+
+W = 2  # so that of 12 tokens, not all enter three windows
+MIXES = [mix for mix in itertools.product("awl", repeat=LAYERS) if "w" in mix and "a" in mix]
+SOME = [("a", "w", "w"), ("w", "a", "l"), ("l", "w", "a")]
+
+
+def chosen_of(checkpoint: Path, mix: tuple[str, ...], tap: str = "residual", tokens: int = W) -> dict[int, Mixer]:
+    """a: attention stays; w: a window; l: a linear layer."""
+    windows = window_layers(load_model(checkpoint), [i for i, kind in enumerate(mix) if kind == "w"], tokens, tap)
+    return {i: windows[i] if kind == "w" else random_map(i) for i, kind in enumerate(mix) if kind != "a"}
+
+
+def rewritten(exported: Path, out: Path, chosen: dict[int, Mixer], tap: str = "residual") -> Path:
+    exporter_of("genai").replace(exported, out, Plan(LAYERS, tuple(sorted(chosen)), tap), chosen)
+    return out
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("mix", MIXES, ids="".join)
+def test_graph_computes_what_torch_computes(
+    checkpoint: Any, exported: Any, tmp_path: Path, name: str, mix: tuple[str, ...]
+) -> None:
+    """A padded batch, cached steps, the caches, and the graph that computes one token at its end."""
+    chosen = chosen_of(checkpoint(name), mix)
+    out = rewritten(exported(name), tmp_path / "nbl", chosen)
+    right = torch_logits(checkpoint(name), chosen)
+    decoder = OnnxDecoder(out, HEAD_DIM)
+    assert worst_of_batch(decoder, right) < CLOSE
+    assert decoder.contract.state_layers == tuple(i for i, kind in enumerate(mix) if kind == "w")
+    exporter_of("genai").keep_last_token(out)
+    assert worst_of_last(OnnxDecoder(out, HEAD_DIM), right) < CLOSE
+
+
+def worst_of_last(decoder: OnnxDecoder, right: list[np.ndarray]) -> float:
+    """Largest difference of the last token's logits: a padded batch and single steps, then one row in chunks."""
+    decoder.begin(2)
+    found = decoder.step(*padded())
+    assert found.shape[1] == 1
+    worst = [np.abs(found[k, 0] - right[k][n - 1]).max() for k, n in enumerate(LENGTHS)]
+    for step in range(STEPS):
+        found = decoder.step(np.array([[ids()[k, n + step]] for k, n in enumerate(LENGTHS)]))
+        worst += [np.abs(found[k, 0] - right[k][n + step]).max() for k, n in enumerate(LENGTHS)]
+    text = ids()[:1]
+    for cuts in ((1,), (4, 5), (2, 10), (9, 11)):
+        decoder.begin(1)
+        for start, end in zip((0, *cuts), (*cuts, text.shape[1]), strict=True):
+            found = decoder.step(text[:, start:end])
+            worst.append(np.abs(found[0, 0] - right[0][end - 1]).max())
+    return float(max(worst))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 16])
+@pytest.mark.parametrize("cuts", [(2,), (4, 5), (1, 2, 9)], ids=str)
+def test_chunks_and_sizes(checkpoint: Any, exported: Any, tmp_path: Path, tokens: int, cuts: tuple[int, ...]) -> None:
+    """One row in chunks; the normed tap."""
+    chosen = chosen_of(checkpoint("llama"), ("a", "w", "w"), "normed", tokens)
+    decoder = OnnxDecoder(rewritten(exported("llama"), tmp_path / "nbl", chosen, "normed"), HEAD_DIM)
+    (right, _) = torch_logits(checkpoint("llama"), chosen, "normed")
+    decoder.begin(1)
+    text = ids()[:1]
+    bounds = zip((0, *cuts), (*cuts, text.shape[1]), strict=True)
+    found = np.concatenate([decoder.step(text[:, start:end])[0] for start, end in bounds])
+    assert np.abs(found - right[: len(found)]).max() < CLOSE
+
+
+def test_the_state_has_a_row_for_the_first_token_and_each_of_the_window(
+    checkpoint: Any, exported: Any, tmp_path: Path
+) -> None:
+    out = rewritten(exported("llama"), tmp_path / "nbl", chosen_of(checkpoint("llama"), ("a", "w", "a")))
+    contract = contract_of(ir.load(out / "model.onnx"))
+    states = {i.name: i.shape[1:] for i in contract.inputs if i.name.endswith("_state")}
+    width = 2 * KV_HEADS * HEAD_DIM + 1
+    assert states == {"past_key_values.1.conv_state": (W + 1, width), "past_key_values.1.recurrent_state": (1, 1, 1)}
+    assert contract.cache_layers == (0, 2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("mix", SOME, ids="".join)
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_verification_passes(checkpoint: Any, tmp_path: Path, name: str, mix: tuple[str, ...], precision: str) -> None:
+    """The whole ladder, with greedy text of GenAI, and with a table of tokens below the first window."""
+    chosen = chosen_of(checkpoint(name), mix)
+    results = verify_tiny(checkpoint(name), "genai", precision, tmp_path, tuple(chosen), mixer_of=chosen.__getitem__)
+    assert [r for r in results if not r.passed] == []
+    assert {"structure", "original", "nbl", "text", "last_token"} <= {r.check for r in results}
+
+
+def test_verification_sees_a_window_without_the_first_token(
+    checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: the graph never reads the first row."""
+    from nbl_export.rewrite import window
+
+    scores = window._first_scores
+
+    def unseen(build: Any, shared: Any, given: Any, *rest: Any) -> Any:
+        return build("Add", [scores(build, shared, given, *rest), given["not_far"]], "Unseen")
+
+    monkeypatch.setattr(window, "_first_scores", unseen)
+    chosen = chosen_of(checkpoint("llama"), ("a", "w", "a"))
+    results = verify_tiny(checkpoint("llama"), "genai", "fp32", tmp_path, (1,), mixer_of=chosen.__getitem__)
+    assert {"nbl"} <= {r.check for r in results if not r.passed}
+
+
+def test_verification_sees_other_weights(checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: the graph has the norm of another layer."""
+    import dataclasses
+
+    chosen = chosen_of(checkpoint("llama"), ("a", "w", "w"))
+    one = chosen[1]
+    assert isinstance(one, Window) and one.norm is not None
+    wrong = dataclasses.replace(one, norm=one.norm * 1.01)
+    emit = Window.emit
+    swap = lambda self, build, x: emit(wrong if self is one and hasattr(build, "nodes") else self, build, x)  # noqa: E731
+    monkeypatch.setattr(Window, "emit", swap)
+    results = verify_tiny(checkpoint("llama"), "genai", "fp32", tmp_path, (1, 2), mixer_of=chosen.__getitem__)
+    failed = [r for r in results if not r.passed]
+    assert any(r.check == "structure" and "layer 1's norm is not the fitted one" in r.detail for r in failed)
+
+
+def test_genai_runs_prompts_of_two_lengths(checkpoint: Any, exported: Any, tmp_path: Path) -> None:
+    """A batch, padded on the right as GenAI pads it, says what each prompt says alone; the tail is pruned."""
+    import onnxruntime_genai as og
+
+    out = rewritten(exported("llama"), tmp_path / "nbl", chosen_of(checkpoint("llama"), ("a", "w", "w")))
+    prompts = [ids()[k, :n].tolist() for k, n in enumerate(LENGTHS)]
+    right = [greedy(OnnxDecoder(out, HEAD_DIM), prompt, STEPS)[0] for prompt in prompts]
+    exporter_of("genai").keep_last_token(out)
+    model = og.Model(str(out))
+    params, longest = og.GeneratorParams(model), max(LENGTHS) + STEPS
+    params.set_search_options(max_length=longest, min_length=longest, do_sample=False, batch_size=2)
+    generator = og.Generator(model, params)
+    generator.append_tokens(np.array([[*p, *[PAD] * (max(LENGTHS) - len(p))] for p in prompts], np.int32))
+    said = []
+    for _ in range(STEPS):
+        generator.generate_next_token()
+        said.append(generator.get_next_tokens())
+    assert [tuple(map(int, row)) for row in np.transpose(said)] == right
+
+
+def test_numpy_reference_of_a_graph(checkpoint: Any, exported: Any) -> None:
+    from nbl_export.model.checkpoint.load import read_spec
+    from nbl_export.model.checkpoint.source import resolve
+
+    chosen = chosen_of(checkpoint("llama"), ("a", "w", "w"))
+    spec = read_spec(resolve(str(checkpoint("llama"))))
+    mapped = MappedOriginal(exported("llama") / "model.onnx", spec, chosen, "residual")
+    assert worst_of_batch(mapped, torch_logits(checkpoint("llama"), chosen)) < CLOSE
+
+
+def test_windows_of_two_sizes_are_refused(checkpoint: Any, exported: Any, tmp_path: Path) -> None:
+    model = load_model(checkpoint("llama"))
+    both = {**window_layers(model, [1], 4, "residual"), **window_layers(model, [2], 5, "residual")}
+    with pytest.raises(RefusalError, match="states of several sizes"):
+        rewrite(exported("llama"), tmp_path / "nbl", Plan(LAYERS, (1, 2)), both)
+
+
+def test_an_ir_refuses_windows(checkpoint: Any, exported: Any, tmp_path: Path) -> None:
+    chosen = chosen_of(checkpoint("llama"), ("a", "w", "a"))
+    with pytest.raises(RefusalError, match=r"layer 1: .*an IR holds no layer of kind window"):
+        exporter_of("openvino").replace(exported("llama", "openvino"), tmp_path / "nbl", Plan(LAYERS, (1,)), chosen)
+
+
+@pytest.mark.parametrize("mix", [("a", "w", "w"), ("w", "a", "w")], ids="".join)
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_graphs_of_mobius(checkpoint: Any, exported: Any, tmp_path: Path, name: str, mix: tuple[str, ...]) -> None:
+    chosen, out = chosen_of(checkpoint(name), mix), tmp_path / "nbl"
+    exporter_of("mobius").replace(exported(name, "mobius"), out, Plan(LAYERS, tuple(sorted(chosen))), chosen)
+    right = torch_logits(checkpoint(name), chosen)
+    assert worst_of_batch(OnnxDecoder(out, HEAD_DIM), right) < CLOSE
+    exporter_of("mobius").keep_last_token(out)
+    assert worst_of_last(OnnxDecoder(out, HEAD_DIM), right) < CLOSE
+
+
+def test_a_padded_chunk_behind_a_cache(checkpoint: Any, given_graph: Any, tmp_path: Path) -> None:
+    """A graph of plain operators: 4 tokens of two rows, then 8 and 2, padded on the right."""
+    chosen, out = chosen_of(checkpoint("llama"), ("a", "w", "w")), tmp_path / "nbl"
+    rewrite(given_graph("transformers-18-positions"), out, Plan(LAYERS, (1, 2)), chosen)
+    right = torch_logits(checkpoint("llama"), chosen)
+    exporter_of("genai").keep_last_token(out)
+    sides = graph_caches(ir.load(out / "model.onnx").graph).values()
+    caches = {str(a.name): str(b.name) for pasts, presents in sides for a, b in zip(pasts, presents, strict=True)}
+    decoder, text = OnnxDecoder(out, HEAD_DIM, caches=caches), ids()
+    decoder.begin(2)
+    decoder.step(text[:, :4])
+    valid = (np.arange(8) < np.array([8, 2])[:, None]).astype(np.int64)
+    found = [decoder.step(text[:, 4:12] * valid, valid), decoder.step(text[[[0], [1]], [[12], [6]]])]
+    for logits, ends in zip(found, ((11, 5), (12, 6)), strict=True):
+        assert max(np.abs(logits[k, 0] - right[k][end]).max() for k, end in enumerate(ends)) < CLOSE
+
+
+@pytest.mark.parametrize("mix", ["aww", "awl", "law"])
+def test_few_rows_reach_the_windows_at_the_top(checkpoint: Any, exported: Any, tmp_path: Path, mix: str) -> None:
+    """Rows behind each MLP in a prefill of 18 tokens, and equal states with and without pruning."""
+    out = rewritten(exported("llama"), tmp_path / "nbl", chosen_of(checkpoint("llama"), tuple(mix)))
+    text, held = ids()[:1], []
+    for name in ("model.onnx", "shown.onnx"):
+        if name == "shown.onnx":
+            exporter_of("genai").keep_last_token(out)
+            model = ir.load(out / "model.onnx")
+            products = [node for node in model.graph if str(node.name).endswith("mlp/down_proj/MatMul")]
+            model.graph.outputs.extend(node.outputs[0] for node in products)
+            ir.save(model, out / name)
+        decoder = OnnxDecoder(out, HEAD_DIM, file=name)
+        decoder.begin(1)
+        decoder.step(text[:, :1])
+        if name == "shown.onnx":
+            names = [str(node.outputs[0].name) for node in products]
+            decoder.begin(1)
+            rows = [value.shape[1] for value in decoder.look(names, text)]
+        decoder.begin(1)
+        decoder.step(text)
+        held.append({n: v for n, v in decoder._past.items() if n.endswith("conv_state")})
+    enters = {"aww": [2 * W, W + 1, 1], "awl": [W + 1, 1, 1], "law": [18, W + 1, 1]}
+    assert rows == enters[mix]
+    assert held[0].keys() == held[1].keys() and held[0]
+    for state, value in held[0].items():
+        assert np.abs(value - held[1][state]).max() < CLOSE
