@@ -41,6 +41,7 @@ METHODS = ("rtn", "awq")  # of rounding to int4
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # ends a line, or moves a terminal's cursor
 SELF = "self"  # calibration text that the model generates
 GIVEN_GRAPH = "given"  # decoder source of a model that is an ONNX graph
+AUTO_WINDOWS = "auto"  # windows in as many top layers as quality allows
 CHECKPOINT_FIT = "given"  # fit of the maps that an NBL checkpoint has
 NO_ORIGINAL = "the checkpoint no longer contains the attention weights of its replaced layers"
 GGUF = "gguf"  # precision: codes of a GGUF file, see `rewrite.quantize.take_codes`
@@ -117,8 +118,8 @@ class JobOptions:
         "main plan rewrite", first=True, metavar="LAYERS",
     )  # fmt: skip
     window_layers: str | None = option(
-        None, "Further layers whose attention reads the last --window tokens and the first one alone: 24-29.",
-        _REPLACED, "main plan", metavar="LAYERS",
+        None, "Further layers whose attention reads the last --window tokens and the first one alone: 24-29, or auto "
+        "(as many top layers as half of the limit on quality allows).", _REPLACED, "main plan", metavar="LAYERS",
     )  # fmt: skip
     window: int = option(64, "Tokens that a layer of --window-layers reads.", _REPLACED, "main plan", least=1)
     max_perplexity_increase: str | None = option(

@@ -18,6 +18,7 @@ from typing import Any
 from nbl_export.errors import NblError, UsageError
 from nbl_export.options.goals import names_layers, parse_layers
 from nbl_export.options.options import (
+    AUTO_WINDOWS,
     BUILDER_OPTIONS,
     CHECKPOINT_FIT,
     GGUF,
@@ -310,6 +311,8 @@ def _beside_windows(case: Case) -> str | bool:
         return False
     if options.draft:
         return "--window-layers does not go with --draft: a layer with a window cannot forget refused tokens"
+    if options.window_layers == AUTO_WINDOWS and names_layers(options.layers):
+        return f"--window-layers {AUTO_WINDOWS} does not go with named --layers; name the layers of the windows too"
     return options.kv_budget is not None and (
         "--window-layers does not go with --kv-budget, which counts whole caches; give a number of --layers"
     )
@@ -375,8 +378,9 @@ def _positions(case: Case) -> int:
 
 def _wrong_windows(case: Case) -> str | bool:
     options, decoder = case.options, case.model.decoder
-    if options.window_layers is None or decoder is None:
-        return False
+    if options.window_layers in (None, AUTO_WINDOWS) or decoder is None:
+        return _too_wide(case)
+    assert options.window_layers is not None
     flag = f"--window-layers {options.window_layers}"
     windows = parse_layers(options.window_layers, decoder.num_layers, "--window-layers")
     if isinstance(windows, int):
@@ -386,8 +390,13 @@ def _wrong_windows(case: Case) -> str | bool:
         return f"{flag}: layer {both[0]} is in --layers too; name it once"
     if len(windows) + (linear if isinstance(linear, int) else len(linear)) >= decoder.num_layers:
         return f"{flag} and --layers name all {decoder.num_layers} layers; at least one keeps its whole attention"
-    return options.window > decoder.max_positions and (
-        f"--window {options.window} is beyond the model's {decoder.max_positions} positions"
+    return _too_wide(case)
+
+
+def _too_wide(case: Case) -> str | bool:
+    options, decoder = case.options, case.model.decoder
+    return bool(options.window_layers and decoder and options.window > decoder.max_positions) and (
+        f"--window {options.window} is beyond the model's {_positions(case)} positions"
     )
 
 

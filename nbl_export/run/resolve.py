@@ -402,6 +402,12 @@ class Resolver:
         """Texts of the final figures."""
         return self._both(self.held_back.value.final, "final")
 
+    @lazy("windows", "second")
+    def choosing_parts(self) -> Texts:
+        """Consecutive windows of both choosing parts, equally many of each."""
+        own = self.held_back.value.choosing
+        return [(name, windows[: len(own)]) for name, windows in self._both(own, "choosing")]
+
     @lazy("windows", "second", "says_itself")
     def choosing(self) -> Texts:
         """Texts that layers are chosen by: equally many windows of both, spread over the second."""

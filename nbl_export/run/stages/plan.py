@@ -21,9 +21,10 @@ from nbl_export.options.goals import (
     parse_layers,
     read_rank,
 )
-from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL
+from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, NO_ORIGINAL
 from nbl_export.plan.inputs import AskedGoal, DistilledMaps, MapKind, Maps, OrderInputs, PlanInputs, SweepInputs, Texts
 from nbl_export.records.inputs import Lazy
+from nbl_export.records.plan import spoken_layers
 from nbl_export.report.console import METHOD_NAMES
 from nbl_export.report.quality import spoken_curve
 from nbl_export.run.resolve import Resolver
@@ -76,10 +77,14 @@ def order_of(r: Resolver) -> OrderInputs:
 
 
 def _windows(r: Resolver) -> Lazy[Maps]:
-    """The windows of named layers, which are replaced in any case."""
+    """The windows of named layers, or of as many top layers as half of a limit on quality allows."""
     options = r.options
     if options.window_layers is None:
         return Lazy(None, dict)
+    if options.window_layers == AUTO_WINDOWS:
+        goal = goal_of(options)
+        share = (goal.share if isinstance(goal, PerplexityIncrease) else DEFAULT_INCREASE) / 2
+        return Lazy([AUTO_WINDOWS, options.window, share], lambda: _top_windows(r, share))
     layers = parse_layers(options.window_layers, r.spec.num_layers, "--window-layers")
     assert isinstance(layers, tuple)  # a count is refused when options are settled
 
@@ -89,6 +94,19 @@ def _windows(r: Resolver) -> Lazy[Maps]:
         return window_layers(r.model.value, layers, options.window, options.tap)
 
     return Lazy([layers, options.window], windows)
+
+
+def _top_windows(r: Resolver, share: float) -> Maps:
+    from nbl_export.plan.top_windows import top_windows
+
+    options = r.options
+    found = top_windows(
+        r.model.value, options.window, options.tap, r.choosing_parts.value, share, narrow=r.narrow.value,
+        task=r.ui.task,
+    )  # fmt: skip
+    said = f"layers {spoken_layers(tuple(found))} read" if found else "no layer at the top reads"
+    r.ui.say(f"  {said} {options.window} tokens and the first one alone; such layers may cost {100 * share:g}%")
+    return found
 
 
 def _select(r: Resolver) -> str:

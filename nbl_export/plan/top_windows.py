@@ -1,0 +1,56 @@
+"""How many layers at the top of a decoder are windows (`mixers.window`), by the loss on long windows of text.
+
+Windows at the top save most: each layer above another adds W - 1 rows to those that a prompt needs of the other one.
+So sets of the top 1, 2, ... layers are tried, on rows of `LENGTH` tokens. A short row would hide what a window does not
+see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from nbl_export.mixers.window import Window
+from nbl_export.model.switched import SwitchedModel
+from nbl_export.model.windows import window_layers
+from nbl_export.plan.inputs import Texts
+from nbl_export.plan.order import Task, quiet
+
+__all__ = ["LENGTH", "long_rows", "top_windows"]
+
+LENGTH = 2048  # tokens of a row, or the model's positions
+
+
+def long_rows(windows_WT: Any, length: int) -> torch.Tensor:
+    """Consecutive windows joined to rows of `length` tokens, the rest left out; the windows if they give no row."""
+    ids = torch.as_tensor(windows_WT).flatten()
+    rows = len(ids) // length
+    return ids[: rows * length].view(rows, length) if rows else torch.as_tensor(windows_WT)
+
+
+def top_windows(
+    model: Any, tokens: int, tap: str, texts: Texts, share: float, *, narrow: bool = False, task: Task = quiet
+) -> dict[int, Window]:
+    """The windows of as many top layers as raise perplexity by at most `share` on every text; at most half of them.
+
+    Args:
+        tokens: that a layer sees. texts: consecutive windows of each.
+
+    Raises:
+        NblError: a layer's attention has parts that a window does not have.
+    """
+    count = len(model.get_decoder().layers)
+    made = window_layers(model, range(count - count // 2, count), tokens, tap)
+    sets: dict[int, Sequence[int]] = {k: range(count - k, count) for k in range(1, count // 2 + 1)}
+    within, length = dict.fromkeys(sets, True), min(LENGTH, int(model.config.max_position_embeddings))
+    switched = SwitchedModel(model, made, tap, narrow=narrow)
+    for name, windows in texts:
+        with task(f"windows in the top layers, on {name}") as progress:
+            losses = switched.quality_losses(long_rows(windows, length), sets, progress)
+        for k, loss in losses.items():
+            before, after = loss.perplexities
+            within[k] &= after / before - 1 <= share
+    best = max([k for k, kept in within.items() if kept], default=0)
+    return {i: made[i] for i in range(count - best, count)}
