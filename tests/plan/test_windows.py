@@ -30,4 +30,9 @@ def test_named_windows_ship_verified(
     replaced = tuple(facts["replaced_layers"])
     window = load_maps(run / "maps.safetensors", replaced)[LAYERS - 1]
     assert isinstance(window, Window) and window.shape.tokens == 5
-    assert "no layer of kind window" not in done.err
+    said = (run / "report.md").read_text()
+    assert "layer 2 reads the last tokens and the first one alone" in said and "by a linear layer" not in said
+    for form, part in (("gguf", "layer 2 is of the kind window"), ("transformers", "holds no layers of kind window")):
+        refused = nbl("convert", run, "--to", form, "--output", tmp_path / form)
+        assert refused.status == 1 and part in refused.err and "ONNX decoder" in refused.err
+        assert not (tmp_path / form).exists()
