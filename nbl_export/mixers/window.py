@@ -140,7 +140,10 @@ class _Window(Kind):
         return Window(shape, qkv, bias, output, frequencies, tensors.get("norm"), epsilon)
 
     def blank(self, size: int, multiplier: float = 1.0) -> Any:
-        raise NblError("a checkpoint of transformers does not hold layers of kind window; write an ONNX decoder")
+        raise NblError(
+            "a checkpoint of transformers holds no layers of kind window; the run's own model/ is an ONNX decoder that "
+            "has them"
+        )
 
 
 WINDOW = _Window()

@@ -150,6 +150,12 @@ def linear_maps(found: Finished, ui: Ui) -> LinearMaps:
     products = {i: mixer.product() for i, mixer in found.maps.items()}
     made = {i: _map(weight) for i, weight in products.items() if weight is not None}
     biased = [i for i in sorted(products) if i not in made]
+    if unfitted := [i for i in biased if not kind_of(found.maps[i].kind).fitted]:
+        kind = found.maps[unfitted[0]].kind
+        raise NblError(
+            f"layer {unfitted[0]} is of the kind {kind}, and this form holds one matrix a layer; the run's own model/ "
+            "is an ONNX decoder that has it"
+        )
     if not biased and (found.tap == TAP or not any(m.tensors()["weight"].any() for m in made.values())):
         return LinearMaps(made)  # of the form already, or dropped attention
     refitted = {} if found.tap == TAP else products

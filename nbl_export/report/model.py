@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nbl_export.records.paired import spoken_ratio
@@ -108,10 +108,13 @@ def _lead(report: Mapping[str, Any]) -> str:
     one, is_drop = len(replaced) == 1, report["fit"] == "drop"
     done = "left out" if is_drop else "replaced by a linear layer"
     chosen = "from the checkpoint" if report["without_original"] else _CHOSEN_BY.get(report["select"], "as requested")
+    windows = [i for i, kind in zip(replaced, report["kinds"] or (), strict=False) if kind == "window"]
     said = (
         f"{len(replaced)} of {total} attention layers {'is' if one else 'are'} {done}: "
         f"{words.plural('layer', len(replaced))} {spoken_layers(replaced)} ({chosen}). "
     )
+    if windows:
+        return said.replace(done, "replaced") + _with_windows(replaced, windows) + _lookup(report["token_table"])
     text = f"{report['calibration']['tokens']:,} tokens of {report['calibration']['name']}"
     if report["without_original"]:
         said += "A linear layer needs no KV cache. Layers and maps came with the checkpoint."
@@ -121,6 +124,15 @@ def _lead(report: Mapping[str, Any]) -> str:
         fitted = "The linear layer was" if one else "The linear layers were"
         said += f"A linear layer needs no KV cache. {fitted} fitted on {text}."
     return said + _lookup(report["token_table"])
+
+
+def _with_windows(replaced: Sequence[int], windows: Sequence[int]) -> str:
+    linear = [i for i in replaced if i not in windows]
+    said = f"Attention of {words.plural('layer', len(windows))} {spoken_layers(windows)} reads "
+    said += "the last tokens and the first one alone, and keeps so many rows. "
+    if linear:
+        said += f"{words.plural('Layer', len(linear))} {spoken_layers(linear)} became linear and need no KV cache."
+    return said.rstrip()
 
 
 def _lookup(table: Mapping[str, Any] | None) -> str:

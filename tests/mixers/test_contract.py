@@ -131,7 +131,7 @@ def test_tensors_make_the_same_mixer(name: str, tmp_path: Path) -> None:
         assert (found.kind, found.size, found.state) == (mixer.kind, D, mixer.state)
         np.testing.assert_allclose(apply(found, ROWS)[0], apply(mixer, ROWS)[0], atol=1e-6)
     if mixer.kind == "window":
-        with pytest.raises(NblError, match="does not hold layers of kind window"):
+        with pytest.raises(NblError, match="holds no layers of kind window"):
             kind(mixer).blank(D)
         return
     blank = kind(mixer).blank(D)

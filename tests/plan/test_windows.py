@@ -52,6 +52,12 @@ def test_named_windows_ship_verified(
     if layers == LIMIT:
         (step,) = facts["goal"]["path"]  # of both layers together
         assert step["layers"] == 2 and facts["goal"]["given"] == [LAYERS - 1]
+    said = (run / "report.md").read_text()
+    assert "layer 2 reads the last tokens and the first one alone" in said and "by a linear layer" not in said
+    for form, part in (("gguf", "layer 2 is of the kind window"), ("transformers", "holds no layers of kind window")):
+        refused = nbl("convert", run, "--to", form, "--output", tmp_path / form)
+        assert refused.status == 1 and part in refused.err and "ONNX decoder" in refused.err
+        assert not (tmp_path / form).exists()
 
 
 def test_rows_are_consecutive_windows() -> None:
@@ -87,7 +93,7 @@ def test_as_many_top_layers_as_the_share_allows_are_windows(monkeypatch: pytest.
 
     assert found(0.04) == {6: "w5", 7: "w5"}
     assert found(0.055) == {5: "w5", 6: "w5", 7: "w5"}
-    assert found(0.06) == dict.fromkeys((4, 5, 6, 7), "w5") and found(0.001) == {}
+    assert found(0.065) == dict.fromkeys((4, 5, 6, 7), "w5") and found(0.001) == {}
     assert set(asked) == {(2, 64)}
 
 
