@@ -35,9 +35,10 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--windows", type=int, default=4, help="of 2,048 tokens, of each text")
     parser.add_argument("--most", type=int, default=8, help="layers of the largest set")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="to calibrate linear maps on")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
-    bed = LongBed(asked.model, asked.data, asked.windows)
+    bed = LongBed(asked.model, asked.data, asked.windows, asked.tokens)
     layers = list(parse_layers(asked.layers, bed.count))
     mixers = {"window": bed.windows(layers, asked.window), "linear": bed.maps(layers)}
     alone = {f"{kind} {i}": (kind, (i,)) for kind in mixers for i in layers}
@@ -54,10 +55,12 @@ def main() -> None:
         for name, (kind, chosen) in (alone | sets).items()
     ]
     facts = {
-        "model": asked.model.rpartition("/")[2],
+        "model": Path(asked.model).name,
         "window": asked.window,
         "length": LENGTH,
         "windows": asked.windows,
+        "calibration_tokens": asked.tokens,
+        "narrow": bed.narrow,
     }
     asked.out.write_text(json.dumps({**facts, "versions": versions(), "rows": rows}, indent=1) + "\n")
 
@@ -65,10 +68,10 @@ def main() -> None:
 class LongBed:
     """Model, long windows of two texts, and mixers of both kinds."""
 
-    def __init__(self, model: str, data: Path, windows: int) -> None:
+    def __init__(self, model: str, data: Path, windows: int, tokens: int) -> None:
         import torch
 
-        from nbl_export.model import memory
+        from nbl_export.model import bfloat16, memory
         from nbl_export.model.checkpoint import load
         from nbl_export.model.checkpoint import source as checkpoint_source
         from nbl_export.text import corpus
@@ -77,7 +80,8 @@ class LongBed:
         with tempfile.TemporaryDirectory() as scratch:
             directory = load.materialise(checkpoint_source.resolve(model), Path(scratch) / "checkpoint")
             self.model, self.tokenizer = load.load_model(directory), load.load_tokenizer(directory)
-        self.count = len(self.model.get_decoder().layers)
+        self.count, self.tokens = len(self.model.get_decoder().layers), tokens
+        self.narrow = bfloat16.fast(self.model.device)  # as nbl-export chooses layers
         self.calibration = corpus.read_text(str(data / "c4" / "c4_demo.json"))
         wiki = (data / "wikitext-2-raw" / "wiki.valid.raw").read_text(encoding="utf-8")
         rest = [i for d in self.calibration.documents for i in self._ids(d)][TOKENS + HELD :]
@@ -102,8 +106,8 @@ class LongBed:
         from nbl_export.text.windows import pack
 
         started = time.monotonic()
-        ids, _ = pack(self.calibration, self.tokenizer, TOKENS, CONTEXT, HELD)
-        moments = collect.collect(self.model, ids, lambda *_: None, ("normed",))["normed"]
+        ids, _ = pack(self.calibration, self.tokenizer, self.tokens, CONTEXT, HELD)
+        moments = collect.collect(self.model, ids, lambda *_: None, ("normed",), narrow=self.narrow)["normed"]
         log(f"moments: {time.monotonic() - started:.0f} s")
         return {i: LINEAR.fit(moments[i], i) for i in layers}
 
@@ -113,7 +117,7 @@ class LongBed:
         """Name of a set -> text -> KL and the relative increase of perplexity."""
         from nbl_export.model.switched import Loss, SwitchedModel
 
-        models = {kind: SwitchedModel(self.model, own, "normed") for kind, own in mixers.items()}
+        models = {kind: SwitchedModel(self.model, own, "normed", narrow=self.narrow) for kind, own in mixers.items()}
         totals = {name: dict.fromkeys(self.texts, Loss()) for name in sets}
         for text, rows in self.texts.items():
             for number, ids in enumerate(rows, 1):

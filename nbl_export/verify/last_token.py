@@ -2,6 +2,7 @@
 
     prefill of one sequence                 batch of lengths 1, 5 and 12, padded on the right, then two decode steps
     chunk of 7 after a cache of 13          single decode steps after it
+    two long chunks and decode steps        if layers have a state
 
 Both graphs run the same chunks. The figure of a step is that of the worst row. The shipped logits [B, 1, V] are
 compared with the other graph's logits of the row's last valid token.
@@ -12,6 +13,7 @@ sequence, in chunks that are longer, as long and shorter than the computed posit
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,7 +21,7 @@ import numpy as np
 
 from nbl_export.records.capabilities import MOST_ROWS
 from nbl_export.records.results import CheckResult
-from nbl_export.verify.ladder import TOLERANCES, apart
+from nbl_export.verify.ladder import LONG_CHUNK, TOLERANCES, apart
 
 __all__ = ["BATCH_LENGTHS", "apart", "check_last", "check_last_rows"]
 
@@ -29,7 +31,9 @@ _CACHED, _CHUNK, _STEPS = 13, 7, 3
 Chunk = tuple[np.ndarray, np.ndarray]  # token ids [B, T], and 1 at each valid token [B, T]
 
 
-def check_last(subject: str, every: Any, last: Any, row: Sequence[int], precision: str) -> list[CheckResult]:
+def check_last(
+    subject: str, every: Any, last: Any, row: Sequence[int], precision: str, long: Sequence[int] = ()
+) -> list[CheckResult]:
     """Compare the graph `last` with the graph `every` (both an `OnnxDecoder` or `StaticDecoder` of engines).
 
     With the relative rms metric, half the distance to the nearest other position of the chunk is a second limit. This
@@ -37,8 +41,19 @@ def check_last(subject: str, every: Any, last: Any, row: Sequence[int], precisio
 
     Args:
         row: at least 32 token ids of real text.
+        long: further ids, in chunks so long that windows at the top leave rows out.
     """
-    return [_judge(subject, name, every, last, chunks, precision) for name, chunks in _cases(row)]
+    cases = [*_cases(row), *_long_case(long)]
+    return [_judge(subject, name, every, last, chunks, precision) for name, chunks in cases]
+
+
+def _long_case(long: Sequence[int]) -> Iterator[tuple[str, list[Chunk]]]:
+    ids = np.asarray(long, np.int64)[None, : 2 * LONG_CHUNK + _STEPS]
+    if (end := ids.shape[1] - _STEPS) <= 0:
+        return
+    bounds = [*range(0, end, LONG_CHUNK), *range(end, end + _STEPS + 1)]
+    chunks = [ids[:, a:b] for a, b in itertools.pairwise(bounds)]
+    yield f"{end} tokens in chunks of {LONG_CHUNK}, then decode", [(chunk, np.ones_like(chunk)) for chunk in chunks]
 
 
 def _cases(row: Sequence[int]) -> Iterator[tuple[str, list[Chunk]]]:

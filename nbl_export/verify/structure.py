@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from nbl_export.records.results import CheckResult
 from nbl_export.targets.base import Target
 from nbl_export.targets.checks import Coded, Wanted
 from nbl_export.verify.codes import TWIN
+from nbl_export.verify.ladder import Probe
 from nbl_export.verify.last_token import check_last
 
 __all__ = ["Setting", "check_directory", "coded_graphs"]
@@ -62,12 +63,12 @@ class Setting:
 
 
 def check_directory(
-    setting: Setting, directory: Path, decoder: Any, wanted: Wanted, row: Sequence[int], precision: str
+    setting: Setting, directory: Path, decoder: Any, wanted: Wanted, probe: Probe, precision: str
 ) -> list[CheckResult]:
     """Checks structure and last_token.
 
     Args:
-        decoder: of the graph with the most logits. precision: of this graph. row: token ids.
+        decoder: of the graph with the most logits. precision: of this graph.
     """
     engine, head_dim = setting.engine, setting.spec.head_dim
     if engine.capabilities.narrow:
@@ -76,7 +77,9 @@ def check_directory(
     shipped = decoder if pruned is None else engine.open_exact(directory, head_dim, pruned)
     results = engine.check_files(directory, shipped.contract, wanted)
     if pruned is not None:
-        results += check_last(wanted.subject, decoder, shipped, row, precision)
+        remembers = any(mixer.state is not None for mixer in wanted.maps.values())
+        long = probe.long if remembers else ()
+        results += check_last(wanted.subject, decoder, shipped, probe.rows[0], precision, long)
     return [*results, _measured_cache(wanted.subject, decoder, head_dim)]
 
 

@@ -174,8 +174,8 @@ class Verifier:
     def _compare(self, subject: str, directory: Path, coded: Mapping[str, Coded]) -> Reference:
         """Compare the graph with its references; return the one that its text is compared with."""
         decoder = self.setting.engine.open_graph(directory, self.setting.spec.head_dim)
-        wanted, row = self.setting.wanted(subject, self.maps, self.rows_VD), self.probe.rows[0]
-        self.results += check_directory(self.setting, directory, decoder, wanted, row, self.precision)
+        wanted = self.setting.wanted(subject, self.maps, self.rows_VD)
+        self.results += check_directory(self.setting, directory, decoder, wanted, self.probe, self.precision)
         check = subject
         by_codes = self.truth_of_codes.get(subject)
         if by_codes is not None:

@@ -220,6 +220,24 @@ def test_genai_says_what_the_onnx_decoder_says(exported: Any, tmp_path: Path) ->
             runner.rewind(4)
 
 
+def test_genai_goes_back_to_where_it_was_told_to(exported: Any, tmp_path: Path) -> None:
+    """As a benchmark goes back to the end of a filled cache, again and again."""
+    from nbl_export.targets.onnx.genai import GenaiRunner
+
+    rewrite(exported("llama"), tmp_path / "nbl", Plan(LAYERS, (0,)), {0: memory(0)})
+    text = ids()[0].tolist()
+    with GenaiRunner(tmp_path / "nbl", threads=1) as runner:
+        runner.begin(64)
+        runner.append(text)
+        right = runner.last_logits()
+        runner.rewind(0)
+        runner.append(text[:10])
+        for _ in range(3):
+            runner.rewind(10)
+            runner.append(text[10:])
+            assert np.abs(runner.last_logits() - right).max() < CLOSE
+
+
 def test_genai_runs_prompts_of_two_lengths(exported: Any, tmp_path: Path) -> None:
     """A batch, padded on the right as GenAI pads it, says what each prompt says alone."""
     import onnxruntime_genai as og
