@@ -1,6 +1,7 @@
 """What runs gain for what they lose: one row a run, from the reports of finished runs.
 
-    nbl-export --model MODEL --max-perplexity-increase 10% [--fit independent] --output DIR --prompt-tokens 512,2048
+    nbl-export --model MODEL --max-perplexity-increase 10% [--fit independent] [--window-layers auto] --output DIR
+    nbl-export bench DIR --prompt-tokens 512,2048
     python bench/exchange.py DIR... > RAW.json
 
 A run's loss is the upper end of its 95% interval on each judging text. Its gains are the ratios of its benchmark.
