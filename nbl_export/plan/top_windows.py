@@ -1,8 +1,8 @@
 """How many layers at the top of a decoder are windows (`mixers.window`), by the loss on long windows of text.
 
 Windows at the top save most: each layer above another adds W - 1 rows to those that a prompt needs of the other one.
-So sets of the top 1, 2, ... layers are tried, on rows of `LENGTH` tokens. A short row would hide what a window does not
-see.
+So sets of the top 1, 2, 4, 6, ... layers are tried, on rows of `LENGTH` tokens. A short row would hide what a window
+does not see.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def top_windows(
     """
     count = len(model.get_decoder().layers)
     made = window_layers(model, range(count - count // 2, count), tokens, tap)
-    sets: dict[int, Sequence[int]] = {k: range(count - k, count) for k in range(1, count // 2 + 1)}
+    tried = sorted({1, *range(2, count // 2 + 1, 2)})
+    sets: dict[int, Sequence[int]] = {k: range(count - k, count) for k in tried}
     within, length = dict.fromkeys(sets, True), min(LENGTH, int(model.config.max_position_embeddings))
     switched = SwitchedModel(model, made, tap, narrow=narrow)
     for name, windows in texts:
