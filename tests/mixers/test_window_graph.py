@@ -29,7 +29,6 @@ from .test_toy_kind import CLOSE, LENGTHS, PAD, STEPS, ids, padded, torch_logits
 
 W = 2  # so that of 12 tokens, not all enter three windows
 MIXES = [mix for mix in itertools.product("awl", repeat=LAYERS) if "w" in mix and "a" in mix]
-SOME = [("a", "w", "w"), ("w", "a", "l"), ("l", "w", "a")]
 
 
 def chosen_of(checkpoint: Path, mix: tuple[str, ...], tap: str = "residual", tokens: int = W) -> dict[int, Mixer]:
@@ -102,13 +101,24 @@ def test_the_state_has_a_row_for_the_first_token_and_each_of_the_window(
     assert contract.cache_layers == (0, 2)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
-@pytest.mark.parametrize("mix", SOME, ids="".join)
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_verification_passes(checkpoint: Any, tmp_path: Path, name: str, mix: tuple[str, ...], precision: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "source", "precision", "mix"),
+    [
+        ("llama", "genai", "fp32", "aww"),
+        ("llama", "genai", "int4", "wal"),
+        ("llama", "genai", "int4", "lwa"),
+        ("llama", "genai", "int8", "aww"),
+        ("llama", "mobius", "fp16", "aww"),
+        ("qwen2", "genai", "fp32", "lwa"),
+        ("qwen2", "genai", "int4", "aww"),
+        ("granite", "genai", "fp32", "aww"),
+        ("llama3", "genai", "fp32", "law"),
+    ],
+)
+def test_verification_passes(checkpoint: Any, tmp_path: Path, name: str, source: str, precision: str, mix: str) -> None:
     """The whole ladder, with greedy text of GenAI, and with a table of tokens below the first window."""
-    chosen = chosen_of(checkpoint(name), mix)
-    results = verify_tiny(checkpoint(name), "genai", precision, tmp_path, tuple(chosen), mixer_of=chosen.__getitem__)
+    chosen = chosen_of(checkpoint(name), tuple(mix))
+    results = verify_tiny(checkpoint(name), source, precision, tmp_path, tuple(chosen), mixer_of=chosen.__getitem__)
     assert [r for r in results if not r.passed] == []
     assert {"structure", "original", "nbl", "text", "last_token"} <= {r.check for r in results}
 
