@@ -36,3 +36,12 @@ def test_named_windows_ship_verified(
         refused = nbl("convert", run, "--to", form, "--output", tmp_path / form)
         assert refused.status == 1 and part in refused.err and "ONNX decoder" in refused.err
         assert not (tmp_path / form).exists()
+
+
+def test_windows_need_the_model_in_memory(
+    checkpoint: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbl_export.model.one_layer.shortage_of", lambda _checkpoint: "too large")
+    same = ("--model", checkpoint("llama"), "--calibration", text, *BARE, "--compute-dtype", "float32")
+    done = nbl(*same, *WORDS, "--output", tmp_path / "run")
+    assert done.status == 1 and "--window-layers needs the torch model, which does not fit" in done.err

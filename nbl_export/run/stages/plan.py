@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nbl_export.errors import NblError
 from nbl_export.files import arrays_sha256, file_sha256, key_of, write_json
 from nbl_export.measure.cost import map_sizes
 from nbl_export.options.goals import (
@@ -153,6 +154,8 @@ def run(inputs: PlanInputs | Lazy[Any], place: Place, out: Path) -> dict[str, An
         fit, selection = inputs.fit, Selection(inputs.order, place.ui.task, place.run.manifest.get("greedy"))
         plan, maps, facts = make_plan(inputs, selection, lambda line: place.ui.say(f"  {line}"), place.ui.task)
         if inputs.windows is not None:
+            if inputs.quarter.value:
+                raise NblError("--window-layers needs the torch model, which does not fit into memory; leave it out")
             plan, maps = with_windows(plan, maps, inputs.windows, inputs.order.model.value)
         if facts["curve"]:
             place.ui.say(f"  {spoken_curve(facts['curve'])}")
