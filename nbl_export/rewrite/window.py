@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.emitter import new_node, register
-from nbl_export.mixers.windowed import WindowShape, rotary_tables, swapped
+from nbl_export.mixers.windowed import WindowShape, rotary_tables
 
 __all__ = ["SHARED", "WindowRows", "add_window_constants", "emit_window", "window_tokens"]
 
@@ -58,7 +58,7 @@ def add_window_constants(
     }
     kv, groups = shape.kv_heads, shape.heads // shape.kv_heads
     integers: dict[str, Any] = {
-        "partners": swapped(len(frequencies), size),
+        "halves": [len(frequencies), len(frequencies), size - 2 * len(frequencies)],
         "heads": np.array([kv, groups, size]),
         "rows_of_heads": np.array([0, 0, -1, kv, 1, size]),
         "first_column": np.array([0, 1, kv, 1, size, 1]),
@@ -230,6 +230,7 @@ def _first_scores(
 def _rotated(
     build: Any, given: dict[str, ir.Value], head: ir.Value, tables: tuple[ir.Value, ir.Value], title: str, axis: int
 ) -> ir.Value:
-    other = build("Gather", [head, given["partners"]], f"{title}Swapped", axis=axis)
+    left, right, rest = build("Split", [head, given["halves"]], f"{title}Halves", outputs=3, axis=axis)
+    other = build("Concat", [right, left, rest], f"{title}Swapped", axis=axis)  # a Gather of numbers takes far longer
     parts = (build("Mul", [head, tables[0]], f"{title}Cosine"), build("Mul", [other, tables[1]], f"{title}Sine"))
     return build("Add", list(parts), f"{title}Turned")

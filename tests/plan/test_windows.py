@@ -106,3 +106,12 @@ def test_the_job_chooses_windows_at_the_top(checkpoint: Any, text: Path, tmp_pat
     facts = json.loads((run / "nbl.json").read_text())
     assert facts["given"] == [LAYERS - 1] and facts["kinds"] == ["linear", "window"]
     assert f"layers {LAYERS - 1} read 5 tokens and the first one alone; such layers may cost 50000%" in done.err
+
+
+def test_windows_need_the_model_in_memory(
+    checkpoint: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbl_export.model.one_layer.shortage_of", lambda _checkpoint: "too large")
+    same = ("--model", checkpoint("llama"), "--calibration", text, *BARE, "--compute-dtype", "float32")
+    done = nbl(*same, *WORDS, "--output", tmp_path / "run")
+    assert done.status == 1 and "--window-layers needs the torch model, which does not fit" in done.err

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nbl_export.errors import NblError
 from nbl_export.files import arrays_sha256, file_sha256, key_of, write_json
 from nbl_export.measure.cost import map_sizes
 from nbl_export.options.goals import (
@@ -81,27 +82,33 @@ def _windows(r: Resolver) -> Lazy[Maps]:
     options = r.options
     if options.window_layers is None:
         return Lazy(None, dict)
+
+    def model() -> Any:
+        if r.shortage.value:
+            raise NblError("--window-layers needs the torch model, which does not fit into memory; leave it out")
+        return r.model.value
+
     if options.window_layers == AUTO_WINDOWS:
         goal = goal_of(options)
         share = (goal.share if isinstance(goal, PerplexityIncrease) else DEFAULT_INCREASE) / 2
-        return Lazy([AUTO_WINDOWS, options.window, share], lambda: _top_windows(r, share))
+        return Lazy([AUTO_WINDOWS, options.window, share], lambda: _top_windows(r, model(), share))
     layers = parse_layers(options.window_layers, r.spec.num_layers, "--window-layers")
     assert isinstance(layers, tuple)  # a count is refused when options are settled
 
     def windows() -> Maps:
         from nbl_export.model.windows import window_layers
 
-        return window_layers(r.model.value, layers, options.window, options.tap)
+        return window_layers(model(), layers, options.window, options.tap)
 
     return Lazy([layers, options.window], windows)
 
 
-def _top_windows(r: Resolver, share: float) -> Maps:
+def _top_windows(r: Resolver, model: Any, share: float) -> Maps:
     from nbl_export.plan.top_windows import top_windows
 
     options = r.options
     found = top_windows(
-        r.model.value, options.window, options.tap, r.choosing_parts.value, share, narrow=r.narrow.value,
+        model, options.window, options.tap, r.choosing_parts.value, share, narrow=r.narrow.value,
         task=r.ui.task,
     )  # fmt: skip
     said = f"layers {spoken_layers(tuple(found))} read" if found else "no layer at the top reads"
