@@ -86,23 +86,22 @@ def demo(read: Read) -> Rows:
 
 
 def headline(read: Read) -> Rows:
-    """What the default job and `--layers 8` change, for the README."""
-    runs = (read("default-job-smollm2"), read("demo-smollm2-fp32"))
-    titles = [f"`--layers 8`: {spoken_layers(runs[1]['replaced_layers'])}"]
-    titles.insert(0, f"default, {len(runs[0]['replaced_layers'])} layers: {spoken_layers(runs[0]['replaced_layers'])}")
-    found = [[_ratio(run["ratios"], test, depth) for _, test, depth in _TESTS] for run in runs]
-    kind = level(row for rows in found for row in rows)
-    rows: Rows = [(f"NBL over original ({kind})", *titles), "lll"]
-    rows += [(title, *(cell(row) for row in pair)) for (title, _, _), *pair in zip(_TESTS, *found, strict=True)]
+    """What windows within the default limit and `--layers 8` change, for the README."""
+    runs = (read("windows-job-smollm2"), read("demo-smollm2-fp32"))
+    kinds = dict(zip(runs[0]["replaced_layers"], runs[0]["kinds"], strict=True))
+    windows, linear = (tuple(i for i, k in kinds.items() if (k == "window") is wanted) for wanted in (True, False))
+    titles = (
+        f"`--window-layers auto`: windows {spoken_layers(windows)}, linear {spoken_layers(linear)}",
+        f"`--layers 8`: linear {spoken_layers(runs[1]['replaced_layers'])}",
+    )
+    rows: Rows = [("NBL over original", *titles), "lll"]
+    for title, test, depth in (("prefill of 2,048 tokens", "pp2048", 0), *_TESTS):
+        found = ([row for row in run["ratios"] if (row["test"], row["depth"]) == (test, depth)] for run in runs)
+        rows.append((title, *(cell(*row) if row else "not measured" for row in found)))
     rows.append(("cache bytes a token", *(_smaller(run["cache_bytes_per_token"]) for run in runs)))
     for i, name in enumerate(_TEXTS):
         rows.append((f"perplexity, {name}", *(spoken_loss(run["quality_loss"][i])["increase"] for run in runs)))
     return rows
-
-
-def _ratio(rows: Sequence[Mapping[str, Any]], test: str, depth: int) -> Mapping[str, Any]:
-    (found,) = [row for row in rows if (row["test"], row["depth"]) == (test, depth)]
-    return found
 
 
 def _kind(found: Iterable[PairedRatio]) -> str:
