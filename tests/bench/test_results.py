@@ -80,7 +80,7 @@ def undecided(page: str) -> list[str]:
 
 def test_an_interval_that_contains_1_has_no_ratio() -> None:
     pages = (PAGE, (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert [page.count("no clear difference (") > 2 for page in pages] == [True, True]
+    assert [page.count("no clear difference (") >= 2 for page in pages] == [True, True]
     assert [ratio for page in pages for ratio in undecided(page)] == []
     assert undecided("| ×1.05 (0.99 to 1.1) | ×1.2 (1.1 to 1.3) | ×0.9 (0.8 to 1) |") == [
         "×1.05 (0.99 to 1.1)", "×0.9 (0.8 to 1)",
