@@ -134,8 +134,7 @@ class JobOptions:
         first=True, metavar="SIZE",
     )  # fmt: skip
     fit: str = option(
-        "independent", "independent (closed form), distilled (trained; default for a limit on quality), or drop (leave "
-        "attention out).",
+        "independent", "independent, distilled (trained; default for a limit on quality), or drop (no attention).",
         _REPLACED, "main plan", first=True, choices=FITS, metavar="FIT",
     )  # fmt: skip
     select: str | None = option(
@@ -156,7 +155,7 @@ class JobOptions:
     )  # fmt: skip
     token_table: bool = option(True, "Replace leading linearized layers by a per-token lookup table.", _REPLACED, "")
     distill_minutes: float | None = option(
-        None, "Minutes of --fit distilled; for a limit on quality 10 at 135M, 19 at 500M parameters.", _DISTILL,
+        None, "Minutes of training; by the model's size for a limit.", _DISTILL,
         first=True, metavar="MINUTES",
     )  # fmt: skip
     distill_steps: int | None = option(

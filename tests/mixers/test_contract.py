@@ -234,7 +234,7 @@ def test_the_trained_form_begins_as_the_mixer_and_others_are_refused(
     mixer = planted(HIDDEN)[name]
     trained = kind(mixer).trained(mixer, 2, torch.Generator().manual_seed(0))
     if trained is None:
-        with pytest.raises(NblError, match=f"layer 1: a layer of kind {mixer.kind} is not trained"):
+        with pytest.raises(NblError, match="nothing to train in these layers"):
             TeacherStudent(load_model(checkpoint("llama")), {1: mixer}, "residual", "fp32", 2, 0)
         return
     x = torch.from_numpy(numbers(2, 5, HIDDEN))
