@@ -155,7 +155,7 @@ class JobOptions:
     )  # fmt: skip
     token_table: bool = option(True, "Replace leading linearized layers by a per-token lookup table.", _REPLACED, "")
     distill_minutes: float | None = option(
-        None, "Minutes of training; by the model's size for a limit.", _DISTILL,
+        None, "Minutes of --fit distilled.", _DISTILL,
         first=True, metavar="MINUTES",
     )  # fmt: skip
     distill_steps: int | None = option(

@@ -64,7 +64,14 @@ def eval_facts() -> dict[str, Any]:
     differences = [{"new": "nbl" + EVIL, "old": "original", "value": 0.1, "stderr": 0.01}]
     figures = {"original": figure, "nbl" + EVIL: figure}
     row = {"task": "t" + EVIL, "metric": "acc" + EVIL, "items": 5, "figures": figures, "differences": differences}
-    return {"table": [row]}
+    change = {"new": "nbl", "old": "original", "loss": 0.1, "loss_interval": [0.0, 0.2], "increase": 0.1,
+              "increase_interval": [0.0, 0.2]}  # fmt: skip
+    loss = {"loss": 2.0, "correct": 0.5}
+    far = {"tokens": 128, "figures": {"original": loss, "nbl": loss}, "differences": [change]}
+    about = {"limit": 8, "items": 8, "warnings": ["w" + EVIL], "rows": [far]}
+    tests = ("position", "retrieval")
+    length = [{"task": f"{test}:t{EVIL}", "test": test, **about} for test in tests]
+    return {"table": [row], "length": length}
 
 
 def sweep_facts() -> dict[str, Any]:
