@@ -51,8 +51,10 @@ def settle(
     model = model or ModelFacts()
     given = {name: value for name, value in read_asked(asked).items() if value is not None}
     known = {} if recorded is None else _asked_for(recorded, engine_of, model)
-    if recorded and not (model.graph or model.maps_tap):
+    if recorded and not model.graph:
         known["fit"] = recorded.fit  # another goal for a run does not change how its maps are made
+    if model.maps_tap:
+        known.pop("fit", None)
     if "precision" in given:
         known.pop("requantize", None)  # it belongs to the recorded precision
     values = over(known, given)

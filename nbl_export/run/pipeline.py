@@ -84,9 +84,9 @@ def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, 
         if not leads:
             return None
         refuse_foreign(output)
-        found = {} if force else RunDirectory.peek(output).manifest.get("options", {})
-        recorded = JobOptions.from_json({**found, "model": model}) if found else None
-        _work({**given, "model": model}, recorded, output, ui, force, "calibrate")
+        recorded = {} if force else RunDirectory.peek(output).manifest.get("options", {})
+        # A new run has the closed form, whose moments serve every number of layers.
+        _work(given, JobOptions.from_json({**recorded, "model": model}), output, ui, force, "calibrate")
         return output
 
 

@@ -156,7 +156,7 @@ def test_damaged_partial_file_is_not_used(
 
 @pytest.mark.parametrize(
     "change",
-    [("--tap", "residual"), *(pytest.param(c, marks=pytest.mark.fuzz) for c in (("--context", 32),)),
+    [("--tap", "normed"), *(pytest.param(c, marks=pytest.mark.fuzz) for c in (("--context", 32),)),
      ("--force",)],
 )  # fmt: skip
 def test_partial_file_of_other_options_is_not_used(

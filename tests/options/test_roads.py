@@ -154,6 +154,7 @@ def test_roads_to_a_changed_run(recorded: Recorded, tmp_path: Path, stopped: Non
         ("plan", directory, "--layers", "0,2", "--select", "cca"),
         ("build", directory, "--max-batch", "2"),
         ("rewrite", directory, "--quantize", "awq"),
+        ("calibrate", "--model", "m", "--output", new, "--seed", "3"),
     ):
         with pytest.raises(UsageError, match=f"^{words[-2]} is for "):
             line(*words)()
