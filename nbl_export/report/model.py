@@ -129,9 +129,10 @@ def _lead(report: Mapping[str, Any]) -> str:
 def _with_windows(replaced: Sequence[int], windows: Sequence[int]) -> str:
     linear = [i for i in replaced if i not in windows]
     said = f"Attention of {words.plural('layer', len(windows))} {spoken_layers(windows)} reads "
-    said += "the last tokens and the first one alone, and keeps so many rows. "
+    said += "the last tokens and the first one alone, and its cache has a fixed size. "
     if linear:
-        said += f"{words.plural('Layer', len(linear))} {spoken_layers(linear)} became linear and need no KV cache."
+        need = "needs" if len(linear) == 1 else "need"
+        said += f"{words.plural('Layer', len(linear))} {spoken_layers(linear)} became linear and {need} no KV cache."
     return said.rstrip()
 
 
