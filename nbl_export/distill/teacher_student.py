@@ -170,16 +170,14 @@ class TeacherStudent:
             return self._apart(teacher.last.flatten(0, 1), last.flatten(0, 1))[1].item()
 
     def gradients(
-        self, teacher: TeacherStates, weight: float, label_weight: float = 0.0, *, whole: bool = False,
-        positions: slice = slice(None),
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:  # fmt: skip
+        self, teacher: TeacherStates, weight: float, label_weight: float = 0.0, *, whole: bool = False
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Gradients of each row's loss, name -> [B, ...], and the rows' KL [B].
 
         Args:
             weight: of the distance of intermediate hidden states.
             label_weight: of the text's next tokens, 0 to 1; the KL has the rest.
             whole: gradients by the weights [D, D] instead of the trained deltas.
-            positions: whose logits are compared. Hidden states are compared at all positions.
         """
         size = len(teacher.entering)
         rows: dict[str, torch.Tensor] = {}
@@ -189,20 +187,18 @@ class TeacherStudent:
             module.linear.rows = own
             rows |= {f"{index}.linear.{name}": parameter for name, parameter in own.items()}
         try:
-            loss_B, kl_B = self._losses(teacher, weight, label_weight, positions)
+            loss_B, kl_B = self._losses(teacher, weight, label_weight)
             found = torch.autograd.grad(loss_B.sum(), list(rows.values()))
         finally:
             for module in self.affine.values():
                 module.linear.rows = None
         return dict(zip(rows, found, strict=True)), kl_B.detach()
 
-    def _losses(
-        self, teacher: TeacherStates, weight: float, label_weight: float, positions: slice
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _losses(self, teacher: TeacherStates, weight: float, label_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
         watched = range(self.first + 1, len(self.layers)) if weight else range(0)
         with self.student(), self._products(training=True), self._watch(watched) as seen:
             last = run_from(self.decoder, teacher.entering)
-            rows = zip(*(values[:, positions] for values in (teacher.last, last, teacher.next_ids)), strict=True)
+            rows = zip(teacher.last, last, teacher.next_ids, strict=True)
             pairs = [
                 self._apart(theirs, ours, ids if label_weight else None, label_weight) for theirs, ours, ids in rows
             ]

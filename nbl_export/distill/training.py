@@ -87,8 +87,6 @@ class DistillSettings:
         label_weight: share of the KL, 0 to 1, that the cross-entropy of the text's next tokens replaces (Hinton et al.
             2015). Near the lowest KL a small share raises KL in second order and lowers perplexity in first order.
             0.1 costs 1% of the KL, 0.2 up to 7% (docs/experiments.md).
-        judged_every: every so many positions, another one first in each step, a step compares logits. Positions see all
-            positions before, so the logits of all of them say little more than those of some.
         narrows: whether `Callbacks.narrow` says which layers stay.
     """
 
@@ -104,7 +102,6 @@ class DistillSettings:
     lora_rank: int = 16
     hidden_weight: float = 0.3
     label_weight: float = 0.1
-    judged_every: int = 1
     narrows: bool = False
 
     @property
@@ -266,9 +263,8 @@ class _Training:
 
     def _gradients(self, teacher: TeacherStates, whole: bool = False) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Mean over all processes of the rows' clipped gradients, and the KL [B] of this process's rows."""
-        weights, every = (self.settings.hidden_weight, self.settings.label_weight), self.settings.judged_every
-        positions = slice(self.step % every, None, every)
-        found, kl_B = self.pair.gradients(teacher, *weights, whole=whole, positions=positions)
+        weights = self.settings.hidden_weight, self.settings.label_weight
+        found, kl_B = self.pair.gradients(teacher, *weights, whole=whole)
         norm_B = torch.stack([g.flatten(1).square().sum(1) for g in found.values()]).sum(0).sqrt()
         share_B = (_CLIP / norm_B).clamp(max=1.0) / len(norm_B)
         gradients = {name: torch.tensordot(share_B, g, 1) for name, g in found.items()}

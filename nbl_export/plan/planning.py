@@ -51,7 +51,7 @@ from nbl_export.records.plan import Plan
 from nbl_export.records.quality import loss_row, spoken_interval, windows_needed
 
 __all__ = ["HOPE", "RECOMMENDED_INCREASE", "Reached", "count_for_budget", "count_for_speedup", "count_foreseen",
-           "count_trained", "count_within", "make_plan", "recommend", "sweep"]  # fmt: skip
+           "count_trained", "count_within", "make_plan", "most_within", "recommend", "sweep"]  # fmt: skip
 
 HOPE = 2.5  # the increase in closed form that training may bring within a limit, over the limit
 RECOMMENDED_INCREASE = DEFAULT_INCREASE  # largest perplexity increase, on the worse text
@@ -255,14 +255,21 @@ def count_foreseen(
     switched: SwitchedModel, order: Sequence[int], goal: Mapping[str, Any], texts: Texts, task: Task = quiet
 ) -> int:
     """The most first layers of an order, at least 1, that keep the limit of `goal` on the choosing texts."""
-    share, sets = goal["share"], {count: (*goal["given"], *order[:count]) for count in range(1, len(order) + 1)}
+    sets = {count: (*goal["given"], *order[:count]) for count in range(1, len(order) + 1)}
+    return max(1, most_within(switched, sets, goal["share"], texts, task))
+
+
+def most_within(
+    switched: SwitchedModel, sets: Mapping[int, Collection[int]], share: float, texts: Texts, task: Task = quiet
+) -> int:
+    """The largest count whose set raises perplexity by at most `share` on every text; 0 if there is none."""
     within = dict.fromkeys(sets, True)
     for name, windows in texts:
-        with task(f"which layers stay, on {name}") as progress:
+        with task(f"{len(sets)} sets of layers, on {name}") as progress:
             for count, loss in switched.quality_losses(windows, sets, progress).items():
                 before, after = loss.perplexities
-                within[count] &= after / before - 1 <= share
-    return max([count for count, kept in within.items() if kept], default=1)
+                within[count] &= after / before - 1 <= share  # False for NaN
+    return max([count for count, kept in within.items() if kept], default=0)
 
 
 def count_trained(

@@ -17,6 +17,7 @@ from nbl_export.model.switched import SwitchedModel
 from nbl_export.model.windows import window_layers
 from nbl_export.plan.inputs import Texts
 from nbl_export.plan.order import Task, quiet
+from nbl_export.plan.planning import most_within
 
 __all__ = ["LENGTH", "long_rows", "top_windows"]
 
@@ -45,13 +46,7 @@ def top_windows(
     made = window_layers(model, range(count - count // 2, count), tokens, tap)
     tried = sorted({1, *range(2, count // 2 + 1, 2)})
     sets: dict[int, Sequence[int]] = {k: range(count - k, count) for k in tried}
-    within, length = dict.fromkeys(sets, True), min(LENGTH, int(model.config.max_position_embeddings))
-    switched = SwitchedModel(model, made, tap, narrow=narrow)
-    for name, windows in texts:
-        with task(f"windows in the top layers, on {name}") as progress:
-            losses = switched.quality_losses(long_rows(windows, length), sets, progress)
-        for k, loss in losses.items():
-            before, after = loss.perplexities
-            within[k] &= after / before - 1 <= share
-    best = max([k for k, kept in within.items() if kept], default=0)
+    length = min(LENGTH, int(model.config.max_position_embeddings))
+    rows = [(name, long_rows(windows, length)) for name, windows in texts]
+    best = most_within(SwitchedModel(model, made, tap, narrow=narrow), sets, share, rows, task)
     return {i: made[i] for i in range(count - best, count)}

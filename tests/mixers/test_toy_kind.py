@@ -34,6 +34,7 @@ from nbl_export.targets import exporter_of
 from nbl_export.targets.openvino.session import IrDecoder
 from nbl_export.verify.torch_reference import row_logits
 from nbl_export.verify.verifier import MappedOriginal
+from tests.genai import said_in_a_batch
 from tests.tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB, random_map
 from tests.verifying import verify_tiny
 
@@ -240,23 +241,12 @@ def test_genai_goes_back_to_where_it_was_told_to(exported: Any, tmp_path: Path) 
 
 def test_genai_runs_prompts_of_two_lengths(exported: Any, tmp_path: Path) -> None:
     """A batch, padded on the right as GenAI pads it, says what each prompt says alone."""
-    import onnxruntime_genai as og
-
     from nbl_export.verify.ladder import greedy
 
     rewrite(exported("llama"), tmp_path / "nbl", Plan(LAYERS, (0, 2)), {0: memory(0), 2: memory(2)})
     prompts = [ids()[k, :n].tolist() for k, n in enumerate(LENGTHS)]
     right = [greedy(OnnxDecoder(tmp_path / "nbl", HEAD_DIM), prompt, STEPS)[0] for prompt in prompts]
-    model = og.Model(str(tmp_path / "nbl"))
-    params, longest = og.GeneratorParams(model), max(LENGTHS) + STEPS
-    params.set_search_options(max_length=longest, min_length=longest, do_sample=False, batch_size=2)
-    generator = og.Generator(model, params)
-    generator.append_tokens(np.array([[*p, *[PAD] * (max(LENGTHS) - len(p))] for p in prompts], np.int32))
-    said = []
-    for _ in range(STEPS):
-        generator.generate_next_token()
-        said.append(generator.get_next_tokens())
-    assert [tuple(map(int, row)) for row in np.transpose(said)] == right
+    assert said_in_a_batch(tmp_path / "nbl", prompts, STEPS, PAD) == [list(tokens) for tokens in right]
 
 
 def test_numpy_reference_of_a_graph(checkpoint: Any, exported: Any) -> None:

@@ -22,6 +22,7 @@ from nbl_export.rewrite import contract_of, rewrite
 from nbl_export.targets import exporter_of
 from nbl_export.verify.ladder import greedy
 from nbl_export.verify.verifier import MappedOriginal
+from tests.genai import said_in_a_batch
 from tests.tiny import HEAD_DIM, KV_HEADS, LAYERS, random_map
 from tests.verifying import verify_tiny
 
@@ -158,22 +159,11 @@ def test_verification_sees_other_weights(checkpoint: Any, tmp_path: Path, monkey
 
 def test_genai_runs_prompts_of_two_lengths(checkpoint: Any, exported: Any, tmp_path: Path) -> None:
     """A batch, padded on the right as GenAI pads it, says what each prompt says alone; the tail is pruned."""
-    import onnxruntime_genai as og
-
     out = rewritten(exported("llama"), tmp_path / "nbl", chosen_of(checkpoint("llama"), ("a", "w", "w")))
     prompts = [ids()[k, :n].tolist() for k, n in enumerate(LENGTHS)]
     right = [greedy(OnnxDecoder(out, HEAD_DIM), prompt, STEPS)[0] for prompt in prompts]
     exporter_of("genai").keep_last_token(out)
-    model = og.Model(str(out))
-    params, longest = og.GeneratorParams(model), max(LENGTHS) + STEPS
-    params.set_search_options(max_length=longest, min_length=longest, do_sample=False, batch_size=2)
-    generator = og.Generator(model, params)
-    generator.append_tokens(np.array([[*p, *[PAD] * (max(LENGTHS) - len(p))] for p in prompts], np.int32))
-    said = []
-    for _ in range(STEPS):
-        generator.generate_next_token()
-        said.append(generator.get_next_tokens())
-    assert [tuple(map(int, row)) for row in np.transpose(said)] == right
+    assert said_in_a_batch(out, prompts, STEPS, PAD) == [list(tokens) for tokens in right]
 
 
 def test_numpy_reference_of_a_graph(checkpoint: Any, exported: Any) -> None:

@@ -53,6 +53,7 @@ SETTLED: list[tuple[Asked, Asked]] = [
 ]
 OF_MODEL: list[tuple[ModelFacts, Asked, Asked]] = [
     (GGUF, {}, {"precision": "fp32"}),
+    (dataclasses.replace(PLAIN, taps=("residual",)), {}, {"fit": "distilled", "tap": "residual"}),
     (GGUF, {"precision": "int4"}, {"precision": "gguf"}),
     (GGUF, {"precision": "int8", "builder_option": ("accuracy_level=1",)}, {"precision": "gguf"}),
     (GGUF, {"precision": "int4", "requantize": True}, {"precision": "int4"}),
