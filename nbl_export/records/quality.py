@@ -3,7 +3,7 @@
     one value a window ─► mean ─► interval                       KL, top-1 agreement
     loss after - loss before, window by window ─► exp(.) - 1     perplexity increase
 
-Windows are few (16 of 512 tokens in 8,192), and neighbours can be alike by a correlation that so few windows hardly
+Windows are few (16 or 32 of 512 tokens), and neighbours can be alike by a correlation that so few windows hardly
 show. With a known correlation r of a first-order autoregression, (mean - truth) / error has Student's t distribution.
 The interval weighs every r from -0.3 to 0.92 by its likelihood, without the mean and the scale (Zellner and Tiao 1964,
 Bayesian Analysis of the Regression Model with Autocorrelated Errors, J. Am. Statist. Assoc. 59). The interval is

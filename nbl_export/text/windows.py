@@ -2,8 +2,8 @@
 
 Each window has one purpose, so no final figure is measured on text that chose something.
 
-    calibration text   | maps are fitted on | deciding | choosing | deciding | final | final | distillation goes on |
-    second text        | unused | deciding | choosing | choosing | final |
+    calibration text   | maps are fitted on | deciding | choosing | deciding | final x 2 | deciding x 2 | training |
+    second text        | unused | deciding | choosing x 2 | final | deciding |
 
 second     text that nobody calibrates on
 choosing   chooses layers (`--select greedy|efficient`), and judges distilled maps
@@ -50,8 +50,8 @@ log = logging.getLogger(__name__)
 _PIECE_CHARS = 1 << 16
 
 
-CALIBRATION_ROLES = ("deciding", "choosing", "deciding", "final", "final")
-SECOND_ROLES = ("unused", "deciding", "choosing", "choosing", "final")
+CALIBRATION_ROLES = ("deciding", "choosing", "deciding", "final", "final", "deciding", "deciding")
+SECOND_ROLES = ("unused", "deciding", "choosing", "choosing", "final", "deciding")
 _PART_TOKENS: dict[tuple[str, ...], int] = {CALIBRATION_ROLES: 4096, SECOND_ROLES: 8192}
 _JUDGING_TOKENS = 2048
 FEWEST_WINDOWS = 3  # one for each purpose
@@ -174,12 +174,14 @@ def _tokens(roles: tuple[str, ...], context: int) -> int:
 
 
 def divide(windows_WT: Any, roles: Sequence[str]) -> Division:
-    """Give each window to one role, run by run in the order of the text.
+    """Give each window to one role, run by run in the order of the text; fewer windows than runs have one run a role.
 
     Args:
         windows_WT: a tensor or array of at least `FEWEST_WINDOWS` windows.
     """
     count = len(windows_WT)
+    if count < len(roles):
+        roles = [role for role in dict.fromkeys(roles) if role != "unused"]
     given = [roles[k * len(roles) // count] for k in range(count)]
     return Division(*(
         windows_WT[[k for k in range(count) if given[k] == role]] for role in ("deciding", "choosing", "final")

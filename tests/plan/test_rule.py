@@ -18,8 +18,9 @@ from nbl_export.text.windows import DIVISION
 LAYERS, POSITIONS, SIZE = 14, 24, 6
 # What each rule makes of the planted effects: the order of 9 layers by loss and work, by loss alone, and beyond.
 ORDERS = {1: ((9, 13, 7, 1, 4, 11, 3, 5, 12), (9, 7, 1, 4, 13, 11, 3, 5, 10), (0, 1, 2, 3, 4, 5, 7, 9, 10, 11, 13))}
-JUDGED: dict[int, tuple[object, ...]] = {1: (4, 512, 8, [[["deciding", "choosing", "deciding", "final", "final"], 4096],
-                          [["unused", "deciding", "choosing", "choosing", "final"], 8192]])}  # fmt: skip
+_NEAR = ["deciding", "choosing", "deciding", "final", "final", "deciding", "deciding"]
+_SECOND = ["unused", "deciding", "choosing", "choosing", "final", "deciding"]
+JUDGED: dict[int, tuple[object, ...]] = {1: (4, 512, 8, [[_NEAR, 4096], [_SECOND, 8192]])}
 
 
 class Planted(Judge):

@@ -62,7 +62,7 @@ def test_calibration_training_judging_deciding_and_figures_share_no_token(tokens
     assert all(uses.values())
     assert sum(map(len, uses.values())) == len(set().union(*uses.values()))
     if tokens == 400_000:
-        assert len(uses["final"]) >= 8192 and len(uses["deciding"]) >= 8192 and len(uses["choosing"]) >= 4096
+        assert len(uses["final"]) >= 8192 and len(uses["deciding"]) >= 16_384 and len(uses["choosing"]) >= 4096
 
 
 def test_parts_of_the_other_text_share_no_token_either() -> None:
@@ -108,7 +108,7 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
     assert rows(read["choosing"]) <= rows(near.choosing) | rows(second.choosing)
     final = [windows for _, windows in verify.loss_texts(verify.declare(resolver))]
     assert rows(final[0]) == rows(near.final) and rows(final[1]) == rows(second.final)
-    assert sum(windows.size for windows in final) >= 2 * 8192
+    assert final[1].size >= 8192 and final[0].size >= 6144  # the first text is short
     seen: dict[str, Any] = {}
 
     class Recorder:
@@ -168,4 +168,4 @@ def test_a_tested_count_is_a_use_of_the_text_also_without_a_goal(run: Path) -> N
     resolver = opened(run)
     resolver.run.manifest["goal"] = {"max_perplexity_increase": "10%", "default": True, "path": [{"layers": 1}]}
     uses = verify.uses_of(verify.declare(resolver), Place(resolver.run, resolver.ui))
-    assert [u["tokens"] for u in uses if u["use"] == "number of layers"] == [8192, 8192]
+    assert [u["tokens"] for u in uses if u["use"] == "number of layers"] == [13_312, 16_384]
