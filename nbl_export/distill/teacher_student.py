@@ -139,7 +139,8 @@ class TeacherStudent:
     def aim(self, gradients: Mapping[str, torch.Tensor]) -> None:
         """Initialise the deltas from gradients by the `whole` weights (`TrainedMixer.aim`)."""
         for index, module in self.affine.items():
-            module.linear.aim(gradients[f"{index}.linear.weight"])
+            own = f"{index}.linear."
+            module.linear.aim({name.removeprefix(own): g for name, g in gradients.items() if name.startswith(own)})
 
     @property
     def units(self) -> dict[str, torch.Tensor]:

@@ -189,10 +189,10 @@ class TrainedMixer(Protocol):
     rows: Mapping[str, torch.Tensor] | None
 
     def values(self, whole: bool) -> dict[str, torch.Tensor]:
-        """The trained tensors; with `whole`, the full matrix that they make, as `weight`, alone."""
+        """The trained tensors by name; with `whole`, the full matrices that they make, alone."""
 
-    def aim(self, gradient: torch.Tensor) -> None:
-        """Initialise the delta from the gradient by the full matrix."""
+    def aim(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """Initialise the deltas from the gradients by the full matrices, by name."""
 
     def measure(self, x_BTD: torch.Tensor) -> None:
         """Set the units of the delta by inputs of the layer."""

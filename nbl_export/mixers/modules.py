@@ -145,11 +145,12 @@ class TrainedLinear(nn.Module):
         return {"weight": self.weight} if whole else dict(self.named_parameters())
 
     @torch.no_grad()
-    def aim(self, gradient: torch.Tensor) -> None:
-        """Set `down` to the first right singular vectors of the weight's gradient [D, D].
+    def aim(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """Set `down` to the first right singular vectors of the gradient [D, D] by `weight`.
 
         These vectors have norm 1, as random vectors have on average. If the rank is above D, the rest stays random.
         """
+        gradient = gradients["weight"]
         count = min(len(self.down), *gradient.shape)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # svd_lowrank starts at random vectors

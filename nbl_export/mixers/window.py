@@ -1,4 +1,4 @@
-"""Attention limited to the last W tokens and the first token, with the layer's own weights; nothing is fitted.
+"""Attention limited to the last W tokens and the first token, with the layer's own weights or these trained further.
 
     x -- norm -- qkv' -- + bias -- softmax over the W rows up to its own and the first row of the text -- o' --
 
@@ -138,6 +138,11 @@ class _Window(Kind):
         shape = WindowShape(int(tokens), int(heads), int(kv_heads), int(head_size), scale)
         qkv, bias, output, frequencies = (tensors[name] for name in ("qkv", "bias", "output", "frequencies"))
         return Window(shape, qkv, bias, output, frequencies, tensors.get("norm"), epsilon)
+
+    def trained(self, mixer: Mixer, rank: int, generator: Any) -> Any:
+        from nbl_export.mixers.window_module import TrainedWindow
+
+        return TrainedWindow(mixer, rank, generator)
 
     def blank(self, size: int, multiplier: float = 1.0) -> Any:
         raise NblError(

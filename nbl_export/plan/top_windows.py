@@ -1,8 +1,8 @@
 """How many layers at the top of a decoder are windows (`mixers.window`), by the loss on long windows of text.
 
 Windows at the top save most: each layer above another adds W - 1 rows to those that a prompt needs of the other one.
-So sets of the top 1, 2, 4, 6, ... layers are tried, on rows of `LENGTH` tokens. A short row would hide what a window
-does not see.
+So sets of the top 1, 2, 3, ... layers are tried, a few at once, until the largest of these costs too much. Rows have
+`LENGTH` tokens, since a short row would hide what a window does not see.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from nbl_export.plan.planning import most_within
 __all__ = ["LENGTH", "long_rows", "top_windows"]
 
 LENGTH = 2048  # tokens of a row, or the model's positions
+_AT_ONCE = 4  # sets that share a pass of the original
 
 
 def long_rows(windows_WT: Any, length: int) -> torch.Tensor:
@@ -44,9 +45,14 @@ def top_windows(
     """
     count = len(model.get_decoder().layers)
     made = window_layers(model, range(count - count // 2, count), tokens, tap)
-    tried = sorted({1, *range(2, count // 2 + 1, 2)})
-    sets: dict[int, Sequence[int]] = {k: range(count - k, count) for k in tried}
     length = min(LENGTH, int(model.config.max_position_embeddings))
     rows = [(name, long_rows(windows, length)) for name, windows in texts]
-    best = most_within(SwitchedModel(model, made, tap, narrow=narrow), sets, share, rows, task)
+    switched, best = SwitchedModel(model, made, tap, narrow=narrow), 0
+    for least in range(1, count // 2 + 1, _AT_ONCE):
+        sets: dict[int, Sequence[int]] = {
+            k: range(count - k, count) for k in range(least, min(least + _AT_ONCE, count // 2 + 1))
+        }
+        best = max(best, most_within(switched, sets, share, rows, task))
+        if best < max(sets):
+            break
     return {i: made[i] for i in range(count - best, count)}

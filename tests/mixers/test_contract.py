@@ -241,9 +241,9 @@ def test_the_trained_form_begins_as_the_mixer_and_others_are_refused(
     with torch.no_grad():
         found = Wrapped(trained, 0.5)(x)[0] * 0.5
     expected = apply(mixer, x.numpy())[0]
-    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5, rtol=1e-5)
     again = kind(mixer).from_tensors(trained.tensors())
-    np.testing.assert_allclose(apply(again, x.numpy())[0], expected, atol=1e-5)
+    np.testing.assert_allclose(apply(again, x.numpy())[0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_features_go_through_sums_files_and_layers(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from nbl_export.mixers.window import Window
 from nbl_export.plan import top_windows as top
 from nbl_export.plan.maps_file import load_maps
 from nbl_export.plan.top_windows import long_rows
+from nbl_export.run_directory import START_FILE
 
 from ..command import BARE, nbl
 from ..jobs import until
@@ -48,7 +49,12 @@ def test_named_windows_ship_verified(
     window = load_maps(run / "maps.safetensors", replaced)[LAYERS - 1]
     assert isinstance(window, Window) and window.shape.tokens == 5
     assert "no layer of kind window" not in done.err
-    assert facts["fit"]["kind"] == ("distilled" if "--distill-steps" in layers else "independent")
+    trained = "--distill-steps" in layers
+    assert facts["fit"]["kind"] == ("distilled" if trained else "independent")
+    if trained:
+        assert facts["fit"]["best_step"]
+        start = load_maps(run / START_FILE, replaced)[LAYERS - 1]
+        assert isinstance(start, Window) and (start.qkv != window.qkv).any() and (start.output != window.output).any()
     if layers == LIMIT:
         (step,) = facts["goal"]["path"]  # of both layers together
         assert step["layers"] == 2 and facts["goal"]["given"] == [LAYERS - 1]
@@ -68,32 +74,36 @@ def test_rows_are_consecutive_windows() -> None:
 
 
 def test_as_many_top_layers_as_the_share_allows_are_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the worse text; and at most half of the layers."""
-    rises = {"one": (0.01, 0.02, 0.03, 0.06), "two": (0.01, 0.02, 0.05, 0.02)}
+    """On the worse text; and at most half of the layers. No set is tried above one that costs too much."""
+    rises = {"one": (0.01, 0.02, 0.03, 0.06, 0.06), "two": (0.01, 0.02, 0.05, 0.02, 0.07)}
     asked: list[tuple[int, ...]] = []
+    tried: list[int] = []
 
     class Switched:
         def __init__(self, _model: Any, maps: dict[int, str], tap: str, *, narrow: bool) -> None:
-            assert (tuple(maps), tap, narrow) == ((4, 5, 6, 7), "normed", True)
+            assert (tuple(maps), tap, narrow) == ((5, 6, 7, 8, 9), "normed", True)
 
         def quality_losses(self, rows: Any, sets: dict[int, Any], _progress: Any) -> dict[int, Any]:
             name = "one" if rows[0, 0] == 1 else "two"
             asked.append(tuple(rows.shape))
-            assert {k: tuple(layers) for k, layers in sets.items()} == {k: tuple(range(8 - k, 8)) for k in (1, 2, 4)}
+            assert all(tuple(layers) == tuple(range(10 - k, 10)) for k, layers in sets.items())
+            tried.extend(sets)
             return {k: SimpleNamespace(perplexities=(4.0, 4.0 * (1 + rises[name][k - 1]))) for k in sets}
 
     monkeypatch.setattr(top, "SwitchedModel", Switched)
     monkeypatch.setattr(top, "window_layers", lambda _model, layers, tokens, _tap: dict.fromkeys(layers, f"w{tokens}"))
-    decoder = SimpleNamespace(layers=[None] * 8)
+    decoder = SimpleNamespace(layers=[None] * 10)
     model = SimpleNamespace(get_decoder=lambda: decoder, config=SimpleNamespace(max_position_embeddings=64))
     texts = [("one", torch.ones(4, 32)), ("two", torch.zeros(4, 32))]
 
     def found(share: float) -> Any:
         return top.top_windows(model, 5, "normed", texts, share, narrow=True)
 
-    assert found(0.04) == {6: "w5", 7: "w5"}
-    assert found(0.015) == {7: "w5"}
-    assert found(0.065) == dict.fromkeys((4, 5, 6, 7), "w5") and found(0.001) == {}
+    assert found(0.04) == {8: "w5", 9: "w5"}
+    assert found(0.015) == {9: "w5"} and found(0.001) == {}
+    assert max(tried) == 4
+    assert found(0.065) == dict.fromkeys((6, 7, 8, 9), "w5")
+    assert found(0.08) == dict.fromkeys((5, 6, 7, 8, 9), "w5")
     assert set(asked) == {(2, 64)}
 
 
@@ -104,7 +114,7 @@ def test_the_job_chooses_windows_at_the_top(checkpoint: Any, text: Path, tmp_pat
         done = nbl(*same, *LIMIT, "--window-layers", "auto", "--window", 5, "--output", run)
     assert done.status == 0, done.err
     facts = json.loads((run / "nbl.json").read_text())
-    assert facts["given"] == [LAYERS - 1] and facts["kinds"] == ["linear", "window"]
+    assert facts["replaced_layers"][-1] == LAYERS - 1 and facts["kinds"] == ["linear", "window"]
     assert f"layers {LAYERS - 1} read 5 tokens and the first one alone; such layers may cost 50000%" in done.err
 
 

@@ -35,7 +35,7 @@ from nbl_export.text.windows import Division
 
 __all__ = ["declare", "declare_sweep", "order_of", "run", "run_sweep"]
 
-_STATE = 4  # kind of the saved state of a distillation; another kind begins anew
+_STATE = 5  # kind of the saved state of a distillation; another kind begins anew
 
 
 def declare(r: Resolver) -> PlanInputs | Lazy[Any]:
@@ -167,8 +167,7 @@ def run(inputs: PlanInputs | Lazy[Any], place: Place, out: Path) -> dict[str, An
 
         fit, selection = inputs.fit, Selection(inputs.order, place.ui.task, place.run.manifest.get("greedy"))
         plan, maps, facts = make_plan(inputs, selection, lambda line: place.ui.say(f"  {line}"), place.ui.task)
-        facts["given"] = list(selection.given)
-        trains = inputs.trains.value and set(plan.replaced) > set(selection.given)
+        trains = inputs.trains.value
         if facts["curve"]:
             place.ui.say(f"  {spoken_curve(facts['curve'])}")
     distilled = trains and plan.replaced
@@ -259,8 +258,6 @@ def declare_distill(r: Resolver) -> DistillInputs | LeftOut:
     if not r.trains:
         return LeftOut("the model does not fit into memory, which training needs")
     narrows = "order" in (r.run.manifest.get("goal") or {})
-    if not narrows and set(r.plan.replaced) <= set(r.run.manifest.get("given", [])):
-        return LeftOut("no layer of the plan is of a kind that is trained")
     texts = {"choosing": r.choosing, "deciding": r.deciding}
     return r.fill(DistillInputs, **{name: text if narrows else None for name, text in texts.items()})
 
