@@ -27,7 +27,7 @@ from nbl_export.records.plan import MAPS, TAPS
 
 __all__ = ["BUILDER_OPTIONS", "CHECKPOINT_FIT", "GGUF", "GIVEN_GRAPH", "MAIN", "NO_ORIGINAL", "OPTIONS", "PANELS",
            "JobOptions", "Option", "describe_command", "flag_of", "located", "public_facts", "public_options",
-           "usual_tap"]  # fmt: skip
+           "usual_tap", "usual_windows"]  # fmt: skip
 
 MAIN = "main"  # the name of the main job among commands
 
@@ -41,7 +41,7 @@ METHODS = ("rtn", "awq")  # of rounding to int4
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # ends a line, or moves a terminal's cursor
 SELF = "self"  # calibration text that the model generates
 GIVEN_GRAPH = "given"  # decoder source of a model that is an ONNX graph
-AUTO_WINDOWS = "auto"  # windows in as many top layers as quality allows
+AUTO_WINDOWS, NO_WINDOWS = "auto", "none"  # windows in as many top layers as quality allows, or in no layer
 CHECKPOINT_FIT = "given"  # fit of the maps that an NBL checkpoint has
 NO_ORIGINAL = "the checkpoint no longer contains the attention weights of its replaced layers"
 GGUF = "gguf"  # precision: codes of a GGUF file, see `rewrite.quantize.take_codes`
@@ -117,9 +117,10 @@ class JobOptions:
         None, 'How many layers ("8") or which ("0,7,24-29"); default: perplexity +10% at most.', _REPLACED,
         "main plan rewrite", first=True, metavar="LAYERS",
     )  # fmt: skip
-    window_layers: str | None = option(
-        None, "Further layers whose attention reads the last --window tokens and the first one alone: 24-29, or auto "
-        "(as many top layers as half of the limit on quality allows).", _REPLACED, "main plan", metavar="LAYERS",
+    window_layers: str = option(
+        NO_WINDOWS, "Further layers whose attention reads the last --window tokens and the first one alone: 24-29, "
+        "auto (as many top layers as half of the limit on quality allows) or none; default: auto for a limit on "
+        "quality, if the engine has them.", _REPLACED, "main plan", metavar="LAYERS",
     )  # fmt: skip
     window: int = option(64, "Tokens that a layer of --window-layers reads.", _REPLACED, "main plan", least=1)
     max_perplexity_increase: str | None = option(
@@ -332,6 +333,12 @@ def usual_fit(values: Mapping[str, Any]) -> str:
     return "independent" if closed or scores else "distilled"
 
 
+def usual_windows(values: Mapping[str, Any]) -> str:
+    """The windows if none are asked for, of an engine and a model that have them: those of a limit on quality."""
+    others = any(values[name] for name in ("layers", "target_speedup", "kv_budget", "draft"))
+    return NO_WINDOWS if others or values["fit"] == "drop" else AUTO_WINDOWS
+
+
 def usual_tap(fit: str, maps: str) -> str:
     """The tap if none is asked for."""
     return "normed" if fit == "distilled" or maps == "linear" else "residual"
@@ -349,6 +356,8 @@ def _flags(options: JobOptions, command: str, without: set[str]) -> list[str]:
     words = []
     defaults = {f.name: f.default for f in dataclasses.fields(JobOptions)}
     defaults |= {"fit": usual_fit(vars(options)), "tap": usual_tap(options.fit, options.maps)}
+    if options.engine == defaults["engine"] and usual_windows(vars(options)) == AUTO_WINDOWS:
+        del defaults["window_layers"]  # the model decides whether it is the default
     if (options.engine, options.provider) != (defaults["engine"], defaults["provider"]):
         del defaults["precision"]  # the default is the engine's own
     for name, record in OPTIONS.items():

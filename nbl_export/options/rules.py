@@ -24,9 +24,11 @@ from nbl_export.options.options import (
     GGUF,
     GIVEN_GRAPH,
     NO_ORIGINAL,
+    NO_WINDOWS,
     JobOptions,
     usual_fit,
     usual_tap,
+    usual_windows,
 )
 from nbl_export.records.capabilities import AUTO, Capabilities
 from nbl_export.records.decoder import DecoderSpec
@@ -121,6 +123,9 @@ DEFAULTS: dict[str, Callable[[Mapping[str, Any], Capabilities, ModelFacts], str]
     "precision": lambda _, engine, model: model.graph_precision or engine.precisions[0],
     "fit": lambda values, _, model: CHECKPOINT_FIT if model.maps_tap else usual_fit(values),
     "tap": _tap,
+    "window_layers": lambda values, engine, model: (
+        usual_windows(values) if engine.windows and not model.graph and not model.maps_tap else NO_WINDOWS
+    ),
 }
 
 
@@ -146,9 +151,9 @@ APPLIES: tuple[Applies, ...] = (
     ),
     Applies(
         ("window_layers",), "--engine ort with --provider cpu, and a checkpoint, not an ONNX graph",
-        lambda c: c.engine.windows and not c.is_graph and not c.is_nbl,
+        lambda c: c.options.window_layers == NO_WINDOWS or (c.engine.windows and not c.is_graph and not c.is_nbl),
     ),
-    Applies(("window",), "--window-layers", lambda c: c.options.window_layers is not None),
+    Applies(("window",), "--window-layers", lambda c: c.options.window_layers != NO_WINDOWS),
     Applies(
         ("max_perplexity_increase",), "a checkpoint, which torch runs; this model is an ONNX graph",
         lambda c: not c.is_graph,
@@ -307,10 +312,13 @@ def _not_made(case: Case) -> str | bool:
 def _beside_windows(case: Case) -> str | bool:
     """What --window-layers does not go with."""
     options = case.options
-    if options.window_layers is None:
+    if options.window_layers == NO_WINDOWS:
         return False
     if options.draft:
-        return "--window-layers does not go with --draft: a layer with a window cannot forget refused tokens"
+        return (
+            "--window-layers does not go with --draft: a layer with a window cannot forget refused tokens; "
+            f"use --window-layers {NO_WINDOWS}"
+        )
     if options.window_layers == AUTO_WINDOWS and names_layers(options.layers):
         return f"--window-layers {AUTO_WINDOWS} does not go with named --layers; name the layers of the windows too"
     return options.kv_budget is not None and (
@@ -378,9 +386,8 @@ def _positions(case: Case) -> int:
 
 def _wrong_windows(case: Case) -> str | bool:
     options, decoder = case.options, case.model.decoder
-    if options.window_layers in (None, AUTO_WINDOWS) or decoder is None:
+    if options.window_layers in (NO_WINDOWS, AUTO_WINDOWS) or decoder is None:
         return _too_wide(case)
-    assert options.window_layers is not None
     flag = f"--window-layers {options.window_layers}"
     windows = parse_layers(options.window_layers, decoder.num_layers, "--window-layers")
     if isinstance(windows, int):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from nbl_export.errors import UsageError
-from nbl_export.options.goals import GOALS, check_request, check_size, parse_layers
+from nbl_export.options.goals import GOALS, check_request, check_size, names_layers, parse_layers
 from nbl_export.options.options import GGUF, OPTIONS, JobOptions, Option, flag_of
 from nbl_export.options.rules import APPLIES, DEFAULTS, FIRST, OF_DECODER, REFUSED, Case, ModelFacts, Refusal
 from nbl_export.records.capabilities import Capabilities
@@ -51,10 +51,12 @@ def settle(
     model = model or ModelFacts()
     given = {name: value for name, value in read_asked(asked).items() if value is not None}
     known = {} if recorded is None else _asked_for(recorded, engine_of, model)
-    if recorded and not model.graph:
-        known["fit"] = recorded.fit  # another goal for a run does not change how its maps are made
+    if recorded and not model.graph and not model.maps_tap:
+        # another goal for a run does not change how its maps are made
+        known |= {"fit": recorded.fit, **({} if _ends_windows(given) else {"window_layers": recorded.window_layers})}
     if model.maps_tap:
-        known.pop("fit", None)
+        for name in ("fit", "window_layers"):
+            known.pop(name, None)
     if "precision" in given:
         known.pop("requantize", None)  # it belongs to the recorded precision
     values = over(known, given)
@@ -68,6 +70,11 @@ def settle(
     case = _applying(case, given)
     judge(case)
     return case.options
+
+
+def _ends_windows(given: Mapping[str, Any]) -> bool:
+    """Whether what is asked of a run leaves no windows that are chosen by quality."""
+    return bool(given.get("draft") or given.get("kv_budget")) or names_layers(given.get("layers"))
 
 
 def over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -125,3 +125,13 @@ def test_windows_need_the_model_in_memory(
     same = ("--model", checkpoint("llama"), "--calibration", text, *BARE, "--compute-dtype", "float32")
     done = nbl(*same, *WORDS, "--output", tmp_path / "run")
     assert done.status == 1 and "--window-layers needs the torch model, which does not fit" in done.err
+
+
+def test_a_model_that_has_no_windows_gets_none_by_itself(checkpoint: Any, text: Path, tmp_path: Path) -> None:
+    same = ("--calibration", text, *BARE, "--compute-dtype", "float32", "--max-perplexity-increase", "100000%")
+    with until("plan"):
+        done = nbl("--model", checkpoint("qwen3"), *same, "--fit", "independent", "--output", tmp_path / "run")
+    assert done.status == 0, done.err
+    assert "no layer gets a window: layer 2" in done.err and "norms queries and keys" in done.err
+    facts = json.loads((tmp_path / "run" / "nbl.json").read_text())
+    assert set(facts["kinds"]) == {"linear"} and facts["options"]["window_layers"] == "auto"

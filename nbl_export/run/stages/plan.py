@@ -22,7 +22,7 @@ from nbl_export.options.goals import (
     parse_layers,
     read_rank,
 )
-from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, NO_ORIGINAL
+from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, NO_ORIGINAL, NO_WINDOWS
 from nbl_export.plan.inputs import AskedGoal, DistilledMaps, MapKind, Maps, OrderInputs, PlanInputs, SweepInputs, Texts
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.plan import spoken_layers
@@ -80,37 +80,41 @@ def order_of(r: Resolver) -> OrderInputs:
 def _windows(r: Resolver) -> Lazy[Maps]:
     """The windows of named layers, or of as many top layers as half of a limit on quality allows."""
     options = r.options
-    if options.window_layers is None:
+    if options.window_layers == NO_WINDOWS:
         return Lazy(None, dict)
-
-    def model() -> Any:
-        if r.shortage.value:
-            raise NblError("--window-layers needs the torch model, which does not fit into memory; leave it out")
-        return r.model.value
-
     if options.window_layers == AUTO_WINDOWS:
         goal = goal_of(options)
         share = (goal.share if isinstance(goal, PerplexityIncrease) else DEFAULT_INCREASE) / 2
-        return Lazy([AUTO_WINDOWS, options.window, share], lambda: _top_windows(r, model(), share))
+        return Lazy([AUTO_WINDOWS, options.window, share], lambda: _top_windows(r, share))
     layers = parse_layers(options.window_layers, r.spec.num_layers, "--window-layers")
     assert isinstance(layers, tuple)  # a count is refused when options are settled
 
     def windows() -> Maps:
         from nbl_export.model.windows import window_layers
 
-        return window_layers(model(), layers, options.window, options.tap)
+        if r.shortage.value:
+            raise NblError("--window-layers needs the torch model, which does not fit into memory; leave it out")
+        return window_layers(r.model.value, layers, options.window, options.tap)
 
     return Lazy([layers, options.window], windows)
 
 
-def _top_windows(r: Resolver, model: Any, share: float) -> Maps:
+def _top_windows(r: Resolver, share: float) -> Maps:
+    """Windows in as many top layers as `share` allows; none if the model has no windows here."""
     from nbl_export.plan.top_windows import top_windows
 
     options = r.options
-    found = top_windows(
-        model, options.window, options.tap, r.choosing_parts.value, share, narrow=r.narrow.value,
-        task=r.ui.task,
-    )  # fmt: skip
+    if r.shortage.value:
+        r.ui.say("  no layer gets a window: the torch model does not fit into memory")
+        return {}
+    try:
+        found = top_windows(
+            r.model.value, options.window, options.tap, r.choosing_parts.value, share, narrow=r.narrow.value,
+            task=r.ui.task,
+        )  # fmt: skip
+    except NblError as error:
+        r.ui.say(f"  no layer gets a window: {error}")
+        return {}
     said = f"layers {spoken_layers(tuple(found))} read" if found else "no layer at the top reads"
     r.ui.say(f"  {said} {options.window} tokens and the first one alone; such layers may cost {100 * share:g}%")
     return found
