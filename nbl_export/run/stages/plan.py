@@ -51,7 +51,7 @@ def declare(r: Resolver) -> PlanInputs | Lazy[Any]:
         order=order_of(r),
         request=None if options.layers is None else parse_layers(options.layers, r.spec.num_layers),
         goal=goal,
-        quarter=Lazy(None, lambda: r.is_graph or bool(r.shortage.value)),
+        quarter=Lazy(None, lambda: r.is_graph),
         trains=Lazy(None, lambda: r.trains),
         # The curve states what its speed-ups are modelled for, so that only a goal needs them in the key.
         speedup=Lazy(r.cost.identity if isinstance(goal.goal, TargetSpeedup) else None, lambda: r.cost.value.speedup),
@@ -68,8 +68,7 @@ def order_of(r: Resolver) -> OrderInputs:
         spec.hidden_size,
         Lazy(usual, lambda: _select(r)),
         Lazy(r.key("calibrate"), lambda: _moments(r)),
-        r.model,
-        r.narrow,
+        r.mixes,
         r.choosing,
         Lazy(None, lambda: None if options.says_itself else r.second_text.sha256),
         Lazy(r.saving if usual == "efficient" else None, lambda: _saved(r)),
@@ -117,15 +116,8 @@ def _top_windows(r: Resolver, model: Any, share: float) -> Maps:
 
 
 def _select(r: Resolver) -> str:
-    """The selection method: that of the options, or the best method that memory allows."""
-    if r.options.select is not None:
-        return r.options.select
-    if r.is_graph:  # the model's output needs the torch model
-        return "cca"
-    if r.shortage.value:
-        r.ui.say("  choosing layers by CCA bounds: --select greedy and efficient need the model in memory")
-        return "cca"
-    return DEFAULT_SELECT
+    """The selection method: that of the options, or the best method for the model."""
+    return r.options.select or ("cca" if r.is_graph else DEFAULT_SELECT)  # the model's output needs the torch model
 
 
 def _moments(r: Resolver) -> Callable[[int, str], Any]:
