@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbl_export.errors import NblError
 from nbl_export.files import arrays_sha256, file_sha256, key_of, write_json
 from nbl_export.measure.cost import map_sizes
 from nbl_export.options.goals import (
@@ -82,36 +81,30 @@ def _windows(r: Resolver) -> Lazy[Maps]:
     if options.window_layers is None:
         return Lazy(None, dict)
 
-    def model() -> Any:
-        if r.shortage.value:
-            raise NblError("--window-layers needs the torch model, which does not fit into memory; leave it out")
-        return r.model.value
+    def made(layers: Iterable[int]) -> dict[int, Any]:
+        from nbl_export.model.windows import window_layers
+
+        model = r.checkpoint.value if r.shortage.value else r.model.value
+        return window_layers(model, layers, options.window, options.tap)
 
     if options.window_layers == AUTO_WINDOWS:
         goal = goal_of(options)
         share = (goal.share if isinstance(goal, PerplexityIncrease) else DEFAULT_INCREASE) / 2
-        return Lazy([AUTO_WINDOWS, options.window, share], lambda: _top_windows(r, model(), share))
+        return Lazy([AUTO_WINDOWS, options.window, share], lambda: _top_windows(r, made, share))
     layers = parse_layers(options.window_layers, r.spec.num_layers, "--window-layers")
     assert isinstance(layers, tuple)  # a count is refused when options are settled
-
-    def windows() -> Maps:
-        from nbl_export.model.windows import window_layers
-
-        return window_layers(model(), layers, options.window, options.tap)
-
-    return Lazy([layers, options.window], windows)
+    return Lazy([layers, options.window], lambda: made(layers))
 
 
-def _top_windows(r: Resolver, model: Any, share: float) -> Maps:
+def _top_windows(r: Resolver, made: Callable[[Iterable[int]], dict[int, Any]], share: float) -> Maps:
     from nbl_export.plan.top_windows import top_windows
 
-    options = r.options
-    found = top_windows(
-        model, options.window, options.tap, r.choosing_parts.value, share, narrow=r.narrow.value,
-        task=r.ui.task,
-    )  # fmt: skip
+    def mixes(maps: Maps) -> Any:
+        return r.mixes.value(maps, r.options.tap)
+
+    found = top_windows(r.spec, made, mixes, r.choosing_parts.value, share, r.ui.task)
     said = f"layers {spoken_layers(tuple(found))} read" if found else "no layer at the top reads"
-    r.ui.say(f"  {said} {options.window} tokens and the first one alone; such layers may cost {100 * share:g}%")
+    r.ui.say(f"  {said} {r.options.window} tokens and the first one alone; such layers may cost {100 * share:g}%")
     return found
 
 
