@@ -115,7 +115,8 @@ class LongBed:
         self, mixers: Mapping[str, Mapping[int, Any]], sets: Mapping[str, tuple[str, Collection[int]]]
     ) -> dict[str, dict[str, dict[str, float]]]:
         """Name of a set -> text -> KL and the relative increase of perplexity."""
-        from nbl_export.model.switched import Loss, SwitchedModel
+        from nbl_export.model.mixes import Loss
+        from nbl_export.model.switched import SwitchedModel
 
         models = {kind: SwitchedModel(self.model, own, "normed", narrow=self.narrow) for kind, own in mixers.items()}
         totals = {name: dict.fromkeys(self.texts, Loss()) for name in sets}

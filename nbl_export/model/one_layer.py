@@ -1,11 +1,13 @@
-"""One decoder layer at a time: calibration of a checkpoint larger than memory, and rows of a token table.
+"""One decoder layer at a time: for checkpoints larger than memory, and rows of a token table.
 
     hidden states of all batches (scratch file) ─► layer i, loaded alone ─► hidden states ─► layer i + 1 ...
                                                        └─ hooks ─► sums of layer i ─► moments.safetensors
 
-A layer runs inside the model's own decoder, built with this one layer and without the final norm. So the same code
-computes masks and rotary embeddings. Weights are read tensor by tensor from the safetensors shards. The moments equal
-the whole model's bit for bit: the same arithmetic runs on the same batches.
+Layers of such a checkpoint are chosen in the same way (`model.streamed`).
+
+A layer runs inside the model's own decoder, built with this one layer. So the same code computes masks and rotary
+embeddings. Weights are read tensor by tensor from the safetensors shards. The moments equal the whole model's bit for
+bit: the same arithmetic runs on the same batches.
 
 If all layers below the first kept one are replaced, that layer's input depends on the token alone:
 
@@ -18,6 +20,7 @@ import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +34,7 @@ from nbl_export.model.checkpoint.pretrained import config_of, model_with
 from nbl_export.model.linearize import architecture_of, multiplier_of, replace_attention, run_from
 from nbl_export.model.memory import available_bytes
 
-__all__ = ["WeightReader", "float32_bytes", "one_layer", "shortage_of", "token_rows"]
+__all__ = ["WeightReader", "float32_bytes", "one_layer", "only_head", "shortage_of", "token_rows"]
 
 _MEMORY_SHARE = 0.6  # of the available memory that the weights may take
 
@@ -74,7 +77,7 @@ class WeightReader:
     def _get(self, name: str) -> torch.Tensor:
         from safetensors import SafetensorError, safe_open
 
-        full = self._prefix + name
+        full = name if name in self._files else self._prefix + name  # the head is beside the decoder
         if full not in self._files:
             raise NblError(f"the checkpoint lacks the weight {full}; fetch the model again")
         try:
@@ -105,7 +108,7 @@ def float32_bytes(directory: Path) -> int:
 
 
 def one_layer(config: Any, index: int, weights: WeightReader) -> Any:
-    """The decoder with layer `index` alone, without final norm; only layer 0 has the embedding."""
+    """The decoder with layer `index` alone. Only layer 0 has the embedding, and only the last layer the final norm."""
     from accelerate import init_empty_weights
 
     single = copy.deepcopy(config)
@@ -115,11 +118,23 @@ def one_layer(config: Any, index: int, weights: WeightReader) -> Any:
             setattr(single, name, [getattr(config, name)[index]])
     with init_empty_weights(include_buffers=False):  # the rotary frequencies are computed buffers
         decoder = model_with(single, lm_head=False)
-    decoder.norm = nn.Identity()
+    if index < config.num_hidden_layers - 1:
+        decoder.norm = nn.Identity()
     if index:
         decoder.embed_tokens = nn.Identity()
     weights.fill(decoder, lambda name: name.replace(_LAYER.format(0), _LAYER.format(index), 1))
     return decoder.eval()
+
+
+def only_head(config: Any, weights: WeightReader) -> Any:
+    """What `head.Head` reads of a causal LM: its configuration and `lm_head`."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    tied = getattr(config, "tie_word_embeddings", False)
+    weights.fill(lm_head, lambda _name: "embed_tokens.weight" if tied else "lm_head.weight")
+    return SimpleNamespace(config=config, lm_head=lm_head)
 
 
 def shortage_of(checkpoint: Path) -> str:

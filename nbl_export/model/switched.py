@@ -1,4 +1,4 @@
-"""The original and every mix of attention and maps in one torch model, and a mix's loss against the original.
+"""The original and every mix of attention and maps in one torch model.
 
     layers        0 .. a-1        a .. n-1                    a: the lowest layer in which two mixes differ
     mixes    same hidden states | run from `entering` at a    so layers below a are computed once for all mixes
@@ -9,51 +9,21 @@ model is unchanged afterwards.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from nbl_export.mixers.base import Mixer
 from nbl_export.model import bfloat16
-from nbl_export.model.head import Head, divergence
+from nbl_export.model.head import Head
 from nbl_export.model.linearize import multiplier_of, run_from, switched
+from nbl_export.model.mixes import Mixes, Progress, Runs, quiet
 
-__all__ = ["Loss", "SwitchedModel"]
-
-_LOGIT_ROWS = 256  # positions whose logits are held at once
-_BATCH_TOKENS = 2048  # windows that run at once
+__all__ = ["SwitchedModel"]
 
 
-@dataclass(frozen=True)
-class Loss:
-    """Sums over positions, in nats: KL(original || mix), and the cross entropy of both. Losses can be added."""
-
-    positions: int = 0
-    kl_sum: float = 0.0
-    original_sum: float = 0.0
-    nbl_sum: float = 0.0
-
-    def __add__(self, other: Loss) -> Loss:
-        return Loss(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
-
-    @property
-    def kl(self) -> float:
-        return self.kl_sum / self.positions
-
-    @property
-    def perplexities(self) -> tuple[float, float]:
-        """Of the original and of the mix."""
-        return _exp(self.original_sum / self.positions), _exp(self.nbl_sum / self.positions)
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
-
-
-class SwitchedModel:
+class SwitchedModel(Mixes):
     """A causal LM of transformers whose layers are switched between attention and map.
 
     Args:
@@ -62,14 +32,23 @@ class SwitchedModel:
         narrow: products in bfloat16; logits of the original stay float32.
     """
 
+    most_tokens = 2048
+
     def __init__(self, model: Any, maps: Mapping[int, Mixer], tap: str, *, narrow: bool = False) -> None:
         self.model, self._narrow = model, narrow
-        self.head = Head(model, narrow=narrow)
+        self._head = Head(model, narrow=narrow)
         self._decoder = model.get_decoder()
         self._layers = self._decoder.layers
         self._tap = tap
         self.num_layers = len(self._layers)
         self._affine = {i: m.module(multiplier_of(model.config)).eval() for i, m in maps.items()}
+
+    @property
+    def head(self) -> Head:
+        return self._head
+
+    def runs(self, ids_WT: torch.Tensor, *, again: bool) -> Runs:
+        return _Runs(self, ids_WT, again)
 
     @torch.no_grad()
     def run(
@@ -102,56 +81,34 @@ class SwitchedModel:
                 handle.remove()
         return last, seen
 
-    @torch.no_grad()
-    def losses(
-        self, ids_T: torch.Tensor, original_TD: torch.Tensor, replaced_sets: Mapping[Any, torch.Tensor]
-    ) -> dict[Any, Loss]:
-        """Each mix's loss on one window, from last hidden states; the original's logits are computed once."""
-        changes = {name: last_TD - original_TD for name, last_TD in replaced_sets.items()}
-        found = dict.fromkeys(replaced_sets, Loss())
-        for rows in torch.arange(0, len(ids_T) - 1).split(_LOGIT_ROWS):
-            target_N = ids_T[rows + 1]
-            base_NV = self.head.logits(original_TD[rows])
-            base = torch.nn.functional.cross_entropy(base_NV, target_N, reduction="sum").item()
-            share_NV = base_NV.softmax(1)
-            for name, change_TD in changes.items():
-                apart_NKV = self.head.changes(base_NV, change_TD[rows][:, None]).float()
-                kl, rise = (v.sum(dtype=torch.float64).item() for v in divergence(share_NV, apart_NKV, target_N))
-                found[name] += Loss(len(rows), kl, base, base + rise)
-        return found
 
-    def quality_loss(self, windows_WT: Any, replaced_set: Collection[int]) -> Loss:
-        """A mix's loss on token ids [windows, context], a tensor or an array."""
-        return self.quality_losses(windows_WT, {"mix": replaced_set})["mix"]
+class _Runs(Runs):
+    """The original runs at first use; each mix runs from the original's states at its lowest replaced layer."""
 
-    def quality_losses(
-        self,
-        windows_WT: Any,
-        replaced_sets: Mapping[Any, Collection[int]],
-        progress: Callable[[int, int], None] | None = None,
-    ) -> dict[Any, Loss]:
-        """The loss of each of several mixes on some text; the original runs once for all mixes."""
-        found = self.window_losses(windows_WT, replaced_sets, progress)
-        return {name: sum(losses, Loss()) for name, losses in found.items()}
+    def __init__(self, model: SwitchedModel, ids_BT: torch.Tensor, again: bool) -> None:
+        self._model, self._ids_BT, self._again = model, ids_BT, again
+        self._original: torch.Tensor | None = None
+        self._entering: dict[int, torch.Tensor] = {}
 
-    def window_losses(
-        self,
-        windows_WT: Any,
-        replaced_sets: Mapping[Any, Collection[int]],
-        progress: Callable[[int, int], None] | None = None,
-    ) -> dict[Any, list[Loss]]:
-        """As `quality_losses`, for each window separately."""
-        found: dict[Any, list[Loss]] = {name: [] for name in replaced_sets}
-        lowest = {name: min(replaced_set) for name, replaced_set in replaced_sets.items() if replaced_set}
-        windows_WT = torch.as_tensor(windows_WT)
-        for ids_BT in windows_WT.split(max(1, _BATCH_TOKENS // windows_WT.shape[1])):
-            original, seen = self.run((), ids_BT=ids_BT, watch=set(lowest.values()))
-            last = dict.fromkeys(replaced_sets, original)
-            for name, first in lowest.items():
-                last[name] = self.run(replaced_sets[name], entering_BTD=seen[first], first=first)[0]
-            for k, ids_T in enumerate(ids_BT):
-                for name, loss in self.losses(ids_T, original[k], {n: v[k] for n, v in last.items()}).items():
-                    found[name].append(loss)
-            if progress is not None:
-                progress(sum(map(len, found.values())) // max(1, len(replaced_sets)), len(windows_WT))
-        return found
+    @property
+    def original(self) -> torch.Tensor:
+        if self._original is None:
+            self._begin(())
+        assert self._original is not None
+        return self._original
+
+    def last(self, replaced_sets: Sequence[Collection[int]], progress: Progress = quiet) -> Iterator[torch.Tensor]:
+        firsts = {min(replaced_set) for replaced_set in replaced_sets if replaced_set}
+        if not firsts <= self._entering.keys():
+            self._begin(firsts)
+        for k, replaced_set in enumerate(replaced_sets):
+            if replaced_set:
+                first = min(replaced_set)
+                yield self._model.run(replaced_set, entering_BTD=self._entering[first], first=first)[0]
+            else:
+                yield self.original
+            progress(k + 1, len(replaced_sets))
+
+    def _begin(self, firsts: Collection[int]) -> None:
+        watch = range(self._model.num_layers) if self._again else firsts
+        self._original, self._entering = self._model.run((), ids_BT=self._ids_BT, watch=watch)

@@ -140,7 +140,7 @@ class JobOptions:
     )  # fmt: skip
     select: str | None = option(
         None, "Order of layers: efficient (least quality lost for the work saved, default), greedy (least quality "
-        "lost), cca (smallest bound; default if the model does not fit into memory) or error.",
+        "lost), cca (smallest bound; default for an ONNX graph) or error.",
         _REPLACED, "main plan", choices=SELECTS, metavar="ORDER",
     )  # fmt: skip
     rank: str | None = option(

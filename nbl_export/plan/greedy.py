@@ -33,6 +33,7 @@ layer makes d_i' F d_j cheap, also for a change d_i that is measured later.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ import torch
 
 from nbl_export.errors import NblError
 from nbl_export.model.head import divergence
-from nbl_export.model.switched import SwitchedModel
+from nbl_export.model.mixes import Mixes, Progress, quiet
 
 __all__ = ["EVERY", "RULE", "TRIES", "Effects", "GreedyOrder", "Judge", "Point", "Search"]
 
@@ -51,12 +52,8 @@ TRIES = 3
 _NOTHING = 1e-9  # least share of the work that a set saves, and least loss
 
 
-Progress = Callable[[int, int], None]  # steps done, all steps
 EVERY = 4  # every fourth position is judged; each position sees all positions before
 _BLOCK_BYTES = 64 << 20  # of the changes of logits that are held at once
-
-
-def _quiet(_done: int, _total: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -191,7 +188,7 @@ class Search:
         if self._effects is not None and not order.steps:
             self.order = GreedyOrder((self._point(replaced, self._effects),))
 
-    def extend(self, length: int, progress: Progress = _quiet) -> GreedyOrder:
+    def extend(self, length: int, progress: Progress = quiet) -> GreedyOrder:
         """Take true steps up to `length` of them.
 
         Raises:
@@ -203,7 +200,7 @@ class Search:
             progress(len(self.order.steps), length)
         return self.order
 
-    def extrapolate(self, counts: Sequence[int], progress: Progress = _quiet) -> GreedyOrder:
+    def extrapolate(self, counts: Sequence[int], progress: Progress = quiet) -> GreedyOrder:
         """Estimate further sets, with a true pass at each of `counts`."""
         front, points = self._front(self.order.steps[-1] if self.order.steps else None, self._effects), []
         for count in sorted(counts):
@@ -316,35 +313,34 @@ class Judge:
     """Runs mixes on judging windows and measures their effects.
 
     Args:
-        switched: the model with the maps of all layers.
+        mixes: the model with the maps of all layers.
         texts: token ids [windows, context] of each text; no map was fitted on them.
     """
 
-    def __init__(self, switched: SwitchedModel, texts: Sequence[torch.Tensor]) -> None:
+    def __init__(self, mixes: Mixes, texts: Sequence[torch.Tensor]) -> None:
         ids_WT = torch.cat(list(texts))
-        self._switched, self._head, self.num_layers = switched, switched.head, switched.num_layers
+        self._mixes, self.num_layers = mixes, mixes.num_layers
         self._rows = torch.arange(0, ids_WT.shape[1] - 1, EVERY)
         self._target_N = ids_WT[:, self._rows + 1].flatten()
-        original, self._entering = switched.run((), ids_BT=ids_WT, watch=range(switched.num_layers))
-        self._original_ND = self._judged(original)
+        self._runs = mixes.runs(ids_WT, again=True)
         self.parts = [len(text) * len(self._rows) for text in texts]  # judged positions of each text
 
-    def alone(self, progress: Callable[[int, int], None]) -> Effects:
+    def alone(self, progress: Progress) -> Effects:
         """The effects of each layer alone (K: all layers)."""
-        changes = []
-        for layer in range(self.num_layers):
-            changes.append(self._change((layer,)))
-            progress(layer + 1, self.num_layers)
-        return self._effects(torch.stack(changes, 1), pulled=True)
+        return self._effects(self._changes_of([(i,) for i in range(self.num_layers)], progress), pulled=True)
 
     def together(self, replaced_set: Collection[int]) -> Effects:
         """The effects of a mix (K = 1), without its pull."""
-        return self._effects(self._change(replaced_set)[:, None], pulled=False)
+        return self._effects(self._changes_of([replaced_set]), pulled=False)
 
-    def _change(self, replaced_set: Collection[int]) -> torch.Tensor:
-        first = min(replaced_set)
-        last, _ = self._switched.run(replaced_set, entering_BTD=self._entering[first], first=first)
-        return self._judged(last) - self._original_ND
+    def _changes_of(self, replaced_sets: Sequence[Collection[int]], progress: Progress = quiet) -> torch.Tensor:
+        """How each mix changes the judged last hidden states [N, K, D]."""
+        last = [self._judged(last_WTD) for last_WTD in self._runs.last(replaced_sets, progress)]
+        return torch.stack(last, 1).sub_(self._original_ND[:, None])
+
+    @functools.cached_property
+    def _original_ND(self) -> torch.Tensor:
+        return self._judged(self._runs.original)
 
     def _judged(self, last_BTD: torch.Tensor) -> torch.Tensor:
         return last_BTD[:, self._rows].flatten(0, 1).float()
@@ -352,21 +348,22 @@ class Judge:
     @torch.no_grad()
     def _effects(self, change_NKD: torch.Tensor, *, pulled: bool) -> Effects:
         positions, count, _ = change_NKD.shape
-        rows = max(1, _BLOCK_BYTES // (4 * count * self._head.size))
+        rows = max(1, _BLOCK_BYTES // (4 * count * self._mixes.head.size))
         found = [self._measure(part_N, change_NKD[part_N], pulled) for part_N in torch.arange(positions).split(rows)]
         return Effects(change_NKD, *(torch.cat(values) for values in zip(*found, strict=True)))
 
     def _measure(self, part_N: torch.Tensor, change_NKD: torch.Tensor, pulled: bool) -> tuple[torch.Tensor, ...]:
         """KL, rise of the loss, variance and, if wanted, pull at some positions."""
-        base_NV = self._head.near_logits(self._original_ND[part_N])
+        head = self._mixes.head
+        base_NV = head.near_logits(self._original_ND[part_N])
         share_NV = base_NV.softmax(1)
-        narrow_NKV = self._head.changes(base_NV, change_NKD)
+        narrow_NKV = head.changes(base_NV, change_NKD)
         apart_NKV = narrow_NKV.float()
         mean_NK1, square_NK1 = apart_NKV @ share_NV[..., None], apart_NKV.square() @ share_NV[..., None]
         pull: tuple[torch.Tensor, ...] = ()
         if pulled:
             typed_N1V = share_NV[:, None].to(narrow_NKV.dtype)
-            common_N1D = self._head.pull(base_NV, typed_N1V)
-            pull = (self._head.pull(base_NV, narrow_NKV * typed_N1V) - mean_NK1 * common_N1D,)
+            common_N1D = head.pull(base_NV, typed_N1V)
+            pull = (head.pull(base_NV, narrow_NKV * typed_N1V) - mean_NK1 * common_N1D,)
         variance_NK = (square_NK1 - mean_NK1.square())[..., 0]
         return *divergence(share_NV, apart_NKV, self._target_N[part_N]), variance_NK, *pull

@@ -36,7 +36,7 @@ class OrderInputs:
     Attributes:
         select: "cca" (smallest bound), "error", "greedy" (least loss) or "efficient" (least loss for the work saved).
         moments: (layer, tap) -> its moments.
-        model: the torch model. narrow: whether its products are in bfloat16.
+        mixes: maps and their tap -> the torch model, in which these maps can replace attention.
         texts: texts that layers are chosen by; no map is fitted on them.
         second_sha256: of the second text among them, which differs between versions of Python.
         saved: share of the arithmetic of a prefill of some tokens that maps save, for "efficient".
@@ -48,8 +48,7 @@ class OrderInputs:
     hidden_size: int
     select: Lazy[str]
     moments: Lazy[Callable[[int, str], Any]]
-    model: Lazy[Any]
-    narrow: Lazy[bool]
+    mixes: Lazy[Callable[[Maps, str], Any]]
     texts: Lazy[Texts]
     second_sha256: Lazy[str | None]
     saved: Lazy[Callable[[Maps, int], float]]

@@ -18,7 +18,7 @@ from typing import Any
 from nbl_export.files import key_of
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import FitOptions, Mixer
-from nbl_export.model.switched import SwitchedModel
+from nbl_export.model.mixes import Mixes
 from nbl_export.plan.greedy import EVERY, RULE, GreedyOrder, Judge, Point, Search
 from nbl_export.plan.inputs import Maps, OrderInputs
 from nbl_export.records.inputs import Lazy, identity_of
@@ -74,10 +74,9 @@ class Selection:
         return {i: self._maps[i] for i in layers}
 
     @functools.cached_property
-    def switched(self) -> SwitchedModel:
+    def mixes(self) -> Mixes:
         """The torch model, in which any set of layers can be replaced."""
-        inputs = self.inputs
-        return SwitchedModel(inputs.model.value, self._all_maps, inputs.kind.tap, narrow=inputs.narrow.value)
+        return self.inputs.mixes.value(self._all_maps, self.inputs.kind.tap)
 
     # -- order -------------------------------------------------------------------------------------------------
 
@@ -145,7 +144,7 @@ class Selection:
         tokens = sum(windows.numel() for windows in texts)
         order = self._order or GreedyOrder()
         with self._task(f"trying each layer on {tokens} tokens") as progress:
-            return Search(Judge(self.switched, texts), order, self._saving, progress, self.given)
+            return Search(Judge(self.mixes, texts), order, self._saving, progress, self.given)
 
     @functools.cached_property
     def _saving(self) -> Callable[[Sequence[int]], float] | None:
@@ -177,7 +176,7 @@ class Selection:
         """Fingerprint of what an order by the model's output follows from."""
         inputs = self.inputs
         saved = inputs.saved.identity if self.select == "efficient" else None
-        parts = (inputs.kind, inputs.moments, inputs.model, inputs.narrow, inputs.texts, inputs.given)
+        parts = (inputs.kind, inputs.moments, inputs.mixes, inputs.texts, inputs.given)
         return key_of(
             RULE, EVERY, _WEIGHED_TOKENS, [identity_of(part) for part in parts], inputs.second_sha256.value, saved
         )

@@ -43,7 +43,7 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.mixers.base import Mixer
-from nbl_export.model.switched import SwitchedModel
+from nbl_export.model.mixes import Mixes
 from nbl_export.options.goals import DEFAULT_INCREASE, CacheBudget, PerplexityIncrease, TargetSpeedup
 from nbl_export.plan.inputs import AskedGoal, MapKind, Maps, PlanInputs, SweepInputs, Texts
 from nbl_export.plan.order import Selection, Task, a_quarter, choose, quiet
@@ -114,7 +114,7 @@ def sweep(inputs: SweepInputs, fitted: Selection, titles: Mapping[str, str], tas
     sets = {m: (*fitted.given, *order[:m]) for m in range(inputs.count + 1)}
     points: list[dict[str, Any]] = []
     for method, selection in (("nbl", fitted), ("drop", dropped)):
-        losses = _losses(selection.switched, sets, inputs, titles[method], task)
+        losses = _losses(selection.mixes, sets, inputs, titles[method], task)
         points += _points(inputs, method, selection.maps_of((*fitted.given, *order)), sets, losses)
     points += _distilled(inputs, fitted, titles, task)
     return {
@@ -139,19 +139,19 @@ def _distilled(inputs: SweepInputs, fitted: Selection, titles: Mapping[str, str]
     sets: dict[int, Sequence[int]] = {trained: replaced}
     if {*given, *order} == set(replaced):
         sets = {**{m: (*given, *order[:m]) for m in range(1, min(inputs.count + 1, trained))}, **sets}
-    switched = SwitchedModel(inputs.order.model.value, maps, inputs.order.kind.tap, narrow=inputs.order.narrow.value)
-    found = _points(inputs, "distilled", maps, sets, _losses(switched, sets, inputs, titles["distilled"], task))
+    mixes = inputs.order.mixes.value(maps, inputs.order.kind.tap)
+    found = _points(inputs, "distilled", maps, sets, _losses(mixes, sets, inputs, titles["distilled"], task))
     return [{**point, "distilled_for": trained} for point in found]
 
 
 def _losses(
-    switched: SwitchedModel, sets: Mapping[int, Collection[int]], inputs: SweepInputs, title: str, task: Task
+    mixes: Mixes, sets: Mapping[int, Collection[int]], inputs: SweepInputs, title: str, task: Task
 ) -> dict[str, Any]:
     """The losses of each set, window by window, on each text."""
     found = {}
     for name, windows in inputs.deciding.value:
         with task(f"{title} on {name}") as progress:
-            found[name] = switched.window_losses(windows, sets, progress)
+            found[name] = mixes.window_losses(windows, sets, progress)
     return found
 
 
@@ -252,28 +252,28 @@ def _count_to_train(asked: AskedGoal, selection: Selection) -> Reached:
 
 
 def count_foreseen(
-    switched: SwitchedModel, order: Sequence[int], goal: Mapping[str, Any], texts: Texts, task: Task = quiet
+    mixes: Mixes, order: Sequence[int], goal: Mapping[str, Any], texts: Texts, task: Task = quiet
 ) -> int:
     """The most first layers of an order, at least 1, that keep the limit of `goal` on the choosing texts."""
     sets = {count: (*goal["given"], *order[:count]) for count in range(1, len(order) + 1)}
-    return max(1, most_within(switched, sets, goal["share"], texts, task))
+    return max(1, most_within(mixes, sets, goal["share"], texts, task))
 
 
 def most_within(
-    switched: SwitchedModel, sets: Mapping[int, Collection[int]], share: float, texts: Texts, task: Task = quiet
+    mixes: Mixes, sets: Mapping[int, Collection[int]], share: float, texts: Texts, task: Task = quiet
 ) -> int:
     """The largest count whose set raises perplexity by at most `share` on every text; 0 if there is none."""
     within = dict.fromkeys(sets, True)
     for name, windows in texts:
         with task(f"{len(sets)} sets of layers, on {name}") as progress:
-            for count, loss in switched.quality_losses(windows, sets, progress).items():
+            for count, loss in mixes.quality_losses(windows, sets, progress).items():
                 before, after = loss.perplexities
                 within[count] &= after / before - 1 <= share  # False for NaN
     return max([count for count, kept in within.items() if kept], default=0)
 
 
 def count_trained(
-    switched: SwitchedModel, order: Sequence[int], goal: Mapping[str, Any], texts: Texts, task: Task = quiet
+    mixes: Mixes, order: Sequence[int], goal: Mapping[str, Any], texts: Texts, task: Task = quiet
 ) -> Reached:
     """The most first layers of an order that are shown to keep the limit of `goal`, with maps that were trained.
 
@@ -283,7 +283,7 @@ def count_trained(
     path: list[dict[str, Any]] = []
     while not (path and path[0]["within"]) and len(order) - len(path) >= _least(goal["given"]):
         replaced = (*goal["given"], *order[: len(order) - len(path)])
-        path = _steps(switched, texts, [replaced], goal["share"], task) + path
+        path = _steps(mixes, texts, [replaced], goal["share"], task) + path
     return _reached(path, goal, goal["share"], len(goal["given"]))
 
 
@@ -347,7 +347,7 @@ def _test(selection: Selection, texts: Texts, share: float, task: Task) -> list[
     start = min(last, max(least, selection.predicted_count(share) - 1))
 
     def steps(counts: Iterable[int]) -> list[dict[str, Any]]:
-        return _steps(selection.switched, texts, [selection.replaced(count) for count in counts], share, task)
+        return _steps(selection.mixes, texts, [selection.replaced(count) for count in counts], share, task)
 
     path = steps(range(start, min(last, start + 1) + 1))
     while all(step["within"] for step in path) and path[-1]["layers"] - given < last:
@@ -359,14 +359,14 @@ def _test(selection: Selection, texts: Texts, share: float, task: Task) -> list[
 
 
 def _steps(
-    switched: SwitchedModel, texts: Texts, found: Sequence[Sequence[int]], share: float, task: Task
+    mixes: Mixes, texts: Texts, found: Sequence[Sequence[int]], share: float, task: Task
 ) -> list[dict[str, Any]]:
     """Quality loss of some sets on each text, and whether it is shown to be within `share`."""
     orders = {len(order): order for order in found}
     losses, said = {}, " or ".join(map(str, orders))
     for name, windows in texts:
         with task(f"replacing {said} layers, on {name}") as progress:
-            losses[name] = switched.window_losses(windows, orders, progress)
+            losses[name] = mixes.window_losses(windows, orders, progress)
     return [_step(order, {n: found[count] for n, found in losses.items()}, share) for count, order in orders.items()]
 
 

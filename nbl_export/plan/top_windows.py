@@ -7,17 +7,17 @@ So sets of the top 1, 2, 3, ... layers are tried, a few at once, until the large
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from nbl_export.mixers.window import Window
-from nbl_export.model.switched import SwitchedModel
-from nbl_export.model.windows import window_layers
-from nbl_export.plan.inputs import Texts
+from nbl_export.model.mixes import Mixes
+from nbl_export.plan.inputs import Maps, Texts
 from nbl_export.plan.order import Task, quiet
 from nbl_export.plan.planning import most_within
+from nbl_export.records.decoder import DecoderSpec
 
 __all__ = ["LENGTH", "long_rows", "top_windows"]
 
@@ -33,21 +33,23 @@ def long_rows(windows_WT: Any, length: int) -> torch.Tensor:
 
 
 def top_windows(
-    model: Any, tokens: int, tap: str, texts: Texts, share: float, *, narrow: bool = False, task: Task = quiet
-) -> dict[int, Window]:
+    spec: DecoderSpec, windows_of: Callable[[Iterable[int]], dict[int, Window]], mixes: Callable[[Maps], Mixes],
+    texts: Texts, share: float, task: Task = quiet,
+) -> dict[int, Window]:  # fmt: skip
     """The windows of as many top layers as raise perplexity by at most `share` on every text; at most half of them.
 
     Args:
-        tokens: that a layer sees. texts: consecutive windows of each.
+        windows_of: layers -> their windows. mixes: windows -> the torch model in which they can replace attention.
+        texts: consecutive windows of each.
 
     Raises:
         NblError: a layer's attention has parts that a window does not have.
     """
-    count = len(model.get_decoder().layers)
-    made = window_layers(model, range(count - count // 2, count), tokens, tap)
-    length = min(LENGTH, int(model.config.max_position_embeddings))
+    count = spec.num_layers
+    made = windows_of(range(count - count // 2, count))
+    length = min(LENGTH, spec.max_positions)
     rows = [(name, long_rows(windows, length)) for name, windows in texts]
-    switched, best = SwitchedModel(model, made, tap, narrow=narrow), 0
+    switched, best = mixes(made), 0
     for least in range(1, count // 2 + 1, _AT_ONCE):
         sets: dict[int, Sequence[int]] = {
             k: range(count - k, count) for k in range(least, min(least + _AT_ONCE, count // 2 + 1))

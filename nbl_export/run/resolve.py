@@ -19,7 +19,7 @@ from nbl_export.files import key_of
 from nbl_export.measure.cost import CostModel, cost_model
 from nbl_export.options.goals import saving_inputs
 from nbl_export.options.options import GGUF, GIVEN_GRAPH, JobOptions, describe_command
-from nbl_export.plan.inputs import Texts
+from nbl_export.plan.inputs import Maps, Texts
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy, identity_of
 from nbl_export.records.plan import Plan
@@ -255,8 +255,25 @@ class Resolver:
     def narrow(self) -> bool:
         """Whether the torch model's products are in bfloat16 (`--compute-dtype`)."""
         from nbl_export.model import bfloat16
+        from nbl_export.parallel import ranks
 
-        return bfloat16.chosen(self.options.compute_dtype, self.model.value.device)
+        device = ranks.current().device if self.shortage.value else self.model.value.device
+        return bfloat16.chosen(self.options.compute_dtype, device)
+
+    @lazy("fingerprint", "compute_dtype")
+    def mixes(self) -> Callable[[Maps, str], Any]:
+        """Maps and their tap -> the torch model, in which these maps can replace attention (`model.mixes.Mixes`).
+
+        A model that does not fit into memory has one layer in memory at a time.
+        """
+        from nbl_export.model.streamed import StreamedModel
+        from nbl_export.model.switched import SwitchedModel
+
+        if self.shortage.value:
+            self.ui.say(f"  one layer at a time: the weights are {self.shortage.value}")
+            checkpoint, scratch = self.checkpoint.value, self.run.path
+            return lambda maps, tap: StreamedModel(checkpoint, maps, tap, scratch, narrow=self.narrow.value)
+        return lambda maps, tap: SwitchedModel(self.model.value, maps, tap, narrow=self.narrow.value)
 
     @lazy(shown=True)
     def shortage(self) -> str:

@@ -87,17 +87,48 @@ def test_chosen_by_itself_where_memory_is_short(
         assert ("one layer at a time: the weights are" in done.err) is expected
 
 
-@pytest.mark.parametrize(("short", "expected"), [(False, "efficient"), (True, "cca")])
-def test_layers_are_chosen_without_the_whole_model(
-    short: bool, expected: str, given: Any, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_layers_are_chosen_as_with_the_whole_model(
+    given: Any, sharded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if short:
-        short_of_memory(monkeypatch)
-    made = nbl("calibrate", "--model", checkpoint("llama"), *given, "--output", tmp_path / "run")
+    """A limit on quality is tested, an order found and a sweep made; what differs is rounding. Nothing is trained."""
+    made = nbl("calibrate", "--model", sharded("llama", torch.bfloat16), *given, "--output", tmp_path / "whole")
     assert made.status == 0, made.err
-    done = nbl("plan", tmp_path / "run", "--layers", "1", "--json")
-    assert done.status == 0, done.err
-    assert json.loads(done.out)["select"] == expected
+    shutil.copytree(tmp_path / "whole", tmp_path / "layers")
+    limit = ("--max-perplexity-increase", "100000%")
+    facts = []
+    for name, fit in (("whole", "independent"), ("layers", "distilled")):
+        if name == "layers":
+            short_of_memory(monkeypatch)
+            monkeypatch.setattr(
+                "nbl_export.model.checkpoint.load.load_model", lambda _d: pytest.fail("the whole model was loaded")
+            )
+        run = tmp_path / name
+        planned = nbl("plan", run, *limit, "--fit", fit, "--sweep")
+        assert planned.status == 0, planned.err
+        assert ("one layer at a time: the weights are too large" in planned.err) is (name == "layers")
+        assert "sweep: done" in planned.err
+        found = json.loads((run / "nbl.json").read_text())
+        facts.append({**found, "sweep": json.loads((run / "sweep.json").read_text())})
+        assert not list(run.glob(".tmp-*"))
+    whole, layers = facts
+    assert whole["select"] == layers["select"] == "efficient"
+    assert len(layers["goal"]["path"]) == LAYERS - 1
+    for part in ("replaced_layers", "goal", "curve", "sweep"):
+        assert_near(layers[part], whole[part])
+
+
+def assert_near(found: Any, expected: Any) -> None:
+    """Equal JSON values, but for the rounding of numbers."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert_near(found[name], expected[name])
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_near(one, other)
+    else:
+        assert found == (pytest.approx(expected, rel=2e-3, abs=1e-5) if isinstance(expected, float) else expected)
 
 
 def test_one_layer_is_in_memory_at_a_time(
@@ -120,7 +151,7 @@ def test_one_layer_is_in_memory_at_a_time(
     assert len(filled) == LAYERS
     for index, names in enumerate(filled):
         others = [n for n in names if not n.startswith(f"layers.{index}.")]
-        assert others == (["embed_tokens.weight"] if index == 0 else [])
+        assert others == {0: ["embed_tokens.weight"], LAYERS - 1: ["norm.weight"]}.get(index, [])
 
 
 def test_missing_weight_is_named(sharded: Any, tmp_path: Path) -> None:

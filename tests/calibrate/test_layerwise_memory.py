@@ -17,11 +17,11 @@ PEAK = """
 import sys
 from pathlib import Path
 import torch
-from nbl_export.calibrate import layer_by_layer
+from nbl_export.calibrate import collect
 checkpoint, scratch, tokens = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 ids = torch.arange(tokens).view(1, -1)
-wanted = layer_by_layer.Wanted(("residual",))
-sums = layer_by_layer.collect_layers(checkpoint, ids, [ids], wanted, scratch, lambda done, total: None)
+wanted = collect.Wanted(("residual",))
+sums = collect.collect_layers(checkpoint, ids, [ids], wanted, scratch, lambda done, total: None)
 print(sum(1 for _ in sums))
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

@@ -72,7 +72,20 @@ def states(model: Any, text: torch.Tensor) -> torch.Tensor:
     return found
 
 
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_a_checkpoint_read_by_layers_gives_the_same_windows(name: str, checkpoint: Callable[[str], Path]) -> None:
+    for tap in ("residual", "normed"):
+        whole = window_layers(load_model(checkpoint(name)), range(LAYERS), W, tap)
+        layers = window_layers(checkpoint(name), range(LAYERS), W, tap)
+        for i in range(LAYERS):
+            assert layers[i].shape == whole[i].shape and layers[i].tensors().keys() == whole[i].tensors().keys()
+            for part, value in layers[i].tensors().items():
+                np.testing.assert_array_equal(value, whole[i].tensors()[part])
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_attention_is_refused(name: str, checkpoint: Callable[[str], Path]) -> None:
-    with pytest.raises(NblError, match=f"layer 0: a window cannot stand for its attention: .*{REFUSED[name]}"):
-        window_layers(load_model(checkpoint(name)), [0], W, "residual")
+    refused = f"layer 1: a window cannot stand for its attention: .*{REFUSED[name]}"
+    for model in (load_model(checkpoint(name)), checkpoint(name)):
+        with pytest.raises(NblError, match=refused):
+            window_layers(model, [1], W, "residual")

@@ -97,7 +97,7 @@ class Priced:
     def __init__(self, *rises: float, spread: float = 1e-6, guess: int = 0) -> None:
         self.rises, self.spread, self.guess = rises, spread, guess
         self.tested: list[int] = []
-        self.switched, self.inputs, self.given = self, SimpleNamespace(num_layers=5), ()
+        self.mixes, self.inputs, self.given = self, SimpleNamespace(num_layers=5), ()
 
     def order(self, count: int) -> tuple[int, ...]:
         return tuple(range(10, 10 + count))

@@ -15,10 +15,9 @@ from nbl_export.errors import NblError
 from nbl_export.mixers.linear import Linear
 from nbl_export.mixers.lmmse import Moments
 from nbl_export.mixers.none import Nothing
-from nbl_export.model.switched import Loss
+from nbl_export.model.mixes import Loss
 from nbl_export.options.goals import PerplexityIncrease, TargetSpeedup
 from nbl_export.plan import order as order_of
-from nbl_export.plan import planning
 from nbl_export.plan.inputs import AskedGoal, DistilledMaps, MapKind, Maps, OrderInputs, PlanInputs, SweepInputs
 from nbl_export.plan.order import Selection
 from nbl_export.plan.planning import make_plan, recommend, sweep
@@ -50,8 +49,7 @@ class Switched:
     made: list[tuple[Maps, str]] = []  # noqa: RUF012  emptied by `inputs`
     factor = 0.01
 
-    def __init__(self, _model: Any, maps: Maps, tap: str, *, narrow: bool) -> None:
-        assert narrow is False
+    def __init__(self, maps: Maps, tap: str) -> None:
         self.maps = maps
         self.made.append((maps, tap))
 
@@ -80,8 +78,6 @@ class Judge(Planted):
 
 @pytest.fixture(autouse=True)
 def planted(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (order_of, planning):
-        monkeypatch.setattr(module, "SwitchedModel", Switched)
     monkeypatch.setattr(order_of, "Judge", Judge)
     Judge.rounds = 0
     Switched.made.clear()
@@ -91,7 +87,7 @@ def inputs(select: str = "cca", **kind: Any) -> OrderInputs:
     texts = [("near", torch.zeros(2, 8)), ("far", torch.zeros(2, 8))]
     return OrderInputs(
         MapKind(**kind), LAYERS, SIZE, Lazy(select, lambda: select), Lazy("moments", lambda: moments_of),
-        Lazy("model", lambda: None), Lazy("float32", lambda: False), Lazy("texts", lambda: texts),
+        Lazy("model", lambda: Switched), Lazy("texts", lambda: texts),
         Lazy(None, lambda: "second"), Lazy("saved", lambda: lambda maps, tokens: len(maps) * tokens / 10_000),
     )  # fmt: skip
 
@@ -124,7 +120,7 @@ def never() -> Any:
 def test_a_count_takes_the_layers_with_the_best_scores() -> None:
     lazy: dict[str, Any] = dict.fromkeys(("quarter", "deciding", "speedup", "setting"), Lazy(None, never))
     for select in ("cca", "error"):
-        heavy: dict[str, Any] = dict.fromkeys(("model", "narrow", "texts", "second_sha256", "saved"), Lazy(None, never))
+        heavy: dict[str, Any] = dict.fromkeys(("mixes", "texts", "second_sha256", "saved"), Lazy(None, never))
         bare = dataclasses.replace(inputs(select), **heavy)
         plan, maps, facts, _ = planned(plan_inputs(bare, 3, **lazy))
         assert plan.replaced == tuple(sorted(CHEAPEST)) == tuple(maps)
@@ -300,7 +296,7 @@ def test_another_input_is_another_key() -> None:
     start = inputs("efficient")
     others = {
         "kind": MapKind(rank=2), "select": Lazy("greedy", lambda: "greedy"), "moments": Lazy("o", lambda: moments_of),
-        "model": Lazy("o", lambda: None), "narrow": Lazy("o", lambda: False), "texts": Lazy("o", list),
+        "mixes": Lazy("o", lambda: Switched), "texts": Lazy("o", list),
         "second_sha256": Lazy(None, lambda: "third"), "saved": Lazy("o", lambda: lambda maps, tokens: 0.0),
         "given": Lazy("o", dict),
     }  # fmt: skip

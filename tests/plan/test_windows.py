@@ -73,15 +73,15 @@ def test_rows_are_consecutive_windows() -> None:
     assert long_rows(windows, 25) is windows
 
 
-def test_as_many_top_layers_as_the_share_allows_are_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_top_layers_as_the_share_allows_are_windows() -> None:
     """On the worse text; and at most half of the layers. No set is tried above one that costs too much."""
     rises = {"one": (0.01, 0.02, 0.03, 0.06, 0.06), "two": (0.01, 0.02, 0.05, 0.02, 0.07)}
     asked: list[tuple[int, ...]] = []
     tried: list[int] = []
 
     class Switched:
-        def __init__(self, _model: Any, maps: dict[int, str], tap: str, *, narrow: bool) -> None:
-            assert (tuple(maps), tap, narrow) == ((5, 6, 7, 8, 9), "normed", True)
+        def __init__(self, maps: Any) -> None:
+            assert maps == dict.fromkeys((5, 6, 7, 8, 9), "window")
 
         def quality_losses(self, rows: Any, sets: dict[int, Any], _progress: Any) -> dict[int, Any]:
             name = "one" if rows[0, 0] == 1 else "two"
@@ -90,25 +90,33 @@ def test_as_many_top_layers_as_the_share_allows_are_windows(monkeypatch: pytest.
             tried.extend(sets)
             return {k: SimpleNamespace(perplexities=(4.0, 4.0 * (1 + rises[name][k - 1]))) for k in sets}
 
-    monkeypatch.setattr(top, "SwitchedModel", Switched)
-    monkeypatch.setattr(top, "window_layers", lambda _model, layers, tokens, _tap: dict.fromkeys(layers, f"w{tokens}"))
-    decoder = SimpleNamespace(layers=[None] * 10)
-    model = SimpleNamespace(get_decoder=lambda: decoder, config=SimpleNamespace(max_position_embeddings=64))
+    spec: Any = SimpleNamespace(num_layers=10, max_positions=64)
     texts = [("one", torch.ones(4, 32)), ("two", torch.zeros(4, 32))]
 
     def found(share: float) -> Any:
-        return top.top_windows(model, 5, "normed", texts, share, narrow=True)
+        windows: Any = lambda layers: dict.fromkeys(layers, "window")  # noqa: E731
+        mixes: Any = Switched
+        return top.top_windows(spec, windows, mixes, texts, share)
 
-    assert found(0.04) == {8: "w5", 9: "w5"}
-    assert found(0.015) == {9: "w5"} and found(0.001) == {}
+    assert list(found(0.04)) == [8, 9]
+    assert found(0.015) == {9: "window"} and found(0.001) == {}
     assert max(tried) == 4
-    assert found(0.065) == dict.fromkeys((6, 7, 8, 9), "w5")
-    assert found(0.08) == dict.fromkeys((5, 6, 7, 8, 9), "w5")
+    assert list(found(0.065)) == [6, 7, 8, 9]
+    assert list(found(0.08)) == [5, 6, 7, 8, 9]
     assert set(asked) == {(2, 64)}
 
 
-def test_the_job_chooses_windows_at_the_top(checkpoint: Any, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("short", [False, True])
+def test_the_job_chooses_windows_at_the_top(
+    short: bool, checkpoint: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if memory holds only one layer at a time."""
     run = tmp_path / "run"
+    if short:
+        monkeypatch.setattr("nbl_export.model.one_layer.shortage_of", lambda _checkpoint: "too large")
+        monkeypatch.setattr(
+            "nbl_export.model.checkpoint.load.load_model", lambda _d: pytest.fail("the whole model was loaded")
+        )
     same = ("--model", checkpoint("llama"), "--calibration", text, *BARE, "--compute-dtype", "float32")
     with until("plan"):
         done = nbl(*same, *LIMIT, "--window-layers", "auto", "--window", 5, "--output", run)
@@ -116,15 +124,6 @@ def test_the_job_chooses_windows_at_the_top(checkpoint: Any, text: Path, tmp_pat
     facts = json.loads((run / "nbl.json").read_text())
     assert facts["replaced_layers"][-1] == LAYERS - 1 and facts["kinds"] == ["linear", "window"]
     assert f"layers {LAYERS - 1} read 5 tokens and the first one alone; such layers may cost 50000%" in done.err
-
-
-def test_windows_need_the_model_in_memory(
-    checkpoint: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("nbl_export.model.one_layer.shortage_of", lambda _checkpoint: "too large")
-    same = ("--model", checkpoint("llama"), "--calibration", text, *BARE, "--compute-dtype", "float32")
-    done = nbl(*same, *WORDS, "--output", tmp_path / "run")
-    assert done.status == 1 and "--window-layers needs the torch model, which does not fit" in done.err
 
 
 def test_a_model_that_has_no_windows_gets_none_by_itself(checkpoint: Any, text: Path, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
 
     class Recorder:
         @property
-        def switched(self) -> Recorder:
+        def mixes(self) -> Recorder:
             return self
 
         def order(self, count: int) -> tuple[int, ...]:
@@ -125,7 +125,7 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
             return {name: [loss, loss] for name in mixes}
 
     recorder: Any = Recorder()
-    _steps(recorder.switched, resolver.deciding.value, [recorder.order(1)], 0.1, quiet)
+    _steps(recorder.mixes, resolver.deciding.value, [recorder.order(1)], 0.1, quiet)
     assert [rows(w) for w in seen["deciding"]] == [rows(near.deciding), rows(second.deciding)]
 
 

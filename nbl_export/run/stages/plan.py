@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def declare(r: Resolver) -> PlanInputs | Lazy[Any]:
         order=order_of(r),
         request=None if options.layers is None else parse_layers(options.layers, r.spec.num_layers),
         goal=goal,
-        quarter=Lazy(None, lambda: r.is_graph or bool(r.shortage.value)),
+        quarter=Lazy(None, lambda: r.is_graph),
         trains=Lazy(None, lambda: r.trains),
         # The curve states what its speed-ups are modelled for, so that only a goal needs them in the key.
         speedup=Lazy(r.cost.identity if isinstance(goal.goal, TargetSpeedup) else None, lambda: r.cost.value.speedup),
@@ -68,8 +68,7 @@ def order_of(r: Resolver) -> OrderInputs:
         spec.hidden_size,
         Lazy(usual, lambda: _select(r)),
         Lazy(r.key("calibrate"), lambda: _moments(r)),
-        r.model,
-        r.narrow,
+        r.mixes,
         r.choosing,
         Lazy(None, lambda: None if options.says_itself else r.second_text.sha256),
         Lazy(r.saving if usual == "efficient" else None, lambda: _saved(r)),
@@ -82,54 +81,42 @@ def _windows(r: Resolver) -> Lazy[Maps]:
     options = r.options
     if options.window_layers == NO_WINDOWS:
         return Lazy(None, dict)
+
+    def made(layers: Iterable[int]) -> dict[int, Any]:
+        from nbl_export.model.windows import window_layers
+
+        model = r.checkpoint.value if r.shortage.value else r.model.value
+        return window_layers(model, layers, options.window, options.tap)
+
     if options.window_layers == AUTO_WINDOWS:
         goal = goal_of(options)
         share = (goal.share if isinstance(goal, PerplexityIncrease) else DEFAULT_INCREASE) / 2
-        return Lazy([AUTO_WINDOWS, options.window, share], lambda: _top_windows(r, share))
+        return Lazy([AUTO_WINDOWS, options.window, share], lambda: _top_windows(r, made, share))
     layers = parse_layers(options.window_layers, r.spec.num_layers, "--window-layers")
     assert isinstance(layers, tuple)  # a count is refused when options are settled
-
-    def windows() -> Maps:
-        from nbl_export.model.windows import window_layers
-
-        if r.shortage.value:
-            raise NblError("--window-layers needs the torch model, which does not fit into memory; leave it out")
-        return window_layers(r.model.value, layers, options.window, options.tap)
-
-    return Lazy([layers, options.window], windows)
+    return Lazy([layers, options.window], lambda: made(layers))
 
 
-def _top_windows(r: Resolver, share: float) -> Maps:
+def _top_windows(r: Resolver, made: Callable[[Iterable[int]], dict[int, Any]], share: float) -> Maps:
     """Windows in as many top layers as `share` allows; none if the model has no windows here."""
     from nbl_export.plan.top_windows import top_windows
 
-    options = r.options
-    if r.shortage.value:
-        r.ui.say("  no layer gets a window: the torch model does not fit into memory")
-        return {}
+    def mixes(maps: Maps) -> Any:
+        return r.mixes.value(maps, r.options.tap)
+
     try:
-        found = top_windows(
-            r.model.value, options.window, options.tap, r.choosing_parts.value, share, narrow=r.narrow.value,
-            task=r.ui.task,
-        )  # fmt: skip
+        found = top_windows(r.spec, made, mixes, r.choosing_parts.value, share, r.ui.task)
     except NblError as error:
         r.ui.say(f"  no layer gets a window: {error}")
         return {}
     said = f"layers {spoken_layers(tuple(found))} read" if found else "no layer at the top reads"
-    r.ui.say(f"  {said} {options.window} tokens and the first one alone; such layers may cost {100 * share:g}%")
+    r.ui.say(f"  {said} {r.options.window} tokens and the first one alone; such layers may cost {100 * share:g}%")
     return found
 
 
 def _select(r: Resolver) -> str:
-    """The selection method: that of the options, or the best method that memory allows."""
-    if r.options.select is not None:
-        return r.options.select
-    if r.is_graph:  # the model's output needs the torch model
-        return "cca"
-    if r.shortage.value:
-        r.ui.say("  choosing layers by CCA bounds: --select greedy and efficient need the model in memory")
-        return "cca"
-    return DEFAULT_SELECT
+    """The selection method: that of the options, or the best method for the model."""
+    return r.options.select or ("cca" if r.is_graph else DEFAULT_SELECT)  # the model's output needs the torch model
 
 
 def _moments(r: Resolver) -> Callable[[int, str], Any]:
