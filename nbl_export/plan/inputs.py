@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +10,20 @@ from nbl_export.mixers.base import Mixer
 from nbl_export.options.goals import CacheBudget, PerplexityIncrease, TargetSpeedup
 from nbl_export.records.inputs import Lazy
 
-__all__ = ["AskedGoal", "DistilledMaps", "MapKind", "OrderInputs", "PlanInputs", "SweepInputs"]
+__all__ = ["WITHOUT_WINDOWS", "AskedGoal", "DistilledMaps", "MapKind", "OrderInputs", "PlanInputs", "SweepInputs"]
 
 Maps = Mapping[int, Mixer]  # replaced layer -> its mixer
+Fit = Callable[[Collection[int]], Maps]  # layers -> their fitted maps
+# what fits layers, and the layers that got windows before, if they are known -> windows
+ChooseWindows = Callable[[Fit, Collection[int] | None], Maps]
 Texts = Sequence[tuple[str, Any]]  # name and token ids [windows, context] of each text
+
+
+def _no_windows(_fit: Fit, _known: Collection[int] | None) -> Maps:
+    return {}
+
+
+WITHOUT_WINDOWS: Lazy[ChooseWindows] = Lazy(None, lambda: _no_windows)
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class OrderInputs:
         second_sha256: of the second text among them, which differs between versions of Python.
         saved: share of the arithmetic of a prefill of some tokens that maps save, for "efficient".
         given: mixers of layers that are replaced in any case, before the order begins.
+        windows: chooses the layers that get a window in place of a fitted map, if the order takes them.
     """
 
     kind: MapKind
@@ -53,6 +64,7 @@ class OrderInputs:
     second_sha256: Lazy[str | None]
     saved: Lazy[Callable[[Maps, int], float]]
     given: Lazy[Maps] = field(default_factory=lambda: Lazy(None, dict))
+    windows: Lazy[ChooseWindows] = field(default_factory=lambda: WITHOUT_WINDOWS)
 
 
 @dataclass(frozen=True)

@@ -66,12 +66,24 @@ class Selection:
 
     def maps_of(self, layers: Collection[int]) -> dict[int, Mixer]:
         """The maps of some layers; the moments of one layer at a time are in memory."""
-        asked = self.inputs.kind
         self._maps |= self.inputs.given.value
-        for i in (i for i in layers if i not in self._maps):
-            moments, options = self.inputs.moments.value(i, asked.tap), FitOptions(asked.rank, asked.bias)
-            self._maps[i] = kind_of(asked.kind).fit(moments, i, options)
+        if self.judges:
+            self._maps |= self._windows
+        self._maps |= self._fit([i for i in layers if i not in self._maps])
         return {i: self._maps[i] for i in layers}
+
+    def _fit(self, layers: Collection[int]) -> dict[int, Mixer]:
+        asked, moments = self.inputs.kind, self.inputs.moments.value
+        kind, options = kind_of(asked.kind), FitOptions(asked.rank, asked.bias)
+        return {i: kind.fit(moments(i, asked.tap), i, options) for i in layers}
+
+    @functools.cached_property
+    def _windows(self) -> Maps:
+        """Layers that get a window in place of a fitted map, as recorded if they are."""
+        found, known = self._found, None
+        if found and found.get("key") == self.key and isinstance(found.get("windows"), list):
+            known = [int(i) for i in found["windows"]]
+        return self.inputs.windows.value(self._fit, known)
 
     @functools.cached_property
     def mixes(self) -> Mixes:
@@ -176,7 +188,7 @@ class Selection:
         """Fingerprint of what an order by the model's output follows from."""
         inputs = self.inputs
         saved = inputs.saved.identity if self.select == "efficient" else None
-        parts = (inputs.kind, inputs.moments, inputs.mixes, inputs.texts, inputs.given)
+        parts = (inputs.kind, inputs.moments, inputs.mixes, inputs.texts, inputs.given, inputs.windows)
         return key_of(
             RULE, EVERY, _WEIGHED_TOKENS, [identity_of(part) for part in parts], inputs.second_sha256.value, saved
         )
@@ -190,6 +202,7 @@ class Selection:
         if self._order is None:
             return {"curve": None}
         greedy = {"key": self.key, "texts": self._names, **dataclasses.asdict(self._order)}
+        greedy["windows"] = sorted(self._windows)
         points = [self._point(speedup.value, point) for point in (*self._order.steps, *self._order.beyond)]
         return {"greedy": greedy, "curve": {"texts": self._names, **setting.value, "points": points}}
 

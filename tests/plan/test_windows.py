@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from nbl_export.mixers.window import Window
-from nbl_export.plan import top_windows as top
+from nbl_export.plan.kinds import better_as_windows, long_rows
 from nbl_export.plan.maps_file import load_maps
-from nbl_export.plan.top_windows import long_rows
 from nbl_export.run_directory import START_FILE
 
 from ..command import BARE, nbl
@@ -73,45 +71,49 @@ def test_rows_are_consecutive_windows() -> None:
     assert long_rows(windows, 25) is windows
 
 
-def test_as_many_top_layers_as_the_share_allows_are_windows() -> None:
-    """On the worse text; and at most half of the layers. No set is tried above one that costs too much."""
-    rises = {"one": (0.01, 0.02, 0.03, 0.06, 0.06), "two": (0.01, 0.02, 0.05, 0.02, 0.07)}
+def test_layers_that_change_the_output_half_as_much_get_a_window() -> None:
+    """On both texts together, one long row of each."""
+    changes = {"map 4": (5.0, 3.1), "window 4": (3.0, 1.0), "map 5": (5.0, 2.9), "window 5": (1.0, 3.0)}
     asked: list[tuple[int, ...]] = []
-    tried: list[int] = []
 
-    class Switched:
+    class Planted:
+        original = torch.ones(1, 8, 2)
+
         def __init__(self, maps: Any) -> None:
-            assert maps == dict.fromkeys((5, 6, 7, 8, 9), "window")
+            self.maps = maps
 
-        def quality_losses(self, rows: Any, sets: dict[int, Any], _progress: Any) -> dict[int, Any]:
-            name = "one" if rows[0, 0] == 1 else "two"
-            asked.append(tuple(rows.shape))
-            assert all(tuple(layers) == tuple(range(10 - k, 10)) for k, layers in sets.items())
-            tried.extend(sets)
-            return {k: SimpleNamespace(perplexities=(4.0, 4.0 * (1 + rises[name][k - 1]))) for k in sets}
+        def runs(self, ids: Any, *, again: bool) -> Any:
+            assert not again
+            asked.append((*ids.shape, int(ids[0, 0])))
+            self.text = int(ids[0, 0])
+            return self
 
-    spec: Any = SimpleNamespace(num_layers=10, max_positions=64)
-    texts = [("one", torch.ones(4, 32)), ("two", torch.zeros(4, 32))]
+        def last(self, sets: Any) -> Any:
+            assert list(sets) == [(4,), (5,)]
+            for (layer,) in sets:
+                yield self.original + changes[self.maps[layer]][self.text] ** 0.5
 
-    def found(share: float) -> Any:
-        windows: Any = lambda layers: dict.fromkeys(layers, "window")  # noqa: E731
-        mixes: Any = Switched
-        return top.top_windows(spec, windows, mixes, texts, share)
+    made: Any = Planted
+    fitted, windows = ({i: f"{kind} {i}" for i in layers} for kind, layers in (("map", range(9)), ("window", (4, 5))))
+    texts, done = [("one", torch.zeros(4, 4)), ("two", torch.ones(4, 4))], []
 
-    assert list(found(0.04)) == [8, 9]
-    assert found(0.015) == {9: "window"} and found(0.001) == {}
-    assert max(tried) == 4
-    assert list(found(0.065)) == [6, 7, 8, 9]
-    assert list(found(0.08)) == [5, 6, 7, 8, 9]
-    assert set(asked) == {(2, 64)}
+    def found() -> Any:
+        maps: tuple[Any, Any] = fitted, windows
+        return better_as_windows(made, *maps, texts, 8, lambda *state: done.append(state))
+
+    assert found() == (4,)
+    assert asked == [(1, 8, 0), (1, 8, 1)] * 2 and done[-1] == (8, 8)
+    changes["map 5"] = (5.0, 3.1)
+    assert found() == (4, 5)
 
 
 @pytest.mark.parametrize("short", [False, True])
-def test_the_job_chooses_windows_at_the_top(
+def test_the_job_chooses_a_kind_for_each_upper_layer(
     short: bool, checkpoint: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also if memory holds only one layer at a time."""
+    """Also if memory holds only one layer at a time. All windows of the upper layers are taken."""
     run = tmp_path / "run"
+    monkeypatch.setattr("nbl_export.plan.kinds._TIMES", 0.0)
     if short:
         monkeypatch.setattr("nbl_export.model.one_layer.shortage_of", lambda _checkpoint: "too large")
         monkeypatch.setattr(
@@ -122,8 +124,15 @@ def test_the_job_chooses_windows_at_the_top(
         done = nbl(*same, *LIMIT, "--window-layers", "auto", "--window", 5, "--output", run)
     assert done.status == 0, done.err
     facts = json.loads((run / "nbl.json").read_text())
-    assert facts["replaced_layers"][-1] == LAYERS - 1 and facts["kinds"] == ["linear", "window"]
-    assert f"layers {LAYERS - 1} read 5 tokens and the first one alone; such layers may cost 50000%" in done.err
+    windows = facts["greedy"]["windows"]
+    assert windows == [1, 2]
+    kinds = dict(zip(facts["replaced_layers"], facts["kinds"], strict=True))
+    assert kinds == {i: "window" if i in windows else "linear" for i in kinds}
+    assert "layers 1-2 may read 5 tokens and the first one alone, in place of a linear layer" in done.err
+    with until("plan"):
+        again = nbl("plan", run, "--max-perplexity-increase", "90000%")
+    assert again.status == 0 and "may read" not in again.err  # they are recorded
+    assert json.loads((run / "nbl.json").read_text())["greedy"] == facts["greedy"]
 
 
 def test_a_model_that_has_no_windows_gets_none_by_itself(checkpoint: Any, text: Path, tmp_path: Path) -> None:

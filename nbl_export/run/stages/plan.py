@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,19 @@ from nbl_export.options.goals import (
     read_rank,
 )
 from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, NO_ORIGINAL, NO_WINDOWS
-from nbl_export.plan.inputs import AskedGoal, DistilledMaps, MapKind, Maps, OrderInputs, PlanInputs, SweepInputs, Texts
+from nbl_export.plan.inputs import (
+    WITHOUT_WINDOWS,
+    AskedGoal,
+    ChooseWindows,
+    DistilledMaps,
+    Fit,
+    MapKind,
+    Maps,
+    OrderInputs,
+    PlanInputs,
+    SweepInputs,
+    Texts,
+)
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.plan import spoken_layers
 from nbl_export.report.console import METHOD_NAMES
@@ -72,46 +84,53 @@ def order_of(r: Resolver) -> OrderInputs:
         r.choosing,
         Lazy(None, lambda: None if options.says_itself else r.second_text.sha256),
         Lazy(r.saving if usual == "efficient" else None, lambda: _saved(r)),
-        _windows(r),
+        _given(r),
+        _chosen_windows(r),
     )
 
 
-def _windows(r: Resolver) -> Lazy[Maps]:
-    """The windows of named layers, or of as many top layers as half of a limit on quality allows."""
+def _given(r: Resolver) -> Lazy[Maps]:
+    """The windows of named layers."""
     options = r.options
-    if options.window_layers == NO_WINDOWS:
+    if options.window_layers in (NO_WINDOWS, AUTO_WINDOWS):
         return Lazy(None, dict)
-
-    def made(layers: Iterable[int]) -> dict[int, Any]:
-        from nbl_export.model.windows import window_layers
-
-        model = r.checkpoint.value if r.shortage.value else r.model.value
-        return window_layers(model, layers, options.window, options.tap)
-
-    if options.window_layers == AUTO_WINDOWS:
-        goal = goal_of(options)
-        share = (goal.share if isinstance(goal, PerplexityIncrease) else DEFAULT_INCREASE) / 2
-        return Lazy([AUTO_WINDOWS, options.window, share], lambda: _top_windows(r, made, share))
     layers = parse_layers(options.window_layers, r.spec.num_layers, "--window-layers")
     assert isinstance(layers, tuple)  # a count is refused when options are settled
-    return Lazy([layers, options.window], lambda: made(layers))
+    return Lazy([layers, options.window], lambda: _windows_of(r, layers))
 
 
-def _top_windows(r: Resolver, made: Callable[[Iterable[int]], dict[int, Any]], share: float) -> Maps:
-    """Windows in as many top layers as `share` allows; none if the model has no windows here."""
-    from nbl_export.plan.top_windows import top_windows
+def _windows_of(r: Resolver, layers: Iterable[int]) -> dict[int, Any]:
+    from nbl_export.model.windows import window_layers
 
-    def mixes(maps: Maps) -> Any:
-        return r.mixes.value(maps, r.options.tap)
+    model = r.checkpoint.value if r.shortage.value else r.model.value
+    return window_layers(model, layers, r.options.window, r.options.tap)
 
-    try:
-        found = top_windows(r.spec, made, mixes, r.choosing_parts.value, share, r.ui.task)
-    except NblError as error:
-        r.ui.say(f"  no layer gets a window: {error}")
-        return {}
-    said = f"layers {spoken_layers(tuple(found))} read" if found else "no layer at the top reads"
-    r.ui.say(f"  {said} {r.options.window} tokens and the first one alone; such layers may cost {100 * share:g}%")
-    return found
+
+def _chosen_windows(r: Resolver) -> Lazy[ChooseWindows]:
+    """The windows of those layers that are better as windows, in the upper half of the decoder."""
+    if r.options.window_layers != AUTO_WINDOWS:
+        return WITHOUT_WINDOWS
+
+    def chosen(fit: Fit, known: Collection[int] | None) -> Maps:
+        from nbl_export.plan.kinds import LENGTH, better_as_windows
+
+        upper, options = range(r.spec.num_layers // 2, r.spec.num_layers), r.options
+        try:
+            windows = _windows_of(r, upper if known is None else known)
+        except NblError as error:
+            r.ui.say(f"  no layer gets a window: {error}")
+            return {}
+        if known is not None:
+            return windows
+        mixes: Callable[[Maps], Any] = lambda maps: r.mixes.value(maps, options.tap)  # noqa: E731
+        length = min(LENGTH, r.spec.max_positions)
+        with r.ui.task(f"{len(upper)} layers with a map and with a window") as progress:
+            found = better_as_windows(mixes, fit(upper), windows, r.choosing_parts.value, length, progress)
+        which = f"layers {spoken_layers(found)}" if found else "no layer"
+        r.ui.say(f"  {which} may read {options.window} tokens and the first one alone, in place of a linear layer")
+        return {i: windows[i] for i in found}
+
+    return Lazy([AUTO_WINDOWS, r.options.window], lambda: chosen)
 
 
 def _select(r: Resolver) -> str:
