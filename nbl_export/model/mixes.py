@@ -94,12 +94,16 @@ class Mixes(ABC):
 
     @torch.no_grad()
     def losses(
-        self, ids_T: torch.Tensor, original_TD: torch.Tensor, replaced_sets: Mapping[Any, torch.Tensor]
+        self, ids_T: torch.Tensor, original_TD: torch.Tensor, replaced_sets: Mapping[Any, torch.Tensor], every: int = 1
     ) -> dict[Any, Loss]:
-        """Each mix's loss on one window, from last hidden states; the original's logits are computed once."""
+        """Each mix's loss on one window, from last hidden states; the original's logits are computed once.
+
+        Args:
+            every: the distance of judged positions.
+        """
         changes = {name: last_TD - original_TD for name, last_TD in replaced_sets.items()}
         found = dict.fromkeys(replaced_sets, Loss())
-        for rows in torch.arange(0, len(ids_T) - 1).split(_LOGIT_ROWS):
+        for rows in torch.arange(0, len(ids_T) - 1, every).split(_LOGIT_ROWS):
             target_N = ids_T[rows + 1]
             base_NV = self.head.logits(original_TD[rows])
             base = torch.nn.functional.cross_entropy(base_NV, target_N, reduction="sum").item()
