@@ -29,11 +29,9 @@ from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.checkpoint.pretrained import config_of, model_with
 from nbl_export.model.linearize import architecture_of, multiplier_of, replace_attention, run_from
-from nbl_export.model.memory import available_bytes
+from nbl_export.model.memory import WEIGHTS_SHARE, available_bytes
 
 __all__ = ["WeightReader", "float32_bytes", "one_layer", "shortage_of", "token_rows"]
-
-_MEMORY_SHARE = 0.6  # of the available memory that the weights may take
 
 _LAYER = "layers.{}."
 
@@ -125,7 +123,7 @@ def one_layer(config: Any, index: int, weights: WeightReader) -> Any:
 def shortage_of(checkpoint: Path) -> str:
     """Why a model is too large for this machine's memory, in words; "" if the model fits."""
     needed, available = float32_bytes(checkpoint), available_bytes()
-    if needed <= _MEMORY_SHARE * available:
+    if needed <= WEIGHTS_SHARE * available:
         return ""
     return f"{needed / 2**30:.1f} GiB in float32, {available / 2**30:.1f} GiB of memory available"
 
