@@ -48,7 +48,7 @@ A job that resumes counts the stages that are left.
 | time | work over the speed of a short matrix product and a short copy, measured now |
 | peak memory | of the process, with mapped files, whose pages the system can drop |
 | needed memory | the least that a stage can run with, without mapped files; a job is refused by this column |
-| disk | what the stage leaves in the run directory |
+| disk | what the stage writes; float weights of a GGUF file are removed when the report is written |
 
 Measured stages of jobs with 0.1B and 0.5B parameters agree within a factor of 1.5.
 So do calibration and plan of an 8B shape.

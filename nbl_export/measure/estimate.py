@@ -161,9 +161,14 @@ class Job:
         return len({"residual", self.options.tap})
 
     @property
-    def moments(self) -> float:
-        """Bytes of moments.safetensors: three matrices of float64 for each layer and tap."""
+    def sums(self) -> float:
+        """Bytes of the sums in memory: three matrices of float64 for each layer and tap."""
         return 24.0 * self.shape.decoder.hidden_size**2 * self.shape.decoder.num_layers * self.taps
+
+    @property
+    def moments(self) -> float:
+        """Bytes of moments.safetensors, which has half of the two symmetric matrices."""
+        return self.sums * 2 / 3
 
     @property
     def given(self) -> bool:
@@ -301,8 +306,8 @@ class Job:
     def _calibrate_memory(self) -> tuple[float, float]:
         s = self.shape
         layer = 4.0 * (s.layer_parameters + s.head_parameters) + self._narrow_copies(1)
-        one = _PROCESS + layer + 3 * self.moments / s.decoder.num_layers + self._activations
-        whole = _PROCESS + self.weights + self._narrow_copies(s.decoder.num_layers) + self.moments + self._activations
+        one = _PROCESS + layer + 3 * self.sums / s.decoder.num_layers + self._activations
+        whole = _PROCESS + self.weights + self._narrow_copies(s.decoder.num_layers) + self.sums + self._activations
         return (whole if self.fits else one), min(whole, one)
 
     def _plan_memory(self) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import torch
 from torch import nn
 
 from nbl_export.errors import NblError
+from nbl_export.graph.gguf.header import read_header
 from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.checkpoint.pretrained import config_of, model_with
@@ -90,10 +92,12 @@ def _names(file: Path) -> list[str]:
         return list(opened.keys())
 
 
-def float32_bytes(directory: Path) -> int:
-    """Bytes of all weights of a checkpoint directory in float32, from the headers alone."""
+def float32_bytes(model: Path) -> int:
+    """Bytes of all weights of a checkpoint directory or a GGUF file in float32, from the headers alone."""
+    if model.is_file():
+        return sum(4 * math.prod(shape) for shape in read_header(model).shapes.values())
     total = 0
-    for file in directory.glob("*.safetensors"):
+    for file in model.glob("*.safetensors"):
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         for name, facts in header.items():
@@ -120,9 +124,9 @@ def one_layer(config: Any, index: int, weights: WeightReader) -> Any:
     return decoder.eval()
 
 
-def shortage_of(checkpoint: Path) -> str:
+def shortage_of(model: Path) -> str:
     """Why a model is too large for this machine's memory, in words; "" if the model fits."""
-    needed, available = float32_bytes(checkpoint), available_bytes()
+    needed, available = float32_bytes(model), available_bytes()
     if needed <= WEIGHTS_SHARE * available:
         return ""
     return f"{needed / 2**30:.1f} GiB in float32, {available / 2**30:.1f} GiB of memory available"

@@ -78,17 +78,10 @@ def test_layer_by_layer_agrees_with_what_was_measured(name: str, size: str, shap
     assert not streamed.fits
     found = by_stage(streamed)
     assert off(shape.parameters, measured["parameters"]) < 1.001
-    assert off(streamed.moments, measured["moments_bytes"]) < 1.01
     seconds = {stage: off(found[stage].seconds, measured[stage]["seconds"]) for stage in ("calibrate", "plan")}
     peaks = {stage: off(found[stage].peak_bytes, measured[stage]["peak_bytes"]) for stage in ("calibrate", "plan")}
     assert max(peaks.values()) < WITHIN, peaks
     assert all(factor < FURTHER.get((size, stage), WITHIN) for stage, factor in seconds.items()), seconds
-
-
-def test_disk_of_a_finished_run() -> None:
-    """A run of SmolLM2 with trained maps took 2.24 GB (`du`): checkpoint, both taps, two graphs, references."""
-    found = by_stage(job(SMOLLM2, fit="distilled", tap="normed"))
-    assert off(sum(needs.disk_bytes for needs in found.values()), 2.24e9) < 1.05
 
 
 # -- options --------------------------------------------------------------------------------------------------

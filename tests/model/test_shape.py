@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def test_head_of_a_gguf_file(tmp_path: Path) -> None:
     found = read_shape(file)
     assert found.decoder == read_spec(source.resolve(str(file)))
     assert (found.mlp, found.is_gguf) == (INNER, True)
+    assert found.parameters == sum(math.prod(tensor.shape) for tensor in content.tensors if len(tensor.shape) == 2)
 
 
 def test_a_cut_gguf_file_is_refused(tmp_path: Path) -> None:

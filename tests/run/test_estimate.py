@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from nbl_export.model.checkpoint.shape import read_shape
 from nbl_export.run import estimate as estimating
 from nbl_export.run.estimate import estimate
 
@@ -19,6 +20,8 @@ from ..jobs import opened
 from ..model.test_shape import written
 
 Same = tuple[object, ...]
+# What a manifest has after calibration.
+_FIRST = ("schema", "status", "model", "decoder", "calibration", "places", "num_layers", "options", "command", "stages")
 
 
 def with_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
@@ -79,7 +82,7 @@ def test_a_refusal_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(estimating, "available_bytes", lambda: 200 << 30)
     assert estimate(str(tmp_path), asked)["refused"] == ""
     with_disk(monkeypatch, 20 << 30)
-    assert "the run needs 25.4 GiB of disk" in estimate(str(tmp_path), asked)["refused"]
+    assert "the run needs 21.4 GiB of disk" in estimate(str(tmp_path), asked)["refused"]
 
 
 # -- the main job ---------------------------------------------------------------------------------------------
@@ -118,6 +121,17 @@ def test_a_job_says_what_it_takes(finished: Path, same: Same, run: Path, monkeyp
     assert "estimate" not in again.err
 
 
+def test_disk_is_that_of_a_finished_run(finished: Path, checkpoint: Callable[[str], Path]) -> None:
+    job = estimating._job(read_shape(checkpoint("llama")), opened(finished).options)
+    found = {stage.stage: stage.disk_bytes for stage in job.needs()}
+    files = {"calibrate": "moments.safetensors", "plan": "maps.safetensors", "decoder": "original/model.onnx.data",
+             "rewrite": "model/model.onnx.data", "verify": "references.safetensors"}  # fmt: skip
+    left = {stage: (finished / name).stat().st_size for stage, name in files.items()}
+    assert found["bench"] == 0
+    assert 1 < found.pop("verify") / left.pop("verify") < 2  # the longest row of so short a model is shorter
+    assert {stage: found[stage] / left[stage] for stage in left} == pytest.approx(dict.fromkeys(left, 1), rel=0.2)
+
+
 def test_a_job_that_resumes_counts_what_is_left(run: Path, same: Same, monkeypatch: pytest.MonkeyPatch) -> None:
     from nbl_export.run.pipeline import STAGES
 
@@ -134,3 +148,6 @@ def test_a_job_that_resumes_counts_what_is_left(run: Path, same: Same, monkeypat
     assert left() == {"bench"}
     with_disk(monkeypatch, 0)  # bench writes next to nothing
     assert nbl(*same, "--output", run).status == 0
+    manifest["stages"] = {"calibrate": manifest["stages"]["calibrate"]}
+    (run / "nbl.json").write_text(json.dumps({n: v for n, v in manifest.items() if n in _FIRST}), encoding="utf-8")
+    assert left() == {"plan", "decoder", "verify", "bench"}
