@@ -47,7 +47,7 @@ A job that resumes counts the stages that are left.
 |---|---|
 | time | work over the speed of a short matrix product and a short copy, measured now |
 | peak memory | of the process, with mapped files, whose pages the system can drop |
-| needed memory | the least that a stage can run with, without mapped files; a job is refused by this column |
+| needed memory | the least that a stage can run with, beside Python and its libraries; a job is refused by this |
 | disk | what the stage writes; float weights of a GGUF file are removed when the report is written |
 
 Measured stages of jobs with 0.1B and 0.5B parameters agree within a factor of 1.5.

@@ -16,8 +16,8 @@ Each coefficient below has its source. `tests/measure/test_estimate.py` compares
 bench/results: stages-smollm2.json, stages-qwen.json, shapes.json and shapes-8b.json. All of them ran on ONNX Runtime's
 CPU provider, the jobs in float32. So OpenVINO, quantised graphs and the export of a large model are less certain.
 
-Memory is the peak of the process. It includes mapped files, whose pages the kernel can drop. `needed` is the part
-without these, in the form in which a stage runs if memory is short.
+Memory is the peak of the process. It includes mapped files, whose pages the kernel can drop. `needed` is without these
+and without Python and its libraries, in the form in which a stage runs if memory is short.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Needs:
     """What a stage takes.
 
     Attributes:
-        peak_bytes: of memory, mapped files included. needed_bytes: that the stage cannot do without.
+        peak_bytes: of memory, mapped files included. needed_bytes: that the stage must get beside its libraries.
         disk_bytes: that the stage leaves in the run directory.
     """
 
@@ -354,7 +354,7 @@ class Job:
         found = []
         for stage in (name for name in STAGES if name not in left_out):
             seconds, (peak, needed), disk = made[stage]()
-            found.append(Needs(stage, seconds, peak, min(peak, needed), disk))
+            found.append(Needs(stage, seconds, peak, min(peak, needed) - _PROCESS, disk))
         return tuple(found)
 
     def gains(self) -> tuple[Gain, ...]:

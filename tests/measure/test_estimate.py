@@ -124,7 +124,7 @@ def test_needed_memory_is_at_most_the_peak() -> None:
     for memory in (4 * GIB, 23 * GIB, 400 * GIB):
         for shape in (SMOLLM2, LLAMA_8B):
             for stage in job(shape, memory=memory, fit="distilled").needs():
-                assert 0 < stage.needed_bytes <= stage.peak_bytes, stage
+                assert 0 <= stage.needed_bytes < stage.peak_bytes, stage
     assert by_stage(job(LLAMA_8B))["calibrate"].peak_bytes < 8 * GIB < 32 * GIB
     assert by_stage(job(LLAMA_8B, memory=400 * GIB))["calibrate"].peak_bytes > 32 * GIB
 

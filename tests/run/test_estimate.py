@@ -78,7 +78,7 @@ def test_a_refusal_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(estimating, "available_bytes", lambda: 20 << 30)
     with_disk(monkeypatch, 1 << 40)
     asked = {"precision": "int4", "layers": "8"}
-    assert "the stage verify needs 30.4 GiB of memory at least" in estimate(str(written(tmp_path)), asked)["refused"]
+    assert "the stage verify needs 29.9 GiB of memory at least" in estimate(str(written(tmp_path)), asked)["refused"]
     monkeypatch.setattr(estimating, "available_bytes", lambda: 200 << 30)
     assert estimate(str(tmp_path), asked)["refused"] == ""
     with_disk(monkeypatch, 20 << 30)
@@ -103,10 +103,10 @@ def test_a_disk_that_is_too_small_ends_the_job_before_it_begins(
 def test_a_model_that_cannot_fit_ends_the_job_before_it_begins(
     same: Same, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimating, "available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(estimating, "available_bytes", lambda: 1000)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     for words in (("--output", tmp_path / "new"), ("--output", run, "--force")):
-        assert_refused(nbl(*same, *words), 1, "of memory at least, and 1.00 MiB are available: close other programs")
+        assert_refused(nbl(*same, *words), 1, "of memory at least, and 1,000 B are available: close other programs")
     assert not (tmp_path / "new").exists()
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before  # --force removed nothing
 
