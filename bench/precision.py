@@ -90,7 +90,7 @@ def perplexities(work: Path, named: str, limit: int) -> list[dict[str, Any]]:
     from nbl_export.model.checkpoint.load import load_tokenizer
     from nbl_export.text.corpus import read_text
 
-    tokenizer, rows = load_tokenizer(work / "checkpoint"), []
+    tokenizer, rows = load_tokenizer(work / "original"), []
     texts = [NamedText(name, read_text(file)) for name, file in parse_named("texts", named)]
     cut = {t.name: windows(t, tokenizer, CONTEXT, limit) for t in texts}
     found: dict[str, dict[str, float]] = {name: {} for name in cut}

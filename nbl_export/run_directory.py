@@ -22,7 +22,7 @@
     DIR/lossless.json          lossless: what was accepted, and the speed beside plain decoding
     DIR/report.{html,md,json}  report
     DIR/acceptance.{json,md}  accept, on the target machine
-    DIR/checkpoint/            the stock safetensors checkpoint of a GGUF or NBL model
+    DIR/checkpoint/            the stock safetensors checkpoint of a GGUF or NBL model, until the report is written
 
 A stage writes into a scratch directory, and its results are renamed into place. Before the renaming, the manifest drops
 the records of this stage and of all stages that read its results. So a kill at any moment leaves the old state, or a
@@ -50,10 +50,10 @@ from nbl_export.records.plan import LayerScore, Plan
 from nbl_export.trust.contained import check_folder
 from nbl_export.trust.lock import locked
 
-__all__ = ["ACCEPTANCE_FILE", "ACCEPTANCE_JSON", "ACCEPTANCE_MD", "BENCH_FILE", "CALIBRATION_FILE", "DECODERS",
-           "DISTILL_FILE", "EVAL_FILE", "LOSSLESS_FILE", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES", "REFERENCES_FILE",
-           "REPORT_HTML", "REPORT_JSON", "REPORT_MD", "SCALES_FILE", "SCHEMA", "START_FILE", "SUBJECTS",
-           "SWEEP_FILE", "VERIFY_FILE", "RunDirectory", "Subject", "refuse_foreign"]  # fmt: skip
+__all__ = ["ACCEPTANCE_FILE", "ACCEPTANCE_JSON", "ACCEPTANCE_MD", "BENCH_FILE", "CALIBRATION_FILE", "CHECKPOINT",
+           "DECODERS", "DISTILL_FILE", "EVAL_FILE", "LOSSLESS_FILE", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES",
+           "REFERENCES_FILE", "REPORT_HTML", "REPORT_JSON", "REPORT_MD", "SCALES_FILE", "SCHEMA", "START_FILE",
+           "SUBJECTS", "SWEEP_FILE", "VERIFY_FILE", "RunDirectory", "Subject", "refuse_foreign"]  # fmt: skip
 
 SCHEMA = 1
 
@@ -77,6 +77,7 @@ VERIFY_FILE, BENCH_FILE, EVAL_FILE = "verify.json", "bench.json", "eval.json"
 SWEEP_FILE, DISTILL_FILE, LOSSLESS_FILE = "sweep.json", "distill.json", "lossless.json"
 REPORT_JSON, REPORT_HTML, REPORT_MD = "report.json", "report.html", "report.md"
 CALIBRATION_FILE = "calibration.jsonl.gz"
+CHECKPOINT = "checkpoint"
 MOMENTS_FILE = "moments.safetensors"
 START_FILE = "start.safetensors"  # maps before distillation
 MAPS_FILE = "maps.safetensors"
@@ -126,7 +127,8 @@ class RunDirectory:
                     yield run
             finally:
                 with contextlib.suppress(OSError):
-                    cls(path)._sweep()  # an interrupt may come between making a scratch directory and using it
+                    run._sweep()  # an interrupt may come between making a scratch directory and using it
+                    run._forget_checkpoint()
 
     @classmethod
     def peek(cls, path: Path) -> RunDirectory:
@@ -155,6 +157,11 @@ class RunDirectory:
         """Remove what a killed process left unfinished."""
         for leftover in self.path.glob(f"{_SCRATCH}*"):
             _remove(leftover)
+
+    def _forget_checkpoint(self) -> None:
+        """Remove the converted weights of a finished run: whoever needs them has the model, and converts them again."""
+        if "report" in self.manifest.get("stages", {}):
+            _remove(self.path / CHECKPOINT)
 
     def _read(self) -> None:
         path = self.path / MANIFEST
@@ -278,7 +285,7 @@ _OURS = (
     CALIBRATION_FILE, MOMENTS_FILE, "calibrate.partial.safetensors", "sampled.safetensors", START_FILE, MAPS_FILE,
     DISTILL_FILE, "distill.partial.safetensors", SWEEP_FILE, SCALES_FILE, *DECODERS.values(), VERIFY_FILE,
     REFERENCES_FILE, ACCEPTANCE_FILE, EVAL_FILE, "engine", BENCH_FILE, "lossless", LOSSLESS_FILE, REPORT_HTML,
-    REPORT_MD, REPORT_JSON, ACCEPTANCE_MD, ACCEPTANCE_JSON, "nbl-checkpoint", "checkpoint", MANIFEST,
+    REPORT_MD, REPORT_JSON, ACCEPTANCE_MD, ACCEPTANCE_JSON, "nbl-checkpoint", CHECKPOINT, MANIFEST,
 )  # fmt: skip
 
 

@@ -108,7 +108,7 @@ def configured(directory: Path, **values: object) -> tuple[str, ...]:
 
 def assert_refused(outcome: Outcome, status: int, *parts: object) -> None:
     """One sentence on stderr that holds all `parts`, beside what stages say; nothing on stdout."""
-    lines = (line for line in outcome.err.splitlines() if not line.startswith("  "))
+    lines = (line for line in outcome.err.splitlines() if not line.startswith(("  ", "estimate: ")))
     said = [line for line in lines if not _STAGE.match(line) and ": left out, " not in line]
     assert outcome.status == status, outcome
     assert outcome.out == "", outcome

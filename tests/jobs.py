@@ -51,7 +51,8 @@ def resolver_of(
     }  # fmt: skip
     resolver = Resolver(JobOptions("m", **options), run, Ui(quiet=True), asked)
     resolver.__dict__ |= {
-        "source": SimpleNamespace(graph=None, gguf=None, fingerprint="model"), "shortage": Lazy(None, lambda: ""),
+        "source": SimpleNamespace(graph=None, gguf=None, fingerprint="model", directory=directory),
+        "shortage": Lazy(None, lambda: ""),
         "second_text": SimpleNamespace(sha256="another text", name="another text"),
     }  # fmt: skip
     return resolver

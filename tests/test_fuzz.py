@@ -57,7 +57,7 @@ def complaint(done: Outcome) -> str:
     """What is wrong with how a command ended; nothing where it is as promised."""
     if done.status == 0:
         return "" if "Traceback" not in done.err else "a traceback"
-    said = [line for line in done.err.splitlines() if not line.endswith(("...", "reused", " s"))]
+    said = [line for line in done.err.splitlines() if not line.endswith(("...", "reused", " s", " of disk"))]
     expected = (
         "WARNING: calibration text",
         "WARNING: layer ",

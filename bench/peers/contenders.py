@@ -150,7 +150,7 @@ def _llama(request: Request) -> Iterator[Contender | Absent]:
 
 def _no_checkpoint(request: Request) -> str:
     if request.checkpoint is None:
-        return "no checkpoint: the first directory has none beside its graphs; give one with --checkpoint"
+        return "no checkpoint: give one with --checkpoint"
     return ""
 
 

@@ -1,10 +1,10 @@
 """This tool's graphs beside other ways to run the same checkpoint on the CPU, interleaved round by round.
 
     python bench/peers/setup.py
-    python bench/peers/run.py DIR [DIR...] --gguf FILE > bench/results/peers-<model>.json
+    python bench/peers/run.py DIR [DIR...] --checkpoint MODEL --gguf FILE > bench/results/peers-<model>.json
 
-DIR is a run directory: its original/ and model/ take part, and its checkpoint/ is what torch reads and optimum-onnx and
-OpenVINO convert; llama.cpp reads FILE, and files of other weight types made from it. Each decoder is loaded once, in a
+DIR is a run directory: its original/ and model/ take part. torch reads MODEL, and optimum-onnx and OpenVINO convert it;
+llama.cpp reads FILE, and files of other weight types made from it. Each decoder is loaded once, in a
 process and environment of its own, and waits while others run. A round is every test on every decoder, in the
 same turn each time. One untimed warm-up of each test comes before. Token counts and ids are the same for all.
 
@@ -153,7 +153,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="run directory of nbl-export")
     parser.add_argument("--gguf", nargs="+", type=Path, default=[], metavar="FILE", help="what llama.cpp reads")
     parser.add_argument("--gguf-types", nargs="*", default=list(TYPES), choices=TYPES, help="made from the first FILE")
-    parser.add_argument("--checkpoint", type=Path, help="directory with safetensors; default: DIR/checkpoint")
+    parser.add_argument("--checkpoint", type=Path, help="directory with safetensors of the same model")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS, help="who takes part beside DIR")
     parser.add_argument("--cache", type=Path, default=CACHE, help="directory that setup.py installed into")
     parser.add_argument("--threads", type=int, default=default_threads())
@@ -178,8 +178,7 @@ def _options() -> argparse.Namespace:
 
 def main() -> None:
     options = _options()
-    found = options.checkpoint or options.directories[0] / "checkpoint"
-    result = measure(options, found.absolute() if (found / "config.json").is_file() else None)
+    result = measure(options, options.checkpoint and options.checkpoint.absolute())
     print_table(result)
     json.dump(result, sys.stdout, indent=1, ensure_ascii=False)
     print()

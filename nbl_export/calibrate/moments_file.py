@@ -1,6 +1,7 @@
 """Moments on disk: one float64 safetensors file of a calibration, finished or not.
 
-    layers.{i}.{tap}.{x_sum,y_sum,xx,yx,yy}      sums over the rows, about the reference row
+    layers.{i}.{tap}.{x_sum,y_sum,yx}            sums over the rows, about the reference row
+    layers.{i}.{tap}.{xx,yy}_upper               of symmetric sums, the rows of the upper triangle in their order
     layers.{i}.{tap}.{x_ref,y_ref,x_unit,y_unit} see `sums`
     metadata "moments", JSON: count, num_layers, taps;
         identity   what the sums depend on (model, text, windows, context, taps, products, number of batches)
@@ -19,15 +20,22 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nbl_export.calibrate.sums import Sums
+from nbl_export.calibrate.sums import Sums, mirrored
 from nbl_export.errors import CorruptError
 from nbl_export.files import replacing
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = ["MomentsFile", "MomentsWriter", "open_moments", "whole_moments"]
 
-_FIELDS = ("x_sum", "y_sum", "xx", "yx", "yy", "x_ref", "y_ref", "x_unit", "y_unit")
+# Name in the file -> field of `Sums`.
+_FIELDS = {
+    name: name.removesuffix("_upper")
+    for name in ("x_sum", "y_sum", "xx_upper", "yx", "yy_upper", "x_ref", "y_ref", "x_unit", "y_unit")
+}
 _ITEM = 8  # float64
 _NO_HASH = "0" * 64
 
@@ -49,6 +57,8 @@ class MomentsWriter:
         size_of = dict(zip("xy", sizes, strict=True))
         for name in _names(num_layers, self._taps):
             shape = [size_of[side] for side in name.rpartition(".")[2].split("_")[0]]
+            if name.endswith("_upper"):
+                shape = [shape[0] * (shape[0] + 1) // 2]
             end = offset + _ITEM * math.prod(shape)
             header[name] = {"dtype": "F64", "shape": shape, "data_offsets": [offset, end]}
             offset = end
@@ -63,11 +73,12 @@ class MomentsWriter:
     def write(self, layer: Mapping[str, Sums]) -> None:
         """Write the next layer's sums, by tap."""
         for tap in self._taps:
-            for field in _FIELDS:
-                value = getattr(layer[tap], field).contiguous().numpy()
-                raw = memoryview(value.astype("<f8", copy=False)).cast("B")
-                self._digest.update(raw)
-                self._stream.write(raw)
+            for name, field in _FIELDS.items():
+                value = getattr(layer[tap], field)
+                for row in _upper(value) if name.endswith("_upper") else (value,):
+                    raw = memoryview(row.contiguous().numpy().astype("<f8", copy=False)).cast("B")
+                    self._digest.update(raw)
+                    self._stream.write(raw)
         self._layer += 1
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -115,8 +126,26 @@ class MomentsFile:
 
     def sums(self, layer: int, tap: str) -> Sums:
         """The sums of a layer."""
-        found = {field: self._file.get_tensor(f"layers.{layer}.{tap}.{field}") for field in _FIELDS}
+        found = {}
+        for name, field in _FIELDS.items():
+            value = self._file.get_tensor(f"layers.{layer}.{tap}.{name}")
+            found[field] = _symmetric(value) if name.endswith("_upper") else value
         return Sums(int(self.facts["count"]), **found)
+
+
+def _upper(square: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The rows of the upper triangle of a symmetric matrix, diagonal included."""
+    return (row[i:] for i, row in enumerate(square))
+
+
+def _symmetric(upper: torch.Tensor) -> torch.Tensor:
+    """The symmetric matrix whose upper triangle has these rows, one after another."""
+    size = math.isqrt(2 * len(upper))
+    square, begin = upper.new_zeros(size, size), 0
+    for i, row in enumerate(square):
+        row[i:] = upper[begin : begin + size - i]
+        begin += size - i
+    return mirrored(square)
 
 
 def _names(num_layers: int, taps: Sequence[str]) -> Iterator[str]:

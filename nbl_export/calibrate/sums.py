@@ -22,7 +22,7 @@ import torch
 
 from nbl_export.mixers.lmmse import Moments
 
-__all__ = ["REFERENCE_ROWS", "Accumulator", "Sums"]
+__all__ = ["REFERENCE_ROWS", "Accumulator", "Sums", "mirrored"]
 
 REFERENCE_ROWS = 128
 _BLOCK = 4096
@@ -36,6 +36,8 @@ _FINE = 2.0**12  # extra steps of the plain sums, which hold one factor instead 
 @dataclass(frozen=True)
 class Sums:
     """Float64 sums over rows of one layer about a reference row. `moments` converts them to raw moments.
+
+    xx and yy are symmetric to the last bit, so half of them is stored.
 
     x_unit and y_unit are the powers of two in which entries are counted.
     """
@@ -138,12 +140,13 @@ class Accumulator:
         values = {
             "x_ref": self._x_ref.double(), "y_ref": self._y_ref.double(), "x_unit": self._x_unit,
             "y_unit": self._y_unit, "x_sum": self._x_sum * x, "y_sum": self._y_sum * y,
-            "xx": self._xx * torch.outer(x, x), "yx": self._yx * torch.outer(y, x), "yy": self._yy * torch.outer(y, y),
+            "xx": mirrored(self._xx * torch.outer(x, x)), "yx": self._yx * torch.outer(y, x),
+            "yy": mirrored(self._yy * torch.outer(y, y)),
         }  # fmt: skip
         return Sums(self.count, **{name: value.cpu() for name, value in values.items()})
 
     def restore(self, sums: Sums, device: torch.device | str = "cpu") -> None:
-        """Restore, bit for bit, the state that gave these sums."""
+        """Restore the state that gave these sums: the same sums come after the same further rows."""
         self.start(*(getattr(sums, n).to(device) for n in ("x_ref", "y_ref", "x_unit", "y_unit")))
         self.count = sums.count
         x, y = self._x_unit / _STEPS, self._y_unit / _STEPS
@@ -151,6 +154,11 @@ class Accumulator:
         self._xx = sums.xx.to(device) / torch.outer(x, x)
         self._yx = sums.yx.to(device) / torch.outer(y, x)
         self._yy = sums.yy.to(device) / torch.outer(y, y)
+
+
+def mirrored(square_DD: torch.Tensor) -> torch.Tensor:
+    """The matrix with its upper triangle in place of the lower one; a product leaves last bits that differ."""
+    return square_DD.triu_().add_(square_DD.triu(1).T)
 
 
 def _gram(rows_ND: torch.Tensor) -> torch.Tensor:

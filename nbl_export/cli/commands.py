@@ -12,7 +12,7 @@ import typer
 from nbl_export.cli import options as opt
 from nbl_export.cli.options import show, ui
 from nbl_export.errors import UsageError
-from nbl_export.options.options import JobOptions
+from nbl_export.options.options import MAIN, JobOptions
 from nbl_export.trust.terminal import visible
 
 __all__ = ["COMMANDS"]
@@ -373,6 +373,25 @@ def inspect(
     return show(facts, describe_table(facts), as_json)
 
 
+@opt.takes(MAIN)
+def estimate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A config.json, a checkpoint directory or a GGUF file.")
+    ],
+    asked: dict[str, Any],
+    as_json: opt.Json = False,
+) -> None:
+    """Say what the main job will take here, and what it gains. No weight is read.
+
+    Takes every option of the main job.
+    """
+    from nbl_export.report.estimate import estimate_table
+    from nbl_export.run.estimate import estimate as estimated
+
+    found = estimated(model, asked)
+    show(found, estimate_table(found), as_json)
+
+
 def doctor(as_json: opt.Json = False) -> None:
     """List the engines that work on this machine, and why others do not."""
     from nbl_export.report.console import doctor_table
@@ -386,5 +405,5 @@ def doctor(as_json: opt.Json = False) -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     "calibrate": calibrate, "plan": plan, "rewrite": rewrite, "rewrite-graph": rewrite_graph, "verify": verify,
     "build": build, "report": report, "accept": accept, "bench": bench, "profile": profile, "eval": evaluate,
-    "card": card, "convert": convert, "generate": generate, "inspect": inspect, "doctor": doctor,
+    "card": card, "convert": convert, "generate": generate, "inspect": inspect, "estimate": estimate, "doctor": doctor,
 }  # fmt: skip

@@ -40,26 +40,14 @@ from nbl_export.distill.teacher_student import TeacherStates, TeacherStudent
 from nbl_export.errors import NblError
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
+from nbl_export.options.goals import DEFAULT_STEPS
 from nbl_export.parallel.ranks import ALONE, Ranks
 
-__all__ = [
-    "AIMING",
-    "DEFAULT_STEPS",
-    "NARROWED_AT",
-    "UNLIMITED",
-    "Callbacks",
-    "DistillSettings",
-    "Distilled",
-    "TrainingText",
-    "default_minutes",
-    "distill",
-]
+__all__ = ["AIMING", "NARROWED_AT", "UNLIMITED", "Callbacks", "DistillSettings", "Distilled", "TrainingText", "distill"]
 
-DEFAULT_STEPS = 320
 UNLIMITED = 1_000_000  # steps, if minutes are given
 AIMING = 0.05  # share of the steps or minutes that `aim` takes before the first step
 NARROWED_AT = 0.4  # share of the steps or minutes after which layers are given back
-_USUAL_MINUTES, _USUAL_PARAMETERS = 10.0, 135e6
 
 _CLIP = 1.0  # largest norm of a row's gradient
 # Training retreats if the mean KL of so many steps is this many times the KL at the start. The rate then falls.
@@ -345,11 +333,6 @@ class _Training:
         self.step, self.best_at, self._earlier = facts["step"], facts["best_at"], facts["seconds"]
         self._look_at_the_clock()
         self._set_rate()
-
-
-def default_minutes(parameters: int) -> float:
-    """How long maps are trained for a limit on quality, by the model's size: 10 minutes at 135M, 19 at 500M."""
-    return _USUAL_MINUTES * math.sqrt(parameters / _USUAL_PARAMETERS)
 
 
 def distill(

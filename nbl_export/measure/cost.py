@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbl_export.errors import CorruptError
+from nbl_export.graph.gguf.header import read_header
 from nbl_export.mixers.base import Mixer, TokenWork
 from nbl_export.options.options import JobOptions
 from nbl_export.records.capabilities import Capabilities
@@ -53,14 +54,16 @@ def map_sizes(maps: Mapping[int, Mixer]) -> dict[int, TokenWork]:
     return {layer: mixer.work() for layer, mixer in maps.items()}
 
 
-def read_intermediate_size(checkpoint: Path) -> int:
-    """Width of the MLP from a checkpoint's config.json.
+def read_intermediate_size(model: Path) -> int:
+    """Width of the MLP from a GGUF file, or from the config.json of a directory.
 
     Raises:
         CorruptError: the file does not state the width.
     """
-    path = checkpoint / "config.json"
+    path = model / "config.json" if model.is_dir() else model
     try:
+        if path.suffix == ".gguf":
+            return int(read_header(path).get("feed_forward_length"))
         return int(json.loads(path.read_text(encoding="utf-8"))["intermediate_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptError(f"{path} gives no intermediate_size ({error}), which the cost model needs") from error
@@ -206,17 +209,17 @@ class CostModel:
 
 
 def cost_model(
-    options: JobOptions, engine: Capabilities, decoder: DecoderSpec, checkpoint: Path, *, token_table: bool
+    options: JobOptions, engine: Capabilities, decoder: DecoderSpec, model: Path, *, token_table: bool
 ) -> CostModel:
     """The cost model of a job's shipped graphs.
 
     Args:
-        checkpoint: a directory with the model's config.json.
+        model: a GGUF file, or a directory with the model's config.json.
     """
     size = weight_bytes(options.precision)
     return CostModel(
         decoder,
-        read_intermediate_size(checkpoint),
+        read_intermediate_size(model),
         size,
         2.0 if engine.static and options.precision == "int4" else size,  # the static form keeps its head in fp16
         engine.cache_itemsize(options.precision),

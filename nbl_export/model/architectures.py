@@ -40,6 +40,7 @@ class Architecture:
         logits_divisor, logits_cap: configuration keys; logits are head(x) / divisor, then cap * tanh(logits / cap).
         score_scalar: configuration key; attention scores are divided by its square root (None: of the head size).
         embedding_root: embeddings are multiplied by the square root of the hidden size.
+        tied: the head is the embedding if the configuration does not say.
         per_layer: configuration keys of lists with one value a layer.
         fused_qkv: the single projection for queries, keys and values, in this order; None for three projections.
         must_be: supported values of configuration keys.
@@ -60,6 +61,7 @@ class Architecture:
     logits_cap: str | None = None
     score_scalar: str | None = None
     embedding_root: bool = False
+    tied: bool = False
     per_layer: tuple[str, ...] = ()
     fused_qkv: str | None = None
     must_be: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -82,6 +84,7 @@ _SANDWICH: dict[str, Any] = {
     "logits_cap": "final_logit_softcapping",
     "score_scalar": "query_pre_attn_scalar",
     "embedding_root": True,
+    "tied": True,
     "per_layer": ("layer_types",),
     "must_be": _CAUSAL,
 }
@@ -120,7 +123,9 @@ ARCHITECTURES = {
                 **_NO_STATIC_CACHE,
             },
         ),
-        Architecture("smollm3", "SmolLM3", per_layer=("layer_types", "no_rope_layers"), not_from=_NO_STATIC_CACHE),
+        Architecture(
+            "smollm3", "SmolLM3", tied=True, per_layer=("layer_types", "no_rope_layers"), not_from=_NO_STATIC_CACHE
+        ),
         Architecture(
             "granite",
             "Granite",

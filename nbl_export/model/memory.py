@@ -17,7 +17,9 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["available_bytes", "keep_freed_memory"]
+__all__ = ["WEIGHTS_SHARE", "available_bytes", "keep_freed_memory"]
+
+WEIGHTS_SHARE = 0.6  # of the available memory, that the weights of a whole model may take
 
 _ROOT, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # Files of a control group: limit, use, and the file pages in `memory.stat`, which the kernel can drop.

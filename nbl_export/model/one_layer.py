@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,15 +29,14 @@ import torch
 from torch import nn
 
 from nbl_export.errors import NblError
+from nbl_export.graph.gguf.header import read_header
 from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.checkpoint.pretrained import config_of, model_with
 from nbl_export.model.linearize import architecture_of, multiplier_of, replace_attention, run_from
-from nbl_export.model.memory import available_bytes
+from nbl_export.model.memory import WEIGHTS_SHARE, available_bytes
 
 __all__ = ["WeightReader", "float32_bytes", "one_layer", "only_head", "shortage_of", "token_rows"]
-
-_MEMORY_SHARE = 0.6  # of the available memory that the weights may take
 
 _LAYER = "layers.{}."
 
@@ -95,10 +95,12 @@ def _names(file: Path) -> list[str]:
         return list(opened.keys())
 
 
-def float32_bytes(directory: Path) -> int:
-    """Bytes of all weights of a checkpoint directory in float32, from the headers alone."""
+def float32_bytes(model: Path) -> int:
+    """Bytes of all weights of a checkpoint directory or a GGUF file in float32, from the headers alone."""
+    if model.is_file():
+        return sum(4 * math.prod(shape) for shape in read_header(model).shapes.values())
     total = 0
-    for file in directory.glob("*.safetensors"):
+    for file in model.glob("*.safetensors"):
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         for name, facts in header.items():
@@ -137,10 +139,10 @@ def only_head(config: Any, weights: WeightReader) -> Any:
     return SimpleNamespace(config=config, lm_head=lm_head)
 
 
-def shortage_of(checkpoint: Path) -> str:
+def shortage_of(model: Path) -> str:
     """Why a model is too large for this machine's memory, in words; "" if the model fits."""
-    needed, available = float32_bytes(checkpoint), available_bytes()
-    if needed <= _MEMORY_SHARE * available:
+    needed, available = float32_bytes(model), available_bytes()
+    if needed <= WEIGHTS_SHARE * available:
         return ""
     return f"{needed / 2**30:.1f} GiB in float32, {available / 2**30:.1f} GiB of memory available"
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -15,14 +16,16 @@ from nbl_export.errors import NblError, UsageError
 from nbl_export.options.options import JobOptions, flag_of
 from nbl_export.records.decoder import DecoderSpec
 
-__all__ = ["DEFAULT_INCREASE", "DEFAULT_SELECT", "GOALS", "CacheBudget", "PerplexityIncrease", "TargetSpeedup",
-           "check_request", "check_size", "goal_of", "layers_for_budget", "names_layers", "parse_layers", "read_rank",
-           "saving_inputs"]  # fmt: skip
+__all__ = ["DEFAULT_INCREASE", "DEFAULT_SELECT", "DEFAULT_STEPS", "GOALS", "CacheBudget", "PerplexityIncrease",
+           "TargetSpeedup", "check_request", "check_size", "default_minutes", "goal_of", "layers_for_budget",
+           "names_layers", "parse_layers", "read_rank", "saving_inputs"]  # fmt: skip
 
 DEFAULT_INCREASE = 0.10  # of perplexity, if neither a count nor a goal is given
 DEFAULT_SELECT = "efficient"  # the order of layers, if the model's output can judge
+DEFAULT_STEPS = 320  # of a training, if neither steps nor minutes are given and no limit on quality
 GOALS = ("max_perplexity_increase", "target_speedup", "kv_budget")
 _PHASES = ("prefill", "decode")
+_USUAL_MINUTES, _USUAL_PARAMETERS = 10.0, 135e6
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -63,6 +66,11 @@ def goal_of(options: JobOptions) -> Goal | None:
     if options.target_speedup is not None:
         return _read_speedup(options.target_speedup)
     return None if options.kv_budget is None else _read_budget(options.kv_budget)
+
+
+def default_minutes(parameters: int) -> float:
+    """How long maps are trained for a limit on quality, by the model's size: 10 minutes at 135M, 19 at 500M."""
+    return _USUAL_MINUTES * math.sqrt(parameters / _USUAL_PARAMETERS)
 
 
 def saving_inputs(options: JobOptions) -> list[object]:

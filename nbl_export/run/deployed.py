@@ -18,7 +18,7 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.progress import Ui
 from nbl_export.run.resolve import Resolver
-from nbl_export.run_directory import DECODERS, MAPS_FILE, MOMENTS_FILE, SUBJECTS, RunDirectory
+from nbl_export.run_directory import CHECKPOINT, DECODERS, MAPS_FILE, MOMENTS_FILE, SUBJECTS, RunDirectory
 from nbl_export.targets import all_targets, load_engine, owner_of
 from nbl_export.targets.base import Target
 from nbl_export.targets.runners import SequenceLimits, TextRunner
@@ -226,7 +226,7 @@ def describe(directory: Path) -> dict[str, Any]:
             "nbl": _variant(directory / "model", spec, kept, itemsize),
         },
         "engines": facts.get("engines", {}),
-        "files": {n: _size(directory / n) for n in (MOMENTS_FILE, MAPS_FILE, "checkpoint")},
+        "files": {n: _size(directory / n) for n in (MOMENTS_FILE, MAPS_FILE, CHECKPOINT)},
         "scores": facts.get("scores", []),
         "command": facts["command"],
     }

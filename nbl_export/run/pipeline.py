@@ -18,6 +18,7 @@ from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL, JobOptions, 
 from nbl_export.options.settle import settle
 from nbl_export.parallel.ranks import Ranks, collect_batches, current
 from nbl_export.records.requests import EvalRequest, Prepared, Subject, SweepRequest
+from nbl_export.run.estimate import foreseen
 from nbl_export.run.facts import (
     capabilities_of,
     check_machine,
@@ -101,11 +102,14 @@ def _work(asked: Mapping[str, Any], recorded: JobOptions | None, output: Path, u
     settled = settle(asked, capabilities_of, facts_of_model(seen, source, decoder), recorded)
     resolver = Resolver(settled, run, ui)
     resolver.source, resolver.read_spec = source, decoder
+    estimated = foreseen(resolver, STAGES[: _place(until)], output)
     resolver.check_inputs()  # before anything is written or, with force, removed
     if until == "calibrate" and settled.fit == CHECKPOINT_FIT:
         raise NblError(f"nothing to calibrate here: {NO_ORIGINAL}; give the original model")
     with RunDirectory.open_run(output, create=True, force=force) as resolver.run:
         resolver.identify()
+        if estimated:
+            ui.say(estimated)
         _advance(resolver, until)
 
 
@@ -223,10 +227,14 @@ def _prepare(request: EvalRequest, positions: int, ui: Ui) -> Prepared:
     return Prepared(request, tuple(subjects), version)
 
 
+def _place(until: str) -> int:
+    """Number of stages up to a stage."""
+    return [stage.name for stage in STAGES].index(until) + 1
+
+
 def _advance(resolver: Resolver, until: str, *, ignore_failure: bool = False, needs: str = "") -> None:
     place, keys = Place(resolver.run, resolver.ui), resolver.keys
-    names = [stage.name for stage in STAGES]
-    for stage in STAGES[: names.index(until) + 1]:
+    for stage in STAGES[: _place(until)]:
         inputs = stage.declare(resolver)
         if isinstance(inputs, LeftOut):
             if stage.name == needs:

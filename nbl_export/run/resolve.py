@@ -27,7 +27,7 @@ from nbl_export.records.requests import Prepared, SweepRequest
 from nbl_export.run.facts import identity_of as facts_of
 from nbl_export.run.facts import require_engine
 from nbl_export.run.progress import Ui
-from nbl_export.run_directory import CALIBRATION_FILE, RunDirectory
+from nbl_export.run_directory import CALIBRATION_FILE, CHECKPOINT, RunDirectory
 from nbl_export.targets import load_engine
 from nbl_export.targets.base import Target
 from nbl_export.text.windows import (
@@ -236,9 +236,14 @@ class Resolver:
         """A directory with safetensors and tokenizer."""
         from nbl_export.model.checkpoint import load
 
+        self._origin()
+        return load.materialise(self.source, self.run.path / CHECKPOINT)
+
+    def _origin(self) -> Path:
+        """The model itself: a GGUF file, or a directory with config.json."""
         if self.source.fingerprint != self.fingerprint:
             raise NblError(f"{self.options.model} is not the model that {self.run.path} was made from; restore it")
-        return load.materialise(self.source, self.run.path / "checkpoint")
+        return self.source.gguf or self.source.directory
 
     @lazy("fingerprint")
     def model(self) -> Any:
@@ -285,7 +290,7 @@ class Resolver:
             return ""
         from nbl_export.model.one_layer import shortage_of
 
-        return shortage_of(self.checkpoint.value)
+        return shortage_of(self._origin())
 
     @property
     def trains(self) -> bool:
@@ -295,9 +300,7 @@ class Resolver:
     @lazy("engine_name", "provider", "precision", "prompt_length", "saving")
     def cost(self) -> CostModel:
         """The cost model of the shipped graphs."""
-        return cost_model(
-            self.options, self.engine.capabilities, self.spec, self.checkpoint.value, token_table=self.has_table
-        )
+        return cost_model(self.options, self.engine.capabilities, self.spec, self._origin(), token_table=self.has_table)
 
     @lazy(shown=True)
     def setting(self) -> dict[str, Any]:

@@ -35,10 +35,13 @@ __all__ = [
     "FEWEST_WINDOWS",
     "SECOND_ROLES",
     "Division",
+    "deciding_tokens",
     "divide",
     "extend",
+    "final_tokens",
     "held_back_tokens",
     "judging",
+    "judging_tokens",
     "pack",
     "second_tokens",
     "spread",
@@ -167,6 +170,25 @@ def held_back_tokens(context: int) -> int:
 def second_tokens(context: int) -> int:
     """Tokens of the second text, which nobody calibrates on, in whole windows."""
     return _tokens(SECOND_ROLES, context)
+
+
+def deciding_tokens(context: int) -> int:
+    """Tokens of both texts that decide how many layers a goal takes."""
+    return _role_tokens("deciding", context)
+
+
+def final_tokens(context: int) -> int:
+    """Tokens of both texts that final figures come from."""
+    return _role_tokens("final", context)
+
+
+def judging_tokens(context: int) -> int:
+    """Tokens of both texts that layers are chosen by."""
+    return 2 * max(1, _JUDGING_TOKENS // context) * context
+
+
+def _role_tokens(role: str, context: int) -> int:
+    return sum(roles.count(role) * _tokens(roles, context) // len(roles) for roles in _PART_TOKENS)
 
 
 def _tokens(roles: tuple[str, ...], context: int) -> int:

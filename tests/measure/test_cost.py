@@ -15,6 +15,8 @@ from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.run.facts import capabilities_of
 
+from ..tiny import INNER, save_gguf
+
 
 def work(elements: int, *, token_local: bool = True) -> TokenWork:
     return TokenWork(elements, elements, token_local)
@@ -169,3 +171,4 @@ def test_intermediate_size_is_read_or_missed(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CorruptError, match="no intermediate_size"):
         read_intermediate_size(tmp_path)
+    assert read_intermediate_size(save_gguf(tmp_path / "tiny.gguf")) == INNER

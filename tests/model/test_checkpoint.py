@@ -14,6 +14,7 @@ import torch
 from nbl_export.errors import NblError
 from nbl_export.model.checkpoint import load
 from nbl_export.model.checkpoint import source as checkpoint_source
+from nbl_export.run_directory import RunDirectory
 
 from ..command import TINY, assert_refused, nbl, snapshot
 from ..damage import cut, flip
@@ -98,7 +99,18 @@ def test_main_job_on_a_gguf_directory(gguf: Path, text: Path, tmp_path: Path) ->
     facts = json.loads((run / "nbl.json").read_text(encoding="utf-8"))
     assert facts["status"] == "verified"
     assert facts["places"]["model"] == str(gguf)
-    assert (run / "checkpoint" / "model.safetensors").is_file()
+    weights = run / "checkpoint" / "model.safetensors"
+    assert weights.is_file()
+
+    # A finished run has no second copy of the weights, and a command that reads none makes none.
+    with RunDirectory.open_run(run, create=False) as opened, opened.scratch() as scratch:
+        opened.finish("report", "key", scratch, 0.0, ())
+    assert not weights.parent.exists()
+    assert nbl("plan", run).status == 0
+    assert nbl("rewrite", run).status == 0
+    assert not weights.parent.exists()
+    assert nbl("rewrite", run, "--layers", "0,").status == 0  # its token table comes from the weights
+    assert weights.is_file()
 
 
 def test_gguf_is_dequantised_once_and_again_where_damaged(gguf: Path, tmp_path: Path) -> None:

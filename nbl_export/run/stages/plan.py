@@ -14,9 +14,11 @@ from nbl_export.measure.cost import map_sizes
 from nbl_export.options.goals import (
     DEFAULT_INCREASE,
     DEFAULT_SELECT,
+    DEFAULT_STEPS,
     CacheBudget,
     PerplexityIncrease,
     TargetSpeedup,
+    default_minutes,
     goal_of,
     layers_for_budget,
     parse_layers,
@@ -313,9 +315,9 @@ def _settings(inputs: DistillInputs, goal: _Goal | None) -> Any:
 
     steps, minutes = inputs.distill_steps, inputs.distill_minutes
     if goal and not steps and not minutes:
-        minutes = training.default_minutes(inputs.model.value.num_parameters())
+        minutes = default_minutes(inputs.model.value.num_parameters())
     return training.DistillSettings(
-        steps or (training.UNLIMITED if minutes else training.DEFAULT_STEPS), minutes, seed=inputs.seed, dtype="auto",
+        steps or (training.UNLIMITED if minutes else DEFAULT_STEPS), minutes, seed=inputs.seed, dtype="auto",
         lora_rank=inputs.lora_rank, label_weight=inputs.label_weight, narrows=goal is not None,
     )  # fmt: skip
 

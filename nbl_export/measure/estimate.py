@@ -1,0 +1,407 @@
+"""What a job will take: seconds, memory and disk of each stage, from the sizes of the model and two rates.
+
+    product   additions and multiplications a second of a float32 matrix product
+    copy      bytes a second that one thread copies in memory
+
+Seconds are work over a rate. One forward pass over a token costs 2 x elements of all matrices, and attention. Stages
+are counted in such passes:
+
+    calibrate   a pass without the head over the text, and three products of rows for the moments
+    plan        each layer replaced alone: half a pass on average; then sets of layers, and tests of a limit on quality
+    distill     a step of 1,024 tokens: `_STEP` passes; the tests at the end as in the plan
+    verify      both graphs on the final text, and `_PROBED` tokens of probes
+    bench       loads of both graphs, each with prefill and decode at every depth
+
+Each coefficient below has its source. `tests/measure/test_estimate.py` compares the result with the measured jobs of
+bench/results: stages-smollm2.json, stages-qwen.json, shapes.json and shapes-8b.json. All of them ran on ONNX Runtime's
+CPU provider, the jobs in float32. So OpenVINO, quantised graphs and the export of a large model are less certain.
+
+Memory is the peak of the process. It includes mapped files, whose pages the kernel can drop. `needed` is without these
+and without Python and its libraries, in the form in which a stage runs if memory is short.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from nbl_export.measure.cost import CostModel, weight_bytes
+from nbl_export.measure.rounds import LOOKS, Rule
+from nbl_export.mixers.base import TokenWork
+from nbl_export.model.checkpoint.shape import Shape
+from nbl_export.model.memory import WEIGHTS_SHARE
+from nbl_export.options.goals import (
+    DEFAULT_STEPS,
+    CacheBudget,
+    default_minutes,
+    goal_of,
+    layers_for_budget,
+    names_layers,
+    parse_layers,
+    read_rank,
+)
+from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
+from nbl_export.records.capabilities import Capabilities
+from nbl_export.text.windows import deciding_tokens, final_tokens, judging_tokens
+
+__all__ = ["STAGES", "Gain", "Job", "Needs", "Speed", "measure_speed"]
+
+STAGES = ("calibrate", "plan", "distill", "decoder", "rewrite", "verify", "bench")  # that are estimated, in order
+
+# -- time. "smollm2" and "qwen" are stages-*.json, "1.5B" and "8B" are shapes*.json in bench/results.
+_NARROW = 2.0  # products in bfloat16 over float32: AVX512_BF16 has twice the products a cycle
+_START_SECONDS = 5.0  # a process loads torch, tokenizer and text before its first pass
+_SUMS = 14 / 3  # x D^2 additions and multiplications of a token's moments: Y'X, and 2/3 of X'X and Y'Y (`sums._gram`)
+_FIT = 28.0  # x D^3 of float32 work to score or fit one map, in float64: plan of 1.5B and 8B
+_TRIED = 1.5  # passes of each step of an order: at most 3 layers are tried
+_JUDGED = 4  # every fourth position of the choosing text is judged
+_HEADS = 2  # products with the head at a judged position: change of the logits, and its pull
+_CURVE = 3  # sets beyond the order, for the curve
+_TESTS = 3  # tests of a limit on quality: smollm2 took 3, qwen 2
+_STEP, _STEP_TOKENS = 3.5, 1024  # passes of a training step: distill-qwen.json, 8.2 s a step
+_PROBED = 36_000  # tokens of all probes of verification: smollm2 and qwen, without the final text
+_WRITTEN = 4e8  # bytes a second that an export reads, or writes and hashes: smollm2 and qwen
+_REWRITTEN = 1.2e9  # bytes a second of a rewritten graph: smollm2 and qwen
+_LOADED = 7e8  # bytes a second of a graph that is opened: demo-smollm2-fp32.json
+_DECODED = 2.0  # bytes that decode reads while one thread copies one: all threads read
+
+# -- memory
+_PROCESS = 5e8  # bytes of Python, torch and transformers: the first stage of qwen and smollm2
+_BATCH = 4096  # tokens that run at once
+_LOGIT_ROWS = 4500  # float32 logits beside the model while layers are chosen: smollm2 and qwen
+_LONG_ROW = 2056  # positions of the longest probe
+_FIT_MATRICES = 10  # D x D of float64 while a map is fitted: plan of 1.5B and 8B
+_REFERENCE_ROWS = 450  # float32 logits that references.safetensors keeps
+
+_DECODE_BYTES = 80 << 30  # as `benchmark.decode_tokens`
+_SECTIONS = 8  # the table of gains has a row for each eighth of the layers, up to half of them
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Rates of a machine."""
+
+    product_flops_per_second: float
+    copied_bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a stage takes.
+
+    Attributes:
+        peak_bytes: of memory, mapped files included. needed_bytes: that the stage must get beside its libraries.
+        disk_bytes: that the stage leaves in the run directory.
+    """
+
+    stage: str
+    seconds: float
+    peak_bytes: float
+    needed_bytes: float
+    disk_bytes: float
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Modelled gain of a number of replaced layers. last: if these are the last layers."""
+
+    layers: int
+    prefill: float
+    prefill_last: float
+    decode: float
+    cache_bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that is estimated.
+
+    Attributes:
+        options: settled.
+        narrow: products in bfloat16 while calibrating and choosing layers.
+        available_bytes: memory.
+        runs_here: the engine runs on this machine's processor, so that bench runs.
+    """
+
+    shape: Shape
+    options: JobOptions
+    engine: Capabilities
+    speed: Speed
+    narrow: bool
+    available_bytes: int
+    runs_here: bool = True
+
+    # -- sizes ---------------------------------------------------------------------------------------------------
+
+    @property
+    def weights(self) -> float:
+        """Bytes of the model in float32."""
+        return 4.0 * self.shape.parameters
+
+    @property
+    def fits(self) -> bool:
+        """Whether the whole model fits into memory; else one layer at a time is in memory."""
+        return self.weights <= WEIGHTS_SHARE * self.available_bytes
+
+    @property
+    def graph(self) -> float:
+        """Bytes of a graph. Its embedding stays in float32, or float16, unless it is the head."""
+        s, size = self.shape, weight_bytes(self.options.precision)
+        table = 0 if s.tied else s.head_parameters * (2 if self.options.precision in ("fp16", "bf16") else 4)
+        return (s.decoder.num_layers * s.layer_parameters + s.head_parameters) * size + table
+
+    @property
+    def taps(self) -> int:
+        """Taps whose moments are collected."""
+        return len({"residual", self.options.tap})
+
+    @property
+    def sums(self) -> float:
+        """Bytes of the sums in memory: three matrices of float64 for each layer and tap."""
+        return 24.0 * self.shape.decoder.hidden_size**2 * self.shape.decoder.num_layers * self.taps
+
+    @property
+    def moments(self) -> float:
+        """Bytes of moments.safetensors, which has half of the two symmetric matrices."""
+        return self.sums * 2 / 3
+
+    @property
+    def given(self) -> bool:
+        """Whether the model has its maps already."""
+        return self.options.fit == CHECKPOINT_FIT
+
+    @functools.cached_property
+    def count(self) -> int:
+        """Layers that are replaced: as asked, or a quarter of them if a goal decides."""
+        decoder, goal = self.shape.decoder, goal_of(self.options)
+        if self.options.layers is not None:
+            asked = parse_layers(self.options.layers, decoder.num_layers)
+            return asked if isinstance(asked, int) else len(asked)
+        if isinstance(goal, CacheBudget):
+            return layers_for_budget(self.options, goal, decoder, self._cache_item)[0]
+        return max(1, round(decoder.num_layers / 4))
+
+    @property
+    def _cache_item(self) -> int:
+        return self.engine.cache_itemsize(self.options.precision)
+
+    @property
+    def costs(self) -> CostModel:
+        """The cost model of the graphs."""
+        size = weight_bytes(self.options.precision)
+        pruned = self.options.kept_logits == "last"
+        return CostModel(
+            self.shape.decoder, self.shape.mlp, size, size, self._cache_item, self.options.prompt_length,
+            all_logits=not pruned, tail_pruned=pruned,
+        )  # fmt: skip
+
+    # -- time ----------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _pass(self) -> float:
+        """Work of one token through all layers, in windows of the context."""
+        return self._prefill(self.options.context) / self.options.context
+
+    @property
+    def _head(self) -> float:
+        return 2.0 * self.shape.head_parameters
+
+    def _prefill(self, tokens: int, depth: int = 0) -> float:
+        plain = CostModel(self.shape.decoder, self.shape.mlp, 4, 4, 4, tail_pruned=False)
+        return plain.prefill({}, tokens, depth).flops - self._head
+
+    @property
+    def _torch_rate(self) -> float:
+        return self.speed.product_flops_per_second * (_NARROW if self.narrow else 1)
+
+    def _calibrate_seconds(self) -> float:
+        tokens, d = self.options.calibration_tokens, self.shape.decoder
+        sums = self.taps * _SUMS * d.hidden_size**2 * d.num_layers * tokens
+        read = self.weights * (2 if self.shape.is_gguf else 1) / _WRITTEN / 4
+        return (
+            _START_SECONDS + read + tokens * self._pass / self._torch_rate + sums / self.speed.product_flops_per_second
+        )
+
+    @property
+    def judges(self) -> bool:
+        """Whether the model's output orders the layers."""
+        options = self.options
+        return options.select not in ("cca", "error") and not names_layers(options.layers) and self.fits
+
+    @property
+    def tests(self) -> bool:
+        """Whether a limit on quality decides the number of layers."""
+        options = self.options
+        return self.fits and (options.layers, options.target_speedup, options.kv_budget) == (None, None, None)
+
+    def _test_work(self) -> float:
+        """Work of one test of a limit: the original, and half of a pass of the replaced set, with both heads."""
+        return deciding_tokens(self.options.context) * (1.5 * self._pass + 2 * self._head)
+
+    def _plan_seconds(self) -> float:
+        d, tokens = self.shape.decoder, judging_tokens(self.options.context)
+        fits = self.taps * _FIT * d.hidden_size**3 * d.num_layers
+        work, judged = 0.0, tokens / _JUDGED * self._head
+        if self.judges:
+            work += d.num_layers * (tokens * self._pass / 2 + _HEADS * judged)
+            work += (self.count + _CURVE) * _TRIED * (tokens * self._pass / 2 + judged)
+        if self.tests and not self._trains:
+            work += _TESTS * self._test_work()
+        return _START_SECONDS + fits / self.speed.product_flops_per_second + work / self._torch_rate
+
+    @property
+    def _trains(self) -> bool:
+        return self.options.fit == "distilled" and self.fits
+
+    def _distill_seconds(self) -> float:
+        options = self.options
+        minutes, steps = options.distill_minutes, options.distill_steps
+        if minutes is None and steps is None and self.tests:
+            minutes = default_minutes(self.shape.parameters)
+        step = _STEP * _STEP_TOKENS * (self._pass + self._head) / self._torch_rate
+        trained = min(60 * (minutes or math.inf), step * (steps or (math.inf if minutes else DEFAULT_STEPS)))
+        return trained + (_TESTS * self._test_work() / self._torch_rate if self.tests else 0)
+
+    @property
+    def _is_quantised(self) -> bool:
+        return self.options.precision not in ("fp32", "fp16", "bf16")
+
+    def _verify_seconds(self) -> float:
+        probes = _PROBED * (2 if self._is_quantised else 1)  # a quantised graph has a float32 twin
+        tokens = 2 * final_tokens(self.options.context) + probes
+        return _START_SECONDS + tokens * (self._pass + self._head) / self.speed.product_flops_per_second
+
+    def _bench_seconds(self) -> float:
+        options = self.options
+        usual = next((n for n in (128, 64, 32) if n * self.graph <= _DECODE_BYTES), 16)
+        decoded = options.generate_tokens or usual
+        work = steps = 0.0
+        for depth in options.depths:
+            work += self._prefill(depth) + 2 * sum(self._prefill(n, depth) for n in options.prompt_tokens)
+            steps += decoded + 2
+        read = steps * self.graph / (_DECODED * self.speed.copied_bytes_per_second)
+        load = self.graph / _LOADED + work / self.speed.product_flops_per_second + read
+        return 2 * load * self._rounds(2 * load)
+
+    def _rounds(self, seconds: float) -> int:
+        """Loads of each graph: as many as the time of `rounds.Rule` allows, since an interval is seldom narrow."""
+        if self.options.repetitions:
+            return self.options.repetitions
+        return max([LOOKS[0], *(n for n in LOOKS if n * seconds <= Rule().seconds)])
+
+    # -- memory: peak, and what is needed ------------------------------------------------------------------------
+
+    @property
+    def _activations(self) -> float:
+        return 12.0 * _BATCH * self.shape.mlp
+
+    def _narrow_copies(self, layers: int) -> float:
+        return 2.0 * layers * self.shape.layer_parameters if self.narrow else 0.0
+
+    def _calibrate_memory(self) -> tuple[float, float]:
+        s = self.shape
+        layer = 4.0 * (s.layer_parameters + s.head_parameters) + self._narrow_copies(1)
+        one = _PROCESS + layer + 3 * self.sums / s.decoder.num_layers + self._activations
+        whole = _PROCESS + self.weights + self._narrow_copies(s.decoder.num_layers) + self.sums + self._activations
+        return (whole if self.fits else one), min(whole, one)
+
+    def _plan_memory(self) -> tuple[float, float]:
+        s = self.shape
+        work = 8.0 * _FIT_MATRICES * s.decoder.hidden_size**2
+        if not (self.judges or self.tests):
+            return _PROCESS + self.moments + work, _PROCESS + work
+        model = self.weights + self._narrow_copies(s.decoder.num_layers)
+        logits = 4.0 * _LOGIT_ROWS * s.decoder.vocab_size
+        return _PROCESS + model + self.moments + logits + self._activations, _PROCESS + work
+
+    def _distill_memory(self) -> tuple[float, float]:
+        model = _PROCESS + 1.5 * self.weights + 8.0 * _STEP_TOKENS * self.shape.decoder.vocab_size * 4
+        return model, _PROCESS + self.weights
+
+    def _verify_memory(self) -> tuple[float, float]:
+        """Torch, and both graphs: each in its mapped file and as the kernels pack it; quantised: a float32 twin too."""
+        logits = 4.0 * _LONG_ROW * self.shape.decoder.vocab_size
+        twin = 2 * self.weights if self._is_quantised else 0
+        return _PROCESS + self.weights + twin + 4 * self.graph + logits, _PROCESS + self.weights
+
+    # -- the whole -----------------------------------------------------------------------------------------------
+
+    def needs(self) -> tuple[Needs, ...]:
+        """Each stage that the job runs, in order."""
+        graph, maps = self.graph, 4.0 * self.count * self.shape.decoder.hidden_size**2
+        converted = self.weights if self.shape.is_gguf or self.shape.maps_tap else 0.0
+        kept = converted if self.given else 0.0
+        references = 4.0 * _REFERENCE_ROWS * self.shape.decoder.vocab_size
+        start = maps if self._trains else 0.0
+        export = _PROCESS + 2 * self.weights + graph
+        made: dict[str, Callable[[], tuple[float, tuple[float, float], float]]] = {
+            "calibrate": lambda: (self._calibrate_seconds(), self._calibrate_memory(), self.moments + converted),
+            "plan": lambda: (self._plan_seconds(), self._plan_memory(), maps),
+            "distill": lambda: (self._distill_seconds(), self._distill_memory(), start),
+            "decoder": lambda: ((self.weights + graph) / _WRITTEN, (export, _PROCESS + graph), graph + kept),
+            "rewrite": lambda: (graph / _REWRITTEN, (_PROCESS + graph, _PROCESS), graph),
+            "verify": lambda: (self._verify_seconds(), self._verify_memory(), references),
+            "bench": lambda: (self._bench_seconds(), (_PROCESS + 4 * graph, _PROCESS + graph), 0.0),
+        }
+        left_out = {"calibrate", "plan"} if self.given else set()
+        left_out |= set() if self._trains else {"distill"}
+        left_out |= set() if self.runs_here else {"bench"}
+        found = []
+        for stage in (name for name in STAGES if name not in left_out):
+            seconds, (peak, needed), disk = made[stage]()
+            found.append(Needs(stage, seconds, peak, min(peak, needed) - _PROCESS, disk))
+        return tuple(found)
+
+    def gains(self) -> tuple[Gain, ...]:
+        """The modelled gain of an eighth, a quarter, ... of the layers, and of the number that is asked for."""
+        layers = self.shape.decoder.num_layers
+        counts = {round(k * layers / _SECTIONS) for k in range(1, _SECTIONS // 2 + 1)}
+        counts |= {self.count} if self.options.layers or self.options.kv_budget else set()
+        return tuple(self._gain(n) for n in sorted(counts - {0}))
+
+    def _gain(self, count: int) -> Gain:
+        decoder, costs = self.shape.decoder, self.costs
+        first = (decoder.num_layers - count) // 2  # of the middle: neither pruned nor looked up
+        middle, last = range(first, first + count), range(decoder.num_layers - count, decoder.num_layers)
+        speeds = [costs.speedup_of_sizes(dict.fromkeys(chosen, self._map)) for chosen in (middle, last)]
+        cache = decoder.cache_bytes_per_token(decoder.num_layers - count, self._cache_item)
+        return Gain(count, speeds[0].prefill, speeds[1].prefill, speeds[0].decode, cache)
+
+    @property
+    def _map(self) -> TokenWork:
+        size, rank = self.shape.decoder.hidden_size, read_rank(self.options.rank)
+        elements = 0 if self.options.fit == "drop" else size * size
+        if isinstance(rank, int) and 2 * rank < size:
+            elements = 2 * rank * size
+        return TokenWork(elements, elements)
+
+
+# -- this machine ------------------------------------------------------------------------------------------------
+
+_ROWS, _WIDTH, _COPIED_BYTES, _REPETITIONS = 512, 1024, 64 << 20, 4
+
+
+@functools.cache  # each process measures once
+def measure_speed() -> Speed:
+    """Rates of this machine, in a tenth of a second; other programs that run at the same time make them too low."""
+    rng = np.random.default_rng(0)
+    x, weight = (rng.standard_normal(shape, np.float32) for shape in ((_ROWS, _WIDTH), (_WIDTH, _WIDTH)))
+    source = np.ones(_COPIED_BYTES // 8)
+    target = np.zeros_like(source)
+    product = _best_seconds(lambda: x @ weight)
+    return Speed(2.0 * _ROWS * _WIDTH**2 / product, source.nbytes / _best_seconds(lambda: np.copyto(target, source)))
+
+
+def _best_seconds(run: Callable[[], object]) -> float:
+    run()
+    seconds = []
+    for _ in range(_REPETITIONS):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

@@ -1,0 +1,143 @@
+"""Sizes of a model, from its config.json or the head of its GGUF file alone: no weight is read, and no library loads.
+
+`load.read_spec` reads sizes by transformers, which takes seconds and needs the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nbl_export.errors import NblError
+from nbl_export.graph.gguf.header import read_header
+from nbl_export.graph.graph_only import graph_of
+from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config
+from nbl_export.model.checkpoint.source import _check_architecture, _linearized, _read_config, gguf_of
+from nbl_export.records.decoder import DecoderSpec
+from nbl_export.trust.contained import refuse_special
+from nbl_export.trust.model_settings import CONFIG_BYTES, read_object
+
+__all__ = ["Shape", "read_shape"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model.
+
+    Attributes:
+        decoder: its sizes; windows of attention are left out.
+        mlp: width of the MLP.
+        tied: the head is the embedding.
+        is_gguf: the model is a GGUF file.
+        maps_tap: tap of the maps of an NBL checkpoint; "" for another model.
+    """
+
+    decoder: DecoderSpec
+    mlp: int
+    tied: bool
+    is_gguf: bool = False
+    maps_tap: str = ""
+
+    @property
+    def layer_parameters(self) -> int:
+        """Elements of the matrices of one layer."""
+        d = self.decoder
+        attention = 2 * d.hidden_size * d.head_dim * (d.num_heads + d.num_kv_heads)
+        return attention + 3 * d.hidden_size * self.mlp
+
+    @property
+    def head_parameters(self) -> int:
+        """Elements of the head, and of the embedding."""
+        return self.decoder.hidden_size * self.decoder.vocab_size
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all matrices."""
+        return self.decoder.num_layers * self.layer_parameters + self.head_parameters * (1 if self.tied else 2)
+
+
+def read_shape(model: str | Path) -> Shape:
+    """Sizes of a config.json, a checkpoint directory or a GGUF file.
+
+    Raises:
+        NblError: there is no such model, its architecture is not supported, or it does not state its sizes.
+    """
+    path = Path(model).expanduser()
+    if not path.exists():
+        raise NblError(f"no model at {path}: give a config.json, a checkpoint directory or a .gguf file")
+    refuse_special(path)
+    if graph_of(path) is not None:
+        raise NblError(f"{path} is an ONNX graph; give the checkpoint or the config.json that it was made from")
+    gguf = gguf_of(path)
+    if gguf is not None:
+        return _of_gguf(gguf)
+    if path.is_dir():
+        return _of_config(_read_config(path), path / "config.json")
+    if path.suffix != ".json":
+        raise NblError(f"{path} is not a model: give a config.json, a checkpoint directory or a .gguf file")
+    return _of_config(read_object(path, CONFIG_BYTES), path)
+
+
+def _of_config(config: dict[str, Any], path: Path) -> Shape:
+    replaced = _linearized(config, path)
+    if replaced is not None:
+        config = {**config, "model_type": config["model_type"].removeprefix(LINEARIZED)}
+    _check_architecture(config.get("model_type"), path, multimodal="text_config" in config)
+    check_config(config, path)
+    record = ARCHITECTURES[config["model_type"]]
+    heads = config.get("num_attention_heads")
+    found = {
+        "num_hidden_layers": config.get("num_hidden_layers"),
+        "hidden_size": config.get("hidden_size"),
+        "intermediate_size": config.get("intermediate_size"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim"),
+        "vocab_size": config.get("vocab_size"),
+        "max_position_embeddings": config.get("max_position_embeddings"),
+    }
+    tied = config.get("tie_word_embeddings", record.tied)
+    return _shape(record.name, found, path, bool(tied), maps_tap=replaced.tap if replaced else "")
+
+
+def _of_gguf(path: Path) -> Shape:
+    header = read_header(path)
+    aliases = {alias: record.name for record in ARCHITECTURES.values() for alias in record.aliases}
+    stated = str(header.keys.get("general.architecture"))
+    _check_architecture(aliases.get(stated, stated), path)
+    heads = header.get("attention.head_count")
+    found = {
+        "block_count": header.get("block_count"),
+        "embedding_length": header.get("embedding_length"),
+        "feed_forward_length": header.get("feed_forward_length"),
+        "attention.head_count": heads,
+        "attention.head_count_kv": header.get("attention.head_count_kv") or heads,
+        "attention.key_length": header.get("attention.key_length"),
+        "tensor token_embd.weight": header.shapes.get("token_embd.weight", (None,))[0],
+        "context_length": header.get("context_length"),
+    }
+    return _shape(aliases.get(stated, stated), found, path, "output.weight" not in header.shapes, is_gguf=True)
+
+
+def _shape(architecture: str, found: Mapping[str, Any], path: Path, tied: bool, **more: Any) -> Shape:
+    """The shape of sizes in their order: layers, hidden size, MLP, heads, heads of keys, head, words, positions.
+
+    The size of a head may be missing.
+    """
+    for place, (name, value) in enumerate(found.items()):
+        is_size = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if not is_size and not (place == _HEAD and value is None):
+            raise NblError(f"{path} has no usable {name}, a size that an estimate needs; fetch the model again")
+    layers, hidden, mlp, heads, kv_heads, head, words, positions = found.values()
+    try:
+        decoder = DecoderSpec(
+            architecture, layers, hidden, heads, kv_heads, head or max(1, hidden // heads), words, positions
+        )
+    except ValueError as error:
+        raise NblError(f"{path} has sizes of no decoder ({error}); fetch the model again") from error
+    return Shape(decoder, mlp, tied, **more)
+
+
+_HEAD = 5  # place of the size of a head

@@ -1,0 +1,152 @@
+"""What a job will take, told before it begins; a job that cannot end is refused.
+
+    config.json, or the head of a GGUF file ─► sizes ┐
+    options, settled as the main job settles them ───┼─► seconds, memory and disk of each stage, gain by layers
+    a short product and copy on this machine ────────┘
+
+A job that resumes counts the stages that are left: those that are not recorded, have another key, or read such a stage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nbl_export.errors import NblError
+from nbl_export.measure.estimate import Job, Needs, measure_speed
+from nbl_export.model.checkpoint.shape import Shape, read_shape
+from nbl_export.model.memory import available_bytes
+from nbl_export.options.options import JobOptions
+from nbl_export.options.settle import settle
+from nbl_export.report.estimate import TITLES, spoken_totals
+from nbl_export.report.words import size
+from nbl_export.run.facts import architecture_facts, capabilities_of
+from nbl_export.run.resolve import Resolver
+from nbl_export.run.stages.common import READS, LeftOut, Stage
+
+__all__ = ["estimate", "foreseen"]
+
+
+def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What a whole job will take and gain, by stages and by layers; reads no weight.
+
+    Raises:
+        NblError: there is no such model, it does not state its sizes, or an option does not fit.
+    """
+    shape = read_shape(model)
+    known = dataclasses.replace(
+        architecture_facts(shape.decoder.architecture), decoder=shape.decoder, is_gguf=shape.is_gguf,
+        maps_tap=shape.maps_tap,
+    )  # fmt: skip
+    options = settle({**asked, "model": model}, capabilities_of, known)
+    job, free = _job(shape, options), shutil.disk_usage(Path.cwd()).free
+    stages = job.needs()
+    names = ("engine", "precision", "fit", "calibration_tokens", "context")
+    return {
+        "model": model,
+        "decoder": dataclasses.asdict(shape.decoder),
+        "parameters": shape.parameters,
+        "options": {name: getattr(options, name) for name in names},
+        "machine": {**dataclasses.asdict(job.speed), "bfloat16": job.narrow, "memory_bytes": job.available_bytes,
+                    "disk_bytes": free},
+        "stages": [dataclasses.asdict(stage) for stage in stages],
+        **_totals(stages),
+        "replaced": job.count,
+        "gains": [dataclasses.asdict(gain) for gain in job.gains()],
+        "tokens": options.prompt_length,
+        "refused": _shortage(stages, job.available_bytes, free, Path.cwd()),
+    }  # fmt: skip
+
+
+def foreseen(resolver: Resolver, stages: Sequence[Stage], output: Path) -> str:
+    """What the stages that are left will take, in words; "" if none is left, or if the model's sizes are not known.
+
+    Raises:
+        NblError: memory or disk cannot suffice.
+    """
+    source = resolver.source
+    try:
+        if source.graph is not None:
+            return ""
+        shape = read_shape(source.gguf or source.directory)
+    except NblError:  # transformers knows sizes that the configuration does not state
+        return ""
+    job = _job(dataclasses.replace(shape, decoder=resolver.read_spec), resolver.options)
+    left = _left(resolver, stages)
+    needs = [stage for stage in job.needs() if stage.stage in left]
+    if not needs:
+        return ""
+    total, place = _totals(needs), _existing(output)
+    if refused := _shortage(needs, job.available_bytes, shutil.disk_usage(place).free, output):
+        raise NblError(refused)
+    return f"estimate: {spoken_totals(total)}"
+
+
+def _job(shape: Shape, options: JobOptions) -> Job:
+    engine = capabilities_of(options.engine, options.provider)
+    narrow = options.compute_dtype != "float32" and _has_bfloat16()
+    return Job(shape, options, engine, measure_speed(), narrow, available_bytes(), not engine.cross)
+
+
+def _totals(needs: Sequence[Needs]) -> dict[str, float]:
+    return {
+        "seconds": sum(stage.seconds for stage in needs),
+        "peak_bytes": max(stage.peak_bytes for stage in needs),
+        "disk_bytes": sum(stage.disk_bytes for stage in needs),
+    }
+
+
+def _shortage(needs: Sequence[Needs], memory: float, disk: float, output: Path) -> str:
+    """Why the stages cannot end, in a sentence; "" if memory and disk can suffice."""
+    most, left = max(needs, key=lambda stage: stage.needed_bytes), _totals(needs)["disk_bytes"]
+    if most.needed_bytes > memory:
+        return (
+            f"the stage {TITLES.get(most.stage, most.stage)} needs {size(most.needed_bytes)} of memory at least, and "
+            f"{size(memory)} are available: close other programs, or take a machine with more memory or a "
+            "smaller model"
+        )
+    if left > disk:
+        return (
+            f"the run needs {size(left)} of disk, and {output} has {size(disk)} left: free some, or "
+            "give an --output on another disk"
+        )
+    return ""
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest directory above it that exists."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
+def _left(resolver: Resolver, stages: Sequence[Stage]) -> set[str]:
+    """Names of the stages that will run."""
+    known = resolver.run.manifest.get("stages")
+    if not known:
+        return {stage.name for stage in stages}
+    left: set[str] = set()
+    for stage in stages:
+        if left & set(READS[stage.name]):
+            left.add(stage.name)
+            continue
+        inputs = stage.declare(resolver)
+        if isinstance(inputs, LeftOut):
+            continue
+        resolver.keys[stage.name] = stage.key(inputs, resolver.keys)
+        if resolver.keys[stage.name] != known.get(stage.name, {}).get("key"):
+            left.add(stage.name)
+    resolver.keys.clear()
+    return left
+
+
+@functools.cache
+def _has_bfloat16() -> bool:
+    """Whether the processor has bfloat16 products, as `model.bfloat16.fast` says, without torch."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        return False
+    return any(name in flags for name in ("avx512_bf16", "amx_tile"))

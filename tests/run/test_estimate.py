@@ -1,0 +1,153 @@
+"""`nbl-export estimate`, what the main job says before it begins, and what it then refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nbl_export.model.checkpoint.shape import read_shape
+from nbl_export.run import estimate as estimating
+from nbl_export.run.estimate import estimate
+
+from ..command import assert_refused, in_new_process, nbl
+from ..jobs import opened
+from ..model.test_shape import written
+
+Same = tuple[object, ...]
+# What a manifest has after calibration.
+_FIRST = ("schema", "status", "model", "decoder", "calibration", "places", "num_layers", "options", "command", "stages")
+
+
+def with_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(estimating.shutil, "disk_usage", lambda _path: SimpleNamespace(free=free))
+
+
+# -- the command ----------------------------------------------------------------------------------------------
+
+
+def test_an_8b_model_by_its_configuration_alone(tmp_path: Path) -> None:
+    """In a fresh process: neither torch nor transformers is loaded, which would take seconds."""
+    code = """
+import atexit, sys
+atexit.register(lambda: sys.stderr.write(",".join({"torch", "transformers", "onnxruntime"} & sys.modules.keys())))
+"""
+    done = in_new_process("estimate", written(tmp_path), "--precision", "int4", "--layers", 8, "--json", code=code)
+    assert (done.status, done.err) == (0, "")
+    found = json.loads(done.out)
+    assert found["parameters"] == 8029995008
+    assert found["options"]["precision"] == "int4"
+    assert [stage["stage"] for stage in found["stages"]] == [
+        "calibrate",
+        "plan",
+        "decoder",
+        "rewrite",
+        "verify",
+        "bench",
+    ]
+    assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in found["stages"]))
+    assert found["peak_bytes"] == max(stage["peak_bytes"] for stage in found["stages"])
+    assert found["disk_bytes"] == pytest.approx(sum(stage["disk_bytes"] for stage in found["stages"]))
+    assert [gain["layers"] for gain in found["gains"]] == [4, 8, 12, 16]
+
+
+def test_the_table_has_a_row_for_each_stage(checkpoint: Callable[[str], Path]) -> None:
+    shown = nbl("estimate", checkpoint("llama"))
+    assert shown.status == 0, shown.err
+    for word in ("calibrate", "plan", "distill", "decoder graph", "rewrite", "verify", "bench", "whole job"):
+        assert word in shown.out
+    assert "The job takes about" in shown.out
+    assert "refused" not in shown.out
+
+
+def test_options_are_settled_as_in_the_main_job(tmp_path: Path) -> None:
+    model = written(tmp_path)
+    assert estimate(str(model), {})["options"]["fit"] == "distilled"
+    assert estimate(str(model), {"layers": "8"})["options"]["fit"] == "independent"
+    assert_refused(nbl("estimate", model, "--layers", "40"), 1, "all 32 attention layers")
+    assert_refused(nbl("estimate", model, "--precision", "int3"), 2, "--precision int3 is not for engine ort")
+    assert_refused(nbl("estimate", model, "--layers", "8", "--distill-minutes", "3"), 2, "is for --fit distilled")
+
+
+def test_a_refusal_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimating, "available_bytes", lambda: 20 << 30)
+    with_disk(monkeypatch, 1 << 40)
+    asked = {"precision": "int4", "layers": "8"}
+    assert "the stage verify needs 29.9 GiB of memory at least" in estimate(str(written(tmp_path)), asked)["refused"]
+    monkeypatch.setattr(estimating, "available_bytes", lambda: 200 << 30)
+    assert estimate(str(tmp_path), asked)["refused"] == ""
+    with_disk(monkeypatch, 20 << 30)
+    assert "the run needs 21.4 GiB of disk" in estimate(str(tmp_path), asked)["refused"]
+
+
+# -- the main job ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["main", "calibrate"])
+def test_a_disk_that_is_too_small_ends_the_job_before_it_begins(
+    command: str, same: Same, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_disk(monkeypatch, 1000)
+    words = same if command == "main" else ("calibrate", *same[:4])
+    refused = nbl(*words, "--output", tmp_path / "new" / "run")
+    assert_refused(refused, 1, "of disk, and")
+    assert "has 1,000 B left: free some, or give an --output on another disk" in refused.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_cannot_fit_ends_the_job_before_it_begins(
+    same: Same, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimating, "available_bytes", lambda: 1000)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    for words in (("--output", tmp_path / "new"), ("--output", run, "--force")):
+        assert_refused(nbl(*same, *words), 1, "of memory at least, and 1,000 B are available: close other programs")
+    assert not (tmp_path / "new").exists()
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before  # --force removed nothing
+
+
+def test_a_job_says_what_it_takes(finished: Path, same: Same, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = (finished.parent / "stderr").read_text(encoding="utf-8").splitlines()[0]
+    assert re.fullmatch(r"estimate: about .+, .+ MiB of memory and .+ MiB of disk", first)
+    with_disk(monkeypatch, 0)
+    monkeypatch.setattr(estimating, "available_bytes", lambda: 0)
+    again = nbl(*same, "--output", run)  # nothing is left to do
+    assert again.status == 0, again.err
+    assert "estimate" not in again.err
+
+
+def test_disk_is_that_of_a_finished_run(finished: Path, checkpoint: Callable[[str], Path]) -> None:
+    job = estimating._job(read_shape(checkpoint("llama")), opened(finished).options)
+    found = {stage.stage: stage.disk_bytes for stage in job.needs()}
+    files = {"calibrate": "moments.safetensors", "plan": "maps.safetensors", "decoder": "original/model.onnx.data",
+             "rewrite": "model/model.onnx.data", "verify": "references.safetensors"}  # fmt: skip
+    left = {stage: (finished / name).stat().st_size for stage, name in files.items()}
+    assert found["bench"] == 0
+    assert 1 < found.pop("verify") / left.pop("verify") < 2  # the longest row of so short a model is shorter
+    assert {stage: found[stage] / left[stage] for stage in left} == pytest.approx(dict.fromkeys(left, 1), rel=0.2)
+
+
+def test_a_job_that_resumes_counts_what_is_left(run: Path, same: Same, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nbl_export.run.pipeline import STAGES
+
+    def left(**changes: Any) -> set[str]:
+        return estimating._left(opened(run, **changes), STAGES) & {"calibrate", "plan", "decoder", "verify", "bench"}
+
+    assert left() == set()
+    assert left(layers="0") == {"plan", "verify", "bench"}
+    assert left(context=32) == {"calibrate", "plan", "verify", "bench"}
+    assert left(precision="int8") == {"decoder", "verify", "bench"}
+    manifest = json.loads((run / "nbl.json").read_text(encoding="utf-8"))
+    del manifest["stages"]["bench"]
+    (run / "nbl.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert left() == {"bench"}
+    with_disk(monkeypatch, 0)  # bench writes next to nothing
+    assert nbl(*same, "--output", run).status == 0
+    manifest["stages"] = {"calibrate": manifest["stages"]["calibrate"]}
+    (run / "nbl.json").write_text(json.dumps({n: v for n, v in manifest.items() if n in _FIRST}), encoding="utf-8")
+    assert left() == {"plan", "decoder", "verify", "bench"}
