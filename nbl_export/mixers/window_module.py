@@ -45,7 +45,7 @@ class WindowModule(MixerModule):
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if cache is not None and self.layer_idx is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        valid_BS = _valid(kwargs.get("attention_mask"), len(k), k.shape[2], count)
+        valid_BS = _valid(kwargs.get("attention_mask"), k, count)
         place_BS = valid_BS.long().cumsum(1) - 1
         out = self._attend(q * shape.scale, k, v, place_BS, valid_BS)
         found = torch.nn.functional.linear(out, self.output)
@@ -95,13 +95,14 @@ class WindowModule(MixerModule):
         return value_BHTd * cosine + value_BHTd[..., self._swap] * sine
 
 
-def _valid(mask: torch.Tensor | None, batch: int, length: int, count: int) -> torch.Tensor:
+def _valid(mask: torch.Tensor | None, key_BGSd: torch.Tensor, count: int) -> torch.Tensor:
     """Which of the tokens [B, S] up to the last one are no padding, from transformers' mask [B, 1, T, S].
 
     A token of padding does not read itself. A token of the steps before is one that a token of this step reads.
     """
+    batch, length = len(key_BGSd), key_BGSd.shape[2]
     if mask is None:
-        return torch.ones(batch, length, dtype=torch.bool)
+        return torch.ones(batch, length, dtype=torch.bool, device=key_BGSd.device)
     read = mask[:, 0, :, :length] if mask.dtype == torch.bool else mask[:, 0, :, :length] == 0
     own_BT = read[..., length - count :].diagonal(0, 1, 2)
     before = (read[..., : length - count] & own_BT[..., None]).any(1)

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from nbl_export.model.checkpoint.pretrained import config_of, model_with
 from nbl_export.model.linearize import architecture_of, multiplier_of, replace_attention, run_from
 from nbl_export.model.memory import available_bytes
 
-__all__ = ["WeightReader", "float32_bytes", "one_layer", "shortage_of", "token_rows"]
+__all__ = ["WeightReader", "float32_bytes", "layer_bytes", "one_layer", "shortage_of", "token_rows"]
 
 _MEMORY_SHARE = 0.6  # of the available memory that the weights may take
 
@@ -94,14 +96,27 @@ def _names(file: Path) -> list[str]:
 
 def float32_bytes(directory: Path) -> int:
     """Bytes of all weights of a checkpoint directory in float32, from the headers alone."""
-    total = 0
+    return sum(size for _, size in _sizes(directory))
+
+
+def layer_bytes(directory: Path) -> int:
+    """Most bytes in float32 of what `one_layer` loads: a layer, and the embedding."""
+    layers, embedding = Counter[str](), 0
+    for name, size in _sizes(directory):
+        if found := re.search(r"layers\.\d+\.", name):
+            layers[found[0]] += size
+        elif "embed_tokens" in name:
+            embedding = size
+    return max(layers.values(), default=0) + embedding
+
+
+def _sizes(directory: Path) -> Iterator[tuple[str, int]]:
     for file in directory.glob("*.safetensors"):
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         for name, facts in header.items():
             if name != "__metadata__":
-                total += 4 * torch.Size(facts["shape"]).numel()
-    return total
+                yield name, 4 * torch.Size(facts["shape"]).numel()
 
 
 def one_layer(config: Any, index: int, weights: WeightReader) -> Any:

@@ -69,7 +69,7 @@ class SwitchedModel:
         self._layers = self._decoder.layers
         self._tap = tap
         self.num_layers = len(self._layers)
-        self._affine = {i: m.module(multiplier_of(model.config)).eval() for i, m in maps.items()}
+        self._affine = {i: m.module(multiplier_of(model.config)).eval().to(model.device) for i, m in maps.items()}
 
     @torch.no_grad()
     def run(
@@ -93,7 +93,7 @@ class SwitchedModel:
                 switched(self._decoder, {i: self._affine[i] for i in replaced_set}, self._tap, first),
             ):
                 if ids_BT is not None:
-                    last = self._decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
+                    last = self._decoder(input_ids=ids_BT.to(self.model.device), use_cache=False).last_hidden_state
                 else:
                     assert entering_BTD is not None
                     last = run_from(self._decoder, entering_BTD)
@@ -110,7 +110,7 @@ class SwitchedModel:
         changes = {name: last_TD - original_TD for name, last_TD in replaced_sets.items()}
         found = dict.fromkeys(replaced_sets, Loss())
         for rows in torch.arange(0, len(ids_T) - 1).split(_LOGIT_ROWS):
-            target_N = ids_T[rows + 1]
+            target_N = ids_T[rows + 1].to(self.model.device)
             base_NV = self.head.logits(original_TD[rows])
             base = torch.nn.functional.cross_entropy(base_NV, target_N, reduction="sum").item()
             share_NV = base_NV.softmax(1)

@@ -147,7 +147,7 @@ class _Solo:
 
     def __init__(self, effects: Effects) -> None:
         gram = effects.gram(effects)
-        kl_K, rise_K = (value.mean(0, dtype=torch.float64) for value in (effects.kl_NK, effects.rise_NK))
+        kl_K, rise_K = (value.mean(0, dtype=torch.float64).cpu() for value in (effects.kl_NK, effects.rise_NK))
         self.effects, self.loss = effects, (kl_K + rise_K) / 2
         self.scale = _scale(effects)
         self.gram = (gram + gram.T) / 2 * self.scale[:, None] * self.scale
@@ -275,7 +275,7 @@ class Search:
 
 def _scale(effects: Effects) -> torch.Tensor:
     """Factors of changes that make half of d' F d the true KL [K]."""
-    kl_K, square_K = (value.mean(0, dtype=torch.float64) for value in (effects.kl_NK, effects.square_NK))
+    kl_K, square_K = (value.mean(0, dtype=torch.float64).cpu() for value in (effects.kl_NK, effects.square_NK))
     return (2 * kl_K / square_K.clamp_min(_NOTHING)).clamp_min(0).sqrt()
 
 
@@ -306,10 +306,10 @@ class Effects:
         return [Effects(*values) for values in zip(*columns, strict=True)]
 
     def gram(self, other: Effects) -> torch.Tensor:
-        """Mean of d_i' F d_j over positions, [K, K of other], in float64; `other` has its pull."""
+        """Mean of d_i' F d_j over positions, [K, K of other], in float64 on the CPU; `other` has its pull."""
         assert other.pull_NKD is not None
         ours, theirs = (v.transpose(0, 1).flatten(1) for v in (self.change_NKD, other.pull_NKD))
-        return (ours @ theirs.T).double() / len(self.kl_NK)
+        return (ours @ theirs.T).double().cpu() / len(self.kl_NK)
 
 
 class Judge:
@@ -324,7 +324,7 @@ class Judge:
         ids_WT = torch.cat(list(texts))
         self._switched, self._head, self.num_layers = switched, switched.head, switched.num_layers
         self._rows = torch.arange(0, ids_WT.shape[1] - 1, EVERY)
-        self._target_N = ids_WT[:, self._rows + 1].flatten()
+        self._target_N = ids_WT[:, self._rows + 1].flatten().to(switched.model.device)
         original, self._entering = switched.run((), ids_BT=ids_WT, watch=range(switched.num_layers))
         self._original_ND = self._judged(original)
         self.parts = [len(text) * len(self._rows) for text in texts]  # judged positions of each text
