@@ -91,7 +91,7 @@ def observe(
     seen = {group.name: Seen(max(1, ids_WT.numel() // rows)) for group in groups}
     with torch.inference_mode(), _hooked(groups, seen):
         for done, window in enumerate(ids_WT.split(4), 1):
-            model.get_decoder()(input_ids=window, use_cache=False)
+            model.get_decoder()(input_ids=window.to(model.device), use_cache=False)
             progress(done, -(-len(ids_WT) // 4))
     return seen
 
@@ -143,7 +143,7 @@ def _best(group: Group, seen: Seen, block: int) -> Choice:
     scales = [(mean_C / mean_C.log().mean().exp()) ** exponent for exponent in _EXPONENTS]
     errors = [_error(group, group.spread(scale), rows_RK, block) for scale in scales]
     best = min(range(len(errors)), key=errors.__getitem__)
-    return Choice(_EXPONENTS[best], scales[best], errors[best] / max(errors[0], 1e-30))
+    return Choice(_EXPONENTS[best], scales[best].cpu(), errors[best] / max(errors[0], 1e-30))
 
 
 def _error(group: Group, scale_K: torch.Tensor, rows_RK: torch.Tensor, block: int) -> float:
@@ -265,7 +265,7 @@ def rescale(model: Any, scales: Mapping[str, torch.Tensor]) -> None:
     groups = {group.name: group for group in groups_of(model)}
     with torch.no_grad():
         for name, scale in scales.items():
-            _move(groups[name], scale)
+            _move(groups[name], scale.to(model.device))
 
 
 def _move(group: Group, scale_C: torch.Tensor) -> None:

@@ -278,6 +278,7 @@ def collect_layers(
     wanted: Wanted,
     scratch: Path,
     progress: Callable[[int, int], None],
+    device: Any = "cpu",
 ) -> Iterator[dict[str, Sums]]:
     """Sums of each layer by tap, from the first layer to the last.
 
@@ -287,6 +288,7 @@ def collect_layers(
         parts: the batches of the text to collect, [windows, context] each.
         scratch: a directory for the hidden states: 4 x tokens x hidden size bytes.
         progress: called with layers x tokens done and the total.
+        device: has one layer and one batch at a time, and the sums of the layer.
 
     Raises:
         NblError: a weight is missing or damaged, or a layer's activations are not finite.
@@ -298,18 +300,18 @@ def collect_layers(
     inputs = [ids_WT[:1, :REFERENCE_ROWS], *parts]
     tokens = sum(part.numel() for part in parts)
     for index in range(config.num_hidden_layers):
-        decoder = one_layer(config, index, weights)
+        decoder = one_layer(config, index, weights).to(device)
         found = {tap: Accumulator(sizes) for tap in wanted.taps}
         handles = [
             handle for tap, a in found.items() for handle in attach(decoder.layers[0], a, tap, config, wanted.kind)
         ]
         done = 0
-        with torch.inference_mode(), bfloat16.products(torch.device("cpu"), wanted.narrow):
+        with torch.inference_mode(), bfloat16.products(torch.device(device), wanted.narrow):
             for k, ids in enumerate(inputs):
                 if index:
-                    states.write(k, run_from(decoder, states.read(k)))
+                    states.write(k, run_from(decoder, states.read(k).to(device)))
                 else:
-                    states.write(k, decoder(input_ids=ids, use_cache=False).last_hidden_state)
+                    states.write(k, decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state)
                 if k == 0:
                     for accumulator in found.values():
                         accumulator.clear()
@@ -346,4 +348,4 @@ class _States:
     def write(self, index: int, states: torch.Tensor) -> None:
         with self._path.open("r+b") as stream:
             stream.seek(self._offsets[index])
-            stream.write(memoryview(states.contiguous().numpy()).cast("B"))
+            stream.write(memoryview(states.cpu().contiguous().numpy()).cast("B"))

@@ -22,7 +22,7 @@ import torch
 
 from nbl_export.mixers.lmmse import Moments
 
-__all__ = ["REFERENCE_ROWS", "Accumulator", "Sums", "mirrored"]
+__all__ = ["REFERENCE_ROWS", "Accumulator", "Sums", "mirrored", "sums_bytes"]
 
 REFERENCE_ROWS = 128
 _BLOCK = 4096
@@ -68,6 +68,12 @@ class Sums:
     @property
     def is_finite(self) -> bool:
         return bool(torch.isfinite(self.xx).all() and torch.isfinite(self.yy).all())
+
+
+def sums_bytes(sizes: tuple[int, int]) -> int:
+    """Bytes of an `Accumulator` of these sizes."""
+    x, y = sizes
+    return 8 * (x * x + x * y + y * y)
 
 
 class Accumulator:

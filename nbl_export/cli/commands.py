@@ -91,13 +91,14 @@ def rewrite_graph(
     print(rewrite_given(graph, maps, layers, tap, output))
 
 
-def verify(directory: opt.Run, as_json: opt.Json = False) -> None:
+@opt.takes("verify")
+def verify(directory: opt.Run, asked: dict[str, Any], as_json: opt.Json = False) -> None:
     """Compare the exported graphs with the torch models."""
     from nbl_export.report.console import checks_table
     from nbl_export.run.pipeline import run_stages
     from nbl_export.run_directory import VERIFY_FILE
 
-    run = run_stages(directory, "verify", ui(as_json))
+    run = run_stages(directory, "verify", ui(as_json), changes=asked)
     result = run.read_json(VERIFY_FILE)
     show(result, checks_table(result), as_json)
 
@@ -201,8 +202,10 @@ def profile(
     show(found, profile_table(found), as_json)
 
 
+@opt.takes("eval")
 def evaluate(
     directory: opt.Run,
+    asked: dict[str, Any],
     tasks: Annotated[
         str | None,
         typer.Option(metavar="TASK,...", help="lm-evaluation-harness tasks: lambada_openai,arc_easy,piqa,wikitext."),
@@ -249,7 +252,7 @@ def evaluate(
         texts=parse_named("--perplexity", perplexity), long_texts=parse_named("--long-context", long_context),
         context=ppl_context,
     )  # fmt: skip
-    run = run_evaluation(directory, request, ui(as_json), force=force)
+    run = run_evaluation(directory, request, ui(as_json), changes=asked, force=force)
     result = run.read_json(EVAL_FILE)
     show(result, eval_table(result), as_json)
 

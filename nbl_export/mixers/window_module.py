@@ -46,7 +46,7 @@ class WindowModule(MixerModule):
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if cache is not None and self.layer_idx is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        valid_BS = _valid(kwargs.get("attention_mask"), len(k), k.shape[2], q.shape[2])
+        valid_BS = _valid(kwargs.get("attention_mask"), k, q.shape[2])
         found = nn.functional.linear(self.heads.attend(q, k, v, valid_BS), self.output)
         return (found if self.multiplier == 1.0 else found / self.multiplier), None
 
@@ -149,7 +149,7 @@ class _Heads:
         start = (valid_BS & (place_BS == 0)).long().argmax(1)
         which = torch.arange(len(k), device=k.device)
         first_k, first_v = k[which, :, start][:, :, None], v[which, :, start][:, :, None]
-        far = (q @ self._rotated(first_k, torch.tensor([[-tokens]])).mT).squeeze(3)
+        far = (q @ self._rotated(first_k, torch.tensor([[-tokens]], device=q.device)).mT).squeeze(3)
         keys = self._rotated(k, place_BS)
         outs = []
         for rows in torch.arange(count, device=k.device).split(_ROWS):
@@ -179,13 +179,14 @@ class _Heads:
         return value_BHTd * cosine + value_BHTd[..., self._swap] * sine
 
 
-def _valid(mask: torch.Tensor | None, batch: int, length: int, count: int) -> torch.Tensor:
+def _valid(mask: torch.Tensor | None, key_BGSd: torch.Tensor, count: int) -> torch.Tensor:
     """Which of the tokens [B, S] up to the last one are no padding, from transformers' mask [B, 1, T, S].
 
     A token of padding does not read itself. A token of the steps before is one that a token of this step reads.
     """
+    batch, length = len(key_BGSd), key_BGSd.shape[2]
     if mask is None:
-        return torch.ones(batch, length, dtype=torch.bool)
+        return torch.ones(batch, length, dtype=torch.bool, device=key_BGSd.device)
     read = mask[:, 0, :, :length] if mask.dtype == torch.bool else mask[:, 0, :, :length] == 0
     own_BT = read[..., length - count :].diagonal(0, 1, 2)
     before = (read[..., : length - count] & own_BT[..., None]).any(1)

@@ -63,7 +63,7 @@ def replace_attention(model: Any, modules: Mapping[int, nn.Module], tap: str) ->
 @contextlib.contextmanager
 def replaced(model: Any, maps: Mapping[int, Mixer], tap: str) -> Iterator[None]:
     """Within: a causal LM has mixers in place of attention; it is as before afterwards."""
-    modules = {i: mixer.module(multiplier_of(model.config)) for i, mixer in maps.items()}
+    modules = {i: mixer.module(multiplier_of(model.config)).to(model.device) for i, mixer in maps.items()}
     for index, module in modules.items():
         module.layer_idx = index
     with switched(model.get_decoder(), modules, tap):

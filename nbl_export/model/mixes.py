@@ -104,7 +104,7 @@ class Mixes(ABC):
         changes = {name: last_TD - original_TD for name, last_TD in replaced_sets.items()}
         found = dict.fromkeys(replaced_sets, Loss())
         for rows in torch.arange(0, len(ids_T) - 1, every).split(_LOGIT_ROWS):
-            target_N = ids_T[rows + 1]
+            target_N = ids_T[rows + 1].to(original_TD.device)
             base_NV = self.head.logits(original_TD[rows])
             base = torch.nn.functional.cross_entropy(base_NV, target_N, reduction="sum").item()
             share_NV = base_NV.softmax(1)

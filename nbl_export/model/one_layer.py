@@ -19,7 +19,9 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +38,7 @@ from nbl_export.model.checkpoint.pretrained import config_of, model_with
 from nbl_export.model.linearize import architecture_of, multiplier_of, replace_attention, run_from
 from nbl_export.model.memory import WEIGHTS_SHARE, available_bytes
 
-__all__ = ["WeightReader", "float32_bytes", "one_layer", "only_head", "shortage_of", "token_rows"]
+__all__ = ["WeightReader", "float32_bytes", "layer_bytes", "one_layer", "only_head", "shortage_of", "token_rows"]
 
 _LAYER = "layers.{}."
 
@@ -99,14 +101,27 @@ def float32_bytes(model: Path) -> int:
     """Bytes of all weights of a checkpoint directory or a GGUF file in float32, from the headers alone."""
     if model.is_file():
         return sum(4 * math.prod(shape) for shape in read_header(model).shapes.values())
-    total = 0
-    for file in model.glob("*.safetensors"):
+    return sum(size for _, size in _sizes(model))
+
+
+def layer_bytes(directory: Path) -> int:
+    """Most bytes in float32 of what `one_layer` loads: a layer, and the embedding."""
+    layers, embedding = Counter[str](), 0
+    for name, size in _sizes(directory):
+        if found := re.search(r"layers\.\d+\.", name):
+            layers[found[0]] += size
+        elif "embed_tokens" in name:
+            embedding = size
+    return max(layers.values(), default=0) + embedding
+
+
+def _sizes(directory: Path) -> Iterator[tuple[str, int]]:
+    for file in directory.glob("*.safetensors"):
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         for name, facts in header.items():
             if name != "__metadata__":
-                total += 4 * torch.Size(facts["shape"]).numel()
-    return total
+                yield name, 4 * torch.Size(facts["shape"]).numel()
 
 
 def one_layer(config: Any, index: int, weights: WeightReader) -> Any:

@@ -41,7 +41,7 @@ class SwitchedModel(Mixes):
         self._layers = self._decoder.layers
         self._tap = tap
         self.num_layers = len(self._layers)
-        self._affine = {i: m.module(multiplier_of(model.config)).eval() for i, m in maps.items()}
+        self._affine = {i: m.module(multiplier_of(model.config)).eval().to(model.device) for i, m in maps.items()}
 
     @property
     def head(self) -> Head:
@@ -72,7 +72,7 @@ class SwitchedModel(Mixes):
                 switched(self._decoder, {i: self._affine[i] for i in replaced_set}, self._tap, first),
             ):
                 if ids_BT is not None:
-                    last = self._decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
+                    last = self._decoder(input_ids=ids_BT.to(self.model.device), use_cache=False).last_hidden_state
                 else:
                     assert entering_BTD is not None
                     last = run_from(self._decoder, entering_BTD)

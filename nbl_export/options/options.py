@@ -37,6 +37,7 @@ FITS = ("independent", "distilled", "drop", "given")
 # How layers are ranked: smallest CCA bound, smallest relative error, least quality loss, least loss for the work saved.
 SELECTS = ("cca", "error", "greedy", "efficient")
 DTYPES = ("auto", "float32", "bfloat16")  # of products while calibrating and choosing layers
+DEVICES = ("auto", "cpu", "cuda")  # of torch
 METHODS = ("rtn", "awq")  # of rounding to int4
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # ends a line, or moves a terminal's cursor
 SELF = "self"  # calibration text that the model generates
@@ -57,8 +58,8 @@ BUILDER_OPTIONS: dict[str, tuple[str, ...]] = {
     "shared_embeddings": ("true", "false"),  # embedding and lm_head as one quantised matrix, where the model ties them
 }
 
-PANELS = ("What is replaced", "Distillation", "Calibration", "Engine", "Benchmark")
-_REPLACED, _DISTILL, _CALIBRATE, _ENGINE, _BENCH = PANELS
+PANELS = ("What is replaced", "Distillation", "Calibration", "Torch", "Engine", "Benchmark")
+_REPLACED, _DISTILL, _CALIBRATE, _TORCH, _ENGINE, _BENCH = PANELS
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,12 @@ class JobOptions:
     context: int = option(512, "Length of a window in tokens.", _CALIBRATE, "main calibrate", least=2)
     compute_dtype: str = option(
         "auto", "Products while calibrating and choosing layers: float32, bfloat16, or auto (default; bfloat16 if the "
-        "processor has it).", _CALIBRATE, "main calibrate", choices=DTYPES, metavar="DTYPE",
+        "processor has it).", _TORCH, "main calibrate", choices=DTYPES, metavar="DTYPE",
+    )  # fmt: skip
+    device: str = option(
+        "auto", "Where torch calibrates, chooses layers, trains and verifies: cpu, cuda (one GPU), or auto (default; "
+        "the GPU if torch sees one and the work fits).", _TORCH, "main calibrate plan rewrite verify eval",
+        choices=DEVICES, metavar="DEVICE",
     )  # fmt: skip
     seed: int = option(0, "Seed of distillation and of --calibration self.", _CALIBRATE, "main calibrate", least=0)
     precision: str = option(

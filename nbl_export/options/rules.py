@@ -164,6 +164,9 @@ APPLIES: tuple[Applies, ...] = (
         lambda c: not c.is_graph or c.options.compute_dtype == "float32",
     ),
     Applies(
+        ("device",), "a checkpoint, which torch runs; this model is an ONNX graph", lambda c: not c.is_graph
+    ),
+    Applies(
         ("select",), "a number of layers or a goal; --layers names the layers here",
         lambda c: c.sweeps or not names_layers(c.options.layers) or c.counts_draft,
     ),

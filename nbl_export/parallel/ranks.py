@@ -57,17 +57,10 @@ class Ranks:
         return dist
 
     def place(self, model: Any) -> Any:
-        """The model on this process's device."""
+        """The model on this process's GPU; one process alone has its model where `--device` says."""
         import torch
 
         return model.to(torch.cuda.current_device()) if self.size > 1 and torch.cuda.is_available() else model
-
-    @property
-    def device(self) -> Any:
-        """Where `place` puts a model."""
-        import torch
-
-        return self._device if self.size > 1 else torch.device("cpu")
 
     def lead(self, order: dict[str, Any] | None) -> None:
         """Process 0: send an order to the others ("work" is a key of `run.pipeline._WORK`); None ends the work."""

@@ -144,7 +144,7 @@ class _Solo:
 
     def __init__(self, effects: Effects) -> None:
         gram = effects.gram(effects)
-        kl_K, rise_K = (value.mean(0, dtype=torch.float64) for value in (effects.kl_NK, effects.rise_NK))
+        kl_K, rise_K = (value.mean(0, dtype=torch.float64).cpu() for value in (effects.kl_NK, effects.rise_NK))
         self.effects, self.loss = effects, (kl_K + rise_K) / 2
         self.scale = _scale(effects)
         self.gram = (gram + gram.T) / 2 * self.scale[:, None] * self.scale
@@ -272,7 +272,7 @@ class Search:
 
 def _scale(effects: Effects) -> torch.Tensor:
     """Factors of changes that make half of d' F d the true KL [K]."""
-    kl_K, square_K = (value.mean(0, dtype=torch.float64) for value in (effects.kl_NK, effects.square_NK))
+    kl_K, square_K = (value.mean(0, dtype=torch.float64).cpu() for value in (effects.kl_NK, effects.square_NK))
     return (2 * kl_K / square_K.clamp_min(_NOTHING)).clamp_min(0).sqrt()
 
 
@@ -303,10 +303,10 @@ class Effects:
         return [Effects(*values) for values in zip(*columns, strict=True)]
 
     def gram(self, other: Effects) -> torch.Tensor:
-        """Mean of d_i' F d_j over positions, [K, K of other], in float64; `other` has its pull."""
+        """Mean of d_i' F d_j over positions, [K, K of other], in float64 on the CPU; `other` has its pull."""
         assert other.pull_NKD is not None
         ours, theirs = (v.transpose(0, 1).flatten(1) for v in (self.change_NKD, other.pull_NKD))
-        return (ours @ theirs.T).double() / len(self.kl_NK)
+        return (ours @ theirs.T).double().cpu() / len(self.kl_NK)
 
 
 class Judge:
@@ -366,4 +366,4 @@ class Judge:
             common_N1D = head.pull(base_NV, typed_N1V)
             pull = (head.pull(base_NV, narrow_NKV * typed_N1V) - mean_NK1 * common_N1D,)
         variance_NK = (square_NK1 - mean_NK1.square())[..., 0]
-        return *divergence(share_NV, apart_NKV, self._target_N[part_N]), variance_NK, *pull
+        return *divergence(share_NV, apart_NKV, self._target_N[part_N].to(share_NV.device)), variance_NK, *pull

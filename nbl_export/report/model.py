@@ -290,7 +290,7 @@ def origin(report: Mapping[str, Any]) -> Section:
     versions = [*_facts("Settings", settings), *_facts("Versions", (report["versions"] or {}).items())]
     if report["bench"] and report["bench"]["versions"]:
         versions += _facts("Versions at the benchmark", report["bench"]["versions"].items())
-    left = (*_stages(report), *_text(report), *_machine(report["machine"]))
+    left = (*_stages(report), *_text(report), *_machine(report))
     return Section("How it was made", (Heading("Command"), Code(report["command"]), Pair(left, tuple(versions))))
 
 
@@ -307,13 +307,14 @@ def _text(report: Mapping[str, Any]) -> tuple[Block, ...]:
     return _facts("Text" if report["without_original"] else "Calibration text", facts)
 
 
-def _machine(machine: Mapping[str, Any] | None) -> tuple[Block, ...]:
-    if not machine:
-        return ()
+def _machine(report: Mapping[str, Any]) -> tuple[Block, ...]:
+    machine, torch = report["machine"] or {}, report["torch_device"]
     facts = (("processor", machine.get("cpu")), ("cores", machine.get("cores")),
              ("memory", words.size(machine.get("memory_bytes"))), ("system", machine.get("os")),
-             ("Python", machine.get("python")))  # fmt: skip
-    return _facts("Machine", facts)
+             ("Python", machine.get("python"))) if machine else ()  # fmt: skip
+    devices = (("calibration ran on", report["calibration"].get("device")), ("torch ran on", torch))
+    shown = (*facts, *(row for row in devices if row[1]))
+    return _facts("Machine", shown) if shown else ()
 
 
 def _facts(title: str, facts: Iterable[tuple[str, Any]]) -> tuple[Block, ...]:

@@ -185,11 +185,12 @@ def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Fini
         for stage in ("plan", "distill"):
             if stage in run.stages:
                 run.check(stage)
-        resolver = Resolver(located(JobOptions.from_json(run.manifest["options"]), run.manifest), run, ui)
+        options = located(JobOptions.from_json(run.manifest["options"]), run.manifest)
+        resolver = Resolver(dataclasses.replace(options, device="cpu"), run, ui)  # forms are compared bit for bit
         plan = resolver.plan
         yield resolver.fill(
             Finished, run=run, maps=load_maps(run.path / MAPS_FILE, plan.replaced), tap=plan.tap,
-            remake=remake_command(resolver.options, plan.replaced), source=Lazy(None, lambda: resolver.source),
+            remake=remake_command(options, plan.replaced), source=Lazy(None, lambda: resolver.source),
         )  # fmt: skip
 
 

@@ -145,13 +145,16 @@ def check_machine(options: JobOptions, *, runs_engine: bool) -> None:
     """Check that this machine can do what is asked for.
 
     Raises:
-        NblError: the processor has no bfloat16 products, or the engine is not available; the message has the reason.
+        NblError: the processor has no bfloat16 products, or GPU or engine is not available; the message has the reason.
     """
-    if options.compute_dtype == "bfloat16":
-        from nbl_export.model import bfloat16
+    if options.device != "auto" or options.compute_dtype == "bfloat16":
+        from nbl_export.model import bfloat16, device
         from nbl_export.parallel import ranks
 
-        bfloat16.chosen(options.compute_dtype, ranks.current().device)
+        found = device.chosen(options.device, 0)
+        if ranks.current().size > 1 and options.device == "cpu" and device.free_bytes():
+            raise NblError("--device cpu with torchrun: its processes take GPUs; hide these (CUDA_VISIBLE_DEVICES=)")
+        bfloat16.chosen(options.compute_dtype, found)
     if runs_engine:
         require_engine(options)
 

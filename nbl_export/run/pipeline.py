@@ -14,6 +14,7 @@ from typing import Any
 
 from nbl_export.errors import NblError, ParityError
 from nbl_export.files import key_of
+from nbl_export.model.device import guarded
 from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL, JobOptions, located
 from nbl_export.options.settle import settle
 from nbl_export.parallel.ranks import Ranks, collect_batches, current
@@ -172,8 +173,13 @@ def run_sweep(output: Path, ui: Ui, changes: dict[str, Any], max_layers: int | N
     return run
 
 
-def run_evaluation(output: Path, request: EvalRequest, ui: Ui, *, force: bool = False) -> RunDirectory:
+def run_evaluation(
+    output: Path, request: EvalRequest, ui: Ui, *, changes: dict[str, Any] | None = None, force: bool = False
+) -> RunDirectory:
     """Write figures to DIR/eval.json, and update an existing report. Finished figures are reused.
+
+    Args:
+        changes: changed options.
 
     Raises:
         NblError: an error that the user can correct; raised before any computation if possible.
@@ -183,7 +189,7 @@ def run_evaluation(output: Path, request: EvalRequest, ui: Ui, *, force: bool = 
     reported = "report" in run.stages or ("bench" in run.stages and (run.path / REPORT_JSON).is_file())
     until = "report" if reported else "eval"  # an interrupted evaluation leaves a report that is out of date
     positions = int(run.manifest["decoder"]["max_positions"])
-    return run_stages(output, until, ui, force=force, asked=_prepare(request, positions, ui))
+    return run_stages(output, until, ui, changes=changes, force=force, asked=_prepare(request, positions, ui))
 
 
 def _check_evaluation(run: RunDirectory, request: EvalRequest) -> None:
@@ -257,7 +263,7 @@ def _advance(resolver: Resolver, until: str, *, ignore_failure: bool = False, ne
 def _run(place: Place, stage: Stage, inputs: Any, key: str) -> None:
     place.ui.say(f"{stage.title} ...")
     started = time.monotonic()
-    with place.run.scratch() as scratch:
+    with place.run.scratch() as scratch, guarded(stage.title):
         facts = stage.run(inputs, place, scratch)
         seconds = time.monotonic() - started
         place.run.finish(stage.name, key, scratch, seconds, readers(stage.name), **facts)

@@ -254,7 +254,32 @@ class Resolver:
         if self.is_graph:
             raise NblError(f"this needs the torch model, and {self.options.model} is an ONNX graph")
         memory.keep_freed_memory()
-        return load.load_model(self.checkpoint.value)
+        model = load.load_model(self.checkpoint.value)
+        return model.to(self.device.value)
+
+    @lazy(shown=True)
+    def choose(self) -> Callable[[int], Any]:
+        """The function that gives the device for work of a size in bytes."""
+        from nbl_export.model import device
+
+        return functools.partial(device.chosen, self.options.device)
+
+    @lazy(shown=True)
+    def device(self) -> Any:
+        """Where the torch model is. Tells the user, if torch sees a GPU."""
+        from nbl_export.model import device
+        from nbl_export.model.one_layer import float32_bytes
+        from nbl_export.parallel import ranks
+
+        needed = float32_bytes(self.checkpoint.value) if ranks.current().size == 1 else 0
+        found = self.choose.value(needed)
+        if device.is_gpu(found):
+            self.ui.say(f"  torch computes on {device.spoken(found)}")
+        elif self.options.device != "cpu" and (free := device.free_bytes()):
+            sizes = f"{needed / 2**30:.1f} GiB in float32, and the GPU has {free / 2**30:.1f} GiB free"
+            self.ui.say(f"  the torch model is on the CPU: its weights are {sizes}")
+        self.run.note(torch_device=device.spoken(found))
+        return found
 
     @lazy("compute_dtype")
     def narrow(self) -> bool:

@@ -22,7 +22,7 @@ _SEQUENCES = 32  # sampled at once
 def sample_windows(
     model: Any, windows: int, context: int, seed: int, progress: Callable[[int, int], None]
 ) -> torch.Tensor:
-    """Token ids [windows, context]; equal ids for equal seeds.
+    """Token ids [windows, context]; equal ids for equal seeds on one kind of device.
 
     Raises:
         NblError: the model's configuration names no token to begin with.

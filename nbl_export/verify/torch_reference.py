@@ -163,20 +163,20 @@ def row_logits(model: Any, row: Sequence[int]) -> np.ndarray:
 
 def _logits(model: Any, row: Sequence[int], kept: torch.Tensor | int = 0) -> np.ndarray:
     """kept: positions whose logits are computed; 0 means all positions."""
-    out = model(torch.tensor([list(row)]), use_cache=False, logits_to_keep=kept)
-    found: np.ndarray = out.logits[0].float().numpy()
+    out = model(torch.tensor([list(row)], device=model.device), use_cache=False, logits_to_keep=kept)
+    found: np.ndarray = out.logits[0].float().cpu().numpy()
     return found
 
 
 def _noise(model: Any, row: Sequence[int], clean: np.ndarray, draws: int, kept: torch.Tensor | int = 0) -> np.ndarray:
     """Largest logit change of each position over a few seeded perturbations of relative size 2^-22."""
-    embeddings = model.get_input_embeddings()(torch.tensor([list(row)]))
+    embeddings = model.get_input_embeddings()(torch.tensor([list(row)], device=model.device))
     generator = torch.Generator().manual_seed(0)
     worst = np.zeros(len(clean), np.float32)
     for _ in range(draws):
-        factor = 1 + 2.0**-22 * torch.randn(embeddings.shape, generator=generator)
+        factor = 1 + 2.0**-22 * torch.randn(embeddings.shape, generator=generator).to(embeddings.device)
         out = model(inputs_embeds=embeddings * factor, use_cache=False, logits_to_keep=kept)
-        worst = np.maximum(worst, np.abs(out.logits[0].float().numpy() - clean).max(1))
+        worst = np.maximum(worst, np.abs(out.logits[0].float().cpu().numpy() - clean).max(1))
     return worst
 
 
@@ -198,8 +198,8 @@ def _greedy(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> tu
 
 
 def _continued(model: Any, prompts: list[list[int]], new_tokens: int) -> list[tuple[list[int], list[float]]]:
-    step, cache = torch.tensor(prompts), None
-    ids, gaps = step[:, :0], torch.zeros(len(prompts), 0)
+    step, cache = torch.tensor(prompts, device=model.device), None
+    ids, gaps = step[:, :0], torch.zeros(len(prompts), 0, device=model.device)
     # transformers 5.24 renames the argument and warns of the old name
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     for _ in range(new_tokens):
@@ -261,7 +261,7 @@ def _give(candidates: Sequence[_Rows], stored: StoredMatrix) -> Fidelity:
         rows, first, count = _nearest(candidates, matrix, place, stored.name)
         here, there = slice(place, place + count), slice(first, first + count)
         steps = torch.from_numpy(blocks.scales[here]).abs().clamp(min=1e-30)  # scale 0: any other value is far
-        ratio = _largest_of_blocks((matrix[here] - rows.weight[there].float()).abs(), blocks.size) / steps
+        ratio = _largest_of_blocks((matrix[here] - rows.weight[there].float().cpu()).abs(), blocks.size) / steps
         if float(ratio.max()) > worst:
             worst, at = float(ratio.max()), place + int(ratio.amax(1).argmax())
         with torch.no_grad():
@@ -297,7 +297,7 @@ def _nearest(candidates: Sequence[_Rows], matrix: torch.Tensor, place: int, name
 def _likeness(one: torch.Tensor, other: torch.Tensor) -> float:
     """Median cosine of a sample of rows."""
     chosen = torch.linspace(0, len(one) - 1, min(len(one), _SAMPLED)).round().long()
-    return float(nn.functional.cosine_similarity(one[chosen].float(), other[chosen], dim=1).median())
+    return float(nn.functional.cosine_similarity(one[chosen].float().cpu(), other[chosen], dim=1).median())
 
 
 def give_floats(model: Any, weights: Sequence[Path]) -> None:
@@ -331,7 +331,8 @@ def look_up(model: Any, table_VD: np.ndarray, first: int) -> None:
 
     decoder = model.get_decoder()
     _untie(model)
-    decoder.embed_tokens = nn.Embedding(*table_VD.shape, _weight=torch.from_numpy(table_VD), _freeze=True)
+    weight_VD = torch.from_numpy(table_VD).to(model.device)
+    decoder.embed_tokens = nn.Embedding(*table_VD.shape, _weight=weight_VD, _freeze=True)
     name = architecture_of(decoder.config).entry_multiplier
     if name is not None:
         setattr(decoder, name, 1.0)

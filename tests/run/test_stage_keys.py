@@ -144,6 +144,7 @@ def test_what_a_goal_counts_is_in_the_key_of_the_plan(option: str, goal: dict[st
         ("plan", {}, {"precision": "int8"}),
         ("verify", {}, {"threads": (2,)}),
         ("report", {}, {"draft_layers": "1"}),
+        ("verify", {}, {"device": "cpu"}),
     ],
 )
 def test_what_changes_nothing_in_a_stage_is_not_in_its_key(
@@ -190,7 +191,8 @@ def test_inputs_that_are_no_options_are_in_the_keys(key_of_stage: Any, monkeypat
 # -- what stages read ------------------------------------------------------------------------------------------
 
 # Options that follow from others or from the model: whether it is a graph, the form of the graph, the text's hash.
-FOLLOW = {"decoder_source", "engine", "calibration", "model"}
+# The device changes no result.
+FOLLOW = {"device", "decoder_source", "engine", "calibration", "model"}
 # The curve states what its speeds were modelled for. The moments state their options. The key of a sweep has the key
 # of the stage that distils. The work that a draft saves is weighed at a length of its own.
 STATED = {
@@ -238,7 +240,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def windows(count: int) -> Any:
         return torch.zeros(count, 8, dtype=torch.long)
 
-    model: Any = SimpleNamespace(device=torch.device("cpu"))
+    model: Any = SimpleNamespace(device=torch.device("cpu"), to=lambda _device: model)
     stubs: dict[str, Any] = {
         "nbl_export.run.resolve.require_engine": lambda *_args, **_given: None,
         "nbl_export.run.resolve.cost_model": costs_of,

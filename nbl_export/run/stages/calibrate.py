@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.mixers import kind_of
+from nbl_export.model.device import is_gpu, spoken
 from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
@@ -44,6 +45,7 @@ class CalibrateInputs:
         windows: token windows that maps are fitted on, and held-back windows.
         graph: the decoder if the model is only a graph. shortage: why the model does not fit into memory, or "".
         mixer: kind of mixer, whose features are summed.
+        device: of the torch model. choose: gives the device for work of a size in bytes.
     """
 
     fingerprint: str
@@ -58,6 +60,8 @@ class CalibrateInputs:
     checkpoint: Lazy[Path]
     shortage: Lazy[str]
     mixer: Lazy[str]
+    device: Lazy[Any]
+    choose: Lazy[Callable[[int], Any]]
 
 
 def declare(r: Resolver) -> CalibrateInputs | LeftOut:
@@ -79,13 +83,14 @@ def run(inputs: CalibrateInputs, place: Place, out: Path) -> dict[str, Any]:
 
     windows, _ = inputs.windows.value
     parts = collect.batches(windows)
+    device, by_layer = _device(inputs, place)
     calibration = {
         **place.run.manifest["calibration"], "tokens": int(windows.numel()), "context": inputs.context,
-        "products": _products(inputs),
+        "products": "bfloat16" if _narrow(inputs, device) else "float32", "device": device and spoken(device),
     }  # fmt: skip
     facts = _facts(inputs, len(parts), calibration["products"])
-    if _by_layer(inputs, place):
-        _run_layers(inputs, place, parts, facts, out)
+    if by_layer:
+        _run_layers(inputs, place, parts, facts, out, device)
     else:
         _run_whole(inputs, place, parts, facts, out)
     return {"calibration": calibration}
@@ -120,13 +125,11 @@ def _run_whole(inputs: CalibrateInputs, place: Place, parts: Sequence[Any], fact
         _write(found, out / MOMENTS_FILE, facts)
 
 
-def _products(inputs: CalibrateInputs) -> str:
-    """Type of the model's products. All processes of a run follow process 0."""
+def _narrow(inputs: CalibrateInputs, device: Any) -> bool:
+    """Whether the model's products are in bfloat16. All processes of a run follow process 0."""
     from nbl_export.model import bfloat16
-    from nbl_export.parallel import ranks as distributed
 
-    narrow = inputs.graph.value is None and bfloat16.chosen(inputs.compute_dtype, distributed.current().device)
-    return "bfloat16" if narrow else "float32"
+    return inputs.graph.value is None and bfloat16.chosen(inputs.compute_dtype, device)
 
 
 def _collection(inputs: CalibrateInputs, taps: list[str], narrow: bool) -> Any:
@@ -148,31 +151,54 @@ def _collection(inputs: CalibrateInputs, taps: list[str], narrow: bool) -> Any:
     return GraphCollection(inputs.graph.value, inputs.spec, taps, kind_of(inputs.mixer.value))
 
 
-def _by_layer(inputs: CalibrateInputs, place: Place) -> bool:
-    """Whether memory holds only one layer at a time; tells the user if so."""
+def _device(inputs: CalibrateInputs, place: Place) -> tuple[Any, bool]:
+    """The device, and whether its memory or the machine's holds only one layer at a time; tells the user if so.
+
+    The device of a graph is None.
+    """
+    from nbl_export.calibrate.sums import sums_bytes
+    from nbl_export.model.one_layer import float32_bytes, layer_bytes
     from nbl_export.parallel import ranks as distributed
 
-    if not inputs.shortage.value or distributed.current().size > 1:
-        return False
-    place.ui.say(f"  one layer at a time: the weights are {inputs.shortage.value}")
-    return True
+    if inputs.graph.value is not None:
+        return None, False
+    if distributed.current().size > 1:
+        return inputs.device.value, False
+    spec, short, checkpoint = inputs.spec, inputs.shortage.value, inputs.checkpoint.value
+    sums = len(taps_of(inputs.tap)) * sums_bytes(_sizes(inputs))
+    if not short and is_gpu(inputs.device.value):
+        weights = 0 if inputs.model.is_loaded else float32_bytes(checkpoint)
+        if is_gpu(whole := inputs.choose.value(weights + spec.num_layers * sums)):
+            return whole, False
+    device = inputs.choose.value(layer_bytes(checkpoint) + sums)
+    if not short and not is_gpu(device):
+        return device, False
+    why = f"the weights are {short}" if short else "the GPU has too little memory for the weights and all sums"
+    place.ui.say(f"  one layer at a time{f' on {spoken(device)}' if is_gpu(device) else ''}: {why}")
+    return device, True
 
 
-def _run_layers(inputs: CalibrateInputs, place: Place, parts: Sequence[Any], facts: dict[str, Any], out: Path) -> None:
+def _sizes(inputs: CalibrateInputs) -> tuple[int, int]:
+    """Features of a mixer, and hidden size."""
+    return kind_of(inputs.mixer.value).feature_count(inputs.spec.hidden_size), inputs.spec.hidden_size
+
+
+def _run_layers(
+    inputs: CalibrateInputs, place: Place, parts: Sequence[Any], facts: dict[str, Any], out: Path, device: Any
+) -> None:
     from nbl_export.calibrate import collect
     from nbl_export.calibrate.moments_file import MomentsWriter
 
     count, identity = inputs.windows.value[0].numel(), facts["identity"]
     target, spec, kind = out / MOMENTS_FILE, inputs.spec, kind_of(inputs.mixer.value)
     wanted = collect.Wanted(identity["taps"], kind, identity["products"] == "bfloat16")
-    sizes = (kind.feature_count(spec.hidden_size), spec.hidden_size)
     with (
         place.run.scratch() as scratch,
         place.ui.task(f"{count} tokens, layer by layer") as progress,
-        MomentsWriter(target, {**facts, "count": count}, spec.num_layers, wanted.taps, sizes) as file,
+        MomentsWriter(target, {**facts, "count": count}, spec.num_layers, wanted.taps, _sizes(inputs)) as file,
     ):
         layers = collect.collect_layers(
-            inputs.checkpoint.value, inputs.windows.value[0], parts, wanted, scratch, progress
+            inputs.checkpoint.value, inputs.windows.value[0], parts, wanted, scratch, progress, device
         )
         for sums in layers:
             file.write(sums)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -259,7 +258,8 @@ def run_rewrite(inputs: RewriteInputs, place: Place, out: Path) -> dict[str, Any
     plan, maps, target = place.plan, place.maps(), out / DECODERS["nbl"]
     rows = rows_of(inputs.exported.checkpoint, maps, plan.tap, has_table=inputs.has_table)
     original = place.run.path / DECODERS["original"]
-    engine, opened = inputs.engine.value, functools.partial(inputs.exported.rescaled, place)
+    engine = inputs.engine.value
+    opened = lambda: inputs.exported.rescaled(place).cpu()  # noqa: E731  exporters trace on the CPU
     engine.replace(original, target, plan, inputs.exported.maps(place), rows, opened)
     inputs.exported.model.forget()  # a target may have changed it
     facts = {k: place.run.manifest[k] for k in _DEPLOYED_FACTS}

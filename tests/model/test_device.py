@@ -1,0 +1,330 @@
+"""--device: which device is chosen, and that every stage of torch runs on it. The GPU is a stand-in (`fake_cuda`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nbl_export.calibrate import awq, collect
+from nbl_export.calibrate.sums import Accumulator, sums_bytes
+from nbl_export.distill.training import DistillSettings, TrainingText, distill
+from nbl_export.errors import NblError
+from nbl_export.graph.quantised import int4_blocks
+from nbl_export.mixers.base import Mixer
+from nbl_export.model import device
+from nbl_export.model.checkpoint.load import load_model
+from nbl_export.model.checkpoint.pretrained import config_of
+from nbl_export.model.head import token_scores
+from nbl_export.model.linearize import replaced
+from nbl_export.model.one_layer import WeightReader, float32_bytes, layer_bytes, one_layer
+from nbl_export.model.switched import SwitchedModel
+from nbl_export.model.windows import window_layers
+from nbl_export.options.options import JobOptions
+from nbl_export.parallel import ranks
+from nbl_export.plan.greedy import GreedyOrder, Judge, Search
+from nbl_export.records.quantised import Blocks, StoredMatrix
+from nbl_export.report import page
+from nbl_export.run.deployed import open_finished
+from nbl_export.run.facts import check_machine
+from nbl_export.run.progress import Ui
+from nbl_export.targets.onnx.engine import OrtEngine
+from nbl_export.text.sampling import sample_windows
+from nbl_export.verify import torch_reference
+from nbl_export.verify.ladder import Probe
+
+from ..command import TINY, assert_refused, nbl
+from ..fake_cuda import GPU, OnGpu, fake_cuda
+from ..jobs import opened, until
+from ..tiny import VOCAB, random_map
+
+Checkpoint = Callable[[str], Path]
+IDS = torch.randint(2, VOCAB, (4, 48), generator=torch.Generator().manual_seed(0))
+ROW = tuple(IDS[0].tolist())
+PROBE = Probe((ROW[:20], ROW[5:14]), (ROW[:6], ROW[8:14], ROW[:9]), 3, ROW)
+
+
+def quiet(*_: object) -> None: ...
+
+
+def maps_of(model: Any) -> dict[int, Mixer]:
+    """A linear layer and a window."""
+    return {1: random_map(1), **window_layers(model, [2], 8, "residual")}
+
+
+# -- what each stage computes ----------------------------------------------------------------------------------
+
+
+def collected(model: Any, _directory: Path, _scratch: Path) -> Any:
+    """Moments, of which the second half of the batches is added to restored sums."""
+    parts, taps = IDS.split(2), ("residual", "normed")
+    found = []
+    with collect.Collection(model, taps) as half:
+        half.refer(IDS)
+        half.add(parts[0])
+        kept = [half.layer(i) for i in range(half.num_layers)]
+    with collect.Collection(model, taps) as whole:
+        for i, sums in enumerate(kept):
+            whole.restore(i, sums)
+        whole.add(parts[1])
+        found = [whole.layer(i)[tap] for i in range(whole.num_layers) for tap in taps]
+    return [(sums.xx, sums.yx, sums.yy, sums.x_sum, sums.y_sum) for sums in found]
+
+
+def streamed(model: Any, directory: Path, scratch: Path) -> Any:
+    layers = collect.collect_layers(
+        directory, IDS, IDS.split(2), collect.Wanted(["residual"]), scratch, quiet, model.device
+    )
+    return [(layer["residual"].xx, layer["residual"].yx) for layer in layers]
+
+
+def losses(model: Any, _directory: Path, _scratch: Path) -> Any:
+    switched = SwitchedModel(model, maps_of(model), "residual")
+    return [vars(loss) for loss in switched.quality_losses(IDS, {"both": (1, 2), "one": (2,)}).values()]
+
+
+def ordered(model: Any, _directory: Path, _scratch: Path) -> Any:
+    switched = SwitchedModel(model, {i: random_map(i) for i in range(3)}, "residual")
+    search = Search(Judge(switched, (IDS[:2], IDS[2:])), GreedyOrder(), None, quiet)
+    search.extend(1)
+    order = search.extrapolate([2])
+    return [[point.layers, point.kl, point.rises] for point in (*order.steps, *order.beyond)]
+
+
+def distilled(model: Any, _directory: Path, _scratch: Path) -> Any:
+    settings = DistillSettings(steps=4, batch_tokens=48, check_every=2, window=16)
+    maps: dict[int, Mixer] = {1: random_map(1), **window_layers(model, [2], 8, "residual")}
+    found = distill(model, maps, "residual", TrainingText(IDS[:3], IDS[3:]), settings)
+    return found.train_kl, [kl for _, kl in found.held_kl], found.maps[1].tensors()["bias"]
+
+
+def referred(model: Any, _directory: Path, _scratch: Path) -> Any:
+    """References of both models and their noise; the margins are those of the greedy text."""
+    maps = maps_of(model)
+    both = torch_reference.references(model, maps, "residual", PROBE)
+    noisy = torch_reference.noise_with_maps(model, maps, "residual", PROBE, "nbl", both["nbl"])
+    assert max(np.max(noise) for noise in noisy.noise) < 1e-3
+    return [(r.logits, r.long, r.greedy, r.margins) for r in both.values()], torch_reference.row_logits(model, ROW)
+
+
+def coded(model: Any, _directory: Path, _scratch: Path) -> Any:
+    """The reference of a model with matrices in codes and a table of rows."""
+
+    def stored(name: str, weight: np.ndarray[Any, Any], lookup: bool = False) -> StoredMatrix:
+        codes, scales = int4_blocks(np.ascontiguousarray(weight.T), 32, np.dtype(np.float32))
+        return StoredMatrix(name, lookup, lambda: Blocks(codes.T, scales.T, 32))
+
+    weights = {n: p.detach().cpu().numpy() for n, p in model.named_parameters() if "mlp" in n}
+    rows_VD = np.random.default_rng(0).normal(size=(VOCAB, 96)).astype(np.float32)
+    codes = torch_reference.Codes({"original": [stored(*pair) for pair in weights.items()], "nbl": []}, (), rows_VD)
+    both, fidelity = torch_reference.references_with_codes(model, {0: random_map(0)}, "residual", PROBE, codes)
+    return [(r.logits, r.long) for r in both.values()], [f.steps for f in fidelity]
+
+
+def scaled(model: Any, _directory: Path, _scratch: Path) -> Any:
+    groups = list(awq.groups_of(model))
+    chosen = awq.choose(groups, awq.observe(model, groups, IDS, 32, quiet), 32, quiet)
+    scales = {name: choice.scale_C for name, choice in chosen.items()}
+    awq.rescale(model, scales)
+    return list(scales.values()), torch_reference.row_logits(model, ROW)
+
+
+def sampled(model: Any, _directory: Path, _scratch: Path) -> Any:
+    return sample_windows(model, 2, 8, 0, quiet).shape
+
+
+def scored(model: Any, _directory: Path, _scratch: Path) -> Any:
+    with replaced(model, maps_of(model), "residual"):
+        return token_scores(model, ROW, 20)
+
+
+WORK = (collected, streamed, losses, ordered, distilled, referred, coded, scaled, sampled, scored)
+
+
+def numbers(value: Any) -> list[Any]:
+    """The numbers of nested values, in order. A tensor on the GPU raises TypeError."""
+    if isinstance(value, dict):
+        return numbers(list(value.values()))
+    if isinstance(value, (list, tuple)):
+        return [number for part in value for number in numbers(part)]
+    assert not isinstance(value, OnGpu), "a result stayed on the GPU"
+    return np.asarray(value, np.float64).ravel().tolist()
+
+
+@pytest.mark.parametrize("work", WORK, ids=lambda work: work.__name__)
+def test_a_gpu_computes_what_the_cpu_does(work: Any, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    directory = checkpoint("llama")
+    expected = numbers(work(load_model(directory), directory, tmp_path))
+    with fake_cuda() as gpu:
+        found = numbers(work(load_model(directory).to(GPU), directory, tmp_path))
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-5)
+    assert gpu.products <= {GPU}
+
+
+def test_the_stand_in_refuses_what_a_gpu_refuses() -> None:
+    with fake_cuda():
+        x = torch.ones(2, 2).to(GPU)
+        assert (x + torch.tensor(1.0)).device == GPU and x[torch.tensor([0])].tolist() == [[1.0, 1.0]]
+        with pytest.raises(RuntimeError, match="same device"):
+            x + torch.ones(2)
+        with pytest.raises(RuntimeError, match="same device"):
+            torch.ones(3)[torch.tensor([0]).to(GPU)]
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.randn(2, device=GPU, generator=torch.Generator())
+        with pytest.raises(RuntimeError, match="numpy"):
+            x.numpy()
+
+
+# -- the choice ------------------------------------------------------------------------------------------------
+
+
+def test_the_gpu_is_taken_if_the_work_fits_into_its_free_memory() -> None:
+    cpu = torch.device("cpu")
+    with fake_cuda(free=1000):
+        assert device.chosen("auto", 600) == device.chosen("cuda", 600) == GPU
+        assert device.chosen("auto", 601) == device.chosen("cuda", 601) == device.chosen("cpu", 0) == cpu
+        assert device.spoken(GPU) == "Fake GPU (CUDA)"
+    assert device.spoken(cpu) == "CPU"
+
+
+def test_without_a_gpu_only_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device.chosen("auto", 0).type == "cpu"
+    for version, why in ((None, "built without CUDA"), ("13.0", "torch sees no GPU")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        with pytest.raises(NblError, match=rf"--device cuda: .*{why}.*; use --device cpu"):
+            device.chosen("cuda", 0)
+
+
+def test_cpu_never_asks_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cuda, "is_available")
+    assert device.chosen("cpu", 0).type == "cpu"
+
+
+def test_bytes_are_those_of_what_is_loaded(checkpoint: Checkpoint) -> None:
+    directory = checkpoint("llama")
+    config, weights = config_of(directory), WeightReader(directory)
+    sizes = [sum(4 * p.numel() for p in one_layer(config, i, weights).parameters()) for i in range(3)]
+    assert layer_bytes(directory) == max(sizes) < float32_bytes(directory)
+    found = Accumulator((6, 4))
+    found.update(torch.randn(20, 6), torch.randn(20, 4))
+    assert sums_bytes((6, 4)) == sum(t.nbytes for t in found.tensors() if t.dim() == 2)
+
+
+# -- jobs ------------------------------------------------------------------------------------------------------
+
+
+def facts(run: Path) -> Any:
+    return json.loads((run / "nbl.json").read_text(encoding="utf-8"))
+
+
+def free_for(checkpoint: Path, whole: float, sums: bool = False) -> int:
+    """Free bytes that a share of the weights just needs, sums of both taps included or not."""
+    added = 3 * sums_bytes((96, 96)) if sums else 0
+    return int((whole * float32_bytes(checkpoint) + added) / 0.6) + 1
+
+
+def test_a_job_runs_on_the_gpu_and_says_so(
+    checkpoint: Checkpoint, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lent: list[Any] = []
+    replace = OrtEngine.replace
+
+    def watched(*given: Any) -> None:
+        lent.append(given[-1]().device.type)
+        replace(*given)
+
+    asked = ("--model", checkpoint("llama"), "--calibration", text, *TINY, "--output", tmp_path / "run")
+    monkeypatch.setattr(OrtEngine, "replace", watched)
+    with until("verify"):
+        with fake_cuda() as gpu:
+            done = nbl(*asked, "--device", "cuda")
+        assert done.status == 0, done.err
+        assert done.err.count("torch computes on Fake GPU (CUDA)") == 1 and gpu.products == {GPU}
+        assert lent == ["cpu"]  # a target may trace the model
+        done = nbl(*asked, "--device", "cpu")  # the device is in no stage's key
+    assert done.status == 0 and done.err.count(": reused") == 5, done.err
+    noted = facts(tmp_path / "run")
+    assert noted["torch_device"] == noted["calibration"]["device"] == "Fake GPU (CUDA)"
+    page.render(noted, json.loads((tmp_path / "run" / "verify.json").read_text(encoding="utf-8")), None, tmp_path)
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "torch ran on" in report and "calibration ran on" in report and "Fake GPU" in report
+
+
+@pytest.mark.parametrize(
+    ("share", "sums", "said", "where"),
+    [
+        (1.0, True, "torch computes on Fake GPU (CUDA)", "Fake GPU (CUDA)"),
+        (1.0, False, "one layer at a time on Fake GPU (CUDA): the GPU has too little memory", "Fake GPU (CUDA)"),
+        (0.8, False, "one layer at a time on Fake GPU (CUDA): the GPU has too little memory", "Fake GPU (CUDA)"),
+        (0.1, False, "the torch model is on the CPU: its weights are", "CPU"),
+    ],
+)
+def test_layers_go_through_a_gpu_that_is_too_small(
+    share: float, sums: bool, said: str, where: str, checkpoint: Checkpoint, text: Path, tmp_path: Path
+) -> None:
+    directory = checkpoint("llama")
+    asked = ("calibrate", "--model", directory, "--calibration", text, "--calibration-tokens", 512, "--context", 64)
+    with fake_cuda(free_for(directory, share, sums)):
+        done = nbl(*asked, "--output", tmp_path / "run")
+    assert done.status == 0 and said in done.err, done.err
+    assert ("one layer at a time" in done.err) == ("one layer at a time" in said)
+    assert facts(tmp_path / "run")["calibration"]["device"] == where
+
+
+def test_cuda_is_refused_before_any_work(checkpoint: Checkpoint, text: Path, run: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("torch sees a GPU here")
+    asked = ("--model", checkpoint("llama"), "--calibration", text, "--output", tmp_path / "new", "--device")
+    assert_refused(nbl(*asked, "cuda"), 1, "--device cuda: ", "use --device cpu")
+    assert not (tmp_path / "new").exists()
+    assert_refused(nbl(*asked, "gpu"), 1, "--device is auto, cpu, cuda, not 'gpu'")
+    (run / "verify.json").unlink()
+    assert_refused(nbl("verify", run, "--device", "cuda"), 1, "--device cuda: ", "use --device cpu")
+    assert nbl("verify", run, "--device", "cpu").status == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "the GPU has too little memory"),
+        (RuntimeError("CUDA error: unspecified launch failure\nCompile with ..."), "CUDA error: unspecified launch"),
+    ],
+)
+def test_a_gpu_that_fails_ends_with_one_sentence_and_finished_stages_stay(
+    error: RuntimeError, said: str, checkpoint: Checkpoint, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    asked = ("--model", checkpoint("llama"), "--calibration", text, *TINY, "--layers", 1, "--output", tmp_path / "run")
+    with until("plan"), fake_cuda():
+        with monkeypatch.context() as patch:
+            patch.setattr(SwitchedModel, "run", failing)
+            done = nbl(*asked)
+        assert_refused(done, 1, f"plan: {'the GPU failed (' if 'unspec' in said else ''}{said}", "--device cpu")
+        done = nbl(*asked, "--device", "cpu")
+    assert done.status == 0 and "calibrate: reused" in done.err, done.err
+
+
+def test_forms_are_made_on_the_cpu(run: Path) -> None:
+    with fake_cuda(), open_finished(run, Ui(quiet=True)) as found:
+        assert found.model.value.device.type == "cpu"
+
+
+def test_processes_of_torchrun_take_their_gpus(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "current", lambda: ranks.Ranks(0, 2))
+    with fake_cuda(free=1):
+        assert opened(run).device.value == GPU
+        with pytest.raises(NblError, match="--device cpu with torchrun"):
+            check_machine(JobOptions("m", device="cpu"), runs_engine=False)
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="a defect"), device.guarded("plan"):
+        raise RuntimeError("a defect")
