@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import NblError
@@ -21,7 +21,7 @@ from nbl_export.errors import NblError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["chosen", "free_bytes", "guarded", "is_gpu", "spoken"]
+__all__ = ["chosen", "free_bytes", "guarded", "is_gpu", "spoken", "told"]
 
 _SHARE = 0.6  # of free memory, for weights and sums in float32; the rest is for bfloat16 copies, states and logits
 
@@ -46,6 +46,17 @@ def chosen(option: str, needed_bytes: int) -> torch.device:
         )  # fmt: skip
         raise NblError(f"--device cuda: {why}; use --device cpu")
     return torch.device("cpu")
+
+
+def told(option: str, needed_bytes: int, say: Callable[[str], None]) -> torch.device:
+    """As `chosen`, for the weights of a model. The user is told if torch sees a GPU."""
+    found = chosen(option, needed_bytes)
+    if is_gpu(found):
+        say(f"  torch computes on {spoken(found)}")
+    elif option != "cpu" and (free := free_bytes()):
+        sizes = f"{needed_bytes / 2**30:.1f} GiB in float32, and the GPU has {free / 2**30:.1f} GiB free"
+        say(f"  the torch model is on the CPU: its weights are {sizes}")
+    return found
 
 
 def _gpu() -> torch.device:

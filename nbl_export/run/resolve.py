@@ -254,8 +254,7 @@ class Resolver:
         if self.is_graph:
             raise NblError(f"this needs the torch model, and {self.options.model} is an ONNX graph")
         memory.keep_freed_memory()
-        model = load.load_model(self.checkpoint.value)
-        return model.to(self.device.value)
+        return load.load_model(self.checkpoint.value).to(self.device.value)
 
     @lazy(shown=True)
     def choose(self) -> Callable[[int], Any]:
@@ -272,30 +271,21 @@ class Resolver:
         from nbl_export.parallel import ranks
 
         needed = float32_bytes(self.checkpoint.value) if ranks.current().size == 1 else 0
-        found = self.choose.value(needed)
-        if device.is_gpu(found):
-            self.ui.say(f"  torch computes on {device.spoken(found)}")
-        elif self.options.device != "cpu" and (free := device.free_bytes()):
-            sizes = f"{needed / 2**30:.1f} GiB in float32, and the GPU has {free / 2**30:.1f} GiB free"
-            self.ui.say(f"  the torch model is on the CPU: its weights are {sizes}")
+        found = device.told(self.options.device, needed, self.ui.say)
         self.run.note(torch_device=device.spoken(found))
         return found
 
     @lazy("compute_dtype")
     def narrow(self) -> bool:
         """Whether the torch model's products are in bfloat16 (`--compute-dtype`)."""
-        from nbl_export.model import bfloat16
-        from nbl_export.parallel import ranks
+        from nbl_export.model import bfloat16, device
 
-        device = ranks.current().device if self.shortage.value else self.model.value.device
-        return bfloat16.chosen(self.options.compute_dtype, device)
+        place = device.chosen("cpu", 0) if self.shortage.value else self.model.value.device
+        return bfloat16.chosen(self.options.compute_dtype, place)
 
     @lazy("fingerprint", "compute_dtype")
     def mixes(self) -> Callable[[Maps, str], Any]:
-        """Maps and their tap -> the torch model, in which these maps can replace attention (`model.mixes.Mixes`).
-
-        A model that does not fit into memory has one layer in memory at a time.
-        """
+        """Maps and their tap -> the torch model, in which these maps can replace attention (`model.mixes.Mixes`)."""
         from nbl_export.model.streamed import StreamedModel
         from nbl_export.model.switched import SwitchedModel
 
@@ -307,10 +297,7 @@ class Resolver:
 
     @lazy(shown=True)
     def shortage(self) -> str:
-        """Why the torch model does not fit into this machine's memory, in words; "" if it fits.
-
-        The weights of a graph stay in their file.
-        """
+        """Why the torch model does not fit into this machine's memory, in words; "" if it fits, and for a graph."""
         if self.is_graph or self.model.is_loaded:
             return ""
         from nbl_export.model.one_layer import shortage_of
