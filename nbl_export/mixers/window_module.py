@@ -19,7 +19,11 @@ _ROWS = 256  # queries whose scores are held at once
 
 
 class WindowModule(MixerModule):
-    """Attention over the last W tokens and the first one."""
+    """Attention over the last W tokens and the first one.
+
+    Args:
+        window: a `mixers.window.Window`, whose matrices, bias and norm give shapes alone; they are loaded later.
+    """
 
     qkv: torch.Tensor
     bias: torch.Tensor
@@ -32,8 +36,10 @@ class WindowModule(MixerModule):
         self._epsilon = window.epsilon
         self._turned: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
         self._has_norm, self._frequencies = window.norm is not None, window.frequencies
-        for name, array in window.tensors().items():
-            setattr(self, name, torch.nn.Parameter(torch.empty(array.shape), requires_grad=False))
+        parts = {"qkv": window.qkv, "bias": window.bias, "output": window.output, "norm": window.norm}
+        for name, array in parts.items():
+            if array is not None:
+                setattr(self, name, torch.nn.Parameter(torch.empty(array.shape), requires_grad=False))
         self._swap = swapped(len(window.frequencies), self.shape.head_size).tolist()
 
     def forward(self, hidden_states: torch.Tensor, *_args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
@@ -45,7 +51,7 @@ class WindowModule(MixerModule):
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if cache is not None and self.layer_idx is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        valid_BS = _valid(kwargs.get("attention_mask"), len(k), k.shape[2], count)
+        valid_BS = _valid(kwargs.get("attention_mask"), k, count)
         place_BS = valid_BS.long().cumsum(1) - 1
         out = self._attend(q * shape.scale, k, v, place_BS, valid_BS)
         found = torch.nn.functional.linear(out, self.output)
@@ -95,13 +101,14 @@ class WindowModule(MixerModule):
         return value_BHTd * cosine + value_BHTd[..., self._swap] * sine
 
 
-def _valid(mask: torch.Tensor | None, batch: int, length: int, count: int) -> torch.Tensor:
+def _valid(mask: torch.Tensor | None, k_BGSd: torch.Tensor, count: int) -> torch.Tensor:
     """Which of the tokens [B, S] up to the last one are no padding, from transformers' mask [B, 1, T, S].
 
     A token of padding does not read itself. A token of the steps before is one that a token of this step reads.
     """
+    length = k_BGSd.shape[2]
     if mask is None:
-        return torch.ones(batch, length, dtype=torch.bool)
+        return torch.ones(len(k_BGSd), length, dtype=torch.bool, device=k_BGSd.device)
     read = mask[:, 0, :, :length] if mask.dtype == torch.bool else mask[:, 0, :, :length] == 0
     own_BT = read[..., length - count :].diagonal(0, 1, 2)
     before = (read[..., : length - count] & own_BT[..., None]).any(1)

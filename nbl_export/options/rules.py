@@ -44,6 +44,7 @@ class ModelFacts:
         graph: path of the decoder graph, if the model is only a graph.
         graph_precision: of the graph's matrices.
         maps_tap: the tap of the maps, if the model is an NBL checkpoint.
+        maps_window: whether an NBL checkpoint has layers of kind window.
         architecture, taps, not_from: name, possible taps, and decoder source -> why it exports no such graph.
         decoder: the decoder's sizes.
         unreadable: why graphs cannot have the codes of the GGUF file.
@@ -53,6 +54,7 @@ class ModelFacts:
     graph: str = ""
     graph_precision: str = ""
     maps_tap: str = ""
+    maps_window: bool = False
     architecture: str = ""
     taps: tuple[str, ...] = TAPS
     not_from: Mapping[str, str] = field(default_factory=dict)
@@ -331,6 +333,10 @@ REFUSED: tuple[Refusal, ...] = (
     (UsageError, lambda c: (
         c.is_nbl and bool(c.model.architecture) and not c.model.maps_tap
         and f"--fit {CHECKPOINT_FIT} is for a checkpoint with maps (nbl-export convert)"
+    )),
+    (UsageError, lambda c: (
+        c.model.maps_window and not c.engine.windows
+        and f"{c.options.model} has layers of kind window, which need --engine ort with --provider cpu"
     )),
     (UsageError, lambda c: (
         bool(c.model.maps_tap) and c.options.says_itself
