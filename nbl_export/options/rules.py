@@ -135,6 +135,7 @@ class Applies:
     holds: Callable[[Case], bool]
 
 
+_WINDOWS_IN = "--engine openvino, or ort with --provider cpu"
 # The builder reads these for MatMulNBits alone (onnxruntime_genai 0.18, models/builder.py).
 _OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
 
@@ -147,7 +148,7 @@ APPLIES: tuple[Applies, ...] = (
         lambda c: not c.is_nbl,
     ),
     Applies(
-        ("window_layers",), "--engine ort with --provider cpu, and a checkpoint, not an ONNX graph",
+        ("window_layers",), f"{_WINDOWS_IN}, and a checkpoint, not an ONNX graph",
         lambda c: c.engine.windows and not c.is_graph and not c.is_nbl,
     ),
     Applies(("window",), "--window-layers", lambda c: c.options.window_layers is not None),
@@ -336,7 +337,7 @@ REFUSED: tuple[Refusal, ...] = (
     )),
     (UsageError, lambda c: (
         c.model.maps_window and not c.engine.windows
-        and f"{c.options.model} has layers of kind window, which need --engine ort with --provider cpu"
+        and f"{c.options.model} has layers of kind window, which need {_WINDOWS_IN}"
     )),
     (UsageError, lambda c: (
         bool(c.model.maps_tap) and c.options.says_itself
