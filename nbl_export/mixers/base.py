@@ -249,11 +249,15 @@ class Kind(Protocol):
             ValueError: shapes contradict each other.
         """
 
-    def blank(self, size: int, multiplier: float = 1.0) -> Any:
-        """The torch module of a full mixer, whose numbers are loaded later."""
+    def blank(self, size: int, multiplier: float = 1.0, like: Mixer | None = None) -> Any:
+        """The torch module of a full mixer, whose numbers are loaded later.
 
-    def from_module(self, state: Mapping[str, np.ndarray], size: int) -> Mixer:
-        """The mixer of the `state_dict` of a module of this kind; errors as in `from_tensors`."""
+        Args:
+            like: for a kind that is not fitted, what the layer's own attention makes; its numbers are not read.
+        """
+
+    def from_module(self, state: Mapping[str, np.ndarray], size: int, like: Mixer | None = None) -> Mixer:
+        """The mixer of the `state_dict` of a module of this kind; `like` as in `blank`, errors as in `from_tensors`."""
         return self.from_tensors(state)
 
     def trained(self, mixer: Mixer, rank: int, generator: Any) -> TrainedMixer | None:

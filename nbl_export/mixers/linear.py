@@ -124,14 +124,14 @@ class _Linear(Kind):
             return Linear.factored(tensors["up"], tensors["down"], tensors["bias"])
         return Linear(tensors["weight"], tensors["bias"])
 
-    def blank(self, size: int, multiplier: float = 1.0) -> Any:
+    def blank(self, size: int, multiplier: float = 1.0, like: Mixer | None = None) -> Any:
         from torch import nn
 
         from nbl_export.mixers.modules import Wrapped
 
         return Wrapped(nn.Linear(size, size), multiplier)
 
-    def from_module(self, state: Mapping[str, np.ndarray], size: int) -> Linear:
+    def from_module(self, state: Mapping[str, np.ndarray], size: int, like: Mixer | None = None) -> Linear:
         return Linear(state["linear.weight"], state["linear.bias"])
 
     def trained(self, mixer: Mixer, rank: int, generator: Any) -> Any:

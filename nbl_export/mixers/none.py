@@ -69,10 +69,10 @@ class _None(Kind):
     def from_tensors(self, tensors: Mapping[str, np.ndarray]) -> Mixer:
         return Nothing(tensors["nothing"].shape[1])
 
-    def blank(self, size: int, multiplier: float = 1.0) -> Any:
+    def blank(self, size: int, multiplier: float = 1.0, like: Mixer | None = None) -> Any:
         return Nothing(size).module(multiplier)
 
-    def from_module(self, state: Mapping[str, np.ndarray], size: int) -> Mixer:
+    def from_module(self, state: Mapping[str, np.ndarray], size: int, like: Mixer | None = None) -> Mixer:
         return Nothing(size)
 
 

@@ -114,8 +114,8 @@ class Window:
 
         from nbl_export.mixers.window_module import WindowModule
 
-        made = WindowModule(self, multiplier)
-        made.load_state_dict({name: torch.from_numpy(array) for name, array in self.tensors().items()})
+        made, numbers = WindowModule(self, multiplier), self.tensors()
+        made.load_state_dict({name: torch.from_numpy(numbers[name]) for name in made.state_dict()})
         return made
 
     def work(self) -> TokenWork:
@@ -144,11 +144,15 @@ class _Window(Kind):
 
         return TrainedWindow(mixer, rank, generator)
 
-    def blank(self, size: int, multiplier: float = 1.0) -> Any:
-        raise NblError(
-            "a checkpoint of transformers holds no layers of kind window; the run's own model/ is an ONNX decoder that "
-            "has them"
-        )
+    def blank(self, size: int, multiplier: float = 1.0, like: Mixer | None = None) -> Any:
+        from nbl_export.mixers.window_module import WindowModule
+
+        return WindowModule(like, multiplier)
+
+    def from_module(self, state: Mapping[str, np.ndarray], size: int, like: Mixer | None = None) -> Window:
+        assert isinstance(like, Window)
+        norm = None if like.norm is None else state["norm"]
+        return dataclasses.replace(like, qkv=state["qkv"], bias=state["bias"], output=state["output"], norm=norm)
 
 
 WINDOW = _Window()

@@ -26,7 +26,11 @@ _ROWS = 256  # queries whose scores are held at once
 
 
 class WindowModule(MixerModule):
-    """Attention over the last W tokens and the first one."""
+    """Attention over the last W tokens and the first one.
+
+    Args:
+        window: a `mixers.window.Window`, whose matrices, bias and norm give shapes alone; they are loaded later.
+    """
 
     qkv: torch.Tensor
     bias: torch.Tensor
@@ -37,8 +41,10 @@ class WindowModule(MixerModule):
         super().__init__(multiplier)
         self.heads, self._epsilon = _Heads(window), window.epsilon
         self._has_norm = window.norm is not None
-        for name, array in window.tensors().items():
-            setattr(self, name, nn.Parameter(torch.empty(array.shape), requires_grad=False))
+        parts = {"qkv": window.qkv, "bias": window.bias, "output": window.output, "norm": window.norm}
+        for name, array in parts.items():
+            if array is not None:
+                setattr(self, name, nn.Parameter(torch.empty(array.shape), requires_grad=False))
 
     def forward(self, hidden_states: torch.Tensor, *_args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         x_BTD = _normed(hidden_states, self.norm, self._epsilon) if self._has_norm else hidden_states

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from nbl_export.model.checkpoint.pretrained import config_of
 from nbl_export.model.linearize import architecture_of, multiplier_of
 from nbl_export.model.one_layer import WeightReader, one_layer
 
-__all__ = ["window_layers"]
+__all__ = ["blank_windows", "window_layers"]
+
+Take = Callable[..., np.ndarray]  # tensors -> one array of their rows
 
 
 def window_layers(model: Any, layers: Iterable[int], tokens: int, tap: str) -> dict[int, Window]:
@@ -31,13 +33,19 @@ def window_layers(model: Any, layers: Iterable[int], tokens: int, tap: str) -> d
     """
     if isinstance(model, Path):
         config, weights = config_of(model), WeightReader(model)
-        return {i: _window(one_layer(config, i, weights), 0, i, tokens, tap) for i in layers}
+        return {i: _window(one_layer(config, i, weights), 0, i, tokens, tap, _array) for i in layers}
     decoder = model.get_decoder()
-    return {i: _window(decoder, i, i, tokens, tap) for i in layers}
+    return {i: _window(decoder, i, i, tokens, tap, _array) for i in layers}
+
+
+def blank_windows(model: Any, layers: Iterable[int], tokens: int, tap: str) -> dict[int, Window]:
+    """The same with zeros in place of weights, which take no memory; the model may be on torch's meta device."""
+    decoder = model.get_decoder()
+    return {i: _window(decoder, i, i, tokens, tap, _zeros) for i in layers}
 
 
 @torch.no_grad()
-def _window(decoder: Any, index: int, layer: int, tokens: int, tap: str) -> Window:
+def _window(decoder: Any, index: int, layer: int, tokens: int, tap: str, take: Take) -> Window:
     """The window of a layer that has this index in the decoder."""
     block, config = decoder.layers[index], decoder.config
     attention, record = block.self_attn, architecture_of(config)
@@ -48,13 +56,14 @@ def _window(decoder: Any, index: int, layer: int, tokens: int, tap: str) -> Wind
     products = [attention.q_proj, attention.k_proj, attention.v_proj]
     heads, kv_heads = (product.out_features // size for product in products[:2])
     norm = getattr(block, record.norm_before) if tap == "residual" and record.norm_before else None
+    output, multiplier = take(attention.o_proj.weight), np.float32(multiplier_of(config))
     return Window(
         WindowShape(tokens, heads, kv_heads, size, float(attention.scaling) * factor**2),
-        np.concatenate([_array(product.weight) for product in products]),
-        np.concatenate([_array(_bias(product)) for product in products]),
-        _array(attention.o_proj.weight) * np.float32(multiplier_of(config)),
+        take(*(product.weight for product in products)),
+        take(*(_bias(product) for product in products)),
+        output if multiplier == 1 else output * multiplier,
         frequencies,
-        None if norm is None else _array(norm.weight),
+        None if norm is None else take(norm.weight),
         0.0 if norm is None else float(norm.variance_epsilon),
     )
 
@@ -63,18 +72,22 @@ def _bias(product: torch.nn.Linear) -> torch.Tensor:
     return product.weight.new_zeros(product.out_features) if product.bias is None else product.bias
 
 
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    found: np.ndarray = tensor.detach().float().cpu().numpy().copy()
-    return found
+def _array(*tensors: torch.Tensor) -> np.ndarray:
+    return np.concatenate([tensor.detach().float().cpu().numpy() for tensor in tensors])
+
+
+def _zeros(*tensors: torch.Tensor) -> np.ndarray:
+    return np.broadcast_to(np.float32(0), (sum(map(len, tensors)), *tensors[0].shape[1:]))
 
 
 def _rotary(decoder: Any, layer: int) -> tuple[np.ndarray, float]:
     """Frequencies of the pairs of a head, and the factor of queries and of keys."""
-    rotary = getattr(decoder, "rotary_emb", None)
-    frequencies = getattr(rotary, "inv_freq", None)
-    if frequencies is None:
+    rotary: Any = getattr(decoder, "rotary_emb", None)
+    if getattr(rotary, "inv_freq", None) is None:
         raise NblError(f"layer {layer}: a window cannot stand for its attention: it has several rotary embeddings")
-    return _array(frequencies), float(getattr(rotary, "attention_scaling", 1.0))
+    with torch.device("cpu"):  # made again, since a model on the meta device holds no numbers
+        made = type(rotary)(decoder.config)
+    return _array(made.inv_freq), float(getattr(made, "attention_scaling", 1.0))
 
 
 def _unsupported(attention: Any, config: Any, index: int) -> str | None:

@@ -340,8 +340,13 @@ def usual_fit(values: Mapping[str, Any]) -> str:
 
 
 def usual_windows(values: Mapping[str, Any]) -> str:
-    """The windows if none are asked for, of an engine and a model that have them: those of a limit on quality."""
-    others = any(values[name] for name in ("layers", "target_speedup", "kv_budget", "draft"))
+    """The windows if none are asked for, of an engine and a model that have them: those of a limit on quality.
+
+    Prompts get shorter by windows at the top in ONNX Runtime alone.
+    """
+    others = values["engine"] != "ort" or any(
+        values[name] for name in ("layers", "target_speedup", "kv_budget", "draft")
+    )
     return NO_WINDOWS if others or values["fit"] == "drop" else AUTO_WINDOWS
 
 
@@ -362,7 +367,7 @@ def _flags(options: JobOptions, command: str, without: set[str]) -> list[str]:
     words = []
     defaults = {f.name: f.default for f in dataclasses.fields(JobOptions)}
     defaults |= {"fit": usual_fit(vars(options)), "tap": usual_tap(options.fit, options.maps)}
-    if options.engine == defaults["engine"] and usual_windows(vars(options)) == AUTO_WINDOWS:
+    if usual_windows(vars(options)) == AUTO_WINDOWS:
         del defaults["window_layers"]  # the model decides whether it is the default
     if (options.engine, options.provider) != (defaults["engine"], defaults["provider"]):
         del defaults["precision"]  # the default is the engine's own

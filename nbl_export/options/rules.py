@@ -46,6 +46,7 @@ class ModelFacts:
         graph: path of the decoder graph, if the model is only a graph.
         graph_precision: of the graph's matrices.
         maps_tap: the tap of the maps, if the model is an NBL checkpoint.
+        maps_window: whether an NBL checkpoint has layers of kind window.
         architecture, taps, not_from: name, possible taps, and decoder source -> why it exports no such graph.
         decoder: the decoder's sizes.
         unreadable: why graphs cannot have the codes of the GGUF file.
@@ -55,6 +56,7 @@ class ModelFacts:
     graph: str = ""
     graph_precision: str = ""
     maps_tap: str = ""
+    maps_window: bool = False
     architecture: str = ""
     taps: tuple[str, ...] = TAPS
     not_from: Mapping[str, str] = field(default_factory=dict)
@@ -138,6 +140,7 @@ class Applies:
     holds: Callable[[Case], bool]
 
 
+_WINDOWS_IN = "--engine openvino, or ort with --provider cpu"
 # The builder reads these for MatMulNBits alone (onnxruntime_genai 0.18, models/builder.py).
 _OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
 
@@ -150,7 +153,7 @@ APPLIES: tuple[Applies, ...] = (
         lambda c: not c.is_nbl,
     ),
     Applies(
-        ("window_layers",), "--engine ort with --provider cpu, and a checkpoint, not an ONNX graph",
+        ("window_layers",), f"{_WINDOWS_IN}, and a checkpoint, not an ONNX graph",
         lambda c: c.options.window_layers == NO_WINDOWS or (c.engine.windows and not c.is_graph and not c.is_nbl),
     ),
     Applies(("window",), "--window-layers", lambda c: c.options.window_layers != NO_WINDOWS),
@@ -342,6 +345,10 @@ REFUSED: tuple[Refusal, ...] = (
     (UsageError, lambda c: (
         c.is_nbl and bool(c.model.architecture) and not c.model.maps_tap
         and f"--fit {CHECKPOINT_FIT} is for a checkpoint with maps (nbl-export convert)"
+    )),
+    (UsageError, lambda c: (
+        c.model.maps_window and not c.engine.windows
+        and f"{c.options.model} has layers of kind window, which need {_WINDOWS_IN}"
     )),
     (UsageError, lambda c: (
         bool(c.model.maps_tap) and c.options.says_itself

@@ -153,8 +153,8 @@ def linear_maps(found: Finished, ui: Ui) -> LinearMaps:
     if unfitted := [i for i in biased if not kind_of(found.maps[i].kind).fitted]:
         kind = found.maps[unfitted[0]].kind
         raise NblError(
-            f"layer {unfitted[0]} is of the kind {kind}, and this form holds one matrix a layer; the run's own model/ "
-            "is an ONNX decoder that has it"
+            f"layer {unfitted[0]} is of the kind {kind}, and this form holds one matrix a layer; use the run's model/, "
+            "or --to transformers"
         )
     if not biased and (found.tap == TAP or not any(m.tensors()["weight"].any() for m in made.values())):
         return LinearMaps(made)  # of the form already, or dropped attention

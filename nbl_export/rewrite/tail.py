@@ -14,7 +14,7 @@ Refuses a tail in which anything but the two inputs of the join depends on the t
 the join, the gather moves back past each node that computes every token by itself. So it stands in front of o_proj,
 unless a dynamic quantisation before o_proj shares one scale among all tokens.
 
-If the last layers in which a token reads another are windows, each takes the few rows that it needs (`top_windows`).
+If the last layers in which a token reads another are windows, each takes the few rows that it needs (`window_tail`).
 
 A directory then has two graphs on the same data, because external data cannot lie outside a graph's directory:
 
@@ -42,8 +42,8 @@ from nbl_export.graph.caches import graph_states
 from nbl_export.graph.emitter import new_node
 from nbl_export.graph.names import ALL_LOGITS_FILE, graph_file, node_name
 from nbl_export.rewrite.integers import Integers
-from nbl_export.rewrite.top_windows import Stage, stages_of, top_windows
 from nbl_export.rewrite.window import SHARED
+from nbl_export.rewrite.window_tail import Stage, stages_of, top_windows
 
 __all__ = ["LastValid", "PruneTail", "difference", "keep_last_token"]
 

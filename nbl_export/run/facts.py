@@ -15,6 +15,7 @@ from typing import Any
 from nbl_export.errors import NblError, UsageError
 from nbl_export.graph.gguf.blocks import check_type
 from nbl_export.graph.graph_only import graph_of
+from nbl_export.mixers import kind_of
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.model.checkpoint import pretrained
 from nbl_export.model.checkpoint.source import Source, gguf_of, resolve
@@ -91,6 +92,7 @@ def facts_of_model(seen: ModelFacts, source: Source, decoder: DecoderSpec) -> Mo
         graph=seen.graph,
         graph_precision=seen.graph_precision,
         maps_tap=source.linearized.tap if source.linearized else "",
+        maps_window=source.linearized is not None and source.linearized.window is not None,
         unreadable=_unreadable(source.gguf) if source.gguf else "",
     )
 
@@ -106,6 +108,7 @@ def facts_of_run(manifest: Mapping[str, Any]) -> ModelFacts:
         graph=place if is_graph else "",
         graph_precision=options.precision if is_graph else "",
         maps_tap=options.tap if options.fit == CHECKPOINT_FIT else "",
+        maps_window=options.fit == CHECKPOINT_FIT and not all(kind_of(k).fitted for k in manifest.get("kinds", ())),
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from nbl_export.mixers import lmmse
-from nbl_export.mixers.base import AS_USUAL, Builder, FitOptions, Kind, StateSpec, TokenWork, Value
+from nbl_export.mixers.base import AS_USUAL, Builder, FitOptions, Kind, Mixer, StateSpec, TokenWork, Value
 from nbl_export.mixers.lmmse import Moments
 from nbl_export.mixers.modules import MixerModule
 
@@ -107,7 +107,7 @@ class _Memory(Kind):
     def from_tensors(self, tensors: Mapping[str, np.ndarray]) -> Memory:
         return Memory(tensors["now"], tensors["before"], tensors["bias"])
 
-    def blank(self, size: int, multiplier: float = 1.0) -> MemoryModule:
+    def blank(self, size: int, multiplier: float = 1.0, like: Mixer | None = None) -> MemoryModule:
         return MemoryModule(size, multiplier)
 
 

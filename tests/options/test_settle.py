@@ -183,7 +183,7 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     ("batches", {"batches": (2,), "engine": "trt-rtx"}, None, "compile nothing"),
     ("max_perplexity_increase", {"max_perplexity_increase": "5%"}, GRAPH, "this model is an ONNX graph"),
     ("window", {"window": 8, "layers": "1,"}, None, "--window-layers"),
-    ("window_layers", {"window_layers": "1", "engine": "openvino"}, None, "--engine ort with --provider cpu"),
+    ("window_layers", {"window_layers": "1", "engine": "trt"}, None, "--engine openvino, or ort with --provider cpu"),
     ("window_layers", {"window_layers": "1", "provider": "cuda"}, None, "--provider cpu"),
     ("window_layers", {"window_layers": "1"}, GRAPH, "a checkpoint, not an ONNX graph"),
     ("window_layers", {"window_layers": "1"}, NBL, "a checkpoint"),

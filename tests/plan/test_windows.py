@@ -59,10 +59,27 @@ def test_named_windows_ship_verified(
         assert step["layers"] == 2 and facts["goal"]["given"] == [LAYERS - 1]
     said = (run / "report.md").read_text()
     assert "layer 2 reads the last tokens and the first one alone" in said and "by a linear layer" not in said
-    for form, part in (("gguf", "layer 2 is of the kind window"), ("transformers", "holds no layers of kind window")):
-        refused = nbl("convert", run, "--to", form, "--output", tmp_path / form)
-        assert refused.status == 1 and part in refused.err and "ONNX decoder" in refused.err
-        assert not (tmp_path / form).exists()
+    refused = nbl("convert", run, "--to", "gguf", "--output", tmp_path / "gguf")
+    assert refused.status == 1 and "layer 2 is of the kind window" in refused.err and not (tmp_path / "gguf").exists()
+
+
+def test_a_saved_run_with_windows_is_the_model_of_a_job(checkpoint: Any, text: Path, tmp_path: Path) -> None:
+    """The same maps, verified again; an engine without windows refuses it before it starts."""
+    first, saved, again = tmp_path / "first", tmp_path / "saved", tmp_path / "again"
+    same = ("--calibration", text, *BARE, "--compute-dtype", "float32")
+    with until("verify"):
+        assert nbl("--model", checkpoint("llama"), *same, "--layers", "0,", *WORDS, "--output", first).status == 0
+    done = nbl("convert", first, "--to", "transformers", "--output", saved)
+    assert done.status == 0, done.err
+    done = nbl("--model", saved, "--calibration", text, *BARE, "--output", again)
+    assert done.status == 0, done.err
+    facts = json.loads((again / "nbl.json").read_text())
+    assert (facts["status"], facts["kinds"], facts["fit"]) == ("verified", ["linear", "window"], {"kind": "given"})
+    maps = [load_maps(run / "maps.safetensors", (0, LAYERS - 1))[LAYERS - 1].tensors() for run in (first, again)]
+    assert all((maps[1][part] == array).all() for part, array in maps[0].items())
+    refused = nbl("--model", saved, "--engine", "trt-rtx", "--output", tmp_path / "engine")
+    assert refused.status == 2 and "has layers of kind window, which need --engine openvino, or ort" in refused.err
+    assert not (tmp_path / "engine").exists()
 
 
 def test_rows_are_consecutive_windows() -> None:
@@ -145,6 +162,6 @@ def test_a_model_that_has_no_windows_gets_none_by_itself(checkpoint: Any, text: 
     with until("plan"):
         done = nbl("--model", checkpoint("qwen3"), *same, "--fit", "independent", "--output", tmp_path / "run")
     assert done.status == 0, done.err
-    assert "no layer gets a window: layer 2" in done.err and "norms queries and keys" in done.err
+    assert "no layer gets a window: layer 1" in done.err and "norms queries and keys" in done.err
     facts = json.loads((tmp_path / "run" / "nbl.json").read_text())
     assert set(facts["kinds"]) == {"linear"} and facts["options"]["window_layers"] == "auto"

@@ -4,8 +4,9 @@
     model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
 
     config.json   model_type "nbl-llama", everything of a Llama's, "nbl_replaced_layers": [0, 7], "nbl_tap": "residual",
-                  and "nbl_kinds": ["none", "linear"] unless all are linear
-    weights       model.layers.{i}.self_attn.linear.{weight,bias} of a replaced layer; a residual tap has no input norm
+                  "nbl_kinds": ["none", "linear"] unless all are linear, and "nbl_window": 64 with layers of kind window
+    weights       model.layers.{i}.self_attn.linear.{weight,bias} of a linear layer; a residual tap has no input norm
+                  model.layers.{i}.self_attn.{qkv,bias,output,norm} of a window; its heads are those of the config
 
 Each architecture (`architectures`) has a pair of classes, e.g. NblLlamaConfig and NblLlamaForCausalLM. A model class is
 the stock class whose attention is replaced after construction (`linearize`), so no modelling code is copied. `import
@@ -28,11 +29,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from nbl_export.errors import NblError
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
-from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, Architecture
+from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, Architecture, check_window
 from nbl_export.model.checkpoint.pretrained import model_with, quiet_transformers, tokenizer_of
 from nbl_export.model.linearize import architecture_of, linearize, multiplier_of, replace_attention
+from nbl_export.model.windows import blank_windows
 
-__all__ = ["CLASSES", "restored", "save_linearized"]
+__all__ = ["CLASSES", "outlines", "restored", "save_linearized", "stock_config"]
 
 
 def _exchange(model: Any) -> None:
@@ -40,31 +42,45 @@ def _exchange(model: Any) -> None:
 
     Raises:
         ValueError: the configuration names missing layers, all layers, or an unknown tap.
+        NblError: it has windows of an impossible size, or of attention that a window cannot stand for.
     """
     config = model.config
     replaced, layers = config.nbl_replaced_layers or [], config.num_hidden_layers
     if not set(replaced) < set(range(layers)) or config.nbl_tap not in architecture_of(config).taps:
         raise ValueError(f"config.json replaces layers {replaced} of {layers} at the tap {config.nbl_tap!r}")
-    kinds = config.nbl_kinds or ["linear"] * len(replaced)
-    blanks = {
-        i: kind_of(kind).blank(config.hidden_size, multiplier_of(config))
-        for i, kind in zip(replaced, kinds, strict=True)
-    }
+    kinds = dict(zip(replaced, config.nbl_kinds or ["linear"] * len(replaced), strict=True))
+    likes = outlines(model, kinds, config.nbl_window, config.nbl_tap)
+    size, multiplier = config.hidden_size, multiplier_of(config)
+    blanks = {i: kind_of(kind).blank(size, multiplier, likes.get(i)) for i, kind in kinds.items()}
     replace_attention(model, blanks, config.nbl_tap)
 
 
+def outlines(model: Any, kinds: Mapping[int, str], tokens: int | None, tap: str) -> Mapping[int, Mixer]:
+    """What a stock model's attention makes in the layers whose kind is not fitted, without numbers."""
+    unfitted = [i for i, kind in kinds.items() if not kind_of(kind).fitted]
+    if unfitted:
+        check_window(tokens, model.config.max_position_embeddings, "config.json")
+    return blank_windows(model, unfitted, tokens or 0, tap)
+
+
 def _classes_of(record: Architecture) -> tuple[Any, Any]:
-    """Configuration and model class of an architecture: stock classes with three more values and replaced attention."""
+    """Configuration and model class of an architecture: stock classes with four more values and replaced attention."""
     model_base = getattr(transformers, f"{record.classes}ForCausalLM")
     config_base, name = model_base.config_class, f"Nbl{record.classes}"
     fields = {
-        "__annotations__": {"nbl_replaced_layers": list[int] | None, "nbl_kinds": list[str] | None, "nbl_tap": str},
+        "__annotations__": {
+            "nbl_replaced_layers": list[int] | None,
+            "nbl_kinds": list[str] | None,
+            "nbl_tap": str,
+            "nbl_window": int | None,
+        },
         "__module__": __name__,
         "__doc__": f"Configuration of a {record.classes} with mixers instead of attention in some layers.",
         "model_type": f"{LINEARIZED}{record.name}",
         "nbl_replaced_layers": None,
         "nbl_kinds": None,
         "nbl_tap": "residual",
+        "nbl_window": None,
     }
     config_class = strict(type(f"{name}Config", (config_base,), fields))
 
@@ -94,7 +110,7 @@ def save_linearized(model: Any, checkpoint: Path, maps: Mapping[int, Mixer], tap
     """Linearize `model` in place and save it with the tokenizer of `checkpoint`.
 
     Raises:
-        NblError: the model's architecture has no class here.
+        NblError: the model's architecture has no class here, or its windows have several sizes.
     """
     quiet_transformers()
     config = model.config
@@ -104,7 +120,11 @@ def save_linearized(model: Any, checkpoint: Path, maps: Mapping[int, Mixer], tap
     values = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
     kinds = [maps[i].kind for i in sorted(maps)]
     given = None if set(kinds) == {"linear"} else kinds  # stock configurations leave out what is None
-    made_for = config_class(**values, nbl_replaced_layers=sorted(maps), nbl_kinds=given, nbl_tap=tap)
+    sizes = sorted({mixer.work().reach or 0 for mixer in maps.values() if not kind_of(mixer.kind).fitted})
+    if len(sizes) > 1:
+        raise NblError(f"no NBL checkpoint of windows of {' and '.join(map(str, sizes))} tokens; choose one size")
+    more = {"nbl_kinds": given, "nbl_window": sizes[0] if sizes else None}
+    made_for = config_class(**values, nbl_replaced_layers=sorted(maps), nbl_tap=tap, **more)
     with torch.device("meta"):
         saved = model_class(made_for)
     saved.load_state_dict(linearize(model, maps, tap).state_dict(), assign=True)
@@ -113,20 +133,22 @@ def save_linearized(model: Any, checkpoint: Path, maps: Mapping[int, Mixer], tap
     tokenizer_of(checkpoint).save_pretrained(out)
 
 
+def stock_config(config: Any) -> Any:
+    """The configuration of the original model, from that of an NBL model."""
+    left_out = ("architectures", "model_type")
+    values = {k: v for k, v in config.to_dict().items() if k not in left_out and not k.startswith("nbl_")}
+    return type(config).__mro__[1](**values)  # the stock class that this class derives from
+
+
 def restored(model: Any) -> Any:
     """The stock model of a loaded NBL model: attention of replaced layers is zeros, and missing norms are ones.
 
     Raises:
         NblError: weights of neither attention nor norms are missing.
     """
-    values = model.config.to_dict()
-    replaced = tuple(f".{i}.self_attn." for i in values["nbl_replaced_layers"])
-    values = {name: value for name, value in values.items() if not name.startswith("nbl_")}
-    for name in ("architectures", "model_type"):
-        values.pop(name, None)
-    config = type(model.config).__mro__[1](**values)  # the stock class that this class derives from
+    replaced = tuple(f".{i}.self_attn." for i in model.config.nbl_replaced_layers)
     with torch.device("meta"):
-        stock = model_with(config)
+        stock = model_with(stock_config(model.config))
     kept = {name: value for name, value in model.state_dict().items() if not any(part in name for part in replaced)}
     missing = {name: value.shape for name, value in stock.state_dict().items() if name not in kept}
     foreign = [name for name in missing if ".self_attn." not in name and "norm" not in name]

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from nbl_export.model.checkpoint.pretrained import (
     check_weights,
     config_of,
     model_of,
+    model_with,
     quiet_transformers,
     reason_of,
     tokenizer_of,
@@ -188,6 +190,7 @@ def load_maps(source: Any, num_layers: int) -> tuple[Plan, dict[int, Mixer]]:
 
     Raises:
         CorruptError: the weights hold maps of other layers than config.json names.
+        NblError: config.json names windows of attention that a window cannot stand for.
     """
     from safetensors import safe_open
 
@@ -200,8 +203,9 @@ def load_maps(source: Any, num_layers: int) -> tuple[Plan, dict[int, Mixer]]:
                 match = _TENSOR.search(name)
                 if match and (int(match[1]) in kinds or match[2].startswith("linear.")):
                     found.setdefault(int(match[1]), {})[match[2]] = tensors.get_tensor(name).float().numpy()
+    likes = _outlines(source.directory, replaced)
     try:
-        maps = {i: kind_of(kind).from_module(found.get(i, {}), replaced.size) for i, kind in kinds.items()}
+        maps = {i: kind_of(k).from_module(found.get(i, {}), replaced.size, likes.get(i)) for i, k in kinds.items()}
     except KeyError:
         maps = {}
     if not maps or not found.keys() <= kinds.keys():
@@ -210,3 +214,16 @@ def load_maps(source: Any, num_layers: int) -> tuple[Plan, dict[int, Mixer]]:
             f"{sorted(found)}; fetch the model again"
         )
     return Plan(num_layers, replaced.layers, replaced.tap, "given", kinds=replaced.kinds), maps
+
+
+def _outlines(directory: Path, replaced: Linearized) -> Mapping[int, Mixer]:
+    """What the attention that config.json describes makes in the layers whose kind is not fitted, without numbers."""
+    if replaced.window is None:
+        return {}
+    import torch
+
+    from nbl_export.model.checkpoint.hf_classes import outlines, stock_config
+
+    with torch.device("meta"):
+        stock = model_with(stock_config(config_of(directory)), lm_head=True)
+    return outlines(stock, dict(zip(replaced.layers, replaced.kinds, strict=True)), replaced.window, replaced.tap)

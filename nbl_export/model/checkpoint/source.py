@@ -20,8 +20,8 @@ from nbl_export.files import key_of
 from nbl_export.graph import graph_only
 from nbl_export.graph.graph_only import home_of
 from nbl_export.graph.names import MANIFEST
-from nbl_export.mixers import kinds
-from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config
+from nbl_export.mixers import kind_of, kinds
+from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config, check_window
 from nbl_export.model.checkpoint import pretrained
 from nbl_export.records.plan import TAPS
 from nbl_export.trust.contained import check_folder, check_inside, refuse_special
@@ -43,12 +43,16 @@ _WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Linearized:
-    """The replaced layers, their kinds (`nbl_export.mixers`) and tap, and the hidden size, from config.json."""
+    """The replaced layers, their kinds (`nbl_export.mixers`) and tap, and the hidden size, from config.json.
+
+    window: tokens that a layer of kind window reads; None without such layers.
+    """
 
     layers: tuple[int, ...]
     kinds: tuple[str, ...]
     tap: str
     size: int
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -178,8 +182,13 @@ def _linearized(config: dict[str, Any], where: Path) -> Linearized | None:
         or any(k not in kinds() for k in kinds_given)
     ):
         raise NblError(f"{where} has layers of the kinds {kinds_given}; known are {', '.join(kinds())}")
+    window = config.get("nbl_window")
+    if all(kind_of(kind).fitted for kind in kinds_given):
+        window = None
+    else:
+        check_window(window, config.get("max_position_embeddings"), where)
     made = dict(sorted(zip(layers, kinds_given, strict=True)))
-    return Linearized(tuple(made), tuple(made.values()), str(tap), size if isinstance(size, int) else 0)
+    return Linearized(tuple(made), tuple(made.values()), str(tap), size if isinstance(size, int) else 0, window)
 
 
 def _is_part(layers: list[int], count: int) -> bool:

@@ -30,7 +30,8 @@ from nbl_export.targets.openvino.ir.files import (
     read_ir,
     stored_matrices,
 )
-from nbl_export.targets.openvino.rewrite.passes import TABLE, prune_tail
+from nbl_export.targets.openvino.rewrite.passes import TABLE
+from nbl_export.targets.openvino.rewrite.tail import prune_tail
 from nbl_export.targets.openvino.session import IrDecoder
 
 __all__ = ["check_ir_files", "check_ir_maps", "check_ir_pruned", "check_ir_untouched", "coded_ir"]
@@ -111,17 +112,19 @@ def _held(model: Any, stored: Mapping[str, Any]) -> HeldMaps:
     """What a graph holds of mixers."""
     nodes = [n for n in model.get_ops() if n.get_friendly_name().startswith(_OURS)]
     products = {n.get_friendly_name() for n in nodes if n.get_type_name() == "MatMul"}
-    added = {n.get_friendly_name(): n for n in nodes if n.get_type_name() == "Constant" and _is_added(n)}
+    vectors = {n.get_friendly_name(): n for n in nodes if n.get_type_name() == "Constant" and _is_vector(n)}
 
     def matrix(product: str, constant: str) -> tuple[np.ndarray, np.ndarray | float]:
         found, allowed = _matrix(model, stored.get(product), constant)
         return np.empty(0) if found is None else found, allowed
 
-    return HeldMaps(products, {name: float_constant(node) for name, node in added.items()}, matrix)
+    return HeldMaps(products, {name: float_constant(node) for name, node in vectors.items()}, matrix)
 
 
-def _is_added(constant: Any) -> bool:
-    return any(port.get_node().get_type_name() == "Add" for port in constant.output(0).get_target_inputs())
+def _is_vector(constant: Any) -> bool:
+    """Whether a constant is a bias or the weight of a norm, and no scale of codes: [1, 1, D]."""
+    readers = {port.get_node().get_type_name() for port in constant.output(0).get_target_inputs()}
+    return list(constant.get_output_shape(0))[:-1] == [1, 1] and bool(readers & {"Add", "Multiply"})
 
 
 def _table_problem(model: Any, stored: Mapping[str, Any], first: int, rows_VD: np.ndarray) -> str:

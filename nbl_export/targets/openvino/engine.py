@@ -39,6 +39,7 @@ CAPABILITIES = Capabilities(
     extra="openvino",
     cache_bytes={"fp16": 2, "int8": 1, "int4": 1},
     narrow=True,
+    windows=True,
     proposers=OPENVINO_PROPOSERS,
 )
 _OLDEST = (2026, 0)  # of openvino: the API and the CPU plugin's caches are as `session` describes them

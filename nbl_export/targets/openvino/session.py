@@ -96,6 +96,7 @@ class Session:
                 self._compiled = core.compile_model(model, "CPU", settings)
             self._request = self._compiled.create_infer_request()
             self.mask_BK = np.zeros((1, 0), np.int64)
+            self._told: tuple[int, dict[str, np.ndarray]] | None = None  # length, and states of constant size there
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise CorruptError(f"OpenVINO cannot compile {directory / file}: {reason}") from error
@@ -114,7 +115,7 @@ class Session:
         if batch != len(self.mask_BK):
             self._request = self._compiled.create_infer_request()
         self._request.reset_state()
-        self.mask_BK = np.zeros((batch, 0), np.int64)
+        self.mask_BK, self._told = np.zeros((batch, 0), np.int64), None
 
     def run(self, ids_BT: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
         """Append tokens; returns float32 logits [B, T, V], or [B, 1, V] from a pruned graph. Padding is on the left.
@@ -139,23 +140,40 @@ class Session:
         return np.asarray(found["logits"], np.float32)
 
     def cut(self, length: int) -> None:
-        """Drop everything behind the first `length` tokens, padding included."""
-        if length == self.mask_BK.shape[1]:
-            return
+        """Drop everything behind the first `length` tokens, padding included.
+
+        A decoder with states of constant size goes back to its start, or to where it was told to go while it was there.
+
+        Raises:
+            NblError: it was not.
+        """
         if length == 0:
             self.begin(len(self.mask_BK))
             return
-        if any(is_state(a.name) for a in self.contract.inputs):
-            raise NblError(f"{self.directory} has a layer with a state, which goes back to the start alone")
-        cut = {name: np.ascontiguousarray(state[:, :, :length]) for name, state in self.states().items()}
-        self.put_states(cut, self.mask_BK[:, :length])
+        if length == self.mask_BK.shape[1]:
+            self._told = (length, self.states(constant=True))
+            return
+        told, (place, constant) = self._told, self._told or (0, {})
+        if place != length and any(is_state(a.name) for a in self.contract.inputs):
+            raise NblError(
+                f"{self.directory} has a layer with a state, which cannot go back to the first {length} tokens"
+            )
+        cut = {name: np.ascontiguousarray(state[:, :, :length]) for name, state in self.states(constant=False).items()}
+        self.put_states(cut | constant, self.mask_BK[:, :length])
+        self._told = told
 
-    def states(self) -> dict[str, np.ndarray]:
-        """Copies of the states by name; codes of 8 bits come as floats."""
-        return {state.name: np.array(state.state.data) for state in self._request.query_state()}
+    def states(self, *, constant: bool | None = None) -> dict[str, np.ndarray]:
+        """Copies of the states by name; codes of 8 bits come as floats.
+
+        Args:
+            constant: those of constant size alone, or the others; None for all.
+        """
+        found = self._request.query_state()
+        return {s.name: np.array(s.state.data) for s in found if constant in (None, is_state(s.name))}
 
     def put_states(self, states: Mapping[str, np.ndarray], mask_BK: np.ndarray) -> None:
         """Go back to states and mask of the same batch."""
+        self._told = None
         tensor = load_openvino().Tensor
         for state in self._request.query_state():
             state.state = tensor(states[state.name])

@@ -14,14 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.errors import RefusalError
 from nbl_export.graph.names import constant_name, node_name, product_name, state_names
 from nbl_export.mixers.base import StateSpec, WindowShape
+from nbl_export.targets.openvino.rewrite.nodes import TOKENS, cut, integers, length, model_input, valid_tokens
+from nbl_export.targets.openvino.rewrite.window import VALID, WINDOW, emit_window
 
 __all__ = ["IrBuilder"]
-
-_NO_WINDOW = "an IR holds no layer of kind window yet; ONNX decoders do"
-_TOKENS = 1  # axis of the tokens, in [batch, tokens, hidden size]
 
 
 class IrBuilder:
@@ -37,6 +35,7 @@ class IrBuilder:
 
         self._ops, self._model, self._layer = opset13, model, layer
         self._variable: Any = None  # of the state
+        self._valid_BT = valid_tokens(model, layer, self._name(VALID)) if remembers else None
         self.x = self._masked(x) if remembers else x
 
     def matmul(self, x: Any, matrix: np.ndarray, name: str) -> Any:
@@ -49,18 +48,26 @@ class IrBuilder:
         return self._ops.add(x, term, name=self._name("Add" if name == "bias" else f"Add{name.title()}")).output(0)
 
     def concat(self, values: Sequence[Any], name: str) -> Any:
-        return self._ops.concat(list(values), _TOKENS, name=self._name(f"Concat{name.title()}")).output(0)
+        return self._ops.concat(list(values), TOKENS, name=self._name(f"Concat{name.title()}")).output(0)
 
     def slice(self, x: Any, start: int, end: int | None, name: str) -> Any:
-        stop = np.iinfo(np.int64).max if end is None else end
-        bounds = [self._integers([at]) for at in (start, stop, 1, _TOKENS)]
-        return self._ops.slice(x, *bounds, name=self._name(f"Slice{name.title()}")).output(0)
+        found = cut(x, start) if end is None else cut(x, start, end)
+        found.set_friendly_name(self._name(f"Slice{name.title()}"))
+        return found.output(0)
 
     def norm(self, x: Any, weight: np.ndarray, epsilon: float, name: str) -> Any:
-        raise RefusalError(self._layer, _NO_WINDOW)
+        ops, number = self._ops, np.float32
+        mean = ops.reduce_mean(ops.power(x, number(2)), integers([-1]), keep_dims=True)
+        scaled = ops.multiply(x, ops.divide(number(1), ops.sqrt(ops.add(mean, number(epsilon)))))
+        constant = self._constant(name, weight.astype(number).reshape(1, 1, -1))
+        return ops.multiply(scaled, constant, name=self._name(name.title())).output(0)
 
     def window(self, qkv: Any, shape: WindowShape, frequencies: np.ndarray, spec: StateSpec, name: str) -> Any:
-        raise RefusalError(self._layer, _NO_WINDOW)
+        past = self.state(spec, name)
+        found, kept = emit_window(self._valid_BT, qkv, past, shape, frequencies, self._layer)
+        found.set_friendly_name(self._name(WINDOW))
+        self._assign(kept)
+        return found.output(0)
 
     def state(self, spec: StateSpec, name: str) -> Any:
         from openvino import PartialShape, Type
@@ -72,41 +79,27 @@ class IrBuilder:
         info.variable_id = next(iter(state_names(self._layer)))
         self._variable = Variable(info)
         self._model.add_variables([self._variable])
-        batch, rows = self._length(self._input("input_ids"), 0), self._integers([spec.tokens, spec.width])
+        batch, rows = length(model_input(self._model, "input_ids"), 0), integers([spec.tokens, spec.width])
         zeros = self._ops.broadcast(self._ops.constant(0.0, dtype=np.float32), self._ops.concat([batch, rows], 0))
         read = read_value(zeros, self._variable)
         read.set_friendly_name(self._name("Past"))
-        beams = self._input("beam_idx")
+        beams = model_input(self._model, "beam_idx")
         if beams is None:
             return read.output(0)
-        return self._ops.gather(read, beams, self._integers(0), name=self._name("Beams")).output(0)
+        return self._ops.gather(read, beams, integers(0), name=self._name("Beams")).output(0)
 
     def keep(self, spec: StateSpec, value: Any, name: str) -> None:
+        self._assign(self.slice(value, -spec.tokens, None, "kept").get_node())
+
+    def _assign(self, rows: Any) -> None:
         from openvino.op import assign
 
-        rows = self.slice(value, -spec.tokens, None, "kept").get_node()
         self._model.add_sinks([assign(rows, self._variable)])
 
     def _masked(self, x: Any) -> Any:
         """x with zeros in the rows of padding."""
-        mask, ids = self._input("attention_mask"), self._input("input_ids")
-        if mask is None or ids is None:
-            raise RefusalError(self._layer, "it has no attention_mask, which a layer with a state needs")
-        start = self._ops.negative(self._length(ids, 1))
-        end, step, axis = (self._integers([at]) for at in (np.iinfo(np.int64).max, 1, _TOKENS))
-        chunk = self._ops.convert(self._ops.slice(mask, start, end, step, axis), "f32")
-        rows = self._ops.unsqueeze(chunk, self._integers([-1]))
+        rows = self._ops.unsqueeze(self._valid_BT, integers([-1]))
         return self._ops.multiply(x, rows, name=self._name("Masked")).output(0)
-
-    def _length(self, value: Any, axis: int) -> Any:
-        """One dimension [1] of a value."""
-        return self._ops.gather(self._ops.shape_of(value), self._integers([axis]), self._integers(0))
-
-    def _input(self, name: str) -> Any | None:
-        return next((p for p in self._model.inputs if name in p.get_names()), None)
-
-    def _integers(self, values: int | list[int]) -> Any:
-        return self._ops.constant(values, dtype=np.int64)
 
     def _constant(self, name: str, array: np.ndarray) -> Any:
         return self._ops.constant(array, name=constant_name(self._layer, name))

@@ -16,14 +16,13 @@ import numpy as np
 
 from nbl_export.errors import RefusalError
 from nbl_export.mixers.base import Mixer, tapped
-from nbl_export.targets.openvino.ir.anatomy import Block, Dataflow, Join, State, states_of
+from nbl_export.targets.openvino.ir.anatomy import Block, Dataflow, State, states_of
 from nbl_export.targets.openvino.rewrite.builder import IrBuilder
 
-__all__ = ["TABLE", "bypass_attention", "drop_states", "prune_tail", "tabulate_tokens"]
+__all__ = ["TABLE", "bypass_attention", "drop_states", "tabulate_tokens"]
 
 
 TABLE = "nbl.token_table"
-_TOKENS = 1  # axis of the tokens, in [batch, tokens, hidden size]
 
 
 def bypass_attention(model: Any, flow: Dataflow, mixers: Mapping[int, Mixer], tap: str) -> None:
@@ -121,48 +120,3 @@ def tabulate_tokens(model: Any, rows_VD: np.ndarray) -> None:
     for reader in readers:
         reader.replace_source_output(found.output(0))
     model.validate_nodes_and_infer_types()
-
-
-def prune_tail(model: Any) -> None:
-    """Gather the last token in front of o_proj and residual join of the last layer that reads other tokens, in place.
-
-        before   x ------------------------ join -- mlp -- ... -- lm_head -> logits [B, T, V]
-                 attention -- o_proj -------^
-        after    x -- Gather(last) -------- join -- mlp -- ... -- lm_head -> logits [B, 1, V]
-                 attention -- Gather(last) -- o_proj -^
-
-    The last token is the last column, as in a batch that is padded on the left. A runtime that gives each token a row
-    of its own (the paged back end of OpenVINO GenAI) sees one column, so the gather does nothing there.
-
-    Raises:
-        RefusalError: the tail depends on the tokens in another way.
-    """
-    from openvino import opset13 as ops
-
-    flow = Dataflow(model)
-    block = flow.reader(flow.readers[-1])
-    last, data = block.last
-    ends = (last.input(data), block.join.input(1 - block.branch))
-    _check_tail(flow, block)
-    for end, name in zip(ends, ("attention", "residual"), strict=True):
-        index = ops.constant([-1], dtype="int64", name=f"/nbl/last/{name}/index")
-        axis = ops.constant(_TOKENS, dtype="int64", name=f"/nbl/last/{name}/axis")
-        end.replace_source_output(ops.gather(end.get_source_output(), index, axis, name=f"/nbl/last/{name}").output(0))
-    model.validate_nodes_and_infer_types()
-
-
-def _check_tail(flow: Dataflow, block: Join) -> None:
-    """Every node behind the two ends depends on the inputs of the model through these ends alone."""
-    last, data = block.last
-    tail = flow.below([last, block.join])
-    ends = {(last.get_name(), data), (block.join.get_name(), 1 - block.branch)}
-    for node in flow.nodes:
-        if node.get_name() not in tail:
-            continue
-        for place, value in enumerate(node.input_values()):
-            is_end = (node.get_name(), place) in ends
-            if not is_end and value.get_node().get_name() not in tail and not flow.is_constant(value):
-                raise RefusalError(
-                    block.layer,
-                    f"{node.get_friendly_name()} behind its attention reads {value.get_node().get_friendly_name()}",
-                )
