@@ -17,7 +17,7 @@ from typing import Any
 
 from nbl_export.errors import UsageError
 from nbl_export.options.goals import GOALS, check_request, check_size, names_layers, parse_layers
-from nbl_export.options.options import GGUF, OPTIONS, JobOptions, Option, flag_of
+from nbl_export.options.options import AUTO_WINDOWS, GGUF, OPTIONS, JobOptions, Option, flag_of
 from nbl_export.options.rules import APPLIES, DEFAULTS, FIRST, OF_DECODER, REFUSED, Case, ModelFacts, Refusal
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.from_json import read_record
@@ -53,7 +53,9 @@ def settle(
     known = {} if recorded is None else _asked_for(recorded, engine_of, model)
     if recorded and not model.graph and not model.maps_tap:
         # another goal for a run does not change how its maps are made
-        known |= {"fit": recorded.fit, **({} if _ends_windows(given) else {"window_layers": recorded.window_layers})}
+        known["fit"] = recorded.fit
+        if recorded.window_layers != AUTO_WINDOWS or not _ends_windows(given):
+            known["window_layers"] = recorded.window_layers
     if model.maps_tap:
         for name in ("fit", "window_layers"):
             known.pop(name, None)
@@ -74,7 +76,7 @@ def settle(
 
 def _ends_windows(given: Mapping[str, Any]) -> bool:
     """Whether what is asked of a run leaves no windows that are chosen by quality."""
-    return bool(given.get("draft") or given.get("kv_budget")) or names_layers(given.get("layers"))
+    return any(given.get(name) for name in ("draft", "kv_budget", "engine")) or names_layers(given.get("layers"))
 
 
 def over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
