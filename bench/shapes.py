@@ -5,6 +5,7 @@
 
 TOKENIZER is a model directory whose tokenizer has no more words than the shapes. Weights are random, so quality and the
 chosen layers mean nothing. A process may take --memory GiB for weights, so that each model runs one layer at a time.
+A quarter of the layers is chosen by --select.
 --layers cuts a model: time grows with the layers, and the peak does not, since one layer is in memory at a time.
 Peak memory is VmHWM of a process that runs only the stage.
 """
@@ -34,13 +35,14 @@ CHILD = """
 import sys, os
 os.environ["TQDM_DISABLE"] = "1"
 from pathlib import Path
-from nbl_export.model import one_layer
+from nbl_export.model import memory
+stage, model, out, tokens, limit, layers, select = sys.argv[1:]
+memory.available_bytes = lambda: int(limit) << 30
 from nbl_export.run.pipeline import run_calibration, run_stages
 from nbl_export.run.progress import Ui
-stage, model, out, tokens, memory = sys.argv[1:]
-one_layer.available_bytes = lambda: int(memory) << 30
 if stage == "calibrate":
-    run_calibration(model, {"calibration_tokens": int(tokens)}, Path(out), Ui(quiet=True))
+    given = {"calibration_tokens": int(tokens), "layers": layers, "select": select}
+    run_calibration(model, given, Path(out), Ui(quiet=True))
 else:
     run_stages(Path(out), stage, Ui(quiet=True))
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
@@ -81,15 +83,16 @@ def write_checkpoint(shape: str, tokenizer: Path, layers: int, out: Path) -> int
     return sum(t.numel() for tensors in files.values() for t in tensors.values())
 
 
-def measured(shape: str, tokenizer: Path, memory: int, most_layers: int | None) -> dict[str, Any]:
+def measured(shape: str, tokenizer: Path, memory: int, most_layers: int | None, select: str) -> dict[str, Any]:
     layers = SHAPES[shape]["num_hidden_layers"]
     count = min(layers, most_layers or layers)
-    found: dict[str, Any] = {"tokens": TOKENS[shape], "layers": count, "layers_of_the_shape": layers}
+    found: dict[str, Any] = {"tokens": TOKENS[shape], "layers": count, "layers_of_the_shape": layers, "select": select}
     with tempfile.TemporaryDirectory() as scratch:
         model, run = Path(scratch) / "model", Path(scratch) / "run"
         found["parameters"] = write_checkpoint(shape, tokenizer, count, model)
         for stage in ("calibrate", "plan"):
-            command = [sys.executable, "-c", CHILD, stage, str(model), str(run), str(TOKENS[shape]), str(memory)]
+            given = (model, run, TOKENS[shape], memory, max(1, count // 4), select)
+            command = [sys.executable, "-c", CHILD, stage, *map(str, given)]
             started = time.monotonic()
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             peak = int(done.stdout.split()[-1]) * 1024
@@ -105,12 +108,14 @@ def main() -> None:
     parser.add_argument("shapes", nargs="+", choices=tuple(SHAPES))
     parser.add_argument("--memory", type=int, default=8, help="GiB that the weights may take")
     parser.add_argument("--layers", type=int, help="most layers of a model; default: all")
+    parser.add_argument("--select", default="cca", help="how layers are chosen; cca needs no pass over the weights")
     options = parser.parse_args()
     from nbl_export.files import versions
     from nbl_export.measure.benchmark import machine
 
     about = {"machine": machine(), "versions": versions(("torch", "transformers")), "memory_gib": options.memory}
-    rows = {shape: measured(shape, options.tokenizer, options.memory, options.layers) for shape in options.shapes}
+    asked = (options.tokenizer, options.memory, options.layers, options.select)
+    rows = {shape: measured(shape, *asked) for shape in options.shapes}
     print(json.dumps({**about, "shapes": rows}, indent=1))
 
 

@@ -80,6 +80,7 @@ def shapes(read: Read) -> Rows:
         "a layer",
         "peak",
         "moments",
+        "chosen by",
         "plan",
         "peak of plan",
     )
@@ -92,7 +93,7 @@ def shapes(read: Read) -> Rows:
             name, f"{run['parameters'] / 1e9:.2f} billion", layers, f"{run['tokens']:,}",
             f"{calibrate['seconds']:.0f} s", f"{calibrate['seconds'] / run['layers']:.1f} s",
             f"{calibrate['peak_bytes'] / 1e9:.1f} GB", f"{run['moments_bytes'] / 1e9:.1f} GB",
-            f"{plan['seconds']:.0f} s", f"{plan['peak_bytes'] / 1e9:.1f} GB",
+            run.get("select", "cca"), f"{plan['seconds']:.0f} s", f"{plan['peak_bytes'] / 1e9:.1f} GB",
         ))  # fmt: skip
     return rows
 
