@@ -6,8 +6,7 @@
     leave window 1                                                                         last
 
 The rows are those of `rewrite.window_tail`, which says why they suffice. A batch is padded on the left, so the last
-rows are the same columns of every sequence. The first token of a text is a row of its own in the first step, if it is
-not among the last rows; later steps find it in the states.
+rows are the same columns of every sequence. The first token of a text is a row of its own if it is not among these.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any
 from nbl_export.errors import RefusalError
 from nbl_export.graph.names import node_name, state_names
 from nbl_export.targets.openvino.ir.anatomy import Dataflow, Join, memories_of, variable_of
-from nbl_export.targets.openvino.rewrite.nodes import TOKENS, cut, integers, length, model_input, places, valid_tokens
+from nbl_export.targets.openvino.rewrite.nodes import TOKENS, cut, integers, length, places, valid_tokens
 from nbl_export.targets.openvino.rewrite.window import VALID, WINDOW, first_token
 
 __all__ = ["prune_tail"]
@@ -44,13 +43,12 @@ def prune_tail(model: Any) -> None:
     windows = _top_windows(model, flow)
     joins = [flow.reader(layer) for layer in flow.readers[-1 - len(windows) :]]
     _check_tail(flow, joins, _own(flow, [window.layer for window in windows]))
-    rows = _Rows.all_of(model, windows[0].layer) if windows else None
+    valid = valid_tokens(model, windows[0].layer, "/nbl/tail/Valid") if windows else None
     for number, (join, window) in enumerate(zip(joins, windows, strict=False)):
-        assert rows is not None
-        at, rows = rows.fewer((len(windows) - number) * (window.tokens - 1) + 1)
+        at, valid = _fewer(valid, (len(windows) - number) * (window.tokens - 1) + 1)
         _take(join, at, f"/nbl/tail/layers.{window.layer}", batch_dims=1)
         for reader in window.valid.output(0).get_target_inputs():
-            reader.replace_source_output(rows.valid_BR.output(0))
+            reader.replace_source_output(valid.output(0))
     _take(joins[-1], integers([-1]), "/nbl/last", batch_dims=0)
     model.validate_nodes_and_infer_types()
 
@@ -77,41 +75,22 @@ def _top_windows(model: Any, flow: Dataflow) -> list[_Window]:
     return found
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows that reach a layer: [the first token |] the last ones, with their marks.
+def _fewer(valid_BT: Any, most: int) -> tuple[Any, Any]:
+    """Places [B, R] of the last `most` rows and of the first one that is a token, and which of these are tokens.
 
-    Attributes:
-        past: [1], 0 if no token was before this step.
-        valid_BR: 1 for a token, 0 for padding.
+    The first one is a row of its own if rows are left out. It marks that there were tokens before the last rows. In
+    later steps no window reads it, since the states hold the first token of the text.
     """
+    from openvino import opset13 as ops
 
-    past: Any
-    valid_BR: Any
-
-    @classmethod
-    def all_of(cls, model: Any, layer: int) -> _Rows:
-        """All tokens of a step."""
-        from openvino import opset13 as ops
-
-        every, ids = model_input(model, "attention_mask"), model_input(model, "input_ids")
-        valid = valid_tokens(model, layer, "/nbl/tail/Valid")
-        return cls(ops.subtract(length(every), length(ids)), valid)
-
-    def fewer(self, most: int) -> tuple[Any, _Rows]:
-        """Places [B, R] of the last `most` rows and of the first token, and these rows."""
-        from openvino import opset13 as ops
-
-        one, count, first = integers([1]), length(self.valid_BR), first_token(self.valid_BR)
-        kept = ops.minimum(count, integers([most]))
-        start = ops.subtract(count, kept)
-        lacks_first = ops.subtract(one, ops.minimum(self.past, one))
-        extra = ops.multiply(ops.minimum(start, one), lacks_first)
-        last = ops.broadcast(places(start, count, one), ops.concat([length(first, 0), kept], 0))
-        at = ops.concat([cut(first, 0, extra), last], TOKENS)
-        apart = ops.convert(ops.less(first, start), "f32")
-        valid = ops.concat([cut(apart, 0, extra), cut(self.valid_BR, start)], TOKENS)
-        return at, _Rows(self.past, valid)
+    one, count, first = integers([1]), length(valid_BT), first_token(valid_BT)
+    kept = ops.minimum(count, integers([most]))
+    start = ops.subtract(count, kept)
+    extra = ops.minimum(start, one)
+    last = ops.broadcast(places(start, count, one), ops.concat([length(first, 0), kept], 0))
+    apart = ops.convert(ops.less(first, start), "f32")
+    valid = ops.concat([cut(apart, 0, extra), cut(valid_BT, start)], TOKENS)
+    return ops.concat([cut(first, 0, extra), last], TOKENS), valid
 
 
 def _take(join: Join, at: Any, name: str, batch_dims: int) -> None:
