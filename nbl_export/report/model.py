@@ -308,7 +308,7 @@ def _text(report: Mapping[str, Any]) -> tuple[Block, ...]:
 
 
 def _machine(report: Mapping[str, Any]) -> tuple[Block, ...]:
-    machine, torch = report["machine"] or {}, report["torch_device"]
+    machine, torch = report["machine"] or {}, report.get("torch_device")
     facts = (("processor", machine.get("cpu")), ("cores", machine.get("cores")),
              ("memory", words.size(machine.get("memory_bytes"))), ("system", machine.get("os")),
              ("Python", machine.get("python"))) if machine else ()  # fmt: skip

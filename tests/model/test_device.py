@@ -270,11 +270,12 @@ def test_layers_go_through_a_gpu_that_is_too_small(
 ) -> None:
     directory = checkpoint("llama")
     asked = ("calibrate", "--model", directory, "--calibration", text, "--calibration-tokens", 512, "--context", 64)
-    with fake_cuda(free_for(directory, share, sums)):
+    with fake_cuda(free_for(directory, share, sums)) as gpu:
         done = nbl(*asked, "--output", tmp_path / "run")
     assert done.status == 0 and said in done.err, done.err
     assert ("one layer at a time" in done.err) == ("one layer at a time" in said)
     assert facts(tmp_path / "run")["calibration"]["device"] == where
+    assert gpu.products == {torch.device("cpu") if where == "CPU" else GPU}
 
 
 def test_cuda_is_refused_before_any_work(checkpoint: Checkpoint, text: Path, run: Path, tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def _device(inputs: CalibrateInputs, place: Place) -> tuple[Any, bool]:
             return whole, False
     device = inputs.choose.value(layer_bytes(checkpoint) + sums)
     if not short and not is_gpu(device):
-        return device, False
+        return inputs.device.value, False
     why = f"the weights are {short}" if short else "the GPU has too little memory for the weights and all sums"
     place.ui.say(f"  one layer at a time{f' on {spoken(device)}' if is_gpu(device) else ''}: {why}")
     return device, True
