@@ -107,6 +107,8 @@ def test_time_follows_the_options() -> None:
     assert by_stage(job(SMOLLM2, rate=1e11))["verify"].seconds > seconds("verify")
     named, counted, decided = (seconds("plan", **asked) for asked in ({"layers": "1,2"}, {"layers": "8"}, {}))
     assert named < counted < decided
+    # a training begins with more layers than stay, and the limit is tested after it
+    assert counted < seconds("plan", fit="distilled") < decided
     assert seconds("distill", fit="distilled", layers="8", distill_minutes=3) == 180
     limited = seconds("distill", fit="distilled", distill_minutes=3)  # the tests of the limit come after it
     assert 180 < limited < seconds("distill", fit="distilled")
