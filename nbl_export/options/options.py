@@ -342,7 +342,7 @@ def usual_fit(values: Mapping[str, Any]) -> str:
 def usual_windows(values: Mapping[str, Any]) -> str:
     """The windows if none are asked for, of an engine and a model that have them: those of a limit on quality.
 
-    Prompts get shorter by windows at the top in ONNX Runtime alone.
+    The gain was measured in ONNX Runtime alone.
     """
     others = values["engine"] != "ort" or any(
         values[name] for name in ("layers", "target_speedup", "kv_budget", "draft")
