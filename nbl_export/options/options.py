@@ -120,7 +120,7 @@ class JobOptions:
     )  # fmt: skip
     window_layers: str = option(
         NO_WINDOWS, "Further layers whose attention reads the last --window tokens and the first one alone: 24-29; "
-        "auto: replaced layers of the upper half that lose clearly less so; or none. Default: auto for a "
+        "auto: replaced layers of the upper quarter that lose clearly less so; or none. Default: auto for a "
         "limit on quality, if the engine has them.", _REPLACED, "main plan", metavar="LAYERS",
     )  # fmt: skip
     window: int = option(64, "Tokens that a layer of --window-layers reads.", _REPLACED, "main plan", least=1)

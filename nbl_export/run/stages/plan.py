@@ -109,14 +109,18 @@ def _windows_of(r: Resolver, layers: Iterable[int]) -> dict[int, Any]:
 
 
 def _chosen_windows(r: Resolver) -> Lazy[ChooseWindows]:
-    """The windows of those layers that are better as windows, in the upper half of the decoder."""
+    """The windows of those layers that are better as windows, in the upper quarter of the decoder.
+
+    Only windows above every whole attention shorten a prompt. Others add nodes to decode and save little.
+    """
     if r.options.window_layers != AUTO_WINDOWS:
         return WITHOUT_WINDOWS
 
     def chosen(fit: Fit, known: Collection[int] | None) -> Maps:
         from nbl_export.plan.kinds import LENGTH, better_as_windows
 
-        upper, options = range(r.spec.num_layers // 2, r.spec.num_layers), r.options
+        layers, options = r.spec.num_layers, r.options
+        upper = range(layers - max(1, round(layers / 4)), layers)
         try:
             windows = _windows_of(r, upper if known is None else known)
         except NblError as error:
