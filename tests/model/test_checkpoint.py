@@ -18,6 +18,7 @@ from nbl_export.run_directory import RunDirectory
 
 from ..command import TINY, assert_refused, nbl, snapshot
 from ..damage import cut, flip
+from ..jobs import opened as opened_run
 from ..jobs import until
 from ..tiny import EPSILON, HEAD_DIM, HEADS, HIDDEN, INNER, KV_HEADS, LAYERS, VOCAB
 
@@ -105,6 +106,9 @@ def test_main_job_on_a_gguf_directory(gguf: Path, text: Path, tmp_path: Path) ->
     # A finished run has no second copy of the weights, and a command that reads none makes none.
     with RunDirectory.open_run(run, create=False) as opened, opened.scratch() as scratch:
         opened.finish("report", "key", scratch, 0.0, ())
+    assert not weights.parent.exists()
+    resolver = opened_run(run)
+    assert (resolver.cost.value.intermediate_size, resolver.shortage.value) == (INNER, "")
     assert not weights.parent.exists()
     assert nbl("plan", run).status == 0
     assert nbl("rewrite", run).status == 0

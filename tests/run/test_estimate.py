@@ -151,3 +151,4 @@ def test_a_job_that_resumes_counts_what_is_left(run: Path, same: Same, monkeypat
     manifest["stages"] = {"calibrate": manifest["stages"]["calibrate"]}
     (run / "nbl.json").write_text(json.dumps({n: v for n, v in manifest.items() if n in _FIRST}), encoding="utf-8")
     assert left() == {"plan", "decoder", "verify", "bench"}
+    assert left(fit="distilled") == left()  # no stage is asked that would read the missing plan
