@@ -32,6 +32,7 @@ Table = Callable[[Callable[[str], Any]], list[Sequence[str]]]
 README: Mapping[str, Table] = {"headline": speed.headline}
 RESULTS: Mapping[str, Table] = {
     "demo": speed.demo,
+    "exchange": speed.exchange,
     "codes": codes.codes,
     "codes-speed": codes.speeds,
     "codes-text": codes.texts,

@@ -7,7 +7,7 @@ from typing import Any
 
 from nbl_export.records.paired import PairedRatio, paired_ratio, spoken_ratio
 from nbl_export.records.plan import spoken_layers
-from nbl_export.records.quality import spoken_loss
+from nbl_export.records.quality import spoken_interval, spoken_loss
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
@@ -86,12 +86,12 @@ def demo(read: Read) -> Rows:
 
 
 def headline(read: Read) -> Rows:
-    """What windows within the default limit and `--layers 8` change, for the README."""
-    runs = (read("windows-job-smollm2"), read("demo-smollm2-fp32"))
+    """What the default job and `--layers 8` change, for the README."""
+    runs = (read("default-job-smollm2"), read("demo-smollm2-fp32"))
     kinds = dict(zip(runs[0]["replaced_layers"], runs[0]["kinds"], strict=True))
     windows, linear = (tuple(i for i, k in kinds.items() if (k == "window") is wanted) for wanted in (True, False))
     titles = (
-        f"`--window-layers auto`: windows {spoken_layers(windows)}, linear {spoken_layers(linear)}",
+        f"default: windows {spoken_layers(windows)}, linear {spoken_layers(linear)}",
         f"`--layers 8`: linear {spoken_layers(runs[1]['replaced_layers'])}",
     )
     rows: Rows = [("NBL over original", *titles), "lll"]
@@ -101,6 +101,24 @@ def headline(read: Read) -> Rows:
     rows.append(("cache bytes a token", *(_smaller(run["cache_bytes_per_token"]) for run in runs)))
     for i, name in enumerate(_TEXTS):
         rows.append((f"perplexity, {name}", *(spoken_loss(run["quality_loss"][i])["increase"] for run in runs)))
+    return rows
+
+
+def exchange(read: Read) -> Rows:
+    """What setups of the job reach within the default limit on quality."""
+    rows: Rows = [("setup", "windows", "linear", *_TEXTS, "prefill of 512, modelled", "prefill of 512",
+                   "prefill of 2,048", "decode after 2,048"), "lllllrlll"]  # fmt: skip
+    for row in read("exchange")["rows"]:
+        layers = [spoken_layers(tuple(row["layers"].get(kind, ()))) or "none" for kind in ("window", "linear")]
+        losses = [
+            spoken_interval(loss["increase"], loss["increase_interval"], percent=True, sign=True)
+            for loss in row["losses"]
+        ]
+        speeds = []
+        for test, depth in (("pp512", 0), ("pp2048", 0), ("tg128", 2048)):
+            found = [r for r in row["measured"] if (r["test"], r["depth"]) == (test, depth)]
+            speeds.append(cell(found[0]) if found else "not measured")
+        rows.append((row["title"], *layers, *losses, f"×{row['modelled']['prefill']:.2f}", *speeds))
     return rows
 
 

@@ -232,13 +232,13 @@ class Job:
     def judges(self) -> bool:
         """Whether the model's output orders the layers."""
         options = self.options
-        return options.select not in ("cca", "error") and not names_layers(options.layers) and self.fits
+        return options.select not in ("cca", "error") and not names_layers(options.layers)
 
     @property
     def tests(self) -> bool:
         """Whether a limit on quality decides the number of layers."""
         options = self.options
-        return self.fits and (options.layers, options.target_speedup, options.kv_budget) == (None, None, None)
+        return (options.layers, options.target_speedup, options.kv_budget) == (None, None, None)
 
     def _test_work(self) -> float:
         """Work of one test of a limit: the original, and half of a pass of the replaced set, with both heads."""

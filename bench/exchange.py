@@ -1,0 +1,56 @@
+"""What setups of the job reach within a limit on quality: layers, loss, and modelled and measured speed.
+
+    nbl-export --model MODEL --output DIR                            the default: windows, trained maps
+    nbl-export plan DIR --fit independent --window-layers none       closed form, linear layers alone
+    python bench/exchange.py "SmolLM2-135M: closed form, linear=DIR" ... > RESULT.json
+
+Each argument is TITLE=DIR, of runs that have at least a plan. A run with a benchmark has measured ratios too. Losses
+are those of the deciding windows, of the largest set that kept the limit.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from nbl_export.run_directory import REPORT_JSON, RunDirectory
+
+_FACTS = ("increase", "increase_interval", "tokens")
+
+
+def row_of(title: str, run: RunDirectory) -> dict[str, Any]:
+    """One row of the table.
+
+    Raises:
+        ValueError: the run has no limit on quality that it keeps.
+    """
+    facts = run.manifest
+    kept = [step for step in (facts.get("goal") or {}).get("path", []) if step["within"]]
+    if not kept:
+        raise ValueError(f"{title}: {run.path} keeps no limit on quality")
+    best = max(kept, key=lambda step: int(step["layers"]))
+    points = {point["layers"]: point for point in facts["curve"]["points"]}
+    report = run.path / REPORT_JSON
+    measured = json.loads(report.read_text(encoding="utf-8"))["ratios"] if "bench" in run.stages else []
+    return {
+        "title": title,
+        "limit": facts["goal"]["max_perplexity_increase"],
+        "fit": facts["fit"],
+        "layers": {kind: [i for i, k in zip(facts["replaced_layers"], facts["kinds"], strict=True) if k == kind]
+                   for kind in sorted(set(facts["kinds"]))},
+        "losses": [{name: loss[name] for name in _FACTS} for loss in best["quality_losses"]],
+        "modelled": {name: points[best["layers"]][name] for name in ("prefill", "decode")},
+        "measured": [row for row in measured if row["batch"] == 1],
+    }  # fmt: skip
+
+
+def main() -> None:
+    named = (argument.rpartition("=") for argument in sys.argv[1:])
+    rows = [row_of(title, RunDirectory.peek(Path(path))) for title, _, path in named]
+    json.dump({"rows": rows}, sys.stdout, indent=1, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    main()
