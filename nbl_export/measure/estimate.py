@@ -5,7 +5,7 @@
 
 Seconds are work over a rate. One forward pass over a token costs 2 x elements of all matrices, and attention. It runs
 at the rate of the product: 188 and 215 billion operations a second in stages-*.json of bench/results, and the product
-197 billion in default-job-smollm2.json on the same kind of machine. Stages are counted in such passes:
+198 billion in default-job-smollm2.json on the same kind of machine. Stages are counted in such passes:
 
     calibrate   a pass without the head over the text, and three products of rows for the moments
     plan        each layer replaced alone: half a pass on average; then sets of layers, and tests of a limit on quality
@@ -232,13 +232,13 @@ class Job:
     def judges(self) -> bool:
         """Whether the model's output orders the layers."""
         options = self.options
-        return options.select not in ("cca", "error") and not names_layers(options.layers)
+        return options.select not in ("cca", "error") and not names_layers(options.layers) and self.fits
 
     @property
     def tests(self) -> bool:
         """Whether a limit on quality decides the number of layers."""
         options = self.options
-        return (options.layers, options.target_speedup, options.kv_budget) == (None, None, None)
+        return self.fits and (options.layers, options.target_speedup, options.kv_budget) == (None, None, None)
 
     def _test_work(self) -> float:
         """Work of one test of a limit: the original, and half of a pass of the replaced set, with both heads."""

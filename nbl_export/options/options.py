@@ -125,7 +125,7 @@ class JobOptions:
     )  # fmt: skip
     window: int = option(64, "Tokens that a layer of --window-layers reads.", _REPLACED, "main plan", least=1)
     max_perplexity_increase: str | None = option(
-        None, "As many layers as stay within this on text that did not choose them.", _REPLACED, "main plan",
+        None, "The most layers within this, on other text.", _REPLACED, "main plan",
         first=True, metavar="5%",
     )  # fmt: skip
     target_speedup: str | None = option(

@@ -112,7 +112,7 @@ def _shortage(needs: Sequence[Needs], memory: float, disk: float, output: Path) 
     if left > disk:
         return (
             f"the run needs {size(left)} of disk, and {output} has {size(disk)} left: free some, or "
-            "give an --output on another disk"
+            "choose another --output"
         )
     return ""
 

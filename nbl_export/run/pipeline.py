@@ -101,9 +101,14 @@ def _work(asked: Mapping[str, Any], recorded: JobOptions | None, output: Path, u
     run = RunDirectory(output) if force else RunDirectory.peek(output)
     source, decoder = read_model(first.model, run.manifest)
     settled = settle(asked, capabilities_of, facts_of_model(seen, source, decoder), recorded)
-    resolver = Resolver(settled, run, ui)
-    resolver.source, resolver.read_spec = source, decoder
-    estimated = foreseen(resolver, STAGES[: _place(until)], output)
+
+    def resolver_of() -> Resolver:
+        made = Resolver(settled, run, ui)
+        made.source, made.read_spec = source, decoder
+        return made
+
+    estimated = foreseen(resolver_of(), STAGES[: _place(until)], output)
+    resolver = resolver_of()  # a new one: keys that were asked for before the inputs are noted would be old
     resolver.check_inputs()  # before anything is written or, with force, removed
     if until == "calibrate" and settled.fit == CHECKPOINT_FIT:
         raise NblError(f"nothing to calibrate here: {NO_ORIGINAL}; give the original model")

@@ -165,6 +165,7 @@ def test_the_recorded_command_has_every_option_that_is_not_the_default() -> None
             "logits": "all",
             "distill_minutes": 0.5,
             "compute_dtype": "float32",
+            "device": "cpu",
             "maps": "linear",
             "draft": "ngram",
             "requantize": True,

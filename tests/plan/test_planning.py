@@ -298,7 +298,7 @@ def test_another_input_is_another_key() -> None:
         "kind": MapKind(rank=2), "select": Lazy("greedy", lambda: "greedy"), "moments": Lazy("o", lambda: moments_of),
         "mixes": Lazy("o", lambda: Switched), "texts": Lazy("o", list),
         "second_sha256": Lazy(None, lambda: "third"), "saved": Lazy("o", lambda: lambda maps, tokens: 0.0),
-        "given": Lazy("o", dict),
+        "given": Lazy("o", dict), "windows": Lazy("o", lambda: lambda _fit, _known: {}),
     }  # fmt: skip
     assert {f.name for f in dataclasses.fields(OrderInputs)} == others.keys() | {"num_layers", "hidden_size"}
     changed: dict[str, Any] = others

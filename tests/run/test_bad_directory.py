@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -148,8 +150,12 @@ def limited_files(kilobytes: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kilobytes", [4, 480, 1420])
-def test_full_disk(kilobytes: int, same: Same, tmp_path: Path) -> None:
-    """At once, in the decoder graph, in rewrite. Once there is space, the same command goes on."""
+def test_full_disk(kilobytes: int, same: Same, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, in the decoder graph, in rewrite. Once there is space, the same command goes on.
+
+    Another program takes the space after the job has seen that there is enough.
+    """
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=1 << 40))
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", disk], capture_output=True)

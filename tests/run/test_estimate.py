@@ -96,7 +96,7 @@ def test_a_disk_that_is_too_small_ends_the_job_before_it_begins(
     words = same if command == "main" else ("calibrate", *same[:4])
     refused = nbl(*words, "--output", tmp_path / "new" / "run")
     assert_refused(refused, 1, "of disk, and")
-    assert "has 1,000 B left: free some, or give an --output on another disk" in refused.err
+    assert "has 1,000 B left: free some, or choose another --output" in refused.err
     assert list(tmp_path.iterdir()) == []
 
 
