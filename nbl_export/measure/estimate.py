@@ -25,17 +25,17 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from nbl_export.measure.cost import CostModel, weight_bytes
+from nbl_export.measure.roofline import best_seconds
 from nbl_export.measure.rounds import LOOKS, Rule
 from nbl_export.mixers.base import TokenWork
 from nbl_export.model.checkpoint.shape import Shape
-from nbl_export.model.memory import WEIGHTS_SHARE
+from nbl_export.model.memory import STATES_SHARE, WEIGHTS_SHARE
 from nbl_export.options.goals import (
     DEFAULT_STEPS,
     CacheBudget,
@@ -232,13 +232,13 @@ class Job:
     def judges(self) -> bool:
         """Whether the model's output orders the layers."""
         options = self.options
-        return options.select not in ("cca", "error") and not names_layers(options.layers) and self.fits
+        return options.select not in ("cca", "error") and not names_layers(options.layers)
 
     @property
     def tests(self) -> bool:
         """Whether a limit on quality decides the number of layers."""
         options = self.options
-        return self.fits and (options.layers, options.target_speedup, options.kv_budget) == (None, None, None)
+        return (options.layers, options.target_speedup, options.kv_budget) == (None, None, None)
 
     def _test_work(self) -> float:
         """Work of one test of a limit: the original, and half of a pass of the replaced set, with both heads."""
@@ -320,6 +320,8 @@ class Job:
         if not (self.judges or self.tests):
             return _PROCESS + self.moments + work, _PROCESS + work
         model = self.weights + self._narrow_copies(s.decoder.num_layers)
+        if not self.fits:  # a layer or the head, and hidden states (`model.streamed`)
+            model = 4.0 * (s.layer_parameters + s.head_parameters) + STATES_SHARE * self.available_bytes
         logits = 4.0 * _LOGIT_ROWS * s.decoder.vocab_size
         return _PROCESS + model + self.moments + logits + self._activations, _PROCESS + work
 
@@ -397,15 +399,6 @@ def measure_speed() -> Speed:
     x, weight = (rng.standard_normal(shape, np.float32) for shape in ((_ROWS, _WIDTH), (_WIDTH, _WIDTH)))
     source = np.ones(_COPIED_BYTES // 8)
     target = np.zeros_like(source)
-    product = _best_seconds(lambda: x @ weight)
-    return Speed(2.0 * _ROWS * _WIDTH**2 / product, source.nbytes / _best_seconds(lambda: np.copyto(target, source)))
-
-
-def _best_seconds(run: Callable[[], object]) -> float:
-    run()
-    seconds = []
-    for _ in range(_REPETITIONS):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    product = best_seconds(lambda: x @ weight, _REPETITIONS)
+    copy = best_seconds(lambda: np.copyto(target, source), _REPETITIONS)
+    return Speed(2.0 * _ROWS * _WIDTH**2 / product, source.nbytes / copy)

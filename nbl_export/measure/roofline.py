@@ -39,7 +39,7 @@ from nbl_export.mixers.base import TokenWork
 from nbl_export.model.memory import available_bytes
 from nbl_export.records.results import Scenario, Timing
 
-__all__ = ["MachineRates", "efficiencies", "expect", "limit_seconds", "limits_of", "measure_machine",
+__all__ = ["MachineRates", "best_seconds", "efficiencies", "expect", "limit_seconds", "limits_of", "measure_machine",
            "rows"]  # fmt: skip
 
 # Kernels that a graph of a precision may use on the CPU; the fastest kernel is the limit.
@@ -197,7 +197,7 @@ def gemm_flops_per_second(threads: int) -> dict[str, float]:
         "int8": _run("MatMulInteger", x8, [small], threads),
         "int4": _run("MatMulNBits", x, [codes, scales], threads, domain="com.microsoft", **packed),
     }
-    return {name: 2.0 * _ROWS * _WIDTH * _WIDTH / _best_seconds(run) for name, run in runs.items()}
+    return {name: 2.0 * _ROWS * _WIDTH * _WIDTH / best_seconds(run) for name, run in runs.items()}
 
 
 def read_bytes_per_second(threads: int) -> float:
@@ -212,13 +212,14 @@ def read_bytes_per_second(threads: int) -> float:
         for worker in workers:
             worker.join()
 
-    return array.nbytes / _best_seconds(read)
+    return array.nbytes / best_seconds(read)
 
 
-def _best_seconds(run: Callable[[], Any]) -> float:
+def best_seconds(run: Callable[[], Any], repetitions: int = _REPETITIONS) -> float:
+    """The shortest of some runs, after one that is not counted."""
     run()
     seconds = []
-    for _ in range(_REPETITIONS):
+    for _ in range(repetitions):
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)

@@ -27,14 +27,13 @@ from nbl_export.model import bfloat16
 from nbl_export.model.checkpoint.pretrained import config_of
 from nbl_export.model.head import Head
 from nbl_export.model.linearize import multiplier_of, run_from, switched
-from nbl_export.model.memory import available_bytes
+from nbl_export.model.memory import STATES_SHARE, available_bytes
 from nbl_export.model.mixes import Mixes, Progress, Runs, quiet
 from nbl_export.model.one_layer import WeightReader, one_layer, only_head
 
 __all__ = ["StreamedModel"]
 
 _BATCH_TOKENS = 2048  # go through a layer at once
-_MEMORY_SHARE = 0.25  # of the available memory that hidden states may take
 _ORIGINAL: frozenset[int] = frozenset()
 
 States = dict[frozenset[int], torch.Tensor]  # replaced layers so far -> hidden states [windows, context, D]
@@ -170,7 +169,7 @@ class _Space:
     def __init__(self, shape: tuple[int, ...], count: int, scratch: Path) -> None:
         self._shape, self._scratch = shape, scratch
         needed = 4 * count * int(np.prod(shape, dtype=np.int64))
-        self._in_memory = needed <= _MEMORY_SHARE * available_bytes()
+        self._in_memory = needed <= STATES_SHARE * available_bytes()
         free = shutil.disk_usage(scratch).free
         if not self._in_memory and needed > free:
             raise NblError(

@@ -74,7 +74,9 @@ def test_whole_jobs_agree_with_what_was_measured(name: str, shape: Shape, earlie
 @pytest.mark.parametrize(("name", "size", "shape"), [("shapes", "1.5B", SHAPE_1B), ("shapes-8b", "8B", SHAPE_8B)])
 def test_layer_by_layer_agrees_with_what_was_measured(name: str, size: str, shape: Shape) -> None:
     measured = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["shapes"][size]
-    streamed = job(shape, memory=4 * GIB, calibration_tokens=measured["tokens"])
+    streamed = job(
+        shape, memory=4 * GIB, calibration_tokens=measured["tokens"], layers=str(measured["layers"] // 4), select="cca"
+    )
     assert not streamed.fits
     found = by_stage(streamed)
     assert off(shape.parameters, measured["parameters"]) < 1.001
