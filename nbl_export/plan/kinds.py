@@ -41,7 +41,7 @@ def losses_alone(
     """
     rows = [long_rows(ids, length)[:1] for _, ids in texts]
     found: Losses = {}
-    step = max(1, round(num_layers / 4))
+    step = max(1, round(num_layers / 8))
     for end in range(num_layers, 0, -step):
         layers = range(max(1, end - step), end)  # one layer keeps its attention
         kinds = mixers(layers)

@@ -113,8 +113,8 @@ class Planted:
 
 
 def test_layers_are_measured_from_the_top_while_a_top_can_keep_the_limit() -> None:
-    """On one long row of each text, with each kind; a quarter of the layers at once."""
-    kls = {MAP: dict.fromkeys(range(9), (4.0, 2.0)), 5: dict.fromkeys(range(9), (1.0, 3.0))}
+    """On one long row of each text, with each kind; an eighth of the layers at once."""
+    kls = {MAP: dict.fromkeys(range(17), (4.0, 2.0)), 5: dict.fromkeys(range(17), (1.0, 3.0))}
     texts = [("one", torch.zeros(4, 4)), ("two", torch.ones(4, 4))]
     asked: list[Any] = []
     done: list[tuple[int, int]] = []
@@ -123,12 +123,14 @@ def test_layers_are_measured_from_the_top_while_a_top_can_keep_the_limit() -> No
         asked.clear()
         mixers: Any = lambda layers: {kind: dict.fromkeys(layers, kind) for kind in kls}  # noqa: E731
         made: Any = lambda maps: Planted(maps, kls, asked)  # noqa: E731
-        return losses_alone(made, mixers, 9, texts, 8, limit, lambda *state: done.append(state))
+        return losses_alone(made, mixers, 17, texts, 8, limit, lambda *state: done.append(state))
 
-    assert found(5.0) == {i: {MAP: (4.0, 2.0), 5: (1.0, 3.0)} for i in (7, 8)}  # the least of two: 6 on the second text
-    assert asked == [(1, 8, text, 7, 8) for _ in kls for text in (0, 1)] and done[-1] == (4, 18)
-    assert sorted(found(6.0)) == [5, 6, 7, 8]
-    assert sorted(found(100.0)) == list(range(1, 9))  # one layer keeps its attention
+    assert found(5.0) == {
+        i: {MAP: (4.0, 2.0), 5: (1.0, 3.0)} for i in (15, 16)
+    }  # the least of two: 6 on the second text
+    assert asked == [(1, 8, text, 15, 16) for _ in kls for text in (0, 1)] and done[-1] == (4, 34)
+    assert sorted(found(6.0)) == [13, 14, 15, 16]
+    assert sorted(found(100.0)) == list(range(1, 17))  # one layer keeps its attention
 
 
 def saved(kinds: Any) -> float:
