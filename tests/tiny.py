@@ -50,7 +50,7 @@ VARIANTS = ("mistral", "llama3", "llama-linear", "llama-yarn", "llama-bias", "qw
 
 
 # Layers without attention between layers with attention, which are `HYBRID_ATTENTION`.
-HYBRIDS = ("lfm2",)
+HYBRIDS: tuple[str, ...] = ("lfm2",)
 HYBRID_ATTENTION = (1, 2, 4)  # of five layers
 
 

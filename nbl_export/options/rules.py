@@ -427,7 +427,7 @@ def _too_wide(case: Case) -> str | bool:
 
 
 OF_DECODER: tuple[Refusal, ...] = (
-    (NblError, lambda c: bool(c.model.decoder) and hybrids.refused(c.options, c.engine, c.model.decoder)),
+    (NblError, lambda c: c.model.decoder is not None and hybrids.refused(c.options, c.engine, c.model.decoder)),
     (NblError, _wrong_windows),
     (NblError, lambda c: (
         c.engine.static and c.cache_length > _positions(c)

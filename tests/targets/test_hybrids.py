@@ -35,7 +35,7 @@ TOLERANCE = 2e-4  # of logits, float32
 FIVE = range(5)
 OTHERS = tuple(i for i in FIVE if i not in HYBRID_ATTENTION)
 SETS = [chosen for count in range(3) for chosen in itertools.combinations(HYBRID_ATTENTION, count)]
-FIRST = [HYBRIDS[0], *(pytest.param(name, marks=pytest.mark.fuzz) for name in HYBRIDS[1:])]
+FIRST = [HYBRIDS[0], *(pytest.param(other, marks=pytest.mark.fuzz) for other in HYBRIDS[1:])]
 LENGTHS = (29, 11)
 
 
