@@ -18,6 +18,7 @@ from nbl_export.model.device import guarded
 from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL, JobOptions, located
 from nbl_export.options.settle import settle
 from nbl_export.parallel.ranks import Ranks, collect_batches, current
+from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.requests import EvalRequest, Prepared, Subject, SweepRequest
 from nbl_export.run.estimate import foreseen
 from nbl_export.run.facts import (
@@ -167,7 +168,7 @@ def run_sweep(output: Path, ui: Ui, changes: dict[str, Any], max_layers: int | N
         NblError: `max_layers` is not smaller than the model's number of layers.
     """
     known = RunDirectory.peek(output)
-    layers = int(known.manifest.get("num_layers", 2))
+    layers = len(DecoderSpec(**known.manifest["decoder"]).attention_layers) if known.manifest else 2
     if max_layers is not None and max_layers >= layers:
         raise NblError(f"--max-layers {max_layers}: the model has {layers} attention layers and must keep one")
     reported = "report" in known.stages

@@ -26,7 +26,7 @@ from nbl_export.files import scratch_in
 from nbl_export.graph import graph_only
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
-from nbl_export.model.architectures import LINEARIZED, windows_of
+from nbl_export.model.architectures import LINEARIZED, hybrid_facts, windows_of
 from nbl_export.model.checkpoint import pretrained
 from nbl_export.model.checkpoint.pretrained import (
     check_weights,
@@ -79,6 +79,7 @@ def read_spec(source: Source) -> DecoderSpec:
             max_positions=config.max_position_embeddings,
             sliding_window=next(filter(None, windows), None),
             full_layers=tuple(i for i, window in enumerate(windows) if window is None) if any(windows) else (),
+            **hybrid_facts(config),
         )
     except NblError:
         raise
@@ -185,7 +186,7 @@ def _is_whole(target: Path, source: Source) -> bool:
     return False
 
 
-def load_maps(source: Any, num_layers: int) -> tuple[Plan, dict[int, Mixer]]:
+def load_maps(source: Any, num_layers: int, others: tuple[int, ...] = ()) -> tuple[Plan, dict[int, Mixer]]:
     """Plan and maps of an NBL checkpoint. Maps, [D, D] and [D], are float32, whatever the stored type.
 
     Raises:
@@ -208,12 +209,13 @@ def load_maps(source: Any, num_layers: int) -> tuple[Plan, dict[int, Mixer]]:
         maps = {i: kind_of(k).from_module(found.get(i, {}), replaced.size, likes.get(i)) for i, k in kinds.items()}
     except KeyError:
         maps = {}
-    if not maps or not found.keys() <= kinds.keys():
+    if not maps or not found.keys() <= kinds.keys() - set(others):
         raise CorruptError(
             f"{source.directory}: config.json names maps of layers {list(replaced.layers)}, the weights hold maps of "
             f"{sorted(found)}; fetch the model again"
         )
-    return Plan(num_layers, replaced.layers, replaced.tap, "given", kinds=replaced.kinds), maps
+    plan = Plan(num_layers, replaced.layers, replaced.tap, "given", kinds=replaced.kinds, others=others)
+    return plan, maps
 
 
 def _outlines(directory: Path, replaced: Linearized) -> Mapping[int, Mixer]:

@@ -97,6 +97,7 @@ class GpuEngine(ort.OrtEngine):
             dense_caches=self.provider.dense_caches,
             profiled=False,
             windows=False,
+            hybrids=False,
             takes_graphs=False,
             measures_limits=False,
             provider=flag,
