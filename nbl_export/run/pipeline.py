@@ -20,6 +20,7 @@ from nbl_export.options.settle import settle
 from nbl_export.parallel.ranks import Ranks, collect_batches, current
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.requests import EvalRequest, Prepared, Subject, SweepRequest
+from nbl_export.run.deployed import result
 from nbl_export.run.estimate import foreseen
 from nbl_export.run.facts import (
     capabilities_of,
@@ -75,7 +76,17 @@ def run_job(
         if not leads:
             return None
         _work(asked, recorded, output, ui, force, "report")
+        _tell(output, ui)
         return output
+
+
+def _tell(output: Path, ui: Ui) -> None:
+    """Say what the run has found, and what to do next."""
+    from nbl_export.report.outcome import next_steps, outcome
+
+    if found := result(RunDirectory.existing(output)):
+        for name, said in (*outcome(found), *next_steps(found, output)):
+            ui.say(f"  {name:<9}{said}")
 
 
 def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, force: bool = False) -> Path | None:
