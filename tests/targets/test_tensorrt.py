@@ -300,10 +300,32 @@ def test_a_target_that_is_the_own_gpu_is_no_target_for_tensorrt(
 
 
 @needs_rtx
-def test_a_warning_of_the_parser_stops_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log, "_NOISE", ())
-    with pytest.raises(NblError, match=r"parser warns about .* Int64 binding"):
-        build_engine(RTX, graph_of("llama"), tmp_path / "e", SMALL)
+@pytest.mark.parametrize(
+    ("warning", "refused"),
+    [
+        ("One or more weights outside the range of FLOAT was clamped", True),
+        ("TensorRT ignores the attribute softcap of Attention", True),
+        ("Scatter was deprecated in Opset 11.", False),
+        ("A node named x already exists", False),
+    ],
+)
+def test_only_a_warning_of_the_parser_that_the_graph_is_changed_stops_the_build(
+    warning: str, refused: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trt = load_library(RTX)
+    real = trt.OnnxParser
+
+    def parser(network: Any, logger: Any) -> Any:
+        logger.log(trt.ILogger.WARNING, warning)
+        return real(network, logger)
+
+    monkeypatch.setattr(trt, "OnnxParser", parser)
+    if refused:
+        with pytest.raises(NblError, match=f"parser would change .*: {re.escape(warning)}$"):
+            parsed(graph_of("llama") / "decoder.onnx")
+    else:
+        parsed(graph_of("llama") / "decoder.onnx")
+        assert f"TensorRT: {warning}" in caplog.messages
 
 
 # -- refusals of the build -----------------------------------------------------------------------------------

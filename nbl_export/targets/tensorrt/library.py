@@ -1,6 +1,6 @@
 """The two TensorRT libraries as data, loaded at first use.
 
-Hears what TensorRT says: parser and builder share one logger, warnings decide, and no message is dropped.
+Hears what TensorRT says: parser and builder share one logger, some warnings decide, and no message is dropped.
 
     in a block that collects      kept for the block, which refuses, or warns when it has succeeded
     elsewhere                     Python's logging: complaints as warnings and errors, the rest with -v
@@ -32,6 +32,7 @@ __all__ = [
     "Library",
     "Message",
     "Messages",
+    "changes",
     "complaints",
     "ignored_inputs",
     "load_library",
@@ -179,6 +180,9 @@ log = logging.getLogger(__name__)
 # Messages that appear for every graph and mean nothing (seen with TensorRT-RTX 1.7.1): a note on each int64 input, the
 # echo of every error without a GPU, and the second logger if other code has made the first.
 _NOISE = ("has Int64 binding", "catchCudaError", "The logger passed into")
+# Warnings of the parser after which an engine computes something else, since a part of the graph is dropped or changed
+# (LOG_WARNING in the sources of onnx-tensorrt, texts in the parser of TensorRT-RTX 1.7.1). Others are passed on.
+_CHANGES = ("clamp", "ignor", "not supported", "doesn't support", "supports only", "not guaranteed", "unused input")
 # How the builder reports an input that the parser dropped silently.
 _IGNORED = ("Unused Input", "is unused or used only at compile-time")
 _SERIOUS = {"WARNING": logging.WARNING, "ERROR": logging.ERROR, "INTERNAL_ERROR": logging.ERROR}
@@ -299,6 +303,11 @@ def complaints(messages: Sequence[Message]) -> list[str]:
     """Warnings and errors that matter, each as one line."""
     serious = (_one_line(m.text) for m in messages if m.severity in _SERIOUS)
     return [text for text in serious if not any(noise in text for noise in _NOISE)]
+
+
+def changes(messages: Sequence[Message]) -> list[str]:
+    """The parser's complaints about a graph that its network would not compute."""
+    return [text for text in complaints(messages) if any(sign in text.lower() for sign in _CHANGES)]
 
 
 def ignored_inputs(messages: Sequence[Message]) -> list[str]:

@@ -31,7 +31,7 @@ import numpy as np
 
 from nbl_export.errors import NblError
 from nbl_export.records.decoder import GraphContract, TensorInfo
-from nbl_export.targets.tensorrt.library import Library, Messages, complaints, require
+from nbl_export.targets.tensorrt.library import Library, Messages, changes, require
 
 __all__ = ["DECOMPOSED", "FUSED", "ParsedNetwork", "bypass_unit_scale", "decompose", "lacks_kernel", "parse"]
 
@@ -88,7 +88,7 @@ def parse(trt: Any, log: Messages, path: Path) -> ParsedNetwork:
     """Parse a graph, with its external data beside it.
 
     Raises:
-        NblError: the parser refuses the graph, warns about it, or would drop one of its inputs.
+        NblError: the parser refuses the graph, or would change it or drop one of its inputs.
     """
     start = time.perf_counter()
     # a warning about the machine is no reason against the graph, so the parser's block begins behind this one
@@ -104,8 +104,8 @@ def parse(trt: Any, log: Messages, path: Path) -> ParsedNetwork:
         if not good or errors or network.num_outputs == 0:
             why = [f"{e.node_name() or 'the graph'} ({e.node_operator() or 'model'}): {e.desc()}" for e in errors]
             raise NblError(f"TensorRT's parser refuses {path}: {why[0] if why else 'it is not an ONNX model'}")
-        if said_wrong := complaints(said):
-            raise NblError(f"TensorRT's parser warns about {path}, so no engine is built: {said_wrong[0]}")
+        if changed := changes(said):
+            raise NblError(f"TensorRT's parser would change {path}, so no engine is built: {changed[0]}")
     network.name = path.parent.name
     parsed = ParsedNetwork(trt, builder, network, parser, seconds, path)
     if unread := _unread_inputs(parsed):
