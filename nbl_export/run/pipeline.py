@@ -56,6 +56,8 @@ STAGES = (
     Stage("report", "report", lambda _: bench.ReportInputs(), bench.run_report),
 )
 
+_BY_ENGINE = ("build", "bench", "lossless")  # stages in which an engine works, and torch does not
+
 
 def run_job(
     asked: Mapping[str, Any], output: Path, ui: Ui, *, force: bool = False, recorded: JobOptions | None = None
@@ -280,7 +282,7 @@ def _advance(resolver: Resolver, until: str, *, ignore_failure: bool = False, ne
 def _run(place: Place, stage: Stage, inputs: Any, key: str) -> None:
     place.ui.say(f"{stage.title} ...")
     started = time.monotonic()
-    with place.run.scratch() as scratch, guarded(stage.title):
+    with place.run.scratch() as scratch, guarded(stage.title, by_engine=stage.name in _BY_ENGINE):
         facts = stage.run(inputs, place, scratch)
         seconds = time.monotonic() - started
         place.run.finish(stage.name, key, scratch, seconds, readers(stage.name), **facts)
