@@ -85,24 +85,28 @@ def spoken(device: Any) -> str:
 
 
 @contextlib.contextmanager
-def guarded(work: str) -> Iterator[None]:
+def guarded(work: str, *, on_torch: bool = True) -> Iterator[None]:
     """Within: a GPU that fails or is full ends the work with one sentence. Afterwards torch gives free memory back.
 
+    Args:
+        on_torch: the work is torch's, so that `--device cpu` moves it; else an engine's.
+
     Raises:
-        NblError: torch had an error of CUDA.
+        NblError: torch or an engine had an error of CUDA.
     """
+    other = ", or with --device cpu" if on_torch else ""
     try:
         yield
     except RuntimeError as error:
         said = str(error).splitlines()[0] if str(error) else ""
         if type(error).__name__ == "OutOfMemoryError" or "CUDA out of memory" in said:
             raise NblError(
-                f"{work}: the GPU has too little memory; finished stages stay, so run the command again with "
-                "--device cpu"
+                f"{work}: the GPU has too little memory; finished stages stay, so free some of it and run the command "
+                f"again{other}"
             ) from error
         if "CUDA error" in said or "CUDA driver error" in said:
             raise NblError(
-                f"{work}: the GPU failed ({said}); finished stages stay, so run the command again, or with --device cpu"
+                f"{work}: the GPU failed ({said}); finished stages stay, so run the command again{other}"
             ) from error
         raise
     finally:

@@ -30,6 +30,7 @@ from nbl_export.parallel import ranks
 from nbl_export.plan.greedy import GreedyOrder, Judge, Search
 from nbl_export.records.quantised import Blocks, StoredMatrix
 from nbl_export.report import page
+from nbl_export.run import pipeline
 from nbl_export.run.deployed import open_finished
 from nbl_export.run.facts import check_machine
 from nbl_export.run.progress import Ui
@@ -324,6 +325,13 @@ def test_processes_of_torchrun_take_their_gpus(run: Path, monkeypatch: pytest.Mo
         assert opened(run).device.value == GPU
         with pytest.raises(NblError, match="--device cpu with torchrun"):
             check_machine(JobOptions("m", device="cpu"), runs_engine=False)
+
+
+def test_work_of_an_engine_is_not_sent_to_the_cpu() -> None:
+    advice = r"bench: the GPU failed .* run the command again$"
+    with pytest.raises(NblError, match=advice), device.guarded("bench", on_torch=False):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+    assert {stage.name for stage in pipeline.STAGES} >= set(pipeline._ON_ENGINES)
 
 
 def test_other_errors_stay_what_they_are() -> None:

@@ -137,7 +137,7 @@ def test_the_job_chooses_a_kind_for_each_upper_layer(
     run = tmp_path / "run"
     monkeypatch.setattr("nbl_export.plan.kinds._TIMES", 0.0)
     if short:
-        monkeypatch.setattr("nbl_export.model.one_layer.shortage_of", lambda _checkpoint: "too large")
+        monkeypatch.setattr("nbl_export.model.one_layer.shortage_of", lambda *_: "too large")
         monkeypatch.setattr(
             "nbl_export.model.checkpoint.load.load_model", lambda _d: pytest.fail("the whole model was loaded")
         )
