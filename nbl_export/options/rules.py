@@ -412,8 +412,8 @@ def _wrong_windows(case: Case) -> str | bool:
 
 def _too_wide(case: Case) -> str | bool:
     options, decoder = case.options, case.model.decoder
-    return bool(options.window_layers and decoder and options.window > decoder.max_positions) and (
-        f"--window {options.window} is beyond the model's {_positions(case)} positions"
+    return bool(options.window_layers and decoder and options.width > decoder.max_positions) and (
+        f"--window {options.width} is beyond the model's {_positions(case)} positions"
     )
 
 

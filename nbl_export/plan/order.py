@@ -20,7 +20,7 @@ from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import FitOptions, Mixer
 from nbl_export.model.mixes import Mixes
 from nbl_export.plan.greedy import EVERY, RULE, GreedyOrder, Judge, Point, Search
-from nbl_export.plan.inputs import Maps, OrderInputs
+from nbl_export.plan.inputs import Maps, OrderInputs, Top
 from nbl_export.records.inputs import Lazy, identity_of
 from nbl_export.records.plan import LayerScore, Plan
 
@@ -68,7 +68,7 @@ class Selection:
         """The maps of some layers; the moments of one layer at a time are in memory."""
         self._maps |= self.inputs.given.value
         if self.judges:
-            self._maps |= self._windows
+            self._maps |= self._top.windows
         self._maps |= self._fit([i for i in layers if i not in self._maps])
         return {i: self._maps[i] for i in layers}
 
@@ -78,12 +78,11 @@ class Selection:
         return {i: kind.fit(moments(i, asked.tap), i, options) for i in layers}
 
     @functools.cached_property
-    def _windows(self) -> Maps:
-        """Layers that get a window in place of a fitted map, as recorded if they are."""
-        found, known = self._found, None
-        if found and found.get("key") == self.key and isinstance(found.get("windows"), list):
-            known = [int(i) for i in found["windows"]]
-        return self.inputs.windows.value(self._fit, known)
+    def _top(self) -> Top:
+        """The layers that the order begins with, as recorded if they are."""
+        found = self._found
+        known = found.get("top") if found and found.get("key") == self.key else None
+        return self.inputs.top.value(self._fit, known)
 
     @functools.cached_property
     def mixes(self) -> Mixes:
@@ -156,7 +155,7 @@ class Selection:
         tokens = sum(windows.numel() for windows in texts)
         order = self._order or GreedyOrder()
         with self._task(f"trying each layer on {tokens} tokens") as progress:
-            return Search(Judge(self.mixes, texts), order, self._saving, progress, self.given)
+            return Search(Judge(self.mixes, texts), order, self._saving, progress, self.given, self._top.layers)
 
     @functools.cached_property
     def _saving(self) -> Callable[[Sequence[int]], float] | None:
@@ -188,7 +187,7 @@ class Selection:
         """Fingerprint of what an order by the model's output follows from."""
         inputs = self.inputs
         saved = inputs.saved.identity if self.select == "efficient" else None
-        parts = (inputs.kind, inputs.moments, inputs.mixes, inputs.texts, inputs.given, inputs.windows)
+        parts = (inputs.kind, inputs.moments, inputs.mixes, inputs.texts, inputs.given, inputs.top)
         return key_of(
             RULE, EVERY, _WEIGHED_TOKENS, [identity_of(part) for part in parts], inputs.second_sha256.value, saved
         )
@@ -202,7 +201,7 @@ class Selection:
         if self._order is None:
             return {"curve": None}
         greedy = {"key": self.key, "texts": self._names, **dataclasses.asdict(self._order)}
-        greedy["windows"] = sorted(self._windows)
+        greedy["top"] = self._top.to_json()
         points = [self._point(speedup.value, point) for point in (*self._order.steps, *self._order.beyond)]
         return {"greedy": greedy, "curve": {"texts": self._names, **setting.value, "points": points}}
 
