@@ -180,7 +180,7 @@ def test_the_job_begins_with_the_top(
     run = tmp_path / "run"
     monkeypatch.setattr("nbl_export.plan.kinds.best_top", lambda losses, _limit, _saved: {2: 5, 1: MAP})
     if short:
-        monkeypatch.setattr("nbl_export.model.one_layer.shortage_of", lambda _checkpoint: "too large")
+        monkeypatch.setattr("nbl_export.model.one_layer.shortage_of", lambda *_: "too large")
         monkeypatch.setattr(
             "nbl_export.model.checkpoint.load.load_model", lambda _d: pytest.fail("the whole model was loaded")
         )

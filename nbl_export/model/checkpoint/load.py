@@ -101,8 +101,11 @@ def load_model(directory: Path) -> Any:
     """The torch model in float32, in evaluation mode, on the CPU.
 
     Raises:
-        NblError: transformers cannot load the model.
+        NblError: transformers cannot load the model, or it cannot be in memory.
     """
+    from nbl_export.model.one_layer import refuse_whole  # needs torch
+
+    refuse_whole(directory, "this")
     try:
         return model_of(directory).eval()
     except (MemoryError, NblError):
@@ -173,6 +176,9 @@ def _restore(directory: Path, out: Path) -> None:
 
 
 def _dequantise(gguf: Path, out: Path) -> None:
+    from nbl_export.model.one_layer import refuse_whole
+
+    refuse_whole(gguf, "the conversion of a GGUF file")
     log.info("dequantising %s", gguf.name)
     model = model_of(gguf)
     # transformers refuses to save a model that was loaded quantised; these weights are dequantised.
