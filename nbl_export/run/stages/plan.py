@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -130,19 +131,29 @@ def _chosen_top(r: Resolver) -> Lazy[ChooseTop]:
             windows = {int(i): _windows_of(r, [int(i)], width)[int(i)] for i, width in known["windows"].items()}
             return Top(tuple(known["layers"]), windows)
         try:
-            _windows_of(r, [r.spec.num_layers - 1], widths[0])
+            _windows_of(r, r.spec.attention_layers[-1:], widths[0])
         except NblError as error:
             r.ui.say(f"  no layer gets a window: {error}")
             return Top()
         length, limit = min(kinds.LENGTH, r.spec.max_positions), math.log1p(share)
         mixes: Callable[[Maps], Any] = lambda maps: r.mixes.value(maps, options.tap)  # noqa: E731
+        mixer_of = functools.cache(lambda layer, kind: mixers([layer])[kind][layer])
+        saved, best = _saved(r), dict[int, int]()
+
+        def mean(kinds: Mapping[int, int]) -> float:
+            maps = {i: mixer_of(i, kind) for i, kind in kinds.items()}
+            return (saved(maps, 512) + saved(maps, length)) / 2
+
+        def is_enough(losses: kinds.Losses) -> bool:
+            nonlocal best
+            best = kinds.best_top(losses, limit, mean)
+            return len(best) < len(losses)
+
         with r.ui.task("upper layers with a map and with windows") as progress:
-            losses = kinds.losses_alone(
-                mixes, mixers, r.spec.num_layers, r.choosing_parts.value, length, limit, progress
-            )
-        found = kinds.best_top(losses, limit, _saved_by(r, {i: mixers([i]) for i in losses}, (512, length)))
-        r.ui.say(f"  {_spoken_top(found)}")
-        return kinds.top_of(found, mixers)
+            texts, layers = r.choosing_parts.value, r.spec.attention_layers
+            kinds.losses_alone(mixes, mixers, layers, texts, length, is_enough, progress)
+        r.ui.say(f"  {_spoken_top(best)}")
+        return Top(tuple(best), {i: mixer_of(i, kind) for i, kind in best.items() if kind != kinds.MAP})
 
     return Lazy([AUTO_WINDOWS, widths, share, r.saving], lambda: chosen)
 
@@ -156,19 +167,6 @@ def _spoken_top(kinds: Mapping[int, int]) -> str:
         f"layers {spoken_layers(windows)} read {max(kinds.values())} tokens and the first one alone, the others none"
     )
     return f"the top from layer {min(kinds)} on is replaced first; {which if windows else 'all by linear layers'}"
-
-
-def _saved_by(
-    r: Resolver, mixers: Mapping[int, Mapping[int, Maps]], lengths: Collection[int]
-) -> Callable[[Mapping[int, int]], float]:
-    """The mean share of prefills that layers of some kinds save; `mixers`: layer -> kind -> its mixer."""
-    saved = _saved(r)
-
-    def mean(kinds: Mapping[int, int]) -> float:
-        maps = {i: mixers[i][kind][i] for i, kind in kinds.items()}
-        return sum(saved(maps, length) for length in lengths) / len(lengths)
-
-    return mean
 
 
 def _select(r: Resolver) -> str:
