@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.options.goals import names_layers, parse_layers
+from nbl_export.options.goals import GOALS, names_layers, parse_layers
 from nbl_export.options.options import (
     AUTO_WINDOWS,
     BUILDER_OPTIONS,
@@ -25,6 +25,7 @@ from nbl_export.options.options import (
     GIVEN_GRAPH,
     NO_ORIGINAL,
     NO_WINDOWS,
+    RECIPE_FIT,
     JobOptions,
     usual_fit,
     usual_tap,
@@ -46,7 +47,7 @@ class ModelFacts:
         graph: path of the decoder graph, if the model is only a graph.
         graph_precision: of the graph's matrices.
         maps_tap: the tap of the maps, if the model is an NBL checkpoint.
-        maps_window: whether an NBL checkpoint has layers of kind window.
+        maps_window: whether an NBL checkpoint or a recipe has layers of kind window. recipe_tap: of a recipe's maps.
         architecture, taps, not_from: name, possible taps, and decoder source -> why it exports no such graph.
         decoder: the decoder's sizes.
         unreadable: why graphs cannot have the codes of the GGUF file.
@@ -57,6 +58,7 @@ class ModelFacts:
     graph_precision: str = ""
     maps_tap: str = ""
     maps_window: bool = False
+    recipe_tap: str = ""
     architecture: str = ""
     taps: tuple[str, ...] = TAPS
     not_from: Mapping[str, str] = field(default_factory=dict)
@@ -116,7 +118,7 @@ class Case:
 
 def _tap(values: Mapping[str, Any], _engine: Capabilities, model: ModelFacts) -> str:
     wanted = usual_tap(values["fit"], values["maps"])
-    return model.maps_tap or (wanted if wanted in model.taps else model.taps[0])
+    return model.maps_tap or model.recipe_tap or (wanted if wanted in model.taps else model.taps[0])
 
 
 # An option -> its value if nobody asks for one, from the options so far, the engine and the model.
@@ -151,6 +153,10 @@ APPLIES: tuple[Applies, ...] = (
          "draft"),
         "the original model; this NBL checkpoint no longer contains the removed attention",
         lambda c: not c.is_nbl,
+    ),
+    Applies(
+        ("layers", "window_layers", *GOALS, "select", "rank", "maps", "draft"),
+        "a job without --recipe, which has its layers and maps", lambda c: not c.options.recipe,
     ),
     Applies(
         ("window_layers",), f"{_WINDOWS_IN}, and a checkpoint, not an ONNX graph",
@@ -274,6 +280,10 @@ FIRST: tuple[Refusal, ...] = (
         bool(c.model.maps_tap) and not c.is_nbl
         and f"--fit {c.options.fit} needs the original model: {NO_ORIGINAL}"
     )),
+    (UsageError, lambda c: (
+        bool(c.options.recipe) != (c.options.fit == RECIPE_FIT)
+        and f"--fit {c.options.fit} does not go with{'' if c.options.recipe else 'out'} --recipe; leave --fit out"
+    )),
 )  # fmt: skip
 
 
@@ -348,15 +358,16 @@ REFUSED: tuple[Refusal, ...] = (
     )),
     (UsageError, lambda c: (
         c.model.maps_window and not c.engine.windows
-        and f"{c.options.model} has layers of kind window, which need {_WINDOWS_IN}"
+        and f"{c.options.recipe or c.options.model} has layers of kind window, which need {_WINDOWS_IN}"
     )),
     (UsageError, lambda c: (
         bool(c.model.maps_tap) and c.options.says_itself
         and f"--calibration self needs the original model: {NO_ORIGINAL}; give that model, or leave it out"
     )),
     (UsageError, lambda c: (
-        c.model.maps_tap not in ("", c.options.tap)
-        and f"--tap {c.options.tap}: the maps of {c.options.model} have the tap {c.model.maps_tap}; leave --tap out"
+        (tap := c.model.maps_tap or c.model.recipe_tap) not in ("", c.options.tap)
+        and f"--tap {c.options.tap}: the maps of {c.options.recipe or c.options.model} have the tap {tap}; "
+        "leave --tap out"
     )),
     (NblError, lambda c: (
         c.options.draft not in (None, "ngram") and c.engine.source in c.model.not_from

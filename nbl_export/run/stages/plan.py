@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from nbl_export.options.goals import (
     parse_layers,
     read_rank,
 )
-from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, NO_ORIGINAL, NO_WINDOWS
+from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, IN_RECIPE, NO_ORIGINAL, NO_WINDOWS, RECIPE_FIT
 from nbl_export.plan.inputs import (
     WITHOUT_WINDOWS,
     AskedGoal,
@@ -42,6 +43,7 @@ from nbl_export.records.inputs import Lazy
 from nbl_export.records.plan import spoken_layers
 from nbl_export.report.console import METHOD_NAMES
 from nbl_export.report.quality import spoken_curve
+from nbl_export.run import recipes
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import LeftOut, Place
 from nbl_export.run_directory import DISTILL_FILE, MAPS_FILE, MOMENTS_FILE, START_FILE, SWEEP_FILE
@@ -53,10 +55,13 @@ _STATE = 5  # kind of the saved state of a distillation; another kind begins ane
 
 
 def declare(r: Resolver) -> PlanInputs | Lazy[Any]:
-    """The inputs of the stage plan, or the plan and maps of an NBL checkpoint."""
+    """The inputs of the stage plan, or the plan and maps of a recipe or of an NBL checkpoint."""
     from nbl_export.model.checkpoint import load
 
     options = r.options
+    if options.fit == RECIPE_FIT:
+        windows = functools.partial(_windows_of, r)
+        return Lazy([RECIPE_FIT, recipes.sha256(r)], lambda: recipes.plan_and_maps(r, windows))
     if options.fit == CHECKPOINT_FIT:
         return Lazy([CHECKPOINT_FIT, r.fingerprint], lambda: load.load_maps(r.source, r.spec.num_layers))
     goal = _goal(r)
@@ -101,11 +106,11 @@ def _given(r: Resolver) -> Lazy[Maps]:
     return Lazy([layers, options.window], lambda: _windows_of(r, layers))
 
 
-def _windows_of(r: Resolver, layers: Iterable[int]) -> dict[int, Any]:
+def _windows_of(r: Resolver, layers: Iterable[int], tokens: int | None = None) -> dict[int, Any]:
     from nbl_export.model.windows import window_layers
 
     model = r.checkpoint.value if r.shortage.value else r.model.value
-    return window_layers(model, layers, r.options.window, r.options.tap)
+    return window_layers(model, layers, tokens or r.options.window, r.options.tap)
 
 
 def _chosen_windows(r: Resolver) -> Lazy[ChooseWindows]:
@@ -176,7 +181,7 @@ def run(inputs: PlanInputs | Lazy[Any], place: Place, out: Path) -> dict[str, An
     facts: dict[str, Any] = {"ranks": {}, "goal": None, "curve": None}
     trains = False
     if isinstance(inputs, Lazy):
-        (plan, maps), fit = inputs.value, CHECKPOINT_FIT
+        (plan, maps), fit = inputs.value, inputs.identity[0]
     else:
         from nbl_export.plan.order import Selection
         from nbl_export.plan.planning import make_plan
@@ -189,7 +194,7 @@ def run(inputs: PlanInputs | Lazy[Any], place: Place, out: Path) -> dict[str, An
     distilled = trains and plan.replaced
     save_maps(maps, out / (START_FILE if distilled else MAPS_FILE), plan.tap)
     return {
-        "fit": {"kind": "independent" if fit == "distilled" else fit},
+        "fit": {"kind": "independent" if fit == "distilled" else fit, **recipes.made_by(place.run, fit)},
         "replaced_layers": list(plan.replaced),
         "kinds": list(plan.kinds),
         "tap": plan.tap,
@@ -209,6 +214,8 @@ def declare_sweep(r: Resolver) -> SweepInputs | LeftOut:
         return LeftOut()
     if options.fit == CHECKPOINT_FIT:
         return LeftOut(NO_ORIGINAL)
+    if options.fit == RECIPE_FIT:
+        return LeftOut(IN_RECIPE)
     order = order_of(r)
     distilled, trained = None, r.run.stages.get("distill", {}).get("key")
     if options.fit == "distilled" and trained:
