@@ -27,7 +27,7 @@ TARGETS = ("onnx", "openvino", "tensorrt", "gguf", "checkpoint")  # packages of 
 # Library -> where it may be imported: a place, or a module of one.
 HEAVY = {
     "torch": ("model", "calibrate", "plan", "distill", "parallel", "mixers",
-              "text.sampling", "text.windows", "verify.torch_reference",
+              "text.sampling", "text.windows", "verify.torch_reference", "verify.streamed_reference",
               "targets.export", "targets.openvino.export", "targets.tensorrt.device", "targets.tensorrt.export",
               "targets.gguf.write", "targets.checkpoint"),
     "transformers": ("model", "text.sampling", "targets.export", "targets.onnx.export_genai",

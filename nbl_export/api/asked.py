@@ -21,7 +21,7 @@ class Options(TypedDict, total=False):
     recipe: Path | None
     layers: str | int | Sequence[int] | None
     window_layers: str | Sequence[int]
-    window: int
+    window: int | None
     max_perplexity_increase: str | None
     target_speedup: str | float | None
     kv_budget: str | None

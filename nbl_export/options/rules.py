@@ -12,11 +12,13 @@ A rule is a function of a `Case`: the options, the facts of the engine and the f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.options.goals import GOALS, names_layers, parse_layers
+from nbl_export.options import hybrids
+from nbl_export.options.goals import GOALS, asked_layers, names_layers
+from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.options import (
     AUTO_WINDOWS,
     BUILDER_OPTIONS,
@@ -32,38 +34,8 @@ from nbl_export.options.options import (
     usual_windows,
 )
 from nbl_export.records.capabilities import AUTO, Capabilities
-from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.plan import TAPS
 
 __all__ = ["APPLIES", "DEFAULTS", "FIRST", "OF_DECODER", "REFUSED", "Applies", "Case", "ModelFacts", "Refusal"]
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What options depend on in a model. A default means that the fact is unknown, or that the model is without it.
-
-    Attributes:
-        is_gguf: the model is a GGUF file.
-        graph: path of the decoder graph, if the model is only a graph.
-        graph_precision: of the graph's matrices.
-        maps_tap: the tap of the maps, if the model is an NBL checkpoint.
-        maps_window: whether an NBL checkpoint or a recipe has layers of kind window. recipe_tap: of a recipe's maps.
-        architecture, taps, not_from: name, possible taps, and decoder source -> why it exports no such graph.
-        decoder: the decoder's sizes.
-        unreadable: why graphs cannot have the codes of the GGUF file.
-    """
-
-    is_gguf: bool = False
-    graph: str = ""
-    graph_precision: str = ""
-    maps_tap: str = ""
-    maps_window: bool = False
-    recipe_tap: str = ""
-    architecture: str = ""
-    taps: tuple[str, ...] = TAPS
-    not_from: Mapping[str, str] = field(default_factory=dict)
-    decoder: DecoderSpec | None = None
-    unreadable: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,7 +100,9 @@ DEFAULTS: dict[str, Callable[[Mapping[str, Any], Capabilities, ModelFacts], str]
     "fit": lambda values, _, model: CHECKPOINT_FIT if model.maps_tap else usual_fit(values),
     "tap": _tap,
     "window_layers": lambda values, engine, model: (
-        usual_windows(values) if engine.windows and not model.graph and not model.maps_tap else NO_WINDOWS
+        usual_windows(values)
+        if engine.windows and not model.graph and not model.maps_tap and not model.is_hybrid
+        else NO_WINDOWS
     ),
 }
 
@@ -212,7 +186,7 @@ APPLIES: tuple[Applies, ...] = (
     Applies(("quantized_model",), "--precision int4 of --decoder-source genai", lambda c: c.builds_int4),
     Applies(("draft",), "engines ort and openvino on a CPU", lambda c: bool(c.engine.proposers)),
     Applies(("draft_layers",), "--draft nbl or auto", lambda c: c.options.draft in ("nbl", AUTO)),
-    Applies(("threads", "batches"), "engines that compile nothing (ort, openvino)", lambda c: not c.engine.static),
+    Applies(("threads",), "engines that compile nothing (ort, openvino)", lambda c: not c.engine.static),
 )  # fmt: skip
 
 
@@ -410,25 +384,27 @@ def _wrong_windows(case: Case) -> str | bool:
     if options.window_layers in (NO_WINDOWS, AUTO_WINDOWS) or decoder is None:
         return _too_wide(case)
     flag = f"--window-layers {options.window_layers}"
-    windows = parse_layers(options.window_layers, decoder.num_layers, "--window-layers")
+    windows = asked_layers(options, decoder, "window_layers")
     if isinstance(windows, int):
         return f"{flag} is a count, but windows have no order; name the layers (24-29, or 8,)"
-    linear = () if options.layers is None else parse_layers(options.layers, decoder.num_layers)
+    linear = () if options.layers is None else asked_layers(options, decoder)
     if isinstance(linear, tuple) and (both := sorted(set(windows) & set(linear))):
         return f"{flag}: layer {both[0]} is in --layers too; name it once"
-    if len(windows) + (linear if isinstance(linear, int) else len(linear)) >= decoder.num_layers:
-        return f"{flag} and --layers name all {decoder.num_layers} layers; at least one keeps its whole attention"
+    count = len(decoder.attention_layers)
+    if len(windows) + (linear if isinstance(linear, int) else len(linear)) >= count:
+        return f"{flag} and --layers name all {count} layers; at least one keeps its whole attention"
     return _too_wide(case)
 
 
 def _too_wide(case: Case) -> str | bool:
     options, decoder = case.options, case.model.decoder
-    return bool(options.window_layers and decoder and options.window > decoder.max_positions) and (
-        f"--window {options.window} is beyond the model's {_positions(case)} positions"
+    return bool(options.window_layers and decoder and options.width > decoder.max_positions) and (
+        f"--window {options.width} is beyond the model's {_positions(case)} positions"
     )
 
 
 OF_DECODER: tuple[Refusal, ...] = (
+    (NblError, lambda c: c.model.decoder is not None and hybrids.refused(c.options, c.engine, c.model.decoder)),
     (NblError, _wrong_windows),
     (NblError, lambda c: (
         c.engine.static and c.cache_length > _positions(c)

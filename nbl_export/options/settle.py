@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from nbl_export.errors import UsageError
-from nbl_export.options.goals import GOALS, check_request, check_size, names_layers, parse_layers
+from nbl_export.options.goals import GOALS, asked_layers, check_request, check_size, names_layers
 from nbl_export.options.options import AUTO_WINDOWS, GGUF, OPTIONS, JobOptions, Option, flag_of
 from nbl_export.options.rules import APPLIES, DEFAULTS, FIRST, OF_DECODER, REFUSED, Case, ModelFacts, Refusal
 from nbl_export.records.capabilities import Capabilities
@@ -55,7 +55,7 @@ def settle(
     if recorded and not model.graph and not model.maps_tap:
         # another goal for a run does not change how its maps are made
         known["fit"] = recorded.fit
-        if recorded.window_layers != AUTO_WINDOWS or not _ends_windows(given):
+        if recorded.window_layers != AUTO_WINDOWS or not (_ends_windows(given) or model.is_hybrid):
             known["window_layers"] = recorded.window_layers
     if model.maps_tap:
         for name in ("fit", "window_layers"):
@@ -139,7 +139,7 @@ def judge(case: Case) -> None:
     if case.model.decoder is not None:
         for name in ("layers", "draft_layers"):
             if getattr(case.options, name) is not None:
-                parse_layers(getattr(case.options, name), case.model.decoder.num_layers, flag_of(name))
+                asked_layers(case.options, case.model.decoder, name)
         check_size(case.options, case.model.decoder, case.engine.cache_itemsize(case.options.precision))
         _refuse(OF_DECODER, case)
 

@@ -70,11 +70,15 @@ class Recipe:
         require(self.fit in FITS, f"the fits are {', '.join(FITS)}")
         require(self.window is None or self.window >= 1, "a window has at least one token")
         require(self.window is not None or not self.unfitted, "it has windows of no size")
-        self.plan  # noqa: B018  checks layers, kinds and tap
+        self.plan()  # checks layers, kinds and tap
 
-    @property
-    def plan(self) -> Plan:
-        return Plan(self.num_layers, self.layers, self.tap, "given", kinds=self.kinds)
+    def plan(self, others: tuple[int, ...] = ()) -> Plan:
+        """The plan for a decoder, of which some layers may have no attention.
+
+        Raises:
+            ValueError: layers, kinds or tap do not fit.
+        """
+        return Plan(self.num_layers, self.layers, self.tap, "given", kinds=self.kinds, others=others)
 
     @property
     def unfitted(self) -> tuple[int, ...]:

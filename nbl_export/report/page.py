@@ -28,8 +28,8 @@ _COPIED = ("model", "options", "command", "versions", "calibration", "num_layers
            "select", "logits", "token_table", "goal", "curve", "torch_device")  # fmt: skip
 
 
-_PER_VARIANT = ("peak_memory_bytes", "steady_memory_bytes", "kv_cache_bytes", "kv_cache_bytes_per_token",
-                "model_bytes", "disk_bytes", "load_seconds")  # fmt: skip
+_PER_VARIANT = ("device_memory_bytes", "peak_memory_bytes", "steady_memory_bytes", "kv_cache_bytes",
+                "kv_cache_bytes_per_token", "model_bytes", "disk_bytes", "load_seconds")  # fmt: skip
 
 
 def render(
@@ -75,6 +75,7 @@ def summarize(
     checks, variants = verify["checks"], measured.get("variants", {})
     return {
         "schema": 1,
+        "others": list(manifest.get("decoder", {}).get("others", ())),
         "status": _status(manifest, verify),
         **{name: manifest.get(name) for name in _COPIED},
         "scores": manifest.get("scores", []),

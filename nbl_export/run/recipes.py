@@ -15,6 +15,7 @@ from nbl_export.options.rules import ModelFacts
 from nbl_export.options.settle import read_asked
 from nbl_export.plan.recipe import SHIPPED, Recipe, find, load_maps
 from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.from_json import require
 from nbl_export.records.plan import Plan
 from nbl_export.run.resolve import Resolver
 from nbl_export.run_directory import RunDirectory
@@ -63,10 +64,11 @@ def check(recipe: Read, source: Any, decoder: DecoderSpec) -> None:
     if recipe is None:
         return
     recipe[0].refuse_other(source.fingerprint, source.title)
-    if recipe[0].num_layers != decoder.num_layers:
-        raise CorruptError(
-            f"{recipe[1]} states {recipe[0].num_layers} layers, and the model has {decoder.num_layers}; fetch it again"
-        )
+    try:
+        recipe[0].plan(decoder.others)
+        require(recipe[0].num_layers == decoder.num_layers, f"the model has {decoder.num_layers} layers")
+    except ValueError as error:
+        raise CorruptError(f"{recipe[1]} does not fit its model ({error}); fetch it again") from error
 
 
 def note(r: Resolver) -> None:
@@ -97,4 +99,4 @@ def plan_and_maps(r: Resolver, windows: Callable[..., Mapping[int, Mixer]]) -> t
     """
     recipe, path = r.read_recipe or find(r.options.recipe or "")
     own = lambda layers: windows(layers, recipe.window) if layers else {}  # noqa: E731
-    return recipe.plan, load_maps(recipe, path, r.spec, own)
+    return recipe.plan(r.spec.others), load_maps(recipe, path, r.spec, own)

@@ -79,7 +79,7 @@ def test_layers_alone_are_one_file(tmp_path: Path) -> None:
     ("changes", "reason"),
     [
         ({"layers": [2, 0]}, "sorted"),
-        ({"layers": [0, LAYERS]}, "does not exist"),
+        ({"layers": [0, LAYERS]}, "has no attention"),
         ({"layers": [], "kinds": []}, "replaces no layer"),
         ({"kinds": ["linear", "os.system"]}, "the kinds are"),
         ({"kinds": ["linear"]}, "one kind"),

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from nbl_export.errors import NblError
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
-from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, Architecture, check_window
+from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, Architecture, attention_layers, check_window
 from nbl_export.model.checkpoint.pretrained import model_with, quiet_transformers, tokenizer_of
 from nbl_export.model.linearize import architecture_of, linearize, multiplier_of, replace_attention
 from nbl_export.model.windows import blank_windows
@@ -41,13 +41,13 @@ def _exchange(model: Any) -> None:
     """Replace attention by blank mixers, as the configuration says.
 
     Raises:
-        ValueError: the configuration names missing layers, all layers, or an unknown tap.
+        ValueError: the configuration names layers without attention, all layers, or an unknown tap.
         NblError: it has windows of an impossible size, or of attention that a window cannot stand for.
     """
     config = model.config
-    replaced, layers = config.nbl_replaced_layers or [], config.num_hidden_layers
-    if not set(replaced) < set(range(layers)) or config.nbl_tap not in architecture_of(config).taps:
-        raise ValueError(f"config.json replaces layers {replaced} of {layers} at the tap {config.nbl_tap!r}")
+    replaced, layers = config.nbl_replaced_layers or [], attention_layers(config)
+    if not set(replaced) < set(layers) or config.nbl_tap not in architecture_of(config).taps:
+        raise ValueError(f"config.json replaces layers {replaced} of {list(layers)} at the tap {config.nbl_tap!r}")
     kinds = dict(zip(replaced, config.nbl_kinds or ["linear"] * len(replaced), strict=True))
     likes = outlines(model, kinds, config.nbl_window, config.nbl_tap)
     size, multiplier = config.hidden_size, multiplier_of(config)

@@ -26,7 +26,7 @@ from nbl_export.files import scratch_in
 from nbl_export.graph import graph_only
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
-from nbl_export.model.architectures import LINEARIZED, windows_of
+from nbl_export.model.architectures import LINEARIZED, hybrid_facts, windows_of
 from nbl_export.model.checkpoint import pretrained
 from nbl_export.model.checkpoint.pretrained import (
     check_weights,
@@ -87,6 +87,7 @@ def spec_of(config: Any, architecture: str) -> DecoderSpec:
         max_positions=config.max_position_embeddings,
         sliding_window=next(filter(None, windows), None),
         full_layers=tuple(i for i, window in enumerate(windows) if window is None) if any(windows) else (),
+        **hybrid_facts(config),
     )
 
 
@@ -100,8 +101,11 @@ def load_model(directory: Path) -> Any:
     """The torch model in float32, in evaluation mode, on the CPU.
 
     Raises:
-        NblError: transformers cannot load the model.
+        NblError: transformers cannot load the model, or it cannot be in memory.
     """
+    from nbl_export.model.one_layer import refuse_whole  # needs torch
+
+    refuse_whole(directory, "this")
     try:
         return model_of(directory).eval()
     except (MemoryError, NblError):
@@ -172,6 +176,9 @@ def _restore(directory: Path, out: Path) -> None:
 
 
 def _dequantise(gguf: Path, out: Path) -> None:
+    from nbl_export.model.one_layer import refuse_whole
+
+    refuse_whole(gguf, "the conversion of a GGUF file")
     log.info("dequantising %s", gguf.name)
     model = model_of(gguf)
     # transformers refuses to save a model that was loaded quantised; these weights are dequantised.
@@ -189,7 +196,7 @@ def _is_whole(target: Path, source: Source) -> bool:
     return False
 
 
-def load_maps(source: Any, num_layers: int) -> tuple[Plan, dict[int, Mixer]]:
+def load_maps(source: Any, num_layers: int, others: tuple[int, ...] = ()) -> tuple[Plan, dict[int, Mixer]]:
     """Plan and maps of an NBL checkpoint. Maps, [D, D] and [D], are float32, whatever the stored type.
 
     Raises:
@@ -212,12 +219,13 @@ def load_maps(source: Any, num_layers: int) -> tuple[Plan, dict[int, Mixer]]:
         maps = {i: kind_of(k).from_module(found.get(i, {}), replaced.size, likes.get(i)) for i, k in kinds.items()}
     except KeyError:
         maps = {}
-    if not maps or not found.keys() <= kinds.keys():
+    if not maps or not found.keys() <= kinds.keys() - set(others):
         raise CorruptError(
             f"{source.directory}: config.json names maps of layers {list(replaced.layers)}, the weights hold maps of "
             f"{sorted(found)}; fetch the model again"
         )
-    return Plan(num_layers, replaced.layers, replaced.tap, "given", kinds=replaced.kinds), maps
+    plan = Plan(num_layers, replaced.layers, replaced.tap, "given", kinds=replaced.kinds, others=others)
+    return plan, maps
 
 
 def _outlines(directory: Path, replaced: Linearized) -> Mapping[int, Mixer]:
