@@ -46,7 +46,7 @@ from nbl_export.options.goals import (
     names_layers,
     read_rank,
 )
-from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, JobOptions
+from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, RECIPE_FIT, JobOptions
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.text.windows import deciding_tokens, final_tokens, judging_tokens
 
@@ -128,6 +128,7 @@ class Job:
         narrow: products in bfloat16 while calibrating and choosing layers.
         available_bytes: memory.
         runs_here: the engine runs on this machine's processor, so that bench runs.
+        replaced: layers that are replaced, if that is known beforehand.
     """
 
     shape: Shape
@@ -137,6 +138,7 @@ class Job:
     narrow: bool
     available_bytes: int
     runs_here: bool = True
+    replaced: int | None = None
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
@@ -174,13 +176,15 @@ class Job:
 
     @property
     def given(self) -> bool:
-        """Whether the model has its maps already."""
-        return self.options.fit == CHECKPOINT_FIT
+        """Whether the maps are there already: of the model, or of a recipe."""
+        return self.options.fit in (CHECKPOINT_FIT, RECIPE_FIT)
 
     @functools.cached_property
     def count(self) -> int:
         """Layers that are replaced: as asked, or a quarter of them if a goal decides."""
         decoder, goal = self.shape.decoder, goal_of(self.options)
+        if self.replaced is not None:
+            return self.replaced
         if self.options.layers is not None:
             asked = asked_layers(self.options, decoder)
             return asked if isinstance(asked, int) else len(asked)

@@ -26,7 +26,15 @@ from nbl_export.options.goals import (
     layers_for_budget,
     read_rank,
 )
-from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, NO_ORIGINAL, NO_WINDOWS, WIDTHS
+from nbl_export.options.options import (
+    AUTO_WINDOWS,
+    CHECKPOINT_FIT,
+    IN_RECIPE,
+    NO_ORIGINAL,
+    NO_WINDOWS,
+    RECIPE_FIT,
+    WIDTHS,
+)
 from nbl_export.plan.inputs import (
     WITHOUT_TOP,
     AskedGoal,
@@ -45,6 +53,7 @@ from nbl_export.records.inputs import Lazy
 from nbl_export.records.plan import spoken_layers
 from nbl_export.report.console import METHOD_NAMES
 from nbl_export.report.quality import spoken_curve
+from nbl_export.run import recipes
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import LeftOut, Place
 from nbl_export.run_directory import DISTILL_FILE, MAPS_FILE, MOMENTS_FILE, START_FILE, SWEEP_FILE
@@ -56,10 +65,13 @@ _STATE = 5  # kind of the saved state of a distillation; another kind begins ane
 
 
 def declare(r: Resolver) -> PlanInputs | Lazy[Any]:
-    """The inputs of the stage plan, or the plan and maps of an NBL checkpoint."""
+    """The inputs of the stage plan, or the plan and maps of a recipe or of an NBL checkpoint."""
     from nbl_export.model.checkpoint import load
 
     options = r.options
+    if options.fit == RECIPE_FIT:
+        windows = functools.partial(_windows_of, r)
+        return Lazy([RECIPE_FIT, recipes.sha256(r)], lambda: recipes.plan_and_maps(r, windows))
     if options.fit == CHECKPOINT_FIT:
         return Lazy([CHECKPOINT_FIT, r.fingerprint], lambda: load.load_maps(r.source, r.spec.num_layers, r.spec.others))
     goal = _goal(r)
@@ -206,7 +218,7 @@ def run(inputs: PlanInputs | Lazy[Any], place: Place, out: Path) -> dict[str, An
     facts: dict[str, Any] = {"ranks": {}, "goal": None, "curve": None}
     trains = False
     if isinstance(inputs, Lazy):
-        (plan, maps), fit = inputs.value, CHECKPOINT_FIT
+        (plan, maps), fit = inputs.value, inputs.identity[0]
     else:
         from nbl_export.plan.order import Selection
         from nbl_export.plan.planning import make_plan
@@ -219,7 +231,7 @@ def run(inputs: PlanInputs | Lazy[Any], place: Place, out: Path) -> dict[str, An
     distilled = trains and plan.replaced
     save_maps(maps, out / (START_FILE if distilled else MAPS_FILE), plan.tap)
     return {
-        "fit": {"kind": "independent" if fit == "distilled" else fit},
+        "fit": {"kind": "independent" if fit == "distilled" else fit, **recipes.made_by(place.run, fit)},
         "replaced_layers": list(plan.replaced),
         "kinds": list(plan.kinds),
         "tap": plan.tap,
@@ -239,6 +251,8 @@ def declare_sweep(r: Resolver) -> SweepInputs | LeftOut:
         return LeftOut()
     if options.fit == CHECKPOINT_FIT:
         return LeftOut(NO_ORIGINAL)
+    if options.fit == RECIPE_FIT:
+        return LeftOut(IN_RECIPE)
     order = order_of(r)
     distilled, trained = None, r.run.stages.get("distill", {}).get("key")
     if options.fit == "distilled" and trained:
