@@ -7,7 +7,8 @@ A cache output leads back to its input through data moves and one merge: the nod
 The merge of layer i + 1 needs the attention of layer i. So the merges in graph order are the layers in order, two a
 layer. Names only number the layers, because a rewritten graph has gaps. Names that contradict the order are refused.
 
-A layer with a short memory has states of constant size instead (`graph_states`). The rewrite names them.
+A layer with a short memory has states of constant size instead (`graph_states`). The rewrite names them. A layer that
+never had attention holds such states too; `rewrite.states` brings the exporter's names to these.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ _MOVES = ("Identity", "Cast", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "S
           "QuantizeLinear", "DequantizeLinear")  # fmt: skip
 _LEAST_RANK = 3
 _PAST = re.compile(r"^past_key_values\.(\d+)\.")
+_BUILDERS_STATE = re.compile(r"^past\.\d+\.(conv|recurrent)$")
 _DIGITS = re.compile(r"\d+")
 
 
@@ -188,6 +190,12 @@ def _refuse_unpaired(graph: ir.Graph, found: Sequence[_Pair], layers: Sequence[i
         raise RefusalError(layer, f"it does not have one key and one value cache, both as input and output ({name})")
     paired = {pair.past for pair in found}
     for value in graph.inputs:
+        if _BUILDERS_STATE.match(str(value.name)):
+            raise RefusalError(
+                None,
+                f"its input {value.name} is the state of a layer without attention; give the checkpoint, from which "
+                "a graph is made whose states are understood",
+            )
         named = re.search(r"past_?key|key_?cache|value_?cache", str(value.name))
         if named and value not in paired and _can_hold_a_cache(value) and not is_state(str(value.name)):
             raise RefusalError(None, f"its input {value.name} is named like a cache, but no output continues it")
