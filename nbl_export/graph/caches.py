@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.names import state_names
+from nbl_export.graph.emitter import values_read
+from nbl_export.graph.names import OWN_NODES, state_names
 from nbl_export.records.decoder import is_state
 
 __all__ = ["LayerCaches", "graph_caches", "graph_states", "present_names"]
@@ -99,19 +100,18 @@ def graph_states(graph: ir.Graph) -> dict[int, LayerCaches]:
 
 
 def _refuse_control_flow(graph: ir.Graph) -> None:
-    """Refuse branches that read values of the outer graph and so hide the dataflow; tables by length are accepted."""
+    """Refuse branches that read values of the outer graph and so hide the dataflow; tables by length are accepted.
+
+    The rewrite's own branches are accepted too: they are in layers that have no cache.
+    """
     for node in graph:
-        for attribute in node.attributes.values():
-            if attribute.type != ir.AttributeType.GRAPH:
-                continue
-            inner = attribute.as_graph()
-            made = {v for n in inner for v in n.outputs} | {*inner.inputs, *inner.initializers.values()}
-            if any(v is not None and v not in made for n in inner for v in n.inputs):
-                raise RefusalError(
-                    None,
-                    f"its {node.op_type} node {node.name} chooses between parts of the decoder (a merged export?); "
-                    "use the export whose one graph always takes caches",
-                )
+        given = {value for value in node.inputs if value is not None}
+        if not str(node.name).startswith(OWN_NODES) and any(value not in given for value in values_read(node)):
+            raise RefusalError(
+                None,
+                f"its {node.op_type} node {node.name} chooses between parts of the decoder (a merged export?); "
+                "use the export whose one graph always takes caches",
+            )
 
 
 def _pairs(graph: ir.Graph) -> Iterator[_Pair]:

@@ -46,7 +46,7 @@ from nbl_export.options.goals import (
     names_layers,
     read_rank,
 )
-from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
+from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, JobOptions
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.text.windows import deciding_tokens, final_tokens, judging_tokens
 
@@ -63,6 +63,7 @@ _TRIED = 1.5  # passes of each step of an order: at most 3 layers are tried
 _JUDGED = 4  # every fourth position of the choosing text is judged
 _HEADS = 2  # products with the head at a judged position: change of the logits, and its pull
 _CURVE = 3  # sets beyond the order, for the curve
+_KINDS_ROW = 2048  # tokens of a row that kinds are chosen by
 _TESTS = 3  # tests of a limit on quality: smollm2 took 3, qwen 2
 _STEP, _STEP_TOKENS = 3.5, 1024  # passes of a training step: distill-qwen.json, 8.2 s a step
 _PROBED = 36_000  # tokens of all probes of verification: smollm2 and qwen, without the final text
@@ -259,9 +260,18 @@ class Job:
                 self._attention / 2 if self._trains and self.tests else self.count
             )  # a training begins with more layers
             work += (steps + _CURVE) * _TRIED * (tokens * self._pass / 2 + judged)
+        if self.options.window_layers == AUTO_WINDOWS:
+            work += self._kinds_work()
         if self.tests and not self._trains:
             work += _TESTS * self._test_work()
         return _START_SECONDS + fits / self.speed.product_flops_per_second + work / self._torch_rate
+
+    def _kinds_work(self) -> float:
+        """Work of `plan.kinds`: the original, and each layer of the upper quarter alone, as map and as window."""
+        tokens = 2 * min(_KINDS_ROW, self.shape.decoder.max_positions)  # a row of each text
+        upper = self.shape.decoder.num_layers // 4
+        alone = tokens * self._pass / 8 + tokens / 8 * self._head  # on average an eighth of the layers, and positions
+        return 2 * (tokens * self._pass + upper * alone)
 
     @property
     def _trains(self) -> bool:
@@ -336,10 +346,17 @@ class Job:
         return model, _PROCESS + self.weights
 
     def _verify_memory(self) -> tuple[float, float]:
-        """Torch, and both graphs: each in its mapped file and as the kernels pack it; quantised: a float32 twin too."""
-        logits = 4.0 * _LONG_ROW * self.shape.decoder.vocab_size
-        twin = 2 * self.weights if self._is_quantised else 0
-        return _PROCESS + self.weights + twin + 4 * self.graph + logits, _PROCESS + self.weights
+        """Torch, and both graphs: each in its mapped file and as the kernels pack it; quantised: a float32 twin too.
+
+        If memory is short, a layer or the head takes the place of the model, and a twin keeps its codes.
+        """
+        s, graph = self.shape, self.graph
+        logits = 4.0 * _LONG_ROW * s.decoder.vocab_size
+        layer = 4.0 * (s.layer_parameters + s.head_parameters)
+        model, twin = (self.weights, 2 * self.weights) if self.fits else (layer, 2 * graph)
+        packed = graph if self._is_quantised else 0
+        peak = _PROCESS + model + (twin if self._is_quantised else 0) + 4 * graph + logits
+        return peak, _PROCESS + min(self.weights, max(layer, packed))
 
     # -- the whole -----------------------------------------------------------------------------------------------
 

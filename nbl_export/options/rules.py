@@ -214,7 +214,7 @@ APPLIES: tuple[Applies, ...] = (
     Applies(("quantized_model",), "--precision int4 of --decoder-source genai", lambda c: c.builds_int4),
     Applies(("draft",), "engines ort and openvino on a CPU", lambda c: bool(c.engine.proposers)),
     Applies(("draft_layers",), "--draft nbl or auto", lambda c: c.options.draft in ("nbl", AUTO)),
-    Applies(("threads", "batches"), "engines that compile nothing (ort, openvino)", lambda c: not c.engine.static),
+    Applies(("threads",), "engines that compile nothing (ort, openvino)", lambda c: not c.engine.static),
 )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ __all__ = ["judge", "numbers", "over", "read_asked", "settle"]
 EngineOf = Callable[[str, str], Capabilities]  # engine, provider -> its capabilities; refuses an unknown engine
 
 _COUNTS = ("layers", *GOALS)  # one of them sets how many layers are replaced
+_LAYERS = ("layers", "window_layers", "draft_layers")
 _DEFAULT: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(JobOptions)}
 
 
@@ -149,7 +150,7 @@ def judge(case: Case) -> None:
 def read_asked(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values by the field names of JobOptions, in its types. A name may be that of the field or of the flag.
 
-    Numbers are accepted for texts of numbers (layers = 8), and one text for a list of texts.
+    Numbers are accepted for texts of numbers (layers = 8), lists for named layers, and one text for a list of texts.
 
     Raises:
         UsageError: a name is no option, or a text holds no numbers.
@@ -174,6 +175,8 @@ def _value(name: str, value: Any, said: Option | None) -> Any:
         return (value,)
     if name in (*_COUNTS, "rank", "draft_layers") and is_number:
         return str(value)
+    if name in _LAYERS and isinstance(value, (list, tuple)):
+        return ",".join(map(str, value)) + ("," if len(value) == 1 else "")  # "8" alone is a count
     if name == "precision" and isinstance(value, str):
         return value.lower()
     return tuple(value) if isinstance(value, list) else value

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -23,6 +25,7 @@ from nbl_export.graph.files import check_structure, skeleton
 from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE, all_logits_file
 from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
+from nbl_export.model.memory import WEIGHTS_SHARE, available_bytes
 from nbl_export.records.decoder import ITEMSIZE, DecoderSpec, GraphContract, is_state
 from nbl_export.records.quantised import unpacked
 from nbl_export.records.results import CheckResult
@@ -71,7 +74,7 @@ def check_pruned(subject: str, directory: Path) -> CheckResult:
 
 
 def coded(directory: Path, scratch: Path, head_dim: int, task: Task) -> Coded | None:
-    """See `Target.coded`; writes a float32 copy of the graph to `scratch`."""
+    """See `Target.coded`; writes a float32 copy of the graph to `scratch`, or a lean one if memory or disk is short."""
     from nbl_export.graph.quantised import stored_matrices
     from nbl_export.rewrite.widen import save_twin
 
@@ -79,8 +82,10 @@ def coded(directory: Path, scratch: Path, head_dim: int, task: Task) -> Coded | 
     stored = stored_matrices(graph)
     if not stored:
         return None
+    wide = sum(4 * math.prod(matrix.shape) for matrix in stored)
+    lean = wide > WEIGHTS_SHARE * available_bytes() or 2 * wide > shutil.disk_usage(directory).free
     with task():
-        save_twin(graph, scratch)
+        save_twin(graph, scratch, lean=lean)
     opened = functools.partial(OnnxDecoder, scratch, head_dim, file=graph.name)
     return Coded(scratch / graph.name, opened, stored, graph)
 

@@ -30,6 +30,7 @@ from nbl_export.parallel import ranks
 from nbl_export.plan.greedy import GreedyOrder, Judge, Search
 from nbl_export.records.quantised import Blocks, StoredMatrix
 from nbl_export.report import page
+from nbl_export.run import pipeline
 from nbl_export.run.deployed import open_finished
 from nbl_export.run.facts import check_machine
 from nbl_export.run.progress import Ui
@@ -324,6 +325,18 @@ def test_processes_of_torchrun_take_their_gpus(run: Path, monkeypatch: pytest.Mo
         assert opened(run).device.value == GPU
         with pytest.raises(NblError, match="--device cpu with torchrun"):
             check_machine(JobOptions("m", device="cpu"), runs_engine=False)
+
+
+@pytest.mark.parametrize("said", ["CUDA out of memory. Tried to allocate 2 GiB", "CUDA error 700: illegal access"])
+def test_an_engine_is_not_sent_to_the_cpu_by_the_option_of_torch(said: str) -> None:
+    with (
+        pytest.raises(NblError, match=r"^bench: the GPU .*nvidia-smi") as caught,
+        device.guarded("bench", by_engine=True),
+    ):
+        raise RuntimeError(said)
+    assert "--device" not in str(caught.value)
+    stages = {stage.name for stage in pipeline.STAGES}
+    assert set(pipeline._BY_ENGINE) <= stages and not {"calibrate", "plan", "verify"} & set(pipeline._BY_ENGINE)
 
 
 def test_other_errors_stay_what_they_are() -> None:

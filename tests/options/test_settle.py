@@ -185,7 +185,6 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     ("draft_layers", {"draft_layers": "2", "draft": "ngram"}, None, "--draft nbl"),
     ("draft_layers", {"draft_layers": "1"}, None, "--draft nbl or auto"),
     ("threads", {"threads": (2,), "engine": "trt-rtx"}, None, "compile nothing"),
-    ("batches", {"batches": (2,), "engine": "trt-rtx"}, None, "compile nothing"),
     ("max_perplexity_increase", {"max_perplexity_increase": "5%"}, GRAPH, "this model is an ONNX graph"),
     ("window", {"window": 8, "layers": "1,"}, None, "--window-layers"),
     ("window_layers", {"window_layers": "1", "engine": "trt"}, None, "--engine openvino, or ort with --provider cpu"),

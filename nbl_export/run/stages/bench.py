@@ -73,7 +73,8 @@ def run(inputs: BenchInputs, place: Place, out: Path) -> dict[str, Any]:
         result = side_by_side(variants, inputs.tests, setting, progress, place.ui.say)
     said = {subject: engine.arithmetic(variant.directory) for subject, variant in variants.items()}
     arithmetic = {"arithmetic": said} if any(said.values()) else {}
-    write_json(out / BENCH_FILE, {**result, **_limits(inputs, place, result), **arithmetic})
+    slots = {"slots": inputs.cache_length} if capabilities.static else {}
+    write_json(out / BENCH_FILE, {**result, **_limits(inputs, place, result), **arithmetic, **slots})
     return {"status": place.verdict}
 
 
