@@ -76,6 +76,7 @@ _ARCHITECTURES = {
     "smollm3": "SmolLM3",
     "granite": "Granite",
     "lfm2": "LFM2",
+    "qwen3_5": "Qwen3.5 (text)",
 }
 
 

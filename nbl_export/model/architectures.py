@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.model.hybrids import SHORT_CONVOLUTION, Others
+from nbl_export.model.hybrids import GATED_DELTA, SHORT_CONVOLUTION, Others
 from nbl_export.records.decoder import attention_among
 
 __all__ = [
@@ -56,6 +56,7 @@ class Architecture:
         tied: the head is the embedding if the configuration does not say.
         per_layer: configuration keys of lists with one value a layer.
         fused_qkv: the single projection for queries, keys and values, in this order; None for three projections.
+        gated: the projection of queries gives gates of attention's output too.
         others: layers without attention, in a hybrid.
         width: configuration -> width of the MLP, if intermediate_size is not it.
         must_be: supported values of configuration keys.
@@ -80,6 +81,7 @@ class Architecture:
     tied: bool = False
     per_layer: tuple[str, ...] = ()
     fused_qkv: str | None = None
+    gated: bool = False
     others: Others | None = None
     width: Callable[[Mapping[str, Any]], int] | None = None
     must_be: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -177,6 +179,15 @@ ARCHITECTURES = {
             width=_lfm2_width,
             not_from=_NO_STATES,
         ),
+        Architecture(
+            "qwen3_5_text",
+            "Qwen3_5",
+            norm_offset=1.0,
+            per_layer=("layer_types",),
+            gated=True,
+            others=GATED_DELTA,
+            not_from=_NO_STATES,
+        ),
     )
 }
 
@@ -189,7 +200,8 @@ def hybrid_facts(config: Any) -> dict[str, Any]:
     """
     values = config if isinstance(config, Mapping) else config.to_dict()
     record = ARCHITECTURES[str(values["model_type"]).removeprefix(LINEARIZED)]
-    return {} if record.others is None else record.others.facts(values)
+    gated = {"gated": True} if record.gated else {}
+    return gated | ({} if record.others is None else record.others.facts(values))
 
 
 def mlp_width(config: Mapping[str, Any]) -> int:
