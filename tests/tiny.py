@@ -20,6 +20,8 @@ __all__ = [
     "HEADS",
     "HEAD_DIM",
     "HIDDEN",
+    "HYBRIDS",
+    "HYBRID_ATTENTION",
     "INNER",
     "KV_HEADS",
     "LAYERS",
@@ -45,6 +47,11 @@ ARCHITECTURES = ("llama", "mistral", "mistral-window")
 EVERY = ("llama", "mistral-window", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "olmo2", "smollm3", "granite")
 VARIANTS = ("mistral", "llama3", "llama-linear", "llama-yarn", "llama-bias", "qwen2-window", "phi3-window", "phi4-mini",
             "phi3-long")  # fmt: skip
+
+
+# Layers without attention between layers with attention, which are `HYBRID_ATTENTION`.
+HYBRIDS: tuple[str, ...] = ("lfm2",)
+HYBRID_ATTENTION = (1, 2, 4)  # of five layers
 
 
 _RECORD = {"mistral-window": "mistral", "gemma3": "gemma3_text"}  # where it is not the name
@@ -82,6 +89,14 @@ def _tokenizer() -> Any:
 _WINDOW = 16
 _LOUD = {"initializer_range": 0.06}  # logits large enough that a rounded root of the hidden size is seen
 SPLIT = {"num_attention_heads": HIDDEN // HEAD_DIM, "head_dim": None}
+
+
+def _mixed(kind: str) -> dict[str, Any]:
+    """Five layers, of which those of `HYBRID_ATTENTION` have attention."""
+    kinds = ["full_attention" if i in HYBRID_ATTENTION else kind for i in range(5)]
+    return {"num_hidden_layers": len(kinds), "layer_types": kinds}
+
+
 _ROPE = {"factor": 4.0, "original_max_position_embeddings": 64}
 _SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": True}),
@@ -117,6 +132,8 @@ _SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3", {**SPLIT, "no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),
     "granite": ("Granite", {**SPLIT, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4,
                             "attention_multiplier": 0.4, "tie_word_embeddings": True}),
+    "lfm2": ("Lfm2", {**SPLIT, "norm_eps": EPSILON, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True,
+                      **_mixed("conv")}),
 }  # fmt: skip
 
 

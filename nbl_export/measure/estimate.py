@@ -39,11 +39,11 @@ from nbl_export.model.memory import STATES_SHARE, WEIGHTS_SHARE
 from nbl_export.options.goals import (
     DEFAULT_STEPS,
     CacheBudget,
+    asked_layers,
     default_minutes,
     goal_of,
     layers_for_budget,
     names_layers,
-    parse_layers,
     read_rank,
 )
 from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, WIDTHS, JobOptions
@@ -155,7 +155,7 @@ class Job:
         """Bytes of a graph. Its embedding stays in float32, or float16, unless it is the head."""
         s, size = self.shape, weight_bytes(self.options.precision)
         table = 0 if s.tied else s.head_parameters * (2 if self.options.precision in ("fp16", "bf16") else 4)
-        return (s.decoder.num_layers * s.layer_parameters + s.head_parameters) * size + table
+        return (s.parameters_of_layers + s.head_parameters) * size + table
 
     @property
     def taps(self) -> int:
@@ -165,7 +165,7 @@ class Job:
     @property
     def sums(self) -> float:
         """Bytes of the sums in memory: three matrices of float64 for each layer and tap."""
-        return 24.0 * self.shape.decoder.hidden_size**2 * self.shape.decoder.num_layers * self.taps
+        return 24.0 * self.shape.decoder.hidden_size**2 * self._attention * self.taps
 
     @property
     def moments(self) -> float:
@@ -182,11 +182,16 @@ class Job:
         """Layers that are replaced: as asked, or a quarter of them if a goal decides."""
         decoder, goal = self.shape.decoder, goal_of(self.options)
         if self.options.layers is not None:
-            asked = parse_layers(self.options.layers, decoder.num_layers)
+            asked = asked_layers(self.options, decoder)
             return asked if isinstance(asked, int) else len(asked)
         if isinstance(goal, CacheBudget):
             return layers_for_budget(self.options, goal, decoder, self._cache_item)[0]
-        return max(1, round(decoder.num_layers / 4))
+        return max(1, round(self._attention / 4))
+
+    @property
+    def _attention(self) -> int:
+        """Layers with attention."""
+        return len(self.shape.decoder.attention_layers)
 
     @property
     def _cache_item(self) -> int:
@@ -223,7 +228,7 @@ class Job:
 
     def _calibrate_seconds(self) -> float:
         tokens, d = self.options.calibration_tokens, self.shape.decoder
-        sums = self.taps * _SUMS * d.hidden_size**2 * d.num_layers * tokens
+        sums = self.taps * _SUMS * d.hidden_size**2 * self._attention * tokens
         read = self.weights * (2 if self.shape.is_gguf else 1) / _WRITTEN / 4
         return (
             _START_SECONDS + read + tokens * self._pass / self._torch_rate + sums / self.speed.product_flops_per_second
@@ -247,12 +252,12 @@ class Job:
 
     def _plan_seconds(self) -> float:
         d, tokens = self.shape.decoder, judging_tokens(self.options.context)
-        fits = self.taps * _FIT * d.hidden_size**3 * d.num_layers
+        fits = self.taps * _FIT * d.hidden_size**3 * self._attention
         work, judged = 0.0, tokens / _JUDGED * self._head
         if self.judges:
-            work += d.num_layers * (tokens * self._pass / 2 + _HEADS * judged)
+            work += self._attention * (tokens * self._pass / 2 + _HEADS * judged)
             steps = (
-                d.num_layers / 2 if self._trains and self.tests else self.count
+                self._attention / 2 if self._trains and self.tests else self.count
             )  # a training begins with more layers
             work += (steps + _CURVE) * _TRIED * (tokens * self._pass / 2 + judged)
         if self.options.window_layers == AUTO_WINDOWS:
@@ -316,14 +321,15 @@ class Job:
     def _activations(self) -> float:
         return 12.0 * _BATCH * self.shape.mlp
 
-    def _narrow_copies(self, layers: int) -> float:
-        return 2.0 * layers * self.shape.layer_parameters if self.narrow else 0.0
+    @property
+    def _narrow_copies(self) -> float:
+        return 2.0 * self.shape.parameters_of_layers if self.narrow else 0.0
 
     def _calibrate_memory(self) -> tuple[float, float]:
         s = self.shape
-        layer = 4.0 * (s.layer_parameters + s.head_parameters) + self._narrow_copies(1)
-        one = _PROCESS + layer + 3 * self.sums / s.decoder.num_layers + self._activations
-        whole = _PROCESS + self.weights + self._narrow_copies(s.decoder.num_layers) + self.sums + self._activations
+        layer = 4.0 * (s.layer_parameters + s.head_parameters) + (2.0 * s.layer_parameters if self.narrow else 0)
+        one = _PROCESS + layer + 3 * self.sums / self._attention + self._activations
+        whole = _PROCESS + self.weights + self._narrow_copies + self.sums + self._activations
         return (whole if self.fits else one), min(whole, one)
 
     def _plan_memory(self) -> tuple[float, float]:
@@ -331,7 +337,7 @@ class Job:
         work = 8.0 * _FIT_MATRICES * s.decoder.hidden_size**2
         if not (self.judges or self.tests):
             return _PROCESS + self.moments + work, _PROCESS + work
-        model = self.weights + self._narrow_copies(s.decoder.num_layers)
+        model = self.weights + self._narrow_copies
         if not self.fits:  # a layer or the head, and hidden states (`model.streamed`)
             model = 4.0 * (s.layer_parameters + s.head_parameters) + STATES_SHARE * self.available_bytes
         logits = 4.0 * _LOGIT_ROWS * s.decoder.vocab_size
@@ -384,17 +390,17 @@ class Job:
 
     def gains(self) -> tuple[Gain, ...]:
         """The modelled gain of an eighth, a quarter, ... of the layers, and of the number that is asked for."""
-        layers = self.shape.decoder.num_layers
+        layers = self._attention
         counts = {round(k * layers / _SECTIONS) for k in range(1, _SECTIONS // 2 + 1)}
         counts |= {self.count} if self.options.layers or self.options.kv_budget else set()
         return tuple(self._gain(n) for n in sorted(counts - {0}))
 
     def _gain(self, count: int) -> Gain:
         decoder, costs = self.shape.decoder, self.costs
-        first = (decoder.num_layers - count) // 2  # of the middle: neither pruned nor looked up
-        middle, last = range(first, first + count), range(decoder.num_layers - count, decoder.num_layers)
+        layers, first = decoder.attention_layers, (self._attention - count) // 2
+        middle, last = layers[first : first + count], layers[-count:]  # the middle is neither pruned nor looked up
         speeds = [costs.speedup_of_sizes(dict.fromkeys(chosen, self._map)) for chosen in (middle, last)]
-        cache = decoder.cache_bytes_per_token(decoder.num_layers - count, self._cache_item)
+        cache = decoder.cache_bytes_per_token(self._attention - count, self._cache_item)
         return Gain(count, speeds[0].prefill, speeds[1].prefill, speeds[0].decode, cache)
 
     @property

@@ -14,13 +14,25 @@ what is missing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from nbl_export.errors import NblError
+from nbl_export.model.hybrids import SHORT_CONVOLUTION, Others
+from nbl_export.records.decoder import attention_among
 
-__all__ = ["ARCHITECTURES", "LINEARIZED", "Architecture", "check_config", "check_window", "windows_of"]
+__all__ = [
+    "ARCHITECTURES",
+    "LINEARIZED",
+    "Architecture",
+    "attention_layers",
+    "check_config",
+    "check_window",
+    "hybrid_facts",
+    "mlp_width",
+    "windows_of",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,7 @@ class Architecture:
         norm_before: the norm before attention; None if attention reads the residual stream directly.
         norm_after: the norm between attention and the addition.
         norm_mlp: the norm before the MLP; None if the MLP reads the residual stream directly.
+        norm_last: the decoder's norm behind its last layer.
         norm_offset: what norms add to their weight before they multiply by it.
         multiplier: configuration key of the factor of attention's output before the addition.
         entry_multiplier: decoder attribute of the factor of the first layer's input.
@@ -43,6 +56,8 @@ class Architecture:
         tied: the head is the embedding if the configuration does not say.
         per_layer: configuration keys of lists with one value a layer.
         fused_qkv: the single projection for queries, keys and values, in this order; None for three projections.
+        others: layers without attention, in a hybrid.
+        width: configuration -> width of the MLP, if intermediate_size is not it.
         must_be: supported values of configuration keys.
         runtime_type: type in genai_config.json, if ONNX Runtime GenAI does not know the name.
         not_from: decoder source -> why the source exports no graph of this architecture.
@@ -54,6 +69,7 @@ class Architecture:
     norm_before: str | None = "input_layernorm"
     norm_after: str | None = None
     norm_mlp: str | None = "post_attention_layernorm"
+    norm_last: str = "norm"
     norm_offset: float = 0.0
     multiplier: str | None = None
     entry_multiplier: str | None = None
@@ -64,6 +80,8 @@ class Architecture:
     tied: bool = False
     per_layer: tuple[str, ...] = ()
     fused_qkv: str | None = None
+    others: Others | None = None
+    width: Callable[[Mapping[str, Any]], int] | None = None
     must_be: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     runtime_type: str | None = None
     not_from: Mapping[str, str] = field(default_factory=dict)
@@ -91,6 +109,19 @@ _SANDWICH: dict[str, Any] = {
 
 
 _NO_STATIC_CACHE = {"static": "mobius (0.1), which it comes from, has no caches of fixed length for it"}
+_NO_STATES = {
+    "mobius": "mobius (0.1) does not know its layers without attention; use --decoder-source genai",
+    "static": "the static form has no states of layers without attention",
+}
+
+
+def _lfm2_width(config: Mapping[str, Any]) -> int:
+    """As `Lfm2MLP` of transformers has it."""
+    width = int(config["intermediate_size"])
+    if not config.get("block_auto_adjust_ff_dim", True):
+        return width
+    block = int(config.get("block_multiple_of", 256))
+    return -(-int((config.get("block_ffn_dim_multiplier") or 1.0) * int(2 * width / 3)) // block) * block
 
 
 ARCHITECTURES = {
@@ -134,8 +165,42 @@ ARCHITECTURES = {
             logits_divisor="logits_scaling",
             not_from=_NO_STATIC_CACHE,
         ),
+        Architecture(
+            "lfm2",
+            "Lfm2",
+            norm_before="operator_norm",
+            norm_mlp="ffn_norm",
+            norm_last="embedding_norm",
+            tied=True,
+            per_layer=("layer_types",),
+            others=SHORT_CONVOLUTION,
+            width=_lfm2_width,
+            not_from=_NO_STATES,
+        ),
     )
 }
+
+
+def hybrid_facts(config: Any) -> dict[str, Any]:
+    """The fields of `records.decoder.DecoderSpec` that hybrids have; empty for other architectures.
+
+    Args:
+        config: of transformers, or the content of config.json.
+    """
+    values = config if isinstance(config, Mapping) else config.to_dict()
+    record = ARCHITECTURES[str(values["model_type"]).removeprefix(LINEARIZED)]
+    return {} if record.others is None else record.others.facts(values)
+
+
+def mlp_width(config: Mapping[str, Any]) -> int:
+    """Width of the MLP, from the content of config.json."""
+    record = ARCHITECTURES.get(str(config.get("model_type")).removeprefix(LINEARIZED))
+    return int(config["intermediate_size"] if record is None or record.width is None else record.width(config))
+
+
+def attention_layers(config: Any) -> tuple[int, ...]:
+    """Layers with attention, from a transformers configuration, ascending."""
+    return attention_among(config.num_hidden_layers, hybrid_facts(config).get("others", ()))
 
 
 def windows_of(config: Any) -> tuple[int | None, ...]:

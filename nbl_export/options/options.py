@@ -192,8 +192,9 @@ class JobOptions:
     )  # fmt: skip
     seed: int = option(0, "Seed of distillation and of --calibration self.", _CALIBRATE, "main calibrate", least=0)
     precision: str = option(
-        "fp32", "ort: fp32 (default), fp16, int8, int4, gguf; openvino: fp16 (default), fp32, int8, int4; trt: fp16 "
-        "(default), bf16 (if fp16 overflows), int4.", _ENGINE, "main rewrite", first=True, metavar="PRECISION",
+        "fp32", "ort: fp32 (default), fp16, int8, int4, gguf; openvino: fp16 (default), fp32, int8, int4; trt: bf16 "
+        "(default), fp16, int4; trt-rtx: fp16 (default), bf16, int4.", _ENGINE, "main rewrite", first=True,
+        metavar="PRECISION",
     )  # fmt: skip
     requantize: bool = option(
         False, "A GGUF in int8 or int4: round its matrices again; default: take over its own codes (precision gguf).",

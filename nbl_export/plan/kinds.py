@@ -1,7 +1,7 @@
 """The top of a decoder that is replaced first, and which of its layers keep their attention over a window.
 
     layers from the top down, each alone ─► KL(original || changed model), with its map and with each window
-        ─► unbroken tops whose KLs add up to the limit at most ─► the one that saves most of a prefill
+        ─► unbroken tops whose KLs add up to the limit at most ─► the best share of a prefill saved, less KL
 
 Above the last whole attention a prompt needs few positions (`measure.cost`). A layer below a whole attention saves
 nothing of this, and neither does a layer that is looked at alone. So a top is chosen as a whole. A map needs one
@@ -11,7 +11,7 @@ a model have one width. Rows have `LENGTH` tokens, since a short row would hide 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -57,32 +57,32 @@ def losses_alone(
 
 
 def best_top(losses: Losses, limit: float, saved: Callable[[Mapping[int, int]], float]) -> dict[int, int]:
-    """Layer -> kind of the unbroken top that saves most within the limit, top first; empty if no top is within it.
+    """Layer -> kind of the unbroken top within the limit that saves most more than it loses, top first.
+
+    A percent of a prefill is worth a percent of perplexity. Empty if no top saves more than it loses.
 
     Args:
         saved: share of a prefill that layers of these kinds save.
     """
     best: tuple[float, dict[int, int]] = (0.0, {})
+    layers = sorted(losses, reverse=True)
     for width in sorted({kind for kls in losses.values() for kind in kls} - {MAP}) or [MAP]:
-        for count in range(1, len(losses) + 1):
-            kinds = _within(losses, sorted(losses, reverse=True)[:count], width, limit)
-            if kinds is None:
-                break
-            if (share := saved(kinds)) > best[0]:
-                best = (share, kinds)
+        for count in range(1, len(layers) + 1):
+            for kinds in _with_windows(losses, layers[:count], width):
+                lost = _worst([losses[i][kind] for i, kind in kinds.items()])
+                if lost <= limit and (gain := saved(kinds) - lost) > best[0]:
+                    best = (gain, kinds)
     return best[1]
 
 
-def _within(losses: Losses, layers: Iterable[int], width: int, limit: float) -> dict[int, int] | None:
-    """Maps in these layers, and windows where they spare most, until the limit is kept; None if it cannot be kept."""
+def _with_windows(losses: Losses, layers: Iterable[int], width: int) -> Iterator[dict[int, int]]:
+    """Maps in these layers, then one window more at a time, first where windows spare most."""
     kinds = dict.fromkeys(layers, MAP)
     spared = {i: max(losses[i][MAP]) - max(losses[i].get(width, losses[i][MAP])) for i in kinds}
-    for layer in [None, *sorted((i for i in kinds if spared[i] > 0), key=lambda i: -spared[i])]:
-        if layer is not None:
-            kinds[layer] = width
-        if _worst([losses[i][kind] for i, kind in kinds.items()]) <= limit:
-            return kinds
-    return None
+    yield dict(kinds)
+    for layer in sorted((i for i in kinds if spared[i] > 0), key=lambda i: -spared[i]):
+        kinds[layer] = width
+        yield dict(kinds)
 
 
 def _worst(losses: Iterable[tuple[float, ...]]) -> float:

@@ -68,12 +68,12 @@ def collected(model: Any, _directory: Path, _scratch: Path) -> Any:
     with collect.Collection(model, taps) as half:
         half.refer(IDS)
         half.add(parts[0])
-        kept = [half.layer(i) for i in range(half.num_layers)]
+        kept = [half.layer(i) for i in half.layers]
     with collect.Collection(model, taps) as whole:
         for i, sums in enumerate(kept):
             whole.restore(i, sums)
         whole.add(parts[1])
-        found = [whole.layer(i)[tap] for i in range(whole.num_layers) for tap in taps]
+        found = [whole.layer(i)[tap] for i in whole.layers for tap in taps]
     return [(sums.xx, sums.yx, sums.yy, sums.x_sum, sums.y_sum) for sums in found]
 
 
@@ -327,11 +327,16 @@ def test_processes_of_torchrun_take_their_gpus(run: Path, monkeypatch: pytest.Mo
             check_machine(JobOptions("m", device="cpu"), runs_engine=False)
 
 
-def test_work_of_an_engine_is_not_sent_to_the_cpu() -> None:
-    advice = r"bench: the GPU failed .* run the command again$"
-    with pytest.raises(NblError, match=advice), device.guarded("bench", on_torch=False):
-        raise RuntimeError("CUDA error: unspecified launch failure")
-    assert {stage.name for stage in pipeline.STAGES} >= set(pipeline._ON_ENGINES)
+@pytest.mark.parametrize("said", ["CUDA out of memory. Tried to allocate 2 GiB", "CUDA error 700: illegal access"])
+def test_an_engine_is_not_sent_to_the_cpu_by_the_option_of_torch(said: str) -> None:
+    with (
+        pytest.raises(NblError, match=r"^bench: the GPU .*nvidia-smi") as caught,
+        device.guarded("bench", by_engine=True),
+    ):
+        raise RuntimeError(said)
+    assert "--device" not in str(caught.value)
+    stages = {stage.name for stage in pipeline.STAGES}
+    assert set(pipeline._BY_ENGINE) <= stages and not {"calibrate", "plan", "verify"} & set(pipeline._BY_ENGINE)
 
 
 def test_other_errors_stay_what_they_are() -> None:

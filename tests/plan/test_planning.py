@@ -300,7 +300,7 @@ def test_another_input_is_another_key() -> None:
         "second_sha256": Lazy(None, lambda: "third"), "saved": Lazy("o", lambda: lambda maps, tokens: 0.0),
         "given": Lazy("o", dict), "top": Lazy("o", lambda: lambda _fit, _known: Top()),
     }  # fmt: skip
-    assert {f.name for f in dataclasses.fields(OrderInputs)} == others.keys() | {"num_layers", "hidden_size"}
+    assert {f.name for f in dataclasses.fields(OrderInputs)} == others.keys() | {"num_layers", "hidden_size", "others"}
     changed: dict[str, Any] = others
     keys = [Selection(dataclasses.replace(start, **{name: other})).key for name, other in changed.items()]
     assert len({Selection(start).key, *keys}) == len(others) + 1

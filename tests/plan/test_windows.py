@@ -134,42 +134,43 @@ def test_layers_are_measured_from_the_top_while_a_top_can_keep_the_limit() -> No
 
 
 def saved(kinds: Any) -> float:
-    """As a pruned tail saves: each layer less for the windows above it."""
+    """As a pruned tail saves: 0.2 for each layer, less for the windows above it, and nothing from 500 rows on."""
     total, rows = 0.0, 0
     for i in sorted(kinds, reverse=True):
         rows += kinds[i]
-        total += max(0, 1000 - rows)
+        total += 0.2 * max(0.0, 1 - rows / 500)
     return total
+
+
+LOSSES: Any = {
+    8: {MAP: (0.05, 0.02), 64: (0.02, 0.02)},
+    7: {MAP: (0.02, 0.05), 64: (0.06, 0.06)},
+    6: {MAP: (0.30, 0.30), 64: (0.03, 0.03)},
+    5: {MAP: (0.02, 0.02), 64: (0.02, 0.02)},
+    4: {MAP: (0.40, 0.40), 64: (0.30, 0.30)},
+}
 
 
 @pytest.mark.parametrize(
     ("limit", "expected"),
     [
-        (0.05, {}),
-        (0.11, {8: 64}),
-        (0.25, {8: 64, 7: MAP}),
-        (0.35, {8: 64, 7: MAP, 6: 64}),
-        (0.4, {8: MAP, 7: MAP, 6: 64}),  # the window that spares most comes first
-        (0.61, {8: MAP, 7: MAP, 6: 64, 5: MAP}),
-        (9.0, {8: MAP, 7: MAP, 6: MAP, 5: MAP}),
+        (0.01, {}),
+        (0.03, {8: 64}),
+        (0.08, {8: MAP, 7: MAP}),  # a window would cost rows in both, and spares less
+        (0.13, {8: MAP, 7: MAP, 6: 64, 5: MAP}),  # without the window in layer 6 the limit is not kept
+        (9.0, {8: MAP, 7: MAP, 6: 64, 5: MAP}),  # layer 4 loses more than it saves
     ],
 )
-def test_the_top_saves_most_within_the_limit(limit: float, expected: dict[int, int]) -> None:
-    """The limit holds on the worst text; windows stand where they spare most."""
-    losses: Any = {
-        8: {MAP: (0.2, 0.1), 64: (0.1, 0.0)},
-        7: {MAP: (0.1, 0.2), 64: (0.3, 0.3)},
-        6: {MAP: (0.5, 0.5), 64: (0.1, 0.1)},
-        5: {MAP: (0.1, 0.2), 64: (0.1, 0.2)},
-    }
-    assert best_top(losses, limit, saved) == expected
+def test_the_top_saves_most_more_than_it_loses(limit: float, expected: dict[int, int]) -> None:
+    """The loss is the sum of layers on the worst text."""
+    assert best_top(LOSSES, limit, saved) == expected
 
 
-def test_the_wider_windows_are_taken_if_they_save_more() -> None:
-    """Of two widths, the narrow one allows one layer, and the wide one two."""
-    losses: Any = {8: {MAP: (1.0,), 64: (0.2,), 128: (0.1,)}, 7: {MAP: (1.0,), 64: (0.2,), 128: (0.1,)}}
-    assert best_top(losses, 0.3, saved) == {8: 128, 7: 128}
-    assert best_top(losses, 0.4, saved) == {8: 64, 7: 64}
+def test_the_wider_windows_are_taken_if_they_are_worth_more() -> None:
+    losses: Any = {8: {MAP: (1.0,), 64: (0.1,), 128: (0.01,)}, 7: {MAP: (1.0,), 64: (0.05,), 128: (0.01,)}}
+    assert best_top(losses, 9.0, saved) == {8: 128, 7: 128}
+    losses[8][128] = losses[7][128] = (0.1,)
+    assert best_top(losses, 9.0, saved) == {8: 64, 7: 64}
 
 
 @pytest.mark.parametrize("short", [False, True])

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from nbl_export.errors import NblError
 from nbl_export.graph.gguf.header import read_header
 from nbl_export.graph.graph_only import graph_of
-from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config
+from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config, hybrid_facts, mlp_width
 from nbl_export.model.checkpoint.source import _check_architecture, _linearized, _read_config, gguf_of
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.trust.contained import refuse_special
@@ -42,10 +43,15 @@ class Shape:
 
     @property
     def layer_parameters(self) -> int:
-        """Elements of the matrices of one layer."""
+        """Elements of the matrices of the largest layer."""
+        return max(self.decoder.projections, self.decoder.other_elements) + 3 * self.decoder.hidden_size * self.mlp
+
+    @property
+    def parameters_of_layers(self) -> int:
+        """Elements of the matrices of all layers."""
         d = self.decoder
-        attention = 2 * d.hidden_size * d.head_dim * (d.num_heads + d.num_kv_heads)
-        return attention + 3 * d.hidden_size * self.mlp
+        mixing = len(d.attention_layers) * d.projections + len(d.others) * d.other_elements
+        return mixing + d.num_layers * 3 * d.hidden_size * self.mlp
 
     @property
     def head_parameters(self) -> int:
@@ -55,7 +61,7 @@ class Shape:
     @property
     def parameters(self) -> int:
         """Elements of all matrices."""
-        return self.decoder.num_layers * self.layer_parameters + self.head_parameters * (1 if self.tied else 2)
+        return self.parameters_of_layers + self.head_parameters * (1 if self.tied else 2)
 
 
 def read_shape(model: str | Path) -> Shape:
@@ -99,7 +105,8 @@ def _of_config(config: dict[str, Any], path: Path) -> Shape:
         "max_position_embeddings": config.get("max_position_embeddings"),
     }
     tied = config.get("tie_word_embeddings", record.tied)
-    return _shape(record.name, found, path, bool(tied), maps_tap=replaced.tap if replaced else "")
+    tap = replaced.tap if replaced else ""
+    return _shape(record.name, found, path, bool(tied), config, maps_tap=tap)
 
 
 def _of_gguf(path: Path) -> Shape:
@@ -118,13 +125,18 @@ def _of_gguf(path: Path) -> Shape:
         "tensor token_embd.weight": header.shapes.get("token_embd.weight", (None,))[0],
         "context_length": header.get("context_length"),
     }
-    return _shape(aliases.get(stated, stated), found, path, "output.weight" not in header.shapes, is_gguf=True)
+    return _shape(aliases.get(stated, stated), found, path, "output.weight" not in header.shapes, {}, is_gguf=True)
 
 
-def _shape(architecture: str, found: Mapping[str, Any], path: Path, tied: bool, **more: Any) -> Shape:
+def _shape(
+    architecture: str, found: Mapping[str, Any], path: Path, tied: bool, config: Mapping[str, Any], **more: Any
+) -> Shape:
     """The shape of sizes in their order: layers, hidden size, MLP, heads, heads of keys, head, words, positions.
 
     The size of a head may be missing.
+
+    Args:
+        config: the content of config.json, if there is one.
     """
     for place, (name, value) in enumerate(found.items()):
         is_size = isinstance(value, int) and not isinstance(value, bool) and value > 0
@@ -135,7 +147,9 @@ def _shape(architecture: str, found: Mapping[str, Any], path: Path, tied: bool, 
         decoder = DecoderSpec(
             architecture, layers, hidden, heads, kv_heads, head or max(1, hidden // heads), words, positions
         )
-    except ValueError as error:
+        if config:
+            decoder, mlp = dataclasses.replace(decoder, **hybrid_facts(config)), mlp_width(config)
+    except (ValueError, KeyError, TypeError) as error:
         raise NblError(f"{path} has sizes of no decoder ({error}); fetch the model again") from error
     return Shape(decoder, mlp, tied, **more)
 

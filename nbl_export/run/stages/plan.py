@@ -19,10 +19,10 @@ from nbl_export.options.goals import (
     CacheBudget,
     PerplexityIncrease,
     TargetSpeedup,
+    asked_layers,
     default_minutes,
     goal_of,
     layers_for_budget,
-    parse_layers,
     read_rank,
 )
 from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, NO_ORIGINAL, NO_WINDOWS, WIDTHS
@@ -60,12 +60,12 @@ def declare(r: Resolver) -> PlanInputs | Lazy[Any]:
 
     options = r.options
     if options.fit == CHECKPOINT_FIT:
-        return Lazy([CHECKPOINT_FIT, r.fingerprint], lambda: load.load_maps(r.source, r.spec.num_layers))
+        return Lazy([CHECKPOINT_FIT, r.fingerprint], lambda: load.load_maps(r.source, r.spec.num_layers, r.spec.others))
     goal = _goal(r)
     return r.fill(
         PlanInputs,
         order=order_of(r),
-        request=None if options.layers is None else parse_layers(options.layers, r.spec.num_layers),
+        request=None if options.layers is None else asked_layers(options, r.spec),
         goal=goal,
         quarter=Lazy(None, lambda: r.is_graph),
         trains=Lazy(None, lambda: r.trains),
@@ -90,6 +90,7 @@ def order_of(r: Resolver) -> OrderInputs:
         Lazy(r.saving if usual == "efficient" else None, lambda: _saved(r)),
         _given(r),
         _chosen_top(r),
+        spec.others,
     )
 
 
@@ -98,7 +99,7 @@ def _given(r: Resolver) -> Lazy[Maps]:
     options = r.options
     if options.window_layers in (NO_WINDOWS, AUTO_WINDOWS):
         return Lazy(None, dict)
-    layers = parse_layers(options.window_layers, r.spec.num_layers, "--window-layers")
+    layers = asked_layers(options, r.spec, "window_layers")
     assert isinstance(layers, tuple)  # a count is refused when options are settled
     return Lazy([layers, options.width], lambda: _windows_of(r, layers, options.width))
 

@@ -44,6 +44,7 @@ CAPABILITIES = Capabilities(
     cache_bytes={"fp16": 2},
     profiled=True,
     windows=True,
+    hybrids=True,
     providers=tuple(PROVIDERS),
     takes_graphs=True,
     measures_limits=True,
