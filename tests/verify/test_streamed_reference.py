@@ -86,7 +86,7 @@ def test_logits_text_and_noise_are_those_of_the_whole_model(architecture: str, c
         ours = layers.noise(OWN, subject, PROBE, found[subject])
         for one, other in zip((*ours.noise, ours.long_noise), (*noisy.noise, noisy.long_noise), strict=True):
             assert one is not None and other is not None and one.shape == other.shape
-            assert 0.2 < float(one.mean() / other.mean()) < 5  # of rounding errors
+            assert 0.8 < float(one.mean() / other.mean()) < 1.25  # of rounding errors
     assert graph.asked == 2 * 2  # one wrong proposal a text costs one pass
 
 
@@ -176,8 +176,8 @@ def test_one_layer_is_in_memory_and_a_pass_reads_each_once(
         assert np.abs(reference.logits[0] - found[OWN][subject].logits[0]).max() > 1e-3
     assert {f.name: f.modules for f in fidelity} == {f.name: f.modules for f in steps}
     assert max(f.steps for f in fidelity) == pytest.approx(max(f.steps for f in steps))
-    layers.references({OWN: SHORT, CODES: SHORT}, {OWN: found[OWN]["original"]}, silent)
-    assert len(seen) == 8  # what is known runs through no layer of its own
+    again = layers.references({OWN: SHORT, CODES: SHORT}, {OWN: found[OWN]["original"]}, silent)[0]
+    assert len(seen) == 8 and again[OWN]["original"] is found[OWN]["original"]  # what is known is not computed
 
 
 def other(found: dict[str, torch.Tensor]) -> None:
