@@ -5,7 +5,7 @@
 
 Seconds are work over a rate. One forward pass over a token costs 2 x elements of all matrices, and attention. It runs
 at the rate of the product: 188 and 215 billion operations a second in stages-*.json of bench/results, and the product
-198 billion in default-job-smollm2.json on the same kind of machine. Stages are counted in such passes:
+198 billion on the same kind of machine. Stages are counted in such passes:
 
     calibrate   a pass without the head over the text, and three products of rows for the moments
     plan        each layer replaced alone: half a pass on average; then sets of layers, and tests of a limit on quality
