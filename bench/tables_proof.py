@@ -75,8 +75,6 @@ _ARCHITECTURES = {
     "olmo2": "OLMo 2",
     "smollm3": "SmolLM3",
     "granite": "Granite",
-    "lfm2": "LFM2",
-    "qwen3_5": "Qwen3.5 (text)",
 }
 
 
