@@ -97,16 +97,19 @@ def test_the_tail_stops_at_a_layer_that_mixes_tokens(exported: Exported, random_
 
 
 def test_padding_leaves_states_as_they_are(exported: Exported) -> None:
-    """On either side, of layer 0, below which no attention reads the padding."""
-    decoder, states = OnnxDecoder(exported("lfm2"), HEAD_DIM), {}
-    for side in ("right", "left"):
-        decoder.begin(2)
-        decoder.step(*padded(side))
-        states[side] = decoder.mark()[0]["past_key_values.0.conv_state"]
-    decoder.begin(1)
-    decoder.step(np.array([rows()[1][: LENGTHS[1]]]))
-    alone = decoder.mark()[0]["past_key_values.0.conv_state"][0]
-    assert all(np.abs(found[1] - alone).max() < TOLERANCE < np.abs(alone).max() for found in states.values())
+    """A text of one token, shorter than the state, padded on either side. No attention reads padding below layer 0."""
+    decoder = OnnxDecoder(exported("lfm2"), HEAD_DIM)
+
+    def state(ids: list[int], valid: list[int]) -> np.ndarray:
+        decoder.begin(1)
+        decoder.step(np.array([ids]), np.array([valid]))
+        found: np.ndarray = decoder.mark()[0]["past_key_values.0.conv_state"]
+        return found
+
+    alone = state([7], [1])
+    assert np.abs(alone).max() > 100 * TOLERANCE
+    for ids, valid in (([7, 9, 9], [1, 0, 0]), ([9, 9, 7], [0, 0, 1])):
+        assert np.abs(state(ids, valid) - alone).max() < TOLERANCE, valid
 
 
 def test_a_layer_without_attention_is_not_replaced(exported: Exported, random_maps: Maps) -> None:
