@@ -199,6 +199,7 @@ class Job:
         return CostModel(
             self.shape.decoder, self.shape.mlp, size, size, self._cache_item, self.options.prompt_length,
             all_logits=not pruned, tail_pruned=pruned,
+            every_expert=self.options.decoder_source in self.engine.every_expert,
         )  # fmt: skip
 
     # -- time ----------------------------------------------------------------------------------------------------
@@ -302,7 +303,7 @@ class Job:
 
     @property
     def _activations(self) -> float:
-        return 12.0 * _BATCH * self.shape.mlp
+        return 12.0 * _BATCH * self.shape.mlp.active
 
     def _narrow_copies(self, layers: int) -> float:
         return 2.0 * layers * self.shape.layer_parameters if self.narrow else 0.0

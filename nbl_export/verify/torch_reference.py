@@ -232,7 +232,7 @@ def give(model: Any, matrices: Iterable[StoredMatrix]) -> list[Fidelity]:
     """
     _untie(model)
     found = []
-    kinds = {True: _modules(model, nn.Embedding), False: _modules(model, nn.Linear)}
+    kinds = {True: _tables(model), False: _products(model)}
     for stored in matrices:
         found.append(_give(kinds[stored.lookup], stored))
     torn = [rows.name for kind in kinds.values() for rows in kind if 0 < rows.taken.sum() < len(rows.taken)]
@@ -247,8 +247,29 @@ def _untie(model: Any) -> None:
         head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
 
 
-def _modules(model: Any, kind: type[nn.Embedding] | type[nn.Linear]) -> list[_Rows]:
-    return [_Rows(name, m.weight.detach()) for name, m in model.named_modules() if isinstance(m, kind)]
+def _tables(model: Any) -> list[_Rows]:
+    return [_Rows(n, m.weight.detach()) for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
+
+
+def _products(model: Any) -> list[_Rows]:
+    """The matrices of products: of linear layers and routers, and those of all experts, one below the other."""
+    found = []
+    for name, module in model.named_modules():
+        for part, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 2 and part == "weight" and not isinstance(module, nn.Embedding):
+                found.append(_Rows(name, parameter.detach()))
+            elif parameter.ndim == 3:
+                found.append(_Rows(f"{name}.{part}", _stacked(module, parameter)))
+    return found
+
+
+def _stacked(experts: Any, parameter: nn.Parameter) -> torch.Tensor:
+    """A view of the experts' matrices as rows [experts * N, K]; the parameter is stored in this order afterwards."""
+    if getattr(experts, "is_transposed", False):
+        parameter.data = parameter.data.transpose(1, 2).contiguous().transpose(1, 2)
+        return parameter.data.transpose(1, 2).flatten(0, 1)
+    parameter.data = parameter.data.contiguous()
+    return parameter.data.flatten(0, 1)
 
 
 def _give(candidates: Sequence[_Rows], stored: StoredMatrix) -> Fidelity:

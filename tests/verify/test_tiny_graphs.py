@@ -12,7 +12,7 @@ from nbl_export.options.options import GGUF
 from nbl_export.records.results import CheckResult
 from nbl_export.targets import exporter_of
 
-from ..tiny import EVERY, VARIANTS, made_by
+from ..tiny import EVERY, VARIANTS, cases, made_by
 from ..verifying import ENGINES, verify_tiny
 
 Checkpoint = Callable[[str], Path]
@@ -58,7 +58,7 @@ def check(results: list[CheckResult], source: str, precision: str) -> None:
     assert {(r.check, r.subject) for r in results} >= wanted
 
 
-@pytest.mark.parametrize(("architecture", "source", "precision"), SHOWN)
+@pytest.mark.parametrize(("architecture", "source", "precision"), cases(SHOWN))
 def test_all_checks_pass(
     architecture: str, source: str, precision: str, checkpoint: Checkpoint, exported: Any, tmp_path: Path
 ) -> None:
