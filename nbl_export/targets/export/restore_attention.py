@@ -163,7 +163,8 @@ def _restore_shared(graph: ir.Graph, config: Any) -> bool:
     for name, value in found if wanted else ():
         exact = wanted[_SHARED.index("." + name.rpartition(".")[2])] if wanted else None
         if exact is not None and _differs(value, exact):
-            value.const_value = ir.tensor(exact.astype(value.const_value.numpy().dtype), name=name)
+            given = value.const_value
+            value.const_value = ir.tensor(exact.astype(given.numpy().dtype if given else np.float32), name=name)
             changed = True
     return changed
 
