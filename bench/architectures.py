@@ -36,7 +36,7 @@ from nbl_export.options.options import JobOptions
 from nbl_export.options.rules import Case
 from nbl_export.options.settle import judge
 from nbl_export.records.plan import Plan
-from tests.tiny import EVERY, LAYERS, VARIANTS, VOCAB, save_checkpoint, stdlib_text
+from tests.tiny import EVERY, HYBRIDS, LAYERS, VARIANTS, VOCAB, save_checkpoint, stdlib_text
 
 RUNS = (
     ("genai", "fp32"),
@@ -49,7 +49,7 @@ RUNS = (
     ("openvino", "int4"),
 )
 OF_VARIANTS = (("genai", "fp32"), ("mobius", "fp32"), ("static", "fp32"), ("openvino", "fp32"))
-REPLACED = "1,2"  # of three layers
+REPLACED = "1,2"  # of three layers, or of a hybrid's five
 ROWS, SLOTS = (45, 27), 96  # tokens of the two rows, longer than the tiny windows
 PACKAGES = ("torch", "transformers", "onnx-ir", "onnxruntime", "onnxruntime-genai", "mobius-onnx", "openvino", "nncf")
 
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--sources", help="sources of graphs, with commas")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "architectures.json")
     given = parser.parse_args()
-    names = given.only.split(",") if given.only else [*EVERY, *VARIANTS]
+    names = given.only.split(",") if given.only else [*EVERY, *HYBRIDS, *VARIANTS]
     print(f"{'architecture':15s} {'source':7s} {'prec.':5s} {'status':14s}  original       nbl  max |logit difference|")
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "text.txt"
@@ -207,7 +207,7 @@ def main() -> None:
 def keep(path: Path, name: str, found: list[dict[str, Any]]) -> None:
     """Replace an architecture's rows of the same sources in the file."""
     before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    order = [*EVERY, *VARIANTS]
+    order = [*EVERY, *HYBRIDS, *VARIANTS]
     sources = {r["source"] for r in found}
     rows = [*(r for r in before if r["architecture"] != name or r["source"] not in sources), *found]
     rows.sort(key=lambda r: order.index(r["architecture"]))  # stable: the rows of an architecture keep their order

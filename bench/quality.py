@@ -49,8 +49,8 @@ def orders(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     from nbl_export.plan.order import ranked
 
     counts = [int(n) for n in options.counts.split(",")]
-    maps = bed.maps("residual", range(bed.spec.num_layers))
-    scores = [lmmse.score(m, i) for i, m in enumerate(bed.moments["residual"])]
+    maps = bed.maps("residual", bed.spec.attention_layers)
+    scores = [lmmse.score(m, i) for i, m in bed.moments["residual"].items()]
     order, seconds = judged(bed, maps, max(counts), "efficient", "residual")
     named = {
         ",".join(map(str, sorted(steps[:n]))): (name, n)

@@ -1,11 +1,12 @@
-"""Peak memory and seconds of calibrate and plan on random checkpoints with the shapes of large models.
+"""Peak memory and seconds of stages on random checkpoints with the shapes of large models.
 
     python bench/shapes.py TOKENIZER 1.5B --memory 4 > bench/results/shapes.json
     python bench/shapes.py TOKENIZER 8B --memory 4 --layers 4 > bench/results/shapes-8b.json
+    python bench/shapes.py TOKENIZER 3B --memory 14 --until report --precision int4 --select efficient
 
 TOKENIZER is a model directory whose tokenizer has no more words than the shapes. Weights are random, so quality and the
 chosen layers mean nothing. A process may take --memory GiB for weights, so that each model runs one layer at a time.
-A quarter of the layers is chosen by --select.
+A quarter of the layers is chosen by --select. Stages run up to --until.
 --layers cuts a model: time grows with the layers, and the peak does not, since one layer is in memory at a time.
 Peak memory is VmHWM of a process that runs only the stage.
 """
@@ -26,22 +27,26 @@ SHAPES: dict[str, dict[str, Any]] = {
     "1.5B": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 1536,
              "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
              "vocab_size": 151936, "max_position_embeddings": 32768, "tie_word_embeddings": True},
+    "3B": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 2048,
+           "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
+           "vocab_size": 151936, "max_position_embeddings": 32768, "tie_word_embeddings": True},
     "8B": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096,
            "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
            "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": False},
 }  # fmt: skip
-TOKENS = {"1.5B": 8192, "8B": 8192}  # more than the hidden size: else the moments are singular, and plan refuses them
+TOKENS = dict.fromkeys(SHAPES, 8192)  # more than the hidden size: else the moments are singular, and plan refuses them
+LEFT_OUT = ("sweep", "distill", "quantize", "eval", "build", "lossless")  # stages that nobody asked for
 CHILD = """
 import sys, os
 os.environ["TQDM_DISABLE"] = "1"
 from pathlib import Path
 from nbl_export.model import memory
-stage, model, out, tokens, limit, layers, select = sys.argv[1:]
+stage, model, out, tokens, limit, layers, select, precision = sys.argv[1:]
 memory.available_bytes = lambda: int(limit) << 30
 from nbl_export.run.pipeline import run_calibration, run_stages
 from nbl_export.run.progress import Ui
 if stage == "calibrate":
-    given = {"calibration_tokens": int(tokens), "layers": layers, "select": select}
+    given = {"calibration_tokens": int(tokens), "layers": layers, "select": select, "precision": precision}
     run_calibration(model, given, Path(out), Ui(quiet=True))
 else:
     run_stages(Path(out), stage, Ui(quiet=True))
@@ -83,15 +88,21 @@ def write_checkpoint(shape: str, tokenizer: Path, layers: int, out: Path) -> int
     return sum(t.numel() for tensors in files.values() for t in tensors.values())
 
 
-def measured(shape: str, tokenizer: Path, memory: int, most_layers: int | None, select: str) -> dict[str, Any]:
+def measured(shape: str, options: argparse.Namespace) -> dict[str, Any]:
+    from nbl_export.run.pipeline import STAGES
+
     layers = SHAPES[shape]["num_hidden_layers"]
-    count = min(layers, most_layers or layers)
-    found: dict[str, Any] = {"tokens": TOKENS[shape], "layers": count, "layers_of_the_shape": layers, "select": select}
-    with tempfile.TemporaryDirectory() as scratch:
+    count = min(layers, options.layers or layers)
+    found: dict[str, Any] = {
+        "tokens": TOKENS[shape], "layers": count, "layers_of_the_shape": layers, "select": options.select,
+        "precision": options.precision,
+    }  # fmt: skip
+    names = [stage.name for stage in STAGES if stage.name not in LEFT_OUT]
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         model, run = Path(scratch) / "model", Path(scratch) / "run"
-        found["parameters"] = write_checkpoint(shape, tokenizer, count, model)
-        for stage in ("calibrate", "plan"):
-            given = (model, run, TOKENS[shape], memory, max(1, count // 4), select)
+        found["parameters"] = write_checkpoint(shape, options.tokenizer, count, model)
+        for stage in names[: names.index(options.until) + 1]:
+            given = (model, run, TOKENS[shape], options.memory, max(1, count // 4), options.select, options.precision)
             command = [sys.executable, "-c", CHILD, stage, *map(str, given)]
             started = time.monotonic()
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -99,6 +110,7 @@ def measured(shape: str, tokenizer: Path, memory: int, most_layers: int | None, 
             found[stage] = {"seconds": time.monotonic() - started, "peak_bytes": peak}
             print(shape, stage, found[stage], file=sys.stderr, flush=True)
         found["moments_bytes"] = (run / "moments.safetensors").stat().st_size
+        found["run_bytes"] = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
     return found
 
 
@@ -108,14 +120,16 @@ def main() -> None:
     parser.add_argument("shapes", nargs="+", choices=tuple(SHAPES))
     parser.add_argument("--memory", type=int, default=8, help="GiB that the weights may take")
     parser.add_argument("--layers", type=int, help="most layers of a model; default: all")
+    parser.add_argument("--until", default="plan", help="the last stage")
+    parser.add_argument("--precision", default="fp32", help="of the graphs")
+    parser.add_argument("--scratch", type=Path, help="where the checkpoint and the run are made, and removed")
     parser.add_argument("--select", default="cca", help="how layers are chosen; cca needs no pass over the weights")
     options = parser.parse_args()
     from nbl_export.files import versions
     from nbl_export.measure.benchmark import machine
 
     about = {"machine": machine(), "versions": versions(("torch", "transformers")), "memory_gib": options.memory}
-    asked = (options.tokenizer, options.memory, options.layers, options.select)
-    rows = {shape: measured(shape, *asked) for shape in options.shapes}
+    rows = {shape: measured(shape, options) for shape in options.shapes}
     print(json.dumps({**about, "shapes": rows}, indent=1))
 
 

@@ -75,6 +75,7 @@ _ARCHITECTURES = {
     "olmo2": "OLMo 2",
     "smollm3": "SmolLM3",
     "granite": "Granite",
+    "lfm2": "LFM2",
 }
 
 

@@ -85,23 +85,36 @@ def demo(read: Read) -> Rows:
     return rows
 
 
+_HEADLINE = {
+    "default-job-qwen": "Qwen2.5-Coder-0.5B, 24 layers, default",
+    "default-job-smollm2": "SmolLM2-135M, 30 layers, default",
+    "demo-smollm2-fp32": "SmolLM2-135M, `--layers 8`",
+}
+
+
 def headline(read: Read) -> Rows:
-    """What the default job and `--layers 8` change, for the README."""
-    runs = (read("default-job-smollm2"), read("demo-smollm2-fp32"))
-    kinds = dict(zip(runs[0]["replaced_layers"], runs[0]["kinds"], strict=True))
-    windows, linear = (tuple(i for i, k in kinds.items() if (k == "window") is wanted) for wanted in (True, False))
-    titles = (
-        f"default: windows {spoken_layers(windows)}, linear {spoken_layers(linear)}",
-        f"`--layers 8`: linear {spoken_layers(runs[1]['replaced_layers'])}",
-    )
-    rows: Rows = [("NBL over original", *titles), "lll"]
+    """What the default job changes in two models, and `--layers 8` in one, for the README."""
+    runs = [read(name) for name in _HEADLINE]
+    rows: Rows = [("NBL over original", *_HEADLINE.values()), "l" + "l" * len(runs)]
+    for kind, title in (("window", "layers with a window"), ("linear", "linear layers")):
+        chosen = (tuple(i for i, k in _kinds(r).items() if k == kind) for r in runs)
+        rows.append((title, *(spoken_layers(layers) or "none" for layers in chosen)))
     for title, test, depth in (("prefill of 2,048 tokens", "pp2048", 0), *_TESTS):
-        found = ([row for row in run["ratios"] if (row["test"], row["depth"]) == (test, depth)] for run in runs)
+        title, test = (title.replace(" of 128 tokens", ""), "tg") if test == "tg128" else (title, test)
+        found = (
+            [row for row in run["ratios"] if row["test"].startswith(test) and row["depth"] == depth] for run in runs
+        )
         rows.append((title, *(cell(*row) if row else "not measured" for row in found)))
     rows.append(("cache bytes a token", *(_smaller(run["cache_bytes_per_token"]) for run in runs)))
     for i, name in enumerate(_TEXTS):
         rows.append((f"perplexity, {name}", *(spoken_loss(run["quality_loss"][i])["increase"] for run in runs)))
     return rows
+
+
+def _kinds(run: Mapping[str, Any]) -> dict[int, str]:
+    """The kind of each replaced layer; a run without kinds has linear layers alone."""
+    layers = run["replaced_layers"]
+    return dict(zip(layers, run.get("kinds") or ["linear"] * len(layers), strict=True))
 
 
 def exchange(read: Read) -> Rows:

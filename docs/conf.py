@@ -8,7 +8,7 @@ _INIT = Path(__file__).parent.parent / "nbl_export" / "__init__.py"
 
 project = "nbl-export"
 release = _VERSION.findall(_INIT.read_text(encoding="utf-8"))[0]
-extensions = ["myst_parser", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3  # links such as page.md#heading

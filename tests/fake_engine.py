@@ -20,8 +20,9 @@ from nbl_export.targets.tensorrt.kernels import KernelCache
 from nbl_export.targets.tensorrt.library import Library
 from nbl_export.targets.tensorrt.record import EngineRecord, digest_of
 from nbl_export.targets.tensorrt.runner import TrtSession, refuse_misfit
-from nbl_export.targets.tensorrt.static.host import StaticRunner, engine_profiles
+from nbl_export.targets.tensorrt.static.host import StaticRunner
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
+from nbl_export.targets.tensorrt.static.schedule import engine_profiles
 
 from .fake_tensorrt import Context, FakeDevice, FakeTensorRT, FakeTensorRTX
 from .tensorrt_api.held import held
@@ -39,7 +40,7 @@ def fake_record(graph_: Path, directory: Path, **changes: Any) -> EngineRecord:
     layers = decoder.contract.cache_layers
     values: dict[str, Any] = {
         "engine": "trt", "version": FakeTensorRT.__version__, "precision": "fp32", "attention": "fused",
-        "compute_capabilities": ("8.9",), "capturable": None,
+        "compute_capabilities": ("8.9",), "gpu": "NVIDIA RTX 4090", "capturable": None,
         "max_batch": 2, "prefill_chunk": 8, "max_seq_len": decoder.cache_length,
         "profiles": engine_profiles(2, 8, decoder.cache_length),
         "inputs": decoder.contract.inputs, "outputs": decoder.contract.outputs, "cache_layers": len(layers),

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nbl_export.targets.tensorrt.static.host import Profile
+from nbl_export.targets.tensorrt.static.schedule import Profile
 
 __all__ = ["Config", "Context", "FakeDevice", "FakeTensorRT", "FakeTensorRTX", "RtxConfig", "dtypes_of", "open_graph"]
 
@@ -36,11 +37,15 @@ class FakeDevice:
         self.buffers: dict[int, np.ndarray] = {}
         self.captures, self.captured, self.replayed, self.closed = captures, 0, 0, False
         self._recording: list[Callable[[], None]] | None = None
+        self.marks: list[int] = []
 
     def allocate(self, size: int) -> int:
         buffer = np.full(size, 255, np.uint8)  # NaN, as memory may hold
         self.buffers[buffer.ctypes.data] = buffer
         return int(buffer.ctypes.data)
+
+    def pinned(self, size: int) -> np.ndarray:
+        return np.full(size, 255, np.uint8)
 
     def zero(self, address: int, size: int) -> None:
         self.buffers[address][:size] = 0
@@ -53,6 +58,13 @@ class FakeDevice:
 
     def synchronize(self) -> None:
         pass
+
+    def mark(self, which: int) -> None:
+        self.marks.append(which)
+
+    def between_marks(self) -> float:
+        assert self.marks[-2:] == [0, 1]
+        return 0.001
 
     def submit(self, work: Callable[[], None]) -> None:
         if self._recording is None:
@@ -113,12 +125,18 @@ class DynamicShapesKernelSpecializationStrategy(enum.Enum):
     LAZY, EAGER, NONE = range(3)
 
 
+class LayerInformationFormat(enum.Enum):
+    ONELINE, JSON = range(2)
+
+
 class FakeTensorRT:
     """Stands in for the module: `Runtime`, what it makes, `ILogger`."""
 
     __version__ = "1.2.3"
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
+    LayerInformationFormat = LayerInformationFormat
     device_memory_size_v2 = 4096
+    layers: tuple[Any, ...] = ("_gemm_mha_v2_myl0_5", {"Name": "x", "TacticName": "sm90_fmha"}, {"Name": "attn"})
 
     class ILogger:
         VERBOSE = Severity.VERBOSE
@@ -146,6 +164,13 @@ class FakeTensorRT:
 
     def create_runtime_config(self) -> Config:
         return Config()
+
+    def create_engine_inspector(self) -> FakeTensorRT:
+        return self
+
+    def get_engine_information(self, form: Any) -> str:
+        assert form is LayerInformationFormat.JSON
+        return json.dumps({"Layers": self.layers, "Bindings": []})
 
     def create_execution_context(self, config: Config) -> Context | None:
         self.contexts.append(self.context(config))

@@ -22,6 +22,8 @@ __all__ = [
     "HEADS",
     "HEAD_DIM",
     "HIDDEN",
+    "HYBRIDS",
+    "HYBRID_ATTENTION",
     "INNER",
     "KINDS",
     "KV_HEADS",
@@ -88,6 +90,11 @@ VARIANTS = ("mistral", "llama3", "llama-linear", "llama-yarn", "llama-bias", "qw
             "phi3-long")  # fmt: skip
 
 
+# Layers without attention between layers with attention, which are `HYBRID_ATTENTION`.
+HYBRIDS: tuple[str, ...] = ("lfm2",)
+HYBRID_ATTENTION = (1, 2, 4)  # of five layers
+
+
 # Of the architectures above, one of each kind; tests of the others are marked (`cases`).
 KINDS = ("llama", "mistral-window", "qwen2", "phi3", "gemma3", "olmo2", "smollm3", "granite", "nemotron", "olmoe",
          "gpt_oss")  # fmt: skip
@@ -149,6 +156,14 @@ def _tokenizer() -> Any:
 _WINDOW = 16
 _LOUD = {"initializer_range": 0.06}  # logits large enough that a rounded root of the hidden size is seen
 SPLIT = {"num_attention_heads": HIDDEN // HEAD_DIM, "head_dim": None}
+
+
+def _mixed(kind: str) -> dict[str, Any]:
+    """Five layers, of which those of `HYBRID_ATTENTION` have attention."""
+    kinds = ["full_attention" if i in HYBRID_ATTENTION else kind for i in range(5)]
+    return {"num_hidden_layers": len(kinds), "layer_types": kinds}
+
+
 _EXPERTS = {"num_experts_per_tok": 2}
 _ROPE = {"factor": 4.0, "original_max_position_embeddings": 64}
 _SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
@@ -228,6 +243,8 @@ _SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
         "factor": 8.0, "original_max_position_embeddings": 256}}),
     "phimoe": ("Phimoe", {**SPLIT, **_EXPERTS, "num_local_experts": 4, "attention_bias": True, "lm_head_bias": True}),
     "mixtral": ("Mixtral", {**_EXPERTS, "num_local_experts": 4}),
+    "lfm2": ("Lfm2", {**SPLIT, "norm_eps": EPSILON, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True,
+                      **_mixed("conv")}),
 }  # fmt: skip
 
 

@@ -45,6 +45,7 @@ def verify_tiny(
     mixer_of: Callable[[int], Mixer] = random_map,
     exported: Path | None = None,
     prompts: bool = True,
+    layers: bool = False,
 ) -> list[CheckResult]:
     """Export, prune, rewrite and verify in the folder `work`; leading replaced layers become a table of tokens.
 
@@ -52,6 +53,7 @@ def verify_tiny(
         mixer_of: layer -> its mixer.
         exported: the original graph, which is copied instead of made.
         prompts: without them, no text is compared.
+        layers: the torch model is in memory layer by layer.
     """
     engine, spec = load_engine(ENGINES[source]), read_spec(resolve(str(checkpoint)))
     static = engine.capabilities.static
@@ -72,7 +74,10 @@ def verify_tiny(
         results += check_shipped(setting, shipped, directories)
     coded = coded_graphs(setting, directories, results, work / "coded")
     made = Verifier(setting, _probe(prompts), maps, rows_VD, results, KeptReferences(work / "references", []))
-    made.refer_to_torch(coded, lambda: contextlib.nullcontext(load_model(checkpoint)))
+    if layers:
+        made.refer_to_layers(coded, directories, checkpoint)
+    else:
+        made.refer_to_torch(coded, lambda: contextlib.nullcontext(load_model(checkpoint)))
     made.run(directories, coded)
     return results
 

@@ -32,6 +32,7 @@ from nbl_export.mixers import DEFAULT
 from nbl_export.mixers.base import Kind
 from nbl_export.mixers.lmmse import Moments
 from nbl_export.model import bfloat16
+from nbl_export.model.architectures import attention_layers
 from nbl_export.model.checkpoint.pretrained import config_of
 from nbl_export.model.linearize import block_output, run_from
 from nbl_export.model.one_layer import WeightReader, one_layer
@@ -62,17 +63,18 @@ class Rows:
 
     Args:
         taps: some of `records.plan.TAPS`.
+        layers: with attention.
         size: hidden size.
         kind: of the mixers that the sums are for.
         device: device of the sums.
     """
 
     def __init__(
-        self, taps: Sequence[str], num_layers: int, size: int, kind: Kind = DEFAULT, device: Any = "cpu"
+        self, taps: Sequence[str], layers: Sequence[int], size: int, kind: Kind = DEFAULT, device: Any = "cpu"
     ) -> None:
-        self.taps, self.num_layers, self.kind, self._device = tuple(taps), num_layers, kind, device
+        self.taps, self.layers, self.kind, self._device = tuple(taps), tuple(layers), kind, device
         self.sizes = (kind.feature_count(size), size)
-        self.found = {tap: [Accumulator(self.sizes) for _ in range(num_layers)] for tap in self.taps}
+        self.found = {tap: {i: Accumulator(self.sizes) for i in self.layers} for tap in self.taps}
 
     def add(self, batch_BT: torch.Tensor) -> None:
         """Run one batch and add its rows."""
@@ -86,12 +88,12 @@ class Rows:
 
     def accumulators(self) -> list[Accumulator]:
         """All accumulators, in the same order in every process."""
-        return [accumulator for accumulators in self.found.values() for accumulator in accumulators]
+        return [accumulator for accumulators in self.found.values() for accumulator in accumulators.values()]
 
     @property
     def count(self) -> int:
         """Rows added so far."""
-        return self.found[self.taps[0]][0].count
+        return self.found[self.taps[0]][self.layers[0]].count
 
     def layer(self, index: int) -> dict[str, Sums]:
         """The sums of a layer, by tap.
@@ -123,13 +125,13 @@ class Collection(Rows):
     def __init__(self, model: Any, taps: Sequence[str], kind: Kind = DEFAULT, *, narrow: bool = False) -> None:
         self._decoder, self._narrow = model.get_decoder(), narrow
         device = next(model.parameters()).device
-        super().__init__(taps, len(self._decoder.layers), int(model.config.hidden_size), kind, device)
+        super().__init__(taps, attention_layers(model.config), int(model.config.hidden_size), kind, device)
         self._handles: list[Any] = []
 
     def __enter__(self) -> Collection:
         for tap, accumulators in self.found.items():
-            for layer, accumulator in zip(self._decoder.layers, accumulators, strict=True):
-                self._handles += attach(layer, accumulator, tap, self._decoder.config, self.kind)
+            for layer, accumulator in accumulators.items():
+                self._handles += attach(self._decoder.layers[layer], accumulator, tap, self._decoder.config, self.kind)
         return self
 
     def __exit__(self, _k: type[BaseException] | None, _v: BaseException | None, _t: TracebackType | None) -> None:
@@ -150,8 +152,8 @@ def collect(
     kind: Kind = DEFAULT,
     *,
     narrow: bool = False,
-) -> dict[str, list[Moments]]:
-    """Moments of every decoder layer over windows of token ids, for each tap (`records.plan.TAPS`).
+) -> dict[str, dict[int, Moments]]:
+    """Moments of every layer with attention over windows of token ids, for each tap (`records.plan.TAPS`).
 
     Args:
         model: a causal LM of transformers, float32.
@@ -169,8 +171,8 @@ def collect(
             collection.add(batch)
             done += batch.numel()
             progress(done, ids_WT.numel())
-        layers = [collection.layer(i) for i in range(collection.num_layers)]
-    return {tap: [sums[tap].moments() for sums in layers] for tap in taps}
+        layers = {i: collection.layer(i) for i in collection.layers}
+    return {tap: {i: sums[tap].moments() for i, sums in layers.items()} for tap in taps}
 
 
 def refuse_not_finite(sums: Sums, layer: int) -> None:
@@ -225,7 +227,7 @@ class GraphCollection(Rows):
     def __init__(self, graph: Path, spec: DecoderSpec, taps: Sequence[str], kind: Kind = DEFAULT) -> None:
         from nbl_export.rewrite.taps import collecting_graph
 
-        super().__init__(taps, spec.num_layers, spec.hidden_size, kind)
+        super().__init__(taps, spec.attention_layers, spec.hidden_size, kind)
         self._graph = collecting_graph(graph, self.taps)
         self._decoder = OnnxDecoder(
             self._graph.directory, spec.head_dim, caches=self._graph.caches, proto=self._graph.proto
@@ -244,15 +246,14 @@ class GraphCollection(Rows):
 
     def _add(self, ids: Any) -> None:
         wanted = {
-            tap: [(names[i], self._graph.attention[i]) for i in range(self.num_layers)]
-            for tap, names in self._graph.taps.items()
+            tap: [(names[i], self._graph.attention[i]) for i in self.layers] for tap, names in self._graph.taps.items()
         }
         names = sorted({name for pairs in wanted.values() for pair in pairs for name in pair})
         self._decoder.begin(1)
         seen = dict(zip(names, self._decoder.look(names, ids), strict=True))
         rows = {name: torch.from_numpy(value).float() for name, value in seen.items()}
         for tap, pairs in wanted.items():
-            for accumulator, (x, y) in zip(self.found[tap], pairs, strict=True):
+            for accumulator, (x, y) in zip(self.found[tap].values(), pairs, strict=True):
                 accumulator.update(self.kind.features(rows[x]).flatten(0, 1), rows[y].flatten(0, 1))
 
 
@@ -280,7 +281,7 @@ def collect_layers(
     progress: Callable[[int, int], None],
     device: Any = "cpu",
 ) -> Iterator[dict[str, Sums]]:
-    """Sums of each layer by tap, from the first layer to the last.
+    """Sums of each layer with attention by tap, from the first layer to the last.
 
     Args:
         directory: holds config.json and safetensors files.
@@ -298,10 +299,10 @@ def collect_layers(
     states = _States(scratch / "hidden", shapes, config.hidden_size)
     sizes = (wanted.kind.feature_count(config.hidden_size), int(config.hidden_size))
     inputs = [ids_WT[:1, :REFERENCE_ROWS], *parts]
-    tokens = sum(part.numel() for part in parts)
+    tokens, attention = sum(part.numel() for part in parts), attention_layers(config)
     for index in range(config.num_hidden_layers):
         decoder = one_layer(config, index, weights).to(device)
-        found = {tap: Accumulator(sizes) for tap in wanted.taps}
+        found = {tap: Accumulator(sizes) for tap in (wanted.taps if index in attention else ())}
         handles = [
             handle for tap, a in found.items() for handle in attach(decoder.layers[0], a, tap, config, wanted.kind)
         ]
@@ -325,7 +326,8 @@ def collect_layers(
         sums = {tap: accumulator.sums() for tap, accumulator in found.items()}
         for value in sums.values():
             refuse_not_finite(value, index)
-        yield sums
+        if index in attention:
+            yield sums
 
 
 class _States:

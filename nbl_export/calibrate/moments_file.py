@@ -3,7 +3,7 @@
     layers.{i}.{tap}.{x_sum,y_sum,yx}            sums over the rows, about the reference row
     layers.{i}.{tap}.{xx,yy}_upper               of symmetric sums, the rows of the upper triangle in their order
     layers.{i}.{tap}.{x_ref,y_ref,x_unit,y_unit} see `sums`
-    metadata "moments", JSON: count, num_layers, taps;
+    metadata "moments", JSON: count, layers (those with attention), taps;
         identity   what the sums depend on (model, text, windows, context, taps, products, number of batches)
         done       batches in the sums
         sha256     of the tensors' bytes
@@ -17,7 +17,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -47,15 +47,15 @@ class MomentsWriter:
     """
 
     def __init__(
-        self, path: Path, facts: Mapping[str, Any], num_layers: int, taps: Sequence[str], sizes: tuple[int, int]
+        self, path: Path, facts: Mapping[str, Any], layers: Sequence[int], taps: Sequence[str], sizes: tuple[int, int]
     ) -> None:
         self.path, self._open = path, contextlib.ExitStack()
-        self._taps, self._layer, self._num_layers = tuple(taps), 0, num_layers
-        stated = {**facts, "num_layers": num_layers, "taps": list(taps), "sha256": _NO_HASH}
+        self._taps, self._written, self._layers = tuple(taps), 0, tuple(layers)
+        stated = {**facts, "layers": list(layers), "taps": list(taps), "sha256": _NO_HASH}
         header: dict[str, Any] = {"__metadata__": {"moments": json.dumps(stated)}}
         offset = 0
         size_of = dict(zip("xy", sizes, strict=True))
-        for name in _names(num_layers, self._taps):
+        for name in _names(self._layers, self._taps):
             shape = [size_of[side] for side in name.rpartition(".")[2].split("_")[0]]
             if name.endswith("_upper"):
                 shape = [shape[0] * (shape[0] + 1) // 2]
@@ -79,14 +79,14 @@ class MomentsWriter:
                     raw = memoryview(row.contiguous().numpy().astype("<f8", copy=False)).cast("B")
                     self._digest.update(raw)
                     self._stream.write(raw)
-        self._layer += 1
+        self._written += 1
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is not None:
             self._open.__exit__(kind, error, at)
             return
         with self._open:
-            assert self._layer == self._num_layers
+            assert self._written == len(self._layers)
             self._stream.seek(8 + self._header.index(_NO_HASH.encode()))
             self._stream.write(self._digest.hexdigest().encode())
 
@@ -97,17 +97,17 @@ class MomentsFile:
     def __init__(self, path: Path, file: Any) -> None:
         self.path, self._file = path, file
         self.facts: dict[str, Any] = json.loads(file.metadata()["moments"])
-        self.num_layers, self.taps = int(self.facts["num_layers"]), tuple(self.facts["taps"])
+        self.layers, self.taps = tuple(map(int, self.facts["layers"])), tuple(self.facts["taps"])
         self.is_complete = self.facts["done"] == self.facts["identity"]["batches"]
         names = set(file.keys())
-        for name in _names(self.num_layers, self.taps):
+        for name in _names(self.layers, self.taps):
             if name not in names:
                 raise KeyError(f"{name} is missing")
 
     @property
     def sizes(self) -> tuple[int, int]:
         """The number of features F, and the hidden size D."""
-        outputs, features = self._file.get_slice(f"layers.0.{self.taps[0]}.yx").get_shape()
+        outputs, features = self._file.get_slice(f"layers.{self.layers[0]}.{self.taps[0]}.yx").get_shape()
         return int(features), int(outputs)
 
     def check(self) -> None:
@@ -148,8 +148,8 @@ def _symmetric(upper: torch.Tensor) -> torch.Tensor:
     return mirrored(square)
 
 
-def _names(num_layers: int, taps: Sequence[str]) -> Iterator[str]:
-    for i in range(num_layers):
+def _names(layers: Iterable[int], taps: Sequence[str]) -> Iterator[str]:
+    for i in layers:
         for tap in taps:
             for field in _FIELDS:
                 yield f"layers.{i}.{tap}.{field}"

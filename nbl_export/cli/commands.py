@@ -341,21 +341,23 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
     original: Annotated[bool, typer.Option("--original", help="Use the original decoder instead.")] = False,
     lossless: Annotated[bool, typer.Option("--lossless", help="Use the original with proposed tokens.")] = False,
+    both: Annotated[bool, typer.Option("--both", help="Answer by the original decoder, then by the NBL one.")] = False,
     force: opt.Force = False,
     trust_engine: opt.TrustEngine = False,
 ) -> None:
     """Stream an answer from the exported decoder."""
-    from nbl_export.run.deployed import open_for_text, trust_engines
+    from nbl_export.run.deployed import answers, trust_engines
 
     if trust_engine:
         trust_engines([directory])
-    if original and lossless:
-        raise typer.BadParameter("give one of --original and --lossless", param_hint="--lossless")
-    name = "original" if original else "lossless" if lossless else "model"
-    with open_for_text(directory, name, force=force) as runner:
-        for piece in runner.stream(runner.encode(prompt, chat=not raw), max_new_tokens):
+    if original + lossless + both > 1:
+        raise typer.BadParameter("give one of --original, --lossless and --both", param_hint="--both")
+    subjects = ("original", "nbl") if both else ("original",) if original else ("lossless",) if lossless else ("nbl",)
+    for title, pieces in answers(directory, subjects, prompt, max_new_tokens, raw=raw, force=force):
+        print(f"{title}:" if both else "", end="\n" if both else "")
+        for piece in pieces:
             print(visible(piece), end="", flush=True)
-    print()
+        print()
 
 
 def inspect(

@@ -7,7 +7,8 @@ A cache output leads back to its input through data moves and one merge: the nod
 The merge of layer i + 1 needs the attention of layer i. So the merges in graph order are the layers in order, two a
 layer. Names only number the layers, because a rewritten graph has gaps. Names that contradict the order are refused.
 
-A layer with a short memory has states of constant size instead (`graph_states`). The rewrite names them.
+A layer with a short memory has states of constant size instead (`graph_states`). The rewrite names them. A layer that
+never had attention holds such states too; `rewrite.states` brings the exporter's names to these.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.names import state_names
+from nbl_export.graph.emitter import values_read
+from nbl_export.graph.names import OWN_NODES, state_names
 from nbl_export.records.decoder import is_state
 
 __all__ = ["LayerCaches", "graph_caches", "graph_states", "present_names"]
@@ -39,6 +41,7 @@ _MOVES = ("Identity", "Cast", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "S
           "QuantizeLinear", "DequantizeLinear")  # fmt: skip
 _LEAST_RANK = 3
 _PAST = re.compile(r"^past_key_values\.(\d+)\.")
+_BUILDERS_STATE = re.compile(r"^past\.\d+\.(conv|recurrent)$")
 _DIGITS = re.compile(r"\d+")
 
 
@@ -97,19 +100,18 @@ def graph_states(graph: ir.Graph) -> dict[int, LayerCaches]:
 
 
 def _refuse_control_flow(graph: ir.Graph) -> None:
-    """Refuse branches that read values of the outer graph and so hide the dataflow; tables by length are accepted."""
+    """Refuse branches that read values of the outer graph and so hide the dataflow; tables by length are accepted.
+
+    The rewrite's own branches are accepted too: they are in layers that have no cache.
+    """
     for node in graph:
-        for attribute in node.attributes.values():
-            if attribute.type != ir.AttributeType.GRAPH:
-                continue
-            inner = attribute.as_graph()
-            made = {v for n in inner for v in n.outputs} | {*inner.inputs, *inner.initializers.values()}
-            if any(v is not None and v not in made for n in inner for v in n.inputs):
-                raise RefusalError(
-                    None,
-                    f"its {node.op_type} node {node.name} chooses between parts of the decoder (a merged export?); "
-                    "use the export whose one graph always takes caches",
-                )
+        given = {value for value in node.inputs if value is not None}
+        if not str(node.name).startswith(OWN_NODES) and any(value not in given for value in values_read(node)):
+            raise RefusalError(
+                None,
+                f"its {node.op_type} node {node.name} chooses between parts of the decoder (a merged export?); "
+                "use the export whose one graph always takes caches",
+            )
 
 
 def _pairs(graph: ir.Graph) -> Iterator[_Pair]:
@@ -188,6 +190,12 @@ def _refuse_unpaired(graph: ir.Graph, found: Sequence[_Pair], layers: Sequence[i
         raise RefusalError(layer, f"it does not have one key and one value cache, both as input and output ({name})")
     paired = {pair.past for pair in found}
     for value in graph.inputs:
+        if _BUILDERS_STATE.match(str(value.name)):
+            raise RefusalError(
+                None,
+                f"its input {value.name} is the state of a layer without attention; give the checkpoint, from which "
+                "a graph is made whose states are understood",
+            )
         named = re.search(r"past_?key|key_?cache|value_?cache", str(value.name))
         if named and value not in paired and _can_hold_a_cache(value) and not is_state(str(value.name)):
             raise RefusalError(None, f"its input {value.name} is named like a cache, but no output continues it")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,10 @@ from nbl_export.errors import RefusalError
 
 __all__ = [
     "Emitter",
+    "Maker",
     "add_initializer",
     "cache_slots",
+    "choose",
     "drop_input",
     "element_type",
     "graph_input",
@@ -24,6 +26,7 @@ __all__ = [
     "shape_of",
     "size",
     "type_of",
+    "values_read",
 ]
 
 
@@ -69,6 +72,55 @@ class Emitter:
         if name in self._graph.initializers:
             return self._graph.initializers[name]
         return register(self._graph, ir.tensor(array, name=name))
+
+
+class Maker:
+    """Makes nodes whose names begin with a prefix; they are in `nodes`, and not in a graph yet.
+
+    Args:
+        dtype: of outputs, where a call does not state another.
+    """
+
+    def __init__(self, prefix: str, dtype: ir.DataType) -> None:
+        self.nodes: list[ir.Node] = []
+        self._prefix, self._dtype = prefix, dtype
+
+    def __call__(
+        self, op_type: str, name: str, *inputs: ir.Value, kind: ir.DataType | None = None, outputs: int = 1,
+        domain: str = "", **attributes: Any,
+    ) -> Any:  # fmt: skip
+        """The output of a new node; several if `outputs` is not 1."""
+        name = f"{self._prefix}{name}"
+        node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
+        for number, value in enumerate(node.outputs):
+            value.name, value.type = f"{name}/output_{number}", ir.TensorType(kind or self._dtype)
+        self.nodes.append(node)
+        return node.outputs[0] if outputs == 1 else node.outputs
+
+
+def choose(
+    condition: ir.Value, then: ir.Graph, other: ir.Graph, name: str, given: Mapping[int, ir.Value] | None = None
+) -> ir.Node:
+    """A node that runs one of two graphs, which may read values of the graph around them.
+
+    Args:
+        given: values that become its outputs, by place; the others are made.
+    """
+    made = [ir.Value(name=f"{name}/output_{n}", type=inner.type) for n, inner in enumerate(then.outputs)]
+    outputs = [(given or {}).get(n, value) for n, value in enumerate(made)]
+    branches = {"then_branch": then, "else_branch": other}
+    return ir.node("If", [condition], branches, outputs=outputs, name=name)
+
+
+def values_read(node: ir.Node) -> Iterator[ir.Value]:
+    """Values that a node reads, also those that graphs inside it take from the graph around them."""
+    yield from (value for value in node.inputs if value is not None)
+    for attribute in node.attributes.values():
+        if attribute.type != ir.AttributeType.GRAPH:
+            continue
+        inner = attribute.as_graph()
+        made = {value for user in inner for value in user.outputs} | {*inner.inputs, *inner.initializers.values()}
+        yield from (value for user in inner for value in values_read(user) if value not in made)
 
 
 def new_node(

@@ -85,11 +85,14 @@ def read_spec(graph: Path) -> DecoderSpec:
     """
     tools = onnx_tools()
     from nbl_export.graph.anatomy import cache_layers, find_block
+    from nbl_export.graph.caches import graph_states
 
     model = tools.files.load_graph(graph)
     if tools.facts.logits_of(model.graph) != "all":
         raise NblError(f"{graph} does not give the logits of all tokens, which verification needs; export all logits")
     layers = cache_layers(model.graph)
+    if states := graph_states(model.graph):
+        raise NblError(f"{graph} holds a state of layer {min(states)}, not a cache; give the checkpoint of the model")
     blocks = [find_block(model.graph, layer) for layer in layers]
     found = tools.facts.decoder_facts(model.graph, blocks, home_of(graph))
     if found["num_layers"] != len(layers) or layers != tuple(range(len(layers))):

@@ -16,6 +16,7 @@ __all__ = [
     "IR_FILE",
     "IR_WEIGHTS",
     "MANIFEST",
+    "OWN_NODES",
     "STATIC_GRAPH_FILE",
     "TOKENIZER_IR",
     "all_logits_file",
@@ -39,6 +40,7 @@ TOKENIZER_IR = "openvino_tokenizer.xml"
 DETOKENIZER_IR = "openvino_detokenizer.xml"
 GENERATION_CONFIG = "generation_config.json"
 MANIFEST = "nbl.json"  # in a run directory and in a deployable directory
+OWN_NODES = "/nbl/"  # begins the names of nodes that the rewrite adds
 
 
 def graph_file(directory: Path) -> str:

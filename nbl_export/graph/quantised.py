@@ -26,9 +26,10 @@ TensorRT accepts int4 blocks in standard operators:
     before   MatMul(x, W [K, N])
     after    MatMul(x, DequantizeLinear(W4 [K, N] int4, scale [K / block, N]; axis 0, block_size))
 
-Rounding is symmetric, to nearest, along K. Scales have the weight's float type. The element of largest magnitude in a
-block becomes -8 and its sign goes into the scale, so all sixteen codes are used. TensorRT accepts int4 without zero
-points and in blocks along K only (TensorRT documentation, "Working with Quantized Types").
+Rounding is symmetric, to nearest, along K. Scales have the weight's float type and are positive, because TensorRT's
+parser refuses others ("Scale coefficients must all be positive"). A block takes the smallest scale that holds its
+largest value (as 7) and its smallest (as -8). TensorRT accepts int4 without zero points and in blocks along K only
+(TensorRT documentation, "Working with Quantized Types").
 """
 
 from __future__ import annotations
@@ -378,11 +379,10 @@ def quantize_weight(graph: ir.Graph, node: ir.Node, block: int) -> bool:
 
 
 def int4_blocks(weight_KN: np.ndarray, block: int, scale_dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """int4 codes [K, N] and scales [K / block, N] of a float32 matrix; codes fit the rounded scales."""
+    """int4 codes [K, N] and positive scales [K / block, N] of a float32 matrix; codes fit the rounded scales."""
     rows, columns = weight_KN.shape
     blocks = weight_KN.reshape(rows // block, block, columns)
-    peak = np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], axis=1)
-    scale = (peak / -8.0).astype(scale_dtype)
-    scale[scale == 0] = 1.0
+    scale = np.maximum(blocks.max(1, keepdims=True) / 7, blocks.min(1, keepdims=True) / -8).astype(scale_dtype)
+    scale[scale <= 0] = 1.0  # a block of zeros, or of numbers too small for the type
     codes = np.clip(np.rint(blocks / scale.astype(np.float32)), -8, 7).reshape(rows, columns)
     return codes.astype(ml_dtypes.int4), np.ascontiguousarray(scale[:, 0])

@@ -32,7 +32,7 @@ import contextlib
 import functools
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,18 +50,20 @@ from nbl_export.measure.instruments import (
     disk_bytes,
     find_meter,
     measure_footprint,
+    read_clocks,
 )
 from nbl_export.measure.rounds import Bench, Progress, Rule, Steps, Variant, groups, time_rounds
 from nbl_export.model.memory import available_bytes
 from nbl_export.options.options import JobOptions
 from nbl_export.records.results import Scenario, spoken_background
 from nbl_export.run_directory import PACKAGES
+from nbl_export.targets.gpu import describe, free_bytes
 from nbl_export.targets.runners import SequenceLimits
 
 __all__ = ["BenchSetting", "decode_tokens", "limits_for", "machine", "plan_scenarios", "run", "side_by_side",
            "where_measured"]  # fmt: skip
 
-Measure = Callable[[OpenRunner, Path, int | None, Sequence[int], int], Footprint]
+Measure = Callable[[OpenRunner, Path, int | None, Sequence[int], int, bool], Footprint]
 
 
 @dataclass(frozen=True)
@@ -207,16 +209,18 @@ def run(
     prompt = ids[0, : max((s.tokens for s in fitting if s.kind == "pp"), default=1)].tolist()
     described = {}
     for name, variant in variants.items():
-        footprint = measure(variant.open, variant.directory, fitting[0].threads, prompt, capacity)
+        footprint = measure(variant.open, variant.directory, fitting[0].threads, prompt, capacity, setting.gpu)
         described[name] = _describe(variant, footprint, capacity)
         steps.done()
-    too_large = sum(facts["peak_memory_bytes"] for facts in described.values()) > _MEMORY_SHARE * available_bytes()
-    bench = Bench(ids, instruments, steps, apart=too_large)
+    bench = Bench(ids, instruments, steps, apart=_are_too_large(described.values(), gpu=setting.gpu))
+    clocks = [read_clocks()] if setting.gpu else []
     found = [time_rounds(variants, bench, same, rule, setting.base) for same in by_threads]
+    clocks += [read_clocks()] if setting.gpu else []
     loads = [load for rounds in found for load in rounds.background]
     meter = instruments.meter
     return {
-        **where_measured(),
+        **where_measured(gpu=setting.gpu),
+        **({"gpu_clocks": clocks} if any(clocks) else {}),
         "background": background_of(loads, len(bench.waits), bench.waits.count(False)),
         "threads": list(dict.fromkeys(s.threads for s in fitting)),
         "batches": list(dict.fromkeys(s.batch for s in fitting)),
@@ -231,6 +235,14 @@ def run(
         "skipped": skipped,
         "variants": described,
     }
+
+
+def _are_too_large(described: Collection[Mapping[str, Any]], *, gpu: bool) -> bool:
+    """Whether the variants do not fit into memory together: that of the GPU if they run there, else the machine's."""
+    on_device = [facts["device_memory_bytes"] for facts in described if "device_memory_bytes" in facts]
+    if gpu and len(on_device) == len(described) and (free := free_bytes()) is not None:
+        return bool(sum(on_device) > _MEMORY_SHARE * free)
+    return bool(sum(facts["peak_memory_bytes"] for facts in described) > _MEMORY_SHARE * available_bytes())
 
 
 def _split(scenarios: Sequence[Scenario], context: int) -> tuple[list[Scenario], list[dict[str, Any]]]:
@@ -256,7 +268,7 @@ def _reason(scenario: Scenario, context: int) -> str:
 def _describe(variant: Variant, footprint: Footprint, tokens: int) -> dict[str, Any]:
     directory = variant.directory
     return {
-        **asdict(footprint),
+        **{name: value for name, value in asdict(footprint).items() if value is not None},
         "kv_cache_bytes": variant.cache_bytes_per_token * tokens,
         "kv_cache_bytes_per_token": variant.cache_bytes_per_token,
         "model_bytes": _model_bytes(directory),
@@ -270,14 +282,20 @@ def _model_bytes(directory: Path) -> int:
     )
 
 
-def where_measured() -> dict[str, Any]:
+def where_measured(*, gpu: bool = False) -> dict[str, Any]:
     """This machine, and the versions of packages, as a file of results records them."""
-    return {"machine": machine(), "versions": versions(PACKAGES)}
+    return {"machine": machine(gpu=gpu), "versions": versions(PACKAGES)}
 
 
-def machine() -> dict[str, Any]:
-    """Processor, physical cores, memory in bytes, operating system and Python version of this machine."""
+def machine(*, gpu: bool = False) -> dict[str, Any]:
+    """Processor, physical cores, memory in bytes, operating system, Python version and GPU of this machine.
+
+    Args:
+        gpu: whether the work ran on the GPU; only then is the GPU named.
+    """
+    found = describe() if gpu else None
     return {
+        **({"gpu": {**found, **(read_clocks() or {})}} if found else {}),
         "cpu": _cpu_name(),
         "cores": psutil.cpu_count(logical=False) or os.cpu_count() or 1,
         "memory_bytes": psutil.virtual_memory().total,

@@ -5,9 +5,10 @@
 
 The model counts what every implementation must do. Each weight and each cached key and value is read once a chunk; new
 keys and values are written once. A token computes the experts that it takes, and a chunk reads those that its tokens
-take together (`records.mlp`). Graphs of some sources compute every expert (`every_expert`). Norms, rotary embedding,
-softmax, the embedded row and intermediate activations are left out; they are some percent of the whole. Planning uses
-ratios of costs; `roofline` compares costs with a machine.
+take together (`records.mlp`). Graphs of some sources compute every expert (`every_expert`). A layer without attention
+reads and writes its state once a chunk. Norms, rotary embedding, softmax, the embedded row and intermediate activations
+are left out; they are some percent of the whole. Planning uses ratios of costs; `roofline` compares costs with a
+machine.
 
 Tail pruning: above the last kept attention no token reads another token. If only the last token's logits are wanted,
 everything after that attention runs on one token. In the original this is o_proj and MLP of the last layer. Graphs that
@@ -70,7 +71,7 @@ def read_mlp(model: Path) -> MlpSpec:
         if path.suffix == ".gguf":
             return mlp_of(gguf_config(read_header(path)))
         return mlp_of(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptError(f"{path} gives no sizes of its MLP ({error!r}), which the cost model needs") from error
 
 
@@ -150,6 +151,8 @@ class CostModel:
             total += 2.0 * leaving * self._mlp
             if layer in sizes:
                 total += 2.0 * entering * sizes[layer].multiply_adds
+            elif layer in self.spec.others:
+                total += 2.0 * (tokens * self.spec.other_multiply_adds - (tokens - leaving) * self.spec.other_output)
             else:
                 total += self._attention_flops(layer, tokens, depth) + 2.0 * leaving * self._o_proj
         return total
@@ -157,10 +160,11 @@ class CostModel:
     def _bytes(self, sizes: Mapping[int, TokenWork], tokens: int, depth: int) -> float:
         rows = self._rows(sizes, tokens) if self.tail_pruned else [tokens] * (self.spec.num_layers + 1)
         elements = sum(self._elements(sizes, i) + self._mlp_read(rows[i + 1]) for i in self._computed(sizes))
-        kept = (i for i in range(self.spec.num_layers) if i not in sizes)
+        kept = (i for i in self.spec.attention_layers if i not in sizes)
         positions = sum(min(depth + tokens, (self.spec.window_of(i) or depth + tokens) + tokens - 1) for i in kept)
         cache = self.spec.cache_bytes_per_token(1, self.cache_itemsize) * positions
-        return elements * self.weight_bytes + self._head * self.head_bytes + cache
+        states = 2 * len(self.spec.others) * self.spec.other_state * self.cache_itemsize  # read and written
+        return elements * self.weight_bytes + self._head * self.head_bytes + cache + states
 
     def _rows(self, sizes: Mapping[int, TokenWork], tokens: int) -> list[int]:
         """Tokens that enter each layer of a graph with a pruned tail, and the one that leaves the last layer.
@@ -186,22 +190,19 @@ class CostModel:
         return [i for i in range(self.spec.num_layers) if i not in sizes or not sizes[i].token_local]
 
     def _elements(self, sizes: Mapping[int, TokenWork], layer: int) -> int:
-        return sizes[layer].elements if layer in sizes else self._projections
+        if layer in self.spec.others:
+            return self.spec.other_elements
+        return sizes[layer].elements if layer in sizes else self.spec.projections
 
     def _attention_flops(self, layer: int, tokens: int, depth: int) -> float:
         """Flops of q, k, v and the attention of them, without o_proj."""
         pairs = sum(self._visible(layer, depth + position) for position in range(1, tokens + 1))
-        projected = 2.0 * tokens * (self._projections - self._o_proj)
+        projected = 2.0 * tokens * (self.spec.projections - self._o_proj)
         return projected + 4.0 * self.spec.num_heads * self.spec.head_dim * pairs
 
     def _visible(self, layer: int, position: int) -> int:
         """Tokens that the token at a position (from 1) attends to in a layer."""
         return min(position, self.spec.window_of(layer) or position)
-
-    @property
-    def _projections(self) -> int:
-        heads = 2 * self.spec.num_heads + 2 * self.spec.num_kv_heads  # of q and o, of k and v
-        return self.spec.hidden_size * heads * self.spec.head_dim
 
     @property
     def _o_proj(self) -> int:

@@ -39,14 +39,14 @@ from nbl_export.model.memory import STATES_SHARE, WEIGHTS_SHARE
 from nbl_export.options.goals import (
     DEFAULT_STEPS,
     CacheBudget,
+    asked_layers,
     default_minutes,
     goal_of,
     layers_for_budget,
     names_layers,
-    parse_layers,
     read_rank,
 )
-from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
+from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, JobOptions
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.text.windows import deciding_tokens, final_tokens, judging_tokens
 
@@ -63,6 +63,7 @@ _TRIED = 1.5  # passes of each step of an order: at most 3 layers are tried
 _JUDGED = 4  # every fourth position of the choosing text is judged
 _HEADS = 2  # products with the head at a judged position: change of the logits, and its pull
 _CURVE = 3  # sets beyond the order, for the curve
+_KINDS_ROW = 2048  # tokens of a row that kinds are chosen by
 _TESTS = 3  # tests of a limit on quality: smollm2 took 3, qwen 2
 _STEP, _STEP_TOKENS = 3.5, 1024  # passes of a training step: distill-qwen.json, 8.2 s a step
 _PROBED = 36_000  # tokens of all probes of verification: smollm2 and qwen, without the final text
@@ -154,7 +155,7 @@ class Job:
         """Bytes of a graph. Its embedding stays in float32, or float16, unless it is the head."""
         s, size = self.shape, weight_bytes(self.options.precision)
         table = 0 if s.tied else s.head_parameters * (2 if self.options.precision in ("fp16", "bf16") else 4)
-        return (s.decoder.num_layers * s.layer_parameters + s.head_parameters) * size + table
+        return (s.parameters_of_layers + s.head_parameters) * size + table
 
     @property
     def taps(self) -> int:
@@ -164,7 +165,7 @@ class Job:
     @property
     def sums(self) -> float:
         """Bytes of the sums in memory: three matrices of float64 for each layer and tap."""
-        return 24.0 * self.shape.decoder.hidden_size**2 * self.shape.decoder.num_layers * self.taps
+        return 24.0 * self.shape.decoder.hidden_size**2 * self._attention * self.taps
 
     @property
     def moments(self) -> float:
@@ -181,11 +182,16 @@ class Job:
         """Layers that are replaced: as asked, or a quarter of them if a goal decides."""
         decoder, goal = self.shape.decoder, goal_of(self.options)
         if self.options.layers is not None:
-            asked = parse_layers(self.options.layers, decoder.num_layers)
+            asked = asked_layers(self.options, decoder)
             return asked if isinstance(asked, int) else len(asked)
         if isinstance(goal, CacheBudget):
             return layers_for_budget(self.options, goal, decoder, self._cache_item)[0]
-        return max(1, round(decoder.num_layers / 4))
+        return max(1, round(self._attention / 4))
+
+    @property
+    def _attention(self) -> int:
+        """Layers with attention."""
+        return len(self.shape.decoder.attention_layers)
 
     @property
     def _cache_item(self) -> int:
@@ -223,7 +229,7 @@ class Job:
 
     def _calibrate_seconds(self) -> float:
         tokens, d = self.options.calibration_tokens, self.shape.decoder
-        sums = self.taps * _SUMS * d.hidden_size**2 * d.num_layers * tokens
+        sums = self.taps * _SUMS * d.hidden_size**2 * self._attention * tokens
         read = self.weights * (2 if self.shape.is_gguf else 1) / _WRITTEN / 4
         return (
             _START_SECONDS + read + tokens * self._pass / self._torch_rate + sums / self.speed.product_flops_per_second
@@ -247,17 +253,26 @@ class Job:
 
     def _plan_seconds(self) -> float:
         d, tokens = self.shape.decoder, judging_tokens(self.options.context)
-        fits = self.taps * _FIT * d.hidden_size**3 * d.num_layers
+        fits = self.taps * _FIT * d.hidden_size**3 * self._attention
         work, judged = 0.0, tokens / _JUDGED * self._head
         if self.judges:
-            work += d.num_layers * (tokens * self._pass / 2 + _HEADS * judged)
+            work += self._attention * (tokens * self._pass / 2 + _HEADS * judged)
             steps = (
-                d.num_layers / 2 if self._trains and self.tests else self.count
+                self._attention / 2 if self._trains and self.tests else self.count
             )  # a training begins with more layers
             work += (steps + _CURVE) * _TRIED * (tokens * self._pass / 2 + judged)
+        if self.options.window_layers == AUTO_WINDOWS:
+            work += self._kinds_work()
         if self.tests and not self._trains:
             work += _TESTS * self._test_work()
         return _START_SECONDS + fits / self.speed.product_flops_per_second + work / self._torch_rate
+
+    def _kinds_work(self) -> float:
+        """Work of `plan.kinds`: the original, and each layer of the upper quarter alone, as map and as window."""
+        tokens = 2 * min(_KINDS_ROW, self.shape.decoder.max_positions)  # a row of each text
+        upper = self.shape.decoder.num_layers // 4
+        alone = tokens * self._pass / 8 + tokens / 8 * self._head  # on average an eighth of the layers, and positions
+        return 2 * (tokens * self._pass + upper * alone)
 
     @property
     def _trains(self) -> bool:
@@ -305,14 +320,15 @@ class Job:
     def _activations(self) -> float:
         return 12.0 * _BATCH * self.shape.mlp.active
 
-    def _narrow_copies(self, layers: int) -> float:
-        return 2.0 * layers * self.shape.layer_parameters if self.narrow else 0.0
+    @property
+    def _narrow_copies(self) -> float:
+        return 2.0 * self.shape.parameters_of_layers if self.narrow else 0.0
 
     def _calibrate_memory(self) -> tuple[float, float]:
         s = self.shape
-        layer = 4.0 * (s.layer_parameters + s.head_parameters) + self._narrow_copies(1)
-        one = _PROCESS + layer + 3 * self.sums / s.decoder.num_layers + self._activations
-        whole = _PROCESS + self.weights + self._narrow_copies(s.decoder.num_layers) + self.sums + self._activations
+        layer = 4.0 * (s.layer_parameters + s.head_parameters) + (2.0 * s.layer_parameters if self.narrow else 0)
+        one = _PROCESS + layer + 3 * self.sums / self._attention + self._activations
+        whole = _PROCESS + self.weights + self._narrow_copies + self.sums + self._activations
         return (whole if self.fits else one), min(whole, one)
 
     def _plan_memory(self) -> tuple[float, float]:
@@ -320,7 +336,7 @@ class Job:
         work = 8.0 * _FIT_MATRICES * s.decoder.hidden_size**2
         if not (self.judges or self.tests):
             return _PROCESS + self.moments + work, _PROCESS + work
-        model = self.weights + self._narrow_copies(s.decoder.num_layers)
+        model = self.weights + self._narrow_copies
         if not self.fits:  # a layer or the head, and hidden states (`model.streamed`)
             model = 4.0 * (s.layer_parameters + s.head_parameters) + STATES_SHARE * self.available_bytes
         logits = 4.0 * _LOGIT_ROWS * s.decoder.vocab_size
@@ -331,10 +347,17 @@ class Job:
         return model, _PROCESS + self.weights
 
     def _verify_memory(self) -> tuple[float, float]:
-        """Torch, and both graphs: each in its mapped file and as the kernels pack it; quantised: a float32 twin too."""
-        logits = 4.0 * _LONG_ROW * self.shape.decoder.vocab_size
-        twin = 2 * self.weights if self._is_quantised else 0
-        return _PROCESS + self.weights + twin + 4 * self.graph + logits, _PROCESS + self.weights
+        """Torch, and both graphs: each in its mapped file and as the kernels pack it; quantised: a float32 twin too.
+
+        If memory is short, a layer or the head takes the place of the model, and a twin keeps its codes.
+        """
+        s, graph = self.shape, self.graph
+        logits = 4.0 * _LONG_ROW * s.decoder.vocab_size
+        layer = 4.0 * (s.layer_parameters + s.head_parameters)
+        model, twin = (self.weights, 2 * self.weights) if self.fits else (layer, 2 * graph)
+        packed = graph if self._is_quantised else 0
+        peak = _PROCESS + model + (twin if self._is_quantised else 0) + 4 * graph + logits
+        return peak, _PROCESS + min(self.weights, max(layer, packed))
 
     # -- the whole -----------------------------------------------------------------------------------------------
 
@@ -366,17 +389,17 @@ class Job:
 
     def gains(self) -> tuple[Gain, ...]:
         """The modelled gain of an eighth, a quarter, ... of the layers, and of the number that is asked for."""
-        layers = self.shape.decoder.num_layers
+        layers = self._attention
         counts = {round(k * layers / _SECTIONS) for k in range(1, _SECTIONS // 2 + 1)}
         counts |= {self.count} if self.options.layers or self.options.kv_budget else set()
         return tuple(self._gain(n) for n in sorted(counts - {0}))
 
     def _gain(self, count: int) -> Gain:
         decoder, costs = self.shape.decoder, self.costs
-        first = (decoder.num_layers - count) // 2  # of the middle: neither pruned nor looked up
-        middle, last = range(first, first + count), range(decoder.num_layers - count, decoder.num_layers)
+        layers, first = decoder.attention_layers, (self._attention - count) // 2
+        middle, last = layers[first : first + count], layers[-count:]  # the middle is neither pruned nor looked up
         speeds = [costs.speedup_of_sizes(dict.fromkeys(chosen, self._map)) for chosen in (middle, last)]
-        cache = decoder.cache_bytes_per_token(decoder.num_layers - count, self._cache_item)
+        cache = decoder.cache_bytes_per_token(self._attention - count, self._cache_item)
         return Gain(count, speeds[0].prefill, speeds[1].prefill, speeds[0].decode, cache)
 
     @property

@@ -42,10 +42,11 @@ import psutil
 from nbl_export.errors import NblError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE, IR_WEIGHTS
 from nbl_export.parallel.child import Child, Write
+from nbl_export.targets.gpu import free_bytes
 from nbl_export.targets.runners import TextRunner
 
 __all__ = ["Footprint", "Instruments", "Meter", "OpenRunner", "Reading", "background_of", "disk_bytes",
-           "find_meter", "is_busy", "measure_footprint", "read_usage", "used_between",
+           "find_meter", "is_busy", "measure_footprint", "read_clocks", "read_usage", "used_between",
            "wait_until_idle"]  # fmt: skip
 
 _LOOK = 0.01  # seconds of one observation
@@ -196,8 +197,8 @@ def find_meter(*, gpu: bool, powercap: Path = _POWERCAP, libraries: Sequence[str
     for zone in _packages(powercap):
         if (package := _rapl(zone)) is not None:
             counters[f"package {zone.name.rpartition(':')[2]}"] = package
-    if gpu and (device := _nvml(libraries)) is not None:
-        counters["GPU"] = (device, 0)
+    if gpu and (found := _nvml(libraries)) is not None and (counter := _counter(*found)) is not None:
+        counters["GPU"] = (counter, 0)
     return Meter(counters) if counters else None
 
 
@@ -221,8 +222,8 @@ def _rapl(zone: Path) -> tuple[Callable[[], int], int] | None:
         return None
 
 
-def _nvml(libraries: Sequence[str]) -> Callable[[], int] | None:
-    """A reader of the GPU's counter; None without a driver, with several GPUs, or if the GPU has no counter."""
+def _nvml(libraries: Sequence[str]) -> tuple[ctypes.CDLL, ctypes.c_void_p] | None:
+    """NVML and the machine's only GPU; None without a driver or with several GPUs."""
     for name in libraries:
         try:
             library = ctypes.CDLL(name)
@@ -233,11 +234,34 @@ def _nvml(libraries: Sequence[str]) -> Callable[[], int] | None:
                 return None
         except (OSError, AttributeError):
             continue
-        return _counter(library, device)
+        return library, device
     return None
 
 
+_CLOCKS = {"sm_mhz": 1, "memory_mhz": 2}  # NVML_CLOCK_SM, NVML_CLOCK_MEM
+
+
+def read_clocks(libraries: Sequence[str] = _NVML) -> dict[str, Any] | None:
+    """Driver, clocks and power limit of the machine's only GPU at this moment; None if NVML does not say."""
+    if (found := _nvml(libraries)) is None:
+        return None
+    library, device = found
+    driver, number = ctypes.create_string_buffer(96), ctypes.c_uint()
+    said: dict[str, Any] = {}
+    with contextlib.suppress(AttributeError):
+        if not library.nvmlSystemGetDriverVersion(driver, len(driver)):
+            said["driver"] = driver.value.decode(errors="replace")
+        for name, kind in _CLOCKS.items():
+            if not library.nvmlDeviceGetClockInfo(device, kind, ctypes.byref(number)):
+                said[name] = number.value
+        if not library.nvmlDeviceGetEnforcedPowerLimit(device, ctypes.byref(number)):
+            said["power_limit_watts"] = number.value / 1000
+    return said or None
+
+
 def _counter(library: ctypes.CDLL, device: ctypes.c_void_p) -> Callable[[], int] | None:
+    """A reader of the GPU's energy; None if the GPU has no counter."""
+
     def read() -> int:
         millijoules = ctypes.c_ulonglong()
         if library.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(millijoules)):
@@ -274,16 +298,18 @@ class Instruments:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of resident memory and load seconds of one decoder alone in a process.
+    """Bytes of memory and load seconds of one decoder alone in a process.
 
     peak: largest resident set of the process, with interpreter and engine library (about 35 MB before a model is
     loaded). File pages that the engine maps count while they are resident. steady: resident set with the model loaded
-    and the sequence in its cache. load: opening the runner, with the files in the page cache.
+    and the sequence in its cache. load: opening the runner, with the files in the page cache. device: memory that the
+    GPU has less of in the steady state, without the driver's context; None without a GPU.
     """
 
     peak_memory_bytes: int
     steady_memory_bytes: int
     load_seconds: float
+    device_memory_bytes: int | None = None
 
 
 def disk_bytes(directory: Path) -> dict[str, int]:
@@ -297,33 +323,36 @@ def disk_bytes(directory: Path) -> dict[str, int]:
 
 
 def measure_footprint(
-    open_runner: OpenRunner, directory: Path, threads: int | None, prompt: Sequence[int], capacity: int
-) -> Footprint:
+    open_runner: OpenRunner, directory: Path, threads: int | None, prompt: Sequence[int], capacity: int,
+    gpu: bool = False,
+) -> Footprint:  # fmt: skip
     """Load a decoder alone in a fresh process, run one sequence, and read the memory of that process.
 
     The child process has ended on return, also after Ctrl-C.
 
     Args:
         capacity: tokens to reserve the cache for, as the timed runs do.
+        gpu: whether the decoder runs on a GPU; only then is the GPU asked for its memory.
 
     Raises:
         NblError: the runner failed in the child, or a signal ended the child; the message says which.
     """
-    with Child(_child, open_runner, directory, threads, list(prompt), capacity) as child:
+    with Child(_child, open_runner, directory, threads, list(prompt), capacity, gpu) as child:
         answer = child.answer()
         if answer is None:
             raise NblError(f"measuring {directory} failed: the process that loaded it {child.ending()}")
     if isinstance(answer, str):
         raise NblError(answer)
-    peak, steady, seconds = answer
-    return Footprint(int(peak), int(steady), float(seconds))
+    peak, steady, seconds, device = answer
+    return Footprint(int(peak), int(steady), float(seconds), device)
 
 
 def _child(
-    write: Write, open_runner: OpenRunner, directory: Path, threads: int | None, prompt: Sequence[int], capacity: int
-) -> None:
+    write: Write, open_runner: OpenRunner, directory: Path, threads: int | None, prompt: Sequence[int], capacity: int,
+    gpu: bool,
+) -> None:  # fmt: skip
     try:
-        found = _footprint(functools.partial(open_runner, directory, threads), prompt, capacity)
+        found = _footprint(functools.partial(open_runner, directory, threads), prompt, capacity, gpu)
         write(dataclasses.astuple(found))
     except NblError as error:
         write(str(error))
@@ -334,7 +363,8 @@ def _child(
         write(f"measuring {directory} failed in the process that loaded it: {text[:_LONGEST]}")
 
 
-def _footprint(load: Callable[[], TextRunner], prompt: Sequence[int], capacity: int) -> Footprint:
+def _footprint(load: Callable[[], TextRunner], prompt: Sequence[int], capacity: int, gpu: bool = False) -> Footprint:
+    free = free_bytes() if gpu else None
     start = time.perf_counter()
     with load() as runner:
         seconds = [time.perf_counter() - start]
@@ -344,11 +374,13 @@ def _footprint(load: Callable[[], TextRunner], prompt: Sequence[int], capacity: 
             runner.append([token])
         steady = psutil.Process().memory_info().rss
         peak = max(_peak_memory_bytes(), steady)  # the kernel's two counters may differ by a page
+        left = None if free is None else free_bytes()
     while len(seconds) < _LOADS and seconds[0] < _CHEAP_LOAD_SECONDS:
         start = time.perf_counter()
         with load():
             seconds.append(time.perf_counter() - start)
-    return Footprint(peak, steady, statistics.median(seconds))
+    device = None if free is None or left is None else max(0, free - left)
+    return Footprint(peak, steady, statistics.median(seconds), device)
 
 
 def _peak_memory_bytes() -> int:

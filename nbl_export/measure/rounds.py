@@ -148,7 +148,7 @@ def time_rounds(
 
 
 def _joined(runs: Sequence[Timing]) -> Timing:
-    names = ("samples_ns", "loads", "first_token_ns", "token_ns", "energy_uj")
+    names = ("samples_ns", "loads", "first_token_ns", "token_ns", "energy_uj", "device_ns")
     fields: dict[str, Any] = {name: tuple(x for run in runs for x in getattr(run, name)) for name in names}
     return dataclasses.replace(runs[0], **fields)
 
@@ -203,12 +203,15 @@ def _run(bench: Bench, variant: str, runner: TextRunner, scenario: Scenario) -> 
     chunks = _run_chunks(bench, scenario, scenario.tokens)
     runner.rewind(scenario.depth)
     bench.waits.append(bench.instruments.idle())
+    device_seconds: Callable[[], float | None] = getattr(runner, "device_seconds", lambda: None)
+    device_seconds()  # counts from here on
     before = meter.read() if meter else None
     with _collector_paused():
         stamps = [clock()]
         for chunk in chunks:
             runner.append(chunk)
             stamps.append(clock())
+        computed = device_seconds()
         picked: tuple[int, ...] = ()
         if scenario.kind == "pp":
             runner.pick()
@@ -216,7 +219,8 @@ def _run(bench: Bench, variant: str, runner: TextRunner, scenario: Scenario) -> 
     energy = () if meter is None or before is None else (meter.read() - before,)
     steps = (tuple(after - start for start, after in itertools.pairwise(stamps)),) if scenario.kind == "tg" else ()
     whole = (stamps[-1] - stamps[0],)
-    return Timing(scenario, variant, whole, first_token_ns=picked, token_ns=steps, energy_uj=energy)
+    device = () if computed is None else (round(1e9 * computed),)
+    return Timing(scenario, variant, whole, first_token_ns=picked, token_ns=steps, energy_uj=energy, device_ns=device)
 
 
 def _warm_up(bench: Bench, runner: TextRunner, scenario: Scenario) -> None:

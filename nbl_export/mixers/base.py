@@ -47,12 +47,13 @@ Value = Any  # a value of the graph that a builder makes
 class StateSpec:
     """The last `tokens` rows of its input that a layer remembers between steps, each `width` wide.
 
-    Before the first token these rows are zeros. So are the rows of padding: whoever hands x to a layer with a state
-    sets its rows of padding to zero. So a padded row of a batch gives the result of the row alone.
+    Before the first token these rows are zeros. So are the rows of padding, if the state is `masked`: whoever hands x
+    to the layer sets its rows of padding to zero. So a padded row of a batch gives the result of the row alone.
     """
 
     tokens: int
     width: int
+    masked: bool = True
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Window:
     @property
     def state(self) -> StateSpec:
         """The first row, then the last W rows: keys, values, and a mark of rows that hold a token."""
-        return StateSpec(self.shape.tokens + 1, 2 * self.shape.key_width + 1)
+        return StateSpec(self.shape.tokens + 1, 2 * self.shape.key_width + 1, masked=False)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The matrices, the bias, the norm if there is one, and the shape as numbers."""

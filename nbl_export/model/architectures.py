@@ -14,11 +14,14 @@ what is missing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from nbl_export.errors import NblError
+from nbl_export.model.experts import GRANITE, MIXTRAL, QWEN, Experts
+from nbl_export.model.hybrids import SHORT_CONVOLUTION, Others
+from nbl_export.records.decoder import attention_among
 from nbl_export.records.mlp import MlpSpec
 
 __all__ = [
@@ -26,48 +29,16 @@ __all__ = [
     "LINEARIZED",
     "REFUSED",
     "Architecture",
-    "Experts",
+    "attention_layers",
     "check_config",
     "check_window",
+    "hybrid_facts",
     "mlp_of",
     "windows_of",
-]
+]  # fmt: skip
 
 
 _FUSED = ("gate_up_proj",)  # gate and up in one product
-
-
-@dataclass(frozen=True)
-class Experts:
-    """Configuration keys of the widths of a layer's experts, and names of their weights in a checkpoint.
-
-    Attributes:
-        width: of a routed expert.
-        shared: width of the expert that every token takes.
-        stored: end of a weight's name -> ends of the names of its parts in a checkpoint, one behind the other. A part
-            of a name with {} has one matrix for each expert.
-    """
-
-    width: str = "intermediate_size"
-    shared: str | None = None
-    stored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-
-_QWEN = {
-    "mlp.experts.gate_up_proj": ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
-    "mlp.experts.down_proj": ("mlp.experts.{}.down_proj.weight",),
-}
-_MIXTRAL = {
-    "mlp.experts.gate_up_proj": ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
-    "mlp.experts.down_proj": ("block_sparse_moe.experts.{}.w2.weight",),
-    "mlp.gate.weight": ("block_sparse_moe.gate.weight",),
-    "mlp.router.weight": ("block_sparse_moe.gate.weight",),
-}
-_GRANITE = {
-    "block_sparse_moe.experts.gate_up_proj": ("block_sparse_moe.input_linear.weight",),
-    "block_sparse_moe.experts.down_proj": ("block_sparse_moe.output_linear.weight",),
-    "block_sparse_moe.router.weight": ("block_sparse_moe.router.layer.weight",),
-}
 
 
 @dataclass(frozen=True)
@@ -85,6 +56,7 @@ class Architecture:
         mlp_in: the MLP's products of its input: gate and up, both in one, or up alone. Experts have none.
         mlp_out: the MLP's last product.
         experts: configuration keys of its experts, if it has any.
+        norm_last: the decoder's norm behind its last layer.
         norm_offset: what norms add to their weight before they multiply by it.
         multiplier: configuration key of the factor of attention's output before the addition.
         entry_multiplier: decoder attribute of the factor of the first layer's input.
@@ -94,6 +66,8 @@ class Architecture:
         tied: the head is the embedding if the configuration does not say.
         per_layer: configuration keys of lists with one value a layer.
         fused_qkv: the single projection for queries, keys and values, in this order; None for three projections.
+        others: layers without attention, in a hybrid.
+        width: configuration -> width of the MLP, if intermediate_size is not it.
         must_be: supported values of configuration keys.
         runtime_type: type in genai_config.json, if ONNX Runtime GenAI does not know the name.
         genai_as: the class whose builder in ONNX Runtime GenAI makes the graph, if the builder does not know the name.
@@ -111,6 +85,7 @@ class Architecture:
     mlp_in: tuple[str, ...] = ("gate_proj", "up_proj")
     mlp_out: str = "down_proj"
     experts: Experts | None = None
+    norm_last: str = "norm"
     norm_offset: float = 0.0
     multiplier: str | None = None
     entry_multiplier: str | None = None
@@ -121,6 +96,8 @@ class Architecture:
     tied: bool = False
     per_layer: tuple[str, ...] = ()
     fused_qkv: str | None = None
+    others: Others | None = None
+    width: Callable[[Mapping[str, Any]], int] | None = None
     must_be: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     runtime_type: str | None = None
     genai_as: str | None = None
@@ -168,6 +145,19 @@ _NO_OUTPUT_BIAS = {"attn_o_bias": False}  # attention_bias is of queries, keys a
 
 
 _NO_STATIC_CACHE = {"static": "mobius (0.1), which it comes from, has no caches of fixed length for it"}
+_NO_STATES = {
+    "mobius": "mobius (0.1) does not know its layers without attention; use --decoder-source genai",
+    "static": "the static form has no states of layers without attention",
+}
+
+
+def _lfm2_width(config: Mapping[str, Any]) -> int:
+    """As `Lfm2MLP` of transformers has it."""
+    width = int(config["intermediate_size"])
+    if not config.get("block_auto_adjust_ff_dim", True):
+        return width
+    block = int(config.get("block_multiple_of", 256))
+    return -(-int((config.get("block_ffn_dim_multiplier") or 1.0) * int(2 * width / 3)) // block) * block
 
 
 def _neither(reason: str) -> dict[str, str]:
@@ -296,7 +286,7 @@ ARCHITECTURES = {
             "Qwen3Moe",
             runtime_type="llama",
             must_be={"mlp_only_layers": (None, []), "decoder_sparse_step": (None, 1)},
-            experts=Experts("moe_intermediate_size", stored=_QWEN),
+            experts=Experts("moe_intermediate_size", stored=QWEN),
             not_from=_EXPERTS,
         ),
         Architecture(
@@ -305,10 +295,10 @@ ARCHITECTURES = {
             runtime_type="llama",
             per_layer=("layer_types",),
             must_be={"mlp_only_layers": (None, []), "decoder_sparse_step": (None, 1)},
-            experts=Experts("moe_intermediate_size", "shared_expert_intermediate_size", _QWEN),
+            experts=Experts("moe_intermediate_size", "shared_expert_intermediate_size", QWEN),
             not_from=_EXPERTS,
         ),
-        Architecture("olmoe", "Olmoe", runtime_type="olmo", experts=Experts(stored=_QWEN), not_from=_EXPERTS),
+        Architecture("olmoe", "Olmoe", runtime_type="olmo", experts=Experts(stored=QWEN), not_from=_EXPERTS),
         Architecture(
             "granitemoe",
             "GraniteMoe",
@@ -317,7 +307,7 @@ ARCHITECTURES = {
             multiplier="residual_multiplier",
             entry_multiplier="embedding_multiplier",
             logits_divisor="logits_scaling",
-            experts=Experts(stored=_GRANITE),
+            experts=Experts(stored=GRANITE),
             not_from=_EXPERTS,
         ),
         Architecture(
@@ -328,8 +318,23 @@ ARCHITECTURES = {
             experts=Experts(),
             not_from=_NO_STATIC_EXPERTS,
         ),
-        Architecture("phimoe", "Phimoe", experts=Experts(stored=_MIXTRAL), not_from=_EXPERTS),
-        Architecture("mixtral", "Mixtral", runtime_type="llama", experts=Experts(stored=_MIXTRAL), not_from=_EXPERTS),
+        Architecture("phimoe", "Phimoe", experts=Experts(stored=MIXTRAL), not_from=_EXPERTS),
+        Architecture("mixtral", "Mixtral", runtime_type="llama", experts=Experts(stored=MIXTRAL), not_from=_EXPERTS),
+        Architecture(
+            "lfm2",
+            "Lfm2",
+            norm_before="operator_norm",
+            norm_mlp="ffn_norm",
+            mlp="feed_forward",
+            mlp_in=("w1", "w3"),
+            mlp_out="w2",
+            norm_last="embedding_norm",
+            tied=True,
+            per_layer=("layer_types",),
+            others=SHORT_CONVOLUTION,
+            width=_lfm2_width,
+            not_from=_NO_STATES,
+        ),
     )
 }
 
@@ -350,6 +355,8 @@ def mlp_of(config: Mapping[str, Any]) -> MlpSpec:
     """
     record = ARCHITECTURES.get(str(config.get("model_type")).removeprefix(LINEARIZED))
     width = config[record.mlp_key if record else "intermediate_size"]
+    if record is not None and record.width is not None:
+        width = record.width(config)
     if record is None or record.experts is None:
         return MlpSpec(width, 3 if record is None or record.gated else 2)
     keys = record.experts
@@ -358,6 +365,22 @@ def mlp_of(config: Mapping[str, Any]) -> MlpSpec:
     if type(count) is not int or count < 1:
         raise ValueError("it states no number of experts")
     return MlpSpec(width, 3, count, config["num_experts_per_tok"], shared)
+
+
+def hybrid_facts(config: Any) -> dict[str, Any]:
+    """The fields of `records.decoder.DecoderSpec` that hybrids have; empty for other architectures.
+
+    Args:
+        config: of transformers, or the content of config.json.
+    """
+    values = config if isinstance(config, Mapping) else config.to_dict()
+    record = ARCHITECTURES[str(values["model_type"]).removeprefix(LINEARIZED)]
+    return {} if record.others is None else record.others.facts(values)
+
+
+def attention_layers(config: Any) -> tuple[int, ...]:
+    """Layers with attention, from a transformers configuration, ascending."""
+    return attention_among(config.num_hidden_layers, hybrid_facts(config).get("others", ()))
 
 
 def windows_of(config: Any) -> tuple[int | None, ...]:

@@ -85,25 +85,27 @@ def spoken(device: Any) -> str:
 
 
 @contextlib.contextmanager
-def guarded(work: str) -> Iterator[None]:
+def guarded(work: str, *, by_engine: bool = False) -> Iterator[None]:
     """Within: a GPU that fails or is full ends the work with one sentence. Afterwards torch gives free memory back.
 
+    Args:
+        by_engine: whether an engine works, which `--device` does not move to the CPU.
+
     Raises:
-        NblError: torch had an error of CUDA.
+        NblError: torch or an engine had an error of CUDA.
     """
+    full, failed = "run the command again with --device cpu", "run the command again, or with --device cpu"
+    if by_engine:
+        full = "end other programs on it (nvidia-smi lists them), or use a shorter sequence or a smaller --precision"
+        failed = "run the command again, and see nvidia-smi"
     try:
         yield
     except RuntimeError as error:
         said = str(error).splitlines()[0] if str(error) else ""
         if type(error).__name__ == "OutOfMemoryError" or "CUDA out of memory" in said:
-            raise NblError(
-                f"{work}: the GPU has too little memory; finished stages stay, so run the command again with "
-                "--device cpu"
-            ) from error
+            raise NblError(f"{work}: the GPU has too little memory; finished stages stay, so {full}") from error
         if "CUDA error" in said or "CUDA driver error" in said:
-            raise NblError(
-                f"{work}: the GPU failed ({said}); finished stages stay, so run the command again, or with --device cpu"
-            ) from error
+            raise NblError(f"{work}: the GPU failed ({said}); finished stages stay, so {failed}") from error
         raise
     finally:
         torch = sys.modules.get("torch")

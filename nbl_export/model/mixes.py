@@ -72,11 +72,11 @@ class Mixes(ABC):
     """A decoder in which any set of layers can be replaced.
 
     Attributes:
-        num_layers: of the decoder.
+        layers: those that a mix may replace, ascending.
         most_tokens: of windows that run at once in `window_losses`; None runs all.
     """
 
-    num_layers: int
+    layers: Sequence[int]
     most_tokens: int | None = None
 
     @property

@@ -39,7 +39,8 @@ from nbl_export.model.checkpoint.pretrained import config_of, model_with
 from nbl_export.model.linearize import architecture_of, multiplier_of, replace_attention, run_from
 from nbl_export.model.memory import WEIGHTS_SHARE, available_bytes
 
-__all__ = ["WeightReader", "float32_bytes", "layer_bytes", "one_layer", "only_head", "shortage_of", "token_rows"]
+__all__ = ["WeightReader", "float32_bytes", "layer_bytes", "one_layer", "only_head", "refuse_whole", "shortage_of",
+           "token_rows"]  # fmt: skip
 
 _LAYER = "layers.{}."
 
@@ -155,7 +156,7 @@ def one_layer(config: Any, index: int, weights: WeightReader) -> Any:
     with init_empty_weights(include_buffers=False):  # the rotary frequencies are computed buffers
         decoder = model_with(single, lm_head=False)
     if index < config.num_hidden_layers - 1:
-        decoder.norm = nn.Identity()
+        setattr(decoder, architecture_of(config).norm_last, nn.Identity())
     if index:
         decoder.embed_tokens = nn.Identity()
     weights.fill(decoder, lambda name: name.replace(_LAYER.format(0), _LAYER.format(index), 1))
@@ -174,12 +175,25 @@ def only_head(config: Any, weights: WeightReader) -> Any:
     return SimpleNamespace(config=config, lm_head=lm_head)
 
 
-def shortage_of(model: Path) -> str:
-    """Why a model is too large for this machine's memory, in words; "" if the model fits."""
+def shortage_of(model: Path, share: float = WEIGHTS_SHARE) -> str:
+    """Why a model is too large for a share of the available memory, in words; "" if the model fits."""
     needed, available = float32_bytes(model), available_bytes()
-    if needed <= WEIGHTS_SHARE * available:
+    if needed <= share * available:
         return ""
     return f"{needed / 2**30:.1f} GiB in float32, {available / 2**30:.1f} GiB of memory available"
+
+
+def refuse_whole(model: Path, work: str) -> None:
+    """Require that all weights of a model can be in memory at once.
+
+    Raises:
+        NblError: they cannot.
+    """
+    if why := shortage_of(model, 1.0):
+        raise NblError(
+            f"{work} needs the whole torch model in memory, and its weights take {why}; calibration, the choice of "
+            "layers, rewrite and verification of a safetensors checkpoint alone run one layer at a time"
+        )
 
 
 def token_rows(checkpoint: Path, maps: Mapping[int, Mixer], tap: str) -> np.ndarray | None:

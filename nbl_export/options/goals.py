@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from nbl_export.errors import NblError, UsageError
 from nbl_export.options.options import JobOptions, flag_of
-from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.decoder import DecoderSpec, attention_among
+from nbl_export.records.plan import spoken_layers
 
 __all__ = ["DEFAULT_INCREASE", "DEFAULT_SELECT", "DEFAULT_STEPS", "GOALS", "CacheBudget", "PerplexityIncrease",
-           "TargetSpeedup", "check_request", "check_size", "default_minutes", "goal_of", "layers_for_budget",
-           "names_layers", "parse_layers", "read_rank", "saving_inputs"]  # fmt: skip
+           "TargetSpeedup", "asked_layers", "check_request", "check_size", "default_minutes", "goal_of",
+           "layers_for_budget", "names_layers", "parse_layers", "read_rank", "saving_inputs"]  # fmt: skip
 
 DEFAULT_INCREASE = 0.10  # of perplexity, if neither a count nor a goal is given
 DEFAULT_SELECT = "efficient"  # the order of layers, if the model's output can judge
@@ -119,17 +121,22 @@ def _read_layers(text: str, flag: str = "--layers") -> int | tuple[tuple[int, in
     return tuple(ranges)
 
 
-def parse_layers(text: str, num_layers: int, flag: str = "--layers") -> int | tuple[int, ...]:
+def parse_layers(
+    text: str, num_layers: int, flag: str = "--layers", others: Collection[int] = ()
+) -> int | tuple[int, ...]:
     """Read `--layers`, or another flag: "8" is a count, "0,7,24-29" (or "8,") names layers from 0.
+
+    Args:
+        others: layers without attention.
 
     Raises:
         UsageError: a part is no number, or a range runs backwards.
-        NblError: a layer is repeated or missing, or every layer is named.
+        NblError: a layer is repeated, missing or without attention, or every layer with attention is named.
     """
-    asked = _read_layers(text, flag)
+    asked, attention = _read_layers(text, flag), attention_among(num_layers, others)
     if isinstance(asked, int):
-        if asked >= num_layers:
-            raise NblError(_all_refused(f"{flag} {asked}", num_layers))
+        if asked >= len(attention):
+            raise NblError(_all_refused(f"{flag} {asked}", len(attention)))
         return asked
     chosen: list[int] = []
     for low, high in asked:
@@ -139,15 +146,25 @@ def parse_layers(text: str, num_layers: int, flag: str = "--layers") -> int | tu
     repeated = sorted({i for i in chosen if chosen.count(i) > 1})
     if repeated:
         raise NblError(f"{flag} {text!r}: layer {repeated[0]} is named twice")
-    if len(chosen) >= num_layers:
-        raise NblError(_all_refused(f"{flag} {text!r}", num_layers))
+    if without := sorted(set(chosen) - set(attention)):
+        raise NblError(
+            f"{flag} {text!r}: layer {without[0]} has no attention to replace; this model has attention in layers "
+            f"{spoken_layers(attention)}"
+        )
+    if len(chosen) >= len(attention):
+        raise NblError(_all_refused(f"{flag} {text!r}", len(attention)))
     return tuple(sorted(chosen))
 
 
-def _all_refused(what: str, num_layers: int) -> str:
+def asked_layers(options: JobOptions, spec: DecoderSpec, name: str = "layers") -> int | tuple[int, ...]:
+    """The number of layers, or the named layers, of an option that is given; raises as `parse_layers`."""
+    return parse_layers(getattr(options, name), spec.num_layers, flag_of(name), spec.others)
+
+
+def _all_refused(what: str, count: int) -> str:
     return (
-        f"{what} would replace all {num_layers} attention layers; at least one stays, because without attention "
-        "no token sees another: ask for at most " + str(num_layers - 1)
+        f"{what} would replace all {count} attention layers; at least one stays, because without attention "
+        "no token sees another: ask for at most " + str(count - 1)
     )
 
 
@@ -174,19 +191,20 @@ def layers_for_budget(options: JobOptions, budget: CacheBudget, spec: DecoderSpe
         NblError: the caches of the original fit already, or those of a single attention layer do not.
     """
     layer_bytes = spec.cache_bytes_per_token(1, itemsize) * budget.tokens
-    kept = min(spec.num_layers, int(budget.size_bytes // layer_bytes))
+    layers = len(spec.attention_layers)
+    kept = min(layers, int(budget.size_bytes // layer_bytes))
     of, asked = f"{budget.tokens} tokens" if budget.tokens > 1 else "a token", f"--kv-budget {options.kv_budget}"
     if kept < 1:
         raise NblError(
             f"{asked} cannot be met: with one attention layer left the caches of {of} take "
             f"{layer_bytes:,} bytes, {budget.size_bytes:,.0f} are allowed; allow more or use a smaller --precision"
         )
-    if kept == spec.num_layers:
+    if kept == layers:
         raise NblError(
             f"{asked}: the cache already fits, so nothing needs to be replaced (the caches of {of} take "
             f"{kept * layer_bytes:,} bytes, {budget.size_bytes:,.0f} are allowed); ask for less, or leave it out"
         )
-    return spec.num_layers - kept, kept * layer_bytes
+    return layers - kept, kept * layer_bytes
 
 
 def check_size(options: JobOptions, spec: DecoderSpec, itemsize: int) -> None:

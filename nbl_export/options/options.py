@@ -26,7 +26,7 @@ from nbl_export.records.from_json import read_record, require
 from nbl_export.records.plan import MAPS, TAPS
 
 __all__ = ["BUILDER_OPTIONS", "CHECKPOINT_FIT", "GGUF", "GIVEN_GRAPH", "MAIN", "NO_ORIGINAL", "OPTIONS", "PANELS",
-           "JobOptions", "Option", "describe_command", "flag_of", "located", "public_facts", "public_options",
+           "WIDTHS", "JobOptions", "Option", "describe_command", "flag_of", "located", "public_facts", "public_options",
            "usual_tap", "usual_windows"]  # fmt: skip
 
 MAIN = "main"  # the name of the main job among commands
@@ -43,6 +43,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # ends a line, or mo
 SELF = "self"  # calibration text that the model generates
 GIVEN_GRAPH = "given"  # decoder source of a model that is an ONNX graph
 AUTO_WINDOWS, NO_WINDOWS = "auto", "none"  # windows in as many top layers as quality allows, or in no layer
+WIDTHS = (64, 128)  # of windows, in tokens, if none is asked for: the first for named layers, the better one with auto
 CHECKPOINT_FIT = "given"  # fit of the maps that an NBL checkpoint has
 NO_ORIGINAL = "the checkpoint no longer contains the attention weights of its replaced layers"
 GGUF = "gguf"  # precision: codes of a GGUF file, see `rewrite.quantize.take_codes`
@@ -120,10 +121,13 @@ class JobOptions:
     )  # fmt: skip
     window_layers: str = option(
         NO_WINDOWS, "Further layers whose attention reads the last --window tokens and the first one alone: 24-29; "
-        "auto: replaced layers of the upper quarter that lose clearly less so; or none. Default: auto for a "
-        "limit on quality, if the engine has them.", _REPLACED, "main plan", metavar="LAYERS",
+        "auto: layers at the top that lose too much as linear ones; or none. Default: auto for a limit on quality, if "
+        "the engine has them.", _REPLACED, "main plan", metavar="LAYERS",
     )  # fmt: skip
-    window: int = option(64, "Tokens that a layer of --window-layers reads.", _REPLACED, "main plan", least=1)
+    window: int | None = option(
+        None, "Tokens that a layer of --window-layers reads; default: 64, or with auto 64 or 128.", _REPLACED,
+        "main plan", least=1,
+    )  # fmt: skip
     max_perplexity_increase: str | None = option(
         None, "The most layers within this, on other text.", _REPLACED, "main plan",
         first=True, metavar="5%",
@@ -188,8 +192,9 @@ class JobOptions:
     )  # fmt: skip
     seed: int = option(0, "Seed of distillation and of --calibration self.", _CALIBRATE, "main calibrate", least=0)
     precision: str = option(
-        "fp32", "ort: fp32 (default), fp16, int8, int4, gguf; openvino: fp16 (default), fp32, int8, int4; trt: fp16 "
-        "(default), bf16 (if fp16 overflows), int4.", _ENGINE, "main rewrite", first=True, metavar="PRECISION",
+        "fp32", "ort: fp32 (default), fp16, int8, int4, gguf; openvino: fp16 (default), fp32, int8, int4; trt: bf16 "
+        "(default), fp16, int4; trt-rtx: fp16 (default), bf16, int4.", _ENGINE, "main rewrite", first=True,
+        metavar="PRECISION",
     )  # fmt: skip
     requantize: bool = option(
         False, "A GGUF in int8 or int4: round its matrices again; default: take over its own codes (precision gguf).",
@@ -301,6 +306,11 @@ class JobOptions:
     def prompt_length(self) -> int:
         """Tokens of the prefill whose costs are modelled: the first measured length."""
         return self.prompt_tokens[0]
+
+    @property
+    def width(self) -> int:
+        """Tokens that a window of a named layer reads."""
+        return self.window or WIDTHS[0]
 
     @property
     def first_threads(self) -> int | None:

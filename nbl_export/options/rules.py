@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.options.goals import names_layers, parse_layers
+from nbl_export.options import hybrids
+from nbl_export.options.goals import asked_layers, names_layers
 from nbl_export.options.options import (
     AUTO_WINDOWS,
     BUILDER_OPTIONS,
@@ -62,6 +63,11 @@ class ModelFacts:
     not_from: Mapping[str, str] = field(default_factory=dict)
     decoder: DecoderSpec | None = None
     unreadable: str = ""
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether some of the decoder's layers have no attention."""
+        return self.decoder is not None and bool(self.decoder.others)
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,9 @@ DEFAULTS: dict[str, Callable[[Mapping[str, Any], Capabilities, ModelFacts], str]
     "fit": lambda values, _, model: CHECKPOINT_FIT if model.maps_tap else usual_fit(values),
     "tap": _tap,
     "window_layers": lambda values, engine, model: (
-        usual_windows(values) if engine.windows and not model.graph and not model.maps_tap else NO_WINDOWS
+        usual_windows(values)
+        if engine.windows and not model.graph and not model.maps_tap and not model.is_hybrid
+        else NO_WINDOWS
     ),
 }
 
@@ -206,7 +214,7 @@ APPLIES: tuple[Applies, ...] = (
     Applies(("quantized_model",), "--precision int4 of --decoder-source genai", lambda c: c.builds_int4),
     Applies(("draft",), "engines ort and openvino on a CPU", lambda c: bool(c.engine.proposers)),
     Applies(("draft_layers",), "--draft nbl or auto", lambda c: c.options.draft in ("nbl", AUTO)),
-    Applies(("threads", "batches"), "engines that compile nothing (ort, openvino)", lambda c: not c.engine.static),
+    Applies(("threads",), "engines that compile nothing (ort, openvino)", lambda c: not c.engine.static),
 )  # fmt: skip
 
 
@@ -399,25 +407,27 @@ def _wrong_windows(case: Case) -> str | bool:
     if options.window_layers in (NO_WINDOWS, AUTO_WINDOWS) or decoder is None:
         return _too_wide(case)
     flag = f"--window-layers {options.window_layers}"
-    windows = parse_layers(options.window_layers, decoder.num_layers, "--window-layers")
+    windows = asked_layers(options, decoder, "window_layers")
     if isinstance(windows, int):
         return f"{flag} is a count, but windows have no order; name the layers (24-29, or 8,)"
-    linear = () if options.layers is None else parse_layers(options.layers, decoder.num_layers)
+    linear = () if options.layers is None else asked_layers(options, decoder)
     if isinstance(linear, tuple) and (both := sorted(set(windows) & set(linear))):
         return f"{flag}: layer {both[0]} is in --layers too; name it once"
-    if len(windows) + (linear if isinstance(linear, int) else len(linear)) >= decoder.num_layers:
-        return f"{flag} and --layers name all {decoder.num_layers} layers; at least one keeps its whole attention"
+    count = len(decoder.attention_layers)
+    if len(windows) + (linear if isinstance(linear, int) else len(linear)) >= count:
+        return f"{flag} and --layers name all {count} layers; at least one keeps its whole attention"
     return _too_wide(case)
 
 
 def _too_wide(case: Case) -> str | bool:
     options, decoder = case.options, case.model.decoder
-    return bool(options.window_layers and decoder and options.window > decoder.max_positions) and (
-        f"--window {options.window} is beyond the model's {_positions(case)} positions"
+    return bool(options.window_layers and decoder and options.width > decoder.max_positions) and (
+        f"--window {options.width} is beyond the model's {_positions(case)} positions"
     )
 
 
 OF_DECODER: tuple[Refusal, ...] = (
+    (NblError, lambda c: c.model.decoder is not None and hybrids.refused(c.options, c.engine, c.model.decoder)),
     (NblError, _wrong_windows),
     (NblError, lambda c: (
         c.engine.static and c.cache_length > _positions(c)

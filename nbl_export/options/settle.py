@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from nbl_export.errors import UsageError
-from nbl_export.options.goals import GOALS, check_request, check_size, names_layers, parse_layers
+from nbl_export.options.goals import GOALS, asked_layers, check_request, check_size, names_layers
 from nbl_export.options.options import AUTO_WINDOWS, GGUF, OPTIONS, JobOptions, Option, flag_of
 from nbl_export.options.rules import APPLIES, DEFAULTS, FIRST, OF_DECODER, REFUSED, Case, ModelFacts, Refusal
 from nbl_export.records.capabilities import Capabilities
@@ -27,6 +27,7 @@ __all__ = ["judge", "numbers", "over", "read_asked", "settle"]
 EngineOf = Callable[[str, str], Capabilities]  # engine, provider -> its capabilities; refuses an unknown engine
 
 _COUNTS = ("layers", *GOALS)  # one of them sets how many layers are replaced
+_LAYERS = ("layers", "window_layers", "draft_layers")
 _DEFAULT: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(JobOptions)}
 
 
@@ -54,7 +55,7 @@ def settle(
     if recorded and not model.graph and not model.maps_tap:
         # another goal for a run does not change how its maps are made
         known["fit"] = recorded.fit
-        if recorded.window_layers != AUTO_WINDOWS or not _ends_windows(given):
+        if recorded.window_layers != AUTO_WINDOWS or not (_ends_windows(given) or model.is_hybrid):
             known["window_layers"] = recorded.window_layers
     if model.maps_tap:
         for name in ("fit", "window_layers"):
@@ -138,7 +139,7 @@ def judge(case: Case) -> None:
     if case.model.decoder is not None:
         for name in ("layers", "draft_layers"):
             if getattr(case.options, name) is not None:
-                parse_layers(getattr(case.options, name), case.model.decoder.num_layers, flag_of(name))
+                asked_layers(case.options, case.model.decoder, name)
         check_size(case.options, case.model.decoder, case.engine.cache_itemsize(case.options.precision))
         _refuse(OF_DECODER, case)
 
@@ -149,7 +150,7 @@ def judge(case: Case) -> None:
 def read_asked(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values by the field names of JobOptions, in its types. A name may be that of the field or of the flag.
 
-    Numbers are accepted for texts of numbers (layers = 8), and one text for a list of texts.
+    Numbers are accepted for texts of numbers (layers = 8), lists for named layers, and one text for a list of texts.
 
     Raises:
         UsageError: a name is no option, or a text holds no numbers.
@@ -174,6 +175,8 @@ def _value(name: str, value: Any, said: Option | None) -> Any:
         return (value,)
     if name in (*_COUNTS, "rank", "draft_layers") and is_number:
         return str(value)
+    if name in _LAYERS and isinstance(value, (list, tuple)):
+        return ",".join(map(str, value)) + ("," if len(value) == 1 else "")  # "8" alone is a count
     if name == "precision" and isinstance(value, str):
         return value.lower()
     return tuple(value) if isinstance(value, list) else value

@@ -16,6 +16,9 @@ With `saving` (select "efficient"), the layer is taken that gives the set with t
 prefill work that the whole set saves. Each layer saves the same part of a decode step, so for equally large sets this
 is the loss over the geometric mean of what is saved in prefill and in decode.
 
+An order may begin with layers that were chosen as a whole (`plan.kinds`): one more of them in each step, in their own
+order, without trials.
+
 A shorter order is the front of a longer order. `extrapolate` goes on by the estimate alone, for a curve of quality
 against speed, with a true pass at the end of each stretch.
 
@@ -35,7 +38,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,11 +118,15 @@ class _Front:
     What a further layer K adds to the loss is `_more_PK`.
 
     Args:
+        places: of the layers in these effects.
         alone: effects of each layer alone, for each text.
         base, known: effects of the set for each text, and the set; None for the empty set.
     """
 
-    def __init__(self, alone: Sequence[_Solo], base: Sequence[Effects] | None, known: Point | None) -> None:
+    def __init__(
+        self, places: Mapping[int, int], alone: Sequence[_Solo], base: Sequence[Effects] | None, known: Point | None
+    ) -> None:
+        self._places = places
         self._gram_PKK = torch.stack([solo.gram for solo in alone])
         self._more_PK = torch.stack([solo.loss for solo in alone])
         self._loss_P = torch.tensor(known.losses if known else [0.0] * len(alone), dtype=torch.float64)
@@ -130,13 +137,14 @@ class _Front:
 
     def estimate(self, layer: int) -> float:
         """Estimated loss of the set with one more layer."""
-        return _overall(self._loss_P + self._more_PK[:, layer])
+        return _overall(self._loss_P + self._more_PK[:, self._places[layer]])
 
     def add(self, layer: int) -> None:
         """Add a layer without a true pass."""
-        self._loss_P = self._loss_P + self._more_PK[:, layer]
+        place = self._places[layer]
+        self._loss_P = self._loss_P + self._more_PK[:, place]
         self.layers = (*self.layers, layer)
-        self._more_PK = self._more_PK + self._gram_PKK[:, layer]
+        self._more_PK = self._more_PK + self._gram_PKK[:, place]
 
 
 class _Solo:
@@ -168,19 +176,23 @@ class Search:
         judge: measures effects.
         order: steps found before with the same judge are kept.
         given: layers that are replaced in any case; they are the first step.
+        begin: layers that come before every layer that is chosen.
         saving: share of a prefill's work that replacing these layers saves; None counts no work.
         progress: called with trials and passes done, and the total of the round of trials.
     """
 
     def __init__(
         self, judge: Judge, order: GreedyOrder, saving: Callable[[Sequence[int]], float] | None,
-        progress: Progress, given: Sequence[int] = (),
+        progress: Progress, given: Sequence[int] = (), begin: Sequence[int] = (),
     ) -> None:  # fmt: skip
-        self._judge, self._saving = judge, saving
+        self._judge, self._saving, self._begin = judge, saving, begin
+        self._places = {layer: place for place, layer in enumerate(judge.layers)}
         self._effects_alone = judge.alone(progress)
         self._alone = [_Solo(part) for part in self._effects_alone.split(judge.parts)]
         if not any(math.isfinite(_overall(loss_P)) for loss_P in torch.stack([solo.loss for solo in self._alone], 1)):
-            raise NblError("the map of layer 0 gives logits that are not finite; give more --calibration-tokens")
+            raise NblError(
+                f"the map of layer {judge.layers[0]} gives logits that are not finite; give more --calibration-tokens"
+            )
         self.order = order
         self._excess: dict[int, float] = {}
         replaced = order.layers or tuple(given)
@@ -222,7 +234,7 @@ class Search:
         return self.order
 
     def _front(self, known: Point | None, effects: Effects | None) -> _Front:
-        return _Front(self._alone, None if effects is None else effects.split(self._judge.parts), known)
+        return _Front(self._places, self._alone, None if effects is None else effects.split(self._judge.parts), known)
 
     def _step(self) -> tuple[Point, Effects]:
         known = self.order.steps[-1] if self.order.steps else None
@@ -231,7 +243,7 @@ class Search:
         tried: list[tuple[float, Point, Effects]] = []
         for layer, following in zip(ranked[:TRIES], [*ranked[1:], None], strict=False):
             replaced_set = (*front.layers, layer)
-            effects = self._judge.together(replaced_set) if known else self._effects_alone[layer]
+            effects = self._judge.together(replaced_set) if known else self._effects_alone[self._places[layer]]
             point = self._point(replaced_set, effects)
             self._excess[layer] = max(0.0, point.loss - front.estimate(layer))
             tried.append((self._value(point.loss, replaced_set), point, effects))
@@ -249,8 +261,14 @@ class Search:
         return point, effects
 
     def _ranked(self, front: _Front) -> list[int]:
-        """Layers by the value of the set with them, best first; the lower layer first on a tie."""
-        rest = [i for i in range(self._judge.num_layers) if i not in front.layers]
+        """Layers by the value of the set with them, best first; the lower layer first on a tie.
+
+        Only the next one of the layers that the order begins with, as long as there is one.
+        """
+        for layer in self._begin:
+            if layer not in front.layers:
+                return [layer]
+        rest = [i for i in self._judge.layers if i not in front.layers]
         return sorted(rest, key=lambda i: (self._value(self._estimate(front, i), (*front.layers, i)), i))
 
     def _estimate(self, front: _Front, layer: int) -> float:
@@ -319,15 +337,15 @@ class Judge:
 
     def __init__(self, mixes: Mixes, texts: Sequence[torch.Tensor]) -> None:
         ids_WT = torch.cat(list(texts))
-        self._mixes, self.num_layers = mixes, mixes.num_layers
+        self._mixes, self.layers = mixes, mixes.layers
         self._rows = torch.arange(0, ids_WT.shape[1] - 1, EVERY)
         self._target_N = ids_WT[:, self._rows + 1].flatten()
         self._runs = mixes.runs(ids_WT, again=True)
         self.parts = [len(text) * len(self._rows) for text in texts]  # judged positions of each text
 
     def alone(self, progress: Progress) -> Effects:
-        """The effects of each layer alone (K: all layers)."""
-        return self._effects(self._changes_of([(i,) for i in range(self.num_layers)], progress), pulled=True)
+        """The effects of each layer alone (K: in the order of `layers`)."""
+        return self._effects(self._changes_of([(i,) for i in self.layers], progress), pulled=True)
 
     def together(self, replaced_set: Collection[int]) -> Effects:
         """The effects of a mix (K = 1), without its pull."""

@@ -8,22 +8,42 @@ from typing import Any
 
 from nbl_export.mixers.base import Mixer
 from nbl_export.options.goals import CacheBudget, PerplexityIncrease, TargetSpeedup
+from nbl_export.records.decoder import attention_among
 from nbl_export.records.inputs import Lazy
 
-__all__ = ["WITHOUT_WINDOWS", "AskedGoal", "DistilledMaps", "MapKind", "OrderInputs", "PlanInputs", "SweepInputs"]
+__all__ = ["WITHOUT_TOP", "AskedGoal", "ChooseTop", "DistilledMaps", "MapKind", "OrderInputs", "PlanInputs",
+           "SweepInputs", "Top"]  # fmt: skip
 
 Maps = Mapping[int, Mixer]  # replaced layer -> its mixer
 Fit = Callable[[Collection[int]], Maps]  # layers -> their fitted maps
-# what fits layers, and the layers that got windows before, if they are known -> windows
-ChooseWindows = Callable[[Fit, Collection[int] | None], Maps]
 Texts = Sequence[tuple[str, Any]]  # name and token ids [windows, context] of each text
 
 
-def _no_windows(_fit: Fit, _known: Collection[int] | None) -> Maps:
-    return {}
+@dataclass(frozen=True)
+class Top:
+    """The unbroken top of a decoder that is replaced first.
+
+    Attributes:
+        layers: of it, top first. windows: those of its layers that have a window in place of a fitted map.
+    """
+
+    layers: tuple[int, ...] = ()
+    windows: Maps = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Its layers, and the width in tokens of each window."""
+        return {"layers": list(self.layers), "windows": {str(i): m.work().reach for i, m in self.windows.items()}}
 
 
-WITHOUT_WINDOWS: Lazy[ChooseWindows] = Lazy(None, lambda: _no_windows)
+# what fits layers, and the `to_json` of the top that was chosen before, if it is known -> the top
+ChooseTop = Callable[[Fit, Mapping[str, Any] | None], Top]
+
+
+def _no_top(_fit: Fit, _known: Mapping[str, Any] | None) -> Top:
+    return Top()
+
+
+WITHOUT_TOP: Lazy[ChooseTop] = Lazy(None, lambda: _no_top)
 
 
 @dataclass(frozen=True)
@@ -45,13 +65,14 @@ class OrderInputs:
 
     Attributes:
         select: "cca" (smallest bound), "error", "greedy" (least loss) or "efficient" (least loss for the work saved).
+        others: layers without attention, which no order has.
         moments: (layer, tap) -> its moments.
         mixes: maps and their tap -> the torch model, in which these maps can replace attention.
         texts: texts that layers are chosen by; no map is fitted on them.
         second_sha256: of the second text among them, which differs between versions of Python.
         saved: share of the arithmetic of a prefill of some tokens that maps save, for "efficient".
         given: mixers of layers that are replaced in any case, before the order begins.
-        windows: chooses the layers that get a window in place of a fitted map, if the order takes them.
+        top: chooses the layers that the order begins with, and which of them have a window.
     """
 
     kind: MapKind
@@ -64,7 +85,13 @@ class OrderInputs:
     second_sha256: Lazy[str | None]
     saved: Lazy[Callable[[Maps, int], float]]
     given: Lazy[Maps] = field(default_factory=lambda: Lazy(None, dict))
-    windows: Lazy[ChooseWindows] = field(default_factory=lambda: WITHOUT_WINDOWS)
+    top: Lazy[ChooseTop] = field(default_factory=lambda: WITHOUT_TOP)
+    others: tuple[int, ...] = ()
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers with attention, ascending."""
+        return attention_among(self.num_layers, self.others)
 
 
 @dataclass(frozen=True)

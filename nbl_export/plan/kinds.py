@@ -1,52 +1,98 @@
-"""Which layers keep their attention over a window (`mixers.window`) instead of a map that is fitted.
+"""The top of a decoder that is replaced first, and which of its layers keep their attention over a window.
 
-    each layer alone ─► KL(original || changed model), once with its map and once with its window ─► its kind
+    layers from the top down, each alone ─► KL(original || changed model), with its map and with each window
+        ─► unbroken tops whose KLs add up to the limit at most ─► the best share of a prefill saved, less KL
 
-A window costs more than a map: it computes queries, keys and values, and has a cache. Above the last whole attention
-both let a prompt end early. So a layer gets a window only if its KL is clearly the lower one. Rows have `LENGTH`
-tokens, since a short row would hide what a window does not see.
+Above the last whole attention a prompt needs few positions (`measure.cost`). A layer below a whole attention saves
+nothing of this, and neither does a layer that is looked at alone. So a top is chosen as a whole. A map needs one
+position and a window W more for each layer below it, so a window stands only where a map costs too much. All windows of
+a model have one width. Rows have `LENGTH` tokens, since a short row would hide what a window does not see.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from nbl_export.model.mixes import Mixes, quiet
-from nbl_export.plan.inputs import Maps, Texts
+from nbl_export.plan.inputs import Maps, Texts, Top
 
-__all__ = ["LENGTH", "better_as_windows", "long_rows"]
+__all__ = ["LENGTH", "MAP", "Losses", "best_top", "long_rows", "losses_alone", "top_of"]
 
 LENGTH = 2048  # tokens of a row, or the model's positions
-_TIMES = 1.5  # a map's KL over the window's from which on the window is worth its cost
+MAP = 0  # the kind of a layer with its map; the kind of a layer with a window is its width in tokens
 _EVERY = 8  # every eighth position is judged; each position sees all positions before
+Losses = dict[int, dict[int, tuple[float, ...]]]  # layer -> kind -> KL on each text, in nats
 
 
-def better_as_windows(
-    mixes: Callable[[Maps], Mixes], fitted: Maps, windows: Maps, texts: Texts, length: int,
-    progress: Callable[[int, int], None] = quiet,
-) -> tuple[int, ...]:  # fmt: skip
-    """The layers, of those that have a window, that lose `_TIMES` as much with their map as with their window.
+def losses_alone(
+    mixes: Callable[[Maps], Mixes], mixers: Callable[[Collection[int]], Mapping[int, Maps]], num_layers: int,
+    texts: Texts, length: int, limit: float, progress: Callable[[int, int], None] = quiet,
+) -> Losses:  # fmt: skip
+    """The loss of each layer alone, with each kind, from the top down while a top can keep the limit.
 
     Args:
-        mixes: maps -> the torch model in which they can replace attention.
+        mixes: mixers -> the torch model in which they can replace attention.
+        mixers: layers -> kind -> their mixers.
         texts: consecutive windows of each. length: most tokens of a row; one row of each text is read.
+        limit: of the sum of KLs on each text, in nats.
     """
     rows = [long_rows(ids, length)[:1] for _, ids in texts]
-    total, done = 2 * len(rows) * len(windows), 0
-    found: list[dict[int, float]] = []
-    for maps in ({i: fitted[i] for i in windows}, windows):
-        losses = dict.fromkeys(maps, 0.0)
-        for ids_WT in rows:
-            for layer, kl in _losses(mixes(maps), ids_WT, maps):
-                losses[layer] += kl
-                done += 1
-                progress(done, total)
-        found.append(losses)
-    by_map, by_window = found
-    return tuple(i for i in windows if _TIMES * by_window[i] < by_map[i])
+    found: Losses = {}
+    step = max(1, round(num_layers / 8))
+    for end in range(num_layers, 0, -step):
+        layers = range(max(1, end - step), end)  # one layer keeps its attention
+        kinds = mixers(layers)
+        for done, (kind, maps) in enumerate(kinds.items()):
+            kls = [_losses(mixes(maps), ids_WT, maps) for ids_WT in rows]
+            for layer in maps:
+                found.setdefault(layer, {})[kind] = tuple(kl[layer] for kl in kls)
+            progress(len(kinds) * len(found) - len(kinds) + done + 1, len(kinds) * num_layers)
+        least = [min(kls.values(), key=max) for kls in found.values()]
+        if not layers or not _worst(least) <= limit:
+            break
+    return found
+
+
+def best_top(losses: Losses, limit: float, saved: Callable[[Mapping[int, int]], float]) -> dict[int, int]:
+    """Layer -> kind of the unbroken top within the limit that saves most more than it loses, top first.
+
+    A percent of a prefill is worth a percent of perplexity. Empty if no top saves more than it loses.
+
+    Args:
+        saved: share of a prefill that layers of these kinds save.
+    """
+    best: tuple[float, dict[int, int]] = (0.0, {})
+    layers = sorted(losses, reverse=True)
+    for width in sorted({kind for kls in losses.values() for kind in kls} - {MAP}) or [MAP]:
+        for count in range(1, len(layers) + 1):
+            for kinds in _with_windows(losses, layers[:count], width):
+                lost = _worst([losses[i][kind] for i, kind in kinds.items()])
+                if lost <= limit and (gain := saved(kinds) - lost) > best[0]:
+                    best = (gain, kinds)
+    return best[1]
+
+
+def _with_windows(losses: Losses, layers: Iterable[int], width: int) -> Iterator[dict[int, int]]:
+    """Maps in these layers, then one window more at a time, first where windows spare most."""
+    kinds = dict.fromkeys(layers, MAP)
+    spared = {i: max(losses[i][MAP]) - max(losses[i].get(width, losses[i][MAP])) for i in kinds}
+    yield dict(kinds)
+    for layer in sorted((i for i in kinds if spared[i] > 0), key=lambda i: -spared[i]):
+        kinds[layer] = width
+        yield dict(kinds)
+
+
+def _worst(losses: Iterable[tuple[float, ...]]) -> float:
+    """The sum of losses on the worst text."""
+    return max(map(sum, zip(*losses, strict=True)))
+
+
+def top_of(kinds: Mapping[int, int], mixers: Callable[[Collection[int]], Mapping[int, Maps]]) -> Top:
+    """The record of kinds."""
+    return Top(tuple(kinds), {i: mixers([i])[kind][i] for i, kind in kinds.items() if kind != MAP})
 
 
 def long_rows(windows_WT: Any, length: int) -> torch.Tensor:
@@ -56,8 +102,10 @@ def long_rows(windows_WT: Any, length: int) -> torch.Tensor:
     return ids[: rows * length].view(rows, length) if rows else torch.as_tensor(windows_WT)
 
 
-def _losses(mixes: Mixes, ids_WT: torch.Tensor, layers: Iterable[int]) -> Iterator[tuple[int, float]]:
+def _losses(mixes: Mixes, ids_WT: torch.Tensor, layers: Iterable[int]) -> dict[int, float]:
     """Each layer, and the KL of a row if it alone is replaced."""
     runs, layers = mixes.runs(ids_WT, again=False), list(layers)
-    for layer, last in zip(layers, runs.last([(i,) for i in layers]), strict=True):
-        yield layer, mixes.losses(ids_WT[0], runs.original[0], {layer: last[0]}, _EVERY)[layer].kl
+    pairs = zip(layers, runs.last([(i,) for i in layers]), strict=True)
+    return {
+        layer: mixes.losses(ids_WT[0], runs.original[0], {layer: last[0]}, _EVERY)[layer].kl for layer, last in pairs
+    }

@@ -20,7 +20,7 @@ from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import FitOptions, Mixer
 from nbl_export.model.mixes import Mixes
 from nbl_export.plan.greedy import EVERY, RULE, GreedyOrder, Judge, Point, Search
-from nbl_export.plan.inputs import Maps, OrderInputs
+from nbl_export.plan.inputs import Maps, OrderInputs, Top
 from nbl_export.records.inputs import Lazy, identity_of
 from nbl_export.records.plan import LayerScore, Plan
 
@@ -53,10 +53,10 @@ class Selection:
 
     @functools.cached_property
     def scores(self) -> tuple[LayerScore, ...]:
-        """Scores of all layers: bounds of the residual tap for every tap, and errors of the chosen tap's maps."""
+        """Scores of layers with attention: bounds at the residual tap for every tap, errors of the chosen one."""
         asked, moments, found = self.inputs.kind, self.inputs.moments.value, []
         kind = kind_of(asked.kind)
-        for i in range(self.inputs.num_layers):
+        for i in self.inputs.attention_layers:
             score = kind.score(moments(i, "residual"), i)
             if asked.tap != "residual":
                 own = kind.score(moments(i, asked.tap), i, FitOptions(bias=asked.bias))
@@ -68,7 +68,7 @@ class Selection:
         """The maps of some layers; the moments of one layer at a time are in memory."""
         self._maps |= self.inputs.given.value
         if self.judges:
-            self._maps |= self._windows
+            self._maps |= self._top.windows
         self._maps |= self._fit([i for i in layers if i not in self._maps])
         return {i: self._maps[i] for i in layers}
 
@@ -78,12 +78,11 @@ class Selection:
         return {i: kind.fit(moments(i, asked.tap), i, options) for i in layers}
 
     @functools.cached_property
-    def _windows(self) -> Maps:
-        """Layers that get a window in place of a fitted map, as recorded if they are."""
-        found, known = self._found, None
-        if found and found.get("key") == self.key and isinstance(found.get("windows"), list):
-            known = [int(i) for i in found["windows"]]
-        return self.inputs.windows.value(self._fit, known)
+    def _top(self) -> Top:
+        """The layers that the order begins with, as recorded if they are."""
+        found = self._found
+        known = found.get("top") if found and found.get("key") == self.key else None
+        return self.inputs.top.value(self._fit, known)
 
     @functools.cached_property
     def mixes(self) -> Mixes:
@@ -125,7 +124,7 @@ class Selection:
         0 if the model's output does not give the order.
         """
         count = 0
-        while self.judges and count < self.inputs.num_layers - len(self.given) - 1:
+        while self.judges and count < len(self.inputs.attention_layers) - len(self.given) - 1:
             if self._extended(count + 1).steps[count + bool(self.given)].worst_increase > increase:
                 break
             count += 1
@@ -133,7 +132,7 @@ class Selection:
 
     def extrapolate(self, count: int) -> None:
         """Find the sets of a curve beyond `count` layers, unless they are recorded."""
-        layers = self.inputs.num_layers
+        layers = len(self.inputs.attention_layers)
         wanted = sorted({round(k * layers / _STRETCHES) for k in range(1, _STRETCHES // 2 + 1)} - {0})
         order = self._extended(count)
         known = {len(point.layers) for point in (*order.steps, *order.beyond)}
@@ -156,7 +155,7 @@ class Selection:
         tokens = sum(windows.numel() for windows in texts)
         order = self._order or GreedyOrder()
         with self._task(f"trying each layer on {tokens} tokens") as progress:
-            return Search(Judge(self.mixes, texts), order, self._saving, progress, self.given)
+            return Search(Judge(self.mixes, texts), order, self._saving, progress, self.given, self._top.layers)
 
     @functools.cached_property
     def _saving(self) -> Callable[[Sequence[int]], float] | None:
@@ -168,7 +167,7 @@ class Selection:
 
     @property
     def _all_maps(self) -> dict[int, Mixer]:
-        return self.maps_of(range(self.inputs.num_layers))
+        return self.maps_of(self.inputs.attention_layers)
 
     # -- records -----------------------------------------------------------------------------------------------
 
@@ -188,7 +187,7 @@ class Selection:
         """Fingerprint of what an order by the model's output follows from."""
         inputs = self.inputs
         saved = inputs.saved.identity if self.select == "efficient" else None
-        parts = (inputs.kind, inputs.moments, inputs.mixes, inputs.texts, inputs.given, inputs.windows)
+        parts = (inputs.kind, inputs.moments, inputs.mixes, inputs.texts, inputs.given, inputs.top)
         return key_of(
             RULE, EVERY, _WEIGHED_TOKENS, [identity_of(part) for part in parts], inputs.second_sha256.value, saved
         )
@@ -202,7 +201,7 @@ class Selection:
         if self._order is None:
             return {"curve": None}
         greedy = {"key": self.key, "texts": self._names, **dataclasses.asdict(self._order)}
-        greedy["windows"] = sorted(self._windows)
+        greedy["top"] = self._top.to_json()
         points = [self._point(speedup.value, point) for point in (*self._order.steps, *self._order.beyond)]
         return {"greedy": greedy, "curve": {"texts": self._names, **setting.value, "points": points}}
 
@@ -217,9 +216,9 @@ class Selection:
 # -- from scores and a request to a plan -----------------------------------------------------------------------
 
 
-def a_quarter(num_layers: int) -> int:
+def a_quarter(attention_layers: int) -> int:
     """How many layers are replaced by default if the model's own output cannot judge them: at least one of several."""
-    return min(max(1, round(num_layers / 4)), num_layers - 1)
+    return min(max(1, round(attention_layers / 4)), attention_layers - 1)
 
 
 def ranked(scores: Sequence[LayerScore], select: str) -> tuple[int, ...]:
@@ -230,15 +229,20 @@ def ranked(scores: Sequence[LayerScore], select: str) -> tuple[int, ...]:
 
 def choose(
     scores: Sequence[LayerScore], request: int | tuple[int, ...], tap: str = "residual", select: str = "cca",
-    order: Sequence[int] | None = None, kind: str = "linear",
+    order: Sequence[int] | None = None, kind: str = "linear", others: Collection[int] = (),
 ) -> Plan:  # fmt: skip
     """The plan for a count or for named layers, all of one kind.
 
     A count takes the first layers of `order` (default: `ranked`).
+
+    Args:
+        scores: of each layer with attention.
+        others: layers without attention.
     """
     if isinstance(request, int):
         order = ranked(scores, select) if order is None else order
         replaced = tuple(sorted(order[:request]))
     else:
         replaced, select = request, "given"
-    return Plan(len(scores), replaced, tap, select, tuple(scores), (kind,) * len(replaced))
+    layers = len(scores) + len(others)
+    return Plan(layers, replaced, tap, select, tuple(scores), (kind,) * len(replaced), tuple(others))

@@ -45,7 +45,7 @@ from nbl_export.errors import NblError
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.mixes import Mixes
 from nbl_export.options.goals import DEFAULT_INCREASE, CacheBudget, PerplexityIncrease, TargetSpeedup
-from nbl_export.plan.inputs import WITHOUT_WINDOWS, AskedGoal, MapKind, Maps, PlanInputs, SweepInputs, Texts
+from nbl_export.plan.inputs import WITHOUT_TOP, AskedGoal, MapKind, Maps, PlanInputs, SweepInputs, Texts
 from nbl_export.plan.order import Selection, Task, a_quarter, choose, quiet
 from nbl_export.records.plan import Plan
 from nbl_export.records.quality import loss_row, spoken_interval, windows_needed
@@ -68,7 +68,7 @@ def make_plan(
     """
     request, goal = inputs.request, None
     if request is None and inputs.goal.text is None and inputs.quarter.value:
-        request = a_quarter(selection.inputs.num_layers)
+        request = a_quarter(len(selection.inputs.attention_layers))
     if request is None:
         reached = _count(inputs, selection, task)
         for line in reached.lines:
@@ -79,7 +79,7 @@ def make_plan(
         selection.extrapolate(len(order))
     select = "given" if order is None else selection.select
     asked = selection.inputs.kind
-    plan = choose(selection.scores, request, asked.tap, select, order, asked.kind)
+    plan = choose(selection.scores, request, asked.tap, select, order, asked.kind, selection.inputs.others)
     facts = selection.facts(inputs.speedup, inputs.setting)
     replaced = tuple(sorted({*selection.given, *plan.replaced}))
     maps = selection.maps_of(replaced)
@@ -108,7 +108,7 @@ def sweep(inputs: SweepInputs, fitted: Selection, titles: Mapping[str, str], tas
         fitted: of `inputs.order`.
         titles: "nbl", "drop" and "distilled" in words, for the progress.
     """
-    zeros = dataclasses.replace(inputs.order, kind=MapKind("none", inputs.order.kind.tap), windows=WITHOUT_WINDOWS)
+    zeros = dataclasses.replace(inputs.order, kind=MapKind("none", inputs.order.kind.tap), top=WITHOUT_TOP)
     dropped = Selection(zeros, task)
     order, texts = fitted.order(inputs.count), inputs.deciding.value
     sets = {m: (*fitted.given, *order[:m]) for m in range(inputs.count + 1)}
@@ -247,7 +247,8 @@ def _count_to_train(asked: AskedGoal, selection: Selection) -> Reached:
     count = max(_least(selection.given), selection.predicted_count(HOPE * share))
     facts = {"max_perplexity_increase": text, "default": asked.text is None, "order": list(selection.order(count))}
     facts["given"] = list(selection.given)
-    said = f"training begins with {count} of {selection.inputs.num_layers} layers, and gives back what is beyond {text}"
+    layers = len(selection.inputs.attention_layers)
+    said = f"training begins with {count} of {layers} layers, and gives back what is beyond {text}"
     return Reached(count, {**facts, "share": share, "path": []}, (said,))
 
 
@@ -298,10 +299,11 @@ def count_for_speedup(asked: AskedGoal, selection: Selection, speedup: Callable[
     Raises:
         NblError: all layers but one do not reach it.
     """
-    goal, layers = asked.goal, selection.inputs.num_layers
+    goal, attention = asked.goal, selection.inputs.attention_layers
     assert isinstance(goal, TargetSpeedup)
-    smallest = min(selection.maps_of(range(layers)).values(), key=lambda mixer: mixer.work().elements)
-    reached = getattr(speedup(dict.fromkeys(range(1, layers), smallest)), goal.phase)
+    layers = len(attention)
+    smallest = min(selection.maps_of(attention).values(), key=lambda mixer: mixer.work().elements)
+    reached = getattr(speedup(dict.fromkeys(attention[1:], smallest)), goal.phase)
     for count in range(1, layers if reached >= goal.factor else 1):  # an unreachable goal needs no order
         found = speedup(selection.maps_of(selection.replaced(count)))
         reached = getattr(found, goal.phase)
@@ -342,7 +344,7 @@ def _unreachable(asked: str | None, step: Mapping[str, Any], share: float) -> st
 def _test(selection: Selection, texts: Texts, share: float, task: Task) -> list[dict[str, Any]]:
     """Tested counts in ascending order: up to the first failure, or down to the first success."""
     given = len(selection.given)
-    last = selection.inputs.num_layers - given - 1
+    last = len(selection.inputs.attention_layers) - given - 1
     least = _least(selection.given)
     start = min(last, max(least, selection.predicted_count(share) - 1))
 

@@ -50,6 +50,7 @@ class Capabilities:
         provider: ONNX Runtime's execution provider, which the exporter is told.
         providers: ONNX Runtime's other execution providers, which the engine can run with.
         windows: whether its decoders hold layers that read the last tokens alone (`--window-layers`).
+        hybrids: whether its decoders hold the states of layers without attention.
         takes_graphs: whether a job may be of an ONNX graph alone.
         measures_limits: whether roofs of the machine can be measured for the engine.
         proven_by: the engine that verifies the graphs; "" is the engine itself.
@@ -73,6 +74,7 @@ class Capabilities:
     providers: tuple[str, ...] = ()
     every_expert: tuple[str, ...] = ()
     windows: bool = False
+    hybrids: bool = False
     takes_graphs: bool = False
     measures_limits: bool = False
     proven_by: str = ""

@@ -9,7 +9,7 @@ docs/ContribOperators.md, MatMulNBits and GatherBlockQuantized). `verify.codes` 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -57,6 +57,12 @@ class Blocks:
         """Codes in bytes [N, blocks, bytes of a block]."""
         found = self.codes if self.bits == 8 else self.codes[:, ::2] | (self.codes[:, 1::2] << 4)
         return found.reshape(*self.scales.shape, -1)
+
+    def rows(self, which: slice | np.ndarray) -> Blocks:
+        """Some of the rows."""
+        zeros = self.zeros[which] if isinstance(self.zeros, np.ndarray) else self.zeros
+        offsets = None if self.offsets is None else self.offsets[which]
+        return replace(self, codes=self.codes[which], scales=self.scales[which], zeros=zeros, offsets=offsets)
 
     def _spread(self, values: np.ndarray) -> np.ndarray:
         return np.repeat(values, self.size, 1)[:, : self.codes.shape[1]]

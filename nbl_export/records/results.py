@@ -88,6 +88,7 @@ class Timing:
         first_token_ns: time to pick the first token after a prefill.
         token_ns: time of each step of a decode.
         energy_uj: microjoules of each repetition, if the machine reports energy.
+        device_ns: time that a GPU computed in each repetition, if the engine reports it.
     """
 
     scenario: Scenario
@@ -97,6 +98,7 @@ class Timing:
     first_token_ns: tuple[int, ...] = ()
     token_ns: tuple[tuple[int, ...], ...] = ()
     energy_uj: tuple[int, ...] = ()
+    device_ns: tuple[int, ...] = ()
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Timing:
@@ -109,6 +111,7 @@ class Timing:
             tuple(row.get("first_token_ns", ())),
             tuple(tuple(run) for run in row.get("token_ns", ())),
             tuple(row.get("energy_uj", ())),
+            tuple(row.get("device_ns", ())),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -119,6 +122,7 @@ class Timing:
             "first_token_ns": list(self.first_token_ns),
             "token_ns": [list(run) for run in self.token_ns],
             "energy_uj": list(self.energy_uj),
+            "device_ns": list(self.device_ns),
             "ttft_ns": self.ttft_ns,
             "tpot_ns": self.tpot_ns,
         }
@@ -141,6 +145,7 @@ class Timing:
             "ttft_seconds": None if self.ttft_ns is None else self.ttft_ns / 1e9,
             "tpot_seconds": tpot and {name: ns / 1e9 for name, ns in tpot.items()},
             "joules_per_token": self.joules_per_token,
+            **({"device_seconds": statistics.median(self.device_ns) / 1e9} if self.device_ns else {}),
         }
 
     @property

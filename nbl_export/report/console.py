@@ -21,6 +21,7 @@ from nbl_export.records.plan import spoken_layers
 from nbl_export.records.quality import spoken_interval
 from nbl_export.records.results import spoken_background
 from nbl_export.report import length, quality, speed
+from nbl_export.report.outcome import outcome
 from nbl_export.report.table import Column, Shown, Table, facts
 from nbl_export.trust.terminal import Console, visible
 
@@ -50,6 +51,7 @@ def describe_table(found: dict[str, Any]) -> Shown:
         ("logits", f"{_LOGITS[logits]}, in both decoders" if logits in ("last", "all") else "not built yet"),
         ("replaced layers", _layers(found["replaced_layers"])),
         *_looked_up(found["token_table"]),
+        *(outcome(found["result"])[1:] if found["result"] else ()),
         ("status", found["status"]),
         ("stages", ", ".join(f"{n} {s:.1f} s" for n, s in found["stages"].items()) or "none finished"),
         ("command", found["command"]),

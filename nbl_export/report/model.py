@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from nbl_export.records.paired import spoken_ratio
@@ -102,7 +102,7 @@ def _failure(check: Mapping[str, Any]) -> str:
 
 
 def _lead(report: Mapping[str, Any]) -> str:
-    replaced, total = report["replaced_layers"], report["num_layers"]
+    replaced, total = report["replaced_layers"], report["num_layers"] - len(report["others"])
     if not replaced:
         return f"None of the {total} attention layers is replaced: both variants are the original."
     one, is_drop = len(replaced) == 1, report["fit"] == "drop"
@@ -269,8 +269,9 @@ def acceptance(found: Mapping[str, Any]) -> Document:
     failed = [said.format(**check) for check in found["checks"] if not check["passed"]]
     failed += [found["cannot_run"]] if found["cannot_run"] else []
     warning = "Do not use this engine on this machine before the first of these is settled."
+    on_gpu = [value for name, value in _gpu(found["machine"].get("gpu") or {}) if name == "GPU"]
     head: tuple[Block, ...] = (
-        Paragraph(f"{found['engine']}, {found['precision']} · {found['machine']['os']}", "meta"),
+        Paragraph(" · ".join((f"{found['engine']}, {found['precision']}", *on_gpu, found["machine"]["os"])), "meta"),
         Badge(verdict, f"{passed} of {len(found['checks'])} checks passed", tone),
         *([Alarm(warning, tuple(failed))] if failed else []),
     )
@@ -313,8 +314,20 @@ def _machine(report: Mapping[str, Any]) -> tuple[Block, ...]:
              ("memory", words.size(machine.get("memory_bytes"))), ("system", machine.get("os")),
              ("Python", machine.get("python"))) if machine else ()  # fmt: skip
     devices = (("calibration ran on", report["calibration"].get("device")), ("torch ran on", torch))
-    shown = (*facts, *(row for row in devices if row[1]))
+    shown = (*facts, *_gpu(machine.get("gpu") or {}), *(row for row in devices if row[1]))
     return _facts("Machine", shown) if shown else ()
+
+
+def _gpu(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the benchmark's GPU is, for a machine's table."""
+    if found:
+        driver = f"driver {found['driver']}, " if found.get("driver") else ""
+        yield "GPU", f"{found['name']} (compute capability {found['compute']}), {driver}CUDA {found['cuda']}"
+    if found.get("memory_bytes"):
+        rate = f"{found['memory_bytes_per_second'] / 1e9:,.0f} GB/s by clock and bus"
+        yield "memory of the GPU", f"{words.size(found['memory_bytes'])}, {rate}"
+    if found.get("sm_mhz"):
+        yield "clocks of the GPU", f"{found['sm_mhz']} MHz, memory {found.get('memory_mhz', '–')} MHz"
 
 
 def _facts(title: str, facts: Iterable[tuple[str, Any]]) -> tuple[Block, ...]:

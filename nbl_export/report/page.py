@@ -20,14 +20,14 @@ from nbl_export.report import model, plots, quality, speed
 from nbl_export.report.document import Document, html, markdown
 from nbl_export.run_directory import REPORT_HTML, REPORT_JSON, REPORT_MD
 
-__all__ = ["codes_of", "document", "render", "summarize"]
+__all__ = ["codes_of", "document", "first_screen", "render", "summarize"]
 
 _COPIED = ("model", "options", "command", "versions", "calibration", "num_layers", "replaced_layers", "kinds", "tap",
            "select", "logits", "token_table", "goal", "curve", "torch_device")  # fmt: skip
 
 
-_PER_VARIANT = ("peak_memory_bytes", "steady_memory_bytes", "kv_cache_bytes", "kv_cache_bytes_per_token",
-                "model_bytes", "disk_bytes", "load_seconds")  # fmt: skip
+_PER_VARIANT = ("device_memory_bytes", "peak_memory_bytes", "steady_memory_bytes", "kv_cache_bytes",
+                "kv_cache_bytes_per_token", "model_bytes", "disk_bytes", "load_seconds")  # fmt: skip
 
 
 def render(
@@ -73,6 +73,7 @@ def summarize(
     checks, variants = verify["checks"], measured.get("variants", {})
     return {
         "schema": 1,
+        "others": list(manifest.get("decoder", {}).get("others", ())),
         "status": _status(manifest, verify),
         **{name: manifest.get(name) for name in _COPIED},
         "scores": manifest.get("scores", []),
@@ -143,6 +144,11 @@ def document(report: Mapping[str, Any]) -> Document:
         model.origin(report),
     )
     return Document(model.title(report), model.head(report), sections)
+
+
+def first_screen(report: Mapping[str, Any]) -> str:
+    """The head of report.html, as a page."""
+    return html(Document(model.title(report), model.head(report), ()), {})
 
 
 def _drawings(report: Mapping[str, Any]) -> dict[str, str]:

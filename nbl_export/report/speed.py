@@ -30,8 +30,8 @@ def speed(report: Mapping[str, Any]) -> Section:
     """What the benchmark measured, or that it measured nothing."""
     if not report["bench"]:
         return Section("Speed", (Paragraph("Speed and memory were not measured."),))
-    blocks = (_setting(report), _FIGURES, *_ratios(report), *_rates(report), *_latency(report), *_limits(report),
-              *_energy(report), *_sizes(report))  # fmt: skip
+    blocks = (_setting(report), _FIGURES, *_ratios(report), *_rates(report), *_latency(report), *_device(report),
+              *_limits(report), *_energy(report), *_sizes(report))  # fmt: skip
     return Section("Speed", blocks)
 
 
@@ -70,8 +70,27 @@ def _ratios(report: Mapping[str, Any]) -> Iterator[Block]:
         f"Up to eight loads the interval is the range of all ratios. {_level(report)} "
         f"Fewer than {FEWEST_LOADS} loads give no verdict."
     )
+    yield from _slots(report)
     for skipped in report["bench"].get("skipped") or ():
         yield Paragraph(f"Not measured: {words.test(skipped, swept=is_swept(report))}. {skipped['reason']}.")
+
+
+def _slots(report: Mapping[str, Any]) -> Iterator[Block]:
+    """What a cache of fixed length does to the ratios, and what decode's bytes say at two lengths."""
+    slots, tested = report["bench"].get("slots"), [r["depth"] + r["tokens"] for r in report["rows"]]
+    if not slots or not tested:
+        return
+    before, after = ((report["model_bytes"][v], report["kv_cache_bytes_per_token"][v]) for v in _VARIANTS)
+    by_bytes = " and ".join(
+        f"×{spoken_ratio((before[0] + before[1] * n) / (after[0] + after[1] * n))} with {n:,} slots"
+        for n in dict.fromkeys((slots, min(slots, max(tested))))
+    )
+    yield Paragraph(
+        f"These ratios are for caches of {slots:,} slots. Attention of this engine reads all slots at each step, "
+        "however few are filled. So a larger --max-seq-len makes the ratio larger. "
+        f"The longest test needs {max(tested):,} slots. "
+        f"The bytes of engine and caches, which a step of decode reads, give {by_bytes}."
+    )
 
 
 def ratios(report: Mapping[str, Any], title: str = "") -> Table:
@@ -128,6 +147,22 @@ def _latency(report: Mapping[str, Any]) -> Iterator[Block]:
     )
 
 
+def _device(report: Mapping[str, Any]) -> Iterator[Block]:
+    rows = [r for r in report["rows"] if r.get("device_seconds")]
+    if not rows:
+        return
+    yield Heading("Time of the GPU")
+    yield Table.of(("Test", "Variant", *Column.numbers("Run", "GPU", "Share of the GPU")), [
+        (*_of(report, r), words.milliseconds(run), words.milliseconds(r["device_seconds"]),
+         words.percent(r["device_seconds"] / run))
+        for r in rows for run in [r["batch"] * r["tokens"] / r["tokens_per_second_median"]]
+    ])  # fmt: skip
+    yield Paragraph(
+        "A run is the whole test, by the clock of the host. The GPU's time is between events around the launch of each "
+        "step. The rest is the host's loop, launches and copies, which dampen every ratio of a small model."
+    )
+
+
 def _limits(report: Mapping[str, Any]) -> Iterator[Block]:
     limits = report["bench"].get("limits")
     if not limits:
@@ -173,13 +208,16 @@ def _energy(report: Mapping[str, Any]) -> Iterator[Block]:
 def _sizes(report: Mapping[str, Any]) -> Iterator[Block]:
     rows = []
     for name, key in (
-        ("Peak memory", "peak_memory_bytes"),
-        ("Memory while decoding", "steady_memory_bytes"),
+        ("Memory of the GPU", "device_memory_bytes"),
+        ("Peak memory of the process", "peak_memory_bytes"),
+        ("Memory of the process while decoding", "steady_memory_bytes"),
         ("KV cache in the benchmark", "kv_cache_bytes"),
         ("KV cache per token", "kv_cache_bytes_per_token"),
         ("Model on disk", "model_bytes"),
     ):
         before, after = report[key].get("original"), report[key].get("nbl")
+        if before is None and key == "device_memory_bytes":
+            continue
         rows.append((name, words.size(before), words.size(after), words.change(before, after)))
     disk = {variant: report["disk_bytes"].get(variant) or {} for variant in _VARIANTS}
     for kind, before in disk["original"].items():
@@ -195,7 +233,8 @@ def _sizes(report: Mapping[str, Any]) -> Iterator[Block]:
 
 _ATTENTION = {
     "fused": "Attention runs in fused kernels.",
-    "decomposed": "Attention is decomposed into matrix products, because the library has no fused kernel for it.",
+    "fused in bf16": "Attention runs in fused kernels in bfloat16, because the library has none for fp16.",
+    "decomposable": "Attention may be decomposed into matrix products, because the library has no fused kernel for it.",
 }
 
 

@@ -16,7 +16,8 @@ only loses its reader (see `DropCaches`, `SkipNormToAdd` and `Sweep`). Refuses a
     past_key_values.N.recurrent_state [B, 1, 1, 1]   ->  present.N.recurrent_state       nothing; GenAI expects a pair
 
 ONNX Runtime GenAI runs such states in any decoder, without a key in its settings. Rows of padding are set to zero, and
-the state is taken behind each row's last valid token. So a batch may be padded on either side.
+the state is taken behind each row's last valid token. So a batch may be padded on either side. A window (`window`) has
+its keys and values in the second state, and nothing in the first. It leaves rows of padding out by itself.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from nbl_export.graph.emitter import add_initializer, element_type, new_node, re
 from nbl_export.graph.names import constant_name, node_name, product_name, state_names
 from nbl_export.mixers.base import Mixer, StateSpec, WindowShape, tapped
 from nbl_export.rewrite.tail import LastValid
-from nbl_export.rewrite.window import WindowRows, add_window_constants, emit_window
+from nbl_export.rewrite.window import WindowStep, emit_window, state_dims
 
 __all__ = ["BypassAttention", "SkipNormToAdd", "Sweep", "norm_alone"]
 
@@ -43,7 +44,7 @@ _NORMS = {"SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
 _SUM = 3  # output of a skip norm: the residual stream
 
 
-_PREFIX, _CONSTANTS, _WINDOWS = "/nbl/states", "nbl.states", "/nbl/windows"
+_PREFIX, _CONSTANTS = "/nbl/states", "nbl.states"
 
 
 class BypassAttention(ir.passes.InPlacePass):
@@ -64,7 +65,7 @@ class BypassAttention(ir.passes.InPlacePass):
             dtype, x = element_type(graph, block.residual), tapped(block, self.tap)
             if mixer.state is not None and valid is None:
                 valid = ValidTokens(graph, dtype)
-            build = GraphBuilder(graph, block.layer, x, dtype, valid if mixer.state is not None else None)
+            build = GraphBuilder(graph, block.layer, x, dtype, *((valid, mixer.state.masked) if mixer.state else ()))
             output = mixer.emit(build, build.x)
             if output is None:
                 _pass_on(graph, block)
@@ -171,7 +172,7 @@ class ValidTokens:
         if not any(v.name == "attention_mask" for v in graph.inputs):
             raise RefusalError(None, "it has no attention_mask, which a layer with a state needs")
         self._graph, self._rows = graph, {}  # type: ir.Graph, dict[int, ir.Value]
-        self._dtype, self._windows = dtype, None  # type: ir.DataType, WindowRows | None
+        self._dtype, self._window = dtype, None  # type: ir.DataType, WindowStep | None
         self._last = LastValid(graph, _PREFIX, _CONSTANTS)
         cast = new_node("Cast", [self._last.chunk], f"{_PREFIX}/float", dtype, None, {"to": int(dtype)})
         axis = register(graph, ir.tensor(np.array([-1], np.int64), name=f"{_CONSTANTS}.rows"))
@@ -191,14 +192,15 @@ class ValidTokens:
             self._rows[tokens] = node.outputs[0]
         return self._rows[tokens]
 
-    def windows(self, shape: WindowShape, frequencies: np.ndarray) -> tuple[WindowRows, dict[str, ir.Value]]:
-        """What all windows of the graph share: values of the tokens of a step, and constants."""
-        given = add_window_constants(self._graph, shape, frequencies, self._dtype)
-        if self._windows is None:
+    def window_step(self, shape: WindowShape, frequencies: np.ndarray) -> WindowStep:
+        """What all windows of the graph share."""
+        if self._window is None:
             assert self._last.chunk is not None
-            self._windows = WindowRows(self._graph, self._last.chunk, self._last.at, self._dtype, _WINDOWS)
-            self._graph.insert_after(self._behind, self._windows.nodes)
-        return self._windows, given
+            every = next(v for v in self._graph.inputs if v.name == "attention_mask")
+            given = (every, self._last.chunk, self._last.at)
+            self._window = WindowStep(self._graph, self._dtype, *given, shape, frequencies)
+            self._graph.insert_after(self._behind, self._window.nodes)
+        return self._window
 
 
 class GraphBuilder:
@@ -207,15 +209,17 @@ class GraphBuilder:
     Args:
         x: the layer's input at the tap.
         valid: needed by a layer with a state alone.
+        masked: whether rows of padding are zeros for a layer with a state.
     """
 
     def __init__(
-        self, graph: ir.Graph, layer: int, x: ir.Value, dtype: ir.DataType, valid: ValidTokens | None = None
-    ) -> None:
+        self, graph: ir.Graph, layer: int, x: ir.Value, dtype: ir.DataType, valid: ValidTokens | None = None,
+        masked: bool = True,
+    ) -> None:  # fmt: skip
         self.nodes: list[ir.Node] = []
         self._graph, self._layer, self._dtype, self._valid = graph, layer, dtype, valid
         self._shape = x.shape
-        self.x = x if valid is None else self._add_node("Mul", [x, valid.mask_BT1], "Masked", x.shape)
+        self.x = x if valid is None or not masked else self._add_node("Mul", [x, valid.mask_BT1], "Masked", x.shape)
 
     def matmul(self, x: ir.Value, matrix: np.ndarray, name: str) -> ir.Value:
         transposed = np.ascontiguousarray(matrix.T)  # as MatMul takes it
@@ -243,31 +247,20 @@ class GraphBuilder:
         self, qkv: ir.Value, shape: WindowShape, frequencies: np.ndarray, spec: StateSpec, name: str
     ) -> ir.Value:
         assert self._valid is not None
-        rows, given = self._valid.windows(shape, frequencies)
-        (past, empty), (present, unchanged) = self._states((spec.tokens, spec.width))
-
-        def build(op: str, inputs: list[ir.Value], title: str, outputs: int = 1, **more: Any) -> Any:
-            title, into, kind = f"{name.title()}{title}", more.pop("into", None), more.pop("kind", self._dtype)
-            if into is not None:
-                self._fill(op, inputs, into, past, more)
-                return into
-            node = ir.node(op, inputs, more, num_outputs=outputs, name=node_name(self._layer, title))
-            for number, value in enumerate(node.outputs):
-                value.name, value.type = f"{node.name}/output_{number}", ir.TensorType(kind)
-            self.nodes.append(node)
-            return node.outputs[0] if outputs == 1 else node.outputs
-
-        found: ir.Value = emit_window(build, rows, given, qkv, (past, present))
+        (empty, past), (unchanged, present) = self._states(((1, 1), state_dims(shape)))
+        present.type, present.shape = past.type, past.shape
+        step, title = self._valid.window_step(shape, frequencies), node_name(self._layer, name.title())
+        self.nodes.append(emit_window(step, shape, frequencies, qkv, past, present, title))
         self._fill("Identity", [empty], unchanged, empty, {})
-        return found
+        return self.nodes[-2].outputs[0]
 
     def state(self, spec: StateSpec, name: str) -> ir.Value:
-        (past, _), _ = self._states((spec.width, spec.tokens))
+        (past, _), _ = self._states(((spec.width, spec.tokens), (1, 1, 1)))
         return self._add_node("Transpose", [past], "Past", None, perm=[0, 2, 1])
 
     def keep(self, spec: StateSpec, value: ir.Value, name: str) -> None:
         assert self._valid is not None
-        (past, empty), (present, unchanged) = self._states((spec.width, spec.tokens))
+        (past, empty), (present, unchanged) = self._states(((spec.width, spec.tokens), (1, 1, 1)))
         rows = self._add_node("GatherND", [value, self._valid.last_rows(spec.tokens)], "Kept", None, batch_dims=1)
         self._fill("Transpose", [rows], present, past, {"perm": [0, 2, 1]})
         self._fill("Identity", [empty], unchanged, empty, {})
@@ -280,16 +273,16 @@ class GraphBuilder:
         taken.type, taken.shape = given.type, given.shape
         self.nodes.append(node)
 
-    def _states(self, dims: tuple[int, int]) -> tuple[Sequence[ir.Value], Sequence[ir.Value]]:
+    def _states(self, dims: tuple[tuple[int, ...], ...]) -> tuple[Sequence[ir.Value], Sequence[ir.Value]]:
         """Inputs and outputs of the layer's states; made at the first call."""
         names = state_names(self._layer)
         found = [v for v in self._graph.inputs if v.name in names]
         if not found:
             batch = self._graph.inputs[0].shape
             first = "batch_size" if batch is None else batch[0]
-            for past, shape in zip(names, ([first, *dims], [first, 1, 1, 1]), strict=True):
+            for past, own in zip(names, dims, strict=True):
                 kind = ir.TensorType(self._dtype)
-                self._graph.inputs.append(ir.Value(name=past, shape=ir.Shape(shape), type=kind))
+                self._graph.inputs.append(ir.Value(name=past, shape=ir.Shape([first, *own]), type=kind))
                 self._graph.outputs.append(ir.Value(name=names[past]))
             found = list(self._graph.inputs)[-2:]
         return found, [v for v in self._graph.outputs if v.name in names.values()]

@@ -39,7 +39,7 @@ import onnx_ir as ir
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import find_reader, is_constant, reading_layers
 from nbl_export.graph.caches import graph_states
-from nbl_export.graph.emitter import new_node
+from nbl_export.graph.emitter import new_node, values_read
 from nbl_export.graph.names import ALL_LOGITS_FILE, graph_file, node_name
 from nbl_export.rewrite.integers import Integers
 from nbl_export.rewrite.window import SHARED
@@ -99,9 +99,7 @@ class PruneTail(ir.passes.InPlacePass):
         below = find_reader(graph, readers[readers.index(windows[0]) - 1])
         tail = _tail_of(graph, below.join)
         _check_tail(below.layer, below.join, tail, _Windows(graph, windows))
-        last = LastValid(graph)
-        assert last.chunk is not None
-        stages, nodes = stages_of(graph, windows, last.chunk, last.at)
+        stages, choice, behind = stages_of(graph, windows)
         ways = [_way_of_single_tokens(stage.join.join, stage.join.branch_index) for stage in stages]
         for value in (v for node in (*tail, *(node for way in ways for node, _ in way)) for v in node.outputs):
             value.shape = value.shape if value.is_graph_output() else None  # states keep theirs
@@ -112,7 +110,7 @@ class PruneTail(ir.passes.InPlacePass):
                 stage.join.join, _take_last(stage, stage.join.join, 1 - stage.join.branch_index, "residual")
             )
             stage.give(graph)
-        graph.insert_before(graph[0], [*last.index, *nodes])
+        graph.insert_after(behind, [choice])
         logits.shape = ir.Shape([_batch(graph), 1, _width(graph, logits)])
 
 
@@ -156,7 +154,7 @@ def _tail_of(graph: ir.Graph, join: ir.Node) -> list[ir.Node]:
     reached = set(join.outputs)
     tail = [join]
     for node in graph:
-        if node is not join and any(v in reached for v in node.inputs):
+        if node is not join and any(v in reached for v in values_read(node)):
             reached.update(node.outputs)
             tail.append(node)
     return tail
@@ -183,7 +181,7 @@ def _check_tail(layer: int, join: ir.Node, tail: list[ir.Node], windows: _Window
         if value.is_graph_output() and value.name != "logits" and (windows is None or not windows.own(value)):
             raise RefusalError(layer, f"{value.name} is an output behind the last attention, for all positions")
     for node in tail:
-        outside = [v for v in node.inputs if v is not None and v not in made and not is_constant(v)]
+        outside = [v for v in values_read(node) if v not in made and not is_constant(v)]
         outside = [v for v in outside if windows is None or not windows.own(v)]
         if outside and node is not join:
             raise RefusalError(layer, f"{node.name or node.op_type} behind the last attention reads {outside[0].name}")

@@ -8,6 +8,9 @@
 
 All else is equal, value for value and name for name. A wrong connection of the quantised graph is therefore in the
 float32 copy too, where no quantisation noise hides it. Refuses what `graph.quantised` refuses.
+
+A lean twin keeps lookups, and the codes of MatMulNBits, whose kernel then multiplies in float32 (accuracy_level 1). It
+is as large as the graph, for models whose float32 matrices do not fit into memory. Its steps are slower.
 """
 
 from __future__ import annotations
@@ -26,15 +29,18 @@ from nbl_export.rewrite.quantize import put
 
 __all__ = ["Widen", "save_twin"]
 
+_LEAN = ("MatMulNBits", "GatherBlockQuantized")  # these compute in float32 from codes
+_FLOAT32 = 1  # onnxruntime, docs/ContribOperators.md, MatMulNBits, accuracy_level
 
-def save_twin(graph: Path, out: Path) -> None:
+
+def save_twin(graph: Path, out: Path, *, lean: bool = False) -> None:
     """Write the float32 twin of a graph into a directory, under the same name, with its weights beside it.
 
     Raises:
         RefusalError: an operator has no known float32 form.
     """
     model = ir.load(graph)
-    Widen()(model)
+    Widen(lean=lean)(model)
     out.mkdir(parents=True, exist_ok=True)
     ir.save(model, out / graph.name, external_data=f"{graph.name}.data")
 
@@ -42,12 +48,19 @@ def save_twin(graph: Path, out: Path) -> None:
 class Widen(ir.passes.InPlacePass):
     """Turn every quantised product and lookup into its float32 form; a graph without any does not change."""
 
+    def __init__(self, *, lean: bool = False) -> None:
+        super().__init__()
+        self._lean = lean
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         matrices = quantised_matrices(graph)
         rest = [node for node in graph if node.op_type in HOLDERS and node not in matrices]
         for node, matrix in matrices.items():
-            _widen(graph, node, matrix)
+            if not self._lean or node.op_type not in _LEAN:
+                _widen(graph, node, matrix)
+            elif node.op_type == "MatMulNBits":
+                node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", _FLOAT32)
         for node in rest:
             _fold(graph, node)
         for node in [n for n in graph if n.op_type == "DynamicQuantizeLinear"]:

@@ -1,15 +1,22 @@
 """The nodes of attention over the last W tokens and the first one (`mixers.windowed`) in an ONNX graph.
 
-    qkv -- Concat(mark) -- Pad -+- q in blocks of C rows -- rotary ------------- MatMul -- + mask -- Softmax -- MatMul
-                                `- Concat(state) -- Gather: W + C rows a block -- rotary --^   `- first row --^
+    If(one token, behind others)
+      then   past -- first row, W - 1 rows, own row -+- present
+                                                     +- keys -- rotary -- MatMul(q) -- + mask -- Softmax -- MatMul -+
+                                                     `- values -----------------------------------------------------^
+      else   q in blocks of C rows -- rotary ---------------------------- MatMul -- + mask -- Softmax -- MatMul -- heads
+             first row, W before, rows of this step -- Gather: those of a block -^
 
     rows of the state and of this step     W before | r0 r1 r2 r3 r4 r5 ...
     block 0 of C = 2                       ........................          reads W + C rows: those before, r0, r1
     block 1                                     ........................     r0 and r1 among those before, r2, r3
 
-C is W, or the number of tokens if they are fewer. So scores grow with the tokens and not with their square, and one
-token costs W + 1 scores. `WindowRows` computes what all layers share: blocks, masks and rotary tables. Its values have
-names of one prefix, so that tail pruning can give a layer those of fewer rows.
+    state [B, 2 heads of keys, W + 1, d]   keys (not rotated), then values; row 0 is the first token's, W the last one's
+
+C is W, or the number of tokens if they are fewer. So scores grow with the tokens and not with their square. One token
+takes a dozen nodes, because each node costs a runtime as much time as hundreds of its numbers. Both branches rotate
+keys by one table, whose row W is position 0. The mask of the text says how many rows of a state hold a token.
+`WindowStep` has what all windows of a graph share.
 """
 
 from __future__ import annotations
@@ -20,217 +27,264 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.emitter import new_node, register
+from nbl_export.graph.emitter import Maker, choose, register
 from nbl_export.mixers.windowed import WindowShape, rotary_tables
 
-__all__ = ["SHARED", "WindowRows", "add_window_constants", "emit_window", "window_tokens"]
+__all__ = ["SHARED", "WindowStep", "emit_window", "state_dims", "window_tokens"]
 
 SHARED = ("/nbl/windows", "/nbl/states")  # begin the names of nodes whose values all windows of a graph share
 _CONSTANTS = "nbl.window"
-_FAR = 1e4  # taken from scores of rows that are not seen: exp is then zero, and 16 bits hold twice this number
-_INTEGERS: dict[str, Any] = {"one": [1], "start": [0], "row_axis": [1], "block_axis": [2], "last_axis": [-1],
-                             "front": [0] * 4, "split": [0, -1], "begin": 0, "step": 1, "back": -1}  # fmt: skip
+_UNSEEN = -1e4  # added to scores of rows that are not seen: exp is then zero, and 16 bits hold this number
+_INT, _BOOL = ir.DataType.INT64, ir.DataType.BOOL
+_CONTRIB = "com.microsoft"  # of RotaryEmbedding, which ONNX has from opset 23 on
 
 
-def add_window_constants(
-    graph: ir.Graph, shape: WindowShape, frequencies: np.ndarray, dtype: ir.DataType
-) -> dict[str, ir.Value]:
-    """Tables that all windows of a graph share, by name: registered once.
-
-    Raises:
-        RefusalError: windows of two shapes.
-    """
-    tokens, size = shape.tokens, shape.head_size
-    cosine, sine = rotary_tables(np.arange(2 * tokens), frequencies, size)
-    behind = [table * np.float32(shape.scale) for table in rotary_tables(np.array([-tokens]), frequencies, size)]
-    back = tokens + np.arange(tokens)[:, None] - np.arange(2 * tokens)
-    floats = {
-        "key_cosine": cosine[:, None, None],
-        "key_sine": sine[:, None, None],
-        "query_cosine": cosine[tokens:] * np.float32(shape.scale),
-        "query_sine": sine[tokens:] * np.float32(shape.scale),
-        "first_cosine": behind[0].reshape(size, 1),
-        "first_sine": behind[1].reshape(size, 1),
-        "band": np.where((back >= 0) & (back < tokens), -_FAR, -2 * _FAR),
-        "far": np.array(_FAR),
-        "not_far": np.array(-_FAR),
-        "zero": np.array(0.0),
-    }
-    kv, groups = shape.kv_heads, shape.heads // shape.kv_heads
-    integers: dict[str, Any] = {
-        "halves": [len(frequencies), len(frequencies), size - 2 * len(frequencies)],
-        "heads": np.array([kv, groups, size]),
-        "rows_of_heads": np.array([0, 0, -1, kv, 1, size]),
-        "first_column": np.array([0, 1, kv, 1, size, 1]),
-        "first_row": np.array([0, 1, kv, 1, 1, size]),
-        "joined": np.array([0, -1, shape.query_width]),
-        "parts": np.array([shape.query_width, 2 * shape.key_width + 1]),
-        "row_parts": np.array([shape.key_width, shape.key_width, 1]),
-        "state_parts": np.array([1, tokens]),
-        "by_key": np.array([0, 0, 1, 1, 1, -1]),
-        "by_query": np.array([0, 0, 1, 1, -1, 1]),
-        "tokens": np.array([tokens]),
-        "kept": np.arange(1, tokens + 1).reshape(1, -1, 1),
-        **_INTEGERS,
-    }
-    arrays = {name: array.astype(dtype.numpy()) for name, array in floats.items()}
-    arrays |= {name: np.array(values, np.int64) for name, values in integers.items()}
-    return {name: _shared(graph, name, array) for name, array in arrays.items()}
-
-
-def _shared(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    full = f"{_CONSTANTS}.{name}"
-    if full not in graph.initializers:
-        return register(graph, ir.tensor(array, name=full))
-    value = graph.initializers[full]
-    stored = value.const_value
-    if stored is None or not np.array_equal(stored.numpy(), array):
-        raise RefusalError(None, "its layers would have windows of several shapes; choose one")
-    return value
+def state_dims(shape: WindowShape) -> tuple[int, int, int]:
+    """Dimensions of a layer's state, behind that of the batch."""
+    return 2 * shape.kv_heads, shape.tokens + 1, shape.head_size
 
 
 def window_tokens(graph: ir.Graph) -> int:
     """W of the windows of a graph."""
-    stored = graph.initializers[f"{_CONSTANTS}.tokens"].const_value
+    stored = graph.initializers[f"{_CONSTANTS}.band"].const_value
     assert stored is not None
-    return int(stored.numpy()[0])
+    return int(stored.shape.numpy()[0])
 
 
-class WindowRows:
-    """What the windows of some layers know of the rows of a step; the nodes are in `nodes`, and not in the graph yet.
+class WindowStep:
+    """What all windows of a graph know of a step; the nodes are in `nodes`, and not in the graph yet.
 
     Args:
-        mask_BT: 1 for a row of a token, 0 for padding.
-        last_B11: index of each sequence's last token.
-        prefix: begins the names of all nodes.
+        all_BS: 1 for a token, 0 for padding, from the start of the text.
+        mask_BT: the same of the tokens of this step.
+        last_B11: index of each sequence's last token among these.
 
     Attributes:
-        values: by name. marks [B, T, 1]; pads; picked [blocks, W + C]: rows of each block; size [1]: C; ...
+        before: tokens before this step, [B, 1].
+        single: whether each sequence has one new token, and not its first.
+        seen: what the scores of one new token get, for each row of a state, [B, 1, 1, W + 1].
     """
 
-    def __init__(self, graph: ir.Graph, mask_BT: ir.Value, last_B11: ir.Value, dtype: ir.DataType, prefix: str) -> None:
-        self.nodes: list[ir.Node] = []
-        self.values: dict[str, ir.Value] = {}
-        begin = f"{_CONSTANTS}."
-        self._given = {n.removeprefix(begin): v for n, v in graph.initializers.items() if n.startswith(begin)}
-        self._prefix, self._dtype = prefix, dtype
-        self._count(mask_BT, last_B11)
-        self._cut_tables()
+    def __init__(
+        self, graph: ir.Graph, dtype: ir.DataType, all_BS: ir.Value, mask_BT: ir.Value, last_B11: ir.Value,
+        shape: WindowShape, frequencies: np.ndarray,
+    ) -> None:  # fmt: skip
+        self.dtype, self.mask_BT, self.last_B11 = dtype, mask_BT, last_B11
+        self._graph = graph
+        graph.opset_imports.setdefault(_CONTRIB, 1)
+        tables, make = self.tables(shape, frequencies), Maker(f"{SHARED[0]}/", _INT)
+        known, new = (
+            make("ReduceSum", title, mask, self.integers([1])) for title, mask in (("known", all_BS), ("new", mask_BT))
+        )
+        self.before = make("Sub", "before", known, new)
+        held = make("Min", "held", self.before, self.integers([shape.tokens]))
+        self.seen = make("Gather", "seen", tables["seen"], held, kind=dtype)
+        follows = make("ReduceMin", "follows", make("Mul", "behind", mask_BT, self.before), keepdims=0)
+        follows = make("Greater", "follow", follows, self.integers(0), kind=_BOOL)
+        alone = make("Equal", "alone", make("Shape", "count", mask_BT, start=1, end=2), self.integers([1]), kind=_BOOL)
+        self.single = make("And", "single", alone, follows, kind=_BOOL)
+        self.nodes = make.nodes
 
-    def _count(self, mask_BT: ir.Value, last_B11: ir.Value) -> None:
-        """Blocks, and the indices of rows."""
-        given, node = self._given, self._node
-        mark = node("Cast", "mark", mask_BT, kind=self._dtype, to=int(self._dtype))
-        node("Unsqueeze", "marks", mark, given["last_axis"], kind=self._dtype)
-        count = node("Shape", "count", mask_BT, start=1, end=2)
-        size = node("Min", "size", count, given["tokens"])
-        upper = node("Sub", "upper", node("Add", "sum", count, size), given["one"])
-        whole = node("Mul", "whole", node("Div", "blocks", upper, size), size)
-        node("Concat", "pads", given["front"], node("Sub", "rest", whole, count), given["start"], axis=0)
-        wide = node("Add", "wide", size, given["tokens"])
-        node("Concat", "shares", wide, given["one"], axis=0)
-        ends = {"whole": whole, "size": size, "wide": wide, "count": count}
-        end = {name: node("Squeeze", f"{name}_end", value) for name, value in ends.items()}
-        starts = node("Range", "starts", given["begin"], end["whole"], end["size"])
-        places = node("Range", "places", given["begin"], end["wide"], given["step"])
-        node("Add", "picked", node("Unsqueeze", "column", starts, given["last_axis"]), places)
-        node("Concat", "by_blocks", given["split"], size, given["heads"], axis=0)
-        node("Add", "last_rows", last_B11, given["kept"])
-        left = node("Range", "left", end["count"], given["begin"], given["back"])
-        most = node("ReduceMax", "most", node("Mul", "valid_left", mask_BT, left), given["last_axis"], keepdims=1)
-        first = node("Mod", "start", node("Sub", "before", count, most), count)
-        node("Unsqueeze", "first", first, given["last_axis"])
+    def tables(self, shape: WindowShape, frequencies: np.ndarray) -> dict[str, ir.Value]:
+        """Constants by name, registered once.
 
-    def _cut_tables(self) -> None:
-        """Tables of the rows of a block."""
-        given, size, wide = self._given, self.values["size"], self.values["wide"]
-        ends = {"key_cosine": wide, "key_sine": wide, "query_cosine": size, "query_sine": size, "band": size}
-        for name, end in ends.items():
-            title = "band_rows" if name == "band" else name
-            self._node("Slice", title, given[name], given["start"], end, given["start"], kind=self._dtype)
-        bounds = (given["start"], wide, given["row_axis"])
-        self._node("Slice", "band", self.values["band_rows"], *bounds, kind=self._dtype)
+        Raises:
+            RefusalError: another window of the graph has others.
+        """
+        tokens, pairs = shape.tokens, len(frequencies)
+        cosine, sine = rotary_tables(np.arange(-tokens, 2 * tokens), frequencies, shape.head_size)
+        back = tokens + np.arange(tokens)[:, None] - np.arange(2 * tokens)
+        rows = tokens - np.arange(tokens + 1)  # how far back the rows of a state are
+        floats = {
+            "cosine": cosine[:, :pairs],
+            "sine": sine[:, pairs : 2 * pairs],
+            "seen": np.where(rows <= np.arange(tokens + 1)[:, None], 0, _UNSEEN)[:, None],
+            "scale": np.array(shape.scale),
+            "zero": np.array(0.0),
+            "unseen": np.array(_UNSEEN),
+        }
+        arrays = {name: array.astype(self.dtype.numpy()) for name, array in floats.items()}
+        arrays["band"] = (back >= 0) & (back < tokens)
+        arrays["last_rows"] = np.arange(2, tokens + 2, dtype=np.int64).reshape(1, -1, 1)
+        arrays["held_rows"] = np.arange(tokens, dtype=np.int64)[None, ::-1]
+        return {name: self._held(name, array) for name, array in arrays.items()}
 
-    def _node(
-        self, op: str, name: str, *inputs: ir.Value, kind: ir.DataType = ir.DataType.INT64, **attributes: int
-    ) -> ir.Value:
-        self.nodes.append(new_node(op, inputs, f"{self._prefix}/{name}", kind, None, attributes))
-        self.values[name] = self.nodes[-1].outputs[0]
-        return self.values[name]
+    def integers(self, values: Any) -> ir.Value:
+        """A constant of integers."""
+        return self._held(str(values).replace(" ", ""), np.array(values, np.int64))
+
+    def _held(self, name: str, array: np.ndarray) -> ir.Value:
+        full = f"{_CONSTANTS}.{name}"
+        if full not in self._graph.initializers:
+            return register(self._graph, ir.tensor(array, name=full))
+        value = self._graph.initializers[full]
+        stored = value.const_value
+        if stored is None or not np.array_equal(stored.numpy(), array):
+            raise RefusalError(None, "its layers would have windows of several shapes; choose one")
+        return value
 
 
 def emit_window(
-    build: Any, rows: WindowRows, given: dict[str, ir.Value], qkv: ir.Value, state: tuple[ir.Value, ir.Value]
-) -> ir.Value:
-    """The nodes of one layer.
+    step: WindowStep, shape: WindowShape, frequencies: np.ndarray, qkv: ir.Value, past: ir.Value, present: ir.Value,
+    prefix: str,
+) -> ir.Node:  # fmt: skip
+    """The node of one layer; its first output is what the heads give, [B, T, Q].
 
     Args:
-        build: makes a node: (operator, inputs, title, number of outputs, attributes) -> outputs.
-        state: the layer's state, and the output that holds it behind this step.
+        qkv: queries, keys and values of the tokens of this step, [B, T, Q + 2 K].
+        present: becomes the second output, the state behind the step.
+        prefix: name of the node; begins the names of all nodes inside it.
     """
-    past, present = state
-    shared = rows.values
-    marked = build("Concat", [qkv, shared["marks"]], "Marked", axis=-1)
-    padded = build("Pad", [marked, shared["pads"]], "Padded")
-    q, new = build("Split", [padded, given["parts"]], "Parts", outputs=2, axis=-1)
-    first, before = build("Split", [past, given["state_parts"]], "Past", outputs=2, axis=1)
-    every = build("Concat", [before, new], "Rows", axis=1)
-    first = _first_row(build, shared, given, first, new)
-    kept = build("GatherND", [every, shared["last_rows"]], "Kept", batch_dims=1)
-    build("Concat", [first, kept], "Present", into=present, axis=1)
-    picked = build("Gather", [every, shared["picked"]], "Blocks", axis=1)
-    key, value, mark = build("Split", [picked, given["row_parts"]], "BlockParts", outputs=3, axis=-1)
-    first_key, first_value, _ = build("Split", [first, given["row_parts"]], "FirstParts", outputs=3, axis=-1)
-    q = build("Reshape", [q, shared["by_blocks"]], "Queries")
-    q = build("Transpose", [q], "QueryHeads", perm=[0, 1, 3, 4, 2, 5])
-    key = build("Reshape", [key, given["rows_of_heads"]], "Keys")
-    key = _rotated(build, given, key, (shared["key_cosine"], shared["key_sine"]), "Key", -1)
-    key = build("Transpose", [key], "KeyHeads", perm=[0, 1, 3, 4, 5, 2])
-    turned = _rotated(build, given, q, (shared["query_cosine"], shared["query_sine"]), "Query", -1)
-    far = build("Mul", [mark, given["far"]], "Far")
-    bias = build("Add", [build("Reshape", [far, given["by_key"]], "FarByKey"), shared["band"]], "Seen")
-    scores = build("Add", [build("MatMul", [turned, key], "Scores"), bias], "Near")
-    last = _first_scores(build, shared, given, q, (first_key, far))
-    share = build("Softmax", [build("Concat", [scores, last], "AllScores", axis=-1)], "Softmax", axis=-1)
-    near, rest = build("Split", [share, shared["shares"]], "Shares", outputs=2, axis=-1)
-    value = build("Reshape", [value, given["rows_of_heads"]], "Values")
-    value = build("Transpose", [value], "ValueHeads", perm=[0, 1, 3, 4, 2, 5])
-    first_value = build("Reshape", [first_value, given["first_row"]], "FirstValue")
-    out = build(
-        "Add", [build("MatMul", [near, value], "NearOut"), build("Mul", [rest, first_value], "FirstOut")], "Out"
-    )
-    out = build("Transpose", [out], "ByRow", perm=[0, 1, 4, 2, 3, 5])
-    out = build("Reshape", [out, given["joined"]], "Joined")
-    return build("Slice", [out, given["start"], shared["count"], given["row_axis"]], "Heads")
+    one = _One(step, shape, frequencies, f"{prefix}One").emit(qkv, past)
+    more = _Chunk(step, shape, frequencies, f"{prefix}Chunk").emit(qkv, past)
+    return choose(step.single, one, more, prefix, {1: present})
 
 
-def _first_row(
-    build: Any, shared: dict[str, ir.Value], given: dict[str, ir.Value], past: ir.Value, new: ir.Value
-) -> ir.Value:
-    """The row of the first token: of the state if it holds one, else of the first token of this step."""
-    mark = build("Split", [past, given["row_parts"]], "PastParts", outputs=3, axis=-1)[2]
-    known = build("Greater", [mark, given["zero"]], "Known", kind=ir.DataType.BOOL)
-    found = build("GatherND", [new, shared["first"]], "FirstNew", batch_dims=1)
-    return build("Where", [known, past, found], "First")
+class _Branch:
+    """What both branches of a layer have in common. N is the batch, times the blocks of a sequence."""
+
+    def __init__(self, step: WindowStep, shape: WindowShape, frequencies: np.ndarray, prefix: str) -> None:
+        self.make, self.integers = Maker(prefix, step.dtype), step.integers
+        self.step, self.shape, self.tables = step, shape, step.tables(shape, frequencies)
+        self._rotary, self._prefix = 2 * len(frequencies), prefix
+
+    def parts(self, qkv: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Queries [B, T, Q], times the factor of scores; keys and values [B, T, 2 K]."""
+        parts = self.integers([self.shape.query_width, 2 * self.shape.key_width])
+        q, new = self.make("Split", "Parts", qkv, parts, outputs=2, axis=-1)
+        return self.make("Mul", "Scaled", q, self.tables["scale"]), new
+
+    def turned(self, heads: ir.Value, place: int, number: int, title: str) -> ir.Value:
+        """A number of heads [N, heads, rows, d], rotated; their first row is row `place` of the tables."""
+        partly: dict[str, Any] = {"num_heads": number, "rotary_embedding_dim": self._rotary}
+        inputs = (heads, self.integers([place]), self.tables["cosine"], self.tables["sine"])
+        partly = {} if self._rotary == self.shape.head_size else partly
+        return self.make("RotaryEmbedding", title, *inputs, domain=_CONTRIB, **partly)
+
+    def columns(self, rows: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Rotated keys [N, kv, d, rows] and values [N, kv, rows, d] of rows [N, 2 kv, rows, d]; row 0 is the first."""
+        kv = self.shape.kv_heads
+        key, value = self.make("Split", "KeysAndValues", rows, self.integers([kv, kv]), outputs=2, axis=1)
+        return self.make("Transpose", "Columns", self.turned(key, 0, kv, "Keys"), perm=[0, 1, 3, 2]), value
+
+    def graph(self, *outputs: ir.Value) -> ir.Graph:
+        return ir.Graph((), outputs, nodes=self.make.nodes, name=self._prefix)
 
 
-def _first_scores(
-    build: Any, shared: dict[str, ir.Value], given: dict[str, ir.Value], q: ir.Value, row: tuple[ir.Value, ir.Value]
-) -> ir.Value:
-    """Scores of the first row [.., C, 1], which is seen if the row in front of a token's window holds a token."""
-    key, far = row
-    key = build("Reshape", [key, given["first_column"]], "FirstKey")
-    key = _rotated(build, given, key, (given["first_cosine"], given["first_sine"]), "FirstKey", 4)
-    bounds = [given["start"], shared["size"], given["block_axis"]]
-    left = build("Reshape", [build("Slice", [far, *bounds], "LeftRows"), given["by_query"]], "LeftByQuery")
-    bias = build("Add", [left, given["not_far"]], "Left")
-    return build("Add", [build("MatMul", [q, key], "FirstScores"), bias], "FirstSeen")
+class _One(_Branch):
+    """One new token, behind others. Its query has position 0 and is not rotated."""
+
+    def emit(self, qkv: ir.Value, past: ir.Value) -> ir.Graph:
+        make, shape, integers = self.make, self.shape, self.integers
+        kv, size = shape.kv_heads, shape.head_size
+        q, new = self.parts(qkv)
+        q = make("Reshape", "Queries", q, integers([-1, kv, shape.heads // kv, size]))
+        new = make("Reshape", "New", new, integers([-1, 2 * kv, 1, size]))
+        first, _, rest = make("Split", "Past", past, integers([1, 1, shape.tokens - 1]), outputs=3, axis=2)
+        present = make("Concat", "Present", first, rest, new, axis=2)
+        key, value = self.columns(present)
+        scores = make("Add", "Seen", make("MatMul", "Scores", q, key), self.step.seen)
+        out = make("MatMul", "Heads", make("Softmax", "Softmax", scores, axis=-1), value)
+        return self.graph(make("Reshape", "Joined", out, integers([-1, 1, shape.query_width])), present)
 
 
-def _rotated(
-    build: Any, given: dict[str, ir.Value], head: ir.Value, tables: tuple[ir.Value, ir.Value], title: str, axis: int
-) -> ir.Value:
-    left, right, rest = build("Split", [head, given["halves"]], f"{title}Halves", outputs=3, axis=axis)
-    other = build("Concat", [right, left, rest], f"{title}Swapped", axis=axis)  # a Gather of numbers takes far longer
-    parts = (build("Mul", [head, tables[0]], f"{title}Cosine"), build("Mul", [other, tables[1]], f"{title}Sine"))
-    return build("Add", list(parts), f"{title}Turned")
+class _Chunk(_Branch):
+    """Any tokens, with padding: blocks of C queries, each with its W + C rows and the first one."""
+
+    def emit(self, qkv: ir.Value, past: ir.Value) -> ir.Graph:
+        make, shape, dims = self.make, self.shape, self._dims
+        kv, heads, size = shape.kv_heads, shape.heads, shape.head_size
+        q, new = self.parts(qkv)
+        self._count()
+        rows, present = self._rows(new, past)
+        rows = make("Gather", "Blocks", rows, self._picked, axis=1)
+        rows = make("Reshape", "BlockRows", rows, dims("RowDims", -1, self._read, 2 * kv, size))
+        key, value = self.columns(make("Transpose", "BlockHeads", rows, perm=[0, 2, 1, 3]))
+        key = make("Split", "FirstAndNear", key, dims("KeyParts", 1, self._wide), outputs=2, axis=-1)
+        q = make("Pad", "Padded", q, dims("Pads", 0, 0, 0, 0, self._rest, 0))
+        q = make("Reshape", "BlockQueries", q, dims("QueryDims", -1, self._size, heads, size))
+        q = make("Transpose", "Queries", q, perm=[0, 2, 1, 3])
+        queries = (q, self.turned(q, shape.tokens + 1, heads, "Turned"))
+        groups = self.integers([0, kv, -1, size])
+        both = [
+            make("MatMul", f"{title}Scores", make("Reshape", f"{title}Groups", query, groups), keys)
+            for title, query, keys in zip(("First", "Near"), queries, key, strict=True)
+        ]
+        scores = make("Concat", "Scores", *both, axis=-1)
+        scores = make("Reshape", "ByHead", scores, dims("ScoreDims", 0, heads, -1, self._read))
+        share = make("Softmax", "Softmax", make("Add", "Seen", scores, self._seen()), axis=-1)
+        share = make("Reshape", "ByGroup", share, dims("ShareDims", 0, kv, -1, self._read))
+        out = make("Reshape", "Heads", make("MatMul", "Out", share, value), self.integers([0, heads, -1, size]))
+        out = make("Transpose", "ByRow", out, perm=[0, 2, 1, 3])
+        batch = self._int("Shape", "Batch", self.step.mask_BT, start=0, end=1)
+        out = make("Reshape", "Joined", out, dims("OutDims", batch, self._whole, shape.query_width))
+        out = make("Slice", "Given", out, self.integers([0]), self._tokens, self.integers([1]))
+        return self.graph(out, present)
+
+    def _int(self, op: str, name: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        made: ir.Value = self.make(op, name, *inputs, kind=_INT, **attributes)
+        return made
+
+    def _dims(self, name: str, *lengths: ir.Value | int) -> ir.Value:
+        """Numbers and values [1], one after another."""
+        parts = [self.integers([n]) if isinstance(n, int) else n for n in lengths]
+        return self._int("Concat", name, *parts, axis=0)
+
+    def _count(self) -> None:
+        """Lengths [1], and the rows that each block reads, of [first row | W before | this step | fill]."""
+        node, integers, window = self._int, self.integers, self.integers([self.shape.tokens])
+        self._tokens = node("Shape", "Tokens", self.step.mask_BT, start=1, end=2)
+        self._size = node("Min", "Size", self._tokens, window)
+        upper = node("Sub", "Upper", node("Add", "Sum", self._tokens, self._size), integers([1]))
+        self._whole = node("Mul", "Whole", node("Div", "Number", upper, self._size), self._size)
+        self._rest = node("Sub", "Rest", self._whole, self._tokens)
+        self._wide = node("Add", "Wide", self._size, window)
+        self._read = node("Add", "Read", self._wide, integers([1]))
+        ends = [node("Squeeze", f"{title}End", value) for title, value in
+                (("Whole", self._whole), ("Size", self._size), ("Read", self._read))]  # fmt: skip
+        column = node("Unsqueeze", "Column", node("Range", "Starts", integers(0), *ends[:2]), integers([1]))
+        self._near = node("Add", "NearRows", column, node("Range", "Places", integers(1), ends[2], integers(1)))
+        self._picked = node("Concat", "Picked", node("Sub", "FirstRows", column, column), self._near, axis=1)
+
+    def _rows(self, new: ir.Value, past: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Rows [B, 1 + W + T + fill, 2 K] from which blocks take theirs, and the state behind the step."""
+        make, node, integers = self.make, self._int, self.integers
+        shape, step, row = self.shape, self.step, 2 * self.shape.key_width
+        past = make("Transpose", "PastRows", past, perm=[0, 2, 1, 3])
+        past = make("Reshape", "Past", past, integers([0, 0, row]))
+        held, before = make("Split", "PastParts", past, integers([1, shape.tokens]), outputs=2, axis=1)
+        known = make("Greater", "AnyBefore", step.before, integers(0), kind=_BOOL)
+        known = make("Unsqueeze", "Known", known, integers([-1]), kind=_BOOL)
+        first = make("Where", "First", known, held, make("GatherND", "FirstNew", new, self._start(), batch_dims=1))
+        every = make("Concat", "Rows", first, before, new, axis=1)
+        last = node("Add", "LastRows", step.last_B11, self.tables["last_rows"])
+        kept = make("Concat", "Kept", first, make("GatherND", "Last", every, last, batch_dims=1), axis=1)
+        kept = make("Reshape", "KeptHeads", kept, integers([0, 0, 2 * shape.kv_heads, shape.head_size]))
+        filled = make("Pad", "Filled", every, self._dims("Fill", 0, 0, 0, 0, self._rest, 0))
+        return filled, make("Transpose", "Present", kept, perm=[0, 2, 1, 3])
+
+    def _start(self) -> ir.Value:
+        """Index [B, 1, 1] of each sequence's first token in this step; 0 if it has none."""
+        node, integers = self._int, self.integers
+        left = node("Range", "RowsLeft", node("Squeeze", "TokensEnd", self._tokens), integers(0), integers(-1))
+        most = node("Mul", "ValidLeft", self.step.mask_BT, left)
+        most = node("ReduceMax", "Most", most, integers([1]), keepdims=1)
+        start = node("Mod", "Start", node("Sub", "Lacking", self._tokens, most), self._tokens)
+        return node("Unsqueeze", "StartIndex", start, integers([-1]))
+
+    def _seen(self) -> ir.Value:
+        """What scores get, [N, 1, C, 1 + W + C]. The first row is seen if a token stands in front of the window."""
+        make, node, integers = self.make, self._int, self.integers
+        before = node("Sub", "HeldRows", self.step.before, self.tables["held_rows"])
+        marks = node("Concat", "Marks", self.step.before, before, self.step.mask_BT, axis=1)
+        marks = node("Pad", "FilledMarks", marks, self._dims("MarkPads", 0, 0, 0, self._rest))
+        marks = node("Gather", "BlockMarks", marks, self._near, axis=1)
+        marks = node("Reshape", "MarksByKey", marks, self._dims("MarkDims", -1, 1, 1, self._wide))
+        held = make("Greater", "Held", marks, integers(0), kind=_BOOL)
+        left = make("Slice", "LeftRows", held, integers([0]), self._size, integers([3]), kind=_BOOL)
+        left = make("Transpose", "Left", left, perm=[0, 1, 3, 2], kind=_BOOL)
+        ends = self._dims("BandEnds", self._size, self._wide)
+        band = make("Slice", "Band", self.tables["band"], integers([0, 0]), ends, integers([0, 1]), kind=_BOOL)
+        near = make("And", "NearSeen", held, band, kind=_BOOL)
+        seen = make("Concat", "AllSeen", left, near, axis=-1, kind=_BOOL)
+        return make("Where", "Unseen", seen, self.tables["zero"], self.tables["unseen"])

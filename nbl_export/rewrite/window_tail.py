@@ -14,17 +14,17 @@ no more tokens than rows are needed, all pass, in order behind the state.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from nbl_export.graph.anatomy import Join, find_reader, reading_layers
 from nbl_export.graph.caches import graph_states
-from nbl_export.graph.emitter import element_type, new_node
+from nbl_export.graph.emitter import Maker, choose, new_node
 from nbl_export.graph.names import node_name
 from nbl_export.rewrite.integers import Integers
-from nbl_export.rewrite.window import SHARED, WindowRows, window_tokens
+from nbl_export.rewrite.window import SHARED, window_tokens
 
 __all__ = ["Stage", "stages_of", "top_windows"]
 
@@ -48,13 +48,13 @@ class Stage:
         join: of the layer below, in front of which the rows are taken.
         at: indices [B, R, 1] of the rows, among those of the stage below.
         window: the layer that reads the rows; None for the last row.
-        rows: what this window knows of its rows; None for the last row.
+        instead: what this window reads of these rows, by the value of all rows of a step.
     """
 
     join: Join
     at: ir.Value
     window: int | None = None
-    rows: WindowRows | None = None
+    instead: Mapping[ir.Value, ir.Value] = field(default_factory=dict)
 
     def take(self, value: ir.Value, name: str) -> ir.Node:
         """A node that takes the rows of a value; it is not in the graph yet."""
@@ -63,40 +63,39 @@ class Stage:
 
     def give(self, graph: ir.Graph) -> None:
         """Let the window know these rows instead of all rows of a step."""
-        if self.rows is None or self.window is None:
+        if self.window is None:
             return
         prefix = node_name(self.window, "")
-        for node in graph:
+        for node in graph.all_nodes():
             for index, value in enumerate(node.inputs if str(node.name).startswith(prefix) else ()):
-                maker = None if value is None else value.producer()
-                if maker is not None and str(maker.name) == f"{SHARED[1]}/rows":
-                    node.replace_input_with(index, self.rows.values["marks"])
-                elif maker is not None and str(maker.name).startswith(f"{SHARED[0]}/"):
-                    node.replace_input_with(index, self.rows.values[str(maker.name).rpartition("/")[2]])
+                if value is not None and value in self.instead:
+                    node.replace_input_with(index, self.instead[value])
 
 
-def stages_of(
-    graph: ir.Graph, windows: tuple[int, ...], mask_BT: ir.Value, last_B11: ir.Value
-) -> tuple[list[Stage], list[ir.Node]]:
-    """The stages from the layer below the windows up, and the nodes of their rows, which are not in the graph yet.
+def stages_of(graph: ir.Graph, windows: tuple[int, ...]) -> tuple[list[Stage], ir.Node, ir.Node]:
+    """The stages from the layer below the windows up, a node that finds their rows, and the node in front of it.
 
-    Args:
-        mask_BT: which tokens of a step are no padding.
-        last_B11: index of each sequence's last token.
+    If each sequence has one new token, this is the only row of every stage, and nothing is computed.
     """
-    readers = reading_layers(graph)
+    readers, nodes = reading_layers(graph), {str(node.name): node for node in graph}
     joins = [find_reader(graph, layer) for layer in (readers[readers.index(windows[0]) - 1], *windows)]
-    tokens = window_tokens(graph)
-    emit = Integers(graph, "/nbl/tail/windows", "nbl.tail.windows")
-    below = _Rows.all_of(graph, emit, mask_BT, last_B11)
-    stages = []
-    for number, (layer, join) in enumerate(zip(windows, joins, strict=False)):
-        below, at = below.fewer((len(windows) - number) * (tokens - 1) + 1, f"layers.{layer}/")
-        dtype = element_type(graph, join.residual)
-        rows = WindowRows(graph, below.mask, below.last, dtype, f"/nbl/tail/layers.{layer}/rows")
-        emit.nodes.extend(rows.nodes)
-        stages.append(Stage(join, at, layer, rows))
-    return [*stages, Stage(joins[-1], below.last)], emit.nodes
+    behind = nodes[f"{SHARED[0]}/single"]
+    mask, last = (nodes[f"{SHARED[1]}/{name}"].outputs[0] for name in ("mask", "index"))
+    one, more = Maker("/nbl/tail/One/", ir.DataType.INT64), Integers(graph, "/nbl/tail/windows", "nbl.tail.windows")
+    below, found, same = _Rows.all_of(graph, more, mask, last), [], []
+    for number, layer in enumerate(windows):
+        below, at = below.fewer((len(windows) - number) * (window_tokens(graph) - 1) + 1, f"layers.{layer}/")
+        found += [at, below.last, below.mask]
+        every = {"at": last, "last": last, "mask": mask}
+        same += [one("Identity", f"layers.{layer}/{part}", value) for part, value in every.items()]
+    branches = (ir.Graph((), same, nodes=one.nodes, name="One"), ir.Graph((), found, nodes=more.nodes, name="More"))
+    choice = choose(behind.outputs[0], *branches, "/nbl/tail/Rows")
+    rows = [choice.outputs[3 * n : 3 * n + 3] for n in range(len(windows))]
+    stages = [
+        Stage(join, at, layer, {last: its_last, mask: its_mask})
+        for join, layer, (at, its_last, its_mask) in zip(joins, windows, rows, strict=False)
+    ]
+    return [*stages, Stage(joins[-1], rows[-1][1])], choice, behind
 
 
 @dataclass(frozen=True)

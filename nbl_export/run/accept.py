@@ -15,7 +15,8 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Generator
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ def accept(
     found = _blank(run, engine if provider == "cpu" else f"{engine} --provider {provider}")
     for subject, place in places.items():
         ui.say(f"  checking {subject}")
-        with contextlib.closing((look or examined)(found_by, subject, place, values)) as events:
+        yardstick = _yardstick(found["checks"])
+        with contextlib.closing((look or examined)(found_by, subject, place, values, yardstick)) as events:
             for kind, *value in events:
                 if kind in _LISTS:
                     found[_LISTS[kind]] += value
@@ -99,6 +101,12 @@ def accept(
     return found
 
 
+def _yardstick(results: Sequence[Mapping[str, Any]]) -> float | None:
+    """The largest finite difference of the original's logits so far; None if there is none."""
+    own = [r["value"] for r in results if r["check"] == "original" and "logit difference" in r["metric"]]
+    return max((value for value in own if math.isfinite(value)), default=None)
+
+
 def _blank(run: RunDirectory, engine: str) -> dict[str, Any]:
     """acceptance.json before the first check."""
     model = run.manifest["model"]
@@ -109,7 +117,7 @@ def _blank(run: RunDirectory, engine: str) -> dict[str, Any]:
         "engine": engine,
         "precision": run.manifest["options"]["precision"],
         "replaced_layers": run.manifest.get("replaced_layers", []),
-        "machine": machine(),
+        "machine": machine(gpu=True),
         "versions": {"nbl-export": __version__, **versions(_PACKAGES)},
         "cannot_run": "",
         "checks": [],
@@ -143,20 +151,22 @@ def refuse_failed(found: dict[str, Any], directory: Path) -> None:
 
 
 def examined(
-    find: Find, subject: str, directory: Path, values: Path, seconds: float = LIMIT_SECONDS
-) -> Generator[Event, None, None]:
+    find: Find, subject: str, directory: Path, values: Path, yardstick: float | None = None,
+    seconds: float = LIMIT_SECONDS,
+) -> Generator[Event, None, None]:  # fmt: skip
     """Check one decoder in a process of its own, and yield its events.
 
     Args:
         directory: of the deployed decoder.
         values: acceptance.safetensors.
+        yardstick: see `verify.on_target.checks`.
         seconds: the process is ended if it does not answer for so long.
 
     Yields:
         [RESULT, the fields of a RungResult], [MESSAGE, text of a library], [CANNOT_RUN, reason], at last [FINISHED].
     """
     check, doing = "structure", "starting"
-    with Child(examine, find, subject, directory, values) as child:
+    with Child(examine, find, subject, directory, values, yardstick) as child:
         while True:
             try:
                 event = child.answer(seconds)
@@ -174,7 +184,9 @@ def examined(
                 return
 
 
-def examine(write: Write, find: Find, subject: str, directory: Path, values: Path) -> None:
+def examine(
+    write: Write, find: Find, subject: str, directory: Path, values: Path, yardstick: float | None = None
+) -> None:
     """Check one decoder in this process, and send the events that `examined` yields. No error gets out."""
     now = ["structure", "starting"]
 
@@ -184,7 +196,7 @@ def examine(write: Write, find: Find, subject: str, directory: Path, values: Pat
 
     logging.getLogger().addHandler(_Sender(write))
     try:
-        _examine(write, find, subject, directory, load(values), doing)
+        _examine(write, find, subject, directory, load(values), doing, yardstick)
     except Exception as error:  # a library of the GPU's may raise anything
         text = " ".join(str(error).split())[:_LONGEST]
         kind = "" if isinstance(error, NblError) else f"{type(error).__name__}: "
@@ -192,7 +204,9 @@ def examine(write: Write, find: Find, subject: str, directory: Path, values: Pat
     write([FINISHED])
 
 
-def _examine(write: Write, find: Find, subject: str, directory: Path, expected: Expected, doing: Doing) -> None:
+def _examine(
+    write: Write, find: Find, subject: str, directory: Path, expected: Expected, doing: Doing, yardstick: float | None
+) -> None:
     doing("structure", "looking for the GPU and the library")
     engine = find()
     found = engine.probe_run()
@@ -205,8 +219,9 @@ def _examine(write: Write, find: Find, subject: str, directory: Path, expected: 
     except NblError as error:  # another version, another GPU, an engine of somebody else, too little memory
         return write([CANNOT_RUN, str(error)])
     with runner:
-        write(_event("structure", subject, "the engine fits library and GPU", 0.0, 0.5, True, found.reason))
-        for result in checks(runner, subject, expected, doing):
+        detail = "; ".join(text for text in (found.reason, getattr(runner, "inspected", str)()) if text)
+        write(_event("structure", subject, "the engine fits library and GPU", 0.0, 0.5, True, detail))
+        for result in checks(runner, subject, expected, doing, yardstick):
             write([RESULT, dataclasses.asdict(result)])
         doing("structure", f"closing the decoder {subject}")
     return None

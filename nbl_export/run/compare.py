@@ -70,6 +70,7 @@ def compare(
             "provider": found.provider,
             "parameters": facts[name].parameters,
             "arithmetic": available_engine(found).arithmetic(found.path),
+            **({"slots": facts[name].context_length} if available_engine(found).capabilities.static else {}),
         }
     return {**value, **figures(value)}
 
@@ -101,8 +102,6 @@ def _check(decoders: Mapping[str, Located], options: JobOptions) -> Target:
     engines = []
     for name, decoder in decoders.items():
         engine = available_engine(decoder)
-        if options.batches != (1,) and engine.capabilities.static:
-            raise NblError(f"--batch is not for {name}: engine {decoder.engine} is measured on one sequence")
         if options.threads is not None and engine.capabilities.static:
             raise NblError(f"--threads is not for {name}: engine {decoder.engine} computes on a GPU")
         engines.append(engine)

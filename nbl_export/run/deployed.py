@@ -15,18 +15,28 @@ from nbl_export.mixers.base import Mixer
 from nbl_export.options.options import CHECKPOINT_FIT, JobOptions, describe_command, located
 from nbl_export.plan.maps_file import load_maps
 from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.from_json import edited
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.progress import Ui
 from nbl_export.run.resolve import Resolver
-from nbl_export.run_directory import CHECKPOINT, DECODERS, MAPS_FILE, MOMENTS_FILE, SUBJECTS, RunDirectory
+from nbl_export.run_directory import (
+    BENCH_FILE,
+    CHECKPOINT,
+    DECODERS,
+    MAPS_FILE,
+    MOMENTS_FILE,
+    SUBJECTS,
+    VERIFY_FILE,
+    RunDirectory,
+)
 from nbl_export.targets import all_targets, load_engine, owner_of
 from nbl_export.targets.base import Target
 from nbl_export.targets.runners import SequenceLimits, TextRunner
 from nbl_export.text.windows import Division
 from nbl_export.trust.contained import check_folder, check_inside, refuse_special
 
-__all__ = ["Finished", "Located", "available_engine", "describe", "examine_engines", "is_model_directory", "locate",
-           "open_finished", "open_for_text", "remake_command", "trust_engines"]  # fmt: skip
+__all__ = ["Finished", "Located", "answers", "available_engine", "describe", "examine_engines", "is_model_directory",
+           "locate", "open_finished", "open_for_text", "remake_command", "result", "trust_engines"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,21 @@ def open_for_text(directory: Path, name: str = "model", *, force: bool) -> Any:
     engine = available_engine(found)
     proposes = name == SUBJECTS["lossless"].directory
     return engine.open_speculative(found.path) if proposes else engine.open_runner(found.path, None)
+
+
+def answers(
+    directory: Path, subjects: Sequence[str], prompt: str, new_tokens: int, *, raw: bool = False, force: bool = False
+) -> Iterator[tuple[str, Iterator[str]]]:
+    """Title and streamed answer of some subjects of a run (`SUBJECTS`), of which one at a time is in memory.
+
+    Raises:
+        UsageError: several are asked of a directory that holds one decoder; also the errors of `open_for_text`.
+    """
+    if len(subjects) > 1 and is_model_directory(directory):
+        raise UsageError(f"{directory} holds one decoder, and two are compared; name the run directory")
+    for name in subjects:
+        with open_for_text(directory, SUBJECTS[name].directory, force=force) as runner:
+            yield SUBJECTS[name].title, runner.stream(runner.encode(prompt, chat=not raw), new_tokens)
 
 
 _STAGES = {subject.directory: subject.stage for subject in SUBJECTS.values()}
@@ -196,21 +221,41 @@ def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Fini
 
 # -- as JSON values --------------------------------------------------------------------------------------------
 
+_RESULT = ("num_layers", "replaced_layers", "fit", "goal", "ratios", "cache_bytes_per_token", "quality_loss")
 
-def describe(directory: Path) -> dict[str, Any]:
-    """Plan, stages, sizes and caches of a run directory.
+
+def result(run: RunDirectory) -> dict[str, Any] | None:
+    """Speed and loss of a run, as report.json has them; None before verification.
 
     Raises:
-        NblError: the directory is not a run directory.
+        CorruptError: a file of the run has not the values that its stage writes.
+    """
+    from nbl_export.report import outcome, page
+
+    if "verify" not in run.stages:
+        return None
+    bench = run.read_json(BENCH_FILE) if "bench" in run.stages else None
+    with edited(run.path, "run verify and bench again"):
+        found = page.summarize(run.manifest, run.read_json(VERIFY_FILE), bench)
+        outcome.outcome(found)  # reads every value that it says
+    return found
+
+
+def describe(directory: Path) -> dict[str, Any]:
+    """Plan, stages, sizes, caches and results of a run directory.
+
+    Raises:
+        NblError: the directory is not a run directory. CorruptError: its results cannot be read.
     """
     from nbl_export.report.page import codes_of
 
-    facts = RunDirectory.existing(directory).manifest
+    run = RunDirectory.existing(directory)
+    facts, found = run.manifest, result(run)
     spec = DecoderSpec(**facts["decoder"])
     options = facts["options"]
     capabilities = load_engine(options["engine"], options.get("provider", "cpu")).capabilities
     itemsize = capabilities.cache_itemsize(options["precision"])
-    kept = spec.num_layers - len(facts.get("replaced_layers", ()))
+    kept = len(spec.attention_layers) - len(facts.get("replaced_layers", ()))
     return {
         "model": facts["model"],
         "decoder": facts["decoder"],
@@ -223,13 +268,14 @@ def describe(directory: Path) -> dict[str, Any]:
         "token_table": facts.get("token_table"),
         "stages": {name: record["seconds"] for name, record in facts["stages"].items()},
         "variants": {
-            "original": _variant(directory / "original", spec, spec.num_layers, itemsize),
+            "original": _variant(directory / "original", spec, len(spec.attention_layers), itemsize),
             "nbl": _variant(directory / "model", spec, kept, itemsize),
         },
         "engines": facts.get("engines", {}),
         "files": {n: _size(directory / n) for n in (MOMENTS_FILE, MAPS_FILE, CHECKPOINT)},
         "scores": facts.get("scores", []),
         "command": facts["command"],
+        "result": found and {name: found[name] for name in _RESULT},
     }
 
 

@@ -18,7 +18,9 @@ from nbl_export.model.device import guarded
 from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL, JobOptions, located
 from nbl_export.options.settle import settle
 from nbl_export.parallel.ranks import Ranks, collect_batches, current
+from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.requests import EvalRequest, Prepared, Subject, SweepRequest
+from nbl_export.run.deployed import result
 from nbl_export.run.estimate import foreseen
 from nbl_export.run.facts import (
     capabilities_of,
@@ -54,6 +56,8 @@ STAGES = (
     Stage("report", "report", lambda _: bench.ReportInputs(), bench.run_report),
 )
 
+_BY_ENGINE = ("build", "bench", "lossless")  # stages in which an engine works, and torch does not
+
 
 def run_job(
     asked: Mapping[str, Any], output: Path, ui: Ui, *, force: bool = False, recorded: JobOptions | None = None
@@ -74,7 +78,17 @@ def run_job(
         if not leads:
             return None
         _work(asked, recorded, output, ui, force, "report")
+        _tell(output, ui)
         return output
+
+
+def _tell(output: Path, ui: Ui) -> None:
+    """Say what the run has found, and what to do next."""
+    from nbl_export.report.outcome import next_steps, outcome
+
+    if found := result(RunDirectory.existing(output)):
+        for name, said in (*outcome(found), *next_steps(found, output)):
+            ui.say(f"  {name:<9}{said}")
 
 
 def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, force: bool = False) -> Path | None:
@@ -167,7 +181,7 @@ def run_sweep(output: Path, ui: Ui, changes: dict[str, Any], max_layers: int | N
         NblError: `max_layers` is not smaller than the model's number of layers.
     """
     known = RunDirectory.peek(output)
-    layers = int(known.manifest.get("num_layers", 2))
+    layers = len(DecoderSpec(**known.manifest["decoder"]).attention_layers) if known.manifest else 2
     if max_layers is not None and max_layers >= layers:
         raise NblError(f"--max-layers {max_layers}: the model has {layers} attention layers and must keep one")
     reported = "report" in known.stages
@@ -268,7 +282,7 @@ def _advance(resolver: Resolver, until: str, *, ignore_failure: bool = False, ne
 def _run(place: Place, stage: Stage, inputs: Any, key: str) -> None:
     place.ui.say(f"{stage.title} ...")
     started = time.monotonic()
-    with place.run.scratch() as scratch, guarded(stage.title):
+    with place.run.scratch() as scratch, guarded(stage.title, by_engine=stage.name in _BY_ENGINE):
         facts = stage.run(inputs, place, scratch)
         seconds = time.monotonic() - started
         place.run.finish(stage.name, key, scratch, seconds, readers(stage.name), **facts)

@@ -41,10 +41,17 @@ class Wanted:
     rows_VD: np.ndarray | None = None
 
 
-def held_names(cache_ids: Iterable[int], mixers: Mapping[int, Mixer] | None = None) -> set[str]:
-    """Names of the inputs that a decoder holds between steps: caches, and states of layers with a short memory."""
+def held_names(
+    cache_ids: Iterable[int], mixers: Mapping[int, Mixer] | None = None, others: Iterable[int] = ()
+) -> set[str]:
+    """Names of the inputs that a decoder holds between steps: caches, and states of layers with a short memory.
+
+    Args:
+        others: layers that never had attention.
+    """
     caches = {f"past_key_values.{i}.{part}" for i in cache_ids for part in ("key", "value")}
-    return caches.union(*(state_names(layer) for layer, mixer in (mixers or {}).items() if mixer.state is not None))
+    remember = [layer for layer, mixer in (mixers or {}).items() if mixer.state is not None]
+    return caches.union(*map(state_names, (*remember, *others)))
 
 
 @dataclass(frozen=True)

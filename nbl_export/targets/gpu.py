@@ -6,6 +6,9 @@ libcuda.so.1 / nvcuda.dll   cuInit, cuDriverGetVersion, cuDeviceGetCount, ...   
     R580     13            tensorrt, tensorrt-rtx, cuda-python; onnxruntime-gpu and onnxruntime-genai-cuda of today
     R535     12            tensorrt-cu12, tensorrt-rtx-cu12, cuda-python<13
 
+TensorRT's wheels for aarch64 (10.15, 10.16 and 11.4 were looked up) are for CUDA 13 alone. JetPack 6 of a Jetson has
+CUDA 12.6 and TensorRT 10.3, and the cache operator of our graphs needs 10.15.
+
 A driver also runs packages of an older CUDA. Sources: TensorRT 11.4, "Prerequisites" (R580 for CUDA 13, R535 for the
 wheels of CUDA 12); cuda-bindings, "Installation" (13 needs driver 580.65.06, 12.9 needs 525.60.13) and the release
 notes of 13.0.3 (the bindings link the runtime of CUDA 13 statically, so they bring this requirement).
@@ -15,14 +18,21 @@ GPU execution providers of ONNX Runtime GenAI, as data; `targets.onnx.gpu` has t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import platform
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["CUDA", "PROVIDERS", "CudaRelease", "Gpu", "Provider", "find_gpu", "outdated", "release_for", "spoken"]
+__all__ = ["CUDA", "PROVIDERS", "CudaRelease", "Gpu", "Provider", "describe", "find_gpu", "free_bytes", "outdated",
+           "release_for", "spoken", "unpackaged"]  # fmt: skip
 
 _LIBRARIES = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+# CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, _MEMORY_CLOCK_RATE (kHz) and _GLOBAL_MEMORY_BUS_WIDTH (bits)
+_MULTIPROCESSORS, _MEMORY_KHZ, _BUS_BITS = 16, 36, 37
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
 
@@ -85,6 +95,13 @@ def release_for(gpu: Gpu | str) -> CudaRelease:
     return CUDA[max(fitting or CUDA)]
 
 
+def unpackaged(gpu: Gpu | str) -> str:
+    """What to do if there are no packages of TensorRT for the driver, without a full stop; "" if there are."""
+    if isinstance(gpu, str) or gpu.cuda[0] >= max(CUDA) or platform.machine() != "aarch64":
+        return ""
+    return f"on a Jetson install JetPack 7.2, since TensorRT's wheels for aarch64 are for CUDA {max(CUDA)} alone"
+
+
 def outdated(gpu: Gpu, package: str, major: int, instead: str) -> str:
     """Say that a package needs a newer driver, without a full stop; "" if the driver is new enough.
 
@@ -106,13 +123,60 @@ def spoken(gpu: Gpu | str) -> str:
     """GPU and driver as one line, with the packages that fit the driver."""
     if isinstance(gpu, str):
         return f"GPU: {gpu}"
+    began = f"GPU: {gpu.name}, compute capability {gpu.compute}; the driver supports CUDA {gpu.cuda[0]}.{gpu.cuda[1]}"
+    if missing := unpackaged(gpu):
+        return f"{began}; {missing}"
     release = release_for(gpu)
     packages = [f"tensorrt{release.suffix}", f"tensorrt-rtx{release.suffix}", release.bindings]
     others = f"; {gpu.count} GPUs are visible, and engines use the first" if gpu.count > 1 else ""
-    return (
-        f"GPU: {gpu.name}, compute capability {gpu.compute}; the driver supports CUDA {gpu.cuda[0]}.{gpu.cuda[1]}, "
-        f"for which there are {', '.join(packages)}{others}"
-    )
+    return f"{began}, for which there are {', '.join(packages)}{others}"
+
+
+def describe() -> dict[str, Any] | None:
+    """The first visible GPU as a record of results names it; None if there is none. Never raises.
+
+    "memory_bytes_per_second" is the product of memory clock, bus width and two transfers a clock.
+    """
+    gpu, driver = find_gpu(), _load()
+    if isinstance(gpu, str) or driver is None:
+        return None
+    facts: dict[str, Any] = {"name": gpu.name, "compute": gpu.compute, "cuda": "{}.{}".format(*gpu.cuda)}
+    with contextlib.suppress(AttributeError, OSError):
+        device = _integer(driver, "cuDeviceGet", 0)
+        numbers = (_MULTIPROCESSORS, _MEMORY_KHZ, _BUS_BITS)
+        facts["multiprocessors"], clock, bits = (_integer(driver, "cuDeviceGetAttribute", n, device) for n in numbers)
+        facts["memory_bytes_per_second"] = 2 * clock * 1000 * bits // 8
+        total = ctypes.c_size_t()
+        _call(driver, "cuDeviceTotalMem_v2", ctypes.byref(total), device)
+        facts["memory_bytes"] = total.value
+    return facts
+
+
+def free_bytes() -> int | None:
+    """Free memory of the first visible GPU; None if the driver does not say. Never raises.
+
+    The driver's context of this process is made first, and stays, so it is not counted between two calls.
+    """
+    driver = None if isinstance(find_gpu(), str) else _load()
+    if driver is None:
+        return None
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    with contextlib.suppress(AttributeError, OSError), _context(driver):
+        _call(driver, "cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return free.value
+    return None
+
+
+@contextlib.contextmanager
+def _context(driver: ctypes.CDLL) -> Iterator[None]:
+    """Within: the primary context of the first GPU is this thread's."""
+    context = ctypes.c_void_p()
+    _call(driver, "cuDevicePrimaryCtxRetain", ctypes.byref(context), _integer(driver, "cuDeviceGet", 0))
+    _call(driver, "cuCtxPushCurrent_v2", context)
+    try:
+        yield
+    finally:
+        _call(driver, "cuCtxPopCurrent_v2", ctypes.byref(context))
 
 
 def _load() -> ctypes.CDLL | None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -23,6 +25,7 @@ from nbl_export.graph.files import check_structure, skeleton
 from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE, all_logits_file
 from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
+from nbl_export.model.memory import WEIGHTS_SHARE, available_bytes
 from nbl_export.records.decoder import ITEMSIZE, DecoderSpec, GraphContract, is_state
 from nbl_export.records.quantised import unpacked
 from nbl_export.records.results import CheckResult
@@ -36,7 +39,7 @@ Task = Callable[[], AbstractContextManager[Any]]
 
 _OURS = re.compile(r"nbl\.layers\.[\d-]+\.")
 # begin the names of shapes, indices and tables (`graph.quantised`, `rewrite`)
-_SHAPES = ("nbl.block_sums.", "nbl.states.", "nbl.window.", "nbl.tail.windows.")
+_SHAPES = ("nbl.block_sums.", "nbl.states.", "nbl.window.", "nbl.tail.windows.", "nbl.others.")
 _OUR_PRODUCT = re.compile(r"/nbl/layers\.\d+/MatMul(?!.*/offsets$)")
 _SPOKEN = {"last": "of the last token", "all": "of all tokens"}
 # ONNX Runtime's symmetric quantiser spans [-8, 8) steps: the mirror image of a block's largest value is one step off.
@@ -53,7 +56,7 @@ def check_files(directory: Path, contract: GraphContract, wanted: Wanted, *, den
     """
     cache = next(a for a in contract.inputs if a.name.startswith("past_key_values."))
     ids = range(len(wanted.cache_layers)) if dense else wanted.cache_layers
-    held = held_names(ids, wanted.maps)
+    held = held_names(ids, wanted.maps, wanted.spec.others)
     results = check_file(wanted.subject, directory, wanted.spec, held, contract, ITEMSIZE[cache.dtype], wanted.logits)
     results += check_maps(wanted.subject, directory, wanted.maps, wanted.rows_VD)
     if (directory / ALL_LOGITS_FILE).is_file():
@@ -71,7 +74,7 @@ def check_pruned(subject: str, directory: Path) -> CheckResult:
 
 
 def coded(directory: Path, scratch: Path, head_dim: int, task: Task) -> Coded | None:
-    """See `Target.coded`; writes a float32 copy of the graph to `scratch`."""
+    """See `Target.coded`; writes a float32 copy of the graph to `scratch`, or a lean one if memory or disk is short."""
     from nbl_export.graph.quantised import stored_matrices
     from nbl_export.rewrite.widen import save_twin
 
@@ -79,8 +82,10 @@ def coded(directory: Path, scratch: Path, head_dim: int, task: Task) -> Coded | 
     stored = stored_matrices(graph)
     if not stored:
         return None
+    wide = sum(4 * math.prod(matrix.shape) for matrix in stored)
+    lean = wide > WEIGHTS_SHARE * available_bytes() or 2 * wide > shutil.disk_usage(directory).free
     with task():
-        save_twin(graph, scratch)
+        save_twin(graph, scratch, lean=lean)
     opened = functools.partial(OnnxDecoder, scratch, head_dim, file=graph.name)
     return Coded(scratch / graph.name, opened, stored, graph)
 
@@ -113,7 +118,7 @@ def check_file(
     has = {n for n in in_file[0] if n.startswith("past_key_values.")}
     gives = {n.replace("present", "past_key_values") for n in in_file[1] if n.startswith("present.")}
     found, kept = (sum(not is_state(n) for n in names) // 2 for names in (has, held))
-    detail = f"caches {found} of {spec.num_layers} layers, logits {_SPOKEN[session.logits]}"
+    detail = f"caches {found} of {len(spec.attention_layers)} layers, logits {_SPOKEN[session.logits]}"
     kept_word = has == set(held) == gives and in_file == in_session and session.logits == logits
     results.append(checked(subject, "contract", kept_word, detail))
     predicted = spec.cache_bytes_per_token(kept, itemsize)

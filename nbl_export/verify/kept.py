@@ -24,7 +24,9 @@ import numpy as np
 from nbl_export.files import arrays_sha256, file_sha256, key_of, replacing
 from nbl_export.verify.ladder import Probe, Reference
 
-__all__ = ["KeptReferences"]
+__all__ = ["CODES", "OWN", "KeptReferences"]
+
+OWN, CODES = "own", "codes"  # kinds of matrices that a model has: its own, or those of the quantised graphs
 
 _FORMAT = 1  # another number if references of the same inputs are computed in another way
 _METADATA = "references"

@@ -90,14 +90,15 @@ WITHOUT_TWIN = {"int8": Tolerance("relative_rms", 0.1, 1.5, 1.0), "int4": Tolera
 # matrices. The original graph's own error is the yardstick.
 NARROW = {precision: Tolerance("relative_rms", 0.1, 2.0, 1.0) for precision in ("fp16", "int8", "int4")}
 # `accept`: an engine on its GPU against the reference of the ladder. No GPU has been measured. fp16: as above.
-# bf16 has 3 bits less, so 8 times the limit of fp16. int4: the shipped scales are fp16 and those of the twin float32.
+# The original's engine is the yardstick, since NBL has the same arithmetic in fewer layers. bf16 rounds 8 times as
+# coarsely as fp16; its limit is an estimate for 30 layers. int4: shipped scales are fp16, those of the twin float32.
 # On ONNX Runtime's CPU provider the tiny Mistral of the tests is at 0.001 with fp16 and at 0.033 with int4.
 ON_GPU = {
-    "fp32": Tolerance("relative_rms", 1e-3, None, 0.5),
-    "fp16": Tolerance("relative_rms", 0.02, None, 0.5),
-    "bf16": Tolerance("relative_rms", 0.16, None, 0.5),
-    "int8": Tolerance("relative_rms", 0.1, None, 1.0),
-    "int4": Tolerance("relative_rms", 0.1, None, 1.0),
+    "fp32": Tolerance("relative_rms", 1e-3, 2.0, 0.5),
+    "fp16": Tolerance("relative_rms", 0.02, 2.0, 0.5),
+    "bf16": Tolerance("relative_rms", 0.06, 2.0, 0.5),
+    "int8": Tolerance("relative_rms", 0.1, 2.0, 1.0),
+    "int4": Tolerance("relative_rms", 0.1, 2.0, 1.0),
 }
 
 

@@ -47,6 +47,7 @@ _SCHEMA = 2
 _METADATA = "acceptance"
 _LARGE = 64.0  # products of two such rows stay finite in fp16 for heads of up to 256: 256 x 64 / 16 a key element
 _WARM_UP = 8  # steps that are not timed
+_MOST_OTHER = 0.1  # of the likeliest tokens where the reference is sure
 _MOST_READING = 0.25  # of the time of a step; copying logits takes far less
 
 Arrays = dict[str, np.ndarray]
@@ -175,20 +176,26 @@ def _check(expected: Expected) -> None:
 # -- the checks ------------------------------------------------------------------------------------------------
 
 
-def checks(runner: Any, subject: str, expected: Expected, doing: Doing) -> Iterator[CheckResult]:
+def checks(
+    runner: Any, subject: str, expected: Expected, doing: Doing, yardstick: float | None = None
+) -> Iterator[CheckResult]:
     """Compare a runner with what is expected of a subject, then with itself.
 
     Args:
         runner: a `TextRunner` with `last_logits`, and with `fill` if values can be put into its caches.
+        yardstick: the largest figure of the original's engine, if the subject is another; see `Tolerance.ratio`.
     """
     check = subject
+    sure: list[np.ndarray] = []
     for k, row in enumerate(expected.rows):
         name = f"one sequence of {len(row)} tokens"
         doing(check, f"running {name}")
         columns, logits = expected.logits(subject, k)
         got = np.take_along_axis(_appended(runner, _parts(row)), columns, 1)
         judged = [(got, logits, np.zeros(len(got)))]
-        yield from ladder.judge(check, subject, name, judged, expected.tolerance, None)
+        yield from ladder.judge(check, subject, name, judged, expected.tolerance, yardstick)
+        sure.append(_keeps_best(got, logits, expected.tolerance.greedy_margin))
+    yield _best_tokens(check, subject, np.concatenate(sure))
     yield _chunk_behind_cache(runner, subject, expected, doing)
     if expected.prompts:
         doing("text", "generating text")
@@ -199,6 +206,20 @@ def checks(runner: Any, subject: str, expected: Expected, doing: Doing) -> Itera
     yield _stale_slots(runner, subject, expected.rows)
     doing("clock", "timing steps")
     yield _clock(runner, subject, expected.rows[0])
+
+
+def _keeps_best(got: np.ndarray, logits: np.ndarray, margin: float) -> np.ndarray:
+    """Whether the likeliest token is the reference's, at each position where the reference is sure by the margin."""
+    second, best = np.sort(logits, 1)[:, -2:].T
+    return (got.argmax(1) == logits.argmax(1))[best - second > margin]
+
+
+def _best_tokens(check: str, subject: str, kept: np.ndarray) -> CheckResult:
+    share = 1 - float(kept.mean()) if len(kept) else 0.0
+    detail = f"{int(kept.sum())} of {len(kept)} likeliest tokens are the reference's, where it is sure"
+    return CheckResult(
+        check, subject, "share of other likeliest tokens", share, _MOST_OTHER, share <= _MOST_OTHER, detail
+    )
 
 
 def _parts(row: Sequence[int]) -> list[Sequence[int]]:
@@ -273,6 +294,8 @@ def _clock(runner: Any, subject: str, row: Sequence[int]) -> CheckResult:
     """Reading a token behind a step takes no time that belongs to the step."""
     runner.begin(len(row))
     steps, readings = [], []
+    device_seconds = getattr(runner, "device_seconds", lambda: None)
+    device_seconds()  # counts from here on
     for token in row:
         before = time.perf_counter()
         runner.append([token])
@@ -282,6 +305,8 @@ def _clock(runner: Any, subject: str, row: Sequence[int]) -> CheckResult:
         readings.append(time.perf_counter() - between)
     step, reading = (statistics.median(seconds[_WARM_UP:]) for seconds in (steps, readings))
     share = reading / max(step, 1e-9)
-    detail = f"a step takes {1000 * step:.3g} ms, reading its token afterwards {1000 * reading:.3g} ms"
+    computed = device_seconds()
+    on_gpu = "" if computed is None else f" ({1000 * computed / len(row):.3g} ms of the GPU in the mean)"
+    detail = f"a step takes {1000 * step:.3g} ms{on_gpu}, reading its token afterwards {1000 * reading:.3g} ms"
     metric = "share of a step's time that reading its token takes"
     return CheckResult("clock", subject, metric, share, _MOST_READING, share <= _MOST_READING, detail)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,17 @@ from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
 from nbl_export.mixers.modules import MixerModule
 from nbl_export.model.linearize import linearize, replaced
-from nbl_export.records.quantised import Fidelity, StoredMatrix
+from nbl_export.records.quantised import Blocks, Fidelity, StoredMatrix
 from nbl_export.verify.ladder import Probe, Reference, shown_positions
 
 __all__ = [
+    "NOISE_DRAWS",
+    "NOISE_DRAWS_LONG",
     "Codes",
+    "factors",
     "give",
     "give_floats",
+    "give_known",
     "look_up",
     "make_reference",
     "nearest_maps",
@@ -46,12 +50,13 @@ __all__ = [
     "with_noise",
 ]
 
-_NOISE_DRAWS = 4
-_NOISE_DRAWS_LONG = 1
+NOISE_DRAWS = 4
+NOISE_DRAWS_LONG = 1
 
 
 _LIKE = 0.7  # least cosine of rows that differ by rounding only; rows of different matrices have about 0
 _SAMPLED = 16  # rows by which a matrix is recognised
+_ROWS = 8192  # of a matrix that are unpacked at once
 
 
 def references(
@@ -95,6 +100,21 @@ class Codes:
     floats: Sequence[Path] = ()
     rows_VD: np.ndarray | None = None
 
+    @property
+    def maps(self) -> list[StoredMatrix]:
+        """The matrices of maps."""
+        return [matrix for matrix in self._ours if not matrix.lookup]
+
+    @property
+    def table_VD(self) -> np.ndarray | None:
+        """Rows of the token table, as the graph looks them up; None if there is no table."""
+        tables = [matrix.blocks().values for matrix in self._ours if matrix.lookup]
+        return tables[0] if tables else self.rows_VD
+
+    @property
+    def _ours(self) -> list[StoredMatrix]:
+        return [matrix for matrix in self.stored["nbl"] if matrix.name.startswith("/nbl/")]
+
 
 def _give_original(model: Any, codes: Codes) -> list[Fidelity]:
     give_floats(model, codes.floats)
@@ -102,12 +122,9 @@ def _give_original(model: Any, codes: Codes) -> list[Fidelity]:
 
 
 def _give_maps(model: Any, maps: Mapping[int, Mixer], tap: str, codes: Codes) -> None:
-    ours = [matrix for matrix in codes.stored["nbl"] if matrix.name.startswith("/nbl/")]
-    tables = [matrix.blocks().values for matrix in ours if matrix.lookup]
-    rows_VD = tables[0] if tables else codes.rows_VD
-    linearize(model, nearest_maps(maps, [m for m in ours if not m.lookup]), tap)
-    if rows_VD is not None:
-        look_up(model, rows_VD, len(layers_below(maps)))
+    linearize(model, nearest_maps(maps, codes.maps), tap)
+    if (table_VD := codes.table_VD) is not None:
+        look_up(model, table_VD, len(layers_below(maps)))
 
 
 def make_reference(model: Any, probe: Probe) -> Reference:
@@ -144,10 +161,10 @@ def with_noise(model: Any, probe: Probe, reference: Reference) -> Reference:
     """The reference of this model, with its noise."""
     with torch.inference_mode():
         rows = zip(probe.rows, reference.logits, strict=True)
-        noise = tuple(_noise(model, row, clean, _NOISE_DRAWS) for row, clean in rows)
+        noise = tuple(_noise(model, row, clean, NOISE_DRAWS) for row, clean in rows)
         long = None
         if reference.long is not None:
-            long = _noise(model, probe.long, reference.long, _NOISE_DRAWS_LONG, _shown(probe))
+            long = _noise(model, probe.long, reference.long, NOISE_DRAWS_LONG, _shown(probe))
     return dataclasses.replace(reference, noise=noise, long_noise=long, noisy=True)
 
 
@@ -171,13 +188,18 @@ def _logits(model: Any, row: Sequence[int], kept: torch.Tensor | int = 0) -> np.
 def _noise(model: Any, row: Sequence[int], clean: np.ndarray, draws: int, kept: torch.Tensor | int = 0) -> np.ndarray:
     """Largest logit change of each position over a few seeded perturbations of relative size 2^-22."""
     embeddings = model.get_input_embeddings()(torch.tensor([list(row)], device=model.device))
-    generator = torch.Generator().manual_seed(0)
     worst = np.zeros(len(clean), np.float32)
-    for _ in range(draws):
-        factor = 1 + 2.0**-22 * torch.randn(embeddings.shape, generator=generator).to(embeddings.device)
-        out = model(inputs_embeds=embeddings * factor, use_cache=False, logits_to_keep=kept)
+    for factor in factors(embeddings.shape, draws):
+        out = model(inputs_embeds=embeddings * factor.to(embeddings.device), use_cache=False, logits_to_keep=kept)
         worst = np.maximum(worst, np.abs(out.logits[0].float().cpu().numpy() - clean).max(1))
     return worst
+
+
+def factors(shape: Sequence[int], draws: int) -> Iterator[torch.Tensor]:
+    """Factors of embeddings that the noise is measured with, the same for every row of a length."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(draws):
+        yield 1 + 2.0**-22 * torch.randn(tuple(shape), generator=generator)
 
 
 Texts = tuple[tuple[int, ...], ...]
@@ -231,14 +253,41 @@ def give(model: Any, matrices: Iterable[StoredMatrix]) -> list[Fidelity]:
         CorruptError: a matrix matches none of the model's, or the graph has a part of a model's matrix only.
     """
     _untie(model)
+    left = list(matrices)
+    found = give_known(model, left)
+    if left:
+        raise unknown(left[0].name)
+    return found
+
+
+def give_known(
+    module: nn.Module, left: list[StoredMatrix], named: Callable[[str], str] = lambda name: name
+) -> list[Fidelity]:
+    """Put those of the matrices that are the module's into it, in place, and take them out of the list.
+
+    Args:
+        named: name of a module in `module` -> its name in the whole model.
+
+    Raises:
+        CorruptError: the graph has a part of a module's matrix only.
+    """
     found = []
-    kinds = {True: _tables(model), False: _products(model)}
-    for stored in matrices:
-        found.append(_give(kinds[stored.lookup], stored))
+    kinds = {True: _tables(module, named), False: _products(module, named)}
+    for stored in list(left):
+        if any(not rows.taken.all() for rows in kinds[stored.lookup]):
+            fidelity = _give(kinds[stored.lookup], stored)
+            if fidelity is not None:
+                found.append(fidelity)
+                left.remove(stored)
     torn = [rows.name for kind in kinds.values() for rows in kind if 0 < rows.taken.sum() < len(rows.taken)]
     if torn:
         raise CorruptError(f"the graph has only a part of {torn[0]} in codes")
     return found
+
+
+def unknown(name: str, place: int = 0) -> CorruptError:
+    """The error of a graph's matrix, or of its rows from `place` on, that the model does not have."""
+    return CorruptError(f"{name} of the graph, from row {place} on, matches no matrix of the model")
 
 
 def _untie(model: Any) -> None:
@@ -247,19 +296,19 @@ def _untie(model: Any) -> None:
         head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
 
 
-def _tables(model: Any) -> list[_Rows]:
-    return [_Rows(n, m.weight.detach()) for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
+def _tables(model: Any, named: Callable[[str], str]) -> list[_Rows]:
+    return [_Rows(named(n), m.weight.detach()) for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
 
 
-def _products(model: Any) -> list[_Rows]:
+def _products(model: Any, named: Callable[[str], str]) -> list[_Rows]:
     """The matrices of products: of linear layers and routers, and those of all experts, one below the other."""
     found = []
     for name, module in model.named_modules():
         for part, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 2 and part == "weight" and not isinstance(module, nn.Embedding):
-                found.append(_Rows(name, parameter.detach()))
+                found.append(_Rows(named(name), parameter.detach()))
             elif parameter.ndim == 3:
-                found.append(_Rows(f"{name}.{part}", _stacked(module, parameter)))
+                found.append(_Rows(named(f"{name}.{part}"), _stacked(module, parameter)))
     return found
 
 
@@ -272,25 +321,47 @@ def _stacked(experts: Any, parameter: nn.Parameter) -> torch.Tensor:
     return parameter.data.flatten(0, 1)
 
 
-def _give(candidates: Sequence[_Rows], stored: StoredMatrix) -> Fidelity:
+def _give(candidates: Sequence[_Rows], stored: StoredMatrix) -> Fidelity | None:
+    """Put a matrix into the most similar rows; None if its first rows are not like any, and nothing has changed."""
+    if stored.shape and not any(_may_be(rows, stored) for rows in candidates):
+        return None
     blocks = stored.blocks()
-    matrix = torch.from_numpy(blocks.values)
-    if stored.lookup and 0 < matrix.shape[1] - (width := candidates[0].weight.shape[1]) < blocks.size:
-        matrix = matrix[:, :width]  # a table has whole blocks, and the graph cuts the rows that it looks up
+    count, width = blocks.codes.shape
+    if stored.lookup and 0 < width - (own := candidates[0].weight.shape[1]) < blocks.size:
+        width = own  # a table has whole blocks, and the graph cuts the rows that it looks up
     names, place, worst, at = [], 0, 0.0, 0
-    while place < len(matrix):
-        rows, first, count = _nearest(candidates, matrix, place, stored.name)
-        here, there = slice(place, place + count), slice(first, first + count)
-        steps = torch.from_numpy(blocks.scales[here]).abs().clamp(min=1e-30)  # scale 0: any other value is far
-        ratio = _largest_of_blocks((matrix[here] - rows.weight[there].float().cpu()).abs(), blocks.size) / steps
-        if float(ratio.max()) > worst:
-            worst, at = float(ratio.max()), place + int(ratio.amax(1).argmax())
-        with torch.no_grad():
-            rows.weight[there].copy_(matrix[here])
-        rows.taken[there] = True
+    while place < count:
+        nearest = _nearest(candidates, blocks, place, width)
+        if nearest is None and not place:
+            return None
+        if nearest is None:
+            raise unknown(stored.name, place)
+        rows, first, part = nearest
+        for start in range(0, part, _ROWS):
+            here = slice(place + start, place + min(start + _ROWS, part))
+            target = rows.weight[first + start : first + min(start + _ROWS, part)]
+            far, row = _put(target, blocks.rows(here), width)
+            if far > worst:
+                worst, at = far, here.start + row
+        rows.taken[first : first + part] = True
         names.append(rows.name)
-        place += count
+        place += part
     return Fidelity(stored.name, tuple(names), worst, at)
+
+
+def _may_be(rows: _Rows, stored: StoredMatrix) -> bool:
+    """Whether a matrix of this shape can have rows like these; a table may have whole blocks."""
+    return rows.weight.shape[1] <= stored.shape[1] if stored.lookup else rows.weight.shape[1] == stored.shape[1]
+
+
+def _put(target: torch.Tensor, blocks: Blocks, width: int) -> tuple[float, int]:
+    """Give rows the values of blocks, in place; their largest distance before, in steps, and its row."""
+    values = torch.from_numpy(blocks.values)[:, :width]
+    steps = torch.from_numpy(blocks.scales).abs().clamp(min=1e-30)  # scale 0: any other value is far
+    ratio = _largest_of_blocks((values - target.float().cpu()).abs(), blocks.size) / steps
+    with torch.no_grad():
+        target.copy_(values)
+    return float(ratio.max()), int(ratio.amax(1).argmax())
 
 
 def _largest_of_blocks(away_NK: torch.Tensor, size: int) -> torch.Tensor:
@@ -299,38 +370,42 @@ def _largest_of_blocks(away_NK: torch.Tensor, size: int) -> torch.Tensor:
     return padded.view(len(padded), -1, size).amax(2)
 
 
-def _nearest(candidates: Sequence[_Rows], matrix: torch.Tensor, place: int, name: str) -> tuple[_Rows, int, int]:
+def _nearest(candidates: Sequence[_Rows], blocks: Blocks, place: int, width: int) -> tuple[_Rows, int, int] | None:
     """The free rows most like a matrix from row `place` on: their module, the first row, and how many rows."""
     best: tuple[float, _Rows, int, int] | None = None
     for rows in candidates:
-        if rows.weight.shape[1] != matrix.shape[1]:
+        if rows.weight.shape[1] != width:
             continue
         for first, end in rows.runs():
-            count = min(end - first, len(matrix) - place)
-            like = _likeness(rows.weight[first : first + count], matrix[place : place + count])
+            count = min(end - first, len(blocks.codes) - place)
+            chosen = torch.linspace(0, count - 1, min(count, _SAMPLED)).round().long()
+            values = torch.from_numpy(blocks.rows(place + chosen.numpy()).values)[:, :width]
+            like = _likeness(rows.weight[first + chosen.to(rows.weight.device)], values)
             if best is None or like > best[0]:
                 best = (like, rows, first, count)
-    if best is None or best[0] < _LIKE:
-        raise CorruptError(f"{name} of the graph, from row {place} on, matches no matrix of the model")
-    return best[1:]
+    return None if best is None or best[0] < _LIKE else best[1:]
 
 
 def _likeness(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Median cosine of a sample of rows."""
-    chosen = torch.linspace(0, len(one) - 1, min(len(one), _SAMPLED)).round().long()
-    return float(nn.functional.cosine_similarity(one[chosen].float().cpu(), other[chosen], dim=1).median())
+    """Median cosine of rows."""
+    return float(nn.functional.cosine_similarity(one.float().cpu(), other, dim=1).median())
 
 
-def give_floats(model: Any, weights: Sequence[Path]) -> None:
-    """Put a quantised checkpoint's floating-point tensors (norms, biases) into the model, in place."""
-    from safetensors.torch import load_file
+def give_floats(model: Any, weights: Sequence[Path], named: Callable[[str], str] = lambda name: name) -> None:
+    """Put a quantised checkpoint's floating-point tensors (norms, biases) into the model, in place.
 
-    ours = model.state_dict()
-    _untie(model)
-    with torch.no_grad():
-        for name, tensor in (item for file in weights for item in load_file(str(file)).items()):
-            if tensor.is_floating_point() and name in ours and ours[name].shape == tensor.shape:
-                ours[name].copy_(tensor)
+    Args:
+        named: as in `give_known`.
+    """
+    from safetensors import safe_open
+
+    ours = {named(name): value for name, value in model.state_dict().items()}
+    for path in weights:
+        with torch.no_grad(), safe_open(str(path), framework="pt") as file:
+            for name in set(file.keys()) & ours.keys():
+                tensor = file.get_tensor(name)
+                if tensor.is_floating_point() and ours[name].shape == tensor.shape:
+                    ours[name].copy_(tensor)
 
 
 def nearest_maps(maps: Mapping[int, Mixer], matrices: Sequence[StoredMatrix]) -> dict[int, Mixer]:
@@ -342,7 +417,8 @@ def nearest_maps(maps: Mapping[int, Mixer], matrices: Sequence[StoredMatrix]) ->
     numbers = {(i, part): torch.from_numpy(m.copy()) for i, a in maps.items() for part, m in a.matrices().items()}
     free = [_Rows(f"{i}.{part}", tensor) for (i, part), tensor in numbers.items()]
     for stored in matrices:
-        _give(free, stored)
+        if _give(free, stored) is None:
+            raise unknown(stored.name)
     return {i: a.with_matrices({part: numbers[i, part].numpy() for part in a.matrices()}) for i, a in maps.items()}
 
 

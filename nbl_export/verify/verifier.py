@@ -34,13 +34,11 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.checks import Coded
 from nbl_export.verify import codes, ladder
-from nbl_export.verify.kept import KeptReferences
+from nbl_export.verify.kept import CODES, OWN, KeptReferences
 from nbl_export.verify.ladder import Probe, Reference, greedy, shown_positions
 from nbl_export.verify.structure import Setting, check_directory
 
 __all__ = ["MappedOriginal", "Verifier", "references"]
-
-OWN, CODES = "own", "codes"  # whose matrices a reference has: the model's own, or those of the quantised graphs
 
 Noise = Callable[[str, Reference], Reference]  # subject and its reference -> the reference with its noise
 
@@ -105,6 +103,48 @@ class Verifier:
                 return torch_side.noise_with_codes(model, maps, tap, self.probe, given, subject, reference)
 
         self._noise_of = {OWN: of_own, CODES: of_codes}
+
+    def refer_to_layers(
+        self, coded: Mapping[str, Coded], directories: Mapping[str, Path], checkpoint: Path, floats: Sequence[Path] = ()
+    ) -> None:
+        """Like `refer_to_torch`, with one layer of the checkpoint in memory at a time.
+
+        Args:
+            directories: of the graphs, which propose the greedy text.
+        """
+        from nbl_export.verify.streamed_reference import StreamedReference
+        from nbl_export.verify.torch_reference import Codes
+
+        own = self.own_probe(coded)
+        probes = {OWN: own, CODES: self.probe} if coded else {OWN: own}
+        known = {OWN: self.kept.get(OWN, own)}
+        given = Codes({subject: one.stored for subject, one in coded.items()}, floats, self.rows_VD)
+
+        def propose(kind: str, subject: str, texts: Any, counts: Any) -> list[Any]:
+            engine, head_dim = self.setting.engine, self.setting.spec.head_dim
+            shipped = kind == OWN
+            decoder = engine.open_graph(directories[subject], head_dim) if shipped else coded[subject].open()
+            return [greedy(decoder, text, count)[0] for text, count in zip(texts, counts, strict=True)]
+
+        def streamed(with_codes: Any) -> StreamedReference:
+            return StreamedReference(checkpoint, self.maps, self.setting.plan.tap, with_codes, propose)
+
+        with self.setting.task("torch reference, one layer at a time") as progress:
+            if coded:
+                known[CODES] = self.kept.get(CODES, self.probe, coded["original"].source)
+                with self.refuse_unknown():
+                    model = streamed(given)
+                    found, fidelity = model.references(probes, known, progress)
+                    self.truth, self.truth_of_codes = found[OWN], found[CODES]
+                    self.results.append(codes.check_nearness("original", fidelity, self.setting.nearness))
+            if not self.truth:
+                model = streamed(None)
+                self.truth = model.references({OWN: own}, known, progress)[0][OWN]
+
+        def noise_of(kind: str) -> Noise:
+            return lambda subject, reference: model.noise(kind, subject, probes[kind], reference)
+
+        self._noise_of = {kind: noise_of(kind) for kind in probes}
 
     def refer_to_graph(self, coded: Mapping[str, Coded], graph: Path) -> None:
         """Run the input graph, then its float32 twin with the affine maps as they are stored."""

@@ -15,7 +15,6 @@ from torch import nn
 from nbl_export.calibrate import awq as rescale_module
 from nbl_export.calibrate.awq import Group, Seen, choose, load_scales, rounded, save_scales
 from nbl_export.errors import CorruptError
-from nbl_export.graph.quantised import int4_blocks
 
 from ..command import nbl
 from ..jobs import until
@@ -35,9 +34,10 @@ def checks(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("columns", "block"), [(64, 32), (128, 16)])
 def test_rounding_is_the_exporters(columns: int, block: int) -> None:
     weight = torch.randn(24, columns, generator=torch.Generator().manual_seed(0))
-    codes, scales = int4_blocks(weight.T.contiguous().numpy(), block, np.dtype(np.float32))
-    wanted = codes.astype(np.float32) * np.repeat(scales, block, 0)
-    np.testing.assert_allclose(rounded(weight, block).T.numpy(), wanted, rtol=1e-6)
+    blocks = weight.numpy().reshape(24, -1, block)
+    step = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1) / -8  # that element is the code -8
+    wanted = np.clip(np.rint(blocks / step), -8, 7) * step
+    np.testing.assert_allclose(rounded(weight, block).numpy(), wanted.reshape(24, columns), rtol=1e-6)
     assert rounded(torch.randn(3, 40), 32).shape == (3, 40)  # the last columns are no whole block
 
 

@@ -51,8 +51,8 @@ def float64_moments(model: Any, ids: torch.Tensor) -> list[Moments]:
 def test_moments_are_those_of_all_activations(checkpoint: Checkpoint) -> None:
     model = load_model(checkpoint("llama"))
     found, expected = collect.collect(model, windows(), nothing)["residual"], float64_moments(model, windows())
-    assert [m.count for m in found] == [windows().numel()] * LAYERS
-    for a, b in zip(found, expected, strict=True):
+    assert [m.count for m in found.values()] == [windows().numel()] * LAYERS
+    for a, b in zip(found.values(), expected, strict=True):
         for name in ("x_sum", "y_sum", "xx", "yx", "yy"):
             difference = getattr(a, name) - getattr(b, name)
             assert difference.abs().max() <= 1e-5 * getattr(b, name).abs().max()
@@ -134,12 +134,12 @@ def test_file_round_trip_is_exact(checkpoint: Checkpoint, tmp_path: Path) -> Non
     with collect.Collection(load_model(checkpoint("llama")), taps) as found:
         found.add(windows())
     facts = {"count": found.count, "done": 1, "identity": {"batches": 1}}
-    with MomentsWriter(path, facts, LAYERS, taps, (HIDDEN, HIDDEN)) as writer:
+    with MomentsWriter(path, facts, range(LAYERS), taps, (HIDDEN, HIDDEN)) as writer:
         for i in range(LAYERS):
             writer.write(found.layer(i))
     with whole_moments(path) as file:
         file.check()
-        assert (file.taps, file.num_layers) == (taps, LAYERS)
+        assert (file.taps, file.layers) == (taps, tuple(range(LAYERS)))
         for i in range(LAYERS):
             for tap, sums in found.layer(i).items():
                 back = file.sums(i, tap)
@@ -153,7 +153,7 @@ def test_sums_of_an_unfinished_calibration_are_refused(tmp_path: Path) -> None:
     sums = Sums(1, *[one] * 6, *[one.view(1, 1)] * 3)
     for done in (1, 2):
         with MomentsWriter(
-            path, {"count": 1, "done": done, "identity": {"batches": 2}}, 1, ["normed"], (1, 1)
+            path, {"count": 1, "done": done, "identity": {"batches": 2}}, [0], ["normed"], (1, 1)
         ) as writer:
             writer.write({"normed": sums})
         if done == 2:

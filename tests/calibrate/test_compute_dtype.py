@@ -51,7 +51,7 @@ def test_maps_of_bfloat16_products_are_near(architecture: str, tap: str, checkpo
     """Products have 8 bits, so rows differ by 2^-9 of themselves; sums of them are float64 as always."""
     model = load_model(checkpoint(architecture))
     wide, narrow = (collect.collect(model, IDS, quiet, ("residual", tap), narrow=n)[tap] for n in (False, True))
-    for a, b in zip(wide, narrow, strict=True):
+    for a, b in zip(wide.values(), narrow.values(), strict=True):
         assert b.xx.dtype == b.yx.dtype == torch.float64
         assert not torch.equal(a.yy, b.yy), "products were not in bfloat16"
         assert (a.yx - b.yx).norm() <= 0.02 * a.yx.norm()

@@ -37,7 +37,7 @@ def windows(checkpoint: Any, text: Path) -> Any:
 @pytest.fixture(scope="module")
 def torch_maps(checkpoint: Any, windows: Any) -> dict[str, list[Linear]]:
     found = collect.collect(load_model(checkpoint("llama")), windows, lambda _d, _t: None, TAPS)
-    return {tap: [LINEAR.fit(m, i) for i, m in enumerate(moments)] for tap, moments in found.items()}
+    return {tap: [LINEAR.fit(m, i) for i, m in moments.items()] for tap, moments in found.items()}
 
 
 def graph_maps(graph: Path, windows: Any) -> dict[str, list[Linear]]:

@@ -46,7 +46,7 @@ def given(text: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
 
 
 def short_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nbl_export.model.one_layer.shortage_of", lambda _checkpoint: "too large")
+    monkeypatch.setattr("nbl_export.model.one_layer.shortage_of", lambda *_: "too large")
 
 
 @pytest.mark.parametrize(

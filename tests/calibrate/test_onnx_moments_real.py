@@ -44,7 +44,7 @@ def collected(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     build_decoder("genai", smollm2, graph, "fp32")
     windows, _ = corpus.pack(mixture.read_texts(()), load_tokenizer(smollm2), TOKENS, CONTEXT)
     own = collect.collect(load_model(smollm2), windows, lambda _d, _t: None, TAPS)
-    return of_graph(graph / "model.onnx", windows), {tap: list(own[tap]) for tap in TAPS}
+    return of_graph(graph / "model.onnx", windows), {tap: list(own[tap].values()) for tap in TAPS}
 
 
 def of_graph(graph: Path, windows: torch.Tensor) -> Collected:
@@ -57,7 +57,7 @@ def of_graph(graph: Path, windows: torch.Tensor) -> Collected:
         found.refer(windows)
         for batch in collect.batches(windows):
             found.add(batch)
-        layers = [found.layer(i) for i in range(found.num_layers)]
+        layers = [found.layer(i) for i in found.layers]
     return {tap: [sums[tap].moments() for sums in layers] for tap in TAPS}
 
 

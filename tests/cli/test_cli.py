@@ -17,7 +17,7 @@ from nbl_export import __version__
 from nbl_export.targets.onnx.genai import GenaiRunner
 from nbl_export.trust.terminal import visible
 
-from ..command import TINY, Outcome, in_new_process, nbl, snapshot, stage_lines
+from ..command import TINY, Outcome, assert_refused, in_new_process, nbl, snapshot, stage_lines
 from ..jobs import until
 from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB
 
@@ -314,7 +314,18 @@ def test_layers_is_a_count_or_a_list(layers: str, replaced: int | list[int], run
         (("plan",), ("CCA bound", "NMSE", "replaced")),
         (("verify",), ("Verification", "logit difference, decode", "Perplexity", "ok")),
         (("bench",), ("pp16", "tg4", "original", "nbl", "tokens/s")),
-        (("inspect",), ("llama, 3 layers", "replaced layers", "verified", "cache bytes a token", "nbl-export --model")),
+        (
+            ("inspect",),
+            (
+                "llama, 3 layers",
+                "replaced layers",
+                "verified",
+                "cache bytes a token",
+                "nbl-export --model",
+                "too few loads",
+                "perplexity",
+            ),
+        ),
     ],
     ids=lambda value: value[0],
 )
@@ -366,7 +377,20 @@ def test_generate_streams_text_of_either_decoder(finished: Path) -> None:
     assert nbl("generate", finished, "The language", *limit, "--raw").out == said.out  # no template to leave out
     with GenaiRunner(finished / "original") as runner:
         expected = "".join(runner.stream(runner.encode("The language", chat=False), 6))
-    assert nbl("generate", finished, "The language", *limit, "--original").out == visible(expected) + "\n"
+    original = visible(expected) + "\n"
+    assert nbl("generate", finished, "The language", *limit, "--original").out == original
+    both = nbl("generate", finished, "The language", *limit, "--both")
+    assert both.out == f"original:\n{original}NBL:\n{said.out}"
+    assert_refused(nbl("generate", finished, "Hi", "--both", "--original"), 2, "give one of --original, --lossless")
+    assert_refused(nbl("generate", finished / "model", "Hi", "--both"), 2, "holds one decoder", "run directory")
+
+
+def test_the_end_of_a_run_says_its_result(finished: Path) -> None:
+    said = (finished.parent / "stderr").read_text(encoding="utf-8").splitlines()
+    names = [line.split()[0] for line in said[said.index("report ...") + 2 :]]
+    assert names[:5] == ["layers", "prefill", "decode", "cache", "loss"]
+    assert names[-1] == "try" and said[-1].endswith(" --both")
+    assert (finished.parent / "stdout").read_text(encoding="utf-8").endswith("report.html\n")
 
 
 def test_generate_applies_a_chat_template_but_not_with_raw(run: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import gc
 import itertools
@@ -108,10 +109,17 @@ class FakeRunner:
         raise AssertionError("bench does not sample")
 
 
+DEVICE_BYTES = 90  # that each fake takes on a GPU
+
+
 def measure_nothing(
-    open_runner: object, directory: Path, threads: int | None, prompt: Sequence[int], capacity: int
+    open_runner: object, directory: Path, threads: int | None, prompt: Sequence[int], capacity: int, _gpu: bool
 ) -> Footprint:
     return Footprint(peak_memory_bytes=len(prompt), steady_memory_bytes=capacity, load_seconds=0.5)
+
+
+def measure_on_device(*given: Any) -> Footprint:
+    return dataclasses.replace(measure_nothing(*given), device_memory_bytes=DEVICE_BYTES)
 
 
 def run_fake(
@@ -123,6 +131,7 @@ def run_fake(
     usage: Callable[[], Reading] = read_usage,
     held_up: Callable[[str, int], int] = lambda name, load: 0,
     idle: Callable[[int], bool] = lambda number: True,
+    measure: benchmark.Measure = measure_nothing,
 ) -> tuple[dict[str, Any], Tape, list[tuple[int, int]]]:
     """bench.run on two fakes (original 20 ns a token, nbl 10), with the tape and the progress reports.
 
@@ -152,7 +161,7 @@ def run_fake(
         lambda done, total: reports.append((done, total)),
         setting=setting,
         instruments=Instruments(tape.clock, meter(tape), wait, usage),
-        measure=measure_nothing,
+        measure=measure,
     )
     return result, tape, reports
 
@@ -444,12 +453,43 @@ def test_what_is_recorded(tmp_path: Path) -> None:
     assert result["timings"][2].keys() == common | {"token_ns", "tpot_ns"}
 
 
+def test_the_gpus_time_of_each_run_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was computed before a run, such as the fill, is read away before it."""
+    seconds = itertools.count(1)
+    monkeypatch.setattr(FakeRunner, "device_seconds", lambda _: next(seconds) * 1e-9, raising=False)
+    result, _, _ = run_fake(tmp_path, plan_scenarios((32,), 8, (0,)), repetitions=2)
+    read = sorted(ns for timing in result["timings"] for ns in timing["device_ns"])
+    assert read == [2, 4, 6, 8, 10, 12, 14, 16]
+
+
 def test_progress_ends_at_its_total_and_runners_are_closed(tmp_path: Path) -> None:
     _, tape, reports = run_fake(tmp_path, plan_scenarios((32,), 8, (0, 600)), repetitions=2)
     assert [done for done, _ in reports] == list(range(1, len(reports) + 1))
     assert {total for _, total in reports} == {len(reports)}
     assert tape.calls[-2:] == [("original", "close"), ("nbl", "close")]  # the last opened first
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "free", "apart"), [(True, 200, False), (True, 199, True), (True, None, False), (False, 1, False)]
+)
+def test_engines_on_a_gpu_are_judged_by_its_memory(
+    on_gpu: bool, free: int | None, apart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two engines of 90 bytes; the memory of the machine has room for all."""
+    monkeypatch.setattr(benchmark, "free_bytes", lambda: free)
+    monkeypatch.setattr(benchmark, "describe", lambda: {"name": "NVIDIA L4"})
+    clocks = iter([{"sm_mhz": 1980}, {"sm_mhz": 300}, {"sm_mhz": 210}])
+    monkeypatch.setattr(benchmark, "read_clocks", lambda: next(clocks))
+    setting = dataclasses.replace(SETTING, gpu=on_gpu)
+    result, _, _ = run_fake(tmp_path, plan_scenarios((32,), 8, (0,)), 2, setting, measure=measure_on_device)
+    assert result["apart"] is apart
+    assert result["variants"]["nbl"]["device_memory_bytes"] == DEVICE_BYTES
+    if on_gpu:
+        assert result["gpu_clocks"] == [{"sm_mhz": 1980}, {"sm_mhz": 300}]
+        assert result["machine"]["gpu"] == {"name": "NVIDIA L4", "sm_mhz": 210}
+    else:
+        assert "gpu_clocks" not in result and "gpu" not in result["machine"]
 
 
 def test_variants_are_loaded_one_after_the_other_if_memory_is_short(

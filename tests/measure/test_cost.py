@@ -208,7 +208,7 @@ def test_experts_that_a_chunk_reads() -> None:
     assert mlp.read(4, 1, every=True) == mlp.elements(4)
     costs = CostModel(dataclasses.replace(SMOLLM2, num_layers=2), mlp, 4.0, 4.0, 4)
     per_layer = (costs.decode({}, 0).bytes - costs.decode({0: work(0)}, 0).bytes) / 4
-    assert per_layer == costs._projections + 2 * 3 * 64  # attention and its cache: experts stay
+    assert per_layer == costs.spec.projections + 2 * 3 * 64  # attention and its cache: experts stay
     every = dataclasses.replace(costs, every_expert=True)
     assert every.decode({}, 0).bytes - costs.decode({}, 0).bytes == 4 * 2 * 6 * 3 * 576 * 10
     assert every.prefill_flops({}) > costs.prefill_flops({})

@@ -108,6 +108,7 @@ def test_time_follows_the_options() -> None:
     assert seconds("calibrate", tap="normed") > short  # two taps
     assert by_stage(job(SMOLLM2, narrow=False))["calibrate"].seconds > short
     assert by_stage(job(SMOLLM2, rate=1e11))["verify"].seconds > seconds("verify")
+    assert seconds("plan", layers="8", window_layers="auto") > seconds("plan", layers="8", window_layers="none")
     named, counted, decided = (seconds("plan", **asked) for asked in ({"layers": "1,2"}, {"layers": "8"}, {}))
     assert named < counted < decided
     # a training begins with more layers than stay, and the limit is tested after it
@@ -131,6 +132,7 @@ def test_needed_memory_is_at_most_the_peak() -> None:
             for stage in job(shape, memory=memory, fit="distilled").needs():
                 assert 0 <= stage.needed_bytes < stage.peak_bytes, stage
     assert by_stage(job(LLAMA_8B))["calibrate"].peak_bytes < 8 * GIB < 32 * GIB
+    assert by_stage(job(LLAMA_8B, precision="int4"))["verify"].needed_bytes < 8 * GIB  # one layer at a time
     assert by_stage(job(LLAMA_8B, memory=400 * GIB))["calibrate"].peak_bytes > 32 * GIB
 
 

@@ -19,6 +19,7 @@ from nbl_export.measure.instruments import (
     Reading,
     background_of,
     find_meter,
+    read_clocks,
     read_usage,
     used_between,
     wait_until_idle,
@@ -176,6 +177,28 @@ class Nvml:
         assert device.value == 4711
         millijoules._obj.value = self.millijoules
         return self.status
+
+    def nvmlSystemGetDriverVersion(self, text: Any, _length: int) -> int:
+        text.value = b"580.65.06"
+        return 0
+
+    def nvmlDeviceGetClockInfo(self, device: ctypes.c_void_p, kind: int, out: Any) -> int:
+        assert device.value == 4711
+        out._obj.value = {1: 1980, 2: 2619}[kind]
+        return 0
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, _device: ctypes.c_void_p, out: Any) -> int:
+        out._obj.value = 700_000
+        return self.status
+
+
+def test_driver_clocks_and_power_limit_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"driver": "580.65.06", "sm_mhz": 1980, "memory_mhz": 2619}
+    for library, more in ((Nvml(0), {"power_limit_watts": 700.0}), (Nvml(0, status=3), {})):
+        monkeypatch.setattr(instruments.ctypes, "CDLL", lambda _name, library=library: library)
+        assert read_clocks() == {**known, **more}
+    monkeypatch.setattr(instruments.ctypes, "CDLL", lambda _name: Nvml(0, gpus=2))
+    assert read_clocks() is None
 
 
 def test_millijoules_of_a_gpu_are_read_as_microjoules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

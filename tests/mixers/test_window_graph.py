@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,16 @@ import pytest
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import graph_caches
 from nbl_export.graph.decoder import OnnxDecoder
-from nbl_export.mixers.base import Mixer
+from nbl_export.graph.session import open_session
+from nbl_export.mixers.base import Mixer, StateSpec
 from nbl_export.mixers.window import Window
+from nbl_export.mixers.windowed import WindowShape, attend
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.windows import window_layers
 from nbl_export.records.plan import Plan
 from nbl_export.rewrite import contract_of, rewrite
+from nbl_export.rewrite.bypass import GraphBuilder, ValidTokens
+from nbl_export.rewrite.window import state_dims
 from nbl_export.targets import exporter_of
 from nbl_export.verify.ladder import greedy
 from nbl_export.verify.verifier import MappedOriginal
@@ -29,7 +32,7 @@ from tests.verifying import verify_tiny
 from .test_toy_kind import CLOSE, LENGTHS, PAD, STEPS, ids, padded, torch_logits, worst_of_batch
 
 W = 2  # so that of 12 tokens, not all enter three windows
-MIXES = ["".join(mix) for mix in itertools.product("awl", repeat=LAYERS) if "w" in mix and "a" in mix]
+MIXES = ("aww", "awl", "law", "waw", "wla", "lwa", "awa")
 
 
 def chosen_of(checkpoint: Path, mix: tuple[str, ...], tap: str = "residual", tokens: int = W) -> dict[int, Mixer]:
@@ -43,11 +46,13 @@ def rewritten(exported: Path, out: Path, chosen: dict[int, Mixer], tap: str = "r
     return out
 
 
-@pytest.mark.parametrize(("name", "mix"), [*(("llama", mix) for mix in MIXES), ("qwen2", "aww"), ("qwen2", "wal")])
+@pytest.mark.parametrize(
+    ("name", "mix"), [*(("llama", mix) for mix in MIXES), ("qwen2", "aww"), ("qwen2", "wal"), ("llama3", "aww")]
+)
 def test_graph_computes_what_torch_computes(
     checkpoint: Any, exported: Any, tmp_path: Path, name: str, mix: str
 ) -> None:
-    """Every mix, also with biases: a padded batch, cached steps, the caches, and the graph of one token at its end."""
+    """Mixes, also with biases: a padded batch, cached steps, the caches, and the graph of one token at its end."""
     chosen = chosen_of(checkpoint(name), tuple(mix))
     out = rewritten(exported(name), tmp_path / "nbl", chosen)
     right = torch_logits(checkpoint(name), chosen)
@@ -76,10 +81,55 @@ def worst_of_last(decoder: Any, right: list[np.ndarray]) -> float:
     return float(max(worst))
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 5, 16])
-def test_chunks_and_sizes(checkpoint: Any, exported: Any, tmp_path: Path, tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("shape", "pairs"),
+    [
+        (WindowShape(1, 4, 2, 8, 0.3), 4),
+        (WindowShape(2, 3, 3, 8, 0.4), 3),  # the last numbers of a head are not rotated
+        (WindowShape(5, 6, 2, 8, 0.35), 4),
+        (WindowShape(16, 2, 1, 6, 0.5), 2),
+    ],
+    ids=str,
+)
+def test_nodes_of_a_window_compute_what_numpy_computes(shape: WindowShape, pairs: int) -> None:
+    """In chunks of several lengths and in single steps, with the state behind each."""
+    frequencies = 0.3 ** np.arange(pairs)
+    session, (batch, count) = window_alone(shape, frequencies), (2, 20)
+    qkv = np.random.default_rng(0).normal(0, 1, (batch, count, shape.query_width + 2 * shape.key_width))
+    qkv = qkv.astype(np.float32)
+    for cuts in ((count,), (1,) * count, (3, 1, 9, 1, 6)):
+        past = np.zeros((batch, *state_dims(shape)), np.float32)
+        rows, end = np.zeros((batch, shape.tokens + 1, 2 * shape.key_width + 1), np.float32), 0
+        for length in cuts:
+            start, end = end, end + length
+            right, rows = attend(qkv[:, start:end], rows, shape, frequencies)
+            feeds = {"input_ids": np.ones((batch, length), np.int64), "attention_mask": np.ones((batch, end), np.int64)}
+            names = ["heads", "present.0.recurrent_state"]
+            held = {"past_key_values.0.recurrent_state": past, "past_key_values.0.conv_state": past[:, :1, :1, 0]}
+            found, past = session.run(names, {**feeds, **held, "qkv": qkv[:, start:end]})
+            assert np.abs(found - right).max() < 1e-5
+            known = rows[..., -1:] * rows[..., :-1]
+            assert np.abs(past.swapaxes(1, 2).reshape(known.shape) * rows[..., -1:] - known).max() < 1e-6
+
+
+def window_alone(shape: WindowShape, frequencies: np.ndarray) -> Any:
+    """A session of a graph that has one window and nothing else."""
+    kinds = {"input_ids": ir.DataType.INT64, "attention_mask": ir.DataType.INT64, "qkv": ir.DataType.FLOAT}
+    inputs = [ir.Value(name=name, type=ir.TensorType(kind)) for name, kind in kinds.items()]
+    given = ir.node("Identity", inputs[2:], name="given")
+    graph = ir.Graph(inputs, (), nodes=[given], opset_imports={"": 22}, name="window")
+    build = GraphBuilder(graph, 0, inputs[2], kinds["qkv"], ValidTokens(graph, kinds["qkv"]), masked=False)
+    spec = StateSpec(shape.tokens + 1, 2 * shape.key_width + 1)
+    heads = build.window(given.outputs[0], shape, frequencies, spec, "window")
+    heads.name = "heads"
+    graph.extend(build.nodes)
+    graph.outputs.append(heads)
+    return open_session(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString())
+
+
+def test_chunks(checkpoint: Any, exported: Any, tmp_path: Path) -> None:
     """One row in chunks; the normed tap."""
-    chosen = chosen_of(checkpoint("llama"), ("a", "w", "w"), "normed", tokens)
+    chosen = chosen_of(checkpoint("llama"), ("a", "w", "w"), "normed", 5)
     decoder = OnnxDecoder(rewritten(exported("llama"), tmp_path / "nbl", chosen, "normed"), HEAD_DIM)
     (right, _), text = torch_logits(checkpoint("llama"), chosen, "normed"), ids()[:1]
     for cuts in ((2,), (4, 5), (1, 2, 9)):
@@ -95,15 +145,14 @@ def test_the_state_has_a_row_for_the_first_token_and_each_of_the_window(
     out = rewritten(exported("llama"), tmp_path / "nbl", chosen_of(checkpoint("llama"), ("a", "w", "a")))
     contract = contract_of(ir.load(out / "model.onnx"))
     states = {i.name: i.shape[1:] for i in contract.inputs if i.name.endswith("_state")}
-    width = 2 * KV_HEADS * HEAD_DIM + 1
-    assert states == {"past_key_values.1.conv_state": (W + 1, width), "past_key_values.1.recurrent_state": (1, 1, 1)}
+    rows = (2 * KV_HEADS, W + 1, HEAD_DIM)
+    assert states == {"past_key_values.1.conv_state": (1, 1), "past_key_values.1.recurrent_state": rows}
     assert contract.cache_layers == (0, 2)
 
 
 @pytest.mark.parametrize(
     ("name", "source", "precision", "mix"),
     [
-        ("llama3", "genai", "fp32", "aww"),
         ("llama", "genai", "int8", "wal"),
         ("llama", "mobius", "fp16", "aww"),
         ("qwen2", "genai", "int4", "aww"),
@@ -122,18 +171,19 @@ def test_verification_passes(
     assert {"structure", "original", "nbl", "text", "last_token"} <= {r.check for r in results}
 
 
-def test_verification_sees_a_window_without_the_first_token(
-    checkpoint: Any, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("branch", "heads"), [("_One", "Keys"), ("_Chunk", "Turned")])
+def test_verification_sees_a_wrong_distance(
+    checkpoint: Any, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, branch: str, heads: str
 ) -> None:
-    """Planted: the graph never reads the first row."""
+    """Planted: keys, or queries, stand one place further."""
     from nbl_export.rewrite import window
 
-    scores = window._first_scores
+    turned = window._Branch.turned
 
-    def unseen(build: Any, shared: Any, given: Any, *rest: Any) -> Any:
-        return build("Add", [scores(build, shared, given, *rest), given["not_far"]], "Unseen")
+    def further(self: Any, value: Any, place: int, number: int, title: str) -> Any:
+        return turned(self, value, place + (title == heads), number, title)
 
-    monkeypatch.setattr(window, "_first_scores", unseen)
+    monkeypatch.setattr(getattr(window, branch), "turned", further)
     chosen, original = chosen_of(checkpoint("llama"), ("a", "w", "a")), exported("llama")
     results = verify_tiny(
         checkpoint("llama"), "genai", "fp32", tmp_path, (1,), "residual", chosen.__getitem__, original, prompts=False
@@ -188,18 +238,17 @@ def test_windows_of_two_sizes_are_refused(checkpoint: Any, exported: Any, tmp_pa
         rewrite(exported("llama"), tmp_path / "nbl", Plan(LAYERS, (1, 2)), both)
 
 
-@pytest.mark.parametrize(("name", "mix"), [("llama", "aww"), ("qwen2", "waw")])
-def test_graphs_of_mobius(checkpoint: Any, exported: Any, tmp_path: Path, name: str, mix: str) -> None:
-    chosen, out = chosen_of(checkpoint(name), tuple(mix)), tmp_path / "nbl"
-    exporter_of("mobius").replace(exported(name, "mobius"), out, Plan(LAYERS, tuple(sorted(chosen))), chosen)
-    right = torch_logits(checkpoint(name), chosen)
+def test_graph_of_mobius(checkpoint: Any, exported: Any, tmp_path: Path) -> None:
+    chosen, out = chosen_of(checkpoint("qwen2"), ("w", "a", "w")), tmp_path / "nbl"
+    exporter_of("mobius").replace(exported("qwen2", "mobius"), out, Plan(LAYERS, tuple(sorted(chosen))), chosen)
+    right = torch_logits(checkpoint("qwen2"), chosen)
     assert worst_of_batch(OnnxDecoder(out, HEAD_DIM), right) < CLOSE
     exporter_of("mobius").keep_last_token(out)
     assert worst_of_last(OnnxDecoder(out, HEAD_DIM), right) < CLOSE
 
 
-def test_a_padded_chunk_behind_a_cache(checkpoint: Any, given_graph: Any, tmp_path: Path) -> None:
-    """A graph of plain operators: 4 tokens of two rows, then 8 and 2, padded on the right."""
+def test_padding_behind_a_cache_and_in_front_of_a_text(checkpoint: Any, given_graph: Any, tmp_path: Path) -> None:
+    """A graph of plain operators: a padded chunk behind 4 tokens; then texts that end together, in steps of one."""
     chosen, out = chosen_of(checkpoint("llama"), ("a", "w", "w")), tmp_path / "nbl"
     rewrite(given_graph("torchscript"), out, Plan(LAYERS, (1, 2)), chosen)
     right = torch_logits(checkpoint("llama"), chosen)
@@ -213,6 +262,12 @@ def test_a_padded_chunk_behind_a_cache(checkpoint: Any, given_graph: Any, tmp_pa
     found = [decoder.step(text[:, 4:12] * valid, valid), decoder.step(text[[[0], [1]], [[12], [6]]])]
     for logits, ends in zip(found, ((11, 5), (12, 6)), strict=True):
         assert max(np.abs(logits[k, 0] - right[k][end]).max() for k, end in enumerate(ends)) < CLOSE
+    decoder.begin(2)
+    for place in range(9):
+        valid = np.array([[1], [place >= 3]], np.int64)
+        logits = decoder.step(text[[[0], [1]], [[place], [max(place - 3, 0)]]] * valid, valid)
+        away = [np.abs(logits[k, 0] - right[k][place - 3 * k]).max() for k in range(2) if valid[k]]
+        assert max(away) < CLOSE
 
 
 @pytest.mark.parametrize("mix", ["aww", "awl", "law"])
@@ -236,7 +291,7 @@ def test_few_rows_reach_the_windows_at_the_top(checkpoint: Any, exported: Any, t
             rows = [value.shape[1] for value in decoder.look(names, text)]
         decoder.begin(1)
         decoder.step(text)
-        held.append({n: v for n, v in decoder._past.items() if n.endswith("conv_state")})
+        held.append({n: v for n, v in decoder._past.items() if n.endswith("recurrent_state")})
     enters = {"aww": [2 * W, W + 1, 1], "awl": [W + 1, 1, 1], "law": [18, W + 1, 1]}
     assert rows == enters[mix]
     assert held[0].keys() == held[1].keys() and held[0]

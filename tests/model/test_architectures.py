@@ -76,7 +76,7 @@ def test_layer_by_layer_moments_are_those_of_the_whole_model(
     ids = torch.arange(2, 130).view(2, 64) % VOCAB
     whole = collect(load_model(checkpoint(architecture)), ids, lambda *_: None)["residual"]
     parts = list(collect_layers(checkpoint(architecture), ids, [ids], Wanted(["residual"]), tmp_path, lambda *_: None))
-    for one, other in zip(whole, parts, strict=True):
+    for one, other in zip(whole.values(), parts, strict=True):
         mine = other["residual"].moments()
         assert torch.equal(one.xx, mine.xx) and torch.equal(one.yx, mine.yx) and torch.equal(one.yy, mine.yy)
 

@@ -30,6 +30,7 @@ from nbl_export.parallel import ranks
 from nbl_export.plan.greedy import GreedyOrder, Judge, Search
 from nbl_export.records.quantised import Blocks, StoredMatrix
 from nbl_export.report import page
+from nbl_export.run import pipeline
 from nbl_export.run.deployed import open_finished
 from nbl_export.run.facts import check_machine
 from nbl_export.run.progress import Ui
@@ -67,12 +68,12 @@ def collected(model: Any, _directory: Path, _scratch: Path) -> Any:
     with collect.Collection(model, taps) as half:
         half.refer(IDS)
         half.add(parts[0])
-        kept = [half.layer(i) for i in range(half.num_layers)]
+        kept = [half.layer(i) for i in half.layers]
     with collect.Collection(model, taps) as whole:
         for i, sums in enumerate(kept):
             whole.restore(i, sums)
         whole.add(parts[1])
-        found = [whole.layer(i)[tap] for i in range(whole.num_layers) for tap in taps]
+        found = [whole.layer(i)[tap] for i in whole.layers for tap in taps]
     return [(sums.xx, sums.yx, sums.yy, sums.x_sum, sums.y_sum) for sums in found]
 
 
@@ -324,6 +325,18 @@ def test_processes_of_torchrun_take_their_gpus(run: Path, monkeypatch: pytest.Mo
         assert opened(run).device.value == GPU
         with pytest.raises(NblError, match="--device cpu with torchrun"):
             check_machine(JobOptions("m", device="cpu"), runs_engine=False)
+
+
+@pytest.mark.parametrize("said", ["CUDA out of memory. Tried to allocate 2 GiB", "CUDA error 700: illegal access"])
+def test_an_engine_is_not_sent_to_the_cpu_by_the_option_of_torch(said: str) -> None:
+    with (
+        pytest.raises(NblError, match=r"^bench: the GPU .*nvidia-smi") as caught,
+        device.guarded("bench", by_engine=True),
+    ):
+        raise RuntimeError(said)
+    assert "--device" not in str(caught.value)
+    stages = {stage.name for stage in pipeline.STAGES}
+    assert set(pipeline._BY_ENGINE) <= stages and not {"calibrate", "plan", "verify"} & set(pipeline._BY_ENGINE)
 
 
 def test_other_errors_stay_what_they_are() -> None:

@@ -18,6 +18,9 @@ from nbl_export.run.facts import architecture_facts, capabilities_of
 DECODER = DecoderSpec("llama", 3, 64, 4, 2, 16, 384, 512)
 PLAIN = dataclasses.replace(architecture_facts("llama"), decoder=DECODER)
 OLMO = dataclasses.replace(architecture_facts("olmo2"), decoder=DECODER)
+HYBRID = dataclasses.replace(
+    architecture_facts("lfm2"), decoder=dataclasses.replace(DECODER, architecture="lfm2", num_layers=5, others=(0, 3))
+)
 GGUF = ModelFacts(is_gguf=True)
 GRAPH = ModelFacts(graph="g.onnx", graph_precision="fp16", architecture="llama", decoder=DECODER)
 NBL = dataclasses.replace(PLAIN, maps_tap="residual")
@@ -69,6 +72,8 @@ OF_MODEL: list[tuple[ModelFacts, Asked, Asked]] = [
     (GGUF, {"precision": "int4", "provider": "cuda"}, {"precision": "int4"}),
     (GRAPH, {}, {"precision": "fp16", "decoder_source": "given", "fit": "independent", "window_layers": "none"}),
     (GRAPH, {"precision": "fp16", "draft": "ngram", "compute_dtype": "float32"}, {"precision": "fp16"}),
+    (HYBRID, {}, {"fit": "distilled", "tap": "normed", "window_layers": "none"}),
+    (HYBRID, {"layers": "1-2"}, {"window_layers": "none"}),
     (NBL, {}, {"fit": "given", "tap": "residual", "window_layers": "none"}),
     (NBL, {"fit": "given", "tap": "residual"}, {"fit": "given"}),
     (dataclasses.replace(NBL, maps_tap="normed"), {}, {"fit": "given", "tap": "normed"}),
@@ -180,7 +185,6 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     ("draft_layers", {"draft_layers": "2", "draft": "ngram"}, None, "--draft nbl"),
     ("draft_layers", {"draft_layers": "1"}, None, "--draft nbl or auto"),
     ("threads", {"threads": (2,), "engine": "trt-rtx"}, None, "compile nothing"),
-    ("batches", {"batches": (2,), "engine": "trt-rtx"}, None, "compile nothing"),
     ("max_perplexity_increase", {"max_perplexity_increase": "5%"}, GRAPH, "this model is an ONNX graph"),
     ("window", {"window": 8, "layers": "1,"}, None, "--window-layers"),
     ("window_layers", {"window_layers": "1", "engine": "trt"}, None, "--engine openvino, or ort with --provider cpu"),
@@ -334,6 +338,18 @@ UNFIT: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"engine": "trt", "max_seq_len": 513}, PLAIN, ("--max-seq-len 513 is beyond the model's 512 positions",)),
     ({"engine": "trt", "max_seq_len": 31}, PLAIN, ("--max-seq-len 31 is too short", "at least 32")),
     ({"engine": "trt", "max_seq_len": 64, "prefill_chunk": 65}, PLAIN, ("--prefill-chunk 65 is beyond --max-seq-len",)),
+    ({"layers": "3"}, HYBRID, ("--layers 3 would replace all 3 attention layers", "at most 2")),
+    ({"layers": "1,3"}, HYBRID, ("--layers '1,3': layer 3 has no attention to replace", "in layers 1-2, 4")),
+    ({"layers": "1-2,4"}, HYBRID, ("would replace all 3 attention layers",)),
+    ({"layers": "1,5"}, HYBRID, ("layer 5 does not exist; this model has layers 0 to 4",)),
+    ({"kv_budget": "64MiB"}, HYBRID, ("the cache already fits", "take 768 bytes")),
+    ({"engine": "openvino"}, HYBRID, ("--engine openvino is not possible for lfm2", "use --engine ort")),
+    ({"provider": "cuda"}, HYBRID, ("is not possible for lfm2", "--provider cpu")),
+    ({"decoder_source": "mobius"}, HYBRID, ("--decoder-source mobius is not possible for lfm2", "use --")),
+    ({"draft": "ngram"}, HYBRID, ("--draft is not possible for lfm2", "leave --draft out")),
+    ({"window_layers": "auto"}, HYBRID, ("--window-layers is not possible for lfm2", "--window-layers none")),
+    ({"precision": "int4", "quantize": "awq"}, HYBRID, ("--quantize is not possible for lfm2",)),
+    ({"precision": "int4", "quantized_model": "q"}, HYBRID, ("--quantized-model is not possible for lfm2",)),
     ({"precision": "int4"}, dataclasses.replace(GGUF, unreadable="w has the type IQ4_NL"), ("w has the type IQ4_NL",)),
 ]  # fmt: skip
 

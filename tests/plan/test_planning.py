@@ -18,7 +18,7 @@ from nbl_export.mixers.none import Nothing
 from nbl_export.model.mixes import Loss
 from nbl_export.options.goals import PerplexityIncrease, TargetSpeedup
 from nbl_export.plan import order as order_of
-from nbl_export.plan.inputs import AskedGoal, DistilledMaps, MapKind, Maps, OrderInputs, PlanInputs, SweepInputs
+from nbl_export.plan.inputs import AskedGoal, DistilledMaps, MapKind, Maps, OrderInputs, PlanInputs, SweepInputs, Top
 from nbl_export.plan.order import Selection
 from nbl_export.plan.planning import make_plan, recommend, sweep
 from nbl_export.records.inputs import Lazy
@@ -298,9 +298,9 @@ def test_another_input_is_another_key() -> None:
         "kind": MapKind(rank=2), "select": Lazy("greedy", lambda: "greedy"), "moments": Lazy("o", lambda: moments_of),
         "mixes": Lazy("o", lambda: Switched), "texts": Lazy("o", list),
         "second_sha256": Lazy(None, lambda: "third"), "saved": Lazy("o", lambda: lambda maps, tokens: 0.0),
-        "given": Lazy("o", dict), "windows": Lazy("o", lambda: lambda _fit, _known: {}),
+        "given": Lazy("o", dict), "top": Lazy("o", lambda: lambda _fit, _known: Top()),
     }  # fmt: skip
-    assert {f.name for f in dataclasses.fields(OrderInputs)} == others.keys() | {"num_layers", "hidden_size"}
+    assert {f.name for f in dataclasses.fields(OrderInputs)} == others.keys() | {"num_layers", "hidden_size", "others"}
     changed: dict[str, Any] = others
     keys = [Selection(dataclasses.replace(start, **{name: other})).key for name, other in changed.items()]
     assert len({Selection(start).key, *keys}) == len(others) + 1

@@ -28,7 +28,7 @@ class Planted(Judge):
 
     def __init__(self) -> None:
         random = torch.Generator().manual_seed(5)
-        self.num_layers, self.parts = LAYERS, [POSITIONS // 2, POSITIONS // 2]
+        self.layers, self.parts = range(LAYERS), [POSITIONS // 2, POSITIONS // 2]
         self._changes = torch.randn(POSITIONS, LAYERS, SIZE, generator=random) * torch.rand(LAYERS, 1, generator=random)
         self._rises = torch.rand(POSITIONS, LAYERS, generator=random)
 
@@ -58,6 +58,23 @@ def test_the_order_is_that_of_the_rule() -> None:
     weighed, plain = (Search(Planted(), GreedyOrder(), work, lambda _d, _t: None) for work in (saving, None))
     found = (weighed.extend(9).layers, plain.extend(9).layers, tuple(sorted(plain.extrapolate([11]).beyond[-1].layers)))
     assert found == ORDERS[RULE]
+
+
+def test_an_order_begins_with_the_layers_that_it_is_given() -> None:
+    """In their order, one in a step, without trials; then the rule goes on."""
+    passes: list[tuple[int, ...]] = []
+
+    class Counted(Planted):
+        def together(self, replaced_set: Collection[int]) -> Effects:
+            passes.append(tuple(replaced_set))
+            return super().together(replaced_set)
+
+    search = Search(Counted(), GreedyOrder(), saving, lambda _d, _t: None, (), (13, 12, 2))
+    assert search.extend(2).layers == (13, 12) and passes == [(13, 12)]
+    assert [len(point.layers) for point in search.extrapolate([3, 4]).beyond] == [3, 4]
+    assert set(search.order.beyond[0].layers) == {13, 12, 2}
+    order = search.extend(4).layers
+    assert order[:3] == (13, 12, 2) and order in passes
 
 
 def test_layers_are_judged_by_what_the_rule_says() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nbl_export.mixers.window import Window
-from nbl_export.plan.kinds import better_as_windows, long_rows
+from nbl_export.plan.kinds import MAP, best_top, long_rows, losses_alone
 from nbl_export.plan.maps_file import load_maps
 from nbl_export.run_directory import START_FILE
 
@@ -89,72 +89,116 @@ def test_rows_are_consecutive_windows() -> None:
     assert long_rows(windows, 25) is windows
 
 
-def test_layers_that_lose_clearly_less_get_a_window() -> None:
-    """On both texts together, one long row of each."""
-    losses = {"map 4": (4.0, 2.1), "window 4": (3.0, 1.0), "map 5": (4.0, 1.9), "window 5": (1.0, 3.0)}
-    asked: list[tuple[int, ...]] = []
+class Planted:
+    """A model of 9 layers whose KL is planted: kind -> layer -> KL on each text."""
 
-    class Planted:
-        original = torch.ones(1, 8, 2)
+    def __init__(self, maps: Any, kls: Any, asked: list[Any]) -> None:
+        self.maps, self.kls, self.asked = maps, kls, asked
+        self.original = torch.ones(1, 8, 2)
 
-        def __init__(self, maps: Any) -> None:
-            self.maps = maps
+    def runs(self, ids: Any, *, again: bool) -> Any:
+        assert not again
+        self.text = int(ids[0, 0])
+        self.asked.append((*ids.shape, self.text, *self.maps))
+        return self
 
-        def runs(self, ids: Any, *, again: bool) -> Any:
-            assert not again
-            asked.append((*ids.shape, int(ids[0, 0])))
-            self.text = int(ids[0, 0])
-            return self
+    def last(self, sets: Any) -> Any:
+        for (layer,) in sets:
+            kind = self.maps[layer]
+            yield self.original + self.kls[kind][layer][self.text]
 
-        def last(self, sets: Any) -> Any:
-            assert list(sets) == [(4,), (5,)]
-            for (layer,) in sets:
-                yield self.original + losses[self.maps[layer]][self.text]
+    def losses(self, ids: Any, original: Any, last: Any, every: int) -> Any:
+        assert (every, *ids.shape, *original.shape) == (8, 8, 8, 2)
+        return {name: SimpleNamespace(kl=(value - original).mean().item()) for name, value in last.items()}
 
-        def losses(self, ids: Any, original: Any, last: Any, every: int) -> Any:
-            assert (every, *ids.shape, *original.shape) == (8, 8, 8, 2)
-            return {name: SimpleNamespace(kl=(value - original).mean().item()) for name, value in last.items()}
 
-    made: Any = Planted
-    fitted, windows = ({i: f"{kind} {i}" for i in layers} for kind, layers in (("map", range(9)), ("window", (4, 5))))
-    texts, done = [("one", torch.zeros(4, 4)), ("two", torch.ones(4, 4))], []
+def test_layers_are_measured_from_the_top_while_a_top_can_keep_the_limit() -> None:
+    """On one long row of each text, with each kind; an eighth of the layers at once."""
+    kls = {MAP: dict.fromkeys(range(17), (4.0, 2.0)), 5: dict.fromkeys(range(17), (1.0, 3.0))}
+    texts = [("one", torch.zeros(4, 4)), ("two", torch.ones(4, 4))]
+    asked: list[Any] = []
+    done: list[tuple[int, int]] = []
 
-    def found() -> Any:
-        maps: tuple[Any, Any] = fitted, windows
-        return better_as_windows(made, *maps, texts, 8, lambda *state: done.append(state))
+    def found(limit: float) -> Any:
+        asked.clear()
+        mixers: Any = lambda layers: {kind: dict.fromkeys(layers, kind) for kind in kls}  # noqa: E731
+        made: Any = lambda maps: Planted(maps, kls, asked)  # noqa: E731
+        return losses_alone(made, mixers, 17, texts, 8, limit, lambda *state: done.append(state))
 
-    assert found() == (4,)
-    assert asked == [(1, 8, 0), (1, 8, 1)] * 2 and done[-1] == (8, 8)
-    losses["map 5"] = (4.0, 2.1)
-    assert found() == (4, 5)
+    assert found(5.0) == {
+        i: {MAP: (4.0, 2.0), 5: (1.0, 3.0)} for i in (15, 16)
+    }  # the least of two: 6 on the second text
+    assert asked == [(1, 8, text, 15, 16) for _ in kls for text in (0, 1)] and done[-1] == (4, 34)
+    assert sorted(found(6.0)) == [13, 14, 15, 16]
+    assert sorted(found(100.0)) == list(range(1, 17))  # one layer keeps its attention
+
+
+def saved(kinds: Any) -> float:
+    """As a pruned tail saves: 0.2 for each layer, less for the windows above it, and nothing from 500 rows on."""
+    total, rows = 0.0, 0
+    for i in sorted(kinds, reverse=True):
+        rows += kinds[i]
+        total += 0.2 * max(0.0, 1 - rows / 500)
+    return total
+
+
+LOSSES: Any = {
+    8: {MAP: (0.05, 0.02), 64: (0.02, 0.02)},
+    7: {MAP: (0.02, 0.05), 64: (0.06, 0.06)},
+    6: {MAP: (0.30, 0.30), 64: (0.03, 0.03)},
+    5: {MAP: (0.02, 0.02), 64: (0.02, 0.02)},
+    4: {MAP: (0.40, 0.40), 64: (0.30, 0.30)},
+}
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (0.01, {}),
+        (0.03, {8: 64}),
+        (0.08, {8: MAP, 7: MAP}),  # a window would cost rows in both, and spares less
+        (0.13, {8: MAP, 7: MAP, 6: 64, 5: MAP}),  # without the window in layer 6 the limit is not kept
+        (9.0, {8: MAP, 7: MAP, 6: 64, 5: MAP}),  # layer 4 loses more than it saves
+    ],
+)
+def test_the_top_saves_most_more_than_it_loses(limit: float, expected: dict[int, int]) -> None:
+    """The loss is the sum of layers on the worst text."""
+    assert best_top(LOSSES, limit, saved) == expected
+
+
+def test_the_wider_windows_are_taken_if_they_are_worth_more() -> None:
+    losses: Any = {8: {MAP: (1.0,), 64: (0.1,), 128: (0.01,)}, 7: {MAP: (1.0,), 64: (0.05,), 128: (0.01,)}}
+    assert best_top(losses, 9.0, saved) == {8: 128, 7: 128}
+    losses[8][128] = losses[7][128] = (0.1,)
+    assert best_top(losses, 9.0, saved) == {8: 64, 7: 64}
 
 
 @pytest.mark.parametrize("short", [False, True])
-def test_the_job_chooses_a_kind_for_each_upper_layer(
+def test_the_job_begins_with_the_top(
     short: bool, checkpoint: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also if memory holds only one layer at a time. All windows of the upper layers are taken."""
+    """Also if memory holds only one layer at a time."""
     run = tmp_path / "run"
-    monkeypatch.setattr("nbl_export.plan.kinds._TIMES", 0.0)
+    monkeypatch.setattr("nbl_export.plan.kinds.best_top", lambda losses, _limit, _saved: {2: 5, 1: MAP})
     if short:
-        monkeypatch.setattr("nbl_export.model.one_layer.shortage_of", lambda _checkpoint: "too large")
+        monkeypatch.setattr("nbl_export.model.one_layer.shortage_of", lambda *_: "too large")
         monkeypatch.setattr(
             "nbl_export.model.checkpoint.load.load_model", lambda _d: pytest.fail("the whole model was loaded")
         )
     same = ("--model", checkpoint("llama"), "--calibration", text, *BARE, "--compute-dtype", "float32")
     with until("plan"):
-        done = nbl(*same, *LIMIT, "--window-layers", "auto", "--window", 5, "--output", run)
+        done = nbl(*same, "--layers", 2, "--window-layers", "auto", "--window", 5, "--output", run)
     assert done.status == 0, done.err
     facts = json.loads((run / "nbl.json").read_text())
-    windows = facts["greedy"]["windows"]
-    assert windows == [2]
-    kinds = dict(zip(facts["replaced_layers"], facts["kinds"], strict=True))
-    assert kinds == {i: "window" if i in windows else "linear" for i in kinds}
-    assert "layers 2 may read 5 tokens and the first one alone, in place of a linear layer" in done.err
+    assert facts["greedy"]["top"] == {"layers": [2, 1], "windows": {"2": 5}}
+    assert [step["layers"] for step in facts["greedy"]["steps"]] == [[2], [2, 1]]
+    assert dict(zip(facts["replaced_layers"], facts["kinds"], strict=True)) == {1: "linear", 2: "window"}
+    assert "the top from layer 1 on is replaced first; layers 2 read 5 tokens and the first one alone" in done.err
     with until("plan"):
-        again = nbl("plan", run, "--max-perplexity-increase", "90000%")
-    assert again.status == 0 and "may read" not in again.err  # they are recorded
-    assert json.loads((run / "nbl.json").read_text())["greedy"] == facts["greedy"]
+        again = nbl("plan", run, "--layers", 1)
+    assert again.status == 0 and "is replaced first" not in again.err  # the top is recorded
+    facts = json.loads((run / "nbl.json").read_text())
+    assert (facts["replaced_layers"], facts["kinds"]) == ([2], ["window"])
 
 
 def test_a_model_that_has_no_windows_gets_none_by_itself(checkpoint: Any, text: Path, tmp_path: Path) -> None:

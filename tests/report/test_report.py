@@ -563,13 +563,53 @@ def test_markdown_has_the_tables_of_the_page(written: Written) -> None:
     rules = [line for line in written.markdown.splitlines() if line.startswith("| ---")]
     assert len(rules) == written.html.count("<table>") > 8
     assert written.table("Tokens per second")[2] == ["pp512", "original", "205", "246", "161", "5"]
-    assert written.table("Memory, size and load time")[2] == ["Peak memory", "1.50 GiB", "1.00 GiB", "−33.3%"]
+    assert written.table("Memory, size and load time")[2] == [
+        "Peak memory of the process",
+        "1.50 GiB",
+        "1.00 GiB",
+        "−33.3%",
+    ]
     assert ["On disk: weights", "4.00 MiB", "3.00 MiB", "−25.0%"] in written.table("Memory, size and load time")
     assert written.table("Stages")[2] == ["calibrate", "2 min 22 s"]
     assert written.table("Scores of all layers")[4] == ["2", "replaced", "12.0", "0.200", "0.0300"]
     assert ["sha256", "f00d" * 16] in written.table("Calibration text")
     assert ["memory", "8.00 GiB"] in written.table("Machine")
     assert "<svg" not in written.markdown and "depth 0" not in written.markdown
+
+
+def test_ratios_of_a_fixed_cache_name_its_slots() -> None:
+    """Bytes of 5 MiB + 4096 a slot against 4 MiB + 2048 a slot."""
+    assert "slots" not in Written().markdown
+    said = Written(bench=changed(BENCH, slots=32_768)).markdown
+    assert "These ratios are for caches of 32,768 slots." in said and "The longest test needs 512 slots." in said
+    assert "give ×1.96 with 32,768 slots and ×1.40 with 512 slots." in said
+
+
+def test_the_time_of_the_gpu_stands_beside_that_of_the_host() -> None:
+    assert "Time of the GPU" not in Written().markdown
+    bench = copy.deepcopy(BENCH)
+    for row in bench["timings"]:
+        row["device_ns"] = [ns // 4 for ns in row["samples_ns"]]
+    table = Written(bench=bench).table("Time of the GPU")
+    assert table[2][:2] == ["pp512", "original"] and table[2][4] == "25.0%"
+
+
+def test_the_gpu_of_the_benchmark_is_named() -> None:
+    card = {
+        "name": "NVIDIA L4", "compute": "8.9", "cuda": "13.0", "driver": "580.65.06", "memory_bytes": 24 << 30,
+        "memory_bytes_per_second": 300_048_000_000, "sm_mhz": 2040, "memory_mhz": 6251,
+    }  # fmt: skip
+    bench = copy.deepcopy(BENCH)
+    bench["machine"]["gpu"] = card
+    for variant, size in (("original", 4 << 30), ("nbl", 3 << 30)):
+        bench["variants"][variant]["device_memory_bytes"] = size
+    written = Written(bench=bench)
+    machine = written.table("Machine")
+    assert ["GPU", "NVIDIA L4 (compute capability 8.9), driver 580.65.06, CUDA 13.0"] in machine
+    assert ["memory of the GPU", "24.0 GiB, 300 GB/s by clock and bus"] in machine
+    assert ["clocks of the GPU", "2040 MHz, memory 6251 MHz"] in machine
+    sizes = written.table("Memory, size and load time")
+    assert sizes[2] == ["Memory of the GPU", "4.00 GiB", "3.00 GiB", "−25.0%"]
 
 
 def test_depth_plot_only_for_more_than_one_depth(written: Written, tmp_path: Path) -> None:

@@ -116,12 +116,16 @@ def test_a_cut_file_and_a_missing_file_are_refused(values: Path, tmp_path: Path)
 
 def test_every_check_passes(values: Path) -> None:
     found = results(checked(values))
-    assert [result["check"] for result in found] == ["structure", *["nbl"] * 6, "last_token", "text", "slots", "clock"]
+    assert [result["check"] for result in found] == ["structure", *["nbl"] * 7, "last_token", "text", "slots", "clock"]
     assert [result for result in found if not result["passed"]] == []
-    logits = [result for result in found if result["check"] in ("nbl", "last_token")]
+    assert found[0]["detail"].endswith("runs on a stand-in; 3 layers, of which 2 name a fused attention kernel")
+    assert "ms (1 ms of the GPU in the mean), reading" in found[-1]["detail"]
+    (best,) = [result for result in found if "likeliest" in result["metric"]]
+    assert (best["value"], best["tolerance"]) == (0.0, 0.1) and "likeliest tokens are the reference's" in best["detail"]
+    logits = [result for result in found if "logit difference" in result["metric"] and result["check"] != "slots"]
     assert all(0 < result["value"] < result["tolerance"] == 0.02 for result in logits)  # fp16 rounds
     assert "96 tokens" in logits[5]["detail"] and "decode" in logits[5]["metric"]
-    cache_length = found[9]
+    cache_length = found[10]
     assert (cache_length["value"], cache_length["tolerance"]) == (0.0, 0.0)
     assert cache_length["detail"] == "slots of another text; of 64; of -64"
 
@@ -132,7 +136,7 @@ FAULTS = {
     "nan": ("nbl", "relative rms logit difference, prefill", "one sequence of 56 tokens"),
     "chunks": ("last_token", "chunk behind a cache", "chunks of 20, 20, 16 tokens"),
     "leak": ("slots", "stale slots", "are read: the mask lets later slots through"),
-    "early clock": ("clock", "reading its token takes", "ms, reading its token afterwards"),
+    "early clock": ("clock", "reading its token takes", "reading its token afterwards"),
     "memory": ("nbl", "comes to its end", "MemoryError:  (while running one sequence of 56 tokens)"),
     "close": ("structure", "comes to its end", "cudaFree: cudaErrorInvalidValue (while closing the decoder nbl)"),
 }
@@ -146,6 +150,22 @@ def test_each_fault_is_named_by_its_check(fault: str, values: Path) -> None:
     assert metric in failed[0]["metric"] and detail in failed[0]["detail"], failed[0]
     if fault not in ("other graph", "nan", "late decode"):
         assert len(failed) == 1, failed
+
+
+def test_the_nbl_engine_may_be_twice_as_far_as_the_original(values: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault within the limit of the precision shows beside the original's own distance."""
+    far = max(r["value"] for r in results(checked(values)) if r["check"] == "nbl" and "logit" in r["metric"])
+    for yardstick, passed in ((0.51 * far, True), (0.49 * far, False)):
+        events: list[Any] = []
+        accepting.examine(events.append, StandIn, "nbl", graph_of("llama", (1,)), values, yardstick)  # type: ignore[arg-type]
+        found = [r for r in results(events) if r["check"] == "nbl" and "logit" in r["metric"]]
+        assert all(r["passed"] for r in found) is passed
+        assert {r["tolerance"] for r in found} == {2 * yardstick}
+    metric = "relative rms logit difference, decode"
+    original = [{"check": "original", "metric": metric, "value": value} for value in (0.1, 0.3)]
+    other = [{"check": "slots", "metric": "logit difference by stale slots", "value": 9.0},
+             {**original[0], "value": float("nan")}]  # fmt: skip
+    assert accepting._yardstick([*original, *other]) == 0.3 and accepting._yardstick(other) is None
 
 
 def test_other_text_fails_where_torch_is_sure(values: Path, tmp_path: Path) -> None:
@@ -178,7 +198,7 @@ def test_an_engine_that_does_not_fit_cannot_run(fault: str, reason: str, values:
 
 def apart(values: Path, fault: str, seconds: float) -> list[Any]:
     find = functools.partial(StandIn, fault)
-    return list(accepting.examined(find, "nbl", graph_of("llama", (1,)), values, seconds))  # type: ignore[arg-type]
+    return list(accepting.examined(find, "nbl", graph_of("llama", (1,)), values, seconds=seconds))  # type: ignore[arg-type]
 
 
 def test_a_crash_is_a_failed_check(values: Path) -> None:

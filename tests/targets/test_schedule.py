@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,16 +17,8 @@ from tokenizers.processors import TemplateProcessing
 
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.records.decoder import GraphContract, TensorInfo
-from nbl_export.targets.tensorrt.static.host import (
-    Profile,
-    Rows,
-    StaticDecoder,
-    StaticRunner,
-    Step,
-    engine_profiles,
-    plan_steps,
-    profile_for,
-)
+from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner
+from nbl_export.targets.tensorrt.static.schedule import Profile, Rows, Step, engine_profiles, plan_steps, profile_for
 from nbl_export.targets.tokenizer import Text
 
 from ..tiny import END_IDS
@@ -99,13 +92,17 @@ def test_every_token_is_written_once_where_it_stands_and_nothing_is_lost(
         assert cache[row][: length + counts[row]] == ["old"] * length + [str(k) for k in range(counts[row])]
 
 
-def test_rows_keep_their_lengths_and_one_can_be_cut() -> None:
+def test_rows_keep_their_lengths_and_equal_ones_can_be_cut() -> None:
     rows = Rows(2, cache_length=8, chunk=4)
     for step in rows.plan([5, 2]):
         rows.advance(step)
     assert rows.lengths == [5, 2]
     with pytest.raises(ValueError, match="rewind"):
         rows.rewind(1)
+    for step in rows.plan([0, 3]):
+        rows.advance(step)
+    with pytest.raises(ValueError, match="rewind"):
+        rows.rewind(1)  # of one length now, and padding has been written
     one = Rows(1, cache_length=8, chunk=8)
     for step in one.plan([5]):
         one.advance(step)
@@ -156,12 +153,12 @@ def test_the_narrowest_profile_takes_a_step() -> None:
 class Ledger:
     """A session whose logits spell out what each token can see: a sum that depends on ids and order."""
 
-    def __init__(self, cache_length: int, chunk: int, *, last_only: bool) -> None:
-        self.cache_length, self.chunk, self.last_only = cache_length, chunk, last_only
+    def __init__(self, cache_length: int, chunk: int, *, last_only: bool, widths: tuple[int, ...] = ()) -> None:
+        self.cache_length, self.chunk, self.last_only, self.widths = cache_length, chunk, last_only, widths
         names = ["input_ids", "write_indices", *(["num_tokens"] if last_only else [])]
         inputs = tuple(TensorInfo(n, "int64", ("batch",)) for n in names)
         self.contract = GraphContract(inputs, (TensorInfo("logits", "float32", ("batch", 1, VOCAB)),), (0,))
-        self.widths: list[int] = []
+        self.ran: list[int] = []
         self.closed = False
         self.cache = np.zeros((0, cache_length), int)
 
@@ -176,7 +173,7 @@ class Ledger:
         self.cache[:] = int(value)
 
     def run(self, ids_BT: np.ndarray, writes: Sequence[int], counts: Sequence[int]) -> np.ndarray:
-        self.widths.append(ids_BT.shape[1])
+        self.ran.append(ids_BT.shape[1])
         logits = np.zeros((*ids_BT.shape, VOCAB), np.float32)
         for b, at in enumerate(writes):
             self.cache[b, at : at + ids_BT.shape[1]] = ids_BT[b]
@@ -189,6 +186,9 @@ class Ledger:
     def close(self) -> None:
         self.closed = True
 
+    def device_seconds(self) -> float | None:
+        return None
+
 
 def said_of(prefix: Sequence[int] | np.ndarray) -> np.ndarray:
     value = 0
@@ -197,10 +197,10 @@ def said_of(prefix: Sequence[int] | np.ndarray) -> np.ndarray:
     return (value + (np.arange(VOCAB) == value % VOCAB)).astype(np.float32)
 
 
-@pytest.mark.parametrize("last_only", [False, True])
+@pytest.mark.parametrize(("last_only", "widths"), [(False, ()), (True, ()), (True, (4, 8))])
 @pytest.mark.parametrize("chunk", [1, 3, 24])
-def test_a_ragged_batch_sees_what_each_row_alone_would(chunk: int, last_only: bool) -> None:
-    session = Ledger(24, chunk, last_only=last_only)
+def test_a_ragged_batch_sees_what_each_row_alone_would(chunk: int, last_only: bool, widths: tuple[int, ...]) -> None:
+    session = Ledger(24, chunk, last_only=last_only, widths=widths)
     decoder = StaticDecoder(session)
     decoder.begin(3)
     rng = np.random.default_rng(0)
@@ -217,7 +217,7 @@ def test_a_ragged_batch_sees_what_each_row_alone_would(chunk: int, last_only: bo
                 expected = said_of(rows[b] if last_only else rows[b][: len(rows[b]) - n + k + 1])
                 assert np.array_equal(logits[b, k], expected), (taken, b, k)
     assert decoder.lengths == (24, 24, 24)
-    assert max(session.widths) <= chunk
+    assert max(session.ran) <= chunk
     with pytest.raises(NblError, match="do not fit"):
         decoder.step(np.ones((3, 1), int))
 
@@ -255,6 +255,26 @@ def test_rewinding_forgets(runner: StaticRunner) -> None:
     assert np.array_equal(runner.last_logits(), said_of([5, 6, 7, 4, 4]))
 
 
+def test_prefill_is_padded_to_few_widths_if_there_is_room(tmp_path: Path) -> None:
+    """Then rewound and continued: what the padding wrote is never seen."""
+    session = Ledger(20, 16, last_only=True, widths=(4, 8, 16))
+    runner, row = StaticRunner(session, tmp_path), [5, 6, 7, 8, 9, 3, 2, 4, 6, 8, 1, 2]
+    runner.begin(20)
+    done = 0
+    for count, width in ((3, 4), (1, 1), (5, 8), (3, 4)):
+        runner.append(row[done : done + count])
+        done += count
+        assert session.ran[-1] == width
+        assert np.array_equal(runner.last_logits(), said_of(row[:done])), done
+    runner.append([7] * 5)  # 12 + 8 slots
+    assert session.ran[-1] == 8
+    runner.append([7] * 3)  # three slots are left, not four
+    assert session.ran[-1] == 3
+    runner.rewind(2)
+    runner.append([9, 9])
+    assert session.ran[-1] == 4 and np.array_equal(runner.last_logits(), said_of([5, 6, 9, 9]))
+
+
 def test_prompts_that_cannot_be_run_are_refused(runner: StaticRunner, tmp_path: Path) -> None:
     with pytest.raises(NblError, match="empty"):
         runner.greedy([], 3)
@@ -265,12 +285,18 @@ def test_prompts_that_cannot_be_run_are_refused(runner: StaticRunner, tmp_path: 
         runner.append([1] * 6)
 
 
-def test_one_sequence_at_a_time(runner: StaticRunner) -> None:
-    with pytest.raises(NblError, match=r"not on 4; use --batch 1"):
-        runner.begin(16, 4)
-    runner.begin(16)
-    runner.append([5, 6])
-    assert runner.pick() == int(said_of([5, 6]).argmax())
+def test_a_batch_is_its_rows_alone_and_can_be_rewound(runner: Any) -> None:
+    """As the benchmark runs it: rows of one length, in chunks of four."""
+    rows = np.array([[5, 6, 7, 8, 9, 3], [2, 9, 4, 4, 8, 1]])
+    runner.begin(16, 2)
+    runner.append(rows)
+    for length, more in ((4, [[1], [7]]), (2, [[8, 8], [3, 2]])):
+        runner.rewind(length)
+        runner.append(more)
+        kept = [[*row[:length], *new] for row, new in zip(rows.tolist(), more, strict=True)]
+        assert runner.pick() == int(said_of(kept[0]).argmax())
+        assert runner._session.cache[:, : len(kept[0])].tolist() == kept
+        rows = np.array(kept)
 
 
 def test_leaving_the_runner_closes_the_session(tmp_path: Path) -> None:

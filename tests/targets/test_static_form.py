@@ -26,6 +26,7 @@ from nbl_export.rewrite.tail import difference, keep_last_token
 from nbl_export.targets.tensorrt import export as static
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 from nbl_export.targets.tensorrt.static_form.check import CheckForm, first_difference
+from nbl_export.targets.tensorrt.static_form.numbers import INT4_BLOCK, BlockInt4
 
 from ..static_tiny import (
     ARCHITECTURES,
@@ -141,7 +142,6 @@ def test_int4_is_torch_with_the_same_numbers(
     import torch
 
     from nbl_export.model.checkpoint.load import load_model
-    from nbl_export.targets.tensorrt.static_form.numbers import BlockInt4
 
     model = load_model(tiny("mistral"))
     with torch.no_grad():
@@ -158,9 +158,9 @@ def test_int4_is_torch_with_the_same_numbers(
 
 
 def through_int4(weight: np.ndarray) -> np.ndarray:
-    codes, scales = int4_blocks(np.ascontiguousarray(weight), 32, np.dtype(np.float32))
+    codes, scales = int4_blocks(np.ascontiguousarray(weight), INT4_BLOCK, np.dtype(np.float32))
     assert codes.dtype == ml_dtypes.int4
-    blocks = codes.astype(np.float32).reshape(-1, 32, weight.shape[1])
+    blocks = codes.astype(np.float32).reshape(-1, INT4_BLOCK, weight.shape[1])
     assert blocks.min() == -8
     wide = (blocks * scales[:, None]).reshape(weight.shape)
     assert np.abs(wide - weight).max() <= np.abs(scales).max()
@@ -333,6 +333,27 @@ def test_the_law_refuses(misform: Callable[[ir.Model], None], reason: str, form:
     assert any(isinstance(e, RefusalError) for e in (caught.value, caught.value.__cause__))
 
 
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_scales_and_blocks_are_those_that_tensorrt_takes(precision: str, form: Form) -> None:
+    """Its parser refuses a scale that is not positive, and its documentation names blocks of 64 and 128."""
+    model = form("llama")
+    static.finish(model, precision)
+    BlockInt4()(model)
+    assert CheckForm()(model) is not None
+    node = nodes(model, "DequantizeLinear")[0]
+    scale = node.inputs[1]
+    assert scale is not None and scale.const_value is not None
+    planted = scale.const_value.numpy().copy()
+    planted[0, 0] *= -1
+    scale.const_value = ir.tensor(planted, name=scale.name)
+    with pytest.raises(Exception, match="a scale that is not positive"):
+        CheckForm()(model)
+    small = form("llama")
+    BlockInt4(32)(small)
+    with pytest.raises(Exception, match="blocks of 32"):
+        CheckForm()(small)
+
+
 # -- the twin --------------------------------------------------------------------------------------------
 
 
@@ -441,9 +462,12 @@ def test_map_blocks_leave_other_graphs_alone(form: Form) -> None:
     assert not QuantizeMapBlocks()(model).modified
 
 
-def test_int4_uses_all_codes() -> None:
+def test_int4_reaches_the_end_of_its_codes() -> None:
+    """Each block has its largest value at 7 or its smallest at -8."""
     weight = np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32)
     codes, scales = int4_blocks(weight, 32, np.dtype(np.float16))
     assert (codes.shape, scales.shape, scales.dtype) == ((64, 3), (2, 3), np.float16)
-    assert codes.astype(int).min() == -8 and codes.astype(int).max() <= 7
+    blocks = codes.astype(int).reshape(2, 32, 3)
+    assert np.all((blocks.max(1) == 7) | (blocks.min(1) == -8)) and blocks.min() == -8 and blocks.max() == 7
+    assert np.all(scales > 0)
     assert np.all(int4_blocks(np.zeros((32, 1), np.float32), 32, np.dtype(np.float16))[1] == 1)

@@ -28,7 +28,7 @@ from nbl_export.targets.tensorrt.build import build_engine
 from nbl_export.targets.tensorrt.library import Message, load_library, messages_of
 from nbl_export.targets.tensorrt.network import ParsedNetwork, parse
 from nbl_export.targets.tensorrt.record import read_record
-from nbl_export.targets.tensorrt.static.host import engine_profiles
+from nbl_export.targets.tensorrt.static.schedule import engine_profiles
 
 from ..fake_tensorrt import FakeDevice, FakeTensorRT
 from ..static_tiny import ARCHITECTURES, HEAD, LAYERS, SLOTS, SPEC
@@ -124,6 +124,12 @@ def test_a_plan_has_each_matrix_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(build, "engine_profiles", lambda *sizes, two_rows: engine_profiles(*sizes))
     copied = build_engine(RTX, source, tmp_path / "copied", settings).plan_bytes
     assert copied - once > data / 2, (copied, once, data)
+
+
+def test_a_plan_with_two_copies_of_its_matrices_is_told() -> None:
+    """Bytes of SmolLM2's plans of TensorRT-RTX 1.7.1: 269 MB of weights, once and twice."""
+    assert not build._has_copies(288_000_000, 269_000_000)
+    assert build._has_copies(499_000_000, 269_000_000)
 
 
 @needs_rtx
@@ -256,7 +262,7 @@ def test_what_the_builder_says_about_capture() -> None:
 class PlainConfig:
     """TensorRT 11.4's IBuilderConfig has no compute capabilities, and, like any pybind11 object, takes no others."""
 
-    __slots__ = ("profiles",)
+    __slots__ = ("profiles", "profiling_verbosity")
 
     def add_optimization_profile(self, _profile: object) -> int:
         return 0
@@ -268,7 +274,10 @@ def fake_network(config: Any, plan: bytes | None = b"plan") -> Any:
         create_builder_config=lambda: config, build_serialized_network=lambda _network, _config: plan
     )
     flags = types.SimpleNamespace(REQUIRE_USER_ALLOCATION="user allocation")
-    trt = types.SimpleNamespace(BuilderFlag=flags, LayerType=types.SimpleNamespace(ATTENTION_INPUT="attention"))
+    trt = types.SimpleNamespace(
+        BuilderFlag=flags, LayerType=types.SimpleNamespace(ATTENTION_INPUT="attention"),
+        ProfilingVerbosity=types.SimpleNamespace(DETAILED="detailed"), __version__="1.2.3",
+    )  # fmt: skip
     network = types.SimpleNamespace(name="model")
     return types.SimpleNamespace(trt=trt, builder=builder, network=network, layers=(), precision="fp16")
 
@@ -278,8 +287,49 @@ def test_only_a_library_that_can_prove_it_is_asked_whether_steps_can_be_captured
     asked: list[str] = []
     config = types.SimpleNamespace(set_flag=asked.append)
     build._build(fake_network(config), log_, (), (), RTX, None)
-    assert asked == ["user allocation"]
-    build._build(fake_network(PlainConfig()), log_, (), (), PLAIN, None)
+    assert asked == ["user allocation"] and not hasattr(config, "profiling_verbosity")
+    plain = PlainConfig()
+    build._build(fake_network(plain), log_, (), (), PLAIN, None)
+    assert plain.profiling_verbosity == "detailed"  # type: ignore[attr-defined]
+
+
+def test_bf16_is_the_default_of_tensorrt_and_refused_where_no_gpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert PLAIN.capabilities.precisions[0] == "bf16" and RTX.capabilities.precisions[0] == "fp16"
+    monkeypatch.setattr(build, "find_gpu", lambda: dataclasses.replace(ADA, compute="7.5"))
+    with pytest.raises(NblError, match=r"7\.5 has no bf16: use --precision fp16"):
+        build._targets(PLAIN, (), "bf16")
+    assert build._targets(PLAIN, (), "fp16") == ("7.5",)
+
+
+class TimedConfig(PlainConfig):
+    """A builder's configuration with timings, which the builder adds to."""
+
+    def create_timing_cache(self, blob: bytes) -> list[bytes]:
+        return [blob]
+
+    def set_timing_cache(self, timings: list[bytes], _ignore_mismatch: bool) -> bool:
+        self.timings = timings
+        return True
+
+    def get_timing_cache(self) -> Any:
+        return types.SimpleNamespace(serialize=lambda: self.timings[0] + b"+")
+
+
+def test_the_second_build_on_a_gpu_begins_with_the_timings_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    seen: list[bytes] = []
+    for card in (ADA, ADA, dataclasses.replace(ADA, name="NVIDIA L4")):
+        monkeypatch.setattr(build, "find_gpu", lambda card=card: card)
+        config = TimedConfig()
+        build._build(fake_network(config), messages_of(FakeTensorRT(FakeDevice(), ())), (), (), PLAIN, None)
+        seen += config.timings
+    assert seen == [b"", b"+", b""]
+    files = sorted(path.name for path in (tmp_path / "nbl-export" / "timings").iterdir())
+    assert files == ["1.2.3-NVIDIA_L4-8.9", "1.2.3-NVIDIA_RTX_4090-8.9"]
+    monkeypatch.setattr(TimedConfig, "get_timing_cache", lambda _: 1 / 0)
+    build._build(fake_network(TimedConfig()), messages_of(FakeTensorRT(FakeDevice(), ())), (), (), PLAIN, None)
 
 
 @pytest.mark.parametrize("plan", [b"plan", None])
@@ -290,6 +340,7 @@ def test_a_target_that_is_the_own_gpu_is_no_target_for_tensorrt(
     computes = build._targets(PLAIN, ("8.9",), "fp16")
     assert computes == ("8.9",)
     log_ = messages_of(FakeTensorRT(FakeDevice(), ()))
+    monkeypatch.setattr(build, "timings_file", lambda *_: None)
     whole = fake_network(PlainConfig(), plan)
     if plan:
         built = build._build(whole, log_, (), computes, PLAIN, None)
@@ -300,10 +351,32 @@ def test_a_target_that_is_the_own_gpu_is_no_target_for_tensorrt(
 
 
 @needs_rtx
-def test_a_warning_of_the_parser_stops_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log, "_NOISE", ())
-    with pytest.raises(NblError, match=r"parser warns about .* Int64 binding"):
-        build_engine(RTX, graph_of("llama"), tmp_path / "e", SMALL)
+@pytest.mark.parametrize(
+    ("warning", "refused"),
+    [
+        ("One or more weights outside the range of FLOAT was clamped", True),
+        ("TensorRT ignores the attribute softcap of Attention", True),
+        ("Scatter was deprecated in Opset 11.", False),
+        ("A node named x already exists", False),
+    ],
+)
+def test_only_a_warning_of_the_parser_that_the_graph_is_changed_stops_the_build(
+    warning: str, refused: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trt = load_library(RTX)
+    real = trt.OnnxParser
+
+    def parser(network: Any, logger: Any) -> Any:
+        logger.log(trt.ILogger.WARNING, warning)
+        return real(network, logger)
+
+    monkeypatch.setattr(trt, "OnnxParser", parser)
+    if refused:
+        with pytest.raises(NblError, match=f"parser would change .*: {re.escape(warning)}$"):
+            parsed(graph_of("llama") / "decoder.onnx")
+    else:
+        parsed(graph_of("llama") / "decoder.onnx")
+        assert f"TensorRT: {warning}" in caplog.messages
 
 
 # -- refusals of the build -----------------------------------------------------------------------------------

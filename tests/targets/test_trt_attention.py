@@ -28,15 +28,25 @@ pytestmark = pytest.mark.trt
 # The rules of RTX unknown, as those of TensorRT are: its builder decides.
 UNKNOWN = dataclasses.replace(RTX, fused=None)
 ONE = BuildSettings(1, 16)
-NO_KERNEL: list[dict[str, int]] = [{"head_dim": 8}, {"num_attention_heads": 2, "num_key_value_heads": 1}]
 
 
-@pytest.fixture(params=NO_KERNEL, ids=["heads of 8", "2 heads"])
-def without_kernel(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """The graph of a tiny Llama that RTX has no fused attention kernel for."""
-    checkpoint = save_checkpoint("llama", tmp_path / "checkpoint", **request.param)
+def tiny_graph(tmp_path: Path, **changes: int) -> Path:
+    checkpoint = save_checkpoint("llama", tmp_path / "checkpoint", **changes)
     static.build(checkpoint, tmp_path / "graph", "fp16", max_seq_len=32)
     return tmp_path / "graph"
+
+
+@pytest.fixture
+def without_kernel(tmp_path: Path) -> Path:
+    """The graph of a tiny Llama that RTX has no fused attention kernel for: heads of 8."""
+    return tiny_graph(tmp_path, head_dim=8)
+
+
+@needs_rtx
+def test_few_heads_have_a_kernel_for_two_tokens(tmp_path: Path) -> None:
+    """Two query heads: no kernel for decode of exactly one token."""
+    record = build_engine(RTX, tiny_graph(tmp_path, num_attention_heads=2, num_key_value_heads=1), tmp_path / "e", ONE)
+    assert (record.attention, record.profiles[1].tokens) == ("fused", (1, 1, 2))
 
 
 @needs_rtx
@@ -45,9 +55,10 @@ def test_attention_without_a_kernel_is_decomposed(
     library: Any, without_kernel: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     record = build_engine(library, without_kernel, tmp_path / "e", ONE)
-    assert record.attention == read_record(tmp_path / "e").attention == "decomposed"
-    (told,) = [r.getMessage() for r in caplog.records if r.name == build.__name__]
-    assert "graph: attention is decomposed" in told
+    assert record.attention == read_record(tmp_path / "e").attention == "decomposable"
+    *before, told = [r.getMessage() for r in caplog.records if r.name == build.__name__]
+    assert len(before) == (0 if library is RTX else 2)
+    assert "graph: attention may be decomposed" in told
     assert ("no fused attention kernel for" if library is RTX else "not supported by a dedicated kernel") in told
 
 
@@ -57,7 +68,7 @@ def test_attention_with_a_kernel_is_fused_in_one_build(
     library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     builds: list[str] = []
-    monkeypatch.setattr(build, "decompose", lambda parsed: builds.append("decomposed"))
+    monkeypatch.setattr(build, "allow_decomposing", lambda parsed: builds.append("decomposed"))
     assert build_engine(library, graph_of("llama", (1,)), tmp_path / "e", ONE).attention == "fused"
     assert not builds and not caplog.records
 
@@ -66,11 +77,11 @@ def test_attention_with_a_kernel_is_fused_in_one_build(
 def test_what_builds_neither_way_says_both_reasons(
     without_kernel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "decompose", lambda parsed: True)  # and changes nothing
-    reason = r"does not build graph: .*dedicated kernel.*; with fused attention: .* no fused attention kernel for"
+    monkeypatch.setattr(build, "allow_decomposing", lambda parsed: True)  # and changes nothing
+    reason = r"does not build graph: .*dedicated kernel.*; and before: .* no fused attention kernel for"
     with pytest.raises(NblError, match=reason):
         build_engine(RTX, without_kernel, tmp_path / "e", ONE)
-    monkeypatch.setattr(build, "decompose", lambda parsed: False)  # no attention is left
+    monkeypatch.setattr(build, "allow_decomposing", lambda parsed: False)  # no attention is left
     with pytest.raises(NblError, match=r"does not build graph: TensorRT for RTX has no fused attention kernel for"):
         build_engine(RTX, without_kernel, tmp_path / "e", ONE)
     assert not (tmp_path / "e").exists()
@@ -80,7 +91,7 @@ def test_what_builds_neither_way_says_both_reasons(
 def test_every_attention_layer_of_a_network_is_decomposed() -> None:
     trt = load_library(RTX)
     parsed = parse(trt, messages_of(trt), graph_of("llama") / "decoder.onnx")
-    assert network.decompose(parsed)
+    assert network.allow_decomposing(parsed)
     layers = [layer for layer in parsed.layers if layer.type == trt.LayerType.ATTENTION_INPUT]
     for layer in layers:
         layer.__class__ = trt.IAttentionInputLayer
@@ -124,9 +135,103 @@ def test_a_product_with_another_number_stays(scale: float, tmp_path: Path) -> No
     assert [layer.get_input(k).name for layer in layers for k in (0, 1)] == before
 
 
-def parsed_of(heads: int, size: int, precision: str) -> ParsedNetwork:
+NO_KERNEL_SAID = "Attention operation was not supported by a dedicated kernel"
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, *reasons: str) -> list[tuple[tuple[int, int, int], str]]:
+    """The builder refuses for each reason in turn; the value lists decode's tokens and the types of attention."""
+    asked: list[tuple[tuple[int, int, int], str]] = []
+    real = build._attempt
+
+    def attempt(parsed: ParsedNetwork, *rest: Any) -> Any:
+        kind = parsed.trt.LayerType.ATTENTION_INPUT
+        types = {layer.get_input(k).dtype.name for layer in parsed.layers if layer.type == kind for k in range(3)}
+        asked.append((profiles[-1], " ".join(types)))
+        if len(asked) <= len(reasons):
+            return None, None, build._refusal([reasons[len(asked) - 1]])
+        return real(parsed, *rest)
+
+    profiles: list[tuple[int, int, int]] = []
+    config = build._config
+
+    def configured(parsed: ParsedNetwork, chosen: Any, *rest: Any) -> Any:
+        profiles.append(chosen[-1].tokens)
+        return config(parsed, chosen, *rest)
+
+    monkeypatch.setattr(build, "_attempt", attempt)
+    monkeypatch.setattr(build, "_config", configured)
+    return asked
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("refusals", "attention", "tokens"),
+    [(1, "fused", (1, 1, 2)), (2, "fused in bf16", (1, 1, 2)), (3, "decomposable", (1, 1, 2))],
+)
+def test_what_a_builder_refuses_is_tried_in_the_next_way(
+    refusals: int, attention: str, tokens: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """The real builder of TensorRT-RTX then takes it, with the casts too."""
+    asked = refusing(monkeypatch, *[NO_KERNEL_SAID] * refusals)
+    record = build_engine(RTX, graph_of("llama", (1,)), tmp_path / "e", ONE)
+    assert (record.attention, record.profiles[1].tokens) == (attention, tokens)
+    assert [way[0] for way in asked] == [(1, 1, 1), *[(1, 1, 2)] * refusals]
+    assert [way[1] for way in asked] == ["HALF", "HALF", "BF16", "HALF"][: len(asked)]
+    told = [r.getMessage() for r in caplog.records if r.name == build.__name__]
+    assert len(told) == refusals and all(NO_KERNEL_SAID in text for text in told)
+
+
+@needs_rtx
+def test_casts_are_taken_away_before_attention_may_be_decomposed() -> None:
+    trt = load_library(RTX)
+    parsed = parse(trt, messages_of(trt), graph_of("llama") / "decoder.onnx")
+    names = [[layer.get_input(k).name for k in range(layer.num_inputs)] for layer in parsed.layers]
+    bypass = network.attend_in_bf16(parsed)
+    inner = [layer for layer in parsed.layers if layer.type == trt.LayerType.ATTENTION_INPUT]
+    assert all(layer.get_input(k).dtype == trt.DataType.BF16 for layer in inner for k in range(3))
+    assert parsed.contract.outputs[0].dtype == "float16"
+    bypass()
+    again = [[layer.get_input(k).name for k in range(layer.num_inputs)] for layer in parsed.layers]
+    assert again[: len(names)] == names
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [
+        ("Error Code 2: OutOfMemory (Requested size was 9 bytes.)", "too little memory .*OutOfMemory.* --max-batch"),
+        ("Skipping tactic 0 due to insufficient memory on requested size of 2598728448", "too little memory"),
+        ("No space left on device", "does not build model: No space left"),
+    ],
+)
+def test_a_refusal_for_another_reason_is_not_tried_again(
+    reason: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = refusing(monkeypatch, reason)
+    with pytest.raises(NblError, match=message):
+        build_engine(RTX, graph_of("llama", (1,)), tmp_path / "e", ONE)
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "of_attention"),
+    [
+        (["wrap_attention_op_in_kgen.cpp:1909: Expected 3 live inputs, got 4"], True),
+        (["Could not find any implementation for node {ForeignNode[a...b]}."], True),
+        (["Skipping tactic 0 due to insufficient memory", "Could not find any implementation for node x"], False),
+        (["Skipping tactic 0 due to insufficient memory", NO_KERNEL_SAID], True),
+        (["Error Code 9: no such thing"], False),
+        ([], False),
+    ],
+)
+def test_a_refusal_is_read(said: list[str], of_attention: bool) -> None:
+    assert build._refusal(said).of_attention is of_attention
+
+
+def parsed_of(size: int, precision: str) -> ParsedNetwork:
     """What `lacks_kernel` reads of a network with one attention layer."""
-    query = SimpleNamespace(shape=(-1, heads, -1, size))
+    query = SimpleNamespace(shape=(-1, 4, -1, size))
     layer = SimpleNamespace(type="attention", get_input=lambda _index: query)
     trt = SimpleNamespace(LayerType=SimpleNamespace(ATTENTION_INPUT="attention"))
     found: Any = SimpleNamespace(trt=trt, layers=[layer], precision=precision)
@@ -134,17 +239,14 @@ def parsed_of(heads: int, size: int, precision: str) -> ParsedNetwork:
 
 
 @pytest.mark.parametrize(
-    ("heads", "size", "precision", "reason"),
+    ("size", "precision", "reason"),
     [
-        (9, 64, "fp16", ""), (4, 256, "bf16", ""), (4, 16, "int4", ""), (9, 64, "fp32", "for fp32"),
-        (9, 20, "fp16", "heads of size 20 .* multiples of 8 from 16 to 256"), (9, 264, "bf16", "heads of size 264"),
-        (3, 64, "fp16", "3 query heads .minimum 4"),
+        (64, "fp16", ""), (256, "bf16", ""), (16, "int4", ""), (64, "fp32", "for fp32"),
+        (20, "fp16", "heads of size 20 .* multiples of 8 from 16 to 256"), (264, "bf16", "heads of size 264"),
     ],
 )  # fmt: skip
-def test_the_rules_of_one_library_are_not_those_of_the_other(
-    heads: int, size: int, precision: str, reason: str
-) -> None:
-    parsed = parsed_of(heads, size, precision)
+def test_the_rules_of_one_library_are_not_those_of_the_other(size: int, precision: str, reason: str) -> None:
+    parsed = parsed_of(size, precision)
     found = lacks_kernel(RTX, parsed)
     assert bool(found) is bool(reason) and re.search(reason, found), found
     assert lacks_kernel(PLAIN, parsed) == ""

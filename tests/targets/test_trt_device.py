@@ -87,7 +87,7 @@ def test_cuda_python_captures_for_its_own_thread(monkeypatch: pytest.MonkeyPatch
     replay = opened.capture(lambda: runtime.calls.append(("work",)))
     replay()
     names = [call[0] for call in runtime.calls]
-    assert names == ["cudaStreamCreate", "cudaStreamBeginCapture", "work", "cudaStreamEndCapture",
+    assert names == ["cudaStreamCreateWithFlags", "cudaStreamBeginCapture", "work", "cudaStreamEndCapture",
                      "cudaGraphInstantiate", "cudaGraphLaunch"]  # fmt: skip
     assert runtime.calls[1][2] == "thread local"
 
@@ -123,15 +123,15 @@ def test_closing_frees_everything_and_tells_the_first_failure(monkeypatch: pytes
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (Status.cudaErrorInsufficientDriver, "the GPU refuses cudaStreamCreate: cudaErrorInsufficientDriver"),
-        (RuntimeError("no libcudart"), "cuda-python refuses cudaStreamCreate: RuntimeError: no libcudart"),
+        (Status.cudaErrorInsufficientDriver, "the GPU refuses cudaStreamCreateWithFlags: cudaErrorInsufficientDriver"),
+        (RuntimeError("no libcudart"), "cuda-python refuses cudaStreamCreateWithFlags: RuntimeError: no libcudart"),
     ],
 )
 def test_a_device_that_does_not_open_is_one_sentence(
     answer: Status | Exception, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "find_backend", lambda: CudaPython)
-    monkeypatch.setattr(device.importlib, "import_module", lambda _name: Runtime(cudaStreamCreate=answer))
+    monkeypatch.setattr(device.importlib, "import_module", lambda _name: Runtime(cudaStreamCreateWithFlags=answer))
     with pytest.raises(NblError, match=reason):
         open_device()
 
@@ -144,6 +144,22 @@ def test_a_package_that_does_not_load_is_one_sentence(monkeypatch: pytest.Monkey
     monkeypatch.setattr(device.importlib, "import_module", broken)
     with pytest.raises(NblError, match=r"cuda-python refuses a stream on the GPU: ImportError: .*libcuda.so.1"):
         open_device()
+
+
+def test_pinned_memory_and_events_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, runtime = cuda(monkeypatch)
+    assert opened.pinned(64).nbytes == 64
+    for which in (0, 1, 0, 1):
+        opened.mark(which)
+    names = [call[0] for call in runtime.calls]
+    assert names[1:] == ["cudaHostAlloc", "cudaEventCreate", "cudaEventCreate", *["cudaEventRecord"] * 4]
+    first, second = (call[1] for call in runtime.calls[-4:-2])
+    assert first != second and {call[2] for call in runtime.calls[-4:]} == {opened.stream}
+    assert opened.between_marks() == (len(runtime.calls)) / 1000  # the stand-in answers the number of its calls, in ms
+    assert runtime.calls[-1] == ("cudaEventElapsedTime", first, second)
+    runtime.calls.clear()
+    opened.close()
+    assert [call[0] for call in runtime.calls] == ["cudaFreeHost", *["cudaEventDestroy"] * 2, "cudaStreamDestroy"]
 
 
 class FakeTorch:

@@ -138,11 +138,14 @@ class Status(enum.IntEnum):
 def bindings(monkeypatch: pytest.MonkeyPatch, version: str, status: Status) -> None:
     """cuda-python of a version whose first call answers `status`."""
 
-    def cudaStreamCreate() -> tuple[Status, int]:
+    def cudaStreamCreateWithFlags(_flags: int) -> tuple[Status, int]:
         return status, 7
 
     runtime = types.ModuleType("cuda.bindings.runtime")
-    vars(runtime).update(cudaStreamCreate=cudaStreamCreate, cudaStreamDestroy=lambda stream: (Status.cudaSuccess,))
+    vars(runtime).update(
+        cudaStreamCreateWithFlags=cudaStreamCreateWithFlags, cudaStreamNonBlocking=1,
+        cudaStreamDestroy=lambda stream: (Status.cudaSuccess,),
+    )  # fmt: skip
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", runtime)
     monkeypatch.setattr(device.importlib.metadata, "version", lambda name: version)
     monkeypatch.setattr(device, "find_backend", lambda: device.CudaPython)
@@ -186,6 +189,31 @@ def test_packages_fit_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         assert memory in str(device.find_backend())
         assert all(part in spoken(card) for part in (f"CUDA {cuda[0]}.{cuda[1]}", rtx.split()[2], rtx.split()[3]))
     assert "2 GPUs are visible" in spoken(Gpu("NVIDIA L4", "8.9", (13, 0), 2))
+
+
+def test_a_jetson_gets_no_advice_for_packages_that_do_not_exist(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """JetPack 6: aarch64 with a driver of CUDA 12.6, and a TensorRT of the system that an environment does not see."""
+    real, orin = importlib.util.find_spec, Gpu("Orin", "8.7", (12, 6))
+    absent = lambda name, *a: None if name.startswith("tensorrt") else real(name, *a)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", absent)
+    monkeypatch.setattr(gpu.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(tensorrt_library, "find_gpu", lambda: orin)
+    monkeypatch.setattr(tensorrt_library, "_SYSTEM", tmp_path)
+    jetpack = "on a Jetson install JetPack 7.2, since TensorRT's wheels for aarch64 are for CUDA 13 alone"
+    assert TRT.probe_run().reason.endswith(f"is not installed: {jetpack}")
+    assert spoken(orin).endswith(jetpack) and "cu12" not in spoken(orin)
+    (tmp_path / "python3.12" / "dist-packages" / "tensorrt").mkdir(parents=True)
+    assert f"--system-site-packages to see that in {tmp_path}/python3.12/dist-packages, or" in TRT.probe_run().reason
+    stub(monkeypatch)
+    monkeypatch.setattr(importlib.util, "find_spec", real)
+    monkeypatch.setattr(engine, "_cuda_major", lambda library: 13)
+    monkeypatch.setattr(engine, "find_gpu", lambda: orin)
+    assert TRT.probe_run().reason.endswith(f"update the driver to R580 or later, or {jetpack}")
+    thor = Gpu("Thor", "11.0", (13, 0))
+    assert "tensorrt, " in spoken(thor) and "Jetson" not in spoken(thor)
+    assert PLAIN.runs_on("8.7") and PLAIN.runs_on("11.0") and not RTX.runs_on("8.7") and not RTX.runs_on("11.0")
 
 
 def test_a_broken_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,8 +272,46 @@ class Driver:
         return 0
 
     def cuDeviceGetAttribute(self, out: Any, attribute: int, _device: int) -> int:
-        out._obj.value = {75: 8, 76: 9}[attribute]
+        out._obj.value = {75: 8, 76: 9, 16: 58, 36: 6_251_000, 37: 192}[attribute]
         return 0
+
+    def cuDeviceTotalMem_v2(self, out: Any, _device: int) -> int:
+        out._obj.value = 24 << 30
+        return 0
+
+    held = 0
+
+    def cuDevicePrimaryCtxRetain(self, out: Any, _device: int) -> int:
+        out._obj.value = 4711
+        return 0
+
+    def cuCtxPushCurrent_v2(self, context: Any) -> int:
+        self.held += 1
+        return int(context.value != 4711)
+
+    def cuCtxPopCurrent_v2(self, _out: Any) -> int:
+        self.held -= 1
+        return 0
+
+    def cuMemGetInfo_v2(self, free: Any, total: Any) -> int:
+        free._obj.value, total._obj.value = 20 << 30, 24 << 30
+        return int(self.held != 1)  # no context: CUDA_ERROR_INVALID_CONTEXT
+
+
+def test_results_name_the_gpu_and_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    monkeypatch.setattr(gpu.ctypes, "CDLL", lambda _name: driver)
+    assert gpu.describe() == {
+        "name": "NVIDIA L4", "compute": "8.9", "cuda": "12.8", "multiprocessors": 58,
+        "memory_bytes_per_second": 300_048_000_000, "memory_bytes": 24 << 30,
+    }  # fmt: skip
+    assert gpu.free_bytes() == 20 << 30
+    assert driver.held == 0, "the context is left"
+    driver.cuMemGetInfo_v2 = lambda *_: 201  # type: ignore[method-assign]
+    assert gpu.free_bytes() is None
+    assert driver.held == 0
+    monkeypatch.setattr(gpu.ctypes, "CDLL", lambda _name: Driver(status=100))
+    assert gpu.describe() is None and gpu.free_bytes() is None
 
 
 def test_the_driver_is_asked_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

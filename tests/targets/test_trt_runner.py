@@ -7,7 +7,6 @@ caches, captured steps. Wrong data of a step would change logits, which are equa
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import hashlib
 import json
@@ -25,10 +24,12 @@ from nbl_export.run.deployed import trust_engines
 from nbl_export.targets.gpu import find_gpu
 from nbl_export.targets.tensorrt import library as tensorrt
 from nbl_export.targets.tensorrt import runner as trt_runner
-from nbl_export.targets.tensorrt.record import read_record
+from nbl_export.targets.tensorrt.engine import TensorRtEngine
+from nbl_export.targets.tensorrt.record import read_plan, read_record
 from nbl_export.targets.tensorrt.runner import DecodeStep, TrtSession, refuse_misfit
-from nbl_export.targets.tensorrt.static.host import Profile, StaticDecoder, StaticRunner, engine_profiles
+from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner, likeliest, widened
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
+from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles
 from nbl_export.trust import user_lists
 from nbl_export.trust.user_lists import is_own
 
@@ -76,8 +77,48 @@ def test_a_damaged_engine_is_refused(
     fake_record(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
     damage(tmp_path)
     with pytest.raises(NblError, match=reason) as caught:
-        read_record(tmp_path)
+        read_plan(tmp_path, read_record(tmp_path))
     assert type(caught.value) is kind
+
+
+def test_a_plan_is_hashed_once_for_each_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan of 16 GB takes seconds to hash; whoever reads the record alone does not."""
+    session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    session.close()
+    hashed: list[int] = []
+    real = hashlib.sha256
+
+    def counted(data: bytes = b"") -> Any:
+        hashed.append(len(data))
+        return real(data)
+
+    monkeypatch.setattr(hashlib, "sha256", counted)
+    monkeypatch.setattr(trt_runner, "load_library", lambda _: trt)
+    monkeypatch.setattr(trt_runner, "find_gpu", lambda: ADA)
+    monkeypatch.setattr(trt_runner, "open_device", lambda: trt.device)
+    monkeypatch.setattr(trt_runner, "refuse_foreign", lambda *_: None)
+    engine = TensorRtEngine(PLAIN)
+    assert engine.owns(tmp_path) and engine.facts(tmp_path).context_length == SLOTS
+    assert hashed == []
+    with engine.open_runner(tmp_path):
+        assert hashed == [read_record(tmp_path).plan_bytes]
+
+
+def test_an_engine_of_another_gpu_of_the_same_kind_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    record = fake_record(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    refuse_misfit(PLAIN, record, "1.2.3", ADA, tmp_path)
+    assert not caplog.messages
+    refuse_misfit(PLAIN, record, "1.2.3", dataclasses.replace(ADA, name="NVIDIA L4"), tmp_path)
+    assert "chosen on the NVIDIA RTX 4090, and runs on the NVIDIA L4; build it again here" in caplog.text
+
+
+def test_the_librarys_layers_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    assert StaticRunner(session, tmp_path).inspected() == "3 layers, of which 2 name a fused attention kernel"
+    monkeypatch.setattr(type(trt), "create_engine_inspector", lambda _: None)
+    with pytest.raises(NblError, match="TensorRT refuses an inspector: it gives no reason"):
+        session.inspected()
+    session.close()
 
 
 def test_a_plan_for_something_else_is_refused_with_both_named(tmp_path: Path) -> None:
@@ -292,6 +333,33 @@ def test_both_contexts_work_in_one_block(tmp_path: Path) -> None:
     session.close()
 
 
+def noted(calls: list[str], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*given: Any) -> Any:
+        calls.append(name)
+        return method(*given)
+
+    return call
+
+
+def test_the_device_is_timed_around_the_launch_alone_once_asked(tmp_path: Path) -> None:
+    session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    runner = StaticRunner(session, tmp_path)
+    runner.begin(SLOTS)
+    runner.append(rows()[0][:3])
+    assert trt.device.marks == []
+    assert runner.device_seconds() is None
+    calls: list[str] = []
+    for name in ("upload", "mark", "download"):
+        real = getattr(trt.device, name)
+        setattr(trt.device, name, noted(calls, name, real))
+    for token in rows()[0][3:6]:
+        runner.append([token])
+    assert calls == ["upload", "mark", "mark", "download"] * 3
+    assert runner.device_seconds() == pytest.approx(0.003)
+    assert runner.device_seconds() == 0.0
+    session.close()
+
+
 def test_an_engine_without_working_memory_gets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library refuses the address 0."""
     monkeypatch.setattr(FakeTensorRT, "device_memory_size_v2", 0)
@@ -308,7 +376,8 @@ def test_half_precision_logits_come_back_wide(tmp_path: Path) -> None:
         each.begin(1)
     ids = np.array([rows()[0][:11]])
     got = decoder.step(ids)
-    assert got.dtype == session.run(ids[:, :1], [11], [1]).dtype == np.float32
+    raw = session.run(ids[:, :1], [11], [1])
+    assert (got.dtype, raw.dtype) == (np.float32, np.float16)
     assert np.array_equal(got, same.step(ids))
     assert np.array_equal(got, got.astype(np.float16)) and got.any()
 
@@ -457,17 +526,25 @@ def test_a_plan_that_the_record_does_not_vouch_for_never_reaches_the_library(
     assert loaded == []
 
 
-def test_bfloat16_logits_are_widened() -> None:
-    from ml_dtypes import bfloat16
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_logits_are_read_from_their_bits(dtype: str) -> None:
+    import ml_dtypes
 
-    wanted = np.array([[[1.5, -3.0, 1e30]]], bfloat16)
-    half = types.SimpleNamespace(dtype="bfloat16", shape=("batch", 1, 3))
-    session = TrtSession.__new__(TrtSession)
-    card = FakeDevice()
-    address = card.allocate(6)
-    ctypes.memmove(address, wanted.ctypes.data, 6)
-    session._logits, session._device, session._buffers = half, card, {"logits": address}  # type: ignore[assignment]
-    assert np.array_equal(session._download(1, 1), wanted.astype(np.float32))
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+    def raw(*numbers: float) -> np.ndarray:
+        wide = np.array(numbers, kind)
+        return wide.view(np.uint16) if dtype == "bfloat16" else wide
+
+    rng = np.random.default_rng(0)
+    for shift in (0, -50, 50):
+        some = (3 * rng.standard_normal(500) + shift).tolist()
+        wide = widened(raw(*some))
+        assert wide.dtype == np.float32 and np.array_equal(wide, np.array(some, kind).astype(np.float32))
+        assert wide[likeliest(raw(*some))] == wide.max()
+    assert likeliest(raw(-np.inf, -2, -0.5, -np.inf)) == 2
+    for bad in (np.nan, -np.nan, np.inf):
+        assert {likeliest(raw(sign, bad, sign)) for sign in (1.0, -1.0)} == {-1}
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])

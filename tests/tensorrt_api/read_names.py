@@ -33,11 +33,12 @@ BINDINGS = {
 }
 CLASSES = (
     "Builder", "BuilderFlag", "ComputeCapability", "CudaGraphStrategy", "DataType",
-    "DynamicShapesKernelSpecializationStrategy", "ElementWiseOperation",
+    "DynamicShapesKernelSpecializationStrategy", "ElementWiseOperation", "EngineInspector",
     "ExecutionContextAllocationStrategy", "IAttention", "IAttentionInputLayer", "IBuilderConfig", "IConstantLayer",
     "ICudaEngine", "IElementWiseLayer", "IExecutionContext", "IHostMemory", "ILayer", "ILogger", "INetworkDefinition",
-    "IOptimizationProfile", "IProgressMonitor", "IRuntimeCache", "IRuntimeConfig", "ISerializationConfig", "ITensor",
-    "LayerType", "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser",
+    "IOptimizationProfile", "IProgressMonitor", "IRuntimeCache", "IRuntimeConfig", "ISerializationConfig",
+    "IStreamReaderV2", "IStreamWriter", "ITensor", "ITimingCache", "LayerInformationFormat", "LayerType",
+    "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser",
     "OnnxParserFlag", "ParserError", "ProfilingVerbosity", "Runtime",
 )  # fmt: skip
 _LIBRARY = re.compile(rb"lib(?:nvinfer|nvonnxparser|tensorrt)\w*\.so\.\d+")

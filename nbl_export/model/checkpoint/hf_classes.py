@@ -29,25 +29,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from nbl_export.errors import NblError
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
-from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, Architecture, check_window
+from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, Architecture, attention_layers, check_window
 from nbl_export.model.checkpoint.pretrained import model_with, quiet_transformers, tokenizer_of
 from nbl_export.model.linearize import architecture_of, linearize, multiplier_of, replace_attention
 from nbl_export.model.windows import blank_windows
 
-__all__ = ["CLASSES", "outlines", "restored", "save_linearized", "stock_config"]
+__all__ = ["CLASSES", "linearized", "outlines", "restored", "save_linearized", "stock_config"]
 
 
 def _exchange(model: Any) -> None:
     """Replace attention by blank mixers, as the configuration says.
 
     Raises:
-        ValueError: the configuration names missing layers, all layers, or an unknown tap.
+        ValueError: the configuration names layers without attention, all layers, or an unknown tap.
         NblError: it has windows of an impossible size, or of attention that a window cannot stand for.
     """
     config = model.config
-    replaced, layers = config.nbl_replaced_layers or [], config.num_hidden_layers
-    if not set(replaced) < set(range(layers)) or config.nbl_tap not in architecture_of(config).taps:
-        raise ValueError(f"config.json replaces layers {replaced} of {layers} at the tap {config.nbl_tap!r}")
+    replaced, layers = config.nbl_replaced_layers or [], attention_layers(config)
+    if not set(replaced) < set(layers) or config.nbl_tap not in architecture_of(config).taps:
+        raise ValueError(f"config.json replaces layers {replaced} of {list(layers)} at the tap {config.nbl_tap!r}")
     kinds = dict(zip(replaced, config.nbl_kinds or ["linear"] * len(replaced), strict=True))
     likes = outlines(model, kinds, config.nbl_window, config.nbl_tap)
     size, multiplier = config.hidden_size, multiplier_of(config)
@@ -113,6 +113,16 @@ def save_linearized(model: Any, checkpoint: Path, maps: Mapping[int, Mixer], tap
         NblError: the model's architecture has no class here, or its windows have several sizes.
     """
     quiet_transformers()
+    linearized(model, maps, tap).save_pretrained(out)
+    tokenizer_of(checkpoint).save_pretrained(out)
+
+
+def linearized(model: Any, maps: Mapping[int, Mixer], tap: str) -> Any:
+    """A model of the class here, with the weights of `model`, which is linearized in place.
+
+    Raises:
+        NblError: the model's architecture has no class here, or its windows have several sizes.
+    """
     config = model.config
     if config.model_type not in CLASSES:
         raise NblError(f"no NBL checkpoint of architecture {config.model_type}; there are {', '.join(CLASSES)}")
@@ -126,11 +136,13 @@ def save_linearized(model: Any, checkpoint: Path, maps: Mapping[int, Mixer], tap
     more = {"nbl_kinds": given, "nbl_window": sizes[0] if sizes else None}
     made_for = config_class(**values, nbl_replaced_layers=sorted(maps), nbl_tap=tap, **more)
     with torch.device("meta"):
-        saved = model_class(made_for)
-    saved.load_state_dict(linearize(model, maps, tap).state_dict(), assign=True)
-    saved.generation_config = model.generation_config or GenerationConfig.from_model_config(made_for)
-    saved.save_pretrained(out)
-    tokenizer_of(checkpoint).save_pretrained(out)
+        made = model_class(made_for)
+    made.load_state_dict(linearize(model, maps, tap).state_dict(), assign=True)
+    for name, buffer in model.named_buffers():  # those that no state has, such as rotary frequencies
+        owner, _, own = name.rpartition(".")
+        made.get_submodule(owner)._buffers[own] = buffer
+    made.generation_config = model.generation_config or GenerationConfig.from_model_config(made_for)
+    return made.eval()
 
 
 def stock_config(config: Any) -> Any:

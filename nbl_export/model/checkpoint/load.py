@@ -26,7 +26,7 @@ from nbl_export.files import scratch_in
 from nbl_export.graph import graph_only
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
-from nbl_export.model.architectures import LINEARIZED, windows_of
+from nbl_export.model.architectures import LINEARIZED, hybrid_facts, windows_of
 from nbl_export.model.checkpoint import pretrained
 from nbl_export.model.checkpoint.pretrained import (
     check_weights,
@@ -41,7 +41,7 @@ from nbl_export.model.checkpoint.source import Linearized, Source, _check_archit
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import Plan
 
-__all__ = ["load_maps", "load_model", "load_tokenizer", "materialise", "read_spec"]
+__all__ = ["load_maps", "load_model", "load_tokenizer", "materialise", "read_spec", "spec_of"]
 
 
 _MARKER = "source.json"
@@ -57,33 +57,38 @@ def read_spec(source: Source) -> DecoderSpec:
     if source.graph is not None:
         return graph_only.read_spec(source.graph)
     quiet_transformers()
-    from optimum.utils import NormalizedTextConfigWithGQA
-
     _register(source)
     try:
         config = config_of(source.gguf or source.directory)
         architecture = config.model_type.removeprefix(LINEARIZED if source.linearized else "")
         _check_architecture(architecture, source.directory)
         check_weights(source.gguf or source.directory)
-        normal = NormalizedTextConfigWithGQA(config)
-        head_dim = getattr(config, "head_dim", None) or normal.hidden_size // normal.num_attention_heads
-        windows = windows_of(config)
-        return DecoderSpec(
-            architecture=architecture,
-            num_layers=normal.num_layers,
-            hidden_size=normal.hidden_size,
-            num_heads=normal.num_attention_heads,
-            num_kv_heads=normal.num_key_value_heads,
-            head_dim=head_dim,
-            vocab_size=normal.vocab_size,
-            max_positions=config.max_position_embeddings,
-            sliding_window=next(filter(None, windows), None),
-            full_layers=tuple(i for i, window in enumerate(windows) if window is None) if any(windows) else (),
-        )
+        return spec_of(config, architecture)
     except NblError:
         raise
     except Exception as error:  # transformers raises many kinds on a damaged configuration
         raise NblError(f"{source.name} has no usable decoder configuration: {reason_of(error)}") from error
+
+
+def spec_of(config: Any, architecture: str) -> DecoderSpec:
+    """The decoder's sizes of a configuration of transformers."""
+    from optimum.utils import NormalizedTextConfigWithGQA
+
+    normal = NormalizedTextConfigWithGQA(config)
+    windows = windows_of(config)
+    return DecoderSpec(
+        architecture=architecture,
+        num_layers=normal.num_layers,
+        hidden_size=normal.hidden_size,
+        num_heads=normal.num_attention_heads,
+        num_kv_heads=normal.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or normal.hidden_size // normal.num_attention_heads,
+        vocab_size=normal.vocab_size,
+        max_positions=config.max_position_embeddings,
+        sliding_window=next(filter(None, windows), None),
+        full_layers=tuple(i for i, window in enumerate(windows) if window is None) if any(windows) else (),
+        **hybrid_facts(config),
+    )
 
 
 def _register(source: Source) -> None:
@@ -96,8 +101,11 @@ def load_model(directory: Path) -> Any:
     """The torch model in float32, in evaluation mode, on the CPU.
 
     Raises:
-        NblError: transformers cannot load the model.
+        NblError: transformers cannot load the model, or it cannot be in memory.
     """
+    from nbl_export.model.one_layer import refuse_whole  # needs torch
+
+    refuse_whole(directory, "this")
     try:
         return model_of(directory).eval()
     except (MemoryError, NblError):
@@ -168,6 +176,9 @@ def _restore(directory: Path, out: Path) -> None:
 
 
 def _dequantise(gguf: Path, out: Path) -> None:
+    from nbl_export.model.one_layer import refuse_whole
+
+    refuse_whole(gguf, "the conversion of a GGUF file")
     log.info("dequantising %s", gguf.name)
     model = model_of(gguf)
     # transformers refuses to save a model that was loaded quantised; these weights are dequantised.
@@ -185,7 +196,7 @@ def _is_whole(target: Path, source: Source) -> bool:
     return False
 
 
-def load_maps(source: Any, num_layers: int) -> tuple[Plan, dict[int, Mixer]]:
+def load_maps(source: Any, num_layers: int, others: tuple[int, ...] = ()) -> tuple[Plan, dict[int, Mixer]]:
     """Plan and maps of an NBL checkpoint. Maps, [D, D] and [D], are float32, whatever the stored type.
 
     Raises:
@@ -208,12 +219,13 @@ def load_maps(source: Any, num_layers: int) -> tuple[Plan, dict[int, Mixer]]:
         maps = {i: kind_of(k).from_module(found.get(i, {}), replaced.size, likes.get(i)) for i, k in kinds.items()}
     except KeyError:
         maps = {}
-    if not maps or not found.keys() <= kinds.keys():
+    if not maps or not found.keys() <= kinds.keys() - set(others):
         raise CorruptError(
             f"{source.directory}: config.json names maps of layers {list(replaced.layers)}, the weights hold maps of "
             f"{sorted(found)}; fetch the model again"
         )
-    return Plan(num_layers, replaced.layers, replaced.tap, "given", kinds=replaced.kinds), maps
+    plan = Plan(num_layers, replaced.layers, replaced.tap, "given", kinds=replaced.kinds, others=others)
+    return plan, maps
 
 
 def _outlines(directory: Path, replaced: Linearized) -> Mapping[int, Mixer]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from nbl_export.errors import NblError
 from nbl_export.graph.gguf.header import Header, read_header
 from nbl_export.graph.graph_only import graph_of
-from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config, mlp_of
+from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config, hybrid_facts, mlp_of
 from nbl_export.model.checkpoint.source import _check_architecture, _linearized, _read_config, gguf_of
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.mlp import MlpSpec
@@ -43,10 +44,15 @@ class Shape:
 
     @property
     def layer_parameters(self) -> int:
-        """Elements of the matrices of one layer."""
+        """Elements of the matrices of the largest layer."""
+        return max(self.decoder.projections, self.decoder.other_elements) + self.mlp.elements(self.decoder.hidden_size)
+
+    @property
+    def parameters_of_layers(self) -> int:
+        """Elements of the matrices of all layers."""
         d = self.decoder
-        attention = 2 * d.hidden_size * d.head_dim * (d.num_heads + d.num_kv_heads)
-        return attention + self.mlp.elements(d.hidden_size)
+        mixing = len(d.attention_layers) * d.projections + len(d.others) * d.other_elements
+        return mixing + d.num_layers * self.mlp.elements(d.hidden_size)
 
     @property
     def head_parameters(self) -> int:
@@ -56,7 +62,7 @@ class Shape:
     @property
     def parameters(self) -> int:
         """Elements of all matrices."""
-        return self.decoder.num_layers * self.layer_parameters + self.head_parameters * (1 if self.tied else 2)
+        return self.parameters_of_layers + self.head_parameters * (1 if self.tied else 2)
 
 
 def read_shape(model: str | Path) -> Shape:
@@ -132,6 +138,9 @@ def _shape(config: Mapping[str, Any], found: Mapping[str, Any], path: Path, tied
     """The shape of sizes in their order: layers, hidden size, MLP, heads, heads of keys, head, words, positions.
 
     The size of a head may be missing.
+
+    Args:
+        config: the content of config.json, or what a GGUF file states of it.
     """
     for place, (name, value) in enumerate(found.items()):
         is_size = isinstance(value, int) and not isinstance(value, bool) and value > 0
@@ -150,6 +159,8 @@ def _shape(config: Mapping[str, Any], found: Mapping[str, Any], path: Path, tied
             words,
             positions,
         )
+        if not more.get("is_gguf"):
+            decoder = dataclasses.replace(decoder, **hybrid_facts(config))
     except (KeyError, TypeError, ValueError) as error:
         raise NblError(f"{path} has sizes of no decoder ({error}); fetch the model again") from error
     return Shape(decoder, mlp, tied, **more)

@@ -23,6 +23,7 @@ from nbl_export.graph.names import MANIFEST
 from nbl_export.mixers import kind_of, kinds
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, REFUSED, check_config, check_window
 from nbl_export.model.checkpoint import pretrained
+from nbl_export.model.hybrids import UNSUPPORTED
 from nbl_export.records.plan import TAPS
 from nbl_export.trust.contained import check_folder, check_inside, refuse_special
 from nbl_export.trust.model_settings import CONFIG_BYTES, check_checkpoint, check_layers, read_object
@@ -207,11 +208,11 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 def _check_architecture(model_type: Any, where: Path, *, multimodal: bool = False) -> None:
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        if model_type in REFUSED:
-            raise NblError(f"{where} has architecture {model_type!r}, which is not supported: {REFUSED[model_type]}")
         advice = "; its language model, saved by itself, may be one of these" if multimodal else ""
+        reason = {**UNSUPPORTED, **REFUSED}.get(str(model_type))
+        why = "" if reason is None else f": {reason}"
         raise NblError(
-            f"{where} has architecture {model_type!r}, which is not supported; supported are "
+            f"{where} has architecture {model_type!r}, which is not supported{why}; supported are "
             f"{', '.join(ARCHITECTURES)}{advice}"
         )
 

@@ -64,15 +64,17 @@ def run(inputs: BenchInputs, place: Place, out: Path) -> dict[str, Any]:
     )
     root = place.run.path / ("engine" if capabilities.static else "")
     token_bytes = functools.partial(spec.cache_bytes_per_token, itemsize=capabilities.cache_itemsize(inputs.precision))
+    counts = len(spec.attention_layers), len(place.plan.kept)
     variants = {
         subject: Variant(root / name, engine.open_runner, token_bytes(kept))
-        for (subject, name), kept in zip(DECODERS.items(), (spec.num_layers, len(place.plan.kept)), strict=True)
+        for (subject, name), kept in zip(DECODERS.items(), counts, strict=True)
     }
     with place.ui.task("rounds") as progress:
         result = side_by_side(variants, inputs.tests, setting, progress, place.ui.say)
     said = {subject: engine.arithmetic(variant.directory) for subject, variant in variants.items()}
     arithmetic = {"arithmetic": said} if any(said.values()) else {}
-    write_json(out / BENCH_FILE, {**result, **_limits(inputs, place, result), **arithmetic})
+    slots = {"slots": inputs.cache_length} if capabilities.static else {}
+    write_json(out / BENCH_FILE, {**result, **_limits(inputs, place, result), **arithmetic, **slots})
     return {"status": place.verdict}
 
 

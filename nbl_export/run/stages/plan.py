@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,17 @@ from nbl_export.options.goals import (
     CacheBudget,
     PerplexityIncrease,
     TargetSpeedup,
+    asked_layers,
     default_minutes,
     goal_of,
     layers_for_budget,
-    parse_layers,
     read_rank,
 )
-from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, NO_ORIGINAL, NO_WINDOWS
+from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, NO_ORIGINAL, NO_WINDOWS, WIDTHS
 from nbl_export.plan.inputs import (
-    WITHOUT_WINDOWS,
+    WITHOUT_TOP,
     AskedGoal,
-    ChooseWindows,
+    ChooseTop,
     DistilledMaps,
     Fit,
     MapKind,
@@ -37,6 +38,7 @@ from nbl_export.plan.inputs import (
     PlanInputs,
     SweepInputs,
     Texts,
+    Top,
 )
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.plan import spoken_layers
@@ -58,12 +60,12 @@ def declare(r: Resolver) -> PlanInputs | Lazy[Any]:
 
     options = r.options
     if options.fit == CHECKPOINT_FIT:
-        return Lazy([CHECKPOINT_FIT, r.fingerprint], lambda: load.load_maps(r.source, r.spec.num_layers))
+        return Lazy([CHECKPOINT_FIT, r.fingerprint], lambda: load.load_maps(r.source, r.spec.num_layers, r.spec.others))
     goal = _goal(r)
     return r.fill(
         PlanInputs,
         order=order_of(r),
-        request=None if options.layers is None else parse_layers(options.layers, r.spec.num_layers),
+        request=None if options.layers is None else asked_layers(options, r.spec),
         goal=goal,
         quarter=Lazy(None, lambda: r.is_graph),
         trains=Lazy(None, lambda: r.trains),
@@ -87,7 +89,8 @@ def order_of(r: Resolver) -> OrderInputs:
         Lazy(None, lambda: None if options.says_itself else r.second_text.sha256),
         Lazy(r.saving if usual == "efficient" else None, lambda: _saved(r)),
         _given(r),
-        _chosen_windows(r),
+        _chosen_top(r),
+        spec.others,
     )
 
 
@@ -96,47 +99,76 @@ def _given(r: Resolver) -> Lazy[Maps]:
     options = r.options
     if options.window_layers in (NO_WINDOWS, AUTO_WINDOWS):
         return Lazy(None, dict)
-    layers = parse_layers(options.window_layers, r.spec.num_layers, "--window-layers")
+    layers = asked_layers(options, r.spec, "window_layers")
     assert isinstance(layers, tuple)  # a count is refused when options are settled
-    return Lazy([layers, options.window], lambda: _windows_of(r, layers))
+    return Lazy([layers, options.width], lambda: _windows_of(r, layers, options.width))
 
 
-def _windows_of(r: Resolver, layers: Iterable[int]) -> dict[int, Any]:
+def _windows_of(r: Resolver, layers: Iterable[int], tokens: int) -> dict[int, Any]:
     from nbl_export.model.windows import window_layers
 
     model = r.checkpoint.value if r.shortage.value else r.model.value
-    return window_layers(model, layers, r.options.window, r.options.tap)
+    return window_layers(model, layers, tokens, r.options.tap)
 
 
-def _chosen_windows(r: Resolver) -> Lazy[ChooseWindows]:
-    """The windows of those layers that are better as windows, in the upper quarter of the decoder.
+def _chosen_top(r: Resolver) -> Lazy[ChooseTop]:
+    """The top that saves most of a prefill within the limit, if windows are chosen by quality."""
+    options = r.options
+    if options.window_layers != AUTO_WINDOWS:
+        return WITHOUT_TOP
+    goal = _goal(r).goal
+    share = goal.share if isinstance(goal, PerplexityIncrease) else DEFAULT_INCREASE
+    widths = (options.window,) if options.window else WIDTHS
 
-    Only windows above every whole attention shorten a prompt. Others add nodes to decode and save little.
-    """
-    if r.options.window_layers != AUTO_WINDOWS:
-        return WITHOUT_WINDOWS
+    def chosen(fit: Fit, known: Mapping[str, Any] | None) -> Top:
+        from nbl_export.plan import kinds
 
-    def chosen(fit: Fit, known: Collection[int] | None) -> Maps:
-        from nbl_export.plan.kinds import LENGTH, better_as_windows
+        def mixers(layers: Collection[int]) -> dict[int, Maps]:
+            return {kinds.MAP: fit(layers), **{width: _windows_of(r, layers, width) for width in widths}}
 
-        layers, options = r.spec.num_layers, r.options
-        upper = range(layers - max(1, round(layers / 4)), layers)
+        if known is not None:
+            windows = {int(i): _windows_of(r, [int(i)], width)[int(i)] for i, width in known["windows"].items()}
+            return Top(tuple(known["layers"]), windows)
         try:
-            windows = _windows_of(r, upper if known is None else known)
+            _windows_of(r, [r.spec.num_layers - 1], widths[0])
         except NblError as error:
             r.ui.say(f"  no layer gets a window: {error}")
-            return {}
-        if known is not None:
-            return windows
+            return Top()
+        length, limit = min(kinds.LENGTH, r.spec.max_positions), math.log1p(share)
         mixes: Callable[[Maps], Any] = lambda maps: r.mixes.value(maps, options.tap)  # noqa: E731
-        length = min(LENGTH, r.spec.max_positions)
-        with r.ui.task(f"{len(upper)} layers with a map and with a window") as progress:
-            found = better_as_windows(mixes, fit(upper), windows, r.choosing_parts.value, length, progress)
-        which = f"layers {spoken_layers(found)}" if found else "no layer"
-        r.ui.say(f"  {which} may read {options.window} tokens and the first one alone, in place of a linear layer")
-        return {i: windows[i] for i in found}
+        with r.ui.task("upper layers with a map and with windows") as progress:
+            losses = kinds.losses_alone(
+                mixes, mixers, r.spec.num_layers, r.choosing_parts.value, length, limit, progress
+            )
+        found = kinds.best_top(losses, limit, _saved_by(r, {i: mixers([i]) for i in losses}, (512, length)))
+        r.ui.say(f"  {_spoken_top(found)}")
+        return kinds.top_of(found, mixers)
 
-    return Lazy([AUTO_WINDOWS, r.options.window], lambda: chosen)
+    return Lazy([AUTO_WINDOWS, widths, share, r.saving], lambda: chosen)
+
+
+def _spoken_top(kinds: Mapping[int, int]) -> str:
+    """The layers that are replaced first, for the user."""
+    windows = sorted(i for i, width in kinds.items() if width)
+    if not kinds:
+        return "no layers at the top are replaced first: each loses too much"
+    which = (
+        f"layers {spoken_layers(windows)} read {max(kinds.values())} tokens and the first one alone, the others none"
+    )
+    return f"the top from layer {min(kinds)} on is replaced first; {which if windows else 'all by linear layers'}"
+
+
+def _saved_by(
+    r: Resolver, mixers: Mapping[int, Mapping[int, Maps]], lengths: Collection[int]
+) -> Callable[[Mapping[int, int]], float]:
+    """The mean share of prefills that layers of some kinds save; `mixers`: layer -> kind -> its mixer."""
+    saved = _saved(r)
+
+    def mean(kinds: Mapping[int, int]) -> float:
+        maps = {i: mixers[i][kind][i] for i, kind in kinds.items()}
+        return sum(saved(maps, length) for length in lengths) / len(lengths)
+
+    return mean
 
 
 def _select(r: Resolver) -> str:

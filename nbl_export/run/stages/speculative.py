@@ -29,7 +29,7 @@ from nbl_export.graph.names import GRAPH_FILE, MANIFEST
 from nbl_export.measure.benchmark import where_measured
 from nbl_export.measure.speculative import PLAIN, Asked, Sample, Way, best_of_each, overall, rows, time_ways
 from nbl_export.model.checkpoint import pretrained
-from nbl_export.options.goals import parse_layers
+from nbl_export.options.goals import asked_layers
 from nbl_export.options.options import GGUF, JobOptions
 from nbl_export.options.settle import flag_of
 from nbl_export.plan.inputs import OrderInputs
@@ -95,7 +95,7 @@ def declare(r: Resolver) -> SpeculativeInputs | LeftOut:
     options = r.options
     if options.draft is None:
         return LeftOut()
-    layers = None if options.draft_layers is None else parse_layers(options.draft_layers, r.spec.num_layers)
+    layers = None if options.draft_layers is None else asked_layers(options, r.spec, "draft_layers")
     takes_codes = not options.requantize and GGUF in r.engine.capabilities.precisions
     codes = Lazy([r.fingerprint, takes_codes], lambda: codes_for_drafts(r.source.gguf) if takes_codes else None)
     engine = Lazy([options.engine, options.provider], lambda: r.engine)
@@ -190,7 +190,8 @@ def _nbl(inputs: SpeculativeInputs, place: Place, int4: Path, out: Path) -> Path
         maps = selection.maps_of(layers)
     rows_VD = rows_of(inputs.checkpoint, maps, plan.tap, has_table=inputs.has_table)
     kinds = tuple(maps[i].kind for i in layers)
-    inputs.engine.value.replace(int4, out, Plan(plan.num_layers, layers, tap=plan.tap, kinds=kinds), maps, rows_VD)
+    chosen = Plan(plan.num_layers, layers, tap=plan.tap, kinds=kinds, others=plan.others)
+    inputs.engine.value.replace(int4, out, chosen, maps, rows_VD)
     return out
 
 

@@ -57,6 +57,7 @@ class VerifyInputs:
         final: name and windows of the final figures. text_names: of both texts.
         training: windows of a distillation; None without one.
         says_itself: whether the model generated the calibration text; then the second text chose no layers.
+        shortage: why the torch model does not fit into memory; "" if it fits.
     """
 
     exported: ExportedModel
@@ -79,6 +80,7 @@ class VerifyInputs:
     text_names: Lazy[tuple[str, str]]
     training: Lazy[Any] | None
     says_itself: bool
+    shortage: Lazy[str]
 
 
 def declare(r: Resolver) -> VerifyInputs:
@@ -130,8 +132,11 @@ def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
         kept = kept_references(inputs, place)
         verifier = Verifier(setting, probe, maps, rows_VD, results, kept)
         if inputs.graph.value is None:
-            codes = inputs.codes.value
-            verifier.refer_to_torch(coded, lambda: _lent(inputs, place), () if codes is None else codes.weights)
+            floats = () if inputs.codes.value is None else inputs.codes.value.weights
+            if inputs.shortage.value:
+                verifier.refer_to_layers(coded, directories, inputs.exported.checkpoint.value, floats)
+            else:
+                verifier.refer_to_torch(coded, lambda: _lent(inputs, place), floats)
         else:
             verifier.refer_to_graph(coded, directories["original"] / all_logits_file(directories["original"]))
         decoders = verifier.run(directories, coded)
@@ -188,7 +193,7 @@ def conclude(
     from nbl_export.verify import ladder
 
     plan, size = place.plan, inputs.engine.value.capabilities.cache_itemsize(inputs.precision)
-    layers = {"original": plan.num_layers, "nbl": len(plan.kept)}
+    layers = {"original": len(plan.attention_layers), "nbl": len(plan.kept)}
     per_token = {subject: inputs.spec.cache_bytes_per_token(kept, size) for subject, kept in layers.items()}
     warning = warn_of_text(quality_losses)
     for row in quality_losses:

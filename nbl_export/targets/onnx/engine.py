@@ -45,6 +45,7 @@ CAPABILITIES = Capabilities(
     profiled=True,
     every_expert=("mobius",),
     windows=True,
+    hybrids=True,
     providers=tuple(PROVIDERS),
     takes_graphs=True,
     measures_limits=True,

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError
-from nbl_export.graph.names import GRAPH_FILE
+from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.options.options import GGUF
 from nbl_export.targets.base import ExportSettings
@@ -74,6 +74,31 @@ def build(checkpoint: Path, out: Path, settings: ExportSettings, provider: str =
     from nbl_export.targets.export.restore_attention import restore_attention
 
     restore_attention(checkpoint, out)
+    _adopt_states(out)
+
+
+_OF_STATES = ("layer_types", "conv_cache_size")  # of the decoder in genai_config.json
+_ANY_DECODER = "llama"  # a type in which GenAI finds states by their names
+
+
+def _adopt_states(out: Path) -> None:
+    """Give states of layers without attention the names and the form of this package (`rewrite.states`)."""
+    import onnx_ir as ir
+
+    from nbl_export.rewrite.states import MaskStates
+
+    model = ir.load(out / GRAPH_FILE)
+    if not MaskStates()(model).modified:
+        return
+    ir.save(model, out / GRAPH_FILE)
+    settings = json.loads((out / GENAI_CONFIG).read_text(encoding="utf-8"))
+    decoder = settings["model"]["decoder"]
+    settings["model"]["type"] = _ANY_DECODER
+    settings["model"]["decoder"] = {key: value for key, value in decoder.items() if key not in _OF_STATES}
+    for names in (decoder["inputs"], decoder["outputs"]):
+        for name in [key for key in names if "_conv_" in key or "_recurrent_" in key]:
+            del names[name]
+    (out / GENAI_CONFIG).write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
 
 
 def _named(checkpoint: Path, scratch: Path) -> Path:

@@ -58,7 +58,7 @@ from typing import Any
 from nbl_export.errors import NblError, UsageError
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.targets.base import Availability
-from nbl_export.targets.gpu import PROVIDERS, Gpu, Provider, find_gpu, outdated
+from nbl_export.targets.gpu import PROVIDERS, Gpu, Provider, find_gpu, outdated, unpackaged
 from nbl_export.targets.onnx import engine as ort
 from nbl_export.targets.onnx.genai import CPU, GenaiRunner, load_package
 from nbl_export.targets.runners import SequenceLimits
@@ -97,6 +97,7 @@ class GpuEngine(ort.OrtEngine):
             dense_caches=self.provider.dense_caches,
             profiled=False,
             windows=False,
+            hybrids=False,
             takes_graphs=False,
             measures_limits=False,
             provider=flag,
@@ -135,7 +136,7 @@ class GpuEngine(ort.OrtEngine):
                 f"the {self.provider.title} provider does not run on the {gpu.name}: its compute capability is "
                 f"{gpu.compute}, the provider is for {known}{other}"
             )
-        if old := outdated(gpu, self.provider.packages[0], self.provider.cuda, OLDER_DRIVER):
+        if old := outdated(gpu, self.provider.packages[0], self.provider.cuda, unpackaged(gpu) or OLDER_DRIVER):
             return old
         if gpu.count > 1 and self.provider.registered:
             return (
@@ -228,7 +229,7 @@ def check_cuda(gpu: Gpu) -> None:
         NblError: a library does not load, the driver is too old for them, or the GPU refuses the stream.
     """
     major = load_cuda()
-    if old := outdated(gpu, "the installed onnxruntime-gpu", major, OLDER_DRIVER):
+    if old := outdated(gpu, "the installed onnxruntime-gpu", major, unpackaged(gpu) or OLDER_DRIVER):
         raise NblError(old)
     name = f"cudart64_{major}.dll" if sys.platform == "win32" else f"libcudart.so.{major}"
     try:

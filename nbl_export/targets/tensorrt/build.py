@@ -1,6 +1,12 @@
 """Builds decoder.onnx into a plan (TensorRT's serialised engine) with engine.json beside it; complete or absent.
 
-DIR/model/decoder.onnx ─ parse ─ build, attention fused or decomposed ─► .tmp-… ─ rename ─► DIR/engine/model/
+DIR/model/decoder.onnx ─ parse ─ build ─► .tmp-… ─ rename ─► DIR/engine/model/
+
+A build that a library refuses for its attention is tried again, with more allowed each time:
+
+    fused attention ─► decode of 1 to 2 tokens ─► casts to bfloat16 around attention ─► attention may be decomposed
+
+Each build of a large model takes minutes. So a build that is refused for another reason, such as memory, ends there.
 
 TensorRT-RTX's builder tells, without a GPU, whether the steps of a plan can be captured as a CUDA graph:
 
@@ -15,7 +21,7 @@ where a size goes to the host. The builder lists the layers of a plan among its 
 from __future__ import annotations
 
 import contextlib
-import functools
+import dataclasses
 import logging
 import os
 import re
@@ -45,16 +51,19 @@ from nbl_export.targets.tensorrt.library import (
     require,
 )
 from nbl_export.targets.tensorrt.network import (
-    DECOMPOSED,
+    DECOMPOSABLE,
     FUSED,
+    FUSED_BF16,
     ParsedNetwork,
+    allow_decomposing,
+    attend_in_bf16,
     bypass_unit_scale,
-    decompose,
     lacks_kernel,
     parse,
 )
 from nbl_export.targets.tensorrt.record import ENGINE_FILE, RECORD_FILE, EngineRecord, digest_of
-from nbl_export.targets.tensorrt.static.host import Profile, engine_profiles
+from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles
+from nbl_export.targets.tensorrt.timings import begin_with, keep, timings_file
 from nbl_export.trust.contained import check_inside
 from nbl_export.trust.user_lists import remember
 
@@ -64,16 +73,33 @@ _logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]  # phase, seconds since the build began
 _GRAPH = STATIC_GRAPH_FILE
+_KERNEL_BYTES = 64 << 20
 _FLAG = "REQUIRE_USER_ALLOCATION"
 _WAITING = ("DeviceToShapeHost", "TrainStation")  # kinds of layers that wait for the host; the first names a tensor
+
+
+# What a refusal says if attention has no kernel: TensorRT-RTX 1.7.1; TensorRT 11.1 and 11.2 (issue 955 of NVIDIA's
+# TensorRT-Model-Connect); and what the builder says of any node without a kernel, since a decoder is one node.
+_NO_KERNEL = ("dedicated kernel", "live inputs")
+_PERHAPS_NO_KERNEL = ("attention", "could not find any implementation")
+_NO_MEMORY = ("outofmemory", "out of memory", "insufficient memory", "insuficient memory", "memory is insufficient")
 
 
 @dataclass(frozen=True)
 class _Built:
     plan: Any
-    attention: str  # FUSED or DECOMPOSED
+    attention: str  # FUSED, FUSED_BF16 or DECOMPOSABLE
+    profiles: tuple[Profile, ...]
     capturable: bool | None  # None: the builder does not say
     seconds: float
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """Why there is no plan. of_attention: attention has no kernel, so another way may build."""
+
+    why: str
+    of_attention: bool
 
 
 def build_engine(
@@ -103,8 +129,10 @@ def build_engine(
     built = _build(parsed, log, profiles, computes if settings.targets else (), library, progress)
     with friendly_os_errors(out), _replacing(out) as scratch:
         (scratch / ENGINE_FILE).write_bytes(built.plan)
-        record = _record(library, parsed, profiles, settings, computes, built, scratch)
+        record = _record(library, parsed, settings, computes, built, scratch)
         write_json(scratch / RECORD_FILE, record.to_json())
+        if _has_copies(record.plan_bytes, sum(f.stat().st_size for f in _files(graph))):
+            _logger.warning("%s is larger than the weights: the library may have stored matrices twice", out)
         _copy_text_files(source, scratch)
     try:
         remember(record.plan_sha256)
@@ -117,6 +145,12 @@ def _slots(contract: GraphContract) -> int:
     return next(int(info.shape[2]) for info in contract.inputs if info.name.startswith("past_key_values."))
 
 
+def _at_hand(library: Library) -> tuple[str, ...]:
+    """The compute capability of this machine's GPU, if the library builds for that alone."""
+    gpu = find_gpu()
+    return (gpu.compute,) if isinstance(gpu, Gpu) and not library.default_targets else ()
+
+
 def _targets(library: Library, asked: Sequence[str], precision: str) -> tuple[str, ...]:
     """Compute capabilities that the plan is for.
 
@@ -125,12 +159,12 @@ def _targets(library: Library, asked: Sequence[str], precision: str) -> tuple[st
     """
     title = library.capabilities.title
     if not library.default_targets:
-        gpu = find_gpu()
-        here = (gpu.compute,) if isinstance(gpu, Gpu) else ()
+        here = _at_hand(library)
         if asked and tuple(asked) != here:
             raise NblError(
                 f"{title} builds for the GPU at hand, not for {', '.join(asked)}; use --engine {library.other}"
             )
+        _refuse_weak(library, here, precision)
         return here
     for compute in asked:
         if compute not in library.computes:
@@ -139,35 +173,74 @@ def _targets(library: Library, asked: Sequence[str], precision: str) -> tuple[st
                 f"{title} has no kernels for compute capability {compute}, it is for {known}; use --engine "
                 f"{library.other}"
             )
+    _refuse_weak(library, asked, precision)
+    return tuple(asked) or library.default_targets
+
+
+def _refuse_weak(library: Library, computes: Sequence[str], precision: str) -> None:
+    for compute in computes:
         if compute in library.weak_computes and precision != "fp16":
             raise NblError(f"compute capability {compute} has no {precision}: use --precision fp16 for it")
-    return tuple(asked) or library.default_targets
 
 
 def _build(
     parsed: ParsedNetwork, log: Messages, profiles: Sequence[Profile], targets: Sequence[str], library: Library,
     progress: Progress | None,
 ) -> _Built:  # fmt: skip
-    """Build with fused attention, or with decomposed attention if there is no kernel."""
+    """Build in the first way that the library has kernels for.
+
+    Raises:
+        NblError: the library refuses every way, or refuses one for another reason than attention.
+    """
     started = time.perf_counter()
     name = parsed.network.name
     failed = f"{library.capabilities.title} does not build {name}"
     monitor = _monitor(parsed.trt, progress) if progress else None
-    with log.explaining(failed):
-        config = _config(parsed, profiles, targets, library, monitor)
-    attempt = functools.partial(_attempt, parsed, log, config, monitor, library, failed)
-    unfused = lacks_kernel(library, parsed)
-    if not unfused:
-        plan, proven, unfused = attempt()
+    refused: list[str] = []
+    if known := lacks_kernel(library, parsed):
+        refused.append(known)
+    weak = bool({*(targets or _at_hand(library))} & {*library.weak_computes})
+    gpu = find_gpu()
+    timed = timings_file(parsed.trt.__version__, gpu) if isinstance(gpu, Gpu) and not library.jit else None
+    for attention, chosen, said in _ways(parsed, tuple(profiles), only_last=bool(known), narrow=not weak):
+        if refused:
+            _logger.warning("%s: %s: %s", name, said, refused[-1])
+        with log.explaining(failed):
+            config = _config(parsed, chosen, targets, library, monitor)
+            if timed is not None:
+                begin_with(config, timed)
+        plan, proven, refusal = _attempt(parsed, log, config, monitor, library, failed)
+        if timed is not None:
+            keep(config, timed)
         if plan is not None:
-            return _Built(plan, FUSED, proven, time.perf_counter() - started)
-    if not decompose(parsed):
-        raise NblError(f"{failed}: {unfused}")
-    _logger.warning("%s: attention is decomposed into matrix products, which is slower: %s", name, unfused)
-    plan, proven, why = attempt()
-    if plan is None:
-        raise NblError(f"{failed}: {why}; with fused attention: {unfused}")
-    return _Built(plan, DECOMPOSED, proven, time.perf_counter() - started)
+            return _Built(plan, attention, chosen, proven, time.perf_counter() - started)
+        refused.append(refusal.why)
+        if not refusal.of_attention:
+            break
+    raise NblError(f"{failed}: {'; and before: '.join(reversed(refused))}")
+
+
+def _ways(
+    parsed: ParsedNetwork, profiles: tuple[Profile, ...], *, only_last: bool, narrow: bool
+) -> Iterator[tuple[str, tuple[Profile, ...], str]]:
+    """Ways to build, the fastest first: attention, profiles, and what a warning says of the way.
+
+    The network is changed for a way when the way is taken.
+
+    Args:
+        narrow: whether the engine's GPUs have bfloat16.
+    """
+    if not only_last:
+        yield FUSED, profiles, ""
+        if profiles and profiles[-1].tokens == (1, 1, 1):
+            profiles = (*profiles[:-1], dataclasses.replace(profiles[-1], tokens=(1, 1, 2)))
+            yield FUSED, profiles, "decode is built for 1 to 2 tokens"
+        if narrow and parsed.precision in ("fp16", "int4"):
+            bypass = attend_in_bf16(parsed)
+            yield FUSED_BF16, profiles, "attention computes in bfloat16, with casts around it"
+            bypass()
+    if allow_decomposing(parsed):
+        yield DECOMPOSABLE, profiles, "attention may be decomposed into matrix products, which is slower"
 
 
 def _config(
@@ -176,8 +249,10 @@ def _config(
     """The builder's configuration, inside a block of `Messages.explaining`."""
     trt, builder = parsed.trt, parsed.builder
     config = require(builder.create_builder_config())
-    if library.jit:
+    if library.jit:  # its layers are listed in another form with DETAILED, which does not tell whether they wait
         _ask_for_proof(trt, config)
+    else:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # names kernels to `runner.TrtSession.inspected`
     if targets and library.default_targets:  # TensorRT builds for the GPU at hand and has no such names
         config.num_compute_capabilities = len(targets)
         for index, compute in enumerate(targets):
@@ -192,15 +267,13 @@ def _config(
 
 def _attempt(
     parsed: ParsedNetwork, log: Messages, builder_config: Any, monitor: Any, library: Library, failed: str
-) -> tuple[Any, bool | None, str]:
-    """One build: the plan, whether its steps can be captured (None: the builder does not say), and "".
-
-    Without a plan: None, None and the library's reason.
+) -> tuple[Any, bool | None, _Refusal]:
+    """One build: the plan or None, whether its steps can be captured (None: the builder does not say), and the refusal.
 
     Raises:
         NblError: the engine would not read an input, or its steps cannot be captured.
     """
-    network, proven, why = parsed.network, None, ""
+    network, proven, refusal = parsed.network, None, _Refusal("", False)
     with log.explaining(failed) as said:
         plan = parsed.builder.build_serialized_network(network, builder_config)
         interrupt = monitor.interrupt if monitor is not None else None
@@ -209,11 +282,27 @@ def _attempt(
                 raise NblError(f"the engine would not read an input of {network.name}: {ignored[0]}")
             proven = capturable(said, plan, network.name) if library.jit else None
         if plan is None:
-            why = (complaints(said) or ["it gives no reason"])[0][:500]
+            refusal = _refusal(complaints(said))
             said.clear()  # the caller tells the reason
     if interrupt is not None:
         raise interrupt
-    return plan, proven, why
+    return plan, proven, refusal
+
+
+def _refusal(said: Sequence[str]) -> _Refusal:
+    """Read the builder's complaints: a missing kernel for attention first, then memory, then whatever may be either."""
+
+    def first(signs: Sequence[str]) -> str:
+        return next((text[:500] for text in said if any(sign in text.lower() for sign in signs)), "")
+
+    if why := first(_NO_KERNEL):
+        return _Refusal(why, True)
+    if why := first(_NO_MEMORY):
+        smaller = "free memory of the GPU, or use a smaller --max-batch, --prefill-chunk or --max-seq-len"
+        return _Refusal(f"the GPU has too little memory ({why}); {smaller}", False)
+    if why := first(_PERHAPS_NO_KERNEL):
+        return _Refusal(why, True)
+    return _Refusal(said[0][:500] if said else "it gives no reason", False)
 
 
 def _shapes(builder: Any, network: Any, profile: Profile) -> Any:
@@ -259,27 +348,26 @@ def _monitor(trt: Any, progress: Progress) -> Any:
 
 
 def _record(
-    library: Library, parsed: ParsedNetwork, profiles: Sequence[Profile], settings: BuildSettings,
-    computes: tuple[str, ...], built: _Built, scratch: Path,
+    library: Library, parsed: ParsedNetwork, settings: BuildSettings, computes: tuple[str, ...], built: _Built,
+    scratch: Path,
 ) -> EngineRecord:  # fmt: skip
     contract = parsed.contract
     caches = [info for info in contract.inputs if info.name.startswith("past_key_values.")]
     per_token = sum(int(i.shape[1]) * int(i.shape[3]) * ITEMSIZE[i.dtype] for i in caches)
     cache_length = _slots(contract)
-    graph = parsed.graph
-    files = [graph, *(f for f in [graph.with_name(f"{_GRAPH}.data")] if f.is_file())]
-    plan = scratch / ENGINE_FILE
+    plan, gpu = scratch / ENGINE_FILE, find_gpu()
     return EngineRecord(
         engine=library.capabilities.name,
         version=parsed.trt.__version__,
         precision=parsed.precision,
         attention=built.attention,
         compute_capabilities=computes,
+        gpu=gpu.name if isinstance(gpu, Gpu) and not library.default_targets else "",
         capturable=built.capturable,
         max_batch=settings.max_batch,
         prefill_chunk=settings.prefill_chunk,
         max_seq_len=cache_length,
-        profiles=tuple(profiles),
+        profiles=built.profiles,
         inputs=contract.inputs,
         outputs=contract.outputs,
         cache_layers=len(contract.cache_layers),
@@ -289,8 +377,18 @@ def _record(
         build_seconds=round(built.seconds, 3),
         plan_bytes=plan.stat().st_size,
         plan_sha256=digest_of(plan),
-        graph_sha256={f.name: digest_of(f) for f in files},
+        graph_sha256={f.name: digest_of(f) for f in _files(parsed.graph)},
     )
+
+
+def _files(graph: Path) -> list[Path]:
+    """The graph and its weights."""
+    return [graph, *(f for f in [graph.with_name(f"{_GRAPH}.data")] if f.is_file())]
+
+
+def _has_copies(plan_bytes: int, weight_bytes: int) -> bool:
+    """Whether a plan is a fifth larger than its weights, beyond what kernels take."""
+    return plan_bytes > 1.2 * weight_bytes + _KERNEL_BYTES
 
 
 @contextlib.contextmanager

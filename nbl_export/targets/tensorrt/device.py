@@ -7,6 +7,7 @@ other threads may use the GPU (capture mode "thread local", as in NVIDIA's trtex
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.metadata
@@ -35,15 +36,25 @@ class Device(Protocol):
             NblError: the GPU has no memory left.
         """
 
+    def pinned(self, size: int) -> np.ndarray:
+        """Bytes of host memory that the device reads and writes by itself, so that a copy needs no second one."""
+
     def zero(self, address: int, size: int) -> None: ...
 
-    def upload(self, address: int, array: np.ndarray) -> None: ...
+    def upload(self, address: int, array: np.ndarray) -> None:
+        """Copy a contiguous array; the array may change after `synchronize`."""
 
     def download(self, address: int, array: np.ndarray) -> None:
         """Copy into a contiguous array; the data is there after `synchronize`."""
 
     def synchronize(self) -> None:
         """Wait for the stream."""
+
+    def mark(self, which: int) -> None:
+        """Put event 0 or event 1 on the stream."""
+
+    def between_marks(self) -> float:
+        """Seconds from event 0 to event 1, after `synchronize`."""
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record what `work` puts on the stream, without running it; returns a function that runs the record.
@@ -164,7 +175,9 @@ class CudaPython:
         self._rt: Any = importlib.import_module("cuda.bindings.runtime")
         self._buffers: list[int] = []
         self._graphs: list[tuple[Any, Any]] = []
-        self._stream = self._call(self._rt.cudaStreamCreate)
+        self._pinned: list[int] = []
+        self._events: list[Any] = []
+        self._stream = self._call(self._rt.cudaStreamCreateWithFlags, self._rt.cudaStreamNonBlocking)
         self.stream = int(self._stream)
 
     def _call(self, function: Any, *arguments: Any) -> Any:
@@ -182,6 +195,11 @@ class CudaPython:
         self._buffers.append(address)
         return address
 
+    def pinned(self, size: int) -> np.ndarray:
+        address = int(self._call(self._rt.cudaHostAlloc, size, self._rt.cudaHostAllocDefault))
+        self._pinned.append(address)
+        return np.ctypeslib.as_array((ctypes.c_ubyte * size).from_address(address))
+
     def zero(self, address: int, size: int) -> None:
         self._call(self._rt.cudaMemsetAsync, address, 0, size, self._stream)
 
@@ -195,6 +213,14 @@ class CudaPython:
 
     def synchronize(self) -> None:
         self._call(self._rt.cudaStreamSynchronize, self._stream)
+
+    def mark(self, which: int) -> None:
+        if not self._events:
+            self._events = [self._call(self._rt.cudaEventCreate) for _ in range(2)]
+        self._call(self._rt.cudaEventRecord, self._events[which], self._stream)
+
+    def between_marks(self) -> float:
+        return float(self._call(self._rt.cudaEventElapsedTime, *self._events)) / 1000
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         mode = self._rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
@@ -216,9 +242,11 @@ class CudaPython:
         for graph, ready in self._graphs:
             calls += [(rt.cudaGraphExecDestroy, ready), (rt.cudaGraphDestroy, graph)]
         calls += [(rt.cudaFree, address) for address in self._buffers]
+        calls += [(rt.cudaFreeHost, address) for address in self._pinned]
+        calls += [(rt.cudaEventDestroy, event) for event in self._events]
         if self._stream is not None:
             calls.append((rt.cudaStreamDestroy, self._stream))
-        self._graphs, self._buffers, self._stream = [], [], None
+        self._graphs, self._buffers, self._pinned, self._events, self._stream = [], [], [], [], None
         attempt_all(*(functools.partial(self._call, *call) for call in calls))
 
 
@@ -230,6 +258,7 @@ class Torch:
     def __init__(self) -> None:
         self._torch: Any = importlib.import_module("torch")
         self._buffers: dict[int, Any] = {}
+        self._events: list[Any] = []
         self._stream = self._torch.cuda.Stream()
         self.stream = int(self._stream.cuda_stream)
 
@@ -245,6 +274,11 @@ class Torch:
             raise _no_memory(size, NblError(_text(error))) from error
         self._buffers[int(buffer.data_ptr())] = buffer
         return int(buffer.data_ptr())
+
+    def pinned(self, size: int) -> np.ndarray:
+        with _errors_of(self.title, "host memory"):
+            found: np.ndarray = self._torch.empty(size, dtype=self._torch.uint8, pin_memory=True).numpy()
+        return found
 
     def zero(self, address: int, size: int) -> None:
         with self._on_stream("to clear memory"):
@@ -263,6 +297,16 @@ class Torch:
     def synchronize(self) -> None:
         with _errors_of(self.title, "to wait for the stream"):
             self._stream.synchronize()
+
+    def mark(self, which: int) -> None:
+        with _errors_of(self.title, "an event"):
+            if not self._events:
+                self._events = [self._torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self._events[which].record(self._stream)
+
+    def between_marks(self) -> float:
+        with _errors_of(self.title, "the time between events"):
+            return float(self._events[0].elapsed_time(self._events[1])) / 1000
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = self._torch.cuda.CUDAGraph()

@@ -25,7 +25,7 @@ from nbl_export.graph.names import GRAPH_FILE, all_logits_file
 from nbl_export.targets.base import Availability, BuildSettings, DecoderFacts, ExportSettings, Target, Task
 from nbl_export.targets.checks import Coded
 from nbl_export.targets.export.finish import check_bounds
-from nbl_export.targets.gpu import CUDA, Gpu, find_gpu, outdated, release_for
+from nbl_export.targets.gpu import CUDA, Gpu, find_gpu, outdated, release_for, unpackaged
 from nbl_export.targets.runners import SequenceLimits
 from nbl_export.targets.tensorrt.kernels import trust_folder
 from nbl_export.targets.tensorrt.library import LIBRARIES, Library, load_library
@@ -197,7 +197,7 @@ def _usable_gpu(library: Library) -> Gpu:
             f"use --engine {library.other}"
         )
     needed = _cuda_major(library)
-    other = f"in a new environment, {library.how_to_get(release_for(gpu))}"
+    other = unpackaged(gpu) or f"in a new environment, {library.how_to_get(release_for(gpu))}"
     if needed is not None and (old := outdated(gpu, f"the installed {library.package}", needed, other)):
         raise NblError(old)
     return gpu

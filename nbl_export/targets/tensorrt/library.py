@@ -1,6 +1,6 @@
 """The two TensorRT libraries as data, loaded at first use.
 
-Hears what TensorRT says: parser and builder share one logger, warnings decide, and no message is dropped.
+Hears what TensorRT says: parser and builder share one logger, some warnings decide, and no message is dropped.
 
     in a block that collects      kept for the block, which refuses, or warns when it has succeeded
     elsewhere                     Python's logging: complaints as warnings and errors, the rest with -v
@@ -18,12 +18,13 @@ import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.records.capabilities import Capabilities
-from nbl_export.targets.gpu import CudaRelease, find_gpu, release_for
+from nbl_export.targets.gpu import CudaRelease, find_gpu, release_for, unpackaged
 
 __all__ = [
     "LAYERS_NOTE",
@@ -32,6 +33,7 @@ __all__ = [
     "Library",
     "Message",
     "Messages",
+    "changes",
     "complaints",
     "ignored_inputs",
     "load_library",
@@ -42,25 +44,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class FusedAttention:
-    """The attention that a library is known to have fused kernels for.
-
-    Attributes:
-        least_query_heads: fewest query heads; grouped and shared keys make no difference.
-    """
+    """The attention that a library is known to have fused kernels for; numbers of heads make no difference."""
 
     head_sizes: range
-    least_query_heads: int
     precisions: tuple[str, ...]
 
-    def lacks(self, query_heads: int, head_size: int, precision: str) -> str:
+    def lacks(self, head_size: int, precision: str) -> str:
         """What there is no kernel for, in words; "" if there is a kernel."""
         if precision not in self.precisions:
             return precision
         if head_size not in self.head_sizes:
             step, least, most = self.head_sizes.step, self.head_sizes[0], self.head_sizes[-1]
             return f"heads of size {head_size} (it is for multiples of {step} from {least} to {most})"
-        if query_heads < self.least_query_heads:
-            return f"{query_heads} query heads (minimum {self.least_query_heads})"
         return ""
 
 
@@ -109,6 +104,7 @@ class Library:
         return _version(compute) >= _version(self.least_compute)
 
 
+_SYSTEM = Path("/usr/lib")  # JetPack and Debian packages put Python modules below it, where no environment looks
 _PRECISIONS = ("fp16", "bf16", "int4")
 _SOURCES = {"static": ("fp32", *_PRECISIONS)}
 
@@ -121,7 +117,8 @@ _COMPILED: dict[str, Any] = {
 
 LIBRARIES = {
     "trt": Library(
-        capabilities=Capabilities("trt", "TensorRT", _PRECISIONS, _SOURCES, "trt", **_COMPILED),
+        # bf16 first: fused attention in fp16 sums in fp16 (see `static_form.numbers`), which shows in long texts
+        capabilities=Capabilities("trt", "TensorRT", ("bf16", "fp16", "int4"), _SOURCES, "trt", **_COMPILED),
         module="tensorrt",
         package="tensorrt",
         origin=" (its libraries come from NVIDIA's own package index)",
@@ -146,7 +143,7 @@ LIBRARIES = {
         default_targets=("8.0", "8.6", "8.9", "12.0", "12.1"),
         other="trt",
         # found by building with version 1.7.1
-        fused=FusedAttention(range(16, 257, 8), 4, _PRECISIONS),
+        fused=FusedAttention(range(16, 257, 8), _PRECISIONS),
     ),
 }
 
@@ -167,7 +164,10 @@ def load_library(library: Library) -> ModuleType:
 
 def _advice(library: Library) -> str:
     """How to install a library that fits the driver of this machine."""
-    return library.how_to_get(release_for(find_gpu()))
+    gpu = find_gpu()
+    found = sorted(_SYSTEM.glob(f"python3*/dist-packages/{library.module}"))
+    first = f"make the environment with --system-site-packages to see that in {found[0].parent}, or " if found else ""
+    return first + (unpackaged(gpu) or library.how_to_get(release_for(gpu)))
 
 
 def _version(compute: str) -> tuple[int, ...]:
@@ -179,6 +179,9 @@ log = logging.getLogger(__name__)
 # Messages that appear for every graph and mean nothing (seen with TensorRT-RTX 1.7.1): a note on each int64 input, the
 # echo of every error without a GPU, and the second logger if other code has made the first.
 _NOISE = ("has Int64 binding", "catchCudaError", "The logger passed into")
+# Warnings of the parser after which an engine computes something else, since a part of the graph is dropped or changed
+# (LOG_WARNING in the sources of onnx-tensorrt, texts in the parser of TensorRT-RTX 1.7.1). Others are passed on.
+_CHANGES = ("clamp", "ignor", "not supported", "doesn't support", "supports only", "not guaranteed", "unused input")
 # How the builder reports an input that the parser dropped silently.
 _IGNORED = ("Unused Input", "is unused or used only at compile-time")
 _SERIOUS = {"WARNING": logging.WARNING, "ERROR": logging.ERROR, "INTERNAL_ERROR": logging.ERROR}
@@ -299,6 +302,11 @@ def complaints(messages: Sequence[Message]) -> list[str]:
     """Warnings and errors that matter, each as one line."""
     serious = (_one_line(m.text) for m in messages if m.severity in _SERIOUS)
     return [text for text in serious if not any(noise in text for noise in _NOISE)]
+
+
+def changes(messages: Sequence[Message]) -> list[str]:
+    """The parser's complaints about a graph that its network would not compute."""
+    return [text for text in complaints(messages) if any(sign in text.lower() for sign in _CHANGES)]
 
 
 def ignored_inputs(messages: Sequence[Message]) -> list[str]:

@@ -5,11 +5,12 @@ The parser is silent about two faults: an input that it drops (the mask is then 
 
 Attention of a network is a fused kernel of the library, or the matrix products and softmax that it is made of:
 
-    fused        one kernel; the library has it for some head sizes, numbers of heads and types
-    decomposed   scores [B, heads, tokens, slots] go through memory; every size builds
+    fused            one kernel; the library has it for some head sizes, numbers of heads and types
+    fused in bf16    casts to bfloat16 around one kernel, for a library without an fp16 kernel
+    decomposable     the builder may multiply matrices; scores [B, heads, tokens, slots] then go through memory
 
 Attention of a parsed network may not be decomposed unless the network says so. Without a kernel its build fails
-("Attention operation was not supported by a dedicated kernel"). So `build` decomposes on purpose, and records it.
+("Attention operation was not supported by a dedicated kernel"). So `build` allows it on purpose, and records it.
 
 The parser multiplies queries and keys by sqrt(scale), even if the scale is 1, as in the static form (seen with
 TensorRT-RTX 1.7.1). The keys are the whole cache. So `bypass_unit_scale` takes the products with 1 out of the way.
@@ -21,8 +22,10 @@ The bindings hand every layer out as ILayer. To assign its class is the cast tha
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +34,10 @@ import numpy as np
 
 from nbl_export.errors import NblError
 from nbl_export.records.decoder import GraphContract, TensorInfo
-from nbl_export.targets.tensorrt.library import Library, Messages, complaints, require
+from nbl_export.targets.tensorrt.library import Library, Messages, changes, require
 
-__all__ = ["DECOMPOSED", "FUSED", "ParsedNetwork", "bypass_unit_scale", "decompose", "lacks_kernel", "parse"]
+__all__ = ["DECOMPOSABLE", "FUSED", "FUSED_BF16", "ParsedNetwork", "allow_decomposing", "attend_in_bf16",
+           "bypass_unit_scale", "lacks_kernel", "parse"]  # fmt: skip
 
 _DTYPES = {
     "HALF": "float16",
@@ -43,7 +47,7 @@ _DTYPES = {
     "INT32": "int32",
     "BOOL": "bool",
 }
-FUSED, DECOMPOSED = "fused", "decomposed"
+FUSED, FUSED_BF16, DECOMPOSABLE = "fused", "fused in bf16", "decomposable"
 _PRECISIONS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
@@ -88,7 +92,7 @@ def parse(trt: Any, log: Messages, path: Path) -> ParsedNetwork:
     """Parse a graph, with its external data beside it.
 
     Raises:
-        NblError: the parser refuses the graph, warns about it, or would drop one of its inputs.
+        NblError: the parser refuses the graph, or would change it or drop one of its inputs.
     """
     start = time.perf_counter()
     # a warning about the machine is no reason against the graph, so the parser's block begins behind this one
@@ -104,8 +108,8 @@ def parse(trt: Any, log: Messages, path: Path) -> ParsedNetwork:
         if not good or errors or network.num_outputs == 0:
             why = [f"{e.node_name() or 'the graph'} ({e.node_operator() or 'model'}): {e.desc()}" for e in errors]
             raise NblError(f"TensorRT's parser refuses {path}: {why[0] if why else 'it is not an ONNX model'}")
-        if said_wrong := complaints(said):
-            raise NblError(f"TensorRT's parser warns about {path}, so no engine is built: {said_wrong[0]}")
+        if changed := changes(said):
+            raise NblError(f"TensorRT's parser would change {path}, so no engine is built: {changed[0]}")
     network.name = path.parent.name
     parsed = ParsedNetwork(trt, builder, network, parser, seconds, path)
     if unread := _unread_inputs(parsed):
@@ -147,13 +151,42 @@ def lacks_kernel(library: Library, parsed: ParsedNetwork) -> str:
     if library.fused is None:
         return ""
     for layer in _attention_layers(parsed):
-        _, heads, _, size = layer.get_input(0).shape
-        if reason := library.fused.lacks(heads, size, parsed.precision):
+        size = layer.get_input(0).shape[3]
+        if reason := library.fused.lacks(size, parsed.precision):
             return f"{library.capabilities.title} has no fused attention kernel for {reason}"
     return ""
 
 
-def decompose(parsed: ParsedNetwork) -> bool:
+def attend_in_bf16(parsed: ParsedNetwork) -> Callable[[], None]:
+    """Put casts to bfloat16 around every attention of a network; returns a function that bypasses them again."""
+    trt, net = parsed.trt, parsed.network
+    readers: dict[str, list[tuple[Any, int]]] = defaultdict(list)
+    for layer in list(parsed.layers):
+        for index in range(layer.num_inputs):
+            if (tensor := layer.get_input(index)) is not None:
+                readers[tensor.name].append((layer, index))
+    undo: list[Callable[[], object]] = []
+    for layer in list(_attention_layers(parsed)):
+        layer.__class__ = trt.IAttentionInputLayer
+        attention = layer.attention
+        for index in range(3):
+            tensor = layer.get_input(index)
+            attention.set_input(index, net.add_cast(tensor, trt.DataType.BF16).get_output(0))
+            undo.append(functools.partial(attention.set_input, index, tensor))
+        narrow = attention.get_output(0)
+        wide = net.add_cast(narrow, tensor.dtype).get_output(0)
+        for reader, index in readers[narrow.name]:
+            reader.set_input(index, wide)
+            undo.append(functools.partial(reader.set_input, index, narrow))
+
+    def bypass() -> None:
+        for step in undo:
+            step()
+
+    return bypass
+
+
+def allow_decomposing(parsed: ParsedNetwork) -> bool:
     """Allow the builder to decompose every attention of a network; returns whether there is any."""
     layers = list(_attention_layers(parsed))
     for layer in layers:

@@ -14,7 +14,7 @@ from typing import Any
 
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.records.decoder import GraphContract, TensorInfo
-from nbl_export.targets.tensorrt.static.host import Profile
+from nbl_export.targets.tensorrt.static.schedule import Profile
 from nbl_export.trust.contained import check_folder, check_inside
 from nbl_export.trust.user_lists import is_own
 
@@ -23,7 +23,7 @@ __all__ = ["ENGINE_FILE", "RECORD_FILE", "EngineRecord", "digest_of", "read_plan
 
 ENGINE_FILE = "decoder.engine"
 RECORD_FILE = "engine.json"
-_SCHEMA = 2
+_SCHEMA = 3
 _BLOCK = 1 << 20
 
 
@@ -34,8 +34,9 @@ class EngineRecord:
     Attributes:
         engine: trt or trt-rtx.
         version: version of the library.
-        attention: "fused" or "decomposed", see `attention`.
+        attention: what was allowed: "fused", "fused in bf16" or "decomposable", see `network`.
         compute_capabilities: the GPUs that the plan runs on.
+        gpu: name of the GPU whose kernels were timed; "" if the plan was built for no GPU of its own.
         capturable: whether the builder has proven that steps can be captured as CUDA graphs; None if it cannot tell.
         cache_bytes_per_token: of one row.
         cache_bytes: of max_batch rows with all slots.
@@ -47,6 +48,7 @@ class EngineRecord:
     precision: str
     attention: str
     compute_capabilities: tuple[str, ...]
+    gpu: str
     capturable: bool | None
     max_batch: int
     prefill_chunk: int
@@ -85,12 +87,11 @@ class EngineRecord:
 
 
 def read_record(directory: Path) -> EngineRecord:
-    """Read and check the record of an engine directory.
+    """Read and check the record of an engine directory. The plan's hash is left to `read_plan`, whose bytes run.
 
     Raises:
         NblError: the directory holds no engine.
-        CorruptError: engine.json cannot be read, the plan is not the recorded plan (cut short, replaced), or an entry
-            is a link out of the directory.
+        CorruptError: engine.json cannot be read, the plan has another size, or an entry is a link out of the directory.
     """
     path, plan = directory / RECORD_FILE, directory / ENGINE_FILE
     if not path.is_file():
@@ -107,7 +108,6 @@ def read_record(directory: Path) -> EngineRecord:
         raise CorruptError(
             f"{plan} is cut short or replaced: {size} bytes, {record.plan_bytes} recorded; {_again(record)}"
         )
-    _check_digest(plan, digest_of(plan), record)
     return record
 
 
@@ -132,13 +132,9 @@ def read_plan(directory: Path, record: EngineRecord) -> bytes:
     """
     plan = check_inside(directory / ENGINE_FILE, directory)
     data = plan.read_bytes()
-    _check_digest(plan, hashlib.sha256(data).hexdigest(), record)
-    return data
-
-
-def _check_digest(plan: Path, digest: str, record: EngineRecord) -> None:
-    if digest != record.plan_sha256:
+    if hashlib.sha256(data).hexdigest() != record.plan_sha256:
         raise CorruptError(f"{plan} is damaged: its hash is not the one recorded; {_again(record)}")
+    return data
 
 
 def _again(record: EngineRecord | None) -> str:

@@ -21,7 +21,7 @@ same way. A repeated step changes nothing: the same tokens go into the same slot
 
 TensorRT-RTX compiles kernels for the shapes that it meets. By default it does so in the background and replaces
 kernels while steps run ("DynamicShapesKernelSpecializationStrategy": LAZY). EAGER compiles before the step, so that a
-shape is always computed by the same kernels.
+shape is always computed by the same kernels. Prefill is padded to a few widths, so that few shapes are compiled.
 
 Written against the documented API of TensorRT 10.15 to 11 and TensorRT-RTX 1.7. docs/engines/tensorrt.md says what has
 run where.
@@ -31,8 +31,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from nbl_export.targets.tensorrt.device import Device, attempt_all, open_device
 from nbl_export.targets.tensorrt.kernels import KERNELS_FILE, KernelCache, made_for
 from nbl_export.targets.tensorrt.library import Library, Messages, load_library, messages_of, require
 from nbl_export.targets.tensorrt.record import ENGINE_FILE, EngineRecord, read_plan, read_record, refuse_foreign
-from nbl_export.targets.tensorrt.static.host import profile_for
+from nbl_export.targets.tensorrt.static.schedule import profile_for
 
 __all__ = ["DecodeStep", "TrtSession", "open_session", "refuse_misfit"]
 
@@ -53,6 +54,8 @@ log = logging.getLogger(__name__)
 
 _INDEX = np.dtype(np.int64)
 _PER_ROW = ("write_indices", "num_tokens")
+_FUSED_SIGNS = ("mha", "flash")  # in names of fused attention kernels (NVIDIA's TensorRT-Model-Connect looks for mha)
+_WIDTHS = (16, 32, 64, 128, 256, 512)  # that prefill of a library is padded to, which compiles kernels for a shape
 _RUNS = 3  # of TensorRT-RTX: to warm up, to capture, to replay
 
 
@@ -102,6 +105,9 @@ def refuse_misfit(library: Library, record: EngineRecord, version: str, gpu: Gpu
         raise NblError(
             f"{directory} was built for compute capability {built}, and the {gpu.name} has {gpu.compute}; {again}"
         )
+    if record.gpu and record.gpu != gpu.name:
+        log.warning("%s has kernels that were chosen on the %s, and runs on the %s; %s for speed", directory,
+                    record.gpu, gpu.name, again)  # fmt: skip
 
 
 class TrtSession:
@@ -122,28 +128,32 @@ class TrtSession:
         self.chunk = record.prefill_chunk
         self.kernels = kernels
         self._record, self._device, self._messages = record, device, messages_of(trt)
+        self._format = trt.LayerInformationFormat.JSON
         self._batch = 0
         self._caches: dict[str, tuple[int, int]] = {}
         self._shapes: dict[int, tuple[int, ...]] = {}
+        self._timed, self._seconds = False, 0.0
         self._logits = next(info for info in record.outputs if info.name == "logits")
+        self.widths: tuple[int, ...] = _WIDTHS if library.jit and self._last_only else ()
         with _closed_on_error(device):
             self._runtime, self._engine = _deserialize(library, directory, record, trt, self._messages)
             self._contexts = _open_contexts(library, trt, self._messages, self._engine, device, kernels)
-            self._buffers = self._allocate_controls()
+            self._allocate()
         self._decode = len(self._contexts) - 1
         self._step = DecodeStep(device, by_library=library.runtime_graphs)
 
     # -- set up ----------------------------------------------------------------------------------------
 
-    def _allocate_controls(self) -> dict[str, int]:
-        """Buffers of the small inputs and of the logits, for the largest step."""
+    def _allocate(self) -> None:
+        """Buffers of the small inputs and of the logits, for the largest step, on both sides."""
         rows = max(p.batch[2] for p in self._record.profiles)
         tokens = max(p.tokens[2] for p in self._record.profiles)
         names = {info.name for info in self.contract.inputs}
-        sizes: dict[str, int] = {n: rows * _INDEX.itemsize for n in _PER_ROW if n in names}
-        sizes["input_ids"] = rows * tokens * _INDEX.itemsize
-        sizes["logits"] = rows * (1 if self._last_only else tokens) * int(self._logits.shape[-1]) * 4
-        return {name: self._device.allocate(size) for name, size in sizes.items()}
+        kind = np.dtype(_HOST_DTYPES[self._logits.dtype])
+        size = rows * (1 if self._last_only else tokens) * int(self._logits.shape[-1]) * kind.itemsize
+        self._controls = _Controls(self._device, rows, tokens, names)
+        self._host_logits = self._device.pinned(size).view(kind)
+        self._buffers = {**self._controls.addresses, "logits": self._device.allocate(size)}
 
     @property
     def _last_only(self) -> bool:
@@ -193,20 +203,29 @@ class TrtSession:
             require(context.set_input_shape(info.name, (batch, *info.shape[1:])), f"the shape of {info.name}")
 
     def run(self, ids_BT: np.ndarray, writes: Sequence[int], counts: Sequence[int]) -> np.ndarray:
-        """Run one step; returns float32 logits."""
+        """Run one step; returns logits as the engine gives them, valid until the next step."""
         batch, tokens = ids_BT.shape
         index = profile_for(self._record.profiles, batch, tokens)
-        controls = {"input_ids": ids_BT, "write_indices": np.array(writes, _INDEX),
-                    "num_tokens": np.array(counts, _INDEX)}  # fmt: skip
-        kept = {name: np.ascontiguousarray(a, _INDEX) for name, a in controls.items() if name in self._buffers}
-        for name, array in kept.items():
-            self._device.upload(self._buffers[name], array)
+        self._device.upload(*self._controls.filled(ids_BT, writes, counts))
         execute = functools.partial(self._execute, self._contexts[index], index, (batch, tokens))
+        if self._timed:
+            self._device.mark(0)
         if index == self._decode:
             self._step.run((batch, tokens), execute)
         else:
             execute()
-        return self._download(batch, tokens)
+        if self._timed:
+            self._device.mark(1)
+        raw = self._download(batch, tokens)
+        if self._timed:
+            self._seconds += self._device.between_marks()
+        return raw
+
+    def device_seconds(self) -> float | None:
+        """Seconds between the events around the launches of steps, without uploads and downloads."""
+        found, self._seconds = self._seconds if self._timed else None, 0.0
+        self._timed = True
+        return found
 
     def _execute(self, context: Any, index: int, shape: tuple[int, int]) -> None:
         with self._messages.explaining("TensorRT refuses a step"):
@@ -218,12 +237,19 @@ class TrtSession:
 
     def _download(self, batch: int, tokens: int) -> np.ndarray:
         shape = (batch, 1 if self._last_only else tokens, int(self._logits.shape[-1]))
-        raw = np.empty(shape, _HOST_DTYPES[self._logits.dtype])
+        raw = self._host_logits[: int(np.prod(shape))].reshape(shape)
         self._device.download(self._buffers["logits"], raw)
         self._device.synchronize()
-        if self._logits.dtype == "bfloat16":
-            return (raw.astype(np.uint32) << 16).view(np.float32)
-        return raw.astype(np.float32)
+        return raw
+
+    def inspected(self) -> str:
+        """What the library says of the engine's layers, in words."""
+        with self._messages.explaining("TensorRT does not describe the engine"):
+            inspector = require(self._engine.create_engine_inspector(), "an inspector")
+            said = json.loads(inspector.get_engine_information(self._format))
+        described = [json.dumps(one).lower() for one in said.get("Layers", ())]
+        fused = sum(any(sign in text for sign in _FUSED_SIGNS) for text in described)
+        return f"{len(described)} layers, of which {fused} name a fused attention kernel"
 
     @property
     def cache_bytes(self) -> int:
@@ -245,6 +271,36 @@ class TrtSession:
         self._step.reset()
         self._contexts = []
         self._engine = self._runtime = None
+
+
+class _Controls:
+    """The small inputs of a step, one behind the other in memory, so that one copy brings them to the device.
+
+    write_indices [B] | num_tokens [B] | input_ids [B, T]      each at a multiple of 256 bytes
+    """
+
+    def __init__(self, device: Device, rows: int, tokens: int, names: Collection[str]) -> None:
+        places = {name: k * _aligned(rows) for k, name in enumerate(n for n in _PER_ROW if n in names)}
+        places["input_ids"] = len(places) * _aligned(rows)
+        size = places["input_ids"] + rows * tokens
+        self._address = device.allocate(size * _INDEX.itemsize)
+        self._host = device.pinned(size * _INDEX.itemsize).view(_INDEX)
+        self._places = places
+        self.addresses = {name: self._address + place * _INDEX.itemsize for name, place in places.items()}
+
+    def filled(self, ids_BT: np.ndarray, writes: Sequence[int], counts: Sequence[int]) -> tuple[int, np.ndarray]:
+        """The address on the device, and what is copied there for a step."""
+        for name, values in (("write_indices", writes), ("num_tokens", counts)):
+            if name in self._places:
+                self._host[self._places[name] : self._places[name] + len(values)] = values
+        start, end = self._places["input_ids"], self._places["input_ids"] + ids_BT.size
+        self._host[start:end] = ids_BT.reshape(-1)
+        return self._address, self._host[:end]
+
+
+def _aligned(count: int) -> int:
+    """Index of the first number behind `count` others at a multiple of 256 bytes, as device memory begins."""
+    return -(-count * _INDEX.itemsize // 256) * 256 // _INDEX.itemsize
 
 
 _HOST_DTYPES = {"float16": np.float16, "float32": np.float32, "bfloat16": np.uint16}

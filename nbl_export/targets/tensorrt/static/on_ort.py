@@ -42,6 +42,8 @@ class OrtSession:
         NblError: the graph is not of the static form, or is bf16.
     """
 
+    widths: tuple[int, ...] = ()
+
     def __init__(self, path: Path, chunk: int | None = None, threads: int | None = None) -> None:
         self._ort = import_onnxruntime()
         self._session = open_session(path, threads, entries=_FLOAT32_ACTIVATIONS)
@@ -69,7 +71,7 @@ class OrtSession:
             cache.update_inplace(np.full(cache.shape(), value, cache.numpy().dtype))
 
     def run(self, ids_BT: np.ndarray, writes: Sequence[int], counts: Sequence[int]) -> np.ndarray:
-        """Run one step; returns float32 logits."""
+        """Run one step; returns logits in the graph's type."""
         binding = self._session.io_binding()
         controls = {"input_ids": ids_BT, "write_indices": np.array(writes, np.int64),
                     "num_tokens": np.array(counts, np.int64)}  # fmt: skip
@@ -85,7 +87,11 @@ class OrtSession:
         except Exception as error:
             raise NblError(f"{self._path} failed on a step of {ids_BT.shape[1]} tokens: {one_line(error)}") from error
         logits: np.ndarray = binding.get_outputs()[-1].numpy()
-        return logits.astype(np.float32)
+        return logits
+
+    def device_seconds(self) -> float | None:
+        """None: a CPU computes."""
+        return None
 
     @property
     def cache_bytes(self) -> int:

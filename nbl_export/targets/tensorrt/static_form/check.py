@@ -22,6 +22,7 @@ from nbl_export.graph.emitter import size
 
 __all__ = ["CheckForm", "OrderInputs", "first_difference"]
 
+_INT4_BLOCKS = (64, 128)  # TensorRT documentation, "Working with Quantized Types"
 _CONTROL = ("input_ids", "write_indices")
 
 
@@ -53,6 +54,8 @@ class CheckForm(ir.passes.InPlacePass):
 def _check_node(node: ir.Node) -> None:
     if node.domain not in ("", "ai.onnx"):
         raise RefusalError(None, f"{node.name} is {node.domain}.{node.op_type}, not a standard operator")
+    if node.op_type == "DequantizeLinear":
+        _check_scales(node)
     if node.op_type != "Attention":
         return
     present = [i for i, v in enumerate(node.inputs) if v is not None]
@@ -62,6 +65,14 @@ def _check_node(node: ir.Node) -> None:
         raise RefusalError(None, f"{node.name} scales its keys, the whole cache; the queries alone take the scale")
     if node.attributes.get_float("softcap", 0.0):
         raise RefusalError(None, f"{node.name} soft-caps its scores, which TensorRT does not support")
+
+
+def _check_scales(node: ir.Node) -> None:
+    if (block := node.attributes.get_int("block_size", 0)) not in _INT4_BLOCKS:
+        raise RefusalError(None, f"{node.name} has blocks of {block}, TensorRT takes {_INT4_BLOCKS}")
+    scale = node.inputs[1].const_value if node.inputs[1] is not None else None
+    if scale is None or not np.all(scale.numpy().astype(np.float32) > 0):
+        raise RefusalError(None, f"{node.name} has a scale that is not positive, which TensorRT's parser refuses")
 
 
 def _check_caches(graph: ir.Graph) -> None:

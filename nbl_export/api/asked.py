@@ -1,0 +1,62 @@
+"""The options of the main job as a type, so that a type checker knows them. `options.options` says what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import TypedDict
+
+__all__ = ["Options"]
+
+Path = str | PathLike[str]
+
+
+class Options(TypedDict, total=False):
+    """Options of the main job, all optional: the same names, defaults and rules as on the command line.
+
+    A number may be given where the command line takes text (layers=8), and a list for several (layers=[7, 9]).
+    """
+
+    engine: str
+    layers: str | int | Sequence[int] | None
+    window_layers: str | Sequence[int]
+    window: int | None
+    max_perplexity_increase: str | None
+    target_speedup: str | float | None
+    kv_budget: str | None
+    fit: str
+    select: str | None
+    rank: str | int | None
+    tap: str
+    maps: str
+    token_table: bool
+    distill_minutes: float | None
+    distill_steps: int | None
+    distill_tokens: int
+    lora_rank: int
+    label_weight: float
+    calibration: Path | Sequence[Path]
+    calibration_tokens: int
+    context: int
+    compute_dtype: str
+    device: str
+    seed: int
+    precision: str
+    requantize: bool
+    provider: str
+    max_seq_len: int | None
+    max_batch: int | None
+    prefill_chunk: int | None
+    logits: str | None
+    decoder_source: str
+    builder_option: str | Sequence[str]
+    quantize: str | None
+    quantized_model: Path | None
+    draft: str | None
+    draft_layers: str | int | Sequence[int] | None
+    depths: int | Sequence[int]
+    repetitions: int | None
+    prompt_tokens: int | Sequence[int]
+    generate_tokens: int | None
+    threads: int | Sequence[int] | None
+    batches: int | Sequence[int]

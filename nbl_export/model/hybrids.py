@@ -1,0 +1,84 @@
+"""Layers without attention in hybrid decoders, and what one of them takes without its MLP.
+
+    layer_types    full_attention   conv   full_attention   conv   ...
+                   a plan's layers  `----- other layers: never calibrated, scored or replaced
+
+Such a layer holds a state of constant size: the last inputs of its convolution.
+Functions read a configuration: that of transformers, or the content of config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nbl_export.errors import NblError
+
+__all__ = ["SHORT_CONVOLUTION", "UNSUPPORTED", "Others", "Sizes", "layer_types"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of one layer, by the names of `records.decoder.DecoderSpec`."""
+
+    other_elements: int
+    other_multiply_adds: int
+    other_output: int
+    other_state: int
+
+
+@dataclass(frozen=True)
+class Others:
+    """The layers of an architecture that have no attention.
+
+    Attributes:
+        kind: their name in layer_types.
+        sizes: configuration -> the sizes of one of them.
+    """
+
+    kind: str
+    sizes: Callable[[Mapping[str, Any]], Sizes]
+
+    def layers(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """These layers, ascending."""
+        return tuple(i for i, kind in enumerate(layer_types(config)) if kind == self.kind)
+
+    def facts(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Their fields of `records.decoder.DecoderSpec`; empty if every layer has attention."""
+        layers = self.layers(config)
+        return {"others": layers, **asdict(self.sizes(config))} if layers else {}
+
+
+def layer_types(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The kind of each layer.
+
+    Raises:
+        NblError: the configuration does not say it.
+    """
+    kinds, count = config.get("layer_types"), config["num_hidden_layers"]
+    if kinds is None and config.get("full_attn_idxs") is not None:
+        full = config["full_attn_idxs"]
+        kinds = ["full_attention" if i in full else "conv" for i in range(count)]
+    if not isinstance(kinds, (list, tuple)) or len(kinds) != count:
+        raise NblError(f"the configuration of this {config['model_type']} has no layer_types for its {count} layers")
+    return tuple(map(str, kinds))
+
+
+def _short_convolution(config: Mapping[str, Any]) -> Sizes:
+    """in_proj [3D, D], a depthwise convolution, out_proj [D, D]."""
+    size, length = config["hidden_size"], config["conv_L_cache"]
+    elements = 4 * size * size + size * length
+    return Sizes(elements, elements, size * size, size * (length - 1))
+
+
+_NO_MAMBA = "no source of decoder graphs makes its Mamba layers (GenAI builder 0.18, mobius 0.1)"
+_WITH_EXPERTS = "its layers mix states and experts, which are supported only one without the other"
+# model_type of a hybrid that is not supported -> why
+UNSUPPORTED = {
+    "falcon_h1": "attention and a Mamba block run side by side in its layers, and no addition joins attention alone",
+    **dict.fromkeys(("bamba", "granitemoehybrid", "jamba", "nemotron_h", "zamba2"), _NO_MAMBA),
+    "qwen3_5_text": "the gated delta nets of its layers without attention are not described yet",
+    **dict.fromkeys(("lfm2_moe", "qwen3_5_moe_text", "qwen3_next"), _WITH_EXPERTS),
+}
+SHORT_CONVOLUTION = Others("conv", _short_convolution)

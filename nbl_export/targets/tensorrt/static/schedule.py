@@ -1,0 +1,169 @@
+"""Plans the steps of a static-form runner: rows, chunks, slots and profiles. Pure; loads no engine.
+
+    row 0   [######....|                ]    length 6, new tokens ....      a step writes T slots into every row,
+    row 1   [##........|                ]    at the row's own length; the first counts[b] of these are tokens
+
+Rules that the graph needs and cannot check:
+- Caches start zeroed: masked slots are multiplied by 0, and 0 x NaN is NaN.
+- T of a step is at most the free slots of every row that is not full, resting rows included. The reason is
+  write_indices[b] + T <= S (TensorRT's KVCacheUpdate: what lies beyond is undefined).
+- A resting row has count 0, and padding is written behind its length. The next step overwrites this padding before any
+  token reads it. A full row's padding overwrites its own last slots, after which nothing can follow.
+
+Two optimisation profiles: prefill of 1..chunk tokens, decode of one. Measured with TensorRT-RTX 1.7.1:
+- In a profile, a product without any dynamic dimension has its own copy of its matrix (SmolLM2 fp16, all of decode:
+  499 MB instead of 288). So decode always allows at least two rows.
+- Prefill allows two rows if products are on one token of each row behind a pruned tail (8 layers replaced: 276 MB
+  instead of 316), and with int4 matrices (154 MB instead of 192). This costs the scratch memory of the second row.
+- Attention of exactly one token has no kernel from 24576 slots on (24064 still builds; heads of 16 to 256, compute
+  capability 7.5 to 12.0), while 1..2 tokens build at 65536; hence `_STATIC_DECODE_SLOTS`, with a margin.
+
+A step of two tokens runs in prefill even so: decode keeps one shape, for which its step is captured as a CUDA graph.
+A graph does not survive a change of shape (NVIDIA/TensorRT#3798).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nbl_export.errors import NblError
+
+__all__ = ["Profile", "Rows", "Step", "engine_profiles", "plan_steps", "profile_for"]
+
+Triple = tuple[int, int, int]
+_STATIC_DECODE_SLOTS = 16_384
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Ranges (minimum, optimum, maximum) of rows and of tokens in a step."""
+
+    name: str
+    batch: Triple
+    tokens: Triple
+
+    def takes(self, batch: int, tokens: int) -> bool:
+        """Whether the profile allows a step of so many rows and tokens."""
+        return all(low <= n <= high for n, (low, _, high) in ((batch, self.batch), (tokens, self.tokens)))
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the profile is for steps of one token, whatever range it was built with."""
+        return self.tokens[1] == 1
+
+
+def engine_profiles(
+    max_batch: int, chunk: int, cache_length: int, *, two_rows: bool = False
+) -> tuple[Profile, Profile]:
+    """The prefill and the decode profile of an engine, in this order.
+
+    Args:
+        two_rows: whether prefill allows a second row, for int4 matrices or last-token logits.
+
+    Raises:
+        NblError: there are no rows, or the cache cannot hold the chunk.
+    """
+    if max_batch < 1:
+        raise NblError(f"--max-batch {max_batch} is not possible: at least one row")
+    if not 1 <= chunk <= cache_length:
+        raise NblError(f"--prefill-chunk {chunk} is not possible: use 1 to --max-seq-len, {cache_length}")
+    widest = max(2, chunk)
+    decode_tokens = (1, 1, 1) if cache_length <= _STATIC_DECODE_SLOTS else (1, 1, 2)
+    rows, shared = (1, max_batch, max_batch), (1, max_batch, max(2, max_batch))
+    prefill = Profile("prefill", shared if two_rows else rows, (1, widest, widest))
+    return prefill, Profile("decode", shared, decode_tokens)
+
+
+def profile_for(profiles: Sequence[Profile], batch: int, tokens: int) -> int:
+    """Index of the narrowest profile that allows the step; more than one token never runs in decode.
+
+    Raises:
+        NblError: no profile allows the step.
+    """
+    fitting = [
+        (profile.tokens[2], index)
+        for index, profile in enumerate(profiles)
+        if profile.takes(batch, tokens) and (tokens == 1 or not profile.decodes)
+    ]
+    if not fitting:
+        limits = " or ".join(f"{p.batch[2]} rows of {p.tokens[2]} tokens" for p in profiles)
+        raise NblError(
+            f"the engine was not built for {batch} rows of {tokens} tokens at once, it takes up to {limits}; build it "
+            "again with another --max-batch or --prefill-chunk"
+        )
+    return min(fitting)[1]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run of the graph: columns start..start+width of the right-padded new tokens.
+
+    Attributes:
+        width: of the step, which may reach beyond the new tokens.
+        writes: slot of each row's first token (the graph's write_indices).
+        counts: tokens of each row that are not padding (the graph's num_tokens).
+    """
+
+    start: int
+    width: int
+    writes: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+def plan_steps(
+    lengths: Sequence[int], counts: Sequence[int], cache_length: int, chunk: int, widths: Sequence[int] = ()
+) -> tuple[Step, ...]:
+    """The steps that append counts[b] tokens to row b, which holds lengths[b] of `cache_length`.
+
+    Args:
+        widths: a step of several tokens takes the next of these widths, if the chunk and the free slots allow it.
+
+    Raises:
+        NblError: a row would outgrow its cache; nothing has run.
+    """
+    for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        if length + count > cache_length:
+            raise NblError(
+                f"row {row}: {length} tokens are cached and {count} more do not fit into {cache_length} slots; use a "
+                "shorter prompt, or export with a larger --max-seq-len"
+            )
+    steps: list[Step] = []
+    now, done, total = list(lengths), 0, max(counts, default=0)
+    while done < total:
+        room = min(cache_length - n for n in now if n < cache_length)
+        tokens = min(chunk, room, total - done)
+        taken = tuple(max(0, min(tokens, count - done)) for count in counts)
+        usable = (w for w in widths if tokens <= w <= min(chunk, room))
+        width = next(usable, tokens) if tokens > 1 else tokens
+        steps.append(Step(done, width, tuple(min(n, cache_length - width) for n in now), taken))
+        now = [n + t for n, t in zip(now, taken, strict=True)]
+        done += tokens
+    return tuple(steps)
+
+
+class Rows:
+    """The length of each row of a batch."""
+
+    def __init__(self, batch: int, cache_length: int, chunk: int, widths: Sequence[int] = ()) -> None:
+        self.cache_length, self.chunk, self.widths = cache_length, chunk, tuple(widths)
+        self.lengths = [0] * batch
+        self._apart = False  # whether rows have ever had different lengths
+
+    def plan(self, counts: Sequence[int]) -> tuple[Step, ...]:
+        """See `plan_steps`; changes nothing."""
+        return plan_steps(self.lengths, counts, self.cache_length, self.chunk, self.widths)
+
+    def advance(self, step: Step) -> None:
+        """Record that the step has run."""
+        self._apart |= len(set(step.counts)) > 1
+        self.lengths = [n + count for n, count in zip(self.lengths, step.counts, strict=True)]
+
+    def rewind(self, length: int) -> None:
+        """Drop everything after the first `length` tokens of rows of one length.
+
+        Rows of several lengths cannot be rewound: padding may have overwritten the end of a full row (see above).
+        """
+        if len(set(self.lengths)) != 1 or self._apart or not 0 <= length <= self.lengths[0]:
+            raise ValueError(f"cannot rewind rows of {self.lengths} tokens to {length}")
+        self.lengths = [length] * len(self.lengths)

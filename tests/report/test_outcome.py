@@ -1,0 +1,65 @@
+"""The result of a run in a few lines: figures of the report, and a verdict on the loss by the user's goal."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_export.report.outcome import judged, limit_of, next_steps, outcome
+from nbl_export.report.page import summarize
+
+from .test_report import BENCH, MANIFEST, VERIFY
+
+
+def report(**changes: Any) -> dict[str, Any]:
+    return {**summarize(copy.deepcopy(MANIFEST), copy.deepcopy(VERIFY), copy.deepcopy(BENCH)), **changes}
+
+
+def test_each_line_has_its_figures() -> None:
+    assert outcome(report()) == (
+        ("layers", "3 of 6 replaced: 0, 2-3"),
+        ("prefill", "2.00× (1.25 to 3.00) of 512 tokens"),
+        ("decode", "no clear difference (0.80 to 1.25) of 128 tokens, 0.50× (0.25 to 0.50) of 128 tokens behind 64"),
+        ("cache", "−50.0%, 4.00 KiB to 2.00 KiB a token"),
+        ("loss", "perplexity +25% (18 to 32) on held-back calibration"),
+        ("", "above the limit of 10% (the default)"),
+    )
+
+
+def test_nothing_is_said_of_what_was_not_measured() -> None:
+    lines = dict(outcome(report(ratios=[], quality_loss=[], replaced_layers=[])))
+    assert (lines["layers"], lines["prefill"], lines["loss"]) == ("0 of 6 replaced", "not measured", "not measured")
+
+
+@pytest.mark.parametrize(
+    ("goal", "expected"),
+    [
+        ({"max_perplexity_increase": "10%", "default": False}, ("above", "10%")),
+        ({"max_perplexity_increase": "30%", "default": False}, ("near", "30%")),
+        ({"max_perplexity_increase": "32.4%", "default": False}, ("within", "32.4%")),
+        ({"max_perplexity_increase": "40%", "default": True}, ("above", "10% (the default)")),
+        ({"max_perplexity_increase": "much", "default": False}, ("above", "10% (the default)")),
+        ({"kv_budget": "1KiB"}, ("above", "10% (the default)")),
+        (None, ("above", "10% (the default)")),
+    ],
+)
+def test_the_loss_is_judged_by_the_goal(goal: dict[str, Any] | None, expected: tuple[str, str]) -> None:
+    found = report(goal=goal)
+    assert (judged(found), limit_of(found)[0]) == expected
+
+
+def test_a_loss_that_is_not_finite_is_above() -> None:
+    found = report()
+    found["quality_loss"][0] |= {"increase": None, "increase_interval": None}
+    assert judged(found) == "above"
+
+
+def test_what_to_do_next() -> None:
+    steps = dict(next_steps(report(fit="independent"), Path("my runs")))
+    assert "--fit distilled" in steps["better"]
+    assert steps["try"].startswith("nbl-export generate 'my runs' ")
+    assert "--fit distilled" not in dict(next_steps(report(fit="distilled"), Path("r")))["better"]
+    assert "better" not in dict(next_steps(report(quality_loss=[]), Path("r")))
