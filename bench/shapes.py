@@ -41,6 +41,7 @@ import sys, os
 os.environ["TQDM_DISABLE"] = "1"
 from pathlib import Path
 from nbl_export.model import memory
+from nbl_export.run import estimate  # refuses by the memory that there is
 stage, model, out, tokens, limit, layers, select, precision = sys.argv[1:]
 memory.available_bytes = lambda: int(limit) << 30
 from nbl_export.run.pipeline import run_calibration, run_stages

@@ -75,7 +75,6 @@ _ARCHITECTURES = {
     "olmo2": "OLMo 2",
     "smollm3": "SmolLM3",
     "granite": "Granite",
-    "lfm2": "LFM2",
     "olmo": "OLMo",
     "olmo3": "OLMo 3",
     "ministral": "Ministral",

@@ -85,36 +85,35 @@ def demo(read: Read) -> Rows:
     return rows
 
 
-_HEADLINE = {
-    "default-job-qwen": "Qwen2.5-Coder-0.5B, 24 layers, default",
-    "default-job-smollm2": "SmolLM2-135M, 30 layers, default",
-    "demo-smollm2-fp32": "SmolLM2-135M, `--layers 8`",
-}
+_LAYERS = {"Qwen2.5-Coder-0.5B": 24, "SmolLM2-135M": 30}  # of the models in the first table of the README
 
 
 def headline(read: Read) -> Rows:
-    """What the default job changes in two models, and `--layers 8` in one, for the README."""
-    runs = [read(name) for name in _HEADLINE]
-    rows: Rows = [("NBL over original", *_HEADLINE.values()), "l" + "l" * len(runs)]
+    """What the default limit on quality gives in two models, and `--layers 8` in one, for the README."""
+    eight = read("demo-smollm2-fp32")
+    runs = [
+        *read("exchange")["rows"],
+        {"title": "SmolLM2-135M, `--layers 8`", "layers": {"linear": eight["replaced_layers"]},
+         "measured": eight["ratios"], "losses": eight["quality_loss"]},
+    ]  # fmt: skip
+    rows: Rows = [("NBL over original", *(run["title"] for run in runs)), "l" + "l" * len(runs)]
     for kind, title in (("window", "layers with a window"), ("linear", "linear layers")):
-        chosen = (tuple(i for i, k in _kinds(r).items() if k == kind) for r in runs)
-        rows.append((title, *(spoken_layers(layers) or "none" for layers in chosen)))
+        rows.append((title, *(spoken_layers(tuple(run["layers"].get(kind, ()))) or "none" for run in runs)))
     for title, test, depth in (("prefill of 2,048 tokens", "pp2048", 0), *_TESTS):
         title, test = (title.replace(" of 128 tokens", ""), "tg") if test == "tg128" else (title, test)
         found = (
-            [row for row in run["ratios"] if row["test"].startswith(test) and row["depth"] == depth] for run in runs
+            [row for row in run["measured"] if row["test"].startswith(test) and row["depth"] == depth] for run in runs
         )
         rows.append((title, *(cell(*row) if row else "not measured" for row in found)))
-    rows.append(("cache bytes a token", *(_smaller(run["cache_bytes_per_token"]) for run in runs)))
+    caches = (sum(map(len, run["layers"].values())) / _LAYERS[run["title"].partition(",")[0]] for run in runs)
+    rows.append(("cache bytes a token", *(f"−{100 * share:.1f}%" for share in caches)))
     for i, name in enumerate(_TEXTS):
-        rows.append((f"perplexity, {name}", *(spoken_loss(run["quality_loss"][i])["increase"] for run in runs)))
+        rows.append((f"perplexity, {name}", *(_increase(run["losses"][i]) for run in runs)))
     return rows
 
 
-def _kinds(run: Mapping[str, Any]) -> dict[int, str]:
-    """The kind of each replaced layer; a run without kinds has linear layers alone."""
-    layers = run["replaced_layers"]
-    return dict(zip(layers, run.get("kinds") or ["linear"] * len(layers), strict=True))
+def _increase(loss: Mapping[str, Any]) -> str:
+    return spoken_interval(loss["increase"], loss["increase_interval"], percent=True, sign=True)
 
 
 def exchange(read: Read) -> Rows:
@@ -123,13 +122,10 @@ def exchange(read: Read) -> Rows:
                    "prefill of 2,048", "decode after 2,048"), "lllllrlll"]  # fmt: skip
     for row in read("exchange")["rows"]:
         layers = [spoken_layers(tuple(row["layers"].get(kind, ()))) or "none" for kind in ("window", "linear")]
-        losses = [
-            spoken_interval(loss["increase"], loss["increase_interval"], percent=True, sign=True)
-            for loss in row["losses"]
-        ]
+        losses = [_increase(loss) for loss in row["losses"]]
         speeds = []
-        for test, depth in (("pp512", 0), ("pp2048", 0), ("tg128", 2048)):
-            found = [r for r in row["measured"] if (r["test"], r["depth"]) == (test, depth)]
+        for test, depth in (("pp512", 0), ("pp2048", 0), ("tg", 2048)):
+            found = [r for r in row["measured"] if r["test"].startswith(test) and r["depth"] == depth]
             speeds.append(cell(found[0]) if found else "not measured")
         rows.append((row["title"], *layers, *losses, f"×{row['modelled']['prefill']:.2f}", *speeds))
     return rows

@@ -91,7 +91,7 @@ VARIANTS = ("mistral", "llama3", "llama-linear", "llama-yarn", "llama-bias", "qw
 
 
 # Layers without attention between layers with attention, which are `HYBRID_ATTENTION`.
-HYBRIDS: tuple[str, ...] = ("lfm2",)
+HYBRIDS: tuple[str, ...] = ("lfm2", "qwen3_5")
 HYBRID_ATTENTION = (1, 2, 4)  # of five layers
 
 
@@ -116,6 +116,7 @@ _RECORD = {
     "mistral-window": "mistral",
     "gemma3": "gemma3_text",
     "hunyuan": "hunyuan_v1_dense",
+    "qwen3_5": "qwen3_5_text",
 }  # where it is not the name
 
 
@@ -245,6 +246,10 @@ _SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {**_EXPERTS, "num_local_experts": 4}),
     "lfm2": ("Lfm2", {**SPLIT, "norm_eps": EPSILON, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True,
                       **_mixed("conv")}),
+    "qwen3_5": ("Qwen3_5Text", {**_mixed("linear_attention"), "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+                                "linear_key_head_dim": 24, "linear_value_head_dim": 40, "rope_parameters": {
+                                    "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+                                    "mrope_section": [2, 1, 1], "mrope_interleaved": True}}),
 }  # fmt: skip
 
 

@@ -258,7 +258,7 @@ def groups_of(model: Any) -> Iterator[Group]:
         inner = tuple(getattr(mlp, matrix) for matrix in record.mlp_in)
         if (norm := _norm(layer, record.norm_mlp)) is not None:
             yield Group(f"{name}.mlp", index, inner, norm, offset=record.norm_offset)
-        if record.gated:
+        if record.mlp_gated:
             half = slice(inner[-1].weight.shape[0] // 2, None) if len(inner) == 1 else slice(None)
             yield Group(f"{name}.down", index, (getattr(mlp, record.mlp_out),), inner[-1], half)
 

@@ -334,6 +334,19 @@ def convert(
     print(output)
 
 
+def recipe(
+    directory: opt.Run,
+    output: Annotated[Path, typer.Option(metavar="NAME.json", help="The new file; the maps go beside it.")],
+    layers_only: Annotated[bool, typer.Option("--layers-only", help="Name layers, and leave their maps out.")] = False,
+    force: opt.Force = False,
+) -> None:
+    """Write the layers and maps of a run as a recipe, for --recipe."""
+    from nbl_export.publish.recipe import write_recipe
+
+    write_recipe(directory, output, ui(), layers_only=layers_only, force=force)
+    print(output)
+
+
 def generate(
     directory: opt.Run,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to continue or answer.")],
@@ -410,5 +423,6 @@ def doctor(as_json: opt.Json = False) -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     "calibrate": calibrate, "plan": plan, "rewrite": rewrite, "rewrite-graph": rewrite_graph, "verify": verify,
     "build": build, "report": report, "accept": accept, "bench": bench, "profile": profile, "eval": evaluate,
-    "card": card, "convert": convert, "generate": generate, "inspect": inspect, "estimate": estimate, "doctor": doctor,
+    "card": card, "convert": convert, "recipe": recipe, "generate": generate, "inspect": inspect,
+    "estimate": estimate, "doctor": doctor,
 }  # fmt: skip

@@ -5,7 +5,7 @@
 
 Seconds are work over a rate. One forward pass over a token costs 2 x elements of all matrices, and attention. It runs
 at the rate of the product: 188 and 215 billion operations a second in stages-*.json of bench/results, and the product
-198 billion in default-job-smollm2.json on the same kind of machine. Stages are counted in such passes:
+198 billion on the same kind of machine. Stages are counted in such passes:
 
     calibrate   a pass without the head over the text, and three products of rows for the moments
     plan        each layer replaced alone: half a pass on average; then sets of layers, and tests of a limit on quality
@@ -46,7 +46,7 @@ from nbl_export.options.goals import (
     names_layers,
     read_rank,
 )
-from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, JobOptions
+from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, RECIPE_FIT, WIDTHS, JobOptions
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.text.windows import deciding_tokens, final_tokens, judging_tokens
 
@@ -63,7 +63,7 @@ _TRIED = 1.5  # passes of each step of an order: at most 3 layers are tried
 _JUDGED = 4  # every fourth position of the choosing text is judged
 _HEADS = 2  # products with the head at a judged position: change of the logits, and its pull
 _CURVE = 3  # sets beyond the order, for the curve
-_KINDS_ROW = 2048  # tokens of a row that kinds are chosen by
+_LONG_KINDS, _TOP_PARTS = 2048, 3  # tokens of a row that kinds are chosen by; eighths of the layers that are tried
 _TESTS = 3  # tests of a limit on quality: smollm2 took 3, qwen 2
 _STEP, _STEP_TOKENS = 3.5, 1024  # passes of a training step: distill-qwen.json, 8.2 s a step
 _PROBED = 36_000  # tokens of all probes of verification: smollm2 and qwen, without the final text
@@ -128,6 +128,7 @@ class Job:
         narrow: products in bfloat16 while calibrating and choosing layers.
         available_bytes: memory.
         runs_here: the engine runs on this machine's processor, so that bench runs.
+        replaced: layers that are replaced, if that is known beforehand.
     """
 
     shape: Shape
@@ -137,6 +138,7 @@ class Job:
     narrow: bool
     available_bytes: int
     runs_here: bool = True
+    replaced: int | None = None
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
@@ -174,13 +176,15 @@ class Job:
 
     @property
     def given(self) -> bool:
-        """Whether the model has its maps already."""
-        return self.options.fit == CHECKPOINT_FIT
+        """Whether the maps are there already: of the model, or of a recipe."""
+        return self.options.fit in (CHECKPOINT_FIT, RECIPE_FIT)
 
     @functools.cached_property
     def count(self) -> int:
         """Layers that are replaced: as asked, or a quarter of them if a goal decides."""
         decoder, goal = self.shape.decoder, goal_of(self.options)
+        if self.replaced is not None:
+            return self.replaced
         if self.options.layers is not None:
             asked = asked_layers(self.options, decoder)
             return asked if isinstance(asked, int) else len(asked)
@@ -262,17 +266,19 @@ class Job:
             )  # a training begins with more layers
             work += (steps + _CURVE) * _TRIED * (tokens * self._pass / 2 + judged)
         if self.options.window_layers == AUTO_WINDOWS:
-            work += self._kinds_work()
+            work += self._top_work()
         if self.tests and not self._trains:
             work += _TESTS * self._test_work()
         return _START_SECONDS + fits / self.speed.product_flops_per_second + work / self._torch_rate
 
-    def _kinds_work(self) -> float:
-        """Work of `plan.kinds`: the original, and each layer of the upper quarter alone, as map and as window."""
-        tokens = 2 * min(_KINDS_ROW, self.shape.decoder.max_positions)  # a row of each text
-        upper = self.shape.decoder.num_layers // 4
-        alone = tokens * self._pass / 8 + tokens / 8 * self._head  # on average an eighth of the layers, and positions
-        return 2 * (tokens * self._pass + upper * alone)
+    def _top_work(self) -> float:
+        """Work of `plan.kinds`: the original for each eighth of the layers, and each layer of it with each kind."""
+        tokens = 2 * min(_LONG_KINDS, self.shape.decoder.max_positions)  # a row of each text
+        kinds = 1 + (1 if self.options.window else len(WIDTHS))
+        part = self.shape.decoder.num_layers / 8
+        passes = sum(1 + part * (place + 0.5) / 8 for place in range(_TOP_PARTS))
+        heads = _HEADS * _TOP_PARTS * part / 8  # every eighth position is judged
+        return tokens * kinds * (passes * self._pass + heads * self._head)
 
     @property
     def _trains(self) -> bool:

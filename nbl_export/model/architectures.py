@@ -20,7 +20,7 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.model.experts import GRANITE, MIXTRAL, QWEN, Experts
-from nbl_export.model.hybrids import SHORT_CONVOLUTION, Others
+from nbl_export.model.hybrids import GATED_DELTA, SHORT_CONVOLUTION, Others
 from nbl_export.records.decoder import attention_among
 from nbl_export.records.mlp import MlpSpec
 
@@ -66,6 +66,7 @@ class Architecture:
         tied: the head is the embedding if the configuration does not say.
         per_layer: configuration keys of lists with one value a layer.
         fused_qkv: the single projection for queries, keys and values, in this order; None for three projections.
+        gated: the projection of queries gives gates of attention's output too.
         others: layers without attention, in a hybrid.
         width: configuration -> width of the MLP, if intermediate_size is not it.
         must_be: supported values of configuration keys.
@@ -96,6 +97,7 @@ class Architecture:
     tied: bool = False
     per_layer: tuple[str, ...] = ()
     fused_qkv: str | None = None
+    gated: bool = False
     others: Others | None = None
     width: Callable[[Mapping[str, Any]], int] | None = None
     must_be: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -115,7 +117,7 @@ class Architecture:
         return self.experts.width if self.experts else "intermediate_size"
 
     @property
-    def gated(self) -> bool:
+    def mlp_gated(self) -> bool:
         """Whether the MLP has a product of the gate."""
         return self.mlp_in == _FUSED or len(self.mlp_in) == 2
 
@@ -335,6 +337,15 @@ ARCHITECTURES = {
             width=_lfm2_width,
             not_from=_NO_STATES,
         ),
+        Architecture(
+            "qwen3_5_text",
+            "Qwen3_5",
+            norm_offset=1.0,
+            per_layer=("layer_types",),
+            gated=True,
+            others=GATED_DELTA,
+            not_from=_NO_STATES,
+        ),
     )
 }
 
@@ -358,7 +369,7 @@ def mlp_of(config: Mapping[str, Any]) -> MlpSpec:
     if record is not None and record.width is not None:
         width = record.width(config)
     if record is None or record.experts is None:
-        return MlpSpec(width, 3 if record is None or record.gated else 2)
+        return MlpSpec(width, 3 if record is None or record.mlp_gated else 2)
     keys = record.experts
     shared = config[keys.shared] if keys.shared else 0
     count = next((config[key] for key in _COUNTS if key in config), None)
@@ -375,7 +386,8 @@ def hybrid_facts(config: Any) -> dict[str, Any]:
     """
     values = config if isinstance(config, Mapping) else config.to_dict()
     record = ARCHITECTURES[str(values["model_type"]).removeprefix(LINEARIZED)]
-    return {} if record.others is None else record.others.facts(values)
+    gated = {"gated": True} if record.gated else {}
+    return gated | ({} if record.others is None else record.others.facts(values))
 
 
 def attention_layers(config: Any) -> tuple[int, ...]:

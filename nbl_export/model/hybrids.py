@@ -1,9 +1,9 @@
 """Layers without attention in hybrid decoders, and what one of them takes without its MLP.
 
-    layer_types    full_attention   conv   full_attention   conv   ...
+    layer_types    full_attention   conv   full_attention   linear_attention   ...
                    a plan's layers  `----- other layers: never calibrated, scored or replaced
 
-Such a layer holds a state of constant size: the last inputs of its convolution.
+Such a layer holds a state of constant size: the last inputs of its convolution, and a matrix a head if it is recurrent.
 Functions read a configuration: that of transformers, or the content of config.json.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from nbl_export.errors import NblError
 
-__all__ = ["SHORT_CONVOLUTION", "UNSUPPORTED", "Others", "Sizes", "layer_types"]
+__all__ = ["GATED_DELTA", "SHORT_CONVOLUTION", "UNSUPPORTED", "Others", "Sizes", "layer_types"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,9 @@ def layer_types(config: Mapping[str, Any]) -> tuple[str, ...]:
     if kinds is None and config.get("full_attn_idxs") is not None:
         full = config["full_attn_idxs"]
         kinds = ["full_attention" if i in full else "conv" for i in range(count)]
+    if kinds is None and config.get("full_attention_interval") is not None:
+        every = config["full_attention_interval"]
+        kinds = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(count)]
     if not isinstance(kinds, (list, tuple)) or len(kinds) != count:
         raise NblError(f"the configuration of this {config['model_type']} has no layer_types for its {count} layers")
     return tuple(map(str, kinds))
@@ -72,13 +75,27 @@ def _short_convolution(config: Mapping[str, Any]) -> Sizes:
     return Sizes(elements, elements, size * size, size * (length - 1))
 
 
+def _gated_delta(config: Mapping[str, Any]) -> Sizes:
+    """Projections of keys, values, gate and rates, a depthwise convolution, and a matrix [dk, dv] a head.
+
+    A token reads the matrix by its key, changes it, and reads it by its query: three products of dk dv.
+    """
+    size, length = config["hidden_size"], config["linear_conv_kernel_dim"]
+    key, value = config["linear_key_head_dim"], config["linear_value_head_dim"]
+    heads, keys = config["linear_num_value_heads"], config["linear_num_key_heads"] * key
+    values, width = heads * value, 2 * keys + heads * value
+    elements = size * (width + values + 2 * heads) + width * length + values * size
+    held = heads * key * value
+    return Sizes(elements, elements + 3 * held, values * size, width * (length - 1) + held)
+
+
 _NO_MAMBA = "no source of decoder graphs makes its Mamba layers (GenAI builder 0.18, mobius 0.1)"
 _WITH_EXPERTS = "its layers mix states and experts, which are supported only one without the other"
 # model_type of a hybrid that is not supported -> why
 UNSUPPORTED = {
     "falcon_h1": "attention and a Mamba block run side by side in its layers, and no addition joins attention alone",
     **dict.fromkeys(("bamba", "granitemoehybrid", "jamba", "nemotron_h", "zamba2"), _NO_MAMBA),
-    "qwen3_5_text": "the gated delta nets of its layers without attention are not described yet",
     **dict.fromkeys(("lfm2_moe", "qwen3_5_moe_text", "qwen3_next"), _WITH_EXPERTS),
 }
 SHORT_CONVOLUTION = Others("conv", _short_convolution)
+GATED_DELTA = Others("linear_attention", _gated_delta)

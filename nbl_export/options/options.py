@@ -25,15 +25,15 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import read_record, require
 from nbl_export.records.plan import MAPS, TAPS
 
-__all__ = ["BUILDER_OPTIONS", "CHECKPOINT_FIT", "GGUF", "GIVEN_GRAPH", "MAIN", "NO_ORIGINAL", "OPTIONS", "PANELS",
-           "WIDTHS", "JobOptions", "Option", "describe_command", "flag_of", "located", "public_facts", "public_options",
-           "usual_tap", "usual_windows"]  # fmt: skip
+__all__ = ["BUILDER_OPTIONS", "CHECKPOINT_FIT", "GGUF", "GIVEN_GRAPH", "IN_RECIPE", "MAIN", "NO_ORIGINAL", "OPTIONS",
+           "PANELS", "RECIPE_FIT", "WIDTHS", "JobOptions", "Option", "describe_command", "flag_of", "located",
+           "public_facts", "public_options", "usual_tap", "usual_windows"]  # fmt: skip
 
 MAIN = "main"  # the name of the main job among commands
 
-# Source of the maps: closed form for each layer; joint training from there; zero, which drops attention; or an NBL
-# checkpoint.
-FITS = ("independent", "distilled", "drop", "given")
+# Source of the maps: closed form for each layer; joint training from there; zero, which drops attention; an NBL
+# checkpoint; or a recipe.
+FITS = ("independent", "distilled", "drop", "given", "recipe")
 # How layers are ranked: smallest CCA bound, smallest relative error, least quality loss, least loss for the work saved.
 SELECTS = ("cca", "error", "greedy", "efficient")
 DTYPES = ("auto", "float32", "bfloat16")  # of products while calibrating and choosing layers
@@ -45,7 +45,9 @@ GIVEN_GRAPH = "given"  # decoder source of a model that is an ONNX graph
 AUTO_WINDOWS, NO_WINDOWS = "auto", "none"  # windows in as many top layers as quality allows, or in no layer
 WIDTHS = (64, 128)  # of windows, in tokens, if none is asked for: the first for named layers, the better one with auto
 CHECKPOINT_FIT = "given"  # fit of the maps that an NBL checkpoint has
+RECIPE_FIT = "recipe"  # fit of the maps that a recipe has
 NO_ORIGINAL = "the checkpoint no longer contains the attention weights of its replaced layers"
+IN_RECIPE = "the recipe has the layers and the maps"
 GGUF = "gguf"  # precision: codes of a GGUF file, see `rewrite.quantize.take_codes`
 # How the GenAI builder quantises, by its own names (`--extra_options` of onnxruntime_genai.models.builder). The values
 # are limited to graphs that can be rewritten and verified. is_symmetric=false is left out: the builder (0.18) then
@@ -114,6 +116,10 @@ class JobOptions:
     engine: str = option(
         "ort", "ort (ONNX Runtime), openvino, trt (TensorRT) or trt-rtx (TensorRT for RTX).", _ENGINE, "main build",
         first=True, metavar="ENGINE",
+    )  # fmt: skip
+    recipe: str | None = option(
+        None, "Layers and maps of a known model: a recipe of the package by its name, or a file (nbl-export recipe).",
+        _REPLACED, first=True, metavar="NAME|FILE",
     )  # fmt: skip
     layers: str | None = option(
         None, 'How many layers ("8") or which ("0,7,24-29"); default: perplexity +10% at most.', _REPLACED,
@@ -344,6 +350,8 @@ def usual_fit(values: Mapping[str, Any]) -> str:
 
     A goal of another kind, a rank, an order by scores or a model that is a graph needs the closed form.
     """
+    if values["recipe"]:
+        return RECIPE_FIT
     closed = any(values[name] for name in ("layers", "target_speedup", "kv_budget", "rank"))
     scores = values["select"] in ("cca", "error") or values["decoder_source"] == GIVEN_GRAPH
     return "independent" if closed or scores else "distilled"
@@ -355,7 +363,7 @@ def usual_windows(values: Mapping[str, Any]) -> str:
     The gain was measured in ONNX Runtime alone.
     """
     others = values["engine"] != "ort" or any(
-        values[name] for name in ("layers", "target_speedup", "kv_budget", "draft")
+        values[name] for name in ("recipe", "layers", "target_speedup", "kv_budget", "draft")
     )
     return NO_WINDOWS if others or values["fit"] == "drop" else AUTO_WINDOWS
 
@@ -416,6 +424,7 @@ def public_options(manifest: Mapping[str, Any]) -> JobOptions:
         options,
         model=_last_part(options.model),
         quantized_model=options.quantized_model and _last_part(options.quantized_model),
+        recipe=options.recipe and _last_part(options.recipe),
         calibration=tuple(map(_last_part, options.calibration)),
     )
 

@@ -12,12 +12,13 @@ A rule is a function of a `Case`: the options, the facts of the engine and the f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from nbl_export.errors import NblError, UsageError
 from nbl_export.options import hybrids
-from nbl_export.options.goals import asked_layers, names_layers
+from nbl_export.options.goals import GOALS, asked_layers, names_layers
+from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.options import (
     AUTO_WINDOWS,
     BUILDER_OPTIONS,
@@ -26,48 +27,15 @@ from nbl_export.options.options import (
     GIVEN_GRAPH,
     NO_ORIGINAL,
     NO_WINDOWS,
+    RECIPE_FIT,
     JobOptions,
     usual_fit,
     usual_tap,
     usual_windows,
 )
 from nbl_export.records.capabilities import AUTO, Capabilities
-from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.plan import TAPS
 
 __all__ = ["APPLIES", "DEFAULTS", "FIRST", "OF_DECODER", "REFUSED", "Applies", "Case", "ModelFacts", "Refusal"]
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What options depend on in a model. A default means that the fact is unknown, or that the model is without it.
-
-    Attributes:
-        is_gguf: the model is a GGUF file.
-        graph: path of the decoder graph, if the model is only a graph.
-        graph_precision: of the graph's matrices.
-        maps_tap: the tap of the maps, if the model is an NBL checkpoint.
-        maps_window: whether an NBL checkpoint has layers of kind window.
-        architecture, taps, not_from: name, possible taps, and decoder source -> why it exports no such graph.
-        decoder: the decoder's sizes.
-        unreadable: why graphs cannot have the codes of the GGUF file.
-    """
-
-    is_gguf: bool = False
-    graph: str = ""
-    graph_precision: str = ""
-    maps_tap: str = ""
-    maps_window: bool = False
-    architecture: str = ""
-    taps: tuple[str, ...] = TAPS
-    not_from: Mapping[str, str] = field(default_factory=dict)
-    decoder: DecoderSpec | None = None
-    unreadable: str = ""
-
-    @property
-    def is_hybrid(self) -> bool:
-        """Whether some of the decoder's layers have no attention."""
-        return self.decoder is not None and bool(self.decoder.others)
 
 
 @dataclass(frozen=True)
@@ -122,7 +90,7 @@ class Case:
 
 def _tap(values: Mapping[str, Any], _engine: Capabilities, model: ModelFacts) -> str:
     wanted = usual_tap(values["fit"], values["maps"])
-    return model.maps_tap or (wanted if wanted in model.taps else model.taps[0])
+    return model.maps_tap or model.recipe_tap or (wanted if wanted in model.taps else model.taps[0])
 
 
 # An option -> its value if nobody asks for one, from the options so far, the engine and the model.
@@ -159,6 +127,10 @@ APPLIES: tuple[Applies, ...] = (
          "draft"),
         "the original model; this NBL checkpoint no longer contains the removed attention",
         lambda c: not c.is_nbl,
+    ),
+    Applies(
+        ("layers", "window_layers", *GOALS, "select", "rank", "maps", "draft"),
+        "a job without --recipe, which has its layers and maps", lambda c: not c.options.recipe,
     ),
     Applies(
         ("window_layers",), f"{_WINDOWS_IN}, and a checkpoint, not an ONNX graph",
@@ -282,6 +254,10 @@ FIRST: tuple[Refusal, ...] = (
         bool(c.model.maps_tap) and not c.is_nbl
         and f"--fit {c.options.fit} needs the original model: {NO_ORIGINAL}"
     )),
+    (UsageError, lambda c: (
+        bool(c.options.recipe) != (c.options.fit == RECIPE_FIT)
+        and f"--fit {c.options.fit} does not go with{'' if c.options.recipe else 'out'} --recipe; leave --fit out"
+    )),
 )  # fmt: skip
 
 
@@ -356,15 +332,16 @@ REFUSED: tuple[Refusal, ...] = (
     )),
     (UsageError, lambda c: (
         c.model.maps_window and not c.engine.windows
-        and f"{c.options.model} has layers of kind window, which need {_WINDOWS_IN}"
+        and f"{c.options.recipe or c.options.model} has layers of kind window, which need {_WINDOWS_IN}"
     )),
     (UsageError, lambda c: (
         bool(c.model.maps_tap) and c.options.says_itself
         and f"--calibration self needs the original model: {NO_ORIGINAL}; give that model, or leave it out"
     )),
     (UsageError, lambda c: (
-        c.model.maps_tap not in ("", c.options.tap)
-        and f"--tap {c.options.tap}: the maps of {c.options.model} have the tap {c.model.maps_tap}; leave --tap out"
+        (tap := c.model.maps_tap or c.model.recipe_tap) not in ("", c.options.tap)
+        and f"--tap {c.options.tap}: the maps of {c.options.recipe or c.options.model} have the tap {tap}; "
+        "leave --tap out"
     )),
     (NblError, lambda c: (
         c.options.draft not in (None, "ngram") and c.engine.source in c.model.not_from

@@ -11,15 +11,15 @@ a model have one width. Rows have `LENGTH` tokens, since a short row would hide 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from nbl_export.model.mixes import Mixes, quiet
-from nbl_export.plan.inputs import Maps, Texts, Top
+from nbl_export.plan.inputs import Maps, Texts
 
-__all__ = ["LENGTH", "MAP", "Losses", "best_top", "long_rows", "losses_alone", "top_of"]
+__all__ = ["LENGTH", "MAP", "Losses", "best_top", "long_rows", "losses_alone"]
 
 LENGTH = 2048  # tokens of a row, or the model's positions
 MAP = 0  # the kind of a layer with its map; the kind of a layer with a window is its width in tokens
@@ -28,30 +28,29 @@ Losses = dict[int, dict[int, tuple[float, ...]]]  # layer -> kind -> KL on each 
 
 
 def losses_alone(
-    mixes: Callable[[Maps], Mixes], mixers: Callable[[Collection[int]], Mapping[int, Maps]], num_layers: int,
-    texts: Texts, length: int, limit: float, progress: Callable[[int, int], None] = quiet,
+    mixes: Callable[[Maps], Mixes], mixers: Callable[[Collection[int]], Mapping[int, Maps]], attention: Sequence[int],
+    texts: Texts, length: int, is_enough: Callable[[Losses], bool], progress: Callable[[int, int], None] = quiet,
 ) -> Losses:  # fmt: skip
-    """The loss of each layer alone, with each kind, from the top down while a top can keep the limit.
+    """The loss of each layer alone, with each kind, from the top down.
 
     Args:
         mixes: mixers -> the torch model in which they can replace attention.
         mixers: layers -> kind -> their mixers.
         texts: consecutive windows of each. length: most tokens of a row; one row of each text is read.
-        limit: of the sum of KLs on each text, in nats.
+        attention: layers with attention, ascending. is_enough: whether no layer further down is wanted.
     """
     rows = [long_rows(ids, length)[:1] for _, ids in texts]
     found: Losses = {}
-    step = max(1, round(num_layers / 8))
-    for end in range(num_layers, 0, -step):
-        layers = range(max(1, end - step), end)  # one layer keeps its attention
+    step = max(1, round(len(attention) / 8))
+    for end in range(len(attention), 0, -step):
+        layers = attention[max(1, end - step) : end]  # one layer keeps its attention
         kinds = mixers(layers)
         for done, (kind, maps) in enumerate(kinds.items()):
             kls = [_losses(mixes(maps), ids_WT, maps) for ids_WT in rows]
             for layer in maps:
                 found.setdefault(layer, {})[kind] = tuple(kl[layer] for kl in kls)
-            progress(len(kinds) * len(found) - len(kinds) + done + 1, len(kinds) * num_layers)
-        least = [min(kls.values(), key=max) for kls in found.values()]
-        if not layers or not _worst(least) <= limit:
+            progress(len(kinds) * len(found) - len(kinds) + done + 1, len(kinds) * len(attention))
+        if is_enough(found):
             break
     return found
 
@@ -88,11 +87,6 @@ def _with_windows(losses: Losses, layers: Iterable[int], width: int) -> Iterator
 def _worst(losses: Iterable[tuple[float, ...]]) -> float:
     """The sum of losses on the worst text."""
     return max(map(sum, zip(*losses, strict=True)))
-
-
-def top_of(kinds: Mapping[int, int], mixers: Callable[[Collection[int]], Mapping[int, Maps]]) -> Top:
-    """The record of kinds."""
-    return Top(tuple(kinds), {i: mixers([i])[kind][i] for i, kind in kinds.items() if kind != MAP})
 
 
 def long_rows(windows_WT: Any, length: int) -> torch.Tensor:

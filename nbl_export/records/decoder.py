@@ -29,6 +29,7 @@ class DecoderSpec:
     """Sizes of a decoder, under the same names for all architectures.
 
     sliding_window: of the layers that have a window. full_layers: layers that see all tokens despite `sliding_window`.
+    gated: queries come with gates of attention's output, from the same product.
     others: layers without attention, such as convolutions; a plan leaves them as they are.
     other_elements, other_multiply_adds: of each of these layers, without its MLP: elements of its matrices, and what
         a token takes. other_output: elements of its last matrix. other_state: elements that it holds of a sequence.
@@ -44,6 +45,7 @@ class DecoderSpec:
     max_positions: int
     sliding_window: int | None = None
     full_layers: tuple[int, ...] = ()
+    gated: bool = False
     others: tuple[int, ...] = ()
     other_elements: int = 0
     other_multiply_adds: int = 0
@@ -66,8 +68,9 @@ class DecoderSpec:
 
     @property
     def projections(self) -> int:
-        """Elements of one attention's matrices: of queries, keys, values, and what comes out."""
-        return 2 * self.hidden_size * (self.num_heads + self.num_kv_heads) * self.head_dim
+        """Elements of one attention's matrices: of queries, keys, values, what comes out, and gates."""
+        heads = (3 if self.gated else 2) * self.num_heads + 2 * self.num_kv_heads
+        return self.hidden_size * heads * self.head_dim
 
     def window_of(self, layer: int) -> int | None:
         """Tokens that a token attends to in a layer, itself included; None for all."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from nbl_export.options.options import RECIPE_FIT
 from nbl_export.records.paired import spoken_ratio
 from nbl_export.records.plan import spoken_layers
 from nbl_export.records.quality import spoken_loss
@@ -28,6 +29,7 @@ from nbl_export.report.document import (
     Section,
     Strip,
 )
+from nbl_export.report.outcome import judged, limit_of
 from nbl_export.report.speed import is_swept
 from nbl_export.report.table import Cell, Column, Table, Tone
 
@@ -40,6 +42,7 @@ _CHOSEN_BY = {
     "efficient": "the smallest quality loss for the work saved",
 }
 _TONES: Mapping[str, Tone] = {"faster": "ok", "slower": "bad"}
+_JUDGED: Mapping[str, Tone] = {"within": "ok", "above": "bad", "near": ""}
 _SHOWN_RATIOS = 4  # of one card; the table has all
 
 
@@ -59,7 +62,7 @@ def head(report: Mapping[str, Any]) -> tuple[Block, ...]:
         Strip(report["num_layers"], tuple(report["replaced_layers"])),
         *_busy(report),
         *_apart(report),
-        Cards((_speed(report, "pp", "Prefill"), _speed(report, "tg", "Decode"), _cache(report), _loss(report))),
+        Cards((_loss(report), _speed(report, "pp", "Prefill"), _speed(report, "tg", "Decode"), _cache(report))),
     )
 
 
@@ -79,7 +82,7 @@ def _badge(report: Mapping[str, Any]) -> Badge:
         seen = words.number(worst["value"], "not finite")
         detail = f"largest logit difference {seen} ({worst['subject']}, {worst['metric']}), {allowed}"
     if report["status"] == VERIFIED:
-        return Badge("Verified", detail, "ok")
+        return Badge("Graph verified", detail, "ok")
     if report["status"] == COMPARED:
         return Badge("Compared, not proven", f"quantised, without a float32 twin; {detail}", "words")
     return Badge("Verification failed", detail, "bad")
@@ -107,7 +110,9 @@ def _lead(report: Mapping[str, Any]) -> str:
         return f"None of the {total} attention layers is replaced: both variants are the original."
     one, is_drop = len(replaced) == 1, report["fit"] == "drop"
     done = "left out" if is_drop else "replaced by a linear layer"
-    chosen = "from the checkpoint" if report["without_original"] else _CHOSEN_BY.get(report["select"], "as requested")
+    from_recipe = report["fit"] == RECIPE_FIT
+    chosen = "from the recipe" if from_recipe else _CHOSEN_BY.get(report["select"], "as requested")
+    chosen = "from the checkpoint" if report["without_original"] else chosen
     windows = [i for i, kind in zip(replaced, report["kinds"] or (), strict=False) if kind == "window"]
     said = (
         f"{len(replaced)} of {total} attention layers {'is' if one else 'are'} {done}: "
@@ -118,6 +123,8 @@ def _lead(report: Mapping[str, Any]) -> str:
     text = f"{report['calibration']['tokens']:,} tokens of {report['calibration']['name']}"
     if report["without_original"]:
         said += "A linear layer needs no KV cache. Layers and maps came with the checkpoint."
+    elif from_recipe:
+        said += "A linear layer needs no KV cache. Layers and maps came with the recipe."
     elif is_drop:
         said += f"Without attention a layer needs no KV cache. This is a baseline, chosen by scores on {text}."
     else:
@@ -186,18 +193,18 @@ def _cache(report: Mapping[str, Any]) -> Card:
 
 
 def _loss(report: Mapping[str, Any]) -> Card:
-    """The text that suffers most: a smaller figure of another text misleads."""
-    rows = report["quality_loss"]
+    """The text that suffers most: a smaller figure of another text misleads. Its colour is that of the user's goal."""
+    rows, title = report["quality_loss"], "Quality loss: perplexity"
     if not rows:
         return Card("Quality loss", "not measured", tone="words")
     worst = next((r for r in rows if r["increase"] is None), None) or max(rows, key=lambda r: r["increase"])
-    ends = [words.number(worst[name], "not finite") for name in ("perplexity_original", "perplexity_nbl")]
-    lines: list[str] = []
+    ends = " → ".join(words.number(worst[name], "not finite") for name in ("perplexity_original", "perplexity_nbl"))
+    lines = [f"{judged(report)} the limit of {limit_of(report)[0]}", f"{ends} on {worst['text']}"]
     for row in rows:
         said = spoken_loss(row)
         lines.append(f"{said['increase']} on {row['text']}, KL {said['kl']}, top-1 agreement {said['top1']}")
     lines.append("above: the largest increase; in brackets: 95% intervals; reported, not gated")
-    return Card("Quality loss: perplexity", " → ".join(ends), tuple(lines))
+    return Card(title, spoken_loss(worst)["increase"].partition(" (")[0], tuple(lines), _JUDGED[judged(report)])
 
 
 # -- layers ----------------------------------------------------------------------------------------------------
@@ -287,7 +294,8 @@ def acceptance(found: Mapping[str, Any]) -> Document:
 
 def origin(report: Mapping[str, Any]) -> Section:
     """What another needs to make the same model."""
-    settings = ((name.replace("_", " "), value) for name, value in (report["options"] or {}).items())
+    given = ((name, value) for name, value in (report["options"] or {}).items() if value not in (None, [], ()))
+    settings = ((name.replace("_", " "), value) for name, value in given)
     versions = [*_facts("Settings", settings), *_facts("Versions", (report["versions"] or {}).items())]
     if report["bench"] and report["bench"]["versions"]:
         versions += _facts("Versions at the benchmark", report["bench"]["versions"].items())

@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +71,7 @@ def summarize(
     quality: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The value of report.json, a function of its inputs; figures that are not finite become None."""
-    manifest, verify, measured = _finite(manifest), _finite(verify), bench or {}
+    manifest, verify, measured = _without_places(_finite(manifest)), _finite(verify), bench or {}
     checks, variants = verify["checks"], measured.get("variants", {})
     return {
         "schema": 1,
@@ -97,6 +99,21 @@ def summarize(
         "machine": measured.get("machine"),
         "bench": {k: v for k, v in measured.items() if k not in ("machine", "timings", "variants")} if bench else None,
     }
+
+
+def _without_places(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with names in place of absolute paths: a report is passed on, and nbl.json has the paths."""
+    options = {k: list(map(_name, v)) if isinstance(v, list) else _name(v) for k, v in manifest["options"].items()}
+    command = str(manifest["command"])
+    with contextlib.suppress(ValueError):  # quotes that do not close
+        for word in shlex.split(command):
+            command = command.replace(shlex.quote(word), shlex.quote(_name(word)))
+    model = {**manifest["model"], "name": _name(manifest["model"]["name"])}
+    return {**manifest, "options": options, "command": command, "model": model}
+
+
+def _name(value: Any) -> Any:
+    return (Path(value).name or value) if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _status(manifest: Mapping[str, Any], verify: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from nbl_export.report.table import Column, Table
 __all__ = ["curve", "losses", "quality", "spoken_curve", "sweep"]
 
 _MEANS = {
-    VERIFIED: "“Verified” says that the graph computes what the linearized model computes. "
+    VERIFIED: "“Graph verified” says that the graph computes what the linearized model computes. "
     "It does not say that this quality loss is acceptable.",
     COMPARED: "“Compared” says that logits and greedy text are near those of the linearized model. "
     "It proves neither the wiring nor that this quality loss is acceptable.",

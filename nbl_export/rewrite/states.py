@@ -11,6 +11,8 @@ The builder's states run over padding. So a batch of texts of several lengths wo
 either side leaves a state as it is. ONNX Runtime GenAI finds these names in a decoder of any type, also if the layers
 between have lost their caches. It wants a pair of states in a layer, so a convolution gets a second state of one zero.
 
+    before   position_ids [3, B, T]         after    position_ids [B, T] -- Concat, three times
+
 Refuses an operator that is given other inputs.
 """
 
@@ -27,13 +29,33 @@ from nbl_export.graph.emitter import new_node, register
 from nbl_export.graph.names import state_names
 from nbl_export.rewrite.tail import LastValid
 
-__all__ = ["MaskStates"]
+__all__ = ["MaskStates", "TextPositions"]
 
 _PREFIX, _CONSTANTS = "/nbl/others", "nbl.others"
 _PAST = re.compile(r"^past\.(\d+)\.(?:conv|recurrent)$")
 _CONVOLUTION, _RECURRENCE = "CausalConvWithState", "LinearAttention"
+_POSITIONS = "position_ids"
 _STATE = 3  # input of both operators
 _DECAY, _BETA = 4, 5
+
+
+class TextPositions(ir.passes.InPlacePass):
+    """Take positions [B, T] instead of [3, B, T], of which a text has three times the same."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        wide = next((v for v in graph.inputs if v.name == _POSITIONS), None)
+        if wide is None or wide.shape is None or len(wide.shape) != 3 or wide.shape[0] != 3:
+            return ir.passes.PassResult(model, modified=False)
+        text = ir.Value(name=_POSITIONS, type=wide.type, shape=ir.Shape(wide.shape[1:]))
+        axis = register(graph, ir.tensor(np.array([0], np.int64), name=f"{_CONSTANTS}.position_axis"))
+        kind = wide.dtype or ir.DataType.INT64
+        one = new_node("Unsqueeze", [text, axis], f"{_PREFIX}/text_position", kind)
+        three = new_node("Concat", [one.outputs[0]] * 3, f"{_PREFIX}/three_positions", kind, wide.shape, {"axis": 0})
+        wide.replace_all_uses_with(three.outputs[0])
+        graph.inputs[list(graph.inputs).index(wide)] = text
+        graph.insert_before(graph[0], [one, three])
+        return ir.passes.PassResult(model, modified=True)
 
 
 class MaskStates(ir.passes.InPlacePass):

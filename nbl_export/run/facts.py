@@ -19,7 +19,7 @@ from nbl_export.mixers import kind_of
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.model.checkpoint import pretrained
 from nbl_export.model.checkpoint.source import Source, gguf_of, resolve
-from nbl_export.options.options import CHECKPOINT_FIT, GIVEN_GRAPH, JobOptions
+from nbl_export.options.options import CHECKPOINT_FIT, GIVEN_GRAPH, RECIPE_FIT, JobOptions
 from nbl_export.options.rules import ModelFacts
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
@@ -108,7 +108,9 @@ def facts_of_run(manifest: Mapping[str, Any]) -> ModelFacts:
         graph=place if is_graph else "",
         graph_precision=options.precision if is_graph else "",
         maps_tap=options.tap if options.fit == CHECKPOINT_FIT else "",
-        maps_window=options.fit == CHECKPOINT_FIT and not all(kind_of(k).fitted for k in manifest.get("kinds", ())),
+        maps_window=options.fit in (CHECKPOINT_FIT, RECIPE_FIT)
+        and not all(kind_of(k).fitted for k in manifest.get("kinds", ())),
+        recipe_tap=options.tap if options.fit == RECIPE_FIT else "",
     )
 
 

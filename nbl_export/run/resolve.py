@@ -75,6 +75,7 @@ class Resolver:
         self, options: JobOptions, run: RunDirectory, ui: Ui, asked: SweepRequest | Prepared | None = None
     ) -> None:
         self.options, self.run, self.ui = options, run, ui
+        self.read_recipe: Any = None  # recipe and path of its file, if this job begins with one
         self.sweep = asked if isinstance(asked, SweepRequest) else None
         self.evaluation = asked if isinstance(asked, Prepared) else None
         self.keys: dict[str, str] = {}  # of the stages that are not left out, in order

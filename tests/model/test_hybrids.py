@@ -73,7 +73,8 @@ def test_the_saved_form_generates_as_the_model(
     )
     with torch.inference_mode():
         logits = linearize(load_model(directory), maps)(said, use_cache=False).logits
-    logits[..., loaded.generation_config.eos_token_id] = -torch.inf  # the least number of tokens leaves them out
+    ends = loaded.generation_config.eos_token_id
+    logits = logits.index_fill(-1, torch.tensor(ends), -torch.inf)  # the least number of tokens leaves them out
     assert torch.equal(said[:, 9:], logits[:, 8:-1].argmax(-1))
     source = resolve(str(tmp_path / "saved"))
     plan, found = load_maps(source, 5, read_spec(source).others)
@@ -87,12 +88,18 @@ def test_the_saved_form_generates_as_the_model(
 def test_the_cost_model_counts_what_torch_computes(
     architecture: str, checkpoint: Checkpoint, random_maps: Maps
 ) -> None:
-    """Products of matrices and attention alone; a convolution counts its taps, which torch does too."""
+    """Products of matrices and attention; a convolution counts its taps, which torch does too.
+
+    torch computes a recurrence in chunks, by other products than one token after another needs: not compared.
+    """
     directory = checkpoint(architecture)
     spec, shape = read_spec(resolve(str(directory))), read_shape(directory)
     assert spec.attention_layers == HYBRID_ATTENTION and shape.decoder == spec
     matrices = [p for p in load_model(directory).get_decoder().layers.parameters() if p.ndim > 1]
     assert shape.parameters_of_layers == sum(p.numel() for p in matrices)
+    assert spec.cache_bytes_per_token(len(spec.attention_layers), 4) == 3 * 2 * spec.num_kv_heads * spec.head_dim * 4
+    if spec.other_multiply_adds > spec.other_elements:
+        return
     tokens = 32
     costs = CostModel(spec, read_mlp(directory), 4, 4, 4, tokens, all_logits=True, tail_pruned=False)
     for maps in ({}, random_maps(1)):
@@ -103,7 +110,6 @@ def test_the_cost_model_counts_what_torch_computes(
         pairs = 4 * spec.num_heads * spec.head_dim * tokens * (tokens - 1) / 2  # that a causal mask leaves out
         expected = counted.get_total_flops() - pairs * (len(HYBRID_ATTENTION) - len(maps))
         assert costs.prefill_flops(map_sizes(maps)) == pytest.approx(expected, rel=0.02)
-    assert spec.cache_bytes_per_token(len(spec.attention_layers), 4) == 3 * 2 * spec.num_kv_heads * spec.head_dim * 4
 
 
 def test_a_configuration_says_its_kinds_in_several_ways(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def test_the_function_stays_and_the_matrices_change(checkpoint: Callable[[str], 
     groups = list(groups_of(model))
     record = record_of(architecture)
     weighted, dense = architecture != "olmo", record.experts is None
-    behind = (record.norm_before and weighted, True, record.norm_mlp and weighted and dense, record.gated and dense)
+    behind = (record.norm_before and weighted, True, record.norm_mlp and weighted and dense, record.mlp_gated and dense)
     assert len(groups) == LAYERS * sum(map(bool, behind))
     generator = torch.Generator().manual_seed(0)
     sizes = {g.name: g.gathered(torch.zeros(g.readers[0].weight.shape[1])).shape[0] for g in groups}

@@ -193,6 +193,7 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     ("window_layers", {"window_layers": "1"}, NBL, "a checkpoint"),
     ("compute_dtype", {"compute_dtype": "bfloat16"}, GRAPH, "computes in its own types"),
     ("device", {"device": "cpu"}, GRAPH, "a checkpoint, which torch runs"),
+    ("layers", {"layers": "1", "recipe": "r"}, None, "a job without --recipe"),
     *(
         (name, {name: value}, NBL, "no longer contains the removed attention")
         for name, value in {

@@ -389,6 +389,8 @@ def test_headline(written: Written) -> None:
     assert "3 of 6 attention layers are replaced by a linear layer: layers 0, 2-3" in written.markdown
     assert "−50.0%" in card(written.html, "KV cache") and "4.00 KiB → 2.00 KiB" in card(written.html, "KV cache")
     quality_loss = card(written.html, "Quality loss")
+    assert '"card bad"' in quality_loss and "<strong>+25%</strong>" in quality_loss
+    assert "above the limit of 10% (the default)" in quality_loss
     for figure in ("20.0 → 25.0", "+25% (18 to 32)", "KL 0.123 (0.111 to 0.137)", "agreement 80.0% (78.2 to 81.8)",
                    "not gated"):  # fmt: skip
         assert figure in quality_loss
@@ -449,7 +451,7 @@ def test_failed_verification_is_shown(value: float, text: str) -> None:
     for page in (written.html, written.markdown):
         assert "Verification failed" in page and sentence in page and "Do not deploy" in page
         assert f"largest logit difference {text} (nbl, " in page
-    assert '<p class="badge bad">' in written.html and ">Verified<" not in written.html
+    assert '<p class="badge bad">' in written.html and ">Graph verified<" not in written.html
     assert written.json["status"] == "failed"
 
 
@@ -542,6 +544,26 @@ def test_every_writer_has_the_cells_of_a_table(capsys: Any) -> None:
     assert lines[0] == "Sizes" and lines[4:7] == ["│ a|b, c │    7 │", "├────────┼──────┤", "│        │ 12.5 │"]
     Console(width=40).print(facts([("model", "m"), ("layers", 3)]))
     assert capsys.readouterr().out.splitlines() == [" model   m ", " layers  3 "]
+
+
+def test_no_path_of_the_maker_is_told() -> None:
+    """Of a report that is passed on; nbl.json keeps them."""
+    home = "/home/ann/my models"
+    options = {**MANIFEST["options"], "model": f"{home}/a.gguf", "calibration": [f"{home}/b.txt:2"]}
+    command = f"nbl-export --model '{home}/a.gguf' --calibration '{home}/b.txt:2' --output /home/ann/run"
+    model = {**MANIFEST["model"], "name": f"{home}/a.gguf"}
+    written = Written(changed(MANIFEST, options=options, command=command, model=model))
+    assert "/home" not in json.dumps(written.json) + written.html + written.markdown
+    assert written.json["command"] == "nbl-export --model a.gguf --calibration b.txt:2 --output run"
+
+
+def test_settings_that_are_unset_are_left_out(written: Written) -> None:
+    assert [row[0] for row in written.table("Settings")[2:]] == ["model", "engine", "depths"]
+
+
+def test_a_loss_within_the_goal_is_green() -> None:
+    goal = {"max_perplexity_increase": "40%", "default": False}
+    assert '"card ok"' in card(Written({**MANIFEST, "goal": goal}).html, "Quality loss")
 
 
 def test_the_command_is_exact() -> None:

@@ -64,8 +64,8 @@ def test_the_page_tells_a_comparison_from_a_proof() -> None:
     near = Written(verify=verified("int4", COARSE, TEXT))
     assert (proven.json["status"], near.json["status"]) == ("verified", "compared")
     badges = [re.findall(r'<p class="badge (\w*)"><strong>([^<]*)', page.html) for page in (proven, near)]
-    assert badges == [[("ok", "Verified")], [("words", "Compared, not proven")]]
-    assert "**Verified**" in proven.markdown and "**Compared, not proven**" in near.markdown
+    assert badges == [[("ok", "Graph verified")], [("words", "Compared, not proven")]]
+    assert "**Graph verified**" in proven.markdown and "**Compared, not proven**" in near.markdown
     for text in (near.html, near.markdown):
         body = text.replace("status: verified", "")
         assert not re.search(r"\bverified\b", body, re.IGNORECASE)

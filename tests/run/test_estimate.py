@@ -75,12 +75,13 @@ def test_options_are_settled_as_in_the_main_job(tmp_path: Path) -> None:
 
 
 def test_a_refusal_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimating, "available_bytes", lambda: 20 << 30)
+    monkeypatch.setattr(estimating, "available_bytes", lambda: 4 << 30)
     with_disk(monkeypatch, 1 << 40)
     asked = {"precision": "int4", "layers": "8"}
-    assert "the stage verify needs 29.9 GiB of memory at least" in estimate(str(written(tmp_path)), asked)["refused"]
-    monkeypatch.setattr(estimating, "available_bytes", lambda: 200 << 30)
-    assert estimate(str(tmp_path), asked)["refused"] == ""
+    assert "of memory at least, and 4.00 GiB are available" in estimate(str(written(tmp_path)), asked)["refused"]
+    for memory in (20, 200):  # one layer at a time, and the whole model
+        monkeypatch.setattr(estimating, "available_bytes", lambda memory=memory: memory << 30)
+        assert estimate(str(tmp_path), asked)["refused"] == ""
     with_disk(monkeypatch, 20 << 30)
     assert "the run needs 21.4 GiB of disk" in estimate(str(tmp_path), asked)["refused"]
 

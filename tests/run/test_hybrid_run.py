@@ -26,7 +26,7 @@ def test_a_job_on_a_hybrid(checkpoint: Callable[[str], Path], text: Path, tmp_pa
     assert set(report["variants"]) == {"original", "nbl"}
     decoder = OnnxDecoder(run / "model", HEAD_DIM)
     assert decoder.contract.state_layers == (0, 3) and len(decoder.contract.cache_layers) == 1
-    said = nbl("generate", run, "--prompt", "Once", "--max-tokens", "4")
+    said = nbl("generate", run, "Once", "--max-new-tokens", "4")
     assert said.status == 0, said.err
     saved = nbl("convert", run, "--to", "transformers", "--output", tmp_path / "saved")
     assert saved.status == 0, saved.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,15 @@ from nbl_export.options.goals import (
     layers_for_budget,
     read_rank,
 )
-from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, NO_ORIGINAL, NO_WINDOWS, WIDTHS
+from nbl_export.options.options import (
+    AUTO_WINDOWS,
+    CHECKPOINT_FIT,
+    IN_RECIPE,
+    NO_ORIGINAL,
+    NO_WINDOWS,
+    RECIPE_FIT,
+    WIDTHS,
+)
 from nbl_export.plan.inputs import (
     WITHOUT_TOP,
     AskedGoal,
@@ -44,6 +53,7 @@ from nbl_export.records.inputs import Lazy
 from nbl_export.records.plan import spoken_layers
 from nbl_export.report.console import METHOD_NAMES
 from nbl_export.report.quality import spoken_curve
+from nbl_export.run import recipes
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import LeftOut, Place
 from nbl_export.run_directory import DISTILL_FILE, MAPS_FILE, MOMENTS_FILE, START_FILE, SWEEP_FILE
@@ -55,10 +65,13 @@ _STATE = 5  # kind of the saved state of a distillation; another kind begins ane
 
 
 def declare(r: Resolver) -> PlanInputs | Lazy[Any]:
-    """The inputs of the stage plan, or the plan and maps of an NBL checkpoint."""
+    """The inputs of the stage plan, or the plan and maps of a recipe or of an NBL checkpoint."""
     from nbl_export.model.checkpoint import load
 
     options = r.options
+    if options.fit == RECIPE_FIT:
+        windows = functools.partial(_windows_of, r)
+        return Lazy([RECIPE_FIT, recipes.sha256(r)], lambda: recipes.plan_and_maps(r, windows))
     if options.fit == CHECKPOINT_FIT:
         return Lazy([CHECKPOINT_FIT, r.fingerprint], lambda: load.load_maps(r.source, r.spec.num_layers, r.spec.others))
     goal = _goal(r)
@@ -130,19 +143,29 @@ def _chosen_top(r: Resolver) -> Lazy[ChooseTop]:
             windows = {int(i): _windows_of(r, [int(i)], width)[int(i)] for i, width in known["windows"].items()}
             return Top(tuple(known["layers"]), windows)
         try:
-            _windows_of(r, [r.spec.num_layers - 1], widths[0])
+            _windows_of(r, r.spec.attention_layers[-1:], widths[0])
         except NblError as error:
             r.ui.say(f"  no layer gets a window: {error}")
             return Top()
         length, limit = min(kinds.LENGTH, r.spec.max_positions), math.log1p(share)
         mixes: Callable[[Maps], Any] = lambda maps: r.mixes.value(maps, options.tap)  # noqa: E731
+        mixer_of = functools.cache(lambda layer, kind: mixers([layer])[kind][layer])
+        saved, best = _saved(r), dict[int, int]()
+
+        def mean(kinds: Mapping[int, int]) -> float:
+            maps = {i: mixer_of(i, kind) for i, kind in kinds.items()}
+            return (saved(maps, 512) + saved(maps, length)) / 2
+
+        def is_enough(losses: kinds.Losses) -> bool:
+            nonlocal best
+            best = kinds.best_top(losses, limit, mean)
+            return len(best) < len(losses)
+
         with r.ui.task("upper layers with a map and with windows") as progress:
-            losses = kinds.losses_alone(
-                mixes, mixers, r.spec.num_layers, r.choosing_parts.value, length, limit, progress
-            )
-        found = kinds.best_top(losses, limit, _saved_by(r, {i: mixers([i]) for i in losses}, (512, length)))
-        r.ui.say(f"  {_spoken_top(found)}")
-        return kinds.top_of(found, mixers)
+            texts, layers = r.choosing_parts.value, r.spec.attention_layers
+            kinds.losses_alone(mixes, mixers, layers, texts, length, is_enough, progress)
+        r.ui.say(f"  {_spoken_top(best)}")
+        return Top(tuple(best), {i: mixer_of(i, kind) for i, kind in best.items() if kind != kinds.MAP})
 
     return Lazy([AUTO_WINDOWS, widths, share, r.saving], lambda: chosen)
 
@@ -156,19 +179,6 @@ def _spoken_top(kinds: Mapping[int, int]) -> str:
         f"layers {spoken_layers(windows)} read {max(kinds.values())} tokens and the first one alone, the others none"
     )
     return f"the top from layer {min(kinds)} on is replaced first; {which if windows else 'all by linear layers'}"
-
-
-def _saved_by(
-    r: Resolver, mixers: Mapping[int, Mapping[int, Maps]], lengths: Collection[int]
-) -> Callable[[Mapping[int, int]], float]:
-    """The mean share of prefills that layers of some kinds save; `mixers`: layer -> kind -> its mixer."""
-    saved = _saved(r)
-
-    def mean(kinds: Mapping[int, int]) -> float:
-        maps = {i: mixers[i][kind][i] for i, kind in kinds.items()}
-        return sum(saved(maps, length) for length in lengths) / len(lengths)
-
-    return mean
 
 
 def _select(r: Resolver) -> str:
@@ -208,7 +218,7 @@ def run(inputs: PlanInputs | Lazy[Any], place: Place, out: Path) -> dict[str, An
     facts: dict[str, Any] = {"ranks": {}, "goal": None, "curve": None}
     trains = False
     if isinstance(inputs, Lazy):
-        (plan, maps), fit = inputs.value, CHECKPOINT_FIT
+        (plan, maps), fit = inputs.value, inputs.identity[0]
     else:
         from nbl_export.plan.order import Selection
         from nbl_export.plan.planning import make_plan
@@ -221,7 +231,7 @@ def run(inputs: PlanInputs | Lazy[Any], place: Place, out: Path) -> dict[str, An
     distilled = trains and plan.replaced
     save_maps(maps, out / (START_FILE if distilled else MAPS_FILE), plan.tap)
     return {
-        "fit": {"kind": "independent" if fit == "distilled" else fit},
+        "fit": {"kind": "independent" if fit == "distilled" else fit, **recipes.made_by(place.run, fit)},
         "replaced_layers": list(plan.replaced),
         "kinds": list(plan.kinds),
         "tap": plan.tap,
@@ -241,6 +251,8 @@ def declare_sweep(r: Resolver) -> SweepInputs | LeftOut:
         return LeftOut()
     if options.fit == CHECKPOINT_FIT:
         return LeftOut(NO_ORIGINAL)
+    if options.fit == RECIPE_FIT:
+        return LeftOut(IN_RECIPE)
     order = order_of(r)
     distilled, trained = None, r.run.stages.get("distill", {}).get("key")
     if options.fit == "distilled" and trained:

@@ -6,6 +6,7 @@ accuracy level 4 on the CPU).
 Patches of the GenAI builder (0.18) for models that it cannot export; verification compares the graphs with torch.
 
 SmolLM3   the builder gives a layer without rotary embedding a separate one, on positions that the graph lacks
+Qwen3.5   the builder knows the text model inside the one that sees images, and not by itself
 Gemma 3   the builder does not read rotary settings by kind of layer, as transformers 5 has them
 OLMo      the builder makes norms of layer norms that have no weights
 GPT-OSS   the builder rounds experts from the published codes alone, which a checkpoint in floats lacks
@@ -18,6 +19,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -85,11 +87,12 @@ def _adopt_states(out: Path) -> None:
     """Give states of layers without attention the names and the form of this package (`rewrite.states`)."""
     import onnx_ir as ir
 
-    from nbl_export.rewrite.states import MaskStates
+    from nbl_export.rewrite.states import MaskStates, TextPositions
 
     model = ir.load(out / GRAPH_FILE)
     if not MaskStates()(model).modified:
         return
+    TextPositions()(model)
     ir.save(model, out / GRAPH_FILE)
     settings = json.loads((out / GENAI_CONFIG).read_text(encoding="utf-8"))
     decoder = settings["model"]["decoder"]
@@ -148,7 +151,11 @@ def repaired() -> Iterator[None]:
     from onnxruntime_genai.models import builder
 
     made = {"SmolLM3Model": _smollm3, "Gemma3Model": _gemma3, "OLMoModel": _olmo, "GPTOSSModel": _gpt_oss}
-    ours = {name: make(getattr(builder, name)) for name, make in made.items()}
+    ours = {
+        **{name: make(getattr(builder, name)) for name, make in made.items()},
+        "Qwen3Model": _qwen3(builder),
+        "get_hf_details": _with_known_names(builder.get_hf_details),
+    }
     base = next(kind for kind in builder.LlamaModel.__mro__ if _PACKED in vars(kind))
     changes = [
         *((builder, name, kind) for name, kind in ours.items()),
@@ -180,6 +187,29 @@ def _packed(theirs: Any) -> Any:
         return whole
 
     return joined
+
+
+_KNOWN = {"Qwen3_5ForCausalLM": "Qwen3ForCausalLM"}  # class of a checkpoint -> the name that leads to `_qwen3`
+
+
+def _with_known_names(theirs: Any) -> Any:
+    def details(*given: Any, **more: Any) -> Any:
+        found = theirs(*given, **more)
+        config = found["hf_config"]
+        config.architectures = [_KNOWN.get(name, name) for name in config.architectures or ()]
+        return found
+
+    return details
+
+
+def _qwen3(builder: Any) -> Any:
+    """The class of a Qwen3, or that of a text-only Qwen3.5, which the builder makes as a part of its own model."""
+    plain, hybrid = builder.Qwen3Model, sys.modules[builder.Qwen35Model.__module__].Qwen35TextModel
+
+    def chosen(config: Any, *given: Any) -> Any:
+        return (hybrid if config.model_type == "qwen3_5_text" else plain)(config, *given)
+
+    return chosen
 
 
 def _smollm3(base: Any) -> Any:

@@ -1,0 +1,44 @@
+"""What options depend on in a model, as `run.facts` reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.plan import TAPS
+
+__all__ = ["ModelFacts"]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What options depend on in a model. A default means that the fact is unknown, or that the model is without it.
+
+    Attributes:
+        is_gguf: the model is a GGUF file.
+        graph: path of the decoder graph, if the model is only a graph.
+        graph_precision: of the graph's matrices.
+        maps_tap: the tap of the maps, if the model is an NBL checkpoint.
+        maps_window: whether an NBL checkpoint or a recipe has layers of kind window. recipe_tap: of a recipe's maps.
+        architecture, taps, not_from: name, possible taps, and decoder source -> why it exports no such graph.
+        decoder: the decoder's sizes.
+        unreadable: why graphs cannot have the codes of the GGUF file.
+    """
+
+    is_gguf: bool = False
+    graph: str = ""
+    graph_precision: str = ""
+    maps_tap: str = ""
+    maps_window: bool = False
+    recipe_tap: str = ""
+    architecture: str = ""
+    taps: tuple[str, ...] = TAPS
+    not_from: Mapping[str, str] = field(default_factory=dict)
+    decoder: DecoderSpec | None = None
+    unreadable: str = ""
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether some of the decoder's layers have no attention."""
+        return self.decoder is not None and bool(self.decoder.others)
