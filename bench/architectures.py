@@ -2,17 +2,20 @@
 
     python bench/architectures.py [--only qwen2,gemma3] [--sources openvino] [--output bench/results/architectures.json]
 
-Each row takes a tiny random checkpoint through nbl-export (calibrate, plan, decoder, rewrite, verify; for the static
-source only its form and the rewrite). The script then measures the largest logit difference from torch itself, for
-the original graph and the NBL graph: two rows of random tokens, prefill and cached steps. A refused row states the
-reason. The script prints a table and writes JSON; --only and --sources keep the other rows in the file. Graphs of
-OpenVINO compute in float32 here; int4 is compared with torch, so its figure is that of the rounded matrices.
+Each row of the first architectures (JOBS) takes a tiny random checkpoint through nbl-export (calibrate, plan,
+decoder, rewrite, verify; for the static source only its form and the rewrite). The script then measures the largest
+logit difference from torch itself, for the original graph and the NBL graph: two rows of random tokens, prefill and
+cached steps. A row of another architecture has the status "parity": every subset of its layers is replaced
+by random maps, and its NBL figure is the largest of all subsets. A refused row states the reason. The script prints a
+table and writes JSON; --only and --sources keep the other rows in the file. Graphs of OpenVINO compute in float32
+here; int4 is compared with torch, so its figure is that of the rounded matrices.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -36,7 +39,7 @@ from nbl_export.options.options import JobOptions
 from nbl_export.options.rules import Case
 from nbl_export.options.settle import judge
 from nbl_export.records.plan import Plan
-from tests.tiny import EVERY, HYBRIDS, LAYERS, VARIANTS, VOCAB, save_checkpoint, stdlib_text
+from tests.tiny import EVERY, HYBRIDS, LAYERS, VARIANTS, VOCAB, random_map, save_checkpoint, stdlib_text
 
 RUNS = (
     ("genai", "fp32"),
@@ -48,7 +51,10 @@ RUNS = (
     ("openvino", "fp32"),
     ("openvino", "int4"),
 )
+JOBS = ("llama", "mistral-window", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "olmo2", "smollm3", "granite")
 OF_VARIANTS = (("genai", "fp32"), ("mobius", "fp32"), ("static", "fp32"), ("openvino", "fp32"))
+SUBSETS = ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2))
+PARITY = 1e-3  # largest logit difference
 REPLACED = "1,2"  # of three layers, or of a hybrid's five
 ROWS, SLOTS = (45, 27), 96  # tokens of the two rows, longer than the tiny windows
 PACKAGES = ("torch", "transformers", "onnx-ir", "onnxruntime", "onnxruntime-genai", "mobius-onnx", "openvino", "nncf")
@@ -149,11 +155,54 @@ def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict
     return {"status": "verified", "reason": "", **found}
 
 
+def every_subset(source: str, precision: str, checkpoint: Path, run: Path) -> dict[str, Any]:
+    """The original graph, and those with each subset of layers replaced by random maps."""
+    from nbl_export.model.checkpoint.load import read_spec
+    from nbl_export.model.checkpoint.source import resolve
+    from nbl_export.run.facts import architecture_facts
+    from nbl_export.targets import exporter_of
+    from nbl_export.targets.base import ExportSettings
+
+    spec, target = read_spec(resolve(str(checkpoint))), exporter_of(source)
+    engine, asked = target.capabilities.name, "fp16" if source == "static" else precision  # the static form is a twin
+    options = JobOptions(str(checkpoint), engine=engine, precision=asked, decoder_source=source)
+    judge(Case(options, target.capabilities, architecture_facts(spec.architecture)))
+    target.export(checkpoint, run / "original", ExportSettings(source, precision, SLOTS))
+    apart: dict[tuple[int, ...], float] = {}
+    for chosen in ((), *SUBSETS):
+        maps, directory = {i: random_map(i) for i in chosen}, run / ("original" if not chosen else str(chosen))
+        if chosen:
+            target.replace(run / "original", directory, Plan(LAYERS, chosen), maps)
+        apart[chosen] = worst(_opened(source, directory, spec.head_dim), _with_random_maps(checkpoint, chosen))
+    found = {"original": apart.pop(()), "nbl": max(apart.values())}
+    status = "parity" if max(found.values()) < PARITY else "parity failed"
+    return {"status": status, "reason": "", "replaced_layers": [list(chosen) for chosen in apart], **found}
+
+
+@functools.cache
+def _with_random_maps(checkpoint: Path, chosen: tuple[int, ...]) -> list[np.ndarray]:
+    return torch_logits(checkpoint, {i: random_map(i) for i in chosen})
+
+
+def _opened(source: str, directory: Path, head_dim: int) -> Any:
+    from nbl_export.graph.names import IR_FILE, STATIC_GRAPH_FILE
+    from nbl_export.targets.openvino.session import IrDecoder
+    from nbl_export.targets.tensorrt.static.on_ort import open_decoder
+
+    if source == "static":
+        return open_decoder(directory / STATIC_GRAPH_FILE)
+    if source == "openvino":
+        return IrDecoder(directory, IR_FILE, exact=True)
+    return _decoder(directory, head_dim)
+
+
 def row(architecture: str, source: str, precision: str, checkpoint: Path, text: Path, run: Path) -> dict[str, Any]:
     """One row of the table."""
     try:
         with _quiet():
-            if source == "static":
+            if architecture not in (*JOBS, *HYBRIDS, *VARIANTS):
+                found = every_subset(source, precision, checkpoint, run)
+            elif source == "static":
                 found = static_form(precision, checkpoint, text, run)
             else:
                 found = through_the_pipeline(source, precision, checkpoint, text, run)
@@ -179,6 +228,11 @@ def line(found: dict[str, Any]) -> str:
     return f"{head}{figures}  {' '.join(found['reason'].split())[-300:]}"
 
 
+def runs_of(name: str) -> tuple[tuple[str, str], ...]:
+    """Sources and precisions of an architecture or variant."""
+    return RUNS if name in (*JOBS, *HYBRIDS) else OF_VARIANTS
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="architectures, with commas")
@@ -193,7 +247,7 @@ def main() -> None:
         for name in names:
             checkpoint = save_checkpoint(name, Path(scratch) / name)
             found = []
-            for source, precision in OF_VARIANTS if name in VARIANTS else RUNS:
+            for source, precision in runs_of(name):
                 if given.sources and source not in given.sources.split(","):
                     continue
                 run = Path(scratch) / f"{name}-{source}-{precision}"

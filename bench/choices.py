@@ -32,8 +32,9 @@ def judged(bed: Bed, maps: Mapping[int, Any], count: int, select: str, tap: str 
 def cost_model(bed: Bed) -> Any:
     """The cost model of a prefill of 512 tokens in float32."""
     from nbl_export.measure.cost import CostModel
+    from nbl_export.model.architectures import mlp_of
 
-    return CostModel(bed.spec, bed.model.config.intermediate_size, 4.0, 4.0, 4, token_table=True)
+    return CostModel(bed.spec, mlp_of(bed.model.config.to_dict()), 4.0, 4.0, 4, token_table=True)
 
 
 def dropped(maps: Mapping[int, Any]) -> dict[int, Any]:

@@ -43,6 +43,7 @@ RESULTS: Mapping[str, Table] = {
     "graphs": quality.graphs,
     "sources": proof.sources,
     "architectures": proof.architectures,
+    "refusals": proof.refusals,
     "runtimes": proof.runtimes,
     "second": quality.second,
     "trained": second.trained,

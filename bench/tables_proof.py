@@ -75,6 +75,31 @@ _ARCHITECTURES = {
     "olmo2": "OLMo 2",
     "smollm3": "SmolLM3",
     "granite": "Granite",
+    "olmo": "OLMo",
+    "olmo3": "OLMo 3",
+    "ministral": "Ministral",
+    "ministral3": "Ministral 3 (text)",
+    "nemotron": "Nemotron",
+    "ernie4_5": "Ernie 4.5",
+    "hunyuan": "HunYuan dense",
+    "glm": "GLM",
+    "glm4": "GLM-4",
+    "exaone4": "EXAONE 4",
+    "seed_oss": "Seed-OSS",
+    "apertus": "Apertus",
+    "stablelm": "StableLM",
+    "starcoder2": "StarCoder2",
+    "gemma": "Gemma",
+    "arcee": "Arcee",
+    "helium": "Helium",
+    "cwm": "CWM",
+    "qwen3_moe": "Qwen3, experts",
+    "qwen2_moe": "Qwen2, experts",
+    "olmoe": "OLMoE",
+    "granitemoe": "Granite, experts",
+    "gpt_oss": "GPT-OSS",
+    "phimoe": "Phi, experts",
+    "mixtral": "Mixtral",
 }
 
 
@@ -82,11 +107,12 @@ def architectures(read: Read) -> Rows:
     """The largest logit difference of each source's NBL graph from torch, or the status if there is none."""
     runs = read("architectures")["rows"]
     found = {(row["architecture"], row["source"], row["precision"]): row for row in runs}
-    if {row["architecture"] for row in runs} != set(_ARCHITECTURES):
+    ran = {row["architecture"] for row in runs}
+    if not ran <= set(_ARCHITECTURES):
         raise ValueError("architectures.json has other architectures than the table")
     columns = (("genai", "fp32"), ("mobius", "fp32"), ("mobius", "fp16"), ("static", "fp32"), ("openvino", "fp32"))
     rows: Rows = [("", "GenAI builder", "mobius", "mobius, fp16", "TensorRT form", "OpenVINO"), "lrrrrr"]
-    for name, title in _ARCHITECTURES.items():
+    for name, title in ((n, t) for n, t in _ARCHITECTURES.items() if n in ran):
         rows.append((title, *(_difference(found.get((name, *column))) for column in columns)))
     return rows
 
@@ -95,7 +121,27 @@ def _difference(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return "–"
     status = str(row["status"])
-    return f"{row['nbl']:.1e}" if status == "verified" else status.replace("parity failed", "fails verification")
+    return (
+        f"{row['nbl']:.1e}"
+        if status in ("verified", "parity")
+        else status.replace("parity failed", "fails verification")
+    )
+
+
+_EXPORTERS = {"genai": "GenAI builder", "mobius": "mobius", "static": "TensorRT form", "openvino": "OpenVINO"}
+
+
+def refusals(read: Read) -> Rows:
+    """Reasons of the refusals, each with the architectures that a source refuses for it."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in read("architectures")["rows"]:
+        if row["status"] == "refused":
+            place = (_EXPORTERS[row["source"]], str(row["reason"]).rpartition(": ")[2])
+            names, title = found.setdefault(place, []), _ARCHITECTURES[row["architecture"]]
+            if title not in names:
+                names.append(title)
+    rows: Rows = [("source", "reason", "architectures"), "lll"]
+    return [*rows, *((source, reason, ", ".join(names)) for (source, reason), names in found.items())]
 
 
 def runtimes(read: Read) -> Rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from nbl_export.mixers.linear import Linear
 from nbl_export.model.architectures import ARCHITECTURES as RECORDS
+from nbl_export.model.architectures import Architecture
 
 __all__ = [
     "ARCHITECTURES",
@@ -23,13 +25,16 @@ __all__ = [
     "HYBRIDS",
     "HYBRID_ATTENTION",
     "INNER",
+    "KINDS",
     "KV_HEADS",
     "LAYERS",
     "SPLIT",
     "VARIANTS",
     "VOCAB",
+    "cases",
     "made_by",
     "random_map",
+    "record_of",
     "save_checkpoint",
     "save_gguf",
     "stdlib_text",
@@ -44,7 +49,43 @@ END_IDS = (1, 260)  # of end of text
 # Three layers, grouped heads; Mistral with a window shorter than the sequences compared.
 ARCHITECTURES = ("llama", "mistral", "mistral-window")
 # All that the tool takes, each once, and variants of which an exporter could lose something.
-EVERY = ("llama", "mistral-window", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "olmo2", "smollm3", "granite")
+EVERY = (
+    "llama",
+    "mistral-window",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "gemma2",
+    "gemma3",
+    "olmo2",
+    "smollm3",
+    "granite",
+    "olmo",
+    "olmo3",
+    "ministral",
+    "ministral3",
+    "nemotron",
+    "ernie4_5",
+    "hunyuan",
+    "glm",
+    "glm4",
+    "exaone4",
+    "seed_oss",
+    "apertus",
+    "stablelm",
+    "starcoder2",
+    "gemma",
+    "arcee",
+    "helium",
+    "cwm",
+    "qwen3_moe",
+    "qwen2_moe",
+    "olmoe",
+    "granitemoe",
+    "gpt_oss",
+    "phimoe",
+    "mixtral",
+)
 VARIANTS = ("mistral", "llama3", "llama-linear", "llama-yarn", "llama-bias", "qwen2-window", "phi3-window", "phi4-mini",
             "phi3-long")  # fmt: skip
 
@@ -54,12 +95,39 @@ HYBRIDS: tuple[str, ...] = ("lfm2", "qwen3_5")
 HYBRID_ATTENTION = (1, 2, 4)  # of five layers
 
 
-_RECORD = {"mistral-window": "mistral", "gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text"}  # where it is not the name
+# Of the architectures above, one of each kind; tests of the others are marked (`cases`).
+KINDS = ("llama", "mistral-window", "qwen2", "phi3", "gemma3", "olmo2", "smollm3", "granite", "nemotron", "olmoe",
+         "gpt_oss")  # fmt: skip
+
+
+def cases(given: Iterable[Any]) -> list[Any]:
+    """Parameters of a test: names, or tuples that begin with one. Those that are no `KINDS` are marked fuzz."""
+    import pytest
+
+    def case(item: Any) -> Any:
+        values = item if isinstance(item, tuple) else (item,)
+        more = values[0] in EVERY and values[0] not in KINDS
+        return pytest.param(*values, marks=pytest.mark.fuzz if more else ())
+
+    return [case(item) for item in given]
+
+
+_RECORD = {
+    "mistral-window": "mistral",
+    "gemma3": "gemma3_text",
+    "hunyuan": "hunyuan_v1_dense",
+    "qwen3_5": "qwen3_5_text",
+}  # where it is not the name
+
+
+def record_of(name: str) -> Architecture:
+    """The record of one of `EVERY`."""
+    return RECORDS[_RECORD.get(name, name)]
 
 
 def made_by(source: str) -> tuple[str, ...]:
     """Those of `EVERY` that a source of decoder graphs makes, as their records say."""
-    return tuple(name for name in EVERY if source not in RECORDS[_RECORD.get(name, name)].not_from)
+    return tuple(name for name in EVERY if source not in record_of(name).not_from)
 
 
 def stdlib_text(characters: int) -> str:
@@ -97,6 +165,7 @@ def _mixed(kind: str) -> dict[str, Any]:
     return {"num_hidden_layers": len(kinds), "layer_types": kinds}
 
 
+_EXPERTS = {"num_experts_per_tok": 2}
 _ROPE = {"factor": 4.0, "original_max_position_embeddings": 64}
 _SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": True}),
@@ -132,6 +201,49 @@ _SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3", {**SPLIT, "no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),
     "granite": ("Granite", {**SPLIT, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4,
                             "attention_multiplier": 0.4, "tie_word_embeddings": True}),
+    "olmo": ("Olmo", {**SPLIT}),
+    "olmo3": ("Olmo3", {**SPLIT, "sliding_window": _WINDOW,
+                        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                        "rope_parameters": {
+                            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+                            "full_attention": {"rope_type": "yarn", "rope_theta": 10_000.0, **_ROPE}}}),
+    "ministral": ("Ministral", {"sliding_window": _WINDOW,
+                                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "ministral3": ("Ministral3", {"rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10_000.0, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0,
+        "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1, **_ROPE}}),
+    "nemotron": ("Nemotron", {"norm_eps": EPSILON, "head_dim": 32, "partial_rotary_factor": 0.5}),
+    "ernie4_5": ("Ernie4_5", {"tie_word_embeddings": True}),
+    "hunyuan": ("HunYuanDenseV1", {"rope_parameters": {
+        "rope_type": "dynamic", "rope_theta": 10_000.0, "alpha": 50.0, "factor": 1.0}}),
+    "glm": ("Glm", {"head_dim": 32}),
+    "glm4": ("Glm4", {"head_dim": 32}),
+    "exaone4": ("Exaone4", {**SPLIT, "sliding_window": _WINDOW,
+                            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "seed_oss": ("SeedOss", {}),
+    "apertus": ("Apertus", {**SPLIT}),
+    "stablelm": ("StableLm", {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": None,
+                              "layer_norm_eps": EPSILON, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),
+    "starcoder2": ("Starcoder2", {**SPLIT, "norm_epsilon": EPSILON, "tie_word_embeddings": True}),
+    "gemma": ("Gemma", {**_LOUD}),
+    "arcee": ("Arcee", {}),
+    "helium": ("Helium", {"num_attention_heads": HIDDEN // HEAD_DIM}),
+    "cwm": ("Cwm", {"sliding_window": _WINDOW,
+                    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                    "rope_parameters": {"rope_type": "llama3", "rope_theta": 10_000.0, **_ROPE,
+                                        "low_freq_factor": 1.0, "high_freq_factor": 4.0}}),
+    "qwen3_moe": ("Qwen3Moe", {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 64, "norm_topk_prob": True}),
+    "qwen2_moe": ("Qwen2Moe", {**SPLIT, **_EXPERTS, "num_experts": 4, "moe_intermediate_size": 64,
+                               "shared_expert_intermediate_size": 160}),
+    "olmoe": ("Olmoe", {**SPLIT, **_EXPERTS, "num_experts": 4}),
+    "granitemoe": ("GraniteMoe", {**SPLIT, **_EXPERTS, "num_local_experts": 4, "embedding_multiplier": 3.0,
+                                  "logits_scaling": 2.0, "residual_multiplier": 0.4, "attention_multiplier": 0.4,
+                                  "tie_word_embeddings": True}),
+    "gpt_oss": ("GptOss", {**_EXPERTS, "num_local_experts": 4, "sliding_window": _WINDOW, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10_000.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "factor": 8.0, "original_max_position_embeddings": 256}}),
+    "phimoe": ("Phimoe", {**SPLIT, **_EXPERTS, "num_local_experts": 4, "attention_bias": True, "lm_head_bias": True}),
+    "mixtral": ("Mixtral", {**_EXPERTS, "num_local_experts": 4}),
     "lfm2": ("Lfm2", {**SPLIT, "norm_eps": EPSILON, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True,
                       **_mixed("conv")}),
     "qwen3_5": ("Qwen3_5Text", {**_mixed("linear_attention"), "linear_num_key_heads": 2, "linear_num_value_heads": 4,
@@ -168,7 +280,7 @@ def save_checkpoint(architecture: str, directory: Path, **changes: Any) -> Path:
     model = transformers.AutoModelForCausalLM.from_config(_config(architecture, changes))
     with torch.no_grad():  # larger than the usual initialisation, so that attention matters
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 parameter.mul_(4)
             else:  # norms and biases: what starts as 1 or 0 could be forgotten unseen
                 parameter.add_(0.2 * torch.randn_like(parameter))

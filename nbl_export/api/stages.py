@@ -191,6 +191,7 @@ def _judges(read: Any, held: Any, tokenizer: Any, vocab_size: int) -> tuple[Text
 
 def _selection(calibration: Calibration, options: JobOptions, quiet: bool) -> Selection:
     from nbl_export.measure.cost import CostModel, map_sizes
+    from nbl_export.model.architectures import mlp_of
     from nbl_export.model.switched import SwitchedModel
     from nbl_export.options.goals import DEFAULT_SELECT, read_rank
     from nbl_export.plan.inputs import MapKind, OrderInputs
@@ -200,7 +201,7 @@ def _selection(calibration: Calibration, options: JobOptions, quiet: bool) -> Se
     model, spec, moments = calibration.model, _spec(calibration.model), calibration.moments
 
     def saved(maps: Mapping[int, Mixer], tokens: int) -> float:
-        cost = CostModel(spec, model.config.intermediate_size, 4, 4, 4, tokens, token_table=True)  # float32 graphs
+        cost = CostModel(spec, mlp_of(model.config.to_dict()), 4, 4, 4, tokens, token_table=True)  # float32 graphs
         return cost.prefill_saved(map_sizes(maps))
 
     inputs = OrderInputs(

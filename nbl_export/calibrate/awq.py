@@ -232,28 +232,41 @@ class Group:
 
 
 def groups_of(model: Any) -> Iterator[Group]:
-    """The groups of all layers, in the order of the layers; a post-norm layer has no groups behind a norm."""
+    """The groups of all layers, in the order of the layers.
+
+    A post-norm layer, and a norm without weights, have no groups behind a norm. Experts have no groups. An MLP without
+    a gate has none behind its activation, and clipped values none behind attention.
+    """
     config = model.config
     record = architecture_of(config)
     repeats = config.num_attention_heads // config.num_key_value_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kept = config.num_key_value_heads * head
     for index, layer in enumerate(model.get_decoder().layers):
-        attention, mlp, name = layer.self_attn, layer.mlp, f"layers.{index}"
+        attention, name = layer.self_attn, f"layers.{index}"
         fused = record.fused_qkv is not None
         first = (getattr(attention, str(record.fused_qkv)),) if fused else (
             attention.q_proj, attention.k_proj, attention.v_proj)  # fmt: skip
-        up = mlp.gate_up_proj if fused else mlp.up_proj
-        half = slice(up.weight.shape[0] // 2, None) if fused else slice(None)
-        inner = (up,) if fused else (mlp.gate_proj, mlp.up_proj)
-        if record.norm_before is not None:
-            norm = getattr(layer, record.norm_before)
+        if (norm := _norm(layer, record.norm_before)) is not None:
             yield Group(f"{name}.qkv", index, first, norm, offset=record.norm_offset)
-        yield Group(f"{name}.o", index, (attention.o_proj,), first[-1], slice(-kept, None) if fused else slice(None),
-                    repeats=repeats, head_dim=head)  # fmt: skip
-        if record.norm_mlp is not None:
-            yield Group(f"{name}.mlp", index, inner, getattr(layer, record.norm_mlp), offset=record.norm_offset)
-        yield Group(f"{name}.down", index, (mlp.down_proj,), up, half)
+        if getattr(config, "clip_qkv", None) is None:
+            rows = slice(-kept, None) if fused else slice(None)
+            yield Group(f"{name}.o", index, (attention.o_proj,), first[-1], rows, repeats=repeats, head_dim=head)
+        if record.experts is not None:
+            continue
+        mlp = getattr(layer, record.mlp)
+        inner = tuple(getattr(mlp, matrix) for matrix in record.mlp_in)
+        if (norm := _norm(layer, record.norm_mlp)) is not None:
+            yield Group(f"{name}.mlp", index, inner, norm, offset=record.norm_offset)
+        if record.mlp_gated:
+            half = slice(inner[-1].weight.shape[0] // 2, None) if len(inner) == 1 else slice(None)
+            yield Group(f"{name}.down", index, (getattr(mlp, record.mlp_out),), inner[-1], half)
+
+
+def _norm(layer: Any, name: str | None) -> Any:
+    """The norm of that name; None if the layer has none, or one without weights."""
+    norm = getattr(layer, name) if name else None
+    return norm if getattr(norm, "weight", None) is not None else None
 
 
 def rescale(model: Any, scales: Mapping[str, torch.Tensor]) -> None:
@@ -278,3 +291,5 @@ def _move(group: Group, scale_C: torch.Tensor) -> None:
             maker.bias[group.rows].div_(scale_C)
     else:
         maker.weight.add_(group.offset).div_(scale_C).sub_(group.offset)
+        if getattr(maker, "bias", None) is not None:
+            maker.bias.div_(scale_C)

@@ -4,6 +4,7 @@
     GatherBlockQuantized(codes, ids, scales[, zeros])  rows of W     W [V, D], blocks along D
     DequantizeLinear(codes, scales[, zeros])           either        for the whole tensor, an axis, or in blocks
     MatMulInteger(x, codes[, ., zeros])                y = x W'      W without its scale, which a later node applies
+    QMoE(x, scores, codes, scales, ...)                experts       W of all experts, one below the other, twice
 
 `read` refuses codes that are computed, codes sorted by activation (g_idx), and codes dequantised to a type other than
 float32.
@@ -49,6 +50,7 @@ __all__ = [
     "HOLDERS",
     "add_lookup_offsets",
     "add_product_offsets",
+    "expert_matrices",
     "int4_blocks",
     "is_block_sum",
     "offsets_of",
@@ -59,7 +61,7 @@ __all__ = [
     "stored_matrices",
 ]
 
-_UNKNOWN = ("MatMulBnb4", "QMoE", "QLinearMatMul", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulFpQ4")
+_UNKNOWN = ("MatMulBnb4", "QLinearMatMul", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulFpQ4")
 _KEPT_DIMS = (0, 0)  # a Reshape keeps the dimensions of batch and tokens
 
 Read = Callable[[], np.ndarray]
@@ -67,7 +69,8 @@ Read = Callable[[], np.ndarray]
 
 def stored_matrices(path: Path) -> list[StoredMatrix]:
     """The quantised matrices of a graph file; empty if the graph stores nothing in codes."""
-    return list(quantised_matrices(ir.load(path).graph).values())
+    graph = ir.load(path).graph
+    return [*quantised_matrices(graph).values(), *(m for pair in expert_matrices(graph).values() for m in pair)]
 
 
 def quantised_matrices(graph: ir.Graph) -> dict[ir.Node, StoredMatrix]:
@@ -83,6 +86,30 @@ def quantised_matrices(graph: ir.Graph) -> dict[ir.Node, StoredMatrix]:
         if node.op_type in HOLDERS and (matrix := read(node)) is not None:
             found[node] = matrix
     return found
+
+
+def expert_matrices(graph: ir.Graph) -> dict[ir.Node, tuple[StoredMatrix, ...]]:
+    """The matrices [experts * N, K] of nodes with experts in codes: of their first and of their second products.
+
+    Raises:
+        RefusalError: the experts have a third matrix or codes of another kind, or compute in another type than float32.
+    """
+    found = {}
+    for node in (node for node in graph if node.op_type == "QMoE"):
+        kind = node.attributes.get_string("quant_type", "int")
+        if kind != "int" or any(value is not None for value in node.inputs[8:]):
+            raise RefusalError(None, f"the float32 form of the experts of {node.name} is not known")
+        found[node] = tuple(_experts(node, place, f"{node.name}/fc{1 + k}") for k, place in enumerate((2, 5)))
+    return found
+
+
+def _experts(node: ir.Node, place: int, name: str) -> StoredMatrix:
+    codes, scales, _ = _operands(node, (place, place + 1, len(node.inputs)))
+    bits = _number(node, "expert_weight_bits", 4)
+    experts, rows, packed = (int(d) for d in _tensor(node, place).shape.numpy())
+    shape = (experts * rows, packed * 8 // bits)
+    size = _number(node, "block_size", 0) or shape[1]
+    return StoredMatrix(name, False, lambda: unpacked(codes(), scales(), None, bits, size, shape), shape)
 
 
 def read(node: ir.Node) -> StoredMatrix | None:

@@ -4,9 +4,11 @@
     one decode step       bytes of all weights and of the caches of T tokens      (mostly bound by memory)
 
 The model counts what every implementation must do. Each weight and each cached key and value is read once a chunk; new
-keys and values are written once. A layer without attention reads and writes its state once a chunk. Norms, rotary
-embedding, softmax, the embedded row and intermediate activations are left out; they are some percent of the whole.
-Planning uses ratios of costs; `roofline` compares costs with a machine.
+keys and values are written once. A token computes the experts that it takes, and a chunk reads those that its tokens
+take together (`records.mlp`). Graphs of some sources compute every expert (`every_expert`). A layer without attention
+reads and writes its state once a chunk. Norms, rotary embedding, softmax, the embedded row and intermediate activations
+are left out; they are some percent of the whole. Planning uses ratios of costs; `roofline` compares costs with a
+machine.
 
 Tail pruning: above the last kept attention no token reads another token. If only the last token's logits are wanted,
 everything after that attention runs on one token. In the original this is o_proj and MLP of the last layer. Graphs that
@@ -34,12 +36,14 @@ from pathlib import Path
 from nbl_export.errors import CorruptError
 from nbl_export.graph.gguf.header import read_header
 from nbl_export.mixers.base import Mixer, TokenWork
-from nbl_export.model.architectures import mlp_width
+from nbl_export.model.architectures import mlp_of
+from nbl_export.model.checkpoint.shape import gguf_config
 from nbl_export.options.options import JobOptions
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.mlp import MlpSpec
 
-__all__ = ["CostModel", "Speedup", "Work", "cost_model", "map_sizes", "read_intermediate_size", "weight_bytes"]
+__all__ = ["CostModel", "Speedup", "Work", "cost_model", "map_sizes", "read_mlp", "weight_bytes"]
 
 # Bytes of a matrix element; quantised elements include a float32 scale for each block of 32. gguf: as for Q4_1 and
 # Q4_K, which add a float32 offset; types of more bits take 1.125 to 1.25, which leaves ratios nearly as they are.
@@ -56,19 +60,19 @@ def map_sizes(maps: Mapping[int, Mixer]) -> dict[int, TokenWork]:
     return {layer: mixer.work() for layer, mixer in maps.items()}
 
 
-def read_intermediate_size(model: Path) -> int:
-    """Width of the MLP from a GGUF file, or from the config.json of a directory.
+def read_mlp(model: Path) -> MlpSpec:
+    """Sizes of the MLP from a GGUF file, or from the config.json of a directory.
 
     Raises:
-        CorruptError: the file does not state the width.
+        CorruptError: the file does not state the sizes.
     """
     path = model / "config.json" if model.is_dir() else model
     try:
         if path.suffix == ".gguf":
-            return int(read_header(path).get("feed_forward_length"))
-        return mlp_width(json.loads(path.read_text(encoding="utf-8")))
+            return mlp_of(gguf_config(read_header(path)))
+        return mlp_of(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptError(f"{path} gives no intermediate_size ({error}), which the cost model needs") from error
+        raise CorruptError(f"{path} gives no sizes of its MLP ({error!r}), which the cost model needs") from error
 
 
 @dataclass(frozen=True)
@@ -97,10 +101,11 @@ class CostModel:
         all_logits: the graphs compute the logits of every prompt token.
         tail_pruned: both graphs have pruned tails, and give the logits of the last token only.
         token_table: replaced layers below the first kept layer are looked up, not computed.
+        every_expert: the graphs compute every expert for every token.
     """
 
     spec: DecoderSpec
-    intermediate_size: int
+    mlp: MlpSpec
     weight_bytes: float
     head_bytes: float
     cache_itemsize: int
@@ -108,6 +113,7 @@ class CostModel:
     all_logits: bool = False
     tail_pruned: bool = True
     token_table: bool = False
+    every_expert: bool = False
 
     def speedup(self, maps: Mapping[int, Mixer]) -> Speedup:
         """Modelled speedup of replacing the attention of some layers; 1 means none."""
@@ -152,7 +158,8 @@ class CostModel:
         return total
 
     def _bytes(self, sizes: Mapping[int, TokenWork], tokens: int, depth: int) -> float:
-        elements = sum(self._elements(sizes, i) + self._mlp for i in self._computed(sizes))
+        rows = self._rows(sizes, tokens) if self.tail_pruned else [tokens] * (self.spec.num_layers + 1)
+        elements = sum(self._elements(sizes, i) + self._mlp_read(rows[i + 1]) for i in self._computed(sizes))
         kept = (i for i in self.spec.attention_layers if i not in sizes)
         positions = sum(min(depth + tokens, (self.spec.window_of(i) or depth + tokens) + tokens - 1) for i in kept)
         cache = self.spec.cache_bytes_per_token(1, self.cache_itemsize) * positions
@@ -203,7 +210,10 @@ class CostModel:
 
     @property
     def _mlp(self) -> int:
-        return 3 * self.spec.hidden_size * self.intermediate_size
+        return self.mlp.multiply_adds(self.spec.hidden_size, every=self.every_expert)
+
+    def _mlp_read(self, tokens: int) -> float:
+        return self.mlp.read(self.spec.hidden_size, tokens, every=self.every_expert)
 
     @property
     def _head(self) -> int:
@@ -221,7 +231,7 @@ def cost_model(
     size = weight_bytes(options.precision)
     return CostModel(
         decoder,
-        read_intermediate_size(model),
+        read_mlp(model),
         size,
         2.0 if engine.static and options.precision == "int4" else size,  # the static form keeps its head in fp16
         engine.cache_itemsize(options.precision),
@@ -229,4 +239,5 @@ def cost_model(
         all_logits=options.kept_logits == "all",
         tail_pruned=options.kept_logits == "last",
         token_table=token_table,
+        every_expert=options.decoder_source in engine.every_expert,
     )

@@ -209,6 +209,7 @@ class Job:
         return CostModel(
             self.shape.decoder, self.shape.mlp, size, size, self._cache_item, self.options.prompt_length,
             all_logits=not pruned, tail_pruned=pruned,
+            every_expert=self.options.decoder_source in self.engine.every_expert,
         )  # fmt: skip
 
     # -- time ----------------------------------------------------------------------------------------------------
@@ -323,7 +324,7 @@ class Job:
 
     @property
     def _activations(self) -> float:
-        return 12.0 * _BATCH * self.shape.mlp
+        return 12.0 * _BATCH * self.shape.mlp.active
 
     @property
     def _narrow_copies(self) -> float:

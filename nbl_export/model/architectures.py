@@ -19,20 +19,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nbl_export.errors import NblError
+from nbl_export.model.experts import GRANITE, MIXTRAL, QWEN, Experts
 from nbl_export.model.hybrids import GATED_DELTA, SHORT_CONVOLUTION, Others
 from nbl_export.records.decoder import attention_among
+from nbl_export.records.mlp import MlpSpec
 
 __all__ = [
     "ARCHITECTURES",
     "LINEARIZED",
+    "REFUSED",
     "Architecture",
     "attention_layers",
     "check_config",
     "check_window",
     "hybrid_facts",
-    "mlp_width",
+    "mlp_of",
     "windows_of",
 ]  # fmt: skip
+
+
+_FUSED = ("gate_up_proj",)  # gate and up in one product
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,10 @@ class Architecture:
         norm_before: the norm before attention; None if attention reads the residual stream directly.
         norm_after: the norm between attention and the addition.
         norm_mlp: the norm before the MLP; None if the MLP reads the residual stream directly.
+        mlp: the module of the MLP or of the experts.
+        mlp_in: the MLP's products of its input: gate and up, both in one, or up alone. Experts have none.
+        mlp_out: the MLP's last product.
+        experts: configuration keys of its experts, if it has any.
         norm_last: the decoder's norm behind its last layer.
         norm_offset: what norms add to their weight before they multiply by it.
         multiplier: configuration key of the factor of attention's output before the addition.
@@ -61,6 +71,8 @@ class Architecture:
         width: configuration -> width of the MLP, if intermediate_size is not it.
         must_be: supported values of configuration keys.
         runtime_type: type in genai_config.json, if ONNX Runtime GenAI does not know the name.
+        genai_as: the class whose builder in ONNX Runtime GenAI makes the graph, if the builder does not know the name.
+        mobius: settings of mobius' configuration that mobius (0.1) reads wrong.
         not_from: decoder source -> why the source exports no graph of this architecture.
     """
 
@@ -70,6 +82,10 @@ class Architecture:
     norm_before: str | None = "input_layernorm"
     norm_after: str | None = None
     norm_mlp: str | None = "post_attention_layernorm"
+    mlp: str = "mlp"
+    mlp_in: tuple[str, ...] = ("gate_proj", "up_proj")
+    mlp_out: str = "down_proj"
+    experts: Experts | None = None
     norm_last: str = "norm"
     norm_offset: float = 0.0
     multiplier: str | None = None
@@ -86,12 +102,24 @@ class Architecture:
     width: Callable[[Mapping[str, Any]], int] | None = None
     must_be: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     runtime_type: str | None = None
+    genai_as: str | None = None
+    mobius: Mapping[str, Any] = field(default_factory=dict)
     not_from: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def taps(self) -> tuple[str, ...]:
         """Taps at which a map can act (`records.plan.TAPS`)."""
         return ("residual", "normed") if self.norm_before else ("residual",)
+
+    @property
+    def mlp_key(self) -> str:
+        """Configuration key of the width of its MLP, or of an expert."""
+        return self.experts.width if self.experts else "intermediate_size"
+
+    @property
+    def mlp_gated(self) -> bool:
+        """Whether the MLP has a product of the gate."""
+        return self.mlp_in == _FUSED or len(self.mlp_in) == 2
 
 
 _CAUSAL = {"use_bidirectional_attention": (None, False)}
@@ -110,6 +138,14 @@ _SANDWICH: dict[str, Any] = {
 }
 
 
+_NOT_GENAI = {"genai": "the GenAI builder (0.18) does not know it; use --decoder-source mobius"}
+_NO_STATIC_EXPERTS = {"static": "the form for TensorRT has no experts"}
+_EXPERTS = {**_NOT_GENAI, **_NO_STATIC_EXPERTS}
+_POST_NORM: dict[str, Any] = {"norm_before": None, "norm_after": "post_attention_layernorm", "norm_mlp": None}
+_PAIRS = {"rope_interleave": True}  # neighbours form the pairs of the rotary embedding
+_NO_OUTPUT_BIAS = {"attn_o_bias": False}  # attention_bias is of queries, keys and values alone
+
+
 _NO_STATIC_CACHE = {"static": "mobius (0.1), which it comes from, has no caches of fixed length for it"}
 _NO_STATES = {
     "mobius": "mobius (0.1) does not know its layers without attention; use --decoder-source genai",
@@ -126,6 +162,15 @@ def _lfm2_width(config: Mapping[str, Any]) -> int:
     return -(-int((config.get("block_ffn_dim_multiplier") or 1.0) * int(2 * width / 3)) // block) * block
 
 
+def _neither(reason: str) -> dict[str, str]:
+    """Why neither mobius nor the static form, which comes from it, exports an architecture."""
+    return {"mobius": reason, "static": reason}
+
+
+_NOT_MOBIUS = _neither("mobius (0.1) does not know it")
+_MOBIUS_ALONE = {**_NOT_GENAI, **_NO_STATIC_CACHE}
+
+
 ARCHITECTURES = {
     record.name: record
     for record in (
@@ -133,7 +178,7 @@ ARCHITECTURES = {
         Architecture("mistral", "Mistral"),
         Architecture("qwen2", "Qwen2", per_layer=("layer_types",)),
         Architecture("qwen3", "Qwen3", per_layer=("layer_types",)),
-        Architecture("phi3", "Phi3", fused_qkv="qkv_proj"),
+        Architecture("phi3", "Phi3", fused_qkv="qkv_proj", mlp_in=_FUSED),
         Architecture(
             "gemma2",
             "Gemma2",
@@ -144,18 +189,7 @@ ARCHITECTURES = {
             },
         ),
         Architecture("gemma3_text", "Gemma3", aliases=("gemma3",), **_SANDWICH, not_from=_NO_STATIC_CACHE),
-        Architecture(
-            "olmo2",
-            "Olmo2",
-            norm_before=None,
-            norm_after="post_attention_layernorm",
-            norm_mlp=None,
-            runtime_type="olmo",
-            not_from={
-                "genai": "the GenAI builder (0.18) does not know it; use --decoder-source mobius",
-                **_NO_STATIC_CACHE,
-            },
-        ),
+        Architecture("olmo2", "Olmo2", **_POST_NORM, runtime_type="olmo", not_from=_MOBIUS_ALONE),
         Architecture(
             "smollm3", "SmolLM3", tied=True, per_layer=("layer_types", "no_rope_layers"), not_from=_NO_STATIC_CACHE
         ),
@@ -167,11 +201,135 @@ ARCHITECTURES = {
             logits_divisor="logits_scaling",
             not_from=_NO_STATIC_CACHE,
         ),
+        Architecture("olmo", "Olmo", not_from=_NO_STATIC_CACHE),
+        Architecture(
+            "olmo3", "Olmo3", runtime_type="olmo", **_POST_NORM, per_layer=("layer_types",), not_from=_MOBIUS_ALONE
+        ),
+        Architecture("ministral", "Ministral", runtime_type="llama", per_layer=("layer_types",), genai_as="Mistral"),
+        Architecture(
+            "ministral3",
+            "Ministral3",
+            runtime_type="llama",
+            not_from={**_NOT_GENAI, "static": "the form for TensorRT has no rotation that grows with the position"},
+        ),
+        Architecture("nemotron", "Nemotron", norm_offset=1.0, mlp_in=("up_proj",)),
+        Architecture("ernie4_5", "Ernie4_5", tied=True, mobius=_PAIRS),
+        Architecture(
+            "hunyuan_v1_dense",
+            "HunYuanDenseV1",
+            not_from=_neither("mobius (0.1) norms queries and keys before it rotates them"),
+        ),
+        Architecture("glm", "Glm", runtime_type="llama", mlp_in=_FUSED, mobius=_NO_OUTPUT_BIAS, not_from=_NOT_GENAI),
+        Architecture(
+            "glm4",
+            "Glm4",
+            runtime_type="llama",
+            norm_after="post_self_attn_layernorm",
+            mlp_in=_FUSED,
+            mobius=_NO_OUTPUT_BIAS,
+            not_from=_NOT_GENAI,
+        ),
+        Architecture(
+            "exaone4",
+            "Exaone4",
+            **_POST_NORM,
+            per_layer=("layer_types",),
+            not_from={
+                "genai": "the GenAI builder (0.18) does not know it; use --engine openvino",
+                **_neither("mobius (0.1) rotates the layers that have no rotation; use --engine openvino"),
+            },
+        ),
+        Architecture("seed_oss", "SeedOss", runtime_type="llama", genai_as="Llama", mobius=_NO_OUTPUT_BIAS),
+        Architecture(
+            "apertus",
+            "Apertus",
+            runtime_type="llama",
+            norm_before="attention_layernorm",
+            norm_mlp="feedforward_layernorm",
+            mlp_in=("up_proj",),
+            not_from=_NOT_GENAI,
+        ),
+        Architecture(
+            "stablelm",
+            "StableLm",
+            runtime_type="llama",
+            must_be={"use_parallel_residual": (None, False)},
+            not_from=_NOT_GENAI,
+        ),
+        Architecture(
+            "starcoder2",
+            "Starcoder2",
+            runtime_type="llama",
+            tied=True,
+            mlp_in=("c_fc",),
+            mlp_out="c_proj",
+            not_from=_NOT_GENAI,
+        ),
+        Architecture(
+            "gemma",
+            "Gemma",
+            norm_offset=1.0,
+            embedding_root=True,
+            tied=True,
+            must_be=_CAUSAL,
+            not_from=_NO_STATIC_CACHE,
+        ),
+        Architecture("arcee", "Arcee", runtime_type="llama", mlp_in=("up_proj",), not_from=_NOT_GENAI),
+        Architecture("helium", "Helium", runtime_type="llama", genai_as="Ernie4_5", mobius=_PAIRS),
+        Architecture(
+            "cwm",
+            "Cwm",
+            per_layer=("layer_types",),
+            genai_as="Llama",
+            not_from=_neither("mobius (0.1) does not know it"),
+        ),
+        Architecture(
+            "qwen3_moe",
+            "Qwen3Moe",
+            runtime_type="llama",
+            must_be={"mlp_only_layers": (None, []), "decoder_sparse_step": (None, 1)},
+            experts=Experts("moe_intermediate_size", stored=QWEN),
+            not_from=_EXPERTS,
+        ),
+        Architecture(
+            "qwen2_moe",
+            "Qwen2Moe",
+            runtime_type="llama",
+            per_layer=("layer_types",),
+            must_be={"mlp_only_layers": (None, []), "decoder_sparse_step": (None, 1)},
+            experts=Experts("moe_intermediate_size", "shared_expert_intermediate_size", QWEN),
+            not_from=_EXPERTS,
+        ),
+        Architecture("olmoe", "Olmoe", runtime_type="olmo", experts=Experts(stored=QWEN), not_from=_EXPERTS),
+        Architecture(
+            "granitemoe",
+            "GraniteMoe",
+            runtime_type="llama",
+            mlp="block_sparse_moe",
+            multiplier="residual_multiplier",
+            entry_multiplier="embedding_multiplier",
+            logits_divisor="logits_scaling",
+            experts=Experts(stored=GRANITE),
+            not_from=_EXPERTS,
+        ),
+        Architecture(
+            "gpt_oss",
+            "GptOss",
+            runtime_type="llama",
+            per_layer=("layer_types",),
+            experts=Experts(),
+            not_from=_NO_STATIC_EXPERTS,
+        ),
+        Architecture("phimoe", "Phimoe", experts=Experts(stored=MIXTRAL), not_from=_EXPERTS),
+        Architecture("mixtral", "Mixtral", runtime_type="llama", experts=Experts(stored=MIXTRAL), not_from=_EXPERTS),
         Architecture(
             "lfm2",
             "Lfm2",
             norm_before="operator_norm",
             norm_mlp="ffn_norm",
+            mlp="feed_forward",
+            mlp_in=("w1", "w3"),
+            mlp_out="w2",
             norm_last="embedding_norm",
             tied=True,
             per_layer=("layer_types",),
@@ -192,6 +350,34 @@ ARCHITECTURES = {
 }
 
 
+_COUNTS = ("num_local_experts", "num_experts")  # transformers writes one for the other
+_BESIDE = "its MLP runs beside its attention, and a map has no place between them"
+REFUSED = {
+    "gemma4_text": "its layers have heads of two sizes, share caches, and read inputs of their own",
+    **dict.fromkeys(("phi", "cohere", "cohere2", "gpt_neox", "gptj", "falcon"), _BESIDE),
+}
+
+
+def mlp_of(config: Mapping[str, Any]) -> MlpSpec:
+    """Sizes of a layer's MLP from a configuration (config.json); an unknown architecture has a gated one.
+
+    Raises:
+        KeyError, TypeError, ValueError: the configuration does not state them.
+    """
+    record = ARCHITECTURES.get(str(config.get("model_type")).removeprefix(LINEARIZED))
+    width = config[record.mlp_key if record else "intermediate_size"]
+    if record is not None and record.width is not None:
+        width = record.width(config)
+    if record is None or record.experts is None:
+        return MlpSpec(width, 3 if record is None or record.mlp_gated else 2)
+    keys = record.experts
+    shared = config[keys.shared] if keys.shared else 0
+    count = next((config[key] for key in _COUNTS if key in config), None)
+    if type(count) is not int or count < 1:
+        raise ValueError("it states no number of experts")
+    return MlpSpec(width, 3, count, config["num_experts_per_tok"], shared)
+
+
 def hybrid_facts(config: Any) -> dict[str, Any]:
     """The fields of `records.decoder.DecoderSpec` that hybrids have; empty for other architectures.
 
@@ -204,12 +390,6 @@ def hybrid_facts(config: Any) -> dict[str, Any]:
     return gated | ({} if record.others is None else record.others.facts(values))
 
 
-def mlp_width(config: Mapping[str, Any]) -> int:
-    """Width of the MLP, from the content of config.json."""
-    record = ARCHITECTURES.get(str(config.get("model_type")).removeprefix(LINEARIZED))
-    return int(config["intermediate_size"] if record is None or record.width is None else record.width(config))
-
-
 def attention_layers(config: Any) -> tuple[int, ...]:
     """Layers with attention, from a transformers configuration, ascending."""
     return attention_among(config.num_hidden_layers, hybrid_facts(config).get("others", ()))
@@ -218,7 +398,7 @@ def attention_layers(config: Any) -> tuple[int, ...]:
 def windows_of(config: Any) -> tuple[int | None, ...]:
     """Each layer's sliding window from a transformers configuration; None for a layer that sees all tokens."""
     window = getattr(config, "sliding_window", None)
-    if window is None or getattr(config, "use_sliding_window", True) is False:
+    if not window or getattr(config, "use_sliding_window", True) is False:
         return (None,) * config.num_hidden_layers
     kinds: Sequence[str] = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
@@ -245,7 +425,8 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
     """
     record = ARCHITECTURES[str(config["model_type"])]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if isinstance(rope, Mapping) and "dynamic" in (rope.get("rope_type"), rope.get("type")):
+    by_length = "alpha" not in rope  # with it, HunYuan has one table
+    if isinstance(rope, Mapping) and by_length and "dynamic" in (rope.get("rope_type"), rope.get("type")):
         raise NblError(
             f"{where} has rotary embeddings of type 'dynamic', which is not supported: they depend on the length of "
             "the sequence, and a graph has one table"
@@ -254,7 +435,7 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
         if config.get(name) not in understood:
             raise NblError(
                 f"{where} has {name} {config[name]!r}, which is not supported for {record.name}: "
-                f"an affine map stands in for causal attention with {name} {understood[-1]!r}"
+                f"supported is {understood[-1]!r}"
             )
 
 

@@ -46,7 +46,7 @@ def token_scores(model: Any, ids: Sequence[int], count: int) -> tuple[np.ndarray
 
 
 class Head:
-    """The head of a model as a function of changes of the hidden states. No supported architecture's head has a bias.
+    """The head of a model as a function of changes of the hidden states.
 
     Args:
         model: a causal LM of transformers.
@@ -70,7 +70,9 @@ class Head:
         """Logits [N, V] as exact as their products: two or three digits in bfloat16."""
         if self._weight_VD.dtype == torch.float32:
             return self.logits(hidden_ND)
-        return self.changes(hidden_ND.new_zeros(1, self.size), hidden_ND[:, None])[:, 0].float()
+        found = self.changes(hidden_ND.new_zeros(1, self.size), hidden_ND[:, None])[:, 0].float()
+        bias = self._model.lm_head.bias  # of an architecture that has neither divisor nor cap
+        return found if bias is None else found + bias
 
     def changes(self, logits_NV: torch.Tensor, change_NKD: torch.Tensor) -> torch.Tensor:
         """Changes of the logits [N, K, V], in the type of the products, if the hidden states change."""

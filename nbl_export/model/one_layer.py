@@ -34,6 +34,7 @@ from nbl_export.errors import NblError
 from nbl_export.graph.gguf.header import read_header
 from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
+from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.model.checkpoint.pretrained import config_of, model_with
 from nbl_export.model.linearize import architecture_of, multiplier_of, replace_attention, run_from
 from nbl_export.model.memory import WEIGHTS_SHARE, available_bytes
@@ -58,6 +59,9 @@ class WeightReader:
         else:
             self._files = {n: file for file in sorted(directory.glob("*.safetensors")) for n in _names(file)}
         self._prefix = "model." if any(name.startswith("model.") for name in self._files) else ""
+        kind = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
+        experts = ARCHITECTURES[kind].experts if kind in ARCHITECTURES else None
+        self._stored = experts.stored if experts else {}
 
     def fill(self, module: nn.Module, renamed: Callable[[str], str]) -> None:
         """Give a module's parameters on the meta device their values, in float32.
@@ -69,13 +73,28 @@ class WeightReader:
             NblError: the checkpoint lacks a parameter, or has it in another shape.
         """
         for name, parameter in list(module.named_parameters()):
-            value = self._get(renamed(name))
+            value = self._whole(renamed(name), len(parameter))
             if value.shape != parameter.shape:
                 raise NblError(
                     f"{renamed(name)} has shape {list(value.shape)}, not {list(parameter.shape)}; fetch the model again"
                 )
             owner, _, field = name.rpartition(".")
             module.get_submodule(owner)._parameters[field] = nn.Parameter(value, requires_grad=False)
+
+    def _whole(self, name: str, experts: int) -> torch.Tensor:
+        """A weight, of the parts that the checkpoint has: matrices of single experts, gate and up apart."""
+        ours = next((end for end in self._stored if name.endswith(end)), None)
+        if ours is None or self._has(name):
+            return self._get(name)
+        parts = []
+        for end in self._stored[ours]:
+            part = name.removesuffix(ours) + end
+            each = [self._get(part.format(k)) for k in range(experts)] if "{}" in part else [self._get(part)]
+            parts.append(torch.stack(each) if "{}" in part else each[0])
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def _has(self, name: str) -> bool:
+        return name in self._files or self._prefix + name in self._files
 
     def _get(self, name: str) -> torch.Tensor:
         from safetensors import SafetensorError, safe_open
@@ -149,9 +168,10 @@ def only_head(config: Any, weights: WeightReader) -> Any:
     from accelerate import init_empty_weights
 
     with init_empty_weights():
-        lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        bias = bool(getattr(config, "lm_head_bias", False))
+        lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=bias)
     tied = getattr(config, "tie_word_embeddings", False)
-    weights.fill(lm_head, lambda _name: "embed_tokens.weight" if tied else "lm_head.weight")
+    weights.fill(lm_head, lambda name: "embed_tokens.weight" if tied else f"lm_head.{name}")
     return SimpleNamespace(config=config, lm_head=lm_head)
 
 

@@ -19,6 +19,7 @@ from nbl_export.model.one_layer import WeightReader, one_layer
 
 __all__ = ["blank_windows", "window_layers"]
 
+_LIKE_LLAMA = ("llama", "mistral", "qwen2", "granite")  # architectures with the attention that a window computes
 Take = Callable[..., np.ndarray]  # tensors -> one array of their rows
 
 
@@ -104,5 +105,6 @@ def _unsupported(attention: Any, config: Any, index: int) -> str | None:
         (bool(getattr(config, "no_rope_layers", None)), "some of its layers have no rotary embedding"),
         (windows_of(config)[index] is not None, "it has a window of its own, without the first token"),
         (getattr(getattr(attention, "o_proj", None), "bias", None) is not None, "its output has a bias"),
+        (record.name not in _LIKE_LLAMA, f"its attention is not that of {', '.join(_LIKE_LLAMA)}"),
     )
     return next((reason for found, reason in checks if found), None)

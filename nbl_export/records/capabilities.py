@@ -38,6 +38,7 @@ class Capabilities:
     Attributes:
         precisions: values of `--precision`, the default first.
         sources: decoder source -> the precisions that it makes for the engine, the default source first.
+        every_expert: decoder sources whose graphs compute every expert for every token.
         extra: optional extra that installs the engine.
         cache_bytes: precision -> bytes of a cache element; 4 if it is not named.
         narrow: whether the engine computes in fewer bits than the graph's types state, unless the precision is fp32.
@@ -71,6 +72,7 @@ class Capabilities:
     dense_caches: bool = False
     provider: str = "cpu"
     providers: tuple[str, ...] = ()
+    every_expert: tuple[str, ...] = ()
     windows: bool = False
     hybrids: bool = False
     takes_graphs: bool = False

@@ -4,6 +4,7 @@
              GatherBlockQuantized(codes, ids, scales[, zeros])              Gather(W, ids)
              DequantizeLinear(codes, scales[, zeros])                       W
              DynamicQuantizeLinear(x) -- MatMulInteger(., codes)            MatMul(x, W'), and the scale of x is 1
+             QMoE(x, scores, codes, scales, ...)                            MoE(x, scores, W, ...)
 
 All else is equal, value for value and name for name. A wrong connection of the quantised graph is therefore in the
 float32 copy too, where no quantisation noise hides it. Refuses what `graph.quantised` refuses.
@@ -21,7 +22,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.emitter import register
-from nbl_export.graph.quantised import HOLDERS, quantised_matrices
+from nbl_export.graph.quantised import HOLDERS, expert_matrices, quantised_matrices
 from nbl_export.records.quantised import StoredMatrix
 from nbl_export.rewrite.bypass import Sweep
 from nbl_export.rewrite.quantize import put
@@ -64,9 +65,13 @@ class Widen(ir.passes.InPlacePass):
             _fold(graph, node)
         for node in [n for n in graph if n.op_type == "DynamicQuantizeLinear"]:
             node.outputs[1].replace_all_uses_with(_constant(graph, f"{node.name}/one", np.float32(1)))
-        if matrices or rest:
+        experts = expert_matrices(graph)
+        for node, pair in experts.items():
+            _widen_experts(graph, node, pair)
+        changed = bool(matrices or rest or experts)
+        if changed:
             Sweep()(model)
-        return ir.passes.PassResult(model, modified=bool(matrices or rest))
+        return ir.passes.PassResult(model, modified=changed)
 
 
 def _widen(graph: ir.Graph, node: ir.Node, matrix: StoredMatrix) -> None:
@@ -83,6 +88,27 @@ def _widen(graph: ir.Graph, node: ir.Node, matrix: StoredMatrix) -> None:
             nodes[0].outputs[0].name = f"{node.name}/product"
             nodes.append(ir.node("Add", [nodes[0].outputs[0], bias], name=f"{node.name}/Add"))
         put(graph, node, nodes)
+
+
+def _widen_experts(graph: ir.Graph, node: ir.Node, pair: tuple[StoredMatrix, ...]) -> None:
+    first, second = (_stacked(graph, matrix, node.inputs[place]) for matrix, place in zip(pair, (2, 5), strict=True))
+    inputs = [*node.inputs[:2], first, node.inputs[4], second, node.inputs[7]]
+    kept = [a for name, a in node.attributes.items() if name not in _OF_CODES]
+    put(graph, node, [ir.Node("com.microsoft", "MoE", inputs, kept, name=node.name)])
+
+
+_OF_CODES = ("expert_weight_bits", "block_size", "quant_type")
+
+
+def _stacked(graph: ir.Graph, matrix: StoredMatrix, codes: ir.Value | None) -> ir.Value:
+    """A constant [experts, N, K], whose values are computed when it is written."""
+    assert codes is not None and codes.const_value is not None
+    experts, (rows, columns), name = int(codes.const_value.shape.numpy()[0]), matrix.shape, f"{matrix.name}/wide"
+    dims = (experts, rows // experts, columns)
+    lazy = ir.LazyTensor(
+        lambda: ir.tensor(_operand(matrix).reshape(dims), name=name), ir.DataType.FLOAT, ir.Shape(dims), name=name
+    )
+    return register(graph, lazy)
 
 
 def _activation(node: ir.Node) -> ir.Value | None:

@@ -272,7 +272,7 @@ def give_known(
         CorruptError: the graph has a part of a module's matrix only.
     """
     found = []
-    kinds = {True: _modules(module, nn.Embedding, named), False: _modules(module, nn.Linear, named)}
+    kinds = {True: _tables(module, named), False: _products(module, named)}
     for stored in list(left):
         if any(not rows.taken.all() for rows in kinds[stored.lookup]):
             fidelity = _give(kinds[stored.lookup], stored)
@@ -296,8 +296,29 @@ def _untie(model: Any) -> None:
         head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
 
 
-def _modules(model: Any, kind: type[nn.Embedding] | type[nn.Linear], named: Callable[[str], str]) -> list[_Rows]:
-    return [_Rows(named(name), m.weight.detach()) for name, m in model.named_modules() if isinstance(m, kind)]
+def _tables(model: Any, named: Callable[[str], str]) -> list[_Rows]:
+    return [_Rows(named(n), m.weight.detach()) for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
+
+
+def _products(model: Any, named: Callable[[str], str]) -> list[_Rows]:
+    """The matrices of products: of linear layers and routers, and those of all experts, one below the other."""
+    found = []
+    for name, module in model.named_modules():
+        for part, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 2 and part == "weight" and not isinstance(module, nn.Embedding):
+                found.append(_Rows(named(name), parameter.detach()))
+            elif parameter.ndim == 3:
+                found.append(_Rows(named(f"{name}.{part}"), _stacked(module, parameter)))
+    return found
+
+
+def _stacked(experts: Any, parameter: nn.Parameter) -> torch.Tensor:
+    """A view of the experts' matrices as rows [experts * N, K]; the parameter is stored in this order afterwards."""
+    if getattr(experts, "is_transposed", False):
+        parameter.data = parameter.data.transpose(1, 2).contiguous().transpose(1, 2)
+        return parameter.data.transpose(1, 2).flatten(0, 1)
+    parameter.data = parameter.data.contiguous()
+    return parameter.data.flatten(0, 1)
 
 
 def _give(candidates: Sequence[_Rows], stored: StoredMatrix) -> Fidelity | None:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from nbl_export.errors import CorruptError
-from nbl_export.measure.cost import CostModel, cost_model, read_intermediate_size, weight_bytes
+from nbl_export.measure.cost import CostModel, cost_model, read_mlp, weight_bytes
 from nbl_export.mixers.base import TokenWork
+from nbl_export.model.checkpoint.load import load_model, read_spec
+from nbl_export.model.checkpoint.source import resolve
 from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.mlp import MlpSpec
 from nbl_export.run.facts import capabilities_of
+from nbl_export.targets.openvino.export import _trace_experts
 
-from ..tiny import INNER, save_gguf
+from ..tiny import EVERY, HIDDEN, INNER, cases, record_of, save_gguf
 
 
 def work(elements: int, *, token_local: bool = True) -> TokenWork:
@@ -23,7 +30,7 @@ def work(elements: int, *, token_local: bool = True) -> TokenWork:
 
 
 SMOLLM2 = DecoderSpec("llama", 30, 576, 9, 3, 64, 49152, 8192)
-MODEL = CostModel(SMOLLM2, 1536, 4.0, 4.0, 4, tail_pruned=False)
+MODEL = CostModel(SMOLLM2, MlpSpec(1536), 4.0, 4.0, 4, tail_pruned=False)
 PRUNED = dataclasses.replace(MODEL, tail_pruned=True)
 EIGHT = dict.fromkeys((0, 7, *range(24, 30)), work(576 * 576))
 
@@ -42,7 +49,7 @@ def test_the_original_is_pruned_too() -> None:
 
 def test_a_decoder_small_enough_for_paper() -> None:
     """D 4, 2 query heads and 1 key/value head of 2, MLP 8, vocabulary 10, two layers, 3 tokens."""
-    model = CostModel(DecoderSpec("llama", 2, 4, 2, 1, 2, 10, 64), 8, 2.0, 1.0, 2, tokens=3, tail_pruned=False)
+    model = CostModel(DecoderSpec("llama", 2, 4, 2, 1, 2, 10, 64), MlpSpec(8), 2.0, 1.0, 2, tokens=3, tail_pruned=False)
     projections, mlp, head, attention = 4 * 4 + 2 * 4 * 2 + 4 * 4, 3 * 4 * 8, 4 * 10, 4 * 4 * (1 + 2 + 3)
     original = 2 * head + 2 * (2 * 3 * (projections + mlp) + attention)
     one = 2 * head + 2 * 3 * (projections + mlp) + attention + 2 * 3 * (16 + mlp)
@@ -97,7 +104,7 @@ def test_layers_with_a_reach_at_the_top_compute_few_tokens() -> None:
 def test_bytes_of_a_chunk_behind_a_cache_with_a_window(tokens: int, depth: int, windowed: int) -> None:
     """The decoder for paper with a window of 4 in layer 1: keys and values of each position that a token sees, once."""
     spec = DecoderSpec("llama", 2, 4, 2, 1, 2, 10, 64, sliding_window=4, full_layers=(0,))
-    model = CostModel(spec, 8, 2.0, 1.0, 2)
+    model = CostModel(spec, MlpSpec(8), 2.0, 1.0, 2)
     matrices = 2 * (2 * (4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 8)) + 4 * 10
     position = 2 * 2 * 2  # a key and a value of one head of 2 elements of 2 bytes
     assert model.prefill({}, tokens, depth).bytes == matrices + position * (depth + tokens + windowed)
@@ -165,10 +172,52 @@ def test_tails_are_pruned_for_every_engine_unless_all_logits_are_wanted(engine: 
         assert (model.tail_pruned, model.all_logits) == (logits == "last", logits == "all")
 
 
-def test_intermediate_size_is_read_or_missed(tmp_path: Path) -> None:
+def test_sizes_of_the_mlp_are_read_or_missed(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"intermediate_size": 96}')
-    assert read_intermediate_size(tmp_path) == 96
+    assert read_mlp(tmp_path) == MlpSpec(96)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CorruptError, match="no intermediate_size"):
-        read_intermediate_size(tmp_path)
-    assert read_intermediate_size(save_gguf(tmp_path / "tiny.gguf")) == INNER
+    with pytest.raises(CorruptError, match="no sizes of its MLP"):
+        read_mlp(tmp_path)
+    assert read_mlp(save_gguf(tmp_path / "tiny.gguf")) == MlpSpec(INNER)
+
+
+@pytest.mark.parametrize("architecture", cases(EVERY))
+@pytest.mark.parametrize("every", [False, True])
+def test_work_of_an_mlp_is_that_counted(architecture: str, every: bool, checkpoint: Callable[[str], Path]) -> None:
+    """Multiplications and additions of transformers' module, counted by torch; experts that a token takes, or all."""
+    record = record_of(architecture)
+    if every and record.experts is None:
+        pytest.skip("a dense MLP has no experts")
+    model = load_model(checkpoint(architecture))
+    _trace_experts(model.config)
+    if not every:
+        model.config._experts_implementation = "batched_mm"
+    x = torch.randn(1, 7, HIDDEN)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        getattr(model.get_decoder().layers[1], record.mlp)(x)
+    found = read_mlp(checkpoint(architecture))
+    assert counter.get_total_flops() == 2 * 7 * found.multiply_adds(HIDDEN, every=every)
+
+
+def test_experts_that_a_chunk_reads() -> None:
+    """Of 8 experts a token reads 2, two tokens 3.5 on average, and many tokens all; so does a graph of all experts."""
+    mlp, one = MlpSpec(10, 3, experts=8, chosen=2, shared=6), 3 * 4 * 10
+    around = 4 * (8 + 1) + 3 * 4 * 6  # the router, the gate of the shared expert, and the shared expert
+    assert [mlp.read(4, tokens) for tokens in (1, 2)] == [around + 2 * one, around + 3.5 * one]
+    assert mlp.read(4, 999) == pytest.approx(mlp.elements(4)) and mlp.elements(4) == around + 8 * one
+    assert mlp.read(4, 1, every=True) == mlp.elements(4)
+    costs = CostModel(dataclasses.replace(SMOLLM2, num_layers=2), mlp, 4.0, 4.0, 4)
+    per_layer = (costs.decode({}, 0).bytes - costs.decode({0: work(0)}, 0).bytes) / 4
+    assert per_layer == costs.spec.projections + 2 * 3 * 64  # attention and its cache: experts stay
+    every = dataclasses.replace(costs, every_expert=True)
+    assert every.decode({}, 0).bytes - costs.decode({}, 0).bytes == 4 * 2 * 6 * 3 * 576 * 10
+    assert every.prefill_flops({}) > costs.prefill_flops({})
+
+
+def test_a_job_from_a_source_that_computes_every_expert(checkpoint: Callable[[str], Path]) -> None:
+    directory = checkpoint("gpt_oss")
+    spec = read_spec(resolve(str(directory)))
+    for source, every in (("mobius", True), ("genai", False)):
+        options = JobOptions(str(directory), decoder_source=source)
+        found = cost_model(options, capabilities_of("ort"), spec, directory, token_table=False)
+        assert (found.every_expert, found.mlp) == (every, MlpSpec(INNER, 3, experts=4, chosen=2))

@@ -14,14 +14,15 @@ from nbl_export.mixers.base import TokenWork
 from nbl_export.model.checkpoint.shape import Shape
 from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.mlp import MlpSpec
 from nbl_export.targets import load_engine
 from nbl_export.text import windows
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
-SMOLLM2 = Shape(DecoderSpec("llama", 30, 576, 9, 3, 64, 49152, 8192), 1536, tied=True, is_gguf=True)
-QWEN = Shape(DecoderSpec("qwen2", 24, 896, 14, 2, 64, 151936, 32768), 4864, tied=True, is_gguf=True)
-SHAPE_1B = Shape(DecoderSpec("qwen2", 28, 1536, 12, 2, 128, 151936, 32768), 8960, tied=True)
-SHAPE_8B = Shape(DecoderSpec("llama", 4, 4096, 32, 8, 128, 128256, 131072), 14336, tied=False)  # as it was measured
+SMOLLM2 = Shape(DecoderSpec("llama", 30, 576, 9, 3, 64, 49152, 8192), MlpSpec(1536), tied=True, is_gguf=True)
+QWEN = Shape(DecoderSpec("qwen2", 24, 896, 14, 2, 64, 151936, 32768), MlpSpec(4864), tied=True, is_gguf=True)
+SHAPE_1B = Shape(DecoderSpec("qwen2", 28, 1536, 12, 2, 128, 151936, 32768), MlpSpec(8960), tied=True)
+SHAPE_8B = Shape(DecoderSpec("llama", 4, 4096, 32, 8, 128, 128256, 131072), MlpSpec(14336), tied=False)  # measured
 LLAMA_8B = dataclasses.replace(SHAPE_8B, decoder=dataclasses.replace(SHAPE_8B.decoder, num_layers=32))
 GIB = 1 << 30
 COPIED = 14e9  # bytes a second on the machine of the results

@@ -17,7 +17,7 @@ from nbl_export.errors import NblError
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import all_logits_file
 from nbl_export.measure import roofline
-from nbl_export.measure.cost import CostModel, Work, read_intermediate_size, weight_bytes
+from nbl_export.measure.cost import CostModel, Work, read_mlp, weight_bytes
 from nbl_export.measure.roofline import (
     MachineRates,
     efficiencies,
@@ -29,6 +29,7 @@ from nbl_export.measure.roofline import (
 )
 from nbl_export.mixers.base import TokenWork
 from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.mlp import MlpSpec
 from nbl_export.targets import all_targets
 
 from ..tiny import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB
@@ -94,7 +95,7 @@ class Count:
 def costs_of(checkpoint: Path, precision: str, *, pruned: bool) -> CostModel:
     size = weight_bytes(precision)
     return CostModel(
-        SPEC, read_intermediate_size(checkpoint), size, size, 4, all_logits=not pruned, tail_pruned=pruned
+        SPEC, read_mlp(checkpoint), size, size, 4, all_logits=not pruned, tail_pruned=pruned
     )  # fmt: skip
 
 
@@ -130,7 +131,7 @@ def timing(kind: str, tokens: int, depth: int, variant: str, seconds: float) -> 
 
 
 def test_rows_by_hand() -> None:
-    costs = CostModel(SPEC, 96, 4.0, 4.0, 4)
+    costs = CostModel(SPEC, MlpSpec(96), 4.0, 4.0, 4)
     whole = costs.prefill({}, 100).flops / 1e11
     step = sum(costs.decode({1: TokenWork(4096, 4096)}, 10 + i).bytes for i in range(4)) / 1e10
     found = rows(
@@ -170,7 +171,7 @@ def bench_of(*threads: int) -> dict[str, Any]:
 
 
 def costs() -> CostModel:
-    return CostModel(SPEC, 96, 4.0, 4.0, 4)
+    return CostModel(SPEC, MlpSpec(96), 4.0, 4.0, 4)
 
 
 def test_one_entry_for_each_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +255,7 @@ def test_explains_every_point_of_the_measured_sweep_of_smollm2() -> None:
         {**row, "samples_ns": [row["tokens"] * 1e9 / speed for speed in row["samples"]]} for row in report["rows"]
     ]
     machine = MachineRates({"fp32": 2e11}, 4e10)  # only which of the two bounds a test matters here
-    found = expect(rows(timings, CostModel(spec, 1536, 4.0, 4.0, 4), sizes, machine, "fp32"))
+    found = expect(rows(timings, CostModel(spec, MlpSpec(1536), 4.0, 4.0, 4), sizes, machine, "fp32"))
     assert len(found) == 8 and {(r["kind"], r["bound"]) for r in found} == {("pp", "arithmetic"), ("tg", "memory")}
     assert [r for r in found if abs(r["error"]) > 0.15] == []
     prefill = [r for r in found if r["kind"] == "pp"]

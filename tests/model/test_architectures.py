@@ -21,7 +21,7 @@ from nbl_export.model.head import logits_of
 from nbl_export.model.linearize import architecture_of, linearize, run_from
 from nbl_export.model.switched import SwitchedModel
 
-from ..tiny import EVERY, HIDDEN, LAYERS, VARIANTS, VOCAB
+from ..tiny import EVERY, HIDDEN, LAYERS, VARIANTS, VOCAB, cases
 
 Checkpoint = Callable[[str], Path]
 Maps = Callable[..., dict[int, Linear]]
@@ -33,13 +33,13 @@ def test_every_record_has_a_tiny_model(checkpoint: Checkpoint) -> None:
     assert {read_spec(resolve(str(checkpoint(a)))).architecture for a in EVERY} == set(ARCHITECTURES)
 
 
-@pytest.mark.parametrize("architecture", EVERY)
+@pytest.mark.parametrize("architecture", cases(EVERY))
 def test_a_map_takes_the_place_of_the_whole_block(architecture: str, checkpoint: Checkpoint, random_maps: Maps) -> None:
     """The MLP sees x + x W' + b: no norm, no multiplier of the original is left between map and addition."""
     model = linearize(load_model(checkpoint(architecture)), random_maps(1))
     seen: dict[str, torch.Tensor] = {}
     layer = model.model.layers[1]
-    first = _first_of_mlp(layer)
+    first = _first_of_mlp(layer, model.config)
     layer.register_forward_pre_hook(lambda _m, args: seen.update(x=args[0]))
     first.register_forward_pre_hook(lambda _m, args: seen.update(r=args[0]))
     with torch.inference_mode():
@@ -49,18 +49,18 @@ def test_a_map_takes_the_place_of_the_whole_block(architecture: str, checkpoint:
     torch.testing.assert_close(seen["r"], expected, **CLOSE)
 
 
-@pytest.mark.parametrize("architecture", EVERY)
+@pytest.mark.parametrize("architecture", cases(EVERY))
 def test_moments_are_of_what_the_block_adds(architecture: str, checkpoint: Checkpoint) -> None:
     """y of the moments is the difference of the residual stream across the attention block, read off the layer."""
     model = load_model(checkpoint(architecture))
     taps = architecture_of(model.config).taps
     if "normed" not in taps:
-        with pytest.raises(NblError, match="tap normed is not possible for olmo2"):
+        with pytest.raises(NblError, match="tap normed is not possible for"):
             _check(model, tap="normed")
     layer = model.model.layers[1]
     seen: dict[str, list[torch.Tensor]] = {"x": [], "r": []}
     layer.register_forward_pre_hook(lambda _m, args: seen["x"].append(args[0]))
-    _first_of_mlp(layer).register_forward_pre_hook(lambda _m, args: seen["r"].append(args[0]))
+    _first_of_mlp(layer, model.config).register_forward_pre_hook(lambda _m, args: seen["r"].append(args[0]))
     ids = torch.arange(2, 66).view(2, 32)
     found = collect(model, ids, lambda *_: None, taps)
     y = (seen["r"][-1] - seen["x"][-1]).flatten(0, 1).double().mean(0)
@@ -69,7 +69,7 @@ def test_moments_are_of_what_the_block_adds(architecture: str, checkpoint: Check
         np.testing.assert_allclose(moments.y_sum / moments.count, y.numpy(), atol=1e-5, err_msg=tap)
 
 
-@pytest.mark.parametrize("architecture", [*EVERY, "qwen2-window"])
+@pytest.mark.parametrize("architecture", cases([*EVERY, "qwen2-window"]))
 def test_layer_by_layer_moments_are_those_of_the_whole_model(
     architecture: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
@@ -81,7 +81,7 @@ def test_layer_by_layer_moments_are_those_of_the_whole_model(
         assert torch.equal(one.xx, mine.xx) and torch.equal(one.yx, mine.yx) and torch.equal(one.yy, mine.yy)
 
 
-@pytest.mark.parametrize("architecture", EVERY)
+@pytest.mark.parametrize("architecture", cases(EVERY))
 def test_cached_steps_equal_one_forward(architecture: str, checkpoint: Checkpoint, random_maps: Maps) -> None:
     for replaced in ((0,), (1,), (0, 2), (1, 2)):
         model = linearize(load_model(checkpoint(architecture)), random_maps(*replaced))
@@ -95,7 +95,7 @@ def test_cached_steps_equal_one_forward(architecture: str, checkpoint: Checkpoin
         torch.testing.assert_close(torch.cat(parts, 1), whole, **CLOSE, msg=str(replaced))
 
 
-@pytest.mark.parametrize("architecture", [*EVERY, *VARIANTS])
+@pytest.mark.parametrize("architecture", cases([*EVERY, *VARIANTS]))
 def test_logits_and_entries_are_those_of_the_model(architecture: str, checkpoint: Checkpoint) -> None:
     """What is made from hidden states by hand (head with caps and divisors, entry without its multiplier)."""
     model = load_model(checkpoint(architecture))
@@ -106,7 +106,7 @@ def test_logits_and_entries_are_those_of_the_model(architecture: str, checkpoint
         torch.testing.assert_close(logits_of(model, run_from(model.model, seen[0])), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("architecture", [*EVERY, "qwen2-window"])
+@pytest.mark.parametrize("architecture", cases([*EVERY, "qwen2-window"]))
 def test_switched_layers_are_the_linearized_model(architecture: str, checkpoint: Checkpoint, random_maps: Maps) -> None:
     """Also where a mix is run from its lowest layer on: masks and rotary embeddings stay those of each layer."""
     model, maps = load_model(checkpoint(architecture)), random_maps(*range(LAYERS))
@@ -121,7 +121,7 @@ def test_switched_layers_are_the_linearized_model(architecture: str, checkpoint:
         assert switched.quality_loss(IDS, replaced_set).kl == pytest.approx(expected, rel=1e-4), replaced_set
 
 
-@pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "granite", "olmo2", "phi3"])
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "granite", "olmo2", "phi3", "olmoe"])
 def test_distilled_maps_start_from_the_fitted_ones(
     architecture: str, checkpoint: Checkpoint, random_maps: Maps
 ) -> None:
@@ -135,7 +135,7 @@ def test_distilled_maps_start_from_the_fitted_ones(
     np.testing.assert_allclose(got.maps[1].tensors()["weight"], maps[1].weight, atol=1e-6)
 
 
-@pytest.mark.parametrize("architecture", EVERY)
+@pytest.mark.parametrize("architecture", cases(EVERY))
 def test_a_saved_checkpoint_is_the_linearized_model(
     architecture: str, checkpoint: Checkpoint, random_maps: Maps, tmp_path: Path
 ) -> None:
@@ -152,7 +152,7 @@ def test_a_saved_checkpoint_is_the_linearized_model(
         assert torch.equal(loaded.eval()(IDS, use_cache=False).logits, expected)
 
 
-@pytest.mark.parametrize("architecture", EVERY)
+@pytest.mark.parametrize("architecture", cases(EVERY))
 def test_a_fitted_map_is_better_than_none(architecture: str, checkpoint: Checkpoint) -> None:
     """The fit is of what it replaces: put in, it explains the block's output on the text it was fitted on."""
     moments = collect(load_model(checkpoint(architecture)), torch.arange(2, 258).view(4, 64) % VOCAB, lambda *_: None)
@@ -160,11 +160,10 @@ def test_a_fitted_map_is_better_than_none(architecture: str, checkpoint: Checkpo
     assert affine.weight.shape == (HIDDEN, HIDDEN) and np.abs(affine.weight).max() > 0
 
 
-def _first_of_mlp(layer: Any) -> Any:
+def _first_of_mlp(layer: Any, config: Any) -> Any:
     """The module that reads the residual stream behind the attention block."""
-    if not hasattr(layer, "post_feedforward_layernorm"):
-        return layer.post_attention_layernorm
-    return getattr(layer, "pre_feedforward_layernorm", layer.mlp)  # behind attention alone: OLMo 2
+    record = architecture_of(config)
+    return getattr(layer, record.norm_mlp or record.mlp)  # behind attention alone: OLMo 2
 
 
 def _check(model: Any, **asked: Any) -> None:

@@ -108,7 +108,7 @@ def test_main_job_on_a_gguf_directory(gguf: Path, text: Path, tmp_path: Path) ->
         opened.finish("report", "key", scratch, 0.0, ())
     assert not weights.parent.exists()
     resolver = opened_run(run)
-    assert (resolver.cost.value.intermediate_size, resolver.shortage.value) == (INNER, "")
+    assert (resolver.cost.value.mlp.width, resolver.shortage.value) == (INNER, "")
     assert not weights.parent.exists()
     assert nbl("plan", run).status == 0
     assert nbl("rewrite", run).status == 0

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nbl_export.calibrate.collect import Wanted, collect, collect_layers
 from nbl_export.errors import NblError
-from nbl_export.measure.cost import CostModel, map_sizes, read_intermediate_size
+from nbl_export.measure.cost import CostModel, map_sizes, read_mlp
 from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.hf_classes import restored, save_linearized
 from nbl_export.model.checkpoint.load import load_maps, load_model, read_spec
@@ -101,7 +101,7 @@ def test_the_cost_model_counts_what_torch_computes(
     if spec.other_multiply_adds > spec.other_elements:
         return
     tokens = 32
-    costs = CostModel(spec, read_intermediate_size(directory), 4, 4, 4, tokens, all_logits=True, tail_pruned=False)
+    costs = CostModel(spec, read_mlp(directory), 4, 4, 4, tokens, all_logits=True, tail_pruned=False)
     for maps in ({}, random_maps(1)):
         model = linearize(load_model(directory), maps)
         model.config._attn_implementation = "eager"
@@ -120,7 +120,7 @@ def test_a_configuration_says_its_kinds_in_several_ways(checkpoint: Checkpoint, 
     assert list(layer_types(config)) == kinds
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_shape(tmp_path / "config.json").decoder.others == (0, 3)
-    assert read_intermediate_size(tmp_path) == 512  # two thirds, up to a multiple of 256
+    assert read_mlp(tmp_path).width == 512  # two thirds, up to a multiple of 256
     config["full_attn_idxs"] = None
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(NblError, match="no layer_types for its 5 layers"):

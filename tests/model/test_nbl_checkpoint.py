@@ -17,7 +17,6 @@ from nbl_export import mixers
 from nbl_export.errors import CorruptError
 from nbl_export.mixers.linear import Linear
 from nbl_export.mixers.none import Nothing
-from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.model.checkpoint import load
 from nbl_export.model.checkpoint import source as checkpoint_source
 from nbl_export.model.checkpoint.hf_classes import restored, save_linearized
@@ -26,11 +25,10 @@ from nbl_export.plan.maps_file import load_maps
 
 from ..command import BARE, assert_refused, nbl
 from ..mixers.toy_memory import MEMORY, Memory
-from ..tiny import EVERY, HIDDEN
+from ..tiny import EVERY, HIDDEN, cases, record_of
 
 IDS = torch.arange(2, 40)[None]
 LAYERS = (0, 2)
-RECORDS = {"mistral-window": "mistral", "gemma3": "gemma3_text"}  # where it is not the name
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +56,7 @@ def _linearized(directory: Path, tap: str, make: Callable[..., dict[int, Linear]
 
 @pytest.mark.parametrize(
     ("architecture", "tap"),
-    [(name, tap) for name in EVERY for tap in ARCHITECTURES[RECORDS.get(name, name)].taps],
+    cases((name, tap) for name in EVERY for tap in record_of(name).taps),
 )  # fmt: skip
 def test_the_stock_model_with_the_maps_is_what_was_saved(
     architecture: str, tap: str, checkpoint: Callable[[str], Path],

@@ -15,10 +15,11 @@ from nbl_export.errors import CorruptError, NblError
 from nbl_export.graph.gguf.content import read_content
 from nbl_export.graph.gguf.header import read_header
 from nbl_export.model.checkpoint import source
-from nbl_export.model.checkpoint.load import read_spec
+from nbl_export.model.checkpoint.load import load_model, read_spec
 from nbl_export.model.checkpoint.shape import read_shape
+from nbl_export.records.mlp import MlpSpec
 
-from ..tiny import EVERY, INNER, save_gguf
+from ..tiny import EVERY, HIDDEN, INNER, cases, record_of, save_gguf
 
 LLAMA_8B: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -34,14 +35,17 @@ def written(directory: Path, **changes: Any) -> Path:
     return directory / "config.json"
 
 
-@pytest.mark.parametrize("architecture", EVERY)
+@pytest.mark.parametrize("architecture", cases(EVERY))
 def test_sizes_are_those_of_transformers(architecture: str, checkpoint: Callable[[str], Path]) -> None:
     from transformers import AutoConfig
 
     directory = checkpoint(architecture)
     found, expected = read_shape(directory), read_spec(source.resolve(str(directory)))
     assert found.decoder == dataclasses.replace(expected, sliding_window=None, full_layers=())
-    assert found.mlp == INNER
+    model = load_model(directory)
+    mlps = [getattr(layer, record_of(architecture).mlp) for layer in model.get_decoder().layers]
+    matrices = [[p.numel() for n, p in m.named_parameters() if p.ndim > 1 and not n.endswith("bias")] for m in mlps]
+    assert {sum(sizes) for sizes in matrices} == {found.mlp.elements(HIDDEN)}
     assert found.tied == AutoConfig.from_pretrained(directory).tie_word_embeddings
     # of a configuration that does not say, too
     untold = {**json.loads((directory / "config.json").read_text(encoding="utf-8"))}
@@ -63,7 +67,7 @@ def test_head_of_a_gguf_file(tmp_path: Path) -> None:
     assert {name: header.keys[name] for name in lengths} == pytest.approx(lengths)
     found = read_shape(file)
     assert found.decoder == read_spec(source.resolve(str(file)))
-    assert (found.mlp, found.is_gguf) == (INNER, True)
+    assert (found.mlp, found.is_gguf) == (MlpSpec(INNER), True)
     assert found.parameters == sum(math.prod(tensor.shape) for tensor in content.tensors if len(tensor.shape) == 2)
 
 

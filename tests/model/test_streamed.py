@@ -21,7 +21,7 @@ from nbl_export.model.streamed import StreamedModel
 from nbl_export.model.switched import SwitchedModel
 from nbl_export.plan.greedy import GreedyOrder, Judge, Search
 
-from ..tiny import EVERY, LAYERS, VOCAB, random_map
+from ..tiny import EVERY, LAYERS, VOCAB, cases, random_map
 
 Checkpoint = Callable[[str], Path]
 IDS = torch.randint(2, VOCAB, (4, 40), generator=torch.Generator().manual_seed(3))
@@ -56,7 +56,7 @@ def both(directory: Path, scratch: Path, tap: str = "residual", narrow: bool = F
     return whole, StreamedModel(directory, MAPS, tap, scratch, narrow=narrow)
 
 
-@pytest.mark.parametrize("architecture", EVERY)
+@pytest.mark.parametrize("architecture", cases(EVERY))
 def test_losses_are_those_of_the_whole_model(architecture: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Of each window, for sets that share layers, with and without the norm before attention."""
     tap = "residual" if architecture in ("olmo2", "llama") else "normed"

@@ -25,13 +25,13 @@ from nbl_export.targets import onnx_files as files
 from nbl_export.verify.ladder import run_rows
 
 from ..command import configured, nbl
-from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB, made_by, save_checkpoint
+from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB, cases, made_by, record_of, save_checkpoint
 from .test_rewrite import GRAPHS, TOLERANCE, rows, torch_logits, worst
 
 Exported = Callable[..., Path]
 Maps = Callable[..., dict[int, Linear]]
 FEATURED = [(a, s) for s in ("genai", "mobius") for a in made_by(s) if a not in dict(GRAPHS)]
-TAPPED = [(*g, tap) for g in (*GRAPHS, *FEATURED) for tap in TAPS if (g[0], tap) != ("olmo2", "normed")]
+TAPPED = [(*g, tap) for g in (*GRAPHS, *FEATURED) for tap in TAPS if tap in record_of(g[0]).taps]
 
 
 def graph_of(directory: Path) -> ir.Graph:
@@ -61,7 +61,7 @@ def tabulated(exported: Exported, checkpoint: Any, random_maps: Maps, tmp_path: 
     return make
 
 
-@pytest.mark.parametrize(("architecture", "source", "tap"), TAPPED)
+@pytest.mark.parametrize(("architecture", "source", "tap"), cases(TAPPED))
 def test_logits_are_those_of_the_layers(
     architecture: str, source: str, tap: str, tabulated: Any, checkpoint: Any
 ) -> None:

@@ -32,7 +32,7 @@ from tests.exports import build_decoder
 
 from ..command import TINY, assert_refused, nbl
 from ..jobs import until
-from ..tiny import LAYERS, VARIANTS, VOCAB, made_by, save_checkpoint
+from ..tiny import LAYERS, VARIANTS, VOCAB, cases, made_by, record_of, save_checkpoint
 
 Checkpoint = Callable[[str], Path]
 Exported = Callable[..., Path]
@@ -64,7 +64,7 @@ def worst(got: list[np.ndarray], expected: list[np.ndarray]) -> float:
     return max(float(np.abs(g - e).max()) for g, e in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize(("architecture", "source"), [*GRAPHS, *MENDED])
+@pytest.mark.parametrize(("architecture", "source"), cases([*GRAPHS, *MENDED]))
 def test_the_original_graph_agrees_with_torch(
     architecture: str, source: str, checkpoint: Checkpoint, exported: Exported
 ) -> None:
@@ -72,7 +72,7 @@ def test_the_original_graph_agrees_with_torch(
     assert worst(found, torch_logits(checkpoint(architecture), {})) < TOLERANCE
 
 
-@pytest.mark.parametrize(("architecture", "source"), GRAPHS)
+@pytest.mark.parametrize(("architecture", "source"), cases(GRAPHS))
 def test_the_rewritten_graph_agrees_with_torch(
     architecture: str, source: str, checkpoint: Checkpoint, exported: Exported, random_maps: Maps, tmp_path: Path
 ) -> None:
@@ -84,10 +84,11 @@ def test_the_rewritten_graph_agrees_with_torch(
         assert worst(run_rows(decoder, rows()), torch_logits(checkpoint(architecture), maps)) < TOLERANCE, replaced
         assert decoder.contract.cache_layers == tuple(i for i in range(LAYERS) if i not in replaced)
         kept = ir.load(out / "model.onnx").graph
-        assert sum("Attention" in node.op_type for node in kept) == LAYERS - len(replaced)
+        attention = sum("Attention" in node.op_type for node in kept)
+        assert attention == LAYERS - len(replaced) or not attention  # GPT-OSS of mobius: attention is many nodes
 
 
-@pytest.mark.parametrize(("architecture", "source"), [g for g in GRAPHS if g[0] != "olmo2"])
+@pytest.mark.parametrize(("architecture", "source"), cases(g for g in GRAPHS if "normed" in record_of(g[0]).taps))
 def test_the_normed_tap(
     architecture: str, source: str, checkpoint: Checkpoint, exported: Exported, random_maps: Maps, tmp_path: Path
 ) -> None:
@@ -97,7 +98,7 @@ def test_the_normed_tap(
     assert worst(found, torch_logits(checkpoint(architecture), maps, "normed")) < TOLERANCE
 
 
-@pytest.mark.parametrize(("architecture", "source"), GRAPHS)
+@pytest.mark.parametrize(("architecture", "source"), cases(GRAPHS))
 def test_the_pruned_tail(
     architecture: str, source: str, checkpoint: Checkpoint, exported: Exported, random_maps: Maps, tmp_path: Path
 ) -> None:
@@ -113,7 +114,7 @@ def test_the_pruned_tail(
         assert last.shape == (1, 1, VOCAB) and np.abs(last[0, 0] - expected).max() < TOLERANCE, replaced
 
 
-@pytest.mark.parametrize("architecture", [*made_by("static"), "qwen2-window", "phi3-window", "phi4-mini"])
+@pytest.mark.parametrize("architecture", cases([*made_by("static"), "qwen2-window", "phi3-window", "phi4-mini"]))
 def test_the_static_form(architecture: str, checkpoint: Checkpoint, random_maps: Maps, tmp_path: Path) -> None:
     maps = random_maps(0, 2)
     build_decoder("static", checkpoint(architecture), tmp_path / "original", "fp32", cache_length=96)
@@ -183,7 +184,11 @@ def test_biases_that_a_source_loses_are_refused(source: str, checkpoint: Checkpo
     [
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention True, which is not supported"),
         ("gemma3", {"model_type": "gemma3", "text_config": {}}, "its language model, saved by itself, may be"),
-        ("llama", {"model_type": "gpt_neox"}, "supported are llama, mistral, qwen2, qwen3, phi3, gemma2, gemma3_text"),
+        ("llama", {"model_type": "mamba"}, "supported are llama, mistral, qwen2, qwen3, phi3, gemma2, gemma3_text"),
+        ("llama", {"model_type": "gemma4_text"}, "not supported: its layers have heads of two sizes"),
+        ("llama", {"model_type": "cohere2"}, "not supported: its MLP runs beside its attention"),
+        ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual True, which is not supported"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers \[0\], which is not supported"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "depend on the length of"),
     ],
 )

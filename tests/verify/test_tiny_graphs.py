@@ -12,7 +12,7 @@ from nbl_export.options.options import GGUF
 from nbl_export.records.results import CheckResult
 from nbl_export.targets import exporter_of
 
-from ..tiny import EVERY, VARIANTS, made_by
+from ..tiny import EVERY, VARIANTS, cases, made_by
 from ..verifying import ENGINES, verify_tiny
 
 Checkpoint = Callable[[str], Path]
@@ -22,7 +22,7 @@ SHOWN: list[Case] = [
     *((a, "genai", p) for p in ("fp32", "int4") for a in made_by("genai")),
     *((a, "mobius", "fp32") for a in made_by("mobius")),
     ("mistral-window", "static", "fp32"), ("qwen2", "static", "int4"),
-    ("gemma3", "openvino", "fp32"), ("llama", "openvino", "int4"),
+    ("gemma3", "openvino", "fp32"), ("llama", "openvino", "int4"), ("exaone4", "openvino", "fp32"),
 ]  # fmt: skip
 # Refused: mobius loses biases of MLPs; a trace and the static form have one rotary table.
 REFUSED = {("llama-bias", "mobius"), ("llama-bias", "static"), ("phi3-long", "openvino"), ("phi3-long", "static")}
@@ -58,7 +58,7 @@ def check(results: list[CheckResult], source: str, precision: str) -> None:
     assert {(r.check, r.subject) for r in results} >= wanted
 
 
-@pytest.mark.parametrize(("architecture", "source", "precision"), SHOWN)
+@pytest.mark.parametrize(("architecture", "source", "precision"), cases(SHOWN))
 def test_all_checks_pass(
     architecture: str, source: str, precision: str, checkpoint: Checkpoint, exported: Any, tmp_path: Path
 ) -> None:

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.graph.gguf.header import read_header
+from nbl_export.graph.gguf.header import Header, read_header
 from nbl_export.graph.graph_only import graph_of
-from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config, hybrid_facts, mlp_width
+from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config, hybrid_facts, mlp_of
 from nbl_export.model.checkpoint.source import _check_architecture, _linearized, _read_config, gguf_of
 from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.mlp import MlpSpec
 from nbl_export.trust.contained import refuse_special
 from nbl_export.trust.model_settings import CONFIG_BYTES, read_object
 
-__all__ = ["Shape", "read_shape"]
+__all__ = ["Shape", "gguf_config", "read_shape"]
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,14 @@ class Shape:
 
     Attributes:
         decoder: its sizes; windows of attention are left out.
-        mlp: width of the MLP.
+        mlp: sizes of the MLP.
         tied: the head is the embedding.
         is_gguf: the model is a GGUF file.
         maps_tap: tap of the maps of an NBL checkpoint; "" for another model.
     """
 
     decoder: DecoderSpec
-    mlp: int
+    mlp: MlpSpec
     tied: bool
     is_gguf: bool = False
     maps_tap: str = ""
@@ -44,14 +45,14 @@ class Shape:
     @property
     def layer_parameters(self) -> int:
         """Elements of the matrices of the largest layer."""
-        return max(self.decoder.projections, self.decoder.other_elements) + 3 * self.decoder.hidden_size * self.mlp
+        return max(self.decoder.projections, self.decoder.other_elements) + self.mlp.elements(self.decoder.hidden_size)
 
     @property
     def parameters_of_layers(self) -> int:
         """Elements of the matrices of all layers."""
         d = self.decoder
         mixing = len(d.attention_layers) * d.projections + len(d.others) * d.other_elements
-        return mixing + d.num_layers * 3 * d.hidden_size * self.mlp
+        return mixing + d.num_layers * self.mlp.elements(d.hidden_size)
 
     @property
     def head_parameters(self) -> int:
@@ -97,7 +98,7 @@ def _of_config(config: dict[str, Any], path: Path) -> Shape:
     found = {
         "num_hidden_layers": config.get("num_hidden_layers"),
         "hidden_size": config.get("hidden_size"),
-        "intermediate_size": config.get("intermediate_size"),
+        record.mlp_key: config.get(record.mlp_key),
         "num_attention_heads": heads,
         "num_key_value_heads": config.get("num_key_value_heads") or heads,
         "head_dim": config.get("head_dim"),
@@ -105,15 +106,13 @@ def _of_config(config: dict[str, Any], path: Path) -> Shape:
         "max_position_embeddings": config.get("max_position_embeddings"),
     }
     tied = config.get("tie_word_embeddings", record.tied)
-    tap = replaced.tap if replaced else ""
-    return _shape(record.name, found, path, bool(tied), config, maps_tap=tap)
+    return _shape(config, found, path, bool(tied), maps_tap=replaced.tap if replaced else "")
 
 
 def _of_gguf(path: Path) -> Shape:
     header = read_header(path)
-    aliases = {alias: record.name for record in ARCHITECTURES.values() for alias in record.aliases}
-    stated = str(header.keys.get("general.architecture"))
-    _check_architecture(aliases.get(stated, stated), path)
+    config = gguf_config(header)
+    _check_architecture(config["model_type"], path)
     heads = header.get("attention.head_count")
     found = {
         "block_count": header.get("block_count"),
@@ -125,31 +124,44 @@ def _of_gguf(path: Path) -> Shape:
         "tensor token_embd.weight": header.shapes.get("token_embd.weight", (None,))[0],
         "context_length": header.get("context_length"),
     }
-    return _shape(aliases.get(stated, stated), found, path, "output.weight" not in header.shapes, {}, is_gguf=True)
+    return _shape(config, found, path, "output.weight" not in header.shapes, is_gguf=True)
 
 
-def _shape(
-    architecture: str, found: Mapping[str, Any], path: Path, tied: bool, config: Mapping[str, Any], **more: Any
-) -> Shape:
+def gguf_config(header: Header) -> dict[str, Any]:
+    """The architecture and the sizes of the MLP that the head of a GGUF file states, under transformers' names."""
+    aliases = {alias: record.name for record in ARCHITECTURES.values() for alias in record.aliases}
+    stated = str(header.keys.get("general.architecture"))
+    return {"model_type": aliases.get(stated, stated), "intermediate_size": header.get("feed_forward_length")}
+
+
+def _shape(config: Mapping[str, Any], found: Mapping[str, Any], path: Path, tied: bool, **more: Any) -> Shape:
     """The shape of sizes in their order: layers, hidden size, MLP, heads, heads of keys, head, words, positions.
 
     The size of a head may be missing.
 
     Args:
-        config: the content of config.json, if there is one.
+        config: the content of config.json, or what a GGUF file states of it.
     """
     for place, (name, value) in enumerate(found.items()):
         is_size = isinstance(value, int) and not isinstance(value, bool) and value > 0
         if not is_size and not (place == _HEAD and value is None):
             raise NblError(f"{path} has no usable {name}, a size that an estimate needs; fetch the model again")
-    layers, hidden, mlp, heads, kv_heads, head, words, positions = found.values()
+    layers, hidden, _, heads, kv_heads, head, words, positions = found.values()
     try:
+        mlp = mlp_of(config)
         decoder = DecoderSpec(
-            architecture, layers, hidden, heads, kv_heads, head or max(1, hidden // heads), words, positions
+            str(config["model_type"]),
+            layers,
+            hidden,
+            heads,
+            kv_heads,
+            head or max(1, hidden // heads),
+            words,
+            positions,
         )
-        if config:
-            decoder, mlp = dataclasses.replace(decoder, **hybrid_facts(config)), mlp_width(config)
-    except (ValueError, KeyError, TypeError) as error:
+        if not more.get("is_gguf"):
+            decoder = dataclasses.replace(decoder, **hybrid_facts(config))
+    except (KeyError, TypeError, ValueError) as error:
         raise NblError(f"{path} has sizes of no decoder ({error}); fetch the model again") from error
     return Shape(decoder, mlp, tied, **more)
 

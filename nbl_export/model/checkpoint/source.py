@@ -21,7 +21,7 @@ from nbl_export.graph import graph_only
 from nbl_export.graph.graph_only import home_of
 from nbl_export.graph.names import MANIFEST
 from nbl_export.mixers import kind_of, kinds
-from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config, check_window
+from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, REFUSED, check_config, check_window
 from nbl_export.model.checkpoint import pretrained
 from nbl_export.model.hybrids import UNSUPPORTED
 from nbl_export.records.plan import TAPS
@@ -209,7 +209,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 def _check_architecture(model_type: Any, where: Path, *, multimodal: bool = False) -> None:
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         advice = "; its language model, saved by itself, may be one of these" if multimodal else ""
-        reason = UNSUPPORTED.get(str(model_type))
+        reason = {**UNSUPPORTED, **REFUSED}.get(str(model_type))
         why = "" if reason is None else f": {reason}"
         raise NblError(
             f"{where} has architecture {model_type!r}, which is not supported{why}; supported are "

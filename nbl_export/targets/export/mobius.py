@@ -1,16 +1,24 @@
-"""mobius, by the ONNX Runtime team: opset 24, fused to GroupQueryAttention and skip norms for the CPU."""
+"""mobius, by the ONNX Runtime team: opset 24, fused to GroupQueryAttention and skip norms for the CPU.
+
+`corrected` sets what mobius 0.1 reads wrong from a configuration, as the architecture's record says (`mobius`).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.graph.names import GENAI_CONFIG
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.targets.export.finish import captured
 
-__all__ = ["PRECISIONS", "build", "refuse_lost_biases"]
+__all__ = ["PRECISIONS", "build", "corrected", "refuse_lost_biases"]
 
 _DTYPES = {"fp32": "f32", "fp16": "f16"}
 PRECISIONS = tuple(_DTYPES)
@@ -26,12 +34,37 @@ def build(checkpoint: Path, out: Path, precision: str) -> None:
         raise MissingPackageError("mobius-onnx", "export", "building the decoder graph") from error
     refuse_lost_biases(checkpoint)
     arguments = ["build", "--config", str(checkpoint), "--ep", "cpu", "--dtype", _DTYPES[precision]]
-    with captured("mobius", checkpoint):
+    with captured("mobius", checkpoint), corrected(checkpoint):
         mobius_cli([*arguments, "--runtime", "ort-genai", str(out)])
     _restore_config(checkpoint, out / GENAI_CONFIG)
     from nbl_export.targets.export.restore_attention import restore_attention
 
     restore_attention(checkpoint, out)
+
+
+@contextlib.contextmanager
+def corrected(checkpoint: Path) -> Iterator[None]:
+    """Within: the configuration that mobius makes of transformers' has the settings of the architecture's record."""
+    from mobius import ArchitectureConfig
+
+    settings = ARCHITECTURES[_config(checkpoint)["model_type"]].mobius
+    theirs = ArchitectureConfig.from_transformers
+
+    def ours(config: Any, **more: Any) -> Any:
+        made = theirs(config, **more)
+        rope = made.rope and dataclasses.replace(made.rope, **{k: v for k, v in settings.items() if k in _OF_ROPE})
+        return dataclasses.replace(made, rope=rope, **settings)
+
+    with mock.patch.object(ArchitectureConfig, "from_transformers", ours) if settings else contextlib.nullcontext():
+        yield
+
+
+_OF_ROPE = ("rope_interleave",)  # also a field of the rotary settings
+
+
+def _config(checkpoint: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    return found
 
 
 def refuse_lost_biases(checkpoint: Path) -> None:
@@ -40,7 +73,7 @@ def refuse_lost_biases(checkpoint: Path) -> None:
     Raises:
         NblError: the configuration says mlp_bias.
     """
-    if json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("mlp_bias"):
+    if _config(checkpoint).get("mlp_bias"):
         raise NblError(
             f"{checkpoint} has biases in its MLPs (mlp_bias), which mobius (0.1) leaves out; use --decoder-source genai"
         )
@@ -48,7 +81,7 @@ def refuse_lost_biases(checkpoint: Path) -> None:
 
 def _restore_config(checkpoint: Path, path: Path) -> None:
     """Set the model's context length (mobius 0.1 writes 4096 for every model), and a type that GenAI knows."""
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config = _config(checkpoint)
     positions, record = config["max_position_embeddings"], ARCHITECTURES[config["model_type"]]
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["model"]["context_length"] = settings["search"]["max_length"] = positions

@@ -37,6 +37,7 @@ __all__ = ["restore_attention"]
 
 _LAYER = re.compile(r"^past_key_values\.(\d+)\.key$")
 _PAST_KEY, _COS, _SIN = 3, 7, 8  # inputs of GroupQueryAttention
+_SHARED = (".cos_cache", ".sin_cache")  # end the names of tables that mobius' graphs look positions up in
 _ROUNDING = {4: 1e-3, 2: 1e-2}  # by bytes of an element: equal tables differ by less, other tables by more
 _NEAR = 1e-2  # relative distance of a rounded root
 _BY_LENGTH = ("longrope", "dynamic")  # tables that depend on the length of the sequence
@@ -129,7 +130,7 @@ def _restore_tables(graph: ir.Graph, nodes: dict[int, ir.Node], config: Any) -> 
     """Replace each table that a layer reads and that differs from transformers' table; one True for each change."""
     right: dict[str | None, tuple[np.ndarray, np.ndarray] | None] = {}
     done: dict[tuple[str, str | None], ir.Value] = {}
-    changed = []
+    changed = [] if nodes else [_restore_shared(graph, config)]
     for layer, node in nodes.items():
         kind = config.layer_types[layer] if _differ_by_kind(config) else None
         for index in (_COS, _SIN):
@@ -142,20 +143,37 @@ def _restore_tables(graph: ir.Graph, nodes: dict[int, ir.Node], config: Any) -> 
             if wanted is None:
                 continue
             exact = wanted[index - _COS]
-            given = table.const_value.numpy()
-            if (
-                given.shape == exact.shape
-                and np.abs(given.astype(np.float32) - exact).max() < _ROUNDING[given.itemsize]
-            ):
+            if not _differs(table, exact):
                 continue
-            key = (str(table.name), kind)
+            key, given = (str(table.name), kind), table.const_value.numpy()
             if key not in done:
                 done[key] = register(graph, ir.tensor(exact.astype(given.dtype), name=f"{table.name}.{kind or 'all'}"))
             node.replace_input_with(index, done[key])
             changed.append(True)
-    if changed:
+    if any(changed):
         _drop_unread(graph)
     return changed
+
+
+def _restore_shared(graph: ir.Graph, config: Any) -> bool:
+    """The same for the tables that all layers look positions up in, in a graph of other operators."""
+    found = [(name, value) for name, value in graph.initializers.items() if name.endswith(_SHARED)]
+    wanted = _tables(config, None) if found and not _differ_by_kind(config) else None
+    changed = False
+    for name, value in found if wanted else ():
+        exact = wanted[_SHARED.index("." + name.rpartition(".")[2])] if wanted else None
+        if exact is not None and _differs(value, exact):
+            given = value.const_value
+            value.const_value = ir.tensor(exact.astype(given.numpy().dtype if given else np.float32), name=name)
+            changed = True
+    return changed
+
+
+def _differs(value: ir.Value, exact: np.ndarray) -> bool:
+    assert value.const_value is not None
+    given = value.const_value.numpy()
+    same = given.shape == exact.shape
+    return not same or np.abs(given.astype(np.float32) - exact).max() >= _ROUNDING[given.itemsize]
 
 
 def _differ_by_kind(config: Any) -> bool:
@@ -178,7 +196,8 @@ def _tables(config: Any, kind: str | None) -> tuple[np.ndarray, np.ndarray] | No
     with torch.inference_mode():
         cos, sin = rotary(torch.zeros(1, dtype=torch.float32), positions, **chosen)
     half = cos.shape[-1] // 2
-    return cos[0, :, :half].numpy(), sin[0, :, :half].numpy()
+    size = half if torch.equal(cos[..., :half], cos[..., half:]) else 2 * half  # GPT-OSS: each angle once
+    return cos[0, :, :size].numpy(), sin[0, :, :size].numpy()
 
 
 def _drop_unread(graph: ir.Graph) -> None:

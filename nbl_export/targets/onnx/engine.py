@@ -43,6 +43,7 @@ CAPABILITIES = Capabilities(
     extra="cpu",
     cache_bytes={"fp16": 2},
     profiled=True,
+    every_expert=("mobius",),
     windows=True,
     hybrids=True,
     providers=tuple(PROVIDERS),

@@ -8,6 +8,8 @@ Patches of the GenAI builder (0.18) for models that it cannot export; verificati
 SmolLM3   the builder gives a layer without rotary embedding a separate one, on positions that the graph lacks
 Qwen3.5   the builder knows the text model inside the one that sees images, and not by itself
 Gemma 3   the builder does not read rotary settings by kind of layer, as transformers 5 has them
+OLMo      the builder makes norms of layer norms that have no weights
+GPT-OSS   the builder rounds experts from the published codes alone, which a checkpoint in floats lacks
 codes     the builder cannot join query, key and value of a quantised checkpoint without zero points into one matrix
 """
 
@@ -25,6 +27,7 @@ from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
+from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.options.options import GGUF
 from nbl_export.targets.base import ExportSettings
 from nbl_export.targets.export.finish import captured
@@ -61,7 +64,7 @@ def build(checkpoint: Path, out: Path, settings: ExportSettings, provider: str =
     with tempfile.TemporaryDirectory() as cache, captured("the GenAI builder", checkpoint), repaired():
         where = (
             "",
-            str(settings.codes or checkpoint),
+            str(_named(settings.codes or checkpoint, Path(cache))),
             str(out),
             precision,
             _BUILDER_NAMES.get(provider, provider),
@@ -101,6 +104,21 @@ def _adopt_states(out: Path) -> None:
     (out / GENAI_CONFIG).write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
 
 
+def _named(checkpoint: Path, scratch: Path) -> Path:
+    """The checkpoint; or links to its files, with the name of the architecture whose builder makes it (`genai_as`)."""
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    name = ARCHITECTURES[config["model_type"]].genai_as
+    if name is None:
+        return checkpoint
+    made = scratch / "checkpoint"
+    made.mkdir()
+    for file in checkpoint.absolute().iterdir():
+        if file.name != "config.json":
+            (made / file.name).symlink_to(file)
+    (made / "config.json").write_text(json.dumps({**config, "architectures": [f"{name}ForCausalLM"]}), encoding="utf-8")
+    return made
+
+
 def _build_with_codes(checkpoint: Path, out: Path, settings: ExportSettings) -> None:
     """Build the float32 graph, and put the codes of the GGUF file into it."""
     from nbl_export.rewrite.quantize import take_codes  # needs onnx_ir, which a build machine lacks
@@ -132,9 +150,9 @@ def repaired() -> Iterator[None]:
     """Patch the builder inside the block."""
     from onnxruntime_genai.models import builder
 
+    made = {"SmolLM3Model": _smollm3, "Gemma3Model": _gemma3, "OLMoModel": _olmo, "GPTOSSModel": _gpt_oss}
     ours = {
-        "SmolLM3Model": _smollm3(builder.SmolLM3Model),
-        "Gemma3Model": _gemma3(builder.Gemma3Model),
+        **{name: make(getattr(builder, name)) for name, make in made.items()},
         "Qwen3Model": _qwen3(builder),
         "get_hf_details": _with_known_names(builder.get_hf_details),
     }
@@ -211,3 +229,25 @@ def _gemma3(base: Any) -> Any:
             self.rope_attrs["theta"] = config.rope_parameters["full_attention"]["rope_theta"]
 
     return Gemma3Model
+
+
+def _olmo(base: Any) -> Any:
+    class OLMoModel(base):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self.layernorm_attrs["simple"] = False
+            self.layernorm_attrs["epsilon"] = 1e-5  # of transformers' OlmoLayerNorm
+
+    return OLMoModel
+
+
+def _gpt_oss(base: Any) -> Any:
+    class GPTOSSModel(base):
+        def make_moe_preprocessing(self, layer_id: int, moe: Any, root_input: str) -> None:
+            self.experts = moe.experts
+            super().make_moe_preprocessing(layer_id, moe, root_input)
+
+        def load_mxfp4_experts(self, layer_id: int, decode: bool = False) -> Any:
+            return tuple(weight.transpose(-1, -2) for weight in (self.experts.gate_up_proj, self.experts.down_proj))
+
+    return GPTOSSModel

@@ -39,6 +39,7 @@ CAPABILITIES = Capabilities(
     extra="openvino",
     cache_bytes={"fp16": 2, "int8": 1, "int4": 1},
     narrow=True,
+    every_expert=("openvino",),
     windows=True,
     proposers=OPENVINO_PROPOSERS,
 )

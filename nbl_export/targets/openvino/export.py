@@ -188,6 +188,7 @@ def convert(model: Any) -> Any:
 
     config = model.config
     _check_rotary(config)
+    _trace_experts(config)
     layers, heads = config.num_hidden_layers, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     batch, new, past = 2, 3, 5
@@ -213,6 +214,34 @@ def convert(model: Any) -> Any:
     found.validate_nodes_and_infer_types()
     _fold_sizes(found)
     return found
+
+
+def _trace_experts(config: Any) -> None:
+    """Have layers with experts computed by products that can be traced: every expert, times its share of the token."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(_EVERY_EXPERT, _every_expert)
+    config._experts_implementation = _EVERY_EXPERT
+
+
+_EVERY_EXPERT = "nbl-every-expert"
+
+
+def _every_expert(experts: Any, x_TD: Any, chosen_TK: Any, share_TK: Any) -> Any:
+    """The output of transformers' experts, without a choice that depends on the tokens."""
+    share_TE = x_TD.new_zeros(x_TD.shape[0], experts.num_experts).scatter(1, chosen_TK, share_TK.to(x_TD.dtype))
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    inner = _expert_product(experts, first, x_TD.expand(experts.num_experts, *x_TD.shape))
+    outer = _expert_product(
+        experts, "down_proj", experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    )
+    return (outer * share_TE.T[..., None]).sum(0)
+
+
+def _expert_product(experts: Any, name: str, x_ETK: Any) -> Any:
+    weight = getattr(experts, name)
+    out = torch.bmm(x_ETK, weight if experts.is_transposed else weight.transpose(1, 2))
+    return out + getattr(experts, f"{name}_bias")[:, None] if experts.has_bias else out
 
 
 def _check_rotary(config: Any) -> None:

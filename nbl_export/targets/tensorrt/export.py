@@ -21,7 +21,7 @@ from nbl_export.graph.names import GRAPH_FILE, STATIC_GRAPH_FILE, all_logits_fil
 from nbl_export.model.architectures import windows_of
 from nbl_export.model.checkpoint.pretrained import config_of
 from nbl_export.targets.export.finish import add_text_files, captured
-from nbl_export.targets.export.mobius import refuse_lost_biases
+from nbl_export.targets.export.mobius import corrected, refuse_lost_biases
 from nbl_export.targets.tensorrt.static_form import PRECISIONS, finish_passes, form_passes
 from nbl_export.targets.tensorrt.static_form.check import first_difference
 from nbl_export.targets.tensorrt.static_form.numbers import BlockInt4
@@ -56,7 +56,7 @@ def build_form(checkpoint: Path, max_seq_len: int) -> ir.Model:
     config = _read_config(checkpoint)
     refuse_lost_biases(checkpoint)
     _refuse_length(max_seq_len, config)
-    with captured("mobius", checkpoint):
+    with captured("mobius", checkpoint), corrected(checkpoint):
         model = _mobius_decoder(checkpoint, config, max_seq_len)
     run_passes(form_passes(max_seq_len, windows_of(config)), model)
     model.metadata_props["nbl.form"] = "static"
