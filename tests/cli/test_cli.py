@@ -130,6 +130,9 @@ def test_bench_keeps_raw_timings_and_report_has_a_row_of_each(finished: Path) ->
     assert report["status"] == "verified"
 
 
+RESULT = ["layers", "prefill", "decode", "cache", "loss", "try"]
+
+
 def test_stages_go_to_stderr_and_the_result_to_stdout(finished: Path) -> None:
     """And nothing else: no warnings, bars or log lines of libraries."""
     assert finished.with_name("stdout").read_text(encoding="utf-8") == f"{finished / 'report.html'}\n"
@@ -140,7 +143,10 @@ def test_stages_go_to_stderr_and_the_result_to_stdout(finished: Path) -> None:
     busy = [line for line in said.splitlines() if "measured on a busy machine" in line]  # as it may be
     (curve,) = (line for line in said.splitlines() if line.startswith("  1 layer: "))
     assert "prefill; 2: " in curve
-    assert len(said.splitlines()) == 1 + 2 * len(STAGES) + len(quality_loss) + len(busy) + 1, said  # the estimate first
+    stages, result = said.split("report: done")
+    first = ["estimate", curve]
+    assert len(stages.splitlines()) == 2 * len(STAGES) - 1 + len(quality_loss) + len(busy) + len(first), said
+    assert [line.split()[0] for line in result.splitlines()[1:] if line[2] != " "] == RESULT, said
 
 
 @pytest.mark.parametrize("which", ["original", "model"])

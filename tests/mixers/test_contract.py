@@ -270,7 +270,7 @@ def test_features_go_through_sums_files_and_layers(checkpoint: Callable[[str], P
             file.write(part)
     with open_moments(tmp_path / "sums") as stored:
         assert stored.sizes == (2 * HIDDEN, HIDDEN)
-        for i, expected in enumerate(whole["residual"]):
+        for i, expected in whole["residual"].items():
             for name in ("x_sum", "y_sum", "xx", "yx", "yy"):
                 value = getattr(expected, name)
                 close = {"rtol": 1e-6, "atol": 1e-6 * float(value.abs().max())}

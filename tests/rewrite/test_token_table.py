@@ -16,7 +16,8 @@ import torch
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.facts import replaced_layers
 from nbl_export.mixers.linear import Linear
-from nbl_export.model.checkpoint.load import load_model
+from nbl_export.model.checkpoint.load import load_model, read_spec
+from nbl_export.model.checkpoint.source import resolve
 from nbl_export.model.linearize import linearize
 from nbl_export.model.one_layer import token_rows
 from nbl_export.records.plan import TAPS, Plan
@@ -65,10 +66,11 @@ def tabulated(exported: Exported, checkpoint: Any, random_maps: Maps, tmp_path: 
 def test_logits_are_those_of_the_layers(
     architecture: str, source: str, tap: str, tabulated: Any, checkpoint: Any
 ) -> None:
+    head_dim = read_spec(resolve(str(checkpoint(architecture)))).head_dim
     for replaced in ((0,), (0, 1), (0, 2)):
         directory, maps, rows_VD = tabulated(architecture, source, replaced, tap)
         expected = torch_logits(checkpoint(architecture), maps, tap)
-        assert worst(run_rows(OnnxDecoder(directory, HEAD_DIM), rows()), expected) < TOLERANCE["fp32"], replaced
+        assert worst(run_rows(OnnxDecoder(directory, head_dim), rows()), expected) < TOLERANCE["fp32"], replaced
         assert replaced_layers(graph_of(directory)) == list(replaced)
         (result,) = files.check_maps("nbl", directory, maps, rows_VD)
         assert result.passed, result.detail

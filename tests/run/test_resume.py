@@ -70,6 +70,7 @@ def quick(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             shutil.copyfile(finished / name, out / name)
         return {"status": "verified"} if stage in ("verify", "bench", "report") else {}
 
+    monkeypatch.setattr(pipeline, "_tell", lambda *_: None)  # it reads facts that these stages do not find
     stages = (dataclasses.replace(stage, run=functools.partial(copy, stage.name)) for stage in pipeline.STAGES)
     monkeypatch.setattr(pipeline, "STAGES", tuple(stages))
 
