@@ -118,8 +118,7 @@ class JobOptions:
         first=True, metavar="ENGINE",
     )  # fmt: skip
     recipe: str | None = option(
-        None, "Layers and maps of a known model: a recipe of the package by its name, or a file (nbl-export recipe).",
-        _REPLACED, first=True, metavar="NAME|FILE",
+        None, "Layers and maps by a recipe's name or file.", _REPLACED, first=True, metavar="NAME|FILE",
     )  # fmt: skip
     layers: str | None = option(
         None, 'How many layers ("8") or which ("0,7,24-29"); default: perplexity +10% at most.', _REPLACED,
@@ -142,7 +141,7 @@ class JobOptions:
         None, "Modelled speedup to reach: 1.3 or 1.3@decode.", _REPLACED, "main plan", first=True, metavar="FACTOR"
     )
     kv_budget: str | None = option(
-        None, "As few layers as make the KV cache fit: 64MiB@4096, or 15KiB for each token.", _REPLACED, "main plan",
+        None, "Most KV cache: 64MiB@4096, or 15KiB a token.", _REPLACED, "main plan",
         first=True, metavar="SIZE",
     )  # fmt: skip
     fit: str = option(
@@ -209,9 +208,7 @@ class JobOptions:
     provider: str = option(
         "cpu", "ort: for cpu (default), cuda or nv-tensorrt-rtx.", _ENGINE, first=True, metavar="PROVIDER"
     )
-    max_seq_len: int | None = option(
-        None, "trt, trt-rtx: most tokens of a sequence; default 2048.", _ENGINE, first=True, least=1
-    )
+    max_seq_len: int | None = option(None, "trt, trt-rtx: most tokens of a sequence; default 2048.", _ENGINE, least=1)
     max_batch: int | None = option(
         None, "trt, trt-rtx: most sequences at once; default 1.", _ENGINE, "main build", least=1
     )
