@@ -21,7 +21,7 @@ from nbl_export.model.head import logits_of
 from nbl_export.model.linearize import architecture_of, linearize, run_from
 from nbl_export.model.switched import SwitchedModel
 
-from ..tiny import EVERY, HIDDEN, HYBRIDS, LAYERS, VARIANTS, VOCAB, cases
+from ..tiny import EVERY, HIDDEN, HYBRIDS, LAYERS, VARIANTS, VOCAB, cases, record_of
 
 Checkpoint = Callable[[str], Path]
 Maps = Callable[..., dict[int, Linear]]
@@ -149,7 +149,11 @@ def test_a_saved_checkpoint_is_the_linearized_model(
     assert not report["missing_keys"] and not report["unexpected_keys"]
     with torch.inference_mode():
         expected = linearize(load_model(directory), maps)(IDS, use_cache=False).logits
-        assert torch.equal(loaded.eval()(IDS, use_cache=False).logits, expected)
+        found = loaded.eval()(IDS, use_cache=False).logits
+    if record_of(architecture).experts:  # transformers sums experts in an order of its own choice
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    else:
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("architecture", cases(EVERY))
