@@ -16,8 +16,8 @@ from nbl_export.records.quality import spoken_interval, spoken_loss
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
-_TITLES = ("replaced layers", "maps", "cache", "perplexity, first text", "Python's documentation",
-           "points of LAMBADA, ARC-Easy, PIQA", "prefill 512", "prefill 2,048", "decode behind 2,048")  # fmt: skip
+_HEAD = (("replaced layers, maps", "perplexity, first text", "Python's docs", "LAMBADA, ARC-Easy, PIQA", "prefill 512",
+          "prefill 2,048", "decode behind 2,048", "cache"), "lrrrrrrr")  # fmt: skip
 _TESTS = (("pp512", 0), ("pp2048", 0), ("tg", 2048))
 _SHORT = (("pp512", 0), ("pp2048", 0), ("tg", 512))
 _NO_TESTS = ("", "", "")
@@ -37,9 +37,9 @@ class Found:
 
 def _row(found: Found, num_layers: int) -> Sequence[str]:
     linear, windows = spoken_layers(tuple(found.layers)), spoken_layers(tuple(found.windows))
-    layers = f"{linear} linear; {windows} windows" if windows else linear
+    layers = f"{linear} linear, {windows} windows" if windows else linear
     cache = f"−{100 * (len(found.layers) + len(found.windows)) / num_layers:.1f}%"
-    return layers, found.maps, cache, *found.losses, found.tasks, *found.speeds
+    return f"{layers}; {found.maps}", *found.losses, found.tasks, *found.speeds, cache
 
 
 def _job(run: Mapping[str, Any], maps: str, losses: Sequence[str], layers: Mapping[str, Sequence[int]]) -> Found:
@@ -98,7 +98,7 @@ def qwen(read: Read) -> Rows:
     for count in ("3", "6", "9"):
         points = "" if count == "9" else _points(tasks, f"paper {count}")
         found.append(_ordered(read, "qwen", f"cca {count}", "the paper's choice", points))
-    return [_TITLES, "lll" + "r" * 6, *(_row(one, 24) for one in found)]
+    return [*_HEAD, *(_row(one, 24) for one in found)]
 
 
 def smollm2(read: Read) -> Rows:
@@ -122,7 +122,7 @@ def smollm2(read: Read) -> Rows:
         found.append(Found("distilled", layers, ("", ""), tasks=_points(trained, row)))
     for count in ("4", "8"):
         found.append(_ordered(read, "smollm2", f"cca {count}", "the paper's choice", _points(tasks, f"cca {count}")))
-    return [_TITLES, "lll" + "r" * 6, *(_row(one, 30) for one in found)]
+    return [*_HEAD, *(_row(one, 30) for one in found)]
 
 
 def engines(read: Read) -> Rows:
