@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/results.md from the raw results in bench/results.
+"""Writes the tables of README.md and docs/ from the raw results in bench/results.
 
     python bench/tables.py            write every table between <!-- NAME --> and <!-- /NAME -->
     python bench/tables.py --check    only print the rows that would change; exit status 1 if there are any
@@ -19,6 +19,7 @@ from typing import Any
 
 import tables_codes as codes
 import tables_lossless as lossless
+import tables_models as models
 import tables_openvino as ov
 import tables_proof as proof
 import tables_quality as quality
@@ -28,9 +29,14 @@ import tables_speed as speed
 
 ROOT = Path(__file__).resolve().parent.parent
 Table = Callable[[Callable[[str], Any]], list[Sequence[str]]]
-# Page -> marker in the page -> the function that makes the table's rows from the raw results.
-README: Mapping[str, Table] = {"headline": speed.headline}
-RESULTS: Mapping[str, Table] = {
+# Marker in one of the pages -> the function that makes the table's rows from the raw results.
+TABLES: Mapping[str, Table] = {
+    "headline": speed.headline,
+    "model-qwen": models.qwen,
+    "model-smollm2": models.smollm2,
+    "engines": models.engines,
+    "lossless-short": models.lossless_short,
+    "cost": models.cost,
     "demo": speed.demo,
     "exchange": speed.exchange,
     "codes": codes.codes,
@@ -62,9 +68,8 @@ RESULTS: Mapping[str, Table] = {
     "shapes": second.shapes,
     "intervals": speed.intervals,
     "coverage": speed.coverage,
+    "length": quality.length,
 }
-EVALUATION: dict[str, Table] = {"length": quality.length}
-PAGES = {ROOT / "README.md": README, ROOT / "docs" / "results.md": RESULTS, ROOT / "docs" / "evaluation.md": EVALUATION}
 
 
 def result(name: str) -> Any:
@@ -80,20 +85,29 @@ def markdown(rows: list[Sequence[str]]) -> str:
     return "\n".join([lines[0], f"|{'|'.join(rule)}|", *lines[1:]])
 
 
-def written(page: Path, tables: Mapping[str, Table]) -> str:
+def pages() -> dict[Path, str]:
+    """README.md and the pages of docs/, with their text.
+
+    Raises:
+        ValueError: a table has no pair of markers in all pages, or more than one.
+    """
+    found = {page: page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
+    text = "\n".join(found.values())
+    for name in TABLES:
+        if text.count(f"<!-- {name} -->\n") != 1 or text.count(f"\n<!-- /{name} -->") != 1:
+            raise ValueError(f"README.md and docs/ need one pair of markers for {name}")
+    return found
+
+
+def written(text: str) -> str:
     """The text of a page with every table made from the raw results.
 
     Raises:
         KeyError: a marker names no table.
-        ValueError: a table has no pair of markers, or more than one.
     """
-    text = page.read_text(encoding="utf-8")
-    for name in tables:
-        if text.count(f"<!-- {name} -->\n") != 1 or text.count(f"\n<!-- /{name} -->") != 1:
-            raise ValueError(f"{page.name} needs one pair of markers for {name}")
     return re.sub(
         r"<!-- ([\w-]+) -->\n(?:.*?\n)?<!-- /\1 -->",
-        lambda found: f"<!-- {found[1]} -->\n{markdown(tables[found[1]](result))}\n<!-- /{found[1]} -->",
+        lambda found: f"<!-- {found[1]} -->\n{markdown(TABLES[found[1]](result))}\n<!-- /{found[1]} -->",
         text,
         flags=re.DOTALL,
     )
@@ -104,8 +118,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     changed = []
-    for page, tables in PAGES.items():
-        before, after = page.read_text(encoding="utf-8"), written(page, tables)
+    for page, before in pages().items():
+        after = written(before)
         lines = difflib.ndiff(before.splitlines(), after.splitlines())
         changed += [line for line in lines if line.startswith(("-", "+"))]
         if not check:

@@ -118,7 +118,7 @@ def taken(read: Read) -> Rows:
         run, other = read(name), read(elsewhere)["residual"]
         (quality_losses,) = other.values()
         assert list(other) == [",".join(map(str, run["replaced_layers"]))], "another set of layers"
-        rises = [_increase(quality_loss["per_window"]) for quality_loss in run["quality_loss"]]
+        rises = [increase(quality_loss["per_window"]) for quality_loss in run["quality_loss"]]
         unread = [rise(quality_losses[text]) for text in ("wikitext-2 valid", "c4 rest", "realnews", "code")]
         rows.append((title, spoken_layers(run["replaced_layers"]), *rises, *unread))
     return rows
@@ -134,7 +134,7 @@ def job_speeds(read: Read) -> Rows:
     return rows
 
 
-def _increase(windows: Mapping[str, Sequence[float]]) -> str:
+def increase(windows: Mapping[str, Sequence[float]]) -> str:
     """The perplexity increase with today's interval, from the losses of each window."""
     found = increase_interval(windows["loss_original"], windows["loss_nbl"])
     assert found.low is not None and found.high is not None

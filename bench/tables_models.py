@@ -1,0 +1,187 @@
+"""Tables of the first page of results: a table a model, engines with loss beside speed, lossless and cost in short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import tables_lossless as lossless
+from tables_quality import TASKS, rise
+from tables_second import increase, stages
+from tables_speed import cell, paired, spoken
+
+from nbl_export.records.plan import spoken_layers
+from nbl_export.records.quality import spoken_interval, spoken_loss
+
+Rows = list[Sequence[str]]
+Read = Callable[[str], Any]
+_HEAD = (("replaced layers, maps", "perplexity, first text", "Python's docs", "LAMBADA, ARC-Easy, PIQA", "prefill 512",
+          "prefill 2,048", "decode behind 2,048", "cache"), "lrrrrrrr")  # fmt: skip
+_TESTS = (("pp512", 0), ("pp2048", 0), ("tg", 2048))
+_SHORT = (("pp512", 0), ("pp2048", 0), ("tg", 512))
+_NO_TESTS = ("", "", "")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A set of layers, and where the raw results have its figures."""
+
+    maps: str
+    layers: Sequence[int]
+    losses: Sequence[str]
+    windows: Sequence[int] = ()
+    speeds: Sequence[str] = _NO_TESTS
+    tasks: str = ""  # empty: not measured
+
+
+def _row(found: Found, num_layers: int) -> Sequence[str]:
+    linear, windows = spoken_layers(tuple(found.layers)), spoken_layers(tuple(found.windows))
+    layers = f"{linear} linear, {windows} windows" if windows else linear
+    cache = f"−{100 * (len(found.layers) + len(found.windows)) / num_layers:.1f}%"
+    return f"{layers}; {found.maps}", *found.losses, found.tasks, *found.speeds, cache
+
+
+def _job(run: Mapping[str, Any], maps: str, losses: Sequence[str], layers: Mapping[str, Sequence[int]]) -> Found:
+    """A job, with the speeds that were measured."""
+    ratios = run["measured"] if "measured" in run else run["ratios"]
+    speeds = []
+    for test, depth in _TESTS:
+        ratio = [r for r in ratios if r["test"].startswith(test) and r["depth"] == depth]
+        speeds.append(cell(*ratio) if ratio else "")
+    return Found(maps, layers["linear"], losses, layers.get("window", ()), speeds)
+
+
+def _exchanged(run: Mapping[str, Any], maps: str) -> Found:
+    """A setup of `bench/exchange.py`."""
+    losses = [spoken_interval(r["increase"], r["increase_interval"], percent=True, sign=True) for r in run["losses"]]
+    return _job(run, maps, losses, run["layers"])
+
+
+def _staged(run: Mapping[str, Any]) -> Found:
+    """A job of `bench/stages.py`, with today's interval of its windows."""
+    losses = [increase(r["per_window"]) for r in run["quality_loss"]]
+    return _job(run, "within 10%, closed form", losses, {"linear": run["replaced_layers"]})
+
+
+def _losses(by_text: Mapping[str, Mapping[str, float]]) -> Sequence[str]:
+    return f"C4 {rise(by_text['c4 rest'])}", rise(by_text["python pydoc_data/topics.py"])
+
+
+def _points(tasks: Mapping[str, Any], row: str) -> str:
+    return _said({name: tasks[name]["rows"][row]["acc"]["change"] for name in TASKS})
+
+
+def _said(changes: Mapping[str, float]) -> str:
+    return ", ".join(f"{100 * changes[name]:+.1f}".replace("-", "−") for name in TASKS)
+
+
+def _ordered(read: Read, name: str, kind: str, maps: str, tasks: str = "") -> Found:
+    """A set in closed form that a rule chose, by `bench/quality.py orders`."""
+    run = read(f"orders-{name}")
+    layers = next(layers for layers, of in run["sets"].items() if of == kind)
+    named = [int(i) for i in layers.split(",")]
+    return Found(maps, named, _losses(run["residual"][layers]), tasks=tasks)
+
+
+def qwen(read: Read) -> Rows:
+    """Qwen2.5-Coder-0.5B: a limit of 10%, and sets of three, six and nine layers."""
+    tasks, speeds = read("tasks-qwen")["tasks"], read("ladder-qwen-fp32")
+    found = [_exchanged(read("exchange")["rows"][0], "within 10%, distilled"), _staged(read("stages-qwen"))]
+    for i, (count, name) in enumerate((("3", "distill-qwen-3"), ("6", "distill-qwen"), ("9", "distill-qwen-9"))):
+        run, points = read(name)["distill"], "" if count == "9" else _points(tasks, f"ours {count}")
+        chosen = _ordered(read, "qwen", f"efficient {count}", "closed form", points)
+        prefill = _of(speeds, "pp512", 0, list(speeds["variants"])[i + 1])
+        found.append(replace(chosen, speeds=(prefill, "", "")))
+        trained = _points(tasks, "distilled 6") if count == "6" else ""
+        found.append(Found("distilled", run["layers"], _losses(run["distilled"]), tasks=trained))
+    for count in ("3", "6", "9"):
+        points = "" if count == "9" else _points(tasks, f"paper {count}")
+        found.append(_ordered(read, "qwen", f"cca {count}", "the paper's choice", points))
+    return [*_HEAD, *(_row(one, 24) for one in found)]
+
+
+def smollm2(read: Read) -> Rows:
+    """SmolLM2-135M: a limit of 10%, eight linear layers, and sets of four, eight and twelve layers."""
+    eight = read("demo-smollm2-fp32")
+    losses = [spoken_loss(loss)["increase"] for loss in eight["quality_loss"]]
+    tasks, trained = read("tasks-smollm2")["tasks"], read("tasks-distilled-smollm2")["tasks"]
+    bias = read("distill-affine-smollm2")["distill"]
+    table = read("graph-tasks-smollm2")["table"]
+    shipped = _said({r["task"]: r["differences"][0]["value"] for r in table if r["metric"] == "acc"})
+    found = [
+        _exchanged(read("exchange")["rows"][1], "within 10%, distilled"),
+        _staged(read("stages-smollm2")),
+        _job(eight, "`--layers 8`, closed form", losses, {"linear": eight["replaced_layers"]}),
+        Found("closed form", bias["layers"], _losses(bias["independent"]), tasks=shipped),
+        Found("distilled", bias["layers"], _losses(bias["distilled"])),
+    ]
+    for count in ("4", "8", "12"):
+        row = f"distilled {count}"
+        layers = trained["piqa"]["rows"][row]["layers"]
+        found.append(Found("distilled", layers, ("", ""), tasks=_points(trained, row)))
+    for count in ("4", "8"):
+        found.append(_ordered(read, "smollm2", f"cca {count}", "the paper's choice", _points(tasks, f"cca {count}")))
+    return [*_HEAD, *(_row(one, 30) for one in found)]
+
+
+def engines(read: Read) -> Rows:
+    """Speed over the original of the same engine and precision, beside the loss of the same layers."""
+    rows: Rows = [("engine", "weights", "layers replaced", "perplexity", "prefill 512", "prefill 2,048",
+                   "decode behind 512"), "lllrrrr"]  # fmt: skip
+    for model, name in (("SmolLM2", "codes-smollm2"), ("Qwen", "codes-qwen")):
+        rows += _ort(read, model, name)
+    gguf = {len(r["layers"]): r["perplexity"] for r in read("gguf-smollm2")["rows"] if r["type"] == "keep"}
+    risen = {n: f"{100 * (gguf[n]['llama.cpp'] / gguf[0]['llama.cpp'] - 1):+.0f}%" for n in (8, 12)}
+    for layers in (8, 12):
+        for precision in ("fp16", "int8", "int4"):
+            name = "openvino" if layers == 8 else "openvino12"
+            runs = {kind: read(f"{name}-{kind}-{precision}") for kind in ("prefill", "decode")}
+            shown = [_of(runs["decode" if depth else "prefill"], test, depth) for test, depth in _SHORT]
+            loss = f"not measured ({risen[layers]} in llama.cpp)"
+            rows.append(("OpenVINO", precision, f"SmolLM2, {layers}", loss, *shown))
+    run = read("gguf-speeds-smollm2")
+    for layers, variant in zip((8, 12), list(run["variants"])[1:], strict=True):
+        shown = [_of(run, *test, variant) for test in _SHORT]
+        rows.append(("llama.cpp", "Q4_1", f"SmolLM2, {layers}", risen[layers], *shown))
+    return rows
+
+
+def _ort(read: Read, model: str, name: str) -> Rows:
+    """ONNX Runtime: decoders in int4 and with the file's codes, each over the original with the same weights."""
+    losses, run, rows = read(name), read(f"{name}-speed"), []
+    tests = {(r["test"], r["depth"]) for r in run["rows"]}
+    for key, title in (("int4", "int4"), ("gguf", "the file's codes")):
+        (figures,) = [r["figures"] for r in losses["rows"][key]["quality"] if r["task"] == "perplexity:c4"]
+        loss = f"C4 {100 * (figures['nbl']['value'] / figures['original']['value'] - 1):+.0f}%"
+        beside = {**run, "base": title}
+        asked = (("pp512", 0), ("pp2048", 0), ("tg48", 512))
+        shown = [spoken(paired(beside, f"{title}, NBL", *test)) if test in tests else "" for test in asked]
+        rows.append(("ONNX Runtime", title, f"{model}, {len(run['made']['layers'][0])}", loss, *shown))
+    return rows
+
+
+def _of(run: Mapping[str, Any], test: str, depth: int, variant: str | None = None) -> str:
+    """The ratio of a test. Without a name it is that of the last decoder of the run."""
+    wanted = variant or list(run["variants"])[-1]
+    (ratio,) = [r for r in run["ratios"]
+                if r["variant"] == wanted and r["test"].startswith(test) and r["depth"] == depth]  # fmt: skip
+    return cell(ratio)
+
+
+def lossless_short(read: Read) -> Rows:
+    """For each decoder, its fastest proposer, and the NBL model as the draft."""
+    head, _, *rows = lossless.lossless(read)
+    found: Rows = [(head[0], "fastest proposer", *head[2:4], "with the NBL model as the draft"), "llrrr"]
+    for decoder in dict.fromkeys(row[0] for row in rows):
+        best, *_ = mine = [row for row in rows if row[0] == decoder]
+        (draft,) = [row for row in mine if row[1].startswith("nbl")]
+        found.append((*best[:4], draft[3]))
+    return found
+
+
+def cost(read: Read) -> Rows:
+    """Time of the stages of a job in closed form, and its peak memory."""
+    wanted = [0, 7, 2, 3, 5, 6, 9]  # of the columns of `stages`
+    head, _, *rows = stages(read)
+    return [tuple(head[i] for i in wanted), "lrrrrrr", *(tuple(row[i] for i in wanted) for row in rows)]
