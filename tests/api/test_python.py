@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -16,8 +17,11 @@ import nbl_export as nbl
 from nbl_export import api
 from nbl_export.errors import CorruptError, NblError, UsageError
 from nbl_export.options.options import OPTIONS, JobOptions
+from nbl_export.records.quality import Interval
+from nbl_export.report.page import summarize
 
 from ..command import in_new_process
+from ..report.test_report import BENCH, MANIFEST, VERIFY
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -77,9 +81,33 @@ def test_values_are_those_of_the_report(finished: Path) -> None:
     assert [p.prefill for p in run.curve()] == [p["prefill"] for p in report["curve"]["points"]]
 
 
+def test_each_figure_has_its_own_place(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a report in which no two figures are equal, with a test at two depths."""
+    report = summarize(copy.deepcopy(MANIFEST), copy.deepcopy(VERIFY), copy.deepcopy(BENCH))
+    monkeypatch.setattr(api.Run, "_found", lambda _: report)
+    run = nbl.open(finished)
+    assert run.loss == (
+        api.Loss("held-back calibration", 8192, 20.0, 25.0, Interval(0.25, 0.181, 0.3234),
+                 Interval(0.1234, 0.1113, 0.1371), Interval(0.8, 0.7821, 0.8179)),
+    )  # fmt: skip
+    found = {(s.phase, s.tokens, s.depth): s for s in run.speed}
+    assert [(where, s.original, s.nbl) for where, s in found.items()] == [
+        (("prefill", 512, 0), 512 / 2.5, 512 / 1.5), (("decode", 128, 0), 128 / 5, 128 / 4),
+        (("decode", 128, 64), 128 / 2, 128 / 4),
+    ]  # fmt: skip
+    assert found["prefill", 512, 0].ratio == Interval(2.0, 1.25, 3.0)
+    assert {(s.batch, s.threads) for s in run.speed} == {(1, 2)}
+
+
+def test_what_a_model_says_is_no_html() -> None:
+    shown = api.Answers("p", "<script>a</script>", 'b & "c"')._repr_html_()
+    assert "&lt;script&gt;a&lt;/script&gt;" in shown and "b &amp; &quot;c&quot;" in shown and "<script>" not in shown
+
+
 def test_a_notebook_shows_the_first_screen(finished: Path) -> None:
     shown = nbl.open(finished)._repr_html_() or ""
-    assert shown.startswith("<iframe") and shown.count("<") == 2  # the page is inert text of an attribute
+    assert shown.startswith("<iframe")
+    assert (shown.count("<"), shown.count('"')) == (2, 10)  # the page is inert text of an attribute
     assert "KV cache" in shown and "Verification</h2>" not in shown
 
 

@@ -206,6 +206,8 @@ def test_experts_that_a_chunk_reads() -> None:
     assert [mlp.read(4, tokens) for tokens in (1, 2)] == [around + 2 * one, around + 3.5 * one]
     assert mlp.read(4, 999) == pytest.approx(mlp.elements(4)) and mlp.elements(4) == around + 8 * one
     assert mlp.read(4, 1, every=True) == mlp.elements(4)
+    assert [mlp.multiply_adds(4, every=every) for every in (False, True)] == [around + 2 * one, around + 8 * one]
+    assert MlpSpec(10).multiply_adds(4, every=True) == one  # a dense MLP has no experts to leave out
     costs = CostModel(dataclasses.replace(SMOLLM2, num_layers=2), mlp, 4.0, 4.0, 4)
     per_layer = (costs.decode({}, 0).bytes - costs.decode({0: work(0)}, 0).bytes) / 4
     assert per_layer == costs.spec.projections + 2 * 3 * 64  # attention and its cache: experts stay

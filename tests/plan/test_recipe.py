@@ -88,6 +88,7 @@ def test_layers_alone_are_one_file(tmp_path: Path) -> None:
         ({"fit": "magic"}, "the fits are"),
         ({"window": None}, "windows of no size"),
         ({"window": True}, "wrong kind"),
+        ({"window": 0}, "at least one token"),
         ({"title": 3}, "wrong kind"),
         ({"code": "x"}, "code"),
     ],
@@ -110,6 +111,21 @@ def test_other_files_are_refused(written: Path, tmp_path: Path) -> None:
         find(str(tmp_path / "long.json"))
 
 
+def test_another_model_is_refused_with_the_revision_that_is_wanted() -> None:
+    recipe = dataclasses.replace(RECIPE, revision="abc123")
+    recipe.refuse_other("f" * 32, "mine")
+    with pytest.raises(NblError, match="the recipe is of tiny, revision abc123, and mine is another model"):
+        recipe.refuse_other("e" * 32, "mine")
+    with pytest.raises(NblError, match="the recipe is of tiny, and mine is another model"):
+        RECIPE.refuse_other("e" * 32, "mine")
+
+
+def _wide(tensors: dict[str, Any]) -> None:
+    """Factors whose product fits, with more columns than the weight has."""
+    tensors["layers.2.window.qkv.up"] = np.zeros((128, HIDDEN + 1), np.float32)
+    tensors["layers.2.window.qkv.down"] = np.zeros((HIDDEN + 1, HIDDEN), np.float32)
+
+
 def _zeroed(tensors: dict[str, Any]) -> None:
     tensors["layers.0.linear.weight"] = np.zeros((8, 8), np.float32)
 
@@ -122,6 +138,7 @@ def _zeroed(tensors: dict[str, Any]) -> None:
         (lambda t: t.update({"layers.0.linear.bias": t["layers.0.linear.bias"].astype(np.float64)}), "not float32"),
         (lambda t: t.update({"layers.1.linear.bias": t["layers.0.linear.bias"]}), "is of no layer"),
         (lambda t: t.update({"layers.2.window.qkv.up": np.zeros((7, 3), np.float32)}), "wrong shape"),
+        (_wide, "factors of wrong shapes"),
         (lambda t: t.update({"layers.2.window.qkv.up": np.zeros((128, 4), np.float32)}), "matmul|mismatch"),
         (lambda t: t.update({"layers.2.window.code": np.zeros(3, np.float32)}), "of another kind"),
         (lambda t: t.pop("layers.0.linear.bias"), "bias"),
@@ -149,6 +166,16 @@ def test_a_link_and_another_hidden_size_are_refused(written: Path, tmp_path: Pat
     (folder / "r.safetensors").symlink_to(written.with_suffix(".safetensors"))
     with pytest.raises(CorruptError, match="link"):
         load_maps(*find(str(folder / "r.json")), SPEC, own)
+    (folder / "s.json").symlink_to(written)
+    with pytest.raises(CorruptError, match="link"):
+        find(str(folder / "s.json"))
+
+
+def test_maps_beyond_the_bound_are_not_read(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipes, "_MOST_MAPS_BYTES", 100)
+    monkeypatch.setattr(recipes, "file_sha256", lambda _: pytest.fail("the whole file is read"))
+    with pytest.raises(CorruptError, match="not the maps of this recipe"):
+        load_maps(*find(str(written)), SPEC, own)
 
 
 def test_recipes_of_the_package_are_whole() -> None:

@@ -57,6 +57,21 @@ def test_a_loss_that_is_not_finite_is_above() -> None:
     assert judged(found) == "above"
 
 
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([(0.02, [0.01, 0.03]), (0.2, [0.15, 0.25])], "above"),  # one text is enough
+        ([(0.02, [0.01, 0.03]), (0.1, [0.08, 0.12])], "near"),
+        ([(0.02, [0.01, 0.03]), (0.08, [0.06, 0.1])], "within"),
+        ([(0.2, None)], "above"),  # one window gives no interval
+        ([(0.08, None)], "within"),
+    ],
+)
+def test_every_text_is_judged(rows: list[tuple[float, list[float] | None]], expected: str) -> None:
+    losses = [{"increase": value, "increase_interval": ends} for value, ends in rows]
+    assert judged(report(quality_loss=losses)) == expected
+
+
 def test_what_to_do_next() -> None:
     steps = dict(next_steps(report(fit="independent"), Path("my runs")))
     assert "--fit distilled" in steps["better"]
