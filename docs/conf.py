@@ -18,3 +18,6 @@ html_theme = "furo"
 html_title = f"nbl-export {release}"
 html_copy_source = False
 html_show_copyright = False
+
+# Types in signatures of the Python page have no pages of their own.
+nitpick_ignore_regex = [("py:.*", ".*")]
