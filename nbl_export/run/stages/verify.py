@@ -24,6 +24,7 @@ from nbl_export.run.stages.common import Place, rows_of
 from nbl_export.run.stages.graphs import ExportedModel, check_rescaled, exported
 from nbl_export.run_directory import ACCEPTANCE_FILE, DECODERS, PACKAGES, REFERENCES_FILE, VERIFY_FILE
 from nbl_export.targets.base import Target
+from nbl_export.targets.tokenizer import TOKENIZER, Text
 from nbl_export.text.windows import Division, choosing_texts
 from nbl_export.verify.codes import EXACT, NEAREST, SEARCHED
 from nbl_export.verify.kept import KeptReferences
@@ -146,7 +147,20 @@ def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
             with place.ui.task("quality loss on held-back text") as progress:
                 quality_losses = quality_loss(decoders["original"], decoders["nbl"], loss_texts(inputs), progress)
         _leave(verifier, out)
-    return conclude(inputs, place, results, quality_losses)
+    answers = _answers(verifier, place.run.path / DECODERS["original"], inputs.exported.checkpoint)
+    return {**conclude(inputs, place, results, quality_losses), "answers": answers}
+
+
+def _answers(verifier: Verifier, original: Path, checkpoint: Lazy[Path]) -> list[dict[str, str]]:
+    """Prompts of the check `text`, and what both shipped decoders wrote behind them; nothing without tokenizer.json."""
+    holder = original if (original / TOKENIZER).is_file() or not verifier.said else checkpoint.value
+    if not (holder / TOKENIZER).is_file():
+        return []
+    text = Text(holder)
+    return [
+        {"prompt": text.whole(prompt)} | {name: text.behind(prompt, said[k]) for name, said in verifier.said.items()}
+        for k, prompt in enumerate(verifier.probe.prompts)
+    ]
 
 
 def _leave(verifier: Verifier, out: Path) -> None:
