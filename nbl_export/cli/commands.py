@@ -208,7 +208,9 @@ def evaluate(
     asked: dict[str, Any],
     tasks: Annotated[
         str | None,
-        typer.Option(metavar="TASK,...", help="lm-evaluation-harness tasks: lambada_openai,arc_easy,piqa,wikitext."),
+        typer.Option(
+            metavar="TASK,...", help="Tasks of lm-evaluation-harness, such as arc_easy,piqa, and groups: mmlu."
+        ),
     ] = None,
     perplexity: Annotated[
         str | None, typer.Option(metavar="NAME=FILE,...", help="Measure perplexity on these texts.")
@@ -227,6 +229,9 @@ def evaluate(
         int | None, typer.Option(min=1, metavar="N", help="Use the first N documents, windows or keys; default: all.")
     ] = None,
     data: Annotated[Path | None, typer.Option(metavar="FILES", help="Local documents: FILES/TASK/SPLIT.jsonl.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Examples in a prompt of a task; default: the task's own.")
+    ] = None,
     ppl_context: Annotated[
         int | None,
         typer.Option(min=2, metavar="N", help="Tokens of a window; default 512, and up to 4,096 with --long-context."),
@@ -244,11 +249,12 @@ def evaluate(
     for given, flag, needs, named in (
         (ppl_context, "--ppl-context", "--perplexity and --long-context", perplexity or long_context),
         (data, "--data", "--tasks", tasks),
+        (num_fewshot, "--num-fewshot", "--tasks", tasks),
     ):
         if given is not None and not named:
             raise UsageError(f"{flag} is for {needs}; leave {flag} out")
     request = EvalRequest(
-        tasks=_words(tasks), variants=_words(variants), limit=limit, data=data,
+        tasks=_words(tasks), variants=_words(variants), limit=limit, data=data, shots=num_fewshot,
         texts=parse_named("--perplexity", perplexity), long_texts=parse_named("--long-context", long_context),
         context=ppl_context,
     )  # fmt: skip
