@@ -239,7 +239,7 @@ def evaluate(
     force: opt.Force = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Run benchmarks, and measure perplexity and quality at length, on the exported graphs."""
+    """Measure tasks, perplexity and long texts on the graphs."""
     from nbl_export.evaluation.measure import parse_named
     from nbl_export.records.requests import EvalRequest
     from nbl_export.report.console import eval_table
@@ -270,7 +270,7 @@ def _words(listed: str | None) -> tuple[str, ...]:
 def accept(
     directory: opt.Run, force: opt.Force = False, trust_engine: opt.TrustEngine = False, as_json: opt.Json = False
 ) -> None:
-    """Accept the engines of a run on the GPU machine that will run them.
+    """Check the engines of a run on the GPU that will run them.
 
     Logits, text and caches are compared with values that verification has left in the directory.
     """
@@ -331,7 +331,7 @@ def convert(
     ] = None,
     force: opt.Force = False,
 ) -> None:
-    """Write the NBL model for transformers, llama.cpp, TensorRT-LLM or mlx-lm."""
+    """Write the NBL model for vLLM, llama.cpp and other engines."""
     from nbl_export.publish.convert import convert as write
 
     shown = ui()
@@ -346,7 +346,7 @@ def recipe(
     layers_only: Annotated[bool, typer.Option("--layers-only", help="Name layers, and leave their maps out.")] = False,
     force: opt.Force = False,
 ) -> None:
-    """Write the layers and maps of a run as a recipe, for --recipe."""
+    """Write the layers and maps of a run as a recipe."""
     from nbl_export.publish.recipe import write_recipe
 
     write_recipe(directory, output, ui(), layers_only=layers_only, force=force)
@@ -417,13 +417,14 @@ def estimate(
 
 
 def doctor(as_json: opt.Json = False) -> None:
-    """List the engines that work on this machine, and why others do not."""
+    """List the engines that work here, and why others do not."""
     from nbl_export.report.console import doctor_table
     from nbl_export.run.deployed import examine_engines
+    from nbl_export.run.estimate import spoken_machine
     from nbl_export.targets.gpu import find_gpu, spoken
 
     found = examine_engines()
-    show(found, doctor_table(found, spoken(find_gpu())), as_json)
+    show(found, doctor_table(found, spoken_machine(), spoken(find_gpu())), as_json)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
