@@ -29,6 +29,7 @@ from nbl_export.report.document import (
     Section,
     Strip,
 )
+from nbl_export.report.length import in_short
 from nbl_export.report.outcome import judged, limit_of
 from nbl_export.report.speed import is_swept
 from nbl_export.report.table import Cell, Column, Table, Tone
@@ -202,6 +203,7 @@ def _loss(report: Mapping[str, Any]) -> Card:
     lines = [f"{judged(report)} the limit of {limit_of(report)[0]}"]
     lines += [f"{spoken_loss(row)['increase']} on {row['text']}{f': {ends}' * (row is worst)}" for row in rows]
     lines.append("the larger one counts; 95% intervals" if len(rows) > 1 else "in brackets: a 95% interval")
+    lines += in_short((report["quality"] or {}).get("length", ()))
     return Card(title, spoken_loss(worst)["increase"].partition(" (")[0], tuple(lines), _JUDGED[judged(report)])
 
 
