@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +103,7 @@ def accept(
 def _yardstick(results: Sequence[Mapping[str, Any]]) -> float | None:
     """The largest finite difference of the original's logits so far; None if there is none."""
     own = [r["value"] for r in results if r["check"] == "original" and "logit difference" in r["metric"]]
-    return max((value for value in own if math.isfinite(value)), default=None)
+    return max((value for value in own if value is not None), default=None)
 
 
 def _blank(run: RunDirectory, engine: str) -> dict[str, Any]:

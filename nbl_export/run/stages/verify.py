@@ -25,7 +25,7 @@ from nbl_export.run.stages.graphs import ExportedModel, check_rescaled, exported
 from nbl_export.run_directory import ACCEPTANCE_FILE, DECODERS, PACKAGES, REFERENCES_FILE, VERIFY_FILE
 from nbl_export.targets.base import Target
 from nbl_export.targets.tokenizer import TOKENIZER, Text
-from nbl_export.text.windows import Division, judging
+from nbl_export.text.windows import Division, choosing_texts
 from nbl_export.verify.codes import EXACT, NEAREST, SEARCHED
 from nbl_export.verify.kept import KeptReferences
 from nbl_export.verify.ladder import WITHOUT_TWIN
@@ -300,7 +300,8 @@ def uses_of(inputs: VerifyInputs, place: Place) -> list[dict[str, Any]]:
         used.append(("distillation: judging", names[0], own.choosing))
     if place.plan.select in ("greedy", "efficient"):
         judges = both[:1] if inputs.says_itself else both
-        used += [("choice of layers", n, judging(part)) for n, part in zip(names, judges, strict=False)]
+        parts = [(name, part.choosing) for name, part in zip(names, judges, strict=False)]
+        used += [("choice of layers", *part) for part in choosing_texts(parts)]
     if (place.run.manifest.get("goal") or {}).get("path"):
         used += [("number of layers", n, part.deciding) for n, part in zip(names, both, strict=False)]
     used += [("final figures", n, part.final) for n, part in zip(names, both, strict=False)]
