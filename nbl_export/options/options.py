@@ -149,9 +149,9 @@ class JobOptions:
         _REPLACED, "main plan", first=True, choices=FITS, metavar="FIT",
     )  # fmt: skip
     select: str | None = option(
-        None, "Order of layers: efficient (least quality lost for the work saved, default), greedy (least quality "
-        "lost), cca (smallest bound; default for an ONNX graph) or error.",
-        _REPLACED, "main plan", choices=SELECTS, metavar="ORDER",
+        None, "Order of layers: efficient (least quality lost for the work saved, default), cca (the paper's bound; "
+        "default for an ONNX graph), greedy (least quality lost) or error.",
+        _REPLACED, "main plan", first=True, choices=SELECTS, metavar="ORDER",
     )  # fmt: skip
     rank: str | None = option(
         None, "Rank of the maps: a number, or auto; default: full maps.", _REPLACED, "main plan", metavar="RANK"

@@ -142,6 +142,8 @@ def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
             verifier.refer_to_graph(coded, directories["original"] / all_logits_file(directories["original"]))
         decoders = verifier.run(directories, coded)
         kept.save()
+        passed = sum(result.passed for result in results)
+        place.ui.say(f"  graphs: {passed} of {len(results)} checks passed")  # the loss takes as long again
         quality_losses = []
         if not inputs.lacks_attention:
             with place.ui.task("quality loss on held-back text") as progress:
