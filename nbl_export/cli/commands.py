@@ -312,7 +312,7 @@ def convert(
         typer.Option(
             "--to",
             metavar="FORM",
-            help="transformers, gguf, nemotron-nas or mlx; or the engine: vllm, llama.cpp, ollama, ...",
+            help="transformers, gguf, nemotron-nas, mlx or edge-llm; or the engine: vllm, llama.cpp, ollama, ...",
         ),
     ],
     output: Annotated[Path, typer.Option(metavar="TARGET", help="The new file or directory.")],
@@ -325,7 +325,7 @@ def convert(
     ] = None,
     force: opt.Force = False,
 ) -> None:
-    """Write the NBL model for transformers, llama.cpp, TensorRT-LLM or mlx-lm."""
+    """Write the NBL model for transformers, vLLM, llama.cpp, TensorRT-LLM, TensorRT-Edge-LLM or mlx-lm."""
     from nbl_export.publish.convert import convert as write
 
     shown = ui()
