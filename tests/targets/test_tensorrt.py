@@ -104,14 +104,18 @@ def test_a_plan_is_built_with_its_record() -> None:
 
 
 @needs_rtx
-@pytest.mark.parametrize(("precision", "targets"), [("int4", ()), ("bf16", ("8.6",)), ("fp16", ("7.5", "12.0"))])
-def test_other_precisions_and_targets_build(precision: str, targets: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("precision", "targets", "batch"), [("int4", (), 1), ("bf16", ("8.6",), 4), ("fp16", ("7.5", "12.0"), 1)]
+)
+def test_other_precisions_targets_and_batches_build(
+    precision: str, targets: tuple[str, ...], batch: int, tmp_path: Path
+) -> None:
     said: list[str] = []
-    settings = dataclasses.replace(SMALL, max_batch=1, targets=targets)
+    settings = dataclasses.replace(SMALL, max_batch=batch, targets=targets)
     source = graph_of("mistral-window", (1,), precision)
     record = build_engine(RTX, source, tmp_path / "e", settings, lambda phase, _seconds: said.append(phase))
     assert record.precision == precision
-    assert record.profiles == engine_profiles(1, 16, SLOTS, two_rows=True)
+    assert record.profiles == engine_profiles(batch, 16, SLOTS, two_rows=True)
     assert record.compute_capabilities == (targets or RTX.default_targets)
     assert record.capturable is True
     assert "Building engine" in said
