@@ -14,12 +14,13 @@ import ctypes
 import functools
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from nbl_export.parallel.child import readable
 
 __all__ = ["ForkServer", "ForkedRun"]
 
@@ -78,7 +79,7 @@ class ForkedRun:
         A run that never ends is killed and fails its test: a library can lose the exception of Ctrl-C.
         """
         assert self._server.stdout is not None
-        if not select.select([self._server.stdout], [], [], _PATIENCE_SECONDS)[0]:
+        if not readable(self._server.stdout.fileno(), _PATIENCE_SECONDS):
             os.killpg(self.pid, signal.SIGKILL)
         said, number = self._server.stdout.readline().split()
         assert said == "status", said

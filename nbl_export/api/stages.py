@@ -179,14 +179,14 @@ def _judges(read: Any, held: Any, tokenizer: Any, vocab_size: int) -> tuple[Text
 
     context, second = held.shape[1], corpus.stdlib_text()
     own = cut.divide(held, cut.CALIBRATION_ROLES)
-    choosing, deciding = [("held back", cut.judging(own))], [("held back", own.deciding)]
+    choosing, deciding = [("held back", own.choosing)], [("held back", own.deciding)]
     if second.sha256 != read.sha256:
         rows, _ = cut.pack(second, tokenizer, cut.second_tokens(context), context, vocab_size=vocab_size)
         if len(rows) >= len(cut.SECOND_ROLES):
             other = cut.divide(rows, cut.SECOND_ROLES)
-            choosing.append((second.name, cut.spread(other.choosing, len(choosing[0][1]))))
+            choosing.append((second.name, other.choosing))
             deciding.append((second.name, other.deciding))
-    return choosing, deciding
+    return cut.choosing_texts(choosing), deciding
 
 
 def _selection(calibration: Calibration, options: JobOptions, quiet: bool) -> Selection:

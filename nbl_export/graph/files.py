@@ -3,7 +3,8 @@
     DIR/model.onnx (or onnx/model.onnx, or the only *.onnx; genai_config.json may name it)
     DIR/model.onnx.data, or whatever its tensors name, inside DIR
 
-Weights stay in their files until they are copied, one tensor at a time. So the whole model is never in memory.
+Weights stay in their files until they are copied, one tensor at a time. So the whole model is never in memory. Nor is
+a file open between two reads: an array that is mapped keeps its file open, and a system may allow 1,024.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -21,7 +23,7 @@ from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
 from nbl_export.graph.trust import check_graph
 from nbl_export.trust.contained import check_inside
 
-__all__ = ["check_structure", "data_files", "find_graph", "load_graph", "save_graph", "skeleton"]
+__all__ = ["check_structure", "data_files", "find_graph", "load_graph", "read_graph", "save_graph", "skeleton"]
 
 
 _INLINE_BYTES = 1 << 30  # below this, weights inside a graph file stay there; protobuf's limit is 2 GiB
@@ -86,6 +88,44 @@ def load_graph(path: Path) -> ir.Model:
     ir.external_data.set_base_dir(model.graph, path.parent)
     for tensor in _external(model):
         _check_data(path, tensor)
+    return _closed(model)
+
+
+def read_graph(path: Path) -> ir.Model:
+    """Read a graph that was checked or made here; its external tensors stay in their files."""
+    return _closed(ir.load(path))
+
+
+class _Closed(ir.ExternalTensor):
+    """An external tensor that maps its file again for each read, so that the file closes with the array."""
+
+    def numpy(self) -> np.ndarray:
+        return self._mapped().numpy()
+
+    def __array__(self, dtype: Any = None) -> np.ndarray:
+        return self._mapped().__array__(dtype)
+
+    def tobytes(self) -> bytes:
+        return self._mapped().tobytes()
+
+    def _mapped(self) -> ir.ExternalTensor:
+        mapped = _as(ir.ExternalTensor, self)
+        if not self.valid():  # its file was overwritten, and a read is an error
+            mapped.invalidate()
+        return mapped
+
+
+def _as(kind: type[ir.ExternalTensor], tensor: ir.ExternalTensor) -> ir.ExternalTensor:
+    return kind(
+        tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=str(tensor.name),
+        doc_string=tensor.doc_string, metadata_props=tensor.metadata_props, base_dir=tensor.base_dir,
+    )  # fmt: skip
+
+
+def _closed(model: ir.Model) -> ir.Model:
+    for value in (value for graph in model.graphs() for value in graph.initializers.values()):
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = _as(_Closed, value.const_value)
     return model
 
 

@@ -44,6 +44,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.emitter import add_initializer, new_node, register
+from nbl_export.graph.files import read_graph
 from nbl_export.records.quantised import Blocks, StoredMatrix, unpacked
 
 __all__ = [
@@ -69,7 +70,7 @@ Read = Callable[[], np.ndarray]
 
 def stored_matrices(path: Path) -> list[StoredMatrix]:
     """The quantised matrices of a graph file; empty if the graph stores nothing in codes."""
-    graph = ir.load(path).graph
+    graph = read_graph(path).graph
     return [*quantised_matrices(graph).values(), *(m for pair in expert_matrices(graph).values() for m in pair)]
 
 

@@ -16,7 +16,7 @@ import functools
 import importlib
 import json
 import os
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -29,7 +29,7 @@ from typing import Any
 
 import nbl_export
 
-__all__ = ["Child", "Write", "main"]
+__all__ = ["Child", "Write", "main", "readable"]
 
 Write = Callable[[Any], None]  # sends a JSON value to the parent
 
@@ -88,7 +88,7 @@ class Child:
         deadline = None if seconds is None else time.monotonic() + seconds
         while b"\n" not in self._waiting:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not select.select([self._answers], [], [], left)[0]:
+            if not readable(self._answers, left):
                 raise TimeoutError
             piece = os.read(self._answers, 1 << 16)
             self._waiting += piece
@@ -116,6 +116,13 @@ class Child:
         if name == "SIGKILL":
             return f"{ended} ({name}, usually too little memory: close other programs, or use a smaller precision)"
         return f"{ended} ({name}, a crash in a library that the engine uses: nbl-export doctor names the libraries)"
+
+
+def readable(descriptor: int, seconds: float | None) -> bool:
+    """Wait until something can be read, or for so long. A descriptor may have any number."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(descriptor, selectors.EVENT_READ)
+        return bool(selector.select(seconds))
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ from nbl_export.model.mixes import Mixes, Progress, quiet
 
 __all__ = ["EVERY", "RULE", "TRIES", "Effects", "GreedyOrder", "Judge", "Point", "Search"]
 
-RULE = 1  # number of the rule in this module; another order for the same model needs another number
+RULE = 2  # number of the rule in this module; another order for the same model needs another number
 TRIES = 3
 _NOTHING = 1e-9  # least share of the work that a set saves, and least loss
 

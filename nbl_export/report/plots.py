@@ -15,7 +15,7 @@ from typing import Any, Literal
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from nbl_export.report.words import positions
 
@@ -99,12 +99,15 @@ def depths(ratios: Sequence[dict[str, Any]]) -> str:
         figure = Figure(figsize=(_WIDTH, 3.5), layout="constrained")
         axis = figure.subplots()
         axis.axhline(1.0, color=_ORIGINAL, linewidth=2, label="original")
-        for index, test in enumerate(dict.fromkeys(r["test"] for r in ratios)):
+        tests = list(dict.fromkeys(r["test"] for r in ratios))
+        apart = 0.02 * max(r["depth"] for r in ratios)  # so that whiskers of two tests stand side by side
+        for index, test in enumerate(tests):
             chosen = sorted((r for r in ratios if r["test"] == test), key=lambda r: r["depth"])
             spread = [[r["ratio"] - r["low"] for r in chosen], [r["high"] - r["ratio"] for r in chosen]]
             line, marker = _LINES[index % len(_LINES)]
             look: dict[str, Any] = {"color": _NBL, "linestyle": line, "marker": marker, "markersize": 6, "capsize": 4}
-            axis.errorbar([r["depth"] for r in chosen], [r["ratio"] for r in chosen], spread, label=test, **look)
+            places = [r["depth"] + apart * (index - (len(tests) - 1) / 2) for r in chosen]
+            axis.errorbar(places, [r["ratio"] for r in chosen], spread, label=test, **look)
         axis.set_xticks(sorted({r["depth"] for r in ratios}))
         axis.margins(0.08, 0.12)
         axis.set_xlabel("tokens already in the cache (depth)")
@@ -181,7 +184,7 @@ def _correct(axis: Axes, one: dict[str, Any], colours: dict[str, str]) -> None:
 
 
 def layers(name: str, values: Sequence[tuple[int, float]], replaced: Sequence[int], label: str) -> str:
-    """Draw one score of every layer, replaced layers filled, as SVG; logarithmic where the scores span decades.
+    """Draw one score of every layer, replaced layers filled and named, as SVG; logarithmic if scores span decades.
 
     Args:
         name: what makes the ids of this drawing unique in the page.
@@ -201,8 +204,12 @@ def layers(name: str, values: Sequence[tuple[int, float]], replaced: Sequence[in
             look: dict[str, Any] = {"color": colour, "markerfacecolor": fill, "markeredgewidth": 2}
             size = 7.0 if len(values) <= 40 else 4.5
             axis.plot([i for i, _ in chosen], [v for _, v in chosen], "o", label=text, markersize=size, **look)
+            for layer, score in chosen if is_gone else ():
+                place: dict[str, Any] = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
+                axis.annotate(str(layer), (layer, score), color=_TEXT, fontsize=size + 1.5, **place)
         if min(scores) > 0 and max(scores) / min(scores) > 30:
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(scores) / min(scores) < 1000 else (1,)))
         else:
             axis.set_ylim(min(0.0, *scores), max(*scores, 0.0) * 1.1 or 1.0)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -26,6 +26,7 @@ import onnx_ir as ir
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import cache_layers, graph_caches
 from nbl_export.graph.emitter import run_passes
+from nbl_export.graph.files import read_graph
 from nbl_export.graph.names import ALL_LOGITS_FILE, GENAI_CONFIG, STATIC_GRAPH_FILE, all_logits_file, graph_file
 from nbl_export.mixers.base import Mixer
 from nbl_export.records.decoder import GraphContract, TensorInfo
@@ -128,7 +129,7 @@ def rewrite(
             shutil.copyfile(file, out / file.name)
     if not plan.replaced:
         return
-    model = ir.load(source / all_logits_file(source))
+    model = read_graph(source / all_logits_file(source))
     rewrite_model(model, plan, maps, rows_VD)
     ir.save(model, out / name, external_data=f"{name}.data")
     if dense or name == STATIC_GRAPH_FILE:
@@ -148,7 +149,7 @@ def _count_caches(path: Path, caches: int) -> None:
 
 def make_dense(path: Path) -> None:
     """Give a saved graph cache ids 0..K-1; its data file does not change."""
-    model = ir.load(path)
+    model = read_graph(path)
     RenumberCaches()(model)
     ir.save(model, path)
 

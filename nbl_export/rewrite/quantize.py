@@ -38,6 +38,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import MissingPackageError, NblError, RefusalError
 from nbl_export.graph.emitter import add_initializer, new_node, register, run_passes
+from nbl_export.graph.files import read_graph
 from nbl_export.graph.gguf.blocks import RowIndex
 from nbl_export.graph.gguf.content import read_content
 from nbl_export.graph.quantised import add_lookup_offsets, add_product_offsets, offsets_of, quantize_weight
@@ -73,7 +74,7 @@ def take_codes(graph: Path, gguf: Path, out: Path, accuracy: int = ACCURACY) -> 
         NblError: a type is unknown, or the file stores no matrix in blocks.
         RefusalError: the graph has a matrix that the file does not have.
     """
-    model = ir.load(graph)
+    model = read_graph(graph)
     run_passes([TakeCodes(RowIndex(read_content(gguf)), accuracy), Sweep()], model)
     if not any(node.op_type == "MatMulNBits" for node in model.graph):
         raise NblError(f"{gguf} stores its matrices as floats; use --precision fp32, or --requantize for int8 or int4")

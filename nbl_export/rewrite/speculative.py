@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.caches import graph_states
+from nbl_export.graph.files import read_graph
 from nbl_export.graph.genai_config import TAKING_TURNS
 from nbl_export.graph.names import ALL_LOGITS_FILE, GENAI_CONFIG, GRAPH_FILE, MANIFEST, all_logits_file, draft_file
 from nbl_export.records.capabilities import MOST_ROWS, Proposer
@@ -41,7 +42,7 @@ def write_target(original: Path, out: Path) -> None:
     for file in sorted(original.iterdir()):
         if file.is_file() and file.name not in (ALL_LOGITS_FILE, GRAPH_FILE, MANIFEST):
             shutil.copyfile(file, out / file.name)
-    model = ir.load(original / all_logits_file(original))
+    model = read_graph(original / all_logits_file(original))
     PruneTail(MOST_ROWS)(model)
     ir.save(model, out / GRAPH_FILE)
     settings = _settings(out)
@@ -51,7 +52,7 @@ def write_target(original: Path, out: Path) -> None:
 
 def add_draft(source: Path, out: Path, draft: str) -> dict[str, Any]:
     """Copy a deployable directory's graph into `out` as a draft; returns its block of genai_config.json, if any."""
-    file, model = draft_file(draft), ir.load(source / GRAPH_FILE)
+    file, model = draft_file(draft), read_graph(source / GRAPH_FILE)
     if states := graph_states(model.graph):
         raise RefusalError(min(states), "it has a state, which cannot forget the tokens that are not accepted")
     ir.save(model, out / file, external_data=f"{file}.data")

@@ -40,6 +40,7 @@ from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import find_reader, is_constant, reading_layers
 from nbl_export.graph.caches import graph_states
 from nbl_export.graph.emitter import new_node, values_read
+from nbl_export.graph.files import read_graph
 from nbl_export.graph.names import ALL_LOGITS_FILE, graph_file, node_name
 from nbl_export.rewrite.integers import Integers
 from nbl_export.rewrite.window import SHARED
@@ -346,7 +347,7 @@ def difference(directory: Path) -> str:
     if not (directory / ALL_LOGITS_FILE).is_file():
         return f"there is no {ALL_LOGITS_FILE}"
     expected = ir.to_proto(_pruned(directory / ALL_LOGITS_FILE))
-    found = ir.to_proto(ir.load(directory / graph_file(directory)))
+    found = ir.to_proto(read_graph(directory / graph_file(directory)))
     for kind in ("input", "output", "initializer", "node"):
         ours, theirs = getattr(found.graph, kind), getattr(expected.graph, kind)
         if len(ours) != len(theirs):
@@ -358,7 +359,7 @@ def difference(directory: Path) -> str:
 
 
 def _pruned(path: Path) -> ir.Model:
-    model = ir.load(path)
+    model = read_graph(path)
     try:
         PruneTail()(model)
     except RefusalError as error:

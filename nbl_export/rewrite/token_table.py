@@ -19,6 +19,7 @@ import onnx_ir as ir
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import find_reader, reading_layers
 from nbl_export.graph.emitter import add_initializer, element_type, new_node
+from nbl_export.graph.files import read_graph
 from nbl_export.graph.names import graph_file
 from nbl_export.rewrite.bypass import norm_alone
 
@@ -37,7 +38,7 @@ def table_name(layers: int) -> str:
 
 def table_bytes(directory: Path) -> int:
     """Bytes that tables of tokens take of a deployable directory's weights."""
-    constants = ir.load(directory / graph_file(directory)).graph.initializers.values()
+    constants = read_graph(directory / graph_file(directory)).graph.initializers.values()
     found = (v.const_value for v in constants if _TABLE.match(str(v.name)))
     return sum(tensor.nbytes for tensor in found if tensor is not None)
 

@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.emitter import register
+from nbl_export.graph.files import read_graph
 from nbl_export.graph.quantised import HOLDERS, expert_matrices, quantised_matrices
 from nbl_export.records.quantised import StoredMatrix
 from nbl_export.rewrite.bypass import Sweep
@@ -39,7 +40,7 @@ def save_twin(graph: Path, out: Path, *, lean: bool = False) -> None:
     Raises:
         RefusalError: an operator has no known float32 form.
     """
-    model = ir.load(graph)
+    model = read_graph(graph)
     Widen(lean=lean)(model)
     out.mkdir(parents=True, exist_ok=True)
     ir.save(model, out / graph.name, external_data=f"{graph.name}.data")

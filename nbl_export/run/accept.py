@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from nbl_export.errors import AcceptanceError, NblError
 from nbl_export.files import replacing, versions, write_json
 from nbl_export.measure.benchmark import machine
 from nbl_export.parallel.child import Child, Write
-from nbl_export.records.results import CheckResult
+from nbl_export.records.results import YES_NO, CheckResult
 from nbl_export.report import document, model
 from nbl_export.run.deployed import locate
 from nbl_export.run.progress import Ui
@@ -104,7 +103,7 @@ def accept(
 def _yardstick(results: Sequence[Mapping[str, Any]]) -> float | None:
     """The largest finite difference of the original's logits so far; None if there is none."""
     own = [r["value"] for r in results if r["check"] == "original" and "logit difference" in r["metric"]]
-    return max((value for value in own if math.isfinite(value)), default=None)
+    return max((value for value in own if value is not None), default=None)
 
 
 def _blank(run: RunDirectory, engine: str) -> dict[str, Any]:
@@ -220,7 +219,7 @@ def _examine(
         return write([CANNOT_RUN, str(error)])
     with runner:
         detail = "; ".join(text for text in (found.reason, getattr(runner, "inspected", str)()) if text)
-        write(_event("structure", subject, "the engine fits library and GPU", 0.0, 0.5, True, detail))
+        write(_event("structure", subject, "the engine fits library and GPU", 0.0, YES_NO, True, detail))
         for result in checks(runner, subject, expected, doing, yardstick):
             write([RESULT, dataclasses.asdict(result)])
         doing("structure", f"closing the decoder {subject}")
@@ -244,4 +243,4 @@ def _event(*result: Any) -> Event:
 
 
 def _broken(check: str, subject: str, reason: str) -> Event:
-    return _event(check, subject, "the check comes to its end", 1.0, 0.5, False, reason)
+    return _event(check, subject, "the check comes to its end", 1.0, YES_NO, False, reason)

@@ -6,7 +6,7 @@ Each window has one purpose, so no final figure is measured on text that chose s
     second text        | unused | deciding | choosing x 2 | final | deciding |
 
 second     text that nobody calibrates on
-choosing   chooses layers (`--select greedy|efficient`), and judges distilled maps
+choosing   chooses layers (`--select greedy|efficient`), also as passages that occur twice, and judges distilled maps
 deciding   decides how many layers a goal takes; the sweep and its recommendation use this part too
 final      gives the figures of `verify`, the report and the card; no choice uses this part
 unused     was read while the tool's defaults were chosen; the second text's final part was not
@@ -35,16 +35,16 @@ __all__ = [
     "FEWEST_WINDOWS",
     "SECOND_ROLES",
     "Division",
+    "choosing_texts",
     "deciding_tokens",
     "divide",
     "extend",
     "final_tokens",
     "held_back_tokens",
-    "judging",
     "judging_tokens",
     "pack",
+    "repeated",
     "second_tokens",
-    "spread",
 ]
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,8 @@ CALIBRATION_ROLES = ("deciding", "choosing", "deciding", "final", "final", "deci
 SECOND_ROLES = ("unused", "deciding", "choosing", "choosing", "final", "deciding")
 _PART_TOKENS: dict[tuple[str, ...], int] = {CALIBRATION_ROLES: 4096, SECOND_ROLES: 8192}
 _JUDGING_TOKENS = 2048
+_REPEATED = 2  # windows: the loss of a layer that copies is ten times that of others
+_TWICE = "held-back passages, each twice"
 FEWEST_WINDOWS = 3  # one for each purpose
 DIVISION: list[Any] = [
     [roles, tokens] for roles, tokens in _PART_TOKENS.items()
@@ -183,8 +185,8 @@ def final_tokens(context: int) -> int:
 
 
 def judging_tokens(context: int) -> int:
-    """Tokens of both texts that layers are chosen by."""
-    return 2 * max(1, _JUDGING_TOKENS // context) * context
+    """Tokens that layers are chosen by: of both texts, and of repeated passages."""
+    return 2 * max(1, _JUDGING_TOKENS // context) * context + _REPEATED * context
 
 
 def _role_tokens(role: str, context: int) -> int:
@@ -210,17 +212,31 @@ def divide(windows_WT: Any, roles: Sequence[str]) -> Division:
     ))  # fmt: skip
 
 
-def judging(part: Division) -> Any:
-    """The choosing windows of the calibration text that layers are chosen by; the second text adds as many.
+def choosing_texts(parts: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Names and windows that layers are chosen by: few of the calibration text, as many of the second, repeated ones.
 
     Losses of two layers are compared token by token, so few tokens give their order. Each token costs a pass of every
     candidate.
+
+    Args:
+        parts: name and choosing windows of the calibration text, and of the second text if there is one.
     """
-    context = part.choosing.shape[1]
-    return part.choosing[: max(1, _JUDGING_TOKENS // context)]
+    (name, windows_WT), *second = parts
+    own = windows_WT[: max(1, _JUDGING_TOKENS // windows_WT.shape[1])]
+    return [(name, own), *((n, _spread(windows, len(own))) for n, windows in second), (_TWICE, repeated(own))]
 
 
-def spread(windows_WT: Any, count: int) -> Any:
+def repeated(windows_WT: torch.Tensor) -> torch.Tensor:
+    """The first half of each window twice, at most `_REPEATED` windows.
+
+    Loss on the second half shows whether the model still finds and copies what it has read, as induction heads do
+    (Olsson et al. 2022, In-context Learning and Induction Heads). Ordinary text hardly shows this.
+    """
+    context = windows_WT.shape[1]
+    return windows_WT[:_REPEATED, : -(-context // 2)].repeat(1, 2)[:, :context]
+
+
+def _spread(windows_WT: Any, count: int) -> Any:
     """At most `count` windows, spread evenly from the first to the last."""
     count, last = min(count, len(windows_WT)), len(windows_WT) - 1
     return windows_WT[[k * last // max(1, count - 1) for k in range(count)]]

@@ -112,6 +112,8 @@ def test_every_rung_is_recorded_with_its_tolerance(finished: Path) -> None:
     assert len(result["quality_loss"]) == 1 + 1  # the text's own end, and one that is not calibrated on
     assert all(p["kl_mean"] > 0 and 0 < p["top1_agreement"] < 1 for p in result["quality_loss"])
     assert result["cache_bytes_per_token"] == {"original": 3 * 2 * 2 * HEAD_DIM * 4, "nbl": 2 * 2 * 2 * HEAD_DIM * 4}
+    assert [list(one) for one in result["answers"]] == [["prompt", "original", "nbl"]] * 3
+    assert any(one["original"] != one["nbl"] for one in result["answers"])  # of a random model
 
 
 def test_bench_keeps_raw_timings_and_report_has_a_row_of_each(finished: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,22 @@ def test_a_child_that_says_nothing_is_ended() -> None:
     with Child(functools.partial(_sleep), grace=5) as child, pytest.raises(TimeoutError):
         child.answer(0.1)
     assert child.status() == -15
+
+
+def test_a_process_with_thousands_of_open_files_hears_its_child() -> None:
+    """select() takes no descriptor above 1,023."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1_200:
+        pytest.skip("the limit of open files is too low")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1_200), hard))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1_024)]
+    try:
+        with Child(answers, 1) as child:
+            assert child.answer(60) == 1
+    finally:
+        for number in opened:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def _sleep(_write: Write) -> None:

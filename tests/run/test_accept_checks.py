@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.parallel.child import Child
+from nbl_export.records.results import CheckResult
 from nbl_export.run import accept as accepting
 from nbl_export.verify import on_target
 from nbl_export.verify.ladder import ON_GPU, WITHOUT_TWIN, Probe
@@ -163,10 +165,14 @@ def test_the_nbl_engine_may_be_twice_as_far_as_the_original(values: Path, monkey
         assert all(r["passed"] for r in found) is passed
         assert {r["tolerance"] for r in found} == {2 * yardstick}
     metric = "relative rms logit difference, decode"
-    original = [{"check": "original", "metric": metric, "value": value} for value in (0.1, 0.3)]
-    other = [{"check": "slots", "metric": "logit difference by stale slots", "value": 9.0},
-             {**original[0], "value": float("nan")}]  # fmt: skip
-    assert accepting._yardstick([*original, *other]) == 0.3 and accepting._yardstick(other) is None
+    found = [
+        dataclasses.asdict(CheckResult(check, "original", name, value, 1.0, False))
+        for check, name, value in (
+            ("original", metric, 0.1), ("original", metric, 0.3), ("original", metric, math.nan),
+            ("slots", "logit difference by stale slots", 9.0),
+        )
+    ]  # fmt: skip
+    assert accepting._yardstick(found) == 0.3 and accepting._yardstick(found[2:]) is None
 
 
 def test_another_likeliest_token_counts_where_torch_is_sure() -> None:

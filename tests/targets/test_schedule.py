@@ -379,6 +379,13 @@ def test_pieces_join_to_the_text_and_stop_at_its_end(texts: Path) -> None:
     assert all("\ufffd" not in piece for piece in pieces)
 
 
+def test_an_answer_is_what_stands_behind_its_prompt_until_the_end_of_text(texts: Path) -> None:
+    text = Text(texts)
+    prompt, answer = (text.encode(part, chat=False) for part in ("naïve 你", "好 words"))
+    assert text.whole([*prompt, END_IDS[0], *prompt]) == "naïve 你" * 2  # a prompt may hold the end of another text
+    assert text.behind(prompt, [*answer, END_IDS[0], *answer]) == "好 words"
+
+
 def test_the_template_of_the_settings_is_used_and_a_bad_one_named(texts: Path) -> None:
     path = texts / "tokenizer_config.json"
     settings_ = json.loads(path.read_text(encoding="utf-8"))

@@ -29,6 +29,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.graph.emitter import register
+from nbl_export.graph.files import read_graph
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
 from nbl_export.model.architectures import ARCHITECTURES, windows_of
 from nbl_export.model.checkpoint.pretrained import config_of
@@ -46,7 +47,7 @@ _BY_LENGTH = ("longrope", "dynamic")  # tables that depend on the length of the 
 def restore_attention(checkpoint: Path, out: Path) -> None:
     """Repair model.onnx and genai_config.json of a directory; files without faults keep their bytes."""
     config = config_of(checkpoint)
-    model = ir.load(out / GRAPH_FILE)
+    model = read_graph(out / GRAPH_FILE)
     nodes = _attention_by_layer(model.graph)
     windows, scale = windows_of(config), _scale(config)
     changed = [_set_window(node, windows[layer]) for layer, node in nodes.items()]

@@ -87,9 +87,10 @@ def _adopt_states(out: Path) -> None:
     """Give states of layers without attention the names and the form of this package (`rewrite.states`)."""
     import onnx_ir as ir
 
+    from nbl_export.graph.files import read_graph
     from nbl_export.rewrite.states import MaskStates, TextPositions
 
-    model = ir.load(out / GRAPH_FILE)
+    model = read_graph(out / GRAPH_FILE)
     if not MaskStates()(model).modified:
         return
     TextPositions()(model)

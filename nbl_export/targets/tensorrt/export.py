@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.graph.emitter import run_passes
+from nbl_export.graph.files import read_graph
 from nbl_export.graph.names import GRAPH_FILE, STATIC_GRAPH_FILE, all_logits_file
 from nbl_export.model.architectures import windows_of
 from nbl_export.model.checkpoint.pretrained import config_of
@@ -76,7 +77,7 @@ def save_graph(model: ir.Model, out: Path, name: str = STATIC_GRAPH_FILE) -> Non
 
 def save_int4_twin(twin: Path, out: Path) -> None:
     """Write the form of a directory to another directory with int4 matrices; everything else stays float32."""
-    model = ir.load(twin / all_logits_file(twin))
+    model = read_graph(twin / all_logits_file(twin))
     BlockInt4()(model)
     save_graph(model, out, GRAPH_FILE)
 
@@ -85,9 +86,9 @@ def difference(twin: Path, shipped: Path, precision: str) -> str:
     """The first difference between a deployed graph and its float32 twin at that precision; "" if there is none."""
     if not shipped.is_file():
         return f"there is no {shipped.name}"
-    model = ir.load(twin)
+    model = read_graph(twin)
     finish(model, precision)
-    return first_difference(ir.load(shipped), model)
+    return first_difference(read_graph(shipped), model)
 
 
 def _read_config(checkpoint: Path) -> Any:
