@@ -318,7 +318,7 @@ def convert(
         typer.Option(
             "--to",
             metavar="FORM",
-            help="transformers, gguf, nemotron-nas or mlx; or the engine: vllm, llama.cpp, ollama, ...",
+            help="transformers, gguf, nemotron-nas, mlx or edge-llm; or the engine: vllm, llama.cpp, ollama, ...",
         ),
     ],
     output: Annotated[Path, typer.Option(metavar="TARGET", help="The new file or directory.")],
