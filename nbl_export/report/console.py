@@ -52,7 +52,7 @@ def describe_table(found: dict[str, Any]) -> Shown:
         ("replaced layers", _layers(found["replaced_layers"])),
         *_looked_up(found["token_table"]),
         *(outcome(found["result"])[1:] if found["result"] else ()),
-        ("status", found["status"]),
+        ("status", found["status"] + ("" if "report" in found["stages"] else "; not finished: give the command again")),
         ("stages", ", ".join(f"{n} {s:.1f} s" for n, s in found["stages"].items()) or "none finished"),
         ("command", found["command"]),
     ])  # fmt: skip

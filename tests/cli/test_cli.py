@@ -281,6 +281,8 @@ def test_stages_by_hand_make_the_same_run(
     done = nbl("calibrate", "--model", checkpoint("llama"), "--output", run, "--calibration", text, *few)
     assert (done.status, done.out) == (0, f"{run / 'moments.safetensors'}\n"), done.err
     assert answer("inspect", run)["status"] == "incomplete"
+    assert "not finished: give the command again" in " ".join(nbl("inspect", run).out.split())
+    assert "not finished" not in nbl("inspect", finished).out
     assert answer("plan", run, "--layers", 1)["replaced_layers"] == read(finished / "nbl.json")["replaced_layers"]
     done = nbl("rewrite", run)
     assert (done.status, done.out) == (0, f"{run / 'model'}\n"), done.err
