@@ -1,4 +1,4 @@
-# The README's two commands, from a bare clone: `make demo` and `make test`.
+# The README's `make demo`, from a bare clone; `make test` and the rest are for developers.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3.10 || command -v python3)
 VENV ?= .venv
 TOOLS ?= .venv-tools

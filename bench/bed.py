@@ -87,7 +87,7 @@ class Bed:
         from nbl_export.text.windows import choosing_texts
 
         near = self.held[len(self.held) // 2 :]
-        return [windows for _, windows in choosing_texts([("near", near), ("far", self.far)])]
+        return [windows for _, windows in choosing_texts([("near", near), ("far", self.far)], self.spec.max_positions)]
 
     def maps(self, tap: str, layers: Any, *, bias: bool = True) -> dict[int, Any]:
         from nbl_export.mixers import lmmse

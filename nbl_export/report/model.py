@@ -29,6 +29,7 @@ from nbl_export.report.document import (
     Section,
     Strip,
 )
+from nbl_export.report.length import in_short
 from nbl_export.report.outcome import judged, limit_of
 from nbl_export.report.speed import is_swept
 from nbl_export.report.table import Cell, Column, Table, Tone
@@ -172,18 +173,17 @@ def _apart(report: Mapping[str, Any]) -> tuple[Block, ...]:
 
 def _speed(report: Mapping[str, Any], kind: str, name: str) -> Card:
     ratios = sorted((r for r in report["ratios"] if r["kind"] == kind), key=lambda r: r["depth"])
-    over = f"{name}, NBL over original"
     if not ratios:
-        return Card(over, "not measured", tone="words")
-    lines: list[str] = []
+        return Card(name, "not measured", tone="words")
+    lines = ["NBL over original"]
     for ratio in ratios[:_SHOWN_RATIOS]:
         test = words.test(ratio, swept=is_swept(report))
         ends = f"{spoken_ratio(ratio['low'])} to {spoken_ratio(ratio['high'])}"
-        said = f"{ratio['text']} ({ends})" if lines else f"{ends}, {ratio['interval']}"
+        said = f"{ratio['text']} ({ends})" if lines[1:] else f"{ends}, {ratio['interval']}"
         lines.append(f"{test}: {said}")
     if len(ratios) > _SHOWN_RATIOS:
         lines.append(f"and {len(ratios) - _SHOWN_RATIOS} more below")
-    return Card(over, ratios[0]["text"], tuple(lines), _TONES.get(ratios[0]["verdict"], "words"))
+    return Card(name, ratios[0]["text"], tuple(lines), _TONES.get(ratios[0]["verdict"], "words"))
 
 
 def _cache(report: Mapping[str, Any]) -> Card:
@@ -201,7 +201,8 @@ def _loss(report: Mapping[str, Any]) -> Card:
     ends = " → ".join(words.number(worst[name], "not finite") for name in ("perplexity_original", "perplexity_nbl"))
     lines = [f"{judged(report)} the limit of {limit_of(report)[0]}"]
     lines += [f"{spoken_loss(row)['increase']} on {row['text']}{f': {ends}' * (row is worst)}" for row in rows]
-    lines.append("the larger one counts; 95% intervals" if len(rows) > 1 else "in brackets: a 95% interval")
+    lines += in_short((report["quality"] or {}).get("length", ()))
+    lines.append("above: the larger one of short texts; in brackets: 95% intervals")
     return Card(title, spoken_loss(worst)["increase"].partition(" (")[0], tuple(lines), _JUDGED[judged(report)])
 
 

@@ -40,13 +40,7 @@ _STYLE: dict[Any, Any] = {
     "grid.color": _GRID,
     "grid.linewidth": 0.8,
 }
-_NAMES = {
-    "original": "original",
-    "nbl": "NBL",
-    "drop": "attention dropped",
-    "distilled": "NBL, distilled",
-    "paper": "the paper's way",
-}
+_NAMES = {"original": "original", "nbl": "NBL", "drop": "attention dropped", "distilled": "NBL, distilled"}
 _LINES = (("-", "o"), ("--", "s"), (":", "D"), ("-.", "^"))
 _WIDTH = 5.4  # inches of 72 points
 
@@ -226,15 +220,10 @@ def tradeoff(points: Sequence[dict[str, Any]], recommended: dict[str, Any] | Non
     the intervals of points that have them.
 
     Args:
-        points: those of sweep.json ("paper" is another method that bench/ draws); one that is not finite is left out.
+        points: those of sweep.json; one that is not finite is left out.
         recommended: method and layers of the point to ring, if any.
     """
-    looks = {
-        "nbl": (_NBL, "-", "o"),
-        "drop": (_ORIGINAL, "--", "s"),
-        "distilled": (_INK, ":", "D"),
-        "paper": (_ORIGINAL, "-", "^"),
-    }
+    looks = {"nbl": (_NBL, "-", "o"), "drop": (_ORIGINAL, "--", "s"), "distilled": (_INK, ":", "D")}
     with style.context(["default", _STYLE]):
         figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
         axis = figure.subplots()

@@ -444,4 +444,4 @@ class Resolver:
     def choosing(self) -> Texts:
         """Texts that layers are chosen by, see `text.windows`."""
         parts = self._both(self.held_back.value.choosing, "choosing")
-        return choosing_texts(parts[:1] if self.options.says_itself else parts)
+        return choosing_texts(parts[:1] if self.options.says_itself else parts, self.spec.max_positions)

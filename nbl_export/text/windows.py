@@ -57,7 +57,7 @@ CALIBRATION_ROLES = ("deciding", "choosing", "deciding", "final", "final", "deci
 SECOND_ROLES = ("unused", "deciding", "choosing", "choosing", "final", "deciding")
 _PART_TOKENS: dict[tuple[str, ...], int] = {CALIBRATION_ROLES: 4096, SECOND_ROLES: 8192}
 _JUDGING_TOKENS = 2048
-_REPEATED = 2  # windows: the loss of a layer that copies is ten times that of others
+_REPEATED, _PASSAGE = 2048, 64  # tokens: layer 7 of SmolLM2 is needed over 1,000 tokens, and not over 250
 _TWICE = "held-back passages, each twice"
 FEWEST_WINDOWS = 3  # one for each purpose
 DIVISION: list[Any] = [
@@ -186,7 +186,7 @@ def final_tokens(context: int) -> int:
 
 def judging_tokens(context: int) -> int:
     """Tokens that layers are chosen by: of both texts, and of repeated passages."""
-    return 2 * max(1, _JUDGING_TOKENS // context) * context + _REPEATED * context
+    return 2 * max(1, _JUDGING_TOKENS // context) * context + _REPEATED
 
 
 def _role_tokens(role: str, context: int) -> int:
@@ -212,28 +212,34 @@ def divide(windows_WT: Any, roles: Sequence[str]) -> Division:
     ))  # fmt: skip
 
 
-def choosing_texts(parts: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """Names and windows that layers are chosen by: few of the calibration text, as many of the second, repeated ones.
+def choosing_texts(parts: Sequence[tuple[str, Any]], positions: int) -> list[tuple[str, Any]]:
+    """Names and windows that layers are chosen by: few of the calibration text, as many of the second; passages twice.
 
     Losses of two layers are compared token by token, so few tokens give their order. Each token costs a pass of every
     candidate.
 
     Args:
         parts: name and choosing windows of the calibration text, and of the second text if there is one.
+        positions: of the model; no row is longer.
     """
     (name, windows_WT), *second = parts
     own = windows_WT[: max(1, _JUDGING_TOKENS // windows_WT.shape[1])]
-    return [(name, own), *((n, _spread(windows, len(own))) for n, windows in second), (_TWICE, repeated(own))]
+    others = [(n, _spread(windows, len(own))) for n, windows in second]
+    return [(name, own), *others, (_TWICE, repeated(windows_WT, min(_REPEATED, positions)))]
 
 
-def repeated(windows_WT: torch.Tensor) -> torch.Tensor:
-    """The first half of each window twice, at most `_REPEATED` windows.
+def repeated(windows_WT: torch.Tensor, length: int) -> torch.Tensor:
+    """One row of at most `length` tokens: short passages, and then the same passages in reverse order.
 
-    Loss on the second half shows whether the model still finds and copies what it has read, as induction heads do
+    Loss on the second half shows whether the model still finds and copies what stands far back, as induction heads do
     (Olsson et al. 2022, In-context Learning and Induction Heads). Ordinary text hardly shows this.
     """
-    context = windows_WT.shape[1]
-    return windows_WT[:_REPEATED, : -(-context // 2)].repeat(1, 2)[:, :context]
+    import torch
+
+    ids = torch.as_tensor(windows_WT).flatten()
+    half = min(length, len(ids)) // 2
+    passages = ids[: half - half % min(_PASSAGE, half)].view(-1, min(_PASSAGE, half))
+    return torch.cat([passages, passages.flip(0)]).view(1, -1)
 
 
 def _spread(windows_WT: Any, count: int) -> Any:

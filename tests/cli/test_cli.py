@@ -146,7 +146,9 @@ def test_stages_go_to_stderr_and_the_result_to_stdout(finished: Path) -> None:
     (curve,) = (line for line in said.splitlines() if line.startswith("  1 layer: "))
     assert "prefill; 2: " in curve
     stages, result = said.split("report: done")
-    first = ["estimate", curve]
+    (checked,) = (line for line in said.splitlines() if line.startswith("  graphs: "))
+    assert re.fullmatch(r"  graphs: (\d+) of \1 checks passed", checked)
+    first = ["estimate", curve, checked]
     assert len(stages.splitlines()) == 2 * len(STAGES) - 1 + len(quality_loss) + len(busy) + len(first), said
     assert [line.split()[0] for line in result.splitlines()[1:] if line[2] != " "] == RESULT, said
 
@@ -371,8 +373,9 @@ def test_doctor_names_every_engine_with_its_reason() -> None:
     assert set(found) == {*ENGINES, "llama.cpp", *(f"ort --provider {flag}" for flag in PROVIDERS)}
     assert all(isinstance(engine["available"], bool) and engine["reason"] for engine in found.values())
     assert found["ort"]["available"], found["ort"]["reason"]
-    table = nbl("doctor").out
-    assert all(word in table for name in found for word in name.split())
+    halves = nbl("doctor").out.split("Could be added")
+    for name, engine in found.items():
+        assert all(word in halves[not engine["available"]] for word in name.split()), name
 
 
 def test_generate_streams_text_of_either_decoder(finished: Path) -> None:

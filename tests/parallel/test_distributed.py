@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from safetensors.numpy import load_file
 from nbl_export.calibrate import collect
 from nbl_export.calibrate.moments_file import whole_moments
 from nbl_export.files import file_sha256
+from nbl_export.parallel.ranks import Ranks
+from nbl_export.run import pipeline
 
 from ..command import TINY, nbl
 
@@ -57,6 +60,31 @@ def test_two_processes_collect_what_one_does(
     assert {p.name for p in (tmp_path / "two").iterdir()} == {".lock", "moments.safetensors", "nbl.json"}
 
 
+class Recorded(Ranks):
+    """A process of two, and what it shares; the first one has no orders."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank, 1)
+        self.shared: list[Any] = []
+
+    def share(self, value: Any) -> Any:
+        self.shared.append(value)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_bad_input_is_said_by_the_first_process_which_releases_the_others(
+    rank: int, checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Recorded(rank)
+    monkeypatch.setattr(pipeline, "current", lambda: here)
+    given = ("calibrate", "--model", checkpoint("llama"), "--calibration", tmp_path / "missing.txt")
+    done = nbl(*given, "--output", tmp_path / "run")
+    said = (1, 1) if rank == 0 else (0, 0)
+    assert (done.status, done.err.count("no calibration text at")) == said and len(done.err.splitlines()) == said[1]
+    assert here.shared == [None]  # no more work
+
+
+@pytest.mark.fuzz
 def test_bad_input_ends_all_processes_with_one_line(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "small.py").write_text(SCRIPT)
     given = ("calibrate", "--model", checkpoint("llama"), "--calibration", tmp_path / "missing.txt")

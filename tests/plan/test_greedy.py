@@ -23,7 +23,6 @@ from nbl_export.plan import greedy
 from nbl_export.plan.greedy import EVERY, Effects, GreedyOrder, Judge, Point, Search
 from nbl_export.plan.order import Selection
 from nbl_export.run.stages.plan import order_of
-from nbl_export.text import windows as text_windows
 
 from ..command import nbl
 from ..jobs import opened
@@ -75,6 +74,20 @@ def test_nothing_replaced_loses_nothing(checkpoint: Checkpoint) -> None:
     loss = SwitchedModel(load_model(checkpoint("llama")), MAPS, "residual").quality_loss(HELD, ())
     assert loss.kl == 0.0
     assert loss.perplexities[0] == loss.perplexities[1]
+
+
+def test_texts_may_differ_in_length(checkpoint: Checkpoint) -> None:
+    """Each has the effects that it has by itself, and progress counts all of them."""
+    switched = SwitchedModel(load_model(checkpoint("llama")), MAPS, "residual")
+    texts = [HELD, HELD[:1], HELD[:2].flatten()[None]]
+    done: list[tuple[int, int]] = []
+    judge = Judge(switched, texts)
+    found = judge.alone(lambda *state: done.append(state)).split(judge.parts)
+    for text, part in zip(texts, found, strict=True):
+        by_itself = Judge(switched, [text]).alone(quiet)
+        torch.testing.assert_close(part.kl_NK, by_itself.kl_NK)
+        torch.testing.assert_close(part.rise_NK, by_itself.rise_NK)
+    assert done == [(k + 1, 2 * LAYERS) for k in range(2 * LAYERS)]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite"])
@@ -313,7 +326,7 @@ def test_layers_are_judged_on_another_text_too(run: Path, monkeypatch: pytest.Mo
         pass
 
     def note(switched: Any, texts: Any) -> None:
-        seen.append(torch.cat(texts))
+        seen.append(torch.cat(texts[:-1]))  # without the passages that occur twice
         bfloat16.append(switched._narrow)
         raise SeenError
 
@@ -324,7 +337,7 @@ def test_layers_are_judged_on_another_text_too(run: Path, monkeypatch: pytest.Mo
         with pytest.raises(SeenError):
             Selection(order_of(resolver)).order(1)
     assert bfloat16 == [True, False]
-    windows = seen[0][: -text_windows._REPEATED]
+    windows = seen[0]
     near, second = resolver.held_back.value, resolver.second.value
     half = len(windows) // 2
     assert windows[:half].tolist() == near.choosing[:half].tolist()

@@ -20,7 +20,7 @@ LAYERS, POSITIONS, SIZE = 14, 24, 6
 ORDERS = {2: ((9, 13, 7, 1, 4, 11, 3, 5, 12), (9, 7, 1, 4, 13, 11, 3, 5, 10), (0, 1, 2, 3, 4, 5, 7, 9, 10, 11, 13))}
 _NEAR = ["deciding", "choosing", "deciding", "final", "final", "deciding", "deciding"]
 _SECOND = ["unused", "deciding", "choosing", "choosing", "final", "deciding"]
-_TEXTS = [2048, 2048, 1024]  # tokens of the calibration text, of the second text, and of repeated passages
+_TEXTS = [2048, 2048, 2048]  # tokens of the calibration text, of the second text, and of repeated passages
 JUDGED: dict[int, tuple[object, ...]] = {2: (4, 512, 8, [[_NEAR, 4096], [_SECOND, 8192]], _TEXTS)}
 
 
@@ -80,6 +80,6 @@ def test_an_order_begins_with_the_layers_that_it_is_given() -> None:
 
 def test_layers_are_judged_by_what_the_rule_says() -> None:
     windows = torch.arange(8192).view(16, 512)
-    tokens = [windows.numel() for _, windows in choosing_texts([("near", windows), ("second", windows)])]
+    tokens = [windows.numel() for _, windows in choosing_texts([("near", windows), ("second", windows)], 8192)]
     judged = (EVERY, selection._WEIGHED_TOKENS, selection._STRETCHES, json.loads(json.dumps(DIVISION)), tokens)
     assert judged == JUDGED[RULE]

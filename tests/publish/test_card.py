@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +89,9 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfo
 @pytest.mark.parametrize(
     ("source", "chat"), [pytest.param("genai", False, marks=pytest.mark.fuzz), ("mobius", False), ("genai", True)]
 )
-def test_programs_run_as_they_stand(run: Path, source: str, chat: bool) -> None:
+def test_programs_run_as_they_stand(
+    run: Path, source: str, chat: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     if source != "genai":
         assert nbl("rewrite", run, "--decoder-source", source).status == 0
         assert nbl("report", run).status == 0
@@ -99,13 +99,12 @@ def test_programs_run_as_they_stand(run: Path, source: str, chat: bool) -> None:
         (run / "model" / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     programs = re.findall(r"```python\n(.*?)```", written(run), re.DOTALL)
     started = []
+    monkeypatch.chdir(run / "model")
     for program in programs:
-        done = subprocess.run(
-            [sys.executable, "-c", program], cwd=run / "model", capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip()
-        started.append(done.stdout.partition("\N{REPLACEMENT CHARACTER}")[0])  # random bytes are seldom UTF-8
+        exec(program, {"__name__": "__main__"})
+        said = capsys.readouterr().out
+        assert said.strip()
+        started.append(said.partition("\N{REPLACEMENT CHARACTER}")[0])  # random bytes are seldom UTF-8
     assert len(started) == 2
     assert started[0] == started[1]  # both are greedy
     assert chat or started[0].strip()
