@@ -49,7 +49,7 @@ def alone(bed: Bed) -> dict[str, Any]:
     from nbl_export.text.windows import repeated
 
     rows = bed.texts["wikitext-2 valid"]
-    bed.texts = {"wikitext-2 valid": rows, "passages twice": repeated(rows)}
+    bed.texts = {"wikitext-2 valid": rows, "passages twice": repeated(rows, 2048)}
     layers = bed.spec.attention_layers
     return {"residual": bed.quality_losses(bed.maps("residual", layers), "residual", {str(i): (i,) for i in layers})}
 

@@ -72,7 +72,7 @@ def test_scripts_that_they_name_are_there() -> None:
 
 def test_every_raw_result_is_used() -> None:
     """By a script or a test that reads a file, or by a page that shows a picture."""
-    readers = [*(ROOT / "bench").glob("*.py"), *(ROOT / "tests").rglob("*.py"), *PAGES]
+    readers = [*(ROOT / "bench").glob("*.py"), *(ROOT / "tests").rglob("*.py"), *PAGES, ROOT / "README.md"]
     text = "\n".join(path.read_text(encoding="utf-8") for path in readers)
     assert [path.name for path in RESULTS.iterdir() if not re.search(rf"(?<![\w-]){path.stem}(?![\w-])", text)] == []
 

@@ -35,7 +35,7 @@ RTX_MEMBERS = {
     ("BuilderFlag", "REQUIRE_USER_ALLOCATION"),
 }  # fmt: skip
 # Parameters that may be anything, and are no objects of the library.
-OTHER = {"answer", "arguments", "config", "function", "monitor", "plan", "severity", "stream"}
+OTHER = {"answer", "arguments", "config", "function", "monitor", "plan", "severity", "stream", "writer"}
 
 
 def problem(use: Use) -> str:

@@ -1,6 +1,8 @@
-"""Writes a plan to its file while the library serialises it, so that memory never holds the whole plan.
+"""Writes a plan to its file while the library serialises it, so that no buffer of this project holds the whole plan.
 
-build_serialized_network_to_stream ─► parts (of at most 64 MiB in TensorRT-RTX 1.7.1) ─► decoder.engine, SHA-256
+    build_serialized_network_to_stream ─► parts (of at most 64 MiB in TensorRT-RTX 1.7.1) ─► decoder.engine, SHA-256
+
+SmolLM2 in fp16 with 8 layers replaced, a plan of 276 MB: the build's peak is 1.33 GB, and 1.41 GB with a whole plan.
 """
 
 from __future__ import annotations
