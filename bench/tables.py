@@ -59,6 +59,7 @@ TABLES: Mapping[str, Table] = {
     "gguf": serving.gguf,
     "gguf-speeds": serving.gguf_speeds,
     "vllm": serving.vllm,
+    "plans": serving.plans,
     "lossless": lossless.lossless,
     "lossless-tokens": lossless.tokens,
     "lossless-prefill": lossless.prefill,

@@ -89,11 +89,11 @@ _LAYERS = {"Qwen2.5-Coder-0.5B": 24, "SmolLM2-135M": 30}  # of the models in the
 
 
 def headline(read: Read) -> Rows:
-    """What the default limit on quality gives in two models, and `--layers 8` in one, for the README."""
+    """What the default limit on quality gives in two models, and eight linear layers of one, for the README."""
     eight = read("demo-smollm2-fp32")
     runs = [
         *read("exchange")["rows"],
-        {"title": "SmolLM2-135M, `--layers 8`", "layers": {"linear": eight["replaced_layers"]},
+        {"title": "SmolLM2-135M, eight linear layers", "layers": {"linear": eight["replaced_layers"]},
          "measured": eight["ratios"], "losses": eight["quality_loss"]},
     ]  # fmt: skip
     rows: Rows = [("NBL over original", *(run["title"] for run in runs)), "l" + "l" * len(runs)]

@@ -186,7 +186,7 @@ def main() -> None:
         with tasks.quiet_harness():
             benchmark = tasks.load_benchmark(name, options.data)
         entry = result["tasks"].setdefault(name, {"documents": 0, "rows": {}})
-        documents = min(options.limit or len(benchmark.task.eval_docs), len(benchmark.task.eval_docs))
+        documents = len(benchmark.tasks) * min(options.limit or benchmark.most, benchmark.most)
         if entry["documents"] != documents:
             entry.update(documents=documents, rows={})
         missing = [row for row in rows if row.name not in entry["rows"]]

@@ -33,6 +33,7 @@ HEAVY = {
     "transformers": ("model", "text.sampling", "targets.export", "targets.onnx.export_genai",
                      "targets.openvino.export", "targets.tensorrt.export", "targets.checkpoint"),
     "vllm": ("targets.checkpoint.vllm",),
+    "tensorrt_edgellm": ("targets.checkpoint.edge_llm_code",),
     "olive": ("olive",),
     "onnx_ir": ("graph", "rewrite", "targets.export", "targets.onnx", "targets.tensorrt"),
     "onnxruntime": ("graph.session", "targets", "rewrite.quantize"),

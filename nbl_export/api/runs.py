@@ -219,10 +219,10 @@ class Run:
         self, form: str, path: str | PathLike[str], *, kind: str | None = None, base: str | PathLike[str] | None = None,
         force: bool = False, quiet: bool = False,
     ) -> Path:  # fmt: skip
-        """Write the NBL model in a form that other engines read: transformers, gguf, nemotron-nas or mlx.
+        """Write the NBL model in a form that other engines read: transformers, gguf, nemotron-nas, mlx or edge-llm.
 
         Args:
-            form: or an engine that reads one: vllm, llama.cpp, ollama, tensorrt-llm, mlx-lm.
+            form: or an engine that reads one: vllm, llama.cpp, ollama, tensorrt-llm, tensorrt-edge-llm, mlx-lm.
             path: a new file or directory.
             kind: type of a GGUF's matrices. base: a GGUF of the original. Both are for gguf.
 

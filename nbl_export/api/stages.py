@@ -97,7 +97,7 @@ def calibrate(
     taps = tuple(dict.fromkeys(("residual", tap)))
     with _task(quiet)(f"{rows.numel()} tokens") as progress:
         moments = collect(model, rows, progress, taps)
-    return Calibration(model, tap, int(rows.numel()), moments, *_judges(read, held, tokenizer, spec.vocab_size))
+    return Calibration(model, tap, int(rows.numel()), moments, *_judges(read, held, tokenizer, spec))
 
 
 def plan(
@@ -172,21 +172,21 @@ def _read(text: str | PathLike[str] | Sequence[str] | None) -> Any:
     return corpus.Text("the given documents", corpus.documents_sha256(documents), documents)
 
 
-def _judges(read: Any, held: Any, tokenizer: Any, vocab_size: int) -> tuple[Texts, Texts]:
+def _judges(read: Any, held: Any, tokenizer: Any, spec: Any) -> tuple[Texts, Texts]:
     """Texts that choose layers and that decide on a limit: held back, and the second text, as in the main job."""
     from nbl_export.text import corpus
     from nbl_export.text import windows as cut
 
     context, second = held.shape[1], corpus.stdlib_text()
     own = cut.divide(held, cut.CALIBRATION_ROLES)
-    choosing, deciding = [("held back", cut.judging(own))], [("held back", own.deciding)]
+    choosing, deciding = [("held back", own.choosing)], [("held back", own.deciding)]
     if second.sha256 != read.sha256:
-        rows, _ = cut.pack(second, tokenizer, cut.second_tokens(context), context, vocab_size=vocab_size)
+        rows, _ = cut.pack(second, tokenizer, cut.second_tokens(context), context, vocab_size=spec.vocab_size)
         if len(rows) >= len(cut.SECOND_ROLES):
             other = cut.divide(rows, cut.SECOND_ROLES)
-            choosing.append((second.name, cut.spread(other.choosing, len(choosing[0][1]))))
+            choosing.append((second.name, other.choosing))
             deciding.append((second.name, other.deciding))
-    return choosing, deciding
+    return cut.choosing_texts(choosing, spec.max_positions), deciding
 
 
 def _selection(calibration: Calibration, options: JobOptions, quiet: bool) -> Selection:

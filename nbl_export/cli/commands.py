@@ -208,7 +208,9 @@ def evaluate(
     asked: dict[str, Any],
     tasks: Annotated[
         str | None,
-        typer.Option(metavar="TASK,...", help="lm-evaluation-harness tasks: lambada_openai,arc_easy,piqa,wikitext."),
+        typer.Option(
+            metavar="TASK,...", help="Tasks of lm-evaluation-harness, such as arc_easy,piqa, and groups: mmlu."
+        ),
     ] = None,
     perplexity: Annotated[
         str | None, typer.Option(metavar="NAME=FILE,...", help="Measure perplexity on these texts.")
@@ -227,6 +229,9 @@ def evaluate(
         int | None, typer.Option(min=1, metavar="N", help="Use the first N documents, windows or keys; default: all.")
     ] = None,
     data: Annotated[Path | None, typer.Option(metavar="FILES", help="Local documents: FILES/TASK/SPLIT.jsonl.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Examples in a prompt of a task; default: the task's own.")
+    ] = None,
     ppl_context: Annotated[
         int | None,
         typer.Option(min=2, metavar="N", help="Tokens of a window; default 512, and up to 4,096 with --long-context."),
@@ -234,7 +239,7 @@ def evaluate(
     force: opt.Force = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Run benchmarks, and measure perplexity and quality at length, on the exported graphs."""
+    """Measure tasks, perplexity and long texts on the graphs."""
     from nbl_export.evaluation.measure import parse_named
     from nbl_export.records.requests import EvalRequest
     from nbl_export.report.console import eval_table
@@ -244,11 +249,12 @@ def evaluate(
     for given, flag, needs, named in (
         (ppl_context, "--ppl-context", "--perplexity and --long-context", perplexity or long_context),
         (data, "--data", "--tasks", tasks),
+        (num_fewshot, "--num-fewshot", "--tasks", tasks),
     ):
         if given is not None and not named:
             raise UsageError(f"{flag} is for {needs}; leave {flag} out")
     request = EvalRequest(
-        tasks=_words(tasks), variants=_words(variants), limit=limit, data=data,
+        tasks=_words(tasks), variants=_words(variants), limit=limit, data=data, shots=num_fewshot,
         texts=parse_named("--perplexity", perplexity), long_texts=parse_named("--long-context", long_context),
         context=ppl_context,
     )  # fmt: skip
@@ -264,7 +270,7 @@ def _words(listed: str | None) -> tuple[str, ...]:
 def accept(
     directory: opt.Run, force: opt.Force = False, trust_engine: opt.TrustEngine = False, as_json: opt.Json = False
 ) -> None:
-    """Accept the engines of a run on the GPU machine that will run them.
+    """Check the engines of a run on the GPU that will run them.
 
     Logits, text and caches are compared with values that verification has left in the directory.
     """
@@ -312,7 +318,7 @@ def convert(
         typer.Option(
             "--to",
             metavar="FORM",
-            help="transformers, gguf, nemotron-nas or mlx; or the engine: vllm, llama.cpp, ollama, ...",
+            help="transformers, gguf, nemotron-nas, mlx or edge-llm; or the engine: vllm, llama.cpp, ollama, ...",
         ),
     ],
     output: Annotated[Path, typer.Option(metavar="TARGET", help="The new file or directory.")],
@@ -325,7 +331,7 @@ def convert(
     ] = None,
     force: opt.Force = False,
 ) -> None:
-    """Write the NBL model for transformers, llama.cpp, TensorRT-LLM or mlx-lm."""
+    """Write the NBL model for vLLM, llama.cpp and other engines."""
     from nbl_export.publish.convert import convert as write
 
     shown = ui()
@@ -340,7 +346,7 @@ def recipe(
     layers_only: Annotated[bool, typer.Option("--layers-only", help="Name layers, and leave their maps out.")] = False,
     force: opt.Force = False,
 ) -> None:
-    """Write the layers and maps of a run as a recipe, for --recipe."""
+    """Write the layers and maps of a run as a recipe."""
     from nbl_export.publish.recipe import write_recipe
 
     write_recipe(directory, output, ui(), layers_only=layers_only, force=force)
@@ -411,13 +417,14 @@ def estimate(
 
 
 def doctor(as_json: opt.Json = False) -> None:
-    """List the engines that work on this machine, and why others do not."""
+    """List the engines that work here, and why others do not."""
     from nbl_export.report.console import doctor_table
     from nbl_export.run.deployed import examine_engines
+    from nbl_export.run.estimate import spoken_machine
     from nbl_export.targets.gpu import find_gpu, spoken
 
     found = examine_engines()
-    show(found, doctor_table(found, spoken(find_gpu())), as_json)
+    show(found, doctor_table(found, spoken_machine(), spoken(find_gpu())), as_json)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -35,6 +35,7 @@ __all__ = ["AGGREGATIONS", "Figure", "Metric", "NamedText", "Outcome", "differen
            "parse_named", "run_benchmark", "run_windows", "windows"]  # fmt: skip
 
 _WINDOWS_AT_ONCE = 16
+_SEED = 1234  # the harness' default for few-shot sampling; zero shots sample nothing
 
 
 @dataclass(frozen=True)
@@ -70,26 +71,57 @@ class Outcome:
 
 
 def run_benchmark(benchmark: Benchmark, lm: Any, limit: int | None) -> Outcome:
-    """Run all requests of a benchmark's first `limit` documents on a model (None: all documents)."""
+    """Run all requests of the first `limit` documents of each task on a model (None: all documents).
+
+    A figure of a group is the mean over all documents of its tasks, as the harness weighs them.
+    """
+    progress, count, found = getattr(lm, "progress", None), len(benchmark.tasks), list[Outcome]()
+    for k, task in enumerate(benchmark.tasks):
+        if progress is not None:
+            lm.progress = lambda done, total, k=k: progress(k * total + done, count * total)
+        found.append(_run_task(task, lm, limit))
+    return found[0] if count == 1 else _joined(found)
+
+
+def _joined(parts: Sequence[Outcome]) -> Outcome:
+    metrics = {}
+    for name, first in parts[0].metrics.items():
+        of_all = [part.metrics.get(name) for part in parts]
+        if all(metric is not None and metric.aggregation == "mean" for metric in of_all):
+            items = tuple(item for metric in of_all if metric for item in metric.items)
+            pooled = figure("mean", items)
+            metrics[name] = Metric(pooled.value, pooled.stderr, "mean", first.higher_is_better, items)
+    return Outcome(
+        sum(part.items for part in parts),
+        metrics,
+        tuple(row for part in parts for row in part.loglikelihoods),
+        tuple(row for part in parts for row in part.scored_tokens),
+        sum(part.requests for part in parts),
+        sum(part.seconds for part in parts),
+    )
+
+
+def _run_task(task: Any, lm: Any, limit: int | None) -> Outcome:
     from lm_eval.evaluator import evaluate
 
-    task = benchmark.task
+    name = str(task.task_name)
+    task.set_fewshot_seed(seed=_SEED)  # anew for each model: all get the same examples
     started = time.monotonic()
     found = evaluate(
         lm=lm,
-        task_dict={"tasks": {benchmark.name: task}, "groups": {}, "group_map": {}},
+        task_dict={"tasks": {name: task}, "groups": {}, "group_map": {}},
         limit=limit,
         bootstrap_iters=0,  # `figure` computes errors
         log_samples=True,
     )
     seconds = time.monotonic() - started
-    samples = sorted(found["samples"][benchmark.name], key=lambda sample: sample["doc_id"])
+    samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
     first = samples[0]["filter"]
     samples = [sample for sample in samples if sample["filter"] == first]
     metrics = {
-        name: _metric(task, name, value, [sample[name] for sample in samples])
-        for name in samples[0]["metrics"]
-        if isinstance(value := found["results"][benchmark.name].get(f"{name},{first}"), (int, float))
+        metric: _metric(task, metric, value, [sample[metric] for sample in samples])
+        for metric in samples[0]["metrics"]
+        if isinstance(value := found["results"][name].get(f"{metric},{first}"), (int, float))
     }
     said = [_loglikelihoods(sample["filtered_resps"]) for sample in samples]
     tokens = [tuple(_scored(lm, arguments) for arguments in sample["arguments"]) for sample in samples]

@@ -1,15 +1,17 @@
 """Benchmarks of lm-evaluation-harness by name, with documents from the hub or from local files.
 
     arc_easy ─► the harness' own configuration (prompts, choices, metrics) ─┬─ data set from the hub
-                                                                            └─ DIR/arc_easy/test.jsonl
+    mmlu ─► its 57 tasks ─► the same of each                                └─ DIR/arc_easy/test.jsonl
 
 Only the source of the documents differs; the task's configuration is the harness' own. A local file holds rows of the
-task's data set, unchanged: DIR/TASK/test.jsonl, or DIR/TASK/validation.jsonl if the task has no test split.
+task's data set, unchanged: DIR/TASK/test.jsonl, or DIR/TASK/validation.jsonl if the task has no test split. Examples of
+few-shot prompts are rows of the split that the task names for them, such as DIR/TASK/dev.jsonl.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -26,30 +28,39 @@ __all__ = ["Benchmark", "harness_version", "load_benchmark", "quiet_harness"]
 
 _SHOWN = ("output_type", "doc_to_text", "doc_to_target", "doc_to_choice", "num_fewshot", "dataset_path", "dataset_name")
 _MOST_BYTES = 64 << 20  # of one file; all of its documents are in memory
-_SEED = 1234  # the harness' default for few-shot sampling; zero shots sample nothing
+_SPLITS, _EXAMPLES = ("test_split", "validation_split"), ("fewshot_split", "training_split")
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A task of the harness with its documents; every prompt was rendered once as a check.
+    """A task of the harness with its documents, or a group of tasks. Every prompt was rendered once as a check.
 
-    data: name and split of the documents, and SHA-256 if they are local. config: the task's settings.
+    data: name and split of the documents, and SHA-256 if they are local; of a group by task. config: the settings.
     """
 
     name: str
-    task: Any
+    tasks: tuple[Any, ...]
     data: dict[str, Any]
     config: dict[str, Any]
+
+    @property
+    def most(self) -> int:
+        """Documents of the longest task."""
+        return max(len(task.eval_docs) for task in self.tasks)
 
 
 @dataclass(frozen=True)
 class _Local:
-    """Documents of a local file, the split that they replace, and the name and hash of the file."""
+    """Documents of a local file, the split that they replace, and the name and hash of the file.
+
+    examples: of few-shot prompts, of another file of the task; None without one.
+    """
 
     name: str
     split: str
     sha256: str
     documents: tuple[dict[str, Any], ...]
+    examples: _Local | None = None
 
 
 @functools.cache
@@ -89,8 +100,11 @@ def _catalogue() -> Any:
     return TaskManager()
 
 
-def load_benchmark(name: str, data: Path | None = None) -> Benchmark:
+def load_benchmark(name: str, data: Path | None = None, shots: int | None = None) -> Benchmark:
     """A benchmark by the harness' name, with local documents if `data` has some.
+
+    Args:
+        shots: examples in a prompt; None is the task's own number.
 
     Raises:
         UsageError: the harness has no such task.
@@ -101,20 +115,47 @@ def load_benchmark(name: str, data: Path | None = None) -> Benchmark:
         near = difflib.get_close_matches(name, _catalogue().all_tasks, 3)
         hint = f"; did you mean {' or '.join(near)}?" if near else "; lm_eval ls tasks lists them"
         raise UsageError(f"--tasks: lm-evaluation-harness {harness_version()} has no task {name!r}{hint}")
-    if entry.kind.name not in ("TASK", "PY_TASK"):
-        raise UsageError(f"--tasks: {name} is a group of tasks; name the tasks in it one by one")
-    local = _find_local(name, data, _stock(entry)) if data else None
-    task = _local_task(name, _stock(entry), local) if local else _hub_task(name, data)
-    if task.config.num_fewshot is None:
-        task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=_SEED)
+    if entry.kind.name in ("TASK", "PY_TASK"):
+        return _single(name, entry, data, shots)
+    own = entry.cfg.get("aggregate_metric_list") if entry.kind.name == "GROUP" else None
+    if not own or not all(metric.get("weight_by_size") for metric in own):
+        raise UsageError(f"--tasks: {name} is a group without a figure of its own; name the tasks in it one by one")
+    index = _catalogue().task_index
+    parts = [_single(leaf, index[leaf], data, shots) for leaf in _leaves(name)]
+    return Benchmark(
+        name,
+        tuple(task for part in parts for task in part.tasks),
+        {part.name: part.data for part in parts},
+        {part.name: part.config for part in parts},
+    )
+
+
+def _leaves(name: str) -> list[str]:
+    """Names of the tasks of a group, of its groups and of its tags."""
+    entry = _catalogue().task_index[name]
+    if entry.kind.name in ("TASK", "PY_TASK"):
+        return [name]
+    return [leaf for part in (sorted(entry.tags) if entry.cfg is None else entry.cfg["task"]) for leaf in _leaves(part)]
+
+
+def _single(name: str, entry: Any, data: Path | None, shots: int | None) -> Benchmark:
+    stock = _stock(entry)
+    local = _find_local(name, data, stock) if data else None
+    shots = (stock.get("num_fewshot") or 0) if shots is None else shots
+    if shots and local and not local.examples:
+        split = next((split for kind in _EXAMPLES if (split := stock.get(kind))), None)
+        there = f"give them in {Path(local.name).parent / f'{split}.jsonl'}" if split else "it names no rows for them"
+        raise NblError(f"task {name} is to have {shots} examples in a prompt: {there}, or use --num-fewshot 0")
+    task = _local_task(name, stock, local) if local else _hub_task(name, data)
+    task.set_config(key="num_fewshot", value=shots)
     _check_prompts(name, task, local)
     split = task.config.test_split or task.config.validation_split
     found = {"name": str(task.config.dataset_path), "split": split, "documents": len(task.eval_docs)}
     if local:
         found |= {"name": local.name, "sha256": local.sha256}
+        found |= {"examples": local.examples.sha256} if local.examples else {}
     shown = {key: value for key in _SHOWN if isinstance(value := getattr(task.config, key), (str, int))}
-    return Benchmark(name, task, found, {**shown, "version": task.VERSION})
+    return Benchmark(name, (task,), found, {**shown, "version": task.VERSION})
 
 
 def _stock(entry: Any) -> dict[str, Any]:
@@ -131,8 +172,13 @@ def _find_local(task: str, directory: Path, stock: dict[str, Any]) -> _Local | N
     """
     if not directory.is_dir():
         raise NblError(f"--data {directory} is not a directory")
-    for split in (stock.get(kind) for kind in _SPLITS):
-        path = directory / task / f"{split}.jsonl"
+    documents, examples = (_first_file(directory / task, stock, kinds) for kinds in (_SPLITS, _EXAMPLES))
+    return documents and dataclasses.replace(documents, examples=examples)
+
+
+def _first_file(directory: Path, stock: dict[str, Any], kinds: tuple[str, ...]) -> _Local | None:
+    for split in map(stock.get, kinds):
+        path = directory / f"{split}.jsonl"
         if isinstance(split, str) and path.is_file():
             return _read_rows(path, split)
     return None
@@ -180,16 +226,17 @@ def _local_task(name: str, stock: dict[str, Any], local: _Local) -> Any:
 
     datasets.disable_progress_bars()
     config = {key: value for key, value in stock.items() if key not in ("tag", "group", "task_list")}
-    splits = {kind: local.split if stock.get(kind) == local.split else None for kind in _SPLITS}
-    documents = {local.split: datasets.Dataset.from_list(list(local.documents))}
-    config |= {"task": name, "training_split": None, "fewshot_split": None, **splits}
+    splits: dict[str, str | None] = dict.fromkeys((*_SPLITS, *_EXAMPLES))
+    documents = {}
+    for kinds, found in ((_SPLITS, local), (_EXAMPLES, local.examples)):
+        if found:
+            splits |= {kind: found.split for kind in kinds if stock.get(kind) == found.split}
+            documents[found.split] = datasets.Dataset.from_list(list(found.documents))
+    config |= {"task": name, **splits}
     try:
         return ConfigurableTask(config={**config, "custom_dataset": lambda **_: documents})
     except Exception as error:  # the prompt template or the task's code can fail on a document
         raise NblError(f"{local.name} does not fit task {name}: {_line(error)}") from error
-
-
-_SPLITS = ("test_split", "validation_split")
 
 
 def _hub_task(name: str, data: Path | None) -> Any:
@@ -211,6 +258,11 @@ def _check_prompts(name: str, task: Any, local: _Local | None) -> None:
     where = local.name if local else f"task {name}"
     if not len(task.eval_docs):
         raise NblError(f"{where} has no documents")
+    shots = task.config.num_fewshot
+    try:
+        task.fewshot_context(task.eval_docs[0], num_fewshot=shots)
+    except Exception as error:
+        raise NblError(f"task {name} has no prompt with {shots} examples: {_line(error)}") from error
     for number, document in enumerate(task.eval_docs, 1):
         try:
             prompt, target = task.doc_to_text(document), task.doc_to_target(document)

@@ -22,7 +22,6 @@ class ModelFacts:
         maps_tap: the tap of the maps, if the model is an NBL checkpoint.
         maps_window: whether an NBL checkpoint or a recipe has layers of kind window. recipe_tap: of a recipe's maps.
         architecture, taps, not_from: name, possible taps, and decoder source -> why it exports no such graph.
-        has_experts: whether its layers have experts.
         decoder: the decoder's sizes.
         unreadable: why graphs cannot have the codes of the GGUF file.
     """
@@ -36,7 +35,6 @@ class ModelFacts:
     architecture: str = ""
     taps: tuple[str, ...] = TAPS
     not_from: Mapping[str, str] = field(default_factory=dict)
-    has_experts: bool = False
     decoder: DecoderSpec | None = None
     unreadable: str = ""
 

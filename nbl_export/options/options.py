@@ -114,7 +114,7 @@ class JobOptions:
 
     model: str
     engine: str = option(
-        "ort", "ort (ONNX Runtime), openvino, trt (TensorRT) or trt-rtx (TensorRT for RTX).", _ENGINE, "main build",
+        "ort", "ort (default), openvino, trt or trt-rtx (TensorRT).", _ENGINE, "main build",
         first=True, metavar="ENGINE",
     )  # fmt: skip
     recipe: str | None = option(
@@ -145,13 +145,12 @@ class JobOptions:
         first=True, metavar="SIZE",
     )  # fmt: skip
     fit: str = option(
-        "independent", "independent, distilled (trained; default for a limit on quality), or drop (no attention).",
+        "independent", "independent, distilled (trained; default with a limit), or drop.",
         _REPLACED, "main plan", first=True, choices=FITS, metavar="FIT",
     )  # fmt: skip
     select: str | None = option(
-        None, "Order of layers: efficient (least quality lost for the work saved, default), greedy (least quality "
-        "lost), cca (smallest bound; default for an ONNX graph) or error.",
-        _REPLACED, "main plan", choices=SELECTS, metavar="ORDER",
+        None, "Order: efficient (default), greedy, error, or the paper's cca.",
+        _REPLACED, "main plan", first=True, choices=SELECTS, metavar="ORDER",
     )  # fmt: skip
     rank: str | None = option(
         None, "Rank of the maps: a number, or auto; default: full maps.", _REPLACED, "main plan", metavar="RANK"
@@ -181,8 +180,8 @@ class JobOptions:
         metavar="SHARE",
     )  # fmt: skip
     calibration: tuple[str, ...] = option(
-        (), 'File (.txt, .jsonl, .json, .gz) or hub dataset (org/name@split; default: three); repeat to mix. "self": '
-        'what the model itself says.', _CALIBRATE, "main calibrate", first=True, metavar="TEXT[:WEIGHT]",
+        (), 'File or hub dataset (org/name@split); repeat to mix. "self": '
+        "the model's own text.", _CALIBRATE, "main calibrate", first=True, metavar="TEXT[:WEIGHT]",
     )  # fmt: skip
     calibration_tokens: int = option(65_536, "Tokens to calibrate on.", _CALIBRATE, "main calibrate", least=1)
     context: int = option(512, "Length of a window in tokens.", _CALIBRATE, "main calibrate", least=2)

@@ -359,11 +359,6 @@ REFUSED: tuple[Refusal, ...] = (
         f"{c.model.not_from[c.options.decoder_source]}"
     )),
     (NblError, lambda c: c.options.precision == GGUF and c.model.unreadable),
-    (NblError, lambda c: (
-        c.model.has_experts and c.engine.whole_experts and c.options.kept_logits != "all"
-        and f"--engine {c.options.engine} is not possible for {c.model.architecture} with logits of the last token "
-        "alone, since its graph keeps all tokens behind experts; add --logits all"
-    )),
 )  # fmt: skip
 
 _LEAST_SLOTS = 32  # of verification

@@ -37,6 +37,7 @@ layer makes d_i' F d_j cheap, also for a change d_i that is measured later.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ from nbl_export.model.mixes import Mixes, Progress, quiet
 
 __all__ = ["EVERY", "RULE", "TRIES", "Effects", "GreedyOrder", "Judge", "Point", "Search"]
 
-RULE = 1  # number of the rule in this module; another order for the same model needs another number
+RULE = 2  # number of the rule in this module; another order for the same model needs another number
 TRIES = 3
 _NOTHING = 1e-9  # least share of the work that a set saves, and least loss
 
@@ -327,21 +328,28 @@ class Effects:
         return (ours @ theirs.T).double().cpu() / len(self.kl_NK)
 
 
+def _judged_rows(windows_WT: torch.Tensor) -> torch.Tensor:
+    return torch.arange(0, windows_WT.shape[1] - 1, EVERY)
+
+
+def _judged(states_WTD: torch.Tensor) -> torch.Tensor:
+    return states_WTD[:, _judged_rows(states_WTD)].flatten(0, 1).float()
+
+
 class Judge:
     """Runs mixes on judging windows and measures their effects.
 
     Args:
         mixes: the model with the maps of all layers.
-        texts: token ids [windows, context] of each text; no map was fitted on them.
+        texts: token ids [windows, context] of each text, whose contexts may differ; no map was fitted on them.
     """
 
     def __init__(self, mixes: Mixes, texts: Sequence[torch.Tensor]) -> None:
-        ids_WT = torch.cat(list(texts))
+        alike = [torch.cat(list(group)) for _, group in itertools.groupby(texts, lambda text: text.shape[1])]
         self._mixes, self.layers = mixes, mixes.layers
-        self._rows = torch.arange(0, ids_WT.shape[1] - 1, EVERY)
-        self._target_N = ids_WT[:, self._rows + 1].flatten()
-        self._runs = mixes.runs(ids_WT, again=True)
-        self.parts = [len(text) * len(self._rows) for text in texts]  # judged positions of each text
+        self._target_N = torch.cat([ids_WT[:, _judged_rows(ids_WT) + 1].flatten() for ids_WT in alike])
+        self._runs = [mixes.runs(ids_WT, again=True) for ids_WT in alike]
+        self.parts = [len(text) * len(_judged_rows(text)) for text in texts]  # judged positions of each text
 
     def alone(self, progress: Progress) -> Effects:
         """The effects of each layer alone (K: in the order of `layers`)."""
@@ -353,15 +361,18 @@ class Judge:
 
     def _changes_of(self, replaced_sets: Sequence[Collection[int]], progress: Progress = quiet) -> torch.Tensor:
         """How each mix changes the judged last hidden states [N, K, D]."""
-        last = [self._judged(last_WTD) for last_WTD in self._runs.last(replaced_sets, progress)]
-        return torch.stack(last, 1).sub_(self._original_ND[:, None])
+        found: list[torch.Tensor] = []
+
+        def of_all(done: int, total: int) -> None:
+            progress(len(found) * total + done, len(self._runs) * total)
+
+        for runs in self._runs:
+            found.append(torch.stack([_judged(last_WTD) for last_WTD in runs.last(replaced_sets, of_all)], 1))
+        return torch.cat(found).sub_(self._original_ND[:, None])
 
     @functools.cached_property
     def _original_ND(self) -> torch.Tensor:
-        return self._judged(self._runs.original)
-
-    def _judged(self, last_BTD: torch.Tensor) -> torch.Tensor:
-        return last_BTD[:, self._rows].flatten(0, 1).float()
+        return torch.cat([_judged(runs.original) for runs in self._runs])
 
     @torch.no_grad()
     def _effects(self, change_NKD: torch.Tensor, *, pulled: bool) -> Effects:

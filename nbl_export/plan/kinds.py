@@ -6,7 +6,8 @@
 Above the last whole attention a prompt needs few positions (`measure.cost`). A layer below a whole attention saves
 nothing of this, and neither does a layer that is looked at alone. So a top is chosen as a whole. A map needs one
 position and a window W more for each layer below it, so a window stands only where a map costs too much. All windows of
-a model have one width. Rows have `LENGTH` tokens, since a short row would hide what a window does not see.
+a model have one width. Rows have `LENGTH` tokens, since a short row would hide what a window does not see. One row has
+passages that occur twice: layers that copy from far back lose there what other text hardly shows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 from nbl_export.model.mixes import Mixes, quiet
 from nbl_export.plan.inputs import Maps, Texts
+from nbl_export.text.windows import repeated
 
 __all__ = ["LENGTH", "MAP", "Losses", "best_top", "long_rows", "losses_alone"]
 
@@ -40,6 +42,7 @@ def losses_alone(
         attention: layers with attention, ascending. is_enough: whether no layer further down is wanted.
     """
     rows = [long_rows(ids, length)[:1] for _, ids in texts]
+    rows.append(repeated(texts[0][1], length))
     found: Losses = {}
     step = max(1, round(len(attention) / 8))
     for end in range(len(attention), 0, -step):

@@ -4,6 +4,7 @@ transformers   directory of `nbl_export.hf`'s classes, which vLLM's plugin reads
 gguf           file for llama.cpp
 nemotron-nas   directory for TensorRT-LLM
 mlx            directory for mlx-lm
+edge-llm       directory for TensorRT-Edge-LLM
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nbl_export.errors import NblError, ParityError, UsageError
 from nbl_export.files import move_into_place, refuse_occupied
@@ -22,10 +24,11 @@ from nbl_export.targets.gguf.linearize import KEEP, TYPES
 
 __all__ = ["FORMS", "convert"]
 
-FORMS = ("transformers", "gguf", "nemotron-nas", "mlx")
+FORMS = ("transformers", "gguf", "nemotron-nas", "mlx", "edge-llm")
 # engine -> the form that it reads
 _READ_BY = {
-    "vllm": "transformers", "llama.cpp": "gguf", "ollama": "gguf", "tensorrt-llm": "nemotron-nas", "mlx-lm": "mlx"
+    "vllm": "transformers", "llama.cpp": "gguf", "ollama": "gguf", "tensorrt-llm": "nemotron-nas", "mlx-lm": "mlx",
+    "tensorrt-edge-llm": "edge-llm",
 }  # fmt: skip
 
 
@@ -56,6 +59,8 @@ def convert(
             from nbl_export.publish import gguf
 
             return gguf.convert(found, target, kind or KEEP, base, ui)
+        if form == "edge-llm":
+            return _save_edge_llm(found, target, ui)
         return _save_nemotron_nas(found, target, form, ui)
 
 
@@ -108,13 +113,47 @@ def _save_nemotron_nas(found: Finished, target: Path, form: str, ui: Ui) -> list
         ids = found.held_back.value.final[0, :64].tolist()
         with replaced(found.model.value, linear.maps, TAP):
             expected, _ = TorchDecoder(found.model.value).score(ids)
-        away = float(abs(TorchDecoder(nemotron_nas.load(scratch / "saved")).score(ids)[0] - expected).max())
-        result = CheckResult(
-            "original", "nbl", "largest difference of a log-probability", away, 0.0, away == 0.0, f"{away:.2g}"
-        )
-        if not result.passed:
-            raise ParityError(
-                f"the checkpoint of {found.run.path} is not its model: logarithms of probabilities differ by {away:.2g}"
-            )
+        result = _compared(found, nemotron_nas.load(scratch / "saved"), expected, ids)
         move_into_place(scratch / "saved", target)
     return [result]
+
+
+def _save_edge_llm(found: Finished, target: Path, ui: Ui) -> list[CheckResult]:
+    """Write and check a directory in float16; it appears at `target` only if its model computes what the run's does.
+
+    Raises:
+        NblError: the form does not hold the model.
+        ParityError: the model that was read back computes something else.
+    """
+    from nbl_export.model.torch_decoder import TorchDecoder
+    from nbl_export.targets.checkpoint import edge_llm
+
+    edge_llm.check(found.model.value.config, found.maps)
+    with found.run.scratch() as scratch, ui.task("saving"):
+        model = copy.deepcopy(found.model.value)
+        edge_llm.save(model, found.checkpoint.value, found.maps, found.tap, scratch / "saved")
+        ids = found.held_back.value.final[0, :64].tolist()
+        expected, _ = TorchDecoder(model).score(ids)
+        result = _compared(found, edge_llm.load(scratch / "saved"), expected, ids)
+        move_into_place(scratch / "saved", target)
+    for sentence in edge_llm.remarks(target):
+        ui.say(f"  {sentence}")
+    return [result]
+
+
+def _compared(found: Finished, written: Any, expected: Any, ids: Sequence[int]) -> CheckResult:
+    """Log-probabilities of a model that was read back beside those of the run's model.
+
+    Raises:
+        ParityError: they differ.
+    """
+    from nbl_export.model.torch_decoder import TorchDecoder
+
+    away = float(abs(TorchDecoder(written).score(ids)[0] - expected).max())
+    metric = "largest difference of a log-probability"
+    result = CheckResult("original", "nbl", metric, away, 0.0, away == 0.0, f"{away:.2g}")
+    if not result.passed:
+        raise ParityError(
+            f"the checkpoint of {found.run.path} is not its model: logarithms of probabilities differ by {away:.2g}"
+        )
+    return result

@@ -39,7 +39,6 @@ class Capabilities:
         precisions: values of `--precision`, the default first.
         sources: decoder source -> the precisions that it makes for the engine, the default source first.
         every_expert: decoder sources whose graphs compute every expert for every token.
-        whole_experts: whether no token can be left out behind experts, so that their graphs give all logits.
         extra: optional extra that installs the engine.
         cache_bytes: precision -> bytes of a cache element; 4 if it is not named.
         narrow: whether the engine computes in fewer bits than the graph's types state, unless the precision is fp32.
@@ -74,7 +73,6 @@ class Capabilities:
     provider: str = "cpu"
     providers: tuple[str, ...] = ()
     every_expert: tuple[str, ...] = ()
-    whole_experts: bool = False
     windows: bool = False
     hybrids: bool = False
     takes_graphs: bool = False

@@ -13,9 +13,11 @@ import numpy as np
 
 from nbl_export.records.from_json import require
 
-__all__ = ["COMPARED", "FAILED", "VERIFIED", "CheckResult", "Scenario", "Timing", "spoken_background", "status_of"]
+__all__ = ["COMPARED", "FAILED", "VERIFIED", "YES_NO", "CheckResult", "Scenario", "Timing", "spoken_background",
+           "status_of"]  # fmt: skip
 
 VERIFIED, COMPARED, FAILED = "verified", "compared", "failed"
+YES_NO = 0.5  # tolerance of a check without a figure: its value is 0 if it passed, else 1
 _UNQUANTISED = ("fp32", "fp16", "bf16")
 
 

@@ -52,7 +52,7 @@ def describe_table(found: dict[str, Any]) -> Shown:
         ("replaced layers", _layers(found["replaced_layers"])),
         *_looked_up(found["token_table"]),
         *(outcome(found["result"])[1:] if found["result"] else ()),
-        ("status", found["status"]),
+        ("status", found["status"] + ("" if "report" in found["stages"] else "; not finished: give the command again")),
         ("stages", ", ".join(f"{n} {s:.1f} s" for n, s in found["stages"].items()) or "none finished"),
         ("command", found["command"]),
     ])  # fmt: skip
@@ -128,11 +128,16 @@ def _attention(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         yield spoken_layers(layers), ", ".join(cache["inputs"]), f"{shape} {cache['dtype']}", rewrite
 
 
-def doctor_table(found: dict[str, Any], gpu: str) -> Shown:
-    """`examine_engines` for people, over a line about the GPU."""
-    rows = ((f"{name} ({answer['title']})", "works" if answer["available"] else "no", answer["reason"])
-            for name, answer in found.items())  # fmt: skip
-    return Table.of(("engine", "", ""), rows, "Engines on this machine"), gpu
+def doctor_table(found: dict[str, Any], machine: str, gpu: str) -> Shown:
+    """`examine_engines` for people: what works here, what could be added, and lines about processor and GPU."""
+
+    def engines(title: str, column: str, *, available: bool) -> Table:
+        rows = [(f"{name} ({answer['title']})", answer["reason"]) for name, answer in found.items()
+                if answer["available"] is available]  # fmt: skip
+        return Table.of(("engine", column), rows or [("none", "")], title)
+
+    works = engines("Works here", "with", available=True)
+    return works, engines("Could be added", "needs", available=False), machine, gpu
 
 
 # -- plan and sweep -------------------------------------------------------------------------------------------------

@@ -35,10 +35,10 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """meta: what the report is of. lead: what was done. note: how to read what stands beside it."""
+    """meta: what the report is of. lead: what was done. note: how to read what stands beside it. said: by a model."""
 
     text: str
-    look: Literal["meta", "lead", "note"] = "note"
+    look: Literal["meta", "lead", "note", "said"] = "note"
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,11 @@ Block: TypeAlias = (
 class Section:
     title: str
     blocks: tuple[Block, ...]
+
+    @property
+    def anchor(self) -> str:
+        """What a link to the section names."""
+        return re.sub(r"\W+", "-", self.title.lower())
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from nbl_export.report import words
 from nbl_export.report.document import Block, Figure, Figures, Heading, Paragraph
 from nbl_export.report.table import Column, Table
 
-__all__ = ["length", "notes", "tables"]
+__all__ = ["in_short", "length", "notes", "tables"]
 
 Found = Sequence[Mapping[str, Any]]
 
@@ -41,6 +41,21 @@ def length(found: Found) -> Iterator[Block]:
     for table in tables(found):
         yield Heading(table.title)
         yield table
+
+
+def in_short(found: Found) -> Iterator[str]:
+    """What the graphs lose at the greatest length, a line each for loss by position and for retrieval."""
+    for one in found:
+        last = one["rows"][-1]
+        if "nbl" not in last["figures"] or not last["differences"]:
+            continue
+        text = one["task"].partition(":")[2]
+        if one["test"] == "position":
+            place = words.positions([row["tokens"] for row in one["rows"]])[-1]
+            yield f"{_difference(last, 'nbl', 'increase')} on {text}, positions {place}"
+        if one["test"] == "retrieval":
+            new, old = (f"{last['figures'][variant]['correct']:.0%}" for variant in ("nbl", "original"))
+            yield f"finds {new} of the keys in {last['tokens']:,} tokens, the original {old}"
 
 
 def notes(found: Found) -> Iterator[str]:

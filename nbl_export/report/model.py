@@ -9,7 +9,7 @@ from nbl_export.options.options import RECIPE_FIT
 from nbl_export.records.paired import spoken_ratio
 from nbl_export.records.plan import spoken_layers
 from nbl_export.records.quality import spoken_loss
-from nbl_export.records.results import COMPARED, FAILED, VERIFIED, spoken_background
+from nbl_export.records.results import COMPARED, FAILED, VERIFIED, YES_NO, spoken_background
 from nbl_export.report import words
 from nbl_export.report.document import (
     Alarm,
@@ -29,6 +29,7 @@ from nbl_export.report.document import (
     Section,
     Strip,
 )
+from nbl_export.report.length import in_short
 from nbl_export.report.outcome import judged, limit_of
 from nbl_export.report.speed import is_swept
 from nbl_export.report.table import Cell, Column, Table, Tone
@@ -172,18 +173,17 @@ def _apart(report: Mapping[str, Any]) -> tuple[Block, ...]:
 
 def _speed(report: Mapping[str, Any], kind: str, name: str) -> Card:
     ratios = sorted((r for r in report["ratios"] if r["kind"] == kind), key=lambda r: r["depth"])
-    over = f"{name}, NBL over original"
     if not ratios:
-        return Card(over, "not measured", tone="words")
-    lines: list[str] = []
+        return Card(name, "not measured", tone="words")
+    lines = ["NBL over original"]
     for ratio in ratios[:_SHOWN_RATIOS]:
         test = words.test(ratio, swept=is_swept(report))
         ends = f"{spoken_ratio(ratio['low'])} to {spoken_ratio(ratio['high'])}"
-        said = f"{ratio['text']} ({ends})" if lines else f"{ends}, {ratio['interval']}"
+        said = f"{ratio['text']} ({ends})" if lines[1:] else f"{ends}, {ratio['interval']}"
         lines.append(f"{test}: {said}")
     if len(ratios) > _SHOWN_RATIOS:
         lines.append(f"and {len(ratios) - _SHOWN_RATIOS} more below")
-    return Card(over, ratios[0]["text"], tuple(lines), _TONES.get(ratios[0]["verdict"], "words"))
+    return Card(name, ratios[0]["text"], tuple(lines), _TONES.get(ratios[0]["verdict"], "words"))
 
 
 def _cache(report: Mapping[str, Any]) -> Card:
@@ -199,11 +199,10 @@ def _loss(report: Mapping[str, Any]) -> Card:
         return Card("Quality loss", "not measured", tone="words")
     worst = next((r for r in rows if r["increase"] is None), None) or max(rows, key=lambda r: r["increase"])
     ends = " → ".join(words.number(worst[name], "not finite") for name in ("perplexity_original", "perplexity_nbl"))
-    lines = [f"{judged(report)} the limit of {limit_of(report)[0]}", f"{ends} on {worst['text']}"]
-    for row in rows:
-        said = spoken_loss(row)
-        lines.append(f"{said['increase']} on {row['text']}, KL {said['kl']}, top-1 agreement {said['top1']}")
-    lines.append("above: the largest increase; in brackets: 95% intervals; reported, not gated")
+    lines = [f"{judged(report)} the limit of {limit_of(report)[0]}"]
+    lines += [f"{spoken_loss(row)['increase']} on {row['text']}{f': {ends}' * (row is worst)}" for row in rows]
+    lines += in_short((report["quality"] or {}).get("length", ()))
+    lines.append("above: the larger one of short texts; in brackets: 95% intervals")
     return Card(title, spoken_loss(worst)["increase"].partition(" (")[0], tuple(lines), _JUDGED[judged(report)])
 
 
@@ -221,15 +220,17 @@ _DRAWINGS = Figures((
 ))  # fmt: skip
 
 
-def layers(report: Mapping[str, Any]) -> Section:
-    """Drawings of the scores, and their table."""
+def layers(report: Mapping[str, Any]) -> tuple[Section, ...]:
+    """Drawings of the scores, and their table; nothing if no layer has a score."""
+    if not report["scores"]:
+        return ()
     columns = ("Layer", "Attention", *Column.numbers("CCA bound", "NMSE", "Relative error"))
     table = Table.of(columns, [
         (str(score["layer"]), "replaced" if score["layer"] in report["replaced_layers"] else "kept",
          *(words.number(score[name]) for name in ("bound", "nmse", "relative_error")))
         for score in report["scores"]
     ])  # fmt: skip
-    return Section("Layers", (Paragraph(_SCORES), _DRAWINGS, Details("Scores of all layers", (table,))))
+    return (Section("Layers", (Paragraph(_SCORES), _DRAWINGS, Details("Scores of all layers", (table,)))),)
 
 
 # -- verification ----------------------------------------------------------------------------------------------
@@ -247,8 +248,12 @@ _CHECK = (
 def verification(report: Mapping[str, Any]) -> Section:
     """Every check with its verdict."""
     proof = (Items(tuple(report["proof"])),) if report["proof"] else ()
-    note = f"Each check compares one figure with a tolerance that was fixed beforehand for {report['precision']}."
-    return Section("Verification", (*proof, Paragraph(note), Table.of(_CHECK, map(_check, report["checks"]))))
+    note = (
+        f"Each check compares one figure with a tolerance that was fixed beforehand for {report['precision']}. "
+        "A mark stands for a check that has no figure."
+    )
+    table = Table.of(_CHECK, map(_check, report["checks"]))
+    return Section("Verification", (*proof, Paragraph(note), Details(f"All {len(table.rows)} checks", (table,))))
 
 
 def _check(check: Mapping[str, Any]) -> tuple[Cell | str, ...]:
@@ -257,6 +262,8 @@ def _check(check: Mapping[str, Any]) -> tuple[Cell | str, ...]:
     allowed = "–" if tolerance is None else f"{tolerance:g}"
     said = Cell.verdict(verdict, good="passed", bad="failed")
     seen = words.number(check["value"], "not finite")
+    if tolerance == YES_NO and check["value"] in (0.0, 1.0) and check["check"] != "text":
+        seen, allowed = "✓" if check["passed"] else "✗", ""
     return check["check"], check["subject"], check["metric"], seen, allowed, said, check.get("detail") or ""
 
 
@@ -298,7 +305,8 @@ def origin(report: Mapping[str, Any]) -> Section:
     settings = ((name.replace("_", " "), value) for name, value in given)
     versions = [*_facts("Settings", settings), *_facts("Versions", (report["versions"] or {}).items())]
     if report["bench"] and report["bench"]["versions"]:
-        versions += _facts("Versions at the benchmark", report["bench"]["versions"].items())
+        other = [pair for pair in report["bench"]["versions"].items() if pair not in (report["versions"] or {}).items()]
+        versions += _facts("Versions at the benchmark", other) if other else ()
     left = (*_stages(report), *_text(report), *_machine(report))
     return Section("How it was made", (Heading("Command"), Code(report["command"]), Pair(left, tuple(versions))))
 

@@ -87,6 +87,7 @@ def summarize(
         "largest_logit_difference": _largest_logit_difference(checks),
         "quality_loss": verify.get("quality_loss", []),
         "texts": verify.get("texts", []),
+        "answers": verify.get("answers", []),
         "fit": manifest.get("fit", {}).get("kind"),
         "without_original": manifest.get("fit", {}).get("kind") == "given",
         "quality": {k: quality.get(k, []) for k in ("lm_eval", "table", "length", "agreement")} if quality else None,
@@ -150,13 +151,14 @@ def codes_of(manifest: Mapping[str, Any]) -> str | None:
 def document(report: Mapping[str, Any]) -> Document:
     """What report.html and report.md say, of the value of report.json."""
     sections = (
-        speed.speed(report),
-        *speed.engines(report),
-        *speed.lossless(report),
+        *quality.answers(report),
         quality.quality(report),
         *quality.sweep(report),
         *quality.curve(report),
-        model.layers(report),
+        speed.speed(report),
+        *speed.engines(report),
+        *speed.lossless(report),
+        *model.layers(report),
         model.verification(report),
         model.origin(report),
     )
@@ -178,6 +180,9 @@ def _drawings(report: Mapping[str, Any]) -> dict[str, str]:
         drawn["depths"] = plots.depths(ratios)
     if report["sweep"]:
         drawn["tradeoff"] = plots.tradeoff(report["sweep"]["points"], report["sweep"]["recommended"])
+    elif report["curve"]:
+        points = [{**p, "method": "nbl", "worst_increase": max(p["increases"])} for p in report["curve"]["points"]]
+        drawn["curve"] = plots.tradeoff(points, {"method": "nbl", "layers": len(report["replaced_layers"])})
     long = report["quality"]["length"] if report["quality"] else []
     if any(row["differences"] for one in long for row in one["rows"]):
         drawn["length"] = plots.length(long)

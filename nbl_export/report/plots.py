@@ -15,7 +15,7 @@ from typing import Any, Literal
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from nbl_export.report.words import positions
 
@@ -40,13 +40,7 @@ _STYLE: dict[Any, Any] = {
     "grid.color": _GRID,
     "grid.linewidth": 0.8,
 }
-_NAMES = {
-    "original": "original",
-    "nbl": "NBL",
-    "drop": "attention dropped",
-    "distilled": "NBL, distilled",
-    "paper": "the paper's way",
-}
+_NAMES = {"original": "original", "nbl": "NBL", "drop": "attention dropped", "distilled": "NBL, distilled"}
 _LINES = (("-", "o"), ("--", "s"), (":", "D"), ("-.", "^"))
 _WIDTH = 5.4  # inches of 72 points
 
@@ -99,12 +93,15 @@ def depths(ratios: Sequence[dict[str, Any]]) -> str:
         figure = Figure(figsize=(_WIDTH, 3.5), layout="constrained")
         axis = figure.subplots()
         axis.axhline(1.0, color=_ORIGINAL, linewidth=2, label="original")
-        for index, test in enumerate(dict.fromkeys(r["test"] for r in ratios)):
+        tests = list(dict.fromkeys(r["test"] for r in ratios))
+        apart = 0.02 * max(r["depth"] for r in ratios)  # so that whiskers of two tests stand side by side
+        for index, test in enumerate(tests):
             chosen = sorted((r for r in ratios if r["test"] == test), key=lambda r: r["depth"])
             spread = [[r["ratio"] - r["low"] for r in chosen], [r["high"] - r["ratio"] for r in chosen]]
             line, marker = _LINES[index % len(_LINES)]
             look: dict[str, Any] = {"color": _NBL, "linestyle": line, "marker": marker, "markersize": 6, "capsize": 4}
-            axis.errorbar([r["depth"] for r in chosen], [r["ratio"] for r in chosen], spread, label=test, **look)
+            places = [r["depth"] + apart * (index - (len(tests) - 1) / 2) for r in chosen]
+            axis.errorbar(places, [r["ratio"] for r in chosen], spread, label=test, **look)
         axis.set_xticks(sorted({r["depth"] for r in ratios}))
         axis.margins(0.08, 0.12)
         axis.set_xlabel("tokens already in the cache (depth)")
@@ -181,7 +178,7 @@ def _correct(axis: Axes, one: dict[str, Any], colours: dict[str, str]) -> None:
 
 
 def layers(name: str, values: Sequence[tuple[int, float]], replaced: Sequence[int], label: str) -> str:
-    """Draw one score of every layer, replaced layers filled, as SVG; logarithmic where the scores span decades.
+    """Draw one score of every layer, replaced layers filled and named, as SVG; logarithmic if scores span decades.
 
     Args:
         name: what makes the ids of this drawing unique in the page.
@@ -201,8 +198,12 @@ def layers(name: str, values: Sequence[tuple[int, float]], replaced: Sequence[in
             look: dict[str, Any] = {"color": colour, "markerfacecolor": fill, "markeredgewidth": 2}
             size = 7.0 if len(values) <= 40 else 4.5
             axis.plot([i for i, _ in chosen], [v for _, v in chosen], "o", label=text, markersize=size, **look)
+            for layer, score in chosen if is_gone else ():
+                place: dict[str, Any] = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
+                axis.annotate(str(layer), (layer, score), color=_TEXT, fontsize=size + 1.5, **place)
         if min(scores) > 0 and max(scores) / min(scores) > 30:
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(scores) / min(scores) < 1000 else (1,)))
         else:
             axis.set_ylim(min(0.0, *scores), max(*scores, 0.0) * 1.1 or 1.0)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -219,15 +220,10 @@ def tradeoff(points: Sequence[dict[str, Any]], recommended: dict[str, Any] | Non
     the intervals of points that have them.
 
     Args:
-        points: those of sweep.json ("paper" is another method that bench/ draws); one that is not finite is left out.
+        points: those of sweep.json; one that is not finite is left out.
         recommended: method and layers of the point to ring, if any.
     """
-    looks = {
-        "nbl": (_NBL, "-", "o"),
-        "drop": (_ORIGINAL, "--", "s"),
-        "distilled": (_INK, ":", "D"),
-        "paper": (_ORIGINAL, "-", "^"),
-    }
+    looks = {"nbl": (_NBL, "-", "o"), "drop": (_ORIGINAL, "--", "s"), "distilled": (_INK, ":", "D")}
     with style.context(["default", _STYLE]):
         figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
         axis = figure.subplots()

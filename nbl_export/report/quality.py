@@ -8,24 +8,43 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.options.goals import DEFAULT_SELECT
-from nbl_export.options.options import JobOptions, describe_command
+from nbl_export.options.options import CHECKPOINT_FIT, RECIPE_FIT, JobOptions, describe_command
 from nbl_export.options.settle import over
 from nbl_export.records.paired import spoken_ratio
 from nbl_export.records.quality import spoken_interval, spoken_loss
 from nbl_export.records.results import COMPARED, VERIFIED
 from nbl_export.report import words
-from nbl_export.report.document import Block, Code, Details, Figure, Figures, Heading, Paragraph, Section
+from nbl_export.report.document import Block, Code, Details, Figure, Figures, Heading, Pair, Paragraph, Section
 from nbl_export.report.length import length
 from nbl_export.report.table import Column, Table
 
-__all__ = ["curve", "losses", "quality", "spoken_curve", "sweep"]
+__all__ = ["answers", "curve", "losses", "quality", "spoken_curve", "sweep"]
 
+_VARIANTS = {"original": "Original", "nbl": "NBL"}
 _MEANS = {
     VERIFIED: "“Graph verified” says that the graph computes what the linearized model computes. "
     "It does not say that this quality loss is acceptable.",
     COMPARED: "“Compared” says that logits and greedy text are near those of the linearized model. "
     "It proves neither the wiring nor that this quality loss is acceptable.",
 }
+
+
+def answers(report: Mapping[str, Any]) -> tuple[Section, ...]:
+    """What both decoders wrote behind the prompts of the check `text`, side by side; nothing if it did not run."""
+    found = report["answers"]
+    if not found:
+        return ()
+    same = sum(one["original"] == one["nbl"] for one in found)
+    note = (
+        "Greedy text of both decoders behind the beginnings that verification uses. They are pieces of held-back text, "
+        f"and no questions. {same} of {len(found)} texts {'is' if same == 1 else 'are'} the same. "
+        'Ask your own questions: nbl-export generate DIR "..." --both.'
+    )
+    blocks: list[Block] = [Paragraph(note)]
+    for one in found:
+        blocks += [Heading("Prompt"), Paragraph(one["prompt"].strip(), "said")]
+        blocks.append(Pair(*((Heading(name), Paragraph(one[key].strip(), "said")) for key, name in _VARIANTS.items())))
+    return (Section("What both write", tuple(blocks)),)
 
 
 def quality(report: Mapping[str, Any]) -> Section:
@@ -123,6 +142,13 @@ _TRADEOFF = Figure(
 )
 
 
+_OTHER_SETS = "More or fewer layers"
+_CURVE = Figures((
+    Figure("curve", "Perplexity over the original's, on the text with the largest increase, against the modelled "
+           "speed-up of prefill. A point is a number of layers. The ring marks this run's number."),
+))  # fmt: skip
+
+
 def sweep(report: Mapping[str, Any]) -> tuple[Section, ...]:
     """One section, or none if no sweep was made."""
     found = report["sweep"]
@@ -176,17 +202,28 @@ def _points(point: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def curve(report: Mapping[str, Any]) -> tuple[Section, ...]:
-    """One section, or none: a sweep says more, and layers that the user named have no curve."""
+    """One section, which says why if there is no curve; none if there is a sweep, which says more."""
     found = report.get("curve")
-    if not found or report["sweep"]:
+    if report["sweep"]:
         return ()
+    if not found:
+        return (Section(_OTHER_SETS, tuple(_no_curve(report))),)
     columns = (
         *Column.numbers("Layers", *(f"Increase, {name}" for name in found["texts"]), "Prefill", "Decode"),
         Column("Which", "wrap"),
     )
     table = Table.of(columns, [_set(point) for point in found["points"]])
     note = Paragraph(" ".join(_curve_note(report, found)))
-    return (Section("More or fewer layers", (note, table, Heading("Commands"), *map(Code, _commands(report)))),)
+    return (Section(_OTHER_SETS, (note, _CURVE, table, Heading("Commands"), *map(Code, _commands(report)))),)
+
+
+def _no_curve(report: Mapping[str, Any]) -> Iterator[Block]:
+    origin = {CHECKPOINT_FIT: "the checkpoint", RECIPE_FIT: "a recipe"}.get(report["fit"] or "")
+    if origin:
+        yield Paragraph(f"Layers and maps came with {origin}, so no other number of layers was measured.")
+        return
+    yield Paragraph("The choice of layers measured no other number of layers. This command measures each number:")
+    yield Code("nbl-export plan . --sweep")
 
 
 def spoken_curve(curve: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from nbl_export.report.words import decoding, equal_answers
 __all__ = ["engines", "is_swept", "lossless", "ratios", "speculative_table", "speed"]
 
 _VARIANTS = {"original": "original", "nbl": "NBL"}
+_SMALL_BYTES = 1 << 20  # files below this size say nothing
 _FIGURES = Figures((
     Figure("throughput", "Tokens per second, median of the rounds. Whiskers go from the slowest to the fastest round. "
            "In bold the paired ratio."),
@@ -222,6 +223,8 @@ def _sizes(report: Mapping[str, Any]) -> Iterator[Block]:
     disk = {variant: report["disk_bytes"].get(variant) or {} for variant in _VARIANTS}
     for kind, before in disk["original"].items():
         after = disk["nbl"].get(kind, 0)
+        if max(before, after) < _SMALL_BYTES:
+            continue
         rows.append((f"On disk: {kind}", words.size(before), words.size(after), words.change(before, after)))
     before, after = report["load_seconds"].get("original"), report["load_seconds"].get("nbl")
     rows.append(("Load time", words.duration(before), words.duration(after), words.change(before, after)))

@@ -24,7 +24,7 @@ from nbl_export.errors import AcceptanceError, NblError
 from nbl_export.files import replacing, versions, write_json
 from nbl_export.measure.benchmark import machine
 from nbl_export.parallel.child import Child, Write
-from nbl_export.records.results import CheckResult
+from nbl_export.records.results import YES_NO, CheckResult
 from nbl_export.report import document, model
 from nbl_export.run.deployed import locate
 from nbl_export.run.progress import Ui
@@ -219,7 +219,7 @@ def _examine(
         return write([CANNOT_RUN, str(error)])
     with runner:
         detail = "; ".join(text for text in (found.reason, getattr(runner, "inspected", str)()) if text)
-        write(_event("structure", subject, "the engine fits library and GPU", 0.0, 0.5, True, detail))
+        write(_event("structure", subject, "the engine fits library and GPU", 0.0, YES_NO, True, detail))
         for result in checks(runner, subject, expected, doing, yardstick):
             write([RESULT, dataclasses.asdict(result)])
         doing("structure", f"closing the decoder {subject}")
@@ -243,4 +243,4 @@ def _event(*result: Any) -> Event:
 
 
 def _broken(check: str, subject: str, reason: str) -> Event:
-    return _event(check, subject, "the check comes to its end", 1.0, 0.5, False, reason)
+    return _event(check, subject, "the check comes to its end", 1.0, YES_NO, False, reason)

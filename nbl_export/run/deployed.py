@@ -106,6 +106,8 @@ def locate(directory: Path, name: str = "model", *, force: bool = False) -> Loca
         if directory.is_dir():
             check_folder(directory)
         return Located(directory, owner.capabilities.name, owner.capabilities.provider)
+    if not directory.exists():
+        raise NblError(f"{directory} does not exist; nbl-export --output makes a run directory")
     if not (directory / MANIFEST).is_file():
         raise NblError(f"{directory} is neither a run directory nor a model directory; nbl-export --output makes one")
     run = RunDirectory.peek(directory)

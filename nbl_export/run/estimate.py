@@ -29,7 +29,7 @@ from nbl_export.run.facts import architecture_facts, capabilities_of
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import READS, LeftOut, Stage
 
-__all__ = ["estimate", "foreseen"]
+__all__ = ["estimate", "foreseen", "spoken_machine"]
 
 
 def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,6 +151,15 @@ def _left(resolver: Resolver, stages: Sequence[Stage]) -> set[str]:
             left.add(stage.name)
     resolver.keys.clear()
     return left
+
+
+def spoken_machine() -> str:
+    """Processor, memory and fast number types of this machine in a line."""
+    from nbl_export.measure.benchmark import machine
+
+    found, narrow = machine(), "with" if _has_bfloat16() else "without"
+    cores, memory = found["cores"], size(found["memory_bytes"])
+    return f"processor: {found['cpu']}, cores: {cores}, {narrow} bfloat16 products; memory: {memory}"
 
 
 @functools.cache

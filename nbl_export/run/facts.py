@@ -129,9 +129,7 @@ def architecture_facts(architecture: str) -> ModelFacts:
     if architecture not in ARCHITECTURES:
         raise NblError(f"architecture {architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
     record = ARCHITECTURES[architecture]
-    return ModelFacts(
-        architecture=architecture, taps=record.taps, not_from=record.not_from, has_experts=record.experts is not None
-    )
+    return ModelFacts(architecture=architecture, taps=record.taps, not_from=record.not_from)
 
 
 def _unreadable(gguf: Path) -> str:

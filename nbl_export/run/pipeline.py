@@ -252,8 +252,8 @@ def _prepare(request: EvalRequest, positions: int, ui: Ui) -> Prepared:
         version = tasks.harness_version()
         for done, name in enumerate(names):
             progress(done, len(names))
-            found = tasks.load_benchmark(name, request.data)
-            limit = None if (request.limit or 0) >= found.data["documents"] else request.limit
+            found = tasks.load_benchmark(name, request.data, request.shots)
+            limit = None if (request.limit or 0) >= found.most else request.limit
             subjects.append(Subject(name, found, limit, found.data, found.config))
     return Prepared(request, tuple(subjects), version)
 

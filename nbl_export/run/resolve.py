@@ -35,11 +35,10 @@ from nbl_export.text.windows import (
     DIVISION,
     SECOND_ROLES,
     Division,
+    choosing_texts,
     divide,
     held_back_tokens,
-    judging,
     second_tokens,
-    spread,
 )
 
 __all__ = ["Resolver", "lazy"]
@@ -443,8 +442,6 @@ class Resolver:
 
     @lazy("windows", "second", "says_itself")
     def choosing(self) -> Texts:
-        """Texts that layers are chosen by: equally many windows of both, spread over the second."""
-        own = judging(self.held_back.value)
-        if self.options.says_itself:
-            return [(f"held back from {self.text.name}", own)]
-        return [(n, w if w is own else spread(w, len(own))) for n, w in self._both(own, "choosing")]
+        """Texts that layers are chosen by, see `text.windows`."""
+        parts = self._both(self.held_back.value.choosing, "choosing")
+        return choosing_texts(parts[:1] if self.options.says_itself else parts, self.spec.max_positions)

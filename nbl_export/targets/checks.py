@@ -13,7 +13,7 @@ from nbl_export.graph.names import constant_name, product_name, state_names
 from nbl_export.mixers.base import Mixer, StateSpec, WindowShape
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.quantised import StoredMatrix
-from nbl_export.records.results import CheckResult
+from nbl_export.records.results import YES_NO, CheckResult
 
 __all__ = ["MAPS", "Coded", "HeldMaps", "Wanted", "checked", "held_names", "judge_maps"]
 
@@ -80,7 +80,7 @@ class Coded:
 
 def checked(subject: str, metric: str, passed: bool, detail: str = "") -> CheckResult:
     """A result of check structure that passes or fails."""
-    return CheckResult("structure", subject, metric, 0.0 if passed else 1.0, 0.5, passed, detail)
+    return CheckResult("structure", subject, metric, 0.0 if passed else 1.0, YES_NO, passed, detail)
 
 
 @dataclass(frozen=True)

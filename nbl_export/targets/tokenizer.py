@@ -12,6 +12,7 @@ raise_exception and strftime_now.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -23,7 +24,10 @@ from nbl_export.parallel.child import Child, Write
 from nbl_export.targets.runners import TextRunner
 from nbl_export.trust.contained import check_folder
 
-__all__ = ["Speaking", "Text", "applied", "continued", "read_settings", "render"]
+__all__ = ["TOKENIZER", "Speaking", "Text", "applied", "continued", "read_settings", "render"]
+
+
+TOKENIZER = "tokenizer.json"
 
 
 class Text:
@@ -42,7 +46,7 @@ class Text:
             raise MissingPackageError("tokenizers", "trt-rtx", "reading and writing text") from error
         check_folder(directory)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(directory / TOKENIZER))
         except Exception as error:  # the package raises plain Exception
             raise NblError(f"the tokenizer of {directory} does not load: {error}; export again") from error
         self._tokenizers = tokenizers
@@ -57,6 +61,15 @@ class Text:
         text = applied(self.directory, prompt) if chat else None
         found = self._tokenizer.encode(prompt if text is None else text, add_special_tokens=text is None)
         return [int(i) for i in found.ids]
+
+    def whole(self, tokens: Sequence[int]) -> str:
+        """Text of tokens without special ones."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def behind(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+        """Text that tokens add to a prompt, until an end-of-text id."""
+        answer = list(itertools.takewhile(lambda token: token not in self.end_ids, tokens))
+        return self.whole([*prompt, *answer]).removeprefix(self.whole(prompt))
 
     def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
         """Text of tokens as they come, until an end-of-text id; a character of several tokens comes out whole."""

@@ -6,7 +6,7 @@ Each window has one purpose, so no final figure is measured on text that chose s
     second text        | unused | deciding | choosing x 2 | final | deciding |
 
 second     text that nobody calibrates on
-choosing   chooses layers (`--select greedy|efficient`), and judges distilled maps
+choosing   chooses layers (`--select greedy|efficient`), also as passages that occur twice, and judges distilled maps
 deciding   decides how many layers a goal takes; the sweep and its recommendation use this part too
 final      gives the figures of `verify`, the report and the card; no choice uses this part
 unused     was read while the tool's defaults were chosen; the second text's final part was not
@@ -35,16 +35,16 @@ __all__ = [
     "FEWEST_WINDOWS",
     "SECOND_ROLES",
     "Division",
+    "choosing_texts",
     "deciding_tokens",
     "divide",
     "extend",
     "final_tokens",
     "held_back_tokens",
-    "judging",
     "judging_tokens",
     "pack",
+    "repeated",
     "second_tokens",
-    "spread",
 ]
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,8 @@ CALIBRATION_ROLES = ("deciding", "choosing", "deciding", "final", "final", "deci
 SECOND_ROLES = ("unused", "deciding", "choosing", "choosing", "final", "deciding")
 _PART_TOKENS: dict[tuple[str, ...], int] = {CALIBRATION_ROLES: 4096, SECOND_ROLES: 8192}
 _JUDGING_TOKENS = 2048
+_REPEATED, _PASSAGE = 2048, 64  # tokens: layer 7 of SmolLM2 is needed over 1,000 tokens, and not over 250
+_TWICE = "held-back passages, each twice"
 FEWEST_WINDOWS = 3  # one for each purpose
 DIVISION: list[Any] = [
     [roles, tokens] for roles, tokens in _PART_TOKENS.items()
@@ -183,8 +185,8 @@ def final_tokens(context: int) -> int:
 
 
 def judging_tokens(context: int) -> int:
-    """Tokens of both texts that layers are chosen by."""
-    return 2 * max(1, _JUDGING_TOKENS // context) * context
+    """Tokens that layers are chosen by: of both texts, and of repeated passages."""
+    return 2 * max(1, _JUDGING_TOKENS // context) * context + _REPEATED
 
 
 def _role_tokens(role: str, context: int) -> int:
@@ -210,17 +212,37 @@ def divide(windows_WT: Any, roles: Sequence[str]) -> Division:
     ))  # fmt: skip
 
 
-def judging(part: Division) -> Any:
-    """The choosing windows of the calibration text that layers are chosen by; the second text adds as many.
+def choosing_texts(parts: Sequence[tuple[str, Any]], positions: int) -> list[tuple[str, Any]]:
+    """Names and windows that layers are chosen by: few of the calibration text, as many of the second; passages twice.
 
     Losses of two layers are compared token by token, so few tokens give their order. Each token costs a pass of every
     candidate.
+
+    Args:
+        parts: name and choosing windows of the calibration text, and of the second text if there is one.
+        positions: of the model; no row is longer.
     """
-    context = part.choosing.shape[1]
-    return part.choosing[: max(1, _JUDGING_TOKENS // context)]
+    (name, windows_WT), *second = parts
+    own = windows_WT[: max(1, _JUDGING_TOKENS // windows_WT.shape[1])]
+    others = [(n, _spread(windows, len(own))) for n, windows in second]
+    return [(name, own), *others, (_TWICE, repeated(windows_WT, min(_REPEATED, positions)))]
 
 
-def spread(windows_WT: Any, count: int) -> Any:
+def repeated(windows_WT: torch.Tensor, length: int) -> torch.Tensor:
+    """One row of at most `length` tokens: short passages, and then the same passages in reverse order.
+
+    Loss on the second half shows whether the model still finds and copies what stands far back, as induction heads do
+    (Olsson et al. 2022, In-context Learning and Induction Heads). Ordinary text hardly shows this.
+    """
+    import torch
+
+    ids = torch.as_tensor(windows_WT).flatten()
+    half = min(length, len(ids)) // 2
+    passages = ids[: half - half % min(_PASSAGE, half)].view(-1, min(_PASSAGE, half))
+    return torch.cat([passages, passages.flip(0)]).view(1, -1)
+
+
+def _spread(windows_WT: Any, count: int) -> Any:
     """At most `count` windows, spread evenly from the first to the last."""
     count, last = min(count, len(windows_WT)), len(windows_WT) - 1
     return windows_WT[[k * last // max(1, count - 1) for k in range(count)]]

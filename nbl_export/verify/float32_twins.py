@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from nbl_export.mixers.base import Mixer
-from nbl_export.records.results import CheckResult
+from nbl_export.records.results import YES_NO, CheckResult
 from nbl_export.run_directory import DECODERS
 from nbl_export.verify.structure import Setting
 
@@ -50,7 +50,7 @@ def check_shipped(setting: Setting, shipped: Mapping[str, Path], twins: Mapping[
         precision = setting.precision
         problem = setting.engine.twin_difference(twins[subject] / twin_file, directory / file, precision)
         metric, detail = f"the {precision} graph is its fp32 twin, cast", problem or "every node and weight"
-        results.append(CheckResult("structure", subject, metric, float(bool(problem)), 0.5, not problem, detail))
+        results.append(CheckResult("structure", subject, metric, float(bool(problem)), YES_NO, not problem, detail))
         if pruned:
             results.append(setting.engine.check_pruned(subject, directory))
     return results

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.records.capabilities import MOST_ROWS
-from nbl_export.records.results import CheckResult
+from nbl_export.records.results import YES_NO, CheckResult
 from nbl_export.verify.ladder import LONG_CHUNK, TOLERANCES, apart
 
 __all__ = ["BATCH_LENGTHS", "apart", "check_last", "check_last_rows"]
@@ -97,7 +97,7 @@ def _judge(subject: str, name: str, every: Any, last: Any, chunks: list[Chunk], 
 
 
 def _broken(subject: str, detail: str) -> CheckResult:
-    return CheckResult("last_token", subject, "logits of the last token alone", 1.0, 0.5, False, detail)
+    return CheckResult("last_token", subject, "logits of the last token alone", 1.0, YES_NO, False, detail)
 
 
 def _figure(all_TV: np.ndarray, found_V: np.ndarray, metric: str, limit: float) -> tuple[float, float]:
@@ -134,7 +134,7 @@ def check_last_rows(every: Any, last: Any, row: Sequence[int], precision: str) -
         elif np.any(found[:-computed]):
             problem = f"a chunk of {count} has logits before the last"
         if problem:
-            return CheckResult("last_token", _LOSSLESS, metric, 1.0, 0.5, False, problem)
+            return CheckResult("last_token", _LOSSLESS, metric, 1.0, YES_NO, False, problem)
         figures.append(apart(right[-computed:], found[-computed:], tolerance.metric))
     value, detail = max(figures), f"chunks {_ROW_CHUNKS}"
     passed = bool(value <= tolerance.limit)

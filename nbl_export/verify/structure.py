@@ -14,7 +14,7 @@ import numpy as np
 from nbl_export.errors import RefusalError
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import Plan
-from nbl_export.records.results import CheckResult
+from nbl_export.records.results import YES_NO, CheckResult
 from nbl_export.targets.base import Target
 from nbl_export.targets.checks import Coded, Wanted
 from nbl_export.verify.codes import TWIN
@@ -91,7 +91,7 @@ def _measured_cache(subject: str, decoder: Any, head_dim: int) -> CheckResult:
     stated = decoder.contract.cache_bytes_per_token(head_dim)
     detail = f"{held} bytes a token held after a step, {stated} by contract"
     metric = "cache bytes in the running session"
-    return CheckResult("structure", subject, metric, float(held != stated), 0.5, held == stated, detail)
+    return CheckResult("structure", subject, metric, float(held != stated), YES_NO, held == stated, detail)
 
 
 def coded_graphs(

@@ -31,7 +31,7 @@ from nbl_export.errors import CorruptError
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.mixers.base import Mixer, apply
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.results import CheckResult
+from nbl_export.records.results import YES_NO, CheckResult
 from nbl_export.targets.checks import Coded
 from nbl_export.verify import codes, ladder
 from nbl_export.verify.kept import CODES, OWN, KeptReferences
@@ -61,6 +61,7 @@ class Verifier:
         self.precision = "fp32" if self.static else setting.precision  # of the compared graphs
         self.truth: dict[str, Reference] = {}  # by subject: the model with its own matrices
         self.truth_of_codes: dict[str, Reference] = {}  # by subject: the model with the graphs' matrices
+        self.said: dict[str, list[list[int]]] = {}  # by subject: greedy text of what ships, a list of tokens a prompt
         self._noise_of: dict[str, Noise] = {}  # by kind of matrices, `OWN` or `CODES`
         self._yardstick: float | None = None
         self._given: Path | None = None  # the graph that takes the place of the torch model
@@ -177,7 +178,7 @@ class Verifier:
             yield
         except CorruptError as error:
             metric = "quantised matrices are the model's"
-            self.results.append(CheckResult("structure", "nbl", metric, 1.0, 0.5, False, str(error)))
+            self.results.append(CheckResult("structure", "nbl", metric, 1.0, YES_NO, False, str(error)))
 
     @property
     def references(self) -> dict[str, Reference]:
@@ -275,6 +276,7 @@ class Verifier:
             return
         with self.setting.engine.open_checked(directory) as runner:
             said = [runner.greedy(prompt, self.probe.new_tokens) for prompt in self.probe.prompts]
+        self.said[subject] = said
         self.results.append(ladder.check_greedy(subject, said, truth.greedy, truth.margins, self.tolerance))
 
 

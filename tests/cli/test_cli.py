@@ -112,6 +112,8 @@ def test_every_rung_is_recorded_with_its_tolerance(finished: Path) -> None:
     assert len(result["quality_loss"]) == 1 + 1  # the text's own end, and one that is not calibrated on
     assert all(p["kl_mean"] > 0 and 0 < p["top1_agreement"] < 1 for p in result["quality_loss"])
     assert result["cache_bytes_per_token"] == {"original": 3 * 2 * 2 * HEAD_DIM * 4, "nbl": 2 * 2 * 2 * HEAD_DIM * 4}
+    assert [list(one) for one in result["answers"]] == [["prompt", "original", "nbl"]] * 3
+    assert any(one["original"] != one["nbl"] for one in result["answers"])  # of a random model
 
 
 def test_bench_keeps_raw_timings_and_report_has_a_row_of_each(finished: Path) -> None:
@@ -144,7 +146,9 @@ def test_stages_go_to_stderr_and_the_result_to_stdout(finished: Path) -> None:
     (curve,) = (line for line in said.splitlines() if line.startswith("  1 layer: "))
     assert "prefill; 2: " in curve
     stages, result = said.split("report: done")
-    first = ["estimate", curve]
+    (checked,) = (line for line in said.splitlines() if line.startswith("  graphs: "))
+    assert re.fullmatch(r"  graphs: (\d+) of \1 checks passed", checked)
+    first = ["estimate", curve, checked]
     assert len(stages.splitlines()) == 2 * len(STAGES) - 1 + len(quality_loss) + len(busy) + len(first), said
     assert [line.split()[0] for line in result.splitlines()[1:] if line[2] != " "] == RESULT, said
 
@@ -277,6 +281,8 @@ def test_stages_by_hand_make_the_same_run(
     done = nbl("calibrate", "--model", checkpoint("llama"), "--output", run, "--calibration", text, *few)
     assert (done.status, done.out) == (0, f"{run / 'moments.safetensors'}\n"), done.err
     assert answer("inspect", run)["status"] == "incomplete"
+    assert "not finished: give the command again" in " ".join(nbl("inspect", run).out.split())
+    assert "not finished" not in nbl("inspect", finished).out
     assert answer("plan", run, "--layers", 1)["replaced_layers"] == read(finished / "nbl.json")["replaced_layers"]
     done = nbl("rewrite", run)
     assert (done.status, done.out) == (0, f"{run / 'model'}\n"), done.err
@@ -369,8 +375,9 @@ def test_doctor_names_every_engine_with_its_reason() -> None:
     assert set(found) == {*ENGINES, "llama.cpp", *(f"ort --provider {flag}" for flag in PROVIDERS)}
     assert all(isinstance(engine["available"], bool) and engine["reason"] for engine in found.values())
     assert found["ort"]["available"], found["ort"]["reason"]
-    table = nbl("doctor").out
-    assert all(word in table for name in found for word in name.split())
+    halves = nbl("doctor").out.split("Could be added")
+    for name, engine in found.items():
+        assert all(word in halves[not engine["available"]] for word in name.split()), name
 
 
 def test_generate_streams_text_of_either_decoder(finished: Path) -> None:

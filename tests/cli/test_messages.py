@@ -38,7 +38,7 @@ def test_a_run_that_is_not_there(command: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "form"),
     [("vllm", "transformers"), ("vLLM", "transformers"), ("llama.cpp", "gguf"), ("ollama", "gguf"), ("mlx-lm", "mlx"),
-     ("tensorrt-llm", "nemotron-nas"), ("gguf", "gguf")],
+     ("tensorrt-llm", "nemotron-nas"), ("tensorrt-edge-llm", "edge-llm"), ("gguf", "gguf")],
 )  # fmt: skip
 def test_an_engine_names_the_form_that_it_reads(
     engine: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -18,7 +18,6 @@ from nbl_export.run.facts import architecture_facts, capabilities_of
 DECODER = DecoderSpec("llama", 3, 64, 4, 2, 16, 384, 512)
 PLAIN = dataclasses.replace(architecture_facts("llama"), decoder=DECODER)
 OLMO = dataclasses.replace(architecture_facts("olmo2"), decoder=DECODER)
-EXPERTS = dataclasses.replace(architecture_facts("qwen3_moe"), decoder=DECODER)
 HYBRID = dataclasses.replace(
     architecture_facts("lfm2"), decoder=dataclasses.replace(DECODER, architecture="lfm2", num_layers=5, others=(0, 3))
 )
@@ -352,7 +351,6 @@ UNFIT: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"window_layers": "auto"}, HYBRID, ("--window-layers is not possible for lfm2", "--window-layers none")),
     ({"precision": "int4", "quantize": "awq"}, HYBRID, ("--quantize is not possible for lfm2",)),
     ({"precision": "int4", "quantized_model": "q"}, HYBRID, ("--quantized-model is not possible for lfm2",)),
-    ({"engine": "openvino"}, EXPERTS, ("--engine openvino is not possible for qwen3_moe", "add --logits all")),
     ({"precision": "int4"}, dataclasses.replace(GGUF, unreadable="w has the type IQ4_NL"), ("w has the type IQ4_NL",)),
 ]  # fmt: skip
 
@@ -381,8 +379,6 @@ def test_a_value_that_fits_is_accepted() -> None:
         {"engine": "trt", "max_seq_len": 512}, {"engine": "trt", "max_seq_len": 32, "prefill_chunk": 32},
     ):  # fmt: skip
         settled({"depths": (0,), **asked}, PLAIN)
-    settled({"engine": "openvino", "logits": "all"}, EXPERTS)
-    settled({"decoder_source": "mobius"}, EXPERTS)
     settled({"precision": "fp32"}, dataclasses.replace(GGUF, unreadable="w has the type IQ4_NL"))
     settled({"tap": "normed"}, dataclasses.replace(GRAPH, taps=("residual",)))  # a graph states its own structure
 

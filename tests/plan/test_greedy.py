@@ -76,6 +76,20 @@ def test_nothing_replaced_loses_nothing(checkpoint: Checkpoint) -> None:
     assert loss.perplexities[0] == loss.perplexities[1]
 
 
+def test_texts_may_differ_in_length(checkpoint: Checkpoint) -> None:
+    """Each has the effects that it has by itself, and progress counts all of them."""
+    switched = SwitchedModel(load_model(checkpoint("llama")), MAPS, "residual")
+    texts = [HELD, HELD[:1], HELD[:2].flatten()[None]]
+    done: list[tuple[int, int]] = []
+    judge = Judge(switched, texts)
+    found = judge.alone(lambda *state: done.append(state)).split(judge.parts)
+    for text, part in zip(texts, found, strict=True):
+        by_itself = Judge(switched, [text]).alone(quiet)
+        torch.testing.assert_close(part.kl_NK, by_itself.kl_NK)
+        torch.testing.assert_close(part.rise_NK, by_itself.rise_NK)
+    assert done == [(k + 1, 2 * LAYERS) for k in range(2 * LAYERS)]
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite"])
 def test_losses_of_narrow_products_are_those_of_the_logits(architecture: str, checkpoint: Checkpoint) -> None:
     """Only changes of logits are products in bfloat16, so losses and KL keep three digits."""
@@ -312,7 +326,7 @@ def test_layers_are_judged_on_another_text_too(run: Path, monkeypatch: pytest.Mo
         pass
 
     def note(switched: Any, texts: Any) -> None:
-        seen.append(torch.cat(texts))
+        seen.append(torch.cat(texts[:-1]))  # without the passages that occur twice
         bfloat16.append(switched._narrow)
         raise SeenError
 

@@ -13,14 +13,15 @@ import torch
 
 from nbl_export.plan import order as selection
 from nbl_export.plan.greedy import EVERY, RULE, Effects, GreedyOrder, Judge, Search
-from nbl_export.text.windows import DIVISION
+from nbl_export.text.windows import DIVISION, choosing_texts
 
 LAYERS, POSITIONS, SIZE = 14, 24, 6
 # What each rule makes of the planted effects: the order of 9 layers by loss and work, by loss alone, and beyond.
-ORDERS = {1: ((9, 13, 7, 1, 4, 11, 3, 5, 12), (9, 7, 1, 4, 13, 11, 3, 5, 10), (0, 1, 2, 3, 4, 5, 7, 9, 10, 11, 13))}
+ORDERS = {2: ((9, 13, 7, 1, 4, 11, 3, 5, 12), (9, 7, 1, 4, 13, 11, 3, 5, 10), (0, 1, 2, 3, 4, 5, 7, 9, 10, 11, 13))}
 _NEAR = ["deciding", "choosing", "deciding", "final", "final", "deciding", "deciding"]
 _SECOND = ["unused", "deciding", "choosing", "choosing", "final", "deciding"]
-JUDGED: dict[int, tuple[object, ...]] = {1: (4, 512, 8, [[_NEAR, 4096], [_SECOND, 8192]])}
+_TEXTS = [2048, 2048, 2048]  # tokens of the calibration text, of the second text, and of repeated passages
+JUDGED: dict[int, tuple[object, ...]] = {2: (4, 512, 8, [[_NEAR, 4096], [_SECOND, 8192]], _TEXTS)}
 
 
 class Planted(Judge):
@@ -78,5 +79,7 @@ def test_an_order_begins_with_the_layers_that_it_is_given() -> None:
 
 
 def test_layers_are_judged_by_what_the_rule_says() -> None:
-    judged = (EVERY, selection._WEIGHED_TOKENS, selection._STRETCHES, json.loads(json.dumps(DIVISION)))
+    windows = torch.arange(8192).view(16, 512)
+    tokens = [windows.numel() for _, windows in choosing_texts([("near", windows), ("second", windows)], 8192)]
+    judged = (EVERY, selection._WEIGHED_TOKENS, selection._STRETCHES, json.loads(json.dumps(DIVISION)), tokens)
     assert judged == JUDGED[RULE]

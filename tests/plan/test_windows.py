@@ -98,7 +98,7 @@ class Planted:
 
     def runs(self, ids: Any, *, again: bool) -> Any:
         assert not again
-        self.text = int(ids[0, 0])
+        self.text = int(ids[0, -1])
         self.asked.append((*ids.shape, self.text, *self.maps))
         return self
 
@@ -113,9 +113,10 @@ class Planted:
 
 
 def test_layers_are_measured_from_the_top_until_it_is_enough() -> None:
-    """On one long row of each text, with each kind; an eighth of the layers at once."""
-    kls = {MAP: dict.fromkeys(range(17), (4.0, 2.0)), 5: dict.fromkeys(range(17), (1.0, 3.0))}
-    texts = [("one", torch.zeros(4, 4)), ("two", torch.ones(4, 4))]
+    """On a long row of each text and one that repeats a passage, with each kind; an eighth of the layers at once."""
+    kls = {MAP: dict.fromkeys(range(17), (4.0, 2.0, 7.0)), 5: dict.fromkeys(range(17), (1.0, 3.0, 5.0))}
+    first = torch.tensor([[2, 2, 2, 2], [0, 0, 0, 0]])  # the row of this text ends with 0, and repeated it ends with 2
+    texts = [("one", first), ("two", torch.ones(2, 4, dtype=torch.long))]
     asked: list[Any] = []
     done: list[tuple[int, int]] = []
 
@@ -126,8 +127,8 @@ def test_layers_are_measured_from_the_top_until_it_is_enough() -> None:
         is_enough: Any = lambda losses: len(losses) >= enough  # noqa: E731
         return losses_alone(made, mixers, range(17), texts, 8, is_enough, lambda *state: done.append(state))
 
-    assert found(1) == {i: {MAP: (4.0, 2.0), 5: (1.0, 3.0)} for i in (15, 16)}
-    assert asked == [(1, 8, text, 15, 16) for _ in kls for text in (0, 1)] and done[-1] == (4, 34)
+    assert found(1) == {i: {MAP: (4.0, 2.0, 7.0), 5: (1.0, 3.0, 5.0)} for i in (15, 16)}
+    assert asked == [(1, 8, text, 15, 16) for _ in kls for text in (0, 1, 2)] and done[-1] == (4, 34)
     assert sorted(found(3)) == [13, 14, 15, 16]
     assert sorted(found(100)) == list(range(1, 17))  # one layer keeps its attention
 

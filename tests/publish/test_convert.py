@@ -116,7 +116,7 @@ def test_gguf_types_and_base(runs: dict[str, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "status", "part"),
     [
-        (("--to", "onnx"), 2, "--to is transformers, gguf, nemotron-nas, mlx"),
+        (("--to", "onnx"), 2, "--to is transformers, gguf, nemotron-nas, mlx, edge-llm"),
         (("--to", "gguf", "--type", "q3_k"), 2, "--type is keep, f16, q8_0, q4_0"),
         (("--to", "mlx", "--type", "f16"), 2, "--type is for --to gguf"),
         (("--to", "gguf", "--base", "nowhere.gguf"), 1, "nowhere.gguf is not a file"),

@@ -52,6 +52,9 @@ def test_the_report_has_tables_drawing_and_warning(tmp_path: Path) -> None:
     assert "| wiki | 1024–4095 | 8 | 7.39 | 9.97 | +33% (28 to 38) |" in text
     assert "| retrieval:wiki | 4,096 | 8 | 88% | 12% | 2.00 | 4.00 | +2.00 (1.95 to 2.05) |" in text
     assert "Note: it grows." in written(quality(report).blocks)  # what the model card shows
+    loss = page.split("Quality loss: perplexity")[1].split("</li>")[0]
+    assert "+33% (28 to 38) on wiki, positions 1024–4095" in loss
+    assert "finds 12% of the keys in 4,096 tokens, the original 88%" in loss
 
 
 def test_a_command_shows_the_same() -> None:

@@ -20,6 +20,7 @@ from nbl_export.model.checkpoint.load import load_model
 from nbl_export.parallel.child import Child
 from nbl_export.records.results import CheckResult
 from nbl_export.run import accept as accepting
+from nbl_export.verify import on_target
 from nbl_export.verify.ladder import ON_GPU, WITHOUT_TWIN, Probe
 from nbl_export.verify.on_target import POSITIONS, Expected, expect, load, save
 from nbl_export.verify.torch_reference import references
@@ -172,6 +173,16 @@ def test_the_nbl_engine_may_be_twice_as_far_as_the_original(values: Path, monkey
         )
     ]  # fmt: skip
     assert accepting._yardstick(found) == 0.3 and accepting._yardstick(found[2:]) is None
+
+
+def test_another_likeliest_token_counts_where_torch_is_sure() -> None:
+    """At most a tenth may be others, however near the logits are."""
+    reference = np.array([[3.0, 0.0], [0.1, 0.0], [0.0, 3.0]])
+    assert list(on_target._keeps_best(reference[:, ::-1], reference, 0.5)) == [False, False]
+    assert list(on_target._keeps_best(reference, reference, 0.05)) == [True, True, True]
+    for wrong, passed in ((0, True), (1, True), (2, False)):
+        result = on_target._best_tokens("nbl", "nbl", np.arange(10) >= wrong)
+        assert result.passed is passed and result.value == pytest.approx(wrong / 10)
 
 
 def test_other_text_fails_where_torch_is_sure(values: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_a_job_on_a_hybrid(checkpoint: Callable[[str], Path], text: Path, tmp_pa
     assert said.status == 0, said.err
     saved = nbl("convert", run, "--to", "transformers", "--output", tmp_path / "saved")
     assert saved.status == 0, saved.err
-    for form in ("gguf", "nemotron-nas"):
+    for form in ("gguf", "nemotron-nas", "edge-llm"):
         refused = nbl("convert", run, "--to", form, "--output", tmp_path / form)
         assert refused.status == 1 and "Traceback" not in refused.err, refused.err
         assert not (tmp_path / form).exists()

@@ -22,7 +22,7 @@ from nbl_export.targets.openvino.ir.anatomy import states_of
 from nbl_export.targets.openvino.ir.files import precision_of, read_ir, save_ir, stored_matrices
 from nbl_export.targets.openvino.session import IrDecoder
 
-from ..tiny import HIDDEN, LAYERS, VOCAB, cases, made_by, random_map, record_of
+from ..tiny import HIDDEN, LAYERS, VOCAB, cases, made_by, random_map
 
 SUBSETS = [s for n in (1, 2) for s in itertools.combinations(range(LAYERS), n)]
 IDS = np.random.default_rng(3).integers(2, VOCAB, (2, 40))
@@ -30,8 +30,7 @@ LENGTHS = (24, 17)
 STEPS = 6
 
 
-# The tail behind experts is not pruned: the graph reads their shape there, and --logits all is asked for.
-DENSE = [a for a in made_by("openvino") if a != "llama" and record_of(a).experts is None]
+OTHERS = [a for a in made_by("openvino") if a != "llama"]
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +112,13 @@ def test_every_subset_keeps_parity(
     assert len(read_ir(out).get_sinks()) == 2 * (LAYERS - len(replaced))
 
 
-@pytest.mark.parametrize("architecture", cases(DENSE))
+@pytest.mark.parametrize("architecture", cases(OTHERS))
 def test_every_architecture_keeps_parity(
     pair: Callable[..., tuple[Path, Path]], checkpoint: Callable[[str], Path], architecture: str
 ) -> None:
     source, out = pair(architecture, (1,))
     assert away(checkpoint(architecture), source, out, {1: random_map(1)}) < 1e-4
+    assert IrDecoder(out).contract.logits == "last"
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])

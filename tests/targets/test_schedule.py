@@ -115,12 +115,22 @@ def test_rows_keep_their_lengths_and_equal_ones_can_be_cut() -> None:
 # -- profiles --------------------------------------------------------------------------------------------
 
 
-def test_two_profiles_decode_with_one_dynamic_dimension_at_least() -> None:
+def test_profiles_decode_with_one_dynamic_dimension_at_least() -> None:
     prefill, decode = engine_profiles(max_batch=1, chunk=512, cache_length=2048)
     assert prefill == Profile("prefill", (1, 1, 1), (1, 512, 512))
     assert decode == Profile("decode", (1, 1, 2), (1, 1, 1))
-    assert engine_profiles(4, 512, 2048)[1].batch == (1, 4, 4)
+    assert engine_profiles(2, 512, 2048)[1].batch == (1, 2, 2)
     assert [p.batch for p in engine_profiles(1, 512, 2048, two_rows=True)] == [(1, 1, 2), (1, 1, 2)]
+
+
+def test_one_row_of_an_engine_for_many_has_kernels_of_its_own() -> None:
+    """A profile's kernels are chosen for its optimum."""
+    profiles = engine_profiles(8, 512, 2048)
+    assert [(p.name, p.batch, p.decodes) for p in profiles] == [
+        ("prefill", (1, 8, 8), False), ("decode", (1, 1, 2), True), ("decode_batch", (1, 8, 8), True)
+    ]  # fmt: skip
+    assert [profile_for(profiles, rows, 1) for rows in (1, 2, 3, 8)] == [1, 1, 2, 2]
+    assert {profile_for(profiles, rows, n) for rows in (1, 8) for n in (2, 512)} == {0}
 
 
 def test_long_caches_decode_with_a_range_of_tokens() -> None:
@@ -367,6 +377,13 @@ def test_pieces_join_to_the_text_and_stop_at_its_end(texts: Path) -> None:
     pieces = list(text.pieces([*ids, END_IDS[1], *ids]))
     assert "".join(pieces) == "naïve 你好 words"
     assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_an_answer_is_what_stands_behind_its_prompt_until_the_end_of_text(texts: Path) -> None:
+    text = Text(texts)
+    prompt, answer = (text.encode(part, chat=False) for part in ("naïve 你", "好 words"))
+    assert text.whole([*prompt, END_IDS[0], *prompt]) == "naïve 你" * 2  # a prompt may hold the end of another text
+    assert text.behind(prompt, [*answer, END_IDS[0], *answer]) == "好 words"
 
 
 def test_the_template_of_the_settings_is_used_and_a_bad_one_named(texts: Path) -> None:

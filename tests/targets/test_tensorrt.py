@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import errno
+import hashlib
 import inspect
 import re
 import types
@@ -27,6 +28,7 @@ from nbl_export.targets.tensorrt import record as engine_record
 from nbl_export.targets.tensorrt.build import build_engine
 from nbl_export.targets.tensorrt.library import Message, load_library, messages_of
 from nbl_export.targets.tensorrt.network import ParsedNetwork, parse
+from nbl_export.targets.tensorrt.plan_file import Plan
 from nbl_export.targets.tensorrt.record import read_record
 from nbl_export.targets.tensorrt.static.schedule import engine_profiles
 
@@ -102,14 +104,18 @@ def test_a_plan_is_built_with_its_record() -> None:
 
 
 @needs_rtx
-@pytest.mark.parametrize(("precision", "targets"), [("int4", ()), ("bf16", ("8.6",)), ("fp16", ("7.5", "12.0"))])
-def test_other_precisions_and_targets_build(precision: str, targets: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("precision", "targets", "batch"), [("int4", (), 1), ("bf16", ("8.6",), 4), ("fp16", ("7.5", "12.0"), 1)]
+)
+def test_other_precisions_targets_and_batches_build(
+    precision: str, targets: tuple[str, ...], batch: int, tmp_path: Path
+) -> None:
     said: list[str] = []
-    settings = dataclasses.replace(SMALL, max_batch=1, targets=targets)
+    settings = dataclasses.replace(SMALL, max_batch=batch, targets=targets)
     source = graph_of("mistral-window", (1,), precision)
     record = build_engine(RTX, source, tmp_path / "e", settings, lambda phase, _seconds: said.append(phase))
     assert record.precision == precision
-    assert record.profiles == engine_profiles(1, 16, SLOTS, two_rows=True)
+    assert record.profiles == engine_profiles(batch, 16, SLOTS, two_rows=True)
     assert record.compute_capabilities == (targets or RTX.default_targets)
     assert record.capturable is True
     assert "Building engine" in said
@@ -249,14 +255,14 @@ def add_range(model: ir.Model) -> None:
 def test_what_the_builder_says_about_capture() -> None:
     flag = Message("ERROR", "BuilderFlag::kREQUIRE_USER_ALLOCATION is not compatible with data-dependent shapes.")
     with pytest.raises(NblError, match=r"cannot hold the steps of model, .*not compatible with data-dependent shapes"):
-        build.capturable([flag], None, "model")
-    assert build.capturable([Message("ERROR", "no kernel")], None, "model") is None
-    assert build.capturable([], b"plan", "model") is None
+        build.capturable([flag], False, "model")
+    assert build.capturable([Message("ERROR", "no kernel")], False, "model") is None
+    assert build.capturable([], True, "model") is None
     listed = f"{log.LAYERS_NOTE}:\nLayer(Myelin): {{a...b}}, Tactic: 0x0, x -> y\n"
-    assert build.capturable([Message("VERBOSE", listed)], b"plan", "model") is True
+    assert build.capturable([Message("VERBOSE", listed)], True, "model") is True
     waits = f"{listed}Layer(TrainStation): [trainStation1], Tactic: 0x0,  -> \n"
     with pytest.raises(NblError, match=r"they wait for \[trainStation1\]$"):
-        build.capturable([Message("VERBOSE", waits)], b"plan", "model")
+        build.capturable([Message("VERBOSE", waits)], True, "model")
 
 
 class PlainConfig:
@@ -268,29 +274,51 @@ class PlainConfig:
         return 0
 
 
-def fake_network(config: Any, plan: bytes | None = b"plan") -> Any:
-    """A network whose builder makes `config` and answers `plan`."""
+def fake_network(config: Any, parts: tuple[bytes, ...] = (b"pl", b"an")) -> Any:
+    """A network whose builder makes `config` and writes the parts of a plan."""
+
+    def build_to_stream(_network: Any, _config: Any, writer: Any) -> bool:
+        return bool(parts) and all(writer.write(part) == len(part) for part in parts)
+
     builder = types.SimpleNamespace(
-        create_builder_config=lambda: config, build_serialized_network=lambda _network, _config: plan
+        create_builder_config=lambda: config, build_serialized_network_to_stream=build_to_stream
     )
     flags = types.SimpleNamespace(REQUIRE_USER_ALLOCATION="user allocation")
     trt = types.SimpleNamespace(
         BuilderFlag=flags, LayerType=types.SimpleNamespace(ATTENTION_INPUT="attention"),
         ProfilingVerbosity=types.SimpleNamespace(DETAILED="detailed"), __version__="1.2.3",
+        IStreamWriter=type("IStreamWriter", (), {}),
     )  # fmt: skip
     network = types.SimpleNamespace(name="model")
     return types.SimpleNamespace(trt=trt, builder=builder, network=network, layers=(), precision="fp16")
 
 
-def test_only_a_library_that_can_prove_it_is_asked_whether_steps_can_be_captured() -> None:
+def test_only_a_library_that_can_prove_it_is_asked_whether_steps_can_be_captured(tmp_path: Path) -> None:
     log_ = messages_of(FakeTensorRT(FakeDevice(), ()))
     asked: list[str] = []
     config = types.SimpleNamespace(set_flag=asked.append)
-    build._build(fake_network(config), log_, (), (), RTX, None)
+    build._build(fake_network(config), log_, (), (), RTX, None, tmp_path / "plan")
     assert asked == ["user allocation"] and not hasattr(config, "profiling_verbosity")
     plain = PlainConfig()
-    build._build(fake_network(plain), log_, (), (), PLAIN, None)
+    build._build(fake_network(plain), log_, (), (), PLAIN, None, tmp_path / "plan")
     assert plain.profiling_verbosity == "detailed"  # type: ignore[attr-defined]
+
+
+def test_a_plan_is_written_and_hashed_part_by_part(tmp_path: Path) -> None:
+    log_ = messages_of(FakeTensorRT(FakeDevice(), ()))
+    (tmp_path / "plan").write_bytes(b"of a way that was refused")
+    built = build._build(fake_network(PlainConfig()), log_, (), (), PLAIN, None, tmp_path / "plan")
+    assert (tmp_path / "plan").read_bytes() == b"plan"
+    assert built.plan == Plan(4, hashlib.sha256(b"plan").hexdigest())
+    with pytest.raises(NblError, match="TensorRT does not build model"):
+        build._build(fake_network(PlainConfig(), ()), log_, (), (), PLAIN, None, tmp_path / "plan")
+
+
+def test_a_full_disk_ends_the_build_with_its_own_reason() -> None:
+    """The library would swallow an exception; it is told that nothing was written."""
+    log_ = messages_of(FakeTensorRT(FakeDevice(), ()))
+    with pytest.raises(OSError, match="No space left"):
+        build._build(fake_network(PlainConfig(), (b"x" * 100_000,)), log_, (), (), PLAIN, None, Path("/dev/full"))
 
 
 def test_bf16_is_the_default_of_tensorrt_and_refused_where_no_gpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,31 +351,32 @@ def test_the_second_build_on_a_gpu_begins_with_the_timings_of_the_first(
     for card in (ADA, ADA, dataclasses.replace(ADA, name="NVIDIA L4")):
         monkeypatch.setattr(build, "find_gpu", lambda card=card: card)
         config = TimedConfig()
-        build._build(fake_network(config), messages_of(FakeTensorRT(FakeDevice(), ())), (), (), PLAIN, None)
+        log_ = messages_of(FakeTensorRT(FakeDevice(), ()))
+        build._build(fake_network(config), log_, (), (), PLAIN, None, tmp_path / "plan")
         seen += config.timings
     assert seen == [b"", b"+", b""]
     files = sorted(path.name for path in (tmp_path / "nbl-export" / "timings").iterdir())
     assert files == ["1.2.3-NVIDIA_L4-8.9", "1.2.3-NVIDIA_RTX_4090-8.9"]
     monkeypatch.setattr(TimedConfig, "get_timing_cache", lambda _: 1 / 0)
-    build._build(fake_network(TimedConfig()), messages_of(FakeTensorRT(FakeDevice(), ())), (), (), PLAIN, None)
+    build._build(fake_network(TimedConfig()), log_, (), (), PLAIN, None, tmp_path / "plan")
 
 
-@pytest.mark.parametrize("plan", [b"plan", None])
+@pytest.mark.parametrize("parts", [(b"pl", b"an"), ()])
 def test_a_target_that_is_the_own_gpu_is_no_target_for_tensorrt(
-    plan: bytes | None, monkeypatch: pytest.MonkeyPatch
+    parts: tuple[bytes, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "find_gpu", lambda: ADA)
     computes = build._targets(PLAIN, ("8.9",), "fp16")
     assert computes == ("8.9",)
     log_ = messages_of(FakeTensorRT(FakeDevice(), ()))
     monkeypatch.setattr(build, "timings_file", lambda *_: None)
-    whole = fake_network(PlainConfig(), plan)
-    if plan:
-        built = build._build(whole, log_, (), computes, PLAIN, None)
-        assert (built.plan, built.capturable) == (plan, None)
+    whole = fake_network(PlainConfig(), parts)
+    if parts:
+        built = build._build(whole, log_, (), computes, PLAIN, None, tmp_path / "plan")
+        assert (built.plan.size, built.capturable) == (4, None)
     else:
         with pytest.raises(NblError, match=r"^TensorRT does not build model: it gives no reason$"):
-            build._build(whole, log_, (), computes, PLAIN, None)
+            build._build(whole, log_, (), computes, PLAIN, None, tmp_path / "plan")
 
 
 @needs_rtx

@@ -35,7 +35,7 @@ RTX_MEMBERS = {
     ("BuilderFlag", "REQUIRE_USER_ALLOCATION"),
 }  # fmt: skip
 # Parameters that may be anything, and are no objects of the library.
-OTHER = {"answer", "arguments", "config", "function", "monitor", "plan", "severity", "stream"}
+OTHER = {"answer", "arguments", "config", "function", "monitor", "plan", "severity", "stream", "writer"}
 
 
 def problem(use: Use) -> str:
@@ -48,11 +48,15 @@ def problem(use: Use) -> str:
     where = f"{use.owner}.{use.name}"
     if found is None:
         return f"no {where}"
+    if where == "IStreamWriter.write":  # the bindings' text has a pointer and a size; they pass bytes
+        return ""
     if use.kind == "set":
         return "" if found.settable else f"{where} cannot be set"
     if use.kind == "read":
         return "" if found.readable else f"{where} can only be set"
-    count = (use.arguments or 0) - (use.name == "__init__" and use.owner in ("ILogger", "IProgressMonitor"))
+    count = (use.arguments or 0) - (
+        use.name == "__init__" and use.owner in ("ILogger", "IProgressMonitor", "IStreamWriter")
+    )
     return "" if use.arguments is None or found.takes(count) else f"{where} does not take {count} arguments"
 
 

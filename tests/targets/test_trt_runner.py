@@ -253,6 +253,26 @@ def test_a_changed_batch_is_bound_and_captured_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("library", [PLAIN, RTX], ids=["trt", "trt-rtx"])
+def test_one_row_and_a_batch_decode_in_profiles_of_their_own(library: tensorrt.Library, tmp_path: Path) -> None:
+    """A context whose profile does not take the batch is left alone; each batch has its graph and the right numbers."""
+    graph = graph_of("llama", (1,), "fp32") / "decoder.onnx"
+    profiles = tuple(dataclasses.replace(p, batch=(1, 1, 1)) if p.name == "decode" else p
+                     for p in engine_profiles(4, 8, SLOTS))  # fmt: skip
+    session, trt = fake_session(graph, tmp_path, library, profiles=profiles)
+    decoder, same = StaticDecoder(session), open_decoder(graph, 8)
+    for batch in (1, 4, 1):
+        for each in (decoder, same):
+            each.begin(batch)
+        for start, end in ((0, 3), (3, 4), (4, 5)):
+            ids = np.array([rows()[k % 2][start + k : end + k] for k in range(batch)])
+            assert np.array_equal(decoder.step(ids), same.step(ids)), (batch, start)
+    _, one, many = trt.contexts
+    assert (set(one.runs), set(many.runs)) == ({(1, 1)}, {(4, 1)})
+    assert [context.graphs_by_itself for context in trt.contexts[1:]] == [library.runtime_graphs] * 2
+    assert trt.device.captured == (0 if library.runtime_graphs else 3)
+
+
+@pytest.mark.parametrize("library", [PLAIN, RTX], ids=["trt", "trt-rtx"])
 def test_with_many_slots_two_tokens_run_in_prefill(library: tensorrt.Library, tmp_path: Path) -> None:
     """A prompt of 8 + 2 tokens between decode steps: decode keeps its shape, and its graph stays right."""
     many = engine_profiles(2, 8, 32_768)

@@ -9,7 +9,7 @@ from .uses import MODULE
 
 __all__ = ["Held", "Impossible", "held"]
 
-_BASES = ("ILogger", "IProgressMonitor")  # classes that the package derives from
+_BASES = ("ILogger", "IProgressMonitor", "IStreamWriter")  # classes that the package derives from
 
 
 class Impossible(BaseException):

@@ -95,7 +95,7 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
         pass
 
     def judge(_switched: Any, texts: Any, **_given: Any) -> Any:
-        read["choosing"] = torch.cat(texts)
+        read["choosing"] = texts
         raise SeenError
 
     monkeypatch.setattr("nbl_export.plan.order.Judge", judge)
@@ -105,7 +105,11 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
     def rows(windows: Any) -> set[tuple[int, ...]]:
         return {tuple(row) for row in windows.tolist()}
 
-    assert rows(read["choosing"]) <= rows(near.choosing) | rows(second.choosing)
+    own, others, twice = read["choosing"]
+    assert rows(own) <= rows(near.choosing) and rows(others) <= rows(second.choosing)
+    passages, again = torch.as_tensor(twice).view(2, -1, min(64, twice.numel() // 2))
+    assert torch.equal(passages.flip(0), again)  # a layer that copies from far back is seen
+    assert passages.flatten().tolist() == near.choosing.flatten()[: passages.numel()].tolist()
     final = [windows for _, windows in verify.loss_texts(verify.declare(resolver))]
     assert rows(final[0]) == rows(near.final) and rows(final[1]) == rows(second.final)
     assert final[1].size >= 8192 and final[0].size >= 6144  # the first text is short
@@ -157,7 +161,7 @@ def test_a_run_says_what_it_read_for_what(run: Path) -> None:
     texts = json.loads((run / "verify.json").read_text())["texts"]
     uses = [(t["use"], t["tokens"]) for t in texts]
     assert ("calibration: scores and maps", 1024) in uses
-    assert [tokens for use, tokens in uses if use == "choice of layers"] == [1024, 2048]  # SHORT_PARTS
+    assert [tokens for use, tokens in uses if use == "choice of layers"] == [1024, 1024, 512]  # SHORT_PARTS
     assert [tokens for use, tokens in uses if use == "final figures"] == [2048, 2048]
     assert "distillation: judging" not in dict(uses) and "number of layers" not in dict(uses)
     done = nbl("verify", run, "--json")

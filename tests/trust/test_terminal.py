@@ -112,7 +112,9 @@ TABLES: dict[str, Callable[[Path], Any]] = {
     "speed_table": lambda run: console.speed_table(of_run("report.json")(run)),
     "eval_table": lambda _: console.eval_table(eval_facts()),
     "engines_table": lambda _: console.engines_table(engine_facts()),
-    "doctor_table": lambda _: console.doctor_table({"e": {"title": EVIL, "available": False, "reason": EVIL}}, EVIL),
+    "doctor_table": lambda _: console.doctor_table(
+        {"e": {"title": EVIL, "available": False, "reason": EVIL}}, EVIL, EVIL
+    ),
     "graph_table": lambda run: console.graph_table(graph_facts(run)),
     "sweep_table": lambda _: console.sweep_table(sweep_facts()),
     "speculative_table": lambda _: console.speculative_table(lossless_facts()),

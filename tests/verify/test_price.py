@@ -10,6 +10,7 @@ import pytest
 from nbl_export.errors import NblError
 from nbl_export.records.quality import warn_of_text
 from nbl_export.report.page import render
+from nbl_export.verify import perplexity
 from nbl_export.verify.perplexity import quality_loss
 
 from ..report.test_report import BENCH, MANIFEST, VERIFY
@@ -102,8 +103,11 @@ class Windowed:
     def __init__(self, seed: int, vocabulary: int = 5000) -> None:
         self.table = 3 * np.random.default_rng(seed).standard_normal((7, vocabulary)).astype(np.float32)
 
+        self.batches: list[int] = []
+
     def begin(self, batch: int) -> None:
         self.batch = batch
+        self.batches.append(batch)
 
     def step(self, ids_BT: np.ndarray) -> np.ndarray:
         assert len(ids_BT) == self.batch
@@ -135,6 +139,18 @@ def test_figures_and_intervals_are_those_of_float64_window_by_window() -> None:
     assert row["kl_interval"] == pytest.approx(mean_interval(kls).ends, rel=1e-4)
     assert row["top1_agreement"] == pytest.approx(np.mean(same))
     assert row["per_window"]["loss_nbl"] == pytest.approx(after.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("logits", "batches"), [(2, [1, 2, 2, 2]), (9, [1, 5, 1]), (0.5, [1] * 7)])
+def test_windows_are_read_together_if_their_logits_fit(
+    logits: float, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a step's bytes for this many windows; and at most 1,024 tokens."""
+    monkeypatch.setattr(perplexity, "_STEP_BYTES", int(logits * 199 * 5000 * 4))
+    original, seen = Windowed(0), []
+    windows = np.random.default_rng(2).integers(0, 5000, (7, 200))
+    (row,) = quality_loss(original, Windowed(1), [("t", windows)], lambda done, total: seen.append((done, total)))
+    assert (original.batches, row["windows"], seen[-1]) == (batches, 7, (7, 7))
 
 
 def test_a_single_window_has_no_interval() -> None:

@@ -24,7 +24,8 @@ from nbl_export.run.stages.common import Place, rows_of
 from nbl_export.run.stages.graphs import ExportedModel, check_rescaled, exported
 from nbl_export.run_directory import ACCEPTANCE_FILE, DECODERS, PACKAGES, REFERENCES_FILE, VERIFY_FILE
 from nbl_export.targets.base import Target
-from nbl_export.text.windows import Division, judging
+from nbl_export.targets.tokenizer import TOKENIZER, Text
+from nbl_export.text.windows import Division
 from nbl_export.verify.codes import EXACT, NEAREST, SEARCHED
 from nbl_export.verify.kept import KeptReferences
 from nbl_export.verify.ladder import WITHOUT_TWIN
@@ -56,7 +57,7 @@ class VerifyInputs:
         windows: for calibration, and held back. held_back, second: held-back windows of both texts by use.
         final: name and windows of the final figures. text_names: of both texts.
         training: windows of a distillation; None without one.
-        says_itself: whether the model generated the calibration text; then the second text chose no layers.
+        choosing: the texts that layers were chosen by.
         shortage: why the torch model does not fit into memory; "" if it fits.
     """
 
@@ -79,7 +80,7 @@ class VerifyInputs:
     final: Lazy[Texts]
     text_names: Lazy[tuple[str, str]]
     training: Lazy[Any] | None
-    says_itself: bool
+    choosing: Lazy[Texts]
     shortage: Lazy[str]
 
 
@@ -141,12 +142,27 @@ def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
             verifier.refer_to_graph(coded, directories["original"] / all_logits_file(directories["original"]))
         decoders = verifier.run(directories, coded)
         kept.save()
+        passed = sum(result.passed for result in results)
+        place.ui.say(f"  graphs: {passed} of {len(results)} checks passed")  # the loss takes as long again
         quality_losses = []
         if not inputs.lacks_attention:
             with place.ui.task("quality loss on held-back text") as progress:
                 quality_losses = quality_loss(decoders["original"], decoders["nbl"], loss_texts(inputs), progress)
         _leave(verifier, out)
-    return conclude(inputs, place, results, quality_losses)
+    answers = _answers(verifier, place.run.path / DECODERS["original"], inputs.exported.checkpoint)
+    return {**conclude(inputs, place, results, quality_losses), "answers": answers}
+
+
+def _answers(verifier: Verifier, original: Path, checkpoint: Lazy[Path]) -> list[dict[str, str]]:
+    """Prompts of the check `text`, and what both shipped decoders wrote behind them; nothing without tokenizer.json."""
+    holder = original if (original / TOKENIZER).is_file() or not verifier.said else checkpoint.value
+    if not (holder / TOKENIZER).is_file():
+        return []
+    text = Text(holder)
+    return [
+        {"prompt": text.whole(prompt)} | {name: text.behind(prompt, said[k]) for name, said in verifier.said.items()}
+        for k, prompt in enumerate(verifier.probe.prompts)
+    ]
 
 
 def _leave(verifier: Verifier, out: Path) -> None:
@@ -283,8 +299,7 @@ def uses_of(inputs: VerifyInputs, place: Place) -> list[dict[str, Any]]:
         used.append(("distillation: training", names[0], inputs.training.value))
         used.append(("distillation: judging", names[0], own.choosing))
     if place.plan.select in ("greedy", "efficient"):
-        judges = both[:1] if inputs.says_itself else both
-        used += [("choice of layers", n, judging(part)) for n, part in zip(names, judges, strict=False)]
+        used += [("choice of layers", *text) for text in inputs.choosing.value]
     if (place.run.manifest.get("goal") or {}).get("path"):
         used += [("number of layers", n, part.deciding) for n, part in zip(names, both, strict=False)]
     used += [("final figures", n, part.final) for n, part in zip(names, both, strict=False)]

@@ -40,7 +40,6 @@ CAPABILITIES = Capabilities(
     cache_bytes={"fp16": 2, "int8": 1, "int4": 1},
     narrow=True,
     every_expert=("openvino",),
-    whole_experts=True,
     windows=True,
     proposers=OPENVINO_PROPOSERS,
 )

@@ -61,6 +61,7 @@ from nbl_export.targets.tensorrt.network import (
     lacks_kernel,
     parse,
 )
+from nbl_export.targets.tensorrt.plan_file import Plan, finished, plan_writer
 from nbl_export.targets.tensorrt.record import ENGINE_FILE, RECORD_FILE, EngineRecord, digest_of
 from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles
 from nbl_export.targets.tensorrt.timings import begin_with, keep, timings_file
@@ -87,7 +88,7 @@ _NO_MEMORY = ("outofmemory", "out of memory", "insufficient memory", "insuficien
 
 @dataclass(frozen=True)
 class _Built:
-    plan: Any
+    plan: Plan
     attention: str  # FUSED, FUSED_BF16 or DECOMPOSABLE
     profiles: tuple[Profile, ...]
     capturable: bool | None  # None: the builder does not say
@@ -126,10 +127,10 @@ def build_engine(
     two_rows = parsed.precision == "int4" or contract.logits == "last"
     profiles = engine_profiles(settings.max_batch, settings.prefill_chunk, _slots(contract), two_rows=two_rows)
     computes = _targets(library, settings.targets, parsed.precision)
-    built = _build(parsed, log, profiles, computes if settings.targets else (), library, progress)
     with friendly_os_errors(out), _replacing(out) as scratch:
-        (scratch / ENGINE_FILE).write_bytes(built.plan)
-        record = _record(library, parsed, settings, computes, built, scratch)
+        asked = computes if settings.targets else ()
+        built = _build(parsed, log, profiles, asked, library, progress, scratch / ENGINE_FILE)
+        record = _record(library, parsed, settings, computes, built)
         write_json(scratch / RECORD_FILE, record.to_json())
         if _has_copies(record.plan_bytes, sum(f.stat().st_size for f in _files(graph))):
             _logger.warning("%s is larger than the weights: the library may have stored matrices twice", out)
@@ -185,9 +186,9 @@ def _refuse_weak(library: Library, computes: Sequence[str], precision: str) -> N
 
 def _build(
     parsed: ParsedNetwork, log: Messages, profiles: Sequence[Profile], targets: Sequence[str], library: Library,
-    progress: Progress | None,
+    progress: Progress | None, path: Path,
 ) -> _Built:  # fmt: skip
-    """Build in the first way that the library has kernels for.
+    """Build a plan to `path`, in the first way that the library has kernels for.
 
     Raises:
         NblError: the library refuses every way, or refuses one for another reason than attention.
@@ -209,7 +210,7 @@ def _build(
             config = _config(parsed, chosen, targets, library, monitor)
             if timed is not None:
                 begin_with(config, timed)
-        plan, proven, refusal = _attempt(parsed, log, config, monitor, library, failed)
+        plan, proven, refusal = _attempt(parsed, log, config, monitor, library, failed, path)
         if timed is not None:
             keep(config, timed)
         if plan is not None:
@@ -232,8 +233,8 @@ def _ways(
     """
     if not only_last:
         yield FUSED, profiles, ""
-        if profiles and profiles[-1].tokens == (1, 1, 1):
-            profiles = (*profiles[:-1], dataclasses.replace(profiles[-1], tokens=(1, 1, 2)))
+        if any(p.tokens == (1, 1, 1) for p in profiles):
+            profiles = tuple(dataclasses.replace(p, tokens=(1, 1, 2)) if p.decodes else p for p in profiles)
             yield FUSED, profiles, "decode is built for 1 to 2 tokens"
         if narrow and parsed.precision in ("fp16", "int4"):
             bypass = attend_in_bf16(parsed)
@@ -266,27 +267,30 @@ def _config(
 
 
 def _attempt(
-    parsed: ParsedNetwork, log: Messages, builder_config: Any, monitor: Any, library: Library, failed: str
-) -> tuple[Any, bool | None, _Refusal]:
+    parsed: ParsedNetwork, log: Messages, builder_config: Any, monitor: Any, library: Library, failed: str, path: Path
+) -> tuple[Plan | None, bool | None, _Refusal]:
     """One build: the plan or None, whether its steps can be captured (None: the builder does not say), and the refusal.
 
     Raises:
         NblError: the engine would not read an input, or its steps cannot be captured.
+        OSError: the disk is full.
     """
     network, proven, refusal = parsed.network, None, _Refusal("", False)
+    writer = plan_writer(parsed.trt, path)
     with log.explaining(failed) as said:
-        plan = parsed.builder.build_serialized_network(network, builder_config)
+        done = parsed.builder.build_serialized_network_to_stream(network, builder_config, writer)
         interrupt = monitor.interrupt if monitor is not None else None
-        if interrupt is None:
+        if interrupt is None and writer.failure is None:
             if ignored := ignored_inputs(said):
                 raise NblError(f"the engine would not read an input of {network.name}: {ignored[0]}")
-            proven = capturable(said, plan, network.name) if library.jit else None
-        if plan is None:
+            proven = capturable(said, done, network.name) if library.jit else None
+        if not done:
             refusal = _refusal(complaints(said))
             said.clear()  # the caller tells the reason
     if interrupt is not None:
         raise interrupt
-    return plan, proven, refusal
+    plan = finished(writer)
+    return (plan if done else None), proven, refusal
 
 
 def _refusal(said: Sequence[str]) -> _Refusal:
@@ -348,14 +352,13 @@ def _monitor(trt: Any, progress: Progress) -> Any:
 
 
 def _record(
-    library: Library, parsed: ParsedNetwork, settings: BuildSettings, computes: tuple[str, ...], built: _Built,
-    scratch: Path,
-) -> EngineRecord:  # fmt: skip
+    library: Library, parsed: ParsedNetwork, settings: BuildSettings, computes: tuple[str, ...], built: _Built
+) -> EngineRecord:
     contract = parsed.contract
     caches = [info for info in contract.inputs if info.name.startswith("past_key_values.")]
     per_token = sum(int(i.shape[1]) * int(i.shape[3]) * ITEMSIZE[i.dtype] for i in caches)
     cache_length = _slots(contract)
-    plan, gpu = scratch / ENGINE_FILE, find_gpu()
+    gpu = find_gpu()
     return EngineRecord(
         engine=library.capabilities.name,
         version=parsed.trt.__version__,
@@ -375,8 +378,8 @@ def _record(
         cache_bytes=per_token * cache_length * settings.max_batch,
         parse_seconds=round(parsed.seconds, 3),
         build_seconds=round(built.seconds, 3),
-        plan_bytes=plan.stat().st_size,
-        plan_sha256=digest_of(plan),
+        plan_bytes=built.plan.size,
+        plan_sha256=built.plan.sha256,
         graph_sha256={f.name: digest_of(f) for f in _files(parsed.graph)},
     )
 
@@ -419,18 +422,18 @@ def _ask_for_proof(trt: Any, builder_config: Any) -> None:
     builder_config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
 
-def capturable(said: Sequence[Message], plan: Any, name: str) -> bool | None:
+def capturable(said: Sequence[Message], built: bool, name: str) -> bool | None:
     """Whether the steps of a plan can be captured; None if the builder lists no layers.
 
     Args:
         said: what the builder said, after `_ask_for_proof`.
-        plan: None if the builder gave no plan.
+        built: whether the builder gave a plan.
         name: of the network, for the error.
 
     Raises:
         NblError: the steps cannot be captured.
     """
-    if plan is None:
+    if not built:
         if why := [text for text in complaints(said) if _FLAG in text]:
             raise NblError(f"a CUDA graph cannot hold the steps of {name}, as decode needs: {why[0]}")
         return None

@@ -1,13 +1,14 @@
-"""Runs a plan on the GPU: two contexts (prefill, decode), caches bound once, the decode step as a CUDA graph.
+"""Runs a plan on the GPU: a context for each profile, caches bound once, the decode step as a CUDA graph.
 
     engine ─┬─ context 0, profile 0 (1..chunk tokens)  ─┐     input_ids, write_indices, num_tokens, logits: one buffer
-            └─ context 1, profile 1 (1 token)          ─┴──   each; past.i and present.i: the same address in both
+            ├─ context 1, profile 1 (1 token)          ─┼──   each; past.i and present.i: the same address in all
+            └─ context 2, profile 2 (1 token, a batch) ─┘     only if the engine takes more than two rows
 
 A context keeps its profile. The decode context keeps its shapes, so the captured step stays valid: only input values
 change. Another batch is captured anew. present.i must be bound to the address of past.i (TensorRT documentation,
 "KVCacheUpdate": the cache is updated in place).
 
-Steps run one after the other on one stream, so both contexts share one block of working memory, as large as the largest
+Steps run one after the other on one stream, so all contexts share one block of working memory, as large as the largest
 profile needs (`IExecutionContext.set_device_memory` forbids it only for parallel steps), and one cache of kernels.
 
 The decode step is captured behind its first run, and replayed while its shape stays:
@@ -139,7 +140,6 @@ class TrtSession:
             self._runtime, self._engine = _deserialize(library, directory, record, trt, self._messages)
             self._contexts = _open_contexts(library, trt, self._messages, self._engine, device, kernels)
             self._allocate()
-        self._decode = len(self._contexts) - 1
         self._step = DecodeStep(device, by_library=library.runtime_graphs)
 
     # -- set up ----------------------------------------------------------------------------------------
@@ -187,8 +187,9 @@ class TrtSession:
             if self._caches.get(info.name, (0, 0))[1] < size:
                 self._caches[info.name] = (self._device.allocate(size), size)
         with self._messages.explaining(f"TensorRT refuses {batch} rows"):
-            for context in self._contexts:
-                self._bind_context(context, caches, batch)
+            for context, profile in zip(self._contexts, self._record.profiles, strict=False):
+                if profile.takes(batch, profile.tokens[0]):
+                    self._bind_context(context, caches, batch)
         self._batch = batch
 
     def _bind_context(self, context: Any, caches: Sequence[TensorInfo], batch: int) -> None:
@@ -210,7 +211,7 @@ class TrtSession:
         execute = functools.partial(self._execute, self._contexts[index], index, (batch, tokens))
         if self._timed:
             self._device.mark(0)
-        if index == self._decode:
+        if self._record.profiles[index].decodes:
             self._step.run((batch, tokens), execute)
         else:
             execute()
@@ -351,9 +352,8 @@ def _open_contexts(
     contexts = []
     with messages.explaining("TensorRT refuses to prepare the engine"):
         cache = None
-        count = int(engine.num_optimization_profiles)
-        for profile in range(count):
-            runtime_config = _make_config(library, trt, engine, decode=profile == count - 1)
+        for profile in range(int(engine.num_optimization_profiles)):
+            runtime_config = _make_config(library, trt, engine, decode=profile > 0)
             if library.jit and kernels is not None and profile == 0:
                 cache = kernels.open(runtime_config)
             if cache is not None:

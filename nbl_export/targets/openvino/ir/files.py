@@ -208,7 +208,8 @@ def stored_matrices(model: Any) -> list[StoredMatrix]:
             if chain is None or len(chain[0].get_output_shape(0)) < 2 or _type(chain[0]) in ("f32", *_INDICES):
                 continue
             transposed = kind == "Gather" or node.get_attributes()[f"transpose_{'ab'[place]}"] == (place == 1)
-            blocks = functools.partial(_blocks, chain, transposed)
+            outer = len(node.get_input_partial_shape(place)) - 2  # dimensions in front of a matrix, as of experts
+            blocks = functools.partial(_blocks, chain, outer, transposed)
             found.append(StoredMatrix(node.get_friendly_name(), kind == "Gather", blocks))
             break
     return found
@@ -288,29 +289,34 @@ def _bare(value: Any) -> Any | None:
     return node if node.get_type_name() == "Constant" else None
 
 
-def _blocks(chain: tuple[Any, Any | None, Any | None], transposed: bool) -> Blocks:
+def _blocks(chain: tuple[Any, Any | None, Any | None], outer: int, transposed: bool) -> Blocks:
     """The matrix [N, K] in blocks; a matrix of 16-bit floats has a block for each element, whose scale is its last bit.
+
+    Args:
+        outer: dimensions in front of the matrix; experts are one below the other.
+        transposed: the matrix is stored as [N, K], and not as [K, N].
 
     Raises:
         CorruptError: the matrix is stored in another layout.
     """
     codes_node, zeros_node, scales_node = chain
+
+    def rows_first(array: np.ndarray) -> np.ndarray:
+        return array if transposed else np.moveaxis(array, -1, outer)
+
     kind = _type(codes_node)
     if kind == "f16":
-        return _halves(float_constant(codes_node) if transposed else float_constant(codes_node).T)
+        matrices = rows_first(float_constant(codes_node))
+        return _halves(matrices.reshape(-1, matrices.shape[-1]))
     if kind not in _BITS or scales_node is None:
         raise CorruptError(f"the IR stores {codes_node.get_friendly_name()} as {kind}, which is not known here")
-    if not transposed:
-        raise CorruptError(
-            f"the IR stores {codes_node.get_friendly_name()} as [inputs, outputs], which is not known here"
-        )
-    codes = _values(codes_node)
-    rows = codes.shape[0]
-    scales = float_constant(scales_node).reshape(rows, -1)
+    codes = rows_first(_values(codes_node))
+    rows = int(np.prod(codes.shape[: outer + 1]))
+    scales = rows_first(float_constant(scales_node)).reshape(rows, -1)
     wide = codes.reshape(rows, scales.shape[1], -1)
     if zeros_node is not None:
         zeros = _values(zeros_node)
-        wide = wide - (zeros.reshape(rows, -1, 1) if zeros.size > 1 else zeros.reshape(1, 1, 1))
+        wide = wide - (rows_first(zeros).reshape(rows, -1, 1) if zeros.size > 1 else zeros.reshape(1, 1, 1))
     return Blocks(np.ascontiguousarray(wide.reshape(rows, -1)), scales, wide.shape[2])
 
 

@@ -49,7 +49,9 @@ def prune_tail(model: Any) -> None:
         _take(join, at, f"/nbl/tail/layers.{window.layer}", batch_dims=1)
         for reader in window.valid.output(0).get_target_inputs():
             reader.replace_source_output(valid.output(0))
+        _resize(flow, join)
     _take(joins[-1], integers([-1]), "/nbl/last", batch_dims=0)
+    _resize(flow, joins[-1])
     model.validate_nodes_and_infer_types()
 
 
@@ -104,6 +106,28 @@ def _take(join: Join, at: Any, name: str, batch_dims: int) -> None:
         end.replace_source_output(taken.output(0))
 
 
+def _resize(flow: Dataflow, join: Join) -> None:
+    """Give experts behind a join, which restore the shape of an early hidden state, that of the rows that are left."""
+    from openvino import opset13 as ops
+
+    behind = flow.below([join.join])
+    for node in flow.nodes:
+        for port in node.inputs() if node.get_name() in behind else ():
+            value = port.get_source_output()
+            if value.get_node().get_name() not in behind and _is_shape(value, join):
+                kind = value.get_element_type().to_string()
+                port.replace_source_output(ops.shape_of(join.residual, kind).output(0))
+
+
+def _is_shape(value: Any, join: Join) -> bool:
+    """Whether a value is the shape of a hidden state, of any number of rows."""
+    node = value.get_node()
+    if node.get_type_name() != "ShapeOf":
+        return False
+    own, other = node.get_input_partial_shape(0), join.residual.get_partial_shape()
+    return bool(own.rank == other.rank and own[-1] == other[-1])
+
+
 def _own(flow: Dataflow, layers: Collection[int]) -> set[str]:
     """Names of the nodes behind the states and the marks of windows."""
     titles = {node_name(layer, VALID) for layer in layers}
@@ -128,7 +152,8 @@ def _check_tail(flow: Dataflow, joins: list[Join], own: Collection[str]) -> None
         for place, value in enumerate(node.input_values()):
             name = value.get_node().get_name()
             is_end = (node.get_name(), place) in ends
-            if not is_end and name not in tail and name not in own and not flow.is_constant(value):
+            foreign = name not in tail and name not in own and not flow.is_constant(value)
+            if foreign and not is_end and not _is_shape(value, block):
                 raise RefusalError(
                     block.layer,
                     f"{node.get_friendly_name()} behind its attention reads {value.get_node().get_friendly_name()}",

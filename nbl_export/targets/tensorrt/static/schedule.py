@@ -10,7 +10,9 @@ Rules that the graph needs and cannot check:
 - A resting row has count 0, and padding is written behind its length. The next step overwrites this padding before any
   token reads it. A full row's padding overwrites its own last slots, after which nothing can follow.
 
-Two optimisation profiles: prefill of 1..chunk tokens, decode of one. Measured with TensorRT-RTX 1.7.1:
+Optimisation profiles: prefill of 1..chunk tokens, decode of one, and decode of a batch if it may exceed two rows. A
+profile's kernels are chosen for its optimum, so that one row in an engine for many does not take the kernels of many.
+Measured with TensorRT-RTX 1.7.1:
 - In a profile, a product without any dynamic dimension has its own copy of its matrix (SmolLM2 fp16, all of decode:
   499 MB instead of 288). So decode always allows at least two rows.
 - Prefill allows two rows if products are on one token of each row behind a pruned tail (8 layers replaced: 276 MB
@@ -53,10 +55,8 @@ class Profile:
         return self.tokens[1] == 1
 
 
-def engine_profiles(
-    max_batch: int, chunk: int, cache_length: int, *, two_rows: bool = False
-) -> tuple[Profile, Profile]:
-    """The prefill and the decode profile of an engine, in this order.
+def engine_profiles(max_batch: int, chunk: int, cache_length: int, *, two_rows: bool = False) -> tuple[Profile, ...]:
+    """The prefill profile of an engine and one or two decode profiles, in this order.
 
     Args:
         two_rows: whether prefill allows a second row, for int4 matrices or last-token logits.
@@ -72,11 +72,13 @@ def engine_profiles(
     decode_tokens = (1, 1, 1) if cache_length <= _STATIC_DECODE_SLOTS else (1, 1, 2)
     rows, shared = (1, max_batch, max_batch), (1, max_batch, max(2, max_batch))
     prefill = Profile("prefill", shared if two_rows else rows, (1, widest, widest))
-    return prefill, Profile("decode", shared, decode_tokens)
+    if max_batch <= 2:
+        return prefill, Profile("decode", shared, decode_tokens)
+    return prefill, Profile("decode", (1, 1, 2), decode_tokens), Profile("decode_batch", shared, decode_tokens)
 
 
 def profile_for(profiles: Sequence[Profile], batch: int, tokens: int) -> int:
-    """Index of the narrowest profile that allows the step; more than one token never runs in decode.
+    """Index of the narrowest profile that allows the step, the first of several; more than one token never decodes.
 
     Raises:
         NblError: no profile allows the step.
