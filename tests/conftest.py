@@ -115,6 +115,17 @@ def short_parts() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def light_calls() -> Iterator[None]:
+    """Calls of `nbl` build the command line once, and wait for no disk: no file of a test outlives a power cut."""
+    import typer.main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        patch.setattr(os, "fsync", lambda _number: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def stores(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Store]]:
     """Artefacts for all workers and for the next run (`store`): those of the tests alone, and those of the package."""
@@ -247,7 +258,8 @@ def light_jobs(request: pytest.FixtureRequest) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark.run, "__kwdefaults__", {**(benchmark.run.__kwdefaults__ or {}), "measure": here})
-        patch.setattr(plots, "_svg", lambda *_: "<svg></svg>")
+        for drawing in ("throughput", "depths", "length", "layers", "tradeoff"):
+            patch.setattr(plots, drawing, lambda *_: "<svg></svg>")
         patch.setattr(speculative, "LOADS", 2)
         patch.setattr(speculative, "NEW_TOKENS", 16)
         patch.setattr(speculative, "_MOST_PROMPT_TOKENS", 128)

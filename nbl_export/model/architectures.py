@@ -167,7 +167,6 @@ def _neither(reason: str) -> dict[str, str]:
     return {"mobius": reason, "static": reason}
 
 
-_NOT_MOBIUS = _neither("mobius (0.1) does not know it")
 _MOBIUS_ALONE = {**_NOT_GENAI, **_NO_STATIC_CACHE}
 
 

@@ -14,9 +14,8 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["KINDS", "MOST_EACH", "Prompt", "prompts"]
+__all__ = ["MOST_EACH", "Prompt", "prompts"]
 
-KINDS = ("prose", "code", "chat", "summary")
 _PROSE_CHARS, _CODE_CHARS, _SUMMARY_CHARS = 400, 1200, 1500
 _LEAST_CHARS = 1200  # of the paragraphs of a topic
 _LEAST_PARAGRAPH = 120

@@ -52,4 +52,4 @@ def test_a_tensor_whose_file_was_overwritten_is_not_read(exported: Callable[...,
 def test_every_graph_is_read_so() -> None:
     root = Path(nbl_export.__file__).parent
     found = [p.relative_to(root).as_posix() for p in root.rglob("*.py") if "ir.load(" in p.read_text(encoding="utf-8")]
-    assert found == ["graph/files.py"]
+    assert found == ["graph/files.py"], "read graphs with nbl_export.graph.files.read_graph"

@@ -219,10 +219,11 @@ def test_every_test_and_variant_of_a_run(finished: Path) -> None:
 def test_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates are those of the best repetition, by a clock that says how long each took."""
     monkeypatch.setattr(roofline, "best_seconds", lambda run: (run(), 0.5)[1])
-    monkeypatch.setattr(roofline, "_ARRAY_BYTES", 1 << 20)
+    monkeypatch.setattr(roofline, "_WIDTH", 320)
+    monkeypatch.setattr(roofline, "_ARRAY_BYTES", 1 << 19)
     found = measure_machine(1)
-    assert found.gemm_flops_per_second == dict.fromkeys(("fp32", "int8", "int4"), 4.0 * 512 * 2048 * 2048)
-    assert (found.read_bytes_per_second, found.threads) == (2.0 * (1 << 20), 1)
+    assert found.gemm_flops_per_second == dict.fromkeys(("fp32", "int8", "int4"), 4.0 * 512 * 320 * 320)
+    assert (found.read_bytes_per_second, found.threads) == (2.0 * (1 << 19), 1)
 
 
 def test_best_of_the_repetitions(monkeypatch: pytest.MonkeyPatch) -> None:

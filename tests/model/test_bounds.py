@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from nbl_export.errors import NblError
+from nbl_export.model.checkpoint import pretrained
 from nbl_export.model.checkpoint.load import load_model, load_tokenizer, materialise, read_spec
 from nbl_export.model.checkpoint.pretrained import check_weights
 from nbl_export.model.checkpoint.source import resolve
@@ -216,6 +218,28 @@ def test_weights_of_quantised_checkpoints_are_left_to_their_reader(checkpoint: C
     model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
     changed(model, "config.json", quantization_config={"quant_method": "gptq", "bits": 4}, vocab_size=1 << 40)
     check_weights(model)
+
+
+def test_weights_are_compared_once_until_a_file_changes(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+    real, loads = pretrained._load, []
+
+    def counted(*given: Any, **more: Any) -> Any:
+        loads.append(given)
+        return real(*given, **more)
+
+    monkeypatch.setattr(pretrained, "_load", counted)
+    check_weights(model)
+    check_weights(model)
+    assert len(loads) == 1
+    tensors = load_file(model / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    for _ in range(2):
+        with pytest.raises(NblError, match=r"lacks the weights model\.norm\.weight"):
+            check_weights(model)
 
 
 def test_an_nbl_checkpoint_states_no_more_layers_than_it_holds(checkpoint: Checkpoint, tmp_path: Path) -> None:

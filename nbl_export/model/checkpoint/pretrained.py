@@ -70,12 +70,18 @@ def check_weights(model: Path) -> None:
     """Compare names and shapes of the weights that the configuration asks for with those in the files.
 
     The model is built on torch's meta device, so no weight is allocated and none is read. Weights of a quantised
-    checkpoint have other names; they are left to their reader.
+    checkpoint have other names; they are left to their reader. Files that have not changed are compared once.
 
     Raises:
         NblError: the folder is unsafe, or lacks a weight. Whatever transformers raises on a damaged model or on
             another shape.
     """
+    files = [file for file in (sorted(model.iterdir()) if model.is_dir() else [model]) if file.exists()]
+    _check_weights(model, tuple((f.name, s.st_ino, s.st_size, s.st_mtime_ns) for f in files for s in [f.stat()]))
+
+
+@functools.lru_cache(maxsize=16)
+def _check_weights(model: Path, _files: tuple[tuple[Any, ...], ...]) -> None:
     config = config_of(model)
     if model.is_file():
         _check_gguf(model, config)
