@@ -5,17 +5,19 @@
 Each row of the first architectures (JOBS) takes a tiny random checkpoint through nbl-export (calibrate, plan,
 decoder, rewrite, verify; for the static source only its form and the rewrite). The script then measures the largest
 logit difference from torch itself, for the original graph and the NBL graph: two rows of random tokens, prefill and
-cached steps. A row of another architecture has the status "parity": every subset of its layers is replaced
-by random maps, and its NBL figure is the largest of all subsets. A refused row states the reason. The script prints a
-table and writes JSON; --only and --sources keep the other rows in the file. Graphs of OpenVINO compute in float32
-here; int4 is compared with torch, so its figure is that of the rounded matrices.
+cached steps. A row of another architecture in float32 has the status "parity": every subset of its attention layers is
+replaced by random maps, and its NBL figure is the largest of all subsets. A refused row states the reason. The script
+prints a table and writes JSON; --only and --sources keep the other rows in the file. Graphs of OpenVINO compute in
+float32 here; int4 is compared with torch, so its figure is that of the rounded matrices.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
+import itertools
 import json
 import os
 import sys
@@ -39,7 +41,7 @@ from nbl_export.options.options import JobOptions
 from nbl_export.options.rules import Case
 from nbl_export.options.settle import judge
 from nbl_export.records.plan import Plan
-from tests.tiny import EVERY, HYBRIDS, LAYERS, VARIANTS, VOCAB, random_map, save_checkpoint, stdlib_text
+from tests.tiny import EVERY, HYBRIDS, LAYERS, VARIANTS, VOCAB, made_by, random_map, save_checkpoint, stdlib_text
 
 RUNS = (
     ("genai", "fp32"),
@@ -52,8 +54,7 @@ RUNS = (
     ("openvino", "int4"),
 )
 JOBS = ("llama", "mistral-window", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "olmo2", "smollm3", "granite")
-OF_VARIANTS = (("genai", "fp32"), ("mobius", "fp32"), ("static", "fp32"), ("openvino", "fp32"))
-SUBSETS = ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2))
+OF_OTHERS = (("genai", "fp32"), ("mobius", "fp32"), ("static", "fp32"), ("openvino", "fp32"))
 PARITY = 1e-3  # largest logit difference
 REPLACED = "1,2"  # of three layers, or of a hybrid's five
 ROWS, SLOTS = (45, 27), 96  # tokens of the two rows, longer than the tiny windows
@@ -166,13 +167,15 @@ def every_subset(source: str, precision: str, checkpoint: Path, run: Path) -> di
     spec, target = read_spec(resolve(str(checkpoint))), exporter_of(source)
     engine, asked = target.capabilities.name, "fp16" if source == "static" else precision  # the static form is a twin
     options = JobOptions(str(checkpoint), engine=engine, precision=asked, decoder_source=source)
-    judge(Case(options, target.capabilities, architecture_facts(spec.architecture)))
+    facts = dataclasses.replace(architecture_facts(spec.architecture), decoder=spec)
+    judge(Case(options, target.capabilities, facts))
     target.export(checkpoint, run / "original", ExportSettings(source, precision, SLOTS))
     apart: dict[tuple[int, ...], float] = {}
-    for chosen in ((), *SUBSETS):
+    layers = spec.attention_layers
+    for chosen in (s for count in range(len(layers)) for s in itertools.combinations(layers, count)):
         maps, directory = {i: random_map(i) for i in chosen}, run / ("original" if not chosen else str(chosen))
         if chosen:
-            target.replace(run / "original", directory, Plan(LAYERS, chosen), maps)
+            target.replace(run / "original", directory, Plan(spec.num_layers, chosen, others=spec.others), maps)
         apart[chosen] = worst(_opened(source, directory, spec.head_dim), _with_random_maps(checkpoint, chosen))
     found = {"original": apart.pop(()), "nbl": max(apart.values())}
     status = "parity" if max(found.values()) < PARITY else "parity failed"
@@ -200,7 +203,7 @@ def row(architecture: str, source: str, precision: str, checkpoint: Path, text: 
     """One row of the table."""
     try:
         with _quiet():
-            if architecture not in (*JOBS, *HYBRIDS, *VARIANTS):
+            if architecture not in (*JOBS, *VARIANTS) and precision == "fp32":
                 found = every_subset(source, precision, checkpoint, run)
             elif source == "static":
                 found = static_form(precision, checkpoint, text, run)
@@ -230,7 +233,9 @@ def line(found: dict[str, Any]) -> str:
 
 def runs_of(name: str) -> tuple[tuple[str, str], ...]:
     """Sources and precisions of an architecture or variant."""
-    return RUNS if name in (*JOBS, *HYBRIDS) else OF_VARIANTS
+    if name in (*JOBS, *HYBRIDS):
+        return RUNS
+    return (OF_OTHERS[0], ("genai", "int4"), *OF_OTHERS[1:]) if name in made_by("genai") else OF_OTHERS
 
 
 def main() -> None:

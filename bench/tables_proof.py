@@ -100,6 +100,8 @@ _ARCHITECTURES = {
     "gpt_oss": "GPT-OSS",
     "phimoe": "Phi, experts",
     "mixtral": "Mixtral",
+    "lfm2": "LFM2",
+    "qwen3_5": "Qwen3.5 (text)",
 }
 
 

@@ -1,12 +1,4 @@
-"""The supported decoder architectures. One record holds everything special about an architecture.
-
-    residual x --- norm before --- self_attn --- norm after --- (* multiplier) ---(+ x)--- mlp ...
-                `- tap residual `- tap normed                                  `- y, what the map gives
-
-A map replaces everything between the residual stream and the addition that ends the attention block. This is the norm
-before attention (tap "residual"), attention, and, if present, the norm after attention and the multiplier. So y is
-taken, and the graph joined, at the same place in every architecture. Names come from transformers: attributes of a
-decoder layer, and keys of the configuration.
+"""The supported decoder architectures: a record of each (`architecture_record`), and what a configuration says by it.
 
 To add an architecture, write a record here and a tiny configuration in tests/tiny.py. bench/architectures.py then says
 what is missing.
@@ -14,13 +6,13 @@ what is missing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nbl_export.errors import NblError
+from nbl_export.model.architecture_record import FUSED, Architecture
 from nbl_export.model.experts import GRANITE, MIXTRAL, QWEN, Experts
-from nbl_export.model.hybrids import GATED_DELTA, SHORT_CONVOLUTION, Others
+from nbl_export.model.hybrids import GATED_DELTA, SHORT_CONVOLUTION
 from nbl_export.records.decoder import attention_among
 from nbl_export.records.mlp import MlpSpec
 
@@ -28,7 +20,6 @@ __all__ = [
     "ARCHITECTURES",
     "LINEARIZED",
     "REFUSED",
-    "Architecture",
     "attention_layers",
     "check_config",
     "check_window",
@@ -36,90 +27,6 @@ __all__ = [
     "mlp_of",
     "windows_of",
 ]  # fmt: skip
-
-
-_FUSED = ("gate_up_proj",)  # gate and up in one product
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Everything special about an architecture.
-
-    Attributes:
-        name: model_type of the configuration.
-        classes: name of the transformers classes without Config and ForCausalLM.
-        aliases: names in GGUF files.
-        norm_before: the norm before attention; None if attention reads the residual stream directly.
-        norm_after: the norm between attention and the addition.
-        norm_mlp: the norm before the MLP; None if the MLP reads the residual stream directly.
-        mlp: the module of the MLP or of the experts.
-        mlp_in: the MLP's products of its input: gate and up, both in one, or up alone. Experts have none.
-        mlp_out: the MLP's last product.
-        experts: configuration keys of its experts, if it has any.
-        norm_last: the decoder's norm behind its last layer.
-        norm_offset: what norms add to their weight before they multiply by it.
-        multiplier: configuration key of the factor of attention's output before the addition.
-        entry_multiplier: decoder attribute of the factor of the first layer's input.
-        logits_divisor, logits_cap: configuration keys; logits are head(x) / divisor, then cap * tanh(logits / cap).
-        score_scalar: configuration key; attention scores are divided by its square root (None: of the head size).
-        embedding_root: embeddings are multiplied by the square root of the hidden size.
-        tied: the head is the embedding if the configuration does not say.
-        per_layer: configuration keys of lists with one value a layer.
-        fused_qkv: the single projection for queries, keys and values, in this order; None for three projections.
-        gated: the projection of queries gives gates of attention's output too.
-        others: layers without attention, in a hybrid.
-        width: configuration -> width of the MLP, if intermediate_size is not it.
-        must_be: supported values of configuration keys.
-        runtime_type: type in genai_config.json, if ONNX Runtime GenAI does not know the name.
-        genai_as: the class whose builder in ONNX Runtime GenAI makes the graph, if the builder does not know the name.
-        mobius: settings of mobius' configuration that mobius (0.1) reads wrong.
-        not_from: decoder source -> why the source exports no graph of this architecture.
-    """
-
-    name: str
-    classes: str
-    aliases: tuple[str, ...] = ()
-    norm_before: str | None = "input_layernorm"
-    norm_after: str | None = None
-    norm_mlp: str | None = "post_attention_layernorm"
-    mlp: str = "mlp"
-    mlp_in: tuple[str, ...] = ("gate_proj", "up_proj")
-    mlp_out: str = "down_proj"
-    experts: Experts | None = None
-    norm_last: str = "norm"
-    norm_offset: float = 0.0
-    multiplier: str | None = None
-    entry_multiplier: str | None = None
-    logits_divisor: str | None = None
-    logits_cap: str | None = None
-    score_scalar: str | None = None
-    embedding_root: bool = False
-    tied: bool = False
-    per_layer: tuple[str, ...] = ()
-    fused_qkv: str | None = None
-    gated: bool = False
-    others: Others | None = None
-    width: Callable[[Mapping[str, Any]], int] | None = None
-    must_be: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    runtime_type: str | None = None
-    genai_as: str | None = None
-    mobius: Mapping[str, Any] = field(default_factory=dict)
-    not_from: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def taps(self) -> tuple[str, ...]:
-        """Taps at which a map can act (`records.plan.TAPS`)."""
-        return ("residual", "normed") if self.norm_before else ("residual",)
-
-    @property
-    def mlp_key(self) -> str:
-        """Configuration key of the width of its MLP, or of an expert."""
-        return self.experts.width if self.experts else "intermediate_size"
-
-    @property
-    def mlp_gated(self) -> bool:
-        """Whether the MLP has a product of the gate."""
-        return self.mlp_in == _FUSED or len(self.mlp_in) == 2
 
 
 _CAUSAL = {"use_bidirectional_attention": (None, False)}
@@ -177,7 +84,7 @@ ARCHITECTURES = {
         Architecture("mistral", "Mistral"),
         Architecture("qwen2", "Qwen2", per_layer=("layer_types",)),
         Architecture("qwen3", "Qwen3", per_layer=("layer_types",)),
-        Architecture("phi3", "Phi3", fused_qkv="qkv_proj", mlp_in=_FUSED),
+        Architecture("phi3", "Phi3", fused_qkv="qkv_proj", mlp_in=FUSED),
         Architecture(
             "gemma2",
             "Gemma2",
@@ -218,13 +125,13 @@ ARCHITECTURES = {
             "HunYuanDenseV1",
             not_from=_neither("mobius (0.1) norms queries and keys before it rotates them"),
         ),
-        Architecture("glm", "Glm", runtime_type="llama", mlp_in=_FUSED, mobius=_NO_OUTPUT_BIAS, not_from=_NOT_GENAI),
+        Architecture("glm", "Glm", runtime_type="llama", mlp_in=FUSED, mobius=_NO_OUTPUT_BIAS, not_from=_NOT_GENAI),
         Architecture(
             "glm4",
             "Glm4",
             runtime_type="llama",
             norm_after="post_self_attn_layernorm",
-            mlp_in=_FUSED,
+            mlp_in=FUSED,
             mobius=_NO_OUTPUT_BIAS,
             not_from=_NOT_GENAI,
         ),

@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from nbl_export.mixers.base import Mixer
-from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, Architecture
+from nbl_export.model.architecture_record import Architecture
+from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED
 
 __all__ = [
     "PassThrough",

@@ -50,7 +50,8 @@ class Capabilities:
         provider: ONNX Runtime's execution provider, which the exporter is told.
         providers: ONNX Runtime's other execution providers, which the engine can run with.
         windows: whether its decoders hold layers that read the last tokens alone (`--window-layers`).
-        hybrids: whether its decoders hold the states of layers without attention.
+        hybrids: whether its decoders hold the states of layers without attention. recurrences: also matrices that
+            every token changes.
         takes_graphs: whether a job may be of an ONNX graph alone.
         measures_limits: whether roofs of the machine can be measured for the engine.
         proven_by: the engine that verifies the graphs; "" is the engine itself.
@@ -75,6 +76,7 @@ class Capabilities:
     every_expert: tuple[str, ...] = ()
     windows: bool = False
     hybrids: bool = False
+    recurrences: bool = False
     takes_graphs: bool = False
     measures_limits: bool = False
     proven_by: str = ""

@@ -67,6 +67,11 @@ class DecoderSpec:
         return attention_among(self.num_layers, self.others)
 
     @property
+    def recurrent(self) -> bool:
+        """Whether a token changes what the other layers hold, beside the products of their matrices."""
+        return self.other_multiply_adds > self.other_elements
+
+    @property
     def projections(self) -> int:
         """Elements of one attention's matrices: of queries, keys, values, what comes out, and gates."""
         heads = (3 if self.gated else 2) * self.num_heads + 2 * self.num_kv_heads

@@ -21,6 +21,10 @@ OLMO = dataclasses.replace(architecture_facts("olmo2"), decoder=DECODER)
 HYBRID = dataclasses.replace(
     architecture_facts("lfm2"), decoder=dataclasses.replace(DECODER, architecture="lfm2", num_layers=5, others=(0, 3))
 )
+RECURRENT = dataclasses.replace(
+    architecture_facts("qwen3_5_text"),
+    decoder=dataclasses.replace(DECODER, architecture="qwen3_5_text", num_layers=5, others=(0,), other_multiply_adds=1),
+)
 GGUF = ModelFacts(is_gguf=True)
 GRAPH = ModelFacts(graph="g.onnx", graph_precision="fp16", architecture="llama", decoder=DECODER)
 NBL = dataclasses.replace(PLAIN, maps_tap="residual")
@@ -344,7 +348,7 @@ UNFIT: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"layers": "1-2,4"}, HYBRID, ("would replace all 3 attention layers",)),
     ({"layers": "1,5"}, HYBRID, ("layer 5 does not exist; this model has layers 0 to 4",)),
     ({"kv_budget": "64MiB"}, HYBRID, ("the cache already fits", "take 768 bytes")),
-    ({"engine": "openvino"}, HYBRID, ("--engine openvino is not possible for lfm2", "use --engine ort")),
+    ({"engine": "openvino"}, RECURRENT, ("have no loop over tokens", "--engine ort")),
     ({"provider": "cuda"}, HYBRID, ("is not possible for lfm2", "--provider cpu")),
     ({"decoder_source": "mobius"}, HYBRID, ("--decoder-source mobius is not possible for lfm2", "use --")),
     ({"draft": "ngram"}, HYBRID, ("--draft is not possible for lfm2", "leave --draft out")),
@@ -379,6 +383,7 @@ def test_a_value_that_fits_is_accepted() -> None:
         {"engine": "trt", "max_seq_len": 512}, {"engine": "trt", "max_seq_len": 32, "prefill_chunk": 32},
     ):  # fmt: skip
         settled({"depths": (0,), **asked}, PLAIN)
+    settled({"engine": "openvino"}, HYBRID)
     settled({"precision": "fp32"}, dataclasses.replace(GGUF, unreadable="w has the type IQ4_NL"))
     settled({"tap": "normed"}, dataclasses.replace(GRAPH, taps=("residual",)))  # a graph states its own structure
 

@@ -41,7 +41,7 @@ def test_what_a_hybrid_does_not_go_with_is_refused_before_any_work(
 ) -> None:
     job = ("--model", checkpoint("lfm2"), "--output", tmp_path / "run", "--calibration", text, *TINY)
     for asked, part in (
-        (("--engine", "openvino"), "does not hold their states"),
+        (("--engine", "openvino", "--draft", "ngram"), "they cannot forget refused tokens"),
         (("--layers", "0,"), "layer 0 has no"),
     ):
         assert_refused(nbl(*job, *asked), 1, part)

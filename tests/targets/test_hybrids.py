@@ -17,13 +17,16 @@ from nbl_export.errors import NblError, RefusalError
 from nbl_export.graph.anatomy import find_reader, reading_layers
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.graph_only import read_spec
-from nbl_export.graph.names import all_logits_file
+from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE, all_logits_file
 from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.records.plan import Plan
 from nbl_export.rewrite import rewrite, rewrite_model
 from nbl_export.rewrite.tail import keep_last_token
+from nbl_export.targets.openvino.engine import OPENVINO
+from nbl_export.targets.openvino.ir.files import read_ir
+from nbl_export.targets.openvino.session import IrDecoder
 from nbl_export.verify.ladder import DECODE_STEPS, run_rows
 
 from ..tiny import HEAD_DIM, HYBRID_ATTENTION, HYBRIDS, VOCAB
@@ -81,6 +84,35 @@ def test_every_set_of_attention_layers_agrees_with_torch(
         for k, (logits, n) in enumerate(zip(expected, LENGTHS, strict=True)):
             got = np.concatenate([first[k], *(step[k] for step in steps)])
             assert got.shape == (3, VOCAB) and np.abs(got - logits[n - 1 : n + 2]).max() < TOLERANCE, replaced
+
+
+def test_an_ir_holds_convolutions_as_states(
+    checkpoint: Checkpoint, exported: Exported, random_maps: Maps, tmp_path: Path
+) -> None:
+    """Every set of attention layers, in a padded batch: prefill and cached steps of both graphs."""
+    for replaced in SETS:
+        maps, out = random_maps(*replaced), tmp_path / f"nbl{replaced}"
+        OPENVINO.replace(exported("lfm2", "openvino", "fp32"), out, Plan(5, replaced, others=OTHERS), maps)
+        expected = torch_logits(checkpoint("lfm2"), maps)
+        OPENVINO.keep_last_token(out)
+        every, last = (IrDecoder(out, file, exact=True) for file in (ALL_LOGITS_IR, IR_FILE))
+        away = max(float(np.abs(g - e).max()) for g, e in zip(run_rows(every, rows()), expected, strict=True))
+        assert away < TOLERANCE, replaced
+        assert every.contract.cache_layers == tuple(i for i in HYBRID_ATTENTION if i not in replaced)
+        assert last.contract.state_layers == OTHERS and last.contract.logits == "last"
+        last.begin(2)
+        first = last.step(*padded("right"))
+        then = last.step(np.array([[row[n]] for row, n in zip(rows(), LENGTHS, strict=True)]))
+        for k, (logits, n) in enumerate(zip(expected, LENGTHS, strict=True)):
+            assert np.abs(np.concatenate([first[k], then[k]]) - logits[n - 1 : n + 1]).max() < TOLERANCE, replaced
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_taps_of_convolutions_stay_as_they_are(precision: str, exported: Exported) -> None:
+    model = read_ir(exported("lfm2", "openvino", precision))
+    taps = [node.input_value(1).get_node() for node in model.get_ops() if node.get_type_name() == "GroupConvolution"]
+    assert [node.get_output_element_type(0).to_string() for node in taps] == ["f32"] * len(OTHERS)
+    assert all(node.get_type_name() == "Constant" for node in taps)
 
 
 def test_the_tail_stops_at_a_layer_that_mixes_tokens(exported: Exported, random_maps: Maps, tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from nbl_export.errors import NblError
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
-from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, Architecture, attention_layers, check_window
+from nbl_export.model.architecture_record import Architecture
+from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, attention_layers, check_window
 from nbl_export.model.checkpoint.pretrained import model_with, quiet_transformers, tokenizer_of
 from nbl_export.model.linearize import architecture_of, linearize, multiplier_of, replace_attention
 from nbl_export.model.windows import blank_windows

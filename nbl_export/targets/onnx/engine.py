@@ -46,6 +46,7 @@ CAPABILITIES = Capabilities(
     every_expert=("mobius",),
     windows=True,
     hybrids=True,
+    recurrences=True,
     providers=tuple(PROVIDERS),
     takes_graphs=True,
     measures_limits=True,

@@ -98,6 +98,7 @@ class GpuEngine(ort.OrtEngine):
             profiled=False,
             windows=False,
             hybrids=False,
+            recurrences=False,
             takes_graphs=False,
             measures_limits=False,
             provider=flag,

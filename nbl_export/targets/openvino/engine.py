@@ -41,6 +41,7 @@ CAPABILITIES = Capabilities(
     narrow=True,
     every_expert=("openvino",),
     windows=True,
+    hybrids=True,
     proposers=OPENVINO_PROPOSERS,
 )
 _OLDEST = (2026, 0)  # of openvino: the API and the CPU plugin's caches are as `session` describes them

@@ -9,9 +9,11 @@ Converts a torch decoder to an OpenVINO model whose caches are inputs and output
     input_ids [B, T], attention_mask [B, K], position_ids [B, T], past_key_values.i.{key,value} [B, Hkv, P, head]
         └─► logits [B, T, V], present.i.{key,value} [B, Hkv, P + T, head]         K = P + T
 
+    past_key_values.i.conv_state [B, D, taps - 1] ─► present.i.conv_state         of a layer with a short convolution
+
 OpenVINO's own front end converts the traced module. transformers builds masks for torch's arithmetic, so this module
 builds them, from positions and the attention mask; a layer with a sliding window gets a mask with the window. The
-caches hold all tokens.
+caches hold all tokens. A convolution sees zeros at padding.
 
 Moves the caches of a decoder into the model, as states; beams are reordered by an input beam_idx.
 
@@ -36,7 +38,8 @@ import torch
 from torch import nn
 
 from nbl_export.errors import MissingPackageError, NblError
-from nbl_export.model.architectures import windows_of
+from nbl_export.model.architectures import attention_layers, windows_of
+from nbl_export.records.decoder import STATE_SUFFIXES
 from nbl_export.targets.export.finish import add_text_files, captured
 
 __all__ = ["build"]
@@ -61,7 +64,7 @@ def build(checkpoint: Path, out: Path, precision: str) -> None:
     with captured("OpenVINO", checkpoint):
         model = load.load_model(checkpoint)
         found = convert(model)
-        make_stateful(found, model.config.num_hidden_layers)
+        make_stateful(found)
         group = _group(model, precision)
         save_ir(compress(found, precision, group=group), out, precision, group)
         del model, found
@@ -102,37 +105,58 @@ def _convert_tokenizer(checkpoint: Path, out: Path) -> None:
 
 
 LOWEST = torch.finfo(torch.float16).min  # of a masked score: bfloat16 and float16 hold it
-_MASKS = ("create_causal_mask", "create_sliding_window_causal_mask")  # as transformers' decoders call them
-
-
-def past_name(layer: int, part: str) -> str:
-    """Name of a cache input; part is "key" or "value"."""
-    return f"past_key_values.{layer}.{part}"
-
-
-def present_name(layer: int, part: str) -> str:
-    """Name of a cache output."""
-    return f"present.{layer}.{part}"
+# as transformers' decoders call them
+_MASKS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_recurrent_attention_mask")
+_PAST, _PRESENT = "past_key_values.", "present."
 
 
 class _Caches:
-    """Caches as transformers' attention updates them: new keys and values behind the old."""
+    """Caches as transformers' layers update them: new keys and values behind the old, and states of convolutions.
+
+    Args:
+        pasts: by the ends of their names, such as 0.key.
+    """
 
     is_compileable = False
 
-    def __init__(self, pasts: tuple[torch.Tensor, ...]) -> None:
-        self.keys, self.values = list(pasts[::2]), list(pasts[1::2])
+    def __init__(self, pasts: Mapping[str, torch.Tensor]) -> None:
+        self.held = dict(pasts)
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any) -> Any:
-        self.keys[layer] = torch.cat([self.keys[layer], keys], dim=-2)
-        self.values[layer] = torch.cat([self.values[layer], values], dim=-2)
-        return self.keys[layer], self.values[layer]
+        both = {f"{layer}.key": keys, f"{layer}.value": values}
+        self.held |= {name: torch.cat([self.held[name], new], dim=-2) for name, new in both.items()}
+        return tuple(self.held[name] for name in both)
 
-    def get_seq_length(self, layer: int = 0) -> int:
-        return int(self.keys[layer].shape[-2])
+    def get_conv_state(self, layer: int, **_: Any) -> torch.Tensor:
+        return self.held[f"{layer}{_CONVOLUTION}"]
+
+    def update_conv_state(self, columns: torch.Tensor, layer: int, **_: Any) -> torch.Tensor:
+        before = self.get_conv_state(layer)
+        every = torch.cat([before, columns], dim=-1)
+        self.held[f"{layer}{_CONVOLUTION}"] = every[..., -before.shape[-1] :]
+        return every
+
+    def get_seq_length(self, *_: Any) -> int:
+        return int(next(past for name, past in self.held.items() if name.endswith("key")).shape[-2])
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len({name.partition(".")[0] for name in self.held})
+
+
+_CONVOLUTION = STATE_SUFFIXES[0]
+
+
+def _shapes_of(config: Any) -> dict[str, tuple[int, ...]]:
+    """Caches and states by the ends of their names, without batch; tokens are -1."""
+    heads, attention = config.num_key_value_heads, attention_layers(config)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    found: dict[str, tuple[int, ...]] = {}
+    for layer in range(config.num_hidden_layers):
+        if layer in attention:
+            found |= {f"{layer}.{part}": (heads, -1, size) for part in ("key", "value")}
+        else:
+            found[f"{layer}{_CONVOLUTION}"] = (config.hidden_size, config.conv_L_cache - 1)
+    return found
 
 
 class _Step(nn.Module):
@@ -144,35 +168,39 @@ class _Step(nn.Module):
         arguments = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in arguments else "past_key_values"
         self._window = next(filter(None, windows_of(model.config)), None)
+        self._names = tuple(_shapes_of(model.config))
 
     def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, *pasts: Any) -> Any:
-        caches = _Caches(pasts)
+        caches = _Caches(dict(zip(self._names, pasts, strict=True)))
         masks = _masks(input_ids, attention_mask, position_ids, self._window)
         with _given(self.model, masks):
             out = self.model(
                 input_ids=input_ids, attention_mask=masks[0], position_ids=position_ids, use_cache=True,
                 **{self._cache_name: caches},
             )  # fmt: skip
-        both = zip(caches.keys, caches.values, strict=True)
-        return (out.logits, *(tensor for pair in both for tensor in pair))
+        return (out.logits, *caches.held.values())
 
 
-def _masks(ids_BT: Any, mask_BK: Any, position_BT: Any, window: int | None) -> tuple[Any, Any]:
-    """Additive masks [B, 1, T, K]: of all tokens up to a token, and of those in its window, itself included."""
+def _masks(ids_BT: Any, mask_BK: Any, position_BT: Any, window: int | None) -> tuple[Any, Any, Any]:
+    """Additive masks [B, 1, T, K]: of all tokens up to a token, and of those in its window, itself included.
+
+    The third is [B, T]: which new tokens are no padding.
+    """
     new, total = ids_BT.shape[1], mask_BK.shape[1]
     columns = torch.arange(total)
     own = torch.arange(new) + (total - new)
     seen = (columns[None, :] <= own[:, None])[None, None] & (mask_BK != 0)[:, None, None, :]
     full = torch.where(seen, 0.0, LOWEST)
+    own_BT = mask_BK[:, total - new :]
     if window is None:
-        return full, full
+        return full, full, own_BT
     place_BK = torch.cumsum(mask_BK, 1) - 1  # padding does not count as distance
     near = place_BK[:, None, None, :] > (position_BT - window)[:, None, :, None]
-    return full, torch.where(seen & near, 0.0, LOWEST)
+    return full, torch.where(seen & near, 0.0, LOWEST), own_BT
 
 
 @contextlib.contextmanager
-def _given(model: Any, masks: tuple[Any, Any]) -> Iterator[None]:
+def _given(model: Any, masks: tuple[Any, Any, Any]) -> Iterator[None]:
     """Within: the decoder's own module makes these masks instead of its own."""
     module = sys.modules[type(model.get_decoder()).__module__]
     made = {name: mask for name, mask in zip(_MASKS, masks, strict=True) if hasattr(module, name)}
@@ -189,10 +217,9 @@ def convert(model: Any) -> Any:
     config = model.config
     _check_rotary(config)
     _trace_experts(config)
-    layers, heads = config.num_hidden_layers, config.num_key_value_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     batch, new, past = 2, 3, 5
-    pasts = [torch.zeros(batch, heads, past, size) for _ in range(2 * layers)]
+    shapes = _shapes_of(config)
+    pasts = [torch.zeros(batch, *(past if size < 0 else size for size in shape)) for shape in shapes.values()]
     inputs: Mapping[str, torch.Tensor] = {
         "input_ids": torch.zeros(batch, new, dtype=torch.int64),
         "attention_mask": torch.ones(batch, new + past, dtype=torch.int64),
@@ -200,16 +227,14 @@ def convert(model: Any) -> Any:
     }
     with torch.no_grad():
         found = openvino.convert_model(_Step(model).eval(), example_input=(*inputs.values(), *pasts))
-    parts = [(i, part) for i in range(layers) for part in ("key", "value")]
-    names = [*inputs, *(past_name(*place) for place in parts)]
-    for port, name in zip(found.inputs, names, strict=True):
+    dims_of = {**dict.fromkeys(inputs, (-1,)), **{_PAST + name: shape for name, shape in shapes.items()}}
+    for port, (name, shape) in zip(found.inputs, dims_of.items(), strict=True):
         port.get_tensor().set_names({name})
         port.get_node().set_friendly_name(name)
-        dims = [-1, -1] if name in inputs else [-1, heads, -1, size]
         kind = openvino.Type.i64 if name in inputs else openvino.Type.f32
         port.get_node().set_element_type(kind)
-        port.get_node().set_partial_shape(openvino.PartialShape(dims))
-    for port, name in zip(found.outputs, ["logits", *(present_name(*place) for place in parts)], strict=True):
+        port.get_node().set_partial_shape(openvino.PartialShape([-1, *shape]))
+    for port, name in zip(found.outputs, ["logits", *(_PRESENT + name for name in shapes)], strict=True):
         port.get_tensor().set_names({name})
     found.validate_nodes_and_infer_types()
     _fold_sizes(found)
@@ -285,13 +310,14 @@ def _fold_sizes(model: Any) -> None:
 _BATCH = 0  # axis of a cache [batch, heads, tokens, head size]
 
 
-def make_stateful(model: Any, layers: int) -> None:
+def make_stateful(model: Any) -> None:
     """Make the caches of all layers states, in place."""
     from openvino._offline_transformations import apply_make_stateful_transformation
 
-    parts = [(i, part) for i in range(layers) for part in ("key", "value")]
-    _reorder_beams(model, [past_name(*place) for place in parts])
-    apply_make_stateful_transformation(model, {past_name(*place): present_name(*place) for place in parts})
+    names = [name for port in model.inputs if (name := port.get_any_name()).startswith(_PAST)]
+    _reorder_beams(model, names)
+    pairs = {name: _PRESENT + name.removeprefix(_PAST) for name in names}
+    apply_make_stateful_transformation(model, pairs)
     _start_empty(model)
     model.validate_nodes_and_infer_types()
 

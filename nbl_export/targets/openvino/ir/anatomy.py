@@ -9,8 +9,9 @@
 
 A decoder has two states a layer. The layer is a number in the states' names, which every exporter writes, and the order
 of the graph confirms it. The join is the first addition behind the states whose other operand is an ancestor of the
-layer's keys: a mask, a bias and the epsilon of a norm are not. So names of nodes do not matter. A layer with a short
-memory has one state of constant size instead. The rewrite has made that layer, so names of nodes lead to its join.
+layer's keys: a mask, a bias and the epsilon of a norm are not. So names of nodes do not matter. A convolution has one
+state of constant size instead, and its join is found in the same way. The rewrite has made a layer with a short memory,
+so names of nodes lead to its join.
 
 Sizes of the decoder in an IR directory.
 """
@@ -201,7 +202,11 @@ class Dataflow:
             for place, value in enumerate(node.input_values()):
                 if value.get_node().get_friendly_name().startswith(prefix):
                     return Join(layer, node, place, (node, place))
-        raise RefusalError(layer, "it has a state, but its output does not meet a residual stream")
+        reads, assigns = (
+            [n for n in self.nodes if n.get_type_name() == kind and self._memories.get(variable_of(n)) == layer]
+            for kind in ("ReadValue", "Assign")
+        )
+        return self._joined(layer, reads, assigns[0])[0]
 
     def block(self, layer: int) -> Block:
         """The attention block of a layer.
@@ -212,7 +217,12 @@ class Dataflow:
         if layer not in self.states:
             raise RefusalError(layer, f"the IR has states for layers {list(self.states)} only")
         states = self.states[layer]
-        behind, earlier = self.below(s.read for s in states), self.above(states.key.assign)
+        join, normed = self._joined(layer, [s.read for s in states], states.key.assign)
+        return Block(layer, join.join, join.branch, join.last, states, normed)
+
+    def _joined(self, layer: int, reads: Iterable[Any], assign: Any) -> tuple[Join, Any | None]:
+        """Where what comes from states meets the residual stream, and what the first products multiply."""
+        behind, earlier = self.below(reads), self.above(assign)
         for node in self.nodes:
             if node.get_name() not in behind or not _adds_vectors(node):
                 continue
@@ -224,7 +234,9 @@ class Dataflow:
                 return self._described(layer, node, inside.index(True), residual, behind)
         raise RefusalError(layer, "no addition joins its attention with the residual stream")
 
-    def _described(self, layer: int, join: Any, branch: int, residual: Any, behind: set[str]) -> Block:
+    def _described(
+        self, layer: int, join: Any, branch: int, residual: Any, behind: set[str]
+    ) -> tuple[Join, Any | None]:
         end, start = self._place[join.get_name()], self._place[residual.get_node().get_name()]
         inner = self.below([residual.get_node()])
         products = [
@@ -241,7 +253,7 @@ class Dataflow:
         same = {(value.get_node().get_name(), value.get_index()) for value in first}
         own = (residual.get_node().get_name(), residual.get_index())
         normed = first[0] if len(same) == 1 and own not in same else None
-        return Block(layer, join, branch, last[0], self.states[layer], normed)
+        return Join(layer, join, branch, last[0]), normed
 
 
 def _adds_vectors(node: Any) -> bool:

@@ -169,6 +169,7 @@ def settle_ir(out: Path, proposer: Proposer, drafts: Collection[str]) -> None:
 
 
 _GROUPS = (128, 64, 32)  # tried in this order
+_TAPS = "GroupConvolution"  # the operator of a convolution with one channel a group
 
 
 def group_size(width: int, others: tuple[int, ...] = ()) -> int:
@@ -187,7 +188,9 @@ def group_size(width: int, others: tuple[int, ...] = ()) -> int:
 
 
 def compress(model: Any, precision: str, *, group: int = 0, only_new: bool = False) -> Any:
-    """Compress the float32 matrices of a model for a precision. Vectors stay float32: norms, biases, rotary tables.
+    """Compress the float32 matrices of a model for a precision.
+
+    Vectors stay float32: norms, biases, rotary tables, taps of convolutions.
 
     Args:
         group: size of the groups of int4 codes along the inputs of a product.
@@ -205,16 +208,17 @@ def compress(model: Any, precision: str, *, group: int = 0, only_new: bool = Fal
             import nncf
     except ImportError as error:
         raise MissingPackageError("nncf", "openvino", "compressing weights") from error
-    modes = nncf.CompressWeightsMode
+    modes, apart = nncf.CompressWeightsMode, nncf.IgnoredScope(types=[_TAPS], validate=False)
     with _quiet(), kept_signal_stack():
         if precision == "int8":
-            return nncf.compress_weights(model, mode=modes.INT8_ASYM)
+            return nncf.compress_weights(model, mode=modes.INT8_ASYM, ignored_scope=apart)
         leave = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.IGNORE)
         found = nncf.compress_weights(
             model, mode=modes.INT4_SYM, ratio=1.0, group_size=group, all_layers=only_new or None,
-            advanced_parameters=leave,
+            advanced_parameters=leave, ignored_scope=apart,
         )  # fmt: skip
-        return nncf.compress_weights(found, mode=modes.INT8_ASYM)  # what no group divides, as a map of low rank
+        # what no group divides, as a map of low rank
+        return nncf.compress_weights(found, mode=modes.INT8_ASYM, ignored_scope=apart)
 
 
 def _halve(model: Any) -> None:
@@ -244,7 +248,10 @@ def _is_float(node: Any, kind: str) -> bool:
 
 
 def _is_weight(node: Any) -> bool:
-    return sum(dim > 1 for dim in node.get_output_shape(0)) > 1 and not node.get_friendly_name().startswith(TABLES)
+    if node.get_friendly_name().startswith(TABLES):
+        return False
+    readers = {reader.get_node().get_type_name() for reader in node.output(0).get_target_inputs()}
+    return sum(dim > 1 for dim in node.get_output_shape(0)) > 1 and _TAPS not in readers
 
 
 @contextlib.contextmanager
