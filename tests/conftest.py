@@ -14,6 +14,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny products: threads that wait for each other cost tenfold
 
 import functools
+import gc
 import re
 import shutil
 import signal
@@ -85,6 +86,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("trt")]
+
+
+def pytest_collection_finish() -> None:
+    """A million objects are there when the tests begin, and stay; each full collection would walk through them."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
