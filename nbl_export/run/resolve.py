@@ -442,6 +442,9 @@ class Resolver:
 
     @lazy("windows", "second", "says_itself")
     def choosing(self) -> Texts:
-        """Texts that layers are chosen by, see `text.windows`."""
-        parts = self._both(self.held_back.value.choosing, "choosing")
-        return choosing_texts(parts[:1] if self.options.says_itself else parts, self.spec.max_positions)
+        """Texts that layers are chosen by."""
+        own = self.held_back.value.choosing
+        alone = [(f"held back from {self.text.name}", own)]  # the second text is not the model's own
+        return choosing_texts(
+            alone if self.options.says_itself else self._both(own, "choosing"), self.spec.max_positions
+        )

@@ -47,10 +47,11 @@ def off(estimated: float, measured: float) -> float:
 
 @pytest.fixture
 def earlier_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The division of the texts when the jobs were measured: half as many windows decided."""
+    """The texts when the jobs were measured: half as many windows decided, and no passages came twice."""
     roles = {("deciding", "choosing", "deciding", "final", "final"): 4096,
              ("unused", "choosing", "choosing", "final", "deciding"): 8192}  # fmt: skip
     monkeypatch.setattr(windows, "_PART_TOKENS", roles)
+    monkeypatch.setattr(windows, "_REPEATED", 0)
     assert windows.deciding_tokens(512) == windows.final_tokens(512) == 16384
 
 

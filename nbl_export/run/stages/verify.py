@@ -154,9 +154,12 @@ def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
 
 
 def _answers(verifier: Verifier, original: Path, checkpoint: Lazy[Path]) -> list[dict[str, str]]:
-    """Prompts of the check `text`, and what both shipped decoders wrote behind them; nothing without tokenizer.json."""
+    """Prompts of the check `text`, and what both shipped decoders wrote behind them.
+
+    Nothing without tokenizer.json, or if a decoder failed before it wrote.
+    """
     holder = original if (original / TOKENIZER).is_file() or not verifier.said else checkpoint.value
-    if not (holder / TOKENIZER).is_file():
+    if set(verifier.said) != set(DECODERS) or not (holder / TOKENIZER).is_file():
         return []
     text = Text(holder)
     return [
