@@ -90,9 +90,10 @@ class Bed:
         return [windows for _, windows in choosing_texts([("near", near), ("far", self.far)], self.spec.max_positions)]
 
     def maps(self, tap: str, layers: Any, *, bias: bool = True) -> dict[int, Any]:
-        from nbl_export.mixers import lmmse
+        from nbl_export.mixers import kind_of
+        from nbl_export.mixers.base import FitOptions
 
-        return {i: lmmse.fit(self.moments[tap][i], i, bias=bias) for i in layers}
+        return {i: kind_of("linear").fit(self.moments[tap][i], i, FitOptions(bias=bias)) for i in layers}
 
     def quality_losses(
         self, maps: Mapping[int, Any], tap: str, replaced_sets: Mapping[str, Any]

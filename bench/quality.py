@@ -104,7 +104,7 @@ def main() -> None:
     from nbl_export.files import versions
     from nbl_export.measure.benchmark import machine
 
-    taps = ("normed",) if options.what == "distill" else ("residual", "normed")
+    taps = {"distill": ("normed",), "alone": ("residual",)}.get(options.what, ("residual", "normed"))
     bed = Bed(
         options.model, options.data, options.text, options.windows, options.train_tokens, taps, options.c4_windows,
         options.narrow_judge,

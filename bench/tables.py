@@ -45,6 +45,7 @@ TABLES: Mapping[str, Table] = {
     "openvino": ov.openvino,
     "twins": proof.twins,
     "choices": quality.choices,
+    "copies": quality.copies,
     "tasks": quality.tasks,
     "graphs": quality.graphs,
     "sources": proof.sources,

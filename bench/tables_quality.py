@@ -48,6 +48,26 @@ def _choices(run: Mapping[str, Any]) -> Rows:
     return rows
 
 
+_COPIES = 0.1  # nats of KL on passages that occur twice, of the layers that the table shows
+
+
+def copies(read: Read) -> Rows:
+    """Layers alone that lose much where passages occur twice, beside their loss on ordinary text."""
+    rows: Rows = [
+        ("model", "layer", "WikiText-2", "its passages, twice", "place among all layers, by WikiText-2"),
+        "lrrrr",
+    ]
+    for model, name in (("SmolLM2-135M", "copying-smollm2"),):
+        plain, twice = ({layer: texts[text]["kl"] for layer, texts in read(name)["residual"].items()}
+                        for text in ("wikitext-2 valid", "passages twice"))  # fmt: skip
+        ranked = sorted(plain, key=lambda layer: plain[layer])
+        rows += [
+            (model, layer, f"{plain[layer]:.3f}", f"{twice[layer]:.2f}", f"{ranked.index(layer) + 1} of {len(ranked)}")
+            for layer in sorted(plain, key=int) if twice[layer] >= _COPIES
+        ]  # fmt: skip
+    return rows
+
+
 def length(read: Read) -> Rows:
     """Quality at length: perplexity by position, keys that were found and random tokens that were copied."""
     rows: Rows = [("", "original", "NBL", "difference"), "lrrr"]
