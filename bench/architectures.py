@@ -127,6 +127,7 @@ def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict
     """The rewritten static form for TensorRT, on ONNX Runtime in float32, also with int4 blocks."""
     from nbl_export.calibrate.collect import collect
     from nbl_export.graph.names import GRAPH_FILE
+    from nbl_export.mixers.linear import Linear
     from nbl_export.mixers.lmmse import fit
     from nbl_export.model.checkpoint.load import load_model, load_tokenizer, read_spec
     from nbl_export.model.checkpoint.source import resolve
@@ -144,7 +145,7 @@ def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict
     ids = load_tokenizer(checkpoint).encode(text.read_text())[: 16 * 64]
     moments = collect(load_model(checkpoint), torch.tensor(ids).view(16, 64), lambda *_: None)["residual"]
     plan = Plan(LAYERS, (0, 1))
-    maps = {i: fit(moments[i], i) for i in plan.replaced}
+    maps = {i: Linear(*fit(moments[i], i)) for i in plan.replaced}
     rewrite(run / "original", run / "model", plan, maps, dense=True)
     found: dict[str, Any] = {"replaced_layers": list(plan.replaced)}
     for subject, name, chosen in (("original", "original", None), ("nbl", "model", maps)):

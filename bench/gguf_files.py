@@ -47,7 +47,7 @@ def listen(path: Path, windows: Any) -> tuple[Answers, list[list[int]], np.ndarr
 def maps_of(run: Path, layers: tuple[int, ...]) -> dict[int, Linear]:
     """Maps without a bias in closed form, from the run's moments."""
     with whole_moments(run / MOMENTS_FILE) as file:
-        return {i: lmmse.fit(file.sums(i, "normed").moments(), i, bias=False) for i in layers}
+        return {i: Linear(*lmmse.fit(file.sums(i, "normed").moments(), i, bias=False)) for i in layers}
 
 
 def measure(found: Finished, run: Path, files: Path, sets: list[tuple[int, ...]], kinds: list[str]) -> dict[str, Any]:

@@ -80,10 +80,10 @@ def write_checkpoint(shape: str, tokenizer: Path, layers: int, out: Path) -> int
             part = name.split(".")[2] if ".layers." in name else name.split(".")[-2]
             files.setdefault(f"model-{part}.safetensors", {})[name] = value
     index: dict[str, str] = {}
-    for file, tensors in files.items():
+    for part, tensors in files.items():
         made = {n: torch.randn(t.shape).mul_(0.02) if t.ndim > 1 else torch.ones(t.shape) for n, t in tensors.items()}
-        save_file({n: t.bfloat16() for n, t in made.items()}, out / file, {"format": "pt"})
-        index |= dict.fromkeys(tensors, file)
+        save_file({n: t.bfloat16() for n, t in made.items()}, out / part, {"format": "pt"})
+        index |= dict.fromkeys(tensors, part)
     facts = {"metadata": {}, "weight_map": index}
     (out / "model.safetensors.index.json").write_text(json.dumps(facts), encoding="utf-8")
     return sum(t.numel() for tensors in files.values() for t in tensors.values())

@@ -149,7 +149,8 @@ def engines(read: Read) -> Rows:
 
 def _ort(read: Read, model: str, name: str) -> Rows:
     """ONNX Runtime: decoders in int4 and with the file's codes, each over the original with the same weights."""
-    losses, run, rows = read(name), read(f"{name}-speed"), []
+    losses, run = read(name), read(f"{name}-speed")
+    rows: Rows = []
     tests = {(r["test"], r["depth"]) for r in run["rows"]}
     for key, title in (("int4", "int4"), ("gguf", "the file's codes")):
         (figures,) = [r["figures"] for r in losses["rows"][key]["quality"] if r["task"] == "perplexity:c4"]

@@ -137,5 +137,5 @@ def job_speeds(read: Read) -> Rows:
 def increase(windows: Mapping[str, Sequence[float]]) -> str:
     """The perplexity increase with today's interval, from the losses of each window."""
     found = increase_interval(windows["loss_original"], windows["loss_nbl"])
-    assert found.low is not None and found.high is not None
+    assert found.value is not None and found.low is not None and found.high is not None
     return f"{100 * found.value:+.1f}% ({100 * found.low:.1f} to {100 * found.high:.1f})"

@@ -114,7 +114,7 @@ def answering(tokenizer: Any, max_length: int) -> Any:
             self.progress = lambda _done, _total: None
             self.asked: list[Any] = []
             self.scores: dict[Any, Any] | None = None
-            self.scorer = self  # type: ignore[assignment]
+            self.scorer = self
 
         def score(self, requests: Sequence[Any], _progress: Any) -> list[Any]:
             from nbl_export.evaluation.scorer import Score

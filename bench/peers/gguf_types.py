@@ -16,7 +16,8 @@ def bits_of_gguf(path: Path) -> tuple[int, float]:
     """Nominal bits of most weights, and bits for each with scales; an embedding is one of the matrices (often tied)."""
     import gguf
 
-    total, elements, seen = 0, 0, {}
+    total, elements = 0, 0
+    seen: dict[str, int] = {}
     for tensor in gguf.GGUFReader(path).tensors:
         if len(tensor.shape) < 2:
             continue

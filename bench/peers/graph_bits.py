@@ -20,7 +20,8 @@ def bits_of_graph(path: Path) -> tuple[int, float]:
     graph = onnx.load(str(path), load_external_data=False).graph
     constants = {t.name: t for t in graph.initializer}
     made = {name: node for node in graph.node for name in node.output}
-    total, elements, seen = 0, 0, {}
+    total, elements = 0, 0
+    seen: dict[int, int] = {}
     for node in graph.node:
         if node.op_type == "MatMulNBits":
             sizes = {a.name: a.i for a in node.attribute}

@@ -9,7 +9,8 @@ __all__ = ["bits_of_ir"]
 
 def bits_of_ir(model: Any) -> tuple[int, float]:
     """Nominal bits of most weights that a MatMul reads, and bits for each with scales and zero points."""
-    total, elements, seen = 0, 0, {}
+    total, elements = 0, 0
+    seen: dict[int, int] = {}
     for node in model.get_ops():
         if node.get_type_name() != "MatMul":
             continue

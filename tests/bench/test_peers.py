@@ -54,7 +54,7 @@ serve(Fake)
 def peers(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The driver module; its neighbours are found beside it, as when it is run as a script."""
     monkeypatch.syspath_prepend(str(PEERS))
-    import run as driver  # type: ignore[import-not-found]
+    import run as driver
 
     yield driver
     for name in [n for n, m in sys.modules.items() if str(getattr(m, "__file__", "")).startswith(str(PEERS))]:
@@ -63,7 +63,7 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def drive(peers: Any, run: Path, scratch: Path, fails: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Two rounds among fakes of these names; returns the results and the order in which tests ran."""
-    from contenders import Contender  # type: ignore[import-not-found]
+    from contenders import Contender
 
     script, log = scratch / "fake.py", scratch / "log"
     script.write_text(FAKE.format(peers=str(PEERS)), encoding="utf-8")
@@ -136,7 +136,7 @@ def test_driver_refuses_what_is_no_run(tmp_path: Path) -> None:
     ],
 )
 def test_verdicts_at_equal_bits(peers: Any, ratios: list[float], verdict: str) -> None:
-    from table import against  # type: ignore[import-not-found]
+    from table import against
 
     rows = [{"name": n, "peer": p, "weight_bits": b} for n, p, b in
             (("d/model", "nbl-export", 4), ("llama", "llama-cpp", 4), ("torch", "torch", 32))]  # fmt: skip
@@ -148,7 +148,7 @@ def test_verdicts_at_equal_bits(peers: Any, ratios: list[float], verdict: str) -
 
 def test_gguf_of_another_type(peers: Any, tmp_path: Path) -> None:
     import gguf
-    from gguf_types import bits_of_gguf, requantize  # type: ignore[import-not-found]
+    from gguf_types import bits_of_gguf, requantize
 
     weight = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
     writer = gguf.GGUFWriter(tmp_path / "source.gguf", "llama")
@@ -175,7 +175,7 @@ def test_gguf_of_another_type(peers: Any, tmp_path: Path) -> None:
 
 
 def test_checkpoint_in_the_words_of_transformers_4(peers: Any, checkpoint: Any, tmp_path: Path) -> None:
-    import conversions  # type: ignore[import-not-found]
+    import conversions
 
     conversions._for_transformers_4(checkpoint("llama"), tmp_path / "plain")
     before = json.loads((checkpoint("llama") / "config.json").read_text(encoding="utf-8"))
