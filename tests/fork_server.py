@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from nbl_export.parallel.child import readable
+from nbl_export.child import readable
 
 __all__ = ["ForkServer", "ForkedRun"]
 

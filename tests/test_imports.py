@@ -14,8 +14,8 @@ from nbl_export.targets import all_targets
 PACKAGE = Path(__file__).parent.parent / "nbl_export"
 # A module of one place may import from places with a smaller number, and from its own.
 LEVELS = {
-    "errors": 0, "files": 1, "records": 1, "options": 2, "trust": 2, "mixers": 2,
-    "parallel": 3, "text": 3, "graph": 3,
+    "errors": 0, "files": 1, "records": 1, "options": 2, "trust": 2, "mixers": 2, "child": 2,
+    "text": 3, "graph": 3,
     "model": 4, "rewrite": 4, "run_directory": 4,
     "targets": 5,
     "calibrate": 6, "plan": 6, "distill": 6, "measure": 6,
@@ -26,7 +26,7 @@ STAGES = ("calibrate", "plan", "distill", "measure", "verify", "evaluation", "re
 TARGETS = ("onnx", "openvino", "tensorrt", "gguf", "checkpoint")  # packages of `targets`; its other ones serve all
 # Library -> where it may be imported: a place, or a module of one.
 HEAVY = {
-    "torch": ("model", "calibrate", "plan", "distill", "parallel", "mixers",
+    "torch": ("model", "calibrate", "plan", "distill", "mixers",
               "text.sampling", "text.windows", "verify.torch_reference", "verify.streamed_reference",
               "targets.export", "targets.openvino.export", "targets.tensorrt.device", "targets.tensorrt.export",
               "targets.gguf.write", "targets.checkpoint"),

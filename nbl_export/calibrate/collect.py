@@ -83,12 +83,9 @@ class Rows:
     def refer(self, ids_WT: torch.Tensor) -> None:
         """Take reference rows and units from the beginning of the whole text."""
         self.add(ids_WT[:1, :REFERENCE_ROWS])
-        for accumulator in self.accumulators():
-            accumulator.clear()
-
-    def accumulators(self) -> list[Accumulator]:
-        """All accumulators, in the same order in every process."""
-        return [accumulator for accumulators in self.found.values() for accumulator in accumulators.values()]
+        for accumulators in self.found.values():
+            for accumulator in accumulators.values():
+                accumulator.clear()
 
     @property
     def count(self) -> int:

@@ -1,11 +1,10 @@
-"""Sums over the rows of one layer that add up exactly in any order: processes, resumed runs.
+"""Sums over the rows of one layer that add up exactly in any order, so that a resumed run has the bits of another.
 
     row x ─► (x - reference) / unit ─► products of a batch ─► rounded to whole numbers ─► added in float64
 
-Float64 adds whole numbers up to 2^53 without rounding, so a sum does not depend on the order of its parts. Parts of
-different processes add up to the same bits as an unsplit run. Units are powers of two, so converting sums back rounds
-nothing either. Reference row and units come from the first rows of the text, and all parts share them
-(`Accumulator.clear`).
+Float64 adds whole numbers up to 2^53 without rounding, so a sum does not depend on the order of its parts. Parts add
+up to the same bits as an unsplit run. Units are powers of two, so converting sums back rounds nothing either. Reference
+row and units come from the first rows of the text, and all parts share them (`Accumulator.clear`).
 
 Products are float32 over at most `_BLOCK` rows. Three facts keep them as accurate as float64 (a test holds the fitted
 maps to 1e-5):
@@ -131,14 +130,6 @@ class Accumulator:
             torch.zeros(shape, dtype=torch.float64, device=self._x_ref.device)
             for shape in ((x,), (y,), (x, x), (y, x), (y, y))
         )
-
-    def reference(self) -> list[torch.Tensor]:
-        """Reference rows and units, as `start` takes them."""
-        return [self._x_ref.double(), self._y_ref.double(), self._x_unit, self._y_unit]
-
-    def tensors(self) -> list[torch.Tensor]:
-        """The sums in whole numbers, not copied. Processes with equal reference can add these sums exactly."""
-        return [self._x_sum, self._y_sum, self._xx, self._yx, self._yy]
 
     def sums(self) -> Sums:
         """The sums so far, on the CPU."""

@@ -142,8 +142,7 @@ def root(
     from nbl_export.run.pipeline import run_job
     from nbl_export.run_directory import REPORT_HTML
 
-    if run_job(given, output, ui(), force=force, recorded=recorded) is not None:
-        print(output / REPORT_HTML)
+    print(run_job(given, output, ui(), force=force, recorded=recorded) / REPORT_HTML)
 
 
 def _log(verbose: bool) -> None:

@@ -32,8 +32,7 @@ def calibrate(
     from nbl_export.run.pipeline import run_calibration
     from nbl_export.run_directory import MOMENTS_FILE
 
-    if run_calibration(model, asked, output, ui(), force=force) is not None:
-        print(output / MOMENTS_FILE)
+    print(run_calibration(model, asked, output, ui(), force=force) / MOMENTS_FILE)
 
 
 @opt.takes("plan")

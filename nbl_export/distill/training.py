@@ -41,7 +41,6 @@ from nbl_export.errors import NblError
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
 from nbl_export.options.goals import DEFAULT_STEPS
-from nbl_export.parallel.ranks import ALONE, Ranks
 
 __all__ = ["AIMING", "NARROWED_AT", "UNLIMITED", "Callbacks", "DistillSettings", "Distilled", "TrainingText", "distill"]
 
@@ -127,30 +126,26 @@ class TrainingText:
 
 @dataclass(frozen=True)
 class Callbacks:
-    """Progress, log, storage and processes of a training run.
+    """Progress, log and storage of a training run.
 
     Attributes:
         progress: called with thousandths of the run done, and 1000.
         say: takes a line of log.
         state: stores the run at every check, and halfway between two checks.
-        peers: processes that train together, with equal arguments; progress, say, state and narrow are process 0's
-            alone. Each process reads its rows of every step, and its held-back windows.
         narrow: takes the current maps; returns the layers that stay.
     """
 
     progress: Callable[[int, int], None] = lambda _done, _total: None
     say: Callable[[str], None] = lambda _line: None
     state: State | None = None
-    ranks: Ranks = ALONE
     narrow: Callable[[dict[int, Mixer]], Collection[int]] | None = None
 
 
 class _Training:
     """Optimizer, best maps so far, and everything that a run needs to resume after a kill."""
 
-    def __init__(self, pair: TeacherStudent, settings: DistillSettings, held_WT: torch.Tensor, ranks: Ranks) -> None:
-        self.pair, self.settings, self.ranks = pair, settings, ranks
-        self._held_WT = held_WT[ranks.rank :: ranks.size]
+    def __init__(self, pair: TeacherStudent, settings: DistillSettings, held_WT: torch.Tensor) -> None:
+        self.pair, self.settings, self._held_WT = pair, settings, held_WT
         self.fraction, self.slowed = 0.0, 1.0
         self.step, self.best_at, self.retreated_at = 0, 0.0, 0
         self._earlier, self._started = 0.0, time.monotonic()
@@ -195,7 +190,7 @@ class _Training:
         """
         recent = self.result.train_kl[-_RECENT:]
         away = not sum(recent) / _RECENT <= _AWAY * self.held_kl[0]  # NaN too
-        if not self.ranks.share(away and self.step - self.retreated_at >= _RECENT):
+        if not away or self.step - self.retreated_at < _RECENT:
             return False
         with torch.no_grad():
             for name, parameter in self.pair.trained.items():
@@ -216,14 +211,14 @@ class _Training:
         return self._earlier + time.monotonic() - self._started
 
     def _look_at_the_clock(self) -> None:
-        """Update the share of steps or minutes used, by the clock of process 0."""
+        """Update the share of steps or minutes used."""
         limit = self.settings.minutes
-        by_time = self.ranks.share(self.seconds / (limit * 60)) if limit else 0.0
+        by_time = self.seconds / (limit * 60) if limit else 0.0
         self.fraction = max(self.step / self.settings.steps, by_time)
 
     def begin(self, state: State | None) -> None:
         """Resume the saved run, or judge the start."""
-        saved = self.ranks.share(state.load() if state else None)
+        saved = state.load() if state else None
         if saved is not None:
             self._restore(*saved)
             return
@@ -233,10 +228,7 @@ class _Training:
         self.result.held_kl.append((0, start))
 
     def aim(self, batches: Iterable[TeacherStates]) -> None:
-        """Initialise the deltas from the gradients of some batches, within the share `AIMING` of the run.
-
-        Processes average gradients and units, so all of them begin alike.
-        """
+        """Initialise the deltas from the gradients of some batches, within the share `AIMING` of the run."""
         total: dict[str, torch.Tensor] = {}
         for teacher in batches:
             for name, gradient in self._gradients(teacher, whole=True)[0].items():
@@ -246,18 +238,15 @@ class _Training:
                 break
         self.pair.aim(total)
         self.pair.measure(teacher)
-        self.ranks.average(list(self.pair.units.values()))
         self.keep()
 
     def _gradients(self, teacher: TeacherStates, whole: bool = False) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Mean over all processes of the rows' clipped gradients, and the KL [B] of this process's rows."""
+        """Mean of the rows' clipped gradients, and the KL [B] of the rows."""
         weights = self.settings.hidden_weight, self.settings.label_weight
         found, kl_B = self.pair.gradients(teacher, *weights, whole=whole)
         norm_B = torch.stack([g.flatten(1).square().sum(1) for g in found.values()]).sum(0).sqrt()
         share_B = (_CLIP / norm_B).clamp(max=1.0) / len(norm_B)
-        gradients = {name: torch.tensordot(share_B, g, 1) for name, g in found.items()}
-        self.ranks.average(list(gradients.values()))
-        return gradients, kl_B
+        return {name: torch.tensordot(share_B, g, 1) for name, g in found.items()}, kl_B
 
     def advance(self, teacher: TeacherStates) -> None:
         """One optimizer step."""
@@ -287,8 +276,7 @@ class _Training:
 
     def _held_kl(self) -> float:
         values = [self.pair.held_kl(teacher) for teacher in self._held]
-        total, count = self.ranks.add(sum(values), len(values))
-        return total / count
+        return sum(values) / len(values)
 
     def save(self, state: State) -> None:
         tensors = {f"parameters.{name}": p.detach() for name, p in self.pair.trained.items()}
@@ -352,19 +340,19 @@ def distill(
     """
     if not maps or not len(text.held_WT):
         raise NblError("distillation needs at least one replaced layer and some held-back text")
-    state, ranks = around.state, around.ranks
+    state = around.state
     pair = TeacherStudent(model, maps, tap, settings.dtype, settings.lora_rank, settings.seed)
-    training = _Training(pair, settings, text.held_WT, ranks)
+    training = _Training(pair, settings, text.held_WT)
     training.begin(state)
     if training.step == 0:
-        first = itertools.islice(_batches(text.windows_WT, settings, ranks.size), settings.aimed)
-        training.aim(pair.teacher_states(batch_BT[ranks.rank :: ranks.size], training=True) for batch_BT in first)
-    for number, batch_BT in enumerate(_batches(text.windows_WT, settings, ranks.size)):
+        first = itertools.islice(_batches(text.windows_WT, settings), settings.aimed)
+        training.aim(pair.teacher_states(batch_BT, training=True) for batch_BT in first)
+    for number, batch_BT in enumerate(_batches(text.windows_WT, settings)):
         if number < training.step:
             continue
         if training.over:
             break
-        training.advance(pair.teacher_states(batch_BT[ranks.rank :: ranks.size], training=True))
+        training.advance(pair.teacher_states(batch_BT, training=True))
         around.progress(round(1000 * training.fraction), 1000)
         if training.retreat():
             around.say(
@@ -373,7 +361,7 @@ def distill(
         checked = training.step % settings.check_every == 0 or training.over
         narrows = not training.narrowed and training.fraction >= NARROWED_AT
         if narrows:
-            training.narrow(ranks.share(around.narrow(pair.maps()) if around.narrow else None))
+            training.narrow(around.narrow(pair.maps()) if around.narrow else pair.maps())
         elif checked:
             found = training.judge()
             around.say(
@@ -386,15 +374,11 @@ def distill(
     return training.result
 
 
-def _batches(windows_WT: torch.Tensor, settings: DistillSettings, multiple: int = 1) -> Iterator[torch.Tensor]:
-    """Token ids [B, T] of each step. Each epoch cuts the text anew from a random offset, and shuffles the rows.
-
-    B is a multiple of `multiple`, the number of processes, so that all have equally many rows.
-    """
+def _batches(windows_WT: torch.Tensor, settings: DistillSettings) -> Iterator[torch.Tensor]:
+    """Token ids [B, T] of each step. Each epoch cuts the text anew from a random offset, and shuffles the rows."""
     generator = torch.Generator().manual_seed(settings.seed)
     text, length = windows_WT.flatten(), min(settings.window, windows_WT.shape[1])
     size = max(1, min(len(text) // length - 1, settings.batch_tokens // length))
-    size = -(-size // multiple) * multiple
     queue: list[torch.Tensor] = []
     for _ in range(settings.steps):
         while len(queue) < size:

@@ -39,9 +39,9 @@ from typing import Any
 
 import psutil
 
+from nbl_export.child import Child, Write
 from nbl_export.errors import NblError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE, IR_WEIGHTS
-from nbl_export.parallel.child import Child, Write
 from nbl_export.targets.gpu import free_bytes
 from nbl_export.targets.runners import TextRunner
 

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export import __version__
+from nbl_export.child import Child, Write
 from nbl_export.errors import AcceptanceError, NblError
 from nbl_export.files import replacing, versions, write_json
 from nbl_export.measure.benchmark import machine
-from nbl_export.parallel.child import Child, Write
 from nbl_export.records.results import YES_NO, CheckResult
 from nbl_export.report import document, model
 from nbl_export.run.deployed import locate

@@ -154,12 +154,8 @@ def check_machine(options: JobOptions, *, runs_engine: bool) -> None:
     """
     if options.device != "auto" or options.compute_dtype == "bfloat16":
         from nbl_export.model import bfloat16, device
-        from nbl_export.parallel import ranks
 
-        found = device.chosen(options.device, 0)
-        if ranks.current().size > 1 and options.device == "cpu" and device.free_bytes():
-            raise NblError("--device cpu with torchrun: its processes take GPUs; hide these (CUDA_VISIBLE_DEVICES=)")
-        bfloat16.chosen(options.compute_dtype, found)
+        bfloat16.chosen(options.compute_dtype, device.chosen(options.device, 0))
     if runs_engine:
         require_engine(options)
 

@@ -1,14 +1,9 @@
-"""Runs stages in a run directory, reuses finished stages, and reports a failed verification.
-
-Of several processes of torchrun, process 0 leads the run, and the other processes follow its orders.
-"""
+"""Runs stages in a run directory, reuses finished stages, and reports a failed verification."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +12,6 @@ from nbl_export.files import key_of
 from nbl_export.model.device import guarded
 from nbl_export.options.options import CHECKPOINT_FIT, IN_RECIPE, NO_ORIGINAL, RECIPE_FIT, JobOptions, located
 from nbl_export.options.settle import settle
-from nbl_export.parallel.ranks import Ranks, collect_batches, current
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.requests import EvalRequest, Prepared, Subject, SweepRequest
 from nbl_export.run import recipes
@@ -62,10 +56,8 @@ _BY_ENGINE = ("build", "bench", "lossless")  # stages in which an engine works, 
 
 def run_job(
     asked: Mapping[str, Any], output: Path, ui: Ui, *, force: bool = False, recorded: JobOptions | None = None
-) -> Path | None:
+) -> Path:
     """Make a verified and measured NBL decoder in `output`. Resumes an existing run; `force` starts over.
-
-    Returns None on helper processes of torchrun.
 
     Args:
         asked: the options, by their names, with "model".
@@ -75,12 +67,9 @@ def run_job(
         NblError: an error that the user can correct; raised before any computation if possible.
         ParityError: the graph does not compute what the torch model computes.
     """
-    with led() as leads:
-        if not leads:
-            return None
-        _work(asked, recorded, output, ui, force, "report")
-        _tell(output, ui)
-        return output
+    _work(asked, recorded, output, ui, force, "report")
+    _tell(output, ui)
+    return output
 
 
 def _tell(output: Path, ui: Ui) -> None:
@@ -92,19 +81,13 @@ def _tell(output: Path, ui: Ui) -> None:
             ui.say(f"  {name:<9}{said}")
 
 
-def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, force: bool = False) -> Path | None:
-    """Run only the calibrate stage. An existing run keeps its other recorded options.
-
-    Returns None on helper processes of torchrun.
-    """
-    with led() as leads:
-        if not leads:
-            return None
-        refuse_foreign(output)
-        recorded = {} if force else RunDirectory.peek(output).manifest.get("options", {})
-        # A new run has the closed form, whose moments serve every number of layers.
-        _work(given, JobOptions.from_json({**recorded, "model": model}), output, ui, force, "calibrate")
-        return output
+def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, force: bool = False) -> Path:
+    """Run only the calibrate stage. An existing run keeps its other recorded options."""
+    refuse_foreign(output)
+    recorded = {} if force else RunDirectory.peek(output).manifest.get("options", {})
+    # A new run has the closed form, whose moments serve every number of layers.
+    _work(given, JobOptions.from_json({**recorded, "model": model}), output, ui, force, "calibrate")
+    return output
 
 
 def _work(asked: Mapping[str, Any], recorded: JobOptions | None, output: Path, ui: Ui, force: bool, until: str) -> None:
@@ -317,65 +300,3 @@ def _refuse_failed(place: Place) -> None:
 _EXPORTERS_FAULT = (
     "the exporter's graph is already wrong, before any layer is replaced: try another --decoder-source or --precision; "
 )
-
-
-# -- processes of torchrun ---------------------------------------------------------------------------------------
-
-
-def follow(ranks: Ranks) -> None:
-    """Work for process 0 until it has no more work.
-
-    Raises:
-        NblError: a process has failed.
-    """
-    while (order := ranks.share(None)) is not None:
-        model, error = None, None
-        try:
-            model = _model(order["checkpoint"])
-        except Exception as failed:
-            error = str(failed)
-        ranks.agree(error)
-        _WORK[order["work"]](ranks, ranks.place(model), order)
-
-
-@functools.cache
-def _model(directory: str) -> Any:
-    from nbl_export.model.checkpoint import load
-
-    return load.load_model(Path(directory))
-
-
-def _calibrate(ranks: Ranks, model: Any, order: dict[str, Any]) -> None:
-    from nbl_export.calibrate import collect
-    from nbl_export.mixers import kind_of
-
-    with collect.Collection(model, order["taps"], kind_of(order["kind"]), narrow=order["narrow"]) as found:
-        found.refer(order["windows"])
-        ranks.share_reference(found)
-        collect_batches(ranks, found, collect.batches(order["windows"]), order["done"], lambda: False, lambda _: None)
-
-
-def _distill(ranks: Ranks, model: Any, order: dict[str, Any]) -> None:
-    from nbl_export.distill.training import Callbacks, DistillSettings, TrainingText, distill
-    from nbl_export.mixers import kind_of
-
-    maps = {layer: kind_of(kind).from_tensors(tensors) for layer, (kind, tensors) in order["maps"].items()}
-    text, settings = TrainingText(order["windows"], order["held"]), DistillSettings(**order["settings"])
-    distill(model, maps, order["tap"], text, settings, Callbacks(ranks=ranks))
-
-
-_WORK: dict[str, Callable[[Ranks, Any, dict[str, Any]], None]] = {"calibrate": _calibrate, "distill": _distill}
-
-
-@contextlib.contextmanager
-def led() -> Iterator[bool]:
-    """Yield True on the leading process. On other processes, follow its orders first, then yield False."""
-    ranks = current()
-    if ranks.rank:
-        follow(ranks)
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        ranks.close()

@@ -268,10 +268,8 @@ class Resolver:
         """Where the torch model is. Tells the user, if torch sees a GPU."""
         from nbl_export.model import device
         from nbl_export.model.one_layer import float32_bytes
-        from nbl_export.parallel import ranks
 
-        needed = float32_bytes(self.checkpoint.value) if ranks.current().size == 1 else 0
-        found = device.told(self.options.device, needed, self.ui.say)
+        found = device.told(self.options.device, float32_bytes(self.checkpoint.value), self.ui.say)
         self.run.note(torch_device=device.spoken(found))
         return found
 

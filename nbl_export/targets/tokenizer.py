@@ -19,8 +19,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from nbl_export.child import Child, Write
 from nbl_export.errors import MissingPackageError, NblError
-from nbl_export.parallel.child import Child, Write
 from nbl_export.targets.runners import TextRunner
 from nbl_export.trust.contained import check_folder
 

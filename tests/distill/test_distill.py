@@ -20,7 +20,6 @@ from nbl_export.errors import NblError
 from nbl_export.mixers.linear import LINEAR, Linear
 from nbl_export.model.checkpoint.load import load_model, load_tokenizer
 from nbl_export.model.linearize import linearize
-from nbl_export.parallel.ranks import ALONE
 from nbl_export.text import corpus
 from nbl_export.text import windows as text_windows
 
@@ -233,7 +232,7 @@ def test_a_resumed_run_retreats_to_the_best_parameters(tmp_path: Path) -> None:
         trained = {"0.linear.bias": torch.nn.Parameter(torch.full((2,), value))}
         maps = {0: Linear(np.eye(2, dtype=np.float32), np.zeros(2, np.float32))}
         pair: Any = SimpleNamespace(trained=trained, units={}, maps=lambda: maps)
-        return _Training(pair, DistillSettings(steps=100), [], ALONE)
+        return _Training(pair, DistillSettings(steps=100), [])
 
     first = training(1.0)  # kept at its best
     first.result.held_kl, first.result.train_kl, first.step = [(0, 0.1)], [9.0] * 10, 10

@@ -22,7 +22,6 @@ from nbl_export.model import bfloat16
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.model.windows import window_layers
-from nbl_export.parallel.ranks import ALONE
 
 from ..tiny import HIDDEN
 
@@ -161,7 +160,7 @@ def test_a_wild_row_does_not_drown_the_others(twin: Make, monkeypatch: pytest.Mo
     given[first][0].view(-1)[0] = 1e6
     given[second][1].view(-1)[0] = 0.5
     monkeypatch.setattr(made, "gradients", lambda _lesson, *_weights, whole: (given, torch.tensor([1.0, 2.0])))
-    training = _Training(made, DistillSettings(), [], ALONE)
+    training = _Training(made, DistillSettings(), [])
     training.advance(TeacherStates(torch.empty(2, 1, 1), torch.empty(2, 1, 1), torch.empty(2, 0)))
     assert made.trained[first].grad is not None and made.trained[second].grad is not None
     assert made.trained[first].grad.view(-1)[0].item() == pytest.approx(0.5)
@@ -210,7 +209,7 @@ def test_a_window_is_aimed_and_measured_by_what_its_products_read(twin: Make) ->
         for name, parameter in made.trained.items():
             if not name.endswith("down"):
                 parameter.zero_()
-    teacher, training = made.teacher_states(IDS, training=True), _Training(made, DistillSettings(), [], ALONE)
+    teacher, training = made.teacher_states(IDS, training=True), _Training(made, DistillSettings(), [])
     whole = training._gradients(teacher, whole=True)[0]
     training.aim([teacher])
     window = made.affine["2"].linear
@@ -234,7 +233,7 @@ def test_a_window_is_aimed_and_measured_by_what_its_products_read(twin: Make) ->
 
 def test_units_are_measured_on_what_a_map_reads(twin: Make) -> None:
     made = twin()
-    training = _Training(made, DistillSettings(), [], ALONE)
+    training = _Training(made, DistillSettings(), [])
     with torch.no_grad():
         made.affine["0"].linear.up.zero_()  # where aiming begins
         made.affine["0"].linear.shift.zero_()
@@ -259,7 +258,7 @@ def test_deltas_begin_where_the_gradient_is(twin: Make) -> None:
     with torch.no_grad():
         for module in made.affine.values():
             module.linear.up.zero_()
-    training = _Training(made, DistillSettings(lora_rank=4, hidden_weight=0.3), [], ALONE)
+    training = _Training(made, DistillSettings(lora_rank=4, hidden_weight=0.3), [])
     batches = [made.teacher_states(ids, training=True) for ids in (IDS, IDS.flip(0) + 1)]
     whole = [training._gradients(teacher, whole=True)[0] for teacher in batches]
     training.aim(batches)
@@ -276,7 +275,7 @@ def test_a_clock_that_is_nearly_over_stops_aiming(twin: Make, monkeypatch: pytes
     """Of a minute three seconds, where each batch takes one: a slow model must not spend its minutes on it."""
     made, ticks = twin(2), itertools.count()
     monkeypatch.setattr("nbl_export.distill.training.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
-    training = _Training(made, DistillSettings(UNLIMITED, minutes=1.0, lora_rank=2), [], ALONE)
+    training = _Training(made, DistillSettings(UNLIMITED, minutes=1.0, lora_rank=2), [])
     left = iter([made.teacher_states(IDS, training=True)] * 16)
     training.aim(left)
     assert len(list(left)) == 13

@@ -22,13 +22,13 @@ import numpy as np
 import psutil
 import pytest
 
+from nbl_export import child
 from nbl_export.errors import NblError
 from nbl_export.measure import benchmark, rounds
 from nbl_export.measure.benchmark import BenchSetting, decode_tokens, limits_for, plan_scenarios
 from nbl_export.measure.instruments import Footprint, Instruments, Meter, Reading, measure_footprint, read_usage
 from nbl_export.measure.rounds import Variant
 from nbl_export.options.options import JobOptions
-from nbl_export.parallel import child
 from nbl_export.records.paired import figures
 from nbl_export.records.results import Scenario, Timing
 from nbl_export.targets.runners import SequenceLimits

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nbl_export.child import Child
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.model.checkpoint.load import load_model
-from nbl_export.parallel.child import Child
 from nbl_export.records.results import CheckResult
 from nbl_export.run import accept as accepting
 from nbl_export.verify import on_target
@@ -238,7 +238,7 @@ def test_an_engine_that_hangs_is_ended(values: Path, monkeypatch: pytest.MonkeyP
         return event
 
     monkeypatch.setattr(Child, "answer", impatient)
-    monkeypatch.setattr("nbl_export.parallel.child.GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("nbl_export.child.GRACE_SECONDS", 0.2)
     hung = results(apart(values, "hang", 1800))[-1]
     assert hung["detail"] == "no answer within 1800 s: it hung while running one sequence of 56 tokens"
     assert not hung["passed"]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbl_export.errors import CorruptError, NblError
+from nbl_export.errors import CorruptError
 from nbl_export.mixers import kind_of
 from nbl_export.model.device import is_gpu, spoken
 from nbl_export.options.options import CHECKPOINT_FIT, IN_RECIPE, NO_ORIGINAL, RECIPE_FIT
@@ -97,58 +97,39 @@ def run(inputs: CalibrateInputs, place: Place, out: Path) -> dict[str, Any]:
 
 
 def _run_whole(inputs: CalibrateInputs, place: Place, parts: Sequence[Any], facts: dict[str, Any], out: Path) -> None:
-    """Collect with the whole model in memory, on one process or several."""
-    from nbl_export.parallel import ranks as distributed
-
+    """Collect with the whole model in memory."""
     windows, _ = inputs.windows.value
     partial = _Partial(place.run.partial("calibrate"), facts)
     total = windows.numel()
-    taps, ranks, narrow = facts["identity"]["taps"], distributed.current(), facts["identity"]["products"] == "bfloat16"
+    taps, narrow = facts["identity"]["taps"], facts["identity"]["products"] == "bfloat16"
     with place.ui.task(f"{total} tokens") as progress, _collection(inputs, taps, narrow) as found:
         done = partial.restore(found)
         if done:
             place.ui.say(f"  resuming after {done} of {len(parts)} batches")
         else:
             found.refer(windows)
-        checkpoint = str(inputs.checkpoint.value.absolute())
-        order = {"checkpoint": checkpoint, "windows": windows, "done": done}
-        ranks.lead({"work": "calibrate", **order, "taps": taps, "kind": inputs.mixer.value, "narrow": narrow})
-        ranks.agree(None)
-        ranks.share_reference(found)
-
-        def is_due() -> bool:
-            progress(min(total, found.count * ranks.size), total)
-            return partial.is_due()
-
-        distributed.collect_batches(ranks, found, parts, done, is_due, lambda end: partial.save(found, end))
-        ranks.done()
+        for end, part in enumerate(parts[done:], start=done + 1):
+            found.add(part)
+            progress(found.count, total)
+            if partial.is_due():
+                partial.save(found, end)
         _write(found, out / MOMENTS_FILE, facts)
 
 
 def _narrow(inputs: CalibrateInputs, device: Any) -> bool:
-    """Whether the model's products are in bfloat16. All processes of a run follow process 0."""
+    """Whether the model's products are in bfloat16."""
     from nbl_export.model import bfloat16
 
     return inputs.graph.value is None and bfloat16.chosen(inputs.compute_dtype, device)
 
 
 def _collection(inputs: CalibrateInputs, taps: list[str], narrow: bool) -> Any:
-    """Accumulators on the torch model, or on the graph if the model is only a graph.
-
-    Raises:
-        NblError: the model is a graph, and torchrun started several processes.
-    """
+    """Accumulators on the torch model, or on the graph if the model is only a graph."""
     from nbl_export.calibrate import collect
-    from nbl_export.parallel import ranks as distributed
 
-    ranks = distributed.current()
     if inputs.graph.value is None:
-        return collect.Collection(ranks.place(inputs.model.value), taps, kind_of(inputs.mixer.value), narrow=narrow)
-    from nbl_export.calibrate.collect import GraphCollection
-
-    if ranks.size > 1:
-        raise NblError("torchrun is for torch models; calibrate a graph with one process")
-    return GraphCollection(inputs.graph.value, inputs.spec, taps, kind_of(inputs.mixer.value))
+        return collect.Collection(inputs.model.value, taps, kind_of(inputs.mixer.value), narrow=narrow)
+    return collect.GraphCollection(inputs.graph.value, inputs.spec, taps, kind_of(inputs.mixer.value))
 
 
 def _device(inputs: CalibrateInputs, place: Place) -> tuple[Any, bool]:
@@ -158,12 +139,9 @@ def _device(inputs: CalibrateInputs, place: Place) -> tuple[Any, bool]:
     """
     from nbl_export.calibrate.sums import sums_bytes
     from nbl_export.model.one_layer import float32_bytes, layer_bytes
-    from nbl_export.parallel import ranks as distributed
 
     if inputs.graph.value is not None:
         return None, False
-    if distributed.current().size > 1:
-        return inputs.device.value, False
     spec, short, checkpoint = inputs.spec, inputs.shortage.value, inputs.checkpoint.value
     sums = len(taps_of(inputs.tap)) * sums_bytes(_sizes(inputs))
     if not short and is_gpu(inputs.device.value):

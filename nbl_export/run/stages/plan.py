@@ -326,7 +326,6 @@ def run_distill(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any
     """Write the trained maps and distill.json; returns the facts for the manifest."""
     from nbl_export.distill import training
     from nbl_export.distill.state import State
-    from nbl_export.parallel import ranks as distributed
     from nbl_export.plan.maps_file import load_maps, maps_in, save_maps
 
     plan, windows, judging = place.plan, inputs.training.value, inputs.held_back.value.choosing
@@ -334,19 +333,12 @@ def run_distill(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any
     settings = _settings(inputs, goal)
     path = place.run.path / START_FILE
     start = load_maps(path, maps_in(path)[0])
-    ranks = distributed.current()
-    maps = {i: [m.kind, m.tensors()] for i, m in start.items()}
-    given = {"maps": maps, "windows": windows, "held": judging, "settings": settings, "tap": plan.tap}
-    ranks.lead({"work": "distill", "checkpoint": str(inputs.checkpoint.value.absolute()), **given})
-    ranks.agree(None)
     state = State(place.run.partial("distill"), _state_key(inputs.fingerprint, path, windows, judging, settings))
     with place.ui.task("distilling") as progress:
         found = training.distill(
-            ranks.place(inputs.model.value), start, plan.tap, training.TrainingText(windows, judging), settings,
-            training.Callbacks(progress, lambda s: place.ui.say(f"  {s}"), state, ranks,
-                               goal.narrow if goal else None),
+            inputs.model.value, start, plan.tap, training.TrainingText(windows, judging), settings,
+            training.Callbacks(progress, lambda s: place.ui.say(f"  {s}"), state, goal.narrow if goal else None),
         )  # fmt: skip
-    ranks.done()
     facts = goal.reach(found.maps) if goal else {}
     replaced = facts.get("replaced_layers", plan.replaced)
     save_maps({i: found.maps[i] for i in replaced}, out / MAPS_FILE, plan.tap)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nbl_export.parallel.child import Child, Write, _packed, _restored
+from nbl_export.child import Child, Write, _packed, _restored
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ Write = Callable[[Any], None]  # sends a JSON value to the parent
 
 GRACE_SECONDS = 10.0  # for a child to end the processes that it has started
 _MOST_BYTES = 64 << 20  # of an answer
-_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from nbl_export.parallel.child import main; main()"
+_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from nbl_export.child import main; main()"
 
 
 class Child:

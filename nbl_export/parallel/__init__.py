@@ -1,1 +1,0 @@
-"""Processes of torchrun that work together."""
