@@ -273,7 +273,7 @@ class Job:
 
     def _top_work(self) -> float:
         """Work of `plan.kinds`: the original for each eighth of the layers, and each layer of it with each kind."""
-        tokens = 2 * min(_LONG_KINDS, self.shape.decoder.max_positions)  # a row of each text
+        tokens = 3 * min(_LONG_KINDS, self.shape.decoder.max_positions)  # a row of each text, and of repeated passages
         kinds = 1 + (1 if self.options.window else len(WIDTHS))
         part = self.shape.decoder.num_layers / 8
         passes = sum(1 + part * (place + 0.5) / 8 for place in range(_TOP_PARTS))
