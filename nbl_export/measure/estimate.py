@@ -272,13 +272,13 @@ class Job:
         return _START_SECONDS + fits / self.speed.product_flops_per_second + work / self._torch_rate
 
     def _top_work(self) -> float:
-        """Work of `plan.kinds`: the original for each eighth of the layers, and each layer of it with each kind."""
+        """Work of `plan.kinds`: the original, and each layer of some eighths with each kind."""
         tokens = 3 * min(_LONG_KINDS, self.shape.decoder.max_positions)  # a row of each text, and of repeated passages
         kinds = 1 + (1 if self.options.window else len(WIDTHS))
         part = self.shape.decoder.num_layers / 8
-        passes = sum(1 + part * (place + 0.5) / 8 for place in range(_TOP_PARTS))
-        heads = _HEADS * _TOP_PARTS * part / 8  # every eighth position is judged
-        return tokens * kinds * (passes * self._pass + heads * self._head)
+        passes = 1 + kinds * sum(part * (place + 0.5) / 8 for place in range(_TOP_PARTS))
+        heads = kinds * _TOP_PARTS * (1 + part) / 8  # every eighth position is judged
+        return tokens * (passes * self._pass + heads * self._head)
 
     @property
     def _trains(self) -> bool:

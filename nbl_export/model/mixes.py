@@ -8,6 +8,7 @@ A mix is named by its replaced set: the layers that compute their maps instead o
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -57,6 +58,15 @@ def _exp(value: float) -> float:
 
 class Runs(ABC):
     """Mixes on the same windows. All hidden states are [windows, context, D]."""
+
+    _model: Any  # the `Mixes` that these are of
+
+    def of(self, mixes: Mixes) -> Runs:
+        """The same windows in the same model with other mixers, without another run of the original."""
+        self.original  # noqa: B018
+        others = copy.copy(self)
+        others._model = mixes
+        return others
 
     @property
     @abstractmethod

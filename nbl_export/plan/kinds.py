@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from nbl_export.model.mixes import Mixes, quiet
+from nbl_export.model.mixes import Mixes, Runs, quiet
 from nbl_export.plan.inputs import Maps, Texts
 from nbl_export.text.windows import repeated
 
@@ -41,15 +41,17 @@ def losses_alone(
         texts: consecutive windows of each. length: most tokens of a row; one row of each text is read.
         attention: layers with attention, ascending. is_enough: whether no layer further down is wanted.
     """
-    rows = [long_rows(ids, length)[:1] for _, ids in texts]
-    rows.append(repeated(texts[0][1], length))
+    rows = [*(long_rows(ids, length)[:1] for _, ids in texts), repeated(texts[0][1], length)]
+    original = mixes({})
+    runs = [(ids_WT[0], original.runs(ids_WT, again=True)) for ids_WT in rows]
     found: Losses = {}
     step = max(1, round(len(attention) / 8))
     for end in range(len(attention), 0, -step):
         layers = attention[max(1, end - step) : end]  # one layer keeps its attention
         kinds = mixers(layers)
         for done, (kind, maps) in enumerate(kinds.items()):
-            kls = [_losses(mixes(maps), ids_WT, maps) for ids_WT in rows]
+            mixed = mixes(maps)
+            kls = [_losses(mixed, ids_T, of_row.of(mixed), maps) for ids_T, of_row in runs]
             for layer in maps:
                 found.setdefault(layer, {})[kind] = tuple(kl[layer] for kl in kls)
             progress(len(kinds) * len(found) - len(kinds) + done + 1, len(kinds) * len(attention))
@@ -99,10 +101,7 @@ def long_rows(windows_WT: Any, length: int) -> torch.Tensor:
     return ids[: rows * length].view(rows, length) if rows else torch.as_tensor(windows_WT)
 
 
-def _losses(mixes: Mixes, ids_WT: torch.Tensor, layers: Iterable[int]) -> dict[int, float]:
+def _losses(mixes: Mixes, ids_T: torch.Tensor, runs: Runs, layers: Collection[int]) -> dict[int, float]:
     """Each layer, and the KL of a row if it alone is replaced."""
-    runs, layers = mixes.runs(ids_WT, again=False), list(layers)
-    pairs = zip(layers, runs.last([(i,) for i in layers]), strict=True)
-    return {
-        layer: mixes.losses(ids_WT[0], runs.original[0], {layer: last[0]}, _EVERY)[layer].kl for layer, last in pairs
-    }
+    last = {layer: last_WTD[0] for layer, last_WTD in zip(layers, runs.last([(i,) for i in layers]), strict=True)}
+    return {layer: loss.kl for layer, loss in mixes.losses(ids_T, runs.original[0], last, _EVERY).items()}

@@ -152,6 +152,26 @@ def test_mixes_run_only_the_layers_in_which_they_differ(
         torch.testing.assert_close(next(seen.last([(layer,)])), before)
 
 
+def test_other_mixers_begin_at_the_states_of_the_same_original(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """As in the choice of kinds: the original runs without mixers, and once."""
+    directory, others = checkpoint("llama"), {i: random_map(i) for i in (1, 2)}
+    model = load_model(directory)
+    passes: list[Any] = []
+    model.get_decoder().layers[0].register_forward_hook(lambda *given: passes.append(given))
+    whole = SwitchedModel(model, {}, "residual"), SwitchedModel(model, others, "residual")
+    layers = StreamedModel(directory, {}, "residual", tmp_path), StreamedModel(directory, others, "residual", tmp_path)
+    found = {}
+    for name, (first, second) in {"whole": whole, "layers": layers}.items():
+        runs = first.runs(IDS, again=True)
+        for shared in (runs.of(second), runs.of(second)):
+            found[name] = [*shared.last([(1,), (1, 2)]), shared.original]
+    assert len(passes) == 1
+    fresh = SwitchedModel(model, others, "residual").runs(IDS, again=False)
+    for expected, *seen in zip([*fresh.last([(1,), (1, 2)]), fresh.original], *found.values(), strict=True):
+        for one in seen:
+            torch.testing.assert_close(one, expected, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.usefixtures("in_files")
 def test_hidden_states_go_to_files_that_leave_nothing(checkpoint: Checkpoint, tmp_path: Path) -> None:
     whole, layers = both(checkpoint("llama"), tmp_path)

@@ -97,19 +97,27 @@ class Planted:
         self.original = torch.ones(1, 8, 2)
 
     def runs(self, ids: Any, *, again: bool) -> Any:
-        assert not again
-        self.text = int(ids[0, -1])
-        self.asked.append((*ids.shape, self.text, *self.maps))
-        return self
+        assert again and not self.maps  # the original runs once for all kinds
+        self.asked.append((*ids.shape, int(ids[0, -1])))
+        return PlantedRuns(int(ids[0, -1]), self)
+
+    def losses(self, ids: Any, original: Any, last: Any, every: int) -> Any:
+        assert tuple(last) == tuple(self.maps)  # the original's logits are computed once for the layers of a part
+        assert (every, *ids.shape, *original.shape) == (8, 8, 8, 2)
+        return {name: SimpleNamespace(kl=(value - original).mean().item()) for name, value in last.items()}
+
+
+class PlantedRuns:
+    def __init__(self, text: int, model: Planted) -> None:
+        self.text, self.model, self.original = text, model, model.original
+
+    def of(self, model: Planted) -> PlantedRuns:
+        return PlantedRuns(self.text, model)
 
     def last(self, sets: Any) -> Any:
         for (layer,) in sets:
-            kind = self.maps[layer]
-            yield self.original + self.kls[kind][layer][self.text]
-
-    def losses(self, ids: Any, original: Any, last: Any, every: int) -> Any:
-        assert (every, *ids.shape, *original.shape) == (8, 8, 8, 2)
-        return {name: SimpleNamespace(kl=(value - original).mean().item()) for name, value in last.items()}
+            kind = self.model.maps[layer]
+            yield self.original + self.model.kls[kind][layer][self.text]
 
 
 def test_layers_are_measured_from_the_top_until_it_is_enough() -> None:
@@ -128,7 +136,7 @@ def test_layers_are_measured_from_the_top_until_it_is_enough() -> None:
         return losses_alone(made, mixers, range(17), texts, 8, is_enough, lambda *state: done.append(state))
 
     assert found(1) == {i: {MAP: (4.0, 2.0, 7.0), 5: (1.0, 3.0, 5.0)} for i in (15, 16)}
-    assert asked == [(1, 8, text, 15, 16) for _ in kls for text in (0, 1, 2)] and done[-1] == (4, 34)
+    assert asked == [(1, 8, text) for text in (0, 1, 2)] and done[-1] == (4, 34)
     assert sorted(found(3)) == [13, 14, 15, 16]
     assert sorted(found(100)) == list(range(1, 17))  # one layer keeps its attention
 
