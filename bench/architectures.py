@@ -54,6 +54,7 @@ RUNS = (
     ("openvino", "int4"),
 )
 JOBS = ("llama", "mistral-window", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "olmo2", "smollm3", "granite")
+ALSO = {"gpt_oss": (("openvino", "int4"),)}
 OF_OTHERS = (("genai", "fp32"), ("mobius", "fp32"), ("static", "fp32"), ("openvino", "fp32"))
 PARITY = 1e-3  # largest logit difference
 REPLACED = "1,2"  # of three layers, or of a hybrid's five
@@ -236,7 +237,8 @@ def runs_of(name: str) -> tuple[tuple[str, str], ...]:
     """Sources and precisions of an architecture or variant."""
     if name in (*JOBS, *HYBRIDS):
         return RUNS
-    return (OF_OTHERS[0], ("genai", "int4"), *OF_OTHERS[1:]) if name in made_by("genai") else OF_OTHERS
+    made = (OF_OTHERS[0], ("genai", "int4"), *OF_OTHERS[1:]) if name in made_by("genai") else OF_OTHERS
+    return (*made, *ALSO.get(name, ()))
 
 
 def main() -> None:

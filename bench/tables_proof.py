@@ -101,7 +101,9 @@ _ARCHITECTURES = {
     "phimoe": "Phi, experts",
     "mixtral": "Mixtral",
     "lfm2": "LFM2",
+    "lfm2_moe": "LFM2, experts",
     "qwen3_5": "Qwen3.5 (text)",
+    "qwen3_5_moe": "Qwen3.5 (text), experts",
 }
 
 

@@ -91,7 +91,7 @@ VARIANTS = ("mistral", "llama3", "llama-linear", "llama-yarn", "llama-bias", "qw
 
 
 # Layers without attention between layers with attention, which are `HYBRID_ATTENTION`.
-HYBRIDS: tuple[str, ...] = ("lfm2", "qwen3_5")
+HYBRIDS: tuple[str, ...] = ("lfm2", "lfm2_moe", "qwen3_5", "qwen3_5_moe")
 HYBRID_ATTENTION = (1, 2, 4)  # of five layers
 
 
@@ -117,6 +117,7 @@ _RECORD = {
     "gemma3": "gemma3_text",
     "hunyuan": "hunyuan_v1_dense",
     "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
 }  # where it is not the name
 
 
@@ -166,7 +167,12 @@ def _mixed(kind: str) -> dict[str, Any]:
 
 
 _EXPERTS = {"num_experts_per_tok": 2}
+_MANY = {"num_experts_per_tok": 8}  # of 16: another choice, by rounding of activations, then costs little
 _ROPE = {"factor": 4.0, "original_max_position_embeddings": 64}
+_DELTA = {**_mixed("linear_attention"), "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+          "linear_key_head_dim": 24, "linear_value_head_dim": 40, "rope_parameters": {
+              "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1],
+              "mrope_interleaved": True}}  # fmt: skip
 _SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": True}),
     "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True}),
@@ -239,17 +245,18 @@ _SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": ("GraniteMoe", {**SPLIT, **_EXPERTS, "num_local_experts": 4, "embedding_multiplier": 3.0,
                                   "logits_scaling": 2.0, "residual_multiplier": 0.4, "attention_multiplier": 0.4,
                                   "tie_word_embeddings": True}),
-    "gpt_oss": ("GptOss", {**_EXPERTS, "num_local_experts": 4, "sliding_window": _WINDOW, "rope_parameters": {
+    "gpt_oss": ("GptOss", {**_MANY, "num_local_experts": 16, "sliding_window": _WINDOW, "rope_parameters": {
         "rope_type": "yarn", "rope_theta": 10_000.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
         "factor": 8.0, "original_max_position_embeddings": 256}}),
     "phimoe": ("Phimoe", {**SPLIT, **_EXPERTS, "num_local_experts": 4, "attention_bias": True, "lm_head_bias": True}),
     "mixtral": ("Mixtral", {**_EXPERTS, "num_local_experts": 4}),
     "lfm2": ("Lfm2", {**SPLIT, "norm_eps": EPSILON, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True,
                       **_mixed("conv")}),
-    "qwen3_5": ("Qwen3_5Text", {**_mixed("linear_attention"), "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-                                "linear_key_head_dim": 24, "linear_value_head_dim": 40, "rope_parameters": {
-                                    "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
-                                    "mrope_section": [2, 1, 1], "mrope_interleaved": True}}),
+    "lfm2_moe": ("Lfm2Moe", {**SPLIT, **_MANY, "norm_eps": EPSILON, "num_experts": 16, "moe_intermediate_size": 64,
+                             "num_dense_layers": 2, "routed_scaling_factor": 1.5, **_mixed("conv")}),
+    "qwen3_5": ("Qwen3_5Text", _DELTA),
+    "qwen3_5_moe": ("Qwen3_5MoeText", {**_DELTA, **_MANY, "num_experts": 16, "moe_intermediate_size": 64,
+                                       "shared_expert_intermediate_size": 160}),
 }  # fmt: skip
 
 
@@ -284,6 +291,9 @@ def save_checkpoint(architecture: str, directory: Path, **changes: Any) -> Path:
                 parameter.mul_(4)
             else:  # norms and biases: what starts as 1 or 0 could be forgotten unseen
                 parameter.add_(0.2 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name in model.state_dict():  # such as what a router adds to its scores
+                buffer.normal_(0, 0.3)
     model.save_pretrained(directory)
     _tokenizer().save_pretrained(directory)
     return directory

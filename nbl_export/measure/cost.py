@@ -148,7 +148,7 @@ class CostModel:
         total = 2.0 * (tokens if self.all_logits and not pruned else 1) * self._head
         for layer in self._computed(sizes):
             entering, leaving = (rows[layer], rows[layer + 1]) if pruned else (tokens, tokens)
-            total += 2.0 * leaving * self._mlp
+            total += 2.0 * leaving * self.mlp.of(layer).multiply_adds(self.spec.hidden_size, every=self.every_expert)
             if layer in sizes:
                 total += 2.0 * entering * sizes[layer].multiply_adds
             elif layer in self.spec.others:
@@ -159,7 +159,7 @@ class CostModel:
 
     def _bytes(self, sizes: Mapping[int, TokenWork], tokens: int, depth: int) -> float:
         rows = self._rows(sizes, tokens) if self.tail_pruned else [tokens] * (self.spec.num_layers + 1)
-        elements = sum(self._elements(sizes, i) + self._mlp_read(rows[i + 1]) for i in self._computed(sizes))
+        elements = sum(self._elements(sizes, i) + self._mlp_read(i, rows[i + 1]) for i in self._computed(sizes))
         kept = (i for i in self.spec.attention_layers if i not in sizes)
         positions = sum(min(depth + tokens, (self.spec.window_of(i) or depth + tokens) + tokens - 1) for i in kept)
         cache = self.spec.cache_bytes_per_token(1, self.cache_itemsize) * positions
@@ -208,12 +208,8 @@ class CostModel:
     def _o_proj(self) -> int:
         return self.spec.hidden_size * self.spec.num_heads * self.spec.head_dim
 
-    @property
-    def _mlp(self) -> int:
-        return self.mlp.multiply_adds(self.spec.hidden_size, every=self.every_expert)
-
-    def _mlp_read(self, tokens: int) -> float:
-        return self.mlp.read(self.spec.hidden_size, tokens, every=self.every_expert)
+    def _mlp_read(self, layer: int, tokens: int) -> float:
+        return self.mlp.of(layer).read(self.spec.hidden_size, tokens, every=self.every_expert)
 
     @property
     def _head(self) -> int:

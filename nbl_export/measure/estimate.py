@@ -324,7 +324,7 @@ class Job:
 
     @property
     def _activations(self) -> float:
-        return 12.0 * _BATCH * self.shape.mlp.active
+        return 12.0 * _BATCH * max(self.shape.mlp.active, self.shape.mlp.dense_width)
 
     @property
     def _narrow_copies(self) -> float:

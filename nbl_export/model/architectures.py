@@ -7,11 +7,12 @@ what is missing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.model.architecture_record import FUSED, Architecture
-from nbl_export.model.experts import GRANITE, MIXTRAL, QWEN, Experts
+from nbl_export.model.experts import GRANITE, LFM2, MIXTRAL, QWEN, Experts
 from nbl_export.model.hybrids import GATED_DELTA, SHORT_CONVOLUTION
 from nbl_export.records.decoder import attention_among
 from nbl_export.records.mlp import MlpSpec
@@ -57,6 +58,20 @@ _NO_STATIC_CACHE = {"static": "mobius (0.1), which it comes from, has no caches 
 _NO_STATES = {
     "mobius": "mobius (0.1) does not know its layers without attention; use --decoder-source genai",
     "static": "the static form has no states of layers without attention",
+}
+
+
+_LFM2: dict[str, Any] = {
+    "norm_before": "operator_norm",
+    "norm_mlp": "ffn_norm",
+    "mlp": "feed_forward",
+    "mlp_in": ("w1", "w3"),
+    "mlp_out": "w2",
+    "norm_last": "embedding_norm",
+    "tied": True,
+    "per_layer": ("layer_types",),
+    "others": SHORT_CONVOLUTION,
+    "not_from": _NO_STATES,
 }
 
 
@@ -228,20 +243,13 @@ ARCHITECTURES = {
         ),
         Architecture("phimoe", "Phimoe", experts=Experts(stored=MIXTRAL), not_from=_EXPERTS),
         Architecture("mixtral", "Mixtral", runtime_type="llama", experts=Experts(stored=MIXTRAL), not_from=_EXPERTS),
+        Architecture("lfm2", "Lfm2", **_LFM2, width=_lfm2_width),
         Architecture(
-            "lfm2",
-            "Lfm2",
-            norm_before="operator_norm",
-            norm_mlp="ffn_norm",
-            mlp="feed_forward",
-            mlp_in=("w1", "w3"),
-            mlp_out="w2",
-            norm_last="embedding_norm",
-            tied=True,
-            per_layer=("layer_types",),
-            others=SHORT_CONVOLUTION,
-            width=_lfm2_width,
-            not_from=_NO_STATES,
+            "lfm2_moe",
+            "Lfm2Moe",
+            **_LFM2,
+            must_be={"norm_topk_prob": (None, True)},
+            experts=Experts("moe_intermediate_size", stored=LFM2, first_dense="num_dense_layers"),
         ),
         Architecture(
             "qwen3_5_text",
@@ -250,6 +258,16 @@ ARCHITECTURES = {
             per_layer=("layer_types",),
             gated=True,
             others=GATED_DELTA,
+            not_from=_NO_STATES,
+        ),
+        Architecture(
+            "qwen3_5_moe_text",
+            "Qwen3_5Moe",
+            norm_offset=1.0,
+            per_layer=("layer_types",),
+            gated=True,
+            others=GATED_DELTA,
+            experts=Experts("moe_intermediate_size", "shared_expert_intermediate_size", QWEN),
             not_from=_NO_STATES,
         ),
     )
@@ -265,7 +283,7 @@ REFUSED = {
 
 
 def mlp_of(config: Mapping[str, Any]) -> MlpSpec:
-    """Sizes of a layer's MLP from a configuration (config.json); an unknown architecture has a gated one.
+    """Sizes of the MLPs from a configuration (config.json); an unknown architecture has gated ones.
 
     Raises:
         KeyError, TypeError, ValueError: the configuration does not state them.
@@ -281,7 +299,9 @@ def mlp_of(config: Mapping[str, Any]) -> MlpSpec:
     count = next((config[key] for key in _COUNTS if key in config), None)
     if type(count) is not int or count < 1:
         raise ValueError("it states no number of experts")
-    return MlpSpec(width, 3, count, config["num_experts_per_tok"], shared)
+    found = MlpSpec(width, 3, count, config["num_experts_per_tok"], shared)
+    first = config[keys.first_dense] if keys.first_dense else 0
+    return replace(found, dense=tuple(range(first)), dense_width=config["intermediate_size"]) if first else found
 
 
 def hybrid_facts(config: Any) -> dict[str, Any]:

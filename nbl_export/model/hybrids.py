@@ -95,7 +95,7 @@ _WITH_EXPERTS = "its layers mix states and experts, which are supported only one
 UNSUPPORTED = {
     "falcon_h1": "attention and a Mamba block run side by side in its layers, and no addition joins attention alone",
     **dict.fromkeys(("bamba", "granitemoehybrid", "jamba", "nemotron_h", "zamba2"), _NO_MAMBA),
-    **dict.fromkeys(("lfm2_moe", "qwen3_5_moe_text", "qwen3_next"), _WITH_EXPERTS),
+    **dict.fromkeys(("qwen3_next",), _WITH_EXPERTS),
 }
 SHORT_CONVOLUTION = Others("conv", _short_convolution)
 GATED_DELTA = Others("linear_attention", _gated_delta)

@@ -64,7 +64,7 @@ class WeightReader:
         self._stored = experts.stored if experts else {}
 
     def fill(self, module: nn.Module, renamed: Callable[[str], str]) -> None:
-        """Give a module's parameters on the meta device their values, in float32.
+        """Give a module's parameters, and the buffers that a checkpoint has, their values in float32.
 
         Args:
             renamed: a parameter's name in the module -> its name in the checkpoint's decoder.
@@ -72,14 +72,16 @@ class WeightReader:
         Raises:
             NblError: the checkpoint lacks a parameter, or has it in another shape.
         """
-        for name, parameter in list(module.named_parameters()):
+        for name, parameter in list(module.state_dict(keep_vars=True).items()):
             value = self._whole(renamed(name), len(parameter))
             if value.shape != parameter.shape:
                 raise NblError(
                     f"{renamed(name)} has shape {list(value.shape)}, not {list(parameter.shape)}; fetch the model again"
                 )
             owner, _, field = name.rpartition(".")
-            module.get_submodule(owner)._parameters[field] = nn.Parameter(value, requires_grad=False)
+            if isinstance(parameter, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=False)
+            setattr(module.get_submodule(owner), field, value)
 
     def _whole(self, name: str, experts: int) -> torch.Tensor:
         """A weight, of the parts that the checkpoint has: matrices of single experts, gate and up apart."""
@@ -153,6 +155,9 @@ def one_layer(config: Any, index: int, weights: WeightReader) -> Any:
     for name in architecture_of(config).per_layer:
         if getattr(config, name, None):
             setattr(single, name, [getattr(config, name)[index]])
+    experts = architecture_of(config).experts
+    if experts and experts.first_dense:
+        setattr(single, experts.first_dense, max(0, getattr(config, experts.first_dense) - index))
     with init_empty_weights(include_buffers=False):  # the rotary frequencies are computed buffers
         decoder = model_with(single, lm_head=False)
     if index < config.num_hidden_layers - 1:

@@ -87,8 +87,9 @@ def test_layers_with_a_reach_at_the_top_compute_few_tokens() -> None:
     local = dict.fromkeys(range(24, 30), work(1000))
     few, one = (model.prefill_flops(sizes) for sizes in (dict.fromkeys(local, near), local))
     leaving, entering = 317 + 254 + 191 + 128 + 65 + 1 - 6, 380 + 317 + 254 + 191 + 128 + 65 - 6
-    below = 379 * (model._mlp + 576 * 576)  # o_proj and MLP of layer 23
-    assert few - one == pytest.approx(2 * (leaving * model._mlp + entering * 1000 + below), rel=1e-6)
+    mlp = model.mlp.multiply_adds(576)
+    below = 379 * (mlp + 576 * 576)  # o_proj and MLP of layer 23
+    assert few - one == pytest.approx(2 * (leaving * mlp + entering * 1000 + below), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,11 @@ def test_experts_that_a_chunk_reads() -> None:
     assert mlp.read(4, 1, every=True) == mlp.elements(4)
     assert [mlp.multiply_adds(4, every=every) for every in (False, True)] == [around + 2 * one, around + 8 * one]
     assert MlpSpec(10).multiply_adds(4, every=True) == one  # a dense MLP has no experts to leave out
-    costs = CostModel(dataclasses.replace(SMOLLM2, num_layers=2), mlp, 4.0, 4.0, 4)
+    mixed = dataclasses.replace(mlp, dense=(1,), dense_width=50)
+    assert (mixed.of(0), mixed.of(1)) == (mixed, MlpSpec(50)) and mixed.elements(4) == mlp.elements(4)
+    both = CostModel(dataclasses.replace(SMOLLM2, num_layers=2), mixed, 4.0, 4.0, 4)
+    costs = dataclasses.replace(both, mlp=mlp)
+    assert costs.decode({}, 0).bytes - both.decode({}, 0).bytes == 4 * 576 * (8 + 1 + 3 * (2 * 10 + 6) - 3 * 50)
     per_layer = (costs.decode({}, 0).bytes - costs.decode({0: work(0)}, 0).bytes) / 4
     assert per_layer == costs.spec.projections + 2 * 3 * 64  # attention and its cache: experts stay
     every = dataclasses.replace(costs, every_expert=True)
@@ -219,4 +224,4 @@ def test_a_job_from_a_source_that_computes_every_expert(checkpoint: Callable[[st
     for source, every in (("mobius", True), ("genai", False)):
         options = JobOptions(str(directory), decoder_source=source)
         found = cost_model(options, capabilities_of("ort"), spec, directory, token_table=False)
-        assert (found.every_expert, found.mlp) == (every, MlpSpec(INNER, 3, experts=4, chosen=2))
+        assert (found.every_expert, found.mlp) == (every, MlpSpec(INNER, 3, experts=16, chosen=8))

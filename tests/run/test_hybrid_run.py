@@ -13,7 +13,7 @@ from ..tiny import HEAD_DIM, HYBRID_ATTENTION, KV_HEADS
 
 
 def test_a_job_on_a_hybrid(checkpoint: Callable[[str], Path], text: Path, tmp_path: Path) -> None:
-    model, run = checkpoint("lfm2"), tmp_path / "run"
+    model, run = checkpoint("lfm2_moe"), tmp_path / "run"
     done = nbl("--model", model, "--output", run, "--calibration", text, *TINY, "--layers", "2", "--precision", "int4")
     assert done.status == 0, done.err
     facts, report = (json.loads((run / name).read_text()) for name in ("nbl.json", "report.json"))

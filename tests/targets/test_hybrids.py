@@ -38,7 +38,7 @@ TOLERANCE = 2e-4  # of logits, float32
 FIVE = range(5)
 OTHERS = tuple(i for i in FIVE if i not in HYBRID_ATTENTION)
 SETS = [chosen for count in range(3) for chosen in itertools.combinations(HYBRID_ATTENTION, count)]
-FIRST = [HYBRIDS[0], *(pytest.param(other, marks=pytest.mark.fuzz) for other in HYBRIDS[1:])]
+FIRST = [pytest.param(name, marks=() if name == "lfm2_moe" else pytest.mark.fuzz) for name in HYBRIDS]
 LENGTHS = (29, 11)
 
 
@@ -86,14 +86,15 @@ def test_every_set_of_attention_layers_agrees_with_torch(
             assert got.shape == (3, VOCAB) and np.abs(got - logits[n - 1 : n + 2]).max() < TOLERANCE, replaced
 
 
+@pytest.mark.parametrize("architecture", ["lfm2", pytest.param("lfm2_moe", marks=pytest.mark.fuzz)])
 def test_an_ir_holds_convolutions_as_states(
-    checkpoint: Checkpoint, exported: Exported, random_maps: Maps, tmp_path: Path
+    architecture: str, checkpoint: Checkpoint, exported: Exported, random_maps: Maps, tmp_path: Path
 ) -> None:
     """Every set of attention layers, in a padded batch: prefill and cached steps of both graphs."""
     for replaced in SETS:
         maps, out = random_maps(*replaced), tmp_path / f"nbl{replaced}"
-        OPENVINO.replace(exported("lfm2", "openvino", "fp32"), out, Plan(5, replaced, others=OTHERS), maps)
-        expected = torch_logits(checkpoint("lfm2"), maps)
+        OPENVINO.replace(exported(architecture, "openvino", "fp32"), out, Plan(5, replaced, others=OTHERS), maps)
+        expected = torch_logits(checkpoint(architecture), maps)
         OPENVINO.keep_last_token(out)
         every, last = (IrDecoder(out, file, exact=True) for file in (ALL_LOGITS_IR, IR_FILE))
         away = max(float(np.abs(g - e).max()) for g, e in zip(run_rows(every, rows()), expected, strict=True))

@@ -30,7 +30,7 @@ class Shape:
 
     Attributes:
         decoder: its sizes; windows of attention are left out.
-        mlp: sizes of the MLP.
+        mlp: sizes of the MLPs.
         tied: the head is the embedding.
         is_gguf: the model is a GGUF file.
         maps_tap: tap of the maps of an NBL checkpoint; "" for another model.
@@ -44,15 +44,19 @@ class Shape:
 
     @property
     def layer_parameters(self) -> int:
-        """Elements of the matrices of the largest layer."""
-        return max(self.decoder.projections, self.decoder.other_elements) + self.mlp.elements(self.decoder.hidden_size)
+        """Elements of the matrices of a layer with the largest of all parts."""
+        return max(self.decoder.projections, self.decoder.other_elements) + max(self._mlps)
 
     @property
     def parameters_of_layers(self) -> int:
         """Elements of the matrices of all layers."""
         d = self.decoder
         mixing = len(d.attention_layers) * d.projections + len(d.others) * d.other_elements
-        return mixing + d.num_layers * self.mlp.elements(d.hidden_size)
+        return mixing + sum(self._mlps)
+
+    @property
+    def _mlps(self) -> list[int]:
+        return [self.mlp.of(i).elements(self.decoder.hidden_size) for i in range(self.decoder.num_layers)]
 
     @property
     def head_parameters(self) -> int:

@@ -190,7 +190,8 @@ def _packed(theirs: Any) -> Any:
     return joined
 
 
-_KNOWN = {"Qwen3_5ForCausalLM": "Qwen3ForCausalLM"}  # class of a checkpoint -> the name that leads to `_qwen3`
+# class of a checkpoint -> the name that leads to `_qwen3`
+_KNOWN = dict.fromkeys(("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"), "Qwen3ForCausalLM")
 
 
 def _with_known_names(theirs: Any) -> Any:
@@ -205,10 +206,11 @@ def _with_known_names(theirs: Any) -> Any:
 
 def _qwen3(builder: Any) -> Any:
     """The class of a Qwen3, or that of a text-only Qwen3.5, which the builder makes as a part of its own model."""
-    plain, hybrid = builder.Qwen3Model, sys.modules[builder.Qwen35Model.__module__].Qwen35TextModel
+    plain, module = builder.Qwen3Model, sys.modules[builder.Qwen35Model.__module__]
+    parts = {"qwen3_5_text": module.Qwen35TextModel, "qwen3_5_moe_text": module.Qwen35MoETextModel}
 
     def chosen(config: Any, *given: Any) -> Any:
-        return (hybrid if config.model_type == "qwen3_5_text" else plain)(config, *given)
+        return parts.get(config.model_type, plain)(config, *given)
 
     return chosen
 
