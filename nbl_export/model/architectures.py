@@ -95,9 +95,9 @@ _MOBIUS_ALONE = {**_NOT_GENAI, **_NO_STATIC_CACHE}
 ARCHITECTURES = {
     record.name: record
     for record in (
-        Architecture("llama", "Llama"),
+        Architecture("llama", "Llama", tried="SmolLM2-135M-Instruct"),
         Architecture("mistral", "Mistral"),
-        Architecture("qwen2", "Qwen2", per_layer=("layer_types",)),
+        Architecture("qwen2", "Qwen2", per_layer=("layer_types",), tried="Qwen2.5-Coder-0.5B"),
         Architecture("qwen3", "Qwen3", per_layer=("layer_types",)),
         Architecture("phi3", "Phi3", fused_qkv="qkv_proj", mlp_in=FUSED),
         Architecture(

@@ -28,6 +28,7 @@ from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError, UsageError
 from nbl_export.files import file_sha256, friendly_os_errors
+from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.options.options import describe_command, public_options
 from nbl_export.records.from_json import edited
 from nbl_export.records.results import COMPARED, VERIFIED
@@ -147,12 +148,14 @@ def _body(manifest: Mapping[str, Any], report: Mapping[str, Any], base: BaseMode
     options = public_options(manifest)
     provider = PROVIDERS.get(options.provider)  # None for the CPU
     packages = provider.packages if provider else _CPU_PACKAGES
+    record = ARCHITECTURES.get(manifest["decoder"]["architecture"])
     memory = (report["machine"] or {}).get("memory_bytes")
     return environment.from_string(source).render(
         base=base,
         chat=chat,
         report=report,
         decoder=manifest["decoder"],
+        tried=record.tried if record else "",
         dropped=report["fit"] == "drop",
         distilled=manifest.get("fit", {}).get("kind") == "distilled",
         lead=head(report),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from nbl_export.graph.decoder import OnnxDecoder
 
@@ -12,7 +15,9 @@ from ..command import TINY, assert_refused, nbl
 from ..tiny import HEAD_DIM, HYBRID_ATTENTION, KV_HEADS
 
 
-def test_a_job_on_a_hybrid(checkpoint: Callable[[str], Path], text: Path, tmp_path: Path) -> None:
+def test_a_job_on_a_hybrid(
+    checkpoint: Callable[[str], Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, run = checkpoint("lfm2_moe"), tmp_path / "run"
     done = nbl("--model", model, "--output", run, "--calibration", text, *TINY, "--layers", "2", "--precision", "int4")
     assert done.status == 0, done.err
@@ -34,6 +39,12 @@ def test_a_job_on_a_hybrid(checkpoint: Callable[[str], Path], text: Path, tmp_pa
         refused = nbl("convert", run, "--to", form, "--output", tmp_path / form)
         assert refused.status == 1 and "Traceback" not in refused.err, refused.err
         assert not (tmp_path / form).exists()
+    assert nbl("card", run).status == 0
+    card = (run / "model" / "README.md").read_text(encoding="utf-8")
+    assert "2 of 3 attention layers replaced" in card and "2 of them without attention; the tool is tested on" in card
+    program = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[1]  # of ONNX Runtime alone, which holds the states
+    monkeypatch.chdir(run / "model")
+    exec(program, {"__name__": "__main__"})
 
 
 def test_what_a_hybrid_does_not_go_with_is_refused_before_any_work(
