@@ -241,7 +241,13 @@ ARCHITECTURES = {
             experts=Experts(),
             not_from=_NO_STATIC_EXPERTS,
         ),
-        Architecture("phimoe", "Phimoe", experts=Experts(stored=MIXTRAL), not_from=_EXPERTS),
+        Architecture(
+            "phimoe",
+            "Phimoe",
+            must_be={"num_experts_per_tok": (None, 2)},  # its router chooses two, whatever the configuration says
+            experts=Experts(stored=MIXTRAL),
+            not_from=_EXPERTS,
+        ),
         Architecture("mixtral", "Mixtral", runtime_type="llama", experts=Experts(stored=MIXTRAL), not_from=_EXPERTS),
         Architecture("lfm2", "Lfm2", **_LFM2, width=_lfm2_width),
         Architecture(
@@ -258,7 +264,7 @@ ARCHITECTURES = {
             per_layer=("layer_types",),
             gated=True,
             others=GATED_DELTA,
-            not_from=_NO_STATES,
+            not_from={**_NO_STATES, "mobius": "mobius (0.1) lets padding into its states; use --decoder-source genai"},
         ),
         Architecture(
             "qwen3_5_moe_text",

@@ -89,7 +89,7 @@ def _gated_delta(config: Mapping[str, Any]) -> Sizes:
     return Sizes(elements, elements + 3 * held, values * size, width * (length - 1) + held)
 
 
-_NO_MAMBA = "no source of decoder graphs makes its Mamba layers (GenAI builder 0.18, mobius 0.1)"
+_NO_MAMBA = "its Mamba layers are not passed through, and the GenAI builder (0.18) makes none"
 _WITH_EXPERTS = "its layers mix states and experts, which are supported only one without the other"
 # model_type of a hybrid that is not supported -> why
 UNSUPPORTED = {

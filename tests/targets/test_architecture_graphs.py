@@ -196,6 +196,8 @@ def test_biases_that_a_source_loses_are_refused(source: str, checkpoint: Checkpo
         ("llama", {"model_type": "cohere2"}, "not supported: its MLP runs beside its attention"),
         ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual True, which is not supported"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers \[0\], which is not supported"),
+        ("phimoe", {"num_experts_per_tok": 1}, "num_experts_per_tok 1, which is not supported"),
+        ("lfm2_moe", {"norm_topk_prob": False}, "norm_topk_prob False, which is not supported"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "depend on the length of"),
     ],
 )

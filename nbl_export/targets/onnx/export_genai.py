@@ -91,9 +91,8 @@ def _adopt_states(out: Path) -> None:
     from nbl_export.rewrite.states import MaskStates, TextPositions
 
     model = read_graph(out / GRAPH_FILE)
-    if not MaskStates()(model).modified:
+    if not any([MaskStates()(model).modified, TextPositions()(model).modified]):
         return
-    TextPositions()(model)
     ir.save(model, out / GRAPH_FILE)
     settings = json.loads((out / GENAI_CONFIG).read_text(encoding="utf-8"))
     decoder = settings["model"]["decoder"]
