@@ -264,7 +264,7 @@ ARCHITECTURES = {
             per_layer=("layer_types",),
             gated=True,
             others=GATED_DELTA,
-            not_from={**_NO_STATES, "mobius": "mobius (0.1) lets padding into its states; use --decoder-source genai"},
+            not_from={"static": _NO_STATES["static"]},
         ),
         Architecture(
             "qwen3_5_moe_text",

@@ -1,4 +1,4 @@
-"""Brings states of layers without attention, as the GenAI builder writes them, to the form that all graphs here have.
+"""Brings states of layers without attention, as exporters write them, to the form that all graphs here have.
 
     before   x -- CausalConvWithState(past.N.conv) -> y, present.N.conv
     after    x -- Mul(valid) -- CausalConvWithState(past_key_values.N.conv_state) -> y
@@ -7,9 +7,10 @@
     before   LinearAttention(q, k, v, past.N.recurrent, decay, beta) -> y, present.N.recurrent
     after    LinearAttention(q, k, v, past_key_values.N.recurrent_state, decay * valid, beta * valid) -> y, present...
 
-The builder's states run over padding. So a batch of texts of several lengths would be wrong. Afterwards padding on
-either side leaves a state as it is. ONNX Runtime GenAI finds these names in a decoder of any type, also if the layers
-between have lost their caches. It wants a pair of states in a layer, so a convolution gets a second state of one zero.
+mobius uses the same operators, and has the later names already. States of both run over padding. So a batch of texts of
+several lengths would be wrong. Afterwards padding on either side leaves a state as it is. ONNX Runtime GenAI finds
+these names in a decoder of any type, also if the layers between have lost their caches. It wants a pair of states in a
+layer, so a convolution gets a second state of one zero.
 
     before   position_ids [3, B, T]         after    position_ids [B, T] -- Concat, three times
 
@@ -32,11 +33,12 @@ from nbl_export.rewrite.tail import LastValid
 __all__ = ["MaskStates", "TextPositions"]
 
 _PREFIX, _CONSTANTS = "/nbl/others", "nbl.others"
-_PAST = re.compile(r"^past\.(\d+)\.(?:conv|recurrent)$")
+_PAST = re.compile(r"^past(?:_key_values)?\.(\d+)\.(?:conv|recurrent)(?:_state)?$")
+_OF_MOBIUS = "past_key_values."
 _CONVOLUTION, _RECURRENCE = "CausalConvWithState", "LinearAttention"
 _POSITIONS = "position_ids"
 _STATE = 3  # input of both operators
-_DECAY, _BETA = 4, 5
+_QUERY, _KEY, _DECAY, _BETA = 0, 1, 4, 5
 
 
 class TextPositions(ir.passes.InPlacePass):
@@ -74,6 +76,9 @@ class MaskStates(ir.passes.InPlacePass):
             if node.op_type == _RECURRENCE:
                 for index in (_DECAY, _BETA):
                     _mask(graph, node, index, valid.rows_BT1)
+                if str(past.name).startswith(_OF_MOBIUS):  # divides both by their norm, which is 0 at padding
+                    for index in (_QUERY, _KEY):
+                        _clear(graph, node, index, valid)
                 continue
             _mask(graph, node, 0, valid.columns_B1T)
             _keep_last(graph, node, valid, layer)
@@ -92,7 +97,7 @@ def _past_of(node: ir.Node) -> ir.Value:
 def _layer_of(node: ir.Node) -> int:
     match = _PAST.match(str(_past_of(node).name))
     if match is None:
-        raise RefusalError(None, f"its state {_past_of(node).name} has no name of the GenAI builder")
+        raise RefusalError(None, f"its state {_past_of(node).name} has no name of an exporter")
     return int(match[1])
 
 
@@ -134,6 +139,18 @@ def _mask(graph: ir.Graph, node: ir.Node, index: int, valid: ir.Value) -> None:
     node.replace_input_with(index, masked.outputs[0])
 
 
+def _clear(graph: ir.Graph, node: ir.Node, index: int, valid: _Valid) -> None:
+    """Make an input zero at padding, also if it is no number there."""
+    value = node.inputs[index]
+    assert value is not None
+    kind = ir.DataType.BOOL
+    seen = new_node("Cast", [valid.rows_BT1], f"{node.name}/seen_{index}", kind, None, {"to": int(kind)})
+    zero = new_node("Sub", [valid.rows_BT1, valid.rows_BT1], f"{node.name}/zero_{index}", value.dtype)
+    made = new_node("Where", [seen.outputs[0], value, zero.outputs[0]], f"{node.name}/clear_{index}", value.dtype)
+    graph.insert_before(node, [seen, zero, made])
+    node.replace_input_with(index, made.outputs[0])
+
+
 def _keep_last(graph: ir.Graph, node: ir.Node, valid: _Valid, layer: int) -> None:
     """Take the state behind each row's last valid token instead of behind the chunk."""
     past, present, x = _past_of(node), node.outputs[1], node.inputs[0]
@@ -158,7 +175,7 @@ def _name(graph: ir.Graph, layer: int, pairs: dict[str, tuple[ir.Value, ir.Value
     for (past_name, present_name), kind in zip(state_names(layer).items(), (_CONVOLUTION, _RECURRENCE), strict=True):
         if kind in pairs:
             past = pairs[kind][0]
-            present = outputs[str(past.name).replace("past", "present")]
+            present = outputs[re.sub("^past(_key_values)?", "present", str(past.name))]
             past.name, present.name = past_name, present_name
             continue
         first = graph.inputs[0].shape

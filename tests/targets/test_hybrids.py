@@ -62,14 +62,18 @@ def padded(side: str) -> tuple[np.ndarray, np.ndarray]:
     return ids, valid
 
 
-@pytest.mark.parametrize("architecture", FIRST)
+@pytest.mark.parametrize(
+    ("architecture", "source"),
+    [pytest.param(name, "genai", marks=() if name == "lfm2_moe" else pytest.mark.fuzz) for name in HYBRIDS]
+    + [pytest.param("qwen3_5", "mobius", marks=pytest.mark.fuzz)],
+)
 def test_every_set_of_attention_layers_agrees_with_torch(
-    architecture: str, checkpoint: Checkpoint, exported: Exported, random_maps: Maps, tmp_path: Path
+    architecture: str, source: str, checkpoint: Checkpoint, exported: Exported, random_maps: Maps, tmp_path: Path
 ) -> None:
     """Alone and in a padded batch, prefill and cached steps; and what ships, which computes the last token alone."""
     for replaced in SETS:
         maps, out = random_maps(*replaced), tmp_path / f"nbl{replaced}"
-        rewrite(exported(architecture), out, Plan(5, replaced, others=OTHERS), maps)
+        rewrite(exported(architecture, source), out, Plan(5, replaced, others=OTHERS), maps)
         decoder, expected = OnnxDecoder(out, HEAD_DIM), torch_logits(checkpoint(architecture), maps)
         for found in (run_rows(decoder, rows()), [run_rows(decoder, [row])[0] for row in rows()]):
             away = max(float(np.abs(g - e).max()) for g, e in zip(found, expected, strict=True))

@@ -37,9 +37,11 @@ def build(checkpoint: Path, out: Path, precision: str) -> None:
     with captured("mobius", checkpoint), corrected(checkpoint):
         mobius_cli([*arguments, "--runtime", "ort-genai", str(out)])
     _restore_config(checkpoint, out / GENAI_CONFIG)
+    from nbl_export.targets.export.adopt_states import adopt_states
     from nbl_export.targets.export.restore_attention import restore_attention
 
     restore_attention(checkpoint, out)
+    adopt_states(out)
 
 
 @contextlib.contextmanager

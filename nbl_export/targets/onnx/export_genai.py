@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError
-from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
+from nbl_export.graph.names import GRAPH_FILE
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.options.options import GGUF
 from nbl_export.targets.base import ExportSettings
@@ -73,35 +73,11 @@ def build(checkpoint: Path, out: Path, settings: ExportSettings, provider: str =
         chosen = [*_NO_CODE, *(gpu.options_for(precision) if gpu else ()), *settings.builder_options]
         create_model(*where, **parse_extra_options(*where, chosen))
     _forget_commit(out / GRAPH_FILE)
+    from nbl_export.targets.export.adopt_states import adopt_states
     from nbl_export.targets.export.restore_attention import restore_attention
 
     restore_attention(checkpoint, out)
-    _adopt_states(out)
-
-
-_OF_STATES = ("layer_types", "conv_cache_size")  # of the decoder in genai_config.json
-_ANY_DECODER = "llama"  # a type in which GenAI finds states by their names
-
-
-def _adopt_states(out: Path) -> None:
-    """Give states of layers without attention the names and the form of this package (`rewrite.states`)."""
-    import onnx_ir as ir
-
-    from nbl_export.graph.files import read_graph
-    from nbl_export.rewrite.states import MaskStates, TextPositions
-
-    model = read_graph(out / GRAPH_FILE)
-    if not any([MaskStates()(model).modified, TextPositions()(model).modified]):
-        return
-    ir.save(model, out / GRAPH_FILE)
-    settings = json.loads((out / GENAI_CONFIG).read_text(encoding="utf-8"))
-    decoder = settings["model"]["decoder"]
-    settings["model"]["type"] = _ANY_DECODER
-    settings["model"]["decoder"] = {key: value for key, value in decoder.items() if key not in _OF_STATES}
-    for names in (decoder["inputs"], decoder["outputs"]):
-        for name in [key for key in names if "_conv_" in key or "_recurrent_" in key]:
-            del names[name]
-    (out / GENAI_CONFIG).write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
+    adopt_states(out)
 
 
 def _named(checkpoint: Path, scratch: Path) -> Path:
