@@ -353,7 +353,7 @@ def distill(
         if training.over:
             break
         training.advance(pair.teacher_states(batch_BT, training=True))
-        around.progress(round(1000 * training.fraction), 1000)
+        around.progress(min(1000, round(1000 * training.fraction)), 1000)
         if training.retreat():
             around.say(
                 f"step {training.step}: KL runs away; back to the best maps at {training.slowed:.2g} of the rate"

@@ -319,8 +319,10 @@ def test_minutes_end_a_run_and_its_schedule(prepared: dict[str, Any], monkeypatc
         return step(self, *arguments)
 
     monkeypatch.setattr(torch.optim.Adam, "step", noted)
-    settings = DistillSettings(steps=10_000, minutes=2, batch_tokens=128, check_every=1000, learning_rate=1e-3)
-    result = run(prepared, "normed", settings)
+    settings = DistillSettings(steps=10_000, minutes=1.99, batch_tokens=128, check_every=1000, learning_rate=1e-3)
+    seen: list[int] = []
+    result = run(prepared, "normed", settings, progress=lambda done, _total: seen.append(done))
+    assert seen[-1] == 1000 == max(seen)  # the last step ends behind the minutes
     assert 10 < len(result.train_kl) <= 120
     assert result.held_kl[-1][0] == len(result.train_kl)
     assert rates[0] > 0.99e-3 > 1e-5 > rates[-1]
