@@ -75,6 +75,7 @@ _ARCHITECTURES = {
     "olmo2": "OLMo 2",
     "smollm3": "SmolLM3",
     "granite": "Granite",
+    "granitemoehybrid": "Granite 4.0, attention alone",
     "olmo": "OLMo",
     "olmo3": "OLMo 3",
     "ministral": "Ministral",

@@ -60,6 +60,7 @@ EVERY = (
     "olmo2",
     "smollm3",
     "granite",
+    "granitemoehybrid",
     "olmo",
     "olmo3",
     "ministral",
@@ -168,6 +169,8 @@ def _mixed(kind: str) -> dict[str, Any]:
 
 _EXPERTS = {"num_experts_per_tok": 2}
 _MANY = {"num_experts_per_tok": 8}  # of 16: another choice, by rounding of activations, then costs little
+_GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4, "attention_multiplier": 0.4,
+            "tie_word_embeddings": True}  # fmt: skip
 _ROPE = {"factor": 4.0, "original_max_position_embeddings": 64}
 _DELTA = {**_mixed("linear_attention"), "linear_num_key_heads": 2, "linear_num_value_heads": 4,
           "linear_key_head_dim": 24, "linear_value_head_dim": 40, "rope_parameters": {
@@ -205,8 +208,10 @@ _SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
                                   "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}}),
     "olmo2": ("Olmo2", {**SPLIT}),
     "smollm3": ("SmolLM3", {**SPLIT, "no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),
-    "granite": ("Granite", {**SPLIT, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4,
-                            "attention_multiplier": 0.4, "tie_word_embeddings": True}),
+    "granite": ("Granite", {**SPLIT, **_GRANITE}),
+    "granitemoehybrid": ("GraniteMoeHybrid", {**SPLIT, **_GRANITE, "num_local_experts": 0, "mamba_n_heads": 4,
+                                              "layer_types": ["attention"] * LAYERS, "shared_intermediate_size": 160,
+                                              "position_embedding_type": "rope"}),
     "olmo": ("Olmo", {**SPLIT}),
     "olmo3": ("Olmo3", {**SPLIT, "sliding_window": _WINDOW,
                         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -242,9 +247,7 @@ _SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("Qwen2Moe", {**SPLIT, **_EXPERTS, "num_experts": 4, "moe_intermediate_size": 64,
                                "shared_expert_intermediate_size": 160}),
     "olmoe": ("Olmoe", {**SPLIT, **_EXPERTS, "num_experts": 4}),
-    "granitemoe": ("GraniteMoe", {**SPLIT, **_EXPERTS, "num_local_experts": 4, "embedding_multiplier": 3.0,
-                                  "logits_scaling": 2.0, "residual_multiplier": 0.4, "attention_multiplier": 0.4,
-                                  "tie_word_embeddings": True}),
+    "granitemoe": ("GraniteMoe", {**SPLIT, **_EXPERTS, **_GRANITE, "num_local_experts": 4}),
     "gpt_oss": ("GptOss", {**_MANY, "num_local_experts": 16, "sliding_window": _WINDOW, "rope_parameters": {
         "rope_type": "yarn", "rope_theta": 10_000.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
         "factor": 8.0, "original_max_position_embeddings": 256}}),

@@ -22,6 +22,7 @@ __all__ = ["FUSED", "Architecture"]
 
 
 FUSED = ("gate_up_proj",)  # gate and up in one product
+_FUSED = (FUSED, ("input_linear",))
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Architecture:
         mlp: the module of the MLP or of the experts.
         mlp_in: the MLP's products of its input: gate and up, both in one, or up alone. Experts have none.
         mlp_out: the MLP's last product.
+        mlp_width: configuration key of the MLP's width.
         experts: configuration keys of its experts, if it has any.
         norm_last: the decoder's norm behind its last layer.
         norm_offset: what norms add to their weight before they multiply by it.
@@ -51,8 +53,9 @@ class Architecture:
         fused_qkv: the single projection for queries, keys and values, in this order; None for three projections.
         gated: the projection of queries gives gates of attention's output too.
         others: layers without attention, in a hybrid.
-        width: configuration -> width of the MLP, if intermediate_size is not it.
+        width: configuration -> width of the MLP, if the key's value is not it.
         must_be: supported values of configuration keys.
+        unfit: configuration -> why a model of this architecture is not supported; empty if it is.
         runtime_type: type in genai_config.json, if ONNX Runtime GenAI does not know the name.
         genai_as: the class whose builder in ONNX Runtime GenAI makes the graph, if the builder does not know the name.
         mobius: settings of mobius' configuration that mobius (0.1) reads wrong.
@@ -69,6 +72,7 @@ class Architecture:
     mlp: str = "mlp"
     mlp_in: tuple[str, ...] = ("gate_proj", "up_proj")
     mlp_out: str = "down_proj"
+    mlp_width: str = "intermediate_size"
     experts: Experts | None = None
     norm_last: str = "norm"
     norm_offset: float = 0.0
@@ -85,6 +89,7 @@ class Architecture:
     others: Others | None = None
     width: Callable[[Mapping[str, Any]], int] | None = None
     must_be: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    unfit: Callable[[Mapping[str, Any]], str] | None = None
     runtime_type: str | None = None
     genai_as: str | None = None
     mobius: Mapping[str, Any] = field(default_factory=dict)
@@ -99,9 +104,9 @@ class Architecture:
     @property
     def mlp_key(self) -> str:
         """Configuration key of the width of its MLP, or of an expert."""
-        return self.experts.width if self.experts else "intermediate_size"
+        return self.experts.width if self.experts else self.mlp_width
 
     @property
     def mlp_gated(self) -> bool:
         """Whether the MLP has a product of the gate."""
-        return self.mlp_in == FUSED or len(self.mlp_in) == 2
+        return self.mlp_in in _FUSED or len(self.mlp_in) == 2

@@ -13,7 +13,7 @@ from typing import Any
 from nbl_export.errors import NblError
 from nbl_export.model.architecture_record import FUSED, Architecture
 from nbl_export.model.experts import GRANITE, LFM2, MIXTRAL, QWEN, Experts
-from nbl_export.model.hybrids import GATED_DELTA, SHORT_CONVOLUTION
+from nbl_export.model.hybrids import GATED_DELTA, SHORT_CONVOLUTION, beyond_attention
 from nbl_export.records.decoder import attention_among
 from nbl_export.records.mlp import MlpSpec
 
@@ -50,6 +50,11 @@ _NOT_GENAI = {"genai": "the GenAI builder (0.18) does not know it; use --decoder
 _NO_STATIC_EXPERTS = {"static": "the form for TensorRT has no experts"}
 _EXPERTS = {**_NOT_GENAI, **_NO_STATIC_EXPERTS}
 _POST_NORM: dict[str, Any] = {"norm_before": None, "norm_after": "post_attention_layernorm", "norm_mlp": None}
+_GRANITE: dict[str, Any] = {
+    "multiplier": "residual_multiplier",
+    "entry_multiplier": "embedding_multiplier",
+    "logits_divisor": "logits_scaling",
+}
 _PAIRS = {"rope_interleave": True}  # neighbours form the pairs of the rotary embedding
 _NO_OUTPUT_BIAS = {"attn_o_bias": False}  # attention_bias is of queries, keys and values alone
 
@@ -114,13 +119,18 @@ ARCHITECTURES = {
         Architecture(
             "smollm3", "SmolLM3", tied=True, per_layer=("layer_types", "no_rope_layers"), not_from=_NO_STATIC_CACHE
         ),
+        Architecture("granite", "Granite", **_GRANITE, not_from=_NO_STATIC_CACHE),
         Architecture(
-            "granite",
-            "Granite",
-            multiplier="residual_multiplier",
-            entry_multiplier="embedding_multiplier",
-            logits_divisor="logits_scaling",
-            not_from=_NO_STATIC_CACHE,
+            "granitemoehybrid",
+            "GraniteMoeHybrid",
+            **_GRANITE,
+            mlp="shared_mlp",
+            mlp_in=("input_linear",),
+            mlp_out="output_linear",
+            mlp_width="shared_intermediate_size",
+            per_layer=("layer_types",),
+            unfit=beyond_attention,
+            not_from=_neither("mobius (0.1) leaves out its rotation, and multipliers of embeddings and logits"),
         ),
         Architecture("olmo", "Olmo", not_from=_NO_STATIC_CACHE),
         Architecture(
@@ -227,9 +237,7 @@ ARCHITECTURES = {
             "GraniteMoe",
             runtime_type="llama",
             mlp="block_sparse_moe",
-            multiplier="residual_multiplier",
-            entry_multiplier="embedding_multiplier",
-            logits_divisor="logits_scaling",
+            **_GRANITE,
             experts=Experts(stored=GRANITE),
             not_from=_EXPERTS,
         ),
@@ -363,6 +371,8 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
             f"{where} has rotary embeddings of type 'dynamic', which is not supported: they depend on the length of "
             "the sequence, and a graph has one table"
         )
+    if record.unfit is not None and (why := record.unfit(config)):
+        raise NblError(f"{where} is a {record.name} that is not supported: {why}")
     for name, understood in record.must_be.items():
         if config.get(name) not in understood:
             raise NblError(

@@ -15,7 +15,7 @@ from typing import Any
 
 from nbl_export.errors import NblError
 
-__all__ = ["GATED_DELTA", "SHORT_CONVOLUTION", "UNSUPPORTED", "Others", "Sizes", "layer_types"]
+__all__ = ["GATED_DELTA", "SHORT_CONVOLUTION", "UNSUPPORTED", "Others", "Sizes", "beyond_attention", "layer_types"]
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,21 @@ _WITH_EXPERTS = "its layers mix states and experts, which are supported only one
 # model_type of a hybrid that is not supported -> why
 UNSUPPORTED = {
     "falcon_h1": "attention and a Mamba block run side by side in its layers, and no addition joins attention alone",
-    **dict.fromkeys(("bamba", "granitemoehybrid", "jamba", "nemotron_h", "zamba2"), _NO_MAMBA),
+    **dict.fromkeys(("bamba", "jamba", "nemotron_h", "zamba2"), _NO_MAMBA),
     **dict.fromkeys(("qwen3_next",), _WITH_EXPERTS),
 }
+
+
+def beyond_attention(config: Mapping[str, Any]) -> str:
+    """Why a Granite 4.0 is not supported; empty for one that has attention in every layer, and no experts."""
+    kinds = config.get("layer_types") or ("mamba",)  # transformers' default, as are the two below
+    if not set(kinds) <= {"attention", "full_attention"}:
+        return _NO_MAMBA
+    if config.get("num_local_experts", 8) != 0:
+        return "it has experts, and the GenAI builder (0.18) makes its shared MLP alone"
+    rotated = config.get("position_embedding_type") == "rope"
+    return "" if rotated else "its attention has no rotation, and the GenAI builder (0.18) rotates"
+
+
 SHORT_CONVOLUTION = Others("conv", _short_convolution)
 GATED_DELTA = Others("linear_attention", _gated_delta)

@@ -135,3 +135,25 @@ def test_hybrids_that_are_not_supported_are_refused_with_the_reason(checkpoint: 
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "falcon_h1"}))
     with pytest.raises(NblError, match="'falcon_h1', which is not supported: attention and a Mamba block run side by"):
         resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"layer_types": ["attention", "mamba", "attention"]}, "its Mamba layers are not passed through"),
+        ({"layer_types": None}, "its Mamba layers are not passed through"),  # what transformers then makes
+        ({"num_local_experts": 4}, "it has experts, and the GenAI builder"),
+        ({"num_local_experts": None}, "it has experts, and the GenAI builder"),
+        ({"position_embedding_type": "nope"}, "its attention has no rotation"),
+    ],
+)
+def test_a_granite_4_of_more_than_attention_is_refused_with_the_reason(
+    changes: dict[str, object], said: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    config = json.loads((checkpoint("granitemoehybrid") / "config.json").read_text())
+    assert read_shape(checkpoint("granitemoehybrid")).mlp.width == config["shared_intermediate_size"]
+    kept = {key: value for key, value in {**config, **changes}.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    for read in (read_shape, lambda directory: resolve(str(directory))):
+        with pytest.raises(NblError, match=f"granitemoehybrid that is not supported: {said}"):
+            read(tmp_path)

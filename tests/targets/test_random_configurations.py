@@ -52,6 +52,8 @@ def sizes(draw: st.DrawFn, architecture: str) -> dict[str, Any]:
         "intermediate_size": draw(st.sampled_from((32, 96, 160))),
         "num_hidden_layers": layers,
     }
+    if "shared_intermediate_size" in special:
+        found["shared_intermediate_size"] = draw(st.sampled_from((32, 96, 160)))
     if special.get("sliding_window"):
         found["sliding_window"] = draw(st.integers(1, 40))
     if kinds := sorted(set(special.get("layer_types", ()))):
@@ -63,7 +65,7 @@ def sizes(draw: st.DrawFn, architecture: str) -> dict[str, Any]:
 
 @st.composite
 def experts(draw: st.DrawFn, special: dict[str, Any], layers: int) -> dict[str, Any]:
-    key = next((name for name in ("num_experts", "num_local_experts") if name in special), None)
+    key = next((name for name in ("num_experts", "num_local_experts") if special.get(name)), None)
     if key is None:
         return {}
     found: dict[str, Any] = {key: draw(st.integers(2, 9))}

@@ -42,7 +42,7 @@ _WHY = {
     "gemma3_text": "norms behind attention",
     "olmo2": "norms behind attention",
     "smollm3": "layers without rotary embedding",
-    "granite": "multipliers",
+    **dict.fromkeys(("granite", "granitemoehybrid"), "multipliers"),
 }
 _CONFIG_BYTES = 1 << 20
 
