@@ -105,6 +105,7 @@ _ARCHITECTURES = {
     "lfm2_moe": "LFM2 with experts",
     "qwen3_5": "Qwen3.5 (text)",
     "qwen3_5_moe": "Qwen3.5 (text) with experts",
+    "qwen3_next": "Qwen3-Next",
 }
 
 

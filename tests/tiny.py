@@ -92,7 +92,7 @@ VARIANTS = ("mistral", "llama3", "llama-linear", "llama-yarn", "llama-bias", "qw
 
 
 # Layers without attention between layers with attention, which are `HYBRID_ATTENTION`.
-HYBRIDS: tuple[str, ...] = ("lfm2", "lfm2_moe", "qwen3_5", "qwen3_5_moe")
+HYBRIDS: tuple[str, ...] = ("lfm2", "lfm2_moe", "qwen3_5", "qwen3_5_moe", "qwen3_next")
 HYBRID_ATTENTION = (1, 2, 4)  # of five layers
 
 
@@ -260,6 +260,9 @@ _SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5": ("Qwen3_5Text", _DELTA),
     "qwen3_5_moe": ("Qwen3_5MoeText", {**_DELTA, **_MANY, "num_experts": 16, "moe_intermediate_size": 64,
                                        "shared_expert_intermediate_size": 160}),
+    "qwen3_next": ("Qwen3Next", {**_DELTA, **_MANY, "head_dim": 32, "num_experts": 16, "moe_intermediate_size": 64,
+                                 "shared_expert_intermediate_size": 160, "rope_parameters": {
+                                     "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
 }  # fmt: skip
 
 

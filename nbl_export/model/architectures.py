@@ -284,6 +284,17 @@ ARCHITECTURES = {
             experts=Experts("moe_intermediate_size", "shared_expert_intermediate_size", QWEN),
             not_from=_NO_STATES,
         ),
+        Architecture(
+            "qwen3_next",
+            "Qwen3Next",
+            norm_offset=1.0,
+            per_layer=("layer_types",),
+            gated=True,
+            others=GATED_DELTA,
+            must_be={"mlp_only_layers": (None, []), "decoder_sparse_step": (None, 1)},
+            experts=Experts("moe_intermediate_size", "shared_expert_intermediate_size", QWEN),
+            not_from={"static": _NO_STATES["static"]},
+        ),
     )
 }
 

@@ -90,12 +90,10 @@ def _gated_delta(config: Mapping[str, Any]) -> Sizes:
 
 
 _NO_MAMBA = "its Mamba layers are not passed through, and the GenAI builder (0.18) makes none"
-_WITH_EXPERTS = "its layers mix states and experts, which are supported only one without the other"
 # model_type of a hybrid that is not supported -> why
 UNSUPPORTED = {
     "falcon_h1": "attention and a Mamba block run side by side in its layers, and no addition joins attention alone",
     **dict.fromkeys(("bamba", "jamba", "nemotron_h", "zamba2"), _NO_MAMBA),
-    **dict.fromkeys(("qwen3_next",), _WITH_EXPERTS),
 }
 
 

@@ -53,6 +53,11 @@ def torch_logits(checkpoint: Path, maps: dict[int, Linear]) -> list[np.ndarray]:
         return [model(torch.tensor([row]), use_cache=False).logits[0].numpy() for row in rows()]
 
 
+def head_dim(checkpoint: Path) -> int:
+    config = json.loads((checkpoint / "config.json").read_text())
+    return int(config.get("head_dim") or HEAD_DIM)
+
+
 def padded(side: str) -> tuple[np.ndarray, np.ndarray]:
     """Both prompts as one batch, and where they are."""
     ids, valid = np.zeros((2, max(LENGTHS)), np.int64), np.zeros((2, max(LENGTHS)), np.int64)
@@ -65,7 +70,7 @@ def padded(side: str) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(
     ("architecture", "source"),
     [pytest.param(name, "genai", marks=() if name == "lfm2_moe" else pytest.mark.fuzz) for name in HYBRIDS]
-    + [pytest.param("qwen3_5", "mobius", marks=pytest.mark.fuzz)],
+    + [pytest.param(name, "mobius", marks=pytest.mark.fuzz) for name in ("qwen3_5", "qwen3_next")],
 )
 def test_every_set_of_attention_layers_agrees_with_torch(
     architecture: str, source: str, checkpoint: Checkpoint, exported: Exported, random_maps: Maps, tmp_path: Path
@@ -74,14 +79,15 @@ def test_every_set_of_attention_layers_agrees_with_torch(
     for replaced in SETS:
         maps, out = random_maps(*replaced), tmp_path / f"nbl{replaced}"
         rewrite(exported(architecture, source), out, Plan(5, replaced, others=OTHERS), maps)
-        decoder, expected = OnnxDecoder(out, HEAD_DIM), torch_logits(checkpoint(architecture), maps)
+        head = head_dim(checkpoint(architecture))
+        decoder, expected = OnnxDecoder(out, head), torch_logits(checkpoint(architecture), maps)
         for found in (run_rows(decoder, rows()), [run_rows(decoder, [row])[0] for row in rows()]):
             away = max(float(np.abs(g - e).max()) for g, e in zip(found, expected, strict=True))
             assert away < TOLERANCE, replaced
         assert decoder.contract.cache_layers == tuple(i for i in HYBRID_ATTENTION if i not in replaced)
         assert decoder.contract.state_layers == OTHERS
         keep_last_token(out)
-        last = OnnxDecoder(out, HEAD_DIM)
+        last = OnnxDecoder(out, head)
         last.begin(2)
         first = last.step(*padded("right"))
         steps = [last.step(np.array([[row[n + k]] for row, n in zip(rows(), LENGTHS, strict=True)])) for k in range(2)]

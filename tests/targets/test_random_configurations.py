@@ -89,7 +89,7 @@ def recurrence(draw: st.DrawFn, special: dict[str, Any]) -> dict[str, Any]:
 
 def source_of(architecture: str, data: st.DataObject) -> str:
     record = record_of(architecture)
-    left_out = {*record.not_from, *(("openvino",) if architecture.startswith("qwen3_5") else ())}
+    left_out = {*record.not_from, *(("openvino",) if record.gated else ())}
     return data.draw(st.sampled_from([name for name in SOURCES if name not in left_out]))
 
 
