@@ -60,7 +60,8 @@ class Architecture:
         genai_as: the class whose builder in ONNX Runtime GenAI makes the graph, if the builder does not know the name.
         mobius: settings of mobius' configuration that mobius (0.1) reads wrong.
         tried: the real model that whole jobs ran on; tests use tiny random ones.
-        not_from: decoder source -> why the source exports no graph of this architecture.
+        not_from: decoder source, or one with a precision ("genai --precision int4") -> why the source exports no graph
+            of this architecture.
     """
 
     name: str

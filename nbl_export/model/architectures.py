@@ -66,6 +66,10 @@ _NO_STATES = {
 }
 
 
+_NARROW_GENAI = ("genai --precision int4", "genai --precision int8")
+_REGROUPED = "its graph has rows of several matrices in another order, which verification does not recognise; use fp32"
+
+
 _LFM2: dict[str, Any] = {
     "norm_before": "operator_norm",
     "norm_mlp": "ffn_norm",
@@ -293,7 +297,7 @@ ARCHITECTURES = {
             others=GATED_DELTA,
             must_be={"mlp_only_layers": (None, []), "decoder_sparse_step": (None, 1)},
             experts=Experts("moe_intermediate_size", "shared_expert_intermediate_size", QWEN),
-            not_from={"static": _NO_STATES["static"]},
+            not_from={"static": _NO_STATES["static"], **dict.fromkeys(_NARROW_GENAI, _REGROUPED)},
         ),
     )
 }

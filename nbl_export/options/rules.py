@@ -68,6 +68,13 @@ class Case:
         return self.options.precision == "int4" and self.options.decoder_source == "genai"
 
     @property
+    def left_out(self) -> str:
+        """The source, or source and precision, that the architecture has no graph of; "" if it has one."""
+        source = self.options.decoder_source
+        asked = () if self.is_graph else (source, f"{source} --precision {self.options.precision}")
+        return next((key for key in asked if key in self.model.not_from), "")
+
+    @property
     def counts_draft(self) -> bool:
         """Whether `--draft-layers` is a number, which takes the first layers of the order."""
         layers = self.options.draft_layers
@@ -354,9 +361,8 @@ REFUSED: tuple[Refusal, ...] = (
         f"attention; use --tap {c.model.taps[0]}"
     )),
     (NblError, lambda c: (
-        not c.is_graph and c.options.decoder_source in c.model.not_from
-        and f"--decoder-source {c.options.decoder_source} is not possible for {c.model.architecture}: "
-        f"{c.model.not_from[c.options.decoder_source]}"
+        c.left_out and f"--decoder-source {c.left_out} is not possible for {c.model.architecture}: "
+        f"{c.model.not_from[c.left_out]}"
     )),
     (NblError, lambda c: c.options.precision == GGUF and c.model.unreadable),
 )  # fmt: skip

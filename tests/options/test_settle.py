@@ -395,6 +395,10 @@ def test_a_source_that_exports_no_such_architecture() -> None:
     with pytest.raises(NblError, match="--draft int4 is not possible for llama: it has no such layer; use ngram"):
         settled({"decoder_source": "mobius", "draft": "int4"}, model)
     settled({"decoder_source": "mobius", "draft": "ngram"}, model)
+    coarse = dataclasses.replace(PLAIN, not_from={"genai --precision int4": "its rows are mixed"})
+    with pytest.raises(NblError, match="--decoder-source genai --precision int4 is not possible for llama: its rows"):
+        settled({"precision": "int4"}, coarse)
+    settled({"precision": "fp32"}, coarse)
 
 
 @pytest.mark.parametrize(
