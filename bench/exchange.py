@@ -5,7 +5,7 @@
     python bench/exchange.py "SmolLM2-135M: closed form, linear=DIR" ... > RESULT.json
 
 Each argument is TITLE=DIR, of runs that have at least a plan. A run with a benchmark has measured ratios too. Losses
-are those of the deciding windows, of the largest set that kept the limit.
+are those of the deciding windows, of the largest set that kept the limit. Seconds are of the stages that ran.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def row_of(title: str, run: RunDirectory) -> dict[str, Any]:
         "losses": [{name: loss[name] for name in _FACTS} for loss in best["quality_losses"]],
         "modelled": {name: points[best["layers"]][name] for name in ("prefill", "decode")},
         "measured": [row for row in measured if row["batch"] == 1],
+        "seconds": {name: stage["seconds"] for name, stage in run.stages.items() if name != "eval"},
     }  # fmt: skip
 
 

@@ -39,6 +39,7 @@ TABLES: Mapping[str, Table] = {
     "cost": models.cost,
     "demo": speed.demo,
     "exchange": speed.exchange,
+    "trained-jobs": speed.trained_jobs,
     "codes": codes.codes,
     "codes-speed": codes.speeds,
     "codes-text": codes.texts,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -68,26 +67,38 @@ def copies(read: Read) -> Rows:
     return rows
 
 
+_AT_LENGTH = (("SmolLM2, eight linear layers", "length-smollm2"), ("SmolLM2, within 10%", "recipe-smollm2"))
+
+
 def length(read: Read) -> Rows:
-    """Quality at length: perplexity by position, keys that were found and random tokens that were copied."""
-    rows: Rows = [("", "original", "NBL", "difference"), "lrrr"]
-    shown = {"retrieval": "keys found in {} tokens", "copying": "random tokens copied in {} tokens"}
-    for one in read("length-smollm2")["length"]:
-        first = 0
-        for row in one["rows"]:
-            old, new, (apart,) = row["figures"]["original"], row["figures"]["nbl"], row["differences"]
-            if one["test"] == "position":
-                title = f"perplexity, positions {first:,}–{row['tokens'] - 1:,}"
-                cells = [f"{math.exp(figure['loss']):.1f}" for figure in (old, new)]
-                change = spoken_interval(apart["increase"], apart["increase_interval"], percent=True, sign=True)
-            else:
-                title = shown[one["test"]].format(f"{row['tokens']:,}")
-                cells = [f"{figure['correct']:.0%}" for figure in (old, new)]
-                loss = spoken_interval(apart["loss"], apart["loss_interval"], sign=True)
-                change = f"{loss} nats a token"
-            rows.append((title, *cells, change))
-            first = row["tokens"]
+    """What sets lose at length: perplexity by position, keys that are found and random tokens that are copied."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for _, name in _AT_LENGTH:
+        for one in read(name)["length"]:
+            for row in one["rows"]:
+                found.setdefault((one["test"], row["tokens"]), []).append(_at_length(one["test"], row))
+    rows: Rows = [("", *(title for title, _ in _AT_LENGTH)), "l" + "r" * len(_AT_LENGTH)]
+    ends = [0, *(tokens for test, tokens in found if test == "position")]
+    first = dict(zip(ends[1:], ends, strict=False))
+    for (test, tokens), cells in found.items():
+        place = f"{first[tokens]:,}–{tokens - 1:,}" if test == "position" else f"{tokens:,}"
+        rows.append((_LONG[test].format(place), *cells))
     return rows
+
+
+_LONG = {
+    "position": "perplexity, positions {}",
+    "retrieval": "keys found in {} tokens",
+    "copying": "random tokens copied in {} tokens",
+}
+
+
+def _at_length(test: str, row: Mapping[str, Any]) -> str:
+    """Increase of perplexity, or the shares that original and NBL get right."""
+    (apart,) = row["differences"]
+    if test == "position":
+        return spoken_interval(apart["increase"], apart["increase_interval"], percent=True, sign=True)
+    return " → ".join(f"{row['figures'][name]['correct']:.0%}" for name in ("original", "nbl"))
 
 
 _FITS = {"cca": "closed form", "maps": "distilled", "drop": "dropped"}

@@ -92,7 +92,7 @@ def headline(read: Read) -> Rows:
     """What the default limit on quality gives in two models, and eight linear layers of one, for the README."""
     eight = read("demo-smollm2-fp32")
     runs = [
-        *read("exchange")["rows"],
+        *read("exchange")["rows"][:2],
         {"title": "SmolLM2-135M, eight linear layers", "layers": {"linear": eight["replaced_layers"]},
          "measured": eight["ratios"], "losses": eight["quality_loss"]},
     ]  # fmt: skip
@@ -128,6 +128,18 @@ def exchange(read: Read) -> Rows:
             found = [r for r in row["measured"] if r["test"].startswith(test) and r["depth"] == depth]
             speeds.append(cell(found[0]) if found else "not measured")
         rows.append((row["title"], *layers, *losses, f"×{row['modelled']['prefill']:.2f}", *speeds))
+    return rows
+
+
+def trained_jobs(read: Read) -> Rows:
+    """Minutes of the stages of jobs that train."""
+    stages = ("calibrate", "plan", "distill", "verify", "bench")
+    rows: Rows = [("job", *stages, "all stages"), "l" + "r" * 6]
+    for row in read("exchange")["rows"]:
+        seconds = row["seconds"]
+        if {"distill", "bench"} <= seconds.keys():
+            shown = (*(seconds[stage] for stage in stages), sum(seconds.values()))
+            rows.append((row["title"], *(f"{value / 60:.0f} min" for value in shown)))
     return rows
 
 
