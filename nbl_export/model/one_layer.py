@@ -73,8 +73,6 @@ class WeightReader:
             NblError: the checkpoint lacks a parameter, or has it in another shape.
         """
         for name, parameter in list(module.state_dict(keep_vars=True).items()):
-            if not isinstance(parameter, nn.Parameter) and not self._has(renamed(name)):
-                continue  # a constant of its class
             value = self._whole(renamed(name), next(iter(parameter.shape), 0))
             if value.shape != parameter.shape:
                 raise NblError(
