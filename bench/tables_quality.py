@@ -67,7 +67,11 @@ def copies(read: Read) -> Rows:
     return rows
 
 
-_AT_LENGTH = (("SmolLM2, eight linear layers", "length-smollm2"), ("SmolLM2, within 10%", "recipe-smollm2"))
+_AT_LENGTH = (
+    ("SmolLM2, eight linear layers", "length-smollm2"),
+    ("SmolLM2, within 10%", "recipe-smollm2"),
+    ("Qwen, within 10%", "job-qwen"),
+)
 
 
 def length(read: Read) -> Rows:
