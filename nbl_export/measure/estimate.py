@@ -78,6 +78,7 @@ _BATCH = 4096  # tokens that run at once
 _LOGIT_ROWS = 4500  # float32 logits beside the model while layers are chosen: smollm2 and qwen
 _LONG_ROW = 2056  # positions of the longest probe
 _FIT_MATRICES = 10  # D x D of float64 while a map is fitted: plan of 1.5B and 8B
+_ROUNDED = 3  # matrices in float32 while the export rounds one: the head of the 3B shape
 _REFERENCE_ROWS = 450  # float32 logits that references.safetensors keeps
 
 _DECODE_BYTES = 80 << 30  # as `benchmark.decode_tokens`
@@ -352,6 +353,14 @@ class Job:
         model = _PROCESS + 1.5 * self.weights + 8.0 * _STEP_TOKENS * self.shape.decoder.vocab_size * 4
         return model, _PROCESS + self.weights
 
+    def _export_memory(self) -> tuple[float, float]:
+        """The GenAI builder maps the checkpoint, keeps the rounded graph, and rounds a matrix at a time."""
+        held = _PROCESS + self.graph
+        if self.options.precision not in self.engine.rounded:
+            return held + 2 * self.weights, held
+        held += _ROUNDED * 4.0 * self.shape.head_parameters
+        return held + self.weights / 2, held
+
     def _verify_memory(self) -> tuple[float, float]:
         """Torch, and both graphs: each in its mapped file and as the kernels pack it; quantised: a float32 twin too.
 
@@ -374,12 +383,11 @@ class Job:
         kept = converted if self.given else 0.0
         references = 4.0 * _REFERENCE_ROWS * self.shape.decoder.vocab_size
         start = maps if self._trains else 0.0
-        export = _PROCESS + 2 * self.weights + graph
         made: dict[str, Callable[[], tuple[float, tuple[float, float], float]]] = {
             "calibrate": lambda: (self._calibrate_seconds(), self._calibrate_memory(), self.moments + converted),
             "plan": lambda: (self._plan_seconds(), self._plan_memory(), maps),
             "distill": lambda: (self._distill_seconds(), self._distill_memory(), start),
-            "decoder": lambda: ((self.weights + graph) / _WRITTEN, (export, _PROCESS + graph), graph + kept),
+            "decoder": lambda: ((self.weights + graph) / _WRITTEN, self._export_memory(), graph + kept),
             "rewrite": lambda: (graph / _REWRITTEN, (_PROCESS + graph, _PROCESS), graph),
             "verify": lambda: (self._verify_seconds(), self._verify_memory(), references),
             "bench": lambda: (self._bench_seconds(), (_PROCESS + 4 * graph, _PROCESS + graph), 0.0),

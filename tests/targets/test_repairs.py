@@ -25,6 +25,7 @@ from nbl_export.targets.tensorrt import export as static
 from nbl_export.targets.tensorrt import static_form
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 
+from ..exports import build_decoder
 from ..tiny import LAYERS
 from ..verifying import verify_tiny
 
@@ -153,3 +154,27 @@ def test_an_architectures_record_is_needed(
     else:
         with pytest.raises(NblError):
             verify_tiny(checkpoint(architecture), source, "fp32", tmp_path, (1,))
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_matrices_are_rounded_one_by_one(
+    precision: str, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The builder holds one matrix in float32 at a time, and writes what it writes with all of them."""
+    seen: list[int] = []
+    patch = genai_patches._one_by_one
+
+    def counted(theirs: Callable[[Any], Any]) -> Any:
+        def rounded(self: Any) -> Any:
+            seen.append(len(self.model.graph.initializers))
+            return theirs(self)
+
+        return patch(rounded)
+
+    for name, made in (("one by one", counted), ("all at once", as_it_was)):
+        monkeypatch.setattr(genai_patches, "_one_by_one", made)
+        build_decoder("genai", checkpoint("llama"), tmp_path / name, precision)
+    assert set(seen) == {1}
+    assert len(seen) > LAYERS
+    for file in ("model.onnx", "model.onnx.data"):
+        assert (tmp_path / "one by one" / file).read_bytes() == (tmp_path / "all at once" / file).read_bytes()

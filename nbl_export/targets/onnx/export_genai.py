@@ -12,6 +12,8 @@ Gemma 3     the builder does not read rotary settings by kind of layer, as trans
 OLMo        the builder makes norms of layer norms that have no weights
 GPT-OSS     the builder rounds experts from the published codes alone, which a checkpoint in floats lacks
 codes       the builder cannot join query, key and value of a quantised checkpoint without zero points into one matrix
+
+Rounding to int8 and int4 is patched too: the builder holds all matrices in float32 while it rounds, now it holds one.
 """
 
 from __future__ import annotations
@@ -139,6 +141,7 @@ def repaired() -> Iterator[None]:
     changes = [
         *((builder, name, kind) for name, kind in ours.items()),
         (base, _PACKED, _packed(getattr(base, _PACKED))),
+        (base, _ROUND, _one_by_one(getattr(base, _ROUND))),
     ]
     before = [(place, name, getattr(place, name)) for place, name, _ in changes]
     try:
@@ -166,6 +169,66 @@ def _packed(theirs: Any) -> Any:
         return whole
 
     return joined
+
+
+_ROUND = "to_nbits"
+
+
+def _one_by_one(theirs: Any) -> Any:
+    """Round each matrix in a graph of one node. The file is the same, byte for byte."""
+
+    def rounded(self: Any) -> Any:
+        if getattr(self, "exact_quant_override_names", None) or self.matmul_attrs["weights_prepacked"]:
+            return theirs(self)  # these options look at all nodes at once
+        whole = self.model
+        for node in [node for node in whole.graph if node.op_type in self.quant_attrs["op_types_to_quantize"]]:
+            weight = next((value for value in node.inputs if value.is_initializer()), None)
+            if weight is not None:
+                self.model = _alone(whole, node)
+                _take_place(node, theirs(self).graph, weight)
+        self.model = whole
+        return whole
+
+    return rounded
+
+
+def _alone(whole: Any, node: Any) -> Any:
+    """A model of a copy of the node and its weight."""
+    import onnx_ir as ir
+
+    inputs = [ir.Value(name=v.name, shape=v.shape, type=v.type, const_value=v.const_value) for v in node.inputs]
+    weights = [value for value in inputs if value.const_value is not None]
+    outputs = [ir.Value(name=v.name, shape=v.shape, type=v.type) for v in node.outputs]
+    copy = ir.Node(node.domain, node.op_type, inputs, node.attributes.values(), outputs=outputs, name=node.name)
+    given, imports = [value for value in inputs if value.const_value is None], whole.graph.opset_imports
+    graph = ir.Graph(given, outputs, nodes=[copy], initializers=weights, opset_imports=dict(imports), name="rounded")
+    return ir.Model(graph, ir_version=whole.ir_version)
+
+
+def _take_place(node: Any, made: Any, weight: Any) -> None:
+    """Put the nodes and weights of a graph in the place of a node, and remove its weight if nobody else reads it."""
+    import onnx_ir as ir
+
+    from nbl_export.graph.emitter import register
+
+    whole, nodes = node.graph, list(made)
+    for name, value in made.initializers.items():
+        if name not in whole.initializers:
+            tensor = value.const_value
+            register(
+                whole, ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
+            )  # a copy frees the protobuf
+    outputs = list(made.outputs)
+    made.outputs.clear()
+    made.remove(nodes)
+    known = {value.name: value for value in node.inputs} | dict(whole.initializers)
+    for new in nodes:
+        for position, value in enumerate(new.inputs):
+            if value is not None and value.name in known:
+                new.replace_input_with(position, known[value.name])
+    ir.convenience.replace_nodes_and_values(whole, node, [node], nodes, node.outputs, outputs)
+    if not weight.uses():
+        del whole.initializers[weight.name]
 
 
 # class of a checkpoint -> the name that leads to `_qwen3`
