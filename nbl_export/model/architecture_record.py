@@ -59,6 +59,7 @@ class Architecture:
         runtime_type: type in genai_config.json, if ONNX Runtime GenAI does not know the name.
         genai_as: the class whose builder in ONNX Runtime GenAI makes the graph, if the builder does not know the name.
         mobius: settings of mobius' configuration that mobius (0.1) reads wrong.
+        mobius_as: the type whose class makes mobius' graph, if mobius does not know the name.
         tried: the real model that whole jobs ran on; tests use tiny random ones.
         not_from: decoder source, or one with a precision ("genai --precision int4") -> why the source exports no graph
             of this architecture.
@@ -94,6 +95,7 @@ class Architecture:
     runtime_type: str | None = None
     genai_as: str | None = None
     mobius: Mapping[str, Any] = field(default_factory=dict)
+    mobius_as: str | None = None
     tried: str = ""
     not_from: Mapping[str, str] = field(default_factory=dict)
 

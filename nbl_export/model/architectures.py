@@ -286,7 +286,8 @@ ARCHITECTURES = {
             gated=True,
             others=GATED_DELTA,
             experts=Experts("moe_intermediate_size", "shared_expert_intermediate_size", QWEN),
-            not_from=_NO_STATES,
+            mobius_as="qwen3_5_moe",
+            not_from={"static": _NO_STATES["static"]},
         ),
         Architecture(
             "qwen3_next",
@@ -297,7 +298,11 @@ ARCHITECTURES = {
             others=GATED_DELTA,
             must_be={"mlp_only_layers": (None, []), "decoder_sparse_step": (None, 1)},
             experts=Experts("moe_intermediate_size", "shared_expert_intermediate_size", QWEN),
-            not_from={"static": _NO_STATES["static"], **dict.fromkeys(_NARROW_GENAI, _REGROUPED)},
+            not_from={
+                "static": _NO_STATES["static"],
+                "mobius --precision fp16": "mobius (0.1) keeps shares of its experts in float32; use fp32",
+                **dict.fromkeys(_NARROW_GENAI, _REGROUPED),
+            },
         ),
     )
 }

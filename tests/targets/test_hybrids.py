@@ -70,7 +70,7 @@ def padded(side: str) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(
     ("architecture", "source"),
     [pytest.param(name, "genai", marks=() if name == "lfm2_moe" else pytest.mark.fuzz) for name in HYBRIDS]
-    + [pytest.param(name, "mobius", marks=pytest.mark.fuzz) for name in ("qwen3_5", "qwen3_next")],
+    + [pytest.param(name, "mobius", marks=pytest.mark.fuzz) for name in ("qwen3_5", "qwen3_5_moe", "qwen3_next")],
 )
 def test_every_set_of_attention_layers_agrees_with_torch(
     architecture: str, source: str, checkpoint: Checkpoint, exported: Exported, random_maps: Maps, tmp_path: Path

@@ -1,6 +1,7 @@
 """mobius, by the ONNX Runtime team: opset 24, fused to GroupQueryAttention and skip norms for the CPU.
 
-`corrected` sets what mobius 0.1 reads wrong from a configuration, as the architecture's record says (`mobius`).
+`corrected` sets what mobius 0.1 reads wrong from a configuration, and names the class of a type that mobius does not
+know, as the architecture's record says (`mobius`, `mobius_as`).
 """
 
 from __future__ import annotations
@@ -47,9 +48,12 @@ def build(checkpoint: Path, out: Path, precision: str) -> None:
 @contextlib.contextmanager
 def corrected(checkpoint: Path) -> Iterator[None]:
     """Within: the configuration that mobius makes of transformers' has the settings of the architecture's record."""
-    from mobius import ArchitectureConfig
+    from mobius import ArchitectureConfig, registry
 
-    settings = ARCHITECTURES[_config(checkpoint)["model_type"]].mobius
+    record = ARCHITECTURES[_config(checkpoint)["model_type"]]
+    settings = record.mobius
+    if record.mobius_as is not None:
+        registry.register(record.name, registry.get(record.mobius_as))
     theirs = ArchitectureConfig.from_transformers
 
     def ours(config: Any, **more: Any) -> Any:
