@@ -246,6 +246,7 @@ def test_the_main_job(
     [
         ("olmo2", (), "--decoder-source genai is not possible for olmo2: the GenAI builder"),
         ("gemma2", ("--decoder-source", "mobius"), "--decoder-source mobius is not possible for gemma2"),
+        ("qwen3_next", ("--precision", "int4"), "--decoder-source genai --precision int4 is not possible for qwen3"),
     ],
 )
 def test_what_an_architecture_cannot_is_refused_before_anything_is_computed(
