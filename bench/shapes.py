@@ -1,12 +1,12 @@
 """Peak memory and seconds of stages on random checkpoints with the shapes of large models.
 
-    python bench/shapes.py TOKENIZER 1.5B --memory 4 > bench/results/shapes.json
-    python bench/shapes.py TOKENIZER 8B --memory 4 --layers 4 > bench/results/shapes-8b.json
-    python bench/shapes.py TOKENIZER 3B --memory 14 --until report --precision int4 --select efficient
+    python bench/shapes.py TOKENIZER 3B --memory 14 --until report --precision int4 --select error
+    python bench/shapes.py TOKENIZER 8B --memory 18 --until rewrite --precision int4 --select error --tokens 4608
 
 TOKENIZER is a model directory whose tokenizer has no more words than the shapes. Weights are random, so quality and the
 chosen layers mean nothing. A process may take --memory GiB for weights, so that each model runs one layer at a time.
 A quarter of the layers is chosen by --select. Stages run up to --until.
+The benchmark is a short one: an empty cache, and two loads of each decoder.
 --layers cuts a model: time grows with the layers, and the peak does not, since one layer is in memory at a time.
 Peak memory is VmHWM of a process that runs only the stage.
 """
@@ -24,9 +24,6 @@ from pathlib import Path
 from typing import Any
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "1.5B": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 1536,
-             "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
-             "vocab_size": 151936, "max_position_embeddings": 32768, "tie_word_embeddings": True},
     "3B": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 2048,
            "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
            "vocab_size": 151936, "max_position_embeddings": 32768, "tie_word_embeddings": True},
@@ -34,10 +31,9 @@ SHAPES: dict[str, dict[str, Any]] = {
            "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
            "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": False},
 }  # fmt: skip
-TOKENS = dict.fromkeys(SHAPES, 8192)  # more than the hidden size: else the moments are singular, and plan refuses them
 LEFT_OUT = ("sweep", "distill", "quantize", "eval", "build", "lossless")  # stages that nobody asked for
 CHILD = """
-import sys, os
+import json, os, sys
 os.environ["TQDM_DISABLE"] = "1"
 from pathlib import Path
 from nbl_export.model import memory
@@ -46,8 +42,13 @@ stage, model, out, tokens, limit, layers, select, precision = sys.argv[1:]
 memory.available_bytes = lambda: int(limit) << 30
 from nbl_export.run.pipeline import run_calibration, run_stages
 from nbl_export.run.progress import Ui
+given = {"calibration_tokens": int(tokens), "layers": layers, "select": select, "precision": precision}
+given |= {"depths": (0,), "repetitions": 2}
+if stage == "estimate":
+    estimate.available_bytes = memory.available_bytes
+    print(json.dumps(estimate.estimate(model, given)))
+    sys.exit()
 if stage == "calibrate":
-    given = {"calibration_tokens": int(tokens), "layers": layers, "select": select, "precision": precision}
     run_calibration(model, given, Path(out), Ui(quiet=True))
 else:
     run_stages(Path(out), stage, Ui(quiet=True))
@@ -95,24 +96,34 @@ def measured(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     layers = SHAPES[shape]["num_hidden_layers"]
     count = min(layers, options.layers or layers)
     found: dict[str, Any] = {
-        "tokens": TOKENS[shape], "layers": count, "layers_of_the_shape": layers, "select": options.select,
+        "tokens": options.tokens, "layers": count, "layers_of_the_shape": layers, "select": options.select,
         "precision": options.precision,
     }  # fmt: skip
     names = [stage.name for stage in STAGES if stage.name not in LEFT_OUT]
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         model, run = Path(scratch) / "model", Path(scratch) / "run"
         found["parameters"] = write_checkpoint(shape, options.tokenizer, count, model)
+        given = (model, run, options.tokens, options.memory, max(1, count // 4), options.select, options.precision)
+        found["speed"] = json.loads(_child("estimate", given))["machine"]
         for stage in names[: names.index(options.until) + 1]:
-            given = (model, run, TOKENS[shape], options.memory, max(1, count // 4), options.select, options.precision)
-            command = [sys.executable, "-c", CHILD, stage, *map(str, given)]
             started = time.monotonic()
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            peak = int(done.stdout.split()[-1]) * 1024
+            peak = int(_child(stage, given).split()[-1]) * 1024
             found[stage] = {"seconds": time.monotonic() - started, "peak_bytes": peak}
             print(shape, stage, found[stage], file=sys.stderr, flush=True)
+        if "verify" in found:
+            checks = json.loads((run / "verify.json").read_text(encoding="utf-8"))["checks"]
+            found["checks"] = {"passed": sum(check["passed"] for check in checks), "all": len(checks)}
+        if "bench" in found:
+            found["timings"] = json.loads((run / "bench.json").read_text(encoding="utf-8"))["timings"]
         found["moments_bytes"] = (run / "moments.safetensors").stat().st_size
         found["run_bytes"] = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
     return found
+
+
+def _child(stage: str, given: tuple[Any, ...]) -> str:
+    """What a process prints that runs only the stage."""
+    command = [sys.executable, "-c", CHILD, stage, *map(str, given)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def main() -> None:
@@ -120,6 +131,7 @@ def main() -> None:
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("shapes", nargs="+", choices=tuple(SHAPES))
     parser.add_argument("--memory", type=int, default=8, help="GiB that the weights may take")
+    parser.add_argument("--tokens", type=int, default=8192, help="of calibration, more than the hidden size")
     parser.add_argument("--layers", type=int, help="most layers of a model; default: all")
     parser.add_argument("--until", default="plan", help="the last stage")
     parser.add_argument("--precision", default="fp32", help="of the graphs")

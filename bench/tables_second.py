@@ -69,32 +69,17 @@ def trained(read: Read) -> Rows:
     return rows
 
 
+_SHAPES = {"3B": "shapes-3b", "8B": "shapes-8b"}
+
+
 def shapes(read: Read) -> Rows:
-    """Calibrate and plan one layer at a time on random checkpoints of large shapes."""
-    titles = (
-        "shape",
-        "parameters",
-        "layers",
-        "tokens",
-        "calibrate",
-        "a layer",
-        "peak",
-        "moments",
-        "chosen by",
-        "plan",
-        "peak of plan",
-    )
-    rows: Rows = [titles, "l" + "r" * (len(titles) - 1)]
-    found = read("shapes")["shapes"] | read("shapes-8b")["shapes"]
-    for name, run in found.items():
-        calibrate, plan, whole = run["calibrate"], run["plan"], run.get("layers_of_the_shape", run["layers"])
-        layers = str(whole) if run["layers"] == whole else f"{run['layers']} of {whole}"
-        rows.append((
-            name, f"{run['parameters'] / 1e9:.2f} billion", layers, f"{run['tokens']:,}",
-            f"{calibrate['seconds']:.0f} s", f"{calibrate['seconds'] / run['layers']:.1f} s",
-            f"{calibrate['peak_bytes'] / 1e9:.1f} GB", f"{run['moments_bytes'] / 1e9:.1f} GB",
-            run.get("select", "cca"), f"{plan['seconds']:.0f} s", f"{plan['peak_bytes'] / 1e9:.1f} GB",
-        ))  # fmt: skip
+    """Seconds and peak memory of the stages of jobs on random checkpoints of large shapes."""
+    runs = {shape: read(name)["shapes"][shape] for shape, name in _SHAPES.items()}
+    rows: Rows = [("stage", *(cell for shape in runs for cell in (shape, "peak"))), "l" + "rr" * len(runs)]
+    for stage in ("calibrate", "plan", "decoder", "rewrite", "verify", "bench"):
+        took = [run.get(stage) for run in runs.values()]
+        cells = [(f"{t['seconds']:.0f} s", f"{t['peak_bytes'] / 1e9:.1f} GB") if t else ("not run", "") for t in took]
+        rows.append((stage, *(text for cell in cells for text in cell)))
     return rows
 
 

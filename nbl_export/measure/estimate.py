@@ -14,8 +14,8 @@ at the rate of the product: 188 and 215 billion operations a second in stages-*.
     bench       loads of both graphs, each with prefill and decode at every depth
 
 Each coefficient below has its source. `tests/measure/test_estimate.py` compares the result with the measured jobs of
-bench/results: stages-smollm2.json, stages-qwen.json, shapes.json and shapes-8b.json. All of them ran on ONNX Runtime's
-CPU provider, the jobs in float32. So OpenVINO, quantised graphs and the export of a large model are less certain.
+bench/results: stages-smollm2.json and stages-qwen.json in float32, shapes-3b.json and shapes-8b.json in int4. All of
+them ran on ONNX Runtime's CPU provider. So OpenVINO and other precisions are less certain.
 
 Memory is the peak of the process. It includes mapped files, whose pages the kernel can drop. `needed` is without these
 and without Python and its libraries, in the form in which a stage runs if memory is short.
@@ -54,11 +54,11 @@ __all__ = ["STAGES", "Gain", "Job", "Needs", "Speed", "measure_speed"]
 
 STAGES = ("calibrate", "plan", "distill", "decoder", "rewrite", "verify", "bench")  # that are estimated, in order
 
-# -- time. "smollm2" and "qwen" are stages-*.json, "1.5B" and "8B" are shapes*.json in bench/results.
+# -- time. "smollm2" and "qwen" are stages-*.json, the 3B and 8B shapes are shapes-*.json in bench/results.
 _NARROW = 2.0  # products in bfloat16 over float32: AVX512_BF16 has twice the products a cycle
 _START_SECONDS = 5.0  # a process loads torch, tokenizer and text before its first pass
 _SUMS = 14 / 3  # x D^2 additions and multiplications of a token's moments: Y'X, and 2/3 of X'X and Y'Y (`sums._gram`)
-_FIT = 28.0  # x D^3 of float32 work to score or fit one map, in float64: plan of 1.5B and 8B
+_FIT = 28.0  # x D^3 of float32 work to score or fit one map, in float64: plan of the 8B shape
 _TRIED = 1.5  # passes of each step of an order: at most 3 layers are tried
 _JUDGED = 4  # every fourth position of the choosing text is judged
 _HEADS = 2  # products with the head at a judged position: change of the logits, and its pull
@@ -67,7 +67,9 @@ _LONG_KINDS, _TOP_PARTS = 2048, 3  # tokens of a row that kinds are chosen by; e
 _TESTS = 3  # tests of a limit on quality: smollm2 took 3, qwen 2
 _STEP, _STEP_TOKENS = 3.5, 1024  # passes of a training step: distill-qwen.json, 8.2 s a step
 _PROBED = 36_000  # tokens of all probes of verification: smollm2 and qwen, without the final text
+_CODED = 2.0  # products of rounded matrices and 8-bit activations over float32: the 3B shape
 _WRITTEN = 4e8  # bytes a second that an export reads, or writes and hashes: smollm2 and qwen
+_ROUNDED_WEIGHTS = 7e7  # a second that an export rounds: the 3B and 8B shapes
 _REWRITTEN = 1.2e9  # bytes a second of a rewritten graph: smollm2 and qwen
 _LOADED = 7e8  # bytes a second of a graph that is opened: demo-smollm2-fp32.json
 _DECODED = 2.0  # bytes that decode reads while one thread copies one: all threads read
@@ -77,8 +79,8 @@ _PROCESS = 5e8  # bytes of Python, torch and transformers: the first stage of qw
 _BATCH = 4096  # tokens that run at once
 _LOGIT_ROWS = 4500  # float32 logits beside the model while layers are chosen: smollm2 and qwen
 _LONG_ROW = 2056  # positions of the longest probe
-_FIT_MATRICES = 10  # D x D of float64 while a map is fitted: plan of 1.5B and 8B
-_ROUNDED = 3  # matrices in float32 while the export rounds one: the head of the 3B shape
+_FIT_MATRICES = 10  # D x D of float64 while a map is fitted: plan of the 8B shape
+_FLOATS = 3  # matrices in float32 while the export rounds one: the head of the 3B shape
 _REFERENCE_ROWS = 450  # float32 logits that references.safetensors keeps
 
 _DECODE_BYTES = 80 << 30  # as `benchmark.decode_tokens`
@@ -299,9 +301,11 @@ class Job:
         return self.options.precision not in ("fp32", "fp16", "bf16")
 
     def _verify_seconds(self) -> float:
-        probes = _PROBED * (2 if self._is_quantised else 1)  # a quantised graph has a float32 twin
-        tokens = 2 * final_tokens(self.options.context) + probes
-        return _START_SECONDS + tokens * (self._pass + self._head) / self.speed.product_flops_per_second
+        probed, final = _PROBED, 2 * final_tokens(self.options.context)
+        if self._is_quantised:
+            final = round(final / _CODED)
+            probed *= 2 if self.fits else 1  # a float32 twin is written and opened; else a twin keeps its codes
+        return _START_SECONDS + (final + probed) * (self._pass + self._head) / self.speed.product_flops_per_second
 
     def _bench_seconds(self) -> float:
         options = self.options
@@ -342,7 +346,7 @@ class Job:
         s = self.shape
         work = 8.0 * _FIT_MATRICES * s.decoder.hidden_size**2
         if not (self.judges or self.tests):
-            return _PROCESS + self.moments + work, _PROCESS + work
+            return _PROCESS + work, _PROCESS + work  # the moments of a layer at a time
         model = self.weights + self._narrow_copies
         if not self.fits:  # a layer or the head, and hidden states (`model.streamed`)
             model = 4.0 * (s.layer_parameters + s.head_parameters) + STATES_SHARE * self.available_bytes
@@ -353,13 +357,17 @@ class Job:
         model = _PROCESS + 1.5 * self.weights + 8.0 * _STEP_TOKENS * self.shape.decoder.vocab_size * 4
         return model, _PROCESS + self.weights
 
+    def _export_seconds(self) -> float:
+        rounded = self.shape.parameters if self.options.precision in self.engine.rounded else 0
+        return (self.weights + self.graph) / _WRITTEN + rounded / _ROUNDED_WEIGHTS
+
     def _export_memory(self) -> tuple[float, float]:
-        """The GenAI builder maps the checkpoint, keeps the rounded graph, and rounds a matrix at a time."""
+        """An export that rounds a matrix at a time maps the checkpoint; its pages leave when memory is short."""
         held = _PROCESS + self.graph
         if self.options.precision not in self.engine.rounded:
             return held + 2 * self.weights, held
-        held += _ROUNDED * 4.0 * self.shape.head_parameters
-        return held + self.weights / 2, held
+        held += _FLOATS * 4.0 * self.shape.head_parameters
+        return min(held + self.weights / 2, max(held, self.available_bytes)), held
 
     def _verify_memory(self) -> tuple[float, float]:
         """Torch, and both graphs: each in its mapped file and as the kernels pack it; quantised: a float32 twin too.
@@ -387,7 +395,7 @@ class Job:
             "calibrate": lambda: (self._calibrate_seconds(), self._calibrate_memory(), self.moments + converted),
             "plan": lambda: (self._plan_seconds(), self._plan_memory(), maps),
             "distill": lambda: (self._distill_seconds(), self._distill_memory(), start),
-            "decoder": lambda: ((self.weights + graph) / _WRITTEN, self._export_memory(), graph + kept),
+            "decoder": lambda: (self._export_seconds(), self._export_memory(), graph + kept),
             "rewrite": lambda: (graph / _REWRITTEN, (_PROCESS + graph, _PROCESS), graph),
             "verify": lambda: (self._verify_seconds(), self._verify_memory(), references),
             "bench": lambda: (self._bench_seconds(), (_PROCESS + 4 * graph, _PROCESS + graph), 0.0),

@@ -21,13 +21,12 @@ from nbl_export.text import windows
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 SMOLLM2 = Shape(DecoderSpec("llama", 30, 576, 9, 3, 64, 49152, 8192), MlpSpec(1536), tied=True, is_gguf=True)
 QWEN = Shape(DecoderSpec("qwen2", 24, 896, 14, 2, 64, 151936, 32768), MlpSpec(4864), tied=True, is_gguf=True)
-SHAPE_1B = Shape(DecoderSpec("qwen2", 28, 1536, 12, 2, 128, 151936, 32768), MlpSpec(8960), tied=True)
-SHAPE_8B = Shape(DecoderSpec("llama", 4, 4096, 32, 8, 128, 128256, 131072), MlpSpec(14336), tied=False)  # measured
-LLAMA_8B = dataclasses.replace(SHAPE_8B, decoder=dataclasses.replace(SHAPE_8B.decoder, num_layers=32))
+QWEN_3B = Shape(DecoderSpec("qwen2", 36, 2048, 16, 2, 128, 151936, 32768), MlpSpec(11008), tied=True)
+LLAMA_8B = Shape(DecoderSpec("llama", 32, 4096, 32, 8, 128, 128256, 131072), MlpSpec(14336), tied=False)
 GIB = 1 << 30
 COPIED = 14e9  # bytes a second on the machine of the results
 WITHIN = 1.5
-FURTHER = {("1.5B", "calibrate"): 2.0}  # the result does not say how fast the machine was at that time
+FURTHER = {("3B", "plan"): 1.6}  # other jobs ran beside
 
 
 def job(shape: Shape, rate: float = 2e11, memory: int = 23 * GIB, *, narrow: bool = True, **options: Any) -> Job:
@@ -73,19 +72,23 @@ def test_whole_jobs_agree_with_what_was_measured(name: str, shape: Shape, earlie
     assert off(sum(needs.seconds for needs in found.values()), measured["total_seconds"]) < WITHIN
 
 
-@pytest.mark.parametrize(("name", "size", "shape"), [("shapes", "1.5B", SHAPE_1B), ("shapes-8b", "8B", SHAPE_8B)])
-def test_layer_by_layer_agrees_with_what_was_measured(name: str, size: str, shape: Shape) -> None:
-    measured = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["shapes"][size]
+@pytest.mark.parametrize(("size", "shape"), [("3B", QWEN_3B), ("8B", LLAMA_8B)])
+def test_layer_by_layer_agrees_with_what_was_measured(size: str, shape: Shape) -> None:
+    measured = json.loads((RESULTS / f"shapes-{size.lower()}.json").read_text(encoding="utf-8"))["shapes"][size]
+    asked = {name: measured[name] for name in ("select", "precision")}
     streamed = job(
-        shape, memory=4 * GIB, calibration_tokens=measured["tokens"], layers=str(measured["layers"] // 4), select="cca"
-    )
+        shape, measured["speed"]["product_flops_per_second"], measured["speed"]["memory_bytes"],
+        calibration_tokens=measured["tokens"], layers=str(measured["layers"] // 4), depths=(0,), repetitions=2, **asked,
+    )  # fmt: skip
     assert not streamed.fits
     found = by_stage(streamed)
     assert off(shape.parameters, measured["parameters"]) < 1.001
-    seconds = {stage: off(found[stage].seconds, measured[stage]["seconds"]) for stage in ("calibrate", "plan")}
-    peaks = {stage: off(found[stage].peak_bytes, measured[stage]["peak_bytes"]) for stage in ("calibrate", "plan")}
-    assert max(peaks.values()) < WITHIN, peaks
+    ran = [stage for stage in STAGES if stage in measured and stage != "rewrite"]  # it takes seconds
+    assert {"calibrate", "plan", "decoder"} <= set(ran)
+    seconds = {stage: off(found[stage].seconds, measured[stage]["seconds"]) for stage in ran}
     assert all(factor < FURTHER.get((size, stage), WITHIN) for stage, factor in seconds.items()), seconds
+    peaks = {stage: off(found[stage].peak_bytes, measured[stage]["peak_bytes"]) for stage in ran}
+    assert max(peaks.values()) < WITHIN, peaks
 
 
 # -- options --------------------------------------------------------------------------------------------------
