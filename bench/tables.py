@@ -72,6 +72,7 @@ TABLES: Mapping[str, Table] = {
     "intervals": speed.intervals,
     "coverage": speed.coverage,
     "length": quality.length,
+    "job-tasks": quality.job_tasks,
 }
 
 

@@ -132,6 +132,25 @@ def _tasks(found: Mapping[str, Any], fits: Mapping[str, str]) -> Rows:
     return rows
 
 
+def job_tasks(read: Read) -> Rows:
+    """Accuracies of the original and of default jobs, with the paired difference on the same documents."""
+    rows: Rows = [("job", "documents of each", *TASKS.values()), "lrrrr"]
+    for job in read("tasks-jobs")["jobs"]:
+        accuracy = {row["task"]: row for row in job["table"] if row["metric"] == "acc"}
+        cells = []
+        for name in TASKS:
+            original = accuracy_of(accuracy[name]["figures"]["original"], "original")
+            cells.append(f"{original} → {accuracy_of(_of_nbl(accuracy[name]), 'nbl')}")
+        rows.append((job["title"], f"{accuracy['piqa']['items']:,}", *cells))
+    return rows
+
+
+def _of_nbl(row: Mapping[str, Any]) -> dict[str, float]:
+    """NBL's figure of a row of `nbl-export eval`, and its paired difference from the original's."""
+    (change, *_) = row["differences"]
+    return {"value": row["figures"]["nbl"]["value"], "change": change["value"], "change_stderr": change["stderr"]}
+
+
 def graphs(read: Read) -> Rows:
     """Accuracies of the shipped graphs, and the distance of `model/` from the torch NBL model, item by item."""
     run = read("graph-tasks-smollm2")
@@ -140,8 +159,7 @@ def graphs(read: Read) -> Rows:
     titles = ("", "`original/`", "`model/`", "same answers as torch", "largest difference of a log-likelihood")
     rows: Rows = [titles, "lrrrr"]
     for name, shown in TASKS.items():
-        figures, (change, *_) = accuracy[name]["figures"], accuracy[name]["differences"]
-        nbl = {"value": figures["nbl"]["value"], "change": change["value"], "change_stderr": change["stderr"]}
+        figures, nbl = accuracy[name]["figures"], _of_nbl(accuracy[name])
         same = f"{agreed[name]['same_answers']:,} of {agreed[name]['items']:,}"
         apart = f"{agreed[name]['loglikelihood']['largest']:.4f}"
         rows.append((shown, accuracy_of(figures["original"], "original"), accuracy_of(nbl, "nbl"), same, apart))
