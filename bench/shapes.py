@@ -7,7 +7,6 @@ TOKENIZER is a model directory whose tokenizer has no more words than the shapes
 chosen layers mean nothing. A process may take --memory GiB for weights, so that each model runs one layer at a time.
 A quarter of the layers is chosen by --select. Stages run up to --until.
 The benchmark is a short one: an empty cache, and two loads of each decoder.
---layers cuts a model: time grows with the layers, and the peak does not, since one layer is in memory at a time.
 Peak memory is VmHWM of a process that runs only the stage.
 """
 
@@ -56,20 +55,14 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
-def write_checkpoint(shape: str, tokenizer: Path, layers: int, out: Path) -> int:
+def write_checkpoint(shape: str, tokenizer: Path, out: Path) -> int:
     """Write a random checkpoint in bfloat16, a file for each layer; returns its number of parameters."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
     out.mkdir()
-    config = {
-        **SHAPES[shape],
-        "num_hidden_layers": layers,
-        "torch_dtype": "bfloat16",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-    }
+    config = {**SHAPES[shape], "torch_dtype": "bfloat16", "rms_norm_eps": 1e-6, "rope_theta": 1e6}
     (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for file in tokenizer.glob("tokenizer*"):
         shutil.copy(file, out)
@@ -93,17 +86,13 @@ def write_checkpoint(shape: str, tokenizer: Path, layers: int, out: Path) -> int
 def measured(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     from nbl_export.run.pipeline import STAGES
 
-    layers = SHAPES[shape]["num_hidden_layers"]
-    count = min(layers, options.layers or layers)
-    found: dict[str, Any] = {
-        "tokens": options.tokens, "layers": count, "layers_of_the_shape": layers, "select": options.select,
-        "precision": options.precision,
-    }  # fmt: skip
+    layers, asked = SHAPES[shape]["num_hidden_layers"], ("tokens", "select", "precision")
+    found: dict[str, Any] = {"layers": layers, **{name: getattr(options, name) for name in asked}}
     names = [stage.name for stage in STAGES if stage.name not in LEFT_OUT]
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         model, run = Path(scratch) / "model", Path(scratch) / "run"
-        found["parameters"] = write_checkpoint(shape, options.tokenizer, count, model)
-        given = (model, run, options.tokens, options.memory, max(1, count // 4), options.select, options.precision)
+        found["parameters"] = write_checkpoint(shape, options.tokenizer, model)
+        given = (model, run, options.tokens, options.memory, layers // 4, options.select, options.precision)
         found["speed"] = json.loads(_child("estimate", given))["machine"]
         for stage in names[: names.index(options.until) + 1]:
             started = time.monotonic()
@@ -132,7 +121,6 @@ def main() -> None:
     parser.add_argument("shapes", nargs="+", choices=tuple(SHAPES))
     parser.add_argument("--memory", type=int, default=8, help="GiB that the weights may take")
     parser.add_argument("--tokens", type=int, default=8192, help="of calibration, more than the hidden size")
-    parser.add_argument("--layers", type=int, help="most layers of a model; default: all")
     parser.add_argument("--until", default="plan", help="the last stage")
     parser.add_argument("--precision", default="fp32", help="of the graphs")
     parser.add_argument("--scratch", type=Path, help="where the checkpoint and the run are made, and removed")
