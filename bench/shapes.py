@@ -37,11 +37,12 @@ os.environ["TQDM_DISABLE"] = "1"
 from pathlib import Path
 from nbl_export.model import memory
 from nbl_export.run import estimate  # refuses by the memory that there is
-stage, model, out, tokens, limit, layers, select, precision = sys.argv[1:]
+stage, model, out, tokens, limit, layers, select, engine, precision = sys.argv[1:]
 memory.available_bytes = lambda: int(limit) << 30
 from nbl_export.run.pipeline import run_calibration, run_stages
 from nbl_export.run.progress import Ui
-given = {"calibration_tokens": int(tokens), "layers": layers, "select": select, "precision": precision}
+given = {"calibration_tokens": int(tokens), "layers": layers, "select": select}
+given |= {"engine": engine, "precision": precision}
 given |= {"depths": (0,), "repetitions": 2}
 if stage == "estimate":
     estimate.available_bytes = memory.available_bytes
@@ -86,13 +87,14 @@ def write_checkpoint(shape: str, tokenizer: Path, out: Path) -> int:
 def measured(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     from nbl_export.run.pipeline import STAGES
 
-    layers, asked = SHAPES[shape]["num_hidden_layers"], ("tokens", "select", "precision")
+    layers, asked = SHAPES[shape]["num_hidden_layers"], ("tokens", "select", "engine", "precision")
     found: dict[str, Any] = {"layers": layers, **{name: getattr(options, name) for name in asked}}
     names = [stage.name for stage in STAGES if stage.name not in LEFT_OUT]
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         model, run = Path(scratch) / "model", Path(scratch) / "run"
         found["parameters"] = write_checkpoint(shape, options.tokenizer, model)
-        given = (model, run, options.tokens, options.memory, layers // 4, options.select, options.precision)
+        how = (options.select, options.engine, options.precision)
+        given = (model, run, options.tokens, options.memory, layers // 4, *how)
         found["speed"] = json.loads(_child("estimate", given))["machine"]
         for stage in names[: names.index(options.until) + 1]:
             started = time.monotonic()
@@ -122,6 +124,7 @@ def main() -> None:
     parser.add_argument("--memory", type=int, default=8, help="GiB that the weights may take")
     parser.add_argument("--tokens", type=int, default=8192, help="of calibration, more than the hidden size")
     parser.add_argument("--until", default="plan", help="the last stage")
+    parser.add_argument("--engine", default="ort")
     parser.add_argument("--precision", default="fp32", help="of the graphs")
     parser.add_argument("--scratch", type=Path, help="where the checkpoint and the run are made, and removed")
     parser.add_argument("--select", default="cca", help="how layers are chosen; cca needs no pass over the weights")

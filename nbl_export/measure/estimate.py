@@ -28,10 +28,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from nbl_export.measure.cost import CostModel, weight_bytes
-from nbl_export.measure.roofline import best_seconds
+from nbl_export.measure.machine_speed import Speed
 from nbl_export.measure.rounds import LOOKS, Rule
 from nbl_export.mixers.base import TokenWork
 from nbl_export.model.checkpoint.shape import Shape
@@ -50,7 +48,7 @@ from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, RECIPE_FIT,
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.text.windows import deciding_tokens, final_tokens, judging_tokens
 
-__all__ = ["STAGES", "Gain", "Job", "Needs", "Speed", "measure_speed"]
+__all__ = ["STAGES", "Gain", "Job", "Needs"]
 
 STAGES = ("calibrate", "plan", "distill", "decoder", "rewrite", "verify", "bench")  # that are estimated, in order
 
@@ -85,14 +83,6 @@ _REFERENCE_ROWS = 450  # float32 logits that references.safetensors keeps
 
 _DECODE_BYTES = 80 << 30  # as `benchmark.decode_tokens`
 _SECTIONS = 8  # the table of gains has a row for each eighth of the layers, up to half of them
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Rates of a machine."""
-
-    product_flops_per_second: float
-    copied_bytes_per_second: float
 
 
 @dataclass(frozen=True)
@@ -363,8 +353,10 @@ class Job:
 
     def _export_memory(self) -> tuple[float, float]:
         """An export that rounds a matrix at a time maps the checkpoint; its pages leave when memory is short."""
-        held = _PROCESS + self.graph
-        if self.options.precision not in self.engine.rounded:
+        held, precision = _PROCESS + self.graph, self.options.precision
+        if precision not in self.engine.mapped.get(self.options.decoder_source, ()):
+            return held + 2 * self.weights, held + self.weights
+        if precision not in self.engine.rounded:
             return held + 2 * self.weights, held
         held += _FLOATS * 4.0 * self.shape.head_parameters
         return min(held + self.weights / 2, max(held, self.available_bytes)), held
@@ -431,20 +423,3 @@ class Job:
         if isinstance(rank, int) and 2 * rank < size:
             elements = 2 * rank * size
         return TokenWork(elements, elements)
-
-
-# -- this machine ------------------------------------------------------------------------------------------------
-
-_ROWS, _WIDTH, _COPIED_BYTES, _REPETITIONS = 512, 1024, 64 << 20, 4
-
-
-@functools.cache  # each process measures once
-def measure_speed() -> Speed:
-    """Rates of this machine, in a tenth of a second; other programs that run at the same time make them too low."""
-    rng = np.random.default_rng(0)
-    x, weight = (rng.standard_normal(shape, np.float32) for shape in ((_ROWS, _WIDTH), (_WIDTH, _WIDTH)))
-    source = np.ones(_COPIED_BYTES // 8)
-    target = np.zeros_like(source)
-    product = best_seconds(lambda: x @ weight, _REPETITIONS)
-    copy = best_seconds(lambda: np.copyto(target, source), _REPETITIONS)
-    return Speed(2.0 * _ROWS * _WIDTH**2 / product, source.nbytes / copy)

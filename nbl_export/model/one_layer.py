@@ -137,13 +137,24 @@ def layer_bytes(directory: Path) -> int:
     return max(layers.values(), default=0) + embedding
 
 
+def stored_type(directory: Path) -> torch.dtype | None:
+    """The type of all weights of a checkpoint directory; None if they have several types."""
+    found = {facts["dtype"] for _, facts in _headers(directory)}
+    types = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    return types.get(found.pop()) if len(found) == 1 else None
+
+
 def _sizes(directory: Path) -> Iterator[tuple[str, int]]:
+    for name, facts in _headers(directory):
+        yield name, 4 * torch.Size(facts["shape"]).numel()
+
+
+def _headers(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for file in directory.glob("*.safetensors"):
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        for name, facts in header.items():
-            if name != "__metadata__":
-                yield name, 4 * torch.Size(facts["shape"]).numel()
+        header.pop("__metadata__", None)
+        yield from header.items()
 
 
 def one_layer(config: Any, index: int, weights: WeightReader) -> Any:

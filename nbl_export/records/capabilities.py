@@ -41,7 +41,8 @@ class Capabilities:
         every_expert: decoder sources whose graphs compute every expert for every token.
         extra: optional extra that installs the engine.
         cache_bytes: precision -> bytes of a cache element; 4 if it is not named.
-        rounded: precisions whose export holds one matrix in float32 at a time.
+        mapped: decoder source -> the precisions whose export leaves the weights in the checkpoint's files.
+        rounded: of these, the precisions whose export holds one matrix in float32 at a time.
         narrow: whether the engine computes in fewer bits than the graph's types state, unless the precision is fp32.
         static: whether the engine compiles graphs of the static form, with caches of --max-seq-len slots. A CPU
             verifies such a graph through its float32 twin (a float32 copy). The build stage makes the engine that runs.
@@ -67,6 +68,7 @@ class Capabilities:
     sources: Mapping[str, tuple[str, ...]]
     extra: str
     cache_bytes: Mapping[str, int] = field(default_factory=dict)
+    mapped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rounded: tuple[str, ...] = ()
     narrow: bool = False
     static: bool = False

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.measure.estimate import Job, Needs, measure_speed
+from nbl_export.measure.estimate import Job, Needs
+from nbl_export.measure.machine_speed import measure_speed
 from nbl_export.model.checkpoint.shape import Shape, read_shape
 from nbl_export.model.memory import available_bytes
 from nbl_export.options.options import JobOptions

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from nbl_export.measure.estimate import STAGES, Job, Needs, Speed, measure_speed
+from nbl_export.measure.estimate import STAGES, Job, Needs
+from nbl_export.measure.machine_speed import Speed, measure_speed
 from nbl_export.mixers.base import TokenWork
 from nbl_export.model.checkpoint.shape import Shape
 from nbl_export.options.options import JobOptions
@@ -138,6 +139,17 @@ def test_needed_memory_is_at_most_the_peak() -> None:
     assert by_stage(job(LLAMA_8B))["calibrate"].peak_bytes < 8 * GIB < 32 * GIB
     assert by_stage(job(LLAMA_8B, precision="int4"))["verify"].needed_bytes < 8 * GIB  # one layer at a time
     assert by_stage(job(LLAMA_8B, memory=400 * GIB))["calibrate"].peak_bytes > 32 * GIB
+
+
+def test_an_export_out_of_mapped_files_needs_no_memory_for_them() -> None:
+    def needed(**asked: Any) -> float:
+        return by_stage(job(LLAMA_8B, **asked))["decoder"].needed_bytes
+
+    weights = 4 * LLAMA_8B.parameters
+    assert needed(precision="int4") < 0.6 * weights
+    assert needed(engine="openvino", decoder_source="openvino", precision="int8") < 0.6 * weights
+    assert needed(engine="openvino", decoder_source="openvino", precision="fp16") > weights
+    assert needed(precision="fp16", decoder_source="mobius") > weights
 
 
 def test_gains_are_those_of_the_cost_model() -> None:

@@ -13,6 +13,7 @@ cannot be measured. Speed can be measured, since zeros take as long as other wei
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from nbl_export.files import scratch_in
 from nbl_export.graph import graph_only
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
-from nbl_export.model.architectures import LINEARIZED, hybrid_facts, windows_of
+from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, hybrid_facts, windows_of
 from nbl_export.model.checkpoint import pretrained
 from nbl_export.model.checkpoint.pretrained import (
     check_weights,
@@ -41,7 +42,7 @@ from nbl_export.model.checkpoint.source import Linearized, Source, _check_archit
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import Plan
 
-__all__ = ["load_maps", "load_model", "load_tokenizer", "materialise", "read_spec", "spec_of"]
+__all__ = ["load_mapped", "load_maps", "load_model", "load_tokenizer", "materialise", "read_spec", "spec_of"]
 
 
 _MARKER = "source.json"
@@ -106,8 +107,41 @@ def load_model(directory: Path) -> Any:
     from nbl_export.model.one_layer import refuse_whole  # needs torch
 
     refuse_whole(directory, "this")
+    return _loaded(directory)
+
+
+def load_mapped(directory: Path) -> Any:
+    """Like `load_model`, in the type of the stored weights if they all have one type. The weights stay in their files.
+
+    Experts that are stored one by one take memory, and so do weights of several types. Such a model is in float32.
+    """
+    from nbl_export.model.one_layer import stored_type
+
+    experts = ARCHITECTURES[config_of(directory).model_type].experts
+    dtype = None if experts else stored_type(directory)
+    if dtype is None:
+        return load_model(directory)
+    model = _loaded(directory, dtype)
+    _compute_buffers(model)
+    return model
+
+
+def _compute_buffers(model: Any) -> None:
+    """Give computed buffers, such as the scale of an embedding, the values that they have in a float32 model."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        exact = model_with(copy.deepcopy(model.config))
+    stored = model.state_dict().keys()
+    for name, buffer in exact.named_buffers():
+        if name not in stored:
+            owner, _, field = name.rpartition(".")
+            setattr(model.get_submodule(owner), field, buffer)
+
+
+def _loaded(directory: Path, dtype: Any = None) -> Any:
     try:
-        return model_of(directory).eval()
+        return model_of(directory, dtype).eval()
     except (MemoryError, NblError):
         raise
     except Exception as error:

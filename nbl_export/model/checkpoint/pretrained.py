@@ -89,8 +89,11 @@ def _check_weights(model: Path, _files: tuple[tuple[Any, ...], ...]) -> None:
         _load(model, device_map="meta")  # the names are matched as in a real load
 
 
-def model_of(model: Path) -> Any:
-    """The model in float32.
+def model_of(model: Path, dtype: Any = None) -> Any:
+    """The model.
+
+    Args:
+        dtype: torch's type of its weights; default: float32.
 
     Raises:
         NblError: the folder is unsafe or quantised, or lacks a weight. Whatever transformers raises on a damaged model.
@@ -98,16 +101,16 @@ def model_of(model: Path) -> Any:
     if model.is_dir() and getattr(config_of(model), "quantization_config", None) is not None:
         raise NblError(f"{model} is quantised; give the original as --model, this one as --quantized-model")
     check_weights(model)
-    return _load(model)
+    return _load(model, dtype)
 
 
-def _load(model: Path, **more: Any) -> Any:
+def _load(model: Path, dtype: Any = None, **more: Any) -> Any:
     with _checked(model) as given:
         import torch
         from transformers import AutoModelForCausalLM
 
         loaded, report = AutoModelForCausalLM.from_pretrained(
-            dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False,
+            dtype=dtype or torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False,
             local_files_only=True, **given, **more,
         )  # fmt: skip
     _refuse_missing(model, report["missing_keys"])

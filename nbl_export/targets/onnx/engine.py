@@ -42,6 +42,7 @@ CAPABILITIES = Capabilities(
     sources={"genai": export_genai.PRECISIONS, "mobius": mobius.PRECISIONS},
     extra="cpu",
     cache_bytes={"fp16": 2},
+    mapped={"genai": export_genai.PRECISIONS},
     rounded=("int8", "int4"),
     profiled=True,
     every_expert=("mobius",),

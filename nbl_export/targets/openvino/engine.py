@@ -31,6 +31,7 @@ from nbl_export.targets.runners import Draft, SequenceLimits
 __all__ = ["CAPABILITIES", "OPENVINO", "OpenVinoEngine"]
 
 PRECISIONS = ("fp16", "fp32", "int8", "int4")
+_ROUNDED = ("int8", "int4")  # nncf takes one matrix after the other
 CAPABILITIES = Capabilities(
     name="openvino",
     title="OpenVINO",
@@ -43,6 +44,8 @@ CAPABILITIES = Capabilities(
     windows=True,
     hybrids=True,
     proposers=OPENVINO_PROPOSERS,
+    mapped={"openvino": _ROUNDED},
+    rounded=_ROUNDED,
 )
 _OLDEST = (2026, 0)  # of openvino: the API and the CPU plugin's caches are as `session` describes them
 
@@ -90,7 +93,7 @@ class OpenVinoEngine(Target):
         from nbl_export.targets.openvino.export import build
 
         check_bounds(checkpoint)
-        build(checkpoint, out, settings.precision)
+        build(checkpoint, out, settings.precision, settings.precision in _ROUNDED)
 
     def replace(
         self, original: Path, out: Path, plan: Plan, maps: Mapping[int, Any], rows_VD: np.ndarray | None = None,

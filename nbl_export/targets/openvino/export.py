@@ -45,8 +45,11 @@ from nbl_export.targets.export.finish import add_text_files, captured
 __all__ = ["build"]
 
 
-def build(checkpoint: Path, out: Path, precision: str) -> None:
+def build(checkpoint: Path, out: Path, precision: str, mapped: bool = False) -> None:
     """Write openvino_model.xml and .bin, the tokenizer as IR, and the checkpoint's text files to `out`.
+
+    Args:
+        mapped: the weights stay in the checkpoint's files, from which nncf takes one matrix after the other.
 
     Raises:
         NblError: OpenVINO refuses the checkpoint; the message has the reason.
@@ -62,7 +65,7 @@ def build(checkpoint: Path, out: Path, precision: str) -> None:
 
     out.mkdir(parents=True)
     with captured("OpenVINO", checkpoint):
-        model = load.load_model(checkpoint)
+        model = load.load_mapped(checkpoint) if mapped else load.load_model(checkpoint)
         found = convert(model)
         make_stateful(found)
         group = _group(model, precision)
@@ -217,6 +220,7 @@ def convert(model: Any) -> Any:
     config = model.config
     _check_rotary(config)
     _trace_experts(config)
+    _compute_in_float32(model)
     batch, new, past = 2, 3, 5
     shapes = _shapes_of(config)
     pasts = [torch.zeros(batch, *(past if size < 0 else size for size in shape)) for shape in shapes.values()]
@@ -239,6 +243,21 @@ def convert(model: Any) -> Any:
     found.validate_nodes_and_infer_types()
     _fold_sizes(found)
     return found
+
+
+def _compute_in_float32(model: Any) -> None:
+    """Have matrices of 16 bits stay as they are and be converted behind their constants. Vectors become float32.
+
+    OpenVINO's patch, which optimum-intel uses too, makes constants of the mapped file's memory.
+    """
+    from openvino.frontend.pytorch import patch_model
+
+    if model.dtype == torch.float32:
+        return
+    for module in model.modules():
+        if getattr(module, "bias", None) is not None:
+            module.bias.data = module.bias.data.float()
+    getattr(patch_model, "__make_16bit_traceable")(model)
 
 
 def _trace_experts(config: Any) -> None:
