@@ -1,4 +1,4 @@
-"""Hashes, JSON and directories on disk. A file or directory is written completely or not at all."""
+"""Hashes, JSON, safetensors headers and directories on disk. Files and directories are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from typing import IO, Any
 from nbl_export.errors import NblError
 
 __all__ = ["arrays_sha256", "file_sha256", "friendly_os_errors", "key_of", "move_into_place", "refuse_occupied",
-           "replaced", "replacing", "scratch_in", "stream_sha256", "write_json"]  # fmt: skip
+           "replaced", "replacing", "safetensors_header", "scratch_in", "stream_sha256", "write_json"]  # fmt: skip
 
 _SCRATCH = ".tmp-"
 
@@ -62,6 +63,28 @@ def write_json(path: Path, value: Any) -> None:
     with replacing(path) as stream:
         text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
         stream.write(f"{text}\n".encode())
+
+
+def safetensors_header(
+    shapes: Mapping[str, Sequence[int]], dtype: str, metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """First bytes of a safetensors file that is written tensor by tensor, and the place of each tensor in the file.
+
+    The library safetensors needs all tensors at once; for names in their order, it writes these bytes too.
+
+    Args:
+        shapes: of the tensors, which follow each other in this order.
+        dtype: of all tensors; F32 or F64.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end, item = 0, int(dtype[1:]) // 8
+    for name, shape in shapes.items():
+        begin, end = end, end + item * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    begin = 8 + len(raw)
+    return len(raw).to_bytes(8, "little") + raw, {name: begin + header[name]["data_offsets"][0] for name in shapes}
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export.calibrate.sums import Sums, mirrored
 from nbl_export.errors import CorruptError
-from nbl_export.files import replacing
+from nbl_export.files import replacing, safetensors_header
 
 if TYPE_CHECKING:
     import torch
@@ -36,15 +36,11 @@ _FIELDS = {
     name: name.removesuffix("_upper")
     for name in ("x_sum", "y_sum", "xx_upper", "yx", "yy_upper", "x_ref", "y_ref", "x_unit", "y_unit")
 }
-_ITEM = 8  # float64
 _NO_HASH = "0" * 64
 
 
 class MomentsWriter:
-    """Context manager that writes a moments file layer by layer. The file appears complete or not at all.
-
-    safetensors needs all tensors at once, so this class writes the header itself.
-    """
+    """Context manager that writes a moments file layer by layer. The file appears complete or not at all."""
 
     def __init__(
         self, path: Path, facts: Mapping[str, Any], layers: Sequence[int], taps: Sequence[str], sizes: tuple[int, int]
@@ -52,22 +48,16 @@ class MomentsWriter:
         self.path, self._open = path, contextlib.ExitStack()
         self._taps, self._written, self._layers = tuple(taps), 0, tuple(layers)
         stated = {**facts, "layers": list(layers), "taps": list(taps), "sha256": _NO_HASH}
-        header: dict[str, Any] = {"__metadata__": {"moments": json.dumps(stated)}}
-        offset = 0
         size_of = dict(zip("xy", sizes, strict=True))
+        shapes = {}
         for name in _names(self._layers, self._taps):
             shape = [size_of[side] for side in name.rpartition(".")[2].split("_")[0]]
-            if name.endswith("_upper"):
-                shape = [shape[0] * (shape[0] + 1) // 2]
-            end = offset + _ITEM * math.prod(shape)
-            header[name] = {"dtype": "F64", "shape": shape, "data_offsets": [offset, end]}
-            offset = end
-        raw = json.dumps(header).encode()
-        self._header = raw + b" " * (-len(raw) % 8)
+            shapes[name] = [shape[0] * (shape[0] + 1) // 2] if name.endswith("_upper") else shape
+        self._header, _ = safetensors_header(shapes, "F64", {"moments": json.dumps(stated)})
 
     def __enter__(self) -> MomentsWriter:
         self._stream, self._digest = self._open.enter_context(replacing(self.path)), hashlib.sha256()
-        self._stream.write(len(self._header).to_bytes(8, "little") + self._header)
+        self._stream.write(self._header)
         return self
 
     def write(self, layer: Mapping[str, Sums]) -> None:
@@ -87,7 +77,7 @@ class MomentsWriter:
             return
         with self._open:
             assert self._written == len(self._layers)
-            self._stream.seek(8 + self._header.index(_NO_HASH.encode()))
+            self._stream.seek(self._header.index(_NO_HASH.encode()))
             self._stream.write(self._digest.hexdigest().encode())
 
 
