@@ -1,16 +1,18 @@
-"""GGUF files of a tiny random Llama whose matrices are random blocks of chosen types."""
+"""GGUF files of tiny random models whose matrices have chosen types."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .tiny import LAYERS, VOCAB, _tokenizer
 
-__all__ = ["HALVES", "WIDE", "every_token", "random_blocks", "save_mixed"]
+__all__ = ["HALVES", "WIDE", "every_token", "random_blocks", "save_as", "save_mixed"]
 
 WIDE = 256  # hidden size: K-quants have blocks of 256
 # type -> float16 fields of a block, by place: sizes that make weights of about 0.1
@@ -60,10 +62,7 @@ def save_mixed(path: Path, kinds: Mapping[str, str], head: str | None = None) ->
     ):  # fmt: skip
         add(value)
     writer.add_layer_norm_rms_eps(1e-6)
-    said = json.loads(_tokenizer().backend_tokenizer.to_str())["model"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(sorted(said["vocab"], key=said["vocab"].get))
-    writer.add_token_merges([" ".join(pair) for pair in said["merges"]])
+    _add_tokenizer(writer)
     rows = {"attn_k": WIDE // 2, "attn_v": WIDE // 2}
     parts = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
     matrices = {f"blk.{i}.{part}": (rows.get(part, WIDE), kinds[part]) for i in range(LAYERS) for part in parts}
@@ -77,8 +76,60 @@ def save_mixed(path: Path, kinds: Mapping[str, str], head: str | None = None) ->
             writer.add_tensor(f"{name}.weight", stored, raw_dtype=gguf.GGMLQuantizationType[kind])
     for name in ("output_norm", *(f"blk.{i}.{norm}" for i in range(LAYERS) for norm in ("attn_norm", "ffn_norm"))):
         writer.add_tensor(f"{name}.weight", np.ones(WIDE, np.float32))
+    _end(writer)
+    return path
+
+
+def save_as(architecture: str, directory: Path, path: Path) -> Path:
+    """Write a checkpoint as a GGUF file whose matrices have five types in turn.
+
+    Rows and norms are left as they are, so this is another model than llama.cpp makes of the checkpoint.
+
+    Args:
+        architecture: name in GGUF.
+    """
+    import gguf
+    import torch
+    from safetensors.numpy import load_file
+    from transformers.modeling_gguf_pytorch_utils import (
+        GGUF_TO_TRANSFORMERS_MAPPING,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+
+    from nbl_export.model.checkpoint.pretrained import config_of, model_with
+
+    config, writer = config_of(directory), gguf.GGUFWriter(path, architecture)
+    for key, name in GGUF_TO_TRANSFORMERS_MAPPING["config"][architecture].items():
+        value = getattr(config, name or "", None)
+        if value is not None:
+            add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+            add(f"{architecture}.{key}", value)
+    _add_tokenizer(writer)
+    for add, token in ((writer.add_bos_token_id, 0), (writer.add_eos_token_id, 1), (writer.add_pad_token_id, 1)):
+        add(token)
+    with torch.device("meta"):
+        names = get_gguf_hf_weights_map(model_with(config), TensorProcessor())
+    stored = load_file(directory / "model.safetensors")
+    kinds = itertools.cycle(gguf.GGMLQuantizationType[kind] for kind in ("Q8_0", "Q4_0", "F16", "F32", "BF16"))
+    for ours, theirs in names.items():
+        if theirs in stored:  # a tied head is not
+            values = stored[theirs].astype(np.float32)
+            kind = next(kinds) if values.ndim > 1 else gguf.GGMLQuantizationType.F32
+            writer.add_tensor(ours, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    _end(writer)
+    return path
+
+
+def _add_tokenizer(writer: Any) -> None:
+    said = json.loads(_tokenizer().backend_tokenizer.to_str())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(said["vocab"], key=said["vocab"].get))
+    writer.add_token_merges([" ".join(pair) for pair in said["merges"]])
+
+
+def _end(writer: Any) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path

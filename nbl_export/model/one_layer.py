@@ -208,7 +208,7 @@ def refuse_whole(model: Path, work: str) -> None:
     if why := shortage_of(model, 1.0):
         raise NblError(
             f"{work} needs the whole torch model in memory, and its weights take {why}; calibration, the choice of "
-            "layers, rewrite and verification of a safetensors checkpoint alone run one layer at a time"
+            "layers, rewrite and verification run one layer at a time"
         )
 
 

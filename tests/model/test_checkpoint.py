@@ -171,7 +171,7 @@ def test_gguf_that_ends_early(gguf: Path, text: Path, tmp_path: Path) -> None:
 def test_failed_dequantisation_leaves_nothing(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
 
-    def fail(_model: object, directory: Path) -> None:
+    def fail(_model: object, directory: Path, **_given: object) -> None:
         directory.mkdir()
         (directory / "half").write_text("")
         raise RuntimeError("no")

@@ -29,6 +29,7 @@ from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, hybrid_facts, windows_of
 from nbl_export.model.checkpoint import pretrained
+from nbl_export.model.checkpoint.dequantise import dequantise
 from nbl_export.model.checkpoint.pretrained import (
     check_weights,
     config_of,
@@ -187,7 +188,8 @@ def _convert(source: Source, target: Path) -> None:
         made = scratch / "checkpoint"
         try:
             if source.gguf is not None:
-                _dequantise(source.gguf, made)
+                log.info("dequantising %s", source.gguf.name)
+                dequantise(source.gguf, made)
             else:
                 _restore(source.directory, made)
         except (OSError, MemoryError, NblError):
@@ -207,19 +209,6 @@ def _restore(directory: Path, out: Path) -> None:
     log.info("writing the stock checkpoint of %s", directory.name)
     restored(load_model(directory)).save_pretrained(out)
     load_tokenizer(directory).save_pretrained(out)
-
-
-def _dequantise(gguf: Path, out: Path) -> None:
-    from nbl_export.model.one_layer import refuse_whole
-
-    refuse_whole(gguf, "the conversion of a GGUF file")
-    log.info("dequantising %s", gguf.name)
-    model = model_of(gguf)
-    # transformers refuses to save a model that was loaded quantised; these weights are dequantised.
-    model.config.__dict__.pop("quantization_config", None)
-    model.hf_quantizer = None
-    model.save_pretrained(out)
-    tokenizer_of(gguf).save_pretrained(out)
 
 
 def _is_whole(target: Path, source: Source) -> bool:

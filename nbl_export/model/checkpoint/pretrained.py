@@ -3,7 +3,7 @@
 A model is a checkpoint directory or a GGUF file. What lies beside a GGUF file does not belong to the model.
 transformers would read settings and templates there, so it gets an empty directory and the file's absolute path.
 
-A GGUF file is read once. Each reader takes seconds, because it makes an array for each word of the vocabulary.
+A GGUF file is opened once. Each reader takes seconds, because it makes an array for each word of the vocabulary.
 transformers makes one reader for the configuration, one for the weights and one for the tokenizer, and one map of
 tensor names for each submodule. `shared` gives it the same reader and the same map each time.
 """
@@ -14,14 +14,16 @@ import contextlib
 import functools
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.trust.model_settings import check_checkpoint
 
-__all__ = ["check_weights", "config_of", "model_of", "model_with", "quiet_transformers", "reason_of", "tokenizer_of"]
+__all__ = ["GgufOutline", "check_weights", "config_of", "gguf_outline", "model_of", "model_with",
+           "quiet_transformers", "reason_of", "tokenizer_of"]  # fmt: skip
 
 
 def quiet_transformers() -> None:
@@ -125,13 +127,7 @@ def _refuse_missing(where: Path, missing: Iterable[str]) -> None:
 
 def _check_gguf(file: Path, config: Any) -> None:
     """Compare a model's parameters with the tensors of a GGUF file, by transformers' map of their names."""
-    import torch
-    from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
-
-    with torch.device("meta"):
-        model = model_with(config)
-    with shared():
-        names = get_gguf_hf_weights_map(model, TensorProcessor())
+    model, names = _outline(config)
     shapes = {
         names[tensor.name]: tuple(int(n) for n in reversed(tensor.shape))
         for tensor in reader(file).tensors
@@ -143,6 +139,70 @@ def _check_gguf(file: Path, config: Any) -> None:
     if other:
         found, stated = list(shapes[other[0]]), list(parameters[other[0]])
         raise NblError(f"{file} has {other[0]} in shape {found}, and its keys state {stated}; fetch the model again")
+
+
+def _outline(config: Any) -> tuple[Any, dict[str, str]]:
+    """A model on torch's meta device, and transformers' map of GGUF's names to its parameters."""
+    import torch
+    from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
+
+    with torch.device("meta"):
+        model = model_with(config)
+    with shared():
+        return model, get_gguf_hf_weights_map(model, TensorProcessor())
+
+
+@dataclass(frozen=True)
+class GgufOutline:
+    """What transformers makes of a GGUF file, without a weight.
+
+    Attributes:
+        file: the GGUF file.
+        model: on torch's meta device.
+        names: of the parameters, by the names of GGUF.
+        change: name of GGUF, values in float32 -> the parameter's values, which may have another order.
+    """
+
+    file: Path
+    model: Any
+    names: Mapping[str, str]
+    change: Callable[[str, Any], Any]
+
+
+def gguf_outline(file: Path) -> GgufOutline | None:
+    """The model of a GGUF file; None if transformers reads the architecture otherwise than tensor by tensor.
+
+    Raises:
+        NblError: the file lacks a weight, or has it in another shape. Whatever transformers raises on a damaged file.
+    """
+    check_weights(file)
+    quiet_transformers()
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, load_gguf_checkpoint
+
+    architecture = reader(file).fields["general.architecture"].contents()
+    if _has_conversions(architecture):
+        return None
+    model, names = _outline(config_of(file))
+    with shared():
+        keys = load_gguf_checkpoint(str(file.absolute()), return_tensors=False)["config"]
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=keys)
+
+    def change(name: str, values: Any) -> Any:
+        made = processor.process(values, name, tensor_key_mapping=names, parsed_parameters={"tensors": {}})
+        if made.name != name:
+            raise NblError(f"{file} has {name}, which transformers joins with others; give the model in safetensors")
+        return made.weights
+
+    return GgufOutline(file, model, names, change)
+
+
+def _has_conversions(architecture: str) -> bool:
+    """Whether transformers reads an architecture by conversions of its own, which may join tensors (lfm2 in 5.24)."""
+    try:
+        from transformers.integrations.gguf import is_gguf_arch_supported
+    except ImportError:  # an older transformers, which has none
+        return False
+    return bool(is_gguf_arch_supported(architecture))
 
 
 def model_with(config: Any, *, lm_head: bool = True) -> Any:
