@@ -66,25 +66,25 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def safetensors_header(
-    shapes: Mapping[str, Sequence[int]], dtype: str, metadata: Mapping[str, str]
+    tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
     """First bytes of a safetensors file that is written tensor by tensor, and the place of each tensor in the file.
 
     The library safetensors needs all tensors at once; for names in their order, it writes these bytes too.
 
     Args:
-        shapes: of the tensors, which follow each other in this order.
-        dtype: of all tensors; F32 or F64.
+        tensors: type, such as BF16, and shape of each; they follow each other in this order.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end, item = 0, int(dtype[1:]) // 8
-    for name, shape in shapes.items():
-        begin, end = end, end + item * math.prod(shape)
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        bits = re.search(r"\d+", dtype)  # BOOL has a byte
+        begin, end = end, end + (int(bits[0]) // 8 if bits else 1) * math.prod(shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     begin = 8 + len(raw)
-    return len(raw).to_bytes(8, "little") + raw, {name: begin + header[name]["data_offsets"][0] for name in shapes}
+    return len(raw).to_bytes(8, "little") + raw, {name: begin + header[name]["data_offsets"][0] for name in tensors}
 
 
 @contextlib.contextmanager

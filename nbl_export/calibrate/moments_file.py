@@ -49,11 +49,11 @@ class MomentsWriter:
         self._taps, self._written, self._layers = tuple(taps), 0, tuple(layers)
         stated = {**facts, "layers": list(layers), "taps": list(taps), "sha256": _NO_HASH}
         size_of = dict(zip("xy", sizes, strict=True))
-        shapes = {}
+        tensors = {}
         for name in _names(self._layers, self._taps):
             shape = [size_of[side] for side in name.rpartition(".")[2].split("_")[0]]
-            shapes[name] = [shape[0] * (shape[0] + 1) // 2] if name.endswith("_upper") else shape
-        self._header, _ = safetensors_header(shapes, "F64", {"moments": json.dumps(stated)})
+            tensors[name] = "F64", [shape[0] * (shape[0] + 1) // 2] if name.endswith("_upper") else shape
+        self._header, _ = safetensors_header(tensors, {"moments": json.dumps(stated)})
 
     def __enter__(self) -> MomentsWriter:
         self._stream, self._digest = self._open.enter_context(replacing(self.path)), hashlib.sha256()

@@ -76,16 +76,18 @@ def _check_asked(form: str, kind: str | None, base: Path | None) -> None:
 
 
 def _save_checkpoint(found: Finished, target: Path, ui: Ui) -> list[CheckResult]:
-    """Write the model in float32, as it was verified. The classes in `hf` load it.
+    """Write the model with the stored weights of the original, and maps in float32. The classes in `hf` load it.
 
     Raises:
         NblError: the model is not available, or its architecture has no class.
     """
+    from nbl_export.model.checkpoint.copied import copy_linearized
     from nbl_export.model.checkpoint.hf_classes import save_linearized
 
-    model, checkpoint = found.model.value, found.checkpoint.value
+    checkpoint, is_graph = found.checkpoint.value, found.source.value.graph is not None
     with found.run.scratch() as scratch, ui.task("saving"):
-        save_linearized(model, checkpoint, found.maps, found.tap, scratch / "saved")
+        if is_graph or not copy_linearized(checkpoint, found.maps, found.tap, scratch / "saved"):
+            save_linearized(found.model.value, checkpoint, found.maps, found.tap, scratch / "saved")
         move_into_place(scratch / "saved", target)
     return []
 

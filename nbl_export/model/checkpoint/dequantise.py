@@ -63,8 +63,8 @@ def _write_weights(outline: GgufOutline, out: Path) -> None:
         places = {}
         for file, names in _shards(parameters, out).items():
             stream = stack.enter_context((out / file).open("wb"))
-            shapes = {name: parameters[name].shape for name in sorted(names)}
-            header, begins = safetensors_header(shapes, "F32", {"format": "pt"})
+            tensors = {name: ("F32", parameters[name].shape) for name in sorted(names)}
+            header, begins = safetensors_header(tensors, {"format": "pt"})
             stream.write(header)
             places.update({name: (stream, begin) for name, begin in begins.items()})
         for tensor in pretrained.reader(outline.file).tensors:

@@ -35,7 +35,7 @@ from nbl_export.model.checkpoint.pretrained import model_with, quiet_transformer
 from nbl_export.model.linearize import architecture_of, linearize, multiplier_of, replace_attention
 from nbl_export.model.windows import blank_windows
 
-__all__ = ["CLASSES", "linearized", "outlines", "restored", "save_linearized", "stock_config"]
+__all__ = ["CLASSES", "empty_linearized", "linearized", "outlines", "restored", "save_linearized", "stock_config"]
 
 
 def _exchange(model: Any) -> None:
@@ -124,7 +124,21 @@ def linearized(model: Any, maps: Mapping[int, Mixer], tap: str) -> Any:
     Raises:
         NblError: the model's architecture has no class here, or its windows have several sizes.
     """
-    config = model.config
+    made = empty_linearized(model.config, maps, tap)
+    made.load_state_dict(linearize(model, maps, tap).state_dict(), assign=True)
+    for name, buffer in model.named_buffers():  # those that no state has, such as rotary frequencies
+        owner, _, own = name.rpartition(".")
+        made.get_submodule(owner)._buffers[own] = buffer
+    made.generation_config = model.generation_config or GenerationConfig.from_model_config(made.config)
+    return made.eval()
+
+
+def empty_linearized(config: Any, maps: Mapping[int, Mixer], tap: str) -> Any:
+    """A model of the class here on torch's meta device, from the original's configuration.
+
+    Raises:
+        NblError: the model's architecture has no class here, or its windows have several sizes.
+    """
     if config.model_type not in CLASSES:
         raise NblError(f"no NBL checkpoint of architecture {config.model_type}; there are {', '.join(CLASSES)}")
     config_class, model_class = CLASSES[config.model_type]
@@ -137,13 +151,7 @@ def linearized(model: Any, maps: Mapping[int, Mixer], tap: str) -> Any:
     more = {"nbl_kinds": given, "nbl_window": sizes[0] if sizes else None}
     made_for = config_class(**values, nbl_replaced_layers=sorted(maps), nbl_tap=tap, **more)
     with torch.device("meta"):
-        made = model_class(made_for)
-    made.load_state_dict(linearize(model, maps, tap).state_dict(), assign=True)
-    for name, buffer in model.named_buffers():  # those that no state has, such as rotary frequencies
-        owner, _, own = name.rpartition(".")
-        made.get_submodule(owner)._buffers[own] = buffer
-    made.generation_config = model.generation_config or GenerationConfig.from_model_config(made_for)
-    return made.eval()
+        return model_class(made_for)
 
 
 def stock_config(config: Any) -> Any:
