@@ -72,6 +72,8 @@ TABLES: Mapping[str, Table] = {
     "intervals": speed.intervals,
     "coverage": speed.coverage,
     "length": quality.length,
+    "large": speed.large,
+    "large-stages": speed.large_stages,
     "job-tasks": quality.job_tasks,
 }
 

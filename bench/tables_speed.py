@@ -131,6 +131,32 @@ def exchange(read: Read) -> Rows:
     return rows
 
 
+_LARGE = {"4 linear layers, ONNX Runtime in int4": ("count-qwen15", "original", "nbl"),
+          "1 linear layer, 3 windows, OpenVINO in int8": ("openvino-qwen15", "DIR/original", "DIR/model")}  # fmt: skip
+
+
+def large(read: Read) -> Rows:
+    """Speeds of two decoders of the model of 1.5 billion parameters."""
+    rows: Rows = [("", "test", "original", "NBL", "NBL over original"), "llrrl"]
+    for title, (name, original, nbl) in _LARGE.items():
+        run = read(name)
+        for row in run["ratios"]:
+            test, depth = row["test"], row["depth"]
+            speeds = [_of(run["rows"], v, test, depth)["tokens_per_second_median"] for v in (original, nbl)]
+            rows.append((title, test, *(f"{_speed(s)} tok/s" for s in speeds), cell(row)))
+    return rows
+
+
+def large_stages(read: Read) -> Rows:
+    """Time and peak memory of the stages of a job of the model of 1.5 billion parameters."""
+    run = read("count-qwen15")
+    stages = {name: "decoder graph" if name == "decoder" else name for name in run["seconds"] if name != "report"}
+    rows: Rows = [("", *stages.values()), "l" + "r" * len(stages)]
+    rows.append(("time", *(f"{run['seconds'][name]:.0f} s" for name in stages)))
+    rows.append(("peak memory", *(f"{run['stage_peak_bytes'][title] / 1e9:.1f} GB" for title in stages.values())))
+    return rows
+
+
 def trained_jobs(read: Read) -> Rows:
     """Minutes of the stages of jobs that train."""
     stages = ("calibrate", "plan", "distill", "verify", "bench", "all stages")
