@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
@@ -303,6 +305,22 @@ def save_checkpoint(architecture: str, directory: Path, **changes: Any) -> Path:
     model.save_pretrained(directory)
     _tokenizer().save_pretrained(directory)
     return directory
+
+
+def narrowed(checkpoint: Path, out: Path, dtype: str, but: str = "") -> Path:
+    """A copy of a checkpoint with weights of 16 bits, apart from those whose names end with `but`."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(checkpoint, out)
+    for file in out.glob("*.safetensors"):
+        wide = load_file(file)
+        kept = {name for name in wide if but and name.endswith(but)}
+        made = {name: value if name in kept else value.to(getattr(torch, dtype)) for name, value in wide.items()}
+        save_file(made, file, {"format": "pt"})
+    settings = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    (out / "config.json").write_text(json.dumps({**settings, "dtype": dtype}), encoding="utf-8")
+    return out
 
 
 def random_map(layer: int) -> Linear:

@@ -18,8 +18,7 @@ from nbl_export.model.checkpoint.hf_classes import save_linearized
 from nbl_export.model.checkpoint.load import load_model, load_tokenizer
 from nbl_export.model.linearize import linearize
 
-from ..targets.test_openvino_mapped import narrowed
-from ..tiny import EVERY, KINDS, cases, record_of
+from ..tiny import EVERY, KINDS, cases, narrowed, record_of
 
 IDS = torch.arange(2, 40)[None]
 ALONE = [name for name in EVERY if record_of(name).experts is None]

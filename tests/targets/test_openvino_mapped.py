@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,26 +15,10 @@ from nbl_export.model.checkpoint import load
 from nbl_export.targets.openvino.export import build
 from nbl_export.targets.openvino.ir.files import difference, read_ir
 
-from ..tiny import cases, made_by, record_of
+from ..tiny import cases, made_by, narrowed, record_of
 
 Checkpoint = Callable[[str], Path]
 ALONE = [name for name in made_by("openvino") if record_of(name).experts is None]
-
-
-def narrowed(checkpoint: Path, out: Path, dtype: str, but: str = "") -> Path:
-    """A copy of a checkpoint with weights of 16 bits, apart from those whose names end with `but`."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(checkpoint, out)
-    for file in out.glob("*.safetensors"):
-        wide = load_file(file)
-        kept = {name for name in wide if but and name.endswith(but)}
-        made = {name: value if name in kept else value.to(getattr(torch, dtype)) for name, value in wide.items()}
-        save_file(made, file, {"format": "pt"})
-    settings = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    (out / "config.json").write_text(json.dumps({**settings, "dtype": dtype}), encoding="utf-8")
-    return out
 
 
 @pytest.mark.parametrize(
