@@ -18,7 +18,8 @@ from typing import IO, Any
 from nbl_export.errors import NblError
 
 __all__ = ["arrays_sha256", "file_sha256", "friendly_os_errors", "key_of", "move_into_place", "refuse_occupied",
-           "replaced", "replacing", "safetensors_header", "scratch_in", "stream_sha256", "write_json"]  # fmt: skip
+           "replaced", "replacing", "safetensors_header", "safetensors_tensors",
+           "scratch_in", "stream_sha256", "write_json"]  # fmt: skip
 
 _SCRATCH = ".tmp-"
 
@@ -85,6 +86,17 @@ def safetensors_header(
     raw += b" " * (-len(raw) % 8)
     begin = 8 + len(raw)
     return len(raw).to_bytes(8, "little") + raw, {name: begin + header[name]["data_offsets"][0] for name in tensors}
+
+
+def safetensors_tensors(file: Path) -> dict[str, dict[str, Any]]:
+    """dtype, shape and data_offsets of each tensor of a safetensors file, in their order; offsets are in the file."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header: dict[str, dict[str, Any]] = json.loads(stream.read(size))
+    header.pop("__metadata__", None)
+    for facts in header.values():
+        facts["data_offsets"] = [8 + size + offset for offset in facts["data_offsets"]]
+    return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
 
 
 @contextlib.contextmanager

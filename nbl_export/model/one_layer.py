@@ -31,6 +31,7 @@ import torch
 from torch import nn
 
 from nbl_export.errors import NblError
+from nbl_export.files import safetensors_tensors
 from nbl_export.graph.gguf.header import read_header
 from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
@@ -151,10 +152,7 @@ def _sizes(directory: Path) -> Iterator[tuple[str, int]]:
 
 def _headers(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for file in directory.glob("*.safetensors"):
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        header.pop("__metadata__", None)
-        yield from header.items()
+        yield from safetensors_tensors(file).items()
 
 
 def one_layer(config: Any, index: int, weights: WeightReader) -> Any:

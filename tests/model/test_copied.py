@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from nbl_export.errors import NblError
 from nbl_export.mixers.base import Mixer
 from nbl_export.model import one_layer
 from nbl_export.model.checkpoint.copied import copy_linearized
@@ -86,6 +88,18 @@ def test_a_model_in_parts_stays_in_parts(checkpoint: Checkpoint, random_maps: Ma
     expected = linearize(load_model(checkpoint("llama")), random_maps(1))
     with torch.inference_mode():
         assert torch.equal(model(IDS, use_cache=False).logits, expected(IDS, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("left", [-1, 40, 4])
+def test_a_file_that_ends_early_is_one_sentence(
+    left: int, checkpoint: Checkpoint, random_maps: Maps, tmp_path: Path
+) -> None:
+    given = Path(shutil.copytree(checkpoint("llama"), tmp_path / "given"))
+    file = given / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(NblError, match="given cannot be loaded by transformers: "):
+        copy_linearized(given, random_maps(1), "residual", tmp_path / "copied")
+    assert not (tmp_path / "copied").exists()
 
 
 def test_weights_of_other_names_are_left_to_a_loaded_model(

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from transformers import GenerationConfig
 
-from nbl_export.files import safetensors_header, write_json
+from nbl_export.errors import NblError
+from nbl_export.files import safetensors_header, safetensors_tensors, write_json
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.checkpoint.hf_classes import empty_linearized
-from nbl_export.model.checkpoint.pretrained import config_of, quiet_transformers, tokenizer_of
+from nbl_export.model.checkpoint.pretrained import check_weights, config_of, reason_of, tokenizer_of
 from nbl_export.model.linearize import multiplier_of
 
 __all__ = ["copy_linearized"]
@@ -33,9 +34,9 @@ def copy_linearized(checkpoint: Path, maps: Mapping[int, Mixer], tap: str, out: 
         whether it was written: a checkpoint can have other names than its model, and then has to be loaded.
 
     Raises:
-        NblError: the model's architecture has no class here, or its windows have several sizes.
+        NblError: the model's architecture has no class here, its windows have several sizes, or a file is damaged.
     """
-    quiet_transformers()
+    _check(checkpoint)
     config = config_of(checkpoint)
     model = empty_linearized(config, maps, tap)
     ours = {
@@ -44,7 +45,7 @@ def copy_linearized(checkpoint: Path, maps: Mapping[int, Mixer], tap: str, out: 
         for name, value in mixer.module(multiplier_of(config)).state_dict().items()
     }
     wanted = model.state_dict().keys() - ours.keys()
-    places = {file: _header(file) for file in _files(checkpoint)}
+    places = {file: safetensors_tensors(file) for file in _files(checkpoint)}
     if wanted - {name for tensors in places.values() for name in tensors} - _tied(model):
         return False
     out.mkdir(parents=True)
@@ -62,6 +63,15 @@ def copy_linearized(checkpoint: Path, maps: Mapping[int, Mixer], tap: str, out: 
     return True
 
 
+def _check(checkpoint: Path) -> None:
+    try:
+        check_weights(checkpoint)
+    except NblError:
+        raise
+    except Exception as error:  # safetensors has its own kinds
+        raise NblError(f"{checkpoint} cannot be loaded by transformers: {reason_of(error)}") from error
+
+
 def _files(checkpoint: Path) -> list[Path]:
     """The files that the index names, or all."""
     index = checkpoint / "model.safetensors.index.json"
@@ -74,17 +84,6 @@ def _files(checkpoint: Path) -> list[Path]:
 def _tied(model: Any) -> set[str]:
     """Names of weights that are other weights too."""
     return set(getattr(model, "all_tied_weights_keys", {}))
-
-
-def _header(file: Path) -> dict[str, Any]:
-    """Facts of each tensor, in the order of the file; offsets count from the beginning of the file."""
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
-    header.pop("__metadata__", None)
-    for facts in header.values():
-        facts["data_offsets"] = [8 + size + offset for offset in facts["data_offsets"]]
-    return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
 
 
 def _write(out: Path, source: Path, kept: Mapping[str, Any], added: Mapping[str, np.ndarray]) -> None:
