@@ -79,6 +79,10 @@ def shapes(read: Read) -> Rows:
     for stage in ("calibrate", "plan", "decoder", "rewrite", "verify", "bench"):
         took = [run.get(stage) for run in runs.values()]
         cells = [(f"{t['seconds']:.0f} s", f"{t['peak_bytes'] / 1e9:.1f} GB") if t else ("not run", "") for t in took]
+        if stage == "verify":
+            stopped = read("shapes-8b-verify")
+            minutes, peak = stopped["seconds_before_the_loss"] / 60, stopped["peak_bytes"] / 1e9
+            cells[-1] = (f"{minutes:.0f} min to the loss on text", f"{peak:.1f} GB")
         rows.append((stage, *(text for cell in cells for text in cell)))
     return rows
 
