@@ -177,7 +177,7 @@ def every_subset(source: str, precision: str, checkpoint: Path, run: Path) -> di
     for chosen in (s for count in range(len(layers)) for s in itertools.combinations(layers, count)):
         maps, directory = {i: random_map(i) for i in chosen}, run / ("original" if not chosen else str(chosen))
         if chosen:
-            target.replace(run / "original", directory, Plan(spec.num_layers, chosen, others=spec.others), maps)
+            target.linearize(run / "original", directory, Plan(spec.num_layers, chosen, others=spec.others), maps)
         apart[chosen] = worst(_opened(source, directory, spec.head_dim), _with_random_maps(checkpoint, chosen))
     found = {"original": apart.pop(()), "nbl": max(apart.values())}
     status = "parity" if max(found.values()) < PARITY else "parity failed"

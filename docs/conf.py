@@ -8,10 +8,10 @@ from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
 
 _VERSION = re.compile(r'^__version__ = "(.+)"$', re.MULTILINE)
-_INIT = Path(__file__).parent.parent / "nbl_export" / "__init__.py"
+_FILE = Path(__file__).parent.parent / "nbl_export" / "version.py"
 
 project = "nbl-export"
-release = _VERSION.findall(_INIT.read_text(encoding="utf-8"))[0]
+release = _VERSION.findall(_FILE.read_text(encoding="utf-8"))[0]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath"]

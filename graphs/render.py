@@ -134,7 +134,7 @@ def render_all() -> dict[str, str]:
             build_decoder(source, checkpoint, out, precision, cache_length=_SLOTS)
             stem = f"{architecture}-{source}" + ("" if precision == "fp32" else f"-{precision}")
             if source == "openvino":
-                exporter_of(source).replace(out, out.with_name(f"{out.name}-nbl"), PLAN, MAPS)
+                exporter_of(source).linearize(out, out.with_name(f"{out.name}-nbl"), PLAN, MAPS)
                 for name, directory in (("original", out), ("nbl", out.with_name(f"{out.name}-nbl"))):
                     files[f"{stem}-{name}.txt"] = f"{header(source)}\n{render_ir(read_ir(directory))}"
                 continue

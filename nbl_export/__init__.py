@@ -15,7 +15,13 @@ environment says otherwise, and that of OpenVINO, for which OpenVINO has no envi
 
 import os
 import sys
+
+if sys.argv[:1] == ["-m"] and sys.path[:1] == [os.getcwd()]:  # `python -m` would import from the working directory
+    del sys.path[0]
+
 from typing import TYPE_CHECKING, Any
+
+from nbl_export.version import __version__
 
 if TYPE_CHECKING:
     from nbl_export.api import Estimate, NblError, Run, estimate, export, open
@@ -25,8 +31,6 @@ __all__ = ["Estimate", "NblError", "Run", "__version__", "estimate", "export", "
 for _switch in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "NNCF_CI"):  # read when the libraries are loaded
     os.environ.setdefault(_switch, "1")
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # its importers go on without it
-
-__version__ = "0.1.0"
 
 if not TYPE_CHECKING:  # with it, every name would be known to a type checker
 

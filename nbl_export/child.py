@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
 
-import nbl_export
+from nbl_export.files import PACKAGE
 
 __all__ = ["Child", "Write", "main", "readable"]
 
@@ -52,7 +52,7 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Child:
-        path = [*sys.path, str(Path(nbl_export.__file__).parent.parent)]
+        path = [*sys.path, str(PACKAGE.parent)]
         command = [sys.executable, "-I", "-c", _START, json.dumps(path)]
         try:
             with _interrupts_held():

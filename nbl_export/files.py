@@ -17,11 +17,12 @@ from typing import IO, Any
 
 from nbl_export.errors import NblError
 
-__all__ = ["arrays_sha256", "file_sha256", "friendly_os_errors", "key_of", "move_into_place", "refuse_occupied",
-           "replaced", "replacing", "safetensors_header", "safetensors_tensors",
-           "scratch_in", "stream_sha256", "write_json"]  # fmt: skip
+__all__ = ["PACKAGE", "SCRATCH_PREFIX", "arrays_sha256", "file_sha256", "friendly_os_errors", "key_of", "make_folder",
+           "move_into_place", "refuse_occupied", "remove", "replaced", "replacing", "safetensors_header",
+           "safetensors_tensors", "scratch_in", "stream_sha256", "write_json"]  # fmt: skip
 
-_SCRATCH = ".tmp-"
+PACKAGE = Path(__file__).parent  # the folder of nbl_export
+SCRATCH_PREFIX = ".tmp-"
 
 
 def file_sha256(path: Path) -> str:
@@ -105,7 +106,7 @@ def scratch_in(directory: Path) -> Iterator[Path]:
 
     It has a random name, was not there before, and only this user may enter it. So nobody can have put a link into it.
     """
-    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=directory))
+    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=directory))
     try:
         yield scratch
     finally:
@@ -169,7 +170,7 @@ def _disk_trouble(error: BaseException | None) -> tuple[int | None, str | None]:
     return None, None
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove a file, a directory or a link; a missing path is no error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -177,7 +178,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _make(path: Path) -> None:
+def make_folder(path: Path) -> None:
     """Create a directory if it is missing."""
     try:
         str(path).encode("utf-8")  # the manifest will hold the path
@@ -210,12 +211,12 @@ def move_into_place(made: Path, target: Path) -> Path:
 
     The directory first moves to a name beside `target`, since it may come from another file system.
     """
-    _make(target.parent)
+    make_folder(target.parent)
     with friendly_os_errors(target), scratch_in(target.parent) as scratch:
         beside = scratch / target.name
         shutil.move(made, beside)
         if target.exists() or target.is_symlink():
-            _remove(target)
+            remove(target)
         os.replace(beside, target)
     return target
 

@@ -41,7 +41,15 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.files import _SCRATCH, _make, _remove, file_sha256, friendly_os_errors, scratch_in, write_json
+from nbl_export.files import (
+    SCRATCH_PREFIX,
+    file_sha256,
+    friendly_os_errors,
+    make_folder,
+    remove,
+    scratch_in,
+    write_json,
+)
 from nbl_export.graph.names import GENAI_CONFIG, IR_FILE, MANIFEST
 from nbl_export.options.options import JobOptions, describe_command
 from nbl_export.records.decoder import DecoderSpec
@@ -113,7 +121,7 @@ class RunDirectory:
         """
         if create:
             refuse_foreign(path)
-            _make(path)
+            make_folder(path)
         elif not (path / MANIFEST).is_file():
             raise _no_run(path)
         with locked(path):
@@ -155,13 +163,13 @@ class RunDirectory:
 
     def _sweep(self) -> None:
         """Remove what a killed process left unfinished."""
-        for leftover in self.path.glob(f"{_SCRATCH}*"):
-            _remove(leftover)
+        for leftover in self.path.glob(f"{SCRATCH_PREFIX}*"):
+            remove(leftover)
 
     def _forget_checkpoint(self) -> None:
         """Remove the converted weights of a finished run: whoever needs them has the model, and converts them again."""
         if "report" in self.manifest.get("stages", {}):
-            _remove(self.path / CHECKPOINT)
+            remove(self.path / CHECKPOINT)
 
     def _read(self) -> None:
         path = self.path / MANIFEST
@@ -209,7 +217,7 @@ class RunDirectory:
     def _reset(self) -> None:
         """Remove the run. Only names that this tool writes are removed, the manifest last."""
         for name in _OURS:
-            _remove(self.path / name)
+            remove(self.path / name)
 
     # -- stages ----------------------------------------------------------------------------------------
 
@@ -264,7 +272,7 @@ class RunDirectory:
         for entry in sorted(scratch.iterdir()):
             target = self.path / entry.name
             if target.is_dir():
-                _remove(target)
+                remove(target)
             os.replace(entry, target)
         self.stages[stage] = {"key": key, "seconds": round(seconds, 3), "files": hashes}
         self.save(**facts)
@@ -304,7 +312,7 @@ def refuse_foreign(path: Path) -> None:
         raise NblError(f"{path} is a file; choose another --output")
     if GENAI_CONFIG in entries or IR_FILE in entries:
         raise NblError(f"{path} is a model directory, not a run directory; choose another --output")
-    strangers = [name for name in entries if name != ".lock" and not name.startswith(_SCRATCH)]
+    strangers = [name for name in entries if name != ".lock" and not name.startswith(SCRATCH_PREFIX)]
     if strangers and MANIFEST not in entries:
         raise NblError(
             f"{path} is not empty and not a run directory (it holds {sorted(strangers)[0]}); choose another --output"

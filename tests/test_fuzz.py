@@ -229,19 +229,20 @@ def test_a_command_that_takes_much_memory_is_ended(sandbox: Sandbox, tmp_path: P
     assert other.largest > MOST_BYTES
 
 
-SHADOWS = ("json", "numpy", "torch", "onnx", "transformers", "openvino", "tensorrt_rtx", "nbl_export", "sitecustomize",
-           "usercustomize", "typer", "rich")  # fmt: skip
+SHADOWS = ("json", "numpy", "torch", "onnx", "transformers", "openvino", "tensorrt_rtx", "sitecustomize",
+           "usercustomize", "typing", "typer", "rich", "nbl_export")  # fmt: skip
 
 
-def test_no_module_of_the_working_directory_is_imported(canaries: Canaries, tmp_path: Path) -> None:
-    """In a new process, as the installed command has it."""
+@pytest.mark.parametrize("way", ["nbl-export", "python -m nbl_export"])
+def test_no_module_of_the_working_directory_is_imported(canaries: Canaries, tmp_path: Path, way: str) -> None:
+    """In a new process. `python -m` looks for nbl_export itself in the working directory first: Python's own rule."""
     canaries.plant(tmp_path)
-    for name in SHADOWS:
+    installed = way == "nbl-export"
+    for name in SHADOWS[: None if installed else -1]:
         shutil.copyfile(tmp_path / "evil.py", tmp_path / f"{name}.py")
     script = "import sys; from nbl_export.cli.app import main; sys.argv = ['nbl-export', 'doctor']; main()"
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    command = ["-I", "-c", script] if installed else ["-m", "nbl_export", "doctor"]
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert canaries.touched() == []
 

@@ -34,7 +34,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "nbl_export", source / "nbl_export", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copyfile(ROOT / name, source / name)
-    init = source / "nbl_export" / "__init__.py"
+    init = source / "nbl_export" / "version.py"
     text, count = re.subn(r'(__version__ = )".*"', rf'\1"{VERSION}"', init.read_text(encoding="utf-8"))
     assert count == 1
     init.write_text(text, encoding="utf-8")

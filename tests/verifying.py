@@ -67,7 +67,7 @@ def verify_tiny(
     else:
         shutil.copytree(exported, directories["original"])
     engine.keep_last_token(directories["original"])
-    engine.replace(directories["original"], directories["nbl"], plan, maps, rows_VD)
+    engine.linearize(directories["original"], directories["nbl"], plan, maps, rows_VD)
     results: list[CheckResult] = []
     if static:
         shipped, directories = directories, build_twins(checkpoint, setting, maps, rows_VD, work / "twins")

@@ -18,13 +18,14 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from nbl_export import __version__
 from nbl_export.cli import options as opt
 from nbl_export.cli.commands import COMMANDS
 from nbl_export.cli.options import GENERAL, ui
 from nbl_export.errors import NblError, UsageError
+from nbl_export.options.options import LEFT
 from nbl_export.options.settle import over
 from nbl_export.trust.terminal import Formatter, visible
+from nbl_export.version import __version__
 
 __all__ = ["GOES_ON", "INTERRUPTED", "Command", "Group", "Interrupts", "app", "explain", "fail", "main",
            "record_of", "show_all"]  # fmt: skip
@@ -56,6 +57,8 @@ class Group(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         word = args[0]
+        if word in LEFT:
+            raise UsageError(f"{word} is gone: {LEFT[word]}")
         if self.get_command(ctx, word) is None and ("/" in word or Path(word).exists()):  # a model was meant
             raise UsageError(f"{word} is no command; give the model with --model {word}")
         return super().resolve_command(ctx, args)
@@ -202,6 +205,9 @@ def explain(error: Exception) -> NoReturn:
     """Exit with one line for an error that the user can correct; raise any other error, which is a defect."""
     logging.getLogger(__name__).debug("where it happened", exc_info=error)
     usage = getattr(error, "format_message", None)
+    flag = str(getattr(error, "option_name", ""))
+    if left := LEFT.get(flag.lstrip("-").replace("-", "_")):
+        fail(f"{flag} is gone: {left}", 2)
     if isinstance(error, NblError):
         fail(str(error), error.exit_code)
     if usage is not None:

@@ -17,9 +17,17 @@ from nbl_export.graph.anatomy import PRODUCTS, AttentionBlock, graph_caches, is_
 from nbl_export.graph.caches import graph_states
 from nbl_export.graph.names import GENAI_CONFIG
 
-__all__ = ["architecture_of", "decoder_facts", "full_layers", "hidden_size", "logits_of", "replaced_layers"]
+__all__ = [
+    "QUANTISES",
+    "architecture_of",
+    "decoder_facts",
+    "full_layers",
+    "hidden_size",
+    "logits_of",
+    "replaced_layers",
+]
 
-_QUANTISES = ("DynamicQuantizeLinear", "QuantizeLinear")
+QUANTISES = ("DynamicQuantizeLinear", "QuantizeLinear")
 
 
 _TRANSPARENT = ("Identity", "Cast", "DequantizeLinear")
@@ -102,7 +110,7 @@ def _dims(node: ir.Node | None) -> tuple[int, int] | None:
     """Input and output width of a product, from its weight."""
     if node is None or node.op_type not in PRODUCTS:
         return None
-    if node.op_type in _QUANTISES:
+    if node.op_type in QUANTISES:
         return next((d for user in node.outputs[0].consumers() if (d := _dims(user)) is not None), None)
     if "K" in node.attributes and "N" in node.attributes:
         return node.attributes["K"].as_int(), node.attributes["N"].as_int()
@@ -133,7 +141,7 @@ def _last_product(value: ir.Value, depth: int = 12) -> ir.Node | None:
     for _ in range(depth):
         nodes = [node for v in waiting if (node := v.producer()) is not None]
         for node in nodes:
-            if node.op_type in PRODUCTS and node.op_type not in _QUANTISES:
+            if node.op_type in PRODUCTS and node.op_type not in QUANTISES:
                 return node
         waiting = [v for node in nodes for v in node.inputs if v is not None and not is_constant(v)]
     return None

@@ -25,9 +25,9 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import read_record, require
 from nbl_export.records.plan import MAPS, TAPS
 
-__all__ = ["BUILDER_OPTIONS", "CHECKPOINT_FIT", "GGUF", "GIVEN_GRAPH", "IN_RECIPE", "MAIN", "NO_ORIGINAL", "OPTIONS",
-           "PANELS", "RECIPE_FIT", "WIDTHS", "JobOptions", "Option", "describe_command", "flag_of", "located",
-           "public_facts", "public_options", "usual_tap", "usual_windows"]  # fmt: skip
+__all__ = ["BUILDER_OPTIONS", "CHECKPOINT_FIT", "GGUF", "GIVEN_GRAPH", "IN_RECIPE", "LEFT", "MAIN", "NO_ORIGINAL",
+           "OPTIONS", "PANELS", "RECIPE_FIT", "WIDTHS", "JobOptions", "Option", "describe_command", "flag_of",
+           "located", "public_facts", "public_options", "usual_tap", "usual_windows"]  # fmt: skip
 
 MAIN = "main"  # the name of the main job among commands
 
@@ -60,6 +60,9 @@ BUILDER_OPTIONS: dict[str, tuple[str, ...]] = {
     "fuse_mlp_gate_up": ("true", "false"),  # one product for both
     "shared_embeddings": ("true", "false"),  # embedding and lm_head as one quantised matrix, where the model ties them
 }
+
+# Options and commands that left -> what to use. The message is "--option is gone: " and the sentence.
+LEFT: dict[str, str] = {}
 
 PANELS = ("What is replaced", "Distillation", "Calibration", "Torch", "Engine", "Benchmark")
 _REPLACED, _DISTILL, _CALIBRATE, _TORCH, _ENGINE, _BENCH = PANELS

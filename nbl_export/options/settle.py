@@ -17,7 +17,7 @@ from typing import Any
 
 from nbl_export.errors import UsageError
 from nbl_export.options.goals import GOALS, asked_layers, check_request, check_size, names_layers
-from nbl_export.options.options import AUTO_WINDOWS, GGUF, OPTIONS, JobOptions, Option, flag_of
+from nbl_export.options.options import AUTO_WINDOWS, GGUF, LEFT, OPTIONS, JobOptions, Option, flag_of
 from nbl_export.options.rules import APPLIES, DEFAULTS, FIRST, OF_DECODER, REFUSED, Case, ModelFacts, Refusal
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.from_json import read_record
@@ -160,6 +160,8 @@ def read_asked(values: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in values.items():
         flag = key.replace("-", "_")
+        if flag in LEFT:
+            raise UsageError(f"{flag_of(flag)} is gone: {LEFT[flag]}")
         if flag not in names:
             near = difflib.get_close_matches(flag, names, 1)
             raise UsageError(f"{key} is no option" + (f"; did you mean {near[0]}?" if near else ""))

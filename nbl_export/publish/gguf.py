@@ -20,7 +20,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from nbl_export import __version__
 from nbl_export.errors import NblError, ParityError
 from nbl_export.files import move_into_place
 from nbl_export.graph.gguf.content import Content, Key, read_content, write_content
@@ -34,6 +33,7 @@ from nbl_export.targets import owner_of
 from nbl_export.targets.gguf import write as from_checkpoint
 from nbl_export.targets.gguf.check import check_file
 from nbl_export.targets.gguf.linearize import KEEP, check_base, linearized
+from nbl_export.version import __version__
 
 __all__ = ["TAP", "LinearMaps", "convert", "linear_maps", "loss_of_change"]
 

@@ -2,7 +2,7 @@
 
     this process ── Child ─► the engine's runner ─► verify.on_target      one process for each decoder
          ▲                                             │
-         └────── ["result", RungResult] ... ◄──────────┘
+         └────── ["result", CheckResult] ... ◄──────────┘
 
     DIR/acceptance.{json,md}      written after each result
 
@@ -19,7 +19,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nbl_export import __version__
 from nbl_export.child import Child, Write
 from nbl_export.errors import AcceptanceError, NblError
 from nbl_export.files import replacing, versions, write_json
@@ -33,6 +32,7 @@ from nbl_export.targets import load_engine
 from nbl_export.targets.base import Target
 from nbl_export.targets.runners import SequenceLimits
 from nbl_export.verify.on_target import Doing, Expected, checks, load
+from nbl_export.version import __version__
 
 __all__ = ["CANNOT_RUN", "FINISHED", "MESSAGE", "RESULT", "Event", "Find", "accept", "examine", "examined",
            "refuse_failed"]  # fmt: skip
@@ -162,7 +162,7 @@ def examined(
         seconds: the process is ended if it does not answer for so long.
 
     Yields:
-        [RESULT, the fields of a RungResult], [MESSAGE, text of a library], [CANNOT_RUN, reason], at last [FINISHED].
+        [RESULT, the fields of a CheckResult], [MESSAGE, text of a library], [CANNOT_RUN, reason], at last [FINISHED].
     """
     check, doing = "structure", "starting"
     with Child(examine, find, subject, directory, values, yardstick) as child:

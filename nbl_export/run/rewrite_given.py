@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nbl_export import __version__
 from nbl_export.errors import NblError, UsageError
 from nbl_export.files import (
     file_sha256,
@@ -28,6 +27,7 @@ from nbl_export.options.goals import parse_layers
 from nbl_export.plan.maps_file import load_maps, maps_in
 from nbl_export.records.plan import TAPS, Plan
 from nbl_export.run_directory import SCHEMA
+from nbl_export.version import __version__
 
 __all__ = ["rewrite_given"]
 

@@ -131,7 +131,7 @@ class Target:
         """
         raise NblError(f"engine {self.capabilities.name} makes no decoder; use --engine ort")
 
-    def replace(
+    def linearize(
         self, original: Path, out: Path, plan: Plan, maps: Mapping[int, Any], rows_VD: np.ndarray | None = None,
         open_model: Callable[[], Any] | None = None,
     ) -> None:  # fmt: skip
@@ -259,7 +259,7 @@ class Target:
         """A runner on the deployed decoder.
 
         Args:
-            room: what the runner will be asked for, if known; targets that are sized on opening read it.
+            limits: what the runner will be asked for, if known; targets that are sized on opening read it.
         """
         raise NotImplementedError
 

@@ -25,11 +25,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
-import nbl_export
 from nbl_export.errors import NblError
+from nbl_export.files import PACKAGE
 
 __all__ = ["COLUMNS", "HubError", "HubRows", "answer", "main", "split_source", "stream", "unavailable"]
 
@@ -190,7 +189,7 @@ def stream(sources: Sequence[str], most: int, seconds: float | None = None) -> l
     """
     if not _has_library():
         raise NblError(f"no calibration text at {sources[0]}; if it is a hub dataset id, pip install datasets")
-    path = [*sys.path, str(Path(nbl_export.__file__).parent.parent)]
+    path = [*sys.path, str(PACKAGE.parent)]
     request = {"sources": list(sources), "most": most}
     command = [sys.executable, "-I", "-c", _CHILD, json.dumps(path), json.dumps(request)]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:

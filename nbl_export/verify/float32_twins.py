@@ -32,7 +32,7 @@ def build_twins(
     setting.engine.write_twin(checkpoint, directories["original"], setting.cache_length)
     if setting.logits == "last":
         setting.engine.keep_last_token(directories["original"])
-    setting.engine.replace(directories["original"], directories["nbl"], setting.plan, maps, rows_VD)
+    setting.engine.linearize(directories["original"], directories["nbl"], setting.plan, maps, rows_VD)
     if setting.precision == "int4":
         for directory in directories.values():
             setting.engine.write_int4_twin(directory)

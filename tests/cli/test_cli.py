@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nbl_export import __version__
 from nbl_export.targets.onnx.genai import GenaiRunner
 from nbl_export.trust.terminal import visible
+from nbl_export.version import __version__
 
 from ..command import TINY, Outcome, assert_refused, in_new_process, nbl, snapshot, stage_lines
 from ..jobs import until

@@ -106,7 +106,7 @@ def test_graph_computes_what_torch_computes(
 ) -> None:
     """Every subset of layers: a padded batch, cached steps, and the graph that computes one token at its end."""
     chosen = {i: KINDS[kind](i) for i in replaced}
-    exporter_of(source).replace(exported("llama", source), tmp_path / "nbl", Plan(LAYERS, replaced), chosen)
+    exporter_of(source).linearize(exported("llama", source), tmp_path / "nbl", Plan(LAYERS, replaced), chosen)
     right = torch_logits(checkpoint("llama"), chosen)
     decoder = DECODERS[source](tmp_path / "nbl")
     assert worst_of_batch(decoder, right) < CLOSE
@@ -148,7 +148,7 @@ def test_padding_on_the_left_is_no_row_before(exported: Any, tmp_path: Path) -> 
 @pytest.mark.parametrize("source", ["genai", "openvino"])
 def test_tap_normed(checkpoint: Any, exported: Any, tmp_path: Path, source: str) -> None:
     chosen: dict[int, Mixer] = {1: memory(1)}
-    exporter_of(source).replace(exported("llama", source), tmp_path / "nbl", Plan(LAYERS, (1,), "normed"), chosen)
+    exporter_of(source).linearize(exported("llama", source), tmp_path / "nbl", Plan(LAYERS, (1,), "normed"), chosen)
     right = torch_logits(checkpoint("llama"), chosen, "normed")
     assert worst_of_batch(DECODERS[source](tmp_path / "nbl"), right) < CLOSE
 

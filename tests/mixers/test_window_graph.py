@@ -42,7 +42,7 @@ def chosen_of(checkpoint: Path, mix: tuple[str, ...], tap: str = "residual", tok
 
 
 def rewritten(exported: Path, out: Path, chosen: dict[int, Mixer], tap: str = "residual") -> Path:
-    exporter_of("genai").replace(exported, out, Plan(LAYERS, tuple(sorted(chosen)), tap), chosen)
+    exporter_of("genai").linearize(exported, out, Plan(LAYERS, tuple(sorted(chosen)), tap), chosen)
     return out
 
 
@@ -240,7 +240,7 @@ def test_windows_of_two_sizes_are_refused(checkpoint: Any, exported: Any, tmp_pa
 
 def test_graph_of_mobius(checkpoint: Any, exported: Any, tmp_path: Path) -> None:
     chosen, out = chosen_of(checkpoint("qwen2"), ("w", "a", "w")), tmp_path / "nbl"
-    exporter_of("mobius").replace(exported("qwen2", "mobius"), out, Plan(LAYERS, tuple(sorted(chosen))), chosen)
+    exporter_of("mobius").linearize(exported("qwen2", "mobius"), out, Plan(LAYERS, tuple(sorted(chosen))), chosen)
     right = torch_logits(checkpoint("qwen2"), chosen)
     assert worst_of_batch(OnnxDecoder(out, HEAD_DIM), right) < CLOSE
     exporter_of("mobius").keep_last_token(out)

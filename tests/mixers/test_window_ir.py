@@ -37,7 +37,9 @@ def made(checkpoint: Any, exported: Any, tmp_path: Path) -> Callable[..., tuple[
 
     def make(name: str, mix: str, tokens: int = W, tap: str = "residual") -> tuple[Path, dict[int, Mixer]]:
         chosen = chosen_of(checkpoint(name), tuple(mix), tap, tokens)
-        OPENVINO.replace(exported(name, "openvino"), tmp_path / "nbl", Plan(LAYERS, tuple(sorted(chosen)), tap), chosen)
+        OPENVINO.linearize(
+            exported(name, "openvino"), tmp_path / "nbl", Plan(LAYERS, tuple(sorted(chosen)), tap), chosen
+        )
         OPENVINO.keep_last_token(tmp_path / "nbl")
         return tmp_path / "nbl", chosen
 
@@ -75,7 +77,7 @@ def test_chunks_and_sizes(checkpoint: Any, made: Any, tokens: int) -> None:
 def test_windows_of_two_sizes(checkpoint: Any, exported: Any, tmp_path: Path) -> None:
     sizes = {1: ("awa", 4), 2: ("aaw", W)}
     chosen = {i: chosen_of(checkpoint("llama"), tuple(mix), tokens=n)[i] for i, (mix, n) in sizes.items()}
-    OPENVINO.replace(exported("llama", "openvino"), tmp_path / "nbl", Plan(LAYERS, (1, 2)), chosen)
+    OPENVINO.linearize(exported("llama", "openvino"), tmp_path / "nbl", Plan(LAYERS, (1, 2)), chosen)
     OPENVINO.keep_last_token(tmp_path / "nbl")
     right = torch_logits(checkpoint("llama"), chosen)
     assert worst_of_batch(IrDecoder(tmp_path / "nbl", ALL_LOGITS_IR, exact=True), right) < CLOSE
@@ -111,7 +113,7 @@ def test_matrices_get_the_codes_of_their_neighbours(
 ) -> None:
     """In float32 arithmetic, against torch with the same matrices; rotary tables are float32."""
     chosen, original = chosen_of(checkpoint(name), tuple(mix), tap), exported(name, "openvino", precision)
-    OPENVINO.replace(original, tmp_path / "nbl", Plan(LAYERS, tuple(sorted(chosen)), tap), chosen)
+    OPENVINO.linearize(original, tmp_path / "nbl", Plan(LAYERS, tuple(sorted(chosen)), tap), chosen)
     model, ir = load_model(checkpoint(name)), read_ir(tmp_path / "nbl")
     give(model, stored_matrices(read_ir(original)))
     coded = [m for m in stored_matrices(ir) if m.name.startswith("/nbl/")]

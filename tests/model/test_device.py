@@ -232,7 +232,7 @@ def test_a_job_runs_on_the_gpu_and_says_so(
     checkpoint: Checkpoint, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lent: list[Any] = []
-    replace = OrtEngine.replace
+    replace = OrtEngine.linearize
 
     def watched(*given: Any) -> None:
         lent.append(given[-1]().device.type)

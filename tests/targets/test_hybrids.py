@@ -103,7 +103,7 @@ def test_an_ir_holds_convolutions_as_states(
     """Every set of attention layers, in a padded batch: prefill and cached steps of both graphs."""
     for replaced in SETS:
         maps, out = random_maps(*replaced), tmp_path / f"nbl{replaced}"
-        OPENVINO.replace(exported(architecture, "openvino", "fp32"), out, Plan(5, replaced, others=OTHERS), maps)
+        OPENVINO.linearize(exported(architecture, "openvino", "fp32"), out, Plan(5, replaced, others=OTHERS), maps)
         expected = torch_logits(checkpoint(architecture), maps)
         OPENVINO.keep_last_token(out)
         every, last = (IrDecoder(out, file, exact=True) for file in (ALL_LOGITS_IR, IR_FILE))

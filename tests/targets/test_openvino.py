@@ -33,7 +33,7 @@ def directories(exported: Callable[..., Path], tmp_path_factory: pytest.TempPath
     out = tmp_path_factory.mktemp("openvino")
     shutil.copytree(exported("llama", "openvino", "fp32"), out / "original")
     OPENVINO.keep_last_token(out / "original")
-    OPENVINO.replace(out / "original", out / "model", Plan(LAYERS, (1,)), {1: random_map(1)})
+    OPENVINO.linearize(out / "original", out / "model", Plan(LAYERS, (1,)), {1: random_map(1)})
     return {"original": out / "original", "nbl": out / "model"}
 
 

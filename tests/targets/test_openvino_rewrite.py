@@ -50,7 +50,7 @@ def pair(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
     ) -> tuple[Path, Path]:
         source = original(architecture, precision)
         out = tmp_path_factory.mktemp("pair") / "model"
-        OPENVINO.replace(source, out, Plan(LAYERS, replaced, tap), {i: random_map(i) for i in replaced})
+        OPENVINO.linearize(source, out, Plan(LAYERS, replaced, tap), {i: random_map(i) for i in replaced})
         return source, out
 
     return make
@@ -140,7 +140,7 @@ def test_maps_get_the_codes_of_their_neighbours(
 
 def test_the_empty_plan_gives_back_the_files(pair: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     source, _ = pair("llama", (1,))
-    OPENVINO.replace(source, tmp_path / "model", Plan(LAYERS, ()), {})
+    OPENVINO.linearize(source, tmp_path / "model", Plan(LAYERS, ()), {})
     files = sorted(p.name for p in source.iterdir())
     assert files == sorted(p.name for p in (tmp_path / "model").iterdir())
     assert all((source / n).read_bytes() == (tmp_path / "model" / n).read_bytes() for n in files)
@@ -155,7 +155,7 @@ def test_a_map_of_low_rank_is_two_products(
     rng = np.random.default_rng(0)
     up, down = (rng.standard_normal(s).astype(np.float32) for s in ((HIDDEN, 8), (8, HIDDEN)))
     maps = {1: Linear.factored(up, down, rng.standard_normal(HIDDEN).astype(np.float32))}
-    OPENVINO.replace(source, tmp_path / "model", Plan(LAYERS, (1,)), maps)
+    OPENVINO.linearize(source, tmp_path / "model", Plan(LAYERS, (1,)), maps)
     assert ir_files.check_ir_maps("nbl", tmp_path / "model", maps).passed
     assert not ir_files.check_ir_maps("nbl", tmp_path / "model", {1: random_map(1)}).passed
 
@@ -166,7 +166,7 @@ def test_a_map_without_a_bias_has_no_addition(
 ) -> None:
     source, _ = pair("llama", (1,), precision)
     maps = {1: Linear(random_map(1).weight, np.zeros(HIDDEN, np.float32))}
-    OPENVINO.replace(source, tmp_path / "model", Plan(LAYERS, (1,), "normed"), maps)
+    OPENVINO.linearize(source, tmp_path / "model", Plan(LAYERS, (1,), "normed"), maps)
     names = {n.get_friendly_name() for n in read_ir(tmp_path / "model").get_ops()}
     assert "/nbl/layers.1/MatMul" in names and "/nbl/layers.1/Add" not in names
     assert away(checkpoint("llama"), source, tmp_path / "model", maps, "normed") < 1e-4
@@ -182,7 +182,7 @@ def test_maps_that_compression_leaves_in_float32_are_refused(
     source, _ = pair("llama", (1,), "int8")
     monkeypatch.setattr(rewriting, "compress", lambda model, *_, **__: model)
     with pytest.raises(RefusalError, match=r"/nbl/layers.1/MatMul was left in float32"):
-        OPENVINO.replace(source, tmp_path / "model", Plan(LAYERS, (1,)), {1: random_map(1)})
+        OPENVINO.linearize(source, tmp_path / "model", Plan(LAYERS, (1,)), {1: random_map(1)})
 
 
 def test_leading_layers_become_a_table(
@@ -194,7 +194,7 @@ def test_leading_layers_become_a_table(
     maps = {0: random_map(0), 1: random_map(1)}
     rows = token_rows(checkpoint("llama"), maps, "residual")
     assert rows is not None
-    OPENVINO.replace(source, tmp_path / "model", Plan(LAYERS, (0, 1)), maps, rows_VD=rows)
+    OPENVINO.linearize(source, tmp_path / "model", Plan(LAYERS, (0, 1)), maps, rows_VD=rows)
     assert away(checkpoint("llama"), source, tmp_path / "model", maps) < 1e-4
     assert ir_files.check_ir_maps("nbl", tmp_path / "model", maps, rows).passed
     assert OPENVINO.table_bytes(tmp_path / "model") == rows.nbytes
@@ -216,7 +216,7 @@ def test_what_is_not_understood_is_refused(
     exported: Callable[..., Path], tmp_path: Path, architecture: str, plan: Plan, maps: Any, said: str
 ) -> None:
     with pytest.raises(RefusalError, match=said):
-        OPENVINO.replace(exported(architecture, "openvino", "fp32"), tmp_path / "model", plan, maps)
+        OPENVINO.linearize(exported(architecture, "openvino", "fp32"), tmp_path / "model", plan, maps)
 
 
 def swapped(maps: dict[int, Linear]) -> dict[int, Linear]:
@@ -237,7 +237,7 @@ def test_wrong_maps_are_found(
 ) -> None:
     source, _ = pair("llama", (0, 1), "int4")
     maps = {i: random_map(i) for i in (0, 1)}
-    OPENVINO.replace(source, tmp_path / "model", Plan(LAYERS, (0, 1)), fault(maps))
+    OPENVINO.linearize(source, tmp_path / "model", Plan(LAYERS, (0, 1)), fault(maps))
     assert not ir_files.check_ir_maps("nbl", tmp_path / "model", maps).passed
     assert ir_files.check_ir_maps("nbl", tmp_path / "model", fault(maps)).passed
 

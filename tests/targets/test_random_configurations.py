@@ -120,7 +120,7 @@ def test_a_rewritten_graph_agrees_with_torch(architecture: str, data: st.DataObj
         assert read_shape(directory).parameters_of_layers == sum(p.numel() for p in matrices)
         original, out = Path(scratch) / "original", Path(scratch) / "nbl"
         target.export(directory, original, ExportSettings(source, "fp32", 96))
-        target.replace(original, out, Plan(spec.num_layers, tuple(maps), others=spec.others), maps)
+        target.linearize(original, out, Plan(spec.num_layers, tuple(maps), others=spec.others), maps)
         decoder: Any = OnnxDecoder(out, spec.head_dim) if source != "openvino" else IrDecoder(out, IR_FILE, exact=True)
         assert decoder.contract.cache_layers == tuple(i for i in spec.attention_layers if i not in maps)
         assert decoder.contract.state_layers == spec.others

@@ -20,7 +20,7 @@ import numpy as np
 from nbl_export.errors import NblError
 from nbl_export.files import safetensors_header
 from nbl_export.model.checkpoint import pretrained
-from nbl_export.model.checkpoint.pretrained import GgufOutline, _refuse_missing, gguf_outline, model_of, tokenizer_of
+from nbl_export.model.checkpoint.pretrained import GgufOutline, gguf_outline, model_of, refuse_missing, tokenizer_of
 
 __all__ = ["dequantise"]
 
@@ -74,7 +74,7 @@ def _write_weights(outline: GgufOutline, out: Path) -> None:
                 stream.seek(begin)
                 stream.write(_stored(tensor, outline, tuple(parameters[name].shape)))
                 missing.discard(name)
-    _refuse_missing(outline.file, missing)
+    refuse_missing(outline.file, missing)
 
 
 def _shards(parameters: Mapping[str, Any], out: Path) -> dict[str, list[str]]:

@@ -39,7 +39,7 @@ from nbl_export.model.checkpoint.pretrained import (
     reason_of,
     tokenizer_of,
 )
-from nbl_export.model.checkpoint.source import Linearized, Source, _check_architecture, log
+from nbl_export.model.checkpoint.source import Linearized, Source, check_architecture, log
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import Plan
 
@@ -63,7 +63,7 @@ def read_spec(source: Source) -> DecoderSpec:
     try:
         config = config_of(source.gguf or source.directory)
         architecture = config.model_type.removeprefix(LINEARIZED if source.linearized else "")
-        _check_architecture(architecture, source.directory)
+        check_architecture(architecture, source.directory)
         check_weights(source.gguf or source.directory)
         return spec_of(config, architecture)
     except NblError:

@@ -23,7 +23,7 @@ from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.trust.model_settings import check_checkpoint
 
 __all__ = ["GgufOutline", "check_weights", "config_of", "gguf_outline", "model_of", "model_with",
-           "quiet_transformers", "reason_of", "tokenizer_of"]  # fmt: skip
+           "quiet_transformers", "reason_of", "refuse_missing", "tokenizer_of"]  # fmt: skip
 
 
 def quiet_transformers() -> None:
@@ -115,11 +115,11 @@ def _load(model: Path, dtype: Any = None, **more: Any) -> Any:
             dtype=dtype or torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False,
             local_files_only=True, **given, **more,
         )  # fmt: skip
-    _refuse_missing(model, report["missing_keys"])
+    refuse_missing(model, report["missing_keys"])
     return loaded
 
 
-def _refuse_missing(where: Path, missing: Iterable[str]) -> None:
+def refuse_missing(where: Path, missing: Iterable[str]) -> None:
     names = sorted(missing)
     if names:
         raise NblError(f"{where} lacks the weights {names[0]} and {len(names) - 1} more; fetch the model again")
@@ -134,7 +134,7 @@ def _check_gguf(file: Path, config: Any) -> None:
         if tensor.name in names
     }
     parameters = {name: tuple(value.shape) for name, value in model.named_parameters()}  # a tied one once
-    _refuse_missing(file, parameters.keys() - shapes.keys())
+    refuse_missing(file, parameters.keys() - shapes.keys())
     other = [name for name, shape in parameters.items() if shapes[name] != shape]
     if other:
         found, stated = list(shapes[other[0]]), list(parameters[other[0]])

@@ -15,7 +15,7 @@ from nbl_export.errors import NblError
 from nbl_export.graph.gguf.header import Header, read_header
 from nbl_export.graph.graph_only import graph_of
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config, hybrid_facts, mlp_of
-from nbl_export.model.checkpoint.source import _check_architecture, _linearized, _read_config, gguf_of
+from nbl_export.model.checkpoint.source import check_architecture, gguf_of, linearized_of, read_config
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.mlp import MlpSpec
 from nbl_export.trust.contained import refuse_special
@@ -85,17 +85,17 @@ def read_shape(model: str | Path) -> Shape:
     if gguf is not None:
         return _of_gguf(gguf)
     if path.is_dir():
-        return _of_config(_read_config(path), path / "config.json")
+        return _of_config(read_config(path), path / "config.json")
     if path.suffix != ".json":
         raise NblError(f"{path} is not a model: give a config.json, a checkpoint directory or a .gguf file")
     return _of_config(read_object(path, CONFIG_BYTES), path)
 
 
 def _of_config(config: dict[str, Any], path: Path) -> Shape:
-    replaced = _linearized(config, path)
+    replaced = linearized_of(config, path)
     if replaced is not None:
         config = {**config, "model_type": config["model_type"].removeprefix(LINEARIZED)}
-    _check_architecture(config.get("model_type"), path, multimodal="text_config" in config)
+    check_architecture(config.get("model_type"), path, multimodal="text_config" in config)
     check_config(config, path)
     record = ARCHITECTURES[config["model_type"]]
     heads = config.get("num_attention_heads")
@@ -116,7 +116,7 @@ def _of_config(config: dict[str, Any], path: Path) -> Shape:
 def _of_gguf(path: Path) -> Shape:
     header = read_header(path)
     config = gguf_config(header)
-    _check_architecture(config["model_type"], path)
+    check_architecture(config["model_type"], path)
     heads = header.get("attention.head_count")
     found = {
         "block_count": header.get("block_count"),

@@ -29,7 +29,7 @@ from nbl_export.trust.contained import check_folder, check_inside, refuse_specia
 from nbl_export.trust.model_settings import CONFIG_BYTES, check_checkpoint, check_layers, read_object
 from nbl_export.trust.user_lists import sha256_of
 
-__all__ = ["Linearized", "Source", "gguf_of", "resolve"]
+__all__ = ["Linearized", "Source", "check_architecture", "gguf_of", "linearized_of", "read_config", "resolve"]
 
 log = logging.getLogger(__name__)
 
@@ -150,11 +150,11 @@ def _hub_source(repo: str) -> Source:
 
 def _directory_source(name: str, directory: Path, revision: str | None) -> Source:
     check_checkpoint(directory)
-    config = _read_config(directory)
-    replaced = _linearized(config, directory / "config.json")
+    config = read_config(directory)
+    replaced = linearized_of(config, directory / "config.json")
     if replaced is not None:
         config = {**config, "model_type": config["model_type"].removeprefix(LINEARIZED)}
-    _check_architecture(config.get("model_type"), directory, multimodal="text_config" in config)
+    check_architecture(config.get("model_type"), directory, multimodal="text_config" in config)
     check_config(config, directory / "config.json")
     weights = _weight_files(directory)
     check_layers(config.get("num_hidden_layers"), _names(weights), directory / "config.json")
@@ -163,7 +163,7 @@ def _directory_source(name: str, directory: Path, revision: str | None) -> Sourc
     return Source(name, directory, None, revision, fingerprint, weights=tuple(weights), linearized=replaced)
 
 
-def _linearized(config: dict[str, Any], where: Path) -> Linearized | None:
+def linearized_of(config: dict[str, Any], where: Path) -> Linearized | None:
     """Layers and tap of an NBL checkpoint's configuration; None for another checkpoint.
 
     Raises:
@@ -197,7 +197,7 @@ def _is_part(layers: list[int], count: int) -> bool:
     return min(layers) >= 0 and max(layers) < count and len(set(layers)) < count
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         if (directory / MANIFEST).is_file():
@@ -206,7 +206,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return read_object(path, CONFIG_BYTES)
 
 
-def _check_architecture(model_type: Any, where: Path, *, multimodal: bool = False) -> None:
+def check_architecture(model_type: Any, where: Path, *, multimodal: bool = False) -> None:
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         advice = "; its language model, saved by itself, may be one of these" if multimodal else ""
         reason = {**UNSUPPORTED, **REFUSED}.get(str(model_type))
@@ -275,7 +275,7 @@ def _gguf_source(name: str, file: Path) -> Source:
     if parts is not None and int(parts) > 1:
         raise NblError(f"{file} is one of {parts} parts; put them together (llama-gguf-split --merge)")
     aliases = {alias: record.name for record in ARCHITECTURES.values() for alias in record.aliases}
-    _check_architecture(aliases.get(str(architecture), architecture), file)
+    check_architecture(aliases.get(str(architecture), architecture), file)
     for stated in layers:  # transformers reads the key of any architecture
         check_layers(stated, names, file)
     return Source(name, file.parent, file, None, _fingerprint([file]))

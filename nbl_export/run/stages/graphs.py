@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export import __version__
 from nbl_export.files import versions, write_json
 from nbl_export.graph.names import MANIFEST
 from nbl_export.mixers import layers_below
@@ -31,6 +30,7 @@ from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import LeftOut, Place, rows_of
 from nbl_export.run_directory import DECODERS, PACKAGES, SCALES_FILE
 from nbl_export.targets.base import BuildSettings, ExportSettings, Target
+from nbl_export.version import __version__
 
 __all__ = ["DecoderInputs", "ExportedModel", "QuantizeInputs", "RewriteInputs", "check_rescaled", "declare_decoder",
            "declare_quantize", "declare_rewrite", "exported", "run_decoder", "run_quantize", "run_rewrite"]  # fmt: skip
@@ -260,7 +260,7 @@ def run_rewrite(inputs: RewriteInputs, place: Place, out: Path) -> dict[str, Any
     original = place.run.path / DECODERS["original"]
     engine = inputs.engine.value
     opened = lambda: inputs.exported.rescaled(place).cpu()  # noqa: E731  exporters trace on the CPU
-    engine.replace(original, target, plan, inputs.exported.maps(place), rows, opened)
+    engine.linearize(original, target, plan, inputs.exported.maps(place), rows, opened)
     inputs.exported.model.forget()  # a target may have changed it
     facts = {k: place.run.manifest[k] for k in _DEPLOYED_FACTS}
     if engine.capabilities.dense_caches:

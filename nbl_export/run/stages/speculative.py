@@ -191,7 +191,7 @@ def _nbl(inputs: SpeculativeInputs, place: Place, int4: Path, out: Path) -> Path
     rows_VD = rows_of(inputs.checkpoint, maps, plan.tap, has_table=inputs.has_table)
     kinds = tuple(maps[i].kind for i in layers)
     chosen = Plan(plan.num_layers, layers, tap=plan.tap, kinds=kinds, others=plan.others)
-    inputs.engine.value.replace(int4, out, chosen, maps, rows_VD)
+    inputs.engine.value.linearize(int4, out, chosen, maps, rows_VD)
     return out
 
 

@@ -60,7 +60,7 @@ class LlamaCppEngine(Target):
     def open_runner(
         self, path: Path, threads: int | None = None, limits: SequenceLimits | None = None
     ) -> LlamaCppRunner:
-        """A text runner on a GGUF file; `room` has no effect."""
+        """A text runner on a GGUF file; `limits` has no effect."""
         return LlamaCppRunner(path, threads or default_threads())
 
 

@@ -84,7 +84,7 @@ class OrtEngine(Target):
         finish_directory(checkpoint, out)
 
     def open_runner(self, path: Path, threads: int | None = None, limits: SequenceLimits | None = None) -> GenaiRunner:
-        """A text runner on a deployable directory; `room` has no effect."""
+        """A text runner on a deployable directory; `limits` has no effect."""
         return GenaiRunner(path, threads)
 
     def open_profiled(self, directory: Path, threads: int, tokens: int, traces: Path) -> ProfiledDecoder:

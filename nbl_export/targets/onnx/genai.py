@@ -77,7 +77,7 @@ class GenaiRunner(Speaking):
         directory: model.onnx, its data, genai_config.json and, for text, the tokenizer.
         threads: intra-op threads; None uses `default_threads()`. `self.threads` is the number in use.
         provider: GenAI's name of the execution provider, and its options; None uses the directory's provider.
-        room: sequence and batch that the provider is sized for; `begin` opens the model again if they are exceeded.
+        limits: sequence and batch that the provider is sized for; `begin` opens the model again if they are exceeded.
             None leaves the sizes of the directory.
 
     Raises:
@@ -287,7 +287,7 @@ def open_model(
     Args:
         og: the imported GenAI.
         provider: None uses the directory's provider.
-        room: None leaves the sizes of the directory.
+        limits: None leaves the sizes of the directory.
         draft: the block `model.draft` of genai_config.json; None leaves the directory's own.
 
     Raises:

@@ -154,8 +154,8 @@ class GpuEngine(ort.OrtEngine):
         """A text runner on the directory's provider.
 
         Args:
-            room: the provider for TensorRT-RTX is sized for it, and for 4096 tokens if it is None; the runner opens the
-                model again if it is asked for more.
+            limits: the provider for TensorRT-RTX is sized for it, and for 4096 tokens if it is None; the runner opens
+                the model again if it is asked for more.
         """
         load_cuda()
         if not self.provider.registered:

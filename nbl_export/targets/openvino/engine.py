@@ -95,7 +95,7 @@ class OpenVinoEngine(Target):
         check_bounds(checkpoint)
         build(checkpoint, out, settings.precision, settings.precision in _ROUNDED)
 
-    def replace(
+    def linearize(
         self, original: Path, out: Path, plan: Plan, maps: Mapping[int, Any], rows_VD: np.ndarray | None = None,
         open_model: Callable[[], Any] | None = None,
     ) -> None:  # fmt: skip
@@ -167,7 +167,7 @@ class OpenVinoEngine(Target):
     def open_runner(
         self, path: Path, threads: int | None = None, limits: SequenceLimits | None = None
     ) -> OpenVinoRunner:
-        """A text runner on an IR directory; `room` has no effect."""
+        """A text runner on an IR directory; `limits` has no effect."""
         return OpenVinoRunner(path, threads or default_threads())
 
     def open_checked(self, directory: Path, threads: int | None = None) -> OpenVinoRunner:

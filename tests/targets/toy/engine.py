@@ -66,7 +66,7 @@ class ToyEngine(Target):
         add_text_files(checkpoint, out)
         _mark(out, ())
 
-    def replace(
+    def linearize(
         self, original: Path, out: Path, plan: Plan, maps: Mapping[int, Any], rows_VD: np.ndarray | None = None,
         open_model: Callable[[], Any] | None = None,
     ) -> None:  # fmt: skip
