@@ -239,7 +239,7 @@ def test_a_job_runs_on_the_gpu_and_says_so(
         replace(*given)
 
     asked = ("--model", checkpoint("llama"), "--calibration", text, *TINY, "--output", tmp_path / "run")
-    monkeypatch.setattr(OrtEngine, "replace", watched)
+    monkeypatch.setattr(OrtEngine, "linearize", watched)
     with until("verify"):
         with fake_cuda() as gpu:
             done = nbl(*asked, "--device", "cuda")
