@@ -35,7 +35,7 @@ from .tiny import LAYERS, random_map, save_checkpoint, stdlib_text
 # Changed files that run the stand-ins of TensorRT.
 _STAND_INS = re.compile(
     r"nbl_export/(targets/tensorrt|run/accept|verify/on_target)"
-    r"|tests/(targets/test_(trt_|tensorrt)|tensorrt_api|fake_|trt_tiny|static_tiny|run/test_accept|conftest)"
+    r"|tests/(targets/test_(trt_|tensorrt)|fake_|trt_tiny|static_tiny|run/test_accept|conftest)"
 )
 _TESTS = Path(__file__).parent
 _ROOT = _TESTS.parent

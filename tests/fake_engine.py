@@ -25,8 +25,6 @@ from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 from nbl_export.targets.tensorrt.static.schedule import engine_profiles
 
 from .fake_tensorrt import Context, FakeDevice, FakeTensorRT, FakeTensorRTX
-from .tensorrt_api.held import held
-from .tensorrt_api.names import RTX_ONLY, TRT_ONLY
 from .trt_tiny import ADA, HOPPER, PLAIN
 
 __all__ = ["Faulty", "StandIn", "fake_record", "fake_session"]
@@ -56,12 +54,11 @@ def fake_session(
     graph_: Path, directory: Path, library: Library = PLAIN, *, captures: bool = True,
     kernels: KernelCache | None = None, **changes: Any,
 ) -> tuple[TrtSession, Any]:  # fmt: skip
-    """A session on the fake, held to the names of the bindings, and the fake itself."""
+    """A session on the fake, and the fake itself."""
     card = FakeDevice(captures=captures)
     record = fake_record(graph_, directory, **changes)
     trt = (FakeTensorRTX if library.jit else FakeTensorRT)(card, record.profiles)
-    seen = held(trt, RTX_ONLY if library.jit else TRT_ONLY)
-    return TrtSession(library, directory, record, seen, card, kernels), trt
+    return TrtSession(library, directory, record, trt, card, kernels), trt
 
 
 class Faulty:
@@ -154,5 +151,5 @@ class StandIn:
             record = fake_record(graph, home, prefill_chunk=24, profiles=engine_profiles(2, 24, 1024))
             refuse_misfit(PLAIN, record, version, HOPPER if self.fault == "other GPU" else ADA, directory)
             trt = (_LeakingTensorRT if self.fault == "leak" else FakeTensorRT)(card, record.profiles)
-            session = TrtSession(PLAIN, home, record, held(trt, TRT_ONLY), card)
+            session = TrtSession(PLAIN, home, record, trt, card)
         return Faulty(StaticRunner(session, directory), self.fault)

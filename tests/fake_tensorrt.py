@@ -1,8 +1,8 @@
 """A TensorRT whose contexts run the graph on ONNX Runtime, and a GPU whose memory is the host's.
 
 The plan is the path of a graph. As on a GPU, tensors are addresses, work goes onto a stream, a captured step is
-replayed with the shapes it was captured with. What TensorRT refuses is answered as its bindings answer: tests see the
-stand-in through `tensorrt_api.held`, which holds every name and answer to those of the bindings.
+replayed with the shapes it was captured with. What TensorRT refuses is answered as its bindings answer: False, None
+or RuntimeError.
 
 Logits are ONNX Runtime's. Tests on this stand-in compare them bit for bit with the same graph in ONNX Runtime: they
 test what this project moves and binds, never what TensorRT computes.
