@@ -276,7 +276,7 @@ def export(
     """Make a verified and measured NBL decoder in a directory. An interrupted run goes on where it was.
 
     Args:
-        model: hub id, safetensors directory, GGUF file or ONNX graph.
+        model: hub id, safetensors directory, or GGUF file.
         output: the run directory.
         force: start over: remove the run in `output` first.
         quiet: no progress on stderr.

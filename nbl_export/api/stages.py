@@ -208,7 +208,7 @@ def _selection(calibration: Calibration, options: JobOptions, quiet: bool) -> Se
         MapKind(options.kind, options.tap, read_rank(options.rank), options.has_bias),
         spec.num_layers,
         spec.hidden_size,
-        Lazy(None, lambda: options.select or DEFAULT_SELECT),
+        options.select or DEFAULT_SELECT,
         Lazy(None, lambda: lambda layer, tap: moments[tap][layer]),
         Lazy(None, lambda: lambda maps, tap: SwitchedModel(model, maps, tap)),
         Lazy(None, lambda: calibration.choosing),

@@ -1,4 +1,4 @@
-"""Collects moments of every layer: of a torch model, of a model larger than memory, or of a decoder graph.
+"""Collects moments of every layer: of a torch model, or of a model larger than memory.
 
 `collect` sets hooks on the torch model. Activations are never kept.
 
@@ -6,10 +6,6 @@
     batches          each batch of windows gives products of rows
 
 Logits are never computed: the base decoder runs without the language-model head.
-
-`GraphCollection` reads the taps of every layer of a decoder graph in ONNX Runtime. The rows equal the rows that hooks
-on the torch model see, so the maps differ only by rounding. The head is not computed. Windows run one at a time, so
-only the activations of one window are in memory.
 
 `collect_layers` loads one decoder layer at a time, for a model that does not fit into memory.
 """
@@ -27,7 +23,6 @@ import torch
 
 from nbl_export.calibrate.sums import REFERENCE_ROWS, Accumulator, Sums
 from nbl_export.errors import NblError
-from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.mixers import DEFAULT
 from nbl_export.mixers.base import Kind
 from nbl_export.mixers.lmmse import Moments
@@ -36,19 +31,8 @@ from nbl_export.model.architectures import attention_layers
 from nbl_export.model.checkpoint.pretrained import config_of
 from nbl_export.model.linearize import block_output, run_from
 from nbl_export.model.one_layer import WeightReader, one_layer
-from nbl_export.records.decoder import DecoderSpec
 
-__all__ = [
-    "Collection",
-    "GraphCollection",
-    "Rows",
-    "Wanted",
-    "attach",
-    "batches",
-    "collect",
-    "collect_layers",
-    "refuse_not_finite",
-]
+__all__ = ["Collection", "Wanted", "attach", "batches", "collect", "collect_layers", "refuse_not_finite"]
 
 _BATCH_TOKENS = 4096
 
@@ -58,27 +42,38 @@ def batches(ids_WT: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return ids_WT.split(max(1, _BATCH_TOKENS // ids_WT.shape[1]))
 
 
-class Rows:
-    """Accumulators of all layers and taps. Subclasses fill the accumulators.
+class Collection:
+    """Accumulators of all layers and taps, hooked to a torch model while the context is open.
 
     Args:
+        model: a causal LM of transformers, float32.
         taps: some of `records.plan.TAPS`.
-        layers: with attention.
-        size: hidden size.
         kind: of the mixers that the sums are for.
-        device: device of the sums.
+        narrow: the model's products in bfloat16; products of the sums are float32.
     """
 
-    def __init__(
-        self, taps: Sequence[str], layers: Sequence[int], size: int, kind: Kind = DEFAULT, device: Any = "cpu"
-    ) -> None:
-        self.taps, self.layers, self.kind, self._device = tuple(taps), tuple(layers), kind, device
+    def __init__(self, model: Any, taps: Sequence[str], kind: Kind = DEFAULT, *, narrow: bool = False) -> None:
+        self._decoder, self._narrow = model.get_decoder(), narrow
+        self._device, size = next(model.parameters()).device, int(model.config.hidden_size)
+        self.taps, self.layers, self.kind = tuple(taps), tuple(attention_layers(model.config)), kind
         self.sizes = (kind.feature_count(size), size)
         self.found = {tap: {i: Accumulator(self.sizes) for i in self.layers} for tap in self.taps}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Collection:
+        for tap, accumulators in self.found.items():
+            for layer, accumulator in accumulators.items():
+                self._handles += attach(self._decoder.layers[layer], accumulator, tap, self._decoder.config, self.kind)
+        return self
+
+    def __exit__(self, _k: type[BaseException] | None, _v: BaseException | None, _t: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
 
     def add(self, batch_BT: torch.Tensor) -> None:
         """Run one batch and add its rows."""
-        raise NotImplementedError
+        with torch.inference_mode(), bfloat16.products(torch.device(self._device), self._narrow):
+            self._decoder(input_ids=batch_BT.to(self._device), use_cache=False)
 
     def refer(self, ids_WT: torch.Tensor) -> None:
         """Take reference rows and units from the beginning of the whole text."""
@@ -107,38 +102,6 @@ class Rows:
         """Continue from the sums that `layer` returned."""
         for tap, found in sums.items():
             self.found[tap][index].restore(found, self._device)
-
-
-class Collection(Rows):
-    """Accumulators hooked to a torch model while the context is open.
-
-    Args:
-        model: a causal LM of transformers, float32.
-        taps: some of `records.plan.TAPS`.
-        kind: of the mixers that the sums are for.
-        narrow: the model's products in bfloat16; products of the sums are float32.
-    """
-
-    def __init__(self, model: Any, taps: Sequence[str], kind: Kind = DEFAULT, *, narrow: bool = False) -> None:
-        self._decoder, self._narrow = model.get_decoder(), narrow
-        device = next(model.parameters()).device
-        super().__init__(taps, attention_layers(model.config), int(model.config.hidden_size), kind, device)
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> Collection:
-        for tap, accumulators in self.found.items():
-            for layer, accumulator in accumulators.items():
-                self._handles += attach(self._decoder.layers[layer], accumulator, tap, self._decoder.config, self.kind)
-        return self
-
-    def __exit__(self, _k: type[BaseException] | None, _v: BaseException | None, _t: TracebackType | None) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def add(self, batch_BT: torch.Tensor) -> None:
-        """Run one batch and add its rows."""
-        with torch.inference_mode(), bfloat16.products(torch.device(self._device), self._narrow):
-            self._decoder(input_ids=batch_BT.to(self._device), use_cache=False)
 
 
 def collect(
@@ -206,52 +169,6 @@ def attach(layer: torch.nn.Module, accumulator: Accumulator, tap: str, config: A
     last, multiplier = block_output(layer, config)
     tapped = layer if tap == "residual" else attention
     return [tapped.register_forward_pre_hook(on_input, with_kwargs=True), last.register_forward_hook(on_output)]
-
-
-class GraphCollection(Rows):
-    """Accumulators that a decoder graph fills, as a torch model fills `Collection`.
-
-    Args:
-        graph: the ONNX file; every layer must be recognised.
-        spec: the decoder's sizes.
-        taps: some of `records.plan.TAPS`.
-        kind: of the mixers that the sums are for.
-
-    Raises:
-        RefusalError: a layer is not recognised, or has no such tap.
-    """
-
-    def __init__(self, graph: Path, spec: DecoderSpec, taps: Sequence[str], kind: Kind = DEFAULT) -> None:
-        from nbl_export.rewrite.taps import collecting_graph
-
-        super().__init__(taps, spec.attention_layers, spec.hidden_size, kind)
-        self._graph = collecting_graph(graph, self.taps)
-        self._decoder = OnnxDecoder(
-            self._graph.directory, spec.head_dim, caches=self._graph.caches, proto=self._graph.proto
-        )
-
-    def __enter__(self) -> GraphCollection:
-        return self
-
-    def __exit__(self, _k: type[BaseException] | None, _v: BaseException | None, _t: TracebackType | None) -> None:
-        del self._decoder
-
-    def add(self, batch_BT: torch.Tensor) -> None:
-        """Run the windows of a batch and add their rows."""
-        for window in batch_BT:
-            self._add(window[None].numpy())
-
-    def _add(self, ids: Any) -> None:
-        wanted = {
-            tap: [(names[i], self._graph.attention[i]) for i in self.layers] for tap, names in self._graph.taps.items()
-        }
-        names = sorted({name for pairs in wanted.values() for pair in pairs for name in pair})
-        self._decoder.begin(1)
-        seen = dict(zip(names, self._decoder.look(names, ids), strict=True))
-        rows = {name: torch.from_numpy(value).float() for name, value in seen.items()}
-        for tap, pairs in wanted.items():
-            for accumulator, (x, y) in zip(self.found[tap].values(), pairs, strict=True):
-                accumulator.update(self.kind.features(rows[x]).flatten(0, 1), rows[y].flatten(0, 1))
 
 
 @dataclass(frozen=True)

@@ -111,9 +111,7 @@ app = typer.Typer(
 def root(
     context_: typer.Context,
     asked: dict[str, Any],
-    model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Hub id, safetensors directory, GGUF or ONNX graph.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help="Hub id, safetensors directory or GGUF.")] = None,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="The run directory.")] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Options from TOML or from a run's nbl.json; flags win.")

@@ -383,7 +383,7 @@ def inspect(
     as_json: opt.Json = False,
 ) -> None:
     """Show the contents of a run directory or of an ONNX decoder."""
-    from nbl_export.graph.graph_only import has_graph
+    from nbl_export.graph.given import has_graph
     from nbl_export.report.console import describe_table, graph_table
     from nbl_export.run.deployed import describe
 

@@ -40,7 +40,7 @@ _MOST_CONFIG_BYTES = 1 << 20
 GENERAL = "General"
 
 Run = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory made by nbl-export --output.")]
-Model = Annotated[str, typer.Option(metavar="MODEL", help="Hub id, safetensors directory, GGUF or ONNX graph.")]
+Model = Annotated[str, typer.Option(metavar="MODEL", help="Hub id, safetensors directory or GGUF.")]
 Output = Annotated[Path, typer.Option(metavar="DIR", help="The run directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Go on despite a failed verification.")]

@@ -17,15 +17,7 @@ from nbl_export.graph.anatomy import PRODUCTS, AttentionBlock, graph_caches, is_
 from nbl_export.graph.caches import graph_states
 from nbl_export.graph.names import GENAI_CONFIG
 
-__all__ = [
-    "QUANTISES",
-    "architecture_of",
-    "decoder_facts",
-    "full_layers",
-    "hidden_size",
-    "logits_of",
-    "replaced_layers",
-]
+__all__ = ["QUANTISES", "architecture_of", "decoder_facts", "hidden_size", "logits_of", "replaced_layers"]
 
 QUANTISES = ("DynamicQuantizeLinear", "QuantizeLinear")
 
@@ -59,12 +51,6 @@ def decoder_facts(graph: ir.Graph, blocks: list[AttentionBlock], directory: Path
         "max_positions": stated.get("max_positions"),
         "sliding_window": max((w for w in map(_window, blocks) if w is not None), default=None),
     }
-
-
-def full_layers(blocks: list[AttentionBlock]) -> tuple[int, ...]:
-    """Layers without a sliding window, if other layers have one; else empty."""
-    full = tuple(block.layer for block in blocks if _window(block) is None)
-    return full if len(full) < len(blocks) else ()
 
 
 def architecture_of(directory: Path | None) -> dict[str, Any]:

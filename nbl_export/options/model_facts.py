@@ -17,8 +17,6 @@ class ModelFacts:
 
     Attributes:
         is_gguf: the model is a GGUF file.
-        graph: path of the decoder graph, if the model is only a graph.
-        graph_precision: of the graph's matrices.
         maps_tap: the tap of the maps, if the model is an NBL checkpoint.
         maps_window: whether an NBL checkpoint or a recipe has layers of kind window. recipe_tap: of a recipe's maps.
         architecture, taps, not_from: name, possible taps, and decoder source -> why it exports no such graph.
@@ -27,8 +25,6 @@ class ModelFacts:
     """
 
     is_gguf: bool = False
-    graph: str = ""
-    graph_precision: str = ""
     maps_tap: str = ""
     maps_window: bool = False
     recipe_tap: str = ""

@@ -25,7 +25,7 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import read_record, require
 from nbl_export.records.plan import MAPS, TAPS
 
-__all__ = ["BUILDER_OPTIONS", "CHECKPOINT_FIT", "GGUF", "GIVEN_GRAPH", "IN_RECIPE", "LEFT", "MAIN", "NO_ORIGINAL",
+__all__ = ["BUILDER_OPTIONS", "CHECKPOINT_FIT", "GGUF", "IN_RECIPE", "LEFT", "MAIN", "NO_ORIGINAL",
            "OPTIONS", "PANELS", "RECIPE_FIT", "WIDTHS", "JobOptions", "Option", "describe_command", "flag_of",
            "located", "public_facts", "public_options", "usual_tap", "usual_windows"]  # fmt: skip
 
@@ -41,7 +41,6 @@ DEVICES = ("auto", "cpu", "cuda")  # of torch
 METHODS = ("rtn", "awq")  # of rounding to int4
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # ends a line, or moves a terminal's cursor
 SELF = "self"  # calibration text that the model generates
-GIVEN_GRAPH = "given"  # decoder source of a model that is an ONNX graph
 AUTO_WINDOWS, NO_WINDOWS = "auto", "none"  # windows in as many top layers as quality allows, or in no layer
 WIDTHS = (64, 128)  # of windows, in tokens, if none is asked for: the first for named layers, the better one with auto
 CHECKPOINT_FIT = "given"  # fit of the maps that an NBL checkpoint has
@@ -347,12 +346,12 @@ OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in dataclasses.
 def usual_fit(values: Mapping[str, Any]) -> str:
     """The fit of an original model if none is asked for: maps are trained for a limit on quality.
 
-    A goal of another kind, a rank, an order by scores or a model that is a graph needs the closed form.
+    A goal of another kind, a rank or an order by scores needs the closed form.
     """
     if values["recipe"]:
         return RECIPE_FIT
     closed = any(values[name] for name in ("layers", "target_speedup", "kv_budget", "rank"))
-    scores = values["select"] in ("cca", "error") or values["decoder_source"] == GIVEN_GRAPH
+    scores = values["select"] in ("cca", "error")
     return "independent" if closed or scores else "distilled"
 
 

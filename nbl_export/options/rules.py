@@ -24,7 +24,6 @@ from nbl_export.options.options import (
     BUILDER_OPTIONS,
     CHECKPOINT_FIT,
     GGUF,
-    GIVEN_GRAPH,
     NO_ORIGINAL,
     NO_WINDOWS,
     RECIPE_FIT,
@@ -48,11 +47,6 @@ class Case:
     sweeps: bool = False
 
     @property
-    def is_graph(self) -> bool:
-        """Whether the model is only an ONNX graph."""
-        return self.options.decoder_source == GIVEN_GRAPH
-
-    @property
     def is_nbl(self) -> bool:
         """Whether the model is an NBL checkpoint."""
         return self.options.fit == CHECKPOINT_FIT
@@ -71,7 +65,7 @@ class Case:
     def left_out(self) -> str:
         """The source, or source and precision, that the architecture has no graph of; "" if it has one."""
         source = self.options.decoder_source
-        asked = () if self.is_graph else (source, f"{source} --precision {self.options.precision}")
+        asked = (source, f"{source} --precision {self.options.precision}")
         return next((key for key in asked if key in self.model.not_from), "")
 
     @property
@@ -102,14 +96,12 @@ def _tap(values: Mapping[str, Any], _engine: Capabilities, model: ModelFacts) ->
 
 # An option -> its value if nobody asks for one, from the options so far, the engine and the model.
 DEFAULTS: dict[str, Callable[[Mapping[str, Any], Capabilities, ModelFacts], str]] = {
-    "decoder_source": lambda _, engine, model: GIVEN_GRAPH if model.graph else engine.source,
-    "precision": lambda _, engine, model: model.graph_precision or engine.precisions[0],
+    "decoder_source": lambda _, engine, model: engine.source,
+    "precision": lambda _, engine, model: engine.precisions[0],
     "fit": lambda values, _, model: CHECKPOINT_FIT if model.maps_tap else usual_fit(values),
     "tap": _tap,
     "window_layers": lambda values, engine, model: (
-        usual_windows(values)
-        if engine.windows and not model.graph and not model.maps_tap and not model.is_hybrid
-        else NO_WINDOWS
+        usual_windows(values) if engine.windows and not model.maps_tap and not model.is_hybrid else NO_WINDOWS
     ),
 }
 
@@ -140,22 +132,10 @@ APPLIES: tuple[Applies, ...] = (
         "a job without --recipe, which has its layers and maps", lambda c: not c.options.recipe,
     ),
     Applies(
-        ("window_layers",), f"{_WINDOWS_IN}, and a checkpoint, not an ONNX graph",
-        lambda c: c.options.window_layers == NO_WINDOWS or (c.engine.windows and not c.is_graph and not c.is_nbl),
+        ("window_layers",), f"{_WINDOWS_IN}, and the original model",
+        lambda c: c.options.window_layers == NO_WINDOWS or (c.engine.windows and not c.is_nbl),
     ),
     Applies(("window",), "--window-layers", lambda c: c.options.window_layers != NO_WINDOWS),
-    Applies(
-        ("max_perplexity_increase",), "a checkpoint, which torch runs; this model is an ONNX graph",
-        lambda c: not c.is_graph,
-    ),
-    Applies(
-        ("compute_dtype",),
-        "a checkpoint, which torch runs; this model is an ONNX graph, which computes in its own types",
-        lambda c: not c.is_graph or c.options.compute_dtype == "float32",
-    ),
-    Applies(
-        ("device",), "a checkpoint, which torch runs; this model is an ONNX graph", lambda c: not c.is_graph
-    ),
     Applies(
         ("select",), "a number of layers or a goal; --layers names the layers here",
         lambda c: c.sweeps or not names_layers(c.options.layers) or c.counts_draft,
@@ -236,24 +216,6 @@ def _not_of_a_gguf(case: Case) -> str | bool:
 
 
 FIRST: tuple[Refusal, ...] = (
-    (UsageError, lambda c: (
-        c.is_graph and not c.model.graph
-        and f"--decoder-source {GIVEN_GRAPH} is for a model that is an ONNX graph; leave it out"
-    )),
-    (UsageError, lambda c: (
-        bool(c.model.graph) and not c.is_graph
-        and f"--decoder-source {c.options.decoder_source}: {c.model.graph} is a decoder graph already; "
-        "leave --decoder-source out"
-    )),
-    (UsageError, lambda c: (
-        c.is_graph and not c.engine.takes_graphs
-        and f"{c.options.model} is an ONNX graph, which only --engine ort with --provider cpu takes"
-    )),
-    (UsageError, lambda c: (
-        bool(c.model.graph) and c.options.precision != c.model.graph_precision
-        and f"--precision {c.options.precision}: {c.model.graph} is {c.model.graph_precision} and keeps it; "
-        "leave --precision out"
-    )),
     (UsageError, _not_of_a_gguf),
     (UsageError, _quantises_again),
     (UsageError, _wrong_builder_option),
@@ -268,19 +230,6 @@ FIRST: tuple[Refusal, ...] = (
 )  # fmt: skip
 
 
-def _needs_torch(case: Case) -> str | bool:
-    options = case.options
-    wants = {
-        "--fit distilled": options.fit == "distilled",
-        f"--select {options.select}": options.select in ("greedy", "efficient"),
-        "--calibration self": options.says_itself,
-    }
-    asked = [name for name, wanted in wants.items() if wanted and case.is_graph]
-    return bool(asked) and (
-        f"{asked[0]} needs the torch model, and {options.model} is an ONNX graph; give the checkpoint"
-    )
-
-
 def _unknown_to_engine(case: Case) -> str | bool:
     """Precision and decoder source against the engine."""
     options = case.options
@@ -289,7 +238,7 @@ def _unknown_to_engine(case: Case) -> str | bool:
         (options.precision, case.engine.precisions, "--precision"),
         (options.decoder_source, case.engine.sources, "--decoder-source"),
     ):
-        if value not in allowed and not case.is_graph:
+        if value not in allowed:
             return f"{flag} {value} is not for engine {spoken}; it takes {', '.join(allowed)}"
     return False
 
@@ -297,7 +246,7 @@ def _unknown_to_engine(case: Case) -> str | bool:
 def _not_made(case: Case) -> str | bool:
     """Precision against decoder source."""
     options, sources = case.options, case.engine.sources
-    if case.is_graph or options.precision in sources[options.decoder_source]:
+    if options.precision in sources[options.decoder_source]:
         return False
     others = [f"--decoder-source {name}" for name, made in sources.items() if options.precision in made]
     return (
@@ -324,12 +273,7 @@ def _beside_windows(case: Case) -> str | bool:
 
 
 REFUSED: tuple[Refusal, ...] = (
-    (UsageError, _needs_torch),
     (UsageError, _beside_windows),
-    (UsageError, lambda c: (
-        c.is_graph and c.options.draft not in (None, "ngram")
-        and f"--draft {c.options.draft} needs a checkpoint, and {c.options.model} is an ONNX graph; use ngram"
-    )),
     (UsageError, _unknown_to_engine),
     (NblError, _not_made),
     # These rows need the model's files.
@@ -356,7 +300,7 @@ REFUSED: tuple[Refusal, ...] = (
         f"{c.model.not_from[c.engine.source]}; use ngram"
     )),
     (NblError, lambda c: (
-        not c.is_graph and c.options.tap not in c.model.taps
+        c.options.tap not in c.model.taps
         and f"--tap {c.options.tap} is not possible for {c.model.architecture}: no norm stands in front of its "
         f"attention; use --tap {c.model.taps[0]}"
     )),

@@ -52,7 +52,7 @@ def settle(
     model = model or ModelFacts()
     given = {name: value for name, value in read_asked(asked).items() if value is not None}
     known = {} if recorded is None else _asked_for(recorded, engine_of, model)
-    if recorded and not model.graph and not model.maps_tap:
+    if recorded and not model.maps_tap:
         # another goal for a run does not change how its maps are made
         known["fit"] = recorded.fit
         if recorded.window_layers != AUTO_WINDOWS or not (_ends_windows(given) or model.is_hybrid):

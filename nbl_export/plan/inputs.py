@@ -78,7 +78,7 @@ class OrderInputs:
     kind: MapKind
     num_layers: int
     hidden_size: int
-    select: Lazy[str]
+    select: str
     moments: Lazy[Callable[[int, str], Any]]
     mixes: Lazy[Callable[[Maps, str], Any]]
     texts: Lazy[Texts]
@@ -109,7 +109,6 @@ class PlanInputs:
 
     Attributes:
         fit: the source of the maps. request: how many or which layers are replaced; None leaves the number to the goal.
-        quarter: whether a quarter of the layers is replaced without a goal, since nothing can judge them.
         trains: whether maps are trained, so that a limit on quality is tested on trained maps.
         deciding: texts on which a limit on quality is tested.
         speedup: modelled speed-ups of some maps ("prefill" and "decode"). setting: what they are modelled for.
@@ -119,7 +118,6 @@ class PlanInputs:
     order: OrderInputs
     request: int | tuple[int, ...] | None
     goal: AskedGoal
-    quarter: Lazy[bool]
     trains: Lazy[bool]
     deciding: Lazy[Texts]
     speedup: Lazy[Callable[[Maps], Any]]

@@ -24,7 +24,7 @@ from nbl_export.plan.inputs import Maps, OrderInputs, Top
 from nbl_export.records.inputs import Lazy, identity_of
 from nbl_export.records.plan import LayerScore, Plan
 
-__all__ = ["Selection", "Task", "a_quarter", "choose", "quiet", "ranked"]
+__all__ = ["Selection", "Task", "choose", "quiet", "ranked"]
 
 _WEIGHED_TOKENS = 512  # of the prefill whose saved arithmetic is weighed, independent of --prompt-tokens
 _STRETCHES = 8  # the curve has a point at each eighth of the layers, up to half of them
@@ -94,7 +94,7 @@ class Selection:
     @property
     def select(self) -> str:
         """The method that gives the order."""
-        return self.inputs.select.value
+        return self.inputs.select
 
     @property
     def judges(self) -> bool:
@@ -214,11 +214,6 @@ class Selection:
 
 
 # -- from scores and a request to a plan -----------------------------------------------------------------------
-
-
-def a_quarter(attention_layers: int) -> int:
-    """How many layers are replaced by default if the model's own output cannot judge them: at least one of several."""
-    return min(max(1, round(attention_layers / 4)), attention_layers - 1)
 
 
 def ranked(scores: Sequence[LayerScore], select: str) -> tuple[int, ...]:

@@ -46,7 +46,7 @@ from nbl_export.mixers.base import Mixer
 from nbl_export.model.mixes import Mixes
 from nbl_export.options.goals import DEFAULT_INCREASE, CacheBudget, PerplexityIncrease, TargetSpeedup
 from nbl_export.plan.inputs import WITHOUT_TOP, AskedGoal, MapKind, Maps, PlanInputs, SweepInputs, Texts
-from nbl_export.plan.order import Selection, Task, a_quarter, choose, quiet
+from nbl_export.plan.order import Selection, Task, choose, quiet
 from nbl_export.records.plan import Plan
 from nbl_export.records.quality import loss_row, spoken_interval, windows_needed
 
@@ -67,8 +67,6 @@ def make_plan(
         NblError: the goal cannot be met.
     """
     request, goal = inputs.request, None
-    if request is None and inputs.goal.text is None and inputs.quarter.value:
-        request = a_quarter(len(selection.inputs.attention_layers))
     if request is None:
         reached = _count(inputs, selection, task)
         for line in reached.lines:

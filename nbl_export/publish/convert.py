@@ -84,9 +84,9 @@ def _save_checkpoint(found: Finished, target: Path, ui: Ui) -> list[CheckResult]
     from nbl_export.model.checkpoint.copied import copy_linearized
     from nbl_export.model.checkpoint.hf_classes import save_linearized
 
-    checkpoint, is_graph = found.checkpoint.value, found.source.value.graph is not None
+    checkpoint = found.checkpoint.value
     with found.run.scratch() as scratch, ui.task("saving"):
-        if is_graph or not copy_linearized(checkpoint, found.maps, found.tap, scratch / "saved"):
+        if not copy_linearized(checkpoint, found.maps, found.tap, scratch / "saved"):
             save_linearized(found.model.value, checkpoint, found.maps, found.tap, scratch / "saved")
         move_into_place(scratch / "saved", target)
     return []

@@ -71,8 +71,6 @@ def _base(found: Finished, base: Path | None) -> Content:
     """The original's content: from `base`, the run's GGUF file, or its checkpoint."""
     given = base or found.source.value.gguf
     if given is None:
-        if found.source.value.graph is not None:
-            raise NblError(f"{found.run.path} was made from an ONNX graph; GGUF is made from a checkpoint or a GGUF")
         return from_checkpoint.content_of(found.checkpoint.value)
     content = read_content(given)
     check_base(content, given)

@@ -54,7 +54,6 @@ class Capabilities:
         windows: whether its decoders hold layers that read the last tokens alone (`--window-layers`).
         hybrids: whether its decoders hold the states of layers without attention. recurrences: also matrices that
             every token changes.
-        takes_graphs: whether a job may be of an ONNX graph alone.
         measures_limits: whether roofs of the machine can be measured for the engine.
         proven_by: the engine that verifies the graphs; "" is the engine itself.
         last_rows: whether the graph that verifies proposed tokens gives logits of the last positions alone.
@@ -81,7 +80,6 @@ class Capabilities:
     windows: bool = False
     hybrids: bool = False
     recurrences: bool = False
-    takes_graphs: bool = False
     measures_limits: bool = False
     proven_by: str = ""
     last_rows: bool = False

@@ -12,7 +12,7 @@ from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import PRODUCTS, AttentionBlock, find_block, graph_caches, is_constant
 from nbl_export.graph.caches import graph_states
 from nbl_export.graph.facts import QUANTISES, decoder_facts, logits_of, replaced_layers
-from nbl_export.graph.graph_only import check_graph_place, home_of, onnx_tools
+from nbl_export.graph.given import check_graph_place, home_of, onnx_tools
 from nbl_export.graph.quantised import reads_block_sums
 from nbl_export.rewrite.tail import PruneTail
 

@@ -1,7 +1,6 @@
-"""A decoder graph with taps as outputs, or with attention outputs that the caller gives as inputs.
+"""A decoder graph with attention outputs that the caller gives as inputs.
 
-    collect    x --norm-- attention -- y -- join         outputs x, norm(x), y of every layer, and nothing else
-    override   x --norm-- attention -- y [override] -- join      outputs x (or norm(x)) beside the existing outputs
+    x --norm-- attention -- y [override] -- join      outputs x (or norm(x)) beside the existing outputs
 
 `anatomy` finds the layers, as for the rewrite. Weights stay in the graph's files, which ONNX Runtime reads itself.
 """
@@ -16,12 +15,12 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import AttentionBlock, find_block
-from nbl_export.graph.caches import graph_caches, present_names
+from nbl_export.graph.caches import present_names
 from nbl_export.graph.emitter import element_type
 from nbl_export.graph.files import load_graph
 from nbl_export.mixers.base import tapped
 
-__all__ = ["TappedGraph", "collecting_graph", "overriding_graph"]
+__all__ = ["TappedGraph", "overriding_graph"]
 
 
 @dataclass(frozen=True)
@@ -43,26 +42,11 @@ class TappedGraph:
     override: dict[int, str]
 
 
-def collecting_graph(file: Path, taps: Sequence[str]) -> TappedGraph:
-    """Show the taps and the attention output of every layer, and nothing else: nodes behind the last tap do not run.
-
-    Raises:
-        RefusalError: a layer is not understood, or has no normed input and the tap "normed" is asked for.
-    """
-    model = load_graph(file)
-    graph, caches = model.graph, present_names(model.graph)
-    blocks = [find_block(graph, layer) for layer in graph_caches(graph)]
-    graph.outputs.clear()
-    named = {tap: {b.layer: _show(graph, tapped(b, tap)) for b in blocks} for tap in taps}
-    attention = {block.layer: _show(graph, block.branch) for block in blocks}
-    return TappedGraph(_bytes(model), file.parent, caches, named, attention, {})
-
-
 def overriding_graph(file: Path, layers: Sequence[int], tap: str) -> TappedGraph:
     """Take the attention output of `layers` from new inputs [B, T, D], and show the input of their maps.
 
     Raises:
-        RefusalError: see `collecting_graph`.
+        RefusalError: a layer is not understood, or has no normed input and the tap "normed" is asked for.
     """
     model = load_graph(file)
     graph, caches = model.graph, present_names(model.graph)

@@ -161,7 +161,7 @@ class Finished:
     Attributes:
         fit: the source of the maps. remake: the command that makes a run with maps without a bias.
         source: the `checkpoint.Source` of the original. checkpoint: a directory with its safetensors and tokenizer.
-        model: the original torch model. Its value raises NblError if it is not available, or is only a graph.
+        model: the original torch model. Its value raises NblError if it is not available.
         windows: token windows that the run calibrated on, and held-back windows. Raises NblError if the text is not
             available, or has changed.
         held_back: the held-back windows by use; those of the final figures neither fitted nor chose anything.

@@ -73,8 +73,6 @@ def foreseen(resolver: Resolver, stages: Sequence[Stage], output: Path) -> str:
     """
     source = resolver.source
     try:
-        if source.graph is not None:
-            return ""
         shape = read_shape(source.gguf or source.directory)
     except NblError:  # transformers knows sizes that the configuration does not state
         return ""

@@ -1,7 +1,7 @@
 """Reads the facts that options are settled by, and checks the machine. What the facts mean is said by `options.rules`.
 
 engine, provider ─► Capabilities
-path of the model ─► ModelFacts: graph or GGUF      before the model's files are read
+path of the model ─► ModelFacts: whether it is GGUF      before the model's files are read
 files of the model, or a run's manifest ─► ModelFacts: decoder, architecture, maps
 """
 
@@ -14,12 +14,12 @@ from typing import Any
 
 from nbl_export.errors import NblError, UsageError
 from nbl_export.graph.gguf.blocks import check_type
-from nbl_export.graph.graph_only import graph_of
+from nbl_export.graph.given import refuse_graph
 from nbl_export.mixers import kind_of
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.model.checkpoint import pretrained
 from nbl_export.model.checkpoint.source import Source, gguf_of, resolve
-from nbl_export.options.options import CHECKPOINT_FIT, GIVEN_GRAPH, RECIPE_FIT, JobOptions
+from nbl_export.options.options import CHECKPOINT_FIT, RECIPE_FIT, JobOptions
 from nbl_export.options.rules import ModelFacts
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
@@ -29,8 +29,6 @@ from nbl_export.text.mixture import absolute_sources
 
 __all__ = ["architecture_facts", "capabilities_of", "check_machine", "facts_of_model", "facts_of_path",
            "facts_of_run", "identity_of", "read_model", "require_engine"]  # fmt: skip
-
-_GRAPH_PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
 
 def capabilities_of(engine: str, provider: str = "cpu") -> Capabilities:
@@ -49,21 +47,15 @@ def capabilities_of(engine: str, provider: str = "cpu") -> Capabilities:
 
 
 def facts_of_path(model: str) -> ModelFacts:
-    """What a model's path says, and its graph if the model is only a graph; nothing if there is no such path.
+    """What a model's path says; nothing if there is no such path.
 
     Raises:
-        NblError: the graph is not supported, or the path holds several models.
+        NblError: the path is an ONNX graph, or holds several models.
     """
     path = Path(model).expanduser()
-    graph = graph_of(path) if model else None
-    if graph is None:
-        return ModelFacts(is_gguf=bool(model) and gguf_of(path) is not None)
-    from nbl_export.rewrite.describe import describe_graph
-
-    precision = describe_graph(graph)["precision"]
-    if precision not in _GRAPH_PRECISIONS:
-        raise NblError(f"the matrices of {graph} are {precision}; supported are {', '.join(_GRAPH_PRECISIONS)}")
-    return ModelFacts(graph=str(graph), graph_precision=precision)
+    if model:
+        refuse_graph(path)
+    return ModelFacts(is_gguf=bool(model) and gguf_of(path) is not None)
 
 
 def read_model(model: str, manifest: Mapping[str, Any]) -> tuple[Source, DecoderSpec]:
@@ -87,10 +79,8 @@ def facts_of_model(seen: ModelFacts, source: Source, decoder: DecoderSpec) -> Mo
         seen: what its path says.
     """
     return dataclasses.replace(
-        _of_decoder(decoder, is_graph=bool(seen.graph)),
+        _of_decoder(decoder),
         is_gguf=seen.is_gguf,
-        graph=seen.graph,
-        graph_precision=seen.graph_precision,
         maps_tap=source.linearized.tap if source.linearized else "",
         maps_window=source.linearized is not None and source.linearized.window is not None,
         unreadable=_unreadable(source.gguf) if source.gguf else "",
@@ -101,12 +91,9 @@ def facts_of_run(manifest: Mapping[str, Any]) -> ModelFacts:
     """The facts about a run's model, which need not be on this machine."""
     options = JobOptions.from_json(manifest["options"])
     place = str(manifest.get("places", {}).get("model") or options.model)
-    is_graph = options.decoder_source == GIVEN_GRAPH
     return dataclasses.replace(
-        _of_decoder(DecoderSpec(**manifest["decoder"]), is_graph=is_graph),
+        _of_decoder(DecoderSpec(**manifest["decoder"])),
         is_gguf=place.endswith(".gguf"),
-        graph=place if is_graph else "",
-        graph_precision=options.precision if is_graph else "",
         maps_tap=options.tap if options.fit == CHECKPOINT_FIT else "",
         maps_window=options.fit in (CHECKPOINT_FIT, RECIPE_FIT)
         and not all(kind_of(k).fitted for k in manifest.get("kinds", ())),
@@ -114,9 +101,7 @@ def facts_of_run(manifest: Mapping[str, Any]) -> ModelFacts:
     )
 
 
-def _of_decoder(decoder: DecoderSpec, *, is_graph: bool) -> ModelFacts:
-    if is_graph:  # a graph states its own structure
-        return ModelFacts(architecture=decoder.architecture, decoder=decoder)
+def _of_decoder(decoder: DecoderSpec) -> ModelFacts:
     return dataclasses.replace(architecture_facts(decoder.architecture), decoder=decoder)
 
 

@@ -18,7 +18,7 @@ from nbl_export.errors import NblError
 from nbl_export.files import key_of
 from nbl_export.measure.cost import CostModel, cost_model
 from nbl_export.options.goals import saving_inputs
-from nbl_export.options.options import GGUF, GIVEN_GRAPH, JobOptions, describe_command
+from nbl_export.options.options import GGUF, JobOptions, describe_command
 from nbl_export.plan.inputs import Maps, Texts
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy, identity_of
@@ -152,16 +152,8 @@ class Resolver:
 
     @property
     def has_table(self) -> bool:
-        """Whether graphs look up the output of leading linearized layers in a table per token.
-
-        A run on an ONNX graph has no torch model to compute the table.
-        """
-        return self.options.token_table and not self.is_graph
-
-    @property
-    def is_graph(self) -> bool:
-        """Whether the model is only a graph."""
-        return self.options.decoder_source == GIVEN_GRAPH
+        """Whether graphs look up the output of leading linearized layers in a table per token."""
+        return self.options.token_table
 
     @property
     def fingerprint(self) -> str:
@@ -221,11 +213,6 @@ class Resolver:
         """`quantized` as an input."""
         return self.quantized
 
-    @lazy("fingerprint")
-    def graph(self) -> Path | None:
-        """The decoder graph if the model is only a graph, else None."""
-        return self.source.graph if self.is_graph else None
-
     @lazy("fingerprint", "precision")
     def gguf(self) -> Path | None:
         """The model's GGUF file if the graphs get its codes, else None."""
@@ -247,12 +234,10 @@ class Resolver:
 
     @lazy("fingerprint")
     def model(self) -> Any:
-        """The torch model. Raises NblError if the model is only a graph."""
+        """The torch model."""
         from nbl_export.model import memory
         from nbl_export.model.checkpoint import load
 
-        if self.is_graph:
-            raise NblError(f"this needs the torch model, and {self.options.model} is an ONNX graph")
         memory.keep_freed_memory()
         return load.load_model(self.checkpoint.value).to(self.device.value)
 
@@ -295,8 +280,8 @@ class Resolver:
 
     @lazy(shown=True)
     def shortage(self) -> str:
-        """Why the torch model does not fit into this machine's memory, in words; "" if it fits, and for a graph."""
-        if self.is_graph or self.model.is_loaded:
+        """Why the torch model does not fit into this machine's memory, in words; "" if it fits."""
+        if self.model.is_loaded:
             return ""
         from nbl_export.model.one_layer import shortage_of
 

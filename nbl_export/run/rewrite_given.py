@@ -20,11 +20,12 @@ from nbl_export.files import (
     versions,
     write_json,
 )
-from nbl_export.graph.graph_only import check_graph_place, companions, home_of, onnx_tools
+from nbl_export.graph.given import check_graph_place, companions, home_of, onnx_tools
 from nbl_export.graph.names import MANIFEST, STATIC_GRAPH_FILE
 from nbl_export.mixers.base import Mixer
 from nbl_export.options.goals import parse_layers
 from nbl_export.plan.maps_file import load_maps, maps_in
+from nbl_export.records.decoder import MOST_LAYERS
 from nbl_export.records.plan import TAPS, Plan
 from nbl_export.run_directory import SCHEMA
 from nbl_export.version import __version__
@@ -57,6 +58,8 @@ def rewrite_given(path: Path, maps_file: Path, layers: str | None, tap: str | No
     stored, stated = maps_in(maps_file)
     model = source.load_graph(file)
     spec = decoder_facts(model.graph, [find_block(model.graph, cache_layers(model.graph)[0])], home_of(file))
+    if spec["num_layers"] > MOST_LAYERS:
+        raise NblError(f"the configuration beside {file} states {spec['num_layers']} layers; fetch the graph again")
     plan, maps = _plan(maps_file, stored, layers, _tap(tap, stated, maps_file), spec["num_layers"])
     _check_width(spec["hidden_size"], maps, maps_file)
     facts = _facts(model, file, maps_file, maps, plan)

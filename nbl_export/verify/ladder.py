@@ -315,7 +315,7 @@ class Reference:
 
     `long` [positions, V] and `long_noise` belong to the long row, at `ladder.shown_positions`.
 
-    The torch model (`torch_reference`) or the input graph (`MappedOriginal`, with zero noise) makes a reference.
+    The torch model (`torch_reference`) makes a reference.
     """
 
     logits: tuple[np.ndarray, ...]

@@ -1,19 +1,10 @@
-"""Runs the verification ladder on both graphs of a run. The reference is the torch model or the input graph.
+"""Runs the verification ladder on both graphs of a run. The reference is the torch model.
 
 shipped graph ─┬─ float32, fp16: compared with the model and its own matrices                  original, nbl, text
                └─ int8, int4: float32 twin compared with the model and the graph's matrices    original, nbl, text
                               shipped graph and its kernels compared with it           structure, text, quantised
 
 A float32 twin is a float32 copy of the same graph.
-
-The reference of a model that exists only as a graph is the input graph, with the maps computed in numpy:
-
-    original  the original graph against itself: cached steps and batches against one pass over each row
-    nbl       the NBL graph against the original graph with maps computed in numpy: numpy reads the input of each map at
-              a tap, and the output replaces the attention output. The graph passes of the rewrite are not used.
-    text      greedy text through ONNX Runtime GenAI against the same reference, if there is a genai_config.json
-
-Without the torch model, nothing proves that the input graph computes the model of its authors.
 """
 
 from __future__ import annotations
@@ -35,10 +26,10 @@ from nbl_export.records.results import YES_NO, CheckResult
 from nbl_export.targets.checks import Coded
 from nbl_export.verify import codes, ladder
 from nbl_export.verify.kept import CODES, OWN, KeptReferences
-from nbl_export.verify.ladder import Probe, Reference, greedy, shown_positions
+from nbl_export.verify.ladder import Reference, greedy
 from nbl_export.verify.structure import Setting, check_directory
 
-__all__ = ["MappedOriginal", "Verifier", "references"]
+__all__ = ["MappedOriginal", "Verifier"]
 
 Noise = Callable[[str, Reference], Reference]  # subject and its reference -> the reference with its noise
 
@@ -64,7 +55,6 @@ class Verifier:
         self.said: dict[str, list[list[int]]] = {}  # by subject: greedy text of what ships, a list of tokens a prompt
         self._noise_of: dict[str, Noise] = {}  # by kind of matrices, `OWN` or `CODES`
         self._yardstick: float | None = None
-        self._given: Path | None = None  # the graph that takes the place of the torch model
 
     # -- references ----------------------------------------------------------------------------------------
 
@@ -147,22 +137,10 @@ class Verifier:
 
         self._noise_of = {kind: noise_of(kind) for kind in probes}
 
-    def refer_to_graph(self, coded: Mapping[str, Coded], graph: Path) -> None:
-        """Run the input graph, then its float32 twin with the affine maps as they are stored."""
-        from nbl_export.verify.torch_reference import nearest_maps
-
-        self._given, setting, own = graph, self.setting, self.own_probe(coded)
-        self.truth = references(graph, setting, self.maps, own, self.kept.get(OWN, own, graph))
-        if coded:
-            with self.refuse_unknown():
-                stored = nearest_maps(self.maps, [m for m in coded["nbl"].stored if m.name.startswith("/nbl/")])
-                known = self.kept.get(CODES, self.probe, coded["original"].source)
-                self.truth_of_codes = references(coded["original"].twin, setting, stored, self.probe, known)
-
     def _keep(self, coded: Mapping[str, Coded]) -> None:
         """Keep the references of the original, for another plan of the same model."""
         if "original" in self.truth:
-            self.kept.put(OWN, self.own_probe(coded), self.truth["original"], self._given)
+            self.kept.put(OWN, self.own_probe(coded), self.truth["original"])
         if "original" in self.truth_of_codes:
             self.kept.put(CODES, self.probe, self.truth_of_codes["original"], coded["original"].source)
 
@@ -322,34 +300,3 @@ class MappedOriginal:
             past = self._states.get((layer, row))
             found[row, :count], self._states[layer, row] = apply(mixer, x_BTD[row : row + 1, :count], past)
         return found
-
-
-def references(
-    graph: Path, setting: Setting, maps: Mapping[int, Mixer], probe: Probe, known: Reference | None = None
-) -> dict[str, Reference]:
-    """References of the input graph without maps and with maps.
-
-    Args:
-        known: the reference without maps, if it is known; it is then not computed.
-    """
-    found = {} if known is None else {"original": known}
-    for subject, ours in (("original", {}), ("nbl", maps)):
-        if subject in found:
-            continue
-        mapped = MappedOriginal(graph, setting.spec, ours, setting.plan.tap)
-        with setting.task(f"reference of {subject}"):
-            found[subject] = _run_probe(mapped, probe)
-    return found
-
-
-def _run_probe(decoder: MappedOriginal, probe: Probe) -> Reference:
-    logits = tuple(_one_pass(decoder, row) for row in probe.rows)
-    texts = [greedy(decoder, prompt, probe.new_tokens) for prompt in probe.prompts]
-    long = _one_pass(decoder, probe.long)[shown_positions(len(probe.long))] if probe.long else None
-    return Reference.without_noise(logits, tuple(ids for ids, _ in texts), tuple(gaps for _, gaps in texts), long)
-
-
-def _one_pass(decoder: Any, row: Sequence[int]) -> np.ndarray:
-    decoder.begin(1)
-    logits: np.ndarray = decoder.step(np.asarray([row]))[0]
-    return logits

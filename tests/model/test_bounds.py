@@ -250,17 +250,6 @@ def test_an_nbl_checkpoint_states_no_more_layers_than_it_holds(checkpoint: Check
         resolve(str(model))
 
 
-def test_a_graph_has_the_layers_of_its_caches(given_graph: Callable[[str], Path], tmp_path: Path) -> None:
-    from nbl_export.graph import graph_only
-
-    home = Path(shutil.copytree(given_graph("transformers-23"), tmp_path / "graph"))
-    changed(home, "config.json", num_hidden_layers=1 << 40)
-    graph = graph_only.graph_of(home)
-    assert graph is not None
-    with pytest.raises(NblError, match=f"only 3 of its {1 << 40} layers have attention"):
-        graph_only.read_spec(graph)
-
-
 def test_a_record_of_a_decoder_has_a_number_of_layers_that_decoders_have() -> None:
     sizes: dict[str, Any] = {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 384}
     for layers in (0, 1025, 1 << 40):

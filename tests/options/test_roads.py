@@ -186,7 +186,9 @@ def test_a_refusal_reaches_the_user(recorded: Recorded, tmp_path: Path) -> None:
     before = (directory / "nbl.json").read_bytes()
     assert_refused(nbl("plan", directory, "--layers", 3), 1, "--layers 3 would replace all 3 attention layers")
     assert_refused(nbl("plan", directory, "--kv-budget", "64MiB"), 1, "the cache already fits")
-    assert_refused(nbl("rewrite", directory, "--decoder-source", "given"), 2, "--decoder-source given is for a model")
+    assert_refused(
+        nbl("rewrite", directory, "--decoder-source", "given"), 2, "--decoder-source given is not for engine"
+    )
     assert (directory / "nbl.json").read_bytes() == before and not out.exists()
 
 

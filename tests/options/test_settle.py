@@ -26,7 +26,6 @@ RECURRENT = dataclasses.replace(
     decoder=dataclasses.replace(DECODER, architecture="qwen3_5_text", num_layers=5, others=(0,), other_multiply_adds=1),
 )
 GGUF = ModelFacts(is_gguf=True)
-GRAPH = ModelFacts(graph="g.onnx", graph_precision="fp16", architecture="llama", decoder=DECODER)
 NBL = dataclasses.replace(PLAIN, maps_tap="residual")
 
 Asked = dict[str, Any]
@@ -74,8 +73,6 @@ OF_MODEL: list[tuple[ModelFacts, Asked, Asked]] = [
     (GGUF, {"precision": "int4", "requantize": True}, {"precision": "int4"}),
     (GGUF, {"precision": "int4", "engine": "openvino"}, {"precision": "int4"}),
     (GGUF, {"precision": "int4", "provider": "cuda"}, {"precision": "int4"}),
-    (GRAPH, {}, {"precision": "fp16", "decoder_source": "given", "fit": "independent", "window_layers": "none"}),
-    (GRAPH, {"precision": "fp16", "draft": "ngram", "compute_dtype": "float32"}, {"precision": "fp16"}),
     (HYBRID, {}, {"fit": "distilled", "tap": "normed", "window_layers": "none"}),
     (HYBRID, {"layers": "1-2"}, {"window_layers": "none"}),
     (NBL, {}, {"fit": "given", "tap": "residual", "window_layers": "none"}),
@@ -189,14 +186,10 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     ("draft_layers", {"draft_layers": "2", "draft": "ngram"}, None, "--draft nbl"),
     ("draft_layers", {"draft_layers": "1"}, None, "--draft nbl or auto"),
     ("threads", {"threads": (2,), "engine": "trt-rtx"}, None, "compile nothing"),
-    ("max_perplexity_increase", {"max_perplexity_increase": "5%"}, GRAPH, "this model is an ONNX graph"),
     ("window", {"window": 8, "layers": "1,"}, None, "--window-layers"),
     ("window_layers", {"window_layers": "1", "engine": "trt"}, None, "--engine openvino, or ort with --provider cpu"),
     ("window_layers", {"window_layers": "1", "provider": "cuda"}, None, "--provider cpu"),
-    ("window_layers", {"window_layers": "1"}, GRAPH, "a checkpoint, not an ONNX graph"),
-    ("window_layers", {"window_layers": "1"}, NBL, "a checkpoint"),
-    ("compute_dtype", {"compute_dtype": "bfloat16"}, GRAPH, "computes in its own types"),
-    ("device", {"device": "cpu"}, GRAPH, "a checkpoint, which torch runs"),
+    ("window_layers", {"window_layers": "1"}, NBL, "the original model"),
     ("layers", {"layers": "1", "recipe": "r"}, None, "a job without --recipe"),
     *(
         (name, {name: value}, NBL, "no longer contains the removed attention")
@@ -275,7 +268,6 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"provider": "rocm"}, None, ("unknown provider 'rocm'",)),
     ({"decoder_source": "thin-air"}, None, ("--decoder-source thin-air", "genai, mobius")),
     ({"engine": "openvino", "decoder_source": "genai"}, None, ("--decoder-source genai is not for engine openvino",)),
-    ({"decoder_source": "given"}, None, ("--decoder-source given is for a model that is an ONNX graph",)),
     ({"layers": "1", "kv_budget": "1KiB"}, None, ("--layers and --kv-budget both set how many layers",)),
     ({"layers": "1", "target_speedup": "1.1"}, None, ("--layers and --target-speedup", "give one of them")),
     ({"window_layers": "1,", "kv_budget": "1KiB"}, None, ("--window-layers does not go with --kv-budget",)),
@@ -290,16 +282,6 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"precision": "gguf", "decoder_source": "mobius"}, GGUF, ("--precision gguf is of --decoder-source genai",)),
     ({"precision": "int4", "builder_option": "algo_config=rtn"}, GGUF, ("algo_config=rtn", "add --requantize")),
     ({"precision": "int4", "quantized_model": "q"}, GGUF, ("--quantized-model q", "add --requantize")),
-    ({"fit": "distilled"}, GRAPH, ("--fit distilled needs the torch model, and m is an ONNX graph",)),
-    ({"layers": "1", "select": "greedy"}, GRAPH, ("--select greedy needs the torch model",)),
-    ({"layers": "1", "select": "efficient"}, GRAPH, ("--select efficient needs the torch model",)),
-    ({"calibration": "self"}, GRAPH, ("--calibration self needs the torch model",)),
-    ({"draft": "int4"}, GRAPH, ("--draft int4 needs a checkpoint", "use ngram")),
-    ({"precision": "int4"}, GRAPH, ("--precision int4: g.onnx is fp16 and keeps it; leave --precision out",)),
-    ({"precision": "fp32"}, GRAPH, ("--precision fp32: g.onnx is fp16 and keeps it; leave --precision out",)),
-    ({"decoder_source": "mobius"}, GRAPH, ("--decoder-source mobius: g.onnx is a decoder graph already",)),
-    ({"engine": "trt"}, GRAPH, ("m is an ONNX graph, which only --engine ort with --provider cpu takes",)),
-    ({"provider": "cuda"}, GRAPH, ("m is an ONNX graph, which only --engine ort with --provider cpu takes",)),
     ({"fit": "given"}, PLAIN, ("--fit given is for a checkpoint with maps (nbl-export convert)",)),
     ({"fit": "distilled"}, NBL, ("--fit distilled needs the original model: the checkpoint no longer contains",)),
     ({"fit": "drop"}, NBL, ("--fit drop needs the original model: the checkpoint no longer contains",)),
@@ -385,7 +367,6 @@ def test_a_value_that_fits_is_accepted() -> None:
         settled({"depths": (0,), **asked}, PLAIN)
     settled({"engine": "openvino"}, HYBRID)
     settled({"precision": "fp32"}, dataclasses.replace(GGUF, unreadable="w has the type IQ4_NL"))
-    settled({"tap": "normed"}, dataclasses.replace(GRAPH, taps=("residual",)))  # a graph states its own structure
 
 
 def test_a_source_that_exports_no_such_architecture() -> None:

@@ -15,7 +15,7 @@ from nbl_export.errors import CorruptError, NblError
 from nbl_export.mixers.linear import Linear
 from nbl_export.options.goals import parse_layers
 from nbl_export.plan.maps_file import load_maps, maps_in, save_maps
-from nbl_export.plan.order import a_quarter, choose
+from nbl_export.plan.order import choose
 from nbl_export.records.plan import LayerScore, Plan
 
 from ..command import nbl
@@ -30,11 +30,6 @@ SCORES = tuple(LayerScore(i, bound, 0.5, 0.1) for i, bound in enumerate((5.0, 1.
 )
 def test_layers_are_read(text: str, expected: int | tuple[int, ...]) -> None:
     assert parse_layers(text, 30) == expected
-
-
-@pytest.mark.parametrize(("layers", "quarter"), [(30, 8), (24, 6), (2, 1), (1, 0), (3, 1)])
-def test_a_quarter_leaves_a_layer_and_takes_one(layers: int, quarter: int) -> None:
-    assert a_quarter(layers) == quarter
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
 def inputs(select: str = "cca", **kind: Any) -> OrderInputs:
     texts = [("near", torch.zeros(2, 8)), ("far", torch.zeros(2, 8))]
     return OrderInputs(
-        MapKind(**kind), LAYERS, SIZE, Lazy(select, lambda: select), Lazy("moments", lambda: moments_of),
+        MapKind(**kind), LAYERS, SIZE, select, Lazy("moments", lambda: moments_of),
         Lazy("model", lambda: Switched), Lazy("texts", lambda: texts),
         Lazy(None, lambda: "second"), Lazy("saved", lambda: lambda maps, tokens: len(maps) * tokens / 10_000),
     )  # fmt: skip
@@ -97,11 +97,10 @@ def speedup(maps: Maps) -> Any:
 
 
 def plan_inputs(order: OrderInputs, request: Any = None, goal: AskedGoal | None = None, **given: Any) -> PlanInputs:
-    """Inputs of a plan; a quarter of the layers is for models that nothing can judge."""
     values: dict[str, Any] = {
         "fit": "independent", "order": order, "request": request,
         "goal": goal or AskedGoal(PerplexityIncrease(0.1), None),
-        "quarter": Lazy(None, lambda: False), "trains": Lazy(None, lambda: False),
+        "trains": Lazy(None, lambda: False),
         "deciding": Lazy(None, lambda: [("near", "one"), ("far", "another")]),
         "speedup": Lazy(None, lambda: speedup), "setting": Lazy(None, lambda: {"engine": "e"}),
     }  # fmt: skip
@@ -118,7 +117,7 @@ def never() -> Any:
 
 
 def test_a_count_takes_the_layers_with_the_best_scores() -> None:
-    lazy: dict[str, Any] = dict.fromkeys(("quarter", "deciding", "speedup", "setting"), Lazy(None, never))
+    lazy: dict[str, Any] = dict.fromkeys(("deciding", "speedup", "setting"), Lazy(None, never))
     for select in ("cca", "error"):
         heavy: dict[str, Any] = dict.fromkeys(("mixes", "texts", "second_sha256", "saved"), Lazy(None, never))
         bare = dataclasses.replace(inputs(select), **heavy)
@@ -176,19 +175,16 @@ def test_the_curve_has_the_steps_and_goes_on_to_half_of_the_layers() -> None:
     assert last["decode"] == pytest.approx(1.35) and len(last["increases"]) == len(last["kl"]) == 2
 
 
-def test_without_a_count_a_limit_a_speedup_or_a_quarter_decides() -> None:
+def test_without_a_count_a_limit_or_a_speedup_decides() -> None:
     plan, _, facts, said = planned(plan_inputs(inputs()))
     assert len(plan.replaced) == 4  # exp(2 * 0.01 * 4) - 1 is within 10%, one layer more is not
     assert facts["goal"]["default"] and "10% is allowed" in said[0] and "5 layers" in said[1]
     plan, _, facts, said = planned(plan_inputs(inputs(), None, AskedGoal(TargetSpeedup(1.25, "prefill"), "1.25")))
     assert len(plan.replaced) == 3 and "modelled" in facts["goal"] and said == ["3 layers: modelled x1.30 in prefill, "
                                                                                 "x1.15 in decode"]  # fmt: skip
-    blind: dict[str, Any] = {"quarter": Lazy(None, lambda: True)}
-    plan, _, facts, said = planned(plan_inputs(inputs(), **blind))
-    assert (len(plan.replaced), facts["goal"], said) == (4, None, [])
     asked = AskedGoal(PerplexityIncrease(0.01), "1%")
     with pytest.raises(NblError, match="--max-perplexity-increase 1% cannot be met"):
-        planned(plan_inputs(inputs(), None, asked, **blind))  # what was asked for is not guessed
+        planned(plan_inputs(inputs(), None, asked))
 
 
 # -- sweep -----------------------------------------------------------------------------------------------------

@@ -201,6 +201,24 @@ def test_maps_that_do_not_fit(given_graph: Given, maps_file: Any, tmp_path: Path
     refused(tmp_path, graph, "--maps", graph / "config.json", "--output", out, parts=("not a maps file",))
 
 
+def test_a_configuration_states_no_more_layers_than_decoders_have(
+    given_graph: Given, maps_file: Any, tmp_path: Path
+) -> None:
+    graph = copied(given_graph("transformers-23"), tmp_path / "graph")
+    config = json.loads((graph / "config.json").read_text(encoding="utf-8"))
+    (graph / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1 << 40}), encoding="utf-8")
+    parts = (f"states {1 << 40} layers",)
+    refused(tmp_path, graph, "--maps", maps_file(1), "--output", tmp_path / "out", parts=parts)
+
+
+def test_a_job_on_a_graph_names_the_command_for_graphs(given_graph: Given, tmp_path: Path) -> None:
+    graph = given_graph("genai-fp32")
+    for model in (graph, graph / "model.onnx"):
+        refused_job = nbl("--model", model, "--output", tmp_path / "out")
+        assert_refused(refused_job, 1, "is an ONNX graph", "nbl-export rewrite-graph")
+    assert not (tmp_path / "out").exists()
+
+
 def test_places_that_are_taken_or_missing(given_graph: Given, maps_file: Any, tmp_path: Path) -> None:
     graph, maps = given_graph("genai-fp32"), maps_file(1)
     refused(tmp_path, graph, "--maps", maps, "--output", tmp_path, parts=("is there already",))

@@ -190,7 +190,7 @@ def test_inputs_that_are_no_options_are_in_the_keys(key_of_stage: Any, monkeypat
 
 # -- what stages read ------------------------------------------------------------------------------------------
 
-# Options that follow from others or from the model: whether it is a graph, the form of the graph, the text's hash.
+# Options that follow from others or from the model: the form of the graph, the hash of the text.
 # The device changes no result.
 FOLLOW = {"device", "decoder_source", "engine", "calibration", "model"}
 # The curve states what its speeds were modelled for. The moments state their options. The key of a sweep has the key

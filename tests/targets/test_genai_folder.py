@@ -16,7 +16,7 @@ from nbl_export.errors import NblError
 from nbl_export.files import file_sha256
 from nbl_export.graph.genai_config import read_genai_config
 
-from ..command import TINY, Outcome, assert_refused, in_new_process, nbl
+from ..command import Outcome, assert_refused, in_new_process, nbl
 
 _CANARY = """
 #include <stdio.h>
@@ -112,12 +112,12 @@ def test_nor_one_in_a_run_directory(run: Path, tmp_path: Path, text: Path, comma
     assert not (tmp_path / "marker").exists()
 
 
-def test_nor_one_beside_a_given_graph(folder: Path, tmp_path: Path, text: Path, genai_dirs: dict[str, Path]) -> None:
+def test_nor_one_beside_a_given_graph(folder: Path, run: Path, tmp_path: Path, genai_dirs: dict[str, Path]) -> None:
     shutil.rmtree(folder)
     shutil.copytree(genai_dirs["original"], folder)
     canary(folder, tmp_path / "marker")
     out = tmp_path / "out"
-    done = nbl("--model", folder, "--calibration", text, *TINY, "--output", out)
+    done = nbl("rewrite-graph", folder, "--maps", run / "maps.safetensors", "--output", out)
     assert_refused(done, 1, folder / "genai_config.json", "custom_ops_library")
     assert not (tmp_path / "marker").exists()
     assert not list(out.rglob("canary.so"))

@@ -13,10 +13,9 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from nbl_export.errors import NblError, RefusalError
+from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import find_reader, reading_layers
 from nbl_export.graph.decoder import OnnxDecoder
-from nbl_export.graph.graph_only import read_spec
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE, all_logits_file
 from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
@@ -159,11 +158,6 @@ def test_a_layer_without_attention_is_not_replaced(exported: Exported, random_ma
     model = ir.load(exported("lfm2") / "model.onnx")
     with pytest.raises(RefusalError, match="has no attention"):
         rewrite_model(model, Plan(5, (0,)), random_maps(0))
-
-
-def test_given_graphs_of_hybrids_are_refused(exported: Exported) -> None:
-    with pytest.raises(NblError, match="holds a state of layer 0, not a cache; give the checkpoint"):
-        read_spec(exported("lfm2") / "model.onnx")
 
 
 @pytest.mark.parametrize("architecture", FIRST)

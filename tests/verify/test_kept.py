@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from nbl_export.verify import ladder, torch_reference, verifier
+from nbl_export.verify import ladder, torch_reference
 from nbl_export.verify.kept import KeptReferences
 from nbl_export.verify.ladder import Probe, Reference
 
@@ -242,16 +242,3 @@ def test_noise_is_that_of_the_model_that_the_graph_is_compared_with(
     assert compared and all("whose float32 noise allows" in r["detail"] for r in compared)
     kept = json.loads(safe_open(run / FILE, framework="numpy").metadata()["references"])
     assert kept["codes" if precision == "int4" else "own"]["noisy"]
-
-
-def test_another_plan_of_a_graph_runs_the_original_no_more(
-    exported: Callable[..., Path], text: Path, tmp_path: Path
-) -> None:
-    made = verifier._run_probe
-    with mock.patch.object(verifier, "_run_probe", side_effect=made) as counted:
-        for layers, runs in (("1", 2), ("2", 3)):
-            with until("verify"):
-                done = nbl("--model", exported("llama"), "--calibration", text, *TINY, "--layers", layers,
-                           "--output", tmp_path / "run")  # fmt: skip
-            assert done.status == 0, done.err
-            assert counted.call_count == runs

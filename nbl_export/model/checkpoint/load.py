@@ -24,7 +24,6 @@ from typing import Any
 
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.files import scratch_in
-from nbl_export.graph import graph_only
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, hybrid_facts, windows_of
@@ -56,8 +55,6 @@ def read_spec(source: Source) -> DecoderSpec:
     Raises:
         NblError: the model is no decoder of a supported architecture, or its configuration contradicts itself.
     """
-    if source.graph is not None:
-        return graph_only.read_spec(source.graph)
     quiet_transformers()
     _register(source)
     try:

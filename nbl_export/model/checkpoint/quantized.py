@@ -56,7 +56,7 @@ def find(name: str, spec: DecoderSpec) -> source.Source:
         found = source.resolve(name)
     except NblError as error:
         raise NblError(f"--quantized-model {name}: {error}") from error
-    about = None if found.graph or found.gguf else _settings(found)
+    about = None if found.gguf else _settings(found)
     if about is None or about["method"] not in METHODS:
         what = about["method"] if about else "no quantization_config in a config.json"
         raise NblError(f"--quantized-model {name} is not a checkpoint of {', '.join(METHODS)}: it has {what}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.graph.gguf.header import Header, read_header
-from nbl_export.graph.graph_only import graph_of
+from nbl_export.graph.given import refuse_graph
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config, hybrid_facts, mlp_of
 from nbl_export.model.checkpoint.source import check_architecture, gguf_of, linearized_of, read_config
 from nbl_export.records.decoder import DecoderSpec
@@ -79,8 +79,7 @@ def read_shape(model: str | Path) -> Shape:
     if not path.exists():
         raise NblError(f"no model at {path}: give a config.json, a checkpoint directory or a .gguf file")
     refuse_special(path)
-    if graph_of(path) is not None:
-        raise NblError(f"{path} is an ONNX graph; give the checkpoint or the config.json that it was made from")
+    refuse_graph(path)
     gguf = gguf_of(path)
     if gguf is not None:
         return _of_gguf(gguf)

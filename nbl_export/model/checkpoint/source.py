@@ -2,7 +2,6 @@
 
 "org/name"            -> huggingface_hub snapshot (safetensors, config, tokenizer; never .bin)
 DIR with safetensors  -> used in place
-DIR with model.onnx   -> a graph, if there are no weights for torch (`graph.graph_only`)
 FILE.gguf or its DIR  -> dequantised by transformers into RUN/checkpoint, once
 NBL checkpoint        -> converted to a stock checkpoint in RUN/checkpoint, once (`hf.restored`)
 """
@@ -17,8 +16,7 @@ from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.files import key_of
-from nbl_export.graph import graph_only
-from nbl_export.graph.graph_only import home_of
+from nbl_export.graph.given import refuse_graph
 from nbl_export.graph.names import MANIFEST
 from nbl_export.mixers import kind_of, kinds
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, REFUSED, check_config, check_window
@@ -60,7 +58,6 @@ class Linearized:
 class Source:
     """Where a model comes from. `fingerprint` changes when the model's files change.
 
-    graph: the ONNX file, if the model has no checkpoint.
     weights: files of a safetensors checkpoint. linearized: None if the model is not an NBL checkpoint.
     """
 
@@ -69,7 +66,6 @@ class Source:
     gguf: Path | None
     revision: str | None
     fingerprint: str
-    graph: Path | None = None
     weights: tuple[Path, ...] = ()
     linearized: Linearized | None = None
 
@@ -81,8 +77,7 @@ class Source:
     @property
     def place(self) -> str | None:
         """Absolute path of a local model; None for a model of the hub."""
-        file = self.gguf or (self.graph if self.name.endswith(".onnx") else None)
-        return None if self.revision else str((file or self.directory).absolute())
+        return None if self.revision else str((self.gguf or self.directory).absolute())
 
 
 def resolve(model: str) -> Source:
@@ -95,11 +90,7 @@ def resolve(model: str) -> Source:
     if path.is_dir():
         check_folder(path)
     refuse_special(path)
-    graph = graph_only.graph_of(path)
-    if graph is not None:
-        check_checkpoint(home_of(graph))
-        files = graph_only.files_of(graph)
-        return Source(model, home_of(graph), None, None, _fingerprint(files), graph)
+    refuse_graph(path)
     gguf = gguf_of(path)
     if gguf is not None:
         return _gguf_source(model, gguf)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.files import write_json
-from nbl_export.graph.names import GENAI_CONFIG
 from nbl_export.measure.benchmark import BenchSetting, BenchTests, side_by_side
 from nbl_export.measure.cost import CostModel, map_sizes
 from nbl_export.measure.roofline import limits_of
@@ -41,8 +40,6 @@ class BenchInputs:
 
 def declare(r: Resolver) -> BenchInputs | LeftOut:
     """The inputs of the stage; left out if the graphs do not run on this machine or in the timed runtime."""
-    if r.is_graph and not (r.run.path / DECODERS["original"] / GENAI_CONFIG).is_file():
-        return LeftOut("ONNX Runtime GenAI cannot time the model, which has no genai_config.json")
     if r.engine.capabilities.cross:
         found = r.engine.probe_run()
         if not found.available:

@@ -43,7 +43,7 @@ class CalibrateInputs:
 
     Attributes:
         windows: token windows that maps are fitted on, and held-back windows.
-        graph: the decoder if the model is only a graph. shortage: why the model does not fit into memory, or "".
+        shortage: why the model does not fit into memory, or "".
         mixer: kind of mixer, whose features are summed.
         device: of the torch model. choose: gives the device for work of a size in bytes.
     """
@@ -55,7 +55,6 @@ class CalibrateInputs:
     tap: str
     compute_dtype: str
     spec: DecoderSpec
-    graph: Lazy[Path | None]
     model: Lazy[Any]
     checkpoint: Lazy[Path]
     shortage: Lazy[str]
@@ -86,7 +85,7 @@ def run(inputs: CalibrateInputs, place: Place, out: Path) -> dict[str, Any]:
     device, by_layer = _device(inputs, place)
     calibration = {
         **place.run.manifest["calibration"], "tokens": int(windows.numel()), "context": inputs.context,
-        "products": "bfloat16" if _narrow(inputs, device) else "float32", "device": device and spoken(device),
+        "products": "bfloat16" if _narrow(inputs, device) else "float32", "device": spoken(device),
     }  # fmt: skip
     facts = _facts(inputs, len(parts), calibration["products"])
     if by_layer:
@@ -98,11 +97,14 @@ def run(inputs: CalibrateInputs, place: Place, out: Path) -> dict[str, Any]:
 
 def _run_whole(inputs: CalibrateInputs, place: Place, parts: Sequence[Any], facts: dict[str, Any], out: Path) -> None:
     """Collect with the whole model in memory."""
+    from nbl_export.calibrate import collect
+
     windows, _ = inputs.windows.value
     partial = _Partial(place.run.partial("calibrate"), facts)
     total = windows.numel()
     taps, narrow = facts["identity"]["taps"], facts["identity"]["products"] == "bfloat16"
-    with place.ui.task(f"{total} tokens") as progress, _collection(inputs, taps, narrow) as found:
+    model, kind = inputs.model.value, kind_of(inputs.mixer.value)
+    with place.ui.task(f"{total} tokens") as progress, collect.Collection(model, taps, kind, narrow=narrow) as found:
         done = partial.restore(found)
         if done:
             place.ui.say(f"  resuming after {done} of {len(parts)} batches")
@@ -120,28 +122,14 @@ def _narrow(inputs: CalibrateInputs, device: Any) -> bool:
     """Whether the model's products are in bfloat16."""
     from nbl_export.model import bfloat16
 
-    return inputs.graph.value is None and bfloat16.chosen(inputs.compute_dtype, device)
-
-
-def _collection(inputs: CalibrateInputs, taps: list[str], narrow: bool) -> Any:
-    """Accumulators on the torch model, or on the graph if the model is only a graph."""
-    from nbl_export.calibrate import collect
-
-    if inputs.graph.value is None:
-        return collect.Collection(inputs.model.value, taps, kind_of(inputs.mixer.value), narrow=narrow)
-    return collect.GraphCollection(inputs.graph.value, inputs.spec, taps, kind_of(inputs.mixer.value))
+    return bool(bfloat16.chosen(inputs.compute_dtype, device))
 
 
 def _device(inputs: CalibrateInputs, place: Place) -> tuple[Any, bool]:
-    """The device, and whether its memory or the machine's holds only one layer at a time; tells the user if so.
-
-    The device of a graph is None.
-    """
+    """The device, and whether its memory or the machine's holds only one layer at a time; tells the user if so."""
     from nbl_export.calibrate.sums import sums_bytes
     from nbl_export.model.one_layer import float32_bytes, layer_bytes
 
-    if inputs.graph.value is not None:
-        return None, False
     spec, short, checkpoint = inputs.spec, inputs.shortage.value, inputs.checkpoint.value
     sums = len(taps_of(inputs.tap)) * sums_bytes(_sizes(inputs))
     if not short and is_gpu(inputs.device.value):

@@ -174,7 +174,6 @@ class DecoderInputs:
     Attributes:
         engine: exports the decoder. kept_logits: "last" or "all".
         slots: most tokens of a sequence, for graphs with fixed caches.
-        graph: the decoder if the model is only a graph.
         codes: a checkpoint with quantised matrices of the same model, or None. tap: with which it must agree.
         gguf: the file whose codes the graph takes over.
     """
@@ -186,7 +185,6 @@ class DecoderInputs:
     builder_option: tuple[str, ...]
     kept_logits: str
     cache_length: int
-    graph: Lazy[Path | None]
     codes: Lazy[Any]
     tap: str | None
     gguf: Lazy[Path | None]
@@ -213,20 +211,15 @@ def _codes(inputs: DecoderInputs) -> Path | None:
 
 def run_decoder(inputs: DecoderInputs, place: Place, out: Path) -> dict[str, Any]:
     """Write original/."""
-    from nbl_export.graph.graph_only import copy_graph
-
     inputs.exported.model.forget()  # the exporter loads its own copy
     engine = inputs.engine.value
     original = out / DECODERS["original"]
-    if inputs.graph.value is not None:
-        copy_graph(inputs.graph.value, original)
-    else:
-        settings = ExportSettings(
-            inputs.decoder_source, inputs.precision, inputs.cache_length, inputs.builder_option, _codes(inputs),
-            inputs.gguf.value,
-        )  # fmt: skip
-        with inputs.exported.directory(place) as checkpoint:
-            engine.export(checkpoint, original, settings)
+    settings = ExportSettings(
+        inputs.decoder_source, inputs.precision, inputs.cache_length, inputs.builder_option, _codes(inputs),
+        inputs.gguf.value,
+    )  # fmt: skip
+    with inputs.exported.directory(place) as checkpoint:
+        engine.export(checkpoint, original, settings)
     if inputs.kept_logits == "last":
         engine.keep_last_token(original)
     return {"logits": inputs.kept_logits}

@@ -80,7 +80,6 @@ def declare(r: Resolver) -> PlanInputs | Lazy[Any]:
         order=order_of(r),
         request=None if options.layers is None else asked_layers(options, r.spec),
         goal=goal,
-        quarter=Lazy(None, lambda: r.is_graph),
         trains=Lazy(None, lambda: r.trains),
         # The curve states what its speed-ups are modelled for, so that only a goal needs them in the key.
         speedup=Lazy(r.cost.identity if isinstance(goal.goal, TargetSpeedup) else None, lambda: r.cost.value.speedup),
@@ -95,7 +94,7 @@ def order_of(r: Resolver) -> OrderInputs:
         MapKind(options.kind, options.tap, read_rank(options.rank), options.has_bias),
         spec.num_layers,
         spec.hidden_size,
-        Lazy(usual, lambda: _select(r)),
+        usual,
         Lazy(r.key("calibrate"), lambda: _moments(r)),
         r.mixes,
         r.choosing,
@@ -179,11 +178,6 @@ def _spoken_top(kinds: Mapping[int, int]) -> str:
         f"layers {spoken_layers(windows)} read {max(kinds.values())} tokens and the first one alone, the others none"
     )
     return f"the top from layer {min(kinds)} on is replaced first; {which if windows else 'all by linear layers'}"
-
-
-def _select(r: Resolver) -> str:
-    """The selection method: that of the options, or the best method for the model."""
-    return r.options.select or ("cca" if r.is_graph else DEFAULT_SELECT)  # the model's output needs the torch model
 
 
 def _moments(r: Resolver) -> Callable[[int, str], Any]:

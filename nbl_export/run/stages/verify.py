@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nbl_export.files import versions, write_json
-from nbl_export.graph.names import GENAI_CONFIG, all_logits_file
 from nbl_export.mixers.base import Mixer
 from nbl_export.options.options import CHECKPOINT_FIT, GGUF
 from nbl_export.plan.inputs import Texts
@@ -51,7 +49,6 @@ class VerifyInputs:
     Attributes:
         engine: available here, or ONNX Runtime for a compiled engine.
         nearness: see `verify.structure.Setting`. codes: a checkpoint whose matrices the graphs have, or None.
-        graph: the decoder if the model is only a graph.
         exporter: engine, provider and decoder source, for the kept references.
         lacks_attention: the original of an NBL checkpoint lacks the removed attention.
         windows: for calibration, and held back. held_back, second: held-back windows of both texts by use.
@@ -69,7 +66,6 @@ class VerifyInputs:
     cache_length: int
     nearness: float | None
     codes: Lazy[Any]
-    graph: Lazy[Path | None]
     exporter: tuple[str | None, ...]
     has_table: bool
     lacks_attention: bool
@@ -122,24 +118,19 @@ def run(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
 
 
 def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
-    """The content of verify.json. The reference is the torch model, or the input graph if the model is only a graph."""
+    """The content of verify.json. The reference is the torch model."""
     setting, probe = setting_of(inputs, place), make_probe(inputs)
     plan, maps, results = place.plan, inputs.exported.maps(place), check_rescaled(inputs.exported, place, probe.rows[0])
     rows_VD = rows_of(inputs.exported.checkpoint, place.maps(), plan.tap, has_table=inputs.has_table)
-    if inputs.graph.value is not None and not (place.run.path / DECODERS["original"] / GENAI_CONFIG).is_file():
-        probe = dataclasses.replace(probe, prompts=())  # ONNX Runtime GenAI cannot generate text
     with _graphs(inputs, place, setting, (maps, rows_VD), results) as directories, place.run.scratch() as scratch:
         coded = coded_graphs(setting, directories, results, scratch)
         kept = kept_references(inputs, place)
         verifier = Verifier(setting, probe, maps, rows_VD, results, kept)
-        if inputs.graph.value is None:
-            floats = () if inputs.codes.value is None else inputs.codes.value.weights
-            if inputs.shortage.value:
-                verifier.refer_to_layers(coded, directories, inputs.exported.checkpoint.value, floats)
-            else:
-                verifier.refer_to_torch(coded, lambda: _lent(inputs, place), floats)
+        floats = () if inputs.codes.value is None else inputs.codes.value.weights
+        if inputs.shortage.value:
+            verifier.refer_to_layers(coded, directories, inputs.exported.checkpoint.value, floats)
         else:
-            verifier.refer_to_graph(coded, directories["original"] / all_logits_file(directories["original"]))
+            verifier.refer_to_torch(coded, lambda: _lent(inputs, place), floats)
         decoders = verifier.run(directories, coded)
         kept.save()
         passed = sum(result.passed for result in results)
@@ -222,10 +213,7 @@ def conclude(
         place.ui.say(f"  {warning}")
     found = ladder.summary(results, inputs.precision, quality_losses, plan)
     texts = uses_of(inputs, place) if quality_losses else []
-    reference = (
-        "the linearized torch model" if inputs.graph.value is None else "the input graph with maps computed in numpy"
-    )
-    proof = ladder.proof(results, reference, found["status"])
+    proof = ladder.proof(results, "the linearized torch model", found["status"])
     return {**found, "proof": proof, "quality_warning": warning, "texts": texts, "cache_bytes_per_token": per_token}
 
 

@@ -50,7 +50,6 @@ CAPABILITIES = Capabilities(
     hybrids=True,
     recurrences=True,
     providers=tuple(PROVIDERS),
-    takes_graphs=True,
     measures_limits=True,
     last_rows=True,
     proposers=GENAI_PROPOSERS,

@@ -99,7 +99,6 @@ class GpuEngine(ort.OrtEngine):
             windows=False,
             hybrids=False,
             recurrences=False,
-            takes_graphs=False,
             measures_limits=False,
             provider=flag,
             proposers=(),
