@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +12,13 @@ from nbl_export.options.goals import CacheBudget, PerplexityIncrease, TargetSpee
 from nbl_export.records.decoder import attention_among
 from nbl_export.records.inputs import Lazy
 
-__all__ = ["WITHOUT_TOP", "AskedGoal", "ChooseTop", "DistilledMaps", "MapKind", "OrderInputs", "PlanInputs",
-           "SweepInputs", "Top"]  # fmt: skip
+__all__ = ["AskedGoal", "DistilledMaps", "MapKind", "OrderInputs", "PlanInputs", "SweepInputs", "Top",
+           "TopInputs"]  # fmt: skip
 
 Maps = Mapping[int, Mixer]  # replaced layer -> its mixer
 Fit = Callable[[Collection[int]], Maps]  # layers -> their fitted maps
 Texts = Sequence[tuple[str, Any]]  # name and token ids [windows, context] of each text
+Task = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # title -> progress (done, total)
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,26 @@ class Top:
         return {"layers": list(self.layers), "windows": {str(i): m.work().reach for i, m in self.windows.items()}}
 
 
-# what fits layers, and the `to_json` of the top that was chosen before, if it is known -> the top
-ChooseTop = Callable[[Fit, Mapping[str, Any] | None], Top]
+@dataclass(frozen=True)
+class TopInputs:
+    """What the choice of a top follows from, beside the order that it begins (`kinds.choose_top`).
 
+    Attributes:
+        widths: tokens of a window; all windows of a model have one of these widths.
+        share: most increase of perplexity.
+        positions: of the model; no row is longer.
+        windows: layers and a number of tokens -> the windows of the layers' own attention. Raises NblError if a layer
+            can have none.
+        texts: consecutive windows of each text.
+        saved: share of the arithmetic of a prefill of some tokens that maps save.
+    """
 
-def _no_top(_fit: Fit, _known: Mapping[str, Any] | None) -> Top:
-    return Top()
-
-
-WITHOUT_TOP: Lazy[ChooseTop] = Lazy(None, lambda: _no_top)
+    widths: tuple[int, ...]
+    share: float
+    positions: int
+    windows: Lazy[Callable[[Iterable[int], int], Maps]]
+    texts: Lazy[Texts]
+    saved: Lazy[Callable[[Maps, int], float]]
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ class OrderInputs:
         second_sha256: of the second text among them, which differs between versions of Python.
         saved: share of the arithmetic of a prefill of some tokens that maps save, for "efficient".
         given: mixers of layers that are replaced in any case, before the order begins.
-        top: chooses the layers that the order begins with, and which of them have a window.
+        top: how the layers are chosen that the order begins with, and which of them have a window; None for no top.
     """
 
     kind: MapKind
@@ -85,7 +98,7 @@ class OrderInputs:
     second_sha256: Lazy[str | None]
     saved: Lazy[Callable[[Maps, int], float]]
     given: Lazy[Maps] = field(default_factory=lambda: Lazy(None, dict))
-    top: Lazy[ChooseTop] = field(default_factory=lambda: WITHOUT_TOP)
+    top: TopInputs | None = None
     others: tuple[int, ...] = ()
 
     @property

@@ -12,21 +12,88 @@ passages that occur twice: layers that copy from far back lose there what other 
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from nbl_export.errors import NblError
 from nbl_export.model.mixes import Mixes, Runs, quiet
-from nbl_export.plan.inputs import Maps, Texts
+from nbl_export.plan.inputs import Fit, Maps, OrderInputs, Task, Texts, Top, TopInputs
+from nbl_export.records.plan import spoken_layers
 from nbl_export.text.windows import repeated
 
-__all__ = ["LENGTH", "MAP", "Losses", "best_top", "long_rows", "losses_alone"]
+__all__ = ["LENGTH", "MAP", "Losses", "best_top", "choose_top", "long_rows", "losses_alone"]
 
 LENGTH = 2048  # tokens of a row, or the model's positions
 MAP = 0  # the kind of a layer with its map; the kind of a layer with a window is its width in tokens
 _EVERY = 8  # every eighth position is judged; each position sees all positions before
+_SHORT = 512  # tokens of the other prefill whose saved arithmetic is weighed
 Losses = dict[int, dict[int, tuple[float, ...]]]  # layer -> kind -> KL on each text, in nats
+
+
+def choose_top(
+    order: OrderInputs,
+    top: TopInputs,
+    fit: Fit,
+    known: Mapping[str, Any] | None,
+    task: Task,
+    say: Callable[[str], None],
+) -> Top:
+    """The top that saves most of a prefill within the limit.
+
+    Args:
+        fit: fits maps of layers.
+        known: the `to_json` of the top if it was chosen before from the same inputs.
+    """
+    windows, attention = top.windows.value, order.attention_layers
+    if known is not None:
+        widths = {int(layer): width for layer, width in known["windows"].items()}
+        return Top(tuple(known["layers"]), {i: windows([i], width)[i] for i, width in widths.items()})
+    try:
+        windows(attention[-1:], top.widths[0])
+    except NblError as error:
+        say(f"no layer gets a window: {error}")
+        return Top()
+
+    best: dict[int, int] = {}
+    saved = top.saved.value
+
+    def mixers(layers: Collection[int]) -> dict[int, Maps]:
+        return {MAP: fit(layers), **{width: windows(layers, width) for width in top.widths}}
+
+    @functools.cache
+    def mixer_of(layer: int, kind: int) -> Any:
+        return (fit([layer]) if kind == MAP else windows([layer], kind))[layer]
+
+    def mean_saved(kinds: Mapping[int, int]) -> float:
+        maps = {i: mixer_of(i, kind) for i, kind in kinds.items()}
+        return (saved(maps, _SHORT) + saved(maps, length)) / 2
+
+    def is_enough(losses: Losses) -> bool:
+        nonlocal best
+        best = best_top(losses, limit, mean_saved)
+        return len(best) < len(losses)
+
+    length, limit = min(LENGTH, top.positions), math.log1p(top.share)
+    mixes, tap = order.mixes.value, order.kind.tap
+    with task("upper layers with a map and with windows") as progress:
+        losses_alone(lambda maps: mixes(maps, tap), mixers, attention, top.texts.value, length, is_enough, progress)
+    say(_spoken_top(best))
+    return Top(tuple(best), {i: mixer_of(i, kind) for i, kind in best.items() if kind != MAP})
+
+
+def _spoken_top(kinds: Mapping[int, int]) -> str:
+    """The layers that are replaced first, for the user."""
+    windows = sorted(i for i, width in kinds.items() if width)
+    if not kinds:
+        return "no layers at the top are replaced first: each loses too much"
+    which = (
+        f"layers {spoken_layers(windows)} read {max(kinds.values())} tokens and the first one alone, the others none"
+    )
+    return f"the top from layer {min(kinds)} on is replaced first; {which if windows else 'all by linear layers'}"
 
 
 def losses_alone(

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 from nbl_export.files import key_of
@@ -20,16 +19,15 @@ from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import FitOptions, Mixer
 from nbl_export.model.mixes import Mixes
 from nbl_export.plan.greedy import EVERY, RULE, GreedyOrder, Judge, Point, Search
-from nbl_export.plan.inputs import Maps, OrderInputs, Top
+from nbl_export.plan.inputs import Maps, OrderInputs, Task, Top
+from nbl_export.plan.kinds import choose_top
 from nbl_export.records.inputs import Lazy, identity_of
 from nbl_export.records.plan import LayerScore, Plan
 
-__all__ = ["Selection", "Task", "choose", "quiet", "ranked"]
+__all__ = ["Selection", "choose", "quiet", "ranked"]
 
 _WEIGHED_TOKENS = 512  # of the prefill whose saved arithmetic is weighed, independent of --prompt-tokens
 _STRETCHES = 8  # the curve has a point at each eighth of the layers, up to half of them
-
-Task = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # title -> progress (done, total)
 
 
 @contextlib.contextmanager
@@ -42,11 +40,15 @@ class Selection:
     """Scores, order and maps of the layers of one decoder.
 
     Args:
-        recorded: `record` of an earlier selection; used if it was made from the same inputs.
+        recorded: `facts` of an earlier selection; used if it was made from the same inputs.
+        say: gets a line about the layers that are replaced first.
     """
 
-    def __init__(self, inputs: OrderInputs, task: Task = quiet, recorded: Mapping[str, Any] | None = None) -> None:
-        self.inputs, self._task, self._found = inputs, task, recorded
+    def __init__(
+        self, inputs: OrderInputs, task: Task = quiet, recorded: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = lambda _line: None,
+    ) -> None:  # fmt: skip
+        self.inputs, self._task, self._found, self._say = inputs, task, recorded, say
         self._order: GreedyOrder | None = None
         self._names: list[str] = []  # of the texts that gave the order
         self._maps: dict[int, Mixer] = {}
@@ -80,9 +82,11 @@ class Selection:
     @functools.cached_property
     def _top(self) -> Top:
         """The layers that the order begins with, as recorded if they are."""
+        if self.inputs.top is None:
+            return Top()
         found = self._found
         known = found.get("top") if found and found.get("key") == self.key else None
-        return self.inputs.top.value(self._fit, known)
+        return choose_top(self.inputs, self.inputs.top, self._fit, known, self._task, self._say)
 
     @functools.cached_property
     def mixes(self) -> Mixes:

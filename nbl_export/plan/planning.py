@@ -45,8 +45,8 @@ from nbl_export.errors import NblError
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.mixes import Mixes
 from nbl_export.options.goals import DEFAULT_INCREASE, CacheBudget, PerplexityIncrease, TargetSpeedup
-from nbl_export.plan.inputs import WITHOUT_TOP, AskedGoal, MapKind, Maps, PlanInputs, SweepInputs, Texts
-from nbl_export.plan.order import Selection, Task, choose, quiet
+from nbl_export.plan.inputs import AskedGoal, MapKind, Maps, PlanInputs, SweepInputs, Task, Texts
+from nbl_export.plan.order import Selection, choose, quiet
 from nbl_export.records.plan import Plan
 from nbl_export.records.quality import loss_row, spoken_interval, windows_needed
 
@@ -106,7 +106,7 @@ def sweep(inputs: SweepInputs, fitted: Selection, titles: Mapping[str, str], tas
         fitted: of `inputs.order`.
         titles: "nbl", "drop" and "distilled" in words, for the progress.
     """
-    zeros = dataclasses.replace(inputs.order, kind=MapKind("none", inputs.order.kind.tap), top=WITHOUT_TOP)
+    zeros = dataclasses.replace(inputs.order, kind=MapKind("none", inputs.order.kind.tap), top=None)
     dropped = Selection(zeros, task)
     order, texts = fitted.order(inputs.count), inputs.deciding.value
     sets = {m: (*fitted.given, *order[:m]) for m in range(inputs.count + 1)}

@@ -18,7 +18,16 @@ from nbl_export.mixers.none import Nothing
 from nbl_export.model.mixes import Loss
 from nbl_export.options.goals import PerplexityIncrease, TargetSpeedup
 from nbl_export.plan import order as order_of
-from nbl_export.plan.inputs import AskedGoal, DistilledMaps, MapKind, Maps, OrderInputs, PlanInputs, SweepInputs, Top
+from nbl_export.plan.inputs import (
+    AskedGoal,
+    DistilledMaps,
+    MapKind,
+    Maps,
+    OrderInputs,
+    PlanInputs,
+    SweepInputs,
+    TopInputs,
+)
 from nbl_export.plan.order import Selection
 from nbl_export.plan.planning import make_plan, recommend, sweep
 from nbl_export.records.inputs import Lazy
@@ -290,14 +299,14 @@ def test_layers_that_are_replaced_in_any_case_come_first_and_count_in_every_set(
 def test_another_input_is_another_key() -> None:
     """Every field of the order's inputs but the size of the model, which the model's fingerprint covers."""
     start = inputs("efficient")
-    others = {
+    lazy: Any = Lazy("o", dict)
+    others: dict[str, Any] = {
         "kind": MapKind(rank=2), "select": Lazy("greedy", lambda: "greedy"), "moments": Lazy("o", lambda: moments_of),
         "mixes": Lazy("o", lambda: Switched), "texts": Lazy("o", list),
         "second_sha256": Lazy(None, lambda: "third"), "saved": Lazy("o", lambda: lambda maps, tokens: 0.0),
-        "given": Lazy("o", dict), "top": Lazy("o", lambda: lambda _fit, _known: Top()),
+        "given": Lazy("o", dict), "top": TopInputs((5,), 0.1, 8, lazy, lazy, lazy),
     }  # fmt: skip
     assert {f.name for f in dataclasses.fields(OrderInputs)} == others.keys() | {"num_layers", "hidden_size", "others"}
-    changed: dict[str, Any] = others
-    keys = [Selection(dataclasses.replace(start, **{name: other})).key for name, other in changed.items()]
+    keys = [Selection(dataclasses.replace(start, **{name: other})).key for name, other in others.items()]
     assert len({Selection(start).key, *keys}) == len(others) + 1
     assert Selection(inputs("efficient")).key == Selection(start).key

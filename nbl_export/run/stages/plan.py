@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbl_export.errors import NblError
 from nbl_export.files import arrays_sha256, file_sha256, key_of, write_json
 from nbl_export.measure.cost import map_sizes
 from nbl_export.options.goals import (
@@ -36,21 +34,17 @@ from nbl_export.options.options import (
     WIDTHS,
 )
 from nbl_export.plan.inputs import (
-    WITHOUT_TOP,
     AskedGoal,
-    ChooseTop,
     DistilledMaps,
-    Fit,
     MapKind,
     Maps,
     OrderInputs,
     PlanInputs,
     SweepInputs,
     Texts,
-    Top,
+    TopInputs,
 )
 from nbl_export.records.inputs import Lazy
-from nbl_export.records.plan import spoken_layers
 from nbl_export.report.console import METHOD_NAMES
 from nbl_export.report.quality import spoken_curve
 from nbl_export.run import recipes
@@ -101,7 +95,7 @@ def order_of(r: Resolver) -> OrderInputs:
         Lazy(None, lambda: None if options.says_itself else r.second_text.sha256),
         Lazy(r.saving if usual == "efficient" else None, lambda: _saved(r)),
         _given(r),
-        _chosen_top(r),
+        _top(r),
         spec.others,
     )
 
@@ -123,61 +117,20 @@ def _windows_of(r: Resolver, layers: Iterable[int], tokens: int) -> dict[int, An
     return window_layers(model, layers, tokens, r.options.tap)
 
 
-def _chosen_top(r: Resolver) -> Lazy[ChooseTop]:
-    """The top that saves most of a prefill within the limit, if windows are chosen by quality."""
+def _top(r: Resolver) -> TopInputs | None:
+    """How a top is chosen, if windows are chosen by quality."""
     options = r.options
     if options.window_layers != AUTO_WINDOWS:
-        return WITHOUT_TOP
+        return None
     goal = _goal(r).goal
-    share = goal.share if isinstance(goal, PerplexityIncrease) else DEFAULT_INCREASE
-    widths = (options.window,) if options.window else WIDTHS
-
-    def chosen(fit: Fit, known: Mapping[str, Any] | None) -> Top:
-        from nbl_export.plan import kinds
-
-        def mixers(layers: Collection[int]) -> dict[int, Maps]:
-            return {kinds.MAP: fit(layers), **{width: _windows_of(r, layers, width) for width in widths}}
-
-        if known is not None:
-            windows = {int(i): _windows_of(r, [int(i)], width)[int(i)] for i, width in known["windows"].items()}
-            return Top(tuple(known["layers"]), windows)
-        try:
-            _windows_of(r, r.spec.attention_layers[-1:], widths[0])
-        except NblError as error:
-            r.ui.say(f"  no layer gets a window: {error}")
-            return Top()
-        length, limit = min(kinds.LENGTH, r.spec.max_positions), math.log1p(share)
-        mixes: Callable[[Maps], Any] = lambda maps: r.mixes.value(maps, options.tap)  # noqa: E731
-        mixer_of = functools.cache(lambda layer, kind: mixers([layer])[kind][layer])
-        saved, best = _saved(r), dict[int, int]()
-
-        def mean(kinds: Mapping[int, int]) -> float:
-            maps = {i: mixer_of(i, kind) for i, kind in kinds.items()}
-            return (saved(maps, 512) + saved(maps, length)) / 2
-
-        def is_enough(losses: kinds.Losses) -> bool:
-            nonlocal best
-            best = kinds.best_top(losses, limit, mean)
-            return len(best) < len(losses)
-
-        with r.ui.task("upper layers with a map and with windows") as progress:
-            texts, layers = r.choosing_parts.value, r.spec.attention_layers
-            kinds.losses_alone(mixes, mixers, layers, texts, length, is_enough, progress)
-        r.ui.say(f"  {_spoken_top(best)}")
-        return Top(tuple(best), {i: mixer_of(i, kind) for i, kind in best.items() if kind != kinds.MAP})
-
-    return Lazy([AUTO_WINDOWS, widths, share, r.saving], lambda: chosen)
-
-
-def _spoken_top(kinds: Mapping[int, int]) -> str:
-    """The layers that are replaced first, for the user."""
-    windows = sorted(i for i, width in kinds.items() if width)
-    if not kinds:
-        return "no layers at the top are replaced first: each loses too much"
-    which = (
-        f"layers {spoken_layers(windows)} read {max(kinds.values())} tokens and the first one alone, the others none"
+    return TopInputs(
+        widths=(options.window,) if options.window else WIDTHS,
+        share=goal.share if isinstance(goal, PerplexityIncrease) else DEFAULT_INCREASE,
+        positions=r.spec.max_positions,
+        windows=Lazy(None, lambda: functools.partial(_windows_of, r)),
+        texts=r.choosing_parts,
+        saved=Lazy(r.saving, lambda: _saved(r)),
     )
-    return f"the top from layer {min(kinds)} on is replaced first; {which if windows else 'all by linear layers'}"
 
 
 def _moments(r: Resolver) -> Callable[[int, str], Any]:
@@ -217,8 +170,9 @@ def run(inputs: PlanInputs | Lazy[Any], place: Place, out: Path) -> dict[str, An
         from nbl_export.plan.order import Selection
         from nbl_export.plan.planning import make_plan
 
-        fit, selection = inputs.fit, Selection(inputs.order, place.ui.task, place.run.manifest.get("greedy"))
-        plan, maps, facts = make_plan(inputs, selection, lambda line: place.ui.say(f"  {line}"), place.ui.task)
+        say: Callable[[str], None] = lambda line: place.ui.say(f"  {line}")  # noqa: E731
+        fit, selection = inputs.fit, Selection(inputs.order, place.ui.task, place.run.manifest.get("greedy"), say)
+        plan, maps, facts = make_plan(inputs, selection, say, place.ui.task)
         trains = inputs.trains.value
         if facts["curve"]:
             place.ui.say(f"  {spoken_curve(facts['curve'])}")
