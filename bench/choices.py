@@ -34,7 +34,7 @@ def cost_model(bed: Bed) -> Any:
     from nbl_export.measure.cost import CostModel
     from nbl_export.model.architectures import mlp_of
 
-    return CostModel(bed.spec, mlp_of(bed.model.config.to_dict()), 4.0, 4.0, 4, token_table=True)
+    return CostModel(bed.spec, mlp_of(bed.model.config.to_dict()), 4.0, 4.0, 4)
 
 
 def dropped(maps: Mapping[int, Any]) -> dict[int, Any]:

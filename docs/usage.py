@@ -65,7 +65,6 @@ Calibration on the model's own text (`self`) takes longer than estimated.
 `--config FILE` takes options from TOML or from another run's `nbl.json`. Flags win over the file.
 The names are those of the options, with dashes or underscores.
 A file also takes the options of `bench`.
-It also takes `token_table = false`, which computes leading linearized layers instead of looking them up.
 
 ```toml
 model = "HuggingFaceTB/SmolLM2-135M-Instruct"

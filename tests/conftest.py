@@ -68,7 +68,7 @@ _LONG = (
     "run/test_openvino_run.py", "targets/test_architecture_graphs.py", "verify/test_tiny_graphs.py",
     "targets/test_repairs.py", "rewrite/test_gguf_codes.py", "model/test_quantized_model.py", "verify/test_twin.py",
     "run/test_bad_directory.py", "run/test_resume.py", "run/test_given_graph.py", "cli/test_cli.py",
-    "mixers/test_toy_kind.py", "rewrite/test_token_table.py",
+    "mixers/test_toy_kind.py",
     "run/test_lossless_run.py", "targets/test_openvino_rewrite.py", "mixers/test_contract.py", "plan/test_fit.py",
     "targets/test_providers.py", "targets/test_static_form.py", "evaluation/test_eval.py",
 )  # fmt: skip

@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.checkpoint.load import load_model, read_spec
 from nbl_export.model.checkpoint.source import resolve
-from nbl_export.model.one_layer import token_rows
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import CheckResult
 from nbl_export.targets import load_engine
@@ -47,7 +45,7 @@ def verify_tiny(
     prompts: bool = True,
     layers: bool = False,
 ) -> list[CheckResult]:
-    """Export, prune, rewrite and verify in the folder `work`; leading replaced layers become a table of tokens.
+    """Export, prune, rewrite and verify in the folder `work`.
 
     Args:
         mixer_of: layer -> its mixer.
@@ -60,20 +58,19 @@ def verify_tiny(
     plan, maps = Plan(LAYERS, replaced, tap), {i: mixer_of(i) for i in replaced}
     cache_length = SLOTS if static else spec.max_positions
     setting = Setting(engine, spec, plan, precision, "last", cache_length, NEAREST, _quiet)
-    rows_VD = token_rows(checkpoint, maps, tap) if layers_below(maps) else None
     directories = {"original": work / "original", "nbl": work / "model"}
     if exported is None:
         build_decoder(source, checkpoint, directories["original"], precision, cache_length=cache_length)
     else:
         shutil.copytree(exported, directories["original"])
     engine.keep_last_token(directories["original"])
-    engine.linearize(directories["original"], directories["nbl"], plan, maps, rows_VD)
+    engine.linearize(directories["original"], directories["nbl"], plan, maps)
     results: list[CheckResult] = []
     if static:
-        shipped, directories = directories, build_twins(checkpoint, setting, maps, rows_VD, work / "twins")
+        shipped, directories = directories, build_twins(checkpoint, setting, maps, work / "twins")
         results += check_shipped(setting, shipped, directories)
     coded = coded_graphs(setting, directories, results, work / "coded")
-    made = Verifier(setting, _probe(prompts), maps, rows_VD, results, KeptReferences(work / "references", []))
+    made = Verifier(setting, _probe(prompts), maps, results, KeptReferences(work / "references", []))
     if layers:
         made.refer_to_layers(coded, directories, checkpoint)
     else:

@@ -30,7 +30,6 @@ class Options(TypedDict, total=False):
     rank: str | int | None
     tap: str
     maps: str
-    token_table: bool
     distill_minutes: float | None
     distill_steps: int | None
     distill_tokens: int

@@ -201,7 +201,7 @@ def _selection(calibration: Calibration, options: JobOptions, quiet: bool) -> Se
     model, spec, moments = calibration.model, _spec(calibration.model), calibration.moments
 
     def saved(maps: Mapping[int, Mixer], tokens: int) -> float:
-        cost = CostModel(spec, mlp_of(model.config.to_dict()), 4, 4, 4, tokens, token_table=True)  # float32 graphs
+        cost = CostModel(spec, mlp_of(model.config.to_dict()), 4, 4, 4, tokens)  # float32 graphs
         return cost.prefill_saved(map_sizes(maps))
 
     inputs = OrderInputs(

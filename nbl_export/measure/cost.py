@@ -14,9 +14,6 @@ Tail pruning: above the last kept attention no token reads another token. If onl
 everything after that attention runs on one token. In the original this is o_proj and MLP of the last layer. Graphs that
 give only the last token's logits are pruned in this way, from every source (`rewrite.tail`).
 
-Token table: below the first kept attention a hidden state is a function of the token. If layer 0 is replaced, its map
-and MLP become a row that is looked up (`rewrite.token_table`).
-
 Speedup of SmolLM2 on two CPU cores (fp32, 8 layers replaced) over an original with only the head pruned:
 
     prefill 512, without tail pruning   measured 1.06            modelled 1.06
@@ -100,7 +97,6 @@ class CostModel:
         tokens: length of the prefill, and the depth at which a token is decoded.
         all_logits: the graphs compute the logits of every prompt token.
         tail_pruned: both graphs have pruned tails, and give the logits of the last token only.
-        token_table: replaced layers below the first kept layer are looked up, not computed.
         every_expert: the graphs compute every expert for every token.
     """
 
@@ -112,7 +108,6 @@ class CostModel:
     tokens: int = 512
     all_logits: bool = False
     tail_pruned: bool = True
-    token_table: bool = False
     every_expert: bool = False
 
     def speedup(self, maps: Mapping[int, Mixer]) -> Speedup:
@@ -146,7 +141,7 @@ class CostModel:
         pruned = self.tail_pruned
         rows = self._rows(sizes, tokens)
         total = 2.0 * (tokens if self.all_logits and not pruned else 1) * self._head
-        for layer in self._computed(sizes):
+        for layer in range(self.spec.num_layers):
             entering, leaving = (rows[layer], rows[layer + 1]) if pruned else (tokens, tokens)
             total += 2.0 * leaving * self.mlp.of(layer).multiply_adds(self.spec.hidden_size, every=self.every_expert)
             if layer in sizes:
@@ -159,7 +154,7 @@ class CostModel:
 
     def _bytes(self, sizes: Mapping[int, TokenWork], tokens: int, depth: int) -> float:
         rows = self._rows(sizes, tokens) if self.tail_pruned else [tokens] * (self.spec.num_layers + 1)
-        elements = sum(self._elements(sizes, i) + self._mlp_read(i, rows[i + 1]) for i in self._computed(sizes))
+        elements = sum(self._elements(sizes, i) + self._mlp_read(i, rows[i + 1]) for i in range(self.spec.num_layers))
         kept = (i for i in self.spec.attention_layers if i not in sizes)
         positions = sum(min(depth + tokens, (self.spec.window_of(i) or depth + tokens) + tokens - 1) for i in kept)
         cache = self.spec.cache_bytes_per_token(1, self.cache_itemsize) * positions
@@ -180,14 +175,6 @@ class CostModel:
             more = 0 if work.token_local else (work.reach or 0) - 1 + (rows[-1] == 1)
             rows.append(min(tokens, rows[-1] + more))
         return rows[::-1]
-
-    def _computed(self, sizes: Mapping[int, TokenWork]) -> range:
-        """Layers that are not looked up."""
-        return range(min(self._mixing(sizes)) if self.token_table else 0, self.spec.num_layers)
-
-    def _mixing(self, sizes: Mapping[int, TokenWork]) -> list[int]:
-        """Layers in which a token reads other tokens."""
-        return [i for i in range(self.spec.num_layers) if i not in sizes or not sizes[i].token_local]
 
     def _elements(self, sizes: Mapping[int, TokenWork], layer: int) -> int:
         if layer in self.spec.others:
@@ -216,9 +203,7 @@ class CostModel:
         return self.spec.hidden_size * self.spec.vocab_size
 
 
-def cost_model(
-    options: JobOptions, engine: Capabilities, decoder: DecoderSpec, model: Path, *, token_table: bool
-) -> CostModel:
+def cost_model(options: JobOptions, engine: Capabilities, decoder: DecoderSpec, model: Path) -> CostModel:
     """The cost model of a job's shipped graphs.
 
     Args:
@@ -234,6 +219,5 @@ def cost_model(
         options.prompt_length,
         all_logits=options.kept_logits == "all",
         tail_pruned=options.kept_logits == "last",
-        token_table=token_table,
         every_expert=options.decoder_source in engine.every_expert,
     )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from nbl_export.mixers.base import Kind, Mixer
+from nbl_export.mixers.base import Kind
 from nbl_export.mixers.linear import LINEAR
 from nbl_export.mixers.none import NONE
 from nbl_export.mixers.window import WINDOW
 
-__all__ = ["DEFAULT", "kind_of", "kinds", "layers_below", "register"]
+__all__ = ["DEFAULT", "kind_of", "kinds", "register"]
 
 DEFAULT: Kind = LINEAR
 _KINDS: dict[str, Kind] = {kind.name: kind for kind in (LINEAR, NONE, WINDOW)}
@@ -32,8 +30,3 @@ def kind_of(name: str) -> Kind:
         KeyError: there is no such kind.
     """
     return _KINDS[name]
-
-
-def layers_below(mixers: Mapping[int, Mixer]) -> range:
-    """Layers below the first one in which a token reads another token: attention, or a mixer that is not local."""
-    return range(next(i for i in range(len(mixers) + 1) if i not in mixers or not mixers[i].token_local))

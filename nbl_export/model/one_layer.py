@@ -1,4 +1,4 @@
-"""One decoder layer at a time: for checkpoints larger than memory, and rows of a token table.
+"""One decoder layer at a time, for checkpoints larger than memory.
 
     hidden states of all batches (scratch file) ─► layer i, loaded alone ─► hidden states ─► layer i + 1 ...
                                                        └─ hooks ─► sums of layer i ─► moments.safetensors
@@ -8,10 +8,6 @@ Layers of such a checkpoint are chosen in the same way (`model.streamed`).
 A layer runs inside the model's own decoder, built with this one layer. So the same code computes masks and rotary
 embeddings. Weights are read tensor by tensor from the safetensors shards. The moments equal the whole model's bit for
 bit: the same arithmetic runs on the same batches.
-
-If all layers below the first kept one are replaced, that layer's input depends on the token alone:
-
-    token v ─► embedding ─► layer 0, mixer for attention ─► ... ─► row v          `rewrite.token_table` looks up row v
 """
 
 from __future__ import annotations
@@ -21,32 +17,25 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from nbl_export.errors import NblError
 from nbl_export.files import safetensors_tensors
 from nbl_export.graph.gguf.header import read_header
-from nbl_export.mixers import layers_below
-from nbl_export.mixers.base import Mixer
 from nbl_export.model.architectures import ARCHITECTURES
-from nbl_export.model.checkpoint.pretrained import config_of, model_with
-from nbl_export.model.linearize import architecture_of, multiplier_of, replace_attention, run_from
+from nbl_export.model.checkpoint.pretrained import model_with
+from nbl_export.model.linearize import architecture_of
 from nbl_export.model.memory import WEIGHTS_SHARE, available_bytes
 
-__all__ = ["WeightReader", "float32_bytes", "layer_bytes", "one_layer", "only_head", "refuse_whole", "shortage_of",
-           "token_rows"]  # fmt: skip
+__all__ = ["WeightReader", "float32_bytes", "layer_bytes", "one_layer", "only_head", "refuse_whole", "shortage_of"]
 
 _LAYER = "layers.{}."
-
-
-_TOKENS = 2048  # computed at once
 
 
 class WeightReader:
@@ -208,28 +197,3 @@ def refuse_whole(model: Path, work: str) -> None:
             f"{work} needs the whole torch model in memory, and its weights take {why}; calibration, the choice of "
             "layers, rewrite and verification run one layer at a time"
         )
-
-
-def token_rows(checkpoint: Path, maps: Mapping[int, Mixer], tap: str) -> np.ndarray | None:
-    """Rows [V, D] in float32; None if layer 0 is kept.
-
-    Args:
-        checkpoint: directory with config.json and safetensors of the original.
-        maps: of all replaced layers; at least one layer has no map.
-
-    Raises:
-        NblError: a weight is missing or damaged.
-    """
-    config, weights = config_of(checkpoint), WeightReader(checkpoint)
-    rows: torch.Tensor | None = None
-    for index in layers_below(maps):
-        decoder = one_layer(config, index, weights)
-        replace_attention(decoder, {0: maps[index].module(multiplier_of(config))}, tap)
-        with torch.inference_mode():
-            if rows is None:
-                ids_V1 = torch.arange(decoder.embed_tokens.num_embeddings)[:, None]
-                parts = [decoder(input_ids=ids, use_cache=False).last_hidden_state for ids in ids_V1.split(_TOKENS)]
-            else:
-                parts = [run_from(decoder, part[:, None]) for part in rows.split(_TOKENS)]
-        rows = torch.cat(parts)[:, 0]
-    return None if rows is None else rows.numpy()

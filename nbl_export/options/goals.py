@@ -20,7 +20,7 @@ from nbl_export.records.plan import spoken_layers
 
 __all__ = ["DEFAULT_INCREASE", "DEFAULT_SELECT", "DEFAULT_STEPS", "GOALS", "CacheBudget", "PerplexityIncrease",
            "TargetSpeedup", "asked_layers", "check_request", "check_size", "default_minutes", "goal_of",
-           "layers_for_budget", "names_layers", "parse_layers", "read_rank", "saving_inputs"]  # fmt: skip
+           "layers_for_budget", "names_layers", "parse_layers", "read_rank"]  # fmt: skip
 
 DEFAULT_INCREASE = 0.10  # of perplexity, if neither a count nor a goal is given
 DEFAULT_SELECT = "efficient"  # the order of layers, if the model's output can judge
@@ -73,11 +73,6 @@ def goal_of(options: JobOptions) -> Goal | None:
 def default_minutes(parameters: int) -> float:
     """How long maps are trained for a limit on quality, by the model's size: 10 minutes at 135M, 19 at 500M."""
     return _USUAL_MINUTES * math.sqrt(parameters / _USUAL_PARAMETERS)
-
-
-def saving_inputs(options: JobOptions) -> list[object]:
-    """Options that change the share of a prefill's arithmetic that replaced layers save."""
-    return [options.kept_logits, *([] if options.token_table else ["no token table"])]
 
 
 def check_request(options: JobOptions) -> None:

@@ -61,7 +61,7 @@ BUILDER_OPTIONS: dict[str, tuple[str, ...]] = {
 }
 
 # Options and commands that left -> what to use. The message is "--option is gone: " and the sentence.
-LEFT: dict[str, str] = {}
+LEFT: dict[str, str] = {"token_table": "leave it out; linearized leading layers are computed like all others"}
 
 PANELS = ("What is replaced", "Distillation", "Calibration", "Torch", "Engine", "Benchmark")
 _REPLACED, _DISTILL, _CALIBRATE, _TORCH, _ENGINE, _BENCH = PANELS
@@ -165,7 +165,6 @@ class JobOptions:
         "affine", "affine (matrix and bias, default), or linear (matrix alone on the normed input, as llama.cpp and "
         "Nemotron-NAS checkpoints need).", _REPLACED, "main plan", choices=MAPS, metavar="KIND",
     )  # fmt: skip
-    token_table: bool = option(True, "Replace leading linearized layers by a per-token lookup table.", _REPLACED, "")
     distill_minutes: float | None = option(
         None, "Minutes of --fit distilled.", _DISTILL,
         first=True, metavar="MINUTES",

@@ -50,7 +50,6 @@ def describe_table(found: dict[str, Any]) -> Shown:
         ("precision", ", ".join(filter(None, (found["precision"], found["codes"])))),
         ("logits", f"{_LOGITS[logits]}, in both decoders" if logits in ("last", "all") else "not built yet"),
         ("replaced layers", _layers(found["replaced_layers"])),
-        *_looked_up(found["token_table"]),
         *(outcome(found["result"])[1:] if found["result"] else ()),
         ("status", found["status"] + ("" if "report" in found["stages"] else "; not finished: give the command again")),
         ("stages", ", ".join(f"{n} {s:.1f} s" for n, s in found["stages"].items()) or "none finished"),
@@ -68,10 +67,6 @@ def _decoder(decoder: Mapping[str, Any]) -> str:
         f"{decoder['architecture'] or 'unnamed'}, {known['num_layers']} layers, hidden size {known['hidden_size']}, "
         f"{known['num_heads']} query and {known['num_kv_heads']} key/value heads of {known['head_dim']}"
     )
-
-
-def _looked_up(table: dict[str, Any] | None) -> list[tuple[str, str]]:
-    return [("looked up", f"{_layers(table['layers'])}: a table of tokens, {_mib(table['bytes'])}")] if table else []
 
 
 def _layers(replaced: list[int] | None) -> str:

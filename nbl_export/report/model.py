@@ -120,7 +120,7 @@ def _lead(report: Mapping[str, Any]) -> str:
         f"{words.plural('layer', len(replaced))} {spoken_layers(replaced)} ({chosen}). "
     )
     if windows:
-        return said.replace(done, "replaced") + _with_windows(replaced, windows) + _lookup(report["token_table"])
+        return said.replace(done, "replaced") + _with_windows(replaced, windows)
     text = f"{report['calibration']['tokens']:,} tokens of {report['calibration']['name']}"
     if report["without_original"]:
         said += "A linear layer needs no KV cache. Layers and maps came with the checkpoint."
@@ -131,7 +131,7 @@ def _lead(report: Mapping[str, Any]) -> str:
     else:
         fitted = "The linear layer was" if one else "The linear layers were"
         said += f"A linear layer needs no KV cache. {fitted} fitted on {text}."
-    return said + _lookup(report["token_table"])
+    return said
 
 
 def _with_windows(replaced: Sequence[int], windows: Sequence[int]) -> str:
@@ -142,15 +142,6 @@ def _with_windows(replaced: Sequence[int], windows: Sequence[int]) -> str:
         need = "needs" if len(linear) == 1 else "need"
         said += f"{words.plural('Layer', len(linear))} {spoken_layers(linear)} became linear and {need} no KV cache."
     return said.rstrip()
-
-
-def _lookup(table: Mapping[str, Any] | None) -> str:
-    if not table:
-        return ""
-    layers = f"{words.plural('layer', len(table['layers']))} {spoken_layers(table['layers'])}"
-    return (
-        f" Leading linearized layers are replaced by a per-token lookup table: {layers}, {words.size(table['bytes'])}."
-    )
 
 
 def _busy(report: Mapping[str, Any]) -> tuple[Block, ...]:

@@ -20,7 +20,6 @@ import shutil
 from collections.abc import Iterator, Mapping, MutableSequence, Sequence
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
@@ -34,7 +33,6 @@ from nbl_export.records.plan import Plan, spoken_layers
 from nbl_export.rewrite.bypass import BypassAttention, SkipNormToAdd, Sweep
 from nbl_export.rewrite.quantize import QuantizeMapBlocks, QuantizeMaps
 from nbl_export.rewrite.tail import keep_last_token
-from nbl_export.rewrite.token_table import TabulateTokens
 
 __all__ = [
     "LAYERS_KEY",
@@ -53,9 +51,7 @@ LAYERS_KEY = "nbl.cache_layers"
 _DROPPED = "nbl_export.dropped"  # metadata key of a cache input; its value is the layer
 
 
-def passes_for(
-    plan: Plan, maps: Mapping[int, Mixer], rows_VD: np.ndarray | None = None
-) -> Sequence[ir.passes.PassBase]:
+def passes_for(plan: Plan, maps: Mapping[int, Mixer]) -> Sequence[ir.passes.PassBase]:
     """The passes of the rewrite, in order."""
     chosen = {layer: maps[layer] for layer in plan.replaced}
     return (
@@ -64,19 +60,14 @@ def passes_for(
         Sweep(),
         DropUnreadCaches(),
         SkipNormToAdd(),
-        TabulateTokens(rows_VD),
-        Sweep(),
         QuantizeMaps(),
         QuantizeMapBlocks(),
         Sweep(),
     )
 
 
-def rewrite_model(model: ir.Model, plan: Plan, maps: Mapping[int, Mixer], rows_VD: np.ndarray | None = None) -> None:
+def rewrite_model(model: ir.Model, plan: Plan, maps: Mapping[int, Mixer]) -> None:
     """Rewrite a model in place; the empty plan changes nothing.
-
-    Args:
-        rows_VD: input of the first kept layer for each token (`token_rows`), looked up instead of computed.
 
     Raises:
         RefusalError: the graph is not understood, or lacks layers of the plan.
@@ -89,7 +80,7 @@ def rewrite_model(model: ir.Model, plan: Plan, maps: Mapping[int, Mixer], rows_V
         left = spoken_layers(list(before))
         raise RefusalError(min(missing), f"it has no attention, so it is replaced already; layers {left} have some")
     _refuse_several_states([maps[layer] for layer in plan.replaced])
-    run_passes(passes_for(plan, maps, rows_VD), model)
+    run_passes(passes_for(plan, maps), model)
     after = [value for pasts, _ in graph_caches(model.graph).values() for value in pasts]
     if after != [value for layer in before if layer not in plan.replaced for value in before[layer][0]]:
         names = [value.name for value in after]
@@ -102,15 +93,7 @@ def _refuse_several_states(mixers: Sequence[Mixer]) -> None:
         raise RefusalError(None, "its layers would have states of several sizes; ONNX Runtime GenAI takes one")
 
 
-def rewrite(
-    source: Path,
-    out: Path,
-    plan: Plan,
-    maps: Mapping[int, Mixer],
-    *,
-    dense: bool = False,
-    rows_VD: np.ndarray | None = None,
-) -> None:
+def rewrite(source: Path, out: Path, plan: Plan, maps: Mapping[int, Mixer], *, dense: bool = False) -> None:
     """Write the NBL version of a deployable directory to `out`, which must not exist.
 
     Kept weights are copied from file to file. An empty plan copies the graph byte for byte. A decoder.onnx gets dense
@@ -130,7 +113,7 @@ def rewrite(
     if not plan.replaced:
         return
     model = read_graph(source / all_logits_file(source))
-    rewrite_model(model, plan, maps, rows_VD)
+    rewrite_model(model, plan, maps)
     ir.save(model, out / name, external_data=f"{name}.data")
     if dense or name == STATIC_GRAPH_FILE:
         make_dense(out / name)

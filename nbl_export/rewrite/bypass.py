@@ -37,7 +37,7 @@ from nbl_export.mixers.base import Mixer, StateSpec, WindowShape, tapped
 from nbl_export.rewrite.tail import LastValid
 from nbl_export.rewrite.window import WindowStep, emit_window, state_dims
 
-__all__ = ["BypassAttention", "SkipNormToAdd", "Sweep", "norm_alone"]
+__all__ = ["BypassAttention", "SkipNormToAdd", "Sweep"]
 
 _NORMS = {"SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
           "SkipLayerNormalization": "LayerNormalization"}  # fmt: skip
@@ -92,17 +92,14 @@ def _pass_on(graph: ir.Graph, block: AttentionBlock) -> None:
         graph.insert_before(join, [add])
         x = add.outputs[0]
     if join.op_type != "Add":
-        norm_alone(graph, join, x, node_name(block.layer, "norm"))
+        _norm_alone(graph, join, x, node_name(block.layer, "norm"))
     for total in join.outputs[:1] if join.op_type == "Add" else join.outputs[_SUM:]:
         total.replace_all_uses_with(x)
     graph.remove(join, safe=True)
 
 
-def norm_alone(graph: ir.Graph, skip: ir.Node, value: ir.Value, name: str) -> None:
-    """Give the readers of a skip norm's normed output a norm of `value`, made in the place of the skip norm.
-
-    The norm's weight may be computed (1 + weight in graphs of mobius), behind the first node of the graph.
-    """
+def _norm_alone(graph: ir.Graph, skip: ir.Node, value: ir.Value, name: str) -> None:
+    """Give the readers of a skip norm's normed output a norm of `value`, made in the place of the skip norm."""
     if skip.op_type not in _NORMS or not skip.outputs[0].consumers():
         return
     weights = skip.inputs[2 : 3 if skip.op_type == "SkipSimplifiedLayerNormalization" else 4]

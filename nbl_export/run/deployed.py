@@ -267,7 +267,6 @@ def describe(directory: Path) -> dict[str, Any]:
         "logits": facts.get("logits"),
         "replaced_layers": facts.get("replaced_layers"),
         "tap": facts.get("tap"),
-        "token_table": facts.get("token_table"),
         "stages": {name: record["seconds"] for name, record in facts["stages"].items()},
         "variants": {
             "original": _variant(directory / "original", spec, len(spec.attention_layers), itemsize),

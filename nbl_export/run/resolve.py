@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 from nbl_export.errors import NblError
 from nbl_export.files import key_of
 from nbl_export.measure.cost import CostModel, cost_model
-from nbl_export.options.goals import saving_inputs
 from nbl_export.options.options import GGUF, JobOptions, describe_command
 from nbl_export.plan.inputs import Maps, Texts
 from nbl_export.records.decoder import DecoderSpec
@@ -151,11 +150,6 @@ class Resolver:
         return self.options.cache_length(self.spec, compiled=self.engine.capabilities.static)
 
     @property
-    def has_table(self) -> bool:
-        """Whether graphs look up the output of leading linearized layers in a table per token."""
-        return self.options.token_table
-
-    @property
     def fingerprint(self) -> str:
         return str(self.run.manifest["model"]["fingerprint"])
 
@@ -171,7 +165,7 @@ class Resolver:
     @property
     def saving(self) -> list[Any]:
         """Options that change the share of a prefill's arithmetic that replaced layers save."""
-        return saving_inputs(self.options)
+        return [self.options.kept_logits]
 
     @property
     def plan(self) -> Plan:
@@ -295,7 +289,7 @@ class Resolver:
     @lazy("engine_name", "provider", "precision", "prompt_length", "saving")
     def cost(self) -> CostModel:
         """The cost model of the shipped graphs."""
-        return cost_model(self.options, self.engine.capabilities, self.spec, self._origin(), token_table=self.has_table)
+        return cost_model(self.options, self.engine.capabilities, self.spec, self._origin())
 
     @lazy(shown=True)
     def setting(self) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 
 from nbl_export.errors import NblError
@@ -132,13 +131,12 @@ class Target:
         raise NblError(f"engine {self.capabilities.name} makes no decoder; use --engine ort")
 
     def linearize(
-        self, original: Path, out: Path, plan: Plan, maps: Mapping[int, Any], rows_VD: np.ndarray | None = None,
+        self, original: Path, out: Path, plan: Plan, maps: Mapping[int, Any],
         open_model: Callable[[], Any] | None = None,
     ) -> None:  # fmt: skip
         """Write the NBL version of `original` to `out`, which must not exist.
 
         Args:
-            rows_VD: rows of the token table, see `model.one_layer.token_rows`; None computes the leading layers.
             open_model: gives the torch model that `original` was made from, which may be changed; for targets that
                 export again instead of rewriting a graph. None if there is no torch model.
 
@@ -147,13 +145,7 @@ class Target:
         """
         from nbl_export.rewrite import rewrite
 
-        rewrite(original, out, plan, maps, dense=self.capabilities.dense_caches, rows_VD=rows_VD)
-
-    def table_bytes(self, directory: Path) -> int:
-        """Bytes of the token table of a directory that has one."""
-        from nbl_export.rewrite.token_table import table_bytes
-
-        return table_bytes(directory)
+        rewrite(original, out, plan, maps, dense=self.capabilities.dense_caches)
 
     def keep_last_token(self, directory: Path) -> None:
         """Make the graph give the logits of the last token; the graph with all logits stays beside it.

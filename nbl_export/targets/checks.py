@@ -29,7 +29,6 @@ class Wanted:
         logits: "last" or "all", of the graph that ships.
         cache_layers: layers with keys and values.
         maps: of the replaced layers; empty for the original.
-        rows_VD: rows of the token table, see `Target.replace`; None if the leading layers are computed.
     """
 
     subject: str
@@ -38,7 +37,6 @@ class Wanted:
     logits: str
     cache_layers: tuple[int, ...]
     maps: Mapping[int, Mixer]
-    rows_VD: np.ndarray | None = None
 
 
 def held_names(
@@ -98,23 +96,14 @@ class HeldMaps:
     matrix: Callable[[str, str], tuple[np.ndarray, np.ndarray | float]]
 
 
-def judge_maps(
-    subject: str, held: HeldMaps, mixers: Mapping[int, Mixer], tabulated: int = 0, table_problem: str = ""
-) -> CheckResult:
-    """Check that a graph holds what the fitted mixers emit: exact if floating point, within a step if in codes.
-
-    Args:
-        tabulated: number of first layers that a table of tokens covers.
-        table_problem: how the table differs from the output of these layers; "" if it does not differ.
-    """
-    emitted = {layer: _Emitted(mixer) for layer, mixer in sorted(mixers.items()) if layer >= tabulated}
+def judge_maps(subject: str, held: HeldMaps, mixers: Mapping[int, Mixer]) -> CheckResult:
+    """Check that a graph holds what the fitted mixers emit: exact if floating point, within a step if in codes."""
+    emitted = {layer: _Emitted(mixer) for layer, mixer in sorted(mixers.items())}
     wanted = {product_name(layer, part) for layer, ours in emitted.items() for part in ours.matrices}
     surplus = sorted(set(held.products) - wanted)
-    problems = [table_problem, *(_problem(held, layer, ours) for layer, ours in emitted.items())]
+    problems = (_problem(held, layer, ours) for layer, ours in emitted.items())
     worst = next(filter(None, problems), f"{surplus[0]} is not of the plan" if surplus else "")
-    detail = f"{len(mixers) - tabulated} map{'' if len(mixers) - tabulated == 1 else 's'} as fitted"
-    detail += f", a table for the first {tabulated}" if tabulated else ""
-    return checked(subject, MAPS, not worst, worst or detail)
+    return checked(subject, MAPS, not worst, worst or f"{len(mixers)} map{'' if len(mixers) == 1 else 's'} as fitted")
 
 
 def _problem(held: HeldMaps, layer: int, ours: _Emitted) -> str:

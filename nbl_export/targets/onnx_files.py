@@ -23,13 +23,11 @@ import onnx
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.files import check_structure, skeleton
 from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE, all_logits_file
-from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.memory import WEIGHTS_SHARE, available_bytes
 from nbl_export.records.decoder import ITEMSIZE, DecoderSpec, GraphContract, is_state
 from nbl_export.records.quantised import unpacked
 from nbl_export.records.results import CheckResult
-from nbl_export.rewrite.token_table import table_name
 from nbl_export.targets.checks import MAPS, Coded, HeldMaps, Wanted, checked, held_names, judge_maps
 
 __all__ = ["check_file", "check_files", "check_maps", "check_pruned", "check_untouched", "coded"]
@@ -37,15 +35,13 @@ __all__ = ["check_file", "check_files", "check_maps", "check_pruned", "check_unt
 Task = Callable[[], AbstractContextManager[Any]]
 
 
-_OURS = re.compile(r"nbl\.layers\.[\d-]+\.")
+_OURS = re.compile(r"nbl\.layers\.\d+\.")
 # begin the names of shapes, indices and tables (`graph.quantised`, `rewrite`)
 _SHAPES = ("nbl.block_sums.", "nbl.states.", "nbl.window.", "nbl.tail.windows.", "nbl.others.")
 _OUR_PRODUCT = re.compile(r"/nbl/layers\.\d+/MatMul(?!.*/offsets$)")
 _SPOKEN = {"last": "of the last token", "all": "of all tokens"}
 # ONNX Runtime's symmetric quantiser spans [-8, 8) steps: the mirror image of a block's largest value is one step off.
 _STEPS = 1.01
-_HALF_STEP = 0.57  # half a step, and 127 / 2048 for the largest code times a scale rounded to 11 bits
-_ROWS = 8192  # table rows compared at once
 
 
 def check_files(directory: Path, contract: GraphContract, wanted: Wanted, *, dense: bool) -> list[CheckResult]:
@@ -58,7 +54,7 @@ def check_files(directory: Path, contract: GraphContract, wanted: Wanted, *, den
     ids = range(len(wanted.cache_layers)) if dense else wanted.cache_layers
     held = held_names(ids, wanted.maps, wanted.spec.others)
     results = check_file(wanted.subject, directory, wanted.spec, held, contract, ITEMSIZE[cache.dtype], wanted.logits)
-    results += check_maps(wanted.subject, directory, wanted.maps, wanted.rows_VD)
+    results += check_maps(wanted.subject, directory, wanted.maps)
     if (directory / ALL_LOGITS_FILE).is_file():
         results.append(check_pruned(wanted.subject, directory))
     return results
@@ -128,21 +124,13 @@ def check_file(
     return results
 
 
-def check_maps(
-    subject: str, directory: Path, maps: Mapping[int, Mixer], rows_VD: np.ndarray | None = None
-) -> list[CheckResult]:
-    """Check that the graph's maps are the fitted maps: exact if floating point, within a step if quantised.
-
-    Args:
-        rows_VD: output of the layers below the first kept layer for each token, if the graph looks it up in a table.
-    """
+def check_maps(subject: str, directory: Path, maps: Mapping[int, Mixer]) -> list[CheckResult]:
+    """Check that the graph's maps are the fitted maps: exact if floating point, within a step if quantised."""
     graph = onnx.load(str(directory / GRAPH_FILE), load_external_data=False).graph
     tensors = {t.name: t for t in graph.initializer if _OURS.match(t.name)}
     if not maps:
         return [checked(subject, MAPS, not tensors, "none planned")]
-    tabulated = 0 if rows_VD is None else len(layers_below(maps))
-    table = "" if rows_VD is None else _table_problem(directory, tensors, tabulated, rows_VD)
-    return [judge_maps(subject, _held(graph, tensors, directory), maps, tabulated, table)]
+    return [judge_maps(subject, _held(graph, tensors, directory), maps)]
 
 
 def _held(graph: Any, tensors: Mapping[str, Any], directory: Path) -> HeldMaps:
@@ -164,34 +152,6 @@ def _held(graph: Any, tensors: Mapping[str, Any], directory: Path) -> HeldMaps:
 
 def _is_offset(constant: str) -> bool:
     return constant.endswith("_offsets")
-
-
-def _table_problem(directory: Path, tensors: Mapping[str, Any], first: int, rows_VD: np.ndarray) -> str:
-    """How the token table differs from the output of the layers below `first`; "" if it does not differ."""
-    name = table_name(first)
-    if name not in tensors:
-        return f"there is no table {name}"
-    table = _array(tensors[name], directory)
-    scales = _array(tensors[f"{name}_scales"], directory) if f"{name}_scales" in tensors else None
-    if table.shape != rows_VD.shape:
-        return f"{name} is {list(table.shape)}, not {list(rows_VD.shape)}"
-    noise = 1e-5 * np.abs(rows_VD).max()  # allows for differences between processors
-    for start in range(0, len(rows_VD), _ROWS):
-        here = slice(start, start + _ROWS)
-        found, allowed = _rows_of(table[here], None if scales is None else scales[here])
-        off = (np.abs(found - rows_VD[here]) > allowed + noise).any(1)
-        if off.any():
-            return f"token {start + int(off.argmax())} of {name} is not the output of its layers"
-    return ""
-
-
-def _rows_of(table_ND: np.ndarray, scales: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of a table, and the allowed error of each element."""
-    if scales is not None:
-        steps = np.repeat(scales.astype(np.float32), table_ND.shape[1] // scales.shape[1], 1)
-        return (table_ND.astype(np.float32) - 128) * steps, steps * _HALF_STEP
-    found = table_ND.astype(np.float32)
-    return found, np.abs(found) * (2.0**-11 if table_ND.dtype == np.float16 else 0)  # half a unit of 11 bits
 
 
 def _weight_of(node: Any, tensors: Mapping[str, Any], directory: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -14,8 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from nbl_export.mixers.base import Mixer
 from nbl_export.records.results import YES_NO, CheckResult
 from nbl_export.run_directory import DECODERS
@@ -24,15 +22,13 @@ from nbl_export.verify.structure import Setting
 __all__ = ["build_twins", "check_shipped"]
 
 
-def build_twins(
-    checkpoint: Path, setting: Setting, maps: Mapping[int, Mixer], rows_VD: np.ndarray | None, out: Path
-) -> dict[str, Path]:
+def build_twins(checkpoint: Path, setting: Setting, maps: Mapping[int, Mixer], out: Path) -> dict[str, Path]:
     """Write both twins with the shipped logits, as the stages do; an int4 run gets each twin with int4 matrices too."""
     directories = {subject: out / name for subject, name in DECODERS.items()}
     setting.engine.write_twin(checkpoint, directories["original"], setting.cache_length)
     if setting.logits == "last":
         setting.engine.keep_last_token(directories["original"])
-    setting.engine.linearize(directories["original"], directories["nbl"], setting.plan, maps, rows_VD)
+    setting.engine.linearize(directories["original"], directories["nbl"], setting.plan, maps)
     if setting.precision == "int4":
         for directory in directories.values():
             setting.engine.write_int4_twin(directory)

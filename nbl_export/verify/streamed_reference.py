@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.checkpoint.pretrained import config_of
 from nbl_export.model.head import logits_of
@@ -124,9 +123,6 @@ class StreamedReference:
         self._config, self._weights = config_of(checkpoint), WeightReader(checkpoint)
         self._tap, self._codes, self._propose = tap, codes, propose
         self._maps = {OWN: maps} if codes is None else {OWN: maps, CODES: nearest_maps(maps, codes.maps)}
-        table_VD = None if codes is None else codes.table_VD
-        self._table_VD = None if table_VD is None else torch.from_numpy(table_VD)
-        self._below = len(layers_below(maps))
 
     def references(
         self, probes: Mapping[str, Probe], known: Mapping[str, Reference | None], progress: Callable[[int, int], None]
@@ -241,14 +237,9 @@ class StreamedReference:
     def _advance(
         self, decoder: Any, layer: int, variant: Variant, runs: Sequence[_Run], states: list[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """Hidden states behind a layer; none below the first layer that a token table feeds."""
+        """Hidden states behind a layer."""
         kind, subject = variant
         maps = self._maps[kind] if subject == "nbl" else {}
-        table_VD = self._table_VD if variant == (CODES, "nbl") else None
-        if table_VD is not None and layer < self._below:
-            return []
-        if table_VD is not None and layer == self._below:
-            states = [run.entering(table_VD.__getitem__) for run in runs]
         modules = {0: maps[layer].module(multiplier_of(self._config)).eval()} if layer in maps else {}
         with switched(decoder, modules, self._tap):
             if states:

@@ -54,12 +54,12 @@ class Setting:
         """Whether the engine computes in fewer bits than the graph's types state."""
         return self.engine.capabilities.narrow and self.precision != "fp32"
 
-    def wanted(self, subject: str, maps: Mapping[int, Any], rows_VD: Any) -> Wanted:
+    def wanted(self, subject: str, maps: Mapping[int, Any]) -> Wanted:
         """What a subject's graph has to be."""
         if subject == "original":
-            maps, rows_VD = {}, None
+            maps = {}
         kept = self.plan.kept if subject == "nbl" else self.plan.attention_layers
-        return Wanted(subject, self.spec, self.precision, self.logits, kept, maps, rows_VD)
+        return Wanted(subject, self.spec, self.precision, self.logits, kept, maps)
 
 
 def check_directory(

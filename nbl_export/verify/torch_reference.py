@@ -24,9 +24,7 @@ import torch
 from torch import nn
 
 from nbl_export.errors import CorruptError
-from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
-from nbl_export.mixers.modules import MixerModule
 from nbl_export.model.linearize import linearize, replaced
 from nbl_export.records.quantised import Blocks, Fidelity, StoredMatrix
 from nbl_export.verify.ladder import Probe, Reference, shown_positions
@@ -39,7 +37,6 @@ __all__ = [
     "give",
     "give_floats",
     "give_known",
-    "look_up",
     "make_reference",
     "nearest_maps",
     "noise_with_codes",
@@ -90,29 +87,17 @@ def references_with_codes(
 
 @dataclass(frozen=True)
 class Codes:
-    """Matrices of the quantised graphs, by subject. The NBL graph adds maps and possibly a token table.
+    """Matrices of the quantised graphs, by subject. The NBL graph adds maps.
 
     floats: safetensors of the quantised checkpoint that the codes come from; its norms belong to the codes.
-    rows_VD: of the token table; they count if the graph does not store the table in codes.
     """
 
     stored: Mapping[str, Sequence[StoredMatrix]]
     floats: Sequence[Path] = ()
-    rows_VD: np.ndarray | None = None
 
     @property
     def maps(self) -> list[StoredMatrix]:
         """The matrices of maps."""
-        return [matrix for matrix in self._ours if not matrix.lookup]
-
-    @property
-    def table_VD(self) -> np.ndarray | None:
-        """Rows of the token table, as the graph looks them up; None if there is no table."""
-        tables = [matrix.blocks().values for matrix in self._ours if matrix.lookup]
-        return tables[0] if tables else self.rows_VD
-
-    @property
-    def _ours(self) -> list[StoredMatrix]:
         return [matrix for matrix in self.stored["nbl"] if matrix.name.startswith("/nbl/")]
 
 
@@ -123,8 +108,6 @@ def _give_original(model: Any, codes: Codes) -> list[Fidelity]:
 
 def _give_maps(model: Any, maps: Mapping[int, Mixer], tap: str, codes: Codes) -> None:
     linearize(model, nearest_maps(maps, codes.maps), tap)
-    if (table_VD := codes.table_VD) is not None:
-        look_up(model, table_VD, len(layers_below(maps)))
 
 
 def make_reference(model: Any, probe: Probe) -> Reference:
@@ -420,31 +403,3 @@ def nearest_maps(maps: Mapping[int, Mixer], matrices: Sequence[StoredMatrix]) ->
         if _give(free, stored) is None:
             raise unknown(stored.name)
     return {i: a.with_matrices({part: numbers[i, part].numpy() for part in a.matrices()}) for i, a in maps.items()}
-
-
-def look_up(model: Any, table_VD: np.ndarray, first: int) -> None:
-    """Make the rows of a table [V, D] the input of layer `first`, instead of embedding and layers below `first`."""
-    from nbl_export.model.linearize import architecture_of
-
-    decoder = model.get_decoder()
-    _untie(model)
-    weight_VD = torch.from_numpy(table_VD).to(model.device)
-    decoder.embed_tokens = nn.Embedding(*table_VD.shape, _weight=weight_VD, _freeze=True)
-    name = architecture_of(decoder.config).entry_multiplier
-    if name is not None:
-        setattr(decoder, name, 1.0)
-    for index in range(first):
-        decoder.layers[index] = _Counted(index)
-
-
-class _Counted(nn.Module):
-    """Replaces a layer whose output is looked up; the cache still counts the layer's tokens."""
-
-    def __init__(self, index: int) -> None:
-        super().__init__()
-        self.counter = MixerModule()
-        self.counter.layer_idx = index
-
-    def forward(self, hidden_states: torch.Tensor, *_args: Any, **kwargs: Any) -> torch.Tensor:
-        self.counter.remember(hidden_states, kwargs.get("cache", kwargs.get("past_key_values")))
-        return hidden_states

@@ -42,11 +42,10 @@ class Verifier:
         setting: Setting,
         probe: ladder.Probe,
         maps: Mapping[int, Mixer],
-        rows_VD: Any,
         results: list[CheckResult],
         kept: KeptReferences,
     ) -> None:
-        self.setting, self.probe, self.maps, self.rows_VD, self.results = setting, probe, maps, rows_VD, results
+        self.setting, self.probe, self.maps, self.results = setting, probe, maps, results
         self.kept = kept
         self.static = setting.static
         self.precision = "fp32" if self.static else setting.precision  # of the compared graphs
@@ -73,7 +72,7 @@ class Verifier:
         from nbl_export.verify import torch_reference as torch_side
 
         maps, tap, own = self.maps, self.setting.plan.tap, self.own_probe(coded)
-        given = torch_side.Codes({subject: one.stored for subject, one in coded.items()}, floats, self.rows_VD)
+        given = torch_side.Codes({subject: one.stored for subject, one in coded.items()}, floats)
         with self.setting.task("torch reference") as progress, open_model() as model:
             self.truth = torch_side.references(model, maps, tap, own, self.kept.get(OWN, own))
             progress(1, 1 + bool(coded))
@@ -109,7 +108,7 @@ class Verifier:
         own = self.own_probe(coded)
         probes = {OWN: own, CODES: self.probe} if coded else {OWN: own}
         known = {OWN: self.kept.get(OWN, own)}
-        given = Codes({subject: one.stored for subject, one in coded.items()}, floats, self.rows_VD)
+        given = Codes({subject: one.stored for subject, one in coded.items()}, floats)
 
         def propose(kind: str, subject: str, texts: Any, counts: Any) -> list[Any]:
             engine, head_dim = self.setting.engine, self.setting.spec.head_dim
@@ -193,7 +192,7 @@ class Verifier:
     def _compare(self, subject: str, directory: Path, coded: Mapping[str, Coded]) -> Reference:
         """Compare the graph with its references; return the one that its text is compared with."""
         decoder = self.setting.engine.open_graph(directory, self.setting.spec.head_dim)
-        wanted = self.setting.wanted(subject, self.maps, self.rows_VD)
+        wanted = self.setting.wanted(subject, self.maps)
         self.results += check_directory(self.setting, directory, decoder, wanted, self.probe, self.precision)
         check = subject
         by_codes = self.truth_of_codes.get(subject)

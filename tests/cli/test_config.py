@@ -80,11 +80,10 @@ def test_a_file_says_what_flags_say(tmp_path: Path) -> None:
     depth = "0,2048"
     threads = [1, 2]
     batch = 4
-    token_table = false
     """
     expected = {
         "model": "m", "layers": "8", "calibration": ("a.txt:2", "b.jsonl"), "max_seq_len": 64, "label_weight": 0.2,
-        "depths": (0, 2048), "threads": (1, 2), "batches": (4,), "token_table": False,
+        "depths": (0, 2048), "threads": (1, 2), "batches": (4,),
     }  # fmt: skip
     assert read_config(written(tmp_path, text)) == (expected, None)
 
@@ -95,7 +94,6 @@ def test_a_file_says_what_flags_say(tmp_path: Path) -> None:
         ("layer = 8", ("layer is no option", "did you mean layers?")),
         ("layers = 8 9", ("cannot be read",)),
         ("seed = 'one'", ("'seed' is of the wrong kind",)),
-        ("token_table = 1", ("'token_table' is of the wrong kind",)),
         ("repetitions = 0", ("repetitions must be at least 1",)),
         ("depth = 'many'", ("--depth", "0,2048")),
         ("depth = ['many']", ("'depths' is of the wrong kind",)),

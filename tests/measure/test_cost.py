@@ -135,26 +135,14 @@ def test_laws() -> None:
     assert high.prefill > 1.15 * low.prefill
 
 
-def test_layers_that_are_looked_up_cost_nothing() -> None:
-    """Layer 0 takes its MLP along, and layer 1 only together with it; nothing else changes."""
-    table = dataclasses.replace(PRUNED, token_table=True)
-    for layers, looked_up in (((0, 5), 1), ((0, 1, 5), 2), ((1, 5), 0), ((), 0)):
-        sizes = dict.fromkeys(layers, work(576 * 576))
-        elements = looked_up * (576 * 576 + 3 * 576 * 1536)
-        computed, found = PRUNED.prefill(sizes, 512), table.prefill(sizes, 512)
-        assert found.flops == computed.flops - 2 * 512 * elements
-        assert found.bytes == computed.bytes - 4 * elements
-
-
-def test_layers_that_read_other_tokens_are_neither_pruned_nor_looked_up() -> None:
+def test_layers_that_read_other_tokens_are_not_pruned() -> None:
     """A layer with a memory costs its products for every token, as the layers between it and the next attention do."""
-    table, elements = dataclasses.replace(PRUNED, token_table=True), 2 * 576 * 576
+    elements = 2 * 576 * 576
     local, reading = (dict.fromkeys((0, 29), work(elements, token_local=local)) for local in (True, False))
-    one, other = table.prefill(local, 512), table.prefill(reading, 512)
-    first = elements + 3 * 576 * 1536  # layer 0 is computed, with its MLP
+    one, other = PRUNED.prefill(local, 512), PRUNED.prefill(reading, 512)
     before = 576 * 9 * 64 + 3 * 576 * 1536  # o_proj and MLP of layer 28, before the last layer that reads others
-    assert other.flops == one.flops + 2 * 512 * first + 2 * 511 * (before + elements)
-    assert other.bytes == one.bytes + 4 * first
+    assert other.flops == one.flops + 2 * 511 * (before + elements)
+    assert other.bytes == one.bytes
 
 
 @pytest.mark.parametrize("name", ["original", "model"])
@@ -168,8 +156,7 @@ def test_tails_are_pruned_for_every_engine_unless_all_logits_are_wanted(engine: 
     (tmp_path / "config.json").write_text('{"intermediate_size": 1536}')
     for logits in ("last", "all"):
         options = JobOptions("m", engine=engine, precision="fp16", logits=logits)
-        model = cost_model(options, capabilities_of(engine), SMOLLM2, tmp_path, token_table=True)
-        assert model.token_table
+        model = cost_model(options, capabilities_of(engine), SMOLLM2, tmp_path)
         assert (model.tail_pruned, model.all_logits) == (logits == "last", logits == "all")
 
 
@@ -223,5 +210,5 @@ def test_a_job_from_a_source_that_computes_every_expert(checkpoint: Callable[[st
     spec = read_spec(resolve(str(directory)))
     for source, every in (("mobius", True), ("genai", False)):
         options = JobOptions(str(directory), decoder_source=source)
-        found = cost_model(options, capabilities_of("ort"), spec, directory, token_table=False)
+        found = cost_model(options, capabilities_of("ort"), spec, directory)
         assert (found.every_expert, found.mlp) == (every, MlpSpec(INNER, 3, experts=16, chosen=8))

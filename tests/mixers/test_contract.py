@@ -277,13 +277,6 @@ def test_features_go_through_sums_files_and_layers(checkpoint: Callable[[str], P
                 torch.testing.assert_close(getattr(stored.sums(i, "residual").moments(), name), value, **close)
 
 
-def test_only_layers_in_which_tokens_stay_apart_are_below() -> None:
-    local, memory = Nothing(D), EVERY["memory"]
-    assert list(mixers.layers_below({0: local, 1: local, 3: local})) == [0, 1]
-    assert list(mixers.layers_below({0: local, 1: memory, 2: local})) == [0]
-    assert not mixers.layers_below({0: memory, 1: local}) and not mixers.layers_below({})
-
-
 @pytest.mark.parametrize("name", FITTED)
 def test_a_layer_of_a_model_is_calibrated_and_fitted(name: str, checkpoint: Callable[[str], Path]) -> None:
     """The law of planted attention: the torch model is calibrated, and the fit gives back the planted layer."""

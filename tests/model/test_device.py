@@ -111,15 +111,14 @@ def referred(model: Any, _directory: Path, _scratch: Path) -> Any:
 
 
 def coded(model: Any, _directory: Path, _scratch: Path) -> Any:
-    """The reference of a model with matrices in codes and a table of rows."""
+    """The reference of a model with matrices in codes."""
 
     def stored(name: str, weight: np.ndarray[Any, Any], lookup: bool = False) -> StoredMatrix:
         codes, scales = int4_blocks(np.ascontiguousarray(weight.T), 32, np.dtype(np.float32))
         return StoredMatrix(name, lookup, lambda: Blocks(codes.T, scales.T, 32))
 
     weights = {n: p.detach().cpu().numpy() for n, p in model.named_parameters() if "mlp" in n}
-    rows_VD = np.random.default_rng(0).normal(size=(VOCAB, 96)).astype(np.float32)
-    codes = torch_reference.Codes({"original": [stored(*pair) for pair in weights.items()], "nbl": []}, (), rows_VD)
+    codes = torch_reference.Codes({"original": [stored(*pair) for pair in weights.items()], "nbl": []})
     both, fidelity = torch_reference.references_with_codes(model, {0: random_map(0)}, "residual", PROBE, codes)
     return [(r.logits, r.long) for r in both.values()], [f.steps for f in fidelity]
 

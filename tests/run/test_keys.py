@@ -98,7 +98,6 @@ ORDERS: dict[str, tuple[Changes, Changes, Changes]] = {  # options before, optio
     "own words": (GREEDY, {"calibration": ("self",)}, {}),
     "weighed work": (GREEDY, EFFICIENT, {}),
     "logits of the weighed work": (EFFICIENT, {"logits": "all"}, {}),
-    "token table of the weighed work": (EFFICIENT, {"token_table": False}, {}),
     "moments": (GREEDY, {}, {"stages": {"calibrate": {"key": "others"}}}),
 }
 

@@ -43,7 +43,7 @@ ASKED = {"sweep": SweepRequest(1), "eval": EVAL}
 OTHER: dict[str, Any] = {
     "layers": "2", "window_layers": "2,", "max_perplexity_increase": "5%", "target_speedup": "1.1",
     "kv_budget": "300B", "fit": "drop", "select": "error", "rank": "3", "tap": "normed", "maps": "linear",
-    "token_table": False, "distill_minutes": 1.0,
+    "distill_minutes": 1.0,
     "distill_steps": 7, "distill_tokens": 7, "lora_rank": 7, "label_weight": 0.7, "calibration_tokens": 1024,
     "context": 64, "compute_dtype": "float32", "seed": 7, "precision": "int8", "requantize": True,
     "provider": "cuda", "max_seq_len": 128, "max_batch": 2, "prefill_chunk": 64, "logits": "all",
@@ -52,7 +52,7 @@ OTHER: dict[str, Any] = {
     "generate_tokens": 7, "threads": (1,), "batches": (2,), "engine": "openvino",
 }  # fmt: skip
 _PLAN = ("layers", "window_layers", "max_perplexity_increase", "target_speedup", "kv_budget", "fit", "select", "rank",
-         "tap", "maps", "token_table", "calibration_tokens", "context", "compute_dtype", "logits")  # fmt: skip
+         "tap", "maps", "calibration_tokens", "context", "compute_dtype", "logits")  # fmt: skip
 _DECODER = ("precision", "provider", "logits", "decoder_source", "builder_option", "quantize",
             "quantized_model")  # fmt: skip
 _GRAPHS = tuple(dict.fromkeys((*_PLAN, *_DECODER)))
@@ -61,7 +61,7 @@ _BENCH = ("depths", "repetitions", "prompt_tokens", "generate_tokens", "threads"
 READS: dict[str, tuple[str, ...]] = {
     "calibrate": ("calibration_tokens", "context", "tap", "compute_dtype"),
     "plan": _PLAN,
-    "sweep": ("window_layers", "select", "rank", "tap", "maps", "token_table", "calibration_tokens", "context",
+    "sweep": ("window_layers", "select", "rank", "tap", "maps", "calibration_tokens", "context",
               "compute_dtype", "precision", "provider", "engine", "logits", "prompt_tokens"),
     "distill": (*_PLAN, "distill_minutes", "distill_steps", "distill_tokens", "lora_rank", "label_weight", "seed"),
     "quantize": ("quantize", "calibration_tokens", "context", "builder_option"),
@@ -116,13 +116,13 @@ def test_the_size_of_windows_is_in_the_key_of_the_plan(key_of_stage: Any) -> Non
     assert key_of_stage("plan", layers="1,", window=65) == key_of_stage("plan", layers="1,")
 
 
-_COSTS = ("engine", "provider", "precision", "prompt_tokens", "logits", "token_table")
+_COSTS = ("engine", "provider", "precision", "prompt_tokens", "logits")
 
 
 @pytest.mark.parametrize(
     ("goal", "option"),
     [({"target_speedup": "1.1"}, option) for option in _COSTS]
-    + [({"kv_budget": "300B"}, option) for option in ("precision", "logits", "token_table")],
+    + [({"kv_budget": "300B"}, option) for option in ("precision", "logits")],
 )
 def test_what_a_goal_counts_is_in_the_key_of_the_plan(option: str, goal: dict[str, str], key_of_stage: Any) -> None:
     """The cache of a budget has the precision's size. The work saved, which orders the layers, counts in both."""

@@ -185,23 +185,6 @@ def test_maps_that_compression_leaves_in_float32_are_refused(
         OPENVINO.linearize(source, tmp_path / "model", Plan(LAYERS, (1,)), {1: random_map(1)})
 
 
-def test_leading_layers_become_a_table(
-    pair: Callable[..., tuple[Path, Path]], checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
-    from nbl_export.model.one_layer import token_rows
-
-    source, _ = pair("llama", (1,))
-    maps = {0: random_map(0), 1: random_map(1)}
-    rows = token_rows(checkpoint("llama"), maps, "residual")
-    assert rows is not None
-    OPENVINO.linearize(source, tmp_path / "model", Plan(LAYERS, (0, 1)), maps, rows_VD=rows)
-    assert away(checkpoint("llama"), source, tmp_path / "model", maps) < 1e-4
-    assert ir_files.check_ir_maps("nbl", tmp_path / "model", maps, rows).passed
-    assert OPENVINO.table_bytes(tmp_path / "model") == rows.nbytes
-    rows[7] += 1
-    assert "token 7 " in ir_files.check_ir_maps("nbl", tmp_path / "model", maps, rows).detail
-
-
 @pytest.mark.parametrize(
     ("architecture", "plan", "maps", "said"),
     [

@@ -20,7 +20,7 @@ from nbl_export.targets.onnx.facts import provider_of
 from nbl_export.targets.onnx.genai import CPU, GenaiRunner
 from nbl_export.targets.runners import SequenceLimits
 
-from ..command import assert_refused, configured, nbl
+from ..command import assert_refused, nbl
 
 Same = tuple[object, ...]
 ADA = Gpu("NVIDIA RTX 4090", "8.9", (13, 0))
@@ -43,7 +43,7 @@ def test_directories_are_proven_without_a_gpu(same: Same, tmp_path: Path, flag: 
     assert verify["passed"]
     assert {r["detail"] for r in verify["checks"] if r["metric"] == "maps in the graph"} == {
         "none planned",
-        "1 map as fitted, a table for the first 1",
+        "2 maps as fitted",
     }
     for variant, layers in (("original", 3), ("model", 1)):
         directory = tmp_path / "run" / variant
@@ -60,7 +60,7 @@ def test_directories_are_proven_without_a_gpu(same: Same, tmp_path: Path, flag: 
 
 def test_a_wrong_map_in_int4_blocks_is_seen(same: Same, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert export(same, run, "nv-tensorrt-rtx", "int4", *configured(tmp_path, token_table=False)).status == 0
+    assert export(same, run, "nv-tensorrt-rtx", "int4").status == 0
     path = run / "model" / "model.onnx"
     graph = onnx.load(path)
     scale = next(t for t in graph.graph.initializer if t.name == "nbl.layers.2.weight_scale")

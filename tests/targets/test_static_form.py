@@ -17,7 +17,6 @@ from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE
 from nbl_export.graph.quantised import int4_blocks
 from nbl_export.mixers.linear import Linear
 from nbl_export.model.architectures import windows_of
-from nbl_export.model.one_layer import token_rows
 from nbl_export.records.decoder import ITEMSIZE
 from nbl_export.records.plan import Plan
 from nbl_export.rewrite import LAYERS_KEY, RenumberCaches, contract_of, rewrite, rewrite_model
@@ -362,22 +361,17 @@ def test_scales_and_blocks_are_those_that_tensorrt_takes(precision: str, form: F
 def test_rewriting_and_finishing_commute(
     architecture: str, precision: str, form: Form, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """What ships is the proven fp32 twin at another precision, bit for bit, pruned or not, also through files.
-
-    The lowest layer is computed, and looked up in a table.
-    """
+    """What ships is the proven fp32 twin at another precision, bit for bit, pruned or not, also through files."""
     twin, ours, maps = tmp_path / "twin", tmp_path / "run", maps_of([0, 2])
     static.save_graph(form(architecture), twin / "original", GRAPH_FILE)
     model = form(architecture)
     static.finish(model, precision)
     static.save_graph(model, ours / "original")
-    tables = {"model": None, "table": token_rows(tiny(architecture), maps, "residual")}
     for directory in (twin, ours):
         keep_last_token(directory / "original")
-        for name, table in tables.items():
-            rewrite(directory / "original", directory / name, Plan(LAYERS, (0, 2)), maps, dense=True, rows_VD=table)
-        assert all(difference(directory / name) == "" for name in ("original", *tables))
-    for name in ("original", *tables):
+        rewrite(directory / "original", directory / "model", Plan(LAYERS, (0, 2)), maps, dense=True)
+        assert all(difference(directory / name) == "" for name in ("original", "model"))
+    for name in ("original", "model"):
         for theirs, file in ((ALL_LOGITS_FILE, ALL_LOGITS_FILE), (GRAPH_FILE, "decoder.onnx")):
             assert static.difference(twin / name / theirs, ours / name / file, precision) == "", name
 

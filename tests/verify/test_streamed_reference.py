@@ -100,7 +100,7 @@ def test_logits_text_and_noise_are_those_of_the_whole_model(architecture: str, c
 def test_a_verification_finds_what_it_finds_in_memory(
     source: str, architecture: str, precision: str, checkpoint: Checkpoint, exported: Any, tmp_path: Path
 ) -> None:
-    """Also with the matrices of quantised graphs, a token table for layer 0, and twins without float32 matrices."""
+    """Also with the matrices of quantised graphs, and twins without float32 matrices."""
     given, graph = (checkpoint(architecture), source, precision), exported(architecture, source, precision)
     whole = verify_tiny(*given, tmp_path / "whole", exported=graph)
     with mock.patch.object(onnx_files, "available_bytes", return_value=0):

@@ -128,7 +128,7 @@ def climb_with_noise(noise: float, by: float, metric: str = "max_abs") -> tuple[
     measure = mock.Mock(side_effect=lambda _subject, of: dataclasses.replace(of, noise=spread, noisy=True))
     results: list[CheckResult] = []
     setting: Any = SimpleNamespace(static=False, precision="fp32")
-    verifier = Verifier(setting, Probe(tuple(map(tuple, rows)), (), 0), {}, None, results, mock.Mock())
+    verifier = Verifier(setting, Probe(tuple(map(tuple, rows)), (), 0), {}, results, mock.Mock())
     verifier.truth["original"], verifier._noise_of["own"] = truth, measure
     tolerance = dataclasses.replace(TOLERANCES["fp32"], metric=metric)
     for _ in range(2):  # the second graph that needs the noise finds it measured
@@ -160,7 +160,7 @@ def test_one_graph_is_open_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr("nbl_export.verify.verifier.check_directory", lambda *_: [])
     results: list[CheckResult] = []
-    verifier = Verifier(setting, Probe(tuple(map(tuple, rows)), ((1, 2),), 4), {}, None, results, mock.Mock())
+    verifier = Verifier(setting, Probe(tuple(map(tuple, rows)), ((1, 2),), 4), {}, results, mock.Mock())
     quiet = [np.zeros(len(e), np.float32) for e in expected]
     truth = dataclasses.replace(reference(expected, quiet), greedy=((0, 1, 2, 3),), margins=((1.0,) * 4,))
     verifier.truth = {"original": truth, "nbl": truth}
@@ -185,7 +185,7 @@ def test_known_noise_widens_nothing_that_passes_without_it() -> None:
     for truth in (quiet, noisy):
         results: list[CheckResult] = []
         setting: Any = SimpleNamespace(static=False, precision="fp32")
-        verifier = Verifier(setting, Probe(tuple(map(tuple, rows)), (), 0), {}, None, results, mock.Mock())
+        verifier = Verifier(setting, Probe(tuple(map(tuple, rows)), (), 0), {}, results, mock.Mock())
         verifier.truth["original"] = truth
         verifier._logits("original", "original", FakeDecoder(expected), TOLERANCES["fp32"])
         found.append(results)

@@ -7,19 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nbl_export.files import key_of
-from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
-from nbl_export.records.inputs import Lazy, identity_of
+from nbl_export.records.inputs import identity_of
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import status_of
 from nbl_export.run.progress import Ui
 from nbl_export.run.resolve import Resolver
 from nbl_export.run_directory import MAPS_FILE, VERIFY_FILE, RunDirectory
 
-__all__ = ["READS", "LeftOut", "Place", "Stage", "readers", "rows_of"]
+__all__ = ["READS", "LeftOut", "Place", "Stage", "readers"]
 
 # Stage -> the earlier stages whose files or facts it reads, in running order.
 READS: dict[str, tuple[str, ...]] = {
@@ -100,13 +97,3 @@ class Stage:
     def key(self, inputs: Any, keys: dict[str, str]) -> str:
         """Fingerprint of the inputs. keys: of the earlier stages that are not left out."""
         return key_of(self.name, identity_of(inputs), [keys[name] for name in READS[self.name] if name in keys])
-
-
-def rows_of(checkpoint: Lazy[Path], maps: dict[int, Mixer], tap: str, *, has_table: bool) -> np.ndarray | None:
-    """Rows of the token table, as `model.one_layer.token_rows` makes them; None if there is no table.
-
-    The checkpoint is read only if there are rows.
-    """
-    from nbl_export.model.one_layer import token_rows
-
-    return token_rows(checkpoint.value, maps, tap) if has_table and layers_below(maps) else None

@@ -21,13 +21,12 @@ import numpy as np
 
 from nbl_export.files import versions, write_json
 from nbl_export.graph.names import MANIFEST
-from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
 from nbl_export.options.options import public_facts
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.results import CheckResult
 from nbl_export.run.resolve import Resolver
-from nbl_export.run.stages.common import LeftOut, Place, rows_of
+from nbl_export.run.stages.common import LeftOut, Place
 from nbl_export.run_directory import DECODERS, PACKAGES, SCALES_FILE
 from nbl_export.targets.base import BuildSettings, ExportSettings, Target
 from nbl_export.version import __version__
@@ -232,12 +231,11 @@ def run_decoder(inputs: DecoderInputs, place: Place, out: Path) -> dict[str, Any
 class RewriteInputs:
     """What the NBL graph follows from, beside plan, maps and the original graph.
 
-    engine: replaces the layers. has_table: whether leading layers become a token table.
+    engine: replaces the layers.
     """
 
     exported: ExportedModel
     engine: Lazy[Target]
-    has_table: bool
 
 
 def declare_rewrite(r: Resolver) -> RewriteInputs:
@@ -248,20 +246,18 @@ def declare_rewrite(r: Resolver) -> RewriteInputs:
 
 def run_rewrite(inputs: RewriteInputs, place: Place, out: Path) -> dict[str, Any]:
     """Write model/ with a manifest of its own."""
-    plan, maps, target = place.plan, place.maps(), out / DECODERS["nbl"]
-    rows = rows_of(inputs.exported.checkpoint, maps, plan.tap, has_table=inputs.has_table)
+    plan, target = place.plan, out / DECODERS["nbl"]
     original = place.run.path / DECODERS["original"]
     engine = inputs.engine.value
     opened = lambda: inputs.exported.rescaled(place).cpu()  # noqa: E731  exporters trace on the CPU
-    engine.linearize(original, target, plan, inputs.exported.maps(place), rows, opened)
+    engine.linearize(original, target, plan, inputs.exported.maps(place), opened)
     inputs.exported.model.forget()  # a target may have changed it
     facts = {k: place.run.manifest[k] for k in _DEPLOYED_FACTS}
     if engine.capabilities.dense_caches:
         facts["cache_layers"] = list(plan.kept)  # layers of the cache ids 0..K-1
     facts = public_facts(facts, place.run.manifest)  # the folder may be published: no paths of this machine
     write_json(target / MANIFEST, {**facts, "versions": versions(PACKAGES), "nbl_export": __version__})
-    table = None if rows is None else {"layers": list(layers_below(maps)), "bytes": engine.table_bytes(target)}
-    return {"token_table": table, "versions": {"nbl-export": __version__, **versions(PACKAGES)}}
+    return {"versions": {"nbl-export": __version__, **versions(PACKAGES)}}
 
 
 # -- compiled engines ------------------------------------------------------------------------------------------

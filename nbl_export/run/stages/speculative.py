@@ -42,7 +42,7 @@ from nbl_export.report.words import decoding, equal_answers
 from nbl_export.run.deployed import available_engine, locate
 from nbl_export.run.progress import Ui
 from nbl_export.run.resolve import Resolver
-from nbl_export.run.stages.common import LeftOut, Place, rows_of
+from nbl_export.run.stages.common import LeftOut, Place
 from nbl_export.run.stages.plan import order_of
 from nbl_export.run_directory import DECODERS, LOSSLESS_FILE, SUBJECTS, RunDirectory
 from nbl_export.targets.base import ExportSettings, Target
@@ -80,7 +80,6 @@ class SpeculativeInputs:
     draft_layers: int | tuple[int, ...] | None
     first_threads: int | None
     codes: Lazy[Path | None]
-    has_table: bool
     model: Lazy[Any]
     checkpoint: Lazy[Path]
     order: OrderInputs
@@ -188,10 +187,9 @@ def _nbl(inputs: SpeculativeInputs, place: Place, int4: Path, out: Path) -> Path
         asked = inputs.draft_layers
         layers = tuple(sorted(selection.order(asked) if isinstance(asked, int) else asked))
         maps = selection.maps_of(layers)
-    rows_VD = rows_of(inputs.checkpoint, maps, plan.tap, has_table=inputs.has_table)
     kinds = tuple(maps[i].kind for i in layers)
     chosen = Plan(plan.num_layers, layers, tap=plan.tap, kinds=kinds, others=plan.others)
-    inputs.engine.value.linearize(int4, out, chosen, maps, rows_VD)
+    inputs.engine.value.linearize(int4, out, chosen, maps)
     return out
 
 

@@ -18,7 +18,7 @@ from nbl_export.records.quality import spoken_loss, warn_of_text
 from nbl_export.records.results import CheckResult
 from nbl_export.run.facts import require_engine
 from nbl_export.run.resolve import Resolver
-from nbl_export.run.stages.common import Place, rows_of
+from nbl_export.run.stages.common import Place
 from nbl_export.run.stages.graphs import ExportedModel, check_rescaled, exported
 from nbl_export.run_directory import ACCEPTANCE_FILE, DECODERS, PACKAGES, REFERENCES_FILE, VERIFY_FILE
 from nbl_export.targets.base import Target
@@ -67,7 +67,6 @@ class VerifyInputs:
     nearness: float | None
     codes: Lazy[Any]
     exporter: tuple[str | None, ...]
-    has_table: bool
     lacks_attention: bool
     context: int
     windows: Lazy[tuple[Any, Any]]
@@ -120,12 +119,11 @@ def run(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
 def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
     """The content of verify.json. The reference is the torch model."""
     setting, probe = setting_of(inputs, place), make_probe(inputs)
-    plan, maps, results = place.plan, inputs.exported.maps(place), check_rescaled(inputs.exported, place, probe.rows[0])
-    rows_VD = rows_of(inputs.exported.checkpoint, place.maps(), plan.tap, has_table=inputs.has_table)
-    with _graphs(inputs, place, setting, (maps, rows_VD), results) as directories, place.run.scratch() as scratch:
+    maps, results = inputs.exported.maps(place), check_rescaled(inputs.exported, place, probe.rows[0])
+    with _graphs(inputs, place, setting, maps, results) as directories, place.run.scratch() as scratch:
         coded = coded_graphs(setting, directories, results, scratch)
         kept = kept_references(inputs, place)
-        verifier = Verifier(setting, probe, maps, rows_VD, results, kept)
+        verifier = Verifier(setting, probe, maps, results, kept)
         floats = () if inputs.codes.value is None else inputs.codes.value.weights
         if inputs.shortage.value:
             verifier.refer_to_layers(coded, directories, inputs.exported.checkpoint.value, floats)
@@ -219,17 +217,9 @@ def conclude(
 
 @contextlib.contextmanager
 def _graphs(
-    inputs: VerifyInputs,
-    place: Place,
-    setting: Setting,
-    made: tuple[Mapping[int, Mixer], Any],
-    results: list[CheckResult],
+    inputs: VerifyInputs, place: Place, setting: Setting, maps: Mapping[int, Mixer], results: list[CheckResult]
 ) -> Iterator[dict[str, Path]]:
-    """Directories of the graphs to compare: the shipped graphs, or their float32 twins after an equality check.
-
-    Args:
-        made: maps, and rows of the token table.
-    """
+    """Directories of the graphs to compare: the shipped graphs, or their float32 twins after an equality check."""
     shipped = {subject: place.run.path / name for subject, name in DECODERS.items()}
     if not setting.static:
         yield shipped
@@ -237,7 +227,7 @@ def _graphs(
     from nbl_export.verify.float32_twins import build_twins, check_shipped
 
     with place.run.scratch() as scratch, place.ui.task("fp32 twins"):
-        twins = build_twins(inputs.exported.checkpoint.value, setting, *made, scratch)
+        twins = build_twins(inputs.exported.checkpoint.value, setting, maps, scratch)
         results += check_shipped(setting, shipped, twins)
         yield twins
 

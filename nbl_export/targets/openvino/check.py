@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
-from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
 from nbl_export.records.decoder import DecoderSpec, GraphContract
 from nbl_export.records.results import CheckResult
@@ -30,7 +29,6 @@ from nbl_export.targets.openvino.ir.files import (
     read_ir,
     stored_matrices,
 )
-from nbl_export.targets.openvino.rewrite.passes import TABLE
 from nbl_export.targets.openvino.rewrite.tail import prune_tail
 from nbl_export.targets.openvino.session import IrDecoder
 
@@ -51,7 +49,7 @@ def check_ir_files(directory: Path, contract: GraphContract, wanted: Wanted, ite
     states = tuple(sorted({*wanted.spec.others, *(i for i, mixer in wanted.maps.items() if mixer.state is not None)}))
     held = (wanted.cache_layers, states)
     results = check_ir_states(wanted.subject, wanted.spec, held, contract, itemsize, wanted.logits)
-    results.append(check_ir_maps(wanted.subject, directory, wanted.maps, wanted.rows_VD))
+    results.append(check_ir_maps(wanted.subject, directory, wanted.maps))
     if (directory / ALL_LOGITS_IR).is_file():
         results.append(check_ir_pruned(wanted.subject, directory))
     return results
@@ -90,22 +88,14 @@ def check_ir_states(
     ]
 
 
-def check_ir_maps(
-    subject: str, directory: Path, maps: Mapping[int, Mixer], rows_VD: np.ndarray | None = None
-) -> CheckResult:
-    """Check that the IR's maps are the fitted maps: exact if floating point, within a step if in codes.
-
-    Args:
-        rows_VD: output of the layers below the first kept layer for each token, if the graph looks it up in a table.
-    """
+def check_ir_maps(subject: str, directory: Path, maps: Mapping[int, Mixer]) -> CheckResult:
+    """Check that the IR's maps are the fitted maps: exact if floating point, within a step if in codes."""
     model = read_ir(directory)
     ours = [name for name, _ in constants_of(model) if name.startswith(_OURS)]
     if not maps:
         return checked(subject, MAPS, not ours, "none planned")
     stored = {matrix.name: matrix for matrix in stored_matrices(model) if matrix.name.startswith("/nbl/")}
-    tabulated = 0 if rows_VD is None else len(layers_below(maps))
-    table = "" if rows_VD is None else _table_problem(model, stored, tabulated, rows_VD)
-    return judge_maps(subject, _held(model, stored), maps, tabulated, table)
+    return judge_maps(subject, _held(model, stored), maps)
 
 
 def _held(model: Any, stored: Mapping[str, Any]) -> HeldMaps:
@@ -125,16 +115,6 @@ def _is_vector(constant: Any) -> bool:
     """Whether a constant is a bias or the weight of a norm, and no scale of codes: [1, 1, D]."""
     readers = {port.get_node().get_type_name() for port in constant.output(0).get_target_inputs()}
     return list(constant.get_output_shape(0))[:-1] == [1, 1] and bool(readers & {"Add", "Multiply"})
-
-
-def _table_problem(model: Any, stored: Mapping[str, Any], first: int, rows_VD: np.ndarray) -> str:
-    """How the token table differs from the output of the layers below `first`; "" if it does not differ."""
-    found, allowed = _matrix(model, stored.get(f"/nbl/layers.0-{first - 1}/Gather"), TABLE)
-    if found is None or found.shape != rows_VD.shape:
-        return f"there is no table of the tokens below layer {first}"
-    noise = 1e-5 * np.abs(rows_VD).max()  # allows for differences between processors
-    off = (np.abs(found - rows_VD) > allowed + noise).any(1)
-    return f"token {int(off.argmax())} of the table is not the output of its layers" if off.any() else ""
 
 
 def _matrix(model: Any, stored: Any | None, name: str) -> tuple[np.ndarray | None, np.ndarray | float]:

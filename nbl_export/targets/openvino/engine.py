@@ -21,8 +21,6 @@ from nbl_export.targets.export.finish import check_bounds
 from nbl_export.targets.openvino import check
 from nbl_export.targets.openvino import rewrite as lossless
 from nbl_export.targets.openvino.ir.anatomy import read_ir_facts
-from nbl_export.targets.openvino.ir.files import constants_of, read_ir
-from nbl_export.targets.openvino.rewrite.passes import TABLE
 from nbl_export.targets.openvino.session import IrDecoder, OpenVinoRunner, Session, load_openvino
 from nbl_export.targets.openvino.signals import kept_signal_stack
 from nbl_export.targets.openvino.speculative import OpenVinoSpeculativeRunner
@@ -96,17 +94,13 @@ class OpenVinoEngine(Target):
         build(checkpoint, out, settings.precision, settings.precision in _ROUNDED)
 
     def linearize(
-        self, original: Path, out: Path, plan: Plan, maps: Mapping[int, Any], rows_VD: np.ndarray | None = None,
+        self, original: Path, out: Path, plan: Plan, maps: Mapping[int, Any],
         open_model: Callable[[], Any] | None = None,
     ) -> None:  # fmt: skip
         """Rewrite the IR."""
         from nbl_export.targets.openvino.rewrite import rewrite_ir
 
-        rewrite_ir(original, out, plan, maps, rows_VD)
-
-    def table_bytes(self, directory: Path) -> int:
-        """In the IR, with the scales of codes."""
-        return sum(raw.nbytes for name, raw in constants_of(read_ir(directory)) if name.startswith(TABLE))
+        rewrite_ir(original, out, plan, maps)
 
     def keep_last_token(self, directory: Path) -> None:
         """Prune the IR's tail."""

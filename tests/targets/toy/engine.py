@@ -67,7 +67,7 @@ class ToyEngine(Target):
         _mark(out, ())
 
     def linearize(
-        self, original: Path, out: Path, plan: Plan, maps: Mapping[int, Any], rows_VD: np.ndarray | None = None,
+        self, original: Path, out: Path, plan: Plan, maps: Mapping[int, Any],
         open_model: Callable[[], Any] | None = None,
     ) -> None:  # fmt: skip
         """Export again: the torch model with its maps. `original` gives the tokenizer."""
@@ -75,10 +75,6 @@ class ToyEngine(Target):
         save_linearized(open_model(), original, maps, plan.tap, out)
         add_text_files(original, out)
         _mark(out, plan.replaced)
-
-    def table_bytes(self, directory: Path) -> int:
-        """Leading layers are computed."""
-        return 0
 
     def keep_last_token(self, directory: Path) -> None:
         """The engine decides at each step which logits it computes."""

@@ -1,6 +1,6 @@
 """Turns an IR and a plan into the NBL IR: the passes of `rewrite`, by the same names, on an OpenVINO model.
 
-`bypass_attention` ─ `drop_states` ─ `tabulate_tokens` ─ `compress` (maps alone) ─ save ─ `prune_tail`
+`bypass_attention` ─ `drop_states` ─ `compress` (maps alone) ─ save ─ `prune_tail`
 
 A pass refuses what it does not understand, with layer and reason.
 
@@ -29,11 +29,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nbl_export.errors import MissingPackageError, NblError, RefusalError
 from nbl_export.graph.names import ALL_LOGITS_IR, GENERATION_CONFIG, IR_FILE, IR_WEIGHTS, MANIFEST, draft_folder
-from nbl_export.mixers import layers_below
 from nbl_export.mixers.base import Mixer
 from nbl_export.records.capabilities import Proposer
 from nbl_export.records.plan import Plan
@@ -46,7 +43,7 @@ from nbl_export.targets.openvino.ir.files import (
     share_constants,
     stored_matrices,
 )
-from nbl_export.targets.openvino.rewrite.passes import bypass_attention, drop_states, tabulate_tokens
+from nbl_export.targets.openvino.rewrite.passes import bypass_attention, drop_states
 from nbl_export.targets.openvino.rewrite.tail import prune_tail
 from nbl_export.targets.openvino.rewrite.window import TABLES
 from nbl_export.targets.openvino.signals import kept_signal_stack
@@ -56,11 +53,8 @@ __all__ = ["compress", "group_size", "keep_last_token_ir", "rewrite_ir", "rewrit
 _GRAPHS = (IR_FILE, ALL_LOGITS_IR, IR_WEIGHTS)
 
 
-def rewrite_ir_model(model: Any, plan: Plan, maps: Mapping[int, Mixer], rows_VD: np.ndarray | None = None) -> None:
+def rewrite_ir_model(model: Any, plan: Plan, maps: Mapping[int, Mixer]) -> None:
     """Rewrite a model in place, with float maps; the empty plan changes nothing.
-
-    Args:
-        rows_VD: input of the first kept layer for each token (`token_rows`), looked up instead of computed.
 
     Raises:
         RefusalError: the model is not understood, or lacks layers of the plan.
@@ -73,16 +67,12 @@ def rewrite_ir_model(model: Any, plan: Plan, maps: Mapping[int, Mixer], rows_VD:
         raise RefusalError(min(missing), f"the IR has states for layers {list(before)} only")
     bypass_attention(model, Dataflow(model), {layer: maps[layer] for layer in plan.replaced}, plan.tap)
     drop_states(model, plan.replaced)
-    if rows_VD is not None and layers_below(maps):
-        tabulate_tokens(model, rows_VD)
     after = list(states_of(model))
     if after != [layer for layer in before if layer not in plan.replaced]:
         raise RefusalError(None, f"states of layers {after} remain after replacing {list(plan.replaced)}")
 
 
-def rewrite_ir(
-    source: Path, out: Path, plan: Plan, maps: Mapping[int, Mixer], rows_VD: np.ndarray | None = None
-) -> None:
+def rewrite_ir(source: Path, out: Path, plan: Plan, maps: Mapping[int, Mixer]) -> None:
     """Write the NBL version of an IR directory to `out`, which must not exist.
 
     Kept constants stay byte for byte, also those in codes. An empty plan copies the directory. A source with last-token
@@ -100,7 +90,7 @@ def rewrite_ir(
         return
     model = read_ir(source, ALL_LOGITS_IR if last_only else IR_FILE)
     precision, group = precision_of(model), group_of(model)
-    rewrite_ir_model(model, plan, maps, rows_VD)
+    rewrite_ir_model(model, plan, maps)
     model = compress(model, precision, group=group, only_new=True)
     _refuse_float_maps(model, precision)
     save_ir(model, out, precision, group)

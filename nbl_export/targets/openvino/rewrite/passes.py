@@ -12,17 +12,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import numpy as np
-
 from nbl_export.errors import RefusalError
 from nbl_export.mixers.base import Mixer, tapped
 from nbl_export.targets.openvino.ir.anatomy import Block, Dataflow, State, states_of
 from nbl_export.targets.openvino.rewrite.builder import IrBuilder
 
-__all__ = ["TABLE", "bypass_attention", "drop_states", "tabulate_tokens"]
-
-
-TABLE = "nbl.token_table"
+__all__ = ["bypass_attention", "drop_states"]
 
 
 def bypass_attention(model: Any, flow: Dataflow, mixers: Mapping[int, Mixer], tap: str) -> None:
@@ -89,34 +84,3 @@ def _chain(read: Any) -> list[Any]:
         readers = [i.get_node() for i in found[-1].output(0).get_target_inputs()]
         found += [node for node in readers if node.get_type_name() == kind][:1]
     return found
-
-
-def tabulate_tokens(model: Any, rows_VD: np.ndarray) -> None:
-    """Feed the first layer in which a token reads others from a table, in place; run after `drop_states`.
-
-        before   input_ids -- embedding -- layers 0..k-1 (linearized) -- x of layer k
-        after    input_ids -- Gather(table [V, D]) --------------------- x of layer k
-
-    Without attention below layer k, its input depends on one token alone.
-
-    Args:
-        rows_VD: input of that layer for each token.
-
-    Raises:
-        RefusalError: the model has no input input_ids.
-    """
-    from openvino import opset13 as ops
-
-    flow = Dataflow(model)
-    first = flow.readers[0]
-    x = flow.reader(first).residual
-    ids = next((p for p in model.inputs if "input_ids" in p.get_names()), None)
-    if ids is None:
-        raise RefusalError(None, "it has no input input_ids, which a table for each token needs")
-    readers = x.get_target_inputs()
-    table = ops.constant(np.ascontiguousarray(rows_VD, np.float32), name=TABLE)
-    axis = ops.constant(0, dtype="int64", name=f"{TABLE}/axis")
-    found = ops.gather(table, ids, axis, name=f"/nbl/layers.0-{first - 1}/Gather")
-    for reader in readers:
-        reader.replace_source_output(found.output(0))
-    model.validate_nodes_and_infer_types()
