@@ -91,9 +91,8 @@ class Bed:
 
     def maps(self, tap: str, layers: Any, *, bias: bool = True) -> dict[int, Any]:
         from nbl_export.mixers import kind_of
-        from nbl_export.mixers.base import FitOptions
 
-        return {i: kind_of("linear").fit(self.moments[tap][i], i, FitOptions(bias=bias)) for i in layers}
+        return {i: kind_of("linear").fit(self.moments[tap][i], i, bias=bias) for i in layers}
 
     def quality_losses(
         self, maps: Mapping[int, Any], tap: str, replaced_sets: Mapping[str, Any]

@@ -27,7 +27,6 @@ class Options(TypedDict, total=False):
     kv_budget: str | None
     fit: str
     select: str | None
-    rank: str | int | None
     tap: str
     maps: str
     distill_minutes: float | None

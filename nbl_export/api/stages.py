@@ -102,8 +102,7 @@ def calibrate(
 
 def plan(
     calibration: Calibration, layers: int | str | Sequence[int] | None = None, *, select: str | None = None,
-    max_perplexity_increase: str | None = None, rank: int | str | None = None, maps: str = "affine",
-    quiet: bool = False,
+    max_perplexity_increase: str | None = None, maps: str = "affine", quiet: bool = False,
 ) -> Planned:  # fmt: skip
     """Choose layers, and fit their maps in closed form. The arguments are options of the command line.
 
@@ -111,7 +110,7 @@ def plan(
         layers: how many (8), or which ([7, 9] or "0,7,24-29"); None leaves the number to the limit on quality.
         select: order of the layers: efficient (default), greedy, cca or error.
         max_perplexity_increase: most increase of perplexity on held-back text; "10%" without `layers`.
-        rank: of the maps: a number, "auto", or None for full maps. maps: affine, or linear for maps without a bias.
+        maps: affine, or linear for maps without a bias.
 
     Raises:
         UsageError, ValueError: an argument is wrong. NblError: one layer alone is beyond the limit.
@@ -123,7 +122,7 @@ def plan(
     from nbl_export.plan.order import choose
     from nbl_export.plan.planning import count_within
 
-    given = {"layers": layers, "select": select, "max_perplexity_increase": max_perplexity_increase, "rank": rank}
+    given = {"layers": layers, "select": select, "max_perplexity_increase": max_perplexity_increase}
     asked = read_asked({name: value for name, value in given.items() if value is not None})
     options = JobOptions("", **asked, maps=maps, tap=calibration.tap)
     check_request(options)
@@ -193,7 +192,7 @@ def _selection(calibration: Calibration, options: JobOptions, quiet: bool) -> Se
     from nbl_export.measure.cost import CostModel, map_sizes
     from nbl_export.model.architectures import mlp_of
     from nbl_export.model.switched import SwitchedModel
-    from nbl_export.options.goals import DEFAULT_SELECT, read_rank
+    from nbl_export.options.goals import DEFAULT_SELECT
     from nbl_export.plan.inputs import MapKind, OrderInputs
     from nbl_export.plan.order import Selection
     from nbl_export.records.inputs import Lazy
@@ -205,7 +204,7 @@ def _selection(calibration: Calibration, options: JobOptions, quiet: bool) -> Se
         return cost.prefill_saved(map_sizes(maps))
 
     inputs = OrderInputs(
-        MapKind(options.kind, options.tap, read_rank(options.rank), options.has_bias),
+        MapKind(options.kind, options.tap, options.has_bias),
         spec.num_layers,
         spec.hidden_size,
         options.select or DEFAULT_SELECT,

@@ -59,7 +59,7 @@ def plan(
     if max_layers is not None:
         raise typer.BadParameter("needs --sweep", param_hint="--max-layers")
     run = run_stages(directory, "plan", ui(as_json), changes=asked)
-    shown = ("num_layers", "replaced_layers", "tap", "select", "fit", "ranks", "goal", "curve", "scores")
+    shown = ("num_layers", "replaced_layers", "tap", "select", "fit", "goal", "curve", "scores")
     facts = {k: run.manifest[k] for k in shown}
     return show(facts, scores_table(run.manifest), as_json)
 

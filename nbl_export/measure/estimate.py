@@ -42,7 +42,6 @@ from nbl_export.options.goals import (
     goal_of,
     layers_for_budget,
     names_layers,
-    read_rank,
 )
 from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, RECIPE_FIT, WIDTHS, JobOptions
 from nbl_export.records.capabilities import Capabilities
@@ -418,8 +417,5 @@ class Job:
 
     @property
     def _map(self) -> TokenWork:
-        size, rank = self.shape.decoder.hidden_size, read_rank(self.options.rank)
-        elements = 0 if self.options.fit == "drop" else size * size
-        if isinstance(rank, int) and 2 * rank < size:
-            elements = 2 * rank * size
+        elements = 0 if self.options.fit == "drop" else self.shape.decoder.hidden_size**2
         return TokenWork(elements, elements)

@@ -26,19 +26,7 @@ if TYPE_CHECKING:
 
     from nbl_export.mixers.lmmse import Moments
 
-__all__ = [
-    "AS_USUAL",
-    "Builder",
-    "FitOptions",
-    "Kind",
-    "Mixer",
-    "StateSpec",
-    "TokenWork",
-    "TrainedMixer",
-    "WindowShape",
-    "apply",
-    "tapped",
-]
+__all__ = ["Builder", "Kind", "Mixer", "StateSpec", "TokenWork", "TrainedMixer", "WindowShape", "apply", "tapped"]
 
 Value = Any  # a value of the graph that a builder makes
 
@@ -72,22 +60,6 @@ class TokenWork:
     elements: int
     token_local: bool = True
     reach: int | None = None
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """What a user asks of a fit; a kind that has no such choice ignores it.
-
-    Attributes:
-        rank: of a matrix; None for the full rank, "auto" for as much as the calibration text needs.
-        bias: False if the format to be written stores no bias.
-    """
-
-    rank: int | str | None = None
-    bias: bool = True
-
-
-AS_USUAL = FitOptions()
 
 
 class Builder(Protocol):
@@ -146,10 +118,6 @@ class Mixer(Protocol):
     @property
     def size(self) -> int:
         """D: the width of its input and output."""
-
-    @property
-    def rank(self) -> int | None:
-        """The rank of its matrix if it is stored as two thin factors; otherwise None."""
 
     def tensors(self) -> dict[str, np.ndarray]:
         """All its numbers in float32, by name, as `Kind.from_tensors` takes them."""
@@ -229,18 +197,21 @@ class Kind(Protocol):
         """
         return x_BTD
 
-    def fit(self, moments: Moments, layer: int, options: FitOptions = AS_USUAL) -> Mixer:
+    def fit(self, moments: Moments, layer: int, *, bias: bool = True) -> Mixer:
         """The best mixer of this kind for a layer.
+
+        Args:
+            bias: False if the format to be written stores no bias; a kind without a bias ignores it.
 
         Raises:
             NblError: the moments hold NaN or infinity, or x does not vary.
         """
 
-    def score(self, moments: Moments, layer: int, options: FitOptions = AS_USUAL) -> LayerScore:
+    def score(self, moments: Moments, layer: int, *, bias: bool = True) -> LayerScore:
         """How well the best linear function of the features can replace a layer's attention."""
         from nbl_export.mixers import lmmse
 
-        return lmmse.score(moments, layer, bias=options.bias)
+        return lmmse.score(moments, layer, bias=bias)
 
     def from_tensors(self, tensors: Mapping[str, np.ndarray]) -> Mixer:
         """The mixer of these `Mixer.tensors`.
@@ -251,7 +222,7 @@ class Kind(Protocol):
         """
 
     def blank(self, size: int, multiplier: float = 1.0, like: Mixer | None = None) -> Any:
-        """The torch module of a full mixer, whose numbers are loaded later.
+        """The torch module of a mixer, whose numbers are loaded later.
 
         Args:
             like: for a kind that is not fitted, what the layer's own attention makes; its numbers are not read.

@@ -4,7 +4,6 @@ X are rows of a layer's features, Y of its attention output, Y+ = X + Y (of X on
 first D features). With centred second moments
     W = Cyx (Cxx + lambda I)^-1,   b = E[Y] - W E[X]                       (LMMSE estimator)
     W = Ryx (Rxx + lambda I)^-1,   b = 0,   R = E[y x'] not centred        (a map without a bias)
-    W_k = V V' W,  V the top k eigenvectors of W Cxy                       (reduced-rank regression)
     bound = d - || L+^-1 C+x Lx^-T ||_F^2,  Cxx = Lx Lx', C++ = L+ L+'     (CCA, without an SVD)
 Source: Erdogan, Tonin, Cevher, "Efficient Large Language Model Inference with Neural Block
 Linearization", NeurIPS 2025; the Cholesky form of the bound is ours.
@@ -24,17 +23,13 @@ import torch
 from nbl_export.errors import NblError
 from nbl_export.records.plan import LayerScore
 
-__all__ = ["EXPLAINED", "RIDGE", "Fitted", "Moments", "fit", "fold_bias", "score"]
+__all__ = ["RIDGE", "Fitted", "Moments", "fit", "fold_bias", "score"]
 
 log = logging.getLogger(__name__)
 
 # Relative to mean(diag Cxx). Large enough for a rank-deficient Cxx of small models, too small to bias a fit.
 RIDGE = 1e-6
 _RAISES = 4  # tenfold each: a ridge of 1e-2 costs nothing measurable on whole texts (docs/experiments.md)
-
-
-# Share of the fitted output's variance that the rank "auto" keeps.
-EXPLAINED = 0.999
 
 
 @dataclass(frozen=True)
@@ -68,38 +63,24 @@ class Moments:
 
 
 class Fitted(NamedTuple):
-    """Weight [D, F] and bias [D] of a fit in float32; with the factors up [D, k] and down [k, F] of a low rank."""
+    """Weight [D, F] and bias [D] of a fit in float32."""
 
     weight: np.ndarray
     bias: np.ndarray
-    up: np.ndarray | None = None
-    down: np.ndarray | None = None
 
 
-def fit(
-    moments: Moments, layer: int, ridge: float = RIDGE, rank: int | str | None = None, *, bias: bool = True
-) -> Fitted:
-    """The LMMSE map of a layer, or the best map of a given rank.
+def fit(moments: Moments, layer: int, ridge: float = RIDGE, *, bias: bool = True) -> Fitted:
+    """The LMMSE map of a layer.
 
     Args:
         bias: False for the best map whose bias is zero.
-        rank: None for the full map; "auto" for the smallest rank that keeps `EXPLAINED` of the output's variance, or
-            the full map if two thin products would not be cheaper than a square product.
 
     Raises:
         NblError: the statistics hold NaN or infinity, or X does not vary.
     """
     mean_x, mean_y, cxx, cyx, _ = (moments if bias else moments.about_zero()).centred()
     weight = _solve(cxx, cyx, layer, ridge)
-    up = None if rank is None else _leading(weight @ cyx.T, rank)
-    if up is None:
-        return Fitted(weight.float().numpy(), (mean_y - weight @ mean_x).float().numpy())
-    down = up.T @ weight
-    offset = (mean_y - up @ (down @ mean_x)).float().numpy()
-    if 2 * up.shape[1] >= up.shape[0]:
-        return Fitted((up @ down).float().numpy(), offset)
-    factors = up.float().numpy(), down.float().numpy()
-    return Fitted(factors[0] @ factors[1], offset, *factors)
+    return Fitted(weight.float().numpy(), (mean_y - weight @ mean_x).float().numpy())
 
 
 def fold_bias(
@@ -114,22 +95,6 @@ def fold_bias(
     weight = torch.from_numpy(weight_DD).double() + torch.outer(torch.from_numpy(bias_D).double(), share)
     folded: np.ndarray = weight.float().numpy()
     return folded
-
-
-def _leading(explained: torch.Tensor, rank: int | str) -> torch.Tensor | None:
-    """Directions [D, k] in which the fitted output varies most; None for all directions.
-
-    explained: covariance of the fitted output, W Cxy = W (Cxx + lambda I) W'. Projecting W onto its top k
-    eigenvectors minimises the (ridge) regression over all maps of rank k (Izenman 1975; Eckart-Young).
-    """
-    size = explained.shape[0]
-    values, vectors = torch.linalg.eigh((explained + explained.T) / 2)
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    if rank == "auto":
-        kept = values.cumsum(0) >= EXPLAINED * values.sum()
-        count = int(kept.int().argmax()) + 1
-        return vectors[:, :count] if 2 * count < size else None
-    return vectors[:, : int(rank)] if int(rank) < size else None
 
 
 def score(moments: Moments, layer: int, ridge: float = RIDGE, *, bias: bool = True) -> LayerScore:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nbl_export.mixers.base import AS_USUAL, Builder, FitOptions, Kind, Mixer, TokenWork, Value
+from nbl_export.mixers.base import Builder, Kind, Mixer, TokenWork, Value
 
 if TYPE_CHECKING:
     from nbl_export.mixers.lmmse import Moments
@@ -23,7 +23,6 @@ class Nothing:
     size: int
     kind = "none"
     token_local = True
-    rank = None
     state = None
 
     def tensors(self) -> dict[str, np.ndarray]:
@@ -63,7 +62,7 @@ class _None(Kind):
 
     name = "none"
 
-    def fit(self, moments: Moments, layer: int, options: FitOptions = AS_USUAL) -> Mixer:
+    def fit(self, moments: Moments, layer: int, *, bias: bool = True) -> Mixer:
         return Nothing(len(moments.y_sum))
 
     def from_tensors(self, tensors: Mapping[str, np.ndarray]) -> Mixer:

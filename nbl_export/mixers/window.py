@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nbl_export.errors import NblError
-from nbl_export.mixers.base import AS_USUAL, Builder, FitOptions, Kind, Mixer, StateSpec, TokenWork, Value, WindowShape
+from nbl_export.mixers.base import Builder, Kind, Mixer, StateSpec, TokenWork, Value, WindowShape
 from nbl_export.records.from_json import require
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ class Window:
     epsilon: float = 1e-6
     kind = "window"
     token_local = False
-    rank = None
 
     def __post_init__(self) -> None:
         shape = self.shape
@@ -130,7 +129,7 @@ class _Window(Kind):
     name = "window"
     fitted = False
 
-    def fit(self, moments: Moments, layer: int, options: FitOptions = AS_USUAL) -> Mixer:
+    def fit(self, moments: Moments, layer: int, *, bias: bool = True) -> Mixer:
         raise NblError(f"layer {layer}: a window is not fitted; it takes the weights of the layer's own attention")
 
     def from_tensors(self, tensors: Mapping[str, np.ndarray]) -> Window:

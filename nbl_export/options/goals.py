@@ -1,4 +1,4 @@
-"""Reads and checks the request for a plan before any work: a count or one goal, a method, a rank.
+"""Reads and checks the request for a plan before any work: a count or one goal, a method.
 
 --layers 8                        how many layers, or which layers
 --max-perplexity-increase 5%      as many layers as raise perplexity on held-back text by at most 5%
@@ -20,7 +20,7 @@ from nbl_export.records.plan import spoken_layers
 
 __all__ = ["DEFAULT_INCREASE", "DEFAULT_SELECT", "DEFAULT_STEPS", "GOALS", "CacheBudget", "PerplexityIncrease",
            "TargetSpeedup", "asked_layers", "check_request", "check_size", "default_minutes", "goal_of",
-           "layers_for_budget", "names_layers", "parse_layers", "read_rank"]  # fmt: skip
+           "layers_for_budget", "names_layers", "parse_layers"]  # fmt: skip
 
 DEFAULT_INCREASE = 0.10  # of perplexity, if neither a count nor a goal is given
 DEFAULT_SELECT = "efficient"  # the order of layers, if the model's output can judge
@@ -88,7 +88,6 @@ def check_request(options: JobOptions) -> None:
         if getattr(options, name) is not None:
             _read_layers(getattr(options, name), flag_of(name))
     goal_of(options)
-    read_rank(options.rank)
     if not options.has_bias and options.tap != "normed":
         raise UsageError(f"--maps {options.maps} acts on the normed input; add --tap normed")
 
@@ -203,33 +202,17 @@ def layers_for_budget(options: JobOptions, budget: CacheBudget, spec: DecoderSpe
 
 
 def check_size(options: JobOptions, spec: DecoderSpec, itemsize: int) -> None:
-    """Check the requested rank and cache budget against the decoder.
+    """Check the requested cache budget against the decoder.
 
     Args:
         itemsize: bytes of a cache element.
 
     Raises:
-        NblError: the rank is above the hidden size, or the budget cannot be met or is met already.
+        NblError: the budget cannot be met or is met already.
     """
     goal = goal_of(options)
     if isinstance(goal, CacheBudget):
         layers_for_budget(options, goal, spec, itemsize)
-    rank = read_rank(options.rank)
-    if isinstance(rank, int) and rank > spec.hidden_size:
-        raise NblError(f"--rank {rank} is beyond the model's hidden size of {spec.hidden_size}")
-
-
-def read_rank(text: str | None) -> int | str | None:
-    """Read `--rank`: a number, "auto", or None for full maps.
-
-    Raises:
-        UsageError: the text is neither.
-    """
-    if text is None or text == "auto":
-        return text
-    if not (text.isascii() and text.isdigit()) or int(text) < 1:
-        raise UsageError(f"--rank {text!r} is neither a number from 1 on nor auto")
-    return int(text)
 
 
 def _read_increase(text: str) -> PerplexityIncrease:

@@ -61,7 +61,10 @@ BUILDER_OPTIONS: dict[str, tuple[str, ...]] = {
 }
 
 # Options and commands that left -> what to use. The message is "--option is gone: " and the sentence.
-LEFT: dict[str, str] = {"token_table": "leave it out; linearized leading layers are computed like all others"}
+LEFT: dict[str, str] = {
+    "rank": "leave it out; maps have full rank",
+    "token_table": "leave it out; linearized leading layers are computed like all others",
+}
 
 PANELS = ("What is replaced", "Distillation", "Calibration", "Torch", "Engine", "Benchmark")
 _REPLACED, _DISTILL, _CALIBRATE, _TORCH, _ENGINE, _BENCH = PANELS
@@ -154,9 +157,6 @@ class JobOptions:
         None, "Order: efficient (default), greedy, error, or the paper's cca.",
         _REPLACED, "main plan", first=True, choices=SELECTS, metavar="ORDER",
     )  # fmt: skip
-    rank: str | None = option(
-        None, "Rank of the maps: a number, or auto; default: full maps.", _REPLACED, "main plan", metavar="RANK"
-    )
     tap: str = option(
         "residual", "What a map is applied to: residual (default) or normed (default of --fit distilled).", _REPLACED,
         "main calibrate plan", choices=TAPS, metavar="TAP",
@@ -345,11 +345,11 @@ OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in dataclasses.
 def usual_fit(values: Mapping[str, Any]) -> str:
     """The fit of an original model if none is asked for: maps are trained for a limit on quality.
 
-    A goal of another kind, a rank or an order by scores needs the closed form.
+    A goal of another kind or an order by scores needs the closed form.
     """
     if values["recipe"]:
         return RECIPE_FIT
-    closed = any(values[name] for name in ("layers", "target_speedup", "kv_budget", "rank"))
+    closed = any(values[name] for name in ("layers", "target_speedup", "kv_budget"))
     scores = values["select"] in ("cca", "error")
     return "independent" if closed or scores else "distilled"
 

@@ -122,13 +122,13 @@ _OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
 # An option applies if all of its rows hold. An option without a row applies to every job.
 APPLIES: tuple[Applies, ...] = (
     Applies(
-        ("layers", "max_perplexity_increase", "target_speedup", "kv_budget", "select", "rank", "maps", "compute_dtype",
+        ("layers", "max_perplexity_increase", "target_speedup", "kv_budget", "select", "maps", "compute_dtype",
          "draft"),
         "the original model; this NBL checkpoint no longer contains the removed attention",
         lambda c: not c.is_nbl,
     ),
     Applies(
-        ("layers", "window_layers", *GOALS, "select", "rank", "maps", "draft"),
+        ("layers", "window_layers", *GOALS, "select", "maps", "draft"),
         "a job without --recipe, which has its layers and maps", lambda c: not c.options.recipe,
     ),
     Applies(
@@ -139,9 +139,6 @@ APPLIES: tuple[Applies, ...] = (
     Applies(
         ("select",), "a number of layers or a goal; --layers names the layers here",
         lambda c: c.sweeps or not names_layers(c.options.layers) or c.counts_draft,
-    ),
-    Applies(
-        ("rank",), "maps fitted in closed form (--fit independent)", lambda c: c.options.fit == "independent"
     ),
     Applies(("maps",), "fitted maps (--fit independent or distilled)", lambda c: c.options.fit != "drop"),
     Applies(

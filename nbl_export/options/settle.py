@@ -175,7 +175,7 @@ def _value(name: str, value: Any, said: Option | None) -> Any:
         return numbers(str(value), name)
     if name in ("calibration", "builder_option") and isinstance(value, str):
         return (value,)
-    if name in (*_COUNTS, "rank", "draft_layers") and is_number:
+    if name in (*_COUNTS, "draft_layers") and is_number:
         return str(value)
     if name in _LAYERS and isinstance(value, (list, tuple)):
         return ",".join(map(str, value)) + ("," if len(value) == 1 else "")  # "8" alone is a count

@@ -63,12 +63,11 @@ class TopInputs:
 class MapKind:
     """How the mixer of a layer is made from its moments.
 
-    kind: its name in `nbl_export.mixers`. rank: a number, "auto", or None for full maps. bias: whether maps have one.
+    kind: its name in `nbl_export.mixers`. bias: whether maps have one.
     """
 
     kind: str = "linear"
     tap: str = "residual"
-    rank: int | str | None = None
     bias: bool = True
 
 

@@ -21,11 +21,10 @@ _TENSOR = re.compile(r"layers\.(\d+)\.(?:(\w+)\.)?(\w+)")
 
 
 def save_maps(maps: Mapping[int, Mixer], path: Path, tap: str = "residual") -> None:
-    """Write float32. A linear layer: `layers.{i}.bias` [D], and `layers.{i}.weight` [D, D] or its factors.
+    """Write float32. A linear layer: `layers.{i}.bias` [D] and `layers.{i}.weight` [D, D].
 
-    The factors of a low-rank map are `layers.{i}.up` [D, k] and `layers.{i}.down` [k, D], W = up down. Other kinds have
-    their name before that of a tensor: `layers.{i}.{kind}.{name}`. The metadata holds format and tap in one entry:
-    several entries have no fixed order, and equal maps must give equal bytes.
+    Other kinds have their name before that of a tensor: `layers.{i}.{kind}.{name}`. The metadata holds format and tap
+    in one entry: several entries have no fixed order, and equal maps must give equal bytes.
     """
     from safetensors.numpy import save_file
 

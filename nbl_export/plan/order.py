@@ -16,7 +16,7 @@ from typing import Any
 
 from nbl_export.files import key_of
 from nbl_export.mixers import kind_of
-from nbl_export.mixers.base import FitOptions, Mixer
+from nbl_export.mixers.base import Mixer
 from nbl_export.model.mixes import Mixes
 from nbl_export.plan.greedy import EVERY, RULE, GreedyOrder, Judge, Point, Search
 from nbl_export.plan.inputs import Maps, OrderInputs, Task, Top
@@ -61,7 +61,7 @@ class Selection:
         for i in self.inputs.attention_layers:
             score = kind.score(moments(i, "residual"), i)
             if asked.tap != "residual":
-                own = kind.score(moments(i, asked.tap), i, FitOptions(bias=asked.bias))
+                own = kind.score(moments(i, asked.tap), i, bias=asked.bias)
                 score = dataclasses.replace(own, bound=score.bound)
             found.append(score)
         return tuple(found)
@@ -76,8 +76,8 @@ class Selection:
 
     def _fit(self, layers: Collection[int]) -> dict[int, Mixer]:
         asked, moments = self.inputs.kind, self.inputs.moments.value
-        kind, options = kind_of(asked.kind), FitOptions(asked.rank, asked.bias)
-        return {i: kind.fit(moments(i, asked.tap), i, options) for i in layers}
+        kind = kind_of(asked.kind)
+        return {i: kind.fit(moments(i, asked.tap), i, bias=asked.bias) for i in layers}
 
     @functools.cached_property
     def _top(self) -> Top:

@@ -82,8 +82,7 @@ def make_plan(
     replaced = tuple(sorted({*selection.given, *plan.replaced}))
     maps = selection.maps_of(replaced)
     plan = dataclasses.replace(plan, replaced=replaced, kinds=tuple(maps[i].kind for i in replaced))
-    ranks = {str(i): m.rank for i, m in maps.items() if m.rank is not None}
-    return plan, maps, {**facts, "ranks": ranks, "goal": goal}
+    return plan, maps, {**facts, "goal": goal}
 
 
 def _count(inputs: PlanInputs, selection: Selection, task: Task) -> Reached:

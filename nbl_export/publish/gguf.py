@@ -24,7 +24,7 @@ from nbl_export.errors import NblError, ParityError
 from nbl_export.files import move_into_place
 from nbl_export.graph.gguf.content import Content, Key, read_content, write_content
 from nbl_export.mixers import kind_of
-from nbl_export.mixers.base import FitOptions, Mixer
+from nbl_export.mixers.base import Mixer
 from nbl_export.records.results import CheckResult
 from nbl_export.run.deployed import Finished
 from nbl_export.run.progress import Ui
@@ -159,7 +159,7 @@ def linear_maps(found: Finished, ui: Ui) -> LinearMaps:
     refitted = {} if found.tap == TAP else products
     for i, moments in _moments(found, sorted(refitted or biased), ui):
         mixer = found.maps[i]
-        near = kind_of(mixer.kind).fit(moments, i, FitOptions(bias=False)) if refitted else mixer.as_product(moments, i)
+        near = kind_of(mixer.kind).fit(moments, i, bias=False) if refitted else mixer.as_product(moments, i)
         weight = None if near is None else near.product()
         if weight is None:
             raise NblError(f"layer {i} is of the kind {mixer.kind}, and this form holds one matrix a layer")

@@ -271,6 +271,4 @@ def _commands(report: Mapping[str, Any]) -> Iterator[str]:
     for point in [p for p in curve["points"] if p["layers"] > taken][:2]:
         yield f"nbl-export plan . --layers {point['layers']}{select} && nbl-export report ."
     if report["fit"] == "independent" and taken:
-        yield describe_command(
-            dataclasses.replace(options, fit="distilled", tap="normed", rank=None), Path("distilled")
-        )
+        yield describe_command(dataclasses.replace(options, fit="distilled", tap="normed"), Path("distilled"))

@@ -145,7 +145,7 @@ def _facts(model: Any, file: Path, maps_file: Path, maps: dict[int, Mixer], plan
     return {
         "schema": SCHEMA,
         "source": {"graph": file.name, "sha256": file_sha256(file), "producer": model.producer_name},
-        "maps": {"name": maps_file.name, "sha256": file_sha256(maps_file), "ranks": _ranks(maps)},
+        "maps": {"name": maps_file.name, "sha256": file_sha256(maps_file)},
         "num_layers": plan.num_layers,
         "replaced_layers": sorted({*plan.replaced, *replaced_layers(model.graph)}),
         "tap": plan.tap,
@@ -153,7 +153,3 @@ def _facts(model: Any, file: Path, maps_file: Path, maps: dict[int, Mixer], plan
         "versions": versions(_PACKAGES),
         "nbl_export": __version__,
     }
-
-
-def _ranks(maps: dict[int, Mixer]) -> dict[str, int]:
-    return {str(layer): m.rank for layer, m in maps.items() if m.rank is not None}

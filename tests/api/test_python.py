@@ -175,7 +175,7 @@ def test_the_maps_are_those_of_the_main_job(loaded: Any, text: Path, finished: P
     for layer, found in load_maps(finished / "maps.safetensors", planned.layers).items():
         for name, array in found.tensors().items():
             np.testing.assert_array_equal(planned.maps[layer].tensors()[name], array)
-    assert api.plan(calibration, [2, 0], rank=8, quiet=True).layers == (0, 2)
+    assert api.plan(calibration, [2, 0], quiet=True).layers == (0, 2)
     assert api.plan(calibration, max_perplexity_increase="10000%", quiet=True).layers
     with pytest.raises(UsageError, match="give one of them"):
         api.plan(calibration, 1, max_perplexity_increase="5%")

@@ -163,7 +163,6 @@ def test_gains_are_those_of_the_cost_model() -> None:
     )
     assert found[2].cache_bytes_per_token == 20 * 2 * 3 * 64 * 4
     assert job(SMOLLM2, fit="drop").gains()[1].prefill > found[1].prefill
-    assert job(SMOLLM2, rank="8").gains()[1].decode > found[1].decode
     assert job(SMOLLM2, precision="fp16").gains()[0].cache_bytes_per_token == 26 * 2 * 3 * 64 * 2
 
 

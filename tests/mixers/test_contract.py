@@ -17,7 +17,7 @@ from nbl_export.calibrate.collect import Wanted, collect_layers
 from nbl_export.calibrate.moments_file import MomentsWriter, open_moments
 from nbl_export.distill.teacher_student import TeacherStudent
 from nbl_export.errors import NblError
-from nbl_export.mixers.base import FitOptions, Kind, Mixer, apply
+from nbl_export.mixers.base import Kind, Mixer, apply
 from nbl_export.mixers.linear import Linear
 from nbl_export.mixers.modules import Wrapped
 from nbl_export.mixers.none import Nothing
@@ -42,11 +42,10 @@ def numbers(*shape: int, seed: int = 0) -> np.ndarray:
 def planted(size: int, seed: int = 0) -> dict[str, Mixer]:
     """A mixer of each kind and form."""
     square = [numbers(size, size, seed=seed + k) for k in range(2)]
-    thin, bias = numbers(size, 2, seed=seed + 2), numbers(size, seed=seed + 3)
+    bias = numbers(size, seed=seed + 3)
     return {
         "linear": Linear(square[0], bias),
         "linear without a bias": Linear(square[0], np.zeros_like(bias)),
-        "linear of low rank": Linear.factored(thin, thin.T.copy(), bias),
         "none": Nothing(size),
         "memory": Memory(square[0], square[1], bias),
         "window": window(size, seed),
@@ -193,7 +192,7 @@ def test_a_scale_moves_from_the_input_into_the_mixer(name: str) -> None:
 def test_one_product_says_all_or_is_refused(name: str) -> None:
     mixer = EVERY[name]
     weight = mixer.product()
-    assert (weight is None) == (name in ("linear", "linear of low rank", "memory", "window", "window with a norm"))
+    assert (weight is None) == (name in ("linear", "memory", "window", "window with a norm"))
     if weight is not None:
         np.testing.assert_allclose(ROWS @ weight.T, apply(mixer, ROWS)[0], atol=1e-6)
     flat = torch.from_numpy(ROWS).flatten(0, 1)
@@ -224,11 +223,11 @@ def test_a_planted_mixer_is_fitted(name: str) -> None:
     features = kind(mixer).features(x)
     assert features.shape == (*x.shape[:2], kind(mixer).feature_count(D)) and torch.equal(features[..., :D], x)
     found_moments = moments(features.flatten(0, 1), y.flatten(0, 1))
-    options = FitOptions(2 if name == "linear of low rank" else None, name != "linear without a bias")
-    found = kind(mixer).fit(found_moments, 0, options)
-    assert found.rank == mixer.rank and found.kind == mixer.kind
+    bias = name != "linear without a bias"
+    found = kind(mixer).fit(found_moments, 0, bias=bias)
+    assert found.kind == mixer.kind
     np.testing.assert_allclose(apply(found, ROWS)[0], apply(mixer, ROWS)[0], atol=2e-5)
-    scored = kind(mixer).score(found_moments, 4, options)
+    scored = kind(mixer).score(found_moments, 4, bias=bias)
     assert scored.layer == 4 and scored.nmse < 1e-4 and -1e-9 <= scored.bound < 1e-3
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from nbl_export.mixers import lmmse
-from nbl_export.mixers.base import AS_USUAL, Builder, FitOptions, Kind, Mixer, StateSpec, TokenWork, Value
+from nbl_export.mixers.base import Builder, Kind, Mixer, StateSpec, TokenWork, Value
 from nbl_export.mixers.lmmse import Moments
 from nbl_export.mixers.modules import MixerModule
 
@@ -32,7 +32,6 @@ class Memory:
     bias: np.ndarray
     kind = "memory"
     token_local = False
-    rank = None
 
     @property
     def state(self) -> StateSpec:
@@ -99,8 +98,8 @@ class _Memory(Kind):
     def features(self, x_BTD: torch.Tensor) -> torch.Tensor:
         return torch.cat([x_BTD, nn.functional.pad(x_BTD, (0, 0, 1, 0))[:, :-1]], 2)
 
-    def fit(self, moments: Moments, layer: int, options: FitOptions = AS_USUAL) -> Memory:
-        found = lmmse.fit(moments, layer, bias=options.bias)
+    def fit(self, moments: Moments, layer: int, *, bias: bool = True) -> Memory:
+        found = lmmse.fit(moments, layer, bias=bias)
         now, before = np.split(found.weight, 2, axis=1)
         return Memory(now, before, found.bias)
 

@@ -214,7 +214,7 @@ def test_options_are_settled_without_torch(tmp_path: Path) -> None:
     [
         {}, ASKED, {"fit": "distilled"}, {"fit": "distilled", "tap": "residual"}, {"provider": "cuda"},
         {"engine": "openvino", "precision": "fp32"},
-        {"maps": "linear", "layers": "2", "select": "cca", "rank": "4"},
+        {"maps": "linear", "layers": "2", "select": "cca"},
         {"fit": "distilled", "distill_steps": 4, "seed": 2, "label_weight": 0.5},
         {"engine": "trt-rtx", "precision": "int4", "max_seq_len": 64},
         {"precision": "int4", "quantize": "awq", "builder_option": ("block_size=64",), "draft": "nbl",
@@ -231,8 +231,6 @@ def test_the_recorded_command_settles_alike(asked: dict[str, Any], tmp_path: Pat
 def test_the_command_for_maps_without_a_bias_is_accepted(stopped: None) -> None:
     from nbl_export.run.deployed import remake_command
 
-    options = settled({"layers": "2", "select": "cca", "rank": "4"})
+    options = settled({"layers": "2", "select": "cca"})
     words = shlex.split(remake_command(options, (0, 2)))
-    assert_settled(
-        reached(line(*words[1:])), {"layers": "0,2", "maps": "linear", "tap": "normed", "rank": "4", "select": None}
-    )
+    assert_settled(reached(line(*words[1:])), {"layers": "0,2", "maps": "linear", "tap": "normed", "select": None})

@@ -46,10 +46,9 @@ SETTLED: list[tuple[Asked, Asked]] = [
     ({"max_perplexity_increase": "5%", "select": "greedy"}, {"tap": "normed", "fit": "distilled"}),
     ({"layers": "2"}, {"tap": "residual", "fit": "independent"}),
     ({"kv_budget": "1KiB"}, {"fit": "independent"}),
-    ({"rank": "8"}, {"fit": "independent"}),
     ({"select": "cca"}, {"fit": "independent"}),
     ({}, {"window_layers": "auto"}),
-    ({"max_perplexity_increase": "5%", "fit": "independent", "rank": "8"}, {"window_layers": "auto"}),
+    ({"max_perplexity_increase": "5%", "fit": "independent"}, {"window_layers": "auto"}),
     ({"fit": "drop"}, {"window_layers": "none"}),
     ({"layers": "2"}, {"window_layers": "none"}),
     ({"target_speedup": "1.2"}, {"window_layers": "none"}),
@@ -63,7 +62,7 @@ SETTLED: list[tuple[Asked, Asked]] = [
     ({"engine": "openvino", "precision": "int8"}, {"precision": "int8", "decoder_source": "openvino"}),
     ({"engine": "trt-rtx"}, {"precision": "fp16", "decoder_source": "static"}),
     ({"provider": "cuda"}, {"precision": "fp16", "decoder_source": "genai"}),
-    ({"seed": None, "rank": None, "distill_steps": None}, {"seed": 0, "rank": None, "distill_steps": None}),
+    ({"seed": None, "distill_steps": None}, {"seed": 0, "distill_steps": None}),
 ]
 OF_MODEL: list[tuple[ModelFacts, Asked, Asked]] = [
     (GGUF, {}, {"precision": "fp32"}),
@@ -159,10 +158,9 @@ def test_one_count_or_goal_replaces_another() -> None:
 # The option, all that is asked for, the model, and what the message says the option is for.
 IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     ("select", {"select": "cca", "layers": "0,2"}, None, "a number of layers or a goal"),
-    ("rank", {"rank": "8", "fit": "drop"}, None, "--fit independent"),
     ("maps", {"maps": "linear", "fit": "drop"}, None, "fitted maps"),
     ("distill_minutes", {"distill_minutes": 1.0, "layers": "2"}, None, "--fit distilled"),
-    ("distill_steps", {"distill_steps": 40, "rank": "8"}, None, "--fit distilled"),
+    ("distill_steps", {"distill_steps": 40, "layers": "2"}, None, "--fit distilled"),
     ("distill_tokens", {"distill_tokens": 2048, "fit": "independent"}, None, "--fit distilled"),
     ("lora_rank", {"lora_rank": 16, "fit": "drop"}, None, "--fit distilled"),  # the default, but asked for
     ("label_weight", {"label_weight": 0.5, "kv_budget": "1KiB"}, None, "--fit distilled"),
@@ -195,7 +193,7 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
         (name, {name: value}, NBL, "no longer contains the removed attention")
         for name, value in {
             "layers": "1", "max_perplexity_increase": "5%", "target_speedup": "1.3", "kv_budget": "1KiB",
-            "select": "cca", "rank": "2", "maps": "linear", "compute_dtype": "float32",
+            "select": "cca", "maps": "linear", "compute_dtype": "float32",
             "draft": "ngram",
         }.items()
     ),
@@ -233,7 +231,7 @@ def _refusal(asked: Asked, model: ModelFacts | None) -> Exception | None:
         {"fit": "distilled", "distill_steps": 4, "lora_rank": 2, "seed": 1},
         {"calibration": "self", "seed": 1},
         {"layers": "0,2", "draft": "nbl", "draft_layers": 2, "select": "cca"},
-        {"layers": 2, "select": "cca", "rank": 8, "provider": "cpu"},
+        {"layers": 2, "select": "cca", "provider": "cpu"},
         {"layers": "0,", "window_layers": "1,", "window": 8},
         {"window_layers": "1-2"},
         {"window_layers": "auto", "layers": 1, "window": 8},
@@ -273,7 +271,6 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"window_layers": "1,", "kv_budget": "1KiB"}, None, ("--window-layers does not go with --kv-budget",)),
     ({"window_layers": "auto", "layers": "0,"}, None, ("auto does not go with named --layers",)),
     ({"window_layers": "1,", "draft": "ngram"}, None, ("--window-layers does not go with --draft",)),
-    ({"rank": "many"}, None, ("--rank 'many' is neither a number from 1 on nor auto",)),
     ({"maps": "linear", "tap": "residual"}, None, ("--maps linear acts on the normed input; add --tap normed",)),
     ({"builder_option": "block_size"}, None, ("--builder-option block_size: the values of block_size are 16",)),
     ({"builder_option": "speed=9"}, None, ("--builder-option speed=9: expected KEY=VALUE", "fuse_mlp_gate_up")),
@@ -315,7 +312,6 @@ UNFIT: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"window_layers": "1-2", "layers": 1}, PLAIN, ("--window-layers 1-2 and --layers name all 3 layers",)),
     ({"window_layers": "auto", "window": 513}, PLAIN, ("--window 513 is beyond the model's 512 positions",)),
     ({"window_layers": "1,", "window": 513}, PLAIN, ("--window 513 is beyond the model's 512 positions",)),
-    ({"rank": "65"}, PLAIN, ("--rank 65 is beyond the model's hidden size of 64",)),
     ({"kv_budget": "64MiB"}, PLAIN, ("--kv-budget 64MiB: the cache already fits", "nothing needs to be replaced")),
     ({"kv_budget": "1B"}, PLAIN, ("--kv-budget 1B cannot be met", "256 bytes")),
     ({"tap": "normed"}, OLMO, ("--tap normed is not possible for olmo2: no norm stands in front", "--tap residual")),
@@ -360,7 +356,7 @@ def test_a_value_that_fits_is_accepted() -> None:
     """The largest and smallest that do."""
     for asked in (
         {"kv_budget": "512B"}, {"kv_budget": "256B", "provider": "cuda"},  # two bytes an element
-        {"context": 512}, {"rank": "64"}, {"layers": "0-1"}, {"tap": "normed"},
+        {"context": 512}, {"layers": "0-1"}, {"tap": "normed"},
         {"depths": (500,), "generate_tokens": 12, "prompt_tokens": 16},
         {"engine": "trt", "max_seq_len": 512}, {"engine": "trt", "max_seq_len": 32, "prefill_chunk": 32},
     ):  # fmt: skip

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from nbl_export.calibrate import collect
 from nbl_export.distill.training import Callbacks, DistillSettings, TrainingText, distill
 from nbl_export.graph.decoder import OnnxDecoder
-from nbl_export.mixers.base import FitOptions
 from nbl_export.mixers.linear import LINEAR, Linear
 from nbl_export.mixers.lmmse import fit, score
 from nbl_export.model.checkpoint.load import load_model
@@ -83,7 +82,7 @@ def test_training_leaves_the_bias_at_zero(checkpoint: Callable[[str], Path]) -> 
     model = load_model(checkpoint("llama"))
     windows = torch.randint(3, 200, (8, 64), generator=torch.Generator().manual_seed(0))
     found = collect.collect(model, windows, lambda _d, _t: None, ("normed",))["normed"]
-    maps = {i: LINEAR.fit(found[i], i, FitOptions(bias=False)) for i in (1, 2)}
+    maps = {i: LINEAR.fit(found[i], i, bias=False) for i in (1, 2)}
     how = DistillSettings(steps=24, batch_tokens=256, check_every=8, lora_rank=4, label_weight=0.0)
     result: Any = distill(model, maps, "normed", TrainingText(windows, windows[:2]), how, Callbacks())
     assert min(kl for _, kl in result.held_kl) < result.held_kl[0][1]

@@ -132,16 +132,14 @@ def test_a_count_takes_the_layers_with_the_best_scores() -> None:
         bare = dataclasses.replace(inputs(select), **heavy)
         plan, maps, facts, _ = planned(plan_inputs(bare, 3, **lazy))
         assert plan.replaced == tuple(sorted(CHEAPEST)) == tuple(maps)
-        assert (plan.select, plan.tap, facts) == (select, "residual", {"curve": None, "ranks": {}, "goal": None})
+        assert (plan.select, plan.tap, facts) == (select, "residual", {"curve": None, "goal": None})
     assert planned(plan_inputs(inputs("error"), 1))[0].replaced == CHEAPEST[:1]
 
 
 def test_named_layers_need_no_order() -> None:
-    plan, maps, _, _ = planned(plan_inputs(inputs("greedy", rank=1), (0, 7)))
+    plan, _, _, _ = planned(plan_inputs(inputs("greedy"), (0, 7)))
     assert (plan.replaced, plan.select, Judge.rounds) == ((0, 7), "given", 0)
     assert len(plan.scores) == LAYERS
-    assert maps[7].rank == 1
-    assert planned(plan_inputs(inputs(rank=1), (7,)))[2]["ranks"] == {"7": 1}
 
 
 def test_maps_are_of_their_kind() -> None:
@@ -210,7 +208,7 @@ def swept(count: int = 2, distilled: DistilledMaps | None = None, **kind: Any) -
 
 
 def test_points_are_the_sets_of_one_order_with_maps_and_without_attention() -> None:
-    found = swept(2, rank=1)
+    found = swept(2)
     first, second = found["order"]
     assert {first, second} < set(CHEAPEST)
     rows = [(p["method"], p["layers"], p["replaced_layers"]) for p in found["points"]]
@@ -226,7 +224,7 @@ def test_points_are_the_sets_of_one_order_with_maps_and_without_attention() -> N
         assert p["worst_upper"] == max(quality_loss["increase_interval"][1] for quality_loss in p["quality_losses"])
     assert (found["texts"], found["recommended"]) == (["near", "far"], {"method": "nbl", "layers": 2})
     fitted, dropped = (maps for maps, _ in Switched.made)
-    assert fitted[0].rank is not None and dropped[0].kind == "none"  # a rank is for fitted maps
+    assert fitted[0].kind == "linear" and dropped[0].kind == "none"
 
 
 def trained(replaced: tuple[int, ...], select: str) -> DistilledMaps:
@@ -301,8 +299,8 @@ def test_another_input_is_another_key() -> None:
     start = inputs("efficient")
     lazy: Any = Lazy("o", dict)
     others: dict[str, Any] = {
-        "kind": MapKind(rank=2), "select": Lazy("greedy", lambda: "greedy"), "moments": Lazy("o", lambda: moments_of),
-        "mixes": Lazy("o", lambda: Switched), "texts": Lazy("o", list),
+        "kind": MapKind(bias=False), "select": Lazy("greedy", lambda: "greedy"),
+        "moments": Lazy("o", lambda: moments_of), "mixes": Lazy("o", lambda: Switched), "texts": Lazy("o", list),
         "second_sha256": Lazy(None, lambda: "third"), "saved": Lazy("o", lambda: lambda maps, tokens: 0.0),
         "given": Lazy("o", dict), "top": TopInputs((5,), 0.1, 8, lazy, lazy, lazy),
     }  # fmt: skip

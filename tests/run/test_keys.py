@@ -89,8 +89,6 @@ def test_a_calibration_resumes_from_its_own_sums_alone(change: str, tmp_path: Pa
 ORDER = GreedyOrder((Point((2,), (0.1,), (0.1,)), Point((2, 0), (0.2,), (0.2,))))
 GREEDY, EFFICIENT = {"select": "greedy"}, {"select": "efficient"}
 ORDERS: dict[str, tuple[Changes, Changes, Changes]] = {  # options before, options changed, facts changed
-    "rank": (GREEDY, {"rank": "3"}, {}),
-    "rank auto": (GREEDY, {"rank": "auto"}, {}),
     "tap": (GREEDY, {"tap": "normed"}, {}),
     "maps": ({**GREEDY, "tap": "normed"}, {"maps": "linear"}, {}),
     "dropped attention": (GREEDY, {"fit": "drop"}, {}),

@@ -42,7 +42,7 @@ ASKED = {"sweep": SweepRequest(1), "eval": EVAL}
 # Another value of each option.
 OTHER: dict[str, Any] = {
     "layers": "2", "window_layers": "2,", "max_perplexity_increase": "5%", "target_speedup": "1.1",
-    "kv_budget": "300B", "fit": "drop", "select": "error", "rank": "3", "tap": "normed", "maps": "linear",
+    "kv_budget": "300B", "fit": "drop", "select": "error", "tap": "normed", "maps": "linear",
     "distill_minutes": 1.0,
     "distill_steps": 7, "distill_tokens": 7, "lora_rank": 7, "label_weight": 0.7, "calibration_tokens": 1024,
     "context": 64, "compute_dtype": "float32", "seed": 7, "precision": "int8", "requantize": True,
@@ -51,7 +51,7 @@ OTHER: dict[str, Any] = {
     "draft": "int4", "draft_layers": "1", "depths": (7,), "repetitions": 7, "prompt_tokens": (7,),
     "generate_tokens": 7, "threads": (1,), "batches": (2,), "engine": "openvino",
 }  # fmt: skip
-_PLAN = ("layers", "window_layers", "max_perplexity_increase", "target_speedup", "kv_budget", "fit", "select", "rank",
+_PLAN = ("layers", "window_layers", "max_perplexity_increase", "target_speedup", "kv_budget", "fit", "select",
          "tap", "maps", "calibration_tokens", "context", "compute_dtype", "logits")  # fmt: skip
 _DECODER = ("precision", "provider", "logits", "decoder_source", "builder_option", "quantize",
             "quantized_model")  # fmt: skip
@@ -61,7 +61,7 @@ _BENCH = ("depths", "repetitions", "prompt_tokens", "generate_tokens", "threads"
 READS: dict[str, tuple[str, ...]] = {
     "calibrate": ("calibration_tokens", "context", "tap", "compute_dtype"),
     "plan": _PLAN,
-    "sweep": ("window_layers", "select", "rank", "tap", "maps", "calibration_tokens", "context",
+    "sweep": ("window_layers", "select", "tap", "maps", "calibration_tokens", "context",
               "compute_dtype", "precision", "provider", "engine", "logits", "prompt_tokens"),
     "distill": (*_PLAN, "distill_minutes", "distill_steps", "distill_tokens", "lora_rank", "label_weight", "seed"),
     "quantize": ("quantize", "calibration_tokens", "context", "builder_option"),

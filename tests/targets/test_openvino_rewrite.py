@@ -147,20 +147,6 @@ def test_the_empty_plan_gives_back_the_files(pair: Callable[..., tuple[Path, Pat
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_a_map_of_low_rank_is_two_products(
-    pair: Callable[..., tuple[Path, Path]], tmp_path: Path, precision: str
-) -> None:
-    """No group of int4 codes divides the 8 inputs of the second product, which gets int8 codes."""
-    source, _ = pair("llama", (1,), precision)
-    rng = np.random.default_rng(0)
-    up, down = (rng.standard_normal(s).astype(np.float32) for s in ((HIDDEN, 8), (8, HIDDEN)))
-    maps = {1: Linear.factored(up, down, rng.standard_normal(HIDDEN).astype(np.float32))}
-    OPENVINO.linearize(source, tmp_path / "model", Plan(LAYERS, (1,)), maps)
-    assert ir_files.check_ir_maps("nbl", tmp_path / "model", maps).passed
-    assert not ir_files.check_ir_maps("nbl", tmp_path / "model", {1: random_map(1)}).passed
-
-
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_a_map_without_a_bias_has_no_addition(
     pair: Callable[..., tuple[Path, Path]], checkpoint: Callable[[str], Path], tmp_path: Path, precision: str
 ) -> None:

@@ -39,7 +39,7 @@ READ_TOKENS = 8192  # tokens whose magnitudes are averaged
 _ROWS = 256  # rows on which the rounding is judged
 _BLOCK = 32  # the GenAI builder's default
 _DEPLOYED_FACTS = ("schema", "model", "decoder", "options", "calibration", "num_layers", "replaced_layers", "kinds",
-                   "tap", "select", "ranks", "fit", "scores", "logits")  # fmt: skip
+                   "tap", "select", "fit", "scores", "logits")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from nbl_export.options.goals import (
     default_minutes,
     goal_of,
     layers_for_budget,
-    read_rank,
 )
 from nbl_export.options.options import (
     AUTO_WINDOWS,
@@ -85,7 +84,7 @@ def order_of(r: Resolver) -> OrderInputs:
     options, spec = r.options, r.spec
     usual = options.select or DEFAULT_SELECT
     return OrderInputs(
-        MapKind(options.kind, options.tap, read_rank(options.rank), options.has_bias),
+        MapKind(options.kind, options.tap, options.has_bias),
         spec.num_layers,
         spec.hidden_size,
         usual,
@@ -162,7 +161,7 @@ def run(inputs: PlanInputs | Lazy[Any], place: Place, out: Path) -> dict[str, An
     """Write the maps; returns plan, scores, order and curve for the manifest."""
     from nbl_export.plan.maps_file import save_maps
 
-    facts: dict[str, Any] = {"ranks": {}, "goal": None, "curve": None}
+    facts: dict[str, Any] = {"goal": None, "curve": None}
     trains = False
     if isinstance(inputs, Lazy):
         (plan, maps), fit = inputs.value, inputs.identity[0]

@@ -207,7 +207,7 @@ def compress(model: Any, precision: str, *, group: int = 0, only_new: bool = Fal
             model, mode=modes.INT4_SYM, ratio=1.0, group_size=group, all_layers=only_new or None,
             advanced_parameters=leave, ignored_scope=apart,
         )  # fmt: skip
-        # what no group divides, as a map of low rank
+        # what no group divides
         return nncf.compress_weights(found, mode=modes.INT8_ASYM, ignored_scope=apart)
 
 
