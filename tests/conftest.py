@@ -79,8 +79,29 @@ def _place(item: pytest.Item) -> int:
     return _LONG.index(name) if name in _LONG else len(_LONG)
 
 
+# A test is quick unless it has a marker of its own, asks for a finished job or another engine, or its file starts jobs
+# or processes, or imports what is for other engines.
+_JOBS = {"finished", "run", "same"}
+_BEYOND = re.compile(
+    r"subprocess|in_new_process|ForkServer|\bChild\b|\bnbl\(|lm_eval|targets\.(openvino|tensorrt)|import openvino"
+)
+
+
+@functools.cache
+def _is_beyond(path: Path) -> bool:
+    return _BEYOND.search(path.read_text(encoding="utf-8")) is not None
+
+
+def _is_quick(item: pytest.Item) -> bool:
+    marks = {mark.name for mark in item.iter_markers()} - {"parametrize", "skipif", "usefixtures"}
+    other = marks or _JOBS & set(getattr(item, "fixturenames", ())) or re.search("openvino|static|trt", item.name)
+    return not (other or _is_beyond(item.path))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     assert all((_TESTS / name).is_file() for name in _LONG)
+    for item in filter(_is_quick, items):
+        item.add_marker("quick")
     items.sort(key=_place)
     left_out = [item for item in items if item.get_closest_marker("trt")] if _without_stand_ins(config) else []
     if left_out:
@@ -261,10 +282,10 @@ def light_jobs(request: pytest.FixtureRequest) -> Iterator[None]:
     from nbl_export.run.stages import speculative
 
     def here(open_runner: Any, directory: Path, threads: int | None, *asked: Any) -> instruments.Footprint:
-        return instruments._footprint(functools.partial(open_runner, directory, threads), *asked)
+        return instruments.footprint_here(functools.partial(open_runner, directory, threads), *asked)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark.run, "__kwdefaults__", {**(benchmark.run.__kwdefaults__ or {}), "measure": here})
+        patch.setattr(benchmark, "measure_footprint", here)
         for drawing in ("throughput", "depths", "length", "layers", "tradeoff"):
             patch.setattr(plots, drawing, lambda *_: "<svg></svg>")
         patch.setattr(speculative, "LOADS", 2)

@@ -181,7 +181,7 @@ _MEMORY_SHARE = 0.9  # of the available memory, for the peaks of all variants to
 
 def run(
     variants: Mapping[str, Variant], scenarios: Sequence[Scenario], repetitions: int | None, progress: Progress, *,
-    setting: BenchSetting, instruments: Instruments | None = None, measure: Measure = measure_footprint,
+    setting: BenchSetting, instruments: Instruments | None = None, measure: Measure | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure every scenario on every variant and return the value of bench.json.
 
@@ -190,11 +190,12 @@ def run(
         scenarios: see `plan_scenarios`; scenarios that cannot run are listed in "skipped".
         repetitions: timed rounds, each with its own load and untimed warm-up; None lets `rounds.Rule` decide.
         progress: called with (steps done, total steps), warm-ups and fills included.
+        measure: reads memory and load time of a variant; None: `measure_footprint`.
 
     Raises:
         NblError: no scenario fits the context, or a runner fails.
     """
-    instruments = instruments or Instruments()
+    instruments, measure = instruments or Instruments(), measure or measure_footprint
     fitting, skipped = _split(scenarios, setting.context_length)
     capacity = max(s.depth + s.tokens for s in fitting)
     shape = max(s.batch for s in fitting), capacity

@@ -46,8 +46,8 @@ from nbl_export.targets.gpu import free_bytes
 from nbl_export.targets.runners import TextRunner
 
 __all__ = ["Footprint", "Instruments", "Meter", "OpenRunner", "Reading", "background_of", "disk_bytes",
-           "find_meter", "is_busy", "measure_footprint", "read_clocks", "read_usage", "used_between",
-           "wait_until_idle"]  # fmt: skip
+           "find_meter", "footprint_here", "is_busy", "measure_footprint", "read_clocks", "read_usage",
+           "used_between", "wait_until_idle"]  # fmt: skip
 
 _LOOK = 0.01  # seconds of one observation
 _SHARE = 0.2  # share of one core that an idle process may use
@@ -352,7 +352,7 @@ def _child(
     gpu: bool,
 ) -> None:  # fmt: skip
     try:
-        found = _footprint(functools.partial(open_runner, directory, threads), prompt, capacity, gpu)
+        found = footprint_here(functools.partial(open_runner, directory, threads), prompt, capacity, gpu)
         write(dataclasses.astuple(found))
     except NblError as error:
         write(str(error))
@@ -363,7 +363,10 @@ def _child(
         write(f"measuring {directory} failed in the process that loaded it: {text[:_LONGEST]}")
 
 
-def _footprint(load: Callable[[], TextRunner], prompt: Sequence[int], capacity: int, gpu: bool = False) -> Footprint:
+def footprint_here(
+    load: Callable[[], TextRunner], prompt: Sequence[int], capacity: int, gpu: bool = False
+) -> Footprint:
+    """The same in this process, whose memory so far counts too."""
     free = free_bytes() if gpu else None
     start = time.perf_counter()
     with load() as runner:

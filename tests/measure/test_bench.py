@@ -194,7 +194,7 @@ def test_decoders_are_measured_by_the_options(
 
     used = {"seconds": 1.0, "others": others, "stolen": 0.0}
     monkeypatch.setattr(rounds, "used_between", lambda before, after: used)
-    monkeypatch.setattr(benchmark, "run", functools.partial(benchmark.run, measure=measure_nothing))
+    monkeypatch.setattr(benchmark, "measure_footprint", measure_nothing)
     monkeypatch.setattr(benchmark, "Instruments", lambda meter: Instruments(clock.__next__, meter, lambda: True))
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

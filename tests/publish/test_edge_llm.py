@@ -1,6 +1,6 @@
 """`convert --to edge-llm`: the directory by our own reading, and its code on a stand-in of TensorRT-Edge-LLM.
 
-The stand-in has the signatures of version 0.11 (models/default/modeling_default.py). `tests/serving/test_edge_llm.py`
+The stand-in has the signatures of version 0.11 (models/default/modeling_default.py). `tests/engines/test_edge_llm.py`
 runs the package itself.
 """
 

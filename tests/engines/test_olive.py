@@ -25,7 +25,7 @@ from ..tiny import HEAD_DIM
 pytestmark = pytest.mark.olive
 
 PYTHON = os.environ.get("NBL_OLIVE_PYTHON", "")
-OLD_GENAI = os.environ.get("NBL_OLIVE_GENAI", "")  # directory with GenAI 0.14, which Olive's ModelBuilder needs
+OLD_GENAI = os.environ.get("NBL_OLIVE_APART", "")  # directory with GenAI 0.14, which Olive's ModelBuilder needs
 PAGE = Path(__file__).parents[2] / "docs" / "olive.md"
 SMALL = {"layers": "1", "calibration_tokens": 1024, "context": 64, "repetitions": 1, "prompt_tokens": [16],
          "generate_tokens": 4, "depths": [0], "compute_dtype": "float32"}  # fmt: skip
@@ -35,7 +35,7 @@ SMALL = {"layers": "1", "calibration_tokens": 1024, "context": 64, "repetitions"
 def home(checkpoint: Callable[[str], Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a finished run and the table of passes."""
     if not PYTHON or not OLD_GENAI:
-        pytest.skip("NBL_OLIVE_PYTHON and NBL_OLIVE_GENAI name no environment with olive-ai; see make test-olive")
+        pytest.skip("NBL_OLIVE_PYTHON and NBL_OLIVE_APART name no environment with olive-ai; see make test-olive")
     home = tmp_path_factory.mktemp("olive")
     done = nbl("--model", checkpoint("llama"), "--calibration", text, *TINY, "--output", home / "run")
     assert done.status == 0, done.err
