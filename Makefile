@@ -23,7 +23,7 @@ $(VENV)/.quick: pyproject.toml | $(VENV)/.export
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.export
-	$(PIP) -e '.[export,cpu,openvino,trt-rtx,eval,dev]'
+	$(PIP) -e '.[export,cpu,openvino,trt-rtx,eval,dev]' 'openvino-genai>=2026.0'
 	touch $@
 
 # Eight layers that were measured in SmolLM2 (docs/results/jobs.md): naming them, and a quarter of the calibration text, makes a first look fast.

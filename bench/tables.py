@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import tables_codes as codes
-import tables_lossless as lossless
 import tables_models as models
 import tables_openvino as ov
 import tables_proof as proof
@@ -35,7 +34,6 @@ TABLES: Mapping[str, Table] = {
     "model-qwen": models.qwen,
     "model-smollm2": models.smollm2,
     "engines": models.engines,
-    "lossless-short": models.lossless_short,
     "cost": models.cost,
     "demo": speed.demo,
     "exchange": speed.exchange,
@@ -62,9 +60,6 @@ TABLES: Mapping[str, Table] = {
     "gguf-speeds": serving.gguf_speeds,
     "vllm": serving.vllm,
     "plans": serving.plans,
-    "lossless": lossless.lossless,
-    "lossless-tokens": lossless.tokens,
-    "lossless-prefill": lossless.prefill,
     "stages": second.stages,
     "taken": second.taken,
     "job-speeds": second.job_speeds,

@@ -1,4 +1,4 @@
-"""Tables of the first page of results: a table a model, engines with loss beside speed, lossless and cost in short."""
+"""Tables of the first page of results: a table a model, engines with loss beside speed, cost in short."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import tables_lossless as lossless
 from tables_quality import TASKS, rise
 from tables_second import increase, stages
 from tables_speed import cell, paired, spoken
@@ -168,17 +167,6 @@ def _of(run: Mapping[str, Any], test: str, depth: int, variant: str | None = Non
     (ratio,) = [r for r in run["ratios"]
                 if r["variant"] == wanted and r["test"].startswith(test) and r["depth"] == depth]  # fmt: skip
     return cell(ratio)
-
-
-def lossless_short(read: Read) -> Rows:
-    """For each decoder, its fastest proposer, and the NBL model as the draft."""
-    head, _, *rows = lossless.lossless(read)
-    found: Rows = [(head[0], "fastest proposer", *head[2:4], "with the NBL model as the draft"), "llrrr"]
-    for decoder in dict.fromkeys(row[0] for row in rows):
-        best, *_ = mine = [row for row in rows if row[0] == decoder]
-        (draft,) = [row for row in mine if row[1].startswith("nbl")]
-        found.append((*best[:4], draft[3]))
-    return found
 
 
 def cost(read: Read) -> Rows:

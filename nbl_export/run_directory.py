@@ -18,8 +18,6 @@
     DIR/eval.json              eval, if requested
     DIR/engine/{original,model}/ build: compiled, deployable by itself
     DIR/bench.json             bench
-    DIR/lossless/              lossless, if requested: the original decoder with proposed tokens, deployable by itself
-    DIR/lossless.json          lossless: what was accepted, and the speed beside plain decoding
     DIR/report.{html,md,json}  report
     DIR/acceptance.{json,md}  accept, on the target machine
     DIR/checkpoint/            the stock safetensors checkpoint of a GGUF or NBL model, until the report is written
@@ -36,7 +34,6 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,30 +56,17 @@ from nbl_export.trust.contained import check_folder
 from nbl_export.trust.lock import locked
 
 __all__ = ["ACCEPTANCE_FILE", "ACCEPTANCE_JSON", "ACCEPTANCE_MD", "BENCH_FILE", "CALIBRATION_FILE", "CHECKPOINT",
-           "DECODERS", "DISTILL_FILE", "EVAL_FILE", "LOSSLESS_FILE", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES",
+           "DECODERS", "DISTILL_FILE", "EVAL_FILE", "MADE_BY", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES",
            "REFERENCES_FILE", "REPORT_HTML", "REPORT_JSON", "REPORT_MD", "SCALES_FILE", "SCHEMA", "START_FILE",
-           "SUBJECTS", "SWEEP_FILE", "VERIFY_FILE", "RunDirectory", "Subject", "refuse_foreign"]  # fmt: skip
+           "SWEEP_FILE", "VERIFY_FILE", "RunDirectory", "refuse_foreign"]  # fmt: skip
 
 SCHEMA = 1
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A decoder of a run: its directory, the stage that makes it, and its name for people."""
-
-    directory: str
-    stage: str
-    title: str
-
-
-SUBJECTS = {
-    "original": Subject("original", "decoder", "original"),
-    "nbl": Subject("model", "rewrite", "NBL"),
-    "lossless": Subject("lossless", "lossless", "lossless decoding"),
-}
-DECODERS = {name: SUBJECTS[name].directory for name in ("original", "nbl")}  # of every run: subject -> directory
+DECODERS = {"original": "original", "nbl": "model"}  # variant -> directory
+MADE_BY = {"original": "decoder", "model": "rewrite"}  # directory of a decoder -> its stage
 VERIFY_FILE, BENCH_FILE, EVAL_FILE = "verify.json", "bench.json", "eval.json"
-SWEEP_FILE, DISTILL_FILE, LOSSLESS_FILE = "sweep.json", "distill.json", "lossless.json"
+SWEEP_FILE, DISTILL_FILE = "sweep.json", "distill.json"
 REPORT_JSON, REPORT_HTML, REPORT_MD = "report.json", "report.html", "report.md"
 CALIBRATION_FILE = "calibration.jsonl.gz"
 CHECKPOINT = "checkpoint"
@@ -292,7 +276,7 @@ class RunDirectory:
 _OURS = (
     CALIBRATION_FILE, MOMENTS_FILE, "calibrate.partial.safetensors", "sampled.safetensors", START_FILE, MAPS_FILE,
     DISTILL_FILE, "distill.partial.safetensors", SWEEP_FILE, SCALES_FILE, *DECODERS.values(), VERIFY_FILE,
-    REFERENCES_FILE, ACCEPTANCE_FILE, EVAL_FILE, "engine", BENCH_FILE, "lossless", LOSSLESS_FILE, REPORT_HTML,
+    REFERENCES_FILE, ACCEPTANCE_FILE, EVAL_FILE, "engine", BENCH_FILE, REPORT_HTML,
     REPORT_MD, REPORT_JSON, ACCEPTANCE_MD, ACCEPTANCE_JSON, "nbl-checkpoint", CHECKPOINT, MANIFEST,
 )  # fmt: skip
 

@@ -69,7 +69,7 @@ _LONG = (
     "targets/test_repairs.py", "rewrite/test_gguf_codes.py", "model/test_quantized_model.py", "verify/test_twin.py",
     "run/test_bad_directory.py", "run/test_resume.py", "run/test_given_graph.py", "cli/test_cli.py",
     "mixers/test_toy_kind.py",
-    "run/test_lossless_run.py", "targets/test_openvino_rewrite.py", "mixers/test_contract.py", "plan/test_fit.py",
+    "targets/test_openvino_rewrite.py", "mixers/test_contract.py", "plan/test_fit.py",
     "targets/test_providers.py", "targets/test_static_form.py", "evaluation/test_eval.py",
 )  # fmt: skip
 
@@ -269,7 +269,7 @@ def ctrl_c() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def light_jobs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Jobs of a test measure memory in the test's own process, draw no plots, and time lossless decoding briefly.
+    """Jobs of a test measure memory in the test's own process and draw no plots.
 
     This saves a quarter of a tiny job. Tests of memory and of plots, and jobs in a process of their own, are as a
     user's.
@@ -279,7 +279,6 @@ def light_jobs(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     from nbl_export.measure import benchmark, instruments
     from nbl_export.report import plots
-    from nbl_export.run.stages import speculative
 
     def here(open_runner: Any, directory: Path, threads: int | None, *asked: Any) -> instruments.Footprint:
         return instruments.footprint_here(functools.partial(open_runner, directory, threads), *asked)
@@ -288,9 +287,6 @@ def light_jobs(request: pytest.FixtureRequest) -> Iterator[None]:
         patch.setattr(benchmark, "measure_footprint", here)
         for drawing in ("throughput", "depths", "length", "layers", "tradeoff"):
             patch.setattr(plots, drawing, lambda *_: "<svg></svg>")
-        patch.setattr(speculative, "LOADS", 2)
-        patch.setattr(speculative, "NEW_TOKENS", 16)
-        patch.setattr(speculative, "_MOST_PROMPT_TOKENS", 128)
         yield
 
 

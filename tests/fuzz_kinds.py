@@ -134,7 +134,7 @@ def make_pristine(here: Path, folders: Mapping[str, Path], text: str) -> None:
     for name, source in folders.items():
         shutil.copytree(source, here / name)
     if "ir" in folders:
-        shutil.copytree(folders["ir"], here / "ir" / "int4_draft")
+        shutil.copytree(folders["ir"], here / "ir" / "deeper")
     shutil.copyfile(here / "run" / "maps.safetensors", here / "maps.safetensors")
     (here / "text.txt").write_text(text[:3000])
     lines = "".join(json.dumps({"text": part}) + "\n" for part in text[:4000].split("\n\n"))

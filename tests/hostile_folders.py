@@ -130,7 +130,7 @@ def damage_links(random: Random, folder: Path) -> None:
 
 _READ = ("merges.txt", "vocab.json", "chat_template.jinja", "added_tokens.json", "special_tokens_map.json",
          "tokenizer.model", "generation_config.json", "preprocessor_config.json", "w.safetensors", "b.gguf",
-         "additional_chat_templates/k.jinja", "int4_draft/openvino_model.bin", "nbl_draft/openvino_model.xml",
+         "additional_chat_templates/k.jinja", "deeper/openvino_model.bin", "deeper/openvino_model.xml",
          "onnx/model.onnx", "kernels.cache", "original/extra", "anything", "deep/er/still")  # fmt: skip
 
 

@@ -51,8 +51,6 @@ class Options(TypedDict, total=False):
     builder_option: str | Sequence[str]
     quantize: str | None
     quantized_model: Path | None
-    draft: str | None
-    draft_layers: str | int | Sequence[int] | None
     depths: int | Sequence[int]
     repetitions: int | None
     prompt_tokens: int | Sequence[int]

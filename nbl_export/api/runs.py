@@ -221,6 +221,8 @@ class Run:
     ) -> Path:  # fmt: skip
         """Write the NBL model in a form that other engines read: transformers, gguf, nemotron-nas, mlx or edge-llm.
 
+        The form ngram is the original decoder, with n-gram decoding in ONNX Runtime GenAI.
+
         Args:
             form: or an engine that reads one: vllm, llama.cpp, ollama, tensorrt-llm, tensorrt-edge-llm, mlx-lm.
             path: a new file or directory.

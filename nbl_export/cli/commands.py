@@ -140,7 +140,6 @@ def bench(
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write to FILE; .md, .csv or .json sets the format.")
     ] = None,
-    lossless: Annotated[bool, typer.Option("--lossless", help="Measure lossless/ of a run beside original/.")] = False,
     force: opt.Force = False,
     trust_engine: opt.TrustEngine = False,
     as_json: opt.Json = False,
@@ -157,8 +156,6 @@ def bench(
 
     if trust_engine:
         trust_engines([*directories, *([against] if against else [])])
-    if lossless:
-        return _bench_speculative(directories, asked, [against, form, output], as_json)
     chosen = console.format_of(form, output, as_json=as_json)
     console.check_output(output)
     if compare.is_stage(directories, against, form, output):
@@ -171,18 +168,6 @@ def bench(
         return print(text, end="")
     console.write(text, output)
     return print(output)
-
-
-def _bench_speculative(directories: list[Path], asked: dict[str, Any], others: list[Any], as_json: bool) -> None:
-    from nbl_export.report.console import speculative_table
-    from nbl_export.run.stages.speculative import bench_speculative
-
-    if len(directories) != 1 or any(others):
-        raise typer.BadParameter(
-            "takes one run directory, and neither --against, --format nor --output", param_hint="--lossless"
-        )
-    found = bench_speculative(directories[0], asked, ui(as_json))
-    show(found, speculative_table(found), as_json)
 
 
 @opt.takes("profile")
@@ -317,7 +302,8 @@ def convert(
         typer.Option(
             "--to",
             metavar="FORM",
-            help="transformers, gguf, nemotron-nas, mlx or edge-llm; or the engine: vllm, llama.cpp, ollama, ...",
+            help="transformers, gguf, nemotron-nas, mlx, edge-llm or ngram (the original, which GenAI decodes with "
+            "n-grams); or the engine: vllm, llama.cpp, ollama, ...",
         ),
     ],
     output: Annotated[Path, typer.Option(metavar="TARGET", help="The new file or directory.")],
@@ -330,7 +316,7 @@ def convert(
     ] = None,
     force: opt.Force = False,
 ) -> None:
-    """Write the NBL model for vLLM, llama.cpp and other engines."""
+    """Write the NBL model, or the original with n-grams, for other engines."""
     from nbl_export.publish.convert import convert as write
 
     shown = ui()
@@ -358,7 +344,6 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N")] = 256,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
     original: Annotated[bool, typer.Option("--original", help="Use the original decoder instead.")] = False,
-    lossless: Annotated[bool, typer.Option("--lossless", help="Use the original with proposed tokens.")] = False,
     both: Annotated[bool, typer.Option("--both", help="Answer by the original decoder, then by the NBL one.")] = False,
     force: opt.Force = False,
     trust_engine: opt.TrustEngine = False,
@@ -368,9 +353,9 @@ def generate(
 
     if trust_engine:
         trust_engines([directory])
-    if original + lossless + both > 1:
-        raise typer.BadParameter("give one of --original, --lossless and --both", param_hint="--both")
-    subjects = ("original", "nbl") if both else ("original",) if original else ("lossless",) if lossless else ("nbl",)
+    if original and both:
+        raise typer.BadParameter("give one of --original and --both", param_hint="--both")
+    subjects = ("original", "nbl") if both else ("original",) if original else ("nbl",)
     for title, pieces in answers(directory, subjects, prompt, max_new_tokens, raw=raw, force=force):
         print(f"{title}:" if both else "", end="\n" if both else "")
         for piece in pieces:

@@ -24,7 +24,7 @@ from nbl_export.errors import NblError
 from nbl_export.evaluation.scorer import GraphScorer, Request, TokenScores
 from nbl_export.graph.names import MANIFEST
 from nbl_export.model.checkpoint.load import load_tokenizer
-from nbl_export.run_directory import DECODERS, SUBJECTS, RunDirectory
+from nbl_export.run_directory import DECODERS, MADE_BY, RunDirectory
 from nbl_export.targets import load_engine, owner_of
 from nbl_export.targets.base import Target
 from nbl_export.targets.runners import RewindingDecoder
@@ -272,8 +272,8 @@ def find_graph(path: Path, variant: str = "nbl") -> GraphPlace:
             f"{path} is a run for engine {engine}, and ONNX Runtime cannot evaluate its graphs; evaluate a run with "
             "--engine ort, or the torch models (--variants torch-original,torch-nbl)"
         )
-    stage, name = SUBJECTS[variant].stage, SUBJECTS[variant].directory
-    if stage not in run.stages:
+    name = DECODERS[variant]
+    if (stage := MADE_BY[name]) not in run.stages:
         raise NblError(f"{path} is not finished: run its command again ({run.manifest['command']})")
     run.check(stage)
     check_folder(path / name)

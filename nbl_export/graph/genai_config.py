@@ -3,7 +3,7 @@
     model      numbers and token ids of the decoder, names of its graph, inputs and outputs
     session    threads, memory, logging, provider_options of `_PROVIDERS`, keys of `_ENTRIES`
     search     how a text is continued
-    speculative  how tokens are proposed; model.draft has the keys of a decoder
+    speculative  how tokens are proposed from the text so far (`targets.onnx.ngram`)
 
 GenAI passes every other session key on to ONNX Runtime. Some of these keys load libraries (custom_ops_library), write
 files (enable_profiling, session.optimized_model_filepath) or read folders. Some provider options are paths or addresses
@@ -23,7 +23,7 @@ from nbl_export.graph.names import GENAI_CONFIG
 from nbl_export.trust.contained import check_inside
 from nbl_export.trust.model_settings import read_object
 
-__all__ = ["GENAI_CONFIG", "SPECULATIVE", "TAKING_TURNS", "check_genai_config", "read_genai_config"]
+__all__ = ["GENAI_CONFIG", "check_genai_config", "read_genai_config"]
 
 _MOST_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][\w. %/:-]*")
@@ -116,11 +116,6 @@ _DECODER: dict[str, Any] = {
         **_all(_ids, "layers"),
     },
 }
-# Options of GenAI's speculative decoding, as `GeneratorParams.set_speculative_options` names them.
-SPECULATIVE = ("cooldown", "max_draft_tokens", "min_adaptive_k", "ngram_chained_lookup", "ngram_size")
-# For two decoders that take turns: else the threads of one spin for 45 ms while the other computes. On two cores this
-# makes speculative decoding twice as fast (docs/experiments.md).
-TAKING_TURNS = {"session.force_spinning_stop": "1"}
 _SETTINGS: dict[str, Any] = {
     "model": {
         **_all(_number, "context_length", "vocab_size"),
@@ -128,9 +123,10 @@ _SETTINGS: dict[str, Any] = {
                "bot_token_id", "eot_token_id", "bor_token_id", "eor_token_id", "image_token_id"),
         "type": _plain,
         "decoder": _DECODER,
-        "draft": _DECODER,
     },
-    "speculative": _all(_number, *SPECULATIVE),
+    "speculative": _all(
+        _number, "cooldown", "max_draft_tokens", "min_adaptive_k", "ngram_chained_lookup", "ngram_size"
+    ),
     "search": _all(
         _number, "batch_size", "chunk_size", "diversity_penalty", "do_sample", "early_stopping", "length_penalty",
         "max_length", "min_length", "no_repeat_ngram_size", "num_beams", "num_return_sequences",

@@ -11,7 +11,6 @@ __all__ = [
     "ALL_LOGITS_IR",
     "DETOKENIZER_IR",
     "GENAI_CONFIG",
-    "GENERATION_CONFIG",
     "GRAPH_FILE",
     "IR_FILE",
     "IR_WEIGHTS",
@@ -21,8 +20,6 @@ __all__ = [
     "TOKENIZER_IR",
     "all_logits_file",
     "constant_name",
-    "draft_file",
-    "draft_folder",
     "graph_file",
     "node_name",
     "product_name",
@@ -38,7 +35,6 @@ IR_WEIGHTS = "openvino_model.bin"
 ALL_LOGITS_IR = "openvino_all_logits.xml"  # the same graph with all logits; it reads the same constants
 TOKENIZER_IR = "openvino_tokenizer.xml"
 DETOKENIZER_IR = "openvino_detokenizer.xml"
-GENERATION_CONFIG = "generation_config.json"
 MANIFEST = "nbl.json"  # in a run directory and in a deployable directory
 OWN_NODES = "/nbl/"  # begins the names of nodes that the rewrite adds
 
@@ -51,16 +47,6 @@ def graph_file(directory: Path) -> str:
 def all_logits_file(directory: Path) -> str:
     """Name of the graph with the most logits in a deployable directory."""
     return ALL_LOGITS_FILE if (directory / ALL_LOGITS_FILE).is_file() else graph_file(directory)
-
-
-def draft_file(draft: str) -> str:
-    """Name of a draft's graph, beside the graph of the decoder whose tokens it proposes."""
-    return f"{draft}_draft.onnx"
-
-
-def draft_folder(draft: str) -> str:
-    """Name of an IR draft's folder, in the folder of the decoder whose tokens it proposes."""
-    return f"{draft}_draft"
 
 
 def constant_name(layer: int, part: str) -> str:

@@ -84,9 +84,8 @@ def check_request(options: JobOptions) -> None:
     asked = [flag_of(name) for name in ("layers", *GOALS) if getattr(options, name) is not None]
     if len(asked) > 1:
         raise UsageError(f"{' and '.join(asked)} both set how many layers are replaced; give one of them")
-    for name in ("layers", "draft_layers"):
-        if getattr(options, name) is not None:
-            _read_layers(getattr(options, name), flag_of(name))
+    if options.layers is not None:
+        _read_layers(options.layers)
     goal_of(options)
     if not options.has_bias and options.tap != "normed":
         raise UsageError(f"--maps {options.maps} acts on the normed input; add --tap normed")
@@ -162,13 +161,13 @@ def _all_refused(what: str, count: int) -> str:
     )
 
 
-def names_layers(text: str | None, flag: str = "--layers") -> bool:
+def names_layers(text: str | None) -> bool:
     """Whether a request names layers; a count and no request do not.
 
     Raises:
         UsageError: the request cannot be read.
     """
-    return text is not None and not isinstance(_read_layers(text, flag), int)
+    return text is not None and not isinstance(_read_layers(text), int)
 
 
 def _is_number(text: str) -> bool:

@@ -17,7 +17,6 @@ def refused(options: JobOptions, engine: Capabilities, decoder: DecoderSpec) -> 
             not engine.hybrids,
         f"--engine {options.engine} {where}: its graphs have no loop over tokens, which a recurrence needs; "
         "use --engine ort": decoder.recurrent and not engine.recurrences,
-        f"--draft {where}: they cannot forget refused tokens; leave --draft out": options.draft is not None,
         f"--window-layers {where}: a runtime takes states of one shape; use --window-layers {NO_WINDOWS}":
             options.window_layers != NO_WINDOWS,
         f"--quantize {where}: scales are known for attention and MLP alone; leave --quantize out":

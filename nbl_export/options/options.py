@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbl_export.records.capabilities import DRAFTS
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import read_record, require
 from nbl_export.records.plan import MAPS, TAPS
@@ -61,7 +60,11 @@ BUILDER_OPTIONS: dict[str, tuple[str, ...]] = {
 }
 
 # Options and commands that left -> what to use. The message is "--option is gone: " and the sentence.
+_NGRAM = "nbl-export convert DIR --to ngram writes the original with n-gram decoding (docs/drafts.md)"
 LEFT: dict[str, str] = {
+    "draft": _NGRAM,
+    "draft_layers": _NGRAM,
+    "lossless": _NGRAM,
     "rank": "leave it out; maps have full rank",
     "token_table": "leave it out; linearized leading layers are computed like all others",
 }
@@ -235,15 +238,6 @@ class JobOptions:
         None, "int4: use the codes of this checkpoint of the same model (GPTQ, AWQ or Olive).", _ENGINE, "main rewrite",
         metavar="MODEL",
     )  # fmt: skip
-    draft: str | None = option(
-        None, "ort, openvino: also write lossless/, the original that decides over proposed tokens; they come from "
-        "ngram (the text so far), int4 (the original in int4), nbl (the NBL model in int4), or the fastest (auto).",
-        _ENGINE, choices=DRAFTS, metavar="DRAFT",
-    )  # fmt: skip
-    draft_layers: str | None = option(
-        None, "How many or which layers the nbl draft replaces; default: those of the NBL model.", _ENGINE,
-        metavar="LAYERS",
-    )  # fmt: skip
     depths: tuple[int, ...] = option(
         (0, 2048), "Tokens already in the cache; default 0,2048.", _BENCH, "bench", flag="depth", numbers="0,2048",
         least=0,
@@ -315,11 +309,6 @@ class JobOptions:
         """Tokens that a window of a named layer reads."""
         return self.window or WIDTHS[0]
 
-    @property
-    def first_threads(self) -> int | None:
-        """Threads of lossless decoding and of a profile; None is the engine's choice."""
-        return self.threads[0] if self.threads else None
-
     def cache_length(self, decoder: DecoderSpec, *, compiled: bool) -> int:
         """Most tokens of a sequence: the model's positions, or the length of the caches of a compiled engine."""
         return (self.max_seq_len or min(2048, decoder.max_positions)) if compiled else decoder.max_positions
@@ -360,7 +349,7 @@ def usual_windows(values: Mapping[str, Any]) -> str:
     The gain was measured in ONNX Runtime alone.
     """
     others = values["engine"] != "ort" or any(
-        values[name] for name in ("recipe", "layers", "target_speedup", "kv_budget", "draft")
+        values[name] for name in ("recipe", "layers", "target_speedup", "kv_budget")
     )
     return NO_WINDOWS if others or values["fit"] == "drop" else AUTO_WINDOWS
 

@@ -32,7 +32,7 @@ from nbl_export.options.options import (
     usual_tap,
     usual_windows,
 )
-from nbl_export.records.capabilities import AUTO, Capabilities
+from nbl_export.records.capabilities import Capabilities
 
 __all__ = ["APPLIES", "DEFAULTS", "FIRST", "OF_DECODER", "REFUSED", "Applies", "Case", "ModelFacts", "Refusal"]
 
@@ -67,12 +67,6 @@ class Case:
         source = self.options.decoder_source
         asked = (source, f"{source} --precision {self.options.precision}")
         return next((key for key in asked if key in self.model.not_from), "")
-
-    @property
-    def counts_draft(self) -> bool:
-        """Whether `--draft-layers` is a number, which takes the first layers of the order."""
-        layers = self.options.draft_layers
-        return layers is not None and not names_layers(layers, "--draft-layers")
 
     @property
     def builder_keys(self) -> tuple[str, ...]:
@@ -122,13 +116,12 @@ _OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
 # An option applies if all of its rows hold. An option without a row applies to every job.
 APPLIES: tuple[Applies, ...] = (
     Applies(
-        ("layers", "max_perplexity_increase", "target_speedup", "kv_budget", "select", "maps", "compute_dtype",
-         "draft"),
+        ("layers", "max_perplexity_increase", "target_speedup", "kv_budget", "select", "maps", "compute_dtype"),
         "the original model; this NBL checkpoint no longer contains the removed attention",
         lambda c: not c.is_nbl,
     ),
     Applies(
-        ("layers", "window_layers", *GOALS, "select", "maps", "draft"),
+        ("layers", "window_layers", *GOALS, "select", "maps"),
         "a job without --recipe, which has its layers and maps", lambda c: not c.options.recipe,
     ),
     Applies(
@@ -138,7 +131,7 @@ APPLIES: tuple[Applies, ...] = (
     Applies(("window",), "--window-layers", lambda c: c.options.window_layers != NO_WINDOWS),
     Applies(
         ("select",), "a number of layers or a goal; --layers names the layers here",
-        lambda c: c.sweeps or not names_layers(c.options.layers) or c.counts_draft,
+        lambda c: c.sweeps or not names_layers(c.options.layers),
     ),
     Applies(("maps",), "fitted maps (--fit independent or distilled)", lambda c: c.options.fit != "drop"),
     Applies(
@@ -168,8 +161,6 @@ APPLIES: tuple[Applies, ...] = (
         lambda c: c.builds_int4 and c.options.provider == "cpu" and c.options.quantized_model is None,
     ),
     Applies(("quantized_model",), "--precision int4 of --decoder-source genai", lambda c: c.builds_int4),
-    Applies(("draft",), "engines ort and openvino on a CPU", lambda c: bool(c.engine.proposers)),
-    Applies(("draft_layers",), "--draft nbl or auto", lambda c: c.options.draft in ("nbl", AUTO)),
     Applies(("threads",), "engines that compile nothing (ort, openvino)", lambda c: not c.engine.static),
 )  # fmt: skip
 
@@ -257,11 +248,6 @@ def _beside_windows(case: Case) -> str | bool:
     options = case.options
     if options.window_layers == NO_WINDOWS:
         return False
-    if options.draft:
-        return (
-            "--window-layers does not go with --draft: a layer with a window cannot forget refused tokens; "
-            f"use --window-layers {NO_WINDOWS}"
-        )
     if options.window_layers == AUTO_WINDOWS and names_layers(options.layers):
         return f"--window-layers {AUTO_WINDOWS} does not go with named --layers; name the layers of the windows too"
     return options.kv_budget is not None and (
@@ -290,11 +276,6 @@ REFUSED: tuple[Refusal, ...] = (
         (tap := c.model.maps_tap or c.model.recipe_tap) not in ("", c.options.tap)
         and f"--tap {c.options.tap}: the maps of {c.options.recipe or c.options.model} have the tap {tap}; "
         "leave --tap out"
-    )),
-    (NblError, lambda c: (
-        c.options.draft not in (None, "ngram") and c.engine.source in c.model.not_from
-        and f"--draft {c.options.draft} is not possible for {c.model.architecture}: "
-        f"{c.model.not_from[c.engine.source]}; use ngram"
     )),
     (NblError, lambda c: (
         c.options.tap not in c.model.taps

@@ -27,7 +27,7 @@ __all__ = ["judge", "numbers", "over", "read_asked", "settle"]
 EngineOf = Callable[[str, str], Capabilities]  # engine, provider -> its capabilities; refuses an unknown engine
 
 _COUNTS = ("layers", *GOALS)  # one of them sets how many layers are replaced
-_LAYERS = ("layers", "window_layers", "draft_layers")
+_LAYERS = ("layers", "window_layers")
 _DEFAULT: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(JobOptions)}
 
 
@@ -77,7 +77,7 @@ def settle(
 
 def _ends_windows(given: Mapping[str, Any]) -> bool:
     """Whether what is asked of a run leaves no windows that are chosen by quality."""
-    return any(given.get(name) for name in ("draft", "kv_budget", "engine")) or names_layers(given.get("layers"))
+    return any(given.get(name) for name in ("kv_budget", "engine")) or names_layers(given.get("layers"))
 
 
 def over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,9 +137,8 @@ def judge(case: Case) -> None:
     """
     _refuse(REFUSED, case)
     if case.model.decoder is not None:
-        for name in ("layers", "draft_layers"):
-            if getattr(case.options, name) is not None:
-                asked_layers(case.options, case.model.decoder, name)
+        if case.options.layers is not None:
+            asked_layers(case.options, case.model.decoder)
         check_size(case.options, case.model.decoder, case.engine.cache_itemsize(case.options.precision))
         _refuse(OF_DECODER, case)
 
@@ -175,7 +174,7 @@ def _value(name: str, value: Any, said: Option | None) -> Any:
         return numbers(str(value), name)
     if name in ("calibration", "builder_option") and isinstance(value, str):
         return (value,)
-    if name in (*_COUNTS, "draft_layers") and is_number:
+    if name in _COUNTS and is_number:
         return str(value)
     if name in _LAYERS and isinstance(value, (list, tuple)):
         return ",".join(map(str, value)) + ("," if len(value) == 1 else "")  # "8" alone is a count

@@ -5,6 +5,7 @@ gguf           file for llama.cpp
 nemotron-nas   directory for TensorRT-LLM
 mlx            directory for mlx-lm
 edge-llm       directory for TensorRT-Edge-LLM
+ngram          directory of the original decoder for ONNX Runtime GenAI, which proposes tokens from the text so far
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from typing import Any
 
 from nbl_export.errors import NblError, ParityError, UsageError
 from nbl_export.files import move_into_place, refuse_occupied
+from nbl_export.options.options import NO_ORIGINAL
 from nbl_export.publish.gguf import TAP, linear_maps, loss_of_change
 from nbl_export.records.results import CheckResult
 from nbl_export.run.deployed import Finished, open_finished
 from nbl_export.run.progress import Ui
+from nbl_export.run_directory import DECODERS
 from nbl_export.targets.gguf.linearize import KEEP, TYPES
 
 __all__ = ["FORMS", "convert"]
 
-FORMS = ("transformers", "gguf", "nemotron-nas", "mlx", "edge-llm")
+FORMS = ("transformers", "gguf", "nemotron-nas", "mlx", "edge-llm", "ngram")
 # engine -> the form that it reads
 _READ_BY = {
     "vllm": "transformers", "llama.cpp": "gguf", "ollama": "gguf", "tensorrt-llm": "nemotron-nas", "mlx-lm": "mlx",
@@ -36,7 +39,7 @@ def convert(
     output: Path, form: str, target: Path, ui: Ui, *, kind: str | None = None, base: Path | None = None,
     force: bool = False,
 ) -> Sequence[CheckResult]:  # fmt: skip
-    """Write a run's NBL model in a form at `target`, completely or not at all. Returns the checks that were made.
+    """Write a run's model in a form at `target`, completely or not at all. Returns the checks that were made.
 
     Args:
         form: one of FORMS, or an engine that reads one.
@@ -61,6 +64,8 @@ def convert(
             return gguf.convert(found, target, kind or KEEP, base, ui)
         if form == "edge-llm":
             return _save_edge_llm(found, target, ui)
+        if form == "ngram":
+            return _save_ngram(found, target)
         return _save_nemotron_nas(found, target, form, ui)
 
 
@@ -141,6 +146,23 @@ def _save_edge_llm(found: Finished, target: Path, ui: Ui) -> list[CheckResult]:
     for sentence in edge_llm.remarks(target):
         ui.say(f"  {sentence}")
     return [result]
+
+
+def _save_ngram(found: Finished, target: Path) -> list[CheckResult]:
+    """Write the original decoder with the options of n-gram decoding. Its graph is the run's, byte for byte.
+
+    Raises:
+        NblError: the run has no original, or none for ONNX Runtime GenAI.
+    """
+    from nbl_export.targets.onnx.ngram import write_ngram
+
+    if found.original_is_gone:
+        raise NblError(f"{found.run.path} has no original to decode with: {NO_ORIGINAL}; convert a run of that model")
+    found.run.check("decoder")
+    with found.run.scratch() as scratch:
+        write_ngram(found.run.path / DECODERS["original"], scratch / "saved")
+        move_into_place(scratch / "saved", target)
+    return []
 
 
 def _compared(found: Finished, written: Any, expected: Any, ids: Sequence[int]) -> CheckResult:

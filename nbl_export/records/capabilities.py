@@ -1,34 +1,11 @@
-"""What differs between engines, as data; and who proposes tokens in lossless decoding, and how many at once.
-
-    ngram   what followed the last tokens earlier in the text
-    int4    the original model with int4 matrices
-    nbl     the NBL model with int4 matrices
-
-The original decides every token, so a proposer changes the speed alone (Leviathan, Kalman and Matias, 2023).
-"""
+"""What differs between engines, as data."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-__all__ = [
-    "AUTO",
-    "DRAFTS",
-    "GENAI_PROPOSERS",
-    "MOST_ROWS",
-    "OPENVINO_PROPOSERS",
-    "Capabilities",
-    "Proposer",
-    "proposers_of",
-]
-
-
-AUTO = "auto"
-DRAFTS = ("ngram", "int4", "nbl", AUTO)  # values of --draft
-_MOST_DRAFTED = 16  # ONNX Runtime GenAI proposes at most 16 tokens
-MOST_ROWS = _MOST_DRAFTED + 1  # positions that the original computes to verify them: one more than proposed tokens
+__all__ = ["Capabilities"]
 
 
 @dataclass(frozen=True)
@@ -56,9 +33,7 @@ class Capabilities:
             every token changes.
         measures_limits: whether roofs of the machine can be measured for the engine.
         proven_by: the engine that verifies the graphs; "" is the engine itself.
-        last_rows: whether the graph that verifies proposed tokens gives logits of the last positions alone.
         reads: the form of `convert` whose files the engine runs; "" if it runs its own decoders.
-        proposers: who can propose tokens that the engine verifies (`--draft`); empty if nobody can.
     """
 
     name: str
@@ -82,9 +57,7 @@ class Capabilities:
     recurrences: bool = False
     measures_limits: bool = False
     proven_by: str = ""
-    last_rows: bool = False
     reads: str = ""
-    proposers: tuple[Proposer, ...] = ()
 
     @property
     def source(self) -> str:
@@ -94,54 +67,3 @@ class Capabilities:
     def cache_itemsize(self, precision: str) -> int:
         """Bytes of a cache element."""
         return self.cache_bytes.get(precision, 4)
-
-
-@dataclass(frozen=True)
-class Proposer:
-    """A draft, and the options of the runtime for it.
-
-    The options are of ONNX Runtime GenAI (`GeneratorParams.set_speculative_options`) or of OpenVINO GenAI
-    (`GenerationConfig`).
-    """
-
-    draft: str
-    options: tuple[tuple[str, int | bool], ...]
-
-    @property
-    def name(self) -> str:
-        """The proposer in words."""
-        said = dict(self.options)
-        least, most = said.get("min_adaptive_k"), said.get("max_draft_tokens") or said.get("num_assistant_tokens")
-        count = f"{least} or more tokens" if least else f"{most} tokens"
-        return f"{self.draft}, {count}{', chained' if said.get('ngram_chained_lookup') else ''}"
-
-    def to_json(self) -> dict[str, Any]:
-        """The proposer as JSON values."""
-        return {"draft": self.draft, "name": self.name, "options": dict(self.options)}
-
-
-def _genai(draft: str) -> tuple[Proposer, ...]:
-    return (
-        Proposer(draft, (("max_draft_tokens", 3),)),
-        Proposer(draft, (("max_draft_tokens", 5),)),
-        Proposer(draft, (("min_adaptive_k", 3),)),
-    )
-
-
-# Matches of two tokens find most; longer matches are accepted more often. GenAI adapts the width from min_adaptive_k.
-GENAI_PROPOSERS = (
-    Proposer("ngram", (("ngram_size", 3), ("max_draft_tokens", 4))),
-    Proposer("ngram", (("ngram_size", 3), ("max_draft_tokens", 8), ("ngram_chained_lookup", True))),
-    Proposer("ngram", (("ngram_size", 3), ("min_adaptive_k", 2), ("cooldown", True))),
-    *_genai("int4"),
-    *_genai("nbl"),
-)
-OPENVINO_PROPOSERS = (
-    *(Proposer("ngram", (("max_ngram_size", 3), ("num_assistant_tokens", n))) for n in (3, 5)),
-    *(Proposer(draft, (("num_assistant_tokens", n),)) for draft in ("int4", "nbl") for n in (3, 5)),
-)
-
-
-def proposers_of(draft: str, known: Sequence[Proposer]) -> tuple[Proposer, ...]:
-    """The proposers of an engine that `--draft` asks for; all of them for "auto"."""
-    return tuple(p for p in known if draft in (AUTO, p.draft))

@@ -27,13 +27,12 @@ from nbl_export.trust.terminal import Console, visible
 
 __all__ = ["FORMATS", "METHOD_NAMES", "check_output", "checks_table", "describe_table", "doctor_table",
            "engines_table", "eval_table", "format_of", "graph_table", "ladder_table", "profile_table", "render",
-           "scores_table", "speculative_table", "speed_table", "sweep_table", "write"]  # fmt: skip
+           "scores_table", "speed_table", "sweep_table", "write"]  # fmt: skip
 
 METHOD_NAMES = {"nbl": "NBL", "drop": "dropped", "distilled": "distilled"}  # of a sweep's points
 _LOGITS = {"last": "of the last token", "all": "of all tokens", None: "no output of that name"}
 _RARE = 0.001  # share of time below which operators share one line of the table
 _PHASES = ("prefill", "decode")
-speculative_table = speed.speculative_table
 FORMATS = ("table", "md", "csv", "json", "llama-bench")
 _ENDINGS = {".md": "md", ".csv": "csv", ".json": "json"}
 

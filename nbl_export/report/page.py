@@ -34,7 +34,7 @@ _PER_VARIANT = ("device_memory_bytes", "peak_memory_bytes", "steady_memory_bytes
 
 def render(
     manifest: dict[str, Any], verify: dict[str, Any], bench: dict[str, Any] | None, out: Path,
-    sweep: dict[str, Any] | None = None, quality: dict[str, Any] | None = None, lossless: dict[str, Any] | None = None,
+    sweep: dict[str, Any] | None = None, quality: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write report.html, report.md and report.json into `out`; the same input gives the same bytes.
 
@@ -45,7 +45,6 @@ def render(
         out: an existing directory.
         sweep: sweep.json, or None if none was made.
         quality: eval.json, or None if no benchmark was run.
-        lossless: lossless.json, or None if no proposer was asked for.
 
     Returns:
         The value of report.json.
@@ -53,7 +52,7 @@ def render(
     Raises:
         CorruptError: the two variants of a test have different numbers of rounds.
     """
-    report = {**summarize(manifest, verify, bench, quality), "sweep": sweep, "lossless": lossless}
+    report = {**summarize(manifest, verify, bench, quality), "sweep": sweep}
     page = document(report)
     (out / REPORT_HTML).write_text(html(page, _drawings(report)), encoding="utf-8")
     (out / REPORT_MD).write_text(markdown(page), encoding="utf-8")
@@ -157,7 +156,6 @@ def document(report: Mapping[str, Any]) -> Document:
         *quality.curve(report),
         speed.speed(report),
         *speed.engines(report),
-        *speed.lossless(report),
         *model.layers(report),
         model.verification(report),
         model.origin(report),

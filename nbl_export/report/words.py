@@ -10,9 +10,7 @@ from nbl_export.records.paired import spoken_test
 
 __all__ = [
     "change",
-    "decoding",
     "duration",
-    "equal_answers",
     "figure",
     "listed",
     "milliseconds",
@@ -96,16 +94,6 @@ def test(row: Mapping[str, Any], *, swept: bool) -> str:
         swept: the benchmark had several numbers of threads, so the number is part of the words.
     """
     return spoken_test(row, swept=swept).replace(" at depth ", "\u00a0at\u00a0depth\u00a0")
-
-
-def decoding(precision: str) -> str:
-    """The name of decoding with proposed tokens: only float32 gave the original's answers every time."""
-    return "lossless decoding" if precision == "fp32" else "speculative decoding"
-
-
-def equal_answers(row: Mapping[str, Any]) -> str:
-    """How many answers of a row are those of plain decoding: "9 of 20 answers (45%)"."""
-    return f"{row['equal']} of {row['prompts']} answers ({row['equal'] / row['prompts']:.0%})"
 
 
 def positions(ends: Sequence[int]) -> list[str]:

@@ -7,8 +7,7 @@
 
 `LastValid` computes the index of each row's last valid token, from the mask or, in the static form, from an added
 input. The result is correct if only the logits of the last position are used. In the original graph the last kept layer
-is the last layer: its MLP, the final norm and the head run on one token. With more than one row, `LastRows` takes the
-last positions of the chunk instead, for speculative decoding.
+is the last layer: its MLP, the final norm and the head run on one token.
 
 Refuses a tail in which anything but the two inputs of the join depends on the tokens. On the path from the attention to
 the join, the gather moves back past each node that computes every token by itself. So it stands in front of o_proj,
@@ -48,21 +47,13 @@ from nbl_export.rewrite.window_tail import Stage, stages_of, top_windows
 
 __all__ = ["LastValid", "PruneTail", "difference", "keep_last_token"]
 
-_PREFIX, _ROWS_PREFIX = "/nbl/tail", "/nbl/rows"  # begin the names of all nodes that tail pruning adds
+_PREFIX = "/nbl/tail"  # begins the names of all nodes that tail pruning adds
 _LEAST_OPSET = 18  # the first in which ReduceMax takes its axes as an input
 _WRITES = "write_indices"
 
 
 class PruneTail(ir.passes.InPlacePass):
-    """Gather the last valid token in front of that layer's o_proj and residual join.
-
-    Args:
-        rows: positions to compute. More than one keeps the shape of the logits, with zeros in front.
-    """
-
-    def __init__(self, rows: int = 1) -> None:
-        super().__init__()
-        self.rows = rows
+    """Gather the last valid token in front of that layer's o_proj and residual join."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
@@ -71,14 +62,13 @@ class PruneTail(ir.passes.InPlacePass):
             raise RefusalError(None, "it has no output named logits; only its last position could be pruned")
         if logits.shape is not None and len(logits.shape) == 3 and logits.shape[1] == 1:
             return ir.passes.PassResult(model, modified=False)
-        windows = top_windows(graph) if self.rows == 1 else ()
-        if windows:
+        if windows := top_windows(graph):
             self._prune_windows(graph, windows, logits)
             return ir.passes.PassResult(model, modified=True)
         block = find_reader(graph, reading_layers(graph)[-1])
         tail = _tail_of(graph, block.join)
         _check_tail(block.layer, block.join, tail)
-        last = LastValid(graph) if self.rows == 1 else LastRows(graph, self.rows)
+        last = LastValid(graph)
         way = _way_of_single_tokens(block.join, block.branch_index)
         user, i = way[0]
         attention = user.inputs[i]
@@ -87,11 +77,9 @@ class PruneTail(ir.passes.InPlacePass):
         assert producer is not None
         graph.insert_after(producer, [*last.index, _take_last(last, user, i, "attention")])
         graph.insert_before(block.join, _take_last(last, block.join, 1 - block.branch_index, "residual"))
-        shape = [_batch(graph), 1 if self.rows == 1 else _tokens(graph), _width(graph, logits)]
         for value in (v for node in (*tail, *(node for node, _ in way)) for v in node.outputs):
             value.shape = None
-        logits.shape = ir.Shape(shape)
-        last.finish(logits)
+        logits.shape = ir.Shape([_batch(graph), 1, _width(graph, logits)])
         return ir.passes.PassResult(model, modified=True)
 
     def _prune_windows(self, graph: ir.Graph, windows: tuple[int, ...], logits: ir.Value) -> None:
@@ -115,7 +103,7 @@ class PruneTail(ir.passes.InPlacePass):
         logits.shape = ir.Shape([_batch(graph), 1, _width(graph, logits)])
 
 
-def _take_last(last: LastValid | LastRows | Stage, user: ir.Node, i: int, name: str) -> ir.Node:
+def _take_last(last: LastValid | Stage, user: ir.Node, i: int, name: str) -> ir.Node:
     """Make the node that `user` now reads at its input i; the node is not in the graph yet."""
     value = user.inputs[i]
     assert value is not None
@@ -193,11 +181,6 @@ def _batch(graph: ir.Graph) -> str:
     return str(shape[0]) if shape is not None else "batch_size"
 
 
-def _tokens(graph: ir.Graph) -> str:
-    shape = next(v for v in graph.inputs if v.name == "input_ids").shape
-    return str(shape[1]) if shape is not None else "sequence_length"
-
-
 def _width(graph: ir.Graph, logits: ir.Value) -> int | str:
     producer = logits.producer()
     weight = producer.inputs[1] if producer is not None and producer.op_type == "MatMul" else None
@@ -239,9 +222,6 @@ class LastValid:
     def take(self, value: ir.Value, name: str) -> ir.Node:
         """A node that takes the last valid token; it is not in the graph yet."""
         return new_node("GatherND", [value, self.at], f"{self._prefix}/{name}", value.dtype, None, {"batch_dims": 1})
-
-    def finish(self, logits: ir.Value) -> None:
-        """Nothing: the graph gives the logits of one token."""
 
 
 def _index(graph: ir.Graph, emit: Integers) -> tuple[ir.Value | None, ir.Value]:
@@ -286,48 +266,6 @@ def _from_mask(emit: Integers, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value,
     positions = emit("Range", "positions", start, emit("Squeeze", "tokens", length), step)
     found = emit("ReduceMax", "found", emit("Mul", "valid", chunk, positions), axis, keepdims=1)
     return chunk, emit("Unsqueeze", "index", found, last)
-
-
-class LastRows:
-    """Takes the last rows of values [B, T, ...] of a graph, as a verifier of drafted tokens reads them.
-
-        before   x [B, T, D] ----------------------- head -> logits [B, T, V]
-        after    x -- Slice(last R) -> [B, min(R, T), D] -- head -- Pad -> logits [B, T, V]
-
-    A runtime of speculative decoding reads one position behind a prompt, and up to R positions behind drafted tokens.
-    It sizes its buffer for all T positions, so the positions before the last R are zeros. A chunk of at most R tokens
-    has no zeros. Rows with padding behind their tokens are wrong here; runtimes verify one sequence at a time.
-    """
-
-    def __init__(self, graph: ir.Graph, rows: int) -> None:
-        self.index: list[ir.Node] = []  # nodes that `take` needs: none
-        self._emit, self._graph = Integers(graph, _ROWS_PREFIX, "nbl.rows"), graph
-        self._bounds = [
-            self._emit.constant("start", [-rows]),  # a Slice starts at 0 if the chunk is shorter
-            self._emit.constant("end", [np.iinfo(np.int64).max]),
-            self._emit.constant("axis", [1]),
-        ]
-
-    def take(self, value: ir.Value, name: str) -> ir.Node:
-        """A node that takes the last rows of a value; it is not in the graph yet."""
-        return new_node("Slice", [value, *self._bounds], f"{_ROWS_PREFIX}/{name}", value.dtype)
-
-    def finish(self, logits: ir.Value) -> None:
-        """Pad the graph's logits in front, so that they have a row for each token again."""
-        graph, name, shape = self._graph, logits.name, logits.shape
-        ids = next(v for v in graph.inputs if v.name == "input_ids")
-        logits.name, logits.shape = f"{_ROWS_PREFIX}/logits", None
-        width = self._emit("Shape", "width", ids, start=1, end=2)
-        computed = self._emit("Shape", "computed", logits, start=1, end=2)
-        front = self._emit("Sub", "front", width, computed)
-        none, none_behind = self._emit.constant("none", [0]), self._emit.constant("none_behind", [0, 0, 0, 0])
-        pads = self._emit("Concat", "pads", none, front, none_behind, axis=0)
-        padded = self._emit("Pad", "padded", logits, pads)
-        padded.name, padded.type, padded.shape = name, logits.type, shape
-        producer = logits.producer()
-        assert producer is not None
-        graph.insert_after(producer, self._emit.nodes)
-        graph.outputs[list(graph.outputs).index(logits)] = padded
 
 
 def keep_last_token(directory: Path) -> None:

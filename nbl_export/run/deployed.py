@@ -23,9 +23,9 @@ from nbl_export.run_directory import (
     BENCH_FILE,
     CHECKPOINT,
     DECODERS,
+    MADE_BY,
     MAPS_FILE,
     MOMENTS_FILE,
-    SUBJECTS,
     VERIFY_FILE,
     RunDirectory,
 )
@@ -63,33 +63,31 @@ def is_model_directory(directory: Path) -> bool:
 
 
 def open_for_text(directory: Path, name: str = "model", *, force: bool) -> Any:
-    """A runner on DIR/model (or `name`: original or lossless), or on DIR if it holds a decoder itself.
+    """A runner on DIR/model (or `name`: original), or on DIR if it holds a decoder itself.
 
     Raises:
         NblError: the engine is not available on this machine; also the errors of `locate`.
     """
     found = locate(directory, name, force=force)
-    engine = available_engine(found)
-    proposes = name == SUBJECTS["lossless"].directory
-    return engine.open_speculative(found.path) if proposes else engine.open_runner(found.path, None)
+    return available_engine(found).open_runner(found.path, None)
 
 
 def answers(
-    directory: Path, subjects: Sequence[str], prompt: str, new_tokens: int, *, raw: bool = False, force: bool = False
+    directory: Path, variants: Sequence[str], prompt: str, new_tokens: int, *, raw: bool = False, force: bool = False
 ) -> Iterator[tuple[str, Iterator[str]]]:
-    """Title and streamed answer of some subjects of a run (`SUBJECTS`), of which one at a time is in memory.
+    """Title and streamed answer of some decoders of a run (`DECODERS`), of which one at a time is in memory.
 
     Raises:
         UsageError: several are asked of a directory that holds one decoder; also the errors of `open_for_text`.
     """
-    if len(subjects) > 1 and is_model_directory(directory):
+    if len(variants) > 1 and is_model_directory(directory):
         raise UsageError(f"{directory} holds one decoder, and two are compared; name the run directory")
-    for name in subjects:
-        with open_for_text(directory, SUBJECTS[name].directory, force=force) as runner:
-            yield SUBJECTS[name].title, runner.stream(runner.encode(prompt, chat=not raw), new_tokens)
+    for name in variants:
+        with open_for_text(directory, DECODERS[name], force=force) as runner:
+            yield _TITLES[name], runner.stream(runner.encode(prompt, chat=not raw), new_tokens)
 
 
-_STAGES = {subject.directory: subject.stage for subject in SUBJECTS.values()}
+_TITLES = {"original": "original", "nbl": "NBL"}
 
 
 def locate(directory: Path, name: str = "model", *, force: bool = False) -> Located:
@@ -113,9 +111,7 @@ def locate(directory: Path, name: str = "model", *, force: bool = False) -> Loca
     run = RunDirectory.peek(directory)
     options = run.manifest["options"]
     engine, provider = options["engine"], options.get("provider", "cpu")
-    stage = _STAGES[name]
-    if stage == "lossless" and stage not in run.stages:
-        raise NblError(f"{directory} has no lossless/: run its command again with --draft auto")
+    stage = MADE_BY[name]
     status = run.manifest["status"] if name == "model" else ""
     if load_engine(engine, provider).capabilities.static:
         stage, name = "build", f"engine/{name}"

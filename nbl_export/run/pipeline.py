@@ -28,7 +28,7 @@ from nbl_export.run.facts import (
 )
 from nbl_export.run.progress import Ui
 from nbl_export.run.resolve import Resolver
-from nbl_export.run.stages import bench, calibrate, evaluate, graphs, plan, speculative, verify
+from nbl_export.run.stages import bench, calibrate, evaluate, graphs, plan, verify
 from nbl_export.run.stages.common import LeftOut, Place, Stage, readers
 from nbl_export.run_directory import REPORT_JSON, VERIFY_FILE, RunDirectory, refuse_foreign
 from nbl_export.targets import ENGINES, load_engine
@@ -47,11 +47,10 @@ STAGES = (
     Stage("eval", "evaluate", evaluate.declare, evaluate.run),
     Stage("build", "build", graphs.declare_build, graphs.run_build),
     Stage("bench", "bench", bench.declare, bench.run),
-    Stage("lossless", "lossless decoding", speculative.declare, speculative.run),
     Stage("report", "report", lambda _: bench.ReportInputs(), bench.run_report),
 )
 
-_BY_ENGINE = ("build", "bench", "lossless")  # stages in which an engine works, and torch does not
+_BY_ENGINE = ("build", "bench")  # stages in which an engine works, and torch does not
 
 
 def run_job(

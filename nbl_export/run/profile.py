@@ -72,7 +72,7 @@ def profile(directory: Path, options: JobOptions, ui: Ui, *, force: bool = False
     """
     decoders = _decoders(directory, force)
     prompt, steps = options.prompt_length, _DECODE_STEPS
-    threads = options.first_threads
+    threads = options.threads[0] if options.threads else None
     for located in decoders.values():
         if not located.target.capabilities.profiled:
             raise NblError(f"profile needs ONNX Runtime on the CPU, but {located.path} is for {_spoken(located)}")

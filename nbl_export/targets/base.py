@@ -13,12 +13,12 @@ import psutil
 
 from nbl_export.errors import NblError
 from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE
-from nbl_export.records.capabilities import Capabilities, Proposer
+from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import GraphContract
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.checks import Coded, Wanted
-from nbl_export.targets.runners import Draft, GraphDecoder, ProfiledRunner, ProposingRunner, SequenceLimits, TextRunner
+from nbl_export.targets.runners import GraphDecoder, ProfiledRunner, SequenceLimits, TextRunner
 
 __all__ = ["Availability", "BuildSettings", "DecoderFacts", "ExportSettings", "Target", "default_threads"]
 
@@ -157,32 +157,6 @@ class Target:
 
         keep_last_token(directory)
 
-    def write_target(self, original: Path, out: Path) -> None:
-        """Write `original` to `out`, ready to verify proposed tokens; `out` must not exist.
-
-        Raises:
-            RefusalError: the tail of this graph cannot be pruned.
-        """
-        from nbl_export.rewrite.speculative import write_target
-
-        write_target(original, out)
-
-    def add_draft(self, source: Path, out: Path, draft: str) -> dict[str, Any]:
-        """Copy a decoder into `out` as a draft; returns the settings that `settle` takes."""
-        from nbl_export.rewrite.speculative import add_draft
-
-        return add_draft(source, out, draft)
-
-    def settle(self, out: Path, proposer: Proposer, drafts: Mapping[str, Mapping[str, Any]]) -> None:
-        """Make a proposer the folder's own; the files of other drafts are removed.
-
-        Args:
-            drafts: name of each draft in `out` -> what `add_draft` returned.
-        """
-        from nbl_export.rewrite.speculative import settle
-
-        settle(out, proposer, drafts)
-
     # -- checks of the target's own files --------------------------------------------------------------------------
 
     def check_files(self, directory: Path, contract: GraphContract, wanted: Wanted) -> list[CheckResult]:
@@ -274,20 +248,6 @@ class Target:
     def open_checked(self, directory: Path, threads: int | None = None) -> TextRunner:
         """A runner on the deployed decoder or on its float32 twin, on a CPU, for verification."""
         return self.open_runner(directory, threads)
-
-    def open_speculative(
-        self, directory: Path, threads: int | None = None, draft: Draft | None = None
-    ) -> ProposingRunner:
-        """A runner with proposed tokens, for targets with `proposers`.
-
-        Args:
-            directory: a folder with a proposer, or a deployable directory for plain decoding.
-            draft: of a folder that is not settled; None for the folder's own way.
-
-        Raises:
-            NblError: the target has no proposers.
-        """
-        raise NblError(f"engine {self.capabilities.name} verifies no proposed tokens; {directory} cannot run so")
 
     def open_graph(
         self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from nbl_export.records.decoder import GraphContract
 
-__all__ = ["Draft", "Generation", "GraphDecoder", "ProfiledRunner", "ProposingRunner", "RewindingDecoder",
-           "SequenceLimits", "TextRunner"]  # fmt: skip
+__all__ = ["GraphDecoder", "ProfiledRunner", "RewindingDecoder", "SequenceLimits", "TextRunner"]
 
 
 @dataclass(frozen=True)
@@ -113,56 +112,3 @@ class ProfiledRunner(Protocol):
 
     def trace(self) -> list[dict[str, Any]]:
         """End profiling; returns the events of all runs (chrome://tracing)."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A greedy continuation.
-
-    Attributes:
-        tokens: of the answer, with the end of text if it was reached.
-        prefill_ns: until the prompt is read.
-        decode_ns: of all tokens behind it.
-        proposed, accepted: proposed tokens that the decoder examined, and those that it accepted.
-        rounds: steps of the decoder that verified proposed tokens.
-    """
-
-    tokens: tuple[int, ...]
-    prefill_ns: int
-    decode_ns: int
-    proposed: int = 0
-    accepted: int = 0
-    rounds: int = 0
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A draft in a folder of lossless decoding that is not settled: its name, and the engine's settings for it."""
-
-    name: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-
-class ProposingRunner(Protocol):
-    """A loaded decoder with proposed tokens, or without them for comparison; a context manager."""
-
-    def __enter__(self) -> ProposingRunner: ...
-
-    def __exit__(self, *exc: object) -> None: ...
-
-    @property
-    def most_tokens(self) -> int:
-        """Tokens of the longest sequence."""
-
-    def encode(self, prompt: str, *, chat: bool) -> list[int]:
-        """Token ids of a prompt, see `TextRunner`."""
-
-    def generation(self, ids: Sequence[int], new_tokens: int, options: Mapping[str, int | bool]) -> Generation:
-        """A timed greedy continuation, up to `new_tokens` or the end of text.
-
-        Args:
-            options: of the proposer; empty for the folder's own way.
-        """
-
-    def stream(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[str]:
-        """Greedy continuation as text pieces, see `TextRunner`."""

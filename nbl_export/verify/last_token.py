@@ -7,8 +7,6 @@
 Both graphs run the same chunks. The figure of a step is that of the worst row. The shipped logits [B, 1, V] are
 compared with the other graph's logits of the row's last valid token.
 
-The graph of lossless decoding gives the logits of the last positions of a chunk, and zeros for the others. It runs one
-sequence, in chunks that are longer, as long and shorter than the computed positions.
 """
 
 from __future__ import annotations
@@ -19,11 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.records.capabilities import MOST_ROWS
 from nbl_export.records.results import YES_NO, CheckResult
 from nbl_export.verify.ladder import LONG_CHUNK, TOLERANCES, apart
 
-__all__ = ["BATCH_LENGTHS", "apart", "check_last", "check_last_rows"]
+__all__ = ["BATCH_LENGTHS", "apart", "check_last"]
 
 BATCH_LENGTHS = (1, 5, 12)
 _CACHED, _CHUNK, _STEPS = 13, 7, 3
@@ -107,35 +104,3 @@ def _figure(all_TV: np.ndarray, found_V: np.ndarray, metric: str, limit: float) 
     if metric == "max_abs":
         return value, limit
     return value, min([limit, *(apart(right_V, other_V, metric) / 2 for other_V in all_TV[:-1])])
-
-
-_LOSSLESS = "lossless"
-_ROW_CHUNKS = (40, 3, MOST_ROWS, MOST_ROWS + 1, 1)
-
-
-def check_last_rows(every: Any, last: Any, row: Sequence[int], precision: str) -> CheckResult:
-    """Compare the graph `last` with the graph `every` (both an `OnnxDecoder`) on the same chunks.
-
-    Args:
-        row: at least 80 token ids of real text.
-    """
-    tolerance, ids, figures = TOLERANCES[precision], np.asarray(row, np.int64)[None], []
-    metric = f"{tolerance.metric.replace('_', ' ')} logit difference, last {MOST_ROWS} positions"
-    every.begin(1)
-    last.begin(1)
-    start = 0
-    for count in _ROW_CHUNKS:
-        chunk = ids[:, start : start + count]
-        start += count
-        right, found = every.step(chunk)[0], last.step(chunk)[0]
-        computed, problem = min(count, MOST_ROWS), ""
-        if found.shape != right.shape:
-            problem = f"logits {list(found.shape)} of a chunk of {count}, not {list(right.shape)}"
-        elif np.any(found[:-computed]):
-            problem = f"a chunk of {count} has logits before the last"
-        if problem:
-            return CheckResult("last_token", _LOSSLESS, metric, 1.0, YES_NO, False, problem)
-        figures.append(apart(right[-computed:], found[-computed:], tolerance.metric))
-    value, detail = max(figures), f"chunks {_ROW_CHUNKS}"
-    passed = bool(value <= tolerance.limit)
-    return CheckResult("last_token", _LOSSLESS, metric, value, tolerance.limit, passed, detail)

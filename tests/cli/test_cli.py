@@ -404,7 +404,7 @@ def test_generate_streams_text_of_either_decoder(finished: Path) -> None:
     assert nbl("generate", finished, "The language", *limit, "--original").out == original
     both = nbl("generate", finished, "The language", *limit, "--both")
     assert both.out == f"original:\n{original}NBL:\n{said.out}"
-    assert_refused(nbl("generate", finished, "Hi", "--both", "--original"), 2, "give one of --original, --lossless")
+    assert_refused(nbl("generate", finished, "Hi", "--both", "--original"), 2, "give one of --original and --both")
     assert_refused(nbl("generate", finished / "model", "Hi", "--both"), 2, "holds one decoder", "run directory")
 
 

@@ -165,7 +165,6 @@ def test_the_recorded_command_has_every_option_that_is_not_the_default() -> None
             "compute_dtype": "float32",
             "device": "cpu",
             "maps": "linear",
-            "draft": "ngram",
             "requantize": True,
             "quantize": "awq",
         }

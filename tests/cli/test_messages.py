@@ -76,23 +76,6 @@ def test_no_message_shows_a_number_of_the_system(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (("--depth", "0"), "--depth has no effect on --lossless"),
-        (("--prompt-tokens", "16"), "--prompt-tokens has no effect on --lossless"),
-        (("--generate-tokens", "4"), "--generate-tokens has no effect on --lossless"),
-        (("--batch", "2"), "--lossless is for one sequence"),
-        (("--threads", "1,2"), "give --threads one number"),
-        (("--threads", "1", "--repetitions", "2"), "does not exist"),
-    ],
-    ids=lambda value: value[0],
-)
-def test_lossless_decoding_is_measured_at_one_setting(words: tuple[str, ...], part: str, tmp_path: Path) -> None:
-    refused = nbl("bench", tmp_path / "none", "--lossless", *words)
-    assert_refused(refused, 1 if part == "does not exist" else 2, part)
-
-
-@pytest.mark.parametrize(
-    ("words", "part"),
-    [
         (("--tasks", "piqa", "--ppl-context", "64"), "--ppl-context is for --perplexity"),
         (("--perplexity", "a=b.txt", "--data", "files"), "--data is for --tasks"),
     ],

@@ -29,7 +29,6 @@ from nbl_export.model.linearize import linearize
 from nbl_export.records.plan import Plan
 from nbl_export.rewrite import contract_of, rewrite, rewrite_model
 from nbl_export.rewrite.describe import graph_facts
-from nbl_export.rewrite.speculative import add_draft
 from nbl_export.targets import exporter_of
 from nbl_export.targets.openvino.session import IrDecoder
 from nbl_export.verify.torch_reference import row_logits
@@ -273,13 +272,6 @@ def test_a_graph_without_a_mask_is_refused(exported: Any) -> None:
     next(v for v in model.graph.inputs if v.name == "attention_mask").name = "mask"
     with pytest.raises(RefusalError, match="no attention_mask"):
         rewrite_model(model, Plan(LAYERS, (1,)), {1: memory(1)})
-
-
-def test_a_draft_with_a_memory_is_refused(exported: Any, tmp_path: Path) -> None:
-    rewrite(exported("llama"), tmp_path / "nbl", Plan(LAYERS, (1,)), {1: memory(1)})
-    (tmp_path / "out").mkdir()
-    with pytest.raises(RefusalError, match="cannot forget"):
-        add_draft(tmp_path / "nbl", tmp_path / "out", "nbl")
 
 
 def test_states_have_the_names_that_genai_knows(exported: Any, tmp_path: Path) -> None:

@@ -217,8 +217,7 @@ def test_options_are_settled_without_torch(tmp_path: Path) -> None:
         {"maps": "linear", "layers": "2", "select": "cca"},
         {"fit": "distilled", "distill_steps": 4, "seed": 2, "label_weight": 0.5},
         {"engine": "trt-rtx", "precision": "int4", "max_seq_len": 64},
-        {"precision": "int4", "quantize": "awq", "builder_option": ("block_size=64",), "draft": "nbl",
-         "draft_layers": "1"},
+        {"precision": "int4", "quantize": "awq", "builder_option": ("block_size=64",)},
     ],
     ids=str,
 )  # fmt: skip

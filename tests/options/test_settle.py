@@ -52,7 +52,6 @@ SETTLED: list[tuple[Asked, Asked]] = [
     ({"fit": "drop"}, {"window_layers": "none"}),
     ({"layers": "2"}, {"window_layers": "none"}),
     ({"target_speedup": "1.2"}, {"window_layers": "none"}),
-    ({"draft": "ngram"}, {"window_layers": "none"}),
     ({"window_layers": "none"}, {"window_layers": "none"}),
     ({"engine": "openvino", "window_layers": "none"}, {"window_layers": "none"}),
     ({"fit": "distilled"}, {"tap": "normed"}),
@@ -109,7 +108,6 @@ CHANGED: list[tuple[Asked, Asked, Asked]] = [
     ({"layers": "2"}, {"max_perplexity_increase": "5%"}, {"window_layers": "none"}),
     ({}, {"layers": "2"}, {"window_layers": "auto"}),
     ({}, {"layers": "0,2"}, {"window_layers": "none"}),
-    ({}, {"draft": "ngram"}, {"window_layers": "none"}),
     ({}, {"kv_budget": "1KiB"}, {"window_layers": "none"}),
     ({}, {"engine": "openvino"}, {"window_layers": "none"}),
     # What no longer applies returns to its default.
@@ -180,9 +178,6 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     ("quantize", {"quantize": "awq", "precision": "int8"}, None, "--precision int4"),
     ("quantize", {"quantize": "awq", "precision": "int4", "quantized_model": "q"}, None, "without --quantized-model"),
     ("quantized_model", {"quantized_model": "x", "precision": "int8"}, None, "--precision int4"),
-    ("draft", {"draft": "ngram", "engine": "trt-rtx"}, None, "ort and openvino"),
-    ("draft_layers", {"draft_layers": "2", "draft": "ngram"}, None, "--draft nbl"),
-    ("draft_layers", {"draft_layers": "1"}, None, "--draft nbl or auto"),
     ("threads", {"threads": (2,), "engine": "trt-rtx"}, None, "compile nothing"),
     ("window", {"window": 8, "layers": "1,"}, None, "--window-layers"),
     ("window_layers", {"window_layers": "1", "engine": "trt"}, None, "--engine openvino, or ort with --provider cpu"),
@@ -194,7 +189,6 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
         for name, value in {
             "layers": "1", "max_perplexity_increase": "5%", "target_speedup": "1.3", "kv_budget": "1KiB",
             "select": "cca", "maps": "linear", "compute_dtype": "float32",
-            "draft": "ngram",
         }.items()
     ),
 ]  # fmt: skip
@@ -230,7 +224,6 @@ def _refusal(asked: Asked, model: ModelFacts | None) -> Exception | None:
     [
         {"fit": "distilled", "distill_steps": 4, "lora_rank": 2, "seed": 1},
         {"calibration": "self", "seed": 1},
-        {"layers": "0,2", "draft": "nbl", "draft_layers": 2, "select": "cca"},
         {"layers": 2, "select": "cca", "provider": "cpu"},
         {"layers": "0,", "window_layers": "1,", "window": 8},
         {"window_layers": "1-2"},
@@ -270,7 +263,6 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"layers": "1", "target_speedup": "1.1"}, None, ("--layers and --target-speedup", "give one of them")),
     ({"window_layers": "1,", "kv_budget": "1KiB"}, None, ("--window-layers does not go with --kv-budget",)),
     ({"window_layers": "auto", "layers": "0,"}, None, ("auto does not go with named --layers",)),
-    ({"window_layers": "1,", "draft": "ngram"}, None, ("--window-layers does not go with --draft",)),
     ({"maps": "linear", "tap": "residual"}, None, ("--maps linear acts on the normed input; add --tap normed",)),
     ({"builder_option": "block_size"}, None, ("--builder-option block_size: the values of block_size are 16",)),
     ({"builder_option": "speed=9"}, None, ("--builder-option speed=9: expected KEY=VALUE", "fuse_mlp_gate_up")),
@@ -285,8 +277,7 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"calibration": "self"}, NBL, ("--calibration self needs the original", "give that model, or leave it out")),
     ({"tap": "normed"}, NBL, ("--tap normed: the maps of m have the tap residual; leave --tap out",)),
     *(
-        ({**beside, name: text}, None, (flag_of(name), part))
-        for name, beside in (("layers", {}), ("draft_layers", {"draft": "nbl"}))
+        ({"layers": text}, None, ("--layers", part))
         for text, part in (("abc", "'abc' is not a layer"), ("7-3", "7-3 runs backwards; write 3-7"),
                            ("-1", "'-1' is not a layer"), ("25%", "is not a layer"), ("", "is not a layer"),
                            ("1-", "'1-' is not a layer"), ("²", "'²' is not a layer"), ("some", "0,7,24-29"))
@@ -303,7 +294,6 @@ UNFIT: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"layers": "0-1,1"}, PLAIN, ("--layers", "layer 1 is named twice")),
     ({"layers": "0,3"}, PLAIN, ("layer 3 does not exist", "0 to 2")),
     ({"layers": "0-99999999999"}, PLAIN, ("layer 99999999999 does not exist",)),
-    ({"draft": "nbl", "draft_layers": "0,3"}, PLAIN, ("--draft-layers '0,3': layer 3 does not exist",)),
     ({"window_layers": "2"}, PLAIN, ("--window-layers 2 is a count", "name the layers")),
     ({"window_layers": "1,1"}, PLAIN, ("--window-layers '1,1': layer 1 is named twice",)),
     ({"window_layers": "3,"}, PLAIN, ("--window-layers '3,': layer 3 does not exist",)),
@@ -329,7 +319,6 @@ UNFIT: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"engine": "openvino"}, RECURRENT, ("have no loop over tokens", "--engine ort")),
     ({"provider": "cuda"}, HYBRID, ("is not possible for lfm2", "--provider cpu")),
     ({"decoder_source": "mobius"}, HYBRID, ("--decoder-source mobius is not possible for lfm2", "use --")),
-    ({"draft": "ngram"}, HYBRID, ("--draft is not possible for lfm2", "leave --draft out")),
     ({"window_layers": "auto"}, HYBRID, ("--window-layers is not possible for lfm2", "--window-layers none")),
     ({"precision": "int4", "quantize": "awq"}, HYBRID, ("--quantize is not possible for lfm2",)),
     ({"precision": "int4", "quantized_model": "q"}, HYBRID, ("--quantized-model is not possible for lfm2",)),
@@ -369,9 +358,7 @@ def test_a_source_that_exports_no_such_architecture() -> None:
     model = dataclasses.replace(PLAIN, not_from={"genai": "it has no such layer"})
     with pytest.raises(NblError, match="--decoder-source genai is not possible for llama: it has no such layer"):
         settled({}, model)
-    with pytest.raises(NblError, match="--draft int4 is not possible for llama: it has no such layer; use ngram"):
-        settled({"decoder_source": "mobius", "draft": "int4"}, model)
-    settled({"decoder_source": "mobius", "draft": "ngram"}, model)
+    settled({"decoder_source": "mobius"}, model)
     coarse = dataclasses.replace(PLAIN, not_from={"genai --precision int4": "its rows are mixed"})
     with pytest.raises(NblError, match="--decoder-source genai --precision int4 is not possible for llama: its rows"):
         settled({"precision": "int4"}, coarse)
@@ -384,7 +371,6 @@ def test_a_source_that_exports_no_such_architecture() -> None:
         ({"tap": "side"}, "--tap is residual or normed, not 'side'"),
         ({"fit": "lora"}, "--fit is independent, distilled, drop, not 'lora'"),
         ({"maps": "quadratic"}, "--maps is affine or linear, not 'quadratic'"),
-        ({"draft": "eagle"}, "--draft is ngram, int4, nbl, auto, not 'eagle'"),
         ({"precision": "int4", "quantize": "smooth"}, "--quantize is rtn or awq, not 'smooth'"),
         ({"compute_dtype": "half"}, "--compute-dtype is auto, float32, bfloat16, not 'half'"),
         ({"logits": "some"}, "--logits is last or all, not 'some'"),

@@ -134,7 +134,7 @@ class Written:
         self, manifest: Any = MANIFEST, verify: Any = VERIFY, bench: Any = BENCH, out: Path | None = None
     ) -> None:
         if out is None:
-            self.value = {**summarize(manifest, verify, bench), "sweep": None, "lossless": None}
+            self.value = {**summarize(manifest, verify, bench), "sweep": None}
             content = document(self.value)
             self.html, self.markdown, self.json = html(content, {}), in_markdown(content), self.value
             return

@@ -51,9 +51,5 @@ def test_what_a_hybrid_does_not_go_with_is_refused_before_any_work(
     checkpoint: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:
     job = ("--model", checkpoint("lfm2"), "--output", tmp_path / "run", "--calibration", text, *TINY)
-    for asked, part in (
-        (("--engine", "openvino", "--draft", "ngram"), "they cannot forget refused tokens"),
-        (("--layers", "0,"), "layer 0 has no"),
-    ):
-        assert_refused(nbl(*job, *asked), 1, part)
+    assert_refused(nbl(*job, "--layers", "0,"), 1, "layer 0 has no")
     assert not (tmp_path / "run").exists()

@@ -73,7 +73,6 @@ def test_a_recipe_of_another_model_is_refused(
         (("--layers", "1"), "--layers is for a job without --recipe"),
         (("--fit", "drop"), "--fit drop does not go with --recipe"),
         (("--tap", "normed"), "have the tap residual"),
-        (("--draft", "ngram"), "--draft is for a job without --recipe"),
     ],
 )
 def test_options_that_a_recipe_settles_are_refused(

@@ -36,7 +36,6 @@ BASES: dict[str, dict[str, Any]] = {
     "verify": {"fit": "distilled", "tap": "normed"},
     "quantize": {"precision": "int4", "quantize": "awq"},
     "build": TRT,
-    "lossless": {"draft": "nbl"},
 }
 ASKED = {"sweep": SweepRequest(1), "eval": EVAL}
 # Another value of each option.
@@ -48,7 +47,7 @@ OTHER: dict[str, Any] = {
     "context": 64, "compute_dtype": "float32", "seed": 7, "precision": "int8", "requantize": True,
     "provider": "cuda", "max_seq_len": 128, "max_batch": 2, "prefill_chunk": 64, "logits": "all",
     "decoder_source": "mobius", "builder_option": ("block_size=64",), "quantize": "awq", "quantized_model": "q",
-    "draft": "int4", "draft_layers": "1", "depths": (7,), "repetitions": 7, "prompt_tokens": (7,),
+    "depths": (7,), "repetitions": 7, "prompt_tokens": (7,),
     "generate_tokens": 7, "threads": (1,), "batches": (2,), "engine": "openvino",
 }  # fmt: skip
 _PLAN = ("layers", "window_layers", "max_perplexity_increase", "target_speedup", "kv_budget", "fit", "select",
@@ -71,7 +70,6 @@ READS: dict[str, tuple[str, ...]] = {
     "eval": _GRAPHS,
     "build": ("engine", "max_batch", "prefill_chunk", "max_seq_len", *(name for name in _GRAPHS if name != "provider")),
     "bench": (*_BENCH, *_GRAPHS),
-    "lossless": ("draft", "draft_layers", "threads", "requantize", *_GRAPHS),
     "report": (*_BENCH, *_GRAPHS),
 }  # fmt: skip
 # Another value of an option that already has the value above in the stage's base.
@@ -143,7 +141,6 @@ def test_what_a_goal_counts_is_in_the_key_of_the_plan(option: str, goal: dict[st
         ("build", {}, {"prefill_chunk": 512}),
         ("plan", {}, {"precision": "int8"}),
         ("verify", {}, {"threads": (2,)}),
-        ("report", {}, {"draft_layers": "1"}),
         ("verify", {}, {"device": "cpu"}),
     ],
 )
@@ -194,13 +191,8 @@ def test_inputs_that_are_no_options_are_in_the_keys(key_of_stage: Any, monkeypat
 # The device changes no result.
 FOLLOW = {"device", "decoder_source", "engine", "calibration", "model"}
 # The curve states what its speeds were modelled for. The moments state their options. The key of a sweep has the key
-# of the stage that distils. The work that a draft saves is weighed at a length of its own.
-STATED = {
-    "calibrate": {"seed"},
-    "plan": {"precision", "provider", "prompt_tokens"},
-    "sweep": {"fit"},
-    "lossless": {"prompt_tokens"},
-}
+# of the stage that distils.
+STATED = {"calibrate": {"seed"}, "plan": {"precision", "provider", "prompt_tokens"}, "sweep": {"fit"}}
 
 
 class Watched(JobOptions):
@@ -281,19 +273,19 @@ def test_the_table_above_has_what_a_stage_reads(stage: str, tmp_path: Path, monk
     inputs = found.declare(resolver)
     assert not isinstance(inputs, LeftOut)
     loaded(inputs)
-    assert {"calibration_tokens", "context"} <= Watched.seen or stage in ("decoder", "rewrite", "bench", "lossless")
+    assert {"calibration_tokens", "context"} <= Watched.seen or stage in ("decoder", "rewrite", "bench")
     # Conditions that are read to leave a stage out do not change what it makes.
     assert Watched.seen - FOLLOW - STATED.get(stage, set()) - GATES <= set(READS[stage])
 
 
 # Options that decide whether a stage runs, and nothing else in it.
-GATES = {"fit", "draft", "quantize"}
+GATES = {"fit", "quantize"}
 
 
 def test_only_what_takes_a_resolver_reads_options() -> None:
     """A stage sees its inputs and its place."""
     modules = sorted(Path(common.__file__).parent.glob("*.py"))
-    assert len(modules) > 8
+    assert len(modules) > 5
     for module in modules:
         for node in _functions(ast.parse(module.read_text(encoding="utf-8"))):
             if any("Resolver" in ast.unparse(a.annotation) for a in node.args.args if a.annotation is not None):

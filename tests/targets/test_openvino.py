@@ -123,6 +123,31 @@ def test_llm_pipeline_says_the_same(directories: dict[str, Path], variant: str, 
     assert list(pipeline.generate(ids, given).tokens[0]) == said
 
 
+@pytest.mark.parametrize("way", ["draft", "lookup"])
+def test_proposed_tokens_change_no_answer(
+    way: str, directories: dict[str, Path], exported: Callable[..., Path]
+) -> None:
+    """The program of docs/drafts.md: the original with the NBL model as its draft, and with prompt lookup."""
+    genai = pytest.importorskip("openvino_genai")
+    import openvino
+
+    ids, original = PROMPT * 3, exported("llama", "openvino", "fp32")
+    with OpenVinoRunner(original, 1) as runner:
+        said = runner.greedy(ids, 20)
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    more: dict[str, Any] = {"prompt_lookup": True}
+    given = genai.GenerationConfig(max_new_tokens=20, ignore_eos=True, do_sample=False, num_assistant_tokens=3)
+    with kept_signal_stack():
+        if way == "draft":
+            more = {"draft_model": genai.draft_model(str(directories["nbl"]), "CPU", **settings)}
+        else:
+            given.max_ngram_size = 3
+        pipeline = genai.LLMPipeline(str(original), "CPU", **settings, **more)
+    found = pipeline.generate(openvino.Tensor(np.array([ids], np.int64)), given)
+    assert list(found.tokens[0]) == said
+    assert way == "lookup" or found.extended_perf_metrics.get_num_draft_tokens() > 0
+
+
 def test_the_tokenizer_as_ir_gives_the_same_ids(directories: dict[str, Path]) -> None:
     genai = pytest.importorskip("openvino_genai")
     text = "The with statement is used to wrap the execution of a block: naïve café."

@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 PLACES = (
     "weights", ".weights", "additional_chat_templates/k.jinja", "additional_chat_templates/.k.jinja", "onnx/.data",
-    "int4_draft/openvino_model.bin", "a/.b/c/d", ".lock", ".cache/other", "x/.git/config",
+    "deeper/openvino_model.bin", "a/.b/c/d", ".lock", ".cache/other", "x/.git/config",
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def test_a_link_out_is_refused_wherever_it_is(folder: Path, name: str, target: s
         link.unlink()
 
 
-@pytest.mark.parametrize("name", ["weights", ".weights", "a/.b/c/d", "int4_draft/openvino_model.bin"])
+@pytest.mark.parametrize("name", ["weights", ".weights", "a/.b/c/d", "deeper/openvino_model.bin"])
 def test_pipes_and_devices_are_refused_wherever_they_are(folder: Path, name: str) -> None:
     acts: tuple[Callable[[Path], object], ...] = (os.mkfifo, lambda path: path.symlink_to("/dev/zero"))
     for make in acts:
@@ -112,14 +112,14 @@ def test_a_chain_of_links_is_not_walked_to_its_end(folder: Path) -> None:
     assert time.process_time() - began < 2
 
 
-def test_a_draft_of_an_openvino_folder_is_checked(tmp_path: Path) -> None:
-    folder, draft = tmp_path / "model", tmp_path / "model" / "int4_draft"
-    draft.mkdir(parents=True)
-    for place in (folder, draft):
+def test_a_folder_in_an_openvino_folder_is_checked(tmp_path: Path) -> None:
+    folder, inner = tmp_path / "model", tmp_path / "model" / "deeper"
+    inner.mkdir(parents=True)
+    for place in (folder, inner):
         for name in ("openvino_model.xml", "openvino_model.bin"):
             (place / name).write_text("x")
     assert locate(folder).engine == "openvino"
-    (draft / "openvino_model.bin").rename(tmp_path / "id_rsa")
-    (draft / "openvino_model.bin").symlink_to(tmp_path / "id_rsa")
-    with pytest.raises(CorruptError, match=r"int4_draft/openvino_model.bin is a link out of its directory"):
+    (inner / "openvino_model.bin").rename(tmp_path / "id_rsa")
+    (inner / "openvino_model.bin").symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(CorruptError, match=r"deeper/openvino_model.bin is a link out of its directory"):
         locate(folder)

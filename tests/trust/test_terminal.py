@@ -89,12 +89,6 @@ def profile_facts() -> dict[str, Any]:
     return {"prompt_tokens": 8, "decoders": {"d" + EVIL: {"prefill": phase, "decode": phase}}}
 
 
-def lossless_facts() -> dict[str, Any]:
-    row = {"proposer": "p" + EVIL, "kind": "chat", "acceptance": 0.5, "tokens_per_round": 2.0, "prefill_ratio": 1.1}
-    row |= {"decode_ratio": 1.2, "ratio": 1.2, "low": 1.1, "high": 1.3, "equal": 5, "prompts": 5}
-    return {"rows": [row], "overall": [{**row, "kind": "all"}]}
-
-
 def engine_facts() -> dict[str, Any]:
     record = {"engine": "e" + EVIL, "version": "v" + EVIL, "precision": "p" + EVIL}
     return {"n" + EVIL: {**record, "plan_bytes": 1, "build_seconds": 1.0, "cache_bytes": 1}}
@@ -117,7 +111,6 @@ TABLES: dict[str, Callable[[Path], Any]] = {
     ),
     "graph_table": lambda run: console.graph_table(graph_facts(run)),
     "sweep_table": lambda _: console.sweep_table(sweep_facts()),
-    "speculative_table": lambda _: console.speculative_table(lossless_facts()),
     "profile_table": lambda _: console.profile_table(profile_facts()),
     "ladder_table": lambda run: console.ladder_table(of_run("verify.json")(run)["checks"], "Acceptance, e" + EVIL),
 }

@@ -31,8 +31,7 @@ READS: dict[str, tuple[str, ...]] = {
     "eval": ("rewrite",),
     "build": ("rewrite",),
     "bench": ("rewrite", "build"),
-    "lossless": ("decoder", "rewrite"),
-    "report": ("plan", "sweep", "verify", "eval", "build", "bench", "lossless"),
+    "report": ("plan", "sweep", "verify", "eval", "build", "bench"),
 }
 
 

@@ -22,7 +22,7 @@ from nbl_export.errors import CorruptError, NblError, one_line
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE, all_logits_file
 from nbl_export.graph.session import import_onnxruntime, open_session
-from nbl_export.records.capabilities import GENAI_PROPOSERS, Capabilities
+from nbl_export.records.capabilities import Capabilities
 from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, Target
 from nbl_export.targets.export import mobius
 from nbl_export.targets.export.finish import check_bounds, finish_directory
@@ -30,8 +30,7 @@ from nbl_export.targets.gpu import PROVIDERS
 from nbl_export.targets.onnx import export_genai
 from nbl_export.targets.onnx.facts import provider_of, read_facts
 from nbl_export.targets.onnx.genai import GenaiRunner, load_package
-from nbl_export.targets.onnx.speculative import SpeculativeRunner
-from nbl_export.targets.runners import Draft, SequenceLimits
+from nbl_export.targets.runners import SequenceLimits
 
 __all__ = ["CAPABILITIES", "ORT", "OrtEngine", "ProfiledDecoder", "is_installed", "probe"]
 
@@ -51,8 +50,6 @@ CAPABILITIES = Capabilities(
     recurrences=True,
     providers=tuple(PROVIDERS),
     measures_limits=True,
-    last_rows=True,
-    proposers=GENAI_PROPOSERS,
 )
 
 
@@ -89,12 +86,6 @@ class OrtEngine(Target):
     def open_profiled(self, directory: Path, threads: int, tokens: int, traces: Path) -> ProfiledDecoder:
         """On plain ONNX Runtime with its profiler."""
         return ProfiledDecoder(directory, threads, tokens, traces)
-
-    def open_speculative(
-        self, directory: Path, threads: int | None = None, draft: Draft | None = None
-    ) -> SpeculativeRunner:
-        """A runner with proposed tokens."""
-        return SpeculativeRunner(directory, threads, draft.settings if draft and draft.settings else None)
 
     def open_graph(
         self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None

@@ -27,10 +27,8 @@ def read_facts(directory: Path) -> DecoderFacts:
         NblError: the directory proposes tokens, or genai_config.json lacks a size. CorruptError: a file is damaged.
     """
     settings = GenaiSettings.read(directory)
-    if settings.lossless:
-        raise NblError(
-            f"{directory} proposes tokens, so single steps say nothing: measure with nbl-export bench RUN --lossless"
-        )
+    if "speculative" in read_genai_config(directory):
+        raise NblError(f"{directory} proposes tokens, so single steps say nothing: time whole answers in GenAI itself")
     if settings.head_dim is None:
         raise CorruptError(f"{directory / GENAI_CONFIG} gives no head_size; export the model again")
     graph = read_graph_facts(directory / GRAPH_FILE, settings.head_dim)
@@ -59,7 +57,6 @@ def provider_of(directory: Path) -> str:
 class GenaiSettings:
     """Settings of a decoder in genai_config.json: positions, vocabulary, the ids that end a text.
 
-    lossless: whether tokens are proposed to the decoder (`rewrite.speculative`).
     head_dim: size of a head, if it is given.
     """
 
@@ -67,7 +64,6 @@ class GenaiSettings:
     vocab_size: int
     end_ids: tuple[int, ...]
     pad_id: int | None = None
-    lossless: bool = False
     head_dim: int | None = None
 
     @classmethod
@@ -89,9 +85,8 @@ class GenaiSettings:
             ends = tuple(int(i) for i in (end if isinstance(end, list) else [end]))
             pad = model.get("pad_token_id")
             pad = None if pad is None else int(pad)
-            lossless = "draft" in model or "speculative" in settings
             head = model.get("decoder", {}).get("head_size")
             head = None if head is None else int(head)
-            return cls(int(model["context_length"]), int(model["vocab_size"]), ends, pad, lossless, head)
+            return cls(int(model["context_length"]), int(model["vocab_size"]), ends, pad, head)
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise NblError(f"{path} cannot be read ({one_line(error)}); export the model again") from error

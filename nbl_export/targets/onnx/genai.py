@@ -47,7 +47,7 @@ import functools
 import importlib
 import importlib.metadata
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -55,7 +55,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import MissingPackageError, NblError, one_line
-from nbl_export.graph.genai_config import TAKING_TURNS, read_genai_config
+from nbl_export.graph.genai_config import read_genai_config
 from nbl_export.graph.names import GRAPH_FILE
 from nbl_export.graph.trust import check_graph_file
 from nbl_export.targets.base import default_threads
@@ -275,12 +275,7 @@ SILENT = 4  # ORT severity "fatal": only the exception raised here reports an er
 
 
 def open_model(
-    og: ModuleType,
-    directory: Path,
-    threads: int,
-    provider: Choice | None,
-    limits: SequenceLimits | None,
-    draft: Mapping[str, Any] | None = None,
+    og: ModuleType, directory: Path, threads: int, provider: Choice | None, limits: SequenceLimits | None
 ) -> Any:
     """The og.Model of a directory.
 
@@ -288,7 +283,6 @@ def open_model(
         og: the imported GenAI.
         provider: None uses the directory's provider.
         limits: None leaves the sizes of the directory.
-        draft: the block `model.draft` of genai_config.json; None leaves the directory's own.
 
     Raises:
         NblError: the directory is not a model that loads; the message has the path.
@@ -296,8 +290,7 @@ def open_model(
     check_genai_folder(directory)
     try:
         config = og.Config(str(directory))  # checked by `check_genai_folder`
-        own = read_genai_config(directory)["model"].get("draft") is not None
-        config.overlay(json.dumps(_settings(threads, limits, {} if own and draft is None else draft)))
+        config.overlay(json.dumps(_settings(threads, limits)))
         if provider is not None:
             _choose_provider(config, *provider)
         return og.Model(config)
@@ -305,13 +298,10 @@ def open_model(
         raise NblError(f"{directory} does not load in ONNX Runtime GenAI: {one_line(error)}") from error
 
 
-def _settings(threads: int, limits: SequenceLimits | None, draft: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What replaces settings of genai_config.json. draft: None if there is no draft, which GenAI would open else."""
-    session: dict[str, Any] = {"intra_op_num_threads": threads, "log_severity_level": SILENT}
+def _settings(threads: int, limits: SequenceLimits | None) -> dict[str, Any]:
+    """What replaces settings of genai_config.json."""
+    session = {"intra_op_num_threads": threads, "log_severity_level": SILENT}
     model: dict[str, Any] = {"decoder": {"session_options": session}}
-    if draft is not None:
-        session |= TAKING_TURNS
-        model["draft"] = {**draft, "session_options": session}
     if limits is None:
         return {"model": model}
     return {"model": {**model, "context_length": limits.tokens}, "search": {"batch_size": limits.batch}}
@@ -332,6 +322,5 @@ def check_genai_folder(directory: Path) -> None:
         NblError: something is refused; the message names the file.
     """
     check_folder(directory)
-    model = read_genai_config(directory).get("model", {})
-    for decoder in (model.get("decoder", {}), *([model["draft"]] if "draft" in model else [])):
-        check_graph_file(directory / decoder.get("filename", GRAPH_FILE))
+    decoder = read_genai_config(directory).get("model", {}).get("decoder", {})
+    check_graph_file(directory / decoder.get("filename", GRAPH_FILE))

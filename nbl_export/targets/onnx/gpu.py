@@ -101,7 +101,6 @@ class GpuEngine(ort.OrtEngine):
             recurrences=False,
             measures_limits=False,
             provider=flag,
-            proposers=(),
         )
 
     def probe_run(self) -> Availability:

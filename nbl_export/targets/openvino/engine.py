@@ -11,7 +11,7 @@ import numpy as np
 
 from nbl_export.errors import NblError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
-from nbl_export.records.capabilities import OPENVINO_PROPOSERS, Capabilities, Proposer
+from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import GraphContract
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import CheckResult
@@ -19,12 +19,10 @@ from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, 
 from nbl_export.targets.checks import Coded, Wanted
 from nbl_export.targets.export.finish import check_bounds
 from nbl_export.targets.openvino import check
-from nbl_export.targets.openvino import rewrite as lossless
 from nbl_export.targets.openvino.ir.anatomy import read_ir_facts
 from nbl_export.targets.openvino.session import IrDecoder, OpenVinoRunner, Session, load_openvino
 from nbl_export.targets.openvino.signals import kept_signal_stack
-from nbl_export.targets.openvino.speculative import OpenVinoSpeculativeRunner
-from nbl_export.targets.runners import Draft, SequenceLimits
+from nbl_export.targets.runners import SequenceLimits
 
 __all__ = ["CAPABILITIES", "OPENVINO", "OpenVinoEngine"]
 
@@ -41,7 +39,6 @@ CAPABILITIES = Capabilities(
     every_expert=("openvino",),
     windows=True,
     hybrids=True,
-    proposers=OPENVINO_PROPOSERS,
     mapped={"openvino": _ROUNDED},
     rounded=_ROUNDED,
 )
@@ -124,19 +121,6 @@ class OpenVinoEngine(Target):
         """The IR itself; nothing is written to `scratch`."""
         return check.coded_ir(directory, _most_logits(directory))
 
-    def write_target(self, original: Path, out: Path) -> None:
-        """The IR with the logits of all positions."""
-        lossless.write_ir_target(original, out)
-
-    def add_draft(self, source: Path, out: Path, draft: str) -> dict[str, Any]:
-        """A draft is a folder of its own."""
-        lossless.add_ir_draft(source, out, draft)
-        return {}
-
-    def settle(self, out: Path, proposer: Proposer, drafts: Mapping[str, Mapping[str, Any]]) -> None:
-        """In generation_config.json."""
-        lossless.settle_ir(out, proposer, drafts)
-
     def arithmetic(self, path: Path) -> str:
         """The types that the plugin chooses for a directory; loads the model."""
         session = Session(path)
@@ -167,12 +151,6 @@ class OpenVinoEngine(Target):
     def open_checked(self, directory: Path, threads: int | None = None) -> OpenVinoRunner:
         """The same runner in float32."""
         return OpenVinoRunner(directory, threads or default_threads(), exact=True)
-
-    def open_speculative(
-        self, directory: Path, threads: int | None = None, draft: Draft | None = None
-    ) -> OpenVinoSpeculativeRunner:
-        """A runner with proposed tokens, on OpenVINO GenAI."""
-        return OpenVinoSpeculativeRunner(directory, threads or default_threads(), draft)
 
 
 OPENVINO = OpenVinoEngine()

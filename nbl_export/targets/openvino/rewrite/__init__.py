@@ -4,12 +4,6 @@
 
 A pass refuses what it does not understand, with layer and reason.
 
-Writes the folder of lossless decoding for OpenVINO GenAI.
-
-original/ openvino_all_logits.xml ─► openvino_model.xml      its paged back end computes the positions that it reads
-draft folder ──────────────────────► int4_draft/ or nbl_draft/
-generation_config.json ◄─ num_assistant_tokens, and max_ngram_size for n-grams
-
 Weight compression of an IR: 16-bit floats by OpenVINO, int8 and int4 by nncf (int4 with an int8 head and embedding).
 
 nncf compresses matrices that are floats. So a compressed IR that has got float maps is compressed again, and only the
@@ -20,19 +14,17 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError, RefusalError
-from nbl_export.graph.names import ALL_LOGITS_IR, GENERATION_CONFIG, IR_FILE, IR_WEIGHTS, MANIFEST, draft_folder
+from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE, IR_WEIGHTS
 from nbl_export.mixers.base import Mixer
-from nbl_export.records.capabilities import Proposer
 from nbl_export.records.plan import Plan
 from nbl_export.targets.openvino.ir.anatomy import Dataflow, states_of
 from nbl_export.targets.openvino.ir.files import (
@@ -130,32 +122,6 @@ def keep_last_token_ir(directory: Path) -> None:
         (pruned / ALL_LOGITS_IR).write_text(every, encoding="utf-8")
         for name in _GRAPHS:
             os.replace(pruned / name, directory / name)
-
-
-def write_ir_target(original: Path, out: Path) -> None:
-    """Write the IR directory with the logits of all positions to `out`, which must not exist."""
-    out.mkdir()
-    every = (original / ALL_LOGITS_IR).is_file()
-    for file in sorted(original.iterdir()):
-        if file.is_file() and file.name != MANIFEST and not (every and file.name == IR_FILE):
-            shutil.copyfile(file, out / (IR_FILE if file.name == ALL_LOGITS_IR else file.name))
-
-
-def add_ir_draft(source: Path, out: Path, draft: str) -> None:
-    """Copy an IR directory into `out` as a draft."""
-    left_out = shutil.ignore_patterns(ALL_LOGITS_IR, MANIFEST)
-    shutil.copytree(source, out / draft_folder(draft), ignore=left_out)
-
-
-def settle_ir(out: Path, proposer: Proposer, drafts: Collection[str]) -> None:
-    """Make a proposer the folder's own; the folders of other drafts are removed."""
-    for draft in drafts:
-        if draft != proposer.draft:
-            shutil.rmtree(out / draft_folder(draft))
-    path = out / GENERATION_CONFIG
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    settings |= dict(proposer.options)
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 _GROUPS = (128, 64, 32)  # tried in this order
