@@ -27,8 +27,6 @@ ROWS: dict[str, tuple[str, ...]] = {
     "int8": ("--precision", "int8"),
     "gguf": ("--precision", "gguf"),
     "int4": ("--precision", "int4"),
-    "int4, awq": ("--precision", "int4", "--quantize", "awq"),
-    "int4, awq and k_quant": ("--precision", "int4", "--quantize", "awq", "--builder-option", "algo_config=k_quant"),
     "int4, k_quant": ("--precision", "int4", "--builder-option", "algo_config=k_quant"),
     "int4, k_quant_last": ("--precision", "int4", "--builder-option", "algo_config=k_quant_last"),
     "int4, k_quant_mixed": ("--precision", "int4", "--builder-option", "algo_config=k_quant_mixed"),
@@ -71,8 +69,6 @@ def exported(options: argparse.Namespace, given: tuple[str, ...]) -> dict[str, A
     words = list(given)  # defaults take the place of options of an earlier row
     if given[1] != "fp32" and "--builder-option" not in given:
         words += ["--builder-option", "accuracy_level=4"]
-    if given[1] == "int4" and "--quantize" not in given:
-        words += ["--quantize", "rtn"]
     command("rewrite", work, *words)
     if options.unproven:
         return {"options": list(given), "model_bytes": sizes(work)}

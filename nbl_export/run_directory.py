@@ -7,7 +7,6 @@
     DIR/maps.safetensors       plan; distill, if requested (then plan writes start.safetensors)
     DIR/sweep.json             sweep, if requested
     DIR/distill.json           distill; distill.partial.safetensors while it works
-    DIR/scales.safetensors     quantize, if requested: scales of channels for --quantize awq
     DIR/original/              decoder: the exported graph; all_logits.onnx is the graph as exported, if model.onnx
                                gives the logits of the last token, as in model/
     DIR/model/                 rewrite: the NBL graph, deployable by itself
@@ -57,7 +56,7 @@ from nbl_export.trust.lock import locked
 
 __all__ = ["ACCEPTANCE_FILE", "ACCEPTANCE_JSON", "ACCEPTANCE_MD", "BENCH_FILE", "CALIBRATION_FILE", "CHECKPOINT",
            "DECODERS", "DISTILL_FILE", "EVAL_FILE", "MADE_BY", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES",
-           "REFERENCES_FILE", "REPORT_HTML", "REPORT_JSON", "REPORT_MD", "SCALES_FILE", "SCHEMA", "START_FILE",
+           "REFERENCES_FILE", "REPORT_HTML", "REPORT_JSON", "REPORT_MD", "SCHEMA", "START_FILE",
            "SWEEP_FILE", "VERIFY_FILE", "RunDirectory", "refuse_foreign"]  # fmt: skip
 
 SCHEMA = 1
@@ -73,7 +72,6 @@ CHECKPOINT = "checkpoint"
 MOMENTS_FILE = "moments.safetensors"
 START_FILE = "start.safetensors"  # maps before distillation
 MAPS_FILE = "maps.safetensors"
-SCALES_FILE = "scales.safetensors"  # of channels, see `calibrate.awq`
 REFERENCES_FILE = "references.safetensors"
 ACCEPTANCE_FILE = "acceptance.safetensors"  # values to compare with
 ACCEPTANCE_JSON, ACCEPTANCE_MD = "acceptance.json", "acceptance.md"  # verdicts
@@ -275,7 +273,7 @@ class RunDirectory:
 
 _OURS = (
     CALIBRATION_FILE, MOMENTS_FILE, "calibrate.partial.safetensors", "sampled.safetensors", START_FILE, MAPS_FILE,
-    DISTILL_FILE, "distill.partial.safetensors", SWEEP_FILE, SCALES_FILE, *DECODERS.values(), VERIFY_FILE,
+    DISTILL_FILE, "distill.partial.safetensors", SWEEP_FILE, *DECODERS.values(), VERIFY_FILE,
     REFERENCES_FILE, ACCEPTANCE_FILE, EVAL_FILE, "engine", BENCH_FILE, REPORT_HTML,
     REPORT_MD, REPORT_JSON, ACCEPTANCE_MD, ACCEPTANCE_JSON, "nbl-checkpoint", CHECKPOINT, MANIFEST,
 )  # fmt: skip

@@ -49,7 +49,6 @@ class Options(TypedDict, total=False):
     logits: str | None
     decoder_source: str
     builder_option: str | Sequence[str]
-    quantize: str | None
     quantized_model: Path | None
     depths: int | Sequence[int]
     repetitions: int | None

@@ -128,9 +128,6 @@ class Mixer(Protocol):
     def with_matrices(self, matrices: Mapping[str, np.ndarray]) -> Mixer:
         """The same with other numbers in `matrices()`, e.g. those that a quantised graph stores."""
 
-    def scaled_input(self, scale_D: np.ndarray) -> Mixer:
-        """The mixer that gives for x what this one gives for x * scale."""
-
     def product(self) -> np.ndarray | None:
         """The matrix W [D, D] if it computes x W' and nothing else, as some file formats need; otherwise None."""
 

@@ -55,9 +55,6 @@ class Linear:
     def with_matrices(self, matrices: Mapping[str, np.ndarray]) -> Linear:
         return Linear(matrices["weight"], self.bias)
 
-    def scaled_input(self, scale_D: np.ndarray) -> Linear:
-        return Linear(self.weight * scale_D, self.bias)
-
     def product(self) -> np.ndarray | None:
         return None if self._has_bias else self.weight
 

@@ -35,9 +35,6 @@ class Nothing:
     def with_matrices(self, matrices: Mapping[str, np.ndarray]) -> Mixer:
         return self
 
-    def scaled_input(self, scale_D: np.ndarray) -> Mixer:
-        return self
-
     def product(self) -> np.ndarray:
         """A matrix of zeros, for formats that have no layer without a mixer."""
         return np.zeros((self.size, self.size), np.float32)

@@ -83,16 +83,6 @@ class Window:
     def with_matrices(self, matrices: Mapping[str, np.ndarray]) -> Window:
         return dataclasses.replace(self, qkv=matrices["qkv"], output=matrices["output"])
 
-    def scaled_input(self, scale_D: np.ndarray) -> Window:
-        """Exact behind a norm, which is the one case that scales; a norm's own scale moves into its weight.
-
-        Raises:
-            NblError: the mixer has a norm, which undoes a scale of its input.
-        """
-        if self.norm is not None:
-            raise NblError("a window with its own norm does not scale its input; use --tap normed")
-        return dataclasses.replace(self, qkv=self.qkv * scale_D)
-
     def product(self) -> None:
         return None
 

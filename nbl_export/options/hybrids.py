@@ -19,8 +19,6 @@ def refused(options: JobOptions, engine: Capabilities, decoder: DecoderSpec) -> 
         "use --engine ort": decoder.recurrent and not engine.recurrences,
         f"--window-layers {where}: a runtime takes states of one shape; use --window-layers {NO_WINDOWS}":
             options.window_layers != NO_WINDOWS,
-        f"--quantize {where}: scales are known for attention and MLP alone; leave --quantize out":
-            options.quantize is not None,
         f"--quantized-model {where}: the names of their matrices are not known; leave --quantized-model out":
             options.quantized_model is not None,
     }  # fmt: skip

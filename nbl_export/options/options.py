@@ -37,7 +37,6 @@ FITS = ("independent", "distilled", "drop", "given", "recipe")
 SELECTS = ("cca", "error", "greedy", "efficient")
 DTYPES = ("auto", "float32", "bfloat16")  # of products while calibrating and choosing layers
 DEVICES = ("auto", "cpu", "cuda")  # of torch
-METHODS = ("rtn", "awq")  # of rounding to int4
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # ends a line, or moves a terminal's cursor
 SELF = "self"  # calibration text that the model generates
 AUTO_WINDOWS, NO_WINDOWS = "auto", "none"  # windows in as many top layers as quality allows, or in no layer
@@ -229,10 +228,6 @@ class JobOptions:
     builder_option: tuple[str, ...] = option(
         (), "How the GenAI builder quantises: algo_config, block_size, accuracy_level, shared_embeddings, "
         "fuse_mlp_gate_up; repeat for more.", _ENGINE, "main rewrite", metavar="KEY=VALUE",
-    )  # fmt: skip
-    quantize: str | None = option(
-        None, "ort, int4: awq moves scales from activations into matrices before they are rounded (default: rtn, "
-        "rounding alone).", _ENGINE, "main rewrite", choices=METHODS, metavar="METHOD",
     )  # fmt: skip
     quantized_model: str | None = option(
         None, "int4: use the codes of this checkpoint of the same model (GPTQ, AWQ or Olive).", _ENGINE, "main rewrite",

@@ -156,10 +156,6 @@ APPLIES: tuple[Applies, ...] = (
         ("builder_option",), f"--precision int8, int4 or gguf ({', '.join(_OF_ROUNDING)})",
         lambda c: c.options.precision in ("int8", "int4", GGUF) or not set(c.builder_keys) & set(_OF_ROUNDING),
     ),
-    Applies(
-        ("quantize",), "--precision int4 of --decoder-source genai on a CPU, without --quantized-model",
-        lambda c: c.builds_int4 and c.options.provider == "cpu" and c.options.quantized_model is None,
-    ),
     Applies(("quantized_model",), "--precision int4 of --decoder-source genai", lambda c: c.builds_int4),
     Applies(("threads",), "engines that compile nothing (ort, openvino)", lambda c: not c.engine.static),
 )  # fmt: skip

@@ -40,7 +40,6 @@ STAGES = (
     Stage("plan", "plan", plan.declare, plan.run),
     Stage("sweep", "sweep", plan.declare_sweep, plan.run_sweep),
     Stage("distill", "distill", plan.declare_distill, plan.run_distill),
-    Stage("quantize", "activation-aware scales", graphs.declare_quantize, graphs.run_quantize),
     Stage("decoder", "decoder graph", graphs.declare_decoder, graphs.run_decoder),
     Stage("rewrite", "rewrite", graphs.declare_rewrite, graphs.run_rewrite),
     Stage("verify", "verify", verify.declare, verify.run),

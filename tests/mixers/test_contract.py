@@ -178,17 +178,6 @@ def test_what_is_emitted_is_what_is_told(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_a_scale_moves_from_the_input_into_the_mixer(name: str) -> None:
-    scale = np.exp(numbers(D, seed=5))
-    if name == "window with a norm":
-        with pytest.raises(NblError, match="use --tap normed"):
-            EVERY[name].scaled_input(scale)
-        return
-    found = apply(EVERY[name].scaled_input(scale), ROWS)[0]
-    np.testing.assert_allclose(found, apply(EVERY[name], ROWS * scale)[0], atol=1e-5)
-
-
-@pytest.mark.parametrize("name", EVERY)
 def test_one_product_says_all_or_is_refused(name: str) -> None:
     mixer = EVERY[name]
     weight = mixer.product()

@@ -50,9 +50,6 @@ class Memory:
     def with_matrices(self, matrices: Mapping[str, np.ndarray]) -> Memory:
         return dataclasses.replace(self, **matrices)
 
-    def scaled_input(self, scale_D: np.ndarray) -> Memory:
-        return Memory(self.now * scale_D, self.before * scale_D, self.bias)
-
     def product(self) -> None:
         return None
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.calibrate import awq, collect
+from nbl_export.calibrate import collect
 from nbl_export.calibrate.sums import Accumulator, sums_bytes
 from nbl_export.distill.training import DistillSettings, TrainingText, distill
 from nbl_export.errors import NblError
@@ -123,14 +123,6 @@ def coded(model: Any, _directory: Path, _scratch: Path) -> Any:
     return [(r.logits, r.long) for r in both.values()], [f.steps for f in fidelity]
 
 
-def scaled(model: Any, _directory: Path, _scratch: Path) -> Any:
-    groups = list(awq.groups_of(model))
-    chosen = awq.choose(groups, awq.observe(model, groups, IDS, 32, quiet), 32, quiet)
-    scales = {name: choice.scale_C for name, choice in chosen.items()}
-    awq.rescale(model, scales)
-    return list(scales.values()), torch_reference.row_logits(model, ROW)
-
-
 def sampled(model: Any, _directory: Path, _scratch: Path) -> Any:
     return sample_windows(model, 2, 8, 0, quiet).shape
 
@@ -140,7 +132,7 @@ def scored(model: Any, _directory: Path, _scratch: Path) -> Any:
         return token_scores(model, ROW, 20)
 
 
-WORK = (collected, streamed, losses, ordered, distilled, referred, coded, scaled, sampled, scored)
+WORK = (collected, streamed, losses, ordered, distilled, referred, coded, sampled, scored)
 
 
 def numbers(value: Any) -> list[Any]:

@@ -15,7 +15,6 @@ import torch
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
-from nbl_export.calibrate.awq import rescale
 from nbl_export.model.checkpoint import load
 
 from ..codes import GROUP, METHODS, dequantised, quantise
@@ -160,8 +159,17 @@ def _with_scales(model: Path, out: Path) -> Path:
     """A checkpoint of the same function, with scales moved from norms into the matrices behind them."""
     loaded = load.load_model(model)
     generator = torch.Generator().manual_seed(1)
-    names = [f"layers.{i}.{part}" for i in range(3) for part in ("qkv", "mlp")]
-    rescale(loaded, {n: torch.exp(0.4 * torch.randn(HIDDEN, generator=generator)) for n in names})
+    for layer in loaded.get_decoder().layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        behind = {
+            layer.input_layernorm: (attention.q_proj, attention.k_proj, attention.v_proj),
+            layer.post_attention_layernorm: (mlp.gate_proj, mlp.up_proj),
+        }
+        for norm, readers in behind.items():
+            scale_D = torch.exp(0.4 * torch.randn(HIDDEN, generator=generator))
+            norm.weight.data.div_(scale_D)
+            for reader in readers:
+                reader.weight.data.mul_(scale_D)
     shutil.copytree(model, out)
     tensors = {n: t.detach().contiguous() for n, t in loaded.state_dict().items() if n != "lm_head.weight"}
     save_file(tensors, out / "model.safetensors", {"format": "pt"})

@@ -153,7 +153,6 @@ def test_roads_to_a_changed_run(recorded: Recorded, tmp_path: Path, stopped: Non
     for words in (
         ("plan", directory, "--layers", "0,2", "--select", "cca"),
         ("build", directory, "--max-batch", "2"),
-        ("rewrite", directory, "--quantize", "awq"),
         ("calibrate", "--model", "m", "--output", new, "--seed", "3"),
     ):
         with pytest.raises(UsageError, match=f"^{words[-2]} is for "):
@@ -217,7 +216,7 @@ def test_options_are_settled_without_torch(tmp_path: Path) -> None:
         {"maps": "linear", "layers": "2", "select": "cca"},
         {"fit": "distilled", "distill_steps": 4, "seed": 2, "label_weight": 0.5},
         {"engine": "trt-rtx", "precision": "int4", "max_seq_len": 64},
-        {"precision": "int4", "quantize": "awq", "builder_option": ("block_size=64",)},
+        {"precision": "int4", "builder_option": ("block_size=64",)},
     ],
     ids=str,
 )  # fmt: skip

@@ -172,7 +172,6 @@ REFERENCES: dict[str, tuple[Changes, Changes]] = {  # options and facts
     "precision": ({"precision": "int4"}, {}),
     "source": ({"decoder_source": "mobius"}, {}),
     "positions": ({}, {"decoder": {**resolver_of(Path(), {}).run.manifest["decoder"], "max_positions": 256}}),
-    "scales": ({"quantize": "awq"}, {}),
     "codes": ({"quantized_model": "q"}, {}),
 }
 

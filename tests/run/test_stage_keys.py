@@ -34,7 +34,6 @@ BASES: dict[str, dict[str, Any]] = {
     "sweep": {"select": None},
     "distill": {"select": None, "fit": "distilled", "tap": "normed"},
     "verify": {"fit": "distilled", "tap": "normed"},
-    "quantize": {"precision": "int4", "quantize": "awq"},
     "build": TRT,
 }
 ASKED = {"sweep": SweepRequest(1), "eval": EVAL}
@@ -46,14 +45,13 @@ OTHER: dict[str, Any] = {
     "distill_steps": 7, "distill_tokens": 7, "lora_rank": 7, "label_weight": 0.7, "calibration_tokens": 1024,
     "context": 64, "compute_dtype": "float32", "seed": 7, "precision": "int8", "requantize": True,
     "provider": "cuda", "max_seq_len": 128, "max_batch": 2, "prefill_chunk": 64, "logits": "all",
-    "decoder_source": "mobius", "builder_option": ("block_size=64",), "quantize": "awq", "quantized_model": "q",
+    "decoder_source": "mobius", "builder_option": ("block_size=64",), "quantized_model": "q",
     "depths": (7,), "repetitions": 7, "prompt_tokens": (7,),
     "generate_tokens": 7, "threads": (1,), "batches": (2,), "engine": "openvino",
 }  # fmt: skip
 _PLAN = ("layers", "window_layers", "max_perplexity_increase", "target_speedup", "kv_budget", "fit", "select",
          "tap", "maps", "calibration_tokens", "context", "compute_dtype", "logits")  # fmt: skip
-_DECODER = ("precision", "provider", "logits", "decoder_source", "builder_option", "quantize",
-            "quantized_model")  # fmt: skip
+_DECODER = ("precision", "provider", "logits", "decoder_source", "builder_option", "quantized_model")
 _GRAPHS = tuple(dict.fromkeys((*_PLAN, *_DECODER)))
 _BENCH = ("depths", "repetitions", "prompt_tokens", "generate_tokens", "threads", "batches")
 # What each stage reads.
@@ -63,7 +61,6 @@ READS: dict[str, tuple[str, ...]] = {
     "sweep": ("window_layers", "select", "tap", "maps", "calibration_tokens", "context",
               "compute_dtype", "precision", "provider", "engine", "logits", "prompt_tokens"),
     "distill": (*_PLAN, "distill_minutes", "distill_steps", "distill_tokens", "lora_rank", "label_weight", "seed"),
-    "quantize": ("quantize", "calibration_tokens", "context", "builder_option"),
     "decoder": _DECODER,
     "rewrite": _GRAPHS,
     "verify": ("distill_tokens", *_GRAPHS),
@@ -76,7 +73,6 @@ READS: dict[str, tuple[str, ...]] = {
 HERE: dict[tuple[str, str], Any] = {
     ("build", "engine"): "trt", ("build", "decoder_source"): "genai", ("distill", "fit"): "independent",
     ("distill", "tap"): "residual", ("verify", "fit"): "independent", ("verify", "tap"): "residual",
-    ("quantize", "quantize"): None,
 }  # fmt: skip
 
 
@@ -132,11 +128,8 @@ def test_what_a_goal_counts_is_in_the_key_of_the_plan(option: str, goal: dict[st
 @pytest.mark.parametrize(
     ("stage", "given", "same"),
     [
-        ("decoder", {}, {"quantize": "rtn"}),
         ("decoder", {}, {"tap": "normed"}),
         ("decoder", {}, {"max_seq_len": 128}),
-        ("quantize", {"calibration_tokens": 65_536}, {"calibration_tokens": 32_768}),
-        ("quantize", {}, {"builder_option": ("accuracy_level=4",)}),
         ("build", {}, {"max_batch": 1}),
         ("build", {}, {"prefill_chunk": 512}),
         ("plan", {}, {"precision": "int8"}),
@@ -279,7 +272,7 @@ def test_the_table_above_has_what_a_stage_reads(stage: str, tmp_path: Path, monk
 
 
 # Options that decide whether a stage runs, and nothing else in it.
-GATES = {"fit", "quantize"}
+GATES = {"fit"}
 
 
 def test_only_what_takes_a_resolver_reads_options() -> None:

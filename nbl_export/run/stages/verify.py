@@ -19,7 +19,6 @@ from nbl_export.records.results import CheckResult
 from nbl_export.run.facts import require_engine
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import Place
-from nbl_export.run.stages.graphs import ExportedModel, check_rescaled, exported
 from nbl_export.run_directory import ACCEPTANCE_FILE, DECODERS, PACKAGES, REFERENCES_FILE, VERIFY_FILE
 from nbl_export.targets.base import Target
 from nbl_export.targets.tokenizer import TOKENIZER, Text
@@ -58,7 +57,8 @@ class VerifyInputs:
         shortage: why the torch model does not fit into memory; "" if it fits.
     """
 
-    exported: ExportedModel
+    model: Lazy[Any]
+    checkpoint: Lazy[Path]
     engine: Lazy[Target]
     spec: DecoderSpec
     precision: str
@@ -86,7 +86,6 @@ def declare(r: Resolver) -> VerifyInputs:
     exporter = (None if r.engine.capabilities.static else options.engine, options.provider, options.decoder_source)
     return r.fill(
         VerifyInputs,
-        exported=exported(r),
         engine=Lazy(proven_by, lambda: _engine(r)),
         nearness=_nearness(r),
         exporter=exporter,
@@ -118,17 +117,16 @@ def run(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
 
 def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
     """The content of verify.json. The reference is the torch model."""
-    setting, probe = setting_of(inputs, place), make_probe(inputs)
-    maps, results = inputs.exported.maps(place), check_rescaled(inputs.exported, place, probe.rows[0])
+    setting, probe, maps, results = setting_of(inputs, place), make_probe(inputs), place.maps(), list[CheckResult]()
     with _graphs(inputs, place, setting, maps, results) as directories, place.run.scratch() as scratch:
         coded = coded_graphs(setting, directories, results, scratch)
         kept = kept_references(inputs, place)
         verifier = Verifier(setting, probe, maps, results, kept)
         floats = () if inputs.codes.value is None else inputs.codes.value.weights
         if inputs.shortage.value:
-            verifier.refer_to_layers(coded, directories, inputs.exported.checkpoint.value, floats)
+            verifier.refer_to_layers(coded, directories, inputs.checkpoint.value, floats)
         else:
-            verifier.refer_to_torch(coded, lambda: _lent(inputs, place), floats)
+            verifier.refer_to_torch(coded, lambda: _lent(inputs), floats)
         decoders = verifier.run(directories, coded)
         kept.save()
         passed = sum(result.passed for result in results)
@@ -138,7 +136,7 @@ def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
             with place.ui.task("quality loss on held-back text") as progress:
                 quality_losses = quality_loss(decoders["original"], decoders["nbl"], loss_texts(inputs), progress)
         _leave(verifier, out)
-    answers = _answers(verifier, place.run.path / DECODERS["original"], inputs.exported.checkpoint)
+    answers = _answers(verifier, place.run.path / DECODERS["original"], inputs.checkpoint)
     return {**conclude(inputs, place, results, quality_losses), "answers": answers}
 
 
@@ -166,17 +164,17 @@ def _leave(verifier: Verifier, out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _lent(inputs: VerifyInputs, place: Place) -> Iterator[Any]:
+def _lent(inputs: VerifyInputs) -> Iterator[Any]:
     """The torch model that graphs are made from; its memory is freed afterwards."""
     try:
-        yield inputs.exported.rescaled(place)
+        yield inputs.model.value
     finally:
-        inputs.exported.model.forget()
+        inputs.model.forget()
 
 
 def kept_references(inputs: VerifyInputs, place: Place) -> KeptReferences:
     """The references of the original that an earlier verification of this run directory kept."""
-    made = [inputs.exported, inputs.codes, inputs.exporter, inputs.precision, inputs.cache_length]
+    made = [inputs.model, inputs.codes, inputs.exporter, inputs.precision, inputs.cache_length]
     return KeptReferences(place.run.path / REFERENCES_FILE, [*map(identity_of, made), versions(PACKAGES)])
 
 
@@ -227,7 +225,7 @@ def _graphs(
     from nbl_export.verify.float32_twins import build_twins, check_shipped
 
     with place.run.scratch() as scratch, place.ui.task("fp32 twins"):
-        twins = build_twins(inputs.exported.checkpoint.value, setting, maps, scratch)
+        twins = build_twins(inputs.checkpoint.value, setting, maps, scratch)
         results += check_shipped(setting, shipped, twins)
         yield twins
 
