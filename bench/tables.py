@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tables_codes as codes
 import tables_models as models
 import tables_openvino as ov
 import tables_proof as proof
@@ -38,9 +37,6 @@ TABLES: Mapping[str, Table] = {
     "demo": speed.demo,
     "exchange": speed.exchange,
     "trained-jobs": speed.trained_jobs,
-    "codes": codes.codes,
-    "codes-speed": codes.speeds,
-    "codes-text": codes.texts,
     "openvino": ov.openvino,
     "twins": proof.twins,
     "choices": quality.choices,

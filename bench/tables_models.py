@@ -128,8 +128,8 @@ def engines(read: Read) -> Rows:
     """Speed over the original of the same engine and precision, beside the loss of the same layers."""
     rows: Rows = [("engine", "weights", "layers replaced", "perplexity", "prefill 512", "prefill 2,048",
                    "decode behind 512"), "lllrrrr"]  # fmt: skip
-    for model, name in (("SmolLM2", "codes-smollm2"), ("Qwen", "codes-qwen")):
-        rows += _ort(read, model, name)
+    for model, name in (("SmolLM2", "int4-smollm2"), ("Qwen", "int4-qwen")):
+        rows.append(_ort(read(name), model))
     gguf = {len(r["layers"]): r["perplexity"] for r in read("gguf-smollm2")["rows"] if r["type"] == "keep"}
     risen = {n: f"{100 * (gguf[n]['llama.cpp'] / gguf[0]['llama.cpp'] - 1):+.0f}%" for n in (8, 12)}
     for layers in (8, 12):
@@ -146,19 +146,14 @@ def engines(read: Read) -> Rows:
     return rows
 
 
-def _ort(read: Read, model: str, name: str) -> Rows:
-    """ONNX Runtime: decoders in int4 and with the file's codes, each over the original with the same weights."""
-    losses, run = read(name), read(f"{name}-speed")
-    rows: Rows = []
+def _ort(run: Any, model: str) -> Sequence[str]:
+    """ONNX Runtime: a decoder in int4 over the original in int4."""
     tests = {(r["test"], r["depth"]) for r in run["rows"]}
-    for key, title in (("int4", "int4"), ("gguf", "the file's codes")):
-        (figures,) = [r["figures"] for r in losses["rows"][key]["quality"] if r["task"] == "perplexity:c4"]
-        loss = f"C4 {100 * (figures['nbl']['value'] / figures['original']['value'] - 1):+.0f}%"
-        beside = {**run, "base": title}
-        asked = (("pp512", 0), ("pp2048", 0), ("tg48", 512))
-        shown = [spoken(paired(beside, f"{title}, NBL", *test)) if test in tests else "" for test in asked]
-        rows.append(("ONNX Runtime", title, f"{model}, {len(run['made']['layers'][0])}", loss, *shown))
-    return rows
+    (figures,) = [r["figures"] for r in run["quality"] if r["task"] == "perplexity:c4"]
+    loss = f"C4 {100 * (figures['nbl']['value'] / figures['original']['value'] - 1):+.0f}%"
+    asked = (("pp512", 0), ("pp2048", 0), ("tg48", 512))
+    shown = [spoken(paired(run, "int4, NBL", *test)) if test in tests else "" for test in asked]
+    return ("ONNX Runtime", "int4", f"{model}, {len(run['made']['layers'][0])}", loss, *shown)
 
 
 def _of(run: Mapping[str, Any], test: str, depth: int, variant: str | None = None) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from .tiny import LAYERS, VOCAB, _tokenizer
 
-__all__ = ["HALVES", "WIDE", "every_token", "random_blocks", "save_as", "save_mixed"]
+__all__ = ["HALVES", "WIDE", "random_blocks", "save_as", "save_mixed"]
 
 WIDE = 256  # hidden size: K-quants have blocks of 256
 # type -> float16 fields of a block, by place: sizes that make weights of about 0.1
@@ -33,14 +33,6 @@ def random_blocks(kind: str, rows: int, columns: int, rng: np.random.Generator) 
         values = (about * rng.uniform(0.5, 1.5, (len(blocks), 1))).astype(np.float16)
         blocks[:, place : place + 2] = values.view(np.uint8)
     return blocks.reshape(rows, -1)
-
-
-def every_token(path: Path, tokens: int) -> Path:
-    """Write a text of random tokens: as many different embeddings as the model is wide."""
-    rng = np.random.default_rng(5)
-    said = _tokenizer().decode(rng.integers(2, VOCAB, tokens))
-    path.write_text("".join(c for c in said if c == " " or c.isprintable()), encoding="utf-8")
-    return path
 
 
 def save_mixed(path: Path, kinds: Mapping[str, str], head: str | None = None) -> Path:

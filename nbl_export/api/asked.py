@@ -41,7 +41,6 @@ class Options(TypedDict, total=False):
     device: str
     seed: int
     precision: str
-    requantize: bool
     provider: str
     max_seq_len: int | None
     max_batch: int | None

@@ -24,7 +24,6 @@ import onnx_ir as ir
 from nbl_export.errors import RefusalError
 from nbl_export.graph.caches import graph_caches, graph_states
 from nbl_export.graph.names import node_name
-from nbl_export.graph.quantised import is_block_sum
 
 __all__ = [
     "PRODUCTS",
@@ -170,7 +169,7 @@ def _projected(residual: ir.Value, branch: ir.Value, join: ir.Node) -> tuple[ir.
         for node in value.consumers():
             if node is join or node.op_type in _READS_ONLY_SHAPE or not any(v in needed for v in node.outputs):
                 continue
-            if node.op_type in PRODUCTS or is_block_sum(node):
+            if node.op_type in PRODUCTS:
                 found[value] = None
             else:
                 starts.extend(node.outputs)

@@ -1,4 +1,4 @@
-"""Matrices that a graph stores in codes: integers with scales, possibly with zero points and with an offset a block.
+"""Matrices that a graph stores in codes: integers with scales, possibly with zero points.
 
     MatMulNBits(x, codes, scales[, zeros])            y = x W'      W [N, K], blocks along K
     GatherBlockQuantized(codes, ids, scales[, zeros])  rows of W     W [V, D], blocks along D
@@ -8,18 +8,6 @@
 
 `read` refuses codes that are computed, codes sorted by activation (g_idx), and codes dequantised to a type other than
 float32.
-
-Offsets are other nodes, W = coded + offset:
-
-    x -+------------------------------- MatMulNBits(codes, scales) -- Add --   x W'
-       +- Reshape -- ReduceSum -- MatMul(offsets [K / size, N]) ------'
-
-    ids -+- GatherBlockQuantized(codes, scales) -- Reshape -- Add -- Reshape --   W[ids]
-         +- Gather(offsets [V, K / size]) -- Unsqueeze ------'
-
-The sum of a block of x times the block's offset is the offset's part of the product. Floating-point zero points would
-compute the same, on a kernel that is 20 to 50 times slower for one token (ONNX Runtime 1.32, CPU). One sum of blocks
-serves all products that read the same x.
 
 TensorRT accepts int4 blocks in standard operators:
 
@@ -34,7 +22,6 @@ largest value (as 7) and its smallest (as -8). TensorRT accepts int4 without zer
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,27 +30,21 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.emitter import add_initializer, new_node, register
+from nbl_export.graph.emitter import register
 from nbl_export.graph.files import read_graph
 from nbl_export.records.quantised import Blocks, StoredMatrix, unpacked
 
 __all__ = [
     "HOLDERS",
-    "add_lookup_offsets",
-    "add_product_offsets",
     "expert_matrices",
     "int4_blocks",
-    "is_block_sum",
-    "offsets_of",
     "quantised_matrices",
     "quantize_weight",
     "read",
-    "reads_block_sums",
     "stored_matrices",
 ]
 
 _UNKNOWN = ("MatMulBnb4", "QLinearMatMul", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulFpQ4")
-_KEPT_DIMS = (0, 0)  # a Reshape keeps the dimensions of batch and tokens
 
 Read = Callable[[], np.ndarray]
 
@@ -146,14 +127,7 @@ def _table(node: ir.Node) -> StoredMatrix:
 def _packed(node: ir.Node, places: tuple[int, int, int], shape: tuple[int, int], block: int) -> Callable[[], Blocks]:
     codes, scales, zeros = _operands(node, places)
     bits, size = _number(node, "bits", 4), _number(node, "block_size", block)
-    offsets, lookup = offsets_of(node), node.op_type == "GatherBlockQuantized"
-
-    def unpack() -> Blocks:
-        found = unpacked(codes(), scales(), zeros and zeros(), bits, size, shape)
-        added = None if offsets is None else offsets.numpy()
-        return dataclasses.replace(found, offsets=added if added is None or lookup else np.ascontiguousarray(added.T))
-
-    return unpack
+    return lambda: unpacked(codes(), scales(), zeros and zeros(), bits, size, shape)
 
 
 def _dequantised(node: ir.Node) -> StoredMatrix | None:
@@ -247,112 +221,6 @@ _READERS = {
     "MatMulInteger": _integers,
 }
 HOLDERS = tuple(_READERS)
-
-
-# -- offsets ------------------------------------------------------------------------------------------
-
-
-def is_block_sum(node: ir.Node) -> bool:
-    """Whether a node begins the sums of blocks, a part of a product."""
-    users = list(node.outputs[0].consumers())
-    return node.op_type == "Reshape" and len(users) == 1 and users[0].op_type == "ReduceSum"
-
-
-def reads_block_sums(node: ir.Node) -> bool:
-    """Whether a product has offsets as its matrix, which belong to the matrix of another product."""
-    maker = None if not node.inputs or node.inputs[0] is None else node.inputs[0].producer()
-    return maker is not None and maker.op_type == "ReduceSum"
-
-
-def add_product_offsets(graph: ir.Graph, product: ir.Node, offsets_NB: np.ndarray, name: str) -> list[ir.Node]:
-    """The nodes that add x's block sums times the offsets to a product; the last one gives the sum.
-
-    Args:
-        product: MatMulNBits or MatMul of x [B, T, K]; its output is read by the new nodes.
-        offsets_NB: [N, K / size] float32, stored transposed as `name`.
-    """
-    x = product.inputs[0]
-    assert x is not None
-    stored = add_initializer(graph, name, np.ascontiguousarray(offsets_NB.T), ir.DataType.FLOAT)
-    sums, made = _block_sums(graph, x, offsets_NB.shape[1], product)
-    output = product.outputs[0]
-    part = new_node("MatMul", [sums, stored], f"{product.name}/offsets", output.dtype, output.shape)
-    whole = new_node("Add", [output, part.outputs[0]], f"{product.name}/Add", output.dtype, output.shape)
-    return [*made, part, whole]
-
-
-def _block_sums(graph: ir.Graph, x: ir.Value, blocks: int, product: ir.Node) -> tuple[ir.Value, list[ir.Node]]:
-    """Sums of x's blocks [B, T, blocks], and the nodes that make them: none if another product has them already."""
-    for user in x.consumers():
-        if is_block_sum(user):
-            node = next(iter(user.outputs[0].consumers()))
-            if node.outputs[0].shape is not None and node.outputs[0].shape[-1] == blocks:
-                return node.outputs[0], []
-    shape = _numbers(graph, f"nbl.block_sums.{blocks}.shape", [*_KEPT_DIMS, blocks, -1])
-    dims = ["b", "t"] if x.shape is None else list(x.shape[:-1])
-    kind, axis = ir.DataType.FLOAT, _numbers(graph, "nbl.block_sums.axes", [-1])
-    split = new_node("Reshape", [x, shape], f"{product.name}/blocks", kind, ir.Shape([*dims, blocks, None]))
-    sums, named = ir.Shape([*dims, blocks]), f"{product.name}/block_sums"
-    total = new_node("ReduceSum", [split.outputs[0], axis], named, kind, sums, {"keepdims": 0})
-    return total.outputs[0], [split, total]
-
-
-def add_lookup_offsets(graph: ir.Graph, lookup: ir.Node, offsets_VB: np.ndarray, name: str) -> list[ir.Node]:
-    """The nodes that add each looked-up row's offsets to the row; the last one gives the sum.
-
-    Args:
-        lookup: GatherBlockQuantized by ids [B, T]. offsets_VB: [V, K / size] float32, stored as `name`.
-    """
-    stored = add_initializer(graph, name, offsets_VB, ir.DataType.FLOAT)
-    blocks, output = offsets_VB.shape[1], lookup.outputs[0]
-    width = output.shape[-1] if output.shape is not None else -1
-    split = _numbers(graph, f"nbl.block_sums.{blocks}.shape", [*_KEPT_DIMS, blocks, -1])
-    joined = _numbers(graph, "nbl.block_sums.joined", [*_KEPT_DIMS, int(width) if isinstance(width, int) else -1])
-    axis = _numbers(graph, "nbl.block_sums.axes", [-1])
-    kind = ir.DataType.FLOAT
-    rows = new_node("Gather", [stored, lookup.inputs[1]], f"{lookup.name}/offsets", kind, None, {"axis": 0})
-    thin = new_node("Unsqueeze", [rows.outputs[0], axis], f"{lookup.name}/Unsqueeze", kind)
-    coded = new_node("Reshape", [output, split], f"{lookup.name}/blocks", kind)
-    added = new_node("Add", [coded.outputs[0], thin.outputs[0]], f"{lookup.name}/Add", kind)
-    whole = new_node("Reshape", [added.outputs[0], joined], f"{lookup.name}/joined", kind, output.shape)
-    return [rows, thin, coded, added, whole]
-
-
-def offsets_of(node: ir.Node) -> ir.TensorProtocol | None:
-    """The offsets that are added to the output of a product ([K / size, N]) or a lookup ([V, K / size]), or None."""
-    users = list(node.outputs[0].consumers())
-    if len(users) != 1:
-        return None
-    if users[0].op_type == "Reshape":
-        users = list(users[0].outputs[0].consumers())
-        other = _other(users, "Unsqueeze")
-        return None if other is None else _stored(other.inputs[0], "Gather", 0)
-    other = _other(users, "MatMul")
-    return None if other is None or not reads_block_sums(other) else _const(other.inputs[1])
-
-
-def _other(users: list[ir.Node], op_type: str) -> ir.Node | None:
-    """The maker of the second operand of the only user, an Add, if it is of a type."""
-    if len(users) != 1 or users[0].op_type != "Add" or users[0].inputs[1] is None:
-        return None
-    maker = users[0].inputs[1].producer()
-    return maker if maker is not None and maker.op_type == op_type else None
-
-
-def _stored(value: ir.Value | None, op_type: str, place: int) -> ir.TensorProtocol | None:
-    maker = None if value is None else value.producer()
-    return None if maker is None or maker.op_type != op_type else _const(maker.inputs[place])
-
-
-def _const(value: ir.Value | None) -> ir.TensorProtocol | None:
-    return None if value is None else value.const_value
-
-
-def _numbers(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
-    """A constant of int64; the same name returns the same value."""
-    if name in graph.initializers:
-        return graph.initializers[name]
-    return register(graph, ir.tensor(np.array(numbers, np.int64), name=name))
 
 
 # -- int4 blocks --------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from nbl_export.records.decoder import ITEMSIZE, is_state
 
 __all__ = ["GraphFacts", "read_graph_facts"]
 
-# Rotary tables, as both builders name them, which llama.cpp computes; and offsets of a GGUF's blocks.
-_APART = ("cos_cache", "sin_cache", "_offsets")
+# Rotary tables, as both builders name them; llama.cpp computes them.
+_APART = ("cos_cache", "sin_cache")
 _PACKED = {  # operator -> its inputs with codes, scales and zero points; their matrix is counted separately
     "MatMulNBits": slice(1, 4),
     "GatherBlockQuantized": slice(0, 1),

@@ -42,9 +42,8 @@ from nbl_export.records.mlp import MlpSpec
 
 __all__ = ["CostModel", "Speedup", "Work", "cost_model", "map_sizes", "read_mlp", "weight_bytes"]
 
-# Bytes of a matrix element; quantised elements include a float32 scale for each block of 32. gguf: as for Q4_1 and
-# Q4_K, which add a float32 offset; types of more bits take 1.125 to 1.25, which leaves ratios nearly as they are.
-WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.125, "int4": 0.625, "gguf": 0.75}
+# Bytes of a matrix element; quantised elements include a float32 scale for each block of 32.
+WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.125, "int4": 0.625}
 
 
 def weight_bytes(precision: str) -> float:

@@ -43,7 +43,7 @@ __all__ = ["MachineRates", "best_seconds", "efficiencies", "expect", "limit_seco
            "rows"]  # fmt: skip
 
 # Kernels that a graph of a precision may use on the CPU; the fastest kernel is the limit.
-_KERNELS = dict.fromkeys(("int8", "int4", "gguf"), ("int8", "int4", "fp32"))
+_KERNELS = dict.fromkeys(("int8", "int4"), ("int8", "int4", "fp32"))
 _FLOAT = ("fp32",)
 _PHASES = {"pp": "prefill", "tg": "decode"}
 _BYTES = 2 << 30  # required free memory; the measurement of the machine takes 0.6 GB

@@ -16,15 +16,12 @@ class ModelFacts:
     """What options depend on in a model. A default means that the fact is unknown, or that the model is without it.
 
     Attributes:
-        is_gguf: the model is a GGUF file.
         maps_tap: the tap of the maps, if the model is an NBL checkpoint.
         maps_window: whether an NBL checkpoint or a recipe has layers of kind window. recipe_tap: of a recipe's maps.
         architecture, taps, not_from: name, possible taps, and decoder source -> why it exports no such graph.
         decoder: the decoder's sizes.
-        unreadable: why graphs cannot have the codes of the GGUF file.
     """
 
-    is_gguf: bool = False
     maps_tap: str = ""
     maps_window: bool = False
     recipe_tap: str = ""
@@ -32,7 +29,6 @@ class ModelFacts:
     taps: tuple[str, ...] = TAPS
     not_from: Mapping[str, str] = field(default_factory=dict)
     decoder: DecoderSpec | None = None
-    unreadable: str = ""
 
     @property
     def is_hybrid(self) -> bool:

@@ -24,7 +24,7 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import read_record, require
 from nbl_export.records.plan import MAPS, TAPS
 
-__all__ = ["BUILDER_OPTIONS", "CHECKPOINT_FIT", "GGUF", "IN_RECIPE", "LEFT", "MAIN", "NO_ORIGINAL",
+__all__ = ["BUILDER_OPTIONS", "CHECKPOINT_FIT", "IN_RECIPE", "LEFT", "MAIN", "NO_ORIGINAL",
            "OPTIONS", "PANELS", "RECIPE_FIT", "WIDTHS", "JobOptions", "Option", "describe_command", "flag_of",
            "located", "public_facts", "public_options", "usual_tap", "usual_windows"]  # fmt: skip
 
@@ -45,7 +45,6 @@ CHECKPOINT_FIT = "given"  # fit of the maps that an NBL checkpoint has
 RECIPE_FIT = "recipe"  # fit of the maps that a recipe has
 NO_ORIGINAL = "the checkpoint no longer contains the attention weights of its replaced layers"
 IN_RECIPE = "the recipe has the layers and the maps"
-GGUF = "gguf"  # precision: codes of a GGUF file, see `rewrite.quantize.take_codes`
 # How the GenAI builder quantises, by its own names (`--extra_options` of onnxruntime_genai.models.builder). The values
 # are limited to graphs that can be rewritten and verified. is_symmetric=false is left out: the builder (0.18) then
 # gives a tied embedding float32 where it declares uint8. k_quant has zero points too, and is correct.
@@ -64,7 +63,9 @@ LEFT: dict[str, str] = {
     "draft": _NGRAM,
     "draft_layers": _NGRAM,
     "lossless": _NGRAM,
+    "quantize": "use --builder-option algo_config=k_quant_mixed, or a checkpoint that AWQ made with --quantized-model",
     "rank": "leave it out; maps have full rank",
+    "requantize": "leave it out; int8 and int4 round the weights of a GGUF file like any others",
     "token_table": "leave it out; linearized leading layers are computed like all others",
 }
 
@@ -199,13 +200,9 @@ class JobOptions:
     )  # fmt: skip
     seed: int = option(0, "Seed of distillation and of --calibration self.", _CALIBRATE, "main calibrate", least=0)
     precision: str = option(
-        "fp32", "ort: fp32 (default), fp16, int8, int4, gguf; openvino: fp16 (default), fp32, int8, int4; trt: bf16 "
+        "fp32", "ort: fp32 (default), fp16, int8, int4; openvino: fp16 (default), fp32, int8, int4; trt: bf16 "
         "(default), fp16, int4; trt-rtx: fp16 (default), bf16, int4.", _ENGINE, "main rewrite", first=True,
         metavar="PRECISION",
-    )  # fmt: skip
-    requantize: bool = option(
-        False, "A GGUF in int8 or int4: round its matrices again; default: take over its own codes (precision gguf).",
-        _ENGINE, "main rewrite",
     )  # fmt: skip
     provider: str = option(
         "cpu", "ort: for cpu (default), cuda or nv-tensorrt-rtx.", _ENGINE, first=True, metavar="PROVIDER"

@@ -23,7 +23,6 @@ from nbl_export.options.options import (
     AUTO_WINDOWS,
     BUILDER_OPTIONS,
     CHECKPOINT_FIT,
-    GGUF,
     NO_ORIGINAL,
     NO_WINDOWS,
     RECIPE_FIT,
@@ -50,11 +49,6 @@ class Case:
     def is_nbl(self) -> bool:
         """Whether the model is an NBL checkpoint."""
         return self.options.fit == CHECKPOINT_FIT
-
-    @property
-    def takes_codes(self) -> bool:
-        """Whether graphs can have the codes of the model's GGUF file."""
-        return self.model.is_gguf and GGUF in self.engine.precisions and self.options.decoder_source == "genai"
 
     @property
     def builds_int4(self) -> bool:
@@ -142,10 +136,6 @@ APPLIES: tuple[Applies, ...] = (
         ("seed",), "--fit distilled or --calibration self",
         lambda c: c.options.fit == "distilled" or c.options.says_itself,
     ),
-    Applies(
-        ("requantize",), "--precision int8 or int4 of a .gguf file, with --engine ort on a CPU",
-        lambda c: c.takes_codes and c.options.precision in ("int8", "int4"),
-    ),
     Applies(("provider",), "--engine ort", lambda c: bool(c.engine.providers)),
     Applies(
         ("max_seq_len", "max_batch", "prefill_chunk"), "engines that compile graphs (trt, trt-rtx)",
@@ -153,8 +143,8 @@ APPLIES: tuple[Applies, ...] = (
     ),
     Applies(("builder_option",), "--decoder-source genai", lambda c: c.options.decoder_source == "genai"),
     Applies(
-        ("builder_option",), f"--precision int8, int4 or gguf ({', '.join(_OF_ROUNDING)})",
-        lambda c: c.options.precision in ("int8", "int4", GGUF) or not set(c.builder_keys) & set(_OF_ROUNDING),
+        ("builder_option",), f"--precision int8 or int4 ({', '.join(_OF_ROUNDING)})",
+        lambda c: c.options.precision in ("int8", "int4") or not set(c.builder_keys) & set(_OF_ROUNDING),
     ),
     Applies(("quantized_model",), "--precision int4 of --decoder-source genai", lambda c: c.builds_int4),
     Applies(("threads",), "engines that compile nothing (ort, openvino)", lambda c: not c.engine.static),
@@ -179,29 +169,7 @@ def _wrong_builder_option(case: Case) -> str | bool:
     return False
 
 
-def _quantises_again(case: Case) -> str | bool:
-    if case.options.precision != GGUF or case.options.requantize:
-        return False
-    useful = ("accuracy_level", "fuse_mlp_gate_up")  # builder options that change no value of a matrix
-    words = [w for w, key in zip(case.options.builder_option, case.builder_keys, strict=True) if key not in useful]
-    for given, flag in ((case.options.quantized_model, "--quantized-model"), (words and words[0], "--builder-option")):
-        if given:
-            return (
-                f"{flag} {given} quantises the model again, and {case.options.model} has codes of its own; "
-                "add --requantize with --precision int8 or int4, or leave it out"
-            )
-    return False
-
-
-def _not_of_a_gguf(case: Case) -> str | bool:
-    where = "of --decoder-source genai on a CPU" if case.model.is_gguf else "for a model that is a .gguf file"
-    wrong = case.options.precision == GGUF and not case.takes_codes
-    return wrong and f"--precision {GGUF} is {where}; choose another precision"
-
-
 FIRST: tuple[Refusal, ...] = (
-    (UsageError, _not_of_a_gguf),
-    (UsageError, _quantises_again),
     (UsageError, _wrong_builder_option),
     (UsageError, lambda c: (
         bool(c.model.maps_tap) and not c.is_nbl
@@ -282,7 +250,6 @@ REFUSED: tuple[Refusal, ...] = (
         c.left_out and f"--decoder-source {c.left_out} is not possible for {c.model.architecture}: "
         f"{c.model.not_from[c.left_out]}"
     )),
-    (NblError, lambda c: c.options.precision == GGUF and c.model.unreadable),
 )  # fmt: skip
 
 _LEAST_SLOTS = 32  # of verification

@@ -17,7 +17,7 @@ from typing import Any
 
 from nbl_export.errors import UsageError
 from nbl_export.options.goals import GOALS, asked_layers, check_request, check_size, names_layers
-from nbl_export.options.options import AUTO_WINDOWS, GGUF, LEFT, OPTIONS, JobOptions, Option, flag_of
+from nbl_export.options.options import AUTO_WINDOWS, LEFT, OPTIONS, JobOptions, Option, flag_of
 from nbl_export.options.rules import APPLIES, DEFAULTS, FIRST, OF_DECODER, REFUSED, Case, ModelFacts, Refusal
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.from_json import read_record
@@ -60,14 +60,12 @@ def settle(
     if model.maps_tap:
         for name in ("fit", "window_layers"):
             known.pop(name, None)
-    if "precision" in given:
-        known.pop("requantize", None)  # it belongs to the recorded precision
     values = over(known, given)
     try:
         options = read_record(JobOptions, {**_defaults(values, engine_of, model), **values})
     except TypeError as error:
         raise UsageError(f"the options cannot be used: {error}") from error
-    case = _with_codes(Case(options, engine_of(options.engine, options.provider), model, sweeps))
+    case = Case(options, engine_of(options.engine, options.provider), model, sweeps)
     check_request(case.options)
     _refuse(FIRST, case)
     case = _applying(case, given)
@@ -102,13 +100,6 @@ def _asked_for(options: JobOptions, engine_of: EngineOf, model: ModelFacts) -> d
     values = {name: getattr(options, name) for name in _DEFAULT}
     usual = [{**_DEFAULT, **_defaults(values, engine_of, facts)} for facts in (model, ModelFacts())]
     return {name: value for name, value in values.items() if all(value != of[name] for of in usual)}
-
-
-def _with_codes(case: Case) -> Case:
-    """The case with the precision `GGUF`, if int8 or int4 is asked of a GGUF file: its own codes are taken over."""
-    if not (case.takes_codes and case.options.precision in ("int8", "int4")) or case.options.requantize:
-        return case
-    return dataclasses.replace(case, options=dataclasses.replace(case.options, precision=GGUF))
 
 
 def _applying(case: Case, given: Mapping[str, Any]) -> Case:

@@ -1,6 +1,6 @@
-"""A matrix in codes of a few bits, with a scale and possibly a zero point and an offset a block, as a file stores it.
+"""A matrix in codes of a few bits, with a scale and possibly a zero point a block, as a file stores it.
 
-    W[n, k]  =  scale[n, k // size] * (code[n, k] - zero[n, k // size])  +  offset[n, k // size]
+    W[n, k]  =  scale[n, k // size] * (code[n, k] - zero[n, k // size])
 
 Of two 4-bit codes in a byte the first has the low bits, in ONNX Runtime's operators (onnxruntime,
 docs/ContribOperators.md, MatMulNBits and GatherBlockQuantized). `verify.codes` runs the kernels that verify this.
@@ -25,44 +25,28 @@ class Blocks:
         scales: [N, blocks] float32.
         size: elements of a block.
         zeros: the code that stands for 0: one for the matrix, or one a block [N, blocks].
-        offsets: [N, blocks] float32, which other nodes of a graph add; None without.
-        bits: of a code in `packed`, 4 or 8.
     """
 
     codes: np.ndarray
     scales: np.ndarray
     size: int
     zeros: np.ndarray | float = 0.0
-    offsets: np.ndarray | None = None
-    bits: int = 8
-
-    @property
-    def coded(self) -> np.ndarray:
-        """The values of the codes [N, K] in float32, which a node itself multiplies by or looks up."""
-        points = self._spread(self.zeros) if isinstance(self.zeros, np.ndarray) else self.zeros
-        return (self.codes.astype(np.float32) - points) * self.steps
 
     @property
     def values(self) -> np.ndarray:
-        """The matrix [N, K] in float32: codes and offsets."""
-        return self.coded if self.offsets is None else self.coded + self._spread(self.offsets)
+        """The matrix [N, K] in float32."""
+        points = self._spread(self.zeros) if isinstance(self.zeros, np.ndarray) else self.zeros
+        return (self.codes.astype(np.float32) - points) * self.steps
 
     @property
     def steps(self) -> np.ndarray:
         """Value of one code step, for each element [N, K]."""
         return self._spread(self.scales)
 
-    @property
-    def packed(self) -> np.ndarray:
-        """Codes in bytes [N, blocks, bytes of a block]."""
-        found = self.codes if self.bits == 8 else self.codes[:, ::2] | (self.codes[:, 1::2] << 4)
-        return found.reshape(*self.scales.shape, -1)
-
     def rows(self, which: slice | np.ndarray) -> Blocks:
         """Some of the rows."""
         zeros = self.zeros[which] if isinstance(self.zeros, np.ndarray) else self.zeros
-        offsets = None if self.offsets is None else self.offsets[which]
-        return replace(self, codes=self.codes[which], scales=self.scales[which], zeros=zeros, offsets=offsets)
+        return replace(self, codes=self.codes[which], scales=self.scales[which], zeros=zeros)
 
     def _spread(self, values: np.ndarray) -> np.ndarray:
         return np.repeat(values, self.size, 1)[:, : self.codes.shape[1]]
@@ -125,7 +109,7 @@ def unpacked(
     if zeros is not None:
         wide = zeros.reshape(rows, -1) if zeros.dtype.kind == "f" else _codes(zeros, bits, rows)
         points = wide[:, : steps.shape[1]].astype(np.float32)
-    return Blocks(_codes(codes, bits, rows)[:, :columns], steps, size, points, bits=bits)
+    return Blocks(_codes(codes, bits, rows)[:, :columns], steps, size, points)
 
 
 def _codes(packed: np.ndarray, bits: int, rows: int) -> np.ndarray:

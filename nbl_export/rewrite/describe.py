@@ -13,7 +13,6 @@ from nbl_export.graph.anatomy import PRODUCTS, AttentionBlock, find_block, graph
 from nbl_export.graph.caches import graph_states
 from nbl_export.graph.facts import QUANTISES, decoder_facts, logits_of, replaced_layers
 from nbl_export.graph.given import check_graph_place, home_of, onnx_tools
-from nbl_export.graph.quantised import reads_block_sums
 from nbl_export.rewrite.tail import PruneTail
 
 __all__ = ["describe_graph", "graph_facts"]
@@ -80,7 +79,7 @@ def _kinds(graph: ir.Graph) -> Counter[str]:
 
 
 def _kind(node: ir.Node) -> str | None:
-    if node.op_type not in PRODUCTS or node.op_type in QUANTISES or reads_block_sums(node):
+    if node.op_type not in PRODUCTS or node.op_type in QUANTISES:
         return None
     if "bits" in node.attributes:
         return f"int{node.attributes['bits'].as_int()}"

@@ -26,7 +26,6 @@ from nbl_export.graph.files import read_graph
 from nbl_export.graph.quantised import HOLDERS, expert_matrices, quantised_matrices
 from nbl_export.records.quantised import StoredMatrix
 from nbl_export.rewrite.bypass import Sweep
-from nbl_export.rewrite.quantize import put
 
 __all__ = ["Widen", "save_twin"]
 
@@ -81,21 +80,21 @@ def _widen(graph: ir.Graph, node: ir.Node, matrix: StoredMatrix) -> None:
         node.outputs[0].replace_all_uses_with(weight)
         graph.remove(node, safe=True)
     elif node.op_type == "GatherBlockQuantized":
-        put(graph, node, [ir.node("Gather", [weight, node.inputs[1]], {"axis": 0}, name=node.name)])
+        _put(graph, node, [ir.node("Gather", [weight, node.inputs[1]], {"axis": 0}, name=node.name)])
     else:
         nodes = [ir.node("MatMul", [_activation(node), weight], name=node.name)]
         bias = node.inputs[5] if node.op_type == "MatMulNBits" and len(node.inputs) > 5 else None
         if bias is not None:
             nodes[0].outputs[0].name = f"{node.name}/product"
             nodes.append(ir.node("Add", [nodes[0].outputs[0], bias], name=f"{node.name}/Add"))
-        put(graph, node, nodes)
+        _put(graph, node, nodes)
 
 
 def _widen_experts(graph: ir.Graph, node: ir.Node, pair: tuple[StoredMatrix, ...]) -> None:
     first, second = (_stacked(graph, matrix, node.inputs[place]) for matrix, place in zip(pair, (2, 5), strict=True))
     inputs = [*node.inputs[:2], first, node.inputs[4], second, node.inputs[7]]
     kept = [a for name, a in node.attributes.items() if name not in _OF_CODES]
-    put(graph, node, [ir.Node("com.microsoft", "MoE", inputs, kept, name=node.name)])
+    _put(graph, node, [ir.Node("com.microsoft", "MoE", inputs, kept, name=node.name)])
 
 
 _OF_CODES = ("expert_weight_bits", "block_size", "quant_type")
@@ -131,9 +130,9 @@ def _unpacked(graph: ir.Graph, name: str, matrix: StoredMatrix) -> ir.Value:
 
 
 def _operand(matrix: StoredMatrix) -> np.ndarray:
-    """The matrix that a float32 graph has in this place; nodes behind it add the offsets."""
-    coded = matrix.blocks().coded
-    return np.ascontiguousarray(coded.T) if matrix.transposed else coded
+    """The matrix that a float32 graph has in this place."""
+    values = matrix.blocks().values
+    return np.ascontiguousarray(values.T) if matrix.transposed else values
 
 
 def _fold(graph: ir.Graph, node: ir.Node) -> None:
@@ -145,6 +144,16 @@ def _fold(graph: ir.Graph, node: ir.Node) -> None:
     array = (codes.numpy().astype(np.float32) - zero) * scales.numpy().astype(np.float32)
     node.outputs[0].replace_all_uses_with(_constant(graph, f"{node.name}/wide", array.reshape(codes.shape.numpy())))
     graph.remove(node, safe=True)
+
+
+def _put(graph: ir.Graph, node: ir.Node, made: list[ir.Node]) -> None:
+    """Put nodes in place of one; the last one's output takes over the name."""
+    old, new = node.outputs[0], made[-1].outputs[0]
+    new.type, new.shape, name = ir.TensorType(ir.DataType.FLOAT), old.shape, old.name
+    graph.insert_before(node, made)
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    new.name = name
 
 
 def _constant(graph: ir.Graph, name: str, array: np.ndarray | np.float32) -> ir.Value:

@@ -41,7 +41,7 @@ def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     """
     shape = read_shape(model)
     known = dataclasses.replace(
-        architecture_facts(shape.decoder.architecture), decoder=shape.decoder, is_gguf=shape.is_gguf,
+        architecture_facts(shape.decoder.architecture), decoder=shape.decoder,
         maps_tap=shape.maps_tap,
     )  # fmt: skip
     asked, recipe = recipes.begin(asked, None)

@@ -1,7 +1,6 @@
 """Reads the facts that options are settled by, and checks the machine. What the facts mean is said by `options.rules`.
 
 engine, provider ─► Capabilities
-path of the model ─► ModelFacts: whether it is GGUF      before the model's files are read
 files of the model, or a run's manifest ─► ModelFacts: decoder, architecture, maps
 """
 
@@ -9,16 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.graph.gguf.blocks import check_type
-from nbl_export.graph.given import refuse_graph
 from nbl_export.mixers import kind_of
 from nbl_export.model.architectures import ARCHITECTURES
-from nbl_export.model.checkpoint import pretrained
-from nbl_export.model.checkpoint.source import Source, gguf_of, resolve
+from nbl_export.model.checkpoint.source import Source, resolve
 from nbl_export.options.options import CHECKPOINT_FIT, RECIPE_FIT, JobOptions
 from nbl_export.options.rules import ModelFacts
 from nbl_export.records.capabilities import Capabilities
@@ -27,7 +22,7 @@ from nbl_export.targets import ENGINES, load_engine
 from nbl_export.text.corpus import Text
 from nbl_export.text.mixture import absolute_sources
 
-__all__ = ["architecture_facts", "capabilities_of", "check_machine", "facts_of_model", "facts_of_path",
+__all__ = ["architecture_facts", "capabilities_of", "check_machine", "facts_of_model",
            "facts_of_run", "identity_of", "read_model", "require_engine"]  # fmt: skip
 
 
@@ -46,18 +41,6 @@ def capabilities_of(engine: str, provider: str = "cpu") -> Capabilities:
     return capabilities
 
 
-def facts_of_path(model: str) -> ModelFacts:
-    """What a model's path says; nothing if there is no such path.
-
-    Raises:
-        NblError: the path is an ONNX graph, or holds several models.
-    """
-    path = Path(model).expanduser()
-    if model:
-        refuse_graph(path)
-    return ModelFacts(is_gguf=bool(model) and gguf_of(path) is not None)
-
-
 def read_model(model: str, manifest: Mapping[str, Any]) -> tuple[Source, DecoderSpec]:
     """A model and its sizes, which come from a run's manifest if it has the same model: transformers takes seconds.
 
@@ -72,28 +55,20 @@ def read_model(model: str, manifest: Mapping[str, Any]) -> tuple[Source, Decoder
     return source, load.read_spec(source)
 
 
-def facts_of_model(seen: ModelFacts, source: Source, decoder: DecoderSpec) -> ModelFacts:
-    """All facts about a model.
-
-    Args:
-        seen: what its path says.
-    """
+def facts_of_model(source: Source, decoder: DecoderSpec) -> ModelFacts:
+    """All facts about a model."""
     return dataclasses.replace(
         _of_decoder(decoder),
-        is_gguf=seen.is_gguf,
         maps_tap=source.linearized.tap if source.linearized else "",
         maps_window=source.linearized is not None and source.linearized.window is not None,
-        unreadable=_unreadable(source.gguf) if source.gguf else "",
     )
 
 
 def facts_of_run(manifest: Mapping[str, Any]) -> ModelFacts:
     """The facts about a run's model, which need not be on this machine."""
     options = JobOptions.from_json(manifest["options"])
-    place = str(manifest.get("places", {}).get("model") or options.model)
     return dataclasses.replace(
         _of_decoder(DecoderSpec(**manifest["decoder"])),
-        is_gguf=place.endswith(".gguf"),
         maps_tap=options.tap if options.fit == CHECKPOINT_FIT else "",
         maps_window=options.fit in (CHECKPOINT_FIT, RECIPE_FIT)
         and not all(kind_of(k).fitted for k in manifest.get("kinds", ())),
@@ -115,17 +90,6 @@ def architecture_facts(architecture: str) -> ModelFacts:
         raise NblError(f"architecture {architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
     record = ARCHITECTURES[architecture]
     return ModelFacts(architecture=architecture, taps=record.taps, not_from=record.not_from)
-
-
-def _unreadable(gguf: Path) -> str:
-    """Why graphs cannot have the codes of a file: the matrix of an unknown type; "" if they can."""
-    try:
-        for tensor in pretrained.reader(gguf).tensors:
-            if len(tensor.shape) == 2:
-                check_type(tensor.name, tensor.tensor_type.name)
-    except NblError as error:
-        return str(error)
-    return ""
 
 
 # -- the machine --------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 from nbl_export.errors import NblError, ParityError
 from nbl_export.files import key_of
 from nbl_export.model.device import guarded
+from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.options import CHECKPOINT_FIT, IN_RECIPE, NO_ORIGINAL, RECIPE_FIT, JobOptions, located
 from nbl_export.options.settle import settle
 from nbl_export.records.decoder import DecoderSpec
@@ -21,7 +22,6 @@ from nbl_export.run.facts import (
     capabilities_of,
     check_machine,
     facts_of_model,
-    facts_of_path,
     facts_of_run,
     read_model,
     require_engine,
@@ -91,14 +91,14 @@ def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, 
 def _work(asked: Mapping[str, Any], recorded: JobOptions | None, output: Path, ui: Ui, force: bool, until: str) -> None:
     """Settle the options, check all inputs, and run the stages up to a stage."""
     asked, recipe = recipes.begin(asked, recorded)
-    seen = recipes.known(facts_of_path(str(asked.get("model") or (recorded.model if recorded else ""))), recipe)
-    first = settle(asked, capabilities_of, seen, recorded)  # refuses what it can before the model's files are read
+    known = recipes.known(ModelFacts(), recipe)
+    first = settle(asked, capabilities_of, known, recorded)  # refuses what it can before the model's files are read
     check_machine(first, runs_engine=until != "calibrate")
     refuse_foreign(output)
     run = RunDirectory(output) if force else RunDirectory.peek(output)
     source, decoder = read_model(first.model, run.manifest)
     recipes.check(recipe, source, decoder)
-    settled = settle(asked, capabilities_of, recipes.known(facts_of_model(seen, source, decoder), recipe), recorded)
+    settled = settle(asked, capabilities_of, recipes.known(facts_of_model(source, decoder), recipe), recorded)
 
     def resolver_of() -> Resolver:
         made = Resolver(settled, run, ui)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from nbl_export.errors import NblError
 from nbl_export.files import key_of
 from nbl_export.measure.cost import CostModel, cost_model
-from nbl_export.options.options import GGUF, JobOptions, describe_command
+from nbl_export.options.options import JobOptions, describe_command
 from nbl_export.plan.inputs import Maps, Texts
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy, identity_of
@@ -206,11 +206,6 @@ class Resolver:
     def codes(self) -> Any:
         """`quantized` as an input."""
         return self.quantized
-
-    @lazy("fingerprint", "precision")
-    def gguf(self) -> Path | None:
-        """The model's GGUF file if the graphs get its codes, else None."""
-        return self.source.gguf if self.options.precision == GGUF else None
 
     @lazy("fingerprint")
     def checkpoint(self) -> Path:

@@ -72,7 +72,7 @@ class ExportSettings:
         source: the exporter, one of `Capabilities.sources`.
         cache_length: tokens of a fixed cache, for graphs of the static form.
         builder_options: further options of the GenAI builder, as key=value.
-        codes: a quantised checkpoint whose codes the graph gets. gguf: a GGUF file whose codes it gets.
+        codes: a quantised checkpoint whose codes the graph gets.
     """
 
     source: str
@@ -80,7 +80,6 @@ class ExportSettings:
     cache_length: int = 0
     builder_options: tuple[str, ...] = ()
     codes: Path | None = None
-    gguf: Path | None = None
 
 
 class Target:

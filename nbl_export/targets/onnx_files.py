@@ -7,7 +7,6 @@ logits alone; this check finds both.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import re
@@ -36,9 +35,9 @@ Task = Callable[[], AbstractContextManager[Any]]
 
 
 _OURS = re.compile(r"nbl\.layers\.\d+\.")
-# begin the names of shapes, indices and tables (`graph.quantised`, `rewrite`)
-_SHAPES = ("nbl.block_sums.", "nbl.states.", "nbl.window.", "nbl.tail.windows.", "nbl.others.")
-_OUR_PRODUCT = re.compile(r"/nbl/layers\.\d+/MatMul(?!.*/offsets$)")
+# begin the names of shapes, indices and tables (`rewrite`)
+_SHAPES = ("nbl.states.", "nbl.window.", "nbl.tail.windows.", "nbl.others.")
+_OUR_PRODUCT = re.compile(r"/nbl/layers\.\d+/MatMul")
 _SPOKEN = {"last": "of the last token", "all": "of all tokens"}
 # ONNX Runtime's symmetric quantiser spans [-8, 8) steps: the mirror image of a block's largest value is one step off.
 _STEPS = 1.01
@@ -139,7 +138,7 @@ def _held(graph: Any, tensors: Mapping[str, Any], directory: Path) -> HeldMaps:
     products = {n.name.partition("_Q")[0]: n for n in found}
     wide = {n.name: n for n in graph.node if n.op_type == "DequantizeLinear"}
     vectors = [n for n in graph.node if n.op_type in ("Add", "SimplifiedLayerNormalization")]
-    added = {c for n in vectors for c in n.input if c in tensors and not _is_offset(c)}
+    added = {c for n in vectors for c in n.input if c in tensors}
 
     def matrix(product: str, _constant: str) -> tuple[np.ndarray, np.ndarray]:
         blocks = wide.get(f"{product}/DequantizeLinear")
@@ -148,10 +147,6 @@ def _held(graph: Any, tensors: Mapping[str, Any], directory: Path) -> HeldMaps:
         return _weight_of(products[product], tensors, directory)
 
     return HeldMaps(products, {name: _array(tensors[name], directory) for name in added}, matrix)
-
-
-def _is_offset(constant: str) -> bool:
-    return constant.endswith("_offsets")
 
 
 def _weight_of(node: Any, tensors: Mapping[str, Any], directory: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -165,9 +160,6 @@ def _weight_of(node: Any, tensors: Mapping[str, Any], directory: Path) -> tuple[
     own = {a.name: a.i for a in node.attribute}
     zeros = arrays[2] if len(arrays) > 2 else None
     blocks = unpacked(arrays[0], arrays[1], zeros, own["bits"], own["block_size"], (own["N"], own["K"]))
-    added = tensors.get(f"{node.input[2].removesuffix('_scales')}_offsets")
-    if added is not None:
-        blocks = dataclasses.replace(blocks, offsets=_array(added, directory).T)
     return blocks.values, np.abs(blocks.steps) * _STEPS + 1e-30
 
 

@@ -26,7 +26,6 @@ from nbl_export.records.results import CheckResult
 
 __all__ = [
     "DISTANCE",
-    "EXACT",
     "NEAREST",
     "NEARNESS",
     "PRODUCTS",
@@ -47,7 +46,6 @@ DISTANCE = "relative rms distance from the model before rounding"
 TWIN = "float32 twin"
 # Largest error of rounding to nearest, in steps: usually half a step. ONNX Runtime's symmetric quantiser spans [-8, 8)
 # steps, so the mirror image of a block's largest number is a whole step off.
-EXACT = 0.0  # for codes that are taken over: every value is the model's, bit for bit
 NEAREST = 1.01
 SEARCHED = 2.0  # for k_quant, which searches scale and zero point and may clip a block's ends: 1.1 observed
 # Relative to the sum of a row's magnitudes. Float32 sums differ by 2e-7 (SmolLM2, both precisions, AVX-512). One int4
@@ -92,7 +90,7 @@ def check_products(
 
 
 def _error(lookup: bool, blocks: Blocks, given: np.ndarray, output: np.ndarray) -> float:
-    matrix = blocks.coded
+    matrix = blocks.values
     if lookup:
         expected, size = matrix[given[0]], np.abs(matrix[given[0]]).sum(1, keepdims=True)
     else:

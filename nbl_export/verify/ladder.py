@@ -82,7 +82,6 @@ TOLERANCES = {
     "fp16": Tolerance("relative_rms", 0.02, 2.0, 0.5),
     "int8": Tolerance("relative_rms", 0.1, None, 1.0),
     "int4": Tolerance("relative_rms", 0.1, None, 1.0),
-    "gguf": Tolerance("relative_rms", 0.1, None, 1.0),
 }
 # For a quantised graph without a twin, compared with torch directly. The quantisation noise hides small faults.
 WITHOUT_TWIN = {"int8": Tolerance("relative_rms", 0.1, 1.5, 1.0), "int4": Tolerance("relative_rms", 0.75, 1.5, 4.0)}

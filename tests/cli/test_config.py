@@ -165,7 +165,6 @@ def test_the_recorded_command_has_every_option_that_is_not_the_default() -> None
             "compute_dtype": "float32",
             "device": "cpu",
             "maps": "linear",
-            "requantize": True,
         }
         value = (5, 6) if said.numbers else chosen.get(name, changed.get(kind, 7 if said.least is not None else "7"))
         given: dict[str, Any] = {name: value}

@@ -129,6 +129,24 @@ def test_gguf_is_dequantised_once_and_again_where_damaged(gguf: Path, tmp_path: 
     assert snapshot(load.materialise(source, target)) == before
 
 
+def test_one_part_of_a_split_file_is_refused(gguf: Path, tmp_path: Path) -> None:
+    from gguf import GGUFReader, GGUFWriter
+
+    part = tmp_path / "part-00001-of-00002.gguf"
+    writer = GGUFWriter(part, "llama")
+    for name, field in GGUFReader(gguf).fields.items():
+        if not name.startswith(("GGUF.", "general.architecture")):
+            inner = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), field.types[0], inner)
+    writer.add_uint16("split.count", 2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(NblError, match=r"one of 2 parts.*--merge"):
+        checkpoint_source.resolve(str(part))
+
+
 def test_gguf_is_read_once_for_all_questions(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gguf import gguf_reader, tensor_mapping
 

@@ -167,14 +167,6 @@ def test_a_sweep_keeps_the_order_of_layers(recorded: Recorded, stopped: None) ->
     assert reached(line("plan", directory, "--layers", "0,2")).select == "cca"
 
 
-def test_a_run_knows_its_model_without_the_model(recorded: Recorded, stopped: None) -> None:
-    gguf = recorded("/nowhere/m.gguf")
-    assert reached(line("rewrite", gguf, "--precision", "int4")).precision == "gguf"
-    assert reached(line("rewrite", gguf, "--precision", "int4", "--requantize")).precision == "int4"
-    with pytest.raises(UsageError, match="--requantize is for"):
-        line("rewrite", recorded(), "--precision", "int4", "--requantize")()
-
-
 def test_a_refusal_reaches_the_user(recorded: Recorded, tmp_path: Path) -> None:
     """Before the model is looked for, which is nowhere; and the directory stays as it is."""
     out = tmp_path / "out"

@@ -25,7 +25,6 @@ RECURRENT = dataclasses.replace(
     architecture_facts("qwen3_5_text"),
     decoder=dataclasses.replace(DECODER, architecture="qwen3_5_text", num_layers=5, others=(0,), other_multiply_adds=1),
 )
-GGUF = ModelFacts(is_gguf=True)
 NBL = dataclasses.replace(PLAIN, maps_tap="residual")
 
 Asked = dict[str, Any]
@@ -64,13 +63,7 @@ SETTLED: list[tuple[Asked, Asked]] = [
     ({"seed": None, "distill_steps": None}, {"seed": 0, "distill_steps": None}),
 ]
 OF_MODEL: list[tuple[ModelFacts, Asked, Asked]] = [
-    (GGUF, {}, {"precision": "fp32"}),
     (dataclasses.replace(PLAIN, taps=("residual",)), {}, {"fit": "distilled", "tap": "residual"}),
-    (GGUF, {"precision": "int4"}, {"precision": "gguf"}),
-    (GGUF, {"precision": "int8", "builder_option": ("accuracy_level=1",)}, {"precision": "gguf"}),
-    (GGUF, {"precision": "int4", "requantize": True}, {"precision": "int4"}),
-    (GGUF, {"precision": "int4", "engine": "openvino"}, {"precision": "int4"}),
-    (GGUF, {"precision": "int4", "provider": "cuda"}, {"precision": "int4"}),
     (HYBRID, {}, {"fit": "distilled", "tap": "normed", "window_layers": "none"}),
     (HYBRID, {"layers": "1-2"}, {"window_layers": "none"}),
     (NBL, {}, {"fit": "given", "tap": "residual", "window_layers": "none"}),
@@ -130,12 +123,6 @@ def test_recorded_defaults_follow_another_model(model: ModelFacts, expected: Ask
     assert_settled(settle({}, capabilities_of, model, recorded), {**expected, "calibration_tokens": 9})
 
 
-def test_a_new_precision_asks_anew_whether_to_round_codes_again() -> None:
-    recorded = settled({"precision": "int4", "requantize": True}, GGUF)
-    for asked, precision in (({"precision": "int8"}, "gguf"), ({"builder_option": ("block_size=64",)}, "int4")):
-        assert settle(asked, capabilities_of, GGUF, recorded).precision == precision
-
-
 def test_no_change_keeps_recorded_options_without_effect() -> None:
     """Else their stages would run again."""
     recorded = dataclasses.replace(settled({"layers": "0,2"}), select="cca", seed=3)
@@ -163,17 +150,14 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     ("lora_rank", {"lora_rank": 16, "fit": "drop"}, None, "--fit distilled"),  # the default, but asked for
     ("label_weight", {"label_weight": 0.5, "kv_budget": "1KiB"}, None, "--fit distilled"),
     ("seed", {"seed": 3, "layers": "2"}, None, "--calibration self"),
-    ("requantize", {"requantize": True, "precision": "int4"}, None, ".gguf"),
-    ("requantize", {"requantize": True, "precision": "fp32"}, GGUF, "int8 or int4"),
-    ("requantize", {"requantize": True, "precision": "gguf"}, GGUF, "int8 or int4"),
     ("provider", {"provider": "cpu", "engine": "openvino"}, None, "--engine ort"),
     ("max_seq_len", {"max_seq_len": 64}, None, "engines that compile graphs"),
     ("max_batch", {"max_batch": 2, "engine": "openvino"}, None, "trt"),
     ("prefill_chunk", {"prefill_chunk": 16}, None, "trt"),
     ("builder_option", {"builder_option": ("block_size=32",), "decoder_source": "mobius"}, None, "genai"),
-    ("builder_option", {"builder_option": ("fuse_mlp_gate_up=true", "block_size=32")}, None, "int8, int4 or gguf"),
-    ("builder_option", {"builder_option": "algo_config=rtn"}, None, "--precision int8, int4 or gguf"),
-    ("builder_option", {"builder_option": "accuracy_level=1"}, None, "--precision int8, int4 or gguf"),
+    ("builder_option", {"builder_option": ("fuse_mlp_gate_up=true", "block_size=32")}, None, "int8 or int4"),
+    ("builder_option", {"builder_option": "algo_config=rtn"}, None, "--precision int8 or int4"),
+    ("builder_option", {"builder_option": "accuracy_level=1"}, None, "--precision int8 or int4"),
     ("quantized_model", {"quantized_model": "x", "precision": "int8"}, None, "--precision int4"),
     ("threads", {"threads": (2,), "engine": "trt-rtx"}, None, "compile nothing"),
     ("window", {"window": 8, "layers": "1,"}, None, "--window-layers"),
@@ -264,10 +248,7 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"builder_option": "block_size"}, None, ("--builder-option block_size: the values of block_size are 16",)),
     ({"builder_option": "speed=9"}, None, ("--builder-option speed=9: expected KEY=VALUE", "fuse_mlp_gate_up")),
     ({"precision": "int4", "builder_option": ("block_size=16", "block_size=32")}, None, ("block_size is given twice",)),
-    ({"precision": "gguf"}, None, ("--precision gguf is for a model that is a .gguf file; choose another",)),
-    ({"precision": "gguf", "decoder_source": "mobius"}, GGUF, ("--precision gguf is of --decoder-source genai",)),
-    ({"precision": "int4", "builder_option": "algo_config=rtn"}, GGUF, ("algo_config=rtn", "add --requantize")),
-    ({"precision": "int4", "quantized_model": "q"}, GGUF, ("--quantized-model q", "add --requantize")),
+    ({"precision": "gguf"}, None, ("--precision gguf is not for engine ort", "fp32, fp16, int8, int4")),
     ({"fit": "given"}, PLAIN, ("--fit given is for a checkpoint with maps (nbl-export convert)",)),
     ({"fit": "distilled"}, NBL, ("--fit distilled needs the original model: the checkpoint no longer contains",)),
     ({"fit": "drop"}, NBL, ("--fit drop needs the original model: the checkpoint no longer contains",)),
@@ -318,7 +299,6 @@ UNFIT: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"decoder_source": "mobius"}, HYBRID, ("--decoder-source mobius is not possible for lfm2", "use --")),
     ({"window_layers": "auto"}, HYBRID, ("--window-layers is not possible for lfm2", "--window-layers none")),
     ({"precision": "int4", "quantized_model": "q"}, HYBRID, ("--quantized-model is not possible for lfm2",)),
-    ({"precision": "int4"}, dataclasses.replace(GGUF, unreadable="w has the type IQ4_NL"), ("w has the type IQ4_NL",)),
 ]  # fmt: skip
 
 
@@ -347,7 +327,6 @@ def test_a_value_that_fits_is_accepted() -> None:
     ):  # fmt: skip
         settled({"depths": (0,), **asked}, PLAIN)
     settled({"engine": "openvino"}, HYBRID)
-    settled({"precision": "fp32"}, dataclasses.replace(GGUF, unreadable="w has the type IQ4_NL"))
 
 
 def test_a_source_that_exports_no_such_architecture() -> None:

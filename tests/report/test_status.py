@@ -45,7 +45,6 @@ def verified(precision: str, *checks: CheckResult) -> dict[str, Any]:
         ("int8", (EXACT, ROUNDED), "verified"),
         ("int4", (COARSE, TEXT), "compared"),
         ("int8", (COARSE, TEXT), "compared"),
-        ("gguf", (COARSE, TEXT), "compared"),
         ("int4", (ROUNDED, TEXT), "compared"),
         ("int4", (CheckResult("original", "original", EXACT.metric, 1e-5, 1e-3, True), COARSE), "compared"),
         ("int4", (EXACT, CheckResult("text", "nbl", TEXT.metric, 5.0, 4.0, False)), "failed"),

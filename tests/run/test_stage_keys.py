@@ -43,7 +43,7 @@ OTHER: dict[str, Any] = {
     "kv_budget": "300B", "fit": "drop", "select": "error", "tap": "normed", "maps": "linear",
     "distill_minutes": 1.0,
     "distill_steps": 7, "distill_tokens": 7, "lora_rank": 7, "label_weight": 0.7, "calibration_tokens": 1024,
-    "context": 64, "compute_dtype": "float32", "seed": 7, "precision": "int8", "requantize": True,
+    "context": 64, "compute_dtype": "float32", "seed": 7, "precision": "int8",
     "provider": "cuda", "max_seq_len": 128, "max_batch": 2, "prefill_chunk": 64, "logits": "all",
     "decoder_source": "mobius", "builder_option": ("block_size=64",), "quantized_model": "q",
     "depths": (7,), "repetitions": 7, "prompt_tokens": (7,),

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from nbl_export.options.options import GGUF
 from nbl_export.records.results import CheckResult
 from nbl_export.targets import exporter_of
 
@@ -33,7 +32,6 @@ ALL: list[Case] = [
     (architecture, source, precision)
     for source in ENGINES
     for precision in exporter_of(source).capabilities.sources[source]
-    if precision != GGUF  # its codes come from a file: tests/rewrite/test_gguf_codes.py
     for architecture in (*EVERY, *VARIANTS)
     if architecture not in EVERY or architecture in made_by(source)
     if (architecture, source) not in REFUSED and (architecture, source, precision) not in NOT_REPAIRED

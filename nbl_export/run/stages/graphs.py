@@ -37,7 +37,6 @@ class DecoderInputs:
         engine: exports the decoder. kept_logits: "last" or "all".
         slots: most tokens of a sequence, for graphs with fixed caches.
         codes: a checkpoint with quantised matrices of the same model, or None. tap: with which it must agree.
-        gguf: the file whose codes the graph takes over.
     """
 
     model: Lazy[Any]
@@ -50,7 +49,6 @@ class DecoderInputs:
     cache_length: int
     codes: Lazy[Any]
     tap: str | None
-    gguf: Lazy[Path | None]
 
 
 def declare_decoder(r: Resolver) -> DecoderInputs:
@@ -78,9 +76,8 @@ def run_decoder(inputs: DecoderInputs, place: Place, out: Path) -> dict[str, Any
     engine = inputs.engine.value
     original = out / DECODERS["original"]
     settings = ExportSettings(
-        inputs.decoder_source, inputs.precision, inputs.cache_length, inputs.builder_option, _codes(inputs),
-        inputs.gguf.value,
-    )  # fmt: skip
+        inputs.decoder_source, inputs.precision, inputs.cache_length, inputs.builder_option, _codes(inputs)
+    )
     engine.export(inputs.checkpoint.value, original, settings)
     if inputs.kept_logits == "last":
         engine.keep_last_token(original)

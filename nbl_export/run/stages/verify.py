@@ -10,7 +10,7 @@ from typing import Any
 
 from nbl_export.files import versions, write_json
 from nbl_export.mixers.base import Mixer
-from nbl_export.options.options import CHECKPOINT_FIT, GGUF
+from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.plan.inputs import Texts
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy, identity_of
@@ -23,7 +23,7 @@ from nbl_export.run_directory import ACCEPTANCE_FILE, DECODERS, PACKAGES, REFERE
 from nbl_export.targets.base import Target
 from nbl_export.targets.tokenizer import TOKENIZER, Text
 from nbl_export.text.windows import Division
-from nbl_export.verify.codes import EXACT, NEAREST, SEARCHED
+from nbl_export.verify.codes import NEAREST, SEARCHED
 from nbl_export.verify.kept import KeptReferences
 from nbl_export.verify.ladder import WITHOUT_TWIN
 from nbl_export.verify.on_target import expect, save
@@ -102,8 +102,6 @@ def _engine(r: Resolver) -> Target:
 def _nearness(r: Resolver) -> float | None:
     if r.options.quantized_model is not None:
         return None
-    if r.options.precision == GGUF:
-        return EXACT
     searched = any(option.startswith("algo_config=k_quant") for option in r.options.builder_option)
     return SEARCHED if searched else NEAREST
 

@@ -19,12 +19,10 @@ Rounding to int8 and int4 is patched too: the builder holds all matrices in floa
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +31,20 @@ import numpy as np
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.graph.names import GRAPH_FILE
 from nbl_export.model.architectures import ARCHITECTURES
-from nbl_export.options.options import GGUF
 from nbl_export.targets.base import ExportSettings
 from nbl_export.targets.export.finish import captured
 from nbl_export.targets.gpu import PROVIDERS
 
 __all__ = ["PRECISIONS", "build"]
 
-PRECISIONS = ("fp32", "int8", "int4", GGUF)  # on the CPU; a GPU provider has its own
+PRECISIONS = ("fp32", "int8", "int4")  # on the CPU; a GPU provider has its own
 _NO_CODE = ("hf_remote=false",)  # the builder's default, made explicit: code in a checkpoint is not run
 _BUILDER_NAMES = {flag: provider.genai for flag, provider in PROVIDERS.items()}
-
-
-def _accuracy(options: Sequence[str]) -> int:
-    """The option accuracy_level; 4 without it."""
-    return int(dict(word.split("=") for word in options).get("accuracy_level", 4))
 
 
 def build(checkpoint: Path, out: Path, settings: ExportSettings, provider: str = "cpu") -> None:
     """Write model.onnx, its data, genai_config.json and the tokenizer to `out`."""
     precision = settings.precision
-    if precision == GGUF:
-        _build_with_codes(checkpoint, out, settings)
-        return
     gpu = None if provider == "cpu" else PROVIDERS[provider]
     if precision not in (gpu.precisions if gpu else PRECISIONS):
         raise NblError(
@@ -98,23 +87,6 @@ def _named(checkpoint: Path, scratch: Path) -> Path:
             (made / file.name).symlink_to(file)
     (made / "config.json").write_text(json.dumps({**config, "architectures": [f"{name}ForCausalLM"]}), encoding="utf-8")
     return made
-
-
-def _build_with_codes(checkpoint: Path, out: Path, settings: ExportSettings) -> None:
-    """Build the float32 graph, and put the codes of the GGUF file into it."""
-    from nbl_export.rewrite.quantize import take_codes  # needs onnx_ir, which a build machine lacks
-
-    if settings.gguf is None:
-        raise NblError(f"the precision {GGUF} needs a model that is a GGUF file")
-    plain = tuple(word for word in settings.builder_options if not word.startswith("accuracy_level="))
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        wide = Path(scratch)
-        build(checkpoint, wide, dataclasses.replace(settings, precision="fp32", builder_options=plain))
-        take_codes(wide / GRAPH_FILE, settings.gguf, out, _accuracy(settings.builder_options))
-        for file in sorted(wide.iterdir()):
-            if not (out / file.name).exists():
-                shutil.move(file, out / file.name)
 
 
 def _forget_commit(path: Path) -> None:
