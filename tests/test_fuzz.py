@@ -153,32 +153,6 @@ def test_hostile_few(name: str, pristine: Path, tmp_path: Path, sandbox: Sandbox
     assert_survives(name, 1, pristine, tmp_path, sandbox, canaries)
 
 
-# Seeds that found a defect; what they damage changes with `hostile`, so each defect has a test of its own as well.
-FOUND = {
-    "graph inspected": (100064, 100106),
-    "graph rewritten": (5, 311, 100198),
-    "maps": (328,),
-    "nbl.json inspected": (575, 100004, 100071),
-    "nbl.json reported": (11, 68, 100004, 100017, 100026, 100039, 100044, 200001),
-    "config.json": (100010,),
-    "tokenizer.json": (18, 31, 200009, 200010),
-    "archive": (200007,),
-    "tokenizer_config.json": (4,),
-    "links in a graph": (1,),
-    "links in a deployed folder": (1,),
-    "foreign run reported": (5,),
-    "eval.json evaluated": (51,),
-}
-
-
-@pytest.mark.parametrize(("name", "seed"), [(name, seed) for name, seeds in FOUND.items() for seed in seeds])
-def test_found_before(
-    name: str, seed: int, pristine: Path, tmp_path: Path, sandbox: Sandbox, canaries: Canaries
-) -> None:
-    wrong = attempt(require(KINDS[name]), seed, pristine, tmp_path, sandbox, canaries)
-    assert not wrong, wrong
-
-
 COMMANDS = {kind.command: kind for kind in KINDS.values()}
 
 

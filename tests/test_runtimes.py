@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from .runtimes import rows as catalogue
-from .runtimes import run as runtimes
-from .runtimes.rows import Missing, Place, Row
+HERE = Path(__file__).parents[1] / "bench" / "runtimes"
+sys.path.insert(0, str(HERE))  # as for a script
+import rows as catalogue  # noqa: E402
+import run as runtimes  # noqa: E402
+from rows import Missing, Place, Row  # noqa: E402
 
-HERE = Path(__file__).parent / "runtimes"
 PYTHON = tuple(row for row in catalogue.ROWS if "Python" in row.name)  # what every developer has
 REFERENCE = runtimes.Reference("a", False, (5, 6), (7, 8, 1), "b", (1,), 4)
 

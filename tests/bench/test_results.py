@@ -13,7 +13,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
 PAGES = [ROOT / "docs" / "results.md", *sorted((ROOT / "docs" / "results").glob("*.md"))]
-MOST_LINES = 150
 
 
 def check(root: Path) -> subprocess.CompletedProcess[str]:
@@ -57,10 +56,6 @@ def test_a_table_without_markers_is_found(copy: Path) -> None:
     done = check(copy)
     assert done.returncode == 1
     assert "one pair of markers for demo" in done.stderr
-
-
-def test_the_first_page_is_short() -> None:
-    assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= MOST_LINES
 
 
 def test_scripts_that_they_name_are_there() -> None:

@@ -17,18 +17,7 @@ from nbl_export.targets.tensorrt import export as static
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 from nbl_export.verify.last_token import check_last
 
-from ..static_tiny import (
-    ARCHITECTURES,
-    LAYERS,
-    SUBSETS,
-    TOLERANCE,
-    VOCAB,
-    maps_of,
-    rows,
-    single_row_error,
-    torch_logits,
-    worst,
-)  # fmt: skip
+from ..static_tiny import LAYERS, TOLERANCE, VOCAB, maps_of, rows, single_row_error, torch_logits, worst  # fmt: skip
 
 Form = Callable[[str], ir.Model]
 
@@ -42,8 +31,8 @@ def pruned(model: ir.Model, replaced: tuple[int, ...], directory: Path) -> Path:
     return directory / "model"
 
 
-@pytest.mark.parametrize("replaced", [(), *SUBSETS], ids=str)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("replaced", [(), (1,), (2,), (1, 2)], ids=str)
+@pytest.mark.parametrize("architecture", ["llama", "mistral-window"])
 def test_pruned_tails_give_the_logits_of_the_last_valid_token(
     architecture: str, replaced: tuple[int, ...], form: Form, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:

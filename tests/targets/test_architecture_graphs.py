@@ -85,7 +85,7 @@ def test_the_rewritten_graph_agrees_with_torch(
     architecture: str, source: str, checkpoint: Checkpoint, exported: Exported, random_maps: Maps, tmp_path: Path
 ) -> None:
     """Norms on both sides of attention and multipliers go with it; windows and rotation of the other layers stay."""
-    for replaced in ((0,), (1,), (0, 2), (1, 2)):
+    for replaced in ((1,), (0, 2)):
         maps, out = random_maps(*replaced), tmp_path / "".join(map(str, replaced))
         rewrite(exported(architecture, source), out, Plan(LAYERS, replaced), maps)
         decoder = open_graph(out, checkpoint(architecture))
@@ -111,7 +111,7 @@ def test_the_pruned_tail(
     architecture: str, source: str, checkpoint: Checkpoint, exported: Exported, random_maps: Maps, tmp_path: Path
 ) -> None:
     """Logits of the last token, from graphs with norms and caps behind the last attention that others do not have."""
-    for replaced in ((), (2,), (1, 2)):
+    for replaced in ((), (1, 2)):
         maps, out = random_maps(*replaced), tmp_path / f"nbl{len(replaced)}"
         rewrite(exported(architecture, source), out, Plan(LAYERS, replaced), maps)
         keep_last_token(out)

@@ -33,7 +33,7 @@ from nbl_export.targets.tensorrt.record import read_record
 from nbl_export.targets.tensorrt.static.schedule import engine_profiles
 
 from ..fake_tensorrt import FakeDevice, FakeTensorRT
-from ..static_tiny import ARCHITECTURES, HEAD, LAYERS, SLOTS, SPEC
+from ..static_tiny import HEAD, LAYERS, SLOTS, SPEC
 from ..trt_tiny import ADA, PLAIN, RTX, SMALL, engine_of, graph_of, needs_rtx
 
 pytestmark = pytest.mark.trt
@@ -48,9 +48,11 @@ def parsed(path: Path) -> ParsedNetwork:
 
 
 @needs_rtx
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "int4"])
-@pytest.mark.parametrize("replaced", [(), (1,), (0, 2)], ids=str)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "replaced", "precision"),
+    [("mistral-window", r, p) for r, p in (((), "fp16"), ((1,), "fp16"), ((0, 2), "bf16"), ((0, 2), "int4"))]
+    + [("llama", (1,), "int4"), ("mistral", (), "bf16")],
+)
 def test_the_parser_takes_it_and_reads_every_input(
     architecture: str, replaced: tuple[int, ...], precision: str
 ) -> None:
@@ -67,8 +69,9 @@ def test_the_parser_takes_it_and_reads_every_input(
 
 
 @needs_rtx
-@pytest.mark.parametrize("precision", ["fp16", "int4"])
-@pytest.mark.parametrize(("replaced", "behind"), [((), 0), ((1,), 0), ((2,), 1), ((0, 2), 1), ((1, 2), 2)], ids=str)
+@pytest.mark.parametrize(
+    ("replaced", "behind", "precision"), [((), 0, "fp16"), ((0, 2), 1, "fp16"), ((1, 2), 2, "int4")], ids=str
+)
 def test_all_behind_the_last_kept_attention_is_on_one_token(
     replaced: tuple[int, ...], behind: int, precision: str
 ) -> None:

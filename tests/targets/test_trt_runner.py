@@ -24,7 +24,6 @@ from nbl_export.run.deployed import trust_engines
 from nbl_export.targets.gpu import find_gpu
 from nbl_export.targets.tensorrt import library as tensorrt
 from nbl_export.targets.tensorrt import runner as trt_runner
-from nbl_export.targets.tensorrt.engine import TensorRtEngine
 from nbl_export.targets.tensorrt.record import read_plan, read_record
 from nbl_export.targets.tensorrt.runner import DecodeStep, TrtSession, refuse_misfit
 from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner, likeliest, widened
@@ -79,29 +78,6 @@ def test_a_damaged_engine_is_refused(
     with pytest.raises(NblError, match=reason) as caught:
         read_plan(tmp_path, read_record(tmp_path))
     assert type(caught.value) is kind
-
-
-def test_a_plan_is_hashed_once_for_each_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plan of 16 GB takes seconds to hash; whoever reads the record alone does not."""
-    session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
-    session.close()
-    hashed: list[int] = []
-    real = hashlib.sha256
-
-    def counted(data: bytes = b"") -> Any:
-        hashed.append(len(data))
-        return real(data)
-
-    monkeypatch.setattr(hashlib, "sha256", counted)
-    monkeypatch.setattr(trt_runner, "load_library", lambda _: trt)
-    monkeypatch.setattr(trt_runner, "find_gpu", lambda: ADA)
-    monkeypatch.setattr(trt_runner, "open_device", lambda: trt.device)
-    monkeypatch.setattr(trt_runner, "refuse_foreign", lambda *_: None)
-    engine = TensorRtEngine(PLAIN)
-    assert engine.owns(tmp_path) and engine.facts(tmp_path).context_length == SLOTS
-    assert hashed == []
-    with engine.open_runner(tmp_path):
-        assert hashed == [read_record(tmp_path).plan_bytes]
 
 
 def test_an_engine_of_another_gpu_of_the_same_kind_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

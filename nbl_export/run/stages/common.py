@@ -22,6 +22,7 @@ __all__ = ["READS", "LeftOut", "Place", "Stage", "readers"]
 READS: dict[str, tuple[str, ...]] = {
     "calibrate": (),
     "plan": ("calibrate",),
+    "sweep": ("calibrate",),
     "distill": ("plan",),
     "decoder": (),
     "rewrite": ("plan", "distill", "decoder"),
@@ -29,7 +30,7 @@ READS: dict[str, tuple[str, ...]] = {
     "eval": ("rewrite",),
     "build": ("rewrite",),
     "bench": ("rewrite", "build"),
-    "report": ("plan", "verify", "eval", "build", "bench"),
+    "report": ("plan", "sweep", "verify", "eval", "build", "bench"),
 }
 
 

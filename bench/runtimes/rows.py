@@ -69,7 +69,7 @@ def _python(script: str, package: str) -> Callable[[Place, Asked], list[str]]:
 
 def _optimum(place: Place, asked: Asked) -> list[str]:
     if place.optimum_python is None:
-        raise Missing("give --optimum-python, an environment made from tests/runtimes/optimum.txt")
+        raise Missing("give --optimum-python, an environment made from bench/runtimes/optimum.txt")
     return [place.optimum_python, str(HERE / "optimum_onnx.py"), str(place.model), json.dumps(asked)]
 
 
@@ -100,7 +100,7 @@ def _node_with(*packages: str) -> str:
         raise Missing("Node is not installed")
     for package in packages:
         if not (HERE / "node_modules" / package).is_dir():
-            raise Missing(f"the npm package {package} is not installed: npm ci in tests/runtimes")
+            raise Missing(f"the npm package {package} is not installed: npm ci in bench/runtimes")
     return node
 
 

@@ -3,7 +3,7 @@
     DIR/model/ ── GenaiRunner ── prompt ids, greedy tokens: the reference
               └── each row of rows.py in a process of its own ── its tokens ── equal, different, failed, not run
 
-python tests/runtimes/run.py DIR [--only NAME ...] [--optimum-python PYTHON] [--screenshot FILE.png] > table.json
+python bench/runtimes/run.py DIR [--only NAME ...] [--optimum-python PYTHON] [--screenshot FILE.png] > table.json
 
 JSON on stdout: runtime, version, what it was given, result. Exit status 1 if a runtime that is here failed or differed.
 Both sequences end with the first end-of-text id, where there is one: some runtimes stop there.
@@ -23,8 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # as a script: the repository it stands in
-from tests.runtimes.rows import ROWS, Missing, Place, Row
+from rows import ROWS, Missing, Place, Row
 
 __all__ = ["Reference", "judge", "reference_of", "table"]
 
