@@ -170,22 +170,6 @@ def bench(
     return print(output)
 
 
-@opt.takes("profile")
-def profile(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, or a GenAI model directory.")],
-    asked: dict[str, Any],
-    force: opt.Force = False,
-    as_json: opt.Json = False,
-) -> None:
-    """Time each operator with ONNX Runtime's profiler."""
-    from nbl_export.report.console import profile_table
-    from nbl_export.run import profile as profiling
-
-    profiling.check_request(asked)
-    found = profiling.profile(directory, JobOptions("", **asked), ui(as_json), force=force)
-    show(found, profile_table(found), as_json)
-
-
 @opt.takes("eval")
 def evaluate(
     directory: opt.Run,
@@ -413,7 +397,7 @@ def doctor(as_json: opt.Json = False) -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "calibrate": calibrate, "plan": plan, "rewrite": rewrite, "rewrite-graph": rewrite_graph, "verify": verify,
-    "build": build, "report": report, "accept": accept, "bench": bench, "profile": profile, "eval": evaluate,
+    "build": build, "report": report, "accept": accept, "bench": bench, "eval": evaluate,
     "card": card, "convert": convert, "recipe": recipe, "generate": generate, "inspect": inspect,
     "estimate": estimate, "doctor": doctor,
 }  # fmt: skip

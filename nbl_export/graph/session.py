@@ -36,7 +36,7 @@ def import_onnxruntime() -> Any:
 
 def open_session(
     graph: Path | bytes, threads: int | None = None, *, folder: Path | None = None,
-    entries: Mapping[str, str] | None = None, traces: Path | None = None,
+    entries: Mapping[str, str] | None = None,
 ) -> Any:  # fmt: skip
     """An InferenceSession on the CPU provider.
 
@@ -45,7 +45,6 @@ def open_session(
         threads: intra-op threads; None is ONNX Runtime's choice.
         folder: of a serialised model's external data.
         entries: further entries of the session's configuration.
-        traces: prefix of the profiler's file; None does not profile.
 
     Raises:
         CorruptError: ONNX Runtime cannot load the graph.
@@ -59,8 +58,6 @@ def open_session(
         options.intra_op_num_threads = threads
     for key, value in {**(entries or {}), **({} if folder is None else {_DATA_FOLDER: str(folder)})}.items():
         options.add_session_config_entry(key, value)
-    if traces is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(traces)
     if isinstance(graph, Path):
         check_graph_file(graph)
     try:

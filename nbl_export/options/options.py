@@ -64,6 +64,7 @@ LEFT: dict[str, str] = {
     "draft_layers": _NGRAM,
     "lossless": _NGRAM,
     "quantize": "use --builder-option algo_config=k_quant_mixed, or a checkpoint that AWQ made with --quantized-model",
+    "profile": "ONNX Runtime has a profiler of its own (docs/engines/onnxruntime.md, Time by operator)",
     "rank": "leave it out; maps have full rank",
     "requantize": "leave it out; int8 and int4 round the weights of a GGUF file like any others",
     "token_table": "leave it out; linearized leading layers are computed like all others",
@@ -236,16 +237,16 @@ class JobOptions:
     )  # fmt: skip
     repetitions: int | None = option(
         None, "Measured rounds, each on decoders loaded anew; default: 6, or up to 24 in 3 minutes while an interval "
-        "is wider than 10%.", _BENCH, "bench profile", least=1,
+        "is wider than 10%.", _BENCH, "bench", least=1,
     )  # fmt: skip
     prompt_tokens: tuple[int, ...] = option(
-        (512,), "Lengths of the prefill test; default 512.", _BENCH, "bench profile", numbers="128,512", least=1
+        (512,), "Lengths of the prefill test; default 512.", _BENCH, "bench", numbers="128,512", least=1
     )
     generate_tokens: int | None = option(
         None, "Length of the decode test; default: 128, fewer for a large model on a CPU.", _BENCH, "bench", least=1
     )
     threads: tuple[int, ...] | None = option(
-        None, "Threads of the engine; several make a sweep. Default: the engine's choice.", _BENCH, "bench profile",
+        None, "Threads of the engine; several make a sweep. Default: the engine's choice.", _BENCH, "bench",
         numbers="1,2", least=1,
     )  # fmt: skip
     batches: tuple[int, ...] = option(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,11 @@ from nbl_export.report.table import Column, Shown, Table, facts
 from nbl_export.trust.terminal import Console, visible
 
 __all__ = ["FORMATS", "METHOD_NAMES", "check_output", "checks_table", "describe_table", "doctor_table",
-           "engines_table", "eval_table", "format_of", "graph_table", "ladder_table", "profile_table", "render",
+           "engines_table", "eval_table", "format_of", "graph_table", "ladder_table", "render",
            "scores_table", "speed_table", "sweep_table", "write"]  # fmt: skip
 
 METHOD_NAMES = {"nbl": "NBL", "drop": "dropped", "distilled": "distilled"}  # of a sweep's points
 _LOGITS = {"last": "of the last token", "all": "of all tokens", None: "no output of that name"}
-_RARE = 0.001  # share of time below which operators share one line of the table
-_PHASES = ("prefill", "decode")
 FORMATS = ("table", "md", "csv", "json", "llama-bench")
 _ENDINGS = {".md": "md", ".csv": "csv", ".json": "json"}
 
@@ -232,41 +230,6 @@ def _figures(row: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         numbers = (found["value"], found["stderr"], paired.get("value"), paired.get("stderr"))
         shown = ("" if n is None else f"{n:.4g}" for n in numbers)
         yield row["task"], row["metric"], str(row["items"]), variant, *shown
-
-
-def profile_table(found: Mapping[str, Any]) -> Shown:
-    """Decoders side by side by operator, then the dearest nodes of each."""
-    titles = {"prefill": f"Prefill of {found['prompt_tokens']} tokens", "decode": "One decode step behind it"}
-    decoders = found["decoders"]
-    columns = ("node", "operator", *Column.numbers("ms", "share"))
-    return (
-        *(_operators(titles[phase], {name: d[phase] for name, d in decoders.items()}) for phase in _PHASES),
-        *(Table.of(columns, ((n["node"], n["operator"], *_spent(n)) for n in decoder[phase]["nodes"]),
-                   f"Dearest nodes: {name}, {phase}") for name, decoder in decoders.items() for phase in _PHASES),
-    )  # fmt: skip
-
-
-def _spent(part: Mapping[str, Any]) -> tuple[str, str]:
-    return f"{part['ms']:.2f}", f"{100 * part['share']:.1f}%"
-
-
-def _operators(title: str, of_decoders: Mapping[str, Mapping[str, Any]]) -> Table:
-    columns = ("operator", *Column.numbers(*(c for name in of_decoders for c in (f"{name}: calls", "ms", "share"))))
-    found = [{o["operator"]: o for o in d["operators"]} for d in of_decoders.values()]
-    spent = {o: max(own.get(o, {"ms": 0.0})["ms"] for own in found) for each in found for o in each}
-    rare = {o for o in spent if all(own.get(o, {"share": 0.0})["share"] < _RARE for own in found)}
-    rows: list[Sequence[str]] = []
-    for name in sorted((o for o in spent if o not in rare), key=lambda o: -spent[o]):
-        parts = (own.get(name) for own in found)
-        cells = (("", "", "") if part is None else (f"{part['calls']:g}", *_spent(part)) for part in parts)
-        rows.append((name, *(cell for three in cells for cell in three)))
-    if rare:
-        left = (sum(own[o]["ms"] for o in rare if o in own) for own in found)
-        rows.append((f"{len(rare)} others", *(cell for ms in left for cell in ("", f"{ms:.2f}", ""))))
-    kernels = (cell for d in of_decoders.values() for cell in ("", f"{d['kernels_ms']:.2f}", ""))
-    whole = (cell for d in of_decoders.values() for cell in (f"{d['runs']} runs", f"{d['run_ms']:.2f}", ""))
-    rows += [("all kernels", *kernels), ("a run, median", *whole)]
-    return Table.of(columns, rows, title, totals=2)
 
 
 # -- the formats of `bench` ------------------------------------------------------------------------------------

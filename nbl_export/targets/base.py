@@ -18,7 +18,7 @@ from nbl_export.records.decoder import GraphContract
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.checks import Coded, Wanted
-from nbl_export.targets.runners import GraphDecoder, ProfiledRunner, SequenceLimits, TextRunner
+from nbl_export.targets.runners import GraphDecoder, SequenceLimits, TextRunner
 
 __all__ = ["Availability", "BuildSettings", "DecoderFacts", "ExportSettings", "Target", "default_threads"]
 
@@ -225,14 +225,6 @@ class Target:
 
         Args:
             limits: what the runner will be asked for, if known; targets that are sized on opening read it.
-        """
-        raise NotImplementedError
-
-    def open_profiled(self, directory: Path, threads: int, tokens: int, traces: Path) -> ProfiledRunner:
-        """A decoder whose operators are timed, for targets that are `profiled`.
-
-        Args:
-            tokens: of the longest sequence. traces: an existing directory for the trace.
         """
         raise NotImplementedError
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from nbl_export.records.decoder import GraphContract
 
-__all__ = ["GraphDecoder", "ProfiledRunner", "RewindingDecoder", "SequenceLimits", "TextRunner"]
+__all__ = ["GraphDecoder", "RewindingDecoder", "SequenceLimits", "TextRunner"]
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,3 @@ class RewindingDecoder(GraphDecoder, Protocol):
 
     def rewind(self, mark: Any) -> None:
         """Go back to the state `mark` of the same batch."""
-
-
-class ProfiledRunner(Protocol):
-    """A decoder of one sequence whose operators are timed."""
-
-    def begin(self) -> None:
-        """Start with empty caches."""
-
-    def run(self, ids: Sequence[int]) -> np.ndarray:
-        """Append tokens as one chunk; returns the logits [V] of the last token."""
-
-    def trace(self) -> list[dict[str, Any]]:
-        """End profiling; returns the events of all runs (chrome://tracing)."""

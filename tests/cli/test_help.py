@@ -60,7 +60,7 @@ def test_no_help_shows_types_of_python() -> None:
 def test_force_says_which_of_its_meanings_a_command_has() -> None:
     for command in ((), ("calibrate",)):
         assert re.search(r"--force +Start over", nbl(*command, "--help").out), command
-    for name in ("build", "report", "bench", "profile", "eval", "convert", "generate", "accept"):
+    for name in ("build", "report", "bench", "eval", "convert", "generate", "accept"):
         assert re.search(r"--force +Go on despite a failed verification", nbl(name, "--help").out), name
 
 

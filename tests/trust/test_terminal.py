@@ -82,13 +82,6 @@ def sweep_facts() -> dict[str, Any]:
     return {"order": [1], "texts": ["t" + EVIL], "points": [point], "recommended": None}
 
 
-def profile_facts() -> dict[str, Any]:
-    operator = {"operator": "o" + EVIL, "calls": 1, "ms": 1.0, "share": 0.9}
-    node = {"node": "n" + EVIL, "operator": "o" + EVIL, "ms": 1.0, "share": 0.9}
-    phase = {"operators": [operator], "nodes": [node], "kernels_ms": 1.0, "runs": 1, "run_ms": 1.0}
-    return {"prompt_tokens": 8, "decoders": {"d" + EVIL: {"prefill": phase, "decode": phase}}}
-
-
 def engine_facts() -> dict[str, Any]:
     record = {"engine": "e" + EVIL, "version": "v" + EVIL, "precision": "p" + EVIL}
     return {"n" + EVIL: {**record, "plan_bytes": 1, "build_seconds": 1.0, "cache_bytes": 1}}
@@ -111,7 +104,6 @@ TABLES: dict[str, Callable[[Path], Any]] = {
     ),
     "graph_table": lambda run: console.graph_table(graph_facts(run)),
     "sweep_table": lambda _: console.sweep_table(sweep_facts()),
-    "profile_table": lambda _: console.profile_table(profile_facts()),
     "ladder_table": lambda run: console.ladder_table(of_run("verify.json")(run)["checks"], "Acceptance, e" + EVIL),
 }
 

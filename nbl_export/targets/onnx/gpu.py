@@ -95,7 +95,6 @@ class GpuEngine(ort.OrtEngine):
             cache_bytes=dict.fromkeys(self.provider.precisions, 2),
             cross=True,
             dense_caches=self.provider.dense_caches,
-            profiled=False,
             windows=False,
             hybrids=False,
             recurrences=False,
