@@ -5,7 +5,6 @@
     DIR/moments.safetensors    calibrate; calibrate.partial.safetensors while it works
     DIR/sampled.safetensors    calibrate --calibration self: the sampled tokens
     DIR/maps.safetensors       plan; distill, if requested (then plan writes start.safetensors)
-    DIR/sweep.json             sweep, if requested
     DIR/distill.json           distill; distill.partial.safetensors while it works
     DIR/original/              decoder: the exported graph; all_logits.onnx is the graph as exported, if model.onnx
                                gives the logits of the last token, as in model/
@@ -57,7 +56,7 @@ from nbl_export.trust.lock import locked
 __all__ = ["ACCEPTANCE_FILE", "ACCEPTANCE_JSON", "ACCEPTANCE_MD", "BENCH_FILE", "CALIBRATION_FILE", "CHECKPOINT",
            "DECODERS", "DISTILL_FILE", "EVAL_FILE", "MADE_BY", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES",
            "REFERENCES_FILE", "REPORT_HTML", "REPORT_JSON", "REPORT_MD", "SCHEMA", "START_FILE",
-           "SWEEP_FILE", "VERIFY_FILE", "RunDirectory", "refuse_foreign"]  # fmt: skip
+           "VERIFY_FILE", "RunDirectory", "refuse_foreign"]  # fmt: skip
 
 SCHEMA = 1
 
@@ -65,7 +64,7 @@ SCHEMA = 1
 DECODERS = {"original": "original", "nbl": "model"}  # variant -> directory
 MADE_BY = {"original": "decoder", "model": "rewrite"}  # directory of a decoder -> its stage
 VERIFY_FILE, BENCH_FILE, EVAL_FILE = "verify.json", "bench.json", "eval.json"
-SWEEP_FILE, DISTILL_FILE = "sweep.json", "distill.json"
+DISTILL_FILE = "distill.json"
 REPORT_JSON, REPORT_HTML, REPORT_MD = "report.json", "report.html", "report.md"
 CALIBRATION_FILE = "calibration.jsonl.gz"
 CHECKPOINT = "checkpoint"
@@ -273,7 +272,7 @@ class RunDirectory:
 
 _OURS = (
     CALIBRATION_FILE, MOMENTS_FILE, "calibrate.partial.safetensors", "sampled.safetensors", START_FILE, MAPS_FILE,
-    DISTILL_FILE, "distill.partial.safetensors", SWEEP_FILE, *DECODERS.values(), VERIFY_FILE,
+    DISTILL_FILE, "distill.partial.safetensors", *DECODERS.values(), VERIFY_FILE,
     REFERENCES_FILE, ACCEPTANCE_FILE, EVAL_FILE, "engine", BENCH_FILE, REPORT_HTML,
     REPORT_MD, REPORT_JSON, ACCEPTANCE_MD, ACCEPTANCE_JSON, "nbl-checkpoint", CHECKPOINT, MANIFEST,
 )  # fmt: skip

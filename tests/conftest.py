@@ -274,7 +274,7 @@ def light_jobs(request: pytest.FixtureRequest) -> Iterator[None]:
     This saves a quarter of a tiny job. Tests of memory and of plots, and jobs in a process of their own, are as a
     user's.
     """
-    if {"measure", "report", "test_tradeoff.py"} & set(request.path.relative_to(_TESTS).parts):
+    if {"measure", "report"} & set(request.path.relative_to(_TESTS).parts):
         yield
         return
     from nbl_export.measure import benchmark, instruments
@@ -285,7 +285,7 @@ def light_jobs(request: pytest.FixtureRequest) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "measure_footprint", here)
-        for drawing in ("throughput", "depths", "length", "layers", "tradeoff"):
+        for drawing in ("throughput", "depths", "length", "layers", "curve"):
             patch.setattr(plots, drawing, lambda *_: "<svg></svg>")
         yield
 

@@ -67,11 +67,9 @@ class Point:
     """A number of layers: what its increase of perplexity is on each text, and what speed is modelled.
 
     Attributes:
-        method: nbl (maps in closed form), distilled, or drop (attention left out).
         increase: text -> share; None if it is not finite.
     """
 
-    method: str
     layers: tuple[int, ...]
     increase: Mapping[str, float | None]
     prefill: float
@@ -182,20 +180,15 @@ class Run:
         return found
 
     def curve(self) -> list[Point]:
-        """Other numbers of layers: those of a sweep, or else those that were measured while layers were chosen.
-
-        Empty if layers were named and no sweep was made (`nbl-export plan DIR --sweep`).
-        """
+        """Other numbers of layers, which were measured while layers were chosen; empty if layers were named."""
         from nbl_export.records.from_json import edited
-        from nbl_export.run_directory import SWEEP_FILE, RunDirectory
+        from nbl_export.run_directory import RunDirectory
 
         run = RunDirectory.existing(self.path)
-        with edited(self.path, "run plan --sweep again"):
-            if "sweep" in run.stages:
-                return [_swept(point) for point in run.read_json(SWEEP_FILE)["points"]]
+        with edited(self.path, "run plan again"):
             curve = run.manifest.get("curve") or {"texts": [], "points": []}
             return [
-                Point("nbl", tuple(p["replaced_layers"]), dict(zip(curve["texts"], p["increases"], strict=True)),
+                Point(tuple(p["replaced_layers"]), dict(zip(curve["texts"], p["increases"], strict=True)),
                       p["prefill"], p["decode"])
                 for p in curve["points"]
             ]  # fmt: skip
@@ -355,8 +348,3 @@ def _speed(row: Mapping[str, Any], medians: Mapping[tuple[Any, ...], float]) -> 
         Interval(row["ratio"], row["low"], row["high"]), row["verdict"], medians[_place(row, row["base"])],
         medians[_place(row)],
     )  # fmt: skip
-
-
-def _swept(point: Mapping[str, Any]) -> Point:
-    increase = {row["text"]: row["increase"] for row in point["quality_losses"]}
-    return Point(point["method"], tuple(point["replaced_layers"]), increase, point["prefill"], point["decode"])

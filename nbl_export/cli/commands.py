@@ -36,28 +36,11 @@ def calibrate(
 
 
 @opt.takes("plan")
-def plan(
-    directory: opt.Run,
-    asked: dict[str, Any],
-    sweep: Annotated[bool, typer.Option("--sweep", help="Quality and modelled speed of 0, 1, ... layers.")] = False,
-    max_layers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Most layers of a sweep; default: half of the layers.")
-    ] = None,
-    as_json: opt.Json = False,
-) -> None:
-    """Score layers, choose which to replace, fit their maps.
+def plan(directory: opt.Run, asked: dict[str, Any], as_json: opt.Json = False) -> None:
+    """Score layers, choose which to replace, fit their maps."""
+    from nbl_export.report.console import scores_table
+    from nbl_export.run.pipeline import run_stages
 
-    --sweep shows quality against modelled speed for every number of layers.
-    """
-    from nbl_export.report.console import scores_table, sweep_table
-    from nbl_export.run.pipeline import run_stages, run_sweep
-    from nbl_export.run_directory import SWEEP_FILE
-
-    if sweep:
-        found = run_sweep(directory, ui(as_json), asked, max_layers).read_json(SWEEP_FILE)
-        return show(found, sweep_table(found), as_json)
-    if max_layers is not None:
-        raise typer.BadParameter("needs --sweep", param_hint="--max-layers")
     run = run_stages(directory, "plan", ui(as_json), changes=asked)
     shown = ("num_layers", "replaced_layers", "tap", "select", "fit", "goal", "curve", "scores")
     facts = {k: run.manifest[k] for k in shown}

@@ -63,10 +63,12 @@ LEFT: dict[str, str] = {
     "draft": _NGRAM,
     "draft_layers": _NGRAM,
     "lossless": _NGRAM,
-    "quantize": "use --builder-option algo_config=k_quant_mixed, or a checkpoint that AWQ made with --quantized-model",
+    "max_layers": "leave it out; the report of each job has a curve of other numbers of layers",
     "profile": "ONNX Runtime has a profiler of its own (docs/engines/onnxruntime.md, Time by operator)",
+    "quantize": "use --builder-option algo_config=k_quant_mixed, or a checkpoint that AWQ made with --quantized-model",
     "rank": "leave it out; maps have full rank",
     "requantize": "leave it out; int8 and int4 round the weights of a GGUF file like any others",
+    "sweep": "leave it out; the report of each job has a curve of other numbers of layers",
     "token_table": "leave it out; linearized leading layers are computed like all others",
 }
 
@@ -246,7 +248,7 @@ class JobOptions:
         None, "Length of the decode test; default: 128, fewer for a large model on a CPU.", _BENCH, "bench", least=1
     )
     threads: tuple[int, ...] | None = option(
-        None, "Threads of the engine; several make a sweep. Default: the engine's choice.", _BENCH, "bench",
+        None, "Threads of the engine; several are timed in turn. Default: the engine's choice.", _BENCH, "bench",
         numbers="1,2", least=1,
     )  # fmt: skip
     batches: tuple[int, ...] = option(

@@ -38,12 +38,11 @@ __all__ = ["APPLIES", "DEFAULTS", "FIRST", "OF_DECODER", "REFUSED", "Applies", "
 
 @dataclass(frozen=True)
 class Case:
-    """Everything that a rule may ask for. sweeps: a sweep was asked for, which ranks all layers."""
+    """Everything that a rule may ask for."""
 
     options: JobOptions
     engine: Capabilities
     model: ModelFacts
-    sweeps: bool = False
 
     @property
     def is_nbl(self) -> bool:
@@ -125,7 +124,7 @@ APPLIES: tuple[Applies, ...] = (
     Applies(("window",), "--window-layers", lambda c: c.options.window_layers != NO_WINDOWS),
     Applies(
         ("select",), "a number of layers or a goal; --layers names the layers here",
-        lambda c: c.sweeps or not names_layers(c.options.layers),
+        lambda c: not names_layers(c.options.layers),
     ),
     Applies(("maps",), "fitted maps (--fit independent or distilled)", lambda c: c.options.fit != "drop"),
     Applies(

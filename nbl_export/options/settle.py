@@ -33,7 +33,7 @@ _DEFAULT: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(JobOpt
 
 def settle(
     asked: Mapping[str, Any], engine_of: EngineOf, model: ModelFacts | None = None,
-    recorded: JobOptions | None = None, *, sweeps: bool = False,
+    recorded: JobOptions | None = None,
 ) -> JobOptions:  # fmt: skip
     """The options of a job.
 
@@ -65,7 +65,7 @@ def settle(
         options = read_record(JobOptions, {**_defaults(values, engine_of, model), **values})
     except TypeError as error:
         raise UsageError(f"the options cannot be used: {error}") from error
-    case = Case(options, engine_of(options.engine, options.provider), model, sweeps)
+    case = Case(options, engine_of(options.engine, options.provider), model)
     check_request(case.options)
     _refuse(FIRST, case)
     case = _applying(case, given)

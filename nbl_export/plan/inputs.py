@@ -12,7 +12,7 @@ from nbl_export.options.goals import CacheBudget, PerplexityIncrease, TargetSpee
 from nbl_export.records.decoder import attention_among
 from nbl_export.records.inputs import Lazy
 
-__all__ = ["AskedGoal", "DistilledMaps", "MapKind", "OrderInputs", "PlanInputs", "SweepInputs", "Top",
+__all__ = ["AskedGoal", "MapKind", "OrderInputs", "PlanInputs", "Top",
            "TopInputs"]  # fmt: skip
 
 Maps = Mapping[int, Mixer]  # replaced layer -> its mixer
@@ -133,34 +133,4 @@ class PlanInputs:
     trains: Lazy[bool]
     deciding: Lazy[Texts]
     speedup: Lazy[Callable[[Maps], Any]]
-    setting: Lazy[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class DistilledMaps:
-    """Maps that were trained together for a plan."""
-
-    replaced: tuple[int, ...]
-    select: str
-    maps: Lazy[Maps]
-
-
-@dataclass(frozen=True)
-class SweepInputs:
-    """What a sweep of 0, 1, ... `count` layers follows from; names as in `PlanInputs`.
-
-    Attributes:
-        order: of maps in closed form. own: whether the run's own maps have this order.
-        tokens: length of the modelled prefill. pruned_speedup: of graphs with pruned tails.
-        distilled: the run's own trained maps, if any.
-    """
-
-    order: OrderInputs
-    own: bool
-    count: int
-    tokens: int
-    deciding: Lazy[Texts]
-    distilled: DistilledMaps | None
-    speedup: Lazy[Callable[[Maps], Any]]
-    pruned_speedup: Lazy[Callable[[Maps], Any]]
     setting: Lazy[Mapping[str, Any]]

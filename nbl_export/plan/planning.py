@@ -1,17 +1,7 @@
-"""The plan of a model, and a sweep of its quality against speed, from declared inputs.
+"""The plan of a model, from declared inputs.
 
     moments ─► scores ─► order (`select`) ─► its first m layers, or the named layers ─► maps
                            └─► curve of quality against speed
-
-A sweep covers 0, 1, ... m layers of one order: fitted maps, attention dropped in the same order, and the run's
-distilled maps if there are any. KL and perplexity come from the deciding windows of each text, speed-ups from a cost
-model.
-
-Maps are distilled together for m layers. For slightly fewer layers, these maps are nearly as good as maps distilled
-for these layers alone (10 of 12); for far fewer layers, half as good (4 of 12; docs/experiments.md). So one
-distillation gives a curve up to m that is too low at its lower end.
-
-The windows (`text.windows`) neither order the layers nor judge the training. Final figures use other windows.
 
 A goal sets the number of layers m, in the order of replacement:
 
@@ -44,17 +34,16 @@ from typing import Any
 from nbl_export.errors import NblError
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.mixes import Mixes
-from nbl_export.options.goals import DEFAULT_INCREASE, CacheBudget, PerplexityIncrease, TargetSpeedup
-from nbl_export.plan.inputs import AskedGoal, MapKind, Maps, PlanInputs, SweepInputs, Task, Texts
+from nbl_export.options.goals import CacheBudget, PerplexityIncrease, TargetSpeedup
+from nbl_export.plan.inputs import AskedGoal, Maps, PlanInputs, Task, Texts
 from nbl_export.plan.order import Selection, choose, quiet
 from nbl_export.records.plan import Plan
 from nbl_export.records.quality import loss_row, spoken_interval, windows_needed
 
-__all__ = ["HOPE", "RECOMMENDED_INCREASE", "Reached", "count_for_budget", "count_for_speedup", "count_foreseen",
-           "count_trained", "count_within", "make_plan", "most_within", "recommend", "sweep"]  # fmt: skip
+__all__ = ["HOPE", "Reached", "count_for_budget", "count_for_speedup", "count_foreseen",
+           "count_trained", "count_within", "make_plan", "most_within"]  # fmt: skip
 
 HOPE = 2.5  # the increase in closed form that training may bring within a limit, over the limit
-RECOMMENDED_INCREASE = DEFAULT_INCREASE  # largest perplexity increase, on the worse text
 Say = Callable[[str], None]
 
 
@@ -93,110 +82,6 @@ def _count(inputs: PlanInputs, selection: Selection, task: Task) -> Reached:
     if inputs.trains.value and selection.judges and (found := _count_to_train(inputs.goal, selection)).count:
         return found
     return count_within(inputs.goal, selection, inputs.deciding.value, task)
-
-
-# -- sweep -----------------------------------------------------------------------------------------------------
-
-
-def sweep(inputs: SweepInputs, fitted: Selection, titles: Mapping[str, str], task: Task = quiet) -> dict[str, Any]:
-    """The content of sweep.json.
-
-    Args:
-        fitted: of `inputs.order`.
-        titles: "nbl", "drop" and "distilled" in words, for the progress.
-    """
-    zeros = dataclasses.replace(inputs.order, kind=MapKind("none", inputs.order.kind.tap), top=None)
-    dropped = Selection(zeros, task)
-    order, texts = fitted.order(inputs.count), inputs.deciding.value
-    sets = {m: (*fitted.given, *order[:m]) for m in range(inputs.count + 1)}
-    points: list[dict[str, Any]] = []
-    for method, selection in (("nbl", fitted), ("drop", dropped)):
-        losses = _losses(selection.mixes, sets, inputs, titles[method], task)
-        points += _points(inputs, method, selection.maps_of((*fitted.given, *order)), sets, losses)
-    points += _distilled(inputs, fitted, titles, task)
-    return {
-        "select": fitted.select,
-        "tap": inputs.order.kind.tap,
-        "order": list(order),
-        "tokens": inputs.tokens,
-        "texts": [name for name, _ in texts],
-        "points": points,
-        "recommended": recommend(points),
-        "recommended_increase": RECOMMENDED_INCREASE,
-    }
-
-
-def _distilled(inputs: SweepInputs, fitted: Selection, titles: Mapping[str, str], task: Task) -> list[dict[str, Any]]:
-    """Points of trained maps: all of them, and the first 1, 2, ... `count` layers if an order chose them."""
-    if inputs.distilled is None:
-        return []
-    replaced, maps, given = inputs.distilled.replaced, inputs.distilled.maps.value, fitted.given
-    trained = len(replaced) - len(given)
-    order = () if inputs.distilled.select == "given" else fitted.order(trained)
-    sets: dict[int, Sequence[int]] = {trained: replaced}
-    if {*given, *order} == set(replaced):
-        sets = {**{m: (*given, *order[:m]) for m in range(1, min(inputs.count + 1, trained))}, **sets}
-    mixes = inputs.order.mixes.value(maps, inputs.order.kind.tap)
-    found = _points(inputs, "distilled", maps, sets, _losses(mixes, sets, inputs, titles["distilled"], task))
-    return [{**point, "distilled_for": trained} for point in found]
-
-
-def _losses(
-    mixes: Mixes, sets: Mapping[int, Collection[int]], inputs: SweepInputs, title: str, task: Task
-) -> dict[str, Any]:
-    """The losses of each set, window by window, on each text."""
-    found = {}
-    for name, windows in inputs.deciding.value:
-        with task(f"{title} on {name}") as progress:
-            found[name] = mixes.window_losses(windows, sets, progress)
-    return found
-
-
-def _points(
-    inputs: SweepInputs, method: str, maps: Maps, sets: Mapping[int, Collection[int]], losses: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    found = []
-    for count, replaced in sets.items():
-        chosen = {i: maps[i] for i in replaced}
-        speed = inputs.speedup.value(chosen)
-        quality_losses = [loss_row(name, loss[count]) for name, loss in losses.items()]
-        found.append({
-            "method": method,
-            "layers": count,
-            "replaced_layers": sorted(replaced),
-            "prefill": speed.prefill,
-            "prefill_tail_pruned": inputs.pruned_speedup.value(chosen).prefill,
-            "decode": speed.decode,
-            "quality_losses": quality_losses,
-            "worst_increase": _worst(p["increase"] for p in quality_losses),
-            "worst_upper": _worst((p["increase_interval"] or [None, None])[1] for p in quality_losses),
-        })  # fmt: skip
-    return found
-
-
-def _worst(values: Iterable[float | None]) -> float | None:
-    """The largest value; None if a value is None."""
-    found = list(values)
-    known = [v for v in found if v is not None]
-    return max(known) if len(known) == len(found) else None
-
-
-def recommend(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The most layers that are shown to raise perplexity by at most `RECOMMENDED_INCREASE` on every text, or None.
-
-    Each method is tested with 1, 2, ... layers by the upper end of the 95% interval on the worse text. The first
-    failure ends a method, as for a goal. With two methods, fitted and distilled maps, the error rate is at most twice
-    that of one test. Of two points with equally many layers, the lower increase is recommended. Dropped attention is
-    only a comparison and never recommended.
-    """
-    good: list[Mapping[str, Any]] = []
-    for method in ("nbl", "distilled"):
-        for p in sorted((p for p in points if p["method"] == method and p["layers"]), key=lambda p: p["layers"]):
-            if p["worst_upper"] is None or p["worst_upper"] > RECOMMENDED_INCREASE:
-                break
-            good.append(p)
-    best = max(good, key=lambda p: (p["layers"], -p["worst_increase"]), default=None)
-    return None if best is None else {"method": best["method"], "layers": best["layers"]}
 
 
 # -- goals -----------------------------------------------------------------------------------------------------

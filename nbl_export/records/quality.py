@@ -227,7 +227,7 @@ def perplexity(losses: np.ndarray) -> float | None:
 
 
 def loss_row(name: str, losses: Sequence[Any]) -> dict[str, Any]:
-    """Quality loss of a replaced set in torch on one text, a row of sweep.json; None if not finite.
+    """Quality loss of a replaced set in torch on one text; None if not finite.
 
     Args:
         losses: one `model.mixes.Loss` for each window.

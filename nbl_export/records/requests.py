@@ -1,4 +1,4 @@
-"""Requests for the optional stages: a sweep, an evaluation."""
+"""The request of an evaluation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from nbl_export.errors import UsageError
 
-__all__ = ["VARIANTS", "EvalRequest", "Prepared", "Subject", "SweepRequest"]
+__all__ = ["VARIANTS", "EvalRequest", "Prepared", "Subject"]
 
 VARIANTS = ("original", "nbl", "torch-original", "torch-nbl")  # in running order
 _TOKENS = 512  # of a window for perplexity, as in `verify`
@@ -78,10 +78,3 @@ class Prepared:
     def identity(self) -> list[Any]:
         """Equal for equal requests."""
         return [self.harness, [s.asked for s in self.subjects], list(self.request.variants)]
-
-
-@dataclass(frozen=True)
-class SweepRequest:
-    """Quality against modelled speed for 0, 1, ... `layers` replaced layers."""
-
-    layers: int

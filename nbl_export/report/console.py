@@ -18,18 +18,16 @@ from nbl_export.errors import NblError, UsageError
 from nbl_export.files import replacing
 from nbl_export.records.paired import spoken_ratio, spoken_test
 from nbl_export.records.plan import spoken_layers
-from nbl_export.records.quality import spoken_interval
 from nbl_export.records.results import spoken_background
 from nbl_export.report import length, quality, speed
 from nbl_export.report.outcome import outcome
 from nbl_export.report.table import Column, Shown, Table, facts
 from nbl_export.trust.terminal import Console, visible
 
-__all__ = ["FORMATS", "METHOD_NAMES", "check_output", "checks_table", "describe_table", "doctor_table",
+__all__ = ["FORMATS", "check_output", "checks_table", "describe_table", "doctor_table",
            "engines_table", "eval_table", "format_of", "graph_table", "ladder_table", "render",
-           "scores_table", "speed_table", "sweep_table", "write"]  # fmt: skip
+           "scores_table", "speed_table", "write"]  # fmt: skip
 
-METHOD_NAMES = {"nbl": "NBL", "drop": "dropped", "distilled": "distilled"}  # of a sweep's points
 _LOGITS = {"last": "of the last token", "all": "of all tokens", None: "no output of that name"}
 FORMATS = ("table", "md", "csv", "json", "llama-bench")
 _ENDINGS = {".md": "md", ".csv": "csv", ".json": "json"}
@@ -132,7 +130,7 @@ def doctor_table(found: dict[str, Any], machine: str, gpu: str) -> Shown:
     return works, engines("Could be added", "needs", available=False), machine, gpu
 
 
-# -- plan and sweep -------------------------------------------------------------------------------------------------
+# -- plan -------------------------------------------------------------------------------------------------
 
 
 def scores_table(manifest: dict[str, Any]) -> Table:
@@ -142,31 +140,6 @@ def scores_table(manifest: dict[str, Any]) -> Table:
              "replaced" if s["layer"] in manifest["replaced_layers"] else "")
             for s in sorted(manifest["scores"], key=lambda s: (s["bound"], s["layer"])))  # fmt: skip
     return Table.of(columns, rows, "Layers, smallest bound first")
-
-
-def sweep_table(sweep: Mapping[str, Any]) -> Table:
-    """Quality and modelled speed, a row for each number of layers."""
-    texts = (name for text in sweep["texts"] for name in (f"perplexity {text}", "KL"))
-    columns = ("", *Column.numbers("layers", "prefill", "tail-pruned", "decode", *texts), "")
-    rows = (_point(point, sweep["recommended"]) for point in sweep["points"])
-    title = f"Quality against modelled speed, layers in the order {', '.join(map(str, sweep['order']))}"
-    return Table.of(columns, rows, title)
-
-
-def _point(point: Mapping[str, Any], advice: Mapping[str, Any] | None) -> tuple[str, ...]:
-    together = point.get("distilled_for", point["layers"])
-    name = METHOD_NAMES[point["method"]] + (f" for {together}" if together != point["layers"] else "")
-    chosen = advice is not None and (point["method"], point["layers"]) == (advice["method"], advice["layers"])
-    speeds = (f"x{point[name]:.2f}" for name in ("prefill", "prefill_tail_pruned", "decode"))
-    losses = (cell for quality_loss in point["quality_losses"] for cell in _loss(quality_loss))
-    return name, str(point["layers"]), *speeds, *losses, "recommended" if chosen else ""
-
-
-def _loss(quality_loss: Mapping[str, Any]) -> tuple[str, str]:
-    if quality_loss["perplexity"] is None or quality_loss["increase"] is None:
-        return "not finite", "–"
-    rise = spoken_interval(quality_loss["increase"], quality_loss["increase_interval"], percent=True, sign=True)
-    return f"{quality_loss['perplexity']:.3g}, {rise}", spoken_interval(quality_loss["kl"], quality_loss["kl_interval"])
 
 
 # -- verification and measurements ----------------------------------------------------------------------------------

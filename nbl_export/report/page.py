@@ -34,7 +34,7 @@ _PER_VARIANT = ("device_memory_bytes", "peak_memory_bytes", "steady_memory_bytes
 
 def render(
     manifest: dict[str, Any], verify: dict[str, Any], bench: dict[str, Any] | None, out: Path,
-    sweep: dict[str, Any] | None = None, quality: dict[str, Any] | None = None,
+    quality: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write report.html, report.md and report.json into `out`; the same input gives the same bytes.
 
@@ -43,7 +43,6 @@ def render(
         verify: verify.json.
         bench: bench.json, or None if speed was not measured.
         out: an existing directory.
-        sweep: sweep.json, or None if none was made.
         quality: eval.json, or None if no benchmark was run.
 
     Returns:
@@ -52,7 +51,7 @@ def render(
     Raises:
         CorruptError: the two variants of a test have different numbers of rounds.
     """
-    report = {**summarize(manifest, verify, bench, quality), "sweep": sweep}
+    report = summarize(manifest, verify, bench, quality)
     page = document(report)
     (out / REPORT_HTML).write_text(html(page, _drawings(report)), encoding="utf-8")
     (out / REPORT_MD).write_text(markdown(page), encoding="utf-8")
@@ -152,7 +151,6 @@ def document(report: Mapping[str, Any]) -> Document:
     sections = (
         *quality.answers(report),
         quality.quality(report),
-        *quality.sweep(report),
         *quality.curve(report),
         speed.speed(report),
         *speed.engines(report),
@@ -176,11 +174,8 @@ def _drawings(report: Mapping[str, Any]) -> dict[str, str]:
         drawn["throughput"] = plots.throughput(rows, ratios)
     if len({r["depth"] for r in ratios}) > 1:
         drawn["depths"] = plots.depths(ratios)
-    if report["sweep"]:
-        drawn["tradeoff"] = plots.tradeoff(report["sweep"]["points"], report["sweep"]["recommended"])
-    elif report["curve"]:
-        points = [{**p, "method": "nbl", "worst_increase": max(p["increases"])} for p in report["curve"]["points"]]
-        drawn["curve"] = plots.tradeoff(points, {"method": "nbl", "layers": len(report["replaced_layers"])})
+    if report["curve"]:
+        drawn["curve"] = plots.curve(report["curve"]["points"], len(report["replaced_layers"]))
     long = report["quality"]["length"] if report["quality"] else []
     if any(row["differences"] for one in long for row in one["rows"]):
         drawn["length"] = plots.length(long)
@@ -192,5 +187,5 @@ def _drawings(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _main(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of a sweep the first number of threads and the first batch, which the drawings are of."""
+    """The first number of threads and the first batch, which the drawings are of."""
     return [r for r in rows if (r["threads"], r["batch"]) == (rows[0]["threads"], rows[0]["batch"])]

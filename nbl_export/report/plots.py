@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from nbl_export.report.words import positions
 
-__all__ = ["depths", "layers", "length", "throughput", "tradeoff"]
+__all__ = ["curve", "depths", "layers", "length", "throughput"]
 
 _NBL, _ORIGINAL, _INK, _TEXT, _GRID = "#1b6ec2", "#c9a66b", "#17212b", "#53606c", "#dce1e6"
 _VARIABLES = {_NBL: "--nbl", _ORIGINAL: "--original", _INK: "--ink", _TEXT: "--ink-2", _GRID: "--line"}
@@ -40,7 +40,7 @@ _STYLE: dict[Any, Any] = {
     "grid.color": _GRID,
     "grid.linewidth": 0.8,
 }
-_NAMES = {"original": "original", "nbl": "NBL", "drop": "attention dropped", "distilled": "NBL, distilled"}
+_NAMES = {"original": "original", "nbl": "NBL"}
 _LINES = (("-", "o"), ("--", "s"), (":", "D"), ("-.", "^"))
 _WIDTH = 5.4  # inches of 72 points
 
@@ -215,31 +215,22 @@ def layers(name: str, values: Sequence[tuple[int, float]], replaced: Sequence[in
         return _svg(figure, axis, name)
 
 
-def tradeoff(points: Sequence[dict[str, Any]], recommended: dict[str, Any] | None) -> str:
-    """Draw the perplexity over the original's (logarithmic) against the modelled prefill speed-up, as SVG; whiskers are
-    the intervals of points that have them.
+def curve(points: Sequence[dict[str, Any]], layers: int) -> str:
+    """Draw the perplexity over the original's (logarithmic) against the modelled prefill speed-up, as SVG.
 
     Args:
-        points: those of sweep.json; one that is not finite is left out.
-        recommended: method and layers of the point to ring, if any.
+        points: those of the manifest's curve.
+        layers: number of layers of the point to ring.
     """
-    looks = {"nbl": (_NBL, "-", "o"), "drop": (_ORIGINAL, "--", "s"), "distilled": (_INK, ":", "D")}
     with style.context(["default", _STYLE]):
         figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
         axis = figure.subplots()
-        for method, (colour, line, marker) in looks.items():
-            chosen = [p for p in points if p["method"] == method and p["worst_increase"] is not None]
-            xs, ys = [p["prefill"] for p in chosen], [1 + p["worst_increase"] for p in chosen]
-            name = _NAMES[method]
-            if chosen:
-                axis.plot(xs, ys, linestyle=line, marker=marker, color=colour, markersize=5, label=name)
-            for p, x, y in zip(chosen, xs, ys, strict=True):
-                for low, high in _worst_interval(p):
-                    axis.plot([x, x], [1 + low, 1 + high], color=colour, linewidth=1.1)
-                if recommended and (p["method"], p["layers"]) == (recommended["method"], recommended["layers"]):
-                    axis.plot([x], [y], "o", markersize=14, markerfacecolor="none", color=_INK, markeredgewidth=1.6)
-                    text = f"{p['layers']} layer{'' if p['layers'] == 1 else 's'}"
-                    axis.annotate(text, (x, y), xytext=(0, -20), textcoords="offset points", ha="center", color=_TEXT)
+        xs, ys = [p["prefill"] for p in points], [1 + max(p["increases"]) for p in points]
+        axis.plot(xs, ys, linestyle="-", marker="o", color=_NBL, markersize=5, label=_NAMES["nbl"])
+        for x, y in [(x, y) for p, x, y in zip(points, xs, ys, strict=True) if p["layers"] == layers]:
+            axis.plot([x], [y], "o", markersize=14, markerfacecolor="none", color=_INK, markeredgewidth=1.6)
+            text = f"{layers} layer{'' if layers == 1 else 's'}"
+            axis.annotate(text, (x, y), xytext=(0, -20), textcoords="offset points", ha="center", color=_TEXT)
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(lambda value, _: _short(value))
         axis.yaxis.set_minor_formatter(lambda value, _: _short(value) if axis.get_ylim()[1] < 10 else "")
@@ -247,13 +238,7 @@ def tradeoff(points: Sequence[dict[str, Any]], recommended: dict[str, Any] | Non
         axis.set_xlabel("prefill over original, modelled")
         axis.set_ylabel("perplexity over original")
         _quiet(axis, "y")
-        return _svg(figure, axis, "tradeoff")
-
-
-def _worst_interval(point: dict[str, Any]) -> list[list[float]]:
-    """[[low, high]] of the increase on the text that suffers most; empty where the point has none."""
-    quality_losses = [p for p in point.get("quality_losses", ()) if p["increase"] == point["worst_increase"]]
-    return [p["increase_interval"] for p in quality_losses[:1] if p.get("increase_interval")]
+        return _svg(figure, axis, "curve")
 
 
 def _short(value: float) -> str:

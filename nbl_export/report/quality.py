@@ -1,4 +1,4 @@
-"""Quality: its loss on held-out text, uses of text, benchmarks, and other numbers of layers (sweep and curve)."""
+"""Quality: its loss on held-out text, uses of text, benchmarks, and other numbers of layers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from nbl_export.options.goals import DEFAULT_SELECT
 from nbl_export.options.options import CHECKPOINT_FIT, RECIPE_FIT, JobOptions, describe_command
 from nbl_export.options.settle import over
 from nbl_export.records.paired import spoken_ratio
-from nbl_export.records.quality import spoken_interval, spoken_loss
+from nbl_export.records.quality import spoken_loss
 from nbl_export.records.results import COMPARED, VERIFIED
 from nbl_export.report import words
-from nbl_export.report.document import Block, Code, Details, Figure, Figures, Heading, Pair, Paragraph, Section
+from nbl_export.report.document import Block, Code, Figure, Figures, Heading, Pair, Paragraph, Section
 from nbl_export.report.length import length
 from nbl_export.report.table import Column, Table
 
-__all__ = ["answers", "curve", "losses", "quality", "spoken_curve", "sweep"]
+__all__ = ["answers", "curve", "losses", "quality", "spoken_curve"]
 
 _VARIANTS = {"original": "Original", "nbl": "NBL"}
 _MEANS = {
@@ -133,13 +133,7 @@ def _scores(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             yield name, metric, f"{found['items']:,}", *figures
 
 
-# -- sweep ------------------------------------------------------------------------------------------------------
-
-_TRADEOFF = Figure(
-    "tradeoff",
-    "Perplexity over the original's, on the text with the largest increase, against the modelled speed-up of prefill. "
-    "A point is a number of layers, its whisker the 95% interval. The ring marks the recommended count.",
-)
+# -- curve -----------------------------------------------------------------------------------------------------
 
 
 _OTHER_SETS = "More or fewer layers"
@@ -149,65 +143,11 @@ _CURVE = Figures((
 ))  # fmt: skip
 
 
-def sweep(report: Mapping[str, Any]) -> tuple[Section, ...]:
-    """One section, or none if no sweep was made."""
-    found = report["sweep"]
-    if not found:
-        return ()
-    numbers = ("Layers", "Prefill", "Tail-pruned", "Decode", "Perplexity", "Increase", "KL (nats)")
-    columns = ("Maps", Column("Text", "wrap"), *Column.numbers(*numbers))
-    points = Table.of(columns, [row for point in found["points"] for row in _points(point)])
-    note = Paragraph(" ".join(_sweep_note(found)))
-    return (
-        Section("Quality against speed", (note, Figures((_TRADEOFF,)), Details("All points of the sweep", (points,)))),
-    )
-
-
-def _sweep_note(sweep: Mapping[str, Any]) -> Iterator[str]:
-    yield f"Quality loss and modelled speed of 0, 1, ... replaced layers, in the order {words.listed(sweep['order'])}."
-    yield f"Speed is modelled from arithmetic and bytes: a prefill of {sweep['tokens']} tokens, then one decode step."
-    yield "The text of the sweep chose no layer and fitted no map."
-    yield "The quality loss above was measured on other text."
-    best, allowed = sweep["recommended"], words.percent(sweep["recommended_increase"])
-    if best:
-        yield f"Recommended: {best['layers']} {words.plural('layer', best['layers'])} ({best['method']})."
-        yield "Counts of layers were tested from 1 upwards."
-        yield (
-            f"Up to the recommended count, the 95% interval of the perplexity increase stays within {allowed} "
-            "on every text."
-        )
-    else:
-        yield (
-            f"None is recommended: with one layer the 95% interval of the perplexity increase reaches beyond {allowed} "
-            "on some text."
-        )
-    trained = next((p["distilled_for"] for p in sweep["points"] if "distilled_for" in p), 1)
-    if trained > 1:
-        yield f"Distilled maps are this run's own, trained together for {trained} layers."
-        yield "Fewer layers do better if they are distilled by themselves."
-
-
-def _points(point: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    trained = point.get("distilled_for", point["layers"])
-    maps = point["method"] + (f" for {trained}" if trained != point["layers"] else "")
-    speeds = [spoken_ratio(point[name]) for name in ("prefill", "prefill_tail_pruned", "decode")]
-    for loss in point["quality_losses"]:
-        rise = spoken_interval(loss["increase"], loss["increase_interval"], percent=True, sign=True)
-        perplexity = words.number(loss["perplexity"], "not finite")
-        kl = spoken_interval(loss["kl"], loss["kl_interval"])
-        yield maps, loss["text"], str(point["layers"]), *speeds, perplexity, rise, kl
-
-
-# -- curve -----------------------------------------------------------------------------------------------------
-
-
 def curve(report: Mapping[str, Any]) -> tuple[Section, ...]:
-    """One section, which says why if there is no curve; none if there is a sweep, which says more."""
+    """One section, which says why if there is no curve."""
     found = report.get("curve")
-    if report["sweep"]:
-        return ()
     if not found:
-        return (Section(_OTHER_SETS, tuple(_no_curve(report))),)
+        return (Section(_OTHER_SETS, (Paragraph(_no_curve(report)),)),)
     columns = (
         *Column.numbers("Layers", *(f"Increase, {name}" for name in found["texts"]), "Prefill", "Decode"),
         Column("Which", "wrap"),
@@ -217,13 +157,11 @@ def curve(report: Mapping[str, Any]) -> tuple[Section, ...]:
     return (Section(_OTHER_SETS, (note, _CURVE, table, Heading("Commands"), *map(Code, _commands(report)))),)
 
 
-def _no_curve(report: Mapping[str, Any]) -> Iterator[Block]:
+def _no_curve(report: Mapping[str, Any]) -> str:
     origin = {CHECKPOINT_FIT: "the checkpoint", RECIPE_FIT: "a recipe"}.get(report["fit"] or "")
     if origin:
-        yield Paragraph(f"Layers and maps came with {origin}, so no other number of layers was measured.")
-        return
-    yield Paragraph("The choice of layers measured no other number of layers. This command measures each number:")
-    yield Code("nbl-export plan . --sweep")
+        return f"Layers and maps came with {origin}, so no other number of layers was measured."
+    return "Layers were named, or ordered by scores, so no other number of layers was measured."
 
 
 def spoken_curve(curve: Mapping[str, Any]) -> str:

@@ -13,8 +13,7 @@ from nbl_export.model.device import guarded
 from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.options import CHECKPOINT_FIT, IN_RECIPE, NO_ORIGINAL, RECIPE_FIT, JobOptions, located
 from nbl_export.options.settle import settle
-from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.requests import EvalRequest, Prepared, Subject, SweepRequest
+from nbl_export.records.requests import EvalRequest, Prepared, Subject
 from nbl_export.run import recipes
 from nbl_export.run.deployed import result
 from nbl_export.run.estimate import foreseen
@@ -33,12 +32,11 @@ from nbl_export.run.stages.common import LeftOut, Place, Stage, readers
 from nbl_export.run_directory import REPORT_JSON, VERIFY_FILE, RunDirectory, refuse_foreign
 from nbl_export.targets import ENGINES, load_engine
 
-__all__ = ["STAGES", "run_calibration", "run_evaluation", "run_job", "run_stages", "run_sweep"]
+__all__ = ["STAGES", "run_calibration", "run_evaluation", "run_job", "run_stages"]
 
 STAGES = (
     Stage("calibrate", "calibrate", calibrate.declare, calibrate.run),
     Stage("plan", "plan", plan.declare, plan.run),
-    Stage("sweep", "sweep", plan.declare_sweep, plan.run_sweep),
     Stage("distill", "distill", plan.declare_distill, plan.run_distill),
     Stage("decoder", "decoder graph", graphs.declare_decoder, graphs.run_decoder),
     Stage("rewrite", "rewrite", graphs.declare_rewrite, graphs.run_rewrite),
@@ -122,20 +120,19 @@ def _work(asked: Mapping[str, Any], recorded: JobOptions | None, output: Path, u
 
 def run_stages(
     output: Path, until: str, ui: Ui, *, changes: dict[str, Any] | None = None, force: bool = False, needs: str = "",
-    asked: SweepRequest | Prepared | None = None,
+    asked: Prepared | None = None,
 ) -> RunDirectory:  # fmt: skip
     """Run the stages of an existing run directory up to a stage, with changed options if any.
 
     Args:
         force: go on although verification failed.
         needs: a stage that must not be skipped.
-        asked: the request of the stage `sweep` or `eval`; without a request both stages are skipped.
+        asked: the request of the stage `eval`, which is skipped without one.
     """
     with RunDirectory.open_run(output, create=False) as run:
         recorded, changes = JobOptions.from_json(run.manifest["options"]), changes or {}
         _refuse_other_graphs(run, recorded, changes.get("engine"))
-        sweeps = isinstance(asked, SweepRequest) or "sweep" in run.stages
-        options = settle(changes, capabilities_of, facts_of_run(run.manifest), recorded, sweeps=sweeps)
+        options = settle(changes, capabilities_of, facts_of_run(run.manifest), recorded)
         if "engine" in changes:
             require_engine(options)
         resolver = Resolver(located(options, run.manifest), run, ui, asked)
@@ -159,24 +156,6 @@ def _refuse_other_graphs(run: RunDirectory, recorded: JobOptions, engine: str | 
         f"{run.path} is a run for --engine {recorded.engine}, whose graphs {engine} does not take; make another run "
         f"with --engine {' or '.join(same)}"
     )
-
-
-def run_sweep(output: Path, ui: Ui, changes: dict[str, Any], max_layers: int | None) -> RunDirectory:
-    """Measure quality against speed for every number of layers, and update an existing report.
-
-    Raises:
-        NblError: `max_layers` is not smaller than the model's number of layers.
-    """
-    known = RunDirectory.peek(output)
-    layers = len(DecoderSpec(**known.manifest["decoder"]).attention_layers) if known.manifest else 2
-    if max_layers is not None and max_layers >= layers:
-        raise NblError(f"--max-layers {max_layers}: the model has {layers} attention layers and must keep one")
-    reported = "report" in known.stages
-    asked = SweepRequest(layers // 2 if max_layers is None else max_layers)
-    run = run_stages(output, "sweep", ui, changes=changes, needs="sweep", asked=asked)
-    if reported and "verify" in run.stages and "report" not in run.stages:
-        run = run_stages(output, "report", ui)
-    return run
 
 
 def run_evaluation(

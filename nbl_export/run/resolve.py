@@ -22,7 +22,7 @@ from nbl_export.plan.inputs import Maps, Texts
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy, identity_of
 from nbl_export.records.plan import Plan
-from nbl_export.records.requests import Prepared, SweepRequest
+from nbl_export.records.requests import Prepared
 from nbl_export.run.facts import identity_of as facts_of
 from nbl_export.run.facts import require_engine
 from nbl_export.run.progress import Ui
@@ -66,16 +66,13 @@ class Resolver:
     """Values of one run, each loaded at first use.
 
     Args:
-        asked: the request of the stage `sweep` or `eval`.
+        asked: the request of the stage `eval`.
     """
 
-    def __init__(
-        self, options: JobOptions, run: RunDirectory, ui: Ui, asked: SweepRequest | Prepared | None = None
-    ) -> None:
+    def __init__(self, options: JobOptions, run: RunDirectory, ui: Ui, asked: Prepared | None = None) -> None:
         self.options, self.run, self.ui = options, run, ui
         self.read_recipe: Any = None  # recipe and path of its file, if this job begins with one
-        self.sweep = asked if isinstance(asked, SweepRequest) else None
-        self.evaluation = asked if isinstance(asked, Prepared) else None
+        self.evaluation = asked
         self.keys: dict[str, str] = {}  # of the stages that are not left out, in order
 
     def value(self, name: str) -> Any:

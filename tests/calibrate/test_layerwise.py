@@ -91,7 +91,7 @@ def test_chosen_by_itself_where_memory_is_short(
 def test_layers_are_chosen_as_with_the_whole_model(
     given: Any, sharded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A limit on quality is tested, an order found and a sweep made; what differs is rounding. Nothing is trained."""
+    """A limit on quality is tested and an order found; what differs is rounding. Nothing is trained."""
     made = nbl("calibrate", "--model", sharded("llama", torch.bfloat16), *given, "--output", tmp_path / "whole")
     assert made.status == 0, made.err
     shutil.copytree(tmp_path / "whole", tmp_path / "layers")
@@ -104,17 +104,15 @@ def test_layers_are_chosen_as_with_the_whole_model(
                 "nbl_export.model.checkpoint.load.load_model", lambda _d: pytest.fail("the whole model was loaded")
             )
         run = tmp_path / name
-        planned = nbl("plan", run, *limit, "--fit", fit, "--sweep")
+        planned = nbl("plan", run, *limit, "--fit", fit)
         assert planned.status == 0, planned.err
         assert ("one layer at a time: the weights are too large" in planned.err) is (name == "layers")
-        assert "sweep: done" in planned.err
-        found = json.loads((run / "nbl.json").read_text())
-        facts.append({**found, "sweep": json.loads((run / "sweep.json").read_text())})
+        facts.append(json.loads((run / "nbl.json").read_text()))
         assert not list(run.glob(".tmp-*"))
     whole, layers = facts
     assert whole["select"] == layers["select"] == "efficient"
     assert len(layers["goal"]["path"]) == LAYERS - 1
-    for part in ("replaced_layers", "goal", "curve", "sweep"):
+    for part in ("replaced_layers", "goal", "curve"):
         assert_near(layers[part], whole[part])
 
 

@@ -175,7 +175,6 @@ def test_what_needs_the_attention_is_refused(saved: Path, text: Path, asked: tup
 def test_commands_that_need_the_attention_are_refused(saved: Path, again: Path, text: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(again, tmp_path / "run"))
     assert_refused(nbl("plan", run, "--layers", "1"), 2, "--layers", "no longer contains")
-    assert_refused(nbl("plan", run, "--sweep"), 1, "nothing to sweep here", "no longer contains")
     done = nbl("calibrate", "--model", saved, "--calibration", text, "--output", tmp_path / "new")
     assert_refused(done, 1, "nothing to calibrate here", "no longer contains")
     assert not (tmp_path / "new").exists()

@@ -160,13 +160,6 @@ def test_roads_to_a_changed_run(recorded: Recorded, tmp_path: Path, stopped: Non
     assert (directory / "nbl.json").read_bytes() == before and not new.exists()
 
 
-def test_a_sweep_keeps_the_order_of_layers(recorded: Recorded, stopped: None) -> None:
-    directory = recorded(layers="2", select="cca")
-    assert reached(line("plan", directory, "--layers", "0,2")).select is None
-    RunDirectory.peek(directory).save(stages={"sweep": {"key": "k", "seconds": 0.0, "files": {}}})
-    assert reached(line("plan", directory, "--layers", "0,2")).select == "cca"
-
-
 def test_a_refusal_reaches_the_user(recorded: Recorded, tmp_path: Path) -> None:
     """Before the model is looked for, which is nowhere; and the directory stays as it is."""
     out = tmp_path / "out"

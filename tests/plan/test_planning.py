@@ -1,4 +1,4 @@
-"""Plans and sweeps from planted values: moments, a judge, window losses and speed-ups, without a run and a model."""
+"""Plans from planted values: moments, a judge, window losses and speed-ups, without a run and a model."""
 
 from __future__ import annotations
 
@@ -12,30 +12,19 @@ import pytest
 import torch
 
 from nbl_export.errors import NblError
-from nbl_export.mixers.linear import Linear
 from nbl_export.mixers.lmmse import Moments
 from nbl_export.mixers.none import Nothing
 from nbl_export.model.mixes import Loss
 from nbl_export.options.goals import PerplexityIncrease, TargetSpeedup
 from nbl_export.plan import order as order_of
-from nbl_export.plan.inputs import (
-    AskedGoal,
-    DistilledMaps,
-    MapKind,
-    Maps,
-    OrderInputs,
-    PlanInputs,
-    SweepInputs,
-    TopInputs,
-)
+from nbl_export.plan.inputs import AskedGoal, MapKind, Maps, OrderInputs, PlanInputs, TopInputs
 from nbl_export.plan.order import Selection
-from nbl_export.plan.planning import make_plan, recommend, sweep
+from nbl_export.plan.planning import make_plan
 from nbl_export.records.inputs import Lazy
 
 from .test_rule import LAYERS, Planted
 
 SIZE = 4
-TITLES = {"nbl": "NBL", "drop": "dropped", "distilled": "distilled"}
 CHEAPEST = (5, 2, 8)  # layers whose planted moments are nearly affine, best first
 
 
@@ -157,7 +146,7 @@ def test_scores_of_another_tap_keep_the_bounds_of_the_residual_tap() -> None:
 
 
 def test_the_order_of_a_judge_is_that_of_the_rule_and_is_made_once() -> None:
-    """A shorter plan, another count and a sweep take the recorded order."""
+    """A shorter plan and another count take the recorded order."""
     longest = planned(plan_inputs(inputs("greedy"), 6))
     assert Judge.rounds == 1
     kept = longest[2]["greedy"]
@@ -192,85 +181,6 @@ def test_without_a_count_a_limit_or_a_speedup_decides() -> None:
     asked = AskedGoal(PerplexityIncrease(0.01), "1%")
     with pytest.raises(NblError, match="--max-perplexity-increase 1% cannot be met"):
         planned(plan_inputs(inputs(), None, asked))
-
-
-# -- sweep -----------------------------------------------------------------------------------------------------
-
-
-def swept(count: int = 2, distilled: DistilledMaps | None = None, **kind: Any) -> Any:
-    order = inputs(**kind)
-    found = SweepInputs(
-        order, True, count, 512, Lazy(None, lambda: [("near", "one"), ("far", "another")]), distilled,
-        Lazy(None, lambda: speedup), Lazy(None, lambda: lambda maps: SimpleNamespace(prefill=1 + len(maps))),
-        Lazy(None, dict),
-    )  # fmt: skip
-    return sweep(found, Selection(order), TITLES)
-
-
-def test_points_are_the_sets_of_one_order_with_maps_and_without_attention() -> None:
-    found = swept(2)
-    first, second = found["order"]
-    assert {first, second} < set(CHEAPEST)
-    rows = [(p["method"], p["layers"], p["replaced_layers"]) for p in found["points"]]
-    sets = [[], [first], sorted((first, second))]
-    assert rows == [(method, k, sets[k]) for method in ("nbl", "drop") for k in (0, 1, 2)]
-    assert [p["prefill"] for p in found["points"]] == pytest.approx([1.0, 1.1, 1.2] * 2)
-    assert [p["prefill_tail_pruned"] for p in found["points"]] == [1, 2, 3] * 2
-    for p in found["points"]:
-        rises = [factor * p["layers"] * (0.1 if p["method"] == "drop" else 0.01) for factor in (1, 2)]
-        assert [quality_loss["text"] for quality_loss in p["quality_losses"]] == ["near", "far"]
-        assert [quality_loss["increase"] for quality_loss in p["quality_losses"]] == pytest.approx(np.expm1(rises))
-        assert p["worst_increase"] == max(quality_loss["increase"] for quality_loss in p["quality_losses"])
-        assert p["worst_upper"] == max(quality_loss["increase_interval"][1] for quality_loss in p["quality_losses"])
-    assert (found["texts"], found["recommended"]) == (["near", "far"], {"method": "nbl", "layers": 2})
-    fitted, dropped = (maps for maps, _ in Switched.made)
-    assert fitted[0].kind == "linear" and dropped[0].kind == "none"
-
-
-def trained(replaced: tuple[int, ...], select: str) -> DistilledMaps:
-    maps: Maps = {i: Linear(np.eye(SIZE), np.zeros(SIZE)) for i in replaced}
-    return DistilledMaps(replaced, select, Lazy("trained", lambda: maps))
-
-
-def test_distilled_maps_have_a_curve_up_to_their_layers() -> None:
-    replaced = tuple(sorted(swept(3)["order"]))
-    found = swept(2, trained(replaced, "cca"))
-    ours = [p for p in found["points"] if p["method"] == "distilled"]
-    order = found["order"]
-    assert [p["replaced_layers"] for p in ours] == [order[:1], sorted(order[:2]), list(replaced)]
-    assert {p["distilled_for"] for p in ours} == {3}
-    assert found["recommended"] == {"method": "distilled", "layers": 3}
-
-
-@pytest.mark.parametrize("select", ["given", "greedy"])
-def test_distilled_maps_of_other_layers_have_their_point(select: str) -> None:
-    """Layers that the user named, and layers that another order chose."""
-    ours = [p for p in swept(2, trained((0, 1), select))["points"] if p["method"] == "distilled"]
-    assert [(p["layers"], p["replaced_layers"]) for p in ours] == [(2, [0, 1])]
-
-
-def point(method: str, layers: int, increase: float | None) -> dict[str, Any]:
-    return {"method": method, "layers": layers, "worst_increase": increase, "worst_upper": increase}
-
-
-def test_recommended_is_the_most_layers_within_ten_percent_of_which_no_fewer_are_beyond() -> None:
-    points = [point("nbl", 0, 0.0), point("nbl", 1, 0.02), point("nbl", 2, 0.1), point("nbl", 3, 0.2),
-              point("drop", 3, 0.01), point("nbl", 4, None)]  # fmt: skip
-    assert recommend(points) == {"method": "nbl", "layers": 2}
-    assert recommend([*points, point("distilled", 2, 0.05)]) == {"method": "distilled", "layers": 2}
-    assert recommend([*points, point("distilled", 3, 0.09)]) == {"method": "distilled", "layers": 3}
-    assert recommend([point("nbl", 0, 0.0), point("nbl", 1, 0.11)]) is None
-    noisy = [{**point("nbl", 1, 0.02), "worst_upper": 0.03}, {**point("nbl", 2, 0.05), "worst_upper": 0.11}]
-    assert recommend([*noisy, point("nbl", 3, 0.09)]) == {"method": "nbl", "layers": 1}
-    assert recommend([point("nbl", 1, 0.11), point("nbl", 2, 0.05)]) is None
-    assert recommend([{**point("nbl", 1, 0.02), "worst_upper": None}]) is None
-
-
-def test_losses_that_are_not_finite_are_neither_shown_nor_recommended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Switched, "factor", float("nan"))
-    found = swept(1)
-    assert [p["worst_increase"] for p in found["points"]] == [None] * 4
-    assert found["recommended"] is None
 
 
 def test_layers_that_are_replaced_in_any_case_come_first_and_count_in_every_set() -> None:

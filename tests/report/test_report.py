@@ -134,7 +134,7 @@ class Written:
         self, manifest: Any = MANIFEST, verify: Any = VERIFY, bench: Any = BENCH, out: Path | None = None
     ) -> None:
         if out is None:
-            self.value = {**summarize(manifest, verify, bench), "sweep": None}
+            self.value = summarize(manifest, verify, bench)
             content = document(self.value)
             self.html, self.markdown, self.json = html(content, {}), in_markdown(content), self.value
             return
@@ -295,17 +295,20 @@ def test_decoders_that_were_timed_one_after_the_other_are_told() -> None:
 
 
 def test_a_run_without_a_curve_says_why(tmp_path: Path) -> None:
-    for fit, said in (("independent", "nbl-export plan . --sweep"), ("recipe", "Layers and maps came with a recipe")):
+    for fit, said in (
+        ("independent", "Layers were named, or ordered by scores"),
+        ("recipe", "Layers and maps came with a recipe"),
+    ):
         render({**MANIFEST, "curve": None, "fit": {"kind": fit}}, VERIFY, None, tmp_path)
         text = (tmp_path / "report.md").read_text(encoding="utf-8").split("## More or fewer layers")[1]
         assert said in text.split("## ")[0]
-        assert 'id="tradeoff-' not in (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert 'id="curve-' not in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_curve_is_drawn_with_a_ring_at_this_runs_number(tmp_path: Path) -> None:
     render({**MANIFEST, "curve": CURVE, "select": "greedy"}, VERIFY, None, tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert 'id="tradeoff-' in page and "3 layers</text>" in page
+    assert 'id="curve-' in page and "3 layers</text>" in page
 
 
 ANSWERS = [{"prompt": "The sky", "original": " is blue.\n\nIt is", "nbl": " is blue"},
@@ -344,7 +347,7 @@ def test_a_version_is_told_twice_only_if_it_changed() -> None:
     assert ["onnxruntime", "1.25.0"] in later.table("Versions at the benchmark")
 
 
-def test_a_sweep_is_told_apart_in_words(tmp_path: Path) -> None:
+def test_threads_and_batches_are_told_apart_in_words(tmp_path: Path) -> None:
     timings = [
         {**timing("tg8", 0, variant, [1 / batch] * 5), "threads": threads, "batch": batch}
         for threads in (2, 1) for batch in (1, 4) for variant in ("original", "nbl")
@@ -358,7 +361,7 @@ def test_a_sweep_is_told_apart_in_words(tmp_path: Path) -> None:
     assert rates["tg8, 2 threads"] == "8.00" and rates["tg8, 4 sequences, 2 threads"] == "128"
     assert "ort on cpu, 2, 1 threads" in written.markdown
     drawn = re.findall(r'<path [^>]*clip-path[^>]*style="fill: var\(--(nbl|original)', written.html)
-    assert drawn == ["original", "nbl"]  # the first of the sweep
+    assert drawn == ["original", "nbl"]  # the first threads and batch
 
 
 def test_rounds_of_one_load_are_no_verdict() -> None:

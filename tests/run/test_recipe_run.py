@@ -55,7 +55,6 @@ def test_the_graph_of_a_recipe_is_that_of_its_run(
     names = (recipe, tmp_path / "again.json")
     assert json.loads(names[0].read_text(encoding="utf-8")) == json.loads(names[1].read_text(encoding="utf-8"))
     assert_refused(nbl("plan", tmp_path / "run", "--layers", "2"), 2, "--layers is for a job without --recipe")
-    assert_refused(nbl("plan", tmp_path / "run", "--sweep"), 1, "nothing to sweep here: the recipe has the layers")
 
 
 def test_a_recipe_of_another_model_is_refused(

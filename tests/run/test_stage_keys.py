@@ -17,7 +17,7 @@ import pytest
 
 from nbl_export.options.options import JobOptions
 from nbl_export.records.inputs import Lazy, identity_of
-from nbl_export.records.requests import EvalRequest, Prepared, Subject, SweepRequest
+from nbl_export.records.requests import EvalRequest, Prepared, Subject
 from nbl_export.run.pipeline import STAGES
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages import common
@@ -31,12 +31,11 @@ TRT = {"engine": "trt-rtx", "decoder_source": "static", "precision": "fp16"}
 USUAL = {"layers": "1", "select": "cca"}
 BASES: dict[str, dict[str, Any]] = {
     "plan": {"select": None},
-    "sweep": {"select": None},
     "distill": {"select": None, "fit": "distilled", "tap": "normed"},
     "verify": {"fit": "distilled", "tap": "normed"},
     "build": TRT,
 }
-ASKED = {"sweep": SweepRequest(1), "eval": EVAL}
+ASKED = {"eval": EVAL}
 # Another value of each option.
 OTHER: dict[str, Any] = {
     "layers": "2", "window_layers": "2,", "max_perplexity_increase": "5%", "target_speedup": "1.1",
@@ -58,8 +57,6 @@ _BENCH = ("depths", "repetitions", "prompt_tokens", "generate_tokens", "threads"
 READS: dict[str, tuple[str, ...]] = {
     "calibrate": ("calibration_tokens", "context", "tap", "compute_dtype"),
     "plan": _PLAN,
-    "sweep": ("window_layers", "select", "tap", "maps", "calibration_tokens", "context",
-              "compute_dtype", "precision", "provider", "engine", "logits", "prompt_tokens"),
     "distill": (*_PLAN, "distill_minutes", "distill_steps", "distill_tokens", "lora_rank", "label_weight", "seed"),
     "decoder": _DECODER,
     "rewrite": _GRAPHS,
@@ -153,17 +150,13 @@ def test_maps_that_are_given_are_verified_again_on_other_text(option: str, key_o
 
 
 def test_inputs_that_are_no_options_are_in_the_keys(key_of_stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Model, text, quantised checkpoint, moments of a distilled sweep, request, and the compiler's version."""
+    """Model, text, quantised checkpoint, request, and the compiler's version."""
     for stage in READS:
         assert key_of_stage(stage, {"model": {"fingerprint": "other"}}) != key_of_stage(stage)
         text = key_of_stage(stage, {"calibration": {"sha256": "other"}})
         assert (text == key_of_stage(stage)) == (stage == "decoder"), stage
     codes = {"quantized_model": "q"}
     assert key_of_stage("decoder", {"quantized": {"fingerprint": "x"}}, **codes) != key_of_stage("decoder", **codes)
-    distilled = {"fit": "distilled", "tap": "normed"}
-    trained = [key_of_stage("sweep", {"stages": {"distill": {"key": key}}}, **distilled) for key in "xy"]
-    assert len({key_of_stage("sweep", **distilled), *trained}) == 3
-    assert key_of_stage("sweep", asked=SweepRequest(2)) != key_of_stage("sweep")
     (subject,) = EVAL.subjects
     others: list[dict[str, Any]] = [{"name": "b"}, {"limit": 20}, {"data": {"sha256": "1"}}, {"config": {"shots": 1}}]
     asked = [dataclasses.replace(EVAL, subjects=(dataclasses.replace(subject, **other),)) for other in others]
@@ -183,9 +176,8 @@ def test_inputs_that_are_no_options_are_in_the_keys(key_of_stage: Any, monkeypat
 # Options that follow from others or from the model: the form of the graph, the hash of the text.
 # The device changes no result.
 FOLLOW = {"device", "decoder_source", "engine", "calibration", "model"}
-# The curve states what its speeds were modelled for. The moments state their options. The key of a sweep has the key
-# of the stage that distils.
-STATED = {"calibrate": {"seed"}, "plan": {"precision", "provider", "prompt_tokens"}, "sweep": {"fit"}}
+# The curve states what its speeds were modelled for. The moments state their options.
+STATED = {"calibrate": {"seed"}, "plan": {"precision", "provider", "prompt_tokens"}}
 
 
 class Watched(JobOptions):
@@ -257,7 +249,7 @@ def loaded(value: Any) -> None:
 def test_the_table_above_has_what_a_stage_reads(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The inputs of a stage are declared and loaded, all of them, while each read option is noted."""
     options = {**USUAL, **BASES.get(stage, {})}
-    resolver = resolver_of(tmp_path, options, {"stages": {"distill": {"key": "x"}}}, ASKED.get(stage))
+    resolver = resolver_of(tmp_path, options, asked=ASKED.get(stage))
     resolver.__dict__["hub_texts"] = None
     resolver.options = Watched(**{name: getattr(resolver.options, name) for name in JobOptions.__dataclass_fields__})
     monkeypatch.setattr(common.Place, "maps", lambda _self: {})
@@ -283,7 +275,7 @@ def test_only_what_takes_a_resolver_reads_options() -> None:
         for node in _functions(ast.parse(module.read_text(encoding="utf-8"))):
             if any("Resolver" in ast.unparse(a.annotation) for a in node.args.args if a.annotation is not None):
                 continue
-            read = [n for n in ast.walk(node) if isinstance(n, ast.Attribute) and n.attr in ("options", "sweep")]
+            read = [n for n in ast.walk(node) if isinstance(n, ast.Attribute) and n.attr == "options"]
             assert read == [], f"{module.name}: {node.name} reads options"
 
 

@@ -74,14 +74,6 @@ def eval_facts() -> dict[str, Any]:
     return {"table": [row], "length": length}
 
 
-def sweep_facts() -> dict[str, Any]:
-    quality_loss = {"text": "t", "kl": 0.1, "perplexity_original": 5.0, "perplexity": 5.0, "increase": 0.1}
-    quality_loss |= {"increase_interval": [0.05, 0.15], "kl_interval": [0.05, 0.15]}
-    speeds = {"prefill": 1.1, "prefill_tail_pruned": 1.2, "decode": 1.1}
-    point = {"method": "nbl", "layers": 1, "quality_losses": [quality_loss], **speeds}
-    return {"order": [1], "texts": ["t" + EVIL], "points": [point], "recommended": None}
-
-
 def engine_facts() -> dict[str, Any]:
     record = {"engine": "e" + EVIL, "version": "v" + EVIL, "precision": "p" + EVIL}
     return {"n" + EVIL: {**record, "plan_bytes": 1, "build_seconds": 1.0, "cache_bytes": 1}}
@@ -103,7 +95,6 @@ TABLES: dict[str, Callable[[Path], Any]] = {
         {"e": {"title": EVIL, "available": False, "reason": EVIL}}, EVIL, EVIL
     ),
     "graph_table": lambda run: console.graph_table(graph_facts(run)),
-    "sweep_table": lambda _: console.sweep_table(sweep_facts()),
     "ladder_table": lambda run: console.ladder_table(of_run("verify.json")(run)["checks"], "Acceptance, e" + EVIL),
 }
 

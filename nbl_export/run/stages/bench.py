@@ -18,7 +18,7 @@ from nbl_export.records.from_json import edited
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import LeftOut, Place
-from nbl_export.run_directory import BENCH_FILE, DECODERS, EVAL_FILE, SWEEP_FILE, VERIFY_FILE
+from nbl_export.run_directory import BENCH_FILE, DECODERS, EVAL_FILE, VERIFY_FILE
 from nbl_export.targets.base import Target
 
 __all__ = ["BenchInputs", "declare", "run"]
@@ -97,10 +97,7 @@ def run_report(_inputs: ReportInputs, place: Place, out: Path) -> dict[str, Any]
         return place.run.read_json(name) if stage in place.run.stages else None
 
     verify = place.run.read_json(VERIFY_FILE)
-    benchmark, sweep = left("bench", BENCH_FILE), left("sweep", SWEEP_FILE)
-    quality = left("eval", EVAL_FILE)
-    with edited(
-        place.run.path, "remove its verify.json, bench.json, sweep.json and eval.json, or start over with --force"
-    ):
-        page.render({**place.run.manifest, "status": place.verdict}, verify, benchmark, out, sweep, quality)
+    benchmark, quality = left("bench", BENCH_FILE), left("eval", EVAL_FILE)
+    with edited(place.run.path, "remove its verify.json, bench.json and eval.json, or start over with --force"):
+        page.render({**place.run.manifest, "status": place.verdict}, verify, benchmark, out, quality)
     return {"status": place.verdict}

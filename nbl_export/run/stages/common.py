@@ -22,7 +22,6 @@ __all__ = ["READS", "LeftOut", "Place", "Stage", "readers"]
 READS: dict[str, tuple[str, ...]] = {
     "calibrate": (),
     "plan": ("calibrate",),
-    "sweep": ("calibrate",),
     "distill": ("plan",),
     "decoder": (),
     "rewrite": ("plan", "distill", "decoder"),
@@ -30,7 +29,7 @@ READS: dict[str, tuple[str, ...]] = {
     "eval": ("rewrite",),
     "build": ("rewrite",),
     "bench": ("rewrite", "build"),
-    "report": ("plan", "sweep", "verify", "eval", "build", "bench"),
+    "report": ("plan", "verify", "eval", "build", "bench"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The stages plan, sweep and distill: what `nbl_export.plan` reads and finds, and maps that are trained further."""
+"""The stages plan and distill: what `nbl_export.plan` reads and finds, and maps that are trained further."""
 
 from __future__ import annotations
 
@@ -23,36 +23,17 @@ from nbl_export.options.goals import (
     goal_of,
     layers_for_budget,
 )
-from nbl_export.options.options import (
-    AUTO_WINDOWS,
-    CHECKPOINT_FIT,
-    IN_RECIPE,
-    NO_ORIGINAL,
-    NO_WINDOWS,
-    RECIPE_FIT,
-    WIDTHS,
-)
-from nbl_export.plan.inputs import (
-    AskedGoal,
-    DistilledMaps,
-    MapKind,
-    Maps,
-    OrderInputs,
-    PlanInputs,
-    SweepInputs,
-    Texts,
-    TopInputs,
-)
+from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, NO_WINDOWS, RECIPE_FIT, WIDTHS
+from nbl_export.plan.inputs import AskedGoal, MapKind, Maps, OrderInputs, PlanInputs, Texts, TopInputs
 from nbl_export.records.inputs import Lazy
-from nbl_export.report.console import METHOD_NAMES
 from nbl_export.report.quality import spoken_curve
 from nbl_export.run import recipes
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import LeftOut, Place
-from nbl_export.run_directory import DISTILL_FILE, MAPS_FILE, MOMENTS_FILE, START_FILE, SWEEP_FILE
+from nbl_export.run_directory import DISTILL_FILE, MAPS_FILE, MOMENTS_FILE, START_FILE
 from nbl_export.text.windows import Division
 
-__all__ = ["declare", "declare_sweep", "order_of", "run", "run_sweep"]
+__all__ = ["declare", "order_of", "run"]
 
 _STATE = 5  # kind of the saved state of a distillation; another kind begins anew
 
@@ -186,49 +167,6 @@ def run(inputs: PlanInputs | Lazy[Any], place: Place, out: Path) -> dict[str, An
         "scores": [dataclasses.asdict(s) for s in plan.scores],
         **facts,
     }
-
-
-# -- sweep -----------------------------------------------------------------------------------------------------
-
-
-def declare_sweep(r: Resolver) -> SweepInputs | LeftOut:
-    """The inputs of the stage sweep; left out unless a sweep was asked for."""
-    options = r.options
-    if r.sweep is None:
-        return LeftOut()
-    if options.fit == CHECKPOINT_FIT:
-        return LeftOut(NO_ORIGINAL)
-    if options.fit == RECIPE_FIT:
-        return LeftOut(IN_RECIPE)
-    order = order_of(r)
-    distilled, trained = None, r.run.stages.get("distill", {}).get("key")
-    if options.fit == "distilled" and trained:
-        maps: Lazy[Maps] = Lazy(trained, lambda: Place(r.run, r.ui).maps())
-        distilled = DistilledMaps(r.plan.replaced, r.plan.select, maps)
-
-    def pruned() -> Callable[[Maps], Any]:
-        return dataclasses.replace(r.cost.value, tail_pruned=True, all_logits=False).speedup
-
-    return r.fill(
-        SweepInputs,
-        order=dataclasses.replace(order, kind=dataclasses.replace(order.kind, kind="linear")),
-        own=options.fit != "drop",
-        count=r.sweep.layers,
-        tokens=options.prompt_length,
-        distilled=distilled,
-        speedup=Lazy(r.cost.identity, lambda: r.cost.value.speedup),
-        pruned_speedup=Lazy(r.cost.identity, pruned),
-    )
-
-
-def run_sweep(inputs: SweepInputs, place: Place, out: Path) -> dict[str, Any]:
-    """Write sweep.json; returns the order of layers, which takes minutes, for the manifest."""
-    from nbl_export.plan.order import Selection
-    from nbl_export.plan.planning import sweep
-
-    fitted = Selection(inputs.order, place.ui.task, place.run.manifest.get("greedy"))
-    write_json(out / SWEEP_FILE, sweep(inputs, fitted, METHOD_NAMES, place.ui.task))
-    return fitted.facts(inputs.speedup, inputs.setting) if inputs.own else {}
 
 
 # -- distill ---------------------------------------------------------------------------------------------------
