@@ -83,7 +83,8 @@ def _place(item: pytest.Item) -> int:
 # or processes, or imports what is for other engines.
 _JOBS = {"finished", "run", "same"}
 _BEYOND = re.compile(
-    r"subprocess|in_new_process|ForkServer|\bChild\b|\bnbl\(|lm_eval|targets\.(openvino|tensorrt)|import openvino"
+    r"subprocess|in_new_process|ForkServer|\bChild\b|\bnbl\(|verify_tiny|lm_eval"
+    r"|targets\.(openvino|tensorrt)|import openvino"
 )
 
 

@@ -47,6 +47,12 @@ def run(
     return distill(prepared["model"], prepared["maps"][tap], tap, text, settings, Callbacks(state=state, **more))
 
 
+@pytest.fixture(scope="module")
+def plain(prepared: dict[str, Any]) -> Any:
+    """What `QUICK` makes of the maps on the normed tap."""
+    return run(prepared, "normed")
+
+
 def held_kl(checkpoint: Path, maps: dict[int, Linear], held: torch.Tensor, tap: str) -> float:
     """The same figure, from two whole models."""
     with torch.inference_mode():
@@ -57,9 +63,9 @@ def held_kl(checkpoint: Path, maps: dict[int, Linear], held: torch.Tensor, tap: 
 
 @pytest.mark.parametrize("tap", ["residual", "normed"])
 def test_held_back_kl_falls_and_is_what_whole_models_give(
-    tap: str, prepared: dict[str, Any], checkpoint: Checkpoint
+    tap: str, prepared: dict[str, Any], plain: Any, checkpoint: Checkpoint
 ) -> None:
-    result = run(prepared, tap)
+    result = plain if tap == "normed" else run(prepared, tap)
     start, best = result.held_kl[0][1], min(v for _, v in result.held_kl)
     assert best < 0.95 * start
     assert held_kl(checkpoint("llama"), prepared["maps"][tap], prepared["held"], tap) == pytest.approx(start, rel=1e-3)
@@ -75,10 +81,10 @@ def test_never_worse_than_the_start(prepared: dict[str, Any]) -> None:
         np.testing.assert_array_equal(result.maps[i].bias, affine.bias)
 
 
-def test_same_seed_same_maps(prepared: dict[str, Any]) -> None:
-    one, two = run(prepared, "normed"), run(prepared, "normed")
-    assert all(np.array_equal(one.maps[i].weight, two.maps[i].weight) for i in one.maps)
-    assert one.train_kl == two.train_kl
+def test_same_seed_same_maps(prepared: dict[str, Any], plain: Any) -> None:
+    again = run(prepared, "normed")
+    assert all(np.array_equal(plain.maps[i].weight, again.maps[i].weight) for i in plain.maps)
+    assert plain.train_kl == again.train_kl
 
 
 @pytest.mark.parametrize(("steps", "patience", "taken"), [(100, 0.02, 2), (20, 0.5, 10)])
@@ -134,10 +140,10 @@ def test_layers_are_given_back_and_the_rest_is_trained_further(
     assert best < start and held_kl(model, result.maps, held, "normed") == pytest.approx(best, rel=1e-3)
 
 
-def test_a_layer_that_stays_keeps_what_the_optimizer_knows(prepared: dict[str, Any]) -> None:
+def test_a_layer_that_stays_keeps_what_the_optimizer_knows(prepared: dict[str, Any], plain: Any) -> None:
     """Where all layers stay, training goes on as if nobody had asked."""
     asked = run(prepared, "normed", NARROWING, narrow=lambda maps: tuple(maps))
-    assert asked.train_kl == run(prepared, "normed").train_kl
+    assert asked.train_kl == plain.train_kl
 
 
 def test_a_killed_run_does_not_give_layers_back_twice(prepared: dict[str, Any], tmp_path: Path) -> None:
@@ -276,13 +282,11 @@ def test_a_state_is_on_the_disk_before_it_replaces_the_last(tmp_path: Path, monk
     assert done == [("fsync", (tmp_path / "state").stat().st_size), ("replace", str(tmp_path / "state"))]
 
 
-def test_lora_trains_a_delta_of_its_rank(prepared: dict[str, Any]) -> None:
-    result = run(prepared, "normed")
-    assert min(v for _, v in result.held_kl) < 0.98 * result.held_kl[0][1]
+def test_lora_trains_a_delta_of_its_rank(prepared: dict[str, Any], plain: Any) -> None:
     for i, affine in prepared["maps"]["normed"].items():
-        delta = np.linalg.svd(result.maps[i].weight - affine.weight, compute_uv=False)
+        delta = np.linalg.svd(plain.maps[i].weight - affine.weight, compute_uv=False)
         assert delta[3] > 1e-4 > 1e-6 > delta[4]
-        assert not np.array_equal(result.maps[i].bias, affine.bias)
+        assert not np.array_equal(plain.maps[i].bias, affine.bias)
 
 
 def test_deltas_are_aimed_once_and_a_run_that_goes_on_keeps_them(
@@ -298,8 +302,8 @@ def test_deltas_are_aimed_once_and_a_run_that_goes_on_keeps_them(
     assert lengths == [3]  # a twentieth of 60 steps
 
 
-def test_bfloat16_trains_as_well_and_is_judged_in_float32(prepared: dict[str, Any]) -> None:
-    wide, narrow = run(prepared, "normed"), run(prepared, "normed", dataclasses.replace(QUICK, dtype="bf16"))
+def test_bfloat16_trains_as_well_and_is_judged_in_float32(prepared: dict[str, Any], plain: Any) -> None:
+    wide, narrow = plain, run(prepared, "normed", dataclasses.replace(QUICK, dtype="bf16"))
     assert narrow.held_kl[0] == wide.held_kl[0]
     assert narrow.train_kl[0] == pytest.approx(wide.train_kl[0], rel=0.05)
     assert narrow.train_kl[0] != wide.train_kl[0]

@@ -42,21 +42,20 @@ def share_held(rows: np.ndarray, truth: float = 0.0) -> float:
     return float(np.mean((low <= truth) & (truth <= high)))
 
 
-@pytest.mark.parametrize("count", [16, 32])
 @pytest.mark.parametrize("name", list(WINDOWS))
-def test_at_least_93_of_100_intervals_hold_the_mean(name: str, count: int) -> None:
+def test_at_least_93_of_100_intervals_hold_the_mean(name: str) -> None:
     draw, truth = WINDOWS[name]
-    assert share_held(draw(np.random.default_rng(11), (DRAWS, count)), truth) >= 0.93
+    assert share_held(draw(np.random.default_rng(11), (DRAWS, 16)), truth) >= 0.93
 
 
-@pytest.mark.parametrize("count", [4, 8, 16, 32, 64])
-@pytest.mark.parametrize("correlation", [0, 0.5, 0.67])
+@pytest.mark.parametrize("count", [4, 16, 64])
+@pytest.mark.parametrize("correlation", [0, 0.67])
 def test_as_many_hold_it_if_windows_are_like_their_neighbours(correlation: float, count: int) -> None:
     """Student's t holds the mean in 63 of 100 rows of 16 windows that correlate by 0.67."""
     assert share_held(correlated(correlation, count)) >= 0.93
 
 
-@pytest.mark.parametrize(("count", "wider"), [(8, 2.5), (16, 1.75), (32, 1.3), (64, 1.1)])
+@pytest.mark.parametrize(("count", "wider"), [(8, 2.5), (64, 1.1)])
 def test_windows_that_do_not_correlate_pay_little_for_it(count: int, wider: float) -> None:
     rows = correlated(0, count)
     low, high = interval_ends(rows)
@@ -92,7 +91,7 @@ def test_the_likely_correlation_weighs_most() -> None:
 def test_increase_is_held_as_often_for_losses_that_share_what_is_hard() -> None:
     """Losses of the windows differ by far more than what the replacement adds to them."""
     rng = np.random.default_rng(5)
-    before = rng.normal(3.0, 0.6, (400, 16))
+    before = rng.normal(3.0, 0.6, (200, 16))
     after = before + 0.3 * rng.lognormal(0, 0.5, before.shape)
     truth = math.expm1(0.3 * math.exp(0.125))
     found = [increase_interval(b, a) for b, a in zip(before, after, strict=True)]
@@ -137,13 +136,12 @@ def test_what_windows_cannot_say() -> None:
     assert mean_interval([0.98, 1.0, 1.0], (0.0, 1.0)).high == 1.0
 
 
-@pytest.mark.parametrize("correlation", [0.0, 0.5])
-def test_half_an_interval_of_the_windows_needed_is_the_distance_to_the_share(correlation: float) -> None:
+def test_half_an_interval_of_the_windows_needed_is_the_distance_to_the_share() -> None:
     """For windows like the 16 that were seen."""
-    seen = 0.01 * correlated(correlation, 16)[:300]
+    seen = 0.01 * correlated(0.5, 16)[:300]
     seen += math.log1p(0.05) + 0.004 - seen.mean(1, keepdims=True)
     needed = float(np.median([windows_needed([0.0] * 16, row.tolist(), 0.05) or math.nan for row in seen]))
-    low, high = interval_ends(0.01 * correlated(correlation, round(needed))[:300])
+    low, high = interval_ends(0.01 * correlated(0.5, round(needed))[:300])
     assert np.mean(high - low) / 2 == pytest.approx(0.004, rel=0.3)
 
 
