@@ -69,7 +69,7 @@ def copies(read: Read) -> Rows:
 
 _AT_LENGTH = (
     ("SmolLM2, eight linear layers", "length-smollm2"),
-    ("SmolLM2, within 10%", "recipe-smollm2"),
+    ("SmolLM2, within 10%", "job-smollm2"),
     ("Qwen, within 10%", "job-qwen"),
 )
 

@@ -327,8 +327,6 @@ def _check_manifest(manifest: Any) -> None:
     _require({"model": None, **places}, model=(str, type(None)))
     if manifest["options"].get("quantized_model") is not None:
         _require(manifest["quantized"], name=str, fingerprint=str, place=(str, type(None)))
-    if manifest["options"].get("recipe") is not None:
-        _require(manifest["recipe"], name=str, sha256=str, fit=str)
     _require({"logits": None, **manifest}, logits=(str, type(None)))
     texts = places.get("calibration", [])
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):

@@ -18,7 +18,6 @@ class Options(TypedDict, total=False):
     """
 
     engine: str
-    recipe: Path | None
     layers: str | int | Sequence[int] | None
     window_layers: str | Sequence[int]
     window: int | None

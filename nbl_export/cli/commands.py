@@ -58,13 +58,13 @@ def rewrite(directory: opt.Run, asked: dict[str, Any]) -> None:
 
 def rewrite_graph(
     graph: Annotated[Path, typer.Argument(metavar="GRAPH", help="An ONNX decoder of any exporter, or its directory.")],
-    maps: Annotated[Path, typer.Option(metavar="FILE", help="The maps.safetensors of a run.")],
+    maps: Annotated[Path, typer.Option(metavar="DIR|FILE", help="A run, or its maps.safetensors.")],
     output: Annotated[Path, typer.Option(metavar="OUT", help="A new directory to write.")],
     layers: Annotated[
         str | None, typer.Option(metavar="LAYERS", help='Use only these maps ("0,7,24-29"); default: all maps.')
     ] = None,
     tap: Annotated[
-        str | None, typer.Option(metavar="TAP", help="Input of the maps; default: the tap that FILE records.")
+        str | None, typer.Option(metavar="TAP", help="Input of the maps; default: the tap that the maps record.")
     ] = None,
 ) -> None:
     """Replace layers of any ONNX decoder by maps, without torch."""
@@ -292,19 +292,6 @@ def convert(
     print(output)
 
 
-def recipe(
-    directory: opt.Run,
-    output: Annotated[Path, typer.Option(metavar="NAME.json", help="The new file; the maps go beside it.")],
-    layers_only: Annotated[bool, typer.Option("--layers-only", help="Name layers, and leave their maps out.")] = False,
-    force: opt.Force = False,
-) -> None:
-    """Write the layers and maps of a run as a recipe."""
-    from nbl_export.publish.recipe import write_recipe
-
-    write_recipe(directory, output, ui(), layers_only=layers_only, force=force)
-    print(output)
-
-
 def generate(
     directory: opt.Run,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to continue or answer.")],
@@ -381,6 +368,6 @@ def doctor(as_json: opt.Json = False) -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     "calibrate": calibrate, "plan": plan, "rewrite": rewrite, "rewrite-graph": rewrite_graph, "verify": verify,
     "build": build, "report": report, "accept": accept, "bench": bench, "eval": evaluate,
-    "card": card, "convert": convert, "recipe": recipe, "generate": generate, "inspect": inspect,
+    "card": card, "convert": convert, "generate": generate, "inspect": inspect,
     "estimate": estimate, "doctor": doctor,
 }  # fmt: skip

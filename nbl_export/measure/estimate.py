@@ -43,7 +43,7 @@ from nbl_export.options.goals import (
     layers_for_budget,
     names_layers,
 )
-from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, RECIPE_FIT, WIDTHS, JobOptions
+from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, WIDTHS, JobOptions
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.text.windows import deciding_tokens, final_tokens, judging_tokens
 
@@ -120,7 +120,6 @@ class Job:
         narrow: products in bfloat16 while calibrating and choosing layers.
         available_bytes: memory.
         runs_here: the engine runs on this machine's processor, so that bench runs.
-        replaced: layers that are replaced, if that is known beforehand.
     """
 
     shape: Shape
@@ -130,7 +129,6 @@ class Job:
     narrow: bool
     available_bytes: int
     runs_here: bool = True
-    replaced: int | None = None
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
@@ -168,15 +166,13 @@ class Job:
 
     @property
     def given(self) -> bool:
-        """Whether the maps are there already: of the model, or of a recipe."""
-        return self.options.fit in (CHECKPOINT_FIT, RECIPE_FIT)
+        """Whether the model has maps already."""
+        return self.options.fit == CHECKPOINT_FIT
 
     @functools.cached_property
     def count(self) -> int:
         """Layers that are replaced: as asked, or a quarter of them if a goal decides."""
         decoder, goal = self.shape.decoder, goal_of(self.options)
-        if self.replaced is not None:
-            return self.replaced
         if self.options.layers is not None:
             asked = asked_layers(self.options, decoder)
             return asked if isinstance(asked, int) else len(asked)

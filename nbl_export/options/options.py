@@ -24,15 +24,15 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import read_record, require
 from nbl_export.records.plan import MAPS, TAPS
 
-__all__ = ["BUILDER_OPTIONS", "CHECKPOINT_FIT", "IN_RECIPE", "LEFT", "MAIN", "NO_ORIGINAL",
-           "OPTIONS", "PANELS", "RECIPE_FIT", "WIDTHS", "JobOptions", "Option", "describe_command", "flag_of",
+__all__ = ["BUILDER_OPTIONS", "CHECKPOINT_FIT", "LEFT", "MAIN", "NO_ORIGINAL",
+           "OPTIONS", "PANELS", "WIDTHS", "JobOptions", "Option", "describe_command", "flag_of",
            "located", "public_facts", "public_options", "usual_tap", "usual_windows"]  # fmt: skip
 
 MAIN = "main"  # the name of the main job among commands
 
-# Source of the maps: closed form for each layer; joint training from there; zero, which drops attention; an NBL
-# checkpoint; or a recipe.
-FITS = ("independent", "distilled", "drop", "given", "recipe")
+# Source of the maps: closed form for each layer; joint training from there; zero, which drops attention; or an NBL
+# checkpoint.
+FITS = ("independent", "distilled", "drop", "given")
 # How layers are ranked: smallest CCA bound, smallest relative error, least quality loss, least loss for the work saved.
 SELECTS = ("cca", "error", "greedy", "efficient")
 DTYPES = ("auto", "float32", "bfloat16")  # of products while calibrating and choosing layers
@@ -42,9 +42,7 @@ SELF = "self"  # calibration text that the model generates
 AUTO_WINDOWS, NO_WINDOWS = "auto", "none"  # windows in as many top layers as quality allows, or in no layer
 WIDTHS = (64, 128)  # of windows, in tokens, if none is asked for: the first for named layers, the better one with auto
 CHECKPOINT_FIT = "given"  # fit of the maps that an NBL checkpoint has
-RECIPE_FIT = "recipe"  # fit of the maps that a recipe has
 NO_ORIGINAL = "the checkpoint no longer contains the attention weights of its replaced layers"
-IN_RECIPE = "the recipe has the layers and the maps"
 # How the GenAI builder quantises, by its own names (`--extra_options` of onnxruntime_genai.models.builder). The values
 # are limited to graphs that can be rewritten and verified. is_symmetric=false is left out: the builder (0.18) then
 # gives a tied embedding float32 where it declares uint8. k_quant has zero points too, and is correct.
@@ -67,6 +65,7 @@ LEFT: dict[str, str] = {
     "profile": "ONNX Runtime has a profiler of its own (docs/engines/onnxruntime.md, Time by operator)",
     "quantize": "use --builder-option algo_config=k_quant_mixed, or a checkpoint that AWQ made with --quantized-model",
     "rank": "leave it out; maps have full rank",
+    "recipe": "nbl-export rewrite-graph GRAPH --maps DIR puts the maps of another run into a graph of the same model",
     "requantize": "leave it out; int8 and int4 round the weights of a GGUF file like any others",
     "sweep": "leave it out; the report of each job has a curve of other numbers of layers",
     "token_table": "leave it out; linearized leading layers are computed like all others",
@@ -127,9 +126,6 @@ class JobOptions:
     engine: str = option(
         "ort", "ort (default), openvino, trt or trt-rtx (TensorRT).", _ENGINE, "main build",
         first=True, metavar="ENGINE",
-    )  # fmt: skip
-    recipe: str | None = option(
-        None, "Layers and maps by a recipe's name or file.", _REPLACED, first=True, metavar="NAME|FILE",
     )  # fmt: skip
     layers: str | None = option(
         None, 'How many layers ("8") or which ("0,7,24-29"); default: perplexity +10% at most.', _REPLACED,
@@ -331,8 +327,6 @@ def usual_fit(values: Mapping[str, Any]) -> str:
 
     A goal of another kind or an order by scores needs the closed form.
     """
-    if values["recipe"]:
-        return RECIPE_FIT
     closed = any(values[name] for name in ("layers", "target_speedup", "kv_budget"))
     scores = values["select"] in ("cca", "error")
     return "independent" if closed or scores else "distilled"
@@ -343,9 +337,7 @@ def usual_windows(values: Mapping[str, Any]) -> str:
 
     The gain was measured in ONNX Runtime alone.
     """
-    others = values["engine"] != "ort" or any(
-        values[name] for name in ("recipe", "layers", "target_speedup", "kv_budget")
-    )
+    others = values["engine"] != "ort" or any(values[name] for name in ("layers", "target_speedup", "kv_budget"))
     return NO_WINDOWS if others or values["fit"] == "drop" else AUTO_WINDOWS
 
 
@@ -405,7 +397,6 @@ def public_options(manifest: Mapping[str, Any]) -> JobOptions:
         options,
         model=_last_part(options.model),
         quantized_model=options.quantized_model and _last_part(options.quantized_model),
-        recipe=options.recipe and _last_part(options.recipe),
         calibration=tuple(map(_last_part, options.calibration)),
     )
 

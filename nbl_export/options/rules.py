@@ -17,7 +17,7 @@ from typing import Any
 
 from nbl_export.errors import NblError, UsageError
 from nbl_export.options import hybrids
-from nbl_export.options.goals import GOALS, asked_layers, names_layers
+from nbl_export.options.goals import asked_layers, names_layers
 from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.options import (
     AUTO_WINDOWS,
@@ -25,7 +25,6 @@ from nbl_export.options.options import (
     CHECKPOINT_FIT,
     NO_ORIGINAL,
     NO_WINDOWS,
-    RECIPE_FIT,
     JobOptions,
     usual_fit,
     usual_tap,
@@ -78,7 +77,7 @@ class Case:
 
 def _tap(values: Mapping[str, Any], _engine: Capabilities, model: ModelFacts) -> str:
     wanted = usual_tap(values["fit"], values["maps"])
-    return model.maps_tap or model.recipe_tap or (wanted if wanted in model.taps else model.taps[0])
+    return model.maps_tap or (wanted if wanted in model.taps else model.taps[0])
 
 
 # An option -> its value if nobody asks for one, from the options so far, the engine and the model.
@@ -112,10 +111,6 @@ APPLIES: tuple[Applies, ...] = (
         ("layers", "max_perplexity_increase", "target_speedup", "kv_budget", "select", "maps", "compute_dtype"),
         "the original model; this NBL checkpoint no longer contains the removed attention",
         lambda c: not c.is_nbl,
-    ),
-    Applies(
-        ("layers", "window_layers", *GOALS, "select", "maps"),
-        "a job without --recipe, which has its layers and maps", lambda c: not c.options.recipe,
     ),
     Applies(
         ("window_layers",), f"{_WINDOWS_IN}, and the original model",
@@ -174,10 +169,6 @@ FIRST: tuple[Refusal, ...] = (
         bool(c.model.maps_tap) and not c.is_nbl
         and f"--fit {c.options.fit} needs the original model: {NO_ORIGINAL}"
     )),
-    (UsageError, lambda c: (
-        bool(c.options.recipe) != (c.options.fit == RECIPE_FIT)
-        and f"--fit {c.options.fit} does not go with{'' if c.options.recipe else 'out'} --recipe; leave --fit out"
-    )),
 )  # fmt: skip
 
 
@@ -229,16 +220,15 @@ REFUSED: tuple[Refusal, ...] = (
     )),
     (UsageError, lambda c: (
         c.model.maps_window and not c.engine.windows
-        and f"{c.options.recipe or c.options.model} has layers of kind window, which need {_WINDOWS_IN}"
+        and f"{c.options.model} has layers of kind window, which need {_WINDOWS_IN}"
     )),
     (UsageError, lambda c: (
         bool(c.model.maps_tap) and c.options.says_itself
         and f"--calibration self needs the original model: {NO_ORIGINAL}; give that model, or leave it out"
     )),
     (UsageError, lambda c: (
-        (tap := c.model.maps_tap or c.model.recipe_tap) not in ("", c.options.tap)
-        and f"--tap {c.options.tap}: the maps of {c.options.recipe or c.options.model} have the tap {tap}; "
-        "leave --tap out"
+        c.model.maps_tap not in ("", c.options.tap)
+        and f"--tap {c.options.tap}: the maps of {c.options.model} have the tap {c.model.maps_tap}; leave --tap out"
     )),
     (NblError, lambda c: (
         c.options.tap not in c.model.taps

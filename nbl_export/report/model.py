@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from nbl_export.options.options import RECIPE_FIT
 from nbl_export.records.paired import spoken_ratio
 from nbl_export.records.plan import spoken_layers
 from nbl_export.records.quality import spoken_loss
@@ -111,8 +110,7 @@ def _lead(report: Mapping[str, Any]) -> str:
         return f"None of the {total} attention layers is replaced: both variants are the original."
     one, is_drop = len(replaced) == 1, report["fit"] == "drop"
     done = "left out" if is_drop else "replaced by a linear layer"
-    from_recipe = report["fit"] == RECIPE_FIT
-    chosen = "from the recipe" if from_recipe else _CHOSEN_BY.get(report["select"], "as requested")
+    chosen = _CHOSEN_BY.get(report["select"], "as requested")
     chosen = "from the checkpoint" if report["without_original"] else chosen
     windows = [i for i, kind in zip(replaced, report["kinds"] or (), strict=False) if kind == "window"]
     said = (
@@ -124,8 +122,6 @@ def _lead(report: Mapping[str, Any]) -> str:
     text = f"{report['calibration']['tokens']:,} tokens of {report['calibration']['name']}"
     if report["without_original"]:
         said += "A linear layer needs no KV cache. Layers and maps came with the checkpoint."
-    elif from_recipe:
-        said += "A linear layer needs no KV cache. Layers and maps came with the recipe."
     elif is_drop:
         said += f"Without attention a layer needs no KV cache. This is a baseline, chosen by scores on {text}."
     else:

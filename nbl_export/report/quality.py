@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.options.goals import DEFAULT_SELECT
-from nbl_export.options.options import CHECKPOINT_FIT, RECIPE_FIT, JobOptions, describe_command
+from nbl_export.options.options import CHECKPOINT_FIT, JobOptions, describe_command
 from nbl_export.options.settle import over
 from nbl_export.records.paired import spoken_ratio
 from nbl_export.records.quality import spoken_loss
@@ -158,9 +158,8 @@ def curve(report: Mapping[str, Any]) -> tuple[Section, ...]:
 
 
 def _no_curve(report: Mapping[str, Any]) -> str:
-    origin = {CHECKPOINT_FIT: "the checkpoint", RECIPE_FIT: "a recipe"}.get(report["fit"] or "")
-    if origin:
-        return f"Layers and maps came with {origin}, so no other number of layers was measured."
+    if report["fit"] == CHECKPOINT_FIT:
+        return "Layers and maps came with the checkpoint, so no other number of layers was measured."
     return "Layers were named, or ordered by scores, so no other number of layers was measured."
 
 

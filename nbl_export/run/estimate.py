@@ -25,7 +25,6 @@ from nbl_export.options.options import JobOptions
 from nbl_export.options.settle import settle
 from nbl_export.report.estimate import TITLES, spoken_totals
 from nbl_export.report.words import size
-from nbl_export.run import recipes
 from nbl_export.run.facts import architecture_facts, capabilities_of
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import READS, LeftOut, Stage
@@ -44,9 +43,8 @@ def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         architecture_facts(shape.decoder.architecture), decoder=shape.decoder,
         maps_tap=shape.maps_tap,
     )  # fmt: skip
-    asked, recipe = recipes.begin(asked, None)
-    options = settle({**asked, "model": model}, capabilities_of, recipes.known(known, recipe))
-    job, free = _job(shape, options, recipe), shutil.disk_usage(Path.cwd()).free
+    options = settle({**asked, "model": model}, capabilities_of, known)
+    job, free = _job(shape, options), shutil.disk_usage(Path.cwd()).free
     stages = job.needs()
     names = ("engine", "precision", "fit", "calibration_tokens", "context")
     return {
@@ -76,7 +74,7 @@ def foreseen(resolver: Resolver, stages: Sequence[Stage], output: Path) -> str:
         shape = read_shape(source.gguf or source.directory)
     except NblError:  # transformers knows sizes that the configuration does not state
         return ""
-    job = _job(dataclasses.replace(shape, decoder=resolver.read_spec), resolver.options, resolver.read_recipe)
+    job = _job(dataclasses.replace(shape, decoder=resolver.read_spec), resolver.options)
     left = _left(resolver, stages)
     needs = [stage for stage in job.needs() if stage.stage in left]
     if not needs:
@@ -87,19 +85,10 @@ def foreseen(resolver: Resolver, stages: Sequence[Stage], output: Path) -> str:
     return f"estimate: {spoken_totals(total)}"
 
 
-def _job(shape: Shape, options: JobOptions, recipe: recipes.Read = None) -> Job:
+def _job(shape: Shape, options: JobOptions) -> Job:
     engine = capabilities_of(options.engine, options.provider)
     narrow = options.compute_dtype != "float32" and _has_bfloat16()
-    return Job(
-        shape,
-        options,
-        engine,
-        measure_speed(),
-        narrow,
-        available_bytes(),
-        not engine.cross,
-        recipe and len(recipe[0].layers),
-    )
+    return Job(shape, options, engine, measure_speed(), narrow, available_bytes(), not engine.cross)
 
 
 def _totals(needs: Sequence[Needs]) -> dict[str, float]:

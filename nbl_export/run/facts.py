@@ -14,7 +14,7 @@ from nbl_export.errors import NblError, UsageError
 from nbl_export.mixers import kind_of
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.model.checkpoint.source import Source, resolve
-from nbl_export.options.options import CHECKPOINT_FIT, RECIPE_FIT, JobOptions
+from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
 from nbl_export.options.rules import ModelFacts
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
@@ -70,9 +70,7 @@ def facts_of_run(manifest: Mapping[str, Any]) -> ModelFacts:
     return dataclasses.replace(
         _of_decoder(DecoderSpec(**manifest["decoder"])),
         maps_tap=options.tap if options.fit == CHECKPOINT_FIT else "",
-        maps_window=options.fit in (CHECKPOINT_FIT, RECIPE_FIT)
-        and not all(kind_of(k).fitted for k in manifest.get("kinds", ())),
-        recipe_tap=options.tap if options.fit == RECIPE_FIT else "",
+        maps_window=options.fit == CHECKPOINT_FIT and not all(kind_of(k).fitted for k in manifest.get("kinds", ())),
     )
 
 

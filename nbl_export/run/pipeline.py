@@ -10,11 +10,9 @@ from typing import Any
 from nbl_export.errors import NblError, ParityError
 from nbl_export.files import key_of
 from nbl_export.model.device import guarded
-from nbl_export.options.model_facts import ModelFacts
-from nbl_export.options.options import CHECKPOINT_FIT, IN_RECIPE, NO_ORIGINAL, RECIPE_FIT, JobOptions, located
+from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL, JobOptions, located
 from nbl_export.options.settle import settle
 from nbl_export.records.requests import EvalRequest, Prepared, Subject
-from nbl_export.run import recipes
 from nbl_export.run.deployed import result
 from nbl_export.run.estimate import foreseen
 from nbl_export.run.facts import (
@@ -88,19 +86,16 @@ def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, 
 
 def _work(asked: Mapping[str, Any], recorded: JobOptions | None, output: Path, ui: Ui, force: bool, until: str) -> None:
     """Settle the options, check all inputs, and run the stages up to a stage."""
-    asked, recipe = recipes.begin(asked, recorded)
-    known = recipes.known(ModelFacts(), recipe)
-    first = settle(asked, capabilities_of, known, recorded)  # refuses what it can before the model's files are read
+    first = settle(asked, capabilities_of, recorded=recorded)  # refuses what it can before the model's files are read
     check_machine(first, runs_engine=until != "calibrate")
     refuse_foreign(output)
     run = RunDirectory(output) if force else RunDirectory.peek(output)
     source, decoder = read_model(first.model, run.manifest)
-    recipes.check(recipe, source, decoder)
-    settled = settle(asked, capabilities_of, recipes.known(facts_of_model(source, decoder), recipe), recorded)
+    settled = settle(asked, capabilities_of, facts_of_model(source, decoder), recorded)
 
     def resolver_of() -> Resolver:
         made = Resolver(settled, run, ui)
-        made.source, made.read_spec, made.read_recipe = source, decoder, recipe
+        made.source, made.read_spec = source, decoder
         return made
 
     estimated = foreseen(resolver_of(), STAGES[: _place(until)], output)
@@ -108,11 +103,8 @@ def _work(asked: Mapping[str, Any], recorded: JobOptions | None, output: Path, u
     resolver.check_inputs()  # before anything is written or, with force, removed
     if until == "calibrate" and settled.fit == CHECKPOINT_FIT:
         raise NblError(f"nothing to calibrate here: {NO_ORIGINAL}; give the original model")
-    if until == "calibrate" and settled.fit == RECIPE_FIT:
-        raise NblError(f"nothing to calibrate here: {IN_RECIPE}; choose another --output")
     with RunDirectory.open_run(output, create=True, force=force) as resolver.run:
         resolver.identify()
-        recipes.note(resolver)
         if estimated:
             ui.say(estimated)
         _advance(resolver, until)

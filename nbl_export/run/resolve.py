@@ -71,7 +71,6 @@ class Resolver:
 
     def __init__(self, options: JobOptions, run: RunDirectory, ui: Ui, asked: Prepared | None = None) -> None:
         self.options, self.run, self.ui = options, run, ui
-        self.read_recipe: Any = None  # recipe and path of its file, if this job begins with one
         self.evaluation = asked
         self.keys: dict[str, str] = {}  # of the stages that are not left out, in order
 

@@ -27,7 +27,8 @@ from nbl_export.options.goals import parse_layers
 from nbl_export.plan.maps_file import load_maps, maps_in
 from nbl_export.records.decoder import MOST_LAYERS
 from nbl_export.records.plan import TAPS, Plan
-from nbl_export.run_directory import SCHEMA
+from nbl_export.run_directory import MAPS_FILE, SCHEMA
+from nbl_export.trust.contained import check_inside
 from nbl_export.version import __version__
 
 __all__ = ["rewrite_given"]
@@ -40,6 +41,7 @@ def rewrite_given(path: Path, maps_file: Path, layers: str | None, tap: str | No
 
     Args:
         path: an ONNX file, or a directory with one; never changed.
+        maps_file: a maps file, or a run directory with one.
         layers: the layers whose maps are used ("0,7,24-29"); None means all maps.
         tap: the input of the maps; None means the tap that the maps file records.
 
@@ -52,6 +54,8 @@ def rewrite_given(path: Path, maps_file: Path, layers: str | None, tap: str | No
     from nbl_export.graph.facts import decoder_facts
 
     refuse_occupied(output)
+    if maps_file.is_dir():
+        maps_file = check_inside(maps_file / MAPS_FILE, maps_file)
     check_graph_place(path)
     file = source.find_graph(path)
     _refuse_inside(output, file.parent)

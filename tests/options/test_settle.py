@@ -163,7 +163,6 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     ("window_layers", {"window_layers": "1", "engine": "trt"}, None, "--engine openvino, or ort with --provider cpu"),
     ("window_layers", {"window_layers": "1", "provider": "cuda"}, None, "--provider cpu"),
     ("window_layers", {"window_layers": "1"}, NBL, "the original model"),
-    ("layers", {"layers": "1", "recipe": "r"}, None, "a job without --recipe"),
     *(
         (name, {name: value}, NBL, "no longer contains the removed attention")
         for name, value in {

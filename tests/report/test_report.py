@@ -295,10 +295,7 @@ def test_decoders_that_were_timed_one_after_the_other_are_told() -> None:
 
 
 def test_a_run_without_a_curve_says_why(tmp_path: Path) -> None:
-    for fit, said in (
-        ("independent", "Layers were named, or ordered by scores"),
-        ("recipe", "Layers and maps came with a recipe"),
-    ):
+    for fit, said in (("independent", "Layers were named, or"), ("given", "came with the checkpoint")):
         render({**MANIFEST, "curve": None, "fit": {"kind": fit}}, VERIFY, None, tmp_path)
         text = (tmp_path / "report.md").read_text(encoding="utf-8").split("## More or fewer layers")[1]
         assert said in text.split("## ")[0]

@@ -130,6 +130,17 @@ def test_directory_is_carried_over(given_graph: Given, maps_file: Any, tmp_path:
     assert list(facts["caches"]) == [f"past_key_values.{i}.{part}" for i in (0, 1) for part in ("key", "value")]
 
 
+def test_a_run_directory_gives_its_maps(given_graph: Given, maps_file: Any, tmp_path: Path) -> None:
+    source, maps = given_graph("genai-fp32"), maps_file(1)
+    for name, given in (("file", maps), ("run", maps.parent)):
+        assert nbl("rewrite-graph", source, "--maps", given, "--output", tmp_path / name).status == 0
+    assert snapshot(tmp_path / "file") == snapshot(tmp_path / "run")
+    maps.unlink()
+    assert_refused(nbl("rewrite-graph", source, "--maps", maps.parent, "--output", tmp_path / "new"), 1, maps)
+    maps.symlink_to(source / "config.json")
+    assert_refused(nbl("rewrite-graph", source, "--maps", maps.parent, "--output", tmp_path / "new"), 1, maps, "link")
+
+
 def test_genai_runs_what_comes_out(given_graph: Given, maps_file: Any, tmp_path: Path) -> None:
     nbl("rewrite-graph", given_graph("genai-fp32"), "--maps", maps_file(1), "--output", tmp_path / "out")
     done = nbl("generate", tmp_path / "out", "The", "--raw", "--max-new-tokens", "4")

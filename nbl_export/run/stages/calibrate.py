@@ -19,7 +19,7 @@ from typing import Any
 from nbl_export.errors import CorruptError
 from nbl_export.mixers import kind_of
 from nbl_export.model.device import is_gpu, spoken
-from nbl_export.options.options import CHECKPOINT_FIT, IN_RECIPE, NO_ORIGINAL, RECIPE_FIT
+from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.resolve import Resolver
@@ -66,8 +66,8 @@ class CalibrateInputs:
 def declare(r: Resolver) -> CalibrateInputs | LeftOut:
     """The inputs of the stage; left out for an NBL checkpoint, which has its maps."""
     options = r.options
-    if options.fit in (CHECKPOINT_FIT, RECIPE_FIT):
-        return LeftOut(NO_ORIGINAL if options.fit == CHECKPOINT_FIT else IN_RECIPE)
+    if options.fit == CHECKPOINT_FIT:
+        return LeftOut(NO_ORIGINAL)
     features = kind_of(options.kind).feature_count(r.spec.hidden_size)  # kinds of equal features share moments
     return r.fill(CalibrateInputs, mixer=Lazy(features, lambda: options.kind))
 

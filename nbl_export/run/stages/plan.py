@@ -23,11 +23,10 @@ from nbl_export.options.goals import (
     goal_of,
     layers_for_budget,
 )
-from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, NO_WINDOWS, RECIPE_FIT, WIDTHS
+from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, NO_WINDOWS, WIDTHS
 from nbl_export.plan.inputs import AskedGoal, MapKind, Maps, OrderInputs, PlanInputs, Texts, TopInputs
 from nbl_export.records.inputs import Lazy
 from nbl_export.report.quality import spoken_curve
-from nbl_export.run import recipes
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import LeftOut, Place
 from nbl_export.run_directory import DISTILL_FILE, MAPS_FILE, MOMENTS_FILE, START_FILE
@@ -39,13 +38,10 @@ _STATE = 5  # kind of the saved state of a distillation; another kind begins ane
 
 
 def declare(r: Resolver) -> PlanInputs | Lazy[Any]:
-    """The inputs of the stage plan, or the plan and maps of a recipe or of an NBL checkpoint."""
+    """The inputs of the stage plan, or the plan and maps of an NBL checkpoint."""
     from nbl_export.model.checkpoint import load
 
     options = r.options
-    if options.fit == RECIPE_FIT:
-        windows = functools.partial(_windows_of, r)
-        return Lazy([RECIPE_FIT, recipes.sha256(r)], lambda: recipes.plan_and_maps(r, windows))
     if options.fit == CHECKPOINT_FIT:
         return Lazy([CHECKPOINT_FIT, r.fingerprint], lambda: load.load_maps(r.source, r.spec.num_layers, r.spec.others))
     goal = _goal(r)
@@ -159,7 +155,7 @@ def run(inputs: PlanInputs | Lazy[Any], place: Place, out: Path) -> dict[str, An
     distilled = trains and plan.replaced
     save_maps(maps, out / (START_FILE if distilled else MAPS_FILE), plan.tap)
     return {
-        "fit": {"kind": "independent" if fit == "distilled" else fit, **recipes.made_by(place.run, fit)},
+        "fit": {"kind": "independent" if fit == "distilled" else fit},
         "replaced_layers": list(plan.replaced),
         "kinds": list(plan.kinds),
         "tap": plan.tap,
